@@ -1,0 +1,153 @@
+"""What a run leaves: the adapter in PEFT's format, or a Hugging Face model folder.
+
+Formats: https://huggingface.co/docs/peft/developer_guides/checkpoint (adapter_config.json,
+adapter_model.safetensors), and safetensors shards with an index (see model_files). Files are written under
+a temporary name and renamed when whole, the one that makes the folder loadable last.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from config import Config, UserError
+from model_files import INDEX, CheckpointFiles
+from models.family import clean
+from models.lora import LoRALinear
+
+SHARD_BYTES = 5 * 10**9
+RUN_FILES = ("config.yaml", "metrics.jsonl", "loss.png", "adapter_config.json", "adapter_model.safetensors")
+MODEL_FILES = ("config.json", INDEX, "model.safetensors", "model-*.safetensors")
+# A model folder's small files that go along with retrained weights, as they are.
+COMPANIONS = ("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "vocab.*",
+              "merges.txt", "added_tokens.json", "chat_template.*")  # fmt: skip
+
+
+def holds_run(folder: Path) -> bool:
+    return any(True for pattern in RUN_FILES + MODEL_FILES for _ in folder.glob(pattern))
+
+
+def check_output(folder: Path, overwrite: bool) -> None:
+    """Raises UserError if the folder holds a run and may not be replaced, or cannot be written."""
+    if holds_run(folder) and not overwrite:
+        raise UserError(
+            f"--output_dir {folder}: holds a run already; choose another folder, or add --overwrite"
+        )
+    created = []
+    try:
+        for parent in reversed([folder, *folder.parents]):
+            if not parent.exists():
+                parent.mkdir()
+                created.append(parent)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as e:
+        raise UserError(f"--output_dir {folder}: cannot be written ({e.strerror})") from None
+    finally:
+        for parent in reversed(created):
+            parent.rmdir()
+
+
+def clear_output(folder: Path) -> None:
+    """Makes the folder, and removes from it the files of an earlier run, nothing else."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for pattern in RUN_FILES + MODEL_FILES:
+        for path in folder.glob(pattern):
+            path.unlink()
+
+
+def write_text(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.rename(path)
+
+
+def gather(param: nn.Parameter) -> torch.Tensor:
+    """The full contents of a parameter, sharded or not, on the CPU. Collective."""
+    full = param.full_tensor() if isinstance(param, DTensor) else param
+    return full.detach().cpu()
+
+
+def save_adapter(model: nn.Module, folder: Path, config: Config, base: str, targets: list[str]) -> None:
+    """Writes PEFT's two files. targets: the names in PEFT's target_modules. Collective; rank 0 writes."""
+    tensors = {}
+    for path, module in model.named_modules():
+        if isinstance(module, LoRALinear):
+            for name, full in module.peft_tensors(gather).items():
+                if dist.get_rank() == 0:
+                    tensors[f"base_model.model.{clean(path)}.{name}"] = full.contiguous()
+    if dist.get_rank() != 0:
+        return
+    alpha = config.lora_alpha
+    description = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": config.lora_rank,
+        "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
+        "lora_dropout": config.lora_dropout,
+        "target_modules": targets,
+        "use_dora": config.method.adapter == "dora",
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "inference_mode": True,
+    }
+    temporary = folder / "adapter_model.safetensors.tmp"
+    save_file(tensors, temporary, metadata={"format": "pt"})
+    temporary.rename(folder / "adapter_model.safetensors")
+    write_text(folder / "adapter_config.json", json.dumps(description, indent=2) + "\n")
+
+
+def save_model(model: nn.Module, folder: Path, files: CheckpointFiles) -> None:
+    """Writes the whole model as the base's folder is laid out: same names, dtypes, config and tokenizer.
+    One shard at a time in host memory. Collective; rank 0 writes."""
+    params = {clean(name): p for name, p in model.named_parameters()}  # a tied head is listed once
+    shards = _plan_shards(
+        {name: p.numel() * files.tensors[name].dtype.itemsize for name, p in params.items()}
+    )
+    weight_map, total, written = {}, 0, []
+    for i, names in enumerate(shards, 1):
+        file = f"model-{i:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
+        tensors = {}
+        for name in names:
+            full = gather(params[name])
+            if dist.get_rank() == 0:
+                tensors[name] = full.to(files.tensors[name].dtype).contiguous()
+        weight_map |= dict.fromkeys(names, file)
+        total += sum(t.nbytes for t in tensors.values())
+        if dist.get_rank() == 0:
+            save_file(tensors, folder / f"{file}.tmp", metadata={"format": "pt"})
+            written.append(file)
+    if dist.get_rank() != 0:
+        return
+    for file in written:
+        (folder / f"{file}.tmp").rename(folder / file)
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        write_text(folder / INDEX, json.dumps(index, indent=2) + "\n")
+    companions = sorted({p for pattern in COMPANIONS for p in files.folder.glob(pattern) if p.is_file()})
+    for path in sorted(companions, key=lambda p: p.name == "config.json"):  # last: now it is a model folder
+        shutil.copyfile(path, folder / f"{path.name}.tmp")
+        os.replace(folder / f"{path.name}.tmp", folder / path.name)
+
+
+def _plan_shards(sizes: dict[str, int]) -> list[list[str]]:
+    """Names in order, cut into shards of at most SHARD_BYTES (a larger tensor stands alone)."""
+    shards, used = [[]], 0
+    for name, size in sizes.items():
+        if shards[-1] and used + size > SHARD_BYTES:
+            shards.append([])
+            used = 0
+        shards[-1].append(name)
+        used += size
+    return shards

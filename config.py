@@ -1,0 +1,390 @@
+"""Every option, declared once, and what follows from it: the command line, --help, the YAML file,
+validation, and the METHODS table, which is the only place that knows what a train type is.
+
+Nothing here needs a GPU or a model: a wrong option ends the run in well under a second.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import re
+import time
+import types
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+
+class UserError(Exception):
+    """Something the user can put right. Shown as one line, `error: ...`, with exit status 2."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """What a train type means. quantizer: None, "bnb" or "hqq" (the frozen linears of the layers);
+    adapter: None, "lora" or "dora"; expansion: train new blocks (Llama-Pro); lr: its default."""
+
+    quantizer: str | None
+    adapter: str | None
+    expansion: bool = False
+    lr: float = 2e-4
+
+    @property
+    def saves(self) -> str:
+        """What the run leaves: an "adapter" in PEFT's format, or a whole "model" folder."""
+        return "adapter" if self.adapter else "model"
+
+
+METHODS = {
+    "full": Method(None, None, lr=1e-5),
+    "lora": Method(None, "lora"),
+    "custom_lora": Method(None, "lora"),
+    "dora": Method(None, "dora"),
+    "qlora": Method("bnb", "lora"),
+    "custom_qlora": Method("bnb", "lora"),
+    "bnb_dora": Method("bnb", "dora"),
+    "hqq_lora": Method("hqq", "lora"),
+    "hqq_dora": Method("hqq", "dora"),
+    "llama_pro": Method(None, None, expansion=True),
+    "bnb_llama_pro": Method("bnb", None, expansion=True),
+    "hqq_llama_pro": Method("hqq", None, expansion=True),
+}
+
+# The embedded demo model has random weights: it needs larger steps and more passes than a real one.
+TOY_MODEL = "toy"
+TOY_DEFAULTS = {
+    "lr": 3e-3,
+    "lr_scheduler": "cosine",
+    "lora_rank": 32,
+    "lora_alpha": 64.0,
+    "batch_size": 8,
+    "num_epochs": 6,
+    "context_length": 128,
+    "use_gradient_checkpointing": False,
+}
+
+ANY = object()  # `later=ANY`: every value but the default belongs to a feature that is still to come
+
+
+def option(default, group: str, help: str, choices: tuple = (), later=(), needs: str = ""):
+    """Declares one option. later: values (or ANY) of a feature that this version does not have;
+    needs: the attribute of Method without which the option has no effect."""
+    meta = {"group": group, "help": help, "choices": choices, "later": later, "needs": needs}
+    return dataclasses.field(default=default, metadata=meta)
+
+
+@dataclass(frozen=True)
+class Config:
+    """All options of a run. A frozen value: made by `parse`, never changed afterwards."""
+
+    # fmt: off
+    train_type: str = option("bnb_dora", "Method", "what is trained, and how frozen weights are stored",
+        choices=tuple(METHODS), later=tuple(t for t, m in METHODS.items() if m.quantizer == "hqq" or m.expansion))
+    lora_rank: int = option(64, "Method", "rank R of LoRA and DoRA", needs="adapter")
+    lora_alpha: float = option(16.0, "Method", "the low-rank branch is scaled by lora_alpha / lora_rank",
+        needs="adapter")
+    lora_dropout: float = option(0.0, "Method", "dropout on the low-rank branch's input, 0 to below 1",
+        needs="adapter")
+    lora_target_modules: str = option("all", "Method", "all = every linear of the decoder layers; default = PEFT's"
+        " choice for the family; or names, comma-separated: q_proj,v_proj", needs="adapter")
+    n_bits: int | None = option(None, "Method", "bits per weight for the hqq train types", later=ANY)
+    llama_pro_path: str | None = option(None, "Method", "folder of the expanded model, for llama_pro types",
+        later=ANY)
+
+    model_name: str = option(TOY_MODEL, "Model and data", "folder or hub id of a safetensors model; toy = a tiny"
+        " random Llama made on the spot")
+    dataset: str = option("toy", "Model and data", "a recipe in datasets/, a .json, .jsonl, .csv or .parquet file,"
+        " or a hub id")
+    dataset_format: str = option("auto", "Model and data", "how a row becomes a text; auto is the recipe's, or"
+        " recognised from the columns", choices=("auto", "alpaca", "chat", "guanaco", "qa", "completion"))
+    dataset_samples: int = option(-1, "Model and data", "rows used, from the first; -1 = all (alpaca_sample and"
+        " dummy: 512)")
+    context_length: int = option(512, "Model and data", "longest example, in tokens; longer ones are cut")
+
+    batch_size: int = option(1, "Training", "examples per GPU and micro-batch")
+    gradient_accumulation_steps: int = option(1, "Training", "micro-batches per optimizer step")
+    num_epochs: int = option(1, "Training", "passes over the data")
+    max_steps: int = option(-1, "Training", "stop after this many optimizer steps of the whole run; -1 = no limit")
+    optimizer: str = option("adamw", "Training", "the optimizer",
+        choices=("adamw", "adam", "sgd", "adadelta", "fused_adamw", "fused_adam"),
+        later=("fused_adamw", "fused_adam"))
+    lr: float | None = option(None, "Training", "peak learning rate; unset = 2e-4 for adapters, 1e-5 for full")
+    lr_scheduler: str = option("constant", "Training", "after warm-up; linear falls to 0, cosine to a tenth",
+        choices=("constant", "linear", "cosine"))
+    lr_warmup: float | None = option(None, "Training", "share of the steps spent warming up; unset = 0.1 for linear"
+        " and cosine, 0 for constant")
+    wd: float = option(0.0, "Training", "weight decay; never on norms, biases or DoRA magnitudes")
+    apply_gradient_clipping: bool = option(True, "Training", "clip the gradient to --grad_norm")
+    grad_norm: float = option(1.0, "Training", "largest 2-norm of the whole gradient, when clipping")
+    seed: int = option(42, "Training", "seeds adapters, data order and dropout")
+
+    precision: str = option("auto", "Memory and speed", "auto is bf16 compute with fp32 trained weights and"
+        " gradient reduction where the GPU has bf16, else fp32",
+        choices=("auto", "fp32", "bf16", "fp16_autocast", "bf16_autocast", "bf16_buffers_autocast"),
+        later=("fp16_autocast", "bf16_autocast", "bf16_buffers_autocast"))
+    sharding_strategy: str = option("full_shard", "Memory and speed", "how parameters are spread over the GPUs",
+        choices=("full_shard", "shard_grad_op", "ddp", "hybrid_full_shard", "hybrid_shard_grad_op"),
+        later=("shard_grad_op", "ddp", "hybrid_full_shard", "hybrid_shard_grad_op"))
+    use_gradient_checkpointing: bool = option(True, "Memory and speed", "recompute each layer in backward instead of"
+        " keeping its activations")
+    reentrant_checkpointing: bool = option(False, "Memory and speed", "accepted; checkpointing is always non-reentrant")
+    use_cpu_offload: bool = option(False, "Memory and speed", "keep parameters, gradients and optimizer states in"
+        " host memory", later=(True,))
+    use_activation_cpu_offload: bool = option(False, "Memory and speed", "keep checkpointed activations in host"
+        " memory", later=(True,))
+    low_memory: bool = option(True, "Memory and speed", "accepted; loading never holds a whole model")
+    no_sync: bool = option(False, "Memory and speed", "reduce gradients once per optimizer step, not per micro-batch:"
+        " less traffic, but unsharded gradients in memory")
+    loading_workers: int = option(-1, "Memory and speed", "threads that read and quantize; -1 = automatic", later=ANY)
+
+    world_size: int = option(-1, "Launch", "processes to start; -1 = all GPUs, or two CPU processes without a GPU")
+    master_addr: str = option("localhost", "Launch", "address of rank 0, for mp.spawn")
+    master_port: int | None = option(None, "Launch", "port of rank 0, for mp.spawn; unset = a free one")
+
+    output_dir: str | None = option(None, "Output", "folder of the run; unset = runs/<date-time>-<train_type>")
+    overwrite: bool = option(False, "Output", "replace the run that output_dir holds")
+    resume: str | None = option(None, "Output", "go on with a stopped run", later=ANY)
+    save_model: bool = option(True, "Output", "save the adapter, or the model, at the end")
+    log_to: str = option("tqdm", "Output", "a progress bar, plain lines, or Weights & Biases as well",
+        choices=("tqdm", "stdout", "wandb"))
+    project_name: str = option("fsdp-finetune", "Output", "wandb project")
+    name: str | None = option(None, "Output", "wandb run name")
+    group: str | None = option(None, "Output", "wandb group")
+    entity: str | None = option(None, "Output", "wandb entity")
+    verbose: bool = option(False, "Output", "more lines, and tracebacks with errors")
+
+    profile_memory: bool = option(False, "Profiling", "record memory over time", later=(True,))
+    profile: bool = option(False, "Profiling", "record a torch.profiler trace", later=(True,))
+    profiling_output: str = option("profiles", "Profiling", "folder for traces", later=ANY)
+    overwrite_profiling_output: bool = option(True, "Profiling", "replace traces that are there", later=ANY)
+    with_stack: bool = option(False, "Profiling", "record stacks", later=(True,))
+    with_shapes: bool = option(False, "Profiling", "record shapes", later=(True,))
+    export_trace: bool = option(True, "Profiling", "write the trace", later=ANY)
+    export_memory_timeline: bool = option(False, "Profiling", "write the memory timeline", later=(True,))
+    wait_steps: int = option(0, "Profiling", "steps to wait before each cycle", later=ANY)
+    warmup_steps: int = option(1, "Profiling", "profiler warm-up steps of a cycle", later=ANY)
+    active_steps: int = option(2, "Profiling", "recorded steps of a cycle", later=ANY)
+    repeat: int = option(0, "Profiling", "cycles; 0 = until the end", later=ANY)
+    profiling_frequency: int = option(10, "Profiling", "steps between cycles", later=ANY)
+    # fmt: on
+
+    @property
+    def method(self) -> Method:
+        return METHODS[self.train_type]
+
+
+FIELDS = {f.name: f for f in dataclasses.fields(Config)}
+
+
+def _annotation(name: str) -> tuple[type, bool]:
+    """(int, float, bool or str; whether None is allowed) of an option."""
+    hint = typing.get_type_hints(Config)[name]
+    if isinstance(hint, types.UnionType):
+        return next(t for t in typing.get_args(hint) if t is not type(None)), True
+    return hint, False
+
+
+def _convert(name: str, value, where: str):
+    """value, a string or a YAML scalar, as the option's type. Raises UserError that names `where`."""
+    kind, optional = _annotation(name)
+    meta = FIELDS[name].metadata
+    if value is None and optional:
+        return None
+    text = str(value).strip()
+    try:
+        if kind is bool:
+            result = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[
+                text.lower()
+            ]
+        elif isinstance(value, bool | list | dict) or value is None:
+            raise ValueError
+        else:
+            result = kind(text) if kind is not str else str(value)
+    except (ValueError, KeyError):
+        noun = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}[kind]
+        raise UserError(f"{where}: {text!r} is not {noun}") from None
+    if kind is float and result != result:
+        raise UserError(f"{where}: nan is not a number to train with")
+    if meta["choices"] and result not in meta["choices"]:
+        raise UserError(f"{where}: {result!r} is none of {', '.join(meta['choices'])}")
+    return result
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(message)
+
+
+def _parser() -> _Parser:
+    parser = _Parser(
+        prog="train.py",
+        usage="python train.py [--option value ...]",
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+        description="Fine-tune a language model too big for one GPU. Without options: a small demo run.",
+        epilog="Options may be written with - for _, and switches without `true`.",
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=38, width=110),
+    )
+    parser.add_argument("--config", metavar="YAML", help="read options from this file; the command line wins")
+    groups = {}
+    for field in FIELDS.values():
+        meta, (kind, _) = field.metadata, _annotation(field.name)
+        if meta["group"] not in groups:
+            groups[meta["group"]] = parser.add_argument_group(meta["group"])
+        flag = {"nargs": "?", "const": "true"} if kind is bool else {}
+        metavar = "NAME" if meta["choices"] else {bool: "BOOL", int: "N", float: "X", str: "TEXT"}[kind]
+        groups[meta["group"]].add_argument(f"--{field.name}", metavar=metavar, help=_help(field), **flag)
+    return parser
+
+
+def _help(field: dataclasses.Field) -> str:
+    meta = field.metadata
+    text = meta["help"]
+    ready = [c for c in meta["choices"] if meta["later"] is ANY or c not in meta["later"]]
+    if ready:
+        text += f": {', '.join(ready)}"
+    text += f" [{_shown(field.default)}]"
+    if meta["later"] is ANY or meta["later"] == (True,):
+        text += " (not in this version)"
+    elif meta["later"]:
+        text += f" (not in this version: {', '.join(meta['later'])})"
+    return text.replace("%", "%%")
+
+
+def _shown(value) -> str:
+    return "unset" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _suggest(name: str) -> str:
+    near = difflib.get_close_matches(name.lstrip("-").replace("-", "_"), FIELDS, n=1)
+    return f"; did you mean --{near[0]}?" if near else "; see --help"
+
+
+def _read_yaml(path: str) -> dict:
+    try:
+        given = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"--config {path}: {getattr(e, 'strerror', None) or 'not a UTF-8 text'}") from None
+    except yaml.YAMLError as e:
+        line = f" line {e.problem_mark.line + 1}" if getattr(e, "problem_mark", None) else ""
+        raise UserError(
+            f"--config {path}:{line} is not YAML ({getattr(e, 'problem', 'syntax error')})"
+        ) from None
+    if not isinstance(given, dict):
+        raise UserError(f"--config {path}: expected lines of `option: value`")
+    values = {}
+    for key, value in given.items():
+        name = str(key).replace("-", "_")
+        if name not in FIELDS:
+            raise UserError(f"--config {path}: unknown option {key}{_suggest(str(key))}")
+        if value is not None:  # a null line is an option that was not given
+            values[name] = _convert(name, value, f"{path}: {name}")
+    return values
+
+
+def parse(argv: list[str]) -> tuple[Config, list[str]]:
+    """(the resolved configuration, remarks to print once). Raises UserError; exits 0 on --help.
+
+    Remarks tell of options that are accepted for older commands but change nothing here.
+    """
+    dashes = re.compile(r"--[a-z][a-z0-9-]*")  # --train-type=x -> --train_type=x; values stay as they are
+    argv = [
+        dashes.sub(lambda m: "--" + m[0][2:].replace("-", "_"), a, count=1) if dashes.match(a) else a
+        for a in argv
+    ]
+    args, rest = _parser().parse_known_args(argv)
+    if rest:
+        raise UserError(f"unknown option {rest[0]}{_suggest(rest[0].split('=')[0])}")
+    raw = vars(args)
+    given = _read_yaml(raw.pop("config")) if "config" in raw else {}
+    given |= {name: _convert(name, value, f"--{name}") for name, value in raw.items()}
+    _refuse(given)
+    config = _resolve(given)
+    _check_values(config)
+    return config, _remarks(given)
+
+
+def _refuse(given: dict) -> None:
+    """Options of a feature still to come, and options without effect for this train type."""
+    for name, value in given.items():
+        later = FIELDS[name].metadata["later"]
+        if (later is ANY and value != FIELDS[name].default) or (later is not ANY and value in later):
+            raise UserError(f"--{name} {_shown(value)} is not in this version yet; leave it out")
+    train_type = given.get("train_type", FIELDS["train_type"].default)
+    for name in given:
+        needs = FIELDS[name].metadata["needs"]
+        if needs and not getattr(METHODS[train_type], needs):
+            raise UserError(
+                f"--{name} has no effect with --train_type {train_type}, which has no {needs}; leave it out"
+            )
+
+
+def _resolve(given: dict) -> Config:
+    """Fills in what depends on other options, and sets to None what has no effect."""
+    values = (TOY_DEFAULTS if given.get("model_name", TOY_MODEL) == TOY_MODEL else {}) | given
+    config = Config(**values)
+    method, changes = config.method, {}
+    if config.lr is None:
+        changes["lr"] = method.lr
+    if config.lr_warmup is None:
+        changes["lr_warmup"] = 0.0 if config.lr_scheduler == "constant" else 0.1
+    if config.output_dir is None:
+        changes["output_dir"] = f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{config.train_type}"
+    changes |= {
+        n: None for n, f in FIELDS.items() if f.metadata["needs"] and not getattr(method, f.metadata["needs"])
+    }
+    return dataclasses.replace(config, **changes)
+
+
+def _check_values(config: Config) -> None:
+    for name in (
+        "batch_size",
+        "context_length",
+        "gradient_accumulation_steps",
+        "num_epochs",
+        "lora_rank",
+        "grad_norm",
+    ):
+        value = getattr(config, name)
+        if value is not None and value <= 0:
+            raise UserError(f"--{name} {value}: must be positive")
+    if config.context_length < 2:
+        raise UserError("--context_length 1: a token can only be learned after another one; use 2 or more")
+    for name in ("max_steps", "dataset_samples", "world_size"):
+        value = getattr(config, name)
+        if value == 0 or value < -1:
+            raise UserError(f"--{name} {value}: must be positive, or -1")
+    for name in ("lr", "wd"):
+        value = getattr(config, name)
+        if value < 0 or value == float("inf"):
+            raise UserError(f"--{name} {value}: must be 0 or more, and finite")
+    if config.lora_dropout is not None and not 0 <= config.lora_dropout < 1:
+        raise UserError(f"--lora_dropout {config.lora_dropout}: must be at least 0 and below 1")
+    if config.lora_alpha is not None and not 0 < config.lora_alpha < float("inf"):
+        raise UserError(f"--lora_alpha {config.lora_alpha}: must be positive and finite")
+    if not 0 <= config.lr_warmup <= 1:
+        raise UserError(f"--lr_warmup {config.lr_warmup}: must be a share between 0 and 1")
+    if config.master_port is not None and not 0 < config.master_port < 65536:
+        raise UserError(f"--master_port {config.master_port}: must be between 1 and 65535")
+    if config.seed < 0 or config.seed >= 2**63:
+        raise UserError(f"--seed {config.seed}: must be 0 or more, and below 2**63")
+
+
+def _remarks(given: dict) -> list[str]:
+    remarks = []
+    if given.get("reentrant_checkpointing"):
+        remarks.append(
+            "--reentrant_checkpointing: non-reentrant checkpointing is used; it needs no more memory here"
+        )
+    if "low_memory" in given and not given["low_memory"]:
+        remarks.append("--low_memory false: loading streams one tensor at a time in any case")
+    return remarks
+
+
+def dump_yaml(config: Config) -> str:
+    """Every resolved option, as a file that --config reads back."""
+    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)

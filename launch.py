@@ -1,0 +1,159 @@
+"""Starts one process per GPU (or CPU rank), and ends all of them when one fails, with that one's message.
+
+Two ways in, one way through: `start` spawns the processes itself; under torchrun (or anything else that
+sets RANK, WORLD_SIZE and LOCAL_RANK) this process already is one of them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from config import UserError
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a process stands: global rank and number of ranks, rank and device within the node."""
+
+    rank: int
+    world: int
+    local_rank: int
+    device: torch.device
+
+
+def under_torchrun() -> bool:
+    return all(name in os.environ for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR"))
+
+
+def resolve_world_size(wanted: int) -> int:
+    """--world_size, or its default: all GPUs, or two CPU processes. Raises UserError beyond the GPUs."""
+    gpus = torch.cuda.device_count()
+    if under_torchrun():
+        world, local = int(os.environ["WORLD_SIZE"]), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        if wanted not in (-1, world):
+            raise UserError(
+                f"--world_size {wanted}: torchrun started {world} processes; leave the option out"
+            )
+        if gpus and local > gpus:
+            raise UserError(f"torchrun started {local} processes on a node with {gpus} GPUs")
+        return world
+    if gpus and wanted > gpus:
+        raise UserError(f"--world_size {wanted}: this machine has {gpus} GPU{'s' * (gpus > 1)}")
+    return wanted if wanted > 0 else gpus or 2
+
+
+def join_group(rank: int, world: int, local_rank: int) -> Place:
+    """Makes this process one of the group: NCCL on GPUs (gloo beside it for host tensors), else gloo."""
+    if torch.cuda.is_available():
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+        dist.init_process_group("cpu:gloo,cuda:nccl", rank=rank, world_size=world, device_id=device)
+    else:
+        device = torch.device("cpu")
+        local_world = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_world))
+        dist.init_process_group("gloo", rank=rank, world_size=world)
+    return Place(rank, world, local_rank, device)
+
+
+def start(run: Callable, world: int, args: tuple, address: str, port: int | None) -> int:
+    """Runs run(place, *args) in `world` new processes and waits. Returns the exit status to end with.
+
+    If one fails, the others are ended at once and its message is printed: `error: rank 1: ...`.
+    """
+    os.environ |= {"MASTER_ADDR": address, "MASTER_PORT": str(port or _free_port())}
+    if address in ("localhost", "127.0.0.1") and Path("/sys/class/net/lo").exists():
+        # Otherwise gloo looks up the host's own name, which fails on machines without a DNS entry.
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    with tempfile.TemporaryDirectory() as reports:
+        context = mp.spawn(_rank_process, (run, world, args, reports), nprocs=world, join=False)
+        try:
+            while not context.join():
+                pass
+            return 0
+        except (mp.ProcessRaisedException, mp.ProcessExitedException):
+            return _explain(context.processes, Path(reports))
+        except KeyboardInterrupt:
+            for process in context.processes:
+                process.terminate()
+            print("interrupted", file=sys.stderr)
+            return 130
+
+
+def join(run: Callable, prepare: Callable) -> int:
+    """Under torchrun: rank 0 prepares (reads, checks, tokenizes) before any GPU is touched, the others wait
+    to receive the result; then all run(place, result). Returns the exit status; UserErrors pass through."""
+    rank, world, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    box = [prepare() if rank == 0 else None]
+    try:
+        place = join_group(rank, world, local_rank)
+        dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+        run(place, box[0])
+        dist.destroy_process_group()
+        return 0
+    except Exception as e:
+        traceback.print_exc()
+        print(f"error: rank {rank}: {describe(e)}", file=sys.stderr, flush=True)
+        os._exit(2 if isinstance(e, UserError) else 1)
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        return s.getsockname()[1]
+
+
+def _rank_process(rank: int, run: Callable, world: int, args: tuple, reports: str) -> None:
+    status = 0
+    try:
+        run(join_group(rank, world, rank), *args)
+        dist.destroy_process_group()
+    except (Exception, KeyboardInterrupt) as e:  # of any kind: the parent tells it, and ends the others
+        status = 2 if isinstance(e, UserError) else 1
+        report = {"time": time.time(), "rank": rank, "status": status, "message": describe(e)}
+        report["traceback"] = "" if status == 2 else traceback.format_exc()
+        (Path(reports) / f"{rank}.tmp").write_text(json.dumps(report))
+        (Path(reports) / f"{rank}.tmp").rename(Path(reports) / f"{rank}.json")
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if status:  # at once: an ordinary exit would wait for collectives that cannot end any more
+        os._exit(status)
+
+
+def describe(e: BaseException) -> str:
+    """One line for an exception: a UserError's text; otherwise its type as well."""
+    text = " ".join(str(e).split())
+    return text if isinstance(e, UserError) else f"{type(e).__name__}: {text}" if text else type(e).__name__
+
+
+def _explain(processes: list, reports: Path) -> int:
+    """Prints the failure that came first: the others only lost their connection to it."""
+    for rank, process in enumerate(processes):
+        if process.exitcode is not None and process.exitcode < 0 and process.exitcode != -signal.SIGTERM:
+            name = signal.Signals(-process.exitcode).name
+            hint = "; out of host memory is the usual cause" if name == "SIGKILL" else ""
+            print(f"error: rank {rank} was ended by {name}{hint}", file=sys.stderr)
+            return 1
+    failures = [json.loads(p.read_text()) for p in reports.glob("*.json")]
+    if not failures:
+        print("error: a process was ended from outside", file=sys.stderr)
+        return 1
+    first = min(failures, key=lambda f: f["time"])
+    if first["traceback"]:
+        print(first["traceback"], file=sys.stderr, end="")
+    print(f"error: rank {first['rank']}: {first['message']}", file=sys.stderr)
+    return first["status"]

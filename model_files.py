@@ -1,0 +1,132 @@
+"""A model's folder: found locally or fetched from the hub, its safetensors headers read and checked.
+
+Format: https://huggingface.co/docs/safetensors (8 bytes of length, a JSON header, the raw tensors), one
+file `model.safetensors` or several with `model.safetensors.index.json`, whose "weight_map" says which
+file holds a tensor. Only headers are read here; the weights stay on disk until they are streamed.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from config import UserError
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor lies and what its header says of it."""
+
+    file: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class CheckpointFiles:
+    """The tensors of a model folder, by name. Picklable: files are opened when first read."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.tensors: dict[str, StoredTensor] = {}
+        for file, names in _files(folder).items():
+            self._read_header(file, names)
+
+    def _read_header(self, file: str, expected: set[str] | None) -> None:
+        path = self.folder / file
+        if not path.is_file():
+            raise UserError(f"--model_name {self.folder}: shard {file} is missing (it is named in {INDEX})")
+        try:
+            with safe_open(path, framework="pt") as f:
+                for name in f.keys():  # noqa: SIM118 (not a dict)
+                    header = f.get_slice(name)
+                    kind = FLOATS.get(header.get_dtype())
+                    if kind is None:
+                        raise UserError(
+                            f"{path}: tensor {name} is stored as {header.get_dtype()}; expected floating-point"
+                            " weights, not a checkpoint that is quantized already"
+                        )
+                    self.tensors[name] = StoredTensor(file, tuple(header.get_shape()), kind)
+        except (SafetensorError, OSError) as e:
+            raise UserError(f"{path}: truncated or not a safetensors file ({e})") from None
+        for name in sorted((expected or set()) - self.tensors.keys()):
+            raise UserError(f"{path}: tensor {name} is missing; {INDEX} says it is in this file")
+
+    @cached_property
+    def _open(self) -> dict:
+        return {}
+
+    def __getstate__(self):
+        return {"folder": self.folder, "tensors": self.tensors}
+
+    def read(self, name: str) -> torch.Tensor:
+        """The tensor on the CPU, mapped from the file rather than copied where the platform can."""
+        file = self.tensors[name].file
+        if file not in self._open:
+            self._open[file] = safe_open(self.folder / file, framework="pt")
+        return self._open[file].get_tensor(name)
+
+
+def _files(folder: Path) -> dict[str, set[str] | None]:
+    """{file name: the tensors that the index puts there, or None without an index}."""
+    if (folder / INDEX).is_file():
+        try:
+            weight_map = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+            files: dict[str, set[str] | None] = {}
+            for name, file in weight_map.items():
+                files.setdefault(file, set()).add(name)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise UserError(f"{folder / INDEX}: not an index with a weight_map") from None
+        for file in files:
+            if Path(file).name != file:
+                raise UserError(f"{folder / INDEX}: {file!r} is not a plain file name")
+        return files
+    if (folder / SINGLE).is_file():
+        return {SINGLE: None}
+    others = sorted(p.name for p in folder.glob("*.bin")) + sorted(p.name for p in folder.glob("*.pth"))
+    hint = f"; {others[0]} is a pickle, which is never loaded: convert it to safetensors" if others else ""
+    raise UserError(f"--model_name {folder}: no weights here ({SINGLE} or {INDEX}){hint}")
+
+
+def find_model(name: str) -> Path:
+    """The local folder of a model: `name` itself, or the hub's snapshot of that id.
+
+    Raises UserError if it is neither, is not accessible, or holds no config.json.
+    """
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        folder = _download(name)
+    if not (folder / "config.json").is_file():
+        raise UserError(f"--model_name {name}: no config.json in this folder")
+    return folder
+
+
+def _download(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        # Subfolders hold other formats of the same weights ("original/", "onnx/").
+        patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+        return Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=["*/*"]))
+    except HFValidationError:
+        raise UserError(f"--model_name {name}: no such folder, and not a hub id (owner/name)") from None
+    except LocalEntryNotFoundError:
+        raise UserError(f"--model_name {name}: no such folder, and the hub cannot be reached") from None
+    except HfHubHTTPError as e:
+        status = getattr(e.response, "status_code", None)
+        reason = {
+            401: "does not exist, or needs `hf auth login`",
+            403: "is gated: ask for access on its page",
+        }
+        what = reason.get(status, "does not exist" if status == 404 else f"could not be fetched ({status})")
+        raise UserError(f"--model_name {name}: no such folder, and on the hub it {what}") from None
+    except OSError as e:
+        raise UserError(f"--model_name {name}: could not be fetched from the hub ({e})") from None

@@ -1,0 +1,73 @@
+"""Model families: how each is built on the meta device, and what its parts are called.
+
+A family is one small file beside this one, and one line in FAMILIES. The forward pass is transformers'
+own; nothing of it is patched.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+
+from config import UserError
+from model_files import CheckpointFiles
+from models import llama, mistral, qwen2, qwen3
+from models.family import Family
+
+FAMILIES: dict[str, Family] = {
+    "llama": llama.FAMILY,
+    "mistral": mistral.FAMILY,
+    "qwen2": qwen2.FAMILY,
+    "qwen3": qwen3.FAMILY,
+}
+
+
+def read_config(folder: Path) -> tuple[PretrainedConfig, Family]:
+    """(the model's configuration, its family). Raises UserError for an unknown architecture."""
+    known = ", ".join(FAMILIES)
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except (ValueError, OSError, TypeError, KeyError) as e:
+        kind = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+        raise UserError(
+            f"{folder}/config.json: not readable ({kind}); known architectures: {known}"
+        ) from None
+    if config.model_type not in FAMILIES:
+        raise UserError(f"{folder}/config.json: model_type {config.model_type!r} is unknown; known: {known}")
+    return config, FAMILIES[config.model_type]
+
+
+def build_on_meta(config: PretrainedConfig, family: Family) -> PreTrainedModel:
+    """transformers' model of this family with every tensor on the meta device: shapes, no memory."""
+    config._attn_implementation = "sdpa"
+    with torch.device("meta"):
+        model = family.model_class(config)
+    if config.tie_word_embeddings:
+        model.get_submodule(family.head).weight = model.get_submodule(family.embedding).weight
+    return model.eval()
+
+
+def check_weights(model: nn.Module, files: CheckpointFiles, family: Family) -> None:
+    """Every parameter has one tensor of its shape, and every tensor a parameter. Raises UserError.
+
+    Drops from `files` the tensors that nothing needs, so that what is left is what will be streamed.
+    """
+    wanted = {name: tuple(p.shape) for name, p in model.named_parameters()}  # a tied head is listed once
+    for name, shape in wanted.items():
+        if name not in files.tensors:
+            raise UserError(f"{files.folder}: tensor {name} is missing from the weights")
+        stored = files.tensors[name]
+        if stored.shape != shape:
+            raise UserError(
+                f"{files.folder}/{stored.file}: {name} has shape {list(stored.shape)},"
+                f" but config.json says {list(shape)}"
+            )
+    tied = model.config.tie_word_embeddings
+    for name in list(files.tensors):
+        if name not in wanted and not family.ignores(name, tied):
+            raise UserError(f"{files.folder}/{files.tensors[name].file}: {name} has no place in this model")
+        if name not in wanted:
+            del files.tensors[name]

@@ -1,0 +1,56 @@
+"""LoRA (Hu et al., arXiv 2106.09685, section 4.1): y = W x + s B A dropout(x), s = lora_alpha / R.
+
+Shapes: O output features, I input features, R rank. A [R, I] starts Kaiming-uniform with a = sqrt(5), as
+in PEFT, which is uniform within 1 / sqrt(I); B [O, R] starts at zero, so step 0 is the base model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from quantize_layers import Packed, pack, packs
+
+
+class LoRALinear(Packed):
+    """A frozen linear layer, dense or 4-bit, with a trained low-rank branch: [T, I] -> [T, O].
+
+    base: the frozen layer, whose checkpoint names it keeps; dtype: of A and B (FSDP may gather them in
+    the compute dtype). Made on base's device.
+    """
+
+    def __init__(
+        self, base: nn.Module, features: tuple[int, int], rank: int, alpha: float, dropout: float, dtype
+    ):
+        super().__init__()
+        (out_features, in_features), device = features, next(base.parameters()).device
+        self.base, self.scaling, self.dropout = base, alpha / rank, dropout
+        self.lora_A = nn.Parameter(torch.empty(rank, in_features, dtype=dtype, device=device))
+        self.lora_B = nn.Parameter(torch.empty(out_features, rank, dtype=dtype, device=device))
+
+    def low_rank(self, x: torch.Tensor) -> torch.Tensor:
+        """B A dropout(x), not yet scaled: [T, I] -> [T, O]."""
+        return F.linear(F.linear(F.dropout(x, self.dropout, self.training), self.lora_A), self.lora_B)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.add(self.base(x), self.low_rank(x), alpha=self.scaling)
+
+    def packs(self, name: str) -> tuple[str, ...]:
+        return tuple(f"base.{key}" for key in packs(self.base, name))
+
+    def pack(self, name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {f"base.{key}": value for key, value in pack(self.base, name, tensor).items()}
+
+    def initial_values(self, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        bound = 1 / math.sqrt(self.lora_A.shape[1])
+        a = torch.empty(self.lora_A.shape).uniform_(-bound, bound, generator=generator)
+        return {"lora_A": a, "lora_B": torch.zeros(self.lora_B.shape)}
+
+    def peft_tensors(self, gather: Callable[[nn.Parameter], torch.Tensor]) -> dict[str, torch.Tensor]:
+        """{PEFT's name below the layer: full tensor}. `gather` makes a full tensor of a sharded parameter
+        and is collective: every rank must call this."""
+        return {"lora_A.weight": gather(self.lora_A), "lora_B.weight": gather(self.lora_B)}

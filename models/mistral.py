@@ -1,0 +1,7 @@
+"""Mistral 7B and its kin; a sliding window, where the config has one, is applied by transformers' masks."""
+
+from transformers.models.mistral.modeling_mistral import MistralForCausalLM, MistralRotaryEmbedding
+
+from models.family import Family
+
+FAMILY = Family(model_class=MistralForCausalLM, rotary_class=MistralRotaryEmbedding)

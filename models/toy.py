@@ -1,0 +1,86 @@
+"""The embedded demo model: a tiny Llama made on the spot - real config, tokenizer, sharded safetensors.
+
+Random weights know nothing, so all that a demo run learns, it learned from its data. The tokenizer is a
+byte-level BPE trained on the demo data; the embedding and head, which adapters leave frozen, are drawn
+wide enough that the layers can pick any token.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+VERSION = "1"  # part of the folder's name: raise it when what is made here changes
+VOCABULARY, HIDDEN, LAYERS = 1024, 128, 4
+
+
+def toy_model(texts: list[str]) -> Path:
+    """The folder of the demo model in the user's cache folder, made at the first call (about a second).
+
+    texts: what its tokenizer is trained on.
+    """
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "fsdp-finetune"
+    folder = cache / f"toy-llama-{VERSION}"
+    if not (folder / "config.json").is_file():
+        cache.mkdir(parents=True, exist_ok=True)
+        temporary = cache / f"{folder.name}.{os.getpid()}.tmp"
+        _make(temporary, texts)
+        try:
+            temporary.rename(folder)
+        except OSError:  # another process was faster
+            shutil.rmtree(temporary)
+    return folder
+
+
+def _make(folder: Path, texts: list[str]) -> None:
+    tokenizer = _tokenizer(texts)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=HIDDEN,
+        intermediate_size=3 * HIDDEN,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        dtype="bfloat16",
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(config).to(torch.bfloat16)
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 2:
+                std = (
+                    1.0
+                    if "embed_tokens" in name
+                    else 4.0 / HIDDEN**0.5
+                    if "lm_head" in name
+                    else parameter.shape[1] ** -0.5
+                )
+                torch.nn.init.normal_(parameter, std=std)
+    model.save_pretrained(folder, max_shard_size="2MB")
+    tokenizer.save_pretrained(folder)
+
+
+def _tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    special = ["<s>", "</s>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", backend.token_to_id("<s>"))]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")

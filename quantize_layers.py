@@ -1,0 +1,266 @@
+"""4-bit linear layers whose storage FSDP can shard, and the streaming load that fills a sharded model.
+
+Shapes: O output features, I input features, T tokens (all leading dimensions of x), N = O * I.
+
+A 4-bit weight is two frozen parameters in the *float storage dtype* (the compute dtype), their bytes
+never read as numbers:
+
+    codes   N / 2 bytes: two NF4 codes a byte, blocks of 64 weights (QLoRA, arXiv 2305.14314, section 3)
+    scales  double quantization (same paper): per 256 blocks one fp32 scale, one fp32 offset for the
+            whole tensor, and per block one 8-bit code of its absolute maximum
+
+so that `fully_shard` shards, gathers and offloads both with the layer's other weights. The storage dtype
+must be FSDP's param_dtype: any other would be cast, and a cast turns codes into noise without an error.
+"""
+
+from __future__ import annotations
+
+import zlib
+from functools import cache
+
+import bitsandbytes.functional as bnb
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from model_files import CheckpointFiles
+from models.family import Family, clean
+
+BLOCK, SCALE_BLOCK = 64, 256  # weights per scale; scales per second-level scale: bitsandbytes' defaults
+
+
+def as_storage(data: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """data's bytes as a 1-D tensor of `dtype`, zero-padded to a whole element."""
+    raw = data.contiguous().view(-1).view(torch.uint8)
+    return F.pad(raw, (0, -raw.numel() % dtype.itemsize)).view(dtype)
+
+
+@cache
+def _dynamic_map(device: torch.device) -> torch.Tensor:
+    """The 256 values of an 8-bit scale code, fp32: one copy per device for all layers."""
+    return bnb.create_dynamic_map().to(device)
+
+
+def dequantize(
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    code_map: torch.Tensor,
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """The [O, I] weight in `dtype`, bit for bit bitsandbytes' `dequantize_4bit` with nested scales."""
+    blocks = -(-shape[0] * shape[1] // BLOCK)
+    groups = -(-blocks // SCALE_BLOCK)
+    raw = scales.view(torch.uint8)
+    group_scales = raw[: 4 * groups].view(torch.float32)
+    offset = raw[4 * groups : 4 * groups + 4].view(torch.float32)
+    block_codes = raw[4 * groups + 4 : 4 * groups + 4 + blocks]
+    absmax = torch.ops.bitsandbytes.dequantize_blockwise(
+        block_codes, group_scales, code_map, SCALE_BLOCK, torch.float32
+    )
+    packed = codes.view(torch.uint8)[: -(-shape[0] * shape[1] // 2)].view(-1, 1)
+    return torch.ops.bitsandbytes.dequantize_4bit(packed, absmax + offset, BLOCK, "nf4", shape, dtype)
+
+
+class _MatMul4bit(torch.autograd.Function):
+    """y = x W^T (+ b) for a frozen 4-bit W. Saves the packed weight, not the dequantized one: FSDP frees
+    the gathered storage after forward and fills the same storage again before backward."""
+
+    @staticmethod
+    def forward(ctx, x, codes, scales, code_map, shape, bias):
+        ctx.save_for_backward(codes, scales, code_map)
+        ctx.shape = shape
+        return F.linear(x, dequantize(codes, scales, code_map, shape, x.dtype), bias)
+
+    @staticmethod
+    def backward(ctx, grad):
+        codes, scales, code_map = ctx.saved_tensors
+        weight = dequantize(codes, scales, code_map, ctx.shape, grad.dtype)
+        return grad @ weight, None, None, None, None, None
+
+
+class Packed(nn.Module):
+    """A module whose parameters are made from the checkpoint's tensors, or from nothing, rather than being
+    them. The streaming load asks each module through these methods; the defaults change nothing."""
+
+    def packs(self, name: str) -> tuple[str, ...]:
+        """The parameters, by name below this module, that the checkpoint's tensor `name` makes."""
+        return (name,)
+
+    def pack(self, name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Their full contents, from the full tensor. Keys as in `packs`."""
+        return {name: tensor}
+
+    def initial_values(self, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        """Full contents of the parameters that no checkpoint holds, on the CPU, the same on every rank."""
+        return {}
+
+    def fill_buffers(self, device: torch.device) -> None:
+        """Puts in place what is neither in a checkpoint nor trained."""
+
+
+def packs(module: nn.Module, name: str) -> tuple[str, ...]:
+    """`Packed.packs`, also for a plain module: its parameters are the checkpoint's tensors."""
+    return module.packs(name) if isinstance(module, Packed) else (name,)
+
+
+def pack(module: nn.Module, name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+    """`Packed.pack`, also for a plain module."""
+    return module.pack(name, tensor) if isinstance(module, Packed) else {name: tensor}
+
+
+class Linear4bit(Packed):
+    """A frozen linear layer with NF4 weights in float storage: [T, I] -> [T, O] in x's dtype.
+
+    dtype: the storage dtype, and that of the dequantized weight and the bias. Takes the place of `linear`
+    and is made on its device (meta).
+    """
+
+    def __init__(self, linear: nn.Linear, dtype: torch.dtype):
+        super().__init__()
+        self.out_features, self.in_features, self.dtype = linear.out_features, linear.in_features, dtype
+        device = linear.weight.device
+        blocks = -(-linear.weight.numel() // BLOCK)
+        scale_bytes = 4 * -(-blocks // SCALE_BLOCK) + 4 + blocks
+        code_bytes = -(-linear.weight.numel() // 2)
+        for name, n_bytes in (("codes", code_bytes), ("scales", scale_bytes)):
+            numel = -(-n_bytes // dtype.itemsize)
+            data = torch.empty(numel, dtype=dtype, device=device)
+            self.register_parameter(name, nn.Parameter(data, requires_grad=False))
+        self.bias = linear.bias
+        self.register_buffer("code_map", torch.empty(256, device=device), persistent=False)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The dequantized [O, I] weight, made anew at each access. Only inside a gathered FSDP unit."""
+        return self.unpack(self.codes, self.scales)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return _MatMul4bit.apply(
+            x, self.codes, self.scales, self.code_map, (self.out_features, self.in_features), self.bias
+        )
+
+    def packs(self, name: str) -> tuple[str, ...]:
+        return ("codes", "scales") if name == "weight" else (name,)
+
+    def pack(self, name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+        """A weight [O, I] is quantized from the dtype in which it is stored, on the device where it is."""
+        if name != "weight":
+            return {name: tensor}
+        codes, state = bnb.quantize_4bit(
+            tensor.contiguous(), blocksize=BLOCK, compress_statistics=True, quant_type="nf4"
+        )
+        assert state.state2.blocksize == SCALE_BLOCK
+        parts = (state.state2.absmax, state.offset.view(1), state.absmax)
+        scales = torch.cat([part.contiguous().view(-1).view(torch.uint8) for part in parts])
+        return {"codes": as_storage(codes, self.dtype), "scales": as_storage(scales, self.dtype)}
+
+    def unpack(self, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        """The [O, I] weight of what `pack` returned, in the storage dtype."""
+        return dequantize(codes, scales, self.code_map, (self.out_features, self.in_features), self.dtype)
+
+    def fill_buffers(self, device: torch.device) -> None:
+        self.code_map = _dynamic_map(device)
+
+    def extra_repr(self) -> str:
+        return f"in_features={(self.out_features, self.in_features)[1]}, out_features={(self.out_features, self.in_features)[0]}, bias={self.bias is not None}, nf4"
+
+
+def quantize_linears(model: nn.Module, names: list[str], dtype: torch.dtype) -> None:
+    """Puts a Linear4bit of storage dtype `dtype` in the place of each named linear of a meta model."""
+    for name in names:
+        model.set_submodule(name, Linear4bit(model.get_submodule(name), dtype))
+
+
+def load_weights(
+    model: nn.Module, family: Family, files: CheckpointFiles, device: torch.device, seed: int
+) -> None:
+    """Gives a meta model, sharded by FSDP or not, memory on `device` and fills all of it: parameters from
+    the checkpoint or by their module (`Packed.initial_values`), buffers from constants and the config.
+
+    Raises AssertionError if anything was left unfilled: it would train on garbage.
+    """
+    _materialize(model, family, device)
+    params = {clean(name): p for name, p in model.named_parameters()}
+    filled = _stream(model, params, files, device)
+    for path, module in model.named_modules():
+        if isinstance(module, Packed):
+            # Seeded by name: the values depend neither on the order of modules nor on the number of ranks.
+            generator = torch.Generator().manual_seed((seed << 32) % 2**63 + zlib.crc32(clean(path).encode()))
+            for name, full in module.initial_values(generator).items():
+                fill(params[f"{clean(path)}.{name}"], full)
+                filled.add(f"{clean(path)}.{name}")
+    assert filled == set(params), f"not filled: {sorted(set(params) - filled)[:3]}"
+
+
+def _materialize(model: nn.Module, family: Family, device: torch.device) -> None:
+    model.to_empty(device=device)
+    if model.config.tie_word_embeddings:  # to_empty makes new parameters, one for each of the two names
+        model.get_submodule(family.head).weight = model.get_submodule(family.embedding).weight
+    with device:  # no checkpoint holds its tables; only the config argument is stable between versions
+        rotary = family.rotary_class(config=model.config)
+    model.set_submodule(family.rotary, rotary)
+    for module in model.modules():
+        if isinstance(module, Packed):
+            module.fill_buffers(device)
+    filled = {
+        id(b) for m in model.modules() if isinstance(m, Packed) or m is rotary for b in m.buffers(False)
+    }
+    unknown = [name for name, buffer in model.named_buffers() if id(buffer) not in filled]
+    assert not unknown, f"buffers that nothing fills: {unknown}"
+
+
+def _stream(model: nn.Module, params: dict, files: CheckpointFiles, device: torch.device) -> set[str]:
+    """Reads every tensor of the checkpoint once, packs it as its module says, keeps each rank's shard.
+
+    Tensors go round the ranks: in a round each rank reads and packs one, then all receive all. So each is
+    read and quantized by one rank only, a rank holds one full tensor and a packed one at a time, and the
+    contents are the same for any number of ranks.
+    """
+    rank, world = dist.get_rank(), dist.get_world_size()
+    names = sorted(files.tensors, key=lambda n: files.tensors[n].file)  # file by file, each in its own order
+    filled = set()
+    for start in range(0, len(names), world):
+        for owner, packed in enumerate(_pack_round(model, files, names[start : start + world], rank, device)):
+            for target, content in packed.items():
+                param = params[target]
+                if content is None:
+                    content = torch.empty(param.shape, dtype=param.dtype, device=device)
+                content = content.to(param.dtype).contiguous()
+                assert content.shape == param.shape, f"{target}: {content.shape} for {param.shape}"
+                if world > 1:  # as bytes: codes are not numbers
+                    dist.broadcast(content.view(-1).view(torch.uint8), src=owner)
+                fill(param, content)
+                filled.add(target)
+    return filled
+
+
+def _pack_round(model: nn.Module, files: CheckpointFiles, names: list[str], rank: int, device) -> list[dict]:
+    """Per tensor of the round {parameter: content}; the content is None where another rank brings it."""
+    result = []
+    for owner, name in enumerate(names):
+        path, _, last = name.rpartition(".")
+        module = model.get_submodule(path)
+        content = dict.fromkeys(packs(module, last))
+        if owner == rank:
+            content = pack(module, last, files.read(name).to(device))
+        result.append({f"{path}.{key}": value for key, value in content.items()})
+    return result
+
+
+@torch.no_grad()
+def fill(param: nn.Parameter, full: torch.Tensor) -> None:
+    """Copies this rank's part of `full` into a parameter, sharded by FSDP along dimension 0 or whole."""
+    if not isinstance(param, DTensor):
+        param.copy_(full)
+        return
+    local = param.to_local()
+    for mesh_dim, placement in enumerate(param.placements):
+        if placement.is_shard():
+            # torch.chunk's split is FSDP2's: the last ranks may get less, or nothing.
+            parts = full.chunk(param.device_mesh.size(mesh_dim), dim=placement.dim)
+            place = param.device_mesh.get_local_rank(mesh_dim)
+            full = parts[place] if place < len(parts) else full[:0]
+    local.copy_(full)

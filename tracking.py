@@ -1,0 +1,193 @@
+"""What a run tells while it trains: metrics.jsonl, a progress bar or lines, wandb, loss.png, the summary.
+
+Everything here hangs on the loop in single calls. Only rank 0 writes; the other ranks hold a tracker that
+drops what it gets.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import resource
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from config import Config, UserError
+from data import Step
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """One optimizer step, over all ranks. tokens: real ones, padding not counted; trained_tokens: the
+    targets among them; memory: of the rank that has most, GPU peak of this step (on CPU, the process's
+    largest resident size so far)."""
+
+    step: int
+    epoch: float
+    loss: float
+    lr: float
+    grad_norm: float
+    tokens: int
+    trained_tokens: int
+    step_seconds: float
+    tokens_per_second: float
+    memory_allocated_gib: float
+    memory_reserved_gib: float
+
+
+class Meter:
+    """Measures steps on every rank."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.last = device, time.perf_counter()
+
+    def measure(
+        self, index: int, step: Step, loss: torch.Tensor, lr: float, grad_norm: torch.Tensor
+    ) -> Metrics:
+        """loss: this rank's share of the step's mean loss. Collective, and the loop's one wait for the GPU."""
+        mine = torch.stack([loss.double(), grad_norm.double(), *self._memory()])
+        ranks = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+        dist.all_gather(ranks, mine)
+        table = torch.stack(ranks).cpu()
+        now = time.perf_counter()
+        seconds, self.last = now - self.last, now
+        return Metrics(
+            step=index,
+            epoch=round(step.epoch, 4),
+            loss=table[:, 0].sum().item(),
+            lr=lr,
+            grad_norm=table[0, 1].item(),
+            tokens=step.n_tokens,
+            trained_tokens=step.n_targets,
+            step_seconds=seconds,
+            tokens_per_second=step.n_tokens / seconds,
+            memory_allocated_gib=table[:, 2].max().item() / GIB,
+            memory_reserved_gib=table[:, 3].max().item() / GIB,
+        )
+
+    def _memory(self) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.device.type == "cuda":
+            sizes = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            sizes = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,) * 2  # Linux counts in KiB
+        return tuple(torch.tensor(size, dtype=torch.float64, device=self.device) for size in sizes)
+
+
+class NoTracker:
+    """Of every rank but the first."""
+
+    def log(self, metrics: Metrics) -> None: ...
+
+    def say(self, text: str) -> None: ...
+
+    def finish(self) -> None: ...
+
+
+class Tracker(NoTracker):
+    """Writes metrics.jsonl line by line, shows progress, and draws loss.png when finished."""
+
+    def __init__(self, folder: Path, total_steps: int, quiet: bool):
+        self.folder, self.total, self.history = folder, total_steps, []
+        self.file = (folder / "metrics.jsonl").open("w", encoding="utf-8")
+        self.bar = tqdm(total=total_steps, unit="step", disable=quiet, dynamic_ncols=True)
+
+    def say(self, text: str) -> None:
+        self.bar.write(text)
+
+    def log(self, m: Metrics) -> None:
+        self.history.append(m)
+        self.file.write(json.dumps(dataclasses.asdict(m)) + "\n")
+        self.file.flush()
+        shown = f"loss {m.loss:.4f}, lr {m.lr:.2e}, {m.tokens_per_second:,.0f} tok/s, {m.memory_allocated_gib:.2f} GiB"
+        self.bar.set_postfix_str(shown, refresh=False)
+        self.bar.update()
+        if self.bar.disable:
+            print(f"step {m.step}/{self.total}: {shown}", flush=True)
+
+    def finish(self) -> None:
+        self.bar.close()
+        self.file.close()
+        if self.history:
+            draw_loss(self.history, self.folder / "loss.png")
+
+
+class WandbTracker(Tracker):
+    """The same, and every step to Weights & Biases."""
+
+    def __init__(self, folder: Path, total_steps: int, config: Config):
+        super().__init__(folder, total_steps, quiet=False)
+        import wandb
+
+        self.run = wandb.init(
+            project=config.project_name,
+            name=config.name,
+            group=config.group,
+            entity=config.entity,
+            config=dataclasses.asdict(config),
+            dir=folder,
+        )
+
+    def log(self, m: Metrics) -> None:
+        super().log(m)
+        self.run.log({k: v for k, v in dataclasses.asdict(m).items() if k != "step"}, step=m.step)
+
+    def finish(self) -> None:
+        super().finish()
+        self.run.finish()
+
+
+def make_tracker(config: Config, rank: int, total_steps: int) -> NoTracker:
+    if rank:
+        return NoTracker()
+    folder = Path(config.output_dir)
+    if config.log_to == "wandb":
+        return WandbTracker(folder, total_steps, config)
+    return Tracker(folder, total_steps, quiet=config.log_to == "stdout")
+
+
+def check_wandb() -> None:
+    """Raises UserError if wandb could not log: neither logged in nor told to stay offline."""
+    import wandb
+
+    if wandb.setup().settings.mode == "online" and not wandb.login(prompt=False):
+        raise UserError("--log_to wandb: not logged in; run `wandb login`, or set WANDB_MODE=offline")
+
+
+def draw_loss(history: list[Metrics], path: Path) -> None:
+    """Loss and learning rate over the steps, as a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    steps = [m.step for m in history]
+    figure, loss_axis = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    loss_axis.plot(steps, [m.loss for m in history], color="#1f5fa8", linewidth=1.5)
+    loss_axis.set(xlabel="optimizer step", ylabel="loss", title="training loss", ylim=(0, None))
+    loss_axis.grid(alpha=0.25)
+    lr_axis = loss_axis.twinx()
+    lr_axis.plot(steps, [m.lr for m in history], color="#b06a00", linewidth=1, linestyle="--")
+    lr_axis.set(ylabel="learning rate (dashed)", ylim=(0, None))
+    temporary = path.with_name(path.name + ".tmp")
+    figure.savefig(temporary, dpi=120, format="png")
+    plt.close(figure)
+    temporary.rename(path)
+
+
+def summary(history: list[Metrics], seconds: float) -> str:
+    """Two lines on how the run went; speed is the median of the steps after the first, which warms up."""
+    rates = sorted(m.tokens_per_second for m in history[1:] or history)
+    peak = max(m.memory_allocated_gib for m in history)
+    return (
+        f"{len(history)} steps in {seconds:.0f} s, {rates[len(rates) // 2]:,.0f} tokens/s on all ranks (median),"
+        f" peak memory {peak:.2f} GiB on the fullest rank\n"
+        f"loss {history[0].loss:.4f} at the first step, {history[-1].loss:.4f} at the last"
+    )

@@ -1,0 +1,238 @@
+"""Fine-tune a language model too big for one GPU.
+
+    python train.py                                   the embedded demo: a tiny model, GPUs or two CPU ranks
+    python train.py --train_type bnb_dora --model_name meta-llama/Meta-Llama-3-8B --dataset alpaca
+    torchrun --nproc_per_node 8 train.py ...          the same program, started by torchrun
+
+The way of a run: options -> checks, without a GPU -> one process per GPU -> load and quantize -> adapters
+-> wrap -> the loop -> save. docs/architecture.md has the map.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import time
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from transformers import AutoTokenizer, PretrainedConfig
+
+import config as options
+import launch
+from checkpoint import check_output, clear_output, save_adapter, save_model, write_text
+from config import TOY_MODEL, Config, UserError
+from data import IGNORE, StepSampler, TokenizedRows, prepare, toy_texts
+from launch import Place
+from model_files import CheckpointFiles, find_model
+from models import FAMILIES, build_on_meta, check_weights, read_config
+from models.adapters import apply_method, peft_targets, target_linears
+from models.toy import toy_model
+from optimizers import make_optimizer, make_schedule
+from quantize_layers import load_weights
+from tracking import Meter, check_wandb, make_tracker, summary
+from wrapping import choose_dtypes, wrap
+
+
+@dataclass(frozen=True)
+class Job:
+    """A checked run, ready to start: what `check` found out and every rank needs."""
+
+    config: Config
+    model_config: PretrainedConfig
+    files: CheckpointFiles
+    rows: TokenizedRows
+    from_hub: bool
+
+
+def check(config: Config) -> Job:
+    """All that can be wrong with a run, found without touching a GPU or writing a file. Raises UserError."""
+    config = dataclasses.replace(config, world_size=launch.resolve_world_size(config.world_size))
+    if config.precision == "bf16" and torch.cuda.is_available() and not bf16_gpu():
+        raise UserError("--precision bf16: this GPU does not compute in bf16; use --precision auto or fp32")
+    if config.log_to == "wandb":
+        check_wandb()
+    check_output(Path(config.output_dir), config.overwrite)
+    folder = toy_model(toy_texts()) if config.model_name == TOY_MODEL else find_model(config.model_name)
+    model_config, family = read_config(folder)
+    files = CheckpointFiles(folder)
+    model = build_on_meta(model_config, family)
+    check_weights(model, files, family)
+    if config.method.adapter:
+        target_linears(model, family, config.lora_target_modules)
+    tokenizer = read_tokenizer(folder, model_config.vocab_size)
+    rows = prepare(
+        config.dataset, config.dataset_format, config.dataset_samples, config.context_length, tokenizer
+    )
+    if int(rows.tokens.max()) >= model_config.vocab_size:
+        raise UserError(
+            f"--model_name {folder}: the tokenizer makes ids beyond vocab_size {model_config.vocab_size}"
+        )
+    return Job(config, model_config, files, rows, from_hub=not Path(config.model_name).expanduser().is_dir())
+
+
+def bf16_gpu() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def read_tokenizer(folder: Path, vocab_size: int):
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except (OSError, ValueError, TypeError, KeyError) as e:
+        reason = str(e).strip().splitlines()
+        raise UserError(
+            f"--model_name {folder}: no usable tokenizer ({reason[0] if reason else e!r})"
+        ) from None
+
+
+def set_up(job: Job, place: Place) -> nn.Module:
+    """The model of the train type, sharded and filled."""
+    config, family = job.config, FAMILIES[job.model_config.model_type]
+    dtypes = choose_dtypes(config.precision, bf16_gpu())
+    model = build_on_meta(job.model_config, family)
+    apply_method(model, family, config, dtypes.compute, dtypes.trained)
+    mesh = init_device_mesh(place.device.type, (place.world,))
+    wrap(model, family, mesh, dtypes, config.use_gradient_checkpointing)
+    load_weights(model, family, job.files, place.device, config.seed)
+    return model
+
+
+def loss_sum(model: nn.Module, ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy summed over the targets, in fp32. ids, targets: [B, T]."""
+    # No attention mask: padding is on the right, where causal attention never looks, and has no targets.
+    logits = model(input_ids=ids, use_cache=False).logits
+    return F.cross_entropy(
+        logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE, reduction="sum"
+    )
+
+
+def total_steps(config: Config, sampler: StepSampler) -> int:
+    steps = sampler.steps_per_epoch() * config.num_epochs
+    return steps if config.max_steps < 0 else min(steps, config.max_steps)
+
+
+def train(job: Job, model: nn.Module, place: Place, sampler: StepSampler, tracker) -> list:
+    """The loop. Returns the metrics of every step."""
+    config = job.config
+    total = total_steps(config, sampler)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = make_optimizer(trained, config.optimizer, config.lr, config.wd)
+    schedule = make_schedule(optimizer, total, config.lr_warmup, config.lr_scheduler)
+    meter, history = Meter(place.device), []
+    model.train()
+    for index, step in zip(range(1, total + 1), sampler.steps(config.num_epochs), strict=False):
+        loss = torch.zeros((), device=place.device)
+        for i, batch in enumerate(step.batches, 1):
+            batch = batch.to(place.device)
+            model.set_requires_gradient_sync(i == len(step.batches) or not config.no_sync)
+            # Exactly the mean over the step's targets: divided by their number on all ranks and in all
+            # micro-batches, while FSDP sums gradients over ranks and backward over micro-batches.
+            share = loss_sum(model, batch.ids, batch.targets) / step.n_targets
+            share.backward()
+            loss += share.detach()
+        norm = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None]).full_tensor()
+        if config.apply_gradient_clipping:
+            nn.utils.clip_grads_with_norm_(trained, config.grad_norm, norm)
+        lr = schedule.get_last_lr()[0]
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad(set_to_none=True)
+        history.append(meter.measure(index, step, loss, lr, norm))
+        tracker.log(history[-1])
+    return history
+
+
+def run_rank(place: Place, job: Job) -> None:
+    """What each process does, from loading to the saved result."""
+    config, start = job.config, time.perf_counter()
+    torch.manual_seed(
+        config.seed + place.rank
+    )  # dropout; adapters and the data order have seeds of their own
+    sampler = StepSampler(
+        job.rows, config.batch_size, config.gradient_accumulation_steps, place.rank, place.world, config.seed
+    )
+    folder = Path(config.output_dir)
+    if place.rank == 0:
+        clear_output(folder)
+        write_text(folder / "config.yaml", options.dump_yaml(config))
+        print(describe_data(job.rows, sampler))
+    model = set_up(job, place)
+    if place.rank == 0:
+        print(f"{describe_model(model, place)}; ready after {time.perf_counter() - start:.1f} s", flush=True)
+    tracker = make_tracker(config, place.rank, total_steps(config, sampler))
+    start = time.perf_counter()
+    history = train(job, model, place, sampler, tracker)
+    seconds = time.perf_counter() - start
+    if config.save_model:
+        save(job, model, folder)
+    tracker.finish()
+    if place.rank == 0:
+        print(f"{summary(history, seconds)}\n{describe_files(job, folder)}", flush=True)
+
+
+def save(job: Job, model: nn.Module, folder: Path) -> None:
+    config, family = job.config, FAMILIES[job.model_config.model_type]
+    if config.method.saves == "adapter":
+        base = config.model_name if job.from_hub else str(job.files.folder.resolve())
+        save_adapter(model, folder, config, base, peft_targets(family, config.lora_target_modules))
+    else:
+        save_model(model, folder, job.files)
+
+
+def describe_data(rows: TokenizedRows, sampler: StepSampler) -> str:
+    cut = f", {rows.cut:,} cut at the context length" if rows.cut else ""
+    return (
+        f"data: {len(rows):,} rows kept, {rows.dropped:,} dropped{cut}; {rows.tokens.numel():,} tokens,"
+        f" {int(rows.targets().sum()):,} of them learned; padding {sampler.padding_share():.0%} of the batches"
+    )
+
+
+def describe_model(model: nn.Module, place: Place) -> str:
+    counts = [sum(p.numel() for p in model.parameters() if p.requires_grad)]
+    counts.append(sum(p.numel() * p.element_size() for p in model.parameters()))
+    memory = ""
+    if place.device.type == "cuda":
+        memory = f", {torch.cuda.memory_allocated() / 2**30:.2f} GiB on this GPU"
+    return (
+        f"model: {counts[0]:,} trained parameters; {counts[1] / 2**30:.2f} GiB of weights over"
+        f" {place.world} {'GPU' if place.device.type == 'cuda' else 'CPU process'}{'s' * (place.world > 1)}{memory}"
+    )
+
+
+def describe_files(job: Job, folder: Path) -> str:
+    saved = {"adapter": "adapter_model.safetensors", "model": "the model"}[job.config.method.saves]
+    what = f"{saved}, " if job.config.save_model else ""
+    return (
+        f"in {folder}: {what}metrics.jsonl, loss.png, config.yaml\n"
+        f"next: python train.py --config {folder}/config.yaml --output_dir {folder}-again"
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit status: 0, 2 for something the user can put right, 1 for anything else."""
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        config, remarks = options.parse(argv)
+        if launch.under_torchrun():
+            return launch.join(run_rank, lambda: announce(check(config), remarks))
+        job = announce(check(config), remarks)
+        return launch.start(run_rank, job.config.world_size, (job,), config.master_addr, config.master_port)
+    except UserError as e:
+        if "--verbose" in argv:
+            traceback.print_exc()
+        print(f"error: {launch.describe(e)}", file=sys.stderr)
+        return 2
+
+
+def announce(job: Job, remarks: list[str]) -> Job:
+    print(*remarks, sep="\n", end="\n" * bool(remarks))
+    return job
+
+
+if __name__ == "__main__":
+    sys.exit(main())
