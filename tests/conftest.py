@@ -1,0 +1,58 @@
+"""Fixtures: tiny real checkpoints made with transformers, and a pool of two gloo ranks."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.update(
+    HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", WANDB_MODE="offline", TOKENIZERS_PARALLELISM="false"
+)
+
+import pytest
+import torch
+
+from tests import tiny
+from tests.distributed import Ranks
+
+
+def pytest_collection_modifyitems(items):
+    gpus = torch.cuda.device_count()
+    for item in items:
+        for marker, needed in (("gpu", 1), ("two_gpus", 2)):
+            if item.get_closest_marker(marker) and gpus < needed:
+                item.add_marker(pytest.mark.skip(reason=f"needs {needed} GPU(s), found {gpus}"))
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory):
+    """checkpoints(kind) -> the folder of a tiny checkpoint; kinds: see tiny.CONFIGS. Made once."""
+    made = {}
+
+    def get(kind: str = "llama"):
+        if kind not in made:
+            made[kind] = tiny.save_checkpoint(kind, tmp_path_factory.mktemp("models") / kind)
+        return made[kind]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def alpaca_file(tmp_path_factory):
+    """A .jsonl of Alpaca rows of very different lengths."""
+    return tiny.write_alpaca(tmp_path_factory.mktemp("data") / "alpaca.jsonl")
+
+
+@pytest.fixture(scope="session")
+def two_ranks():
+    """two_ranks(function, *args) -> [result of rank 0, result of rank 1]; function(place, *args), importable."""
+    ranks = Ranks(2)
+    yield ranks
+    ranks.close()
+
+
+@pytest.fixture(scope="session")
+def one_rank():
+    """The same with one rank: the plain run that others are compared with."""
+    ranks = Ranks(1)
+    yield ranks
+    ranks.close()

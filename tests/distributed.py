@@ -1,0 +1,74 @@
+"""Runs functions in a group of CPU processes over gloo. The processes stay, so that a test does not pay
+for their start; a function that raises in one rank fails the test with that rank's traceback."""
+
+from __future__ import annotations
+
+import os
+import queue
+import traceback
+
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from launch import _free_port, join_group
+
+TIMEOUT_SECONDS = 240
+
+
+def _serve(rank: int, world: int, port: int, tasks, results) -> None:
+    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
+    place = join_group(rank, world, rank)
+    while (task := tasks.get()) is not None:
+        function, args = task
+        try:
+            results.put((rank, True, function(place, *args)))
+        except Exception:
+            results.put((rank, False, traceback.format_exc()))
+            return  # the group may be out of step: no more work for this process
+    dist.destroy_process_group()
+
+
+class Ranks:
+    """`world` processes in one group; call it like a function."""
+
+    def __init__(self, world: int):
+        self.world, self.processes = world, []
+
+    def _start(self) -> None:
+        context = mp.get_context("spawn")
+        self.results, port = context.Queue(), _free_port()
+        self.tasks = [context.Queue() for _ in range(self.world)]
+        self.processes = [
+            context.Process(
+                target=_serve, args=(r, self.world, port, self.tasks[r], self.results), daemon=True
+            )
+            for r in range(self.world)
+        ]
+        for process in self.processes:
+            process.start()
+
+    def __call__(self, function, *args) -> list:
+        if not self.processes:
+            self._start()
+        for tasks in self.tasks:
+            tasks.put((function, args))
+        answers = {}
+        while len(answers) < self.world:
+            try:
+                rank, good, value = self.results.get(timeout=TIMEOUT_SECONDS)
+            except queue.Empty:
+                self.close()
+                raise AssertionError(
+                    f"no answer within {TIMEOUT_SECONDS} s; got ranks {sorted(answers)}"
+                ) from None
+            if not good:
+                self.close()
+                raise AssertionError(f"rank {rank} failed:\n{value}")
+            answers[rank] = value
+        return [answers[r] for r in range(self.world)]
+
+    def close(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.join()
+        self.processes = []

@@ -1,0 +1,83 @@
+"""Tiny real checkpoints of every family, and small data files, for the tests."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+
+from benchmarks.make_checkpoint import byte_tokenizer
+
+_COMMON = {
+    "vocab_size": 300,
+    "hidden_size": 64,
+    "intermediate_size": 160,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "bos_token_id": 256,
+    "eos_token_id": 257,
+    "dtype": "float32",
+}
+_LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+CONFIGS = {
+    "llama": lambda: LlamaConfig(**_COMMON),
+    "llama3": lambda: LlamaConfig(**_COMMON, rope_parameters=_LLAMA3_ROPE),
+    "llama_bias": lambda: LlamaConfig(**_COMMON, attention_bias=True, mlp_bias=True),
+    "mistral": lambda: MistralConfig(**_COMMON, sliding_window=16),
+    "qwen2": lambda: Qwen2Config(**_COMMON, tie_word_embeddings=True),
+    "qwen3": lambda: Qwen3Config(**_COMMON, head_dim=32),
+}
+
+
+def save_checkpoint(kind: str, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
+    """A sharded checkpoint with weights of a size that makes attention and rotary positions matter, and
+    random biases and norms: a part that is forgotten or mixed up changes the logits."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CONFIGS[kind]())
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 2:
+            torch.nn.init.normal_(parameter, std=0.15)
+        else:
+            torch.nn.init.normal_(parameter, mean=1.0 if "norm" in name else 0.0, std=0.1)
+    model.to(dtype).save_pretrained(folder, max_shard_size="200KB")
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def write_alpaca(path: Path, rows: int = 40) -> Path:
+    """Alpaca rows, with and without input, with answers of 1 to about 60 words."""
+    words = [
+        "red",
+        "green",
+        "blue",
+        "one",
+        "two",
+        "three",
+        "four",
+        "five",
+        "up",
+        "down",
+        "left",
+        "right",
+        "sun",
+        "moon",
+        "star",
+        "tree",
+    ]
+    with path.open("w") as file:
+        for i in range(rows):
+            answer = " ".join(words[(i * 7 + j) % len(words)] for j in range(1 + (i * i) % 61))
+            row = {"instruction": f"Say {words[i % len(words)]}.", "input": "now" * (i % 3), "output": answer}
+            file.write(json.dumps(row) + "\n")
+    return path
