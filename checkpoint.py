@@ -38,20 +38,20 @@ def holds_run(folder: Path) -> bool:
 
 def check_output(folder: Path, overwrite: bool) -> None:
     """Raises UserError if the folder holds a run and may not be replaced, or cannot be written."""
-    if holds_run(folder) and not overwrite:
-        raise UserError(
-            f"--output_dir {folder}: holds a run already; choose another folder, or add --overwrite"
-        )
     created = []
     try:
+        if holds_run(folder) and not overwrite:
+            raise UserError(
+                f"--output_dir {folder}: holds a run already; choose another folder, or add --overwrite"
+            )
         for parent in reversed([folder, *folder.parents]):
             if not parent.exists():
                 parent.mkdir()
                 created.append(parent)
         with tempfile.TemporaryFile(dir=folder):
             pass
-    except OSError as e:
-        raise UserError(f"--output_dir {folder}: cannot be written ({e.strerror})") from None
+    except (OSError, ValueError) as e:  # ValueError: a NUL in the name
+        raise UserError(f"--output_dir {folder}: cannot be written ({getattr(e, 'strerror', e)})") from None
     finally:
         for parent in reversed(created):
             parent.rmdir()

@@ -1,7 +1,7 @@
 """Every option, declared once, and what follows from it: the command line, --help, the YAML file,
 validation, and the METHODS table, which is the only place that knows what a train type is.
 
-Nothing here needs a GPU or a model: a wrong option ends the run in well under a second.
+Nothing here needs torch, a GPU or a model.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import os
 import re
 import time
 import types
@@ -178,11 +179,12 @@ class Config:
 
 
 FIELDS = {f.name: f for f in dataclasses.fields(Config)}
+HINTS = typing.get_type_hints(Config)
 
 
 def _annotation(name: str) -> tuple[type, bool]:
     """(int, float, bool or str; whether None is allowed) of an option."""
-    hint = typing.get_type_hints(Config)[name]
+    hint = HINTS[name]
     if isinstance(hint, types.UnionType):
         return next(t for t in typing.get_args(hint) if t is not type(None)), True
     return hint, False
@@ -269,11 +271,9 @@ def _read_yaml(path: str) -> dict:
         given = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as e:
         raise UserError(f"--config {path}: {getattr(e, 'strerror', None) or 'not a UTF-8 text'}") from None
-    except yaml.YAMLError as e:
+    except (yaml.YAMLError, ValueError) as e:  # ValueError: a date that no calendar has
         line = f" line {e.problem_mark.line + 1}" if getattr(e, "problem_mark", None) else ""
-        raise UserError(
-            f"--config {path}:{line} is not YAML ({getattr(e, 'problem', 'syntax error')})"
-        ) from None
+        raise UserError(f"--config {path}:{line} is not YAML ({getattr(e, 'problem', e)})") from None
     if not isinstance(given, dict):
         raise UserError(f"--config {path}: expected lines of `option: value`")
     values = {}
@@ -332,8 +332,8 @@ def _resolve(given: dict) -> Config:
         changes["lr"] = method.lr
     if config.lr_warmup is None:
         changes["lr_warmup"] = 0.0 if config.lr_scheduler == "constant" else 0.1
-    if config.output_dir is None:
-        changes["output_dir"] = f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{config.train_type}"
+    folder = config.output_dir or f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{config.train_type}"
+    changes["output_dir"] = os.path.expanduser(folder)  # no shell does it in a YAML file
     changes |= {
         n: None for n, f in FIELDS.items() if f.metadata["needs"] and not getattr(method, f.metadata["needs"])
     }

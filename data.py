@@ -9,56 +9,28 @@ Shapes: B rows of a micro-batch, T tokens of its longest row.
 
 from __future__ import annotations
 
-import csv
-import json
-import tomllib
+import multiprocessing
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from itertools import chain
 
 import jinja2
 import numpy as np
 import torch
 
 from config import UserError
-from formats import FORMATS, GUANACO_MARKERS, Rendered, checked, recognise
+from formats import FORMATS, Rendered, checked, recognise
+from sources import find_recipe, load_rows
 
-RECIPES = Path(__file__).parent / "datasets"
-FILE_TYPES = (".json", ".jsonl", ".csv", ".parquet")
 IGNORE = -100  # the target of a position that is not learned, as in torch's cross-entropy
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """A file of datasets/: where rows come from and how they read. Keys as in the TOML file.
-
-    source: a hub id, or a file beside the recipe; data_files, split: for the hub; samples: rows used unless
-    --dataset_samples says otherwise; columns: {ours: theirs}; markers: of the two speakers in a guanaco
-    text; fill: one row, whose output is repeated until it fills the context.
-    """
-
-    source: str = ""
-    split: str = "train"
-    data_files: str | None = None
-    format: str = "auto"
-    samples: int = -1
-    columns: dict[str, str] | None = None
-    markers: tuple[str, str] = GUANACO_MARKERS
-    fill: dict[str, str] | None = None
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Raw rows and where each came from, for messages."""
-
-    rows: list[dict]
-    places: list[str]
 
 
 @dataclass(frozen=True)
 class TokenizedRows:
     """All examples, one after the other. tokens [N] int32; learned [N] bool: the token is a target;
-    starts [R + 1] int64: example i is tokens[starts[i]:starts[i+1]]."""
+    starts [R + 1] int64: example i is tokens[starts[i]:starts[i+1]]; dropped: rows without a target; cut: kept
+    rows that lost their end to context_length."""
 
     tokens: torch.Tensor
     learned: torch.Tensor
@@ -78,157 +50,66 @@ class TokenizedRows:
         return sums[self.starts[1:]] - sums[self.starts[:-1] + 1]
 
 
-def find_recipe(dataset: str) -> tuple[Recipe, Path | None]:
-    """(the recipe of --dataset, the local file that it reads or None). Raises UserError for unknown names."""
-    path = Path(dataset).expanduser()
-    if path.suffix == ".toml" or (RECIPES / f"{dataset}.toml").is_file():
-        path = path if path.suffix == ".toml" else RECIPES / f"{dataset}.toml"
-        recipe = _read_recipe(path)
-        local = path.parent / recipe.source
-        return recipe, local if Path(recipe.source).suffix in FILE_TYPES and local.is_file() else None
-    if path.suffix in FILE_TYPES:
-        return Recipe(source=dataset), path
-    if path.is_dir() or dataset.count("/") == 1:
-        return Recipe(source=dataset), None
-    names = ", ".join(sorted(p.stem for p in RECIPES.glob("*.toml")))
-    raise UserError(
-        f"--dataset {dataset}: not a recipe ({names}), a {', '.join(FILE_TYPES)} file or a hub id (owner/name)"
-    )
-
-
-def _read_recipe(path: Path) -> Recipe:
-    try:
-        recipe = Recipe(**tomllib.loads(path.read_text(encoding="utf-8")))
-    except OSError as e:
-        raise UserError(f"--dataset {path}: {e.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, TypeError) as e:
-        raise UserError(f"--dataset {path}: not a recipe ({e})") from None
-    if recipe.format not in ("auto", *FORMATS) or len(recipe.markers) != 2:
-        raise UserError(f"--dataset {path}: format must be one of {', '.join(FORMATS)}, markers two texts")
-    return recipe
-
-
-def load_rows(recipe: Recipe, file: Path | None, samples: int) -> Rows:
-    """The first `samples` rows (-1: all). Raises UserError for what is missing, empty or malformed."""
-    if recipe.fill:
-        return Rows([recipe.fill] * max(samples, 1), ["dummy"] * max(samples, 1))
-    rows = _read_file(file) if file else _read_hub(recipe)
-    if samples > 0:
-        rows = Rows(rows.rows[:samples], rows.places[:samples])
-    if not rows.rows:
-        raise UserError(f"--dataset {file or recipe.source}: is empty")
-    if recipe.columns:
-        theirs = {v: k for k, v in recipe.columns.items()}
-        rows = Rows([{theirs.get(k, k): v for k, v in row.items()} for row in rows.rows], rows.places)
-    return rows
-
-
-def _read_file(path: Path) -> Rows:
-    if not path.is_file():
-        raise UserError(f"--dataset {path}: no such file")
-    if path.suffix == ".parquet":
-        return _read_parquet(path)
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as e:
-        line = path.read_bytes()[: e.start].count(b"\n") + 1
-        raise UserError(f"--dataset {path}:{line}: not UTF-8") from None
-    except OSError as e:
-        raise UserError(f"--dataset {path}: {e.strerror}") from None
-    if path.suffix == ".csv":
-        return _read_csv(path, text)
-    if path.suffix == ".json" and text.lstrip().startswith("["):
-        return _read_json_list(path, text)
-    rows, places = [], []
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            rows.append(_json(line, path, number))
-            places.append(f"{path}:{number}")
-            if not isinstance(rows[-1], dict):
-                raise UserError(f"--dataset {path}:{number}: not a JSON object")
-    return Rows(rows, places)
-
-
-def _json(text: str, path: Path, line: int | None):
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as e:
-        raise UserError(f"--dataset {path}:{line or e.lineno}: not JSON ({e.msg})") from None
-    except RecursionError:
-        raise UserError(f"--dataset {path}:{line or 1}: JSON nested too deeply") from None
-
-
-def _read_json_list(path: Path, text: str) -> Rows:
-    rows = _json(text, path, None)
-    for i, row in enumerate(rows, 1):
-        if not isinstance(row, dict):
-            raise UserError(f"--dataset {path}: entry {i} is not a JSON object")
-    return Rows(rows, [f"{path} entry {i}" for i in range(1, len(rows) + 1)])
-
-
-def _read_csv(path: Path, text: str) -> Rows:
-    csv.field_size_limit(2**31 - 1)
-    reader = csv.DictReader(text.splitlines(keepends=True), strict=True)
-    rows, places = [], []
-    try:
-        for row in reader:
-            if None in row or None in row.values():
-                raise UserError(
-                    f"--dataset {path}:{reader.line_num}: another number of columns than the header"
-                )
-            rows.append(row)
-            places.append(f"{path}:{reader.line_num}")
-    except csv.Error as e:
-        raise UserError(f"--dataset {path}:{reader.line_num}: not CSV ({e})") from None
-    return Rows(rows, places)
-
-
-def _read_parquet(path: Path) -> Rows:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        rows = pyarrow.parquet.read_table(path).to_pylist()
-    except (pyarrow.ArrowException, OSError) as e:
-        raise UserError(f"--dataset {path}: not a parquet file ({str(e).splitlines()[0]})") from None
-    return Rows(rows, [f"{path} row {i}" for i in range(1, len(rows) + 1)])
-
-
-def _read_hub(recipe: Recipe) -> Rows:
-    """Through Hugging Face `datasets`: a hub id, or a local folder (one named like the id goes first)."""
-    import datasets
-
-    if not hasattr(datasets, "load_dataset"):  # our folder datasets/, seen as an empty package
-        raise UserError(f"--dataset {recipe.source}: needs the package `datasets` (pip install datasets)")
-    datasets.utils.logging.disable_progress_bar()
-    try:
-        loaded = datasets.load_dataset(recipe.source, data_files=recipe.data_files, split=recipe.split)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as e:
-        reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
-        raise UserError(f"--dataset {recipe.source}: could not be loaded ({reason})") from None
-    return Rows(loaded.to_list(), [f"{recipe.source} row {i}" for i in range(1, len(loaded) + 1)])
-
-
 def prepare(dataset: str, dataset_format: str, samples: int, context_length: int, tokenizer) -> TokenizedRows:
     """--dataset, read, rendered, tokenized and cut to context_length tokens.
 
     Raises UserError for anything wrong with the data, and if no example has a token to learn from.
     """
     recipe, file = find_recipe(dataset)
-    rows = load_rows(recipe, file, samples if samples > 0 else recipe.samples)
+    data = load_rows(recipe, file, samples if samples > 0 else recipe.samples)
+    rows = data.rows
     if recipe.fill:
-        rows.rows[:] = [recipe.fill | {"output": recipe.fill["output"] * context_length}] * len(rows.rows)
+        rows = [recipe.fill | {"output": recipe.fill["output"] * context_length}] * len(rows)
     name = dataset_format if dataset_format != "auto" else recipe.format
     if name == "auto":
-        name = recognise(set(rows.rows[0]), rows.rows[0], f"--dataset {dataset}")
-    rendered = []
-    for row, place in zip(rows.rows, rows.places, strict=True):
-        values = checked(row, FORMATS[name], f"--dataset {place}")
-        try:
-            rendered.append(FORMATS[name].render(values, tokenizer, recipe.markers))
-        except (jinja2.TemplateError, ValueError, TypeError, KeyError) as e:  # from a chat template
-            raise UserError(f"--dataset {place}: {_reason(e)}") from None
+        name = recognise(set(rows[0]), rows[0], f"--dataset {dataset}", recipe.markers)
+    rendered = _render_all(_Rendering(rows, data.places, name, recipe.markers, tokenizer))
     return tokenize(rendered, tokenizer, context_length, f"--dataset {dataset}")
+
+
+@dataclass(frozen=True)
+class _Rendering:
+    """Rows to be rendered in the format `name`; called with a range of them, it returns their Rendered."""
+
+    rows: list[dict]
+    places: list[str]
+    name: str
+    markers: list[str]
+    tokenizer: object
+
+    def __call__(self, numbers: range) -> list[Rendered]:
+        rendered = []
+        for i in numbers:
+            values = checked(self.rows[i], FORMATS[self.name], f"--dataset {self.places[i]}")
+            try:
+                rendered.append(FORMATS[self.name].render(values, self.tokenizer, self.markers))
+                rendered[-1].text.encode()  # JSON can spell half a character, which no tokenizer takes
+            except (jinja2.TemplateError, ValueError, TypeError, KeyError) as e:  # from a chat template
+                raise UserError(f"--dataset {self.places[i]}: {_reason(e)}") from None
+        return rendered
+
+
+def _render_all(render: _Rendering) -> list[Rendered]:
+    """In this process, unless there is much to do: a chat template takes up to a millisecond per row.
+
+    The workers are forked, so that rows and tokenizer need no copying; they run nothing but Python.
+    """
+    total = len(render.rows)
+    workers = min(os.cpu_count() or 1, 16)
+    if render.name != "chat" or total < 2000 or workers == 1 or not hasattr(os, "fork"):
+        return render(range(total))
+    blocks = [range(i, min(i + 200, total)) for i in range(0, total, 200)]
+    with multiprocessing.get_context("fork").Pool(workers, _hold, (render,)) as pool:
+        return list(chain.from_iterable(pool.imap(_render_held, blocks)))
+
+
+def _hold(render: _Rendering) -> None:
+    global _held
+    _held = render
+
+
+def _render_held(numbers: range) -> list[Rendered]:
+    return _held(numbers)
 
 
 def _reason(e: Exception) -> str:
@@ -253,29 +134,31 @@ def tokenize(rendered: list[Rendered], tokenizer, context_length: int, where: st
         )
     if tokenizer.eos_token_id is None and any(r.ends for r in rendered):
         raise UserError("--model_name: its tokenizer has no EOS token, so a model could not learn to stop")
-    tokens, learned, lengths, cut, shortest = [], [], [], 0, None
+    tokens, learned, lengths, cut, prompts = [], [], [], 0, []
     for start in range(0, len(rendered), 1000):  # the library works on a batch in parallel
         block = rendered[start : start + 1000]
         encoded = tokenizer(
             [r.text for r in block],
             add_special_tokens=block[0].special,
+            return_attention_mask=False,
+            return_token_type_ids=False,
             return_offsets_mapping=True,
             verbose=False,
         )
         for example, ids, offsets in zip(block, encoded["input_ids"], encoded["offset_mapping"], strict=True):
             ids, targets = _targets(example, ids, offsets, tokenizer.eos_token_id)
-            first = int(targets.argmax()) if targets.any() else len(ids)
-            shortest = first if shortest is None else min(shortest, first)
-            cut += len(ids) > context_length
-            ids, targets = ids[:context_length], targets[:context_length]
-            if targets[1:].any():
-                tokens.append(ids)
-                learned.append(targets)
-                lengths.append(len(ids))
+            if targets.any():
+                prompts.append(int(targets.argmax()))
+            if targets[1:context_length].any():
+                tokens.append(ids[:context_length])
+                learned.append(targets[:context_length])
+                lengths.append(len(tokens[-1]))
+                cut += len(ids) > context_length
     if not lengths:
+        why = f"the shortest prompt takes {min(prompts)} tokens" if prompts else "no answer has any text"
         raise UserError(
             f"{where}: none of the {len(rendered)} rows has anything to learn from within --context_length"
-            f" {context_length} (the shortest prompt takes {shortest} tokens)"
+            f" {context_length} ({why})"
         )
     starts = np.concatenate([[0], np.cumsum(lengths)])
     flat = [torch.from_numpy(np.concatenate(a)) for a in (tokens, learned)]
@@ -286,10 +169,13 @@ def _targets(
     example: Rendered, ids: list[int], offsets: list, eos: int | None
 ) -> tuple[np.ndarray, np.ndarray]:
     """(tokens [L] int32, which of them are targets [L] bool), with the EOS token where one is due."""
-    spans = np.asarray(offsets, dtype=np.int64).reshape(-1, 2)
+    begins, ends = np.fromiter(chain.from_iterable(offsets), np.int64, 2 * len(ids)).reshape(-1, 2).T
+    # Tokenizers with trim_offsets (Llama 3) report a token of spaces as empty, at its end: it begins where
+    # the token before it ended.
+    begins = np.where(begins == ends, np.append(0, ends[:-1]), begins) if ids else begins
     targets = np.zeros(len(ids), dtype=bool)
     for start, end in example.learned:
-        targets |= (spans[:, 0] < end) & (spans[:, 1] > start)
+        targets |= (begins < end) & (ends > start)
     tokens = np.asarray(ids, dtype=np.int32)
     if example.ends and example.learned and (not ids or ids[-1] != eos):
         tokens, targets = np.append(tokens, np.int32(eos)), np.append(targets, True)
@@ -339,22 +225,22 @@ class StepSampler:
 
     def deal(self, epoch: int) -> Iterator[tuple[torch.Tensor, list[torch.Tensor]]]:
         """Per step (indices of all its rows, [indices of each micro-batch of this rank])."""
-        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**63)
-        order = torch.randperm(len(self.rows), generator=generator)
         across = self.batch_size * self.world
-        for step in order.split(across * self.accumulation):
+        for step in self._order(epoch).split(across * self.accumulation):
             yield (
                 step,
                 [micro[self.rank * self.batch_size :][: self.batch_size] for micro in step.split(across)],
             )
 
+    def _order(self, epoch: int) -> torch.Tensor:
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**63)
+        return torch.randperm(len(self.rows), generator=generator)
+
     def padding_share(self) -> float:
-        """Padding among all positions of this rank's first epoch."""
-        real = padded = 0
-        for _, micros in self.deal(0):
-            for lengths in (self._lengths[m] for m in micros if len(m)):
-                real, padded = real + int(lengths.sum()), padded + len(lengths) * int(lengths.max())
-        return 1 - real / max(padded, 1)
+        """Padding among all positions of the first epoch's batches, of all ranks: each takes the next
+        batch_size rows."""
+        batches = self._lengths[self._order(0)].split(self.batch_size)
+        return 1 - int(self._lengths.sum()) / sum(len(b) * int(b.max()) for b in batches)
 
     def steps(self, num_epochs: int) -> Iterator[Step]:
         """The steps of the whole run, in order."""

@@ -7,8 +7,9 @@ is also how the format of a user's own file is recognised.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from config import UserError
 
@@ -66,51 +67,60 @@ def _qa(row: Mapping[str, str], *_) -> Rendered:
 
 def _completion(row: Mapping[str, str], *_) -> Rendered:
     text = row["text"]
-    return Rendered(text, [(0, len(text))], ends=bool(text.strip()))
+    return Rendered(text, [(0, len(text))] if text.strip() else [])
 
 
-def _guanaco(row: Mapping[str, str], _tokenizer, markers: tuple[str, str]) -> Rendered:
+def _guanaco(row: Mapping[str, str], _tokenizer, markers: Sequence[str]) -> Rendered:
     """A dialogue in one text. Turns begin with a marker anywhere: OpenAssistant's have no line breaks."""
     text = row["text"].rstrip()
     turns = list(re.finditer(f"({re.escape(markers[0])}|{re.escape(markers[1])})", text))
     learned, last = [], False
     for turn, following in zip(turns, [*turns[1:], None], strict=True):
         start, end = turn.end(), following.start() if following else len(text)
-        last = turn[1] == markers[1] and bool(text[start:end].strip())
+        answer = text[start:end].rstrip()  # a line break before the next marker is no part of the answer
+        last = turn[1] == markers[1] and bool(answer)
         if last:
-            learned.append((start, end))
+            learned.append((start, start + len(answer)))
     return Rendered(text, learned, ends=last)
 
 
 def _chat(row: Mapping[str, list], tokenizer, _markers) -> Rendered:
-    """Through the tokenizer's chat template; every assistant turn is learned, with its end-of-turn token.
-
-    A turn begins where the template, given the messages before it, asks for the answer. It ends where the
-    template's text for the messages up to it ends - or, in templates that write an earlier turn otherwise
-    than the last one (Qwen3 drops old reasoning), after its content and the EOS token behind that.
-    """
+    """Through the tokenizer's chat template; every assistant turn is learned, with its end-of-turn token."""
     messages = row["messages"]
-    text = tokenizer.apply_chat_template(messages, tokenize=False)
-    learned = []
+    show = partial(tokenizer.apply_chat_template, tokenize=False)
+    text, learned = show(messages), []
     for i, message in enumerate(messages):
         if message["role"] != "assistant" or not message["content"].strip():
             continue
-        before = tokenizer.apply_chat_template(messages[:i], tokenize=False, add_generation_prompt=True)
-        until = tokenizer.apply_chat_template(messages[: i + 1], tokenize=False)
-        content = text.find(message["content"].strip(), _common(text, before))
-        if content < 0:
-            raise ValueError("the chat template does not show the assistant's text as it is")
-        start = len(before) if text.startswith(before) else content
-        end = len(until) if text.startswith(until) else content + len(message["content"].strip())
-        eos = tokenizer.eos_token or ""
-        if (
-            eos and eos in text[start:end]
-        ):  # white space behind the EOS token is the template's, not an answer
-            end = start + text[start:end].rindex(eos) + len(eos)
-        elif eos and text.startswith(eos, end):
-            end += len(eos)
+        start, end = _turn(messages, i, text, show)
+        end = start + len(text[start:end].rstrip())  # a line break behind the turn is the template's
+        if start >= end:
+            raise ValueError("the chat template does not show the assistant's text")
         learned.append((start, end))
     return Rendered(text, learned, ends=False, special=False)
+
+
+def _turn(messages: list[dict], i: int, text: str, show: Callable[..., str]) -> tuple[int, int]:
+    """Where turn i lies in `text`, the template's text of all messages.
+
+    It begins where the template, given the messages before it, asks for the answer, and ends where the text
+    of the messages up to it ends. Templates may write an earlier turn otherwise than the last one (Qwen3
+    drops old reasoning): then what stands in place of a probe is the turn, with what closes a last turn.
+    """
+    before = show(messages[:i], add_generation_prompt=True) if i else None
+    until = show(messages[: i + 1]) if i + 1 < len(messages) else text
+    asked = before is not None and text.startswith(before)
+    start = len(before or "")
+    if asked and text.startswith(until):
+        return start, len(until)
+    probed = [*messages[:i], messages[i] | {"content": PROBE}, *messages[i + 1 :]]
+    head, shown, tail = show(probed).partition(PROBE)
+    if not shown or not text.endswith(tail):
+        raise ValueError("the chat template does not show the assistant's text as it is")
+    if not asked:
+        start = _common(text, head)
+    closing = show(probed[: i + 1]).partition(PROBE)[2]
+    return start, len(text) - len(tail) + (len(closing) if tail.startswith(closing) else 0)
 
 
 def _common(a: str, b: str) -> int:
@@ -126,13 +136,16 @@ FORMATS = {
     "completion": Format(_completion, ("text",)),
 }
 GUANACO_MARKERS = ("### Human:", "### Assistant:")
+PROBE = "\uf8ffprobe\uf8ff"  # stands for an answer; a private character, so in no template or text
 
 
-def recognise(columns: set[str], sample: Mapping, where: str) -> str:
+def recognise(
+    columns: set[str], sample: Mapping, where: str, markers: Sequence[str] = GUANACO_MARKERS
+) -> str:
     """The format of rows with these columns; `sample` tells a dialogue in `text` from plain text."""
     for name, form in FORMATS.items():
         if columns >= set(form.needs):
-            if name == "guanaco" and GUANACO_MARKERS[1] not in str(sample.get("text")):
+            if name == "guanaco" and markers[1] not in str(sample.get("text")):
                 continue
             return name
     known = "; ".join(f"{n}: {', '.join(f.needs)}" for n, f in FORMATS.items())
@@ -143,7 +156,8 @@ def checked(row: Mapping, form: Format, where: str) -> dict:
     """The row's columns that the format reads, as text. Raises UserError for missing or unusable ones."""
     missing = [c for c in form.needs if row.get(c) is None]
     if missing:
-        raise UserError(f"{where}: no column {', '.join(missing)}; found: {', '.join(map(str, row))}")
+        found = ", ".join(str(c) for c in row if row[c] is not None)
+        raise UserError(f"{where}: nothing in column {', '.join(missing)}; found: {found}")
     if "messages" in form.needs:
         return {"messages": _checked_messages(row["messages"], where)}
     values = {}
@@ -164,4 +178,5 @@ def _checked_messages(messages, where: str) -> list[dict]:
         good = good and all(isinstance(message.get(key), str) for key in ("role", "content"))
     if not good:
         raise UserError(f"{where}: messages must be a list of objects with a role and a content, both texts")
-    return [dict(m) for m in messages]
+    # Tables give each message every key (tool_calls: None), which a template would take for given.
+    return [{k: v for k, v in m.items() if v is not None} for m in messages]

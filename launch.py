@@ -79,6 +79,8 @@ def start(run: Callable, world: int, args: tuple, address: str, port: int | None
     if address in ("localhost", "127.0.0.1") and Path("/sys/class/net/lo").exists():
         # Otherwise gloo looks up the host's own name, which fails on machines without a DNS entry.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    # A rank that is ended at once cannot put away its locks; the clean-up's warning would follow the error.
+    os.environ.setdefault("PYTHONWARNINGS", "ignore::UserWarning:multiprocessing.resource_tracker")
     with tempfile.TemporaryDirectory() as reports:
         context = mp.spawn(_rank_process, (run, world, args, reports), nprocs=world, join=False)
         try:

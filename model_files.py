@@ -8,6 +8,7 @@ file holds a tensor. Only headers are read here; the weights stay on disk until 
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -45,7 +46,10 @@ class CheckpointFiles:
             raise UserError(f"--model_name {self.folder}: shard {file} is missing (it is named in {INDEX})")
         try:
             with safe_open(path, framework="pt") as f:
-                for name in f.keys():  # noqa: SIM118 (not a dict)
+                names = set(f.keys())
+                for name in sorted(names):
+                    if name in self.tensors:
+                        raise UserError(f"{path}: tensor {name} is in {self.tensors[name].file} as well")
                     header = f.get_slice(name)
                     kind = FLOATS.get(header.get_dtype())
                     if kind is None:
@@ -56,7 +60,7 @@ class CheckpointFiles:
                     self.tensors[name] = StoredTensor(file, tuple(header.get_shape()), kind)
         except (SafetensorError, OSError) as e:
             raise UserError(f"{path}: truncated or not a safetensors file ({e})") from None
-        for name in sorted((expected or set()) - self.tensors.keys()):
+        for name in sorted((expected or set()) - names):
             raise UserError(f"{path}: tensor {name} is missing; {INDEX} says it is in this file")
 
     @cached_property
@@ -85,7 +89,7 @@ def _files(folder: Path) -> dict[str, set[str] | None]:
         except (ValueError, KeyError, TypeError, AttributeError):
             raise UserError(f"{folder / INDEX}: not an index with a weight_map") from None
         for file in files:
-            if Path(file).name != file:
+            if not isinstance(file, str) or not file or Path(file).name != file:
                 raise UserError(f"{folder / INDEX}: {file!r} is not a plain file name")
         return files
     if (folder / SINGLE).is_file():
@@ -100,9 +104,8 @@ def find_model(name: str) -> Path:
 
     Raises UserError if it is neither, is not accessible, or holds no config.json.
     """
-    folder = Path(name).expanduser()
-    if not folder.is_dir():
-        folder = _download(name)
+    local = os.path.expanduser(name)  # os.path takes any text, where Path raises for some
+    folder = Path(local) if os.path.isdir(local) else _download(name)
     if not (folder / "config.json").is_file():
         raise UserError(f"--model_name {name}: no config.json in this folder")
     return folder

@@ -1,16 +1,19 @@
 """4-bit linear layers whose storage FSDP can shard, and the streaming load that fills a sharded model.
 
-Shapes: O output features, I input features, T tokens (all leading dimensions of x), N = O * I.
+Shapes: O output features, I input features, T tokens (all leading dimensions of x).
 
-A 4-bit weight is two frozen parameters in the *float storage dtype* (the compute dtype), their bytes
-never read as numbers:
+A 4-bit weight is two frozen parameters in a float storage dtype, their bytes never read as numbers:
 
-    codes   N / 2 bytes: two NF4 codes a byte, blocks of 64 weights (QLoRA, arXiv 2305.14314, section 3)
+    codes   two NF4 codes a byte, blocks of 64 weights (QLoRA, arXiv 2305.14314, section 3)
     scales  double quantization (same paper): per 256 blocks one fp32 scale, one fp32 offset for the
             whole tensor, and per block one 8-bit code of its absolute maximum
 
-so that `fully_shard` shards, gathers and offloads both with the layer's other weights. The storage dtype
-must be FSDP's param_dtype: any other would be cast, and a cast turns codes into noise without an error.
+so that `fully_shard` shards, gathers and offloads both with the layer's other weights.
+
+The storage dtype is fp32, whatever the compute dtype. In 16 bits the bytes would not survive: FSDP copies
+shards with torch._foreach_copy_, whose CUDA kernel converts bf16 and fp16 to float and back, which turns
+every NaN pattern - one element in 256 of random bytes - into the same NaN. For the same reason these
+parameters must never be cast: FSDP's param_dtype stays None where there are packed weights (wrapping.py).
 """
 
 from __future__ import annotations
@@ -29,12 +32,13 @@ from model_files import CheckpointFiles
 from models.family import Family, clean
 
 BLOCK, SCALE_BLOCK = 64, 256  # weights per scale; scales per second-level scale: bitsandbytes' defaults
+STORAGE = torch.float32
 
 
-def as_storage(data: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """data's bytes as a 1-D tensor of `dtype`, zero-padded to a whole element."""
+def as_storage(data: torch.Tensor) -> torch.Tensor:
+    """data's bytes as a 1-D tensor of STORAGE, zero-padded to a whole element."""
     raw = data.contiguous().view(-1).view(torch.uint8)
-    return F.pad(raw, (0, -raw.numel() % dtype.itemsize)).view(dtype)
+    return F.pad(raw, (0, -raw.numel() % STORAGE.itemsize)).view(STORAGE)
 
 
 @cache
@@ -49,8 +53,13 @@ def dequantize(
     code_map: torch.Tensor,
     shape: tuple[int, int],
     dtype: torch.dtype,
+    row_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The [O, I] weight in `dtype`, bit for bit bitsandbytes' `dequantize_4bit` with nested scales."""
+    """The [O, I] weight in `dtype`, bit for bit bitsandbytes' `dequantize_4bit` with nested scales.
+
+    row_scale [O] fp32 multiplies each row, by way of its blocks' scales: one rounding, and no pass over
+    the weight. Needs whole blocks in a row: I a multiple of BLOCK.
+    """
     blocks = -(-shape[0] * shape[1] // BLOCK)
     groups = -(-blocks // SCALE_BLOCK)
     raw = scales.view(torch.uint8)
@@ -60,25 +69,41 @@ def dequantize(
     absmax = torch.ops.bitsandbytes.dequantize_blockwise(
         block_codes, group_scales, code_map, SCALE_BLOCK, torch.float32
     )
+    absmax = absmax + offset
+    if row_scale is not None:
+        absmax = (absmax.view(shape[0], -1) * row_scale[:, None]).view(-1)
     packed = codes.view(torch.uint8)[: -(-shape[0] * shape[1] // 2)].view(-1, 1)
-    return torch.ops.bitsandbytes.dequantize_4bit(packed, absmax + offset, BLOCK, "nf4", shape, dtype)
+    return torch.ops.bitsandbytes.dequantize_4bit(packed, absmax, BLOCK, "nf4", shape, dtype)
 
 
 class _MatMul4bit(torch.autograd.Function):
-    """y = x W^T (+ b) for a frozen 4-bit W. Saves the packed weight, not the dequantized one: FSDP frees
-    the gathered storage after forward and fills the same storage again before backward."""
+    """y = x W^T + b, or x (diag(g) W)^T with a row scale g, for a frozen 4-bit W. Saves the packed weight, not
+    the dequantized one: FSDP frees the gathered storage after forward and fills it again before backward."""
 
     @staticmethod
-    def forward(ctx, x, codes, scales, code_map, shape, bias):
-        ctx.save_for_backward(codes, scales, code_map)
+    def forward(ctx, x, codes, scales, code_map, shape, bias, row_scale):
+        y = F.linear(x, dequantize(codes, scales, code_map, shape, x.dtype, row_scale), bias)
+        ctx.save_for_backward(codes, scales, code_map, row_scale, None if row_scale is None else y)
         ctx.shape = shape
-        return F.linear(x, dequantize(codes, scales, code_map, shape, x.dtype), bias)
+        return y
 
     @staticmethod
     def backward(ctx, grad):
-        codes, scales, code_map = ctx.saved_tensors
-        weight = dequantize(codes, scales, code_map, ctx.shape, grad.dtype)
-        return grad @ weight, None, None, None, None, None
+        codes, scales, code_map, row_scale, y = ctx.saved_tensors
+        grad_x = grad @ dequantize(codes, scales, code_map, ctx.shape, grad.dtype, row_scale)
+        grad_scale = None
+        if row_scale is not None:  # the derivative of g (W x) by g is W x = y / g
+            grad_scale = (grad * y).flatten(0, -2).sum(0, dtype=torch.float32) / row_scale
+        return grad_x, None, None, None, None, None, grad_scale
+
+
+def scaled_linear(base: nn.Module, x: torch.Tensor, row_scale: torch.Tensor) -> torch.Tensor:
+    """row_scale * (W x) for a frozen linear without a bias: [T, I] -> [T, O]; row_scale [O] fp32."""
+    if isinstance(base, Linear4bit) and base.in_features % BLOCK == 0:
+        return base(x, row_scale)
+    y = base(x)
+    # y * g, written as y + y * (g - 1): g is near 1, where bf16 is coarse.
+    return torch.addcmul(y, y, (row_scale - 1).to(y.dtype))
 
 
 class Packed(nn.Module):
@@ -114,8 +139,8 @@ def pack(module: nn.Module, name: str, tensor: torch.Tensor) -> dict[str, torch.
 class Linear4bit(Packed):
     """A frozen linear layer with NF4 weights in float storage: [T, I] -> [T, O] in x's dtype.
 
-    dtype: the storage dtype, and that of the dequantized weight and the bias. Takes the place of `linear`
-    and is made on its device (meta).
+    dtype: of the dequantized weight. Takes the place of `linear`, keeps its bias, and is made on its device
+    (meta).
     """
 
     def __init__(self, linear: nn.Linear, dtype: torch.dtype):
@@ -126,10 +151,11 @@ class Linear4bit(Packed):
         scale_bytes = 4 * -(-blocks // SCALE_BLOCK) + 4 + blocks
         code_bytes = -(-linear.weight.numel() // 2)
         for name, n_bytes in (("codes", code_bytes), ("scales", scale_bytes)):
-            numel = -(-n_bytes // dtype.itemsize)
-            data = torch.empty(numel, dtype=dtype, device=device)
+            data = torch.empty(-(-n_bytes // STORAGE.itemsize), dtype=STORAGE, device=device)
             self.register_parameter(name, nn.Parameter(data, requires_grad=False))
         self.bias = linear.bias
+        if self.bias is not None:
+            self.bias.requires_grad_(False)  # _MatMul4bit has no gradient for it
         self.register_buffer("code_map", torch.empty(256, device=device), persistent=False)
 
     @property
@@ -137,10 +163,11 @@ class Linear4bit(Packed):
         """The dequantized [O, I] weight, made anew at each access. Only inside a gathered FSDP unit."""
         return self.unpack(self.codes, self.scales)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return _MatMul4bit.apply(
-            x, self.codes, self.scales, self.code_map, (self.out_features, self.in_features), self.bias
-        )
+    def forward(self, x: torch.Tensor, row_scale: torch.Tensor | None = None) -> torch.Tensor:
+        """x W^T + b; with row_scale [O] fp32 (`scaled_linear`), each output times its row's scale."""
+        assert row_scale is None or self.bias is None, "a bias is not rescaled"
+        shape = (self.out_features, self.in_features)
+        return _MatMul4bit.apply(x, self.codes, self.scales, self.code_map, shape, self.bias, row_scale)
 
     def packs(self, name: str) -> tuple[str, ...]:
         return ("codes", "scales") if name == "weight" else (name,)
@@ -155,10 +182,10 @@ class Linear4bit(Packed):
         assert state.state2.blocksize == SCALE_BLOCK
         parts = (state.state2.absmax, state.offset.view(1), state.absmax)
         scales = torch.cat([part.contiguous().view(-1).view(torch.uint8) for part in parts])
-        return {"codes": as_storage(codes, self.dtype), "scales": as_storage(scales, self.dtype)}
+        return {"codes": as_storage(codes), "scales": as_storage(scales)}
 
     def unpack(self, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-        """The [O, I] weight of what `pack` returned, in the storage dtype."""
+        """The [O, I] weight of what `pack` returned, in the layer's dtype."""
         return dequantize(codes, scales, self.code_map, (self.out_features, self.in_features), self.dtype)
 
     def fill_buffers(self, device: torch.device) -> None:
@@ -169,7 +196,7 @@ class Linear4bit(Packed):
 
 
 def quantize_linears(model: nn.Module, names: list[str], dtype: torch.dtype) -> None:
-    """Puts a Linear4bit of storage dtype `dtype` in the place of each named linear of a meta model."""
+    """Puts a Linear4bit that computes in `dtype` in the place of each named linear of a meta model."""
     for name in names:
         model.set_submodule(name, Linear4bit(model.get_submodule(name), dtype))
 

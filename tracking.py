@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import resource
 import time
 from dataclasses import dataclass
@@ -157,7 +158,13 @@ def check_wandb() -> None:
     """Raises UserError if wandb could not log: neither logged in nor told to stay offline."""
     import wandb
 
-    if wandb.setup().settings.mode == "online" and not wandb.login(prompt=False):
+    if os.environ.get("WANDB_MODE", "online") in ("offline", "dryrun", "disabled"):
+        return
+    try:
+        logged_in = wandb.login(prompt=False)
+    except wandb.Error as e:
+        raise UserError(f"--log_to wandb: the login was not accepted ({' '.join(str(e).split())})") from None
+    if not logged_in:
         raise UserError("--log_to wandb: not logged in; run `wandb login`, or set WANDB_MODE=offline")
 
 

@@ -19,9 +19,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub.utils import logging as hub_logging
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from transformers import AutoTokenizer, PretrainedConfig
+from transformers.utils import logging as transformers_logging
 
 import config as options
 import launch
@@ -47,7 +49,6 @@ class Job:
     model_config: PretrainedConfig
     files: CheckpointFiles
     rows: TokenizedRows
-    from_hub: bool
 
 
 def check(config: Config) -> Job:
@@ -59,13 +60,15 @@ def check(config: Config) -> Job:
         check_wandb()
     check_output(Path(config.output_dir), config.overwrite)
     folder = toy_model(toy_texts()) if config.model_name == TOY_MODEL else find_model(config.model_name)
+    if Path(config.output_dir).resolve() == folder.resolve():  # --overwrite would delete the weights to read
+        raise UserError(f"--output_dir {folder}: is the folder of --model_name; choose another")
     model_config, family = read_config(folder)
     files = CheckpointFiles(folder)
     model = build_on_meta(model_config, family)
     check_weights(model, files, family)
     if config.method.adapter:
         target_linears(model, family, config.lora_target_modules)
-    tokenizer = read_tokenizer(folder, model_config.vocab_size)
+    tokenizer = read_tokenizer(folder)
     rows = prepare(
         config.dataset, config.dataset_format, config.dataset_samples, config.context_length, tokenizer
     )
@@ -73,20 +76,21 @@ def check(config: Config) -> Job:
         raise UserError(
             f"--model_name {folder}: the tokenizer makes ids beyond vocab_size {model_config.vocab_size}"
         )
-    return Job(config, model_config, files, rows, from_hub=not Path(config.model_name).expanduser().is_dir())
+    return Job(config, model_config, files, rows)
 
 
 def bf16_gpu() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
-def read_tokenizer(folder: Path, vocab_size: int):
+def read_tokenizer(folder: Path):
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError, TypeError, KeyError) as e:
-        reason = str(e).strip().splitlines()
+    except Exception as e:  # the tokenizers library has no narrower one for a damaged tokenizer.json
+        found = (folder / "tokenizer.json").is_file()
+        reason = launch.describe(e) if found else "there is no tokenizer.json"
         raise UserError(
-            f"--model_name {folder}: no usable tokenizer ({reason[0] if reason else e!r})"
+            f"--model_name {folder}: no usable tokenizer ({reason}); its files belong beside config.json"
         ) from None
 
 
@@ -97,8 +101,10 @@ def set_up(job: Job, place: Place) -> nn.Module:
     model = build_on_meta(job.model_config, family)
     apply_method(model, family, config, dtypes.compute, dtypes.trained)
     mesh = init_device_mesh(place.device.type, (place.world,))
-    wrap(model, family, mesh, dtypes, config.use_gradient_checkpointing)
+    cast = None if config.method.adapter else dtypes.compute
+    wrap(model, family, mesh, cast, config.use_gradient_checkpointing)
     load_weights(model, family, job.files, place.device, config.seed)
+    torch.manual_seed(config.seed + place.rank)  # of dropout; adapters and the data order have their own
     return model
 
 
@@ -178,7 +184,8 @@ def run_rank(place: Place, job: Job) -> None:
 def save(job: Job, model: nn.Module, folder: Path) -> None:
     config, family = job.config, FAMILIES[job.model_config.model_type]
     if config.method.saves == "adapter":
-        base = config.model_name if job.from_hub else str(job.files.folder.resolve())
+        on_disk = config.model_name == TOY_MODEL or Path(config.model_name).expanduser().is_dir()
+        base = str(job.files.folder.resolve()) if on_disk else config.model_name
         save_adapter(model, folder, config, base, peft_targets(family, config.lora_target_modules))
     else:
         save_model(model, folder, job.files)
@@ -193,15 +200,12 @@ def describe_data(rows: TokenizedRows, sampler: StepSampler) -> str:
 
 
 def describe_model(model: nn.Module, place: Place) -> str:
-    counts = [sum(p.numel() for p in model.parameters() if p.requires_grad)]
-    counts.append(sum(p.numel() * p.element_size() for p in model.parameters()))
-    memory = ""
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    size = sum(p.numel() * p.element_size() for p in model.parameters()) / 2**30
+    text = f"model: {trained:,} trained parameters, {size:.2f} GiB of weights over {place.world} rank(s)"
     if place.device.type == "cuda":
-        memory = f", {torch.cuda.memory_allocated() / 2**30:.2f} GiB on this GPU"
-    return (
-        f"model: {counts[0]:,} trained parameters; {counts[1] / 2**30:.2f} GiB of weights over"
-        f" {place.world} {'GPU' if place.device.type == 'cuda' else 'CPU process'}{'s' * (place.world > 1)}{memory}"
-    )
+        text += f", {torch.cuda.memory_allocated() / 2**30:.2f} GiB on this GPU"
+    return text
 
 
 def describe_files(job: Job, folder: Path) -> str:
@@ -216,14 +220,19 @@ def describe_files(job: Job, folder: Path) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit status: 0, 2 for something the user can put right, 1 for anything else."""
     argv = sys.argv[1:] if argv is None else argv
+    verbose = "--verbose" in argv
     try:
         config, remarks = options.parse(argv)
+        verbose = config.verbose
+        if not verbose:  # the one line of an error says more than warnings around it
+            transformers_logging.set_verbosity_error()
+            hub_logging.set_verbosity_error()
         if launch.under_torchrun():
             return launch.join(run_rank, lambda: announce(check(config), remarks))
         job = announce(check(config), remarks)
         return launch.start(run_rank, job.config.world_size, (job,), config.master_addr, config.master_port)
     except UserError as e:
-        if "--verbose" in argv:
+        if verbose:
             traceback.print_exc()
         print(f"error: {launch.describe(e)}", file=sys.stderr)
         return 2

@@ -22,8 +22,8 @@ from models.family import Family
 
 @dataclass(frozen=True)
 class Dtypes:
-    """compute: of activations, frozen weights and the storage of 4-bit ones; trained: of what the
-    optimizer updates. Gradients are reduced in fp32 always."""
+    """compute: of activations and frozen weights; trained: of what the optimizer updates. Gradients are
+    reduced in fp32 always."""
 
     compute: torch.dtype
     trained: torch.dtype
@@ -38,16 +38,16 @@ def choose_dtypes(precision: str, bf16_gpu: bool) -> Dtypes:
     return Dtypes(torch.float32, torch.float32)
 
 
-def wrap(model: nn.Module, family: Family, mesh: DeviceMesh, dtypes: Dtypes, checkpointing: bool) -> None:
+def wrap(
+    model: nn.Module, family: Family, mesh: DeviceMesh, cast: torch.dtype | None, checkpointing: bool
+) -> None:
     """Shards a meta model in place over a 1-D mesh. Its parameters become DTensors, still on meta.
 
+    cast: the dtype in which FSDP gathers parameters, for models whose layers compute in another dtype than
+    the optimizer's; None leaves every bit as it is, which packed weights need (adapters cast themselves).
     checkpointing: recompute each decoder layer in backward (non-reentrant).
     """
-    # param_dtype casts every gathered floating-point parameter of another dtype: trained fp32 ones to
-    # the compute dtype. Packed 4-bit weights are stored in the compute dtype and so pass untouched.
-    policy = MixedPrecisionPolicy(
-        param_dtype=dtypes.compute, reduce_dtype=torch.float32, cast_forward_inputs=False
-    )
+    policy = MixedPrecisionPolicy(param_dtype=cast, reduce_dtype=torch.float32, cast_forward_inputs=False)
     options = {"mesh": mesh, "mp_policy": policy, "reshard_after_forward": True}
     layers = model.get_submodule(family.layers)
     for i, layer in enumerate(layers):

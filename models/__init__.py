@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
@@ -24,16 +25,28 @@ FAMILIES: dict[str, Family] = {
     "qwen3": qwen3.FAMILY,
 }
 
+# What transformers and torch raise for a config.json with values that no model can have.
+UNUSABLE = (
+    StrictDataclassError,
+    OSError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    LookupError,
+    ArithmeticError,
+    AssertionError,
+    RuntimeError,
+)
+
 
 def read_config(folder: Path) -> tuple[PretrainedConfig, Family]:
     """(the model's configuration, its family). Raises UserError for an unknown architecture."""
     known = ", ".join(FAMILIES)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except (ValueError, OSError, TypeError, KeyError) as e:
-        kind = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+    except UNUSABLE as e:
         raise UserError(
-            f"{folder}/config.json: not readable ({kind}); known architectures: {known}"
+            f"{folder}/config.json: not readable ({_reason(e)}); known architectures: {known}"
         ) from None
     if config.model_type not in FAMILIES:
         raise UserError(f"{folder}/config.json: model_type {config.model_type!r} is unknown; known: {known}")
@@ -41,13 +54,28 @@ def read_config(folder: Path) -> tuple[PretrainedConfig, Family]:
 
 
 def build_on_meta(config: PretrainedConfig, family: Family) -> PreTrainedModel:
-    """transformers' model of this family with every tensor on the meta device: shapes, no memory."""
+    """transformers' model of this family with every tensor on the meta device: shapes, no memory.
+
+    Raises UserError if the configuration describes no model.
+    """
     config._attn_implementation = "sdpa"
-    with torch.device("meta"):
-        model = family.model_class(config)
+    try:
+        with torch.device("meta"):
+            model = family.model_class(config)
+    except UNUSABLE as e:
+        raise UserError(
+            f"{config.name_or_path}/config.json: describes no {config.model_type} model"
+            f" ({type(e).__name__}: {_reason(e)})"
+        ) from None
     if config.tie_word_embeddings:
         model.get_submodule(family.head).weight = model.get_submodule(family.embedding).weight
     return model.eval()
+
+
+def _reason(e: Exception) -> str:
+    """The line of transformers' message that says what is wrong: the first, below a validator's title."""
+    lines = str(e).strip().splitlines() or [type(e).__name__]
+    return lines[-1 if isinstance(e, StrictDataclassError) else 0].strip()
 
 
 def check_weights(model: nn.Module, files: CheckpointFiles, family: Family) -> None:

@@ -53,13 +53,8 @@ def apply_method(
     model.requires_grad_(method.adapter is None)
     if method.adapter is None:
         return
+    adapter = {"lora": LoRALinear, "dora": DoRALinear}[method.adapter]
     sizes = {name: (m.out_features, m.in_features) for name, m in family.layer_linears(model)}
     for name in target_linears(model, family, config.lora_target_modules):
         options = (sizes[name], config.lora_rank, config.lora_alpha, config.lora_dropout, trained_dtype)
-        base = model.get_submodule(name)
-        layer = (
-            DoRALinear(base, *options, compute_dtype)
-            if method.adapter == "dora"
-            else LoRALinear(base, *options)
-        )
-        model.set_submodule(name, layer)
+        model.set_submodule(name, adapter(model.get_submodule(name), *options))

@@ -10,9 +10,9 @@ The norm is never taken of a materialised W + s B A, which would round it to the
 
     ||W + s B A||^2 = ||W||^2 + 2 s rowsum((W A^T) * B) + s^2 rowsum((B A A^T) * B)
 
-with ||W||^2 computed once, in fp32, at load. What is trained is m - ||W||, not m: FSDP gathers trained
-parameters in the compute dtype, and bf16 would round m itself by up to 0.4%, more than it moves in most
-runs, while it rounds the difference by 0.4% of the difference.
+with ||W||^2 computed once, in fp32, at load. What is trained is m - ||W||, not m: with bf16 adapters
+(--precision bf16) m itself would be rounded by up to 0.4%, more than it moves in most runs, while the
+difference is rounded by 0.4% of the difference.
 """
 
 from __future__ import annotations
@@ -24,55 +24,55 @@ import torch.nn.functional as F
 from torch import nn
 
 from models.lora import LoRALinear
-from quantize_layers import Linear4bit, as_storage
+from quantize_layers import Linear4bit, scaled_linear
+
+TINY = torch.finfo(torch.float32).tiny
+
+
+def _recomputing() -> bool:
+    """Whether this forward is activation checkpointing's second one. Only backward can have started it, and
+    then the weights are those of the first: the norm need not be taken again."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 class DoRALinear(LoRALinear):
     """A frozen linear layer, dense or 4-bit, with a trained low-rank update and row magnitudes.
 
-    compute_dtype: of the frozen weights; ||W||^2 is kept as fp32 bytes in it, for FSDP (see
-    quantize_layers). The base's bias, if any, moves here, because it is not rescaled.
+    Arguments as for LoRALinear. The base's bias, if any, moves here, because it is not rescaled.
     """
 
     def __init__(
-        self,
-        base: nn.Module,
-        features: tuple[int, int],
-        rank: int,
-        alpha: float,
-        dropout: float,
-        dtype,
-        compute_dtype,
+        self, base: nn.Module, features: tuple[int, int], rank: int, alpha: float, dropout: float, dtype
     ):
         super().__init__(base, features, rank, alpha, dropout, dtype)
         self.bias, base.bias = base.bias, None
-        self.compute_dtype = compute_dtype
-        device, n = self.lora_B.device, features[0]
-        self.magnitude_change = nn.Parameter(torch.empty(n, dtype=dtype, device=device))
-        stored = torch.empty(n * 4 // compute_dtype.itemsize, dtype=compute_dtype, device=device)
-        self.squared_norm = nn.Parameter(stored, requires_grad=False)
-
-    def _squared_norm(self) -> torch.Tensor:
-        """||W||^2 of each row: [O], fp32."""
-        return self.squared_norm.view(torch.uint8).view(torch.float32)
+        empty = torch.empty(features[0], device=self.lora_B.device)
+        self.magnitude_change = nn.Parameter(empty.to(dtype))
+        self.squared_norm = nn.Parameter(empty.clone(), requires_grad=False)  # ||W||^2 of each row, fp32
+        self.last_norm: torch.Tensor | None = None
 
     @torch.no_grad()
-    def updated_norm(self) -> torch.Tensor:
-        """||W + s B A|| of each row: [O], fp32. Detached, and built on the weights that forward uses."""
-        a, b, s = self.lora_A.float(), self.lora_B.float(), self.scaling
-        cross = F.linear(self.base.weight, self.lora_A).float()  # W A^T: [O, R]
-        change = 2 * s * (cross * b).sum(1) + s * s * (b @ (a @ a.T) * b).sum(1)
-        # A row that is zero has no direction; the floor keeps its output 0 instead of NaN.
-        return (self._squared_norm() + change).clamp_min(torch.finfo(torch.float32).tiny).sqrt()
+    def updated_norm(self, a: torch.Tensor) -> torch.Tensor:
+        """||W + s B A|| of each row: [O], fp32, detached. a: A as forward uses it, in the compute dtype."""
+        if _recomputing() and self.last_norm is not None:
+            return self.last_norm
+        exact_a, b, s = self.lora_A.float(), self.lora_B.float(), self.scaling
+        # W A^T + s/2 B A A^T: [O, R]. The sum is fp32: where the dtypes differ, torch promotes.
+        half = torch.add(F.linear(self.base.weight, a), b @ (exact_a @ exact_a.T), alpha=s / 2)
+        norm = torch.add(self.squared_norm, (half * b).sum(1), alpha=2 * s)
+        self.last_norm = norm.clamp_min_(TINY).sqrt_()  # rounding may leave less than 0 where W = -s B A
+        return self.last_norm
 
     def magnitude(self) -> torch.Tensor:
         """m: [O], fp32."""
-        return self._squared_norm().sqrt() + self.magnitude_change.float()
+        return self.squared_norm.sqrt() + self.magnitude_change.float()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = super().forward(x)
-        # y * (m / norm), written as y + y * (m / norm - 1): the factor is near 1, where bf16 is coarse.
-        y = torch.addcmul(y, y, (self.magnitude() / self.updated_norm() - 1).to(y.dtype))
+        a = self.lora_A.to(x.dtype)
+        g = self.magnitude() / self.updated_norm(a)
+        y = scaled_linear(self.base, x, g)
+        h = F.linear(F.dropout(x, self.dropout, self.training), a)
+        y = y + F.linear(h, (self.lora_B * (self.scaling * g)[:, None]).to(x.dtype))
         return y if self.bias is None else y + self.bias
 
     def packs(self, name: str) -> tuple[str, ...]:
@@ -85,9 +85,10 @@ class DoRALinear(LoRALinear):
         if isinstance(self.base, Linear4bit):
             weight = self.base.unpack(packed["base.codes"], packed["base.scales"])
         else:
-            weight = packed["base.weight"].to(self.compute_dtype)
+            weight = packed["base.weight"].to(self.base.weight.dtype)
         norm = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32)
-        return packed | {"squared_norm": as_storage(norm.square(), self.compute_dtype)}
+        # A row of zeros has no direction. With the floor its scale is 1 and its output 0, instead of 0 / 0.
+        return packed | {"squared_norm": norm.square().clamp_min(TINY)}
 
     def initial_values(self, generator: torch.Generator) -> dict[str, torch.Tensor]:
         return super().initial_values(generator) | {
@@ -95,6 +96,5 @@ class DoRALinear(LoRALinear):
         }
 
     def peft_tensors(self, gather: Callable[[nn.Parameter], torch.Tensor]) -> dict[str, torch.Tensor]:
-        norm = gather(self.squared_norm).contiguous().view(torch.uint8).view(torch.float32).sqrt()
-        magnitude = norm + gather(self.magnitude_change).float()
+        magnitude = gather(self.squared_norm).sqrt() + gather(self.magnitude_change).float()
         return super().peft_tensors(gather) | {"lora_magnitude_vector": magnitude}

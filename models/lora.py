@@ -19,8 +19,8 @@ from quantize_layers import Packed, pack, packs
 class LoRALinear(Packed):
     """A frozen linear layer, dense or 4-bit, with a trained low-rank branch: [T, I] -> [T, O].
 
-    base: the frozen layer, whose checkpoint names it keeps; dtype: of A and B (FSDP may gather them in
-    the compute dtype). Made on base's device.
+    base: the frozen layer, whose checkpoint names it keeps; dtype: of A and B as the optimizer sees them -
+    forward rounds them to x's. Made on base's device.
     """
 
     def __init__(
@@ -34,7 +34,8 @@ class LoRALinear(Packed):
 
     def low_rank(self, x: torch.Tensor) -> torch.Tensor:
         """B A dropout(x), not yet scaled: [T, I] -> [T, O]."""
-        return F.linear(F.linear(F.dropout(x, self.dropout, self.training), self.lora_A), self.lora_B)
+        h = F.linear(F.dropout(x, self.dropout, self.training), self.lora_A.to(x.dtype))
+        return F.linear(h, self.lora_B.to(x.dtype))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.add(self.base(x), self.low_rank(x), alpha=self.scaling)

@@ -1,0 +1,82 @@
+"""Runs of the real program inside the test's own process group: the same check, set-up and loop as
+train.py's, with adapters made random (a B of zeros would prove nothing)."""
+
+from __future__ import annotations
+
+import torch
+
+import train
+from checkpoint import gather
+from config import parse
+from data import StepSampler
+from models.family import clean
+from models.lora import LoRALinear
+from quantize_layers import fill
+from tracking import NoTracker
+
+
+def make_job(place, argv: list[str]) -> train.Job:
+    quiet = ["--world_size", str(place.world), "--output_dir", "/nonexistent/out"]
+    config, _ = parse([*quiet, *map(str, argv)])
+    original, train.check_output = train.check_output, lambda *_: None  # nothing is written here
+    try:
+        return train.check(config)
+    finally:
+        train.check_output = original
+
+
+def randomize(model, seed: int = 7) -> None:
+    """Fills B and the change of the magnitude with the same random values on any number of ranks."""
+    for path, module in model.named_modules():
+        if isinstance(module, LoRALinear):
+            generator = torch.Generator().manual_seed(seed + sum(map(ord, clean(path))))
+            for parameter, std in ((module.lora_B, 0.05), (getattr(module, "magnitude_change", None), 0.2)):
+                if parameter is not None:
+                    fill(parameter, torch.randn(parameter.shape, generator=generator) * std)
+
+
+def set_up(place, argv: list[str], random_adapters: bool = True):
+    """(job, sharded model with random adapters) of a run."""
+    job = make_job(place, argv)
+    model = train.set_up(job, place)
+    if random_adapters:
+        randomize(model)
+    return job, model
+
+
+def trained_tensors(model) -> dict[str, torch.Tensor]:
+    return {clean(n): gather(p).clone() for n, p in model.named_parameters() if p.requires_grad}
+
+
+def train_run(place, argv: list[str]) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """(loss of each step, every trained tensor afterwards)."""
+    job, model = set_up(place, argv)
+    c = job.config
+    sampler = StepSampler(
+        job.rows, c.batch_size, c.gradient_accumulation_steps, place.rank, place.world, c.seed
+    )
+    history = train.train(job, model, place, sampler, NoTracker())
+    return [m.loss for m in history], trained_tensors(model)
+
+
+def logits(place, argv: list[str], ids: torch.Tensor) -> torch.Tensor:
+    """The model's logits with random adapters, in evaluation mode."""
+    _, model = set_up(place, argv)
+    with torch.no_grad():
+        return model.eval()(input_ids=ids, use_cache=False).logits.clone()
+
+
+def dense_state(place, argv: list[str]) -> dict[str, torch.Tensor]:
+    """The weights that training computes with, by the checkpoint's names: 4-bit ones dequantized."""
+    _, model = set_up(place, argv)
+    state = {}
+    for path, module in model.named_modules():
+        own = {n: gather(p) for n, p in module.named_parameters(recurse=False)}
+        if "codes" in own:
+            own = {"weight": module.unpack(own["codes"], own["scales"])} | {
+                k: v for k, v in own.items() if k == "bias"
+            }
+        for name, value in own.items():
+            if not name.startswith(("lora_", "magnitude", "squared")):
+                state[clean(f"{path}.{name}").replace(".base.", ".")] = value.clone()
+    return state

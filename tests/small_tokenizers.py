@@ -1,0 +1,77 @@
+"""Small tokenizers of the kinds that real models have, with tokens that straddle the boundaries between a
+prompt and its answer, and characters that take several tokens."""
+
+from __future__ import annotations
+
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+SPECIAL = ["<s>", "</s>", "<unk>"]
+PARIS = [("a", "r"), ("i", "s"), ("ar", "is")]  # merges that all have in common
+
+
+def _wrap(
+    backend: Tokenizer, *post: processors.PostProcessor, text: str = "<s> $A"
+) -> PreTrainedTokenizerFast:
+    special = processors.TemplateProcessing(single=text, special_tokens=[("<s>", 0), ("</s>", 1)])
+    backend.post_processor = processors.Sequence([*post, special])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+
+
+def _bpe(alphabet: list[str], merges: list[tuple[str, str]], **options) -> Tokenizer:
+    vocabulary = [*SPECIAL, *alphabet, *map("".join, merges)]
+    return Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(vocabulary)}, merges=merges, **options))
+
+
+def _byte_level(merges: list[tuple[str, str]], words: bool) -> Tokenizer:
+    backend = _bpe(sorted(pre_tokenizers.ByteLevel.alphabet()), [*PARIS, *merges])
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=words)
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+def crossing() -> PreTrainedTokenizerFast:
+    """Byte-level BPE over the whole text: "\\nP" and " P" become one token wherever they stand."""
+    return _wrap(_byte_level([("Ċ", "P"), ("Ġ", "P"), ("ĊP", "aris")], words=False))
+
+
+def trimming() -> PreTrainedTokenizerFast:
+    """Like Llama 3's: words with the space before them, and offsets that leave the space out."""
+    backend = _byte_level([("Ġ", "P"), ("ĠP", "aris"), ("Ġ", "Ġ")], words=True)
+    return _wrap(backend, processors.ByteLevel(trim_offsets=True))
+
+
+def ending() -> PreTrainedTokenizerFast:
+    """One that writes the EOS token by itself."""
+    return _wrap(_byte_level([("Ġ", "P"), ("ĠP", "aris")], words=True), text="<s> $A </s>")
+
+
+def unigram() -> PreTrainedTokenizerFast:
+    """SentencePiece's Unigram: the text begins with a "▁" that is not there, and no space is lost."""
+    letters = [(chr(i), -8.0) for i in range(33, 127)] + [("▁", -4.0), ("\n", -8.0)]
+    byte_pieces = [(f"<0x{i:02X}>", -20.0) for i in range(256)]
+    pieces = [
+        *((s, 0.0) for s in SPECIAL),
+        *byte_pieces,
+        *letters,
+        ("▁Paris", -5.0),
+        ("\nPar", -5.0),
+        ("is", -5.0),
+    ]
+    backend = Tokenizer(models.Unigram(pieces, unk_id=2, byte_fallback=True))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=False)
+    backend.decoder = decoders.Sequence(
+        [decoders.ByteFallback(), decoders.Metaspace(prepend_scheme="always")]
+    )
+    return _wrap(backend)
+
+
+def byte_fallback() -> PreTrainedTokenizerFast:
+    """Like Llama 2's: BPE with a "▁" put before the text and for each space; other characters as bytes."""
+    alphabet = [f"<0x{i:02X}>" for i in range(256)] + [chr(i) for i in range(33, 127)] + ["▁"]
+    merges = [*PARIS, ("▁", "P"), ("▁P", "aris")]
+    backend = _bpe(alphabet, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True)
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    backend.decoder = decoders.Sequence(steps)
+    return _wrap(backend)

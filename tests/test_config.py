@@ -1,0 +1,404 @@
+"""Options: spelling, conversion, the YAML file, refusals, defaults. All of it is text in, Config out."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+import pytest
+import yaml
+
+from config import ANY, FIELDS, METHODS, TOY_DEFAULTS, Config, UserError, dump_yaml, parse
+from data import find_recipe
+
+# fsdp_qlora's options and choices, as DESIGN.md lists them: commands of others must keep working.
+FSDP_QLORA = """
+    world_size train_type llama_pro_path batch_size context_length gradient_accumulation_steps
+    num_epochs dataset dataset_samples sharding_strategy use_gradient_checkpointing
+    reentrant_checkpointing use_cpu_offload use_activation_cpu_offload low_memory no_sync precision
+    model_name save_model output_dir lora_rank lora_alpha lora_dropout lora_target_modules verbose lr
+    apply_gradient_clipping grad_norm wd profile_memory optimizer lr_scheduler loading_workers log_to
+    master_addr master_port seed project_name name group entity n_bits profile profiling_output
+    overwrite_profiling_output with_stack with_shapes export_trace export_memory_timeline wait_steps
+    warmup_steps active_steps repeat profiling_frequency max_steps
+"""
+CHOICES = {
+    "train_type": "full lora qlora custom_lora custom_qlora hqq_lora hqq_dora bnb_dora bnb_llama_pro"
+    " hqq_llama_pro dora llama_pro",
+    "sharding_strategy": "full_shard shard_grad_op ddp hybrid_full_shard hybrid_shard_grad_op",
+    "precision": "auto fp32 bf16 fp16_autocast bf16_autocast bf16_buffers_autocast",
+    "optimizer": "adamw adam sgd adadelta fused_adamw fused_adam",
+    "lr_scheduler": "constant linear cosine",
+    "log_to": "tqdm wandb stdout",
+}
+DATASETS = "alpaca alpaca_sample dummy guanaco sql orca_math uganda_clinical_guidelines oig_chip2 toy"
+PUBLIC_COMMAND = """--train_type bnb_dora --model_name meta-llama/Meta-Llama-3-70B
+    --dataset uganda_clinical_guidelines --dataset_samples 130 --batch_size 4
+    --context_length 2048 --gradient_accumulation_steps 2 --sharding_strategy full_shard
+    --use_gradient_checkpointing true --reentrant_checkpointing true --use_cpu_offload false
+    --use_activation_cpu_offload false --project_name fsdp-quantized-ucg
+    --save_model true --output_dir ../models/Llama-3-70b-ucg-bnb-QDoRA"""
+REAL = ["--model_name", "some/model"]  # anything but the demo model, which has defaults of its own
+READY = [t for t in METHODS if t not in FIELDS["train_type"].metadata["later"]]
+
+
+def resolved(*argv: str) -> Config:
+    return parse(list(argv))[0]
+
+
+def refused(*argv: str) -> str:
+    with pytest.raises(UserError) as error:
+        parse(list(argv))
+    return str(error.value)
+
+
+@pytest.fixture
+def from_file(tmp_path):
+    """from_file(text or bytes) -> the arguments that read it as a YAML file."""
+
+    def write(content: str | bytes) -> list[str]:
+        path = tmp_path / "run.yaml"
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return ["--config", str(path)]
+
+    return write
+
+
+# The command line
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--train_type", "qlora", "--lora_rank", "8"],
+        ["--train-type", "qlora", "--lora-rank", "8"],
+        ["--train_type=qlora", "--lora-rank=8"],
+        ["--train-type=qlora", "--lora_rank=8"],
+    ],
+)
+def test_spellings_of_an_option(argv):
+    assert (resolved(*argv).train_type, resolved(*argv).lora_rank) == ("qlora", 8)
+
+
+def test_only_the_option_is_respelled_not_its_value():
+    config = resolved("--project-name=a-b_c", "--model-name", "own/some-model", "--name=--x-y")
+    assert (config.project_name, config.model_name, config.name) == ("a-b_c", "own/some-model", "--x-y")
+
+
+@pytest.mark.parametrize("value", [True, False])
+@pytest.mark.parametrize("option", ["save_model", "no_sync"])  # on and off by default
+def test_booleans(option, value):
+    spellings = ("true", "True", "TRUE", "1", "yes") if value else ("false", "False", "FALSE", "0", "no")
+    for text in spellings:
+        assert getattr(resolved(f"--{option}", text), option) is value
+
+
+def test_a_bare_switch_is_true_and_takes_nothing_from_its_neighbours():
+    config = resolved("--no_sync", "--lora_rank", "8", "--overwrite")
+    assert (config.no_sync, config.lora_rank, config.overwrite) == (True, 8, True)
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--profile_memory"],
+        ["--profile-memory"],
+        ["--profile_memory", "--no_sync"],
+        ["--profile_memory", "true"],
+        ["--profile_memory=yes"],
+    ],
+)
+def test_profile_memory_in_all_its_forms(argv):
+    assert "--profile_memory true is not in this version" in refused(*argv)
+
+
+@pytest.mark.parametrize("argv", [["--profile_memory", "false"], ["--profile-memory=0"], []])
+def test_no_profile_memory(argv):
+    assert resolved(*argv).profile_memory is False
+
+
+@pytest.mark.parametrize(
+    "argument, words",
+    [
+        ("--lora_rnk", ["--lora_rnk", "did you mean --lora_rank?"]),
+        ("--lora-rnk=8", ["did you mean --lora_rank?"]),
+        ("--train_typ", ["did you mean --train_type?"]),  # no abbreviations: they would change meaning
+        ("--zzzzzz", ["--zzzzzz", "see --help"]),
+        ("stray", ["stray", "see --help"]),
+    ],
+)
+def test_unknown_option(argument, words):
+    message = refused(argument)
+    assert message.startswith("unknown option") and all(word in message for word in words)
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_unknown_choice_lists_the_choices(name):
+    message = refused(f"--{name}", "nonsense")
+    assert f"--{name}" in message and "'nonsense'" in message
+    assert set(CHOICES[name].split()) <= set(re.findall(r"\w+", message))
+
+
+@pytest.mark.parametrize(
+    "name, text, noun",
+    [
+        ("lora_rank", "eight", "a whole number"),
+        ("lora_rank", "1.5", "a whole number"),
+        ("lora_rank", "", "a whole number"),
+        ("master_port", "none", "a whole number"),
+        ("lr", "fast", "a number"),
+        ("wd", "1,5", "a number"),
+        ("lr", "nan", "nan"),
+        ("save_model", "maybe", "true or false"),
+        ("save_model", "2", "true or false"),
+    ],
+)
+def test_bad_value(name, text, noun):
+    message = refused(f"--{name}={text}")
+    assert message.startswith(f"--{name}: ") and text in message and noun in message
+
+
+def test_an_option_without_its_value():
+    assert "--lora_rank" in refused("--lora_rank") and "--config" in refused("--config")
+
+
+BELOW_ABOVE = {  # option: values just out of range
+    "batch_size": "0 -1",
+    "context_length": "0 -1 1",
+    "gradient_accumulation_steps": "0",
+    "num_epochs": "0",
+    "lora_rank": "0 -8",
+    "grad_norm": "0 -1",
+    "max_steps": "0 -2",
+    "dataset_samples": "0 -2",
+    "world_size": "0 -2",
+    "lr": "-1e-9 inf",
+    "wd": "-1 inf",
+    "lora_dropout": "-0.1 1",
+    "lora_alpha": "0 -1 inf",
+    "lr_warmup": "-0.1 1.1",
+    "master_port": "0 65536",
+    "seed": f"-1 {2**63}",
+}
+WITHIN = {  # option: the outermost values that are allowed
+    "batch_size": "1",
+    "context_length": "2",
+    "max_steps": "-1 1",
+    "dataset_samples": "-1 1",
+    "world_size": "-1 1",
+    "lr": "0",
+    "wd": "0",
+    "lora_dropout": "0 0.99",
+    "lr_warmup": "0 1",
+    "master_port": "1 65535",
+    "seed": f"0 {2**63 - 1}",
+}
+
+
+@pytest.mark.parametrize("name, value", [(n, v) for n, values in BELOW_ABOVE.items() for v in values.split()])
+def test_out_of_range(name, value):
+    assert refused(f"--{name}={value}").startswith(f"--{name} ")
+
+
+@pytest.mark.parametrize("name, value", [(n, v) for n, values in WITHIN.items() for v in values.split()])
+def test_within_range(name, value):
+    assert getattr(resolved(f"--{name}={value}"), name) == (float(value) if "." in value else int(value))
+
+
+# The YAML file
+
+
+def test_yaml_values(from_file):
+    text = "lora-rank: 8\nlr: 1e-4\nsave_model: no\nname: 5\nlora_alpha: 3\ndataset: null\n"
+    config = resolved(*from_file(text))
+    assert (config.lora_rank, config.lr, config.save_model) == (8, 1e-4, False)  # YAML 1.1: 1e-4 is a text
+    assert (config.name, config.lora_alpha) == ("5", 3.0)
+    assert config.dataset == FIELDS["dataset"].default  # null: not given
+
+
+def test_the_command_line_wins(from_file):
+    config = resolved("--lora_rank", "4", *from_file("lora_rank: 8\nseed: 1\n"))
+    assert (config.lora_rank, config.seed) == (4, 1)
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        ("lora_rnk: 8\n", ["unknown option lora_rnk", "did you mean --lora_rank?"]),
+        ("config: other.yaml\n", ["unknown option config"]),
+        ("seed: 1\nname: a: b\n", ["line 2", "not YAML"]),
+        ("name: 2024-13-45\n", ["not YAML", "month"]),
+        ("name: !!python/object:os.system x\n", ["line 1", "not YAML"]),
+        (b"name: \xff\n", ["not a UTF-8 text"]),
+        ("lora_rank: [8]\n", ["lora_rank", "not a whole number"]),
+        ("lora_rank: true\n", ["lora_rank", "not a whole number"]),
+        ("lora_rank: 8.5\n", ["lora_rank", "not a whole number"]),
+        ("save_model: 3\n", ["save_model", "not true or false"]),
+        ("name: {a: 1}\n", ["name", "not a text"]),
+        ("name: true\n", ["name", "not a text"]),
+        ("lr_scheduler: fast\n", ["lr_scheduler", "constant, linear, cosine"]),
+        ("- lora_rank\n", ["option: value"]),
+        ("lora_rank 8\n", ["option: value"]),
+        ("", ["option: value"]),
+    ],
+)
+def test_bad_yaml(from_file, content, words):
+    argv = from_file(content)
+    message = refused(*argv)
+    assert argv[1] in message and all(word in message for word in words)
+
+
+def test_yaml_file_that_cannot_be_read(tmp_path):
+    assert "No such file" in refused("--config", str(tmp_path / "none.yaml"))
+    assert "directory" in refused("--config", str(tmp_path))
+
+
+def test_yaml_options_are_checked_like_the_command_lines(from_file):
+    assert "no effect with --train_type full" in refused(*from_file("train_type: full\nlora_rank: 8\n"))
+    assert "not in this version" in refused(*from_file("use_cpu_offload: true\n"))
+    assert "--batch_size 0" in refused(*from_file("batch_size: 0\n"))
+
+
+@pytest.mark.parametrize("model", [[], REAL])
+@pytest.mark.parametrize("train_type", READY)
+def test_the_saved_config_repeats_the_run(from_file, train_type, model):
+    odd = ["--name", "007", "--group", "null", "--lr", "3e-5", "--seed", str(2**60), "--no_sync"]
+    for more in ([], odd):
+        config = resolved("--train_type", train_type, *model, *more)
+        assert parse(from_file(dump_yaml(config))) == (config, [])
+
+
+def test_the_saved_config_holds_every_option():
+    assert list(yaml.safe_load(dump_yaml(resolved()))) == list(FIELDS)
+    assert yaml.safe_load(dump_yaml(resolved("--train_type", "full")))["lora_rank"] is None
+
+
+# Refusals
+
+
+ADAPTER_ONLY = ("lora_rank", "lora_alpha", "lora_dropout", "lora_target_modules")
+
+
+@pytest.mark.parametrize("name", ADAPTER_ONLY)
+def test_option_without_effect(name):
+    default = FIELDS[name].default
+    message = refused("--train_type", "full", f"--{name}", str(default))  # even at its default
+    assert f"--{name} has no effect with --train_type full" in message
+    assert getattr(resolved("--train_type", "full"), name) is None
+    assert getattr(resolved("--train_type", "lora", f"--{name}", str(default)), name) == default
+
+
+def _still_to_come() -> list[tuple[str, str]]:
+    """(option, value) of everything that config.py says comes later."""
+    pairs = []
+    for name, field in FIELDS.items():
+        later, default = field.metadata["later"], field.default
+        if later is ANY:
+            other = (
+                not default if isinstance(default, bool) else default + 1 if isinstance(default, int) else "4"
+            )
+            later = (other,)
+        pairs += [(name, str(value)) for value in later]
+    return pairs
+
+
+@pytest.mark.parametrize("name, value", _still_to_come())
+def test_options_of_later_versions_are_errors(name, value):
+    message = refused(f"--{name}", value)
+    assert f"--{name} {value.lower()} is not in this version" in message
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_every_option_may_be_given_at_its_default(name):
+    default = FIELDS[name].default
+    if default is not None:
+        assert getattr(resolved(*REAL, f"--{name}={default}"), name) == default
+
+
+# Compatibility with fsdp_qlora
+
+
+def test_fsdp_qloras_options_are_all_here():
+    assert set(FSDP_QLORA.split()) <= FIELDS.keys()
+    for name, choices in CHOICES.items():
+        assert set(choices.split()) <= set(FIELDS[name].metadata["choices"])
+
+
+def test_fsdp_qloras_datasets_are_all_here():
+    for name in DATASETS.split():
+        recipe, _ = find_recipe(name)
+        assert recipe.source or recipe.fill
+
+
+def test_the_public_command_runs_as_it_stands():
+    config, remarks = parse(PUBLIC_COMMAND.split())
+    assert (config.train_type, config.dataset_samples, config.batch_size) == ("bnb_dora", 130, 4)
+    assert config.output_dir == "../models/Llama-3-70b-ucg-bnb-QDoRA"
+    assert len(remarks) == 1 and remarks[0].startswith("--reentrant_checkpointing: non-reentrant")
+
+
+def test_remarks_tell_only_of_what_changes_nothing():
+    assert parse(["--low_memory", "false"])[1][0].startswith("--low_memory false")
+    assert parse(["--low_memory", "true", "--reentrant_checkpointing", "false"])[1] == []
+
+
+# Methods and defaults
+
+
+def test_methods():
+    assert set(METHODS) == set(CHOICES["train_type"].split())
+    parts = {name: (m.quantizer, m.adapter, m.expansion) for name, m in METHODS.items()}
+    assert parts["full"] == (None, None, False) and METHODS["full"].saves == "model"
+    assert parts["qlora"] == ("bnb", "lora", False) and METHODS["qlora"].saves == "adapter"
+    assert parts["hqq_dora"] == ("hqq", "dora", False)
+    assert parts["bnb_llama_pro"] == ("bnb", None, True) and METHODS["bnb_llama_pro"].saves == "model"
+    assert len(set(parts.values())) == len(parts) - 2  # all different, but for the two custom_ ones
+
+
+@pytest.mark.parametrize("plain", ["lora", "qlora"])
+def test_custom_types_equal_their_plain_twins(plain):
+    assert METHODS[f"custom_{plain}"] == METHODS[plain]
+
+
+@pytest.mark.parametrize("train_type", READY)
+def test_learning_rate_by_method(train_type):
+    expected = 1e-5 if train_type == "full" else 2e-4
+    assert resolved("--train_type", train_type, *REAL).lr == expected
+    assert resolved("--train_type", train_type, *REAL, "--lr", "0.5").lr == 0.5
+
+
+@pytest.mark.parametrize("scheduler, warmup", [("constant", 0.0), ("linear", 0.1), ("cosine", 0.1)])
+def test_warmup_by_scheduler(scheduler, warmup):
+    assert resolved(*REAL, "--lr_scheduler", scheduler).lr_warmup == warmup
+    assert resolved(*REAL, "--lr_scheduler", scheduler, "--lr_warmup", "0.3").lr_warmup == 0.3
+
+
+def test_toy_defaults_only_for_the_toy_model(from_file):
+    toy, real = dataclasses.asdict(resolved()), dataclasses.asdict(resolved(*REAL))
+    assert {name: toy[name] for name in TOY_DEFAULTS} == TOY_DEFAULTS
+    for name in TOY_DEFAULTS.keys() - {"lr"}:
+        assert real[name] == FIELDS[name].default
+    assert resolved(*from_file("model_name: some/model\n")).lora_rank == real["lora_rank"]
+    assert resolved("--lora_rank", "4").lora_rank == 4  # what is given goes first
+
+
+def test_output_dir(monkeypatch, from_file):
+    monkeypatch.setenv("HOME", "/home/someone")
+    assert re.fullmatch(r"runs/\d{8}-\d{6}-qlora", resolved("--train_type", "qlora").output_dir)
+    assert resolved(*from_file("output_dir: ~/runs/a\n")).output_dir == "/home/someone/runs/a"
+
+
+def test_a_config_does_not_change():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        resolved().lr = 1.0
+
+
+def test_help(capsys):
+    with pytest.raises(SystemExit) as ended:
+        parse(["--help"])
+    assert ended.value.code == 0
+    shown = capsys.readouterr().out
+    assert {f"--{name}" for name in FIELDS} | {"--config"} <= set(re.findall(r"--\w+", shown))
+    for field in FIELDS.values():
+        assert f"\n{field.metadata['group']}:\n" in shown and field.metadata["help"]
+    assert "not in this version: fused_adamw, fused_adam" in " ".join(shown.split())

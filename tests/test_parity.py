@@ -1,0 +1,109 @@
+"""Sharding, accumulation, checkpointing and the number of ranks change nothing but speed and memory.
+
+All in fp32 on the CPU. Losses must agree to 1e-5 relative. Trained tensors after five AdamW steps of 1e-3
+must agree to 2e-5 where they moved by up to 5e-3: AdamW's first steps are lr * g / |g|, so where a gradient
+is rounding noise the update is noise too; that is bounded here to a hundredth of one step.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import train
+from config import METHODS
+from tests.runs import set_up, train_run
+
+TYPES = ["full", "lora", "dora", "qlora", "bnb_dora"]  # custom_* are the same methods (test_config)
+STEPS = 5
+
+
+def arguments(model, data, train_type: str, *more) -> list[str]:
+    adapters = ["--lora_rank", "8", "--lora_alpha", "12"] if METHODS[train_type].adapter else []
+    common = f"--lr 1e-3 --max_steps {STEPS} --context_length 256 --seed 3".split()
+    return ["--model_name", model, "--dataset", data, "--train_type", train_type, *common, *adapters, *more]
+
+
+def assert_same(a, b, losses: float = 1e-5, tensors: float = 2e-5) -> None:
+    torch.testing.assert_close(torch.tensor(a[0]), torch.tensor(b[0]), rtol=losses, atol=0)
+    assert a[0][0] > a[0][-1], "nothing was learned: the comparison would be empty"
+    assert a[1].keys() == b[1].keys()
+    for name, tensor in a[1].items():
+        torch.testing.assert_close(
+            tensor, b[1][name], rtol=0, atol=tensors, msg=lambda m, name=name: f"{name}: {m}"
+        )
+
+
+@pytest.mark.parametrize("train_type", TYPES)
+def test_two_ranks_equal_one(train_type, checkpoints, alpaca_file, one_rank, two_ranks):
+    args = arguments(checkpoints("llama_bias"), alpaca_file, train_type)
+    plain = one_rank(train_run, [*args, "--batch_size", "4"])[0]
+    first, second = two_ranks(train_run, [*args, "--batch_size", "2"])
+    assert first[0] == second[0]  # both ranks report the loss of the whole step
+    assert_same(plain, first)
+
+
+@pytest.mark.parametrize("train_type", ["full", "bnb_dora"])
+def test_tied_embeddings_in_two_ranks(train_type, checkpoints, alpaca_file, one_rank, two_ranks):
+    args = arguments(checkpoints("qwen2"), alpaca_file, train_type)
+    plain = one_rank(train_run, [*args, "--batch_size", "4"])[0]
+    assert_same(plain, two_ranks(train_run, [*args, "--batch_size", "2"])[0])
+
+
+@pytest.mark.parametrize("no_sync", ["false", "true"])
+def test_accumulation_equals_one_big_batch(no_sync, checkpoints, alpaca_file, one_rank, two_ranks):
+    """Rows of 1 to 61 words: a mean of micro-batch means would be far off."""
+    args = arguments(checkpoints(), alpaca_file, "bnb_dora")
+    plain = one_rank(train_run, [*args, "--batch_size", "4"])[0]
+    small = ["--batch_size", "1", "--gradient_accumulation_steps"]
+    assert_same(plain, one_rank(train_run, [*args, *small, "4", "--no_sync", no_sync])[0])
+    assert_same(plain, two_ranks(train_run, [*args, *small, "2", "--no_sync", no_sync])[0])
+
+
+@pytest.mark.parametrize("train_type", ["full", "lora", "bnb_dora"])
+def test_gradient_checkpointing_changes_nothing(train_type, checkpoints, alpaca_file, one_rank):
+    args = arguments(checkpoints("llama_bias"), alpaca_file, train_type, "--batch_size", "2")
+    if METHODS[train_type].adapter:
+        args += ["--lora_dropout", "0.2"]  # recomputation must draw the same dropout
+    on, off = (one_rank(train_run, [*args, "--use_gradient_checkpointing", v])[0] for v in ("true", "false"))
+    assert_same(on, off, tensors=1e-6)
+
+
+def test_an_epoch_that_does_not_divide(checkpoints, alpaca_file, one_rank, two_ranks):
+    """40 rows in steps of 12: the last step of each epoch has 4 rows, which leave one rank without any."""
+    args = arguments(checkpoints(), alpaca_file, "lora", "--num_epochs", "2", "--max_steps", "8")
+    plain = one_rank(train_run, [*args, "--batch_size", "12"])[0]
+    assert len(plain[0]) == 8
+    assert_same(plain, two_ranks(train_run, [*args, "--batch_size", "6"])[0])
+
+
+def test_dropout_is_drawn_apart_on_each_rank_and_repeats(checkpoints, alpaca_file, two_ranks):
+    args = arguments(checkpoints(), alpaca_file, "lora", "--lora_dropout", "0.5", "--batch_size", "2")
+    first, again = (two_ranks(train_run, args)[0] for _ in range(2))
+    assert first[0] == again[0]
+    drawn, others = two_ranks(draw_after_set_up, args)
+    assert not torch.equal(drawn, others)
+
+
+def draw_after_set_up(place, args) -> torch.Tensor:
+    set_up(place, args)
+    return torch.rand(8)
+
+
+@pytest.mark.parametrize("train_type", TYPES)
+def test_bf16_compute_follows_fp32(train_type, checkpoints, alpaca_file, one_rank, two_ranks):
+    """`--precision auto` as on a GPU with bf16: fp32 masters of what is trained, bf16 everything else."""
+    args = arguments(checkpoints("llama_bias"), alpaca_file, train_type)
+    plain = one_rank(train_run, [*args, "--batch_size", "4"])[0]
+    mixed = two_ranks(train_run_as_on_a_gpu, [*args, "--batch_size", "2"])[0]
+    assert all(t.dtype == torch.float32 for t in mixed[1].values())
+    torch.testing.assert_close(torch.tensor(mixed[0]), torch.tensor(plain[0]), rtol=2e-2, atol=0)
+    assert mixed[0] != plain[0]
+
+
+def train_run_as_on_a_gpu(place, args):
+    original, train.bf16_gpu = train.bf16_gpu, lambda: True
+    try:
+        return train_run(place, args)
+    finally:
+        train.bf16_gpu = original

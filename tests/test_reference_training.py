@@ -1,0 +1,77 @@
+"""Five steps of ours follow five steps of transformers + PEFT + torch.optim on the same batches."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from config import METHODS
+from data import IGNORE, StepSampler
+from tests.runs import dense_state, make_job, set_up, trained_tensors
+from tests.test_adapters import adapters_of, args_for, as_peft
+from tests.test_parity import train_run
+
+STEPS, LR = 5, 2e-3
+
+
+def batches_of(place, args) -> list:
+    """The very batches of the run, as plain tensors: [(ids, targets) of each micro-batch] of each step."""
+    job = make_job(place, args)
+    c = job.config
+    sampler = StepSampler(job.rows, c.batch_size, c.gradient_accumulation_steps, 0, 1, c.seed)
+    steps = zip(range(STEPS), sampler.steps(1), strict=False)
+    return [[(b.ids, b.targets) for b in step.batches] for _, step in steps]
+
+
+def reference_losses(model, batches, optimizer) -> list[float]:
+    """The textbook loop, with padding masked from attention: the mean over the step's targets."""
+    losses = []
+    for step in batches:
+        count = sum(int((targets != IGNORE).sum()) for _, targets in step)
+        total = 0.0
+        for ids, targets in step:
+            longest = (targets != IGNORE).cumsum(1).argmax(1)  # attention up to the last target's input
+            mask = torch.arange(ids.shape[1])[None] <= longest[:, None]
+            logits = model(input_ids=ids, attention_mask=mask.long()).logits
+            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+            (loss / count).backward()
+            total += loss.item() / count
+        torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(total)
+    return losses
+
+
+@pytest.mark.parametrize("train_type", ["full", "lora", "dora", "qlora", "bnb_dora"])
+def test_losses_follow_the_reference(train_type, checkpoints, alpaca_file, one_rank):
+    folder = checkpoints("llama_bias")
+    more = f"--lr {LR} --max_steps {STEPS} --batch_size 4 --gradient_accumulation_steps 2".split()
+    args = args_for(folder, alpaca_file, train_type, *more)
+    ours = one_rank(train_run, args)[0][0]
+    if METHODS[train_type].adapter:
+        state, adapters = one_rank(dense_state, args)[0], one_rank(adapters_of, args)[0]
+        model = as_peft(folder, state, adapters, METHODS[train_type].adapter == "dora")
+    else:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LR, weight_decay=0.0)
+    theirs = reference_losses(model, one_rank(batches_of, args)[0], optimizer)
+    torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), rtol=1e-4, atol=0)
+    assert ours[-1] < 0.95 * ours[0]
+
+
+def test_weight_decay_spares_vectors(checkpoints, alpaca_file, one_rank):
+    """With a learning rate and a decay that would erase everything, only matrices shrink."""
+    common = args_for(
+        checkpoints("llama_bias"), alpaca_file, "bnb_dora", "--optimizer", "sgd", "--max_steps", "1"
+    )
+    before = one_rank(tensors_before, common)[0]
+    after = one_rank(train_run, [*common, "--lr", "1e-6", "--wd", "5e5"])[0][1]
+    for name, tensor in after.items():
+        share = 0.5 if tensor.dim() >= 2 else 1.0  # 1 - lr * wd
+        torch.testing.assert_close(tensor, share * before[name], rtol=1e-3, atol=1e-4)
+
+
+def tensors_before(place, args):
+    return trained_tensors(set_up(place, args)[1])

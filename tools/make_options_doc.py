@@ -1,0 +1,92 @@
+"""Writes docs/options.md from config.py, so that the page and the program cannot disagree.
+
+python -m tools.make_options_doc
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from config import ANY, FIELDS, METHODS, TOY_DEFAULTS, _shown
+
+PAGE = Path(__file__).parent.parent / "docs" / "options.md"
+
+HEAD = """# Options
+
+Made by `python -m tools.make_options_doc` from config.py; `python train.py --help` shows the same.
+
+Options may be written with `-` for `_`, and switches without `true`. `--config run.yaml` reads them from a
+file (`option: value` lines; the command line wins); every run writes its own as `<output_dir>/config.yaml`.
+An option that has no effect with the chosen train type is an error, and so is one marked *later*, whose
+feature this version does not have.
+"""
+
+DIFFERENCES = """
+## Where the defaults differ from fsdp_qlora's
+
+Names, choices and meanings are fsdp_qlora's. These defaults are not:
+
+| option | fsdp_qlora | here | why |
+|---|---|---|---|
+| train_type | qlora | bnb_dora | its paper finds it ahead of LoRA at equal rank; what it costs here: [benchmarks](benchmarks.md) |
+| model_name, dataset | Llama-2-7b, alpaca_sample | toy, toy | a first run needs no download |
+| lr | 1e-5 | 2e-4 for adapters, 1e-5 for full | 1e-5 hardly moves an adapter |
+| lora_dropout | 0.1 | 0 | |
+| lora_target_modules all | without o_proj | with o_proj | all means all |
+| wd | 0.1 | 0 | and never on vectors: norms, biases, DoRA magnitudes |
+| apply_gradient_clipping, grad_norm | false, 0.3 | true, 1.0 | the norm is logged either way |
+| precision | bf16 | auto | adapters updated in bf16 lose small steps |
+| save_model | false | true | |
+| output_dir | output | runs/&lt;date-time&gt;-&lt;train_type&gt; | a run never replaces another |
+| log_to | tqdm | tqdm | metrics.jsonl is written always |
+| master_port | 12355 | a free one | two runs on one machine do not collide |
+| dataset_samples | 512 | all rows; 512 for alpaca_sample and dummy | it limits any dataset |
+| max_steps | per epoch | of the whole run | |
+| AdamW | betas 0.9, 0.95, eps 1e-5 | torch's: 0.9, 0.999, 1e-8 | |
+
+`lora` and `custom_lora` are the same here, and so are `qlora` and `custom_qlora`: one implementation, ours.
+
+Accepted, because older commands have them, and without effect: `low_memory` (loading always streams),
+`reentrant_checkpointing` (non-reentrant needs no more memory here). `no_sync true` reduces gradients once per
+optimizer step.
+"""
+
+
+def table(group: str) -> list[str]:
+    lines = [f"\n## {group}\n", "| option | default | |", "|---|---|---|"]
+    for name, field in FIELDS.items():
+        meta = field.metadata
+        if meta["group"] != group:
+            continue
+        text = meta["help"]
+        ready = [c for c in meta["choices"] if meta["later"] is ANY or c not in meta["later"]]
+        text += f": {', '.join(ready)}" if ready else ""
+        if meta["later"]:
+            only = ", ".join(map(_shown, meta["later"])) if meta["later"] is not ANY else ""
+            text += f" *(later{': ' if only else ''}{only})*"
+        lines.append(f"| `{name}` | {_shown(field.default)} | {text} |")
+    return lines
+
+
+def page() -> str:
+    lines = [HEAD]
+    for group in dict.fromkeys(f.metadata["group"] for f in FIELDS.values()):
+        lines += table(group)
+    lines += [
+        "\n## Train types\n",
+        "| train_type | frozen linears | adapter | what is saved |",
+        "|---|---|---|---|",
+    ]
+    stored = {None: "16 or 32 bits", "bnb": "NF4, 4 bits", "hqq": "HQQ"}
+    for name, m in METHODS.items():
+        adapter = m.adapter or ("new blocks" if m.expansion else "-")
+        frozen = "none: all is trained" if name == "full" else stored[m.quantizer]
+        later = " *(later)*" if name in FIELDS["train_type"].metadata["later"] else ""
+        lines.append(f"| {name}{later} | {frozen} | {adapter} | {m.saves} |")
+    toy = ", ".join(f"`{k}` {_shown(v)}" for k, v in TOY_DEFAULTS.items())
+    lines.append(f"\nWith the embedded model (`--model_name toy`) other defaults hold: {toy}.")
+    return "\n".join(lines) + "\n" + DIFFERENCES
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
