@@ -63,7 +63,7 @@ TOY_DEFAULTS = {
     "lora_rank": 32,
     "lora_alpha": 64.0,
     "batch_size": 8,
-    "num_epochs": 6,
+    "num_epochs": 5,
     "context_length": 128,
     "use_gradient_checkpointing": False,
 }

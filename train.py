@@ -201,8 +201,9 @@ def describe_data(rows: TokenizedRows, sampler: StepSampler) -> str:
 
 def describe_model(model: nn.Module, place: Place) -> str:
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    size = sum(p.numel() * p.element_size() for p in model.parameters()) / 2**30
-    text = f"model: {trained:,} trained parameters, {size:.2f} GiB of weights over {place.world} rank(s)"
+    mib = sum(p.numel() * p.element_size() for p in model.parameters()) / 2**20
+    size = f"{mib / 1024:.2f} GiB" if mib > 1024 else f"{mib:.1f} MiB"
+    text = f"model: {trained:,} trained parameters, {size} of weights over {place.world} rank(s)"
     if place.device.type == "cuda":
         text += f", {torch.cuda.memory_allocated() / 2**30:.2f} GiB on this GPU"
     return text
