@@ -9,7 +9,6 @@ Shapes: B rows of a micro-batch, T tokens of its longest row.
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from itertools import chain
 import jinja2
 import numpy as np
 import torch
+from fastcore.parallel import parallel
 
 from config import UserError
 from formats import FORMATS, Rendered, checked, recognise
@@ -98,14 +98,12 @@ def _render_all(render: _Rendering) -> list[Rendered]:
     workers = min(os.cpu_count() or 1, 16)
     if render.name != "chat" or total < 2000 or workers == 1 or not hasattr(os, "fork"):
         return render(range(total))
-    blocks = [range(i, min(i + 200, total)) for i in range(0, total, 200)]
-    with multiprocessing.get_context("fork").Pool(workers, _hold, (render,)) as pool:
-        return list(chain.from_iterable(pool.imap(_render_held, blocks)))
-
-
-def _hold(render: _Rendering) -> None:
     global _held
-    _held = render
+    _held = render  # the forked workers find it here
+    blocks = [range(i, min(i + 200, total)) for i in range(0, total, 200)]
+    return list(
+        chain.from_iterable(parallel(_render_held, blocks, n_workers=workers, method="fork", progress=False))
+    )
 
 
 def _render_held(numbers: range) -> list[Rendered]:

@@ -165,7 +165,7 @@ def checked(row: Mapping, form: Format, where: str) -> dict:
         value = row.get(column)
         if value is None:
             value = ""  # an optional column
-        if not isinstance(value, str | int | float):
+        if not isinstance(value, str | int | float) or isinstance(value, bool) or value != value:
             raise UserError(f"{where}: column {column} holds a {type(value).__name__}, not a text")
         values[column] = str(value)
     return values

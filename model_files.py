@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from config import UserError
+from config import TOY_MODEL, UserError
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -100,25 +100,31 @@ def _files(folder: Path) -> dict[str, set[str] | None]:
 
 
 def find_model(name: str) -> Path:
-    """The local folder of a model: `name` itself, or the hub's snapshot of that id.
+    """The local folder of a model: `name` itself, or the hub's snapshot of that id, still without weights,
+    so that an unknown architecture costs no download of gigabytes.
 
     Raises UserError if it is neither, is not accessible, or holds no config.json.
     """
     local = os.path.expanduser(name)  # os.path takes any text, where Path raises for some
-    folder = Path(local) if os.path.isdir(local) else _download(name)
+    folder = Path(local) if os.path.isdir(local) else _download(name, "*.json", "*.jinja", "*.model", "*.txt")
     if not (folder / "config.json").is_file():
         raise UserError(f"--model_name {name}: no config.json in this folder")
     return folder
 
 
-def _download(name: str) -> Path:
+def fetch_weights(name: str, folder: Path) -> None:
+    """Completes what `find_model` found with its safetensors files. Nothing to do for a local folder."""
+    if not os.path.isdir(os.path.expanduser(name)) and name != TOY_MODEL:
+        assert _download(name, "*.safetensors") == folder
+
+
+def _download(name: str, *patterns: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         # Subfolders hold other formats of the same weights ("original/", "onnx/").
-        patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-        return Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=["*/*"]))
+        return Path(snapshot_download(name, allow_patterns=list(patterns), ignore_patterns=["*/*"]))
     except HFValidationError:
         raise UserError(f"--model_name {name}: no such folder, and not a hub id (owner/name)") from None
     except LocalEntryNotFoundError:

@@ -138,6 +138,8 @@ def _json(text: str, path: Path, line: int | None):
         return json.loads(text)
     except json.JSONDecodeError as e:
         raise UserError(f"--dataset {path}:{line or e.lineno}: not JSON ({e.msg})") from None
+    except ValueError as e:  # a number of thousands of digits
+        raise UserError(f"--dataset {path}:{line or 1}: not usable JSON ({e})") from None
     except RecursionError:
         raise UserError(f"--dataset {path}:{line or 1}: JSON nested too deeply") from None
 

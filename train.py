@@ -31,7 +31,7 @@ from checkpoint import check_output, clear_output, save_adapter, save_model, wri
 from config import TOY_MODEL, Config, UserError
 from data import IGNORE, StepSampler, TokenizedRows, prepare, toy_texts
 from launch import Place
-from model_files import CheckpointFiles, find_model
+from model_files import CheckpointFiles, fetch_weights, find_model
 from models import FAMILIES, build_on_meta, check_weights, read_config
 from models.adapters import apply_method, peft_targets, target_linears
 from models.toy import toy_model
@@ -63,6 +63,7 @@ def check(config: Config) -> Job:
     if Path(config.output_dir).resolve() == folder.resolve():  # --overwrite would delete the weights to read
         raise UserError(f"--output_dir {folder}: is the folder of --model_name; choose another")
     model_config, family = read_config(folder)
+    fetch_weights(config.model_name, folder)
     files = CheckpointFiles(folder)
     model = build_on_meta(model_config, family)
     check_weights(model, files, family)
@@ -227,6 +228,7 @@ def main(argv: list[str] | None = None) -> int:
         verbose = config.verbose
         if not verbose:  # the one line of an error says more than warnings around it
             transformers_logging.set_verbosity_error()
+            transformers_logging.disable_progress_bar()
             hub_logging.set_verbosity_error()
         if launch.under_torchrun():
             return launch.join(run_rank, lambda: announce(check(config), remarks))

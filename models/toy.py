@@ -15,7 +15,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-VERSION = "2"  # part of the folder's name: raise it when what is made here changes
+VERSION = "3"  # part of the folder's name: raise it when what is made here changes
 VOCABULARY, HIDDEN, LAYERS = 1024, 128, 3
 
 
@@ -64,7 +64,7 @@ def _make(folder: Path, texts: list[str]) -> None:
                     else parameter.shape[1] ** -0.5
                 )
                 torch.nn.init.normal_(parameter, std=std)
-    model.save_pretrained(folder, max_shard_size="2MB")
+    model.save_pretrained(folder, max_shard_size="500KB")
     tokenizer.save_pretrained(folder)
 
 

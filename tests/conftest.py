@@ -10,9 +10,12 @@ os.environ.update(
 
 import pytest
 import torch
+from transformers.utils import logging
 
 from tests import tiny
 from tests.distributed import Ranks
+
+logging.disable_progress_bar()  # tests read stderr
 
 
 def pytest_collection_modifyitems(items):

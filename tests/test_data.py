@@ -187,12 +187,12 @@ def test_a_large_chat_file_is_rendered_by_several_processes(tmp_path, monkeypatc
     rows = [{"messages": [{"role": r, "content": f"{t} {i}"} for r, t in turns]} for i in range(2001)]
     file = write(tmp_path / "a.jsonl", rows)
     results = set()
-    monkeypatch.setattr(data, "_hold", _recorded(data._hold, tmp_path))
+    monkeypatch.setattr(data._Rendering, "__call__", _recorded(data._Rendering.__call__, tmp_path))
     for cores in (3, 1):
         monkeypatch.setattr(os, "cpu_count", lambda cores=cores: cores)
         results.add(prepare(file, "auto", -1, 512, tokenizer).tokens.numpy().tobytes())
     assert len(results) == 1  # the same rows in the same order
-    assert len(list(tmp_path.glob("worker-*"))) == 3
+    assert len(list(tmp_path.glob("worker-*"))) > 2  # several, and this process with one core
 
     rows[1500]["messages"][1] = {"role": "assistant", "content": None}
     monkeypatch.setattr(os, "cpu_count", lambda: 3)
@@ -200,10 +200,10 @@ def test_a_large_chat_file_is_rendered_by_several_processes(tmp_path, monkeypatc
         prepare(write(tmp_path / "a.jsonl", rows), "auto", -1, 512, tokenizer)
 
 
-def _recorded(hold, folder):
-    def recording(render):
+def _recorded(render, folder):
+    def recording(self, numbers):
         (folder / f"worker-{os.getpid()}").touch()
-        hold(render)
+        return render(self, numbers)
 
     return recording
 

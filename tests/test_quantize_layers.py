@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
+
 import bitsandbytes.functional as bnb
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from quantize_layers import STORAGE, Linear4bit, as_storage
@@ -94,6 +96,19 @@ def test_loaded_weights_are_the_checkpoint_quantized(checkpoints, alpaca_file, o
         linear = "_proj.weight" in name
         expected = reference(tensor, torch.float32) if linear else tensor
         assert torch.equal(one[name], expected) and torch.equal(two[name], expected), name
+
+
+def test_a_single_file_loads_like_shards(checkpoints, alpaca_file, one_rank, tmp_path):
+    stored = {k: v for file in checkpoints().glob("*.safetensors") for k, v in load_file(file).items()}
+    for path in checkpoints().glob("*.json"):
+        if "index" not in path.name:
+            shutil.copy(path, tmp_path)
+    old_rotary = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}  # early Llama files carry it
+    save_file(stored | old_rotary, tmp_path / "model.safetensors")
+    rest = ["--dataset", alpaca_file, "--train_type", "qlora"]
+    sharded = one_rank(dense_state, ["--model_name", checkpoints(), *rest])[0]
+    single = one_rank(dense_state, ["--model_name", tmp_path, *rest])[0]
+    assert sharded.keys() == single.keys() and all(torch.equal(single[k], v) for k, v in sharded.items())
 
 
 def test_adapters_start_equal_on_any_number_of_ranks(checkpoints, alpaca_file, one_rank, two_ranks):

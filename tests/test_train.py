@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import struct
 import subprocess
@@ -95,6 +96,19 @@ def test_metrics_and_repeating_a_run(checkpoints, alpaca_file, tmp_path):
     assert [m["loss"] for m in lines] == [m["loss"] for m in repeated]
     weights = [load_file(folder / "adapter_model.safetensors") for folder in (first, again)]
     assert all(torch.equal(weights[1][k], v) for k, v in weights[0].items())
+
+
+def test_a_hub_id_from_the_cache(checkpoints, alpaca_file, tmp_path):
+    """As huggingface_hub lays it out on disk after a download; the adapter then names the id, not a path."""
+    repository = tmp_path / "hub" / "models--someone--tiny"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("0123abc")
+    shutil.copytree(checkpoints(), repository / "snapshots" / "0123abc")
+    args = small(checkpoints, alpaca_file, tmp_path / "out", "--world_size", "1")
+    args[1] = "someone/tiny"
+    run(args, HF_HUB_CACHE=str(tmp_path / "hub"), HF_HUB_OFFLINE="1")
+    described = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert described["base_model_name_or_path"] == "someone/tiny"
 
 
 def test_torchrun_gives_the_same_run(checkpoints, alpaca_file, tmp_path):
