@@ -48,15 +48,15 @@ def trained_tensors(model) -> dict[str, torch.Tensor]:
     return {clean(n): gather(p).clone() for n, p in model.named_parameters() if p.requires_grad}
 
 
-def train_run(place, argv: list[str]) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """(loss of each step, every trained tensor afterwards)."""
+def train_run(place, argv: list[str]) -> tuple[list[float], dict[str, torch.Tensor], list[float]]:
+    """(loss of each step, every trained tensor afterwards, gradient norm of each step)."""
     job, model = set_up(place, argv)
     c = job.config
     sampler = StepSampler(
         job.rows, c.batch_size, c.gradient_accumulation_steps, place.rank, place.world, c.seed
     )
     history = train.train(job, model, place, sampler, NoTracker())
-    return [m.loss for m in history], trained_tensors(model)
+    return [m.loss for m in history], trained_tensors(model), [m.grad_norm for m in history]
 
 
 def logits(place, argv: list[str], ids: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """Sharding, accumulation, checkpointing and the number of ranks change nothing but speed and memory.
 
-All in fp32 on the CPU. Losses must agree to 1e-5 relative. Trained tensors after five AdamW steps of 1e-3
+All in fp32 on the CPU. Losses must agree to 1e-5 relative, gradient norms to 1e-4 (AdamW would not notice
+a gradient that is wrong by a factor). Trained tensors after five AdamW steps of 1e-3
 must agree to 2e-5 where they moved by up to 5e-3: AdamW's first steps are lr * g / |g|, so where a gradient
 is rounding noise the update is noise too; that is bounded here to a hundredth of one step.
 """
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import train
 from config import METHODS
@@ -26,6 +28,7 @@ def arguments(model, data, train_type: str, *more) -> list[str]:
 
 def assert_same(a, b, losses: float = 1e-5, tensors: float = 2e-5) -> None:
     torch.testing.assert_close(torch.tensor(a[0]), torch.tensor(b[0]), rtol=losses, atol=0)
+    torch.testing.assert_close(torch.tensor(a[2]), torch.tensor(b[2]), rtol=1e-4, atol=0)
     assert a[0][0] > a[0][-1], "nothing was learned: the comparison would be empty"
     assert a[1].keys() == b[1].keys()
     for name, tensor in a[1].items():
@@ -58,6 +61,26 @@ def test_accumulation_equals_one_big_batch(no_sync, checkpoints, alpaca_file, on
     small = ["--batch_size", "1", "--gradient_accumulation_steps"]
     assert_same(plain, one_rank(train_run, [*args, *small, "4", "--no_sync", no_sync])[0])
     assert_same(plain, two_ranks(train_run, [*args, *small, "2", "--no_sync", no_sync])[0])
+
+
+def test_no_sync_reduces_once_per_step(checkpoints, alpaca_file, two_ranks):
+    args = arguments(
+        checkpoints(), alpaca_file, "lora", "--batch_size", "2", "--gradient_accumulation_steps", "4"
+    )
+    args[args.index("--max_steps") + 1] = "1"
+    often, once = (two_ranks(count_reductions, [*args, "--no_sync", v])[0] for v in ("false", "true"))
+    assert often == 4 * once == 4 * 3  # three layers have gradients
+
+
+def count_reductions(place, args) -> int:
+    name = "reduce_scatter_single" if hasattr(dist, "reduce_scatter_single") else "reduce_scatter_tensor"
+    calls, original = [], getattr(dist, name)
+    setattr(dist, name, lambda *a, **k: (calls.append(1), original(*a, **k))[1])
+    try:
+        train_run(place, args)
+    finally:
+        setattr(dist, name, original)
+    return len(calls)
 
 
 @pytest.mark.parametrize("train_type", ["full", "lora", "bnb_dora"])
