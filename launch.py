@@ -12,6 +12,7 @@ import signal
 import socket
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -119,7 +120,14 @@ def _free_port() -> int:
         return s.getsockname()[1]
 
 
+def _end_with_parent() -> None:
+    """torch's own way, a SIGINT when the parent dies, is lost in jobs that a shell starts with `&`."""
+    mp.parent_process().join()
+    os._exit(1)
+
+
 def _rank_process(rank: int, run: Callable, world: int, args: tuple, reports: str) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     status = 0
     try:
         run(join_group(rank, world, rank), *args)

@@ -200,6 +200,23 @@ def test_a_rank_that_raises_ends_the_others_with_its_message(checkpoints, alpaca
     assert time.time() - begun < 90
 
 
+def test_ranks_do_not_outlive_a_killed_parent(checkpoints, alpaca_file, tmp_path):
+    """Started as a shell starts a background job: with SIGINT ignored."""
+    args = small(
+        checkpoints, alpaca_file, tmp_path / "out", "--max_steps", "100000", "--num_epochs", "100000"
+    )
+    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    process = start(args)
+    signal.signal(signal.SIGINT, previous)
+    wait_for_steps(process, tmp_path / "out" / "metrics.jsonl")
+    ranks = ranks_of(process)
+    process.kill()
+    gone, alive = psutil.wait_procs(ranks, timeout=15)
+    for rank in alive:
+        rank.kill()
+    assert len(gone) == len(ranks) > 0 and not alive
+
+
 def test_ctrl_c_ends_all_processes(checkpoints, alpaca_file, tmp_path):
     args = small(
         checkpoints, alpaca_file, tmp_path / "out", "--max_steps", "100000", "--num_epochs", "100000"
