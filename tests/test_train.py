@@ -86,7 +86,19 @@ def test_the_command_of_the_write_up(checkpoints, alpaca_file, tmp_path):
 
 def test_metrics_and_repeating_a_run(checkpoints, alpaca_file, tmp_path):
     first, again = tmp_path / "first", tmp_path / "again"
-    run(small(checkpoints, alpaca_file, first, "--lr_scheduler", "cosine", "--lora_dropout", "0.1"))
+    run(
+        small(
+            checkpoints,
+            alpaca_file,
+            first,
+            "--lr_scheduler",
+            "cosine",
+            "--lora_dropout",
+            "0.1",
+            "--world_size",
+            "1",
+        )
+    )
     run(["--config", first / "config.yaml", "--output_dir", again])
     lines, repeated = metrics(first), metrics(again)
     assert [list(m) for m in lines] == [METRICS] * 4
@@ -257,7 +269,7 @@ def wandb_records(path: Path):
 
 def test_wandb_offline_holds_every_step(checkpoints, alpaca_file, tmp_path):
     """Read back from the file that wandb itself wrote."""
-    names = ["--project_name", "p", "--name", "n", "--group", "g"]
+    names = ["--project_name", "p", "--name", "n", "--group", "g", "--world_size", "1"]
     run(small(checkpoints, alpaca_file, tmp_path / "out", "--log_to", "wandb", *names), WANDB_MODE="offline")
     (file,) = (tmp_path / "out").glob("wandb/offline-run-*/*.wandb")
     records = list(wandb_records(file))
