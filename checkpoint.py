@@ -7,6 +7,7 @@ a temporary name and renamed when whole, the one that makes the folder loadable 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -38,23 +39,19 @@ def holds_run(folder: Path) -> bool:
 
 def check_output(folder: Path, overwrite: bool) -> None:
     """Raises UserError if the folder holds a run and may not be replaced, or cannot be written."""
-    created = []
     try:
         if holds_run(folder) and not overwrite:
             raise UserError(
                 f"--output_dir {folder}: holds a run already; choose another folder, or add --overwrite"
             )
-        for parent in reversed([folder, *folder.parents]):
-            if not parent.exists():
-                parent.mkdir()
-                created.append(parent)
-        with tempfile.TemporaryFile(dir=folder):
+        if not os.path.exists(folder):  # raises, as exists() does not, where a part of the path is a file
+            with contextlib.suppress(FileNotFoundError):
+                os.stat(folder)
+        existing = next(p for p in [folder.absolute(), *folder.absolute().parents] if p.exists())
+        with tempfile.TemporaryFile(dir=existing):  # nothing is created: other runs may be checking as well
             pass
     except (OSError, ValueError) as e:  # ValueError: a NUL in the name
         raise UserError(f"--output_dir {folder}: cannot be written ({getattr(e, 'strerror', e)})") from None
-    finally:
-        for parent in reversed(created):
-            parent.rmdir()
 
 
 def clear_output(folder: Path) -> None:

@@ -271,6 +271,8 @@ def _read_yaml(path: str) -> dict:
         given = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as e:
         raise UserError(f"--config {path}: {getattr(e, 'strerror', None) or 'not a UTF-8 text'}") from None
+    except RecursionError:
+        raise UserError(f"--config {path}: nested too deeply") from None
     except (yaml.YAMLError, ValueError) as e:  # ValueError: a date that no calendar has
         line = f" line {e.problem_mark.line + 1}" if getattr(e, "problem_mark", None) else ""
         raise UserError(f"--config {path}:{line} is not YAML ({getattr(e, 'problem', e)})") from None

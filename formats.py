@@ -75,8 +75,9 @@ def _guanaco(row: Mapping[str, str], _tokenizer, markers: Sequence[str]) -> Rend
     text = row["text"].rstrip()
     turns = list(re.finditer(f"({re.escape(markers[0])}|{re.escape(markers[1])})", text))
     learned, last = [], False
-    for turn, following in zip(turns, [*turns[1:], None], strict=True):
-        start, end = turn.end(), following.start() if following else len(text)
+    ends = [turn.start() for turn in turns[1:]] + [len(text)]
+    for turn, end in zip(turns, ends, strict=False):  # without a marker there is nothing to learn
+        start = turn.end()
         answer = text[start:end].rstrip()  # a line break before the next marker is no part of the answer
         last = turn[1] == markers[1] and bool(answer)
         if last:

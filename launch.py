@@ -76,7 +76,7 @@ def start(run: Callable, world: int, args: tuple, address: str, port: int | None
 
     If one fails, the others are ended at once and its message is printed: `error: rank 1: ...`.
     """
-    os.environ |= {"MASTER_ADDR": address, "MASTER_PORT": str(port or _free_port())}
+    os.environ |= {"MASTER_ADDR": address, "MASTER_PORT": str(port or free_port())}
     if address in ("localhost", "127.0.0.1") and Path("/sys/class/net/lo").exists():
         # Otherwise gloo looks up the host's own name, which fails on machines without a DNS entry.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
@@ -103,9 +103,10 @@ def join(run: Callable, prepare: Callable) -> int:
     rank, world, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     box = [prepare() if rank == 0 else None]
     try:
-        place = join_group(rank, world, local_rank)
-        dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
-        run(place, box[0])
+        dist.init_process_group("gloo")  # only to wait for rank 0: the GPUs are touched after its checks
+        dist.broadcast_object_list(box, src=0)
+        dist.destroy_process_group()
+        run(join_group(rank, world, local_rank), box[0])
         dist.destroy_process_group()
         return 0
     except Exception as e:
@@ -114,7 +115,7 @@ def join(run: Callable, prepare: Callable) -> int:
         os._exit(2 if isinstance(e, UserError) else 1)
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as s:
         s.bind(("localhost", 0))
         return s.getsockname()[1]

@@ -123,8 +123,10 @@ def _download(name: str, *patterns: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        # Subfolders hold other formats of the same weights ("original/", "onnx/").
-        return Path(snapshot_download(name, allow_patterns=list(patterns), ignore_patterns=["*/*"]))
+        # Subfolders and consolidated*.safetensors hold the same weights in other formats.
+        return Path(
+            snapshot_download(name, allow_patterns=list(patterns), ignore_patterns=["*/*", "consolidated*"])
+        )
     except HFValidationError:
         raise UserError(f"--model_name {name}: no such folder, and not a hub id (owner/name)") from None
     except LocalEntryNotFoundError:

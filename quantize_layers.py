@@ -192,7 +192,7 @@ class Linear4bit(Packed):
         self.code_map = _dynamic_map(device)
 
     def extra_repr(self) -> str:
-        return f"in_features={(self.out_features, self.in_features)[1]}, out_features={(self.out_features, self.in_features)[0]}, bias={self.bias is not None}, nf4"
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, nf4"
 
 
 def quantize_linears(model: nn.Module, names: list[str], dtype: torch.dtype) -> None:

@@ -11,6 +11,8 @@ The way of a run: options -> checks, without a GPU -> one process per GPU -> loa
 from __future__ import annotations
 
 import dataclasses
+import os
+import shlex
 import sys
 import time
 import traceback
@@ -157,9 +159,6 @@ def train(job: Job, model: nn.Module, place: Place, sampler: StepSampler, tracke
 def run_rank(place: Place, job: Job) -> None:
     """What each process does, from loading to the saved result."""
     config, start = job.config, time.perf_counter()
-    torch.manual_seed(
-        config.seed + place.rank
-    )  # dropout; adapters and the data order have seeds of their own
     sampler = StepSampler(
         job.rows, config.batch_size, config.gradient_accumulation_steps, place.rank, place.world, config.seed
     )
@@ -213,10 +212,9 @@ def describe_model(model: nn.Module, place: Place) -> str:
 def describe_files(job: Job, folder: Path) -> str:
     saved = {"adapter": "adapter_model.safetensors", "model": "the model"}[job.config.method.saves]
     what = f"{saved}, " if job.config.save_model else ""
-    return (
-        f"in {folder}: {what}metrics.jsonl, loss.png, config.yaml\n"
-        f"next: python train.py --config {folder}/config.yaml --output_dir {folder}-again"
-    )
+    python = os.path.relpath(sys.executable) if Path.cwd() in Path(sys.executable).parents else "python"
+    again = [python, "train.py", "--config", f"{folder}/config.yaml", "--output_dir", f"{folder}-again"]
+    return f"in {folder}: {what}metrics.jsonl, loss.png, config.yaml\nnext: {shlex.join(again)}"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -237,7 +235,8 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as e:
         if verbose:
             traceback.print_exc()
-        print(f"error: {launch.describe(e)}", file=sys.stderr)
+        if not launch.under_torchrun() or os.environ["RANK"] == "0":  # all ranks find the same wrong option
+            print(f"error: {launch.describe(e)}", file=sys.stderr)
         return 2
 
 

@@ -10,7 +10,7 @@ import traceback
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from launch import _free_port, join_group
+from launch import free_port, join_group
 
 TIMEOUT_SECONDS = 240
 
@@ -36,7 +36,7 @@ class Ranks:
 
     def _start(self) -> None:
         context = mp.get_context("spawn")
-        self.results, port = context.Queue(), _free_port()
+        self.results, port = context.Queue(), free_port()
         self.tasks = [context.Queue() for _ in range(self.world)]
         self.processes = [
             context.Process(

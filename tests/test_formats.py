@@ -251,3 +251,8 @@ def test_unknown_columns_are_named():
 def test_unusable_rows(name, row, message):
     with pytest.raises(UserError, match=f"^here: .*{message}"):
         checked(row, FORMATS[name], "here")
+
+
+def test_a_dialogue_without_markers_is_dropped_not_an_error():
+    row = FORMATS["guanaco"].render({"text": "plain text here"}, None, GUANACO_MARKERS)
+    assert row.learned == [] and not row.ends

@@ -24,9 +24,10 @@ def batches_of(place, args) -> list:
     return [[(b.ids, b.targets) for b in step.batches] for _, step in steps]
 
 
-def reference_losses(model, batches, optimizer) -> list[float]:
-    """The textbook loop, with padding masked from attention: the mean over the step's targets."""
-    losses = []
+def reference_steps(model, batches, optimizer) -> tuple[list[float], list[float]]:
+    """(losses, gradient norms) of the textbook loop, with padding masked from attention: the mean over the
+    step's targets."""
+    losses, norms = [], []
     for step in batches:
         count = sum(int((targets != IGNORE).sum()) for _, targets in step)
         total = 0.0
@@ -37,11 +38,13 @@ def reference_losses(model, batches, optimizer) -> list[float]:
             loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
             (loss / count).backward()
             total += loss.item() / count
-        torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
+        norms.append(
+            torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0).item()
+        )
         optimizer.step()
         optimizer.zero_grad()
         losses.append(total)
-    return losses
+    return losses, norms
 
 
 @pytest.mark.parametrize("train_type", ["full", "lora", "dora", "qlora", "bnb_dora"])
@@ -49,15 +52,16 @@ def test_losses_follow_the_reference(train_type, checkpoints, alpaca_file, one_r
     folder = checkpoints("llama_bias")
     more = f"--lr {LR} --max_steps {STEPS} --batch_size 4 --gradient_accumulation_steps 2".split()
     args = args_for(folder, alpaca_file, train_type, *more)
-    ours = one_rank(train_run, args)[0][0]
+    ours, _, our_norms = one_rank(train_run, args)[0]
     if METHODS[train_type].adapter:
         state, adapters = one_rank(dense_state, args)[0], one_rank(adapters_of, args)[0]
         model = as_peft(folder, state, adapters, METHODS[train_type].adapter == "dora")
     else:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LR, weight_decay=0.0)
-    theirs = reference_losses(model, one_rank(batches_of, args)[0], optimizer)
+    theirs, norms = reference_steps(model, one_rank(batches_of, args)[0], optimizer)
     torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), rtol=1e-4, atol=0)
+    torch.testing.assert_close(torch.tensor(our_norms), torch.tensor(norms), rtol=1e-3, atol=0)
     assert ours[-1] < 0.95 * ours[0]
 
 

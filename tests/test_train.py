@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import struct
@@ -19,6 +20,9 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+
+import train
+from optimizers import lr_factor
 
 ROOT = Path(__file__).parent.parent
 METRICS = (
@@ -102,6 +106,10 @@ def test_metrics_and_repeating_a_run(checkpoints, alpaca_file, tmp_path):
     run(["--config", first / "config.yaml", "--output_dir", again])
     lines, repeated = metrics(first), metrics(again)
     assert [list(m) for m in lines] == [METRICS] * 4
+    assert [m["lr"] for m in lines] == pytest.approx(
+        [2e-3 * lr_factor(i, 4, 0.1, "cosine") for i in range(4)]
+    )
+    assert len({m["lr"] for m in lines}) > 1
     assert [m["step"] for m in lines] == [1, 2, 3, 4]
     assert all(0 < m["trained_tokens"] < m["tokens"] and m["step_seconds"] > 0 for m in lines)
     assert all(m["memory_allocated_gib"] > 0.01 for m in lines)
@@ -138,6 +146,25 @@ def test_torchrun_reports_bad_input_once(checkpoints, alpaca_file, tmp_path):
     _, err = process.communicate(timeout=120)
     assert process.returncode != 0 and err.count("error: --lora_target_modules") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_torchrun_reports_a_wrong_option_once(tmp_path, capsys, monkeypatch):
+    for rank, lines in (("0", 1), ("1", 0)):
+        for name, value in (
+            ("RANK", rank),
+            ("WORLD_SIZE", "2"),
+            ("LOCAL_RANK", rank),
+            ("MASTER_ADDR", "localhost"),
+        ):
+            monkeypatch.setenv(name, value)
+        assert train.main(["--lora_rank", "0"]) == 2
+        assert capsys.readouterr().err.count("error: --lora_rank") == lines
+
+
+def test_the_next_command_runs_as_printed(checkpoints, alpaca_file, tmp_path):
+    out = run(small(checkpoints, alpaca_file, tmp_path / "a run", "--max_steps", "1", "--world_size", "1"))
+    command = shlex.split(re.search(r"next: (.*)", out)[1])
+    assert Path(ROOT / command[0]).exists() and command[3] == f"{tmp_path}/a run/config.yaml"
 
 
 def test_overwrite_replaces_a_run(checkpoints, alpaca_file, tmp_path):
