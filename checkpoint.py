@@ -44,9 +44,8 @@ def check_output(folder: Path, overwrite: bool) -> None:
             raise UserError(
                 f"--output_dir {folder}: holds a run already; choose another folder, or add --overwrite"
             )
-        if not os.path.exists(folder):  # raises, as exists() does not, where a part of the path is a file
-            with contextlib.suppress(FileNotFoundError):
-                os.stat(folder)
+        with contextlib.suppress(FileNotFoundError):
+            os.stat(folder)  # raises, as exists() does not, where a part of the path is a file
         existing = next(p for p in [folder.absolute(), *folder.absolute().parents] if p.exists())
         with tempfile.TemporaryFile(dir=existing):  # nothing is created: other runs may be checking as well
             pass
