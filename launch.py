@@ -57,17 +57,21 @@ def resolve_world_size(wanted: int) -> int:
     return wanted if wanted > 0 else gpus or 2
 
 
-def join_group(rank: int, world: int, local_rank: int) -> Place:
-    """Makes this process one of the group: NCCL on GPUs (gloo beside it for host tensors), else gloo."""
+def join_group(rank: int, world: int, local_rank: int, store: dist.Store | None = None) -> Place:
+    """Makes this process one of the group: NCCL on GPUs (gloo beside it for host tensors), else gloo.
+
+    The ranks find one another in `store`; without one, at MASTER_ADDR and MASTER_PORT.
+    """
+    where = {"rank": rank, "world_size": world, "store": store}
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
-        dist.init_process_group("cpu:gloo,cuda:nccl", rank=rank, world_size=world, device_id=device)
+        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device, **where)
     else:
         device = torch.device("cpu")
         local_world = int(os.environ.get("LOCAL_WORLD_SIZE", world))
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_world))
-        dist.init_process_group("gloo", rank=rank, world_size=world)
+        dist.init_process_group("gloo", **where)
     return Place(rank, world, local_rank, device)
 
 
@@ -103,10 +107,14 @@ def join(run: Callable, prepare: Callable) -> int:
     rank, world, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     box = [prepare() if rank == 0 else None]
     try:
-        dist.init_process_group("gloo")  # only to wait for rank 0: the GPUs are touched after its checks
+        # A first group only to wait for rank 0: the GPUs are touched after its checks. Each group has its own
+        # part of the store: in a common one the second would find the addresses of the first, already closed.
+        store, *_ = next(dist.rendezvous("env://"))
+        first = dist.PrefixStore("prepare", store)
+        dist.init_process_group("gloo", store=first, rank=rank, world_size=world)
         dist.broadcast_object_list(box, src=0)
         dist.destroy_process_group()
-        run(join_group(rank, world, local_rank), box[0])
+        run(join_group(rank, world, local_rank, dist.PrefixStore("train", store)), box[0])
         dist.destroy_process_group()
         return 0
     except Exception as e:
