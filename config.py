@@ -35,6 +35,10 @@ class Method:
     lr: float = 2e-4
 
     @property
+    def hqq(self) -> bool:
+        return self.quantizer == "hqq"
+
+    @property
     def saves(self) -> str:
         """What the run leaves: an "adapter" in PEFT's format, or a whole "model" folder."""
         return "adapter" if self.adapter else "model"
@@ -68,6 +72,7 @@ TOY_DEFAULTS = {
     "use_gradient_checkpointing": False,
 }
 
+HQQ_BITS = (8, 4, 3, 2)
 ANY = object()  # `later=ANY`: every value but the default belongs to a feature that is still to come
 
 
@@ -84,7 +89,7 @@ class Config:
 
     # fmt: off
     train_type: str = option("bnb_dora", "Method", "what is trained, and how frozen weights are stored",
-        choices=tuple(METHODS), later=tuple(t for t, m in METHODS.items() if m.quantizer == "hqq" or m.expansion))
+        choices=tuple(METHODS), later=tuple(t for t, m in METHODS.items() if m.expansion))
     lora_rank: int = option(64, "Method", "rank R of LoRA and DoRA", needs="adapter")
     lora_alpha: float = option(16.0, "Method", "the low-rank branch is scaled by lora_alpha / lora_rank",
         needs="adapter")
@@ -92,7 +97,9 @@ class Config:
         needs="adapter")
     lora_target_modules: str = option("all", "Method", "all = every linear of the decoder layers; default = PEFT's"
         " choice for the family; or names, comma-separated: q_proj,v_proj", needs="adapter")
-    n_bits: int | None = option(None, "Method", "bits per weight for the hqq train types", later=ANY)
+    n_bits: int | None = option(None, "Method", "bits per weight: 8, 4, 3 or 2; unset = 4", needs="hqq")
+    group_size: int | None = option(None, "Method", "weights that share a scale and a zero point; unset = 64",
+        needs="hqq")
     llama_pro_path: str | None = option(None, "Method", "folder of the expanded model, for llama_pro types",
         later=ANY)
 
@@ -320,9 +327,8 @@ def _refuse(given: dict) -> None:
     for name in given:
         needs = FIELDS[name].metadata["needs"]
         if needs and not getattr(METHODS[train_type], needs):
-            raise UserError(
-                f"--{name} has no effect with --train_type {train_type}, which has no {needs}; leave it out"
-            )
+            lacks = {"hqq": "whose weights are not packed by hqq"}.get(needs, f"which has no {needs}")
+            raise UserError(f"--{name} has no effect with --train_type {train_type}, {lacks}; leave it out")
 
 
 def _resolve(given: dict) -> Config:
@@ -332,6 +338,9 @@ def _resolve(given: dict) -> Config:
     method, changes = config.method, {}
     if config.lr is None:
         changes["lr"] = method.lr
+    if method.hqq:
+        defaults = {"n_bits": 4, "group_size": 64}
+        changes |= {name: value for name, value in defaults.items() if getattr(config, name) is None}
     if config.lr_warmup is None:
         changes["lr_warmup"] = 0.0 if config.lr_scheduler == "constant" else 0.1
     folder = config.output_dir or f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{config.train_type}"
@@ -364,6 +373,10 @@ def _check_values(config: Config) -> None:
         value = getattr(config, name)
         if value < 0 or value == float("inf"):
             raise UserError(f"--{name} {value}: must be 0 or more, and finite")
+    if config.n_bits not in (None, *HQQ_BITS):
+        raise UserError(f"--n_bits {config.n_bits}: hqq packs {', '.join(map(str, HQQ_BITS))} bits")
+    if config.group_size is not None and (config.group_size < 8 or config.group_size % 8):
+        raise UserError(f"--group_size {config.group_size}: must be a multiple of 8")
     if config.lora_dropout is not None and not 0 <= config.lora_dropout < 1:
         raise UserError(f"--lora_dropout {config.lora_dropout}: must be at least 0 and below 1")
     if config.lora_alpha is not None and not 0 < config.lora_alpha < float("inf"):

@@ -2,13 +2,9 @@
 
 Shapes: O output features, I input features, T tokens (all leading dimensions of x).
 
-A 4-bit weight is two frozen parameters in a float storage dtype, their bytes never read as numbers:
-
-    codes   two NF4 codes a byte, blocks of 64 weights (QLoRA, arXiv 2305.14314, section 3)
-    scales  double quantization (same paper): per 256 blocks one fp32 scale, one fp32 offset for the
-            whole tensor, and per block one 8-bit code of its absolute maximum
-
-so that `fully_shard` shards, gathers and offloads both with the layer's other weights.
+A 4-bit weight is two frozen parameters, `codes` and `scales`, in a float storage dtype, their bytes never read
+as numbers, so that `fully_shard` shards, gathers and offloads both with the layer's other weights. What the
+bytes mean is the quantizer's business (quantizers.py).
 
 The storage dtype is fp32, whatever the compute dtype. In 16 bits the bytes would not survive: FSDP copies
 shards with torch._foreach_copy_, whose CUDA kernel converts bf16 and fp16 to float and back, which turns
@@ -19,9 +15,7 @@ parameters must never be cast: FSDP's param_dtype stays None where there are pac
 from __future__ import annotations
 
 import zlib
-from functools import cache
 
-import bitsandbytes.functional as bnb
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -30,50 +24,21 @@ from torch.distributed.tensor import DTensor
 
 from model_files import CheckpointFiles
 from models.family import Family, clean
+from quantizers import Quantizer, flat_bytes
 
-BLOCK, SCALE_BLOCK = 64, 256  # weights per scale; scales per second-level scale: bitsandbytes' defaults
 STORAGE = torch.float32
 
 
 def as_storage(data: torch.Tensor) -> torch.Tensor:
     """data's bytes as a 1-D tensor of STORAGE, zero-padded to a whole element."""
-    raw = data.contiguous().view(-1).view(torch.uint8)
+    raw = flat_bytes(data)
     return F.pad(raw, (0, -raw.numel() % STORAGE.itemsize)).view(STORAGE)
 
 
-@cache
-def _dynamic_map(device: torch.device) -> torch.Tensor:
-    """The 256 values of an 8-bit scale code, fp32: one copy per device for all layers."""
-    return bnb.create_dynamic_map().to(device)
-
-
-def dequantize(
-    codes: torch.Tensor,
-    scales: torch.Tensor,
-    code_map: torch.Tensor,
-    shape: tuple[int, int],
-    dtype: torch.dtype,
-    row_scale: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """The [O, I] weight in `dtype`, bit for bit bitsandbytes' `dequantize_4bit` with nested scales.
-
-    row_scale [O] fp32 multiplies each row, by way of its blocks' scales: one rounding, and no pass over
-    the weight. Needs whole blocks in a row: I a multiple of BLOCK.
-    """
-    blocks = -(-shape[0] * shape[1] // BLOCK)
-    groups = -(-blocks // SCALE_BLOCK)
-    raw = scales.view(torch.uint8)
-    group_scales = raw[: 4 * groups].view(torch.float32)
-    offset = raw[4 * groups : 4 * groups + 4].view(torch.float32)
-    block_codes = raw[4 * groups + 4 : 4 * groups + 4 + blocks]
-    absmax = torch.ops.bitsandbytes.dequantize_blockwise(
-        block_codes, group_scales, code_map, SCALE_BLOCK, torch.float32
-    )
-    absmax = absmax + offset
-    if row_scale is not None:
-        absmax = (absmax.view(shape[0], -1) * row_scale[:, None]).view(-1)
-    packed = codes.view(torch.uint8)[: -(-shape[0] * shape[1] // 2)].view(-1, 1)
-    return torch.ops.bitsandbytes.dequantize_4bit(packed, absmax, BLOCK, "nf4", shape, dtype)
+def dequantize(quantizer: Quantizer, codes, scales, table, shape, dtype, row_scale=None) -> torch.Tensor:
+    """`Quantizer.dequantize` of codes and scales in float storage."""
+    raw = codes.view(torch.uint8), scales.view(torch.uint8)
+    return quantizer.dequantize(*raw, table, shape, dtype, row_scale)
 
 
 class _MatMul4bit(torch.autograd.Function):
@@ -81,25 +46,27 @@ class _MatMul4bit(torch.autograd.Function):
     the dequantized one: FSDP frees the gathered storage after forward and fills it again before backward."""
 
     @staticmethod
-    def forward(ctx, x, codes, scales, code_map, shape, bias, row_scale):
-        y = F.linear(x, dequantize(codes, scales, code_map, shape, x.dtype, row_scale), bias)
-        ctx.save_for_backward(codes, scales, code_map, row_scale, None if row_scale is None else y)
-        ctx.shape = shape
+    def forward(ctx, x, codes, scales, table, quantizer, shape, bias, row_scale):
+        weight = dequantize(quantizer, codes, scales, table, shape, x.dtype, row_scale)
+        y = F.linear(x, weight, bias)
+        ctx.save_for_backward(codes, scales, table, row_scale, None if row_scale is None else y)
+        ctx.quantizer, ctx.shape = quantizer, shape
         return y
 
     @staticmethod
     def backward(ctx, grad):
-        codes, scales, code_map, row_scale, y = ctx.saved_tensors
-        grad_x = grad @ dequantize(codes, scales, code_map, ctx.shape, grad.dtype, row_scale)
+        codes, scales, table, row_scale, y = ctx.saved_tensors
+        weight = dequantize(ctx.quantizer, codes, scales, table, ctx.shape, grad.dtype, row_scale)
+        grad_x = grad @ weight
         grad_scale = None
         if row_scale is not None:  # the derivative of g (W x) by g is W x = y / g
             grad_scale = (grad * y).flatten(0, -2).sum(0, dtype=torch.float32) / row_scale
-        return grad_x, None, None, None, None, None, grad_scale
+        return grad_x, None, None, None, None, None, None, grad_scale
 
 
 def scaled_linear(base: nn.Module, x: torch.Tensor, row_scale: torch.Tensor) -> torch.Tensor:
     """row_scale * (W x) for a frozen linear without a bias: [T, I] -> [T, O]; row_scale [O] fp32."""
-    if isinstance(base, Linear4bit) and base.in_features % BLOCK == 0:
+    if isinstance(base, Linear4bit) and base.in_features % base.quantizer.block == 0:
         return base(x, row_scale)
     y = base(x)
     # y * g, written as y + y * (g - 1): g is near 1, where bf16 is coarse.
@@ -137,26 +104,23 @@ def pack(module: nn.Module, name: str, tensor: torch.Tensor) -> dict[str, torch.
 
 
 class Linear4bit(Packed):
-    """A frozen linear layer with NF4 weights in float storage: [T, I] -> [T, O] in x's dtype.
+    """A frozen linear layer with a packed weight in float storage: [T, I] -> [T, O] in x's dtype.
 
     dtype: of the dequantized weight. Takes the place of `linear`, keeps its bias, and is made on its device
     (meta).
     """
 
-    def __init__(self, linear: nn.Linear, dtype: torch.dtype):
+    def __init__(self, linear: nn.Linear, dtype: torch.dtype, quantizer: Quantizer):
         super().__init__()
-        self.out_features, self.in_features, self.dtype = linear.out_features, linear.in_features, dtype
-        device = linear.weight.device
-        blocks = -(-linear.weight.numel() // BLOCK)
-        scale_bytes = 4 * -(-blocks // SCALE_BLOCK) + 4 + blocks
-        code_bytes = -(-linear.weight.numel() // 2)
-        for name, n_bytes in (("codes", code_bytes), ("scales", scale_bytes)):
+        self.out_features, self.in_features = self.shape = tuple(linear.weight.shape)
+        self.dtype, self.quantizer, device = dtype, quantizer, linear.weight.device
+        for name, n_bytes in zip(("codes", "scales"), quantizer.sizes(self.shape), strict=True):
             data = torch.empty(-(-n_bytes // STORAGE.itemsize), dtype=STORAGE, device=device)
             self.register_parameter(name, nn.Parameter(data, requires_grad=False))
         self.bias = linear.bias
         if self.bias is not None:
             self.bias.requires_grad_(False)  # _MatMul4bit has no gradient for it
-        self.register_buffer("code_map", torch.empty(256, device=device), persistent=False)
+        self.register_buffer("table", None, persistent=False)
 
     @property
     def weight(self) -> torch.Tensor:
@@ -166,8 +130,8 @@ class Linear4bit(Packed):
     def forward(self, x: torch.Tensor, row_scale: torch.Tensor | None = None) -> torch.Tensor:
         """x W^T + b; with row_scale [O] fp32 (`scaled_linear`), each output times its row's scale."""
         assert row_scale is None or self.bias is None, "a bias is not rescaled"
-        shape = (self.out_features, self.in_features)
-        return _MatMul4bit.apply(x, self.codes, self.scales, self.code_map, shape, self.bias, row_scale)
+        packed = self.codes, self.scales, self.table
+        return _MatMul4bit.apply(x, *packed, self.quantizer, self.shape, self.bias, row_scale)
 
     def packs(self, name: str) -> tuple[str, ...]:
         return ("codes", "scales") if name == "weight" else (name,)
@@ -176,29 +140,24 @@ class Linear4bit(Packed):
         """A weight [O, I] is quantized from the dtype in which it is stored, on the device where it is."""
         if name != "weight":
             return {name: tensor}
-        codes, state = bnb.quantize_4bit(
-            tensor.contiguous(), blocksize=BLOCK, compress_statistics=True, quant_type="nf4"
-        )
-        assert state.state2.blocksize == SCALE_BLOCK
-        parts = (state.state2.absmax, state.offset.view(1), state.absmax)
-        scales = torch.cat([part.contiguous().view(-1).view(torch.uint8) for part in parts])
+        codes, scales = self.quantizer.quantize(tensor)
         return {"codes": as_storage(codes), "scales": as_storage(scales)}
 
     def unpack(self, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
         """The [O, I] weight of what `pack` returned, in the layer's dtype."""
-        return dequantize(codes, scales, self.code_map, (self.out_features, self.in_features), self.dtype)
+        return dequantize(self.quantizer, codes, scales, self.table, self.shape, self.dtype)
 
     def fill_buffers(self, device: torch.device) -> None:
-        self.code_map = _dynamic_map(device)
+        self.table = self.quantizer.table(device)
 
     def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, nf4"
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, {self.quantizer}"
 
 
-def quantize_linears(model: nn.Module, names: list[str], dtype: torch.dtype) -> None:
+def quantize_linears(model: nn.Module, names: list[str], dtype: torch.dtype, quantizer: Quantizer) -> None:
     """Puts a Linear4bit that computes in `dtype` in the place of each named linear of a meta model."""
     for name in names:
-        model.set_submodule(name, Linear4bit(model.get_submodule(name), dtype))
+        model.set_submodule(name, Linear4bit(model.get_submodule(name), dtype, quantizer))
 
 
 def load_weights(

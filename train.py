@@ -35,10 +35,11 @@ from data import IGNORE, StepSampler, TokenizedRows, prepare, toy_texts
 from launch import Place
 from model_files import CheckpointFiles, fetch_weights, find_model
 from models import FAMILIES, build_on_meta, check_weights, read_config
-from models.adapters import apply_method, peft_targets, target_linears
+from models.adapters import apply_method, check_blocks, peft_targets, target_linears
 from models.toy import toy_model
 from optimizers import make_optimizer, make_schedule
 from quantize_layers import load_weights
+from quantizers import make_quantizer
 from tracking import Meter, check_wandb, make_tracker, summary
 from wrapping import choose_dtypes, wrap
 
@@ -69,6 +70,8 @@ def check(config: Config) -> Job:
     files = CheckpointFiles(folder)
     model = build_on_meta(model_config, family)
     check_weights(model, files, family)
+    if config.method.quantizer:
+        check_blocks(model, family, make_quantizer(config.method.quantizer, config.n_bits, config.group_size))
     if config.method.adapter:
         target_linears(model, family, config.lora_target_modules)
     tokenizer = read_tokenizer(folder)

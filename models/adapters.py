@@ -13,6 +13,7 @@ from models.dora import DoRALinear
 from models.family import Family
 from models.lora import LoRALinear
 from quantize_layers import quantize_linears
+from quantizers import Quantizer, make_quantizer
 
 
 def target_linears(model: nn.Module, family: Family, wanted: str) -> list[str]:
@@ -41,6 +42,15 @@ def peft_targets(family: Family, wanted: str) -> list[str]:
     return list(family.default_targets) if wanted == "default" else [p.strip() for p in wanted.split(",")]
 
 
+def check_blocks(model: nn.Module, family: Family, quantizer: Quantizer) -> None:
+    """Raises UserError if a linear cannot be packed."""
+    for name, linear in family.layer_linears(model):
+        if not quantizer.fits(tuple(linear.weight.shape)):
+            raise UserError(
+                f"--group_size {quantizer.block}: does not divide {name}'s weight {list(linear.weight.shape)}"
+            )
+
+
 def apply_method(
     model: nn.Module, family: Family, config: Config, compute_dtype: torch.dtype, trained_dtype: torch.dtype
 ) -> None:
@@ -49,7 +59,8 @@ def apply_method(
     method = config.method
     model.to(trained_dtype if method.saves == "model" else compute_dtype)
     if method.quantizer:
-        quantize_linears(model, [name for name, _ in family.layer_linears(model)], compute_dtype)
+        quantizer = make_quantizer(method.quantizer, config.n_bits, config.group_size)
+        quantize_linears(model, [n for n, _ in family.layer_linears(model)], compute_dtype, quantizer)
     model.requires_grad_(method.adapter is None)
     if method.adapter is None:
         return

@@ -13,9 +13,11 @@ from config import METHODS
 from models.dora import DoRALinear
 from models.lora import LoRALinear
 from quantize_layers import Linear4bit
+from quantizers import HQQ, NF4
 from tests.runs import dense_state, logits, set_up, trained_tensors
 from tests.test_quantize_layers import CPU, quantized
 
+QUANTIZERS = [NF4(), HQQ(8), HQQ(4), HQQ(2), HQQ(3, 48)]  # 48: groups cross rows, no row scales
 O, I, R, ALPHA = 48, 64, 8, 20  # noqa: E741
 LINEARS = "self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.o_proj mlp.gate_proj mlp.up_proj mlp.down_proj"
 IDS = torch.randint(0, 256, (2, 40), generator=torch.Generator().manual_seed(1))
@@ -51,10 +53,11 @@ def equation(layer: DoRALinear, weight: torch.Tensor, bias: torch.Tensor, x: tor
     return (x.double() @ (magnitude[:, None] * direction).T + bias.double()).float()
 
 
-def test_qdora_is_dense_dora_is_the_equation():
+@pytest.mark.parametrize("quantizer", QUANTIZERS, ids=str)
+def test_qdora_is_dense_dora_is_the_equation(quantizer):
     weight, bias, x = torch.randn(O, I), torch.randn(O), torch.randn(3, 7, I)
-    frozen = quantized(weight, torch.float32)
-    four_bit = filled(dora(type(frozen)(nn.Linear(I, O), torch.float32)), weight, bias)
+    frozen = quantized(weight, torch.float32, None, quantizer)
+    four_bit = filled(dora(Linear4bit(nn.Linear(I, O), torch.float32, quantizer)), weight, bias)
     dense = filled(dora(nn.Linear(I, O)), frozen.weight, bias)
     torch.testing.assert_close(four_bit(x), dense(x), rtol=1e-5, atol=1e-5)
     expected = equation(four_bit, frozen.weight, bias, x)
@@ -117,9 +120,10 @@ def test_dropout_acts_on_the_low_rank_branch_only():
 
 @pytest.mark.parametrize("kind", ["lora", "dora"])
 @pytest.mark.parametrize("compiled_as", ["eager", "fullgraph"])
-def test_layers_compile_without_a_graph_break(kind, compiled_as):
+@pytest.mark.parametrize("quantizer", [NF4(), HQQ(4)], ids=str)
+def test_layers_compile_without_a_graph_break(kind, compiled_as, quantizer):
     weight, bias, x = torch.randn(O, I), torch.randn(O), torch.randn(4, I)
-    base = type(quantized(weight, torch.float32))(nn.Linear(I, O), torch.float32)
+    base = Linear4bit(nn.Linear(I, O), torch.float32, quantizer)
     layer = dora(base) if kind == "dora" else LoRALinear(base, (O, I), R, ALPHA, 0.0, torch.float32)
     filled(layer, weight, bias)
     call = layer if compiled_as == "eager" else torch.compile(layer, fullgraph=True, backend="aot_eager")
@@ -157,7 +161,7 @@ def adapters_of(place, args):
     return trained_tensors(set_up(place, args)[1])
 
 
-@pytest.mark.parametrize("train_type", ["lora", "dora", "qlora", "bnb_dora"])
+@pytest.mark.parametrize("train_type", ["lora", "dora", "qlora", "bnb_dora", "hqq_lora", "hqq_dora"])
 @pytest.mark.parametrize("kind", ["llama_bias", "qwen2"])
 def test_model_equals_peft(train_type, kind, checkpoints, alpaca_file, one_rank):
     """The whole model, alpha / rank = 2.5, biases, on the same (dequantized) weights."""
@@ -192,9 +196,7 @@ def logits_at_start(place, args, ids):
         return model.eval()(input_ids=ids, use_cache=False).logits.clone(), dense_state(place, args)
 
 
-@pytest.mark.parametrize(
-    "train_type", [t for t, m in METHODS.items() if m.quantizer != "hqq" and not m.expansion]
-)
+@pytest.mark.parametrize("train_type", [t for t, m in METHODS.items() if not m.expansion])
 def test_exact_set_of_trained_names(train_type, checkpoints, alpaca_file, one_rank):
     names = one_rank(trained_names, args_for(checkpoints("llama_bias"), alpaca_file, train_type))[0]
     parts = {"lora": ["lora_A", "lora_B"], "dora": ["lora_A", "lora_B", "magnitude_change"]}
@@ -228,7 +230,7 @@ def test_recomputation_takes_the_norm_once_and_never_a_stale_one(monkeypatch):
     monkeypatch.setattr(
         Linear4bit, "weight", property(lambda self: (taken.append(1), original.fget(self))[1])
     )
-    layer = filled(dora(Linear4bit(nn.Linear(I, O), torch.float32)), torch.randn(O, I), torch.randn(O))
+    layer = filled(dora(Linear4bit(nn.Linear(I, O), torch.float32, NF4())), torch.randn(O, I), torch.randn(O))
     x = torch.randn(5, I, requires_grad=True)
     for step in (1, 2):
         expected = torch.autograd.grad(layer(x).square().sum(), layer.lora_A)[0]

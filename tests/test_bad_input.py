@@ -80,6 +80,11 @@ def test_the_run_that_these_cases_spoil_is_good(refused):
         ({"profile_memory": "true"}, ["--profile_memory true", "not in this version"]),
         ({"lora_rank": 0}, ["--lora_rank 0", "positive"]),
         ({"batch_size": 0}, ["--batch_size 0", "positive"]),
+        ({"n_bits": 8}, ["--n_bits has no effect", "packed by hqq"]),
+        ({"train_type": "hqq_lora", "n_bits": 5}, ["--n_bits 5", "8, 4, 3, 2"]),
+        ({"train_type": "hqq_lora", "n_bits": 0}, ["--n_bits 0", "8, 4, 3, 2"]),
+        ({"train_type": "hqq_dora", "group_size": 100}, ["--group_size 100", "multiple of 8"]),
+        ({"train_type": "hqq_dora", "group_size": 1536}, ["--group_size 1536", "does not divide", "q_proj"]),
         ({"context_length": -5}, ["--context_length -5", "positive"]),
         ({"lora_target_modules": "q_proj,nope"}, ["--lora_target_modules", "'nope'", "q_proj", "down_proj"]),
         ({"lora_target_modules": "proj"}, ["'proj' matches no linear"]),  # names match by whole segments

@@ -17,15 +17,16 @@ from models.dora import DoRALinear
 from models.family import clean
 from models.lora import LoRALinear
 from quantize_layers import STORAGE, Linear4bit, fill
+from quantizers import NF4
 from tests import tiny
 
 ROOT = Path(__file__).parent.parent
 
 
-def quantized(weight: torch.Tensor) -> Linear4bit:
+def quantized(weight: torch.Tensor, quantizer=NF4()) -> Linear4bit:  # noqa: B008
     """A layer that computes in the weight's dtype, on its device."""
     with weight.device:
-        layer = Linear4bit(nn.Linear(weight.shape[1], weight.shape[0], bias=False), weight.dtype)
+        layer = Linear4bit(nn.Linear(weight.shape[1], weight.shape[0], bias=False), weight.dtype, quantizer)
     layer.fill_buffers(weight.device)
     for name, content in layer.pack("weight", weight).items():
         getattr(layer, name).data.copy_(content)

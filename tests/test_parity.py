@@ -16,7 +16,15 @@ import train
 from config import METHODS
 from tests.runs import set_up, train_run
 
-TYPES = ["full", "lora", "dora", "qlora", "bnb_dora"]  # custom_* are the same methods (test_config)
+TYPES = [
+    "full",
+    "lora",
+    "dora",
+    "qlora",
+    "bnb_dora",
+    "hqq_lora",
+    "hqq_dora",
+]  # custom_* are the same methods (test_config)
 STEPS = 5
 
 

@@ -7,19 +7,22 @@ import shutil
 import bitsandbytes.functional as bnb
 import pytest
 import torch
+from hqq.core.quantize import Quantizer
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from config import HQQ_BITS
 from quantize_layers import STORAGE, Linear4bit, as_storage
+from quantizers import HQQ, NF4, _expand, _expand_in_one_kernel, pack_bits
 from tests.runs import dense_state, set_up
 
 CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-def quantized(weight: torch.Tensor, dtype: torch.dtype, bias=None) -> Linear4bit:
+def quantized(weight: torch.Tensor, dtype: torch.dtype, bias=None, quantizer=NF4()) -> Linear4bit:  # noqa: B008
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
-    layer = Linear4bit(linear, dtype)
+    layer = Linear4bit(linear, dtype, quantizer)
     layer.fill_buffers(CPU)
     for name, content in layer.pack("weight", weight).items():
         getattr(layer, name).data.copy_(content)
@@ -44,11 +47,52 @@ def test_dequantized_weight_is_bitsandbytes_own(shape, stored, dtype):
     assert torch.equal(quantized(weight, dtype).weight, reference(weight, dtype))
 
 
+@pytest.mark.parametrize("n_bits", HQQ_BITS)
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("shape", "block"), [((48, 64), 64), ((96, 96), 64), ((40, 60), 8), ((64, 128), 128)]
+)
+def test_dequantized_weight_is_hqqs_own(shape, block, stored, n_bits):
+    """hqq's own round trip with its own packing, its scales and zero points rounded to fp16 as hqq itself has
+    them on a GPU. Also where groups cross rows."""
+    weight = torch.randn(shape, dtype=stored) * 0.05
+    codes, meta = Quantizer.quantize(weight, nbits=n_bits, group_size=block, axis=1, device="cpu")
+    meta |= {name: meta[name].half().float() for name in ("scale", "zero")} | {"compute_dtype": torch.float32}
+    expected = Quantizer.dequantize(codes, meta)
+    for dtype in DTYPES:
+        assert torch.equal(quantized(weight, dtype, None, HQQ(n_bits, block)).weight, expected.to(dtype))
+    error = (expected - weight).norm() / weight.norm()
+    assert error < {8: 0.01, 4: 0.12, 3: 0.25, 2: 0.6}[n_bits]
+
+
+@pytest.mark.parametrize("n_bits", HQQ_BITS)
+def test_bits_are_packed_without_gaps(n_bits):
+    codes = torch.randint(0, 2**n_bits, (3, 64))
+    packed = pack_bits(codes, n_bits)
+    assert packed.dtype == torch.uint8 and packed.numel() * 8 == codes.numel() * n_bits
+    stream = sum(int(byte) << 8 * i for i, byte in enumerate(packed))
+    assert [(stream >> n_bits * i) % 2**n_bits for i in range(codes.numel())] == codes.flatten().tolist()
+
+
+def test_compiled_expansion_is_the_eager_one():
+    """The kernel that CUDA uses, by the same compiler for the CPU: one compilation for all shapes."""
+    torch._dynamo.reset()
+    for n_bits in (4, 3):
+        for blocks in (6, 10, 24):
+            codes = torch.randint(0, 256, (blocks * 8 * n_bits,), dtype=torch.uint8)
+            scale, zero = torch.rand(2, blocks)
+            for dtype in (torch.float32, torch.bfloat16):
+                args = (codes, scale, zero, n_bits, 64, dtype)
+                assert torch.equal(_expand_in_one_kernel(*args), _expand(*args))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 4  # n_bits x dtype
+
+
+@pytest.mark.parametrize("quantizer", [NF4(), HQQ(4), HQQ(3)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_forward_and_gradient_are_those_of_the_dequantized_weight(dtype):
+def test_forward_and_gradient_are_those_of_the_dequantized_weight(dtype, quantizer):
     weight, bias = torch.randn(48, 64), torch.randn(48)
-    layer = quantized(weight, dtype, bias)
-    dense = reference(weight, dtype)
+    layer = quantized(weight, dtype, bias, quantizer)
+    dense = layer.weight
     x = torch.randn(2, 5, 64, dtype=dtype, requires_grad=True)
     other = x.detach().clone().requires_grad_()
     y, expected = layer(x), nn.functional.linear(other, dense, bias.to(dtype))
@@ -59,17 +103,21 @@ def test_forward_and_gradient_are_those_of_the_dequantized_weight(dtype):
     assert [n for n, p in layer.named_parameters() if p.requires_grad] == []
 
 
-def test_only_packed_weights_are_saved_for_backward():
+@pytest.mark.parametrize("quantizer", [NF4(), HQQ(4)], ids=str)
+def test_only_packed_weights_are_saved_for_backward(quantizer):
     """Saving the dequantized weight would hold 16 bits per weight from forward to backward."""
-    layer, kept = quantized(torch.randn(256, 256), torch.float32), []
+    layer, kept = quantized(torch.randn(256, 256), torch.float32, None, quantizer), []
     x = torch.randn(4, 256, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t.nbytes), t)[1], lambda t: t):
         layer(x).sum()
-    assert sum(kept) < 256 * 256  # codes 32 KiB, scales 1 KiB, the map 1 KiB; a dense weight is 256 KiB
+    assert (
+        sum(kept) < 256 * 256
+    )  # codes 32 KiB, scales 1 to 4 KiB, the table 1 KiB; a dense weight is 256 KiB
 
 
-def test_forward_and_backward_compile_without_a_graph_break():
-    layer = quantized(torch.randn(64, 64), torch.float32, torch.randn(64))
+@pytest.mark.parametrize("quantizer", [NF4(), HQQ(4), HQQ(3)], ids=str)
+def test_forward_and_backward_compile_without_a_graph_break(quantizer):
+    layer = quantized(torch.randn(64, 64), torch.float32, torch.randn(64), quantizer)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     x = torch.randn(3, 64, requires_grad=True)
     other = x.detach().clone().requires_grad_()
@@ -85,16 +133,22 @@ def test_storage_holds_any_bytes():
     assert torch.equal(stored.view(torch.uint8), torch.cat([raw, torch.zeros(1, dtype=torch.uint8)]))
 
 
-def test_loaded_weights_are_the_checkpoint_quantized(checkpoints, alpaca_file, one_rank, two_ranks):
-    """One rank and two hold the same contents, and they are what bitsandbytes makes of each tensor."""
+@pytest.mark.parametrize(
+    ("train_type", "quantizer"),
+    [("qlora", NF4()), ("hqq_lora", HQQ(4)), ("hqq_dora --n_bits 3 --group_size 32", HQQ(3, 32))],
+)
+def test_loaded_weights_are_the_checkpoint_quantized(
+    train_type, quantizer, checkpoints, alpaca_file, one_rank, two_ranks
+):
+    """One rank and two hold the same contents, and they are what the quantizer makes of each tensor."""
     folder = checkpoints("llama_bias")
-    args = ["--model_name", folder, "--dataset", alpaca_file, "--train_type", "qlora"]
+    args = ["--model_name", folder, "--dataset", alpaca_file, "--train_type", *train_type.split()]
     one, two = one_rank(dense_state, args)[0], two_ranks(dense_state, args)[1]
     stored = {k: v for file in folder.glob("*.safetensors") for k, v in load_file(file).items()}
     assert one.keys() == two.keys() == stored.keys()
     for name, tensor in stored.items():
         linear = "_proj.weight" in name
-        expected = reference(tensor, torch.float32) if linear else tensor
+        expected = quantized(tensor, torch.float32, None, quantizer).weight if linear else tensor
         assert torch.equal(one[name], expected) and torch.equal(two[name], expected), name
 
 

@@ -47,7 +47,7 @@ def reference_steps(model, batches, optimizer) -> tuple[list[float], list[float]
     return losses, norms
 
 
-@pytest.mark.parametrize("train_type", ["full", "lora", "dora", "qlora", "bnb_dora"])
+@pytest.mark.parametrize("train_type", ["full", "lora", "dora", "qlora", "bnb_dora", "hqq_dora"])
 def test_losses_follow_the_reference(train_type, checkpoints, alpaca_file, one_rank):
     folder = checkpoints("llama_bias")
     more = f"--lr {LR} --max_steps {STEPS} --batch_size 4 --gradient_accumulation_steps 2".split()

@@ -1,0 +1,180 @@
+"""How a weight becomes codes and scales, and back: bitsandbytes' NF4, or HQQ with 8, 4, 3 or 2 bits.
+
+One interface, `Quantizer`, over flat bytes; the layer that stores them (quantize_layers.py) and the load do not
+know which one it is. Shapes: O output features, I input features; a block is `block` consecutive weights of
+the flattened [O, I] that share a scale.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cache
+from typing import Protocol
+
+import bitsandbytes.functional as bnb
+import torch
+
+SCALE_BLOCK = 256  # NF4 scales that share a second-level scale: bitsandbytes' default
+
+
+class Quantizer(Protocol):
+    """A frozen value: equal ones pack equal weights into equal bytes."""
+
+    block: int
+
+    def fits(self, shape: tuple[int, int]) -> bool:
+        """Whether a weight of this shape can be packed."""
+
+    def sizes(self, shape: tuple[int, int]) -> tuple[int, int]:
+        """(bytes of codes, bytes of scales)."""
+
+    def table(self, device: torch.device) -> torch.Tensor | None:
+        """The constant that `dequantize` reads, one per device for all layers."""
+
+    def quantize(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(codes, scales), uint8, 1-D, of a weight [O, I] of any float dtype, on the device where it is."""
+
+    def dequantize(
+        self,
+        codes: torch.Tensor,
+        scales: torch.Tensor,
+        table: torch.Tensor | None,
+        shape: tuple[int, int],
+        dtype: torch.dtype,
+        row_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The [O, I] weight in `dtype`. row_scale [O] fp32 multiplies each row, by way of its blocks' scales:
+        no extra pass over the weight. Needs whole blocks in a row: I a multiple of `block`."""
+
+
+def make_quantizer(name: str, n_bits: int | None, block: int | None) -> Quantizer:
+    """Of METHODS' "bnb" (its bits and blocks are fixed: None) or "hqq"."""
+    return HQQ(n_bits, block) if name == "hqq" else NF4()
+
+
+def flat_bytes(*tensors: torch.Tensor) -> torch.Tensor:
+    """The tensors' bytes one after another: uint8, 1-D."""
+    return torch.cat([t.contiguous().view(-1).view(torch.uint8) for t in tensors])
+
+
+@cache
+def _dynamic_map(device: torch.device) -> torch.Tensor:
+    """The 256 values of an 8-bit scale code, fp32."""
+    return bnb.create_dynamic_map().to(device)
+
+
+@dataclass(frozen=True)
+class NF4:
+    """QLoRA's NormalFloat-4 with double quantization (arXiv 2305.14314, section 3), by bitsandbytes.
+
+    codes: two a byte. scales: per 256 blocks one fp32 scale, one fp32 offset for the whole tensor, and per
+    block one 8-bit code of its absolute maximum. Dequantized weights are bitsandbytes' own, bit for bit.
+    """
+
+    block: int = 64
+
+    def fits(self, shape: tuple[int, int]) -> bool:
+        return True  # the last block may be part of one
+
+    def sizes(self, shape: tuple[int, int]) -> tuple[int, int]:
+        blocks = -(-math.prod(shape) // self.block)
+        return -(-math.prod(shape) // 2), 4 * -(-blocks // SCALE_BLOCK) + 4 + blocks
+
+    def table(self, device: torch.device) -> torch.Tensor:
+        return _dynamic_map(device)
+
+    def quantize(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        codes, state = bnb.quantize_4bit(
+            weight.contiguous(), blocksize=self.block, compress_statistics=True, quant_type="nf4"
+        )
+        assert state.state2.blocksize == SCALE_BLOCK
+        return flat_bytes(codes), flat_bytes(state.state2.absmax, state.offset.view(1), state.absmax)
+
+    def dequantize(self, codes, scales, table, shape, dtype, row_scale=None) -> torch.Tensor:
+        blocks = -(-shape[0] * shape[1] // self.block)
+        groups = -(-blocks // SCALE_BLOCK)
+        group_scales = scales[: 4 * groups].view(torch.float32)
+        offset = scales[4 * groups : 4 * groups + 4].view(torch.float32)
+        block_codes = scales[4 * groups + 4 : 4 * groups + 4 + blocks]
+        absmax = torch.ops.bitsandbytes.dequantize_blockwise(
+            block_codes, group_scales, table, SCALE_BLOCK, torch.float32
+        )
+        absmax = absmax + offset
+        if row_scale is not None:
+            absmax = (absmax.view(shape[0], -1) * row_scale[:, None]).view(-1)
+        packed = codes[: -(-shape[0] * shape[1] // 2)].view(-1, 1)
+        return torch.ops.bitsandbytes.dequantize_4bit(packed, absmax, self.block, "nf4", shape, dtype)
+
+
+@dataclass(frozen=True)
+class HQQ:
+    """Half-quadratic quantization (https://mobiusml.github.io/hqq_blog), by the hqq library's Quantizer along
+    the rows (axis 1): W = (code - zero) * scale, per block one fp16 scale and one fp16 zero point.
+
+    codes: a stream of `n_bits` each, the first weight in the lowest bits: three bits are eight weights in three
+    bytes, where hqq's own packing takes 3.2. scales: all scales, then all zero points. What hqq computes in
+    fp16 on a GPU is kept as it is; dequantization computes in fp32 and rounds once.
+    """
+
+    n_bits: int
+    block: int = 64
+
+    def fits(self, shape: tuple[int, int]) -> bool:
+        return math.prod(shape) % self.block == 0
+
+    def sizes(self, shape: tuple[int, int]) -> tuple[int, int]:
+        return math.prod(shape) * self.n_bits // 8, math.prod(shape) // self.block * 4
+
+    def table(self, device: torch.device) -> None:
+        return None
+
+    def quantize(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        from hqq.core.quantize import Quantizer as Library  # only these train types pay for its import
+
+        codes, meta = Library.quantize(
+            weight, nbits=self.n_bits, group_size=self.block, axis=1, bitpack=False, device=str(weight.device)
+        )
+        return pack_bits(codes, self.n_bits), flat_bytes(meta["scale"].half(), meta["zero"].half())
+
+    def dequantize(self, codes, scales, table, shape, dtype, row_scale=None) -> torch.Tensor:
+        code_bytes, scale_bytes = self.sizes(shape)
+        scale, zero = scales[:scale_bytes].view(torch.float16).float().chunk(2)
+        if row_scale is not None:
+            scale = (scale.view(shape[0], -1) * row_scale[:, None]).view(-1)
+        compiled = codes.is_cuda and not torch.compiler.is_compiling()
+        expand = _expand_in_one_kernel if compiled else _expand
+        return expand(codes[:code_bytes], scale, zero, self.n_bits, self.block, dtype).view(shape)
+
+
+def _word(n_bits: int) -> tuple[int, int]:
+    """The smallest run of whole bytes that holds whole codes: (codes, bytes)."""
+    codes = 8 // math.gcd(n_bits, 8)
+    return codes, codes * n_bits // 8
+
+
+def pack_bits(codes: torch.Tensor, n_bits: int) -> torch.Tensor:
+    """Whole numbers 0 to 2^n_bits - 1, in any dtype, as a stream of n_bits each: uint8, 1-D."""
+    per_word, word_bytes = _word(n_bits)
+    shifts = torch.arange(per_word, device=codes.device) * n_bits
+    words = (codes.reshape(-1, per_word).to(torch.int32) << shifts).sum(1, dtype=torch.int32)
+    parts = words[:, None] >> (8 * torch.arange(word_bytes, device=codes.device))
+    return (parts & 255).to(torch.uint8).view(-1)
+
+
+def _expand(codes, scale, zero, n_bits: int, block: int, dtype: torch.dtype) -> torch.Tensor:
+    """(code - zero) * scale of every weight, 1-D. codes: uint8, 1-D; scale, zero [blocks] fp32."""
+    per_word, word_bytes = _word(n_bits)
+    words = codes.view(-1, word_bytes).to(torch.int32)
+    word = words[:, 0]
+    for i in range(1, word_bytes):
+        word = word | words[:, i] << 8 * i
+    shifts = torch.arange(per_word, device=codes.device, dtype=torch.int32) * n_bits
+    values = ((word[:, None] >> shifts) & (2**n_bits - 1)).view(-1, block).float()
+    return ((values - zero[:, None]) * scale[:, None]).to(dtype).view(-1)
+
+
+# Eager, the expression above is ten kernels over int32 copies of the weight; compiled it is one that reads the
+# codes and writes the weight. dynamic: the number of weights is a variable, so that layers of any shape
+# share one compilation for each number of bits and dtype.
+_expand_in_one_kernel = torch.compile(_expand, dynamic=True)
