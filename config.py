@@ -130,20 +130,24 @@ class Config:
     grad_norm: float = option(1.0, "Training", "largest 2-norm of the whole gradient, when clipping")
     seed: int = option(42, "Training", "seeds adapters, data order and dropout")
 
-    precision: str = option("auto", "Memory and speed", "auto is bf16 compute with fp32 trained weights and"
-        " gradient reduction where the GPU has bf16, else fp32",
-        choices=("auto", "fp32", "bf16", "fp16_autocast", "bf16_autocast", "bf16_buffers_autocast"),
-        later=("fp16_autocast", "bf16_autocast", "bf16_buffers_autocast"))
-    sharding_strategy: str = option("full_shard", "Memory and speed", "how parameters are spread over the GPUs",
-        choices=("full_shard", "shard_grad_op", "ddp", "hybrid_full_shard", "hybrid_shard_grad_op"),
-        later=("shard_grad_op", "ddp", "hybrid_full_shard", "hybrid_shard_grad_op"))
+    precision: str = option("auto", "Memory and speed", "auto is bf16 compute with fp32 trained weights where the GPU"
+        " has bf16, fp16_autocast on older GPUs, fp32 on a CPU; precision.py has a line on each",
+        choices=("auto", "fp32", "bf16", "fp16_autocast", "bf16_autocast", "bf16_buffers_autocast"))
+    sharding_strategy: str = option("full_shard", "Memory and speed", "full_shard spreads all over all ranks;"
+        " shard_grad_op keeps parameters gathered between forward and backward; ddp gives every rank a whole copy;"
+        " the hybrid ones shard within groups and copy between them",
+        choices=("full_shard", "shard_grad_op", "ddp", "hybrid_full_shard", "hybrid_shard_grad_op"))
+    hybrid_shard_size: int = option(-1, "Memory and speed", "ranks of a group, for the hybrid strategies; -1 = those"
+        " of one node")
+    wrap_policy: str = option("layer", "Memory and speed", "what is gathered at a time: a decoder layer, or its"
+        " attention and its MLP each by itself; with the unit gathered ahead two layers, or one", choices=("layer", "sublayer"))
     use_gradient_checkpointing: bool = option(True, "Memory and speed", "recompute each layer in backward instead of"
         " keeping its activations")
     reentrant_checkpointing: bool = option(False, "Memory and speed", "accepted; checkpointing is always non-reentrant")
     use_cpu_offload: bool = option(False, "Memory and speed", "keep parameters, gradients and optimizer states in"
-        " host memory", later=(True,))
-    use_activation_cpu_offload: bool = option(False, "Memory and speed", "keep checkpointed activations in host"
-        " memory", later=(True,))
+        " host memory; the optimizer runs on the CPU")
+    use_activation_cpu_offload: bool = option(False, "Memory and speed", "keep the layers' inputs, which gradient"
+        " checkpointing saves, in host memory; copied while the GPU computes")
     low_memory: bool = option(True, "Memory and speed", "accepted; loading never holds a whole model")
     no_sync: bool = option(False, "Memory and speed", "reduce gradients once per optimizer step, not per micro-batch:"
         " less traffic, but unsharded gradients in memory")
@@ -365,7 +369,11 @@ def _check_values(config: Config) -> None:
             raise UserError(f"--{name} {value}: must be positive")
     if config.context_length < 2:
         raise UserError("--context_length 1: a token can only be learned after another one; use 2 or more")
-    for name in ("max_steps", "dataset_samples", "world_size"):
+    if config.use_activation_cpu_offload and not config.use_gradient_checkpointing:
+        raise UserError("--use_activation_cpu_offload: needs --use_gradient_checkpointing true")
+    if config.hybrid_shard_size != -1 and not config.sharding_strategy.startswith("hybrid_"):
+        raise UserError("--hybrid_shard_size: has no effect without a hybrid --sharding_strategy")
+    for name in ("max_steps", "dataset_samples", "world_size", "hybrid_shard_size"):
         value = getattr(config, name)
         if value == 0 or value < -1:
             raise UserError(f"--{name} {value}: must be positive, or -1")

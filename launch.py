@@ -57,6 +57,22 @@ def resolve_world_size(wanted: int) -> int:
     return wanted if wanted > 0 else gpus or 2
 
 
+def resolve_group_size(wanted: int, world: int) -> int:
+    """--hybrid_shard_size, or its default: the ranks of one node. Raises UserError if groups would differ."""
+    size = (
+        wanted
+        if wanted > 0
+        else int(os.environ.get("LOCAL_WORLD_SIZE", world))
+        if under_torchrun()
+        else world
+    )
+    if world % size:
+        raise UserError(
+            f"--hybrid_shard_size {size}: {world} processes cannot be divided into groups of {size}"
+        )
+    return size
+
+
 def join_group(rank: int, world: int, local_rank: int, store: dist.Store | None = None) -> Place:
     """Makes this process one of the group: NCCL on GPUs (gloo beside it for host tensors), else gloo.
 

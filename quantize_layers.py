@@ -130,6 +130,8 @@ class Linear4bit(Packed):
     def forward(self, x: torch.Tensor, row_scale: torch.Tensor | None = None) -> torch.Tensor:
         """x W^T + b; with row_scale [O] fp32 (`scaled_linear`), each output times its row's scale."""
         assert row_scale is None or self.bias is None, "a bias is not rescaled"
+        if torch.is_autocast_enabled(x.device.type):  # which does not look inside _MatMul4bit's backward
+            x = x.to(self.dtype)
         packed = self.codes, self.scales, self.table
         return _MatMul4bit.apply(x, *packed, self.quantizer, self.shape, self.bias, row_scale)
 
@@ -161,14 +163,22 @@ def quantize_linears(model: nn.Module, names: list[str], dtype: torch.dtype, qua
 
 
 def load_weights(
-    model: nn.Module, family: Family, files: CheckpointFiles, device: torch.device, seed: int
+    model: nn.Module,
+    family: Family,
+    files: CheckpointFiles,
+    device: torch.device,
+    home: torch.device,
+    seed: int,
 ) -> None:
-    """Gives a meta model, sharded by FSDP or not, memory on `device` and fills all of it: parameters from
-    the checkpoint or by their module (`Packed.initial_values`), buffers from constants and the config.
+    """Gives a meta model, sharded by FSDP or not, memory and fills all of it: parameters from the checkpoint
+    or by their module (`Packed.initial_values`), buffers from constants and the config.
+
+    device: where the rank computes, packs weights and holds buffers; home: where its shards of the parameters
+    are kept, the CPU with --use_cpu_offload.
 
     Raises AssertionError if anything was left unfilled: it would train on garbage.
     """
-    _materialize(model, family, device)
+    _materialize(model, family, device, home)
     params = {clean(name): p for name, p in model.named_parameters()}
     filled = _stream(model, params, files, device)
     for path, module in model.named_modules():
@@ -181,8 +191,8 @@ def load_weights(
     assert filled == set(params), f"not filled: {sorted(set(params) - filled)[:3]}"
 
 
-def _materialize(model: nn.Module, family: Family, device: torch.device) -> None:
-    model.to_empty(device=device)
+def _materialize(model: nn.Module, family: Family, device: torch.device, home: torch.device) -> None:
+    model.to_empty(device=home)
     if model.config.tie_word_embeddings:  # to_empty makes new parameters, one for each of the two names
         model.get_submodule(family.head).weight = model.get_submodule(family.embedding).weight
     with device:  # no checkpoint holds its tables; only the config argument is stable between versions

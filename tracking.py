@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import resource
 import time
@@ -53,7 +54,8 @@ class Meter:
         self, index: int, step: Step, loss: torch.Tensor, lr: float, grad_norm: torch.Tensor
     ) -> Metrics:
         """loss: this rank's share of the step's mean loss. Collective, and the loop's one wait for the GPU."""
-        mine = torch.stack([loss.double(), grad_norm.double(), *self._memory()])
+        # With --use_cpu_offload the norm is on the CPU.
+        mine = torch.stack([loss.double(), grad_norm.to(self.device).double(), *self._memory()])
         ranks = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
         dist.all_gather(ranks, mine)
         table = torch.stack(ranks).cpu()
@@ -105,7 +107,9 @@ class Tracker(NoTracker):
 
     def log(self, m: Metrics) -> None:
         self.history.append(m)
-        self.file.write(json.dumps(dataclasses.asdict(m)) + "\n")
+        # JSON has no NaN or infinity, which a skipped step of fp16 has as its gradient norm.
+        line = {k: v if math.isfinite(v) else None for k, v in dataclasses.asdict(m).items()}
+        self.file.write(json.dumps(line) + "\n")
         self.file.flush()
         shown = f"loss {m.loss:.4f}, lr {m.lr:.2e}, {m.tokens_per_second:,.0f} tok/s, {m.memory_allocated_gib:.2f} GiB"
         self.bar.set_postfix_str(shown, refresh=False)

@@ -23,7 +23,6 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub.utils import logging as hub_logging
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
 from transformers import AutoTokenizer, PretrainedConfig
 from transformers.utils import logging as transformers_logging
 
@@ -38,10 +37,11 @@ from models import FAMILIES, build_on_meta, check_weights, read_config
 from models.adapters import apply_method, check_blocks, peft_targets, target_linears
 from models.toy import toy_model
 from optimizers import make_optimizer, make_schedule
+from precision import Precision, choose_precision
 from quantize_layers import load_weights
 from quantizers import make_quantizer
 from tracking import Meter, check_wandb, make_tracker, summary
-from wrapping import choose_dtypes, wrap
+from wrapping import STRATEGIES, WRAP_POLICIES, make_mesh, offload_policy, wrap
 
 
 @dataclass(frozen=True)
@@ -56,9 +56,15 @@ class Job:
 
 def check(config: Config) -> Job:
     """All that can be wrong with a run, found without touching a GPU or writing a file. Raises UserError."""
-    config = dataclasses.replace(config, world_size=launch.resolve_world_size(config.world_size))
-    if config.precision == "bf16" and torch.cuda.is_available() and not bf16_gpu():
-        raise UserError("--precision bf16: this GPU does not compute in bf16; use --precision auto or fp32")
+    world = launch.resolve_world_size(config.world_size)
+    config = dataclasses.replace(config, world_size=world)
+    if STRATEGIES[config.sharding_strategy].replicas == "groups":
+        group = launch.resolve_group_size(config.hybrid_shard_size, world)
+        config = dataclasses.replace(config, hybrid_shard_size=group)
+    if config.precision.startswith("bf16") and torch.cuda.is_available() and not bf16_gpu():
+        raise UserError(
+            f"--precision {config.precision}: this GPU has no bf16; use auto, fp16_autocast or fp32"
+        )
     if config.log_to == "wandb":
         check_wandb()
     check_output(Path(config.output_dir), config.overwrite)
@@ -89,6 +95,10 @@ def bf16_gpu() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
+def precision_of(config: Config) -> Precision:
+    return choose_precision(config.precision, torch.cuda.is_available(), bf16_gpu())
+
+
 def read_tokenizer(folder: Path):
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
@@ -103,13 +113,23 @@ def read_tokenizer(folder: Path):
 def set_up(job: Job, place: Place) -> nn.Module:
     """The model of the train type, sharded and filled."""
     config, family = job.config, FAMILIES[job.model_config.model_type]
-    dtypes = choose_dtypes(config.precision, bf16_gpu())
+    precision, device = precision_of(config), place.device
     model = build_on_meta(job.model_config, family)
-    apply_method(model, family, config, dtypes.compute, dtypes.trained)
-    mesh = init_device_mesh(place.device.type, (place.world,))
-    cast = None if config.method.adapter else dtypes.compute
-    wrap(model, family, mesh, cast, config.use_gradient_checkpointing)
-    load_weights(model, family, job.files, place.device, config.seed)
+    apply_method(model, family, config, precision)
+    mesh = make_mesh(device.type, place.world, config.sharding_strategy, config.hybrid_shard_size)
+    wrap(
+        model,
+        family,
+        mesh,
+        STRATEGIES[config.sharding_strategy],
+        WRAP_POLICIES[config.wrap_policy](family),
+        precision.gathered,
+        offload_policy(config.use_cpu_offload, device.type),
+        config.use_gradient_checkpointing,
+        config.use_activation_cpu_offload,
+    )
+    host = torch.device("cpu")
+    load_weights(model, family, job.files, device, host if config.use_cpu_offload else device, config.seed)
     torch.manual_seed(config.seed + place.rank)  # of dropout; adapters and the data order have their own
     return model
 
@@ -135,6 +155,8 @@ def train(job: Job, model: nn.Module, place: Place, sampler: StepSampler, tracke
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = make_optimizer(trained, config.optimizer, config.lr, config.wd)
     schedule = make_schedule(optimizer, total, config.lr_warmup, config.lr_scheduler)
+    precision = precision_of(config)
+    scaler = precision.scaler(place.device.type)
     meter, history = Meter(place.device), []
     model.train()
     for index, step in zip(range(1, total + 1), sampler.steps(config.num_epochs), strict=False):
@@ -144,14 +166,17 @@ def train(job: Job, model: nn.Module, place: Place, sampler: StepSampler, tracke
             model.set_requires_gradient_sync(i == len(step.batches) or not config.no_sync)
             # Exactly the mean over the step's targets: divided by their number on all ranks and in all
             # micro-batches, while FSDP sums gradients over ranks and backward over micro-batches.
-            share = loss_sum(model, batch.ids, batch.targets) / step.n_targets
-            share.backward()
+            with precision.context(place.device.type):
+                share = loss_sum(model, batch.ids, batch.targets) / step.n_targets
+            scaler.scale(share).backward()
             loss += share.detach()
+        scaler.unscale_(optimizer)
         norm = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None]).full_tensor()
         if config.apply_gradient_clipping:
             nn.utils.clip_grads_with_norm_(trained, config.grad_norm, norm)
         lr = schedule.get_last_lr()[0]
-        optimizer.step()
+        scaler.step(optimizer)
+        scaler.update()
         schedule.step()
         optimizer.zero_grad(set_to_none=True)
         history.append(meter.measure(index, step, loss, lr, norm))

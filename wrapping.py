@@ -1,6 +1,7 @@
-"""How the model is spread over the GPUs: units, dtypes, activation checkpointing - in that order, here only.
+"""How the model is spread over the GPUs: activation checkpointing and offload, units, shards - in that order,
+here only.
 
-A *unit* is what FSDP2 gathers for one forward or backward and frees again. Per decoder layer there is one:
+A *unit* is what FSDP2 gathers for one forward or backward and frees again. By default a decoder layer is one:
 its 4-bit codes, scales, norms and adapters travel in a single all-gather. The embedding and the head are
 units of their own; left in the root they would stay gathered from forward to the end of backward (2 GiB
 each for a 128k vocabulary and 8,192 hidden units). Tied, they are one parameter that is needed at both
@@ -9,55 +10,123 @@ ends, and stay in the root.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
 
+from activation_offload import HostStash, OffloadInputs
 from models.family import Family
 
 
 @dataclass(frozen=True)
-class Dtypes:
-    """compute: of activations and frozen weights; trained: of what the optimizer updates. Gradients are
-    reduced in fp32 always."""
+class Strategy:
+    """A --sharding_strategy. replicas: who holds a copy of the whole model - "one" (all ranks together),
+    "groups" (each group of --hybrid_shard_size ranks) or "ranks" (each); keep: parameters stay gathered from
+    forward to backward, which saves an all-gather and costs the memory of the whole model."""
 
-    compute: torch.dtype
-    trained: torch.dtype
+    replicas: str
+    keep: bool
 
 
-def choose_dtypes(precision: str, bf16_gpu: bool) -> Dtypes:
-    """The dtypes of --precision on this hardware. bf16_gpu: training on GPUs that compute in bf16."""
-    if precision == "bf16":
-        return Dtypes(torch.bfloat16, torch.bfloat16)
-    if precision == "auto" and bf16_gpu:
-        return Dtypes(torch.bfloat16, torch.float32)
-    return Dtypes(torch.float32, torch.float32)
+STRATEGIES = {
+    "full_shard": Strategy("one", keep=False),
+    "shard_grad_op": Strategy("one", keep=True),
+    "hybrid_full_shard": Strategy("groups", keep=False),
+    "hybrid_shard_grad_op": Strategy("groups", keep=True),
+    "ddp": Strategy("ranks", keep=False),  # nothing is sharded: "gathering" copies one unit at a time
+}
+
+# --wrap_policy: the modules inside a decoder layer that are units of their own, by dotted name; what is left of
+# the layer (norms) stays the layer's unit. More units: less memory gathered at a time, more and smaller
+# all-gathers.
+WRAP_POLICIES: dict[str, Callable[[Family], tuple[str, ...]]] = {
+    "layer": lambda family: (),
+    "sublayer": lambda family: family.sublayers,
+}
+
+
+def make_mesh(device_type: str, world: int, strategy: str, group_size: int) -> DeviceMesh:
+    """1-D, of the ranks that share one copy; or 2-D, [copies, ranks of a copy], gradients being summed over
+    the first and scattered over the second. group_size: ranks of a copy, for the hybrid strategies."""
+    size = {"one": world, "groups": group_size, "ranks": 1}[STRATEGIES[strategy].replicas]
+    assert world % size == 0
+    if size == world:
+        return init_device_mesh(device_type, (world,), mesh_dim_names=("shard",))
+    return init_device_mesh(device_type, (world // size, size), mesh_dim_names=("replicate", "shard"))
+
+
+def offload_policy(wanted: bool, device_type: str) -> OffloadPolicy:
+    """Of --use_cpu_offload. Pinned host memory, which copies can overlap with, where the system grants it."""
+    if not wanted:
+        return OffloadPolicy()
+    return CPUOffloadPolicy(pin_memory=device_type == "cuda" and _can_pin())
+
+
+def _can_pin() -> bool:
+    try:
+        torch.empty(2**20, pin_memory=True)
+    except RuntimeError:  # some containers and hosts limit locked memory
+        return False
+    return True
 
 
 def wrap(
-    model: nn.Module, family: Family, mesh: DeviceMesh, cast: torch.dtype | None, checkpointing: bool
+    model: nn.Module,
+    family: Family,
+    mesh: DeviceMesh,
+    strategy: Strategy,
+    units: tuple[str, ...],
+    cast: torch.dtype | None,
+    offload: OffloadPolicy,
+    checkpointing: bool,
+    offload_activations: bool,
 ) -> None:
-    """Shards a meta model in place over a 1-D mesh. Its parameters become DTensors, still on meta.
+    """Shards a meta model in place. Its parameters become DTensors, still on meta.
 
-    cast: the dtype in which FSDP gathers parameters, for models whose layers compute in another dtype than
-    the optimizer's; None leaves every bit as it is, which packed weights need (adapters cast themselves).
-    checkpointing: recompute each decoder layer in backward (non-reentrant).
+    units: names inside a layer, as WRAP_POLICIES gives them. cast: the dtype in which units are gathered
+    whose parameters are all trained, in another dtype; all other units are gathered bit by bit as they are,
+    which packed weights need (adapters cast themselves). checkpointing: recompute each decoder layer in
+    backward (non-reentrant); offload_activations: keep what that needs, the layers' inputs, on the host.
     """
-    policy = MixedPrecisionPolicy(param_dtype=cast, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    options = {"mesh": mesh, "mp_policy": policy, "reshard_after_forward": True}
+    stash = HostStash()
+
+    def shard(module: nn.Module) -> None:
+        trained = all(p.requires_grad for p in module.parameters())
+        policy = MixedPrecisionPolicy(
+            param_dtype=cast if trained else None, reduce_dtype=torch.float32, cast_forward_inputs=False
+        )
+        fully_shard(
+            module,
+            mesh=mesh,
+            mp_policy=policy,
+            offload_policy=offload,
+            reshard_after_forward=not strategy.keep,
+        )
+
     layers = model.get_submodule(family.layers)
     for i, layer in enumerate(layers):
+        for name in units:
+            shard(layer.get_submodule(name))
         # The wrapper goes inside the unit: recomputation must find the layer gathered, not gather again.
         layers[i] = checkpoint_wrapper(layer) if checkpointing else layer
-        fully_shard(layers[i], **options)
+        if offload_activations:
+            layers[i] = OffloadInputs(layers[i], stash)
+        shard(layers[i])
     if not model.config.tie_word_embeddings:
-        fully_shard(model.get_submodule(family.embedding), **options)
-        fully_shard(model.get_submodule(family.head), **options)
-    fully_shard(model, **options)
+        shard(model.get_submodule(family.embedding))
+        shard(model.get_submodule(family.head))
+    shard(model)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             # The loss is already divided by the step's tokens over all ranks: gradients are summed.

@@ -5,13 +5,13 @@ The order matters: the dtype first, then 4-bit linears, then adapters around the
 
 from __future__ import annotations
 
-import torch
 from torch import nn
 
 from config import Config, UserError
 from models.dora import DoRALinear
 from models.family import Family
 from models.lora import LoRALinear
+from precision import Precision
 from quantize_layers import quantize_linears
 from quantizers import Quantizer, make_quantizer
 
@@ -51,21 +51,19 @@ def check_blocks(model: nn.Module, family: Family, quantizer: Quantizer) -> None
             )
 
 
-def apply_method(
-    model: nn.Module, family: Family, config: Config, compute_dtype: torch.dtype, trained_dtype: torch.dtype
-) -> None:
+def apply_method(model: nn.Module, family: Family, config: Config, precision: Precision) -> None:
     """Turns transformers' meta model into what the train type trains; afterwards exactly its parameters
-    have requires_grad. Frozen parameters get compute_dtype, trained ones trained_dtype."""
+    have requires_grad. Every parameter gets its dtype of `precision`."""
     method = config.method
-    model.to(trained_dtype if method.saves == "model" else compute_dtype)
+    model.to(precision.trained if method.saves == "model" else precision.frozen)
     if method.quantizer:
         quantizer = make_quantizer(method.quantizer, config.n_bits, config.group_size)
-        quantize_linears(model, [n for n, _ in family.layer_linears(model)], compute_dtype, quantizer)
+        quantize_linears(model, [n for n, _ in family.layer_linears(model)], precision.matmul, quantizer)
     model.requires_grad_(method.adapter is None)
     if method.adapter is None:
         return
     adapter = {"lora": LoRALinear, "dora": DoRALinear}[method.adapter]
     sizes = {name: (m.out_features, m.in_features) for name, m in family.layer_linears(model)}
     for name in target_linears(model, family, config.lora_target_modules):
-        options = (sizes[name], config.lora_rank, config.lora_alpha, config.lora_dropout, trained_dtype)
+        options = (sizes[name], config.lora_rank, config.lora_alpha, config.lora_dropout, precision.trained)
         model.set_submodule(name, adapter(model.get_submodule(name), *options))

@@ -57,8 +57,10 @@ class DoRALinear(LoRALinear):
         if _recomputing() and self.last_norm is not None:
             return self.last_norm
         exact_a, b, s = self.lora_A.float(), self.lora_B.float(), self.scaling
-        # W A^T + s/2 B A A^T: [O, R]. The sum is fp32: where the dtypes differ, torch promotes.
-        half = torch.add(F.linear(self.base.weight, a), b @ (exact_a @ exact_a.T), alpha=s / 2)
+        with torch.autocast(a.device.type, enabled=False):  # fp32 means fp32 here
+            weight = self.base.weight
+            # W A^T + s/2 B A A^T: [O, R]. The sum is fp32: where the dtypes differ, torch promotes.
+            half = torch.add(F.linear(weight, a.to(weight.dtype)), b @ (exact_a @ exact_a.T), alpha=s / 2)
         norm = torch.add(self.squared_norm, (half * b).sum(1), alpha=2 * s)
         self.last_norm = norm.clamp_min_(TINY).sqrt_()  # rounding may leave less than 0 where W = -s B A
         return self.last_norm
@@ -73,7 +75,7 @@ class DoRALinear(LoRALinear):
         y = scaled_linear(self.base, x, g)
         h = F.linear(F.dropout(x, self.dropout, self.training), a)
         y = y + F.linear(h, (self.lora_B * (self.scaling * g)[:, None]).to(x.dtype))
-        return y if self.bias is None else y + self.bias
+        return y if self.bias is None else y + self.bias.to(y.dtype)  # fp32 under autocast
 
     def packs(self, name: str) -> tuple[str, ...]:
         return ("bias",) if name == "bias" else (*super().packs(name), "squared_norm")

@@ -17,13 +17,14 @@ class Family:
 
     model_class: transformers' ForCausalLM; rotary_class: its rotary embedding, built from the config alone;
     linears: what is quantized and what `--lora_target_modules all` means; default_targets: what `default`
-    means, PEFT's choice for the family, by last name.
+    means, PEFT's choice for the family, by last name; sublayers: attention and MLP, relative to a layer.
     """
 
     model_class: type[nn.Module]
     rotary_class: type[nn.Module]
     linears: tuple[str, ...] = ATTENTION + GATED_MLP
     default_targets: tuple[str, ...] = ("q_proj", "v_proj")
+    sublayers: tuple[str, ...] = ("self_attn", "mlp")
     layers: str = "model.layers"
     embedding: str = "model.embed_tokens"
     head: str = "lm_head"

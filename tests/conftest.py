@@ -54,6 +54,14 @@ def two_ranks():
 
 
 @pytest.fixture(scope="session")
+def four_ranks():
+    """Enough for two groups of two."""
+    ranks = Ranks(4)
+    yield ranks
+    ranks.close()
+
+
+@pytest.fixture(scope="session")
 def one_rank():
     """The same with one rank: the plain run that others are compared with."""
     ranks = Ranks(1)

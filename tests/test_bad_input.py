@@ -86,6 +86,15 @@ def test_the_run_that_these_cases_spoil_is_good(refused):
         ({"train_type": "hqq_dora", "group_size": 100}, ["--group_size 100", "multiple of 8"]),
         ({"train_type": "hqq_dora", "group_size": 1536}, ["--group_size 1536", "does not divide", "q_proj"]),
         ({"context_length": -5}, ["--context_length -5", "positive"]),
+        (
+            {"use_activation_cpu_offload": "true", "use_gradient_checkpointing": "false"},
+            ["--use_gradient_ch"],
+        ),
+        ({"hybrid_shard_size": 2}, ["--hybrid_shard_size", "hybrid --sharding_strategy"]),
+        (
+            {"sharding_strategy": "hybrid_full_shard", "hybrid_shard_size": 3, "world_size": 2},
+            ["--hybrid_shard_size 3", "2 processes"],
+        ),
         ({"lora_target_modules": "q_proj,nope"}, ["--lora_target_modules", "'nope'", "q_proj", "down_proj"]),
         ({"lora_target_modules": "proj"}, ["'proj' matches no linear"]),  # names match by whole segments
         ({"lora_target_modules": "q_proj,"}, ["--lora_target_modules", "''"]),
@@ -105,7 +114,8 @@ def test_bf16_on_hardware_without_it(refused, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: False)
-    refused("--precision bf16", "--precision auto or fp32", precision="bf16")
+    for precision in ("bf16", "bf16_autocast", "bf16_buffers_autocast"):
+        refused(f"--precision {precision}", "use auto, fp16_autocast or fp32", precision=precision)
 
 
 @pytest.fixture

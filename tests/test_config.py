@@ -255,7 +255,7 @@ def test_yaml_file_that_cannot_be_read(tmp_path):
 
 def test_yaml_options_are_checked_like_the_command_lines(from_file):
     assert "no effect with --train_type full" in refused(*from_file("train_type: full\nlora_rank: 8\n"))
-    assert "not in this version" in refused(*from_file("use_cpu_offload: true\n"))
+    assert "not in this version" in refused(*from_file("profile: true\n"))
     assert "--batch_size 0" in refused(*from_file("batch_size: 0\n"))
 
 

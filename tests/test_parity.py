@@ -12,7 +12,6 @@ import pytest
 import torch
 import torch.distributed as dist
 
-import train
 from config import METHODS
 from tests.runs import set_up, train_run
 
@@ -119,22 +118,3 @@ def test_dropout_is_drawn_apart_on_each_rank_and_repeats(checkpoints, alpaca_fil
 def draw_after_set_up(place, args) -> torch.Tensor:
     set_up(place, args)
     return torch.rand(8)
-
-
-@pytest.mark.parametrize("train_type", TYPES)
-def test_bf16_compute_follows_fp32(train_type, checkpoints, alpaca_file, one_rank, two_ranks):
-    """`--precision auto` as on a GPU with bf16: fp32 masters of what is trained, bf16 everything else."""
-    args = arguments(checkpoints("llama_bias"), alpaca_file, train_type)
-    plain = one_rank(train_run, [*args, "--batch_size", "4"])[0]
-    mixed = two_ranks(train_run_as_on_a_gpu, [*args, "--batch_size", "2"])[0]
-    assert all(t.dtype == torch.float32 for t in mixed[1].values())
-    torch.testing.assert_close(torch.tensor(mixed[0]), torch.tensor(plain[0]), rtol=2e-2, atol=0)
-    assert mixed[0] != plain[0]
-
-
-def train_run_as_on_a_gpu(place, args):
-    original, train.bf16_gpu = train.bf16_gpu, lambda: True
-    try:
-        return train_run(place, args)
-    finally:
-        train.bf16_gpu = original

@@ -1,0 +1,85 @@
+"""Keeps the inputs of checkpointed layers in host memory, copied while the GPU computes.
+
+With activation checkpointing all that stays of a layer between its forward and its backward is its input,
+[B, T, hidden]. Here that input is copied to the host on a stream of its own during forward; in backward each
+layer's input is fetched while the layer after it is computed, so that neither direction is waited for unless
+the bus is slower than a layer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import ActivationWrapper
+
+SMALLEST = 2**16  # bytes: below it a copy costs more than it saves
+
+
+@dataclass
+class Stashed:
+    """One tensor on the host. before: what was stashed just before it, and will be wanted just after it."""
+
+    host: torch.Tensor
+    device: torch.device
+    before: Stashed | None
+    fetched: torch.Tensor | None = None
+
+
+class HostStash:
+    """The tensors of one model that are on the host, in the order in which forward made them."""
+
+    def __init__(self):
+        self.last: Stashed | None = None
+        self.stream: torch.cuda.Stream | None = None
+
+    def pack(self, tensor: torch.Tensor) -> torch.Tensor | Stashed:
+        if tensor.nbytes < SMALLEST:
+            return tensor
+        if not tensor.is_cuda:  # nothing to overlap: the same bookkeeping with plain copies
+            host = tensor.clone()
+        else:
+            self.stream = self.stream or torch.cuda.Stream(tensor.device)
+            host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                host.copy_(tensor, non_blocking=True)
+            tensor.record_stream(self.stream)  # its memory is not given out again before the copy is done
+        self.last = Stashed(host, tensor.device, self.last)
+        return self.last
+
+    def unpack(self, kept: torch.Tensor | Stashed) -> torch.Tensor:
+        if isinstance(kept, torch.Tensor):
+            return kept
+        self._fetch(kept)
+        tensor, kept.fetched = kept.fetched, None
+        if self.stream:
+            torch.cuda.current_stream().wait_stream(self.stream)
+            tensor.record_stream(torch.cuda.current_stream())
+        if kept.before:
+            self._fetch(kept.before)  # while this layer is computed
+        self.last = kept.before  # backward goes from the last to the first; then a new forward begins
+        return tensor
+
+    def _fetch(self, kept: Stashed) -> None:
+        if kept.fetched is not None:
+            return
+        if not self.stream:
+            kept.fetched = kept.host.to(kept.device)
+            return
+        with torch.cuda.stream(self.stream):
+            kept.fetched = kept.host.to(kept.device, non_blocking=True)
+
+
+class OffloadInputs(ActivationWrapper):
+    """Around a checkpointed layer: torch's checkpoint saves the layer's input for backward as it would any
+    tensor, and these hooks see it. The tensors inside the layer have the checkpoint's own hooks."""
+
+    def __init__(self, layer: nn.Module, stash: HostStash):
+        super().__init__(layer)
+        self.hooks = torch.autograd.graph.saved_tensors_hooks(stash.pack, stash.unpack)
+
+    def forward(self, *args, **kwargs):
+        with self.hooks:
+            return self._checkpoint_wrapped_module(*args, **kwargs)

@@ -1,0 +1,172 @@
+"""Every train type under every way of sharding, offloading, recomputing and wrapping equals the plain run: one
+process, nothing recomputed, nothing offloaded. Tolerances as in test_parity.py, which says why.
+
+Not every product of options is run, but every train type meets every option in two ranks, and every pair of
+options that touch the same code meets at least once.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from config import FIELDS, METHODS
+from quantize_layers import Linear4bit
+from tests.runs import set_up, train_run
+from tests.test_parity import arguments, assert_same
+from wrapping import STRATEGIES, WRAP_POLICIES
+
+TYPES = [
+    t for t, m in METHODS.items() if not t.startswith("custom_") and not m.expansion
+]  # custom_* are the same methods (test_config)
+CHECKPOINTED = "--use_gradient_checkpointing true"
+VARIANTS = {
+    "checkpointing, sublayer units": f"{CHECKPOINTED} --wrap_policy sublayer",
+    "offload, activation offload": f"{CHECKPOINTED} --use_cpu_offload --use_activation_cpu_offload",
+    "shard_grad_op, offload": "--use_gradient_checkpointing false --sharding_strategy shard_grad_op --use_cpu_offload",
+    "ddp, sublayer units": "--use_gradient_checkpointing false --sharding_strategy ddp --wrap_policy sublayer",
+}
+ON_TWO = {
+    "shard_grad_op, all else": f"{CHECKPOINTED} --sharding_strategy shard_grad_op --wrap_policy sublayer"
+    " --use_cpu_offload --use_activation_cpu_offload",
+    "ddp, accumulation without reductions": f"{CHECKPOINTED} --sharding_strategy ddp --batch_size 1"
+    " --gradient_accumulation_steps 2 --no_sync",
+    "offload, accumulation": "--use_cpu_offload --batch_size 1 --gradient_accumulation_steps 2",
+    "one node is one group": "--sharding_strategy hybrid_full_shard",
+    "groups of one": "--sharding_strategy hybrid_shard_grad_op --hybrid_shard_size 1",
+}
+ON_FOUR = {
+    "hybrid 2x2": "--sharding_strategy hybrid_full_shard --hybrid_shard_size 2",
+    "hybrid 2x2, kept, sublayer units, offload": "--sharding_strategy hybrid_shard_grad_op --hybrid_shard_size 2"
+    " --wrap_policy sublayer --use_cpu_offload",
+    "hybrid 2x2, accumulation without reductions": "--sharding_strategy hybrid_full_shard --hybrid_shard_size 2"
+    " --gradient_accumulation_steps 2 --no_sync --dataset_samples 40",
+}
+PLAIN = ["--batch_size", "4", "--use_gradient_checkpointing", "false"]
+
+
+@pytest.fixture(scope="module")
+def plain(checkpoints, alpaca_file, one_rank):
+    """plain(train_type) -> (arguments, results of the plain run), computed once."""
+    made = {}
+
+    def get(train_type: str):
+        if train_type not in made:
+            args = arguments(checkpoints("llama_bias"), alpaca_file, train_type)
+            made[train_type] = args, one_rank(train_run, [*args, *PLAIN])[0]
+        return made[train_type]
+
+    return get
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("train_type", TYPES)
+def test_two_ranks(train_type, variant, plain, two_ranks):
+    args, expected = plain(train_type)
+    assert_same(expected, two_ranks(train_run, [*args, "--batch_size", "2", *VARIANTS[variant].split()])[0])
+
+
+@pytest.mark.parametrize("variant", ON_TWO)
+@pytest.mark.parametrize("train_type", ["full", "bnb_dora"])
+def test_two_ranks_more(train_type, variant, plain, two_ranks):
+    args, expected = plain(train_type)
+    assert_same(expected, two_ranks(train_run, [*args, "--batch_size", "2", *ON_TWO[variant].split()])[0])
+
+
+@pytest.mark.parametrize("variant", ON_FOUR)
+@pytest.mark.parametrize("train_type", ["full", "hqq_dora"])
+def test_four_ranks(train_type, variant, plain, four_ranks):
+    args, expected = plain(train_type)
+    options = ["--batch_size", "1", *ON_FOUR[variant].split()]
+    if "--gradient_accumulation_steps" in options:  # twice the rows in a step: another plain run
+        expected = four_ranks(
+            train_run, [*args, "--batch_size", "2", "--use_gradient_checkpointing", "false"]
+        )[0]
+    assert_same(expected, four_ranks(train_run, [*args, *options])[0])
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("train_type", ["full", "bnb_dora"])
+def test_one_rank(train_type, variant, plain, one_rank):
+    args, expected = plain(train_type)
+    assert_same(expected, one_rank(train_run, [*args, "--batch_size", "4", *VARIANTS[variant].split()])[0])
+
+
+# That the options do what they say, not only no harm
+
+
+def test_the_tables_are_the_options():
+    assert set(STRATEGIES) == set(FIELDS["sharding_strategy"].metadata["choices"])
+    assert set(WRAP_POLICIES) == set(FIELDS["wrap_policy"].metadata["choices"])
+
+
+@pytest.mark.parametrize(
+    ("strategy", "shape", "shares"),
+    [
+        ("full_shard", (4,), 4),
+        ("shard_grad_op", (4,), 4),
+        ("ddp", (4, 1), 1),
+        ("hybrid_full_shard --hybrid_shard_size 2", (2, 2), 2),
+        ("hybrid_shard_grad_op --hybrid_shard_size 2", (2, 2), 2),
+    ],
+)
+def test_what_a_rank_holds(strategy, shape, shares, checkpoints, alpaca_file, four_ranks):
+    args = arguments(checkpoints(), alpaca_file, "qlora", "--sharding_strategy", *strategy.split())
+    for mesh, held, total in four_ranks(held_bytes, args):
+        assert mesh == shape
+        assert held == pytest.approx(total / shares, rel=0.03)
+
+
+def held_bytes(place, args) -> tuple[tuple, int, int]:
+    """(shape of the mesh, bytes on this rank, bytes of the whole model)."""
+    _, model = set_up(place, args)
+    params = list(model.parameters())
+    held = sum(p.to_local().nbytes for p in params)
+    return tuple(params[0].device_mesh.shape), held, sum(p.numel() * p.element_size() for p in params)
+
+
+@pytest.mark.parametrize(("strategy", "gathered"), [("full_shard", 0), ("shard_grad_op", 3)])
+def test_what_stays_gathered_after_forward(strategy, gathered, checkpoints, alpaca_file, two_ranks):
+    args = arguments(checkpoints(), alpaca_file, "qlora", "--sharding_strategy", strategy)
+    assert two_ranks(gathered_layers, args)[0] == gathered
+
+
+def gathered_layers(place, args) -> int:
+    _, model = set_up(place, args)
+    model(input_ids=torch.ones(1, 8, dtype=torch.long), use_cache=False)
+    linears = [m for m in model.modules() if isinstance(m, Linear4bit)]
+    return sum(type(m.codes.data) is torch.Tensor and m.codes.numel() * 8 == m.in_features * m.out_features
+               for m in linears if m.in_features == 160)  # fmt: skip
+
+
+@pytest.mark.parametrize(("policy", "largest"), [("layer", "all"), ("sublayer", "mlp")])
+def test_units(policy, largest, checkpoints, alpaca_file, two_ranks):
+    """The largest unit: a layer, or its MLP. With the unit after it, which is gathered ahead, that makes two
+    layers, or one."""
+    args = arguments(checkpoints(), alpaca_file, "full", "--wrap_policy", policy)
+    units, layer, mlp = two_ranks(unit_sizes, args)[0]
+    assert max(units) == {"all": layer, "mlp": mlp}[largest]
+    assert mlp < layer
+
+
+def unit_sizes(place, args) -> tuple[list[int], int, int]:
+    """(parameters in each FSDP unit of the layers, in a whole layer, in its MLP)."""
+    _, model = set_up(place, args)
+    layer = model.get_submodule("model.layers.1")
+    units = [m for m in layer.modules() if hasattr(m, "_get_fsdp_state")]
+    groups = [m._get_fsdp_state()._fsdp_param_group for m in units]
+    sizes = [sum(p.sharded_param.numel() for p in g.fsdp_params) for g in groups]
+    count = lambda module: sum(p.numel() for p in module.parameters())  # noqa: E731
+    return sizes, count(layer), next(count(m) for n, m in layer.named_modules() if n.endswith(".mlp"))
+
+
+def test_offload_keeps_everything_on_the_host(checkpoints, alpaca_file, two_ranks):
+    args = arguments(checkpoints(), alpaca_file, "bnb_dora", "--use_cpu_offload", "true")
+    assert two_ranks(offload_policies, args)[0] == {"CPUOffloadPolicy"}
+    assert two_ranks(offload_policies, args[:-2])[0] == {"OffloadPolicy"}
+
+
+def offload_policies(place, args) -> set[str]:
+    _, model = set_up(place, args)
+    states = [m._get_fsdp_state() for m in model.modules() if hasattr(m, "_get_fsdp_state")]
+    return {type(s._fsdp_param_group.offload_policy).__name__ for s in states if s._fsdp_param_group}
