@@ -39,25 +39,31 @@ def choose_dtypes(precision: str, bf16_gpu: bool) -> Dtypes:
 
 
 def wrap(
-    model: nn.Module, family: Family, mesh: DeviceMesh, cast: torch.dtype | None, checkpointing: bool
+    model: nn.Module, family: Family, mesh: DeviceMesh, compute: torch.dtype, checkpointing: bool
 ) -> None:
     """Shards a meta model in place over a 1-D mesh. Its parameters become DTensors, still on meta.
 
-    cast: the dtype in which FSDP gathers parameters, for models whose layers compute in another dtype than
-    the optimizer's; None leaves every bit as it is, which packed weights need (adapters cast themselves).
-    checkpointing: recompute each decoder layer in backward (non-reentrant).
+    compute: the dtype of the layers' arithmetic. checkpointing: recompute each decoder layer in backward
+    (non-reentrant).
     """
-    policy = MixedPrecisionPolicy(param_dtype=cast, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    options = {"mesh": mesh, "mp_policy": policy, "reshard_after_forward": True}
+
+    def shard(unit: nn.Module) -> None:
+        # A unit that is trained as a whole holds the optimizer's dtype, and is gathered in the one that it
+        # computes with. Any other may hold packed weights, of which no bit may change: it is gathered as it
+        # is, and its adapters cast themselves.
+        cast = compute if all(p.requires_grad for p in unit.parameters()) else None
+        policy = MixedPrecisionPolicy(param_dtype=cast, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+
     layers = model.get_submodule(family.layers)
     for i, layer in enumerate(layers):
         # The wrapper goes inside the unit: recomputation must find the layer gathered, not gather again.
         layers[i] = checkpoint_wrapper(layer) if checkpointing else layer
-        fully_shard(layers[i], **options)
+        shard(layers[i])
     if not model.config.tie_word_embeddings:
-        fully_shard(model.get_submodule(family.embedding), **options)
-        fully_shard(model.get_submodule(family.head), **options)
-    fully_shard(model, **options)
+        shard(model.get_submodule(family.embedding))
+        shard(model.get_submodule(family.head))
+    shard(model)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             # The loss is already divided by the step's tokens over all ranks: gradients are summed.

@@ -1,6 +1,6 @@
 """Puts a method's layers into a meta model, and decides what is trained.
 
-The order matters: the dtype first, then 4-bit linears, then adapters around them, then the freeze.
+The order matters: dtypes and the freeze first, then 4-bit linears, then adapters around them.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from torch import nn
 from config import Config, UserError
 from models.dora import DoRALinear
 from models.family import Family
+from models.llama_pro import new_layers
 from models.lora import LoRALinear
 from quantize_layers import quantize_linears
 
@@ -47,10 +48,16 @@ def apply_method(
     """Turns transformers' meta model into what the train type trains; afterwards exactly its parameters
     have requires_grad. Frozen parameters get compute_dtype, trained ones trained_dtype."""
     method = config.method
-    model.to(trained_dtype if method.saves == "model" else compute_dtype)
+    new = new_layers(model.config) if method.expansion else []
+    trained = [model.get_submodule(f"{family.layers}.{i}") for i in new]
+    if not method.adapter and not method.expansion:
+        trained = [model]
+    model.to(compute_dtype).requires_grad_(False)
+    for part in trained:
+        part.to(trained_dtype).requires_grad_(True)
     if method.quantizer:
-        quantize_linears(model, [name for name, _ in family.layer_linears(model)], compute_dtype)
-    model.requires_grad_(method.adapter is None)
+        names = [name for name, _ in family.layer_linears(model) if family.place(name)[0] not in new]
+        quantize_linears(model, names, compute_dtype)
     if method.adapter is None:
         return
     adapter = {"lora": LoRALinear, "dora": DoRALinear}[method.adapter]

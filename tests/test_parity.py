@@ -17,6 +17,7 @@ from config import METHODS
 from tests.runs import set_up, train_run
 
 TYPES = ["full", "lora", "dora", "qlora", "bnb_dora"]  # custom_* are the same methods (test_config)
+TYPES += ["llama_pro", "bnb_llama_pro"]
 STEPS = 5
 
 
@@ -24,6 +25,11 @@ def arguments(model, data, train_type: str, *more) -> list[str]:
     adapters = ["--lora_rank", "8", "--lora_alpha", "12"] if METHODS[train_type].adapter else []
     common = f"--lr 1e-3 --max_steps {STEPS} --context_length 256 --seed 3".split()
     return ["--model_name", model, "--dataset", data, "--train_type", train_type, *common, *adapters, *more]
+
+
+def biased(train_type: str) -> str:
+    """The checkpoint for a train type: one with biases, expanded where new layers are trained."""
+    return "llama_bias_pro" if METHODS[train_type].expansion else "llama_bias"
 
 
 def assert_same(a, b, losses: float = 1e-5, tensors: float = 2e-5) -> None:
@@ -39,7 +45,7 @@ def assert_same(a, b, losses: float = 1e-5, tensors: float = 2e-5) -> None:
 
 @pytest.mark.parametrize("train_type", TYPES)
 def test_two_ranks_equal_one(train_type, checkpoints, alpaca_file, one_rank, two_ranks):
-    args = arguments(checkpoints("llama_bias"), alpaca_file, train_type)
+    args = arguments(checkpoints(biased(train_type)), alpaca_file, train_type)
     plain = one_rank(train_run, [*args, "--batch_size", "4"])[0]
     first, second = two_ranks(train_run, [*args, "--batch_size", "2"])
     assert first[0] == second[0]  # both ranks report the loss of the whole step
@@ -83,9 +89,9 @@ def count_reductions(place, args) -> int:
     return len(calls)
 
 
-@pytest.mark.parametrize("train_type", ["full", "lora", "bnb_dora"])
+@pytest.mark.parametrize("train_type", ["full", "lora", "bnb_dora", "bnb_llama_pro"])
 def test_gradient_checkpointing_changes_nothing(train_type, checkpoints, alpaca_file, one_rank):
-    args = arguments(checkpoints("llama_bias"), alpaca_file, train_type, "--batch_size", "2")
+    args = arguments(checkpoints(biased(train_type)), alpaca_file, train_type, "--batch_size", "2")
     if METHODS[train_type].adapter:
         args += ["--lora_dropout", "0.2"]  # recomputation must draw the same dropout
     on, off = (one_rank(train_run, [*args, "--use_gradient_checkpointing", v])[0] for v in ("true", "false"))
@@ -116,7 +122,7 @@ def draw_after_set_up(place, args) -> torch.Tensor:
 @pytest.mark.parametrize("train_type", TYPES)
 def test_bf16_compute_follows_fp32(train_type, checkpoints, alpaca_file, one_rank, two_ranks):
     """`--precision auto` as on a GPU with bf16: fp32 masters of what is trained, bf16 everything else."""
-    args = arguments(checkpoints("llama_bias"), alpaca_file, train_type)
+    args = arguments(checkpoints(biased(train_type)), alpaca_file, train_type)
     plain = one_rank(train_run, [*args, "--batch_size", "4"])[0]
     mixed = two_ranks(train_run_as_on_a_gpu, [*args, "--batch_size", "2"])[0]
     assert all(t.dtype == torch.float32 for t in mixed[1].values())
