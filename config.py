@@ -338,7 +338,7 @@ def _refuse(given: dict) -> None:
 def _resolve(given: dict) -> Config:
     """Fills in what depends on other options, and sets to None what has no effect."""
     expanded = given.get("llama_pro_path")  # the same model by another option: it goes first
-    given = given | ({"model_name": expanded} if expanded else {})
+    given = given | ({} if expanded is None else {"model_name": expanded})
     values = (TOY_DEFAULTS if given.get("model_name", TOY_MODEL) == TOY_MODEL else {}) | given
     config = Config(**values)
     method, changes = config.method, {}
@@ -395,13 +395,9 @@ def _check_values(config: Config) -> None:
 
 def _remarks(given: dict) -> list[str]:
     remarks = []
-    if (
-        given.get("llama_pro_path")
-        and given.get("model_name", given["llama_pro_path"]) != given["llama_pro_path"]
-    ):
-        remarks.append(
-            f"--model_name {given['model_name']}: not read; --llama_pro_path has weights and config"
-        )
+    path, name = given.get("llama_pro_path"), given.get("model_name")
+    if path is not None and name not in (None, path):
+        remarks.append(f"--model_name {name}: not read; --llama_pro_path has weights and config")
     if given.get("reentrant_checkpointing"):
         remarks.append(
             "--reentrant_checkpointing: non-reentrant checkpointing is used; it needs no more memory here"

@@ -63,12 +63,9 @@ def check(config: Config) -> Job:
     if config.log_to == "wandb":
         check_wandb()
     check_output(Path(config.output_dir), config.overwrite)
-    if config.llama_pro_path and not os.path.isfile(
-        os.path.expanduser(f"{config.llama_pro_path}/config.json")
-    ):
-        raise UserError(
-            f"--llama_pro_path {config.llama_pro_path}: no folder of a model; block_expansion.py makes one"
-        )
+    path = config.llama_pro_path
+    if path is not None and not os.path.isdir(os.path.expanduser(path)):
+        raise UserError(f"--llama_pro_path {path}: no such folder; block_expansion.py makes expanded models")
     folder = toy_model(toy_texts()) if config.model_name == TOY_MODEL else find_model(config.model_name)
     if Path(config.output_dir).resolve() == folder.resolve():  # --overwrite would delete the weights to read
         raise UserError(f"--output_dir {folder}: is the folder of --model_name; choose another")

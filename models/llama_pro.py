@@ -21,13 +21,13 @@ def is_expanded(config: PretrainedConfig) -> bool:
 def new_layers(config: PretrainedConfig) -> list[int]:
     """The indices of an expanded model's new layers. Raises UserError for any other model, and for a list that
     cannot be true: there is no layer before the first one that it could be a copy of."""
-    where, layers, count = f"{config.name_or_path}/config.json", getattr(config, NEW_LAYERS, None), None
+    where, count = f"{config.name_or_path}/config.json", config.num_hidden_layers
+    layers = getattr(config, NEW_LAYERS, None)
     if layers is None:
         raise UserError(
             f"{where}: has no {NEW_LAYERS}, so this is no expanded model; make one with"
             f" `python block_expansion.py --model_name {config.name_or_path} --output_dir ...`"
         )
-    count = config.num_hidden_layers
     good = isinstance(layers, list) and layers and all(type(i) is int and 0 < i < count for i in layers)
     if not good or layers != sorted(set(layers)):
         raise UserError(
