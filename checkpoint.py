@@ -21,12 +21,14 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from config import Config, UserError
-from model_files import INDEX, CheckpointFiles
+from model_files import INDEX, SINGLE, CheckpointFiles
 from models.family import clean
 from models.lora import LoRALinear
 
 SHARD_BYTES = 5 * 10**9
-RUN_FILES = ("config.yaml", "metrics.jsonl", "loss.png", "adapter_config.json", "adapter_model.safetensors")
+BLOCKS = "new_blocks.safetensors"
+RUN_FILES = ("config.yaml", "metrics.jsonl", "loss.png", "adapter_config.json", "adapter_model.safetensors",
+             BLOCKS)  # fmt: skip
 MODEL_FILES = ("config.json", INDEX, "model.safetensors", "model-*.safetensors")
 # A model folder's small files that go along with retrained weights, as they are.
 COMPANIONS = ("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "vocab.*",
@@ -54,10 +56,10 @@ def check_output(folder: Path, overwrite: bool) -> None:
 
 
 def clear_output(folder: Path) -> None:
-    """Makes the folder, and removes from it the files of an earlier run, nothing else."""
+    """Makes the folder, and removes from it the files of an earlier run, whole or cut, and nothing else."""
     folder.mkdir(parents=True, exist_ok=True)
     for pattern in RUN_FILES + MODEL_FILES:
-        for path in folder.glob(pattern):
+        for path in (*folder.glob(pattern), *folder.glob(f"{pattern}.tmp")):
             path.unlink()
 
 
@@ -108,12 +110,11 @@ def save_model(model: nn.Module, folder: Path, files: CheckpointFiles) -> None:
     """Writes the whole model as the base's folder is laid out: same names, dtypes, config and tokenizer.
     One shard at a time in host memory. Collective; rank 0 writes."""
     params = {clean(name): p for name, p in model.named_parameters()}  # a tied head is listed once
-    shards = _plan_shards(
-        {name: p.numel() * files.tensors[name].dtype.itemsize for name, p in params.items()}
-    )
+    sizes = {name: p.numel() * files.tensors[name].dtype.itemsize for name, p in params.items()}
+    shards = plan_shards(sizes, SHARD_BYTES)
     weight_map, total, written = {}, 0, []
     for i, names in enumerate(shards, 1):
-        file = f"model-{i:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
+        file = shard_name(i, len(shards))
         tensors = {}
         for name in names:
             full = gather(params[name])
@@ -131,17 +132,31 @@ def save_model(model: nn.Module, folder: Path, files: CheckpointFiles) -> None:
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         write_text(folder / INDEX, json.dumps(index, indent=2) + "\n")
-    companions = sorted({p for pattern in COMPANIONS for p in files.folder.glob(pattern) if p.is_file()})
-    for path in sorted(companions, key=lambda p: p.name == "config.json"):  # last: now it is a model folder
+    copy_companions(files.folder, folder)
+
+
+def copy_companions(source: Path, folder: Path, config: dict | None = None) -> None:
+    """Copies a model folder's small files, config.json last: with it the copy is a model folder. config: what
+    config.json is to hold instead."""
+    companions = sorted({p for pattern in COMPANIONS for p in source.glob(pattern) if p.is_file()})
+    for path in sorted(companions, key=lambda p: p.name == "config.json"):
+        if path.name == "config.json" and config is not None:
+            write_text(folder / path.name, json.dumps(config, indent=2) + "\n")
+            continue
         shutil.copyfile(path, folder / f"{path.name}.tmp")
         os.replace(folder / f"{path.name}.tmp", folder / path.name)
 
 
-def _plan_shards(sizes: dict[str, int]) -> list[list[str]]:
-    """Names in order, cut into shards of at most SHARD_BYTES (a larger tensor stands alone)."""
+def shard_name(number: int, shards: int) -> str:
+    """Hugging Face's name of a weights file; number counts from 1."""
+    return f"model-{number:05d}-of-{shards:05d}.safetensors" if shards > 1 else SINGLE
+
+
+def plan_shards(sizes: dict[str, int], limit: int) -> list[list[str]]:
+    """Names in order, cut into shards of at most `limit` bytes (a larger tensor stands alone)."""
     shards, used = [[]], 0
     for name, size in sizes.items():
-        if shards[-1] and used + size > SHARD_BYTES:
+        if shards[-1] and used + size > limit:
             shards.append([])
             used = 0
         shards[-1].append(name)

@@ -14,6 +14,7 @@ import re
 import time
 import types
 import typing
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -89,7 +90,7 @@ class Config:
 
     # fmt: off
     train_type: str = option("bnb_dora", "Method", "what is trained, and how frozen weights are stored",
-        choices=tuple(METHODS), later=tuple(t for t, m in METHODS.items() if m.expansion))
+        choices=tuple(METHODS))
     lora_rank: int = option(64, "Method", "rank R of LoRA and DoRA", needs="adapter")
     lora_alpha: float = option(16.0, "Method", "the low-rank branch is scaled by lora_alpha / lora_rank",
         needs="adapter")
@@ -100,8 +101,10 @@ class Config:
     n_bits: int | None = option(None, "Method", "bits per weight: 8, 4, 3 or 2; unset = 4", needs="hqq")
     group_size: int | None = option(None, "Method", "weights that share a scale and a zero point; unset = 64",
         needs="hqq")
-    llama_pro_path: str | None = option(None, "Method", "folder of the expanded model, for llama_pro types",
-        later=ANY)
+    llama_pro_path: str | None = option(None, "Method", "folder of the expanded model, instead of --model_name",
+        needs="expansion")
+    llama_pro_save: str = option("model", "Method", "what is saved: the whole expanded model, or its new blocks"
+        " alone (new_blocks.safetensors)", choices=("model", "blocks"), needs="expansion")
 
     model_name: str = option(TOY_MODEL, "Model and data", "folder or hub id of a safetensors model; toy = a tiny"
         " random Llama made on the spot")
@@ -120,7 +123,7 @@ class Config:
     optimizer: str = option("adamw", "Training", "the optimizer",
         choices=("adamw", "adam", "sgd", "adadelta", "fused_adamw", "fused_adam"),
         later=("fused_adamw", "fused_adam"))
-    lr: float | None = option(None, "Training", "peak learning rate; unset = 2e-4 for adapters, 1e-5 for full")
+    lr: float | None = option(None, "Training", "peak learning rate; unset = 2e-4, or 1e-5 for full")
     lr_scheduler: str = option("constant", "Training", "after warm-up; linear falls to 0, cosine to a tenth",
         choices=("constant", "linear", "cosine"))
     lr_warmup: float | None = option(None, "Training", "share of the steps spent warming up; unset = 0.1 for linear"
@@ -227,13 +230,15 @@ def _convert(name: str, value, where: str):
     return result
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """argparse with errors as UserErrors."""
+
     def error(self, message):
         raise UserError(message)
 
 
-def _parser() -> _Parser:
-    parser = _Parser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="train.py",
         usage="python train.py [--option value ...]",
         allow_abbrev=False,
@@ -272,8 +277,9 @@ def _shown(value) -> str:
     return "unset" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _suggest(name: str) -> str:
-    near = difflib.get_close_matches(name.lstrip("-").replace("-", "_"), FIELDS, n=1)
+def suggest(name: str, known: Iterable[str] = FIELDS) -> str:
+    """The end of an error line about an unknown option."""
+    near = difflib.get_close_matches(name.lstrip("-").replace("-", "_"), known, n=1)
     return f"; did you mean --{near[0]}?" if near else "; see --help"
 
 
@@ -293,10 +299,19 @@ def _read_yaml(path: str) -> dict:
     for key, value in given.items():
         name = str(key).replace("-", "_")
         if name not in FIELDS:
-            raise UserError(f"--config {path}: unknown option {key}{_suggest(str(key))}")
+            raise UserError(f"--config {path}: unknown option {key}{suggest(str(key))}")
         if value is not None:  # a null line is an option that was not given
             values[name] = _convert(name, value, f"{path}: {name}")
     return values
+
+
+def with_underscores(argv: list[str]) -> list[str]:
+    """--train-type=x -> --train_type=x; values stay as they are."""
+    dashes = re.compile(r"--[a-z][a-z0-9-]*")
+    return [
+        dashes.sub(lambda m: "--" + m[0][2:].replace("-", "_"), a, count=1) if dashes.match(a) else a
+        for a in argv
+    ]
 
 
 def parse(argv: list[str]) -> tuple[Config, list[str]]:
@@ -304,14 +319,9 @@ def parse(argv: list[str]) -> tuple[Config, list[str]]:
 
     Remarks tell of options that are accepted for older commands but change nothing here.
     """
-    dashes = re.compile(r"--[a-z][a-z0-9-]*")  # --train-type=x -> --train_type=x; values stay as they are
-    argv = [
-        dashes.sub(lambda m: "--" + m[0][2:].replace("-", "_"), a, count=1) if dashes.match(a) else a
-        for a in argv
-    ]
-    args, rest = _parser().parse_known_args(argv)
+    args, rest = _parser().parse_known_args(with_underscores(argv))
     if rest:
-        raise UserError(f"unknown option {rest[0]}{_suggest(rest[0].split('=')[0])}")
+        raise UserError(f"unknown option {rest[0]}{suggest(rest[0].split('=')[0])}")
     raw = vars(args)
     given = _read_yaml(raw.pop("config")) if "config" in raw else {}
     given |= {name: _convert(name, value, f"--{name}") for name, value in raw.items()}
@@ -337,6 +347,8 @@ def _refuse(given: dict) -> None:
 
 def _resolve(given: dict) -> Config:
     """Fills in what depends on other options, and sets to None what has no effect."""
+    expanded = given.get("llama_pro_path")  # the same model by another option: it goes first
+    given = given | ({} if expanded is None else {"model_name": expanded})
     values = (TOY_DEFAULTS if given.get("model_name", TOY_MODEL) == TOY_MODEL else {}) | given
     config = Config(**values)
     method, changes = config.method, {}
@@ -356,6 +368,11 @@ def _resolve(given: dict) -> Config:
 
 
 def _check_values(config: Config) -> None:
+    if config.method.expansion and config.model_name == TOY_MODEL:
+        raise UserError(
+            f"--train_type {config.train_type}: trains the new blocks of an expanded model; make one with"
+            " `python block_expansion.py`, and give its folder as --model_name or --llama_pro_path"
+        )
     for name in (
         "batch_size",
         "context_length",
@@ -399,6 +416,9 @@ def _check_values(config: Config) -> None:
 
 def _remarks(given: dict) -> list[str]:
     remarks = []
+    path, name = given.get("llama_pro_path"), given.get("model_name")
+    if path is not None and name not in (None, path):
+        remarks.append(f"--model_name {name}: not read; --llama_pro_path has weights and config")
     if given.get("reentrant_checkpointing"):
         remarks.append(
             "--reentrant_checkpointing: non-reentrant checkpointing is used; it needs no more memory here"

@@ -32,12 +32,15 @@ class StoredTensor:
 
 
 class CheckpointFiles:
-    """The tensors of a model folder, by name. Picklable: files are opened when first read."""
+    """The tensors of a model folder, by name. Picklable: files are opened when first read.
 
-    def __init__(self, folder: Path):
+    only: the name of one safetensors file in the folder, to read that one and nothing else.
+    """
+
+    def __init__(self, folder: Path, only: str | None = None):
         self.folder = folder
         self.tensors: dict[str, StoredTensor] = {}
-        for file, names in _files(folder).items():
+        for file, names in ({only: None} if only else _files(folder)).items():
             self._read_header(file, names)
 
     def _read_header(self, file: str, expected: set[str] | None) -> None:

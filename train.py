@@ -28,13 +28,15 @@ from transformers.utils import logging as transformers_logging
 
 import config as options
 import launch
-from checkpoint import check_output, clear_output, save_adapter, save_model, write_text
+from checkpoint import BLOCKS, check_output, clear_output, save_adapter, save_model, write_text
 from config import TOY_MODEL, Config, UserError
 from data import IGNORE, StepSampler, TokenizedRows, prepare, toy_texts
 from launch import Place
 from model_files import CheckpointFiles, fetch_weights, find_model
+from model_writer import save_blocks, save_expanded
 from models import FAMILIES, build_on_meta, check_weights, read_config
 from models.adapters import apply_method, check_blocks, peft_targets, target_linears
+from models.llama_pro import new_layers
 from models.toy import toy_model
 from optimizers import make_optimizer, make_schedule
 from precision import Precision, choose_precision
@@ -68,10 +70,15 @@ def check(config: Config) -> Job:
     if config.log_to == "wandb":
         check_wandb()
     check_output(Path(config.output_dir), config.overwrite)
+    path = config.llama_pro_path
+    if path is not None and not os.path.isdir(os.path.expanduser(path)):
+        raise UserError(f"--llama_pro_path {path}: no such folder; block_expansion.py makes expanded models")
     folder = toy_model(toy_texts()) if config.model_name == TOY_MODEL else find_model(config.model_name)
     if Path(config.output_dir).resolve() == folder.resolve():  # --overwrite would delete the weights to read
         raise UserError(f"--output_dir {folder}: is the folder of --model_name; choose another")
     model_config, family = read_config(folder)
+    if config.method.expansion:
+        new_layers(model_config)
     fetch_weights(config.model_name, folder)
     files = CheckpointFiles(folder)
     model = build_on_meta(model_config, family)
@@ -211,9 +218,13 @@ def run_rank(place: Place, job: Job) -> None:
 
 def save(job: Job, model: nn.Module, folder: Path) -> None:
     config, family = job.config, FAMILIES[job.model_config.model_type]
-    if config.method.saves == "adapter":
-        on_disk = config.model_name == TOY_MODEL or Path(config.model_name).expanduser().is_dir()
-        base = str(job.files.folder.resolve()) if on_disk else config.model_name
+    on_disk = config.model_name == TOY_MODEL or Path(config.model_name).expanduser().is_dir()
+    base = str(job.files.folder.resolve()) if on_disk else config.model_name
+    if config.llama_pro_save == "blocks":
+        save_blocks(model, family, folder, job.files, base)
+    elif config.method.expansion:
+        save_expanded(model, family, folder, job.files)
+    elif config.method.saves == "adapter":
         save_adapter(model, folder, config, base, peft_targets(family, config.lora_target_modules))
     else:
         save_model(model, folder, job.files)
@@ -239,6 +250,7 @@ def describe_model(model: nn.Module, place: Place) -> str:
 
 def describe_files(job: Job, folder: Path) -> str:
     saved = {"adapter": "adapter_model.safetensors", "model": "the model"}[job.config.method.saves]
+    saved = BLOCKS if job.config.llama_pro_save == "blocks" else saved
     what = f"{saved}, " if job.config.save_model else ""
     python = os.path.relpath(sys.executable) if Path.cwd() in Path(sys.executable).parents else "python"
     again = [python, "train.py", "--config", f"{folder}/config.yaml", "--output_dir", f"{folder}-again"]

@@ -1,6 +1,6 @@
 """Puts a method's layers into a meta model, and decides what is trained.
 
-The order matters: the dtype first, then 4-bit linears, then adapters around them, then the freeze.
+The order matters: dtypes and the freeze first, then 4-bit linears, then adapters around them.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from torch import nn
 from config import Config, UserError
 from models.dora import DoRALinear
 from models.family import Family
+from models.llama_pro import new_layers
 from models.lora import LoRALinear
 from precision import Precision
 from quantize_layers import quantize_linears
@@ -55,11 +56,17 @@ def apply_method(model: nn.Module, family: Family, config: Config, precision: Pr
     """Turns transformers' meta model into what the train type trains; afterwards exactly its parameters
     have requires_grad. Every parameter gets its dtype of `precision`."""
     method = config.method
-    model.to(precision.trained if method.saves == "model" else precision.frozen)
+    new = new_layers(model.config) if method.expansion else []
+    trained = [model.get_submodule(f"{family.layers}.{i}") for i in new]
+    if not method.adapter and not method.expansion:
+        trained = [model]
+    model.to(precision.frozen).requires_grad_(False)
+    for part in trained:
+        part.to(precision.trained).requires_grad_(True)
     if method.quantizer:
+        names = [name for name, _ in family.layer_linears(model) if family.place(name)[0] not in new]
         quantizer = make_quantizer(method.quantizer, config.n_bits, config.group_size)
-        quantize_linears(model, [n for n, _ in family.layer_linears(model)], precision.matmul, quantizer)
-    model.requires_grad_(method.adapter is None)
+        quantize_linears(model, names, precision.matmul, quantizer)
     if method.adapter is None:
         return
     adapter = {"lora": LoRALinear, "dora": DoRALinear}[method.adapter]

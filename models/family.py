@@ -17,7 +17,9 @@ class Family:
 
     model_class: transformers' ForCausalLM; rotary_class: its rotary embedding, built from the config alone;
     linears: what is quantized and what `--lora_target_modules all` means; default_targets: what `default`
-    means, PEFT's choice for the family, by last name; sublayers: attention and MLP, relative to a layer.
+    means, PEFT's choice for the family, by last name; sublayers: attention and MLP, relative to a layer;
+    outputs: the projections whose results a layer adds to the hidden states (attention's, the MLP's), by their
+    names in checkpoints, * for any one segment.
     """
 
     model_class: type[nn.Module]
@@ -25,6 +27,7 @@ class Family:
     linears: tuple[str, ...] = ATTENTION + GATED_MLP
     default_targets: tuple[str, ...] = ("q_proj", "v_proj")
     sublayers: tuple[str, ...] = ("self_attn", "mlp")
+    outputs: tuple[str, ...] = ("self_attn.o_proj", "mlp.down_proj")
     layers: str = "model.layers"
     embedding: str = "model.embed_tokens"
     head: str = "lm_head"
@@ -37,9 +40,25 @@ class Family:
                 name = f"{self.layers}.{i}.{linear}"
                 yield name, model.get_submodule(name)
 
+    def place(self, name: str) -> tuple[int | None, str]:
+        """(layer, name below it) of a parameter or a checkpoint's tensor; (None, name) outside the layers."""
+        below = name.removeprefix(f"{self.layers}.")
+        number, _, rest = below.partition(".")
+        return (int(number), rest) if below != name and number.isdecimal() else (None, name)
+
+    def is_output(self, rest: str) -> bool:
+        """Whether a tensor, by its name below the layer, is one of `outputs`: its weight, its bias, or itself."""
+        parts = rest.split(".")
+        patterns = [output.split(".") for output in self.outputs]
+        return any(_matches(p, parts) or _matches(p, parts[:-1]) for p in patterns)
+
     def ignores(self, tensor: str, tied: bool) -> bool:
         """Tensors that old checkpoints carry and no parameter needs: rotary tables, a tied head's copy."""
         return tensor.endswith(".rotary_emb.inv_freq") or (tied and tensor == f"{self.head}.weight")
+
+
+def _matches(pattern: list[str], parts: list[str]) -> bool:
+    return len(pattern) == len(parts) and all(p in ("*", n) for p, n in zip(pattern, parts, strict=True))
 
 
 def clean(name: str) -> str:

@@ -273,6 +273,25 @@ def test_model_that_is_nowhere(refused, name, words):
     refused(f"--model_name {name}", *words, model_name=name)
 
 
+@pytest.mark.parametrize("train_type", ["llama_pro", "bnb_llama_pro"])
+@pytest.mark.parametrize("option", ["model_name", "llama_pro_path"])
+def test_llama_pro_on_a_model_that_is_not_expanded(refused, folder, train_type, option):
+    words = ["config.json", "no llama_pro_new_layers", "block_expansion.py --model_name"]
+    refused(str(folder), *words, train_type=train_type, **{option: folder})
+
+
+@pytest.mark.parametrize("layers", [[], [0], [3], [2, 1], [1, 1], [-1], ["1"], [True], 1, {"1": 2}])
+def test_new_layers_that_do_not_fit(refused, folder, layers):
+    edit(llama_pro_new_layers=layers)(folder)
+    words = [f"llama_pro_new_layers {layers}", "num_hidden_layers 3", "from 1 to 2"]
+    refused(*words, train_type="llama_pro", model_name=folder)
+
+
+@pytest.mark.parametrize("path", ["./no/such/folder", "own/unreachable", ""])
+def test_llama_pro_path_that_is_no_model(refused, path):
+    refused(f"--llama_pro_path {path}", "block_expansion.py", train_type="llama_pro", llama_pro_path=path)
+
+
 def test_libraries_are_silent_beside_the_error(refused, folder, caplog, monkeypatch):
     """Their handlers hold an older stderr than the test's, so the records are what can be watched."""
     edit(pad_token_id=5001)(folder)  # a value of its own: the same warning comes only once

@@ -24,7 +24,8 @@ def save_and_compute(place, args, folder) -> torch.Tensor:
     if job.config.method.saves == "model":
         with torch.no_grad():  # so that what is saved is not what was loaded
             for parameter in model.parameters():
-                parameter.mul_(1.01)
+                if parameter.requires_grad:
+                    parameter.mul_(1.01)
     train.save(job, model, folder)
     with torch.no_grad():
         return model.eval()(input_ids=IDS, use_cache=False).logits.clone()

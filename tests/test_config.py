@@ -262,6 +262,8 @@ def test_yaml_options_are_checked_like_the_command_lines(from_file):
 @pytest.mark.parametrize("model", [[], REAL])
 @pytest.mark.parametrize("train_type", READY)
 def test_the_saved_config_repeats_the_run(from_file, train_type, model):
+    if METHODS[train_type].expansion:  # never of the demo model
+        model = ["--llama_pro_path", "some/expanded", "--llama_pro_save", "blocks"]
     odd = ["--name", "007", "--group", "null", "--lr", "3e-5", "--seed", str(2**60), "--no_sync"]
     for more in ([], odd):
         config = resolved("--train_type", train_type, *model, *more)
@@ -312,7 +314,10 @@ def test_options_of_later_versions_are_errors(name, value):
 def test_every_option_may_be_given_at_its_default(name):
     default = FIELDS[name].default
     if default is not None:
-        assert getattr(resolved(*REAL, f"--{name}={default}"), name) == default
+        train_type = (
+            "llama_pro" if FIELDS[name].metadata["needs"] == "expansion" else FIELDS["train_type"].default
+        )
+        assert getattr(resolved(*REAL, "--train_type", train_type, f"--{name}={default}"), name) == default
 
 
 # Compatibility with fsdp_qlora
@@ -340,6 +345,31 @@ def test_the_public_command_runs_as_it_stands():
 def test_remarks_tell_only_of_what_changes_nothing():
     assert parse(["--low_memory", "false"])[1][0].startswith("--low_memory false")
     assert parse(["--low_memory", "true", "--reentrant_checkpointing", "false"])[1] == []
+
+
+def test_an_expanded_model_by_either_option():
+    pro = ["--train_type", "bnb_llama_pro"]
+    for argv in (["--llama_pro_path", "a/b"], ["--llama_pro_path", "a/b", "--model_name", "a/b"]):
+        config, remarks = parse([*pro, *argv])
+        assert (config.model_name, config.batch_size, remarks) == ("a/b", 1, [])  # without the toy's defaults
+    config, remarks = parse([*pro, "--llama_pro_path", "a/b", "--model_name", "base"])
+    assert config.model_name == "a/b" and len(remarks) == 1
+    assert remarks[0].startswith("--model_name base: not read")
+    assert resolved(*pro, "--model_name", "a/b").llama_pro_path is None
+
+
+@pytest.mark.parametrize("model", [[], ["--model_name", "toy"]])
+@pytest.mark.parametrize("train_type", ["llama_pro", "bnb_llama_pro"])
+def test_llama_pro_needs_an_expanded_model(train_type, model):
+    message = refused("--train_type", train_type, *model)
+    assert f"--train_type {train_type}" in message and "`python block_expansion.py`" in message
+
+
+@pytest.mark.parametrize("name, value", [("llama_pro_path", "a/b"), ("llama_pro_save", "model")])
+@pytest.mark.parametrize("train_type", ["full", "bnb_dora"])
+def test_llama_pro_options_need_new_blocks(train_type, name, value):
+    message = refused(*REAL, "--train_type", train_type, f"--{name}", value)
+    assert f"--{name} has no effect with --train_type {train_type}, which has no expansion" in message
 
 
 # Methods and defaults

@@ -10,15 +10,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from config import FIELDS, METHODS
+from config import FIELDS
 from quantize_layers import Linear4bit
 from tests.runs import set_up, train_run
-from tests.test_parity import arguments, assert_same
+from tests.test_parity import TYPES, arguments, assert_same, biased
 from wrapping import STRATEGIES, WRAP_POLICIES
 
-TYPES = [
-    t for t, m in METHODS.items() if not t.startswith("custom_") and not m.expansion
-]  # custom_* are the same methods (test_config)
 CHECKPOINTED = "--use_gradient_checkpointing true"
 VARIANTS = {
     "checkpointing, sublayer units": f"{CHECKPOINTED} --wrap_policy sublayer",
@@ -52,7 +49,7 @@ def plain(checkpoints, alpaca_file, one_rank):
 
     def get(train_type: str):
         if train_type not in made:
-            args = arguments(checkpoints("llama_bias"), alpaca_file, train_type)
+            args = arguments(checkpoints(biased(train_type)), alpaca_file, train_type)
             made[train_type] = args, one_rank(train_run, [*args, *PLAIN])[0]
         return made[train_type]
 

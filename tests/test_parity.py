@@ -15,15 +15,7 @@ import torch.distributed as dist
 from config import METHODS
 from tests.runs import set_up, train_run
 
-TYPES = [
-    "full",
-    "lora",
-    "dora",
-    "qlora",
-    "bnb_dora",
-    "hqq_lora",
-    "hqq_dora",
-]  # custom_* are the same methods (test_config)
+TYPES = [t for t in METHODS if not t.startswith("custom_")]  # custom_* are the same methods (test_config)
 STEPS = 5
 
 
@@ -31,6 +23,11 @@ def arguments(model, data, train_type: str, *more) -> list[str]:
     adapters = ["--lora_rank", "8", "--lora_alpha", "12"] if METHODS[train_type].adapter else []
     common = f"--lr 1e-3 --max_steps {STEPS} --context_length 256 --seed 3".split()
     return ["--model_name", model, "--dataset", data, "--train_type", train_type, *common, *adapters, *more]
+
+
+def biased(train_type: str) -> str:
+    """The checkpoint for a train type: one with biases, expanded where new layers are trained."""
+    return "llama_bias_pro" if METHODS[train_type].expansion else "llama_bias"
 
 
 def assert_same(a, b, losses: float = 1e-5, tensors: float = 2e-5) -> None:
@@ -46,7 +43,7 @@ def assert_same(a, b, losses: float = 1e-5, tensors: float = 2e-5) -> None:
 
 @pytest.mark.parametrize("train_type", TYPES)
 def test_two_ranks_equal_one(train_type, checkpoints, alpaca_file, one_rank, two_ranks):
-    args = arguments(checkpoints("llama_bias"), alpaca_file, train_type)
+    args = arguments(checkpoints(biased(train_type)), alpaca_file, train_type)
     plain = one_rank(train_run, [*args, "--batch_size", "4"])[0]
     first, second = two_ranks(train_run, [*args, "--batch_size", "2"])
     assert first[0] == second[0]  # both ranks report the loss of the whole step
@@ -90,9 +87,9 @@ def count_reductions(place, args) -> int:
     return len(calls)
 
 
-@pytest.mark.parametrize("train_type", ["full", "lora", "bnb_dora"])
+@pytest.mark.parametrize("train_type", ["full", "lora", "bnb_dora", "bnb_llama_pro"])
 def test_gradient_checkpointing_changes_nothing(train_type, checkpoints, alpaca_file, one_rank):
-    args = arguments(checkpoints("llama_bias"), alpaca_file, train_type, "--batch_size", "2")
+    args = arguments(checkpoints(biased(train_type)), alpaca_file, train_type, "--batch_size", "2")
     if METHODS[train_type].adapter:
         args += ["--lora_dropout", "0.2"]  # recomputation must draw the same dropout
     on, off = (one_rank(train_run, [*args, "--use_gradient_checkpointing", v])[0] for v in ("true", "false"))

@@ -12,7 +12,7 @@ from config import FIELDS
 from models.family import clean
 from precision import Precision, choose_precision
 from tests.runs import set_up, train_run, trained_tensors
-from tests.test_parity import arguments
+from tests.test_parity import arguments, biased
 from tracking import Metrics, Tracker
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
@@ -40,7 +40,7 @@ def plain(checkpoints, alpaca_file, one_rank):
 
     def get(train_type: str):
         if train_type not in made:
-            args = arguments(checkpoints("llama_bias"), alpaca_file, train_type)
+            args = arguments(checkpoints(biased(train_type)), alpaca_file, train_type)
             made[train_type] = (
                 args,
                 one_rank(train_run, [*args, "--batch_size", "4", "--precision", "fp32"])[0],
@@ -51,7 +51,7 @@ def plain(checkpoints, alpaca_file, one_rank):
 
 
 @pytest.mark.parametrize("mode", ["auto", *MODES[1:]])
-@pytest.mark.parametrize("train_type", ["full", "bnb_dora", "hqq_lora"])
+@pytest.mark.parametrize("train_type", ["full", "bnb_dora", "hqq_lora", "bnb_llama_pro"])
 def test_follows_fp32(train_type, mode, plain, two_ranks):
     args, expected = plain(train_type)  # two of its steps: 16-bit matmuls are slow on a CPU
     args = [*args, "--max_steps", "2", "--batch_size", "2", "--precision", mode]

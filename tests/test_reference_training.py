@@ -10,7 +10,7 @@ from config import METHODS
 from data import IGNORE, StepSampler
 from tests.runs import dense_state, make_job, set_up, trained_tensors
 from tests.test_adapters import adapters_of, args_for, as_peft
-from tests.test_parity import train_run
+from tests.test_parity import biased, train_run
 
 STEPS, LR = 5, 2e-3
 
@@ -47,9 +47,11 @@ def reference_steps(model, batches, optimizer) -> tuple[list[float], list[float]
     return losses, norms
 
 
-@pytest.mark.parametrize("train_type", ["full", "lora", "dora", "qlora", "bnb_dora", "hqq_dora"])
+@pytest.mark.parametrize(
+    "train_type", ["full", "lora", "dora", "qlora", "bnb_dora", "hqq_dora", "hqq_llama_pro"]
+)
 def test_losses_follow_the_reference(train_type, checkpoints, alpaca_file, one_rank):
-    folder = checkpoints("llama_bias")
+    folder = checkpoints(biased(train_type))
     more = f"--lr {LR} --max_steps {STEPS} --batch_size 4 --gradient_accumulation_steps 2".split()
     args = args_for(folder, alpaca_file, train_type, *more)
     ours, _, our_norms = one_rank(train_run, args)[0]
@@ -58,6 +60,11 @@ def test_losses_follow_the_reference(train_type, checkpoints, alpaca_file, one_r
         model = as_peft(folder, state, adapters, METHODS[train_type].adapter == "dora")
     else:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        if METHODS[train_type].expansion:
+            model.load_state_dict(one_rank(dense_state, args)[0])
+            model.requires_grad_(False)
+            for i in model.config.llama_pro_new_layers:
+                model.model.layers[i].requires_grad_(True)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LR, weight_decay=0.0)
     theirs, norms = reference_steps(model, one_rank(batches_of, args)[0], optimizer)
     torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), rtol=1e-4, atol=0)

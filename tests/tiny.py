@@ -6,8 +6,10 @@ import json
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
+import block_expansion
 from benchmarks.make_checkpoint import byte_tokenizer
 
 _COMMON = {
@@ -40,18 +42,45 @@ CONFIGS = {
 }
 
 
-def save_checkpoint(kind: str, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
+def save_checkpoint(
+    kind: str, folder: Path, dtype: torch.dtype = torch.float32, shard: str = "200KB", **changes
+) -> Path:
     """A sharded checkpoint with weights of a size that makes attention and rotary positions matter, and
-    random biases and norms: a part that is forgotten or mixed up changes the logits."""
+    random biases and norms: a part that is forgotten or mixed up changes the logits.
+
+    kind: of CONFIGS, or one with _pro behind it for an expanded model (save_expanded). changes: to the config.
+    """
+    if kind.endswith("_pro"):
+        base = save_checkpoint(kind.removesuffix("_pro"), folder.with_name(f"{folder.name}_base"), dtype)
+        return save_expanded(base, folder)
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(CONFIGS[kind]())
+    config = CONFIGS[kind]()
+    for name, value in changes.items():
+        assert hasattr(config, name)
+        setattr(config, name, value)
+    model = AutoModelForCausalLM.from_config(config)
     for name, parameter in model.named_parameters():
         if parameter.dim() == 2:
             torch.nn.init.normal_(parameter, std=0.15)
         else:
             torch.nn.init.normal_(parameter, mean=1.0 if "norm" in name else 0.0, std=0.1)
-    model.to(dtype).save_pretrained(folder, max_shard_size="200KB")
+    model.to(dtype).save_pretrained(folder, max_shard_size=shard)
     byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def save_expanded(base: Path, folder: Path) -> Path:
+    """`base` with new layers after its layers 0 and 2, whose output projections are random instead of zero: the
+    new layers matter at once."""
+    arguments = ["--model_name", str(base), "--output_dir", str(folder), "--after", "0,2"]
+    assert block_expansion.main(arguments) == 0
+    generator = torch.Generator().manual_seed(1)
+    for path in folder.glob("*.safetensors"):
+        tensors = load_file(path)
+        for name, tensor in tensors.items():
+            if not tensor.any() and {"o_proj", "down_proj"} & set(name.split(".")):
+                tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.1)
+        save_file(tensors, path, metadata={"format": "pt"})
     return folder
 
 

@@ -30,7 +30,7 @@ Names, choices and meanings are fsdp_qlora's. These defaults are not:
 |---|---|---|---|
 | train_type | qlora | bnb_dora | its paper finds it ahead of LoRA at equal rank; what it costs here: [benchmarks](benchmarks.md) |
 | model_name, dataset | Llama-2-7b, alpaca_sample | toy, toy | a first run needs no download |
-| lr | 1e-5 | 2e-4 for adapters, 1e-5 for full | 1e-5 hardly moves an adapter |
+| lr | 1e-5 | 2e-4, 1e-5 for full | 1e-5 hardly moves an adapter |
 | lora_dropout | 0.1 | 0 | |
 | lora_target_modules all | without o_proj | with o_proj | all means all |
 | wd | 0.1 | 0 | and never on vectors: norms, biases, DoRA magnitudes |
@@ -43,6 +43,10 @@ Names, choices and meanings are fsdp_qlora's. These defaults are not:
 | dataset_samples | 512 | all rows; 512 for alpaca_sample and dummy | it limits any dataset |
 | max_steps | per epoch | of the whole run | |
 | AdamW | betas 0.9, 0.95, eps 1e-5 | torch's: 0.9, 0.999, 1e-8 | |
+
+`--llama_pro_path` is the folder that `python block_expansion.py` writes. Which of its layers are new is read from
+its config.json (fsdp_qlora: from the folder's name); weights and config come from there, and `--model_name` may
+be left out, or name that folder in its place. `--expansion_rate` is rounded to the nearest number of layers.
 
 `lora` and `custom_lora` are the same here, and so are `qlora` and `custom_qlora`: one implementation, ours.
 

@@ -1,0 +1,268 @@
+"""Puts new layers between the layers of a model, for the Llama-Pro train types (arXiv 2401.02415).
+
+    python block_expansion.py --model_name meta-llama/Llama-2-7b-hf --output_dir llama-pro --new_blocks 8
+    python block_expansion.py --model_name llama-pro --output_dir whole --blocks runs/x/new_blocks.safetensors
+
+The first makes an expanded model: a complete Hugging Face folder with the base model's logits, whose
+config.json lists its new layers. The second puts new blocks that were trained and saved alone
+(`--llama_pro_save blocks`) into the expanded model. Both copy the weights piece by piece.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub.utils import logging as hub_logging
+from transformers import PretrainedConfig
+from transformers.utils import logging as transformers_logging
+
+import launch
+from checkpoint import check_output, clear_output, plan_shards, shard_name
+from config import TOY_MODEL, Parser, UserError, suggest, with_underscores
+from data import toy_texts
+from model_files import CheckpointFiles, StoredTensor, fetch_weights, find_model
+from model_writer import Entry, Shards, copied, read_blocks, with_replaced, write_model, zeros
+from models import build_on_meta, check_weights, read_config
+from models.family import Family
+from models.llama_pro import NEW_LAYERS, evenly, is_expanded, new_layers, sources
+from models.toy import toy_model
+
+# Lists in a config.json that may happen to have as many entries as there are layers, and never one for each.
+OTHER_LISTS = ("architectures", "keys_to_ignore_at_inference", "mlp_only_layers")
+
+
+@dataclass(frozen=True)
+class Options:
+    """The command line. Exactly one of new_blocks, expansion_rate, after and blocks is given."""
+
+    model_name: str
+    output_dir: str
+    new_blocks: int | None
+    expansion_rate: float | None
+    after: list[int] | None
+    blocks: str | None
+    overwrite: bool
+
+    def positions(self, layers: int) -> list[int]:
+        """The layers, from 0, after which the new blocks go: one entry per block, ascending. UserErrors."""
+        if self.after is not None:
+            for layer in self.after:
+                if not 0 <= layer < layers:
+                    raise UserError(f"--after {layer}: this model has the layers 0 to {layers - 1}")
+            return sorted(self.after)
+        count = self.new_blocks
+        if count is None:
+            count = max(1, math.floor(layers * self.expansion_rate + 0.5))
+        return evenly(layers, count)
+
+
+def parse(argv: list[str]) -> Options:
+    """Raises UserError; exits 0 on --help."""
+    parser = Parser(
+        prog="block_expansion.py",
+        usage="python block_expansion.py --model_name MODEL --output_dir FOLDER\n"
+        "         (--new_blocks N | --expansion_rate X | --after LAYERS | --blocks FILE) [--overwrite]",
+        allow_abbrev=False,
+        description="Put new layers between the layers of a model, for the Llama-Pro train types.",
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=110),
+    )
+    for name, metavar, text in (
+        ("model_name", "TEXT", "folder or hub id of a safetensors model, or toy"),
+        ("output_dir", "TEXT", "folder of the new model"),
+        ("new_blocks", "N", "number of new blocks, spread evenly"),
+        ("expansion_rate", "X", "the same as a share of the layers, rounded, at least one: 0.25 = 8 for 32"),
+        ("after", "LAYERS", "a new block after each of these layers, counted from 0: 3,7,11; twice for two"),
+        ("blocks", "FILE", "put these trained blocks into the expanded model --model_name"),
+    ):
+        parser.add_argument(f"--{name}", metavar=metavar, help=text)
+    flag = {
+        "nargs": "?",
+        "const": "true",
+        "default": "false",
+        "choices": ("true", "false"),
+        "metavar": "BOOL",
+    }
+    parser.add_argument("--overwrite", help="replace the model that output_dir holds", **flag)
+    args, rest = parser.parse_known_args(with_underscores(argv))
+    if rest:
+        raise UserError(f"unknown option {rest[0]}{suggest(rest[0].split('=')[0], vars(args))}")
+    ways = ("new_blocks", "expansion_rate", "after", "blocks")
+    if sum(getattr(args, way) is not None for way in ways) != 1:
+        raise UserError("give one of " + ", ".join(f"--{way}" for way in ways) + "; see --help")
+    for name in ("model_name", "output_dir"):
+        if not getattr(args, name):
+            raise UserError(f"--{name} is missing; see --help")
+    return _converted(args)
+
+
+def _converted(args: argparse.Namespace) -> Options:
+    values = vars(args) | {"output_dir": os.path.expanduser(args.output_dir)}
+    values["overwrite"] = args.overwrite == "true"
+    if args.new_blocks is not None:
+        values["new_blocks"] = _number("--new_blocks", args.new_blocks, int, "a whole number")
+        if values["new_blocks"] <= 0:
+            raise UserError(f"--new_blocks {args.new_blocks}: must be positive")
+    if args.expansion_rate is not None:
+        values["expansion_rate"] = _number("--expansion_rate", args.expansion_rate, float, "a number")
+        if not 0 < values["expansion_rate"] < float("inf"):
+            raise UserError(f"--expansion_rate {args.expansion_rate}: must be positive and finite")
+    if args.after is not None:
+        numbers = args.after.split(",")
+        values["after"] = [_number("--after", n.strip(), int, "the number of a layer") for n in numbers]
+    return Options(**values)
+
+
+def _number(option: str, text: str, kind: type, noun: str):
+    try:
+        return kind(text)
+    except ValueError:
+        raise UserError(f"{option}: {text!r} is not {noun}") from None
+
+
+def read_model(options: Options) -> tuple[PretrainedConfig, Family, CheckpointFiles]:
+    """The checked model to start from. Raises UserError."""
+    name = options.model_name
+    folder = toy_model(toy_texts()) if name == TOY_MODEL else find_model(name)
+    if Path(options.output_dir).resolve() == folder.resolve():
+        raise UserError(f"--output_dir {folder}: is the folder of --model_name; choose another")
+    config, family = read_config(folder)
+    if getattr(config, "quantization_config", None):
+        raise UserError(f"--model_name {folder}: is quantized; new blocks need the original weights")
+    if options.blocks:
+        new_layers(config)
+    elif is_expanded(config):
+        raise UserError(
+            f"--model_name {folder}: is expanded already ({NEW_LAYERS} in config.json); expand its base model,"
+            " with all new blocks at once"
+        )
+    else:
+        options.positions(config.num_hidden_layers)
+    fetch_weights(name, folder)
+    files = CheckpointFiles(folder)
+    check_weights(build_on_meta(config, family), files, family)
+    return config, family, files
+
+
+def expanded_tensors(files: CheckpointFiles, family: Family, source: list[int]) -> dict[str, Entry]:
+    """The tensors of the expanded model, each beside the one that it copies. source: as llama_pro.sources."""
+    first = {layer: source.index(layer) for layer in source}
+    entries, zeroed = {}, {i: set() for i, layer in enumerate(source) if i != first[layer]}
+    for name, entry in copied(files).items():
+        layer, rest = family.place(name)
+        if layer is None:
+            entries[name] = entry
+            continue
+        for i in range(first[layer], first[layer] + source.count(layer)):
+            new = i != first[layer]
+            output = new and family.is_output(rest)
+            entries[f"{family.layers}.{i}.{rest}"] = zeros(entry) if output else entry
+            if output:
+                zeroed[i].add(rest.partition(".")[0])
+    assert all(len(parts) > 1 for parts in zeroed.values()), (
+        "a new block adds nothing: attention and MLP are zero"
+    )
+    return entries
+
+
+def per_layer_lists(values: dict, layers: int) -> dict[str, list]:
+    """The lists of a config with an entry for each layer."""
+    lists = {key: value for key, value in values.items() if isinstance(value, list) and len(value) == layers}
+    other = {key for key in lists if key in OTHER_LISTS or key.endswith(("_id", "_ids", "_tokens"))}
+    return {key: value for key, value in lists.items() if key not in other}
+
+
+def expanded_config(raw: dict, config: PretrainedConfig, source: list[int]) -> dict:
+    """config.json of the expanded model. raw: the base's, as it is in its file; config: what transformers makes
+    of it, with the lists that follow from a pattern (a kind of attention for each layer) written out."""
+    layers, resolved = config.num_hidden_layers, config.to_dict()
+    new = dict(raw)
+    for key, value in per_layer_lists(raw | resolved, layers).items():
+        new[key] = [value[layer] for layer in source]
+    if isinstance(raw.get("max_window_layers"), int):  # that many layers, the first ones, have full attention
+        new["max_window_layers"] = sum(layer < raw["max_window_layers"] for layer in source)
+    if "mlp_only_layers" in resolved:  # and every decoder_sparse_step-th of the others has experts
+        step, dense = resolved.get("decoder_sparse_step", 1), resolved["mlp_only_layers"] or []
+        dense = [layer for layer in range(layers) if layer in dense or (layer + 1) % step]
+        new["mlp_only_layers"] = [i for i, layer in enumerate(source) if layer in dense]
+        new["decoder_sparse_step"] = 1
+    new["num_hidden_layers"] = len(source)
+    new[NEW_LAYERS] = [i for i, layer in enumerate(source) if i != source.index(layer)]
+    return new
+
+
+def expand(options: Options) -> str:
+    """Writes the expanded model; returns what to tell of it."""
+    config, family, files = read_model(options)
+    source = sources(config.num_hidden_layers, options.positions(config.num_hidden_layers))
+    raw = json.loads((files.folder / "config.json").read_text(encoding="utf-8"))
+    new_config = expanded_config(raw, config, source)
+    entries = expanded_tensors(files, family, source)
+    _check_plan(new_config, entries, config, files, family)
+    _write(options, _shards(entries, files), files, new_config)
+    new = ", ".join(map(str, new_config[NEW_LAYERS]))
+    return (
+        f"in {options.output_dir}: {len(source)} layers, of which new: {new}\n"
+        f"next: python train.py --train_type bnb_llama_pro --model_name {options.output_dir} --dataset ..."
+    )
+
+
+def _check_plan(new_config: dict, entries: dict, config, files: CheckpointFiles, family: Family) -> None:
+    """The planned tensors are those of the model that transformers would build from the planned config."""
+    planned = copy.copy(files)
+    planned.tensors = {name: StoredTensor("", entry.shape, entry.dtype) for name, entry in entries.items()}
+    expanded = type(config).from_dict(new_config)
+    check_weights(build_on_meta(expanded, family), planned, family)
+    for key, value in per_layer_lists(expanded.to_dict(), expanded.num_hidden_layers).items():
+        assert value == new_config[key], f"{key}: transformers reads {value}"
+
+
+def _write(options: Options, shards: Shards, files: CheckpointFiles, config: dict | None = None) -> None:
+    clear_output(Path(options.output_dir))
+    write_model(Path(options.output_dir), shards, files.folder, config)
+    if not any(files.folder.glob("tokenizer*")):
+        print(f"no tokenizer in {files.folder}: training needs its files beside config.json")
+
+
+def _shards(entries: dict[str, Entry], files: CheckpointFiles) -> Shards:
+    """Files no larger than the base's largest."""
+    sizes: dict[str, int] = {}
+    for name, entry in copied(files).items():
+        file = files.tensors[name].file
+        sizes[file] = sizes.get(file, 0) + entry.nbytes
+    plan = plan_shards({name: entry.nbytes for name, entry in entries.items()}, max(sizes.values()))
+    return {shard_name(i, len(plan)): {n: entries[n] for n in names} for i, names in enumerate(plan, 1)}
+
+
+def put_back(options: Options) -> str:
+    """Writes the expanded model with trained blocks in it; returns what to tell of it."""
+    config, family, files = read_model(options)
+    blocks = read_blocks(Path(options.blocks).expanduser(), files, family, new_layers(config))
+    _write(options, with_replaced(files, blocks), files)
+    return f"in {options.output_dir}: {config.num_hidden_layers} layers, {len(blocks)} tensors from {options.blocks}"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit status: 0, or 2 for something the user can put right."""
+    transformers_logging.set_verbosity_error()
+    hub_logging.set_verbosity_error()
+    try:
+        options = parse(sys.argv[1:] if argv is None else argv)
+        check_output(Path(options.output_dir), options.overwrite)
+        print(put_back(options) if options.blocks else expand(options))
+        return 0
+    except UserError as e:
+        print(f"error: {launch.describe(e)}", file=sys.stderr)
+    except OSError as e:  # a full disk
+        print(f"error: {e.filename or options.output_dir}: {e.strerror or e}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,217 @@
+"""Writes a model folder out of another one's files: with more layers, or with some tensors trained.
+
+What does not change is copied as bytes, PIECE bytes at a time, so host memory does not depend on the size of
+the model. Formats as in model_files.py. Everything is written under temporary names; config.json, without
+which a folder is no model, gets its own last.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from checkpoint import BLOCKS, copy_companions, gather, write_text
+from config import UserError
+from model_files import FLOATS, INDEX, SINGLE, CheckpointFiles
+from models.family import Family, clean
+from models.llama_pro import NEW_LAYERS, new_layers
+
+PIECE = 2**24  # bytes
+NAMES = {dtype: name for name, dtype in FLOATS.items()}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor to write. pieces: its bytes, little-endian, in order; collective: every rank must take part
+    in making them."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    pieces: Callable[[], Iterator]
+    collective: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+Shards = dict[str, dict[str, Entry]]  # file name -> tensor name -> what to write
+
+
+def copied(files: CheckpointFiles) -> dict[str, Entry]:
+    """Every tensor of a checkpoint, as it is in its file."""
+    paths = {file: files.folder / file for file in {stored.file for stored in files.tensors.values()}}
+    ranges = {file: _ranges(path) for file, path in paths.items()}
+    return {
+        name: Entry(t.dtype, t.shape, _file_pieces(paths[t.file], *ranges[t.file][name]))
+        for name, t in files.tensors.items()
+    }
+
+
+def zeros(like: Entry) -> Entry:
+    def pieces():
+        for begin in range(0, like.nbytes, PIECE):
+            yield bytes(min(PIECE, like.nbytes - begin))
+
+    return Entry(like.dtype, like.shape, pieces)
+
+
+def gathered(param: nn.Parameter, dtype: torch.dtype) -> Entry:
+    """A parameter, sharded or not, as dtype."""
+
+    def pieces():
+        full = gather(param).to(dtype).contiguous()
+        yield full.view(-1).view(torch.uint8).numpy().data
+
+    return Entry(dtype, tuple(param.shape), pieces, collective=True)
+
+
+def _header(path: Path) -> tuple[dict, int]:
+    """(a safetensors file's header, where its data begins). Of a file that CheckpointFiles has read."""
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        return json.loads(file.read(length)), 8 + length
+
+
+def _ranges(path: Path) -> dict[str, tuple[int, int]]:
+    """{tensor: (its first byte in the file, number of bytes)}."""
+    header, start = _header(path)
+    offsets = {name: value["data_offsets"] for name, value in header.items() if name != "__metadata__"}
+    return {name: (start + begin, end - begin) for name, (begin, end) in offsets.items()}
+
+
+def _file_pieces(path: Path, begin: int, nbytes: int) -> Callable[[], Iterator[bytes]]:
+    def pieces():
+        with path.open("rb") as file:
+            file.seek(begin)
+            for done in range(0, nbytes, PIECE):
+                yield file.read(min(PIECE, nbytes - done))
+
+    return pieces
+
+
+def _in_order(entries: dict[str, Entry]) -> list[tuple[str, Entry]]:
+    """As they lie in a file: wider dtypes first, so that each number is aligned to its size."""
+    return sorted(entries.items(), key=lambda item: -item[1].dtype.itemsize)
+
+
+def write_tensors(path: Path, entries: dict[str, Entry], metadata: dict[str, str] | None = None) -> None:
+    """Writes one safetensors file."""
+    header, end = {"__metadata__": {"format": "pt"} | (metadata or {})}, 0
+    for name, entry in _in_order(entries):
+        offsets = [end, end + entry.nbytes]
+        header[name] = {"dtype": NAMES[entry.dtype], "shape": list(entry.shape), "data_offsets": offsets}
+        end += entry.nbytes
+    raw = json.dumps(header, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % 8)
+    with path.open("wb") as out:
+        out.write(struct.pack("<Q", len(raw)) + raw)
+        for name, entry in _in_order(entries):
+            before = out.tell()
+            for piece in entry.pieces():
+                out.write(piece)
+            assert out.tell() - before == entry.nbytes, (
+                f"{name}: {out.tell() - before} of {entry.nbytes} bytes"
+            )
+
+
+def write_model(folder: Path, shards: Shards, source: Path, config: dict | None = None) -> None:
+    """Writes a model folder: weights, index, and `source`'s small files, with `config` as config.json if it is
+    given. A run that ends in the middle leaves no config.json; an error, no temporary files either."""
+    temporary = {file: folder / f"{file}.tmp" for file in shards}
+    try:
+        for file, entries in shards.items():
+            write_tensors(temporary[file], entries)
+        for file, path in temporary.items():
+            path.rename(folder / file)
+    except BaseException:
+        for path in temporary.values():
+            path.unlink(missing_ok=True)
+        raise
+    if list(shards) != [SINGLE]:
+        total = sum(entry.nbytes for entries in shards.values() for entry in entries.values())
+        weight_map = {name: file for file, entries in shards.items() for name in entries}
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        write_text(folder / INDEX, json.dumps(index, indent=2) + "\n")
+    copy_companions(source, folder, config)
+
+
+def with_replaced(files: CheckpointFiles, changed: dict[str, Entry]) -> Shards:
+    """A checkpoint's shards as they are, but for the tensors in `changed`."""
+    shards: Shards = {}
+    for name, entry in copied(files).items():
+        shards.setdefault(files.tensors[name].file, {})[name] = changed.get(name, entry)
+    return shards
+
+
+def _trained_blocks(model: nn.Module, family: Family, files: CheckpointFiles) -> dict[str, Entry]:
+    """The parameters of the new layers, in the checkpoint's dtypes."""
+    new, params = new_layers(model.config), {clean(name): p for name, p in model.named_parameters()}
+    names = [name for name in files.tensors if family.place(name)[0] in new]
+    assert {n for n, p in params.items() if p.requires_grad} == set(names)
+    return {name: gathered(params[name], files.tensors[name].dtype) for name in names}
+
+
+def save_expanded(model: nn.Module, family: Family, folder: Path, files: CheckpointFiles) -> None:
+    """Writes the folder that was trained from, with its new blocks as they are now: same file names, dtypes,
+    config and tokenizer. The old blocks are the files', not the quantized ones. Collective; rank 0 writes."""
+    shards = with_replaced(files, _trained_blocks(model, family, files))
+    if dist.get_rank() == 0:
+        write_model(folder, shards, files.folder)
+    else:
+        for entries in shards.values():
+            _take_part(entries)
+
+
+def save_blocks(model: nn.Module, family: Family, folder: Path, files: CheckpointFiles, base: str) -> None:
+    """Writes the new blocks alone, under the expanded model's names. The header's metadata has their layers and
+    `base`, the name of the expanded model. Collective; rank 0 writes."""
+    entries = _trained_blocks(model, family, files)
+    if dist.get_rank() == 0:
+        metadata = {"base_model_name_or_path": base, NEW_LAYERS: json.dumps(new_layers(model.config))}
+        write_tensors(folder / f"{BLOCKS}.tmp", entries, metadata)
+        (folder / f"{BLOCKS}.tmp").rename(folder / BLOCKS)
+    else:
+        _take_part(entries)
+
+
+def _take_part(entries: dict[str, Entry]) -> None:
+    """What the ranks that do not write have to do while rank 0 writes `entries`."""
+    for _, entry in _in_order(entries):
+        if entry.collective:
+            for _ in entry.pieces():
+                pass
+
+
+def read_blocks(path: Path, files: CheckpointFiles, family: Family, layers: list[int]) -> dict[str, Entry]:
+    """What `save_blocks` wrote, to be put into the expanded model in `files` with the new layers `layers`.
+    Raises UserError unless it holds exactly their tensors."""
+    if not path.is_file():
+        raise UserError(f"--blocks {path}: no such file")
+    blocks = CheckpointFiles(path.parent, only=path.name)
+    held = _header(path)[0].get("__metadata__", {}).get(NEW_LAYERS)
+    if held is None:
+        raise UserError(
+            f"--blocks {path}: not a file of new blocks, as `--llama_pro_save blocks` leaves them"
+        )
+    if held != json.dumps(layers):
+        raise UserError(f"--blocks {path}: has the new layers {held}, but {files.folder} has {layers}")
+    wanted = {name for name in files.tensors if family.place(name)[0] in layers}
+    for name in sorted(wanted ^ set(blocks.tensors)):
+        what = f"{name} is missing" if name in wanted else f"{name} is in no new layer of {files.folder}"
+        raise UserError(f"--blocks {path}: {what}")
+    for name, stored in blocks.tensors.items():
+        if stored.shape != files.tensors[name].shape:
+            raise UserError(
+                f"--blocks {path}: {name} has shape {list(stored.shape)}, but {files.folder} has"
+                f" {list(files.tensors[name].shape)}"
+            )
+    return copied(blocks)
