@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from command_line import describe, under_torchrun
 from config import UserError
 
 
@@ -34,10 +35,6 @@ class Place:
     world: int
     local_rank: int
     device: torch.device
-
-
-def under_torchrun() -> bool:
-    return all(name in os.environ for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR"))
 
 
 def resolve_world_size(wanted: int) -> int:
@@ -151,12 +148,6 @@ def _rank_process(rank: int, run: Callable, world: int, args: tuple, reports: st
     sys.stderr.flush()
     if status:  # at once: an ordinary exit would wait for collectives that cannot end any more
         os._exit(status)
-
-
-def describe(e: BaseException) -> str:
-    """One line for an exception: a UserError's text; otherwise its type as well."""
-    text = " ".join(str(e).split())
-    return text if isinstance(e, UserError) else f"{type(e).__name__}: {text}" if text else type(e).__name__
 
 
 def _explain(processes: list, reports: Path) -> int:
