@@ -7,6 +7,9 @@ import os
 os.environ.update(
     HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", WANDB_MODE="offline", TOKENIZERS_PARALLELISM="false"
 )
+# Threads that have nothing to do sleep. They spin otherwise, and as soon as anything else runs on the machine, each
+# short operation waits for one that is not scheduled: up to a hundred times longer. Read when torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
 import torch
