@@ -62,3 +62,19 @@ def one_rank():
     ranks = Ranks(1)
     yield ranks
     ranks.close()
+
+
+@pytest.fixture(scope="session")
+def plain_run(one_rank):
+    """plain_run(args) -> what `train_run` returns in one rank; computed once for the same arguments."""
+    from tests.runs import train_run  # train.py's imports take seconds, which not every test needs
+
+    made = {}
+
+    def get(args):
+        key = tuple(map(str, args))
+        if key not in made:
+            made[key] = one_rank(train_run, args)[0]
+        return made[key]
+
+    return get

@@ -38,9 +38,9 @@ def assert_same(a, b, losses: float = 1e-5, tensors: float = 2e-5) -> None:
 
 
 @pytest.mark.parametrize("train_type", TYPES)
-def test_two_ranks_equal_one(train_type, checkpoints, alpaca_file, one_rank, two_ranks):
+def test_two_ranks_equal_one(train_type, checkpoints, alpaca_file, plain_run, two_ranks):
     args = arguments(checkpoints("llama_bias"), alpaca_file, train_type)
-    plain = one_rank(train_run, [*args, "--batch_size", "4"])[0]
+    plain = plain_run([*args, "--batch_size", "4"])
     first, second = two_ranks(train_run, [*args, "--batch_size", "2"])
     assert first[0] == second[0]  # both ranks report the loss of the whole step
     assert_same(plain, first)
@@ -54,10 +54,10 @@ def test_tied_embeddings_in_two_ranks(train_type, checkpoints, alpaca_file, one_
 
 
 @pytest.mark.parametrize("no_sync", ["false", "true"])
-def test_accumulation_equals_one_big_batch(no_sync, checkpoints, alpaca_file, one_rank, two_ranks):
+def test_accumulation_equals_one_big_batch(no_sync, checkpoints, alpaca_file, one_rank, two_ranks, plain_run):
     """Rows of 1 to 61 words: a mean of micro-batch means would be far off."""
     args = arguments(checkpoints(), alpaca_file, "bnb_dora")
-    plain = one_rank(train_run, [*args, "--batch_size", "4"])[0]
+    plain = plain_run([*args, "--batch_size", "4"])
     small = ["--batch_size", "1", "--gradient_accumulation_steps"]
     assert_same(plain, one_rank(train_run, [*args, *small, "4", "--no_sync", no_sync])[0])
     assert_same(plain, two_ranks(train_run, [*args, *small, "2", "--no_sync", no_sync])[0])
@@ -114,10 +114,10 @@ def draw_after_set_up(place, args) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("train_type", TYPES)
-def test_bf16_compute_follows_fp32(train_type, checkpoints, alpaca_file, one_rank, two_ranks):
+def test_bf16_compute_follows_fp32(train_type, checkpoints, alpaca_file, plain_run, two_ranks):
     """`--precision auto` as on a GPU with bf16: fp32 masters of what is trained, bf16 everything else."""
     args = arguments(checkpoints("llama_bias"), alpaca_file, train_type)
-    plain = one_rank(train_run, [*args, "--batch_size", "4"])[0]
+    plain = plain_run([*args, "--batch_size", "4"])
     mixed = two_ranks(train_run_as_on_a_gpu, [*args, "--batch_size", "2"])[0]
     assert all(t.dtype == torch.float32 for t in mixed[1].values())
     torch.testing.assert_close(torch.tensor(mixed[0]), torch.tensor(plain[0]), rtol=2e-2, atol=0)
