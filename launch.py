@@ -146,8 +146,10 @@ def _rank_process(rank: int, run: Callable, world: int, args: tuple, reports: st
         (Path(reports) / f"{rank}.tmp").rename(Path(reports) / f"{rank}.json")
     sys.stdout.flush()
     sys.stderr.flush()
-    if status:  # at once: an ordinary exit would wait for collectives that cannot end any more
-        os._exit(status)
+    # At once. After a failure an ordinary exit would wait for collectives that cannot end any more. After a success
+    # it takes down the libraries with their threads still running, which has ended in SIGABRT: the parent would take
+    # that for a failure, and end rank 0 while it writes. All that a rank leaves is written and closed by now.
+    os._exit(status)
 
 
 def _explain(processes: list, reports: Path) -> int:
