@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from command_line import describe, under_torchrun
 from config import UserError
 
 
@@ -34,10 +35,6 @@ class Place:
     world: int
     local_rank: int
     device: torch.device
-
-
-def under_torchrun() -> bool:
-    return all(name in os.environ for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR"))
 
 
 def resolve_world_size(wanted: int) -> int:
@@ -165,14 +162,10 @@ def _rank_process(rank: int, run: Callable, world: int, args: tuple, reports: st
         (Path(reports) / f"{rank}.tmp").rename(Path(reports) / f"{rank}.json")
     sys.stdout.flush()
     sys.stderr.flush()
-    if status:  # at once: an ordinary exit would wait for collectives that cannot end any more
-        os._exit(status)
-
-
-def describe(e: BaseException) -> str:
-    """One line for an exception: a UserError's text; otherwise its type as well."""
-    text = " ".join(str(e).split())
-    return text if isinstance(e, UserError) else f"{type(e).__name__}: {text}" if text else type(e).__name__
+    # At once. After a failure an ordinary exit would wait for collectives that cannot end any more. After a success
+    # it takes down the libraries with their threads still running, which has ended in SIGABRT: the parent would take
+    # that for a failure, and end rank 0 while it writes. All that a rank leaves is written and closed by now.
+    os._exit(status)
 
 
 def _explain(processes: list, reports: Path) -> int:

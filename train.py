@@ -10,12 +10,18 @@ The way of a run: options -> checks, without a GPU -> one process per GPU -> loa
 
 from __future__ import annotations
 
+import sys
+
+from command_line import describe, parse_or_exit, report, under_torchrun
+
+if __name__ == "__main__":
+    # Before the imports below, which take seconds: --help and wrong options are answered at once.
+    PARSED = parse_or_exit(sys.argv[1:])
+
 import dataclasses
 import os
 import shlex
-import sys
 import time
-import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -111,7 +117,7 @@ def read_tokenizer(folder: Path):
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except Exception as e:  # the tokenizers library has no narrower one for a damaged tokenizer.json
         found = (folder / "tokenizer.json").is_file()
-        reason = launch.describe(e) if found else "there is no tokenizer.json"
+        reason = describe(e) if found else "there is no tokenizer.json"
         raise UserError(
             f"--model_name {folder}: no usable tokenizer ({reason}); its files belong beside config.json"
         ) from None
@@ -257,27 +263,20 @@ def describe_files(job: Job, folder: Path) -> str:
     return f"in {folder}: {what}metrics.jsonl, loss.png, config.yaml\nnext: {shlex.join(again)}"
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Returns the exit status: 0, 2 for something the user can put right, 1 for anything else."""
-    argv = sys.argv[1:] if argv is None else argv
-    verbose = "--verbose" in argv
+def run(config: Config, remarks: list[str]) -> int:
+    """Checks and starts a run. Returns the exit status: 0, 2 for something the user can put right, 1 for
+    anything else."""
+    if not config.verbose:  # the one line of an error says more than warnings around it
+        transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
+        hub_logging.set_verbosity_error()
     try:
-        config, remarks = options.parse(argv)
-        verbose = config.verbose
-        if not verbose:  # the one line of an error says more than warnings around it
-            transformers_logging.set_verbosity_error()
-            transformers_logging.disable_progress_bar()
-            hub_logging.set_verbosity_error()
-        if launch.under_torchrun():
+        if under_torchrun():
             return launch.join(run_rank, lambda: announce(check(config), remarks))
         job = announce(check(config), remarks)
         return launch.start(run_rank, job.config.world_size, (job,), config.master_addr, config.master_port)
     except UserError as e:
-        if verbose:
-            traceback.print_exc()
-        if not launch.under_torchrun() or os.environ["RANK"] == "0":  # all ranks find the same wrong option
-            print(f"error: {launch.describe(e)}", file=sys.stderr)
-        return 2
+        return report(e, config.verbose)
 
 
 def announce(job: Job, remarks: list[str]) -> Job:
@@ -285,5 +284,14 @@ def announce(job: Job, remarks: list[str]) -> Job:
     return job
 
 
+def main(argv: list[str]) -> int:
+    """The whole program, for callers from Python: options in, exit status out."""
+    try:
+        parsed = options.parse(argv)
+    except UserError as e:
+        return report(e, verbose="--verbose" in argv)
+    return run(*parsed)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(*PARSED))

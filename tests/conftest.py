@@ -7,6 +7,9 @@ import os
 os.environ.update(
     HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", WANDB_MODE="offline", TOKENIZERS_PARALLELISM="false"
 )
+# Threads that have nothing to do sleep. They spin otherwise, and as soon as anything else runs on the machine, each
+# short operation waits for one that is not scheduled: up to a hundred times longer. Read when torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
 import torch
@@ -67,3 +70,19 @@ def one_rank():
     ranks = Ranks(1)
     yield ranks
     ranks.close()
+
+
+@pytest.fixture(scope="session")
+def plain_run(one_rank):
+    """plain_run(args) -> what `train_run` returns in one rank; computed once for the same arguments."""
+    from tests.runs import train_run  # train.py's imports take seconds, which not every test needs
+
+    made = {}
+
+    def get(args):
+        key = tuple(map(str, args))
+        if key not in made:
+            made[key] = one_rank(train_run, args)[0]
+        return made[key]
+
+    return get

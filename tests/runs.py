@@ -3,6 +3,10 @@ train.py's, with adapters made random (a B of zeros would prove nothing)."""
 
 from __future__ import annotations
 
+import contextlib
+import io
+from pathlib import Path
+
 import torch
 
 import train
@@ -57,6 +61,14 @@ def train_run(place, argv: list[str]) -> tuple[list[float], dict[str, torch.Tens
     )
     history = train.train(job, model, place, sampler, NoTracker())
     return [m.loss for m in history], trained_tensors(model), [m.grad_norm for m in history]
+
+
+def whole_run(place, job: train.Job) -> str:
+    """What a rank does from loading to the saved result; returns all that it printed."""
+    shown, root = io.StringIO(), Path(train.__file__).parent
+    with contextlib.chdir(root), contextlib.redirect_stdout(shown), contextlib.redirect_stderr(shown):
+        train.run_rank(place, job)
+    return shown.getvalue()
 
 
 def logits(place, argv: list[str], ids: torch.Tensor) -> torch.Tensor:

@@ -42,16 +42,13 @@ ON_FOUR = {
 PLAIN = ["--batch_size", "4", "--use_gradient_checkpointing", "false"]
 
 
-@pytest.fixture(scope="module")
-def plain(checkpoints, alpaca_file, one_rank):
-    """plain(train_type) -> (arguments, results of the plain run), computed once."""
-    made = {}
+@pytest.fixture
+def plain(checkpoints, alpaca_file, plain_run):
+    """plain(train_type) -> (arguments, results of the plain run)."""
 
     def get(train_type: str):
-        if train_type not in made:
-            args = arguments(checkpoints(biased(train_type)), alpaca_file, train_type)
-            made[train_type] = args, one_rank(train_run, [*args, *PLAIN])[0]
-        return made[train_type]
+        args = arguments(checkpoints(biased(train_type)), alpaca_file, train_type)
+        return args, plain_run([*args, *PLAIN])
 
     return get
 

@@ -42,9 +42,9 @@ def assert_same(a, b, losses: float = 1e-5, tensors: float = 2e-5) -> None:
 
 
 @pytest.mark.parametrize("train_type", TYPES)
-def test_two_ranks_equal_one(train_type, checkpoints, alpaca_file, one_rank, two_ranks):
+def test_two_ranks_equal_one(train_type, checkpoints, alpaca_file, plain_run, two_ranks):
     args = arguments(checkpoints(biased(train_type)), alpaca_file, train_type)
-    plain = one_rank(train_run, [*args, "--batch_size", "4"])[0]
+    plain = plain_run([*args, "--batch_size", "4"])
     first, second = two_ranks(train_run, [*args, "--batch_size", "2"])
     assert first[0] == second[0]  # both ranks report the loss of the whole step
     assert_same(plain, first)
@@ -58,10 +58,10 @@ def test_tied_embeddings_in_two_ranks(train_type, checkpoints, alpaca_file, one_
 
 
 @pytest.mark.parametrize("no_sync", ["false", "true"])
-def test_accumulation_equals_one_big_batch(no_sync, checkpoints, alpaca_file, one_rank, two_ranks):
+def test_accumulation_equals_one_big_batch(no_sync, checkpoints, alpaca_file, one_rank, two_ranks, plain_run):
     """Rows of 1 to 61 words: a mean of micro-batch means would be far off."""
     args = arguments(checkpoints(), alpaca_file, "bnb_dora")
-    plain = one_rank(train_run, [*args, "--batch_size", "4"])[0]
+    plain = plain_run([*args, "--batch_size", "4"])
     small = ["--batch_size", "1", "--gradient_accumulation_steps"]
     assert_same(plain, one_rank(train_run, [*args, *small, "4", "--no_sync", no_sync])[0])
     assert_same(plain, two_ranks(train_run, [*args, *small, "2", "--no_sync", no_sync])[0])

@@ -34,18 +34,13 @@ def test_what_each_mode_is():
     assert scaled == ["fp16_autocast"]
 
 
-@pytest.fixture(scope="module")
-def plain(checkpoints, alpaca_file, one_rank):
-    made = {}
+@pytest.fixture
+def plain(checkpoints, alpaca_file, plain_run):
+    """plain(train_type) -> (arguments, results of the plain run in fp32)."""
 
     def get(train_type: str):
-        if train_type not in made:
-            args = arguments(checkpoints(biased(train_type)), alpaca_file, train_type)
-            made[train_type] = (
-                args,
-                one_rank(train_run, [*args, "--batch_size", "4", "--precision", "fp32"])[0],
-            )
-        return made[train_type]
+        args = arguments(checkpoints(biased(train_type)), alpaca_file, train_type)
+        return args, plain_run([*args, "--batch_size", "4", "--use_gradient_checkpointing", "false"])
 
     return get
 

@@ -1,4 +1,5 @@
-"""Whole runs, started as a user starts them: what they leave, how they repeat, how they fail."""
+"""Whole runs: what they leave, how they repeat, how they fail. Those about processes are started as a user starts
+them; in the others the pool's ranks stand for the processes that a run would start, which take seconds each."""
 
 from __future__ import annotations
 
@@ -15,14 +16,18 @@ import threading
 import time
 from pathlib import Path
 
+import huggingface_hub.constants
 import psutil
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
 
+import launch
 import train
+from config import parse
 from optimizers import lr_factor
+from tests.runs import train_run, whole_run
 
 ROOT = Path(__file__).parent.parent
 METRICS = (
@@ -46,6 +51,27 @@ def run(args, *launcher: str, **env: str) -> str:
     return out + err
 
 
+@pytest.fixture
+def run_here(one_rank, two_ranks, monkeypatch, capsys):
+    """run_here(args) -> output of a run that must succeed: all of the program but the start of processes."""
+    pools, started, printed = {1: one_rank, 2: two_ranks}, launch.start, []
+
+    def start(run, world, args, *where):
+        if world not in pools:  # a machine with more GPUs
+            return started(run, world, args, *where)
+        printed.extend(pools[world](whole_run, *args))
+        return 0
+
+    def run_here(args) -> str:
+        printed.clear()
+        status, shown = train.main(list(map(str, args))), capsys.readouterr()
+        assert status == 0, shown.err
+        return "".join([shown.out, shown.err, *printed])
+
+    monkeypatch.setattr(launch, "start", start)
+    return run_here
+
+
 def metrics(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
@@ -66,7 +92,20 @@ def test_the_embedded_default_learns(tmp_path):
     assert re.search(r"data: [\d,]+ rows kept, 0 dropped; [\d,]+ tokens.* padding \d+%", out)
 
 
-def test_the_command_of_the_write_up(checkpoints, alpaca_file, tmp_path):
+def losses(folder: Path) -> list[float]:
+    return [m["loss"] for m in metrics(folder)]
+
+
+@pytest.fixture(scope="module")
+def losses_of_two(checkpoints, alpaca_file, two_ranks, tmp_path_factory) -> list[float]:
+    """Of `small` in two ranks, however they are started."""
+    out = tmp_path_factory.mktemp("two") / "out"
+    config, _ = parse(list(map(str, small(checkpoints, alpaca_file, out, "--world_size", "2"))))
+    two_ranks(whole_run, train.check(config))
+    return losses(out)
+
+
+def test_the_command_of_the_write_up(checkpoints, alpaca_file, tmp_path, run_here):
     """DESIGN.md's command, word for word but for the model, the data and where it is written."""
     command = f"""--train_type bnb_dora --model_name {checkpoints()}
       --dataset {alpaca_file} --dataset_samples 130 --batch_size 4
@@ -74,7 +113,7 @@ def test_the_command_of_the_write_up(checkpoints, alpaca_file, tmp_path):
       --use_gradient_checkpointing true --reentrant_checkpointing true --use_cpu_offload false
       --use_activation_cpu_offload false --project_name "fsdp-quantized-ucg"
       --save_model true --output_dir {tmp_path}/models/Llama-3-70b-ucg-bnb-QDoRA"""
-    out = run(command.replace('"', "").split())
+    out = run_here(command.replace('"', "").split())
     folder = tmp_path / "models" / "Llama-3-70b-ucg-bnb-QDoRA"
     names = {p.name for p in folder.iterdir()}
     assert names == {
@@ -88,23 +127,12 @@ def test_the_command_of_the_write_up(checkpoints, alpaca_file, tmp_path):
     assert "--reentrant_checkpointing" in out and str(folder) in out and "train.py --config" in out
 
 
-def test_metrics_and_repeating_a_run(checkpoints, alpaca_file, tmp_path):
-    first, again = tmp_path / "first", tmp_path / "again"
-    run(
-        small(
-            checkpoints,
-            alpaca_file,
-            first,
-            "--lr_scheduler",
-            "cosine",
-            "--lora_dropout",
-            "0.1",
-            "--world_size",
-            "1",
-        )
-    )
-    run(["--config", first / "config.yaml", "--output_dir", again])
-    lines, repeated = metrics(first), metrics(again)
+def test_metrics_and_repeating_a_run(checkpoints, alpaca_file, tmp_path, run_here):
+    """The command that a run prints as the next one repeats it, in processes of its own."""
+    first = tmp_path / "a run"
+    more = ["--lr_scheduler", "cosine", "--lora_dropout", "0.1", "--world_size", "1"]
+    out = run_here(small(checkpoints, alpaca_file, first, *more))
+    lines = metrics(first)
     assert [list(m) for m in lines] == [METRICS] * 4
     assert [m["lr"] for m in lines] == pytest.approx(
         [2e-3 * lr_factor(i, 4, 0.1, "cosine") for i in range(4)]
@@ -113,31 +141,36 @@ def test_metrics_and_repeating_a_run(checkpoints, alpaca_file, tmp_path):
     assert [m["step"] for m in lines] == [1, 2, 3, 4]
     assert all(0 < m["trained_tokens"] < m["tokens"] and m["step_seconds"] > 0 for m in lines)
     assert all(m["memory_allocated_gib"] > 0.01 for m in lines)
-    assert [m["loss"] for m in lines] == [m["loss"] for m in repeated]
+
+    python, *command = shlex.split(re.search(r"next: (.*)", out)[1])
+    assert python == "python" or os.path.samefile(ROOT / python, sys.executable)
+    assert command == ["train.py", "--config", f"{first}/config.yaml", "--output_dir", f"{first}-again"]
+    run(command[1:])
+    again = tmp_path / "a run-again"
+    assert losses(first) == losses(again)
     weights = [load_file(folder / "adapter_model.safetensors") for folder in (first, again)]
     assert all(torch.equal(weights[1][k], v) for k, v in weights[0].items())
 
 
-def test_a_hub_id_from_the_cache(checkpoints, alpaca_file, tmp_path):
+def test_a_hub_id_from_the_cache(checkpoints, alpaca_file, tmp_path, run_here, monkeypatch):
     """As huggingface_hub lays it out on disk after a download; the adapter then names the id, not a path."""
     repository = tmp_path / "hub" / "models--someone--tiny"
     (repository / "refs").mkdir(parents=True)
     (repository / "refs" / "main").write_text("0123abc")
     shutil.copytree(checkpoints(), repository / "snapshots" / "0123abc")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     args = small(checkpoints, alpaca_file, tmp_path / "out", "--world_size", "1")
     args[1] = "someone/tiny"
-    run(args, HF_HUB_CACHE=str(tmp_path / "hub"), HF_HUB_OFFLINE="1")
+    run_here(args)
     described = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert described["base_model_name_or_path"] == "someone/tiny"
 
 
-def test_torchrun_gives_the_same_run(checkpoints, alpaca_file, tmp_path):
-    args = small(checkpoints, alpaca_file, tmp_path / "spawn", "--log_to", "stdout", "--world_size", "2")
-    assert "step 4/4: loss" in run(args)
-    args[args.index(tmp_path / "spawn")] = tmp_path / "torchrun"
-    run(args, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-    losses = [[m["loss"] for m in metrics(tmp_path / name)] for name in ("spawn", "torchrun")]
-    assert losses[0] == losses[1]
+def test_torchrun_gives_the_same_run(checkpoints, alpaca_file, tmp_path, losses_of_two):
+    args = small(checkpoints, alpaca_file, tmp_path / "out", "--log_to", "stdout", "--world_size", "2")
+    out = run(args, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    assert "step 4/4: loss" in out
+    assert losses(tmp_path / "out") == losses_of_two
 
 
 def test_torchrun_reports_bad_input_once(checkpoints, alpaca_file, tmp_path):
@@ -161,19 +194,31 @@ def test_torchrun_reports_a_wrong_option_once(tmp_path, capsys, monkeypatch):
         assert capsys.readouterr().err.count("error: --lora_rank") == lines
 
 
-def test_the_next_command_runs_as_printed(checkpoints, alpaca_file, tmp_path):
-    out = run(small(checkpoints, alpaca_file, tmp_path / "a run", "--max_steps", "1", "--world_size", "1"))
-    command = shlex.split(re.search(r"next: (.*)", out)[1])
-    assert Path(ROOT / command[0]).exists() and command[3] == f"{tmp_path}/a run/config.yaml"
+@pytest.mark.parametrize(
+    "args, status, out, err",
+    [
+        (["--lora_rnk", "8"], 2, "", "error: unknown option --lora_rnk; did you mean --lora_rank?\n"),
+        (["--help"], 0, "usage: python train.py", ""),
+    ],
+)
+def test_options_are_answered_at_once(args, status, out, err):
+    """The program's own exit status and only line, before torch is imported, which takes seconds."""
+    process = start(args, "-X", "importtime")
+    shown, imported = process.communicate(timeout=60)
+    imports = [line for line in imported.splitlines(keepends=True) if line.startswith("import time:")]
+    assert process.returncode == status and shown.startswith(out)
+    assert "".join(line for line in imported.splitlines(keepends=True) if line not in imports) == err
+    names = {line.rpartition("|")[2].strip().partition(".")[0] for line in imports}
+    assert "argparse" in names and not names & {"torch", "transformers", "numpy", "huggingface_hub"}
 
 
-def test_overwrite_replaces_a_run(checkpoints, alpaca_file, tmp_path):
+def test_overwrite_replaces_a_run(checkpoints, alpaca_file, tmp_path, run_here, capsys):
     args = small(checkpoints, alpaca_file, tmp_path / "out", "--save_model", "false", "--world_size", "1")
-    run(args)
-    process = start(args)
-    assert "holds a run" in process.communicate(timeout=60)[1] and process.returncode == 2
+    run_here(args)
+    assert train.main(list(map(str, args))) == 2
+    assert "holds a run" in capsys.readouterr().err
     assert len(metrics(tmp_path / "out")) == 4, "a refused run must not touch the earlier one"
-    run([*args, "--overwrite", "--max_steps", "2"])
+    run_here([*args, "--overwrite", "--max_steps", "2"])
     assert len(metrics(tmp_path / "out")) == 2
     assert not list((tmp_path / "out").glob("adapter*"))
 
@@ -225,7 +270,9 @@ if __name__ == "__main__":
 """
 
 
-def test_a_rank_that_raises_ends_the_others_with_its_message(checkpoints, alpaca_file, tmp_path):
+def test_a_rank_that_raises_ends_the_others_with_its_message(
+    checkpoints, alpaca_file, tmp_path, losses_of_two
+):
     script = tmp_path / "raising.py"
     script.write_text(RAISING.format(root=str(ROOT)))
     args = small(checkpoints, alpaca_file, tmp_path / "out", "--world_size", "2")
@@ -234,8 +281,7 @@ def test_a_rank_that_raises_ends_the_others_with_its_message(checkpoints, alpaca
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1] == "error: rank 1: RuntimeError: the disk of rank 1 is on fire"
-    steps = metrics(tmp_path / "out")
-    assert len(steps) == 2, "both ranks were training until then"
+    assert losses(tmp_path / "out") == losses_of_two[:2], "both ranks were training until then"
     assert time.time() - begun < 90
 
 
@@ -296,10 +342,10 @@ def wandb_records(path: Path):
             yield record
 
 
-def test_wandb_offline_holds_every_step(checkpoints, alpaca_file, tmp_path):
+def test_wandb_offline_holds_every_step(checkpoints, alpaca_file, tmp_path, run_here):
     """Read back from the file that wandb itself wrote."""
     names = ["--project_name", "p", "--name", "n", "--group", "g", "--world_size", "1"]
-    run(small(checkpoints, alpaca_file, tmp_path / "out", "--log_to", "wandb", *names), WANDB_MODE="offline")
+    run_here(small(checkpoints, alpaca_file, tmp_path / "out", "--log_to", "wandb", *names))
     (file,) = (tmp_path / "out").glob("wandb/offline-run-*/*.wandb")
     records = list(wandb_records(file))
     (described,) = (r.run for r in records if r.WhichOneof("record_type") == "run")
@@ -314,8 +360,6 @@ def test_wandb_offline_holds_every_step(checkpoints, alpaca_file, tmp_path):
 
 @pytest.mark.parametrize("optimizer", ["adam", "sgd", "adadelta"])
 def test_optimizers_learn(optimizer, checkpoints, alpaca_file, one_rank):
-    from tests.runs import train_run
-
     lr = {"adam": "2e-3", "sgd": "0.5", "adadelta": "0.5"}[optimizer]
     args = [
         "--model_name",
@@ -327,17 +371,7 @@ def test_optimizers_learn(optimizer, checkpoints, alpaca_file, one_rank):
         "--lora_rank",
         "8",
     ]
-    args += [
-        "--optimizer",
-        optimizer,
-        "--lr",
-        lr,
-        "--max_steps",
-        "6",
-        "--num_epochs",
-        "6",
-        "--batch_size",
-        "40",
-    ]
-    losses = one_rank(train_run, args)[0][0]
-    assert losses[-1] < 0.97 * losses[0]
+    args += ["--optimizer", optimizer, "--lr", lr, "--max_steps", "6", "--num_epochs", "6"]
+    args += ["--dataset_samples", "8", "--batch_size", "8"]  # the same rows at each step
+    values = one_rank(train_run, args)[0][0]
+    assert values[-1] < 0.97 * values[0]
