@@ -205,6 +205,18 @@ def test_one_file_stays_one_file(tmp_path):
     assert not any("inv_freq" in name for name in all_tensors(folder))
 
 
+def test_mixed_dtypes_are_aligned(tmp_path):
+    """A model with fp32 norms among bf16 matrices of odd sizes: no number may lie across its own boundary."""
+    tensors = {"a": torch.randn(3).bfloat16(), "b": torch.randn(5), "c": torch.randn(1, 7).half()}
+    save_file(tensors, tmp_path / "model.safetensors")
+    entries = model_writer.copied(CheckpointFiles(tmp_path))
+    model_writer.write_tensors(tmp_path / "again.safetensors", dict(sorted(entries.items())))
+    again = load_file(tmp_path / "again.safetensors")
+    assert all(t.dtype == again[n].dtype and torch.equal(t, again[n]) for n, t in tensors.items())
+    for name, (begin, _) in model_writer._ranges(tmp_path / "again.safetensors").items():
+        assert begin % tensors[name].dtype.itemsize == 0, name
+
+
 @pytest.mark.parametrize("kind, written_out", [("qwen2", False), ("qwen3", True)], ids=["pattern", "list"])
 def test_kinds_of_attention_go_with_their_layers(kind, written_out, checkpoints, base_logits, tmp_path):
     """Layer 0 sees everything, 1 and 2 a window that is shorter than the text. Configs of older versions say so
