@@ -90,8 +90,9 @@ class Config:
         needs="adapter")
     lora_dropout: float = option(0.0, "Method", "dropout on the low-rank branch's input, 0 to below 1",
         needs="adapter")
-    lora_target_modules: str = option("all", "Method", "all = every linear of the decoder layers; default = PEFT's"
-        " choice for the family; or names, comma-separated: q_proj,v_proj", needs="adapter")
+    lora_target_modules: str = option("all", "Method", "all = every linear of the decoder layers, or of their"
+        " attention where experts are routed; default = PEFT's choice for the family; or names, comma-separated:"
+        " q_proj,v_proj", needs="adapter")
     n_bits: int | None = option(None, "Method", "bits per weight for the hqq train types", later=ANY)
     llama_pro_path: str | None = option(None, "Method", "folder of the expanded model, for llama_pro types",
         later=ANY)
