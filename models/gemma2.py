@@ -2,7 +2,7 @@
 
 Attention is transformers' eager one, the only one that applies the cap on scores: PyTorch's fused kernels
 cannot, and transformers up to 5.17 drops the cap without a word where they are asked for. The price is the
-[B, heads, T, T] scores of one layer in memory, in the compute dtype and in fp32.
+[B, heads, T, T] scores of one layer in memory: in bf16, 8 bytes each until backward.
 """
 
 import torch
