@@ -96,8 +96,9 @@ class Config:
         needs="adapter")
     lora_dropout: float = option(0.0, "Method", "dropout on the low-rank branch's input, 0 to below 1",
         needs="adapter")
-    lora_target_modules: str = option("all", "Method", "all = every linear of the decoder layers; default = PEFT's"
-        " choice for the family; or names, comma-separated: q_proj,v_proj", needs="adapter")
+    lora_target_modules: str = option("all", "Method", "all = every linear of the decoder layers, or of their"
+        " attention where experts are routed; default = PEFT's choice for the family; or names, comma-separated:"
+        " q_proj,v_proj", needs="adapter")
     n_bits: int | None = option(None, "Method", "bits per weight: 8, 4, 3 or 2; unset = 4", needs="hqq")
     group_size: int | None = option(None, "Method", "weights that share a scale and a zero point; unset = 64",
         needs="hqq")

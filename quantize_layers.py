@@ -204,6 +204,10 @@ def _materialize(model: nn.Module, family: Family, device: torch.device, home: t
     filled = {
         id(b) for m in model.modules() if isinstance(m, Packed) or m is rotary for b in m.buffers(False)
     }
+    for name, content in family.constants(model.config).items():
+        buffer = model.get_buffer(name)
+        assert buffer.shape == content.shape, f"{name}: {content.shape} for {buffer.shape}"
+        filled.add(id(buffer.copy_(content)))
     unknown = [name for name, buffer in model.named_buffers() if id(buffer) not in filled]
     assert not unknown, f"buffers that nothing fills: {unknown}"
 

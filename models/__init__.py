@@ -15,7 +15,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from config import UserError
 from model_files import CheckpointFiles
-from models import llama, mistral, qwen2, qwen3
+from models import gemma2, gemma3, llama, mistral, phi3, qwen2, qwen3, qwen3_moe
 from models.family import Family
 
 FAMILIES: dict[str, Family] = {
@@ -23,6 +23,10 @@ FAMILIES: dict[str, Family] = {
     "mistral": mistral.FAMILY,
     "qwen2": qwen2.FAMILY,
     "qwen3": qwen3.FAMILY,
+    "qwen3_moe": qwen3_moe.FAMILY,
+    "gemma2": gemma2.FAMILY,
+    "gemma3_text": gemma3.FAMILY,
+    "phi3": phi3.FAMILY,
 }
 
 # What transformers and torch raise for a config.json with values that no model can have.
@@ -54,19 +58,27 @@ def read_config(folder: Path) -> tuple[PretrainedConfig, Family]:
 
 
 def build_on_meta(config: PretrainedConfig, family: Family) -> PreTrainedModel:
-    """transformers' model of this family with every tensor on the meta device: shapes, no memory.
+    """transformers' model of this family with every tensor on the meta device: shapes, no memory. Its parameters
+    are the files' tensors.
 
-    Raises UserError if the configuration describes no model.
+    Raises UserError if the configuration describes no model, or none that predicts the next token.
     """
-    config._attn_implementation = "sdpa"
+    config._attn_implementation = family.attention
     try:
         with torch.device("meta"):
             model = family.model_class(config)
+            family.as_stored(model)
     except UNUSABLE as e:
         raise UserError(
             f"{config.name_or_path}/config.json: describes no {config.model_type} model"
             f" ({type(e).__name__}: {_reason(e)})"
         ) from None
+    if not all(getattr(module, "is_causal", True) for module in model.modules()):
+        # Embedding models: they would see the tokens that they are to predict, and the padding.
+        raise UserError(
+            f"{config.name_or_path}/config.json: describes a model with bidirectional attention"
+            " (use_bidirectional_attention); only causal models are trained"
+        )
     if config.tie_word_embeddings:
         model.get_submodule(family.head).weight = model.get_submodule(family.embedding).weight
     return model.eval()

@@ -12,6 +12,7 @@ from models.dora import DoRALinear
 from models.family import Family
 from models.llama_pro import new_layers
 from models.lora import LoRALinear
+from models.moe import within_experts
 from precision import Precision
 from quantize_layers import quantize_linears
 from quantizers import Quantizer, make_quantizer
@@ -21,14 +22,19 @@ def target_linears(model: nn.Module, family: Family, wanted: str) -> list[str]:
     """Absolute names of the linears that get an adapter. wanted: as --lora_target_modules.
 
     A name matches whole dotted segments at the end: q_proj, self_attn.q_proj. Raises UserError if one
-    matches nothing.
+    matches nothing, or a linear of a routed expert.
     """
     names = [name for name, _ in family.layer_linears(model)]
     chosen = set()
     for pattern in peft_targets(family, wanted):
         hits = [n for n in names if pattern and f".{n}".endswith(f".{pattern}")]
+        known = ", ".join(dict.fromkeys(linear.rpartition(".")[2] for linear in family.linears))
+        if any(within_experts(model, n) for n in hits):
+            raise UserError(
+                f"--lora_target_modules: {pattern!r} names linears of experts, which get no adapter: PEFT has no"
+                f" module for a single expert; known: {known}"
+            )
         if not hits:
-            known = ", ".join(dict.fromkeys(linear.rpartition(".")[2] for linear in family.linears))
             raise UserError(
                 f"--lora_target_modules: {pattern!r} matches no linear of this model; known: {known}"
             )

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
 
 ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 GATED_MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
@@ -20,6 +22,13 @@ class Family:
     means, PEFT's choice for the family, by last name; sublayers: attention and MLP, relative to a layer;
     outputs: the projections whose results a layer adds to the hidden states (attention's, the MLP's), by their
     names in checkpoints, * for any one segment.
+
+    Only where a family needs them:
+    attention: the implementation that computes all of its attention, by transformers' name;
+    linears_of: what is quantized in the given decoder layer, if that is more than `linears` or differs from
+    layer to layer, relative to the layer;
+    as_stored: changes the meta model in place until its parameters are the files' tensors;
+    constants: full contents of the buffers that no file holds, rotary tables apart, by absolute name.
     """
 
     model_class: type[nn.Module]
@@ -28,17 +37,21 @@ class Family:
     default_targets: tuple[str, ...] = ("q_proj", "v_proj")
     sublayers: tuple[str, ...] = ("self_attn", "mlp")
     outputs: tuple[str, ...] = ("self_attn.o_proj", "mlp.down_proj")
+    attention: str = "sdpa"
+    linears_of: Callable[[nn.Module], tuple[str, ...]] | None = None
+    as_stored: Callable[[PreTrainedModel], None] = lambda model: None
+    constants: Callable[[PretrainedConfig], dict[str, torch.Tensor]] = lambda config: {}
     layers: str = "model.layers"
     embedding: str = "model.embed_tokens"
     head: str = "lm_head"
     rotary: str = "model.rotary_emb"
 
     def layer_linears(self, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-        """(absolute dotted name, module) of every linear of every decoder layer, in order."""
-        for i in range(len(model.get_submodule(self.layers))):
-            for linear in self.linears:
-                name = f"{self.layers}.{i}.{linear}"
-                yield name, model.get_submodule(name)
+        """(absolute dotted name, module) of every linear of every decoder layer, in order: all that is
+        quantized. Raises AttributeError for a name that a layer does not have."""
+        for i, layer in enumerate(model.get_submodule(self.layers)):
+            for linear in self.linears_of(layer) if self.linears_of else self.linears:
+                yield f"{self.layers}.{i}.{linear}", layer.get_submodule(linear)
 
     def place(self, name: str) -> tuple[int | None, str]:
         """(layer, name below it) of a parameter or a checkpoint's tensor; (None, name) outside the layers."""

@@ -5,9 +5,13 @@ from __future__ import annotations
 
 import contextlib
 import io
+import shutil
+import tempfile
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
 
 import train
 from checkpoint import gather
@@ -71,16 +75,20 @@ def whole_run(place, job: train.Job) -> str:
     return shown.getvalue()
 
 
-def logits(place, argv: list[str], ids: torch.Tensor) -> torch.Tensor:
-    """The model's logits with random adapters, in evaluation mode."""
-    _, model = set_up(place, argv)
+def outputs(place, argv: list[str], ids: torch.Tensor, random_adapters: bool = True):
+    """(the model's logits in evaluation mode, its `dense_tensors`, its `trained_tensors`)."""
+    _, model = set_up(place, argv, random_adapters)
     with torch.no_grad():
-        return model.eval()(input_ids=ids, use_cache=False).logits.clone()
+        logits = model.eval()(input_ids=ids, use_cache=False).logits.clone()
+    return logits, dense_tensors(model), trained_tensors(model)
 
 
 def dense_state(place, argv: list[str]) -> dict[str, torch.Tensor]:
     """The weights that training computes with, by the checkpoint's names: 4-bit ones dequantized."""
-    _, model = set_up(place, argv)
+    return dense_tensors(set_up(place, argv)[1])
+
+
+def dense_tensors(model) -> dict[str, torch.Tensor]:
     state = {}
     for path, module in model.named_modules():
         own = {n: gather(p) for n, p in module.named_parameters(recurse=False)}
@@ -92,3 +100,17 @@ def dense_state(place, argv: list[str]) -> dict[str, torch.Tensor]:
             if not name.startswith(("lora_", "magnitude", "squared")):
                 state[clean(f"{path}.{name}").replace(".base.", ".")] = value.clone()
     return state
+
+
+def transformers_model(folder: Path, state: dict[str, torch.Tensor]):
+    """transformers' own model of a checkpoint's folder, with the weights `state` in place of the folder's. They
+    go by the files' names and through transformers' own loader, which stacks experts. Attention is eager: the
+    plain arithmetic, of which everything else is an optimization."""
+    with tempfile.TemporaryDirectory() as other:
+        shutil.copy(folder / "config.json", other)
+        save_file({k: v.contiguous() for k, v in state.items()}, Path(other, "model.safetensors"))
+        model, report = AutoModelForCausalLM.from_pretrained(
+            other, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+        )
+    assert not any(report.values()), report
+    return model.eval()

@@ -14,8 +14,9 @@ from models.dora import DoRALinear
 from models.lora import LoRALinear
 from quantize_layers import Linear4bit
 from quantizers import HQQ, NF4
-from tests.runs import dense_state, logits, set_up, trained_tensors
+from tests.runs import outputs, set_up, trained_tensors, transformers_model
 from tests.test_quantize_layers import CPU, quantized
+from tests.tiny import CONFIGS
 
 QUANTIZERS = [NF4(), HQQ(8), HQQ(4), HQQ(2), HQQ(3, 48)]  # 48: groups cross rows, no row scales
 O, I, R, ALPHA = 48, 64, 8, 20  # noqa: E741
@@ -138,9 +139,8 @@ def args_for(model, data, train_type: str, *more) -> list[str]:
 
 def as_peft(folder, state: dict, ours: dict, use_dora: bool):
     """transformers' model with the weights that training computed with, under PEFT, with our adapters."""
-    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    base.load_state_dict(state, strict=not base.config.tie_word_embeddings)
-    names = [name.rpartition(".")[2] for name in LINEARS.split()]
+    base = transformers_model(folder, state)
+    names = sorted({name.split(".")[-2] for name in ours})
     options = {"r": R, "lora_alpha": ALPHA, "target_modules": names, "use_dora": use_dora}
     model = peft.get_peft_model(base, peft.LoraConfig(task_type="CAUSAL_LM", **options))
     params = dict(model.named_parameters())
@@ -161,14 +161,23 @@ def adapters_of(place, args):
     return trained_tensors(set_up(place, args)[1])
 
 
-@pytest.mark.parametrize("train_type", ["lora", "dora", "qlora", "bnb_dora", "hqq_lora", "hqq_dora"])
-@pytest.mark.parametrize("kind", ["llama_bias", "qwen2"])
+@pytest.mark.parametrize(
+    ("kind", "train_type"),
+    [(kind, t) for kind in ("llama_bias", "qwen2") for t in ("lora", "dora", "qlora", "bnb_dora")]
+    + [
+        ("llama_bias", "hqq_lora"),
+        ("qwen2", "hqq_dora"),
+        ("gemma3", "bnb_dora"),
+        ("phi3", "lora"),
+        ("phi3", "bnb_dora"),
+        ("qwen3_moe", "bnb_dora"),
+    ],
+)
 def test_model_equals_peft(train_type, kind, checkpoints, alpaca_file, one_rank):
     """The whole model, alpha / rank = 2.5, biases, on the same (dequantized) weights."""
     folder = checkpoints(kind)
     args = args_for(folder, alpaca_file, train_type)
-    ours = one_rank(logits, args, IDS)[0]
-    state, adapters = one_rank(dense_state, args)[0], one_rank(adapters_of, args)[0]
+    ours, state, adapters = one_rank(outputs, args, IDS)[0]
     model = as_peft(folder, state, adapters, METHODS[train_type].adapter == "dora").eval()
     with torch.no_grad():
         theirs = model(input_ids=IDS).logits
@@ -177,26 +186,21 @@ def test_model_equals_peft(train_type, kind, checkpoints, alpaca_file, one_rank)
         assert (model(input_ids=IDS).logits - ours).abs().max() > 0.1
 
 
-@pytest.mark.parametrize("kind", ["llama", "llama3", "llama_bias", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("kind", list(CONFIGS))
 @pytest.mark.parametrize("train_type", ["full", "qlora", "bnb_dora"])
 def test_step_zero_is_the_base_model(kind, train_type, checkpoints, alpaca_file, one_rank):
     """Every family against transformers' own forward on the (dequantized) weights, before any training."""
     folder = checkpoints(kind)
     args = args_for(folder, alpaca_file, train_type)
-    ours, state = one_rank(logits_at_start, args, IDS)[0]
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    model.load_state_dict(state, strict=not model.config.tie_word_embeddings)
+    ours, state, _ = one_rank(outputs, args, IDS, False)[0]
+    model = transformers_model(folder, state)
     with torch.no_grad():
         torch.testing.assert_close(ours, model(input_ids=IDS).logits, rtol=1e-5, atol=1e-5)
 
 
-def logits_at_start(place, args, ids):
-    _, model = set_up(place, args, random_adapters=False)
-    with torch.no_grad():
-        return model.eval()(input_ids=ids, use_cache=False).logits.clone(), dense_state(place, args)
-
-
-@pytest.mark.parametrize("train_type", [t for t, m in METHODS.items() if not m.expansion])
+@pytest.mark.parametrize(
+    "train_type", [t for t, m in METHODS.items() if m.quantizer != "hqq" and not m.expansion]
+)
 def test_exact_set_of_trained_names(train_type, checkpoints, alpaca_file, one_rank):
     names = one_rank(trained_names, args_for(checkpoints("llama_bias"), alpaca_file, train_type))[0]
     parts = {"lora": ["lora_A", "lora_B"], "dora": ["lora_A", "lora_B", "magnitude_change"]}

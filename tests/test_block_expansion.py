@@ -73,12 +73,17 @@ def base_logits(checkpoints):
 @pytest.mark.parametrize(
     "kind, new_blocks",
     # of 3 layers: neither 2 nor 5 divides them
-    [*itertools.product(["llama_bias", "qwen2", "qwen3"], [1, 2, 3, 5]), ("mistral", 2)],
+    [
+        *itertools.product(["llama_bias", "qwen2", "qwen3"], [1, 2, 3, 5]),
+        *itertools.product(["mistral", "gemma2", "gemma3", "phi3", "qwen3_moe"], [2]),
+    ],
 )
 def test_logits_are_the_base_models(kind, new_blocks, checkpoints, base_logits, tmp_path):
     folder = expand(checkpoints(kind), tmp_path / "out", "--new_blocks", new_blocks)
     assert torch.equal(transformers_logits(folder), base_logits(kind))
-    assert described(folder)["num_hidden_layers"] == 3 + new_blocks == 3 + len(described(folder)[NEW_LAYERS])
+    layers = described(checkpoints(kind))["num_hidden_layers"]
+    assert described(folder)["num_hidden_layers"] == layers + new_blocks
+    assert len(described(folder)[NEW_LAYERS]) == new_blocks
 
 
 @pytest.mark.parametrize("kind", ["llama_bias", "qwen2"])

@@ -14,7 +14,7 @@ import checkpoint
 import train
 from checkpoint import check_output, clear_output, holds_run
 from config import UserError
-from tests.runs import dense_state, set_up
+from tests.runs import dense_state, set_up, transformers_model
 from tests.test_adapters import ALPHA, IDS, args_for
 
 
@@ -31,14 +31,16 @@ def save_and_compute(place, args, folder) -> torch.Tensor:
         return model.eval()(input_ids=IDS, use_cache=False).logits.clone()
 
 
-@pytest.mark.parametrize("train_type", ["lora", "dora", "qlora", "bnb_dora"])
-@pytest.mark.parametrize("kind", ["llama_bias", "qwen3"])
+@pytest.mark.parametrize(
+    ("kind", "train_type"),
+    [(kind, t) for kind in ("llama_bias", "qwen3") for t in ("lora", "dora", "qlora", "bnb_dora")]
+    + [("qwen3_moe", "bnb_dora")],
+)
 def test_peft_loads_the_adapter(train_type, kind, checkpoints, alpaca_file, two_ranks, tmp_path):
     """By PEFT's own from_pretrained, on a base that holds the dequantized weights."""
     args = args_for(checkpoints(kind), alpaca_file, train_type, "--lora_dropout", "0.1")
     ours = two_ranks(save_and_compute, args, tmp_path)[0]
-    base = AutoModelForCausalLM.from_pretrained(checkpoints(kind), dtype=torch.float32)
-    base.load_state_dict(two_ranks(dense_state, args)[0])
+    base = transformers_model(checkpoints(kind), two_ranks(dense_state, args)[0])
     model = peft.PeftModel.from_pretrained(base, tmp_path).eval()
     with torch.no_grad():
         torch.testing.assert_close(model(input_ids=IDS).logits, ours, rtol=1e-4, atol=1e-4)
@@ -53,8 +55,7 @@ def test_adapter_on_some_linears_only(checkpoints, alpaca_file, one_rank, tmp_pa
     """target_modules must name exactly what was trained, or PEFT would build more layers than the file has."""
     args = args_for(checkpoints(), alpaca_file, "bnb_dora", "--lora_target_modules", "o_proj,mlp.up_proj")
     ours = one_rank(save_and_compute, args, tmp_path)[0]
-    base = AutoModelForCausalLM.from_pretrained(checkpoints(), dtype=torch.float32)
-    base.load_state_dict(one_rank(dense_state, args)[0])
+    base = transformers_model(checkpoints(), one_rank(dense_state, args)[0])
     model = peft.PeftModel.from_pretrained(base, tmp_path).eval()
     stored = load_file(tmp_path / "adapter_model.safetensors")
     assert len(stored) == 3 * 2 * 3 == len(peft.get_peft_model_state_dict(model))
@@ -62,12 +63,17 @@ def test_adapter_on_some_linears_only(checkpoints, alpaca_file, one_rank, tmp_pa
         torch.testing.assert_close(model(input_ids=IDS).logits, ours, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["llama_bias", "qwen2"])
-@pytest.mark.parametrize("shard_bytes", [checkpoint.SHARD_BYTES, 150_000])
+@pytest.mark.parametrize(
+    ("kind", "shard_bytes"),
+    [(kind, size) for kind in ("llama_bias", "qwen2") for size in (checkpoint.SHARD_BYTES, 150_000)]
+    + [("gemma2", checkpoint.SHARD_BYTES), ("qwen3_moe", 150_000)],
+)
 def test_transformers_loads_the_full_model(kind, shard_bytes, checkpoints, alpaca_file, two_ranks, tmp_path):
     args = args_for(checkpoints(kind), alpaca_file, "full")
     ours = two_ranks(save_in_shards, args, tmp_path, shard_bytes)[0]
-    model, report = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    model, report = AutoModelForCausalLM.from_pretrained(
+        tmp_path, attn_implementation="eager", output_loading_info=True
+    )
     assert not report["missing_keys"] and not report["unexpected_keys"]
     with torch.no_grad():
         torch.testing.assert_close(model.eval()(input_ids=IDS).logits, ours, rtol=1e-5, atol=1e-5)

@@ -3,8 +3,16 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from pathlib import Path
 
+import torch
+from transformers import Starcoder2Config
+
+from models import FAMILIES
+from tests import tiny
+from tests.runs import outputs, transformers_model
+from tests.test_adapters import IDS, args_for
 from tools.make_options_doc import PAGE, page
 
 ROOT = Path(__file__).parent.parent
@@ -16,10 +24,52 @@ def test_the_options_page_is_config_py():
 
 def test_files_that_the_docs_name_exist():
     for doc in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
-        for target in re.findall(r"\]\(([^)#:]+)\)", doc.read_text(encoding="utf-8")):
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", doc.read_text(encoding="utf-8")):
             assert (doc.parent / target).exists(), f"{doc.name} links to {target}"
 
 
 def test_datasets_holds_no_python():
     """A package of that name would shadow Hugging Face's."""
     assert not list((ROOT / "datasets").rglob("*.py"))
+
+
+def test_the_example_of_a_new_family_works(alpaca_file, one_rank, tmp_path, monkeypatch):
+    """The file, the name and the tiny config, as they stand in the docs: step 0 of its 4-bit model."""
+    page = (
+        (ROOT / "docs" / "architecture.md")
+        .read_text(encoding="utf-8")
+        .partition("## Adding a model family")[2]
+    )
+    source = textwrap.dedent(re.search(r"```python\n(.*?)```", page, re.DOTALL)[1])
+    name, config = re.search(r'`"(\w+)": lambda: (.*),`', page).groups()
+    assert f'`"{name}": {name}.FAMILY,`' in page
+    config = eval(config, {"Starcoder2Config": Starcoder2Config, "_COMMON": tiny._COMMON})
+    monkeypatch.setitem(tiny.CONFIGS, name, lambda: config)
+    folder = tiny.save_checkpoint(name, tmp_path)
+    ours, state, adapters = one_rank(
+        step_zero_of_a_new_family, name, source, args_for(folder, alpaca_file, "bnb_dora")
+    )[0]
+    assert {n.split(".", 3)[3].rpartition(".")[0] for n in adapters} == {
+        *(f"self_attn.{x}_proj" for x in "qkvo"),
+        "mlp.c_fc",
+        "mlp.c_proj",
+    }
+    with torch.no_grad():
+        torch.testing.assert_close(
+            ours, transformers_model(folder, state)(input_ids=IDS).logits, rtol=1e-5, atol=1e-5
+        )
+
+
+def step_zero_of_a_new_family(place, name, source, args):
+    exec(source, module := {})
+    FAMILIES[name] = module["FAMILY"]
+    try:
+        return outputs(place, args, IDS, False)
+    finally:
+        del FAMILIES[name]
+
+
+def test_the_docs_name_every_family():
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    listed = re.search(r"Known are \(config.json's `model_type`\): (.*?)\. ", page, re.DOTALL)[1]
+    assert re.findall(r"`(\w+)`", listed) == list(FAMILIES)

@@ -7,7 +7,17 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    LlamaConfig,
+    MistralConfig,
+    Phi3Config,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 
 import block_expansion
 from benchmarks.make_checkpoint import byte_tokenizer
@@ -32,6 +42,38 @@ _LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+# 96 hidden units: the square root, which scales the embedding, is rounded in bf16, and 4-bit blocks cross rows.
+# Caps and scaling of a size that changes the logits. Layers: sliding, full, sliding.
+_GEMMA = _COMMON | {
+    "hidden_size": 96,
+    "head_dim": 32,
+    "pad_token_id": 0,
+    "query_pre_attn_scalar": 24,
+    "sliding_window": 16,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    "final_logit_softcapping": 5.0,
+}
+_GEMMA3_ROPE = {
+    "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+    "full_attention": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0},
+}
+# 12 of the 16 units of a head are rotated (Phi-4-mini); the long factors apply to more than 32 tokens.
+_LONG_ROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1000.0,
+    "partial_rotary_factor": 0.75,
+    "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5],
+    "long_factor": [1.0, 2.0, 3.0, 4.0, 5.0, 6.0],
+    "original_max_position_embeddings": 32,
+}
+# Layer 0 has a plain MLP.
+_EXPERTS = {
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 48,
+    "norm_topk_prob": True,
+    "mlp_only_layers": [0],
+}
 CONFIGS = {
     "llama": lambda: LlamaConfig(**_COMMON),
     "llama3": lambda: LlamaConfig(**_COMMON, rope_parameters=_LLAMA3_ROPE),
@@ -39,6 +81,12 @@ CONFIGS = {
     "mistral": lambda: MistralConfig(**_COMMON, sliding_window=16),
     "qwen2": lambda: Qwen2Config(**_COMMON, tie_word_embeddings=True),
     "qwen3": lambda: Qwen3Config(**_COMMON, head_dim=32),
+    "qwen3_moe": lambda: Qwen3MoeConfig(**_COMMON, head_dim=32, **_EXPERTS),
+    "gemma2": lambda: Gemma2Config(**_GEMMA, attn_logit_softcapping=2.0),
+    "gemma3": lambda: Gemma3TextConfig(**_GEMMA, rope_parameters=_GEMMA3_ROPE),
+    "phi3": lambda: Phi3Config(
+        **_COMMON, pad_token_id=0, original_max_position_embeddings=32, rope_parameters=_LONG_ROPE
+    ),
 }
 
 
@@ -59,11 +107,12 @@ def save_checkpoint(
         assert hasattr(config, name)
         setattr(config, name, value)
     model = AutoModelForCausalLM.from_config(config)
+    norm = 0.0 if model.config.model_type.startswith("gemma") else 1.0  # Gemma multiplies by 1 + weight
     for name, parameter in model.named_parameters():
-        if parameter.dim() == 2:
+        if parameter.dim() >= 2:  # 3 where transformers stacks experts; the files hold one tensor for each
             torch.nn.init.normal_(parameter, std=0.15)
         else:
-            torch.nn.init.normal_(parameter, mean=1.0 if "norm" in name else 0.0, std=0.1)
+            torch.nn.init.normal_(parameter, mean=norm if "norm" in name else 0.0, std=0.1)
     model.to(dtype).save_pretrained(folder, max_shard_size=shard)
     byte_tokenizer().save_pretrained(folder)
     return folder

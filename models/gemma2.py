@@ -1,0 +1,25 @@
+"""Gemma 2: sliding and full attention in turn, soft caps on attention scores and logits, a scaled embedding.
+
+Attention is transformers' eager one, the only one that applies the cap on scores: PyTorch's fused kernels
+cannot, and transformers up to 5.17 drops the cap without a word where they are asked for. The price is the
+[B, heads, T, T] scores of one layer in memory: in bf16, 8 bytes each until backward.
+"""
+
+import torch
+from transformers import Gemma2Config
+from transformers.models.gemma2.modeling_gemma2 import Gemma2ForCausalLM, Gemma2RotaryEmbedding
+
+from models.family import Family
+
+
+def constants(config: Gemma2Config) -> dict[str, torch.Tensor]:
+    """What the embedding is multiplied with. transformers rounds it to the embedding's dtype, and so do we."""
+    return {"model.embed_tokens.embed_scale": torch.tensor(config.hidden_size**0.5)}
+
+
+FAMILY = Family(
+    model_class=Gemma2ForCausalLM,
+    rotary_class=Gemma2RotaryEmbedding,
+    attention="eager",
+    constants=constants,
+)
