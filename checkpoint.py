@@ -41,18 +41,24 @@ def holds_run(folder: Path) -> bool:
 
 def check_output(folder: Path, overwrite: bool) -> None:
     """Raises UserError if the folder holds a run and may not be replaced, or cannot be written."""
+    check_writable(folder, "--output_dir")
+    if holds_run(folder) and not overwrite:
+        raise UserError(
+            f"--output_dir {folder}: holds a run already; choose another folder, or add --overwrite"
+        )
+
+
+def check_writable(folder: Path, option: str) -> None:
+    """Raises UserError if the folder cannot be made or written to. Creates nothing: other runs may be checking as
+    well."""
     try:
-        if holds_run(folder) and not overwrite:
-            raise UserError(
-                f"--output_dir {folder}: holds a run already; choose another folder, or add --overwrite"
-            )
         with contextlib.suppress(FileNotFoundError):
             os.stat(folder)  # raises, as exists() does not, where a part of the path is a file
         existing = next(p for p in [folder.absolute(), *folder.absolute().parents] if p.exists())
-        with tempfile.TemporaryFile(dir=existing):  # nothing is created: other runs may be checking as well
+        with tempfile.TemporaryFile(dir=existing):
             pass
     except (OSError, ValueError) as e:  # ValueError: a NUL in the name
-        raise UserError(f"--output_dir {folder}: cannot be written ({getattr(e, 'strerror', e)})") from None
+        raise UserError(f"{option} {folder}: cannot be written ({getattr(e, 'strerror', e)})") from None
 
 
 def clear_output(folder: Path) -> None:

@@ -155,7 +155,10 @@ class Config:
     low_memory: bool = option(True, "Memory and speed", "accepted; loading never holds a whole model")
     no_sync: bool = option(False, "Memory and speed", "reduce gradients once per optimizer step, not per micro-batch:"
         " less traffic, but unsharded gradients in memory")
-    loading_workers: int = option(-1, "Memory and speed", "threads that read and quantize; -1 = automatic", later=ANY)
+    loading_workers: int = option(-1, "Memory and speed", "threads of each rank that read and quantize; -1 = its share"
+        " of the processors, at most 4")
+    quantized_cache: str | None = option(None, "Memory and speed", "folder that the first run leaves the packed"
+        " weights in, and later runs load them from", needs="quantizer")
 
     world_size: int = option(-1, "Launch", "processes to start; -1 = all GPUs, or two CPU processes without a GPU")
     master_addr: str = option("localhost", "Launch", "address of rank 0, for mp.spawn")
@@ -362,6 +365,8 @@ def _resolve(given: dict) -> Config:
         changes["lr_warmup"] = 0.0 if config.lr_scheduler == "constant" else 0.1
     folder = config.output_dir or f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{config.train_type}"
     changes["output_dir"] = os.path.expanduser(folder)  # no shell does it in a YAML file
+    if config.quantized_cache is not None:
+        changes["quantized_cache"] = os.path.abspath(os.path.expanduser(config.quantized_cache))
     changes |= {
         n: None for n, f in FIELDS.items() if f.metadata["needs"] and not getattr(method, f.metadata["needs"])
     }
@@ -391,7 +396,7 @@ def _check_values(config: Config) -> None:
         raise UserError("--use_activation_cpu_offload: needs --use_gradient_checkpointing true")
     if config.hybrid_shard_size != -1 and not config.sharding_strategy.startswith("hybrid_"):
         raise UserError("--hybrid_shard_size: has no effect without a hybrid --sharding_strategy")
-    for name in ("max_steps", "dataset_samples", "world_size", "hybrid_shard_size"):
+    for name in ("max_steps", "dataset_samples", "world_size", "hybrid_shard_size", "loading_workers"):
         value = getattr(config, name)
         if value == 0 or value < -1:
             raise UserError(f"--{name} {value}: must be positive, or -1")

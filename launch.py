@@ -29,11 +29,12 @@ from config import UserError
 
 @dataclass(frozen=True)
 class Place:
-    """Where a process stands: global rank and number of ranks, rank and device within the node."""
+    """Where a process stands: global rank and number of ranks; the same within its node; its device."""
 
     rank: int
     world: int
     local_rank: int
+    local_world: int
     device: torch.device
 
 
@@ -70,11 +71,17 @@ def resolve_group_size(wanted: int, world: int) -> int:
     return size
 
 
+def resolve_workers(wanted: int, local_world: int) -> int:
+    """--loading_workers, or its default: the rank's share of the processors, at most 4."""
+    return wanted if wanted > 0 else min(4, max(1, (os.cpu_count() or 1) // local_world))
+
+
 def join_group(rank: int, world: int, local_rank: int, store: dist.Store | None = None) -> Place:
     """Makes this process one of the group: NCCL on GPUs (gloo beside it for host tensors), else gloo.
 
     The ranks find one another in `store`; without one, at MASTER_ADDR and MASTER_PORT.
     """
+    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", world))
     where = {"rank": rank, "world_size": world, "store": store}
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank)
@@ -82,10 +89,9 @@ def join_group(rank: int, world: int, local_rank: int, store: dist.Store | None 
         dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device, **where)
     else:
         device = torch.device("cpu")
-        local_world = int(os.environ.get("LOCAL_WORLD_SIZE", world))
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_world))
         dist.init_process_group("gloo", **where)
-    return Place(rank, world, local_rank, device)
+    return Place(rank, world, local_rank, local_world, device)
 
 
 def start(run: Callable, world: int, args: tuple, address: str, port: int | None) -> int:

@@ -10,13 +10,13 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from config import TOY_MODEL, UserError
+from packed_files import BnbWeight, CachedWeight, PackedWeight, find_bnb, read_file
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -24,7 +24,7 @@ FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor lies and what its header says of it."""
+    """Where a tensor lies and what its header says of it; of a packed weight, the shape that it stands for."""
 
     file: str
     shape: tuple[int, ...]
@@ -32,7 +32,8 @@ class StoredTensor:
 
 
 class CheckpointFiles:
-    """The tensors of a model folder, by name. Picklable: files are opened when first read.
+    """The tensors of a model folder, by name: `tensors`, and in `packed` those of them that some file holds
+    packed already, bitsandbytes' own or a cache's.
 
     only: the name of one safetensors file in the folder, to read that one and nothing else.
     """
@@ -40,10 +41,15 @@ class CheckpointFiles:
     def __init__(self, folder: Path, only: str | None = None):
         self.folder = folder
         self.tensors: dict[str, StoredTensor] = {}
+        self.packed: dict[str, BnbWeight | CachedWeight] = {}
+        raw: dict[str, str] = {}
         for file, names in ({only: None} if only else _files(folder)).items():
-            self._read_header(file, names)
+            self._read_header(file, names, raw)
+        self._find_packed(raw)
+        self.prequantized = bool(self.packed)
 
-    def _read_header(self, file: str, expected: set[str] | None) -> None:
+    def _read_header(self, file: str, expected: set[str] | None, raw: dict[str, str]) -> None:
+        """Adds what a file holds to `raw` {tensor: file} and, where it is a float, to self.tensors."""
         path = self.folder / file
         if not path.is_file():
             raise UserError(f"--model_name {self.folder}: shard {file} is missing (it is named in {INDEX})")
@@ -51,34 +57,38 @@ class CheckpointFiles:
             with safe_open(path, framework="pt") as f:
                 names = set(f.keys())
                 for name in sorted(names):
-                    if name in self.tensors:
-                        raise UserError(f"{path}: tensor {name} is in {self.tensors[name].file} as well")
-                    header = f.get_slice(name)
-                    kind = FLOATS.get(header.get_dtype())
-                    if kind is None:
-                        raise UserError(
-                            f"{path}: tensor {name} is stored as {header.get_dtype()}; expected floating-point"
-                            " weights, not a checkpoint that is quantized already"
-                        )
-                    self.tensors[name] = StoredTensor(file, tuple(header.get_shape()), kind)
+                    if name in raw:
+                        raise UserError(f"{path}: tensor {name} is in {raw[name]} as well")
+                    raw[name], header = file, f.get_slice(name)
+                    stored = header.get_dtype()
+                    self.tensors[name] = StoredTensor(
+                        file, tuple(header.get_shape()), FLOATS.get(stored, stored)
+                    )
         except (SafetensorError, OSError) as e:
             raise UserError(f"{path}: truncated or not a safetensors file ({e})") from None
         for name in sorted((expected or set()) - names):
             raise UserError(f"{path}: tensor {name} is missing; {INDEX} says it is in this file")
 
-    @cached_property
-    def _open(self) -> dict:
-        return {}
+    def _find_packed(self, raw: dict[str, str]) -> None:
+        """Makes one tensor of those by which bitsandbytes stores a packed weight."""
+        self.packed = find_bnb(self.folder, raw)
+        stored = {name: self.tensors[name] for name in raw}
+        for name, weight in self.packed.items():
+            stored[name] = StoredTensor(self.tensors[name].file, weight.shape, torch.uint8)
+        self.tensors = stored
+        for name, tensor in stored.items():
+            if isinstance(tensor.dtype, str):
+                raise UserError(
+                    f"{self.folder / tensor.file}: tensor {name} is stored as {tensor.dtype}; expected"
+                    " floating-point weights, or bitsandbytes' 4 bits"
+                )
 
-    def __getstate__(self):
-        return {"folder": self.folder, "tensors": self.tensors}
-
-    def read(self, name: str) -> torch.Tensor:
-        """The tensor on the CPU, mapped from the file rather than copied where the platform can."""
-        file = self.tensors[name].file
-        if file not in self._open:
-            self._open[file] = safe_open(self.folder / file, framework="pt")
-        return self._open[file].get_tensor(name)
+    def read(self, name: str) -> torch.Tensor | PackedWeight:
+        """The tensor on the CPU, mapped from the file rather than copied where the platform can; packed, if
+        it is so in a file. The file is opened anew each time: what was read does not stay mapped."""
+        if name in self.packed:
+            return self.packed[name].read()
+        return read_file(self.folder / self.tensors[name].file, [name])[0]
 
 
 def _files(folder: Path) -> dict[str, set[str] | None]:

@@ -14,7 +14,12 @@ parameters must never be cast: FSDP's param_dtype stays None where there are pac
 
 from __future__ import annotations
 
+import threading
 import zlib
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import islice
 
 import torch
 import torch.distributed as dist
@@ -22,8 +27,10 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from launch import Place
 from model_files import CheckpointFiles
 from models.family import Family, clean
+from packed_files import CacheWriter, PackedWeight
 from quantizers import Quantizer, flat_bytes
 
 STORAGE = torch.float32
@@ -81,8 +88,12 @@ class Packed(nn.Module):
         """The parameters, by name below this module, that the checkpoint's tensor `name` makes."""
         return (name,)
 
-    def pack(self, name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Their full contents, from the full tensor. Keys as in `packs`."""
+    def quantizer_of(self, name: str) -> Quantizer | None:
+        """What packs that tensor, if anything does."""
+        return None
+
+    def pack(self, name: str, tensor: torch.Tensor | PackedWeight) -> dict[str, torch.Tensor]:
+        """Their full contents, from the full tensor, packed already or not. Keys as in `packs`."""
         return {name: tensor}
 
     def initial_values(self, generator: torch.Generator) -> dict[str, torch.Tensor]:
@@ -98,9 +109,14 @@ def packs(module: nn.Module, name: str) -> tuple[str, ...]:
     return module.packs(name) if isinstance(module, Packed) else (name,)
 
 
-def pack(module: nn.Module, name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+def pack(module: nn.Module, name: str, tensor: torch.Tensor | PackedWeight) -> dict[str, torch.Tensor]:
     """`Packed.pack`, also for a plain module."""
     return module.pack(name, tensor) if isinstance(module, Packed) else {name: tensor}
+
+
+def quantizer_of(module: nn.Module, name: str) -> Quantizer | None:
+    """`Packed.quantizer_of`, also for a plain module."""
+    return module.quantizer_of(name) if isinstance(module, Packed) else None
 
 
 class Linear4bit(Packed):
@@ -138,12 +154,16 @@ class Linear4bit(Packed):
     def packs(self, name: str) -> tuple[str, ...]:
         return ("codes", "scales") if name == "weight" else (name,)
 
-    def pack(self, name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+    def quantizer_of(self, name: str) -> Quantizer | None:
+        return self.quantizer if name == "weight" else None
+
+    def pack(self, name: str, tensor: torch.Tensor | PackedWeight) -> dict[str, torch.Tensor]:
         """A weight [O, I] is quantized from the dtype in which it is stored, on the device where it is."""
         if name != "weight":
             return {name: tensor}
-        codes, scales = self.quantizer.quantize(tensor)
-        return {"codes": as_storage(codes), "scales": as_storage(scales)}
+        if isinstance(tensor, torch.Tensor):
+            tensor = PackedWeight(*self.quantizer.quantize(tensor))
+        return {"codes": as_storage(tensor.codes), "scales": as_storage(tensor.scales)}
 
     def unpack(self, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
         """The [O, I] weight of what `pack` returned, in the layer's dtype."""
@@ -156,9 +176,9 @@ class Linear4bit(Packed):
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, {self.quantizer}"
 
 
-def quantize_linears(model: nn.Module, names: list[str], dtype: torch.dtype, quantizer: Quantizer) -> None:
+def quantize_linears(model: nn.Module, quantizers: dict[str, Quantizer], dtype: torch.dtype) -> None:
     """Puts a Linear4bit that computes in `dtype` in the place of each named linear of a meta model."""
-    for name in names:
+    for name, quantizer in quantizers.items():
         model.set_submodule(name, Linear4bit(model.get_submodule(name), dtype, quantizer))
 
 
@@ -166,21 +186,23 @@ def load_weights(
     model: nn.Module,
     family: Family,
     files: CheckpointFiles,
-    device: torch.device,
+    place: Place,
     home: torch.device,
     seed: int,
+    workers: int,
+    cache: CacheWriter | None = None,
 ) -> None:
     """Gives a meta model, sharded by FSDP or not, memory and fills all of it: parameters from the checkpoint
     or by their module (`Packed.initial_values`), buffers from constants and the config.
 
-    device: where the rank computes, packs weights and holds buffers; home: where its shards of the parameters
-    are kept, the CPU with --use_cpu_offload.
+    home: where the shards of the parameters are kept, place.device or, with --use_cpu_offload, the CPU;
+    workers: threads that read and pack; cache: gets what is packed.
 
     Raises AssertionError if anything was left unfilled: it would train on garbage.
     """
-    _materialize(model, family, device, home)
+    _materialize(model, family, place.device, home)
     params = {clean(name): p for name, p in model.named_parameters()}
-    filled = _stream(model, params, files, device)
+    filled = _stream(model, params, files, place, workers, cache)
     for path, module in model.named_modules():
         if isinstance(module, Packed):
             # Seeded by name: the values depend neither on the order of modules nor on the number of ranks.
@@ -205,62 +227,121 @@ def _materialize(model: nn.Module, family: Family, device: torch.device, home: t
         id(b) for m in model.modules() if isinstance(m, Packed) or m is rotary for b in m.buffers(False)
     }
     for name, content in family.constants(model.config).items():
+        path, _, last = name.rpartition(".")
         buffer = model.get_buffer(name)
         assert buffer.shape == content.shape, f"{name}: {content.shape} for {buffer.shape}"
-        filled.add(id(buffer.copy_(content)))
+        setattr(model.get_submodule(path), last, content.to(device, buffer.dtype))
+        filled.add(id(model.get_buffer(name)))
     unknown = [name for name, buffer in model.named_buffers() if id(buffer) not in filled]
     assert not unknown, f"buffers that nothing fills: {unknown}"
 
 
-def _stream(model: nn.Module, params: dict, files: CheckpointFiles, device: torch.device) -> set[str]:
-    """Reads every tensor of the checkpoint once, packs it as its module says, keeps each rank's shard.
+def _stream(model: nn.Module, params: dict, files: CheckpointFiles, place: Place, workers: int, cache) -> set:
+    """Reads every tensor of the checkpoint once on each node, packs it as its module says, and sends every rank
+    of the node its shard. Returns the names of the parameters that it filled.
 
-    Tensors go round the ranks: in a round each rank reads and packs one, then all receive all. So each is
-    read and quantized by one rank only, a rank holds one full tensor and a packed one at a time, and the
-    contents are the same for any number of ranks.
+    Tensors go round the node's ranks, so the contents are the same for any number of ranks. Each rank's threads
+    work ahead on its own tensors while others are sent: at most `workers` of them are read and not yet sent.
     """
-    rank, world = dist.get_rank(), dist.get_world_size()
     names = sorted(files.tensors, key=lambda n: files.tensors[n].file)  # file by file, each in its own order
-    filled = set()
-    for start in range(0, len(names), world):
-        for owner, packed in enumerate(_pack_round(model, files, names[start : start + world], rank, device)):
-            for target, content in packed.items():
-                param = params[target]
-                if content is None:
-                    content = torch.empty(param.shape, dtype=param.dtype, device=device)
-                content = content.to(param.dtype).contiguous()
-                assert content.shape == param.shape, f"{target}: {content.shape} for {param.shape}"
-                if world > 1:  # as bytes: codes are not numbers
-                    dist.broadcast(content.view(-1).view(torch.uint8), src=owner)
-                fill(param, content)
-                filled.add(target)
+    modules = {name: model.get_submodule(name.rpartition(".")[0]) for name in names}
+    node, filled, turn = Node(place), set(), threading.Lock()
+    read = partial(_read, files=files, device=place.device, turn=turn)
+    mine = iter(names[place.local_rank :: place.local_world])
+    with ThreadPoolExecutor(workers) as pool:
+        ahead = deque(pool.submit(read, name, modules[name]) for name in islice(mine, workers))
+        for i, name in enumerate(names):
+            path, _, last = name.rpartition(".")
+            content, owner = dict.fromkeys(packs(modules[name], last)), i % place.local_world
+            if owner == place.local_rank:
+                source = ahead.popleft().result()
+                if cache and isinstance(source, PackedWeight):
+                    cache.add(name, source)
+                content = pack(modules[name], last, source)
+                ahead.extend(pool.submit(read, later, modules[later]) for later in islice(mine, 1))
+            for key, full in content.items():
+                node.share(params[f"{path}.{key}"], full, owner)
+                filled.add(f"{path}.{key}")
     return filled
 
 
-def _pack_round(model: nn.Module, files: CheckpointFiles, names: list[str], rank: int, device) -> list[dict]:
-    """Per tensor of the round {parameter: content}; the content is None where another rank brings it."""
-    result = []
-    for owner, name in enumerate(names):
-        path, _, last = name.rpartition(".")
-        module = model.get_submodule(path)
-        content = dict.fromkeys(packs(module, last))
-        if owner == rank:
-            content = pack(module, last, files.read(name).to(device))
-        result.append({f"{path}.{key}": value for key, value in content.items()})
-    return result
+def _read(name: str, module: nn.Module, files: CheckpointFiles, device: torch.device, turn: threading.Lock):
+    """The tensor on the device, packed if its module packs it. One thread at a time is on the device: what
+    quantization needs for a moment, several times the tensor, is needed once."""
+    source = files.read(name)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        if isinstance(source, torch.Tensor):
+            source = source.clone()  # so far only mapped: read here, beside the other threads
+    with turn:
+        source = source.to(device)
+        quantizer = quantizer_of(module, name.rpartition(".")[2])
+        if quantizer and isinstance(source, torch.Tensor):
+            source = PackedWeight(*quantizer.quantize(source))
+        return source
+
+
+class Node:
+    """The ranks of this machine, among which the contents of parameters are dealt out."""
+
+    def __init__(self, place: Place):
+        self.place, self.group = place, None  # None: all ranks
+        if place.local_world < place.world:
+            self.group, _ = dist.new_subgroups(place.local_world)
+        self.first = place.rank - place.local_rank
+
+    def share(self, param: nn.Parameter, full: torch.Tensor | None, owner: int) -> None:
+        """Fills this rank's part of a parameter from the full contents, which the node's rank `owner` has."""
+        if self.place.local_world == 1:
+            fill(param, full)
+            return
+        local = param.to_local() if isinstance(param, DTensor) else param
+        rows = -(-param.shape[0] // _shards(param))  # of the ranks with most: scatter sends equal parts
+        mine = torch.empty(rows, *param.shape[1:], dtype=param.dtype, device=self.place.device)
+        parts = None
+        if owner == self.place.local_rank:
+            assert full.shape == param.shape, f"{full.shape} for {param.shape}"
+            full = full.to(param.dtype)
+            ranks = range(self.first, self.first + self.place.local_world)
+            parts = [_as_bytes(_padded(_part(param, full, rank), rows)) for rank in ranks]
+        # As bytes: codes are not numbers.
+        dist.scatter(_as_bytes(mine), parts, src=self.first + owner, group=self.group)
+        with torch.no_grad():
+            local.copy_(mine[: local.shape[0]])
+
+
+def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().view(-1).view(torch.uint8)
+
+
+def _padded(part: torch.Tensor, rows: int) -> torch.Tensor:
+    if part.shape[0] == rows:
+        return part
+    return torch.cat([part, part.new_zeros(rows - part.shape[0], *part.shape[1:])])
+
+
+def _shards(param: nn.Parameter) -> int:
+    """Into how many parts FSDP cuts a parameter along dimension 0."""
+    if not isinstance(param, DTensor):
+        return 1
+    sizes = [param.device_mesh.size(i) for i, p in enumerate(param.placements) if p.is_shard()]
+    assert len(sizes) == 1 and all(p.is_replicate() or p.is_shard(0) for p in param.placements)
+    return sizes[0]
+
+
+def _part(param: nn.Parameter, full: torch.Tensor, rank: int) -> torch.Tensor:
+    """The part of a parameter's full contents that global rank `rank` holds."""
+    if not isinstance(param, DTensor):
+        return full
+    where = (param.device_mesh.mesh == rank).nonzero()[0].tolist()
+    place = next(where[i] for i, placement in enumerate(param.placements) if placement.is_shard())
+    parts = full.chunk(_shards(param))  # FSDP2's split: the last ranks may get less, or nothing
+    return parts[place] if place < len(parts) else full[:0]
 
 
 @torch.no_grad()
 def fill(param: nn.Parameter, full: torch.Tensor) -> None:
-    """Copies this rank's part of `full` into a parameter, sharded by FSDP along dimension 0 or whole."""
-    if not isinstance(param, DTensor):
-        param.copy_(full)
-        return
-    local = param.to_local()
-    for mesh_dim, placement in enumerate(param.placements):
-        if placement.is_shard():
-            # torch.chunk's split is FSDP2's: the last ranks may get less, or nothing.
-            parts = full.chunk(param.device_mesh.size(mesh_dim), dim=placement.dim)
-            place = param.device_mesh.get_local_rank(mesh_dim)
-            full = parts[place] if place < len(parts) else full[:0]
-    local.copy_(full)
+    """Copies this rank's part of `full`, which every rank has, into a parameter, sharded by FSDP or whole."""
+    local = param.to_local() if isinstance(param, DTensor) else param
+    assert full.shape == param.shape, f"{full.shape} for {param.shape}"
+    local.copy_(_part(param, full, dist.get_rank() if dist.is_initialized() else 0))

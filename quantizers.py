@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cache
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import bitsandbytes.functional as bnb
 import torch
@@ -69,22 +69,26 @@ class NF4:
     """QLoRA's NormalFloat-4 with double quantization (arXiv 2305.14314, section 3), by bitsandbytes.
 
     codes: two a byte. scales: per 256 blocks one fp32 scale, one fp32 offset for the whole tensor, and per
-    block one 8-bit code of its absolute maximum. Dequantized weights are bitsandbytes' own, bit for bit.
+    block one 8-bit code of its absolute maximum; without double quantization the absolute maxima themselves, in
+    fp32 (some checkpoints are so packed; we never do). Dequantized weights are bitsandbytes' own, bit for bit.
     """
 
-    block: int = 64
+    block: ClassVar[int] = 64
+    double: bool = True
 
     def fits(self, shape: tuple[int, int]) -> bool:
         return True  # the last block may be part of one
 
     def sizes(self, shape: tuple[int, int]) -> tuple[int, int]:
         blocks = -(-math.prod(shape) // self.block)
-        return -(-math.prod(shape) // 2), 4 * -(-blocks // SCALE_BLOCK) + 4 + blocks
+        scales = 4 * -(-blocks // SCALE_BLOCK) + 4 + blocks if self.double else 4 * blocks
+        return -(-math.prod(shape) // 2), scales
 
     def table(self, device: torch.device) -> torch.Tensor:
         return _dynamic_map(device)
 
     def quantize(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        assert self.double
         codes, state = bnb.quantize_4bit(
             weight.contiguous(), blocksize=self.block, compress_statistics=True, quant_type="nf4"
         )
@@ -93,18 +97,23 @@ class NF4:
 
     def dequantize(self, codes, scales, table, shape, dtype, row_scale=None) -> torch.Tensor:
         blocks = -(-shape[0] * shape[1] // self.block)
-        groups = -(-blocks // SCALE_BLOCK)
-        group_scales = scales[: 4 * groups].view(torch.float32)
-        offset = scales[4 * groups : 4 * groups + 4].view(torch.float32)
-        block_codes = scales[4 * groups + 4 : 4 * groups + 4 + blocks]
-        absmax = torch.ops.bitsandbytes.dequantize_blockwise(
-            block_codes, group_scales, table, SCALE_BLOCK, torch.float32
-        )
-        absmax = absmax + offset
+        absmax = self._absmax(scales, table, blocks)
         if row_scale is not None:
             absmax = (absmax.view(shape[0], -1) * row_scale[:, None]).view(-1)
         packed = codes[: -(-shape[0] * shape[1] // 2)].view(-1, 1)
         return torch.ops.bitsandbytes.dequantize_4bit(packed, absmax, self.block, "nf4", shape, dtype)
+
+    def _absmax(self, scales: torch.Tensor, table: torch.Tensor, blocks: int) -> torch.Tensor:
+        """The blocks' absolute maxima: [blocks] fp32."""
+        if not self.double:
+            return scales[: 4 * blocks].view(torch.float32)
+        groups = -(-blocks // SCALE_BLOCK)
+        group_scales = scales[: 4 * groups].view(torch.float32)
+        offset = scales[4 * groups : 4 * groups + 4].view(torch.float32)
+        codes = scales[4 * groups + 4 : 4 * groups + 4 + blocks]
+        return offset + torch.ops.bitsandbytes.dequantize_blockwise(
+            codes, group_scales, table, SCALE_BLOCK, torch.float32
+        )
 
 
 @dataclass(frozen=True)

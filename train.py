@@ -34,20 +34,37 @@ from transformers.utils import logging as transformers_logging
 
 import config as options
 import launch
-from checkpoint import BLOCKS, check_output, clear_output, save_adapter, save_model, write_text
+import memory
+from checkpoint import (
+    BLOCKS,
+    check_output,
+    check_writable,
+    clear_output,
+    save_adapter,
+    save_model,
+    write_text,
+)
 from config import TOY_MODEL, Config, UserError
 from data import IGNORE, StepSampler, TokenizedRows, prepare, toy_texts
-from launch import Place
+from launch import Place, resolve_workers
 from model_files import CheckpointFiles, fetch_weights, find_model
 from model_writer import save_blocks, save_expanded
 from models import FAMILIES, build_on_meta, check_weights, read_config
-from models.adapters import apply_method, check_blocks, peft_targets, target_linears
+from models.adapters import (
+    apply_method,
+    check_packing,
+    make_quantizer_of,
+    packed_linears,
+    peft_targets,
+    target_linears,
+)
+from models.family import Family
 from models.llama_pro import new_layers
 from models.toy import toy_model
 from optimizers import make_optimizer, make_schedule
+from packed_files import CacheWriter, check_stored_quantization, digest, open_cache
 from precision import Precision, choose_precision
 from quantize_layers import load_weights
-from quantizers import make_quantizer
 from tracking import Meter, check_wandb, make_tracker, summary
 from wrapping import STRATEGIES, WRAP_POLICIES, make_mesh, offload_policy, wrap
 
@@ -60,6 +77,7 @@ class Job:
     model_config: PretrainedConfig
     files: CheckpointFiles
     rows: TokenizedRows
+    cache: str | None  # the digest under which to leave the packed weights in --quantized_cache
 
 
 def check(config: Config) -> Job:
@@ -86,11 +104,12 @@ def check(config: Config) -> Job:
     if config.method.expansion:
         new_layers(model_config)
     fetch_weights(config.model_name, folder)
+    check_stored_quantization(getattr(model_config, "quantization_config", None), folder)
     files = CheckpointFiles(folder)
     model = build_on_meta(model_config, family)
     check_weights(model, files, family)
-    if config.method.quantizer:
-        check_blocks(model, family, make_quantizer(config.method.quantizer, config.n_bits, config.group_size))
+    check_packing(model, family, config, files)
+    cache = find_cache(model, family, config, files) if config.quantized_cache else None
     if config.method.adapter:
         target_linears(model, family, config.lora_target_modules)
     tokenizer = read_tokenizer(folder)
@@ -101,7 +120,19 @@ def check(config: Config) -> Job:
         raise UserError(
             f"--model_name {folder}: the tokenizer makes ids beyond vocab_size {model_config.vocab_size}"
         )
-    return Job(config, model_config, files, rows)
+    return Job(config, model_config, files, rows, cache)
+
+
+def find_cache(model: nn.Module, family: Family, config: Config, files: CheckpointFiles) -> str | None:
+    """Makes `files` read from --quantized_cache, or returns the digest for a new one. Raises UserError."""
+    folder = Path(config.quantized_cache)
+    names = [f"{name}.weight" for name in packed_linears(model, family, config)]
+    check_writable(folder, "--quantized_cache")
+    cached = open_cache(folder, files, names, make_quantizer_of(config))
+    if cached is None:
+        return digest(files, names)
+    files.packed.update(cached)
+    return None
 
 
 def bf16_gpu() -> bool:
@@ -128,7 +159,7 @@ def set_up(job: Job, place: Place) -> nn.Module:
     config, family = job.config, FAMILIES[job.model_config.model_type]
     precision, device = precision_of(config), place.device
     model = build_on_meta(job.model_config, family)
-    apply_method(model, family, config, precision)
+    apply_method(model, family, config, precision, job.files)
     mesh = make_mesh(device.type, place.world, config.sharding_strategy, config.hybrid_shard_size)
     wrap(
         model,
@@ -141,8 +172,19 @@ def set_up(job: Job, place: Place) -> nn.Module:
         config.use_gradient_checkpointing,
         config.use_activation_cpu_offload,
     )
-    host = torch.device("cpu")
-    load_weights(model, family, job.files, device, host if config.use_cpu_offload else device, config.seed)
+    cache = None
+    if job.cache:
+        first_node = place.rank < place.local_world
+        quantizer = make_quantizer_of(config)
+        cache = CacheWriter(Path(config.quantized_cache), job.cache, quantizer, place.rank, first_node)
+        cache.start()
+    home = torch.device("cpu") if config.use_cpu_offload else device
+    workers = resolve_workers(config.loading_workers, place.local_world)
+    before = memory.allocated()
+    load_weights(model, family, job.files, place, home, config.seed, workers, cache)
+    memory.check_loaded(model, memory.held_bytes(model, before, config.use_cpu_offload))
+    if cache:
+        cache.finish()
     torch.manual_seed(config.seed + place.rank)  # of dropout; adapters and the data order have their own
     return model
 
@@ -205,12 +247,12 @@ def run_rank(place: Place, job: Job) -> None:
     )
     folder = Path(config.output_dir)
     if place.rank == 0:
-        clear_output(folder)
-        write_text(folder / "config.yaml", options.dump_yaml(config))
-        print(describe_data(job.rows, sampler))
+        print(describe_data(job.rows, sampler), flush=True)
     model = set_up(job, place)
     if place.rank == 0:
-        print(f"{describe_model(model, place)}; ready after {time.perf_counter() - start:.1f} s", flush=True)
+        clear_output(folder)
+        write_text(folder / "config.yaml", options.dump_yaml(config))
+        print(f"{describe_model(model)}; ready after {time.perf_counter() - start:.1f} s", flush=True)
     tracker = make_tracker(config, place.rank, total_steps(config, sampler))
     start = time.perf_counter()
     history = train(job, model, place, sampler, tracker)
@@ -244,14 +286,13 @@ def describe_data(rows: TokenizedRows, sampler: StepSampler) -> str:
     )
 
 
-def describe_model(model: nn.Module, place: Place) -> str:
+def describe_model(model: nn.Module) -> str:
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    mib = sum(p.numel() * p.element_size() for p in model.parameters()) / 2**20
-    size = f"{mib / 1024:.2f} GiB" if mib > 1024 else f"{mib:.1f} MiB"
-    text = f"model: {trained:,} trained parameters, {size} of weights over {place.world} rank(s)"
-    if place.device.type == "cuda":
-        text += f", {torch.cuda.memory_allocated() / 2**30:.2f} GiB on this GPU"
-    return text
+    weights, rank = memory.weight_bytes(model), memory.rank_bytes(model)
+    return (
+        f"model: {trained:,} trained parameters; {weights} = {memory.size(weights.total)},"
+        f" {memory.size(rank)} on this rank"
+    )
 
 
 def describe_files(job: Job, folder: Path) -> str:

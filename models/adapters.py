@@ -8,6 +8,7 @@ from __future__ import annotations
 from torch import nn
 
 from config import Config, UserError
+from model_files import CheckpointFiles
 from models.dora import DoRALinear
 from models.family import Family
 from models.llama_pro import new_layers
@@ -49,16 +50,51 @@ def peft_targets(family: Family, wanted: str) -> list[str]:
     return list(family.default_targets) if wanted == "default" else [p.strip() for p in wanted.split(",")]
 
 
-def check_blocks(model: nn.Module, family: Family, quantizer: Quantizer) -> None:
-    """Raises UserError if a linear cannot be packed."""
-    for name, linear in family.layer_linears(model):
+def check_packing(model: nn.Module, family: Family, config: Config, files: CheckpointFiles) -> None:
+    """Raises UserError if a linear cannot be packed, or if the checkpoint is packed and may not be."""
+    linears = dict(family.layer_linears(model))
+    if files.prequantized and config.method.quantizer != "bnb":
+        raise UserError(
+            f"{files.folder}: is packed by bitsandbytes already, which --train_type {config.train_type} cannot"
+            " train on; use qlora or bnb_dora, or the original weights"
+        )
+    if files.prequantized and config.quantized_cache:
+        raise UserError(f"--quantized_cache: {files.folder} is packed already; leave the option out")
+    for name in files.packed:
+        if name.removesuffix(".weight") not in linears:
+            raise UserError(f"{files.folder}: {name} is packed; only linears of decoder layers can be")
+    if not config.method.quantizer or files.prequantized:
+        return
+    quantizer = make_quantizer_of(config)
+    for name, linear in linears.items():
         if not quantizer.fits(tuple(linear.weight.shape)):
             raise UserError(
                 f"--group_size {quantizer.block}: does not divide {name}'s weight {list(linear.weight.shape)}"
             )
 
 
-def apply_method(model: nn.Module, family: Family, config: Config, precision: Precision) -> None:
+def make_quantizer_of(config: Config) -> Quantizer:
+    return make_quantizer(config.method.quantizer, config.n_bits, config.group_size)
+
+
+def packed_linears(model: nn.Module, family: Family, config: Config) -> list[str]:
+    """The linears that are packed: all of the decoder layers, but not of Llama-Pro's new ones."""
+    new = new_layers(model.config) if config.method.expansion else []
+    return [name for name, _ in family.layer_linears(model) if family.place(name)[0] not in new]
+
+
+def choose_quantizers(names: list[str], config: Config, files: CheckpointFiles) -> dict[str, Quantizer]:
+    """How each linear is packed; those that are not named stay dense. In a checkpoint that is packed already
+    that is as its makers chose."""
+    if files.prequantized:
+        packed = {name: files.packed.get(f"{name}.weight") for name in names}
+        return {name: weight.quantizer for name, weight in packed.items() if weight}
+    return dict.fromkeys(names, make_quantizer_of(config))
+
+
+def apply_method(
+    model: nn.Module, family: Family, config: Config, precision: Precision, files: CheckpointFiles
+) -> None:
     """Turns transformers' meta model into what the train type trains; afterwards exactly its parameters
     have requires_grad. Every parameter gets its dtype of `precision`."""
     method = config.method
@@ -70,9 +106,8 @@ def apply_method(model: nn.Module, family: Family, config: Config, precision: Pr
     for part in trained:
         part.to(precision.trained).requires_grad_(True)
     if method.quantizer:
-        names = [name for name, _ in family.layer_linears(model) if family.place(name)[0] not in new]
-        quantizer = make_quantizer(method.quantizer, config.n_bits, config.group_size)
-        quantize_linears(model, names, precision.matmul, quantizer)
+        names = packed_linears(model, family, config)
+        quantize_linears(model, choose_quantizers(names, config, files), precision.matmul)
     if method.adapter is None:
         return
     adapter = {"lora": LoRALinear, "dora": DoRALinear}[method.adapter]

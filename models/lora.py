@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from quantize_layers import Packed, pack, packs
+from quantize_layers import Packed, pack, packs, quantizer_of
+from quantizers import Quantizer
 
 
 class LoRALinear(Packed):
@@ -45,6 +46,9 @@ class LoRALinear(Packed):
 
     def pack(self, name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
         return {f"base.{key}": value for key, value in pack(self.base, name, tensor).items()}
+
+    def quantizer_of(self, name: str) -> Quantizer | None:
+        return quantizer_of(self.base, name)
 
     def initial_values(self, generator: torch.Generator) -> dict[str, torch.Tensor]:
         bound = 1 / math.sqrt(self.lora_A.shape[1])

@@ -1,0 +1,304 @@
+"""Weights that some file holds packed: bitsandbytes' checkpoints in its own format, and --quantized_cache."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import weakref
+from pathlib import Path
+
+import bitsandbytes.functional as bnb
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import train
+from config import UserError
+from model_files import CheckpointFiles
+from packed_files import MANIFEST
+from quantizers import HQQ, NF4
+from tests.runs import dense_state, make_job, outputs, set_up, transformers_model
+from tests.test_adapters import IDS
+
+DENSE = "model.layers.1.mlp.down_proj.weight"  # one that the makers of the checkpoint left alone
+
+
+def pack_like_the_hub(
+    base: Path, folder: Path, double: bool = True, storage=torch.uint8, **quantization
+) -> dict:
+    """Writes `base` as `*-bnb-4bit` repositories are: every linear but DENSE by bitsandbytes' own functions, in
+    its own serialization. Returns the weights that it stands for, dequantized by bitsandbytes."""
+    folder.mkdir()
+    options = {"blocksize": 64, "quant_type": "nf4"} | quantization
+    expected, stored = {}, {}
+    for name, tensor in {k: v for f in base.glob("*.safetensors") for k, v in load_file(f).items()}.items():
+        expected[name], stored[name] = tensor, tensor
+        if name.endswith("_proj.weight") and name != DENSE:
+            codes, state = bnb.quantize_4bit(
+                tensor, compress_statistics=double, quant_storage=storage, **options
+            )
+            expected[name], stored[name] = bnb.dequantize_4bit(codes, state), codes
+            stored |= {f"{name}.{k}": v for k, v in state.as_dict(packed=True).items()}
+    save_file(stored, folder / "model.safetensors")
+    for path in base.glob("*.json"):
+        if "index" not in path.name:
+            shutil.copy(path, folder)
+    describe(folder, load_in_4bit=True, quant_method="bitsandbytes", bnb_4bit_use_double_quant=double)
+    return expected
+
+
+def describe(folder: Path, **quantization) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": quantization}))
+
+
+def never(*_):
+    raise AssertionError("quantized again")
+
+
+def without_quantizing(place, function, *args):
+    """function(place, *args) where quantizing anything fails."""
+    originals = NF4.quantize, HQQ.quantize
+    NF4.quantize = HQQ.quantize = never
+    try:
+        return function(place, *args)
+    finally:
+        NF4.quantize, HQQ.quantize = originals
+
+
+@pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16])
+@pytest.mark.parametrize("double", [True, False])
+@pytest.mark.parametrize("train_type", ["qlora", "bnb_dora"])
+def test_a_bnb_checkpoint_is_not_quantized_again(
+    train_type, double, storage, checkpoints, alpaca_file, one_rank, two_ranks, tmp_path
+):
+    """Bit for bit what bitsandbytes makes of it, and the logits are transformers' on those weights."""
+    expected = pack_like_the_hub(checkpoints("llama_bias"), tmp_path / "4bit", double, storage)
+    args = ["--model_name", tmp_path / "4bit", "--dataset", alpaca_file, "--train_type", train_type]
+    logits, one, _ = one_rank(without_quantizing, outputs, args, IDS, False)[0]
+    two = two_ranks(without_quantizing, dense_state, args)[1]
+    assert one.keys() == two.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(one[name], tensor) and torch.equal(two[name], tensor), name
+    with torch.no_grad():
+        reference = transformers_model(checkpoints("llama_bias"), expected)(input_ids=IDS).logits
+    torch.testing.assert_close(logits, reference, rtol=1e-5, atol=1e-5)
+
+
+def check(folder, alpaca_file, *more) -> train.Job:
+    place = dataclasses.make_dataclass("Place", ["world"])(1)
+    return make_job(place, ["--model_name", folder, "--dataset", alpaca_file, *more])
+
+
+QLORA = ["--train_type", "qlora"]
+
+
+@pytest.mark.parametrize("train_type", ["full", "lora", "dora", "hqq_lora"])
+def test_other_train_types_cannot_use_it(train_type, checkpoints, alpaca_file, tmp_path):
+    pack_like_the_hub(checkpoints(), tmp_path / "4bit")
+    with pytest.raises(UserError, match=f"packed by bitsandbytes already.*{train_type}"):
+        check(tmp_path / "4bit", alpaca_file, "--train_type", train_type)
+
+
+@pytest.mark.parametrize(
+    ("quantization", "words"),
+    [
+        ({"quant_type": "fp4"}, "quant_type fp4; only nf4"),
+        ({"blocksize": 128}, "blocksize 128; only 64"),
+    ],
+)
+def test_other_kinds_of_bnb_weights(quantization, words, checkpoints, alpaca_file, tmp_path):
+    pack_like_the_hub(checkpoints(), tmp_path / "4bit", **quantization)
+    with pytest.raises(UserError, match=words):
+        check(tmp_path / "4bit", alpaca_file, *QLORA)
+
+
+@pytest.mark.parametrize(
+    ("quantization", "kind"),
+    [
+        ({"quant_method": "gptq", "bits": 4}, "gptq"),
+        ({"quant_method": "awq", "bits": 4}, "awq"),
+        ({"quant_method": "fp8"}, "fp8"),
+        ({"quant_method": "bitsandbytes", "load_in_8bit": True, "load_in_4bit": False}, "bitsandbytes 8 bit"),
+    ],
+)
+def test_checkpoints_of_other_quantizers(quantization, kind, checkpoints, alpaca_file, tmp_path):
+    folder = shutil.copytree(checkpoints(), tmp_path / "other")
+    describe(folder, **quantization)
+    with pytest.raises(UserError, match=rf"quantized already \({kind}\)"):
+        check(folder, alpaca_file, *QLORA)
+
+
+def test_a_bnb_weight_without_its_scales(checkpoints, alpaca_file, tmp_path):
+    pack_like_the_hub(checkpoints(), tmp_path / "4bit")
+    stored = load_file(tmp_path / "4bit" / "model.safetensors")
+    del stored["model.layers.0.self_attn.q_proj.weight.absmax"]
+    save_file(stored, tmp_path / "4bit" / "model.safetensors")
+    with pytest.raises(UserError, match="does not describe a packed weight"):
+        check(tmp_path / "4bit", alpaca_file, *QLORA)
+
+
+def test_a_bnb_checkpoint_needs_no_cache(checkpoints, alpaca_file, tmp_path):
+    pack_like_the_hub(checkpoints(), tmp_path / "4bit")
+    with pytest.raises(UserError, match=r"--quantized_cache.*packed already"):
+        check(tmp_path / "4bit", alpaca_file, *QLORA, "--quantized_cache", tmp_path / "cache")
+
+
+# The cache
+
+
+@pytest.fixture
+def cached(checkpoints, alpaca_file, two_ranks, tmp_path):
+    """(arguments, the cache's folder, the weights of the run that made it)."""
+    folder = tmp_path / "below" / "cache"
+    args = ["--model_name", checkpoints("llama_bias"), "--dataset", alpaca_file, "--quantized_cache", folder]
+
+    def make(*more):
+        return [*args, *more], folder, two_ranks(dense_state, [*args, *more])[0]
+
+    return make
+
+
+@pytest.mark.parametrize("method", ["qlora", "bnb_dora", "hqq_lora --n_bits 3"])
+def test_later_runs_load_what_the_first_packed(method, cached, one_rank, two_ranks):
+    args, folder, first = cached("--train_type", *method.split())
+    assert not folder.with_name("cache.partial").exists()
+    assert {p.name.split("-")[1] for p in folder.glob("packed-*")} == {"0", "1"}  # each rank wrote its own
+    for ranks in (one_rank, two_ranks):
+        later = ranks(without_quantizing, dense_state, args)[0]
+        assert later.keys() == first.keys() and all(torch.equal(later[k], v) for k, v in first.items())
+
+
+def test_a_cache_in_several_files(cached, one_rank):
+    args, folder, first = cached("--train_type", "qlora")
+    shutil.rmtree(folder)
+    one_rank(with_small_files, args)
+    assert len(list(folder.glob("packed-*"))) == 3
+    later = one_rank(without_quantizing, dense_state, args)[0]
+    assert all(torch.equal(later[k], v) for k, v in first.items())
+
+
+def with_small_files(place, args):
+    import packed_files
+
+    original, packed_files.FILE_BYTES = packed_files.FILE_BYTES, 20_000
+    try:
+        set_up(place, args)
+    finally:
+        packed_files.FILE_BYTES = original
+
+
+def spoil_model(folder, args):
+    """One row in the middle of one weight is another: a model trained a little further."""
+    model = shutil.copytree(args[1], folder.parent / "other model")
+    path = next(p for p in model.glob("*.safetensors") if DENSE in load_file(p))
+    stored = load_file(path)
+    stored[DENSE][len(stored[DENSE]) // 2] += 1e-3
+    save_file(stored, path)
+    args[1] = model
+
+
+def spoil_manifest(folder, args):
+    (folder / MANIFEST).write_text((folder / MANIFEST).read_text()[:-20])
+
+
+SPOILT = {
+    "another model": (spoil_model, "packed weights of another model"),
+    "other settings": (lambda folder, args: args.extend(["--n_bits", "2"]), r"packed by HQQ\(n_bits=4"),
+    "half written": (lambda folder, args: (folder / MANIFEST).unlink(), f"no {MANIFEST}"),
+    "manifest cut": (spoil_manifest, f"{MANIFEST} is damaged"),
+    "file missing": (lambda folder, args: next(folder.glob("packed-*")).unlink(), "missing or cut"),
+    "file cut": (lambda folder, args: cut(next(folder.glob("packed-*"))), "missing or cut"),
+}
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-8])
+
+
+@pytest.mark.parametrize("case", SPOILT)
+def test_a_cache_that_cannot_be_used(case, cached, alpaca_file):
+    args, folder, _ = cached("--train_type", "hqq_lora")
+    spoil, words = SPOILT[case]
+    spoil(folder, args)
+    before = sorted((p, p.stat().st_mtime_ns) for p in folder.parent.rglob("*"))
+    with pytest.raises(UserError, match=words):
+        check(args[1], alpaca_file, *args[4:])
+    assert sorted((p, p.stat().st_mtime_ns) for p in folder.parent.rglob("*")) == before
+
+
+def test_a_damaged_byte_ends_the_run_before_it_writes(cached, one_rank, tmp_path):
+    args, folder, _ = cached("--train_type", "qlora")
+    path = sorted(folder.glob("packed-*"))[0]
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    message = one_rank(error_of_run, [*args, "--output_dir", tmp_path / "out"])[0]
+    assert message.startswith("--quantized_cache: ") and "damaged" in message
+    assert not (tmp_path / "out").exists()
+
+
+def error_of_run(place, args) -> str:
+    try:
+        train.run_rank(place, make_job(place, args))
+    except UserError as e:
+        return str(e)
+    return ""
+
+
+# The streaming load
+
+
+def test_any_number_of_workers_loads_the_same(checkpoints, alpaca_file, two_ranks):
+    args = ["--model_name", checkpoints("llama_bias"), "--dataset", alpaca_file, *QLORA, "--loading_workers"]
+    one, four = (two_ranks(dense_state, [*args, n])[0] for n in (1, 4))
+    assert all(torch.equal(one[k], v) for k, v in four.items())
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_few_full_tensors_are_in_memory(workers, checkpoints, alpaca_file, two_ranks):
+    args = ["--model_name", checkpoints(), "--dataset", alpaca_file, *QLORA, "--loading_workers", workers]
+    for most, total in two_ranks(most_tensors_alive, args):
+        assert 1 <= most <= workers + 1 and total > 10
+
+
+def most_tensors_alive(place, args) -> tuple[int, int]:
+    """(most tensors that were read and not yet let go, tensors read)."""
+    alive, most, original = set(), [], CheckpointFiles.read
+
+    def read(self, name):
+        tensor = original(self, name)
+        alive.add(name)
+        weakref.finalize(tensor, alive.discard, name)
+        most.append(len(alive))
+        return tensor
+
+    CheckpointFiles.read = read
+    try:
+        set_up(place, args)
+    finally:
+        CheckpointFiles.read = original
+    return max(most), len(most)
+
+
+def test_every_node_reads_for_itself(checkpoints, alpaca_file, one_rank, four_ranks):
+    """Four ranks as two machines of two: each machine reads every tensor once, and all hold the same model."""
+    args = ["--model_name", checkpoints("llama_bias"), "--dataset", alpaca_file, "--train_type", "bnb_dora"]
+    plain = one_rank(dense_state, args)[0]
+    results = four_ranks(load_as_two_nodes, args)
+    for _, state in results:
+        assert state.keys() == plain.keys() and all(torch.equal(state[k], v) for k, v in plain.items())
+    first, second, third, fourth = (set(read) for read, _ in results)
+    assert first == third and second == fourth and not first & second
+    assert first | second == plain.keys()
+
+
+def load_as_two_nodes(place, args):
+    read, original = [], CheckpointFiles.read
+    CheckpointFiles.read = lambda self, name: (read.append(name), original(self, name))[1]
+    try:
+        place = dataclasses.replace(place, local_rank=place.rank % 2, local_world=2)
+        return read, dense_state(place, args)
+    finally:
+        CheckpointFiles.read = original
