@@ -37,7 +37,7 @@ from model_files import CheckpointFiles, fetch_weights, find_model
 from models import FAMILIES, build_on_meta, check_weights, read_config
 from models.adapters import apply_method, peft_targets, target_linears
 from models.toy import toy_model
-from optimizers import make_optimizer, make_schedule
+from optimizers import check_optimizer, make_optimizer, make_schedule
 from quantize_layers import load_weights
 from tracking import Meter, check_wandb, make_tracker, summary
 from wrapping import choose_dtypes, wrap
@@ -58,6 +58,7 @@ def check(config: Config) -> Job:
     config = dataclasses.replace(config, world_size=launch.resolve_world_size(config.world_size))
     if config.precision == "bf16" and torch.cuda.is_available() and not bf16_gpu():
         raise UserError("--precision bf16: this GPU does not compute in bf16; use --precision auto or fp32")
+    check_optimizer(config.optimizer, config.use_cpu_offload)
     if config.log_to == "wandb":
         check_wandb()
     check_output(Path(config.output_dir), config.overwrite)
