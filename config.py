@@ -121,9 +121,10 @@ class Config:
     gradient_accumulation_steps: int = option(1, "Training", "micro-batches per optimizer step")
     num_epochs: int = option(1, "Training", "passes over the data")
     max_steps: int = option(-1, "Training", "stop after this many optimizer steps of the whole run; -1 = no limit")
-    optimizer: str = option("adamw", "Training", "the optimizer",
-        choices=("adamw", "adam", "sgd", "adadelta", "fused_adamw", "fused_adam"),
-        later=("fused_adamw", "fused_adam"))
+    optimizer: str = option("adamw", "Training", "fused = torch's single-kernel step; 8bit = Adam's moments in 8 bits,"
+        " paged = moments move to host memory when the GPU is full: bitsandbytes' AdamW, under transformers' names",
+        choices=("adamw", "adam", "sgd", "adadelta", "fused_adamw", "fused_adam", "adamw_8bit", "paged_adamw_32bit",
+        "paged_adamw_8bit"))
     lr: float | None = option(None, "Training", "peak learning rate; unset = 2e-4, or 1e-5 for full")
     lr_scheduler: str = option("constant", "Training", "after warm-up; linear falls to 0, cosine to a tenth",
         choices=("constant", "linear", "cosine"))

@@ -4,23 +4,128 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from functools import partial
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
+
+from config import UserError
+
+
+class ShardedAdamW(torch.optim.Optimizer):
+    """bitsandbytes' AdamW on parameters that may be DTensors: each rank updates its own shards.
+
+    bitsandbytes' kernels take plain tensors. So param_groups and state are keyed by the model's parameters, as
+    schedules, gradient scalers and saved states expect, while bitsandbytes' optimizer, kept inside, sees one
+    plain tensor per parameter that shares the shard's memory. Decay is decoupled; betas and eps are torch's.
+
+    bits: 32, or 8: both moments as 8-bit codes with one fp32 scale per 256 elements of the shard. As in
+    bitsandbytes, a shard of fewer than 4,096 elements keeps 32-bit moments. Blocks and that limit go by
+    shards, so the number of ranks changes a result by the 8-bit rounding.
+    paged: moments of shards of 100,000 elements or more in CUDA managed memory, which moves to the host when
+    the GPU is full. Of parameters on the CPU they are in host memory anyway.
+    """
+
+    def __init__(self, params: Iterable, lr: float, bits: int, paged: bool):
+        from bitsandbytes import optim
+
+        super().__init__(params, {"lr": lr, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0})
+        self.shards = {p: _shard(p) for g in self.param_groups for p in g["params"]}
+        groups = [{**g, "params": [self.shards[p] for p in g["params"]]} for g in self.param_groups]
+        paged = paged and all(s.is_cuda for s in self.shards.values())
+        self.inner = {8: optim.AdamW8bit, 32: optim.AdamW32bit}[bits](groups, is_paged=paged)
+        for p, shard in self.shards.items():
+            self.inner.state[shard] = self.state[p]  # one dict, which bitsandbytes fills at the first step
+
+    @torch.no_grad()
+    def step(self) -> None:
+        self._follow()
+        for p, shard in self.shards.items():
+            # Kernels cannot be launched on nothing: a rank without rows of p has nothing to do.
+            shard.grad = _shard(p.grad) if p.grad is not None and shard.numel() else None
+        self.inner.step()
+        for shard in self.shards.values():
+            shard.grad = None  # or zero_grad would free nothing
+
+    def _follow(self) -> None:
+        """Takes over what may have changed outside: learning rates, and the memory of the shards, which FSDP
+        allocates anew at the first forward where it pads or pins them."""
+        for ours, theirs in zip(self.param_groups, self.inner.param_groups, strict=True):
+            theirs.update({k: v for k, v in ours.items() if k != "params"})
+        for p, shard in self.shards.items():
+            shard.data = _shard(p)
+            assert shard.is_contiguous(), "bitsandbytes would update a copy"
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Takes back what state_dict() gave on this rank. Raises ValueError for the state of other shards (of
+        another number of ranks) or of another optimizer."""
+        # torch's own would turn 8-bit codes into numbers of the parameter's dtype, and bitsandbytes' would
+        # move paged moments to the GPU.
+        self._follow()
+        saved = state_dict["param_groups"]
+        if [len(g["params"]) for g in saved] != [len(g["params"]) for g in self.param_groups]:
+            raise ValueError("the saved optimizer state has other parameter groups")
+        for g, (ours, theirs) in enumerate(zip(self.param_groups, saved, strict=True)):
+            for i, (p, key) in enumerate(zip(ours["params"], theirs["params"], strict=True)):
+                self._load(p, g, i, state_dict["state"].get(key, {}))
+            ours.update({k: v for k, v in theirs.items() if k != "params"})
+
+    def _load(self, p: nn.Parameter, group: int, index: int, saved: dict) -> None:
+        own, shard = self.state[p], self.shards[p]
+        if not saved:  # no step was taken, or the shard is empty
+            own.clear()
+            return
+        if not own and shard.numel():
+            self.inner.init_state(self.inner.param_groups[group], shard, group, index)
+        if _layout(own) != _layout(saved):
+            raise ValueError("the saved optimizer state is of other shards or of another optimizer")
+        for key, value in saved.items():
+            if torch.is_tensor(value):
+                own[key].copy_(value)
+            else:
+                own[key] = value
+
+
+def _shard(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a DTensor; of a plain tensor all. A new object that shares the memory."""
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
+
+
+def _layout(state: dict) -> dict:
+    return {k: (v.shape, v.dtype) if torch.is_tensor(v) else type(v) for k, v in state.items()}
+
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adamw": torch.optim.AdamW,
     "adam": torch.optim.Adam,
     "sgd": torch.optim.SGD,
     "adadelta": torch.optim.Adadelta,
+    "fused_adamw": partial(torch.optim.AdamW, fused=True),
+    "fused_adam": partial(torch.optim.Adam, fused=True),
+    "adamw_8bit": partial(ShardedAdamW, bits=8, paged=False),
+    "paged_adamw_32bit": partial(ShardedAdamW, bits=32, paged=True),
+    "paged_adamw_8bit": partial(ShardedAdamW, bits=8, paged=True),
 }
+UNPAGED = {"paged_adamw_32bit": "adamw", "paged_adamw_8bit": "adamw_8bit"}
+
+
+def check_optimizer(name: str, cpu_offload: bool) -> None:
+    """Raises UserError for an optimizer that means nothing with the other options. (Each of them runs on CPU
+    tensors and on CUDA tensors.)"""
+    if cpu_offload and name in UNPAGED:
+        raise UserError(
+            f"--optimizer {name} has no effect with --use_cpu_offload true, which keeps all optimizer states in"
+            f" host memory; use --optimizer {UNPAGED[name]}, or leave out --use_cpu_offload"
+        )
 
 
 def make_optimizer(
     params: Iterable[nn.Parameter], name: str, lr: float, weight_decay: float
 ) -> torch.optim.Optimizer:
-    """torch's optimizer with torch's defaults over the trained parameters. Weight decay acts on matrices
-    only: vectors are norms, biases and DoRA magnitudes, which have nothing to gain from being small."""
+    """An optimizer with torch's defaults over the trained parameters. Weight decay acts on matrices only:
+    vectors are norms, biases and DoRA magnitudes, which have nothing to gain from being small."""
     params = [p for p in params if p.requires_grad]
     groups = [
         {"params": [p for p in params if p.dim() >= 2], "weight_decay": weight_decay},

@@ -61,7 +61,7 @@ from models.adapters import (
 from models.family import Family
 from models.llama_pro import new_layers
 from models.toy import toy_model
-from optimizers import make_optimizer, make_schedule
+from optimizers import check_optimizer, make_optimizer, make_schedule
 from packed_files import CacheWriter, check_stored_quantization, digest, open_cache
 from precision import Precision, choose_precision
 from quantize_layers import load_weights
@@ -91,6 +91,7 @@ def check(config: Config) -> Job:
         raise UserError(
             f"--precision {config.precision}: this GPU has no bf16; use auto, fp16_autocast or fp32"
         )
+    check_optimizer(config.optimizer, config.use_cpu_offload)
     if config.log_to == "wandb":
         check_wandb()
     check_output(Path(config.output_dir), config.overwrite)

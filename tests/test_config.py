@@ -27,7 +27,7 @@ CHOICES = {
     " hqq_llama_pro dora llama_pro",
     "sharding_strategy": "full_shard shard_grad_op ddp hybrid_full_shard hybrid_shard_grad_op",
     "precision": "auto fp32 bf16 fp16_autocast bf16_autocast bf16_buffers_autocast",
-    "optimizer": "adamw adam sgd adadelta fused_adamw fused_adam",
+    "optimizer": "adamw adam sgd adadelta fused_adamw fused_adam adamw_8bit paged_adamw_32bit paged_adamw_8bit",
     "lr_scheduler": "constant linear cosine",
     "log_to": "tqdm wandb stdout",
 }
@@ -431,4 +431,4 @@ def test_help(capsys):
     assert {f"--{name}" for name in FIELDS} | {"--config"} <= set(re.findall(r"--\w+", shown))
     for field in FIELDS.values():
         assert f"\n{field.metadata['group']}:\n" in shown and field.metadata["help"]
-    assert "not in this version: fused_adamw, fused_adam" in " ".join(shown.split())
+    assert "record memory over time [false] (not in this version)" in " ".join(shown.split())

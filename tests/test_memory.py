@@ -61,5 +61,5 @@ def test_a_load_that_takes_more_or_less_is_an_error():
     memory.check_loaded(model, expected)
     memory.check_loaded(model, int(expected * 1.029))
     for wrong in (expected * 1.04, expected * 0.96):
-        with pytest.raises(AssertionError, match="take .* on this rank"):
+        with pytest.raises(AssertionError, match=r"take .* on this rank"):
             memory.check_loaded(model, int(wrong))
