@@ -48,28 +48,31 @@ def alpaca_file(tmp_path_factory):
     return tiny.write_alpaca(tmp_path_factory.mktemp("data") / "alpaca.jsonl")
 
 
+def _ranks(world: int):
+    """On a machine with GPUs each rank has one, over NCCL; without, they are CPU processes over gloo."""
+    if 0 < torch.cuda.device_count() < world:
+        pytest.skip(f"needs {world} GPUs, or none")
+    ranks = Ranks(world)
+    yield ranks
+    ranks.close()
+
+
 @pytest.fixture(scope="session")
 def two_ranks():
     """two_ranks(function, *args) -> [result of rank 0, result of rank 1]; function(place, *args), importable."""
-    ranks = Ranks(2)
-    yield ranks
-    ranks.close()
+    yield from _ranks(2)
 
 
 @pytest.fixture(scope="session")
 def four_ranks():
     """Enough for two groups of two."""
-    ranks = Ranks(4)
-    yield ranks
-    ranks.close()
+    yield from _ranks(4)
 
 
 @pytest.fixture(scope="session")
 def one_rank():
     """The same with one rank: the plain run that others are compared with."""
-    ranks = Ranks(1)
-    yield ranks
-    ranks.close()
+    yield from _ranks(1)
 
 
 @pytest.fixture(scope="session")

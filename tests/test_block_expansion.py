@@ -161,7 +161,7 @@ def test_layer_3_is_not_layer_30(deep, tmp_path):
     config, family = read_config(folder)
     model = build_on_meta(config, family)
     options, _ = parse(["--train_type", "bnb_llama_pro", "--model_name", str(folder)])
-    apply_method(model, family, options, Precision(torch.bfloat16, torch.float32))
+    apply_method(model, family, options, Precision(torch.bfloat16, torch.float32), CheckpointFiles(folder))
     for i, layer in enumerate(model.model.layers):
         new = i in (3, 31)
         assert all(p.requires_grad == new for p in layer.parameters())

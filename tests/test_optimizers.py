@@ -17,10 +17,12 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 import train
 from config import UserError, parse
+from model_files import CheckpointFiles
 from models import FAMILIES, build_on_meta, read_config
 from models.adapters import apply_method
 from models.family import clean
 from optimizers import check_optimizer, lr_factor, make_optimizer, make_schedule
+from precision import Precision
 from tests.runs import train_run
 
 FUSED = {"fused_adamw": torch.optim.AdamW, "fused_adam": torch.optim.Adam}
@@ -248,7 +250,7 @@ def meta_model(folder, train_type: str):
     config, _ = parse(["--train_type", train_type, "--model_name", str(folder)])
     model_config, family = read_config(folder)
     model = build_on_meta(model_config, family)
-    apply_method(model, family, config, torch.float32, torch.float32)
+    apply_method(model, family, config, Precision(torch.float32, torch.float32), CheckpointFiles(folder))
     assert family is FAMILIES["llama"]
     return model
 
@@ -266,15 +268,15 @@ def test_norms_biases_and_magnitudes_never_decay(name, checkpoints):
     assert all("norm" in n.split(".")[-2] for n in spared if n.endswith(".weight"))
     assert sum(n.endswith("layernorm.weight") for n in spared) == 6 and "model.norm.weight" in spared
 
-    for path, p in full.named_parameters():  # as Llama-Pro trains: one block, the others frozen
-        p.requires_grad_(".layers.1." in path)
-    decayed, spared = groups_by_name(full, name)
-    block = "model.layers.1."
-    assert {n.removeprefix(block) for n in spared if "bias" not in n} == {
-        "input_layernorm.weight",
-        "post_attention_layernorm.weight",
+    expanded = meta_model(checkpoints("llama_bias_pro"), "bnb_llama_pro")
+    decayed, spared = groups_by_name(expanded, name)
+    blocks = [f"model.layers.{i}." for i in expanded.config.llama_pro_new_layers]
+    assert {n for n in spared if "bias" not in n} == {
+        f"{block}{norm}.weight"
+        for block in blocks
+        for norm in ("input_layernorm", "post_attention_layernorm")
     }
-    assert len(decayed) == 7 and all(n.startswith(block) for n in decayed | spared)
+    assert len(decayed) == 7 * len(blocks) and all(n.startswith(tuple(blocks)) for n in decayed | spared)
 
 
 # Through the program

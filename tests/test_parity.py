@@ -1,6 +1,6 @@
 """Sharding, accumulation, checkpointing and the number of ranks change nothing but speed and memory.
 
-All in fp32 on the CPU. Losses must agree to 1e-5 relative, gradient norms to 1e-4 (AdamW would not notice
+All in fp32, on the CPU or on as many GPUs as there are ranks. Losses must agree to 1e-5 relative, gradient norms to 1e-4 (AdamW would not notice
 a gradient that is wrong by a factor). Trained tensors after five AdamW steps of 1e-3
 must agree to 2e-5 where they moved by up to 5e-3: AdamW's first steps are lr * g / |g|, so where a gradient
 is rounding noise the update is noise too; that is bounded here to a hundredth of one step.
@@ -21,7 +21,7 @@ STEPS = 5
 
 def arguments(model, data, train_type: str, *more) -> list[str]:
     adapters = ["--lora_rank", "8", "--lora_alpha", "12"] if METHODS[train_type].adapter else []
-    common = f"--lr 1e-3 --max_steps {STEPS} --context_length 256 --seed 3".split()
+    common = f"--lr 1e-3 --max_steps {STEPS} --context_length 256 --seed 3 --precision fp32".split()
     return ["--model_name", model, "--dataset", data, "--train_type", train_type, *common, *adapters, *more]
 
 

@@ -77,6 +77,7 @@ def test_bits_are_packed_without_gaps(n_bits):
 def test_compiled_expansion_is_the_eager_one():
     """The kernel that CUDA uses, by the same compiler for the CPU: one compilation for all shapes."""
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     for n_bits in (4, 3):
         for blocks in (6, 10, 24):
             codes = torch.randint(0, 256, (blocks * 8 * n_bits,), dtype=torch.uint8)

@@ -1,0 +1,92 @@
+"""HQQ, offload and fp16 on a GPU. tests/test_matrix.py, run where there are GPUs, compares every train type and
+option there over NCCL; here is what it does not show: kernels, and that offload frees memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+from activation_offload import HostStash, OffloadInputs
+from config import HQQ_BITS
+from quantizers import HQQ
+from tests.runs import set_up, train_run
+from tests.test_parity import arguments
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("n_bits", HQQ_BITS)
+def test_hqq_is_expanded_as_on_the_cpu(n_bits, dtype):
+    """One kernel there, plain operations here; also with row scales."""
+    quantizer, shape = HQQ(n_bits), (96, 128)
+    codes, scales = quantizer.quantize(torch.randn(shape) * 0.05)
+    for rows in (None, torch.rand(shape[0]) + 0.5):
+        expected = quantizer.dequantize(codes, scales, None, shape, dtype, rows)
+        on_gpu = [t if t is None else t.cuda() for t in (codes, scales, None)]
+        got = quantizer.dequantize(*on_gpu, shape, dtype, rows if rows is None else rows.cuda())
+        torch.testing.assert_close(got.cpu(), expected, rtol=1e-6 if dtype == torch.float32 else 1e-2, atol=0)
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(256, 256)
+
+    def forward(self, x):
+        return x + torch.tanh(self.linear(x))
+
+
+def run_blocks(offload: bool) -> tuple[torch.Tensor, list[torch.Tensor], int]:
+    """(output, gradients, peak bytes) of 32 checkpointed blocks whose inputs take 8 MiB each."""
+    torch.manual_seed(0)
+    blocks, stash = [checkpoint_wrapper(Block().cuda()) for _ in range(32)], HostStash()
+    model = nn.Sequential(*[OffloadInputs(b, stash) if offload else b for b in blocks])
+    for _ in range(2):  # the second time pinned memory and streams are there
+        model.zero_grad()
+        x = torch.randn(8192, 256, device="cuda", generator=torch.Generator("cuda").manual_seed(1))
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        y = model(x.requires_grad_())
+        y.square().mean().backward()
+        peak = torch.cuda.max_memory_allocated() - before
+    return y.detach(), [p.grad.clone() for p in model.parameters()], peak
+
+
+@pytest.mark.gpu
+def test_activation_offload_changes_memory_only():
+    y, gradients, peak = run_blocks(offload=False)
+    other, others, lower = run_blocks(offload=True)
+    assert torch.equal(y, other)
+    assert all(torch.equal(a, b) for a, b in zip(gradients, others, strict=True))
+    assert peak > 32 * 2**23 > 2 * lower
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("train_type", ["full", "bnb_dora", "hqq_lora"])
+def test_cpu_offload_leaves_the_gpu_empty(train_type, checkpoints, alpaca_file, one_rank):
+    args = arguments(checkpoints(), alpaca_file, train_type)
+    on_gpu, offloaded = (
+        one_rank(allocated_after_load, [*args, *more])[0] for more in ([], ["--use_cpu_offload"])
+    )
+    assert offloaded < 0.1 * on_gpu
+
+
+def allocated_after_load(place, args) -> int:
+    before = torch.cuda.memory_allocated()
+    model = set_up(place, args)[1]
+    held = torch.cuda.memory_allocated() - before
+    del model
+    return held
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", ["auto", "bf16", "fp16_autocast", "bf16_autocast", "bf16_buffers_autocast"])
+@pytest.mark.parametrize("train_type", ["full", "bnb_dora", "hqq_lora"])
+def test_precision_follows_fp32(train_type, mode, checkpoints, alpaca_file, plain_run, one_rank):
+    args = arguments(checkpoints("llama_bias"), alpaca_file, train_type, "--batch_size", "4")
+    expected = plain_run(args)
+    losses, _, norms = one_rank(train_run, [*args, "--precision", mode])[0]
+    torch.testing.assert_close(torch.tensor(losses), torch.tensor(expected[0]), rtol=2e-2, atol=0)
+    torch.testing.assert_close(torch.tensor(norms), torch.tensor(expected[2]), rtol=1e-1, atol=0)
