@@ -10,6 +10,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from activation_offload import HostStash, Stashed
 from config import FIELDS
 from quantize_layers import Linear4bit
 from tests.runs import set_up, train_run
@@ -164,3 +165,28 @@ def offload_policies(place, args) -> set[str]:
     _, model = set_up(place, args)
     states = [m._get_fsdp_state() for m in model.modules() if hasattr(m, "_get_fsdp_state")]
     return {type(s._fsdp_param_group.offload_policy).__name__ for s in states if s._fsdp_param_group}
+
+
+def test_activation_offload_moves_the_layers_inputs_only(checkpoints, alpaca_file, one_rank):
+    args = arguments(checkpoints(), alpaca_file, "bnb_dora", "--use_activation_cpu_offload", "true")
+    assert one_rank(moved_shapes, args)[0] == [(2, 20, 64)] * 3  # of three layers
+
+
+def moved_shapes(place, args) -> list[tuple[int, ...]]:
+    import activation_offload
+
+    moved, original, smallest = [], HostStash.pack, activation_offload.SMALLEST
+
+    def pack(self, tensor):
+        kept = original(self, tensor)
+        moved.extend([tuple(tensor.shape)] * isinstance(kept, Stashed))
+        return kept
+
+    HostStash.pack, activation_offload.SMALLEST = pack, 0
+    try:
+        _, model = set_up(place, args)
+        ids = torch.ones(2, 20, dtype=torch.long)
+        model.train()(input_ids=ids, use_cache=False).logits.sum().backward()
+    finally:
+        HostStash.pack, activation_offload.SMALLEST = original, smallest
+    return moved
