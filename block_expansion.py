@@ -25,7 +25,8 @@ from transformers.utils import logging as transformers_logging
 
 import launch
 from checkpoint import check_output, clear_output, plan_shards, shard_name
-from config import TOY_MODEL, Parser, UserError, suggest, with_underscores
+from command_line import Parser, suggest, with_underscores
+from config import TOY_MODEL, UserError
 from data import toy_texts
 from model_files import CheckpointFiles, StoredTensor, fetch_weights, find_model
 from model_writer import Entry, Shards, copied, read_blocks, with_replaced, write_model, zeros

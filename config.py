@@ -6,17 +6,11 @@ Nothing here needs torch, a GPU or a model.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import difflib
 import os
-import re
 import time
-import types
 import typing
-from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
 import yaml
 
@@ -136,7 +130,7 @@ class Config:
     seed: int = option(42, "Training", "seeds adapters, data order and dropout")
 
     precision: str = option("auto", "Memory and speed", "auto is bf16 compute with fp32 trained weights where the GPU"
-        " has bf16, fp16_autocast on older GPUs, fp32 on a CPU; precision.py has a line on each",
+        " has bf16, fp16_autocast on older GPUs, fp32 on a CPU; docs/options.md has a line on each",
         choices=("auto", "fp32", "bf16", "fp16_autocast", "bf16_autocast", "bf16_buffers_autocast"))
     sharding_strategy: str = option("full_shard", "Memory and speed", "full_shard spreads all over all ranks;"
         " shard_grad_op keeps parameters gathered between forward and backward; ddp gives every rank a whole copy;"
@@ -201,135 +195,16 @@ FIELDS = {f.name: f for f in dataclasses.fields(Config)}
 HINTS = typing.get_type_hints(Config)
 
 
-def _annotation(name: str) -> tuple[type, bool]:
-    """(int, float, bool or str; whether None is allowed) of an option."""
-    hint = HINTS[name]
-    if isinstance(hint, types.UnionType):
-        return next(t for t in typing.get_args(hint) if t is not type(None)), True
-    return hint, False
-
-
-def _convert(name: str, value, where: str):
-    """value, a string or a YAML scalar, as the option's type. Raises UserError that names `where`."""
-    kind, optional = _annotation(name)
-    meta = FIELDS[name].metadata
-    if value is None and optional:
-        return None
-    text = str(value).strip()
-    try:
-        if kind is bool:
-            result = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[
-                text.lower()
-            ]
-        elif isinstance(value, bool | list | dict) or value is None:
-            raise ValueError
-        else:
-            result = kind(text) if kind is not str else str(value)
-    except (ValueError, KeyError):
-        noun = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}[kind]
-        raise UserError(f"{where}: {text!r} is not {noun}") from None
-    if kind is float and result != result:
-        raise UserError(f"{where}: nan is not a number to train with")
-    if meta["choices"] and result not in meta["choices"]:
-        raise UserError(f"{where}: {result!r} is none of {', '.join(meta['choices'])}")
-    return result
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse with errors as UserErrors."""
-
-    def error(self, message):
-        raise UserError(message)
-
-
-def _parser() -> Parser:
-    parser = Parser(
-        prog="train.py",
-        usage="python train.py [--option value ...]",
-        allow_abbrev=False,
-        argument_default=argparse.SUPPRESS,
-        description="Fine-tune a language model too big for one GPU. Without options: a small demo run.",
-        epilog="Options may be written with - for _, and switches without `true`.",
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=38, width=110),
-    )
-    parser.add_argument("--config", metavar="YAML", help="read options from this file; the command line wins")
-    groups = {}
-    for field in FIELDS.values():
-        meta, (kind, _) = field.metadata, _annotation(field.name)
-        if meta["group"] not in groups:
-            groups[meta["group"]] = parser.add_argument_group(meta["group"])
-        flag = {"nargs": "?", "const": "true"} if kind is bool else {}
-        metavar = "NAME" if meta["choices"] else {bool: "BOOL", int: "N", float: "X", str: "TEXT"}[kind]
-        groups[meta["group"]].add_argument(f"--{field.name}", metavar=metavar, help=_help(field), **flag)
-    return parser
-
-
-def _help(field: dataclasses.Field) -> str:
-    meta = field.metadata
-    text = meta["help"]
-    ready = [c for c in meta["choices"] if meta["later"] is ANY or c not in meta["later"]]
-    if ready:
-        text += f": {', '.join(ready)}"
-    text += f" [{_shown(field.default)}]"
-    if meta["later"] is ANY or meta["later"] == (True,):
-        text += " (not in this version)"
-    elif meta["later"]:
-        text += f" (not in this version: {', '.join(meta['later'])})"
-    return text.replace("%", "%%")
-
-
-def _shown(value) -> str:
+def shown(value) -> str:
     return "unset" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def suggest(name: str, known: Iterable[str] = FIELDS) -> str:
-    """The end of an error line about an unknown option."""
-    near = difflib.get_close_matches(name.lstrip("-").replace("-", "_"), known, n=1)
-    return f"; did you mean --{near[0]}?" if near else "; see --help"
-
-
-def _read_yaml(path: str) -> dict:
-    try:
-        given = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f"--config {path}: {getattr(e, 'strerror', None) or 'not a UTF-8 text'}") from None
-    except RecursionError:
-        raise UserError(f"--config {path}: nested too deeply") from None
-    except (yaml.YAMLError, ValueError) as e:  # ValueError: a date that no calendar has
-        line = f" line {e.problem_mark.line + 1}" if getattr(e, "problem_mark", None) else ""
-        raise UserError(f"--config {path}:{line} is not YAML ({getattr(e, 'problem', e)})") from None
-    if not isinstance(given, dict):
-        raise UserError(f"--config {path}: expected lines of `option: value`")
-    values = {}
-    for key, value in given.items():
-        name = str(key).replace("-", "_")
-        if name not in FIELDS:
-            raise UserError(f"--config {path}: unknown option {key}{suggest(str(key))}")
-        if value is not None:  # a null line is an option that was not given
-            values[name] = _convert(name, value, f"{path}: {name}")
-    return values
-
-
-def with_underscores(argv: list[str]) -> list[str]:
-    """--train-type=x -> --train_type=x; values stay as they are."""
-    dashes = re.compile(r"--[a-z][a-z0-9-]*")
-    return [
-        dashes.sub(lambda m: "--" + m[0][2:].replace("-", "_"), a, count=1) if dashes.match(a) else a
-        for a in argv
-    ]
-
-
-def parse(argv: list[str]) -> tuple[Config, list[str]]:
-    """(the resolved configuration, remarks to print once). Raises UserError; exits 0 on --help.
+def resolve(given: dict) -> tuple[Config, list[str]]:
+    """(the configuration, remarks to print once) of the options that were given, by name, in their types.
+    Raises UserError for what is wrong with them.
 
     Remarks tell of options that are accepted for older commands but change nothing here.
     """
-    args, rest = _parser().parse_known_args(with_underscores(argv))
-    if rest:
-        raise UserError(f"unknown option {rest[0]}{suggest(rest[0].split('=')[0])}")
-    raw = vars(args)
-    given = _read_yaml(raw.pop("config")) if "config" in raw else {}
-    given |= {name: _convert(name, value, f"--{name}") for name, value in raw.items()}
     _refuse(given)
     config = _resolve(given)
     _check_values(config)
@@ -341,7 +216,7 @@ def _refuse(given: dict) -> None:
     for name, value in given.items():
         later = FIELDS[name].metadata["later"]
         if (later is ANY and value != FIELDS[name].default) or (later is not ANY and value in later):
-            raise UserError(f"--{name} {_shown(value)} is not in this version yet; leave it out")
+            raise UserError(f"--{name} {shown(value)} is not in this version yet; leave it out")
     train_type = given.get("train_type", FIELDS["train_type"].default)
     for name in given:
         needs = FIELDS[name].metadata["needs"]

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import sys
 
-from command_line import describe, parse_or_exit, report, under_torchrun
+from command_line import describe, parse, parse_or_exit, report, under_torchrun
 
 if __name__ == "__main__":
     # Before the imports below, which take seconds: --help and wrong options are answered at once.
@@ -329,7 +329,7 @@ def announce(job: Job, remarks: list[str]) -> Job:
 def main(argv: list[str]) -> int:
     """The whole program, for callers from Python: options in, exit status out."""
     try:
-        parsed = options.parse(argv)
+        parsed = parse(argv)
     except UserError as e:
         return report(e, verbose="--verbose" in argv)
     return run(*parsed)

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 import train
 from checkpoint import gather
-from config import parse
+from command_line import parse
 from data import StepSampler
 from models.family import clean
 from models.lora import LoRALinear

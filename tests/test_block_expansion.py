@@ -19,7 +19,7 @@ import block_expansion
 import model_writer
 from block_expansion import expanded_config, expanded_tensors
 from checkpoint import BLOCKS
-from config import parse
+from command_line import parse
 from model_files import INDEX, CheckpointFiles
 from models import FAMILIES, build_on_meta, read_config
 from models.adapters import apply_method

@@ -8,7 +8,8 @@ import re
 import pytest
 import yaml
 
-from config import ANY, FIELDS, METHODS, TOY_DEFAULTS, Config, UserError, dump_yaml, parse
+from command_line import parse
+from config import ANY, FIELDS, METHODS, TOY_DEFAULTS, Config, UserError, dump_yaml
 from data import find_recipe
 
 # fsdp_qlora's options and choices, as DESIGN.md lists them: commands of others must keep working.

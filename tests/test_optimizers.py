@@ -16,7 +16,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
 
 import train
-from config import UserError, parse
+from command_line import parse
+from config import UserError
 from model_files import CheckpointFiles
 from models import FAMILIES, build_on_meta, read_config
 from models.adapters import apply_method

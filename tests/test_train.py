@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 
 import launch
 import train
-from config import parse
+from command_line import parse
 from optimizers import lr_factor
 from tests.runs import train_run, whole_run
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from config import ANY, FIELDS, METHODS, TOY_DEFAULTS, _shown
+import precision
+from config import ANY, FIELDS, METHODS, TOY_DEFAULTS, shown
 
 PAGE = Path(__file__).parent.parent / "docs" / "options.md"
 
@@ -66,9 +67,9 @@ def table(group: str) -> list[str]:
         ready = [c for c in meta["choices"] if meta["later"] is ANY or c not in meta["later"]]
         text += f": {', '.join(ready)}" if ready else ""
         if meta["later"]:
-            only = ", ".join(map(_shown, meta["later"])) if meta["later"] is not ANY else ""
+            only = ", ".join(map(shown, meta["later"])) if meta["later"] is not ANY else ""
             text += f" *(later{': ' if only else ''}{only})*"
-        lines.append(f"| `{name}` | {_shown(field.default)} | {text} |")
+        lines.append(f"| `{name}` | {shown(field.default)} | {text} |")
     return lines
 
 
@@ -87,7 +88,9 @@ def page() -> str:
         frozen = "none: all is trained" if name == "full" else stored[m.quantizer]
         later = " *(later)*" if name in FIELDS["train_type"].metadata["later"] else ""
         lines.append(f"| {name}{later} | {frozen} | {adapter} | {m.saves} |")
-    toy = ", ".join(f"`{k}` {_shown(v)}" for k, v in TOY_DEFAULTS.items())
+    _, modes, note = precision.__doc__.strip().split("\n\n")
+    lines += ["\n## Precisions\n", *[f"    {line}" for line in modes.splitlines()], f"\n{note}"]
+    toy = ", ".join(f"`{k}` {shown(v)}" for k, v in TOY_DEFAULTS.items())
     lines.append(f"\nWith the embedded model (`--model_name toy`) other defaults hold: {toy}.")
     return "\n".join(lines) + "\n" + DIFFERENCES
 
