@@ -8,6 +8,7 @@ a temporary name and renamed when whole, the one that makes the folder loadable 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -19,6 +20,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.tensor import DTensor
+from transformers import PretrainedConfig
 
 from config import Config, UserError
 from model_files import INDEX, SINGLE, CheckpointFiles
@@ -26,8 +28,8 @@ from models.family import clean
 from models.lora import LoRALinear
 
 SHARD_BYTES = 5 * 10**9
-BLOCKS = "new_blocks.safetensors"
-RUN_FILES = ("config.yaml", "metrics.jsonl", "loss.png", "adapter_config.json", "adapter_model.safetensors",
+ADAPTER, BLOCKS = "adapter_model.safetensors", "new_blocks.safetensors"
+RUN_FILES = ("config.yaml", "metrics.jsonl", "loss.png", "adapter_config.json", ADAPTER,
              BLOCKS)  # fmt: skip
 MODEL_FILES = ("config.json", INDEX, "model.safetensors", "model-*.safetensors")
 # A model folder's small files that go along with retrained weights, as they are.
@@ -81,8 +83,27 @@ def gather(param: nn.Parameter) -> torch.Tensor:
     return full.detach().cpu()
 
 
-def save_adapter(model: nn.Module, folder: Path, config: Config, base: str, targets: list[str]) -> None:
-    """Writes PEFT's two files. targets: the names in PEFT's target_modules. Collective; rank 0 writes."""
+def base_digest(config: PretrainedConfig, files: CheckpointFiles) -> str:
+    """Names the model that an adapter belongs to: its config and the names and shapes of its weights, not the
+    version of transformers that wrote it or the folder where it lies."""
+    ignored = (
+        "_name_or_path",
+        "transformers_version",
+        "dtype",
+        "torch_dtype",
+        "use_cache",
+        "quantization_config",
+    )
+    described = {k: v for k, v in config.to_dict().items() if k not in ignored}
+    shapes = {name: stored.shape for name, stored in sorted(files.tensors.items())}
+    return hashlib.sha256(json.dumps([described, shapes], sort_keys=True, default=str).encode()).hexdigest()
+
+
+def save_adapter(
+    model: nn.Module, folder: Path, config: Config, base: str, digest: str, targets: list[str]
+) -> None:
+    """Writes PEFT's two files. base, digest: the name and `base_digest` of the model below; targets: the names in
+    PEFT's target_modules. Collective; rank 0 writes."""
     tensors = {}
     for path, module in model.named_modules():
         if isinstance(module, LoRALinear):
@@ -106,9 +127,9 @@ def save_adapter(model: nn.Module, folder: Path, config: Config, base: str, targ
         "init_lora_weights": True,
         "inference_mode": True,
     }
-    temporary = folder / "adapter_model.safetensors.tmp"
-    save_file(tensors, temporary, metadata={"format": "pt"})
-    temporary.rename(folder / "adapter_model.safetensors")
+    temporary = folder / f"{ADAPTER}.tmp"
+    save_file(tensors, temporary, metadata={"format": "pt", "base_digest": digest})
+    temporary.rename(folder / ADAPTER)
     write_text(folder / "adapter_config.json", json.dumps(description, indent=2) + "\n")
 
 

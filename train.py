@@ -37,6 +37,7 @@ import launch
 import memory
 from checkpoint import (
     BLOCKS,
+    base_digest,
     check_output,
     check_writable,
     clear_output,
@@ -274,7 +275,8 @@ def save(job: Job, model: nn.Module, folder: Path) -> None:
     elif config.method.expansion:
         save_expanded(model, family, folder, job.files)
     elif config.method.saves == "adapter":
-        save_adapter(model, folder, config, base, peft_targets(family, config.lora_target_modules))
+        digest = base_digest(job.model_config, job.files)
+        save_adapter(model, folder, config, base, digest, peft_targets(family, config.lora_target_modules))
     else:
         save_model(model, folder, job.files)
 

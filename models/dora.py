@@ -100,3 +100,11 @@ class DoRALinear(LoRALinear):
     def peft_tensors(self, gather: Callable[[nn.Parameter], torch.Tensor]) -> dict[str, torch.Tensor]:
         magnitude = gather(self.squared_norm).sqrt() + gather(self.magnitude_change).float()
         return super().peft_tensors(gather) | {"lora_magnitude_vector": magnitude}
+
+    @torch.no_grad()
+    def set_peft_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
+        magnitude = tensors.pop("lora_magnitude_vector")
+        if magnitude.shape != self.squared_norm.shape:
+            raise RuntimeError(f"magnitude of shape {list(magnitude.shape)}")
+        self.magnitude_change.copy_(magnitude.to(self.squared_norm.device) - self.squared_norm.sqrt())
+        super().set_peft_tensors(tensors)

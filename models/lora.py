@@ -59,3 +59,18 @@ class LoRALinear(Packed):
         """{PEFT's name below the layer: full tensor}. `gather` makes a full tensor of a sharded parameter
         and is collective: every rank must call this."""
         return {"lora_A.weight": gather(self.lora_A), "lora_B.weight": gather(self.lora_B)}
+
+    @torch.no_grad()
+    def set_peft_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Takes over what `peft_tensors` gave; only of a layer that is not sharded. Raises KeyError for a name
+        that is missing or not known, RuntimeError for another shape."""
+        self.lora_A.copy_(_exactly(tensors.pop("lora_A.weight"), self.lora_A))
+        self.lora_B.copy_(_exactly(tensors.pop("lora_B.weight"), self.lora_B))
+        if tensors:
+            raise KeyError(next(iter(tensors)))
+
+
+def _exactly(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    if tensor.shape != like.shape:  # copy_ would broadcast
+        raise RuntimeError(f"shape {list(tensor.shape)}, expected {list(like.shape)}")
+    return tensor

@@ -1,0 +1,99 @@
+"""A run that is opened again computes what training computed."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import config as options
+from checkpoint import ADAPTER
+from config import UserError
+from finished_run import load_model, open_run
+from tests.test_adapters import IDS, args_for
+from tests.test_checkpoint import save_and_compute
+from tests.test_parity import biased
+
+CPU = torch.device("cpu")
+
+
+def saved_run(one_rank, folder, args) -> torch.Tensor:
+    """A RUN with random adapters (or weights) in `folder`; returns the logits of the model that saved it."""
+    folder.mkdir()
+    return one_rank(save_run, args, folder)[0]
+
+
+def save_run(place, args, folder):
+    from tests.runs import make_job
+
+    (folder / "config.yaml").write_text(options.dump_yaml(make_job(place, args).config))
+    return save_and_compute(place, args, folder)
+
+
+@pytest.mark.parametrize(
+    ("train_type", "kind"),
+    [
+        *[
+            (t, "llama_bias")
+            for t in ("lora", "dora", "qlora", "bnb_dora", "hqq_dora --n_bits 3", "full", "llama_pro")
+        ],
+        *[("bnb_dora", kind) for kind in ("qwen2", "gemma2", "phi3", "qwen3_moe")],
+    ],
+)
+def test_it_computes_what_training_computed(train_type, kind, checkpoints, alpaca_file, one_rank, tmp_path):
+    name, *more = train_type.split()
+    folder = checkpoints(biased(name) if kind == "llama_bias" else kind)
+    logits = saved_run(one_rank, tmp_path / "run", args_for(folder, alpaca_file, name, *more))
+    model = load_model(open_run(tmp_path / "run"), CPU, torch.float32)
+    with torch.no_grad():
+        torch.testing.assert_close(model(input_ids=IDS, use_cache=False).logits, logits, rtol=1e-5, atol=1e-5)
+
+
+@pytest.fixture
+def run(checkpoints, alpaca_file, one_rank, tmp_path):
+    saved_run(one_rank, tmp_path / "run", args_for(checkpoints(), alpaca_file, "bnb_dora"))
+    return tmp_path / "run"
+
+
+def test_folders_that_are_no_run(run, checkpoints, tmp_path):
+    with pytest.raises(UserError, match=r"no config\.yaml"):
+        open_run(tmp_path)
+    with pytest.raises(UserError, match="trained on another model"):
+        open_run(run, base=str(checkpoints("mistral")))
+    (run / ADAPTER).write_bytes((run / ADAPTER).read_bytes()[:-9])
+    with pytest.raises(UserError, match="truncated"):
+        open_run(run)
+    (run / ADAPTER).unlink()
+    with pytest.raises(UserError, match="half written"):
+        open_run(run)
+    (run / "adapter_config.json").unlink()
+    with pytest.raises(UserError, match="holds no result"):
+        open_run(run)
+
+
+def test_a_base_that_was_moved(run, checkpoints, tmp_path):
+    moved = shutil.copytree(checkpoints(), tmp_path / "moved")
+    assert open_run(run, base=str(moved)).base == moved
+
+
+@pytest.mark.parametrize("change", ["rank", "missing", "surplus"])
+def test_an_adapter_that_does_not_fit(change, run):
+    from safetensors import safe_open
+
+    tensors = load_file(run / ADAPTER)
+    with safe_open(run / ADAPTER, framework="pt") as f:
+        metadata = f.metadata()
+    name = next(n for n in tensors if n.endswith("layers.1.mlp.up_proj.lora_B.weight"))
+    if change == "rank":
+        tensors[name] = tensors[name][:, :1].contiguous()
+    elif change == "missing":
+        del tensors[name]
+    else:
+        tensors[name.replace("layers.1", "layers.7")] = tensors[name].clone()
+    save_file(tensors, run / ADAPTER, metadata=metadata)
+    with pytest.raises(
+        UserError, match="no place in" if change == "surplus" else "does not fit model.layers.1"
+    ):
+        load_model(open_run(run), CPU, torch.float32)
