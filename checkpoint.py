@@ -17,7 +17,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PretrainedConfig
@@ -26,6 +25,7 @@ from config import Config, UserError
 from model_files import INDEX, SINGLE, CheckpointFiles
 from models.family import clean
 from models.lora import LoRALinear
+from tensor_files import save_tensors
 
 SHARD_BYTES = 5 * 10**9
 ADAPTER, BLOCKS = "adapter_model.safetensors", "new_blocks.safetensors"
@@ -128,7 +128,7 @@ def save_adapter(
         "inference_mode": True,
     }
     temporary = folder / f"{ADAPTER}.tmp"
-    save_file(tensors, temporary, metadata={"format": "pt", "base_digest": digest})
+    save_tensors(tensors, temporary, {"base_digest": digest})
     temporary.rename(folder / ADAPTER)
     write_text(folder / "adapter_config.json", json.dumps(description, indent=2) + "\n")
 
@@ -150,7 +150,7 @@ def save_model(model: nn.Module, folder: Path, files: CheckpointFiles) -> None:
         weight_map |= dict.fromkeys(names, file)
         total += sum(t.nbytes for t in tensors.values())
         if dist.get_rank() == 0:
-            save_file(tensors, folder / f"{file}.tmp", metadata={"format": "pt"})
+            save_tensors(tensors, folder / f"{file}.tmp")
             written.append(file)
     if dist.get_rank() != 0:
         return

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoTokenizer, PretrainedConfig
 
+from bnb_files import check_stored_quantization
 from checkpoint import ADAPTER, BLOCKS, base_digest
 from command_line import parse
 from config import TOY_MODEL, Config, UserError
@@ -26,7 +27,6 @@ from models.adapters import apply_method, check_packing
 from models.family import Family
 from models.lora import LoRALinear
 from models.toy import toy_model
-from packed_files import check_stored_quantization
 from precision import Precision
 from quantize_layers import load_weights
 

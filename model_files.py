@@ -11,12 +11,15 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
 
+from bnb_files import find_bnb
 from config import TOY_MODEL, UserError
-from packed_files import BnbWeight, CachedWeight, PackedWeight, find_bnb, read_file
+from quantizers import PackedWeight, Quantizer
+from tensor_files import read_tensors
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -31,6 +34,14 @@ class StoredTensor:
     dtype: torch.dtype
 
 
+class StoredPacked(Protocol):
+    """A weight that some file holds packed: bnb_files.BnbWeight, weight_cache.CachedWeight."""
+
+    quantizer: Quantizer
+
+    def read(self) -> PackedWeight: ...
+
+
 class CheckpointFiles:
     """The tensors of a model folder, by name: `tensors`, and in `packed` those of them that some file holds
     packed already, bitsandbytes' own or a cache's.
@@ -41,7 +52,7 @@ class CheckpointFiles:
     def __init__(self, folder: Path, only: str | None = None):
         self.folder = folder
         self.tensors: dict[str, StoredTensor] = {}
-        self.packed: dict[str, BnbWeight | CachedWeight] = {}
+        self.packed: dict[str, StoredPacked] = {}
         raw: dict[str, str] = {}
         for file, names in ({only: None} if only else _files(folder)).items():
             self._read_header(file, names, raw)
@@ -88,7 +99,7 @@ class CheckpointFiles:
         it is so in a file. The file is opened anew each time: what was read does not stay mapped."""
         if name in self.packed:
             return self.packed[name].read()
-        return read_file(self.folder / self.tensors[name].file, [name])[0]
+        return read_tensors(self.folder / self.tensors[name].file, [name])[0]
 
 
 def _files(folder: Path) -> dict[str, set[str] | None]:

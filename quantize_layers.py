@@ -30,8 +30,8 @@ from torch.distributed.tensor import DTensor
 from launch import Place
 from model_files import CheckpointFiles
 from models.family import Family, clean
-from packed_files import CacheWriter, PackedWeight
-from quantizers import Quantizer, flat_bytes
+from quantizers import PackedWeight, Quantizer, flat_bytes
+from weight_cache import CacheWriter
 
 STORAGE = torch.float32
 

@@ -48,6 +48,17 @@ class Quantizer(Protocol):
         no extra pass over the weight. Needs whole blocks in a row: I a multiple of `block`."""
 
 
+@dataclass(frozen=True)
+class PackedWeight:
+    """What a quantizer made of a weight: codes and scales, uint8, 1-D."""
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+
+    def to(self, device: torch.device) -> PackedWeight:
+        return PackedWeight(self.codes.to(device), self.scales.to(device))
+
+
 def make_quantizer(name: str, n_bits: int | None, block: int | None) -> Quantizer:
     """Of METHODS' "bnb" (its bits and blocks are fixed: None) or "hqq"."""
     return HQQ(n_bits, block) if name == "hqq" else NF4()

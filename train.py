@@ -35,6 +35,7 @@ from transformers.utils import logging as transformers_logging
 import config as options
 import launch
 import memory
+from bnb_files import check_stored_quantization
 from checkpoint import (
     BLOCKS,
     base_digest,
@@ -63,10 +64,10 @@ from models.family import Family
 from models.llama_pro import new_layers
 from models.toy import toy_model
 from optimizers import check_optimizer, make_optimizer, make_schedule
-from packed_files import CacheWriter, check_stored_quantization, digest, open_cache
 from precision import Precision, choose_precision
 from quantize_layers import load_weights
 from tracking import Meter, check_wandb, make_tracker, summary
+from weight_cache import CacheWriter, digest, open_cache
 from wrapping import STRATEGIES, WRAP_POLICIES, make_mesh, offload_policy, wrap
 
 
@@ -78,7 +79,7 @@ class Job:
     model_config: PretrainedConfig
     files: CheckpointFiles
     rows: TokenizedRows
-    cache: str | None  # the digest under which to leave the packed weights in --quantized_cache
+    cache: str | None  # the weights' digest, if --quantized_cache is still to be written
 
 
 def check(config: Config) -> Job:

@@ -126,3 +126,5 @@ def test_adapter_file_is_in_pefts_names(checkpoints, alpaca_file, one_rank, tmp_
         layer + last for last in ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")
     }
     assert json.loads((tmp_path / "adapter_config.json").read_text())["use_dora"] is True
+    modes = {p.stat().st_mode & 0o777 for p in tmp_path.iterdir()}
+    assert len(modes) == 1, "readable by those who can read the rest, so that another user can serve it"

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
+import time
 import weakref
 from pathlib import Path
 
@@ -16,10 +18,10 @@ from safetensors.torch import load_file, save_file
 import train
 from config import UserError
 from model_files import CheckpointFiles
-from packed_files import MANIFEST
 from quantizers import HQQ, NF4
 from tests.runs import dense_state, make_job, outputs, set_up, transformers_model
 from tests.test_adapters import IDS
+from weight_cache import MANIFEST
 
 DENSE = "model.layers.1.mlp.down_proj.weight"  # one that the makers of the checkpoint left alone
 
@@ -163,7 +165,8 @@ def cached(checkpoints, alpaca_file, two_ranks, tmp_path):
 @pytest.mark.parametrize("method", ["qlora", "bnb_dora", "hqq_lora --n_bits 3"])
 def test_later_runs_load_what_the_first_packed(method, cached, one_rank, two_ranks):
     args, folder, first = cached("--train_type", *method.split())
-    assert not folder.with_name("cache.partial").exists()
+    assert [p.name for p in folder.parent.iterdir()] == ["cache"]  # nothing partial is left
+    assert all(p.stat().st_mode & 0o444 == 0o444 for p in folder.iterdir())  # others may share it
     assert {p.name.split("-")[1] for p in folder.glob("packed-*")} == {"0", "1"}  # each rank wrote its own
     for ranks in (one_rank, two_ranks):
         later = ranks(without_quantizing, dense_state, args)[0]
@@ -180,13 +183,40 @@ def test_a_cache_in_several_files(cached, one_rank):
 
 
 def with_small_files(place, args):
-    import packed_files
+    import weight_cache
 
-    original, packed_files.FILE_BYTES = packed_files.FILE_BYTES, 20_000
+    original, weight_cache.FILE_BYTES = weight_cache.FILE_BYTES, 20_000
     try:
         set_up(place, args)
     finally:
-        packed_files.FILE_BYTES = original
+        weight_cache.FILE_BYTES = original
+
+
+def test_two_runs_make_one_cache(checkpoints, alpaca_file, one_rank, tmp_path):
+    """Both began before it was there: the slower one's is as good, and goes; what a run left a week ago as well."""
+    args = [
+        "--model_name",
+        checkpoints(),
+        "--dataset",
+        alpaca_file,
+        *QLORA,
+        "--quantized_cache",
+        tmp_path / "c",
+    ]
+    left = tmp_path / "c.abc.partial"
+    left.mkdir()
+    os.utime(left, (time.time() - 7 * 24 * 3600,) * 2)
+    fresh = tmp_path / "c.def.partial"
+    fresh.mkdir()
+    one_rank(write_twice, args)
+    assert {p.name for p in tmp_path.iterdir()} == {"c", fresh.name}
+    assert one_rank(without_quantizing, dense_state, args)[0]
+
+
+def write_twice(place, args):
+    first, second = make_job(place, args), make_job(place, args)
+    train.set_up(first, place)
+    train.set_up(second, place)
 
 
 def spoil_model(folder, args):
