@@ -23,9 +23,8 @@ from huggingface_hub.utils import logging as hub_logging
 from transformers import PretrainedConfig
 from transformers.utils import logging as transformers_logging
 
-import launch
 from checkpoint import check_output, clear_output, plan_shards, shard_name
-from command_line import Parser, suggest, with_underscores
+from command_line import Parser, python, report, suggest, with_underscores
 from config import TOY_MODEL, UserError
 from data import toy_texts
 from model_files import CheckpointFiles, StoredTensor, fetch_weights, find_model
@@ -210,7 +209,7 @@ def expand(options: Options) -> str:
     new = ", ".join(map(str, new_config[NEW_LAYERS]))
     return (
         f"in {options.output_dir}: {len(source)} layers, of which new: {new}\n"
-        f"next: python train.py --train_type bnb_llama_pro --model_name {options.output_dir} --dataset ..."
+        f"next: {python()} train.py --train_type bnb_llama_pro --model_name {options.output_dir} --dataset ..."
     )
 
 
@@ -259,7 +258,7 @@ def main(argv: list[str] | None = None) -> int:
         print(put_back(options) if options.blocks else expand(options))
         return 0
     except UserError as e:
-        print(f"error: {launch.describe(e)}", file=sys.stderr)
+        return report(e, verbose=False)
     except OSError as e:  # a full disk
         print(f"error: {e.filename or options.output_dir}: {e.strerror or e}", file=sys.stderr)
     return 2

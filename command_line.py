@@ -20,7 +20,7 @@ from pathlib import Path
 
 import yaml
 
-from config import ANY, FIELDS, HINTS, Config, UserError, resolve, shown
+from config import ANY, FIELDS, HINTS, NEEDS, Config, UserError, resolve, shown
 
 
 def parse_or_exit(argv: list[str]) -> tuple[Config, list[str]]:
@@ -120,6 +120,8 @@ def _help(field: dataclasses.Field) -> str:
     if ready:
         text += f": {', '.join(ready)}"
     text += f" [{shown(field.default)}]"
+    if meta["needs"]:
+        text += f" (only for {NEEDS[meta['needs']]})"
     if meta["later"] is ANY or meta["later"] == (True,):
         text += " (not in this version)"
     elif meta["later"]:
@@ -173,3 +175,8 @@ def parse(argv: list[str]) -> tuple[Config, list[str]]:
     given = _read_yaml(raw.pop("config")) if "config" in raw else {}
     given |= {name: _convert(name, value, f"--{name}") for name, value in raw.items()}
     return resolve(given)
+
+
+def python() -> str:
+    """How to call this interpreter from here, for commands that are shown to be typed."""
+    return os.path.relpath(sys.executable) if Path.cwd() in Path(sys.executable).parents else "python"

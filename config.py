@@ -67,6 +67,13 @@ TOY_DEFAULTS = {
     "use_gradient_checkpointing": False,
 }
 
+# What an option `needs`, an attribute of Method, in words.
+NEEDS = {
+    "adapter": "LoRA and DoRA",
+    "hqq": "the hqq train types",
+    "expansion": "the llama_pro train types",
+    "quantizer": "quantized weights",
+}
 HQQ_BITS = (8, 4, 3, 2)
 ANY = object()  # `later=ANY`: every value but the default belongs to a feature that is still to come
 
@@ -134,12 +141,12 @@ class Config:
         choices=("auto", "fp32", "bf16", "fp16_autocast", "bf16_autocast", "bf16_buffers_autocast"))
     sharding_strategy: str = option("full_shard", "Memory and speed", "full_shard spreads all over all ranks;"
         " shard_grad_op keeps parameters gathered between forward and backward; ddp gives every rank a whole copy;"
-        " the hybrid ones shard within groups and copy between them",
+        " the hybrid ones shard within groups, each of which holds a whole copy",
         choices=("full_shard", "shard_grad_op", "ddp", "hybrid_full_shard", "hybrid_shard_grad_op"))
     hybrid_shard_size: int = option(-1, "Memory and speed", "ranks of a group, for the hybrid strategies; -1 = those"
         " of one node")
-    wrap_policy: str = option("layer", "Memory and speed", "what is gathered at a time: a decoder layer, or its"
-        " attention and its MLP each by itself; with the unit gathered ahead two layers, or one", choices=("layer", "sublayer"))
+    wrap_policy: str = option("layer", "Memory and speed", "what is gathered at a time: a whole decoder"
+        " layer, or its attention and its MLP separately (half the gathered memory, more all-gathers)", choices=("layer", "sublayer"))
     use_gradient_checkpointing: bool = option(True, "Memory and speed", "recompute each layer in backward instead of"
         " keeping its activations")
     reentrant_checkpointing: bool = option(False, "Memory and speed", "accepted; checkpointing is always non-reentrant")
@@ -153,7 +160,7 @@ class Config:
     loading_workers: int = option(-1, "Memory and speed", "threads of each rank that read and quantize; -1 = its share"
         " of the processors, at most 4")
     quantized_cache: str | None = option(None, "Memory and speed", "folder that the first run leaves the packed"
-        " weights in, and later runs load them from", needs="quantizer")
+        " weights in, and later runs load them from; all nodes must see it", needs="quantizer")
 
     world_size: int = option(-1, "Launch", "processes to start; -1 = all GPUs, or two CPU processes without a GPU")
     master_addr: str = option("localhost", "Launch", "address of rank 0, for mp.spawn")
@@ -221,8 +228,8 @@ def _refuse(given: dict) -> None:
     for name in given:
         needs = FIELDS[name].metadata["needs"]
         if needs and not getattr(METHODS[train_type], needs):
-            lacks = {"hqq": "whose weights are not packed by hqq"}.get(needs, f"which has no {needs}")
-            raise UserError(f"--{name} has no effect with --train_type {train_type}, {lacks}; leave it out")
+            only = f"it is for {NEEDS[needs]}"
+            raise UserError(f"--{name} has no effect with --train_type {train_type}: {only}; leave it out")
 
 
 def _resolve(given: dict) -> Config:

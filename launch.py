@@ -57,13 +57,7 @@ def resolve_world_size(wanted: int) -> int:
 
 def resolve_group_size(wanted: int, world: int) -> int:
     """--hybrid_shard_size, or its default: the ranks of one node. Raises UserError if groups would differ."""
-    size = (
-        wanted
-        if wanted > 0
-        else int(os.environ.get("LOCAL_WORLD_SIZE", world))
-        if under_torchrun()
-        else world
-    )
+    size = wanted if wanted > 0 else int(os.environ.get("LOCAL_WORLD_SIZE", world))
     if world % size:
         raise UserError(
             f"--hybrid_shard_size {size}: {world} processes cannot be divided into groups of {size}"
@@ -103,6 +97,10 @@ def start(run: Callable, world: int, args: tuple, address: str, port: int | None
     if address in ("localhost", "127.0.0.1") and Path("/sys/class/net/lo").exists():
         # Otherwise gloo looks up the host's own name, which fails on machines without a DNS entry.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    if not torch.cuda.is_available():
+        # Threads with nothing to do sleep. They would spin, and beside any other load each short operation would
+        # wait for one that is not scheduled. Read by the ranks when they import torch.
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # A rank that is ended at once cannot put away its locks; the clean-up's warning would follow the error.
     os.environ.setdefault("PYTHONWARNINGS", "ignore::UserWarning:multiprocessing.resource_tracker")
     with tempfile.TemporaryDirectory() as reports:

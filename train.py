@@ -104,10 +104,12 @@ def check(config: Config) -> Job:
     if Path(config.output_dir).resolve() == folder.resolve():  # --overwrite would delete the weights to read
         raise UserError(f"--output_dir {folder}: is the folder of --model_name; choose another")
     model_config, family = read_config(folder)
-    if config.method.expansion:
+    if check_stored_quantization(getattr(model_config, "quantization_config", None), folder):
+        if config.method.expansion:
+            raise UserError(f"{folder}: is packed by bitsandbytes; new blocks need the original weights")
+    elif config.method.expansion:
         new_layers(model_config)
     fetch_weights(config.model_name, folder)
-    check_stored_quantization(getattr(model_config, "quantization_config", None), folder)
     files = CheckpointFiles(folder)
     model = build_on_meta(model_config, family)
     check_weights(model, files, family)

@@ -25,6 +25,7 @@ from torch import nn
 
 from models.lora import LoRALinear
 from quantize_layers import Linear4bit, scaled_linear
+from quantizers import PackedWeight
 
 TINY = torch.finfo(torch.float32).tiny
 
@@ -80,7 +81,7 @@ class DoRALinear(LoRALinear):
     def packs(self, name: str) -> tuple[str, ...]:
         return ("bias",) if name == "bias" else (*super().packs(name), "squared_norm")
 
-    def pack(self, name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+    def pack(self, name: str, tensor: torch.Tensor | PackedWeight) -> dict[str, torch.Tensor]:
         if name == "bias":
             return {"bias": tensor}
         packed = super().pack(name, tensor)

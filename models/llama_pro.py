@@ -26,7 +26,7 @@ def new_layers(config: PretrainedConfig) -> list[int]:
     if layers is None:
         raise UserError(
             f"{where}: has no {NEW_LAYERS}, so this is no expanded model; make one with"
-            f" `python block_expansion.py --model_name {config.name_or_path} --output_dir ...`"
+            f" `python block_expansion.py --model_name {config.name_or_path} --new_blocks N --output_dir ...`"
         )
     good = isinstance(layers, list) and layers and all(type(i) is int and 0 < i < count for i in layers)
     if not good or layers != sorted(set(layers)):

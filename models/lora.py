@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from quantize_layers import Packed, pack, packs, quantizer_of
-from quantizers import Quantizer
+from quantizers import PackedWeight, Quantizer
 
 
 class LoRALinear(Packed):
@@ -44,7 +44,7 @@ class LoRALinear(Packed):
     def packs(self, name: str) -> tuple[str, ...]:
         return tuple(f"base.{key}" for key in packs(self.base, name))
 
-    def pack(self, name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+    def pack(self, name: str, tensor: torch.Tensor | PackedWeight) -> dict[str, torch.Tensor]:
         return {f"base.{key}": value for key, value in pack(self.base, name, tensor).items()}
 
     def quantizer_of(self, name: str) -> Quantizer | None:

@@ -80,7 +80,7 @@ def test_the_run_that_these_cases_spoil_is_good(refused):
         ({"profile_memory": "true"}, ["--profile_memory true", "not in this version"]),
         ({"lora_rank": 0}, ["--lora_rank 0", "positive"]),
         ({"batch_size": 0}, ["--batch_size 0", "positive"]),
-        ({"n_bits": 8}, ["--n_bits has no effect", "packed by hqq"]),
+        ({"n_bits": 8}, ["--n_bits has no effect", "for the hqq train types"]),
         ({"train_type": "hqq_lora", "n_bits": 5}, ["--n_bits 5", "8, 4, 3, 2"]),
         ({"train_type": "hqq_lora", "n_bits": 0}, ["--n_bits 0", "8, 4, 3, 2"]),
         ({"train_type": "hqq_dora", "group_size": 100}, ["--group_size 100", "multiple of 8"]),

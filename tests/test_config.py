@@ -370,7 +370,10 @@ def test_llama_pro_needs_an_expanded_model(train_type, model):
 @pytest.mark.parametrize("train_type", ["full", "bnb_dora"])
 def test_llama_pro_options_need_new_blocks(train_type, name, value):
     message = refused(*REAL, "--train_type", train_type, f"--{name}", value)
-    assert f"--{name} has no effect with --train_type {train_type}, which has no expansion" in message
+    assert (
+        f"--{name} has no effect with --train_type {train_type}: it is for the llama_pro train types"
+        in message
+    )
 
 
 # Methods and defaults

@@ -1,8 +1,8 @@
 """Every train type under every way of sharding, offloading, recomputing and wrapping equals the plain run: one
 process, nothing recomputed, nothing offloaded. Tolerances as in test_parity.py, which says why.
 
-Not every product of options is run, but every train type meets every option in two ranks, and every pair of
-options that touch the same code meets at least once.
+Not every product of options is run: in two ranks every train type meets full_shard, shard_grad_op, ddp, both
+offloads, checkpointing and sublayer units; the hybrid strategies and the rest meet one train type of each kind.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ VARIANTS = {
     "shard_grad_op, offload": "--use_gradient_checkpointing false --sharding_strategy shard_grad_op --use_cpu_offload",
     "ddp, sublayer units": "--use_gradient_checkpointing false --sharding_strategy ddp --wrap_policy sublayer",
 }
+# Hybrid strategies differ from these only in the mesh; they are met by one train type of each kind, in two and
+# four ranks.
 ON_TWO = {
     "shard_grad_op, all else": f"{CHECKPOINTED} --sharding_strategy shard_grad_op --wrap_policy sublayer"
     " --use_cpu_offload --use_activation_cpu_offload",
@@ -155,7 +157,7 @@ def unit_sizes(place, args) -> tuple[list[int], int, int]:
     return sizes, count(layer), next(count(m) for n, m in layer.named_modules() if n.endswith(".mlp"))
 
 
-def test_offload_keeps_everything_on_the_host(checkpoints, alpaca_file, two_ranks):
+def test_every_unit_gets_the_offload_policy(checkpoints, alpaca_file, two_ranks):
     args = arguments(checkpoints(), alpaca_file, "bnb_dora", "--use_cpu_offload", "true")
     assert two_ranks(offload_policies, args)[0] == {"CPUOffloadPolicy"}
     assert two_ranks(offload_policies, args[:-2])[0] == {"OffloadPolicy"}

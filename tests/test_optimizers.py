@@ -17,12 +17,12 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 import train
 from command_line import parse
-from config import UserError
+from config import FIELDS, UserError
 from model_files import CheckpointFiles
 from models import FAMILIES, build_on_meta, read_config
 from models.adapters import apply_method
 from models.family import clean
-from optimizers import check_optimizer, lr_factor, make_optimizer, make_schedule
+from optimizers import OPTIMIZERS, check_optimizer, lr_factor, make_optimizer, make_schedule
 from precision import Precision
 from tests.runs import train_run
 
@@ -278,6 +278,10 @@ def test_norms_biases_and_magnitudes_never_decay(name, checkpoints):
         for norm in ("input_layernorm", "post_attention_layernorm")
     }
     assert len(decayed) == 7 * len(blocks) and all(n.startswith(tuple(blocks)) for n in decayed | spared)
+
+
+def test_the_table_is_the_option():
+    assert set(OPTIMIZERS) == set(FIELDS["optimizer"].metadata["choices"])
 
 
 # Through the program

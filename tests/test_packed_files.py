@@ -96,6 +96,12 @@ def check(folder, alpaca_file, *more) -> train.Job:
 QLORA = ["--train_type", "qlora"]
 
 
+def test_it_cannot_be_expanded(checkpoints, alpaca_file, tmp_path):
+    pack_like_the_hub(checkpoints(), tmp_path / "4bit")
+    with pytest.raises(UserError, match="new blocks need the original weights"):
+        check(tmp_path / "4bit", alpaca_file, "--train_type", "bnb_llama_pro")
+
+
 @pytest.mark.parametrize("train_type", ["full", "lora", "dora", "hqq_lora"])
 def test_other_train_types_cannot_use_it(train_type, checkpoints, alpaca_file, tmp_path):
     pack_like_the_hub(checkpoints(), tmp_path / "4bit")

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import precision
-from config import ANY, FIELDS, METHODS, TOY_DEFAULTS, shown
+from config import ANY, FIELDS, METHODS, NEEDS, TOY_DEFAULTS, shown
 
 PAGE = Path(__file__).parent.parent / "docs" / "options.md"
 
@@ -66,6 +66,7 @@ def table(group: str) -> list[str]:
         text = meta["help"]
         ready = [c for c in meta["choices"] if meta["later"] is ANY or c not in meta["later"]]
         text += f": {', '.join(ready)}" if ready else ""
+        text += f" *(only for {NEEDS[meta['needs']]})*" if meta["needs"] else ""
         if meta["later"]:
             only = ", ".join(map(shown, meta["later"])) if meta["later"] is not ANY else ""
             text += f" *(later{': ' if only else ''}{only})*"
