@@ -23,12 +23,12 @@ from huggingface_hub.utils import logging as hub_logging
 from transformers import PretrainedConfig
 from transformers.utils import logging as transformers_logging
 
-from checkpoint import check_output, clear_output, plan_shards, shard_name
+from checkpoint import check_output, clear_output
 from command_line import Parser, python, report, suggest, with_underscores
 from config import TOY_MODEL, UserError
 from data import toy_texts
 from model_files import CheckpointFiles, StoredTensor, fetch_weights, find_model
-from model_writer import Entry, Shards, copied, read_blocks, with_replaced, write_model, zeros
+from model_writer import Entry, Shards, copied, read_blocks, shards_of, with_replaced, write_model, zeros
 from models import build_on_meta, check_weights, read_config
 from models.family import Family
 from models.llama_pro import NEW_LAYERS, evenly, is_expanded, new_layers, sources
@@ -236,8 +236,7 @@ def _shards(entries: dict[str, Entry], files: CheckpointFiles) -> Shards:
     for name, entry in copied(files).items():
         file = files.tensors[name].file
         sizes[file] = sizes.get(file, 0) + entry.nbytes
-    plan = plan_shards({name: entry.nbytes for name, entry in entries.items()}, max(sizes.values()))
-    return {shard_name(i, len(plan)): {n: entries[n] for n in names} for i, names in enumerate(plan, 1)}
+    return shards_of(entries, max(sizes.values()))
 
 
 def put_back(options: Options) -> str:

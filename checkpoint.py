@@ -27,7 +27,6 @@ from models.family import clean
 from models.lora import LoRALinear
 from tensor_files import save_tensors
 
-SHARD_BYTES = 5 * 10**9
 ADAPTER, BLOCKS = "adapter_model.safetensors", "new_blocks.safetensors"
 RUN_FILES = ("config.yaml", "metrics.jsonl", "loss.png", "adapter_config.json", ADAPTER,
              BLOCKS)  # fmt: skip
@@ -131,35 +130,6 @@ def save_adapter(
     save_tensors(tensors, temporary, {"base_digest": digest})
     temporary.rename(folder / ADAPTER)
     write_text(folder / "adapter_config.json", json.dumps(description, indent=2) + "\n")
-
-
-def save_model(model: nn.Module, folder: Path, files: CheckpointFiles) -> None:
-    """Writes the whole model as the base's folder is laid out: same names, dtypes, config and tokenizer.
-    One shard at a time in host memory. Collective; rank 0 writes."""
-    params = {clean(name): p for name, p in model.named_parameters()}  # a tied head is listed once
-    sizes = {name: p.numel() * files.tensors[name].dtype.itemsize for name, p in params.items()}
-    shards = plan_shards(sizes, SHARD_BYTES)
-    weight_map, total, written = {}, 0, []
-    for i, names in enumerate(shards, 1):
-        file = shard_name(i, len(shards))
-        tensors = {}
-        for name in names:
-            full = gather(params[name])
-            if dist.get_rank() == 0:
-                tensors[name] = full.to(files.tensors[name].dtype).contiguous()
-        weight_map |= dict.fromkeys(names, file)
-        total += sum(t.nbytes for t in tensors.values())
-        if dist.get_rank() == 0:
-            save_tensors(tensors, folder / f"{file}.tmp")
-            written.append(file)
-    if dist.get_rank() != 0:
-        return
-    for file in written:
-        (folder / f"{file}.tmp").rename(folder / file)
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        write_text(folder / INDEX, json.dumps(index, indent=2) + "\n")
-    copy_companions(files.folder, folder)
 
 
 def copy_companions(source: Path, folder: Path, config: dict | None = None) -> None:

@@ -18,13 +18,14 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from checkpoint import BLOCKS, copy_companions, gather, write_text
+from checkpoint import BLOCKS, copy_companions, gather, plan_shards, shard_name, write_text
 from config import UserError
 from model_files import FLOATS, INDEX, SINGLE, CheckpointFiles
 from models.family import Family, clean
 from models.llama_pro import NEW_LAYERS, new_layers
 
 PIECE = 2**24  # bytes
+SHARD_BYTES = 5 * 10**9
 NAMES = {dtype: name for name, dtype in FLOATS.items()}
 
 
@@ -144,6 +145,12 @@ def write_model(folder: Path, shards: Shards, source: Path, config: dict | None 
     copy_companions(source, folder, config)
 
 
+def shards_of(entries: dict[str, Entry], limit: int) -> Shards:
+    """Entries in files of at most `limit` bytes (a larger tensor stands alone), under Hugging Face's names."""
+    plan = plan_shards({name: entry.nbytes for name, entry in entries.items()}, limit)
+    return {shard_name(i, len(plan)): {n: entries[n] for n in names} for i, names in enumerate(plan, 1)}
+
+
 def with_replaced(files: CheckpointFiles, changed: dict[str, Entry]) -> Shards:
     """A checkpoint's shards as they are, but for the tensors in `changed`."""
     shards: Shards = {}
@@ -160,12 +167,23 @@ def _trained_blocks(model: nn.Module, family: Family, files: CheckpointFiles) ->
     return {name: gathered(params[name], files.tensors[name].dtype) for name in names}
 
 
+def save_model(model: nn.Module, folder: Path, files: CheckpointFiles) -> None:
+    """Writes a whole trained model as the base's folder is laid out: same names, dtypes, config and tokenizer.
+    Collective; rank 0 writes, one tensor at a time."""
+    params = {clean(name): p for name, p in model.named_parameters()}  # a tied head is listed once
+    entries = {name: gathered(p, files.tensors[name].dtype) for name, p in params.items()}
+    _write_together(folder, shards_of(entries, SHARD_BYTES), files.folder)
+
+
 def save_expanded(model: nn.Module, family: Family, folder: Path, files: CheckpointFiles) -> None:
     """Writes the folder that was trained from, with its new blocks as they are now: same file names, dtypes,
     config and tokenizer. The old blocks are the files', not the quantized ones. Collective; rank 0 writes."""
-    shards = with_replaced(files, _trained_blocks(model, family, files))
+    _write_together(folder, with_replaced(files, _trained_blocks(model, family, files)), files.folder)
+
+
+def _write_together(folder: Path, shards: Shards, source: Path) -> None:
     if dist.get_rank() == 0:
-        write_model(folder, shards, files.folder)
+        write_model(folder, shards, source)
     else:
         for entries in shards.values():
             _take_part(entries)

@@ -43,14 +43,13 @@ from checkpoint import (
     check_writable,
     clear_output,
     save_adapter,
-    save_model,
     write_text,
 )
 from config import TOY_MODEL, Config, UserError
 from data import IGNORE, StepSampler, TokenizedRows, prepare, toy_texts
 from launch import Place, resolve_workers
 from model_files import CheckpointFiles, fetch_weights, find_model
-from model_writer import save_blocks, save_expanded
+from model_writer import save_blocks, save_expanded, save_model
 from models import FAMILIES, build_on_meta, check_weights, read_config
 from models.adapters import (
     apply_method,
