@@ -34,6 +34,7 @@ class HostStash:
         self.last: Stashed | None = None
         self.stream: torch.cuda.Stream | None = None
 
+    # What torch calls for a tensor that is saved for backward, and when backward wants it.
     def pack(self, tensor: torch.Tensor) -> torch.Tensor | Stashed:
         if tensor.nbytes < SMALLEST:
             return tensor
@@ -74,12 +75,21 @@ class HostStash:
 
 class OffloadInputs(ActivationWrapper):
     """Around a checkpointed layer: torch's checkpoint saves the layer's input for backward as it would any
-    tensor, and these hooks see it. The tensors inside the layer have the checkpoint's own hooks."""
+    tensor, and these hooks see it. The tensors inside the layer have the checkpoint's own hooks.
 
-    def __init__(self, layer: nn.Module, stash: HostStash):
+    first: whether it is the model's first layer, where a forward begins.
+    """
+
+    def __init__(self, layer: nn.Module, stash: HostStash, first: bool):
         super().__init__(layer)
-        self.hooks = torch.autograd.graph.saved_tensors_hooks(stash.pack, stash.unpack)
+        self.stash, self.first = stash, first
 
-    def forward(self, *args, **kwargs):
-        with self.hooks:
-            return self._checkpoint_wrapped_module(*args, **kwargs)
+    def forward(self, x: torch.Tensor, *args, **kwargs):
+        layer = self._checkpoint_wrapped_module
+        if self.first:
+            self.stash.last = None
+        # Backward never comes to frozen layers below the first trained one, and would never fetch their inputs.
+        if not x.requires_grad and not any(p.requires_grad for p in layer.parameters()):
+            return layer(x, *args, **kwargs)
+        with torch.autograd.graph.saved_tensors_hooks(self.stash.pack, self.stash.unpack):
+            return layer(x, *args, **kwargs)

@@ -27,12 +27,13 @@ from checkpoint import check_output, clear_output
 from command_line import Parser, python, report, suggest, with_underscores
 from config import TOY_MODEL, UserError
 from data import toy_texts
-from model_files import CheckpointFiles, StoredTensor, fetch_weights, find_model
+from model_files import CheckpointFiles, fetch_weights, find_model
 from model_writer import Entry, Shards, copied, read_blocks, shards_of, with_replaced, write_model, zeros
 from models import build_on_meta, check_weights, read_config
 from models.family import Family
 from models.llama_pro import NEW_LAYERS, evenly, is_expanded, new_layers, sources
 from models.toy import toy_model
+from tensor_files import StoredTensor
 
 # Lists in a config.json that may happen to have as many entries as there are layers, and never one for each.
 OTHER_LISTS = ("architectures", "keys_to_ignore_at_inference", "mlp_only_layers")

@@ -9,7 +9,9 @@ the same numbers that NF4 in quantizers.py stores, in other places: nothing is q
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import bitsandbytes.functional as bnb
@@ -17,18 +19,20 @@ import torch
 
 from config import UserError
 from quantizers import NF4, SCALE_BLOCK, PackedWeight, flat_bytes
-from tensor_files import read_tensors
+from tensor_files import StoredTensor, read_tensor
 
 STATE = ".quant_state.bitsandbytes__"
+COMPANIONS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
 
 
 @dataclass(frozen=True)
 class BnbWeight:
-    """A weight in bitsandbytes' format. files: which file holds the codes, and each companion by its suffix;
-    state: the JSON object."""
+    """A weight in bitsandbytes' format. parts: by suffix the codes ("") and their companions; state: the JSON
+    object."""
 
     name: str
-    files: dict[str, Path]
+    folder: Path
+    parts: dict[str, StoredTensor]
     state: dict
 
     @property
@@ -37,14 +41,14 @@ class BnbWeight:
 
     @property
     def double(self) -> bool:
-        return "nested_absmax" in self.files
+        return "nested_absmax" in self.parts
 
     @property
     def quantizer(self) -> NF4:
         return NF4(double=self.double)
 
     def _read(self, suffix: str) -> torch.Tensor:
-        return read_tensors(self.files[suffix], [f"{self.name}.{suffix}" if suffix else self.name])[0]
+        return read_tensor(self.folder, self.parts[suffix])
 
     def read(self) -> PackedWeight:
         """The codes and scales in NF4's order."""
@@ -55,40 +59,62 @@ class BnbWeight:
         return PackedWeight(flat_bytes(codes), flat_bytes(self._read("nested_absmax"), offset, absmax))
 
     def check(self) -> None:
-        """Raises UserError for anything but NF4 with the block sizes and tables that NF4 in quantizers.py has."""
-        where = f"{self.files['']}: {self.name}"
+        """Raises UserError for anything but NF4 with the block sizes, tables and amounts of bytes that NF4 in
+        quantizers.py has."""
+        where = f"{self.folder / self.parts[''].file}: {self.name}"
         expected = {"quant_type": "nf4", "blocksize": NF4.block} | (
             {"nested_blocksize": SCALE_BLOCK} if self.double else {}
         )
         for key, value in expected.items():
             if self.state.get(key) != value:
                 raise UserError(f"{where}: packed with {key} {self.state.get(key)}; only {value} can be read")
-        tables = {"quant_map": bnb.get_4bit_type("nf4", device="cpu")}
-        if self.double:
-            tables["nested_quant_map"] = bnb.create_dynamic_map()
-        for suffix, table in tables.items():
-            if suffix not in self.files or not torch.allclose(self._read(suffix).float(), table, atol=1e-6):
+        for suffix, table in _tables().items():
+            if suffix.startswith("nested") and not self.double:
+                continue
+            if suffix not in self.parts or not torch.allclose(self._read(suffix).float(), table, atol=1e-6):
                 raise UserError(f"{where}: its {suffix} is not that of nf4")
+        codes, scales = self.quantizer.sizes(self.shape)
+        scales -= 4 * self.double  # the offset is in the JSON object
+        held = [_nbytes(self.parts[s]) for s in ("absmax", *["nested_absmax"] * self.double)]
+        if _nbytes(self.parts[""]) != codes or sum(held) != scales:
+            raise UserError(f"{where}: holds too little or too much for a weight of shape {list(self.shape)}")
 
 
-def find_bnb(folder: Path, raw: dict[str, str]) -> dict[str, BnbWeight]:
-    """The packed weights among a folder's tensors, by name. raw: {tensor: file}; loses what belongs to them."""
+def _nbytes(stored: StoredTensor) -> int:
+    return math.prod(stored.shape) * stored.dtype.itemsize if isinstance(stored.dtype, torch.dtype) else -1
+
+
+@cache
+def _tables() -> dict[str, torch.Tensor]:
+    return {"quant_map": bnb.get_4bit_type("nf4", device="cpu"), "nested_quant_map": bnb.create_dynamic_map()}
+
+
+def find_bnb(folder: Path, tensors: dict[str, StoredTensor]) -> dict[str, BnbWeight]:
+    """The packed weights among a folder's tensors, by name. In `tensors` each of them becomes one tensor of the
+    shape that it stands for; its companions go."""
+    states = {key.partition(STATE)[0]: key for key in tensors if STATE in key}
+    if not states:
+        return {}
+    parts: dict[str, dict[str, StoredTensor]] = {name: {} for name in states}
+    for key in list(tensors):
+        name, _, suffix = key.rpartition(".")
+        if name in parts and suffix in COMPANIONS:
+            parts[name][suffix] = tensors.pop(key)
     found = {}
-    for key in [k for k in raw if STATE in k]:
-        name, _, kind = key.partition(STATE)
-        prefix = f"{name}."
-        companions = [k for k in raw if k.startswith(prefix) and k != key]
-        files = {k.removeprefix(prefix): folder / raw[k] for k in companions}
+    for name, key in states.items():
+        stored = tensors.pop(key)
         try:
-            state = json.loads(bytes(read_tensors(folder / raw[key], [key])[0].tolist()))
-            files[""] = folder / raw[name]
-            found[name] = BnbWeight(name, files, state | {"quant_type": kind})
-            assert all(isinstance(n, int) for n in state["shape"]) and "absmax" in files
+            parts[name][""] = tensors[name]
+            state = json.loads(bytes(read_tensor(folder, stored).tolist()))
+            found[name] = BnbWeight(
+                name, folder, parts[name], state | {"quant_type": key.partition(STATE)[2]}
+            )
+            assert all(isinstance(n, int) for n in state["shape"]) and "absmax" in parts[name]
+            assert not found[name].double or isinstance(state["nested_offset"], float)
         except (ValueError, LookupError, TypeError, AssertionError):
-            raise UserError(f"{folder / raw[key]}: {key} does not describe a packed weight") from None
+            raise UserError(f"{folder / stored.file}: {key} does not describe a packed weight") from None
         found[name].check()
-        for k in [*companions, key, name]:
-            del raw[k]
+        tensors[name] = StoredTensor(tensors[name].file, found[name].shape, torch.uint8)
     return found
 
 

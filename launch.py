@@ -42,7 +42,8 @@ def resolve_world_size(wanted: int) -> int:
     """--world_size, or its default: all GPUs, or two CPU processes. Raises UserError beyond the GPUs."""
     gpus = torch.cuda.device_count()
     if under_torchrun():
-        world, local = int(os.environ["WORLD_SIZE"]), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        world = int(os.environ["WORLD_SIZE"])
+        local = local_world_size(world)
         if wanted not in (-1, world):
             raise UserError(
                 f"--world_size {wanted}: torchrun started {world} processes; leave the option out"
@@ -55,9 +56,22 @@ def resolve_world_size(wanted: int) -> int:
     return wanted if wanted > 0 else gpus or 2
 
 
+def local_world_size(world: int) -> int:
+    """The number of ranks on this machine: all, unless something else started them and says so. Raises UserError
+    if it does not say so."""
+    if not under_torchrun():
+        return world
+    text = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("SLURM_NTASKS_PER_NODE", "")
+    if not text.isdecimal() or not 0 < int(text) <= world:
+        raise UserError(
+            "RANK and WORLD_SIZE are set, but not LOCAL_WORLD_SIZE, the number of ranks on this node"
+        )
+    return int(text)
+
+
 def resolve_group_size(wanted: int, world: int) -> int:
     """--hybrid_shard_size, or its default: the ranks of one node. Raises UserError if groups would differ."""
-    size = wanted if wanted > 0 else int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    size = wanted if wanted > 0 else local_world_size(world)
     if world % size:
         raise UserError(
             f"--hybrid_shard_size {size}: {world} processes cannot be divided into groups of {size}"
@@ -75,7 +89,11 @@ def join_group(rank: int, world: int, local_rank: int, store: dist.Store | None 
 
     The ranks find one another in `store`; without one, at MASTER_ADDR and MASTER_PORT.
     """
-    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    local_world = local_world_size(world)
+    if rank % local_world != local_rank:
+        raise UserError(
+            f"rank {rank} has LOCAL_RANK {local_rank}: each node must have {local_world} ranks in a row"
+        )
     where = {"rank": rank, "world_size": world, "store": store}
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank)

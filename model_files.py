@@ -9,29 +9,18 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from bnb_files import find_bnb
 from config import TOY_MODEL, UserError
 from quantizers import PackedWeight, Quantizer
-from tensor_files import read_tensors
+from tensor_files import StoredTensor, list_tensors, read_tensor
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
-FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """Where a tensor lies and what its header says of it; of a packed weight, the shape that it stands for."""
-
-    file: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
 
 
 class StoredPacked(Protocol):
@@ -53,53 +42,38 @@ class CheckpointFiles:
         self.folder = folder
         self.tensors: dict[str, StoredTensor] = {}
         self.packed: dict[str, StoredPacked] = {}
-        raw: dict[str, str] = {}
         for file, names in ({only: None} if only else _files(folder)).items():
-            self._read_header(file, names, raw)
-        self._find_packed(raw)
+            self._read_header(file, names)
+        self.packed = find_bnb(folder, self.tensors)
         self.prequantized = bool(self.packed)
+        for name, tensor in self.tensors.items():
+            if name not in self.packed and not (
+                isinstance(tensor.dtype, torch.dtype) and tensor.dtype.is_floating_point
+            ):
+                raise UserError(
+                    f"{folder / tensor.file}: tensor {name} is stored as {tensor.dtype}; expected floating-point"
+                    " weights, or bitsandbytes' 4 bits"
+                )
 
-    def _read_header(self, file: str, expected: set[str] | None, raw: dict[str, str]) -> None:
-        """Adds what a file holds to `raw` {tensor: file} and, where it is a float, to self.tensors."""
+    def _read_header(self, file: str, expected: set[str] | None) -> None:
         path = self.folder / file
         if not path.is_file():
             raise UserError(f"--model_name {self.folder}: shard {file} is missing (it is named in {INDEX})")
         try:
-            with safe_open(path, framework="pt") as f:
-                names = set(f.keys())
-                for name in sorted(names):
-                    if name in raw:
-                        raise UserError(f"{path}: tensor {name} is in {raw[name]} as well")
-                    raw[name], header = file, f.get_slice(name)
-                    stored = header.get_dtype()
-                    self.tensors[name] = StoredTensor(
-                        file, tuple(header.get_shape()), FLOATS.get(stored, stored)
-                    )
+            found = list_tensors(path)
         except (SafetensorError, OSError) as e:
             raise UserError(f"{path}: truncated or not a safetensors file ({e})") from None
-        for name in sorted((expected or set()) - names):
+        for name in sorted(found.keys() & self.tensors.keys()):
+            raise UserError(f"{path}: tensor {name} is in {self.tensors[name].file} as well")
+        for name in sorted((expected or set()) - found.keys()):
             raise UserError(f"{path}: tensor {name} is missing; {INDEX} says it is in this file")
-
-    def _find_packed(self, raw: dict[str, str]) -> None:
-        """Makes one tensor of those by which bitsandbytes stores a packed weight."""
-        self.packed = find_bnb(self.folder, raw)
-        stored = {name: self.tensors[name] for name in raw}
-        for name, weight in self.packed.items():
-            stored[name] = StoredTensor(self.tensors[name].file, weight.shape, torch.uint8)
-        self.tensors = stored
-        for name, tensor in stored.items():
-            if isinstance(tensor.dtype, str):
-                raise UserError(
-                    f"{self.folder / tensor.file}: tensor {name} is stored as {tensor.dtype}; expected"
-                    " floating-point weights, or bitsandbytes' 4 bits"
-                )
+        self.tensors |= {name: found[name] for name in sorted(found)}
 
     def read(self, name: str) -> torch.Tensor | PackedWeight:
-        """The tensor on the CPU, mapped from the file rather than copied where the platform can; packed, if
-        it is so in a file. The file is opened anew each time: what was read does not stay mapped."""
+        """The tensor on the CPU; packed, if it is so in a file."""
         if name in self.packed:
             return self.packed[name].read()
-        return read_tensors(self.folder / self.tensors[name].file, [name])[0]
+        return read_tensor(self.folder, self.tensors[name])
 
 
 def _files(folder: Path) -> dict[str, set[str] | None]:

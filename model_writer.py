@@ -20,13 +20,14 @@ from torch import nn
 
 from checkpoint import BLOCKS, copy_companions, gather, plan_shards, shard_name, write_text
 from config import UserError
-from model_files import FLOATS, INDEX, SINGLE, CheckpointFiles
+from model_files import INDEX, SINGLE, CheckpointFiles
 from models.family import Family, clean
 from models.llama_pro import NEW_LAYERS, new_layers
+from tensor_files import DTYPES, read_header
 
 PIECE = 2**24  # bytes
 SHARD_BYTES = 5 * 10**9
-NAMES = {dtype: name for name, dtype in FLOATS.items()}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -50,9 +51,10 @@ Shards = dict[str, dict[str, Entry]]  # file name -> tensor name -> what to writ
 def copied(files: CheckpointFiles) -> dict[str, Entry]:
     """Every tensor of a checkpoint, as it is in its file."""
     paths = {file: files.folder / file for file in {stored.file for stored in files.tensors.values()}}
-    ranges = {file: _ranges(path) for file, path in paths.items()}
     return {
-        name: Entry(t.dtype, t.shape, _file_pieces(paths[t.file], *ranges[t.file][name]))
+        name: Entry(
+            t.dtype, t.shape, _file_pieces(paths[t.file], t.begin, math.prod(t.shape) * t.dtype.itemsize)
+        )
         for name, t in files.tensors.items()
     }
 
@@ -73,20 +75,6 @@ def gathered(param: nn.Parameter, dtype: torch.dtype) -> Entry:
         yield full.view(-1).view(torch.uint8).numpy().data
 
     return Entry(dtype, tuple(param.shape), pieces, collective=True)
-
-
-def _header(path: Path) -> tuple[dict, int]:
-    """(a safetensors file's header, where its data begins). Of a file that CheckpointFiles has read."""
-    with path.open("rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        return json.loads(file.read(length)), 8 + length
-
-
-def _ranges(path: Path) -> dict[str, tuple[int, int]]:
-    """{tensor: (its first byte in the file, number of bytes)}."""
-    header, start = _header(path)
-    offsets = {name: value["data_offsets"] for name, value in header.items() if name != "__metadata__"}
-    return {name: (start + begin, end - begin) for name, (begin, end) in offsets.items()}
 
 
 def _file_pieces(path: Path, begin: int, nbytes: int) -> Callable[[], Iterator[bytes]]:
@@ -215,7 +203,7 @@ def read_blocks(path: Path, files: CheckpointFiles, family: Family, layers: list
     if not path.is_file():
         raise UserError(f"--blocks {path}: no such file")
     blocks = CheckpointFiles(path.parent, only=path.name)
-    held = _header(path)[0].get("__metadata__", {}).get(NEW_LAYERS)
+    held = read_header(path)[0].get("__metadata__", {}).get(NEW_LAYERS)
     if held is None:
         raise UserError(
             f"--blocks {path}: not a file of new blocks, as `--llama_pro_save blocks` leaves them"

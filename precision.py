@@ -6,8 +6,8 @@ fp32                    everything in fp32
 bf16                    everything in bf16, the trained weights and the optimizer's states as well
 fp16_autocast           weights in fp32; autocast runs matmuls and attention in fp16; the loss is scaled
 bf16_autocast           weights in fp32; autocast runs matmuls and attention in bf16
-bf16_buffers_autocast   weights in bf16, the trained ones as well; autocast in bf16, so that norms and sums stay
-                        in fp32 inside
+bf16_buffers_autocast   bf16 under autocast, which leaves what it does not know in the weights' dtype: the losses
+                        are those of bf16
 
 Packed weights are dequantized into the dtype of the matmul. Buffers (rotary tables) and gradient reduction
 are fp32 always.
@@ -46,11 +46,16 @@ class Precision:
         enabled = self.autocast is not None
         return torch.autocast(device_type, dtype=self.autocast, enabled=enabled, cache_enabled=False)
 
-    def scaler(self, device_type: str) -> torch.amp.GradScaler:
+    def scaler(self, home: str) -> torch.amp.GradScaler:
         """fp16 gradients underflow below 6e-8: the loss is scaled up before backward, the gradients down
         before clipping, and a step whose gradients overflowed on any rank is skipped on all. Inactive
-        otherwise."""
-        return torch.amp.GradScaler(device_type, enabled=self.autocast == torch.float16)
+        otherwise. home: the type of device that holds the gradients.
+        """
+        scaler = torch.amp.GradScaler(home, enabled=self.autocast == torch.float16)
+        # The scale lies where it is first used. With --use_cpu_offload that must be the CPU: GradScaler copies it
+        # from the GPU without waiting, and the CPU would read what is not there yet.
+        scaler.scale(torch.zeros((), device=home))
+        return scaler
 
 
 def choose_precision(name: str, gpu: bool, bf16_gpu: bool) -> Precision:

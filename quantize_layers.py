@@ -67,6 +67,8 @@ class _MatMul4bit(torch.autograd.Function):
         grad_x = grad @ weight
         grad_scale = None
         if row_scale is not None:  # the derivative of g (W x) by g is W x = y / g
+            if grad.dtype == torch.float16:  # scaled gradients times outputs may pass its largest number
+                grad = grad.float()
             grad_scale = (grad * y).flatten(0, -2).sum(0, dtype=torch.float32) / row_scale
         return grad_x, None, None, None, None, None, None, grad_scale
 
@@ -270,9 +272,7 @@ def _read(name: str, module: nn.Module, files: CheckpointFiles, device: torch.de
     quantization needs for a moment, several times the tensor, is needed once."""
     source = files.read(name)
     if device.type == "cuda":
-        torch.cuda.set_device(device)
-        if isinstance(source, torch.Tensor):
-            source = source.clone()  # so far only mapped: read here, beside the other threads
+        torch.cuda.set_device(device)  # of this thread
     with turn:
         source = source.to(device)
         quantizer = quantizer_of(module, name.rpartition(".")[2])

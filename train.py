@@ -131,9 +131,9 @@ def find_cache(model: nn.Module, family: Family, config: Config, files: Checkpoi
     """Makes `files` read from --quantized_cache, or returns the digest for a new one. Raises UserError."""
     folder = Path(config.quantized_cache)
     names = [f"{name}.weight" for name in packed_linears(model, family, config)]
-    check_writable(folder, "--quantized_cache")
     cached = open_cache(folder, files, names, make_quantizer_of(config))
     if cached is None:
+        check_writable(folder.parent, "--quantized_cache")
         return digest(files, names)
     files.packed.update(cached)
     return None
@@ -215,7 +215,7 @@ def train(job: Job, model: nn.Module, place: Place, sampler: StepSampler, tracke
     optimizer = make_optimizer(trained, config.optimizer, config.lr, config.wd)
     schedule = make_schedule(optimizer, total, config.lr_warmup, config.lr_scheduler)
     precision = precision_of(config)
-    scaler = precision.scaler(place.device.type)
+    scaler = precision.scaler("cpu" if config.use_cpu_offload else place.device.type)
     meter, history = Meter(place.device), []
     model.train()
     for index, step in zip(range(1, total + 1), sampler.steps(config.num_epochs), strict=False):

@@ -7,9 +7,11 @@ size, for every tensor its CRC-32. It is made in `<folder>.<random>.partial`, wh
 
 from __future__ import annotations
 
+import dataclasses
 import glob
 import hashlib
 import json
+import math
 import shutil
 import tempfile
 import time
@@ -19,12 +21,12 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from config import UserError
 from model_files import CheckpointFiles
 from quantizers import PackedWeight, Quantizer, flat_bytes
-from tensor_files import UMASK, read_tensors, save_tensors
+from tensor_files import UMASK, list_tensors, read_tensor, save_tensors
 
 MANIFEST, VERSION = "manifest.json", 1
 FILE_BYTES = 2**30  # of codes that a rank collects in host memory before it writes them
@@ -43,10 +45,12 @@ class CachedWeight:
     def read(self) -> PackedWeight:
         """Raises UserError if the bytes are not those that were written."""
         try:
-            packed = PackedWeight(*read_tensors(self.file, [f"{self.name}.codes", f"{self.name}.scales"]))
+            held = list_tensors(self.file)
+            parts = [held[f"{self.name}.{part}"] for part in ("codes", "scales")]
+            packed = PackedWeight(*(read_tensor(self.file.parent, part) for part in parts))
         except OSError as e:
             raise UserError(f"--quantized_cache: {self.file} cannot be read ({e.strerror or e})") from None
-        except SafetensorError as e:
+        except (SafetensorError, LookupError, TypeError) as e:
             raise UserError(f"--quantized_cache: {self.file} is damaged ({e}); delete the folder") from None
         if crc(packed) != self.crc:
             raise UserError(f"--quantized_cache: {self.file} is damaged ({self.name}); delete the folder")
@@ -61,19 +65,15 @@ def crc(packed: PackedWeight) -> int:
 def digest(files: CheckpointFiles, names: list[str]) -> str:
     """Names a model by what was packed: of every weight its name, shape, dtype, and its first, middle and last
     row."""
-    by_file: dict[str, list[str]] = {}
+    total = hashlib.sha256()
     for name in sorted(names):
-        by_file.setdefault(files.tensors[name].file, []).append(name)
-    parts = {}
-    for file, inside in by_file.items():
-        with safe_open(files.folder / file, framework="pt") as f:
-            for name in inside:
-                stored, rows = files.tensors[name], f.get_slice(name)
-                hashed = hashlib.sha256(f"{name} {stored.shape} {stored.dtype}".encode())
-                for row in {0, stored.shape[0] // 2, stored.shape[0] - 1}:
-                    hashed.update(flat_bytes(rows[row : row + 1]).numpy())
-                parts[name] = hashed.hexdigest()
-    return hashlib.sha256("".join(parts[name] for name in sorted(parts)).encode()).hexdigest()
+        stored = files.tensors[name]
+        total.update(f"{name} {stored.shape} {stored.dtype}".encode())
+        row = math.prod(stored.shape[1:]) * stored.dtype.itemsize
+        for i in sorted({0, stored.shape[0] // 2, stored.shape[0] - 1}):
+            part = dataclasses.replace(stored, shape=(1, *stored.shape[1:]), begin=stored.begin + i * row)
+            total.update(flat_bytes(read_tensor(files.folder, part)).numpy())
+    return total.hexdigest()
 
 
 def open_cache(
@@ -164,6 +164,8 @@ class CacheWriter:
             (self.partial / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
             try:
                 self.partial.rename(self.folder)  # also over an empty folder
-            except OSError:  # another run was first; its cache is as good
+            except OSError as e:
+                if not (self.folder / MANIFEST).is_file():  # else another run was first; its cache is as good
+                    print(f"--quantized_cache {self.folder}: could not be put in place ({e.strerror})")
                 shutil.rmtree(self.partial, ignore_errors=True)
         dist.barrier()

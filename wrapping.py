@@ -10,6 +10,7 @@ ends, and stay in the root.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -100,6 +101,9 @@ def wrap(
     backward (non-reentrant); offload_activations: keep what that needs, the layers' inputs, on the host.
     """
     stash = HostStash()
+    # Of units within a layer, whose results are views. The warning is about in-place changes of them, which no
+    # model of transformers makes, and tests/test_matrix.py would show.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
 
     def shard(module: nn.Module) -> None:
         trained = all(p.requires_grad for p in module.parameters())
@@ -121,7 +125,7 @@ def wrap(
         # The wrapper goes inside the unit: recomputation must find the layer gathered, not gather again.
         layers[i] = checkpoint_wrapper(layer) if checkpointing else layer
         if offload_activations:
-            layers[i] = OffloadInputs(layers[i], stash)
+            layers[i] = OffloadInputs(layers[i], stash, first=i == 0)
         shard(layers[i])
     if not model.config.tie_word_embeddings:
         shard(model.get_submodule(family.embedding))

@@ -27,6 +27,7 @@ from models.family import Family
 from models.llama_pro import NEW_LAYERS, evenly, sources
 from precision import Precision
 from quantize_layers import Linear4bit
+from tensor_files import list_tensors
 from tests import tiny
 from tests.test_adapters import IDS
 
@@ -218,8 +219,8 @@ def test_mixed_dtypes_are_aligned(tmp_path):
     model_writer.write_tensors(tmp_path / "again.safetensors", dict(sorted(entries.items())))
     again = load_file(tmp_path / "again.safetensors")
     assert all(t.dtype == again[n].dtype and torch.equal(t, again[n]) for n, t in tensors.items())
-    for name, (begin, _) in model_writer._ranges(tmp_path / "again.safetensors").items():
-        assert begin % tensors[name].dtype.itemsize == 0, name
+    for name, stored in list_tensors(tmp_path / "again.safetensors").items():
+        assert stored.begin % tensors[name].dtype.itemsize == 0, name
 
 
 @pytest.mark.parametrize("kind, written_out", [("qwen2", False), ("qwen3", True)], ids=["pattern", "list"])

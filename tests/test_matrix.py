@@ -192,3 +192,35 @@ def moved_shapes(place, args) -> list[tuple[int, ...]]:
     finally:
         HostStash.pack, activation_offload.SMALLEST = original, smallest
     return moved
+
+
+@pytest.mark.parametrize(
+    "train_type", ["bnb_dora", "llama_pro", "qlora --lora_target_modules layers.2.self_attn.q_proj"]
+)
+def test_activation_offload_keeps_nothing_after_a_step(train_type, checkpoints, alpaca_file, one_rank):
+    """Also where the first layers are frozen, whose inputs backward never asks for."""
+    name, *more = train_type.split()
+    args = arguments(
+        checkpoints(biased(name)), alpaca_file, name, *more, "--use_activation_cpu_offload", "true"
+    )
+    assert one_rank(stashed_after_steps, args)[0] == [0, 0, 0]
+
+
+def stashed_after_steps(place, args) -> list[int]:
+    """How many of the layers' inputs are still held after each of three steps."""
+    import gc
+
+    import activation_offload
+
+    smallest, activation_offload.SMALLEST = activation_offload.SMALLEST, 0
+    try:
+        _, model = set_up(place, args)
+        held = []
+        for _ in range(3):
+            ids = torch.ones(2, 20, dtype=torch.long)
+            model.train()(input_ids=ids, use_cache=False).logits.sum().backward()
+            gc.collect()
+            held.append(sum(isinstance(o, Stashed) for o in gc.get_objects()))
+        return held
+    finally:
+        activation_offload.SMALLEST = smallest
