@@ -19,8 +19,8 @@ from wrapping import STRATEGIES, WRAP_POLICIES
 
 CHECKPOINTED = "--use_gradient_checkpointing true"
 VARIANTS = {
-    "checkpointing, sublayer units": f"{CHECKPOINTED} --wrap_policy sublayer",
-    "offload, activation offload": f"{CHECKPOINTED} --use_cpu_offload --use_activation_cpu_offload",
+    "checkpointing, sublayer units, activation offload": f"{CHECKPOINTED} --wrap_policy sublayer"
+    " --use_activation_cpu_offload",
     "shard_grad_op, offload": "--use_gradient_checkpointing false --sharding_strategy shard_grad_op --use_cpu_offload",
     "ddp, sublayer units": "--use_gradient_checkpointing false --sharding_strategy ddp --wrap_policy sublayer",
 }
@@ -68,6 +68,15 @@ def test_two_ranks(train_type, variant, plain, two_ranks):
 def test_two_ranks_more(train_type, variant, plain, two_ranks):
     args, expected = plain(train_type)
     assert_same(expected, two_ranks(train_run, [*args, "--batch_size", "2", *ON_TWO[variant].split()])[0])
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "gemma2", "gemma3", "phi3", "qwen3_moe"])
+def test_other_families(kind, checkpoints, alpaca_file, plain_run, two_ranks):
+    """Tied embeddings, caps, fused linears, experts: under all that moves or recomputes parameters at once."""
+    args = arguments(checkpoints(kind), alpaca_file, "bnb_dora", "--max_steps", "3")
+    expected = plain_run([*args, *PLAIN])
+    variant = ON_TWO["shard_grad_op, all else"].split()
+    assert_same(expected, two_ranks(train_run, [*args, "--batch_size", "2", *variant])[0])
 
 
 @pytest.mark.parametrize("variant", ON_FOUR)
