@@ -54,20 +54,39 @@ def prepare_sets(config: Config, tokenizer, stops: list[int]) -> tuple[Tokenized
     data, and if a set would be empty."""
     reading = (config.context_length, tokenizer)
     examples = read_examples(config.dataset, config.dataset_format, config.dataset_samples, *reading)
-    training, held = examples.rendered, None
-    if config.eval_share:
-        training, held = _split(examples.rendered, config.eval_share, config.seed)
-        held = held[: config.eval_samples] if config.eval_samples > 0 else held
-    where, option = f"--dataset {config.dataset}", f"--eval_share {config.eval_share}"
-    if config.eval_dataset is not None:
-        option = f"--eval_dataset {config.eval_dataset}"
-        with named("--eval_dataset"):
-            read = read_examples(config.eval_dataset, config.dataset_format, config.eval_samples, *reading)
-        held = read.rendered
-    rows = tokenize(training, tokenizer, config.context_length, where)
-    evaluation = None if held is None else tokenize(held, tokenizer, config.context_length, option)
+    training, held = _divide(config, examples.rendered, tokenizer)
+    rows = tokenize(training, tokenizer, config.context_length, f"--dataset {config.dataset}")
+    evaluation = None if held is None else tokenize(held, tokenizer, config.context_length, _origin(config))
     prompts = _sample_prompts(config, examples, held or training, tokenizer) if config.sample_every else []
     return rows, EvaluationData(evaluation, prompts, stops)
+
+
+def held_rows(config: Config, tokenizer) -> list[Rendered] | None:
+    """The evaluation set of a run's options, as texts; None if they name none. Raises UserError as `prepare_sets`
+    does."""
+    reading = (config.dataset_format, config.dataset_samples, config.context_length, tokenizer)
+    rendered = read_examples(config.dataset, *reading).rendered if config.eval_share else []
+    return _divide(config, rendered, tokenizer)[1]
+
+
+def _divide(
+    config: Config, rendered: list[Rendered], tokenizer
+) -> tuple[list[Rendered], list[Rendered] | None]:
+    """(training rows, evaluation rows or None); rendered: the rows of --dataset."""
+    if config.eval_share:
+        training, held = _split(rendered, config.eval_share, config.seed)
+        return training, held[: config.eval_samples] if config.eval_samples > 0 else held
+    if config.eval_dataset is None:
+        return rendered, None
+    reading = (config.dataset_format, config.eval_samples, config.context_length, tokenizer)
+    with named("--eval_dataset"):
+        return rendered, read_examples(config.eval_dataset, *reading).rendered
+
+
+def _origin(config: Config) -> str:
+    """The option, with its value, that evaluation rows come from."""
+    share, dataset = config.eval_share, config.eval_dataset
+    return f"--eval_share {share}" if dataset is None else f"--eval_dataset {dataset}"
 
 
 @contextlib.contextmanager
