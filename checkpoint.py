@@ -28,8 +28,9 @@ from models.lora import LoRALinear
 from tensor_files import save_tensors
 
 ADAPTER, BLOCKS = "adapter_model.safetensors", "new_blocks.safetensors"
-RUN_FILES = ("config.yaml", "metrics.jsonl", "loss.png", "adapter_config.json", ADAPTER,
+RUN_FILES = ("config.yaml", "metrics.jsonl", "samples.jsonl", "loss.png", "adapter_config.json", ADAPTER,
              BLOCKS)  # fmt: skip
+BEST, SCORE = "best", "evaluation.json"  # the folder of the best step, and the file in it that names the step
 MODEL_FILES = ("config.json", INDEX, "model.safetensors", "model-*.safetensors")
 # A model folder's small files that go along with retrained weights, as they are.
 COMPANIONS = ("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "vocab.*",
@@ -68,6 +69,31 @@ def clear_output(folder: Path) -> None:
     for pattern in RUN_FILES + MODEL_FILES:
         for path in (*folder.glob(pattern), *folder.glob(f"{pattern}.tmp")):
             path.unlink()
+    for name in (BEST, f"{BEST}.tmp", f"{BEST}.old"):
+        for pattern in (*RUN_FILES, *MODEL_FILES, *COMPANIONS, SCORE, "*.tmp"):
+            for path in (folder / name).glob(pattern):
+                path.unlink()
+        with contextlib.suppress(OSError):  # there is none, or it holds files of others
+            (folder / name).rmdir()
+
+
+def fresh_folder(folder: Path) -> Path:
+    """An empty folder beside `folder`, to be filled and put in its place by `replace_folder`."""
+    temporary = folder.with_name(f"{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    return temporary
+
+
+def replace_folder(temporary: Path, folder: Path) -> None:
+    """Puts a whole folder in the place of an older one. At no time does a half written one have the name; the
+    older one is deleted last (as <name>.old)."""
+    old = folder.with_name(f"{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    temporary.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> None:

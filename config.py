@@ -136,6 +136,21 @@ class Config:
     grad_norm: float = option(1.0, "Training", "largest 2-norm of the whole gradient, when clipping")
     seed: int = option(42, "Training", "seeds adapters, data order and dropout")
 
+    eval_share: float = option(0.0, "Evaluation", "share of the rows that is split off, by --seed, and evaluated on;"
+        " 0 = none")
+    eval_dataset: str | None = option(None, "Evaluation", "rows to evaluate on instead: whatever --dataset takes")
+    eval_samples: int = option(-1, "Evaluation", "rows of the evaluation set that are used, from the first; -1 = all")
+    eval_every: int = option(0, "Evaluation", "optimizer steps from one evaluation to the next; 0 = only at the end."
+        " The best one's trained weights are kept in <output_dir>/best")
+    early_stopping_patience: int = option(0, "Evaluation", "stop after so many evaluations in a row that were not"
+        " better than the best; 0 = never")
+    sample_every: int = option(0, "Evaluation", "optimizer steps from one generation of samples to the next; also"
+        " before the first step and after the last; 0 = no samples")
+    sample_prompts: str | None = option(None, "Evaluation", "prompts of the samples: a .txt file with one in each"
+        " line, which are asked as --dataset's rows are, or rows as --dataset takes them; unset = the first three rows"
+        " of the evaluation set, or of --dataset")
+    sample_tokens: int = option(64, "Evaluation", "longest sample, in tokens")
+
     precision: str = option("auto", "Memory and speed", "auto is bf16 compute with fp32 trained weights where the GPU"
         " has bf16, fp16_autocast on older GPUs, fp32 on a CPU; docs/options.md has a line on each",
         choices=("auto", "fp32", "bf16", "fp16_autocast", "bf16_autocast", "bf16_buffers_autocast"))
@@ -287,6 +302,7 @@ def _check_values(config: Config) -> None:
         value = getattr(config, name)
         if value < 0 or value == float("inf"):
             raise UserError(f"--{name} {value}: must be 0 or more, and finite")
+    _check_evaluation(config)
     if config.n_bits not in (None, *HQQ_BITS):
         raise UserError(f"--n_bits {config.n_bits}: hqq packs {', '.join(map(str, HQQ_BITS))} bits")
     if config.group_size is not None and (config.group_size < 8 or config.group_size % 8):
@@ -301,6 +317,33 @@ def _check_values(config: Config) -> None:
         raise UserError(f"--master_port {config.master_port}: must be between 1 and 65535")
     if config.seed < 0 or config.seed >= 2**63:
         raise UserError(f"--seed {config.seed}: must be 0 or more, and below 2**63")
+
+
+def _check_evaluation(config: Config) -> None:
+    """The options of the group Evaluation. One that could have no effect is an error."""
+    if not 0 <= config.eval_share < 1:
+        raise UserError(f"--eval_share {config.eval_share}: must be at least 0 and below 1")
+    for name in ("eval_every", "early_stopping_patience", "sample_every"):
+        if getattr(config, name) < 0:
+            raise UserError(f"--{name} {getattr(config, name)}: must be 0 or more")
+    if config.sample_tokens <= 0:
+        raise UserError(f"--sample_tokens {config.sample_tokens}: must be positive")
+    if config.eval_samples == 0 or config.eval_samples < -1:
+        raise UserError(f"--eval_samples {config.eval_samples}: must be positive, or -1")
+    if config.eval_share and config.eval_dataset is not None:
+        raise UserError("--eval_share: has no effect with --eval_dataset; leave one of them out")
+
+    def needs(what: str, *names: str) -> None:
+        for name in names:
+            if getattr(config, name) != FIELDS[name].default:
+                raise UserError(f"--{name}: has no effect without {what}")
+
+    if not config.eval_share and config.eval_dataset is None:
+        needs("--eval_share or --eval_dataset", "eval_every", "eval_samples", "early_stopping_patience")
+    if not config.eval_every:
+        needs("--eval_every", "early_stopping_patience")
+    if not config.sample_every:
+        needs("--sample_every", "sample_prompts", "sample_tokens")
 
 
 def _remarks(given: dict) -> list[str]:

@@ -50,11 +50,29 @@ class TokenizedRows:
         return sums[self.starts[1:]] - sums[self.starts[:-1] + 1]
 
 
+@dataclass(frozen=True)
+class Examples:
+    """A dataset as texts. format, markers: what its rows were rendered with."""
+
+    rendered: list[Rendered]
+    format: str
+    markers: list[str]
+
+
 def prepare(dataset: str, dataset_format: str, samples: int, context_length: int, tokenizer) -> TokenizedRows:
     """--dataset, read, rendered, tokenized and cut to context_length tokens.
 
     Raises UserError for anything wrong with the data, and if no example has a token to learn from.
     """
+    examples = read_examples(dataset, dataset_format, samples, context_length, tokenizer)
+    return tokenize(examples.rendered, tokenizer, context_length, f"--dataset {dataset}")
+
+
+def read_examples(
+    dataset: str, dataset_format: str, samples: int, context_length: int, tokenizer
+) -> Examples:
+    """--dataset, read and rendered. samples: rows used; -1 = as the recipe says. Raises UserError for anything
+    wrong with the data."""
     recipe, file = find_recipe(dataset)
     data = load_rows(recipe, file, samples if samples > 0 else recipe.samples)
     rows = data.rows
@@ -64,7 +82,7 @@ def prepare(dataset: str, dataset_format: str, samples: int, context_length: int
     if name == "auto":
         name = recognise(set(rows[0]), rows[0], f"--dataset {dataset}", recipe.markers)
     rendered = _render_all(_Rendering(rows, data.places, name, recipe.markers, tokenizer))
-    return tokenize(rendered, tokenizer, context_length, f"--dataset {dataset}")
+    return Examples(rendered, name, recipe.markers)
 
 
 @dataclass(frozen=True)
@@ -249,20 +267,22 @@ class StepSampler:
                 yield Step(done, batches, int(self._lengths[step].sum()), int(self._targets[step].sum()))
 
     def _batch(self, indices: torch.Tensor, spare: torch.Tensor) -> Batch:
-        """Padded to its longest row, on the right: causal attention never looks there. A rank that is left
-        without rows at an epoch's end takes the row `spare` without targets: collectives need all ranks."""
-        empty = len(indices) == 0
-        spans = [
-            (int(self.rows.starts[i]), int(self.rows.starts[i + 1])) for i in (spare if empty else indices)
-        ]
-        width = max(end - start for start, end in spans)
-        ids = torch.zeros(len(spans), width, dtype=torch.int64)
-        targets = torch.full((len(spans), width), IGNORE)
-        for row, (start, end) in enumerate(spans):
-            tokens = self.rows.tokens[start:end].long()
-            ids[row, : end - start] = tokens
-            if not empty:
-                targets[row, : end - start - 1] = tokens[1:].masked_fill(
-                    ~self.rows.learned[start + 1 : end], IGNORE
-                )
-        return Batch(ids, targets)
+        """A rank that is left without rows at an epoch's end takes the row `spare` without targets: collectives
+        need all ranks."""
+        if len(indices):
+            return make_batch(self.rows, indices)
+        batch = make_batch(self.rows, spare)
+        return Batch(batch.ids, torch.full_like(batch.targets, IGNORE))
+
+
+def make_batch(rows: TokenizedRows, indices: torch.Tensor) -> Batch:
+    """The rows `indices`, padded to the longest of them, on the right: causal attention never looks there."""
+    spans = [(int(rows.starts[i]), int(rows.starts[i + 1])) for i in indices]
+    width = max(end - start for start, end in spans)
+    ids = torch.zeros(len(spans), width, dtype=torch.int64)
+    targets = torch.full((len(spans), width), IGNORE)
+    for row, (start, end) in enumerate(spans):
+        tokens = rows.tokens[start:end].long()
+        ids[row, : end - start] = tokens
+        targets[row, : end - start - 1] = tokens[1:].masked_fill(~rows.learned[start + 1 : end], IGNORE)
+    return Batch(ids, targets)

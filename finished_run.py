@@ -6,7 +6,9 @@ made, and the adapter's metadata which base it belongs to.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,18 +66,29 @@ def open_run(folder: str | Path, base: str | None = None) -> Run:
         raise UserError(
             f"{folder}: holds no result ({saved.name}): the run was cut, or ran with --save_model false"
         )
-    base_folder = toy_model(toy_texts()) if name == TOY_MODEL else find_model(name)
-    model_config, family = read_config(base_folder)
-    check_stored_quantization(getattr(model_config, "quantization_config", None), base_folder)
-    fetch_weights(name, base_folder)
-    files = CheckpointFiles(base_folder)
-    model = build_on_meta(model_config, family)
-    check_weights(model, files, family)
+    base_folder, model_config, family, files = _open_model(name)
     adapter = None if whole else folder / ADAPTER
     if adapter:
-        check_packing(model, family, config, files)
+        check_packing(build_on_meta(model_config, family), family, config, files)
         _check_base(adapter, model_config, files)
     return Run(folder, config, base_folder, model_config, family, files, adapter)
+
+
+def open_base(run: Run, base: str | None = None) -> Run:
+    """The model that a run which saved a whole model started from, to be loaded by `load_model`. base: as in
+    `open_run`. Raises UserError if it is not there."""
+    assert run.adapter is None
+    return Run(run.folder, run.config, *_open_model(base or run.config.model_name), None)
+
+
+def _open_model(name: str) -> tuple[Path, PretrainedConfig, Family, CheckpointFiles]:
+    folder = toy_model(toy_texts()) if name == TOY_MODEL else find_model(name)
+    model_config, family = read_config(folder)
+    check_stored_quantization(getattr(model_config, "quantization_config", None), folder)
+    fetch_weights(name, folder)
+    files = CheckpointFiles(folder)
+    check_weights(build_on_meta(model_config, family), files, family)
+    return folder, model_config, family, files
 
 
 def _check_base(adapter: Path, model_config: PretrainedConfig, files: CheckpointFiles) -> None:
@@ -131,6 +144,20 @@ def set_adapter(model: nn.Module, run: Run) -> None:
                 raise UserError(f"{run.adapter}: does not fit {path} of {run.base} ({e})") from None
     if tensors:
         raise UserError(f"{run.adapter}: {next(iter(tensors))} has no place in {run.base}")
+
+
+@contextlib.contextmanager
+def adapters_off(model: nn.Module) -> Iterator[None]:
+    """Inside, the model computes what its base does, on the weights that training saw."""
+    layers = [module for module in model.modules() if isinstance(module, LoRALinear)]
+    before = [layer.enabled for layer in layers]
+    for layer in layers:
+        layer.enabled = False
+    try:
+        yield
+    finally:
+        for layer, enabled in zip(layers, before, strict=True):
+            layer.enabled = enabled
 
 
 def load_tokenizer(run: Run):

@@ -140,6 +140,19 @@ GUANACO_MARKERS = ("### Human:", "### Assistant:")
 PROBE = "\uf8ffprobe\uf8ff"  # stands for an answer; a private character, so in no template or text
 
 
+def asked(name: str, question: str, markers: Sequence[str]) -> dict:
+    """A row of the format `name` that asks `question`, with PROBE where the answer would be; of plain text, the
+    question alone."""
+    turns = [{"role": "user", "content": question}, {"role": "assistant", "content": PROBE}]
+    return {
+        "chat": {"messages": turns},
+        "alpaca": {"instruction": question, "output": PROBE},
+        "qa": {"question": question, "answer": PROBE},
+        "guanaco": {"text": f"{markers[0]} {question}{markers[1]} {PROBE}"},
+        "completion": {"text": question},
+    }[name]
+
+
 def recognise(
     columns: set[str], sample: Mapping, where: str, markers: Sequence[str] = GUANACO_MARKERS
 ) -> str:

@@ -29,7 +29,8 @@ GIB = 2**30
 class Metrics:
     """One optimizer step, over all ranks. tokens: real ones, padding not counted; trained_tokens: the
     targets among them; memory: of the rank that has most, GPU peak of this step (on CPU, the process's
-    largest resident size so far)."""
+    largest resident size so far). eval_loss: mean over the targets of the evaluation set, after this step, and
+    eval_perplexity its exponential, where the step was evaluated."""
 
     step: int
     epoch: float
@@ -42,6 +43,12 @@ class Metrics:
     tokens_per_second: float
     memory_allocated_gib: float
     memory_reserved_gib: float
+    eval_loss: float | None = None
+    eval_perplexity: float | None = None
+
+    def fields(self) -> dict[str, int | float]:
+        """By name; without the evaluation's where there was none."""
+        return {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
 
 
 class Meter:
@@ -75,6 +82,10 @@ class Meter:
             memory_reserved_gib=table[:, 3].max().item() / GIB,
         )
 
+    def restart(self) -> None:
+        """Leaves out of the next step's time what was done since the last one; its memory still counts."""
+        self.last = time.perf_counter()
+
     def _memory(self) -> tuple[torch.Tensor, torch.Tensor]:
         if self.device.type == "cuda":
             sizes = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
@@ -98,7 +109,7 @@ class Tracker(NoTracker):
     """Writes metrics.jsonl line by line, shows progress, and draws loss.png when finished."""
 
     def __init__(self, folder: Path, total_steps: int, quiet: bool):
-        self.folder, self.total, self.history = folder, total_steps, []
+        self.folder, self.total, self.history, self.evaluated = folder, total_steps, [], ""
         self.file = (folder / "metrics.jsonl").open("w", encoding="utf-8")
         self.bar = tqdm(total=total_steps, unit="step", disable=quiet, dynamic_ncols=True)
 
@@ -108,10 +119,13 @@ class Tracker(NoTracker):
     def log(self, m: Metrics) -> None:
         self.history.append(m)
         # JSON has no NaN or infinity, which a skipped step of fp16 has as its gradient norm.
-        line = {k: v if math.isfinite(v) else None for k, v in dataclasses.asdict(m).items()}
+        line = {k: v if math.isfinite(v) else None for k, v in m.fields().items()}
         self.file.write(json.dumps(line) + "\n")
         self.file.flush()
-        shown = f"loss {m.loss:.4f}, lr {m.lr:.2e}, {m.tokens_per_second:,.0f} tok/s, {m.memory_allocated_gib:.2f} GiB"
+        if m.eval_loss is not None:
+            self.evaluated = f", eval {m.eval_loss:.4f}"
+        rest = f"lr {m.lr:.2e}, {m.tokens_per_second:,.0f} tok/s, {m.memory_allocated_gib:.2f} GiB"
+        shown = f"loss {m.loss:.4f}{self.evaluated}, {rest}"
         self.bar.set_postfix_str(shown, refresh=False)
         self.bar.update()
         if self.bar.disable:
@@ -142,7 +156,7 @@ class WandbTracker(Tracker):
 
     def log(self, m: Metrics) -> None:
         super().log(m)
-        self.run.log({k: v for k, v in dataclasses.asdict(m).items() if k != "step"}, step=m.step)
+        self.run.log({k: v for k, v in m.fields().items() if k != "step"}, step=m.step)
 
     def finish(self) -> None:
         super().finish()
@@ -173,7 +187,7 @@ def check_wandb() -> None:
 
 
 def draw_loss(history: list[Metrics], path: Path) -> None:
-    """Loss and learning rate over the steps, as a PNG."""
+    """Loss, that of the evaluations, and learning rate over the steps, as a PNG."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -181,8 +195,12 @@ def draw_loss(history: list[Metrics], path: Path) -> None:
 
     steps = [m.step for m in history]
     figure, loss_axis = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    loss_axis.plot(steps, [m.loss for m in history], color="#1f5fa8", linewidth=1.5)
+    loss_axis.plot(steps, [m.loss for m in history], color="#1f5fa8", linewidth=1.5, label="training")
     loss_axis.set(xlabel="optimizer step", ylabel="loss", title="training loss", ylim=(0, None))
+    if evaluated := [(m.step, m.eval_loss) for m in history if m.eval_loss is not None]:
+        loss_axis.plot(*zip(*evaluated, strict=True), "o-", color="#b0243c", markersize=4, label="validation")
+        loss_axis.set_title("training and validation loss")
+        loss_axis.legend()
     loss_axis.grid(alpha=0.25)
     lr_axis = loss_axis.twinx()
     lr_axis.plot(steps, [m.lr for m in history], color="#b06a00", linewidth=1, linestyle="--")

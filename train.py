@@ -46,7 +46,9 @@ from checkpoint import (
     write_text,
 )
 from config import TOY_MODEL, Config, UserError
-from data import IGNORE, StepSampler, TokenizedRows, prepare, toy_texts
+from data import IGNORE, StepSampler, TokenizedRows, toy_texts
+from evaluation import Evaluator, describe_evaluations
+from evaluation_data import EvaluationData, prepare_sets, stop_tokens
 from launch import Place, resolve_workers
 from model_files import CheckpointFiles, fetch_weights, find_model
 from model_writer import save_blocks, save_expanded, save_model
@@ -78,6 +80,7 @@ class Job:
     model_config: PretrainedConfig
     files: CheckpointFiles
     rows: TokenizedRows
+    evaluation: EvaluationData
     cache: str | None  # the weights' digest, if --quantized_cache is still to be written
 
 
@@ -117,14 +120,12 @@ def check(config: Config) -> Job:
     if config.method.adapter:
         target_linears(model, family, config.lora_target_modules)
     tokenizer = read_tokenizer(folder)
-    rows = prepare(
-        config.dataset, config.dataset_format, config.dataset_samples, config.context_length, tokenizer
-    )
-    if int(rows.tokens.max()) >= model_config.vocab_size:
+    rows, evaluation = prepare_sets(config, tokenizer, stop_tokens(folder, tokenizer))
+    if max(int(rows.tokens.max()), evaluation.largest_id()) >= model_config.vocab_size:
         raise UserError(
             f"--model_name {folder}: the tokenizer makes ids beyond vocab_size {model_config.vocab_size}"
         )
-    return Job(config, model_config, files, rows, cache)
+    return Job(config, model_config, files, rows, evaluation, cache)
 
 
 def find_cache(model: nn.Module, family: Family, config: Config, files: CheckpointFiles) -> str | None:
@@ -217,7 +218,9 @@ def train(job: Job, model: nn.Module, place: Place, sampler: StepSampler, tracke
     precision = precision_of(config)
     scaler = precision.scaler("cpu" if config.use_cpu_offload else place.device.type)
     meter, history = Meter(place.device), []
+    evaluator = make_evaluator(job, model, place, total, meter, tracker)
     model.train()
+    evaluator.begin()
     for index, step in zip(range(1, total + 1), sampler.steps(config.num_epochs), strict=False):
         loss = torch.zeros((), device=place.device)
         for i, batch in enumerate(step.batches, 1):
@@ -238,9 +241,26 @@ def train(job: Job, model: nn.Module, place: Place, sampler: StepSampler, tracke
         scaler.update()
         schedule.step()
         optimizer.zero_grad(set_to_none=True)
-        history.append(meter.measure(index, step, loss, lr, norm))
+        history.append(evaluator.after(meter.measure(index, step, loss, lr, norm)))
         tracker.log(history[-1])
+        if evaluator.stop:
+            break
     return history
+
+
+def make_evaluator(job: Job, model: nn.Module, place: Place, total: int, meter: Meter, tracker) -> Evaluator:
+    config, precision = job.config, precision_of(job.config)
+    # Of an expanded model only the new blocks: the rest is gigabytes that do not change from step to step.
+    kept = dataclasses.replace(config, llama_pro_save="blocks") if config.method.expansion else config
+
+    def save_best(folder: Path) -> None:
+        save(dataclasses.replace(job, config=kept), model, folder)
+        if place.rank == 0:
+            write_text(folder / "config.yaml", options.dump_yaml(kept))
+
+    tokenizer = read_tokenizer(job.files.folder) if job.evaluation.prompts and place.rank == 0 else None
+    tools = (loss_sum, lambda: precision.context(place.device.type), save_best, meter, tracker, tokenizer)
+    return Evaluator(config, job.evaluation, model, place, total, *tools)
 
 
 def run_rank(place: Place, job: Job) -> None:
@@ -251,7 +271,7 @@ def run_rank(place: Place, job: Job) -> None:
     )
     folder = Path(config.output_dir)
     if place.rank == 0:
-        print(describe_data(job.rows, sampler), flush=True)
+        print(describe_data(job.rows, sampler) + job.evaluation.describe(), flush=True)
     model = set_up(job, place)
     if place.rank == 0:
         clear_output(folder)
@@ -265,7 +285,11 @@ def run_rank(place: Place, job: Job) -> None:
         save(job, model, folder)
     tracker.finish()
     if place.rank == 0:
-        print(f"{summary(history, seconds)}\n{describe_files(job, folder)}", flush=True)
+        told = [
+            summary(history, seconds),
+            *describe_evaluations(history, total_steps(config, sampler), config),
+        ]
+        print(*told, describe_files(job, folder), sep="\n", flush=True)
 
 
 def save(job: Job, model: nn.Module, folder: Path) -> None:
@@ -304,6 +328,7 @@ def describe_files(job: Job, folder: Path) -> str:
     saved = {"adapter": "adapter_model.safetensors", "model": "the model"}[job.config.method.saves]
     saved = BLOCKS if job.config.llama_pro_save == "blocks" else saved
     what = f"{saved}, " if job.config.save_model else ""
+    what += "samples.jsonl, " if job.evaluation.prompts else ""
     python = os.path.relpath(sys.executable) if Path.cwd() in Path(sys.executable).parents else "python"
     again = [python, "train.py", "--config", f"{folder}/config.yaml", "--output_dir", f"{folder}-again"]
     return f"in {folder}: {what}metrics.jsonl, loss.png, config.yaml\nnext: {shlex.join(again)}"

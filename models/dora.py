@@ -71,6 +71,9 @@ class DoRALinear(LoRALinear):
         return self.squared_norm.sqrt() + self.magnitude_change.float()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.enabled:
+            y = self.base(x)
+            return y if self.bias is None else y + self.bias.to(y.dtype)
         a = self.lora_A.to(x.dtype)
         g = self.magnitude() / self.updated_norm(a)
         y = scaled_linear(self.base, x, g)

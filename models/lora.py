@@ -30,6 +30,7 @@ class LoRALinear(Packed):
         super().__init__()
         (out_features, in_features), device = features, next(base.parameters()).device
         self.base, self.scaling, self.dropout = base, alpha / rank, dropout
+        self.enabled = True  # False: forward is the base layer's; see finished_run.adapters_off
         self.lora_A = nn.Parameter(torch.empty(rank, in_features, dtype=dtype, device=device))
         self.lora_B = nn.Parameter(torch.empty(out_features, rank, dtype=dtype, device=device))
 
@@ -39,6 +40,8 @@ class LoRALinear(Packed):
         return F.linear(h, self.lora_B.to(x.dtype))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.enabled:
+            return self.base(x)
         return torch.add(self.base(x), self.low_rank(x), alpha=self.scaling)
 
     def packs(self, name: str) -> tuple[str, ...]:

@@ -137,11 +137,11 @@ def args_for(model, data, train_type: str, *more) -> list[str]:
     return ["--model_name", model, "--dataset", data, "--train_type", train_type, *adapters, *more]
 
 
-def as_peft(folder, state: dict, ours: dict, use_dora: bool):
+def as_peft(folder, state: dict, ours: dict, use_dora: bool, alpha: float = ALPHA):
     """transformers' model with the weights that training computed with, under PEFT, with our adapters."""
     base = transformers_model(folder, state)
     names = sorted({name.split(".")[-2] for name in ours})
-    options = {"r": R, "lora_alpha": ALPHA, "target_modules": names, "use_dora": use_dora}
+    options = {"r": R, "lora_alpha": alpha, "target_modules": names, "use_dora": use_dora}
     model = peft.get_peft_model(base, peft.LoraConfig(task_type="CAUSAL_LM", **options))
     params = dict(model.named_parameters())
     with torch.no_grad():

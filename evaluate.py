@@ -1,0 +1,276 @@
+"""Measures a finished run on a dataset, its base model beside it.
+
+    python evaluate.py runs/my-run --dataset test.jsonl
+    python evaluate.py runs/my-run --dataset test.jsonl --samples 200 --metrics perplexity,rouge --out results.json
+
+perplexity      exp of the mean loss over the learned tokens, as in training
+exact_match     answers that are the reference, but for spaces around them; percent
+bleu            sacrebleu's corpus BLEU, 0 to 100
+rouge           rouge-score's ROUGE-1, -2 and -L, mean F1 without stemming, 0 to 100
+
+Answers are generated greedily to the prompt of each row, which is what comes before its last answer. The base is
+the same model with its adapters off; where training saved a whole model, the model that it started from.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import importlib
+import json
+import sys
+from argparse import RawDescriptionHelpFormatter
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import GenerationConfig
+from transformers.utils import logging as transformers_logging
+
+from checkpoint import check_writable, write_text
+from command_line import Parser, report, with_underscores
+from config import UserError
+from data import read_examples, tokenize
+from evaluation import mean_loss, perplexity
+from evaluation_data import Prompt, held_rows, prompt_of, stop_tokens
+from finished_run import Run, adapters_off, load_model, load_tokenizer, open_base, open_run
+from formats import FORMATS, Rendered
+from launch import Place
+from precision import choose_precision
+from train import bf16_gpu, loss_sum
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="evaluate.py",
+        allow_abbrev=False,
+        description=__doc__,
+        formatter_class=RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("run", metavar="RUN", help="the --output_dir of a run, or its best/ folder")
+    add("--dataset", metavar="TEXT", help="as train.py takes it; unset = the run's own evaluation set")
+    add("--dataset_format", metavar="NAME", help="as train.py takes it; unset = the run's")
+    add("--samples", metavar="N", type=int, default=-1, help="rows used, from the first; -1 = all")
+    add(
+        "--metrics",
+        metavar="NAMES",
+        default="perplexity,exact_match,bleu,rouge",
+        help="comma-separated [all]",
+    )
+    add("--max_new_tokens", metavar="N", type=int, default=128, help="longest answer, in tokens [128]")
+    add("--batch_size", metavar="N", type=int, default=8, help="rows computed at once [8]")
+    add("--base", metavar="TEXT", help="folder or hub id of the base model, if it was moved since training")
+    add("--out", metavar="FILE", help="where to write the results and all answers, as JSON")
+    add("--verbose", action="store_true", help="tracebacks with errors")
+    return parser
+
+
+def exact_match(answers: list[str], references: list[str]) -> dict[str, float]:
+    same = sum(a.strip() == r.strip() for a, r in zip(answers, references, strict=True))
+    return {"exact_match": 100 * same / len(answers)}
+
+
+def bleu(answers: list[str], references: list[str]) -> dict[str, float]:
+    return {"bleu": importlib.import_module("sacrebleu").corpus_bleu(answers, [references]).score}
+
+
+def rouge(answers: list[str], references: list[str]) -> dict[str, float]:
+    kinds = ("rouge1", "rouge2", "rougeL")
+    scorer = importlib.import_module("rouge_score.rouge_scorer").RougeScorer(kinds)
+    scores = [scorer.score(r, a) for a, r in zip(answers, references, strict=True)]
+    return {kind: 100 * sum(s[kind].fmeasure for s in scores) / len(scores) for kind in kinds}
+
+
+# Of texts: name -> (answers, references) -> {what the table calls it: value}. perplexity is of tokens.
+TEXT_METRICS: dict[str, Callable] = {"exact_match": exact_match, "bleu": bleu, "rouge": rouge}
+PACKAGES = {"bleu": ("sacrebleu", "sacrebleu"), "rouge": ("rouge_score", "rouge-score")}  # module, on PyPI
+
+
+def check_metrics(names: str) -> list[str]:
+    """--metrics as a list. Raises UserError for an unknown one, and for one whose package is not installed."""
+    chosen = list(dict.fromkeys(name.strip() for name in names.split(",")))
+    for name in chosen:
+        if name not in ("perplexity", *TEXT_METRICS):
+            raise UserError(f"--metrics: {name!r} is none of perplexity, {', '.join(TEXT_METRICS)}")
+        if name in PACKAGES:
+            module, package = PACKAGES[name]
+            try:
+                importlib.import_module(module)
+            except ImportError:
+                raise UserError(
+                    f"--metrics {name}: needs the package {package}: pip install {package}"
+                ) from None
+    return chosen
+
+
+@torch.no_grad()
+def generate_answers(
+    model: nn.Module, prompts: list[list[int]], tokens: int, stops: list[int], batch_size: int
+) -> list[list[int]]:
+    """The likeliest answer of at most `tokens` tokens to each prompt, by transformers' generate with its cache,
+    without the token of `stops` that ended it. Prompts of similar length go together, padded on the left."""
+    device = next(model.parameters()).device
+    options = GenerationConfig(
+        max_new_tokens=tokens, do_sample=False, num_beams=1, eos_token_id=stops or None, pad_token_id=0
+    )
+    answers: list[list[int]] = [[] for _ in prompts]
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    for first in range(0, len(order), batch_size):
+        chosen = order[first : first + batch_size]
+        width = len(prompts[chosen[0]])
+        ids = torch.zeros(len(chosen), width, dtype=torch.int64, device=device)
+        mask = torch.zeros_like(ids)
+        for row, i in enumerate(chosen):
+            ids[row, width - len(prompts[i]) :] = torch.tensor(prompts[i])
+            mask[row, width - len(prompts[i]) :] = 1
+        made = model.generate(ids, attention_mask=mask, generation_config=options)[:, width:].tolist()
+        for i, answer in zip(chosen, made, strict=True):
+            ends = [at for at, token in enumerate(answer) if token in stops]
+            answers[i] = answer[: ends[0]] if ends else answer
+    return answers
+
+
+def read_rows(run: Run, options: argparse.Namespace, tokenizer) -> tuple[str, list[Rendered]]:
+    """(what was read, its rows as texts). Raises UserError for anything wrong with the data."""
+    config = run.config
+    if options.dataset is None:
+        rows = held_rows(config, tokenizer)
+        if rows is None:
+            raise UserError(f"--dataset: is needed; {run.folder} had no evaluation set of its own")
+        rows = rows[: options.samples] if options.samples > 0 else rows
+        return config.eval_dataset or f"{config.eval_share:g} of {config.dataset}", rows
+    form = options.dataset_format or config.dataset_format
+    return options.dataset, read_examples(
+        options.dataset, form, options.samples, config.context_length, tokenizer
+    ).rendered
+
+
+def check(options: argparse.Namespace) -> tuple[list[str], Run]:
+    """(the metrics, the opened run). Raises UserError for what is wrong with the options."""
+    names = check_metrics(options.metrics)
+    for name in ("max_new_tokens", "batch_size"):
+        if getattr(options, name) <= 0:
+            raise UserError(f"--{name} {getattr(options, name)}: must be positive")
+    if options.samples == 0 or options.samples < -1:
+        raise UserError(f"--samples {options.samples}: must be positive, or -1")
+    if options.dataset_format not in (None, "auto", *FORMATS):
+        raise UserError(f"--dataset_format: {options.dataset_format!r} is none of auto, {', '.join(FORMATS)}")
+    if options.dataset_format is not None and options.dataset is None:
+        raise UserError("--dataset_format: has no effect without --dataset")
+    if options.out is not None:
+        if Path(options.out).is_dir():
+            raise UserError(f"--out {options.out}: is a folder; name a file")
+        check_writable(Path(options.out).absolute().parent, "--out")
+    return names, open_run(options.run, options.base)
+
+
+@dataclasses.dataclass(frozen=True)
+class Questions:
+    """What both models are asked: rows to take the loss of (None: not wanted), prompts to answer."""
+
+    rows: object
+    prompts: list[Prompt]
+
+
+def prepare(names: list[str], run: Run, rendered: list[Rendered], where: str, tokenizer) -> Questions:
+    """Raises UserError if there is nothing that a metric could be taken of."""
+    length = run.config.context_length
+    rows = tokenize(rendered, tokenizer, length, f"--dataset {where}") if "perplexity" in names else None
+    if names == ["perplexity"]:
+        return Questions(rows, [])
+    made = (prompt_of(r, tokenizer, length) for r in rendered)
+    prompts = [p for p in made if p and p.answer]
+    if not prompts:
+        raise UserError(
+            f"--dataset {where}: its rows have no question and answer, as text metrics need; use --metrics perplexity"
+        )
+    return Questions(rows, prompts)
+
+
+def measure(
+    model: nn.Module,
+    names: list[str],
+    asked: Questions,
+    options: argparse.Namespace,
+    tokenizer,
+    stops: list[int],
+) -> tuple[dict[str, float], list[str]]:
+    """({metric: value}, the answers) of one model."""
+    values, answers = {}, []
+    place = Place(0, 1, 0, 1, next(model.parameters()).device)
+    if asked.rows is not None:
+        loss = mean_loss(model, asked.rows, options.batch_size, loss_sum, place, contextlib.nullcontext)
+        values["perplexity"] = perplexity(loss)
+    if asked.prompts:
+        ids = [p.ids for p in asked.prompts]
+        made = generate_answers(model, ids, options.max_new_tokens, stops, options.batch_size)
+        answers = [tokenizer.decode(a, skip_special_tokens=True).strip() for a in made]
+        for name in names:
+            if name in TEXT_METRICS:
+                values |= TEXT_METRICS[name](answers, [p.answer for p in asked.prompts])
+    return values, answers
+
+
+def evaluate(options: argparse.Namespace) -> dict:
+    """The whole command but for showing its results, which it returns."""
+    names, run = check(options)
+    base = None if run.adapter else open_base(run, options.base)
+    tokenizer = load_tokenizer(run)
+    where, rendered = read_rows(run, options, tokenizer)
+    asked = prepare(names, run, rendered, where, tokenizer)
+    gpu = torch.cuda.is_available()
+    device, dtype = torch.device("cuda" if gpu else "cpu"), choose_precision("auto", gpu, bf16_gpu()).frozen
+    rest = (names, asked, options, tokenizer, stop_tokens(run.files.folder, tokenizer))
+    model = load_model(run, device, dtype)
+    tuned, tuned_answers = measure(model, *rest)
+    if base is None:
+        with adapters_off(model):
+            untrained, base_answers = measure(model, *rest)
+    else:
+        del model  # one at a time in memory
+        untrained, base_answers = measure(load_model(base, device, dtype), *rest)
+    answers = zip(asked.prompts, base_answers, tuned_answers, strict=True)
+    return {
+        "run": str(run.folder),
+        "base": str((base or run).base),
+        "dataset": where,
+        "rows": len(rendered),
+        "answered": len(asked.prompts),
+        "max_new_tokens": options.max_new_tokens,
+        "dtype": str(dtype).removeprefix("torch."),
+        "metrics": {name: {"base": untrained[name], "tuned": tuned[name]} for name in tuned},
+        "answers": [{"prompt": p.text, "reference": p.answer, "base": b, "tuned": t} for p, b, t in answers],
+    }
+
+
+def table(results: dict) -> str:
+    lines = [f"{'':12} {'base':>12} {'tuned':>12}"]
+    for name, values in results["metrics"].items():
+        lines.append(f"{name:12} {values['base']:12,.2f} {values['tuned']:12,.2f}")
+    return "\n".join(lines)
+
+
+def main(argv: list[str]) -> int:
+    """Returns the exit status: 0, or 2 for something the user can put right."""
+    try:
+        options = _parser().parse_args(with_underscores(argv))
+        if not options.verbose:
+            transformers_logging.set_verbosity_error()
+            transformers_logging.disable_progress_bar()
+        results = evaluate(options)
+    except UserError as e:
+        return report(e, "--verbose" in argv)
+    print(f"{results['run']} on {results['rows']:,} rows of {results['dataset']}\n{table(results)}")
+    if options.out is not None:
+        path = Path(options.out)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+        print(f"results and answers: {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,237 @@
+"""Evaluation while a run trains: validation loss, the best step kept, early stopping, samples.
+
+The loop calls `begin` once and `after` once per step; what is due is decided here. Every rank calls them and goes
+through the same forward passes: FSDP's collectives need all ranks. Nothing here draws from a random generator or
+leaves anything behind in the model, so a run with evaluation trains exactly as one without.
+
+Shapes: P prompts, T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+
+from checkpoint import BEST, SCORE, fresh_folder, replace_folder, write_text
+from config import Config
+from data import TokenizedRows, make_batch
+from evaluation_data import EvaluationData
+from launch import Place
+from tracking import Meter, Metrics, NoTracker
+
+PROMPTS_AT_ONCE = 8
+
+LossSum = Callable[[nn.Module, torch.Tensor, torch.Tensor], torch.Tensor]
+Context = Callable[[], contextlib.AbstractContextManager]
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; afterwards the model is as it was: in its mode, and sharded, where a
+    strategy would have kept it gathered for a backward that does not come."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+        model.train(training)
+
+
+def mean_loss(
+    model: nn.Module, rows: TokenizedRows, batch_size: int, loss_sum: LossSum, place: Place, context: Context
+) -> float:
+    """Cross-entropy per target of all rows. Collective.
+
+    The batches are the same on any number of ranks, which take turns, and their sums meet each in a place of its
+    own: the result depends on the number of ranks only as far as the kernels do. The longest come first, so that
+    what does not fit into memory shows at once; a rank that is left without a batch goes through the last again.
+    """
+    batches = rows.lengths().argsort(descending=True, stable=True).split(batch_size)
+    sums = torch.zeros(len(batches), dtype=torch.float64, device=place.device)
+    with evaluating(model):
+        for first in range(0, len(batches), place.world):
+            own = first + place.rank
+            batch = make_batch(rows, batches[min(own, len(batches) - 1)]).to(place.device)
+            with context():
+                total = loss_sum(model, batch.ids, batch.targets)
+            if own < len(batches):
+                sums[own] = total
+    if place.world > 1:
+        dist.all_reduce(sums)
+    return sums.sum().item() / int(rows.targets().sum())
+
+
+def perplexity(loss: float) -> float:
+    return math.exp(loss) if loss < 700 else math.inf if loss == loss else math.nan
+
+
+def greedy(
+    model: nn.Module, prompts: list[list[int]], tokens: int, stops: list[int], place: Place, context: Context
+) -> list[list[int]]:
+    """The likeliest answer of at most `tokens` tokens to each prompt, without the token of `stops` that ended it.
+    Collective.
+
+    Each forward computes all prompts from their start, padded on the right: without a cache, because what costs
+    time under FSDP is to gather the weights, once per token either way. Every rank computes the same; rank 0's
+    choice counts, so that all of them end together even if their GPUs should round differently.
+    """
+    rows = [list(p) for p in prompts]
+    waiting = set(range(len(rows)))
+    with evaluating(model):
+        for _ in range(tokens):
+            lengths = torch.tensor([len(r) for r in rows])
+            ids = torch.zeros(len(rows), int(lengths.max()), dtype=torch.int64)
+            for i, row in enumerate(rows):
+                ids[i, : len(row)] = torch.tensor(row)
+            positions, which = (lengths - 1).unique(return_inverse=True)
+            with context():
+                logits = model(
+                    input_ids=ids.to(place.device), use_cache=False, logits_to_keep=positions.to(place.device)
+                ).logits  # [P, positions, V]
+            chosen = logits[torch.arange(len(rows)), which].argmax(-1)  # [P]
+            if place.world > 1:
+                dist.broadcast(chosen, 0)
+            for i, token in enumerate(chosen.tolist()):
+                if i in waiting:
+                    rows[i].append(token)
+                    if token in stops:
+                        waiting.discard(i)
+            if not waiting:
+                break
+    answers = [row[len(prompt) :] for row, prompt in zip(rows, prompts, strict=True)]
+    return [a[:-1] if a and a[-1] in stops else a for a in answers]
+
+
+class Evaluator:
+    """What hangs on the loop. stop: the loop is to end (--early_stopping_patience); best_step, best_loss: of the
+    best evaluation so far; worse: evaluations since then.
+
+    loss_sum(model, ids, targets): as the loop's; context(): around every forward; save(folder): saves what is
+    trained, collectively; tokenizer: rank 0's, if there are prompts.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        data: EvaluationData,
+        model: nn.Module,
+        place: Place,
+        total_steps: int,
+        loss_sum: LossSum,
+        context: Context,
+        save: Callable[[Path], None],
+        meter: Meter,
+        tracker: NoTracker,
+        tokenizer,
+    ):
+        self.config, self.data, self.model, self.place, self.total = config, data, model, place, total_steps
+        self.loss_sum, self.context, self.save, self.meter = loss_sum, context, save, meter
+        self.tracker, self.tokenizer = tracker, tokenizer
+        self.folder = Path(config.output_dir)
+        self.stop, self.best_step, self.best_loss, self.worse = False, 0, math.inf, 0
+
+    def begin(self) -> None:
+        """Before the first step: samples of the base model."""
+        if self.data.prompts:
+            self._sample(0)
+            self.meter.restart()
+
+    def after(self, metrics: Metrics) -> Metrics:
+        """After each step: what is due at it. Returns its metrics, with the evaluation's if there was one."""
+        evaluates = self.data.rows is not None and self._due(self.config.eval_every, metrics.step)
+        if evaluates:
+            loss = self._loss()
+            metrics = dataclasses.replace(metrics, eval_loss=loss, eval_perplexity=perplexity(loss))
+            self._judge(metrics.step, loss)
+        samples = bool(self.data.prompts) and (self._due(self.config.sample_every, metrics.step) or self.stop)
+        if samples:
+            self._sample(metrics.step)
+        if evaluates or samples:
+            self.meter.restart()
+        return metrics
+
+    def _due(self, every: int, step: int) -> bool:
+        return step == self.total or (every > 0 and step % every == 0)
+
+    def _loss(self) -> float:
+        options = (self.config.batch_size, self.loss_sum, self.place, self.context)
+        return mean_loss(self.model, self.data.rows, *options)
+
+    def _judge(self, step: int, loss: float) -> None:
+        """Every rank has the same loss, so all of them keep and stop together."""
+        if loss < self.best_loss:  # never of a NaN
+            self.best_step, self.best_loss, self.worse = step, loss, 0
+            if keeps_best(self.config):
+                self._keep(step, loss)
+        else:
+            self.worse += 1
+        self.stop = 0 < self.config.early_stopping_patience <= self.worse
+
+    def _keep(self, step: int, loss: float) -> None:
+        best = self.folder / BEST
+        writes = self.place.rank == 0
+        temporary = fresh_folder(best) if writes else best
+        self.save(temporary)
+        if writes:
+            score = {"step": step, "eval_loss": loss, "eval_perplexity": perplexity(loss)}
+            write_text(temporary / SCORE, json.dumps(score) + "\n")
+            replace_folder(temporary, best)
+
+    def _sample(self, step: int) -> None:
+        """Writes lines of step, prompt and text to samples.jsonl, and shows them."""
+        prompts = self.data.prompts
+        for first in range(0, len(prompts), PROMPTS_AT_ONCE):
+            part = prompts[first : first + PROMPTS_AT_ONCE]
+            options = (self.config.sample_tokens, self.data.stops, self.place, self.context)
+            answers = greedy(self.model, [p.ids for p in part], *options)
+            if self.place.rank != 0:
+                continue
+            with (self.folder / "samples.jsonl").open("a", encoding="utf-8") as file:
+                for prompt, answer in zip(part, answers, strict=True):
+                    text = self.tokenizer.decode(answer, skip_special_tokens=True)
+                    line = {"step": step, "prompt": prompt.text, "text": text}
+                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
+                    asked = " ".join(prompt.text.split())[-60:]
+                    self.tracker.say(f"sample, step {step}: {asked!r} -> {text!r}")
+
+
+def keeps_best(config: Config) -> bool:
+    """With a single evaluation, at the end, the result is the best."""
+    return config.save_model and config.eval_every > 0
+
+
+def describe_evaluations(history: list[Metrics], total_steps: int, config: Config) -> list[str]:
+    """Lines for the end of a run: the evaluations, and why it ended before its last step."""
+    evaluated = [m for m in history if m.eval_loss is not None]
+    if not evaluated:
+        return []
+    last, best = (
+        evaluated[-1],
+        min(evaluated, key=lambda m: m.eval_loss if m.eval_loss == m.eval_loss else math.inf),
+    )
+    line = (
+        f"evaluation loss {last.eval_loss:.4f} (perplexity {last.eval_perplexity:,.2f}) at step {last.step}"
+    )
+    if len(evaluated) > 1:
+        where = f", in {Path(config.output_dir) / BEST}" if keeps_best(config) else ""
+        line += f"; best {best.eval_loss:.4f} at step {best.step}{where}"
+    if len(history) == total_steps:
+        return [line]
+    patience = config.early_stopping_patience
+    return [
+        line,
+        f"stopped at step {last.step} of {total_steps}: {patience} evaluations were no better than the best",
+    ]

@@ -1,0 +1,185 @@
+"""What a run is evaluated on: rows that are split off the training data, or read beside it, and the prompts of
+its samples. Prepared with the training data, before any process with a GPU is started."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import jinja2
+import torch
+
+from config import Config, UserError
+from data import Examples, TokenizedRows, read_examples, tokenize
+from formats import FORMATS, Rendered, asked
+
+DEFAULT_PROMPTS = 3  # rows that samples are made of, unless --sample_prompts says otherwise
+MOST_PROMPTS = 16  # rows of a dataset given as --sample_prompts
+OPENING_WORDS = 8  # of a plain text, which has no question, as a prompt
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What is asked, as the model sees it: text and tokens. answer: what the row says; "" where none does."""
+
+    text: str
+    ids: list[int]
+    answer: str = ""
+
+
+@dataclass(frozen=True)
+class EvaluationData:
+    """rows: the evaluation set, or None; prompts: of samples, may be none; stops: token ids that end an answer."""
+
+    rows: TokenizedRows | None
+    prompts: list[Prompt]
+    stops: list[int]
+
+    def largest_id(self) -> int:
+        ids = [i for prompt in self.prompts for i in prompt.ids]
+        return max([*ids, int(self.rows.tokens.max()) if self.rows else 0], default=0)
+
+    def describe(self) -> str:
+        if not self.rows:
+            return ""
+        return f"\nevaluation: {len(self.rows):,} rows, {int(self.rows.targets().sum()):,} learned tokens"
+
+
+def prepare_sets(config: Config, tokenizer, stops: list[int]) -> tuple[TokenizedRows, EvaluationData]:
+    """(the training rows, what to evaluate on) of a run's options. Raises UserError for anything wrong with the
+    data, and if a set would be empty."""
+    reading = (config.context_length, tokenizer)
+    examples = read_examples(config.dataset, config.dataset_format, config.dataset_samples, *reading)
+    training, held = _divide(config, examples.rendered, tokenizer)
+    rows = tokenize(training, tokenizer, config.context_length, f"--dataset {config.dataset}")
+    evaluation = None if held is None else tokenize(held, tokenizer, config.context_length, _origin(config))
+    prompts = _sample_prompts(config, examples, held or training, tokenizer) if config.sample_every else []
+    return rows, EvaluationData(evaluation, prompts, stops)
+
+
+def held_rows(config: Config, tokenizer) -> list[Rendered] | None:
+    """The evaluation set of a run's options, as texts; None if they name none. Raises UserError as `prepare_sets`
+    does."""
+    reading = (config.dataset_format, config.dataset_samples, config.context_length, tokenizer)
+    rendered = read_examples(config.dataset, *reading).rendered if config.eval_share else []
+    return _divide(config, rendered, tokenizer)[1]
+
+
+def _divide(
+    config: Config, rendered: list[Rendered], tokenizer
+) -> tuple[list[Rendered], list[Rendered] | None]:
+    """(training rows, evaluation rows or None); rendered: the rows of --dataset."""
+    if config.eval_share:
+        training, held = _split(rendered, config.eval_share, config.seed)
+        return training, held[: config.eval_samples] if config.eval_samples > 0 else held
+    if config.eval_dataset is None:
+        return rendered, None
+    reading = (config.dataset_format, config.eval_samples, config.context_length, tokenizer)
+    with named("--eval_dataset"):
+        return rendered, read_examples(config.eval_dataset, *reading).rendered
+
+
+def _origin(config: Config) -> str:
+    """The option, with its value, that evaluation rows come from."""
+    share, dataset = config.eval_share, config.eval_dataset
+    return f"--eval_share {share}" if dataset is None else f"--eval_dataset {dataset}"
+
+
+@contextlib.contextmanager
+def named(option: str) -> Iterator[None]:
+    """Errors of reading a dataset name `option`, by which it was given, in the place of --dataset."""
+    try:
+        yield
+    except UserError as e:
+        raise UserError(re.sub(r"^--dataset(?=[ :])", option, str(e))) from None
+
+
+def _split(rendered: list[Rendered], share: float, seed: int) -> tuple[list[Rendered], list[Rendered]]:
+    """(rows to train on, rows to evaluate on), each in their order. Which ones follows from the seed and the
+    number of rows alone."""
+    count = round(share * len(rendered))
+    if count in (0, len(rendered)):
+        left = "evaluate" if count == 0 else "train"
+        raise UserError(f"--eval_share {share}: of {len(rendered)} rows it leaves none to {left} on")
+    # Another stream than those of the data order, which are made from (seed, epoch).
+    generator = torch.Generator().manual_seed((seed * 1_000_003 - 1) % 2**63)
+    held = set(torch.randperm(len(rendered), generator=generator)[:count].tolist())
+    parts = [r for i, r in enumerate(rendered) if i not in held], [rendered[i] for i in sorted(held)]
+    return parts
+
+
+def prompt_of(rendered: Rendered, tokenizer, context_length: int) -> Prompt | None:
+    """What comes before the last answer of an example, and that answer; None if it has none. A plain text, all
+    of which is learned, has no question: its first words are the prompt, and there is no answer."""
+    if not rendered.learned:
+        return None
+    start, end = rendered.learned[-1]
+    text, answer = rendered.text[:start], rendered.text[start:end].strip()
+    if not text:
+        text, answer = " ".join(rendered.text.split()[:OPENING_WORDS]), ""
+    ids = tokenizer(text, add_special_tokens=rendered.special)["input_ids"]
+    if ids and ids[-1] == tokenizer.eos_token_id:  # a tokenizer that ends every text
+        ids = ids[:-1]
+    return Prompt(text, ids[-context_length:], answer) if ids else None
+
+
+def _sample_prompts(config: Config, examples: Examples, rows: list[Rendered], tokenizer) -> list[Prompt]:
+    given = config.sample_prompts
+    if given is not None and given.endswith(".txt"):
+        rendered = _ask(_lines(Path(given).expanduser()), examples, tokenizer)
+    elif given is not None:
+        with named("--sample_prompts"):
+            reading = (config.dataset_format, MOST_PROMPTS, config.context_length, tokenizer)
+            rendered = read_examples(given, *reading).rendered
+    else:
+        rendered = rows
+    made = (prompt_of(r, tokenizer, config.context_length) for r in rendered)
+    prompts = [p for p in made if p]
+    if not prompts:
+        raise UserError(f"--sample_prompts {given or ''}: no row has anything to ask")
+    return prompts if given is not None else prompts[:DEFAULT_PROMPTS]
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as e:
+        reason = getattr(e, "strerror", None) or "not a UTF-8 text"
+        raise UserError(f"--sample_prompts {path}: {reason}") from None
+    lines = [line.strip() for line in lines if line.strip()]
+    if not lines:
+        raise UserError(f"--sample_prompts {path}: is empty")
+    return lines
+
+
+def _ask(questions: list[str], examples: Examples, tokenizer) -> list[Rendered]:
+    """The questions as rows of the training data's format would put them."""
+    rendered = []
+    for question in questions:
+        row = asked(examples.format, question, examples.markers)
+        try:
+            one = FORMATS[examples.format].render(row, tokenizer, examples.markers)
+        except (jinja2.TemplateError, ValueError, TypeError, KeyError) as e:  # from a chat template
+            raise UserError(f"--sample_prompts: {question!r}: {' '.join(str(e).split())}") from None
+        if one.learned and one.learned[-1][0] == 0:  # plain text: the whole line is the prompt
+            one = Rendered(one.text, [(len(one.text), len(one.text))])
+        rendered.append(one)
+    return rendered
+
+
+def stop_tokens(folder: Path, tokenizer) -> list[int]:
+    """Ids that end an answer: the tokenizer's EOS, and those of generation_config.json, such as the end of a
+    turn."""
+    stops = set() if tokenizer.eos_token_id is None else {tokenizer.eos_token_id}
+    path = folder / "generation_config.json"
+    if path.is_file():
+        try:
+            named = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+        except (ValueError, AttributeError):
+            raise UserError(f"{path}: not a JSON object") from None
+        stops |= {named} if isinstance(named, int) else set(named or ())
+    return sorted(stops)

@@ -1,0 +1,376 @@
+"""Evaluation while training: its loss against other ways to compute it, and that training does not notice it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import types
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+import evaluation
+import train
+from checkpoint import ADAPTER
+from command_line import parse
+from config import UserError
+from data import IGNORE, StepSampler, make_batch
+from evaluation import greedy, mean_loss, perplexity
+from evaluation_data import prepare_sets, prompt_of, stop_tokens
+from finished_run import load_model, open_run
+from formats import FORMATS, asked
+from launch import Place
+from precision import choose_precision
+from tests.runs import dense_tensors, make_job, randomize, trained_tensors, whole_run
+from tests.test_adapters import as_peft
+from tests.test_sources import BYTES
+from tests.tiny import write_alpaca
+from tracking import NoTracker
+
+HERE = Place(0, 1, 0, 1, torch.device("cpu"))
+PLAIN = choose_precision("fp32", False, False)
+
+
+def context():
+    return PLAIN.context("cpu")
+
+
+def options(checkpoints, data, *more) -> list[str]:
+    own = ["--model_name", checkpoints(), "--dataset", data, "--lora_rank", "8", "--batch_size", "5"]
+    own += ["--context_length", "160"]
+    return [str(a) for a in (*own, "--save_model", "false", *more)]
+
+
+class Recorder(NoTracker):
+    """Keeps the weights of some steps; on every rank."""
+
+    def __init__(self, model, steps):
+        self.model, self.steps, self.weights = model, steps, {}
+
+    def log(self, metrics):
+        if metrics.step in self.steps:
+            self.weights[metrics.step] = trained_tensors(self.model)
+
+
+def run(place, args, scripted=None, steps=()):
+    """(metrics of every step, weights after `steps`, dense weights and weights at the end) of a run from random
+    adapters. scripted: losses that the evaluations find instead of their own."""
+    job = make_job(place, args)
+    model = train.set_up(job, place)
+    randomize(model)
+    c, recorder = job.config, Recorder(model, steps)
+    sampler = StepSampler(
+        job.rows, c.batch_size, c.gradient_accumulation_steps, place.rank, place.world, c.seed
+    )
+    original, values = evaluation.mean_loss, iter(scripted or ())
+    if scripted:
+        evaluation.mean_loss = lambda *_: next(values)
+    try:
+        history = train.train(job, model, place, sampler, recorder)
+    finally:
+        evaluation.mean_loss = original
+    return (
+        [dataclasses.asdict(m) for m in history],
+        recorder.weights,
+        dense_tensors(model),
+        trained_tensors(model),
+    )
+
+
+# The loss
+
+
+def test_the_loss_is_transformers(checkpoints, alpaca_file, one_rank, two_ranks):
+    """12 rows in batches of 5, 5 and 2, of which a second rank has one: the same in one rank, in two, and row by
+    row with transformers and PEFT on the dequantized weights."""
+    args = options(checkpoints, alpaca_file, "--eval_share", "0.3", "--max_steps", "1", "--lr", "0")
+    rows = make_job(HERE, args).evaluation.rows
+    assert len(rows) == 12
+    (one, _, dense, adapters), two = one_rank(run, args)[0], two_ranks(run, args)
+    model = as_peft(checkpoints(), dense, adapters, use_dora=True, alpha=16).eval()
+    total = torch.zeros((), dtype=torch.float64)
+    for i in range(len(rows)):
+        batch = make_batch(rows, torch.tensor([i]))
+        with torch.no_grad():
+            logits = model(input_ids=batch.ids).logits[0].double()
+        kept = batch.targets[0] != IGNORE
+        total -= logits.log_softmax(-1)[kept].gather(1, batch.targets[0][kept, None]).sum()
+    expected = total.item() / int(rows.targets().sum())
+    assert one[0]["eval_loss"] == pytest.approx(expected, rel=1e-5)
+    assert [t[0][0]["eval_loss"] for t in two] == [pytest.approx(one[0]["eval_loss"], rel=1e-6)] * 2
+    assert one[0]["eval_perplexity"] == math.exp(one[0]["eval_loss"])
+
+
+def test_the_split(checkpoints, alpaca_file):
+    """Every row is on exactly one side; the seed decides which, and nothing else does."""
+
+    def sets(*more):
+        config, _ = parse(options(checkpoints, alpaca_file, *more))
+        rows, held = prepare_sets(config, BYTES, [257])
+        return [sorted(_texts(r)) for r in (rows, held.rows)] if held.rows else sorted(_texts(rows))
+
+    everything, (kept, held) = sets(), sets("--eval_share", "0.25")
+    assert sorted(kept + held) == everything and len(held) == 10
+    assert sets("--eval_share", "0.25", "--batch_size", "2") == [kept, held]
+    assert sets("--eval_share", "0.25", "--seed", "1") != [kept, held]
+    kept_of_four, four = sets("--eval_share", "0.25", "--eval_samples", "4")
+    assert kept_of_four == kept and len(four) == 4 and set(four) < set(held)
+    assert sets("--eval_dataset", alpaca_file, "--eval_samples", "3")[0] == everything
+
+
+def _texts(rows) -> list[str]:
+    starts = rows.starts.tolist()
+    return [BYTES.decode(rows.tokens[a:b]) for a, b in pairwise(starts)]
+
+
+def test_perplexity():
+    assert perplexity(0.0) == 1 and perplexity(1e4) == math.inf and math.isnan(perplexity(math.nan))
+
+
+# Training does not notice
+
+VARIANTS = {
+    "full_shard": [],
+    "shard_grad_op": ["--sharding_strategy", "shard_grad_op", "--use_gradient_checkpointing", "false"],
+    "ddp": ["--sharding_strategy", "ddp", "--wrap_policy", "sublayer"],
+    "offload": ["--use_cpu_offload", "--use_activation_cpu_offload", "--no_sync"],
+    "autocast": ["--precision", "bf16_autocast", "--train_type", "qlora"],
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_training_does_not_notice(variant, checkpoints, alpaca_file, two_ranks, tmp_path):
+    """The same losses and weights, bit for bit, with dropout, which draws random numbers."""
+    out = [
+        "--output_dir",
+        tmp_path,
+        "--max_steps",
+        "3",
+        "--num_epochs",
+        "3",
+        "--lora_dropout",
+        "0.2",
+        *VARIANTS[variant],
+    ]
+    args = options(checkpoints, alpaca_file, *out, "--dataset_samples", "10", "--lr", "1e-2")
+    evaluated = ["--eval_dataset", alpaca_file, "--eval_samples", "6", "--eval_every", "1"]
+    sampled = ["--sample_every", "2", "--sample_tokens", "2"]
+    plain = two_ranks(run, args)
+    noticed = two_ranks(run, [*args, *map(str, evaluated), *sampled])
+    for (before, *_, weights), (after, *_, same) in zip(plain, noticed, strict=True):
+        assert [m["loss"] for m in after] == [m["loss"] for m in before]
+        assert [m["grad_norm"] for m in after] == [m["grad_norm"] for m in before]
+        assert all(torch.equal(same[name], weights[name]) for name in weights)
+        assert len({m["eval_loss"] for m in after}) == 3 and {m["eval_loss"] for m in before} == {None}
+    steps = [json.loads(line)["step"] for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    assert steps == [s for s in (0, 2, 3) for _ in range(3)]
+
+
+# The best step and early stopping
+
+
+def test_early_stopping_and_the_best_step(checkpoints, alpaca_file, two_ranks, tmp_path):
+    """Scripted losses at steps 2, 4, ...: a NaN and an equal value are no improvement. What is kept are the
+    weights of the step, not those of the end."""
+    (tmp_path / "best").mkdir()  # of an earlier evaluation
+    (tmp_path / "best" / "old.txt").write_text("old")
+    script = [3.0, 2.0, 2.5, 1.9, math.nan, 1.9, 1.0, 1.0]
+    more = ["--output_dir", tmp_path, "--max_steps", "20", "--num_epochs", "20", "--eval_share", "0.2"]
+    stopping = ["--eval_every", "2", "--early_stopping_patience", "2", "--save_model", "true", "--lr", "1e-2"]
+    done = two_ranks(run, options(checkpoints, alpaca_file, *more, *stopping), script, (8, 12))
+    for history, *_ in done:
+        assert [m["step"] for m in history] == list(range(1, 13))
+        found = [m["eval_loss"] for m in history]
+        assert found[1::2] == pytest.approx(script[:6], nan_ok=True) and found[::2] == [None] * 6
+    score = json.loads((tmp_path / "best" / "evaluation.json").read_text())
+    assert score == {"step": 8, "eval_loss": 1.9, "eval_perplexity": math.exp(1.9)}
+    assert {p.name for p in tmp_path.iterdir()} == {"best"}, "no folder half written, none of an older best"
+    files = {"adapter_config.json", ADAPTER, "config.yaml", "evaluation.json"}
+    assert {p.name for p in (tmp_path / "best").iterdir()} == files
+    stored, weights = load_file(tmp_path / "best" / ADAPTER), done[0][1]
+    name = "model.layers.1.mlp.up_proj.lora_B"
+    assert torch.equal(stored[f"base_model.model.{name}.weight"], weights[8][name])
+    assert not torch.equal(weights[8][name], weights[12][name])
+
+
+@pytest.fixture(scope="module")
+def overfitted(checkpoints, two_ranks, tmp_path_factory):
+    """A whole run, in two ranks, that learns a few rows by heart until others get worse: (RUN, what it printed)."""
+    root = tmp_path_factory.mktemp("overfitted")
+    data = write_alpaca(root / "rows.jsonl", rows=24)
+    (root / "ask.txt").write_text("Say red.\n\nSay something else, please.\n")
+    more = ["--output_dir", root / "out", "--max_steps", "30", "--num_epochs", "30", "--eval_share", "0.4"]
+    more += ["--eval_every", "1", "--early_stopping_patience", "2", "--lr", "5e-2", "--save_model", "true"]
+    more += ["--sample_every", "100", "--sample_tokens", "6", "--sample_prompts", root / "ask.txt"]
+    args = options(checkpoints, data, *more, "--world_size", "2")
+    return root / "out", two_ranks(whole_run, train.check(parse(args)[0]))[0], args
+
+
+def metrics(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_that_stops_early_ends_as_usual(overfitted):
+    folder, printed, _ = overfitted
+    found = [m["eval_loss"] for m in metrics(folder)]
+    stop = next(i for i in range(2, len(found)) if min(found[i - 1 : i + 1]) >= min(found[: i - 1])) + 1
+    assert len(found) == stop < 30
+    best = found.index(min(found)) + 1
+    assert best == stop - 2
+    assert f"stopped at step {stop} of 30" in printed and f"at step {best}, in {folder}/best" in printed
+    assert f"eval {found[-1]:.4f}" in printed
+    names = {
+        ADAPTER,
+        "adapter_config.json",
+        "config.yaml",
+        "loss.png",
+        "metrics.jsonl",
+        "samples.jsonl",
+        "best",
+    }
+    assert {p.name for p in folder.iterdir()} == names
+
+
+def test_the_best_step_is_the_best(overfitted):
+    """Opened again as runs, both results compute the losses that metrics.jsonl has for their steps."""
+    folder, _, args = overfitted
+    rows, found = make_job(HERE, args).evaluation.rows, [m["eval_loss"] for m in metrics(folder)]
+    for path, expected in ((folder / "best", min(found)), (folder, found[-1])):
+        model = load_model(open_run(path), HERE.device, torch.float32)
+        loss = mean_loss(model, rows, 3, train.loss_sum, HERE, context)
+        assert loss == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_best_of_an_expanded_model_is_its_new_blocks(checkpoints, alpaca_file, one_rank, tmp_path):
+    """Not gigabytes of old ones."""
+    args = ["--model_name", checkpoints("llama_pro"), "--dataset", alpaca_file, "--train_type", "llama_pro"]
+    args += ["--output_dir", tmp_path, "--max_steps", "1", "--eval_share", "0.2", "--eval_every", "1"]
+    weights = one_rank(run, list(map(str, args)))[0][3]
+    stored = load_file(tmp_path / "best" / "new_blocks.safetensors")
+    assert all(torch.equal(stored[name], weights[name]) for name in weights) and set(stored) == set(weights)
+    with pytest.raises(UserError, match="holds new blocks only"):
+        open_run(tmp_path / "best")
+
+
+# Samples
+
+
+def test_samples_in_two_ranks_are_those_of_one(overfitted, one_rank, tmp_path):
+    folder, printed, args = overfitted
+    alone = [*args, "--output_dir", str(tmp_path / "one"), "--world_size", "1", "--batch_size", "10"]
+    one_rank(whole_run, train.check(parse(alone)[0]))
+    lines = [(f / "samples.jsonl").read_text().splitlines() for f in (folder, tmp_path / "one")]
+    both = [[json.loads(line) for line in part] for part in lines]
+    last = len(metrics(folder))
+    assert both[0] == both[1] and [s["step"] for s in both[0]] == [0, 0, last, last]
+    assert all(list(s) == ["step", "prompt", "text"] and s["text"] for s in both[0])
+    assert "### Instruction:\nSay red.\n\n### Response:\n" in both[0][0]["prompt"]
+    assert printed.count("sample, step 0") == 2
+
+
+class Counting(nn.Module):
+    """The likeliest token after i is i + 1."""
+
+    def forward(self, input_ids, use_cache, logits_to_keep):
+        following = (input_ids[:, logits_to_keep] + 1) % 16
+        return types.SimpleNamespace(logits=nn.functional.one_hot(following, 16).float())
+
+
+def test_greedy():
+    """Prompts of different lengths; one ends early, one with its first token, one not at all."""
+    answers = greedy(Counting(), [[1, 2], [5], [3, 3, 7], [9, 1, 9, 10]], 4, [6, 9], HERE, context)
+    assert answers == [[3, 4, 5], [], [8], [11, 12, 13, 14]]
+
+
+def test_greedy_is_transformers_generate(checkpoints, one_rank):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(checkpoints()).eval()
+    prompt = list(range(40, 60))
+    expected = model.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False)[
+        0, len(prompt) :
+    ].tolist()
+    assert greedy(model, [[7, 8, 9], prompt], 12, [], HERE, context)[1] == expected
+
+
+# Prompts
+
+CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+
+
+@pytest.mark.parametrize(
+    ("name", "prompt"),
+    [
+        ("qa", "### Question:\nWhy?\n\n### Answer:\n"),
+        ("guanaco", "### Human: Why?### Assistant:"),
+        ("chat", "<user>Why?</s><assistant>"),
+    ],
+)
+def test_a_question_is_put_as_training_puts_it(name, prompt, monkeypatch):
+    monkeypatch.setattr(BYTES, "chat_template", CHAT)
+    markers = ["### Human:", "### Assistant:"]
+    rendered = FORMATS[name].render(asked(name, "Why?", markers), BYTES, markers)
+    assert prompt_of(rendered, BYTES, 100).text == prompt
+
+
+def test_the_prompt_of_a_row(checkpoints):
+    rendered = FORMATS["alpaca"].render({"instruction": "Add.", "output": " 3 "}, BYTES, [])
+    made = prompt_of(rendered, BYTES, 1000)
+    assert made.text.endswith("Add.\n\n### Response:\n") and made.answer == "3"
+    assert made.ids == BYTES(made.text)["input_ids"]
+    assert prompt_of(rendered, BYTES, 7).ids == made.ids[-7:]
+    plain = prompt_of(FORMATS["completion"].render({"text": "a b c d e f g h i j"}), BYTES, 1000)
+    assert (plain.text, plain.answer) == ("a b c d e f g h", "")
+
+
+def test_stop_tokens(tmp_path):
+    assert stop_tokens(tmp_path, BYTES) == [BYTES.eos_token_id]
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [3, 4]}')
+    assert stop_tokens(tmp_path, BYTES) == [3, 4, BYTES.eos_token_id]
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--eval_share", "1"], "--eval_share 1.0: must be at least 0 and below 1"),
+        (["--eval_share", "0.001"], "--eval_share 0.001: of 40 rows it leaves none to evaluate on"),
+        (["--eval_share", "0.999"], "--eval_share 0.999: of 40 rows it leaves none to train on"),
+        (["--eval_share", "0.2", "--eval_dataset", "toy"], "--eval_share: has no effect with --eval_dataset"),
+        (["--eval_every", "5"], "--eval_every: has no effect without --eval_share or --eval_dataset"),
+        (["--eval_samples", "5"], "--eval_samples: has no effect without"),
+        (["--early_stopping_patience", "5"], "--early_stopping_patience: has no effect without --eval_share"),
+        (
+            ["--eval_share", "0.2", "--early_stopping_patience", "5"],
+            "--early_stopping_patience: has no effect without --eval_every",
+        ),
+        (["--eval_share", "0.2", "--eval_every", "-1"], "--eval_every -1: must be 0 or more"),
+        (["--eval_share", "0.2", "--eval_samples", "0"], "--eval_samples 0: must be positive, or -1"),
+        (["--sample_tokens", "5"], "--sample_tokens: has no effect without --sample_every"),
+        (["--sample_every", "5", "--sample_tokens", "0"], "--sample_tokens 0: must be positive"),
+        (["--sample_prompts", "a.txt"], "--sample_prompts: has no effect without --sample_every"),
+        (["--sample_every", "5", "--sample_prompts", "none.txt"], "--sample_prompts none.txt: No such file"),
+        (["--sample_every", "5", "--sample_prompts", "nope"], "--sample_prompts nope: not a recipe"),
+        (["--eval_dataset", "nope"], "--eval_dataset nope: not a recipe"),
+        (["--eval_dataset", "none.jsonl"], "--eval_dataset none.jsonl: no such file"),
+    ],
+)
+def test_bad_options(more, words, checkpoints, alpaca_file, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert train.main(options(checkpoints, alpaca_file, *more)) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {words}") and error.count("\n") == 1
+
+
+def test_an_evaluation_set_without_answers(checkpoints, alpaca_file, tmp_path, capsys):
+    (tmp_path / "rows.jsonl").write_text('{"instruction": "Say it.", "output": ""}\n')
+    args = options(checkpoints, alpaca_file, "--eval_dataset", tmp_path / "rows.jsonl")
+    assert train.main(args) == 2
+    assert "error: --eval_dataset" in (error := capsys.readouterr().err) and "none of the 1 rows" in error
