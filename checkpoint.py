@@ -29,8 +29,8 @@ from models.lora import LoRALinear
 
 SHARD_BYTES = 5 * 10**9
 ADAPTER, BLOCKS = "adapter_model.safetensors", "new_blocks.safetensors"
-RUN_FILES = ("config.yaml", "metrics.jsonl", "loss.png", "adapter_config.json", ADAPTER,
-             BLOCKS)  # fmt: skip
+RUN_FILES = ("config.yaml", "run.json", "metrics.jsonl", "loss.png", "report.html", "adapter_config.json",
+             ADAPTER, BLOCKS)  # fmt: skip
 MODEL_FILES = ("config.json", INDEX, "model.safetensors", "model-*.safetensors")
 # A model folder's small files that go along with retrained weights, as they are.
 COMPANIONS = ("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "vocab.*",

@@ -66,6 +66,7 @@ from optimizers import check_optimizer, make_optimizer, make_schedule
 from packed_files import CacheWriter, check_stored_quantization, digest, open_cache
 from precision import Precision, choose_precision
 from quantize_layers import load_weights
+from report import FACTS, describe_run, write_report
 from tracking import Meter, check_wandb, make_tracker, summary
 from wrapping import STRATEGIES, WRAP_POLICIES, make_mesh, offload_policy, wrap
 
@@ -254,6 +255,7 @@ def run_rank(place: Place, job: Job) -> None:
     if place.rank == 0:
         clear_output(folder)
         write_text(folder / "config.yaml", options.dump_yaml(config))
+        write_text(folder / FACTS, describe_run(job.rows, sampler, model))
         print(f"{describe_model(model)}; ready after {time.perf_counter() - start:.1f} s", flush=True)
     tracker = make_tracker(config, place.rank, total_steps(config, sampler))
     start = time.perf_counter()
@@ -263,6 +265,7 @@ def run_rank(place: Place, job: Job) -> None:
         save(job, model, folder)
     tracker.finish()
     if place.rank == 0:
+        write_report(folder)
         print(f"{summary(history, seconds)}\n{describe_files(job, folder)}", flush=True)
 
 
@@ -304,7 +307,7 @@ def describe_files(job: Job, folder: Path) -> str:
     what = f"{saved}, " if job.config.save_model else ""
     python = os.path.relpath(sys.executable) if Path.cwd() in Path(sys.executable).parents else "python"
     again = [python, "train.py", "--config", f"{folder}/config.yaml", "--output_dir", f"{folder}-again"]
-    return f"in {folder}: {what}metrics.jsonl, loss.png, config.yaml\nnext: {shlex.join(again)}"
+    return f"in {folder}: {what}report.html, metrics.jsonl, loss.png, config.yaml\nnext: {shlex.join(again)}"
 
 
 def run(config: Config, remarks: list[str]) -> int:
