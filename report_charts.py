@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from html import escape
 
 WIDE, LABELS = 1000, 62  # width of a curve in its own units; width of the labels of the y axis in pixels
+LEGEND = 20  # pixels of a legend's line
 TOP, BOTTOM = 8, 24  # pixels above the highest value; pixels below the lowest, for the labels of the x axis
 
 
@@ -74,16 +75,16 @@ def nice_step(span: float, most: int) -> float:
     return next(m * power for m in (1, 2, 2.5, 5, 10, 20) if span <= most * m * power * (1 + 1e-9))
 
 
-def value_axis(values: list[float], most: int = 4) -> Axis:
-    """Round numbers around the values: from 0 up, unless all lie far above it, or so far apart that only a
-    logarithmic scale shows them."""
+def value_axis(values: list[float], most: int = 4, zero: bool = True) -> Axis:
+    """Round numbers around the values, and 0 with `zero`; logarithmic where a few lie so far above the others that
+    nothing else would show."""
     low, high = min(values), max(values)
     middle = sorted(values)[len(values) // 2]
     if low > 0 and high > 50 * middle:
         bottom, top = math.floor(math.log10(low)), math.ceil(math.log10(high))
         every = max(1, math.ceil((top - bottom) / most))
         return Axis(10.0**bottom, 10.0**top, [10.0**e for e in range(bottom, top + 1, every)], log=True)
-    if 0 <= low < 0.6 * high or low == high:
+    if zero or low == high:
         low, high = min(low, 0.0), max(high, 0.0)
     if low == high:
         high = 1.0
@@ -97,17 +98,17 @@ def step_axis(first: int, last: int, most: int = 4) -> Axis:
     if first == last:
         return Axis(first - 1, last + 1, [first])
     step = max(1, int(nice_step(last - first, most)))
-    inner = [s for s in range(0, last, step) if s - first > step / 2 and last - s > step / 2]
+    inner = [s for s in range(0, last, step) if min(s - first, last - s) > 0.6 * step]
     return Axis(first, last, [first, *inner, last])
 
 
 def number(value: float) -> str:
-    """A value with about four digits: 12.96, 5,677, 3.00e-04."""
+    """A value with about four digits: 12.96, 5,677, 3.00e-4."""
     if value == 0:
         return "0"
     size = abs(value)
     if size >= 1e7 or size < 1e-3:
-        return f"{value:.2e}"
+        return f"{value:.2e}".replace("e-0", "e-").replace("e+0", "e")
     return f"{value:,.0f}" if size >= 1000 else f"{value:.4g}"
 
 
@@ -150,13 +151,17 @@ def _frame(x: Axis, y: Axis, height: int, curve: str, label: str, x_labels: list
     )
 
 
-def curves(title: str, unit: str, series: list[Series], steps: tuple[int, int], height: int = 150) -> str:
-    """A figure with curves over the optimizer steps, from steps[0] to steps[1]; empty text without a point."""
+def curves(
+    title: str, unit: str, series: list[Series], steps: tuple[int, int], height: int = 150, zero: bool = True
+) -> str:
+    """A figure with curves over the optimizer steps, from steps[0] to steps[1]; empty text without a point.
+    zero: the y axis has 0."""
     series = [s for s in series if s.points]
     if not series:
         return ""
+    height -= LEGEND if len(series) > 1 else 0  # so that cards side by side are equally tall
     x = step_axis(*steps)
-    y = value_axis([value for s in series for _, value in s.points])
+    y = value_axis([value for s in series for _, value in s.points], zero=zero)
 
     def place(point: tuple[float, float]) -> str:
         # A curve at the very top or bottom keeps its whole width: TOP pixels are left, and 1 below.
@@ -177,19 +182,17 @@ def curves(title: str, unit: str, series: list[Series], steps: tuple[int, int], 
     legend = "".join(f'<span><i class="key {s.style}"></i>{escape(s.name)}</span>' for s in series)
     values = json.dumps({"from": x.low, "to": x.high, "series": data}, separators=(",", ":"))
     scale = ", log scale" if y.log else ""
-    last = series[-1] if series[0].style == "faint" and len(series) == 2 else series[0]
+    legend = f'<span class="legend">{legend}</span>' if len(series) > 1 else ""
     return (
         f'<figure class="card chart" data-height="{height}"><figcaption><h3>{escape(title)}</h3>'
-        f'<span class="unit">{escape(unit)}{scale}</span><output>{number(last.points[-1][1])}</output></figcaption>'
-        f'{chart}<p class="legend{"" if len(series) > 1 else " alone"}">{legend}</p>'
-        f'<script type="application/json">{embedded(values)}</script></figure>'
+        f'<span class="unit">{escape(unit)}{scale}</span><output>last {number(series[0].points[-1][1])}</output>{legend}</figcaption>'
+        f'{chart}<script type="application/json">{embedded(values)}</script></figure>'
     )
 
 
 def bars(title: str, unit: str, width: int, counts: list[int], height: int = 150) -> str:
     """A figure with a histogram: counts[i] of the values in (i * width, (i + 1) * width]."""
-    x = Axis(0, width * len(counts), [width * round(len(counts) * i / 4) for i in range(5)])
-    x = Axis(x.low, x.high, sorted(set(x.ticks)))
+    x = step_axis(0, width * len(counts))
     y = value_axis([0, *counts])
     drawn = ""
     for i, count in enumerate(counts):

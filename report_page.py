@@ -90,8 +90,8 @@ def duration(seconds: float) -> str:
 
 def _header(run: RunFiles, title: str) -> str:
     config = run.config
-    what = [f"<b>{escape(config.train_type)}</b>", f"model <b>{escape(config.model_name)}</b>",
-            f"data <b>{escape(config.dataset)}</b>", f"in {escape(str(run.folder))}"]  # fmt: skip
+    what = [f"model <b>{escape(config.model_name)}</b>", f"data <b>{escape(config.dataset)}</b>",
+            f"in {escape(str(run.folder))}"]  # fmt: skip
     return f'<header><h1>{escape(title)}</h1><p class="about">{" · ".join(what)}</p></header>'
 
 
@@ -160,9 +160,13 @@ def _curves(run: RunFiles) -> str:
         ),
         curves("Memory", "GiB, fullest rank", memory, ends),
     ]
-    first = curves("Loss", "nats per learned token", series, ends, height=250)
+    first = curves("Loss", "nats per learned token", series, ends, height=250, zero=False)
     body = (f'<div class="first">{first}</div>' if first else "") + "".join(small)
-    return _section("Curves", f'<div class="grid">{body}</div>', "Over the optimizer steps.")
+    return _section(
+        "Curves",
+        f'<div class="grid">{body}</div>',
+        "Over the optimizer steps. Point at a curve for its values.",
+    )
 
 
 def _data(run: RunFiles) -> str:
@@ -173,7 +177,7 @@ def _data(run: RunFiles) -> str:
     rows = [
         ("Dataset", config.dataset),
         ("Rows kept", f"{kept:,}"),
-        ("Rows dropped", f"{data['rows_dropped']:,} (nothing in them to learn)"),
+        ("Rows dropped", f"{data['rows_dropped']:,}" + " (nothing in them to learn)" * (data["rows_dropped"] > 0)),
         ("Rows cut", f"{data['rows_cut']:,} ({data['rows_cut'] / kept:.1%}) at {config.context_length:,} tokens"),
         ("Tokens", f"{tokens:,}"),
         ("Learned tokens", f"{data['tokens_learned']:,} ({data['tokens_learned'] / tokens:.1%})"),
@@ -238,11 +242,7 @@ def _options(config: Config) -> str:
         f"{every}</tbody></table></div></details>"
     )
     of = "the demo" if config.model_name == TOY_MODEL else config.train_type
-    note = (
-        f"Those that differ from the defaults of {escape(of)}."
-        if changed
-        else f"The defaults of {escape(of)}."
-    )
+    note = f"What differs from the defaults of {escape(of)}." if changed else f"The defaults of {escape(of)}."
     return _section("Options", table + details, note)
 
 

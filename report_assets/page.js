@@ -1,4 +1,5 @@
-// One crosshair for all curves: pointing at a step shows that step's values in every chart's heading.
+// One crosshair for all curves: pointing at a step shows that step's values in every chart's heading,
+// in the order of its legend.
 "use strict";
 (() => {
   const SVG = "http://www.w3.org/2000/svg";
@@ -45,9 +46,9 @@
       const [x, value, y] = nearest(s.points, at);
       marks[i].setAttribute("cx", percent(x));
       marks[i].setAttribute("cy", y);
-      return data.series.length > 1 ? `${s.name} ${shown(value)}` : shown(value);
+      return shown(value);
     });
-    output.textContent = `step ${at.toLocaleString("en")}: ${values.join(", ")}`;
+    output.textContent = `step ${at.toLocaleString("en")}: ${values.join(" · ")}`;
     figure.classList.add("pointed");
   });
 
