@@ -28,9 +28,9 @@ from models.lora import LoRALinear
 from tensor_files import save_tensors
 
 ADAPTER, BLOCKS = "adapter_model.safetensors", "new_blocks.safetensors"
-RUN_FILES = ("config.yaml", "metrics.jsonl", "samples.jsonl", "loss.png", "adapter_config.json", ADAPTER,
-             BLOCKS)  # fmt: skip
 BEST, SCORE = "best", "evaluation.json"  # the folder of the best step, and the file in it that names the step
+RUN_FILES = ("config.yaml", "run.json", "metrics.jsonl", "loss.png", "report.html", "adapter_config.json",
+             ADAPTER, BLOCKS)  # fmt: skip
 MODEL_FILES = ("config.json", INDEX, "model.safetensors", "model-*.safetensors")
 # A model folder's small files that go along with retrained weights, as they are.
 COMPANIONS = ("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "vocab.*",

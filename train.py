@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import sys
 
-from command_line import describe, parse, parse_or_exit, report, under_torchrun
+from command_line import describe, parse, parse_or_exit, python, report, under_torchrun
 
 if __name__ == "__main__":
     # Before the imports below, which take seconds: --help and wrong options are answered at once.
@@ -67,6 +67,7 @@ from models.toy import toy_model
 from optimizers import check_optimizer, make_optimizer, make_schedule
 from precision import Precision, choose_precision
 from quantize_layers import load_weights
+from report import FACTS, describe_run, write_report
 from tracking import Meter, check_wandb, make_tracker, summary
 from weight_cache import CacheWriter, digest, open_cache
 from wrapping import STRATEGIES, WRAP_POLICIES, make_mesh, offload_policy, wrap
@@ -276,6 +277,7 @@ def run_rank(place: Place, job: Job) -> None:
     if place.rank == 0:
         clear_output(folder)
         write_text(folder / "config.yaml", options.dump_yaml(config))
+        write_text(folder / FACTS, describe_run(job.rows, sampler, model))
         print(f"{describe_model(model)}; ready after {time.perf_counter() - start:.1f} s", flush=True)
     tracker = make_tracker(config, place.rank, total_steps(config, sampler))
     start = time.perf_counter()
@@ -285,6 +287,7 @@ def run_rank(place: Place, job: Job) -> None:
         save(job, model, folder)
     tracker.finish()
     if place.rank == 0:
+        write_report(folder)
         told = [
             summary(history, seconds),
             *describe_evaluations(history, total_steps(config, sampler), config),
@@ -329,9 +332,8 @@ def describe_files(job: Job, folder: Path) -> str:
     saved = BLOCKS if job.config.llama_pro_save == "blocks" else saved
     what = f"{saved}, " if job.config.save_model else ""
     what += "samples.jsonl, " if job.evaluation.prompts else ""
-    python = os.path.relpath(sys.executable) if Path.cwd() in Path(sys.executable).parents else "python"
-    again = [python, "train.py", "--config", f"{folder}/config.yaml", "--output_dir", f"{folder}-again"]
-    return f"in {folder}: {what}metrics.jsonl, loss.png, config.yaml\nnext: {shlex.join(again)}"
+    again = [python(), "train.py", "--config", f"{folder}/config.yaml", "--output_dir", f"{folder}-again"]
+    return f"in {folder}: {what}report.html, metrics.jsonl, loss.png, config.yaml\nnext: {shlex.join(again)}"
 
 
 def run(config: Config, remarks: list[str]) -> int:

@@ -122,6 +122,8 @@ def test_the_command_of_the_write_up(checkpoints, alpaca_file, tmp_path, run_her
         "config.yaml",
         "loss.png",
         "metrics.jsonl",
+        "report.html",
+        "run.json",
     }
     assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert "--reentrant_checkpointing" in out and str(folder) in out and "train.py --config" in out

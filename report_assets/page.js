@@ -1,0 +1,68 @@
+// One crosshair for all curves: pointing at a step shows that step's values in every chart's heading,
+// in the order of its legend.
+"use strict";
+(() => {
+  const SVG = "http://www.w3.org/2000/svg";
+  const charts = [...document.querySelectorAll("figure.chart[data-height]")].map((figure) => {
+    const area = figure.querySelector("svg.area");
+    const output = figure.querySelector("output");
+    const data = JSON.parse(figure.querySelector("script").textContent);
+    const height = figure.dataset.height;
+    const make = (tag, name) => {
+      const element = document.createElementNS(SVG, tag);
+      element.setAttribute("class", name);
+      area.append(element);
+      return element;
+    };
+    const line = make("line", "cross");
+    line.setAttribute("y1", 0);
+    line.setAttribute("y2", height);
+    const marks = data.series.map((s) => make("circle", `mark ${s.style}`));
+    marks.forEach((m) => m.setAttribute("r", 4));
+    return { figure, area, output, data, line, marks, rest: output.textContent };
+  });
+
+  const shown = (value) => {
+    const size = Math.abs(value);
+    if (size && (size < 1e-3 || size >= 1e7)) return value.toExponential(2);
+    return value.toLocaleString("en", { maximumSignificantDigits: size >= 1000 ? 6 : 4 });
+  };
+
+  const nearest = (points, step) => {
+    let low = 0, high = points.length - 1;
+    while (high - low > 1) {
+      const middle = (low + high) >> 1;
+      if (points[middle][0] < step) low = middle; else high = middle;
+    }
+    return step - points[low][0] <= points[high][0] - step ? points[low] : points[high];
+  };
+
+  const show = (step) => charts.forEach(({ figure, output, data, line, marks }) => {
+    const percent = (s) => `${(100 * (s - data.from)) / (data.to - data.from)}%`;
+    const at = nearest(data.series[0].points, step)[0];
+    line.setAttribute("x1", percent(at));
+    line.setAttribute("x2", percent(at));
+    const values = data.series.map((s, i) => {
+      const [x, value, y] = nearest(s.points, at);
+      marks[i].setAttribute("cx", percent(x));
+      marks[i].setAttribute("cy", y);
+      return shown(value);
+    });
+    output.textContent = `step ${at.toLocaleString("en")}: ${values.join(" · ")}`;
+    figure.classList.add("pointed");
+  });
+
+  const hide = () => charts.forEach(({ figure, output, rest }) => {
+    output.textContent = rest;
+    figure.classList.remove("pointed");
+  });
+
+  charts.forEach(({ area, data }) => {
+    area.addEventListener("pointermove", (event) => {
+      const box = area.getBoundingClientRect();
+      const share = Math.min(1, Math.max(0, (event.clientX - box.left) / box.width));
+      show(data.from + share * (data.to - data.from));
+    });
+    area.addEventListener("pointerleave", hide);
+  });
+})();
