@@ -42,7 +42,7 @@ def context():
 
 def options(checkpoints, data, *more) -> list[str]:
     own = ["--model_name", checkpoints(), "--dataset", data, "--lora_rank", "8", "--batch_size", "5"]
-    own += ["--context_length", "160"]
+    own += ["--context_length", "256"]
     return [str(a) for a in (*own, "--save_model", "false", *more)]
 
 
