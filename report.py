@@ -113,7 +113,7 @@ def read_run(folder: Path) -> RunFiles:
     if not (folder / "config.yaml").is_file():
         raise UserError(f"{folder}: is no run of train.py (no config.yaml)")
     config, _ = parse(["--config", str(folder / "config.yaml")])
-    steps = _lines(folder / "metrics.jsonl", ("step", "loss"))
+    steps = sorted(_lines(folder / "metrics.jsonl", ("step", "loss")), key=lambda s: s["step"])
     if not steps:
         raise UserError(f"{folder}: its metrics.jsonl has no step yet")
     facts = {}

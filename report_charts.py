@@ -98,7 +98,7 @@ def step_axis(first: int, last: int, most: int = 4) -> Axis:
     if first == last:
         return Axis(first - 1, last + 1, [first])
     step = max(1, int(nice_step(last - first, most)))
-    inner = [s for s in range(0, last, step) if min(s - first, last - s) > 0.6 * step]
+    inner = [s for s in range(0, last, step) if min(s - first, last - s) > step / 2]
     return Axis(first, last, [first, *inner, last])
 
 
