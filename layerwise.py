@@ -55,8 +55,12 @@ def _logits(model: nn.Module, family: Family, files, adapter, ids, device) -> to
         part = model.get_submodule(path)
         load = partial(_load, model, path, family, files, adapter, device, tied)
         part.register_forward_pre_hook(lambda *_, load=load: load())
-        part.register_forward_hook(lambda part, *_: part.to("meta") and None)
+        part.register_forward_hook(_drop)
     return model(input_ids=ids.to(device), use_cache=False).logits.float().cpu()
+
+
+def _drop(part: nn.Module, *_) -> None:
+    part.to("meta")
 
 
 def _parts(model: nn.Module, family: Family) -> list[str]:

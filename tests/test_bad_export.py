@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections import namedtuple
+from typing import ClassVar
 
 import pytest
 import torch
@@ -166,7 +167,7 @@ def test_values_that_a_dtype_cannot_hold(refused, checkpoints, tmp_path):
 class Hub:
     """In HfApi's place: notes what it is asked for."""
 
-    calls: list = []
+    calls: ClassVar[list] = []
 
     def __getattr__(self, name):
         return lambda *args, **options: Hub.calls.append((name, args, options))
