@@ -14,11 +14,11 @@ from torch import nn
 from finished_run import Run
 from model_files import CheckpointFiles
 from models import build_on_meta
-from models.adapters import apply_method
+from models.adapters import apply_method, choose_quantizers, packed_linears
 from models.family import Family
 from models.lora import LoRALinear
 from precision import Precision
-from quantize_layers import Packed, fill, pack
+from quantize_layers import Packed, fill, pack, quantize_linears
 
 FP32 = Precision(torch.float32, torch.float32)
 
@@ -34,6 +34,14 @@ def plain_logits(run: Run, files: CheckpointFiles, ids: torch.Tensor, device: to
     """The same of a model of run's kind whose files hold all of it."""
     model = build_on_meta(run.model_config, run.family).to(torch.float32)
     return _logits(model, run.family, files, {}, ids, device)
+
+
+def packed_logits(run: Run, ids: torch.Tensor, device: torch.device):
+    """The same of run.files alone, packed as training packed its base: a merged model that is quantized again."""
+    model = build_on_meta(run.model_config, run.family).to(torch.float32)
+    names = packed_linears(model, run.family, run.config)
+    quantize_linears(model, choose_quantizers(names, run.config, run.files), torch.float32)
+    return _logits(model, run.family, run.files, {}, ids, device)
 
 
 def compare(a: torch.Tensor, b: torch.Tensor, lengths: list[int]) -> tuple[float, float]:
