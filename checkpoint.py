@@ -32,9 +32,10 @@ BEST, SCORE = "best", "evaluation.json"  # the folder of the best step, and the 
 RUN_FILES = ("config.yaml", "run.json", "metrics.jsonl", "loss.png", "report.html", "adapter_config.json",
              ADAPTER, BLOCKS)  # fmt: skip
 MODEL_FILES = ("config.json", INDEX, "model.safetensors", "model-*.safetensors")
+TOKENIZER = ("tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt", "added_tokens.json",
+             "chat_template.*")  # fmt: skip
 # A model folder's small files that go along with retrained weights, as they are.
-COMPANIONS = ("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "vocab.*",
-              "merges.txt", "added_tokens.json", "chat_template.*")  # fmt: skip
+COMPANIONS = ("config.json", "generation_config.json", *TOKENIZER)
 
 
 def holds_run(folder: Path) -> bool:
@@ -158,11 +159,17 @@ def save_adapter(
     write_text(folder / "adapter_config.json", json.dumps(description, indent=2) + "\n")
 
 
-def copy_companions(source: Path, folder: Path, config: dict | None = None) -> None:
-    """Copies a model folder's small files, config.json last: with it the copy is a model folder. config: what
-    config.json is to hold instead."""
-    companions = sorted({p for pattern in COMPANIONS for p in source.glob(pattern) if p.is_file()})
-    for path in sorted(companions, key=lambda p: p.name == "config.json"):
+def companions(source: Path, patterns: tuple[str, ...] = COMPANIONS) -> list[Path]:
+    """A model folder's small files, config.json last: with it a copy is a model folder."""
+    found = sorted({p for pattern in patterns for p in source.glob(pattern) if p.is_file()})
+    return sorted(found, key=lambda p: p.name == "config.json")
+
+
+def copy_companions(
+    source: Path, folder: Path, config: dict | None = None, patterns: tuple[str, ...] = COMPANIONS
+) -> None:
+    """Copies `companions`. config: what config.json is to hold instead."""
+    for path in companions(source, patterns):
         if path.name == "config.json" and config is not None:
             write_text(folder / path.name, json.dumps(config, indent=2) + "\n")
             continue

@@ -1,0 +1,378 @@
+"""From a finished run to a model that others load: a merged model folder, or the adapter with a model card.
+
+    python export.py runs/x --to merged --out my-model
+    python export.py runs/x --to gguf-ready --out my-model
+    python export.py runs/x --to adapter --out my-adapter --push_to_hub me/my-adapter
+
+Weights are read, merged and written one at a time. docs/export.md says which base to merge into.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import torch
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import logging as hub_logging
+from huggingface_hub.utils import validate_repo_id
+from transformers.utils import logging as transformers_logging
+
+import checkpoint
+from checkpoint import (
+    ADAPTER,
+    TOKENIZER,
+    check_writable,
+    clear_output,
+    companions,
+    copy_companions,
+    holds_run,
+    plan_shards,
+    shard_name,
+    write_text,
+)
+from command_line import Parser, describe, suggest, with_underscores
+from config import UserError
+from data import prepare
+from finished_run import Run, load_tokenizer, open_run, read_adapter
+from layerwise import compare, plain_logits, trained_logits
+from merge import check_adapter, merged_entries
+from model_card import card
+from model_files import CheckpointFiles
+from model_writer import Entry, write_model
+from sources import find_recipe
+
+KINDS = ("merged", "gguf-ready", "adapter")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SPARE = 2**20  # bytes, for headers, index and card
+PROMPTS = (
+    "The capital of France is",
+    "Below is an instruction that describes a task. Write a response that completes it.",
+    "def fibonacci(n):",
+    "In 1969, two people walked on the moon.",
+)
+
+
+@dataclass(frozen=True)
+class Options:
+    """The command line; None where an option was not given."""
+
+    run: str
+    to: str
+    out: Path
+    base: str | None
+    base_model: str | None
+    dtype: str | None
+    device: str | None
+    check: bool
+    overwrite: bool
+    push_to_hub: str | None
+
+
+def parse(argv: list[str]) -> Options:
+    """Raises UserError; exits 0 on --help."""
+    parser = Parser(
+        prog="export.py",
+        usage="python export.py RUN --to merged|gguf-ready|adapter --out DIR [--option value ...]",
+        allow_abbrev=False,
+        description="Make a model folder, or an adapter with a model card, of a finished run.",
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=110),
+    )
+    parser.add_argument("run", metavar="RUN", nargs="?", help="the --output_dir of train.py")
+    for name, metavar, text, choices in (
+        ("to", "KIND", "merged, gguf-ready (for llama.cpp's converter) or adapter (PEFT)", KINDS),
+        ("out", "DIR", "folder to write", None),
+        ("base", "NAME", "merge into the original weights, or into the dequantized ones that training computed"
+         " with [dequantized; original for a Llama-Pro run]", ("original", "dequantized")),
+        ("base_model", "TEXT", "folder or hub id of the base, where it is not the one that config.yaml names", None),
+        ("dtype", "NAME", "of the weights: float32, bfloat16 or float16 [the checkpoint's; for gguf-ready 16 bits]",
+         tuple(DTYPES)),
+        ("device", "NAME", "cpu or cuda, to merge on [cuda where there is one]", ("cpu", "cuda")),
+        ("push_to_hub", "REPO", "upload the folder to this repository (owner/name), made private if it is new", None),
+    ):  # fmt: skip
+        parser.add_argument(f"--{name}", metavar=metavar, help=text, choices=choices)
+    for name, default, text in (
+        ("check", None, "compare the logits with the trained model's [true]"),
+        ("overwrite", "false", "replace the model that DIR holds [false]"),
+    ):
+        flag = {"nargs": "?", "const": "true", "choices": ("true", "false"), "metavar": "BOOL"}
+        parser.add_argument(f"--{name}", default=default, help=text, **flag)
+    args, rest = parser.parse_known_args(with_underscores(argv))
+    if rest:
+        known = suggest(rest[0].split("=")[0], vars(args)) if rest[0].startswith("-") else "; give one RUN"
+        raise UserError(f"unknown option {rest[0]}{known}")
+    for name, shown in (("run", "RUN"), ("to", "--to"), ("out", "--out")):
+        if not getattr(args, name):
+            raise UserError(f"{shown} is missing; see --help")
+    given = vars(args)
+    if args.to == "adapter":
+        for name in ("base", "dtype", "device", "check"):
+            if given[name] is not None:
+                raise UserError(f"--{name} has no effect with --to adapter; leave it out")
+    if args.to == "gguf-ready" and args.dtype == "float32":
+        raise UserError("--dtype float32: gguf-ready is in 16 bits; choose bfloat16 or float16")
+    given |= {"check": args.check != "false", "overwrite": args.overwrite == "true"}
+    return Options(**given | {"out": Path(args.out).expanduser()})
+
+
+def check(options: Options) -> Run:
+    """All that can be wrong, found before anything is written. Raises UserError."""
+    out = options.out
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: there is no GPU here; use cpu")
+    check_writable(out, "--out")
+    if (out / "config.yaml").exists():  # even --overwrite does not replace a training run
+        raise UserError(f"--out {out}: holds a run of train.py; choose another folder")
+    if holds_run(out) and not options.overwrite:
+        raise UserError(f"--out {out}: holds a model already; choose another folder, or add --overwrite")
+    if options.push_to_hub:
+        _check_hub(options.push_to_hub)
+    run = _open(options)
+    for what, folder in (("RUN", run.folder.resolve()), ("the base model", run.base.resolve())):
+        if folder in (out.resolve(), *out.resolve().parents):
+            raise UserError(f"--out {out}: is in the folder of {what}; choose another")
+    if not any((run.base / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+        raise UserError(f"{run.base}: has no tokenizer (tokenizer.json or tokenizer.model)")
+    if not run.adapter:
+        _check_whole(options, run)
+        return run
+    check_adapter(run)
+    if run.files.packed and options.base == "original":
+        raise UserError(
+            f"--base original: {run.base} holds 4-bit weights only; leave the option out, or name the original"
+            " model with --base_model"
+        )
+    return run
+
+
+def _open(options: Options) -> Run:
+    try:
+        return open_run(options.run, options.base_model)
+    except UserError as e:
+        if not str(e).startswith("--model_name") or options.base_model:
+            raise UserError(str(e).replace("--model_name", "--base_model", 1)) from None
+        rest = str(e).removeprefix("--model_name")
+        raise UserError(f"base model{rest}; if it was moved, name its folder: --base_model") from None
+
+
+def _check_whole(options: Options, run: Run) -> None:
+    """Of a run that saved a whole model."""
+    if options.to == "adapter":
+        raise UserError(f"{run.folder}: is a whole model, trained without an adapter; use --to merged")
+    if options.base_model:
+        raise UserError(f"--base_model has no effect: {run.folder} is a whole model; leave it out")
+    if options.base == "dequantized" and not run.config.method.quantizer:
+        raise UserError(
+            f"--base dequantized has no effect: {run.folder} is a whole model that was never packed"
+        )
+
+
+def _check_hub(repo: str) -> None:
+    try:
+        validate_repo_id(repo)
+        assert repo.count("/") == 1
+    except (HFValidationError, AssertionError):
+        raise UserError(f"--push_to_hub {repo}: is no repository (owner/name)") from None
+    try:
+        HfApi().whoami()
+    except (OSError, httpx.HTTPError) as e:
+        reason = str(e).strip().partition("\n")[0]
+        raise UserError(f"--push_to_hub: not logged in, or the hub cannot be reached ({reason})") from None
+
+
+# What is written
+
+
+def plan_dtypes(options: Options, run: Run) -> Callable[[torch.dtype], torch.dtype]:
+    """Stored dtype -> dtype to write."""
+    wanted = getattr(run.model_config, "dtype", None)
+    unpacked = wanted if wanted in DTYPES.values() else torch.bfloat16
+
+    def dtype_of(stored: torch.dtype) -> torch.dtype:
+        if options.dtype:
+            return DTYPES[options.dtype]
+        stored = unpacked if stored == torch.uint8 else stored
+        return stored if options.to == "merged" or stored.itemsize == 2 else torch.bfloat16
+
+    return dtype_of
+
+
+def model_config(run: Run, entries: dict[str, Entry]) -> dict:
+    """config.json of the merged model: the base's, but of weights that are not packed, in their dtype."""
+    raw = json.loads((run.base / "config.json").read_text(encoding="utf-8"))
+    raw.pop("quantization_config", None)
+    raw.setdefault("architectures", [run.family.model_class.__name__])
+    if any(entry.dtype != run.files.tensors[name].dtype for name, entry in entries.items()):
+        largest = max(entries.values(), key=lambda entry: entry.nbytes).dtype
+        raw["torch_dtype" if "torch_dtype" in raw else "dtype"] = str(largest).removeprefix("torch.")
+    return raw
+
+
+def shards_of(entries: dict[str, Entry]) -> dict[str, dict[str, Entry]]:
+    plan = plan_shards({name: entry.nbytes for name, entry in entries.items()}, checkpoint.SHARD_BYTES)
+    return {shard_name(i, len(plan)): {n: entries[n] for n in names} for i, names in enumerate(plan, 1)}
+
+
+def merged_base(run: Run, options: Options) -> str:
+    return options.base or ("dequantized" if run.adapter else "original")
+
+
+def write_merged(run: Run, options: Options, folder: Path, device: torch.device) -> None:
+    adapter = read_adapter(run) if run.adapter else {}
+    base = merged_base(run, options)
+    entries = merged_entries(run, adapter, base == "dequantized", plan_dtypes(options, run), device)
+    size = sum(e.nbytes for e in entries.values()) + sum(p.stat().st_size for p in companions(run.base))
+    check_space(options.out, size)
+    write_model(folder, shards_of(entries), run.base, model_config(run, entries))
+    what = "A complete model folder: `AutoModelForCausalLM.from_pretrained` loads it."
+    if run.adapter:
+        what += f" The adapter is merged into the {base} weights."
+    write_card(run, options, folder, what, "transformers")
+
+
+def write_card(run: Run, options: Options, folder: Path, what: str, library: str) -> None:
+    base = options.base_model or run.config.model_name
+    text = card(run.config, run.folder, base, options.out.resolve().name, what, library)
+    write_text(folder / "README.md", text)
+
+
+def write_adapter(run: Run, options: Options, folder: Path) -> None:
+    path = run.folder / "adapter_config.json"
+    try:
+        described = json.loads(path.read_text(encoding="utf-8"))
+        described["base_model_name_or_path"] = options.base_model or described["base_model_name_or_path"]
+    except (OSError, ValueError, LookupError, TypeError) as e:
+        raise UserError(f"{path}: not an adapter's description ({describe(e)})") from None
+    check_space(options.out, run.adapter.stat().st_size + sum(p.stat().st_size for p in companions(run.base)))
+    shutil.copyfile(run.adapter, folder / ADAPTER)
+    copy_companions(run.base, folder, patterns=TOKENIZER)
+    what = (
+        "A LoRA or DoRA adapter in PEFT's format (adapter_config.json, adapter_model.safetensors):"
+        " `PeftModel.from_pretrained(base, folder)` puts it over its base model."
+    )
+    write_card(run, options, folder, what, "peft")
+    write_text(folder / "adapter_config.json", json.dumps(described, indent=2) + "\n")
+
+
+def check_space(out: Path, nbytes: int) -> None:
+    """Raises UserError if the folder's disk has no room for that many bytes."""
+    existing = next(p for p in [out.absolute(), *out.absolute().parents] if p.exists())
+    free, needed = shutil.disk_usage(existing).free, nbytes + SPARE
+    if free < needed:
+        raise UserError(f"--out {out}: {needed / 1e9:.2f} GB are needed, and {free / 1e9:.2f} GB are free")
+
+
+LAST = ("config.json", "adapter_config.json")  # each makes its folder loadable
+
+
+@contextlib.contextmanager
+def whole_or_nothing(out: Path) -> Iterator[Path]:
+    """A temporary folder within `out`, whose files move into `out` at the end, in the place of a model that is
+    there. After an error nothing is left of it, nor of the folders that were made for it."""
+    made = [p for p in [out.absolute(), *out.absolute().parents] if not p.exists()]
+    temporary = out / f".export-{os.getpid()}.tmp"
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        clear_output(out)
+        for path in sorted(temporary.iterdir(), key=lambda p: p.name in LAST):
+            path.replace(out / path.name)
+        temporary.rmdir()
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        for folder in made:
+            with contextlib.suppress(OSError):  # holds something, or was not made yet
+                folder.rmdir()
+        raise
+
+
+# The check
+
+
+def check_ids(run: Run) -> tuple[list[list[int]], str]:
+    """(tokens of a few texts, what they are): rows of the run's data where that is a local file."""
+    tokenizer, config = load_tokenizer(run), run.config
+    with contextlib.suppress(UserError):  # moved or changed since the run
+        recipe, file = find_recipe(config.dataset)
+        if file or recipe.fill:
+            rows = prepare(
+                config.dataset, config.dataset_format, 4, min(config.context_length, 256), tokenizer
+            )
+            return [part.tolist() for part in rows.tokens.split(rows.lengths().tolist())], "rows of the data"
+    return [ids for ids in tokenizer(list(PROMPTS))["input_ids"] if ids], "fixed prompts"
+
+
+def logit_difference(run: Run, out: Path, device: torch.device) -> str:
+    """A line on how far the written model's logits are from those of the model that was trained."""
+    rows, what = check_ids(run)
+    lengths = [len(row) for row in rows]
+    ids = torch.zeros(len(rows), max(lengths), dtype=torch.int64)  # padded on the right, where nothing looks
+    for row, tokens in zip(ids, rows, strict=True):
+        row[: len(tokens)] = torch.tensor(tokens)
+    trained = trained_logits(run, read_adapter(run) if run.adapter else {}, ids, device)
+    difference, largest = compare(trained, plain_logits(run, CheckpointFiles(out), ids, device), lengths)
+    return (
+        f"largest logit difference from the trained model: {difference:.4g}, of logits up to {largest:.4g}"
+        f" ({len(rows)} {what}, {sum(lengths)} tokens, computed in fp32)"
+    )
+
+
+# The command
+
+
+def push(repo: str, out: Path, names: list[str]) -> str:
+    """Uploads those files. Returns where they are."""
+    api = HfApi()
+    try:
+        api.create_repo(repo, private=True, exist_ok=True)
+        api.upload_folder(repo_id=repo, folder_path=out, allow_patterns=names)
+    except (OSError, httpx.HTTPError) as e:
+        reason = str(e).strip().partition("\n")[0]
+        raise UserError(f"--push_to_hub {repo}: failed ({reason}); the folder is whole in {out}") from None
+    return f"at https://huggingface.co/{repo}"
+
+
+def export(options: Options) -> None:
+    run = check(options)
+    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    with whole_or_nothing(options.out) as folder:
+        if options.to == "adapter":
+            write_adapter(run, options, folder)
+        else:
+            write_merged(run, options, folder, device)
+        names = sorted(path.name for path in folder.iterdir())
+    size = sum((options.out / name).stat().st_size for name in names)
+    print(f"in {options.out}: {', '.join(names)} ({size / 1e9:.3g} GB)", flush=True)
+    if options.to != "adapter" and options.check:
+        print(logit_difference(run, options.out, device), flush=True)
+    if options.push_to_hub:
+        print(push(options.push_to_hub, options.out, names))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit status: 0, or 2 for something the user can put right."""
+    transformers_logging.set_verbosity_error()
+    hub_logging.set_verbosity_error()
+    try:
+        export(parse(sys.argv[1:] if argv is None else argv))
+        return 0
+    except UserError as e:
+        print(f"error: {describe(e)}", file=sys.stderr)
+    except OSError as e:  # a full disk
+        print(f"error: {e.filename or 'writing'}: {e.strerror or e}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what is half written goes
+    sys.exit(main())

@@ -1,0 +1,156 @@
+"""The weights of a trained model, one at a time: each read from its file, merged in fp32, and given to the writer.
+
+LoRA:  W' = W + s B A
+DoRA:  W' = m * (W + s B A) / ||W + s B A||_row, m as the adapter's file has it
+
+s = lora_alpha / R. Two bases W: the weights of the files (`original`), or what training computed with, packed
+and unpacked again (`dequantized`). DoRA's norm is of the base that is merged into, as in PEFT: over the original
+base m stays the length of each row, and only the direction has the quantization error in it.
+
+Shapes: O output features, I input features, R rank.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+from packed_files import PackedWeight
+from safetensors import safe_open
+
+from config import UserError
+from finished_run import Run
+from model_files import CheckpointFiles
+from model_writer import PIECE, Entry, copied
+from models import build_on_meta
+from models.adapters import choose_quantizers, packed_linears, target_linears
+from models.dora import TINY
+from quantizers import Quantizer
+
+PREFIX = "base_model.model."  # of PEFT's names
+PARTS = {  # an adapter's tensors by PEFT's names, and their shapes for O, I, R
+    "lora": {"lora_A.weight": lambda o, i, r: (r, i), "lora_B.weight": lambda o, i, r: (o, r)},
+}
+PARTS["dora"] = PARTS["lora"] | {"lora_magnitude_vector": lambda o, i, r: (o,)}
+
+
+def merged_weight(weight: torch.Tensor, tensors: dict[str, torch.Tensor], scaling: float) -> torch.Tensor:
+    """W' [O, I] fp32. weight: W [O, I] fp32, which is overwritten; tensors: the layer's, as in PARTS."""
+    a, b = (tensors[name].to(weight.device, torch.float32) for name in ("lora_A.weight", "lora_B.weight"))
+    weight.addmm_(b, a, alpha=scaling)
+    if "lora_magnitude_vector" in tensors:
+        # The floor is training's: a row of zeros stays one.
+        norm = torch.linalg.vector_norm(weight, dim=1).square_().clamp_min_(TINY).sqrt_()
+        weight *= (tensors["lora_magnitude_vector"].to(weight.device, torch.float32) / norm)[:, None]
+    return weight
+
+
+def check_adapter(run: Run) -> None:
+    """Raises UserError unless the adapter's file holds exactly the tensors, by name and shape, of the linears that
+    its config names. Reads the file's header only."""
+    model = build_on_meta(run.model_config, run.family)
+    sizes = {name: tuple(m.weight.shape) for name, m in run.family.layer_linears(model)}
+    wanted = {}
+    for name in target_linears(model, run.family, run.config.lora_target_modules):
+        for part, shape in PARTS[run.config.method.adapter].items():
+            wanted[f"{PREFIX}{name}.{part}"] = shape(*sizes[name], run.config.lora_rank)
+    with safe_open(run.adapter, framework="pt") as f:
+        found = {name: tuple(f.get_slice(name).get_shape()) for name in f.keys()}  # noqa: SIM118
+    for name in sorted(wanted.keys() | found.keys()):
+        if name not in wanted:
+            raise UserError(f"{run.adapter}: {name} has no place in {run.base}")
+        if name not in found:
+            raise UserError(f"{run.adapter}: {name} is missing")
+        if found[name] != wanted[name]:
+            raise UserError(
+                f"{run.adapter}: {name} has shape {list(found[name])}, but {run.base} and config.yaml ask for"
+                f" {list(wanted[name])}"
+            )
+
+
+def packed_in_training(run: Run) -> dict[str, Quantizer]:
+    """{weight: how training packed it} of every tensor that training did not compute with as it is in its file."""
+    if not run.config.method.quantizer:
+        return {}
+    names = packed_linears(build_on_meta(run.model_config, run.family), run.family, run.config)
+    quantizers = choose_quantizers(names, run.config, run.files)
+    return {f"{name}.weight": quantizer for name, quantizer in quantizers.items()}
+
+
+def merged_entries(
+    run: Run,
+    adapter: dict[str, torch.Tensor],
+    dequantized: bool,
+    dtype_of: Callable[[torch.dtype], torch.dtype],
+    device: torch.device,
+) -> dict[str, Entry]:
+    """Every tensor of the merged model, in the files' order. adapter: as `read_adapter` gives it, or empty;
+    dtype_of: the dtype to write what is stored in the given one (uint8: packed in its file); device: where the
+    weights are merged."""
+    layers: dict[str, dict[str, torch.Tensor]] = {}
+    for name, tensor in adapter.items():
+        path, _, part = name.removeprefix(PREFIX).rpartition(".lora_")
+        layers.setdefault(f"{path}.weight", {})[f"lora_{part}"] = tensor
+    quantizers = packed_in_training(run) if dequantized else {}
+    assert not run.files.packed or dequantized
+    scaling = run.config.lora_alpha / run.config.lora_rank if adapter else 0.0
+    entries = copied(run.files)
+    for name, entry in entries.items():
+        dtype, quantizer, tensors = dtype_of(entry.dtype), quantizers.get(name), layers.pop(name, None)
+        if quantizer or tensors:
+            make = partial(_weight, run.files, name, quantizer, tensors, scaling, device)
+            entries[name] = Entry(dtype, entry.shape, partial(_pieces, make, name, dtype))
+        elif dtype != entry.dtype:
+            pieces = partial(_converted, run.files, name, dtype)
+            entries[name] = dataclasses.replace(entry, dtype=dtype, pieces=pieces)
+    assert not layers, f"without a weight: {next(iter(layers))}"
+    return entries
+
+
+def _weight(
+    files: CheckpointFiles,
+    name: str,
+    quantizer: Quantizer | None,
+    tensors: dict[str, torch.Tensor] | None,
+    scaling: float,
+    device: torch.device,
+) -> torch.Tensor:
+    """One weight of the merged model: [O, I] fp32 on the device."""
+    source = files.read(name).to(device)
+    if quantizer:  # from the stored dtype, as in training
+        packed = source if isinstance(source, PackedWeight) else PackedWeight(*quantizer.quantize(source))
+        shape = files.tensors[name].shape
+        parts = packed.codes, packed.scales, quantizer.table(device)
+        weight = quantizer.dequantize(*parts, shape, torch.float32)
+    else:
+        weight = source.to(torch.float32, copy=True)
+    return merged_weight(weight, tensors, scaling) if tensors else weight
+
+
+@torch.no_grad()
+def _pieces(make: Callable[[], torch.Tensor], name: str, dtype: torch.dtype) -> Iterator:
+    yield _as_bytes(_fits(make().to(dtype), name))
+
+
+@torch.no_grad()
+def _converted(files: CheckpointFiles, name: str, dtype: torch.dtype) -> Iterator:
+    """A tensor that is only stored in another dtype: row by row, since an embedding is larger than any linear."""
+    flat = files.read(name).view(-1)
+    for part in flat.split(PIECE // flat.dtype.itemsize):
+        yield _as_bytes(_fits(part.to(dtype), name))
+
+
+def _as_bytes(tensor: torch.Tensor):
+    return tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().data
+
+
+def _fits(tensor: torch.Tensor, name: str) -> torch.Tensor:
+    """Raises UserError for what the dtype cannot hold."""
+    if not torch.isfinite(tensor).all():
+        how = "; choose bfloat16 or float32" if tensor.dtype == torch.float16 else ""
+        raise UserError(
+            f"{name}: has values that {str(tensor.dtype).removeprefix('torch.')} cannot hold{how}"
+        )
+    return tensor
