@@ -28,7 +28,7 @@ from huggingface_hub.utils import logging as hub_logging
 from huggingface_hub.utils import validate_repo_id
 from transformers.utils import logging as transformers_logging
 
-import checkpoint
+import model_writer
 from checkpoint import (
     ADAPTER,
     TOKENIZER,
@@ -37,8 +37,6 @@ from checkpoint import (
     companions,
     copy_companions,
     holds_run,
-    plan_shards,
-    shard_name,
     write_text,
 )
 from command_line import Parser, describe, suggest, with_underscores
@@ -218,11 +216,6 @@ def model_config(run: Run, entries: dict[str, Entry]) -> dict:
     return raw
 
 
-def shards_of(entries: dict[str, Entry]) -> dict[str, dict[str, Entry]]:
-    plan = plan_shards({name: entry.nbytes for name, entry in entries.items()}, checkpoint.SHARD_BYTES)
-    return {shard_name(i, len(plan)): {n: entries[n] for n in names} for i, names in enumerate(plan, 1)}
-
-
 def merged_base(run: Run, options: Options) -> str:
     return options.base or ("dequantized" if run.adapter else "original")
 
@@ -233,7 +226,12 @@ def write_merged(run: Run, options: Options, folder: Path, device: torch.device)
     entries = merged_entries(run, adapter, base == "dequantized", plan_dtypes(options, run), device)
     size = sum(e.nbytes for e in entries.values()) + sum(p.stat().st_size for p in companions(run.base))
     check_space(options.out, size)
-    write_model(folder, shards_of(entries), run.base, model_config(run, entries))
+    write_model(
+        folder,
+        model_writer.shards_of(entries, model_writer.SHARD_BYTES),
+        run.base,
+        model_config(run, entries),
+    )
     what = "A complete model folder: `AutoModelForCausalLM.from_pretrained` loads it."
     if run.adapter:
         what += f" The adapter is merged into the {base} weights."

@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
-from packed_files import PackedWeight
 from safetensors import safe_open
 
 from config import UserError
@@ -27,7 +26,7 @@ from model_writer import PIECE, Entry, copied
 from models import build_on_meta
 from models.adapters import choose_quantizers, packed_linears, target_linears
 from models.dora import TINY
-from quantizers import Quantizer
+from quantizers import PackedWeight, Quantizer
 
 PREFIX = "base_model.model."  # of PEFT's names
 PARTS = {  # an adapter's tensors by PEFT's names, and their shapes for O, I, R
@@ -121,11 +120,12 @@ def _weight(
     source = files.read(name).to(device)
     if quantizer:  # from the stored dtype, as in training
         packed = source if isinstance(source, PackedWeight) else PackedWeight(*quantizer.quantize(source))
+        del source
         shape = files.tensors[name].shape
         parts = packed.codes, packed.scales, quantizer.table(device)
         weight = quantizer.dequantize(*parts, shape, torch.float32)
     else:
-        weight = source.to(torch.float32, copy=True)
+        weight = source.to(torch.float32)
     return merged_weight(weight, tensors, scaling) if tensors else weight
 
 

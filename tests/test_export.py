@@ -15,9 +15,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import checkpoint
 import export
 import layerwise
+import model_writer
 from checkpoint import ADAPTER, INDEX
 from quantizers import NF4
 from tests import tiny
@@ -175,7 +175,7 @@ def test_the_folder_is_complete(checkpoints, alpaca_file, one_rank, tmp_path, mo
     (base / "chat_template.jinja").write_text("{{ messages[0].content }}")
     (base / "generation_config.json").write_text('{"do_sample": true, "temperature": 0.7}')
     saved_run(one_rank, tmp_path / "run", args_for(base, alpaca_file, "bnb_dora"))
-    monkeypatch.setattr(checkpoint, "SHARD_BYTES", 100_000)
+    monkeypatch.setattr(model_writer, "SHARD_BYTES", 100_000)
     out = tmp_path / "out"
     assert difference(exported(tmp_path / "run", out)) < 0.5  # rounded to bf16
     model = loaded(out)
@@ -285,7 +285,7 @@ def test_memory_stays_below_two_shards(made, alpaca_file, one_rank, tmp_path, mo
     exported(made, tmp_path / "small", "--check", "false")
     largest = max(path.stat().st_size for path in base.glob("*.safetensors"))
     adapter = (tmp_path / "run" / ADAPTER).stat().st_size
-    monkeypatch.setattr(checkpoint, "SHARD_BYTES", largest)
+    monkeypatch.setattr(model_writer, "SHARD_BYTES", largest)
     assert sum(path.stat().st_size for path in base.glob("*.safetensors")) > 8 * largest
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
     before = _status("VmRSS")
