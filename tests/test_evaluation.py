@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 import evaluation
 import train
@@ -74,6 +75,7 @@ def run(place, args, scripted=None, steps=()):
         history = train.train(job, model, place, sampler, recorder)
     finally:
         evaluation.mean_loss = original
+    assert all(isinstance(p, DTensor) for p in model.parameters()), "something stayed gathered"
     return (
         [dataclasses.asdict(m) for m in history],
         recorder.weights,
@@ -135,11 +137,10 @@ def test_perplexity():
 # Training does not notice
 
 VARIANTS = {
-    "full_shard": [],
     "shard_grad_op": ["--sharding_strategy", "shard_grad_op", "--use_gradient_checkpointing", "false"],
     "ddp": ["--sharding_strategy", "ddp", "--wrap_policy", "sublayer"],
     "offload": ["--use_cpu_offload", "--use_activation_cpu_offload", "--no_sync"],
-    "autocast": ["--precision", "bf16_autocast", "--train_type", "qlora"],
+    "full_shard": ["--precision", "bf16_autocast", "--train_type", "qlora"],
 }
 
 
