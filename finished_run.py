@@ -64,18 +64,28 @@ def open_run(folder: str | Path, base: str | None = None) -> Run:
         raise UserError(
             f"{folder}: holds no result ({saved.name}): the run was cut, or ran with --save_model false"
         )
-    base_folder = toy_model(toy_texts()) if name == TOY_MODEL else find_model(name)
-    model_config, family = read_config(base_folder)
-    check_stored_quantization(getattr(model_config, "quantization_config", None), base_folder)
-    fetch_weights(name, base_folder)
-    files = CheckpointFiles(base_folder)
-    model = build_on_meta(model_config, family)
-    check_weights(model, files, family)
-    adapter = None if whole else folder / ADAPTER
-    if adapter:
-        check_packing(model, family, config, files)
-        _check_base(adapter, model_config, files)
-    return Run(folder, config, base_folder, model_config, family, files, adapter)
+    run = _open_model(folder, config, name)
+    if not whole:
+        run = dataclasses.replace(run, adapter=folder / ADAPTER)
+        check_packing(build_on_meta(run.model_config, run.family), run.family, config, run.files)
+        _check_base(run.adapter, run.model_config, run.files)
+    return run
+
+
+def open_base(run: Run, base: str | None = None) -> Run:
+    """The model that a run which saved a whole model was trained from, with nothing on it. Raises UserError."""
+    return _open_model(run.folder, run.config, base or run.config.model_name)
+
+
+def _open_model(folder: Path, config: Config, name: str) -> Run:
+    """The Run of the model `name` by itself: a folder, a hub id or the demo model."""
+    base = toy_model(toy_texts()) if name == TOY_MODEL else find_model(name)
+    model_config, family = read_config(base)
+    check_stored_quantization(getattr(model_config, "quantization_config", None), base)
+    fetch_weights(name, base)
+    files = CheckpointFiles(base)
+    check_weights(build_on_meta(model_config, family), files, family)
+    return Run(folder, config, base, model_config, family, files, None)
 
 
 def _check_base(adapter: Path, model_config: PretrainedConfig, files: CheckpointFiles) -> None:
