@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AutoTokenizer, PretrainedConfig
 
 from checkpoint import ADAPTER, BLOCKS, base_digest
-from command_line import parse
+from command_line import describe, parse
 from config import TOY_MODEL, Config, UserError
 from data import toy_texts
 from launch import Place
@@ -143,5 +143,30 @@ def set_adapter(model: nn.Module, run: Run) -> None:
         raise UserError(f"{run.adapter}: {next(iter(tensors))} has no place in {run.base}")
 
 
+def check_adapter(run: Run) -> None:
+    """Raises UserError if the adapter's names and shapes are not those of this model with the run's options. Reads
+    headers only."""
+    model = build_on_meta(run.model_config, run.family)
+    apply_method(model, run.family, run.config, Precision(torch.float32, torch.float32), run.files)
+    wanted = {
+        f"base_model.model.{path}.{name}": list(tensor.shape)
+        for path, module in model.named_modules()
+        if isinstance(module, LoRALinear)
+        for name, tensor in module.peft_tensors(lambda parameter: parameter.detach()).items()
+    }
+    with safe_open(run.adapter, framework="pt") as f:
+        found = {name: list(f.get_slice(name).get_shape()) for name in f.keys()}  # noqa: SIM118
+    for name in sorted(wanted.keys() | found.keys()):
+        if wanted.get(name) != found.get(name):
+            raise UserError(
+                f"{run.adapter}: {name} has shape {found.get(name, 'none: it is missing')}; config.yaml and"
+                f" {run.base} say {wanted.get(name, 'that there is none')}"
+            )
+
+
 def load_tokenizer(run: Run):
-    return AutoTokenizer.from_pretrained(run.base, trust_remote_code=False, local_files_only=True)
+    """Raises UserError for one that is missing or damaged."""
+    try:
+        return AutoTokenizer.from_pretrained(run.base, trust_remote_code=False, local_files_only=True)
+    except Exception as e:  # the tokenizers library has no narrower one for a damaged tokenizer.json
+        raise UserError(f"{run.base}: no usable tokenizer ({describe(e)})") from None
