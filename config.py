@@ -55,7 +55,7 @@ METHODS = {
 }
 
 # The embedded demo model has random weights: it needs larger steps and more passes than a real one.
-TOY_MODEL = "toy"
+TOY_MODEL = TOY_DATASET = "toy"
 TOY_DEFAULTS = {
     "lr": 3e-3,
     "lr_scheduler": "cosine",
@@ -74,6 +74,9 @@ NEEDS = {
     "expansion": "the llama_pro train types",
     "quantizer": "quantized weights",
 }
+# A row of the toy data that a demo run learns for sure: the right tokens are far ahead of all others.
+TOY_PROMPT = "Put these numbers in order: 2 1 3"
+
 HQQ_BITS = (8, 4, 3, 2)
 ANY = object()  # `later=ANY`: every value but the default belongs to a feature that is still to come
 
@@ -110,7 +113,7 @@ class Config:
 
     model_name: str = option(TOY_MODEL, "Model and data", "folder or hub id of a safetensors model; toy = a tiny"
         " random Llama made on the spot")
-    dataset: str = option("toy", "Model and data", "a recipe in datasets/, a .json, .jsonl, .csv or .parquet file,"
+    dataset: str = option(TOY_DATASET, "Model and data", "a recipe in datasets/, a .json, .jsonl, .csv or .parquet file,"
         " or a hub id")
     dataset_format: str = option("auto", "Model and data", "how a row becomes a text; auto is the recipe's, or"
         " recognised from the columns", choices=("auto", "alpaca", "chat", "guanaco", "qa", "completion"))

@@ -21,7 +21,7 @@ from fastcore.parallel import parallel
 
 from config import UserError
 from formats import FORMATS, Rendered, checked, recognise
-from sources import find_recipe, load_rows
+from sources import Recipe, find_recipe, load_rows
 
 IGNORE = -100  # the target of a position that is not learned, as in torch's cross-entropy
 
@@ -78,11 +78,23 @@ def read_examples(
     rows = data.rows
     if recipe.fill:
         rows = [recipe.fill | {"output": recipe.fill["output"] * context_length}] * len(rows)
-    name = dataset_format if dataset_format != "auto" else recipe.format
-    if name == "auto":
-        name = recognise(set(rows[0]), rows[0], f"--dataset {dataset}", recipe.markers)
+    name = _format_of(recipe, rows[0], dataset, dataset_format)
     rendered = _render_all(_Rendering(rows, data.places, name, recipe.markers, tokenizer))
     return Examples(rendered, name, recipe.markers)
+
+
+def _format_of(recipe: Recipe, row: dict, dataset: str, dataset_format: str) -> str:
+    name = dataset_format if dataset_format != "auto" else recipe.format
+    return name if name != "auto" else recognise(set(row), row, f"--dataset {dataset}", recipe.markers)
+
+
+def find_format(dataset: str, dataset_format: str) -> tuple[str, list[str]]:
+    """(the name of the format that `prepare` renders in, the recipe's markers). Reads the data only where nothing
+    else tells. Raises UserError for what is wrong with it."""
+    recipe, file = find_recipe(dataset)
+    unknown = dataset_format == recipe.format == "auto"
+    row = load_rows(recipe, file, 1).rows[0] if unknown else {}
+    return _format_of(recipe, row, dataset, dataset_format), recipe.markers
 
 
 @dataclass(frozen=True)

@@ -35,9 +35,10 @@ from config import UserError
 from data import read_examples, tokenize
 from evaluation import mean_loss, perplexity
 from evaluation_data import Prompt, held_rows, prompt_of, stop_tokens
-from finished_run import Run, adapters_off, load_model, load_tokenizer, open_base, open_run
+from finished_run import Run, load_model, load_tokenizer, open_base, open_run
 from formats import FORMATS, Rendered
 from launch import Place
+from models.lora import adapters_off
 from precision import choose_precision
 from train import bf16_gpu, loss_sum
 

@@ -15,7 +15,7 @@ import torch
 
 from config import Config, UserError
 from data import Examples, TokenizedRows, read_examples, tokenize
-from formats import FORMATS, Rendered, asked
+from formats import FORMATS, Rendered, row_asking
 
 DEFAULT_PROMPTS = 3  # rows that samples are made of, unless --sample_prompts says otherwise
 MOST_PROMPTS = 16  # rows of a dataset given as --sample_prompts
@@ -160,7 +160,7 @@ def _ask(questions: list[str], examples: Examples, tokenizer) -> list[Rendered]:
     """The questions as rows of the training data's format would put them."""
     rendered = []
     for question in questions:
-        row = asked(examples.format, question, examples.markers)
+        row = row_asking(examples.format, question, examples.markers)
         try:
             one = FORMATS[examples.format].render(row, tokenizer, examples.markers)
         except (jinja2.TemplateError, ValueError, TypeError, KeyError) as e:  # from a chat template

@@ -6,9 +6,7 @@ made, and the adapter's metadata which base it belongs to.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +17,7 @@ from transformers import AutoTokenizer, PretrainedConfig
 
 from bnb_files import check_stored_quantization
 from checkpoint import ADAPTER, BLOCKS, base_digest
-from command_line import parse
+from command_line import describe, parse
 from config import TOY_MODEL, Config, UserError
 from data import toy_texts
 from launch import Place
@@ -66,29 +64,28 @@ def open_run(folder: str | Path, base: str | None = None) -> Run:
         raise UserError(
             f"{folder}: holds no result ({saved.name}): the run was cut, or ran with --save_model false"
         )
-    base_folder, model_config, family, files = _open_model(name)
-    adapter = None if whole else folder / ADAPTER
-    if adapter:
-        check_packing(build_on_meta(model_config, family), family, config, files)
-        _check_base(adapter, model_config, files)
-    return Run(folder, config, base_folder, model_config, family, files, adapter)
+    run = _open_model(folder, config, name)
+    if not whole:
+        run = dataclasses.replace(run, adapter=folder / ADAPTER)
+        check_packing(build_on_meta(run.model_config, run.family), run.family, config, run.files)
+        _check_base(run.adapter, run.model_config, run.files)
+    return run
 
 
 def open_base(run: Run, base: str | None = None) -> Run:
-    """The model that a run which saved a whole model started from, to be loaded by `load_model`. base: as in
-    `open_run`. Raises UserError if it is not there."""
-    assert run.adapter is None
-    return Run(run.folder, run.config, *_open_model(base or run.config.model_name), None)
+    """The model that a run which saved a whole model was trained from, with nothing on it. Raises UserError."""
+    return _open_model(run.folder, run.config, base or run.config.model_name)
 
 
-def _open_model(name: str) -> tuple[Path, PretrainedConfig, Family, CheckpointFiles]:
-    folder = toy_model(toy_texts()) if name == TOY_MODEL else find_model(name)
-    model_config, family = read_config(folder)
-    check_stored_quantization(getattr(model_config, "quantization_config", None), folder)
-    fetch_weights(name, folder)
-    files = CheckpointFiles(folder)
+def _open_model(folder: Path, config: Config, name: str) -> Run:
+    """The Run of the model `name` by itself: a folder, a hub id or the demo model."""
+    base = toy_model(toy_texts()) if name == TOY_MODEL else find_model(name)
+    model_config, family = read_config(base)
+    check_stored_quantization(getattr(model_config, "quantization_config", None), base)
+    fetch_weights(name, base)
+    files = CheckpointFiles(base)
     check_weights(build_on_meta(model_config, family), files, family)
-    return folder, model_config, family, files
+    return Run(folder, config, base, model_config, family, files, None)
 
 
 def _check_base(adapter: Path, model_config: PretrainedConfig, files: CheckpointFiles) -> None:
@@ -146,19 +143,30 @@ def set_adapter(model: nn.Module, run: Run) -> None:
         raise UserError(f"{run.adapter}: {next(iter(tensors))} has no place in {run.base}")
 
 
-@contextlib.contextmanager
-def adapters_off(model: nn.Module) -> Iterator[None]:
-    """Inside, the model computes what its base does, on the weights that training saw."""
-    layers = [module for module in model.modules() if isinstance(module, LoRALinear)]
-    before = [layer.enabled for layer in layers]
-    for layer in layers:
-        layer.enabled = False
-    try:
-        yield
-    finally:
-        for layer, enabled in zip(layers, before, strict=True):
-            layer.enabled = enabled
+def check_adapter(run: Run) -> None:
+    """Raises UserError if the adapter's names and shapes are not those of this model with the run's options. Reads
+    headers only."""
+    model = build_on_meta(run.model_config, run.family)
+    apply_method(model, run.family, run.config, Precision(torch.float32, torch.float32), run.files)
+    wanted = {
+        f"base_model.model.{path}.{name}": list(tensor.shape)
+        for path, module in model.named_modules()
+        if isinstance(module, LoRALinear)
+        for name, tensor in module.peft_tensors(lambda parameter: parameter.detach()).items()
+    }
+    with safe_open(run.adapter, framework="pt") as f:
+        found = {name: list(f.get_slice(name).get_shape()) for name in f.keys()}  # noqa: SIM118
+    for name in sorted(wanted.keys() | found.keys()):
+        if wanted.get(name) != found.get(name):
+            raise UserError(
+                f"{run.adapter}: {name} has shape {found.get(name, 'none: it is missing')}; config.yaml and"
+                f" {run.base} say {wanted.get(name, 'that there is none')}"
+            )
 
 
 def load_tokenizer(run: Run):
-    return AutoTokenizer.from_pretrained(run.base, trust_remote_code=False, local_files_only=True)
+    """Raises UserError for one that is missing or damaged."""
+    try:
+        return AutoTokenizer.from_pretrained(run.base, trust_remote_code=False, local_files_only=True)
+    except Exception as e:  # the tokenizers library has no narrower one for a damaged tokenizer.json
+        raise UserError(f"{run.base}: no usable tokenizer ({describe(e)})") from None

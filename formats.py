@@ -1,7 +1,8 @@
 """How a row of a dataset becomes one text, and which parts of that text are learned.
 
 A format is a function from a row to a Rendered; FORMATS lists them with the columns that they need, which
-is also how the format of a user's own file is recognised.
+is also how the format of a user's own file is recognised. Beside it stands the function that writes the same
+text up to the answer: what a trained model is asked with.
 """
 
 from __future__ import annotations
@@ -41,11 +42,20 @@ class Rendered:
 @dataclass(frozen=True)
 class Format:
     """render(row, tokenizer, markers); needs: columns without which a row is refused; optional: others
-    that it reads."""
+    that it reads; prompt(row, tokenizer, markers): the text up to the last answer, which the row may lack; answer:
+    the column that holds nothing else; turns: a conversation, which goes on after an answer."""
 
     render: Callable[..., Rendered]
+    prompt: Callable[..., str]
     needs: tuple[str, ...]
     optional: tuple[str, ...] = ()
+    answer: str | None = None
+    turns: bool = False
+
+    @property
+    def asks(self) -> str:
+        """The column that a bare prompt goes into."""
+        return self.needs[0]
 
 
 def _prompted(prompt: str, response: str) -> Rendered:
@@ -55,14 +65,20 @@ def _prompted(prompt: str, response: str) -> Rendered:
     return Rendered(text, [(len(prompt), len(text))])
 
 
+def _alpaca_prompt(row: Mapping[str, str], *_) -> str:
+    return (ALPACA_INPUT if row.get("input", "").strip() else ALPACA).format_map(row)
+
+
 def _alpaca(row: Mapping[str, str], *_) -> Rendered:
-    template = ALPACA_INPUT if row.get("input", "").strip() else ALPACA
-    return _prompted(template.format_map(row), row["output"])
+    return _prompted(_alpaca_prompt(row), row["output"])
+
+
+def _qa_prompt(row: Mapping[str, str], *_) -> str:
+    return (QA_CONTEXT if row.get("context", "").strip() else QA).format_map(row)
 
 
 def _qa(row: Mapping[str, str], *_) -> Rendered:
-    template = QA_CONTEXT if row.get("context", "").strip() else QA
-    return _prompted(template.format_map(row), row["answer"])
+    return _prompted(_qa_prompt(row), row["answer"])
 
 
 def _completion(row: Mapping[str, str], *_) -> Rendered:
@@ -70,10 +86,14 @@ def _completion(row: Mapping[str, str], *_) -> Rendered:
     return Rendered(text, [(0, len(text))] if text.strip() else [])
 
 
+def _completion_prompt(row: Mapping[str, str], *_) -> str:
+    return row["text"]
+
+
 def _guanaco(row: Mapping[str, str], _tokenizer, markers: Sequence[str]) -> Rendered:
     """A dialogue in one text. Turns begin with a marker anywhere: OpenAssistant's have no line breaks."""
     text = row["text"].rstrip()
-    turns = list(re.finditer(f"({re.escape(markers[0])}|{re.escape(markers[1])})", text))
+    turns = _guanaco_turns(text, markers)
     learned, last = [], False
     ends = [turn.start() for turn in turns[1:]] + [len(text)]
     for turn, end in zip(turns, ends, strict=False):  # without a marker there is nothing to learn
@@ -83,6 +103,30 @@ def _guanaco(row: Mapping[str, str], _tokenizer, markers: Sequence[str]) -> Rend
         if last:
             learned.append((start, start + len(answer)))
     return Rendered(text, learned, ends=last)
+
+
+def _guanaco_turns(text: str, markers: Sequence[str]) -> list[re.Match]:
+    return list(re.finditer(f"({re.escape(markers[0])}|{re.escape(markers[1])})", text))
+
+
+def _guanaco_prompt(row: Mapping[str, str], _tokenizer, markers: Sequence[str]) -> str:
+    """Up to the marker of the last turn, if that is an answer; else with the marker of the answer to come, behind
+    a line break if that is how the human's last turn begins."""
+    text = row["text"].rstrip()
+    turns = _guanaco_turns(text, markers)
+    if turns and turns[-1][1] == markers[1]:
+        return text[: turns[-1].end()]
+    broken = bool(turns) and text[: turns[-1].start()].endswith("\n")
+    return text + "\n" * broken + markers[1]
+
+
+def asked(question: str, before: str, answer: str | None, markers: Sequence[str]) -> str:
+    """A guanaco dialogue that goes on with a question. before, answer: the text so far, up to its last answer's
+    marker, and that answer; "" and None for a new one. Turns follow each other without a line break, as in
+    OpenAssistant's, except with markers of another kind, whose data (chip2) has one."""
+    between = "" if markers[0] == GUANACO_MARKERS[0] else "\n"
+    said = f"{before}{answer.rstrip()}{between}" if before else ""
+    return f"{said}{markers[0]} {question}{between}{markers[1]}"
 
 
 def _chat(row: Mapping[str, list], tokenizer, _markers) -> Rendered:
@@ -99,6 +143,25 @@ def _chat(row: Mapping[str, list], tokenizer, _markers) -> Rendered:
             raise ValueError("the chat template does not show the assistant's text")
         learned.append((start, end))
     return Rendered(text, learned, ends=False, special=False)
+
+
+def _chat_prompt(row: Mapping[str, list], tokenizer, _markers) -> str:
+    """What the template shows before the next answer, where training begins to learn: with its generation
+    prompt, unless it shows no answer behind that (DeepSeek R1's opens a thought)."""
+    messages, show = list(row["messages"]), partial(tokenizer.apply_chat_template, tokenize=False)
+    while messages and messages[-1]["role"] == "assistant":
+        messages.pop()
+    if not messages:
+        raise ValueError("there is no message to be answered")
+    wanted = show(messages, add_generation_prompt=True)
+    head, _, _ = show([*messages, {"role": "assistant", "content": PROBE}]).partition(PROBE)
+    return wanted if head.startswith(wanted) else head[: _common(head, wanted)]
+
+
+def turn_ending(tokenizer) -> str:
+    """What the chat template writes behind the last answer of a conversation: "" if nothing."""
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": PROBE}]
+    return tokenizer.apply_chat_template(messages, tokenize=False).partition(PROBE)[2]
 
 
 def _turn(messages: list[dict], i: int, text: str, show: Callable[..., str]) -> tuple[int, int]:
@@ -130,17 +193,17 @@ def _common(a: str, b: str) -> int:
 
 
 FORMATS = {
-    "chat": Format(_chat, ("messages",)),
-    "alpaca": Format(_alpaca, ("instruction", "output"), ("input",)),
-    "qa": Format(_qa, ("question", "answer"), ("context",)),
-    "guanaco": Format(_guanaco, ("text",)),
-    "completion": Format(_completion, ("text",)),
+    "chat": Format(_chat, _chat_prompt, ("messages",), turns=True),
+    "alpaca": Format(_alpaca, _alpaca_prompt, ("instruction", "output"), ("input",), answer="output"),
+    "qa": Format(_qa, _qa_prompt, ("question", "answer"), ("context",), answer="answer"),
+    "guanaco": Format(_guanaco, _guanaco_prompt, ("text",), turns=True),
+    "completion": Format(_completion, _completion_prompt, ("text",)),
 }
 GUANACO_MARKERS = ("### Human:", "### Assistant:")
 PROBE = "\uf8ffprobe\uf8ff"  # stands for an answer; a private character, so in no template or text
 
 
-def asked(name: str, question: str, markers: Sequence[str]) -> dict:
+def row_asking(name: str, question: str, markers: Sequence[str]) -> dict:
     """A row of the format `name` that asks `question`, with PROBE where the answer would be; of plain text, the
     question alone."""
     turns = [{"role": "user", "content": question}, {"role": "assistant", "content": PROBE}]
@@ -166,9 +229,10 @@ def recognise(
     raise UserError(f"{where}: columns {', '.join(sorted(columns))} fit no format ({known})")
 
 
-def checked(row: Mapping, form: Format, where: str) -> dict:
-    """The row's columns that the format reads, as text. Raises UserError for missing or unusable ones."""
-    missing = [c for c in form.needs if row.get(c) is None]
+def checked(row: Mapping, form: Format, where: str, answered: bool = True) -> dict:
+    """The row's columns that the format reads, as text. Raises UserError for missing or unusable ones; without
+    `answered` the answer's may be missing."""
+    missing = [c for c in form.needs if row.get(c) is None and (answered or c != form.answer)]
     if missing:
         found = ", ".join(str(c) for c in row if row[c] is not None)
         raise UserError(f"{where}: nothing in column {', '.join(missing)}; found: {found}")

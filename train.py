@@ -45,7 +45,7 @@ from checkpoint import (
     save_adapter,
     write_text,
 )
-from config import TOY_MODEL, Config, UserError
+from config import TOY_DATASET, TOY_MODEL, TOY_PROMPT, Config, UserError
 from data import IGNORE, StepSampler, TokenizedRows, toy_texts
 from evaluation import Evaluator, describe_evaluations
 from evaluation_data import EvaluationData, prepare_sets, stop_tokens
@@ -333,7 +333,15 @@ def describe_files(job: Job, folder: Path) -> str:
     what = f"{saved}, " if job.config.save_model else ""
     what += "samples.jsonl, " if job.evaluation.prompts else ""
     again = [python(), "train.py", "--config", f"{folder}/config.yaml", "--output_dir", f"{folder}-again"]
-    return f"in {folder}: {what}report.html, metrics.jsonl, loss.png, config.yaml\nnext: {shlex.join(again)}"
+    lines = [
+        f"in {folder}: {what}report.html, metrics.jsonl, loss.png, config.yaml",
+        f"next: {shlex.join(again)}",
+    ]
+    if job.config.save_model and job.config.llama_pro_save != "blocks":
+        demo = (job.config.model_name, job.config.dataset) == (TOY_MODEL, TOY_DATASET)
+        question = f' --prompt "{TOY_PROMPT}"' if demo else ""  # without one it is a conversation
+        lines.append(f"try: {shlex.join([python(), 'generate.py', str(folder)])}{question}")
+    return "\n".join(lines)
 
 
 def run(config: Config, remarks: list[str]) -> int:

@@ -5,6 +5,7 @@ The order matters: dtypes and the freeze first, then 4-bit linears, then adapter
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 from config import Config, UserError
@@ -108,10 +109,28 @@ def apply_method(
     if method.quantizer:
         names = packed_linears(model, family, config)
         quantize_linears(model, choose_quantizers(names, config, files), precision.matmul)
-    if method.adapter is None:
-        return
-    adapter = {"lora": LoRALinear, "dora": DoRALinear}[method.adapter]
+    if method.adapter:
+        _put_adapters(model, family, config, precision.trained)
+
+
+def _put_adapters(model: nn.Module, family: Family, config: Config, dtype: torch.dtype) -> None:
+    adapter = {"lora": LoRALinear, "dora": DoRALinear}[config.method.adapter]
     sizes = {name: (m.out_features, m.in_features) for name, m in family.layer_linears(model)}
     for name in target_linears(model, family, config.lora_target_modules):
-        options = (sizes[name], config.lora_rank, config.lora_alpha, config.lora_dropout, precision.trained)
+        options = (sizes[name], config.lora_rank, config.lora_alpha, config.lora_dropout, dtype)
         model.set_submodule(name, adapter(model.get_submodule(name), *options))
+
+
+@torch.no_grad()
+def exchange_adapters(model: nn.Module, family: Family, config: Config) -> None:
+    """Puts adapters with the options of `config`, not yet filled, in the place of those of a loaded model that is
+    not sharded; its base stays where it is."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, LoRALinear):
+            model.set_submodule(name, module.released())
+    _put_adapters(model, family, config, torch.float32)
+    for module in model.modules():
+        if isinstance(module, LoRALinear):
+            module.eval().requires_grad_(False)
+        if isinstance(module, DoRALinear):
+            module.squared_norm.copy_(module.norm_of(module.base.weight))

@@ -6,8 +6,9 @@ in PEFT, which is uniform within 1 / sqrt(I); B [O, R] starts at zero, so step 0
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +31,7 @@ class LoRALinear(Packed):
         super().__init__()
         (out_features, in_features), device = features, next(base.parameters()).device
         self.base, self.scaling, self.dropout = base, alpha / rank, dropout
-        self.enabled = True  # False: forward is the base layer's; see finished_run.adapters_off
+        self.active = True  # switched by `adapters_off`
         self.lora_A = nn.Parameter(torch.empty(rank, in_features, dtype=dtype, device=device))
         self.lora_B = nn.Parameter(torch.empty(out_features, rank, dtype=dtype, device=device))
 
@@ -39,9 +40,17 @@ class LoRALinear(Packed):
         h = F.linear(F.dropout(x, self.dropout, self.training), self.lora_A.to(x.dtype))
         return F.linear(h, self.lora_B.to(x.dtype))
 
+    def plain(self, x: torch.Tensor) -> torch.Tensor:
+        """What the base layer computes, with its bias."""
+        return self.base(x)
+
+    def released(self) -> nn.Module:
+        """The base layer as it was before this adapter was put around it."""
+        return self.base
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not self.enabled:
-            return self.base(x)
+        if not self.active:
+            return self.plain(x)
         return torch.add(self.base(x), self.low_rank(x), alpha=self.scaling)
 
     def packs(self, name: str) -> tuple[str, ...]:
@@ -71,6 +80,19 @@ class LoRALinear(Packed):
         self.lora_B.copy_(_exactly(tensors.pop("lora_B.weight"), self.lora_B))
         if tensors:
             raise KeyError(next(iter(tensors)))
+
+
+@contextlib.contextmanager
+def adapters_off(model: nn.Module) -> Iterator[None]:
+    """Within, the model computes what its base does."""
+    layers = [m for m in model.modules() if isinstance(m, LoRALinear)]
+    try:
+        for layer in layers:
+            layer.active = False
+        yield
+    finally:
+        for layer in layers:
+            layer.active = True
 
 
 def _exactly(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

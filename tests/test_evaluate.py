@@ -15,8 +15,9 @@ from transformers import AutoModelForCausalLM
 import evaluate
 from data import prepare
 from evaluation import greedy
-from finished_run import adapters_off, load_model, open_run
+from finished_run import load_model, open_run
 from formats import ALPACA
+from models.lora import adapters_off
 from tests.runs import dense_tensors, transformers_model
 from tests.test_adapters import IDS, args_for
 from tests.test_evaluation import HERE, context

@@ -24,7 +24,7 @@ from data import IGNORE, StepSampler, make_batch
 from evaluation import greedy, mean_loss, perplexity
 from evaluation_data import prepare_sets, prompt_of, stop_tokens
 from finished_run import load_model, open_run
-from formats import FORMATS, asked
+from formats import FORMATS, row_asking
 from launch import Place
 from precision import choose_precision
 from tests.runs import dense_tensors, make_job, randomize, trained_tensors, whole_run
@@ -315,7 +315,7 @@ CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}{% i
 def test_a_question_is_put_as_training_puts_it(name, prompt, monkeypatch):
     monkeypatch.setattr(BYTES, "chat_template", CHAT)
     markers = ["### Human:", "### Assistant:"]
-    rendered = FORMATS[name].render(asked(name, "Why?", markers), BYTES, markers)
+    rendered = FORMATS[name].render(row_asking(name, "Why?", markers), BYTES, markers)
     assert prompt_of(rendered, BYTES, 100).text == prompt
 
 
