@@ -72,3 +72,13 @@ def choose_precision(name: str, gpu: bool, bf16_gpu: bool) -> Precision:
         "bf16_autocast": Precision(fp32, fp32, autocast=bf16),
         "bf16_buffers_autocast": Precision(bf16, bf16, autocast=bf16),
     }[name]
+
+
+def bf16_gpu() -> bool:
+    """Whether this process computes on GPUs that have bf16."""
+    return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def precision_here(name: str) -> Precision:
+    """`choose_precision` for the hardware at hand."""
+    return choose_precision(name, torch.cuda.is_available(), bf16_gpu())

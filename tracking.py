@@ -11,16 +11,21 @@ import json
 import math
 import os
 import resource
+import shlex
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from tqdm import tqdm
 
-from config import Config, UserError
-from data import Step
+import memory
+from checkpoint import BLOCKS
+from command_line import python
+from config import TOY_DATASET, TOY_MODEL, TOY_PROMPT, Config, UserError
+from data import Step, StepSampler, TokenizedRows
 
 GIB = 2**30
 
@@ -211,6 +216,25 @@ def draw_loss(history: list[Metrics], path: Path) -> None:
     temporary.rename(path)
 
 
+def describe_data(rows: TokenizedRows, sampler: StepSampler) -> str:
+    """The line about the data."""
+    cut = f", {rows.cut:,} cut at the context length" if rows.cut else ""
+    return (
+        f"data: {len(rows):,} rows kept, {rows.dropped:,} dropped{cut}; {rows.tokens.numel():,} tokens,"
+        f" {int(rows.targets().sum()):,} of them learned; padding {sampler.padding_share():.0%} of the batches"
+    )
+
+
+def describe_model(model: nn.Module) -> str:
+    """The line about the weights: of the whole model by kind, and of this rank."""
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    weights, rank = memory.weight_bytes(model), memory.rank_bytes(model)
+    return (
+        f"model: {trained:,} trained parameters; {weights} = {memory.size(weights.total)},"
+        f" {memory.size(rank)} on this rank"
+    )
+
+
 def summary(history: list[Metrics], seconds: float) -> str:
     """Two lines on how the run went; speed is the median of the steps after the first, which warms up."""
     rates = sorted(m.tokens_per_second for m in history[1:] or history)
@@ -220,3 +244,21 @@ def summary(history: list[Metrics], seconds: float) -> str:
         f" peak memory {peak:.2f} GiB on the fullest rank\n"
         f"loss {history[0].loss:.4f} at the first step, {history[-1].loss:.4f} at the last"
     )
+
+
+def describe_files(config: Config, sampled: bool, folder: Path) -> str:
+    """The run's files, and what can be typed next. sampled: whether samples were asked for."""
+    saved = {"adapter": "adapter_model.safetensors", "model": "the model"}[config.method.saves]
+    saved = BLOCKS if config.llama_pro_save == "blocks" else saved
+    what = f"{saved}, " if config.save_model else ""
+    what += "samples.jsonl, " if sampled else ""
+    again = [python(), "train.py", "--config", f"{folder}/config.yaml", "--output_dir", f"{folder}-again"]
+    lines = [
+        f"in {folder}: {what}report.html, metrics.jsonl, loss.png, config.yaml",
+        f"next: {shlex.join(again)}",
+    ]
+    if config.save_model and config.llama_pro_save != "blocks":
+        demo = (config.model_name, config.dataset) == (TOY_MODEL, TOY_DATASET)
+        question = f' --prompt "{TOY_PROMPT}"' if demo else ""  # without one it is a conversation
+        lines.append(f"try: {shlex.join([python(), 'generate.py', str(folder)])}{question}")
+    return "\n".join(lines)

@@ -12,158 +12,56 @@ from __future__ import annotations
 
 import sys
 
-from command_line import describe, parse, parse_or_exit, python, report, under_torchrun
+from command_line import parse, parse_or_exit, report, under_torchrun
 
 if __name__ == "__main__":
     # Before the imports below, which take seconds: --help and wrong options are answered at once.
     PARSED = parse_or_exit(sys.argv[1:])
 
 import dataclasses
-import os
-import shlex
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from huggingface_hub.utils import logging as hub_logging
 from torch import nn
-from transformers import AutoTokenizer, PretrainedConfig
 from transformers.utils import logging as transformers_logging
 
 import config as options
 import launch
 import memory
-from bnb_files import check_stored_quantization
 from checkpoint import (
-    BLOCKS,
     base_digest,
-    check_output,
-    check_writable,
     clear_output,
     save_adapter,
     write_text,
 )
-from config import TOY_DATASET, TOY_MODEL, TOY_PROMPT, Config, UserError
-from data import IGNORE, StepSampler, TokenizedRows, toy_texts
+from checks import Job, check, read_tokenizer
+from config import TOY_MODEL, Config, UserError
+from data import IGNORE, StepSampler
 from evaluation import Evaluator, describe_evaluations
-from evaluation_data import EvaluationData, prepare_sets, stop_tokens
 from launch import Place, resolve_workers
-from model_files import CheckpointFiles, fetch_weights, find_model
 from model_writer import save_blocks, save_expanded, save_model
-from models import FAMILIES, build_on_meta, check_weights, read_config
+from models import FAMILIES, build_on_meta
 from models.adapters import (
     apply_method,
-    check_packing,
     make_quantizer_of,
-    packed_linears,
     peft_targets,
-    target_linears,
 )
-from models.family import Family
-from models.llama_pro import new_layers
-from models.toy import toy_model
-from optimizers import check_optimizer, make_optimizer, make_schedule
-from precision import Precision, choose_precision
+from optimizers import make_optimizer, make_schedule
+from precision import precision_here
 from quantize_layers import load_weights
 from report import FACTS, describe_run, write_report
-from tracking import Meter, check_wandb, make_tracker, summary
-from weight_cache import CacheWriter, digest, open_cache
+from tracking import Meter, describe_data, describe_files, describe_model, make_tracker, summary
+from weight_cache import CacheWriter
 from wrapping import STRATEGIES, WRAP_POLICIES, make_mesh, offload_policy, wrap
-
-
-@dataclass(frozen=True)
-class Job:
-    """A checked run, ready to start: what `check` found out and every rank needs."""
-
-    config: Config
-    model_config: PretrainedConfig
-    files: CheckpointFiles
-    rows: TokenizedRows
-    evaluation: EvaluationData
-    cache: str | None  # the weights' digest, if --quantized_cache is still to be written
-
-
-def check(config: Config) -> Job:
-    """All that can be wrong with a run, found without touching a GPU or writing a file. Raises UserError."""
-    world = launch.resolve_world_size(config.world_size)
-    config = dataclasses.replace(config, world_size=world)
-    if STRATEGIES[config.sharding_strategy].replicas == "groups":
-        group = launch.resolve_group_size(config.hybrid_shard_size, world)
-        config = dataclasses.replace(config, hybrid_shard_size=group)
-    if config.precision.startswith("bf16") and torch.cuda.is_available() and not bf16_gpu():
-        raise UserError(
-            f"--precision {config.precision}: this GPU has no bf16; use auto, fp16_autocast or fp32"
-        )
-    check_optimizer(config.optimizer, config.use_cpu_offload)
-    if config.log_to == "wandb":
-        check_wandb()
-    check_output(Path(config.output_dir), config.overwrite)
-    path = config.llama_pro_path
-    if path is not None and not os.path.isdir(os.path.expanduser(path)):
-        raise UserError(f"--llama_pro_path {path}: no such folder; block_expansion.py makes expanded models")
-    folder = toy_model(toy_texts()) if config.model_name == TOY_MODEL else find_model(config.model_name)
-    if Path(config.output_dir).resolve() == folder.resolve():  # --overwrite would delete the weights to read
-        raise UserError(f"--output_dir {folder}: is the folder of --model_name; choose another")
-    model_config, family = read_config(folder)
-    if check_stored_quantization(getattr(model_config, "quantization_config", None), folder):
-        if config.method.expansion:
-            raise UserError(f"{folder}: is packed by bitsandbytes; new blocks need the original weights")
-    elif config.method.expansion:
-        new_layers(model_config)
-    fetch_weights(config.model_name, folder)
-    files = CheckpointFiles(folder)
-    model = build_on_meta(model_config, family)
-    check_weights(model, files, family)
-    check_packing(model, family, config, files)
-    cache = find_cache(model, family, config, files) if config.quantized_cache else None
-    if config.method.adapter:
-        target_linears(model, family, config.lora_target_modules)
-    tokenizer = read_tokenizer(folder)
-    rows, evaluation = prepare_sets(config, tokenizer, stop_tokens(folder, tokenizer))
-    if max(int(rows.tokens.max()), evaluation.largest_id()) >= model_config.vocab_size:
-        raise UserError(
-            f"--model_name {folder}: the tokenizer makes ids beyond vocab_size {model_config.vocab_size}"
-        )
-    return Job(config, model_config, files, rows, evaluation, cache)
-
-
-def find_cache(model: nn.Module, family: Family, config: Config, files: CheckpointFiles) -> str | None:
-    """Makes `files` read from --quantized_cache, or returns the digest for a new one. Raises UserError."""
-    folder = Path(config.quantized_cache)
-    names = [f"{name}.weight" for name in packed_linears(model, family, config)]
-    cached = open_cache(folder, files, names, make_quantizer_of(config))
-    if cached is None:
-        check_writable(folder.parent, "--quantized_cache")
-        return digest(files, names)
-    files.packed.update(cached)
-    return None
-
-
-def bf16_gpu() -> bool:
-    return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
-
-
-def precision_of(config: Config) -> Precision:
-    return choose_precision(config.precision, torch.cuda.is_available(), bf16_gpu())
-
-
-def read_tokenizer(folder: Path):
-    try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except Exception as e:  # the tokenizers library has no narrower one for a damaged tokenizer.json
-        found = (folder / "tokenizer.json").is_file()
-        reason = describe(e) if found else "there is no tokenizer.json"
-        raise UserError(
-            f"--model_name {folder}: no usable tokenizer ({reason}); its files belong beside config.json"
-        ) from None
 
 
 def set_up(job: Job, place: Place) -> nn.Module:
     """The model of the train type, sharded and filled."""
     config, family = job.config, FAMILIES[job.model_config.model_type]
-    precision, device = precision_of(config), place.device
+    precision, device = precision_here(config.precision), place.device
     model = build_on_meta(job.model_config, family)
     apply_method(model, family, config, precision, job.files)
     mesh = make_mesh(device.type, place.world, config.sharding_strategy, config.hybrid_shard_size)
@@ -171,12 +69,12 @@ def set_up(job: Job, place: Place) -> nn.Module:
         model,
         family,
         mesh,
-        STRATEGIES[config.sharding_strategy],
-        WRAP_POLICIES[config.wrap_policy](family),
-        precision.gathered,
-        offload_policy(config.use_cpu_offload, device.type),
-        config.use_gradient_checkpointing,
-        config.use_activation_cpu_offload,
+        strategy=STRATEGIES[config.sharding_strategy],
+        units=WRAP_POLICIES[config.wrap_policy](family),
+        cast=precision.gathered,
+        offload=offload_policy(config.use_cpu_offload, device.type),
+        checkpointing=config.use_gradient_checkpointing,
+        offload_activations=config.use_activation_cpu_offload,
     )
     cache = None
     if job.cache:
@@ -216,7 +114,7 @@ def train(job: Job, model: nn.Module, place: Place, sampler: StepSampler, tracke
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = make_optimizer(trained, config.optimizer, config.lr, config.wd)
     schedule = make_schedule(optimizer, total, config.lr_warmup, config.lr_scheduler)
-    precision = precision_of(config)
+    precision = precision_here(config.precision)
     scaler = precision.scaler("cpu" if config.use_cpu_offload else place.device.type)
     meter, history = Meter(place.device), []
     evaluator = make_evaluator(job, model, place, total, meter, tracker)
@@ -250,7 +148,7 @@ def train(job: Job, model: nn.Module, place: Place, sampler: StepSampler, tracke
 
 
 def make_evaluator(job: Job, model: nn.Module, place: Place, total: int, meter: Meter, tracker) -> Evaluator:
-    config, precision = job.config, precision_of(job.config)
+    config, precision = job.config, precision_here(job.config.precision)
     # Of an expanded model only the new blocks: the rest is gigabytes that do not change from step to step.
     kept = dataclasses.replace(config, llama_pro_save="blocks") if config.method.expansion else config
 
@@ -292,7 +190,7 @@ def run_rank(place: Place, job: Job) -> None:
             summary(history, seconds),
             *describe_evaluations(history, total_steps(config, sampler), config),
         ]
-        print(*told, describe_files(job, folder), sep="\n", flush=True)
+        print(*told, describe_files(config, bool(job.evaluation.prompts), folder), sep="\n", flush=True)
 
 
 def save(job: Job, model: nn.Module, folder: Path) -> None:
@@ -308,40 +206,6 @@ def save(job: Job, model: nn.Module, folder: Path) -> None:
         save_adapter(model, folder, config, base, digest, peft_targets(family, config.lora_target_modules))
     else:
         save_model(model, folder, job.files)
-
-
-def describe_data(rows: TokenizedRows, sampler: StepSampler) -> str:
-    cut = f", {rows.cut:,} cut at the context length" if rows.cut else ""
-    return (
-        f"data: {len(rows):,} rows kept, {rows.dropped:,} dropped{cut}; {rows.tokens.numel():,} tokens,"
-        f" {int(rows.targets().sum()):,} of them learned; padding {sampler.padding_share():.0%} of the batches"
-    )
-
-
-def describe_model(model: nn.Module) -> str:
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    weights, rank = memory.weight_bytes(model), memory.rank_bytes(model)
-    return (
-        f"model: {trained:,} trained parameters; {weights} = {memory.size(weights.total)},"
-        f" {memory.size(rank)} on this rank"
-    )
-
-
-def describe_files(job: Job, folder: Path) -> str:
-    saved = {"adapter": "adapter_model.safetensors", "model": "the model"}[job.config.method.saves]
-    saved = BLOCKS if job.config.llama_pro_save == "blocks" else saved
-    what = f"{saved}, " if job.config.save_model else ""
-    what += "samples.jsonl, " if job.evaluation.prompts else ""
-    again = [python(), "train.py", "--config", f"{folder}/config.yaml", "--output_dir", f"{folder}-again"]
-    lines = [
-        f"in {folder}: {what}report.html, metrics.jsonl, loss.png, config.yaml",
-        f"next: {shlex.join(again)}",
-    ]
-    if job.config.save_model and job.config.llama_pro_save != "blocks":
-        demo = (job.config.model_name, job.config.dataset) == (TOY_MODEL, TOY_DATASET)
-        question = f' --prompt "{TOY_PROMPT}"' if demo else ""  # without one it is a conversation
-        lines.append(f"try: {shlex.join([python(), 'generate.py', str(folder)])}{question}")
-    return "\n".join(lines)
 
 
 def run(config: Config, remarks: list[str]) -> int:

@@ -86,6 +86,7 @@ def wrap(
     model: nn.Module,
     family: Family,
     mesh: DeviceMesh,
+    *,
     strategy: Strategy,
     units: tuple[str, ...],
     cast: torch.dtype | None,

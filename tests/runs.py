@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
+import checks
 import train
 from checkpoint import gather
 from command_line import parse
@@ -26,11 +27,11 @@ from tracking import NoTracker
 def make_job(place, argv: list[str]) -> train.Job:
     quiet = ["--world_size", str(place.world), "--output_dir", "/nonexistent/out"]
     config, _ = parse([*quiet, *map(str, argv)])
-    original, train.check_output = train.check_output, lambda *_: None  # nothing is written here
+    original, checks.check_output = checks.check_output, lambda *_: None  # nothing is written here
     try:
         return train.check(config)
     finally:
-        train.check_output = original
+        checks.check_output = original
 
 
 def randomize(model, seed: int = 7) -> None:

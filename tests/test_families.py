@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts, Qwen3MoeMLP
 
 import models
+import precision
 import train
 from config import UserError
 from data import IGNORE
@@ -77,11 +78,11 @@ def test_bf16_is_transformers_own_bf16(kind, checkpoints, alpaca_file, one_rank)
 
 
 def bf16_logits_and_buffers(place, args):
-    original, train.bf16_gpu = train.bf16_gpu, lambda: True
+    original, precision.bf16_gpu = precision.bf16_gpu, lambda: True
     try:
         _, model = set_up(place, args, random_adapters=False)
     finally:
-        train.bf16_gpu = original
+        precision.bf16_gpu = original
     buffers = {clean(name): buffer.clone() for name, buffer in model.named_buffers()}
     with torch.no_grad():
         return model.eval()(input_ids=IDS, use_cache=False).logits.clone(), buffers

@@ -7,10 +7,11 @@ import json
 import pytest
 import torch
 
+import precision
 import train
 from config import FIELDS
 from models.family import clean
-from precision import Precision, choose_precision
+from precision import Precision, choose_precision, precision_here
 from tests.runs import set_up, train_run, trained_tensors
 from tests.test_parity import arguments, biased
 from tracking import Metrics, Tracker
@@ -62,11 +63,11 @@ def test_follows_fp32(train_type, mode, plain, two_ranks):
 
 def train_run_as_on_a_gpu(place, args):
     """With the choices that a GPU with bf16 gets."""
-    original, train.bf16_gpu = train.bf16_gpu, lambda: True
+    original, precision.bf16_gpu = precision.bf16_gpu, lambda: True
     try:
         return train_run(place, args)
     finally:
-        train.bf16_gpu = original
+        precision.bf16_gpu = original
 
 
 @pytest.mark.parametrize("mode", ["fp16_autocast", "bf16_autocast"])
@@ -85,7 +86,7 @@ def dtypes_in_forward(place, args) -> dict[str, torch.dtype]:
         if name.endswith("_proj") or name in ("lm_head", "model.norm"):
             names[module] = clean(name)
             module.register_forward_hook(lambda m, _, out: seen.__setitem__(names[m], out.dtype))
-    with torch.no_grad(), train.precision_of(job.config).context("cpu"):
+    with torch.no_grad(), precision_here(job.config.precision).context("cpu"):
         model(input_ids=torch.ones(1, 8, dtype=torch.long), use_cache=False)
     return seen
 
@@ -103,12 +104,12 @@ def test_scaling_keeps_gradients_that_fp16_would_lose(checkpoints, alpaca_file, 
 
 def norm_of_a_small_loss(place, args, scaling: bool) -> float:
     job, model = set_up(place, args)
-    precision = train.precision_of(job.config)
-    scaler = precision.scaler("cpu") if scaling else torch.amp.GradScaler("cpu", enabled=False)
+    chosen = precision_here(job.config.precision)
+    scaler = chosen.scaler("cpu") if scaling else torch.amp.GradScaler("cpu", enabled=False)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(trained)
     ids = torch.arange(32)[None]
-    with precision.context("cpu"):
+    with chosen.context("cpu"):
         loss = train.loss_sum(model, ids, ids) * 1e-9
     scaler.scale(loss).backward()
     scaler.unscale_(optimizer)
@@ -128,13 +129,13 @@ def test_overflow_on_one_rank_skips_the_step_on_all(strategy, where, checkpoints
 def overflow_on_the_second_rank(place, args, where: str) -> tuple[bool, float, bool]:
     """(no weight moved in the spoilt step, the scale after it, weights moved in the next step)."""
     job, model = set_up(place, args)
-    scaler = train.precision_of(job.config).scaler("cpu")
+    scaler = precision_here(job.config.precision).scaler("cpu")
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(trained, lr=0.1)
     moved, scales = [], []
     for spoilt in (True, False):
         before = trained_tensors(model)
-        with train.precision_of(job.config).context("cpu"):
+        with precision_here(job.config.precision).context("cpu"):
             loss = train.loss_sum(model, *[torch.arange(16)[None]] * 2) / 1000
         spoilt = spoilt and place.rank == 1
         scaler.scale(loss * float("inf") if spoilt and where == "loss" else loss).backward()

@@ -1,0 +1,110 @@
+"""All that can be wrong with a run, found before a GPU is touched or a file written."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoTokenizer, PretrainedConfig
+
+import launch
+from bnb_files import check_stored_quantization
+from checkpoint import check_output, check_writable
+from command_line import describe
+from config import TOY_MODEL, Config, UserError
+from data import TokenizedRows, toy_texts
+from evaluation_data import EvaluationData, prepare_sets, stop_tokens
+from model_files import CheckpointFiles, fetch_weights, find_model
+from models import build_on_meta, check_weights, read_config
+from models.adapters import check_packing, make_quantizer_of, packed_linears, target_linears
+from models.family import Family
+from models.llama_pro import new_layers
+from models.toy import toy_model
+from optimizers import check_optimizer
+from precision import bf16_gpu
+from tracking import check_wandb
+from weight_cache import digest, open_cache
+from wrapping import STRATEGIES
+
+
+@dataclass(frozen=True)
+class Job:
+    """A checked run, ready to start: what `check` found out and every rank needs."""
+
+    config: Config
+    model_config: PretrainedConfig
+    files: CheckpointFiles
+    rows: TokenizedRows
+    evaluation: EvaluationData
+    cache: str | None  # the weights' digest, if --quantized_cache is still to be written
+
+
+def check(config: Config) -> Job:
+    """All that can be wrong with a run, found without touching a GPU or writing a file. Raises UserError."""
+    world = launch.resolve_world_size(config.world_size)
+    config = dataclasses.replace(config, world_size=world)
+    if STRATEGIES[config.sharding_strategy].replicas == "groups":
+        group = launch.resolve_group_size(config.hybrid_shard_size, world)
+        config = dataclasses.replace(config, hybrid_shard_size=group)
+    if config.precision.startswith("bf16") and torch.cuda.is_available() and not bf16_gpu():
+        raise UserError(
+            f"--precision {config.precision}: this GPU has no bf16; use auto, fp16_autocast or fp32"
+        )
+    check_optimizer(config.optimizer, config.use_cpu_offload)
+    if config.log_to == "wandb":
+        check_wandb()
+    check_output(Path(config.output_dir), config.overwrite)
+    path = config.llama_pro_path
+    if path is not None and not os.path.isdir(os.path.expanduser(path)):
+        raise UserError(f"--llama_pro_path {path}: no such folder; block_expansion.py makes expanded models")
+    folder = toy_model(toy_texts()) if config.model_name == TOY_MODEL else find_model(config.model_name)
+    if Path(config.output_dir).resolve() == folder.resolve():  # --overwrite would delete the weights to read
+        raise UserError(f"--output_dir {folder}: is the folder of --model_name; choose another")
+    model_config, family = read_config(folder)
+    if check_stored_quantization(getattr(model_config, "quantization_config", None), folder):
+        if config.method.expansion:
+            raise UserError(f"{folder}: is packed by bitsandbytes; new blocks need the original weights")
+    elif config.method.expansion:
+        new_layers(model_config)
+    fetch_weights(config.model_name, folder)
+    files = CheckpointFiles(folder)
+    model = build_on_meta(model_config, family)
+    check_weights(model, files, family)
+    check_packing(model, family, config, files)
+    cache = find_cache(model, family, config, files) if config.quantized_cache else None
+    if config.method.adapter:
+        target_linears(model, family, config.lora_target_modules)
+    tokenizer = read_tokenizer(folder)
+    rows, evaluation = prepare_sets(config, tokenizer, stop_tokens(folder, tokenizer))
+    if max(int(rows.tokens.max()), evaluation.largest_id()) >= model_config.vocab_size:
+        raise UserError(
+            f"--model_name {folder}: the tokenizer makes ids beyond vocab_size {model_config.vocab_size}"
+        )
+    return Job(config, model_config, files, rows, evaluation, cache)
+
+
+def find_cache(model: nn.Module, family: Family, config: Config, files: CheckpointFiles) -> str | None:
+    """Makes `files` read from --quantized_cache, or returns the digest for a new one. Raises UserError."""
+    folder = Path(config.quantized_cache)
+    names = [f"{name}.weight" for name in packed_linears(model, family, config)]
+    cached = open_cache(folder, files, names, make_quantizer_of(config))
+    if cached is None:
+        check_writable(folder.parent, "--quantized_cache")
+        return digest(files, names)
+    files.packed.update(cached)
+    return None
+
+
+def read_tokenizer(folder: Path):
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except Exception as e:  # the tokenizers library has no narrower one for a damaged tokenizer.json
+        found = (folder / "tokenizer.json").is_file()
+        reason = describe(e) if found else "there is no tokenizer.json"
+        raise UserError(
+            f"--model_name {folder}: no usable tokenizer ({reason}); its files belong beside config.json"
+        ) from None
