@@ -178,8 +178,8 @@ def stop_tokens(folder: Path, tokenizer) -> list[int]:
     path = folder / "generation_config.json"
     if path.is_file():
         try:
-            named = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+            ids = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
         except (ValueError, AttributeError):
             raise UserError(f"{path}: not a JSON object") from None
-        stops |= {named} if isinstance(named, int) else set(named or ())
+        stops |= {ids} if isinstance(ids, int) else set(ids or ())
     return sorted(stops)
