@@ -130,7 +130,7 @@ def test_guanaco(case):
 @pytest.mark.parametrize("case", GUANACO)
 def test_a_prompt_of_a_dialogue(case):
     """Up to the last answer; where there is none, with the marker of the one to come."""
-    text, answers, ends = GUANACO[case]
+    text, _, ends = GUANACO[case]
     rendered = render("guanaco", {"text": text})
     if ends:
         assert prompt("guanaco", {"text": text}) == rendered.text[: rendered.learned[-1][0]]
@@ -206,7 +206,7 @@ def test_chat(case):
 @pytest.mark.parametrize("case", CHATS)
 def test_a_prompt_of_a_conversation(case):
     """The prompt ends where training begins to learn; with the generation prompt where the template has one."""
-    template, eos, row, answers = CHATS[case]
+    template, eos, row, _ = CHATS[case]
     tokenizer = chat_tokenizer(template, eos)
     messages = row["messages"]
     if messages[-1]["role"] == "user":
