@@ -157,6 +157,20 @@ def test_a_format_that_is_said_needs_no_data(runs, tmp_path, said, alpaca_file):
     assert ours == said(runs[0], *asked)[0][str(runs[0])] | {"model": str(copy)}
 
 
+@pytest.mark.parametrize("precision", ["bf16", "bf16_autocast"])
+def test_other_precisions(precision, runs, tmp_path, said):
+    """As the run was trained, or as asked; only rounding is another."""
+    copy = shutil.copytree(runs[0], tmp_path / "copy")
+    text = (copy / "config.yaml").read_text()
+    assert "precision: auto" in text
+    (copy / "config.yaml").write_text(text.replace("precision: auto", f"precision: {precision}"))
+    auto = said(copy, *ASKED)[0]
+    assert {a["tokens"] for a in auto.values()} == {NEW}
+    if precision == "bf16":
+        assert said(runs[0], *ASKED, "--precision", "bf16")[0]["base"] == auto["base"]
+    assert said(copy, *ASKED, "--precision", "fp32")[0]["base"] == said(runs[0], *ASKED)[0]["base"]
+
+
 # layers
 
 
