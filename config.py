@@ -75,7 +75,7 @@ NEEDS = {
     "quantizer": "quantized weights",
 }
 # A row of the toy data that a demo run learns for sure: the right tokens are far ahead of all others.
-TOY_PROMPT = "Put these numbers in order: 2 1 3"
+TOY_PROMPT = "Put these numbers in order: 5 4 6"
 
 HQQ_BITS = (8, 4, 3, 2)
 ANY = object()  # `later=ANY`: every value but the default belongs to a feature that is still to come

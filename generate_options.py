@@ -143,6 +143,8 @@ def _folders(runs: list[str]) -> list[str]:
     for i, folder in enumerate(folders):
         if not os.path.isdir(folder):
             raise UserError(f"{folder}: no such folder; expected a RUN, the --output_dir of train.py")
+        if not os.path.isfile(os.path.join(folder, "config.yaml")):
+            raise UserError(f"{folder}: is no run of train.py (no config.yaml)")
         if any(os.path.samefile(folder, other) for other in folders[:i]):
             raise UserError(f"{folder}: is given twice")
     return folders

@@ -89,3 +89,21 @@ def plain_run(one_rank):
         return made[key]
 
     return get
+
+
+@pytest.fixture(scope="session")
+def runs(checkpoints, alpaca_file, one_rank, tmp_path_factory):
+    """RUN folders of three adapters over one base with biases: finished_runs.py."""
+    from tests.finished_runs import adapters_of_one_base
+
+    return adapters_of_one_base(
+        one_rank, tmp_path_factory.mktemp("runs"), checkpoints("llama_bias"), alpaca_file
+    )
+
+
+@pytest.fixture(scope="session")
+def chat_run(checkpoints, one_rank, tmp_path_factory):
+    """A RUN trained on conversations."""
+    from tests.finished_runs import run_in_chat_format
+
+    return run_in_chat_format(one_rank, tmp_path_factory.mktemp("chat"), checkpoints())

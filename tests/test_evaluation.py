@@ -232,6 +232,8 @@ def test_a_run_that_stops_early_ends_as_usual(overfitted):
         "loss.png",
         "metrics.jsonl",
         "samples.jsonl",
+        "report.html",
+        "run.json",
         "best",
     }
     assert {p.name for p in folder.iterdir()} == names

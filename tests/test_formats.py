@@ -8,7 +8,7 @@ import pytest
 from benchmarks.make_checkpoint import byte_tokenizer
 from config import UserError
 from data import tokenize
-from formats import FORMATS, GUANACO_MARKERS, checked, recognise
+from formats import FORMATS, GUANACO_MARKERS, asked, checked, recognise, turn_ending
 from tests import chat_templates as templates
 
 TOKENIZER = byte_tokenizer()
@@ -80,6 +80,21 @@ def test_one_answer(case):
     assert learned_tokens(rendered, TOKENIZER) == answer + "</s>"
 
 
+def prompt(name: str, row: dict, tokenizer=TOKENIZER, markers=GUANACO_MARKERS) -> str:
+    return FORMATS[name].prompt(checked(row, FORMATS[name], "here", answered=False), tokenizer, markers)
+
+
+@pytest.mark.parametrize("case", EXACT)
+def test_a_prompt_is_the_text_before_the_answer(case):
+    """With the row's answer or without."""
+    name, row, _, answer = EXACT[case]
+    rendered = render(name, row)
+    before = rendered.text if name == "completion" else rendered.text[: rendered.learned[0][0]]
+    assert prompt(name, row) == before
+    assert prompt(name, {k: v for k, v in row.items() if k != FORMATS[name].answer}) == before
+    assert name == "completion" or before + answer == rendered.text
+
+
 @pytest.mark.parametrize("name, row", [
     ("alpaca", {"instruction": "x", "output": " \n"}),
     ("qa", {"question": "x", "answer": ""}),
@@ -110,6 +125,30 @@ def test_guanaco(case):
     assert rendered.text == text.rstrip()
     assert learned(rendered) == answers
     assert learned_tokens(rendered, TOKENIZER) == "".join(answers) + "</s>" * ends
+
+
+@pytest.mark.parametrize("case", GUANACO)
+def test_a_prompt_of_a_dialogue(case):
+    """Up to the last answer; where there is none, with the marker of the one to come."""
+    text, _, ends = GUANACO[case]
+    rendered = render("guanaco", {"text": text})
+    if ends:
+        assert prompt("guanaco", {"text": text}) == rendered.text[: rendered.learned[-1][0]]
+    else:
+        assert prompt("guanaco", {"text": text}) == text.removesuffix("### Assistant:") + "### Assistant:"
+
+
+@pytest.mark.parametrize("markers", [GUANACO_MARKERS, ("<human>:", "<bot>:")])
+def test_a_dialogue_that_goes_on_is_one_of_the_data(markers):
+    """What is asked, turn by turn, is the beginning of the text that training would have of it."""
+    between = "" if markers == GUANACO_MARKERS else "\n"
+    text = between.join(f"{markers[i % 2]} {said}" for i, said in enumerate(["Hi", "Yo", "Bye", "Ciao"]))
+    rendered = render("guanaco", {"text": text}, markers=markers)
+    first, second = (text[:start] for start, _ in rendered.learned)
+    assert asked("Hi", "", None, markers) == prompt("guanaco", {"text": first}, markers=markers) == first
+    assert (
+        asked("Bye", first, " Yo", markers) == prompt("guanaco", {"text": second}, markers=markers) == second
+    )
 
 
 def test_markers_of_chip2():
@@ -162,6 +201,41 @@ def test_chat(case):
     assert (
         rows.tokens.tolist() == tokenizer.apply_chat_template(row["messages"])["input_ids"]
     )  # one BOS, no extra EOS
+
+
+@pytest.mark.parametrize("case", CHATS)
+def test_a_prompt_of_a_conversation(case):
+    """The prompt ends where training begins to learn; with the generation prompt where the template has one."""
+    template, eos, row, _ = CHATS[case]
+    tokenizer = chat_tokenizer(template, eos)
+    messages = row["messages"]
+    if messages[-1]["role"] == "user":
+        row = {"messages": [*messages, {"role": "assistant", "content": "Ciao"}]}
+    rendered = render("chat", row, tokenizer)
+    expected = rendered.text[: rendered.learned[-1][0]]
+    assert (
+        prompt("chat", row, tokenizer)
+        == prompt("chat", {"messages": row["messages"][:-1]}, tokenizer)
+        == expected
+    )
+    if "add_generation_prompt" in template and template != templates.R1:
+        asks = tokenizer.apply_chat_template(row["messages"][:-1], tokenize=False, add_generation_prompt=True)
+        assert expected == asks
+
+
+def test_what_a_prompt_cannot_be_made_of():
+    tokenizer = chat_tokenizer(templates.CHATML)
+    with pytest.raises(ValueError, match="no message to be answered"):
+        prompt("chat", {"messages": [{"role": "assistant", "content": "Yo"}]}, tokenizer)
+    with pytest.raises(UserError, match="nothing in column instruction"):
+        prompt("alpaca", {"output": "x"})
+
+
+@pytest.mark.parametrize("template, ending", [
+    ("CHATML", "<|im_end|>\n"), ("LLAMA3", "<|eot_id|>"), ("LLAMA2", " </s>"), ("MISTRAL", "</s>"), ("DEAF", ""),
+])  # fmt: skip
+def test_what_a_template_ends_a_turn_with(template, ending):
+    assert turn_ending(chat_tokenizer(getattr(templates, template), "</s>")) == ending
 
 
 @pytest.mark.parametrize("template", ["CHATML", "LLAMA3", "LLAMA2", "MISTRAL", "GEMMA", "QWEN3", "R1"])

@@ -5,34 +5,27 @@ from __future__ import annotations
 import io
 import json
 import shutil
-import subprocess
 import sys
 
 import peft
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import generate
 import generation
-from checkpoint import ADAPTER
 from finished_run import open_run
 from formats import ALPACA
-from generate_options import Sampling, parse, read_prompts
 from generation import Answer, Conversation, Stream, make_template
 from models.dora import DoRALinear, fixed_norms
 from models.lora import LoRALinear, adapters_off
 from quantize_layers import Linear4bit
 from quantizers import HQQ, NF4
-from tests import chat_templates
 from tests.runs import dense_state, transformers_model
 from tests.test_adapters import ALPHA, I, O, R, args_for, dora, filled
 from tests.test_finished_run import saved_run
-from tests.test_formats import chat_tokenizer
 
-QUESTION, NEW = "Say red.", 12
+QUESTION, NEW = "Say red.", 8
 PENALTY = 3.0
 ASKED = ["--prompt", QUESTION, "--max_new_tokens", NEW]
 
@@ -110,27 +103,10 @@ def test_a_run_that_saved_a_model(train_type, checkpoints, alpaca_file, one_rank
     assert alone == {str(tmp_path / "run"): ours[str(tmp_path / "run")]}
 
 
-@pytest.fixture(scope="module")
-def runs(checkpoints, alpaca_file, one_rank, tmp_path_factory):
-    """Three adapters of one 4-bit base with biases: DoRA, the same with other weights, LoRA on some linears."""
-    folder = tmp_path_factory.mktemp("runs")
-    base = checkpoints("llama_bias")
-    saved_run(one_rank, folder / "one", args_for(base, alpaca_file, "bnb_dora"))
-    shutil.copytree(folder / "one", folder / "two")
-    tensors = load_file(folder / "two" / ADAPTER)
-    with safe_open(folder / "two" / ADAPTER, framework="pt") as f:
-        metadata = f.metadata()
-    tensors = {n: t * (-1 if n.endswith("lora_B.weight") else 1) for n, t in tensors.items()}
-    save_file(tensors, folder / "two" / ADAPTER, metadata=metadata)
-    some = ["--lora_rank", "4", "--lora_target_modules", "o_proj,mlp.up_proj"]
-    saved_run(one_rank, folder / "three", args_for(base, alpaca_file, "qlora", *some))
-    return [folder / name for name in ("one", "two", "three")]
-
-
 def test_adapters_are_switched_over_one_base(runs, said, monkeypatch, tmp_path):
     """Each answers as it does alone, in any order, and the base is loaded once."""
     (tmp_path / "p.txt").write_text(f"{QUESTION}\nSay nothing.\n")
-    asked = ["--prompts", tmp_path / "p.txt", "--max_new_tokens", NEW]
+    asked = ["--prompts", tmp_path / "p.txt", "--max_new_tokens", NEW, "--repetition_penalty", PENALTY]
     alone = {}
     for run in runs:
         for i, answers in enumerate(said(run, *asked)):
@@ -138,32 +114,29 @@ def test_adapters_are_switched_over_one_base(runs, said, monkeypatch, tmp_path):
     assert len({alone[0, str(run)]["text"] for run in runs} | {alone[0, "base"]["text"]}) == 4
     loads, original = [], generation.load_model
     monkeypatch.setattr(generation, "load_model", lambda *a: (loads.append(a), original(*a))[1])
-    for order in (runs, runs[::-1]):
-        together = said(*order, *asked)
-        assert {(i, n): a for i, answers in enumerate(together) for n, a in answers.items()} == alone
+    one, two, three = runs
+    for order in ([three, one, two], [one, three]):
+        together = {(i, n): a for i, answers in enumerate(said(*order, *asked)) for n, a in answers.items()}
+        assert together == {key: alone[key] for key in together} and len(together) == 2 * (1 + len(order))
     assert len(loads) == 2
 
 
 def test_seeds_repeat(runs, said):
     def texts(seed: int) -> list[str]:
         sampling = ["--temperature", "1.5", "--top_p", "0.95", "--top_k", "50", "--seed", seed]
-        more = ["--prompt", QUESTION, "--prompt", QUESTION, "--max_new_tokens", NEW]
+        more = [*ASKED, "--prompt", QUESTION, "--compare", "false"]
         return [a["text"] for answers in said(runs[0], *more, *sampling) for a in answers.values()]
 
     first = texts(1)
-    assert first[:2] == first[2:], "each answer is seeded by itself"
+    assert first[0] == first[1], "each answer is seeded by itself"
     assert texts(1) == first
-    assert first[0] != texts(2)[0] != said(runs[0], *ASKED)[0]["base"]
+    greedy = said(runs[0], *ASKED, "--compare", "false")[0][str(runs[0])]["text"]
+    assert len({first[0], texts(2)[0], greedy}) == 3
 
 
 def test_a_repetition_penalty_and_a_full_context(runs, said):
     """The answer ends where the model's positions do."""
-    plain, other = (
-        said(runs[0], "--prompt", QUESTION, "--max_new_tokens", 40, "--repetition_penalty", p)[0]["base"][
-            "text"
-        ]
-        for p in (1, 3)
-    )
+    plain, other = (said(runs[0], *ASKED, "--repetition_penalty", p)[0]["base"]["text"] for p in (1, 3))
     assert plain != other
     long = "x" * (512 - 5 - len(ALPACA.format(instruction="")) - 1)
     answer = said(runs[0], "--prompt", long, "--compare", "false")[0][str(runs[0])]
@@ -173,6 +146,29 @@ def test_a_repetition_penalty_and_a_full_context(runs, said):
 def test_a_base_that_was_moved(runs, checkpoints, tmp_path, said):
     moved = shutil.copytree(checkpoints("llama_bias"), tmp_path / "moved")
     assert said(runs[0], *ASKED, "--base_model", moved) == said(runs[0], *ASKED)
+
+
+def test_a_format_that_is_said_needs_no_data(runs, tmp_path, said, alpaca_file):
+    copy = shutil.copytree(runs[0], tmp_path / "copy")
+    text = (copy / "config.yaml").read_text()
+    (copy / "config.yaml").write_text(text.replace(str(alpaca_file), str(tmp_path / "gone.jsonl")))
+    asked = [*ASKED, "--compare", "false"]
+    ours = said(copy, *asked, "--dataset_format", "alpaca")[0][str(copy)]
+    assert ours == said(runs[0], *asked)[0][str(runs[0])] | {"model": str(copy)}
+
+
+@pytest.mark.parametrize("precision", ["bf16", "bf16_autocast"])
+def test_other_precisions(precision, runs, tmp_path, said):
+    """As the run was trained, or as asked; only rounding is another."""
+    copy = shutil.copytree(runs[0], tmp_path / "copy")
+    text = (copy / "config.yaml").read_text()
+    assert "precision: auto" in text
+    (copy / "config.yaml").write_text(text.replace("precision: auto", f"precision: {precision}"))
+    auto = said(copy, *ASKED)[0]
+    assert {a["tokens"] for a in auto.values()} == {NEW}
+    if precision == "bf16":
+        assert said(runs[0], *ASKED, "--precision", "bf16")[0]["base"] == auto["base"]
+    assert said(copy, *ASKED, "--precision", "fp32")[0]["base"] == said(runs[0], *ASKED)[0]["base"]
 
 
 # layers
@@ -213,25 +209,6 @@ def test_the_norm_is_taken_once_while_weights_are_fixed(monkeypatch):
 
 
 # templates
-
-
-def with_chat_template(folder, model, template: str, data, eos: str = "</s>"):
-    """A copy of a model whose tokenizer has a chat template, and rows of conversations."""
-    shutil.copytree(model, folder)
-    tokenizer = chat_tokenizer(template, eos)
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
-    tokenizer.save_pretrained(folder)
-    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]
-    data.write_text(json.dumps({"messages": turns}) + "\n")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def chat_run(checkpoints, one_rank, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("chat")
-    model = with_chat_template(folder / "m", checkpoints(), chat_templates.CHATML, folder / "rows.jsonl")
-    saved_run(one_rank, folder / "run", args_for(model, folder / "rows.jsonl", "bnb_dora"))
-    return folder / "run"
 
 
 @pytest.fixture
@@ -375,123 +352,6 @@ def test_columns_need_room(tty, columns, beside, monkeypatch):
     assert (
         ("a" in shown.splitlines()[3]) if beside else shown == "prompt: Q?\nbase: a\ntuned: b\n    c\ufffd[2J"
     )
-
-
-# bad input
-
-
-@pytest.fixture
-def refused(capsys, monkeypatch):
-    """refused(*argv) -> the error line of a command that must load no weights."""
-    monkeypatch.setattr(generation, "load_model", None)
-
-    def refused(*argv) -> str:
-        status, shown = generate.main(list(map(str, argv))), capsys.readouterr()
-        assert status == 2 and not shown.out, shown
-        assert shown.err.startswith("error: ") and shown.err.count("\n") == 1
-        return shown.err
-
-    return refused
-
-
-@pytest.mark.parametrize(("options", "words"), [
-    ("--temperature -1", "--temperature -1: must be 0 or more"),
-    ("--temperature nan", "--temperature nan: must be 0 or more"),
-    ("--temperature 1 --top_p 0", "--top_p 0: must be above 0"),
-    ("--temperature 1 --top_p 1.5", "--top_p 1.5: must be"),
-    ("--temperature 1 --top_k -3", "--top_k -3: must be"),
-    ("--temperature 1 --seed -1", "--seed -1: must be"),
-    ("--top_p 0.9", "no effect with --temperature 0"),
-    ("--max_new_tokens 0", "--max_new_tokens 0: must be 1 or more"),
-    ("--max-new-tokens many", "'many' is not a whole number"),
-    ("--repetition_penalty 0", "must be above 0"),
-    ("--precision int8", "is none of auto, fp32, bf16, fp16"),
-    ("--device tpu", "is none of cpu, cuda"),
-    ("--device cuda:99", "--device cuda:99: this machine has"),
-    ("--dataset_format xml", "is none of auto, alpaca"),
-    ("--tempreature 1", "did you mean --temperature?"),
-    ("--json maybe", "is not true or false"),
-])  # fmt: skip
-def test_wrong_options(options, words, runs, refused):
-    assert words in refused(runs[0], "--prompt", "Hi", *options.split())
-
-
-def test_options_are_read_before_torch():
-    """By the modules that say what is wrong with them."""
-    code = "import sys, generate_options; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
-
-
-def test_help_names_every_option(capsys):
-    with pytest.raises(SystemExit) as e:
-        parse(["--help"])
-    assert e.value.code == 0
-    out = capsys.readouterr().out
-    assert all(f"--{name}" in out for name in vars(Sampling()))
-
-
-def test_prompts_that_are_none(runs, chat_run, refused, tmp_path):
-    file = tmp_path / "rows.jsonl"
-    assert "--prompt 2: is empty" in refused(runs[0], "--prompt", "Hi", "--prompt", " ")
-    assert "takes 7" in refused(runs[0], "--prompt", "x" * 600) and "512 positions" in refused(
-        runs[0], "--prompt", "x" * 600
-    )
-    assert "No such file" in refused(runs[0], "--prompts", file)
-    for text, words in (
-        ("", "holds no prompt"),
-        ("{", "rows.jsonl:1: not JSON"),
-        ("\n[1]", "rows.jsonl:2: neither a JSON object nor a text"),
-        ('{"output": "x"}', "rows.jsonl:1: nothing in column instruction"),
-        ('{"instruction": ""}', "rows.jsonl:1: instruction is empty"),
-        ('{"instruction": ["x"]}', "rows.jsonl:1: column instruction holds a list"),
-    ):
-        file.write_text(text)
-        assert words in refused(runs[0], "--prompts", file)
-    file.write_bytes(b"\xff\xfe")
-    assert "not UTF-8" in refused(runs[0], "--prompts", file)
-    file.write_text('{"messages": [{"role": "assistant", "content": "Yo"}]}')
-    assert "no message to be answered" in refused(chat_run, "--prompts", file)
-    assert "chat_template" in refused(runs[0], "--prompt", "Hi", "--dataset_format", "chat")
-    assert "--json: needs" in refused(runs[0], "--json")
-
-
-def test_blank_lines_are_no_prompts(tmp_path):
-    (tmp_path / "p.txt").write_bytes("\ufeffone\r\n\n two\n".encode())
-    assert [(p.place.rpartition(":")[2], p.given) for p in read_prompts(tmp_path / "p.txt")] == [
-        ("1", "one"),
-        ("3", " two"),
-    ]
-
-
-def test_runs_that_are_none(runs, chat_run, checkpoints, alpaca_file, one_rank, refused, tmp_path):
-    asked = ["--prompt", "Hi"]
-    assert "give a RUN" in refused(*asked)
-    assert "no such folder" in refused(tmp_path / "none", *asked)
-    assert "is no run of train.py" in refused(tmp_path, *asked)
-    assert "is given twice" in refused(runs[0], runs[0], *asked)
-    assert "must have one base" in refused(runs[0], chat_run, *asked)
-    saved_run(one_rank, tmp_path / "dense", args_for(checkpoints("llama_bias"), alpaca_file, "lora"))
-    line = refused(runs[0], tmp_path / "dense", *asked)
-    assert "its base is not packed" in line and "packed by bnb" in line
-    assert "trained on another model" in refused(runs[0], *asked, "--base_model", checkpoints("mistral"))
-    half = shutil.copytree(runs[0], tmp_path / "half")
-    config = (half / "config.yaml").read_text()
-    (half / "config.yaml").write_text(config.replace("lora_rank: 8", "lora_rank: 16"))
-    assert "lora_A.weight has shape [8, " in refused(half, *asked)
-    (half / "config.yaml").write_text(config.replace(str(alpaca_file), str(tmp_path / "gone.jsonl")))
-    line = refused(half, *asked)
-    assert "gone.jsonl: no such file" in line and "--dataset_format" in line
-    (half / ADAPTER).unlink()
-    assert "half written" in refused(half, *asked)
-
-
-def test_a_format_that_is_said_needs_no_data(runs, tmp_path, said, alpaca_file):
-    copy = shutil.copytree(runs[0], tmp_path / "copy")
-    text = (copy / "config.yaml").read_text()
-    (copy / "config.yaml").write_text(text.replace(str(alpaca_file), str(tmp_path / "gone.jsonl")))
-    asked = [*ASKED, "--compare", "false"]
-    ours = said(copy, *asked, "--dataset_format", "alpaca")[0][str(copy)]
-    assert ours == said(runs[0], *asked)[0][str(runs[0])] | {"model": str(copy)}
 
 
 def test_a_conversation_takes_nothing_down_before_the_answer(chat_run):
