@@ -39,8 +39,8 @@ from finished_run import Run, load_model, load_tokenizer, open_base, open_run
 from formats import FORMATS, Rendered
 from launch import Place
 from models.lora import adapters_off
-from precision import choose_precision
-from train import bf16_gpu, loss_sum
+from precision import bf16_gpu, choose_precision
+from train import loss_sum
 
 
 def _parser() -> Parser:

@@ -279,8 +279,8 @@ def test_merged_then_quantized_again(made, checkpoints, tmp_path):
 def test_memory_stays_below_two_shards(made, alpaca_file, one_rank, tmp_path, monkeypatch):
     """140 MB of weights in files of 14 MB. The peak is the process's own, reset before; what the libraries take at
     their first call is taken by an export before that."""
-    sizes = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 12}
-    base = tiny.save_checkpoint("llama", tmp_path / "base", shard="16MB", **sizes)
+    sizes = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 28}
+    base = tiny.save_checkpoint("llama", tmp_path / "base", shard="32MB", **sizes)
     saved_run(one_rank, tmp_path / "run", args_for(base, alpaca_file, "bnb_dora"))
     exported(made, tmp_path / "small", "--check", "false")
     largest = max(path.stat().st_size for path in base.glob("*.safetensors"))
