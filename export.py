@@ -285,13 +285,11 @@ def whole_or_nothing(out: Path) -> Iterator[Path]:
         clear_output(out)
         for path in sorted(temporary.iterdir(), key=lambda p: p.name in LAST):
             path.replace(out / path.name)
-        temporary.rmdir()
-    except BaseException:
+    finally:
         shutil.rmtree(temporary, ignore_errors=True)
         for folder in made:
-            with contextlib.suppress(OSError):  # holds something, or was not made yet
+            with contextlib.suppress(OSError):  # holds something, as after a success, or was not made yet
                 folder.rmdir()
-        raise
 
 
 # The check

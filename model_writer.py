@@ -121,10 +121,9 @@ def write_model(folder: Path, shards: Shards, source: Path, config: dict | None 
             write_tensors(temporary[file], entries)
         for file, path in temporary.items():
             path.rename(folder / file)
-    except BaseException:
-        for path in temporary.values():
+    finally:
+        for path in temporary.values():  # none is left unless something failed
             path.unlink(missing_ok=True)
-        raise
     if list(shards) != [SINGLE]:
         total = sum(entry.nbytes for entries in shards.values() for entry in entries.values())
         weight_map = {name: file for file, entries in shards.items() for name in entries}
