@@ -24,7 +24,7 @@ from transformers import PretrainedConfig
 from transformers.utils import logging as transformers_logging
 
 from checkpoint import check_output, clear_output
-from command_line import Parser, python, report, suggest, with_underscores
+from command_line import command_parser, python, report, suggest, with_underscores
 from config import TOY_MODEL, UserError
 from data import toy_texts
 from model_files import CheckpointFiles, fetch_weights, find_model
@@ -66,13 +66,11 @@ class Options:
 
 def parse(argv: list[str]) -> Options:
     """Raises UserError; exits 0 on --help."""
-    parser = Parser(
-        prog="block_expansion.py",
-        usage="python block_expansion.py --model_name MODEL --output_dir FOLDER\n"
+    parser = command_parser(
+        "block_expansion.py",
+        "--model_name MODEL --output_dir FOLDER\n"
         "         (--new_blocks N | --expansion_rate X | --after LAYERS | --blocks FILE) [--overwrite]",
-        allow_abbrev=False,
-        description="Put new layers between the layers of a model, for the Llama-Pro train types.",
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=110),
+        "Put new layers between the layers of a model, for the Llama-Pro train types.",
     )
     for name, metavar, text in (
         ("model_name", "TEXT", "folder or hub id of a safetensors model, or toy"),

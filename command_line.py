@@ -91,6 +91,17 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message)
 
 
+def command_parser(program: str, usage: str, description: str) -> Parser:
+    """The parser of a command beside train.py; usage: what follows `python <program>`."""
+    return Parser(
+        prog=program,
+        usage=f"python {program} {usage}",
+        allow_abbrev=False,
+        description=description,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=110),
+    )
+
+
 def _parser() -> Parser:
     parser = Parser(
         prog="train.py",

@@ -9,7 +9,6 @@ Weights are read, merged and written one at a time. docs/export.md says which ba
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import os
@@ -39,7 +38,7 @@ from checkpoint import (
     holds_run,
     write_text,
 )
-from command_line import Parser, describe, suggest, with_underscores
+from command_line import command_parser, describe, suggest, with_underscores
 from config import UserError
 from data import prepare
 from finished_run import Run, load_tokenizer, open_run, read_adapter
@@ -79,12 +78,10 @@ class Options:
 
 def parse(argv: list[str]) -> Options:
     """Raises UserError; exits 0 on --help."""
-    parser = Parser(
-        prog="export.py",
-        usage="python export.py RUN --to merged|gguf-ready|adapter --out DIR [--option value ...]",
-        allow_abbrev=False,
-        description="Make a model folder, or an adapter with a model card, of a finished run.",
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=110),
+    parser = command_parser(
+        "export.py",
+        "RUN --to merged|gguf-ready|adapter --out DIR [--option value ...]",
+        "Make a model folder, or an adapter with a model card, of a finished run.",
     )
     parser.add_argument("run", metavar="RUN", nargs="?", help="the --output_dir of train.py")
     for name, metavar, text, choices in (

@@ -12,7 +12,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from command_line import Parser, report, suggest, with_underscores
+from command_line import command_parser, report, suggest, with_underscores
 from config import UserError
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
@@ -77,12 +77,10 @@ HELP = (
 
 def parse(argv: list[str]) -> Options:
     """Raises UserError; exits 0 on --help."""
-    parser = Parser(
-        prog="generate.py",
-        usage='python generate.py RUN [RUN ...] [--prompt "..."] [--option value ...]',
-        allow_abbrev=False,
-        description="Answers of a finished run beside those of its base model.",
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=110),
+    parser = command_parser(
+        "generate.py",
+        'RUN [RUN ...] [--prompt "..."] [--option value ...]',
+        "Answers of a finished run beside those of its base model.",
     )
     parser.add_argument("runs", metavar="RUN", nargs="*", help="an --output_dir of train.py; several adapters"
                         " of one base are switched without loading it again")  # fmt: skip

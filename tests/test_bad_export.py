@@ -11,13 +11,12 @@ from typing import ClassVar
 import pytest
 import torch
 from huggingface_hub.errors import LocalTokenNotFoundError
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import export
 from checkpoint import ADAPTER
 from tests.test_adapters import args_for
-from tests.test_finished_run import saved_run
+from tests.test_finished_run import saved_run, spoil_adapter
 
 
 @pytest.fixture(scope="module")
@@ -112,17 +111,7 @@ def test_a_base_without_a_tokenizer(refused, checkpoints, tmp_path):
 @pytest.mark.parametrize("to", ["merged", "adapter"])
 @pytest.mark.parametrize("change", ["shape", "missing", "surplus"])
 def test_an_adapter_that_does_not_fit(change, to, refused, run):
-    tensors = load_file(run / ADAPTER)
-    with safe_open(run / ADAPTER, framework="pt") as f:
-        metadata = f.metadata()
-    name = next(n for n in tensors if n.endswith("layers.1.mlp.up_proj.lora_B.weight"))
-    if change == "shape":
-        tensors[name] = tensors[name][:, :1].contiguous()
-    elif change == "missing":
-        del tensors[name]
-    else:
-        tensors[name.replace("layers.1", "layers.7")] = tensors[name].clone()
-    save_file(tensors, run / ADAPTER, metadata=metadata)
+    spoil_adapter(run, change)
     words = {"shape": "has shape [160, 1]", "missing": "is missing", "surplus": "has no place"}
     refused("layers.", words[change], to=to)
 
