@@ -167,6 +167,8 @@ class Config:
         " layer, or its attention and its MLP separately (half the gathered memory, more all-gathers)", choices=("layer", "sublayer"))
     use_gradient_checkpointing: bool = option(True, "Memory and speed", "recompute each layer in backward instead of"
         " keeping its activations")
+    compile: str = option("auto", "Memory and speed", "compile each decoder layer and the loss, once; auto = on GPUs",
+        choices=("auto", "true", "false"))
     reentrant_checkpointing: bool = option(False, "Memory and speed", "accepted; checkpointing is always non-reentrant")
     use_cpu_offload: bool = option(False, "Memory and speed", "keep parameters, gradients and optimizer states in"
         " host memory; the optimizer runs on the CPU")
