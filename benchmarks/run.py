@@ -89,9 +89,11 @@ def reason(text: str, status: int) -> str:
     """The line of a failed run's output that says most."""
     lines = [line.strip() for line in re.split(r"[\r\n]+", text) if line.strip()]
     errors = [
-        line for line in lines if re.match(r"(\[?rank\d+\]?: ?)?(error: |[\w.]*(Error|Exception)\b)", line)
+        line for line in lines if re.match(r"(\[rank\d+\]: )?(error: |[\w.]*(Error|Exception)\b)", line)
     ]
-    return (errors or lines or [f"exit status {status}"])[-1][:200]
+    # What torchrun and accelerate add says only that a process failed.
+    told = [line for line in errors if not re.search("ChildFailedError|CalledProcessError", line)]
+    return (told or errors or lines or [f"exit status {status}"])[-1][:200]
 
 
 def measure(options: Options, name: str, setting: Setting, model: Path, precision: str = "") -> Row:
@@ -156,11 +158,11 @@ def measure_all(options: Options, model: Path) -> list[Row]:
 def describe(options: Options) -> list[str]:
     """The lines above the table: machine, versions, work, command."""
     gpus = torch.cuda.device_count()
-    machine = (
-        f"{gpus} x {torch.cuda.get_device_name()}"
-        if gpus
-        else f"No GPU (CPU processes in their place), {os.cpu_count()} processors"
-    )
+    machine = f"No GPU (CPU processes in their place), {os.cpu_count()} processors"
+    if gpus:  # asked in a process of its own: this one must take no memory of a GPU
+        ask = [sys.executable, "-c", "import torch; print(torch.cuda.get_device_name())"]
+        name = subprocess.run(ask, check=True, capture_output=True, text=True).stdout.strip()
+        machine = f"{gpus} x {name}"
     lines = [f"{datetime.date.today()}. {machine}. Versions:", ""]
     for name in (OURS, *options.peers):
         if not absent(options, name):
@@ -198,12 +200,12 @@ def main(argv: list[str]) -> int:
         rows = measure_all(options, model)
     except UserError as e:
         return report(e, verbose=False)
-    if any(not row.problem for row in rows):
-        draw(
-            rows, f"{options.shape} shape, {options.context_length} tokens", options.out / "speed_memory.png"
-        )
     print((options.out / "results.md").read_text(), end="")
-    print(f"in {options.out}: results.md, results.json, speed_memory.png, the output of each run")
+    drawn = "speed_memory.png, " if any(not row.problem for row in rows) else ""
+    if drawn:
+        title = f"{options.shape} shape, {options.context_length} tokens"
+        draw(rows, title, options.out / "speed_memory.png")
+    print(f"in {options.out}: results.md, results.json, {drawn}the output of each run")
     return 0
 
 

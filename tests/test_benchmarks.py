@@ -122,6 +122,10 @@ def test_a_peer_that_works(row_of):
     [
         ("raise ValueError('no such kernel')", "failed: ValueError: no such kernel"),
         ("import sys; print('error: out of luck'); print('bye'); sys.exit(2)", "failed: error: out of luck"),
+        (
+            "print('[rank1]: torch.OutOfMemoryError: CUDA out of memory'); raise RuntimeError('ChildFailedError')",
+            "failed: [rank1]: torch.OutOfMemoryError: CUDA out of memory",
+        ),
         ("import sys; sys.exit('it is over')", "failed: it is over"),
         ("import os; os.kill(os.getpid(), 9)", "failed: exit status -9"),
         ("print('done')", "printed no result"),

@@ -66,5 +66,4 @@ tell(
     tokens=work.batch_size * work.gpus * work.context_length,
     peak_gib=max(map(float, peaks)),
     adapters="bfloat16",
-    device="",
 )

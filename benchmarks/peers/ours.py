@@ -40,11 +40,14 @@ if status:
     sys.exit(status)
 run = Path(work.output_dir)
 steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-facts = json.loads((run / "run.json").read_text())
+padding = json.loads((run / "run.json").read_text())["data"]["padding_share"]
+if padding:
+    sys.exit(
+        f"error: {padding:.0%} of the positions are padding, which counts as no token but takes its time"
+    )
 tell(
     step_seconds=[step["step_seconds"] for step in steps],
     tokens=sum(step["tokens"] for step in steps) / len(steps),
     peak_gib=max(step["memory_allocated_gib"] for step in steps),
     adapters="bfloat16" if work.precision == "bf16" else "float32",  # precision.py
-    device=facts["hardware"]["device"],
 )

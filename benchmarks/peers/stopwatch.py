@@ -60,5 +60,4 @@ class Stopwatch:
             tokens=self.tokens / len(self.ends) * RANKS,
             peak_gib=max(peaks) / 2**30,
             adapters=" and ".join(sorted(trained)),
-            device=torch.cuda.get_device_name() if gpu else "CPU",
         )

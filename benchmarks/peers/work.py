@@ -1,6 +1,6 @@
 """What the measured scripts share: their options and the one line that they print.
 
-    RESULT {"step_seconds": [...], "tokens": ..., "peak_gib": ..., "adapters": "float32", "device": "..."}
+    RESULT {"step_seconds": [...], "tokens": ..., "peak_gib": ..., "adapters": "float32"}
 
 step_seconds: of the steps, in order, from the end of one to the end of the next; tokens: those that went into a step
 of all ranks, as counted in front of the model; peak_gib: most that was allocated on a GPU, loading included, of the
