@@ -11,6 +11,7 @@ import os
 import time
 import typing
 from dataclasses import dataclass
+from pathlib import Path
 
 import yaml
 
@@ -220,6 +221,11 @@ class Config:
 
 FIELDS = {f.name: f for f in dataclasses.fields(Config)}
 HINTS = typing.get_type_hints(Config)
+
+
+def user_cache() -> Path:
+    """Where this program keeps models that it made itself; it need not exist."""
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "fsdp-finetune"
 
 
 def shown(value) -> str:
