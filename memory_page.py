@@ -94,7 +94,7 @@ def _chart(part: Part, top: float) -> str:
     series = [
         Series(name, line, style) for (name, line), style in zip(part.curves.items(), STYLES, strict=False)
     ]
-    x, y = time_axis(part.seconds), value_axis([0.0, top])
+    x, y = time_axis(part.seconds), value_axis([0.0, 1.1 * top])  # room for the names of the phases
     bands = [
         Band(
             s.name,
