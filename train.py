@@ -34,6 +34,7 @@ from checkpoint import (
     base_digest,
     clear_output,
     save_adapter,
+    whole,
     write_text,
 )
 from checks import Job, check, read_tokenizer, total_steps
@@ -56,7 +57,7 @@ from recompute import Keep, compiler, compiles
 from report import FACTS, describe_run, write_report
 from tracking import Meter, describe_data, describe_files, describe_model, make_tracker, summary
 from weight_cache import CacheWriter
-from wrapping import STRATEGIES, WRAP_POLICIES, make_mesh, offload_policy, wrap
+from wrapping import STRATEGIES, WRAP_POLICIES, make_mesh, offload_policy, sync_gradients, wrap
 
 
 def set_up(job: Job, place: Place, profiler: NoProfiler = NO_PROFILER) -> nn.Module:
@@ -76,7 +77,7 @@ def set_up(job: Job, place: Place, profiler: NoProfiler = NO_PROFILER) -> nn.Mod
         cast=precision.gathered,
         offload=offload_policy(config.use_cpu_offload, device.type),
         keep=Keep.NOTHING if config.use_gradient_checkpointing else Keep.ALL,
-        run=compiler() if compiles(config.compile, device.type, family) else None,
+        run=compiler() if compiles(config.compile, device, family) else None,
         offload_activations=config.use_activation_cpu_offload,
     )
     profiler.phase("load")
@@ -129,7 +130,7 @@ def train(
         for i, batch in enumerate(step.batches, 1):
             profiler.phase("forward")
             batch = batch.to(place.device)
-            model.set_requires_gradient_sync(i == len(step.batches) or not config.no_sync)
+            sync_gradients(model, i == len(step.batches) or not config.no_sync)
             # Exactly the mean over the step's targets: divided by their number on all ranks and in all
             # micro-batches, while FSDP sums gradients over ranks and backward over micro-batches.
             with precision.context(place.device.type):
@@ -139,7 +140,7 @@ def train(
             loss += share.detach()
         profiler.phase("optimizer")
         scaler.unscale_(optimizer)
-        norm = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None]).full_tensor()
+        norm = whole(nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None]))
         if config.apply_gradient_clipping:
             nn.utils.clip_grads_with_norm_(trained, config.grad_norm, norm)
         lr = schedule.get_last_lr()[0]

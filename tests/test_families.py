@@ -15,6 +15,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts, Qw
 import models
 import precision
 import train
+from checkpoint import whole
 from config import UserError
 from data import IGNORE, Batch
 from models import FAMILIES, build_on_meta, gemma2, read_config
@@ -249,7 +250,7 @@ def gradients(place, args):
     train.loss_sum(
         model, Batch(IDS[place.rank :: place.world], targets()[place.rank :: place.world])
     ).backward()
-    return {clean(n): p.grad.full_tensor() for n, p in model.named_parameters()}, state
+    return {clean(n): whole(p.grad) for n, p in model.named_parameters()}, state
 
 
 @pytest.mark.parametrize("train_type", ["full", "bnb_dora"])
