@@ -39,7 +39,7 @@ from checkpoint import (
 )
 from checks import Job, check, read_tokenizer
 from config import TOY_MODEL, Config, UserError
-from data import IGNORE, StepSampler
+from data import IGNORE, Batch, StepSampler
 from evaluation import Evaluator, describe_evaluations
 from launch import Place, resolve_workers
 from model_writer import save_blocks, save_expanded, save_model
@@ -93,12 +93,12 @@ def set_up(job: Job, place: Place) -> nn.Module:
     return model
 
 
-def loss_sum(model: nn.Module, ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy summed over the targets, in fp32. ids, targets: [B, T]."""
+def loss_sum(model: nn.Module, batch: Batch) -> torch.Tensor:
+    """Cross-entropy summed over the batch's targets, in fp32."""
     # No attention mask: padding is on the right, where causal attention never looks, and has no targets.
-    logits = model(input_ids=ids, use_cache=False).logits
+    logits = model(input_ids=batch.ids, use_cache=False).logits
     return F.cross_entropy(
-        logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE, reduction="sum"
+        logits.flatten(0, 1).float(), batch.targets.flatten(), ignore_index=IGNORE, reduction="sum"
     )
 
 
@@ -128,7 +128,7 @@ def train(job: Job, model: nn.Module, place: Place, sampler: StepSampler, tracke
             # Exactly the mean over the step's targets: divided by their number on all ranks and in all
             # micro-batches, while FSDP sums gradients over ranks and backward over micro-batches.
             with precision.context(place.device.type):
-                share = loss_sum(model, batch.ids, batch.targets) / step.n_targets
+                share = loss_sum(model, batch) / step.n_targets
             scaler.scale(share).backward()
             loss += share.detach()
         scaler.unscale_(optimizer)
