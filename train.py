@@ -31,6 +31,7 @@ from transformers.utils import logging as transformers_logging
 import config as options
 import launch
 import memory
+from attention import packed_attention
 from checkpoint import (
     base_digest,
     clear_output,
@@ -50,6 +51,7 @@ from models.adapters import (
     peft_targets,
 )
 from optimizers import make_optimizer, make_schedule
+from packing import PackSampler
 from precision import precision_here
 from quantize_layers import load_weights
 from report import FACTS, describe_run, write_report
@@ -62,7 +64,8 @@ def set_up(job: Job, place: Place) -> nn.Module:
     """The model of the train type, sharded and filled."""
     config, family = job.config, FAMILIES[job.model_config.model_type]
     precision, device = precision_here(config.precision), place.device
-    model = build_on_meta(job.model_config, family)
+    attention = packed_attention(job.model_config, family, precision.matmul) if config.packing else None
+    model = build_on_meta(job.model_config, family, attention)
     apply_method(model, family, config, precision, job.files)
     mesh = make_mesh(device.type, place.world, config.sharding_strategy, config.hybrid_shard_size)
     wrap(
@@ -95,11 +98,18 @@ def set_up(job: Job, place: Place) -> nn.Module:
 
 def loss_sum(model: nn.Module, batch: Batch) -> torch.Tensor:
     """Cross-entropy summed over the batch's targets, in fp32."""
-    # No attention mask: padding is on the right, where causal attention never looks, and has no targets.
-    logits = model(input_ids=batch.ids, use_cache=False).logits
+    # No attention mask: padding is on the right, where causal attention never looks, and has no targets. Packed
+    # rows say where they begin and end.
+    logits = model(**batch.inputs(), use_cache=False).logits
     return F.cross_entropy(
         logits.flatten(0, 1).float(), batch.targets.flatten(), ignore_index=IGNORE, reduction="sum"
     )
+
+
+def make_sampler(job: Job, place: Place) -> StepSampler:
+    c = job.config
+    dealt = (job.rows, c.batch_size, c.gradient_accumulation_steps, place.rank, place.world, c.seed)
+    return PackSampler(*dealt, c.context_length) if c.packing else StepSampler(*dealt)
 
 
 def total_steps(config: Config, sampler: StepSampler) -> int:
@@ -165,12 +175,10 @@ def make_evaluator(job: Job, model: nn.Module, place: Place, total: int, meter: 
 def run_rank(place: Place, job: Job) -> None:
     """What each process does, from loading to the saved result."""
     config, start = job.config, time.perf_counter()
-    sampler = StepSampler(
-        job.rows, config.batch_size, config.gradient_accumulation_steps, place.rank, place.world, config.seed
-    )
+    sampler = make_sampler(job, place)
     folder = Path(config.output_dir)
     if place.rank == 0:
-        print(describe_data(job.rows, sampler) + job.evaluation.describe(), flush=True)
+        print(describe_data(job.rows, sampler, config.context_length) + job.evaluation.describe(), flush=True)
     model = set_up(job, place)
     if place.rank == 0:
         clear_output(folder)

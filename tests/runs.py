@@ -17,7 +17,6 @@ import checks
 import train
 from checkpoint import gather
 from command_line import parse
-from data import StepSampler
 from models.family import clean
 from models.lora import LoRALinear
 from quantize_layers import fill
@@ -60,10 +59,7 @@ def trained_tensors(model) -> dict[str, torch.Tensor]:
 def train_run(place, argv: list[str]) -> tuple[list[float], dict[str, torch.Tensor], list[float]]:
     """(loss of each step, every trained tensor afterwards, gradient norm of each step)."""
     job, model = set_up(place, argv)
-    c = job.config
-    sampler = StepSampler(
-        job.rows, c.batch_size, c.gradient_accumulation_steps, place.rank, place.world, c.seed
-    )
+    sampler = train.make_sampler(job, place)
     history = train.train(job, model, place, sampler, NoTracker())
     return [m.loss for m in history], trained_tensors(model), [m.grad_norm for m in history]
 
