@@ -53,11 +53,12 @@ from models.adapters import (
 from optimizers import make_optimizer, make_schedule
 from packing import PackSampler
 from precision import precision_here
+from prefetch import ahead
 from quantize_layers import load_weights
 from report import FACTS, describe_run, write_report
 from tracking import Meter, describe_data, describe_files, describe_model, make_tracker, summary
 from weight_cache import CacheWriter
-from wrapping import STRATEGIES, WRAP_POLICIES, make_mesh, offload_policy, wrap
+from wrapping import STRATEGIES, WRAP_POLICIES, can_pin, make_mesh, offload_policy, wrap
 
 
 def set_up(job: Job, place: Place) -> nn.Module:
@@ -130,7 +131,8 @@ def train(job: Job, model: nn.Module, place: Place, sampler: StepSampler, tracke
     evaluator = make_evaluator(job, model, place, total, meter, tracker)
     model.train()
     evaluator.begin()
-    for index, step in zip(range(1, total + 1), sampler.steps(config.num_epochs), strict=False):
+    steps = ahead(sampler.steps(config.num_epochs), place.device, can_pin(place.device.type))
+    for index, step in zip(range(1, total + 1), steps, strict=False):
         loss = torch.zeros((), device=place.device)
         for i, batch in enumerate(step.batches, 1):
             batch = batch.to(place.device)
