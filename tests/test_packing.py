@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import attention
+import report
 import train
 from attention import VARLEN, packed_attention
 from data import IGNORE, Batch, StepSampler, TokenizedRows, make_batch
@@ -21,6 +22,7 @@ from packing import PackSampler, best_fit, make_packed
 from tests.runs import make_job, set_up, train_run
 from tests.test_data import SIZES, expected, some_rows
 from tests.test_parity import arguments, assert_same
+from tests.test_report import make_run, metrics, page_of
 from tests.tiny import CONFIGS
 from tracking import describe_data
 
@@ -325,12 +327,15 @@ def test_little_padding_is_no_reason_to_pack():
     assert "packing" not in describe_data(rows, single, 64)
 
 
-def test_packs_are_in_the_report(checkpoints, alpaca_file):
-    from report import _data
-
+def test_packs_are_in_the_report(tmp_path):
     rows = some_rows(50)
-    assert _data(rows, PackSampler(rows, 8, 1, 0, 1, 42, 64))["packs"] > 1
-    assert _data(rows, StepSampler(rows, 8, 1, 0, 1, 42))["packs"] is None
+    run = make_run(tmp_path / "run", [metrics(1)])
+    for sampler, shown in (
+        (PackSampler(rows, 8, 1, 0, 1, 42, 64), True),
+        (StepSampler(rows, 8, 1, 0, 1, 42), False),
+    ):
+        (run / "run.json").write_text(report.describe_run(rows, sampler, torch.nn.Linear(3, 2)))
+        assert (f"Packs {sampler.count()} " in page_of(run).text) == shown
 
 
 def test_a_job_is_dealt_as_its_options_say(checkpoints, alpaca_file, one_rank):
