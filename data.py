@@ -244,10 +244,6 @@ class Batch:
         """In page-locked memory, from which a GPU copies while the program goes on."""
         return self._each(torch.Tensor.pin_memory)
 
-    def unlearned(self) -> Batch:
-        """Without targets."""
-        return dataclasses.replace(self, targets=torch.full_like(self.targets, IGNORE))
-
     def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
         tensors = {name: v for name, v in vars(self).items() if isinstance(v, torch.Tensor)}
         return dataclasses.replace(self, **{name: change(v) for name, v in tensors.items()})
@@ -286,13 +282,10 @@ class StepSampler:
         return -(-self.count() // (self.batch_size * self.accumulation * self.world))
 
     def deal(self, epoch: int) -> Iterator[tuple[Sequence, list[Sequence]]]:
-        """Per step (all that it takes, [each micro-batch of this rank]): indices of rows."""
-        across = self.batch_size * self.world
+        """Per step (all that it takes, [each micro-batch, of all ranks]): indices of rows."""
         order = self._order(epoch)
-        for first in range(0, len(order), across * self.accumulation):
-            step = order[first : first + across * self.accumulation]
-            micros = [step[i : i + across] for i in range(0, len(step), across)]
-            yield step, [micro[self.rank * self.batch_size :][: self.batch_size] for micro in micros]
+        for step in _split(order, self.batch_size * self.world * self.accumulation):
+            yield step, _split(step, self.batch_size * self.world)
 
     def _order(self, epoch: int) -> Sequence:
         return torch.randperm(len(self.rows), generator=self._generator(epoch))
@@ -301,9 +294,11 @@ class StepSampler:
         return torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**63)
 
     def positions(self) -> int:
-        """Of the first epoch's batches, of all ranks, padding included: each takes the next batch_size rows."""
-        batches = self._lengths[self._order(0)].split(self.batch_size)
-        return sum(len(b) * int(b.max()) for b in batches)
+        """Of the first epoch's batches, of all ranks, padding included."""
+        size, total = self.batch_size, 0
+        for micro in _split(self._order(0), size * self.world):
+            total += -(-len(micro) // size) * min(size, len(micro)) * self._width(micro)
+        return total
 
     def padding_share(self) -> float:
         """Padding among all positions of the first epoch."""
@@ -313,26 +308,39 @@ class StepSampler:
         """The steps of the whole run, in order."""
         for epoch in range(num_epochs):
             for i, (step, micros) in enumerate(self.deal(epoch)):
-                # A rank that is left without any at an epoch's end goes through the step's first without targets:
-                # collectives need all ranks.
-                batches = [self._batch(m) if len(m) else self._batch(step[:1]).unlearned() for m in micros]
+                batches = [self._batch(m) for m in micros]
                 done, rows = epoch + (i + 1) / self.steps_per_epoch(), self._rows(step)
                 yield Step(done, batches, int(self._lengths[rows].sum()), int(self._targets[rows].sum()))
+
+    def _batch(self, micro: Sequence) -> Batch:
+        """This rank's part of a micro-batch of all ranks, in the shape of the largest part: ranks that share a
+        vocabulary exchange equally many tokens (loss.py), and FSDP waits for the slowest anyway. At an epoch's
+        end a rank may be left without rows."""
+        own = micro[self.rank * self.batch_size :][: self.batch_size]
+        return self._collate(own, (min(self.batch_size, len(micro)), self._width(micro)))
 
     def _rows(self, step: Sequence) -> torch.Tensor:
         """Indices of all rows of a step."""
         return step
 
-    def _batch(self, micro: Sequence) -> Batch:
-        return make_batch(self.rows, micro)
+    def _width(self, micro: Sequence) -> int:
+        """Tokens of the longest line of a micro-batch of all ranks."""
+        return int(self._lengths[micro].max())
+
+    def _collate(self, own: Sequence, shape: tuple[int, int]) -> Batch:
+        return make_batch(self.rows, own, shape)
 
 
-def make_batch(rows: TokenizedRows, indices: torch.Tensor) -> Batch:
-    """The rows `indices`, padded to the longest of them, on the right: causal attention never looks there."""
+def _split(items: Sequence, size: int) -> list[Sequence]:
+    return [items[i : i + size] for i in range(0, len(items), size)]
+
+
+def make_batch(rows: TokenizedRows, indices: torch.Tensor, shape: tuple[int, int]) -> Batch:
+    """The rows `indices` in a batch of that shape [B, T]: padded on the right, where causal attention never looks,
+    and with rows of nothing but padding."""
     spans = [(int(rows.starts[i]), int(rows.starts[i + 1])) for i in indices]
-    width = max(end - start for start, end in spans)
-    ids = torch.zeros(len(spans), width, dtype=torch.int64)
-    targets = torch.full((len(spans), width), IGNORE)
+    ids = torch.zeros(shape, dtype=torch.int64)
+    targets = torch.full(shape, IGNORE)
     for row, (start, end) in enumerate(spans):
         tokens = rows.tokens[start:end].long()
         ids[row, : end - start] = tokens

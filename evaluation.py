@@ -57,14 +57,17 @@ def mean_loss(
 
     The batches are the same on any number of ranks, which take turns, and their sums meet each in a place of its
     own: the result depends on the number of ranks only as far as the kernels do. The longest come first, so that
-    what does not fit into memory shows at once; a rank that is left without a batch goes through the last again.
+    what does not fit into memory shows at once; a rank that is left without a batch takes one of nothing but padding.
     """
-    batches = rows.lengths().argsort(descending=True, stable=True).split(batch_size)
+    lengths = rows.lengths()
+    batches = lengths.argsort(descending=True, stable=True).split(batch_size)
     sums = torch.zeros(len(batches), dtype=torch.float64, device=place.device)
     with evaluating(model):
         for first in range(0, len(batches), place.world):
             own = first + place.rank
-            batch = make_batch(rows, batches[min(own, len(batches) - 1)]).to(place.device)
+            indices = batches[own] if own < len(batches) else batches[0][:0]
+            longest = int(lengths[batches[first][0]])
+            batch = make_batch(rows, indices, (len(batches[first]), longest)).to(place.device)
             with context():
                 total = loss_sum(model, batch)
             if own < len(batches):

@@ -79,15 +79,14 @@ class PackSampler(StepSampler):
         self._packs = torch.tensor(list(chain.from_iterable(packs))).split(sizes)
         filled = torch.stack([lengths[pack].sum() for pack in self._packs])
         self.width, self.longest = int(filled.max()), int(lengths.max())
-        padding = (self.width - filled + self.longest - 1) // self.longest  # as rows that are not too long
-        pieces = (torch.tensor(sizes) + padding).sort(descending=True).values
-        self.bounds = int(pieces[:batch_size].sum()) + 1
+        # Padding is cut into rows as well, of which none is too long. A line may be nothing else.
+        filled = torch.cat([filled, torch.zeros(batch_size, dtype=torch.int64)])
+        padding = (self.width - filled + self.longest - 1) // self.longest
+        pieces = padding + torch.tensor(sizes + [0] * batch_size)
+        self.bounds = int(pieces.sort(descending=True).values[:batch_size].sum()) + 1
 
     def count(self) -> int:
         return len(self._packs)
-
-    def positions(self) -> int:
-        return self.count() * self.width
 
     def _order(self, epoch: int) -> list[torch.Tensor]:
         generator = self._generator(epoch)
@@ -99,17 +98,20 @@ class PackSampler(StepSampler):
     def _rows(self, step: Sequence) -> torch.Tensor:
         return torch.cat(step)
 
-    def _batch(self, micro: Sequence) -> Batch:
-        return make_packed(self.rows, micro, self.width, self.longest, self.bounds)
+    def _width(self, micro: Sequence) -> int:
+        return self.width
+
+    def _collate(self, own: Sequence, shape: tuple[int, int]) -> Batch:
+        return make_packed(self.rows, own, shape, self.longest, self.bounds)
 
 
 def make_packed(
-    rows: TokenizedRows, packs: Sequence[torch.Tensor], width: int, longest: int, bounds: int
+    rows: TokenizedRows, packs: Sequence[torch.Tensor], shape: tuple[int, int], longest: int, bounds: int
 ) -> Batch:
-    """The rows of each pack behind one another. packs: indices of rows; the rest as in PackSampler."""
-    ids, positions = torch.zeros(2, len(packs), width, dtype=torch.int64)
-    targets = torch.full_like(ids, IGNORE)
-    ends = [0]
+    """The rows of each pack behind one another, in a batch of that shape [B, T]; lines that are left over are
+    padding. packs: indices of rows; longest, bounds: as in PackSampler."""
+    ids, positions = torch.zeros(2, *shape, dtype=torch.int64)
+    targets = torch.full(shape, IGNORE)
     for line, pack in enumerate(packs):
         starts, lengths = rows.starts[pack], rows.starts[pack + 1] - rows.starts[pack]
         stops = lengths.cumsum(0)
@@ -119,10 +121,19 @@ def make_packed(
         learned = rows.learned[where] & (place > 0)
         ids[line, : len(tokens)], positions[line, : len(tokens)] = tokens, place
         targets[line, : len(tokens) - 1] = tokens.masked_fill(~learned, IGNORE)[1:]
-        first, last = line * width, (line + 1) * width
-        ends += (first + stops).tolist()
-        # Padding is attended to within itself, in pieces that no kernel finds longer than the longest row.
-        ends += range(ends[-1] + longest, last, longest)
-        ends += [last] * (ends[-1] < last)
+    ends = _bounds([(rows.starts[pack + 1] - rows.starts[pack]).tolist() for pack in packs], shape, longest)
     ends += ends[-1:] * (bounds - len(ends))
     return Batch(ids, targets, positions, torch.tensor(ends, dtype=torch.int32), longest)
+
+
+def _bounds(packs: list[list[int]], shape: tuple[int, int], longest: int) -> list[int]:
+    """Where rows begin and end in the batch as one line; packs: the lengths of their rows. Padding is attended to
+    within itself, in pieces that no kernel finds longer than the longest row."""
+    lines, width = shape
+    ends = [0]
+    for line in range(lines):
+        for length in packs[line] if line < len(packs) else ():
+            ends.append(ends[-1] + length)
+        while ends[-1] < (line + 1) * width:
+            ends.append(min(ends[-1] + longest, (line + 1) * width))
+    return ends

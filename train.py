@@ -23,7 +23,6 @@ import time
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from huggingface_hub.utils import logging as hub_logging
 from torch import nn
 from transformers.utils import logging as transformers_logging
@@ -40,7 +39,7 @@ from checkpoint import (
 )
 from checks import Job, check, read_tokenizer
 from config import TOY_MODEL, Config, UserError
-from data import IGNORE, Batch, StepSampler
+from data import Batch, StepSampler
 from evaluation import Evaluator, describe_evaluations
 from launch import Place, resolve_workers
 from model_writer import save_blocks, save_expanded, save_model
@@ -55,6 +54,7 @@ from packing import PackSampler
 from precision import precision_here
 from prefetch import ahead
 from quantize_layers import load_weights
+from recompute import Keep, compiler, compiles
 from report import FACTS, describe_run, write_report
 from tracking import Meter, describe_data, describe_files, describe_model, make_tracker, summary
 from weight_cache import CacheWriter
@@ -77,7 +77,8 @@ def set_up(job: Job, place: Place) -> nn.Module:
         units=WRAP_POLICIES[config.wrap_policy](family),
         cast=precision.gathered,
         offload=offload_policy(config.use_cpu_offload, device.type),
-        checkpointing=config.use_gradient_checkpointing,
+        keep=Keep.NOTHING if config.use_gradient_checkpointing else Keep.ALL,
+        run=compiler() if compiles(config.compile, device.type, family) else None,
         offload_activations=config.use_activation_cpu_offload,
     )
     cache = None
@@ -101,10 +102,7 @@ def loss_sum(model: nn.Module, batch: Batch) -> torch.Tensor:
     """Cross-entropy summed over the batch's targets, in fp32."""
     # No attention mask: padding is on the right, where causal attention never looks, and has no targets. Packed
     # rows say where they begin and end.
-    logits = model(**batch.inputs(), use_cache=False).logits
-    return F.cross_entropy(
-        logits.flatten(0, 1).float(), batch.targets.flatten(), ignore_index=IGNORE, reduction="sum"
-    )
+    return model(**batch.inputs(), targets=batch.targets)
 
 
 def make_sampler(job: Job, place: Place) -> StepSampler:

@@ -82,7 +82,8 @@ def test_an_epoch_has_every_row_once_with_its_targets(size, capacity):
         table = learned_rows(step)
         targets = sum(t != IGNORE for values in table.values() for t in values)
         assert {(part.n_tokens, part.n_targets) for part in step} == {(sum(map(len, table)), targets)}
-        assert len({len(part.batches) for part in step}) == 1  # collectives need all ranks alike
+        # Collectives need all ranks alike.
+        assert len({tuple(b.ids.shape for b in part.batches) for part in step}) == 1
     batches = [b for step in steps for part in step for b in part.batches]
     # Compiled layers are compiled for one shape.
     assert len({(b.ids.shape[1], len(b.bounds), b.longest) for b in batches}) == 1
@@ -155,7 +156,7 @@ def seven_rows() -> TokenizedRows:
 
 def packed_batch() -> Batch:
     """77 tokens wide: one line has none to spare, another 42. Two rows of no tokens fill up the bounds."""
-    return make_packed(seven_rows(), [torch.tensor(p) for p in PACKS], 77, max(LENGTHS), 12)
+    return make_packed(seven_rows(), [torch.tensor(p) for p in PACKS], (3, 77), max(LENGTHS), 12)
 
 
 def by_definition(q, k, v, cu_q, cu_k, max_q, max_k, **options):
@@ -182,7 +183,7 @@ def ways(place, args) -> dict[str, tuple[float, dict]]:
     """(loss, {trained parameter: its gradient}) of the seven rows: padded and packed; by the family's own
     attention and, where that is PyTorch's, by ours over `by_definition`."""
     job, model = set_up(place, args)
-    padded = make_batch(seven_rows(), torch.arange(len(LENGTHS)))
+    padded = make_batch(seven_rows(), torch.arange(len(LENGTHS)), (len(LENGTHS), max(LENGTHS)))
     packed = packed_batch()
     found = {
         "padded": learn(model, padded),
