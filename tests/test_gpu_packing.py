@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 import attention
 from attention import VARLEN, attend_within_rows, has_varlen
@@ -82,7 +83,8 @@ def test_lines_that_are_not_packed_are_rows(kernel):
 def test_models_follow_the_fallback(kind, precision, checkpoints, alpaca_file, one_rank, kernel):
     """Loss and gradients. Of the families with routed experts none: rounding sends tokens to other experts."""
     args = arguments(checkpoints(kind), alpaca_file, "bnb_dora", "--packing", "true")
-    used, ours, fallback, leaking = one_rank(losses_and_gradients, [*args, "--precision", precision])[0]
+    args += ["--precision", precision, "--compile", "false"]
+    used, ours, fallback, leaking = one_rank(losses_and_gradients, args)[0]
     assert used == VARLEN
     assert ours[0] == pytest.approx(fallback[0], rel=2e-3)
     assert apart(ours[1], fallback[1]) < 0.1
@@ -141,11 +143,33 @@ def test_it_compiles_once_and_never_waits_for_the_gpu(kernel):
 def test_a_run_learns_what_it_learns_unpacked(precision, checkpoints, alpaca_file, one_rank):
     """Steps of a whole epoch: the same rows in each. On GPUs before Ampere this is the fallback."""
     args = [*packing_arguments(checkpoints(), alpaca_file, 2), "--gradient_accumulation_steps", "2"]
-    args += ["--precision", precision]
+    args += ["--precision", precision, "--compile", "false"]
     packed = one_rank(train_run, [*args, "--batch_size", "4"])[0]
     padded = one_rank(train_run, [*args, "--packing", "false", "--batch_size", "6"])[0]
     torch.testing.assert_close(torch.tensor(packed[0]), torch.tensor(padded[0]), rtol=2e-2, atol=0)
     torch.testing.assert_close(torch.tensor(packed[2]), torch.tensor(padded[2]), rtol=1e-1, atol=0)
+
+
+@pytest.mark.gpu
+def test_compiled_layers_are_compiled_for_one_shape(checkpoints, alpaca_file, one_rank, kernel):
+    """The second step's micro-batches, of other packs, compile nothing, and the result is that of layers that are
+    not compiled."""
+    args = [*packing_arguments(checkpoints(), alpaca_file, 2), "--precision", "auto", "--batch_size", "4"]
+    args += ["--gradient_accumulation_steps", "2"]
+    _, after_one = one_rank(compiled_on_gpu, [*args, "--max_steps", "1"])[0]
+    compiled, after_two = one_rank(compiled_on_gpu, args)[0]
+    assert after_one == after_two > 0
+    plain = one_rank(train_run, [*args, "--compile", "false"])[0]
+    torch.testing.assert_close(torch.tensor(compiled[0]), torch.tensor(plain[0]), rtol=2e-2, atol=0)
+    torch.testing.assert_close(torch.tensor(compiled[2]), torch.tensor(plain[2]), rtol=1e-1, atol=0)
+
+
+def compiled_on_gpu(place, args) -> tuple:
+    """(`train_run`'s results, graphs that were made)."""
+    torch.compiler.reset()
+    before = counters["stats"]["unique_graphs"]
+    results = train_run(place, [*args, "--compile", "true"])
+    return results, counters["stats"]["unique_graphs"] - before
 
 
 @pytest.mark.gpu

@@ -22,6 +22,7 @@ from packing import PackSampler, best_fit, make_packed
 from tests.runs import make_job, set_up, train_run
 from tests.test_data import SIZES, expected, some_rows
 from tests.test_parity import arguments, assert_same
+from tests.test_recompute import compiled_run
 from tests.test_report import make_run, metrics, page_of
 from tests.tiny import CONFIGS
 from tracking import describe_data
@@ -245,6 +246,16 @@ def test_a_run_learns_what_it_learns_unpacked(checkpoints, alpaca_file, one_rank
     padded = one_rank(train_run, [*args, "--packing", "false", "--batch_size", "6"])[0]
     assert len(packed[0]) == 2
     assert_same(padded, packed)
+
+
+def test_compiled_layers_are_compiled_for_one_shape(checkpoints, alpaca_file, one_rank):
+    """Four micro-batches of different packs, with masks: a graph for the first layer, whose input has no gradient, one
+    for the others, and two for the loss."""
+    args = [*packing_arguments(checkpoints(), alpaca_file, 2), "--batch_size", "4"]
+    args += ["--gradient_accumulation_steps", "2"]
+    compiled, graphs = one_rank(compiled_run, args)[0]
+    assert graphs == 4
+    assert_same(one_rank(train_run, args)[0], compiled)
 
 
 def test_two_ranks_equal_one(checkpoints, alpaca_file, one_rank, two_ranks):
