@@ -18,6 +18,7 @@ from itertools import chain
 
 import torch
 
+from config import Config
 from data import IGNORE, Batch, StepSampler, TokenizedRows
 
 # Rows that are put in order of length at a time, before they are packed. With more of them packs are a little fuller,
@@ -103,6 +104,12 @@ class PackSampler(StepSampler):
 
     def _collate(self, own: Sequence, shape: tuple[int, int]) -> Batch:
         return make_packed(self.rows, own, shape, self.longest, self.bounds)
+
+
+def make_sampler(config: Config, rows: TokenizedRows, rank: int, world: int) -> StepSampler:
+    """What deals a run's rows to one of its ranks."""
+    dealt = (rows, config.batch_size, config.gradient_accumulation_steps, rank, world, config.seed)
+    return PackSampler(*dealt, config.context_length) if config.packing else StepSampler(*dealt)
 
 
 def make_packed(

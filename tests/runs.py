@@ -19,6 +19,7 @@ from checkpoint import gather
 from command_line import parse
 from models.family import clean
 from models.lora import LoRALinear
+from packing import make_sampler
 from quantize_layers import fill
 from tracking import NoTracker
 
@@ -59,7 +60,7 @@ def trained_tensors(model) -> dict[str, torch.Tensor]:
 def train_run(place, argv: list[str]) -> tuple[list[float], dict[str, torch.Tensor], list[float]]:
     """(loss of each step, every trained tensor afterwards, gradient norm of each step)."""
     job, model = set_up(place, argv)
-    sampler = train.make_sampler(job, place)
+    sampler = make_sampler(job.config, job.rows, place.rank, place.world)
     history = train.train(job, model, place, sampler, NoTracker())
     return [m.loss for m in history], trained_tensors(model), [m.grad_norm for m in history]
 

@@ -18,7 +18,7 @@ from attention import VARLEN, packed_attention
 from data import IGNORE, Batch, StepSampler, TokenizedRows, make_batch
 from models import FAMILIES, read_config
 from models.family import clean
-from packing import PackSampler, best_fit, make_packed
+from packing import PackSampler, best_fit, make_packed, make_sampler
 from tests.runs import make_job, set_up, train_run
 from tests.test_data import SIZES, expected, some_rows
 from tests.test_parity import arguments, assert_same
@@ -346,7 +346,7 @@ def test_packs_are_in_the_report(tmp_path):
         (PackSampler(rows, 8, 1, 0, 1, 42, 64), True),
         (StepSampler(rows, 8, 1, 0, 1, 42), False),
     ):
-        (run / "run.json").write_text(report.describe_run(rows, sampler, torch.nn.Linear(3, 2)))
+        (run / "run.json").write_text(report.describe_run(rows, sampler, torch.nn.Linear(3, 2), {}))
         assert (f"Packs {sampler.count()} " in page_of(run).text) == shown
 
 
@@ -360,5 +360,6 @@ def test_a_job_is_dealt_as_its_options_say(checkpoints, alpaca_file, one_rank):
 
 
 def sampler_of(place, args) -> tuple[str, int]:
-    sampler = train.make_sampler(make_job(place, args), place)
+    job = make_job(place, args)
+    sampler = make_sampler(job.config, job.rows, place.rank, place.world)
     return type(sampler).__name__, sampler.count()
