@@ -13,6 +13,7 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
+import torch.nn.attention.varlen  # registers its operator
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import ActivationWrapper
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
@@ -27,6 +28,7 @@ ATTENTION = {
     ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
     ops.aten._scaled_dot_product_efficient_attention.default,
     ops.aten._scaled_dot_product_cudnn_attention.default,
+    ops.torch_attn._varlen_attn.default,  # of packed rows
 }
 MATMULS = {ops.fsdp_finetune.linear4bit.default, ops.aten.mm.default, ops.aten.addmm.default}
 

@@ -30,6 +30,7 @@ from transformers.utils import logging as transformers_logging
 import config as options
 import launch
 import memory
+from attention import packed_attention
 from checkpoint import (
     base_digest,
     clear_output,
@@ -50,14 +51,16 @@ from models.adapters import (
     peft_targets,
 )
 from optimizers import make_optimizer, make_schedule
+from packing import make_sampler
 from precision import precision_here
+from prefetch import ahead
 from profiling import BETWEEN, NO_PROFILER, NoProfiler, Profiler, make_profiler
 from quantize_layers import load_weights
 from recompute import Keep, compiler, compiles
 from report import FACTS, describe_run, write_report
 from tracking import Meter, describe_data, describe_files, describe_model, make_tracker, summary
 from weight_cache import CacheWriter
-from wrapping import STRATEGIES, WRAP_POLICIES, make_mesh, offload_policy, sync_gradients, wrap
+from wrapping import STRATEGIES, WRAP_POLICIES, can_pin, make_mesh, offload_policy, sync_gradients, wrap
 
 
 def set_up(job: Job, place: Place, profiler: NoProfiler = NO_PROFILER) -> nn.Module:
@@ -65,7 +68,8 @@ def set_up(job: Job, place: Place, profiler: NoProfiler = NO_PROFILER) -> nn.Mod
     profiler.phase("wrap")
     config, family = job.config, FAMILIES[job.model_config.model_type]
     precision, device = precision_here(config.precision), place.device
-    model = build_on_meta(job.model_config, family)
+    attention = packed_attention(job.model_config, family, precision.matmul) if config.packing else None
+    model = build_on_meta(job.model_config, family, attention)
     apply_method(model, family, config, precision, job.files)
     mesh = make_mesh(device.type, place.world, config.sharding_strategy, config.hybrid_shard_size)
     wrap(
@@ -101,8 +105,9 @@ def set_up(job: Job, place: Place, profiler: NoProfiler = NO_PROFILER) -> nn.Mod
 
 def loss_sum(model: nn.Module, batch: Batch) -> torch.Tensor:
     """Cross-entropy summed over the batch's targets, in fp32."""
-    # No attention mask: padding is on the right, where causal attention never looks, and has no targets.
-    return model(input_ids=batch.ids, targets=batch.targets)
+    # No attention mask: padding is on the right, where causal attention never looks, and has no targets. Packed
+    # rows say where they begin and end.
+    return model(**batch.inputs(), targets=batch.targets)
 
 
 def train(
@@ -125,7 +130,8 @@ def train(
     evaluator = make_evaluator(job, model, place, total, meter, tracker)
     model.train()
     evaluator.begin()
-    for index, step in zip(range(1, total + 1), sampler.steps(config.num_epochs), strict=False):
+    steps = ahead(sampler.steps(config.num_epochs), place.device, can_pin(place.device.type))
+    for index, step in zip(range(1, total + 1), steps, strict=False):
         loss = torch.zeros((), device=place.device)
         for i, batch in enumerate(step.batches, 1):
             profiler.phase("forward")
@@ -183,12 +189,10 @@ def run_rank(place: Place, job: Job) -> None:
 def run_profiled(place: Place, job: Job, profiler: Profiler) -> None:
     """The same, watched by a profiler."""
     config, start = job.config, time.perf_counter()
-    sampler = StepSampler(
-        job.rows, config.batch_size, config.gradient_accumulation_steps, place.rank, place.world, config.seed
-    )
+    sampler = make_sampler(config, job.rows, place.rank, place.world)
     folder = Path(config.output_dir)
     if place.rank == 0:
-        print(describe_data(job.rows, sampler) + job.evaluation.describe(), flush=True)
+        print(describe_data(job.rows, sampler, config.context_length) + job.evaluation.describe(), flush=True)
     model = set_up(job, place, profiler)
     stages = profiler.fullest("wrap", "load")
     if place.rank == 0:

@@ -73,14 +73,17 @@ def offload_policy(wanted: bool, device_type: str) -> OffloadPolicy:
     """Of --use_cpu_offload. Pinned host memory, which copies can overlap with, where the system grants it."""
     if not wanted:
         return OffloadPolicy()
-    return CPUOffloadPolicy(pin_memory=device_type == "cuda" and _can_pin())
+    return CPUOffloadPolicy(pin_memory=can_pin(device_type))
 
 
 def _wholly_trained(module: nn.Module) -> bool:
     return all(p.requires_grad for p in module.parameters())
 
 
-def _can_pin() -> bool:
+def can_pin(device_type: str) -> bool:
+    """Whether there is page-locked host memory for a device of this type."""
+    if device_type != "cuda":
+        return False
     try:
         torch.empty(2**20, pin_memory=True)
     except RuntimeError:  # some containers and hosts limit locked memory

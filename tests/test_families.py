@@ -247,9 +247,8 @@ def gradients(place, args):
     """({parameter: full gradient}, weights) of the loss of IDS, a row to each rank."""
     _, state, _ = outputs(place, args, IDS)
     _, model = set_up(place, args)
-    train.loss_sum(
-        model, Batch(IDS[place.rank :: place.world], targets()[place.rank :: place.world])
-    ).backward()
+    own = slice(place.rank, None, place.world)
+    train.loss_sum(model, Batch(IDS[own], targets()[own])).backward()
     return {clean(n): whole(p.grad) for n, p in model.named_parameters()}, state
 
 
