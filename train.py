@@ -56,7 +56,7 @@ from precision import precision_here
 from prefetch import ahead
 from profiling import BETWEEN, NO_PROFILER, NoProfiler, Profiler, make_profiler
 from quantize_layers import load_weights
-from recompute import Keep, compiler, compiles
+from recompute import ActivationBudget, Keep, compiler, compiles
 from report import FACTS, describe_run, write_report
 from tracking import Meter, describe_data, describe_files, describe_model, make_tracker, summary
 from weight_cache import CacheWriter
@@ -128,6 +128,7 @@ def train(
     scaler = precision.scaler("cpu" if config.use_cpu_offload else place.device.type)
     meter, history = Meter(place.device, profiler.held), []
     evaluator = make_evaluator(job, model, place, total, meter, tracker)
+    budget = make_budget(job, model, place)
     model.train()
     evaluator.begin()
     steps = ahead(sampler.steps(config.num_epochs), place.device, can_pin(place.device.type))
@@ -154,6 +155,7 @@ def train(
         scaler.update()
         schedule.step()
         optimizer.zero_grad(set_to_none=True)
+        budget.after_step()
         profiler.phase(BETWEEN)
         history.append(evaluator.after(meter.measure(index, step, loss, lr, norm)))
         tracker.log(history[-1])
@@ -163,6 +165,14 @@ def train(
             break
     profiler.finish()
     return history
+
+
+def make_budget(job: Job, model: nn.Module, place: Place) -> ActivationBudget:
+    config, family = job.config, FAMILIES[job.model_config.model_type]
+    longest = config.context_length if config.packing else int(job.rows.lengths().max())
+    itemsize = precision_here(config.precision).matmul.itemsize
+    tokens = config.batch_size * longest
+    return ActivationBudget(model, family, config.activation_budget, tokens, itemsize, place.device)
 
 
 def make_evaluator(job: Job, model: nn.Module, place: Place, total: int, meter: Meter, tracker) -> Evaluator:
