@@ -49,11 +49,17 @@ def _policy(kept: frozenset, ctx, op, *args, **kwargs) -> CheckpointPolicy:
 
 
 def _contexts(kept: frozenset):
-    first, second = create_selective_checkpoint_contexts(partial(_policy, kept))
-    return (first, second) if torch.compiler.is_compiling() else (first, _Both(second, same_operators()))
+    return create_selective_checkpoint_contexts(partial(_policy, kept))
+
+
+def _contexts_not_compiled(kept: frozenset):
+    first, second = _contexts(kept)
+    return first, _Both(second, same_operators())
 
 
 class _Both(contextlib.ExitStack):
+    """Two contexts as one."""
+
     def __init__(self, *contexts):
         super().__init__()
         self.contexts = contexts
@@ -61,7 +67,7 @@ class _Both(contextlib.ExitStack):
     def __enter__(self):
         for context in self.contexts:
             self.enter_context(context)
-        return super().__enter__()
+        return self
 
 
 # What is marked is small (DoRA's norms) and kept always. Not compiled, DoRALinear itself sees to that, and plain
@@ -72,9 +78,10 @@ _KEPT = {Keep.NOTHING: frozenset(MARKED), Keep.RESULTS: frozenset(MARKED | ATTEN
 def _run(layer: nn.Module, keep: Keep, *args, **kwargs):
     if keep is Keep.ALL:
         return layer(*args, **kwargs)
-    if keep is Keep.NOTHING and not torch.compiler.is_compiling():
+    compiling = torch.compiler.is_compiling()
+    if keep is Keep.NOTHING and not compiling:
         return checkpoint(layer, *args, use_reentrant=False, **kwargs)
-    contexts = partial(_contexts, _KEPT[keep])
+    contexts = partial(_contexts if compiling else _contexts_not_compiled, _KEPT[keep])
     return checkpoint(layer, *args, use_reentrant=False, context_fn=contexts, **kwargs)
 
 
