@@ -43,7 +43,7 @@ from config import UserError
 from data import prepare
 from finished_run import Run, load_tokenizer, open_run, read_adapter
 from layerwise import compare, plain_logits, trained_logits
-from merge import check_adapter, merged_entries
+from merge import merged_entries
 from model_card import card
 from model_files import CheckpointFiles
 from model_writer import Entry, write_model
@@ -141,7 +141,6 @@ def check(options: Options) -> Run:
     if not run.adapter:
         _check_whole(options, run)
         return run
-    check_adapter(run)
     if run.files.packed and options.base == "original":
         raise UserError(
             f"--base original: {run.base} holds 4-bit weights only; leave the option out, or name the original"

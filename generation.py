@@ -21,7 +21,7 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 
 from config import UserError
 from data import find_format
-from finished_run import Run, check_adapter, load_model, load_tokenizer, open_base, open_run, set_adapter
+from finished_run import Run, load_model, load_tokenizer, open_base, open_run, set_adapter
 from formats import FORMATS, GUANACO_MARKERS, Format, asked, checked, turn_ending
 from generate_options import Prompt, Sampling
 from models.adapters import exchange_adapters
@@ -35,11 +35,7 @@ BASE = "base"
 def open_runs(folders: list[str], base_model: str | None) -> list[Run]:
     """The runs, checked, and checked to be able to share one base. Raises UserError."""
     runs = [open_run(folder, base_model) for folder in folders]
-    for run in runs:
-        if run.adapter:
-            check_adapter(run)
-        if len(runs) == 1:
-            break
+    for run in runs if len(runs) > 1 else []:
         if not run.adapter:
             raise UserError(
                 f"{run.folder}: holds a whole model; only adapters can share a base: give it alone"

@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import generate
 import generation
-from finished_run import open_run
+from config import UserError
+from finished_run import open_base, open_run
 from formats import ALPACA
 from generation import Answer, Conversation, Stream, make_template
 from models.dora import DoRALinear, fixed_norms
@@ -101,6 +102,8 @@ def test_a_run_that_saved_a_model(train_type, checkpoints, alpaca_file, one_rank
         assert as_told(ours[name]) == greedy(model.eval(), tokenizer, text)
     alone = said(tmp_path / "run", *ASKED, "--repetition_penalty", PENALTY, "--compare", "false")[0]
     assert alone == {str(tmp_path / "run"): ours[str(tmp_path / "run")]}
+    with pytest.raises(UserError, match="was trained from another model than"):
+        open_base(open_run(tmp_path / "run"), str(checkpoints("mistral")))
 
 
 def test_adapters_are_switched_over_one_base(runs, said, monkeypatch, tmp_path):
