@@ -34,7 +34,7 @@ from command_line import Parser, report, with_underscores
 from config import UserError
 from data import read_examples, tokenize
 from evaluation import mean_loss, perplexity
-from evaluation_data import Prompt, held_rows, prompt_of, stop_tokens
+from evaluation_data import Prompt, held_rows, prompt_of, read_beside, stop_tokens
 from finished_run import Run, load_model, load_tokenizer, open_base, open_run
 from formats import FORMATS, Rendered
 from launch import Place
@@ -143,10 +143,10 @@ def read_rows(run: Run, options: argparse.Namespace, tokenizer) -> tuple[str, li
             raise UserError(f"--dataset: is needed; {run.folder} had no evaluation set of its own")
         rows = rows[: options.samples] if options.samples > 0 else rows
         return config.eval_dataset or f"{config.eval_share:g} of {config.dataset}", rows
-    form = options.dataset_format or config.dataset_format
-    return options.dataset, read_examples(
-        options.dataset, form, options.samples, config.context_length, tokenizer
-    ).rendered
+    if options.dataset_format is None:
+        return options.dataset, read_beside(config, options.dataset, options.samples, tokenizer).rendered
+    reading = (options.dataset_format, options.samples, config.context_length, tokenizer)
+    return options.dataset, read_examples(options.dataset, *reading).rendered
 
 
 def check(options: argparse.Namespace) -> tuple[list[str], Run]:

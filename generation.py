@@ -22,7 +22,7 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 from config import UserError
 from data import find_format
 from finished_run import Run, load_model, load_tokenizer, open_base, open_run, set_adapter
-from formats import FORMATS, GUANACO_MARKERS, Format, asked, checked, turn_ending
+from formats import FORMATS, GUANACO_MARKERS, Format, asked, checked, prompt_ids, turn_ending
 from generate_options import Prompt, Sampling
 from models.adapters import exchange_adapters
 from models.dora import fixed_norms
@@ -72,18 +72,9 @@ class Template:
     stops: frozenset[int]
     marker: str | None
 
-    @property
-    def special(self) -> bool:
-        """Whether the tokenizer adds its own BOS: a chat template writes it into the text."""
-        return self.form is not FORMATS["chat"]
-
     def question(self, text: str) -> dict:
         """A bare prompt as the row that it would be."""
-        if self.form is FORMATS["chat"]:
-            return {"messages": [{"role": "user", "content": text}]}
-        if self.form is FORMATS["guanaco"]:
-            return {"text": asked(text, "", None, self.markers)}
-        return {self.form.asks: text}
+        return self.form.asking(text, self.markers)
 
     def text(self, prompt: Prompt) -> str:
         """The text that training would have up to the answer. Raises UserError for rows without a question."""
@@ -101,10 +92,7 @@ class Template:
 
     def ids(self, text: str, place: str) -> torch.Tensor:
         """[1, P] int64. Raises UserError if they leave no room for an answer."""
-        ids = self.tokenizer(text, add_special_tokens=self.special)["input_ids"]
-        eos = self.tokenizer.eos_token_id
-        if self.special and ids and ids[-1] == eos and not text.endswith(self.tokenizer.eos_token):
-            ids.pop()  # of a tokenizer that writes the EOS by itself: training had it behind the answer
+        ids = prompt_ids(text, self.tokenizer, self.form.special)
         if not ids:
             raise UserError(f"{place}: is empty")
         if len(ids) >= self.positions:
@@ -118,8 +106,8 @@ def make_template(run: Run, dataset_format: str) -> Template:
     wanted = dataset_format if dataset_format != "auto" else run.config.dataset_format
     try:
         name, markers = find_format(run.config.dataset, wanted)
-    except UserError as e:
-        if wanted == "auto":
+    except UserError as e:  # the data are gone; a file has no markers of its own, a recipe may have
+        if wanted == "auto" or (wanted == "guanaco" and run.config.dataset.endswith(".toml")):
             raise UserError(f"{run.folder}: its prompt template cannot be told ({e}); --dataset_format"
                             " says it") from None  # fmt: skip
         name, markers = wanted, list(GUANACO_MARKERS)

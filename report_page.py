@@ -28,7 +28,14 @@ HERE = Path(__file__).parent
 ASSETS = HERE / "report_assets"
 LONGEST_TEXT = 4000  # characters of a sample that are shown
 MOST_PROMPTS = 50
-TOLD_ABOVE = ("train_type", "model_name", "dataset", "output_dir", "world_size")  # not once more as options
+TOLD_ABOVE = (
+    "train_type",
+    "model_name",
+    "dataset",
+    "dataset_format",
+    "output_dir",
+    "world_size",
+)  # not once more
 
 
 def page(run: RunFiles) -> str:
@@ -176,6 +183,7 @@ def _data(run: RunFiles) -> str:
     kept, tokens = data["rows_kept"], data["tokens"]
     rows = [
         ("Dataset", config.dataset),
+        ("Format", config.dataset_format),
         ("Rows kept", f"{kept:,}"),
         ("Rows dropped", f"{data['rows_dropped']:,}" + " (nothing in them to learn)" * (data["rows_dropped"] > 0)),
         ("Rows cut", f"{data['rows_cut']:,} ({data['rows_cut'] / kept:.1%}) at {config.context_length:,} tokens"),

@@ -114,7 +114,8 @@ def test_runs_that_are_none(runs, chat_run, checkpoints, alpaca_file, one_rank, 
     config = (half / "config.yaml").read_text()
     (half / "config.yaml").write_text(config.replace("lora_rank: 8", "lora_rank: 16"))
     assert "lora_A.weight has shape [8, " in refused(half, *asked)
-    (half / "config.yaml").write_text(config.replace(str(alpaca_file), str(tmp_path / "gone.jsonl")))
+    gone = config.replace(str(alpaca_file), str(tmp_path / "gone.jsonl"))
+    (half / "config.yaml").write_text(gone.replace("dataset_format: alpaca", "dataset_format: auto"))
     line = refused(half, *asked)
     assert "gone.jsonl: no such file" in line and "--dataset_format" in line
     (half / ADAPTER).unlink()

@@ -22,9 +22,9 @@ from command_line import parse
 from config import UserError
 from data import IGNORE, StepSampler, make_batch
 from evaluation import greedy, mean_loss, perplexity
-from evaluation_data import prepare_sets, prompt_of, stop_tokens
+from evaluation_data import held_rows, prepare_sets, prompt_of, stop_tokens
 from finished_run import load_model, open_run
-from formats import FORMATS, row_asking
+from formats import ALPACA, FORMATS, QA
 from launch import Place
 from precision import choose_precision
 from tests.runs import dense_tensors, make_job, randomize, trained_tensors, whole_run
@@ -113,7 +113,7 @@ def test_the_split(checkpoints, alpaca_file):
 
     def sets(*more):
         config, _ = parse(options(checkpoints, alpaca_file, *more))
-        rows, held = prepare_sets(config, BYTES, [257])
+        _, rows, held = prepare_sets(config, BYTES, [257])
         return [sorted(_texts(r)) for r in (rows, held.rows)] if held.rows else sorted(_texts(rows))
 
     everything, (kept, held) = sets(), sets("--eval_share", "0.25")
@@ -303,22 +303,30 @@ def test_greedy_is_transformers_generate(checkpoints, one_rank):
 
 # Prompts
 
-CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
 
+def test_other_rows_are_put_as_the_data_is(checkpoints, alpaca_file, tmp_path):
+    """In the format that was recognised for the data, which the options keep; rows without its columns in their
+    own."""
+    both = {"question": "Why?", "answer": "So.", "instruction": "Do it.", "output": "Done."}
+    (tmp_path / "both.jsonl").write_text(json.dumps(both) + "\n")
+    (tmp_path / "qa.jsonl").write_text('{"question": "Who?", "answer": "I."}\n' * 3)
+    (tmp_path / "ask.txt").write_text("Why?\n")
+    why = QA.format(question="Why?")
 
-@pytest.mark.parametrize(
-    ("name", "prompt"),
-    [
-        ("qa", "### Question:\nWhy?\n\n### Answer:\n"),
-        ("guanaco", "### Human: Why?### Assistant:"),
-        ("chat", "<user>Why?</s><assistant>"),
-    ],
-)
-def test_a_question_is_put_as_training_puts_it(name, prompt, monkeypatch):
-    monkeypatch.setattr(BYTES, "chat_template", CHAT)
-    markers = ["### Human:", "### Assistant:"]
-    rendered = FORMATS[name].render(row_asking(name, "Why?", markers), BYTES, markers)
-    assert prompt_of(rendered, BYTES, 100).text == prompt
+    def sets(data, *more):
+        given, _ = parse(options(checkpoints, data, *more, "--sample_every", "1"))
+        config, _, evaluation = prepare_sets(given, BYTES, [257])
+        return config, evaluation.prompts[0].text, evaluation.rows and _texts(evaluation.rows)
+
+    config, prompt, held = sets(tmp_path / "qa.jsonl", "--eval_dataset", tmp_path / "both.jsonl")
+    assert (config.dataset_format, prompt, held) == ("qa", why, [f"<s>{why}So.</s>"])
+    assert held_rows(config, BYTES)[0].text == f"{why}So."  # evaluate.py, later
+    config, prompt, _ = sets(alpaca_file, "--eval_dataset", tmp_path / "both.jsonl")
+    assert (config.dataset_format, prompt) == ("alpaca", ALPACA.format(instruction="Do it."))
+    for asked in ("ask.txt", "both.jsonl"):
+        assert sets(tmp_path / "qa.jsonl", "--sample_prompts", tmp_path / asked)[1] == why
+    _, prompt, held = sets(tmp_path / "qa.jsonl", "--eval_dataset", alpaca_file)
+    assert prompt == ALPACA.format(instruction="Say red.") and len(held) == 40
 
 
 def test_the_prompt_of_a_row(checkpoints):

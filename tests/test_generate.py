@@ -138,9 +138,10 @@ def test_seeds_repeat(runs, said):
 
 
 def test_a_repetition_penalty_and_a_full_context(runs, said):
-    """The answer ends where the model's positions do."""
-    plain, other = (said(runs[0], *ASKED, "--repetition_penalty", p)[0]["base"]["text"] for p in (1, 3))
-    assert plain != other
+    """Below 1 it makes what was there the likeliest. The answer ends where the model's positions do."""
+    plain, other = (said(runs[0], *ASKED, "--repetition_penalty", p)[0]["base"]["text"] for p in (1, 0.1))
+    there = set(ALPACA.format(instruction=QUESTION))
+    assert set(other) <= there and not set(plain) <= there
     long = "x" * (512 - 5 - len(ALPACA.format(instruction="")) - 1)
     answer = said(runs[0], "--prompt", long, "--compare", "false")[0][str(runs[0])]
     assert answer["tokens"] == 5 and not answer["ended"]
@@ -151,12 +152,16 @@ def test_a_base_that_was_moved(runs, checkpoints, tmp_path, said):
     assert said(runs[0], *ASKED, "--base_model", moved) == said(runs[0], *ASKED)
 
 
-def test_a_format_that_is_said_needs_no_data(runs, tmp_path, said, alpaca_file):
+@pytest.mark.parametrize("kept", [True, False])
+def test_the_data_is_not_needed(kept, runs, tmp_path, said, alpaca_file):
+    """config.yaml keeps the format; where it does not, the command line says it."""
     copy = shutil.copytree(runs[0], tmp_path / "copy")
-    text = (copy / "config.yaml").read_text()
-    (copy / "config.yaml").write_text(text.replace(str(alpaca_file), str(tmp_path / "gone.jsonl")))
+    text = (copy / "config.yaml").read_text().replace(str(alpaca_file), str(tmp_path / "gone.jsonl"))
+    assert "dataset_format: alpaca" in text
+    text = text if kept else text.replace("dataset_format: alpaca", "dataset_format: auto")
+    (copy / "config.yaml").write_text(text)
     asked = [*ASKED, "--compare", "false"]
-    ours = said(copy, *asked, "--dataset_format", "alpaca")[0][str(copy)]
+    ours = said(copy, *asked, *[] if kept else ["--dataset_format", "alpaca"])[0][str(copy)]
     assert ours == said(runs[0], *asked)[0][str(runs[0])] | {"model": str(copy)}
 
 
