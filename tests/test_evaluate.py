@@ -212,7 +212,7 @@ def good_run(checkpoints, alpaca_file, one_rank, tmp_path_factory):
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        ([], "the following arguments are required: RUN"),
+        ([], "give a RUN, the --output_dir of a run"),
         (["nowhere", "--dataset", "toy", "--metrics", "perplexity"], "nowhere: is no run of train.py"),
         (
             ["RUN", "--dataset", "toy", "--metrics", "perplexity,blue"],
@@ -241,7 +241,9 @@ def good_run(checkpoints, alpaca_file, one_rank, tmp_path_factory):
             "--dataset_format: 'x'",
         ),
         (["RUN", "--metrics", "perplexity", "--dataset_format", "qa"], "--dataset_format: has no effect"),
-        (["RUN", "--nope"], "unrecognized arguments: --nope"),
+        (["RUN", "--nope"], "unknown option --nope; see --help"),
+        (["RUN", "--base_mode", "x"], "unknown option --base_mode; did you mean --base_model?"),
+        (["RUN", "RUN"], "unknown option"),
     ],
 )
 def test_bad_input(argv, words, good_run, tmp_path, monkeypatch, capsys):
