@@ -32,11 +32,12 @@ from transformers.utils import logging as transformers_logging
 
 from checkpoint import check_writable, write_text
 from data import read_examples, tokenize
-from evaluation import mean_loss, perplexity
+from evaluation import grouped, mean_loss, perplexity
 from evaluation_data import Prompt, held_rows, prompt_of, read_beside, stop_tokens
 from finished_run import Run, load_model, load_tokenizer, open_base, open_run
 from formats import Rendered
 from launch import Place
+from models.family import rope_switch
 from models.lora import adapters_off
 from precision import bf16_gpu, choose_precision
 from train import loss_sum
@@ -77,9 +78,9 @@ def generate_answers(
         max_new_tokens=tokens, do_sample=False, num_beams=1, eos_token_id=stops or None, pad_token_id=0
     )
     answers: list[list[int]] = [[] for _ in prompts]
-    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    for first in range(0, len(order), batch_size):
-        chosen = order[first : first + batch_size]
+    lengths = torch.tensor([len(prompt) for prompt in prompts])
+    for batch in grouped(lengths, batch_size, rope_switch(model.config), growth=tokens):
+        chosen = batch.tolist()
         width = len(prompts[chosen[0]])
         ids = torch.zeros(len(chosen), width, dtype=torch.int64, device=device)
         mask = torch.zeros_like(ids)

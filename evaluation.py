@@ -26,6 +26,7 @@ from config import Config
 from data import TokenizedRows, make_batch
 from evaluation_data import EvaluationData
 from launch import Place
+from models.family import rope_switch
 from tracking import Meter, Metrics, NoTracker
 
 PROMPTS_AT_ONCE = 8
@@ -59,7 +60,7 @@ def mean_loss(
     own: the result depends on the number of ranks only as far as the kernels do. The longest come first, so that
     what does not fit into memory shows at once; a rank that is left without a batch goes through the last again.
     """
-    batches = rows.lengths().argsort(descending=True, stable=True).split(batch_size)
+    batches = grouped(rows.lengths(), batch_size, rope_switch(model.config))
     sums = torch.zeros(len(batches), dtype=torch.float64, device=place.device)
     with evaluating(model):
         for first in range(0, len(batches), place.world):
@@ -72,6 +73,16 @@ def mean_loss(
     if place.world > 1:
         dist.all_reduce(sums)
     return sums.sum().item() / int(rows.targets().sum())
+
+
+def grouped(lengths: torch.Tensor, size: int, switch: float, growth: int = 0) -> list[torch.Tensor]:
+    """Numbers of the rows [R] that are computed together, at most `size`, the longest first: so that each row gives
+    what it gives alone. Where the model's `rope_switch` is between them, rows are kept apart; those that may pass it,
+    growing by `growth` tokens, stand alone."""
+    order = lengths.argsort(descending=True, stable=True)
+    before, after = lengths[order], lengths[order] + growth
+    parts = (before > switch, size), ((before <= switch) & (after > switch), 1), (after <= switch, size)
+    return [batch for rows, most in parts for batch in order[rows].split(most) if len(batch)]
 
 
 def perplexity(loss: float) -> float:
@@ -192,20 +203,23 @@ class Evaluator:
 
     def _sample(self, step: int) -> None:
         """Writes lines of step, prompt and text to samples.jsonl, and shows them."""
-        prompts = self.data.prompts
-        for first in range(0, len(prompts), PROMPTS_AT_ONCE):
-            part = prompts[first : first + PROMPTS_AT_ONCE]
-            options = (self.config.sample_tokens, self.data.stops, self.place, self.context)
-            answers = greedy(self.model, [p.ids for p in part], *options)
-            if self.place.rank != 0:
-                continue
-            with (self.folder / "samples.jsonl").open("a", encoding="utf-8") as file:
-                for prompt, answer in zip(part, answers, strict=True):
-                    text = self.tokenizer.decode(answer, skip_special_tokens=True)
-                    line = {"step": step, "prompt": prompt.text, "text": text}
-                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
-                    asked = " ".join(prompt.text.split())[-60:]
-                    self.tracker.say(f"sample, step {step}: {asked!r} -> {text!r}")
+        prompts, tokens = self.data.prompts, self.config.sample_tokens
+        lengths = torch.tensor([len(prompt.ids) for prompt in prompts])
+        answers: dict[int, list[int]] = {}
+        for batch in grouped(lengths, PROMPTS_AT_ONCE, rope_switch(self.model.config), growth=tokens):
+            chosen = batch.tolist()
+            options = (tokens, self.data.stops, self.place, self.context)
+            made = greedy(self.model, [prompts[i].ids for i in chosen], *options)
+            answers |= zip(chosen, made, strict=True)
+        if self.place.rank != 0:
+            return
+        with (self.folder / "samples.jsonl").open("a", encoding="utf-8") as file:
+            for i, prompt in enumerate(prompts):
+                text = self.tokenizer.decode(answers[i], skip_special_tokens=True)
+                line = {"step": step, "prompt": prompt.text, "text": text}
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+                asked = " ".join(prompt.text.split())[-60:]
+                self.tracker.say(f"sample, step {step}: {asked!r} -> {text!r}")
 
 
 def keeps_best(config: Config) -> bool:

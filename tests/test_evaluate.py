@@ -83,12 +83,13 @@ def test_adapters_off_is_the_base(train_type, checkpoints, alpaca_file, one_rank
         assert (tuned - base(input_ids=IDS).logits).abs().max() > 0.1
 
 
-@pytest.mark.parametrize("kind", ["llama", "gemma2"])
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "phi3"])
 def test_answers_in_batches_are_those_alone(kind, checkpoints, alpaca_file, one_rank, tmp_path):
-    """With transformers' cache and padding, against a plain loop without either; one answer is stopped."""
+    """With transformers' cache and padding, against a plain loop without either; one answer is stopped. Phi-3's
+    passes the length where the rotation of all rows changes."""
     saved_run(one_rank, tmp_path / "run", args_for(checkpoints(kind), alpaca_file, "bnb_dora"))
     model = load_model(open_run(tmp_path / "run"), HERE.device, torch.float32)
-    prompts = [[65], list(range(70, 95)), list(range(100, 103))]
+    prompts = [[65], list(range(70, 99)), list(range(100, 103))]
     alone = [greedy(model, [p], 6, [], HERE, context)[0] for p in prompts]
     assert evaluate.generate_answers(model, prompts, 6, [], 2) == alone
     stop = alone[1][3]

@@ -14,14 +14,15 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM
 
 import evaluation
 import train
 from checkpoint import ADAPTER
 from command_line import parse
 from config import UserError
-from data import IGNORE, StepSampler, make_batch
-from evaluation import greedy, mean_loss, perplexity
+from data import IGNORE, StepSampler, make_batch, tokenize
+from evaluation import greedy, grouped, mean_loss, perplexity
 from evaluation_data import held_rows, prepare_sets, prompt_of, stop_tokens
 from finished_run import load_model, open_run
 from formats import ALPACA, FORMATS, QA
@@ -106,6 +107,23 @@ def test_the_loss_is_transformers(checkpoints, alpaca_file, one_rank, two_ranks)
     assert one[0]["eval_loss"] == pytest.approx(expected, rel=1e-5)
     assert [t[0][0]["eval_loss"] for t in two] == [pytest.approx(one[0]["eval_loss"], rel=1e-6)] * 2
     assert one[0]["eval_perplexity"] == math.exp(one[0]["eval_loss"])
+
+
+def test_the_loss_does_not_depend_on_the_batches(checkpoints):
+    """Of Phi-3: above 32 tokens other frequencies rotate all rows of a batch."""
+    model = AutoModelForCausalLM.from_pretrained(checkpoints("phi3")).eval()
+    texts = [FORMATS["completion"].render({"text": "abc" * n}) for n in (4, 8, 9, 10, 11, 12, 20)]
+    rows = tokenize(texts, BYTES, 100, "here")
+    losses = [mean_loss(model, rows, size, train.loss_sum, HERE, context) for size in (1, 2)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+def test_rows_that_are_computed_together():
+    """Longest first; apart where the rotation changes between them, alone where it may change on the way."""
+    lengths = torch.tensor([3, 9, 5, 6, 8, 1])
+    assert [b.tolist() for b in grouped(lengths, 4, math.inf)] == [[1, 4, 3, 2], [0, 5]]
+    assert [b.tolist() for b in grouped(lengths, 4, 6)] == [[1, 4], [3, 2, 0, 5]]
+    assert [b.tolist() for b in grouped(lengths, 4, 6, growth=2)] == [[1, 4], [3], [2], [0, 5]]
 
 
 def test_the_split(checkpoints, alpaca_file):
@@ -291,8 +309,6 @@ def test_greedy():
 
 
 def test_greedy_is_transformers_generate(checkpoints, one_rank):
-    from transformers import AutoModelForCausalLM
-
     model = AutoModelForCausalLM.from_pretrained(checkpoints()).eval()
     prompt = list(range(40, 60))
     expected = model.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False)[
