@@ -65,6 +65,7 @@ TOY_DEFAULTS = {
     "num_epochs": 5,
     "context_length": 128,
     "use_gradient_checkpointing": False,
+    "sample_every": 1000,  # more than its steps: before and after
 }
 
 # What an option `needs`, an attribute of Method, in words.
