@@ -11,6 +11,7 @@ import os
 import time
 import typing
 from dataclasses import dataclass
+from pathlib import Path
 
 import yaml
 
@@ -168,6 +169,8 @@ class Config:
         " layer, or its attention and its MLP separately (half the gathered memory, more all-gathers)", choices=("layer", "sublayer"))
     use_gradient_checkpointing: bool = option(True, "Memory and speed", "recompute each layer in backward instead of"
         " keeping its activations")
+    compile: str = option("auto", "Memory and speed", "compile each decoder layer and the loss, once; auto = on GPUs",
+        choices=("auto", "true", "false"))
     reentrant_checkpointing: bool = option(False, "Memory and speed", "accepted; checkpointing is always non-reentrant")
     use_cpu_offload: bool = option(False, "Memory and speed", "keep parameters, gradients and optimizer states in"
         " host memory; the optimizer runs on the CPU")
@@ -219,6 +222,11 @@ class Config:
 
 FIELDS = {f.name: f for f in dataclasses.fields(Config)}
 HINTS = typing.get_type_hints(Config)
+
+
+def user_cache() -> Path:
+    """Where this program keeps models that it made itself; it need not exist."""
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "fsdp-finetune"
 
 
 def shown(value) -> str:

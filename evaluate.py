@@ -22,6 +22,7 @@ if __name__ == "__main__":
 
 import contextlib
 import dataclasses
+import itertools
 import json
 from collections.abc import Callable
 
@@ -79,7 +80,7 @@ def generate_answers(
     )
     answers: list[list[int]] = [[] for _ in prompts]
     lengths = torch.tensor([len(prompt) for prompt in prompts])
-    for batch in grouped(lengths, batch_size, rope_switch(model.config), growth=tokens):
+    for batch in itertools.chain(*grouped(lengths, batch_size, rope_switch(model.config), growth=tokens)):
         chosen = batch.tolist()
         width = len(prompts[chosen[0]])
         ids = torch.zeros(len(chosen), width, dtype=torch.int64, device=device)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -23,7 +24,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from checkpoint import BEST, SCORE, fresh_folder, replace_folder, write_text
 from config import Config
-from data import TokenizedRows, make_batch
+from data import Batch, TokenizedRows, make_batch
 from evaluation_data import EvaluationData
 from launch import Place
 from models.family import rope_switch
@@ -31,7 +32,7 @@ from tracking import Meter, Metrics, NoTracker
 
 PROMPTS_AT_ONCE = 8
 
-LossSum = Callable[[nn.Module, torch.Tensor, torch.Tensor], torch.Tensor]
+LossSum = Callable[[nn.Module, Batch], torch.Tensor]
 Context = Callable[[], contextlib.AbstractContextManager]
 
 
@@ -58,31 +59,36 @@ def mean_loss(
 
     The batches are the same on any number of ranks, which take turns, and their sums meet each in a place of its
     own: the result depends on the number of ranks only as far as the kernels do. The longest come first, so that
-    what does not fit into memory shows at once; a rank that is left without a batch goes through the last again.
+    what does not fit into memory shows at once; a rank that is left without a batch takes one of nothing but padding.
     """
-    batches = grouped(rows.lengths(), batch_size, rope_switch(model.config))
-    sums = torch.zeros(len(batches), dtype=torch.float64, device=place.device)
+    lengths = rows.lengths()
+    parts = grouped(lengths, batch_size, rope_switch(model.config))
+    rounds = [part[i : i + place.world] for part in parts for i in range(0, len(part), place.world)]
+    sums, done = torch.zeros(sum(map(len, rounds)), dtype=torch.float64, device=place.device), 0
     with evaluating(model):
-        for first in range(0, len(batches), place.world):
-            own = first + place.rank
-            batch = make_batch(rows, batches[min(own, len(batches) - 1)]).to(place.device)
+        for batches in rounds:
+            own = place.rank < len(batches)
+            indices = batches[place.rank] if own else batches[0][:0]
+            longest = int(lengths[batches[0][0]])
+            batch = make_batch(rows, indices, (len(batches[0]), longest)).to(place.device)
             with context():
-                total = loss_sum(model, batch.ids, batch.targets)
-            if own < len(batches):
-                sums[own] = total
+                total = loss_sum(model, batch)
+            if own:
+                sums[done + place.rank] = total
+            done += len(batches)
     if place.world > 1:
         dist.all_reduce(sums)
     return sums.sum().item() / int(rows.targets().sum())
 
 
-def grouped(lengths: torch.Tensor, size: int, switch: float, growth: int = 0) -> list[torch.Tensor]:
-    """Numbers of the rows [R] that are computed together, at most `size`, the longest first: so that each row gives
-    what it gives alone. Where the model's `rope_switch` is between them, rows are kept apart; those that may pass it,
-    growing by `growth` tokens, stand alone."""
+def grouped(lengths: torch.Tensor, size: int, switch: float, growth: int = 0) -> list[list[torch.Tensor]]:
+    """Numbers of the rows [R] that are computed together, at most `size`, the longest first, so that each gives what
+    it gives alone: in parts that the model's `rope_switch` keeps apart, the rows above it, those that may pass it
+    while they grow by `growth` tokens, each by itself, and those that stay below."""
     order = lengths.argsort(descending=True, stable=True)
     before, after = lengths[order], lengths[order] + growth
     parts = (before > switch, size), ((before <= switch) & (after > switch), 1), (after <= switch, size)
-    return [batch for rows, most in parts for batch in order[rows].split(most) if len(batch)]
+    return [list(order[rows].split(most)) for rows, most in parts if rows.any()]
 
 
 def perplexity(loss: float) -> float:
@@ -130,7 +136,7 @@ class Evaluator:
     """What hangs on the loop. stop: the loop is to end (--early_stopping_patience); best_step, best_loss: of the
     best evaluation so far; worse: evaluations since then.
 
-    loss_sum(model, ids, targets): as the loop's; context(): around every forward; save(folder): saves what is
+    loss_sum(model, batch): as the loop's; context(): around every forward; save(folder): saves what is
     trained, collectively; tokenizer: rank 0's, if there are prompts.
     """
 
@@ -206,7 +212,8 @@ class Evaluator:
         prompts, tokens = self.data.prompts, self.config.sample_tokens
         lengths = torch.tensor([len(prompt.ids) for prompt in prompts])
         answers: dict[int, list[int]] = {}
-        for batch in grouped(lengths, PROMPTS_AT_ONCE, rope_switch(self.model.config), growth=tokens):
+        parts = grouped(lengths, PROMPTS_AT_ONCE, rope_switch(self.model.config), growth=tokens)
+        for batch in itertools.chain(*parts):
             chosen = batch.tolist()
             options = (tokens, self.data.stops, self.place, self.context)
             made = greedy(self.model, [prompts[i].ids for i in chosen], *options)

@@ -23,7 +23,6 @@ import time
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from huggingface_hub.utils import logging as hub_logging
 from torch import nn
 from transformers.utils import logging as transformers_logging
@@ -39,7 +38,7 @@ from checkpoint import (
 )
 from checks import Job, check, read_tokenizer
 from config import TOY_MODEL, Config, UserError
-from data import IGNORE, StepSampler
+from data import Batch, StepSampler
 from evaluation import Evaluator, describe_evaluations
 from launch import Place, resolve_workers
 from model_writer import save_blocks, save_expanded, save_model
@@ -52,6 +51,7 @@ from models.adapters import (
 from optimizers import make_optimizer, make_schedule
 from precision import precision_here
 from quantize_layers import load_weights
+from recompute import Keep, compiler, compiles
 from report import FACTS, describe_run, write_report
 from tracking import Meter, describe_data, describe_files, describe_model, make_tracker, summary
 from weight_cache import CacheWriter
@@ -73,7 +73,8 @@ def set_up(job: Job, place: Place) -> nn.Module:
         units=WRAP_POLICIES[config.wrap_policy](family),
         cast=precision.gathered,
         offload=offload_policy(config.use_cpu_offload, device.type),
-        checkpointing=config.use_gradient_checkpointing,
+        keep=Keep.NOTHING if config.use_gradient_checkpointing else Keep.ALL,
+        run=compiler() if compiles(config.compile, device.type, family) else None,
         offload_activations=config.use_activation_cpu_offload,
     )
     cache = None
@@ -93,13 +94,10 @@ def set_up(job: Job, place: Place) -> nn.Module:
     return model
 
 
-def loss_sum(model: nn.Module, ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy summed over the targets, in fp32. ids, targets: [B, T]."""
+def loss_sum(model: nn.Module, batch: Batch) -> torch.Tensor:
+    """Cross-entropy summed over the batch's targets, in fp32."""
     # No attention mask: padding is on the right, where causal attention never looks, and has no targets.
-    logits = model(input_ids=ids, use_cache=False).logits
-    return F.cross_entropy(
-        logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE, reduction="sum"
-    )
+    return model(input_ids=batch.ids, targets=batch.targets)
 
 
 def total_steps(config: Config, sampler: StepSampler) -> int:
@@ -128,7 +126,7 @@ def train(job: Job, model: nn.Module, place: Place, sampler: StepSampler, tracke
             # Exactly the mean over the step's targets: divided by their number on all ranks and in all
             # micro-batches, while FSDP sums gradients over ranks and backward over micro-batches.
             with precision.context(place.device.type):
-                share = loss_sum(model, batch.ids, batch.targets) / step.n_targets
+                share = loss_sum(model, batch) / step.n_targets
             scaler.scale(share).backward()
             loss += share.detach()
         scaler.unscale_(optimizer)

@@ -98,7 +98,7 @@ def test_the_loss_is_transformers(checkpoints, alpaca_file, one_rank, two_ranks)
     model = as_peft(checkpoints(), dense, adapters, use_dora=True, alpha=16).eval()
     total = torch.zeros((), dtype=torch.float64)
     for i in range(len(rows)):
-        batch = make_batch(rows, torch.tensor([i]))
+        batch = make_batch(rows, torch.tensor([i]), (1, int(rows.lengths()[i])))
         with torch.no_grad():
             logits = model(input_ids=batch.ids).logits[0].double()
         kept = batch.targets[0] != IGNORE
@@ -114,16 +114,25 @@ def test_the_loss_does_not_depend_on_the_batches(checkpoints):
     model = AutoModelForCausalLM.from_pretrained(checkpoints("phi3")).eval()
     texts = [FORMATS["completion"].render({"text": "abc" * n}) for n in (4, 8, 9, 10, 11, 12, 20)]
     rows = tokenize(texts, BYTES, 100, "here")
-    losses = [mean_loss(model, rows, size, train.loss_sum, HERE, context) for size in (1, 2)]
+
+    def loss_sum(model, batch):
+        logits = model(input_ids=batch.ids).logits
+        return nn.functional.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), reduction="sum")
+
+    losses = [mean_loss(model, rows, size, loss_sum, HERE, context) for size in (1, 2)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
 def test_rows_that_are_computed_together():
     """Longest first; apart where the rotation changes between them, alone where it may change on the way."""
     lengths = torch.tensor([3, 9, 5, 6, 8, 1])
-    assert [b.tolist() for b in grouped(lengths, 4, math.inf)] == [[1, 4, 3, 2], [0, 5]]
-    assert [b.tolist() for b in grouped(lengths, 4, 6)] == [[1, 4], [3, 2, 0, 5]]
-    assert [b.tolist() for b in grouped(lengths, 4, 6, growth=2)] == [[1, 4], [3], [2], [0, 5]]
+
+    def parts(switch, growth=0):
+        return [[b.tolist() for b in part] for part in grouped(lengths, 4, switch, growth)]
+
+    assert parts(math.inf) == [[[1, 4, 3, 2], [0, 5]]]
+    assert parts(6) == [[[1, 4]], [[3, 2, 0, 5]]]
+    assert parts(6, growth=2) == [[[1, 4]], [[3], [2]], [[0, 5]]]
 
 
 def test_the_split(checkpoints, alpaca_file):
