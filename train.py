@@ -30,13 +30,15 @@ from transformers.utils import logging as transformers_logging
 import config as options
 import launch
 import memory
+from attention import packed_attention
 from checkpoint import (
     base_digest,
     clear_output,
     save_adapter,
+    whole,
     write_text,
 )
-from checks import Job, check, read_tokenizer
+from checks import Job, check, read_tokenizer, total_steps
 from config import TOY_MODEL, Config, UserError
 from data import Batch, StepSampler
 from evaluation import Evaluator, describe_evaluations
@@ -49,20 +51,25 @@ from models.adapters import (
     peft_targets,
 )
 from optimizers import make_optimizer, make_schedule
+from packing import make_sampler
 from precision import precision_here
+from prefetch import ahead
+from profiling import BETWEEN, NO_PROFILER, NoProfiler, Profiler, make_profiler
 from quantize_layers import load_weights
 from recompute import Keep, compiler, compiles
 from report import FACTS, describe_run, write_report
 from tracking import Meter, describe_data, describe_files, describe_model, make_tracker, summary
 from weight_cache import CacheWriter
-from wrapping import STRATEGIES, WRAP_POLICIES, make_mesh, offload_policy, wrap
+from wrapping import STRATEGIES, WRAP_POLICIES, can_pin, make_mesh, offload_policy, sync_gradients, wrap
 
 
-def set_up(job: Job, place: Place) -> nn.Module:
+def set_up(job: Job, place: Place, profiler: NoProfiler = NO_PROFILER) -> nn.Module:
     """The model of the train type, sharded and filled."""
+    profiler.phase("wrap")
     config, family = job.config, FAMILIES[job.model_config.model_type]
     precision, device = precision_here(config.precision), place.device
-    model = build_on_meta(job.model_config, family)
+    attention = packed_attention(job.model_config, family, precision.matmul) if config.packing else None
+    model = build_on_meta(job.model_config, family, attention)
     apply_method(model, family, config, precision, job.files)
     mesh = make_mesh(device.type, place.world, config.sharding_strategy, config.hybrid_shard_size)
     wrap(
@@ -74,9 +81,10 @@ def set_up(job: Job, place: Place) -> nn.Module:
         cast=precision.gathered,
         offload=offload_policy(config.use_cpu_offload, device.type),
         keep=Keep.NOTHING if config.use_gradient_checkpointing else Keep.ALL,
-        run=compiler() if compiles(config.compile, device.type, family) else None,
+        run=compiler() if compiles(config.compile, device, family) else None,
         offload_activations=config.use_activation_cpu_offload,
     )
+    profiler.phase("load")
     cache = None
     if job.cache:
         first_node = place.rank < place.local_world
@@ -90,22 +98,26 @@ def set_up(job: Job, place: Place) -> nn.Module:
     memory.check_loaded(model, memory.held_bytes(model, before, config.use_cpu_offload))
     if cache:
         cache.finish()
+    profiler.phase(BETWEEN)
     torch.manual_seed(config.seed + place.rank)  # of dropout; adapters and the data order have their own
     return model
 
 
 def loss_sum(model: nn.Module, batch: Batch) -> torch.Tensor:
     """Cross-entropy summed over the batch's targets, in fp32."""
-    # No attention mask: padding is on the right, where causal attention never looks, and has no targets.
-    return model(input_ids=batch.ids, targets=batch.targets)
+    # No attention mask: padding is on the right, where causal attention never looks, and has no targets. Packed
+    # rows say where they begin and end.
+    return model(**batch.inputs(), targets=batch.targets)
 
 
-def total_steps(config: Config, sampler: StepSampler) -> int:
-    steps = sampler.steps_per_epoch() * config.num_epochs
-    return steps if config.max_steps < 0 else min(steps, config.max_steps)
-
-
-def train(job: Job, model: nn.Module, place: Place, sampler: StepSampler, tracker) -> list:
+def train(
+    job: Job,
+    model: nn.Module,
+    place: Place,
+    sampler: StepSampler,
+    tracker,
+    profiler: NoProfiler = NO_PROFILER,
+) -> list:
     """The loop. Returns the metrics of every step."""
     config = job.config
     total = total_steps(config, sampler)
@@ -114,23 +126,27 @@ def train(job: Job, model: nn.Module, place: Place, sampler: StepSampler, tracke
     schedule = make_schedule(optimizer, total, config.lr_warmup, config.lr_scheduler)
     precision = precision_here(config.precision)
     scaler = precision.scaler("cpu" if config.use_cpu_offload else place.device.type)
-    meter, history = Meter(place.device), []
+    meter, history = Meter(place.device, profiler.held), []
     evaluator = make_evaluator(job, model, place, total, meter, tracker)
     model.train()
     evaluator.begin()
-    for index, step in zip(range(1, total + 1), sampler.steps(config.num_epochs), strict=False):
+    steps = ahead(sampler.steps(config.num_epochs), place.device, can_pin(place.device.type))
+    for index, step in zip(range(1, total + 1), steps, strict=False):
         loss = torch.zeros((), device=place.device)
         for i, batch in enumerate(step.batches, 1):
+            profiler.phase("forward")
             batch = batch.to(place.device)
-            model.set_requires_gradient_sync(i == len(step.batches) or not config.no_sync)
+            sync_gradients(model, i == len(step.batches) or not config.no_sync)
             # Exactly the mean over the step's targets: divided by their number on all ranks and in all
             # micro-batches, while FSDP sums gradients over ranks and backward over micro-batches.
             with precision.context(place.device.type):
                 share = loss_sum(model, batch) / step.n_targets
+            profiler.phase("backward")
             scaler.scale(share).backward()
             loss += share.detach()
+        profiler.phase("optimizer")
         scaler.unscale_(optimizer)
-        norm = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None]).full_tensor()
+        norm = whole(nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None]))
         if config.apply_gradient_clipping:
             nn.utils.clip_grads_with_norm_(trained, config.grad_norm, norm)
         lr = schedule.get_last_lr()[0]
@@ -138,10 +154,14 @@ def train(job: Job, model: nn.Module, place: Place, sampler: StepSampler, tracke
         scaler.update()
         schedule.step()
         optimizer.zero_grad(set_to_none=True)
+        profiler.phase(BETWEEN)
         history.append(evaluator.after(meter.measure(index, step, loss, lr, norm)))
         tracker.log(history[-1])
+        if profiler.step():
+            meter.restart()
         if evaluator.stop:
             break
+    profiler.finish()
     return history
 
 
@@ -162,22 +182,28 @@ def make_evaluator(job: Job, model: nn.Module, place: Place, total: int, meter: 
 
 def run_rank(place: Place, job: Job) -> None:
     """What each process does, from loading to the saved result."""
+    with make_profiler(job.config, place) as profiler:
+        run_profiled(place, job, profiler)
+
+
+def run_profiled(place: Place, job: Job, profiler: Profiler) -> None:
+    """The same, watched by a profiler."""
     config, start = job.config, time.perf_counter()
-    sampler = StepSampler(
-        job.rows, config.batch_size, config.gradient_accumulation_steps, place.rank, place.world, config.seed
-    )
+    sampler = make_sampler(config, job.rows, place.rank, place.world)
     folder = Path(config.output_dir)
     if place.rank == 0:
-        print(describe_data(job.rows, sampler) + job.evaluation.describe(), flush=True)
-    model = set_up(job, place)
+        print(describe_data(job.rows, sampler, config.context_length) + job.evaluation.describe(), flush=True)
+    model = set_up(job, place, profiler)
+    stages = profiler.fullest("wrap", "load")
     if place.rank == 0:
         clear_output(folder)
         write_text(folder / "config.yaml", options.dump_yaml(config))
-        write_text(folder / FACTS, describe_run(job.rows, sampler, model))
+        write_text(folder / FACTS, describe_run(job.rows, sampler, model, stages))
         print(f"{describe_model(model)}; ready after {time.perf_counter() - start:.1f} s", flush=True)
     tracker = make_tracker(config, place.rank, total_steps(config, sampler))
+    tracker.stages(stages)
     start = time.perf_counter()
-    history = train(job, model, place, sampler, tracker)
+    history = train(job, model, place, sampler, tracker, profiler)
     seconds = time.perf_counter() - start
     if config.save_model:
         save(job, model, folder)
@@ -185,7 +211,7 @@ def run_rank(place: Place, job: Job) -> None:
     if place.rank == 0:
         write_report(folder)
         told = [
-            summary(history, seconds),
+            summary(history, seconds, stages),
             *describe_evaluations(history, total_steps(config, sampler), config),
         ]
         print(*told, describe_files(config, bool(job.evaluation.prompts), folder), sep="\n", flush=True)

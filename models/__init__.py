@@ -58,13 +58,13 @@ def read_config(folder: Path) -> tuple[PretrainedConfig, Family]:
     return config, FAMILIES[config.model_type]
 
 
-def build_on_meta(config: PretrainedConfig, family: Family) -> PreTrainedModel:
+def build_on_meta(config: PretrainedConfig, family: Family, attention: str | None = None) -> PreTrainedModel:
     """transformers' model of this family with every tensor on the meta device: shapes, no memory. Its parameters
-    are the files' tensors.
+    are the files' tensors. attention: by transformers' name, instead of the family's own.
 
     Raises UserError if the configuration describes no model, or none that predicts the next token.
     """
-    config._attn_implementation = family.attention
+    config._attn_implementation = attention or family.attention
     try:
         with torch.device("meta"):
             model = with_summed_loss(family.model_class)(config)

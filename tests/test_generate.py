@@ -205,9 +205,9 @@ def test_the_norm_is_taken_once_while_weights_are_fixed(monkeypatch):
     layer = filled(
         dora(Linear4bit(torch.nn.Linear(I, O), torch.float32, NF4())), torch.randn(O, I), torch.zeros(O)
     )
-    x, taken, original = torch.randn(5, I), [], models.dora.factored_norm4bit
+    x, taken, original = torch.randn(5, I), [], models.dora.factored_norm
     expected = layer(x)
-    monkeypatch.setattr(models.dora, "factored_norm4bit", lambda *a: (taken.append(1), original(*a))[1])
+    monkeypatch.setattr(models.dora, "factored_norm", lambda *a: (taken.append(1), original(*a))[1])
     with torch.inference_mode(), fixed_norms(layer):
         assert all(torch.equal(layer(x), expected) for _ in range(3)) and len(taken) == 1
     layer.lora_B.data = layer.lora_B.data * 2
