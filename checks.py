@@ -83,7 +83,7 @@ def check(config: Config) -> Job:
     if config.method.adapter:
         target_linears(model, family, config.lora_target_modules)
     tokenizer = read_tokenizer(folder)
-    rows, evaluation = prepare_sets(config, tokenizer, stop_tokens(folder, tokenizer))
+    config, rows, evaluation = prepare_sets(config, tokenizer, stop_tokens(folder, tokenizer))
     if max(int(rows.tokens.max()), evaluation.largest_id()) >= model_config.vocab_size:
         raise UserError(
             f"--model_name {folder}: the tokenizer makes ids beyond vocab_size {model_config.vocab_size}"

@@ -9,26 +9,24 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import logging
 import os
 import re
 import sys
 import traceback
 import types
 import typing
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import yaml
 
 from config import ANY, FIELDS, HINTS, NEEDS, Config, UserError, resolve, shown
 
+T = typing.TypeVar("T")
 
-def parse_or_exit(argv: list[str]) -> tuple[Config, list[str]]:
-    """`parse`; a UserError ends the program as `report` tells it."""
-    try:
-        return parse(argv)
-    except UserError as e:
-        sys.exit(report(e, verbose="--verbose" in argv))
+# On some CPUs bitsandbytes advises at each import to install a package, which would stand before every line of ours.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def report(error: UserError, verbose: bool) -> int:
@@ -186,6 +184,14 @@ def parse(argv: list[str]) -> tuple[Config, list[str]]:
     given = _read_yaml(raw.pop("config")) if "config" in raw else {}
     given |= {name: _convert(name, value, f"--{name}") for name, value in raw.items()}
     return resolve(given)
+
+
+def parse_or_exit(argv: list[str], read: Callable[[list[str]], T] = parse) -> T:
+    """What `read` makes of a command line; a UserError ends the program as `report` tells it."""
+    try:
+        return read(argv)
+    except UserError as e:
+        sys.exit(report(e, verbose="--verbose" in argv))
 
 
 def python() -> str:

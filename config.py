@@ -66,6 +66,7 @@ TOY_DEFAULTS = {
     "num_epochs": 5,
     "context_length": 128,
     "use_gradient_checkpointing": False,
+    "sample_every": 1000,  # more than its steps: before and after
 }
 
 # What an option `needs`, an attribute of Method, in words.
@@ -117,7 +118,7 @@ class Config:
     dataset: str = option(TOY_DATASET, "Model and data", "a recipe in datasets/, a .json, .jsonl, .csv or .parquet file,"
         " or a hub id")
     dataset_format: str = option("auto", "Model and data", "how a row becomes a text; auto is the recipe's, or"
-        " recognised from the columns", choices=("auto", "alpaca", "chat", "guanaco", "qa", "completion"))
+        " recognised from the columns, and config.yaml keeps which it was", choices=("auto", "alpaca", "chat", "guanaco", "qa", "completion"))
     dataset_samples: int = option(-1, "Model and data", "rows used, from the first; -1 = all (alpaca_sample and"
         " dummy: 512)")
     context_length: int = option(512, "Model and data", "longest example, in tokens; longer ones are cut")

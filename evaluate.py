@@ -3,26 +3,28 @@
     python evaluate.py runs/my-run --dataset test.jsonl
     python evaluate.py runs/my-run --dataset test.jsonl --samples 200 --metrics perplexity,rouge --out results.json
 
-perplexity      exp of the mean loss over the learned tokens, as in training
-exact_match     answers that are the reference, but for spaces around them; percent
-bleu            sacrebleu's corpus BLEU, 0 to 100
-rouge           rouge-score's ROUGE-1, -2 and -L, mean F1 without stemming, 0 to 100
-
 Answers are generated greedily to the prompt of each row, which is what comes before its last answer. The base is
 the same model with its adapters off; where training saved a whole model, the model that it started from.
+docs/evaluation.md says what the metrics are.
 """
 
 from __future__ import annotations
 
-import argparse
+import sys
+
+from command_line import parse_or_exit, report
+from config import UserError
+from evaluate_options import Options, parse
+
+if __name__ == "__main__":
+    # Before the imports below, which take seconds: --help and wrong options are answered at once.
+    PARSED = parse_or_exit(sys.argv[1:], parse)
+
 import contextlib
 import dataclasses
-import importlib
+import itertools
 import json
-import sys
-from argparse import RawDescriptionHelpFormatter
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -30,43 +32,16 @@ from transformers import GenerationConfig
 from transformers.utils import logging as transformers_logging
 
 from checkpoint import check_writable, write_text
-from command_line import Parser, report, with_underscores
-from config import UserError
 from data import read_examples, tokenize
-from evaluation import mean_loss, perplexity
-from evaluation_data import Prompt, held_rows, prompt_of, stop_tokens
+from evaluation import grouped, mean_loss, perplexity
+from evaluation_data import Prompt, held_rows, prompt_of, read_beside, stop_tokens
 from finished_run import Run, load_model, load_tokenizer, open_base, open_run
-from formats import FORMATS, Rendered
+from formats import Rendered
 from launch import Place
+from models.family import rope_switch
 from models.lora import adapters_off
 from precision import bf16_gpu, choose_precision
 from train import loss_sum
-
-
-def _parser() -> Parser:
-    parser = Parser(
-        prog="evaluate.py",
-        allow_abbrev=False,
-        description=__doc__,
-        formatter_class=RawDescriptionHelpFormatter,
-    )
-    add = parser.add_argument
-    add("run", metavar="RUN", help="the --output_dir of a run, or its best/ folder")
-    add("--dataset", metavar="TEXT", help="as train.py takes it; unset = the run's own evaluation set")
-    add("--dataset_format", metavar="NAME", help="as train.py takes it; unset = the run's")
-    add("--samples", metavar="N", type=int, default=-1, help="rows used, from the first; -1 = all")
-    add(
-        "--metrics",
-        metavar="NAMES",
-        default="perplexity,exact_match,bleu,rouge",
-        help="comma-separated [all]",
-    )
-    add("--max_new_tokens", metavar="N", type=int, default=128, help="longest answer, in tokens [128]")
-    add("--batch_size", metavar="N", type=int, default=8, help="rows computed at once [8]")
-    add("--base", metavar="TEXT", help="folder or hub id of the base model, if it was moved since training")
-    add("--out", metavar="FILE", help="where to write the results and all answers, as JSON")
-    add("--verbose", action="store_true", help="tracebacks with errors")
-    return parser
 
 
 def exact_match(answers: list[str], references: list[str]) -> dict[str, float]:
@@ -75,36 +50,22 @@ def exact_match(answers: list[str], references: list[str]) -> dict[str, float]:
 
 
 def bleu(answers: list[str], references: list[str]) -> dict[str, float]:
-    return {"bleu": importlib.import_module("sacrebleu").corpus_bleu(answers, [references]).score}
+    import sacrebleu
+
+    return {"bleu": sacrebleu.corpus_bleu(answers, [references]).score}
 
 
 def rouge(answers: list[str], references: list[str]) -> dict[str, float]:
+    from rouge_score.rouge_scorer import RougeScorer
+
     kinds = ("rouge1", "rouge2", "rougeL")
-    scorer = importlib.import_module("rouge_score.rouge_scorer").RougeScorer(kinds)
+    scorer = RougeScorer(kinds)
     scores = [scorer.score(r, a) for a, r in zip(answers, references, strict=True)]
     return {kind: 100 * sum(s[kind].fmeasure for s in scores) / len(scores) for kind in kinds}
 
 
 # Of texts: name -> (answers, references) -> {what the table calls it: value}. perplexity is of tokens.
 TEXT_METRICS: dict[str, Callable] = {"exact_match": exact_match, "bleu": bleu, "rouge": rouge}
-PACKAGES = {"bleu": ("sacrebleu", "sacrebleu"), "rouge": ("rouge_score", "rouge-score")}  # module, on PyPI
-
-
-def check_metrics(names: str) -> list[str]:
-    """--metrics as a list. Raises UserError for an unknown one, and for one whose package is not installed."""
-    chosen = list(dict.fromkeys(name.strip() for name in names.split(",")))
-    for name in chosen:
-        if name not in ("perplexity", *TEXT_METRICS):
-            raise UserError(f"--metrics: {name!r} is none of perplexity, {', '.join(TEXT_METRICS)}")
-        if name in PACKAGES:
-            module, package = PACKAGES[name]
-            try:
-                importlib.import_module(module)
-            except ImportError:
-                raise UserError(
-                    f"--metrics {name}: needs the package {package}: pip install {package}"
-                ) from None
-    return chosen
 
 
 @torch.no_grad()
@@ -118,9 +79,9 @@ def generate_answers(
         max_new_tokens=tokens, do_sample=False, num_beams=1, eos_token_id=stops or None, pad_token_id=0
     )
     answers: list[list[int]] = [[] for _ in prompts]
-    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    for first in range(0, len(order), batch_size):
-        chosen = order[first : first + batch_size]
+    lengths = torch.tensor([len(prompt) for prompt in prompts])
+    for batch in itertools.chain(*grouped(lengths, batch_size, rope_switch(model.config), growth=tokens)):
+        chosen = batch.tolist()
         width = len(prompts[chosen[0]])
         ids = torch.zeros(len(chosen), width, dtype=torch.int64, device=device)
         mask = torch.zeros_like(ids)
@@ -134,7 +95,7 @@ def generate_answers(
     return answers
 
 
-def read_rows(run: Run, options: argparse.Namespace, tokenizer) -> tuple[str, list[Rendered]]:
+def read_rows(run: Run, options: Options, tokenizer) -> tuple[str, list[Rendered]]:
     """(what was read, its rows as texts). Raises UserError for anything wrong with the data."""
     config = run.config
     if options.dataset is None:
@@ -143,29 +104,19 @@ def read_rows(run: Run, options: argparse.Namespace, tokenizer) -> tuple[str, li
             raise UserError(f"--dataset: is needed; {run.folder} had no evaluation set of its own")
         rows = rows[: options.samples] if options.samples > 0 else rows
         return config.eval_dataset or f"{config.eval_share:g} of {config.dataset}", rows
-    form = options.dataset_format or config.dataset_format
-    return options.dataset, read_examples(
-        options.dataset, form, options.samples, config.context_length, tokenizer
-    ).rendered
+    if options.dataset_format is None:
+        return options.dataset, read_beside(config, options.dataset, options.samples, tokenizer).rendered
+    reading = (options.dataset_format, options.samples, config.context_length, tokenizer)
+    return options.dataset, read_examples(options.dataset, *reading).rendered
 
 
-def check(options: argparse.Namespace) -> tuple[list[str], Run]:
-    """(the metrics, the opened run). Raises UserError for what is wrong with the options."""
-    names = check_metrics(options.metrics)
-    for name in ("max_new_tokens", "batch_size"):
-        if getattr(options, name) <= 0:
-            raise UserError(f"--{name} {getattr(options, name)}: must be positive")
-    if options.samples == 0 or options.samples < -1:
-        raise UserError(f"--samples {options.samples}: must be positive, or -1")
-    if options.dataset_format not in (None, "auto", *FORMATS):
-        raise UserError(f"--dataset_format: {options.dataset_format!r} is none of auto, {', '.join(FORMATS)}")
-    if options.dataset_format is not None and options.dataset is None:
-        raise UserError("--dataset_format: has no effect without --dataset")
+def check(options: Options) -> Run:
+    """The opened run. Raises UserError for what is wrong with the options."""
     if options.out is not None:
-        if Path(options.out).is_dir():
+        if options.out.is_dir():
             raise UserError(f"--out {options.out}: is a folder; name a file")
-        check_writable(Path(options.out).absolute().parent, "--out")
-    return names, open_run(options.run, options.base)
+        check_writable(options.out.absolute().parent, "--out")
+    return open_run(options.run, options.base_model)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,7 +146,7 @@ def measure(
     model: nn.Module,
     names: list[str],
     asked: Questions,
-    options: argparse.Namespace,
+    options: Options,
     tokenizer,
     stops: list[int],
 ) -> tuple[dict[str, float], list[str]]:
@@ -215,10 +166,10 @@ def measure(
     return values, answers
 
 
-def evaluate(options: argparse.Namespace) -> dict:
+def evaluate(options: Options) -> dict:
     """The whole command but for showing its results, which it returns."""
-    names, run = check(options)
-    base = None if run.adapter else open_base(run, options.base)
+    names, run = options.metrics, check(options)
+    base = None if run.adapter else open_base(run, options.base_model)
     tokenizer = load_tokenizer(run)
     where, rendered = read_rows(run, options, tokenizer)
     asked = prepare(names, run, rendered, where, tokenizer)
@@ -254,24 +205,31 @@ def table(results: dict) -> str:
     return "\n".join(lines)
 
 
-def main(argv: list[str]) -> int:
+def run(options: Options) -> int:
     """Returns the exit status: 0, or 2 for something the user can put right."""
+    if not options.verbose:
+        transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
     try:
-        options = _parser().parse_args(with_underscores(argv))
-        if not options.verbose:
-            transformers_logging.set_verbosity_error()
-            transformers_logging.disable_progress_bar()
         results = evaluate(options)
     except UserError as e:
-        return report(e, "--verbose" in argv)
+        return report(e, options.verbose)
     print(f"{results['run']} on {results['rows']:,} rows of {results['dataset']}\n{table(results)}")
     if options.out is not None:
-        path = Path(options.out)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, json.dumps(results, indent=2, ensure_ascii=False) + "\n")
-        print(f"results and answers: {path}")
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        write_text(options.out, json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+        print(f"results and answers: {options.out}")
     return 0
 
 
+def main(argv: list[str]) -> int:
+    """The whole program, for callers from Python: options in, exit status out."""
+    try:
+        parsed = parse(argv)
+    except UserError as e:
+        return report(e, verbose="--verbose" in argv)
+    return run(parsed)
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run(PARSED))

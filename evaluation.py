@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -26,6 +27,7 @@ from config import Config
 from data import Batch, TokenizedRows, make_batch
 from evaluation_data import EvaluationData
 from launch import Place
+from models.family import rope_switch
 from tracking import Meter, Metrics, NoTracker
 
 PROMPTS_AT_ONCE = 8
@@ -60,21 +62,33 @@ def mean_loss(
     what does not fit into memory shows at once; a rank that is left without a batch takes one of nothing but padding.
     """
     lengths = rows.lengths()
-    batches = lengths.argsort(descending=True, stable=True).split(batch_size)
-    sums = torch.zeros(len(batches), dtype=torch.float64, device=place.device)
+    parts = grouped(lengths, batch_size, rope_switch(model.config))
+    rounds = [part[i : i + place.world] for part in parts for i in range(0, len(part), place.world)]
+    sums, done = torch.zeros(sum(map(len, rounds)), dtype=torch.float64, device=place.device), 0
     with evaluating(model):
-        for first in range(0, len(batches), place.world):
-            own = first + place.rank
-            indices = batches[own] if own < len(batches) else batches[0][:0]
-            longest = int(lengths[batches[first][0]])
-            batch = make_batch(rows, indices, (len(batches[first]), longest)).to(place.device)
+        for batches in rounds:
+            own = place.rank < len(batches)
+            indices = batches[place.rank] if own else batches[0][:0]
+            longest = int(lengths[batches[0][0]])
+            batch = make_batch(rows, indices, (len(batches[0]), longest)).to(place.device)
             with context():
                 total = loss_sum(model, batch)
-            if own < len(batches):
-                sums[own] = total
+            if own:
+                sums[done + place.rank] = total
+            done += len(batches)
     if place.world > 1:
         dist.all_reduce(sums)
     return sums.sum().item() / int(rows.targets().sum())
+
+
+def grouped(lengths: torch.Tensor, size: int, switch: float, growth: int = 0) -> list[list[torch.Tensor]]:
+    """Numbers of the rows [R] that are computed together, at most `size`, the longest first, so that each gives what
+    it gives alone: in parts that the model's `rope_switch` keeps apart, the rows above it, those that may pass it
+    while they grow by `growth` tokens, each by itself, and those that stay below."""
+    order = lengths.argsort(descending=True, stable=True)
+    before, after = lengths[order], lengths[order] + growth
+    parts = (before > switch, size), ((before <= switch) & (after > switch), 1), (after <= switch, size)
+    return [list(order[rows].split(most)) for rows, most in parts if rows.any()]
 
 
 def perplexity(loss: float) -> float:
@@ -195,20 +209,24 @@ class Evaluator:
 
     def _sample(self, step: int) -> None:
         """Writes lines of step, prompt and text to samples.jsonl, and shows them."""
-        prompts = self.data.prompts
-        for first in range(0, len(prompts), PROMPTS_AT_ONCE):
-            part = prompts[first : first + PROMPTS_AT_ONCE]
-            options = (self.config.sample_tokens, self.data.stops, self.place, self.context)
-            answers = greedy(self.model, [p.ids for p in part], *options)
-            if self.place.rank != 0:
-                continue
-            with (self.folder / "samples.jsonl").open("a", encoding="utf-8") as file:
-                for prompt, answer in zip(part, answers, strict=True):
-                    text = self.tokenizer.decode(answer, skip_special_tokens=True)
-                    line = {"step": step, "prompt": prompt.text, "text": text}
-                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
-                    asked = " ".join(prompt.text.split())[-60:]
-                    self.tracker.say(f"sample, step {step}: {asked!r} -> {text!r}")
+        prompts, tokens = self.data.prompts, self.config.sample_tokens
+        lengths = torch.tensor([len(prompt.ids) for prompt in prompts])
+        answers: dict[int, list[int]] = {}
+        parts = grouped(lengths, PROMPTS_AT_ONCE, rope_switch(self.model.config), growth=tokens)
+        for batch in itertools.chain(*parts):
+            chosen = batch.tolist()
+            options = (tokens, self.data.stops, self.place, self.context)
+            made = greedy(self.model, [prompts[i].ids for i in chosen], *options)
+            answers |= zip(chosen, made, strict=True)
+        if self.place.rank != 0:
+            return
+        with (self.folder / "samples.jsonl").open("a", encoding="utf-8") as file:
+            for i, prompt in enumerate(prompts):
+                text = self.tokenizer.decode(answers[i], skip_special_tokens=True)
+                line = {"step": step, "prompt": prompt.text, "text": text}
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+                asked = " ".join(prompt.text.split())[-60:]
+                self.tracker.say(f"sample, step {step}: {asked!r} -> {text!r}")
 
 
 def keeps_best(config: Config) -> bool:

@@ -4,6 +4,7 @@ its samples. Prepared with the training data, before any process with a GPU is s
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import re
 from collections.abc import Iterator
@@ -15,7 +16,8 @@ import torch
 
 from config import Config, UserError
 from data import Examples, TokenizedRows, read_examples, tokenize
-from formats import FORMATS, Rendered, row_asking
+from formats import FORMATS, Rendered, prompt_ids
+from sources import find_recipe, load_rows
 
 DEFAULT_PROMPTS = 3  # rows that samples are made of, unless --sample_prompts says otherwise
 MOST_PROMPTS = 16  # rows of a dataset given as --sample_prompts
@@ -49,16 +51,27 @@ class EvaluationData:
         return f"\nevaluation: {len(self.rows):,} rows, {int(self.rows.targets().sum()):,} learned tokens"
 
 
-def prepare_sets(config: Config, tokenizer, stops: list[int]) -> tuple[TokenizedRows, EvaluationData]:
-    """(the training rows, what to evaluate on) of a run's options. Raises UserError for anything wrong with the
-    data, and if a set would be empty."""
+def prepare_sets(config: Config, tokenizer, stops: list[int]) -> tuple[Config, TokenizedRows, EvaluationData]:
+    """(the options with the data's format in the place of auto, the training rows, what to evaluate on) of a run's
+    options. Raises UserError for anything wrong with the data, and if a set would be empty."""
     reading = (config.context_length, tokenizer)
     examples = read_examples(config.dataset, config.dataset_format, config.dataset_samples, *reading)
+    config = dataclasses.replace(config, dataset_format=examples.format)
     training, held = _divide(config, examples.rendered, tokenizer)
     rows = tokenize(training, tokenizer, config.context_length, f"--dataset {config.dataset}")
     evaluation = None if held is None else tokenize(held, tokenizer, config.context_length, _origin(config))
     prompts = _sample_prompts(config, examples, held or training, tokenizer) if config.sample_every else []
-    return rows, EvaluationData(evaluation, prompts, stops)
+    return config, rows, EvaluationData(evaluation, prompts, stops)
+
+
+def read_beside(config: Config, dataset: str, samples: int, tokenizer) -> Examples:
+    """Rows to ask a model that was trained with the options `config`: in the format of its training where they have
+    the columns for it, else in their own. Raises UserError for anything wrong with the data."""
+    form, (recipe, file) = config.dataset_format, find_recipe(dataset)
+    if form != "auto":
+        row = load_rows(recipe, file, 1).rows[0]
+        form = form if FORMATS[form].fits(set(row), row, recipe.markers) else "auto"
+    return read_examples(dataset, form, samples, config.context_length, tokenizer)
 
 
 def held_rows(config: Config, tokenizer) -> list[Rendered] | None:
@@ -78,9 +91,8 @@ def _divide(
         return training, held[: config.eval_samples] if config.eval_samples > 0 else held
     if config.eval_dataset is None:
         return rendered, None
-    reading = (config.dataset_format, config.eval_samples, config.context_length, tokenizer)
     with named("--eval_dataset"):
-        return rendered, read_examples(config.eval_dataset, *reading).rendered
+        return rendered, read_beside(config, config.eval_dataset, config.eval_samples, tokenizer).rendered
 
 
 def _origin(config: Config) -> str:
@@ -121,23 +133,18 @@ def prompt_of(rendered: Rendered, tokenizer, context_length: int) -> Prompt | No
     text, answer = rendered.text[:start], rendered.text[start:end].strip()
     if not text:
         text, answer = " ".join(rendered.text.split()[:OPENING_WORDS]), ""
-    ids = tokenizer(text, add_special_tokens=rendered.special)["input_ids"]
-    if ids and ids[-1] == tokenizer.eos_token_id:  # a tokenizer that ends every text
-        ids = ids[:-1]
+    ids = prompt_ids(text, tokenizer, rendered.special)
     return Prompt(text, ids[-context_length:], answer) if ids else None
 
 
 def _sample_prompts(config: Config, examples: Examples, rows: list[Rendered], tokenizer) -> list[Prompt]:
     given = config.sample_prompts
     if given is not None and given.endswith(".txt"):
-        rendered = _ask(_lines(Path(given).expanduser()), examples, tokenizer)
-    elif given is not None:
+        return _ask(_lines(Path(given).expanduser()), examples, tokenizer, config.context_length)
+    if given is not None:
         with named("--sample_prompts"):
-            reading = (config.dataset_format, MOST_PROMPTS, config.context_length, tokenizer)
-            rendered = read_examples(given, *reading).rendered
-    else:
-        rendered = rows
-    made = (prompt_of(r, tokenizer, config.context_length) for r in rendered)
+            rows = read_beside(config, given, MOST_PROMPTS, tokenizer).rendered
+    made = (prompt_of(r, tokenizer, config.context_length) for r in rows)
     prompts = [p for p in made if p]
     if not prompts:
         raise UserError(f"--sample_prompts {given or ''}: no row has anything to ask")
@@ -156,19 +163,17 @@ def _lines(path: Path) -> list[str]:
     return lines
 
 
-def _ask(questions: list[str], examples: Examples, tokenizer) -> list[Rendered]:
-    """The questions as rows of the training data's format would put them."""
-    rendered = []
+def _ask(questions: list[str], examples: Examples, tokenizer, context_length: int) -> list[Prompt]:
+    """The questions, put as the training data puts its own."""
+    form, prompts = FORMATS[examples.format], []
     for question in questions:
-        row = row_asking(examples.format, question, examples.markers)
+        row = form.asking(question, examples.markers)
         try:
-            one = FORMATS[examples.format].render(row, tokenizer, examples.markers)
+            text = form.prompt(row, tokenizer, examples.markers)
         except (jinja2.TemplateError, ValueError, TypeError, KeyError) as e:  # from a chat template
             raise UserError(f"--sample_prompts: {question!r}: {' '.join(str(e).split())}") from None
-        if one.learned and one.learned[-1][0] == 0:  # plain text: the whole line is the prompt
-            one = Rendered(one.text, [(len(one.text), len(one.text))])
-        rendered.append(one)
-    return rendered
+        prompts.append(Prompt(text, prompt_ids(text, tokenizer, form.special)[-context_length:]))
+    return prompts
 
 
 def stop_tokens(folder: Path, tokenizer) -> list[int]:

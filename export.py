@@ -9,14 +9,22 @@ Weights are read, merged and written one at a time. docs/export.md says which ba
 
 from __future__ import annotations
 
+import sys
+
+from command_line import describe, parse_or_exit, report
+from config import UserError
+from export_options import Options, parse
+
+if __name__ == "__main__":
+    # Before the imports below, which take seconds: --help and wrong options are answered at once.
+    PARSED = parse_or_exit(sys.argv[1:], parse)
+
 import contextlib
 import json
 import os
 import shutil
 import signal
-import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
@@ -38,19 +46,15 @@ from checkpoint import (
     holds_run,
     write_text,
 )
-from command_line import command_parser, describe, suggest, with_underscores
-from config import UserError
 from data import prepare
 from finished_run import Run, load_tokenizer, open_run, read_adapter
 from layerwise import compare, plain_logits, trained_logits
-from merge import check_adapter, merged_entries
+from merge import merged_entries
 from model_card import card
 from model_files import CheckpointFiles
 from model_writer import Entry, write_model
 from sources import find_recipe
 
-KINDS = ("merged", "gguf-ready", "adapter")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SPARE = 2**20  # bytes, for headers, index and card
 PROMPTS = (
     "The capital of France is",
@@ -58,66 +62,6 @@ PROMPTS = (
     "def fibonacci(n):",
     "In 1969, two people walked on the moon.",
 )
-
-
-@dataclass(frozen=True)
-class Options:
-    """The command line; None where an option was not given."""
-
-    run: str
-    to: str
-    out: Path
-    base: str | None
-    base_model: str | None
-    dtype: str | None
-    device: str | None
-    check: bool
-    overwrite: bool
-    push_to_hub: str | None
-
-
-def parse(argv: list[str]) -> Options:
-    """Raises UserError; exits 0 on --help."""
-    parser = command_parser(
-        "export.py",
-        "RUN --to merged|gguf-ready|adapter --out DIR [--option value ...]",
-        "Make a model folder, or an adapter with a model card, of a finished run.",
-    )
-    parser.add_argument("run", metavar="RUN", nargs="?", help="the --output_dir of train.py")
-    for name, metavar, text, choices in (
-        ("to", "KIND", "merged, gguf-ready (for llama.cpp's converter) or adapter (PEFT)", KINDS),
-        ("out", "DIR", "folder to write", None),
-        ("base", "NAME", "merge into the original weights, or into the dequantized ones that training computed"
-         " with [dequantized; original for a Llama-Pro run]", ("original", "dequantized")),
-        ("base_model", "TEXT", "folder or hub id of the base, where it is not the one that config.yaml names", None),
-        ("dtype", "NAME", "of the weights: float32, bfloat16 or float16 [the checkpoint's; for gguf-ready 16 bits]",
-         tuple(DTYPES)),
-        ("device", "NAME", "cpu or cuda, to merge on [cuda where there is one]", ("cpu", "cuda")),
-        ("push_to_hub", "REPO", "upload the folder to this repository (owner/name), made private if it is new", None),
-    ):  # fmt: skip
-        parser.add_argument(f"--{name}", metavar=metavar, help=text, choices=choices)
-    for name, default, text in (
-        ("check", None, "compare the logits with the trained model's [true]"),
-        ("overwrite", "false", "replace the model that DIR holds [false]"),
-    ):
-        flag = {"nargs": "?", "const": "true", "choices": ("true", "false"), "metavar": "BOOL"}
-        parser.add_argument(f"--{name}", default=default, help=text, **flag)
-    args, rest = parser.parse_known_args(with_underscores(argv))
-    if rest:
-        known = suggest(rest[0].split("=")[0], vars(args)) if rest[0].startswith("-") else "; give one RUN"
-        raise UserError(f"unknown option {rest[0]}{known}")
-    for name, shown in (("run", "RUN"), ("to", "--to"), ("out", "--out")):
-        if not getattr(args, name):
-            raise UserError(f"{shown} is missing; see --help")
-    given = vars(args)
-    if args.to == "adapter":
-        for name in ("base", "dtype", "device", "check"):
-            if given[name] is not None:
-                raise UserError(f"--{name} has no effect with --to adapter; leave it out")
-    if args.to == "gguf-ready" and args.dtype == "float32":
-        raise UserError("--dtype float32: gguf-ready is in 16 bits; choose bfloat16 or float16")
-    given |= {"check": args.check != "false", "overwrite": args.overwrite == "true"}
-    return Options(**given | {"out": Path(args.out).expanduser()})
 
 
 def check(options: Options) -> Run:
@@ -141,7 +85,6 @@ def check(options: Options) -> Run:
     if not run.adapter:
         _check_whole(options, run)
         return run
-    check_adapter(run)
     if run.files.packed and options.base == "original":
         raise UserError(
             f"--base original: {run.base} holds 4-bit weights only; leave the option out, or name the original"
@@ -191,11 +134,11 @@ def _check_hub(repo: str) -> None:
 def plan_dtypes(options: Options, run: Run) -> Callable[[torch.dtype], torch.dtype]:
     """Stored dtype -> dtype to write."""
     wanted = getattr(run.model_config, "dtype", None)
-    unpacked = wanted if wanted in DTYPES.values() else torch.bfloat16
+    unpacked = wanted if wanted in (torch.float32, torch.float16) else torch.bfloat16
 
     def dtype_of(stored: torch.dtype) -> torch.dtype:
         if options.dtype:
-            return DTYPES[options.dtype]
+            return getattr(torch, options.dtype)
         stored = unpacked if stored == torch.uint8 else stored
         return stored if options.to == "merged" or stored.itemsize == 2 else torch.bfloat16
 
@@ -352,20 +295,28 @@ def export(options: Options) -> None:
         print(push(options.push_to_hub, options.out, names))
 
 
-def main(argv: list[str] | None = None) -> int:
+def run(options: Options) -> int:
     """Returns the exit status: 0, or 2 for something the user can put right."""
     transformers_logging.set_verbosity_error()
     hub_logging.set_verbosity_error()
     try:
-        export(parse(sys.argv[1:] if argv is None else argv))
+        export(options)
         return 0
     except UserError as e:
-        print(f"error: {describe(e)}", file=sys.stderr)
+        return report(e, verbose=False)
     except OSError as e:  # a full disk
-        print(f"error: {e.filename or 'writing'}: {e.strerror or e}", file=sys.stderr)
-    return 2
+        return report(UserError(f"{e.filename or 'writing'}: {e.strerror or e}"), verbose=False)
+
+
+def main(argv: list[str]) -> int:
+    """The whole program, for callers from Python: options in, exit status out."""
+    try:
+        parsed = parse(argv)
+    except UserError as e:
+        return report(e, verbose=False)
+    return run(parsed)
 
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what is half written goes
-    sys.exit(main())
+    sys.exit(run(PARSED))

@@ -30,6 +30,8 @@ from models.toy import toy_model
 from precision import Precision
 from quantize_layers import load_weights
 
+PREFIX = "base_model.model."  # of PEFT's names
+
 
 @dataclass(frozen=True)
 class Run:
@@ -65,16 +67,22 @@ def open_run(folder: str | Path, base: str | None = None) -> Run:
             f"{folder}: holds no result ({saved.name}): the run was cut, or ran with --save_model false"
         )
     run = _open_model(folder, config, name)
-    if not whole:
-        run = dataclasses.replace(run, adapter=folder / ADAPTER)
-        check_packing(build_on_meta(run.model_config, run.family), run.family, config, run.files)
-        _check_base(run.adapter, run.model_config, run.files)
+    if whole:
+        return run
+    run = dataclasses.replace(run, adapter=folder / ADAPTER)
+    model = build_on_meta(run.model_config, run.family)
+    check_packing(model, run.family, config, run.files)
+    _check_adapter(run, model)
     return run
 
 
 def open_base(run: Run, base: str | None = None) -> Run:
-    """The model that a run which saved a whole model was trained from, with nothing on it. Raises UserError."""
-    return _open_model(run.folder, run.config, base or run.config.model_name)
+    """The model that a run which saved a whole model was trained from, with nothing on it. Raises UserError, also
+    for a model of other shapes."""
+    opened = _open_model(run.folder, run.config, base or run.config.model_name)
+    if base_digest(opened.model_config, opened.files) != base_digest(run.model_config, run.files):
+        raise UserError(f"{run.folder}: was trained from another model than {opened.base}")
+    return opened
 
 
 def _open_model(folder: Path, config: Config, name: str) -> Run:
@@ -88,16 +96,37 @@ def _open_model(folder: Path, config: Config, name: str) -> Run:
     return Run(folder, config, base, model_config, family, files, None)
 
 
-def _check_base(adapter: Path, model_config: PretrainedConfig, files: CheckpointFiles) -> None:
-    if not adapter.is_file():
-        raise UserError(f"{adapter}: is missing: the run is half written")
+def _check_adapter(run: Run, model: nn.Module) -> None:
+    """Raises UserError unless the adapter's file is whole, belongs to the run's base, and holds exactly the tensors,
+    by name and shape, that the run's options make of it. Reads headers only. model: the base on meta, which gets the
+    adapters."""
+    path = run.adapter
+    if not path.is_file():
+        raise UserError(f"{path}: is missing: the run is half written")
     try:
-        with safe_open(adapter, framework="pt") as f:
+        with safe_open(path, framework="pt") as f:
             digest = (f.metadata() or {}).get("base_digest")
+            found = {name: f.get_slice(name).get_shape() for name in f.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as e:
-        raise UserError(f"{adapter}: truncated or not a safetensors file ({e})") from None
-    if digest != base_digest(model_config, files):
-        raise UserError(f"{adapter}: was trained on another model than {files.folder}")
+        raise UserError(f"{path}: truncated or not a safetensors file ({e})") from None
+    if digest != base_digest(run.model_config, run.files):
+        raise UserError(f"{path}: was trained on another model than {run.base}")
+    apply_method(model, run.family, run.config, Precision(torch.float32, torch.float32), run.files)
+    wanted = {
+        f"{PREFIX}{name}.{part}": list(tensor.shape)
+        for name, module in model.named_modules()
+        if isinstance(module, LoRALinear)
+        for part, tensor in module.peft_tensors(lambda parameter: parameter.detach()).items()
+    }
+    for name in sorted(wanted.keys() | found.keys()):
+        if name not in wanted:
+            raise UserError(f"{path}: {name} has no place in {run.base} with the options of config.yaml")
+        if name not in found:
+            raise UserError(f"{path}: {name} is missing")
+        if found[name] != wanted[name]:
+            raise UserError(
+                f"{path}: {name} has shape {found[name]}, but {run.base} and config.yaml ask for {wanted[name]}"
+            )
 
 
 def read_adapter(run: Run) -> dict[str, torch.Tensor]:
@@ -108,8 +137,7 @@ def read_adapter(run: Run) -> dict[str, torch.Tensor]:
 
 def load_model(run: Run, device: torch.device, dtype: torch.dtype) -> nn.Module:
     """The trained model in evaluation mode, on one device, unsharded: the base packed as in training, computing
-    in dtype, under the adapter; or the whole saved model in dtype. Raises UserError if the adapter does not
-    fit the model."""
+    in dtype, under the adapter; or the whole saved model in dtype."""
     precision, place = Precision(dtype, dtype), Place(0, 1, 0, 1, device)
     model = build_on_meta(run.model_config, run.family)
     if run.adapter:
@@ -127,41 +155,17 @@ def load_model(run: Run, device: torch.device, dtype: torch.dtype) -> nn.Module:
 @torch.no_grad()
 def set_adapter(model: nn.Module, run: Run) -> None:
     """Puts the run's adapter in the place of the one that `model`, of another run of the same base and the same
-    options of the adapter, has. Raises UserError if it does not fit."""
+    options of the adapter, has."""
     tensors = read_adapter(run)
-    for path, module in model.named_modules():
+    for name, module in model.named_modules():
         if isinstance(module, LoRALinear):
-            prefix = f"base_model.model.{path}."
-            own = {
-                n.removeprefix(prefix): tensors.pop(n) for n in [n for n in tensors if n.startswith(prefix)]
-            }
-            try:
-                module.set_peft_tensors(own)
-            except (KeyError, RuntimeError) as e:
-                raise UserError(f"{run.adapter}: does not fit {path} of {run.base} ({e})") from None
-    if tensors:
-        raise UserError(f"{run.adapter}: {next(iter(tensors))} has no place in {run.base}")
+            module.set_peft_tensors(tensors_of(name, tensors))
 
 
-def check_adapter(run: Run) -> None:
-    """Raises UserError if the adapter's names and shapes are not those of this model with the run's options. Reads
-    headers only."""
-    model = build_on_meta(run.model_config, run.family)
-    apply_method(model, run.family, run.config, Precision(torch.float32, torch.float32), run.files)
-    wanted = {
-        f"base_model.model.{path}.{name}": list(tensor.shape)
-        for path, module in model.named_modules()
-        if isinstance(module, LoRALinear)
-        for name, tensor in module.peft_tensors(lambda parameter: parameter.detach()).items()
-    }
-    with safe_open(run.adapter, framework="pt") as f:
-        found = {name: list(f.get_slice(name).get_shape()) for name in f.keys()}  # noqa: SIM118
-    for name in sorted(wanted.keys() | found.keys()):
-        if wanted.get(name) != found.get(name):
-            raise UserError(
-                f"{run.adapter}: {name} has shape {found.get(name, 'none: it is missing')}; config.yaml and"
-                f" {run.base} say {wanted.get(name, 'that there is none')}"
-            )
+def tensors_of(module: str, adapter: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """{PEFT's name below the layer: tensor} of one linear, out of what `read_adapter` gave."""
+    prefix = f"{PREFIX}{module}."
+    return {name.removeprefix(prefix): t for name, t in adapter.items() if name.startswith(prefix)}
 
 
 def load_tokenizer(run: Run):

@@ -43,7 +43,9 @@ class Rendered:
 class Format:
     """render(row, tokenizer, markers); needs: columns without which a row is refused; optional: others
     that it reads; prompt(row, tokenizer, markers): the text up to the last answer, which the row may lack; answer:
-    the column that holds nothing else; turns: a conversation, which goes on after an answer."""
+    the column that holds nothing else; turns: a conversation, which goes on after an answer; question(text, markers):
+    what the column `asks` holds where nothing but that text is asked; special: as in Rendered; marked: its text has
+    markers."""
 
     render: Callable[..., Rendered]
     prompt: Callable[..., str]
@@ -51,11 +53,23 @@ class Format:
     optional: tuple[str, ...] = ()
     answer: str | None = None
     turns: bool = False
+    question: Callable[..., str | list] = lambda text, _markers: text
+    special: bool = True
+    marked: bool = False
 
     @property
     def asks(self) -> str:
         """The column that a bare prompt goes into."""
         return self.needs[0]
+
+    def asking(self, text: str, markers: Sequence[str]) -> dict:
+        """The row that a bare prompt is, without an answer."""
+        return {self.asks: self.question(text, markers)}
+
+    def fits(self, columns: set[str], sample: Mapping, markers: Sequence[str]) -> bool:
+        """Whether rows with these columns can be of this format; `sample` tells a dialogue in `text` from plain
+        text."""
+        return columns >= set(self.needs) and (not self.marked or markers[1] in str(sample.get("text")))
 
 
 def _prompted(prompt: str, response: str) -> Rendered:
@@ -129,6 +143,14 @@ def asked(question: str, before: str, answer: str | None, markers: Sequence[str]
     return f"{said}{markers[0]} {question}{between}{markers[1]}"
 
 
+def _first_question(text: str, markers: Sequence[str]) -> str:
+    return asked(text, "", None, markers)
+
+
+def _user_message(text: str, _markers) -> list[dict]:
+    return [{"role": "user", "content": text}]
+
+
 def _chat(row: Mapping[str, list], tokenizer, _markers) -> Rendered:
     """Through the tokenizer's chat template; every assistant turn is learned, with its end-of-turn token."""
     messages = row["messages"]
@@ -193,27 +215,24 @@ def _common(a: str, b: str) -> int:
 
 
 FORMATS = {
-    "chat": Format(_chat, _chat_prompt, ("messages",), turns=True),
+    "chat": Format(_chat, _chat_prompt, ("messages",), turns=True, question=_user_message, special=False),
     "alpaca": Format(_alpaca, _alpaca_prompt, ("instruction", "output"), ("input",), answer="output"),
     "qa": Format(_qa, _qa_prompt, ("question", "answer"), ("context",), answer="answer"),
-    "guanaco": Format(_guanaco, _guanaco_prompt, ("text",), turns=True),
+    "guanaco": Format(
+        _guanaco, _guanaco_prompt, ("text",), turns=True, question=_first_question, marked=True
+    ),
     "completion": Format(_completion, _completion_prompt, ("text",)),
 }
 GUANACO_MARKERS = ("### Human:", "### Assistant:")
 PROBE = "\uf8ffprobe\uf8ff"  # stands for an answer; a private character, so in no template or text
 
 
-def row_asking(name: str, question: str, markers: Sequence[str]) -> dict:
-    """A row of the format `name` that asks `question`, with PROBE where the answer would be; of plain text, the
-    question alone."""
-    turns = [{"role": "user", "content": question}, {"role": "assistant", "content": PROBE}]
-    return {
-        "chat": {"messages": turns},
-        "alpaca": {"instruction": question, "output": PROBE},
-        "qa": {"question": question, "answer": PROBE},
-        "guanaco": {"text": f"{markers[0]} {question}{markers[1]} {PROBE}"},
-        "completion": {"text": question},
-    }[name]
+def prompt_ids(text: str, tokenizer, special: bool) -> list[int]:
+    """The tokens of a prompt, without the EOS that a tokenizer may put behind every text: training had it behind the
+    answer."""
+    ids = tokenizer(text, add_special_tokens=special)["input_ids"]
+    added = special and ids and ids[-1] == tokenizer.eos_token_id
+    return ids[:-1] if added and not text.endswith(tokenizer.eos_token) else ids
 
 
 def recognise(
@@ -221,9 +240,7 @@ def recognise(
 ) -> str:
     """The format of rows with these columns; `sample` tells a dialogue in `text` from plain text."""
     for name, form in FORMATS.items():
-        if columns >= set(form.needs):
-            if name == "guanaco" and markers[1] not in str(sample.get("text")):
-                continue
+        if form.fits(columns, sample, markers):
             return name
     known = "; ".join(f"{n}: {', '.join(f.needs)}" for n, f in FORMATS.items())
     raise UserError(f"{where}: columns {', '.join(sorted(columns))} fit no format ({known})")

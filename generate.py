@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import sys
 
-from command_line import report
+from command_line import parse_or_exit, report
 from config import UserError
-from generate_options import Options, parse, parse_or_exit
+from generate_options import Options, parse
 
 if __name__ == "__main__":
     # Before the imports below, which take seconds: --help and wrong options are answered at once.
-    PARSED = parse_or_exit(sys.argv[1:])
+    PARSED = parse_or_exit(sys.argv[1:], parse)
 
 import contextlib
 import dataclasses

@@ -8,11 +8,10 @@ import json
 import math
 import os
 import re
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from command_line import command_parser, report, suggest, with_underscores
+from command_line import command_parser, suggest, with_underscores
 from config import UserError
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
@@ -92,14 +91,6 @@ def parse(argv: list[str]) -> Options:
     if rest:
         raise UserError(f"unknown option {rest[0]}{suggest(rest[0].split('=')[0], vars(args))}")
     return _converted(args)
-
-
-def parse_or_exit(argv: list[str]) -> Options:
-    """`parse`; a UserError ends the program as `report` tells it."""
-    try:
-        return parse(argv)
-    except UserError as e:
-        sys.exit(report(e, verbose="--verbose" in argv))
 
 
 def _spelled(argv: list[str]) -> list[str]:

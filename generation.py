@@ -21,8 +21,8 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 
 from config import UserError
 from data import find_format
-from finished_run import Run, check_adapter, load_model, load_tokenizer, open_base, open_run, set_adapter
-from formats import FORMATS, GUANACO_MARKERS, Format, asked, checked, turn_ending
+from finished_run import Run, load_model, load_tokenizer, open_base, open_run, set_adapter
+from formats import FORMATS, GUANACO_MARKERS, Format, asked, checked, prompt_ids, turn_ending
 from generate_options import Prompt, Sampling
 from models.adapters import exchange_adapters
 from models.dora import fixed_norms
@@ -35,11 +35,7 @@ BASE = "base"
 def open_runs(folders: list[str], base_model: str | None) -> list[Run]:
     """The runs, checked, and checked to be able to share one base. Raises UserError."""
     runs = [open_run(folder, base_model) for folder in folders]
-    for run in runs:
-        if run.adapter:
-            check_adapter(run)
-        if len(runs) == 1:
-            break
+    for run in runs if len(runs) > 1 else []:
         if not run.adapter:
             raise UserError(
                 f"{run.folder}: holds a whole model; only adapters can share a base: give it alone"
@@ -76,18 +72,9 @@ class Template:
     stops: frozenset[int]
     marker: str | None
 
-    @property
-    def special(self) -> bool:
-        """Whether the tokenizer adds its own BOS: a chat template writes it into the text."""
-        return self.form is not FORMATS["chat"]
-
     def question(self, text: str) -> dict:
         """A bare prompt as the row that it would be."""
-        if self.form is FORMATS["chat"]:
-            return {"messages": [{"role": "user", "content": text}]}
-        if self.form is FORMATS["guanaco"]:
-            return {"text": asked(text, "", None, self.markers)}
-        return {self.form.asks: text}
+        return self.form.asking(text, self.markers)
 
     def text(self, prompt: Prompt) -> str:
         """The text that training would have up to the answer. Raises UserError for rows without a question."""
@@ -105,10 +92,7 @@ class Template:
 
     def ids(self, text: str, place: str) -> torch.Tensor:
         """[1, P] int64. Raises UserError if they leave no room for an answer."""
-        ids = self.tokenizer(text, add_special_tokens=self.special)["input_ids"]
-        eos = self.tokenizer.eos_token_id
-        if self.special and ids and ids[-1] == eos and not text.endswith(self.tokenizer.eos_token):
-            ids.pop()  # of a tokenizer that writes the EOS by itself: training had it behind the answer
+        ids = prompt_ids(text, self.tokenizer, self.form.special)
         if not ids:
             raise UserError(f"{place}: is empty")
         if len(ids) >= self.positions:
@@ -122,8 +106,8 @@ def make_template(run: Run, dataset_format: str) -> Template:
     wanted = dataset_format if dataset_format != "auto" else run.config.dataset_format
     try:
         name, markers = find_format(run.config.dataset, wanted)
-    except UserError as e:
-        if wanted == "auto":
+    except UserError as e:  # the data are gone; a file has no markers of its own, a recipe may have
+        if wanted == "auto" or (wanted == "guanaco" and run.config.dataset.endswith(".toml")):
             raise UserError(f"{run.folder}: its prompt template cannot be told ({e}); --dataset_format"
                             " says it") from None  # fmt: skip
         name, markers = wanted, list(GUANACO_MARKERS)

@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from finished_run import Run
+from finished_run import Run, tensors_of
 from model_files import CheckpointFiles
 from models import build_on_meta
 from models.adapters import apply_method, choose_quantizers, packed_linears
@@ -105,10 +105,7 @@ def _load(
                 filled.add(key)
     for name, module in part.named_modules(prefix=path):
         if isinstance(module, LoRALinear):
-            below = f"base_model.model.{name}."
-            module.set_peft_tensors(
-                {n.removeprefix(below): t for n, t in adapter.items() if n.startswith(below)}
-            )
+            module.set_peft_tensors(tensors_of(name, adapter))
             filled |= {
                 f"{name}.{key}".removeprefix(prefix)
                 for key in ("lora_A", "lora_B", "magnitude_change")

@@ -17,26 +17,19 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
-from safetensors import safe_open
 
 from config import UserError
-from finished_run import Run
+from finished_run import PREFIX, Run
 from model_files import CheckpointFiles
 from model_writer import PIECE, Entry, copied
 from models import build_on_meta
-from models.adapters import choose_quantizers, packed_linears, target_linears
+from models.adapters import choose_quantizers, packed_linears
 from models.dora import TINY
 from quantizers import PackedWeight, Quantizer
 
-PREFIX = "base_model.model."  # of PEFT's names
-PARTS = {  # an adapter's tensors by PEFT's names, and their shapes for O, I, R
-    "lora": {"lora_A.weight": lambda o, i, r: (r, i), "lora_B.weight": lambda o, i, r: (o, r)},
-}
-PARTS["dora"] = PARTS["lora"] | {"lora_magnitude_vector": lambda o, i, r: (o,)}
-
 
 def merged_weight(weight: torch.Tensor, tensors: dict[str, torch.Tensor], scaling: float) -> torch.Tensor:
-    """W' [O, I] fp32. weight: W [O, I] fp32, which is overwritten; tensors: the layer's, as in PARTS."""
+    """W' [O, I] fp32. weight: W [O, I] fp32, which is overwritten; tensors: the layer's, by PEFT's names below it."""
     a, b = (tensors[name].to(weight.device, torch.float32) for name in ("lora_A.weight", "lora_B.weight"))
     weight.addmm_(b, a, alpha=scaling)
     if "lora_magnitude_vector" in tensors:
@@ -44,29 +37,6 @@ def merged_weight(weight: torch.Tensor, tensors: dict[str, torch.Tensor], scalin
         norm = torch.linalg.vector_norm(weight, dim=1).square_().clamp_min_(TINY).sqrt_()
         weight *= (tensors["lora_magnitude_vector"].to(weight.device, torch.float32) / norm)[:, None]
     return weight
-
-
-def check_adapter(run: Run) -> None:
-    """Raises UserError unless the adapter's file holds exactly the tensors, by name and shape, of the linears that
-    its config names. Reads the file's header only."""
-    model = build_on_meta(run.model_config, run.family)
-    sizes = {name: tuple(m.weight.shape) for name, m in run.family.layer_linears(model)}
-    wanted = {}
-    for name in target_linears(model, run.family, run.config.lora_target_modules):
-        for part, shape in PARTS[run.config.method.adapter].items():
-            wanted[f"{PREFIX}{name}.{part}"] = shape(*sizes[name], run.config.lora_rank)
-    with safe_open(run.adapter, framework="pt") as f:
-        found = {name: tuple(f.get_slice(name).get_shape()) for name in f.keys()}  # noqa: SIM118
-    for name in sorted(wanted.keys() | found.keys()):
-        if name not in wanted:
-            raise UserError(f"{run.adapter}: {name} has no place in {run.base}")
-        if name not in found:
-            raise UserError(f"{run.adapter}: {name} is missing")
-        if found[name] != wanted[name]:
-            raise UserError(
-                f"{run.adapter}: {name} has shape {list(found[name])}, but {run.base} and config.yaml ask for"
-                f" {list(wanted[name])}"
-            )
 
 
 def packed_in_training(run: Run) -> dict[str, Quantizer]:

@@ -123,7 +123,11 @@ class NF4:
         if row_scale is not None:
             absmax = (absmax.view(shape[0], -1) * row_scale[:, None]).view(-1)
         packed = codes[: -(-shape[0] * shape[1] // 2)].view(-1, 1)
-        return torch.ops.bitsandbytes.dequantize_4bit(packed, absmax, self.block, "nf4", shape, dtype)
+        # Blocks that cross rows: bitsandbytes' kernel for CPUs with AVX-512 begins a new one with each row, so it gets
+        # a single row there.
+        rows = shape if shape[1] % self.block == 0 else (1, shape[0] * shape[1])
+        weight = torch.ops.bitsandbytes.dequantize_4bit(packed, absmax, self.block, "nf4", rows, dtype)
+        return weight.view(shape)
 
     def _absmax(self, scales: torch.Tensor, table: torch.Tensor, blocks: int) -> torch.Tensor:
         """The blocks' absolute maxima: [blocks] fp32."""

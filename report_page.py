@@ -11,15 +11,14 @@ import base64
 import dataclasses
 import hashlib
 import math
-import os
 import shlex
-import sys
 from collections.abc import Iterable
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from config import TOY_MODEL, Config, resolve, shown
+from command_line import python
+from config import TOY_DATASET, TOY_MODEL, TOY_PROMPT, Config, resolve, shown
 from report_charts import Series, bars, curves, number, running_mean
 
 if TYPE_CHECKING:
@@ -29,7 +28,14 @@ HERE = Path(__file__).parent
 ASSETS = HERE / "report_assets"
 LONGEST_TEXT = 4000  # characters of a sample that are shown
 MOST_PROMPTS = 50
-TOLD_ABOVE = ("train_type", "model_name", "dataset", "output_dir", "world_size")  # not once more as options
+TOLD_ABOVE = (
+    "train_type",
+    "model_name",
+    "dataset",
+    "dataset_format",
+    "output_dir",
+    "world_size",
+)  # not once more
 
 
 def page(run: RunFiles) -> str:
@@ -182,6 +188,7 @@ def _data(run: RunFiles) -> str:
     kept, tokens = data["rows_kept"], data["tokens"]
     rows = [
         ("Dataset", config.dataset),
+        ("Format", config.dataset_format),
         ("Rows kept", f"{kept:,}"),
         ("Rows dropped", f"{data['rows_dropped']:,}" + " (nothing in them to learn)" * (data["rows_dropped"] > 0)),
         ("Rows cut", f"{data['rows_cut']:,} ({data['rows_cut'] / kept:.1%}) at {config.context_length:,} tokens"),
@@ -256,23 +263,23 @@ def _options(config: Config) -> str:
 
 def commands(run: RunFiles) -> list[tuple[str, list[str]]]:
     """(what for, the command) of what can follow this run, from the folder of train.py."""
-    python = os.path.relpath(sys.executable) if Path.cwd() in Path(sys.executable).parents else "python"
-    folder, config = str(run.folder), run.config
-    found = []
+    folder, config, found = str(run.folder), run.config, []
+    demo = (config.model_name, config.dataset) == (TOY_MODEL, TOY_DATASET)
+    asked = ["--prompt", TOY_PROMPT] if demo else []  # without one it is a conversation
     adapter, whole = "adapter_model.safetensors" in run.names, "config.json" in run.names
     for script, what, more, needs in (
-        ("generate.py", "Ask the base model and the tuned one", ["--prompt", "..."], adapter or whole),
+        ("generate.py", "Ask the base model and the tuned one", asked, adapter or whole),
         ("evaluate.py", "Measure the base model and the tuned one", ["--dataset", config.dataset], adapter or whole),
         ("export.py", "Make a complete model out of the base and the adapter",
          ["--to", "merged", "--out", f"{folder}-merged"], adapter),
     ):  # fmt: skip
         if needs and (HERE / script).is_file():
-            found.append((what, [python, script, folder, *more]))
+            found.append((what, [python(), script, folder, *more]))
     if whole:
         found.append(("Serve the model (docs/serving.md)", ["transformers", "serve", folder]))
     again = ["train.py", "--config", f"{folder}/config.yaml", "--output_dir", f"{folder}-again"]
-    found.append(("Train again with the same options", [python, *again]))
-    found.append(("Make this page again", [python, "report.py", folder]))
+    found.append(("Train again with the same options", [python(), *again]))
+    found.append(("Make this page again", [python(), "report.py", folder]))
     return found
 
 

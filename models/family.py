@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -74,6 +75,13 @@ class Family:
 
 def _matches(pattern: list[str], parts: list[str]) -> bool:
     return len(pattern) == len(parts) and all(p in ("*", n) for p, n in zip(pattern, parts, strict=True))
+
+
+def rope_switch(config: PretrainedConfig) -> float:
+    """Tokens of the longest row of a batch above which all its rows are rotated by other frequencies (longrope, of
+    Phi-3 and Phi-4: https://arxiv.org/abs/2402.13753); inf where there are none."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    return rope["original_max_position_embeddings"] if rope.get("rope_type") == "longrope" else math.inf
 
 
 def clean(name: str) -> str:

@@ -54,7 +54,8 @@ def test_wrong_options(options, words, runs, refused):
 
 def test_options_are_read_before_torch():
     """By the modules that say what is wrong with them."""
-    code = "import sys, generate_options; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    modules = "sys, generate_options, evaluate_options, export_options"
+    code = f"import {modules}; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
 
 
@@ -114,7 +115,8 @@ def test_runs_that_are_none(runs, chat_run, checkpoints, alpaca_file, one_rank, 
     config = (half / "config.yaml").read_text()
     (half / "config.yaml").write_text(config.replace("lora_rank: 8", "lora_rank: 16"))
     assert "lora_A.weight has shape [8, " in refused(half, *asked)
-    (half / "config.yaml").write_text(config.replace(str(alpaca_file), str(tmp_path / "gone.jsonl")))
+    gone = config.replace(str(alpaca_file), str(tmp_path / "gone.jsonl"))
+    (half / "config.yaml").write_text(gone.replace("dataset_format: alpaca", "dataset_format: auto"))
     line = refused(half, *asked)
     assert "gone.jsonl: no such file" in line and "--dataset_format" in line
     (half / ADAPTER).unlink()

@@ -253,13 +253,6 @@ def gradients(place, args):
 
 
 @pytest.mark.parametrize("train_type", ["full", "bnb_dora"])
-def test_two_ranks_equal_one(train_type, checkpoints, alpaca_file, one_rank, two_ranks):
-    args = arguments(checkpoints("qwen3_moe"), alpaca_file, train_type)
-    plain = one_rank(train_run, [*args, "--batch_size", "4"])[0]
-    assert_same(plain, two_ranks(train_run, [*args, "--batch_size", "2"])[0])
-
-
-@pytest.mark.parametrize("train_type", ["full", "bnb_dora"])
 def test_experts_that_are_idle_on_one_rank(train_type, checkpoints, one_rank, two_ranks, tmp_path):
     """Rows of four tokens reach few of the eight experts, and not the same ones on both ranks."""
     data = tmp_path / "short.jsonl"

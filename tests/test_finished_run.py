@@ -97,7 +97,6 @@ def spoil_adapter(run, change: str) -> None:
 @pytest.mark.parametrize("change", ["shape", "missing", "surplus"])
 def test_an_adapter_that_does_not_fit(change, run):
     spoil_adapter(run, change)
-    with pytest.raises(
-        UserError, match="no place in" if change == "surplus" else "does not fit model.layers.1"
-    ):
-        load_model(open_run(run), CPU, torch.float32)
+    words = {"shape": r"has shape \[160, 1\], but", "missing": "is missing", "surplus": "has no place in"}
+    with pytest.raises(UserError, match=rf"layers\.\d\.mlp\.up_proj.* {words[change]}"):
+        open_run(run)

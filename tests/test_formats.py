@@ -8,8 +8,9 @@ import pytest
 from benchmarks.make_checkpoint import byte_tokenizer
 from config import UserError
 from data import tokenize
-from formats import FORMATS, GUANACO_MARKERS, asked, checked, recognise, turn_ending
+from formats import FORMATS, GUANACO_MARKERS, asked, checked, prompt_ids, recognise, turn_ending
 from tests import chat_templates as templates
+from tests import small_tokenizers
 
 TOKENIZER = byte_tokenizer()
 
@@ -93,6 +94,30 @@ def test_a_prompt_is_the_text_before_the_answer(case):
     assert prompt(name, row) == before
     assert prompt(name, {k: v for k, v in row.items() if k != FORMATS[name].answer}) == before
     assert name == "completion" or before + answer == rendered.text
+
+
+@pytest.mark.parametrize("name, answered, markers", [
+    ("alpaca", {"instruction": "Why?", "output": "So"}, GUANACO_MARKERS),
+    ("qa", {"question": "Why?", "answer": "So"}, GUANACO_MARKERS),
+    ("chat", talk("Why?", "So"), GUANACO_MARKERS),
+    ("guanaco", {"text": "### Human: Why?### Assistant: So"}, GUANACO_MARKERS),
+    ("guanaco", {"text": "<human>: Why?\n<bot>: So"}, ("<human>:", "<bot>:")),
+])  # fmt: skip
+def test_a_bare_question_is_put_as_the_data_puts_it(name, answered, markers):
+    form, tokenizer = FORMATS[name], chat_tokenizer(templates.CHATML)
+    rendered = render(name, answered, tokenizer, markers)
+    text = form.prompt(form.asking("Why?", markers), tokenizer, markers)
+    assert text == rendered.text[: rendered.learned[0][0]]
+    assert form.special == rendered.special
+
+
+def test_the_tokens_of_a_prompt():
+    """Without the EOS that a tokenizer adds by itself, but with one that the text has."""
+    ending, plain = small_tokenizers.ending(), TOKENIZER
+    assert ending("ab")["input_ids"][-1] == ending.eos_token_id
+    assert prompt_ids("ab", ending, special=True) == ending("ab")["input_ids"][:-1]
+    assert prompt_ids("ab</s>", plain, special=True) == plain("ab</s>")["input_ids"]
+    assert prompt_ids("ab", plain, special=False) == plain("ab")["input_ids"][1:]
 
 
 @pytest.mark.parametrize("name, row", [

@@ -14,7 +14,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import generate
 import generation
-from finished_run import open_run
+import models.dora
+from config import UserError
+from finished_run import open_base, open_run
 from formats import ALPACA
 from generation import Answer, Conversation, Stream, make_template
 from models.dora import DoRALinear, fixed_norms
@@ -101,6 +103,8 @@ def test_a_run_that_saved_a_model(train_type, checkpoints, alpaca_file, one_rank
         assert as_told(ours[name]) == greedy(model.eval(), tokenizer, text)
     alone = said(tmp_path / "run", *ASKED, "--repetition_penalty", PENALTY, "--compare", "false")[0]
     assert alone == {str(tmp_path / "run"): ours[str(tmp_path / "run")]}
+    with pytest.raises(UserError, match="was trained from another model than"):
+        open_base(open_run(tmp_path / "run"), str(checkpoints("mistral")))
 
 
 def test_adapters_are_switched_over_one_base(runs, said, monkeypatch, tmp_path):
@@ -135,9 +139,10 @@ def test_seeds_repeat(runs, said):
 
 
 def test_a_repetition_penalty_and_a_full_context(runs, said):
-    """The answer ends where the model's positions do."""
-    plain, other = (said(runs[0], *ASKED, "--repetition_penalty", p)[0]["base"]["text"] for p in (1, 3))
-    assert plain != other
+    """Below 1 it makes what was there the likeliest. The answer ends where the model's positions do."""
+    plain, other = (said(runs[0], *ASKED, "--repetition_penalty", p)[0]["base"]["text"] for p in (1, 0.1))
+    there = set(ALPACA.format(instruction=QUESTION))
+    assert set(other) <= there and not set(plain) <= there
     long = "x" * (512 - 5 - len(ALPACA.format(instruction="")) - 1)
     answer = said(runs[0], "--prompt", long, "--compare", "false")[0][str(runs[0])]
     assert answer["tokens"] == 5 and not answer["ended"]
@@ -148,12 +153,16 @@ def test_a_base_that_was_moved(runs, checkpoints, tmp_path, said):
     assert said(runs[0], *ASKED, "--base_model", moved) == said(runs[0], *ASKED)
 
 
-def test_a_format_that_is_said_needs_no_data(runs, tmp_path, said, alpaca_file):
+@pytest.mark.parametrize("kept", [True, False])
+def test_the_data_is_not_needed(kept, runs, tmp_path, said, alpaca_file):
+    """config.yaml keeps the format; where it does not, the command line says it."""
     copy = shutil.copytree(runs[0], tmp_path / "copy")
-    text = (copy / "config.yaml").read_text()
-    (copy / "config.yaml").write_text(text.replace(str(alpaca_file), str(tmp_path / "gone.jsonl")))
+    text = (copy / "config.yaml").read_text().replace(str(alpaca_file), str(tmp_path / "gone.jsonl"))
+    assert "dataset_format: alpaca" in text
+    text = text if kept else text.replace("dataset_format: alpaca", "dataset_format: auto")
+    (copy / "config.yaml").write_text(text)
     asked = [*ASKED, "--compare", "false"]
-    ours = said(copy, *asked, "--dataset_format", "alpaca")[0][str(copy)]
+    ours = said(copy, *asked, *[] if kept else ["--dataset_format", "alpaca"])[0][str(copy)]
     assert ours == said(runs[0], *asked)[0][str(runs[0])] | {"model": str(copy)}
 
 
@@ -196,11 +205,9 @@ def test_the_norm_is_taken_once_while_weights_are_fixed(monkeypatch):
     layer = filled(
         dora(Linear4bit(torch.nn.Linear(I, O), torch.float32, NF4())), torch.randn(O, I), torch.zeros(O)
     )
-    x, taken, original = torch.randn(5, I), [], Linear4bit.weight
+    x, taken, original = torch.randn(5, I), [], models.dora.factored_norm
     expected = layer(x)
-    monkeypatch.setattr(
-        Linear4bit, "weight", property(lambda self: (taken.append(1), original.fget(self))[1])
-    )
+    monkeypatch.setattr(models.dora, "factored_norm", lambda *a: (taken.append(1), original(*a))[1])
     with torch.inference_mode(), fixed_norms(layer):
         assert all(torch.equal(layer(x), expected) for _ in range(3)) and len(taken) == 1
     layer.lora_B.data = layer.lora_B.data * 2

@@ -32,10 +32,11 @@ def quantized(weight: torch.Tensor, dtype: torch.dtype, bias=None, quantizer=NF4
 
 
 def reference(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """bitsandbytes' own round trip, with its own state object."""
+    """bitsandbytes' own round trip, with its own state object, of the weight as a single row: its kernel for CPUs with
+    AVX-512 is wrong where blocks cross rows."""
     codes, state = bnb.quantize_4bit(weight, blocksize=64, compress_statistics=True, quant_type="nf4")
-    state.dtype = dtype
-    return bnb.dequantize_4bit(codes, state)
+    state.dtype, state.shape = dtype, torch.Size([1, weight.numel()])
+    return bnb.dequantize_4bit(codes, state).view(weight.shape)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -44,7 +45,9 @@ def reference(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def test_dequantized_weight_is_bitsandbytes_own(shape, stored, dtype):
     """Also where blocks cross rows, the last block is not full, and bytes do not fill a storage element."""
     weight = torch.randn(shape, dtype=stored)
-    assert torch.equal(quantized(weight, dtype).weight, reference(weight, dtype))
+    found = quantized(weight, dtype).weight
+    assert torch.equal(found, reference(weight, dtype))
+    assert 0.05 < (found - weight).norm() / weight.norm() < 0.12  # NF4's error
 
 
 @pytest.mark.parametrize("n_bits", HQQ_BITS)

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import html
+import importlib
+import io
 import json
 import re
+import shlex
 import shutil
 import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -16,10 +21,13 @@ import torch
 
 import config as options
 import report
+import train
 from command_line import parse
 from config import UserError
 from data import StepSampler, TokenizedRows
 from report_charts import downsample, number, running_mean, step_axis, value_axis
+from tests import tiny
+from tests.runs import whole_run
 
 HOSTILE = "</script><script>alert(1)</script>\"'><img src=x onerror=alert(2)>"
 
@@ -254,12 +262,11 @@ def test_the_arithmetic_of_the_charts():
     assert [number(v) for v in (12.9641, 5677.2, 3e-4, 0)] == ["12.96", "5,677", "3.00e-4", "0"]
 
 
-def test_a_real_run_leaves_the_page(checkpoints, alpaca_file, one_rank, tmp_path):
-    """run_rank itself: run.json from the start, the page at the end, and the same page from the command."""
-    import train
-    from tests.runs import whole_run
-
-    given = ["--model_name", checkpoints(), "--dataset", alpaca_file, "--output_dir", tmp_path / "run",
+def test_a_real_run_leaves_the_page(checkpoints, one_rank, tmp_path, monkeypatch, capsys):
+    """run_rank itself: run.json from the start, the page at the end, and the same page from the command. All
+    commands on it, and in the lines at the end of the run, work as they stand."""
+    data = tiny.write_alpaca(tmp_path / "some rows.jsonl", rows=3)
+    given = ["--model_name", checkpoints(), "--dataset", data, "--output_dir", tmp_path / "run",
              "--max_steps", "3", "--lora_rank", "8", "--world_size", "1"]  # fmt: skip
     job = train.check(parse(list(map(str, given)))[0])
     shown = one_rank(whole_run, job)[0]
@@ -269,8 +276,24 @@ def test_a_real_run_leaves_the_page(checkpoints, alpaca_file, one_rank, tmp_path
     assert report.main([str(tmp_path / "run")]) == 0
     assert (tmp_path / "run" / "report.html").read_text(encoding="utf-8") == made
     assert {p.name for p in (tmp_path / "run").glob("*.tmp")} == set()
+    typed = [shlex.split(c) for c in re.findall(r"<pre>(.*?)</pre>", html.unescape(made))]
+    typed += [shlex.split(c) for c in re.findall(r"^(?:next|try): (.*)$", shown, re.MULTILINE)]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Say red.\n"))
+    done = [run_typed(*command) for command in typed]
+    assert done == ["generate", "evaluate", "export", "train", "report", "train", "generate"]
+    assert "perplexity" in capsys.readouterr().out
     train.clear_output(tmp_path / "run")
     assert not list((tmp_path / "run").iterdir())
+
+
+def run_typed(python: str, script: str, *options: str) -> str:
+    """A command that was shown, in this process; of train.py, up to the start of its processes."""
+    name = script.removesuffix(".py")
+    if name == "train":
+        train.check(parse(list(options))[0])
+    else:
+        assert importlib.import_module(name).main(list(options)) == 0
+    return name
 
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

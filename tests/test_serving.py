@@ -1,5 +1,5 @@
-"""A model folder that a run left, behind transformers' own server: docs/serving.md. (PEFT loads the adapter folders in
-test_checkpoint.py.)"""
+"""A merged model folder behind transformers' own server: docs/serving.md. (PEFT loads the adapter folders in
+test_checkpoint.py and test_export.py.)"""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import export
 import launch
 from tests.chat_templates import CHATML
 from tests.test_adapters import args_for
-from tests.test_checkpoint import save_and_compute
+from tests.test_finished_run import saved_run
 
 MISSING = [
     p
@@ -36,11 +37,12 @@ SECONDS = 90  # for the server to load its libraries and the model
 
 @pytest.fixture(scope="module")
 def served_folder(checkpoints, alpaca_file, one_rank, tmp_path_factory) -> Path:
-    """What a `full` run of a model with a chat template saves; its weights are not the base's."""
+    """What export.py merges of a run over a 4-bit base with a chat template, with a random adapter."""
     base = shutil.copytree(checkpoints(), tmp_path_factory.mktemp("chat") / "base")
     (base / "chat_template.jinja").write_text(CHATML)
-    folder = tmp_path_factory.mktemp("served")
-    one_rank(save_and_compute, args_for(base, alpaca_file, "full"), folder)
+    run, folder = base.with_name("run"), base.with_name("merged")
+    saved_run(one_rank, run, args_for(base, alpaca_file, "bnb_dora"))
+    assert export.main([str(run), "--to", "merged", "--out", str(folder), "--check", "false"]) == 0
     return folder
 
 
