@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, PretrainedConfig
 import launch
 from bnb_files import check_stored_quantization
 from checkpoint import check_output, check_writable
-from command_line import describe
+from command_line import describe, under_torchrun
 from config import TOY_MODEL, Config, UserError
 from data import TokenizedRows, toy_texts
 from evaluation_data import EvaluationData, prepare_sets, stop_tokens
@@ -46,7 +46,10 @@ class Job:
 def check(config: Config) -> Job:
     """All that can be wrong with a run, found without touching a GPU or writing a file. Raises UserError."""
     world = launch.resolve_world_size(config.world_size)
-    config = dataclasses.replace(config, world_size=world)
+    strategy = launch.resolve_strategy(config.sharding_strategy, world)
+    config = dataclasses.replace(config, world_size=world, sharding_strategy=strategy)
+    if not under_torchrun():
+        launch.check_address(config.master_addr, config.master_port)
     if STRATEGIES[config.sharding_strategy].replicas == "groups":
         group = launch.resolve_group_size(config.hybrid_shard_size, world)
         config = dataclasses.replace(config, hybrid_shard_size=group)

@@ -35,7 +35,7 @@ def report(error: UserError, verbose: bool) -> int:
     """Prints `error: ...`, with verbose below its traceback. Returns the exit status for it, 2."""
     if verbose:
         traceback.print_exception(error)
-    if not under_torchrun() or os.environ["RANK"] == "0":  # all ranks find the same wrong option
+    if not under_torchrun() or os.environ["LOCAL_RANK"] == "0":  # all ranks of a node find the same
         print(f"error: {describe(error)}", file=sys.stderr)
     return 2
 

@@ -157,10 +157,11 @@ class Config:
     precision: str = option("auto", "Memory and speed", "auto is bf16 compute with fp32 trained weights where the GPU"
         " has bf16, fp16_autocast on older GPUs, fp32 on a CPU; docs/options.md has a line on each",
         choices=("auto", "fp32", "bf16", "fp16_autocast", "bf16_autocast", "bf16_buffers_autocast"))
-    sharding_strategy: str = option("full_shard", "Memory and speed", "full_shard spreads all over all ranks;"
+    sharding_strategy: str = option("auto", "Memory and speed", "full_shard spreads all over all ranks;"
         " shard_grad_op keeps parameters gathered between forward and backward; ddp gives every rank a whole copy;"
-        " the hybrid ones shard within groups, each of which holds a whole copy",
-        choices=("full_shard", "shard_grad_op", "ddp", "hybrid_full_shard", "hybrid_shard_grad_op"))
+        " the hybrid ones shard within groups, each of which holds a whole copy; auto is full_shard, on several nodes"
+        " with several ranks each hybrid_full_shard",
+        choices=("auto", "full_shard", "shard_grad_op", "ddp", "hybrid_full_shard", "hybrid_shard_grad_op"))
     hybrid_shard_size: int = option(-1, "Memory and speed", "ranks of a group, for the hybrid strategies; -1 = those"
         " of one node")
     wrap_policy: str = option("layer", "Memory and speed", "what is gathered at a time: a whole decoder"

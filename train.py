@@ -19,7 +19,9 @@ if __name__ == "__main__":
     PARSED = parse_or_exit(sys.argv[1:])
 
 import dataclasses
+import os
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -31,6 +33,7 @@ from transformers.utils import logging as transformers_logging
 import config as options
 import launch
 import memory
+import nodes
 from checkpoint import (
     base_digest,
     clear_output,
@@ -217,7 +220,8 @@ def run(config: Config, remarks: list[str]) -> int:
         hub_logging.set_verbosity_error()
     try:
         if under_torchrun():
-            return launch.join(run_rank, lambda: announce(check(config), remarks))
+            told = remarks if os.environ["RANK"] == "0" else []
+            return launch.join(run_rank, partial(nodes.prepare, lambda: announce(check(config), told)))
         job = announce(check(config), remarks)
         return launch.start(run_rank, job.config.world_size, (job,), config.master_addr, config.master_port)
     except UserError as e:
