@@ -136,6 +136,8 @@ class Config:
         " and cosine, 0 for constant")
     wd: float = option(0.0, "Training", "weight decay; never on norms, biases or DoRA magnitudes")
     apply_gradient_clipping: bool = option(True, "Training", "clip the gradient to --grad_norm")
+    max_bad_steps: int = option(10, "Training", "steps whose loss or gradient may be NaN or infinite: they are skipped,"
+        " and one more ends the run; -1 = any number")
     grad_norm: float = option(1.0, "Training", "largest 2-norm of the whole gradient, when clipping")
     seed: int = option(42, "Training", "seeds adapters, data order and dropout")
 
@@ -302,6 +304,8 @@ def _check_values(config: Config) -> None:
         value = getattr(config, name)
         if value == 0 or value < -1:
             raise UserError(f"--{name} {value}: must be positive, or -1")
+    if config.max_bad_steps < -1:
+        raise UserError(f"--max_bad_steps {config.max_bad_steps}: must be 0 or more, or -1")
     for name in ("lr", "wd"):
         value = getattr(config, name)
         if value < 0 or value == float("inf"):

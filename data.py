@@ -9,8 +9,10 @@ Shapes: B rows of a micro-batch, T tokens of its longest row.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Iterator
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from itertools import chain
 
@@ -30,13 +32,14 @@ IGNORE = -100  # the target of a position that is not learned, as in torch's cro
 class TokenizedRows:
     """All examples, one after the other. tokens [N] int32; learned [N] bool: the token is a target;
     starts [R + 1] int64: example i is tokens[starts[i]:starts[i+1]]; dropped: rows without a target; cut: kept
-    rows that lost their end to context_length."""
+    rows that lost their end to context_length; numbers [R] int64: of the examples' rows in the dataset, from 1."""
 
     tokens: torch.Tensor
     learned: torch.Tensor
     starts: torch.Tensor
     dropped: int
     cut: int
+    numbers: torch.Tensor
 
     def __len__(self) -> int:
         return len(self.starts) - 1
@@ -112,8 +115,9 @@ class _Rendering:
         for i in numbers:
             values = checked(self.rows[i], FORMATS[self.name], f"--dataset {self.places[i]}")
             try:
-                rendered.append(FORMATS[self.name].render(values, self.tokenizer, self.markers))
-                rendered[-1].text.encode()  # JSON can spell half a character, which no tokenizer takes
+                one = FORMATS[self.name].render(values, self.tokenizer, self.markers)
+                rendered.append(dataclasses.replace(one, number=i + 1))
+                one.text.encode()  # JSON can spell half a character, which no tokenizer takes
             except (jinja2.TemplateError, ValueError, TypeError, KeyError) as e:  # from a chat template
                 raise UserError(f"--dataset {self.places[i]}: {_reason(e)}") from None
         return rendered
@@ -131,9 +135,14 @@ def _render_all(render: _Rendering) -> list[Rendered]:
     global _held
     _held = render  # the forked workers find it here
     blocks = [range(i, min(i + 200, total)) for i in range(0, total, 200)]
-    return list(
-        chain.from_iterable(parallel(_render_held, blocks, n_workers=workers, method="fork", progress=False))
-    )
+    try:
+        parts = parallel(_render_held, blocks, n_workers=workers, method="fork", progress=False)
+    except BrokenProcessPool:
+        raise UserError(
+            f"--dataset: one of {workers} processes that render its rows was killed; out of host memory is the"
+            " usual cause"
+        ) from None
+    return list(chain.from_iterable(parts))
 
 
 def _render_held(numbers: range) -> list[Rendered]:
@@ -162,7 +171,7 @@ def tokenize(rendered: list[Rendered], tokenizer, context_length: int, where: st
         )
     if tokenizer.eos_token_id is None and any(r.ends for r in rendered):
         raise UserError("--model_name: its tokenizer has no EOS token, so a model could not learn to stop")
-    tokens, learned, lengths, cut, prompts = [], [], [], 0, []
+    tokens, learned, lengths, numbers, cut, prompts = [], [], [], [], 0, []
     for start in range(0, len(rendered), 1000):  # the library works on a batch in parallel
         block = rendered[start : start + 1000]
         encoded = tokenizer(
@@ -181,6 +190,7 @@ def tokenize(rendered: list[Rendered], tokenizer, context_length: int, where: st
                 tokens.append(ids[:context_length])
                 learned.append(targets[:context_length])
                 lengths.append(len(tokens[-1]))
+                numbers.append(example.number)
                 cut += len(ids) > context_length
     if not lengths:
         why = f"the shortest prompt takes {min(prompts)} tokens" if prompts else "no answer has any text"
@@ -190,7 +200,8 @@ def tokenize(rendered: list[Rendered], tokenizer, context_length: int, where: st
         )
     starts = np.concatenate([[0], np.cumsum(lengths)])
     flat = [torch.from_numpy(np.concatenate(a)) for a in (tokens, learned)]
-    return TokenizedRows(*flat, torch.from_numpy(starts), len(rendered) - len(lengths), cut)
+    dropped = len(rendered) - len(lengths)
+    return TokenizedRows(*flat, torch.from_numpy(starts), dropped, cut, torch.tensor(numbers))
 
 
 def _targets(
@@ -225,12 +236,14 @@ class Batch:
 
 @dataclass(frozen=True)
 class Step:
-    """What one rank does for one optimizer step; n_tokens, n_targets: of all ranks and micro-batches."""
+    """What one rank does for one optimizer step; of all ranks and micro-batches: n_tokens, n_targets, rows (indices
+    into the TokenizedRows)."""
 
     epoch: float
     batches: list[Batch]
     n_tokens: int
     n_targets: int
+    rows: torch.Tensor
 
 
 class StepSampler:
@@ -276,7 +289,8 @@ class StepSampler:
             for i, (step, micros) in enumerate(self.deal(epoch)):
                 batches = [self._batch(m, spare=step[:1]) for m in micros]
                 done = epoch + (i + 1) / self.steps_per_epoch()
-                yield Step(done, batches, int(self._lengths[step].sum()), int(self._targets[step].sum()))
+                counts = int(self._lengths[step].sum()), int(self._targets[step].sum())
+                yield Step(done, batches, *counts, step)
 
     def _batch(self, indices: torch.Tensor, spare: torch.Tensor) -> Batch:
         """A rank that is left without rows at an epoch's end takes the row `spare` without targets: collectives

@@ -31,12 +31,14 @@ QA_CONTEXT = "### Context:\n{context}\n\n### Question:\n{question}\n\n### Answer
 @dataclass(frozen=True)
 class Rendered:
     """text; learned: [start, end) character ranges whose tokens are targets; ends: the last range reaches
-    the end of the text and an EOS token follows; special: the tokenizer adds its own BOS and the like."""
+    the end of the text and an EOS token follows; special: the tokenizer adds its own BOS and the like; number: of the
+    row in its dataset, from 1."""
 
     text: str
     learned: list[tuple[int, int]]
     ends: bool = True
     special: bool = True
+    number: int = 0
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ class Metrics:
     """One optimizer step, over all ranks. tokens: real ones, padding not counted; trained_tokens: the
     targets among them; memory: of the rank that has most, GPU peak of this step (on CPU, the process's
     largest resident size so far). eval_loss: mean over the targets of the evaluation set, after this step, and
-    eval_perplexity its exponential, where the step was evaluated."""
+    eval_perplexity its exponential, where the step was evaluated. bad_steps: steps skipped so far, if any."""
 
     step: int
     epoch: float
@@ -50,9 +50,10 @@ class Metrics:
     memory_reserved_gib: float
     eval_loss: float | None = None
     eval_perplexity: float | None = None
+    bad_steps: int | None = None
 
     def fields(self) -> dict[str, int | float]:
-        """By name; without the evaluation's where there was none."""
+        """By name, without those that there are not."""
         return {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
 
 
@@ -65,7 +66,8 @@ class Meter:
     def measure(
         self, index: int, step: Step, loss: torch.Tensor, lr: float, grad_norm: torch.Tensor
     ) -> Metrics:
-        """loss: this rank's share of the step's mean loss. Collective, and the loop's one wait for the GPU."""
+        """loss: this rank's share of the step's mean loss. Collective, and the loop's one wait for the GPU: after it
+        the optimizer's step and the next forward are queued without another."""
         # With --use_cpu_offload the norm is on the CPU.
         mine = torch.stack([loss.double(), grad_norm.to(self.device).double(), *self._memory()])
         ranks = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
@@ -239,9 +241,10 @@ def summary(history: list[Metrics], seconds: float) -> str:
     """Two lines on how the run went; speed is the median of the steps after the first, which warms up."""
     rates = sorted(m.tokens_per_second for m in history[1:] or history)
     peak = max(m.memory_allocated_gib for m in history)
+    bad = f"; {history[-1].bad_steps} skipped as NaN or infinite" if history[-1].bad_steps else ""
     return (
         f"{len(history)} steps in {seconds:.0f} s, {rates[len(rates) // 2]:,.0f} tokens/s on all ranks (median),"
-        f" peak memory {peak:.2f} GiB on the fullest rank\n"
+        f" peak memory {peak:.2f} GiB on the fullest rank{bad}\n"
         f"loss {history[0].loss:.4f} at the first step, {history[-1].loss:.4f} at the last"
     )
 

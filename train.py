@@ -44,6 +44,7 @@ from checks import Job, check, read_tokenizer
 from config import TOY_MODEL, Config, UserError
 from data import IGNORE, StepSampler
 from evaluation import Evaluator, describe_evaluations
+from faults import BadSteps, conclude
 from launch import Place, resolve_workers
 from model_writer import save_blocks, save_expanded, save_model
 from models import FAMILIES, build_on_meta
@@ -121,6 +122,7 @@ def train(job: Job, model: nn.Module, place: Place, sampler: StepSampler, tracke
     scaler = precision.scaler("cpu" if config.use_cpu_offload else place.device.type)
     meter, history = Meter(place.device), []
     evaluator = make_evaluator(job, model, place, total, meter, tracker)
+    guard = BadSteps(config.max_bad_steps, job.rows, Path(config.output_dir), scaler, place.rank, tracker)
     model.train()
     evaluator.begin()
     for index, step in zip(range(1, total + 1), sampler.steps(config.num_epochs), strict=False):
@@ -138,14 +140,15 @@ def train(job: Job, model: nn.Module, place: Place, sampler: StepSampler, tracke
         norm = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None]).full_tensor()
         if config.apply_gradient_clipping:
             nn.utils.clip_grads_with_norm_(trained, config.grad_norm, norm)
-        lr = schedule.get_last_lr()[0]
-        scaler.step(optimizer)
+        metrics = guard.judge(meter.measure(index, step, loss, schedule.get_last_lr()[0], norm), step)
+        if guard.good:
+            scaler.step(optimizer)
         scaler.update()
         schedule.step()
         optimizer.zero_grad(set_to_none=True)
-        history.append(evaluator.after(meter.measure(index, step, loss, lr, norm)))
+        history.append(evaluator.after(metrics))
         tracker.log(history[-1])
-        if evaluator.stop:
+        if evaluator.stop or guard.stop:
             break
     return history
 
@@ -194,6 +197,7 @@ def run_rank(place: Place, job: Job) -> None:
             *describe_evaluations(history, total_steps(config, sampler), config),
         ]
         print(*told, describe_files(config, bool(job.evaluation.prompts), folder), sep="\n", flush=True)
+    conclude(history, config.max_bad_steps, folder)
 
 
 def save(job: Job, model: nn.Module, folder: Path) -> None:

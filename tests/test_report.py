@@ -61,7 +61,9 @@ def small_rows() -> TokenizedRows:
     lengths = torch.tensor([3, 5, 5, 20])
     learned = torch.cat([torch.arange(n) >= n / 2 for n in lengths.tolist()])
     starts = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
-    return TokenizedRows(torch.ones(33, dtype=torch.int32), learned, starts, dropped=7, cut=1)
+    return TokenizedRows(
+        torch.ones(33, dtype=torch.int32), learned, starts, 7, 1, torch.arange(1, len(starts))
+    )
 
 
 def make_run(folder: Path, steps: list[dict], *argv: str) -> Path:
