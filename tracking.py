@@ -95,8 +95,7 @@ class Meter:
 
     def _memory(self) -> tuple[torch.Tensor, torch.Tensor]:
         if self.device.type == "cuda":
-            sizes = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
-            torch.cuda.reset_peak_memory_stats()
+            sizes = memory.PEAKS.take()
         else:
             sizes = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,) * 2  # Linux counts in KiB
         return tuple(torch.tensor(size, dtype=torch.float64, device=self.device) for size in sizes)

@@ -54,6 +54,7 @@ from models.adapters import (
     peft_targets,
 )
 from optimizers import make_optimizer, make_schedule
+from out_of_memory import explained
 from precision import precision_here
 from quantize_layers import load_weights
 from report import FACTS, describe_run, write_report
@@ -122,6 +123,7 @@ def train(job: Job, model: nn.Module, place: Place, sampler: StepSampler, tracke
     scaler = precision.scaler("cpu" if config.use_cpu_offload else place.device.type)
     meter, history = Meter(place.device), []
     evaluator = make_evaluator(job, model, place, total, meter, tracker)
+    memory.PEAKS.watch(model, optimizer)
     guard = BadSteps(config.max_bad_steps, job.rows, Path(config.output_dir), scaler, place.rank, tracker)
     model.train()
     evaluator.begin()
@@ -168,6 +170,7 @@ def make_evaluator(job: Job, model: nn.Module, place: Place, total: int, meter: 
     return Evaluator(config, job.evaluation, model, place, total, *tools)
 
 
+@explained
 def run_rank(place: Place, job: Job) -> None:
     """What each process does, from loading to the saved result."""
     config, start = job.config, time.perf_counter()
