@@ -18,6 +18,7 @@ from command_line import describe, under_torchrun
 from config import TOY_MODEL, Config, UserError
 from data import TokenizedRows, toy_texts
 from evaluation_data import EvaluationData, prepare_sets, stop_tokens
+from limits import TOKENIZER_FILE, check_size
 from model_files import CheckpointFiles, fetch_weights, find_model
 from models import build_on_meta, check_weights, read_config
 from models.adapters import check_packing, make_quantizer_of, packed_linears, target_linears
@@ -103,6 +104,8 @@ def find_cache(model: nn.Module, family: Family, config: Config, files: Checkpoi
 
 
 def read_tokenizer(folder: Path):
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        check_size(folder / name, TOKENIZER_FILE)
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except Exception as e:  # the tokenizers library has no narrower one for a damaged tokenizer.json

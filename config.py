@@ -278,6 +278,10 @@ def _resolve(given: dict) -> Config:
 
 
 def _check_values(config: Config) -> None:
+    for name in FIELDS:
+        value = getattr(config, name)
+        if type(value) is int and name != "seed" and abs(value) >= 2**31:  # more than torch's indices hold
+            raise UserError(f"--{name} {value}: must be below 2**31")
     if config.method.expansion and config.model_name == TOY_MODEL:
         raise UserError(
             f"--train_type {config.train_type}: trains the new blocks of an expanded model; make one with"

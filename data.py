@@ -21,10 +21,16 @@ import numpy as np
 import torch
 from fastcore.parallel import parallel
 
+from command_line import describe
 from config import UserError
 from formats import FORMATS, Rendered, checked, recognise
+from limits import ROW
 from sources import Recipe, find_recipe, load_rows
 
+# What a chat template can raise for a row: it is a program, in a sandbox.
+TEMPLATE_ERRORS = (jinja2.TemplateError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError,
+                   AssertionError, RecursionError, MemoryError)  # fmt: skip
+FILLED = 10**6  # rows that a recipe makes of its `fill`
 IGNORE = -100  # the target of a position that is not learned, as in torch's cross-entropy
 
 
@@ -77,7 +83,10 @@ def read_examples(
     """--dataset, read and rendered. samples: rows used; -1 = as the recipe says. Raises UserError for anything
     wrong with the data."""
     recipe, file = find_recipe(dataset)
-    data = load_rows(recipe, file, samples if samples > 0 else recipe.samples)
+    samples = samples if samples > 0 else recipe.samples
+    if recipe.fill and (context_length > ROW // max(len(recipe.fill["output"]), 1) or samples > FILLED):
+        raise UserError(f"--dataset {dataset}: fills at most {FILLED:,} rows of {ROW:,} characters")
+    data = load_rows(recipe, file, samples)
     rows = data.rows
     if recipe.fill:
         rows = [recipe.fill | {"output": recipe.fill["output"] * context_length}] * len(rows)
@@ -118,8 +127,12 @@ class _Rendering:
                 one = FORMATS[self.name].render(values, self.tokenizer, self.markers)
                 rendered.append(dataclasses.replace(one, number=i + 1))
                 one.text.encode()  # JSON can spell half a character, which no tokenizer takes
-            except (jinja2.TemplateError, ValueError, TypeError, KeyError) as e:  # from a chat template
+            except TEMPLATE_ERRORS as e:
                 raise UserError(f"--dataset {self.places[i]}: {_reason(e)}") from None
+            if len(one.text) > ROW:
+                raise UserError(
+                    f"--dataset {self.places[i]}: a text of {len(one.text):,} characters; at most {ROW:,} are read"
+                )
         return rendered
 
 
@@ -174,14 +187,7 @@ def tokenize(rendered: list[Rendered], tokenizer, context_length: int, where: st
     tokens, learned, lengths, numbers, cut, prompts = [], [], [], [], 0, []
     for start in range(0, len(rendered), 1000):  # the library works on a batch in parallel
         block = rendered[start : start + 1000]
-        encoded = tokenizer(
-            [r.text for r in block],
-            add_special_tokens=block[0].special,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            return_offsets_mapping=True,
-            verbose=False,
-        )
+        encoded = encode(tokenizer, [r.text for r in block], block[0].special, return_offsets_mapping=True)
         for example, ids, offsets in zip(block, encoded["input_ids"], encoded["offset_mapping"], strict=True):
             ids, targets = _targets(example, ids, offsets, tokenizer.eos_token_id)
             if targets.any():
@@ -202,6 +208,23 @@ def tokenize(rendered: list[Rendered], tokenizer, context_length: int, where: st
     flat = [torch.from_numpy(np.concatenate(a)) for a in (tokens, learned)]
     dropped = len(rendered) - len(lengths)
     return TokenizedRows(*flat, torch.from_numpy(starts), dropped, cut, torch.tensor(numbers))
+
+
+def encode(tokenizer, texts: list[str], special: bool, **options):
+    """The tokenizer's result for the texts. Raises UserError if it fails."""
+    try:
+        return tokenizer(
+            texts,
+            add_special_tokens=special,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+            **options,
+        )
+    except (
+        Exception
+    ) as e:  # the tokenizers library has no narrower one for a tokenizer that contradicts itself
+        raise UserError(f"--model_name: its tokenizer fails ({describe(e)})") from None
 
 
 def _targets(

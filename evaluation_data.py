@@ -4,18 +4,17 @@ its samples. Prepared with the training data, before any process with a GPU is s
 from __future__ import annotations
 
 import contextlib
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import jinja2
 import torch
 
 from config import Config, UserError
-from data import Examples, TokenizedRows, read_examples, tokenize
+from data import TEMPLATE_ERRORS, Examples, TokenizedRows, encode, read_examples, tokenize
 from formats import FORMATS, Rendered, row_asking
+from limits import CONFIG_FILE, read_json
 
 DEFAULT_PROMPTS = 3  # rows that samples are made of, unless --sample_prompts says otherwise
 MOST_PROMPTS = 16  # rows of a dataset given as --sample_prompts
@@ -121,7 +120,7 @@ def prompt_of(rendered: Rendered, tokenizer, context_length: int) -> Prompt | No
     text, answer = rendered.text[:start], rendered.text[start:end].strip()
     if not text:
         text, answer = " ".join(rendered.text.split()[:OPENING_WORDS]), ""
-    ids = tokenizer(text, add_special_tokens=rendered.special)["input_ids"]
+    ids = encode(tokenizer, [text], rendered.special)["input_ids"][0]
     if ids and ids[-1] == tokenizer.eos_token_id:  # a tokenizer that ends every text
         ids = ids[:-1]
     return Prompt(text, ids[-context_length:], answer) if ids else None
@@ -163,7 +162,7 @@ def _ask(questions: list[str], examples: Examples, tokenizer) -> list[Rendered]:
         row = row_asking(examples.format, question, examples.markers)
         try:
             one = FORMATS[examples.format].render(row, tokenizer, examples.markers)
-        except (jinja2.TemplateError, ValueError, TypeError, KeyError) as e:  # from a chat template
+        except TEMPLATE_ERRORS as e:
             raise UserError(f"--sample_prompts: {question!r}: {' '.join(str(e).split())}") from None
         if one.learned and one.learned[-1][0] == 0:  # plain text: the whole line is the prompt
             one = Rendered(one.text, [(len(one.text), len(one.text))])
@@ -177,9 +176,9 @@ def stop_tokens(folder: Path, tokenizer) -> list[int]:
     stops = set() if tokenizer.eos_token_id is None else {tokenizer.eos_token_id}
     path = folder / "generation_config.json"
     if path.is_file():
-        try:
-            ids = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-        except (ValueError, AttributeError):
-            raise UserError(f"{path}: not a JSON object") from None
-        stops |= {ids} if isinstance(ids, int) else set(ids or ())
+        ids = read_json(path, CONFIG_FILE).get("eos_token_id")
+        ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
+        if not all(type(i) is int for i in ids):
+            raise UserError(f"{path}: eos_token_id must be a token's number, or a list of them")
+        stops |= set(ids)
     return sorted(stops)

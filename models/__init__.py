@@ -14,6 +14,7 @@ from torch import nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from config import UserError
+from limits import CONFIG_FILE, LAYERS, read_json
 from model_files import CheckpointFiles
 from models import gemma2, gemma3, llama, mistral, phi3, qwen2, qwen3, qwen3_moe
 from models.family import Family
@@ -46,6 +47,8 @@ UNUSABLE = (
 def read_config(folder: Path) -> tuple[PretrainedConfig, Family]:
     """(the model's configuration, its family). Raises UserError for an unknown architecture."""
     known = ", ".join(FAMILIES)
+    if (folder / "config.json").is_file():
+        _check_counts(read_json(folder / "config.json", CONFIG_FILE), folder)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except UNUSABLE as e:
@@ -55,6 +58,13 @@ def read_config(folder: Path) -> tuple[PretrainedConfig, Family]:
     if config.model_type not in FAMILIES:
         raise UserError(f"{folder}/config.json: model_type {config.model_type!r} is unknown; known: {known}")
     return config, FAMILIES[config.model_type]
+
+
+def _check_counts(raw: dict, folder: Path) -> None:
+    """Raises UserError for numbers of parts that no model has: each is an object, also on the meta device."""
+    for name, value in raw.items():
+        if name.startswith("num_") and isinstance(value, int | float) and value > LAYERS:
+            raise UserError(f"{folder}/config.json: {name} {value}: at most {LAYERS:,} are built")
 
 
 def build_on_meta(config: PretrainedConfig, family: Family) -> PreTrainedModel:
