@@ -71,6 +71,8 @@ def clear_output(folder: Path) -> None:
         for path in (*folder.glob(pattern), *folder.glob(f"{pattern}.tmp")):
             path.unlink()
     for name in (BEST, f"{BEST}.tmp", f"{BEST}.old"):
+        if (folder / name).is_symlink():  # what it leads to is not ours
+            (folder / name).unlink()
         for pattern in (*RUN_FILES, *MODEL_FILES, *COMPANIONS, SCORE, "*.tmp"):
             for path in (folder / name).glob(pattern):
                 path.unlink()

@@ -21,7 +21,7 @@ from evaluation_data import EvaluationData, prepare_sets, stop_tokens
 from limits import TOKENIZER_FILE, check_size
 from model_files import CheckpointFiles, fetch_weights, find_model
 from models import build_on_meta, check_weights, read_config
-from models.adapters import check_packing, make_quantizer_of, packed_linears, target_linears
+from models.adapters import check_packing, check_rank, make_quantizer_of, packed_linears, target_linears
 from models.family import Family
 from models.llama_pro import new_layers
 from models.toy import toy_model
@@ -81,7 +81,7 @@ def check(config: Config) -> Job:
     check_packing(model, family, config, files)
     cache = find_cache(model, family, config, files) if config.quantized_cache else None
     if config.method.adapter:
-        target_linears(model, family, config.lora_target_modules)
+        check_rank(model, target_linears(model, family, config.lora_target_modules), config.lora_rank)
     tokenizer = read_tokenizer(folder)
     rows, evaluation = prepare_sets(config, tokenizer, stop_tokens(folder, tokenizer))
     if max(int(rows.tokens.max()), evaluation.largest_id()) >= model_config.vocab_size:
@@ -97,7 +97,7 @@ def find_cache(model: nn.Module, family: Family, config: Config, files: Checkpoi
     names = [f"{name}.weight" for name in packed_linears(model, family, config)]
     cached = open_cache(folder, files, names, make_quantizer_of(config))
     if cached is None:
-        check_writable(folder.parent, "--quantized_cache")
+        check_writable(folder, "--quantized_cache")
         return digest(files, names)
     files.packed.update(cached)
     return None

@@ -21,7 +21,7 @@ from pathlib import Path
 import yaml
 
 from config import ANY, FIELDS, HINTS, NEEDS, Config, UserError, resolve, shown
-from limits import OPTIONS_FILE, check_size
+from limits import OPTIONS_FILE, read_text
 
 
 def parse_or_exit(argv: list[str]) -> tuple[Config, list[str]]:
@@ -156,8 +156,7 @@ def suggest(name: str, known: Iterable[str] = FIELDS) -> str:
 
 def _read_yaml(path: str) -> dict:
     try:
-        check_size(Path(path), OPTIONS_FILE)
-        text = Path(path).read_text(encoding="utf-8")
+        text = read_text(Path(path), OPTIONS_FILE)
         _check_flat(text, path)
         given = yaml.safe_load(text)
     except UnicodeDecodeError:

@@ -308,6 +308,8 @@ def _check_values(config: Config) -> None:
         value = getattr(config, name)
         if value == 0 or value < -1:
             raise UserError(f"--{name} {value}: must be positive, or -1")
+    if config.loading_workers > 256:
+        raise UserError(f"--loading_workers {config.loading_workers}: at most 256 threads")
     if config.max_bad_steps < -1:
         raise UserError(f"--max_bad_steps {config.max_bad_steps}: must be 0 or more, or -1")
     for name in ("lr", "wd"):

@@ -14,7 +14,7 @@ import torch
 from config import Config, UserError
 from data import TEMPLATE_ERRORS, Examples, TokenizedRows, encode, read_examples, tokenize
 from formats import FORMATS, Rendered, row_asking
-from limits import CONFIG_FILE, read_json
+from limits import CONFIG_FILE, LINE, read_json, read_text
 
 DEFAULT_PROMPTS = 3  # rows that samples are made of, unless --sample_prompts says otherwise
 MOST_PROMPTS = 16  # rows of a dataset given as --sample_prompts
@@ -145,8 +145,8 @@ def _sample_prompts(config: Config, examples: Examples, rows: list[Rendered], to
 
 def _lines(path: Path) -> list[str]:
     try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as e:
+        lines = read_text(path, LINE).split("\n")
+    except (OSError, ValueError) as e:
         reason = getattr(e, "strerror", None) or "not a UTF-8 text"
         raise UserError(f"--sample_prompts {path}: {reason}") from None
     lines = [line.strip() for line in lines if line.strip()]

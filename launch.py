@@ -28,6 +28,7 @@ from command_line import describe, under_torchrun
 from config import UserError
 
 MEETING = timedelta(minutes=5)  # for all ranks to come; the nodes of a job do not start at the same moment
+CPU_RANKS = 16  # on any machine, for trying things out; more only where there are processors for them
 PREPARING = timedelta(days=1)  # for checks that download a model
 
 
@@ -57,6 +58,8 @@ def resolve_world_size(wanted: int) -> int:
         return world
     if gpus and wanted > gpus:
         raise UserError(f"--world_size {wanted}: this machine has {gpus} GPU{'s' * (gpus > 1)}")
+    if not gpus and wanted > (most := max(CPU_RANKS, os.cpu_count() or 1)):
+        raise UserError(f"--world_size {wanted}: at most {most} processes without a GPU on this machine")
     return wanted if wanted > 0 else gpus or 2
 
 

@@ -20,16 +20,28 @@ ROW = 2**22  # characters of a row's text: far more than any context, and tokens
 
 
 def check_size(path: Path, most: int) -> None:
-    """Raises UserError if the file is larger. One that is not there, or no file, is for its reader to tell of."""
-    if path.is_file() and path.stat().st_size > most:
+    """Raises UserError if the file is larger, or no file, such as a device that never ends. One that is not there is
+    for its reader to tell of."""
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path}: is not a file")
+    if path.exists() and path.stat().st_size > most:
         raise UserError(f"{path}: has {path.stat().st_size:,} bytes; at most {most:,} are read")
+
+
+def read_text(path: Path, most: int) -> str:
+    """A UTF-8 text, also out of a pipe. Raises UserError if it is larger; OSError; ValueError if it is no UTF-8."""
+    with path.open("rb") as file:
+        raw = file.read(most + 1)
+    if len(raw) > most:
+        raise UserError(f"{path}: has more than {most:,} bytes, which is the most that is read")
+    return raw.decode("utf-8-sig")
 
 
 def read_json(path: Path, most: int) -> dict:
     """The JSON object that a file holds. Raises UserError."""
     check_size(path, most)
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(read_text(path, most))
     except OSError as e:
         raise UserError(f"{path}: {e.strerror}") from None
     except (ValueError, RecursionError) as e:  # ValueError: no JSON, or no UTF-8

@@ -97,7 +97,8 @@ def _files(folder: Path) -> dict[str, set[str] | None]:
         except (KeyError, TypeError, AttributeError):
             raise UserError(f"{folder / INDEX}: not an index with a weight_map") from None
         for file in files:
-            if not isinstance(file, str) or not file or Path(file).name != file:
+            # What cannot be printed cannot be opened either: a NUL, half a character.
+            if not isinstance(file, str) or not file.isprintable() or not file or Path(file).name != file:
                 raise UserError(f"{folder / INDEX}: {file!r} is not a plain file name")
         return files
     if (folder / SINGLE).is_file():

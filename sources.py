@@ -18,7 +18,7 @@ from pathlib import Path
 
 from config import UserError
 from formats import FORMATS, GUANACO_MARKERS
-from limits import LINE, LIST, OPTIONS_FILE, check_size
+from limits import LINE, LIST, OPTIONS_FILE, check_size, read_text
 
 RECIPES = Path(__file__).parent / "datasets"
 PARQUET_ROWS = 64  # read at once: one value may stand for all of them in the file
@@ -74,7 +74,7 @@ def _read_recipe(path: Path) -> Recipe:
     where = f"--dataset {path}"
     check_size(path, OPTIONS_FILE)
     try:
-        given = tomllib.loads(path.read_text(encoding="utf-8"))
+        given = tomllib.loads(read_text(path, OPTIONS_FILE))
     except OSError as e:
         raise UserError(f"{where}: {e.strerror}") from None
     except (
@@ -100,6 +100,8 @@ def _read_recipe(path: Path) -> Recipe:
 
 def _check_source(recipe: Recipe, folder: Path, where: str) -> None:
     """Raises UserError for a recipe that reads anything but the hub, or what lies beside it or below."""
+    if not (recipe.source + recipe.data_files).isprintable():  # a NUL
+        raise UserError(f"{where}: source {recipe.source!r} is no name of a file")
     if recipe.source.endswith(FILE_TYPES):
         real = Path(os.path.realpath(folder / recipe.source))
         if os.path.isabs(recipe.source) or not real.is_relative_to(os.path.realpath(folder)):
@@ -156,6 +158,8 @@ def _lines(path: Path) -> Iterator[str]:
                 return
             if len(line) > LINE:
                 raise UserError(f"--dataset {path}:{number}: a line of more than {LINE:,} bytes")
+            if b"\0" in line:
+                raise UserError(f"--dataset {path}:{number}: holds NULs: not a text, or in UTF-16")
             try:
                 yield line.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError:

@@ -61,7 +61,10 @@ def read_config(folder: Path) -> tuple[PretrainedConfig, Family]:
 
 
 def _check_counts(raw: dict, folder: Path) -> None:
-    """Raises UserError for numbers of parts that no model has: each is an object, also on the meta device."""
+    """Raises UserError for numbers that no model has. Each layer is an object, also on the meta device."""
+    for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size"):
+        if isinstance(raw.get(name), int) and raw[name] < 1:
+            raise UserError(f"{folder}/config.json: {name} {raw[name]}: must be positive")
     for name, value in raw.items():
         if name.startswith("num_") and isinstance(value, int | float) and value > LAYERS:
             raise UserError(f"{folder}/config.json: {name} {value}: at most {LAYERS:,} are built")
