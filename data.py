@@ -221,9 +221,10 @@ def encode(tokenizer, texts: list[str], special: bool, **options):
             verbose=False,
             **options,
         )
-    except (
-        Exception
-    ) as e:  # the tokenizers library has no narrower one for a tokenizer that contradicts itself
+    except BaseException as e:
+        # Of a tokenizer that contradicts itself the tokenizers library raises Exception, or panics, which is none.
+        if not isinstance(e, Exception) and type(e).__name__ != "PanicException":
+            raise
         raise UserError(f"--model_name: its tokenizer fails ({describe(e)})") from None
 
 
@@ -238,6 +239,8 @@ def _targets(
     targets = np.zeros(len(ids), dtype=bool)
     for start, end in example.learned:
         targets |= (begins < end) & (ends > start)
+    if ids and max(ids) >= 2**31:
+        raise UserError(f"--model_name: its tokenizer makes the id {max(ids)}")
     tokens = np.asarray(ids, dtype=np.int32)
     if example.ends and example.learned and (not ids or ids[-1] != eos):
         tokens, targets = np.append(tokens, np.int32(eos)), np.append(targets, True)

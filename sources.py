@@ -21,6 +21,8 @@ from formats import FORMATS, GUANACO_MARKERS
 from limits import LINE, LIST, OPTIONS_FILE, check_size, read_text
 
 RECIPES = Path(__file__).parent / "datasets"
+# What `datasets` raises for folders and files that hold no data set, beside errors of its own.
+UNREADABLE = (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError)
 PARQUET_ROWS = 64  # read at once: one value may stand for all of them in the file
 FILE_TYPES = (".json", ".jsonl", ".csv", ".parquet")
 
@@ -272,7 +274,7 @@ def _read_hub(recipe: Recipe, samples: int) -> Rows:
         loaded = datasets.load_dataset(
             recipe.source, data_files=recipe.data_files or None, split=recipe.split
         )
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as e:
+    except (*UNREADABLE, datasets.exceptions.DatasetsError) as e:
         if isinstance(e, datasets.exceptions.DatasetGenerationError):  # says nothing itself
             e = e.__cause__ or e
         reason = " ".join(str(e).split()) or type(e).__name__  # often many lines, the first saying little

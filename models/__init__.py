@@ -6,6 +6,7 @@ own; nothing of it is patched.
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import torch
@@ -78,7 +79,8 @@ def build_on_meta(config: PretrainedConfig, family: Family) -> PreTrainedModel:
     """
     config._attn_implementation = family.attention
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of sizes that are zero; check_weights says it
             model = family.model_class(config)
             family.as_stored(model)
     except UNUSABLE as e:

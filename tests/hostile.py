@@ -166,6 +166,14 @@ def template(source: str) -> Case:
     return write
 
 
+def edit_vocabulary(folder: Path, number: int) -> None:
+    """The letter e gets another number."""
+    path = folder / "tokenizer.json"
+    found = json.loads(path.read_text())
+    found["model"]["vocab"]["e"] = number
+    path.write_text(json.dumps(found))
+
+
 def laughs(levels: int) -> str:
     """Ten times as much on each level, by aliases."""
     lines = ["a0: &a0 [lol]"] + [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, levels)]
@@ -342,6 +350,7 @@ MODELS = {
     "config a number of digits": text("config.json", '{"hidden_size": ' + "9" * 5000 + "}"),
     "tokenizer of a number": json_of("tokenizer_config.json", model_max_length="x"),
     "tokenizer without its unknown": text("tokenizer_config.json", '{"backend": 1, "bos_token": "<s>"}'),
+    "tokenizer of huge ids": model(lambda folder: edit_vocabulary(folder, 2**31)),
     "tokenizer nested": text("tokenizer.json", DEEP),
     "tokenizer too large": model(lambda folder: os.truncate(folder / "tokenizer.json", GIB)),
     "tokenizer is a device": model(

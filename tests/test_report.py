@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -217,6 +218,21 @@ def test_the_next_commands(tmp_path):
     text = page_of(run).text
     assert f"transformers serve '{run}'" in text and f"report.py '{run}'" in text
     assert f"train.py --config '{run}/config.yaml' --output_dir '{run}-again'" in text
+
+
+@pytest.mark.parametrize(
+    "part, name, value",
+    [("data", "lengths", [1, None]), ("data", "lengths", []), ("data", "rows_kept", 0), ("data", "tokens", "9"),
+     ("data", "length_width", [5]), ("data", "padding_share", math.inf), ("hardware", "device", {}),
+     ("hardware", "ranks", None), ("versions", "torch", 2), ("model", "parameters_trained", -1)],
+)  # fmt: skip
+def test_facts_that_no_run_writes(tmp_path, part, name, value):
+    run = make_run(tmp_path / "run", [metrics(1)])
+    facts = json.loads((run / "run.json").read_text())
+    for changed in ({part: facts[part] | {name: value}}, {part: [facts[part]]}):
+        (run / "run.json").write_text(json.dumps(facts | changed))
+        with pytest.raises(UserError, match=rf"run\.json: {part} is not as a run writes it"):
+            report.write_report(run)
 
 
 def test_folders_that_have_no_page(tmp_path, capsys):
