@@ -16,7 +16,7 @@ from bnb_files import check_stored_quantization
 from checkpoint import check_output, check_writable
 from command_line import describe, under_torchrun
 from config import TOY_MODEL, Config, UserError
-from data import TokenizedRows, toy_texts
+from data import StepSampler, TokenizedRows, toy_texts
 from evaluation_data import EvaluationData, prepare_sets, stop_tokens
 from limits import TOKENIZER_FILE, check_size
 from model_files import CheckpointFiles, fetch_weights, find_model
@@ -27,6 +27,7 @@ from models.llama_pro import new_layers
 from models.toy import toy_model
 from optimizers import check_optimizer
 from precision import bf16_gpu
+from profiling import check_traces
 from tracking import check_wandb
 from weight_cache import digest, open_cache
 from wrapping import STRATEGIES
@@ -62,6 +63,8 @@ def check(config: Config) -> Job:
     if config.log_to == "wandb":
         check_wandb()
     check_output(Path(config.output_dir), config.overwrite)
+    if config.profile:
+        check_writable(Path(config.profiling_output), "--profiling_output")
     path = config.llama_pro_path
     if path is not None and not os.path.isdir(os.path.expanduser(path)):
         raise UserError(f"--llama_pro_path {path}: no such folder; block_expansion.py makes expanded models")
@@ -88,7 +91,16 @@ def check(config: Config) -> Job:
         raise UserError(
             f"--model_name {folder}: the tokenizer makes ids beyond vocab_size {model_config.vocab_size}"
         )
+    if config.profile:
+        micro_batches = config.batch_size, config.gradient_accumulation_steps
+        check_traces(config, total_steps(config, StepSampler(rows, *micro_batches, 0, world, config.seed)))
     return Job(config, model_config, files, rows, evaluation, cache)
+
+
+def total_steps(config: Config, sampler: StepSampler) -> int:
+    """Optimizer steps of the run."""
+    steps = sampler.steps_per_epoch() * config.num_epochs
+    return steps if config.max_steps < 0 else min(steps, config.max_steps)
 
 
 def find_cache(model: nn.Module, family: Family, config: Config, files: CheckpointFiles) -> str | None:

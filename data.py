@@ -291,48 +291,46 @@ class StepSampler:
         return -(-len(self.rows) // (self.batch_size * self.accumulation * self.world))
 
     def deal(self, epoch: int) -> Iterator[tuple[torch.Tensor, list[torch.Tensor]]]:
-        """Per step (indices of all its rows, [indices of each micro-batch of this rank])."""
+        """Per step (indices of all its rows, [indices of each micro-batch, of all ranks])."""
         across = self.batch_size * self.world
         for step in self._order(epoch).split(across * self.accumulation):
-            yield (
-                step,
-                [micro[self.rank * self.batch_size :][: self.batch_size] for micro in step.split(across)],
-            )
+            yield step, list(step.split(across))
 
     def _order(self, epoch: int) -> torch.Tensor:
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**63)
         return torch.randperm(len(self.rows), generator=generator)
 
     def padding_share(self) -> float:
-        """Padding among all positions of the first epoch's batches, of all ranks: each takes the next
-        batch_size rows."""
-        batches = self._lengths[self._order(0)].split(self.batch_size)
-        return 1 - int(self._lengths.sum()) / sum(len(b) * int(b.max()) for b in batches)
+        """Padding among all positions of the first epoch's batches, of all ranks."""
+        size, positions = self.batch_size, 0
+        for micro in self._lengths[self._order(0)].split(size * self.world):
+            positions += -(-len(micro) // size) * min(size, len(micro)) * int(micro.max())
+        return 1 - int(self._lengths.sum()) / positions
 
     def steps(self, num_epochs: int) -> Iterator[Step]:
         """The steps of the whole run, in order."""
         for epoch in range(num_epochs):
             for i, (step, micros) in enumerate(self.deal(epoch)):
-                batches = [self._batch(m, spare=step[:1]) for m in micros]
+                batches = [self._batch(m) for m in micros]
                 done = epoch + (i + 1) / self.steps_per_epoch()
                 counts = int(self._lengths[step].sum()), int(self._targets[step].sum())
                 yield Step(done, batches, *counts, step)
 
-    def _batch(self, indices: torch.Tensor, spare: torch.Tensor) -> Batch:
-        """A rank that is left without rows at an epoch's end takes the row `spare` without targets: collectives
-        need all ranks."""
-        if len(indices):
-            return make_batch(self.rows, indices)
-        batch = make_batch(self.rows, spare)
-        return Batch(batch.ids, torch.full_like(batch.targets, IGNORE))
+    def _batch(self, micro: torch.Tensor) -> Batch:
+        """This rank's part of a micro-batch of all ranks, in the shape of the largest part: ranks that share a
+        vocabulary exchange equally many tokens (loss.py), and FSDP waits for the slowest anyway. At an epoch's
+        end a rank may be left without rows."""
+        parts = micro.split(self.batch_size)
+        own = parts[self.rank] if self.rank < len(parts) else micro[:0]
+        return make_batch(self.rows, own, (len(parts[0]), int(self._lengths[micro].max())))
 
 
-def make_batch(rows: TokenizedRows, indices: torch.Tensor) -> Batch:
-    """The rows `indices`, padded to the longest of them, on the right: causal attention never looks there."""
+def make_batch(rows: TokenizedRows, indices: torch.Tensor, shape: tuple[int, int]) -> Batch:
+    """The rows `indices` in a batch of that shape [B, T]: padded on the right, where causal attention never looks,
+    and with rows of nothing but padding."""
     spans = [(int(rows.starts[i]), int(rows.starts[i + 1])) for i in indices]
-    width = max(end - start for start, end in spans)
-    ids = torch.zeros(len(spans), width, dtype=torch.int64)
-    targets = torch.full((len(spans), width), IGNORE)
+    ids = torch.zeros(shape, dtype=torch.int64)
+    targets = torch.full(shape, IGNORE)
     for row, (start, end) in enumerate(spans):
         tokens = rows.tokens[start:end].long()
         ids[row, : end - start] = tokens

@@ -6,13 +6,17 @@ dtype that is not the intended one shows here, before it shows as an out-of-memo
 
 from __future__ import annotations
 
+import os
+import resource
 from dataclasses import dataclass, fields
+from pathlib import Path
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
 GIB, MIB = 2**30, 2**20
+STATM = Path("/proc/self/statm")  # sizes of this process in pages; the second is the resident one (Linux)
 TOLERANCE = 0.03
 PER_TENSOR = 1024  # bytes: what an allocator may round one tensor up by
 
@@ -76,6 +80,21 @@ def held_bytes(model: nn.Module, before: int, offloaded: bool) -> int:
     return sum(storages.values())
 
 
+def in_use(device: torch.device) -> int:
+    """Bytes that this process uses now: on a GPU those of its tensors, as torch's allocator counts them on the host,
+    so nothing waits for the GPU; on a CPU its resident size."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    if STATM.is_file():
+        return int(STATM.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return largest_resident()
+
+
+def largest_resident() -> int:
+    """Bytes: the process's largest resident size so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
+
+
 class Peaks:
     """The highest use of GPU memory in each phase of a run, and in each step. There is one, as there is one allocator
     with one set of counters in a process. Without a GPU it measures nothing."""
@@ -84,7 +103,7 @@ class Peaks:
         self.start()
 
     def start(self) -> None:
-        self.phase, self.by_phase, self.step = "loading", {}, (0, 0)
+        self.phase, self.by_phase, self.step = "start", {}, (0, 0)
 
     def enter(self, phase: str) -> None:
         self._note()
@@ -95,12 +114,6 @@ class Peaks:
         self._note()
         step, self.step = self.step, (0, 0)
         return step
-
-    def watch(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Notes the phases of every step from now on."""
-        model.register_forward_pre_hook(lambda m, _: self.enter("forward" if m.training else "evaluation"))
-        model.register_forward_hook(lambda m, *_: self.enter("loss and backward") if m.training else None)
-        optimizer.register_step_pre_hook(lambda *_: self.enter("optimizer's step"))
 
     def _note(self) -> None:
         if not torch.cuda.is_initialized():

@@ -23,6 +23,7 @@ import memory
 from checks import Job
 from config import METHODS, Config, UserError, shown
 from launch import Place
+from loss import LOGITS_BYTES
 from memory import PEAKS, WeightBytes, size
 from models import FAMILIES, build_on_meta
 from models.adapters import apply_method
@@ -32,7 +33,9 @@ from wrapping import STRATEGIES
 LAYER_ACTIVATIONS = (
     34  # values of a decoder layer, per token and hidden unit, while backward needs all of them
 )
-LOGIT_BYTES = 14  # of a logit: the matmul's dtype, fp32 for the loss, and the gradients of both
+LOGITS = (
+    7  # times the bytes of a chunk of logits, which come in fp32 as well, as exponentials and as gradients
+)
 # Bytes of an optimizer's states for each byte (4 for fp32) or, of 8-bit ones, for each trained weight.
 STATES = {"sgd": 0.0, "paged_adamw_32bit": 0.0, "paged_adamw_8bit": 0.0}
 STATE_BYTES_8BIT = 2.03
@@ -44,7 +47,7 @@ SHOWN = 3
 @dataclass(frozen=True)
 class Shape:
     """What of a job decides on its memory, besides its options. tokens: T; layer: bytes of the largest decoder layer,
-    with what is trained in it; ends: of the embedding or the head."""
+    with what is trained in it; ends: of the embedding or the head where they are trained, else 0."""
 
     tokens: int
     hidden: int
@@ -73,7 +76,7 @@ def measure(job: Job, config: Config) -> Shape:
         eager=family.attention == "eager",
         weights=memory.weight_bytes(model),
         layer=max(_nbytes(layer) for layer in layers),
-        ends=max(p.numel() * p.element_size() for p in ends),
+        ends=max(p.numel() * p.element_size() * p.requires_grad for p in ends),
     )
 
 
@@ -94,6 +97,8 @@ def estimate(config: Config, shape: Shape) -> float:
     if config.no_sync and config.gradient_accumulation_steps > 1:
         resident += trained  # gradients that are not yet reduced
     gathered = everything if strategy.keep else shape.layer * (1 if config.wrap_policy == "sublayer" else 2)
+    if shards == config.world_size == 1 and not config.use_cpu_offload:
+        gathered = 0  # everything is there
     rows = config.batch_size * shape.tokens
     value = precision.frozen.itemsize
     inner = LAYER_ACTIVATIONS * rows * shape.hidden * precision.matmul.itemsize
@@ -102,7 +107,9 @@ def estimate(config: Config, shape: Shape) -> float:
         kept = rows * shape.hidden * value * (2 if config.use_activation_cpu_offload else shape.layers)
     else:
         kept, inner = inner * shape.layers, 0
-    loss = LOGIT_BYTES * rows * shape.vocabulary + shape.ends
+    chunk = min(LOGITS_BYTES, rows * shape.vocabulary * precision.matmul.itemsize)
+    # The hidden states of all ranks that share the head, and their gradients; where it is trained, the head as well.
+    loss = LOGITS * chunk + 2 * shards * rows * shape.hidden * precision.matmul.itemsize + 2 * shape.ends
     return resident + kept + max(gathered + inner, loss + strategy.keep * gathered)
 
 

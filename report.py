@@ -54,14 +54,17 @@ class RunFiles:
     names: set[str]
 
 
-def describe_run(rows: TokenizedRows, sampler: StepSampler, model: nn.Module) -> str:
-    """run.json, when training starts."""
+def describe_run(
+    rows: TokenizedRows, sampler: StepSampler, model: nn.Module, stages: dict[str, float]
+) -> str:
+    """run.json, when training starts. stages: GiB of the fullest rank after wrapping and after loading."""
     gpus = torch.cuda.is_available()
     facts = {
         "data": _data(rows, sampler),
         "model": {
             "parameters_trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
         },
+        "memory": {name: round(gib, 3) for name, gib in stages.items()},
         "hardware": {
             "ranks": sampler.world,
             "device": torch.cuda.get_device_name() if gpus else _processor(),

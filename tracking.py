@@ -10,7 +10,6 @@ import dataclasses
 import json
 import math
 import os
-import resource
 import shlex
 import time
 from dataclasses import dataclass
@@ -34,7 +33,8 @@ GIB = 2**30
 class Metrics:
     """One optimizer step, over all ranks. tokens: real ones, padding not counted; trained_tokens: the
     targets among them; memory: of the rank that has most, GPU peak of this step (on CPU, the process's
-    largest resident size so far). eval_loss: mean over the targets of the evaluation set, after this step, and
+    largest resident size so far), and what was in use when the last forward and the last backward of the step
+    ended. eval_loss: mean over the targets of the evaluation set, after this step, and
     eval_perplexity its exponential, where the step was evaluated. bad_steps: steps skipped so far, if any."""
 
     step: int
@@ -48,20 +48,23 @@ class Metrics:
     tokens_per_second: float
     memory_allocated_gib: float
     memory_reserved_gib: float
+    memory_after_forward_gib: float | None = None
+    memory_after_backward_gib: float | None = None
     eval_loss: float | None = None
     eval_perplexity: float | None = None
     bad_steps: int | None = None
 
     def fields(self) -> dict[str, int | float]:
-        """By name, without those that there are not."""
+        """By name; without those that the step does not have."""
         return {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
 
 
 class Meter:
     """Measures steps on every rank."""
 
-    def __init__(self, device: torch.device):
-        self.device, self.last = device, time.perf_counter()
+    def __init__(self, device: torch.device, held: dict[str, int]):
+        """held: bytes in use after each phase, kept up to date by a Profiler."""
+        self.device, self.held, self.last = device, held, time.perf_counter()
 
     def measure(
         self, index: int, step: Step, loss: torch.Tensor, lr: float, grad_norm: torch.Tensor
@@ -87,18 +90,22 @@ class Meter:
             tokens_per_second=step.n_tokens / seconds,
             memory_allocated_gib=table[:, 2].max().item() / GIB,
             memory_reserved_gib=table[:, 3].max().item() / GIB,
+            **{f"memory_after_{p}_gib": table[:, i].max().item() / GIB for i, p in self._phases()},
         )
+
+    def _phases(self) -> list[tuple[int, str]]:
+        """(its column, its name) of the phases that were measured."""
+        return list(enumerate((p for p in ("forward", "backward") if p in self.held), start=4))
 
     def restart(self) -> None:
         """Leaves out of the next step's time what was done since the last one; its memory still counts."""
         self.last = time.perf_counter()
 
-    def _memory(self) -> tuple[torch.Tensor, torch.Tensor]:
-        if self.device.type == "cuda":
-            sizes = memory.PEAKS.take()
-        else:
-            sizes = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,) * 2  # Linux counts in KiB
-        return tuple(torch.tensor(size, dtype=torch.float64, device=self.device) for size in sizes)
+    def _memory(self) -> list[torch.Tensor]:
+        gpu = self.device.type == "cuda"
+        sizes = memory.PEAKS.take() if gpu else (memory.largest_resident(),) * 2
+        sizes += tuple(self.held[p] for _, p in self._phases())
+        return [torch.tensor(size, dtype=torch.float64, device=self.device) for size in sizes]
 
 
 class NoTracker:
@@ -107,6 +114,9 @@ class NoTracker:
     def log(self, metrics: Metrics) -> None: ...
 
     def say(self, text: str) -> None: ...
+
+    def stages(self, gib: dict[str, float]) -> None:
+        """What of the memory is known before the first step, by its name in run.json."""
 
     def finish(self) -> None: ...
 
@@ -159,6 +169,9 @@ class WandbTracker(Tracker):
             config=dataclasses.asdict(config),
             dir=folder,
         )
+
+    def stages(self, gib: dict[str, float]) -> None:
+        self.run.summary.update({f"memory_{name}": value for name, value in gib.items()})
 
     def log(self, m: Metrics) -> None:
         super().log(m)
@@ -236,14 +249,18 @@ def describe_model(model: nn.Module) -> str:
     )
 
 
-def summary(history: list[Metrics], seconds: float) -> str:
-    """Two lines on how the run went; speed is the median of the steps after the first, which warms up."""
+def summary(history: list[Metrics], seconds: float, stages: dict[str, float]) -> str:
+    """Three lines on how the run went; speed is the median of the steps after the first, which warms up; memory is
+    the highest of all steps. stages: as in run.json."""
     rates = sorted(m.tokens_per_second for m in history[1:] or history)
-    peak = max(m.memory_allocated_gib for m in history)
+    gib = {name.removeprefix("after_").removesuffix("_gib"): value for name, value in stages.items()}
+    for phase in ("forward", "backward"):
+        gib[phase] = max(getattr(m, f"memory_after_{phase}_gib") for m in history)
+    after = ", ".join(f"{value:.2f} GiB after {name}" for name, value in gib.items())
     bad = f"; {history[-1].bad_steps} skipped as NaN or infinite" if history[-1].bad_steps else ""
     return (
-        f"{len(history)} steps in {seconds:.0f} s, {rates[len(rates) // 2]:,.0f} tokens/s on all ranks (median),"
-        f" peak memory {peak:.2f} GiB on the fullest rank{bad}\n"
+        f"{len(history)} steps in {seconds:.0f} s, {rates[len(rates) // 2]:,.0f} tokens/s on all ranks (median){bad}\n"
+        f"memory of the fullest rank: {after}, peak {max(m.memory_allocated_gib for m in history):.2f} GiB\n"
         f"loss {history[0].loss:.4f} at the first step, {history[-1].loss:.4f} at the last"
     )
 
@@ -254,11 +271,15 @@ def describe_files(config: Config, sampled: bool, folder: Path) -> str:
     saved = BLOCKS if config.llama_pro_save == "blocks" else saved
     what = f"{saved}, " if config.save_model else ""
     what += "samples.jsonl, " if sampled else ""
+    what += "memory.html, memory.png, " if config.profile_memory else ""
+    what += "memory_snapshot.pickle, " if (folder / "memory_snapshot.pickle").exists() else ""
     again = [python(), "train.py", "--config", f"{folder}/config.yaml", "--output_dir", f"{folder}-again"]
     lines = [
         f"in {folder}: {what}report.html, metrics.jsonl, loss.png, config.yaml",
         f"next: {shlex.join(again)}",
     ]
+    if config.profile:
+        lines.insert(1, f"in {config.profiling_output}: traces of single steps, for https://ui.perfetto.dev")
     if config.save_model and config.llama_pro_save != "blocks":
         demo = (config.model_name, config.dataset) == (TOY_MODEL, TOY_DATASET)
         question = f' --prompt "{TOY_PROMPT}"' if demo else ""  # without one it is a conversation

@@ -25,7 +25,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from huggingface_hub.utils import logging as hub_logging
 from torch import nn
 from transformers.utils import logging as transformers_logging
@@ -40,9 +39,9 @@ from checkpoint import (
     save_adapter,
     write_text,
 )
-from checks import Job, check, read_tokenizer
+from checks import Job, check, read_tokenizer, total_steps
 from config import TOY_MODEL, Config, UserError
-from data import IGNORE, StepSampler
+from data import Batch, StepSampler
 from evaluation import Evaluator, describe_evaluations
 from faults import BadSteps, conclude
 from launch import Place, resolve_workers
@@ -56,15 +55,18 @@ from models.adapters import (
 from optimizers import make_optimizer, make_schedule
 from out_of_memory import explained
 from precision import precision_here
+from profiling import BETWEEN, NO_PROFILER, NoProfiler, Profiler, make_profiler
 from quantize_layers import load_weights
+from recompute import Keep, compiler, compiles
 from report import FACTS, describe_run, write_report
 from tracking import Meter, describe_data, describe_files, describe_model, make_tracker, summary
 from weight_cache import CacheWriter
 from wrapping import STRATEGIES, WRAP_POLICIES, make_mesh, offload_policy, wrap
 
 
-def set_up(job: Job, place: Place) -> nn.Module:
+def set_up(job: Job, place: Place, profiler: NoProfiler = NO_PROFILER) -> nn.Module:
     """The model of the train type, sharded and filled."""
+    profiler.phase("wrap")
     config, family = job.config, FAMILIES[job.model_config.model_type]
     precision, device = precision_here(config.precision), place.device
     model = build_on_meta(job.model_config, family)
@@ -78,9 +80,11 @@ def set_up(job: Job, place: Place) -> nn.Module:
         units=WRAP_POLICIES[config.wrap_policy](family),
         cast=precision.gathered,
         offload=offload_policy(config.use_cpu_offload, device.type),
-        checkpointing=config.use_gradient_checkpointing,
+        keep=Keep.NOTHING if config.use_gradient_checkpointing else Keep.ALL,
+        run=compiler() if compiles(config.compile, device.type, family) else None,
         offload_activations=config.use_activation_cpu_offload,
     )
+    profiler.phase("load")
     cache = None
     if job.cache:
         first_node = place.rank < place.local_world
@@ -94,25 +98,25 @@ def set_up(job: Job, place: Place) -> nn.Module:
     memory.check_loaded(model, memory.held_bytes(model, before, config.use_cpu_offload))
     if cache:
         cache.finish()
+    profiler.phase(BETWEEN)
     torch.manual_seed(config.seed + place.rank)  # of dropout; adapters and the data order have their own
     return model
 
 
-def loss_sum(model: nn.Module, ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy summed over the targets, in fp32. ids, targets: [B, T]."""
+def loss_sum(model: nn.Module, batch: Batch) -> torch.Tensor:
+    """Cross-entropy summed over the batch's targets, in fp32."""
     # No attention mask: padding is on the right, where causal attention never looks, and has no targets.
-    logits = model(input_ids=ids, use_cache=False).logits
-    return F.cross_entropy(
-        logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE, reduction="sum"
-    )
+    return model(input_ids=batch.ids, targets=batch.targets)
 
 
-def total_steps(config: Config, sampler: StepSampler) -> int:
-    steps = sampler.steps_per_epoch() * config.num_epochs
-    return steps if config.max_steps < 0 else min(steps, config.max_steps)
-
-
-def train(job: Job, model: nn.Module, place: Place, sampler: StepSampler, tracker) -> list:
+def train(
+    job: Job,
+    model: nn.Module,
+    place: Place,
+    sampler: StepSampler,
+    tracker,
+    profiler: NoProfiler = NO_PROFILER,
+) -> list:
     """The loop. Returns the metrics of every step."""
     config = job.config
     total = total_steps(config, sampler)
@@ -121,23 +125,25 @@ def train(job: Job, model: nn.Module, place: Place, sampler: StepSampler, tracke
     schedule = make_schedule(optimizer, total, config.lr_warmup, config.lr_scheduler)
     precision = precision_here(config.precision)
     scaler = precision.scaler("cpu" if config.use_cpu_offload else place.device.type)
-    meter, history = Meter(place.device), []
+    meter, history = Meter(place.device, profiler.held), []
     evaluator = make_evaluator(job, model, place, total, meter, tracker)
-    memory.PEAKS.watch(model, optimizer)
     guard = BadSteps(config.max_bad_steps, job.rows, Path(config.output_dir), scaler, place.rank, tracker)
     model.train()
     evaluator.begin()
     for index, step in zip(range(1, total + 1), sampler.steps(config.num_epochs), strict=False):
         loss = torch.zeros((), device=place.device)
         for i, batch in enumerate(step.batches, 1):
+            profiler.phase("forward")
             batch = batch.to(place.device)
             model.set_requires_gradient_sync(i == len(step.batches) or not config.no_sync)
             # Exactly the mean over the step's targets: divided by their number on all ranks and in all
             # micro-batches, while FSDP sums gradients over ranks and backward over micro-batches.
             with precision.context(place.device.type):
-                share = loss_sum(model, batch.ids, batch.targets) / step.n_targets
+                share = loss_sum(model, batch) / step.n_targets
+            profiler.phase("backward")
             scaler.scale(share).backward()
             loss += share.detach()
+        profiler.phase("optimizer")
         scaler.unscale_(optimizer)
         norm = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None]).full_tensor()
         if config.apply_gradient_clipping:
@@ -148,10 +154,14 @@ def train(job: Job, model: nn.Module, place: Place, sampler: StepSampler, tracke
         scaler.update()
         schedule.step()
         optimizer.zero_grad(set_to_none=True)
+        profiler.phase(BETWEEN)
         history.append(evaluator.after(metrics))
         tracker.log(history[-1])
+        if profiler.step():
+            meter.restart()
         if evaluator.stop or guard.stop:
             break
+    profiler.finish()
     return history
 
 
@@ -173,6 +183,12 @@ def make_evaluator(job: Job, model: nn.Module, place: Place, total: int, meter: 
 @explained
 def run_rank(place: Place, job: Job) -> None:
     """What each process does, from loading to the saved result."""
+    with make_profiler(job.config, place) as profiler:
+        run_profiled(place, job, profiler)
+
+
+def run_profiled(place: Place, job: Job, profiler: Profiler) -> None:
+    """The same, watched by a profiler."""
     config, start = job.config, time.perf_counter()
     sampler = StepSampler(
         job.rows, config.batch_size, config.gradient_accumulation_steps, place.rank, place.world, config.seed
@@ -180,15 +196,17 @@ def run_rank(place: Place, job: Job) -> None:
     folder = Path(config.output_dir)
     if place.rank == 0:
         print(describe_data(job.rows, sampler) + job.evaluation.describe(), flush=True)
-    model = set_up(job, place)
+    model = set_up(job, place, profiler)
+    stages = profiler.fullest("wrap", "load")
     if place.rank == 0:
         clear_output(folder)
         write_text(folder / "config.yaml", options.dump_yaml(config))
-        write_text(folder / FACTS, describe_run(job.rows, sampler, model))
+        write_text(folder / FACTS, describe_run(job.rows, sampler, model, stages))
         print(f"{describe_model(model)}; ready after {time.perf_counter() - start:.1f} s", flush=True)
     tracker = make_tracker(config, place.rank, total_steps(config, sampler))
+    tracker.stages(stages)
     start = time.perf_counter()
-    history = train(job, model, place, sampler, tracker)
+    history = train(job, model, place, sampler, tracker, profiler)
     seconds = time.perf_counter() - start
     if config.save_model:
         save(job, model, folder)
@@ -196,7 +214,7 @@ def run_rank(place: Place, job: Job) -> None:
     if place.rank == 0:
         write_report(folder)
         told = [
-            summary(history, seconds),
+            summary(history, seconds, stages),
             *describe_evaluations(history, total_steps(config, sampler), config),
         ]
         print(*told, describe_files(config, bool(job.evaluation.prompts), folder), sep="\n", flush=True)

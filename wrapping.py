@@ -2,9 +2,10 @@
 here only.
 
 A *unit* is what FSDP2 gathers for one forward or backward and frees again. By default a decoder layer is one:
-its 4-bit codes, scales, norms and adapters travel in a single all-gather. The embedding and the head are
-units of their own; left in the root they would stay gathered from forward to the end of backward (2 GiB
-each for a 128k vocabulary and 8,192 hidden units). Tied, they are one parameter that is needed at both
+its 4-bit codes, scales, norms and adapters travel in a single all-gather. A frozen embedding and a frozen head are
+no units: they are dealt out by rows of the vocabulary and never gathered (loss.py). Where they are trained they
+are units of their own; left in the root they would stay gathered from forward to the end of backward (2 GiB
+each for a 128k vocabulary and 8,192 hidden units). Tied and trained, they are one parameter that is needed at both
 ends, and stay in the root.
 """
 
@@ -16,7 +17,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
@@ -27,7 +27,9 @@ from torch.distributed.fsdp import (
 )
 
 from activation_offload import HostStash, OffloadInputs
+from loss import shard_vocabulary
 from models.family import Family
+from recompute import DecoderLayer, Keep
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,8 @@ def wrap(
     units: tuple[str, ...],
     cast: torch.dtype | None,
     offload: OffloadPolicy,
-    checkpointing: bool,
+    keep: Keep,
+    run: Callable | None,
     offload_activations: bool,
 ) -> None:
     """Shards a meta model in place. Its parameters become DTensors, still on meta.
@@ -106,6 +109,8 @@ def wrap(
     # model of transformers makes, and tests/test_matrix.py would show.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
 
+    ignored: set[nn.Parameter] = set()
+
     def shard(module: nn.Module) -> None:
         trained = all(p.requires_grad for p in module.parameters())
         policy = MixedPrecisionPolicy(
@@ -117,6 +122,7 @@ def wrap(
             mp_policy=policy,
             offload_policy=offload,
             reshard_after_forward=not strategy.keep,
+            ignored_params=ignored,
         )
 
     layers = model.get_submodule(family.layers)
@@ -124,13 +130,20 @@ def wrap(
         for name in units:
             shard(layer.get_submodule(name))
         # The wrapper goes inside the unit: recomputation must find the layer gathered, not gather again.
-        layers[i] = checkpoint_wrapper(layer) if checkpointing else layer
+        layers[i] = DecoderLayer(layer, keep, run)
         if offload_activations:
             layers[i] = OffloadInputs(layers[i], stash, first=i == 0)
         shard(layers[i])
+    head, embedding = model.get_submodule(family.head), model.get_submodule(family.embedding)
+    head.compiled = run is not None
+    frozen = [m for m in (embedding, head) if not m.weight.requires_grad]
+    for modules in [frozen] if model.config.tie_word_embeddings and frozen else [[m] for m in frozen]:
+        shard_vocabulary(modules, mesh)
+    ignored |= {m.weight for m in frozen}
     if not model.config.tie_word_embeddings:
-        shard(model.get_submodule(family.embedding))
-        shard(model.get_submodule(family.head))
+        for module in (embedding, head):
+            if module not in frozen:
+                shard(module)
     shard(model)
     for module in model.modules():
         if isinstance(module, FSDPModule):

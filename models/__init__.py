@@ -18,6 +18,7 @@ from config import UserError
 from limits import CONFIG_FILE, LAYERS, read_json
 from model_files import CheckpointFiles
 from models import gemma2, gemma3, llama, mistral, phi3, qwen2, qwen3, qwen3_moe
+from models.causal_lm import put_head, with_summed_loss
 from models.family import Family
 
 FAMILIES: dict[str, Family] = {
@@ -81,8 +82,9 @@ def build_on_meta(config: PretrainedConfig, family: Family) -> PreTrainedModel:
     try:
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of sizes that are zero; check_weights says it
-            model = family.model_class(config)
+            model = with_summed_loss(family.model_class)(config)
             family.as_stored(model)
+            put_head(model, family.head)
     except UNUSABLE as e:
         raise UserError(
             f"{config.name_or_path}/config.json: describes no {config.model_type} model"

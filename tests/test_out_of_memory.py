@@ -12,7 +12,7 @@ import torch
 import out_of_memory
 import train
 from config import UserError
-from out_of_memory import LOGIT_BYTES, Shape, changes, estimate, measure, savings
+from out_of_memory import LAYER_ACTIVATIONS, Shape, changes, estimate, measure, savings
 from tests.runs import make_job
 from tests.test_parity import arguments
 
@@ -38,10 +38,9 @@ def test_the_shape_of_a_job(job_of):
     shape = measure(job, job.config)
     longest = int(job.rows.lengths().max())
     assert dataclasses.astuple(shape)[:6] == (longest, H, V, LAYERS, 4, False)
-    assert shape.ends == 4 * V * H
-    assert shape.weights.total == pytest.approx(
-        LAYERS * shape.layer + 2 * shape.ends + 4 * H
-    )  # and the last norm
+    assert shape.weights.total == LAYERS * shape.layer + 4 * (2 * V * H + H)  # embedding, head, the last norm
+    full = job_of("full")
+    assert (shape.ends, measure(full, full.config).ends) == (0, 4 * V * H), "gathered where it is trained"
 
 
 def bytes_less(job, **change) -> float:
@@ -65,25 +64,25 @@ def test_what_shards_and_states_take(job_of):
 
 
 def test_what_a_batch_takes():
-    """With a vocabulary that dwarfs the layers, the peak is in the loss."""
+    """With checkpointing: the layers' inputs, and all that one layer computes."""
     weights = out_of_memory.WeightBytes(trained=1000)
     shape = Shape(
-        tokens=100,
-        hidden=8,
-        vocabulary=10**6,
-        layers=2,
-        heads=1,
-        eager=False,
-        weights=weights,
-        layer=1,
-        ends=1,
+        tokens=100, hidden=64, vocabulary=10, layers=5, heads=1, eager=False, weights=weights, layer=1, ends=0
     )
-    config = train.parse(["--batch_size", "4", "--world_size", "1", "--precision", "fp32", "--sharding_strategy",
-                          "full_shard", "--use_gradient_checkpointing", "true"])[0]  # fmt: skip
+    given = [
+        "--batch_size",
+        "4",
+        "--world_size",
+        "1",
+        "--precision",
+        "fp32",
+        "--use_gradient_checkpointing",
+        "true",
+    ]
+    config = train.parse([*given, "--sharding_strategy", "full_shard"])[0]
     smaller = dataclasses.replace(config, batch_size=1)
-    inputs = 2 * 8 * 4  # of two layers, per token
-    expected = 3 * 100 * (LOGIT_BYTES * 10**6 + inputs)
-    assert estimate(config, shape) - estimate(smaller, shape) == pytest.approx(expected)
+    expected = 3 * 100 * 64 * 4 * (5 + LAYER_ACTIVATIONS)
+    assert estimate(config, shape) - estimate(smaller, shape) == expected
 
 
 def test_only_options_that_are_not_in_use_are_advised(job_of):
@@ -127,7 +126,7 @@ def test_a_run_without_memory(error, known, job_of):
     if not known:
         assert text == str(error) and not isinstance(raised.value, UserError)
         return
-    assert text.startswith("CUDA out of memory in the phase: loading")
+    assert text.startswith("CUDA out of memory in the phase: start")
     numbers = "(Tried to allocate 3.91 GiB; total capacity of 14.56 GiB; 1.20 GiB is free)"
     assert (numbers in text) == isinstance(error, torch.OutOfMemoryError)
     advised = re.findall(r"(--\w+ \S+(?: --\w+ \S+)*) \(about [\d.]+ [GM]iB less\)", text)
