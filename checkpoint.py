@@ -105,10 +105,14 @@ def write_text(path: Path, text: str) -> None:
     temporary.rename(path)
 
 
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """The full contents of a DTensor (collective), or a plain tensor as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
 def gather(param: nn.Parameter) -> torch.Tensor:
     """The full contents of a parameter, sharded or not, on the CPU. Collective."""
-    full = param.full_tensor() if isinstance(param, DTensor) else param
-    return full.detach().cpu()
+    return whole(param).detach().cpu()
 
 
 def base_digest(config: PretrainedConfig, files: CheckpointFiles) -> str:

@@ -26,6 +26,7 @@ from models.family import Family
 from models.llama_pro import new_layers
 from models.toy import toy_model
 from optimizers import check_optimizer
+from packing import make_sampler
 from precision import bf16_gpu
 from profiling import check_traces
 from tracking import check_wandb
@@ -92,8 +93,7 @@ def check(config: Config) -> Job:
             f"--model_name {folder}: the tokenizer makes ids beyond vocab_size {model_config.vocab_size}"
         )
     if config.profile:
-        micro_batches = config.batch_size, config.gradient_accumulation_steps
-        check_traces(config, total_steps(config, StepSampler(rows, *micro_batches, 0, world, config.seed)))
+        check_traces(config, total_steps(config, make_sampler(config, rows, 0, world)))
     return Job(config, model_config, files, rows, evaluation, cache)
 
 

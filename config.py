@@ -121,8 +121,10 @@ class Config:
     dataset_samples: int = option(-1, "Model and data", "rows used, from the first; -1 = all (alpaca_sample and"
         " dummy: 512)")
     context_length: int = option(512, "Model and data", "longest example, in tokens; longer ones are cut")
+    packing: bool = option(False, "Model and data", "put several examples behind one another, up to context_length"
+        " tokens, instead of padding them; each sees only itself")
 
-    batch_size: int = option(1, "Training", "examples per GPU and micro-batch")
+    batch_size: int = option(1, "Training", "examples per GPU and micro-batch; with --packing, packs of examples")
     gradient_accumulation_steps: int = option(1, "Training", "micro-batches per optimizer step")
     num_epochs: int = option(1, "Training", "passes over the data")
     max_steps: int = option(-1, "Training", "stop after this many optimizer steps of the whole run; -1 = no limit")

@@ -1,4 +1,4 @@
-"""Data: recipe -> rows -> tokens and targets -> batches.
+"""Data: recipe -> rows -> tokens and targets -> batches of padded rows (of packed ones: packing.py).
 
 Rows are tokenized once, before any process with a GPU is started, into three flat tensors that all
 processes share. Which rows make up an optimizer step is decided here too, for all ranks at once, so every
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from itertools import chain
@@ -251,13 +251,38 @@ def _targets(
 
 @dataclass(frozen=True)
 class Batch:
-    """A micro-batch of one rank. ids [B, T] int64, targets [B, T] int64: the next token, or IGNORE."""
+    """A micro-batch of one rank. ids [B, T] int64, targets [B, T] int64: the next token, or IGNORE.
+
+    Only where rows are packed: positions [B, T] int64, of each token in its row; bounds [N + 1] int32: where rows
+    begin and end in the batch as one line of B * T tokens; longest: tokens of the longest row.
+    """
 
     ids: torch.Tensor
     targets: torch.Tensor
+    positions: torch.Tensor | None = None
+    bounds: torch.Tensor | None = None
+    longest: int | None = None
+
+    def inputs(self) -> dict:
+        """What transformers' forward takes. From positions that begin again it knows the rows, and confines its
+        masks to them; attention.py knows them from the bounds."""
+        if self.positions is None:
+            return {"input_ids": self.ids}
+        bounds = {f"cu_seq_lens_{x}": self.bounds for x in "qk"} | {
+            f"max_length_{x}": self.longest for x in "qk"
+        }
+        return {"input_ids": self.ids, "position_ids": self.positions, **bounds}
 
     def to(self, device: torch.device) -> Batch:
-        return Batch(*(t.to(device, non_blocking=True) for t in (self.ids, self.targets)))
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pinned(self) -> Batch:
+        """In page-locked memory, from which a GPU copies while the program goes on."""
+        return self._each(torch.Tensor.pin_memory)
+
+    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
+        tensors = {name: v for name, v in vars(self).items() if isinstance(v, torch.Tensor)}
+        return dataclasses.replace(self, **{name: change(v) for name, v in tensors.items()})
 
 
 @dataclass(frozen=True)
@@ -287,42 +312,66 @@ class StepSampler:
         self.rank, self.world, self.seed = rank, world, seed
         self._lengths, self._targets = rows.lengths(), rows.targets()
 
+    def count(self) -> int:
+        """What an epoch deals: rows. batch_size counts the same."""
+        return len(self.rows)
+
     def steps_per_epoch(self) -> int:
-        return -(-len(self.rows) // (self.batch_size * self.accumulation * self.world))
+        return -(-self.count() // (self.batch_size * self.accumulation * self.world))
 
-    def deal(self, epoch: int) -> Iterator[tuple[torch.Tensor, list[torch.Tensor]]]:
-        """Per step (indices of all its rows, [indices of each micro-batch, of all ranks])."""
-        across = self.batch_size * self.world
-        for step in self._order(epoch).split(across * self.accumulation):
-            yield step, list(step.split(across))
+    def deal(self, epoch: int) -> Iterator[tuple[Sequence, list[Sequence]]]:
+        """Per step (all that it takes, [each micro-batch, of all ranks]): indices of rows."""
+        order = self._order(epoch)
+        for step in _split(order, self.batch_size * self.world * self.accumulation):
+            yield step, _split(step, self.batch_size * self.world)
 
-    def _order(self, epoch: int) -> torch.Tensor:
-        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**63)
-        return torch.randperm(len(self.rows), generator=generator)
+    def _order(self, epoch: int) -> Sequence:
+        return torch.randperm(len(self.rows), generator=self._generator(epoch))
+
+    def _generator(self, epoch: int) -> torch.Generator:
+        return torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**63)
+
+    def positions(self) -> int:
+        """Of the first epoch's batches, of all ranks, padding included."""
+        size, total = self.batch_size, 0
+        for micro in _split(self._order(0), size * self.world):
+            total += -(-len(micro) // size) * min(size, len(micro)) * self._width(micro)
+        return total
 
     def padding_share(self) -> float:
-        """Padding among all positions of the first epoch's batches, of all ranks."""
-        size, positions = self.batch_size, 0
-        for micro in self._lengths[self._order(0)].split(size * self.world):
-            positions += -(-len(micro) // size) * min(size, len(micro)) * int(micro.max())
-        return 1 - int(self._lengths.sum()) / positions
+        """Padding among all positions of the first epoch."""
+        return 1 - int(self._lengths.sum()) / self.positions()
 
     def steps(self, num_epochs: int) -> Iterator[Step]:
         """The steps of the whole run, in order."""
         for epoch in range(num_epochs):
             for i, (step, micros) in enumerate(self.deal(epoch)):
                 batches = [self._batch(m) for m in micros]
-                done = epoch + (i + 1) / self.steps_per_epoch()
-                counts = int(self._lengths[step].sum()), int(self._targets[step].sum())
-                yield Step(done, batches, *counts, step)
+                done, rows = epoch + (i + 1) / self.steps_per_epoch(), self._rows(step)
+                counts = int(self._lengths[rows].sum()), int(self._targets[rows].sum())
+                yield Step(done, batches, *counts, rows)
 
-    def _batch(self, micro: torch.Tensor) -> Batch:
+    def _batch(self, micro: Sequence) -> Batch:
         """This rank's part of a micro-batch of all ranks, in the shape of the largest part: ranks that share a
         vocabulary exchange equally many tokens (loss.py), and FSDP waits for the slowest anyway. At an epoch's
         end a rank may be left without rows."""
-        parts = micro.split(self.batch_size)
-        own = parts[self.rank] if self.rank < len(parts) else micro[:0]
-        return make_batch(self.rows, own, (len(parts[0]), int(self._lengths[micro].max())))
+        own = micro[self.rank * self.batch_size :][: self.batch_size]
+        return self._collate(own, (min(self.batch_size, len(micro)), self._width(micro)))
+
+    def _rows(self, step: Sequence) -> torch.Tensor:
+        """Indices of all rows of a step."""
+        return step
+
+    def _width(self, micro: Sequence) -> int:
+        """Tokens of the longest line of a micro-batch of all ranks."""
+        return int(self._lengths[micro].max())
+
+    def _collate(self, own: Sequence, shape: tuple[int, int]) -> Batch:
+        return make_batch(self.rows, own, shape)
+
+
+def _split(items: Sequence, size: int) -> list[Sequence]:
+    return [items[i : i + size] for i in range(0, len(items), size)]
 
 
 def make_batch(rows: TokenizedRows, indices: torch.Tensor, shape: tuple[int, int]) -> Batch:

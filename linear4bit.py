@@ -53,9 +53,11 @@ def linear4bit(x, codes, scales, table, quantizer, shape, row_scale, bias, h, a,
     again before backward.
     """
     weight = dequantize((codes, scales, table), quantizer, shape, x.dtype, row_scale)
-    y = F.linear(x, weight, bias)
-    if h is not None:
-        y.view(-1, shape[0]).addmm_(h.flatten(0, -2), b.t())
+    if h is None:
+        return F.linear(x, weight, bias)
+    # The large matmul adds into the small one's result: it has time to read it, which a small one has not.
+    y = F.linear(h, b, bias)
+    y.view(-1, shape[0]).addmm_(x.flatten(0, -2), weight.t())
     return y
 
 
@@ -72,9 +74,10 @@ def _(x, codes, scales, table, quantizer, shape, row_scale, bias, h, a, b):
 def grad_x(grad, codes, scales, table, quantizer, shape, row_scale, grad_h, a):
     """grad (diag(g) W) + grad_h a: [T, I] from grad [T, O]."""
     weight = dequantize((codes, scales, table), quantizer, shape, grad.dtype, row_scale)
-    result = grad @ weight
-    if grad_h is not None:
-        result.view(-1, shape[1]).addmm_(grad_h.flatten(0, -2), a)
+    if grad_h is None:
+        return grad @ weight
+    result = grad_h @ a
+    result.view(-1, shape[1]).addmm_(grad.flatten(0, -2), weight)
     return result
 
 
@@ -96,11 +99,11 @@ def _backward(ctx, grad):
     if h is not None:
         d_h = grad @ b
         d_b = rows.t() @ h.flatten(0, -2)
+    if a is not None:  # before the gradient of x is there: then x is not needed any more
+        d_a = d_h.flatten(0, -2).t() @ x.flatten(0, -2)
     if ctx.needs_input_grad[0]:
         packed = codes, scales, table, ctx.quantizer, ctx.shape, row_scale
         d_x = grad_x(grad, *packed, d_h if a is not None else None, a)
-    if a is not None:
-        d_a = d_h.flatten(0, -2).t() @ x.flatten(0, -2)
     if row_scale is not None:  # the derivative by g is W x = (y - h b^T) / g
         if grad.dtype == torch.float16:  # scaled gradients times outputs may pass its largest number
             rows = rows.float()
@@ -114,34 +117,42 @@ def _backward(ctx, grad):
 linear4bit.register_autograd(_backward, setup_context=_setup)
 
 
-def factored_norm(weight: Tensor, a: Tensor, b: Tensor, scaling: float, squared_norm: Tensor) -> Tensor:
+def factored_norm(projected: Tensor, a: Tensor, b: Tensor, scaling: float, squared_norm: Tensor) -> Tensor:
     """||W + s B A|| of each row: [O], fp32, without a gradient; never of a materialised W + s B A, which would
     round it to W's dtype:
 
         ||W + s B A||^2 = ||W||^2 + 2 s rowsum((W A^T) * B) + s^2 rowsum((B A A^T) * B)
 
-    weight [O, I]; a [R, I] and b [O, R] as they are trained; squared_norm: ||W||^2, [O] fp32.
+    projected: W A^T [O, R]; a [R, I] and b [O, R] as they are trained; squared_norm: ||W||^2, [O] fp32.
     """
     exact_a, b = a.float(), b.float()
     # W A^T + s/2 B A A^T: [O, R]. The sum is fp32: where the dtypes differ, torch promotes.
-    half = torch.add(F.linear(weight, a.to(weight.dtype)), b @ (exact_a @ exact_a.t()), alpha=scaling / 2)
+    half = torch.add(projected, b @ (exact_a @ exact_a.t()), alpha=scaling / 2)
     norm = torch.add(squared_norm, (half * b).sum(1), alpha=2 * scaling)
     return norm.clamp_min(TINY).sqrt()  # rounding may leave less than 0 where W = -s B A
 
 
 @torch.library.custom_op(
-    "fsdp_finetune::factored_norm4bit",
+    "fsdp_finetune::project4bit",
     mutates_args=(),
-    schema="(Tensor codes, Tensor scales, Tensor? table, str quantizer, int[] shape, ScalarType dtype, Tensor a,"
-    " Tensor b, float scaling, Tensor squared_norm) -> Tensor",
+    schema="(Tensor codes, Tensor scales, Tensor? table, str quantizer, int[] shape, Tensor a) -> Tensor",
 )
-def factored_norm4bit(codes, scales, table, quantizer, shape, dtype, a, b, scaling, squared_norm):
-    """`factored_norm` of a packed weight; dtype: of the dequantized one."""
-    weight = dequantize((codes, scales, table), quantizer, shape, dtype)
-    with torch.autocast(weight.device.type, enabled=False):  # fp32 means fp32 here
-        return factored_norm(weight, a, b, scaling, squared_norm)
+def project4bit(codes, scales, table, quantizer, shape, a):
+    """W a^T for a packed W: [O, R] from a [R, I], in its dtype. Without a gradient."""
+    return F.linear(dequantize((codes, scales, table), quantizer, shape, a.dtype), a)
 
 
-@factored_norm4bit.register_fake
-def _(codes, scales, table, quantizer, shape, dtype, a, b, scaling, squared_norm):
-    return torch.empty_like(squared_norm)
+@project4bit.register_fake
+def _(codes, scales, table, quantizer, shape, a):
+    return a.new_empty(shape[0], a.shape[0])
+
+
+@torch.library.custom_op("fsdp_finetune::kept", mutates_args=(), schema="(Tensor x) -> Tensor")
+def kept(x):
+    """x, by a name that a checkpointing policy knows: not to be computed again. Without a gradient."""
+    return x.clone()
+
+
+@kept.register_fake
+def _(x):
+    return torch.empty_like(x)

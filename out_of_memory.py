@@ -68,7 +68,7 @@ def measure(job: Job, config: Config) -> Shape:
     layers = model.get_submodule(family.layers)
     ends = [model.get_submodule(name).weight for name in (family.embedding, family.head)]
     return Shape(
-        tokens=min(int(job.rows.lengths().max()), config.context_length),
+        tokens=_longest(job, config),
         hidden=described.hidden_size,
         vocabulary=described.vocab_size,
         layers=len(layers),
@@ -77,6 +77,13 @@ def measure(job: Job, config: Config) -> Shape:
         weights=memory.weight_bytes(model),
         layer=max(_nbytes(layer) for layer in layers),
         ends=max(p.numel() * p.element_size() * p.requires_grad for p in ends),
+    )
+
+
+def _longest(job: Job, config: Config) -> int:
+    """Tokens of the longest line of a batch."""
+    return (
+        config.context_length if config.packing else min(int(job.rows.lengths().max()), config.context_length)
     )
 
 
@@ -128,8 +135,7 @@ def changes(job: Job) -> list[dict]:
         found = [change for change in found if "use_activation_cpu_offload" not in change]
     if config.train_type in PACKED_INSTEAD and not job.files.prequantized:
         found.append({"train_type": PACKED_INSTEAD[config.train_type]})
-    longest = min(int(job.rows.lengths().max()), config.context_length)
-    return [*found, {"context_length": max(longest // 2, 2)}]
+    return [*found, {"context_length": max(_longest(job, config) // 2, 2)}]
 
 
 def savings(job: Job) -> list[tuple[dict, float]]:

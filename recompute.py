@@ -13,19 +13,22 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
+import torch.nn.attention.varlen  # registers its operator
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import ActivationWrapper
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from models.family import Family
+from quantizers import triton_runs_on
 
 ops = torch.ops
-NORMS = {ops.fsdp_finetune.factored_norm4bit.default}
+MARKED = {ops.fsdp_finetune.kept.default}
 ATTENTION = {
     ops.aten._scaled_dot_product_flash_attention.default,
     ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
     ops.aten._scaled_dot_product_efficient_attention.default,
     ops.aten._scaled_dot_product_cudnn_attention.default,
+    ops.torch_attn._varlen_attn.default,  # of packed rows
 }
 MATMULS = {ops.fsdp_finetune.linear4bit.default, ops.aten.mm.default, ops.aten.addmm.default}
 
@@ -44,9 +47,9 @@ def _contexts(kept: frozenset):
     return create_selective_checkpoint_contexts(partial(_policy, kept))
 
 
-# DoRA's norms are small and are kept always. Not compiled, DoRALinear sees to that, and plain checkpointing, which
-# looks at no operator, costs less.
-_KEPT = {Keep.NOTHING: frozenset(NORMS), Keep.RESULTS: frozenset(NORMS | ATTENTION | MATMULS)}
+# What is marked is small (DoRA's norms) and kept always. Not compiled, DoRALinear itself sees to that, and plain
+# checkpointing, which looks at no operator, costs less.
+_KEPT = {Keep.NOTHING: frozenset(MARKED), Keep.RESULTS: frozenset(MARKED | ATTENTION | MATMULS)}
 
 
 def _run(layer: nn.Module, keep: Keep, *args, **kwargs):
@@ -58,9 +61,9 @@ def _run(layer: nn.Module, keep: Keep, *args, **kwargs):
     return checkpoint(layer, *args, use_reentrant=False, context_fn=contexts, **kwargs)
 
 
-def compiles(wanted: str, device_type: str, family: Family) -> bool:
+def compiles(wanted: str, device: torch.device, family: Family) -> bool:
     """Whether the layers are compiled, of --compile."""
-    return wanted == "true" or (wanted == "auto" and device_type == "cuda" and family.compiles)
+    return wanted == "true" or (wanted == "auto" and triton_runs_on(device) and family.compiles)
 
 
 def compiler(backend: str = "inductor") -> Callable:
@@ -70,18 +73,19 @@ def compiler(backend: str = "inductor") -> Callable:
     return torch.compile(_run, fullgraph=True, backend=backend)
 
 
-class DecoderLayer(ActivationWrapper):
-    """Around a decoder layer. keep: may be changed between steps; run: `compiler()`'s result, or None."""
+class Recomputed(ActivationWrapper):
+    """Around a decoder layer, or a part of it. keep: may be changed between steps; run: `compiler()`'s result, or None."""
 
     def __init__(self, layer: nn.Module, keep: Keep, run: Callable | None = None):
         super().__init__(layer)
         self.keep, self.run = keep, run or _run
         self.trained = any(p.requires_grad for p in layer.parameters())
 
-    def forward(self, x: torch.Tensor, *args, **kwargs):
+    def forward(self, *args, **kwargs):
         layer = self._checkpoint_wrapped_module
         if not torch.is_grad_enabled():  # evaluation, in whatever shapes: not worth a compilation
-            return layer(x, *args, **kwargs)
-        # Backward never comes to frozen layers below the first trained one.
-        keep = self.keep if self.trained or x.requires_grad else Keep.ALL
-        return self.run(layer, keep, x, *args, **kwargs)
+            return layer(*args, **kwargs)
+        keep = self.keep
+        if keep is not Keep.ALL and not self.trained and not args[0].requires_grad:
+            keep = Keep.ALL  # backward never comes to frozen layers below the first trained one
+        return self.run(layer, keep, *args, **kwargs)

@@ -26,6 +26,7 @@ from checkpoint import write_text
 from command_line import parse, report
 from config import Config, UserError
 from data import StepSampler, TokenizedRows
+from packing import PackSampler
 from report_page import page
 
 FACTS, PAGE = "run.json", "report.html"
@@ -96,6 +97,7 @@ def _data(rows: TokenizedRows, sampler: StepSampler) -> dict:
         "tokens_learned": int(rows.targets().sum()),
         "padding_share": round(sampler.padding_share(), 4),
         "steps_per_epoch": sampler.steps_per_epoch(),
+        "packs": sampler.count() if isinstance(sampler, PackSampler) else None,
         "length_median": int(ordered[len(ordered) // 2]),
         "length_p95": int(ordered[math.ceil(0.95 * len(ordered)) - 1]),
         "length_longest": longest,

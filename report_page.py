@@ -192,6 +192,8 @@ def _data(run: RunFiles) -> str:
         ("Padding", f"{data['padding_share']:.1%} of the batches"),
         ("Steps per epoch", f"{data['steps_per_epoch']:,}"),
     ]  # fmt: skip
+    if data.get("packs"):
+        rows.append(("Packs", f"{data['packs']:,}"))
     histogram = bars(
         "Length of the rows", "rows by tokens", data["length_width"], data["lengths"], height=200
     )

@@ -25,8 +25,10 @@ from checkpoint import BLOCKS
 from command_line import python
 from config import TOY_DATASET, TOY_MODEL, TOY_PROMPT, Config, UserError
 from data import Step, StepSampler, TokenizedRows
+from packing import PackSampler
 
 GIB = 2**30
+MUCH_PADDING = 0.3  # share of the batches above which a run is told of --packing
 
 
 @dataclass(frozen=True)
@@ -230,12 +232,24 @@ def draw_loss(history: list[Metrics], path: Path) -> None:
     temporary.rename(path)
 
 
-def describe_data(rows: TokenizedRows, sampler: StepSampler) -> str:
-    """The line about the data."""
+def describe_data(rows: TokenizedRows, sampler: StepSampler, context_length: int) -> str:
+    """The line about the data; where much of the batches is padding, a second one on what packing would bring."""
     cut = f", {rows.cut:,} cut at the context length" if rows.cut else ""
-    return (
+    padding = sampler.padding_share()
+    line = (
         f"data: {len(rows):,} rows kept, {rows.dropped:,} dropped{cut}; {rows.tokens.numel():,} tokens,"
-        f" {int(rows.targets().sum()):,} of them learned; padding {sampler.padding_share():.0%} of the batches"
+        f" {int(rows.targets().sum()):,} of them learned; padding {padding:.0%} of the batches"
+    )
+    dealt = (rows, sampler.batch_size, sampler.accumulation, sampler.rank, sampler.world, sampler.seed)
+    if isinstance(sampler, PackSampler):
+        unpacked = StepSampler(*dealt).padding_share()
+        return f"{line} ({unpacked:.0%} without --packing); {sampler.count():,} packs of up to {sampler.width:,} tokens"
+    if padding <= MUCH_PADDING:
+        return line
+    faster = sampler.positions() / PackSampler(*dealt, context_length).positions()
+    return (
+        f"{line}\n--packing true would train these rows about {faster:.1f} times as fast: as full lines of"
+        f" {context_length:,} tokens, which --batch_size then counts"
     )
 
 

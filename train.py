@@ -33,10 +33,12 @@ import config as options
 import launch
 import memory
 import nodes
+from attention import packed_attention
 from checkpoint import (
     base_digest,
     clear_output,
     save_adapter,
+    whole,
     write_text,
 )
 from checks import Job, check, read_tokenizer, total_steps
@@ -54,14 +56,16 @@ from models.adapters import (
 )
 from optimizers import make_optimizer, make_schedule
 from out_of_memory import explained
+from packing import make_sampler
 from precision import precision_here
+from prefetch import ahead
 from profiling import BETWEEN, NO_PROFILER, NoProfiler, Profiler, make_profiler
 from quantize_layers import load_weights
 from recompute import Keep, compiler, compiles
 from report import FACTS, describe_run, write_report
 from tracking import Meter, describe_data, describe_files, describe_model, make_tracker, summary
 from weight_cache import CacheWriter
-from wrapping import STRATEGIES, WRAP_POLICIES, make_mesh, offload_policy, wrap
+from wrapping import STRATEGIES, WRAP_POLICIES, can_pin, make_mesh, offload_policy, sync_gradients, wrap
 
 
 def set_up(job: Job, place: Place, profiler: NoProfiler = NO_PROFILER) -> nn.Module:
@@ -69,7 +73,8 @@ def set_up(job: Job, place: Place, profiler: NoProfiler = NO_PROFILER) -> nn.Mod
     profiler.phase("wrap")
     config, family = job.config, FAMILIES[job.model_config.model_type]
     precision, device = precision_here(config.precision), place.device
-    model = build_on_meta(job.model_config, family)
+    attention = packed_attention(job.model_config, family, precision.matmul) if config.packing else None
+    model = build_on_meta(job.model_config, family, attention)
     apply_method(model, family, config, precision, job.files)
     mesh = make_mesh(device.type, place.world, config.sharding_strategy, config.hybrid_shard_size)
     wrap(
@@ -81,7 +86,7 @@ def set_up(job: Job, place: Place, profiler: NoProfiler = NO_PROFILER) -> nn.Mod
         cast=precision.gathered,
         offload=offload_policy(config.use_cpu_offload, device.type),
         keep=Keep.NOTHING if config.use_gradient_checkpointing else Keep.ALL,
-        run=compiler() if compiles(config.compile, device.type, family) else None,
+        run=compiler() if compiles(config.compile, device, family) else None,
         offload_activations=config.use_activation_cpu_offload,
     )
     profiler.phase("load")
@@ -105,8 +110,9 @@ def set_up(job: Job, place: Place, profiler: NoProfiler = NO_PROFILER) -> nn.Mod
 
 def loss_sum(model: nn.Module, batch: Batch) -> torch.Tensor:
     """Cross-entropy summed over the batch's targets, in fp32."""
-    # No attention mask: padding is on the right, where causal attention never looks, and has no targets.
-    return model(input_ids=batch.ids, targets=batch.targets)
+    # No attention mask: padding is on the right, where causal attention never looks, and has no targets. Packed
+    # rows say where they begin and end.
+    return model(**batch.inputs(), targets=batch.targets)
 
 
 def train(
@@ -130,12 +136,13 @@ def train(
     guard = BadSteps(config.max_bad_steps, job.rows, Path(config.output_dir), scaler, place.rank, tracker)
     model.train()
     evaluator.begin()
-    for index, step in zip(range(1, total + 1), sampler.steps(config.num_epochs), strict=False):
+    steps = ahead(sampler.steps(config.num_epochs), place.device, can_pin(place.device.type))
+    for index, step in zip(range(1, total + 1), steps, strict=False):
         loss = torch.zeros((), device=place.device)
         for i, batch in enumerate(step.batches, 1):
             profiler.phase("forward")
             batch = batch.to(place.device)
-            model.set_requires_gradient_sync(i == len(step.batches) or not config.no_sync)
+            sync_gradients(model, i == len(step.batches) or not config.no_sync)
             # Exactly the mean over the step's targets: divided by their number on all ranks and in all
             # micro-batches, while FSDP sums gradients over ranks and backward over micro-batches.
             with precision.context(place.device.type):
@@ -145,7 +152,7 @@ def train(
             loss += share.detach()
         profiler.phase("optimizer")
         scaler.unscale_(optimizer)
-        norm = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None]).full_tensor()
+        norm = whole(nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None]))
         if config.apply_gradient_clipping:
             nn.utils.clip_grads_with_norm_(trained, config.grad_norm, norm)
         metrics = guard.judge(meter.measure(index, step, loss, schedule.get_last_lr()[0], norm), step)
@@ -190,12 +197,10 @@ def run_rank(place: Place, job: Job) -> None:
 def run_profiled(place: Place, job: Job, profiler: Profiler) -> None:
     """The same, watched by a profiler."""
     config, start = job.config, time.perf_counter()
-    sampler = StepSampler(
-        job.rows, config.batch_size, config.gradient_accumulation_steps, place.rank, place.world, config.seed
-    )
+    sampler = make_sampler(config, job.rows, place.rank, place.world)
     folder = Path(config.output_dir)
     if place.rank == 0:
-        print(describe_data(job.rows, sampler) + job.evaluation.describe(), flush=True)
+        print(describe_data(job.rows, sampler, config.context_length) + job.evaluation.describe(), flush=True)
     model = set_up(job, place, profiler)
     stages = profiler.fullest("wrap", "load")
     if place.rank == 0:

@@ -29,7 +29,7 @@ from torch.distributed.fsdp import (
 from activation_offload import HostStash, OffloadInputs
 from loss import shard_vocabulary
 from models.family import Family
-from recompute import DecoderLayer, Keep
+from recompute import Keep, Recomputed
 
 
 @dataclass(frozen=True)
@@ -73,10 +73,17 @@ def offload_policy(wanted: bool, device_type: str) -> OffloadPolicy:
     """Of --use_cpu_offload. Pinned host memory, which copies can overlap with, where the system grants it."""
     if not wanted:
         return OffloadPolicy()
-    return CPUOffloadPolicy(pin_memory=device_type == "cuda" and _can_pin())
+    return CPUOffloadPolicy(pin_memory=can_pin(device_type))
 
 
-def _can_pin() -> bool:
+def _wholly_trained(module: nn.Module) -> bool:
+    return all(p.requires_grad for p in module.parameters())
+
+
+def can_pin(device_type: str) -> bool:
+    """Whether there is page-locked host memory for a device of this type."""
+    if device_type != "cuda":
+        return False
     try:
         torch.empty(2**20, pin_memory=True)
     except RuntimeError:  # some containers and hosts limit locked memory
@@ -109,12 +116,19 @@ def wrap(
     # model of transformers makes, and tests/test_matrix.py would show.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
 
+    layers = model.get_submodule(family.layers)
     ignored: set[nn.Parameter] = set()
+    # One GPU needs no FSDP, whose gathering would be copying, unless it casts or offloads.
+    casts = cast is not None and any(_wholly_trained(layer) for layer in layers)
+    sharded = mesh.size() > 1 or casts or isinstance(offload, CPUOffloadPolicy)
 
     def shard(module: nn.Module) -> None:
-        trained = all(p.requires_grad for p in module.parameters())
+        if not sharded:
+            return
         policy = MixedPrecisionPolicy(
-            param_dtype=cast if trained else None, reduce_dtype=torch.float32, cast_forward_inputs=False
+            param_dtype=cast if _wholly_trained(module) else None,
+            reduce_dtype=torch.float32,
+            cast_forward_inputs=False,
         )
         fully_shard(
             module,
@@ -125,18 +139,19 @@ def wrap(
             ignored_params=ignored,
         )
 
-    layers = model.get_submodule(family.layers)
     for i, layer in enumerate(layers):
         for name in units:
+            if run:  # FSDP's hooks lie between units, and would break the graph of a whole layer
+                layer.set_submodule(name, Recomputed(layer.get_submodule(name), Keep.ALL, run))
             shard(layer.get_submodule(name))
         # The wrapper goes inside the unit: recomputation must find the layer gathered, not gather again.
-        layers[i] = DecoderLayer(layer, keep, run)
+        layers[i] = Recomputed(layer, keep, None if units else run)
         if offload_activations:
             layers[i] = OffloadInputs(layers[i], stash, first=i == 0)
         shard(layers[i])
     head, embedding = model.get_submodule(family.head), model.get_submodule(family.embedding)
     head.compiled = run is not None
-    frozen = [m for m in (embedding, head) if not m.weight.requires_grad]
+    frozen = [m for m in (embedding, head) if not m.weight.requires_grad and sharded]
     for modules in [frozen] if model.config.tie_word_embeddings and frozen else [[m] for m in frozen]:
         shard_vocabulary(modules, mesh)
     ignored |= {m.weight for m in frozen}
@@ -150,3 +165,9 @@ def wrap(
             # The loss is already divided by the step's tokens over all ranks: gradients are summed.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+
+
+def sync_gradients(model: nn.Module, wanted: bool) -> None:
+    """Whether the next backward reduces gradients over the ranks (--no_sync)."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(wanted)

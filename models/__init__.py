@@ -72,13 +72,13 @@ def _check_counts(raw: dict, folder: Path) -> None:
             raise UserError(f"{folder}/config.json: {name} {value}: at most {LAYERS:,} are built")
 
 
-def build_on_meta(config: PretrainedConfig, family: Family) -> PreTrainedModel:
+def build_on_meta(config: PretrainedConfig, family: Family, attention: str | None = None) -> PreTrainedModel:
     """transformers' model of this family with every tensor on the meta device: shapes, no memory. Its parameters
-    are the files' tensors.
+    are the files' tensors. attention: by transformers' name, instead of the family's own.
 
     Raises UserError if the configuration describes no model, or none that predicts the next token.
     """
-    config._attn_implementation = family.attention
+    config._attn_implementation = attention or family.attention
     try:
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of sizes that are zero; check_weights says it

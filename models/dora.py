@@ -17,9 +17,10 @@ import contextlib
 from collections.abc import Callable, Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from linear4bit import TINY, factored_norm, factored_norm4bit
+from linear4bit import TINY, factored_norm, kept, project4bit
 from models.lora import LoRALinear
 from quantize_layers import Linear4bit
 from quantizers import PackedWeight
@@ -55,17 +56,19 @@ class DoRALinear(LoRALinear):
         if not compiling and self.last_norm is not None and (self.fixed or _recomputing()):
             return self.last_norm
         update = self.lora_A, self.lora_B, self.scaling, self.squared_norm
+        with torch.autocast(self.lora_A.device.type, enabled=False):  # fp32 means fp32 here
+            norm = factored_norm(self.base_times(self.lora_A), *update)
+        if compiling:
+            return kept(norm)  # by the checkpointing policy (recompute.py)
+        self.last_norm = norm
+        return norm
+
+    def base_times(self, a: torch.Tensor) -> torch.Tensor:
+        """W a^T: [R, I] -> [O, R] in the compute dtype."""
         if isinstance(self.base, Linear4bit):
             packed = self.base.codes, self.base.scales, self.base.table
-            norm = factored_norm4bit(
-                *packed, self.base.quantizer_name, self.base.shape, self.base.dtype, *update
-            )
-        else:
-            with torch.autocast(self.lora_A.device.type, enabled=False):  # fp32 means fp32 here
-                norm = factored_norm(self.base.weight, *update)
-        if not compiling:  # compiled, the checkpointing policy keeps it (wrapping.py)
-            self.last_norm = norm
-        return norm
+            return project4bit(*packed, self.base.quantizer_name, self.base.shape, a.to(self.base.dtype))
+        return F.linear(self.base.weight, a.to(self.base.weight.dtype))
 
     def magnitude(self) -> torch.Tensor:
         """m: [O], fp32."""

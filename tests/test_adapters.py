@@ -231,8 +231,8 @@ def test_target_modules(targets, linears, checkpoints, alpaca_file, one_rank):
 
 
 def test_recomputation_takes_the_norm_once_and_never_a_stale_one(monkeypatch):
-    taken, original = [], models.dora.factored_norm4bit
-    monkeypatch.setattr(models.dora, "factored_norm4bit", lambda *args: (taken.append(1), original(*args))[1])
+    taken, original = [], models.dora.project4bit
+    monkeypatch.setattr(models.dora, "project4bit", lambda *args: (taken.append(1), original(*args))[1])
     layer = filled(dora(Linear4bit(nn.Linear(I, O), torch.float32, NF4())), torch.randn(O, I), torch.randn(O))
     x = torch.randn(5, I, requires_grad=True)
     for step in (1, 2):

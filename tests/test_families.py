@@ -15,6 +15,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts, Qw
 import models
 import precision
 import train
+from checkpoint import whole
 from config import UserError
 from data import IGNORE, Batch
 from models import FAMILIES, build_on_meta, gemma2, read_config
@@ -246,10 +247,9 @@ def gradients(place, args):
     """({parameter: full gradient}, weights) of the loss of IDS, a row to each rank."""
     _, state, _ = outputs(place, args, IDS)
     _, model = set_up(place, args)
-    train.loss_sum(
-        model, Batch(IDS[place.rank :: place.world], targets()[place.rank :: place.world])
-    ).backward()
-    return {clean(n): p.grad.full_tensor() for n, p in model.named_parameters()}, state
+    own = slice(place.rank, None, place.world)
+    train.loss_sum(model, Batch(IDS[own], targets()[own])).backward()
+    return {clean(n): whole(p.grad) for n, p in model.named_parameters()}, state
 
 
 @pytest.mark.parametrize("train_type", ["full", "bnb_dora"])

@@ -21,6 +21,7 @@ from config import UserError
 from data import Step, StepSampler, prepare
 from faults import BAD_STEPS, BadSteps
 from model_files import INDEX
+from prefetch import ahead
 from tests import tiny
 from tests.runs import train_run
 from tracking import Metrics, NoTracker
@@ -175,6 +176,19 @@ def test_secrets_are_in_no_file_of_a_run(ended):
     texts = {str(path): path.read_bytes() for path in files} | {"output": (shown + errors).encode()}
     for secret in SECRETS.values():
         assert [name for name, text in texts.items() if secret.encode() in text] == []
+
+
+def test_a_thread_that_makes_batches_and_fails_is_told():
+    """In its turn: after the steps that it made, and not by waiting for ever."""
+
+    def steps():
+        yield from ("first", "second")
+        raise OSError("the disk is gone")
+
+    made = ahead(steps(), torch.device("cpu"), pin=False)
+    assert [next(made), next(made)] == ["first", "second"]
+    with pytest.raises(OSError, match="the disk is gone"):
+        next(made)
 
 
 def dying(numbers: range):

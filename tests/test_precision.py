@@ -9,6 +9,7 @@ import torch
 
 import precision
 import train
+from checkpoint import whole
 from config import FIELDS
 from data import Batch
 from models.family import clean
@@ -114,7 +115,7 @@ def norm_of_a_small_loss(place, args, scaling: bool) -> float:
         loss = train.loss_sum(model, Batch(ids, ids)) * 1e-9
     scaler.scale(loss).backward()
     scaler.unscale_(optimizer)
-    return torch.nn.utils.get_total_norm([p.grad for p in trained]).full_tensor().item()
+    return whole(torch.nn.utils.get_total_norm([p.grad for p in trained])).item()
 
 
 @pytest.mark.parametrize(
