@@ -115,8 +115,9 @@ def estimate(config: Config, shape: Shape) -> float:
     else:
         kept, inner = inner * shape.layers, 0
     chunk = min(LOGITS_BYTES, rows * shape.vocabulary * precision.matmul.itemsize)
-    # The hidden states of all ranks that share the head, and their gradients; where it is trained, the head as well.
-    loss = LOGITS * chunk + 2 * shards * rows * shape.hidden * precision.matmul.itemsize + 2 * shape.ends
+    # A frozen head stays in its shards, and the hidden states of all its ranks come to each; a trained one is gathered.
+    states = rows * shape.hidden * precision.matmul.itemsize * (1 if shape.ends else shards)
+    loss = LOGITS * chunk + 2 * states + 2 * shape.ends
     return resident + kept + max(gathered + inner, loss + strategy.keep * gathered)
 
 
