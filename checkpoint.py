@@ -29,7 +29,7 @@ from tensor_files import save_tensors
 
 ADAPTER, BLOCKS = "adapter_model.safetensors", "new_blocks.safetensors"
 BEST, SCORE = "best", "evaluation.json"  # the folder of the best step, and the file in it that names the step
-RUN_FILES = ("config.yaml", "run.json", "metrics.jsonl", "loss.png", "report.html", "memory*.html", "memory*.png",
+RUN_FILES = ("config.yaml", "run.json", "metrics.jsonl", "bad_steps.jsonl", "loss.png", "report.html", "memory*.html", "memory*.png",
              "memory_snapshot*.pickle", "adapter_config.json", ADAPTER, BLOCKS)  # fmt: skip
 MODEL_FILES = ("config.json", INDEX, "model.safetensors", "model-*.safetensors")
 TOKENIZER = ("tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt", "added_tokens.json",
@@ -71,6 +71,8 @@ def clear_output(folder: Path) -> None:
         for path in (*folder.glob(pattern), *folder.glob(f"{pattern}.tmp")):
             path.unlink()
     for name in (BEST, f"{BEST}.tmp", f"{BEST}.old"):
+        if (folder / name).is_symlink():  # what it leads to is not ours
+            (folder / name).unlink()
         for pattern in (*RUN_FILES, *MODEL_FILES, *COMPANIONS, SCORE, "*.tmp"):
             for path in (folder / name).glob(pattern):
                 path.unlink()

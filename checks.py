@@ -14,13 +14,14 @@ from transformers import AutoTokenizer, PretrainedConfig
 import launch
 from bnb_files import check_stored_quantization
 from checkpoint import check_output, check_writable
-from command_line import describe
+from command_line import describe, under_torchrun
 from config import TOY_MODEL, Config, UserError
 from data import StepSampler, TokenizedRows, toy_texts
 from evaluation_data import EvaluationData, prepare_sets, stop_tokens
+from limits import TOKENIZER_FILE, check_size
 from model_files import CheckpointFiles, fetch_weights, find_model
 from models import build_on_meta, check_weights, read_config
-from models.adapters import check_packing, make_quantizer_of, packed_linears, target_linears
+from models.adapters import check_packing, check_rank, make_quantizer_of, packed_linears, target_linears
 from models.family import Family
 from models.llama_pro import new_layers
 from models.toy import toy_model
@@ -48,7 +49,10 @@ class Job:
 def check(config: Config) -> Job:
     """All that can be wrong with a run, found without touching a GPU or writing a file. Raises UserError."""
     world = launch.resolve_world_size(config.world_size)
-    config = dataclasses.replace(config, world_size=world)
+    strategy = launch.resolve_strategy(config.sharding_strategy, world)
+    config = dataclasses.replace(config, world_size=world, sharding_strategy=strategy)
+    if not under_torchrun():
+        launch.check_address(config.master_addr, config.master_port)
     if STRATEGIES[config.sharding_strategy].replicas == "groups":
         group = launch.resolve_group_size(config.hybrid_shard_size, world)
         config = dataclasses.replace(config, hybrid_shard_size=group)
@@ -81,7 +85,7 @@ def check(config: Config) -> Job:
     check_packing(model, family, config, files)
     cache = find_cache(model, family, config, files) if config.quantized_cache else None
     if config.method.adapter:
-        target_linears(model, family, config.lora_target_modules)
+        check_rank(model, target_linears(model, family, config.lora_target_modules), config.lora_rank)
     tokenizer = read_tokenizer(folder)
     config, rows, evaluation = prepare_sets(config, tokenizer, stop_tokens(folder, tokenizer))
     if max(int(rows.tokens.max()), evaluation.largest_id()) >= model_config.vocab_size:
@@ -105,13 +109,15 @@ def find_cache(model: nn.Module, family: Family, config: Config, files: Checkpoi
     names = [f"{name}.weight" for name in packed_linears(model, family, config)]
     cached = open_cache(folder, files, names, make_quantizer_of(config))
     if cached is None:
-        check_writable(folder.parent, "--quantized_cache")
+        check_writable(folder, "--quantized_cache")
         return digest(files, names)
     files.packed.update(cached)
     return None
 
 
 def read_tokenizer(folder: Path):
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        check_size(folder / name, TOKENIZER_FILE)
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except Exception as e:  # the tokenizers library has no narrower one for a damaged tokenizer.json

@@ -22,6 +22,7 @@ from pathlib import Path
 import yaml
 
 from config import ANY, FIELDS, HINTS, NEEDS, Config, UserError, resolve, shown
+from limits import OPTIONS_FILE, read_text
 
 T = typing.TypeVar("T")
 
@@ -33,7 +34,7 @@ def report(error: UserError, verbose: bool) -> int:
     """Prints `error: ...`, with verbose below its traceback. Returns the exit status for it, 2."""
     if verbose:
         traceback.print_exception(error)
-    if not under_torchrun() or os.environ["RANK"] == "0":  # all ranks find the same wrong option
+    if not under_torchrun() or os.environ["LOCAL_RANK"] == "0":  # all ranks of a node find the same
         print(f"error: {describe(error)}", file=sys.stderr)
     return 2
 
@@ -87,6 +88,13 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         raise UserError(message)
+
+    def parse_known_args(self, args=None, namespace=None):
+        found, rest = super().parse_known_args(args, namespace)
+        for name, value in vars(found).items():
+            if value == [] and name != "runs":  # what argparse makes of `--name=--`
+                raise UserError(f"--{name}: expected a value")
+        return found, rest
 
 
 def command_parser(program: str, usage: str, description: str) -> Parser:
@@ -146,12 +154,16 @@ def suggest(name: str, known: Iterable[str] = FIELDS) -> str:
 
 def _read_yaml(path: str) -> dict:
     try:
-        given = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f"--config {path}: {getattr(e, 'strerror', None) or 'not a UTF-8 text'}") from None
-    except RecursionError:
-        raise UserError(f"--config {path}: nested too deeply") from None
-    except (yaml.YAMLError, ValueError) as e:  # ValueError: a date that no calendar has
+        text = read_text(Path(path), OPTIONS_FILE)
+        _check_flat(text, path)
+        given = yaml.safe_load(text)
+    except UnicodeDecodeError:
+        raise UserError(f"--config {path}: not a UTF-8 text") from None
+    except (OSError, ValueError) as e:  # ValueError: a NUL in the name, or a date that no calendar has
+        reason = getattr(e, "strerror", None) or f"not YAML ({e})"
+        raise UserError(f"--config {path}: {reason}") from None
+    except (yaml.YAMLError, AttributeError, LookupError, TypeError, ArithmeticError) as e:
+        # The last four are what its constructors raise for an explicit tag whose value is not of its kind.
         line = f" line {e.problem_mark.line + 1}" if getattr(e, "problem_mark", None) else ""
         raise UserError(f"--config {path}:{line} is not YAML ({getattr(e, 'problem', e)})") from None
     if not isinstance(given, dict):
@@ -164,6 +176,19 @@ def _read_yaml(path: str) -> dict:
         if value is not None:  # a null line is an option that was not given
             values[name] = _convert(name, value, f"{path}: {name}")
     return values
+
+
+def _check_flat(text: str, path: str) -> None:
+    """Raises UserError for more than lines of `option: value` or lists of values: an alias or a merge stands for as
+    much as its writer likes, and depth costs the stack."""
+    depth = 0
+    for event in yaml.parse(text, yaml.SafeLoader):
+        if isinstance(event, yaml.AliasEvent):
+            raise UserError(f"--config {path}: line {event.start_mark.line + 1}: aliases (*) are not read")
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > 2:
+            line = event.start_mark.line + 1
+            raise UserError(f"--config {path}: line {line}: nested; expected lines of `option: value`")
 
 
 def with_underscores(argv: list[str]) -> list[str]:

@@ -140,6 +140,8 @@ class Config:
         " and cosine, 0 for constant")
     wd: float = option(0.0, "Training", "weight decay; never on norms, biases or DoRA magnitudes")
     apply_gradient_clipping: bool = option(True, "Training", "clip the gradient to --grad_norm")
+    max_bad_steps: int = option(10, "Training", "steps whose loss or gradient may be NaN or infinite: they are skipped,"
+        " and one more ends the run; -1 = any number")
     grad_norm: float = option(1.0, "Training", "largest 2-norm of the whole gradient, when clipping")
     seed: int = option(42, "Training", "seeds adapters, data order and dropout")
 
@@ -161,10 +163,11 @@ class Config:
     precision: str = option("auto", "Memory and speed", "auto is bf16 compute with fp32 trained weights where the GPU"
         " has bf16, fp16_autocast on older GPUs, fp32 on a CPU; docs/options.md has a line on each",
         choices=("auto", "fp32", "bf16", "fp16_autocast", "bf16_autocast", "bf16_buffers_autocast"))
-    sharding_strategy: str = option("full_shard", "Memory and speed", "full_shard spreads all over all ranks;"
+    sharding_strategy: str = option("auto", "Memory and speed", "full_shard spreads all over all ranks;"
         " shard_grad_op keeps parameters gathered between forward and backward; ddp gives every rank a whole copy;"
-        " the hybrid ones shard within groups, each of which holds a whole copy",
-        choices=("full_shard", "shard_grad_op", "ddp", "hybrid_full_shard", "hybrid_shard_grad_op"))
+        " the hybrid ones shard within groups, each of which holds a whole copy; auto is full_shard, on several nodes"
+        " with several ranks each hybrid_full_shard",
+        choices=("auto", "full_shard", "shard_grad_op", "ddp", "hybrid_full_shard", "hybrid_shard_grad_op"))
     hybrid_shard_size: int = option(-1, "Memory and speed", "ranks of a group, for the hybrid strategies; -1 = those"
         " of one node")
     wrap_policy: str = option("layer", "Memory and speed", "what is gathered at a time: a whole decoder"
@@ -173,7 +176,7 @@ class Config:
         " keeping its activations")
     activation_budget: float = option(0.0, "Memory and speed", "with gradient checkpointing: GiB per GPU in which"
         " results of matmuls and attention are kept instead of computed again; 0 = none, -1 = what is free after the"
-        " first step")
+        " second step")
     compile: str = option("auto", "Memory and speed", "compile each decoder layer and the loss, once; auto = on GPUs",
         choices=("auto", "true", "false"))
     reentrant_checkpointing: bool = option(False, "Memory and speed", "accepted; checkpointing is always non-reentrant")
@@ -292,6 +295,10 @@ def _resolve(given: dict) -> Config:
 
 
 def _check_values(config: Config) -> None:
+    for name in FIELDS:
+        value = getattr(config, name)
+        if type(value) is int and name != "seed" and abs(value) >= 2**31:  # more than torch's indices hold
+            raise UserError(f"--{name} {value}: must be below 2**31")
     if config.method.expansion and config.model_name == TOY_MODEL:
         raise UserError(
             f"--train_type {config.train_type}: trains the new blocks of an expanded model; make one with"
@@ -324,6 +331,10 @@ def _check_values(config: Config) -> None:
         value = getattr(config, name)
         if value == 0 or value < -1:
             raise UserError(f"--{name} {value}: must be positive, or -1")
+    if config.loading_workers > 256:
+        raise UserError(f"--loading_workers {config.loading_workers}: at most 256 threads")
+    if config.max_bad_steps < -1:
+        raise UserError(f"--max_bad_steps {config.max_bad_steps}: must be 0 or more, or -1")
     for name in ("lr", "wd"):
         value = getattr(config, name)
         if value < 0 or value == float("inf"):

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from itertools import chain
 
@@ -21,9 +22,14 @@ import torch
 from fastcore.parallel import parallel
 
 from config import UserError
-from formats import FORMATS, Rendered, checked, recognise
+from formats import FORMATS, Rendered, checked, encode, recognise
+from limits import ROW
 from sources import Recipe, find_recipe, load_rows
 
+# What a chat template can raise for a row: it is a program, in a sandbox.
+TEMPLATE_ERRORS = (jinja2.TemplateError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError,
+                   AssertionError, RecursionError, MemoryError)  # fmt: skip
+FILLED = 10**6  # rows that a recipe makes of its `fill`
 IGNORE = -100  # the target of a position that is not learned, as in torch's cross-entropy
 
 
@@ -31,13 +37,14 @@ IGNORE = -100  # the target of a position that is not learned, as in torch's cro
 class TokenizedRows:
     """All examples, one after the other. tokens [N] int32; learned [N] bool: the token is a target;
     starts [R + 1] int64: example i is tokens[starts[i]:starts[i+1]]; dropped: rows without a target; cut: kept
-    rows that lost their end to context_length."""
+    rows that lost their end to context_length; numbers [R] int64: of the examples' rows in the dataset, from 1."""
 
     tokens: torch.Tensor
     learned: torch.Tensor
     starts: torch.Tensor
     dropped: int
     cut: int
+    numbers: torch.Tensor
 
     def __len__(self) -> int:
         return len(self.starts) - 1
@@ -75,7 +82,10 @@ def read_examples(
     """--dataset, read and rendered. samples: rows used; -1 = as the recipe says. Raises UserError for anything
     wrong with the data."""
     recipe, file = find_recipe(dataset)
-    data = load_rows(recipe, file, samples if samples > 0 else recipe.samples)
+    samples = samples if samples > 0 else recipe.samples
+    if recipe.fill and (context_length > ROW // max(len(recipe.fill["output"]), 1) or samples > FILLED):
+        raise UserError(f"--dataset {dataset}: fills at most {FILLED:,} rows of {ROW:,} characters")
+    data = load_rows(recipe, file, samples)
     rows = data.rows
     if recipe.fill:
         rows = [recipe.fill | {"output": recipe.fill["output"] * context_length}] * len(rows)
@@ -113,10 +123,15 @@ class _Rendering:
         for i in numbers:
             values = checked(self.rows[i], FORMATS[self.name], f"--dataset {self.places[i]}")
             try:
-                rendered.append(FORMATS[self.name].render(values, self.tokenizer, self.markers))
-                rendered[-1].text.encode()  # JSON can spell half a character, which no tokenizer takes
-            except (jinja2.TemplateError, ValueError, TypeError, KeyError) as e:  # from a chat template
+                one = FORMATS[self.name].render(values, self.tokenizer, self.markers)
+                rendered.append(dataclasses.replace(one, number=i + 1))
+                one.text.encode()  # JSON can spell half a character, which no tokenizer takes
+            except TEMPLATE_ERRORS as e:
                 raise UserError(f"--dataset {self.places[i]}: {_reason(e)}") from None
+            if len(one.text) > ROW:
+                raise UserError(
+                    f"--dataset {self.places[i]}: a text of {len(one.text):,} characters; at most {ROW:,} are read"
+                )
         return rendered
 
 
@@ -132,9 +147,14 @@ def _render_all(render: _Rendering) -> list[Rendered]:
     global _held
     _held = render  # the forked workers find it here
     blocks = [range(i, min(i + 200, total)) for i in range(0, total, 200)]
-    return list(
-        chain.from_iterable(parallel(_render_held, blocks, n_workers=workers, method="fork", progress=False))
-    )
+    try:
+        parts = parallel(_render_held, blocks, n_workers=workers, method="fork", progress=False)
+    except BrokenProcessPool:
+        raise UserError(
+            f"--dataset: one of {workers} processes that render its rows was killed; out of host memory is the"
+            " usual cause"
+        ) from None
+    return list(chain.from_iterable(parts))
 
 
 def _render_held(numbers: range) -> list[Rendered]:
@@ -163,17 +183,10 @@ def tokenize(rendered: list[Rendered], tokenizer, context_length: int, where: st
         )
     if tokenizer.eos_token_id is None and any(r.ends for r in rendered):
         raise UserError("--model_name: its tokenizer has no EOS token, so a model could not learn to stop")
-    tokens, learned, lengths, cut, prompts = [], [], [], 0, []
+    tokens, learned, lengths, numbers, cut, prompts = [], [], [], [], 0, []
     for start in range(0, len(rendered), 1000):  # the library works on a batch in parallel
         block = rendered[start : start + 1000]
-        encoded = tokenizer(
-            [r.text for r in block],
-            add_special_tokens=block[0].special,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            return_offsets_mapping=True,
-            verbose=False,
-        )
+        encoded = encode(tokenizer, [r.text for r in block], block[0].special, return_offsets_mapping=True)
         for example, ids, offsets in zip(block, encoded["input_ids"], encoded["offset_mapping"], strict=True):
             ids, targets = _targets(example, ids, offsets, tokenizer.eos_token_id)
             if targets.any():
@@ -182,6 +195,7 @@ def tokenize(rendered: list[Rendered], tokenizer, context_length: int, where: st
                 tokens.append(ids[:context_length])
                 learned.append(targets[:context_length])
                 lengths.append(len(tokens[-1]))
+                numbers.append(example.number)
                 cut += len(ids) > context_length
     if not lengths:
         why = f"the shortest prompt takes {min(prompts)} tokens" if prompts else "no answer has any text"
@@ -191,7 +205,8 @@ def tokenize(rendered: list[Rendered], tokenizer, context_length: int, where: st
         )
     starts = np.concatenate([[0], np.cumsum(lengths)])
     flat = [torch.from_numpy(np.concatenate(a)) for a in (tokens, learned)]
-    return TokenizedRows(*flat, torch.from_numpy(starts), len(rendered) - len(lengths), cut)
+    dropped = len(rendered) - len(lengths)
+    return TokenizedRows(*flat, torch.from_numpy(starts), dropped, cut, torch.tensor(numbers))
 
 
 def _targets(
@@ -205,6 +220,8 @@ def _targets(
     targets = np.zeros(len(ids), dtype=bool)
     for start, end in example.learned:
         targets |= (begins < end) & (ends > start)
+    if ids and max(ids) >= 2**31:
+        raise UserError(f"--model_name: its tokenizer makes the id {max(ids)}")
     tokens = np.asarray(ids, dtype=np.int32)
     if example.ends and example.learned and (not ids or ids[-1] != eos):
         tokens, targets = np.append(tokens, np.int32(eos)), np.append(targets, True)
@@ -251,12 +268,14 @@ class Batch:
 
 @dataclass(frozen=True)
 class Step:
-    """What one rank does for one optimizer step; n_tokens, n_targets: of all ranks and micro-batches."""
+    """What one rank does for one optimizer step; of all ranks and micro-batches: n_tokens, n_targets, rows (indices
+    into the TokenizedRows)."""
 
     epoch: float
     batches: list[Batch]
     n_tokens: int
     n_targets: int
+    rows: torch.Tensor
 
 
 class StepSampler:
@@ -310,7 +329,8 @@ class StepSampler:
             for i, (step, micros) in enumerate(self.deal(epoch)):
                 batches = [self._batch(m) for m in micros]
                 done, rows = epoch + (i + 1) / self.steps_per_epoch(), self._rows(step)
-                yield Step(done, batches, int(self._lengths[rows].sum()), int(self._targets[rows].sum()))
+                counts = int(self._lengths[rows].sum()), int(self._targets[rows].sum())
+                yield Step(done, batches, *counts, rows)
 
     def _batch(self, micro: Sequence) -> Batch:
         """This rank's part of a micro-batch of all ranks, in the shape of the largest part: ranks that share a

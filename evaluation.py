@@ -26,6 +26,7 @@ from checkpoint import BEST, SCORE, fresh_folder, replace_folder, write_text
 from config import Config
 from data import Batch, TokenizedRows, make_batch
 from evaluation_data import EvaluationData
+from faults import too_many
 from launch import Place
 from models.family import rope_switch
 from tracking import Meter, Metrics, NoTracker
@@ -249,7 +250,7 @@ def describe_evaluations(history: list[Metrics], total_steps: int, config: Confi
     if len(evaluated) > 1:
         where = f", in {Path(config.output_dir) / BEST}" if keeps_best(config) else ""
         line += f"; best {best.eval_loss:.4f} at step {best.step}{where}"
-    if len(history) == total_steps:
+    if len(history) == total_steps or too_many(history[-1].bad_steps, config.max_bad_steps):
         return [line]
     patience = config.early_stopping_patience
     return [

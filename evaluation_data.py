@@ -5,18 +5,17 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import jinja2
 import torch
 
 from config import Config, UserError
-from data import Examples, TokenizedRows, read_examples, tokenize
+from data import TEMPLATE_ERRORS, Examples, TokenizedRows, read_examples, tokenize
 from formats import FORMATS, Rendered, prompt_ids
+from limits import CONFIG_FILE, LINE, read_json, read_text
 from sources import find_recipe, load_rows
 
 DEFAULT_PROMPTS = 3  # rows that samples are made of, unless --sample_prompts says otherwise
@@ -153,8 +152,8 @@ def _sample_prompts(config: Config, examples: Examples, rows: list[Rendered], to
 
 def _lines(path: Path) -> list[str]:
     try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as e:
+        lines = read_text(path, LINE).split("\n")
+    except (OSError, ValueError) as e:
         reason = getattr(e, "strerror", None) or "not a UTF-8 text"
         raise UserError(f"--sample_prompts {path}: {reason}") from None
     lines = [line.strip() for line in lines if line.strip()]
@@ -170,7 +169,7 @@ def _ask(questions: list[str], examples: Examples, tokenizer, context_length: in
         row = form.asking(question, examples.markers)
         try:
             text = form.prompt(row, tokenizer, examples.markers)
-        except (jinja2.TemplateError, ValueError, TypeError, KeyError) as e:  # from a chat template
+        except TEMPLATE_ERRORS as e:
             raise UserError(f"--sample_prompts: {question!r}: {' '.join(str(e).split())}") from None
         prompts.append(Prompt(text, prompt_ids(text, tokenizer, form.special)[-context_length:]))
     return prompts
@@ -182,9 +181,9 @@ def stop_tokens(folder: Path, tokenizer) -> list[int]:
     stops = set() if tokenizer.eos_token_id is None else {tokenizer.eos_token_id}
     path = folder / "generation_config.json"
     if path.is_file():
-        try:
-            ids = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-        except (ValueError, AttributeError):
-            raise UserError(f"{path}: not a JSON object") from None
-        stops |= {ids} if isinstance(ids, int) else set(ids or ())
+        ids = read_json(path, CONFIG_FILE).get("eos_token_id")
+        ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
+        if not all(type(i) is int for i in ids):
+            raise UserError(f"{path}: eos_token_id must be a token's number, or a list of them")
+        stops |= set(ids)
     return sorted(stops)

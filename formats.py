@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+from command_line import describe
 from config import UserError
 
 # The prompts of Stanford Alpaca, which most instruction-tuned checkpoints of this kind have seen.
@@ -31,12 +32,14 @@ QA_CONTEXT = "### Context:\n{context}\n\n### Question:\n{question}\n\n### Answer
 @dataclass(frozen=True)
 class Rendered:
     """text; learned: [start, end) character ranges whose tokens are targets; ends: the last range reaches
-    the end of the text and an EOS token follows; special: the tokenizer adds its own BOS and the like."""
+    the end of the text and an EOS token follows; special: the tokenizer adds its own BOS and the like; number: of the
+    row in its dataset, from 1."""
 
     text: str
     learned: list[tuple[int, int]]
     ends: bool = True
     special: bool = True
+    number: int = 0
 
 
 @dataclass(frozen=True)
@@ -227,10 +230,28 @@ GUANACO_MARKERS = ("### Human:", "### Assistant:")
 PROBE = "\uf8ffprobe\uf8ff"  # stands for an answer; a private character, so in no template or text
 
 
+def encode(tokenizer, texts: list[str], special: bool, **options):
+    """The tokenizer's result for the texts. Raises UserError if it fails."""
+    try:
+        return tokenizer(
+            texts,
+            add_special_tokens=special,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+            **options,
+        )
+    except BaseException as e:
+        # Of a tokenizer that contradicts itself the tokenizers library raises Exception, or panics, which is none.
+        if not isinstance(e, Exception) and type(e).__name__ != "PanicException":
+            raise
+        raise UserError(f"--model_name: its tokenizer fails ({describe(e)})") from None
+
+
 def prompt_ids(text: str, tokenizer, special: bool) -> list[int]:
     """The tokens of a prompt, without the EOS that a tokenizer may put behind every text: training had it behind the
     answer."""
-    ids = tokenizer(text, add_special_tokens=special)["input_ids"]
+    ids = encode(tokenizer, [text], special)["input_ids"][0]
     added = special and ids and ids[-1] == tokenizer.eos_token_id
     return ids[:-1] if added and not text.endswith(tokenizer.eos_token) else ids
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from command_line import command_parser, suggest, with_underscores
 from config import UserError
+from limits import LINE, read_text
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 FORMAT_NAMES = ("auto", "alpaca", "chat", "guanaco", "qa", "completion")
@@ -189,7 +190,7 @@ def _number(name: str, text: str, kind: type):
 def read_prompts(path: Path) -> list[Prompt]:
     """The prompts of a file, blank lines left out. Raises UserError for what cannot be read."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = read_text(path, LINE)
     except UnicodeDecodeError:
         raise UserError(f"--prompts {path}: not UTF-8") from None
     except (OSError, ValueError) as e:  # ValueError: a NUL in the name

@@ -17,6 +17,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -25,6 +26,10 @@ import torch.multiprocessing as mp
 
 from command_line import describe, under_torchrun
 from config import UserError
+
+MEETING = timedelta(minutes=5)  # for all ranks to come; the nodes of a job do not start at the same moment
+CPU_RANKS = 16  # on any machine, for trying things out; more only where there are processors for them
+PREPARING = timedelta(days=1)  # for checks that download a model
 
 
 @dataclass(frozen=True)
@@ -42,7 +47,7 @@ def resolve_world_size(wanted: int) -> int:
     """--world_size, or its default: all GPUs, or two CPU processes. Raises UserError beyond the GPUs."""
     gpus = torch.cuda.device_count()
     if under_torchrun():
-        world = int(os.environ["WORLD_SIZE"])
+        world = _number("WORLD_SIZE")
         local = local_world_size(world)
         if wanted not in (-1, world):
             raise UserError(
@@ -53,6 +58,8 @@ def resolve_world_size(wanted: int) -> int:
         return world
     if gpus and wanted > gpus:
         raise UserError(f"--world_size {wanted}: this machine has {gpus} GPU{'s' * (gpus > 1)}")
+    if not gpus and wanted > (most := max(CPU_RANKS, os.cpu_count() or 1)):
+        raise UserError(f"--world_size {wanted}: at most {most} processes without a GPU on this machine")
     return wanted if wanted > 0 else gpus or 2
 
 
@@ -66,7 +73,17 @@ def local_world_size(world: int) -> int:
         raise UserError(
             "RANK and WORLD_SIZE are set, but not LOCAL_WORLD_SIZE, the number of ranks on this node"
         )
+    if world % int(text):
+        raise UserError(f"{text} of {world} ranks are on this node: all nodes must have the same number")
     return int(text)
+
+
+def resolve_strategy(wanted: str, world: int) -> str:
+    """--sharding_strategy, or its default: shards within nodes, whose GPUs are closer to one another than to those
+    of another node, if there are several of both."""
+    if wanted != "auto":
+        return wanted
+    return "hybrid_full_shard" if 1 < local_world_size(world) < world else "full_shard"
 
 
 def resolve_group_size(wanted: int, world: int) -> int:
@@ -106,6 +123,27 @@ def join_group(rank: int, world: int, local_rank: int, store: dist.Store | None 
     return Place(rank, world, local_rank, local_world, device)
 
 
+def check_address(address: str, port: int | None) -> None:
+    """Raises UserError unless ranks that are started here could meet at --master_addr and --master_port."""
+    try:
+        found = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)
+        for family, kind, protocol, _, where in found[:1]:
+            with socket.socket(family, kind, protocol) as s:
+                s.bind((where[0], 0))
+    except (OSError, UnicodeError) as e:  # UnicodeError: no name of a host
+        reason = getattr(e, "strerror", None) or "not a host's name"
+        raise UserError(f"--master_addr {address}: is no address of this machine ({reason})") from None
+    if port is None:
+        return
+    try:
+        with socket.create_server(("", port), reuse_port=False):
+            pass
+    except OSError as e:
+        raise UserError(
+            f"--master_port {port}: cannot be used ({os.strerror(e.errno)}); leave it out for a free one"
+        ) from None
+
+
 def start(run: Callable, world: int, args: tuple, address: str, port: int | None) -> int:
     """Runs run(place, *args) in `world` new processes and waits. Returns the exit status to end with.
 
@@ -137,25 +175,63 @@ def start(run: Callable, world: int, args: tuple, address: str, port: int | None
 
 
 def join(run: Callable, prepare: Callable) -> int:
-    """Under torchrun: rank 0 prepares (reads, checks, tokenizes) before any GPU is touched, the others wait
-    to receive the result; then all run(place, result). Returns the exit status; UserErrors pass through."""
-    rank, world, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    box = [prepare() if rank == 0 else None]
+    """Under torchrun: prepare(rank, world, local_rank) on every rank, in a group that touches no GPU, then
+    run(place, what it returned). Returns the exit status.
+
+    A UserError of `prepare`, which raises it on all ranks or none, passes through.
+    """
+    rank, world, local_rank = (_number(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    preparing = True
     try:
-        # A first group only to wait for rank 0: the GPUs are touched after its checks. Each group has its own
-        # part of the store: in a common one the second would find the addresses of the first, already closed.
-        store, *_ = next(dist.rendezvous("env://"))
+        # Each group has its own part of the store: in a common one the second would find the addresses of the
+        # first, already closed.
+        store = meet(rank, world)
         first = dist.PrefixStore("prepare", store)
-        dist.init_process_group("gloo", store=first, rank=rank, world_size=world)
-        dist.broadcast_object_list(box, src=0)
+        dist.init_process_group("gloo", store=first, rank=rank, world_size=world, timeout=PREPARING)
+        prepared = prepare(rank, world, local_rank)
         dist.destroy_process_group()
-        run(join_group(rank, world, local_rank, dist.PrefixStore("train", store)), box[0])
+        preparing = False
+        run(join_group(rank, world, local_rank, dist.PrefixStore("train", store)), prepared)
         dist.destroy_process_group()
         return 0
     except Exception as e:
-        traceback.print_exc()
+        known = isinstance(e, UserError)
+        if known and preparing:
+            raise
+        if not known:
+            traceback.print_exc()
         print(f"error: rank {rank}: {describe(e)}", file=sys.stderr, flush=True)
-        os._exit(2 if isinstance(e, UserError) else 1)
+        os._exit(2 if known else 1)
+
+
+def meet(rank: int, world: int) -> dist.Store:
+    """The store at MASTER_ADDR and MASTER_PORT, once all ranks have come to it. Raises UserError if they do not
+    within MEETING."""
+    where = f"{os.environ['MASTER_ADDR']}:{_number('MASTER_PORT')}"
+    if not 0 <= rank < world:
+        raise UserError(f"RANK {rank}: must be below WORLD_SIZE {world}")
+    came = 0
+    try:
+        store, *_ = next(dist.rendezvous("env://", timeout=MEETING))
+        came = store.add("came", 1)
+        if came == world:
+            store.set("all came", "")
+        store.wait(["all came"], MEETING)
+    except dist.DistError as e:
+        if came:
+            seen = f"only {store.add('came', 0)} of {world} ranks came within {MEETING.seconds} s"
+            raise UserError(f"{where}: {seen}; the other nodes' output says why") from None
+        reason = str(e).splitlines()[0]
+        raise UserError(f"{where}: the ranks cannot meet here (MASTER_ADDR, MASTER_PORT; {reason})") from None
+    return store
+
+
+def _number(name: str) -> int:
+    """A whole number in the environment. Raises UserError."""
+    text = os.environ.get(name, "")
+    if not text.isdecimal():
+        raise UserError(f"{name}={text!r} in the environment: not a whole number; torchrun sets it")
+    return int(text)
 
 
 def free_port() -> int:

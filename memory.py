@@ -95,6 +95,38 @@ def largest_resident() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
 
 
+class Peaks:
+    """The highest use of GPU memory in each phase of a run, and in each step. There is one, as there is one allocator
+    with one set of counters in a process. Without a GPU it measures nothing."""
+
+    def __init__(self):
+        self.start()
+
+    def start(self) -> None:
+        self.phase, self.by_phase, self.step = "start", {}, (0, 0)
+
+    def enter(self, phase: str) -> None:
+        self._note()
+        self.phase = phase
+
+    def take(self) -> tuple[int, int]:
+        """(allocated, reserved) bytes at the peak since the last call."""
+        self._note()
+        step, self.step = self.step, (0, 0)
+        return step
+
+    def _note(self) -> None:
+        if not torch.cuda.is_initialized():
+            return
+        now = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+        torch.cuda.reset_peak_memory_stats()
+        self.step = tuple(map(max, self.step, now))
+        self.by_phase[self.phase] = max(self.by_phase.get(self.phase, 0), now[0])
+
+
+PEAKS = Peaks()
+
+
 def allocated() -> int:
     return torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
 

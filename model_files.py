@@ -7,7 +7,6 @@ file holds a tensor. Only headers are read here; the weights stay on disk until 
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Protocol
@@ -17,6 +16,7 @@ from safetensors import SafetensorError
 
 from bnb_files import find_bnb
 from config import TOY_MODEL, UserError
+from limits import INDEX_FILE, read_json
 from quantizers import PackedWeight, Quantizer
 from tensor_files import StoredTensor, list_tensors, read_tensor
 
@@ -57,6 +57,10 @@ class CheckpointFiles:
 
     def _read_header(self, file: str, expected: set[str] | None) -> None:
         path = self.folder / file
+        if leads_out(path):
+            raise UserError(
+                f"{path}: is a link out of the folder, to {os.path.realpath(path)}; put the file here"
+            )
         if not path.is_file():
             raise UserError(f"--model_name {self.folder}: shard {file} is missing (it is named in {INDEX})")
         try:
@@ -76,18 +80,25 @@ class CheckpointFiles:
         return read_tensor(self.folder, self.tensors[name])
 
 
+def leads_out(path: Path) -> bool:
+    """Whether a link leads out of its folder, and not to where the hub's cache keeps its files."""
+    real = Path(os.path.realpath(path))
+    return not real.is_relative_to(os.path.realpath(path.parent)) and real.parent.name != "blobs"
+
+
 def _files(folder: Path) -> dict[str, set[str] | None]:
     """{file name: the tensors that the index puts there, or None without an index}."""
     if (folder / INDEX).is_file():
         try:
-            weight_map = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+            weight_map = read_json(folder / INDEX, INDEX_FILE)["weight_map"]
             files: dict[str, set[str] | None] = {}
             for name, file in weight_map.items():
                 files.setdefault(file, set()).add(name)
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (KeyError, TypeError, AttributeError):
             raise UserError(f"{folder / INDEX}: not an index with a weight_map") from None
         for file in files:
-            if not isinstance(file, str) or not file or Path(file).name != file:
+            # What cannot be printed cannot be opened either: a NUL, half a character.
+            if not isinstance(file, str) or not file.isprintable() or not file or Path(file).name != file:
                 raise UserError(f"{folder / INDEX}: {file!r} is not a plain file name")
         return files
     if (folder / SINGLE).is_file():

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from checkpoint import write_text
 from config import Config, UserError
 from launch import Place
-from memory import GIB, in_use
+from memory import GIB, PEAKS, in_use
 from memory_history import BETWEEN, History, Recording
 from memory_page import write_pages
 
@@ -61,6 +61,7 @@ class Profiler(NoProfiler):
 
     def phase(self, name: str) -> None:
         self.held[self.current] = in_use(self.device)
+        PEAKS.enter(name)
         if name == "forward" and not self.in_step:
             self.steps, self.in_step = self.steps + 1, True
         self.current = name

@@ -119,7 +119,7 @@ class ActivationBudget:
     """Chooses the layers that keep RESULTS, so that these take no more than a given memory: the last ones, whose
     activations backward frees first.
 
-    gib: of this rank, or -1 for what is free after the first step, less a tenth of the GPU. tokens: of the largest
+    gib: of this rank, or -1 for what is free after the second step, less a tenth of the GPU. tokens: of the largest
     micro-batch; itemsize: of what matmuls result in.
     """
 
@@ -129,19 +129,18 @@ class ActivationBudget:
         layers = [m for m in model.modules() if isinstance(m, Recomputed)]
         self.layers = [m for m in layers if m.keep is Keep.NOTHING]
         self.bytes = [tokens * itemsize * _result_features(m, family) for m in self.layers]
-        self.device, self.waits = device, gib == -1
+        self.device, self.automatic, self.steps = device, gib == -1, 0
         if gib > 0:
             self._spend(int(gib * 2**30))
 
-    def after_step(self) -> None:
-        """To be called after every step; the first one shows what is free."""
-        if self.waits and self.device.type == "cuda":
+    def after_step(self, peak_gib: float) -> None:
+        """To be called after every step with the most that was allocated in it. The second one, with the optimizer's
+        states, shows what is free."""
+        self.steps += 1
+        if self.automatic and self.steps == 2 and self.device.type == "cuda":
             free, total = torch.cuda.mem_get_info(self.device)
-            unused = torch.cuda.max_memory_reserved(self.device) - torch.cuda.max_memory_allocated(
-                self.device
-            )
-            self._spend(free + unused - total // 10)
-        self.waits = False
+            ours = free + torch.cuda.memory_reserved(self.device)
+            self._spend(int(ours - peak_gib * 2**30 - total / 10))
 
     def _spend(self, budget: int) -> None:
         for layer, n_bytes in zip(reversed(self.layers), reversed(self.bytes), strict=True):

@@ -31,6 +31,15 @@ from report_page import page
 
 FACTS, PAGE = "run.json", "report.html"
 MOST_BARS = 40
+# What the page shows of run.json, beside versions.
+DESCRIBED = {
+    "data": dict.fromkeys(("rows_dropped", "rows_cut", "tokens_learned"), "count")
+    | dict.fromkeys(("rows_kept", "tokens", "steps_per_epoch", "length_width"), "positive")
+    | dict.fromkeys(("length_median", "length_p95", "length_longest"), "positive")
+    | {"padding_share": "share", "lengths": "counts"},
+    "model": {"parameters_trained": "count"},
+    "hardware": {"ranks": "positive", "memory_gib": "positive", "device": "text", "kind": "text"},
+}
 
 
 @dataclass(frozen=True)
@@ -124,8 +133,39 @@ def read_run(folder: Path) -> RunFiles:
     facts = {}
     if (folder / FACTS).is_file():
         facts = _json(_text(folder / FACTS), f"{folder / FACTS}")
+        _check_facts(facts, f"{folder / FACTS}")
     samples = _lines(folder / "samples.jsonl", ("step", "prompt", "text"))
     return RunFiles(folder, config, steps, samples, facts, {p.name for p in folder.iterdir()})
+
+
+def _check_facts(facts: dict, where: str) -> None:
+    """Raises UserError unless what there is of run.json is as `describe_run` writes it."""
+
+    def number(value) -> bool:
+        return type(value) in (int, float) and 0 <= value < math.inf
+
+    for part, kinds in DESCRIBED.items():
+        found = facts.get(part)
+        good = not found or (isinstance(found, dict) and kinds.keys() <= found.keys())
+        for name, kind in kinds.items() if good and found else ():
+            value = found[name]
+            good = (
+                good
+                and {
+                    "count": type(value) is int and value >= 0,
+                    "positive": number(value) and value > 0,
+                    "share": number(value),
+                    "text": isinstance(value, str),
+                    "counts": isinstance(value, list)
+                    and value
+                    and all(type(n) is int and n >= 0 for n in value),
+                }[kind]
+            )
+        if not good:
+            raise UserError(f"{where}: {part} is not as a run writes it")
+    versions = facts.get("versions") or {}
+    if not isinstance(versions, dict) or not all(isinstance(v, str) for v in versions.values()):
+        raise UserError(f"{where}: versions is not as a run writes it")
 
 
 def _text(path: Path) -> str:

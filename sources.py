@@ -5,18 +5,25 @@ Whatever is missing or malformed ends here, with its place, as one line for the 
 
 from __future__ import annotations
 
+import codecs
 import csv
-import io
 import json
 import os
+import re
 import tomllib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 
 from config import UserError
 from formats import FORMATS, GUANACO_MARKERS
+from limits import LINE, LIST, OPTIONS_FILE, check_size, read_text
 
 RECIPES = Path(__file__).parent / "datasets"
+# What `datasets` raises for folders and files that hold no data set, beside errors of its own.
+UNREADABLE = (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError)
+PARQUET_ROWS = 64  # read at once: one value may stand for all of them in the file
 FILE_TYPES = (".json", ".jsonl", ".csv", ".parquet")
 
 
@@ -51,7 +58,7 @@ def find_recipe(dataset: str) -> tuple[Recipe, Path | None]:
     """(the recipe of --dataset, the local file that it reads or None). Raises UserError for unknown names."""
     local = os.path.expanduser(dataset)  # os.path takes any text, where Path raises for some
     path = RECIPES / f"{dataset}.toml"
-    if local.endswith(".toml") or os.path.isfile(path):
+    if local.endswith(".toml") or (os.path.basename(dataset) == dataset and os.path.isfile(path)):
         path = Path(local) if local.endswith(".toml") else path
         recipe = _read_recipe(path)
         return recipe, path.parent / recipe.source if recipe.source.endswith(FILE_TYPES) else None
@@ -67,12 +74,16 @@ def find_recipe(dataset: str) -> tuple[Recipe, Path | None]:
 
 def _read_recipe(path: Path) -> Recipe:
     where = f"--dataset {path}"
+    check_size(path, OPTIONS_FILE)
     try:
-        given = tomllib.loads(path.read_text(encoding="utf-8"))
+        given = tomllib.loads(read_text(path, OPTIONS_FILE))
     except OSError as e:
         raise UserError(f"{where}: {e.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
-        raise UserError(f"{where}: not a recipe ({e})") from None
+    except (
+        ValueError,
+        RecursionError,
+    ) as e:  # ValueError: no TOML, no UTF-8, a number of thousands of digits
+        raise UserError(f"{where}: not a recipe ({' '.join(str(e).split())})") from None
     known = vars(Recipe())
     for key, value in given.items():
         if key not in known:
@@ -85,7 +96,24 @@ def _read_recipe(path: Path) -> Recipe:
         raise UserError(f"{where}: format must be one of {', '.join(FORMATS)}, markers two texts")
     if bool(recipe.source) == bool(recipe.fill) or (recipe.fill and "output" not in recipe.fill):
         raise UserError(f"{where}: needs either a source or a row `fill` with an output")
+    _check_source(recipe, path.parent, where)
     return recipe
+
+
+def _check_source(recipe: Recipe, folder: Path, where: str) -> None:
+    """Raises UserError for a recipe that reads anything but the hub, or what lies beside it or below."""
+    if not (recipe.source + recipe.data_files).isprintable():  # a NUL
+        raise UserError(f"{where}: source {recipe.source!r} is no name of a file")
+    if recipe.source.endswith(FILE_TYPES):
+        real = Path(os.path.realpath(folder / recipe.source))
+        if os.path.isabs(recipe.source) or not real.is_relative_to(os.path.realpath(folder)):
+            raise UserError(f"{where}: source {recipe.source} is not beside the recipe; give it as --dataset")
+    elif recipe.source and not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", recipe.source):
+        raise UserError(
+            f"{where}: source {recipe.source!r} is neither a {', '.join(FILE_TYPES)} file nor a hub id"
+        )
+    if ".." in recipe.data_files.split("/") or os.path.isabs(recipe.data_files) or "://" in recipe.data_files:
+        raise UserError(f"{where}: data_files {recipe.data_files} leads out of the data set")
 
 
 def load_rows(recipe: Recipe, file: Path | None, samples: int) -> Rows:
@@ -113,18 +141,36 @@ def _read_file(path: Path) -> Rows:
     if path.suffix == ".parquet":
         return _read_parquet(path)
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as e:
-        line = path.read_bytes()[: e.start].count(b"\n") + 1
-        raise UserError(f"--dataset {path}:{line}: not UTF-8") from None
+        if path.suffix == ".csv":
+            return _read_csv(path)
+        if path.suffix == ".json" and _is_list(path):
+            return _read_json_list(path)
+        return _read_json_lines(path)
     except OSError as e:
         raise UserError(f"--dataset {path}: {e.strerror}") from None
-    if path.suffix == ".csv":
-        return _read_csv(path, text)
-    if path.suffix == ".json" and text.lstrip().startswith("["):
-        return _read_json_list(path, text)
+
+
+def _lines(path: Path) -> Iterator[str]:
+    """The lines of a text with their ends, which are \\n only: splitlines would also break a row at U+2028 and other
+    rare characters. Raises UserError for one that is no UTF-8, or too long."""
+    with path.open("rb") as file:
+        for number in count(1):
+            line = file.readline(LINE + 1)
+            if not line:
+                return
+            if len(line) > LINE:
+                raise UserError(f"--dataset {path}:{number}: a line of more than {LINE:,} bytes")
+            if b"\0" in line:
+                raise UserError(f"--dataset {path}:{number}: holds NULs: not a text, or in UTF-16")
+            try:
+                yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError:
+                raise UserError(f"--dataset {path}:{number}: not UTF-8") from None
+
+
+def _read_json_lines(path: Path) -> Rows:
     rows, places = [], []
-    for number, line in enumerate(text.split("\n"), 1):
+    for number, line in enumerate(_lines(path), 1):
         if line.strip():
             rows.append(_json(line, path, number))
             places.append(f"{path}:{number}")
@@ -144,7 +190,19 @@ def _json(text: str, path: Path, line: int | None):
         raise UserError(f"--dataset {path}:{line or 1}: JSON nested too deeply") from None
 
 
-def _read_json_list(path: Path, text: str) -> Rows:
+def _is_list(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(LINE).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
+
+
+def _read_json_list(path: Path) -> Rows:
+    check_size(path, LIST)
+    raw = path.read_bytes()
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as e:
+        line = raw[: e.start].count(b"\n") + 1
+        raise UserError(f"--dataset {path}:{line}: not UTF-8") from None
     rows = _json(text, path, None)
     for i, row in enumerate(rows, 1):
         if not isinstance(row, dict):
@@ -152,10 +210,9 @@ def _read_json_list(path: Path, text: str) -> Rows:
     return Rows(rows, [f"{path} entry {i}" for i in range(1, len(rows) + 1)])
 
 
-def _read_csv(path: Path, text: str) -> Rows:
+def _read_csv(path: Path) -> Rows:
     csv.field_size_limit(2**31 - 1)
-    # Lines end at \n only: splitlines would also break a row at U+2028 and other rare characters.
-    reader = csv.DictReader(io.StringIO(text), strict=True)
+    reader = csv.DictReader(_lines(path), strict=True)
     rows, places = [], []
     try:
         header = reader.fieldnames or []
@@ -179,9 +236,26 @@ def _read_parquet(path: Path) -> Rows:
     import pyarrow.parquet
 
     try:
-        rows = pyarrow.parquet.read_table(path).to_pylist()
-    except (pyarrow.ArrowException, OSError) as e:
-        raise UserError(f"--dataset {path}: not a parquet file ({str(e).splitlines()[0]})") from None
+        file, rows = pyarrow.parquet.ParquetFile(path), []
+        if file.metadata.num_rows > path.stat().st_size:  # a bit per row is more than a page's header takes
+            raise UserError(
+                f"--dataset {path}: says {file.metadata.num_rows:,} rows in {path.stat().st_size:,} bytes"
+            )
+        for batch in file.iter_batches(PARQUET_ROWS):
+            if batch.nbytes > LINE * PARQUET_ROWS // 4:
+                raise UserError(
+                    f"--dataset {path}: {PARQUET_ROWS} rows of {batch.nbytes:,} bytes; at most {LINE:,} each"
+                )
+            rows += batch.to_pylist()
+    except (
+        pyarrow.ArrowException,
+        OSError,
+        ValueError,
+        OverflowError,
+    ) as e:  # ValueError: no UTF-8, or no such date
+        raise UserError(
+            f"--dataset {path}: not a parquet file ({(str(e) or type(e).__name__).splitlines()[0]})"
+        ) from None
     return Rows(rows, [f"{path} row {i}" for i in range(1, len(rows) + 1)])
 
 
@@ -200,7 +274,7 @@ def _read_hub(recipe: Recipe, samples: int) -> Rows:
         loaded = datasets.load_dataset(
             recipe.source, data_files=recipe.data_files or None, split=recipe.split
         )
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as e:
+    except (*UNREADABLE, datasets.exceptions.DatasetsError) as e:
         if isinstance(e, datasets.exceptions.DatasetGenerationError):  # says nothing itself
             e = e.__cause__ or e
         reason = " ".join(str(e).split()) or type(e).__name__  # often many lines, the first saying little

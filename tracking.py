@@ -37,7 +37,7 @@ class Metrics:
     targets among them; memory: of the rank that has most, GPU peak of this step (on CPU, the process's
     largest resident size so far), and what was in use when the last forward and the last backward of the step
     ended. eval_loss: mean over the targets of the evaluation set, after this step, and
-    eval_perplexity its exponential, where the step was evaluated."""
+    eval_perplexity its exponential, where the step was evaluated. bad_steps: steps skipped so far, if any."""
 
     step: int
     epoch: float
@@ -54,6 +54,7 @@ class Metrics:
     memory_after_backward_gib: float | None = None
     eval_loss: float | None = None
     eval_perplexity: float | None = None
+    bad_steps: int | None = None
 
     def fields(self) -> dict[str, int | float]:
         """By name; without those that the step does not have."""
@@ -70,7 +71,8 @@ class Meter:
     def measure(
         self, index: int, step: Step, loss: torch.Tensor, lr: float, grad_norm: torch.Tensor
     ) -> Metrics:
-        """loss: this rank's share of the step's mean loss. Collective, and the loop's one wait for the GPU."""
+        """loss: this rank's share of the step's mean loss. Collective, and the loop's one wait for the GPU: after it
+        the optimizer's step and the next forward are queued without another."""
         # With --use_cpu_offload the norm is on the CPU.
         mine = torch.stack([loss.double(), grad_norm.to(self.device).double(), *self._memory()])
         ranks = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
@@ -102,11 +104,8 @@ class Meter:
         self.last = time.perf_counter()
 
     def _memory(self) -> list[torch.Tensor]:
-        if self.device.type == "cuda":
-            sizes = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
-            torch.cuda.reset_peak_memory_stats()
-        else:
-            sizes = (memory.largest_resident(),) * 2
+        gpu = self.device.type == "cuda"
+        sizes = memory.PEAKS.take() if gpu else (memory.largest_resident(),) * 2
         sizes += tuple(self.held[p] for _, p in self._phases())
         return [torch.tensor(size, dtype=torch.float64, device=self.device) for size in sizes]
 
@@ -272,8 +271,9 @@ def summary(history: list[Metrics], seconds: float, stages: dict[str, float]) ->
     for phase in ("forward", "backward"):
         gib[phase] = max(getattr(m, f"memory_after_{phase}_gib") for m in history)
     after = ", ".join(f"{value:.2f} GiB after {name}" for name, value in gib.items())
+    bad = f"; {history[-1].bad_steps} skipped as NaN or infinite" if history[-1].bad_steps else ""
     return (
-        f"{len(history)} steps in {seconds:.0f} s, {rates[len(rates) // 2]:,.0f} tokens/s on all ranks (median)\n"
+        f"{len(history)} steps in {seconds:.0f} s, {rates[len(rates) // 2]:,.0f} tokens/s on all ranks (median){bad}\n"
         f"memory of the fullest rank: {after}, peak {max(m.memory_allocated_gib for m in history):.2f} GiB\n"
         f"loss {history[0].loss:.4f} at the first step, {history[-1].loss:.4f} at the last"
     )

@@ -19,7 +19,9 @@ if __name__ == "__main__":
     PARSED = parse_or_exit(sys.argv[1:])
 
 import dataclasses
+import os
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -30,6 +32,7 @@ from transformers.utils import logging as transformers_logging
 import config as options
 import launch
 import memory
+import nodes
 from attention import packed_attention
 from checkpoint import (
     base_digest,
@@ -42,6 +45,7 @@ from checks import Job, check, read_tokenizer, total_steps
 from config import TOY_MODEL, Config, UserError
 from data import Batch, StepSampler
 from evaluation import Evaluator, describe_evaluations
+from faults import BadSteps, conclude
 from launch import Place, resolve_workers
 from model_writer import save_blocks, save_expanded, save_model
 from models import FAMILIES, build_on_meta
@@ -51,6 +55,7 @@ from models.adapters import (
     peft_targets,
 )
 from optimizers import make_optimizer, make_schedule
+from out_of_memory import explained
 from packing import make_sampler
 from precision import precision_here
 from prefetch import ahead
@@ -129,6 +134,7 @@ def train(
     meter, history = Meter(place.device, profiler.held), []
     evaluator = make_evaluator(job, model, place, total, meter, tracker)
     budget = make_budget(job, model, place)
+    guard = BadSteps(config.max_bad_steps, job.rows, Path(config.output_dir), scaler, place.rank, tracker)
     model.train()
     evaluator.begin()
     steps = ahead(sampler.steps(config.num_epochs), place.device, can_pin(place.device.type))
@@ -150,18 +156,19 @@ def train(
         norm = whole(nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None]))
         if config.apply_gradient_clipping:
             nn.utils.clip_grads_with_norm_(trained, config.grad_norm, norm)
-        lr = schedule.get_last_lr()[0]
-        scaler.step(optimizer)
+        metrics = guard.judge(meter.measure(index, step, loss, schedule.get_last_lr()[0], norm), step)
+        if guard.good:
+            scaler.step(optimizer)
         scaler.update()
         schedule.step()
         optimizer.zero_grad(set_to_none=True)
-        budget.after_step()
+        budget.after_step(metrics.memory_allocated_gib)
         profiler.phase(BETWEEN)
-        history.append(evaluator.after(meter.measure(index, step, loss, lr, norm)))
+        history.append(evaluator.after(metrics))
         tracker.log(history[-1])
         if profiler.step():
             meter.restart()
-        if evaluator.stop:
+        if evaluator.stop or guard.stop:
             break
     profiler.finish()
     return history
@@ -190,6 +197,7 @@ def make_evaluator(job: Job, model: nn.Module, place: Place, total: int, meter: 
     return Evaluator(config, job.evaluation, model, place, total, *tools)
 
 
+@explained
 def run_rank(place: Place, job: Job) -> None:
     """What each process does, from loading to the saved result."""
     with make_profiler(job.config, place) as profiler:
@@ -225,6 +233,7 @@ def run_profiled(place: Place, job: Job, profiler: Profiler) -> None:
             *describe_evaluations(history, total_steps(config, sampler), config),
         ]
         print(*told, describe_files(config, bool(job.evaluation.prompts), folder), sep="\n", flush=True)
+    conclude(history, config.max_bad_steps, folder)
 
 
 def save(job: Job, model: nn.Module, folder: Path) -> None:
@@ -251,7 +260,8 @@ def run(config: Config, remarks: list[str]) -> int:
         hub_logging.set_verbosity_error()
     try:
         if under_torchrun():
-            return launch.join(run_rank, lambda: announce(check(config), remarks))
+            told = remarks if os.environ["RANK"] == "0" else []
+            return launch.join(run_rank, partial(nodes.prepare, lambda: announce(check(config), told)))
         job = announce(check(config), remarks)
         return launch.start(run_rank, job.config.world_size, (job,), config.master_addr, config.master_port)
     except UserError as e:

@@ -6,6 +6,7 @@ own; nothing of it is patched.
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from torch import nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from config import UserError
+from limits import CONFIG_FILE, LAYERS, read_json
 from model_files import CheckpointFiles
 from models import gemma2, gemma3, llama, mistral, phi3, qwen2, qwen3, qwen3_moe
 from models.causal_lm import put_head, with_summed_loss
@@ -47,6 +49,8 @@ UNUSABLE = (
 def read_config(folder: Path) -> tuple[PretrainedConfig, Family]:
     """(the model's configuration, its family). Raises UserError for an unknown architecture."""
     known = ", ".join(FAMILIES)
+    if (folder / "config.json").is_file():
+        _check_counts(read_json(folder / "config.json", CONFIG_FILE), folder)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except UNUSABLE as e:
@@ -58,6 +62,16 @@ def read_config(folder: Path) -> tuple[PretrainedConfig, Family]:
     return config, FAMILIES[config.model_type]
 
 
+def _check_counts(raw: dict, folder: Path) -> None:
+    """Raises UserError for numbers that no model has. Each layer is an object, also on the meta device."""
+    for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size"):
+        if isinstance(raw.get(name), int) and raw[name] < 1:
+            raise UserError(f"{folder}/config.json: {name} {raw[name]}: must be positive")
+    for name, value in raw.items():
+        if name.startswith("num_") and isinstance(value, int | float) and value > LAYERS:
+            raise UserError(f"{folder}/config.json: {name} {value}: at most {LAYERS:,} are built")
+
+
 def build_on_meta(config: PretrainedConfig, family: Family, attention: str | None = None) -> PreTrainedModel:
     """transformers' model of this family with every tensor on the meta device: shapes, no memory. Its parameters
     are the files' tensors. attention: by transformers' name, instead of the family's own.
@@ -66,7 +80,8 @@ def build_on_meta(config: PretrainedConfig, family: Family, attention: str | Non
     """
     config._attn_implementation = attention or family.attention
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of sizes that are zero; check_weights says it
             model = with_summed_loss(family.model_class)(config)
             family.as_stored(model)
             put_head(model, family.head)

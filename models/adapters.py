@@ -44,6 +44,14 @@ def target_linears(model: nn.Module, family: Family, wanted: str) -> list[str]:
     return [n for n in names if n in chosen]
 
 
+def check_rank(model: nn.Module, names: list[str], rank: int) -> None:
+    """Raises UserError for a rank that is beyond all of the linears that get an adapter."""
+    linears = [model.get_submodule(name) for name in names]
+    most = max(max(linear.in_features, linear.out_features) for linear in linears)
+    if rank > most:
+        raise UserError(f"--lora_rank {rank}: no linear has more than {most} features")
+
+
 def peft_targets(family: Family, wanted: str) -> list[str]:
     """--lora_target_modules as the names that PEFT's target_modules would hold."""
     if wanted == "all":

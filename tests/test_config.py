@@ -26,7 +26,7 @@ FSDP_QLORA = """
 CHOICES = {
     "train_type": "full lora qlora custom_lora custom_qlora hqq_lora hqq_dora bnb_dora bnb_llama_pro"
     " hqq_llama_pro dora llama_pro",
-    "sharding_strategy": "full_shard shard_grad_op ddp hybrid_full_shard hybrid_shard_grad_op",
+    "sharding_strategy": "auto full_shard shard_grad_op ddp hybrid_full_shard hybrid_shard_grad_op",
     "precision": "auto fp32 bf16 fp16_autocast bf16_autocast bf16_buffers_autocast",
     "optimizer": "adamw adam sgd adadelta fused_adamw fused_adam adamw_8bit paged_adamw_32bit paged_adamw_8bit",
     "lr_scheduler": "constant linear cosine",

@@ -216,7 +216,9 @@ def some_rows(count: int) -> TokenizedRows:
     total = int(starts[-1])
     learned = torch.rand(total, generator=generator) < 0.6
     learned[starts[1:] - 1] = True
-    return TokenizedRows(torch.arange(1, total + 1, dtype=torch.int32), learned, starts, dropped=0, cut=0)
+    return TokenizedRows(
+        torch.arange(1, total + 1, dtype=torch.int32), learned, starts, 0, 0, torch.arange(1, len(starts))
+    )
 
 
 def expected(rows: TokenizedRows) -> dict[tuple, tuple]:

@@ -15,13 +15,20 @@ import pytest
 import torch
 from torch import nn
 
+import train
+from config import UserError
+from data import StepSampler
 from models.dora import DoRALinear
 from models.family import clean
 from models.lora import LoRALinear
 from optimizers import make_optimizer
+from out_of_memory import explained
+from profiling import Profiler
 from quantize_layers import STORAGE, Linear4bit, fill
 from quantizers import NF4
 from tests import tiny
+from tests.runs import make_job
+from tracking import NoTracker
 
 ROOT = Path(__file__).parent.parent
 
@@ -313,3 +320,51 @@ def _compare_gathered(model: str, data: str, train_type: str) -> None:
 
 if __name__ == "__main__":
     _compare_gathered(*sys.argv[1:])
+
+
+@pytest.mark.gpu
+def test_out_of_memory_is_explained(checkpoints, alpaca_file, one_rank):
+    """Of a real GPU, of which the process may have little: less than the batch's activations take."""
+    options = [
+        "--model_name",
+        checkpoints(),
+        "--dataset",
+        alpaca_file,
+        "--train_type",
+        "lora",
+        "--max_steps",
+        "1",
+    ]
+    options += ["--batch_size", "40", "--context_length", "512", "--use_gradient_checkpointing", "false"]
+    text = one_rank(run_in_little_memory, [*options, "--compile", "false"])[0]
+    assert text.startswith("CUDA out of memory in the phase: "), text
+    assert "Tried to allocate" in text and "load " in text.partition("Peak by phase: ")[2]
+    assert text.count(" less)") == 3 and "--batch_size 1 --gradient_accumulation_steps 40" in text
+
+
+def run_in_little_memory(place, argv) -> str:
+    job = make_job(place, argv)
+    whole = torch.cuda.get_device_properties(place.device).total_memory
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 2**26) / whole)
+    try:
+        explained(start_of_a_run)(place, job)
+    except UserError as e:
+        return str(e)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    return "the memory sufficed"
+
+
+def start_of_a_run(place, job) -> None:
+    profiler = Profiler(place.device, [])
+    config = job.config
+    dealt = (
+        job.rows,
+        config.batch_size,
+        config.gradient_accumulation_steps,
+        place.rank,
+        place.world,
+        config.seed,
+    )
+    train.train(job, train.set_up(job, place, profiler), place, StepSampler(*dealt), NoTracker(), profiler)

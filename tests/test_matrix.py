@@ -102,7 +102,7 @@ def test_one_rank(train_type, variant, plain, one_rank):
 
 
 def test_the_tables_are_the_options():
-    assert set(STRATEGIES) == set(FIELDS["sharding_strategy"].metadata["choices"])
+    assert {"auto", *STRATEGIES} == set(FIELDS["sharding_strategy"].metadata["choices"])
     assert set(WRAP_POLICIES) == set(FIELDS["wrap_policy"].metadata["choices"])
 
 

@@ -77,10 +77,10 @@ def counted_run(place, argv: list[str], compiled: bool, keeping: int):
         budget = make_budget(job, model, place)
         budget._spend(sum(budget.bytes[LAYERS - keeping :]) + 1)
         after = budget.after_step
-        budget.after_step = lambda: (
+        budget.after_step = lambda peak: (
             per_step.append(dict(counts)),
             counts.update(weights=0, stashed=0),
-            after(),
+            after(peak),
         )
         budgets.append(budget)
         return budget

@@ -8,6 +8,7 @@ import html
 import importlib
 import io
 import json
+import math
 import re
 import shlex
 import shutil
@@ -69,7 +70,9 @@ def small_rows() -> TokenizedRows:
     lengths = torch.tensor([3, 5, 5, 20])
     learned = torch.cat([torch.arange(n) >= n / 2 for n in lengths.tolist()])
     starts = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
-    return TokenizedRows(torch.ones(33, dtype=torch.int32), learned, starts, dropped=7, cut=1)
+    return TokenizedRows(
+        torch.ones(33, dtype=torch.int32), learned, starts, 7, 1, torch.arange(1, len(starts))
+    )
 
 
 def make_run(folder: Path, steps: list[dict], *argv: str) -> Path:
@@ -223,6 +226,21 @@ def test_the_next_commands(tmp_path):
     text = page_of(run).text
     assert f"transformers serve '{run}'" in text and f"report.py '{run}'" in text
     assert f"train.py --config '{run}/config.yaml' --output_dir '{run}-again'" in text
+
+
+@pytest.mark.parametrize(
+    "part, name, value",
+    [("data", "lengths", [1, None]), ("data", "lengths", []), ("data", "rows_kept", 0), ("data", "tokens", "9"),
+     ("data", "length_width", [5]), ("data", "padding_share", math.inf), ("hardware", "device", {}),
+     ("hardware", "ranks", None), ("versions", "torch", 2), ("model", "parameters_trained", -1)],
+)  # fmt: skip
+def test_facts_that_no_run_writes(tmp_path, part, name, value):
+    run = make_run(tmp_path / "run", [metrics(1)])
+    facts = json.loads((run / "run.json").read_text())
+    for changed in ({part: facts[part] | {name: value}}, {part: [facts[part]]}):
+        (run / "run.json").write_text(json.dumps(facts | changed))
+        with pytest.raises(UserError, match=rf"run\.json: {part} is not as a run writes it"):
+            report.write_report(run)
 
 
 def test_folders_that_have_no_page(tmp_path, capsys):

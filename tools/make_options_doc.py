@@ -36,6 +36,7 @@ Names, choices and meanings are fsdp_qlora's. These defaults are not:
 | lora_target_modules all | without o_proj | with o_proj | all means all |
 | wd | 0.1 | 0 | and never on vectors: norms, biases, DoRA magnitudes |
 | apply_gradient_clipping, grad_norm | false, 0.3 | true, 1.0 | the norm is logged either way |
+| sharding_strategy | full_shard | auto | the same on one node; on several it shards within each |
 | precision | bf16 | auto | adapters updated in bf16 lose small steps |
 | save_model | false | true | |
 | output_dir | output | runs/&lt;date-time&gt;-&lt;train_type&gt; | a run never replaces another |

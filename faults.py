@@ -1,0 +1,94 @@
+"""Steps whose loss or gradient is NaN or infinite: they do not reach the weights, are counted, and end the run when
+there are too many.
+
+What decides is the same on every rank, so all of them skip together. Of fp16, whose loss scale begins too high on
+purpose, an overflow of the scaled gradient is no fault: the scaler skips such a step itself, and lowers the scale.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import warnings
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from config import UserError
+from data import Step, TokenizedRows
+from tracking import Metrics, NoTracker
+
+BAD_STEPS = "bad_steps.jsonl"
+
+
+class BadSteps:
+    """Judges every step. good: whether the last one's gradient may be used; count: of steps that were skipped; stop:
+    there were more than --max_bad_steps."""
+
+    def __init__(
+        self,
+        most: int,
+        rows: TokenizedRows,
+        folder: Path,
+        scaler: torch.amp.GradScaler,
+        rank: int,
+        tracker: NoTracker,
+    ):
+        self.most, self.rows, self.scaler, self.tracker = most, rows, scaler, tracker
+        self.file = folder / BAD_STEPS if rank == 0 else None
+        self.good, self.count, self.stop = True, 0, False
+        # The schedule counts a skipped step too, also the first, which fp16 often skips.
+        warnings.filterwarnings("ignore", message=r"Detected call of `lr_scheduler.step\(\)` before")
+
+    def judge(self, metrics: Metrics, step: Step) -> Metrics:
+        """After the gradient's norm is known, before the optimizer's step. Returns the metrics with the count."""
+        self.good = math.isfinite(metrics.loss) and (math.isfinite(metrics.grad_norm) or self._scaling())
+        if not self.good:
+            self.count += 1
+            self.stop = too_many(self.count, self.most)
+            self._tell(metrics, step)
+        return dataclasses.replace(metrics, bad_steps=self.count) if self.count else metrics
+
+    def _scaling(self) -> bool:
+        """Whether the gradient may have overflowed only because it was scaled."""
+        return self.scaler.is_enabled() and self.scaler.get_scale() > 1
+
+    def _tell(self, metrics: Metrics, step: Step) -> None:
+        """A line for the user, and one in bad_steps.jsonl with the rows of the step: their numbers in --dataset, from
+        1. JSON has no NaN, so loss and norm are texts."""
+        if not self.file:
+            return
+        numbers = sorted(self.rows.numbers[step.rows].tolist())
+        loss, norm = f"{metrics.loss:.6g}", f"{metrics.grad_norm:.6g}"
+        line = {
+            "step": metrics.step,
+            "epoch": metrics.epoch,
+            "loss": loss,
+            "grad_norm": norm,
+            "rows": numbers,
+        }
+        with self.file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        self.tracker.say(
+            f"step {metrics.step} skipped: loss {loss}, gradient norm {norm}; its rows: {self.file}"
+        )
+
+
+def too_many(count: int | None, most: int) -> bool:
+    """Whether --max_bad_steps ends a run with so many skipped steps."""
+    return 0 <= most < (count or 0)
+
+
+def conclude(history: list[Metrics], most: int, folder: Path) -> None:
+    """The last thing of a run. Raises UserError, on all ranks, if bad steps ended it; what was trained until then is
+    saved. Collective."""
+    count = history[-1].bad_steps
+    if too_many(count, most):
+        dist.barrier()  # the first rank to fail ends the others: rank 0 must have written everything
+        raise UserError(
+            f"steps with a NaN or infinite loss or gradient: {count}, more than --max_bad_steps {most}; their rows are"
+            f" in {folder / BAD_STEPS}. The saved weights are those of the last good step; a lower --lr helps where"
+            " a run diverges"
+        )

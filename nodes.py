@@ -1,0 +1,120 @@
+"""Several machines: the first rank of each node checks the run by itself, over the files that this node reads, and
+all of them must have found the same.
+
+A node that has another model, other data or other options than the rest would train something that no one asked
+for, without an error: here it ends the run, on all nodes, before a GPU is touched.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+import transformers
+
+import launch
+from checkpoint import base_digest
+from checks import Job
+from config import UserError, shown
+from data import TokenizedRows
+from precision import precision_here
+from weight_cache import digest
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What the first rank of a node found. error: what is wrong with the run there; described: what all nodes must
+    have in common, as texts by name; output_dir: the default has the time in it, so rank 0's is everybody's."""
+
+    host: str
+    error: str = ""
+    described: dict[str, str] = dataclasses.field(default_factory=dict)
+    output_dir: str = ""
+
+
+def prepare(check: Callable[[], Job], rank: int, world: int, local_rank: int) -> Job:
+    """The checked run, on every rank. Collective, over all ranks. Raises UserError on all of them, if it is wrong
+    on any node or if nodes disagree: a node's own error there, elsewhere with the node's number."""
+    job, failure, finding = None, None, None
+    if local_rank == 0:
+        try:
+            job = check()
+            described = describe(job) if job.config.world_size > launch.local_world_size(world) else {}
+            finding = Finding(socket.gethostname(), "", described, job.config.output_dir)
+        except UserError as e:
+            failure, finding = e, Finding(socket.gethostname(), str(e))
+    everyone: list[Finding | None] = [None] * world
+    dist.all_gather_object(everyone, finding)
+    if failure:
+        raise failure
+    nodes = {i: found for i, found in enumerate(everyone) if found}
+    compare(list(nodes.values()))
+    if job:
+        config = dataclasses.replace(job.config, output_dir=nodes[0].output_dir)
+        job = dataclasses.replace(job, config=config)
+    return _within_node(job, rank - local_rank, len(nodes), world)
+
+
+def _within_node(job: Job | None, first: int, nodes: int, world: int) -> Job:
+    """The Job of the node's first rank, on all ranks of the node."""
+    group = dist.new_subgroups(world // nodes)[0] if nodes > 1 else None
+    box = [job]
+    dist.broadcast_object_list(box, src=first, group=group)
+    return box[0]
+
+
+def describe(job: Job) -> dict[str, str]:
+    """What all nodes must have in common. Reads three rows of every weight that is not packed."""
+    options = dataclasses.asdict(job.config)
+    del options["output_dir"]
+    names = [name for name in job.files.tensors if name not in job.files.packed]
+    held = [job.rows, job.evaluation.rows]
+    ranks = {"LOCAL_WORLD_SIZE": str(launch.local_world_size(job.config.world_size))}
+    return (
+        ranks
+        | {f"--{name}": shown(value) for name, value in options.items()}
+        | {
+            "the version of torch": torch.__version__,
+            "the version of transformers": transformers.__version__,
+            "the precision of --precision": str(precision_here(job.config.precision)),
+            "what config.json and the weights' shapes say": base_digest(job.model_config, job.files),
+            "the weights": digest(job.files, names),
+            "the rows of the data": _digest_rows(held),
+            "the prompts of the samples": str([prompt.ids for prompt in job.evaluation.prompts]),
+        }
+    )
+
+
+def _digest_rows(sets: list[TokenizedRows | None]) -> str:
+    total = hashlib.sha256()
+    for rows in sets:
+        for part in (rows.tokens, rows.learned, rows.starts) if rows else ():
+            total.update(part.numpy())
+    return total.hexdigest()
+
+
+def compare(nodes: list[Finding]) -> None:
+    """Raises UserError unless all nodes found a run, and the same one."""
+    for i, node in enumerate(nodes):
+        if node.error:
+            raise UserError(f"node {i} ({node.host}): {node.error}")
+    first = nodes[0]
+    for i, node in enumerate(nodes[1:], 1):
+        for name, value in first.described.items():
+            if node.described[name] != value:
+                raise UserError(_disagreement(name, first, i, node))
+
+
+def _disagreement(name: str, first: Finding, number: int, other: Finding) -> str:
+    values = first.described[name], other.described[name]
+    hosts = f"node 0 ({first.host})", f"node {number} ({other.host})"
+    if max(map(len, values)) >= 64:  # digests, which tell nobody anything
+        return (
+            f"{hosts[0]} and {hosts[1]} disagree on {name}: each reads its own files, which must be the same"
+        )
+    return f"the nodes disagree on {name}: {values[0]} on {hosts[0]}, {values[1]} on {hosts[1]}"

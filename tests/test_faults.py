@@ -1,0 +1,210 @@
+"""What goes wrong while a run trains. Ranks that are killed or raise: test_train.py."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import data
+from benchmarks.make_checkpoint import byte_tokenizer
+from config import UserError
+from data import Step, StepSampler, prepare
+from faults import BAD_STEPS, BadSteps
+from model_files import INDEX
+from prefetch import ahead
+from tests import tiny
+from tests.runs import train_run
+from tracking import Metrics, NoTracker
+
+ROOT = Path(__file__).parent.parent
+BAD_ROW = 5  # of 12, from 1
+SECRETS = {"HF_TOKEN": "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", "WANDB_API_KEY": "5ec2e7" * 6 + "abcd"}
+
+
+@pytest.fixture(scope="module")
+def poisoned(checkpoints, tmp_path_factory) -> list:
+    """Options of a run in three steps of 4 rows, one of which is really NaN: a letter that only BAD_ROW has is so in
+    the model's embedding."""
+    folder = tmp_path_factory.mktemp("poisoned")
+    model = shutil.copytree(checkpoints(), folder / "model")
+    name = "model.embed_tokens.weight"
+    path = model / json.loads((model / INDEX).read_text())["weight_map"][name]
+    tensors = load_file(path)
+    tensors[name][byte_tokenizer()("z")["input_ids"][-1]] = math.nan
+    save_file(tensors, path, metadata={"format": "pt"})
+    rows = tiny.write_alpaca(folder / "rows.jsonl", 12).read_text().splitlines()
+    assert "z" not in "".join(rows)
+    spoilt = json.loads(rows[BAD_ROW - 1])
+    rows[BAD_ROW - 1] = json.dumps(spoilt | {"output": "z" + spoilt["output"]})
+    (folder / "rows.jsonl").write_text("\n".join(rows))
+    return ["--model_name", model, "--dataset", folder / "rows.jsonl", "--train_type", "bnb_dora", "--lora_rank", "8",
+            "--lr", "1e-2", "--seed", "3"]  # fmt: skip
+
+
+def test_a_nan_step_changes_nothing_on_any_rank(poisoned, two_ranks, tmp_path):
+    """Of three steps the second is NaN. After it every weight is what it was, on both ranks, and the third learns."""
+    args = [*poisoned, "--batch_size", "2", "--output_dir", tmp_path]
+    runs = {n: two_ranks(train_run, [*args, "--max_steps", str(n)]) for n in (1, 2, 3)}
+    for losses, _, norms in runs[3]:
+        assert [math.isfinite(x) for x in losses] == [math.isfinite(x) for x in norms] == [True, False, True]
+    for rank in range(2):
+        weights = {n: run[rank][1] for n, run in runs.items()}
+        assert all(torch.equal(weights[2][k], v) and v.isfinite().all() for k, v in weights[1].items())
+        assert any(not torch.equal(weights[3][k], v) for k, v in weights[2].items())
+        assert all(torch.equal(runs[3][0][1][k], v) for k, v in weights[3].items())
+    lines = [json.loads(line) for line in (tmp_path / BAD_STEPS).read_text().splitlines()]
+    rows = sampled_rows(poisoned, step=2)
+    assert BAD_ROW in rows
+    expected = {"step": 2, "epoch": 0.6667, "loss": "nan", "grad_norm": "nan", "rows": rows}
+    assert lines == [expected] * 2, "of two runs, by rank 0 alone"
+
+
+def sampled_rows(args, step: int) -> list[int]:
+    rows = prepare(str(args[3]), "auto", -1, 512, byte_tokenizer())
+    sampler = StepSampler(rows, 4, 1, 0, 1, seed=3)
+    (taken,) = [taken for i, (taken, _) in enumerate(sampler.deal(0), 1) if i == step]
+    return sorted(int(i) + 1 for i in taken)
+
+
+def test_row_numbers_are_the_datasets_own(tmp_path):
+    """Rows that are dropped are counted."""
+    rows = [{"question": "a", "answer": text} for text in ("b", "", "c", " ", "d")]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    prepared = prepare(str(tmp_path / "rows.jsonl"), "auto", -1, 100, byte_tokenizer())
+    assert prepared.dropped == 2 and prepared.numbers.tolist() == [1, 3, 5]
+
+
+def metrics(loss: float, norm: float) -> Metrics:
+    return Metrics(1, 0.1, loss, 1e-3, norm, 10, 5, 1.0, 10.0, 0.1, 0.1)
+
+
+def guard(most: int = 10, scale: float | None = None) -> BadSteps:
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale or 1.0, enabled=scale is not None)
+    scaler.scale(torch.zeros(()))
+    return BadSteps(most, None, Path(), scaler, 1, NoTracker())
+
+
+@pytest.mark.parametrize(
+    "loss, norm, scale, good",
+    [
+        (1.0, 2.0, None, True),
+        (math.nan, 2.0, None, False),
+        (math.inf, 2.0, None, False),
+        (1.0, math.nan, None, False),
+        (1.0, math.inf, None, False),
+        (
+            1.0,
+            math.inf,
+            2.0**16,
+            True,
+        ),  # fp16's own business: the scaler skips the step, and halves the scale
+        (1.0, math.inf, 1.0, False),  # nothing was scaled: the gradient is infinite itself
+        (math.nan, math.nan, 2.0**16, False),  # the loss is not scaled when it is measured
+    ],
+)
+def test_what_is_a_bad_step(loss, norm, scale, good):
+    judge = guard(scale=scale)
+    judged = judge.judge(metrics(loss, norm), None)
+    assert (judge.good, judged.bad_steps) == (good, None if good else 1)
+
+
+@pytest.mark.parametrize("most, stops", [(-1, [False] * 4), (0, [True] * 4), (2, [False, False, True, True])])
+def test_how_many_bad_steps_end_a_run(most, stops):
+    judge = guard(most)
+    found = []
+    for _ in stops:
+        counted = judge.judge(metrics(math.nan, 1.0), Step(0.1, [], 1, 1, torch.zeros(0)))
+        found.append(judge.stop)
+    assert found == stops and counted.bad_steps == len(stops)
+    assert judge.judge(metrics(1.0, 1.0), None).bad_steps == len(stops), "a good step does not forget the bad"
+
+
+@pytest.fixture(scope="module")
+def ended(poisoned, tmp_path_factory):
+    """(folder, exit status, stdout, stderr) of a run that --max_bad_steps 0 ends, started as users start one, with
+    all that can tell secrets switched on, and secrets in its environment."""
+    out = tmp_path_factory.mktemp("ended") / "out"
+    options = ["--batch_size", "4", "--world_size", "1", "--max_bad_steps", "0", "--output_dir", out]
+    options += [
+        "--log_to",
+        "wandb",
+        "--verbose",
+        "--sample_every",
+        "2",
+        "--sample_tokens",
+        "2",
+        "--eval_share",
+        "0.1",
+    ]
+    command = [sys.executable, "train.py", *map(str, [*poisoned, *options])]
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ | SECRETS, capture_output=True, text=True, timeout=150
+    )
+    return out, done.returncode, done.stdout, done.stderr
+
+
+def test_too_many_bad_steps_end_a_run_which_is_saved(ended):
+    out, status, shown, errors = ended
+    assert status == 2, errors
+    assert errors.splitlines()[-1].startswith(
+        "error: rank 0: steps with a NaN or infinite loss or gradient: 1, more than --max_bad_steps 0; their rows"
+        f" are in {out / BAD_STEPS}."
+    )
+    steps = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert steps[-1]["loss"] is steps[-1]["grad_norm"] is None and steps[-1]["bad_steps"] == 1
+    assert "bad_steps" not in steps[0] and "1 skipped as NaN or infinite" in shown
+    assert BAD_ROW in json.loads((out / BAD_STEPS).read_text())["rows"]
+    assert all(t.isfinite().all() for t in load_file(out / "adapter_model.safetensors").values())
+    assert (out / "report.html").is_file() and (out / "loss.png").is_file()
+
+
+def test_secrets_are_in_no_file_of_a_run(ended):
+    out, _, shown, errors = ended
+    files = [path for path in out.rglob("*") if path.is_file()]
+    assert {"config.yaml", "run.json", "report.html", "samples.jsonl"} <= {path.name for path in files}
+    assert any(path.suffix == ".wandb" for path in files)
+    texts = {str(path): path.read_bytes() for path in files} | {"output": (shown + errors).encode()}
+    for secret in SECRETS.values():
+        assert [name for name, text in texts.items() if secret.encode() in text] == []
+
+
+def test_a_thread_that_makes_batches_and_fails_is_told():
+    """In its turn: after the steps that it made, and not by waiting for ever."""
+
+    def steps():
+        yield from ("first", "second")
+        raise OSError("the disk is gone")
+
+    made = ahead(steps(), torch.device("cpu"), pin=False)
+    assert [next(made), next(made)] == ["first", "second"]
+    with pytest.raises(OSError, match="the disk is gone"):
+        next(made)
+
+
+def dying(numbers: range):
+    if 400 in numbers:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return data._held(numbers)
+
+
+def test_a_data_worker_that_is_killed(tmp_path, monkeypatch):
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role + ': ' + m.content + eos_token }}{% endfor %}"
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]
+    (tmp_path / "rows.jsonl").write_text((json.dumps({"messages": turns}) + "\n") * 2000)
+    monkeypatch.setattr(data, "_render_held", dying)
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    with pytest.raises(
+        UserError, match="one of 2 processes that render its rows was killed; out of host memory"
+    ):
+        prepare(str(tmp_path / "rows.jsonl"), "auto", -1, 100, tokenizer)

@@ -1,0 +1,81 @@
+"""Whatever a run is given that was made to do harm: exit status 2, one line, nothing written, no memory filled, no
+wait. The cases, and the process that meets them: hostile.py."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from checkpoint import clear_output
+from tests import hostile
+
+ROOT = Path(__file__).parent.parent
+MOST_GIB, MOST_SECONDS, ADDRESSES_GIB = 2, 20, 24
+NAMES = list(hostile.cases())
+
+
+@pytest.fixture(scope="module")
+def results(checkpoints, alpaca_file, tmp_path_factory) -> dict[str, dict]:
+    """{name of the case: what became of it}, of one process that met all of them."""
+    root = tmp_path_factory.mktemp("hostile")
+    world = root / "world"
+    shutil.copytree(checkpoints(), world / "model")
+    shutil.copy(alpaca_file, world / "rows.jsonl")
+    (world / "secret.jsonl").write_text(hostile.ROW)
+    (world / "zero.txt").symlink_to("/dev/zero")
+    folders = {name: world / name.lower() for name in ("HOME", "TMPDIR")}
+    for folder in folders.values():
+        folder.mkdir()
+    # Memory that is really in use is measured; the limit only keeps a failure from taking the machine along.
+    limited = f"ulimit -v {ADDRESSES_GIB * 2**20}; exec {sys.executable} -m tests.hostile {root}"
+    environment = (
+        os.environ | {name: str(folder) for name, folder in folders.items()} | {"PYTHONPATH": str(ROOT)}
+    )
+    done = subprocess.run(
+        ["bash", "-c", limited], cwd=world, env=environment, capture_output=True, text=True, timeout=200
+    )
+    found = [json.loads(line) for line in (root / "results.jsonl").read_text().splitlines()]
+    assert done.returncode == 0, f"ended after {found[-1]['name'] if found else 'nothing'}: {done.stderr}"
+    return {line.pop("name"): line for line in found}
+
+
+def test_there_are_a_hundred():
+    assert len(NAMES) >= 100
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_is_refused_in_one_line(name, results):
+    found = results[name]
+    assert not found["raised"], found["raised"]
+    assert found["status"] == 2 and len(found["lines"]) == 1, found
+    assert found["lines"][0].startswith("error: ") and len(found["lines"][0]) > len("error: ") + 10
+    assert found["written"] == []
+    assert found["seconds"] < MOST_SECONDS
+
+
+def test_none_takes_much_memory(results):
+    """The highest use ever, of the process that met all of them."""
+    peaks = [(found["peak_gib"], name) for name, found in results.items()]
+    assert max(peaks)[0] < MOST_GIB, next(x for x in peaks if x[0] >= MOST_GIB)
+
+
+def test_a_link_in_an_old_run_is_not_followed(tmp_path):
+    """--overwrite removes an earlier run's best/, not what stands in its place."""
+    other = tmp_path / "other"
+    other.mkdir()
+    for name in ("config.json", "model.safetensors", "adapter_config.json"):
+        (other / name).write_text("somebody's")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "best").symlink_to(other)
+    (tmp_path / "out" / "metrics.jsonl").symlink_to(other / "config.json")
+    clear_output(tmp_path / "out")
+    assert {p.name: p.read_text() for p in other.iterdir()} == dict.fromkeys(
+        ("config.json", "model.safetensors", "adapter_config.json"), "somebody's"
+    )
+    assert list((tmp_path / "out").iterdir()) == []

@@ -1,0 +1,102 @@
+"""What no file of this program does, read from its source: nothing is unpickled, no code of a model is run, nothing is
+evaluated. (Ranks of one run send one another objects through torch, which pickles them: that comes from nowhere else.)
+That secrets of the environment are in no file of a run: test_faults.py."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PEERS = ROOT / "benchmarks" / "peers"  # other programs' own loops, to be measured as their users run them
+SOURCES = sorted(
+    p
+    for p in ROOT.rglob("*.py")
+    if not {".venv", "tests", "runs"} & set(p.relative_to(ROOT).parts) and PEERS not in p.parents
+)
+UNPICKLERS = {"cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
+EVALUATORS = {"eval", "exec", "compile", "__import__"}
+
+
+def name_of(node: ast.AST) -> str:
+    """a.b.c of a name or an attribute; "" of anything else."""
+    if isinstance(node, ast.Attribute):
+        return f"{name_of(node.value)}.{node.attr}"
+    return node.id if isinstance(node, ast.Name) else ""
+
+
+def faults(source: str) -> list[str]:
+    """What a file does that it must not, with the line."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            modules = [a.name for a in node.names] + [getattr(node, "module", None) or ""]
+            found += [f"{node.lineno}: import {m}" for m in modules if m.partition(".")[0] in UNPICKLERS]
+            if isinstance(node, ast.ImportFrom) and node.module == "pickle":
+                found.append(f"{node.lineno}: from pickle import")
+        if not isinstance(node, ast.Call):
+            continue
+        called = name_of(node.func)
+        values = {k.arg: k.value.value if isinstance(k.value, ast.Constant) else ... for k in node.keywords}
+        wrong = (
+            (called.endswith("torch.load") and values.get("weights_only") is not True)
+            or (
+                called.startswith("yaml.")
+                and called.endswith(("load", "load_all"))
+                and called != "yaml.safe_load"
+            )
+            or values.get("trust_remote_code", False) is not False
+            or values.get("allow_pickle", False) is not False
+            or values.get("shell", False) is not False
+            or called in EVALUATORS
+            or called in ("os.system", "os.popen")
+            or (
+                called.startswith("pickle.") and called != "pickle.dump"
+            )  # torch's memory snapshots are pickles
+        )
+        # transformers and datasets would take it from a file or the environment if it were left out
+        wrong = wrong or (
+            called.startswith("Auto")
+            and called.endswith(".from_pretrained")
+            and "trust_remote_code" not in values
+        )
+        if wrong:
+            found.append(f"{node.lineno}: {called}")
+    return found
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_the_source(path):
+    assert faults(path.read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import torch\ntorch.load('x')",
+        "torch.load('x', weights_only=False)",
+        "torch.load('x', weights_only=flag)",
+        "from pickle import loads",
+        "pickle.loads(text)",
+        "pickle.Unpickler(file)",
+        "from joblib import load",
+        "AutoModel.from_pretrained('x', trust_remote_code=True)",
+        "AutoModel.from_pretrained('x', trust_remote_code=config.trust)",
+        "AutoTokenizer.from_pretrained('x')",
+        "numpy.load('x', allow_pickle=True)",
+        "yaml.load(text)",
+        "yaml.unsafe_load_all(text)",
+        "subprocess.run('x', shell=True)",
+        "eval('1')",
+        "os.system('x')",
+    ],
+)
+def test_each_of_these_would_be_found(source):
+    assert len(faults(source)) == 1
+
+
+def test_all_files_are_read():
+    names = {path.name for path in SOURCES}
+    assert {"train.py", "export.py", "checkpoint.py", "lora.py", "make_checkpoint.py"} <= names
