@@ -29,7 +29,7 @@ from tensor_files import save_tensors
 
 ADAPTER, BLOCKS = "adapter_model.safetensors", "new_blocks.safetensors"
 BEST, SCORE = "best", "evaluation.json"  # the folder of the best step, and the file in it that names the step
-RUN_FILES = ("config.yaml", "run.json", "metrics.jsonl", "loss.png", "report.html", "adapter_config.json",
+RUN_FILES = ("config.yaml", "run.json", "metrics.jsonl", "samples.jsonl", "loss.png", "report.html", "adapter_config.json",
              ADAPTER, BLOCKS)  # fmt: skip
 MODEL_FILES = ("config.json", INDEX, "model.safetensors", "model-*.safetensors")
 TOKENIZER = ("tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt", "added_tokens.json",

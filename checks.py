@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,8 +13,10 @@ from torch import nn
 from transformers import AutoTokenizer, PretrainedConfig
 
 import launch
+import resume
 from bnb_files import check_stored_quantization
 from checkpoint import check_output, check_writable
+from checkpoint_files import Saved
 from command_line import describe
 from config import TOY_MODEL, Config, UserError
 from data import TokenizedRows, toy_texts
@@ -41,12 +44,15 @@ class Job:
     rows: TokenizedRows
     evaluation: EvaluationData
     cache: str | None  # the weights' digest, if --quantized_cache is still to be written
+    saved: Saved | None  # the checkpoint that the run is resumed from
+    started: float  # time.time()
 
 
 def check(config: Config) -> Job:
     """All that can be wrong with a run, found without touching a GPU or writing a file. Raises UserError."""
+    started = time.time()
     world = launch.resolve_world_size(config.world_size)
-    config = dataclasses.replace(config, world_size=world)
+    config = resume.resume_after_restart(dataclasses.replace(config, world_size=world))
     if STRATEGIES[config.sharding_strategy].replicas == "groups":
         group = launch.resolve_group_size(config.hybrid_shard_size, world)
         config = dataclasses.replace(config, hybrid_shard_size=group)
@@ -57,7 +63,8 @@ def check(config: Config) -> Job:
     check_optimizer(config.optimizer, config.use_cpu_offload)
     if config.log_to == "wandb":
         check_wandb()
-    check_output(Path(config.output_dir), config.overwrite)
+    check_output(Path(config.output_dir), config.overwrite or config.resume is not None)
+    saved = resume.find_checkpoint(config)
     path = config.llama_pro_path
     if path is not None and not os.path.isdir(os.path.expanduser(path)):
         raise UserError(f"--llama_pro_path {path}: no such folder; block_expansion.py makes expanded models")
@@ -84,7 +91,16 @@ def check(config: Config) -> Job:
         raise UserError(
             f"--model_name {folder}: the tokenizer makes ids beyond vocab_size {model_config.vocab_size}"
         )
-    return Job(config, model_config, files, rows, evaluation, cache)
+    job = Job(config, model_config, files, rows, evaluation, cache, saved, started)
+    if saved:
+        resume.check_same(saved, config, **identity(job))
+    return job
+
+
+def identity(job: Job) -> dict[str, str]:
+    """Digests of the model below and of the rows, for `resume`."""
+    base = resume.digest_base(job.model_config, job.files)
+    return {"base": base, "data": resume.digest_rows(job.rows)}
 
 
 def find_cache(model: nn.Module, family: Family, config: Config, files: CheckpointFiles) -> str | None:

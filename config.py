@@ -78,6 +78,7 @@ NEEDS = {
 TOY_PROMPT = "Put these numbers in order: 5 4 6"
 
 HQQ_BITS = (8, 4, 3, 2)
+CHECKPOINTS = "checkpoints"  # the folder in a RUN
 ANY = object()  # `later=ANY`: every value but the default belongs to a feature that is still to come
 
 
@@ -138,6 +139,8 @@ class Config:
     apply_gradient_clipping: bool = option(True, "Training", "clip the gradient to --grad_norm")
     grad_norm: float = option(1.0, "Training", "largest 2-norm of the whole gradient, when clipping")
     seed: int = option(42, "Training", "seeds adapters, data order and dropout")
+    deterministic: bool = option(False, "Training", "only operations that give the same bits each time: twice the same"
+        " losses on the same hardware, at some cost in speed")
 
     eval_share: float = option(0.0, "Evaluation", "share of the rows that is split off, by --seed, and evaluated on;"
         " 0 = none")
@@ -184,9 +187,17 @@ class Config:
     master_addr: str = option("localhost", "Launch", "address of rank 0, for mp.spawn")
     master_port: int | None = option(None, "Launch", "port of rank 0, for mp.spawn; unset = a free one")
 
+    save_every: int = option(0, "Checkpoints", "optimizer steps from one checkpoint to the next, and one at the end;"
+        " 0 = none. SIGTERM, SIGINT and SIGUSR1 ask for one in any case")
+    save_minutes: float = option(0.0, "Checkpoints", "minutes from one checkpoint to the next; 0 = as --save_every says")
+    keep: int = option(2, "Checkpoints", "newest checkpoints that are kept; -1 = all")
+    resume: str | None = option(None, "Checkpoints", "go on with a stopped run, with the same options: auto = from the"
+        " newest whole checkpoint of --output_dir, or from the start if there is none; or a RUN, or one of its checkpoints")
+    max_minutes: float = option(0.0, "Checkpoints", "stop with a checkpoint in time to end within so many minutes of the"
+        " start; 0 = no limit")
+
     output_dir: str | None = option(None, "Output", "folder of the run; unset = runs/<date-time>-<train_type>")
     overwrite: bool = option(False, "Output", "replace the run that output_dir holds")
-    resume: str | None = option(None, "Output", "go on with a stopped run", later=ANY)
     save_model: bool = option(True, "Output", "save the adapter, or the model, at the end")
     log_to: str = option("tqdm", "Output", "a progress bar, plain lines, or Weights & Biases as well",
         choices=("tqdm", "stdout", "wandb"))
@@ -233,6 +244,10 @@ def resolve(given: dict) -> tuple[Config, list[str]]:
     _refuse(given)
     config = _resolve(given)
     _check_values(config)
+    if config.output_dir != given.get("output_dir") and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")):
+        raise UserError(
+            "--output_dir: is needed under torchrun --max-restarts: a restart goes on with the run in it"
+        )
     return config, _remarks(given)
 
 
@@ -264,7 +279,8 @@ def _resolve(given: dict) -> Config:
         changes |= {name: value for name, value in defaults.items() if getattr(config, name) is None}
     if config.lr_warmup is None:
         changes["lr_warmup"] = 0.0 if config.lr_scheduler == "constant" else 0.1
-    folder = config.output_dir or f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{config.train_type}"
+    folder = config.output_dir or _run_of(config.resume)
+    folder = folder or f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{config.train_type}"
     changes["output_dir"] = os.path.expanduser(folder)  # no shell does it in a YAML file
     if config.quantized_cache is not None:
         changes["quantized_cache"] = os.path.abspath(os.path.expanduser(config.quantized_cache))
@@ -272,6 +288,14 @@ def _resolve(given: dict) -> Config:
         n: None for n, f in FIELDS.items() if f.metadata["needs"] and not getattr(method, f.metadata["needs"])
     }
     return dataclasses.replace(config, **changes)
+
+
+def _run_of(resume: str | None) -> str | None:
+    """The RUN that a --resume PATH belongs to; a checkpoint is RUN/checkpoints/step-<number>."""
+    if resume in (None, "auto"):
+        return None
+    parent = os.path.dirname(os.path.abspath(os.path.expanduser(resume)))
+    return os.path.dirname(parent) if os.path.basename(parent) == CHECKPOINTS else resume
 
 
 def _check_values(config: Config) -> None:
@@ -306,6 +330,7 @@ def _check_values(config: Config) -> None:
         if value < 0 or value == float("inf"):
             raise UserError(f"--{name} {value}: must be 0 or more, and finite")
     _check_evaluation(config)
+    _check_checkpoints(config)
     if config.n_bits not in (None, *HQQ_BITS):
         raise UserError(f"--n_bits {config.n_bits}: hqq packs {', '.join(map(str, HQQ_BITS))} bits")
     if config.group_size is not None and (config.group_size < 8 or config.group_size % 8):
@@ -349,6 +374,21 @@ def _check_evaluation(config: Config) -> None:
         needs("--sample_every", "sample_prompts", "sample_tokens")
 
 
+def _check_checkpoints(config: Config) -> None:
+    for name in ("save_every", "save_minutes", "max_minutes"):
+        value = getattr(config, name)
+        if value < 0 or value == float("inf"):
+            raise UserError(f"--{name} {value}: must be 0 or more, and finite")
+    if config.keep == 0 or config.keep < -1:
+        raise UserError(f"--keep {config.keep}: must be positive, or -1")
+    if config.resume == "":
+        raise UserError("--resume: needs auto, or the folder of a RUN or of a checkpoint")
+    if config.resume is not None and config.overwrite:
+        raise UserError(
+            "--overwrite: contradicts --resume, which goes on with the run; leave one of them out"
+        )
+
+
 def _remarks(given: dict) -> list[str]:
     remarks = []
     path, name = given.get("llama_pro_path"), given.get("model_name")
@@ -364,5 +404,6 @@ def _remarks(given: dict) -> list[str]:
 
 
 def dump_yaml(config: Config) -> str:
-    """Every resolved option, as a file that --config reads back."""
-    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
+    """Every resolved option, as a file that --config reads back. What became of the folder when the run was started is
+    no part of it: `--config` on it, with or without --resume, must be able to say that anew."""
+    return yaml.safe_dump(dataclasses.asdict(config) | {"resume": None, "overwrite": False}, sort_keys=False)

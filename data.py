@@ -270,10 +270,14 @@ class StepSampler:
         batches = self._lengths[self._order(0)].split(self.batch_size)
         return 1 - int(self._lengths.sum()) / sum(len(b) * int(b.max()) for b in batches)
 
-    def steps(self, num_epochs: int) -> Iterator[Step]:
-        """The steps of the whole run, in order."""
-        for epoch in range(num_epochs):
+    def steps(self, num_epochs: int, done: int = 0) -> Iterator[Step]:
+        """The steps of the whole run, in order, after the first `done`. Where a run stands in its data is no more
+        than that number."""
+        first, skipped = divmod(done, self.steps_per_epoch())
+        for epoch in range(first, num_epochs):
             for i, (step, micros) in enumerate(self.deal(epoch)):
+                if epoch == first and i < skipped:
+                    continue
                 batches = [self._batch(m, spare=step[:1]) for m in micros]
                 done = epoch + (i + 1) / self.steps_per_epoch()
                 yield Step(done, batches, int(self._lengths[step].sum()), int(self._targets[step].sum()))

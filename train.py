@@ -20,6 +20,7 @@ if __name__ == "__main__":
 
 import dataclasses
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -31,13 +32,15 @@ from transformers.utils import logging as transformers_logging
 import config as options
 import launch
 import memory
+import resume
 from checkpoint import (
     base_digest,
     clear_output,
     save_adapter,
     write_text,
 )
-from checks import Job, check, read_tokenizer
+from checkpoints import Checkpoints
+from checks import Job, check, identity, read_tokenizer
 from config import TOY_MODEL, Config, UserError
 from data import IGNORE, StepSampler
 from evaluation import Evaluator, describe_evaluations
@@ -50,10 +53,19 @@ from models.adapters import (
     peft_targets,
 )
 from optimizers import make_optimizer, make_schedule
-from precision import precision_here
+from precision import precision_here, use_deterministic
 from quantize_layers import load_weights
 from report import FACTS, describe_run, write_report
-from tracking import Meter, describe_data, describe_files, describe_model, make_tracker, summary
+from stopping import NEVER, NeverStop, Stopping
+from tracking import (
+    Meter,
+    describe_data,
+    describe_files,
+    describe_model,
+    describe_stop,
+    make_tracker,
+    summary,
+)
 from weight_cache import CacheWriter
 from wrapping import STRATEGIES, WRAP_POLICIES, make_mesh, offload_policy, wrap
 
@@ -107,20 +119,26 @@ def total_steps(config: Config, sampler: StepSampler) -> int:
     return steps if config.max_steps < 0 else min(steps, config.max_steps)
 
 
-def train(job: Job, model: nn.Module, place: Place, sampler: StepSampler, tracker) -> list:
-    """The loop. Returns the metrics of every step."""
+def train(
+    job: Job, model: nn.Module, place: Place, sampler: StepSampler, tracker, stopping: NeverStop = NEVER
+) -> list:
+    """The loop. Returns the metrics of every step, those before a resumed run was stopped included on rank 0."""
     config = job.config
     total = total_steps(config, sampler)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = make_optimizer(trained, config.optimizer, config.lr, config.wd)
-    schedule = make_schedule(optimizer, total, config.lr_warmup, config.lr_scheduler)
     precision = precision_here(config.precision)
     scaler = precision.scaler("cpu" if config.use_cpu_offload else place.device.type)
-    meter, history = Meter(place.device), []
+    meter, history = Meter(place.device), list(tracker.history)
     evaluator = make_evaluator(job, model, place, total, meter, tracker)
+    parts = {"scaler": scaler, "evaluator": evaluator, "tracker": tracker}
+    checkpoints = make_checkpoints(job, model, optimizer, parts, place, tracker.say, stopping)
+    done = checkpoints.load()
+    schedule = make_schedule(optimizer, total, config.lr_warmup, config.lr_scheduler, done)
     model.train()
-    evaluator.begin()
-    for index, step in zip(range(1, total + 1), sampler.steps(config.num_epochs), strict=False):
+    evaluator.begin(done)
+    todo = range(done + 1, total + 1) if not evaluator.stop else ()
+    for index, step in zip(todo, sampler.steps(config.num_epochs, done), strict=False):
         loss = torch.zeros((), device=place.device)
         for i, batch in enumerate(step.batches, 1):
             batch = batch.to(place.device)
@@ -142,8 +160,9 @@ def train(job: Job, model: nn.Module, place: Place, sampler: StepSampler, tracke
         optimizer.zero_grad(set_to_none=True)
         history.append(evaluator.after(meter.measure(index, step, loss, lr, norm)))
         tracker.log(history[-1])
-        if evaluator.stop:
+        if checkpoints.after(index, last=index == total or evaluator.stop) or evaluator.stop:
             break
+    checkpoints.finish()
     return history
 
 
@@ -162,35 +181,67 @@ def make_evaluator(job: Job, model: nn.Module, place: Place, total: int, meter: 
     return Evaluator(config, job.evaluation, model, place, total, *tools)
 
 
+def make_checkpoints(
+    job: Job,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    parts: dict,
+    place: Place,
+    say: Callable[[str], None],
+    stopping: NeverStop,
+) -> Checkpoints:
+    config = job.config
+    return Checkpoints(
+        Path(config.output_dir),
+        model,
+        optimizer,
+        parts,
+        place,
+        every=config.save_every,
+        at_end=config.save_every > 0 or config.save_minutes > 0,
+        keep=config.keep,
+        describe_run=lambda: resume.about(config, **identity(job)),
+        stopping=stopping,
+        say=say,
+        saved=job.saved,
+    )
+
+
 def run_rank(place: Place, job: Job) -> None:
     """What each process does, from loading to the saved result."""
     config, start = job.config, time.perf_counter()
+    if config.deterministic:
+        use_deterministic()
     sampler = StepSampler(
         job.rows, config.batch_size, config.gradient_accumulation_steps, place.rank, place.world, config.seed
     )
-    folder = Path(config.output_dir)
+    folder, total = Path(config.output_dir), total_steps(config, sampler)
     if place.rank == 0:
         print(describe_data(job.rows, sampler) + job.evaluation.describe(), flush=True)
     model = set_up(job, place)
     if place.rank == 0:
-        clear_output(folder)
+        if job.saved is None:
+            clear_output(folder)
+        resume.tidy(folder, job.saved)
         write_text(folder / "config.yaml", options.dump_yaml(config))
         write_text(folder / FACTS, describe_run(job.rows, sampler, model))
         print(f"{describe_model(model)}; ready after {time.perf_counter() - start:.1f} s", flush=True)
-    tracker = make_tracker(config, place.rank, total_steps(config, sampler))
+    before = job.saved.run["parts"]["tracker"] if job.saved else {}
+    tracker = make_tracker(config, place.rank, total, before)
+    done = len(tracker.history)
+    stopping = Stopping(place.rank, job.started, config.max_minutes, config.save_minutes)
     start = time.perf_counter()
-    history = train(job, model, place, sampler, tracker)
+    history = train(job, model, place, sampler, tracker, stopping)
     seconds = time.perf_counter() - start
-    if config.save_model:
+    if config.save_model and not stopping.reason:
         save(job, model, folder)
     tracker.finish()
     if place.rank == 0:
         write_report(folder)
-        told = [
-            summary(history, seconds),
-            *describe_evaluations(history, total_steps(config, sampler), config),
-        ]
-        print(*told, describe_files(config, bool(job.evaluation.prompts), folder), sep="\n", flush=True)
+        told = [summary(history, seconds, done), *describe_evaluations(history, total, config)]
+        files = describe_files(config, bool(job.evaluation.prompts), folder)
+        stop = describe_stop(stopping.reason, history, total, folder)
+        print(*([stop] if stopping.reason else [*told, files]), sep="\n", flush=True)
 
 
 def save(job: Job, model: nn.Module, folder: Path) -> None:

@@ -71,10 +71,10 @@ def offload_policy(wanted: bool, device_type: str) -> OffloadPolicy:
     """Of --use_cpu_offload. Pinned host memory, which copies can overlap with, where the system grants it."""
     if not wanted:
         return OffloadPolicy()
-    return CPUOffloadPolicy(pin_memory=device_type == "cuda" and _can_pin())
+    return CPUOffloadPolicy(pin_memory=device_type == "cuda" and can_pin())
 
 
-def _can_pin() -> bool:
+def can_pin() -> bool:
     try:
         torch.empty(2**20, pin_memory=True)
     except RuntimeError:  # some containers and hosts limit locked memory
