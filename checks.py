@@ -94,6 +94,8 @@ def check(config: Config) -> Job:
     job = Job(config, model_config, files, rows, evaluation, cache, saved, started)
     if saved:
         resume.check_same(saved, config, **identity(job))
+        for remark in resume.remarks(saved, config):
+            print(remark)
     return job
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -124,18 +123,6 @@ def test_old_and_later_checkpoints_are_removed(tmp_path):
     assert steps_in(tmp_path) == [100_000_000, 15, 10]
     remove_checkpoints(tmp_path, after=10)
     assert steps_in(tmp_path) == [10]
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 3 MiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "none", folder], capture_output=True)
-    if mounted.returncode:
-        pytest.skip("only root can mount a file system")
-    yield folder
-    subprocess.run(["umount", "-l", folder], check=True)
 
 
 def test_a_full_disk_is_seen_before_anything_is_written(small_disk):
