@@ -244,10 +244,6 @@ def resolve(given: dict) -> tuple[Config, list[str]]:
     _refuse(given)
     config = _resolve(given)
     _check_values(config)
-    if config.output_dir != given.get("output_dir") and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")):
-        raise UserError(
-            "--output_dir: is needed under torchrun --max-restarts: a restart goes on with the run in it"
-        )
     return config, _remarks(given)
 
 

@@ -143,7 +143,7 @@ def join(run: Callable, prepare: Callable) -> int:
     try:
         # A first group only to wait for rank 0: the GPUs are touched after its checks. Each group has its own
         # part of the store: in a common one the second would find the addresses of the first, already closed.
-        store, *_ = next(dist.rendezvous("env://"))
+        store = own_store(next(dist.rendezvous("env://"))[0], rank)
         first = dist.PrefixStore("prepare", store)
         dist.init_process_group("gloo", store=first, rank=rank, world_size=world)
         dist.broadcast_object_list(box, src=0)
@@ -155,6 +155,28 @@ def join(run: Callable, prepare: Callable) -> int:
         traceback.print_exc()
         print(f"error: rank {rank}: {describe(e)}", file=sys.stderr, flush=True)
         os._exit(2 if isinstance(e, UserError) else 1)
+
+
+def own_store(shared: dist.Store, rank: int) -> dist.Store:
+    """A store of this start of the ranks. torchrun's own, `shared`, may outlive them: after --max-restarts has
+    replaced them it would still hold the addresses of those that are gone. So rank 0 serves a new one, and the others
+    try the port that stands in `shared` until it is the new one's."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return shared
+    host, ends = os.environ["MASTER_ADDR"], time.monotonic() + dist.default_pg_timeout.total_seconds()
+    if rank == 0:
+        store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
+        shared.set("port", str(store.port))
+        return store
+    while True:
+        port = int(shared.get("port"))
+        try:
+            socket.create_connection((host, port), timeout=5).close()  # a store's client would try for long
+            return dist.TCPStore(host, port, is_master=False)
+        except OSError:
+            if time.monotonic() > ends:
+                raise
+            time.sleep(0.1)
 
 
 def free_port() -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
+import re
 from pathlib import Path
 
 import torch
@@ -41,14 +42,18 @@ def is_fixed(name: str) -> bool:
     return name in FIXED or (FIELDS[name].metadata["group"] not in FREE_GROUPS and name not in FREE)
 
 
-def restarted() -> bool:
-    """Whether torchrun --max-restarts has started this process anew after a failure."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-
-
 def resume_after_restart(config: Config) -> Config:
-    """`config`, with --resume auto if torchrun has restarted the run."""
-    if restarted():
+    """`config`, with --resume auto if torchrun --max-restarts has started the run anew after a failure. Raises
+    UserError where a restart would not find what this start is going to leave."""
+    attempt, most = (int(os.environ.get(f"TORCHELASTIC_{n}", "0")) for n in ("RESTART_COUNT", "MAX_RESTARTS"))
+    by_time = (
+        re.fullmatch(r"runs/\d{8}-\d{6}-\w+", config.output_dir) and not Path(config.output_dir).exists()
+    )
+    if most and by_time:
+        raise UserError(
+            "--output_dir: is needed under torchrun --max-restarts: a restart goes on with the run in it"
+        )
+    if attempt:
         return dataclasses.replace(config, resume=config.resume or "auto", overwrite=False)
     return config
 

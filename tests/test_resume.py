@@ -320,3 +320,17 @@ def twice(place, argv: list[str], folder: str) -> bool:
 
 def test_a_deterministic_run_repeats_to_the_last_bit(source, one_rank, tmp_path):
     assert one_rank(twice, [*source, *NOISY, "--max_steps", "2"], str(tmp_path)) == [True]
+
+
+# torchrun --max-restarts
+
+
+def test_a_restart_goes_on(source, copied, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    config, _ = parse([*source, *QUIET, "--output_dir", str(copied), "--world_size", "2", "--overwrite"])
+    assert train.check(config).saved.step == 3
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    assert train.check(config).saved is None
+    with pytest.raises(UserError, match="--output_dir: is needed under torchrun --max-restarts"):
+        train.check(parse([*source, *QUIET, "--world_size", "2"])[0])

@@ -2,7 +2,7 @@
 
 Kills a training run at random moments, again and again, resumes it each time, and compares what it leaves with what
 an undisturbed run leaves: every loss and gradient norm, and the adapter, bit for bit. Two CPU ranks over gloo, each
-the whole program as torchrun starts it; SIGKILL, to both or to one. In turn a kill comes while the run starts, between
+the whole program as torchrun starts it; SIGKILL, to both at once or one after the other. In turn a kill comes while the run starts, between
 steps, and while a checkpoint is written.
 """
 
@@ -13,7 +13,6 @@ import json
 import multiprocessing
 import os
 import random
-import signal
 import sys
 import tempfile
 import time
@@ -62,15 +61,11 @@ class Attempt:
         for process in self.ranks:
             process.start()
 
-    def running(self) -> bool:
-        return all(process.is_alive() for process in self.ranks)
-
     def wait_until(self, condition) -> None:
-        """Polls; returns as soon as a rank has ended, too."""
         end = time.monotonic() + PATIENCE_SECONDS
-        while self.running() and not condition():
-            if time.monotonic() > end:
-                raise TimeoutError(f"the run does not go on:\n{self.log.read_text()[-3000:]}")
+        while not condition():
+            if time.monotonic() > end or not all(process.is_alive() for process in self.ranks):
+                raise RuntimeError(f"the run does not go on:\n{self.log.read_text()[-3000:]}")
             time.sleep(0.0005)
 
     def finish(self) -> None:
@@ -80,14 +75,14 @@ class Attempt:
         if any(process.exitcode != 0 for process in self.ranks):
             raise RuntimeError(f"the run failed:\n{self.log.read_text()[-3000:]}")
 
-    def kill(self, victims: list[int]) -> None:
-        """SIGKILL; a rank that is left must end by itself."""
-        for rank in victims:
-            os.kill(self.ranks[rank].pid, signal.SIGKILL)
+    def kill(self, first: list[int], seconds: float) -> None:
+        """SIGKILL to some ranks, and a little later to the rest, as their launcher does it."""
+        for process in [self.ranks[rank] for rank in first]:
+            process.kill()
+        time.sleep(seconds)
         for process in self.ranks:
-            process.join(PATIENCE_SECONDS)
-            if process.is_alive():
-                raise TimeoutError(f"a rank outlives the other:\n{self.log.read_text()[-3000:]}")
+            process.kill()
+            process.join()
 
 
 def count_lines(folder: Path) -> int:
@@ -112,7 +107,7 @@ def kill_once(folder: Path, steps: int, kind: str, chance: random.Random, start_
             time.sleep(chance.uniform(0, 0.01))
         else:
             time.sleep(chance.uniform(0, 0.1))
-    attempt.kill(chance.choice([[0], [1], [0, 1]]))
+    attempt.kill(chance.choice([[0], [1], [0, 1]]), chance.uniform(0, 0.5))
     return half_written(folder)
 
 
