@@ -29,8 +29,8 @@ from tensor_files import save_tensors
 
 ADAPTER, BLOCKS = "adapter_model.safetensors", "new_blocks.safetensors"
 BEST, SCORE = "best", "evaluation.json"  # the folder of the best step, and the file in it that names the step
-RUN_FILES = ("config.yaml", "run.json", "metrics.jsonl", "samples.jsonl", "loss.png", "report.html", "adapter_config.json",
-             ADAPTER, BLOCKS)  # fmt: skip
+RUN_FILES = ("config.yaml", "run.json", "metrics.jsonl", "samples.jsonl", "loss.png", "report.html", "memory*.html",
+             "memory*.png", "memory_snapshot*.pickle", "adapter_config.json", ADAPTER, BLOCKS)  # fmt: skip
 MODEL_FILES = ("config.json", INDEX, "model.safetensors", "model-*.safetensors")
 TOKENIZER = ("tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt", "added_tokens.json",
              "chat_template.*")  # fmt: skip
@@ -103,10 +103,14 @@ def write_text(path: Path, text: str) -> None:
     temporary.rename(path)
 
 
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """The full contents of a DTensor (collective), or a plain tensor as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
 def gather(param: nn.Parameter) -> torch.Tensor:
     """The full contents of a parameter, sharded or not, on the CPU. Collective."""
-    full = param.full_tensor() if isinstance(param, DTensor) else param
-    return full.detach().cpu()
+    return whole(param).detach().cpu()
 
 
 def base_digest(config: PretrainedConfig, files: CheckpointFiles) -> str:

@@ -55,7 +55,7 @@ class HostCopy:
         self.buffers: Tensors = {}
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.copied = torch.cuda.Event() if self.stream else None
-        self.pin = self.stream is not None and can_pin()
+        self.pin = can_pin(device.type)
         if self.stream:
             optimizer.register_step_pre_hook(lambda *_: self.stream_waits())
 

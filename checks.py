@@ -19,7 +19,7 @@ from checkpoint import check_output, check_writable
 from checkpoint_files import Saved
 from command_line import describe
 from config import TOY_MODEL, Config, UserError
-from data import TokenizedRows, toy_texts
+from data import StepSampler, TokenizedRows, toy_texts
 from evaluation_data import EvaluationData, prepare_sets, stop_tokens
 from model_files import CheckpointFiles, fetch_weights, find_model
 from models import build_on_meta, check_weights, read_config
@@ -28,7 +28,9 @@ from models.family import Family
 from models.llama_pro import new_layers
 from models.toy import toy_model
 from optimizers import check_optimizer
+from packing import make_sampler
 from precision import bf16_gpu
+from profiling import check_traces
 from tracking import check_wandb
 from weight_cache import digest, open_cache
 from wrapping import STRATEGIES
@@ -65,6 +67,8 @@ def check(config: Config) -> Job:
         check_wandb()
     check_output(Path(config.output_dir), config.overwrite or config.resume is not None)
     saved = resume.find_checkpoint(config)
+    if config.profile:
+        check_writable(Path(config.profiling_output), "--profiling_output")
     path = config.llama_pro_path
     if path is not None and not os.path.isdir(os.path.expanduser(path)):
         raise UserError(f"--llama_pro_path {path}: no such folder; block_expansion.py makes expanded models")
@@ -91,6 +95,8 @@ def check(config: Config) -> Job:
         raise UserError(
             f"--model_name {folder}: the tokenizer makes ids beyond vocab_size {model_config.vocab_size}"
         )
+    if config.profile:
+        check_traces(config, total_steps(config, make_sampler(config, rows, 0, world)))
     job = Job(config, model_config, files, rows, evaluation, cache, saved, started)
     if saved:
         resume.check_same(saved, config, **identity(job))
@@ -103,6 +109,12 @@ def identity(job: Job) -> dict[str, str]:
     """Digests of the model below and of the rows, for `resume`."""
     base = resume.digest_base(job.model_config, job.files)
     return {"base": base, "data": resume.digest_rows(job.rows)}
+
+
+def total_steps(config: Config, sampler: StepSampler) -> int:
+    """Optimizer steps of the run."""
+    steps = sampler.steps_per_epoch() * config.num_epochs
+    return steps if config.max_steps < 0 else min(steps, config.max_steps)
 
 
 def find_cache(model: nn.Module, family: Family, config: Config, files: CheckpointFiles) -> str | None:

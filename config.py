@@ -11,6 +11,7 @@ import os
 import time
 import typing
 from dataclasses import dataclass
+from pathlib import Path
 
 import yaml
 
@@ -121,8 +122,10 @@ class Config:
     dataset_samples: int = option(-1, "Model and data", "rows used, from the first; -1 = all (alpaca_sample and"
         " dummy: 512)")
     context_length: int = option(512, "Model and data", "longest example, in tokens; longer ones are cut")
+    packing: bool = option(False, "Model and data", "put several examples behind one another, up to context_length"
+        " tokens, instead of padding them; each sees only itself")
 
-    batch_size: int = option(1, "Training", "examples per GPU and micro-batch")
+    batch_size: int = option(1, "Training", "examples per GPU and micro-batch; with --packing, packs of examples")
     gradient_accumulation_steps: int = option(1, "Training", "micro-batches per optimizer step")
     num_epochs: int = option(1, "Training", "passes over the data")
     max_steps: int = option(-1, "Training", "stop after this many optimizer steps of the whole run; -1 = no limit")
@@ -170,6 +173,8 @@ class Config:
         " layer, or its attention and its MLP separately (half the gathered memory, more all-gathers)", choices=("layer", "sublayer"))
     use_gradient_checkpointing: bool = option(True, "Memory and speed", "recompute each layer in backward instead of"
         " keeping its activations")
+    compile: str = option("auto", "Memory and speed", "compile each decoder layer and the loss, once; auto = on GPUs",
+        choices=("auto", "true", "false"))
     reentrant_checkpointing: bool = option(False, "Memory and speed", "accepted; checkpointing is always non-reentrant")
     use_cpu_offload: bool = option(False, "Memory and speed", "keep parameters, gradients and optimizer states in"
         " host memory; the optimizer runs on the CPU")
@@ -207,19 +212,22 @@ class Config:
     entity: str | None = option(None, "Output", "wandb entity")
     verbose: bool = option(False, "Output", "more lines, and tracebacks with errors")
 
-    profile_memory: bool = option(False, "Profiling", "record memory over time", later=(True,))
-    profile: bool = option(False, "Profiling", "record a torch.profiler trace", later=(True,))
-    profiling_output: str = option("profiles", "Profiling", "folder for traces", later=ANY)
-    overwrite_profiling_output: bool = option(True, "Profiling", "replace traces that are there", later=ANY)
-    with_stack: bool = option(False, "Profiling", "record stacks", later=(True,))
-    with_shapes: bool = option(False, "Profiling", "record shapes", later=(True,))
-    export_trace: bool = option(True, "Profiling", "write the trace", later=ANY)
-    export_memory_timeline: bool = option(False, "Profiling", "write the memory timeline", later=(True,))
-    wait_steps: int = option(0, "Profiling", "steps to wait before each cycle", later=ANY)
-    warmup_steps: int = option(1, "Profiling", "profiler warm-up steps of a cycle", later=ANY)
-    active_steps: int = option(2, "Profiling", "recorded steps of a cycle", later=ANY)
-    repeat: int = option(0, "Profiling", "cycles; 0 = until the end", later=ANY)
-    profiling_frequency: int = option(10, "Profiling", "steps between cycles", later=ANY)
+    profile_memory: bool = option(False, "Profiling", "record memory over time, from the start to the end of the third"
+        " step: memory.html, memory.png and, of GPUs, memory_snapshot.pickle in output_dir")
+    profile: bool = option(False, "Profiling", "record traces of single steps with torch.profiler, in cycles of steps:"
+        " waited, warmed up, recorded")
+    profiling_output: str = option("profiles", "Profiling", "folder of the traces")
+    overwrite_profiling_output: bool = option(True, "Profiling", "replace the traces that profiling_output holds")
+    with_stack: bool = option(False, "Profiling", "record Python stacks as well")
+    with_shapes: bool = option(False, "Profiling", "record the operations' shapes as well")
+    export_trace: bool = option(True, "Profiling", "write each cycle's trace, for https://ui.perfetto.dev")
+    export_memory_timeline: bool = option(False, "Profiling", "write memory over time in each cycle's recorded"
+        " steps, as --profile_memory does")
+    wait_steps: int = option(1, "Profiling", "steps waited in each cycle; read if repeat is not 0")
+    warmup_steps: int = option(1, "Profiling", "steps of each cycle under the profiler that are thrown away")
+    active_steps: int = option(2, "Profiling", "recorded steps of each cycle")
+    repeat: int = option(0, "Profiling", "cycles; 0 = until the end of the run")
+    profiling_frequency: int = option(10, "Profiling", "steps of a whole cycle; read if repeat is 0")
     # fmt: on
 
     @property
@@ -229,6 +237,11 @@ class Config:
 
 FIELDS = {f.name: f for f in dataclasses.fields(Config)}
 HINTS = typing.get_type_hints(Config)
+
+
+def user_cache() -> Path:
+    """Where this program keeps models that it made itself; it need not exist."""
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "fsdp-finetune"
 
 
 def shown(value) -> str:
@@ -327,6 +340,7 @@ def _check_values(config: Config) -> None:
             raise UserError(f"--{name} {value}: must be 0 or more, and finite")
     _check_evaluation(config)
     _check_checkpoints(config)
+    _check_profiling(config)
     if config.n_bits not in (None, *HQQ_BITS):
         raise UserError(f"--n_bits {config.n_bits}: hqq packs {', '.join(map(str, HQQ_BITS))} bits")
     if config.group_size is not None and (config.group_size < 8 or config.group_size % 8):
@@ -357,17 +371,42 @@ def _check_evaluation(config: Config) -> None:
     if config.eval_share and config.eval_dataset is not None:
         raise UserError("--eval_share: has no effect with --eval_dataset; leave one of them out")
 
-    def needs(what: str, *names: str) -> None:
-        for name in names:
-            if getattr(config, name) != FIELDS[name].default:
-                raise UserError(f"--{name}: has no effect without {what}")
-
     if not config.eval_share and config.eval_dataset is None:
-        needs("--eval_share or --eval_dataset", "eval_every", "eval_samples", "early_stopping_patience")
+        names = ("eval_every", "eval_samples", "early_stopping_patience")
+        _needs(config, "--eval_share or --eval_dataset", *names)
     if not config.eval_every:
-        needs("--eval_every", "early_stopping_patience")
+        _needs(config, "--eval_every", "early_stopping_patience")
     if not config.sample_every:
-        needs("--sample_every", "sample_prompts", "sample_tokens")
+        _needs(config, "--sample_every", "sample_prompts", "sample_tokens")
+
+
+def _needs(config: Config, what: str, *names: str) -> None:
+    """Raises UserError if one of these options was given, which do something with `what` only."""
+    for name in names:
+        if getattr(config, name) != FIELDS[name].default:
+            raise UserError(f"--{name}: has no effect without {what}")
+
+
+def _check_profiling(config: Config) -> None:
+    """The options of --profile."""
+    if not config.profile:
+        _needs(config, "--profile", "profiling_output", "overwrite_profiling_output", "with_stack",
+               "with_shapes", "export_trace", "export_memory_timeline", "wait_steps", "warmup_steps",
+               "active_steps", "repeat", "profiling_frequency")  # fmt: skip
+    if config.profile_memory and config.export_memory_timeline:
+        one = "torch keeps one record of the memory, and --profile_memory takes it"
+        raise UserError(f"--export_memory_timeline: {one}; leave one of them out")
+    for name in ("wait_steps", "warmup_steps", "repeat"):
+        if getattr(config, name) < 0:
+            raise UserError(f"--{name} {getattr(config, name)}: must be 0 or more")
+    if config.active_steps <= 0:
+        raise UserError(f"--active_steps {config.active_steps}: must be positive")
+    within = config.warmup_steps + config.active_steps
+    if not config.repeat and config.profiling_frequency < within:
+        raise UserError(
+            f"--profiling_frequency {config.profiling_frequency}: a cycle has {within} steps already"
+            f" (--warmup_steps {config.warmup_steps}, --active_steps {config.active_steps})"
+        )
 
 
 def _check_checkpoints(config: Config) -> None:
@@ -396,6 +435,12 @@ def _remarks(given: dict) -> list[str]:
         )
     if "low_memory" in given and not given["low_memory"]:
         remarks.append("--low_memory false: loading streams one tensor at a time in any case")
+    other = "profiling_frequency" if given.get("repeat") else "wait_steps"
+    if given.get("profile") and given.get(other, FIELDS[other].default) != FIELDS[other].default:
+        means = "are counted by --wait_steps" if given.get("repeat") else "follow from --profiling_frequency"
+        remarks.append(
+            f"--{other}: not read; with --repeat {given.get('repeat', 0)} the waited steps {means}"
+        )
     return remarks
 
 

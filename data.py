@@ -1,4 +1,4 @@
-"""Data: recipe -> rows -> tokens and targets -> batches.
+"""Data: recipe -> rows -> tokens and targets -> batches of padded rows (of packed ones: packing.py).
 
 Rows are tokenized once, before any process with a GPU is started, into three flat tensors that all
 processes share. Which rows make up an optimizer step is decided here too, for all ranks at once, so every
@@ -9,8 +9,9 @@ Shapes: B rows of a micro-batch, T tokens of its longest row.
 
 from __future__ import annotations
 
+import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
@@ -214,13 +215,38 @@ def _targets(
 
 @dataclass(frozen=True)
 class Batch:
-    """A micro-batch of one rank. ids [B, T] int64, targets [B, T] int64: the next token, or IGNORE."""
+    """A micro-batch of one rank. ids [B, T] int64, targets [B, T] int64: the next token, or IGNORE.
+
+    Only where rows are packed: positions [B, T] int64, of each token in its row; bounds [N + 1] int32: where rows
+    begin and end in the batch as one line of B * T tokens; longest: tokens of the longest row.
+    """
 
     ids: torch.Tensor
     targets: torch.Tensor
+    positions: torch.Tensor | None = None
+    bounds: torch.Tensor | None = None
+    longest: int | None = None
+
+    def inputs(self) -> dict:
+        """What transformers' forward takes. From positions that begin again it knows the rows, and confines its
+        masks to them; attention.py knows them from the bounds."""
+        if self.positions is None:
+            return {"input_ids": self.ids}
+        bounds = {f"cu_seq_lens_{x}": self.bounds for x in "qk"} | {
+            f"max_length_{x}": self.longest for x in "qk"
+        }
+        return {"input_ids": self.ids, "position_ids": self.positions, **bounds}
 
     def to(self, device: torch.device) -> Batch:
-        return Batch(*(t.to(device, non_blocking=True) for t in (self.ids, self.targets)))
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pinned(self) -> Batch:
+        """In page-locked memory, from which a GPU copies while the program goes on."""
+        return self._each(torch.Tensor.pin_memory)
+
+    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
+        tensors = {name: v for name, v in vars(self).items() if isinstance(v, torch.Tensor)}
+        return dataclasses.replace(self, **{name: change(v) for name, v in tensors.items()})
 
 
 @dataclass(frozen=True)
@@ -248,27 +274,35 @@ class StepSampler:
         self.rank, self.world, self.seed = rank, world, seed
         self._lengths, self._targets = rows.lengths(), rows.targets()
 
+    def count(self) -> int:
+        """What an epoch deals: rows. batch_size counts the same."""
+        return len(self.rows)
+
     def steps_per_epoch(self) -> int:
-        return -(-len(self.rows) // (self.batch_size * self.accumulation * self.world))
+        return -(-self.count() // (self.batch_size * self.accumulation * self.world))
 
-    def deal(self, epoch: int) -> Iterator[tuple[torch.Tensor, list[torch.Tensor]]]:
-        """Per step (indices of all its rows, [indices of each micro-batch of this rank])."""
-        across = self.batch_size * self.world
-        for step in self._order(epoch).split(across * self.accumulation):
-            yield (
-                step,
-                [micro[self.rank * self.batch_size :][: self.batch_size] for micro in step.split(across)],
-            )
+    def deal(self, epoch: int) -> Iterator[tuple[Sequence, list[Sequence]]]:
+        """Per step (all that it takes, [each micro-batch, of all ranks]): indices of rows."""
+        order = self._order(epoch)
+        for step in _split(order, self.batch_size * self.world * self.accumulation):
+            yield step, _split(step, self.batch_size * self.world)
 
-    def _order(self, epoch: int) -> torch.Tensor:
-        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**63)
-        return torch.randperm(len(self.rows), generator=generator)
+    def _order(self, epoch: int) -> Sequence:
+        return torch.randperm(len(self.rows), generator=self._generator(epoch))
+
+    def _generator(self, epoch: int) -> torch.Generator:
+        return torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**63)
+
+    def positions(self) -> int:
+        """Of the first epoch's batches, of all ranks, padding included."""
+        size, total = self.batch_size, 0
+        for micro in _split(self._order(0), size * self.world):
+            total += -(-len(micro) // size) * min(size, len(micro)) * self._width(micro)
+        return total
 
     def padding_share(self) -> float:
-        """Padding among all positions of the first epoch's batches, of all ranks: each takes the next
-        batch_size rows."""
-        batches = self._lengths[self._order(0)].split(self.batch_size)
-        return 1 - int(self._lengths.sum()) / sum(len(b) * int(b.max()) for b in batches)
+        """Padding among all positions of the first epoch."""
+        return 1 - int(self._lengths.sum()) / self.positions()
 
     def steps(self, num_epochs: int, done: int = 0) -> Iterator[Step]:
         """The steps of the whole run, in order, after the first `done`. Where a run stands in its data is no more
@@ -278,25 +312,39 @@ class StepSampler:
             for i, (step, micros) in enumerate(self.deal(epoch)):
                 if epoch == first and i < skipped:
                     continue
-                batches = [self._batch(m, spare=step[:1]) for m in micros]
-                done = epoch + (i + 1) / self.steps_per_epoch()
-                yield Step(done, batches, int(self._lengths[step].sum()), int(self._targets[step].sum()))
+                batches = [self._batch(m) for m in micros]
+                done, rows = epoch + (i + 1) / self.steps_per_epoch(), self._rows(step)
+                yield Step(done, batches, int(self._lengths[rows].sum()), int(self._targets[rows].sum()))
 
-    def _batch(self, indices: torch.Tensor, spare: torch.Tensor) -> Batch:
-        """A rank that is left without rows at an epoch's end takes the row `spare` without targets: collectives
-        need all ranks."""
-        if len(indices):
-            return make_batch(self.rows, indices)
-        batch = make_batch(self.rows, spare)
-        return Batch(batch.ids, torch.full_like(batch.targets, IGNORE))
+    def _batch(self, micro: Sequence) -> Batch:
+        """This rank's part of a micro-batch of all ranks, in the shape of the largest part: ranks that share a
+        vocabulary exchange equally many tokens (loss.py), and FSDP waits for the slowest anyway. At an epoch's
+        end a rank may be left without rows."""
+        own = micro[self.rank * self.batch_size :][: self.batch_size]
+        return self._collate(own, (min(self.batch_size, len(micro)), self._width(micro)))
+
+    def _rows(self, step: Sequence) -> torch.Tensor:
+        """Indices of all rows of a step."""
+        return step
+
+    def _width(self, micro: Sequence) -> int:
+        """Tokens of the longest line of a micro-batch of all ranks."""
+        return int(self._lengths[micro].max())
+
+    def _collate(self, own: Sequence, shape: tuple[int, int]) -> Batch:
+        return make_batch(self.rows, own, shape)
 
 
-def make_batch(rows: TokenizedRows, indices: torch.Tensor) -> Batch:
-    """The rows `indices`, padded to the longest of them, on the right: causal attention never looks there."""
+def _split(items: Sequence, size: int) -> list[Sequence]:
+    return [items[i : i + size] for i in range(0, len(items), size)]
+
+
+def make_batch(rows: TokenizedRows, indices: torch.Tensor, shape: tuple[int, int]) -> Batch:
+    """The rows `indices` in a batch of that shape [B, T]: padded on the right, where causal attention never looks,
+    and with rows of nothing but padding."""
     spans = [(int(rows.starts[i]), int(rows.starts[i + 1])) for i in indices]
-    width = max(end - start for start, end in spans)
-    ids = torch.zeros(len(spans), width, dtype=torch.int64)
-    targets = torch.full((len(spans), width), IGNORE)
+    ids = torch.zeros(shape, dtype=torch.int64)
+    targets = torch.full(shape, IGNORE)
     for row, (start, end) in enumerate(spans):
         tokens = rows.tokens[start:end].long()
         ids[row, : end - start] = tokens

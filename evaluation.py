@@ -23,14 +23,14 @@ from torch.distributed.fsdp import FSDPModule
 
 from checkpoint import BEST, SCORE, fresh_folder, replace_folder, write_text
 from config import Config
-from data import TokenizedRows, make_batch
+from data import Batch, TokenizedRows, make_batch
 from evaluation_data import EvaluationData
 from launch import Place
 from tracking import Meter, Metrics, NoTracker
 
 PROMPTS_AT_ONCE = 8
 
-LossSum = Callable[[nn.Module, torch.Tensor, torch.Tensor], torch.Tensor]
+LossSum = Callable[[nn.Module, Batch], torch.Tensor]
 Context = Callable[[], contextlib.AbstractContextManager]
 
 
@@ -57,16 +57,19 @@ def mean_loss(
 
     The batches are the same on any number of ranks, which take turns, and their sums meet each in a place of its
     own: the result depends on the number of ranks only as far as the kernels do. The longest come first, so that
-    what does not fit into memory shows at once; a rank that is left without a batch goes through the last again.
+    what does not fit into memory shows at once; a rank that is left without a batch takes one of nothing but padding.
     """
-    batches = rows.lengths().argsort(descending=True, stable=True).split(batch_size)
+    lengths = rows.lengths()
+    batches = lengths.argsort(descending=True, stable=True).split(batch_size)
     sums = torch.zeros(len(batches), dtype=torch.float64, device=place.device)
     with evaluating(model):
         for first in range(0, len(batches), place.world):
             own = first + place.rank
-            batch = make_batch(rows, batches[min(own, len(batches) - 1)]).to(place.device)
+            indices = batches[own] if own < len(batches) else batches[0][:0]
+            longest = int(lengths[batches[first][0]])
+            batch = make_batch(rows, indices, (len(batches[first]), longest)).to(place.device)
             with context():
-                total = loss_sum(model, batch.ids, batch.targets)
+                total = loss_sum(model, batch)
             if own < len(batches):
                 sums[own] = total
     if place.world > 1:
@@ -119,7 +122,7 @@ class Evaluator:
     """What hangs on the loop. stop: the loop is to end (--early_stopping_patience); best_step, best_loss: of the
     best evaluation so far; worse: evaluations since then.
 
-    loss_sum(model, ids, targets): as the loop's; context(): around every forward; save(folder): saves what is
+    loss_sum(model, batch): as the loop's; context(): around every forward; save(folder): saves what is
     trained, collectively; tokenizer: rank 0's, if there are prompts.
     """
 

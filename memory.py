@@ -6,13 +6,17 @@ dtype that is not the intended one shows here, before it shows as an out-of-memo
 
 from __future__ import annotations
 
+import os
+import resource
 from dataclasses import dataclass, fields
+from pathlib import Path
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
 GIB, MIB = 2**30, 2**20
+STATM = Path("/proc/self/statm")  # sizes of this process in pages; the second is the resident one (Linux)
 TOLERANCE = 0.03
 PER_TENSOR = 1024  # bytes: what an allocator may round one tensor up by
 
@@ -74,6 +78,21 @@ def held_bytes(model: nn.Module, before: int, offloaded: bool) -> int:
     local = [p.to_local() if isinstance(p, DTensor) else p for p in model.parameters()]
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in local}
     return sum(storages.values())
+
+
+def in_use(device: torch.device) -> int:
+    """Bytes that this process uses now: on a GPU those of its tensors, as torch's allocator counts them on the host,
+    so nothing waits for the GPU; on a CPU its resident size."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    if STATM.is_file():
+        return int(STATM.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return largest_resident()
+
+
+def largest_resident() -> int:
+    """Bytes: the process's largest resident size so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
 
 
 def allocated() -> int:

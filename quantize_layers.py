@@ -28,6 +28,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from launch import Place
+from linear4bit import dequantize, linear4bit, name_of
 from model_files import CheckpointFiles
 from models.family import Family, clean
 from quantizers import PackedWeight, Quantizer, flat_bytes
@@ -42,44 +43,10 @@ def as_storage(data: torch.Tensor) -> torch.Tensor:
     return F.pad(raw, (0, -raw.numel() % STORAGE.itemsize)).view(STORAGE)
 
 
-def dequantize(quantizer: Quantizer, codes, scales, table, shape, dtype, row_scale=None) -> torch.Tensor:
-    """`Quantizer.dequantize` of codes and scales in float storage."""
-    raw = codes.view(torch.uint8), scales.view(torch.uint8)
-    return quantizer.dequantize(*raw, table, shape, dtype, row_scale)
-
-
-class _MatMul4bit(torch.autograd.Function):
-    """y = x W^T + b, or x (diag(g) W)^T with a row scale g, for a frozen 4-bit W. Saves the packed weight, not
-    the dequantized one: FSDP frees the gathered storage after forward and fills it again before backward."""
-
-    @staticmethod
-    def forward(ctx, x, codes, scales, table, quantizer, shape, bias, row_scale):
-        weight = dequantize(quantizer, codes, scales, table, shape, x.dtype, row_scale)
-        y = F.linear(x, weight, bias)
-        ctx.save_for_backward(codes, scales, table, row_scale, None if row_scale is None else y)
-        ctx.quantizer, ctx.shape = quantizer, shape
-        return y
-
-    @staticmethod
-    def backward(ctx, grad):
-        codes, scales, table, row_scale, y = ctx.saved_tensors
-        weight = dequantize(ctx.quantizer, codes, scales, table, ctx.shape, grad.dtype, row_scale)
-        grad_x = grad @ weight
-        grad_scale = None
-        if row_scale is not None:  # the derivative of g (W x) by g is W x = y / g
-            if grad.dtype == torch.float16:  # scaled gradients times outputs may pass its largest number
-                grad = grad.float()
-            grad_scale = (grad * y).flatten(0, -2).sum(0, dtype=torch.float32) / row_scale
-        return grad_x, None, None, None, None, None, None, grad_scale
-
-
-def scaled_linear(base: nn.Module, x: torch.Tensor, row_scale: torch.Tensor) -> torch.Tensor:
-    """row_scale * (W x) for a frozen linear without a bias: [T, I] -> [T, O]; row_scale [O] fp32."""
-    if isinstance(base, Linear4bit) and base.in_features % base.quantizer.block == 0:
-        return base(x, row_scale)
-    y = base(x)
-    # y * g, written as y + y * (g - 1): g is near 1, where bf16 is coarse.
-    return torch.addcmul(y, y, (row_scale - 1).to(y.dtype))
+def compute_dtype(x: torch.Tensor) -> torch.dtype:
+    """In which a linear computes: autocast's, within it, else x's own. For what autocast does not look into."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 class Packed(nn.Module):
@@ -132,12 +99,13 @@ class Linear4bit(Packed):
         super().__init__()
         self.out_features, self.in_features = self.shape = tuple(linear.weight.shape)
         self.dtype, self.quantizer, device = dtype, quantizer, linear.weight.device
+        self.quantizer_name = name_of(quantizer)
         for name, n_bytes in zip(("codes", "scales"), quantizer.sizes(self.shape), strict=True):
             data = torch.empty(-(-n_bytes // STORAGE.itemsize), dtype=STORAGE, device=device)
             self.register_parameter(name, nn.Parameter(data, requires_grad=False))
         self.bias = linear.bias
         if self.bias is not None:
-            self.bias.requires_grad_(False)  # _MatMul4bit has no gradient for it
+            self.bias.requires_grad_(False)  # the operator has no gradient for it
         self.register_buffer("table", None, persistent=False)
 
     @property
@@ -145,13 +113,32 @@ class Linear4bit(Packed):
         """The dequantized [O, I] weight, made anew at each access. Only inside a gathered FSDP unit."""
         return self.unpack(self.codes, self.scales)
 
-    def forward(self, x: torch.Tensor, row_scale: torch.Tensor | None = None) -> torch.Tensor:
-        """x W^T + b; with row_scale [O] fp32 (`scaled_linear`), each output times its row's scale."""
+    @property
+    def takes_row_scale(self) -> bool:
+        """Whether a row is whole blocks, whose scales can carry the row's."""
+        return self.in_features % self.quantizer.block == 0
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        row_scale: torch.Tensor | None = None,
+        a: torch.Tensor | None = None,
+        b: torch.Tensor | None = None,
+        dropout: float = 0.0,
+    ) -> torch.Tensor:
+        """x (diag(g) W)^T + bias + dropout(x) a^T b^T. row_scale: g [O] fp32, or None for ones; a [R, I], b [O, R]: a
+        low-rank branch, or None."""
         assert row_scale is None or self.bias is None, "a bias is not rescaled"
-        if torch.is_autocast_enabled(x.device.type):  # which does not look inside _MatMul4bit's backward
-            x = x.to(self.dtype)
-        packed = self.codes, self.scales, self.table
-        return _MatMul4bit.apply(x, *packed, self.quantizer, self.shape, self.bias, row_scale)
+        x = x.to(compute_dtype(x))
+        packed, h = (self.codes, self.scales, self.table, self.quantizer_name, self.shape), None
+        if a is not None:
+            a, b = a.to(x.dtype), b.to(x.dtype)
+            if dropout:
+                h, a = F.linear(F.dropout(x, dropout), a), None
+            else:
+                with torch.no_grad():  # the operator differentiates by way of h
+                    h = F.linear(x, a)
+        return linear4bit(x, *packed, row_scale, self.bias, h, a, b)
 
     def packs(self, name: str) -> tuple[str, ...]:
         return ("codes", "scales") if name == "weight" else (name,)
@@ -169,7 +156,7 @@ class Linear4bit(Packed):
 
     def unpack(self, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
         """The [O, I] weight of what `pack` returned, in the layer's dtype."""
-        return dequantize(self.quantizer, codes, scales, self.table, self.shape, self.dtype)
+        return dequantize((codes, scales, self.table), self.quantizer_name, self.shape, self.dtype)
 
     def fill_buffers(self, device: torch.device) -> None:
         self.table = self.quantizer.table(device)

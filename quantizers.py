@@ -70,6 +70,12 @@ def flat_bytes(*tensors: torch.Tensor) -> torch.Tensor:
 
 
 @cache
+def triton_runs_on(device: torch.device) -> bool:
+    """Whether Triton, and so torch.compile, supports this device: a GPU of compute capability 8.0 or more."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+@cache
 def _dynamic_map(device: torch.device) -> torch.Tensor:
     """The 256 values of an 8-bit scale code, fp32."""
     return bnb.create_dynamic_map().to(device)
@@ -108,6 +114,11 @@ class NF4:
 
     def dequantize(self, codes, scales, table, shape, dtype, row_scale=None) -> torch.Tensor:
         blocks = -(-shape[0] * shape[1] // self.block)
+        if self.double and math.prod(shape) % self.block == 0 and triton_runs_on(codes.device):
+            from nf4_kernel import dequantize  # Triton comes with torch's CUDA builds only
+
+            codes = codes[: math.prod(shape) // 2]
+            return dequantize(codes, *self._parts(scales, blocks), table, row_scale, shape, dtype)
         absmax = self._absmax(scales, table, blocks)
         if row_scale is not None:
             absmax = (absmax.view(shape[0], -1) * row_scale[:, None]).view(-1)
@@ -118,13 +129,16 @@ class NF4:
         """The blocks' absolute maxima: [blocks] fp32."""
         if not self.double:
             return scales[: 4 * blocks].view(torch.float32)
-        groups = -(-blocks // SCALE_BLOCK)
-        group_scales = scales[: 4 * groups].view(torch.float32)
-        offset = scales[4 * groups : 4 * groups + 4].view(torch.float32)
-        codes = scales[4 * groups + 4 : 4 * groups + 4 + blocks]
+        codes, group_scales, offset = self._parts(scales, blocks)
         return offset + torch.ops.bitsandbytes.dequantize_blockwise(
             codes, group_scales, table, SCALE_BLOCK, torch.float32
         )
+
+    def _parts(self, scales: torch.Tensor, blocks: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Of double quantization: (the blocks' 8-bit codes, their groups' scales, the offset)."""
+        groups = -(-blocks // SCALE_BLOCK)
+        group_scales, offset = scales[: 4 * groups + 4].view(torch.float32).split([groups, 1])
+        return scales[4 * groups + 4 : 4 * groups + 4 + blocks], group_scales, offset
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from checkpoint import write_text
 from command_line import parse, report
 from config import Config, UserError
 from data import StepSampler, TokenizedRows
+from packing import PackSampler
 from report_page import page
 
 FACTS, PAGE = "run.json", "report.html"
@@ -45,14 +46,17 @@ class RunFiles:
     names: set[str]
 
 
-def describe_run(rows: TokenizedRows, sampler: StepSampler, model: nn.Module) -> str:
-    """run.json, when training starts."""
+def describe_run(
+    rows: TokenizedRows, sampler: StepSampler, model: nn.Module, stages: dict[str, float]
+) -> str:
+    """run.json, when training starts. stages: GiB of the fullest rank after wrapping and after loading."""
     gpus = torch.cuda.is_available()
     facts = {
         "data": _data(rows, sampler),
         "model": {
             "parameters_trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
         },
+        "memory": {name: round(gib, 3) for name, gib in stages.items()},
         "hardware": {
             "ranks": sampler.world,
             "device": torch.cuda.get_device_name() if gpus else _processor(),
@@ -84,6 +88,7 @@ def _data(rows: TokenizedRows, sampler: StepSampler) -> dict:
         "tokens_learned": int(rows.targets().sum()),
         "padding_share": round(sampler.padding_share(), 4),
         "steps_per_epoch": sampler.steps_per_epoch(),
+        "packs": sampler.count() if isinstance(sampler, PackSampler) else None,
         "length_median": int(ordered[len(ordered) // 2]),
         "length_p95": int(ordered[math.ceil(0.95 * len(ordered)) - 1]),
         "length_longest": longest,

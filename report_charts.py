@@ -1,16 +1,18 @@
-"""The curves and bars of report.html: plain SVG, made here.
+"""The curves and bars of report.html and memory.html: plain SVG, made here.
 
 A chart must keep its text readable on a telephone and on a wide screen. So nothing is scaled but the curve: its
 SVG is stretched (preserveAspectRatio="none", strokes keep their width), while ticks and labels stand beside it
 at positions in per cent and in pixels. Colours and fonts are classes, which page.css fills in.
 
-Coordinates inside a curve: x 0 to 1000 from the first to the last step, y in pixels from the top.
+Coordinates inside a curve: x 0 to 1000 from the first to the last step (or from 0 to the last second), y in
+pixels from the top.
 """
 
 from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html import escape
 
@@ -21,13 +23,24 @@ TOP, BOTTOM = 8, 24  # pixels above the highest value; pixels below the lowest, 
 
 @dataclass(frozen=True)
 class Series:
-    """One curve. points: (step, value) in the order of the steps, null values left out; style: its class, one of
+    """One curve. points: (step or seconds, value) in their order, null values left out; style: its class, one of
     "main", "faint", "second"; dots: a mark on each point, where there are few."""
 
     name: str
     points: list[tuple[float, float]]
     style: str = "main"
     dots: bool = False
+
+
+@dataclass(frozen=True)
+class Band:
+    """A stretch of the x axis, in its units. style: its class; note: what a browser shows when pointed at it."""
+
+    name: str
+    start: float
+    end: float
+    style: str
+    note: str
 
 
 @dataclass(frozen=True)
@@ -102,6 +115,12 @@ def step_axis(first: int, last: int, most: int = 4) -> Axis:
     return Axis(first, last, [first, *inner, last])
 
 
+def time_axis(seconds: float, most: int = 4) -> Axis:
+    """From 0 to exactly so many seconds; ticks at round numbers of them."""
+    step = nice_step(seconds, most)
+    return Axis(0.0, seconds, [i * step for i in range(int(seconds / step + 1e-9) + 1)])
+
+
 def number(value: float) -> str:
     """A value with about four digits: 12.96, 5,677, 3.00e-4."""
     if value == 0:
@@ -124,8 +143,10 @@ def tick(value: float, axis: Axis) -> str:
     return f"{value:,.{decimals}f}"
 
 
-def _frame(x: Axis, y: Axis, height: int, curve: str, label: str, x_labels: list[str]) -> str:
-    """Axes, grid and labels around the inner SVG `curve`. label: the picture in words."""
+def _frame(
+    x: Axis, y: Axis, height: int, curve: str, label: str, x_labels: list[str], bands: Sequence[Band] = ()
+) -> str:
+    """Axes, grid, bands and labels around the inner SVG `curve`. label: the picture in words."""
 
     def level(value: float) -> str:
         return f"{TOP + (1 - y.share(value)) * (height - TOP):.1f}"
@@ -138,16 +159,20 @@ def _frame(x: Axis, y: Axis, height: int, curve: str, label: str, x_labels: list
         for v in y.ticks
     )
     below = ""
-    for i, (value, text) in enumerate(zip(x.ticks, x_labels, strict=True)):
-        anchor = "middle" if len(x.ticks) == 1 else {0: "start", len(x.ticks) - 1: "end"}.get(i, "middle")
-        below += (
-            f'<text x="{100 * x.share(value):.2f}%" y="{height + 18}" text-anchor="{anchor}">{text}</text>'
-        )
+    for value, text in zip(x.ticks, x_labels, strict=True):
+        at = x.share(value)
+        anchor = "start" if at < 0.03 else "end" if at > 0.97 else "middle"
+        below += f'<text x="{100 * at:.2f}%" y="{height + 18}" text-anchor="{anchor}">{text}</text>'
+
+    def stretched(inner: str) -> str:
+        size = f'viewBox="0 0 {WIDE} {height}" preserveAspectRatio="none" width="100%" height="{height}"'
+        return f"<svg {size}>{inner}</svg>" if inner else ""
+
+    under = stretched("".join(_band(b, x, height) for b in bands))  # so that the grid is seen
     return (
         f'<div class="plot"><svg class="labels" width="{LABELS}" height="{height + BOTTOM}" aria-hidden="true">'
         f'{names}</svg><svg class="area" width="100%" height="{height + BOTTOM}" role="img"'
-        f' aria-label="{escape(label)}">{grid}<svg viewBox="0 0 {WIDE} {height}" preserveAspectRatio="none"'
-        f' width="100%" height="{height}">{curve}</svg>{below}</svg></div>'
+        f' aria-label="{escape(label)}">{under}{grid}{stretched(curve)}{_band_names(bands, x)}{below}</svg></div>'
     )
 
 
@@ -159,9 +184,24 @@ def curves(
     series = [s for s in series if s.points]
     if not series:
         return ""
+    x, y = step_axis(*steps), value_axis([value for s in series for _, value in s.points], zero=zero)
+    return plot(title, unit, series, (x, y), [f"{int(v):,}" for v in x.ticks], ("steps", "step {}"), height)
+
+
+def plot(
+    title: str,
+    unit: str,
+    series: list[Series],
+    axes: tuple[Axis, Axis],
+    x_labels: list[str],
+    pointed: tuple[str, str],
+    height: int,
+    bands: Sequence[Band] = (),
+) -> str:
+    """A figure with curves, each of which has a point, over `bands`. axes: x, y; x_labels: of x's ticks; pointed:
+    the group of figures whose crosshairs move together, and how a place on their x axis is told."""
+    x, y = axes
     height -= LEGEND if len(series) > 1 else 0  # so that cards side by side are equally tall
-    x = step_axis(*steps)
-    y = value_axis([value for s in series for _, value in s.points], zero=zero)
 
     def place(point: tuple[float, float]) -> str:
         # A curve at the very top or bottom keeps its whole width: TOP pixels are left, and 1 below.
@@ -175,18 +215,37 @@ def curves(
         if s.dots and len(points) <= 40:
             drawn += f'<path class="dots {s.style}" d="{"".join(f"M{place(p)}h0" for p in points)}"/>'
         heights = [round(TOP + (1 - y.share(v)) * (height - TOP) - 1, 1) for _, v in points]
-        rows = [[step, float(f"{v:.5g}"), h] for (step, v), h in zip(points, heights, strict=True)]
+        rows = [[at, float(f"{v:.5g}"), h] for (at, v), h in zip(points, heights, strict=True)]
         data.append({"name": s.name, "style": s.style, "points": rows})
     ends = ", ".join(f"{s.name} {number(s.points[0][1])} to {number(s.points[-1][1])}" for s in series)
-    chart = _frame(x, y, height, drawn, f"{title}: {ends}", [f"{int(v):,}" for v in x.ticks])
+    chart = _frame(x, y, height, drawn, f"{title}: {ends}", x_labels, bands)
     legend = "".join(f'<span><i class="key {s.style}"></i>{escape(s.name)}</span>' for s in series)
-    values = json.dumps({"from": x.low, "to": x.high, "series": data}, separators=(",", ":"))
+    group, label = pointed
+    values = {"from": x.low, "to": x.high, "group": group, "label": label, "series": data}
     scale = ", log scale" if y.log else ""
     legend = f'<span class="legend">{legend}</span>' if len(series) > 1 else ""
     return (
         f'<figure class="card chart" data-height="{height}"><figcaption><h3>{escape(title)}</h3>'
         f'<span class="unit">{escape(unit)}{scale}</span><output>last {number(series[0].points[-1][1])}</output>{legend}</figcaption>'
-        f'{chart}<script type="application/json">{embedded(values)}</script></figure>'
+        f'{chart}<script type="application/json">{embedded(json.dumps(values, separators=(",", ":")))}</script></figure>'
+    )
+
+
+def _band(band: Band, x: Axis, height: int) -> str:
+    left, right = (WIDE * x.share(v) for v in (band.start, band.end))
+    return (
+        f'<rect class="band {band.style}" x="{left:.1f}" width="{right - left:.1f}" y="0" height="{height}">'
+        f"<title>{escape(band.note)}</title></rect>"
+    )
+
+
+def _band_names(bands: Sequence[Band], x: Axis) -> str:
+    """Above the curve, in bands that are wide enough for them."""
+    shares = [(b, x.share(b.start), x.share(b.end)) for b in bands]
+    return "".join(
+        f'<text class="phase" x="{50 * (left + right):.2f}%" y="{TOP + 4}" text-anchor="middle">{escape(b.name)}</text>'
+        for b, left, right in shares
+        if right - left > 0.16
     )
 
 

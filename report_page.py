@@ -1,4 +1,4 @@
-"""report.html as text: one page that asks for nothing from outside.
+"""report.html as text: one page that asks for nothing from outside (memory_page.py uses its frame).
 
 Its Content-Security-Policy allows the page's own style sheet and script, by their hashes, and nothing else: were
 a name in it ever not escaped, a browser would still run nothing. So there are no style attributes either. Every
@@ -14,6 +14,7 @@ import math
 import os
 import shlex
 import sys
+from collections.abc import Iterable
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -33,14 +34,19 @@ TOLD_ABOVE = ("train_type", "model_name", "dataset", "output_dir", "world_size")
 
 def page(run: RunFiles) -> str:
     """The whole of report.html."""
+    title = f"{_model_name(run.config)} · {run.config.train_type}"
+    parts = (_header(run, title), _tiles(run), _curves(run), _data(run), _samples(run), _options(run.config),
+             _next(run), _machine(run))  # fmt: skip
+    return document(title, parts)
+
+
+def document(title: str, parts: Iterable[str]) -> str:
+    """A page of these parts, of which the empty ones are left out, with its policy, style sheet and script."""
     style, script = ((ASSETS / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
     policy = (
         f"default-src 'none'; style-src {_source(style)}; script-src {_source(script)};"
         " base-uri 'none'; form-action 'none'"
     )
-    title = f"{_model_name(run.config)} · {run.config.train_type}"
-    parts = (_header(run, title), _tiles(run), _curves(run), _data(run), _samples(run), _options(run.config),
-             _next(run), _machine(run))  # fmt: skip
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{escape(policy)}">\n'
@@ -186,6 +192,8 @@ def _data(run: RunFiles) -> str:
         ("Padding", f"{data['padding_share']:.1%} of the batches"),
         ("Steps per epoch", f"{data['steps_per_epoch']:,}"),
     ]  # fmt: skip
+    if data.get("packs"):
+        rows.append(("Packs", f"{data['packs']:,}"))
     histogram = bars(
         "Length of the rows", "rows by tokens", data["length_width"], data["lengths"], height=200
     )

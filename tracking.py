@@ -11,7 +11,6 @@ import errno
 import json
 import math
 import os
-import resource
 import shlex
 import time
 from collections.abc import Sequence
@@ -28,15 +27,18 @@ from checkpoint import BLOCKS
 from command_line import python
 from config import TOY_DATASET, TOY_MODEL, TOY_PROMPT, Config, UserError
 from data import Step, StepSampler, TokenizedRows
+from packing import PackSampler
 
 GIB = 2**30
+MUCH_PADDING = 0.3  # share of the batches above which a run is told of --packing
 
 
 @dataclass(frozen=True)
 class Metrics:
     """One optimizer step, over all ranks. tokens: real ones, padding not counted; trained_tokens: the
     targets among them; memory: of the rank that has most, GPU peak of this step (on CPU, the process's
-    largest resident size so far). eval_loss: mean over the targets of the evaluation set, after this step, and
+    largest resident size so far), and what was in use when the last forward and the last backward of the step
+    ended. eval_loss: mean over the targets of the evaluation set, after this step, and
     eval_perplexity its exponential, where the step was evaluated."""
 
     step: int
@@ -50,19 +52,22 @@ class Metrics:
     tokens_per_second: float
     memory_allocated_gib: float
     memory_reserved_gib: float
+    memory_after_forward_gib: float | None = None
+    memory_after_backward_gib: float | None = None
     eval_loss: float | None = None
     eval_perplexity: float | None = None
 
     def fields(self) -> dict[str, int | float]:
-        """By name; without the evaluation's where there was none."""
+        """By name; without those that the step does not have."""
         return {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
 
 
 class Meter:
     """Measures steps on every rank."""
 
-    def __init__(self, device: torch.device):
-        self.device, self.last = device, time.perf_counter()
+    def __init__(self, device: torch.device, held: dict[str, int]):
+        """held: bytes in use after each phase, kept up to date by a Profiler."""
+        self.device, self.held, self.last = device, held, time.perf_counter()
 
     def measure(
         self, index: int, step: Step, loss: torch.Tensor, lr: float, grad_norm: torch.Tensor
@@ -87,19 +92,25 @@ class Meter:
             tokens_per_second=step.n_tokens / seconds,
             memory_allocated_gib=table[:, 2].max().item() / GIB,
             memory_reserved_gib=table[:, 3].max().item() / GIB,
+            **{f"memory_after_{p}_gib": table[:, i].max().item() / GIB for i, p in self._phases()},
         )
+
+    def _phases(self) -> list[tuple[int, str]]:
+        """(its column, its name) of the phases that were measured."""
+        return list(enumerate((p for p in ("forward", "backward") if p in self.held), start=4))
 
     def restart(self) -> None:
         """Leaves out of the next step's time what was done since the last one; its memory still counts."""
         self.last = time.perf_counter()
 
-    def _memory(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def _memory(self) -> list[torch.Tensor]:
         if self.device.type == "cuda":
             sizes = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
             torch.cuda.reset_peak_memory_stats()
         else:
-            sizes = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,) * 2  # Linux counts in KiB
-        return tuple(torch.tensor(size, dtype=torch.float64, device=self.device) for size in sizes)
+            sizes = (memory.largest_resident(),) * 2
+        sizes += tuple(self.held[p] for _, p in self._phases())
+        return [torch.tensor(size, dtype=torch.float64, device=self.device) for size in sizes]
 
 
 class NoTracker:
@@ -117,6 +128,9 @@ class NoTracker:
     def log(self, metrics: Metrics) -> None: ...
 
     def say(self, text: str) -> None: ...
+
+    def stages(self, gib: dict[str, float]) -> None:
+        """What of the memory is known before the first step, by its name in run.json."""
 
     def finish(self) -> None: ...
 
@@ -197,6 +211,9 @@ class WandbTracker(Tracker):
     def state_dict(self) -> dict:
         return super().state_dict() | {"wandb": self.run.id}
 
+    def stages(self, gib: dict[str, float]) -> None:
+        self.run.summary.update({f"memory_{name}": value for name, value in gib.items()})
+
     def log(self, m: Metrics) -> None:
         super().log(m)
         self.run.log({k: v for k, v in m.fields().items() if k != "step"}, step=m.step)
@@ -262,12 +279,24 @@ def draw_loss(history: list[Metrics], path: Path) -> None:
     temporary.rename(path)
 
 
-def describe_data(rows: TokenizedRows, sampler: StepSampler) -> str:
-    """The line about the data."""
+def describe_data(rows: TokenizedRows, sampler: StepSampler, context_length: int) -> str:
+    """The line about the data; where much of the batches is padding, a second one on what packing would bring."""
     cut = f", {rows.cut:,} cut at the context length" if rows.cut else ""
-    return (
+    padding = sampler.padding_share()
+    line = (
         f"data: {len(rows):,} rows kept, {rows.dropped:,} dropped{cut}; {rows.tokens.numel():,} tokens,"
-        f" {int(rows.targets().sum()):,} of them learned; padding {sampler.padding_share():.0%} of the batches"
+        f" {int(rows.targets().sum()):,} of them learned; padding {padding:.0%} of the batches"
+    )
+    dealt = (rows, sampler.batch_size, sampler.accumulation, sampler.rank, sampler.world, sampler.seed)
+    if isinstance(sampler, PackSampler):
+        unpacked = StepSampler(*dealt).padding_share()
+        return f"{line} ({unpacked:.0%} without --packing); {sampler.count():,} packs of up to {sampler.width:,} tokens"
+    if padding <= MUCH_PADDING:
+        return line
+    faster = sampler.positions() / PackSampler(*dealt, context_length).positions()
+    return (
+        f"{line}\n--packing true would train these rows about {faster:.1f} times as fast: as full lines of"
+        f" {context_length:,} tokens, which --batch_size then counts"
     )
 
 
@@ -281,17 +310,19 @@ def describe_model(model: nn.Module) -> str:
     )
 
 
-def summary(history: list[Metrics], seconds: float, done: int = 0) -> str:
-    """Two lines on how the run went; speed is the median of the steps after the first, which warms up. seconds: of
-    the steps after the first `done`, which were before the run was resumed."""
+def summary(history: list[Metrics], seconds: float, stages: dict[str, float], done: int = 0) -> str:
+    """Three lines on how the run went; speed is the median of the steps after the first, which warms up; memory is
+    the highest of all steps. seconds: of the steps after the first `done`, which were before the run was resumed;
+    stages: as in run.json."""
     rates = sorted(m.tokens_per_second for m in history[1:] or history)
-    peak = max(m.memory_allocated_gib for m in history)
-    steps = (
-        f"{len(history)} steps, the last {len(history) - done} of them" if done else f"{len(history)} steps"
-    )
+    gib = {name.removeprefix("after_").removesuffix("_gib"): value for name, value in stages.items()}
+    for phase in ("forward", "backward"):
+        gib[phase] = max(getattr(m, f"memory_after_{phase}_gib") for m in history)
+    after = ", ".join(f"{value:.2f} GiB after {name}" for name, value in gib.items())
+    steps = f"{len(history)} steps" + (f", the last {len(history) - done} of them" if done else "")
     return (
-        f"{steps} in {seconds:.0f} s, {rates[len(rates) // 2]:,.0f} tokens/s on all ranks (median),"
-        f" peak memory {peak:.2f} GiB on the fullest rank\n"
+        f"{steps} in {seconds:.0f} s, {rates[len(rates) // 2]:,.0f} tokens/s on all ranks (median)\n"
+        f"memory of the fullest rank: {after}, peak {max(m.memory_allocated_gib for m in history):.2f} GiB\n"
         f"loss {history[0].loss:.4f} at the first step, {history[-1].loss:.4f} at the last"
     )
 
@@ -308,11 +339,15 @@ def describe_files(config: Config, sampled: bool, folder: Path) -> str:
     saved = BLOCKS if config.llama_pro_save == "blocks" else saved
     what = f"{saved}, " if config.save_model else ""
     what += "samples.jsonl, " if sampled else ""
+    what += "memory.html, memory.png, " if config.profile_memory else ""
+    what += "memory_snapshot.pickle, " if (folder / "memory_snapshot.pickle").exists() else ""
     again = [python(), "train.py", "--config", f"{folder}/config.yaml", "--output_dir", f"{folder}-again"]
     lines = [
         f"in {folder}: {what}report.html, metrics.jsonl, loss.png, config.yaml",
         f"next: {shlex.join(again)}",
     ]
+    if config.profile:
+        lines.insert(1, f"in {config.profiling_output}: traces of single steps, for https://ui.perfetto.dev")
     if config.save_model and config.llama_pro_save != "blocks":
         demo = (config.model_name, config.dataset) == (TOY_MODEL, TOY_DATASET)
         question = f' --prompt "{TOY_PROMPT}"' if demo else ""  # without one it is a conversation

@@ -24,7 +24,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from huggingface_hub.utils import logging as hub_logging
 from torch import nn
 from transformers.utils import logging as transformers_logging
@@ -33,16 +32,18 @@ import config as options
 import launch
 import memory
 import resume
+from attention import packed_attention
 from checkpoint import (
     base_digest,
     clear_output,
     save_adapter,
+    whole,
     write_text,
 )
 from checkpoints import Checkpoints
-from checks import Job, check, identity, read_tokenizer
+from checks import Job, check, identity, read_tokenizer, total_steps
 from config import TOY_MODEL, Config, UserError
-from data import IGNORE, StepSampler
+from data import Batch, StepSampler
 from evaluation import Evaluator, describe_evaluations
 from launch import Place, resolve_workers
 from model_writer import save_blocks, save_expanded, save_model
@@ -53,8 +54,12 @@ from models.adapters import (
     peft_targets,
 )
 from optimizers import make_optimizer, make_schedule
+from packing import make_sampler
 from precision import precision_here, use_deterministic
+from prefetch import ahead
+from profiling import BETWEEN, NO_PROFILER, NoProfiler, Profiler, make_profiler
 from quantize_layers import load_weights
+from recompute import Keep, compiler, compiles
 from report import FACTS, describe_run, write_report
 from stopping import NEVER, NeverStop, Stopping
 from tracking import (
@@ -67,14 +72,16 @@ from tracking import (
     summary,
 )
 from weight_cache import CacheWriter
-from wrapping import STRATEGIES, WRAP_POLICIES, make_mesh, offload_policy, wrap
+from wrapping import STRATEGIES, WRAP_POLICIES, can_pin, make_mesh, offload_policy, sync_gradients, wrap
 
 
-def set_up(job: Job, place: Place) -> nn.Module:
+def set_up(job: Job, place: Place, profiler: NoProfiler = NO_PROFILER) -> nn.Module:
     """The model of the train type, sharded and filled."""
+    profiler.phase("wrap")
     config, family = job.config, FAMILIES[job.model_config.model_type]
     precision, device = precision_here(config.precision), place.device
-    model = build_on_meta(job.model_config, family)
+    attention = packed_attention(job.model_config, family, precision.matmul) if config.packing else None
+    model = build_on_meta(job.model_config, family, attention)
     apply_method(model, family, config, precision, job.files)
     mesh = make_mesh(device.type, place.world, config.sharding_strategy, config.hybrid_shard_size)
     wrap(
@@ -85,9 +92,11 @@ def set_up(job: Job, place: Place) -> nn.Module:
         units=WRAP_POLICIES[config.wrap_policy](family),
         cast=precision.gathered,
         offload=offload_policy(config.use_cpu_offload, device.type),
-        checkpointing=config.use_gradient_checkpointing,
+        keep=Keep.NOTHING if config.use_gradient_checkpointing else Keep.ALL,
+        run=compiler() if compiles(config.compile, device, family) else None,
         offload_activations=config.use_activation_cpu_offload,
     )
+    profiler.phase("load")
     cache = None
     if job.cache:
         first_node = place.rank < place.local_world
@@ -101,35 +110,35 @@ def set_up(job: Job, place: Place) -> nn.Module:
     memory.check_loaded(model, memory.held_bytes(model, before, config.use_cpu_offload))
     if cache:
         cache.finish()
+    profiler.phase(BETWEEN)
     torch.manual_seed(config.seed + place.rank)  # of dropout; adapters and the data order have their own
     return model
 
 
-def loss_sum(model: nn.Module, ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy summed over the targets, in fp32. ids, targets: [B, T]."""
-    # No attention mask: padding is on the right, where causal attention never looks, and has no targets.
-    logits = model(input_ids=ids, use_cache=False).logits
-    return F.cross_entropy(
-        logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE, reduction="sum"
-    )
-
-
-def total_steps(config: Config, sampler: StepSampler) -> int:
-    steps = sampler.steps_per_epoch() * config.num_epochs
-    return steps if config.max_steps < 0 else min(steps, config.max_steps)
+def loss_sum(model: nn.Module, batch: Batch) -> torch.Tensor:
+    """Cross-entropy summed over the batch's targets, in fp32."""
+    # No attention mask: padding is on the right, where causal attention never looks, and has no targets. Packed
+    # rows say where they begin and end.
+    return model(**batch.inputs(), targets=batch.targets)
 
 
 def train(
-    job: Job, model: nn.Module, place: Place, sampler: StepSampler, tracker, stopping: NeverStop = NEVER
+    job: Job,
+    model: nn.Module,
+    place: Place,
+    sampler: StepSampler,
+    tracker,
+    profiler: NoProfiler = NO_PROFILER,
+    stopping: NeverStop = NEVER,
 ) -> list:
-    """The loop. Returns the metrics of every step, those before a resumed run was stopped included on rank 0."""
+    """The loop. Returns the metrics of every step, on rank 0 also of those before a resumed run was stopped."""
     config = job.config
     total = total_steps(config, sampler)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = make_optimizer(trained, config.optimizer, config.lr, config.wd)
     precision = precision_here(config.precision)
     scaler = precision.scaler("cpu" if config.use_cpu_offload else place.device.type)
-    meter, history = Meter(place.device), list(tracker.history)
+    meter, history = Meter(place.device, profiler.held), list(tracker.history)
     evaluator = make_evaluator(job, model, place, total, meter, tracker)
     parts = {"scaler": scaler, "evaluator": evaluator, "tracker": tracker}
     checkpoints = make_checkpoints(job, model, optimizer, parts, place, tracker.say, stopping)
@@ -138,19 +147,23 @@ def train(
     model.train()
     evaluator.begin(done)
     todo = range(done + 1, total + 1) if not evaluator.stop else ()
-    for index, step in zip(todo, sampler.steps(config.num_epochs, done), strict=False):
+    steps = ahead(sampler.steps(config.num_epochs, done), place.device, can_pin(place.device.type))
+    for index, step in zip(todo, steps, strict=False):
         loss = torch.zeros((), device=place.device)
         for i, batch in enumerate(step.batches, 1):
+            profiler.phase("forward")
             batch = batch.to(place.device)
-            model.set_requires_gradient_sync(i == len(step.batches) or not config.no_sync)
+            sync_gradients(model, i == len(step.batches) or not config.no_sync)
             # Exactly the mean over the step's targets: divided by their number on all ranks and in all
             # micro-batches, while FSDP sums gradients over ranks and backward over micro-batches.
             with precision.context(place.device.type):
-                share = loss_sum(model, batch.ids, batch.targets) / step.n_targets
+                share = loss_sum(model, batch) / step.n_targets
+            profiler.phase("backward")
             scaler.scale(share).backward()
             loss += share.detach()
+        profiler.phase("optimizer")
         scaler.unscale_(optimizer)
-        norm = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None]).full_tensor()
+        norm = whole(nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None]))
         if config.apply_gradient_clipping:
             nn.utils.clip_grads_with_norm_(trained, config.grad_norm, norm)
         lr = schedule.get_last_lr()[0]
@@ -158,11 +171,15 @@ def train(
         scaler.update()
         schedule.step()
         optimizer.zero_grad(set_to_none=True)
+        profiler.phase(BETWEEN)
         history.append(evaluator.after(meter.measure(index, step, loss, lr, norm)))
         tracker.log(history[-1])
+        if profiler.step():
+            meter.restart()
         if checkpoints.after(index, last=index == total or evaluator.stop) or evaluator.stop:
             break
     checkpoints.finish()
+    profiler.finish()
     return history
 
 
@@ -209,36 +226,42 @@ def make_checkpoints(
 
 def run_rank(place: Place, job: Job) -> None:
     """What each process does, from loading to the saved result."""
+    with make_profiler(job.config, place) as profiler:
+        run_profiled(place, job, profiler)
+
+
+def run_profiled(place: Place, job: Job, profiler: Profiler) -> None:
+    """The same, watched by a profiler."""
     config, start = job.config, time.perf_counter()
     if config.deterministic:
         use_deterministic()
-    sampler = StepSampler(
-        job.rows, config.batch_size, config.gradient_accumulation_steps, place.rank, place.world, config.seed
-    )
+    sampler = make_sampler(config, job.rows, place.rank, place.world)
     folder, total = Path(config.output_dir), total_steps(config, sampler)
     if place.rank == 0:
-        print(describe_data(job.rows, sampler) + job.evaluation.describe(), flush=True)
-    model = set_up(job, place)
+        print(describe_data(job.rows, sampler, config.context_length) + job.evaluation.describe(), flush=True)
+    model = set_up(job, place, profiler)
+    stages = profiler.fullest("wrap", "load")
     if place.rank == 0:
         if job.saved is None:
             clear_output(folder)
         resume.tidy(folder, job.saved)
         write_text(folder / "config.yaml", options.dump_yaml(config))
-        write_text(folder / FACTS, describe_run(job.rows, sampler, model))
+        write_text(folder / FACTS, describe_run(job.rows, sampler, model, stages))
         print(f"{describe_model(model)}; ready after {time.perf_counter() - start:.1f} s", flush=True)
     before = job.saved.run["parts"]["tracker"] if job.saved else {}
     tracker = make_tracker(config, place.rank, total, before)
+    tracker.stages(stages)
     done = len(tracker.history)
     stopping = Stopping(place.rank, job.started, config.max_minutes, config.save_minutes)
     start = time.perf_counter()
-    history = train(job, model, place, sampler, tracker, stopping)
+    history = train(job, model, place, sampler, tracker, profiler, stopping)
     seconds = time.perf_counter() - start
     if config.save_model and not stopping.reason:
         save(job, model, folder)
     tracker.finish()
     if place.rank == 0:
         write_report(folder)
-        told = [summary(history, seconds, done), *describe_evaluations(history, total, config)]
+        told = [summary(history, seconds, stages, done), *describe_evaluations(history, total, config)]
         files = describe_files(config, bool(job.evaluation.prompts), folder)
         stop = describe_stop(stopping.reason, history, total, folder)
         print(*([stop] if stopping.reason else [*told, files]), sep="\n", flush=True)

@@ -2,9 +2,10 @@
 here only.
 
 A *unit* is what FSDP2 gathers for one forward or backward and frees again. By default a decoder layer is one:
-its 4-bit codes, scales, norms and adapters travel in a single all-gather. The embedding and the head are
-units of their own; left in the root they would stay gathered from forward to the end of backward (2 GiB
-each for a 128k vocabulary and 8,192 hidden units). Tied, they are one parameter that is needed at both
+its 4-bit codes, scales, norms and adapters travel in a single all-gather. A frozen embedding and a frozen head are
+no units: they are dealt out by rows of the vocabulary and never gathered (loss.py). Where they are trained they
+are units of their own; left in the root they would stay gathered from forward to the end of backward (2 GiB
+each for a 128k vocabulary and 8,192 hidden units). Tied and trained, they are one parameter that is needed at both
 ends, and stay in the root.
 """
 
@@ -16,7 +17,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
@@ -27,7 +27,9 @@ from torch.distributed.fsdp import (
 )
 
 from activation_offload import HostStash, OffloadInputs
+from loss import shard_vocabulary
 from models.family import Family
+from recompute import Keep, Recomputed
 
 
 @dataclass(frozen=True)
@@ -71,10 +73,17 @@ def offload_policy(wanted: bool, device_type: str) -> OffloadPolicy:
     """Of --use_cpu_offload. Pinned host memory, which copies can overlap with, where the system grants it."""
     if not wanted:
         return OffloadPolicy()
-    return CPUOffloadPolicy(pin_memory=device_type == "cuda" and can_pin())
+    return CPUOffloadPolicy(pin_memory=can_pin(device_type))
 
 
-def can_pin() -> bool:
+def _wholly_trained(module: nn.Module) -> bool:
+    return all(p.requires_grad for p in module.parameters())
+
+
+def can_pin(device_type: str) -> bool:
+    """Whether there is page-locked host memory for a device of this type."""
+    if device_type != "cuda":
+        return False
     try:
         torch.empty(2**20, pin_memory=True)
     except RuntimeError:  # some containers and hosts limit locked memory
@@ -91,7 +100,8 @@ def wrap(
     units: tuple[str, ...],
     cast: torch.dtype | None,
     offload: OffloadPolicy,
-    checkpointing: bool,
+    keep: Keep,
+    run: Callable | None,
     offload_activations: bool,
 ) -> None:
     """Shards a meta model in place. Its parameters become DTensors, still on meta.
@@ -106,10 +116,19 @@ def wrap(
     # model of transformers makes, and tests/test_matrix.py would show.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
 
+    layers = model.get_submodule(family.layers)
+    ignored: set[nn.Parameter] = set()
+    # One GPU needs no FSDP, whose gathering would be copying, unless it casts or offloads.
+    casts = cast is not None and any(_wholly_trained(layer) for layer in layers)
+    sharded = mesh.size() > 1 or casts or isinstance(offload, CPUOffloadPolicy)
+
     def shard(module: nn.Module) -> None:
-        trained = all(p.requires_grad for p in module.parameters())
+        if not sharded:
+            return
         policy = MixedPrecisionPolicy(
-            param_dtype=cast if trained else None, reduce_dtype=torch.float32, cast_forward_inputs=False
+            param_dtype=cast if _wholly_trained(module) else None,
+            reduce_dtype=torch.float32,
+            cast_forward_inputs=False,
         )
         fully_shard(
             module,
@@ -117,23 +136,38 @@ def wrap(
             mp_policy=policy,
             offload_policy=offload,
             reshard_after_forward=not strategy.keep,
+            ignored_params=ignored,
         )
 
-    layers = model.get_submodule(family.layers)
     for i, layer in enumerate(layers):
         for name in units:
+            if run:  # FSDP's hooks lie between units, and would break the graph of a whole layer
+                layer.set_submodule(name, Recomputed(layer.get_submodule(name), Keep.ALL, run))
             shard(layer.get_submodule(name))
         # The wrapper goes inside the unit: recomputation must find the layer gathered, not gather again.
-        layers[i] = checkpoint_wrapper(layer) if checkpointing else layer
+        layers[i] = Recomputed(layer, keep, None if units else run)
         if offload_activations:
             layers[i] = OffloadInputs(layers[i], stash, first=i == 0)
         shard(layers[i])
+    head, embedding = model.get_submodule(family.head), model.get_submodule(family.embedding)
+    head.compiled = run is not None
+    frozen = [m for m in (embedding, head) if not m.weight.requires_grad and sharded]
+    for modules in [frozen] if model.config.tie_word_embeddings and frozen else [[m] for m in frozen]:
+        shard_vocabulary(modules, mesh)
+    ignored |= {m.weight for m in frozen}
     if not model.config.tie_word_embeddings:
-        shard(model.get_submodule(family.embedding))
-        shard(model.get_submodule(family.head))
+        for module in (embedding, head):
+            if module not in frozen:
+                shard(module)
     shard(model)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             # The loss is already divided by the step's tokens over all ranks: gradients are summed.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+
+
+def sync_gradients(model: nn.Module, wanted: bool) -> None:
+    """Whether the next backward reduces gradients over the ranks (--no_sync)."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(wanted)

@@ -17,13 +17,8 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-# hidden size, MLP size, layers, query heads, key/value heads, vocabulary
-SHAPES = {
-    "tiny": (64, 160, 4, 4, 2, 300),
-    "1b": (2048, 8192, 16, 32, 8, 128256),
-    "8b": (4096, 14336, 32, 32, 8, 128256),
-    "70b": (8192, 28672, 80, 64, 8, 128256),
-}
+from benchmarks.shapes import SHAPES
+
 SHARD_BYTES = 4 * 10**9
 
 
@@ -38,14 +33,14 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_checkpoint(folder: Path, shape: str) -> None:
-    hidden, mlp, layers, heads, kv_heads, vocabulary = SHAPES[shape]
+    size = SHAPES[shape]
     config = LlamaConfig(
-        hidden_size=hidden,
-        intermediate_size=mlp,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        vocab_size=vocabulary,
+        hidden_size=size.hidden,
+        intermediate_size=size.mlp,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.heads,
+        num_key_value_heads=size.kv_heads,
+        vocab_size=size.vocabulary,
         max_position_embeddings=8192,
         rms_norm_eps=1e-5,
         bos_token_id=256,
@@ -59,9 +54,9 @@ def make_checkpoint(folder: Path, shape: str) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     generator = torch.Generator(device).manual_seed(0)
     weight_map, tensors, number = {}, {}, 1
-    for i, (name, size) in enumerate(shapes.items(), 1):
-        values = torch.ones(size, device=device, dtype=torch.bfloat16)
-        if len(size) == 2:
+    for i, (name, dims) in enumerate(shapes.items(), 1):
+        values = torch.ones(dims, device=device, dtype=torch.bfloat16)
+        if len(dims) == 2:
             values.normal_(0, 0.02, generator=generator)
         tensors[name] = values.cpu()
         if i == len(shapes) or sum(t.nbytes for t in tensors.values()) > SHARD_BYTES:
@@ -69,7 +64,7 @@ def make_checkpoint(folder: Path, shape: str) -> None:
             save_file(tensors, folder / file, metadata={"format": "pt"})
             weight_map |= dict.fromkeys(tensors, file)
             tensors, number = {}, number + 1
-    total = sum(2 * size.numel() for size in shapes.values())
+    total = sum(2 * dims.numel() for dims in shapes.values())
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     config.save_pretrained(folder)

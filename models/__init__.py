@@ -16,6 +16,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from config import UserError
 from model_files import CheckpointFiles
 from models import gemma2, gemma3, llama, mistral, phi3, qwen2, qwen3, qwen3_moe
+from models.causal_lm import put_head, with_summed_loss
 from models.family import Family
 
 FAMILIES: dict[str, Family] = {
@@ -57,17 +58,18 @@ def read_config(folder: Path) -> tuple[PretrainedConfig, Family]:
     return config, FAMILIES[config.model_type]
 
 
-def build_on_meta(config: PretrainedConfig, family: Family) -> PreTrainedModel:
+def build_on_meta(config: PretrainedConfig, family: Family, attention: str | None = None) -> PreTrainedModel:
     """transformers' model of this family with every tensor on the meta device: shapes, no memory. Its parameters
-    are the files' tensors.
+    are the files' tensors. attention: by transformers' name, instead of the family's own.
 
     Raises UserError if the configuration describes no model, or none that predicts the next token.
     """
-    config._attn_implementation = family.attention
+    config._attn_implementation = attention or family.attention
     try:
         with torch.device("meta"):
-            model = family.model_class(config)
+            model = with_summed_loss(family.model_class)(config)
             family.as_stored(model)
+            put_head(model, family.head)
     except UNUSABLE as e:
         raise UserError(
             f"{config.name_or_path}/config.json: describes no {config.model_type} model"

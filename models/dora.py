@@ -6,13 +6,9 @@ low-rank branch only. Equal to PEFT's DoRA on the same weights.
 
 Shapes: O output features, I input features, R rank, T tokens.
 
-The norm is never taken of a materialised W + s B A, which would round it to the compute dtype:
-
-    ||W + s B A||^2 = ||W||^2 + 2 s rowsum((W A^T) * B) + s^2 rowsum((B A A^T) * B)
-
-with ||W||^2 computed once, in fp32, at load. What is trained is m - ||W||, not m: with bf16 adapters
-(--precision bf16) m itself would be rounded by up to 0.4%, more than it moves in most runs, while the
-difference is rounded by 0.4% of the difference.
+The norm is linear4bit.factored_norm, with ||W||^2 computed once, in fp32, at load. What is trained is
+m - ||W||, not m: with bf16 adapters (--precision bf16) m itself would be rounded by up to 0.4%, more than it
+moves in most runs, while the difference is rounded by 0.4% of the difference.
 """
 
 from __future__ import annotations
@@ -24,17 +20,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from linear4bit import TINY, factored_norm, kept, project4bit
 from models.lora import LoRALinear
-from quantize_layers import Linear4bit, scaled_linear
+from quantize_layers import Linear4bit
 from quantizers import PackedWeight
-
-TINY = torch.finfo(torch.float32).tiny
 
 
 def _recomputing() -> bool:
     """Whether this forward is activation checkpointing's second one. Only backward can have started it, and
     then the weights are those of the first: the norm need not be taken again."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+    return torch._C._current_graph_task_id() != -1
 
 
 class DoRALinear(LoRALinear):
@@ -55,18 +50,25 @@ class DoRALinear(LoRALinear):
         self.fixed = False  # switched by `fixed_norms`
 
     @torch.no_grad()
-    def updated_norm(self, a: torch.Tensor) -> torch.Tensor:
-        """||W + s B A|| of each row: [O], fp32, detached. a: A as forward uses it, in the compute dtype."""
-        if (self.fixed or _recomputing()) and self.last_norm is not None:
+    def updated_norm(self) -> torch.Tensor:
+        """||W + s B A|| of each row: [O], fp32, detached."""
+        compiling = torch.compiler.is_compiling()
+        if not compiling and self.last_norm is not None and (self.fixed or _recomputing()):
             return self.last_norm
-        exact_a, b, s = self.lora_A.float(), self.lora_B.float(), self.scaling
-        with torch.autocast(a.device.type, enabled=False):  # fp32 means fp32 here
-            weight = self.base.weight
-            # W A^T + s/2 B A A^T: [O, R]. The sum is fp32: where the dtypes differ, torch promotes.
-            half = torch.add(F.linear(weight, a.to(weight.dtype)), b @ (exact_a @ exact_a.T), alpha=s / 2)
-        norm = torch.add(self.squared_norm, (half * b).sum(1), alpha=2 * s)
-        self.last_norm = norm.clamp_min_(TINY).sqrt_()  # rounding may leave less than 0 where W = -s B A
-        return self.last_norm
+        update = self.lora_A, self.lora_B, self.scaling, self.squared_norm
+        with torch.autocast(self.lora_A.device.type, enabled=False):  # fp32 means fp32 here
+            norm = factored_norm(self.base_times(self.lora_A), *update)
+        if compiling:
+            return kept(norm)  # by the checkpointing policy (recompute.py)
+        self.last_norm = norm
+        return norm
+
+    def base_times(self, a: torch.Tensor) -> torch.Tensor:
+        """W a^T: [R, I] -> [O, R] in the compute dtype."""
+        if isinstance(self.base, Linear4bit):
+            packed = self.base.codes, self.base.scales, self.base.table
+            return project4bit(*packed, self.base.quantizer_name, self.base.shape, a.to(self.base.dtype))
+        return F.linear(self.base.weight, a.to(self.base.weight.dtype))
 
     def magnitude(self) -> torch.Tensor:
         """m: [O], fp32."""
@@ -83,11 +85,8 @@ class DoRALinear(LoRALinear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.active:
             return self.plain(x)
-        a = self.lora_A.to(x.dtype)
-        g = self.magnitude() / self.updated_norm(a)
-        y = scaled_linear(self.base, x, g)
-        h = F.linear(F.dropout(x, self.dropout, self.training), a)
-        y = y + F.linear(h, (self.lora_B * (self.scaling * g)[:, None]).to(x.dtype))
+        g = self.magnitude() / self.updated_norm()
+        y = self.adapted(x, self.lora_B * (self.scaling * g)[:, None], g)
         return y if self.bias is None else y + self.bias.to(y.dtype)  # fp32 under autocast
 
     def norm_of(self, weight: torch.Tensor) -> torch.Tensor:

@@ -28,6 +28,7 @@ class Family:
     linears_of: what is quantized in the given decoder layer, if that is more than `linears` or differs from
     layer to layer, relative to the layer;
     as_stored: changes the meta model in place until its parameters are the files' tensors;
+    compiles: whether a layer is one graph, without a break;
     constants: full contents of the buffers that no file holds, rotary tables apart, by absolute name.
     """
 
@@ -41,6 +42,7 @@ class Family:
     linears_of: Callable[[nn.Module], tuple[str, ...]] | None = None
     as_stored: Callable[[PreTrainedModel], None] = lambda model: None
     constants: Callable[[PretrainedConfig], dict[str, torch.Tensor]] = lambda config: {}
+    compiles: bool = True
     layers: str = "model.layers"
     embedding: str = "model.embed_tokens"
     head: str = "lm_head"

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from quantize_layers import Packed, pack, packs, quantizer_of
+from quantize_layers import Linear4bit, Packed, pack, packs, quantizer_of
 from quantizers import PackedWeight, Quantizer
 
 
@@ -35,11 +35,6 @@ class LoRALinear(Packed):
         self.lora_A = nn.Parameter(torch.empty(rank, in_features, dtype=dtype, device=device))
         self.lora_B = nn.Parameter(torch.empty(out_features, rank, dtype=dtype, device=device))
 
-    def low_rank(self, x: torch.Tensor) -> torch.Tensor:
-        """B A dropout(x), not yet scaled: [T, I] -> [T, O]."""
-        h = F.linear(F.dropout(x, self.dropout, self.training), self.lora_A.to(x.dtype))
-        return F.linear(h, self.lora_B.to(x.dtype))
-
     def plain(self, x: torch.Tensor) -> torch.Tensor:
         """What the base layer computes, with its bias."""
         return self.base(x)
@@ -51,7 +46,21 @@ class LoRALinear(Packed):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.active:
             return self.plain(x)
-        return torch.add(self.base(x), self.low_rank(x), alpha=self.scaling)
+        return self.adapted(x, self.lora_B * self.scaling)
+
+    def adapted(
+        self, x: torch.Tensor, b: torch.Tensor, row_scale: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """g * (W x) + bias + b A dropout(x): [T, I] -> [T, O]. b [O, R]: B, scaled; row_scale: g [O] fp32, or
+        None for ones."""
+        dropout = self.dropout if self.training else 0.0
+        if isinstance(self.base, Linear4bit) and (row_scale is None or self.base.takes_row_scale):
+            return self.base(x, row_scale, self.lora_A, b, dropout)
+        y = self.base(x)
+        if row_scale is not None:  # y * g, written as y + y * (g - 1): g is near 1, where bf16 is coarse
+            y = torch.addcmul(y, y, (row_scale - 1).to(y.dtype))
+        h = F.linear(F.dropout(x, dropout), self.lora_A.to(x.dtype))
+        return y + F.linear(h, b.to(x.dtype))
 
     def packs(self, name: str) -> tuple[str, ...]:
         return tuple(f"base.{key}" for key in packs(self.base, name))

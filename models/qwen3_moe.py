@@ -45,4 +45,5 @@ FAMILY = Family(
     linears_of=linears_of,
     outputs=("self_attn.o_proj", "mlp.down_proj", "mlp.experts.*.down_proj"),
     as_stored=as_stored,
+    compiles=False,  # how many rows an expert gets is known only when it gets them
 )

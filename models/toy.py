@@ -15,6 +15,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from config import user_cache
+
 VERSION = "3"  # part of the folder's name: raise it when what is made here changes
 VOCABULARY, HIDDEN, LAYERS = 1024, 128, 3
 
@@ -24,7 +26,7 @@ def toy_model(texts: list[str]) -> Path:
 
     texts: what its tokenizer is trained on.
     """
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "fsdp-finetune"
+    cache = user_cache()
     folder = cache / f"toy-llama-{VERSION}"
     if not (folder / "config.json").is_file():
         cache.mkdir(parents=True, exist_ok=True)

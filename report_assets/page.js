@@ -1,4 +1,4 @@
-// One crosshair for all curves: pointing at a step shows that step's values in every chart's heading,
+// One crosshair for all curves of a group: pointing at a step shows that step's values in every chart's heading,
 // in the order of its legend.
 "use strict";
 (() => {
@@ -37,7 +37,7 @@
     return step - points[low][0] <= points[high][0] - step ? points[low] : points[high];
   };
 
-  const show = (step) => charts.forEach(({ figure, output, data, line, marks }) => {
+  const show = (step, group) => charts.filter((c) => c.data.group === group).forEach(({ figure, output, data, line, marks }) => {
     const percent = (s) => `${(100 * (s - data.from)) / (data.to - data.from)}%`;
     const at = nearest(data.series[0].points, step)[0];
     line.setAttribute("x1", percent(at));
@@ -48,7 +48,7 @@
       marks[i].setAttribute("cy", y);
       return shown(value);
     });
-    output.textContent = `step ${at.toLocaleString("en")}: ${values.join(" · ")}`;
+    output.textContent = `${data.label.replace("{}", at.toLocaleString("en"))}: ${values.join(" · ")}`;
     figure.classList.add("pointed");
   });
 
@@ -61,7 +61,7 @@
     area.addEventListener("pointermove", (event) => {
       const box = area.getBoundingClientRect();
       const share = Math.min(1, Math.max(0, (event.clientX - box.left) / box.width));
-      show(data.from + share * (data.to - data.from));
+      show(data.from + share * (data.to - data.from), data.group);
     });
     area.addEventListener("pointerleave", hide);
   });

@@ -17,9 +17,9 @@ import checks
 import train
 from checkpoint import gather
 from command_line import parse
-from data import StepSampler
 from models.family import clean
 from models.lora import LoRALinear
+from packing import make_sampler
 from quantize_layers import fill
 from tracking import NoTracker
 
@@ -60,10 +60,7 @@ def trained_tensors(model) -> dict[str, torch.Tensor]:
 def train_run(place, argv: list[str]) -> tuple[list[float], dict[str, torch.Tensor], list[float]]:
     """(loss of each step, every trained tensor afterwards, gradient norm of each step)."""
     job, model = set_up(place, argv)
-    c = job.config
-    sampler = StepSampler(
-        job.rows, c.batch_size, c.gradient_accumulation_steps, place.rank, place.world, c.seed
-    )
+    sampler = make_sampler(job.config, job.rows, place.rank, place.world)
     history = train.train(job, model, place, sampler, NoTracker())
     return [m.loss for m in history], trained_tensors(model), [m.grad_norm for m in history]
 

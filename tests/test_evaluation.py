@@ -97,7 +97,7 @@ def test_the_loss_is_transformers(checkpoints, alpaca_file, one_rank, two_ranks)
     model = as_peft(checkpoints(), dense, adapters, use_dora=True, alpha=16).eval()
     total = torch.zeros((), dtype=torch.float64)
     for i in range(len(rows)):
-        batch = make_batch(rows, torch.tensor([i]))
+        batch = make_batch(rows, torch.tensor([i]), (1, int(rows.lengths()[i])))
         with torch.no_grad():
             logits = model(input_ids=batch.ids).logits[0].double()
         kept = batch.targets[0] != IGNORE

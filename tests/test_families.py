@@ -8,14 +8,16 @@ import json
 
 import pytest
 import torch
+import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts, Qwen3MoeMLP
 
 import models
 import precision
 import train
+from checkpoint import whole
 from config import UserError
-from data import IGNORE
+from data import IGNORE, Batch
 from models import FAMILIES, build_on_meta, gemma2, read_config
 from models.family import clean
 from models.moe import Experts
@@ -218,7 +220,10 @@ def test_gradients_of_trained_experts_are_transformers_own(checkpoints, alpaca_f
     args = args_for(checkpoints("qwen3_moe"), alpaca_file, "full")
     ours, state = two_ranks(gradients, args)[0]
     model = transformers_model(checkpoints("qwen3_moe"), state)
-    train.loss_sum(model, IDS, targets()).backward()
+    logits = model(input_ids=IDS).logits
+    F.cross_entropy(
+        logits.flatten(0, 1), targets().flatten(), ignore_index=IGNORE, reduction="sum"
+    ).backward()
     for name, parameter in model.named_parameters():
         layer, _, last = name.rpartition(".")
         if layer.endswith(".experts"):
@@ -242,8 +247,9 @@ def gradients(place, args):
     """({parameter: full gradient}, weights) of the loss of IDS, a row to each rank."""
     _, state, _ = outputs(place, args, IDS)
     _, model = set_up(place, args)
-    train.loss_sum(model, IDS[place.rank :: place.world], targets()[place.rank :: place.world]).backward()
-    return {clean(n): p.grad.full_tensor() for n, p in model.named_parameters()}, state
+    own = slice(place.rank, None, place.world)
+    train.loss_sum(model, Batch(IDS[own], targets()[own])).backward()
+    return {clean(n): whole(p.grad) for n, p in model.named_parameters()}, state
 
 
 @pytest.mark.parametrize("train_type", ["full", "bnb_dora"])

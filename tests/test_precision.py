@@ -9,7 +9,9 @@ import torch
 
 import precision
 import train
+from checkpoint import whole
 from config import FIELDS
+from data import Batch
 from models.family import clean
 from precision import Precision, choose_precision, precision_here
 from tests.runs import set_up, train_run, trained_tensors
@@ -110,10 +112,10 @@ def norm_of_a_small_loss(place, args, scaling: bool) -> float:
     optimizer = torch.optim.SGD(trained)
     ids = torch.arange(32)[None]
     with chosen.context("cpu"):
-        loss = train.loss_sum(model, ids, ids) * 1e-9
+        loss = train.loss_sum(model, Batch(ids, ids)) * 1e-9
     scaler.scale(loss).backward()
     scaler.unscale_(optimizer)
-    return torch.nn.utils.get_total_norm([p.grad for p in trained]).full_tensor().item()
+    return whole(torch.nn.utils.get_total_norm([p.grad for p in trained])).item()
 
 
 @pytest.mark.parametrize(
@@ -136,7 +138,7 @@ def overflow_on_the_second_rank(place, args, where: str) -> tuple[bool, float, b
     for spoilt in (True, False):
         before = trained_tensors(model)
         with precision_here(job.config.precision).context("cpu"):
-            loss = train.loss_sum(model, *[torch.arange(16)[None]] * 2) / 1000
+            loss = train.loss_sum(model, Batch(*[torch.arange(16)[None]] * 2)) / 1000
         spoilt = spoilt and place.rank == 1
         scaler.scale(loss * float("inf") if spoilt and where == "loss" else loss).backward()
         if spoilt and where == "shard":

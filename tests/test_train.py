@@ -33,7 +33,7 @@ from tests.runs import train_run, whole_run
 ROOT = Path(__file__).parent.parent
 METRICS = (
     "step epoch loss lr grad_norm tokens trained_tokens step_seconds tokens_per_second memory_allocated_gib"
-    " memory_reserved_gib"
+    " memory_reserved_gib memory_after_forward_gib memory_after_backward_gib"
 ).split()
 
 
@@ -386,6 +386,10 @@ def test_wandb_offline_holds_every_step(checkpoints, alpaca_file, tmp_path, run_
     history = [{i.key or ".".join(i.nested_key): json.loads(i.value_json) for i in row} for row in items]
     assert [h["loss"] for h in history] == [m["loss"] for m in metrics(tmp_path / "out")]
     assert set(METRICS) - {"step"} <= set(history[0])
+    known = json.loads((tmp_path / "out" / "run.json").read_text())["memory"]
+    told = {u.key: json.loads(u.value_json) for r in records for u in r.summary.update}
+    for name, gib in known.items():
+        assert told[f"memory_{name}"] == pytest.approx(gib, abs=1e-3)
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "sgd", "adadelta"])

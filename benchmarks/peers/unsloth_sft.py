@@ -1,0 +1,32 @@
+"""Peer: unsloth on one GPU. checkpointing full: PyTorch's; offload: its own, which keeps the layers' inputs on the
+host."""
+
+import os
+
+os.environ["UNSLOTH_DISABLE_STATISTICS"] = "1"
+from unsloth import FastLanguageModel  # isort: skip  (it changes what the others import)
+
+import torch
+from trainer import make_config, train
+from work import LINEARS, LORA_ALPHA, read_work
+
+work = read_work()
+model, tokenizer = FastLanguageModel.from_pretrained(
+    work.model_name,
+    max_seq_length=work.context_length,
+    dtype=torch.bfloat16,
+    load_in_4bit=True,
+    local_files_only=True,
+)
+model = FastLanguageModel.get_peft_model(
+    model,
+    r=work.lora_rank,
+    lora_alpha=LORA_ALPHA,
+    lora_dropout=0,
+    bias="none",
+    target_modules=LINEARS,
+    use_gradient_checkpointing={"full": True, "none": False, "offload": "unsloth"}[work.checkpointing],
+    **({"use_dora": True} if work.train_type == "bnb_dora" else {}),
+)
+config = make_config(work, use_liger_kernel=False)  # it has kernels of its own
+train(work, model, tokenizer, config, ("input_ids", "labels", "attention_mask"))

@@ -1,0 +1,158 @@
+"""The 4-bit matmul and its gradient as operators that torch.compile takes whole.
+
+Opaque to the compiler on purpose: it would merge the backward's dequantization with the forward's, and keep
+16-bit weights in between. As operators they can be named by a checkpointing policy (recompute.py), and each adds
+its low-rank branch into the result of the big matmul in place.
+
+Shapes: O output features, I input features, R rank, T tokens (all leading dimensions of x).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from quantizers import Quantizer
+
+TINY = torch.finfo(torch.float32).tiny
+
+# Operators take numbers, strings and tensors; a quantizer goes by its name.
+_QUANTIZERS: dict[str, Quantizer] = {}
+
+
+def name_of(quantizer: Quantizer) -> str:
+    """What the operators below call it. Equal quantizers have one name."""
+    _QUANTIZERS[str(quantizer)] = quantizer
+    return str(quantizer)
+
+
+def dequantize(packed: tuple, quantizer: str, shape: list[int], dtype, row_scale=None) -> Tensor:
+    """`Quantizer.dequantize` of (codes, scales, table) with codes and scales in float storage."""
+    codes, scales, table = packed
+    raw = codes.view(torch.uint8), scales.view(torch.uint8)
+    return _QUANTIZERS[quantizer].dequantize(*raw, table, tuple(shape), dtype, row_scale)
+
+
+_PACKED = "Tensor codes, Tensor scales, Tensor? table, str quantizer, int[] shape, Tensor? row_scale"
+
+
+@torch.library.custom_op(
+    "fsdp_finetune::linear4bit",
+    mutates_args=(),
+    schema=f"(Tensor x, {_PACKED}, Tensor? bias, Tensor? h, Tensor? a, Tensor? b) -> Tensor",
+)
+def linear4bit(x, codes, scales, table, quantizer, shape, row_scale, bias, h, a, b):
+    """x (diag(g) W)^T + bias + h b^T: [T, O] in x's dtype, for a frozen packed W [O, I].
+
+    row_scale: g [O] fp32, or None for ones. h [T, R] and b [O, R], both in x's dtype: the low-rank branch, or None.
+    a [R, I]: says that h is x a^T, made outside of autograd; the gradients of x and a by way of h are then formed
+    here, where they can be added in place. Without a, h gets a gradient of its own.
+
+    Saves the packed weight, not the dequantized one: FSDP frees the gathered storage after forward and fills it
+    again before backward.
+    """
+    weight = dequantize((codes, scales, table), quantizer, shape, x.dtype, row_scale)
+    if h is None:
+        return F.linear(x, weight, bias)
+    # The large matmul adds into the small one's result: it has time to read it, which a small one has not.
+    y = F.linear(h, b, bias)
+    y.view(-1, shape[0]).addmm_(x.flatten(0, -2), weight.t())
+    return y
+
+
+@linear4bit.register_fake
+def _(x, codes, scales, table, quantizer, shape, row_scale, bias, h, a, b):
+    return x.new_empty(*x.shape[:-1], shape[0])
+
+
+@torch.library.custom_op(
+    "fsdp_finetune::linear4bit_grad_x",
+    mutates_args=(),
+    schema=f"(Tensor grad, {_PACKED}, Tensor? grad_h, Tensor? a) -> Tensor",
+)
+def grad_x(grad, codes, scales, table, quantizer, shape, row_scale, grad_h, a):
+    """grad (diag(g) W) + grad_h a: [T, I] from grad [T, O]."""
+    weight = dequantize((codes, scales, table), quantizer, shape, grad.dtype, row_scale)
+    if grad_h is None:
+        return grad @ weight
+    result = grad_h @ a
+    result.view(-1, shape[1]).addmm_(grad.flatten(0, -2), weight)
+    return result
+
+
+@grad_x.register_fake
+def _(grad, codes, scales, table, quantizer, shape, row_scale, grad_h, a):
+    return grad.new_empty(*grad.shape[:-1], shape[1])
+
+
+def _setup(ctx, inputs, output) -> None:
+    x, codes, scales, table, ctx.quantizer, ctx.shape, row_scale, _, h, a, b = inputs
+    y = None if row_scale is None else output
+    ctx.save_for_backward(x if a is not None else None, codes, scales, table, row_scale, h, a, b, y)
+
+
+def _backward(ctx, grad):
+    x, codes, scales, table, row_scale, h, a, b, y = ctx.saved_tensors
+    d_x = d_scale = d_h = d_a = d_b = None
+    rows = grad.flatten(0, -2)
+    if h is not None:
+        d_h = grad @ b
+        d_b = rows.t() @ h.flatten(0, -2)
+    if a is not None:  # before the gradient of x is there: then x is not needed any more
+        d_a = d_h.flatten(0, -2).t() @ x.flatten(0, -2)
+    if ctx.needs_input_grad[0]:
+        packed = codes, scales, table, ctx.quantizer, ctx.shape, row_scale
+        d_x = grad_x(grad, *packed, d_h if a is not None else None, a)
+    if row_scale is not None:  # the derivative by g is W x = (y - h b^T) / g
+        if grad.dtype == torch.float16:  # scaled gradients times outputs may pass its largest number
+            rows = rows.float()
+        d_scale = (rows * y.flatten(0, -2)).sum(0, dtype=torch.float32)
+        if h is not None:
+            d_scale = d_scale - (d_b.float() * b.float()).sum(1)
+        d_scale = d_scale / row_scale
+    return d_x, None, None, None, None, None, d_scale, None, d_h if a is None else None, d_a, d_b
+
+
+linear4bit.register_autograd(_backward, setup_context=_setup)
+
+
+def factored_norm(projected: Tensor, a: Tensor, b: Tensor, scaling: float, squared_norm: Tensor) -> Tensor:
+    """||W + s B A|| of each row: [O], fp32, without a gradient; never of a materialised W + s B A, which would
+    round it to W's dtype:
+
+        ||W + s B A||^2 = ||W||^2 + 2 s rowsum((W A^T) * B) + s^2 rowsum((B A A^T) * B)
+
+    projected: W A^T [O, R]; a [R, I] and b [O, R] as they are trained; squared_norm: ||W||^2, [O] fp32.
+    """
+    exact_a, b = a.float(), b.float()
+    # W A^T + s/2 B A A^T: [O, R]. The sum is fp32: where the dtypes differ, torch promotes.
+    half = torch.add(projected, b @ (exact_a @ exact_a.t()), alpha=scaling / 2)
+    norm = torch.add(squared_norm, (half * b).sum(1), alpha=2 * scaling)
+    return norm.clamp_min(TINY).sqrt()  # rounding may leave less than 0 where W = -s B A
+
+
+@torch.library.custom_op(
+    "fsdp_finetune::project4bit",
+    mutates_args=(),
+    schema="(Tensor codes, Tensor scales, Tensor? table, str quantizer, int[] shape, Tensor a) -> Tensor",
+)
+def project4bit(codes, scales, table, quantizer, shape, a):
+    """W a^T for a packed W: [O, R] from a [R, I], in its dtype. Without a gradient."""
+    return F.linear(dequantize((codes, scales, table), quantizer, shape, a.dtype), a)
+
+
+@project4bit.register_fake
+def _(codes, scales, table, quantizer, shape, a):
+    return a.new_empty(shape[0], a.shape[0])
+
+
+@torch.library.custom_op("fsdp_finetune::kept", mutates_args=(), schema="(Tensor x) -> Tensor")
+def kept(x):
+    """x, by a name that a checkpointing policy knows: not to be computed again. Without a gradient."""
+    return x.clone()
+
+
+@kept.register_fake
+def _(x):
+    return torch.empty_like(x)

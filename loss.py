@@ -1,0 +1,196 @@
+"""The training loss without the logits: the head's matmul and the cross-entropy in chunks of tokens, and the
+gradient of both at once, while a chunk's logits are there.
+
+Where the head is frozen, its shards stay where they are: each rank computes the logits of its own part of the
+vocabulary for the tokens of all ranks, and the softmax is put together from the parts. What travels is hidden
+states, not the head (2 GiB for a vocabulary of 128k and 8,192 hidden units), and nothing is gathered. All ranks
+that share a head must therefore bring equally many tokens (data.py). The embedding is looked up likewise.
+
+Shapes: N tokens of this rank, W ranks that share the vocabulary, V vocabulary, S rows of it on this rank, H hidden
+features, C tokens of a chunk.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from data import IGNORE
+from quantize_layers import compute_dtype
+
+LOGITS_BYTES = 2**28  # of a chunk: large enough for the matmuls' full speed, small beside anything else
+
+
+class VocabularyShard:
+    """The rows [first, first + S) of a vocabulary, and the ranks that hold the others. size: W."""
+
+    def __init__(self, weight: Tensor):
+        """weight: a whole [V, H], or a DTensor whose rows are dealt out as FSDP does."""
+        self.group, self.rank, self.size, self.rows = None, 0, 1, weight
+        if isinstance(weight, DTensor):
+            mesh = weight.device_mesh
+            shards = mesh if mesh.ndim == 1 else mesh["shard"]
+            self.group, self.rank, self.size = shards.get_group(), shards.get_local_rank(), shards.size()
+            self.rows = weight.to_local()
+        self.first = -(-weight.shape[0] // self.size) * self.rank
+
+    def gather(self, x: Tensor) -> Tensor:
+        """[N, ...] of every rank -> [W N, ...]."""
+        if self.size == 1:
+            return x
+        out = x.new_empty(self.size * x.shape[0], *x.shape[1:])
+        dist.all_gather_into_tensor(out, x.contiguous(), group=self.group)
+        return out
+
+    def scatter_sum(self, x: Tensor) -> Tensor:
+        """[W N, ...], partial sums for the tokens of every rank -> [N, ...], the whole sums for this one's."""
+        if self.size == 1:
+            return x
+        out = x.new_empty(x.shape[0] // self.size, *x.shape[1:])
+        dist.reduce_scatter_tensor(out, x, group=self.group)
+        return out
+
+    def local(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """(row of each token here, whether it is here). The row of others is some row."""
+        index = tokens - self.first
+        here = (index >= 0) & (index < len(self.rows))
+        return index.clamp(0, max(len(self.rows) - 1, 0)), here
+
+
+def shard_vocabulary(modules: list[nn.Module], mesh: DeviceMesh) -> None:
+    """Deals out the rows of the one frozen weight [V, H], on meta, that the modules share, or that the one module
+    has: FSDP's layout, but never gathered for a forward."""
+    weight, count = modules[0].weight, mesh.size(mesh.ndim - 1)
+    rows = -(-weight.shape[0] // count)
+    first = min(rows * mesh.get_local_rank(mesh.ndim - 1), weight.shape[0])
+    local = weight.data[first : first + rows].clone()
+    placements = [Replicate()] * (mesh.ndim - 1) + [Shard(0)]
+    sharded = DTensor.from_local(
+        local, mesh, placements, run_check=False, shape=weight.shape, stride=weight.stride()
+    )
+    parameter = nn.Parameter(sharded, requires_grad=False)
+    for module in modules:
+        module.weight = parameter
+        if isinstance(module, nn.Embedding):
+            # A class before nn.Embedding, as fully_shard does it: what the module's own class adds, stays (Gemma
+            # scales what is looked up).
+            own = type(module)
+            bases = (ShardedEmbedding,) if own is nn.Embedding else (own, ShardedEmbedding)
+            module.__class__ = type(own.__name__, bases, {})
+
+
+class ShardedEmbedding(nn.Embedding):
+    """An embedding whose weight `shard_vocabulary` dealt out: every rank looks all tokens up in its own rows."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """[B, T] -> [B, T, H]."""
+        shard = VocabularyShard(self.weight)
+        rows = shard.rows.to(ids.device, non_blocking=True)  # with --use_cpu_offload they are on the host
+        if shard.size == 1:
+            return F.embedding(ids, rows)
+        index, here = shard.local(shard.gather(ids.flatten()))
+        found = F.embedding(index, rows) if len(rows) else rows.new_zeros(len(index), rows.shape[1])
+        return shard.scatter_sum(found.masked_fill_(~here[:, None], 0)).view(*ids.shape, -1)
+
+
+class Head(nn.Linear):
+    """The output projection. With targets it gives the loss instead of the logits."""
+
+    compiled = False  # set by wrapping.py
+
+    def forward(self, x: Tensor, targets: Tensor | None = None, softcap: float | None = None) -> Tensor:
+        """Logits [.., V]; or, with targets [..], the cross-entropy summed over those that are not IGNORE, fp32.
+        softcap: c of logits c tanh(z / c); without targets the model's own forward applies it."""
+        if targets is None:
+            weight = self.weight.full_tensor() if isinstance(self.weight, DTensor) else self.weight
+            return F.linear(x, weight.to(x.device), self.bias)
+        assert self.bias is None
+        dtype = compute_dtype(x)
+        x = x.flatten(0, -2)
+        shard = VocabularyShard(self.weight)
+        rows = shard.rows.to(x.device, dtype, non_blocking=True)
+        with torch.autocast(x.device.type, enabled=False):
+            return _SummedLoss.apply(
+                x.to(dtype), rows, targets.flatten(), shard, softcap, KERNELS[self.compiled]
+            )
+
+
+def _logits(z: Tensor, softcap: float | None) -> Tensor:
+    return z.float() if softcap is None else softcap * torch.tanh(z.float() / softcap)
+
+
+def _statistics(z: Tensor, index: Tensor, here: Tensor, softcap: float | None) -> Tensor:
+    """Of the logits [C, S] of some rows of the vocabulary: their largest, the sum of the exponentials relative to it,
+    and the target's logit where it is here, else 0: [C, 3] fp32."""
+    logits = _logits(z, softcap)
+    largest = logits.amax(1)
+    total = (logits - largest[:, None]).exp().sum(1)
+    return torch.stack([largest, total, logits.gather(1, index[:, None])[:, 0] * here], 1)
+
+
+def _gradient(z: Tensor, index: Tensor, here: Tensor, lse: Tensor, softcap: float | None) -> Tensor:
+    """The derivative of the loss of learned tokens by z: softmax - one-hot, and the cap's. [C, S] in z's dtype. lse
+    [C]: the logarithm of the softmax's denominator; infinite where nothing is learned."""
+    logits = _logits(z, softcap)
+    columns = torch.arange(z.shape[1], device=z.device)
+    one_hot = (columns == index[:, None]) & here[:, None]
+    gradient = (logits - lse[:, None]).exp() - one_hot.float()
+    if softcap is not None:
+        gradient = gradient * (1 - (logits / softcap).square())
+    return gradient.to(z.dtype)
+
+
+# By whether they are compiled: then each is one pass over the logits, instead of several in fp32.
+KERNELS = {
+    False: (_statistics, _gradient),
+    True: (torch.compile(_statistics, dynamic=True), torch.compile(_gradient, dynamic=True)),
+}
+
+
+class _SummedLoss(torch.autograd.Function):
+    """(x [N, H], rows [S, H], targets [N], ...) -> the sum over this rank's targets; the gradients of x and, where
+    the head is trained, of its weight."""
+
+    @staticmethod
+    def forward(ctx, x, rows, targets, shard: VocabularyShard, softcap, kernels):
+        of_x, of_rows = ctx.needs_input_grad[:2]
+        assert not (of_rows and shard.size > 1), "a head that is trained is gathered"
+        statistics, gradient = kernels
+        own = slice(shard.rank * len(x), (shard.rank + 1) * len(x))
+        x, targets = shard.gather(x), shard.gather(targets)
+        index, here = shard.local(targets)
+        here &= (learned := targets != IGNORE)
+        losses = torch.zeros(len(x), dtype=torch.float32, device=x.device)
+        grad_x = torch.empty_like(x) if of_x else None
+        grad_rows = torch.zeros_like(rows, dtype=torch.float32) if of_rows else None
+        chunk = max(LOGITS_BYTES // (len(rows) * x.element_size()), 1)
+        for at in (slice(i, i + chunk) for i in range(0, len(x), chunk)):
+            z = F.linear(x[at], rows)
+            largest, total, picked = shard.gather(statistics(z, index[at], here[at], softcap)[None]).unbind(2)
+            top = largest.amax(0)
+            lse = top + (total * (largest - top).exp()).sum(0).log()
+            losses[at] = torch.where(learned[at], lse - picked.sum(0), 0)
+            if of_x or of_rows:
+                z = gradient(z, index[at], here[at], lse.masked_fill(~learned[at], torch.inf), softcap)
+            if of_x:
+                torch.mm(z, rows, out=grad_x[at])
+            if of_rows:
+                grad_rows += z.t() @ x[at]
+        ctx.save_for_backward(shard.scatter_sum(grad_x) if of_x else None, grad_rows)
+        return losses[own].sum()
+
+    @staticmethod
+    def backward(ctx, grad):
+        of_x, of_rows = ctx.saved_tensors
+        return (
+            None if of_x is None else (of_x * grad).to(of_x.dtype),
+            None if of_rows is None else of_rows * grad,
+            None,
+            None,
+            None,
+            None,
+        )

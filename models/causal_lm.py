@@ -1,0 +1,37 @@
+"""transformers' ForCausalLM classes with a forward that returns the loss instead of the logits (loss.py)."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from loss import Head
+
+
+class SummedLoss:
+    """Comes before a ForCausalLM class among the bases. Its backbone is `model`, its head `lm_head`."""
+
+    def forward(self, *args, targets: torch.Tensor | None = None, **kwargs):
+        """As the class's own; or with targets [B, T], the cross-entropy summed over those that are not IGNORE."""
+        if targets is None:
+            return super().forward(*args, **kwargs)
+        hidden = self.model(*args, use_cache=False, **kwargs).last_hidden_state
+        cap = getattr(self.config, "final_logit_softcapping", None)
+        return self.lm_head(hidden, targets=targets, softcap=cap)
+
+
+@cache
+def with_summed_loss(model_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    return type(model_class.__name__, (SummedLoss, model_class), {})
+
+
+def put_head(model: nn.Module, name: str) -> None:
+    """Puts a Head in the place of the linear of that dotted name; its weight stays the same parameter."""
+    linear = model.get_submodule(name)
+    with torch.device("meta"):
+        head = Head(linear.in_features, linear.out_features, bias=linear.bias is not None)
+    head.weight, head.bias = linear.weight, linear.bias
+    model.set_submodule(name, head)

@@ -1,0 +1,91 @@
+"""What a decoder layer keeps from its forward for its backward, and its compilation.
+
+Three degrees: nothing but the layer's input (gradient checkpointing: the forward is run again in backward), also
+what is dear to compute (the results of matmuls and attention; the cheap rest is run again), or everything.
+Compiled, a layer is one graph without breaks, and only that part of its forward is run again whose results the
+backward reads: not the last projection, a quarter of a layer.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.attention.varlen  # registers its operator
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import ActivationWrapper
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from models.family import Family
+from quantizers import triton_runs_on
+
+ops = torch.ops
+MARKED = {ops.fsdp_finetune.kept.default}
+ATTENTION = {
+    ops.aten._scaled_dot_product_flash_attention.default,
+    ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    ops.aten._scaled_dot_product_efficient_attention.default,
+    ops.aten._scaled_dot_product_cudnn_attention.default,
+    ops.torch_attn._varlen_attn.default,  # of packed rows
+}
+MATMULS = {ops.fsdp_finetune.linear4bit.default, ops.aten.mm.default, ops.aten.addmm.default}
+
+
+class Keep(enum.Enum):
+    NOTHING = "nothing"
+    RESULTS = "results"
+    ALL = "all"
+
+
+def _policy(kept: frozenset, ctx, op, *args, **kwargs) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if op in kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _contexts(kept: frozenset):
+    return create_selective_checkpoint_contexts(partial(_policy, kept))
+
+
+# What is marked is small (DoRA's norms) and kept always. Not compiled, DoRALinear itself sees to that, and plain
+# checkpointing, which looks at no operator, costs less.
+_KEPT = {Keep.NOTHING: frozenset(MARKED), Keep.RESULTS: frozenset(MARKED | ATTENTION | MATMULS)}
+
+
+def _run(layer: nn.Module, keep: Keep, *args, **kwargs):
+    if keep is Keep.ALL:
+        return layer(*args, **kwargs)
+    if keep is Keep.NOTHING and not torch.compiler.is_compiling():
+        return checkpoint(layer, *args, use_reentrant=False, **kwargs)
+    contexts = partial(_contexts, _KEPT[keep])
+    return checkpoint(layer, *args, use_reentrant=False, context_fn=contexts, **kwargs)
+
+
+def compiles(wanted: str, device: torch.device, family: Family) -> bool:
+    """Whether the layers are compiled, of --compile."""
+    return wanted == "true" or (wanted == "auto" and triton_runs_on(device) and family.compiles)
+
+
+def compiler(backend: str = "inductor") -> Callable:
+    """What compiles the layers of a model: those that are alike share a compilation."""
+    # Per degree, kind of layer (some families alternate) and fixed or variable length of the rows.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
+    return torch.compile(_run, fullgraph=True, backend=backend)
+
+
+class Recomputed(ActivationWrapper):
+    """Around a decoder layer, or a part of it. keep: may be changed between steps; run: `compiler()`'s result, or None."""
+
+    def __init__(self, layer: nn.Module, keep: Keep, run: Callable | None = None):
+        super().__init__(layer)
+        self.keep, self.run = keep, run or _run
+        self.trained = any(p.requires_grad for p in layer.parameters())
+
+    def forward(self, *args, **kwargs):
+        layer = self._checkpoint_wrapped_module
+        if not torch.is_grad_enabled():  # evaluation, in whatever shapes: not worth a compilation
+            return layer(*args, **kwargs)
+        keep = self.keep
+        if keep is not Keep.ALL and not self.trained and not args[0].requires_grad:
+            keep = Keep.ALL  # backward never comes to frozen layers below the first trained one
+        return self.run(layer, keep, *args, **kwargs)
