@@ -154,7 +154,7 @@ def _measure(path: Path) -> Written:
         )
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Waits until a file, or the names in a folder, would survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -208,7 +208,7 @@ class Writer(StorageWriter):
                 save_tensors({i.index.fqn: planner.resolve_data(i) for i in plan.items}, path)
             except SafetensorError as e:  # the library's only one, for every failure to write
                 raise OSError(str(e)) from None
-            _sync(path)
+            sync(path)
             written = _measure(path)
             results = [WriteResult(i.index, written.size, written) for i in plan.items]
         done.set_result(results)
@@ -240,10 +240,10 @@ class Writer(StorageWriter):
         manifest = json.loads(json.dumps(manifest))  # as it will be read
         path = self.temporary / MANIFEST
         path.write_text(json.dumps(manifest | {"sha256": _digest(manifest)}) + "\n", encoding="utf-8")
-        _sync(path)
-        _sync(self.temporary)
+        sync(path)
+        sync(self.temporary)
         self.temporary.rename(self.folder)
-        _sync(self.folder.parent)
+        sync(self.folder.parent)
 
 
 class Reader(StorageReader):

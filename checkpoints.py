@@ -6,7 +6,6 @@ training_state.py, its files in checkpoint_files.py.
 
 from __future__ import annotations
 
-import os
 import shutil
 import sys
 import time
@@ -23,7 +22,7 @@ from torch import nn
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
-from checkpoint_files import Saved, Writer, folder_of, prune
+from checkpoint_files import Saved, Writer, folder_of, prune, sync
 from command_line import describe
 from launch import Place
 from stopping import NeverStop
@@ -96,9 +95,13 @@ class CopyPlanner(DefaultSavePlanner):
 
 
 class Checkpoints:
-    """What hangs on the loop. every: steps between checkpoints, 0 = only those that `stopping` asks for; keep: how
-    many stay, -1 = all; at_end: whether there is to be one at the end; parts: the loop's other state, by name; describe_run(): what the manifest says of options,
-    model and data, asked of rank 0 at the first checkpoint; say: shows a line; saved: what the run is resumed from."""
+    """What hangs on the loop.
+
+    parts: the loop's other state, by name; every: steps between checkpoints, 0 = only those that `stopping` asks for;
+    at_end: whether there is to be one at the end; keep: how many stay, -1 = all; describe_run(): what the manifest
+    says of options, model and data, asked of rank 0 at the first checkpoint; say: shows a line; saved: what the run
+    is resumed from.
+    """
 
     def __init__(
         self,
@@ -116,13 +119,8 @@ class Checkpoints:
         say: Callable[[str], None],
         saved: Saved | None,
     ):
-        self.folder, self.model, self.optimizer, self.parts, self.place = (
-            folder,
-            model,
-            optimizer,
-            parts,
-            place,
-        )
+        self.folder, self.model, self.optimizer = folder, model, optimizer
+        self.parts, self.place = parts, place
         self.every, self.at_end, self.keep, self.stopping, self.saved = every, at_end, keep, stopping, saved
         self.describe_run, self.say = cache(describe_run), say
         # Of its own, and of host memory: collectives of two threads must not meet in one group.
@@ -165,18 +163,24 @@ class Checkpoints:
         self.waits.append(time.perf_counter() - began)
 
     def _run(self) -> dict:
-        """The state that is no tensor; on rank 0, which writes it. Files are on the disk up to here before the
-        checkpoint is."""
+        """The state that is no tensor; on rank 0, which writes it."""
+        growing = [self.folder / name for name in GROWING_FILES]
         return {
             "parts": {name: part.state_dict() for name, part in self.parts.items()},
-            "files": {n: synced_size(self.folder / n) for n in GROWING_FILES if (self.folder / n).is_file()},
+            "files": {path.name: path.stat().st_size for path in growing if path.is_file()},
         }
 
     def _write(self, step: int, layout: Tensors, copies: Tensors, run: dict) -> bool:
         """In the thread. Returns whether the checkpoint is whole; a disk that takes no more is told, and the run goes
         on with the checkpoint before."""
         self.copy.wait()
-        writer = Writer(folder_of(self.folder, step), step, lambda: self.describe_run() | run)
+
+        def described() -> dict:
+            for name in run["files"]:  # they are on the disk up to here before the checkpoint is
+                sync(self.folder / name)
+            return self.describe_run() | run
+
+        writer = Writer(folder_of(self.folder, step), step, described)
         try:
             dcp.save(layout, storage_writer=writer, planner=CopyPlanner(copies), process_group=self.group)
         except dcp.CheckpointException as e:
@@ -220,10 +224,3 @@ class Checkpoints:
             raise RuntimeError(
                 f"stopped at step {self.step}, which is not saved; --resume goes on from {self.newest}"
             )
-
-
-def synced_size(path: Path) -> int:
-    """Of a file whose contents are on the disk."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-        return os.fstat(file.fileno()).st_size

@@ -1,7 +1,7 @@
 """What a checkpoint holds in tensors: trained parameters, the optimizer's state of each, and random states.
 
     model.<parameter>                  sharded as the parameter is
-    optimizer.<key>.<parameter>        the same, or one number; of 8-bit moments each rank's part by itself: .<key>@<rank>
+    optimizer.<key>.<parameter>        the same, or one number; of 8-bit moments each rank's own: .<key>@<rank>
     random.cpu@<rank>, random.cuda@<rank>
 
 Names are the checkpoint files' (`clean`), so that neither the way the model is wrapped nor the number of ranks matters.

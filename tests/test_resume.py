@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 from pathlib import Path
@@ -19,11 +20,14 @@ from config import UserError
 from tests.runs import whole_run
 from tracking import Meter, Metrics, make_tracker
 
-RUN = (  # an epoch has 10 steps
+RUN = (  # an epoch has 9 or 10 steps
     "--train_type bnb_dora --lora_rank 6 --lr 1e-2 --lr_scheduler cosine --batch_size 1 --num_epochs 2"
     " --context_length 256 --log_to stdout --gradient_accumulation_steps 2"
 ).split()
-NOISY = [*RUN, *"--lora_dropout 0.1 --precision fp16_autocast --max_steps 12".split()]
+NOISY = [
+    *RUN,
+    *"--lora_dropout 0.1 --precision fp16_autocast --packing --deterministic --max_steps 12".split(),
+]
 QUIET = [*RUN, "--max_steps", "7"]
 REPEATED = ("step", "epoch", "lr", "tokens", "trained_tokens", "loss", "grad_norm", "eval_loss")
 
@@ -43,6 +47,7 @@ def run(place, argv: list[str], before=None) -> str:
         return whole_run(place, train.check(config))
     finally:
         Meter.measure = measure
+        torch.use_deterministic_algorithms(False)
 
 
 class Signals:
@@ -89,7 +94,7 @@ def undisturbed(source, two_ranks, tmp_path_factory):
 
 
 def test_a_stopped_run_goes_on_to_the_last_bit(source, two_ranks, tmp_path):
-    """With dropout, fp16's scaler and accumulation, stopped within the first epoch and within the second, and cut
+    """With packing, dropout, fp16's scaler and accumulation; stopped within both epochs, and cut
     within a line of metrics.jsonl."""
     whole, folder = tmp_path / "whole", tmp_path / "run"
     two_ranks(run, [*source, *NOISY, "--output_dir", str(whole)])
@@ -116,8 +121,7 @@ def test_another_number_of_ranks_changes_rounding_only(
         folder = tmp_path / f"on {ranks.world}"
         shutil.copytree(stopped, folder)
         argv = [*source, *QUIET, "--output_dir", str(folder), "--resume", str(folder)]
-        argv += ["--sharding_strategy", "shard_grad_op"]
-        argv += ["--gradient_accumulation_steps", str(accumulation)]
+        argv += ["--sharding_strategy", "shard_grad_op", "--gradient_accumulation_steps", str(accumulation)]
         ranks(run, argv, Signals({5: signal.SIGTERM}))
         two_ranks(run, [*source, *QUIET, "--output_dir", str(folder), "--resume", "auto"])
         for name in ("loss", "grad_norm"):
@@ -307,19 +311,26 @@ def test_8_bit_states_stay_on_their_ranks(source, two_ranks, tmp_path):
 # Determinism
 
 
-def twice(place, argv: list[str], folder: str) -> bool:
-    """Whether two deterministic runs leave the same metrics."""
-    try:
-        for name in "ab":
-            run(place, [*argv, "--output_dir", f"{folder}/{name}", "--deterministic"])
-            assert torch.are_deterministic_algorithms_enabled()
-    finally:
-        torch.use_deterministic_algorithms(False)
-    return repeated(Path(folder, "a")) == repeated(Path(folder, "b"))
+def deterministic(place, argv: list[str], folder: str) -> bool:
+    """Whether a run that was stopped repeats one that was not, in a process that may be the only one of a GPU."""
+    run(place, [*argv, "--output_dir", f"{folder}/whole"])
+    again = [*argv, "--output_dir", f"{folder}/run", "--resume", "auto"]
+    run(place, again, Signals({1: signal.SIGTERM}))
+    run(place, again)
+    return repeated(Path(folder, "whole")) == repeated(Path(folder, "run"))
 
 
-def test_a_deterministic_run_repeats_to_the_last_bit(source, one_rank, tmp_path):
-    assert one_rank(twice, [*source, *NOISY, "--max_steps", "2"], str(tmp_path)) == [True]
+def test_one_process_repeats_itself(source, one_rank, tmp_path):
+    assert one_rank(deterministic, [*source, *NOISY, "--max_steps", "3"], str(tmp_path)) == [True]
+
+
+def test_the_option_refuses_what_does_not_repeat(source, one_rank, tmp_path):
+    argv = [*source, *QUIET, "--max_steps", "1", "--deterministic", "--output_dir", str(tmp_path / "run")]
+    one_rank(run, argv, expect_deterministic)
+
+
+def expect_deterministic(place, step: int) -> None:
+    assert torch.are_deterministic_algorithms_enabled() and os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
 
 
 # torchrun --max-restarts

@@ -2,8 +2,8 @@
 
 Kills a training run at random moments, again and again, resumes it each time, and compares what it leaves with what
 an undisturbed run leaves: every loss and gradient norm, and the adapter, bit for bit. Two CPU ranks over gloo, each
-the whole program as torchrun starts it; SIGKILL, to both at once or one after the other. In turn a kill comes while the run starts, between
-steps, and while a checkpoint is written.
+the whole program as torchrun starts it; SIGKILL, to both at once or to one after the other. In turn a kill comes while
+the run starts, between steps, and while a checkpoint is written.
 """
 
 from __future__ import annotations
