@@ -1,9 +1,10 @@
-"""Keeps the inputs of checkpointed layers in host memory, copied while the GPU computes.
+"""Keeps what checkpointed layers save in host memory, copied while the GPU computes.
 
 With activation checkpointing all that stays of a layer between its forward and its backward is its input,
 [B, T, hidden]. Here that input is copied to the host on a stream of its own during forward; in backward each
 layer's input is fetched while the layer after it is computed, so that neither direction is waited for unless
-the bus is slower than a layer.
+the bus is slower than a layer. So is the output of the last projection, which DoRA's magnitude needs in backward
+and nothing else does: to compute it again would be a quarter of a layer's forward.
 """
 
 from __future__ import annotations
@@ -73,16 +74,17 @@ class HostStash:
             kept.fetched = kept.host.to(kept.device, non_blocking=True)
 
 
-class OffloadInputs(ActivationWrapper):
-    """Around a checkpointed layer: torch's checkpoint saves the layer's input for backward as it would any
-    tensor, and these hooks see it. The tensors inside the layer have the checkpoint's own hooks.
+class Offloaded(ActivationWrapper):
+    """Around a decoder layer that is checkpointed: what autograd saves of it in hidden states' shape goes to the
+    host: with `inputs`, the layer's input; with `results`, what its checkpointing policy keeps (recompute.py). The
+    tensors that live only within the layer's forward or its recomputation are not seen here.
 
     first: whether it is the model's first layer, where a forward begins.
     """
 
-    def __init__(self, layer: nn.Module, stash: HostStash, first: bool):
+    def __init__(self, layer: nn.Module, stash: HostStash, *, inputs: bool, results: bool, first: bool):
         super().__init__(layer)
-        self.stash, self.first = stash, first
+        self.stash, self.inputs, self.results, self.first = stash, inputs, results, first
 
     def forward(self, x: torch.Tensor, *args, **kwargs):
         layer = self._checkpoint_wrapped_module
@@ -91,5 +93,11 @@ class OffloadInputs(ActivationWrapper):
         # Backward never comes to frozen layers below the first trained one, and would never fetch their inputs.
         if not x.requires_grad and not any(p.requires_grad for p in layer.parameters()):
             return layer(x, *args, **kwargs)
-        with torch.autograd.graph.saved_tensors_hooks(self.stash.pack, self.stash.unpack):
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor | Stashed:
+            wanted = self.inputs if tensor.data_ptr() == x.data_ptr() else self.results
+            like_x = tensor.shape == x.shape and tensor.dtype == x.dtype
+            return self.stash.pack(tensor) if wanted and like_x else tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, self.stash.unpack):
             return layer(x, *args, **kwargs)

@@ -9,6 +9,8 @@ Shapes: O output features, I input features, R rank, T tokens (all leading dimen
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -40,14 +42,15 @@ _PACKED = "Tensor codes, Tensor scales, Tensor? table, str quantizer, int[] shap
 @torch.library.custom_op(
     "fsdp_finetune::linear4bit",
     mutates_args=(),
-    schema=f"(Tensor x, {_PACKED}, Tensor? bias, Tensor? h, Tensor? a, Tensor? b) -> Tensor",
+    schema=f"(Tensor x, {_PACKED}, Tensor? bias, Tensor? h, Tensor? a, Tensor? b, bool keep) -> Tensor",
 )
-def linear4bit(x, codes, scales, table, quantizer, shape, row_scale, bias, h, a, b):
+def linear4bit(x, codes, scales, table, quantizer, shape, row_scale, bias, h, a, b, keep):
     """x (diag(g) W)^T + bias + h b^T: [T, O] in x's dtype, for a frozen packed W [O, I].
 
     row_scale: g [O] fp32, or None for ones. h [T, R] and b [O, R], both in x's dtype: the low-rank branch, or None.
     a [R, I]: says that h is x a^T, made outside of autograd; the gradients of x and a by way of h are then formed
-    here, where they can be added in place. Without a, h gets a gradient of its own.
+    here, where they can be added in place. Without a, h gets a gradient of its own. keep: says to a checkpointing
+    policy that the result is not to be computed again.
 
     Saves the packed weight, not the dequantized one: FSDP frees the gathered storage after forward and fills it
     again before backward.
@@ -62,56 +65,82 @@ def linear4bit(x, codes, scales, table, quantizer, shape, row_scale, bias, h, a,
 
 
 @linear4bit.register_fake
-def _(x, codes, scales, table, quantizer, shape, row_scale, bias, h, a, b):
+def _(x, codes, scales, table, quantizer, shape, row_scale, bias, h, a, b, keep):
     return x.new_empty(*x.shape[:-1], shape[0])
 
 
 @torch.library.custom_op(
-    "fsdp_finetune::linear4bit_grad_x",
+    "fsdp_finetune::linear4bit_backward",
     mutates_args=(),
-    schema=f"(Tensor grad, {_PACKED}, Tensor? grad_h, Tensor? a) -> Tensor",
+    schema=f"(Tensor grad, {_PACKED}, Tensor? x, Tensor? h, Tensor? a, Tensor? b, bool of_x)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
 )
-def grad_x(grad, codes, scales, table, quantizer, shape, row_scale, grad_h, a):
-    """grad (diag(g) W) + grad_h a: [T, I] from grad [T, O]."""
-    weight = dequantize((codes, scales, table), quantizer, shape, grad.dtype, row_scale)
-    if grad_h is None:
-        return grad @ weight
-    result = grad_h @ a
-    result.view(-1, shape[1]).addmm_(grad.flatten(0, -2), weight)
-    return result
+def linear4bit_backward(grad, codes, scales, table, quantizer, shape, row_scale, x, h, a, b, of_x):
+    """The gradients of x [T, I], if wanted, of h [T, R] (or, with a, of a [R, I] instead), and of b [O, R]; empty
+    tensors for those that are not there. grad: [T, O].
+
+    All in one operator, so that x, which may be an activation of a quarter of a GiB, is not needed beyond it.
+    """
+    rows = grad.flatten(0, -2)
+    none = partial(grad.new_empty, 0)  # an operator's results must not be the same tensor
+    of_h = none() if h is None else grad @ b
+    of_b = none() if h is None else rows.t() @ h.flatten(0, -2)
+    of_a = none() if a is None else of_h.flatten(0, -2).t() @ x.flatten(0, -2)
+    if not of_x:
+        of_input = none()
+    else:
+        weight = dequantize((codes, scales, table), quantizer, shape, grad.dtype, row_scale)
+        if a is None:
+            of_input = grad @ weight
+        else:
+            of_input = of_h @ a
+            of_input.view(-1, shape[1]).addmm_(rows, weight)
+    return of_input, of_h if a is None else none(), of_a, of_b
 
 
-@grad_x.register_fake
-def _(grad, codes, scales, table, quantizer, shape, row_scale, grad_h, a):
-    return grad.new_empty(*grad.shape[:-1], shape[1])
+@linear4bit_backward.register_fake
+def _(grad, codes, scales, table, quantizer, shape, row_scale, x, h, a, b, of_x):
+    def like(wanted, *size):
+        return grad.new_empty(*size) if wanted else grad.new_empty(0)
+
+    tokens = grad.shape[:-1]
+    return (
+        like(of_x, *tokens, shape[1]),
+        like(h is not None and a is None, *tokens, b.shape[1] if b is not None else 0),
+        like(a is not None, *(a.shape if a is not None else ())),
+        like(h is not None, *(b.shape if b is not None else ())),
+    )
 
 
 def _setup(ctx, inputs, output) -> None:
-    x, codes, scales, table, ctx.quantizer, ctx.shape, row_scale, _, h, a, b = inputs
+    x, codes, scales, table, ctx.quantizer, ctx.shape, row_scale, _, h, a, b, _ = inputs
     y = None if row_scale is None else output
     ctx.save_for_backward(x if a is not None else None, codes, scales, table, row_scale, h, a, b, y)
 
 
 def _backward(ctx, grad):
     x, codes, scales, table, row_scale, h, a, b, y = ctx.saved_tensors
-    d_x = d_scale = d_h = d_a = d_b = None
-    rows = grad.flatten(0, -2)
-    if h is not None:
-        d_h = grad @ b
-        d_b = rows.t() @ h.flatten(0, -2)
-    if a is not None:  # before the gradient of x is there: then x is not needed any more
-        d_a = d_h.flatten(0, -2).t() @ x.flatten(0, -2)
-    if ctx.needs_input_grad[0]:
-        packed = codes, scales, table, ctx.quantizer, ctx.shape, row_scale
-        d_x = grad_x(grad, *packed, d_h if a is not None else None, a)
+    packed = codes, scales, table, ctx.quantizer, ctx.shape, row_scale
+    of_x, of_h, of_a, of_b = linear4bit_backward(grad, *packed, x, h, a, b, ctx.needs_input_grad[0])
+    of_scale = None
     if row_scale is not None:  # the derivative by g is W x = (y - h b^T) / g
+        rows = grad.flatten(0, -2)
         if grad.dtype == torch.float16:  # scaled gradients times outputs may pass its largest number
             rows = rows.float()
-        d_scale = (rows * y.flatten(0, -2)).sum(0, dtype=torch.float32)
+        of_scale = (rows * y.flatten(0, -2)).sum(0, dtype=torch.float32)
         if h is not None:
-            d_scale = d_scale - (d_b.float() * b.float()).sum(1)
-        d_scale = d_scale / row_scale
-    return d_x, None, None, None, None, None, d_scale, None, d_h if a is None else None, d_a, d_b
+            of_scale = of_scale - (of_b.float() * b.float()).sum(1)
+        of_scale = of_scale / row_scale
+    return (
+        of_x if ctx.needs_input_grad[0] else None,
+        *(None, None, None, None, None),
+        of_scale,
+        None,
+        of_h if h is not None and a is None else None,
+        of_a if a is not None else None,
+        of_b if h is not None else None,
+        None,
+    )
 
 
 linear4bit.register_autograd(_backward, setup_context=_setup)

@@ -125,9 +125,10 @@ class Linear4bit(Packed):
         a: torch.Tensor | None = None,
         b: torch.Tensor | None = None,
         dropout: float = 0.0,
+        keep: bool = False,
     ) -> torch.Tensor:
         """x (diag(g) W)^T + bias + dropout(x) a^T b^T. row_scale: g [O] fp32, or None for ones; a [R, I], b [O, R]: a
-        low-rank branch, or None."""
+        low-rank branch, or None; keep: `linear4bit`'s."""
         assert row_scale is None or self.bias is None, "a bias is not rescaled"
         x = x.to(compute_dtype(x))
         packed, h = (self.codes, self.scales, self.table, self.quantizer_name, self.shape), None
@@ -138,7 +139,7 @@ class Linear4bit(Packed):
             else:
                 with torch.no_grad():  # the operator differentiates by way of h
                     h = F.linear(x, a)
-        return linear4bit(x, *packed, row_scale, self.bias, h, a, b)
+        return linear4bit(x, *packed, row_scale, self.bias, h, a, b, keep)
 
     def packs(self, name: str) -> tuple[str, ...]:
         return ("codes", "scales") if name == "weight" else (name,)

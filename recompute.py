@@ -30,7 +30,8 @@ ATTENTION = {
     ops.aten._scaled_dot_product_cudnn_attention.default,
     ops.torch_attn._varlen_attn.default,  # of packed rows
 }
-MATMULS = {ops.fsdp_finetune.linear4bit.default, ops.aten.mm.default, ops.aten.addmm.default}
+LINEAR = ops.fsdp_finetune.linear4bit.default
+MATMULS = {LINEAR, ops.aten.mm.default, ops.aten.addmm.default}
 
 
 class Keep(enum.Enum):
@@ -40,7 +41,8 @@ class Keep(enum.Enum):
 
 
 def _policy(kept: frozenset, ctx, op, *args, **kwargs) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if op in kept else CheckpointPolicy.PREFER_RECOMPUTE
+    asked = op is LINEAR and args[-1]  # `linear4bit`'s keep
+    return CheckpointPolicy.MUST_SAVE if asked or op in kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def _contexts(kept: frozenset):

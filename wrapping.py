@@ -26,9 +26,11 @@ from torch.distributed.fsdp import (
     fully_shard,
 )
 
-from activation_offload import HostStash, OffloadInputs
+from activation_offload import HostStash, Offloaded
 from loss import shard_vocabulary
+from models.dora import DoRALinear
 from models.family import Family
+from quantize_layers import Linear4bit
 from recompute import Keep, Recomputed
 
 
@@ -74,6 +76,16 @@ def offload_policy(wanted: bool, device_type: str) -> OffloadPolicy:
     if not wanted:
         return OffloadPolicy()
     return CPUOffloadPolicy(pin_memory=can_pin(device_type))
+
+
+def _keep_last_output(layer: nn.Module, family: Family) -> bool:
+    """Has the layer's last projection keep its output, if it is one of DoRA's and 4-bit: its magnitude's gradient
+    needs it, while nothing else would compute it again."""
+    last = layer.get_submodule(family.outputs[-1])
+    if not isinstance(last, DoRALinear) or not isinstance(last.base, Linear4bit):
+        return False
+    last.keeps_output = True
+    return True
 
 
 def _wholly_trained(module: nn.Module) -> bool:
@@ -146,8 +158,9 @@ def wrap(
             shard(layer.get_submodule(name))
         # The wrapper goes inside the unit: recomputation must find the layer gathered, not gather again.
         layers[i] = Recomputed(layer, keep, None if units else run)
-        if offload_activations:
-            layers[i] = OffloadInputs(layers[i], stash, first=i == 0)
+        kept = _keep_last_output(layer, family) if run and not units and keep is Keep.NOTHING else False
+        if offload_activations or kept:
+            layers[i] = Offloaded(layers[i], stash, inputs=offload_activations, results=kept, first=i == 0)
         shard(layers[i])
     head, embedding = model.get_submodule(family.head), model.get_submodule(family.embedding)
     head.compiled = run is not None

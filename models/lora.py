@@ -32,6 +32,7 @@ class LoRALinear(Packed):
         (out_features, in_features), device = features, next(base.parameters()).device
         self.base, self.scaling, self.dropout = base, alpha / rank, dropout
         self.active = True  # switched by `adapters_off`
+        self.keeps_output = False  # set by wrapping.py
         self.lora_A = nn.Parameter(torch.empty(rank, in_features, dtype=dtype, device=device))
         self.lora_B = nn.Parameter(torch.empty(out_features, rank, dtype=dtype, device=device))
 
@@ -55,7 +56,7 @@ class LoRALinear(Packed):
         None for ones."""
         dropout = self.dropout if self.training else 0.0
         if isinstance(self.base, Linear4bit) and (row_scale is None or self.base.takes_row_scale):
-            return self.base(x, row_scale, self.lora_A, b, dropout)
+            return self.base(x, row_scale, self.lora_A, b, dropout, self.keeps_output)
         y = self.base(x)
         if row_scale is not None:  # y * g, written as y + y * (g - 1): g is near 1, where bf16 is coarse
             y = torch.addcmul(y, y, (row_scale - 1).to(y.dtype))

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
-from activation_offload import HostStash, OffloadInputs
+from activation_offload import HostStash, Offloaded
 from config import HQQ_BITS
 from quantizers import HQQ
 from tests.runs import set_up, train_run
@@ -42,7 +42,12 @@ def run_blocks(offload: bool) -> tuple[torch.Tensor, list[torch.Tensor], int]:
     """(output, gradients, peak bytes) of 32 checkpointed blocks whose inputs take 8 MiB each."""
     torch.manual_seed(0)
     blocks, stash = [checkpoint_wrapper(Block().cuda()) for _ in range(32)], HostStash()
-    model = nn.Sequential(*[OffloadInputs(b, stash) if offload else b for b in blocks])
+    model = nn.Sequential(
+        *[
+            Offloaded(b, stash, inputs=True, results=False, first=i == 0) if offload else b
+            for i, b in enumerate(blocks)
+        ]
+    )
     for _ in range(2):  # the second time pinned memory and streams are there
         model.zero_grad()
         x = torch.randn(8192, 256, device="cuda", generator=torch.Generator("cuda").manual_seed(1))

@@ -15,6 +15,7 @@ import attention
 import report
 import train
 from attention import VARLEN, packed_attention
+from checkpoint import whole
 from data import IGNORE, Batch, StepSampler, TokenizedRows, make_batch
 from models import FAMILIES, read_config
 from models.family import clean
@@ -207,7 +208,7 @@ def learn(model, batch: Batch, context=nullcontext()) -> tuple[float, dict[str, 
         loss = train.loss_sum(model, batch.to(next(model.parameters()).device))
     loss.backward()
     trained = {clean(n): p.grad for n, p in model.named_parameters() if p.requires_grad}
-    return loss.item(), {name: gradient.full_tensor().float().cpu() for name, gradient in trained.items()}
+    return loss.item(), {name: whole(gradient).float().cpu() for name, gradient in trained.items()}
 
 
 def assert_equal(got: tuple[float, dict], expected: tuple[float, dict]) -> None:
