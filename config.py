@@ -80,13 +80,11 @@ TOY_PROMPT = "Put these numbers in order: 5 4 6"
 
 HQQ_BITS = (8, 4, 3, 2)
 CHECKPOINTS = "checkpoints"  # the folder in a RUN
-ANY = object()  # `later=ANY`: every value but the default belongs to a feature that is still to come
 
 
-def option(default, group: str, help: str, choices: tuple = (), later=(), needs: str = ""):
-    """Declares one option. later: values (or ANY) of a feature that this version does not have;
-    needs: the attribute of Method without which the option has no effect."""
-    meta = {"group": group, "help": help, "choices": choices, "later": later, "needs": needs}
+def option(default, group: str, help: str, choices: tuple = (), needs: str = ""):
+    """Declares one option. needs: the attribute of Method without which the option has no effect."""
+    meta = {"group": group, "help": help, "choices": choices, "needs": needs}
     return dataclasses.field(default=default, metadata=meta)
 
 
@@ -261,11 +259,7 @@ def resolve(given: dict) -> tuple[Config, list[str]]:
 
 
 def _refuse(given: dict) -> None:
-    """Options of a feature still to come, and options without effect for this train type."""
-    for name, value in given.items():
-        later = FIELDS[name].metadata["later"]
-        if (later is ANY and value != FIELDS[name].default) or (later is not ANY and value in later):
-            raise UserError(f"--{name} {shown(value)} is not in this version yet; leave it out")
+    """Options without effect for this train type."""
     train_type = given.get("train_type", FIELDS["train_type"].default)
     for name in given:
         needs = FIELDS[name].metadata["needs"]
