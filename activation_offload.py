@@ -12,8 +12,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import ActivationWrapper
+
+from recompute import Keep, Recomputed
 
 SMALLEST = 2**16  # bytes: below it a copy costs more than it saves
 
@@ -76,13 +77,13 @@ class HostStash:
 
 class Offloaded(ActivationWrapper):
     """Around a decoder layer that is checkpointed: what autograd saves of it in hidden states' shape goes to the
-    host: with `inputs`, the layer's input; with `results`, what its checkpointing policy keeps (recompute.py). The
+    host: with `inputs`, the layer's input; with `results`, what a layer that keeps NOTHING else keeps nevertheless. The
     tensors that live only within the layer's forward or its recomputation are not seen here.
 
     first: whether it is the model's first layer, where a forward begins.
     """
 
-    def __init__(self, layer: nn.Module, stash: HostStash, *, inputs: bool, results: bool, first: bool):
+    def __init__(self, layer: Recomputed, stash: HostStash, *, inputs: bool, results: bool, first: bool):
         super().__init__(layer)
         self.stash, self.inputs, self.results, self.first = stash, inputs, results, first
 
@@ -94,8 +95,10 @@ class Offloaded(ActivationWrapper):
         if not x.requires_grad and not any(p.requires_grad for p in layer.parameters()):
             return layer(x, *args, **kwargs)
 
+        results = self.results and layer.keep is Keep.NOTHING  # else there is memory for them
+
         def pack(tensor: torch.Tensor) -> torch.Tensor | Stashed:
-            wanted = self.inputs if tensor.data_ptr() == x.data_ptr() else self.results
+            wanted = self.inputs if tensor.data_ptr() == x.data_ptr() else results
             like_x = tensor.shape == x.shape and tensor.dtype == x.dtype
             return self.stash.pack(tensor) if wanted and like_x else tensor
 

@@ -171,6 +171,9 @@ class Config:
         " layer, or its attention and its MLP separately (half the gathered memory, more all-gathers)", choices=("layer", "sublayer"))
     use_gradient_checkpointing: bool = option(True, "Memory and speed", "recompute each layer in backward instead of"
         " keeping its activations")
+    activation_budget: float = option(0.0, "Memory and speed", "with gradient checkpointing: GiB per GPU in which"
+        " results of matmuls and attention are kept instead of computed again; 0 = none, -1 = what is free after the"
+        " first step")
     compile: str = option("auto", "Memory and speed", "compile each decoder layer and the loss, once; auto = on GPUs",
         choices=("auto", "true", "false"))
     reentrant_checkpointing: bool = option(False, "Memory and speed", "accepted; checkpointing is always non-reentrant")
@@ -322,13 +325,19 @@ def _check_values(config: Config) -> None:
         raise UserError("--context_length 1: a token can only be learned after another one; use 2 or more")
     if config.use_activation_cpu_offload and not config.use_gradient_checkpointing:
         raise UserError("--use_activation_cpu_offload: needs --use_gradient_checkpointing true")
+    if config.activation_budget and not config.use_gradient_checkpointing:
+        raise UserError(
+            "--activation_budget: has no effect without --use_gradient_checkpointing true, everything is kept"
+        )
+    if not (config.activation_budget == -1 or 0 <= config.activation_budget < float("inf")):
+        raise UserError(f"--activation_budget {config.activation_budget}: must be a number of GiB, or -1")
     if config.hybrid_shard_size != -1 and not config.sharding_strategy.startswith("hybrid_"):
         raise UserError("--hybrid_shard_size: has no effect without a hybrid --sharding_strategy")
     for name in ("max_steps", "dataset_samples", "world_size", "hybrid_shard_size", "loading_workers"):
         value = getattr(config, name)
         if value == 0 or value < -1:
             raise UserError(f"--{name} {value}: must be positive, or -1")
-    for name in ("lr", "wd"):
+    for name in ("lr", "wd", "save_every", "save_minutes", "max_minutes"):
         value = getattr(config, name)
         if value < 0 or value == float("inf"):
             raise UserError(f"--{name} {value}: must be 0 or more, and finite")
@@ -404,18 +413,12 @@ def _check_profiling(config: Config) -> None:
 
 
 def _check_checkpoints(config: Config) -> None:
-    for name in ("save_every", "save_minutes", "max_minutes"):
-        value = getattr(config, name)
-        if value < 0 or value == float("inf"):
-            raise UserError(f"--{name} {value}: must be 0 or more, and finite")
     if config.keep == 0 or config.keep < -1:
         raise UserError(f"--keep {config.keep}: must be positive, or -1")
     if config.resume == "":
         raise UserError("--resume: needs auto, or the folder of a RUN or of a checkpoint")
     if config.resume is not None and config.overwrite:
-        raise UserError(
-            "--overwrite: contradicts --resume, which goes on with the run; leave one of them out"
-        )
+        raise UserError("--overwrite: contradicts --resume; leave one of them out")
 
 
 def _remarks(given: dict) -> list[str]:
@@ -439,6 +442,6 @@ def _remarks(given: dict) -> list[str]:
 
 
 def dump_yaml(config: Config) -> str:
-    """Every resolved option, as a file that --config reads back. What became of the folder when the run was started is
-    no part of it: `--config` on it, with or without --resume, must be able to say that anew."""
+    """Every resolved option, as a file that --config reads back. How the run was started, --resume or --overwrite, is
+    no part of it."""
     return yaml.safe_dump(dataclasses.asdict(config) | {"resume": None, "overwrite": False}, sort_keys=False)

@@ -22,6 +22,10 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from data import IGNORE
 from quantize_layers import compute_dtype
 
+# torch 2.13 has new names for them, and warns of the old ones.
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 LOGITS_BYTES = 2**28  # of a chunk: large enough for the matmuls' full speed, small beside anything else
 
 
@@ -43,7 +47,7 @@ class VocabularyShard:
         if self.size == 1:
             return x
         out = x.new_empty(self.size * x.shape[0], *x.shape[1:])
-        dist.all_gather_into_tensor(out, x.contiguous(), group=self.group)
+        all_gather(out, x.contiguous(), group=self.group)
         return out
 
     def scatter_sum(self, x: Tensor) -> Tensor:
@@ -51,7 +55,7 @@ class VocabularyShard:
         if self.size == 1:
             return x
         out = x.new_empty(x.shape[0] // self.size, *x.shape[1:])
-        dist.reduce_scatter_tensor(out, x, group=self.group)
+        reduce_scatter(out, x, group=self.group)
         return out
 
     def local(self, tokens: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@ backward reads: not the last projection, a quarter of a layer.
 
 from __future__ import annotations
 
+import contextlib
 import enum
 from collections.abc import Callable
 from functools import partial
@@ -18,7 +19,9 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import ActivationWrapper
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from models.dora import same_operators
 from models.family import Family
+from quantize_layers import Linear4bit
 from quantizers import triton_runs_on
 
 ops = torch.ops
@@ -31,7 +34,7 @@ ATTENTION = {
     ops.torch_attn._varlen_attn.default,  # of packed rows
 }
 LINEAR = ops.fsdp_finetune.linear4bit.default
-MATMULS = {LINEAR, ops.aten.mm.default, ops.aten.addmm.default}
+MATMULS = {LINEAR, ops.fsdp_finetune.project4bit.default, ops.aten.mm.default, ops.aten.addmm.default}
 
 
 class Keep(enum.Enum):
@@ -46,7 +49,19 @@ def _policy(kept: frozenset, ctx, op, *args, **kwargs) -> CheckpointPolicy:
 
 
 def _contexts(kept: frozenset):
-    return create_selective_checkpoint_contexts(partial(_policy, kept))
+    first, second = create_selective_checkpoint_contexts(partial(_policy, kept))
+    return (first, second) if torch.compiler.is_compiling() else (first, _Both(second, same_operators()))
+
+
+class _Both(contextlib.ExitStack):
+    def __init__(self, *contexts):
+        super().__init__()
+        self.contexts = contexts
+
+    def __enter__(self):
+        for context in self.contexts:
+            self.enter_context(context)
+        return super().__enter__()
 
 
 # What is marked is small (DoRA's norms) and kept always. Not compiled, DoRALinear itself sees to that, and plain
@@ -91,3 +106,50 @@ class Recomputed(ActivationWrapper):
         if keep is not Keep.ALL and not self.trained and not args[0].requires_grad:
             keep = Keep.ALL  # backward never comes to frozen layers below the first trained one
         return self.run(layer, keep, *args, **kwargs)
+
+
+class ActivationBudget:
+    """Chooses the layers that keep RESULTS, so that these take no more than a given memory: the last ones, whose
+    activations backward frees first.
+
+    gib: of this rank, or -1 for what is free after the first step, less a tenth of the GPU. tokens: of the largest
+    micro-batch; itemsize: of what matmuls result in.
+    """
+
+    def __init__(
+        self, model: nn.Module, family: Family, gib: float, tokens: int, itemsize: int, device: torch.device
+    ):
+        layers = [m for m in model.modules() if isinstance(m, Recomputed)]
+        self.layers = [m for m in layers if m.keep is Keep.NOTHING]
+        self.bytes = [tokens * itemsize * _result_features(m, family) for m in self.layers]
+        self.device, self.waits = device, gib == -1
+        if gib > 0:
+            self._spend(int(gib * 2**30))
+
+    def after_step(self) -> None:
+        """To be called after every step; the first one shows what is free."""
+        if self.waits and self.device.type == "cuda":
+            free, total = torch.cuda.mem_get_info(self.device)
+            unused = torch.cuda.max_memory_reserved(self.device) - torch.cuda.max_memory_allocated(
+                self.device
+            )
+            self._spend(free + unused - total // 10)
+        self.waits = False
+
+    def _spend(self, budget: int) -> None:
+        for layer, n_bytes in zip(reversed(self.layers), reversed(self.bytes), strict=True):
+            budget -= n_bytes
+            if budget < 0:
+                break
+            layer.keep = Keep.RESULTS
+
+    def describe(self) -> str:
+        kept = [n for layer, n in zip(self.layers, self.bytes, strict=True) if layer.keep is Keep.RESULTS]
+        return f"{len(kept)} of {len(self.layers)} layers keep their results: at most {sum(kept) / 2**30:.2f} GiB"
+
+
+def _result_features(layer: nn.Module, family: Family) -> int:
+    """What one token's results of the layer's linears and of its attention take, in elements."""
+    linears = [m for m in layer.modules() if isinstance(m, (nn.Linear, Linear4bit))]
+    attention = next(m for m in layer.get_submodule(family.outputs[0]).modules() if m in linears)
+    return sum(m.out_features for m in linears) + attention.in_features

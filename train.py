@@ -59,7 +59,7 @@ from precision import precision_here, use_deterministic
 from prefetch import ahead
 from profiling import BETWEEN, NO_PROFILER, NoProfiler, Profiler, make_profiler
 from quantize_layers import load_weights
-from recompute import Keep, compiler, compiles
+from recompute import ActivationBudget, Keep, compiler, compiles
 from report import FACTS, describe_run, write_report
 from stopping import NEVER, NeverStop, Stopping
 from tracking import (
@@ -144,6 +144,7 @@ def train(
     checkpoints = make_checkpoints(job, model, optimizer, parts, place, tracker.say, stopping)
     done = checkpoints.load()
     schedule = make_schedule(optimizer, total, config.lr_warmup, config.lr_scheduler, done)
+    budget = make_budget(job, model, place)
     model.train()
     evaluator.begin(done)
     todo = range(done + 1, total + 1) if not evaluator.stop else ()
@@ -171,6 +172,7 @@ def train(
         scaler.update()
         schedule.step()
         optimizer.zero_grad(set_to_none=True)
+        budget.after_step()
         profiler.phase(BETWEEN)
         history.append(evaluator.after(meter.measure(index, step, loss, lr, norm)))
         tracker.log(history[-1])
@@ -181,6 +183,14 @@ def train(
     checkpoints.finish()
     profiler.finish()
     return history
+
+
+def make_budget(job: Job, model: nn.Module, place: Place) -> ActivationBudget:
+    config, family = job.config, FAMILIES[job.model_config.model_type]
+    longest = config.context_length if config.packing else int(job.rows.lengths().max())
+    itemsize = precision_here(config.precision).matmul.itemsize
+    tokens = config.batch_size * longest
+    return ActivationBudget(model, family, config.activation_budget, tokens, itemsize, place.device)
 
 
 def make_evaluator(job: Job, model: nn.Module, place: Place, total: int, meter: Meter, tracker) -> Evaluator:

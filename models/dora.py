@@ -25,11 +25,25 @@ from models.lora import LoRALinear
 from quantize_layers import Linear4bit
 from quantizers import PackedWeight
 
+_same_operators = False  # switched by `same_operators`
+
 
 def _recomputing() -> bool:
     """Whether this forward is activation checkpointing's second one. Only backward can have started it, and
     then the weights are those of the first: the norm need not be taken again."""
-    return torch._C._current_graph_task_id() != -1
+    return torch._C._current_graph_task_id() != -1 and not _same_operators
+
+
+@contextlib.contextmanager
+def same_operators() -> Iterator[None]:
+    """Within, a second forward runs the operators of the first: a selective policy of checkpointing finds what it
+    kept by counting them."""
+    global _same_operators
+    _same_operators = True
+    try:
+        yield
+    finally:
+        _same_operators = False
 
 
 class DoRALinear(LoRALinear):
@@ -58,9 +72,9 @@ class DoRALinear(LoRALinear):
         update = self.lora_A, self.lora_B, self.scaling, self.squared_norm
         with torch.autocast(self.lora_A.device.type, enabled=False):  # fp32 means fp32 here
             norm = factored_norm(self.base_times(self.lora_A), *update)
-        if compiling:
-            return kept(norm)  # by the checkpointing policy (recompute.py)
-        self.last_norm = norm
+        norm = kept(norm)  # by the checkpointing policy (recompute.py)
+        if not compiling:
+            self.last_norm = norm
         return norm
 
     def base_times(self, a: torch.Tensor) -> torch.Tensor:

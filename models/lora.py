@@ -57,7 +57,7 @@ class LoRALinear(Packed):
         dropout = self.dropout if self.training else 0.0
         if isinstance(self.base, Linear4bit) and (row_scale is None or self.base.takes_row_scale):
             return self.base(x, row_scale, self.lora_A, b, dropout, self.keeps_output)
-        y = self.base(x)
+        y = self.base(x, keep=self.keeps_output) if isinstance(self.base, Linear4bit) else self.base(x)
         if row_scale is not None:  # y * g, written as y + y * (g - 1): g is near 1, where bf16 is coarse
             y = torch.addcmul(y, y, (row_scale - 1).to(y.dtype))
         h = F.linear(F.dropout(x, dropout), self.lora_A.to(x.dtype))

@@ -13,12 +13,17 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
+import activation_offload
+import linear4bit
 import train
-from recompute import compiler
+from config import METHODS
+from recompute import Keep, compiler
 from tests.runs import train_run
 from tests.test_parity import TYPES, arguments, assert_same, biased
 
 PLAIN = ["--batch_size", "4", "--use_gradient_checkpointing", "false"]
+CHECKPOINTED = ["--batch_size", "4", "--use_gradient_checkpointing", "true"]
+LAYERS, LINEARS = 3, 7  # of the tiny Llama, and in each layer
 
 
 def compiled_run(place, argv: list[str]):
@@ -40,3 +45,76 @@ def test_compiled(train_type, checkpointing, checkpoints, alpaca_file, plain_run
     # Once for each kind of layer, with and without a gradient for its input, and again for other lengths of rows.
     kinds = {"full": 1}.get(train_type, 2)
     assert kinds <= graphs <= 3 * kinds
+
+
+@pytest.mark.parametrize("train_type", ["qlora", "bnb_dora"])
+def test_compiled_units_within_layers_in_two_ranks(
+    train_type, checkpoints, alpaca_file, plain_run, two_ranks
+):
+    args = arguments(checkpoints("llama_bias"), alpaca_file, train_type)
+    options = ["--batch_size", "2", "--wrap_policy", "sublayer", "--use_activation_cpu_offload"]
+    results, graphs = two_ranks(compiled_run, [*args, *options])[0]
+    assert_same(plain_run([*args, *PLAIN]), results)
+    assert graphs
+
+
+def counted_run(place, argv: list[str], compiled: bool, keeping: int):
+    """(`train_run`'s results, degrees of the layers, weights dequantized in each step, tensors sent to the host in
+    each step). keeping: layers that keep their results."""
+    counts, original = {"weights": 0, "stashed": 0}, linear4bit.dequantize
+    make_budget, pack = train.make_budget, activation_offload.HostStash.pack
+    budgets, per_step = [], []
+
+    def dequantize(*args, **kwargs):
+        counts["weights"] += 1
+        return original(*args, **kwargs)
+
+    def stash(self, tensor):
+        counts["stashed"] += 1
+        return pack(self, tensor)
+
+    def spending(job, model, place):
+        budget = make_budget(job, model, place)
+        budget._spend(sum(budget.bytes[LAYERS - keeping :]) + 1)
+        after = budget.after_step
+        budget.after_step = lambda: (
+            per_step.append(dict(counts)),
+            counts.update(weights=0, stashed=0),
+            after(),
+        )
+        budgets.append(budget)
+        return budget
+
+    with (
+        mock.patch.object(linear4bit, "dequantize", dequantize),
+        mock.patch.object(activation_offload.HostStash, "pack", stash),
+        mock.patch.object(activation_offload, "SMALLEST", 0),
+        mock.patch.object(train, "make_budget", spending),
+    ):
+        results = compiled_run(place, argv)[0] if compiled else train_run(place, argv)
+    return results, [layer.keep for layer in budgets[0].layers], per_step[1:]
+
+
+@pytest.mark.parametrize("keeping", [0, 2])
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("train_type", ["qlora", "hqq_dora"])
+def test_what_is_computed_again(train_type, compiled, keeping, checkpoints, alpaca_file, plain_run, one_rank):
+    """Each weight is dequantized in forward and in backward, for its recomputation where its result was not kept, and
+    for DoRA's norm. What only a compiled layer knows: nothing needs LoRA's last projection again; DoRA's is on the
+    host."""
+    args = arguments(checkpoints("llama_bias"), alpaca_file, train_type)
+    results, kept, steps = one_rank(counted_run, [*args, *CHECKPOINTED], compiled, keeping)[0]
+    assert_same(plain_run([*args, *PLAIN]), results)
+    assert kept == [Keep.NOTHING] * (LAYERS - keeping) + [Keep.RESULTS] * keeping
+    dora = METHODS[train_type].adapter == "dora"
+    again = (LAYERS - keeping) * (LINEARS - compiled)
+    # The first layer's input needs no gradient: three weights of its attention are not wanted in backward.
+    weights = LAYERS * LINEARS * (3 if dora else 2) - 3 + again
+    stashed = LAYERS - keeping if dora and compiled else 0
+    assert steps == [{"weights": weights, "stashed": stashed}] * len(steps)
+
+
+def test_full_training_keeps_results_too(checkpoints, alpaca_file, plain_run, one_rank):
+    args = arguments(checkpoints("llama_bias"), alpaca_file, "full")
+    results = one_rank(train_run, [*args, *CHECKPOINTED, "--activation_budget", "1"])[0]
+    assert_same(plain_run([*args, *PLAIN]), results)
