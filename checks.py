@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,8 +13,10 @@ from torch import nn
 from transformers import AutoTokenizer, PretrainedConfig
 
 import launch
+import resume
 from bnb_files import check_stored_quantization
 from checkpoint import check_output, check_writable
+from checkpoint_files import Saved
 from command_line import describe, under_torchrun
 from config import TOY_MODEL, Config, UserError
 from data import StepSampler, TokenizedRows, toy_texts
@@ -44,13 +47,17 @@ class Job:
     rows: TokenizedRows
     evaluation: EvaluationData
     cache: str | None  # the weights' digest, if --quantized_cache is still to be written
+    saved: Saved | None  # the checkpoint that the run is resumed from
+    started: float  # time.time()
 
 
 def check(config: Config) -> Job:
     """All that can be wrong with a run, found without touching a GPU or writing a file. Raises UserError."""
+    started = time.time()
     world = launch.resolve_world_size(config.world_size)
     strategy = launch.resolve_strategy(config.sharding_strategy, world)
     config = dataclasses.replace(config, world_size=world, sharding_strategy=strategy)
+    config = resume.resume_after_restart(config)
     if not under_torchrun():
         launch.check_address(config.master_addr, config.master_port)
     if STRATEGIES[config.sharding_strategy].replicas == "groups":
@@ -63,7 +70,8 @@ def check(config: Config) -> Job:
     check_optimizer(config.optimizer, config.use_cpu_offload)
     if config.log_to == "wandb":
         check_wandb()
-    check_output(Path(config.output_dir), config.overwrite)
+    check_output(Path(config.output_dir), config.overwrite or config.resume is not None)
+    saved = resume.find_checkpoint(config)
     if config.profile:
         check_writable(Path(config.profiling_output), "--profiling_output")
     path = config.llama_pro_path
@@ -94,7 +102,18 @@ def check(config: Config) -> Job:
         )
     if config.profile:
         check_traces(config, total_steps(config, make_sampler(config, rows, 0, world)))
-    return Job(config, model_config, files, rows, evaluation, cache)
+    job = Job(config, model_config, files, rows, evaluation, cache, saved, started)
+    if saved:
+        resume.check_same(saved, config, **identity(job))
+        for remark in resume.remarks(saved, config):
+            print(remark)
+    return job
+
+
+def identity(job: Job) -> dict[str, str]:
+    """Digests of the model below and of the rows, for `resume`."""
+    base = resume.digest_base(job.model_config, job.files)
+    return {"base": base, "data": resume.digest_rows(job.rows)}
 
 
 def total_steps(config: Config, sampler: StepSampler) -> int:

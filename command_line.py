@@ -21,7 +21,7 @@ from pathlib import Path
 
 import yaml
 
-from config import ANY, FIELDS, HINTS, NEEDS, Config, UserError, resolve, shown
+from config import FIELDS, HINTS, NEEDS, Config, UserError, resolve, shown
 from limits import OPTIONS_FILE, read_text
 
 T = typing.TypeVar("T")
@@ -133,16 +133,11 @@ def _parser() -> Parser:
 def _help(field: dataclasses.Field) -> str:
     meta = field.metadata
     text = meta["help"]
-    ready = [c for c in meta["choices"] if meta["later"] is ANY or c not in meta["later"]]
-    if ready:
-        text += f": {', '.join(ready)}"
+    if meta["choices"]:
+        text += f": {', '.join(meta['choices'])}"
     text += f" [{shown(field.default)}]"
     if meta["needs"]:
         text += f" (only for {NEEDS[meta['needs']]})"
-    if meta["later"] is ANY or meta["later"] == (True,):
-        text += " (not in this version)"
-    elif meta["later"]:
-        text += f" (not in this version: {', '.join(meta['later'])})"
     return text.replace("%", "%%")
 
 

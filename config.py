@@ -80,13 +80,12 @@ NEEDS = {
 TOY_PROMPT = "Put these numbers in order: 5 4 6"
 
 HQQ_BITS = (8, 4, 3, 2)
-ANY = object()  # `later=ANY`: every value but the default belongs to a feature that is still to come
+CHECKPOINTS = "checkpoints"  # the folder in a RUN
 
 
-def option(default, group: str, help: str, choices: tuple = (), later=(), needs: str = ""):
-    """Declares one option. later: values (or ANY) of a feature that this version does not have;
-    needs: the attribute of Method without which the option has no effect."""
-    meta = {"group": group, "help": help, "choices": choices, "later": later, "needs": needs}
+def option(default, group: str, help: str, choices: tuple = (), needs: str = ""):
+    """Declares one option. needs: the attribute of Method without which the option has no effect."""
+    meta = {"group": group, "help": help, "choices": choices, "needs": needs}
     return dataclasses.field(default=default, metadata=meta)
 
 
@@ -144,6 +143,8 @@ class Config:
         " and one more ends the run; -1 = any number")
     grad_norm: float = option(1.0, "Training", "largest 2-norm of the whole gradient, when clipping")
     seed: int = option(42, "Training", "seeds adapters, data order and dropout")
+    deterministic: bool = option(False, "Training", "only operations that give the same bits each time: twice the same"
+        " losses on the same hardware, at some cost in speed")
 
     eval_share: float = option(0.0, "Evaluation", "share of the rows that is split off, by --seed, and evaluated on;"
         " 0 = none")
@@ -196,9 +197,17 @@ class Config:
     master_addr: str = option("localhost", "Launch", "address of rank 0, for mp.spawn")
     master_port: int | None = option(None, "Launch", "port of rank 0, for mp.spawn; unset = a free one")
 
+    save_every: int = option(0, "Checkpoints", "optimizer steps from one checkpoint to the next, and one at the end;"
+        " 0 = none. SIGTERM, SIGINT and SIGUSR1 ask for one in any case")
+    save_minutes: float = option(0.0, "Checkpoints", "minutes from one checkpoint to the next; 0 = as --save_every says")
+    keep: int = option(2, "Checkpoints", "newest checkpoints that are kept; -1 = all")
+    resume: str | None = option(None, "Checkpoints", "go on with a stopped run, with the same options: auto = from the"
+        " newest whole checkpoint of --output_dir, or from the start if there is none; or a RUN, or one of its checkpoints")
+    max_minutes: float = option(0.0, "Checkpoints", "stop with a checkpoint in time to end within so many minutes of the"
+        " start; 0 = no limit")
+
     output_dir: str | None = option(None, "Output", "folder of the run; unset = runs/<date-time>-<train_type>")
     overwrite: bool = option(False, "Output", "replace the run that output_dir holds")
-    resume: str | None = option(None, "Output", "go on with a stopped run", later=ANY)
     save_model: bool = option(True, "Output", "save the adapter, or the model, at the end")
     log_to: str = option("tqdm", "Output", "a progress bar, plain lines, or Weights & Biases as well",
         choices=("tqdm", "stdout", "wandb"))
@@ -257,11 +266,7 @@ def resolve(given: dict) -> tuple[Config, list[str]]:
 
 
 def _refuse(given: dict) -> None:
-    """Options of a feature still to come, and options without effect for this train type."""
-    for name, value in given.items():
-        later = FIELDS[name].metadata["later"]
-        if (later is ANY and value != FIELDS[name].default) or (later is not ANY and value in later):
-            raise UserError(f"--{name} {shown(value)} is not in this version yet; leave it out")
+    """Options without effect for this train type."""
     train_type = given.get("train_type", FIELDS["train_type"].default)
     for name in given:
         needs = FIELDS[name].metadata["needs"]
@@ -284,7 +289,8 @@ def _resolve(given: dict) -> Config:
         changes |= {name: value for name, value in defaults.items() if getattr(config, name) is None}
     if config.lr_warmup is None:
         changes["lr_warmup"] = 0.0 if config.lr_scheduler == "constant" else 0.1
-    folder = config.output_dir or f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{config.train_type}"
+    folder = config.output_dir or _run_of(config.resume)
+    folder = folder or f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{config.train_type}"
     changes["output_dir"] = os.path.expanduser(folder)  # no shell does it in a YAML file
     if config.quantized_cache is not None:
         changes["quantized_cache"] = os.path.abspath(os.path.expanduser(config.quantized_cache))
@@ -292,6 +298,14 @@ def _resolve(given: dict) -> Config:
         n: None for n, f in FIELDS.items() if f.metadata["needs"] and not getattr(method, f.metadata["needs"])
     }
     return dataclasses.replace(config, **changes)
+
+
+def _run_of(resume: str | None) -> str | None:
+    """The RUN that a --resume PATH belongs to; a checkpoint is RUN/checkpoints/step-<number>."""
+    if resume in (None, "auto"):
+        return None
+    parent = os.path.dirname(os.path.abspath(os.path.expanduser(resume)))
+    return os.path.dirname(parent) if os.path.basename(parent) == CHECKPOINTS else resume
 
 
 def _check_values(config: Config) -> None:
@@ -335,11 +349,12 @@ def _check_values(config: Config) -> None:
         raise UserError(f"--loading_workers {config.loading_workers}: at most 256 threads")
     if config.max_bad_steps < -1:
         raise UserError(f"--max_bad_steps {config.max_bad_steps}: must be 0 or more, or -1")
-    for name in ("lr", "wd"):
+    for name in ("lr", "wd", "save_every", "save_minutes", "max_minutes"):
         value = getattr(config, name)
         if value < 0 or value == float("inf"):
             raise UserError(f"--{name} {value}: must be 0 or more, and finite")
     _check_evaluation(config)
+    _check_checkpoints(config)
     _check_profiling(config)
     if config.n_bits not in (None, *HQQ_BITS):
         raise UserError(f"--n_bits {config.n_bits}: hqq packs {', '.join(map(str, HQQ_BITS))} bits")
@@ -409,6 +424,15 @@ def _check_profiling(config: Config) -> None:
         )
 
 
+def _check_checkpoints(config: Config) -> None:
+    if config.keep == 0 or config.keep < -1:
+        raise UserError(f"--keep {config.keep}: must be positive, or -1")
+    if config.resume == "":
+        raise UserError("--resume: needs auto, or the folder of a RUN or of a checkpoint")
+    if config.resume is not None and config.overwrite:
+        raise UserError("--overwrite: contradicts --resume; leave one of them out")
+
+
 def _remarks(given: dict) -> list[str]:
     remarks = []
     path, name = given.get("llama_pro_path"), given.get("model_name")
@@ -430,5 +454,6 @@ def _remarks(given: dict) -> list[str]:
 
 
 def dump_yaml(config: Config) -> str:
-    """Every resolved option, as a file that --config reads back."""
-    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
+    """Every resolved option, as a file that --config reads back. How the run was started, --resume or --overwrite, is
+    no part of it."""
+    return yaml.safe_dump(dataclasses.asdict(config) | {"resume": None, "overwrite": False}, sort_keys=False)

@@ -323,10 +323,14 @@ class StepSampler:
         """Padding among all positions of the first epoch."""
         return 1 - int(self._lengths.sum()) / self.positions()
 
-    def steps(self, num_epochs: int) -> Iterator[Step]:
-        """The steps of the whole run, in order."""
-        for epoch in range(num_epochs):
+    def steps(self, num_epochs: int, done: int = 0) -> Iterator[Step]:
+        """The steps of the whole run, in order, after the first `done`. Where a run stands in its data is no more
+        than that number."""
+        first, skipped = divmod(done, self.steps_per_epoch())
+        for epoch in range(first, num_epochs):
             for i, (step, micros) in enumerate(self.deal(epoch)):
+                if epoch == first and i < skipped:
+                    continue
                 batches = [self._batch(m) for m in micros]
                 done, rows = epoch + (i + 1) / self.steps_per_epoch(), self._rows(step)
                 counts = int(self._lengths[rows].sum()), int(self._targets[rows].sum())

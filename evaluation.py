@@ -161,9 +161,21 @@ class Evaluator:
         self.folder = Path(config.output_dir)
         self.stop, self.best_step, self.best_loss, self.worse = False, 0, math.inf, 0
 
-    def begin(self) -> None:
-        """Before the first step: samples of the base model."""
-        if self.data.prompts:
+    def state_dict(self) -> dict:
+        return {
+            "best_step": self.best_step,
+            "best_loss": self.best_loss,
+            "worse": self.worse,
+            "stop": self.stop,
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        self.best_step, self.best_loss = state["best_step"], state["best_loss"]
+        self.worse, self.stop = state["worse"], state["stop"]
+
+    def begin(self, done: int) -> None:
+        """Before the first step: samples of the base model, if no steps are done."""
+        if self.data.prompts and not done:
             self._sample(0)
             self.meter.restart()
 

@@ -51,6 +51,12 @@ class BadSteps:
             self._tell(metrics, step)
         return dataclasses.replace(metrics, bad_steps=self.count) if self.count else metrics
 
+    def state_dict(self) -> dict:
+        return {"count": self.count}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.count = state["count"]
+
     def _scaling(self) -> bool:
         """Whether the gradient may have overflowed only because it was scaled."""
         return self.scaler.is_enabled() and self.scaler.get_scale() > 1

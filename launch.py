@@ -7,6 +7,7 @@ sets RANK, WORLD_SIZE and LOCAL_RANK) this process already is one of them.
 from __future__ import annotations
 
 import json
+import multiprocessing.connection
 import os
 import signal
 import socket
@@ -26,6 +27,7 @@ import torch.multiprocessing as mp
 
 from command_line import describe, under_torchrun
 from config import UserError
+from stopping import SAVE, forwarding
 
 MEETING = timedelta(minutes=5)  # for all ranks to come; the nodes of a job do not start at the same moment
 CPU_RANKS = 16  # on any machine, for trying things out; more only where there are processors for them
@@ -160,18 +162,15 @@ def start(run: Callable, world: int, args: tuple, address: str, port: int | None
     # A rank that is ended at once cannot put away its locks; the clean-up's warning would follow the error.
     os.environ.setdefault("PYTHONWARNINGS", "ignore::UserWarning:multiprocessing.resource_tracker")
     with tempfile.TemporaryDirectory() as reports:
+        # To a rank that does not listen yet it means nothing: the disposition goes over to the new processes.
+        signal.signal(SAVE, signal.SIG_IGN)
         context = mp.spawn(_rank_process, (run, world, args, reports), nprocs=world, join=False)
-        try:
-            while not context.join():
-                pass
-            return 0
-        except (mp.ProcessRaisedException, mp.ProcessExitedException):
-            return _explain(context.processes, Path(reports))
-        except KeyboardInterrupt:
-            for process in context.processes:
-                process.terminate()
-            print("interrupted", file=sys.stderr)
-            return 130
+        with forwarding(context.pids()) as received:
+            failed = _wait(context.processes)
+        if failed and received.stop:
+            print(f"ended by {received.stop.name}", file=sys.stderr)
+            return 128 + received.stop
+        return _explain(failed, Path(reports)) if failed else 0
 
 
 def join(run: Callable, prepare: Callable) -> int:
@@ -212,7 +211,8 @@ def meet(rank: int, world: int) -> dist.Store:
         raise UserError(f"RANK {rank}: must be below WORLD_SIZE {world}")
     came = 0
     try:
-        store, *_ = next(dist.rendezvous("env://", timeout=MEETING))
+        shared, *_ = next(dist.rendezvous("env://", timeout=MEETING))
+        store = own_store(shared, rank)
         came = store.add("came", 1)
         if came == world:
             store.set("all came", "")
@@ -232,6 +232,28 @@ def _number(name: str) -> int:
     if not text.isdecimal():
         raise UserError(f"{name}={text!r} in the environment: not a whole number; torchrun sets it")
     return int(text)
+
+
+def own_store(shared: dist.Store, rank: int) -> dist.Store:
+    """A store of this start of the ranks. torchrun's own, `shared`, may outlive them: after --max-restarts has
+    replaced them it would still hold the addresses of those that are gone. So rank 0 serves a new one, and the others
+    try the port that stands in `shared` until it is the new one's."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return shared
+    host, ends = os.environ["MASTER_ADDR"], time.monotonic() + dist.default_pg_timeout.total_seconds()
+    if rank == 0:
+        store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
+        shared.set("port", str(store.port))
+        return store
+    while True:
+        port = int(shared.get("port"))
+        try:
+            socket.create_connection((host, port), timeout=5).close()  # a store's client would try for long
+            return dist.TCPStore(host, port, is_master=False)
+        except OSError:
+            if time.monotonic() > ends:
+                raise
+            time.sleep(0.1)
 
 
 def free_port() -> int:
@@ -266,11 +288,27 @@ def _rank_process(rank: int, run: Callable, world: int, args: tuple, reports: st
     os._exit(status)
 
 
-def _explain(processes: list, reports: Path) -> int:
+def _wait(processes: list) -> dict[int, int]:
+    """Until all have ended; as soon as one has failed, the others are ended as well, by a signal that no rank takes
+    for a request. Returns {rank: exit code} of those that failed by themselves."""
+    running = {process.sentinel: process for process in processes}
+    while running:
+        for sentinel in multiprocessing.connection.wait(list(running)):
+            running.pop(sentinel).join()
+        failed = {rank: p.exitcode for rank, p in enumerate(processes) if p.exitcode}
+        if failed:
+            for process in running.values():
+                process.kill()
+                process.join()
+            return failed
+    return {}
+
+
+def _explain(failed: dict[int, int], reports: Path) -> int:
     """Prints the failure that came first: the others only lost their connection to it."""
-    for rank, process in enumerate(processes):
-        if process.exitcode is not None and process.exitcode < 0 and process.exitcode != -signal.SIGTERM:
-            name = signal.Signals(-process.exitcode).name
+    for rank, exitcode in failed.items():
+        if exitcode < 0 and exitcode != -signal.SIGTERM:
+            name = signal.Signals(-exitcode).name
             hint = "; out of host memory is the usual cause" if name == "SIGKILL" else ""
             print(f"error: rank {rank} was ended by {name}{hint}", file=sys.stderr)
             return 1

@@ -145,7 +145,11 @@ def lr_factor(step: int, total: int, warmup: float, kind: str) -> float:
 
 
 def make_schedule(
-    optimizer: torch.optim.Optimizer, total: int, warmup: float, kind: str
+    optimizer: torch.optim.Optimizer, total: int, warmup: float, kind: str, done: int = 0
 ) -> torch.optim.lr_scheduler.LRScheduler:
-    """`lr_factor` as a scheduler of torch's: step() after each optimizer step."""
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(step, total, warmup, kind))
+    """`lr_factor` as a scheduler of torch's: step() after each optimizer step, of which `done` were before."""
+    for group in optimizer.param_groups:
+        group.setdefault("initial_lr", group["lr"])
+    return torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: lr_factor(step, total, warmup, kind), last_epoch=done - 1
+    )

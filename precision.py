@@ -15,6 +15,7 @@ are fp32 always.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 import torch
@@ -82,3 +83,14 @@ def bf16_gpu() -> bool:
 def precision_here(name: str) -> Precision:
     """`choose_precision` for the hardware at hand."""
     return choose_precision(name, torch.cuda.is_available(), bf16_gpu())
+
+
+def use_deterministic() -> None:
+    """Of --deterministic: from here on, operations without a deterministic implementation raise RuntimeError, and of
+    those with a choice the deterministic one is taken."""
+    # Read when cuBLAS makes its first workspace: https://docs.nvidia.com/cuda/cublas/#results-reproducibility
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = (
+        False  # the load checks that it fills all; this is speed
+    )

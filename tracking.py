@@ -7,11 +7,13 @@ drops what it gets.
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import math
 import os
 import shlex
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -111,7 +113,16 @@ class Meter:
 
 
 class NoTracker:
-    """Of every rank but the first."""
+    """Of every rank but the first. history: the metrics of the steps so far, also of those before a resumed run was
+    stopped."""
+
+    history: Sequence[Metrics] = ()
+
+    def state_dict(self) -> dict:
+        """What a checkpoint keeps of it, beside the length of its file."""
+        return {}
+
+    def load_state_dict(self, state: dict) -> None: ...
 
     def log(self, metrics: Metrics) -> None: ...
 
@@ -127,9 +138,12 @@ class Tracker(NoTracker):
     """Writes metrics.jsonl line by line, shows progress, and draws loss.png when finished."""
 
     def __init__(self, folder: Path, total_steps: int, quiet: bool):
-        self.folder, self.total, self.history, self.evaluated = folder, total_steps, [], ""
-        self.file = (folder / "metrics.jsonl").open("w", encoding="utf-8")
-        self.bar = tqdm(total=total_steps, unit="step", disable=quiet, dynamic_ncols=True)
+        self.folder, self.total, self.evaluated = folder, total_steps, ""
+        path = folder / "metrics.jsonl"
+        self.history = read_metrics(path) if path.exists() else []
+        self.file, self.held = path.open("ab", buffering=0), b""
+        done = len(self.history)
+        self.bar = tqdm(total=total_steps, initial=done, unit="step", disable=quiet, dynamic_ncols=True)
 
     def say(self, text: str) -> None:
         self.bar.write(text)
@@ -138,8 +152,8 @@ class Tracker(NoTracker):
         self.history.append(m)
         # JSON has no NaN or infinity, which a skipped step of fp16 has as its gradient norm.
         line = {k: v if math.isfinite(v) else None for k, v in m.fields().items()}
-        self.file.write(json.dumps(line) + "\n")
-        self.file.flush()
+        self.held += json.dumps(line).encode() + b"\n"
+        self._write()
         if m.eval_loss is not None:
             self.evaluated = f", eval {m.eval_loss:.4f}"
         rest = f"lr {m.lr:.2e}, {m.tokens_per_second:,.0f} tok/s, {m.memory_allocated_gib:.2f} GiB"
@@ -149,8 +163,27 @@ class Tracker(NoTracker):
         if self.bar.disable:
             print(f"step {m.step}/{self.total}: {shown}", flush=True)
 
+    def _write(self) -> None:
+        """A disk that is full ends no training: the lines are held until it takes them."""
+        try:
+            while self.held:
+                self.held = self.held[self.file.write(self.held) :]
+        except OSError as e:
+            if e.errno != errno.ENOSPC:
+                raise
+            self.say(
+                f"WARNING: {self.file.name}: {e.strerror}; its lines are held in memory until there is room"
+            )
+
+    def state_dict(self) -> dict:
+        return {"held": self.held.decode()}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.held = state["held"].encode()
+
     def finish(self) -> None:
         self.bar.close()
+        self._write()
         self.file.close()
         if self.history:
             draw_loss(self.history, self.folder / "loss.png")
@@ -159,11 +192,13 @@ class Tracker(NoTracker):
 class WandbTracker(Tracker):
     """The same, and every step to Weights & Biases."""
 
-    def __init__(self, folder: Path, total_steps: int, config: Config):
+    def __init__(self, folder: Path, total_steps: int, config: Config, run_id: str | None):
         super().__init__(folder, total_steps, quiet=False)
         import wandb
 
         self.run = wandb.init(
+            id=run_id,
+            resume="allow",  # of an id that is not there, a new run
             project=config.project_name,
             name=config.name,
             group=config.group,
@@ -171,6 +206,9 @@ class WandbTracker(Tracker):
             config=dataclasses.asdict(config),
             dir=folder,
         )
+
+    def state_dict(self) -> dict:
+        return super().state_dict() | {"wandb": self.run.id}
 
     def stages(self, gib: dict[str, float]) -> None:
         self.run.summary.update({f"memory_{name}": value for name, value in gib.items()})
@@ -184,12 +222,20 @@ class WandbTracker(Tracker):
         self.run.finish()
 
 
-def make_tracker(config: Config, rank: int, total_steps: int) -> NoTracker:
+def read_metrics(path: Path) -> list[Metrics]:
+    """The lines of metrics.jsonl."""
+    with path.open(encoding="utf-8") as file:
+        lines = [json.loads(line) for line in file]
+    return [Metrics(**{k: math.nan if v is None else v for k, v in line.items()}) for line in lines]
+
+
+def make_tracker(config: Config, rank: int, total_steps: int, state: dict) -> NoTracker:
+    """state: `state_dict` of the tracker of the run that is resumed, or {}; what metrics.jsonl holds was before."""
     if rank:
         return NoTracker()
     folder = Path(config.output_dir)
     if config.log_to == "wandb":
-        return WandbTracker(folder, total_steps, config)
+        return WandbTracker(folder, total_steps, config, state.get("wandb"))
     return Tracker(folder, total_steps, quiet=config.log_to == "stdout")
 
 
@@ -263,20 +309,28 @@ def describe_model(model: nn.Module) -> str:
     )
 
 
-def summary(history: list[Metrics], seconds: float, stages: dict[str, float]) -> str:
+def summary(history: list[Metrics], seconds: float, stages: dict[str, float], done: int = 0) -> str:
     """Three lines on how the run went; speed is the median of the steps after the first, which warms up; memory is
-    the highest of all steps. stages: as in run.json."""
+    the highest of all steps. seconds: of the steps after the first `done`, which were before the run was resumed;
+    stages: as in run.json."""
     rates = sorted(m.tokens_per_second for m in history[1:] or history)
     gib = {name.removeprefix("after_").removesuffix("_gib"): value for name, value in stages.items()}
     for phase in ("forward", "backward"):
         gib[phase] = max(getattr(m, f"memory_after_{phase}_gib") for m in history)
     after = ", ".join(f"{value:.2f} GiB after {name}" for name, value in gib.items())
     bad = f"; {history[-1].bad_steps} skipped as NaN or infinite" if history[-1].bad_steps else ""
+    steps = f"{len(history)} steps" + (f", the last {len(history) - done} of them" if done else "")
     return (
-        f"{len(history)} steps in {seconds:.0f} s, {rates[len(rates) // 2]:,.0f} tokens/s on all ranks (median){bad}\n"
+        f"{steps} in {seconds:.0f} s, {rates[len(rates) // 2]:,.0f} tokens/s on all ranks (median){bad}\n"
         f"memory of the fullest rank: {after}, peak {max(m.memory_allocated_gib for m in history):.2f} GiB\n"
         f"loss {history[0].loss:.4f} at the first step, {history[-1].loss:.4f} at the last"
     )
+
+
+def describe_stop(reason: str, history: list[Metrics], total_steps: int, folder: Path) -> str:
+    """The line of a run that was asked to stop."""
+    again = [python(), "train.py", "--config", f"{folder}/config.yaml", "--resume", "auto"]
+    return f"stopped at step {history[-1].step} of {total_steps} ({reason}); go on with: {shlex.join(again)}"
 
 
 def describe_files(config: Config, sampled: bool, folder: Path) -> str:

@@ -21,6 +21,7 @@ if __name__ == "__main__":
 import dataclasses
 import os
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -33,6 +34,7 @@ import config as options
 import launch
 import memory
 import nodes
+import resume
 from attention import packed_attention
 from checkpoint import (
     base_digest,
@@ -41,7 +43,8 @@ from checkpoint import (
     whole,
     write_text,
 )
-from checks import Job, check, read_tokenizer, total_steps
+from checkpoints import Checkpoints
+from checks import Job, check, identity, read_tokenizer, total_steps
 from config import TOY_MODEL, Config, UserError
 from data import Batch, StepSampler
 from evaluation import Evaluator, describe_evaluations
@@ -57,13 +60,22 @@ from models.adapters import (
 from optimizers import make_optimizer, make_schedule
 from out_of_memory import explained
 from packing import make_sampler
-from precision import precision_here
+from precision import precision_here, use_deterministic
 from prefetch import ahead
 from profiling import BETWEEN, NO_PROFILER, NoProfiler, Profiler, make_profiler
 from quantize_layers import load_weights
 from recompute import ActivationBudget, Keep, compiler, compiles
 from report import FACTS, describe_run, write_report
-from tracking import Meter, describe_data, describe_files, describe_model, make_tracker, summary
+from stopping import NEVER, NeverStop, Stopping
+from tracking import (
+    Meter,
+    describe_data,
+    describe_files,
+    describe_model,
+    describe_stop,
+    make_tracker,
+    summary,
+)
 from weight_cache import CacheWriter
 from wrapping import STRATEGIES, WRAP_POLICIES, can_pin, make_mesh, offload_policy, sync_gradients, wrap
 
@@ -122,23 +134,28 @@ def train(
     sampler: StepSampler,
     tracker,
     profiler: NoProfiler = NO_PROFILER,
+    stopping: NeverStop = NEVER,
 ) -> list:
-    """The loop. Returns the metrics of every step."""
+    """The loop. Returns the metrics of every step, on rank 0 also of those before a resumed run was stopped."""
     config = job.config
     total = total_steps(config, sampler)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = make_optimizer(trained, config.optimizer, config.lr, config.wd)
-    schedule = make_schedule(optimizer, total, config.lr_warmup, config.lr_scheduler)
     precision = precision_here(config.precision)
     scaler = precision.scaler("cpu" if config.use_cpu_offload else place.device.type)
-    meter, history = Meter(place.device, profiler.held), []
+    meter, history = Meter(place.device, profiler.held), list(tracker.history)
     evaluator = make_evaluator(job, model, place, total, meter, tracker)
-    budget = make_budget(job, model, place)
     guard = BadSteps(config.max_bad_steps, job.rows, Path(config.output_dir), scaler, place.rank, tracker)
+    parts = {"scaler": scaler, "evaluator": evaluator, "tracker": tracker, "guard": guard}
+    checkpoints = make_checkpoints(job, model, optimizer, parts, place, tracker.say, stopping)
+    done = checkpoints.load()
+    schedule = make_schedule(optimizer, total, config.lr_warmup, config.lr_scheduler, done)
+    budget = make_budget(job, model, place)
     model.train()
-    evaluator.begin()
-    steps = ahead(sampler.steps(config.num_epochs), place.device, can_pin(place.device.type))
-    for index, step in zip(range(1, total + 1), steps, strict=False):
+    evaluator.begin(done)
+    todo = range(done + 1, total + 1) if not evaluator.stop else ()
+    steps = ahead(sampler.steps(config.num_epochs, done), place.device, can_pin(place.device.type))
+    for index, step in zip(todo, steps, strict=False):
         loss = torch.zeros((), device=place.device)
         for i, batch in enumerate(step.batches, 1):
             profiler.phase("forward")
@@ -168,8 +185,10 @@ def train(
         tracker.log(history[-1])
         if profiler.step():
             meter.restart()
-        if evaluator.stop or guard.stop:
+        stop = evaluator.stop or guard.stop
+        if checkpoints.after(index, last=index == total or stop) or stop:
             break
+    checkpoints.finish()
     profiler.finish()
     return history
 
@@ -197,6 +216,32 @@ def make_evaluator(job: Job, model: nn.Module, place: Place, total: int, meter: 
     return Evaluator(config, job.evaluation, model, place, total, *tools)
 
 
+def make_checkpoints(
+    job: Job,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    parts: dict,
+    place: Place,
+    say: Callable[[str], None],
+    stopping: NeverStop,
+) -> Checkpoints:
+    config = job.config
+    return Checkpoints(
+        Path(config.output_dir),
+        model,
+        optimizer,
+        parts,
+        place,
+        every=config.save_every,
+        at_end=config.save_every > 0 or config.save_minutes > 0,
+        keep=config.keep,
+        describe_run=lambda: resume.about(config, **identity(job)),
+        stopping=stopping,
+        say=say,
+        saved=job.saved,
+    )
+
+
 @explained
 def run_rank(place: Place, job: Job) -> None:
     """What each process does, from loading to the saved result."""
@@ -207,27 +252,38 @@ def run_rank(place: Place, job: Job) -> None:
 def run_profiled(place: Place, job: Job, profiler: Profiler) -> None:
     """The same, watched by a profiler."""
     config, start = job.config, time.perf_counter()
+    if config.deterministic:
+        use_deterministic()
     sampler = make_sampler(config, job.rows, place.rank, place.world)
-    folder = Path(config.output_dir)
+    folder, total = Path(config.output_dir), total_steps(config, sampler)
     if place.rank == 0:
         print(describe_data(job.rows, sampler, config.context_length) + job.evaluation.describe(), flush=True)
     model = set_up(job, place, profiler)
     stages = profiler.fullest("wrap", "load")
     if place.rank == 0:
-        clear_output(folder)
+        if job.saved is None:
+            clear_output(folder)
+        resume.tidy(folder, job.saved)
         write_text(folder / "config.yaml", options.dump_yaml(config))
         write_text(folder / FACTS, describe_run(job.rows, sampler, model, stages))
         print(f"{describe_model(model)}; ready after {time.perf_counter() - start:.1f} s", flush=True)
-    tracker = make_tracker(config, place.rank, total_steps(config, sampler))
+    before = job.saved.run["parts"]["tracker"] if job.saved else {}
+    tracker = make_tracker(config, place.rank, total, before)
     tracker.stages(stages)
+    done = len(tracker.history)
+    stopping = Stopping(place.rank, job.started, config.max_minutes, config.save_minutes)
     start = time.perf_counter()
-    history = train(job, model, place, sampler, tracker, profiler)
+    history = train(job, model, place, sampler, tracker, profiler, stopping)
     seconds = time.perf_counter() - start
-    if config.save_model:
+    if config.save_model and not stopping.reason:
         save(job, model, folder)
     tracker.finish()
     if place.rank == 0:
         write_report(folder)
+        told = [summary(history, seconds, stages, done), *describe_evaluations(history, total, config)]
+        files = describe_files(config, bool(job.evaluation.prompts), folder)
+        stop = describe_stop(stopping.reason, history, total, folder)
+        print(*([stop] if stopping.reason else [*told, files]), sep="\n", flush=True)
         told = [
             summary(history, seconds, stages),
             *describe_evaluations(history, total_steps(config, sampler), config),

@@ -77,7 +77,7 @@ def test_the_run_that_these_cases_spoil_is_good(refused):
         ({"lora_rnk": 8}, ["--lora_rnk", "did you mean --lora_rank?"]),
         ({"train_type": "qdora"}, ["--train_type", "'qdora'", "bnb_dora"]),
         ({"train_type": "full", "lora_rank": 8}, ["--lora_rank has no effect", "--train_type full"]),
-        ({"resume": "some/run"}, ["--resume some/run", "not in this version"]),
+        ({"resume": "some/run"}, ["--resume some/run", "no such folder"]),
         ({"lora_rank": 0}, ["--lora_rank 0", "positive"]),
         ({"batch_size": 0}, ["--batch_size 0", "positive"]),
         ({"n_bits": 8}, ["--n_bits has no effect", "for the hqq train types"]),

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 
 import pytest
 import yaml
 
 from command_line import parse
-from config import ANY, FIELDS, METHODS, TOY_DEFAULTS, Config, UserError, dump_yaml
+from config import FIELDS, METHODS, TOY_DEFAULTS, Config, UserError, dump_yaml
 from data import find_recipe
 
 # fsdp_qlora's options and choices, as DESIGN.md lists them: commands of others must keep working.
@@ -40,7 +41,6 @@ PUBLIC_COMMAND = """--train_type bnb_dora --model_name meta-llama/Meta-Llama-3-7
     --use_activation_cpu_offload false --project_name fsdp-quantized-ucg
     --save_model true --output_dir ../models/Llama-3-70b-ucg-bnb-QDoRA"""
 REAL = ["--model_name", "some/model"]  # anything but the demo model, which has defaults of its own
-READY = [t for t in METHODS if t not in FIELDS["train_type"].metadata["later"]]
 
 
 def resolved(*argv: str) -> Config:
@@ -256,12 +256,11 @@ def test_yaml_file_that_cannot_be_read(tmp_path):
 
 def test_yaml_options_are_checked_like_the_command_lines(from_file):
     assert "no effect with --train_type full" in refused(*from_file("train_type: full\nlora_rank: 8\n"))
-    assert "not in this version" in refused(*from_file("resume: some/run\n"))
     assert "--batch_size 0" in refused(*from_file("batch_size: 0\n"))
 
 
 @pytest.mark.parametrize("model", [[], REAL])
-@pytest.mark.parametrize("train_type", READY)
+@pytest.mark.parametrize("train_type", METHODS)
 def test_the_saved_config_repeats_the_run(from_file, train_type, model):
     if METHODS[train_type].expansion:  # never of the demo model
         model = ["--llama_pro_path", "some/expanded", "--llama_pro_save", "blocks"]
@@ -291,26 +290,6 @@ def test_option_without_effect(name):
     assert getattr(resolved("--train_type", "lora", f"--{name}", str(default)), name) == default
 
 
-def _still_to_come() -> list[tuple[str, str]]:
-    """(option, value) of everything that config.py says comes later."""
-    pairs = []
-    for name, field in FIELDS.items():
-        later, default = field.metadata["later"], field.default
-        if later is ANY:
-            other = (
-                not default if isinstance(default, bool) else default + 1 if isinstance(default, int) else "4"
-            )
-            later = (other,)
-        pairs += [(name, str(value)) for value in later]
-    return pairs
-
-
-@pytest.mark.parametrize("name, value", _still_to_come())
-def test_options_of_later_versions_are_errors(name, value):
-    message = refused(f"--{name}", value)
-    assert f"--{name} {value.lower()} is not in this version" in message
-
-
 @pytest.mark.parametrize("name", FIELDS)
 def test_every_option_may_be_given_at_its_default(name):
     default = FIELDS[name].default
@@ -319,6 +298,38 @@ def test_every_option_may_be_given_at_its_default(name):
             "llama_pro" if FIELDS[name].metadata["needs"] == "expansion" else FIELDS["train_type"].default
         )
         assert getattr(resolved(*REAL, "--train_type", train_type, f"--{name}={default}"), name) == default
+
+
+# Checkpoints
+
+
+@pytest.mark.parametrize(
+    "given, words",
+    [
+        ("--save_every -1", "--save_every -1: must be 0 or more"),
+        ("--save_minutes inf", "--save_minutes inf: must be 0 or more, and finite"),
+        ("--max_minutes -0.5", "--max_minutes -0.5: must be 0 or more"),
+        ("--keep 0", "--keep 0: must be positive, or -1"),
+        ("--resume=", "--resume: needs auto, or the folder"),
+        ("--resume auto --overwrite", "--overwrite: contradicts --resume"),
+    ],
+)
+def test_wrong_options_of_checkpoints(given, words):
+    assert words in refused(*given.split())
+
+
+def test_a_run_is_resumed_in_its_folder():
+    for path in ("some/run", "some/run/checkpoints/step-00000010"):
+        folder = resolved("--resume", path).output_dir
+        assert os.path.relpath(folder) == "some/run"
+    assert resolved("--resume", "some/run", "--output_dir", "other").output_dir == "other"
+    assert resolved("--resume", "auto").output_dir.startswith("runs/")
+
+
+def test_the_saved_config_does_not_say_how_the_run_was_started():
+    for given in (["--resume", "auto"], ["--overwrite"]):
+        saved = yaml.safe_load(dump_yaml(resolved(*given)))
+        assert saved["resume"] is None and saved["overwrite"] is False
 
 
 # Compatibility with fsdp_qlora
@@ -394,7 +405,7 @@ def test_custom_types_equal_their_plain_twins(plain):
     assert METHODS[f"custom_{plain}"] == METHODS[plain]
 
 
-@pytest.mark.parametrize("train_type", READY)
+@pytest.mark.parametrize("train_type", METHODS)
 def test_learning_rate_by_method(train_type):
     expected = 1e-5 if train_type == "full" else 2e-4
     assert resolved("--train_type", train_type, *REAL).lr == expected
@@ -435,4 +446,3 @@ def test_help(capsys):
     assert {f"--{name}" for name in FIELDS} | {"--config"} <= set(re.findall(r"--\w+", shown))
     for field in FIELDS.values():
         assert f"\n{field.metadata['group']}:\n" in shown and field.metadata["help"]
-    assert "go on with a stopped run [unset] (not in this version)" in " ".join(shown.split())

@@ -248,13 +248,18 @@ def ranks_of(process: subprocess.Popen) -> list[psutil.Process]:
     )
 
 
-def wait_for_steps(process: subprocess.Popen, path: Path, seconds: float = 90) -> None:
+def wait_for(condition, process: subprocess.Popen, seconds: float = 90):
+    """What the condition gives as soon as it is true."""
     deadline = time.time() + seconds
     while time.time() < deadline and process.poll() is None:
-        if path.exists() and path.read_text().count("\n") >= 2:
-            return
+        if found := condition():
+            return found
         time.sleep(0.1)
-    raise AssertionError(f"no steps: {process.communicate()}")
+    raise AssertionError(f"waited in vain: {process.communicate()}")
+
+
+def wait_for_steps(process: subprocess.Popen, path: Path) -> None:
+    wait_for(lambda: path.exists() and path.read_text().count("\n") >= 2, process)
 
 
 def test_a_killed_rank_ends_the_others_with_its_name(checkpoints, alpaca_file, tmp_path):
@@ -319,22 +324,30 @@ def test_ranks_do_not_outlive_a_killed_parent(checkpoints, alpaca_file, tmp_path
     assert len(gone) == len(ranks) > 0 and not alive
 
 
-def test_ctrl_c_ends_all_processes(checkpoints, alpaca_file, tmp_path):
-    args = small(
-        checkpoints, alpaca_file, tmp_path / "out", "--max_steps", "100000", "--num_epochs", "100000"
-    )
+def test_signals_save_and_stop(checkpoints, alpaca_file, tmp_path):
+    """SIGUSR1 to the program: a checkpoint, and training goes on. Ctrl-C, which a terminal sends to the whole group:
+    the end, with one more."""
+    out = tmp_path / "out"
+    args = small(checkpoints, alpaca_file, out, "--max_steps", "100000", "--num_epochs", "100000")
     previous = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
     process = start(args)
     signal.signal(signal.SIGINT, previous)
-    wait_for_steps(process, tmp_path / "out" / "metrics.jsonl")
+    wait_for_steps(process, out / "metrics.jsonl")
+    process.send_signal(signal.SIGUSR1)
+    (saved,) = wait_for(lambda: list(out.glob("checkpoints/step-*/manifest.json")), process)
+    steps = len(losses(out))
+    wait_for(lambda: len(losses(out)) > steps, process)
     ranks = ranks_of(process)
-    for each in (process, *ranks):  # a terminal sends it to the whole group
+    for each in (process, *ranks):
         each.send_signal(signal.SIGINT)
     timer = threading.Timer(40, process.kill)
     timer.start()
-    _, err = process.communicate()
+    shown, err = process.communicate()
     timer.cancel()
-    assert process.returncode == 130 and "Traceback" not in err
+    assert process.returncode == 0 and "Traceback" not in err
+    step = len(losses(out))
+    assert f"stopped at step {step} of 100000 (SIGINT); go on with:" in shown
+    assert {p.name for p in out.glob("checkpoints/*")} == {saved.parent.name, f"step-{step:08d}"}
     assert not any(r.is_running() and r.status() != psutil.STATUS_ZOMBIE for r in ranks)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import precision
-from config import ANY, FIELDS, METHODS, NEEDS, TOY_DEFAULTS, shown
+from config import FIELDS, METHODS, NEEDS, TOY_DEFAULTS, shown
 
 PAGE = Path(__file__).parent.parent / "docs" / "options.md"
 
@@ -18,8 +18,7 @@ Made by `python -m tools.make_options_doc` from config.py; `python train.py --he
 
 Options may be written with `-` for `_`, and switches without `true`. `--config run.yaml` reads them from a
 file (`option: value` lines; the command line wins); every run writes its own as `<output_dir>/config.yaml`.
-An option that has no effect with the chosen train type is an error, and so is one marked *later*, whose
-feature this version does not have.
+An option that has no effect with the chosen train type is an error.
 """
 
 DIFFERENCES = """
@@ -65,12 +64,8 @@ def table(group: str) -> list[str]:
         if meta["group"] != group:
             continue
         text = meta["help"]
-        ready = [c for c in meta["choices"] if meta["later"] is ANY or c not in meta["later"]]
-        text += f": {', '.join(ready)}" if ready else ""
+        text += f": {', '.join(meta['choices'])}" if meta["choices"] else ""
         text += f" *(only for {NEEDS[meta['needs']]})*" if meta["needs"] else ""
-        if meta["later"]:
-            only = ", ".join(map(shown, meta["later"])) if meta["later"] is not ANY else ""
-            text += f" *(later{': ' if only else ''}{only})*"
         lines.append(f"| `{name}` | {shown(field.default)} | {text} |")
     return lines
 
@@ -88,8 +83,7 @@ def page() -> str:
     for name, m in METHODS.items():
         adapter = m.adapter or ("new blocks" if m.expansion else "-")
         frozen = "none: all is trained" if name == "full" else stored[m.quantizer]
-        later = " *(later)*" if name in FIELDS["train_type"].metadata["later"] else ""
-        lines.append(f"| {name}{later} | {frozen} | {adapter} | {m.saves} |")
+        lines.append(f"| {name} | {frozen} | {adapter} | {m.saves} |")
     _, modes, note = precision.__doc__.strip().split("\n\n")
     lines += ["\n## Precisions\n", *[f"    {line}" for line in modes.splitlines()], f"\n{note}"]
     toy = ", ".join(f"`{k}` {shown(v)}" for k, v in TOY_DEFAULTS.items())

@@ -1,0 +1,298 @@
+"""The files of a checkpoint, and how torch.distributed.checkpoint writes and reads them.
+
+    RUN/checkpoints/step-00000120/rank-00000.safetensors ...   each rank's shards
+                                  manifest.json                which part of which tensor lies where; the state of the
+                                                               run; size and SHA-256 of every file
+
+A checkpoint exists whole or not at all: everything is written and synced under `step-<number>.tmp`, which gets its
+name last; a manifest that does not match its files makes it no checkpoint, and the one before it is used. Not the
+storage of torch's own, whose metadata is a pickle: nothing here is unpickled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, SavePlan, SavePlanner
+from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
+from torch.futures import Future
+
+from config import CHECKPOINTS
+from memory import MIB, size
+from tensor_files import save_tensors
+
+MANIFEST, VERSION = "manifest.json", 1
+NAME = re.compile(r"step-(\d{8,})")
+SPARE = MIB  # bytes of the disk that a checkpoint leaves free, for the lines of metrics.jsonl that follow
+
+
+class Damaged(Exception):
+    """Why a folder holds no whole checkpoint."""
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A whole checkpoint. step: optimizer steps that were done; run: what the run said of itself; tensors: {name:
+    {"dtype", "shape", "chunks": [[offsets, sizes, file], ...]}}."""
+
+    folder: Path
+    step: int
+    run: dict
+    tensors: dict[str, dict]
+
+
+@dataclass(frozen=True)
+class Written:
+    """A file of a checkpoint."""
+
+    name: str
+    size: int
+    sha256: str
+
+
+def folder_of(run: Path, step: int) -> Path:
+    return run / CHECKPOINTS / f"step-{step:08d}"
+
+
+def steps_in(run: Path) -> list[int]:
+    """The steps that have a checkpoint, whole or damaged, the last one first."""
+    names = (NAME.fullmatch(p.name) for p in (run / CHECKPOINTS).glob("step-*"))
+    return sorted((int(m[1]) for m in names if m), reverse=True)
+
+
+def read_checkpoint(folder: Path) -> Saved:
+    """Raises Damaged unless every file is there, of the size and with the contents that the manifest says."""
+    try:
+        text = (folder / MANIFEST).read_text(encoding="utf-8")
+        manifest = json.loads(text)
+        if manifest["version"] != VERSION:
+            raise Damaged("made by another version")
+        if manifest.pop("sha256") != _digest(manifest):
+            raise Damaged(f"{MANIFEST} was changed")
+        files = [Written(**entry) for entry in manifest["files"]]
+        saved = Saved(folder, manifest["step"], manifest["run"], manifest["tensors"])
+        named = {file for t in saved.tensors.values() for _, _, file in t["chunks"]}
+        if named != {f.name for f in files} or any(Path(name).name != name for name in named):
+            raise Damaged(f"{MANIFEST} names other files than those of the checkpoint")
+        if not all(isinstance(dtype_of(t), torch.dtype) for t in saved.tensors.values()):
+            raise Damaged(f"{MANIFEST} has an unknown dtype")
+    except OSError as e:
+        raise Damaged(f"{MANIFEST}: {e.strerror}") from None
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        raise Damaged(f"{MANIFEST} is damaged") from None
+    for file in files:
+        try:
+            whole = (folder / file.name).stat().st_size == file.size and _measure(folder / file.name) == file
+        except OSError as e:
+            raise Damaged(f"{file.name}: {e.strerror}") from None
+        if not whole:
+            raise Damaged(f"{file.name} is not as it was written")
+    return saved
+
+
+def newest_whole(run: Path, tell: Callable[[str], None]) -> Saved | None:
+    """The last whole checkpoint of a RUN. tell: is told which newer ones are damaged."""
+    for step in steps_in(run):
+        try:
+            return read_checkpoint(folder_of(run, step))
+        except Damaged as e:
+            tell(f"{folder_of(run, step)}: no whole checkpoint ({e}); the one before it is used")
+    return None
+
+
+def remove_checkpoints(run: Path, after: int) -> None:
+    """Removes what a run that was cut has left, and the checkpoints of steps beyond `after`. Raises OSError."""
+    for left in (run / CHECKPOINTS).glob("step-*.tmp"):
+        shutil.rmtree(left)
+    for step in steps_in(run):
+        if step > after:
+            _remove(folder_of(run, step), ignore_errors=False)
+
+
+def prune(run: Path, keep: int) -> None:
+    """Removes all but the newest `keep` checkpoints. One that resists stays, and is tried again the next time."""
+    for step in steps_in(run)[keep:]:
+        _remove(folder_of(run, step), ignore_errors=True)
+
+
+def _remove(folder: Path, ignore_errors: bool) -> None:
+    """The manifest first: what a cut leaves of the folder is no checkpoint."""
+    with contextlib.suppress(OSError):
+        (folder / MANIFEST).unlink()
+    shutil.rmtree(folder, ignore_errors)
+
+
+def _digest(manifest: dict) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def _measure(path: Path) -> Written:
+    with path.open("rb") as file:
+        return Written(
+            path.name, os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest()
+        )
+
+
+def sync(path: Path) -> None:
+    """Waits until a file, or the names in a folder, would survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class Writer(StorageWriter):
+    """Writes one checkpoint. run: what its manifest is to say of the run, asked of the first rank only.
+
+    Raises OSError, which torch.distributed.checkpoint makes a CheckpointException on every rank; the folder under
+    its temporary name is then the caller's to remove.
+    """
+
+    def __init__(self, folder: Path, step: int, run: Callable[[], dict]):
+        self.folder, self.step, self.run = folder, step, run
+        self.temporary = folder.with_name(f"{folder.name}.tmp")
+
+    def reset(self, checkpoint_id: str | os.PathLike | None = None) -> None: ...
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike) -> bool:
+        return False  # none of those that torch could choose by itself
+
+    def set_up_storage_writer(self, is_coordinator: bool) -> None: ...
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        return plan
+
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        """Makes the folder, if the disk has room for all ranks: a disk that ran full in the middle would stop
+        everything else that writes."""
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        data = [i.tensor_data for plan in plans for i in plan.items]
+        needed = SPARE + sum(math.prod(d.chunk.sizes) * d.properties.dtype.itemsize for d in data)
+        free = shutil.disk_usage(self.folder.parent).free
+        if free < needed:
+            raise OSError(errno.ENOSPC, f"No space left: {size(needed)} are needed, {size(free)} free")
+        shutil.rmtree(self.temporary, ignore_errors=True)
+        self.temporary.mkdir()
+        names = (f"rank-{rank:05d}.safetensors" for rank in range(len(plans)))
+        return [dataclasses.replace(p, storage_data=n) for p, n in zip(plans, names, strict=True)]
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        done: Future[list[WriteResult]] = Future()
+        results = []
+        if plan.items:
+            path = self.temporary / plan.storage_data
+            try:
+                save_tensors({i.index.fqn: planner.resolve_data(i) for i in plan.items}, path)
+            except SafetensorError as e:  # the library's only one, for every failure to write
+                raise OSError(str(e)) from None
+            sync(path)
+            written = _measure(path)
+            results = [WriteResult(i.index, written.size, written) for i in plan.items]
+        done.set_result(results)
+        return done
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        """On the first rank, when all have written."""
+        files = {r.storage_data.name: r.storage_data for rank in results for r in rank}
+        for file in files.values():
+            path = self.temporary / file.name
+            if not path.is_file() or path.stat().st_size != file.size:
+                raise OSError(
+                    errno.ENOENT, "a rank's file is not seen here: all nodes must share --output_dir"
+                )
+        places = {r.index: r.storage_data.name for rank in results for r in rank}
+        tensors = {
+            name: {
+                "dtype": str(stored.properties.dtype).removeprefix("torch."),
+                "shape": list(stored.size),
+                "chunks": [
+                    [list(c.offsets), list(c.sizes), places[MetadataIndex(name, c.offsets)]]
+                    for c in stored.chunks
+                ],
+            }
+            for name, stored in metadata.state_dict_metadata.items()
+        }
+        manifest = {"version": VERSION, "step": self.step, "run": self.run(), "tensors": tensors}
+        manifest["files"] = [dataclasses.asdict(f) for f in files.values()]
+        manifest = json.loads(json.dumps(manifest))  # as it will be read
+        path = self.temporary / MANIFEST
+        path.write_text(json.dumps(manifest | {"sha256": _digest(manifest)}) + "\n", encoding="utf-8")
+        sync(path)
+        sync(self.temporary)
+        self.temporary.rename(self.folder)
+        sync(self.folder.parent)
+
+
+class Reader(StorageReader):
+    """Reads a checkpoint, each rank only what it needs of it, on any number of ranks."""
+
+    def __init__(self, saved: Saved):
+        self.saved = saved
+
+    def reset(self, checkpoint_id: str | os.PathLike | None = None) -> None: ...
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike) -> bool:
+        return False
+
+    def read_metadata(self) -> Metadata:
+        tensors, places = {}, {}
+        for name, stored in self.saved.tensors.items():
+            chunks = [ChunkStorageMetadata(torch.Size(o), torch.Size(s)) for o, s, _ in stored["chunks"]]
+            properties = TensorProperties(dtype=dtype_of(stored))
+            tensors[name] = TensorStorageMetadata(properties, torch.Size(stored["shape"]), chunks)
+            places |= {MetadataIndex(name, offsets): file for offsets, _, file in stored["chunks"]}
+        return Metadata(tensors, storage_data=places)
+
+    def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool) -> None:
+        self.places = metadata.storage_data
+
+    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
+        return plan
+
+    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
+        return plans
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        by_file = defaultdict(list)
+        for item in plan.items:
+            by_file[self.places[item.storage_index]].append(item)
+        for name, items in by_file.items():
+            with safe_open(self.saved.folder / name, framework="pt") as file:
+                for item in items:
+                    spans = zip(item.storage_offsets, item.lengths, strict=True)
+                    part = tuple(slice(start, start + length) for start, length in spans)
+                    target = planner.resolve_tensor(item).detach()
+                    target.copy_(file.get_tensor(item.storage_index.fqn)[part])
+                    planner.commit_tensor(item, target)
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+
+def dtype_of(stored: dict) -> torch.dtype:
+    """Of an entry of Saved.tensors."""
+    return getattr(torch, stored["dtype"])

@@ -1,0 +1,226 @@
+"""Checkpoints while a run trains: what is due, the copy to host memory, the write behind the training's back.
+
+The loop calls `load` once, `after` once per step, `finish` at the end; every rank does. What a checkpoint holds is in
+training_state.py, its files in checkpoint_files.py.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import MetadataIndex
+
+from checkpoint_files import Saved, Writer, folder_of, prune, sync
+from command_line import describe
+from launch import Place
+from stopping import NeverStop
+from training_state import Tensors, collect, restore
+from wrapping import can_pin
+
+GROWING_FILES = (
+    "metrics.jsonl",
+    "samples.jsonl",
+)  # that are appended to; a resumed run cuts them to the checkpoint
+
+
+class Part(Protocol):
+    """Something of the loop whose state is a few numbers, as JSON holds them."""
+
+    def state_dict(self) -> dict: ...
+
+    def load_state_dict(self, state: dict) -> None: ...
+
+
+class HostCopy:
+    """Copies of a rank's tensors in host memory, which is allocated once.
+
+    From a GPU they are made on a stream of their own, while the next step's forward and backward run; the optimizer's
+    step, which changes the originals, waits for them on the GPU.
+    """
+
+    def __init__(self, device: torch.device, optimizer: torch.optim.Optimizer):
+        self.buffers: Tensors = {}
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.copied = torch.cuda.Event() if self.stream else None
+        self.pin = can_pin(device.type)
+        if self.stream:
+            optimizer.register_step_pre_hook(lambda *_: self.stream_waits())
+
+    def stream_waits(self) -> None:
+        torch.cuda.current_stream().wait_event(self.copied)
+
+    def take(self, local: Tensors) -> Tensors:
+        """Starts the copies; `wait` before they are read."""
+        if not self.stream:
+            return {name: self._copy(name, tensor) for name, tensor in local.items()}
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            copies = {name: self._copy(name, tensor) for name, tensor in local.items()}
+            self.copied.record()
+        return copies
+
+    def _copy(self, name: str, local: torch.Tensor) -> torch.Tensor:
+        buffer = self.buffers.get(name)
+        if buffer is None or (buffer.shape, buffer.dtype) != (local.shape, local.dtype):
+            pin = self.pin and local.is_cuda
+            buffer = self.buffers[name] = torch.empty(local.shape, dtype=local.dtype, pin_memory=pin)
+        return buffer.copy_(local, non_blocking=True)
+
+    def wait(self) -> None:
+        if self.copied:
+            self.copied.synchronize()
+
+
+class CopyPlanner(DefaultSavePlanner):
+    """Plans by the live tensors, which know how they are sharded, and writes their copies."""
+
+    def __init__(self, copies: Tensors):
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self.copies = copies
+
+    def lookup_object(self, index: MetadataIndex) -> torch.Tensor:
+        return self.copies[index.fqn]
+
+
+class Checkpoints:
+    """What hangs on the loop.
+
+    parts: the loop's other state, by name; every: steps between checkpoints, 0 = only those that `stopping` asks for;
+    at_end: whether there is to be one at the end; keep: how many stay, -1 = all; describe_run(): what the manifest
+    says of options, model and data, asked of rank 0 at the first checkpoint; say: shows a line; saved: what the run
+    is resumed from.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        parts: dict[str, Part],
+        place: Place,
+        *,
+        every: int,
+        at_end: bool,
+        keep: int,
+        describe_run: Callable[[], dict],
+        stopping: NeverStop,
+        say: Callable[[str], None],
+        saved: Saved | None,
+    ):
+        self.folder, self.model, self.optimizer = folder, model, optimizer
+        self.parts, self.place = parts, place
+        self.every, self.at_end, self.keep, self.stopping, self.saved = every, at_end, keep, stopping, saved
+        self.describe_run, self.say = cache(describe_run), say
+        # Of its own, and of host memory: collectives of two threads must not meet in one group.
+        self.group = dist.new_group(backend="gloo")
+        self.pool = ThreadPoolExecutor(1, "checkpoint")
+        self.copy = HostCopy(place.device, optimizer)
+        self.writing: Future[bool] | None = None
+        self.step = self.newest = 0  # of the last checkpoint that was begun; of the last that is whole
+        self.waits: list[float] = []  # seconds that training stood still for a checkpoint
+
+    def load(self) -> int:
+        """Restores what the run is resumed from. Returns the number of steps that were done."""
+        if self.saved is None:
+            return 0
+        restore(self.saved, self.model, self.optimizer, self.place.rank, self.group)
+        for name, part in self.parts.items():
+            part.load_state_dict(self.saved.run["parts"][name])
+        self.step = self.newest = self.saved.step
+        return self.step
+
+    def after(self, step: int, last: bool) -> bool:
+        """After each step: saves if it is due. last: the run ends with this step. Returns whether it is to stop
+        before its end."""
+        stop, wanted = self.stopping.agree(last)
+        due = (self.every and step % self.every == 0) or (last and self.at_end)
+        if stop or wanted or due:
+            self.save(step)
+        return stop
+
+    def save(self, step: int) -> None:
+        """Begins a checkpoint, once the one before it is written."""
+        if step == self.step:
+            return
+        began = time.perf_counter()
+        self._await()
+        layout, local = collect(self.model, self.optimizer, self.place.rank)
+        copies = self.copy.take(local)
+        run = self._run() if self.place.rank == 0 else {}
+        self.step, self.writing = step, self.pool.submit(self._write, step, layout, copies, run)
+        self.waits.append(time.perf_counter() - began)
+
+    def _run(self) -> dict:
+        """The state that is no tensor; on rank 0, which writes it."""
+        growing = [self.folder / name for name in GROWING_FILES]
+        return {
+            "parts": {name: part.state_dict() for name, part in self.parts.items()},
+            "files": {path.name: path.stat().st_size for path in growing if path.is_file()},
+        }
+
+    def _write(self, step: int, layout: Tensors, copies: Tensors, run: dict) -> bool:
+        """In the thread. Returns whether the checkpoint is whole; a disk that takes no more is told, and the run goes
+        on with the checkpoint before."""
+        self.copy.wait()
+
+        def described() -> dict:
+            for name in run["files"]:  # they are on the disk up to here before the checkpoint is
+                sync(self.folder / name)
+            return self.describe_run() | run
+
+        writer = Writer(folder_of(self.folder, step), step, described)
+        try:
+            dcp.save(layout, storage_writer=writer, planner=CopyPlanner(copies), process_group=self.group)
+        except dcp.CheckpointException as e:
+            failures = [error for error, _ in e.failures.values()]
+            if not all(isinstance(error, OSError) for error in failures):
+                raise
+            if self.place.rank == 0:
+                shutil.rmtree(writer.temporary, ignore_errors=True)
+                self._warn(step, failures[0])
+            return False
+        if self.place.rank == 0 and self.keep > 0:
+            prune(self.folder, self.keep)
+        return True
+
+    def _warn(self, step: int, error: OSError) -> None:
+        stays = f"the checkpoint of step {self.newest} stays" if self.newest else "there is no other one"
+        print(
+            f"\nWARNING: the checkpoint of step {step} could not be written ({describe(error)}); {stays}, and training"
+            " goes on",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    def _await(self) -> None:
+        """Until the write that is going on has ended. Raises what it raised."""
+        if self.writing:
+            if self.writing.result():
+                self.newest = self.step
+            self.writing = None
+
+    def finish(self) -> None:
+        """Waits for the last write: a process must not end before. Raises RuntimeError if the run is to stop and its
+        last step could not be saved."""
+        self._await()
+        self.pool.shutdown()
+        dist.destroy_process_group(self.group)
+        if self.waits:
+            mean = sum(self.waits) / len(self.waits)
+            self.say(f"{len(self.waits)} checkpoints; training stood still for {mean:.3f} s for each")
+        if self.stopping.reason and self.newest != self.step:
+            raise RuntimeError(
+                f"stopped at step {self.step}, which is not saved; --resume goes on from {self.newest}"
+            )

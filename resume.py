@@ -1,0 +1,184 @@
+"""--resume: which checkpoint a run goes on from, and whether the run is still the same one.
+
+Frozen weights and data are in no checkpoint. What fixed them is: the options, and digests of the model and of the
+rows. Options that change speed, memory or what is told may differ; all others must be what they were.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+import re
+from pathlib import Path
+
+import torch
+from transformers import PretrainedConfig
+
+from checkpoint import BEST, base_digest
+from checkpoint_files import (
+    MANIFEST,
+    Damaged,
+    Saved,
+    newest_whole,
+    read_checkpoint,
+    remove_checkpoints,
+)
+from config import CHECKPOINTS, FIELDS, Config, UserError, shown
+from data import TokenizedRows
+from model_files import CheckpointFiles
+from weight_cache import digest
+
+# A resumed run may differ in the options of these groups, which change no result beyond rounding ...
+FREE_GROUPS = ("Memory and speed", "Launch", "Checkpoints", "Output", "Profiling", "Evaluation")
+# ... but for these; and in these of the others. The names of model and data: their contents are compared.
+FIXED = ("precision", "eval_share")
+FREE = ("model_name", "dataset", "llama_pro_path", "llama_pro_save", "batch_size", "gradient_accumulation_steps",
+        "num_epochs", "max_steps", "max_bad_steps", "deterministic")  # fmt: skip
+
+
+def is_fixed(name: str) -> bool:
+    """Whether a resumed run must have the same value of an option."""
+    return name in FIXED or (FIELDS[name].metadata["group"] not in FREE_GROUPS and name not in FREE)
+
+
+def resume_after_restart(config: Config) -> Config:
+    """`config`, with --resume auto if torchrun --max-restarts has started the run anew after a failure. Raises
+    UserError where a restart would not find what this start is going to leave."""
+    attempt, most = (int(os.environ.get(f"TORCHELASTIC_{n}", "0")) for n in ("RESTART_COUNT", "MAX_RESTARTS"))
+    by_time = (
+        re.fullmatch(r"runs/\d{8}-\d{6}-\w+", config.output_dir) and not Path(config.output_dir).exists()
+    )
+    if most and by_time:
+        raise UserError(
+            "--output_dir: is needed under torchrun --max-restarts: a restart goes on with the run in it"
+        )
+    if attempt:
+        return dataclasses.replace(config, resume=config.resume or "auto", overwrite=False)
+    return config
+
+
+def find_checkpoint(config: Config) -> Saved | None:
+    """What --resume means; None: start from the beginning. Raises UserError."""
+    run = Path(config.output_dir)
+    if config.resume is None:
+        return None
+    if config.resume == "auto":
+        saved = newest_whole(run, tell=print)
+        if saved is None and any(run.glob("adapter_config.json")) | any(run.glob("config.json")):
+            raise UserError(
+                f"--resume auto: {run} holds a finished run without checkpoints; choose another --output_dir"
+            )
+        return saved
+    path = Path(config.resume).expanduser()
+    if not path.is_dir():
+        raise UserError(f"--resume {config.resume}: no such folder")
+    single = (path / MANIFEST).is_file() or path.parent.name == CHECKPOINTS
+    if (path.parent.parent if single else path).resolve() != run.resolve():
+        raise UserError(
+            f"--resume {config.resume}: is not in --output_dir {run}; a run goes on in its own folder"
+        )
+    try:
+        saved = read_checkpoint(path) if single else newest_whole(path, tell=print)
+    except Damaged as e:
+        raise UserError(f"--resume {config.resume}: no whole checkpoint ({e})") from None
+    if saved is None:
+        raise UserError(f"--resume {config.resume}: holds no whole checkpoint")
+    return saved
+
+
+def digest_rows(rows: TokenizedRows) -> str:
+    """A digest of the rows as they are trained on: tokens, targets, bounds."""
+    total = hashlib.sha256()
+    for tensor in (rows.tokens, rows.learned, rows.starts):
+        total.update(tensor.contiguous().view(torch.uint8).numpy())
+    return total.hexdigest()
+
+
+def digest_base(model_config: PretrainedConfig, files: CheckpointFiles) -> str:
+    """A digest of the model below: its config, the names and shapes of all its weights, and some rows of each
+    that is not packed."""
+    plain = [n for n, t in files.tensors.items() if t.shape and t.dtype != torch.uint8]
+    return f"{base_digest(model_config, files)}-{digest(files, plain)}"
+
+
+def about(config: Config, base: str, data: str) -> dict:
+    """What a checkpoint says of the run and `check_same` compares."""
+    return {"options": dataclasses.asdict(config), "rows_per_step": rows_per_step(config), "base": base, "data": data,
+            "world": config.world_size}  # fmt: skip
+
+
+def rows_per_step(config: Config) -> int:
+    return config.world_size * config.batch_size * config.gradient_accumulation_steps
+
+
+def check_same(saved: Saved, config: Config, base: str, data: str) -> None:
+    """Raises UserError unless `config` goes on with the run of the checkpoint, over the same model and rows."""
+    where, run = f"--resume {config.resume}", saved.run
+    for name in FIELDS:
+        before = run["options"].get(name, FIELDS[name].default)
+        if is_fixed(name) and before != getattr(config, name):
+            raise UserError(
+                f"{where}: the run has --{name} {shown(before)}, not {shown(getattr(config, name))}; a run goes"
+                " on with what it began with"
+            )
+    if run["rows_per_step"] != rows_per_step(config):
+        raise UserError(
+            f"{where}: a step of the run has {run['rows_per_step']} rows; {config.world_size} processes x"
+            f" --batch_size {config.batch_size} x --gradient_accumulation_steps"
+            f" {config.gradient_accumulation_steps} would make it {rows_per_step(config)}"
+        )
+    if run["base"] != base:
+        raise UserError(f"{where}: --model_name {config.model_name} is not the model that the run began with")
+    if run["data"] != data:
+        raise UserError(
+            f"{where}: --dataset {config.dataset} no longer makes the rows that the run began with"
+        )
+    if config.optimizer.endswith("8bit") and not _same_shards(run, config):
+        raise UserError(
+            f"{where}: the 8-bit states of --optimizer {config.optimizer} are of {run['world']} processes under"
+            f" --sharding_strategy {run['options']['sharding_strategy']}; go on with the same"
+        )
+    check_files(saved, Path(config.output_dir))
+
+
+def _same_shards(run: dict, config: Config) -> bool:
+    before = run["world"], run["options"]["sharding_strategy"], run["options"]["hybrid_shard_size"]
+    return before == (config.world_size, config.sharding_strategy, config.hybrid_shard_size)
+
+
+def check_files(saved: Saved, folder: Path) -> None:
+    """Raises UserError if the RUN's files end before the checkpoint's step."""
+    for name, length in saved.run["files"].items():
+        path = folder / name
+        if not path.is_file() or path.stat().st_size < length:
+            raise UserError(f"{path}: is missing or cut: it ends before step {saved.step} of the checkpoint")
+
+
+def tidy(folder: Path, saved: Saved | None) -> None:
+    """Makes a RUN what it was at the checkpoint's step: what comes after it will be made again. Without a
+    checkpoint no other one stays."""
+    remove_checkpoints(folder, after=saved.step if saved else 0)
+    if saved is None:
+        return
+    for name, length in saved.run["files"].items():
+        os.truncate(folder / name, length)
+    if not (folder / BEST).exists() and (folder / f"{BEST}.old").exists():
+        (folder / f"{BEST}.old").rename(folder / BEST)  # cut between the two renames of replace_folder
+
+
+def remarks(saved: Saved, config: Config) -> list[str]:
+    """What a user should know about going on with other options than before."""
+    before, told = saved.run["options"], []
+    if saved.run["world"] != config.world_size and config.lora_dropout:
+        told.append(
+            f"--resume: {config.world_size} processes instead of {saved.run['world']} draw other random numbers for"
+            " --lora_dropout"
+        )
+    for name in ("num_epochs", "max_steps"):
+        if before[name] != getattr(config, name) and (config.lr_scheduler != "constant" or config.lr_warmup):
+            told.append(
+                f"--resume: --{name} {getattr(config, name)} instead of {before[name]}: the learning rate follows it"
+                " from here on"
+            )
+    return told

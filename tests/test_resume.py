@@ -1,0 +1,347 @@
+"""A run that was stopped goes on as the run that was not: the same losses and weights."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import checkpoint_files
+import train
+from checkpoint_files import folder_of, steps_in
+from command_line import parse
+from config import UserError
+from tests.runs import whole_run
+from tracking import Meter, Metrics, make_tracker
+
+RUN = (  # an epoch has 10 steps; of half the rows, packed, 5 at most
+    "--train_type bnb_dora --lora_rank 6 --lr 1e-2 --lr_scheduler cosine --batch_size 1 --num_epochs 2"
+    " --context_length 256 --log_to stdout --gradient_accumulation_steps 2"
+).split()
+NOISY = [
+    *RUN,
+    *"--lora_dropout 0.1 --precision fp16_autocast --packing --deterministic --max_steps 8 --dataset_samples 20".split(),
+]
+QUIET = [*RUN, "--max_steps", "7"]
+REPEATED = ("step", "epoch", "lr", "tokens", "trained_tokens", "loss", "grad_norm", "eval_loss")
+
+
+def run(place, argv: list[str], before=None) -> str:
+    """A rank's part of a run of the program; returns what it printed. before(place, step): called in each step."""
+    config, _ = parse([*argv, "--world_size", str(place.world)])
+    measure = Meter.measure
+
+    def measured(self, index, *rest):
+        if before:
+            before(place, index)
+        return measure(self, index, *rest)
+
+    Meter.measure = measured
+    try:
+        return whole_run(place, train.check(config))
+    finally:
+        Meter.measure = measure
+        torch.use_deterministic_algorithms(False)
+
+
+class Signals:
+    """{step: signal that the last rank gets in it}."""
+
+    def __init__(self, at: dict[int, int]):
+        self.at = at
+
+    def __call__(self, place, step: int) -> None:
+        if place.rank == place.world - 1 and step in self.at:
+            signal.raise_signal(self.at[step])
+
+
+def lines(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def repeated(folder: Path) -> list[dict]:
+    return [{name: line.get(name) for name in REPEATED} for line in lines(folder)]
+
+
+def adapter(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter_model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def source(checkpoints, alpaca_file):
+    return ["--model_name", str(checkpoints()), "--dataset", str(alpaca_file)]
+
+
+@pytest.fixture(scope="module")
+def stopped(source, two_ranks, tmp_path_factory):
+    """A RUN that was stopped at its third step, for copying."""
+    folder = tmp_path_factory.mktemp("stopped") / "run"
+    two_ranks(run, [*source, *QUIET, "--output_dir", str(folder)], Signals({3: signal.SIGTERM}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def undisturbed(source, two_ranks, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed") / "run"
+    two_ranks(run, [*source, *QUIET, "--output_dir", str(folder)])
+    return folder
+
+
+def test_a_stopped_run_goes_on_to_the_last_bit(source, two_ranks, tmp_path):
+    """With packing, dropout, fp16's scaler and accumulation; stopped within both epochs, and cut
+    within a line of metrics.jsonl."""
+    whole, folder = tmp_path / "whole", tmp_path / "run"
+    two_ranks(run, [*source, *NOISY, "--output_dir", str(whole)])
+    again = [*source, *NOISY, "--output_dir", str(folder), "--resume", "auto"]
+    printed = two_ranks(run, again, Signals({2: signal.SIGUSR1, 3: signal.SIGTERM}))[0]
+    assert "stopped at step 3 of 8 (SIGTERM); go on with:" in printed
+    assert steps_in(folder) == [3, 2] and not (folder / "adapter_model.safetensors").exists()
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "epo')
+    assert "stopped at step 7 of 8 (SIGINT)" in two_ranks(run, again, Signals({7: signal.SIGINT}))[0]
+    assert "8 steps, the last 1 of them in" in two_ranks(run, again)[0]
+    assert repeated(folder) == repeated(whole) and len(lines(folder)) == 8
+    ours, theirs = adapter(folder), adapter(whole)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    two_ranks(run, again)  # nothing is left to do
+    assert repeated(folder) == repeated(whole)
+
+
+def test_another_number_of_ranks_changes_rounding_only(
+    source, stopped, undisturbed, one_rank, two_ranks, four_ranks, tmp_path
+):
+    """From 2 ranks to 1 and to 4, of which the last has no row of an adapter's A; from there to 2."""
+    for ranks, accumulation in ((one_rank, 4), (four_ranks, 1)):
+        folder = tmp_path / f"on {ranks.world}"
+        shutil.copytree(stopped, folder)
+        argv = [*source, *QUIET, "--output_dir", str(folder), "--resume", str(folder)]
+        argv += ["--sharding_strategy", "shard_grad_op", "--gradient_accumulation_steps", str(accumulation)]
+        ranks(run, argv, Signals({5: signal.SIGTERM}))
+        two_ranks(run, [*source, *QUIET, "--output_dir", str(folder), "--resume", "auto"])
+        for name in ("loss", "grad_norm"):
+            ours, theirs = ([line[name] for line in lines(f)] for f in (folder, undisturbed))
+            torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), rtol=2e-4, atol=1e-5)
+        torch.testing.assert_close(adapter(folder), adapter(undisturbed), rtol=1e-3, atol=1e-4)
+
+
+def test_evaluation_goes_on(source, two_ranks, tmp_path):
+    """At a rate of 0 no evaluation is better than the first, which is the best; after one more the run stops early."""
+    argv = [*source, *QUIET, "--lr", "0", "--eval_share", "0.2", "--eval_every", "2", "--sample_every", "4"]
+    argv += ["--early_stopping_patience", "1", "--sample_tokens", "2"]
+    whole, folder = tmp_path / "whole", tmp_path / "run"
+    two_ranks(run, [*argv, "--output_dir", str(whole)])
+    again = [*argv, "--output_dir", str(folder), "--resume", "auto", "--save_every", "3"]
+    two_ranks(run, again, Signals({3: signal.SIGTERM}))
+    (folder / "best").rename(folder / "best.old")  # as a cut between two renames leaves it
+    for _ in range(2):  # the second time nothing is left
+        assert "stopped at step 4 of 7: 1 evaluations were no better" in two_ranks(run, again)[0]
+        assert repeated(folder) == repeated(whole) and len(lines(whole)) == 4
+        assert json.loads((folder / "best" / "evaluation.json").read_text())["step"] == 2
+        assert (folder / "samples.jsonl").read_text() == (whole / "samples.jsonl").read_text()
+    assert steps_in(folder) == [4, 3]
+
+
+def test_a_limit_of_time_and_regular_checkpoints(source, one_rank, tmp_path):
+    argv = [*source, *QUIET, "--output_dir", str(tmp_path / "run"), "--resume", "auto", "--save_every", "2"]
+    argv += ["--keep", "3"]
+    printed = one_rank(run, [*argv, "--max_minutes", "0.0001"])[0]
+    assert "stopped at step 1 of 7 (--max_minutes)" in printed and "python train.py --config" in printed
+    assert "4 checkpoints; training stood still for 0." in one_rank(run, argv)[0]
+    assert steps_in(tmp_path / "run") == [7, 6, 4]
+
+
+class Filling:
+    """Others fill the disk while the step `fills` runs, and leave it in the step `leaves`. checked: whether the room
+    is looked at before a checkpoint is written."""
+
+    def __init__(self, disk: Path, fills: int, leaves: int, checked: bool):
+        self.disk, self.fills, self.leaves, self.checked = disk, fills, leaves, checked
+
+    def __call__(self, place, step: int) -> None:
+        checkpoint_files.SPARE = 2**20 if self.checked or step >= self.leaves else -(2**30)
+        if place.rank == 0 and step == self.fills:
+            with (self.disk / "others").open("wb", buffering=0) as file:
+                while file.write(bytes(4096)) == 4096 and free(self.disk) > 64 * 1024:
+                    pass
+        if place.rank == 0 and step == self.leaves:
+            (self.disk / "others").unlink()
+
+
+def free(folder: Path) -> int:
+    return shutil.disk_usage(folder).free
+
+
+@pytest.mark.parametrize("checked", [True, False])
+def test_a_full_disk_costs_a_checkpoint_and_no_more(checked, source, undisturbed, two_ranks, small_disk):
+    argv = [*source, *QUIET, "--output_dir", str(small_disk / "run"), "--save_every", "2", "--keep", "1"]
+    printed = two_ranks(run, argv, Filling(small_disk, 4, 6, checked))[0]
+    assert "WARNING: the checkpoint of step 4 could not be written" in printed
+    assert "No space left" in printed and "the checkpoint of step 2 stays, and training goes on" in printed
+    assert steps_in(small_disk / "run") == [7]
+    assert not list((small_disk / "run" / "checkpoints").glob("*.tmp"))
+    assert repeated(small_disk / "run") == repeated(undisturbed)
+
+
+def test_lines_of_a_full_disk_are_held(small_disk):
+    config, _ = parse(["--output_dir", str(small_disk), "--log_to", "stdout"])
+    tracker = make_tracker(config, 0, 3, {})
+    step = dict.fromkeys(("epoch", "loss", "lr", "grad_norm", "step_seconds", "tokens_per_second"), 1.0)
+    step |= dict.fromkeys(("tokens", "trained_tokens", "memory_allocated_gib", "memory_reserved_gib"), 1)
+    tracker.log(Metrics(**step, step=1))
+    with (small_disk / "others").open("wb", buffering=0) as file, pytest.raises(OSError, match="No space"):
+        while True:
+            file.write(bytes(4096))
+    for number in range(2, 40):  # the first still fit into the page of the file's end
+        tracker.log(Metrics(**step, step=number))
+    held = tracker.state_dict()["held"]
+    assert held.endswith("\n") and '"step": 39' in held
+    (small_disk / "others").unlink()
+    tracker.log(Metrics(**step, step=40))
+    assert [line["step"] for line in lines(small_disk)] == list(range(1, 41))
+
+
+# What is not the same run
+
+
+def resumed(source, folder: Path, *more: str):
+    """The checked job of going on with a copy of `stopped`, in the 2 ranks that it had."""
+    config, _ = parse(
+        [*source, *QUIET, "--output_dir", str(folder), "--world_size", "2", "--resume", "auto", *more]
+    )
+    return train.check(config)
+
+
+@pytest.fixture
+def copied(stopped, tmp_path):
+    return shutil.copytree(stopped, tmp_path / "run")
+
+
+OTHERS = {
+    "--lora_rank 8": "the run has --lora_rank 6, not 8",
+    "--train_type qlora": "--train_type bnb_dora, not qlora",
+    "--lr 1e-3": "--lr 0.01, not 0.001",
+    "--seed 1": "--seed 42, not 1",
+    "--precision bf16": "--precision auto, not bf16",
+    "--optimizer adam": "--optimizer adamw, not adam",
+    "--eval_share 0.5": "--eval_share 0.0, not 0.5",
+    "--context_length 200": "--context_length 256, not 200",
+    "--batch_size 2": "has 4 rows; 2 processes x --batch_size 2 x --gradient_accumulation_steps 2 would make it 8",
+    "--world_size 1": "has 4 rows; 1 processes",
+    "--resume /nonexistent": "/nonexistent: no such folder",
+    "--resume .": "a run goes on in its own folder",
+}
+
+
+@pytest.mark.parametrize("option", OTHERS)
+def test_another_run_is_refused(option, source, copied):
+    with pytest.raises(UserError) as refused:
+        resumed(source, copied, *option.split())
+    assert OTHERS[option] in str(refused.value)
+
+
+FREE = "--max_steps 9 --save_every 5 --log_to tqdm --wrap_policy sublayer --use_gradient_checkpointing false"
+
+
+@pytest.mark.parametrize("where", ["auto", "run", "checkpoint"])
+def test_what_changes_no_result_may_change(where, source, copied, capsys):
+    paths = {"auto": "auto", "run": str(copied), "checkpoint": str(folder_of(copied, 3))}
+    job = resumed(source, copied, *FREE.split(), "--resume", paths[where])
+    assert job.saved.step == 3 and job.saved.folder == folder_of(copied, 3)
+    assert "--max_steps 9 instead of 7: the learning rate follows it" in capsys.readouterr().out
+
+
+def test_other_data_are_refused(source, copied, tmp_path):
+    other = tmp_path / "other.jsonl"
+    other.write_text(Path(source[3]).read_text().replace("Say red", "Say rot", 1))
+    with pytest.raises(UserError, match="no longer makes the rows that the run began with"):
+        resumed(source, copied, "--dataset", str(other))
+    other.write_text(Path(source[3]).read_text())
+    assert resumed(source, copied, "--dataset", str(other)).saved.step == 3, "the same rows from elsewhere"
+
+
+def test_another_model_is_refused(source, copied, tmp_path):
+    other = shutil.copytree(source[1], tmp_path / "other")
+    assert resumed(source, copied, "--model_name", str(other)).saved.step == 3
+    file = sorted(other.glob("*.safetensors"))[0]
+    tensors = load_file(file)
+    next(iter(tensors.values()))[0] += 1
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(UserError, match="is not the model that the run began with"):
+        resumed(source, copied, "--model_name", str(other))
+
+
+def test_a_run_without_its_metrics_is_refused(source, copied):
+    path = copied / "metrics.jsonl"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(UserError, match=r"metrics.jsonl: is missing or cut: it ends before step 3"):
+        resumed(source, copied)
+
+
+def test_a_damaged_checkpoint_is_refused_or_passed_over(source, copied, capsys):
+    (folder_of(copied, 3) / "rank-00001.safetensors").unlink()
+    for path in (copied, folder_of(copied, 3)):
+        with pytest.raises(UserError, match="no whole checkpoint"):
+            resumed(source, copied, "--resume", str(path))
+    assert resumed(source, copied).saved is None  # from the start
+    assert "step-00000003: no whole checkpoint (rank-00001.safetensors" in capsys.readouterr().out
+    (copied / "adapter_config.json").touch()
+    with pytest.raises(UserError, match="holds a finished run without checkpoints"):
+        resumed(source, copied)
+
+
+def test_8_bit_states_stay_on_their_ranks(source, two_ranks, tmp_path):
+    argv = [*source, *QUIET, "--optimizer", "adamw_8bit", "--max_steps", "3", "--lora_rank", "64"]
+    whole, folder = tmp_path / "whole", tmp_path / "run"
+    two_ranks(run, [*argv, "--output_dir", str(whole)])
+    again = [*argv, "--output_dir", str(folder), "--resume", "auto"]
+    two_ranks(run, again, Signals({2: signal.SIGTERM}))
+    assert any("@1." in name for name in checkpoint_files.read_checkpoint(folder_of(folder, 2)).tensors)
+    with pytest.raises(UserError, match="8-bit states of --optimizer adamw_8bit are of 2 processes"):
+        train.check(parse([*again, "--world_size", "1", "--gradient_accumulation_steps", "4"])[0])
+    two_ranks(run, again)
+    assert repeated(folder) == repeated(whole)
+
+
+# Determinism
+
+
+def deterministic(place, argv: list[str], folder: str) -> bool:
+    """Whether a run that was stopped repeats one that was not, in a process that may be the only one of a GPU."""
+    run(place, [*argv, "--output_dir", f"{folder}/whole"])
+    again = [*argv, "--output_dir", f"{folder}/run", "--resume", "auto"]
+    run(place, again, Signals({1: signal.SIGTERM}))
+    run(place, again)
+    return repeated(Path(folder, "whole")) == repeated(Path(folder, "run"))
+
+
+def test_one_process_repeats_itself(source, one_rank, tmp_path):
+    assert one_rank(deterministic, [*source, *NOISY, "--max_steps", "3"], str(tmp_path)) == [True]
+
+
+def test_the_option_refuses_what_does_not_repeat(source, one_rank, tmp_path):
+    argv = [*source, *QUIET, "--max_steps", "1", "--deterministic", "--output_dir", str(tmp_path / "run")]
+    one_rank(run, argv, expect_deterministic)
+
+
+def expect_deterministic(place, step: int) -> None:
+    assert torch.are_deterministic_algorithms_enabled() and os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+
+
+# torchrun --max-restarts
+
+
+def test_a_restart_goes_on(source, copied, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    config, _ = parse([*source, *QUIET, "--output_dir", str(copied), "--world_size", "2", "--overwrite"])
+    assert train.check(config).saved.step == 3
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    assert train.check(config).saved is None
+    with pytest.raises(UserError, match="--output_dir: is needed under torchrun --max-restarts"):
+        train.check(parse([*source, *QUIET, "--world_size", "2"])[0])

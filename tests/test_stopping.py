@@ -1,0 +1,117 @@
+"""Signals and clocks: what they ask for, and that all ranks agree on it."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import time
+
+import pytest
+import torch.distributed as dist
+
+import stopping
+from stopping import NEVER, Received, Stopping, forwarding
+
+STUBBORN = "trap '' TERM INT; trap 'echo saved' USR1; echo ready; while :; do sleep 0.05; done"
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Sets the time that both clocks show."""
+    now = [1000.0]
+    monkeypatch.setattr(time, "time", lambda: now[0])
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    return lambda seconds: now.__setitem__(0, 1000.0 + seconds)
+
+
+@pytest.fixture
+def alone(monkeypatch):
+    """A process group of one rank, and the signal handlers as they were before."""
+    monkeypatch.setattr(dist, "get_world_size", lambda: 1)
+    before = {number: signal.getsignal(number) for number in (*stopping.STOPS, stopping.SAVE)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def test_the_second_stop_counts_if_it_comes_later(clock):
+    again = []
+    received = Received(again.append)
+    received.note(signal.SIGTERM)
+    clock(0.5)  # the launcher passes on what the terminal has sent
+    received.note(signal.SIGINT)
+    assert (received.stop, again) == (signal.SIGTERM, [])
+    clock(1.5)
+    received.note(signal.SIGINT)
+    assert again == [signal.SIGINT]
+
+
+def test_signals_ask_for_a_stop_or_a_checkpoint(alone):
+    asked = Stopping(0, time.time(), max_minutes=0, save_minutes=0)
+    assert asked.agree(last=False) == (False, False)
+    signal.raise_signal(signal.SIGUSR1)
+    assert asked.agree(last=False) == (False, True)
+    assert asked.agree(last=False) == (False, False)
+    signal.raise_signal(signal.SIGINT)
+    assert asked.agree(last=True) == (False, False) and asked.reason == ""  # it ends by itself
+    assert asked.agree(last=False) == (True, False) and asked.reason == "SIGINT"
+
+
+def test_minutes_between_checkpoints(alone, clock):
+    asked = Stopping(0, time.time(), max_minutes=0, save_minutes=2)
+    wanted = []
+    for seconds in (60, 119, 121, 180, 240, 242):
+        clock(seconds)
+        wanted.append(asked.agree(last=False)[1])
+    assert wanted == [False, False, True, False, False, True]
+    assert not Stopping(1, time.time() - 1000, max_minutes=1, save_minutes=1).agree(last=False)[
+        0
+    ]  # not rank 0
+
+
+def test_a_run_ends_before_its_limit(alone, clock):
+    asked = Stopping(0, time.time() - 100, max_minutes=5, save_minutes=0)  # 200 seconds are left
+    stops = []
+    for seconds in (
+        20,
+        60,
+        95,
+        119,
+        121,
+    ):  # the longest step took 40: another one, and its checkpoint as much
+        clock(seconds)
+        stops.append(asked.agree(last=False)[0])
+    assert stops == [False] * 4 + [True]
+    assert asked.reason == "--max_minutes"
+
+
+def test_nothing_is_asked_for_without_a_listener():
+    assert NEVER.agree(last=False) == (False, False) and NEVER.reason == ""
+
+
+@pytest.fixture
+def stubborn():
+    """Two processes that the signals do not end."""
+    processes = [
+        subprocess.Popen(["sh", "-c", STUBBORN], stdout=subprocess.PIPE, text=True) for _ in range(2)
+    ]
+    assert all(p.stdout.readline() == "ready\n" for p in processes)
+    yield processes
+    for p in processes:
+        p.kill()
+        p.communicate()
+
+
+def test_the_parent_passes_signals_on_and_kills_at_the_second_stop(stubborn, monkeypatch):
+    monkeypatch.setattr(stopping, "APART_SECONDS", 0)
+    before = signal.getsignal(signal.SIGTERM)
+    with forwarding([p.pid for p in stubborn]) as received:
+        signal.raise_signal(signal.SIGUSR1)
+        assert [p.stdout.readline() for p in stubborn] == ["saved\n"] * 2
+        signal.raise_signal(signal.SIGTERM)
+        time.sleep(0.2)
+        assert [p.poll() for p in stubborn] == [None, None] and received.stop == signal.SIGTERM
+        signal.raise_signal(signal.SIGTERM)
+        assert [p.wait(10) for p in stubborn] == [-signal.SIGKILL] * 2
+        signal.raise_signal(signal.SIGUSR1)  # to processes that are gone
+    assert signal.getsignal(signal.SIGTERM) is before

@@ -1,0 +1,131 @@
+"""What a checkpoint holds in tensors: trained parameters, the optimizer's state of each, and random states.
+
+    model.<parameter>                  sharded as the parameter is
+    optimizer.<key>.<parameter>        the same, or one number; of 8-bit moments each rank's own: .<key>@<rank>
+    random.cpu@<rank>, random.cuda@<rank>
+
+Names are the checkpoint files' (`clean`), so that neither the way the model is wrapped nor the number of ranks matters.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.tensor import DTensor
+
+from checkpoint_files import Reader, Saved, dtype_of
+from models.family import clean
+from optimizers import ShardedAdamW
+
+Tensors = dict[str, torch.Tensor]
+
+
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {clean(name): p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def collect(model: nn.Module, optimizer: torch.optim.Optimizer, rank: int) -> tuple[Tensors, Tensors]:
+    """(how each tensor is laid out: DTensors, and plain ones that are the same on every rank or belong to one; this
+    rank's part of each, the live one), by name."""
+    local = _random_states(rank)
+    layout = dict(local)
+    for name, param in trained_parameters(model).items():
+        layout[f"model.{name}"], local[f"model.{name}"] = param.detach(), _local(param)
+        for key, value in optimizer.state.get(param, {}).items():
+            suffix, placed = _layout(value, param, rank)
+            stored = f"optimizer.{key}{suffix}.{name}"
+            layout[stored], local[stored] = placed, placed if _is_number(value) else _local(value)
+    return layout, local
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
+
+
+def _is_number(value) -> bool:
+    return not isinstance(value, torch.Tensor)
+
+
+def _random_states(rank: int) -> Tensors:
+    states = {f"random.cpu@{rank}": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states[f"random.cuda@{rank}"] = torch.cuda.get_rng_state()
+    return states
+
+
+def _layout(value, param: nn.Parameter, rank: int) -> tuple[str, torch.Tensor]:
+    """(suffix of the key, layout) of an entry of the optimizer's state. bitsandbytes keeps numbers and plain tensors;
+    those of 32 bits have the shape of the shard."""
+    if _is_number(value):
+        return "", torch.tensor(value)
+    if isinstance(value, DTensor) or value.dim() == 0:
+        return "", value
+    if value.is_floating_point() and value.shape == _local(param).shape:
+        return "", torch.empty_like(param, dtype=value.dtype, device="meta")
+    return f"@{rank}", value
+
+
+def restore(
+    saved: Saved, model: nn.Module, optimizer: torch.optim.Optimizer, rank: int, group: dist.ProcessGroup
+) -> None:
+    """Puts a checkpoint's tensors into a model and a fresh optimizer, on any number of ranks. Random states are a
+    rank's own: one beyond those of the checkpoint keeps what it has. Collective."""
+    params = trained_parameters(model)
+    states = _fresh_states(saved, params, rank)
+    wanted: Tensors = {f"model.{name}": p.detach() for name, p in params.items()}
+    for name, state in states.items():
+        wanted |= {f"optimizer.{key}.{name}": tensor for key, tensor in state.items()}
+    random = {name: _empty(saved, name) for name in _random_states(rank).keys() & saved.tensors.keys()}
+    with warnings.catch_warnings():
+        # Of torch 2.11. What is a rank's own has the rank in its name, and is wanted by that rank only.
+        warnings.filterwarnings("ignore", message="Detected mismatched keys")
+        planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+        dcp.load(wanted | random, storage_reader=Reader(saved), planner=planner, process_group=group)
+    _fill_optimizer(optimizer, {params[name]: state for name, state in states.items()})
+    for name, state in random.items():
+        (torch.cuda.set_rng_state if name.startswith("random.cuda") else torch.set_rng_state)(state)
+
+
+def _empty(saved: Saved, name: str) -> torch.Tensor:
+    return torch.empty(saved.tensors[name]["shape"], dtype=dtype_of(saved.tensors[name]))
+
+
+def _fresh_states(saved: Saved, params: dict[str, nn.Parameter], rank: int) -> dict[str, Tensors]:
+    """{parameter: {key of its state: tensor to be filled}}, as `_layout` has them."""
+    states: dict[str, Tensors] = {name: {} for name in params}
+    for stored in saved.tensors:
+        if not stored.startswith("optimizer."):
+            continue
+        _, key, name = stored.split(".", 2)
+        _, of_rank, owner = key.partition("@")
+        if not of_rank and saved.tensors[stored]["shape"]:
+            # In host memory, from where the optimizer takes it where it wants it: a GPU may have no room for both.
+            like = {"dtype": dtype_of(saved.tensors[stored]), "device": "cpu"}
+            states[name][key] = torch.zeros_like(params[name], **like).detach()
+        elif not of_rank or int(owner) == rank:
+            states[name][key] = _empty(saved, stored)
+    return states
+
+
+def _fill_optimizer(optimizer: torch.optim.Optimizer, states: dict[nn.Parameter, Tensors]) -> None:
+    """By the optimizer's own load_state_dict, which knows where each part of its state belongs. Its groups stay as
+    they are: the options made them, and the schedule sets their rates."""
+    filled = {}
+    for number, param in enumerate(p for group in optimizer.param_groups for p in group["params"]):
+        state = {key.partition("@")[0]: value for key, value in states[param].items()}
+        if isinstance(optimizer, ShardedAdamW):
+            empty = not _local(param).numel()
+            state = {} if empty else {key: _as_bitsandbytes(value) for key, value in state.items()}
+        filled[number] = state
+    optimizer.load_state_dict({"state": filled, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _as_bitsandbytes(value: torch.Tensor) -> torch.Tensor | int:
+    if value.dim() == 0:
+        return value.item()
+    return _local(value)
