@@ -21,8 +21,9 @@ from pathlib import Path
 
 import yaml
 
-from config import FIELDS, HINTS, NEEDS, Config, UserError, resolve, shown
+from config import FIELDS, HINTS, NEEDS, Config, UserError, shown
 from limits import OPTIONS_FILE, read_text
+from resolve import resolve
 
 T = typing.TypeVar("T")
 

@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from command_line import python
-from config import TOY_DATASET, TOY_MODEL, TOY_PROMPT, Config, resolve, shown
+from config import TOY_DATASET, TOY_MODEL, TOY_PROMPT, Config, shown
 from report_charts import Series, bars, curves, number, running_mean
+from resolve import resolve
 
 if TYPE_CHECKING:
     from report import RunFiles
