@@ -321,7 +321,7 @@ def summary(history: list[Metrics], seconds: float, stages: dict[str, float], do
     bad = f"; {history[-1].bad_steps} skipped as NaN or infinite" if history[-1].bad_steps else ""
     steps = f"{len(history)} steps" + (f", the last {len(history) - done} of them" if done else "")
     return (
-        f"{steps} in {seconds:.0f} s, {rates[len(rates) // 2]:,.0f} tokens/s on all ranks (median){bad}\n"
+        f"{steps} in {seconds:.0f} s, the first in {history[0].step_seconds:.1f} s, {rates[len(rates) // 2]:,.0f} tokens/s on all ranks (median){bad}\n"
         f"memory of the fullest rank: {after}, peak {max(m.memory_allocated_gib for m in history):.2f} GiB\n"
         f"loss {history[0].loss:.4f} at the first step, {history[-1].loss:.4f} at the last"
     )
