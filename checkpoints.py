@@ -219,7 +219,7 @@ class Checkpoints:
         dist.destroy_process_group(self.group)
         if self.waits:
             mean = sum(self.waits) / len(self.waits)
-            self.say(f"{len(self.waits)} checkpoints; training stood still for {mean:.3f} s for each")
+            self.say(f"checkpoints: {len(self.waits)}; training stood still for {mean:.3f} s for each")
         if self.stopping.reason and self.newest != self.step:
             raise RuntimeError(
                 f"stopped at step {self.step}, which is not saved; --resume goes on from {self.newest}"

@@ -90,7 +90,7 @@ def too_many(count: int | None, most: int) -> bool:
 def conclude(history: list[Metrics], most: int, folder: Path) -> None:
     """The last thing of a run. Raises UserError, on all ranks, if bad steps ended it; what was trained until then is
     saved. Collective."""
-    count = history[-1].bad_steps
+    count = history[-1].bad_steps if history else 0  # nothing was left for a resumed run to do
     if too_many(count, most):
         dist.barrier()  # the first rank to fail ends the others: rank 0 must have written everything
         raise UserError(

@@ -284,12 +284,7 @@ def run_profiled(place: Place, job: Job, profiler: Profiler) -> None:
         files = describe_files(config, bool(job.evaluation.prompts), folder)
         stop = describe_stop(stopping.reason, history, total, folder)
         print(*([stop] if stopping.reason else [*told, files]), sep="\n", flush=True)
-        told = [
-            summary(history, seconds, stages),
-            *describe_evaluations(history, total_steps(config, sampler), config),
-        ]
-        print(*told, describe_files(config, bool(job.evaluation.prompts), folder), sep="\n", flush=True)
-    conclude(history, config.max_bad_steps, folder)
+    conclude(history[done:], config.max_bad_steps, folder)
 
 
 def save(job: Job, model: nn.Module, folder: Path) -> None:

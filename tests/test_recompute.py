@@ -35,8 +35,10 @@ def compiled_run(place, argv: list[str]):
     return results, counters["stats"]["unique_graphs"] - before
 
 
-@pytest.mark.parametrize("checkpointing", ["true", "false"])
-@pytest.mark.parametrize("train_type", TYPES)
+@pytest.mark.parametrize(
+    ("train_type", "checkpointing"),
+    [*((t, "true") for t in TYPES), ("full", "false"), ("bnb_dora", "false"), ("hqq_llama_pro", "false")],
+)
 def test_compiled(train_type, checkpointing, checkpoints, alpaca_file, plain_run, one_rank):
     args = arguments(checkpoints(biased(train_type)), alpaca_file, train_type)
     options = ["--batch_size", "4", "--use_gradient_checkpointing", checkpointing]

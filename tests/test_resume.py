@@ -152,7 +152,7 @@ def test_a_limit_of_time_and_regular_checkpoints(source, one_rank, tmp_path):
     argv += ["--keep", "3"]
     printed = one_rank(run, [*argv, "--max_minutes", "0.0001"])[0]
     assert "stopped at step 1 of 7 (--max_minutes)" in printed and "python train.py --config" in printed
-    assert "4 checkpoints; training stood still for 0." in one_rank(run, argv)[0]
+    assert "checkpoints: 4; training stood still for 0." in one_rank(run, argv)[0]
     assert steps_in(tmp_path / "run") == [7, 6, 4]
 
 

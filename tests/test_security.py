@@ -14,7 +14,8 @@ PEERS = ROOT / "benchmarks" / "peers"  # other programs' own loops, to be measur
 SOURCES = sorted(
     p
     for p in ROOT.rglob("*.py")
-    if not {".venv", "tests", "runs"} & set(p.relative_to(ROOT).parts) and PEERS not in p.parents
+    if not any(part in ("tests", "runs") or part.startswith(".") for part in p.relative_to(ROOT).parts)
+    and PEERS not in p.parents
 )
 UNPICKLERS = {"cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 EVALUATORS = {"eval", "exec", "compile", "__import__"}

@@ -86,8 +86,10 @@ class Attempt:
 
 
 def count_lines(folder: Path) -> int:
-    path = folder / "metrics.jsonl"
-    return path.read_bytes().count(b"\n") if path.is_file() else 0
+    try:  # a run that begins anew takes it away
+        return (folder / "metrics.jsonl").read_bytes().count(b"\n")
+    except FileNotFoundError:
+        return 0
 
 
 def half_written(folder: Path) -> bool:
