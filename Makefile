@@ -1,14 +1,17 @@
-# make demo, make test, make lint: each sets up .venv first. Python 3.11 or newer; no GPU needed.
+# make demo, make test, make test-slow (whole runs, under launchers), make lint: each sets up .venv first. Python 3.11 or newer; no GPU needed.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-slow lint clean
 demo: $(VENV)/.run
 	$(BIN)/python train.py
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
+
+test-slow: $(VENV)/.dev
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -99,7 +99,7 @@ class Offloaded(ActivationWrapper):
 
         def pack(tensor: torch.Tensor) -> torch.Tensor | Stashed:
             wanted = self.inputs if tensor.data_ptr() == x.data_ptr() else results
-            like_x = tensor.shape == x.shape and tensor.dtype == x.dtype
+            like_x = tensor.shape == x.shape and tensor.is_floating_point()
             return self.stash.pack(tensor) if wanted and like_x else tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, self.stash.unpack):

@@ -29,6 +29,12 @@ def name_of(quantizer: Quantizer) -> str:
     return str(quantizer)
 
 
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """In which a linear computes: autocast's, within it, else x's own. For what autocast does not look into."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
 def dequantize(packed: tuple, quantizer: str, shape: list[int], dtype, row_scale=None) -> Tensor:
     """`Quantizer.dequantize` of (codes, scales, table) with codes and scales in float storage."""
     codes, scales, table = packed

@@ -20,13 +20,15 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from data import IGNORE
-from quantize_layers import compute_dtype
+from linear4bit import compute_dtype
 
 # torch 2.13 has new names for them, and warns of the old ones.
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
-LOGITS_BYTES = 2**28  # of a chunk: large enough for the matmuls' full speed, small beside anything else
+# Of a chunk: large enough for the matmuls' full speed, small beside anything else. Not compiled, there are copies in
+# fp32 as well, and the chunk is a quarter of it.
+LOGITS_BYTES = 2**28
 
 
 class VocabularyShard:
@@ -40,7 +42,8 @@ class VocabularyShard:
             shards = mesh if mesh.ndim == 1 else mesh["shard"]
             self.group, self.rank, self.size = shards.get_group(), shards.get_local_rank(), shards.size()
             self.rows = weight.to_local()
-        self.first = -(-weight.shape[0] // self.size) * self.rank
+        self.most = -(-weight.shape[0] // self.size)  # rows of the ranks that have most
+        self.first = self.most * self.rank
 
     def gather(self, x: Tensor) -> Tensor:
         """[N, ...] of every rank -> [W N, ...]."""
@@ -118,9 +121,7 @@ class Head(nn.Linear):
         shard = VocabularyShard(self.weight)
         rows = shard.rows.to(x.device, dtype, non_blocking=True)
         with torch.autocast(x.device.type, enabled=False):
-            return _SummedLoss.apply(
-                x.to(dtype), rows, targets.flatten(), shard, softcap, KERNELS[self.compiled]
-            )
+            return _SummedLoss.apply(x.to(dtype), rows, targets.flatten(), shard, softcap, self.compiled)
 
 
 def _logits(z: Tensor, softcap: float | None) -> Tensor:
@@ -160,10 +161,10 @@ class _SummedLoss(torch.autograd.Function):
     the head is trained, of its weight."""
 
     @staticmethod
-    def forward(ctx, x, rows, targets, shard: VocabularyShard, softcap, kernels):
+    def forward(ctx, x, rows, targets, shard: VocabularyShard, softcap, compiled: bool):
         of_x, of_rows = ctx.needs_input_grad[:2]
         assert not (of_rows and shard.size > 1), "a head that is trained is gathered"
-        statistics, gradient = kernels
+        statistics, gradient = KERNELS[compiled]
         own = slice(shard.rank * len(x), (shard.rank + 1) * len(x))
         x, targets = shard.gather(x), shard.gather(targets)
         index, here = shard.local(targets)
@@ -171,7 +172,8 @@ class _SummedLoss(torch.autograd.Function):
         losses = torch.zeros(len(x), dtype=torch.float32, device=x.device)
         grad_x = torch.empty_like(x) if of_x else None
         grad_rows = torch.zeros_like(rows, dtype=torch.float32) if of_rows else None
-        chunk = max(LOGITS_BYTES // (len(rows) * x.element_size()), 1)
+        n_bytes = LOGITS_BYTES if compiled else LOGITS_BYTES // 4
+        chunk = max(n_bytes // (shard.most * x.element_size()), 1)  # the same on all ranks, which exchange
         for at in (slice(i, i + chunk) for i in range(0, len(x), chunk)):
             z = F.linear(x[at], rows)
             largest, total, picked = shard.gather(statistics(z, index[at], here[at], softcap)[None]).unbind(2)
@@ -191,7 +193,7 @@ class _SummedLoss(torch.autograd.Function):
     def backward(ctx, grad):
         of_x, of_rows = ctx.saved_tensors
         return (
-            None if of_x is None else (of_x * grad).to(of_x.dtype),
+            None if of_x is None else (of_x.float() * grad).to(of_x.dtype),
             None if of_rows is None else of_rows * grad,
             None,
             None,

@@ -28,7 +28,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from launch import Place
-from linear4bit import dequantize, linear4bit, name_of
+from linear4bit import compute_dtype, dequantize, linear4bit, name_of
 from model_files import CheckpointFiles
 from models.family import Family, clean
 from quantizers import PackedWeight, Quantizer, flat_bytes
@@ -41,12 +41,6 @@ def as_storage(data: torch.Tensor) -> torch.Tensor:
     """data's bytes as a 1-D tensor of STORAGE, zero-padded to a whole element."""
     raw = flat_bytes(data)
     return F.pad(raw, (0, -raw.numel() % STORAGE.itemsize)).view(STORAGE)
-
-
-def compute_dtype(x: torch.Tensor) -> torch.dtype:
-    """In which a linear computes: autocast's, within it, else x's own. For what autocast does not look into."""
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 class Packed(nn.Module):
@@ -139,7 +133,8 @@ class Linear4bit(Packed):
             else:
                 with torch.no_grad():  # the operator differentiates by way of h
                     h = F.linear(x, a)
-        return linear4bit(x, *packed, row_scale, self.bias, h, a, b, keep)
+        bias = None if self.bias is None else self.bias.to(x.dtype)  # fp32 under autocast
+        return linear4bit(x, *packed, row_scale, bias, h, a, b, keep)
 
     def packs(self, name: str) -> tuple[str, ...]:
         return ("codes", "scales") if name == "weight" else (name,)

@@ -55,6 +55,7 @@ def outcome(models, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_a_whole_run(outcome):
     rows = {row["system"]: row for row in json.loads((outcome / "results.json").read_text())["rows"]}
     assert list(rows) == list(SYSTEMS)
@@ -71,6 +72,7 @@ def test_a_whole_run(outcome):
     assert (outcome / "speed_memory.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_ours_counts_the_tokens_that_the_peers_count(outcome):
     """Rows that fill the context, none of it padding."""
     folder = outcome / "ours-1-qlora-full-auto"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import psutil
+import pytest
 
 from tests.test_resume import RUN, repeated, run
 from tests.test_train import start, wait_for
@@ -14,6 +15,7 @@ def test_kills_at_random_moments_change_nothing(tmp_path):
     assert crash_test(tmp_path, kills=8, seed=1).startswith("8 kills, ")
 
 
+@pytest.mark.slow
 def test_torchrun_restarts_from_the_last_checkpoint(checkpoints, alpaca_file, two_ranks, tmp_path):
     """A killed rank, and no help: torchrun ends the others and starts all anew, and they go on."""
     whole, out = tmp_path / "whole", tmp_path / "out"

@@ -173,6 +173,7 @@ metric_list: [{metric: acc}]
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not importlib.util.find_spec("lm_eval"), reason="lm_eval is not installed")
 def test_lm_evaluation_harness(checkpoints, alpaca_file, one_rank, tmp_path):
     """The command of docs/evaluation.md on an exported folder, on a local task; the share of right answers is

@@ -61,6 +61,7 @@ def hosts(tmp_path):
         subprocess.run(["ip", "netns", "del", name], capture_output=True)
 
 
+@pytest.mark.slow
 def test_two_nodes_train_what_one_process_trains(hosts, checkpoints, alpaca_file, tmp_path, one_rank):
     tools = tmp_path / "bin"
     tools.mkdir()

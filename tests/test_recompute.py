@@ -120,3 +120,11 @@ def test_full_training_keeps_results_too(checkpoints, alpaca_file, plain_run, on
     args = arguments(checkpoints("llama_bias"), alpaca_file, "full")
     results = one_rank(train_run, [*args, *CHECKPOINTED, "--activation_budget", "1"])[0]
     assert_same(plain_run([*args, *PLAIN]), results)
+
+
+def test_compiled_under_autocast(checkpoints, alpaca_file, plain_run, one_rank):
+    """Biases are fp32 there, and compiled graphs run without autocast."""
+    args = arguments(checkpoints("llama_bias"), alpaca_file, "qlora", "--precision", "bf16_autocast")
+    results, _ = one_rank(compiled_run, [*args, *CHECKPOINTED])[0]
+    expected = plain_run([*args, *PLAIN])
+    torch.testing.assert_close(torch.tensor(results[0]), torch.tensor(expected[0]), rtol=1e-2, atol=0)

@@ -82,6 +82,7 @@ def small(checkpoints, alpaca_file, out, *more) -> list:
     return ["--model_name", checkpoints(), "--dataset", alpaca_file, "--output_dir", out, *options]
 
 
+@pytest.mark.slow
 def test_the_embedded_default_learns(tmp_path):
     """No options but a shorter run: two processes, 4-bit DoRA, a loss below 60% of its first value. The command in
     its last line, typed as it stands, shows the data's answer beside the base's noise."""
@@ -190,6 +191,7 @@ def test_torchrun_gives_the_same_run(checkpoints, alpaca_file, tmp_path, losses_
     assert losses(tmp_path / "out") == losses_of_two
 
 
+@pytest.mark.slow
 def test_torchrun_reports_bad_input_once(checkpoints, alpaca_file, tmp_path):
     args = small(checkpoints, alpaca_file, tmp_path / "out", "--lora_target_modules", "nothing")
     process = start(args, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
