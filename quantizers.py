@@ -177,12 +177,15 @@ class HQQ:
 
     def dequantize(self, codes, scales, table, shape, dtype, row_scale=None) -> torch.Tensor:
         code_bytes, scale_bytes = self.sizes(shape)
-        scale, zero = scales[:scale_bytes].view(torch.float16).float().chunk(2)
+        codes, (scale, zero) = codes[:code_bytes], scales[:scale_bytes].view(torch.float16).chunk(2)
+        if triton_runs_on(codes.device):
+            from hqq_kernel import dequantize  # Triton comes with torch's CUDA builds only
+
+            return dequantize(codes, scale, zero, self.n_bits, self.block, row_scale, shape, dtype)
+        scale, zero = scale.float(), zero.float()
         if row_scale is not None:
             scale = (scale.view(shape[0], -1) * row_scale[:, None]).view(-1)
-        compiled = codes.is_cuda and not torch.compiler.is_compiling()
-        expand = _expand_in_one_kernel if compiled else _expand
-        return expand(codes[:code_bytes], scale, zero, self.n_bits, self.block, dtype).view(shape)
+        return _expand(codes, scale, zero, self.n_bits, self.block, dtype).view(shape)
 
 
 def _word(n_bits: int) -> tuple[int, int]:
@@ -210,9 +213,3 @@ def _expand(codes, scale, zero, n_bits: int, block: int, dtype: torch.dtype) -> 
     shifts = torch.arange(per_word, device=codes.device, dtype=torch.int32) * n_bits
     values = ((word[:, None] >> shifts) & (2**n_bits - 1)).view(-1, block).float()
     return ((values - zero[:, None]) * scale[:, None]).to(dtype).view(-1)
-
-
-# Eager, the expression above is ten kernels over int32 copies of the weight; compiled it is one that reads the
-# codes and writes the weight. dynamic: the number of weights is a variable, so that layers of any shape
-# share one compilation for each number of bits and dtype.
-_expand_in_one_kernel = torch.compile(_expand, dynamic=True)
