@@ -130,8 +130,10 @@ def gpu_steps(optimizer, params, steps) -> list[torch.Tensor]:
 
 
 def torch_adamw(params) -> torch.optim.Optimizer:
-    groups = [{"params": params[:2], "weight_decay": 0.1}, {"params": params[2:], "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=1e-2, fused=False, foreach=False)
+    """bitsandbytes' CUDA kernels decay after the update, where torch decays before: the product's two factors."""
+    optimizer = torch.optim.AdamW(params, lr=1e-2, weight_decay=0.0, fused=False, foreach=False)
+    optimizer.register_step_post_hook(lambda *_: torch._foreach_mul_([p.data for p in params[:2]], 1 - 1e-3))
+    return optimizer
 
 
 def assert_follow(got, expected, before, tolerances: list[float]) -> None:

@@ -196,7 +196,7 @@ def moved_shapes(place, args) -> list[tuple[int, ...]]:
     HostStash.pack, activation_offload.SMALLEST = pack, 0
     try:
         _, model = set_up(place, args)
-        ids = torch.ones(2, 20, dtype=torch.long)
+        ids = torch.ones(2, 20, dtype=torch.long, device=place.device)
         model.train()(input_ids=ids, use_cache=False).logits.sum().backward()
     finally:
         HostStash.pack, activation_offload.SMALLEST = original, smallest
@@ -226,7 +226,7 @@ def stashed_after_steps(place, args) -> list[int]:
         _, model = set_up(place, args)
         held = []
         for _ in range(3):
-            ids = torch.ones(2, 20, dtype=torch.long)
+            ids = torch.ones(2, 20, dtype=torch.long, device=place.device)
             model.train()(input_ids=ids, use_cache=False).logits.sum().backward()
             gc.collect()
             held.append(sum(isinstance(o, Stashed) for o in gc.get_objects()))

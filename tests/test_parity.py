@@ -3,7 +3,8 @@
 All in fp32, on the CPU or on as many GPUs as there are ranks. Losses must agree to 1e-5 relative, gradient norms to 1e-4 (AdamW would not notice
 a gradient that is wrong by a factor). Trained tensors after five AdamW steps of 1e-3
 must agree to 2e-5 where they moved by up to 5e-3: AdamW's first steps are lr * g / |g|, so where a gradient
-is rounding noise the update is noise too; that is bounded here to a hundredth of one step.
+is rounding noise the update is noise too; that is bounded here to a fiftieth of one step, and to a tenth on GPUs,
+where what is compiled in other pieces rounds otherwise.
 """
 
 from __future__ import annotations
@@ -30,7 +31,10 @@ def biased(train_type: str) -> str:
     return "llama_bias_pro" if METHODS[train_type].expansion else "llama_bias"
 
 
-def assert_same(a, b, losses: float = 1e-5, tensors: float = 2e-5) -> None:
+TENSORS = 1e-4 if torch.cuda.is_available() else 2e-5
+
+
+def assert_same(a, b, losses: float = 1e-5, tensors: float = TENSORS) -> None:
     torch.testing.assert_close(torch.tensor(a[0]), torch.tensor(b[0]), rtol=losses, atol=0)
     torch.testing.assert_close(torch.tensor(a[2]), torch.tensor(b[2]), rtol=1e-4, atol=0)
     assert a[0][0] > a[0][-1], "nothing was learned: the comparison would be empty"
