@@ -9,8 +9,6 @@ Shapes: O output features, I input features, R rank, T tokens (all leading dimen
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -76,46 +74,44 @@ def _(x, codes, scales, table, quantizer, shape, row_scale, bias, h, a, b, keep)
 
 
 @torch.library.custom_op(
+    "fsdp_finetune::adapter_backward",
+    mutates_args=(),
+    schema="(Tensor grad, Tensor? x, Tensor h, Tensor? a, Tensor b) -> (Tensor, Tensor, Tensor)",
+)
+def adapter_backward(grad, x, h, a, b):
+    """The gradients of h [T, R], of a [R, I] (empty without a) and of b [O, R]. grad: [T, O].
+
+    An operator of its own, before that of the big matmul, which needs the first of them: x, which may be an activation
+    of a quarter of a GiB, is let go before its gradient is made.
+    """
+    of_h = grad @ b
+    of_a = grad.new_empty(0) if a is None else of_h.flatten(0, -2).t() @ x.flatten(0, -2)
+    return of_h, of_a, grad.flatten(0, -2).t() @ h.flatten(0, -2)
+
+
+@adapter_backward.register_fake
+def _(grad, x, h, a, b):
+    return torch.empty_like(h), grad.new_empty(0) if a is None else torch.empty_like(a), torch.empty_like(b)
+
+
+@torch.library.custom_op(
     "fsdp_finetune::linear4bit_backward",
     mutates_args=(),
-    schema=f"(Tensor grad, {_PACKED}, Tensor? x, Tensor? h, Tensor? a, Tensor? b, bool of_x)"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
+    schema=f"(Tensor grad, {_PACKED}, Tensor? of_h, Tensor? a) -> Tensor",
 )
-def linear4bit_backward(grad, codes, scales, table, quantizer, shape, row_scale, x, h, a, b, of_x):
-    """The gradients of x [T, I], if wanted, of h [T, R] (or, with a, of a [R, I] instead), and of b [O, R]; empty
-    tensors for those that are not there. grad: [T, O].
-
-    All in one operator, so that x, which may be an activation of a quarter of a GiB, is not needed beyond it.
-    """
-    rows = grad.flatten(0, -2)
-    none = partial(grad.new_empty, 0)  # an operator's results must not be the same tensor
-    of_h = none() if h is None else grad @ b
-    of_b = none() if h is None else rows.t() @ h.flatten(0, -2)
-    of_a = none() if a is None else of_h.flatten(0, -2).t() @ x.flatten(0, -2)
-    if not of_x:
-        of_input = none()
-    else:
-        weight = dequantize((codes, scales, table), quantizer, shape, grad.dtype, row_scale)
-        if a is None:
-            of_input = grad @ weight
-        else:
-            of_input = of_h @ a
-            of_input.view(-1, shape[1]).addmm_(rows, weight)
-    return of_input, of_h if a is None else none(), of_a, of_b
+def linear4bit_backward(grad, codes, scales, table, quantizer, shape, row_scale, of_h, a):
+    """The gradient of x [T, I]. grad: [T, O]; of_h [T, R] and a [R, I]: what comes by way of h, or None."""
+    weight = dequantize((codes, scales, table), quantizer, shape, grad.dtype, row_scale)
+    if a is None:
+        return grad @ weight
+    of_x = of_h @ a
+    of_x.view(-1, shape[1]).addmm_(grad.flatten(0, -2), weight)
+    return of_x
 
 
 @linear4bit_backward.register_fake
-def _(grad, codes, scales, table, quantizer, shape, row_scale, x, h, a, b, of_x):
-    def like(wanted, *size):
-        return grad.new_empty(*size) if wanted else grad.new_empty(0)
-
-    tokens = grad.shape[:-1]
-    return (
-        like(of_x, *tokens, shape[1]),
-        like(h is not None and a is None, *tokens, b.shape[1] if b is not None else 0),
-        like(a is not None, *(a.shape if a is not None else ())),
-        like(h is not None, *(b.shape if b is not None else ())),
-    )
+def _(grad, codes, scales, table, quantizer, shape, row_scale, of_h, a):
+    return grad.new_empty(*grad.shape[:-1], shape[1])
 
 
 def _setup(ctx, inputs, output) -> None:
@@ -127,8 +123,11 @@ def _setup(ctx, inputs, output) -> None:
 def _backward(ctx, grad):
     x, codes, scales, table, row_scale, h, a, b, y = ctx.saved_tensors
     packed = codes, scales, table, ctx.quantizer, ctx.shape, row_scale
-    of_x, of_h, of_a, of_b = linear4bit_backward(grad, *packed, x, h, a, b, ctx.needs_input_grad[0])
-    of_scale = None
+    of_h = of_a = of_b = of_x = of_scale = None
+    if h is not None:
+        of_h, of_a, of_b = adapter_backward(grad, x, h, a, b)
+    if ctx.needs_input_grad[0]:
+        of_x = linear4bit_backward(grad, *packed, of_h if a is not None else None, a)
     if row_scale is not None:  # the derivative by g is W x = (y - h b^T) / g
         rows = grad.flatten(0, -2)
         if grad.dtype == torch.float16:  # scaled gradients times outputs may pass its largest number
@@ -137,14 +136,15 @@ def _backward(ctx, grad):
         if h is not None:
             of_scale = of_scale - (of_b.float() * b.float()).sum(1)
         of_scale = of_scale / row_scale
+    through_h = h is not None and a is None
     return (
-        of_x if ctx.needs_input_grad[0] else None,
+        of_x,
         *(None, None, None, None, None),
         of_scale,
         None,
-        of_h if h is not None and a is None else None,
-        of_a if a is not None else None,
-        of_b if h is not None else None,
+        of_h if through_h else None,
+        None if through_h else of_a,
+        of_b,
         None,
     )
 
