@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from config import UserError
 from data import Step, TokenizedRows
-from tracking import Metrics, NoTracker
+from tracking import Metrics, NoTracker, Reading
 
 BAD_STEPS = "bad_steps.jsonl"
 
@@ -42,9 +42,18 @@ class BadSteps:
         # The schedule counts a skipped step too, also the first, which fp16 often skips.
         warnings.filterwarnings("ignore", message=r"Detected call of `lr_scheduler.step\(\)` before")
 
+    def step(self, optimizer: torch.optim.Optimizer, reading: Reading) -> None:
+        """The optimizer's step, if this one's gradient may be used. A fused optimizer is told so on the GPU, and the
+        host goes on; before another's, it waits for the reading."""
+        if getattr(optimizer, "_step_supports_amp_scaling", False) and not self.scaler.is_enabled():
+            optimizer.found_inf = 1 - reading.finite.float()  # as GradScaler says it to fused optimizers
+            optimizer.step()
+        elif self._usable(reading.loss(), reading.grad_norm()):
+            self.scaler.step(optimizer)
+
     def judge(self, metrics: Metrics, step: Step) -> Metrics:
-        """After the gradient's norm is known, before the optimizer's step. Returns the metrics with the count."""
-        self.good = math.isfinite(metrics.loss) and (math.isfinite(metrics.grad_norm) or self._scaling())
+        """After the optimizer's step, before the scaler's update. Returns the metrics with the count."""
+        self.good = self._usable(metrics.loss, metrics.grad_norm)
         if not self.good:
             self.count += 1
             self.stop = too_many(self.count, self.most)
@@ -56,6 +65,9 @@ class BadSteps:
 
     def load_state_dict(self, state: dict) -> None:
         self.count = state["count"]
+
+    def _usable(self, loss: float, grad_norm: float) -> bool:
+        return math.isfinite(loss) and (math.isfinite(grad_norm) or self._scaling())
 
     def _scaling(self) -> bool:
         """Whether the gradient may have overflowed only because it was scaled."""

@@ -63,6 +63,28 @@ class Metrics:
         return {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
 
 
+@dataclass(frozen=True)
+class Reading:
+    """What all ranks read of a step, on its way to the host. table: [ranks, columns] fp64 on the host, filled once
+    `copied` (None: it is); finite: whether the loss and the gradient's norm are, a scalar on the device."""
+
+    table: torch.Tensor
+    copied: torch.cuda.Event | None
+    finite: torch.Tensor
+
+    def wait(self) -> torch.Tensor:
+        """The table. Waits for the GPU."""
+        if self.copied:
+            self.copied.synchronize()
+        return self.table
+
+    def loss(self) -> float:
+        return self.wait()[:, 0].sum().item()
+
+    def grad_norm(self) -> float:
+        return self.wait()[0, 1].item()
+
+
 class Meter:
     """Measures steps on every rank."""
 
@@ -70,24 +92,31 @@ class Meter:
         """held: bytes in use after each phase, kept up to date by a Profiler."""
         self.device, self.held, self.last = device, held, time.perf_counter()
 
-    def measure(
-        self, index: int, step: Step, loss: torch.Tensor, lr: float, grad_norm: torch.Tensor
-    ) -> Metrics:
-        """loss: this rank's share of the step's mean loss. Collective, and the loop's one wait for the GPU: after it
-        the optimizer's step and the next forward are queued without another."""
+    def read(self, loss: torch.Tensor, grad_norm: torch.Tensor) -> Reading:
+        """loss: this rank's share of the step's mean loss. Collective. Waits for nothing."""
         # With --use_cpu_offload the norm is on the CPU.
         mine = torch.stack([loss.double(), grad_norm.to(self.device).double(), *self._memory()])
         ranks = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
         dist.all_gather(ranks, mine)
-        table = torch.stack(ranks).cpu()
+        table = torch.stack(ranks)
+        finite = (table[:, 0].sum() + table[0, 1]).isfinite()
+        if self.device.type != "cuda":
+            return Reading(table, None, finite)
+        host, copied = table.to("cpu", non_blocking=True), torch.cuda.Event()
+        copied.record()
+        return Reading(host, copied, finite)
+
+    def measure(self, index: int, step: Step, reading: Reading, lr: float) -> Metrics:
+        """The loop's one wait for the GPU. What is queued behind the reading goes on meanwhile."""
+        table = reading.wait()
         now = time.perf_counter()
         seconds, self.last = now - self.last, now
         return Metrics(
             step=index,
             epoch=round(step.epoch, 4),
-            loss=table[:, 0].sum().item(),
+            loss=reading.loss(),
             lr=lr,
-            grad_norm=table[0, 1].item(),
+            grad_norm=reading.grad_norm(),
             tokens=step.n_tokens,
             trained_tokens=step.n_targets,
             step_seconds=seconds,

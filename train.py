@@ -173,9 +173,9 @@ def train(
         norm = whole(nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None]))
         if config.apply_gradient_clipping:
             nn.utils.clip_grads_with_norm_(trained, config.grad_norm, norm)
-        metrics = guard.judge(meter.measure(index, step, loss, schedule.get_last_lr()[0], norm), step)
-        if guard.good:
-            scaler.step(optimizer)
+        reading = meter.read(loss, norm)
+        guard.step(optimizer, reading)
+        metrics = guard.judge(meter.measure(index, step, reading, schedule.get_last_lr()[0]), step)
         scaler.update()
         schedule.step()
         optimizer.zero_grad(set_to_none=True)

@@ -21,10 +21,11 @@ from config import UserError
 from data import Step, StepSampler, prepare
 from faults import BAD_STEPS, BadSteps
 from model_files import INDEX
+from optimizers import make_optimizer
 from prefetch import ahead
 from tests import tiny
 from tests.runs import train_run
-from tracking import Metrics, NoTracker
+from tracking import Metrics, NoTracker, Reading
 
 ROOT = Path(__file__).parent.parent
 BAD_ROW = 5  # of 12, from 1
@@ -116,6 +117,26 @@ def test_what_is_a_bad_step(loss, norm, scale, good):
     judge = guard(scale=scale)
     judged = judge.judge(metrics(loss, norm), None)
     assert (judge.good, judged.bad_steps) == (good, None if good else 1)
+
+
+@pytest.mark.parametrize("name", ["adamw", "fused_adamw"])
+@pytest.mark.parametrize("loss, norm", [(math.nan, 1.0), (1.0, math.inf), (math.inf, math.nan)])
+def test_a_bad_step_leaves_weights_and_moments_alone(name, loss, norm):
+    """Whether the host decides or, without asking it, a fused optimizer: the steps around it are as without it."""
+
+    def weights_after(*readings: tuple[float, float]) -> torch.Tensor:
+        parameter = torch.nn.Parameter(torch.linspace(-1, 1, 8).view(2, 4))
+        optimizer, judge = make_optimizer([parameter], name, 0.1, 0.1), guard()
+        for loss, norm in readings:
+            parameter.grad = torch.full_like(parameter, math.cos(norm) if math.isfinite(norm) else norm)
+            table = torch.tensor([[loss, norm]], dtype=torch.float64)
+            judge.step(optimizer, Reading(table, None, table.sum().isfinite()))
+        return parameter.detach()
+
+    good = [(1.0, 1.0), (1.0, 2.0), (1.0, 3.0)]
+    with_bad = [(loss, norm), *good[:1], (loss, norm), *good[1:], (loss, norm)]
+    assert torch.equal(weights_after(*with_bad), weights_after(*good))
+    assert not torch.equal(weights_after(*good), weights_after(*good[:2]))
 
 
 @pytest.mark.parametrize("most, stops", [(-1, [False] * 4), (0, [True] * 4), (2, [False, False, True, True])])
