@@ -13,7 +13,7 @@ from torch import nn
 
 from config import HQQ_BITS
 from quantize_layers import STORAGE, Linear4bit, as_storage
-from quantizers import HQQ, NF4, _expand, _expand_in_one_kernel, pack_bits
+from quantizers import HQQ, NF4, pack_bits
 from tests.runs import dense_state, set_up
 
 CPU = torch.device("cpu")
@@ -75,20 +75,6 @@ def test_bits_are_packed_without_gaps(n_bits):
     assert packed.dtype == torch.uint8 and packed.numel() * 8 == codes.numel() * n_bits
     stream = sum(int(byte) << 8 * i for i, byte in enumerate(packed))
     assert [(stream >> n_bits * i) % 2**n_bits for i in range(codes.numel())] == codes.flatten().tolist()
-
-
-def test_compiled_expansion_is_the_eager_one():
-    """The kernel that CUDA uses, by the same compiler for the CPU: one compilation for all shapes."""
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    for n_bits in (4, 3):
-        for blocks in (6, 10, 24):
-            codes = torch.randint(0, 256, (blocks * 8 * n_bits,), dtype=torch.uint8)
-            scale, zero = torch.rand(2, blocks)
-            for dtype in (torch.float32, torch.bfloat16):
-                args = (codes, scale, zero, n_bits, 64, dtype)
-                assert torch.equal(_expand_in_one_kernel(*args), _expand(*args))
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 4  # n_bits x dtype
 
 
 @pytest.mark.parametrize("quantizer", [NF4(), HQQ(4), HQQ(3)], ids=str)
