@@ -94,7 +94,10 @@ def compiler(backend: str = "inductor") -> Callable:
     """What compiles the layers of a model: those that are alike share a compilation."""
     # Per degree, kind of layer (some families alternate) and fixed or variable length of the rows.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
-    return torch.compile(_run, fullgraph=True, backend=backend)
+    # What is not used any more goes back to the allocator at once. Inductor would keep it for a later result of the same
+    # shape: of an MLP's widest activations one more would be there at the moment that needs most memory.
+    options = {"allow_buffer_reuse": False} if backend == "inductor" else None
+    return torch.compile(_run, fullgraph=True, backend=backend, options=options)
 
 
 class Recomputed(ActivationWrapper):
