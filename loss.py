@@ -42,6 +42,10 @@ HIDDEN_BYTES = 2**26
 FP16_FACTOR = 2.0**8
 
 
+# Tokens that matmuls compute together: a chunk of whole ones wastes nothing.
+TILE = 128
+
+
 class VocabularyShard:
     """The rows [first, first + S) of a vocabulary, and the ranks that hold the others. size: W."""
 
@@ -76,6 +80,7 @@ class VocabularyShard:
         """Of N = n tokens of every rank, the same on all: each holds at most `most` tokens of all ranks together, or
         one of each."""
         size = max(most // self.size, 1)
+        size -= size % TILE if size > TILE else 0
         return (slice(i, i + size) for i in range(0, n, size))
 
     def local(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -175,10 +180,11 @@ def _gradient(z: Tensor, index: Tensor, here: Tensor, lse: Tensor, softcap: floa
     return gradient.to(z.dtype)
 
 
-# By whether they are compiled: then each is one pass over the logits, instead of several in fp32.
+# By whether they are compiled: then each is one pass over the logits, instead of several in fp32. The number of tokens
+# becomes a variable when it first changes; that of columns, by which each element's place is divided, never does.
 KERNELS = {
     False: (_statistics, _gradient),
-    True: (torch.compile(_statistics, dynamic=True), torch.compile(_gradient, dynamic=True)),
+    True: (torch.compile(_statistics), torch.compile(_gradient)),
 }
 
 
