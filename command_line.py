@@ -31,6 +31,17 @@ T = typing.TypeVar("T")
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
+# torch's name of the setting, and the older one that users know.
+ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+
+
+def set_allocator() -> None:
+    """Blocks of GPU memory that grow, so that little is lost between them, unless the user has chosen otherwise. Torch
+    reads it when it is imported: here and, the environment being passed on, in the ranks."""
+    if not any(name in os.environ for name in ALLOCATOR):
+        os.environ[ALLOCATOR[0]] = "expandable_segments:True"
+
+
 def report(error: UserError, verbose: bool) -> int:
     """Prints `error: ...`, with verbose below its traceback. Returns the exit status for it, 2."""
     if verbose:
