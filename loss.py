@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from data import IGNORE
 from linear4bit import compute_dtype
+from quantizers import triton_runs_on
 
 # torch 2.13 has new names for them, and warns of the old ones.
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -105,30 +106,50 @@ def shard_vocabulary(modules: list[nn.Module], mesh: DeviceMesh) -> None:
     for module in modules:
         module.weight = parameter
         if isinstance(module, nn.Embedding):
-            # A class before nn.Embedding, as fully_shard does it: what the module's own class adds, stays (Gemma
-            # scales what is looked up).
-            own = type(module)
-            bases = (ShardedEmbedding,) if own is nn.Embedding else (own, ShardedEmbedding)
-            module.__class__ = type(own.__name__, bases, {})
+            freeze(module)
 
 
-class ShardedEmbedding(nn.Embedding):
-    """An embedding whose weight `shard_vocabulary` dealt out: every rank looks all tokens up in its own rows."""
+def freeze(embedding: nn.Embedding) -> FrozenEmbedding:
+    """The same module as a FrozenEmbedding. A class before nn.Embedding, as fully_shard does it: what the module's own
+    class adds, stays (Gemma scales what is looked up)."""
+    own = type(embedding)
+    if not isinstance(embedding, FrozenEmbedding):
+        bases = (FrozenEmbedding,) if own is nn.Embedding else (own, FrozenEmbedding)
+        embedding.__class__ = type(own.__name__, bases, {})
+    return embedding
+
+
+class FrozenEmbedding(nn.Embedding):
+    """An embedding that is not trained. Its weight may be dealt out by `shard_vocabulary`: then every rank looks all
+    tokens up in its own rows. And these may lie in host memory, where a GPU reads just what it looks up."""
+
+    on_host = False  # set by wrapping.py, for the load
 
     def forward(self, ids: Tensor) -> Tensor:
-        """[B, T] -> [B, T, H]."""
+        """[B, T] -> [B, T, H], on the device of ids."""
         shard = VocabularyShard(self.weight)
-        rows = shard.rows.to(ids.device, non_blocking=True)  # with --use_cpu_offload they are on the host
         if shard.size == 1:
-            return F.embedding(ids, rows)
+            return look_up(shard.rows, ids.flatten()).view(*ids.shape, -1)
         index, here = shard.local(shard.gather(ids.flatten()[None]))  # [W, N]
-        embedded = rows.new_empty(ids.numel(), rows.shape[1])
-        for at in shard.slices(len(embedded), HIDDEN_BYTES // (4 * rows.shape[1])):
-            tokens, others = index[:, at].flatten(), ~here[:, at].flatten()
-            found = F.embedding(tokens, rows) if len(rows) else rows.new_zeros(len(tokens), rows.shape[1])
+        width = self.weight.shape[1]
+        embedded = torch.empty(ids.numel(), width, dtype=self.weight.dtype, device=ids.device)
+        for at in shard.slices(len(embedded), HIDDEN_BYTES // (4 * width)):
             # Exact in any dtype: all ranks but one add zeros.
-            embedded[at] = shard.scatter_sum(found.masked_fill_(others[:, None], 0))
+            found = look_up(shard.rows, index[:, at].flatten(), here[:, at].flatten())
+            embedded[at] = shard.scatter_sum(found)
         return embedded.view(*ids.shape, -1)
+
+
+def look_up(rows: Tensor, index: Tensor, here: Tensor | None = None) -> Tensor:
+    """rows[index], with zeros where not `here`: [N, H] on index's device, wherever the rows [S, H] are."""
+    if not len(rows):
+        return torch.zeros(len(index), rows.shape[1], dtype=rows.dtype, device=index.device)
+    if not rows.is_cuda and triton_runs_on(index.device) and rows.is_pinned():
+        from gather_kernel import gather  # Triton comes with torch's CUDA builds only
+
+        return gather(rows, index, here)
+    found = F.embedding(index.to(rows.device), rows).to(index.device)
+    return found if here is None else found.masked_fill_(~here[:, None], 0)
 
 
 class Head(nn.Linear):

@@ -72,11 +72,16 @@ def _rows(param: nn.Parameter) -> int:
 
 
 def held_bytes(model: nn.Module, before: int, offloaded: bool) -> int:
-    """What this rank's weights take in fact: on a GPU what was allocated since `before`; else their storage."""
+    """What this rank's weights take in fact: on a GPU what was allocated since `before`; elsewhere their storage."""
     if torch.cuda.is_available() and not offloaded:
-        return torch.cuda.memory_allocated() - before
+        return torch.cuda.memory_allocated() - before + host_bytes(model)
+    return host_bytes(model)
+
+
+def host_bytes(model: nn.Module) -> int:
+    """What this rank's weights take of host memory."""
     local = [p.to_local() if isinstance(p, DTensor) else p for p in model.parameters()]
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in local}
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in local if t.is_cpu}
     return sum(storages.values())
 
 
@@ -93,6 +98,17 @@ def in_use(device: torch.device) -> int:
 def largest_resident() -> int:
     """Bytes: the process's largest resident size so far."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
+
+
+def can_pin(device_type: str) -> bool:
+    """Whether there is page-locked host memory for a device of this type."""
+    if device_type != "cuda":
+        return False
+    try:
+        torch.empty(2**20, pin_memory=True)
+    except RuntimeError:  # some containers and hosts limit locked memory
+        return False
+    return True
 
 
 class Peaks:

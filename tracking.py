@@ -332,9 +332,11 @@ def describe_model(model: nn.Module) -> str:
     """The line about the weights: of the whole model by kind, and of this rank."""
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     weights, rank = memory.weight_bytes(model), memory.rank_bytes(model)
+    host = memory.host_bytes(model) if torch.cuda.is_available() else 0
+    where = f", of which {memory.size(host)} in host memory" if host else ""
     return (
         f"model: {trained:,} trained parameters; {weights} = {memory.size(weights.total)},"
-        f" {memory.size(rank)} on this rank"
+        f" {memory.size(rank)} on this rank{where}"
     )
 
 

@@ -78,7 +78,7 @@ from tracking import (
     summary,
 )
 from weight_cache import CacheWriter
-from wrapping import STRATEGIES, WRAP_POLICIES, can_pin, make_mesh, offload_policy, sync_gradients, wrap
+from wrapping import STRATEGIES, WRAP_POLICIES, make_mesh, offload_policy, sync_gradients, wrap
 
 
 def set_up(job: Job, place: Place, profiler: NoProfiler = NO_PROFILER) -> nn.Module:
@@ -155,7 +155,7 @@ def train(
     model.train()
     evaluator.begin(done)
     todo = range(done + 1, total + 1) if not evaluator.stop else ()
-    steps = ahead(sampler.steps(config.num_epochs, done), place.device, can_pin(place.device.type))
+    steps = ahead(sampler.steps(config.num_epochs, done), place.device, memory.can_pin(place.device.type))
     for index, step in zip(todo, steps, strict=False):
         loss = torch.zeros((), device=place.device)
         for i, batch in enumerate(step.batches, 1):

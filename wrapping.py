@@ -27,7 +27,8 @@ from torch.distributed.fsdp import (
 )
 
 from activation_offload import HostStash, Offloaded
-from loss import shard_vocabulary
+from loss import freeze, shard_vocabulary
+from memory import can_pin
 from models.dora import DoRALinear
 from models.family import Family
 from quantize_layers import Linear4bit
@@ -90,17 +91,6 @@ def _keep_last_output(layer: nn.Module, family: Family) -> bool:
 
 def _wholly_trained(module: nn.Module) -> bool:
     return all(p.requires_grad for p in module.parameters())
-
-
-def can_pin(device_type: str) -> bool:
-    """Whether there is page-locked host memory for a device of this type."""
-    if device_type != "cuda":
-        return False
-    try:
-        torch.empty(2**20, pin_memory=True)
-    except RuntimeError:  # some containers and hosts limit locked memory
-        return False
-    return True
 
 
 def wrap(
@@ -167,10 +157,13 @@ def wrap(
     head, embedding = model.get_submodule(family.head), model.get_submodule(family.embedding)
     head.compiled = run is not None
     frozen = [m for m in (embedding, head) if not m.weight.requires_grad and sharded]
-    for modules in [frozen] if model.config.tie_word_embeddings and frozen else [[m] for m in frozen]:
+    tied = model.config.tie_word_embeddings
+    for modules in [frozen] if tied and frozen else [[m] for m in frozen]:
         shard_vocabulary(modules, mesh)
     ignored |= {m.weight for m in frozen}
-    if not model.config.tie_word_embeddings:
+    if mesh.device_type == "cuda" and not tied and not embedding.weight.requires_grad:
+        freeze(embedding).on_host = True  # a GiB, of which a micro-batch needs some rows
+    if not tied:
         for module in (embedding, head):
             if module not in frozen:
                 shard(module)

@@ -10,6 +10,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 
 from activation_offload import HostStash, Offloaded
 from config import HQQ_BITS
+from loss import look_up
 from quantizers import HQQ
 from tests.runs import set_up, train_run
 from tests.test_parity import arguments
@@ -28,6 +29,33 @@ def test_hqq_is_expanded_as_on_the_cpu(n_bits, dtype, shape, block):
         on_gpu = [t if t is None else t.cuda() for t in (codes, scales, None)]
         got = quantizer.dequantize(*on_gpu, shape, dtype, rows if rows is None else rows.cuda())
         assert torch.equal(got.cpu(), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("features", [64, 1000, 4096])
+def test_a_gpu_looks_up_rows_in_host_memory(features):
+    """By the kernel where the memory is pinned, by the host where it is not: the rows themselves."""
+    rows, index = torch.randn(50, features).bfloat16(), torch.randint(0, 50, (3001,), device="cuda")
+    here = torch.rand(3001, device="cuda") > 0.5
+    expected = rows.cuda()[index]
+    for where in (rows, rows.pin_memory()):
+        assert torch.equal(look_up(where, index), expected)
+        assert torch.equal(look_up(where, index, here), expected * here[:, None])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind, on_host", [("llama", True), ("qwen2", False)])
+def test_only_an_embedding_that_nothing_else_needs_is_on_the_host(
+    kind, on_host, checkpoints, alpaca_file, one_rank
+):
+    """qwen2's is its head as well."""
+    args = arguments(checkpoints(kind), alpaca_file, "qlora")
+    assert one_rank(embedding_device, args)[0] == ("cpu" if on_host else "cuda", on_host)
+
+
+def embedding_device(place, args) -> tuple[str, bool]:
+    weight = set_up(place, args)[1].get_submodule("model.embed_tokens").weight
+    return weight.device.type, weight.is_pinned()
 
 
 class Block(nn.Module):

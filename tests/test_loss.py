@@ -12,7 +12,7 @@ from torch import nn
 
 import loss
 from data import IGNORE
-from loss import Head, ShardedEmbedding, shard_vocabulary
+from loss import FrozenEmbedding, Head, look_up, shard_vocabulary
 from wrapping import make_mesh
 
 HIDDEN, VOCABULARY, TOKENS = 16, 301, 23  # 301: two ranks get 151 and 150 rows, four 76, 76, 76, 73
@@ -49,6 +49,14 @@ def assert_equal(got, expected) -> None:
         torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-5)
 
 
+def test_rows_that_are_not_here_are_zeros():
+    rows, index = torch.randn(5, 3), torch.tensor([4, 0, 2, 4])
+    here = torch.tensor([True, False, True, False])
+    assert torch.equal(look_up(rows, index), rows[index])
+    assert torch.equal(look_up(rows, index, here), rows[index] * here[:, None])
+    assert torch.equal(look_up(rows[:0], index, here), torch.zeros(4, 3))
+
+
 @pytest.mark.parametrize("softcap", [None, 3.0])
 @pytest.mark.parametrize("rows", [1, 7, 10**6])
 def test_loss_and_gradients(rows, softcap, monkeypatch):
@@ -79,7 +87,7 @@ def sharded(place, weight: torch.Tensor) -> tuple[Head, nn.Embedding]:
     head.weight = embedding.weight
     embedding.weight.requires_grad_(False)
     shard_vocabulary([embedding, head], make_mesh(place.device.type, place.world, "full_shard", place.world))
-    assert isinstance(embedding, ShardedEmbedding) and embedding.weight is head.weight
+    assert isinstance(embedding, FrozenEmbedding) and embedding.weight is head.weight
     most = -(-len(weight) // place.world)
     local = torch.empty_like(head.weight.to_local(), device=place.device, dtype=weight.dtype)
     local.copy_(weight[most * place.rank : most * (place.rank + 1)])
