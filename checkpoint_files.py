@@ -43,6 +43,8 @@ from memory import MIB, size
 from tensor_files import save_tensors
 
 MANIFEST, VERSION = "manifest.json", 1
+# Of a RUN, appended to; a resumed run cuts them to the checkpoint. One that was not there then had no lines.
+GROWING_FILES = ("metrics.jsonl", "samples.jsonl", "bad_steps.jsonl")
 NAME = re.compile(r"step-(\d{8,})")
 SPARE = MIB  # bytes of the disk that a checkpoint leaves free, for the lines of metrics.jsonl that follow
 

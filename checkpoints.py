@@ -22,17 +22,12 @@ from torch import nn
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
-from checkpoint_files import Saved, Writer, folder_of, prune, sync
+from checkpoint_files import GROWING_FILES, Saved, Writer, folder_of, prune, sync
 from command_line import describe
 from launch import Place
 from stopping import NeverStop
 from training_state import Tensors, collect, restore
 from wrapping import can_pin
-
-GROWING_FILES = (
-    "metrics.jsonl",
-    "samples.jsonl",
-)  # that are appended to; a resumed run cuts them to the checkpoint
 
 
 class Part(Protocol):

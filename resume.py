@@ -17,6 +17,7 @@ from transformers import PretrainedConfig
 
 from checkpoint import BEST, base_digest
 from checkpoint_files import (
+    GROWING_FILES,
     MANIFEST,
     Damaged,
     Saved,
@@ -148,10 +149,13 @@ def _same_shards(run: dict, config: Config) -> bool:
 
 
 def check_files(saved: Saved, folder: Path) -> None:
-    """Raises UserError if the RUN's files end before the checkpoint's step."""
-    for name, length in saved.run["files"].items():
-        path = folder / name
-        if not path.is_file() or path.stat().st_size < length:
+    """Raises UserError if the RUN's files end before the checkpoint's step, or are links, which would have another
+    file cut."""
+    for name in GROWING_FILES:
+        path, length = folder / name, saved.run["files"].get(name, 0)
+        if path.is_symlink():
+            raise UserError(f"{path}: is a link; a run goes on in files of its own")
+        if length and (not path.is_file() or path.stat().st_size < length):
             raise UserError(f"{path}: is missing or cut: it ends before step {saved.step} of the checkpoint")
 
 
@@ -161,8 +165,11 @@ def tidy(folder: Path, saved: Saved | None) -> None:
     remove_checkpoints(folder, after=saved.step if saved else 0)
     if saved is None:
         return
-    for name, length in saved.run["files"].items():
-        os.truncate(folder / name, length)
+    for name in GROWING_FILES:
+        if length := saved.run["files"].get(name, 0):
+            os.truncate(folder / name, length)
+        else:
+            (folder / name).unlink(missing_ok=True)
     if not (folder / BEST).exists() and (folder / f"{BEST}.old").exists():
         (folder / f"{BEST}.old").rename(folder / BEST)  # cut between the two renames of replace_folder
 

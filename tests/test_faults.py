@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import data
 from benchmarks.make_checkpoint import byte_tokenizer
+from checkpoint_files import folder_of
 from config import UserError
 from data import Step, StepSampler, prepare
 from faults import BAD_STEPS, BadSteps
@@ -24,6 +25,7 @@ from model_files import INDEX
 from prefetch import ahead
 from tests import tiny
 from tests.runs import train_run
+from tests.test_resume import lines, run
 from tracking import Metrics, NoTracker
 
 ROOT = Path(__file__).parent.parent
@@ -67,6 +69,19 @@ def test_a_nan_step_changes_nothing_on_any_rank(poisoned, two_ranks, tmp_path):
     assert BAD_ROW in rows
     expected = {"step": 2, "epoch": 0.6667, "loss": "nan", "grad_norm": "nan", "rows": rows}
     assert lines == [expected] * 2, "of two runs, by rank 0 alone"
+
+
+def test_a_resumed_run_tells_of_a_bad_step_once(poisoned, two_ranks, tmp_path):
+    """Killed after the bad step, it goes on from before it, when there was no such line, and from after it."""
+    argv = [*map(str, poisoned), "--batch_size", "2", "--max_steps", "3", "--save_every", "1", "--keep", "-1"]
+    argv += ["--output_dir", str(tmp_path), "--log_to", "stdout"]
+    two_ranks(run, argv)
+    told = (tmp_path / BAD_STEPS).read_text()
+    assert [json.loads(line)["step"] for line in told.splitlines()] == [2]
+    for step in (2, 1):
+        two_ranks(run, [*argv, "--resume", str(folder_of(tmp_path, step))])
+        assert (tmp_path / BAD_STEPS).read_text() == told
+        assert [m.get("bad_steps") for m in lines(tmp_path)] == [None, 1, 1]
 
 
 def sampled_rows(args, step: int) -> list[int]:

@@ -283,6 +283,16 @@ def test_a_run_without_its_metrics_is_refused(source, copied):
         resumed(source, copied)
 
 
+@pytest.mark.parametrize("name", checkpoint_files.GROWING_FILES)
+def test_a_link_among_its_files_is_not_followed(name, source, copied, tmp_path):
+    other = tmp_path / "other"
+    other.write_bytes(bytes(10**6))
+    (copied / name).unlink(missing_ok=True)
+    (copied / name).symlink_to(other)
+    with pytest.raises(UserError, match=f"{name}: is a link"):
+        resumed(source, copied)
+
+
 def test_a_damaged_checkpoint_is_refused_or_passed_over(source, copied, capsys):
     (folder_of(copied, 3) / "rank-00001.safetensors").unlink()
     for path in (copied, folder_of(copied, 3)):
