@@ -42,7 +42,7 @@ from config import CHECKPOINTS
 from memory import MIB, size
 from tensor_files import save_tensors
 
-MANIFEST, VERSION = "manifest.json", 1
+MANIFEST, VERSION, RANK = "manifest.json", 1, "rank-"
 # Of a RUN, appended to; a resumed run cuts them to the checkpoint. One that was not there then had no lines.
 GROWING_FILES = ("metrics.jsonl", "samples.jsonl", "bad_steps.jsonl")
 NAME = re.compile(r"step-(\d{8,})")
@@ -198,7 +198,7 @@ class Writer(StorageWriter):
             raise OSError(errno.ENOSPC, f"No space left: {size(needed)} are needed, {size(free)} free")
         shutil.rmtree(self.temporary, ignore_errors=True)
         self.temporary.mkdir()
-        names = (f"rank-{rank:05d}.safetensors" for rank in range(len(plans)))
+        names = (f"{RANK}{rank:05d}.safetensors" for rank in range(len(plans)))
         return [dataclasses.replace(p, storage_data=n) for p, n in zip(plans, names, strict=True)]
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
@@ -293,6 +293,11 @@ class Reader(StorageReader):
         done: Future[None] = Future()
         done.set_result(None)
         return done
+
+
+def rank_of(file: str) -> int:
+    """Of the rank that wrote a file of a checkpoint."""
+    return int(file.removeprefix(RANK).partition(".")[0])
 
 
 def dtype_of(stored: dict) -> torch.dtype:

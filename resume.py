@@ -135,17 +135,7 @@ def check_same(saved: Saved, config: Config, base: str, data: str) -> None:
         raise UserError(
             f"{where}: --dataset {config.dataset} no longer makes the rows that the run began with"
         )
-    if config.optimizer.endswith("8bit") and not _same_shards(run, config):
-        raise UserError(
-            f"{where}: the 8-bit states of --optimizer {config.optimizer} are of {run['world']} processes under"
-            f" --sharding_strategy {run['options']['sharding_strategy']}; go on with the same"
-        )
     check_files(saved, Path(config.output_dir))
-
-
-def _same_shards(run: dict, config: Config) -> bool:
-    before = run["world"], run["options"]["sharding_strategy"], run["options"]["hybrid_shard_size"]
-    return before == (config.world_size, config.sharding_strategy, config.hybrid_shard_size)
 
 
 def check_files(saved: Saved, folder: Path) -> None:
