@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from checkpoint_files import folder_of, steps_in
 from command_line import parse
 from config import UserError
 from tests.runs import whole_run
+from tests.test_train import wandb_records
 from tracking import Meter, Metrics, make_tracker
 
 RUN = (  # an epoch has 10 steps; of half the rows, packed, 5 at most
@@ -128,6 +130,63 @@ def test_another_number_of_ranks_changes_rounding_only(
             ours, theirs = ([line[name] for line in lines(f)] for f in (folder, undisturbed))
             torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), rtol=2e-4, atol=1e-5)
         torch.testing.assert_close(adapter(folder), adapter(undisturbed), rtol=1e-3, atol=1e-4)
+
+
+KINDS = {
+    "bnb_dora": ["--train_type", "bnb_dora", "--lora_rank", "6", "--lr", "1e-2"],
+    "dora": ["--train_type", "dora", "--lora_rank", "6", "--lr", "1e-2"],
+    "full": ["--train_type", "full", "--lr", "1e-3"],
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_of_one_rank_goes_on_in_two(kind, source, one_rank, two_ranks, tmp_path):
+    argv = [*source, *KINDS[kind], *"--batch_size 1 --num_epochs 2 --max_steps 5 --log_to stdout".split()]
+    argv += ["--lr_scheduler", "cosine", "--context_length", "256"]
+    whole, folder = tmp_path / "whole", tmp_path / "run"
+    one_rank(run, [*argv, "--gradient_accumulation_steps", "4", "--output_dir", str(whole)])
+    again = [*argv, "--output_dir", str(folder), "--resume", "auto"]
+    one_rank(run, [*again, "--gradient_accumulation_steps", "4"], Signals({2: signal.SIGTERM}))
+    assert (
+        "5 steps, the last 3 of them in" in two_ranks(run, [*again, "--gradient_accumulation_steps", "2"])[0]
+    )
+    for name in ("loss", "grad_norm"):
+        ours, theirs = ([line[name] for line in lines(f)] for f in (folder, whole))
+        torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), rtol=2e-4, atol=1e-5)
+    ours, theirs = weights(folder), weights(whole)
+    assert ours.keys() == theirs.keys() and ours
+    for name in theirs:  # Adam's first steps go by the sign of a gradient, also of one that is all rounding
+        error = (ours[name].float() - theirs[name].float()).norm() / theirs[name].float().norm()
+        assert error < 1e-3, name
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Of the result of a RUN."""
+    return {name: t for path in folder.glob("*.safetensors") for name, t in load_file(path).items()}
+
+
+def test_a_checkpoint_holds_no_frozen_weights(stopped):
+    tensors = checkpoint_files.read_checkpoint(folder_of(stopped, 3)).tensors
+    kinds = {name.rpartition(".")[2] for name in tensors if not name.startswith("random.")}
+    assert kinds == {"lora_A", "lora_B", "magnitude_change"}
+    assert {name.partition("@")[0] for name in tensors if name.startswith("random.")} >= {"random.cpu"}
+
+
+def test_wandb_goes_on_with_its_run(source, one_rank, tmp_path):
+    argv = [*source, *QUIET, "--max_steps", "4", "--output_dir", str(tmp_path), "--resume", "auto"]
+    argv += ["--log_to", "wandb"]
+    one_rank(run, argv, Signals({2: signal.SIGTERM}))
+    time.sleep(1.1)  # wandb names its folders by the second
+    one_rank(run, argv)
+    steps = {}
+    files = sorted(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+    for file in files:
+        for record in wandb_records(file):
+            if record.WhichOneof("record_type") == "run":
+                run_id = record.run.run_id
+            if record.WhichOneof("record_type") == "history":
+                steps.setdefault(run_id, []).append(record.history.step.num)
+    assert len(files) == 2 and list(steps.values()) == [[1, 2, 3, 4]]
 
 
 def test_evaluation_goes_on(source, two_ranks, tmp_path):
