@@ -28,12 +28,14 @@ from checkpoint_files import (
 from config import CHECKPOINTS, FIELDS, Config, UserError, shown
 from data import TokenizedRows
 from model_files import CheckpointFiles
+from precision import precision_here
 from weight_cache import digest
 
 # A resumed run may differ in the options of these groups, which change no result beyond rounding ...
 FREE_GROUPS = ("Memory and speed", "Launch", "Checkpoints", "Output", "Profiling", "Evaluation")
-# ... but for these; and in these of the others. The names of model and data: their contents are compared.
-FIXED = ("precision", "eval_share")
+# ... but for these; and in these of the others. The names of model and data: their contents are compared, and so is
+# what --precision comes to, which goes by the GPU.
+FIXED = ("eval_share",)
 FREE = ("model_name", "dataset", "llama_pro_path", "llama_pro_save", "batch_size", "gradient_accumulation_steps",
         "num_epochs", "max_steps", "max_bad_steps", "deterministic")  # fmt: skip
 
@@ -106,7 +108,7 @@ def digest_base(model_config: PretrainedConfig, files: CheckpointFiles) -> str:
 def about(config: Config, base: str, data: str) -> dict:
     """What a checkpoint says of the run and `check_same` compares."""
     return {"options": dataclasses.asdict(config), "rows_per_step": rows_per_step(config), "base": base, "data": data,
-            "world": config.world_size}  # fmt: skip
+            "world": config.world_size, "precision": str(precision_here(config.precision))}  # fmt: skip
 
 
 def rows_per_step(config: Config) -> int:
@@ -123,6 +125,11 @@ def check_same(saved: Saved, config: Config, base: str, data: str) -> None:
                 f"{where}: the run has --{name} {shown(before)}, not {shown(getattr(config, name))}; a run goes"
                 " on with what it began with"
             )
+    if run["precision"] != str(here := precision_here(config.precision)):
+        raise UserError(
+            f"{where}: the run has --precision {run['options']['precision']}, not {config.precision}, which on this"
+            f" machine is {here}, not {run['precision']}"
+        )
     if run["rows_per_step"] != rows_per_step(config):
         raise UserError(
             f"{where}: a step of the run has {run['rows_per_step']} rows; {config.world_size} processes x"

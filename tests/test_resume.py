@@ -14,10 +14,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import checkpoint_files
+import resume
 import train
 from checkpoint_files import folder_of, steps_in
 from command_line import parse
 from config import UserError
+from precision import choose_precision
 from tests.runs import whole_run
 from tests.test_train import wandb_records
 from tracking import Meter, Metrics, make_tracker
@@ -302,6 +304,16 @@ def test_another_run_is_refused(option, source, copied):
     with pytest.raises(UserError) as refused:
         resumed(source, copied, *option.split())
     assert OTHERS[option] in str(refused.value)
+
+
+def test_another_machines_precision_is_refused(source, copied, monkeypatch):
+    """auto is fp16 on GPUs without bf16, and no run of a CPU's fp32 goes on there."""
+    assert resumed(source, copied, "--precision", "fp32").saved.step == 3, "what auto is here"
+    monkeypatch.setattr(resume, "precision_here", lambda name: choose_precision(name, True, False))
+    with pytest.raises(
+        UserError, match="which on this machine is float32 under autocast to float16, not float32"
+    ):
+        resumed(source, copied)
 
 
 FREE = "--max_steps 9 --save_every 5 --log_to tqdm --wrap_policy sublayer --use_gradient_checkpointing false"
