@@ -20,6 +20,7 @@ from checkpoint_files import folder_of, steps_in
 from command_line import parse
 from config import UserError
 from precision import choose_precision
+from stopping import Stopping
 from tests.runs import whole_run
 from tests.test_train import wandb_records
 from tracking import Meter, Metrics, make_tracker
@@ -213,8 +214,20 @@ def test_a_limit_of_time_and_regular_checkpoints(source, one_rank, tmp_path):
     argv += ["--keep", "3"]
     printed = one_rank(run, [*argv, "--max_minutes", "0.0001"])[0]
     assert "stopped at step 1 of 7 (--max_minutes)" in printed and "python train.py --config" in printed
-    assert "checkpoints: 4; training stood still for 0." in one_rank(run, argv)[0]
+    ((printed, seconds),) = one_rank(run_and_time, argv)
+    assert "checkpoints: 4; training stood still for 0." in printed
+    assert len(seconds) == 4 and min(seconds) > 0
     assert steps_in(tmp_path / "run") == [7, 6, 4]
+
+
+def run_and_time(place, argv: list[str]) -> tuple[str, list[float]]:
+    """(what the run printed, what --max_minutes was told of its checkpoints)."""
+    seconds, before = [], Stopping.saved_in
+    Stopping.saved_in = lambda _, each: seconds.append(each)
+    try:
+        return run(place, argv), seconds
+    finally:
+        Stopping.saved_in = before
 
 
 class Filling:
