@@ -118,6 +118,8 @@ def rows_per_step(config: Config) -> int:
 def check_same(saved: Saved, config: Config, base: str, data: str) -> None:
     """Raises UserError unless `config` goes on with the run of the checkpoint, over the same model and rows."""
     where, run = f"--resume {config.resume}", saved.run
+    if not {*about(config, base, data), "parts", "files"} <= run.keys():
+        raise UserError(f"{where}: {saved.folder} is no checkpoint of this program")
     for name in FIELDS:
         before = run["options"].get(name, FIELDS[name].default)
         if is_fixed(name) and before != getattr(config, name):

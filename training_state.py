@@ -19,6 +19,8 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.tensor import DTensor
 
 from checkpoint_files import Reader, Saved, dtype_of, rank_of
+from command_line import describe
+from config import UserError
 from models.family import clean
 from optimizers import ShardedAdamW, has_blocks, merged_blocks
 from quantize_layers import part
@@ -76,8 +78,9 @@ def restore(
 ) -> None:
     """Puts a checkpoint's tensors into a model and a fresh optimizer, on any number of ranks. Random states are a
     rank's own: one beyond those of the checkpoint keeps what it has. 8-bit moments of a rank that had the same rows
-    stay what they are, others are put together anew. Collective."""
+    stay what they are, others are put together anew. Collective. Raises UserError if it is of another model."""
     params = trained_parameters(model)
+    _check_names(saved, params)
     sources = {name: _sources(saved, name, param, rank) for name, param in params.items()}
     states = _fresh_states(saved, params, sources)
     wanted: Tensors = {f"model.{name}": p.detach() for name, p in params.items()}
@@ -88,12 +91,23 @@ def restore(
         # Of torch 2.11. What is a rank's own has the rank in its name, and is wanted by that rank only.
         warnings.filterwarnings("ignore", message="Detected mismatched keys")
         planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-        dcp.load(wanted | random, storage_reader=Reader(saved), planner=planner, process_group=group)
+        try:
+            dcp.load(wanted | random, storage_reader=Reader(saved), planner=planner, process_group=group)
+        except dcp.CheckpointException as e:  # which is no Exception
+            reason = describe(next(error for error, _ in e.failures.values()))
+            raise UserError(f"{saved.folder}: cannot be loaded ({reason})") from e
     if isinstance(optimizer, ShardedAdamW):
         states = {name: _of_shard(state, sources[name]) for name, state in states.items()}
     _fill_optimizer(optimizer, {params[name]: state for name, state in states.items()})
     for name, state in random.items():
         (torch.cuda.set_rng_state if name.startswith("random.cuda") else torch.set_rng_state)(state)
+
+
+def _check_names(saved: Saved, params: dict[str, nn.Parameter]) -> None:
+    of_model = {name.removeprefix("model.") for name in saved.tensors if name.startswith("model.")}
+    of_optimizer = {name.split(".", 2)[-1] for name in saved.tensors if name.startswith("optimizer.")}
+    if of_model != params.keys() or not of_optimizer <= of_model:
+        raise UserError(f"{saved.folder}: holds other parameters than those that are trained")
 
 
 def _empty(saved: Saved, name: str) -> torch.Tensor:

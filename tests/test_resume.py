@@ -22,6 +22,7 @@ from config import UserError
 from precision import choose_precision
 from stopping import Stopping
 from tests.runs import whole_run
+from tests.test_checkpoint_files import edit
 from tests.test_train import wandb_records
 from tracking import Meter, Metrics, make_tracker
 
@@ -387,6 +388,40 @@ def test_a_damaged_checkpoint_is_refused_or_passed_over(source, copied, capsys):
     (copied / "adapter_config.json").touch()
     with pytest.raises(UserError, match="holds a finished run without checkpoints"):
         resumed(source, copied)
+
+
+def lie(folder: Path, change) -> None:
+    """In the manifest of the copy's checkpoint, which is whole all the same."""
+    edit(folder_of(folder, 3), change)
+
+
+A = "model.model.layers.0.self_attn.q_proj.lora_A"
+LIES = {
+    "nothing of the run": (lambda m: m["run"].clear(), "is no checkpoint of this program"),
+    "a parameter more": (lambda m: m["tensors"].update({A + "x": m["tensors"][A]}), "holds other parameters"),
+    "a parameter less": (lambda m: m["tensors"].pop(A), "holds other parameters"),
+    "a state of nothing": (
+        lambda m: m["tensors"].update({"optimizer.x.y": m["tensors"][A]}),
+        "other parameters",
+    ),
+    "a shape": (lambda m: m["tensors"][A].update(shape=[9, 9]), "cannot be loaded"),
+    "a chunk": (lambda m: m["tensors"][A]["chunks"][0][1].reverse(), "cannot be loaded"),
+}
+
+
+@pytest.mark.parametrize("kind", LIES)
+def test_a_checkpoint_that_lies_ends_in_a_line(kind, source, copied, two_ranks):
+    change, reason = LIES[kind]
+    lie(copied, change)
+    for error in two_ranks(refused, [*source, *QUIET, "--output_dir", str(copied), "--resume", "auto"]):
+        assert reason in error and str(folder_of(copied, 3)) in error
+
+
+def refused(place, argv: list[str]) -> str:
+    try:
+        run(place, argv)
+    except UserError as e:
+        return str(e)
 
 
 def test_8_bit_states_go_over_to_other_ranks(source, one_rank, two_ranks, tmp_path):
