@@ -38,11 +38,14 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, SavePlan
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
-from config import CHECKPOINTS
+from config import CHECKPOINTS, UserError
+from limits import MANIFEST_FILE, check_size, read_text
 from memory import MIB, size
 from tensor_files import save_tensors
 
-MANIFEST, VERSION = "manifest.json", 1
+MANIFEST, VERSION, RANK = "manifest.json", 2, "rank-"
+# Of a RUN, appended to; a resumed run cuts them to the checkpoint. One that was not there then had no lines.
+GROWING_FILES = ("metrics.jsonl", "samples.jsonl", "bad_steps.jsonl")
 NAME = re.compile(r"step-(\d{8,})")
 SPARE = MIB  # bytes of the disk that a checkpoint leaves free, for the lines of metrics.jsonl that follow
 
@@ -82,12 +85,14 @@ def steps_in(run: Path) -> list[int]:
 
 
 def read_checkpoint(folder: Path) -> Saved:
-    """Raises Damaged unless every file is there, of the size and with the contents that the manifest says."""
+    """Raises Damaged unless every file is there, of the size and with the contents that the manifest says. Raises
+    UserError where that cannot be told, or by another version of this program only: what may be whole is not passed
+    over, as the run would go back and remove it."""
     try:
-        text = (folder / MANIFEST).read_text(encoding="utf-8")
-        manifest = json.loads(text)
+        check_size(folder / MANIFEST, MANIFEST_FILE)
+        manifest = json.loads(read_text(folder / MANIFEST, MANIFEST_FILE))
         if manifest["version"] != VERSION:
-            raise Damaged("made by another version")
+            raise UserError(f"{folder}: made by another version of this program, which can go on with it")
         if manifest.pop("sha256") != _digest(manifest):
             raise Damaged(f"{MANIFEST} was changed")
         files = [Written(**entry) for entry in manifest["files"]]
@@ -97,22 +102,30 @@ def read_checkpoint(folder: Path) -> Saved:
             raise Damaged(f"{MANIFEST} names other files than those of the checkpoint")
         if not all(isinstance(dtype_of(t), torch.dtype) for t in saved.tensors.values()):
             raise Damaged(f"{MANIFEST} has an unknown dtype")
+        if NAME.fullmatch(folder.name) and folder.name != folder_of(folder, saved.step).name:
+            raise Damaged(f"{MANIFEST} is of step {saved.step}")
     except OSError as e:
-        raise Damaged(f"{MANIFEST}: {e.strerror}") from None
+        raise _not_there(folder / MANIFEST, e) from None
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise Damaged(f"{MANIFEST} is damaged") from None
     for file in files:
         try:
             whole = (folder / file.name).stat().st_size == file.size and _measure(folder / file.name) == file
         except OSError as e:
-            raise Damaged(f"{file.name}: {e.strerror}") from None
+            raise _not_there(folder / file.name, e) from None
         if not whole:
             raise Damaged(f"{file.name} is not as it was written")
     return saved
 
 
+def _not_there(path: Path, error: OSError) -> Exception:
+    """Only what is not there is damage for certain: a disk or a network may come back."""
+    missing = isinstance(error, FileNotFoundError | NotADirectoryError)
+    return (Damaged if missing else UserError)(f"{path.name if missing else path}: {error.strerror}")
+
+
 def newest_whole(run: Path, tell: Callable[[str], None]) -> Saved | None:
-    """The last whole checkpoint of a RUN. tell: is told which newer ones are damaged."""
+    """The last whole checkpoint of a RUN. tell: is told which newer ones are damaged. Raises UserError."""
     for step in steps_in(run):
         try:
             return read_checkpoint(folder_of(run, step))
@@ -196,7 +209,7 @@ class Writer(StorageWriter):
             raise OSError(errno.ENOSPC, f"No space left: {size(needed)} are needed, {size(free)} free")
         shutil.rmtree(self.temporary, ignore_errors=True)
         self.temporary.mkdir()
-        names = (f"rank-{rank:05d}.safetensors" for rank in range(len(plans)))
+        names = (f"{RANK}{rank:05d}.safetensors" for rank in range(len(plans)))
         return [dataclasses.replace(p, storage_data=n) for p, n in zip(plans, names, strict=True)]
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
@@ -239,7 +252,10 @@ class Writer(StorageWriter):
         manifest["files"] = [dataclasses.asdict(f) for f in files.values()]
         manifest = json.loads(json.dumps(manifest))  # as it will be read
         path = self.temporary / MANIFEST
-        path.write_text(json.dumps(manifest | {"sha256": _digest(manifest)}) + "\n", encoding="utf-8")
+        text = json.dumps(manifest | {"sha256": _digest(manifest)}) + "\n"
+        if len(text) > MANIFEST_FILE:
+            raise OSError(errno.EFBIG, f"its {MANIFEST} would be too large to be read")
+        path.write_text(text, encoding="utf-8")
         sync(path)
         sync(self.temporary)
         self.temporary.rename(self.folder)
@@ -291,6 +307,11 @@ class Reader(StorageReader):
         done: Future[None] = Future()
         done.set_result(None)
         return done
+
+
+def rank_of(file: str) -> int:
+    """Of the rank that wrote a file of a checkpoint."""
+    return int(file.removeprefix(RANK).partition(".")[0])
 
 
 def dtype_of(stored: dict) -> torch.dtype:

@@ -22,17 +22,12 @@ from torch import nn
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
-from checkpoint_files import Saved, Writer, folder_of, prune, sync
+from checkpoint_files import GROWING_FILES, Saved, Writer, folder_of, prune, sync
 from command_line import describe
 from launch import Place
 from stopping import NeverStop
 from training_state import Tensors, collect, restore
 from wrapping import can_pin
-
-GROWING_FILES = (
-    "metrics.jsonl",
-    "samples.jsonl",
-)  # that are appended to; a resumed run cuts them to the checkpoint
 
 
 class Part(Protocol):
@@ -129,6 +124,7 @@ class Checkpoints:
         self.copy = HostCopy(place.device, optimizer)
         self.writing: Future[bool] | None = None
         self.step = self.newest = 0  # of the last checkpoint that was begun; of the last that is whole
+        self.seconds = 0.0  # that the last whole one took to write
         self.waits: list[float] = []  # seconds that training stood still for a checkpoint
 
     def load(self) -> int:
@@ -173,6 +169,7 @@ class Checkpoints:
     def _write(self, step: int, layout: Tensors, copies: Tensors, run: dict) -> bool:
         """In the thread. Returns whether the checkpoint is whole; a disk that takes no more is told, and the run goes
         on with the checkpoint before."""
+        began = time.perf_counter()
         self.copy.wait()
 
         def described() -> dict:
@@ -186,11 +183,12 @@ class Checkpoints:
         except dcp.CheckpointException as e:
             failures = [error for error, _ in e.failures.values()]
             if not all(isinstance(error, OSError) for error in failures):
-                raise
+                raise RuntimeError(f"checkpoint: {describe(failures[0])}") from e  # e is no Exception
             if self.place.rank == 0:
                 shutil.rmtree(writer.temporary, ignore_errors=True)
                 self._warn(step, failures[0])
             return False
+        self.seconds = time.perf_counter() - began
         if self.place.rank == 0 and self.keep > 0:
             prune(self.folder, self.keep)
         return True
@@ -209,6 +207,7 @@ class Checkpoints:
         if self.writing:
             if self.writing.result():
                 self.newest = self.step
+            self.stopping.saved_in(self.seconds)
             self.writing = None
 
     def finish(self) -> None:

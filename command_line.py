@@ -9,9 +9,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import errno
+import io
 import logging
 import os
 import re
+import signal
 import sys
 import traceback
 import types
@@ -26,6 +29,7 @@ from limits import OPTIONS_FILE, read_text
 from resolve import resolve
 
 T = typing.TypeVar("T")
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT)  # EDQUOT: of what a user may fill
 
 # On some CPUs bitsandbytes advises at each import to install a package, which would stand before every line of ours.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
@@ -55,6 +59,34 @@ def describe(e: BaseException) -> str:
     """One line for an exception: a UserError's text; otherwise its type as well."""
     text = " ".join(str(e).split())
     return text if isinstance(e, UserError) else f"{type(e).__name__}: {text}" if text else type(e).__name__
+
+
+class Unfailing(io.FileIO):
+    """Standard output or error. If it is a file on a disk that is full, what is told is lost, and the program goes on."""
+
+    def write(self, data) -> int:
+        try:
+            return super().write(data)
+        except OSError as e:
+            if e.errno not in FULL_DISK:
+                raise
+            return memoryview(data).nbytes
+
+
+def outlast() -> None:
+    """For a process that is to run for days: a full disk under its output does not end it, nor does SIGUSR1 before
+    anybody listens to it."""
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        stream.flush()
+        raw = io.BufferedWriter(Unfailing(stream.fileno(), "w", closefd=False))
+        options = {
+            "encoding": stream.encoding,
+            "errors": stream.errors,
+            "line_buffering": stream.line_buffering,
+        }
+        setattr(sys, name, io.TextIOWrapper(raw, **options))
 
 
 def under_torchrun() -> bool:

@@ -29,7 +29,7 @@ from evaluation_data import EvaluationData
 from faults import too_many
 from launch import Place
 from models.family import rope_switch
-from tracking import Meter, Metrics, NoTracker
+from tracking import Meter, Metrics, NoTracker, append
 
 PROMPTS_AT_ONCE = 8
 
@@ -233,13 +233,15 @@ class Evaluator:
             answers |= zip(chosen, made, strict=True)
         if self.place.rank != 0:
             return
-        with (self.folder / "samples.jsonl").open("a", encoding="utf-8") as file:
-            for i, prompt in enumerate(prompts):
-                text = self.tokenizer.decode(answers[i], skip_special_tokens=True)
-                line = {"step": step, "prompt": prompt.text, "text": text}
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
-                asked = " ".join(prompt.text.split())[-60:]
-                self.tracker.say(f"sample, step {step}: {asked!r} -> {text!r}")
+        lines = ""
+        for i, prompt in enumerate(prompts):
+            text = self.tokenizer.decode(answers[i], skip_special_tokens=True)
+            lines += (
+                json.dumps({"step": step, "prompt": prompt.text, "text": text}, ensure_ascii=False) + "\n"
+            )
+            asked = " ".join(prompt.text.split())[-60:]
+            self.tracker.say(f"sample, step {step}: {asked!r} -> {text!r}")
+        append(self.folder / "samples.jsonl", lines, self.tracker.say)
 
 
 def keeps_best(config: Config) -> bool:

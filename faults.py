@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from config import UserError
 from data import Step, TokenizedRows
-from tracking import Metrics, NoTracker, Reading
+from tracking import Metrics, NoTracker, Reading, append
 
 BAD_STEPS = "bad_steps.jsonl"
 
@@ -87,8 +87,7 @@ class BadSteps:
             "grad_norm": norm,
             "rows": numbers,
         }
-        with self.file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        append(self.file, json.dumps(line) + "\n", self.tracker.say)
         self.tracker.say(
             f"step {metrics.step} skipped: loss {loss}, gradient norm {norm}; its rows: {self.file}"
         )

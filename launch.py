@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from command_line import describe, under_torchrun
+from command_line import describe, outlast, under_torchrun
 from config import UserError
 from stopping import SAVE, forwarding
 
@@ -270,6 +270,7 @@ def _end_with_parent() -> None:
 
 def _rank_process(rank: int, run: Callable, world: int, args: tuple, reports: str) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    outlast()
     status = 0
     try:
         run(join_group(rank, world, rank), *args)

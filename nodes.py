@@ -85,6 +85,7 @@ def describe(job: Job) -> dict[str, str]:
             "what config.json and the weights' shapes say": base_digest(job.model_config, job.files),
             "the weights": digest(job.files, names),
             "the rows of the data": _digest_rows(held),
+            "the checkpoint to go on from": f"step {job.saved.step}" if job.saved else "none",
             "the prompts of the samples": str([prompt.ids for prompt in job.evaluation.prompts]),
         }
     )

@@ -12,6 +12,8 @@ from torch.distributed.tensor import DTensor
 
 from config import UserError
 
+BLOCK, LEAST_8BIT = 256, 4096  # bitsandbytes': elements that share a scale; below it moments have 32 bits
+
 
 class ShardedAdamW(torch.optim.Optimizer):
     """bitsandbytes' AdamW on parameters that may be DTensors: each rank updates its own shards.
@@ -31,7 +33,7 @@ class ShardedAdamW(torch.optim.Optimizer):
         from bitsandbytes import optim
 
         super().__init__(params, {"lr": lr, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0})
-        self.shards = {p: _shard(p) for g in self.param_groups for p in g["params"]}
+        self.bits, self.shards = bits, {p: _shard(p) for g in self.param_groups for p in g["params"]}
         groups = [{**g, "params": [self.shards[p] for p in g["params"]]} for g in self.param_groups]
         paged = paged and all(s.is_cuda for s in self.shards.values())
         self.inner = {8: optim.AdamW8bit, 32: optim.AdamW32bit}[bits](groups, is_paged=paged)
@@ -86,6 +88,42 @@ class ShardedAdamW(torch.optim.Optimizer):
                 own[key].copy_(value)
             else:
                 own[key] = value
+
+
+def has_blocks(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether its state may be of 8-bit blocks, which depend on the shards."""
+    return isinstance(optimizer, ShardedAdamW) and optimizer.bits == 8
+
+
+def merged_blocks(parts: list[tuple[dict[str, torch.Tensor], slice]]) -> dict[str, torch.Tensor]:
+    """The tensors of an 8-bit optimizer's state for a shard that is made up of rows of others. parts: (the tensors of
+    a shard on the CPU, which of its rows), in order. One whole shard stays as it is, bit for bit; anything else is
+    rounded to 8 bits once more, in blocks of its own."""
+    from bitsandbytes import functional as bnb
+
+    state, rows = parts[0]
+    if len(parts) == 1 and rows == slice(0, len(state["state1"])):
+        return state
+    merged = {}
+    for key in "12":
+        moment = torch.cat([_moment(state, key)[rows] for state, rows in parts])
+        merged[f"state{key}"] = moment
+        if moment.numel() >= LEAST_8BIT:
+            table = bnb.create_dynamic_map(signed=key == "1")
+            merged[f"state{key}"], blocks = bnb.quantize_blockwise(moment, table, blocksize=BLOCK)
+            merged |= {f"absmax{key}": blocks.absmax, f"qmap{key}": table}
+    return merged
+
+
+def _moment(state: dict[str, torch.Tensor], key: str) -> torch.Tensor:
+    """In fp32."""
+    from bitsandbytes import functional as bnb
+
+    codes = state[f"state{key}"]
+    if codes.dtype != torch.uint8:
+        return codes
+    scales, table = state[f"absmax{key}"], state[f"qmap{key}"]
+    return bnb.dequantize_blockwise(codes, absmax=scales, code=table, blocksize=BLOCK)
 
 
 def _shard(tensor: torch.Tensor) -> torch.Tensor:

@@ -30,6 +30,11 @@ class Precision:
     trained: torch.dtype
     autocast: torch.dtype | None = None
 
+    def __str__(self) -> str:
+        cast = f" under autocast to {self.autocast}" if self.autocast else ""
+        trained = f", trained weights in {self.trained}" if self.trained != self.frozen else ""
+        return f"{self.frozen}{cast}{trained}".replace("torch.", "")
+
     @property
     def matmul(self) -> torch.dtype:
         """In which the linears compute."""

@@ -292,7 +292,7 @@ class Node:
             assert full.shape == param.shape, f"{full.shape} for {param.shape}"
             full = full.to(param.dtype)
             ranks = range(self.first, self.first + self.place.local_world)
-            parts = [_as_bytes(_padded(_part(param, full, rank), rows)) for rank in ranks]
+            parts = [_as_bytes(_padded(part(param, full, rank), rows)) for rank in ranks]
         # As bytes: codes are not numbers.
         dist.scatter(_as_bytes(mine), parts, src=self.first + owner, group=self.group)
         with torch.no_grad():
@@ -318,7 +318,7 @@ def _shards(param: nn.Parameter) -> int:
     return sizes[0]
 
 
-def _part(param: nn.Parameter, full: torch.Tensor, rank: int) -> torch.Tensor:
+def part(param: nn.Parameter, full: torch.Tensor, rank: int) -> torch.Tensor:
     """The part of a parameter's full contents that global rank `rank` holds."""
     if not isinstance(param, DTensor):
         return full
@@ -333,4 +333,4 @@ def fill(param: nn.Parameter, full: torch.Tensor) -> None:
     """Copies this rank's part of `full`, which every rank has, into a parameter, sharded by FSDP or whole."""
     local = param.to_local() if isinstance(param, DTensor) else param
     assert full.shape == param.shape, f"{full.shape} for {param.shape}"
-    local.copy_(_part(param, full, dist.get_rank() if dist.is_initialized() else 0))
+    local.copy_(part(param, full, dist.get_rank() if dist.is_initialized() else 0))

@@ -17,6 +17,7 @@ from transformers import PretrainedConfig
 
 from checkpoint import BEST, base_digest
 from checkpoint_files import (
+    GROWING_FILES,
     MANIFEST,
     Damaged,
     Saved,
@@ -27,12 +28,14 @@ from checkpoint_files import (
 from config import CHECKPOINTS, FIELDS, Config, UserError, shown
 from data import TokenizedRows
 from model_files import CheckpointFiles
+from precision import precision_here
 from weight_cache import digest
 
 # A resumed run may differ in the options of these groups, which change no result beyond rounding ...
 FREE_GROUPS = ("Memory and speed", "Launch", "Checkpoints", "Output", "Profiling", "Evaluation")
-# ... but for these; and in these of the others. The names of model and data: their contents are compared.
-FIXED = ("precision", "eval_share")
+# ... but for these; and in these of the others. The names of model and data: their contents are compared, and so is
+# what --precision comes to, which goes by the GPU.
+FIXED = ("eval_share",)
 FREE = ("model_name", "dataset", "llama_pro_path", "llama_pro_save", "batch_size", "gradient_accumulation_steps",
         "num_epochs", "max_steps", "max_bad_steps", "deterministic")  # fmt: skip
 
@@ -105,7 +108,7 @@ def digest_base(model_config: PretrainedConfig, files: CheckpointFiles) -> str:
 def about(config: Config, base: str, data: str) -> dict:
     """What a checkpoint says of the run and `check_same` compares."""
     return {"options": dataclasses.asdict(config), "rows_per_step": rows_per_step(config), "base": base, "data": data,
-            "world": config.world_size}  # fmt: skip
+            "world": config.world_size, "precision": str(precision_here(config.precision))}  # fmt: skip
 
 
 def rows_per_step(config: Config) -> int:
@@ -115,6 +118,8 @@ def rows_per_step(config: Config) -> int:
 def check_same(saved: Saved, config: Config, base: str, data: str) -> None:
     """Raises UserError unless `config` goes on with the run of the checkpoint, over the same model and rows."""
     where, run = f"--resume {config.resume}", saved.run
+    if not {*about(config, base, data), "parts", "files"} <= run.keys():
+        raise UserError(f"{where}: {saved.folder} is no checkpoint of this program")
     for name in FIELDS:
         before = run["options"].get(name, FIELDS[name].default)
         if is_fixed(name) and before != getattr(config, name):
@@ -122,6 +127,11 @@ def check_same(saved: Saved, config: Config, base: str, data: str) -> None:
                 f"{where}: the run has --{name} {shown(before)}, not {shown(getattr(config, name))}; a run goes"
                 " on with what it began with"
             )
+    if run["precision"] != str(here := precision_here(config.precision)):
+        raise UserError(
+            f"{where}: the run has --precision {run['options']['precision']}, not {config.precision}, which on this"
+            f" machine is {here}, not {run['precision']}"
+        )
     if run["rows_per_step"] != rows_per_step(config):
         raise UserError(
             f"{where}: a step of the run has {run['rows_per_step']} rows; {config.world_size} processes x"
@@ -134,24 +144,17 @@ def check_same(saved: Saved, config: Config, base: str, data: str) -> None:
         raise UserError(
             f"{where}: --dataset {config.dataset} no longer makes the rows that the run began with"
         )
-    if config.optimizer.endswith("8bit") and not _same_shards(run, config):
-        raise UserError(
-            f"{where}: the 8-bit states of --optimizer {config.optimizer} are of {run['world']} processes under"
-            f" --sharding_strategy {run['options']['sharding_strategy']}; go on with the same"
-        )
     check_files(saved, Path(config.output_dir))
 
 
-def _same_shards(run: dict, config: Config) -> bool:
-    before = run["world"], run["options"]["sharding_strategy"], run["options"]["hybrid_shard_size"]
-    return before == (config.world_size, config.sharding_strategy, config.hybrid_shard_size)
-
-
 def check_files(saved: Saved, folder: Path) -> None:
-    """Raises UserError if the RUN's files end before the checkpoint's step."""
-    for name, length in saved.run["files"].items():
-        path = folder / name
-        if not path.is_file() or path.stat().st_size < length:
+    """Raises UserError if the RUN's files end before the checkpoint's step, or are links, which would have another
+    file cut."""
+    for name in GROWING_FILES:
+        path, length = folder / name, saved.run["files"].get(name, 0)
+        if path.is_symlink():
+            raise UserError(f"{path}: is a link; a run goes on in files of its own")
+        if length and (not path.is_file() or path.stat().st_size < length):
             raise UserError(f"{path}: is missing or cut: it ends before step {saved.step} of the checkpoint")
 
 
@@ -161,8 +164,11 @@ def tidy(folder: Path, saved: Saved | None) -> None:
     remove_checkpoints(folder, after=saved.step if saved else 0)
     if saved is None:
         return
-    for name, length in saved.run["files"].items():
-        os.truncate(folder / name, length)
+    for name in GROWING_FILES:
+        if length := saved.run["files"].get(name, 0):
+            os.truncate(folder / name, length)
+        else:
+            (folder / name).unlink(missing_ok=True)
     if not (folder / BEST).exists() and (folder / f"{BEST}.old").exists():
         (folder / f"{BEST}.old").rename(folder / BEST)  # cut between the two renames of replace_folder
 

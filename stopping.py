@@ -52,6 +52,9 @@ class NeverStop:
         """(whether the run is to stop after this step, whether a checkpoint is wanted)."""
         return False, False
 
+    def saved_in(self, seconds: float) -> None:
+        """How long the last checkpoint took."""
+
 
 NEVER = NeverStop()
 
@@ -68,7 +71,7 @@ class Stopping(NeverStop):
         self.rank, self.save_seconds = rank, save_minutes * 60
         self.ends = started + max_minutes * 60 if max_minutes else float("inf")
         self.last_save = self.last_step = time.time()
-        self.longest_step = 0.0
+        self.longest_step = self.longest_save = 0.0
         self.received = Received(again=_end_now)
         for number in (*STOPS, SAVE):
             signal.signal(number, self.received.note)
@@ -88,13 +91,17 @@ class Stopping(NeverStop):
         self.reason = signal.Signals(stop).name if stop else "--max_minutes" if late else ""
         return bool(self.reason), bool(save or due)
 
+    def saved_in(self, seconds: float) -> None:
+        self.longest_save = max(self.longest_save, seconds)
+
     def _clock(self) -> tuple[bool, bool]:
         """(whether another step and its checkpoint would pass --max_minutes, whether --save_minutes are over)."""
         now = time.time()
         self.longest_step, self.last_step = max(self.longest_step, now - self.last_step), now
         if self.rank != 0:
             return False, False
-        return now + 2 * self.longest_step > self.ends, 0 < self.save_seconds <= now - self.last_save
+        needed = self.longest_step + max(self.longest_step, self.longest_save)
+        return now + needed > self.ends, 0 < self.save_seconds <= now - self.last_save
 
 
 def _end_now(number: signal.Signals) -> None:

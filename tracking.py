@@ -7,13 +7,12 @@ drops what it gets.
 from __future__ import annotations
 
 import dataclasses
-import errno
 import json
 import math
 import os
 import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +23,7 @@ from tqdm import tqdm
 
 import memory
 from checkpoint import BLOCKS
-from command_line import python
+from command_line import FULL_DISK, python
 from config import TOY_DATASET, TOY_MODEL, TOY_PROMPT, Config, UserError
 from data import Step, StepSampler, TokenizedRows
 from packing import PackSampler
@@ -198,7 +197,7 @@ class Tracker(NoTracker):
             while self.held:
                 self.held = self.held[self.file.write(self.held) :]
         except OSError as e:
-            if e.errno != errno.ENOSPC:
+            if e.errno not in FULL_DISK:
                 raise
             self.say(
                 f"WARNING: {self.file.name}: {e.strerror}; its lines are held in memory until there is room"
@@ -216,6 +215,24 @@ class Tracker(NoTracker):
         self.file.close()
         if self.history:
             draw_loss(self.history, self.folder / "loss.png")
+
+
+def append(path: Path, text: str, say: Callable[[str], None]) -> None:
+    """Adds lines to a file of the RUN, all or, with a warning, if the disk is full, none."""
+    data = text.encode()
+    try:
+        with path.open("ab", buffering=0) as file:
+            end = file.tell()
+            try:
+                while data:
+                    data = data[file.write(data) :]
+            except OSError:
+                file.truncate(end)
+                raise
+    except OSError as e:
+        if e.errno not in FULL_DISK:
+            raise
+        say(f"WARNING: {path}: {e.strerror}; lines of it are lost, and training goes on")
 
 
 class WandbTracker(Tracker):

@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import sys
 
-from command_line import parse, parse_or_exit, report, set_allocator, under_torchrun
+from command_line import outlast, parse, parse_or_exit, report, set_allocator, under_torchrun
 
 if __name__ == "__main__":
     # Before the imports below, which take seconds: --help and wrong options are answered at once.
+    outlast()
     PARSED = parse_or_exit(sys.argv[1:])
     set_allocator()
 

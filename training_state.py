@@ -1,7 +1,7 @@
 """What a checkpoint holds in tensors: trained parameters, the optimizer's state of each, and random states.
 
     model.<parameter>                  sharded as the parameter is
-    optimizer.<key>.<parameter>        the same, or one number; of 8-bit moments each rank's own: .<key>@<rank>
+    optimizer.<key>.<parameter>        the same, or one number; of 8-bit optimizers each rank's own: .<key>@<rank>
     random.cpu@<rank>, random.cuda@<rank>
 
 Names are the checkpoint files' (`clean`), so that neither the way the model is wrapped nor the number of ranks matters.
@@ -18,9 +18,12 @@ from torch import nn
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.tensor import DTensor
 
-from checkpoint_files import Reader, Saved, dtype_of
+from checkpoint_files import Reader, Saved, dtype_of, rank_of
+from command_line import describe
+from config import UserError
 from models.family import clean
-from optimizers import ShardedAdamW
+from optimizers import ShardedAdamW, has_blocks, merged_blocks
+from quantize_layers import part
 
 Tensors = dict[str, torch.Tensor]
 
@@ -37,7 +40,7 @@ def collect(model: nn.Module, optimizer: torch.optim.Optimizer, rank: int) -> tu
     for name, param in trained_parameters(model).items():
         layout[f"model.{name}"], local[f"model.{name}"] = param.detach(), _local(param)
         for key, value in optimizer.state.get(param, {}).items():
-            suffix, placed = _layout(value, param, rank)
+            suffix, placed = _layout(value, param, rank, has_blocks(optimizer))
             stored = f"optimizer.{key}{suffix}.{name}"
             layout[stored], local[stored] = placed, placed if _is_number(value) else _local(value)
     return layout, local
@@ -58,25 +61,28 @@ def _random_states(rank: int) -> Tensors:
     return states
 
 
-def _layout(value, param: nn.Parameter, rank: int) -> tuple[str, torch.Tensor]:
+def _layout(value, param: nn.Parameter, rank: int, blocks: bool) -> tuple[str, torch.Tensor]:
     """(suffix of the key, layout) of an entry of the optimizer's state. bitsandbytes keeps numbers and plain tensors;
-    those of 32 bits have the shape of the shard."""
+    those of 32 bits have the shape of the shard. blocks: some ranks may have 8-bit codes of the parameter."""
     if _is_number(value):
         return "", torch.tensor(value)
     if isinstance(value, DTensor) or value.dim() == 0:
         return "", value
-    if value.is_floating_point() and value.shape == _local(param).shape:
-        return "", torch.empty_like(param, dtype=value.dtype, device="meta")
-    return f"@{rank}", value
+    if blocks:
+        return f"@{rank}", value
+    return "", torch.empty_like(param, dtype=value.dtype, device="meta")
 
 
 def restore(
     saved: Saved, model: nn.Module, optimizer: torch.optim.Optimizer, rank: int, group: dist.ProcessGroup
 ) -> None:
     """Puts a checkpoint's tensors into a model and a fresh optimizer, on any number of ranks. Random states are a
-    rank's own: one beyond those of the checkpoint keeps what it has. Collective."""
+    rank's own: one beyond those of the checkpoint keeps what it has. 8-bit moments of a rank that had the same rows
+    stay what they are, others are put together anew. Collective. Raises UserError if it is of another model."""
     params = trained_parameters(model)
-    states = _fresh_states(saved, params, rank)
+    _check_names(saved, params)
+    sources = {name: _sources(saved, name, param, rank) for name, param in params.items()}
+    states = _fresh_states(saved, params, sources)
     wanted: Tensors = {f"model.{name}": p.detach() for name, p in params.items()}
     for name, state in states.items():
         wanted |= {f"optimizer.{key}.{name}": tensor for key, tensor in state.items()}
@@ -85,18 +91,46 @@ def restore(
         # Of torch 2.11. What is a rank's own has the rank in its name, and is wanted by that rank only.
         warnings.filterwarnings("ignore", message="Detected mismatched keys")
         planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-        dcp.load(wanted | random, storage_reader=Reader(saved), planner=planner, process_group=group)
+        try:
+            dcp.load(wanted | random, storage_reader=Reader(saved), planner=planner, process_group=group)
+        except dcp.CheckpointException as e:  # which is no Exception
+            reason = describe(next(error for error, _ in e.failures.values()))
+            raise UserError(f"{saved.folder}: cannot be loaded ({reason})") from e
+    if isinstance(optimizer, ShardedAdamW):
+        states = {name: _of_shard(state, sources[name]) for name, state in states.items()}
     _fill_optimizer(optimizer, {params[name]: state for name, state in states.items()})
     for name, state in random.items():
         (torch.cuda.set_rng_state if name.startswith("random.cuda") else torch.set_rng_state)(state)
+
+
+def _check_names(saved: Saved, params: dict[str, nn.Parameter]) -> None:
+    of_model = {name.removeprefix("model.") for name in saved.tensors if name.startswith("model.")}
+    of_optimizer = {name.split(".", 2)[-1] for name in saved.tensors if name.startswith("optimizer.")}
+    if of_model != params.keys() or not of_optimizer <= of_model:
+        raise UserError(f"{saved.folder}: holds other parameters than those that are trained")
 
 
 def _empty(saved: Saved, name: str) -> torch.Tensor:
     return torch.empty(saved.tensors[name]["shape"], dtype=dtype_of(saved.tensors[name]))
 
 
-def _fresh_states(saved: Saved, params: dict[str, nn.Parameter], rank: int) -> dict[str, Tensors]:
-    """{parameter: {key of its state: tensor to be filled}}, as `_layout` has them."""
+def _sources(saved: Saved, name: str, param: nn.Parameter, rank: int) -> dict[int, slice]:
+    """{rank of the saved run: which of its rows} that make up this rank's rows of a parameter, in their order; a
+    single one where a rank had the very same."""
+    mine = part(param, torch.arange(param.shape[0]), rank).tolist()
+    found = {}
+    for (start, *_), (length, *_), file in sorted(saved.tensors[f"model.{name}"]["chunks"]) if mine else ():
+        first, end = max(start, mine[0]), min(start + length, mine[-1] + 1)
+        if first < end:
+            found[rank_of(file)] = slice(first - start, end - start)
+    return found
+
+
+def _fresh_states(
+    saved: Saved, params: dict[str, nn.Parameter], sources: dict[str, dict[int, slice]]
+) -> dict[str, Tensors]:
+    """{parameter: {key of its state: tensor to be filled}}, as `_layout` has them; of what was a rank's own, that of
+    the sources."""
     states: dict[str, Tensors] = {name: {} for name in params}
     for stored in saved.tensors:
         if not stored.startswith("optimizer."):
@@ -107,21 +141,27 @@ def _fresh_states(saved: Saved, params: dict[str, nn.Parameter], rank: int) -> d
             # In host memory, from where the optimizer takes it where it wants it: a GPU may have no room for both.
             like = {"dtype": dtype_of(saved.tensors[stored]), "device": "cpu"}
             states[name][key] = torch.zeros_like(params[name], **like).detach()
-        elif not of_rank or int(owner) == rank:
+        elif not of_rank or int(owner) in sources[name]:
             states[name][key] = _empty(saved, stored)
     return states
+
+
+def _of_shard(state: Tensors, sources: dict[int, slice]) -> dict[str, torch.Tensor | int]:
+    """The state of a shard as bitsandbytes has it, out of what `_fresh_states` asked for; of an empty one none."""
+    if not sources:
+        return {}
+    whole = {key: _as_bitsandbytes(value) for key, value in state.items() if "@" not in key}
+    parts = [
+        ({key.partition("@")[0]: value for key, value in state.items() if key.endswith(f"@{rank}")}, rows)
+        for rank, rows in sources.items()
+    ]
+    return whole | (merged_blocks(parts) if parts[0][0] else {})
 
 
 def _fill_optimizer(optimizer: torch.optim.Optimizer, states: dict[nn.Parameter, Tensors]) -> None:
     """By the optimizer's own load_state_dict, which knows where each part of its state belongs. Its groups stay as
     they are: the options made them, and the schedule sets their rates."""
-    filled = {}
-    for number, param in enumerate(p for group in optimizer.param_groups for p in group["params"]):
-        state = {key.partition("@")[0]: value for key, value in states[param].items()}
-        if isinstance(optimizer, ShardedAdamW):
-            empty = not _local(param).numel()
-            state = {} if empty else {key: _as_bitsandbytes(value) for key, value in state.items()}
-        filled[number] = state
+    filled = dict(enumerate(states[p] for group in optimizer.param_groups for p in group["params"]))
     optimizer.load_state_dict({"state": filled, "param_groups": optimizer.state_dict()["param_groups"]})
 
 

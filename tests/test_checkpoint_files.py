@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ from checkpoint_files import (
     remove_checkpoints,
     steps_in,
 )
+from config import UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 TENSORS = {
@@ -82,7 +84,7 @@ DAMAGE = {
         lambda f: (f / MANIFEST).write_text((f / MANIFEST).read_text().replace('"step": 9', '"step": 8')),
         "was changed",
     ),
-    "its version": (lambda f: edit(f, lambda m: m.update(version=99)), "another version"),
+    "its step": (lambda f: edit(f, lambda m: m.update(step=8)), "is of step 8"),
     "a file's name": (lambda f: edit(f, lambda m: m["files"][0].update(name="../../x")), "other files"),
     "a dtype": (lambda f: edit(f, lambda m: m["tensors"]["half"].update(dtype="nn")), "unknown dtype"),
 }
@@ -100,6 +102,39 @@ def test_a_damaged_checkpoint_is_none_and_the_one_before_is_found(kind, tmp_path
     told = []
     assert newest_whole(tmp_path, told.append).step == 7
     assert len(told) == 1 and "step-00000009" in told[0]
+
+
+def become_a_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def become_a_loop(path: Path) -> None:
+    path.unlink()
+    path.symlink_to(path)
+
+
+def become_large(path: Path) -> None:
+    path.write_text("")
+    os.truncate(path, 2**40)
+
+
+UNKNOWN = {
+    "another version": (lambda f: edit(f, lambda m: m.update(version=99)), "made by another version"),
+    "a read error": (lambda f: become_a_loop(f / FILE), f"{FILE}: Too many levels"),
+    "no file": (lambda f: become_a_folder(f / MANIFEST), f"{MANIFEST}: is not a file"),
+    "a large manifest": (lambda f: become_large(f / MANIFEST), "bytes; at most"),
+}
+
+
+@pytest.mark.parametrize("kind", UNKNOWN)
+def test_what_may_be_whole_is_not_passed_over(kind, tmp_path):
+    """The run would go on from the one before, and remove it."""
+    damage, reason = UNKNOWN[kind]
+    write(tmp_path, 7)
+    damage(write(tmp_path, 9))
+    with pytest.raises(UserError, match=reason):
+        newest_whole(tmp_path, pytest.fail)
 
 
 def test_a_write_that_was_cut_leaves_no_checkpoint(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -17,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 import data
 from benchmarks.make_checkpoint import byte_tokenizer
+from checkpoint_files import folder_of
 from config import UserError
 from data import Step, StepSampler, prepare
 from faults import BAD_STEPS, BadSteps
@@ -25,7 +27,8 @@ from optimizers import make_optimizer
 from prefetch import ahead
 from tests import tiny
 from tests.runs import train_run
-from tracking import Metrics, NoTracker, Reading
+from tests.test_resume import lines, run
+from tracking import Metrics, NoTracker, Reading, append
 
 ROOT = Path(__file__).parent.parent
 BAD_ROW = 5  # of 12, from 1
@@ -68,6 +71,19 @@ def test_a_nan_step_changes_nothing_on_any_rank(poisoned, two_ranks, tmp_path):
     assert BAD_ROW in rows
     expected = {"step": 2, "epoch": 0.6667, "loss": "nan", "grad_norm": "nan", "rows": rows}
     assert lines == [expected] * 2, "of two runs, by rank 0 alone"
+
+
+def test_a_resumed_run_tells_of_a_bad_step_once(poisoned, two_ranks, tmp_path):
+    """Killed after the bad step, it goes on from before it, when there was no such line, and from after it."""
+    argv = [*map(str, poisoned), "--batch_size", "2", "--max_steps", "3", "--save_every", "1", "--keep", "-1"]
+    argv += ["--output_dir", str(tmp_path), "--log_to", "stdout"]
+    two_ranks(run, argv)
+    told = (tmp_path / BAD_STEPS).read_text()
+    assert [json.loads(line)["step"] for line in told.splitlines()] == [2]
+    for step in (2, 1):
+        two_ranks(run, [*argv, "--resume", str(folder_of(tmp_path, step))])
+        assert (tmp_path / BAD_STEPS).read_text() == told
+        assert [m.get("bad_steps") for m in lines(tmp_path)] == [None, 1, 1]
 
 
 def sampled_rows(args, step: int) -> list[int]:
@@ -197,6 +213,50 @@ def test_secrets_are_in_no_file_of_a_run(ended):
     texts = {str(path): path.read_bytes() for path in files} | {"output": (shown + errors).encode()}
     for secret in SECRETS.values():
         assert [name for name, text in texts.items() if secret.encode() in text] == []
+
+
+TALKING = """
+import os, signal, sys
+import launch
+
+def talk(place):
+    os.kill(os.getpid(), signal.SIGUSR1)
+    for _ in range(100):
+        print("x" * 1000, flush=True)
+
+if __name__ == "__main__":
+    sys.exit(launch.start(talk, 1, (), "localhost", None))
+"""
+
+
+def test_a_full_disk_under_the_output_ends_no_rank(small_disk, tmp_path):
+    """Nor does a SIGUSR1 that comes before the rank listens."""
+    (tmp_path / "talking.py").write_text(TALKING)
+    fill(small_disk, leave=8 * 4096)
+    with (small_disk / "log").open("wb") as log:
+        command = [sys.executable, str(tmp_path / "talking.py")]
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        status = subprocess.run(command, env=environment, stdout=log, stderr=log, timeout=100).returncode
+    assert status == 0 and 4096 < (small_disk / "log").stat().st_size < 50_000
+
+
+def fill(disk: Path, leave: int = 0) -> None:
+    with contextlib.suppress(OSError), (disk / "others").open("wb", buffering=0) as file:
+        while file.write(bytes(4096)):
+            pass
+    os.truncate(disk / "others", (disk / "others").stat().st_size - leave)
+
+
+def test_lines_that_a_full_disk_does_not_take_are_lost_as_a_whole(small_disk):
+    told = []
+    fill(small_disk, leave=4096)
+    append(small_disk / "lines", "first\n", told.append)
+    append(small_disk / "lines", "second" * 1000 + "\n", told.append)
+    append(small_disk / "lines", "third\n", told.append)
+    assert (small_disk / "lines").read_text() == "first\nthird\n"
+    assert [text.partition("(")[0] for text in told] == [
+        f"WARNING: {small_disk / 'lines'}: No space left on device; lines of it are lost, and training goes on"
+    ]
 
 
 def test_a_thread_that_makes_batches_and_fails_is_told():

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from safetensors.torch import load_file, save_file
 
 import launch
 import nodes
+from checkpoint_files import Saved
 from checks import check
 from command_line import parse
 from config import UserError
@@ -186,6 +188,24 @@ def test_nodes_that_disagree(name, two_nodes, two_ranks, tmp_path):
         damage(other)
     errors = two_ranks(prepare_on, [two_nodes[0], other], [arguments(0), arguments(1, *options)])
     assert errors[0] == errors[1] and [w for w in words if w not in errors[0]] == []
+
+
+def test_nodes_that_see_other_checkpoints(two_nodes, two_ranks, monkeypatch):
+    """Of a folder that they do not share: one would go on, and the other begin, and wait for ever."""
+    errors = two_ranks(prepare_with_checkpoint, two_nodes, [arguments(i) for i in range(2)])
+    assert errors[0] == errors[1]
+    assert errors[0].startswith("the nodes disagree on the checkpoint to go on from: step 3 on node 0 (")
+    assert "none on node 1" in errors[0]
+
+
+def prepare_with_checkpoint(place, folders, argvs):
+    """`prepare_on`, where the first node has found a checkpoint."""
+    found = Saved(Path("checkpoints/step-00000003"), 3, {}, {}) if place.rank == 0 else None
+    with as_node(place, folders[place.rank]):
+        try:
+            nodes.prepare(lambda: replace(check(parse(argvs[place.rank])[0]), saved=found), place.rank, 2, 0)
+        except UserError as e:
+            return str(e)
 
 
 def test_what_is_wrong_on_one_node_is_told_on_all(two_nodes, two_ranks, tmp_path):

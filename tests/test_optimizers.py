@@ -10,6 +10,7 @@ from itertools import pairwise
 import bitsandbytes
 import pytest
 import torch
+from bitsandbytes import functional
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -22,7 +23,14 @@ from model_files import CheckpointFiles
 from models import FAMILIES, build_on_meta, read_config
 from models.adapters import apply_method
 from models.family import clean
-from optimizers import OPTIMIZERS, check_optimizer, lr_factor, make_optimizer, make_schedule
+from optimizers import (
+    OPTIMIZERS,
+    check_optimizer,
+    lr_factor,
+    make_optimizer,
+    make_schedule,
+    merged_blocks,
+)
 from precision import Precision
 from tests.runs import train_run
 
@@ -193,6 +201,43 @@ def test_state_of_other_shards_or_optimizers_is_refused(shape, name):
     two = make_optimizer([nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(2))], "adamw_8bit", LR, 0.0)
     with pytest.raises(ValueError, match="other parameter groups"):
         optimizer.load_state_dict(two.state_dict())
+
+
+def blocks(moments: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Two moments as bitsandbytes would have them."""
+    made = {}
+    for key, moment in zip("12", moments, strict=True):
+        made[f"state{key}"] = moment
+        if moment.numel() >= 4096:
+            made[f"qmap{key}"] = table = functional.create_dynamic_map(signed=key == "1")
+            made[f"state{key}"], state = functional.quantize_blockwise(moment, table, blocksize=256)
+            made[f"absmax{key}"] = state.absmax
+    return made
+
+
+@pytest.mark.parametrize("rows, eight", [(slice(1, 60), True), (slice(40, 50), False)])
+def test_8_bit_moments_of_other_rows(rows, eight):
+    """Rows of a shard of 48 rows, in 8 bits, and of one of 16, in 32 bits; of very different sizes."""
+    first = torch.randn(64, 100) * torch.logspace(-2, 0, 64)[:, None]
+    whole = [first, first.square()]
+    parts = [(blocks([m[:48] for m in whole]), slice(rows.start, 48)),
+             (blocks([m[48:] for m in whole]), slice(0, rows.stop - 48))]  # fmt: skip
+    merged = merged_blocks(parts)
+    assert set(merged) == {
+        f"{name}{i}" for name in ("state", "absmax", "qmap")[: 3 if eight else 1] for i in "12"
+    }
+    for key, moment in zip("12", whole, strict=True):
+        got = merged[f"state{key}"]
+        assert got.dtype == (torch.uint8 if eight else torch.float32) and got.shape == moment[rows].shape
+        if eight:
+            scales = {"absmax": merged[f"absmax{key}"], "code": merged[f"qmap{key}"]}
+            got = functional.dequantize_blockwise(got, **scales, blocksize=256)
+        assert 1e-3 < (got - moment[rows]).norm() / moment[rows].norm() < 0.02
+
+
+def test_8_bit_moments_of_the_same_rows_stay():
+    state = blocks([torch.randn(64, 100), torch.rand(64, 100)])
+    assert merged_blocks([(state, slice(0, 64))]) is state
 
 
 def test_state_before_the_first_step_goes_round():

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -13,11 +14,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import checkpoint_files
+import resume
 import train
 from checkpoint_files import folder_of, steps_in
 from command_line import parse
 from config import UserError
+from precision import choose_precision
+from stopping import Stopping
 from tests.runs import whole_run
+from tests.test_checkpoint_files import edit
+from tests.test_train import wandb_records
 from tracking import Meter, Metrics, make_tracker
 
 RUN = (  # an epoch has 10 steps; of half the rows, packed, 5 at most
@@ -130,6 +136,63 @@ def test_another_number_of_ranks_changes_rounding_only(
         torch.testing.assert_close(adapter(folder), adapter(undisturbed), rtol=1e-3, atol=1e-4)
 
 
+KINDS = {
+    "bnb_dora": ["--train_type", "bnb_dora", "--lora_rank", "6", "--lr", "1e-2"],
+    "dora": ["--train_type", "dora", "--lora_rank", "6", "--lr", "1e-2"],
+    "full": ["--train_type", "full", "--lr", "1e-3"],
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_of_one_rank_goes_on_in_two(kind, source, one_rank, two_ranks, tmp_path):
+    argv = [*source, *KINDS[kind], *"--batch_size 1 --num_epochs 2 --max_steps 5 --log_to stdout".split()]
+    argv += ["--lr_scheduler", "cosine", "--context_length", "256"]
+    whole, folder = tmp_path / "whole", tmp_path / "run"
+    one_rank(run, [*argv, "--gradient_accumulation_steps", "4", "--output_dir", str(whole)])
+    again = [*argv, "--output_dir", str(folder), "--resume", "auto"]
+    one_rank(run, [*again, "--gradient_accumulation_steps", "4"], Signals({2: signal.SIGTERM}))
+    assert (
+        "5 steps, the last 3 of them in" in two_ranks(run, [*again, "--gradient_accumulation_steps", "2"])[0]
+    )
+    for name in ("loss", "grad_norm"):
+        ours, theirs = ([line[name] for line in lines(f)] for f in (folder, whole))
+        torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), rtol=2e-4, atol=1e-5)
+    ours, theirs = weights(folder), weights(whole)
+    assert ours.keys() == theirs.keys() and ours
+    for name in theirs:  # Adam's first steps go by the sign of a gradient, also of one that is all rounding
+        error = (ours[name].float() - theirs[name].float()).norm() / theirs[name].float().norm()
+        assert error < 1e-3, name
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Of the result of a RUN."""
+    return {name: t for path in folder.glob("*.safetensors") for name, t in load_file(path).items()}
+
+
+def test_a_checkpoint_holds_no_frozen_weights(stopped):
+    tensors = checkpoint_files.read_checkpoint(folder_of(stopped, 3)).tensors
+    kinds = {name.rpartition(".")[2] for name in tensors if not name.startswith("random.")}
+    assert kinds == {"lora_A", "lora_B", "magnitude_change"}
+    assert {name.partition("@")[0] for name in tensors if name.startswith("random.")} >= {"random.cpu"}
+
+
+def test_wandb_goes_on_with_its_run(source, one_rank, tmp_path):
+    argv = [*source, *QUIET, "--max_steps", "4", "--output_dir", str(tmp_path), "--resume", "auto"]
+    argv += ["--log_to", "wandb"]
+    one_rank(run, argv, Signals({2: signal.SIGTERM}))
+    time.sleep(1.1)  # wandb names its folders by the second
+    one_rank(run, argv)
+    steps = {}
+    files = sorted(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+    for file in files:
+        for record in wandb_records(file):
+            if record.WhichOneof("record_type") == "run":
+                run_id = record.run.run_id
+            if record.WhichOneof("record_type") == "history":
+                steps.setdefault(run_id, []).append(record.history.step.num)
+    assert len(files) == 2 and list(steps.values()) == [[1, 2, 3, 4]]
+
+
 def test_evaluation_goes_on(source, two_ranks, tmp_path):
     """At a rate of 0 no evaluation is better than the first, which is the best; after one more the run stops early."""
     argv = [*source, *QUIET, "--lr", "0", "--eval_share", "0.2", "--eval_every", "2", "--sample_every", "4"]
@@ -152,8 +215,20 @@ def test_a_limit_of_time_and_regular_checkpoints(source, one_rank, tmp_path):
     argv += ["--keep", "3"]
     printed = one_rank(run, [*argv, "--max_minutes", "0.0001"])[0]
     assert "stopped at step 1 of 7 (--max_minutes)" in printed and "python train.py --config" in printed
-    assert "checkpoints: 4; training stood still for 0." in one_rank(run, argv)[0]
+    ((printed, seconds),) = one_rank(run_and_time, argv)
+    assert "checkpoints: 4; training stood still for 0." in printed
+    assert len(seconds) == 4 and min(seconds) > 0
     assert steps_in(tmp_path / "run") == [7, 6, 4]
+
+
+def run_and_time(place, argv: list[str]) -> tuple[str, list[float]]:
+    """(what the run printed, what --max_minutes was told of its checkpoints)."""
+    seconds, before = [], Stopping.saved_in
+    Stopping.saved_in = lambda _, each: seconds.append(each)
+    try:
+        return run(place, argv), seconds
+    finally:
+        Stopping.saved_in = before
 
 
 class Filling:
@@ -245,6 +320,16 @@ def test_another_run_is_refused(option, source, copied):
     assert OTHERS[option] in str(refused.value)
 
 
+def test_another_machines_precision_is_refused(source, copied, monkeypatch):
+    """auto is fp16 on GPUs without bf16, and no run of a CPU's fp32 goes on there."""
+    assert resumed(source, copied, "--precision", "fp32").saved.step == 3, "what auto is here"
+    monkeypatch.setattr(resume, "precision_here", lambda name: choose_precision(name, True, False))
+    with pytest.raises(
+        UserError, match="which on this machine is float32 under autocast to float16, not float32"
+    ):
+        resumed(source, copied)
+
+
 FREE = "--max_steps 9 --save_every 5 --log_to tqdm --wrap_policy sublayer --use_gradient_checkpointing false"
 
 
@@ -283,6 +368,16 @@ def test_a_run_without_its_metrics_is_refused(source, copied):
         resumed(source, copied)
 
 
+@pytest.mark.parametrize("name", checkpoint_files.GROWING_FILES)
+def test_a_link_among_its_files_is_not_followed(name, source, copied, tmp_path):
+    other = tmp_path / "other"
+    other.write_bytes(bytes(10**6))
+    (copied / name).unlink(missing_ok=True)
+    (copied / name).symlink_to(other)
+    with pytest.raises(UserError, match=f"{name}: is a link"):
+        resumed(source, copied)
+
+
 def test_a_damaged_checkpoint_is_refused_or_passed_over(source, copied, capsys):
     (folder_of(copied, 3) / "rank-00001.safetensors").unlink()
     for path in (copied, folder_of(copied, 3)):
@@ -295,17 +390,71 @@ def test_a_damaged_checkpoint_is_refused_or_passed_over(source, copied, capsys):
         resumed(source, copied)
 
 
-def test_8_bit_states_stay_on_their_ranks(source, two_ranks, tmp_path):
-    argv = [*source, *QUIET, "--optimizer", "adamw_8bit", "--max_steps", "3", "--lora_rank", "64"]
-    whole, folder = tmp_path / "whole", tmp_path / "run"
+def lie(folder: Path, change) -> None:
+    """In the manifest of the copy's checkpoint, which is whole all the same."""
+    edit(folder_of(folder, 3), change)
+
+
+A = "model.model.layers.0.self_attn.q_proj.lora_A"
+LIES = {
+    "nothing of the run": (lambda m: m["run"].clear(), "is no checkpoint of this program"),
+    "a parameter more": (lambda m: m["tensors"].update({A + "x": m["tensors"][A]}), "holds other parameters"),
+    "a parameter less": (lambda m: m["tensors"].pop(A), "holds other parameters"),
+    "a state of nothing": (
+        lambda m: m["tensors"].update({"optimizer.x.y": m["tensors"][A]}),
+        "other parameters",
+    ),
+    "a shape": (lambda m: m["tensors"][A].update(shape=[9, 9]), "cannot be loaded"),
+    "a chunk": (lambda m: m["tensors"][A]["chunks"][0][1].reverse(), "cannot be loaded"),
+}
+
+
+@pytest.mark.parametrize("kind", LIES)
+def test_a_checkpoint_that_lies_ends_in_a_line(kind, source, copied, two_ranks):
+    change, reason = LIES[kind]
+    lie(copied, change)
+    for error in two_ranks(refused, [*source, *QUIET, "--output_dir", str(copied), "--resume", "auto"]):
+        assert reason in error and str(folder_of(copied, 3)) in error
+
+
+def refused(place, argv: list[str]) -> str:
+    try:
+        run(place, argv)
+    except UserError as e:
+        return str(e)
+
+
+def test_8_bit_states_go_over_to_other_ranks(source, one_rank, two_ranks, tmp_path):
+    """Of 51 x 160 weights one rank has more than the 4,096 that take 8 bits, and the other less."""
+    argv = [*source, *QUIET, "--optimizer", "adamw_8bit", "--lora_rank", "51", "--resume", "auto"]
+    whole, folder, other = (tmp_path / name for name in ("whole", "run", "other"))
     two_ranks(run, [*argv, "--output_dir", str(whole)])
-    again = [*argv, "--output_dir", str(folder), "--resume", "auto"]
+    again = [*argv, "--output_dir", str(folder)]
     two_ranks(run, again, Signals({2: signal.SIGTERM}))
-    assert any("@1." in name for name in checkpoint_files.read_checkpoint(folder_of(folder, 2)).tensors)
-    with pytest.raises(UserError, match="8-bit states of --optimizer adamw_8bit are of 2 processes"):
-        train.check(parse([*again, "--world_size", "1", "--gradient_accumulation_steps", "4"])[0])
+    shutil.copytree(folder, other)
+    kinds = {(name[-1], t["dtype"]) for name, t in states(folder, 2).items()}
+    assert kinds == {("0", "uint8"), ("0", "float32"), ("1", "float32")}
     two_ranks(run, again)
     assert repeated(folder) == repeated(whole)
+    again = [*argv, "--output_dir", str(other)]
+    one_rank(run, [*again, "--gradient_accumulation_steps", "4"], Signals({4: signal.SIGTERM}))
+    assert {name[-1] for name in states(other, 4)} == {"0"}
+    two_ranks(run, again)
+    for name in ("loss", "grad_norm"):
+        ours, theirs = (torch.tensor([line[name] for line in lines(f)]) for f in (other, whole))
+        torch.testing.assert_close(ours, theirs, rtol=2e-4, atol=0)
+    ours, theirs = adapter(other), adapter(whole)
+    assert max((ours[name] - theirs[name]).norm() / theirs[name].norm() for name in theirs) < 0.02
+
+
+def states(folder: Path, step: int) -> dict[str, dict]:
+    """The first moments of a checkpoint, {parameter@rank: tensor}."""
+    tensors = checkpoint_files.read_checkpoint(folder_of(folder, step)).tensors
+    return {
+        n.split(".", 2)[2] + n.split(".", 2)[1]: t
+        for n, t in tensors.items()
+        if n.startswith("optimizer.state1")
+    }
 
 
 # Determinism

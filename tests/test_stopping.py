@@ -85,6 +85,21 @@ def test_a_run_ends_before_its_limit(alone, clock):
     assert asked.reason == "--max_minutes"
 
 
+def test_a_checkpoint_that_takes_long_is_waited_for(alone, clock):
+    asked = Stopping(0, time.time(), max_minutes=5, save_minutes=0)
+    clock(10)
+    assert asked.agree(last=False) == (False, False)
+    asked.saved_in(100)
+    clock(20)
+    asked.saved_in(60)
+    assert asked.agree(last=False) == (False, False)
+    for seconds in range(30, 191, 10):
+        clock(seconds)
+        assert asked.agree(last=False) == (False, False)
+    clock(200)  # 300 are the limit: a step of 10 and a checkpoint of 100 come too late
+    assert asked.agree(last=False) == (True, False)
+
+
 def test_nothing_is_asked_for_without_a_listener():
     assert NEVER.agree(last=False) == (False, False) and NEVER.reason == ""
 

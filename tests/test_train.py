@@ -25,6 +25,7 @@ from safetensors.torch import load_file
 
 import launch
 import train
+from checkpoint_files import newest_whole
 from command_line import parse
 from config import TOY_PROMPT
 from optimizers import lr_factor
@@ -336,7 +337,7 @@ def test_signals_save_and_stop(checkpoints, alpaca_file, tmp_path):
     signal.signal(signal.SIGINT, previous)
     wait_for_steps(process, out / "metrics.jsonl")
     process.send_signal(signal.SIGUSR1)
-    (saved,) = wait_for(lambda: list(out.glob("checkpoints/step-*/manifest.json")), process)
+    (saved,) = wait_for(lambda: list(out.glob("checkpoints/step-????????/manifest.json")), process)
     steps = len(losses(out))
     wait_for(lambda: len(losses(out)) > steps, process)
     ranks = ranks_of(process)
@@ -351,6 +352,25 @@ def test_signals_save_and_stop(checkpoints, alpaca_file, tmp_path):
     assert f"stopped at step {step} of 100000 (SIGINT); go on with:" in shown
     assert {p.name for p in out.glob("checkpoints/*")} == {saved.parent.name, f"step-{step:08d}"}
     assert not any(r.is_running() and r.status() != psutil.STATUS_ZOMBIE for r in ranks)
+
+
+def test_a_second_signal_ends_a_step_that_does_not(checkpoints, alpaca_file, tmp_path):
+    """The first waits for the end of the step, which lasts; after the second nothing is left but whole checkpoints."""
+    script, out = tmp_path / "sleeping.py", tmp_path / "out"
+    sleeping = 'if calls == 3:\n        __import__("time").sleep(100)'
+    body = RAISING[: RAISING.index("if calls == 3")] + sleeping + RAISING[RAISING.index("\n    return") :]
+    script.write_text(body.format(root=str(ROOT)))
+    args = small(checkpoints, alpaca_file, out, "--save_every", "1", "--max_steps", "9", "--num_epochs", "9")
+    command = [sys.executable, str(script), *map(str, args)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: list(out.glob("checkpoints/step-00000002/manifest.json")), process)
+    process.terminate()
+    time.sleep(1.5)
+    assert process.poll() is None, "it waits for the step"
+    process.terminate()
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 128 + signal.SIGTERM and err.endswith("ended by SIGTERM\n")
+    assert newest_whole(out, pytest.fail).step == 2
 
 
 def wandb_records(path: Path):
