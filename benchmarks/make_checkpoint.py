@@ -1,6 +1,7 @@
 """Makes a random-weight Llama checkpoint of a named shape, for measuring speed and memory without a download.
 
     python -m benchmarks.make_checkpoint FOLDER [SHAPE]     # tiny, 1b, 8b (16 GB, default) or 70b (141 GB)
+    python -m benchmarks.make_checkpoint FOLDER SHAPE empty # the same files, sparse: benchmarks.limited fills them
 
 Weights are normal(0, 0.02), drawn on the GPU if there is one, written in shards of eight layers' size; the
 tokenizer knows the 256 bytes, BOS and EOS.
@@ -9,7 +10,9 @@ tokenizer knows the 256 bytes, BOS and EOS.
 from __future__ import annotations
 
 import json
+import struct
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -20,6 +23,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from benchmarks.shapes import SHAPES
 
 SHARD_BYTES = 4 * 10**9
+STD = 0.02
+EMPTY = "empty"  # a file that says that the shards beside it are holes
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -32,7 +37,31 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
 
 
-def make_checkpoint(folder: Path, shape: str) -> None:
+def _shards(shapes: dict[str, torch.Size]) -> Iterator[dict[str, torch.Size]]:
+    part = {}
+    for name, dims in shapes.items():
+        part[name] = dims
+        if sum(2 * d.numel() for d in part.values()) > SHARD_BYTES:
+            yield part
+            part = {}
+    if part:
+        yield part
+
+
+def _write_empty(path: Path, part: dict[str, torch.Size]) -> None:
+    """A safetensors file of bf16 tensors whose bytes are a hole: it has its size, and takes no room on the disk."""
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for name, dims in part.items():
+        begin, end = end, end + 2 * dims.numel()
+        header[name] = {"dtype": "BF16", "shape": list(dims), "data_offsets": [begin, end]}
+    raw = json.dumps(header).encode()
+    raw += b" " * (-len(raw) % 8)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(raw)) + raw)
+        file.truncate(8 + len(raw) + end)
+
+
+def make_checkpoint(folder: Path, shape: str, empty: bool = False) -> None:
     size = SHAPES[shape]
     config = LlamaConfig(
         hidden_size=size.hidden,
@@ -52,18 +81,22 @@ def make_checkpoint(folder: Path, shape: str) -> None:
         shapes = {name: p.shape for name, p in LlamaForCausalLM(config).named_parameters()}
     folder.mkdir(parents=True, exist_ok=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    generator = torch.Generator(device).manual_seed(0)
-    weight_map, tensors, number = {}, {}, 1
-    for i, (name, dims) in enumerate(shapes.items(), 1):
-        values = torch.ones(dims, device=device, dtype=torch.bfloat16)
-        if len(dims) == 2:
-            values.normal_(0, 0.02, generator=generator)
-        tensors[name] = values.cpu()
-        if i == len(shapes) or sum(t.nbytes for t in tensors.values()) > SHARD_BYTES:
-            file = f"model-{number:05d}.safetensors"
-            save_file(tensors, folder / file, metadata={"format": "pt"})
-            weight_map |= dict.fromkeys(tensors, file)
-            tensors, number = {}, number + 1
+    generator, weight_map = torch.Generator(device).manual_seed(0), {}
+    for number, part in enumerate(_shards(shapes), 1):
+        file = f"model-{number:05d}.safetensors"
+        weight_map |= dict.fromkeys(part, file)
+        if empty:
+            _write_empty(folder / file, part)
+            continue
+        tensors = {}
+        for name, dims in part.items():
+            values = torch.ones(dims, device=device, dtype=torch.bfloat16)
+            if len(dims) == 2:
+                values.normal_(0, STD, generator=generator)
+            tensors[name] = values.cpu()
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+    if empty:
+        (folder / EMPTY).touch()
     total = sum(2 * dims.numel() for dims in shapes.values())
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -73,4 +106,4 @@ def make_checkpoint(folder: Path, shape: str) -> None:
 
 
 if __name__ == "__main__":
-    make_checkpoint(Path(sys.argv[1]), sys.argv[2] if len(sys.argv) > 2 else "8b")
+    make_checkpoint(Path(sys.argv[1]), sys.argv[2] if len(sys.argv) > 2 else "8b", sys.argv[3:] == ["empty"])

@@ -17,12 +17,15 @@ from accelerate.commands.launch import launch_command_parser
 from torch.distributed.run import get_args_parser
 from transformers import AutoConfig, LlamaForCausalLM
 
+import model_files
 from benchmarks import run
+from benchmarks.limited import read_filled
 from benchmarks.make_checkpoint import make_checkpoint
 from benchmarks.options import parse
 from benchmarks.shapes import SHAPES
 from benchmarks.systems import PEERS, SYSTEMS, Setting, System
 from benchmarks.table import Row, markdown, measured, ratio
+from model_files import CheckpointFiles
 
 QLORA = Setting(gpus=1, train_type="qlora", checkpointing="full")
 WORK = ["--batch_size", "2", "--context_length", "256", "--lora_rank", "4", "--steps", "4"]
@@ -299,3 +302,33 @@ def test_more_gpus_than_there_are(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert run.main(["--gpus", "1,4", "--out", str(tmp_path / "out")]) == 2
     assert "--gpus 4: this machine has 2" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_an_empty_checkpoint_is_filled_as_it_is_read(tmp_path, monkeypatch):
+    """And takes no room before or after: the files and tensors of the real one, in train.py's own reading."""
+    for folder, empty in (("real", False), ("empty", True)):
+        make_checkpoint(tmp_path / folder, "tiny", empty)
+    monkeypatch.setattr(model_files, "read_tensor", read_filled)
+    real, files = (CheckpointFiles(tmp_path / folder) for folder in ("real", "empty"))
+    described = [{n: (t.file, t.shape, t.dtype) for n, t in f.tensors.items()} for f in (real, files)]
+    assert described[0] == described[1]
+    norm, weight = "model.norm.weight", "model.layers.1.mlp.up_proj.weight"
+    first = files.read(weight)
+    assert first.shape == (160, 64) and abs(first.float().std() - 0.02) < 1e-3
+    assert torch.equal(files.read(weight), first)
+    assert not torch.equal(files.read("model.layers.0.mlp.up_proj.weight"), first)
+    assert torch.equal(files.read(norm), torch.ones(64, dtype=torch.bfloat16))
+    sizes = [path.stat() for path in (tmp_path / "empty").glob("*.safetensors")]
+    # A hole is whole blocks: what is left of one tensor's first and last belongs to others too.
+    assert sum(s.st_blocks * 512 for s in sizes) < 2**15 < sum(s.st_size for s in sizes)
+
+
+def test_a_limited_run_trains(tmp_path, capfd):
+    make_checkpoint(tmp_path / "empty", "tiny", empty=True)
+    options = (
+        f"--model_name {tmp_path / 'empty'} --output_dir {tmp_path / 'run'} --dataset dummy --world_size 1"
+    )
+    more = "--train_type qlora --context_length 256 --max_steps 2 --save_model false --log_to stdout"
+    command = [sys.executable, "-m", "benchmarks.limited", "1", *options.split(), *more.split()]
+    assert subprocess.run(command, cwd=run.ROOT).returncode == 0
+    assert "2 steps in" in capfd.readouterr().out

@@ -1,0 +1,88 @@
+"""train.py as if each GPU had less memory, and on models that are too big for the disk at hand: what fits?
+
+    python -m benchmarks.make_checkpoint /tmp/70b 70b empty
+    python -m benchmarks.limited 24 --model_name /tmp/70b --dataset dummy --train_type bnb_dora ...
+
+The first number is GiB per GPU; without GPUs it limits nothing. Of a checkpoint that was made `empty` each tensor is
+written into its file just before train.py's own loading reads it there, and its blocks are given back afterwards.
+Linux only.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import os
+import sys
+import zlib
+from functools import cache
+from pathlib import Path
+
+import torch
+
+import model_files
+import train
+from benchmarks.make_checkpoint import EMPTY, STD
+from checks import Job
+from command_line import set_allocator
+from launch import Place
+from tensor_files import StoredTensor, read_tensor
+
+_run_rank = train.run_rank
+GIB = "LIMITED_TO_GIB"  # in the environment, for the ranks
+PUNCH_HOLE = 0x02 | 0x01  # fallocate(2): give the blocks back, keep the size
+
+
+@cache
+def _sample() -> memoryview:
+    """128 MiB of weights, as bytes."""
+    generator = torch.Generator().manual_seed(0)
+    values = torch.empty(2**26, dtype=torch.bfloat16).normal_(0, STD, generator=generator)
+    return memoryview(values.view(torch.uint8).numpy())
+
+
+def _fill(file: int, stored: StoredTensor) -> None:
+    """Norms are ones; of other tensors each has another part of the sample first, by where it stands."""
+    left, at = 2 * math.prod(stored.shape), stored.begin
+    if len(stored.shape) == 1:
+        os.pwrite(file, torch.ones(stored.shape, dtype=torch.bfloat16).view(torch.uint8).numpy(), at)
+        return
+    begin = 2 * (zlib.crc32(f"{stored.file}:{stored.begin}".encode()) % 2**25)
+    while left:
+        done = os.pwrite(file, _sample()[begin : begin + left], at)
+        left, at, begin = left - done, at + done, 0
+
+
+def read_filled(folder: Path, stored: StoredTensor) -> torch.Tensor:
+    """`read_tensor`; of an empty checkpoint after filling it. Raises OSError."""
+    if not (folder / EMPTY).exists():
+        return read_tensor(folder, stored)
+    file = os.open(folder / stored.file, os.O_RDWR)
+    try:
+        _fill(file, stored)
+        tensor = read_tensor(folder, stored)
+        libc = ctypes.CDLL(None, use_errno=True)
+        where = ctypes.c_long(stored.begin), ctypes.c_long(tensor.nbytes)
+        if libc.fallocate(file, PUNCH_HOLE, *where):
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(folder / stored.file))
+        return tensor
+    finally:
+        os.close(file)
+
+
+def run_limited(place: Place, job: Job) -> None:
+    """A rank of train.py's, with less of its GPU."""
+    model_files.read_tensor = read_filled
+    if place.device.type == "cuda":
+        total = torch.cuda.get_device_properties(place.device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(float(os.environ[GIB]) * 2**30 / total, 1.0))
+    _run_rank(place, job)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 2:
+        sys.exit(__doc__)
+    os.environ[GIB] = sys.argv[1]
+    set_allocator()
+    train.run_rank = run_limited
+    sys.exit(train.main(sys.argv[2:]))
