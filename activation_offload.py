@@ -5,11 +5,15 @@ With activation checkpointing all that stays of a layer between its forward and 
 layer's input is fetched while the layer after it is computed, so that neither direction is waited for unless
 the bus is slower than a layer. So is the output of the last projection, which DoRA's magnitude needs in backward
 and nothing else does: to compute it again would be a quarter of a layer's forward.
+
+In which order backward asks for the tensors of one layer is its own business (a compiled layer: all at once). What
+is fetched together, and ahead, is therefore a layer's.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import weakref
+from dataclasses import dataclass, field
 
 import torch
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import ActivationWrapper
@@ -19,22 +23,39 @@ from recompute import Keep, Recomputed
 SMALLEST = 2**16  # bytes: below it a copy costs more than it saves
 
 
-@dataclass
+@dataclass(eq=False)
+class Layer:
+    """What one layer has on the host. tensors: those that backward has not had yet, as far as autograd still holds
+    them; before: the layer whose tensors will be wanted next; ready: when all that was fetched is there."""
+
+    before: Layer | None
+    tensors: list[weakref.ref[Stashed]] = field(default_factory=list)
+    ready: torch.cuda.Event | None = None
+
+
+@dataclass(eq=False)
 class Stashed:
-    """One tensor on the host. before: what was stashed just before it, and will be wanted just after it."""
+    """One tensor on the host."""
 
     host: torch.Tensor
     device: torch.device
-    before: Stashed | None
+    layer: Layer
     fetched: torch.Tensor | None = None
 
 
 class HostStash:
-    """The tensors of one model that are on the host, in the order in which forward made them."""
+    """The tensors of one model that are on the host, by layer, in the order in which forward came to them."""
 
     def __init__(self):
-        self.last: Stashed | None = None
+        self.last: Layer | None = None
         self.stream: torch.cuda.Stream | None = None
+
+    def begin(self, first: bool) -> None:
+        """To be called where a layer begins. first: the model's first one."""
+        if first:
+            self.last = None
+        if self.last is None or self.last.tensors:  # a layer that stashed nothing is passed over
+            self.last = Layer(self.last)
 
     # What torch calls for a tensor that is saved for backward, and when backward wants it.
     def pack(self, tensor: torch.Tensor) -> torch.Tensor | Stashed:
@@ -49,30 +70,42 @@ class HostStash:
             with torch.cuda.stream(self.stream):
                 host.copy_(tensor, non_blocking=True)
             tensor.record_stream(self.stream)  # its memory is not given out again before the copy is done
-        self.last = Stashed(host, tensor.device, self.last)
-        return self.last
+        kept = Stashed(host, tensor.device, self.last)
+        self.last.tensors.append(weakref.ref(kept))
+        return kept
 
     def unpack(self, kept: torch.Tensor | Stashed) -> torch.Tensor:
         if isinstance(kept, torch.Tensor):
             return kept
-        self._fetch(kept)
+        layer = kept.layer
+        self._fetch(layer, kept)
         tensor, kept.fetched = kept.fetched, None
+        layer.tensors = [ref for ref in layer.tensors if ref() not in (None, kept)]
         if self.stream:
-            torch.cuda.current_stream().wait_stream(self.stream)
+            # Not for the stream, which may have begun with the layer before.
+            torch.cuda.current_stream().wait_event(layer.ready)
             tensor.record_stream(torch.cuda.current_stream())
-        if kept.before:
-            self._fetch(kept.before)  # while this layer is computed
-        self.last = kept.before  # backward goes from the last to the first; then a new forward begins
+        if layer.before:
+            self._fetch(layer.before)  # while this layer is computed
         return tensor
 
-    def _fetch(self, kept: Stashed) -> None:
-        if kept.fetched is not None:
+    def _fetch(self, layer: Layer, also: Stashed | None = None) -> None:
+        """Begins to copy back what is not there of a layer's tensors. also: one of them that backward may have had
+        before (retain_graph)."""
+        wanted = [kept for ref in layer.tensors if (kept := ref())]
+        missing = [kept for kept in wanted if kept.fetched is None]
+        if also and also not in wanted:
+            missing.append(also)
+        if not missing:
             return
-        if not self.stream:
-            kept.fetched = kept.host.to(kept.device)
-            return
-        with torch.cuda.stream(self.stream):
-            kept.fetched = kept.host.to(kept.device, non_blocking=True)
+        with torch.cuda.stream(self.stream):  # of None: no more than a block
+            for kept in missing:
+                kept.fetched = self._copy(kept)
+            if self.stream:
+                layer.ready = self.stream.record_event()
+
+    def _copy(self, kept: Stashed) -> torch.Tensor:
+        return kept.host.to(kept.device, non_blocking=True)
 
 
 class Offloaded(ActivationWrapper):
@@ -89,8 +122,7 @@ class Offloaded(ActivationWrapper):
 
     def forward(self, x: torch.Tensor, *args, **kwargs):
         layer = self._checkpoint_wrapped_module
-        if self.first:
-            self.stash.last = None
+        self.stash.begin(self.first)
         # Backward never comes to frozen layers below the first trained one, and would never fetch their inputs.
         if not x.requires_grad and not any(p.requires_grad for p in layer.parameters()):
             return layer(x, *args, **kwargs)

@@ -3,14 +3,17 @@ gradient of both at once, while a chunk's logits are there.
 
 Where the head is frozen, its shards stay where they are: each rank computes the logits of its own part of the
 vocabulary for the tokens of all ranks, and the softmax is put together from the parts. What travels is hidden
-states, not the head (2 GiB for a vocabulary of 128k and 8,192 hidden units), and nothing is gathered. All ranks
-that share a head must therefore bring equally many tokens (data.py). The embedding is looked up likewise.
+states, not the head (2 GiB for a vocabulary of 128k and 8,192 hidden units), and only those of a chunk are gathered
+at a time: the same slice of every rank's tokens. All ranks that share a head must therefore bring equally many tokens
+(data.py). The embedding is looked up likewise.
 
-Shapes: N tokens of this rank, W ranks that share the vocabulary, V vocabulary, S rows of it on this rank, H hidden
-features, C tokens of a chunk.
+Shapes: N tokens of this rank, W ranks that share the vocabulary, V vocabulary, S rows of it on this rank (maybe
+none), H hidden features, C tokens of a chunk, of all ranks.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
@@ -29,6 +32,14 @@ reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sca
 # Of a chunk: large enough for the matmuls' full speed, small beside anything else. Not compiled, there are copies in
 # fp32 as well, and the chunk is a quarter of it.
 LOGITS_BYTES = 2**28
+
+# Of the hidden states in fp32, which more than one rank exchange at a time, however many ranks they are.
+HIDDEN_BYTES = 2**26
+
+# By which fp16's gradients by the logits, at most 1, are formed larger: the loss's scale is not known before backward,
+# and what is below 6e-8 would be lost. Those of a token by its logits sum up to 2 at most, so that by its hidden state
+# the gradient overflows only with a weight of the head above 127.
+FP16_FACTOR = 2.0**8
 
 
 class VocabularyShard:
@@ -60,6 +71,12 @@ class VocabularyShard:
         out = x.new_empty(x.shape[0] // self.size, *x.shape[1:])
         reduce_scatter(out, x, group=self.group)
         return out
+
+    def slices(self, n: int, most: int) -> Iterator[slice]:
+        """Of N = n tokens of every rank, the same on all: each holds at most `most` tokens of all ranks together, or
+        one of each."""
+        size = max(most // self.size, 1)
+        return (slice(i, i + size) for i in range(0, n, size))
 
     def local(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """(row of each token here, whether it is here). The row of others is some row."""
@@ -99,9 +116,14 @@ class ShardedEmbedding(nn.Embedding):
         rows = shard.rows.to(ids.device, non_blocking=True)  # with --use_cpu_offload they are on the host
         if shard.size == 1:
             return F.embedding(ids, rows)
-        index, here = shard.local(shard.gather(ids.flatten()))
-        found = F.embedding(index, rows) if len(rows) else rows.new_zeros(len(index), rows.shape[1])
-        return shard.scatter_sum(found.masked_fill_(~here[:, None], 0)).view(*ids.shape, -1)
+        index, here = shard.local(shard.gather(ids.flatten()[None]))  # [W, N]
+        embedded = rows.new_empty(ids.numel(), rows.shape[1])
+        for at in shard.slices(len(embedded), HIDDEN_BYTES // (4 * rows.shape[1])):
+            tokens, others = index[:, at].flatten(), ~here[:, at].flatten()
+            found = F.embedding(tokens, rows) if len(rows) else rows.new_zeros(len(tokens), rows.shape[1])
+            # Exact in any dtype: all ranks but one add zeros.
+            embedded[at] = shard.scatter_sum(found.masked_fill_(others[:, None], 0))
+        return embedded.view(*ids.shape, -1)
 
 
 class Head(nn.Linear):
@@ -131,6 +153,8 @@ def _logits(z: Tensor, softcap: float | None) -> Tensor:
 def _statistics(z: Tensor, index: Tensor, here: Tensor, softcap: float | None) -> Tensor:
     """Of the logits [C, S] of some rows of the vocabulary: their largest, the sum of the exponentials relative to it,
     and the target's logit where it is here, else 0: [C, 3] fp32."""
+    if not z.shape[1]:
+        return torch.tensor([-torch.inf, 0, 0], device=z.device).expand(len(z), 3)
     logits = _logits(z, softcap)
     largest = logits.amax(1)
     total = (logits - largest[:, None]).exp().sum(1)
@@ -138,14 +162,16 @@ def _statistics(z: Tensor, index: Tensor, here: Tensor, softcap: float | None) -
 
 
 def _gradient(z: Tensor, index: Tensor, here: Tensor, lse: Tensor, softcap: float | None) -> Tensor:
-    """The derivative of the loss of learned tokens by z: softmax - one-hot, and the cap's. [C, S] in z's dtype. lse
-    [C]: the logarithm of the softmax's denominator; infinite where nothing is learned."""
+    """The derivative of the loss of learned tokens by z: softmax - one-hot, and the cap's. [C, S] in z's dtype, in
+    fp16 times FP16_FACTOR. lse [C]: the logarithm of the softmax's denominator; infinite where nothing is learned."""
     logits = _logits(z, softcap)
     columns = torch.arange(z.shape[1], device=z.device)
     one_hot = (columns == index[:, None]) & here[:, None]
     gradient = (logits - lse[:, None]).exp() - one_hot.float()
     if softcap is not None:
         gradient = gradient * (1 - (logits / softcap).square())
+    if z.dtype == torch.float16:
+        gradient = gradient * FP16_FACTOR
     return gradient.to(z.dtype)
 
 
@@ -164,36 +190,43 @@ class _SummedLoss(torch.autograd.Function):
     def forward(ctx, x, rows, targets, shard: VocabularyShard, softcap, compiled: bool):
         of_x, of_rows = ctx.needs_input_grad[:2]
         assert not (of_rows and shard.size > 1), "a head that is trained is gathered"
-        statistics, gradient = KERNELS[compiled]
-        own = slice(shard.rank * len(x), (shard.rank + 1) * len(x))
-        x, targets = shard.gather(x), shard.gather(targets)
+        statistics, gradient = KERNELS[compiled and len(rows) > 0]
+        ctx.fp16 = fp16 = x.dtype == torch.float16
+        targets = shard.gather(targets[None])  # [W, N]
         index, here = shard.local(targets)
         here &= (learned := targets != IGNORE)
         losses = torch.zeros(len(x), dtype=torch.float32, device=x.device)
         grad_x = torch.empty_like(x) if of_x else None
         grad_rows = torch.zeros_like(rows, dtype=torch.float32) if of_rows else None
         n_bytes = LOGITS_BYTES if compiled else LOGITS_BYTES // 4
-        chunk = max(n_bytes // (shard.most * x.element_size()), 1)  # the same on all ranks, which exchange
-        for at in (slice(i, i + chunk) for i in range(0, len(x), chunk)):
-            z = F.linear(x[at], rows)
-            largest, total, picked = shard.gather(statistics(z, index[at], here[at], softcap)[None]).unbind(2)
+        most = n_bytes // (shard.most * x.element_size())  # the same on all ranks, which exchange
+        if shard.size > 1:
+            most = min(most, HIDDEN_BYTES // (4 * x.shape[1]))
+        for at in shard.slices(len(x), most):
+            states, tokens = shard.gather(x[at]), index[:, at].flatten()
+            mine, known = here[:, at].flatten(), learned[:, at].flatten()
+            z = F.linear(states, rows)
+            largest, total, picked = shard.gather(statistics(z, tokens, mine, softcap)[None]).unbind(2)
             top = largest.amax(0)
             lse = top + (total * (largest - top).exp()).sum(0).log()
-            losses[at] = torch.where(learned[at], lse - picked.sum(0), 0)
+            losses[at] = torch.where(known, lse - picked.sum(0), 0).view(shard.size, -1)[shard.rank]
             if of_x or of_rows:
-                z = gradient(z, index[at], here[at], lse.masked_fill(~learned[at], torch.inf), softcap)
-            if of_x:
+                z = gradient(z, tokens, mine, lse.masked_fill(~known, torch.inf), softcap)
+            if of_x and shard.size == 1:
                 torch.mm(z, rows, out=grad_x[at])
-            if of_rows:
-                grad_rows += z.t() @ x[at]
-        ctx.save_for_backward(shard.scatter_sum(grad_x) if of_x else None, grad_rows)
-        return losses[own].sum()
+            elif of_x:  # in 16 bits the sum would be rounded for every rank
+                grad_x[at] = shard.scatter_sum((z @ rows).float())
+            if of_rows:  # of a sum over tokens, which has no such bound, the factor is taken out before
+                grad_rows += z.t() @ (states / FP16_FACTOR if fp16 else states)
+        ctx.save_for_backward(grad_x, grad_rows)
+        return losses.sum()
 
     @staticmethod
     def backward(ctx, grad):
         of_x, of_rows = ctx.saved_tensors
+        share = grad / FP16_FACTOR if ctx.fp16 else grad
         return (
-            None if of_x is None else (of_x.float() * grad).to(of_x.dtype),
+            None if of_x is None else (of_x.float() * share).to(of_x.dtype),
             None if of_rows is None else of_rows * grad,
             None,
             None,

@@ -23,7 +23,7 @@ import memory
 from checks import Job
 from config import METHODS, Config, UserError, shown
 from launch import Place
-from loss import LOGITS_BYTES
+from loss import HIDDEN_BYTES, LOGITS_BYTES
 from memory import PEAKS, WeightBytes, size
 from models import FAMILIES, build_on_meta
 from models.adapters import apply_method
@@ -115,9 +115,12 @@ def estimate(config: Config, shape: Shape) -> float:
     else:
         kept, inner = inner * shape.layers, 0
     chunk = min(LOGITS_BYTES, rows * shape.vocabulary * precision.matmul.itemsize)
-    # A frozen head stays in its shards, and the hidden states of all its ranks come to each; a trained one is gathered.
-    states = rows * shape.hidden * precision.matmul.itemsize * (1 if shape.ends else shards)
-    loss = LOGITS * chunk + 2 * states + 2 * shape.ends
+    # A frozen head stays in its shards, and blocks of the hidden states of all its ranks come to each, with their
+    # gradient in 16 bits and in fp32; a trained one is gathered.
+    states = 2 * rows * shape.hidden * precision.matmul.itemsize
+    if shards > 1 and not shape.ends:
+        states += 2 * min(HIDDEN_BYTES, 4 * rows * shards * shape.hidden)
+    loss = LOGITS * chunk + states + 2 * shape.ends
     return resident + kept + max(gathered + inner, loss + strategy.keep * gathered)
 
 

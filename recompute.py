@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import warnings
 from collections.abc import Callable
 from functools import partial
 
@@ -92,9 +93,27 @@ def compiles(wanted: str, device: torch.device, family: Family) -> bool:
 
 def compiler(backend: str = "inductor") -> Callable:
     """What compiles the layers of a model: those that are alike share a compilation."""
-    # Per degree, kind of layer (some families alternate) and fixed or variable length of the rows.
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
-    return torch.compile(_run, fullgraph=True, backend=backend)
+    # What is not used any more goes back to the allocator at once. Inductor would keep it for a later result of the same
+    # shape: of an MLP's widest activations one more would be there at the moment that needs most memory.
+    options = {"allow_buffer_reuse": False} if backend == "inductor" else None
+    return torch.compile(_run, fullgraph=True, backend=backend, options=options)
+
+
+# Of one kind of layer: by degree, input with and without a gradient, fixed or variable length and number of rows, a
+# single row, and what layers differ in beside their parameters (some families alternate). More than it should need.
+GRAPHS = 32
+
+
+def allow_graphs(layers: list[Recomputed]) -> None:
+    """Lets the compiler make GRAPHS of each kind of layer. Kinds differ in their parameters: --lora_target_modules may
+    name other linears in each layer."""
+    kinds = {
+        tuple((name, p.shape, p.dtype, p.requires_grad) for name, p in layer.named_parameters())
+        for layer in layers
+    }
+    config, most = torch._dynamo.config, GRAPHS * len(kinds)
+    config.recompile_limit = max(config.recompile_limit, most)
+    config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, most)
 
 
 class Recomputed(ActivationWrapper):
@@ -112,7 +131,14 @@ class Recomputed(ActivationWrapper):
         keep = self.keep
         if keep is not Keep.ALL and not self.trained and not args[0].requires_grad:
             keep = Keep.ALL  # backward never comes to frozen layers below the first trained one
-        return self.run(layer, keep, *args, **kwargs)
+        try:
+            return self.run(layer, keep, *args, **kwargs)
+        except torch._dynamo.exc.FailOnRecompileLimitHit:  # before anything was computed
+            limit = torch._dynamo.config.recompile_limit
+            told = f"after {limit} compilations no more are made (--compile): some layers run as they are"
+            warnings.warn(told, stacklevel=2)
+            self.run = _run
+            return _run(layer, keep, *args, **kwargs)
 
 
 class ActivationBudget:

@@ -31,7 +31,7 @@ from loss import shard_vocabulary
 from models.dora import DoRALinear
 from models.family import Family
 from quantize_layers import Linear4bit
-from recompute import Keep, Recomputed
+from recompute import Keep, Recomputed, allow_graphs
 
 
 @dataclass(frozen=True)
@@ -162,6 +162,8 @@ def wrap(
         if offload_activations or kept:
             layers[i] = Offloaded(layers[i], stash, inputs=offload_activations, results=kept, first=i == 0)
         shard(layers[i])
+    if run:
+        allow_graphs([m for m in layers.modules() if isinstance(m, Recomputed)])
     head, embedding = model.get_submodule(family.head), model.get_submodule(family.embedding)
     head.compiled = run is not None
     frozen = [m for m in (embedding, head) if not m.weight.requires_grad and sharded]

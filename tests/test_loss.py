@@ -18,12 +18,12 @@ from wrapping import make_mesh
 HIDDEN, VOCABULARY, TOKENS = 16, 301, 23  # 301: two ranks get 151 and 150 rows, four 76, 76, 76, 73
 
 
-def case(seed: int, dtype=torch.float32):
+def case(seed: int, dtype=torch.float32, vocabulary: int = VOCABULARY):
     """(hidden states [1, T, H], a head's weight, targets [1, T], of which some are not learned)."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(1, TOKENS, HIDDEN, generator=generator).to(dtype)
-    weight = torch.randn(VOCABULARY, HIDDEN, generator=torch.Generator().manual_seed(99))
-    targets = torch.randint(0, VOCABULARY, (1, TOKENS), generator=generator)
+    weight = torch.randn(vocabulary, HIDDEN, generator=torch.Generator().manual_seed(99))
+    targets = torch.randint(0, vocabulary, (1, TOKENS), generator=generator)
     return x, weight.to(dtype), targets.masked_fill(torch.rand(1, TOKENS, generator=generator) < 0.4, IGNORE)
 
 
@@ -71,40 +71,104 @@ def test_nothing_learned_is_nothing_lost():
     assert total == 0 and not leaf.grad.any()
 
 
-def parts(place, softcap):
-    """(loss, gradient of x, logits, embedded tokens) of this rank's tokens, by its part of the vocabulary."""
-    x, weight, targets = (t.to(place.device) for t in case(place.rank))
+def sharded(place, weight: torch.Tensor) -> tuple[Head, nn.Embedding]:
+    """A head and an embedding tied to it, of which this rank has its rows of the weight."""
     with torch.device("meta"):
-        embedding = nn.Embedding(VOCABULARY, HIDDEN)
-        head = Head(HIDDEN, VOCABULARY, bias=False)
-    head.weight = embedding.weight  # tied
+        embedding = nn.Embedding(*weight.shape)
+        head = Head(HIDDEN, len(weight), bias=False)
+    head.weight = embedding.weight
     embedding.weight.requires_grad_(False)
     shard_vocabulary([embedding, head], make_mesh(place.device.type, place.world, "full_shard", place.world))
     assert isinstance(embedding, ShardedEmbedding) and embedding.weight is head.weight
-    chunks = weight.chunk(place.world)
-    local = torch.empty_like(head.weight.to_local(), device=place.device).copy_(chunks[place.rank])
+    most = -(-len(weight) // place.world)
+    local = torch.empty_like(head.weight.to_local(), device=place.device, dtype=weight.dtype)
+    local.copy_(weight[most * place.rank : most * (place.rank + 1)])
     sharded = type(head.weight.data).from_local(
         local, head.weight.device_mesh, head.weight.placements, shape=weight.shape, stride=weight.stride()
     )
     head.weight = embedding.weight = nn.Parameter(sharded, requires_grad=False)
+    return head, embedding
+
+
+def parts(place, softcap, vocabulary: int = VOCABULARY):
+    """(loss, gradient of x, logits, embedded tokens) of this rank's tokens, by its part of the vocabulary."""
+    x, weight, targets = (t.to(place.device) for t in case(place.rank, vocabulary=vocabulary))
+    head, embedding = sharded(place, weight)
     leaf = x.clone().requires_grad_()
-    with mock.patch.object(loss, "LOGITS_BYTES", 4 * 9 * 151 * 4):
+    with (
+        mock.patch.object(loss, "LOGITS_BYTES", 4 * 9 * 151 * 4),
+        mock.patch.object(loss, "HIDDEN_BYTES", 4 * HIDDEN * 20),
+    ):
         total = head(leaf, targets, softcap)
+        embedded = embedding(targets.clamp_min(0))
     (total * 0.37).backward()
-    results = total.detach(), leaf.grad, head(x), embedding(targets.clamp_min(0))
+    results = total.detach(), leaf.grad, head(x), embedded
     return tuple(r.cpu() for r in results)
+
+
+def assert_parts_equal(results, softcap, vocabulary: int) -> None:
+    for rank, (total, gradient, logits, embedded) in enumerate(results):
+        x, weight, targets = case(rank, vocabulary=vocabulary)
+        assert_equal((total, gradient), reference(x, weight, targets, softcap)[:2])
+        torch.testing.assert_close(logits, x @ weight.T, rtol=2e-5, atol=2e-5)
+        assert torch.equal(embedded, weight[targets.clamp_min(0)])
 
 
 @pytest.mark.parametrize("softcap", [None, 3.0])
 @pytest.mark.parametrize("ranks", ["two_ranks", "four_ranks"])
 def test_by_parts_of_the_vocabulary(ranks, softcap, request):
-    for rank, (total, gradient, logits, embedded) in enumerate(
-        request.getfixturevalue(ranks)(parts, softcap)
+    assert_parts_equal(request.getfixturevalue(ranks)(parts, softcap), softcap, VOCABULARY)
+
+
+@pytest.mark.parametrize(("vocabulary", "rows"), [(5, [2, 2, 1, 0]), (2, [1, 1, 0, 0])])
+def test_ranks_without_rows(vocabulary, rows, four_ranks):
+    assert four_ranks(held_rows, vocabulary) == rows
+    assert_parts_equal(four_ranks(parts, 3.0, vocabulary), 3.0, vocabulary)
+
+
+def held_rows(place, vocabulary: int) -> int:
+    return len(sharded(place, case(0, vocabulary=vocabulary)[1])[0].weight.to_local())
+
+
+def exchanged(place, tokens: int, hidden_bytes: int) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
+    """Of every collective of a loss and a lookup of bf16, its kind, and the dtype and shape for all ranks."""
+    head, embedding = sharded(place, case(0)[1].bfloat16().to(place.device))
+    x = torch.ones(1, tokens, HIDDEN, dtype=torch.bfloat16, device=place.device, requires_grad=True)
+    targets, seen = torch.ones(1, tokens, dtype=torch.int64, device=place.device), []
+    gather, scatter = loss.all_gather, loss.reduce_scatter
+
+    def all_gather(out, given, **kwargs):
+        seen.append(("gather", out.dtype, tuple(out.shape)))
+        gather(out, given, **kwargs)
+
+    def reduce_scatter(out, given, **kwargs):
+        seen.append(("sum", given.dtype, tuple(given.shape)))
+        scatter(out, given, **kwargs)
+
+    with (
+        mock.patch.object(loss, "all_gather", all_gather),
+        mock.patch.object(loss, "reduce_scatter", reduce_scatter),
+        mock.patch.object(loss, "HIDDEN_BYTES", hidden_bytes),
     ):
-        x, weight, targets = case(rank)
-        assert_equal((total, gradient), reference(x, weight, targets, softcap)[:2])
-        torch.testing.assert_close(logits, x @ weight.T, rtol=2e-5, atol=2e-5)
-        assert torch.equal(embedded, weight[targets.clamp_min(0)])
+        head(x, targets).backward()
+        embedding(targets)
+    return seen
+
+
+def test_what_is_exchanged_does_not_grow_with_the_ranks(two_ranks, four_ranks):
+    """Blocks of hidden states, the same on every rank; 16-bit gradients are summed in fp32."""
+    at_once, most = 4 * HIDDEN * 8, {}
+    for world, ranks in ((2, two_ranks), (4, four_ranks)):
+        seen = ranks(exchanged, TOKENS, at_once)
+        assert all(other == seen[0] for other in seen)
+        states = [(kind, dtype, shape) for kind, dtype, shape in seen[0] if shape[-1] == HIDDEN]
+        most[world] = max(shape[0] for _, _, shape in states)
+        of_head = [(kind, dtype) for kind, dtype, _ in states][: 2 * -(-TOKENS // (8 // world))]
+        assert set(of_head) == {("gather", torch.bfloat16), ("sum", torch.float32)}
+        for kind in ("gather", "sum"):  # all tokens of all ranks, once
+            rows = [shape[0] for k, _, shape in states[: len(of_head)] if k == kind]
+            assert sum(rows) == world * TOKENS
+    assert most == {2: 8, 4: 8}
 
 
 def test_fp16_gradients_do_not_underflow():
@@ -115,3 +179,29 @@ def test_fp16_gradients_do_not_underflow():
     (total * 1e-3 * 65536).backward()
     expected = reference(x.float(), weight.float(), targets, None)[1] / 0.37 * 1e-3 * 65536
     torch.testing.assert_close(leaf.grad.float(), expected, rtol=2e-2, atol=2e-1)
+
+
+def test_fp16_keeps_what_is_below_its_smallest_number():
+    """Where a token is all but known, its gradients by the logits are below 6e-8, and still there once they are scaled.
+    So are those by the weight."""
+    dtype, generator = torch.float16, torch.Generator().manual_seed(0)
+    weight = (torch.randn(VOCABULARY, HIDDEN, generator=generator) * 0.01 - 1).to(dtype)
+    weight[0] = 0
+    x = torch.full((1, 256, HIDDEN), 1.125, dtype=dtype)  # the first logit is 0, the others are around -18
+    targets = torch.zeros(1, 256, dtype=torch.int64)
+    head, leaf = head_of(weight.clone(), trained=True), x.clone().requires_grad_()
+    (head(leaf, targets) * 65536).backward()
+    _, of_x, of_weight = reference(x.double(), weight.double(), targets, None)
+    assert of_weight[1:].abs().max() / 0.37 / 256 < 6e-8
+    for got, expected in ((leaf.grad, of_x), (head.weight.grad, of_weight)):
+        torch.testing.assert_close(got.double(), expected / 0.37 * 65536, rtol=5e-2, atol=1e-5)
+
+
+def test_fp16_gradients_do_not_overflow():
+    """By the factor that keeps the small ones: the worst token, and a head's largest weights."""
+    weight = torch.full((VOCABULARY, HIDDEN), 100.0)
+    weight[0] = -100.0
+    x, targets = torch.ones(1, TOKENS, HIDDEN), torch.zeros(1, TOKENS, dtype=torch.int64)
+    leaf = (x * 0.1).half().requires_grad_()
+    head_of(weight.half(), trained=False)(leaf, targets).backward()
+    torch.testing.assert_close(leaf.grad, torch.full_like(leaf, 200.0))

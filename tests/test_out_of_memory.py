@@ -83,6 +83,16 @@ def test_what_a_batch_takes():
     assert estimate(config, shape) - estimate(smaller, shape) == expected
 
 
+def test_the_loss_does_not_grow_with_the_ranks():
+    """Of the hidden states of all ranks that share a frozen head, a block at a time is there."""
+    sizes = dict.fromkeys(("layers", "heads", "layer", "ends", "eager"), 0)
+    weights = out_of_memory.WeightBytes()
+    shape = Shape(tokens=2**16, hidden=4096, vocabulary=2**17, weights=weights, **sizes)
+    given = "--sharding_strategy full_shard --use_gradient_checkpointing true --world_size".split()
+    few, many = (estimate(train.parse([*given, n])[0], shape) for n in ("32", "64"))
+    assert few == many
+
+
 def test_only_options_that_are_not_in_use_are_advised(job_of):
     named = [set(change) for change in changes(job_of("qlora", "--use_gradient_checkpointing", "false"))]
     assert {"use_cpu_offload"} in named and {"use_activation_cpu_offload"} not in named, (

@@ -11,14 +11,15 @@ from unittest import mock
 
 import pytest
 import torch
+from torch import nn
 from torch._dynamo.utils import counters
 
 import activation_offload
 import linear4bit
 import train
 from config import METHODS
-from recompute import Keep, compiler
-from tests.runs import train_run
+from recompute import GRAPHS, Keep, Recomputed, allow_graphs, compiler
+from tests.runs import set_up, train_run
 from tests.test_parity import TYPES, arguments, assert_same, biased
 
 PLAIN = ["--batch_size", "4", "--use_gradient_checkpointing", "false"]
@@ -128,3 +129,58 @@ def test_compiled_under_autocast(checkpoints, alpaca_file, plain_run, one_rank):
     results, _ = one_rank(compiled_run, [*args, *CHECKPOINTED])[0]
     expected = plain_run([*args, *PLAIN])
     torch.testing.assert_close(torch.tensor(results[0]), torch.tensor(expected[0]), rtol=1e-2, atol=0)
+
+
+@pytest.fixture
+def as_imported():
+    """The compiler and its limits as in a fresh process."""
+    torch.compiler.reset()
+    with torch._dynamo.config.patch(recompile_limit=8, accumulated_recompile_limit=8):
+        yield
+    torch.compiler.reset()
+
+
+def all_different(n: int) -> tuple[nn.Module, nn.Module]:
+    """(n layers of different widths, the same layers compiled)."""
+    plain = nn.Sequential(*[nn.Sequential(nn.Linear(4, 5 + i), nn.Linear(5 + i, 4)) for i in range(n)])
+    run = compiler("aot_eager")
+    return plain, nn.Sequential(*[Recomputed(layer, Keep.NOTHING, run) for layer in plain])
+
+
+def gradients(model: nn.Module) -> list[torch.Tensor]:
+    x = torch.linspace(0, 1, 12).view(3, 4).requires_grad_()
+    return torch.autograd.grad(model(x).square().sum(), [x, *model.parameters()])
+
+
+def test_as_many_graphs_as_there_are_kinds_of_layers(as_imported, recwarn):
+    """More than torch's limit, and than what one kind may have."""
+    plain, compiled = all_different(n := GRAPHS + 2)
+    allow_graphs(list(compiled))
+    before = counters["stats"]["unique_graphs"]
+    torch.testing.assert_close(gradients(compiled), gradients(plain))
+    assert counters["stats"]["unique_graphs"] - before == n
+    assert not [w for w in recwarn if "compilations" in str(w.message)]
+
+
+def test_beyond_the_limit_layers_run_as_they_are(as_imported):
+    plain, compiled = all_different(12)
+    before = counters["stats"]["unique_graphs"]
+    with pytest.warns(UserWarning, match="after 8 compilations"):
+        torch.testing.assert_close(gradients(compiled), gradients(plain))
+    torch.testing.assert_close(gradients(compiled), gradients(plain))
+    assert counters["stats"]["unique_graphs"] - before == 8
+
+
+@pytest.mark.parametrize(("targets", "kinds"), [("all", 1), ("layers.1.mlp.up_proj,q_proj", 2)])
+def test_kinds_of_layers_in_a_run(targets, kinds, checkpoints, alpaca_file, one_rank):
+    args = arguments(checkpoints(), alpaca_file, "qlora", "--lora_target_modules", targets)
+    assert one_rank(limit_in_a_run, args)[0] == GRAPHS * kinds
+
+
+def limit_in_a_run(place, args) -> int:
+    with (
+        torch._dynamo.config.patch(recompile_limit=8),
+        mock.patch.object(train, "compiler", lambda: compiler("aot_eager")),
+    ):
+        set_up(place, [*args, "--compile", "true"])
+        return torch._dynamo.config.recompile_limit
