@@ -23,7 +23,7 @@ def test_torchrun_restarts_from_the_last_checkpoint(checkpoints, alpaca_file, tw
     two_ranks(run, [*argv, "--output_dir", str(whole)])
     launcher = "-m torch.distributed.run --standalone --nproc_per_node 2 --max-restarts 1".split()
     process = start([*argv, "--output_dir", out, "--save_every", "1", "--overwrite"], *launcher)
-    wait_for(lambda: list(out.glob("checkpoints/step-*/manifest.json")), process)
+    wait_for(lambda: list(out.glob("checkpoints/step-????????/manifest.json")), process)
     psutil.Process(process.pid).children()[1].kill()
     shown, err = process.communicate(timeout=200)
     assert process.returncode == 0, shown + err

@@ -366,7 +366,7 @@ def test_signals_save_and_stop(checkpoints, alpaca_file, tmp_path):
     signal.signal(signal.SIGINT, previous)
     wait_for_steps(process, out / "metrics.jsonl")
     process.send_signal(signal.SIGUSR1)
-    (saved,) = wait_for(lambda: list(out.glob("checkpoints/step-*/manifest.json")), process)
+    (saved,) = wait_for(lambda: list(out.glob("checkpoints/step-????????/manifest.json")), process)
     steps = len(losses(out))
     wait_for(lambda: len(losses(out)) > steps, process)
     ranks = ranks_of(process)
