@@ -13,7 +13,7 @@ import triton.language as tl
 
 BLOCK = tl.constexpr(64)  # weights that share a scale: 32 bytes of codes
 GROUP = tl.constexpr(256)  # scales that share a second-level scale
-BLOCKS = 16  # of a program
+BLOCKS = 64  # of a program
 
 
 @triton.jit
