@@ -1,4 +1,4 @@
-"""Three steps of ours follow three steps of transformers + PEFT + torch.optim on the same batches."""
+"""Five steps of ours follow five steps of transformers + PEFT + torch.optim on the same batches."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.runs import dense_state, make_job, set_up, trained_tensors
 from tests.test_adapters import adapters_of, args_for, as_peft
 from tests.test_parity import biased, train_run
 
-STEPS, LR = 3, 2e-3
+STEPS, LR = 5, 2e-3
 
 
 def batches_of(place, args) -> list:
