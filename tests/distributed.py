@@ -1,5 +1,9 @@
 """Runs functions in a group of CPU processes over gloo. The processes stay, so that a test does not pay
-for their start; a function that raises in one rank fails the test with that rank's traceback."""
+for their start; a function that raises in one rank fails the test with that rank's traceback.
+
+Without GPUs they come from a fork server, which has imported what costs seconds once for all of them. What a GPU's
+driver has set up does not outlive a fork, and importing bitsandbytes asks it.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ import os
 import queue
 import traceback
 
+import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
@@ -35,7 +40,8 @@ class Ranks:
         self.world, self.processes = world, []
 
     def _start(self) -> None:
-        context = mp.get_context("spawn")
+        context = mp.get_context("spawn" if torch.cuda.is_available() else "forkserver")
+        context.set_forkserver_preload(["tests.runs"])
         self.results, port = context.Queue(), free_port()
         self.tasks = [context.Queue() for _ in range(self.world)]
         self.processes = [

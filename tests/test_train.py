@@ -3,6 +3,7 @@ them; in the others the pool's ranks stand for the processes that a run would st
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -29,6 +31,7 @@ from checkpoint_files import newest_whole
 from command_line import parse
 from config import TOY_PROMPT
 from optimizers import lr_factor
+from stopping import SAVE
 from tests.runs import train_run, whole_run
 
 ROOT = Path(__file__).parent.parent
@@ -66,12 +69,40 @@ def run_here(one_rank, two_ranks, monkeypatch, capsys):
 
     def run_here(args) -> str:
         printed.clear()
-        status, shown = train.main(list(map(str, args))), capsys.readouterr()
+        with monkeypatch.context() as patch:
+            patch.setattr(launch, "start", start)
+            status, shown = train.main(list(map(str, args))), capsys.readouterr()
         assert status == 0, shown.err
         return "".join([shown.out, shown.err, *printed])
 
-    monkeypatch.setattr(launch, "start", start)
     return run_here
+
+
+def with_environment(rank: int, environment: dict[str, str], run: Callable, *args) -> None:
+    os.environ.update(environment)
+    run(rank, *args)
+
+
+@pytest.fixture
+def processes(monkeypatch):
+    """The rank processes that launch.py starts in this test, in order. They come from the fork server of
+    tests/distributed.py, where there is one, instead of a new interpreter each, which takes seconds to import all."""
+    started, spawn = [], launch.mp.spawn
+
+    def fork(run, args, **options):
+        args = (dict(os.environ), run, *args)
+        return launch.mp.start_processes(with_environment, args, start_method="forkserver", **options)
+
+    def start(*args, **options):
+        context = (spawn if torch.cuda.is_available() else fork)(*args, **options)
+        started.extend(context.processes)
+        return context
+
+    monkeypatch.setattr(launch.mp, "spawn", start)
+    monkeypatch.setattr(os, "environ", os.environ.copy())  # it goes to the ranks, and is put back
+    before = signal.getsignal(SAVE)
+    yield started
+    signal.signal(SAVE, before)
 
 
 def metrics(folder: Path) -> list[dict]:
@@ -146,7 +177,7 @@ def test_the_command_of_the_write_up(checkpoints, alpaca_file, tmp_path, run_her
     assert "--reentrant_checkpointing" in out and str(folder) in out and "train.py --config" in out
 
 
-def test_metrics_and_repeating_a_run(checkpoints, alpaca_file, tmp_path, run_here):
+def test_metrics_and_repeating_a_run(checkpoints, alpaca_file, tmp_path, run_here, processes):
     """The command that a run prints as the next one repeats it, in processes of its own."""
     first = tmp_path / "a run"
     more = ["--lr_scheduler", "cosine", "--lora_dropout", "0.1", "--world_size", "1"]
@@ -164,7 +195,7 @@ def test_metrics_and_repeating_a_run(checkpoints, alpaca_file, tmp_path, run_her
     python, *command = shlex.split(re.search(r"next: (.*)", out)[1])
     assert python == "python" or os.path.samefile(ROOT / python, sys.executable)
     assert command == ["train.py", "--config", f"{first}/config.yaml", "--output_dir", f"{first}-again"]
-    run(command[1:])
+    assert train.main(command[1:]) == 0 and len(processes) == 1
     again = tmp_path / "a run-again"
     assert losses(first) == losses(again)
     weights = [load_file(folder / "adapter_model.safetensors") for folder in (first, again)]
@@ -265,56 +296,54 @@ def wait_for_steps(process: subprocess.Popen, path: Path) -> None:
     wait_for(lambda: path.exists() and path.read_text().count("\n") >= 2, process)
 
 
-def test_a_killed_rank_ends_the_others_with_its_name(checkpoints, alpaca_file, tmp_path):
+def test_a_killed_rank_ends_the_others_with_its_name(checkpoints, alpaca_file, tmp_path, processes, capsys):
+    path, killed = tmp_path / "out" / "metrics.jsonl", []
+
+    def kill_one():
+        deadline = time.time() + 90
+        while time.time() < deadline and not (path.exists() and path.read_text().count("\n") >= 2):
+            time.sleep(0.1)
+        killed.append(time.time())
+        processes[1].kill()
+
+    thread = threading.Thread(target=kill_one, daemon=True)
+    thread.start()
     args = small(checkpoints, alpaca_file, tmp_path / "out", "--world_size", "2")
-    process = start([*args, "--max_steps", "100000", "--num_epochs", "100000"])
-    wait_for_steps(process, tmp_path / "out" / "metrics.jsonl")
-    ranks = ranks_of(process)
-    killed = time.time()
-    ranks[1].send_signal(signal.SIGKILL)
-    _, err = process.communicate(timeout=60)
-    assert time.time() - killed < 30
-    assert process.returncode == 1 and "error: rank 1 was ended by SIGKILL" in err.splitlines()[-1]
-    assert not any(r.is_running() and r.status() != psutil.STATUS_ZOMBIE for r in ranks)
+    status = train.main([*map(str, args), "--max_steps", "100000", "--num_epochs", "100000"])
+    assert time.time() - killed[0] < 30
+    assert status == 1 and "error: rank 1 was ended by SIGKILL" in capsys.readouterr().err.splitlines()[-1]
+    assert len(metrics(tmp_path / "out")) >= 2 and not any(p.is_alive() for p in processes)
 
 
-RAISING = """
-import sys; sys.path.insert(0, {root!r})
-import train
-original = train.loss_sum
-calls = 0
-def loss_sum(*args):
-    global calls
-    calls += 1
-    if calls == 3 and int(__import__("torch").distributed.get_rank()) == 1:
-        raise RuntimeError("the disk of rank 1 is on fire")
-    return original(*args)
-train.loss_sum = loss_sum
-if __name__ == "__main__":
-    sys.exit(train.main(sys.argv[1:]))
-"""
+def raises_in_its_third_step(place, job) -> None:
+    original, calls = train.loss_sum, itertools.count(1)
+
+    def loss_sum(*args):
+        if next(calls) == 3 and place.rank == 1:
+            raise RuntimeError("the disk of rank 1 is on fire")
+        return original(*args)
+
+    train.loss_sum = loss_sum
+    train.run_rank(place, job)
 
 
 def test_a_rank_that_raises_ends_the_others_with_its_message(
-    checkpoints, alpaca_file, tmp_path, losses_of_two
+    checkpoints, alpaca_file, tmp_path, losses_of_two, processes, monkeypatch, capsys
 ):
-    script = tmp_path / "raising.py"
-    script.write_text(RAISING.format(root=str(ROOT)))
     args = small(checkpoints, alpaca_file, tmp_path / "out", "--world_size", "2")
-    command = [sys.executable, str(script), *map(str, args)]
+    monkeypatch.setattr(train, "run_rank", raises_in_its_third_step)
     begun = time.time()
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 1
-    assert done.stderr.splitlines()[-1] == "error: rank 1: RuntimeError: the disk of rank 1 is on fire"
+    assert train.main(list(map(str, args))) == 1
+    err = capsys.readouterr().err
+    assert err.splitlines()[-1] == "error: rank 1: RuntimeError: the disk of rank 1 is on fire"
     assert losses(tmp_path / "out") == losses_of_two[:2], "both ranks were training until then"
-    assert time.time() - begun < 90
+    assert time.time() - begun < 90 and not any(p.is_alive() for p in processes)
 
 
 def test_ranks_do_not_outlive_a_killed_parent(checkpoints, alpaca_file, tmp_path):
-    """Started as a shell starts a background job: with SIGINT ignored."""
-    args = small(
-        checkpoints, alpaca_file, tmp_path / "out", "--max_steps", "100000", "--num_epochs", "100000"
-    )
+    """Started as a shell starts a background job: with SIGINT ignored. A rank by itself, which no other's end ends."""
+    args = small(checkpoints, alpaca_file, tmp_path / "out", "--world_size", "1")
+    args += ["--max_steps", "100000", "--num_epochs", "100000"]
     previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
     process = start(args)
     signal.signal(signal.SIGINT, previous)
@@ -324,7 +353,7 @@ def test_ranks_do_not_outlive_a_killed_parent(checkpoints, alpaca_file, tmp_path
     gone, alive = psutil.wait_procs(ranks, timeout=15)
     for rank in alive:
         rank.kill()
-    assert len(gone) == len(ranks) > 0 and not alive
+    assert len(gone) == len(ranks) == 1 and not alive
 
 
 def test_signals_save_and_stop(checkpoints, alpaca_file, tmp_path):

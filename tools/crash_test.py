@@ -29,7 +29,8 @@ KINDS = ("starting", "training", "saving")
 PATIENCE_SECONDS = 120
 OPTIONS = (
     "--train_type bnb_dora --lora_rank 4 --lora_dropout 0.1 --dataset_samples 60 --num_epochs 1000 --batch_size 1"
-    " --gradient_accumulation_steps 2 --lr_scheduler cosine --log_to stdout --save_every 2 --resume auto"
+    " --gradient_accumulation_steps 2 --lr_scheduler cosine --sample_tokens 2 --log_to stdout --save_every 2"
+    " --resume auto"
 ).split()
 REPEATED = ("step", "epoch", "loss", "lr", "grad_norm", "tokens", "trained_tokens")
 
@@ -61,12 +62,12 @@ class Attempt:
         for process in self.ranks:
             process.start()
 
-    def wait_until(self, condition) -> None:
+    def wait_until(self, condition, pause: float = 0.01) -> None:
         end = time.monotonic() + PATIENCE_SECONDS
         while not condition():
             if time.monotonic() > end or not all(process.is_alive() for process in self.ranks):
                 raise RuntimeError(f"the run does not go on:\n{self.log.read_text()[-3000:]}")
-            time.sleep(0.0005)
+            time.sleep(pause)
 
     def finish(self) -> None:
         """Until its end, which must be a good one."""
@@ -105,7 +106,7 @@ def kill_once(folder: Path, steps: int, kind: str, chance: random.Random, start_
         more = chance.randint(1, 3)
         attempt.wait_until(lambda: count_lines(folder) >= attempt.lines + more)
         if kind == "saving":
-            attempt.wait_until(lambda: half_written(folder))
+            attempt.wait_until(lambda: half_written(folder), pause=0.0005)
             time.sleep(chance.uniform(0, 0.01))
         else:
             time.sleep(chance.uniform(0, 0.1))
