@@ -383,12 +383,26 @@ def test_signals_save_and_stop(checkpoints, alpaca_file, tmp_path):
     assert not any(r.is_running() and r.status() != psutil.STATUS_ZOMBIE for r in ranks)
 
 
+SLEEPING = """
+import sys, time; sys.path.insert(0, {root!r})
+import train
+original, calls = train.loss_sum, 0
+def loss_sum(*args):
+    global calls
+    calls += 1
+    if calls == 3:
+        time.sleep(100)
+    return original(*args)
+train.loss_sum = loss_sum
+if __name__ == "__main__":
+    sys.exit(train.main(sys.argv[1:]))
+"""
+
+
 def test_a_second_signal_ends_a_step_that_does_not(checkpoints, alpaca_file, tmp_path):
     """The first waits for the end of the step, which lasts; after the second nothing is left but whole checkpoints."""
     script, out = tmp_path / "sleeping.py", tmp_path / "out"
-    sleeping = 'if calls == 3:\n        __import__("time").sleep(100)'
-    body = RAISING[: RAISING.index("if calls == 3")] + sleeping + RAISING[RAISING.index("\n    return") :]
-    script.write_text(body.format(root=str(ROOT)))
+    script.write_text(SLEEPING.format(root=str(ROOT)))
     args = small(checkpoints, alpaca_file, out, "--save_every", "1", "--max_steps", "9", "--num_epochs", "9")
     command = [sys.executable, str(script), *map(str, args)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
