@@ -45,6 +45,11 @@ class Place:
     device: torch.device
 
 
+def shares_gpus() -> bool:
+    """Whether several ranks may have one GPU, for trying things out: NCCL 2.30 and later let them if they are told so."""
+    return os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE") == "1"
+
+
 def resolve_world_size(wanted: int) -> int:
     """--world_size, or its default: all GPUs, or two CPU processes. Raises UserError beyond the GPUs."""
     gpus = torch.cuda.device_count()
@@ -55,10 +60,10 @@ def resolve_world_size(wanted: int) -> int:
             raise UserError(
                 f"--world_size {wanted}: torchrun started {world} processes; leave the option out"
             )
-        if gpus and local > gpus:
+        if gpus and local > gpus and not shares_gpus():
             raise UserError(f"torchrun started {local} processes on a node with {gpus} GPUs")
         return world
-    if gpus and wanted > gpus:
+    if gpus and wanted > gpus and not shares_gpus():
         raise UserError(f"--world_size {wanted}: this machine has {gpus} GPU{'s' * (gpus > 1)}")
     if not gpus and wanted > (most := max(CPU_RANKS, os.cpu_count() or 1)):
         raise UserError(f"--world_size {wanted}: at most {most} processes without a GPU on this machine")
@@ -115,7 +120,7 @@ def join_group(rank: int, world: int, local_rank: int, store: dist.Store | None 
         )
     where = {"rank": rank, "world_size": world, "store": store}
     if torch.cuda.is_available():
-        device = torch.device("cuda", local_rank)
+        device = torch.device("cuda", local_rank % torch.cuda.device_count())
         torch.cuda.set_device(device)
         dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device, **where)
     else:

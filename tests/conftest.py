@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 
@@ -16,14 +17,20 @@ import pytest
 import torch
 from transformers.utils import logging
 
+from launch import shares_gpus
 from tests import tiny
 from tests.distributed import Ranks
 
 logging.disable_progress_bar()  # tests read stderr
 
 
-def pytest_collection_modifyitems(items):
+def gpus_for_ranks() -> float:
     gpus = torch.cuda.device_count()
+    return math.inf if gpus and shares_gpus() else gpus
+
+
+def pytest_collection_modifyitems(items):
+    gpus = gpus_for_ranks()
     for item in items:
         for marker, needed in (("gpu", 1), ("two_gpus", 2)):
             if item.get_closest_marker(marker) and gpus < needed:
@@ -51,7 +58,7 @@ def alpaca_file(tmp_path_factory):
 
 def _ranks(world: int):
     """On a machine with GPUs each rank has one, over NCCL; without, they are CPU processes over gloo."""
-    if 0 < torch.cuda.device_count() < world:
+    if 0 < gpus_for_ranks() < world:
         pytest.skip(f"needs {world} GPUs, or none")
     ranks = Ranks(world)
     yield ranks

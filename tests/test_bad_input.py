@@ -110,6 +110,12 @@ def test_more_ranks_than_gpus(refused, monkeypatch):
     refused("--world_size 2", "1 GPU", world_size=2)
 
 
+def test_ranks_share_a_gpu_where_nccl_is_told_so(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("NCCL_MULTI_RANK_GPU_ENABLE", "1")
+    assert [launch.resolve_world_size(wanted) for wanted in (-1, 1, 4)] == [1, 1, 4]
+
+
 def test_bf16_on_hardware_without_it(refused, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
