@@ -126,7 +126,7 @@ def test_a_phase_that_is_not_known_is_left_out():
 def test_resident_memory_is_sampled_on_a_cpu(tmp_path):
     history = History(torch.device("cpu"))
     history.phase("load", 0)
-    held = torch.ones(50 * 2**20, dtype=torch.uint8)
+    held = torch.ones(200 * 2**20, dtype=torch.uint8)
     time.sleep(0.1)
     history.phase("forward", 1)
     del held
@@ -135,7 +135,7 @@ def test_resident_memory_is_sampled_on_a_cpu(tmp_path):
     assert recording.rank == 3 and "CPU" in recording.device and not list(tmp_path.iterdir())
     load, forward = (part.spans[0] for part in recording.parts)
     curve = recording.parts[0].curves["resident"]
-    assert load.last - curve[0][1] == pytest.approx(50 / 1024, abs=0.01) == load.peak - forward.last
+    assert load.last - curve[0][1] == pytest.approx(200 / 1024, abs=0.02) == load.peak - forward.last
     assert len(curve) > 6
 
 
