@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
 from benchmarks.make_checkpoint import byte_tokenizer
@@ -28,7 +30,7 @@ from prefetch import ahead
 from tests import tiny
 from tests.runs import train_run
 from tests.test_resume import lines, run
-from tracking import Metrics, NoTracker, Reading, append
+from tracking import Meter, Metrics, NoTracker, Reading, append
 
 ROOT = Path(__file__).parent.parent
 BAD_ROW = 5  # of 12, from 1
@@ -153,6 +155,35 @@ def test_a_bad_step_leaves_weights_and_moments_alone(name, loss, norm):
     with_bad = [(loss, norm), *good[:1], (loss, norm), *good[1:], (loss, norm)]
     assert torch.equal(weights_after(*with_bad), weights_after(*good))
     assert not torch.equal(weights_after(*good), weights_after(*good[:2]))
+
+
+@pytest.mark.parametrize("loss, steps", [(1.0, 1), (math.nan, 0)])
+def test_a_fused_step_on_the_host_waits_for_the_gpus_answer(loss, steps):
+    """With --use_cpu_offload. torch would copy `finite` to the host, and read it before it is there."""
+    parameter = torch.nn.Parameter(torch.ones(2, 4))
+    parameter.grad = torch.ones_like(parameter)
+    optimizer = make_optimizer([parameter], "fused_adamw", 0.1, 0.1)
+    on_gpu = torch.empty((), dtype=torch.bool, device="meta")  # as little to be had without waiting
+    guard().step(optimizer, Reading(torch.tensor([[loss, 1.0]], dtype=torch.float64), None, on_gpu))
+    assert len(optimizer.state) == steps and torch.equal(parameter, torch.ones(2, 4)) == (not steps)
+
+
+class Copies(TorchDispatchMode):
+    """Whether tensors were copied from one device to another."""
+
+    seen = False
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        result = op(*args, **(kwargs or {}))
+        self.seen |= op is torch.ops.aten._to_copy.default and result.device != args[0].device
+        return result
+
+
+def test_a_reading_waits_for_nothing():
+    """Numbers of the host get onto a GPU, here a fake, without a copy. All of a reading: test_gpu_modes.py."""
+    with FakeTensorMode(), Copies() as copies:
+        told = Meter(torch.device("cuda", 0), {"forward": 5, "backward": 6})._memory()
+    assert [t.device.type for t in told] == ["cuda"] * 4 and not copies.seen
 
 
 @pytest.mark.parametrize("most, stops", [(-1, [False] * 4), (0, [True] * 4), (2, [False, False, True, True])])
