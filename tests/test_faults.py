@@ -271,6 +271,29 @@ def test_a_full_disk_under_the_output_ends_no_rank(small_disk, tmp_path):
     assert status == 0 and 4096 < (small_disk / "log").stat().st_size < 50_000
 
 
+OUTLASTING = (
+    "import os, sys; from command_line import outlast; outlast(); print('a', end=''); {}; os._exit(0)"
+)
+
+
+@pytest.mark.parametrize("unbuffered, told", [("", "b"), ("1", "ab")])
+def test_output_is_buffered_as_python_was_asked_to(unbuffered, told):
+    """PYTHONUNBUFFERED is set where containers or batch systems show what a program prints."""
+    command = [sys.executable, "-c", OUTLASTING.format("print('b', file=sys.stderr)")]
+    environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=60
+    )
+    assert (done.returncode, done.stdout.decode().strip()) == (0, told)
+
+
+def test_a_program_without_output_runs():
+    """Closed by a shell's >&-, sys.stdout is None."""
+    command = [sys.executable, "-c", OUTLASTING.format("print('b')")]
+    closed = ["sh", "-c", '"$@" >&-', "sh", *command]
+    assert subprocess.run(closed, cwd=ROOT, timeout=60).returncode == 0
+
+
 def fill(disk: Path, leave: int = 0) -> None:
     with contextlib.suppress(OSError), (disk / "others").open("wb", buffering=0) as file:
         while file.write(bytes(4096)):
