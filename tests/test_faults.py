@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.fsdp import fully_shard
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
@@ -31,6 +32,7 @@ from tests import tiny
 from tests.runs import train_run
 from tests.test_resume import lines, run
 from tracking import Meter, Metrics, NoTracker, Reading, append
+from wrapping import make_mesh
 
 ROOT = Path(__file__).parent.parent
 BAD_ROW = 5  # of 12, from 1
@@ -155,6 +157,35 @@ def test_a_bad_step_leaves_weights_and_moments_alone(name, loss, norm):
     with_bad = [(loss, norm), *good[:1], (loss, norm), *good[1:], (loss, norm)]
     assert torch.equal(weights_after(*with_bad), weights_after(*good))
     assert not torch.equal(weights_after(*good), weights_after(*good[:2]))
+
+
+def test_a_fused_step_is_bad_on_all_ranks(two_ranks):
+    """As on GPUs, over FSDP's shards, where one rank's loss alone is bad."""
+    undisturbed = two_ranks(shards_after, [1.0, 1.0])
+    for ours, theirs in zip(
+        two_ranks(shards_after, [math.nan, 1.0, math.inf, 1.0, math.nan]), undisturbed, strict=True
+    ):
+        assert ours["steps"] == [2.0] and all(map(torch.equal, ours["shards"], theirs["shards"]))
+
+
+def shards_after(place, factors: list[float]) -> dict:
+    """This rank's rows of a layer after steps in which the last rank's loss is multiplied by these factors, and the
+    optimizer's count of steps."""
+    mesh = make_mesh(place.device.type, place.world, "full_shard", place.world)
+    torch.manual_seed(0)
+    layer = fully_shard(torch.nn.Linear(5, 3, bias=False).to(place.device), mesh=mesh)
+    optimizer = make_optimizer(layer.parameters(), "fused_adamw", 0.1, 0.1)
+    meter, judge, x = Meter(place.device, {}), guard(), torch.ones(2, 5, device=place.device)
+    for factor in factors:
+        loss = layer(x).square().sum() * (factor if place.rank == place.world - 1 else 1)
+        loss.backward()
+        norm = torch.nn.utils.get_total_norm([p.grad for p in layer.parameters()]).full_tensor()
+        judge.step(optimizer, meter.read(loss.detach(), norm))
+        optimizer.zero_grad()
+    return {
+        "shards": [p.to_local().detach().cpu() for p in layer.parameters()],
+        "steps": [state["step"].item() for state in optimizer.state.values()],
+    }
 
 
 @pytest.mark.parametrize("loss, steps", [(1.0, 1), (math.nan, 0)])
