@@ -79,14 +79,19 @@ def outlast() -> None:
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
+        if stream is None:  # closed by whoever started the program
+            continue
         stream.flush()
-        raw = io.BufferedWriter(Unfailing(stream.fileno(), "w", closefd=False))
+        raw = Unfailing(stream.fileno(), "w", closefd=False)
         options = {
             "encoding": stream.encoding,
             "errors": stream.errors,
             "line_buffering": stream.line_buffering,
+            "write_through": stream.write_through,
         }
-        setattr(sys, name, io.TextIOWrapper(raw, **options))
+        # Of `python -u` and PYTHONUNBUFFERED, Python itself has no buffer below the text either.
+        buffer = raw if stream.write_through else io.BufferedWriter(raw)
+        setattr(sys, name, io.TextIOWrapper(buffer, **options))
 
 
 def under_torchrun() -> bool:

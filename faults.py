@@ -45,7 +45,9 @@ class BadSteps:
     def step(self, optimizer: torch.optim.Optimizer, reading: Reading) -> None:
         """The optimizer's step, if this one's gradient may be used. A fused optimizer is told so on the GPU, and the
         host goes on; before another's, it waits for the reading."""
-        if getattr(optimizer, "_step_supports_amp_scaling", False) and not self.scaler.is_enabled():
+        fused = getattr(optimizer, "_step_supports_amp_scaling", False) and not self.scaler.is_enabled()
+        # Parameters on the host (--use_cpu_offload): torch would fetch the answer without waiting for it.
+        if fused and optimizer.param_groups[0]["params"][0].device.type == reading.finite.device.type:
             optimizer.found_inf = 1 - reading.finite.float()  # as GradScaler says it to fused optimizers
             optimizer.step()
         elif self._usable(reading.loss(), reading.grad_norm()):

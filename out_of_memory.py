@@ -47,7 +47,8 @@ SHOWN = 3
 @dataclass(frozen=True)
 class Shape:
     """What of a job decides on its memory, besides its options. tokens: T; layer: bytes of the largest decoder layer,
-    with what is trained in it; ends: of the embedding or the head where they are trained, else 0."""
+    with what is trained in it; ends: of the embedding or the head where they are trained, else 0; on_host: of the
+    embedding where it lies in host memory."""
 
     tokens: int
     hidden: int
@@ -58,6 +59,7 @@ class Shape:
     weights: WeightBytes
     layer: int
     ends: int
+    on_host: int = 0
 
 
 def measure(job: Job, config: Config) -> Shape:
@@ -67,6 +69,7 @@ def measure(job: Job, config: Config) -> Shape:
     apply_method(model, family, config, precision_here(config.precision), job.files)
     layers = model.get_submodule(family.layers)
     ends = [model.get_submodule(name).weight for name in (family.embedding, family.head)]
+    stays = not described.tie_word_embeddings and not ends[0].requires_grad  # as in wrapping.py
     return Shape(
         tokens=_longest(job, config),
         hidden=described.hidden_size,
@@ -77,6 +80,7 @@ def measure(job: Job, config: Config) -> Shape:
         weights=memory.weight_bytes(model),
         layer=max(_nbytes(layer) for layer in layers),
         ends=max(p.numel() * p.element_size() * p.requires_grad for p in ends),
+        on_host=ends[0].numel() * ends[0].element_size() * stays,
     )
 
 
@@ -95,7 +99,7 @@ def estimate(config: Config, shape: Shape) -> float:
     """Bytes that a GPU holds at the peak of a step. config: resolved, with its world_size."""
     precision, strategy = precision_here(config.precision), STRATEGIES[config.sharding_strategy]
     shards = {"one": config.world_size, "groups": config.hybrid_shard_size, "ranks": 1}[strategy.replicas]
-    trained, everything = shape.weights.trained, shape.weights.total
+    trained, everything = shape.weights.trained, shape.weights.total - shape.on_host
     if config.optimizer == "adamw_8bit":
         states = STATE_BYTES_8BIT * trained / precision.trained.itemsize
     else:

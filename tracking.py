@@ -137,7 +137,8 @@ class Meter:
         gpu = self.device.type == "cuda"
         sizes = memory.PEAKS.take() if gpu else (memory.largest_resident(),) * 2
         sizes += tuple(self.held[p] for _, p in self._phases())
-        return [torch.tensor(size, dtype=torch.float64, device=self.device) for size in sizes]
+        # Not torch.tensor, which copies from the host and waits until the GPU has come to it.
+        return [torch.full((), size, dtype=torch.float64, device=self.device) for size in sizes]
 
 
 class NoTracker:

@@ -15,6 +15,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.fsdp import fully_shard
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
 from benchmarks.make_checkpoint import byte_tokenizer
@@ -28,7 +31,8 @@ from prefetch import ahead
 from tests import tiny
 from tests.runs import train_run
 from tests.test_resume import lines, run
-from tracking import Metrics, NoTracker, Reading, append
+from tracking import Meter, Metrics, NoTracker, Reading, append
+from wrapping import make_mesh
 
 ROOT = Path(__file__).parent.parent
 BAD_ROW = 5  # of 12, from 1
@@ -155,6 +159,64 @@ def test_a_bad_step_leaves_weights_and_moments_alone(name, loss, norm):
     assert not torch.equal(weights_after(*good), weights_after(*good[:2]))
 
 
+def test_a_fused_step_is_bad_on_all_ranks(two_ranks):
+    """As on GPUs, over FSDP's shards, where one rank's loss alone is bad."""
+    undisturbed = two_ranks(shards_after, [1.0, 1.0])
+    for ours, theirs in zip(
+        two_ranks(shards_after, [math.nan, 1.0, math.inf, 1.0, math.nan]), undisturbed, strict=True
+    ):
+        assert ours["steps"] == [2.0] and all(map(torch.equal, ours["shards"], theirs["shards"]))
+
+
+def shards_after(place, factors: list[float]) -> dict:
+    """This rank's rows of a layer after steps in which the last rank's loss is multiplied by these factors, and the
+    optimizer's count of steps."""
+    mesh = make_mesh(place.device.type, place.world, "full_shard", place.world)
+    torch.manual_seed(0)
+    layer = fully_shard(torch.nn.Linear(5, 3, bias=False).to(place.device), mesh=mesh)
+    optimizer = make_optimizer(layer.parameters(), "fused_adamw", 0.1, 0.1)
+    meter, judge, x = Meter(place.device, {}), guard(), torch.ones(2, 5, device=place.device)
+    for factor in factors:
+        loss = layer(x).square().sum() * (factor if place.rank == place.world - 1 else 1)
+        loss.backward()
+        norm = torch.nn.utils.get_total_norm([p.grad for p in layer.parameters()]).full_tensor()
+        judge.step(optimizer, meter.read(loss.detach(), norm))
+        optimizer.zero_grad()
+    return {
+        "shards": [p.to_local().detach().cpu() for p in layer.parameters()],
+        "steps": [state["step"].item() for state in optimizer.state.values()],
+    }
+
+
+@pytest.mark.parametrize("loss, steps", [(1.0, 1), (math.nan, 0)])
+def test_a_fused_step_on_the_host_waits_for_the_gpus_answer(loss, steps):
+    """With --use_cpu_offload. torch would copy `finite` to the host, and read it before it is there."""
+    parameter = torch.nn.Parameter(torch.ones(2, 4))
+    parameter.grad = torch.ones_like(parameter)
+    optimizer = make_optimizer([parameter], "fused_adamw", 0.1, 0.1)
+    on_gpu = torch.empty((), dtype=torch.bool, device="meta")  # as little to be had without waiting
+    guard().step(optimizer, Reading(torch.tensor([[loss, 1.0]], dtype=torch.float64), None, on_gpu))
+    assert len(optimizer.state) == steps and torch.equal(parameter, torch.ones(2, 4)) == (not steps)
+
+
+class Copies(TorchDispatchMode):
+    """Whether tensors were copied from one device to another."""
+
+    seen = False
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        result = op(*args, **(kwargs or {}))
+        self.seen |= op is torch.ops.aten._to_copy.default and result.device != args[0].device
+        return result
+
+
+def test_a_reading_waits_for_nothing():
+    """Numbers of the host get onto a GPU, here a fake, without a copy. All of a reading: test_gpu_modes.py."""
+    with FakeTensorMode(), Copies() as copies:
+        told = Meter(torch.device("cuda", 0), {"forward": 5, "backward": 6})._memory()
+    assert [t.device.type for t in told] == ["cuda"] * 4 and not copies.seen
+
+
 @pytest.mark.parametrize("most, stops", [(-1, [False] * 4), (0, [True] * 4), (2, [False, False, True, True])])
 def test_how_many_bad_steps_end_a_run(most, stops):
     judge = guard(most)
@@ -238,6 +300,29 @@ def test_a_full_disk_under_the_output_ends_no_rank(small_disk, tmp_path):
         environment = os.environ | {"PYTHONPATH": str(ROOT)}
         status = subprocess.run(command, env=environment, stdout=log, stderr=log, timeout=100).returncode
     assert status == 0 and 4096 < (small_disk / "log").stat().st_size < 50_000
+
+
+OUTLASTING = (
+    "import os, sys; from command_line import outlast; outlast(); print('a', end=''); {}; os._exit(0)"
+)
+
+
+@pytest.mark.parametrize("unbuffered, told", [("", "b"), ("1", "ab")])
+def test_output_is_buffered_as_python_was_asked_to(unbuffered, told):
+    """PYTHONUNBUFFERED is set where containers or batch systems show what a program prints."""
+    command = [sys.executable, "-c", OUTLASTING.format("print('b', file=sys.stderr)")]
+    environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=60
+    )
+    assert (done.returncode, done.stdout.decode().strip()) == (0, told)
+
+
+def test_a_program_without_output_runs():
+    """Closed by a shell's >&-, sys.stdout is None."""
+    command = [sys.executable, "-c", OUTLASTING.format("print('b')")]
+    closed = ["sh", "-c", '"$@" >&-', "sh", *command]
+    assert subprocess.run(closed, cwd=ROOT, timeout=60).returncode == 0
 
 
 def fill(disk: Path, leave: int = 0) -> None:

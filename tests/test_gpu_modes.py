@@ -14,6 +14,7 @@ from loss import look_up
 from quantizers import HQQ
 from tests.runs import set_up, train_run
 from tests.test_parity import arguments
+from tracking import Meter
 
 
 @pytest.mark.gpu
@@ -41,6 +42,24 @@ def test_a_gpu_looks_up_rows_in_host_memory(features):
     for where in (rows, rows.pin_memory()):
         assert torch.equal(look_up(where, index), expected)
         assert torch.equal(look_up(where, index, here), expected * here[:, None])
+
+
+@pytest.mark.gpu
+def test_a_reading_waits_for_nothing(one_rank):
+    """The host queues the fused optimizer's step while the gradient is computed."""
+    one_rank(read_without_waiting)
+
+
+def read_without_waiting(place) -> None:
+    numbers = [torch.ones((), device=place.device) for _ in range(2)]
+    meter = Meter(place.device, {"forward": 5, "backward": 6})
+    meter.read(*numbers)  # the communicator and the pinned memory are made once
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        reading = meter.read(*numbers)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert (reading.loss(), reading.grad_norm(), reading.finite.item()) == (1, 1, True)
 
 
 @pytest.mark.gpu

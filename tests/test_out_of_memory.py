@@ -61,6 +61,16 @@ def test_what_shards_and_states_take(job_of):
     assert bytes_less(copied, sharding_strategy="full_shard") == pytest.approx(4 * weights / 2)
 
 
+def test_an_embedding_in_host_memory_is_none_of_the_gpus(job_of):
+    """A frozen one that is not the head's is there already: offload cannot bring it there."""
+    job = job_of("qlora")
+    job = dataclasses.replace(job, config=dataclasses.replace(job.config, world_size=2))
+    shape = measure(job, job.config)
+    on_gpu = shape.weights.total - 4 * V * H + 3 * shape.weights.trained
+    assert bytes_less(job, use_cpu_offload=True) == pytest.approx(on_gpu / 2)
+    assert measure(job_of("full"), job_of("full").config).on_host == 0
+
+
 def test_what_a_batch_takes():
     """With checkpointing: the layers' inputs, and all that one layer computes."""
     weights = out_of_memory.WeightBytes(trained=1000)
