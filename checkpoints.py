@@ -25,9 +25,9 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 from checkpoint_files import GROWING_FILES, Saved, Writer, folder_of, prune, sync
 from command_line import describe
 from launch import Place
+from memory import can_pin
 from stopping import NeverStop
 from training_state import Tensors, collect, restore
-from wrapping import can_pin
 
 
 class Part(Protocol):

@@ -24,8 +24,7 @@ BAD_STEPS = "bad_steps.jsonl"
 
 
 class BadSteps:
-    """Judges every step. good: whether the last one's gradient may be used; count: of steps that were skipped; stop:
-    there were more than --max_bad_steps."""
+    """Judges every step. count: of steps that were skipped; stop: there were more than --max_bad_steps."""
 
     def __init__(
         self,
@@ -38,7 +37,7 @@ class BadSteps:
     ):
         self.most, self.rows, self.scaler, self.tracker = most, rows, scaler, tracker
         self.file = folder / BAD_STEPS if rank == 0 else None
-        self.good, self.count, self.stop = True, 0, False
+        self.count, self.stop = 0, False
         # The schedule counts a skipped step too, also the first, which fp16 often skips.
         warnings.filterwarnings("ignore", message=r"Detected call of `lr_scheduler.step\(\)` before")
 
@@ -55,8 +54,7 @@ class BadSteps:
 
     def judge(self, metrics: Metrics, step: Step) -> Metrics:
         """After the optimizer's step, before the scaler's update. Returns the metrics with the count."""
-        self.good = self._usable(metrics.loss, metrics.grad_norm)
-        if not self.good:
+        if not self._usable(metrics.loss, metrics.grad_norm):
             self.count += 1
             self.stop = too_many(self.count, self.most)
             self._tell(metrics, step)

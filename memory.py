@@ -111,6 +111,16 @@ def can_pin(device_type: str) -> bool:
     return True
 
 
+def empty_on_host(weight: torch.Tensor, device_type: str) -> torch.Tensor:
+    """Like `weight`, a DTensor too, in host memory: pinned for a device of this type, where there is so much of it."""
+    if can_pin(device_type):
+        try:
+            return torch.empty_like(weight, device="cpu", pin_memory=True)
+        except RuntimeError:
+            pass
+    return torch.empty_like(weight, device="cpu")
+
+
 class Peaks:
     """The highest use of GPU memory in each phase of a run, and in each step. There is one, as there is one allocator
     with one set of counters in a process. Without a GPU it measures nothing."""

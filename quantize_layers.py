@@ -30,7 +30,7 @@ from torch.distributed.tensor import DTensor
 from launch import Place
 from linear4bit import compute_dtype, dequantize, linear4bit, name_of
 from loss import FrozenEmbedding
-from memory import can_pin
+from memory import empty_on_host
 from model_files import CheckpointFiles
 from models.family import Family, clean
 from quantizers import PackedWeight, Quantizer, flat_bytes
@@ -204,8 +204,7 @@ def _materialize(model: nn.Module, family: Family, device: torch.device, home: t
     model.to_empty(device=home)
     for module in model.modules():
         if isinstance(module, FrozenEmbedding) and module.on_host:
-            empty = torch.empty_like(module.weight, device="cpu", pin_memory=can_pin(device.type))
-            module.weight = nn.Parameter(empty, requires_grad=False)
+            module.weight = nn.Parameter(empty_on_host(module.weight, device.type), requires_grad=False)
     if model.config.tie_word_embeddings:  # to_empty makes new parameters, one for each of the two names
         model.get_submodule(family.head).weight = model.get_submodule(family.embedding).weight
     with device:  # no checkpoint holds its tables; only the config argument is stable between versions

@@ -9,6 +9,7 @@ from torch._dynamo.utils import counters
 
 import attention
 from attention import VARLEN, attend_within_rows, has_varlen
+from memory import can_pin
 from packing import PackSampler
 from precision import precision_here
 from prefetch import ahead
@@ -16,7 +17,6 @@ from tests.runs import set_up, train_run
 from tests.test_data import some_rows
 from tests.test_packing import by_definition, learn, packed_batch, packing_arguments
 from tests.test_parity import arguments
-from wrapping import can_pin
 
 # Relative error of a whole tensor: about twice what rounding of inputs and probabilities makes of it.
 ROUNDING = {torch.bfloat16: 1.5e-2, torch.float16: 3e-3}

@@ -63,3 +63,10 @@ def test_a_load_that_takes_more_or_less_is_an_error():
     for wrong in (expected * 1.04, expected * 0.96):
         with pytest.raises(AssertionError, match=r"take .* on this rank"):
             memory.check_loaded(model, int(wrong))
+
+
+def test_host_memory_that_cannot_be_pinned_is_plain(monkeypatch):
+    monkeypatch.setattr(memory, "can_pin", lambda _: True)  # of a little; without a GPU none can be
+    weight = torch.empty(3, 4, dtype=torch.bfloat16, device="meta")
+    host = memory.empty_on_host(weight, "cuda")
+    assert (host.device.type, host.shape, host.dtype) == ("cpu", weight.shape, weight.dtype)
