@@ -417,13 +417,24 @@ def test_a_second_signal_ends_a_step_that_does_not(checkpoints, alpaca_file, tmp
     assert newest_whole(out, pytest.fail).step == 2
 
 
-def wandb_records(path: Path):
+def wandb_records(path: Path) -> list:
+    """All records of a finished run's .wandb file. wandb writes it in a process of its own, which may be behind."""
+    deadline = time.time() + 30
+    while time.time() < deadline:
+        records = list(parse_wandb(path))
+        if records and records[-1].WhichOneof("record_type") == "exit":
+            return records
+        time.sleep(0.1)
+    raise AssertionError(f"{path} was not finished")
+
+
+def parse_wandb(path: Path):
     """The records of a .wandb file: LevelDB's log format (blocks of 32 KiB; crc, length, type, data) behind
     a 7-byte header, each record a protobuf. wandb 0.31 brings the messages but no reader of its own."""
     from wandb.proto.wandb_internal_pb2 import Record
 
     raw, position, parts = path.read_bytes(), 7, b""
-    assert raw[:4] == b":W&B"
+    assert raw[:4] in (b":W&B", b"")
     while position + 7 <= len(raw):
         if 32768 - position % 32768 < 7:  # too short for a header: padding
             position += 32768 - position % 32768
@@ -443,7 +454,7 @@ def test_wandb_offline_holds_every_step(checkpoints, alpaca_file, tmp_path, run_
     names = ["--project_name", "p", "--name", "n", "--group", "g", "--world_size", "1"]
     run_here(small(checkpoints, alpaca_file, tmp_path / "out", "--log_to", "wandb", *names))
     (file,) = (tmp_path / "out").glob("wandb/offline-run-*/*.wandb")
-    records = list(wandb_records(file))
+    records = wandb_records(file)
     (described,) = (r.run for r in records if r.WhichOneof("record_type") == "run")
     assert (described.project, described.display_name, described.run_group) == ("p", "n", "g")
     config = {u.key: json.loads(u.value_json) for u in described.config.update}
