@@ -440,6 +440,8 @@ def parse_wandb(path: Path):
             position += 32768 - position % 32768
             continue
         _crc, length, kind = struct.unpack_from("<IHB", raw, position)
+        if position + 7 + length > len(raw):  # being written
+            return
         parts += raw[position + 7 : position + 7 + length]
         position += 7 + length
         if kind in (1, 4):  # a whole record, or its last part
