@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,11 +22,10 @@ from config import UserError
 from model_files import INDEX, SINGLE, CheckpointFiles
 from models.family import Family, clean
 from models.llama_pro import NEW_LAYERS, new_layers
-from tensor_files import DTYPES, read_header
+from tensor_files import read_header, write_header
 
 PIECE = 2**24  # bytes
 SHARD_BYTES = 5 * 10**9
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -87,23 +85,17 @@ def _file_pieces(path: Path, begin: int, nbytes: int) -> Callable[[], Iterator[b
     return pieces
 
 
-def _in_order(entries: dict[str, Entry]) -> list[tuple[str, Entry]]:
+def _in_order(entries: dict[str, Entry]) -> dict[str, Entry]:
     """As they lie in a file: wider dtypes first, so that each number is aligned to its size."""
-    return sorted(entries.items(), key=lambda item: -item[1].dtype.itemsize)
+    return dict(sorted(entries.items(), key=lambda item: -item[1].dtype.itemsize))
 
 
 def write_tensors(path: Path, entries: dict[str, Entry], metadata: dict[str, str] | None = None) -> None:
     """Writes one safetensors file."""
-    header, end = {"__metadata__": {"format": "pt"} | (metadata or {})}, 0
-    for name, entry in _in_order(entries):
-        offsets = [end, end + entry.nbytes]
-        header[name] = {"dtype": NAMES[entry.dtype], "shape": list(entry.shape), "data_offsets": offsets}
-        end += entry.nbytes
-    raw = json.dumps(header, separators=(",", ":")).encode()
-    raw += b" " * (-len(raw) % 8)
+    entries = _in_order(entries)
     with path.open("wb") as out:
-        out.write(struct.pack("<Q", len(raw)) + raw)
-        for name, entry in _in_order(entries):
+        write_header(out, entries, metadata)
+        for name, entry in entries.items():
             before = out.tell()
             for piece in entry.pieces():
                 out.write(piece)
@@ -190,7 +182,7 @@ def save_blocks(model: nn.Module, family: Family, folder: Path, files: Checkpoin
 
 def _take_part(entries: dict[str, Entry]) -> None:
     """What the ranks that do not write have to do while rank 0 writes `entries`."""
-    for _, entry in _in_order(entries):
+    for entry in _in_order(entries).values():
         if entry.collective:
             for _ in entry.pieces():
                 pass

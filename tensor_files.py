@@ -6,10 +6,12 @@ Format: https://huggingface.co/docs/safetensors - 8 bytes of length, a JSON head
 from __future__ import annotations
 
 import json
+import math
 import os
 import struct
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO, Protocol
 
 import torch
 from safetensors import safe_open
@@ -17,9 +19,17 @@ from safetensors.torch import save_file
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
           "U8": torch.uint8}  # fmt: skip
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # The process's mask can only be read by setting it, which threads must not do at once: so once, at import.
 UMASK = os.umask(0)
 os.umask(UMASK)
+
+
+class HasShape(Protocol):
+    """A tensor, or what describes one."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -38,6 +48,22 @@ def read_header(path: Path) -> tuple[dict, int]:
     with path.open("rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
         return json.loads(file.read(length)), 8 + length
+
+
+def write_header(out: BinaryIO, tensors: dict[str, HasShape], metadata: dict[str, str] | None = None) -> int:
+    """Of a file in which these tensors follow in this order. Returns how many bytes they are."""
+    header, end = {"__metadata__": {"format": "pt"} | (metadata or {})}, 0
+    for name, tensor in tensors.items():
+        begin, end = end, end + math.prod(tensor.shape) * tensor.dtype.itemsize
+        header[name] = {
+            "dtype": NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [begin, end],
+        }
+    raw = json.dumps(header, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % 8)
+    out.write(struct.pack("<Q", len(raw)) + raw)
+    return end
 
 
 def list_tensors(path: Path) -> dict[str, StoredTensor]:

@@ -10,7 +10,6 @@ tokenizer knows the 256 bytes, BOS and EOS.
 from __future__ import annotations
 
 import json
-import struct
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +20,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from benchmarks.shapes import SHAPES
+from tensor_files import write_header
 
 SHARD_BYTES = 4 * 10**9
 STD = 0.02
@@ -50,15 +50,10 @@ def _shards(shapes: dict[str, torch.Size]) -> Iterator[dict[str, torch.Size]]:
 
 def _write_empty(path: Path, part: dict[str, torch.Size]) -> None:
     """A safetensors file of bf16 tensors whose bytes are a hole: it has its size, and takes no room on the disk."""
-    header, end = {"__metadata__": {"format": "pt"}}, 0
-    for name, dims in part.items():
-        begin, end = end, end + 2 * dims.numel()
-        header[name] = {"dtype": "BF16", "shape": list(dims), "data_offsets": [begin, end]}
-    raw = json.dumps(header).encode()
-    raw += b" " * (-len(raw) % 8)
+    tensors = {name: torch.empty(dims, dtype=torch.bfloat16, device="meta") for name, dims in part.items()}
     with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(raw)) + raw)
-        file.truncate(8 + len(raw) + end)
+        n_bytes = write_header(file, tensors)
+        file.truncate(file.tell() + n_bytes)
 
 
 def make_checkpoint(folder: Path, shape: str, empty: bool = False) -> None:
