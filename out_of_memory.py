@@ -28,7 +28,7 @@ from memory import PEAKS, WeightBytes, size
 from models import FAMILIES, build_on_meta
 from models.adapters import apply_method
 from precision import precision_here
-from wrapping import STRATEGIES
+from wrapping import STRATEGIES, embedding_on_host
 
 LAYER_ACTIVATIONS = (
     34  # values of a decoder layer, per token and hidden unit, while backward needs all of them
@@ -69,7 +69,6 @@ def measure(job: Job, config: Config) -> Shape:
     apply_method(model, family, config, precision_here(config.precision), job.files)
     layers = model.get_submodule(family.layers)
     ends = [model.get_submodule(name).weight for name in (family.embedding, family.head)]
-    stays = not described.tie_word_embeddings and not ends[0].requires_grad  # as in wrapping.py
     return Shape(
         tokens=_longest(job, config),
         hidden=described.hidden_size,
@@ -80,7 +79,7 @@ def measure(job: Job, config: Config) -> Shape:
         weights=memory.weight_bytes(model),
         layer=max(_nbytes(layer) for layer in layers),
         ends=max(p.numel() * p.element_size() * p.requires_grad for p in ends),
-        on_host=ends[0].numel() * ends[0].element_size() * stays,
+        on_host=ends[0].numel() * ends[0].element_size() * embedding_on_host(model, family),
     )
 
 

@@ -93,6 +93,15 @@ def _wholly_trained(module: nn.Module) -> bool:
     return all(p.requires_grad for p in module.parameters())
 
 
+def embedding_on_host(model: nn.Module, family: Family) -> bool:
+    """Whether the embedding may stay in host memory: nothing but look-ups needs it. It is a GiB, and a micro-batch needs
+    some rows."""
+    return (
+        not model.config.tie_word_embeddings
+        and not model.get_submodule(family.embedding).weight.requires_grad
+    )
+
+
 def wrap(
     model: nn.Module,
     family: Family,
@@ -161,8 +170,8 @@ def wrap(
     for modules in [frozen] if tied and frozen else [[m] for m in frozen]:
         shard_vocabulary(modules, mesh)
     ignored |= {m.weight for m in frozen}
-    if mesh.device_type == "cuda" and not tied and not embedding.weight.requires_grad:
-        freeze(embedding).on_host = True  # a GiB, of which a micro-batch needs some rows
+    if mesh.device_type == "cuda" and embedding_on_host(model, family):
+        freeze(embedding).on_host = True
     if not tied:
         for module in (embedding, head):
             if module not in frozen:
