@@ -113,12 +113,10 @@ def can_pin(device_type: str) -> bool:
 
 def empty_on_host(weight: torch.Tensor, device_type: str) -> torch.Tensor:
     """Like `weight`, a DTensor too, in host memory: pinned for a device of this type, where there is so much of it."""
-    if can_pin(device_type):
-        try:
-            return torch.empty_like(weight, device="cpu", pin_memory=True)
-        except RuntimeError:
-            pass
-    return torch.empty_like(weight, device="cpu")
+    try:
+        return torch.empty_like(weight, device="cpu", pin_memory=device_type == "cuda")
+    except RuntimeError:
+        return torch.empty_like(weight, device="cpu")
 
 
 class Peaks:
