@@ -7,6 +7,7 @@ sets RANK, WORLD_SIZE and LOCAL_RANK) this process already is one of them.
 from __future__ import annotations
 
 import json
+import math
 import multiprocessing.connection
 import os
 import signal
@@ -45,9 +46,11 @@ class Place:
     device: torch.device
 
 
-def shares_gpus() -> bool:
-    """Whether several ranks may have one GPU, for trying things out: NCCL 2.30 and later let them if they are told so."""
-    return os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE") == "1"
+def ranks_on_gpus() -> float:
+    """How many ranks the GPUs here may have: one each, or any number, for trying things out, where NCCL (2.30 and later)
+    is told to let ranks share one."""
+    gpus = torch.cuda.device_count()
+    return math.inf if gpus and os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE") == "1" else gpus
 
 
 def resolve_world_size(wanted: int) -> int:
@@ -60,10 +63,10 @@ def resolve_world_size(wanted: int) -> int:
             raise UserError(
                 f"--world_size {wanted}: torchrun started {world} processes; leave the option out"
             )
-        if gpus and local > gpus and not shares_gpus():
+        if gpus and local > ranks_on_gpus():
             raise UserError(f"torchrun started {local} processes on a node with {gpus} GPUs")
         return world
-    if gpus and wanted > gpus and not shares_gpus():
+    if gpus and wanted > ranks_on_gpus():
         raise UserError(f"--world_size {wanted}: this machine has {gpus} GPU{'s' * (gpus > 1)}")
     if not gpus and wanted > (most := max(CPU_RANKS, os.cpu_count() or 1)):
         raise UserError(f"--world_size {wanted}: at most {most} processes without a GPU on this machine")

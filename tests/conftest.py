@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import os
+import signal
 import subprocess
 
 os.environ.update(
@@ -17,20 +17,18 @@ import pytest
 import torch
 from transformers.utils import logging
 
-from launch import shares_gpus
+import launch
+from launch import ranks_on_gpus
+from stopping import SAVE
 from tests import tiny
 from tests.distributed import Ranks
+from tests.programs import with_environment
 
 logging.disable_progress_bar()  # tests read stderr
 
 
-def gpus_for_ranks() -> float:
-    gpus = torch.cuda.device_count()
-    return math.inf if gpus and shares_gpus() else gpus
-
-
 def pytest_collection_modifyitems(items):
-    gpus = gpus_for_ranks()
+    gpus = ranks_on_gpus()
     for item in items:
         for marker, needed in (("gpu", 1), ("two_gpus", 2)):
             if item.get_closest_marker(marker) and gpus < needed:
@@ -58,7 +56,7 @@ def alpaca_file(tmp_path_factory):
 
 def _ranks(world: int):
     """On a machine with GPUs each rank has one, over NCCL; without, they are CPU processes over gloo."""
-    if 0 < gpus_for_ranks() < world:
+    if 0 < ranks_on_gpus() < world:
         pytest.skip(f"needs {world} GPUs, or none")
     ranks = Ranks(world)
     yield ranks
@@ -127,3 +125,31 @@ def small_disk(tmp_path):
         pytest.skip("only root can mount a file system")
     yield folder
     subprocess.run(["umount", "-l", folder], check=True)
+
+
+@pytest.fixture
+def processes(monkeypatch):
+    """The rank processes that launch.py starts in this test, in order. They come from the fork server of
+    tests/distributed.py, where there is one, instead of a new interpreter each, which takes seconds to import all."""
+    started, spawn = [], launch.mp.spawn
+
+    def fork(run, args, **options):
+        args = (dict(os.environ), run, *args)
+        return launch.mp.start_processes(with_environment, args, start_method="forkserver", **options)
+
+    def start(*args, **options):
+        context = (spawn if torch.cuda.is_available() else fork)(*args, **options)
+        started.extend(context.processes)
+        return context
+
+    monkeypatch.setattr(launch.mp, "spawn", start)
+    monkeypatch.setattr(os, "environ", os.environ.copy())  # it goes to the ranks, and is put back
+    before = signal.getsignal(SAVE)
+    yield started
+    signal.signal(SAVE, before)
+
+
+@pytest.fixture(scope="session")
+def source(checkpoints, alpaca_file):
+    """The options that name the tiny model and its data."""
+    return ["--model_name", str(checkpoints()), "--dataset", str(alpaca_file)]

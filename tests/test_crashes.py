@@ -5,8 +5,8 @@ from __future__ import annotations
 import psutil
 import pytest
 
-from tests.test_resume import RUN, repeated, run
-from tests.test_train import start, wait_for
+from tests.programs import start, wait_for
+from tests.resuming import RUN, repeated, run
 from tools.crash_test import crash_test
 
 

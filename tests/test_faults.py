@@ -29,8 +29,8 @@ from model_files import INDEX
 from optimizers import make_optimizer
 from prefetch import ahead
 from tests import tiny
+from tests.resuming import lines, run
 from tests.runs import train_run
-from tests.test_resume import lines, run
 from tracking import Meter, Metrics, NoTracker, Reading, append
 from wrapping import make_mesh
 

@@ -21,67 +21,10 @@ from command_line import parse
 from config import UserError
 from precision import choose_precision
 from stopping import Stopping
-from tests.runs import whole_run
+from tests.resuming import NOISY, QUIET, Signals, adapter, lines, repeated, run
 from tests.test_checkpoint_files import edit
-from tests.test_train import wandb_records
-from tracking import Meter, Metrics, make_tracker
-
-RUN = (  # an epoch has 10 steps; of half the rows, packed, 5 at most
-    "--train_type bnb_dora --lora_rank 6 --lr 1e-2 --lr_scheduler cosine --batch_size 1 --num_epochs 2"
-    " --context_length 256 --log_to stdout --gradient_accumulation_steps 2"
-).split()
-NOISY = [
-    *RUN,
-    *"--lora_dropout 0.1 --precision fp16_autocast --packing --deterministic --max_steps 8 --dataset_samples 20".split(),
-]
-QUIET = [*RUN, "--max_steps", "7"]
-REPEATED = ("step", "epoch", "lr", "tokens", "trained_tokens", "loss", "grad_norm", "eval_loss")
-
-
-def run(place, argv: list[str], before=None) -> str:
-    """A rank's part of a run of the program; returns what it printed. before(place, step): called in each step."""
-    config, _ = parse([*argv, "--world_size", str(place.world)])
-    measure = Meter.measure
-
-    def measured(self, index, *rest):
-        if before:
-            before(place, index)
-        return measure(self, index, *rest)
-
-    Meter.measure = measured
-    try:
-        return whole_run(place, train.check(config))
-    finally:
-        Meter.measure = measure
-        torch.use_deterministic_algorithms(False)
-
-
-class Signals:
-    """{step: signal that the last rank gets in it}."""
-
-    def __init__(self, at: dict[int, int]):
-        self.at = at
-
-    def __call__(self, place, step: int) -> None:
-        if place.rank == place.world - 1 and step in self.at:
-            signal.raise_signal(self.at[step])
-
-
-def lines(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def repeated(folder: Path) -> list[dict]:
-    return [{name: line.get(name) for name in REPEATED} for line in lines(folder)]
-
-
-def adapter(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "adapter_model.safetensors")
-
-
-@pytest.fixture(scope="module")
-def source(checkpoints, alpaca_file):
-    return ["--model_name", str(checkpoints()), "--dataset", str(alpaca_file)]
+from tests.wandb_files import wandb_records
+from tracking import Metrics, make_tracker
 
 
 @pytest.fixture(scope="module")
@@ -134,39 +77,6 @@ def test_another_number_of_ranks_changes_rounding_only(
             ours, theirs = ([line[name] for line in lines(f)] for f in (folder, undisturbed))
             torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), rtol=2e-4, atol=1e-5)
         torch.testing.assert_close(adapter(folder), adapter(undisturbed), rtol=1e-3, atol=1e-4)
-
-
-KINDS = {
-    "bnb_dora": ["--train_type", "bnb_dora", "--lora_rank", "6", "--lr", "1e-2"],
-    "dora": ["--train_type", "dora", "--lora_rank", "6", "--lr", "1e-2"],
-    "full": ["--train_type", "full", "--lr", "1e-3"],
-}
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_run_of_one_rank_goes_on_in_two(kind, source, one_rank, two_ranks, tmp_path):
-    argv = [*source, *KINDS[kind], *"--batch_size 1 --num_epochs 2 --max_steps 5 --log_to stdout".split()]
-    argv += ["--lr_scheduler", "cosine", "--context_length", "256"]
-    whole, folder = tmp_path / "whole", tmp_path / "run"
-    one_rank(run, [*argv, "--gradient_accumulation_steps", "4", "--output_dir", str(whole)])
-    again = [*argv, "--output_dir", str(folder), "--resume", "auto"]
-    one_rank(run, [*again, "--gradient_accumulation_steps", "4"], Signals({2: signal.SIGTERM}))
-    assert (
-        "5 steps, the last 3 of them in" in two_ranks(run, [*again, "--gradient_accumulation_steps", "2"])[0]
-    )
-    for name in ("loss", "grad_norm"):
-        ours, theirs = ([line[name] for line in lines(f)] for f in (folder, whole))
-        torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), rtol=2e-4, atol=1e-5)
-    ours, theirs = weights(folder), weights(whole)
-    assert ours.keys() == theirs.keys() and ours
-    for name in theirs:  # Adam's first steps go by the sign of a gradient, also of one that is all rounding
-        error = (ours[name].float() - theirs[name].float()).norm() / theirs[name].float().norm()
-        assert error < 1e-3, name
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    """Of the result of a RUN."""
-    return {name: t for path in folder.glob("*.safetensors") for name, t in load_file(path).items()}
 
 
 def test_a_checkpoint_holds_no_frozen_weights(stopped):
@@ -422,39 +332,6 @@ def refused(place, argv: list[str]) -> str:
         run(place, argv)
     except UserError as e:
         return str(e)
-
-
-def test_8_bit_states_go_over_to_other_ranks(source, one_rank, two_ranks, tmp_path):
-    """Of 51 x 160 weights one rank has more than the 4,096 that take 8 bits, and the other less."""
-    argv = [*source, *QUIET, "--optimizer", "adamw_8bit", "--lora_rank", "51", "--resume", "auto"]
-    whole, folder, other = (tmp_path / name for name in ("whole", "run", "other"))
-    two_ranks(run, [*argv, "--output_dir", str(whole)])
-    again = [*argv, "--output_dir", str(folder)]
-    two_ranks(run, again, Signals({2: signal.SIGTERM}))
-    shutil.copytree(folder, other)
-    kinds = {(name[-1], t["dtype"]) for name, t in states(folder, 2).items()}
-    assert kinds == {("0", "uint8"), ("0", "float32"), ("1", "float32")}
-    two_ranks(run, again)
-    assert repeated(folder) == repeated(whole)
-    again = [*argv, "--output_dir", str(other)]
-    one_rank(run, [*again, "--gradient_accumulation_steps", "4"], Signals({4: signal.SIGTERM}))
-    assert {name[-1] for name in states(other, 4)} == {"0"}
-    two_ranks(run, again)
-    for name in ("loss", "grad_norm"):
-        ours, theirs = (torch.tensor([line[name] for line in lines(f)]) for f in (other, whole))
-        torch.testing.assert_close(ours, theirs, rtol=2e-4, atol=0)
-    ours, theirs = adapter(other), adapter(whole)
-    assert max((ours[name] - theirs[name]).norm() / theirs[name].norm() for name in theirs) < 0.02
-
-
-def states(folder: Path, step: int) -> dict[str, dict]:
-    """The first moments of a checkpoint, {parameter@rank: tensor}."""
-    tensors = checkpoint_files.read_checkpoint(folder_of(folder, step)).tensors
-    return {
-        n.split(".", 2)[2] + n.split(".", 2)[1]: t
-        for n, t in tensors.items()
-        if n.startswith("optimizer.state1")
-    }
 
 
 # Determinism

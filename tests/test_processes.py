@@ -1,0 +1,165 @@
+"""The processes of a run: under torchrun, killed, raising, and asked to stop."""
+
+from __future__ import annotations
+
+import itertools
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import psutil
+import pytest
+
+import train
+from checkpoint_files import newest_whole
+from command_line import parse
+from tests.programs import ROOT, losses, metrics, ranks_of, run, small, start, wait_for, wait_for_steps
+from tests.runs import whole_run
+
+
+@pytest.fixture(scope="module")
+def losses_of_two(checkpoints, alpaca_file, two_ranks, tmp_path_factory) -> list[float]:
+    """Of `small` in two ranks, however they are started."""
+    out = tmp_path_factory.mktemp("two") / "out"
+    config, _ = parse(list(map(str, small(checkpoints, alpaca_file, out, "--world_size", "2"))))
+    two_ranks(whole_run, train.check(config))
+    return losses(out)
+
+
+def test_torchrun_gives_the_same_run(checkpoints, alpaca_file, tmp_path, losses_of_two):
+    args = small(checkpoints, alpaca_file, tmp_path / "out", "--log_to", "stdout", "--world_size", "2")
+    out = run(args, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    assert "step 4/4: loss" in out
+    assert losses(tmp_path / "out") == losses_of_two
+
+
+@pytest.mark.slow
+def test_torchrun_reports_bad_input_once(checkpoints, alpaca_file, tmp_path):
+    args = small(checkpoints, alpaca_file, tmp_path / "out", "--lora_target_modules", "nothing")
+    process = start(args, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    _, err = process.communicate(timeout=120)
+    assert process.returncode != 0 and err.count("error: --lora_target_modules") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_killed_rank_ends_the_others_with_its_name(checkpoints, alpaca_file, tmp_path, processes, capsys):
+    path, killed = tmp_path / "out" / "metrics.jsonl", []
+
+    def kill_one():
+        deadline = time.time() + 90
+        while time.time() < deadline and not (path.exists() and path.read_text().count("\n") >= 2):
+            time.sleep(0.1)
+        killed.append(time.time())
+        processes[1].kill()
+
+    thread = threading.Thread(target=kill_one, daemon=True)
+    thread.start()
+    args = small(checkpoints, alpaca_file, tmp_path / "out", "--world_size", "2")
+    status = train.main([*map(str, args), "--max_steps", "100000", "--num_epochs", "100000"])
+    assert time.time() - killed[0] < 30
+    assert status == 1 and "error: rank 1 was ended by SIGKILL" in capsys.readouterr().err.splitlines()[-1]
+    assert len(metrics(tmp_path / "out")) >= 2 and not any(p.is_alive() for p in processes)
+
+
+def raises_in_its_third_step(place, job) -> None:
+    original, calls = train.loss_sum, itertools.count(1)
+
+    def loss_sum(*args):
+        if next(calls) == 3 and place.rank == 1:
+            raise RuntimeError("the disk of rank 1 is on fire")
+        return original(*args)
+
+    train.loss_sum = loss_sum
+    train.run_rank(place, job)
+
+
+def test_a_rank_that_raises_ends_the_others_with_its_message(
+    checkpoints, alpaca_file, tmp_path, losses_of_two, processes, monkeypatch, capsys
+):
+    args = small(checkpoints, alpaca_file, tmp_path / "out", "--world_size", "2")
+    monkeypatch.setattr(train, "run_rank", raises_in_its_third_step)
+    begun = time.time()
+    assert train.main(list(map(str, args))) == 1
+    err = capsys.readouterr().err
+    assert err.splitlines()[-1] == "error: rank 1: RuntimeError: the disk of rank 1 is on fire"
+    assert losses(tmp_path / "out") == losses_of_two[:2], "both ranks were training until then"
+    assert time.time() - begun < 90 and not any(p.is_alive() for p in processes)
+
+
+def test_ranks_do_not_outlive_a_killed_parent(checkpoints, alpaca_file, tmp_path):
+    """Started as a shell starts a background job: with SIGINT ignored, which is what torch would send to its ranks. A
+    rank by itself, which no other's end ends, before training, which takes SIGINT for a request."""
+    args = small(checkpoints, alpaca_file, tmp_path / "out", "--world_size", "1")
+    args += ["--max_steps", "100000", "--num_epochs", "100000"]
+    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    process = start(args)
+    signal.signal(signal.SIGINT, previous)
+    assert any(line.startswith("data: ") for line in process.stdout), process.stderr.read()
+    ranks = ranks_of(process)
+    process.kill()
+    gone, alive = psutil.wait_procs(ranks, timeout=15)
+    for rank in alive:
+        rank.kill()
+    assert len(gone) == len(ranks) == 1 and not alive
+
+
+def test_signals_save_and_stop(checkpoints, alpaca_file, tmp_path):
+    """SIGUSR1 to the program: a checkpoint, and training goes on. Ctrl-C, which a terminal sends to the whole group:
+    the end, with one more."""
+    out = tmp_path / "out"
+    args = small(checkpoints, alpaca_file, out, "--max_steps", "100000", "--num_epochs", "100000")
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
+    process = start(args)
+    signal.signal(signal.SIGINT, previous)
+    wait_for_steps(process, out / "metrics.jsonl")
+    process.send_signal(signal.SIGUSR1)
+    (saved,) = wait_for(lambda: list(out.glob("checkpoints/step-????????/manifest.json")), process)
+    steps = len(losses(out))
+    wait_for(lambda: len(losses(out)) > steps, process)
+    ranks = ranks_of(process)
+    for each in (process, *ranks):
+        each.send_signal(signal.SIGINT)
+    timer = threading.Timer(40, process.kill)
+    timer.start()
+    shown, err = process.communicate()
+    timer.cancel()
+    assert process.returncode == 0 and "Traceback" not in err
+    step = len(losses(out))
+    assert f"stopped at step {step} of 100000 (SIGINT); go on with:" in shown
+    assert {p.name for p in out.glob("checkpoints/*")} == {saved.parent.name, f"step-{step:08d}"}
+    assert not any(r.is_running() and r.status() != psutil.STATUS_ZOMBIE for r in ranks)
+
+
+SLEEPING = """
+import sys, time; sys.path.insert(0, {root!r})
+import train
+original, calls = train.loss_sum, 0
+def loss_sum(*args):
+    global calls
+    calls += 1
+    if calls == 3:
+        time.sleep(100)
+    return original(*args)
+train.loss_sum = loss_sum
+if __name__ == "__main__":
+    sys.exit(train.main(sys.argv[1:]))
+"""
+
+
+def test_a_second_signal_ends_a_step_that_does_not(checkpoints, alpaca_file, tmp_path):
+    """The first waits for the end of the step, which lasts; after the second nothing is left but whole checkpoints."""
+    script, out = tmp_path / "sleeping.py", tmp_path / "out"
+    script.write_text(SLEEPING.format(root=str(ROOT)))
+    args = small(checkpoints, alpaca_file, out, "--save_every", "1", "--max_steps", "9", "--num_epochs", "9")
+    command = [sys.executable, str(script), *map(str, args)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: list(out.glob("checkpoints/step-00000002/manifest.json")), process)
+    process.terminate()
+    time.sleep(1.5)
+    assert process.poll() is None, "it waits for the step"
+    process.terminate()
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 128 + signal.SIGTERM and err.endswith("ended by SIGTERM\n")
+    assert newest_whole(out, pytest.fail).step == 2
