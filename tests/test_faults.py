@@ -1,4 +1,4 @@
-"""What goes wrong while a run trains. Ranks that are killed or raise: test_train.py."""
+"""What goes wrong while a run trains. Ranks that are killed or raise: test_processes.py."""
 
 from __future__ import annotations
 
