@@ -11,7 +11,6 @@ import dataclasses
 import difflib
 import errno
 import io
-import logging
 import os
 import re
 import signal
@@ -31,10 +30,6 @@ from resolve import resolve
 T = typing.TypeVar("T")
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)  # EDQUOT: of what a user may fill
 
-# On some CPUs bitsandbytes advises at each import to install a package, which would stand before every line of ours.
-logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-
-
 # torch's name of the setting, and the older one that users know.
 ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 
@@ -44,6 +39,19 @@ def set_allocator() -> None:
     reads it when it is imported: here and, the environment being passed on, in the ranks."""
     if not any(name in os.environ for name in ALLOCATOR):
         os.environ[ALLOCATOR[0]] = "expandable_segments:True"
+
+
+def exit_on_signals() -> None:
+    """From here on Ctrl-C and SIGTERM end the program without a traceback, its `finally` blocks run. Once: pressed
+    again, they would cut these as well."""
+
+    def leave(number: int, _frame) -> None:
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, signal.SIG_IGN)
+        sys.exit(128 + number)
+
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, leave)
 
 
 def report(error: UserError, verbose: bool) -> int:

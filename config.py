@@ -7,12 +7,17 @@ Nothing here needs torch, a GPU or a model.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 import typing
 from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
+
+# On some CPUs bitsandbytes advises at each import to install a package, which would stand before every line of ours.
+# Said here because every program imports this file before it imports bitsandbytes.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 class UserError(Exception):

@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import sys
 
-from command_line import parse_or_exit, report
+from command_line import exit_on_signals, parse_or_exit, report
 from config import UserError
 from evaluate_options import Options, parse
 
 if __name__ == "__main__":
     # Before the imports below, which take seconds: --help and wrong options are answered at once.
     PARSED = parse_or_exit(sys.argv[1:], parse)
+    exit_on_signals()
 
 import contextlib
 import dataclasses

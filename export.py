@@ -11,19 +11,19 @@ from __future__ import annotations
 
 import sys
 
-from command_line import describe, parse_or_exit, report
+from command_line import describe, exit_on_signals, parse_or_exit, report
 from config import UserError
 from export_options import Options, parse
 
 if __name__ == "__main__":
     # Before the imports below, which take seconds: --help and wrong options are answered at once.
     PARSED = parse_or_exit(sys.argv[1:], parse)
+    exit_on_signals()
 
 import contextlib
 import json
 import os
 import shutil
-import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -207,7 +207,7 @@ def check_space(out: Path, nbytes: int) -> None:
     existing = next(p for p in [out.absolute(), *out.absolute().parents] if p.exists())
     free, needed = shutil.disk_usage(existing).free, nbytes + SPARE
     if free < needed:
-        raise UserError(f"--out {out}: {needed / 1e9:.2f} GB are needed, and {free / 1e9:.2f} GB are free")
+        raise UserError(f"--out {out}: {needed / 1e9:.3g} GB are needed, and {free / 1e9:.3g} GB are free")
 
 
 LAST = ("config.json", "adapter_config.json")  # each makes its folder loadable
@@ -318,5 +318,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what is half written goes
     sys.exit(run(PARSED))
