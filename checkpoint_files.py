@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -38,9 +38,10 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, SavePlan
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
+from checkpoint import check_room
 from config import CHECKPOINTS, UserError
 from limits import MANIFEST_FILE, check_size, read_text
-from memory import MIB, size
+from memory import MIB
 from tensor_files import save_tensors
 
 MANIFEST, VERSION, RANK = "manifest.json", 2, "rank-"
@@ -199,14 +200,11 @@ class Writer(StorageWriter):
         return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        """Makes the folder, if the disk has room for all ranks: a disk that ran full in the middle would stop
-        everything else that writes."""
+        """Makes the folder, if the disk has room for all ranks."""
         self.folder.parent.mkdir(parents=True, exist_ok=True)
         data = [i.tensor_data for plan in plans for i in plan.items]
         needed = SPARE + sum(math.prod(d.chunk.sizes) * d.properties.dtype.itemsize for d in data)
-        free = shutil.disk_usage(self.folder.parent).free
-        if free < needed:
-            raise OSError(errno.ENOSPC, f"No space left: {size(needed)} are needed, {size(free)} free")
+        check_room(self.folder.parent, needed)
         shutil.rmtree(self.temporary, ignore_errors=True)
         self.temporary.mkdir()
         names = (f"{RANK}{rank:05d}.safetensors" for rank in range(len(plans)))
@@ -217,10 +215,7 @@ class Writer(StorageWriter):
         results = []
         if plan.items:
             path = self.temporary / plan.storage_data
-            try:
-                save_tensors({i.index.fqn: planner.resolve_data(i) for i in plan.items}, path)
-            except SafetensorError as e:  # the library's only one, for every failure to write
-                raise OSError(str(e)) from None
+            save_tensors({i.index.fqn: planner.resolve_data(i) for i in plan.items}, path)
             sync(path)
             written = _measure(path)
             results = [WriteResult(i.index, written.size, written) for i in plan.items]
