@@ -23,7 +23,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PretrainedConfig
 
-from config import Config, UserError
+from config import CHECKPOINTS, Config, UserError
 from memory import size
 from model_files import INDEX, SINGLE, CheckpointFiles
 from models.family import clean
@@ -46,8 +46,14 @@ def holds_run(folder: Path) -> bool:
 
 
 def check_output(folder: Path, overwrite: bool) -> None:
-    """Raises UserError if the folder holds a run and may not be replaced, or cannot be written."""
+    """Raises UserError if the folder holds a run and may not be replaced, or cannot be written, or has a link where a run
+    writes and removes files."""
     check_writable(folder, "--output_dir")
+    for name in (CHECKPOINTS, "wandb"):
+        if (folder / name).is_symlink():
+            raise UserError(
+                f"--output_dir {folder}: its {name} is a link; a run writes in folders of its own"
+            )
     if holds_run(folder) and not overwrite:
         raise UserError(
             f"--output_dir {folder}: holds a run already; choose another folder, or add --overwrite"

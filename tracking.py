@@ -28,6 +28,7 @@ from checkpoint import BLOCKS, staged
 from command_line import FULL_DISK, describe, python
 from config import TOY_DATASET, TOY_MODEL, TOY_PROMPT, Config, UserError
 from data import Step, StepSampler, TokenizedRows
+from limits import METRICS_LINE
 from packing import PackSampler
 
 GIB = 2**30
@@ -283,11 +284,22 @@ class WandbTracker(Tracker):
         self.run.finish()
 
 
-def read_metrics(path: Path) -> list[Metrics]:
-    """The lines of metrics.jsonl."""
-    with path.open(encoding="utf-8") as file:
-        lines = [json.loads(line) for line in file]
-    return [Metrics(**{k: math.nan if v is None else v for k, v in line.items()}) for line in lines]
+def read_metrics(path: Path, length: int | None = None) -> list[Metrics]:
+    """The lines of metrics.jsonl, one for each step so far; length: bytes of it that are read, None = all. Raises
+    UserError where it holds anything else."""
+    found = []
+    with path.open("rb") as file:
+        while (length is None or file.tell() < length) and (line := file.readline(METRICS_LINE)):
+            number = len(found) + 1
+            try:
+                values = {k: math.nan if v is None else v for k, v in json.loads(line).items()}
+                found.append(Metrics(**values))
+                right = found[-1].step == number and all(type(v) in (int, float) for v in values.values())
+            except (ValueError, TypeError, AttributeError, RecursionError):
+                right = False
+            if not right:
+                raise UserError(f"{path}: line {number} is not as a run writes it")
+    return found
 
 
 def make_tracker(config: Config, rank: int, total_steps: int, state: dict) -> NoTracker:
