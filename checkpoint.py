@@ -8,11 +8,13 @@ a temporary name and renamed when whole, the one that makes the folder loadable 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
 import shutil
 import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -21,7 +23,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PretrainedConfig
 
-from config import Config, UserError
+from config import CHECKPOINTS, Config, UserError
+from memory import size
 from model_files import INDEX, SINGLE, CheckpointFiles
 from models.family import clean
 from models.lora import LoRALinear
@@ -43,8 +46,14 @@ def holds_run(folder: Path) -> bool:
 
 
 def check_output(folder: Path, overwrite: bool) -> None:
-    """Raises UserError if the folder holds a run and may not be replaced, or cannot be written."""
+    """Raises UserError if the folder holds a run and may not be replaced, or cannot be written, or has a link where a run
+    writes and removes files."""
     check_writable(folder, "--output_dir")
+    for name in (CHECKPOINTS, "wandb"):
+        if (folder / name).is_symlink():
+            raise UserError(
+                f"--output_dir {folder}: its {name} is a link; a run writes in folders of its own"
+            )
     if holds_run(folder) and not overwrite:
         raise UserError(
             f"--output_dir {folder}: holds a run already; choose another folder, or add --overwrite"
@@ -80,29 +89,66 @@ def clear_output(folder: Path) -> None:
             (folder / name).rmdir()
 
 
-def fresh_folder(folder: Path) -> Path:
-    """An empty folder beside `folder`, to be filled and put in its place by `replace_folder`."""
-    temporary = folder.with_name(f"{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    return temporary
+def beside(folder: Path) -> Path:
+    """Where what is to be `folder` is made."""
+    return folder.with_name(f"{folder.name}.tmp")
 
 
-def replace_folder(temporary: Path, folder: Path) -> None:
-    """Puts a whole folder in the place of an older one. At no time does a half written one have the name; the
+def fresh_folder(folder: Path) -> None:
+    """Makes an empty folder beside `folder`, to be filled and put in its place by `replace_folder`."""
+    remove(beside(folder))
+    beside(folder).mkdir(parents=True)
+
+
+def replace_folder(folder: Path) -> None:
+    """Puts the whole folder beside `folder` in its place. At no time does a half written one have the name; the
     older one is deleted last (as <name>.old)."""
     old = folder.with_name(f"{folder.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
+    remove(old)
     if folder.exists():
         folder.rename(old)
-    temporary.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+    beside(folder).rename(folder)
+    remove(old)
+
+
+def remove(folder: Path) -> None:
+    """Removes a folder, if it is there and lets itself be; of a link only the link, as what it leads to is not ours."""
+    if folder.is_symlink():
+        folder.unlink()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def staged(folder: Path) -> Iterator[Callable[[str], Path]]:
+    """Gives stage(name): where to write what is to be `name` in the folder. Once all are whole they get their names, in
+    the order of the calls; after an error none of them is left."""
+    paths: dict[str, Path] = {}
+
+    def stage(name: str) -> Path:
+        paths[name] = folder / f"{name}.tmp"
+        paths[name].unlink(missing_ok=True)  # a cut run's, or a link, which would have another file written
+        return paths[name]
+
+    try:
+        yield stage
+        for name, path in paths.items():
+            path.rename(folder / name)
+    finally:
+        for path in paths.values():
+            path.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.rename(path)
+    with staged(path.parent) as stage:
+        stage(path.name).write_text(text, encoding="utf-8")
+
+
+def check_room(folder: Path, needed: int) -> None:
+    """Raises OSError if the folder's disk has no room for so many bytes: one that ran full in the middle would stop
+    everything else that writes."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise OSError(errno.ENOSPC, f"No space left: {size(needed)} are needed, {size(free)} free")
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
@@ -135,7 +181,7 @@ def save_adapter(
     model: nn.Module, folder: Path, config: Config, base: str, digest: str, targets: list[str]
 ) -> None:
     """Writes PEFT's two files. base, digest: the name and `base_digest` of the model below; targets: the names in
-    PEFT's target_modules. Collective; rank 0 writes."""
+    PEFT's target_modules. Collective; rank 0 writes, and raises OSError when the others are done."""
     tensors = {}
     for path, module in model.named_modules():
         if isinstance(module, LoRALinear):
@@ -159,10 +205,10 @@ def save_adapter(
         "init_lora_weights": True,
         "inference_mode": True,
     }
-    temporary = folder / f"{ADAPTER}.tmp"
-    save_tensors(tensors, temporary, {"base_digest": digest})
-    temporary.rename(folder / ADAPTER)
-    write_text(folder / "adapter_config.json", json.dumps(description, indent=2) + "\n")
+    check_room(folder, sum(t.nbytes for t in tensors.values()))
+    with staged(folder) as stage:
+        save_tensors(tensors, stage(ADAPTER), {"base_digest": digest})
+        stage("adapter_config.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
 
 
 def companions(source: Path, patterns: tuple[str, ...] = COMPANIONS) -> list[Path]:
@@ -179,8 +225,8 @@ def copy_companions(
         if path.name == "config.json" and config is not None:
             write_text(folder / path.name, json.dumps(config, indent=2) + "\n")
             continue
-        shutil.copyfile(path, folder / f"{path.name}.tmp")
-        os.replace(folder / f"{path.name}.tmp", folder / path.name)
+        with staged(folder) as stage:
+            shutil.copyfile(path, stage(path.name))
 
 
 def shard_name(number: int, shards: int) -> str:
@@ -191,10 +237,10 @@ def shard_name(number: int, shards: int) -> str:
 def plan_shards(sizes: dict[str, int], limit: int) -> list[list[str]]:
     """Names in order, cut into shards of at most `limit` bytes (a larger tensor stands alone)."""
     shards, used = [[]], 0
-    for name, size in sizes.items():
-        if shards[-1] and used + size > limit:
+    for name, nbytes in sizes.items():
+        if shards[-1] and used + nbytes > limit:
             shards.append([])
             used = 0
         shards[-1].append(name)
-        used += size
+        used += nbytes
     return shards

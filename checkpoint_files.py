@@ -17,6 +17,7 @@ import errno
 import hashlib
 import json
 import math
+import operator
 import os
 import re
 import shutil
@@ -38,15 +39,18 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, SavePlan
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
+from checkpoint import check_room, remove
 from config import CHECKPOINTS, UserError
 from limits import MANIFEST_FILE, check_size, read_text
-from memory import MIB, size
+from memory import MIB
 from tensor_files import save_tensors
 
 MANIFEST, VERSION, RANK = "manifest.json", 2, "rank-"
 # Of a RUN, appended to; a resumed run cuts them to the checkpoint. One that was not there then had no lines.
 GROWING_FILES = ("metrics.jsonl", "samples.jsonl", "bad_steps.jsonl")
 NAME = re.compile(r"step-(\d{8,})")
+FILE = re.compile(rf"{RANK}\d{{5,}}\.safetensors", re.ASCII)
+HEADER = 100_000_000  # bytes of a header, the most that safetensors reads
 SPARE = MIB  # bytes of the disk that a checkpoint leaves free, for the lines of metrics.jsonl that follow
 
 
@@ -88,6 +92,9 @@ def read_checkpoint(folder: Path) -> Saved:
     """Raises Damaged unless every file is there, of the size and with the contents that the manifest says. Raises
     UserError where that cannot be told, or by another version of this program only: what may be whole is not passed
     over, as the run would go back and remove it."""
+    for path in (folder, folder / MANIFEST):
+        if path.is_symlink():
+            raise UserError(f"{path}: is a link; a checkpoint is a folder of files of its own")
     try:
         check_size(folder / MANIFEST, MANIFEST_FILE)
         manifest = json.loads(read_text(folder / MANIFEST, MANIFEST_FILE))
@@ -98,24 +105,62 @@ def read_checkpoint(folder: Path) -> Saved:
         files = [Written(**entry) for entry in manifest["files"]]
         saved = Saved(folder, manifest["step"], manifest["run"], manifest["tensors"])
         named = {file for t in saved.tensors.values() for _, _, file in t["chunks"]}
-        if named != {f.name for f in files} or any(Path(name).name != name for name in named):
+        if named != {f.name for f in files} or not all(map(FILE.fullmatch, named)):
             raise Damaged(f"{MANIFEST} names other files than those of the checkpoint")
         if not all(isinstance(dtype_of(t), torch.dtype) for t in saved.tensors.values()):
             raise Damaged(f"{MANIFEST} has an unknown dtype")
+        if type(saved.step) is not int or saved.step < 1 or not isinstance(saved.run, dict):
+            raise Damaged(f"{MANIFEST} has no step")
         if NAME.fullmatch(folder.name) and folder.name != folder_of(folder, saved.step).name:
             raise Damaged(f"{MANIFEST} is of step {saved.step}")
+        held = {f.name: _tensors_of(saved, f.name) for f in files}
     except OSError as e:
         raise _not_there(folder / MANIFEST, e) from None
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError):
         raise Damaged(f"{MANIFEST} is damaged") from None
     for file in files:
+        path = folder / file.name
         try:
-            whole = (folder / file.name).stat().st_size == file.size and _measure(folder / file.name) == file
+            whole = path.stat().st_size == file.size and _measure(_regular(path, held[file.name])) == file
         except OSError as e:
-            raise _not_there(folder / file.name, e) from None
+            raise _not_there(path, e) from None
         if not whole:
             raise Damaged(f"{file.name} is not as it was written")
+        _check_tensors(path, held[file.name])
     return saved
+
+
+def _tensors_of(saved: Saved, file: str) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """{name: (dtype, shape)} of what the manifest says of a file."""
+    return {
+        name: (dtype_of(stored), tuple(map(operator.index, sizes)))
+        for name, stored in saved.tensors.items()
+        for _, sizes, where in stored["chunks"]
+        if where == file
+    }
+
+
+def _regular(path: Path, tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]]) -> Path:
+    """The path of a file that may be read to its end. Raises UserError."""
+    if path.is_symlink() or not path.is_file():
+        raise UserError(f"{path}: is a link, or no file; a checkpoint is a folder of files of its own")
+    if path.stat().st_size > HEADER + sum(
+        math.prod(shape) * dtype.itemsize for dtype, shape in tensors.values()
+    ):
+        raise UserError(f"{path}: is larger than the tensors that it should hold")
+    return path
+
+
+def _check_tensors(path: Path, tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]]) -> None:
+    """Raises UserError if a file holds other tensors than the manifest says. Their numbers are not read."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            for name in tensors.keys() & set(file.keys()):
+                tensor = file.get_tensor(name)
+                if (tensor.dtype, tuple(tensor.shape)) != tensors[name]:
+                    raise UserError(f"{path}: cannot be loaded ({name} is another one than {MANIFEST} says)")
+    except SafetensorError as e:
+        raise UserError(f"{path}: cannot be loaded ({e})") from None
 
 
 def _not_there(path: Path, error: OSError) -> Exception:
@@ -137,7 +182,7 @@ def newest_whole(run: Path, tell: Callable[[str], None]) -> Saved | None:
 def remove_checkpoints(run: Path, after: int) -> None:
     """Removes what a run that was cut has left, and the checkpoints of steps beyond `after`. Raises OSError."""
     for left in (run / CHECKPOINTS).glob("step-*.tmp"):
-        shutil.rmtree(left)
+        remove(left)
     for step in steps_in(run):
         if step > after:
             _remove(folder_of(run, step), ignore_errors=False)
@@ -150,7 +195,9 @@ def prune(run: Path, keep: int) -> None:
 
 
 def _remove(folder: Path, ignore_errors: bool) -> None:
-    """The manifest first: what a cut leaves of the folder is no checkpoint."""
+    """The manifest first: what a cut leaves of the folder is no checkpoint. Of a link only the link."""
+    if folder.is_symlink():
+        return folder.unlink()
     with contextlib.suppress(OSError):
         (folder / MANIFEST).unlink()
     shutil.rmtree(folder, ignore_errors)
@@ -199,14 +246,11 @@ class Writer(StorageWriter):
         return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        """Makes the folder, if the disk has room for all ranks: a disk that ran full in the middle would stop
-        everything else that writes."""
+        """Makes the folder, if the disk has room for all ranks."""
         self.folder.parent.mkdir(parents=True, exist_ok=True)
         data = [i.tensor_data for plan in plans for i in plan.items]
         needed = SPARE + sum(math.prod(d.chunk.sizes) * d.properties.dtype.itemsize for d in data)
-        free = shutil.disk_usage(self.folder.parent).free
-        if free < needed:
-            raise OSError(errno.ENOSPC, f"No space left: {size(needed)} are needed, {size(free)} free")
+        check_room(self.folder.parent, needed)
         shutil.rmtree(self.temporary, ignore_errors=True)
         self.temporary.mkdir()
         names = (f"{RANK}{rank:05d}.safetensors" for rank in range(len(plans)))
@@ -217,10 +261,7 @@ class Writer(StorageWriter):
         results = []
         if plan.items:
             path = self.temporary / plan.storage_data
-            try:
-                save_tensors({i.index.fqn: planner.resolve_data(i) for i in plan.items}, path)
-            except SafetensorError as e:  # the library's only one, for every failure to write
-                raise OSError(str(e)) from None
+            save_tensors({i.index.fqn: planner.resolve_data(i) for i in plan.items}, path)
             sync(path)
             written = _measure(path)
             results = [WriteResult(i.index, written.size, written) for i in plan.items]

@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from checkpoint_files import GROWING_FILES, Saved, Writer, folder_of, prune, sync
 from command_line import describe
+from config import UserError
 from launch import Place
 from memory import can_pin
 from stopping import NeverStop
@@ -133,7 +134,10 @@ class Checkpoints:
             return 0
         restore(self.saved, self.model, self.optimizer, self.place.rank, self.group)
         for name, part in self.parts.items():
-            part.load_state_dict(self.saved.run["parts"][name])
+            try:
+                part.load_state_dict(self.saved.run["parts"][name])
+            except (RuntimeError, LookupError, TypeError, ValueError) as e:
+                raise UserError(f"{self.saved.folder}: cannot be loaded ({name}: {describe(e)})") from None
         self.step = self.newest = self.saved.step
         return self.step
 

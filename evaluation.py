@@ -14,6 +14,7 @@ import dataclasses
 import itertools
 import json
 import math
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -22,7 +23,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-from checkpoint import BEST, SCORE, fresh_folder, replace_folder, write_text
+from checkpoint import BEST, SCORE, beside, fresh_folder, replace_folder, write_text
+from command_line import describe
 from config import Config
 from data import Batch, TokenizedRows, make_batch
 from evaluation_data import EvaluationData
@@ -201,24 +203,39 @@ class Evaluator:
         return mean_loss(self.model, self.data.rows, *options)
 
     def _judge(self, step: int, loss: float) -> None:
-        """Every rank has the same loss, so all of them keep and stop together."""
+        """Every rank has the same loss, so all of them keep and stop together. What could not be kept is not the best:
+        the next evaluation that is better than that in best/ takes its place."""
         if loss < self.best_loss:  # never of a NaN
-            self.best_step, self.best_loss, self.worse = step, loss, 0
-            if keeps_best(self.config):
-                self._keep(step, loss)
+            self.worse = 0
+            if not keeps_best(self.config) or self._keep(step, loss):
+                self.best_step, self.best_loss = step, loss
         else:
             self.worse += 1
         self.stop = 0 < self.config.early_stopping_patience <= self.worse
 
-    def _keep(self, step: int, loss: float) -> None:
-        best = self.folder / BEST
-        writes = self.place.rank == 0
-        temporary = fresh_folder(best) if writes else best
-        self.save(temporary)
-        if writes:
-            score = {"step": step, "eval_loss": loss, "eval_perplexity": perplexity(loss)}
-            write_text(temporary / SCORE, json.dumps(score) + "\n")
-            replace_folder(temporary, best)
+    def _keep(self, step: int, loss: float) -> bool:
+        """Puts what is trained into best/. If the disk does not take it, what is there stays, a warning is printed, and
+        False returned, on every rank. Collective."""
+        best, failures = self.folder / BEST, []
+        if self.place.rank == 0:
+            with _noting(failures):
+                fresh_folder(best)
+        with _noting(failures):
+            self.save(beside(best))  # needs all ranks, whatever became of the folder
+            if self.place.rank == 0 and not failures:
+                score = {"step": step, "eval_loss": loss, "eval_perplexity": perplexity(loss)}
+                write_text(beside(best) / SCORE, json.dumps(score) + "\n")
+                replace_folder(best)
+        if failures:
+            shutil.rmtree(beside(best), ignore_errors=True)
+            stays = f"that of step {self.best_step} stays" if self.best_step else "there is no other one"
+            self.tracker.say(
+                f"WARNING: {best}: step {step} could not be kept ({describe(failures[0])}); {stays}, and training goes on"
+            )
+        kept = torch.tensor([not failures], dtype=torch.uint8, device=self.place.device)
+        if self.place.world > 1:
+            dist.broadcast(kept, 0)
+        return bool(kept.item())
 
     def _sample(self, step: int) -> None:
         """Writes lines of step, prompt and text to samples.jsonl, and shows them."""
@@ -244,9 +261,26 @@ class Evaluator:
         append(self.folder / "samples.jsonl", lines, self.tracker.say)
 
 
+@contextlib.contextmanager
+def _noting(failures: list[OSError]) -> Iterator[None]:
+    try:
+        yield
+    except OSError as e:
+        failures.append(e)
+
+
 def keeps_best(config: Config) -> bool:
     """With a single evaluation, at the end, the result is the best."""
     return config.save_model and config.eval_every > 0
+
+
+def kept_in(folder: Path, step: int) -> str:
+    """Whether the best step is in best/, as the end of a line."""
+    try:
+        kept = json.loads((folder / SCORE).read_text(encoding="utf-8"))["step"]
+    except FileNotFoundError:
+        return ", which could not be kept"
+    return f", in {folder}" if kept == step else f", which could not be kept; {folder} has step {kept}"
 
 
 def describe_evaluations(history: list[Metrics], total_steps: int, config: Config) -> list[str]:
@@ -262,7 +296,7 @@ def describe_evaluations(history: list[Metrics], total_steps: int, config: Confi
         f"evaluation loss {last.eval_loss:.4f} (perplexity {last.eval_perplexity:,.2f}) at step {last.step}"
     )
     if len(evaluated) > 1:
-        where = f", in {Path(config.output_dir) / BEST}" if keeps_best(config) else ""
+        where = kept_in(Path(config.output_dir) / BEST, best.step) if keeps_best(config) else ""
         line += f"; best {best.eval_loss:.4f} at step {best.step}{where}"
     if len(history) == total_steps or too_many(history[-1].bad_steps, config.max_bad_steps):
         return [line]

@@ -12,7 +12,8 @@ from config import UserError
 OPTIONS_FILE = 2**20  # bytes of a --config file or a recipe
 CONFIG_FILE = 2**22  # bytes of config.json or generation_config.json
 INDEX_FILE = 2**26  # bytes of an index of shards, or of a cache's manifest
-MANIFEST_FILE = 2**26  # bytes of a checkpoint's manifest; 8B, trained in full on 64 GPUs, take a twentieth
+MANIFEST_FILE = 2**25  # bytes of a checkpoint's manifest; 8B, trained in full on 64 GPUs, take a tenth
+METRICS_LINE = 2**14  # bytes of a line of metrics.jsonl; ours take some hundred
 TOKENIZER_FILE = 2**28  # bytes of tokenizer.json; the largest vocabularies take 35 MB
 LAYERS = 10_000  # of a model; and experts of a layer
 LINE = 2**24  # bytes of a line of a .jsonl or .csv file

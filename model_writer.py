@@ -7,6 +7,7 @@ which a folder is no model, gets its own last.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -17,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from checkpoint import BLOCKS, copy_companions, gather, plan_shards, shard_name, write_text
+from checkpoint import BLOCKS, check_room, copy_companions, gather, plan_shards, shard_name, staged
 from config import UserError
 from model_files import INDEX, SINGLE, CheckpointFiles
 from models.family import Family, clean
@@ -106,22 +107,24 @@ def write_tensors(path: Path, entries: dict[str, Entry], metadata: dict[str, str
 
 def write_model(folder: Path, shards: Shards, source: Path, config: dict | None = None) -> None:
     """Writes a model folder: weights, index, and `source`'s small files, with `config` as config.json if it is
-    given. A run that ends in the middle leaves no config.json; an error, no temporary files either."""
-    temporary = {file: folder / f"{file}.tmp" for file in shards}
-    try:
+    given. A run that ends in the middle leaves no config.json; a full disk, no weights either."""
+    with staged(folder) as stage:
         for file, entries in shards.items():
-            write_tensors(temporary[file], entries)
-        for file, path in temporary.items():
-            path.rename(folder / file)
-    finally:
-        for path in temporary.values():  # none is left unless something failed
-            path.unlink(missing_ok=True)
-    if list(shards) != [SINGLE]:
-        total = sum(entry.nbytes for entries in shards.values() for entry in entries.values())
-        weight_map = {name: file for file, entries in shards.items() for name in entries}
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        write_text(folder / INDEX, json.dumps(index, indent=2) + "\n")
-    copy_companions(source, folder, config)
+            write_tensors(stage(file), entries)
+        if list(shards) != [SINGLE]:
+            weight_map = {name: file for file, entries in shards.items() for name in entries}
+            index = {"metadata": {"total_size": total_bytes(shards)}, "weight_map": weight_map}
+            stage(INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    try:
+        copy_companions(source, folder, config)
+    except OSError:
+        for file in (*shards, INDEX):  # nobody could load them, and they take the room that was missing
+            (folder / file).unlink(missing_ok=True)
+        raise
+
+
+def total_bytes(shards: Shards) -> int:
+    return sum(entry.nbytes for entries in shards.values() for entry in entries.values())
 
 
 def shards_of(entries: dict[str, Entry], limit: int) -> Shards:
@@ -161,27 +164,45 @@ def save_expanded(model: nn.Module, family: Family, folder: Path, files: Checkpo
 
 
 def _write_together(folder: Path, shards: Shards, source: Path) -> None:
-    if dist.get_rank() == 0:
-        write_model(folder, shards, source)
-    else:
+    _together(folder, shards, lambda noted: write_model(folder, noted, source))
+
+
+def _together(folder: Path, shards: Shards, write: Callable[[Shards], None]) -> None:
+    """Rank 0 writes, the other ranks take part in making the tensors. If it cannot write, which they do not know, it
+    takes part in what is left as they do, and raises OSError then. Collective."""
+    begun: set[str] = set()
+
+    def noted(name: str, entry: Entry) -> Entry:
+        def pieces():
+            begun.add(name)
+            yield from entry.pieces()
+
+        return dataclasses.replace(entry, pieces=pieces)
+
+    try:
+        if dist.get_rank() == 0:
+            check_room(folder, total_bytes(shards))
+            write({file: {n: noted(n, e) for n, e in entries.items()} for file, entries in shards.items()})
+    finally:
         for entries in shards.values():
-            _take_part(entries)
+            _take_part({name: entry for name, entry in entries.items() if name not in begun})
 
 
 def save_blocks(model: nn.Module, family: Family, folder: Path, files: CheckpointFiles, base: str) -> None:
     """Writes the new blocks alone, under the expanded model's names. The header's metadata has their layers and
     `base`, the name of the expanded model. Collective; rank 0 writes."""
     entries = _trained_blocks(model, family, files)
-    if dist.get_rank() == 0:
-        metadata = {"base_model_name_or_path": base, NEW_LAYERS: json.dumps(new_layers(model.config))}
-        write_tensors(folder / f"{BLOCKS}.tmp", entries, metadata)
-        (folder / f"{BLOCKS}.tmp").rename(folder / BLOCKS)
-    else:
-        _take_part(entries)
+    metadata = {"base_model_name_or_path": base, NEW_LAYERS: json.dumps(new_layers(model.config))}
+
+    def write(shards: Shards) -> None:
+        with staged(folder) as stage:
+            write_tensors(stage(BLOCKS), shards[BLOCKS], metadata)
+
+    _together(folder, {BLOCKS: entries}, write)
 
 
 def _take_part(entries: dict[str, Entry]) -> None:
-    """What the ranks that do not write have to do while rank 0 writes `entries`."""
+    """Makes what needs all ranks of `entries`, in the order in which they are written, for another rank."""
     for entry in _in_order(entries).values():
         if entry.collective:
             for _ in entry.pieces():

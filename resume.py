@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 import os
 import re
 from pathlib import Path
@@ -29,6 +30,7 @@ from config import CHECKPOINTS, FIELDS, Config, UserError, shown
 from data import TokenizedRows
 from model_files import CheckpointFiles
 from precision import precision_here
+from tracking import read_metrics
 from weight_cache import digest
 
 # A resumed run may differ in the options of these groups, which change no result beyond rounding ...
@@ -38,6 +40,36 @@ FREE_GROUPS = ("Memory and speed", "Launch", "Checkpoints", "Output", "Profiling
 FIXED = ("eval_share",)
 FREE = ("model_name", "dataset", "llama_pro_path", "llama_pro_save", "batch_size", "gradient_accumulation_steps",
         "num_epochs", "max_steps", "max_bad_steps", "deterministic")  # fmt: skip
+
+
+# What a checkpoint says of a run, by name: numbers of int are not negative, no float is NaN.
+STATE = {
+    "options": {}, "rows_per_step": int, "base": str, "data": str, "world": int, "precision": str, "files": {},
+    "parts": {
+        "scaler": {},
+        "evaluator": {"best_step": int, "best_loss": float, "worse": int, "stop": bool},
+        "tracker": {"held": str},
+        "guard": {"count": int},
+    },
+}  # fmt: skip
+
+
+def is_state(run: dict) -> bool:
+    """Whether a manifest's `run` has the form of STATE, and the values that have no fixed names are what they can be."""
+    return (
+        _fits(run, STATE)
+        and all(name in GROWING_FILES and _fits(length, int) for name, length in run["files"].items())
+        and all(_fits(number, float) and 0 <= number < math.inf for number in run["parts"]["scaler"].values())
+        and re.fullmatch(r"[\w-]{1,128}", run["parts"]["tracker"].get("wandb", "none"), re.ASCII) is not None
+    )
+
+
+def _fits(value, form: type | dict) -> bool:
+    if isinstance(form, dict):
+        return isinstance(value, dict) and all(k in value and _fits(value[k], f) for k, f in form.items())
+    if form is float:
+        return type(value) in (int, float) and value == value
+    return type(value) is form and (form is not int or 0 <= value < 2**63)
 
 
 def is_fixed(name: str) -> bool:
@@ -118,7 +150,7 @@ def rows_per_step(config: Config) -> int:
 def check_same(saved: Saved, config: Config, base: str, data: str) -> None:
     """Raises UserError unless `config` goes on with the run of the checkpoint, over the same model and rows."""
     where, run = f"--resume {config.resume}", saved.run
-    if not {*about(config, base, data), "parts", "files"} <= run.keys():
+    if not is_state(run):
         raise UserError(f"{where}: {saved.folder} is no checkpoint of this program")
     for name in FIELDS:
         before = run["options"].get(name, FIELDS[name].default)
@@ -129,7 +161,7 @@ def check_same(saved: Saved, config: Config, base: str, data: str) -> None:
             )
     if run["precision"] != str(here := precision_here(config.precision)):
         raise UserError(
-            f"{where}: the run has --precision {run['options']['precision']}, not {config.precision}, which on this"
+            f"{where}: the run has --precision {run['options'].get('precision')}, not {config.precision}, which on this"
             f" machine is {here}, not {run['precision']}"
         )
     if run["rows_per_step"] != rows_per_step(config):
@@ -156,6 +188,13 @@ def check_files(saved: Saved, folder: Path) -> None:
             raise UserError(f"{path}: is a link; a run goes on in files of its own")
         if length and (not path.is_file() or path.stat().st_size < length):
             raise UserError(f"{path}: is missing or cut: it ends before step {saved.step} of the checkpoint")
+    path, held = folder / GROWING_FILES[0], saved.run["parts"]["tracker"]["held"]
+    length = saved.run["files"].get(path.name, 0)
+    steps = len(read_metrics(path, length)) if length else 0
+    if steps + held.count("\n") != saved.step:
+        raise UserError(
+            f"{path}: has {steps} lines, which are not those of step {saved.step} of the checkpoint"
+        )
 
 
 def tidy(folder: Path, saved: Saved | None) -> None:
@@ -182,9 +221,11 @@ def remarks(saved: Saved, config: Config) -> list[str]:
             " --lora_dropout"
         )
     for name in ("num_epochs", "max_steps"):
-        if before[name] != getattr(config, name) and (config.lr_scheduler != "constant" or config.lr_warmup):
+        if before.get(name) != getattr(config, name) and (
+            config.lr_scheduler != "constant" or config.lr_warmup
+        ):
             told.append(
-                f"--resume: --{name} {getattr(config, name)} instead of {before[name]}: the learning rate follows it"
+                f"--resume: --{name} {getattr(config, name)} instead of {before.get(name)}: the learning rate follows it"
                 " from here on"
             )
     return told

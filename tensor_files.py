@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import BinaryIO, Protocol
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -102,6 +102,9 @@ def save_tensors(
     tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None
 ) -> None:
     """Writes a file. safetensors makes it readable by its owner only; here those who may read the other files of
-    the folder may read this one too."""
-    save_file(tensors, path, metadata={"format": "pt"} | (metadata or {}))
+    the folder may read this one too. Raises OSError."""
+    try:
+        save_file(tensors, path, metadata={"format": "pt"} | (metadata or {}))
+    except SafetensorError as e:  # the library's only one, for every failure to write
+        raise OSError(str(e)) from None
     path.chmod(0o666 & ~UMASK)

@@ -6,13 +6,15 @@ drops what it gets.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
 import os
 import shlex
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,10 +24,11 @@ from torch import nn
 from tqdm import tqdm
 
 import memory
-from checkpoint import BLOCKS
-from command_line import FULL_DISK, python
+from checkpoint import BLOCKS, staged
+from command_line import FULL_DISK, describe, python
 from config import TOY_DATASET, TOY_MODEL, TOY_PROMPT, Config, UserError
 from data import Step, StepSampler, TokenizedRows
+from limits import METRICS_LINE
 from packing import PackSampler
 
 GIB = 2**30
@@ -215,7 +218,19 @@ class Tracker(NoTracker):
         self._write()
         self.file.close()
         if self.history:
-            draw_loss(self.history, self.folder / "loss.png")
+            with despite_full_disk(self.folder / "loss.png"):
+                draw_loss(self.history, self.folder / "loss.png")
+
+
+@contextlib.contextmanager
+def despite_full_disk(path: Path) -> Iterator[None]:
+    """Around the writing of something that report.py can make later: without it a run is none the worse."""
+    try:
+        yield
+    except OSError as e:
+        if e.errno not in FULL_DISK:
+            raise
+        print(f"WARNING: {path}: {e.strerror}; it is not written", file=sys.stderr, flush=True)
 
 
 def append(path: Path, text: str, say: Callable[[str], None]) -> None:
@@ -269,11 +284,22 @@ class WandbTracker(Tracker):
         self.run.finish()
 
 
-def read_metrics(path: Path) -> list[Metrics]:
-    """The lines of metrics.jsonl."""
-    with path.open(encoding="utf-8") as file:
-        lines = [json.loads(line) for line in file]
-    return [Metrics(**{k: math.nan if v is None else v for k, v in line.items()}) for line in lines]
+def read_metrics(path: Path, length: int | None = None) -> list[Metrics]:
+    """The lines of metrics.jsonl, one for each step so far; length: bytes of it that are read, None = all. Raises
+    UserError where it holds anything else."""
+    found = []
+    with path.open("rb") as file:
+        while (length is None or file.tell() < length) and (line := file.readline(METRICS_LINE)):
+            number = len(found) + 1
+            try:
+                values = {k: math.nan if v is None else v for k, v in json.loads(line).items()}
+                found.append(Metrics(**values))
+                right = found[-1].step == number and all(type(v) in (int, float) for v in values.values())
+            except (ValueError, TypeError, AttributeError, RecursionError):
+                right = False
+            if not right:
+                raise UserError(f"{path}: line {number} is not as a run writes it")
+    return found
 
 
 def make_tracker(config: Config, rank: int, total_steps: int, state: dict) -> NoTracker:
@@ -319,10 +345,11 @@ def draw_loss(history: list[Metrics], path: Path) -> None:
     lr_axis = loss_axis.twinx()
     lr_axis.plot(steps, [m.lr for m in history], color="#b06a00", linewidth=1, linestyle="--")
     lr_axis.set(ylabel="learning rate (dashed)", ylim=(0, None))
-    temporary = path.with_name(path.name + ".tmp")
-    figure.savefig(temporary, dpi=120, format="png")
-    plt.close(figure)
-    temporary.rename(path)
+    try:
+        with staged(path.parent) as stage:
+            figure.savefig(stage(path.name), dpi=120, format="png")
+    finally:
+        plt.close(figure)
 
 
 def describe_data(rows: TokenizedRows, sampler: StepSampler, context_length: int) -> str:
@@ -378,8 +405,22 @@ def summary(history: list[Metrics], seconds: float, stages: dict[str, float], do
 
 def describe_stop(reason: str, history: list[Metrics], total_steps: int, folder: Path) -> str:
     """The line of a run that was asked to stop."""
-    again = [python(), "train.py", "--config", f"{folder}/config.yaml", "--resume", "auto"]
-    return f"stopped at step {history[-1].step} of {total_steps} ({reason}); go on with: {shlex.join(again)}"
+    return f"stopped at step {history[-1].step} of {total_steps} ({reason}); go on with: {going_on(folder)}"
+
+
+def going_on(folder: Path) -> str:
+    """The command that resumes a run."""
+    return shlex.join([python(), "train.py", "--config", f"{folder}/config.yaml", "--resume", "auto"])
+
+
+def describe_unsaved(error: OSError, folder: Path, step: int | None) -> str:
+    """The line of a run whose result could not be written. step: of the last whole checkpoint."""
+    way = (
+        f"make room there, then: {going_on(folder)}, which saves it from the checkpoint of step {step}"
+        if step
+        else "there is no checkpoint to save it from; make room there before the run is repeated, with --save_every"
+    )
+    return f"--output_dir {folder}: the trained model could not be saved ({describe(error)}); {way}"
 
 
 def describe_files(config: Config, sampled: bool, folder: Path) -> str:

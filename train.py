@@ -45,6 +45,7 @@ from checkpoint import (
     whole,
     write_text,
 )
+from checkpoint_files import steps_in
 from checkpoints import Checkpoints
 from checks import Job, check, identity, read_tokenizer, total_steps
 from config import TOY_MODEL, Config, UserError
@@ -67,7 +68,7 @@ from prefetch import ahead
 from profiling import BETWEEN, NO_PROFILER, NoProfiler, Profiler, make_profiler
 from quantize_layers import load_weights
 from recompute import ActivationBudget, Keep, compiler, compiles
-from report import FACTS, describe_run, write_report
+from report import FACTS, PAGE, describe_run, write_report
 from stopping import NEVER, NeverStop, Stopping
 from tracking import (
     Meter,
@@ -75,6 +76,8 @@ from tracking import (
     describe_files,
     describe_model,
     describe_stop,
+    describe_unsaved,
+    despite_full_disk,
     make_tracker,
     summary,
 )
@@ -278,10 +281,15 @@ def run_profiled(place: Place, job: Job, profiler: Profiler) -> None:
     history = train(job, model, place, sampler, tracker, profiler, stopping)
     seconds = time.perf_counter() - start
     if config.save_model and not stopping.reason:
-        save(job, model, folder)
+        try:
+            save(job, model, folder)
+        except OSError as e:
+            tracker.finish()
+            raise UserError(describe_unsaved(e, folder, next(iter(steps_in(folder)), None))) from e
     tracker.finish()
     if place.rank == 0:
-        write_report(folder)
+        with despite_full_disk(folder / PAGE):
+            write_report(folder)
         told = [summary(history, seconds, stages, done), *describe_evaluations(history, total, config)]
         files = describe_files(config, bool(job.evaluation.prompts), folder)
         stop = describe_stop(stopping.reason, history, total, folder)

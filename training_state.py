@@ -86,7 +86,7 @@ def restore(
     wanted: Tensors = {f"model.{name}": p.detach() for name, p in params.items()}
     for name, state in states.items():
         wanted |= {f"optimizer.{key}.{name}": tensor for key, tensor in state.items()}
-    random = {name: _empty(saved, name) for name in _random_states(rank).keys() & saved.tensors.keys()}
+    random = {n: torch.empty_like(t) for n, t in _random_states(rank).items() if n in saved.tensors}
     with warnings.catch_warnings():
         # Of torch 2.11. What is a rank's own has the rank in its name, and is wanted by that rank only.
         warnings.filterwarnings("ignore", message="Detected mismatched keys")
@@ -96,17 +96,26 @@ def restore(
         except dcp.CheckpointException as e:  # which is no Exception
             reason = describe(next(error for error, _ in e.failures.values()))
             raise UserError(f"{saved.folder}: cannot be loaded ({reason})") from e
+    for name, tensor in wanted.items():
+        if tensor.is_floating_point() and _local(tensor).isnan().any():
+            raise UserError(f"{saved.folder}: cannot be loaded ({name} holds NaN)")
     if isinstance(optimizer, ShardedAdamW):
         states = {name: _of_shard(state, sources[name]) for name, state in states.items()}
     _fill_optimizer(optimizer, {params[name]: state for name, state in states.items()})
     for name, state in random.items():
-        (torch.cuda.set_rng_state if name.startswith("random.cuda") else torch.set_rng_state)(state)
+        try:
+            (torch.cuda.set_rng_state if name.startswith("random.cuda") else torch.set_rng_state)(state)
+        except RuntimeError as e:  # of numbers that no generator has
+            raise UserError(f"{saved.folder}: cannot be loaded ({name}: {describe(e)})") from None
 
 
 def _check_names(saved: Saved, params: dict[str, nn.Parameter]) -> None:
     of_model = {name.removeprefix("model.") for name in saved.tensors if name.startswith("model.")}
     of_optimizer = {name.split(".", 2)[-1] for name in saved.tensors if name.startswith("optimizer.")}
-    if of_model != params.keys() or not of_optimizer <= of_model:
+    same = of_model == params.keys() and all(
+        dtype_of(saved.tensors[f"model.{n}"]) == p.dtype for n, p in params.items()
+    )
+    if not same or not of_optimizer <= of_model:
         raise UserError(f"{saved.folder}: holds other parameters than those that are trained")
 
 

@@ -1,7 +1,7 @@
 """Inputs that were made to do harm, and a process that meets them one after the other: `python -m tests.hostile FOLDER`
 writes what became of each, as JSON lines. test_hostile_input.py judges them.
 
-A case is a function that writes its files into a folder and returns the options that lead there.
+Those of checkpoints: hostile_checkpoints.py. A case is a function that writes its files into a folder and returns the options that lead there.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 
 Case = Callable[[Path], dict[str, object]]
 GIB = 2**30
-WORLD = ("model", "rows.jsonl", "secret.jsonl", "chat")  # in the folder above each case's
+WORLD = ("model", "rows.jsonl", "secret.jsonl", "chat", "run")  # in the folder above each case's
 ROW = '{"instruction": "Say one.", "output": "one"}\n'
 BOMB = "[" + "[]," * 3_000_000 + "[]]"  # 9 MB of text, 24 times that as lists
 DEEP = "[" * 200_000
@@ -362,8 +362,10 @@ MODELS = {
 
 
 def cases() -> dict[str, Case]:
+    from tests.hostile_checkpoints import CHECKPOINTS
+
     groups = {"option": OPTIONS | numbers(), "yaml": YAML, "recipe": RECIPES, "data": DATA, "template": TEMPLATES,
-              "model": MODELS}  # fmt: skip
+              "model": MODELS, "checkpoint": CHECKPOINTS}  # fmt: skip
     return {f"{group}: {name}": case for group, table in groups.items() for name, case in table.items()}
 
 
@@ -400,13 +402,14 @@ def meet(case: Case, folder: Path, main: Callable[[list[str]], int]) -> dict:
 def run(root: Path) -> None:
     import launch
     import train
+    from tests.hostile_checkpoints import SOUND, sound
 
     def start(*_):
         raise AssertionError("the run was started")
 
     launch.start = start
     with (root / "results.jsonl").open("w") as file:
-        for i, (name, case) in enumerate(cases().items()):
+        for i, (name, case) in enumerate((cases() | {SOUND: sound}).items()):
             line = {"name": name} | meet(case, root / "world" / str(i), train.main)
             file.write(json.dumps(line) + "\n")
             file.flush()

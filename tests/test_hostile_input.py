@@ -14,6 +14,8 @@ import pytest
 
 from checkpoint import clear_output
 from tests import hostile
+from tests.hostile_checkpoints import SOUND
+from tests.resuming import run
 
 ROOT = Path(__file__).parent.parent
 MOST_GIB, MOST_SECONDS, ADDRESSES_GIB = 2, 20, 24
@@ -21,13 +23,17 @@ NAMES = list(hostile.cases())
 
 
 @pytest.fixture(scope="module")
-def results(checkpoints, alpaca_file, tmp_path_factory) -> dict[str, dict]:
+def results(checkpoints, alpaca_file, one_rank, tmp_path_factory) -> dict[str, dict]:
     """{name of the case: what became of it}, of one process that met all of them."""
     root = tmp_path_factory.mktemp("hostile")
     world = root / "world"
     shutil.copytree(checkpoints(), world / "model")
     shutil.copy(alpaca_file, world / "rows.jsonl")
     (world / "secret.jsonl").write_text(hostile.ROW)
+    argv = ["--model_name", str(world / "model"), "--dataset", str(world / "rows.jsonl"), "--max_steps", "1"]
+    one_rank(run, [*argv, "--save_every", "1", "--log_to", "stdout", "--output_dir", str(world / "run")])
+    for path in (world / "run").glob("adapter*"):  # as if it had been stopped
+        path.unlink()
     (world / "zero.txt").symlink_to("/dev/zero")
     folders = {name: world / name.lower() for name in ("HOME", "TMPDIR")}
     for folder in folders.values():
@@ -43,6 +49,11 @@ def results(checkpoints, alpaca_file, tmp_path_factory) -> dict[str, dict]:
     found = [json.loads(line) for line in (root / "results.jsonl").read_text().splitlines()]
     assert done.returncode == 0, f"ended after {found[-1]['name'] if found else 'nothing'}: {done.stderr}"
     return {line.pop("name"): line for line in found}
+
+
+def test_what_is_damaged_was_sound(results):
+    """Or each case would be refused for what all of them have in common."""
+    assert "the run was started" in results[SOUND]["raised"]
 
 
 def test_there_are_a_hundred():

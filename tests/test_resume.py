@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
+import math
 import os
+import pickle
 import shutil
 import signal
 import time
@@ -11,9 +15,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 
 import checkpoint_files
+import checkpoints
 import resume
 import train
 from checkpoint_files import folder_of, steps_in
@@ -21,6 +27,7 @@ from command_line import parse
 from config import UserError
 from precision import choose_precision
 from stopping import Stopping
+from tests.hostile_checkpoints import Pickled
 from tests.resuming import NOISY, QUIET, Signals, adapter, lines, repeated, run
 from tests.test_checkpoint_files import edit
 from tests.wandb_files import wandb_records
@@ -325,6 +332,72 @@ def test_a_checkpoint_that_lies_ends_in_a_line(kind, source, copied, two_ranks):
     lie(copied, change)
     for error in two_ranks(refused, [*source, *QUIET, "--output_dir", str(copied), "--resume", "auto"]):
         assert reason in error and str(folder_of(copied, 3)) in error
+
+
+def rewrite(folder: Path, change) -> None:
+    """Changes the tensors of each file of the copy's checkpoint, which is whole all the same."""
+
+    def fit(manifest: dict) -> None:
+        for i, path in enumerate(sorted(folder_of(folder, 3).glob("rank-*"))):
+            tensors = load_file(path)
+            change(tensors)
+            save_file(tensors, path, metadata={"format": "pt"})
+            manifest["files"][i] = dataclasses.asdict(checkpoint_files._measure(path))
+            for name, tensor in tensors.items():
+                manifest["tensors"][name]["dtype"] = str(tensor.dtype).removeprefix("torch.")
+
+    lie(folder, fit)
+
+
+SPOILT = {
+    "NaN": (lambda t: t[A].view(-1)[3].fill_(math.nan), "holds NaN"),
+    "NaN in a moment": (lambda t: t[A.replace("model", "optimizer.exp_avg", 1)].fill_(math.nan), "holds NaN"),
+    "another dtype": (lambda t: t.update({A: t[A].double()}), "holds other parameters"),
+    "random states of none": (
+        lambda t: [x.fill_(255) for n, x in t.items() if "random" in n],
+        "cannot be loaded (random.cpu@",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", SPOILT)
+def test_tensors_that_no_run_has_end_in_a_line(kind, source, copied, two_ranks):
+    change, reason = SPOILT[kind]
+    rewrite(copied, change)
+    argv = [*source, *QUIET, "--output_dir", str(copied), "--resume", "auto"]
+    error = two_ranks(refused_by_loading, argv)[0]
+    assert error and reason in error and str(folder_of(copied, 3)) in error
+
+
+def refused_by_loading(place, argv: list[str]) -> str:
+    """`refused`, but before a rank trains, while which it would wait for one that was refused."""
+    restore = checkpoints.restore
+
+    def stopped(saved, model, optimizer, rank, group) -> None:
+        try:
+            restore(saved, model, optimizer, rank, group)
+        except UserError as e:
+            error = str(e)
+        else:
+            error = ""
+        raise UserError(error)
+
+    checkpoints.restore = stopped
+    try:
+        return refused(place, argv)
+    finally:
+        checkpoints.restore = restore
+
+
+def test_a_pickle_beside_a_checkpoint_is_not_read(source, copied, two_ranks, tmp_path):
+    """The one that torch.distributed.checkpoint's own storage would load, and so do what stands in it."""
+    (folder_of(copied, 3) / ".metadata").write_bytes(pickle.dumps(Pickled(tmp_path / "pwned")))
+    argv = [*source, *QUIET, "--output_dir", str(copied), "--resume", str(folder_of(copied, 3))]
+    assert "7 steps, the last 4 of them" in two_ranks(run, argv)[0]
+    assert not (tmp_path / "pwned").exists()
+    with contextlib.suppress(Exception):
+        dcp.FileSystemReader(folder_of(copied, 3)).read_metadata()
+    assert (tmp_path / "pwned").exists(), "or it would be no trap"
 
 
 def refused(place, argv: list[str]) -> str:

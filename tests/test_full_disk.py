@@ -1,0 +1,172 @@
+"""A disk that is full while best/ or the result is written. While a checkpoint is: test_resume.py."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import checkpoint
+import model_writer
+from checkpoint import ADAPTER, BEST, BLOCKS, write_text
+from checkpoint_files import steps_in
+from config import UserError
+from evaluation import kept_in
+from tests.programs import small, start
+from tests.resuming import lines, repeated, run
+from tests.test_faults import fill
+from tracking import despite_full_disk
+
+KINDS = {  # (model, options)
+    "bnb_dora": ("llama", "--train_type bnb_dora --lora_rank 32 --lr 1e-2"),
+    "full": ("llama", "--train_type full --lr 1e-3"),
+    "bnb_llama_pro": ("llama_pro", "--train_type bnb_llama_pro --lr 1e-3"),
+}
+RUN = "--batch_size 1 --num_epochs 2 --max_steps 6 --context_length 256 --log_to stdout".split()
+EVALUATING = "--eval_share 0.2 --eval_every 1".split()
+CHECK_ROOM = checkpoint.check_room
+
+
+def options(kind: str, checkpoints, alpaca_file, *more: str) -> list[str]:
+    model, text = KINDS[kind]
+    return [
+        "--model_name",
+        str(checkpoints(model)),
+        "--dataset",
+        str(alpaca_file),
+        *text.split(),
+        *RUN,
+        *more,
+    ]
+
+
+class Filling:
+    """Others fill the disk while the step `fills` runs, and leave it in the step `leaves`. checked: whether the room is
+    looked at before a result is written; unless it is, the disk is full in the middle of that. seen: what best/ holds
+    in those two steps."""
+
+    def __init__(self, disk: Path, fills: int, leaves: int, checked: bool):
+        self.disk, self.fills, self.leaves, self.checked = disk, fills, leaves, checked
+        self.seen: list[dict[str, bytes]] = []
+
+    def __call__(self, place, step: int) -> None:
+        if place.rank:
+            return
+        if step in (self.fills, self.leaves):
+            self.seen.append(contents(self.disk / "run" / BEST))
+        checks = self.checked or not self.fills <= step < self.leaves
+        for module in (checkpoint, model_writer):
+            module.check_room = CHECK_ROOM if checks else lambda *_: None
+        if step == self.fills:
+            fill(self.disk, leave=16 * 1024)
+        if step == self.leaves:
+            (self.disk / "others").unlink()
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def same_weights(ours: Path, theirs: Path) -> bool:
+    files = sorted(p.name for p in theirs.glob("*.safetensors"))
+    assert files and files == sorted(p.name for p in ours.glob("*.safetensors"))
+    pairs = [(load_file(ours / name), load_file(theirs / name)) for name in files]
+    return all(a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in b) for a, b in pairs)
+
+
+def attempt(place, argv: list[str], filling: Filling) -> tuple[str, list]:
+    """(what the run printed, or the line that it ended with; what `filling` saw)."""
+    try:
+        return run(place, argv, filling), filling.seen
+    except UserError as e:
+        return str(e), filling.seen
+    finally:
+        for module in (checkpoint, model_writer):
+            module.check_room = CHECK_ROOM
+
+
+@pytest.mark.parametrize("checked", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_best_step_before_stays(kind, checked, checkpoints, alpaca_file, two_ranks, small_disk, tmp_path):
+    """Of steps 3 and 4, each better than the one before, nothing is kept; of the next better one, all is."""
+    argv = options(kind, checkpoints, alpaca_file, *EVALUATING)
+    two_ranks(run, [*argv, "--output_dir", str(tmp_path / "whole")])
+    folder = small_disk / "run"
+    filling = Filling(small_disk, 3, 5, checked)
+    printed, (before, after) = two_ranks(attempt, [*argv, "--output_dir", str(folder)], filling)[0]
+    assert before == after and b'"step": 2' in before["evaluation.json"]
+    for step in (3, 4):
+        assert f"WARNING: {folder / BEST}: step {step} could not be kept (OSError: " in printed, printed
+    assert (
+        printed.count("No space left") == printed.count("; that of step 2 stays, and training goes on") == 2
+    )
+    assert repeated(folder) == repeated(tmp_path / "whole")
+    found = [line["eval_loss"] for line in lines(folder)]
+    best = found.index(min(found)) + 1
+    assert best > 4 and f"at step {best}, in {folder / BEST}" in printed
+    ours, theirs = folder / BEST, tmp_path / "whole" / BEST
+    assert contents(ours).keys() == contents(theirs).keys() and same_weights(ours, theirs)
+    assert not list(folder.glob("*.tmp"))
+
+
+def test_a_best_step_that_was_not_kept_is_told(checkpoints, alpaca_file, two_ranks, small_disk):
+    """The disk stays full until the end: the last lines do not call an older step the best."""
+    folder = small_disk / "run"
+    argv = options("bnb_dora", checkpoints, alpaca_file, *EVALUATING, "--save_model", "true")
+    printed, _ = two_ranks(attempt, [*argv, "--output_dir", str(folder)], Filling(small_disk, 3, 6, True))[0]
+    assert "at step 6, in" in printed
+    fill(small_disk, leave=0)
+    best = folder / BEST
+    assert kept_in(best, 6) == f", in {best}"
+    assert kept_in(best, 7) == f", which could not be kept; {best} has step 6"
+    assert kept_in(folder, 7) == ", which could not be kept"
+
+
+@pytest.mark.parametrize("checked", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_result_is_saved_when_there_is_room_again(
+    kind, checked, checkpoints, alpaca_file, two_ranks, small_disk, tmp_path
+):
+    argv = options(kind, checkpoints, alpaca_file, "--save_every", "4")
+    two_ranks(run, [*argv, "--output_dir", str(tmp_path / "whole")])
+    folder = small_disk / "run"
+    argv += ["--output_dir", str(folder)]
+    line = two_ranks(attempt, argv, Filling(small_disk, 6, 7, checked))[0][0]
+    assert line.startswith(f"--output_dir {folder}: the trained model could not be saved (OSError: "), line
+    assert "No space left" in line and line.endswith("which saves it from the checkpoint of step 4")
+    assert f"python train.py --config {folder}/config.yaml --resume auto, which" in line
+    left = {str(p.relative_to(folder)) for p in folder.rglob("*")}
+    assert not left & {ADAPTER, "adapter_config.json", BLOCKS, "config.json"}
+    assert not [name for name in left if name.endswith(".tmp") or name.startswith("model")]
+    assert steps_in(folder) == [4] and repeated(folder) == repeated(tmp_path / "whole")
+    (small_disk / "others").unlink()
+    printed = two_ranks(run, [*argv, "--resume", "auto"])[0]
+    assert "6 steps, the last 2 of them" in printed
+    assert same_weights(folder, tmp_path / "whole")
+
+
+def test_without_a_checkpoint_the_line_says_so(checkpoints, alpaca_file, small_disk):
+    """As users start it: the status and the one line; the metrics are whole."""
+    fill(small_disk, leave=160 * 1024)
+    out = small_disk / "out"
+    args = small(checkpoints, alpaca_file, out, "--world_size", "2", "--lora_rank", "64")
+    process = start(args)
+    _, err = process.communicate(timeout=150)
+    assert process.returncode == 2 and "Traceback" not in err
+    assert err.splitlines()[-1].startswith(
+        f"error: rank 0: --output_dir {out}: the trained model could not be"
+    )
+    assert "MiB are needed, " in err and "there is no checkpoint to save it from; make room there" in err
+    assert len(lines(out)) == 4 and not list(out.glob("*.tmp")) and not (out / ADAPTER).exists()
+
+
+def test_a_report_that_does_not_fit_costs_no_more_than_that(small_disk):
+    """Nor does the picture of the loss; other errors are not passed over."""
+    fill(small_disk)
+    with despite_full_disk(small_disk / "report.html"):
+        write_text(small_disk / "report.html", "x" * 10_000)
+    assert [p.name for p in small_disk.iterdir()] == ["others"]
+    with pytest.raises(NotADirectoryError), despite_full_disk(small_disk / "others" / "a"):
+        write_text(small_disk / "others" / "a", "x")
