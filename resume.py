@@ -208,6 +208,8 @@ def tidy(folder: Path, saved: Saved | None) -> None:
             os.truncate(folder / name, length)
         else:
             (folder / name).unlink(missing_ok=True)
+    with (folder / GROWING_FILES[0]).open("a", encoding="utf-8") as file:
+        file.write(saved.run["parts"]["tracker"]["held"])  # what a full disk had kept out of it
     if not (folder / BEST).exists() and (folder / f"{BEST}.old").exists():
         (folder / f"{BEST}.old").rename(folder / BEST)  # cut between the two renames of replace_folder
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import io
 import json
 import math
 import os
@@ -154,7 +155,8 @@ class NoTracker:
         """What a checkpoint keeps of it, beside the length of its file."""
         return {}
 
-    def load_state_dict(self, state: dict) -> None: ...
+    def load_state_dict(self, state: dict) -> None:
+        """Nothing: `resume.tidy` has made the file whole before the tracker opened it."""
 
     def log(self, metrics: Metrics) -> None: ...
 
@@ -198,8 +200,8 @@ class Tracker(NoTracker):
     def _write(self) -> None:
         """A disk that is full ends no training: the lines are held until it takes them."""
         try:
-            while self.held:
-                self.held = self.held[self.file.write(self.held) :]
+            _add(self.file, self.held)
+            self.held = b""
         except OSError as e:
             if e.errno not in FULL_DISK:
                 raise
@@ -209,9 +211,6 @@ class Tracker(NoTracker):
 
     def state_dict(self) -> dict:
         return {"held": self.held.decode()}
-
-    def load_state_dict(self, state: dict) -> None:
-        self.held = state["held"].encode()
 
     def finish(self) -> None:
         self.bar.close()
@@ -235,20 +234,24 @@ def despite_full_disk(path: Path) -> Iterator[None]:
 
 def append(path: Path, text: str, say: Callable[[str], None]) -> None:
     """Adds lines to a file of the RUN, all or, with a warning, if the disk is full, none."""
-    data = text.encode()
     try:
         with path.open("ab", buffering=0) as file:
-            end = file.tell()
-            try:
-                while data:
-                    data = data[file.write(data) :]
-            except OSError:
-                file.truncate(end)
-                raise
+            _add(file, text.encode())
     except OSError as e:
         if e.errno not in FULL_DISK:
             raise
         say(f"WARNING: {path}: {e.strerror}; lines of it are lost, and training goes on")
+
+
+def _add(file: io.FileIO, data: bytes) -> None:
+    """Adds to the end of a file, all, or nothing where an error is raised: what reads it finds whole lines."""
+    end = file.seek(0, os.SEEK_END)
+    try:
+        while data:
+            data = data[file.write(data) :]
+    except OSError:
+        file.truncate(end)
+        raise
 
 
 class WandbTracker(Tracker):

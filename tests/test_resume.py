@@ -193,9 +193,27 @@ def test_lines_of_a_full_disk_are_held(small_disk):
         tracker.log(Metrics(**step, step=number))
     held = tracker.state_dict()["held"]
     assert held.endswith("\n") and '"step": 39' in held
+    there = [
+        line["step"] for line in lines(small_disk)
+    ]  # whole lines, as a resumed run and report.py read them
+    assert there + [json.loads(line)["step"] for line in held.splitlines()] == list(range(1, 40))
     (small_disk / "others").unlink()
     tracker.log(Metrics(**step, step=40))
     assert [line["step"] for line in lines(small_disk)] == list(range(1, 41))
+
+
+def test_lines_that_were_held_are_there_when_a_run_goes_on(source, copied, undisturbed, two_ranks):
+    """In its file and in what is told at its end."""
+    *there, last = (copied / "metrics.jsonl").read_text().splitlines(keepends=True)[:3]
+
+    def hold(manifest: dict) -> None:
+        manifest["run"]["files"]["metrics.jsonl"] = len("".join(there))
+        manifest["run"]["parts"]["tracker"]["held"] = last
+
+    lie(copied, hold)
+    printed = two_ranks(run, [*source, *QUIET, "--output_dir", str(copied), "--resume", "auto"])[0]
+    assert "7 steps, the last 4 of them" in printed
+    assert repeated(copied) == repeated(undisturbed)
 
 
 # What is not the same run
