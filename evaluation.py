@@ -14,7 +14,6 @@ import dataclasses
 import itertools
 import json
 import math
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -23,7 +22,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-from checkpoint import BEST, SCORE, beside, fresh_folder, replace_folder, write_text
+from checkpoint import BEST, SCORE, beside, fresh_folder, remove, replace_folder, write_text
 from command_line import describe
 from config import Config
 from data import Batch, TokenizedRows, make_batch
@@ -137,7 +136,8 @@ def greedy(
 
 class Evaluator:
     """What hangs on the loop. stop: the loop is to end (--early_stopping_patience); best_step, best_loss: of the
-    best evaluation so far; worse: evaluations since then.
+    best evaluation so far; worse: evaluations since then; kept_step, kept_loss: of that in best/, which is an older or
+    a later one where the disk did not take the best.
 
     loss_sum(model, batch): as the loop's; context(): around every forward; save(folder): saves what is
     trained, collectively; tokenizer: rank 0's, if there are prompts.
@@ -162,6 +162,7 @@ class Evaluator:
         self.tracker, self.tokenizer = tracker, tokenizer
         self.folder = Path(config.output_dir)
         self.stop, self.best_step, self.best_loss, self.worse = False, 0, math.inf, 0
+        self.kept_step, self.kept_loss = 0, math.inf
 
     def state_dict(self) -> dict:
         return {
@@ -169,11 +170,18 @@ class Evaluator:
             "best_loss": self.best_loss,
             "worse": self.worse,
             "stop": self.stop,
+            "kept_step": self.kept_step,
+            "kept_loss": self.kept_loss,
         }
 
     def load_state_dict(self, state: dict) -> None:
         self.best_step, self.best_loss = state["best_step"], state["best_loss"]
         self.worse, self.stop = state["worse"], state["stop"]
+        # A checkpoint that is older than these two is of a run that had kept its best.
+        self.kept_step, self.kept_loss = (
+            state.get("kept_step", self.best_step),
+            state.get("kept_loss", self.best_loss),
+        )
 
     def begin(self, done: int) -> None:
         """Before the first step: samples of the base model, if no steps are done."""
@@ -203,15 +211,15 @@ class Evaluator:
         return mean_loss(self.model, self.data.rows, *options)
 
     def _judge(self, step: int, loss: float) -> None:
-        """Every rank has the same loss, so all of them keep and stop together. What could not be kept is not the best:
-        the next evaluation that is better than that in best/ takes its place."""
+        """Every rank has the same loss, so all of them keep and stop together, and when they stop does not depend on
+        what could be kept."""
         if loss < self.best_loss:  # never of a NaN
-            self.worse = 0
-            if not keeps_best(self.config) or self._keep(step, loss):
-                self.best_step, self.best_loss = step, loss
+            self.best_step, self.best_loss, self.worse = step, loss, 0
         else:
             self.worse += 1
         self.stop = 0 < self.config.early_stopping_patience <= self.worse
+        if keeps_best(self.config) and loss < self.kept_loss and self._keep(step, loss):
+            self.kept_step, self.kept_loss = step, loss
 
     def _keep(self, step: int, loss: float) -> bool:
         """Puts what is trained into best/. If the disk does not take it, what is there stays, a warning is printed, and
@@ -227,8 +235,8 @@ class Evaluator:
                 write_text(beside(best) / SCORE, json.dumps(score) + "\n")
                 replace_folder(best)
         if failures:
-            shutil.rmtree(beside(best), ignore_errors=True)
-            stays = f"that of step {self.best_step} stays" if self.best_step else "there is no other one"
+            remove(beside(best))
+            stays = f"that of step {self.kept_step} stays" if self.kept_step else "there is no other one"
             self.tracker.say(
                 f"WARNING: {best}: step {step} could not be kept ({describe(failures[0])}); {stays}, and training goes on"
             )

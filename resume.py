@@ -42,13 +42,15 @@ FREE = ("model_name", "dataset", "llama_pro_path", "llama_pro_save", "batch_size
         "num_epochs", "max_steps", "max_bad_steps", "deterministic")  # fmt: skip
 
 
-# What a checkpoint says of a run, by name: numbers of int are not negative, no float is NaN.
+# What a checkpoint says of a run, by name: numbers of int are not negative, no float is NaN. ?: not of every run, or
+# not of those that older versions of this program made.
 STATE = {
     "options": {}, "rows_per_step": int, "base": str, "data": str, "world": int, "precision": str, "files": {},
     "parts": {
         "scaler": {},
-        "evaluator": {"best_step": int, "best_loss": float, "worse": int, "stop": bool},
-        "tracker": {"held": str},
+        "evaluator": {"best_step": int, "best_loss": float, "worse": int, "stop": bool, "kept_step?": int,
+                      "kept_loss?": float},
+        "tracker": {"held": str, "wandb?": str},
         "guard": {"count": int},
     },
 }  # fmt: skip
@@ -60,16 +62,25 @@ def is_state(run: dict) -> bool:
         _fits(run, STATE)
         and all(name in GROWING_FILES and _fits(length, int) for name, length in run["files"].items())
         and all(_fits(number, float) and 0 <= number < math.inf for number in run["parts"]["scaler"].values())
-        and re.fullmatch(r"[\w-]{1,128}", run["parts"]["tracker"].get("wandb", "none"), re.ASCII) is not None
+        and run["parts"]["tracker"]["held"].isascii()
+        and _is_name(run["parts"]["tracker"].get("wandb", "none"))
     )
 
 
 def _fits(value, form: type | dict) -> bool:
     if isinstance(form, dict):
-        return isinstance(value, dict) and all(k in value and _fits(value[k], f) for k, f in form.items())
+        return isinstance(value, dict) and all(
+            _fits(value[name], inner) if (name := key.removesuffix("?")) in value else name != key
+            for key, inner in form.items()
+        )
     if form is float:
-        return type(value) in (int, float) and value == value
+        return (type(value) is float and value == value) or _fits(value, int)
     return type(value) is form and (form is not int or 0 <= value < 2**63)
+
+
+def _is_name(wandb: str) -> bool:
+    """Whether it may be a run of wandb's, which becomes part of a file's name: WANDB_RUN_ID may have dots and spaces."""
+    return 0 < len(wandb) <= 128 and wandb.isprintable() and not {*wandb} & {*"/\\"}
 
 
 def is_fixed(name: str) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import json
 from pathlib import Path
 
 import pytest
@@ -12,12 +14,14 @@ import checkpoint
 import model_writer
 from checkpoint import ADAPTER, BEST, BLOCKS, write_text
 from checkpoint_files import steps_in
+from command_line import parse
 from config import UserError
-from evaluation import kept_in
+from evaluation import Evaluator, kept_in
+from launch import Place
 from tests.programs import small, start
 from tests.resuming import lines, repeated, run
 from tests.test_faults import fill
-from tracking import despite_full_disk
+from tracking import NoTracker, despite_full_disk
 
 KINDS = {  # (model, options)
     "bnb_dora": ("llama", "--train_type bnb_dora --lora_rank 32 --lr 1e-2"),
@@ -122,6 +126,43 @@ def test_a_best_step_that_was_not_kept_is_told(checkpoints, alpaca_file, two_ran
     assert kept_in(best, 6) == f", in {best}"
     assert kept_in(best, 7) == f", which could not be kept; {best} has step 6"
     assert kept_in(folder, 7) == ", which could not be kept"
+
+
+@pytest.mark.parametrize(("full", "kept"), [({2}, [1, 3, 4]), ({1, 2, 3, 4}, [])])
+def test_a_full_disk_does_not_change_when_a_run_stops(full, kept, tmp_path):
+    """Nor does a resumed run that goes on after the second evaluation. The losses after the best, which is not kept, are
+    no better, but better than that in best/."""
+    argv = ["--output_dir", str(tmp_path), "--eval_share", "0.2", "--eval_every", "1"]
+    config, _ = parse([*argv, "--early_stopping_patience", "2"])
+    saved = []
+
+    def save(folder: Path) -> None:
+        if step in full:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        saved.append(step)
+
+    def evaluator() -> Evaluator:
+        return Evaluator(
+            config,
+            None,
+            None,
+            Place(0, 1, 0, 1, torch.device("cpu")),
+            9,
+            None,
+            None,
+            save,
+            None,
+            NoTracker(),
+            None,
+        )
+
+    judging = evaluator()
+    for step, loss in enumerate([3.0, 2.0, 2.5, 2.2], 1):
+        judging._judge(step, loss)
+        state, judging = json.loads(json.dumps(judging.state_dict())), evaluator()
+        judging.load_state_dict(state)
+        assert judging.stop == (step == 4)
+    assert (saved, judging.best_step, judging.kept_step) == (kept, 2, max(kept, default=0))
 
 
 @pytest.mark.parametrize("checked", [True, False])

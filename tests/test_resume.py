@@ -110,6 +110,11 @@ def test_wandb_goes_on_with_its_run(source, one_rank, tmp_path):
     assert len(files) == 2 and list(steps.values()) == [[1, 2, 3, 4]]
 
 
+def test_a_run_of_wandb_may_have_any_name_that_wandb_allows(source, copied):
+    lie(copied, lambda manifest: manifest["run"]["parts"]["tracker"].update(wandb="lr 1e-3.v2"))
+    assert resumed(source, copied).saved.step == 3
+
+
 def test_evaluation_goes_on(source, two_ranks, tmp_path):
     """At a rate of 0 no evaluation is better than the first, which is the best; after one more the run stops early."""
     argv = [*source, *QUIET, "--lr", "0", "--eval_share", "0.2", "--eval_every", "2", "--sample_every", "4"]
