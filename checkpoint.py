@@ -111,11 +111,12 @@ def replace_folder(folder: Path) -> None:
     remove(old)
 
 
-def remove(folder: Path) -> None:
+def remove(folder: Path, ignore_errors: bool = True) -> None:
     """Removes a folder, if it is there and lets itself be; of a link only the link, as what it leads to is not ours."""
     if folder.is_symlink():
         folder.unlink()
-    shutil.rmtree(folder, ignore_errors=True)
+    else:
+        shutil.rmtree(folder, ignore_errors)
 
 
 @contextlib.contextmanager

@@ -20,7 +20,6 @@ import math
 import operator
 import os
 import re
-import shutil
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -39,7 +38,7 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, SavePlan
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
-from checkpoint import check_room, remove
+from checkpoint import beside, check_room, fresh_folder, remove
 from config import CHECKPOINTS, UserError
 from limits import MANIFEST_FILE, check_size, read_text
 from memory import MIB
@@ -195,12 +194,11 @@ def prune(run: Path, keep: int) -> None:
 
 
 def _remove(folder: Path, ignore_errors: bool) -> None:
-    """The manifest first: what a cut leaves of the folder is no checkpoint. Of a link only the link."""
-    if folder.is_symlink():
-        return folder.unlink()
-    with contextlib.suppress(OSError):
-        (folder / MANIFEST).unlink()
-    shutil.rmtree(folder, ignore_errors)
+    """The manifest first: what a cut leaves of the folder is no checkpoint."""
+    if not folder.is_symlink():
+        with contextlib.suppress(OSError):
+            (folder / MANIFEST).unlink()
+    remove(folder, ignore_errors)
 
 
 def _digest(manifest: dict) -> str:
@@ -232,7 +230,7 @@ class Writer(StorageWriter):
 
     def __init__(self, folder: Path, step: int, run: Callable[[], dict]):
         self.folder, self.step, self.run = folder, step, run
-        self.temporary = folder.with_name(f"{folder.name}.tmp")
+        self.temporary = beside(folder)
 
     def reset(self, checkpoint_id: str | os.PathLike | None = None) -> None: ...
 
@@ -251,8 +249,7 @@ class Writer(StorageWriter):
         data = [i.tensor_data for plan in plans for i in plan.items]
         needed = SPARE + sum(math.prod(d.chunk.sizes) * d.properties.dtype.itemsize for d in data)
         check_room(self.folder.parent, needed)
-        shutil.rmtree(self.temporary, ignore_errors=True)
-        self.temporary.mkdir()
+        fresh_folder(self.folder)
         names = (f"{RANK}{rank:05d}.safetensors" for rank in range(len(plans)))
         return [dataclasses.replace(p, storage_data=n) for p, n in zip(plans, names, strict=True)]
 

@@ -39,6 +39,7 @@ import model_writer
 from checkpoint import (
     ADAPTER,
     TOKENIZER,
+    check_room,
     check_writable,
     clear_output,
     companions,
@@ -205,9 +206,10 @@ def write_adapter(run: Run, options: Options, folder: Path) -> None:
 def check_space(out: Path, nbytes: int) -> None:
     """Raises UserError if the folder's disk has no room for that many bytes."""
     existing = next(p for p in [out.absolute(), *out.absolute().parents] if p.exists())
-    free, needed = shutil.disk_usage(existing).free, nbytes + SPARE
-    if free < needed:
-        raise UserError(f"--out {out}: {needed / 1e9:.3g} GB are needed, and {free / 1e9:.3g} GB are free")
+    try:
+        check_room(existing, nbytes + SPARE)
+    except OSError as e:
+        raise UserError(f"--out {out}: {e.strerror}") from None
 
 
 LAST = ("config.json", "adapter_config.json")  # each makes its folder loadable

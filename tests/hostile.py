@@ -1,7 +1,8 @@
 """Inputs that were made to do harm, and a process that meets them one after the other: `python -m tests.hostile FOLDER`
 writes what became of each, as JSON lines. test_hostile_input.py judges them.
 
-Those of checkpoints: hostile_checkpoints.py. A case is a function that writes its files into a folder and returns the options that lead there.
+A case is a function that writes its files into a folder and returns the options that lead there. Those of checkpoints:
+hostile_checkpoints.py.
 """
 
 from __future__ import annotations

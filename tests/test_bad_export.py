@@ -134,7 +134,7 @@ def test_a_full_disk_is_seen_before_writing(to, refused, monkeypatch, tmp_path):
     monkeypatch.setattr(export.shutil, "disk_usage", lambda path: usage(10**9, 10**9 - 1000, 1000))
     monkeypatch.setattr(export, "write_model", None)
     monkeypatch.setattr(export.shutil, "copyfile", None)
-    refused("GB are needed", "1e-06 GB are free", to=to, out=tmp_path / "a" / "b")
+    refused("MiB are needed", "0.00 MiB free", to=to, out=tmp_path / "a" / "b")
 
 
 def test_values_that_a_dtype_cannot_hold(refused, checkpoints, tmp_path):
