@@ -29,17 +29,19 @@ def checkpoint(damage: Callable[[Path], object], resume: str = PATH) -> Case:
     return write
 
 
+def edit(folder: Path, change: Callable[[dict], object]) -> None:
+    """Changes the manifest of a checkpoint, and makes its own checksum fit."""
+    found = json.loads((folder / "manifest.json").read_text())
+    found.pop("sha256")
+    change(found)
+    digest = hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
+    (folder / "manifest.json").write_text(json.dumps(found | {"sha256": digest}))
+
+
 def manifest(change: Callable[[dict], object], resume: str = PATH) -> Case:
     """A manifest that was changed, with the checksum of what it says now."""
 
-    def damage(folder: Path) -> None:
-        found = json.loads((folder / "manifest.json").read_text())
-        found.pop("sha256")
-        change(found)
-        digest = hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
-        (folder / "manifest.json").write_text(json.dumps(found | {"sha256": digest}))
-
-    return checkpoint(damage, resume)
+    return checkpoint(lambda folder: edit(folder, change), resume)
 
 
 def manifest_text(content: str | bytes) -> Case:

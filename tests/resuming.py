@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 
+import checkpoint
+import checkpoint_files
+import model_writer
 import train
+from checkpoint import BEST
 from command_line import parse
 from tests.runs import whole_run
 from tracking import Meter
@@ -23,6 +30,7 @@ NOISY = [
     *"--lora_dropout 0.1 --precision fp16_autocast --packing --deterministic --max_steps 8 --dataset_samples 20".split(),
 ]
 QUIET = [*RUN, "--max_steps", "7"]
+CHECK_ROOM = checkpoint.check_room
 REPEATED = ("step", "epoch", "lr", "tokens", "trained_tokens", "loss", "grad_norm", "eval_loss")
 
 
@@ -53,6 +61,44 @@ class Signals:
     def __call__(self, place, step: int) -> None:
         if place.rank == place.world - 1 and step in self.at:
             signal.raise_signal(self.at[step])
+
+
+def fill(disk: Path, leave: int = 0) -> None:
+    with contextlib.suppress(OSError), (disk / "others").open("wb", buffering=0) as file:
+        while file.write(bytes(4096)):
+            pass
+    os.truncate(disk / "others", (disk / "others").stat().st_size - leave)
+
+
+def check_room_by(check: Callable[[Path, int], None]) -> None:
+    for module in (checkpoint, checkpoint_files, model_writer):
+        module.check_room = check
+
+
+class Filling:
+    """Others fill the disk while the step `fills` runs, and leave it in the step `leaves`. checked: whether the room is
+    looked at before anything large is written; unless it is, the disk is full in the middle of that. seen: what best/ holds
+    in those two steps."""
+
+    def __init__(self, disk: Path, fills: int, leaves: int, checked: bool):
+        self.disk, self.fills, self.leaves, self.checked = disk, fills, leaves, checked
+        self.seen: list[dict[str, bytes]] = []
+
+    def __call__(self, place, step: int) -> None:
+        if place.rank:
+            return
+        if step in (self.fills, self.leaves):
+            self.seen.append(contents(self.disk / "run" / BEST))
+        checks = self.checked or not self.fills <= step < self.leaves
+        check_room_by(CHECK_ROOM if checks else lambda *_: None)
+        if step == self.fills:
+            fill(self.disk, leave=16 * 1024)
+        if step == self.leaves:
+            (self.disk / "others").unlink()
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
 def lines(folder: Path) -> list[dict]:

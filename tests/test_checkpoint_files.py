@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from checkpoint_files import (
     steps_in,
 )
 from config import UserError
+from tests.hostile_checkpoints import edit
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 TENSORS = {
@@ -58,15 +58,6 @@ def flip(path: Path, position: int = -5) -> None:
     data = bytearray(path.read_bytes())
     data[position] ^= 1
     path.write_bytes(data)
-
-
-def edit(folder: Path, change) -> None:
-    """Changes the manifest, and makes its own checksum fit."""
-    manifest = json.loads((folder / MANIFEST).read_text())
-    manifest.pop("sha256")
-    change(manifest)
-    manifest["sha256"] = checkpoint_files._digest(manifest)
-    (folder / MANIFEST).write_text(json.dumps(manifest))
 
 
 FILE = "rank-00000.safetensors"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
@@ -29,7 +28,7 @@ from model_files import INDEX
 from optimizers import make_optimizer
 from prefetch import ahead
 from tests import tiny
-from tests.resuming import lines, run
+from tests.resuming import fill, lines, run
 from tests.runs import train_run
 from tracking import Meter, Metrics, NoTracker, Reading, append
 from wrapping import make_mesh
@@ -323,13 +322,6 @@ def test_a_program_without_output_runs():
     command = [sys.executable, "-c", OUTLASTING.format("print('b')")]
     closed = ["sh", "-c", '"$@" >&-', "sh", *command]
     assert subprocess.run(closed, cwd=ROOT, timeout=60).returncode == 0
-
-
-def fill(disk: Path, leave: int = 0) -> None:
-    with contextlib.suppress(OSError), (disk / "others").open("wb", buffering=0) as file:
-        while file.write(bytes(4096)):
-            pass
-    os.truncate(disk / "others", (disk / "others").stat().st_size - leave)
 
 
 def test_lines_that_a_full_disk_does_not_take_are_lost_as_a_whole(small_disk):

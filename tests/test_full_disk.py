@@ -10,17 +10,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import checkpoint
-import model_writer
-from checkpoint import ADAPTER, BEST, BLOCKS, write_text
+from checkpoint import ADAPTER, BEST, BLOCKS, SCORE, replace_folder, write_text
 from checkpoint_files import steps_in
 from command_line import parse
 from config import UserError
 from evaluation import Evaluator, kept_in
 from launch import Place
 from tests.programs import small, start
-from tests.resuming import lines, repeated, run
-from tests.test_faults import fill
+from tests.resuming import CHECK_ROOM, Filling, check_room_by, contents, fill, lines, repeated, run
 from tracking import NoTracker, despite_full_disk
 
 KINDS = {  # (model, options)
@@ -30,7 +27,6 @@ KINDS = {  # (model, options)
 }
 RUN = "--batch_size 1 --num_epochs 2 --max_steps 6 --context_length 256 --log_to stdout".split()
 EVALUATING = "--eval_share 0.2 --eval_every 1".split()
-CHECK_ROOM = checkpoint.check_room
 
 
 def options(kind: str, checkpoints, alpaca_file, *more: str) -> list[str]:
@@ -44,33 +40,6 @@ def options(kind: str, checkpoints, alpaca_file, *more: str) -> list[str]:
         *RUN,
         *more,
     ]
-
-
-class Filling:
-    """Others fill the disk while the step `fills` runs, and leave it in the step `leaves`. checked: whether the room is
-    looked at before a result is written; unless it is, the disk is full in the middle of that. seen: what best/ holds
-    in those two steps."""
-
-    def __init__(self, disk: Path, fills: int, leaves: int, checked: bool):
-        self.disk, self.fills, self.leaves, self.checked = disk, fills, leaves, checked
-        self.seen: list[dict[str, bytes]] = []
-
-    def __call__(self, place, step: int) -> None:
-        if place.rank:
-            return
-        if step in (self.fills, self.leaves):
-            self.seen.append(contents(self.disk / "run" / BEST))
-        checks = self.checked or not self.fills <= step < self.leaves
-        for module in (checkpoint, model_writer):
-            module.check_room = CHECK_ROOM if checks else lambda *_: None
-        if step == self.fills:
-            fill(self.disk, leave=16 * 1024)
-        if step == self.leaves:
-            (self.disk / "others").unlink()
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
 def same_weights(ours: Path, theirs: Path) -> bool:
@@ -87,8 +56,7 @@ def attempt(place, argv: list[str], filling: Filling) -> tuple[str, list]:
     except UserError as e:
         return str(e), filling.seen
     finally:
-        for module in (checkpoint, model_writer):
-            module.check_room = CHECK_ROOM
+        check_room_by(CHECK_ROOM)
 
 
 @pytest.mark.parametrize("checked", [True, False])
@@ -115,17 +83,23 @@ def test_the_best_step_before_stays(kind, checked, checkpoints, alpaca_file, two
     assert not list(folder.glob("*.tmp"))
 
 
-def test_a_best_step_that_was_not_kept_is_told(checkpoints, alpaca_file, two_ranks, small_disk):
-    """The disk stays full until the end: the last lines do not call an older step the best."""
-    folder = small_disk / "run"
-    argv = options("bnb_dora", checkpoints, alpaca_file, *EVALUATING, "--save_model", "true")
-    printed, _ = two_ranks(attempt, [*argv, "--output_dir", str(folder)], Filling(small_disk, 3, 6, True))[0]
-    assert "at step 6, in" in printed
-    fill(small_disk, leave=0)
-    best = folder / BEST
+def test_a_best_step_that_was_not_kept_is_told(tmp_path):
+    """The last lines of a run do not call an older step the best."""
+    best = tmp_path / BEST
+    assert kept_in(best, 7) == ", which could not be kept"
+    best.mkdir()
+    write_text(best / SCORE, '{"step": 6}')
     assert kept_in(best, 6) == f", in {best}"
     assert kept_in(best, 7) == f", which could not be kept; {best} has step 6"
-    assert kept_in(folder, 7) == ", which could not be kept"
+
+
+def test_what_cannot_take_the_place_of_a_folder_leaves_it(tmp_path):
+    folder = tmp_path / BEST
+    folder.mkdir()
+    write_text(folder / SCORE, "{}")
+    with pytest.raises(FileNotFoundError):
+        replace_folder(folder)  # by one that is not there any more
+    assert contents(tmp_path) == {f"{BEST}/{SCORE}": b"{}"}
 
 
 @pytest.mark.parametrize(("full", "kept"), [({2}, [1, 3, 4]), ({1, 2, 3, 4}, [])])
@@ -163,6 +137,9 @@ def test_a_full_disk_does_not_change_when_a_run_stops(full, kept, tmp_path):
         judging.load_state_dict(state)
         assert judging.stop == (step == 4)
     assert (saved, judging.best_step, judging.kept_step) == (kept, 2, max(kept, default=0))
+    del state["kept_step"], state["kept_loss"]  # as of a run that could only go on with its best kept
+    judging.load_state_dict(state)
+    assert (judging.kept_step, judging.kept_loss) == (2, 2.0)
 
 
 @pytest.mark.parametrize("checked", [True, False])

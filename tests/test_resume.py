@@ -27,9 +27,8 @@ from command_line import parse
 from config import UserError
 from precision import choose_precision
 from stopping import Stopping
-from tests.hostile_checkpoints import Pickled
-from tests.resuming import NOISY, QUIET, Signals, adapter, lines, repeated, run
-from tests.test_checkpoint_files import edit
+from tests.hostile_checkpoints import Pickled, edit
+from tests.resuming import NOISY, QUIET, Filling, Signals, adapter, fill, lines, repeated, run
 from tests.wandb_files import wandb_records
 from tracking import Metrics, make_tracker
 
@@ -115,6 +114,14 @@ def test_a_run_of_wandb_may_have_any_name_that_wandb_allows(source, copied):
     assert resumed(source, copied).saved.step == 3
 
 
+def test_a_checkpoint_of_before_best_could_be_older_is_loaded(source, copied):
+    lie(
+        copied,
+        lambda manifest: [manifest["run"]["parts"]["evaluator"].pop(f"kept_{x}") for x in ("step", "loss")],
+    )
+    assert resumed(source, copied).saved.step == 3
+
+
 def test_evaluation_goes_on(source, two_ranks, tmp_path):
     """At a rate of 0 no evaluation is better than the first, which is the best; after one more the run stops early."""
     argv = [*source, *QUIET, "--lr", "0", "--eval_share", "0.2", "--eval_every", "2", "--sample_every", "4"]
@@ -153,27 +160,6 @@ def run_and_time(place, argv: list[str]) -> tuple[str, list[float]]:
         Stopping.saved_in = before
 
 
-class Filling:
-    """Others fill the disk while the step `fills` runs, and leave it in the step `leaves`. checked: whether the room
-    is looked at before a checkpoint is written."""
-
-    def __init__(self, disk: Path, fills: int, leaves: int, checked: bool):
-        self.disk, self.fills, self.leaves, self.checked = disk, fills, leaves, checked
-
-    def __call__(self, place, step: int) -> None:
-        checkpoint_files.SPARE = 2**20 if self.checked or step >= self.leaves else -(2**30)
-        if place.rank == 0 and step == self.fills:
-            with (self.disk / "others").open("wb", buffering=0) as file:
-                while file.write(bytes(4096)) == 4096 and free(self.disk) > 64 * 1024:
-                    pass
-        if place.rank == 0 and step == self.leaves:
-            (self.disk / "others").unlink()
-
-
-def free(folder: Path) -> int:
-    return shutil.disk_usage(folder).free
-
-
 @pytest.mark.parametrize("checked", [True, False])
 def test_a_full_disk_costs_a_checkpoint_and_no_more(checked, source, undisturbed, two_ranks, small_disk):
     argv = [*source, *QUIET, "--output_dir", str(small_disk / "run"), "--save_every", "2", "--keep", "1"]
@@ -191,9 +177,7 @@ def test_lines_of_a_full_disk_are_held(small_disk):
     step = dict.fromkeys(("epoch", "loss", "lr", "grad_norm", "step_seconds", "tokens_per_second"), 1.0)
     step |= dict.fromkeys(("tokens", "trained_tokens", "memory_allocated_gib", "memory_reserved_gib"), 1)
     tracker.log(Metrics(**step, step=1))
-    with (small_disk / "others").open("wb", buffering=0) as file, pytest.raises(OSError, match="No space"):
-        while True:
-            file.write(bytes(4096))
+    fill(small_disk)
     for number in range(2, 40):  # the first still fit into the page of the file's end
         tracker.log(Metrics(**step, step=number))
     held = tracker.state_dict()["held"]
