@@ -107,7 +107,12 @@ def replace_folder(folder: Path) -> None:
     remove(old)
     if folder.exists():
         folder.rename(old)
-    beside(folder).rename(folder)
+    try:
+        beside(folder).rename(folder)
+    except OSError:
+        if old.exists():
+            old.rename(folder)
+        raise
     remove(old)
 
 
