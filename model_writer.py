@@ -179,13 +179,17 @@ def _together(folder: Path, shards: Shards, write: Callable[[Shards], None]) -> 
 
         return dataclasses.replace(entry, pieces=pieces)
 
-    try:
-        if dist.get_rank() == 0:
+    failure = None
+    if dist.get_rank() == 0:
+        try:
             check_room(folder, total_bytes(shards))
             write({file: {n: noted(n, e) for n, e in entries.items()} for file, entries in shards.items()})
-    finally:
-        for entries in shards.values():
-            _take_part({name: entry for name, entry in entries.items() if name not in begun})
+        except OSError as e:  # after another error, as of a rank that is gone, nothing can be made together
+            failure = e
+    for entries in shards.values():
+        _take_part({name: entry for name, entry in entries.items() if name not in begun})
+    if failure:
+        raise failure
 
 
 def save_blocks(model: nn.Module, family: Family, folder: Path, files: CheckpointFiles, base: str) -> None:

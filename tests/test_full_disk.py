@@ -10,12 +10,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import model_writer
 from checkpoint import ADAPTER, BEST, BLOCKS, SCORE, replace_folder, write_text
 from checkpoint_files import steps_in
 from command_line import parse
 from config import UserError
 from evaluation import Evaluator, kept_in
 from launch import Place
+from model_writer import Entry
 from tests.programs import small, start
 from tests.resuming import CHECK_ROOM, Filling, check_room_by, contents, fill, lines, repeated, run
 from tracking import NoTracker, despite_full_disk
@@ -91,6 +93,32 @@ def test_a_best_step_that_was_not_kept_is_told(tmp_path):
     write_text(best / SCORE, '{"step": 6}')
     assert kept_in(best, 6) == f", in {best}"
     assert kept_in(best, 7) == f", which could not be kept; {best} has step 6"
+
+
+@pytest.mark.parametrize(
+    ("error", "made"), [(OSError, ["b", "c"]), (RuntimeError, []), (KeyboardInterrupt, [])]
+)
+def test_only_what_a_disk_does_not_take_is_made_all_the_same(error, made, monkeypatch, tmp_path):
+    """In the order in which the other ranks make it, but for what was made before."""
+    monkeypatch.setattr(model_writer.dist, "get_rank", lambda: 0)
+    found = []
+
+    def entry(name: str) -> Entry:
+        def pieces():
+            found.append(name)
+            yield b""
+
+        return Entry(torch.float32, (0,), pieces, collective=True)
+
+    def write(shards) -> None:
+        list(shards["one"]["a"].pieces())
+        raise error
+
+    with pytest.raises(error):
+        model_writer._together(
+            tmp_path, {"one": {"a": entry("a"), "b": entry("b")}, "two": {"c": entry("c")}}, write
+        )
+    assert found == ["a", *made]
 
 
 def test_what_cannot_take_the_place_of_a_folder_leaves_it(tmp_path):
