@@ -24,6 +24,7 @@ from models.dora import same_operators
 from models.family import Family
 from quantize_layers import Linear4bit
 from quantizers import triton_runs_on
+from stopping import unheard_by_children
 
 ops = torch.ops
 MARKED = {ops.fsdp_finetune.kept.default}
@@ -91,8 +92,20 @@ def compiles(wanted: str, device: torch.device, family: Family) -> bool:
     return wanted == "true" or (wanted == "auto" and triton_runs_on(device) and family.compiles)
 
 
+def start_workers() -> None:
+    """Starts the processes that compile for a GPU, which torch does at the first compilation. There a SIGTERM that the
+    whole process group gets, as timeout(1) and Slurm send it, would end them, and the step would wait for their results
+    for ever (torch 2.11 and 2.13)."""
+    from torch._inductor.async_compile import AsyncCompile  # takes a second, for what only some runs need
+
+    with unheard_by_children():
+        AsyncCompile.warm_pool()
+
+
 def compiler(backend: str = "inductor") -> Callable:
     """What compiles the layers of a model: those that are alike share a compilation."""
+    if backend == "inductor" and torch.cuda.is_available():
+        start_workers()
     # What is not used any more goes back to the allocator at once. Inductor would keep it for a later result of the same
     # shape: of an MLP's widest activations one more would be there at the moment that needs most memory.
     options = {"allow_buffer_reuse": False} if backend == "inductor" else None

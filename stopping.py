@@ -104,6 +104,17 @@ class Stopping(NeverStop):
         return now + needed > self.ends, 0 < self.save_seconds <= now - self.last_save
 
 
+@contextlib.contextmanager
+def unheard_by_children() -> Iterator[None]:
+    """Processes that are started within hear nothing of STOPS and SAVE, which may go to a whole process group: helpers
+    that a step needs have to live until it is finished. This process hears them again afterwards."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (*STOPS, SAVE))  # children begin with their parent's
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _end_now(number: signal.Signals) -> None:
     sys.stdout.flush()
     os._exit(128 + number)

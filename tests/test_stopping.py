@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
 import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch.distributed as dist
@@ -12,7 +16,24 @@ import torch.distributed as dist
 import stopping
 from stopping import NEVER, Received, Stopping, forwarding
 
+ROOT = Path(__file__).parent.parent
 STUBBORN = "trap '' TERM INT; trap 'echo saved' USR1; echo ready; while :; do sleep 0.05; done"
+
+
+COMPILES = """
+import signal, time
+from torch._inductor.async_compile import AsyncCompile
+from recompute import start_workers
+heard = []
+signal.signal(signal.SIGTERM, lambda number, frame: heard.append(number))
+start_workers()
+pool = AsyncCompile.process_pool()
+assert pool.submit(sum, (1, 2)).result() == 3
+working = pool.submit(time.sleep, 3)
+print("ready", flush=True)
+working.result()
+print(heard == [signal.SIGTERM])
+"""
 
 
 @pytest.fixture
@@ -130,3 +151,16 @@ def test_the_parent_passes_signals_on_and_kills_at_the_second_stop(stubborn, mon
         assert [p.wait(10) for p in stubborn] == [-signal.SIGKILL] * 2
         signal.raise_signal(signal.SIGUSR1)  # to processes that are gone
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_signal_to_the_whole_group_ends_no_compilation():
+    """What compiles goes on, and the process itself has heard it."""
+    program = [sys.executable, "-c", COMPILES]
+    process = subprocess.Popen(program, cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        assert process.stdout.readline() == "ready\n"
+        os.killpg(process.pid, signal.SIGTERM)
+        assert process.communicate(timeout=30)[0] == "True\n"
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
