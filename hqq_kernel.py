@@ -24,9 +24,11 @@ def _dequantize(
     out,
     n_weights,
     columns,
+    gap,
     BITS: tl.constexpr,
     BLOCK: tl.constexpr,
     HAS_ROW_SCALE: tl.constexpr,
+    HAS_GAP: tl.constexpr,
     PER_WORD: tl.constexpr,
     WORD_BYTES: tl.constexpr,
     WORDS: tl.constexpr,
@@ -43,6 +45,8 @@ def _dequantize(
     if HAS_ROW_SCALE:
         scale = scale * tl.load(row_scale + at // columns, inside, 0.0)
     weight = (code - tl.load(zeros + at // BLOCK, inside, 0.0).to(tl.float32)) * scale
+    if HAS_GAP:
+        at += at // columns * gap
     tl.store(out + at, weight.to(out.dtype.element_ty), inside)
 
 
@@ -53,12 +57,10 @@ def dequantize(
     n_bits: int,
     block: int,
     row_scale: torch.Tensor | None,
-    shape: tuple[int, int],
-    dtype: torch.dtype,
+    out: torch.Tensor,
 ) -> torch.Tensor:
-    """The [O, I] weight in `dtype`. codes: uint8, n_bits of each weight in a stream, lowest bits first; scales, zeros
-    [O I / block] fp16; row_scale [O] fp32 or None."""
-    out = torch.empty(shape, dtype=dtype, device=codes.device)
+    """Fills out, the [O, I] weight, whose rows may lie apart, and returns it. codes: uint8, n_bits of each weight in a
+    stream, lowest bits first; scales, zeros [O I / block] fp16; row_scale [O] fp32 or None."""
     per_word = 8 // math.gcd(n_bits, 8)
     words = WEIGHTS // per_word
     _dequantize[(triton.cdiv(out.numel(), WEIGHTS),)](
@@ -68,10 +70,12 @@ def dequantize(
         row_scale if row_scale is not None else scales,
         out,
         out.numel(),
-        shape[1],
+        out.shape[1],
+        out.stride(0) - out.shape[1],
         BITS=n_bits,
         BLOCK=block,
         HAS_ROW_SCALE=row_scale is not None,
+        HAS_GAP=out.stride(0) != out.shape[1],
         PER_WORD=per_word,
         WORD_BYTES=per_word * n_bits // 8,
         WORDS=words,

@@ -1,8 +1,8 @@
 """The 4-bit matmul and its gradient as operators that torch.compile takes whole.
 
 Opaque to the compiler on purpose: it would merge the backward's dequantization with the forward's, and keep
-16-bit weights in between. As operators they can be named by a checkpointing policy (recompute.py), and each adds
-its low-rank branch into the result of the big matmul in place.
+16-bit weights in between. As operators they can be named by a checkpointing policy (recompute.py), and each takes
+its low-rank branch into the big matmul, or adds it to the result in place.
 
 Shapes: O output features, I input features, R rank, T tokens (all leading dimensions of x).
 """
@@ -33,11 +33,19 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
-def dequantize(packed: tuple, quantizer: str, shape: list[int], dtype, row_scale=None) -> Tensor:
+def dequantize(packed: tuple, quantizer: str, shape: list[int], dtype, row_scale=None, out=None) -> Tensor:
     """`Quantizer.dequantize` of (codes, scales, table) with codes and scales in float storage."""
     codes, scales, table = packed
     raw = codes.view(torch.uint8), scales.view(torch.uint8)
-    return _QUANTIZERS[quantizer].dequantize(*raw, table, tuple(shape), dtype, row_scale)
+    return _QUANTIZERS[quantizer].dequantize(*raw, table, tuple(shape), dtype, row_scale, out)
+
+
+def _widens(x: Tensor, quantizer: str, shape: list[int], rank: int) -> bool:
+    """Whether the low-rank branch goes through the large matmul, as columns beside the weight's and x's: where the
+    output is several times x it costs less to copy x than to write the output once more."""
+    whole_rows = shape[1] % _QUANTIZERS[quantizer].block == 0
+    aligned = (shape[1] + rank) % 8 == 0  # to 16 bytes, which fast matmuls need
+    return x.is_cuda and shape[0] >= 2 * shape[1] and whole_rows and aligned
 
 
 _PACKED = "Tensor codes, Tensor scales, Tensor? table, str quantizer, int[] shape, Tensor? row_scale"
@@ -59,9 +67,15 @@ def linear4bit(x, codes, scales, table, quantizer, shape, row_scale, bias, h, a,
     Saves the packed weight, not the dequantized one: FSDP frees the gathered storage after forward and fills it
     again before backward.
     """
-    weight = dequantize((codes, scales, table), quantizer, shape, x.dtype, row_scale)
+    packed = (codes, scales, table), quantizer, shape, x.dtype, row_scale
     if h is None:
-        return F.linear(x, weight, bias)
+        return F.linear(x, dequantize(*packed), bias)
+    if _widens(x, quantizer, shape, h.shape[-1]):
+        both = x.new_empty(shape[0], shape[1] + h.shape[-1])
+        dequantize(*packed, out=both[:, : shape[1]])
+        both[:, shape[1] :] = b
+        return F.linear(torch.cat((x, h), -1), both, bias)
+    weight = dequantize(*packed)
     # The large matmul adds into the small one's result: it has time to read it, which a small one has not.
     y = F.linear(h, b, bias)
     y.view(-1, shape[0]).addmm_(x.flatten(0, -2), weight.t())
@@ -100,7 +114,7 @@ def _(grad, x, h, a, b):
     schema=f"(Tensor grad, {_PACKED}, Tensor? of_h, Tensor? a) -> Tensor",
 )
 def linear4bit_backward(grad, codes, scales, table, quantizer, shape, row_scale, of_h, a):
-    """The gradient of x [T, I]. grad: [T, O]; of_h [T, R] and a [R, I]: what comes by way of h, or None."""
+    """The gradient of x [T, I]. grad: [T, O]; of_h [T, R] and a [R, I]: what comes by way of h, unless a is None."""
     weight = dequantize((codes, scales, table), quantizer, shape, grad.dtype, row_scale)
     if a is None:
         return grad @ weight
@@ -127,7 +141,7 @@ def _backward(ctx, grad):
     if h is not None:
         of_h, of_a, of_b = adapter_backward(grad, x, h, a, b)
     if ctx.needs_input_grad[0]:
-        of_x = linear4bit_backward(grad, *packed, of_h if a is not None else None, a)
+        of_x = linear4bit_backward(grad, *packed, of_h, a)
     if row_scale is not None:  # the derivative by g is W x = (y - h b^T) / g
         rows = grad.flatten(0, -2)
         if grad.dtype == torch.float16:  # scaled gradients times outputs may pass its largest number

@@ -28,6 +28,7 @@ def _dequantize(
     out,
     n_blocks,
     blocks_of_row,
+    gap,
     HAS_ROW_SCALE: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
@@ -41,7 +42,7 @@ def _dequantize(
     pair = tl.load(codes + byte, inside[:, None], 0).to(tl.int32)
     first, second = tl.load(values + (pair >> 4)), tl.load(values + (pair & 15))  # the high half comes first
     weights = tl.reshape(tl.join(first, second), (BLOCKS, BLOCK)) * scale[:, None]
-    at = block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    at = (block * BLOCK + block // blocks_of_row * gap)[:, None] + tl.arange(0, BLOCK)[None, :]
     tl.store(out + at, weights.to(out.dtype.element_ty), inside[:, None])
 
 
@@ -62,13 +63,11 @@ def dequantize(
     offset: torch.Tensor,
     scale_values: torch.Tensor,
     row_scale: torch.Tensor | None,
-    shape: tuple[int, int],
-    dtype: torch.dtype,
+    out: torch.Tensor,
 ) -> torch.Tensor:
-    """The [O, I] weight in `dtype`, for O I a multiple of 64. codes [O I / 2], scale_codes [blocks] uint8;
-    group_scales [blocks / 256, rounded up], offset [1], scale_values [256], row_scale [O] fp32 (row_scale: I a multiple
-    of 64)."""
-    out = torch.empty(shape, dtype=dtype, device=codes.device)
+    """Fills out, the [O, I] weight, for O I a multiple of 64, and returns it. codes [O I / 2], scale_codes [blocks] uint8;
+    group_scales [blocks / 256, rounded up], offset [1], scale_values [256], row_scale [O] fp32 (row_scale, and rows that
+    lie apart: I a multiple of 64)."""
     n_blocks = scale_codes.numel()
     # No fused multiply-add: bitsandbytes rounds the product before it adds the offset.
     _dequantize[(triton.cdiv(n_blocks, BLOCKS),)](
@@ -81,7 +80,8 @@ def dequantize(
         row_scale if row_scale is not None else offset,
         out,
         n_blocks,
-        shape[1] // 64,
+        max(1, out.shape[1] // 64),
+        out.stride(0) - out.shape[1],
         HAS_ROW_SCALE=row_scale is not None,
         BLOCKS=BLOCKS,
         enable_fp_fusion=False,

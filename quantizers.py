@@ -43,9 +43,11 @@ class Quantizer(Protocol):
         shape: tuple[int, int],
         dtype: torch.dtype,
         row_scale: torch.Tensor | None = None,
+        out: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The [O, I] weight in `dtype`. row_scale [O] fp32 multiplies each row, by way of its blocks' scales:
-        no extra pass over the weight. Needs whole blocks in a row: I a multiple of `block`."""
+        no extra pass over the weight. out: where it is put, of that shape and dtype, whose rows may lie apart. Both
+        need whole blocks in a row: I a multiple of `block`."""
 
 
 @dataclass(frozen=True)
@@ -112,13 +114,14 @@ class NF4:
         assert state.state2.blocksize == SCALE_BLOCK
         return flat_bytes(codes), flat_bytes(state.state2.absmax, state.offset.view(1), state.absmax)
 
-    def dequantize(self, codes, scales, table, shape, dtype, row_scale=None) -> torch.Tensor:
+    def dequantize(self, codes, scales, table, shape, dtype, row_scale=None, out=None) -> torch.Tensor:
         blocks = -(-shape[0] * shape[1] // self.block)
         if self.double and math.prod(shape) % self.block == 0 and triton_runs_on(codes.device):
             from nf4_kernel import dequantize  # Triton comes with torch's CUDA builds only
 
             codes = codes[: math.prod(shape) // 2]
-            return dequantize(codes, *self._parts(scales, blocks), table, row_scale, shape, dtype)
+            out = torch.empty(shape, dtype=dtype, device=codes.device) if out is None else out
+            return dequantize(codes, *self._parts(scales, blocks), table, row_scale, out)
         absmax = self._absmax(scales, table, blocks)
         if row_scale is not None:
             absmax = (absmax.view(shape[0], -1) * row_scale[:, None]).view(-1)
@@ -127,7 +130,7 @@ class NF4:
         # a single row there.
         rows = shape if shape[1] % self.block == 0 else (1, shape[0] * shape[1])
         weight = torch.ops.bitsandbytes.dequantize_4bit(packed, absmax, self.block, "nf4", rows, dtype)
-        return weight.view(shape)
+        return _put(weight.view(shape), out)
 
     def _absmax(self, scales: torch.Tensor, table: torch.Tensor, blocks: int) -> torch.Tensor:
         """The blocks' absolute maxima: [blocks] fp32."""
@@ -175,17 +178,22 @@ class HQQ:
         )
         return pack_bits(codes, self.n_bits), flat_bytes(meta["scale"].half(), meta["zero"].half())
 
-    def dequantize(self, codes, scales, table, shape, dtype, row_scale=None) -> torch.Tensor:
+    def dequantize(self, codes, scales, table, shape, dtype, row_scale=None, out=None) -> torch.Tensor:
         code_bytes, scale_bytes = self.sizes(shape)
         codes, (scale, zero) = codes[:code_bytes], scales[:scale_bytes].view(torch.float16).chunk(2)
         if triton_runs_on(codes.device):
             from hqq_kernel import dequantize  # Triton comes with torch's CUDA builds only
 
-            return dequantize(codes, scale, zero, self.n_bits, self.block, row_scale, shape, dtype)
+            out = torch.empty(shape, dtype=dtype, device=codes.device) if out is None else out
+            return dequantize(codes, scale, zero, self.n_bits, self.block, row_scale, out)
         scale, zero = scale.float(), zero.float()
         if row_scale is not None:
             scale = (scale.view(shape[0], -1) * row_scale[:, None]).view(-1)
-        return _expand(codes, scale, zero, self.n_bits, self.block, dtype).view(shape)
+        return _put(_expand(codes, scale, zero, self.n_bits, self.block, dtype).view(shape), out)
+
+
+def _put(weight: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
+    return weight if out is None else out.copy_(weight)
 
 
 def _word(n_bits: int) -> tuple[int, int]:

@@ -25,7 +25,7 @@ from optimizers import make_optimizer
 from out_of_memory import explained
 from profiling import Profiler
 from quantize_layers import STORAGE, Linear4bit, fill
-from quantizers import NF4
+from quantizers import HQQ, NF4
 from tests import tiny
 from tests.runs import make_job
 from tracking import NoTracker
@@ -63,12 +63,15 @@ def test_dequantized_weight_is_bitsandbytes_own(dtype):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("quantizer", [NF4(), HQQ(4), HQQ(3)])
+@pytest.mark.parametrize("o, i, r", [(256, 512, 16), (1024, 256, 16), (1024, 256, 12)])
 @pytest.mark.parametrize("kind", [LoRALinear, DoRALinear])
-def test_bf16_layers_follow_their_equation(kind):
-    """Forward and gradients against float64 on the dequantized weight; bf16 rounds by up to 2^-9."""
+def test_bf16_layers_follow_their_equation(kind, o, i, r, quantizer):
+    """Forward and gradients against float64 on the dequantized weight; bf16 rounds by up to 2^-9. The second shape's
+    low-rank branch goes through the large matmul."""
     torch.manual_seed(0)
-    o, i, r, x = 256, 512, 16, torch.randn(64, 512, device="cuda")
-    base = quantized(torch.randn(o, i, device="cuda", dtype=torch.bfloat16))
+    x = torch.randn(64, i, device="cuda")
+    base = quantized(torch.randn(o, i, device="cuda", dtype=torch.bfloat16), quantizer)
     layer = kind(base, (o, i), r, 2.5 * r, 0.0, torch.float32)
     w, a = base.weight.double(), torch.randn(r, i, device="cuda") * 0.05
     b, change = torch.randn(o, r, device="cuda") * 0.05, torch.randn(o, device="cuda")
