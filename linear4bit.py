@@ -111,10 +111,14 @@ def _(grad, x, h, a, b):
 @torch.library.custom_op(
     "fsdp_finetune::linear4bit_backward",
     mutates_args=(),
-    schema=f"(Tensor grad, {_PACKED}, Tensor? of_h, Tensor? a) -> Tensor",
+    schema=f"(Tensor grad, {_PACKED}, Tensor? of_h, Tensor? a, Tensor? after) -> Tensor",
 )
-def linear4bit_backward(grad, codes, scales, table, quantizer, shape, row_scale, of_h, a):
-    """The gradient of x [T, I]. grad: [T, O]; of_h [T, R] and a [R, I]: what comes by way of h, unless a is None."""
+def linear4bit_backward(grad, codes, scales, table, quantizer, shape, row_scale, of_h, a, after):
+    """The gradient of x [T, I]. grad: [T, O]; of_h [T, R] and a [R, I]: what comes by way of h, unless a is None.
+
+    after: is not looked at. It is what a compiler has to have computed before, and not when it likes: what that needs
+    could otherwise stay in memory while the layers below are gone through.
+    """
     weight = dequantize((codes, scales, table), quantizer, shape, grad.dtype, row_scale)
     if a is None:
         return grad @ weight
@@ -124,7 +128,7 @@ def linear4bit_backward(grad, codes, scales, table, quantizer, shape, row_scale,
 
 
 @linear4bit_backward.register_fake
-def _(grad, codes, scales, table, quantizer, shape, row_scale, of_h, a):
+def _(grad, codes, scales, table, quantizer, shape, row_scale, of_h, a, after):
     return grad.new_empty(*grad.shape[:-1], shape[1])
 
 
@@ -140,8 +144,6 @@ def _backward(ctx, grad):
     of_h = of_a = of_b = of_x = of_scale = None
     if h is not None:
         of_h, of_a, of_b = adapter_backward(grad, x, h, a, b)
-    if ctx.needs_input_grad[0]:
-        of_x = linear4bit_backward(grad, *packed, of_h, a)
     if row_scale is not None:  # the derivative by g is W x = (y - h b^T) / g
         rows = grad.flatten(0, -2)
         if grad.dtype == torch.float16:  # scaled gradients times outputs may pass its largest number
@@ -150,6 +152,8 @@ def _backward(ctx, grad):
         if h is not None:
             of_scale = of_scale - (of_b.float() * b.float()).sum(1)
         of_scale = of_scale / row_scale
+    if ctx.needs_input_grad[0]:  # last: before it x and y are let go, which may be the widest activations
+        of_x = linear4bit_backward(grad, *packed, of_h, a, of_scale)
     through_h = h is not None and a is None
     return (
         of_x,
