@@ -84,7 +84,6 @@ class HostStash:
         if self.stream:
             # Not for the stream, which may have begun with the layer before.
             torch.cuda.current_stream().wait_event(layer.ready)
-            tensor.record_stream(torch.cuda.current_stream())
         if layer.before:
             self._fetch(layer.before)  # while this layer is computed
         return tensor
@@ -98,14 +97,22 @@ class HostStash:
             missing.append(also)
         if not missing:
             return
+        for (
+            kept
+        ) in missing:  # of the current stream's memory, to which it comes back when the layer lets go of it
+            kept.fetched = torch.empty_like(kept.host, device=kept.device)
+        if self.stream:
+            self.stream.wait_stream(
+                torch.cuda.current_stream()
+            )  # which may be using that memory for something else yet
         with torch.cuda.stream(self.stream):  # of None: no more than a block
             for kept in missing:
-                kept.fetched = self._copy(kept)
+                self._copy(kept)
             if self.stream:
                 layer.ready = self.stream.record_event()
 
-    def _copy(self, kept: Stashed) -> torch.Tensor:
-        return kept.host.to(kept.device, non_blocking=True)
+    def _copy(self, kept: Stashed) -> None:
+        kept.fetched.copy_(kept.host, non_blocking=True)
 
 
 class Offloaded(ActivationWrapper):
