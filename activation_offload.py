@@ -97,14 +97,12 @@ class HostStash:
             missing.append(also)
         if not missing:
             return
-        for (
-            kept
-        ) in missing:  # of the current stream's memory, to which it comes back when the layer lets go of it
+        for kept in missing:
+            # The current stream's memory, to which it comes back when the layer lets go of it. That stream may be using
+            # it for something else yet.
             kept.fetched = torch.empty_like(kept.host, device=kept.device)
         if self.stream:
-            self.stream.wait_stream(
-                torch.cuda.current_stream()
-            )  # which may be using that memory for something else yet
+            self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):  # of None: no more than a block
             for kept in missing:
                 self._copy(kept)
