@@ -5,7 +5,9 @@ from __future__ import annotations
 import peft
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM
 
@@ -131,6 +133,28 @@ def test_layers_compile_without_a_graph_break(kind, compiled_as, quantizer):
     call = layer if compiled_as == "eager" else torch.compile(layer, fullgraph=True, backend="aot_eager")
     call(x).square().sum().backward()
     assert all(p.grad is not None and p.grad.any() for p in layer.parameters() if p.requires_grad)
+
+
+def test_doras_output_is_let_go_before_the_large_matmul_of_backward():
+    """In the compiled graph what reads it, the magnitude's gradient, is an operand of that matmul: it cannot come after
+    it."""
+    base = Linear4bit(nn.Linear(I, O), torch.float32, NF4())
+    layer, graphs = filled(dora(base), torch.randn(O, I), torch.randn(O)), []
+
+    def keep(graph, _):
+        graphs.append(graph)
+        return make_boxed_func(graph)
+
+    x = torch.randn(4, I, requires_grad=True)
+    backend = aot_autograd(fw_compiler=keep, bw_compiler=keep)
+    torch.compile(layer, fullgraph=True, backend=backend)(x).square().sum().backward()
+    nodes = {n.name: n for n in graphs[-1].graph.nodes}
+    before = nodes["linear4bit_backward"].all_input_nodes
+    for node in before:  # also those that are found on the way
+        before.extend(n for n in node.all_input_nodes if n not in before)
+    outputs = [n for n in nodes.values() if n.op == "placeholder" and n.meta["val"].shape == (4, O)]
+    (y,) = (n for n in outputs if n.name != "tangents_1")
+    assert set(y.users) <= set(before)
 
 
 def args_for(model, data, train_type: str, *more) -> list[str]:
