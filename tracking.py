@@ -1,4 +1,4 @@
-"""What a run tells while it trains: metrics.jsonl, a progress bar or lines, wandb, loss.png, the summary.
+"""What a run tells while it trains: metrics.jsonl, a progress bar or lines, wandb, loss.png.
 
 Everything here hangs on the loop in single calls. Only rank 0 writes; the other ranks hold a tracker that
 drops what it gets.
@@ -12,7 +12,6 @@ import io
 import json
 import math
 import os
-import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,19 +20,16 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import nn
 from tqdm import tqdm
 
 import memory
-from checkpoint import BLOCKS, staged
-from command_line import FULL_DISK, describe, python
-from config import TOY_DATASET, TOY_MODEL, TOY_PROMPT, Config, UserError
-from data import Step, StepSampler, TokenizedRows
+from checkpoint import staged
+from command_line import FULL_DISK
+from config import Config, UserError
+from data import Step
 from limits import METRICS_LINE
-from packing import PackSampler
 
 GIB = 2**30
-MUCH_PADDING = 0.3  # share of the batches above which a run is told of --packing
 
 
 @dataclass(frozen=True)
@@ -353,96 +349,3 @@ def draw_loss(history: list[Metrics], path: Path) -> None:
             figure.savefig(stage(path.name), dpi=120, format="png")
     finally:
         plt.close(figure)
-
-
-def describe_data(rows: TokenizedRows, sampler: StepSampler, context_length: int) -> str:
-    """The line about the data; where much of the batches is padding, a second one on what packing would bring."""
-    cut = f", {rows.cut:,} cut at the context length" if rows.cut else ""
-    padding = sampler.padding_share()
-    line = (
-        f"data: {len(rows):,} rows kept, {rows.dropped:,} dropped{cut}; {rows.tokens.numel():,} tokens,"
-        f" {int(rows.targets().sum()):,} of them learned; padding {padding:.0%} of the batches"
-    )
-    dealt = (rows, sampler.batch_size, sampler.accumulation, sampler.rank, sampler.world, sampler.seed)
-    if isinstance(sampler, PackSampler):
-        unpacked = StepSampler(*dealt).padding_share()
-        return f"{line} ({unpacked:.0%} without --packing); {sampler.count():,} packs of up to {sampler.width:,} tokens"
-    if padding <= MUCH_PADDING:
-        return line
-    faster = sampler.positions() / PackSampler(*dealt, context_length).positions()
-    return (
-        f"{line}\n--packing true would train these rows about {faster:.1f} times as fast: as full lines of"
-        f" {context_length:,} tokens, which --batch_size then counts"
-    )
-
-
-def describe_model(model: nn.Module) -> str:
-    """The line about the weights: of the whole model by kind, and of this rank."""
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    weights, rank = memory.weight_bytes(model), memory.rank_bytes(model)
-    host = memory.host_bytes(model) if torch.cuda.is_available() else 0
-    where = f", of which {memory.size(host)} in host memory" if host else ""
-    return (
-        f"model: {trained:,} trained parameters; {weights} = {memory.size(weights.total)},"
-        f" {memory.size(rank)} on this rank{where}"
-    )
-
-
-def summary(history: list[Metrics], seconds: float, stages: dict[str, float], done: int = 0) -> str:
-    """Three lines on how the run went; speed is the median of the steps after the first, which warms up; memory is
-    the highest of all steps. seconds: of the steps after the first `done`, which were before the run was resumed;
-    stages: as in run.json."""
-    rates = sorted(m.tokens_per_second for m in history[1:] or history)
-    gib = {name.removeprefix("after_").removesuffix("_gib"): value for name, value in stages.items()}
-    for phase in ("forward", "backward"):
-        gib[phase] = max(getattr(m, f"memory_after_{phase}_gib") for m in history)
-    after = ", ".join(f"{value:.2f} GiB after {name}" for name, value in gib.items())
-    bad = f"; {history[-1].bad_steps} skipped as NaN or infinite" if history[-1].bad_steps else ""
-    steps = f"{len(history)} steps" + (f", the last {len(history) - done} of them" if done else "")
-    return (
-        f"{steps} in {seconds:.0f} s, the first in {history[0].step_seconds:.1f} s, {rates[len(rates) // 2]:,.0f} tokens/s on all ranks (median){bad}\n"
-        f"memory of the fullest rank: {after}, peak {max(m.memory_allocated_gib for m in history):.2f} GiB\n"
-        f"loss {history[0].loss:.4f} at the first step, {history[-1].loss:.4f} at the last"
-    )
-
-
-def describe_stop(reason: str, history: list[Metrics], total_steps: int, folder: Path) -> str:
-    """The line of a run that was asked to stop."""
-    return f"stopped at step {history[-1].step} of {total_steps} ({reason}); go on with: {going_on(folder)}"
-
-
-def going_on(folder: Path) -> str:
-    """The command that resumes a run."""
-    return shlex.join([python(), "train.py", "--config", f"{folder}/config.yaml", "--resume", "auto"])
-
-
-def describe_unsaved(error: OSError, folder: Path, step: int | None) -> str:
-    """The line of a run whose result could not be written. step: of the last whole checkpoint."""
-    way = (
-        f"make room there, then: {going_on(folder)}, which saves it from the checkpoint of step {step}"
-        if step
-        else "there is no checkpoint to save it from; make room there before the run is repeated, with --save_every"
-    )
-    return f"--output_dir {folder}: the trained model could not be saved ({describe(error)}); {way}"
-
-
-def describe_files(config: Config, sampled: bool, folder: Path) -> str:
-    """The run's files, and what can be typed next. sampled: whether samples were asked for."""
-    saved = {"adapter": "adapter_model.safetensors", "model": "the model"}[config.method.saves]
-    saved = BLOCKS if config.llama_pro_save == "blocks" else saved
-    what = f"{saved}, " if config.save_model else ""
-    what += "samples.jsonl, " if sampled else ""
-    what += "memory.html, memory.png, " if config.profile_memory else ""
-    what += "memory_snapshot.pickle, " if (folder / "memory_snapshot.pickle").exists() else ""
-    again = [python(), "train.py", "--config", f"{folder}/config.yaml", "--output_dir", f"{folder}-again"]
-    lines = [
-        f"in {folder}: {what}report.html, metrics.jsonl, loss.png, config.yaml",
-        f"next: {shlex.join(again)}",
-    ]
-    if config.profile:
-        lines.insert(1, f"in {config.profiling_output}: traces of single steps, for https://ui.perfetto.dev")
-    if config.save_model and config.llama_pro_save != "blocks":
-        demo = (config.model_name, config.dataset) == (TOY_MODEL, TOY_DATASET)
-        question = f' --prompt "{TOY_PROMPT}"' if demo else ""  # without one it is a conversation
-        lines.append(f"try: {shlex.join([python(), 'generate.py', str(folder)])}{question}")
-    return "\n".join(lines)

@@ -53,6 +53,14 @@ from data import Batch, StepSampler
 from evaluation import Evaluator, describe_evaluations
 from faults import BadSteps, conclude
 from launch import Place, resolve_workers
+from messages import (
+    describe_data,
+    describe_files,
+    describe_model,
+    describe_stop,
+    describe_unsaved,
+    summary,
+)
 from model_writer import save_blocks, save_expanded, save_model
 from models import FAMILIES, build_on_meta
 from models.adapters import (
@@ -70,17 +78,7 @@ from quantize_layers import load_weights
 from recompute import ActivationBudget, Keep, compiler, compiles
 from report import FACTS, PAGE, describe_run, write_report
 from stopping import NEVER, NeverStop, Stopping
-from tracking import (
-    Meter,
-    describe_data,
-    describe_files,
-    describe_model,
-    describe_stop,
-    describe_unsaved,
-    despite_full_disk,
-    make_tracker,
-    summary,
-)
+from tracking import Meter, despite_full_disk, make_tracker
 from weight_cache import CacheWriter
 from wrapping import STRATEGIES, WRAP_POLICIES, make_mesh, offload_policy, sync_gradients, wrap
 

@@ -17,6 +17,7 @@ import train
 from attention import VARLEN, packed_attention
 from checkpoint import whole
 from data import IGNORE, Batch, StepSampler, TokenizedRows, make_batch
+from messages import describe_data
 from models import FAMILIES, read_config
 from models.family import clean
 from packing import PackSampler, best_fit, make_packed, make_sampler
@@ -26,7 +27,6 @@ from tests.test_parity import arguments, assert_same
 from tests.test_recompute import compiled_run
 from tests.test_report import make_run, metrics, page_of
 from tests.tiny import CONFIGS
-from tracking import describe_data
 
 KERNEL = attention.varlen_attn  # torch's own, for its signature
 
