@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 
@@ -23,6 +24,7 @@ from stopping import SAVE
 from tests import tiny
 from tests.distributed import Ranks
 from tests.programs import with_environment
+from tests.resuming import QUIET, Signals, run
 
 logging.disable_progress_bar()  # tests read stderr
 
@@ -153,3 +155,16 @@ def processes(monkeypatch):
 def source(checkpoints, alpaca_file):
     """The options that name the tiny model and its data."""
     return ["--model_name", str(checkpoints()), "--dataset", str(alpaca_file)]
+
+
+@pytest.fixture(scope="session")
+def stopped(source, two_ranks, tmp_path_factory):
+    """A RUN that was stopped at its third step, for copying."""
+    folder = tmp_path_factory.mktemp("stopped") / "run"
+    two_ranks(run, [*source, *QUIET, "--output_dir", str(folder)], Signals({3: signal.SIGTERM}))
+    return folder
+
+
+@pytest.fixture
+def copied(stopped, tmp_path):
+    return shutil.copytree(stopped, tmp_path / "run")

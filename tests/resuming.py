@@ -17,7 +17,9 @@ import checkpoint_files
 import model_writer
 import train
 from checkpoint import BEST
+from checkpoint_files import folder_of
 from command_line import parse
+from tests.hostile_checkpoints import edit
 from tests.runs import whole_run
 from tracking import Meter
 
@@ -111,3 +113,16 @@ def repeated(folder: Path) -> list[dict]:
 
 def adapter(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "adapter_model.safetensors")
+
+
+def resumed(source, folder: Path, *more: str):
+    """The checked job of going on with a copy of `stopped`, in the 2 ranks that it had."""
+    config, _ = parse(
+        [*source, *QUIET, "--output_dir", str(folder), "--world_size", "2", "--resume", "auto", *more]
+    )
+    return train.check(config)
+
+
+def lie(folder: Path, change) -> None:
+    """In the manifest of the copy's checkpoint, which is whole all the same."""
+    edit(folder_of(folder, 3), change)
