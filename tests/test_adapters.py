@@ -11,6 +11,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM
 
+import linear4bit
 import models.dora
 from config import METHODS
 from models.dora import DoRALinear
@@ -57,8 +58,11 @@ def equation(layer: DoRALinear, weight: torch.Tensor, bias: torch.Tensor, x: tor
     return (x.double() @ (magnitude[:, None] * direction).T + bias.double()).float()
 
 
+@pytest.mark.parametrize("wide", [False, True])
 @pytest.mark.parametrize("quantizer", QUANTIZERS, ids=str)
-def test_qdora_is_dense_dora_is_the_equation(quantizer):
+def test_qdora_is_dense_dora_is_the_equation(quantizer, wide, monkeypatch):
+    """wide: as a GPU computes a projection to a wider output, with the low-rank branch in the large matmul."""
+    monkeypatch.setattr(linear4bit, "_widens", lambda *_: wide)
     weight, bias, x = torch.randn(O, I), torch.randn(O), torch.randn(3, 7, I)
     frozen = quantized(weight, torch.float32, None, quantizer)
     four_bit = filled(dora(Linear4bit(nn.Linear(I, O), torch.float32, quantizer)), weight, bias)
