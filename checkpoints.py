@@ -6,7 +6,6 @@ training_state.py, its files in checkpoint_files.py.
 
 from __future__ import annotations
 
-import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from torch import nn
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
+from checkpoint import remove
 from checkpoint_files import GROWING_FILES, Saved, Writer, folder_of, prune, sync
 from command_line import describe
 from config import UserError
@@ -189,7 +189,7 @@ class Checkpoints:
             if not all(isinstance(error, OSError) for error in failures):
                 raise RuntimeError(f"checkpoint: {describe(failures[0])}") from e  # e is no Exception
             if self.place.rank == 0:
-                shutil.rmtree(writer.temporary, ignore_errors=True)
+                remove(writer.temporary)
                 self._warn(step, failures[0])
             return False
         self.seconds = time.perf_counter() - began

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+from checkpoint import staged
 from memory import GIB, in_use
 
 MOST_EVENTS = (
@@ -198,12 +199,8 @@ class GpuEvents:
         """The curves in bytes. Leaves the snapshot, in the format of https://pytorch.org/memory_viz."""
         snapshot = torch.cuda.memory._snapshot()
         torch.cuda.memory._record_memory_history(enabled=None)
-        temporary = path.with_name(f"{path.name}.tmp")
-        with temporary.open("wb") as file:
-            pickle.dump(
-                snapshot, file
-            )  # as torch.cuda.memory._dump_snapshot does, which would take another one
-        temporary.rename(path)
+        with staged(path.parent) as stage, stage(path.name).open("wb") as file:
+            pickle.dump(snapshot, file)  # as torch.cuda.memory._dump_snapshot, which would take another one
         return curves_of(snapshot, self.device.index, self.began)
 
 

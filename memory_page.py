@@ -5,7 +5,7 @@ from __future__ import annotations
 from html import escape
 from pathlib import Path
 
-from checkpoint import write_text
+from checkpoint import staged, write_text
 from memory_history import Part, Recording
 from report_charts import Band, Series, number, plot, tick, time_axis, value_axis
 from report_page import document
@@ -138,10 +138,9 @@ def draw(recordings: list[Recording], title: str, path: Path) -> None:
         handles, COLOURS, loc="outside upper right", ncols=len(COLOURS), frameon=False, fontsize="small"
     )
     figure.suptitle(title, x=0.01, ha="left", fontsize="medium")
-    temporary = path.with_name(f"{path.name}.tmp")
-    figure.savefig(temporary, dpi=110, format="png")
+    with staged(path.parent) as stage:
+        figure.savefig(stage(path.name), dpi=110, format="png")
     plt.close(figure)
-    temporary.rename(path)
 
 
 def _draw_part(axis, part: Part) -> None:
