@@ -158,13 +158,18 @@ def rows_per_step(config: Config) -> int:
     return config.world_size * config.batch_size * config.gradient_accumulation_steps
 
 
+def option_of(run: dict, name: str):
+    """An option's value in the run of a checkpoint; its default, if that run's program did not have the option."""
+    return run["options"].get(name, FIELDS[name].default)
+
+
 def check_same(saved: Saved, config: Config, base: str, data: str) -> None:
     """Raises UserError unless `config` goes on with the run of the checkpoint, over the same model and rows."""
     where, run = f"--resume {config.resume}", saved.run
     if not is_state(run):
         raise UserError(f"{where}: {saved.folder} is no checkpoint of this program")
     for name in FIELDS:
-        before = run["options"].get(name, FIELDS[name].default)
+        before = option_of(run, name)
         if is_fixed(name) and before != getattr(config, name):
             raise UserError(
                 f"{where}: the run has --{name} {shown(before)}, not {shown(getattr(config, name))}; a run goes"
@@ -172,7 +177,7 @@ def check_same(saved: Saved, config: Config, base: str, data: str) -> None:
             )
     if run["precision"] != str(here := precision_here(config.precision)):
         raise UserError(
-            f"{where}: the run has --precision {run['options'].get('precision')}, not {config.precision}, which on this"
+            f"{where}: the run has --precision {option_of(run, 'precision')}, not {config.precision}, which on this"
             f" machine is {here}, not {run['precision']}"
         )
     if run["rows_per_step"] != rows_per_step(config):
@@ -227,18 +232,17 @@ def tidy(folder: Path, saved: Saved | None) -> None:
 
 def remarks(saved: Saved, config: Config) -> list[str]:
     """What a user should know about going on with other options than before."""
-    before, told = saved.run["options"], []
+    told = []
     if saved.run["world"] != config.world_size and config.lora_dropout:
         told.append(
             f"--resume: {config.world_size} processes instead of {saved.run['world']} draw other random numbers for"
             " --lora_dropout"
         )
     for name in ("num_epochs", "max_steps"):
-        if before.get(name) != getattr(config, name) and (
-            config.lr_scheduler != "constant" or config.lr_warmup
-        ):
+        before = option_of(saved.run, name)
+        if before != getattr(config, name) and (config.lr_scheduler != "constant" or config.lr_warmup):
             told.append(
-                f"--resume: --{name} {getattr(config, name)} instead of {before.get(name)}: the learning rate follows it"
+                f"--resume: --{name} {getattr(config, name)} instead of {before}: the learning rate follows it"
                 " from here on"
             )
     return told
