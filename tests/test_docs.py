@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import re
 import textwrap
-from pathlib import Path
 
 import torch
 from transformers import Starcoder2Config
 
 from models import FAMILIES
 from tests import tiny
+from tests.programs import ROOT
 from tests.runs import outputs, transformers_model
 from tests.test_adapters import IDS, args_for
 from tools.make_options_doc import PAGE, page
-
-ROOT = Path(__file__).parent.parent
 
 
 def test_the_options_page_is_config_py():

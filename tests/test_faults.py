@@ -28,12 +28,12 @@ from model_files import INDEX
 from optimizers import make_optimizer
 from prefetch import ahead
 from tests import tiny
+from tests.programs import ROOT
 from tests.resuming import fill, lines, run
 from tests.runs import train_run
 from tracking import Meter, Metrics, NoTracker, Reading, append
 from wrapping import make_mesh
 
-ROOT = Path(__file__).parent.parent
 BAD_ROW = 5  # of 12, from 1
 SECRETS = {"HF_TOKEN": "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", "WANDB_API_KEY": "5ec2e7" * 6 + "abcd"}
 

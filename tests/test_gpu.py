@@ -27,10 +27,9 @@ from profiling import Profiler
 from quantize_layers import STORAGE, Linear4bit, fill
 from quantizers import HQQ, NF4
 from tests import tiny
+from tests.programs import ROOT
 from tests.runs import make_job
 from tracking import NoTracker
-
-ROOT = Path(__file__).parent.parent
 
 
 def quantized(weight: torch.Tensor, quantizer=NF4()) -> Linear4bit:  # noqa: B008

@@ -8,16 +8,15 @@ import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from checkpoint import clear_output
 from tests import hostile
 from tests.hostile_checkpoints import SOUND
+from tests.programs import ROOT
 from tests.resuming import run
 
-ROOT = Path(__file__).parent.parent
 MOST_GIB, MOST_SECONDS, ADDRESSES_GIB = 2, 20, 24
 NAMES = list(hostile.cases())
 

@@ -27,9 +27,9 @@ from checks import check
 from command_line import parse
 from config import UserError
 from nodes import Finding, compare
+from tests.programs import ROOT
 from tests.runs import train_run
 
-ROOT = Path(__file__).parent.parent
 SRUN = """#!/bin/bash
 # Stands for Slurm's: runs a command on both nodes, each with an address of its own.
 while [[ $1 == --* ]]; do shift; done

@@ -5,11 +5,11 @@ That secrets of the environment are in no file of a run: test_faults.py."""
 from __future__ import annotations
 
 import ast
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from tests.programs import ROOT
+
 PEERS = ROOT / "benchmarks" / "peers"  # other programs' own loops, to be measured as their users run them
 SOURCES = sorted(
     p

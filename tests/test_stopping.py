@@ -8,17 +8,15 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch.distributed as dist
 
 import stopping
 from stopping import NEVER, Received, Stopping, forwarding
+from tests.programs import ROOT
 
-ROOT = Path(__file__).parent.parent
 STUBBORN = "trap '' TERM INT; trap 'echo saved' USR1; echo ready; while :; do sleep 0.05; done"
-
 
 COMPILES = """
 import signal, time
