@@ -143,3 +143,11 @@ def test_precision_follows_fp32(train_type, mode, checkpoints, alpaca_file, plai
     losses, _, norms = one_rank(train_run, [*args, "--precision", mode])[0]
     torch.testing.assert_close(torch.tensor(losses), torch.tensor(expected[0]), rtol=2e-2, atol=0)
     torch.testing.assert_close(torch.tensor(norms), torch.tensor(expected[2]), rtol=1e-1, atol=0)
+
+
+@pytest.mark.gpu
+def test_dropout_of_rows_of_many_lengths(checkpoints, alpaca_file, one_rank):
+    """Compiled, where the compiler makes the random numbers."""
+    args = arguments(checkpoints(), alpaca_file, "bnb_dora", "--lora_dropout", "0.1", "--batch_size", "1")
+    losses = one_rank(train_run, [*args, "--compile", "true"])[0][0]
+    assert losses[-1] < losses[0]
