@@ -13,6 +13,7 @@ is fetched together, and ahead, is therefore a layer's.
 from __future__ import annotations
 
 import weakref
+from collections import deque
 from dataclasses import dataclass, field
 
 import torch
@@ -49,11 +50,14 @@ class HostStash:
     def __init__(self):
         self.last: Layer | None = None
         self.stream: torch.cuda.Stream | None = None
+        # What is on its way to the host: (the layer that it is of, itself, when it is there).
+        self.leaving: deque[tuple[Layer, torch.Tensor, torch.cuda.Event]] = deque()
 
     def begin(self, first: bool) -> None:
         """To be called where a layer begins. first: the model's first one."""
         if first:
             self.last = None
+        self._let_go(self.last)  # of which the copies have this layer's time
         if self.last is None or self.last.tensors:  # a layer that stashed nothing is passed over
             self.last = Layer(self.last)
 
@@ -69,7 +73,7 @@ class HostStash:
             self.stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self.stream):
                 host.copy_(tensor, non_blocking=True)
-            tensor.record_stream(self.stream)  # its memory is not given out again before the copy is done
+                self.leaving.append((self.last, tensor, self.stream.record_event()))
         kept = Stashed(host, tensor.device, self.last)
         self.last.tensors.append(weakref.ref(kept))
         return kept
@@ -78,6 +82,7 @@ class HostStash:
         if isinstance(kept, torch.Tensor):
             return kept
         layer = kept.layer
+        self._let_go()
         self._fetch(layer, kept)
         tensor, kept.fetched = kept.fetched, None
         layer.tensors = [ref for ref in layer.tensors if ref() not in (None, kept)]
@@ -87,6 +92,12 @@ class HostStash:
         if layer.before:
             self._fetch(layer.before)  # while this layer is computed
         return tensor
+
+    def _let_go(self, but: Layer | None = None) -> None:
+        """Has the GPU wait until what is leaving has left, and frees that; not what is of the layer `but`. Where the bus is
+        slower than the layers forward waits for it, and does not fill the memory with what waits for the bus."""
+        while self.leaving and (but is None or self.leaving[0][0] is not but):
+            torch.cuda.current_stream().wait_event(self.leaving.popleft()[2])
 
     def _fetch(self, layer: Layer, also: Stashed | None = None) -> None:
         """Begins to copy back what is not there of a layer's tensors. also: one of them that backward may have had
