@@ -204,8 +204,9 @@ def ways(place, args) -> dict[str, tuple[float, dict]]:
 
 def learn(model, batch: Batch, context=nullcontext()) -> tuple[float, dict[str, torch.Tensor]]:  # noqa: B008
     model.zero_grad()
+    device = next(p.device for p in model.parameters() if p.requires_grad)  # an embedding may be on the host
     with context:
-        loss = train.loss_sum(model, batch.to(next(model.parameters()).device))
+        loss = train.loss_sum(model, batch.to(device))
     loss.backward()
     trained = {clean(n): p.grad for n, p in model.named_parameters() if p.requires_grad}
     return loss.item(), {name: whole(gradient).float().cpu() for name, gradient in trained.items()}
