@@ -144,10 +144,11 @@ class Offloaded(ActivationWrapper):
             return layer(x, *args, **kwargs)
 
         results = self.results and layer.keep is Keep.NOTHING  # else there is memory for them
+        address, shape = x.data_ptr(), x.shape  # not x itself, which autograd would keep with the function
 
         def pack(tensor: torch.Tensor) -> torch.Tensor | Stashed:
-            wanted = self.inputs if tensor.data_ptr() == x.data_ptr() else results
-            like_x = tensor.shape == x.shape and tensor.is_floating_point()
+            wanted = self.inputs if tensor.data_ptr() == address else results
+            like_x = tensor.shape == shape and tensor.is_floating_point()
             return self.stash.pack(tensor) if wanted and like_x else tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, self.stash.unpack):
