@@ -4,6 +4,8 @@ On the CPU: the same bookkeeping with plain copies. That memory is freed and cop
 from __future__ import annotations
 
 import gc
+import weakref
+from collections.abc import Callable
 from unittest import mock
 
 import pytest
@@ -12,7 +14,7 @@ from torch import nn
 
 import activation_offload
 from activation_offload import HostStash, Offloaded, Stashed
-from recompute import Keep
+from recompute import Keep, Recomputed
 from tests.test_parity import arguments, assert_same
 from tests.test_recompute import CHECKPOINTED, LAYERS, PLAIN, compiled_run
 
@@ -86,7 +88,7 @@ def small(monkeypatch):
     monkeypatch.setattr(activation_offload, "SMALLEST", 0)
 
 
-def offloaded(kind: type[nn.Module], stash: HostStash, inputs: bool = True) -> nn.Module:
+def offloaded(kind: Callable[[], nn.Module], stash: HostStash, inputs: bool = True) -> nn.Module:
     layers = [kind() for _ in range(DEEP)]
     return nn.Sequential(
         *[
@@ -133,6 +135,40 @@ def test_nothing_is_held_after_a_step(small):
             assert alive() == 0
     finally:
         gc.enable()
+
+
+class Block(nn.Module):
+    """Of the elementwise operations and the matmul autograd would keep inputs and results."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(3, 3)
+
+    def forward(self, x):
+        return x + torch.tanh(self.linear(x))
+
+
+def test_layers_inputs_do_not_stay_where_they_were(small):
+    """Between forward and backward nothing holds what is on the host: neither autograd's graph nor the functions that it
+    keeps."""
+    stash, outputs, counts = HostStash(), [], []
+    model = offloaded(lambda: Recomputed(Block(), Keep.NOTHING), stash)
+
+    def count(layer, args, output):
+        outputs.append(weakref.ref(output))
+        counts.append(sum(ref() is not None for ref in outputs))
+
+    for layer in model:
+        layer.register_forward_hook(count)
+    gc.disable()
+    try:
+        y = model(torch.ones(2, 3, requires_grad=True))
+    finally:
+        gc.enable()
+    assert alive() == DEEP, "the inputs, on the host"
+    assert counts == [1] + [2] * (DEEP - 1), "a layer's output and its input, which is the one before's"
+    assert [ref() is not None for ref in outputs] == [False] * (DEEP - 1) + [True]
+    y.sum().backward()
 
 
 def alive() -> int:
