@@ -26,7 +26,7 @@ from checkpoint_files import GROWING_FILES, Saved, Writer, folder_of, prune, syn
 from command_line import describe
 from config import UserError
 from launch import Place
-from memory import can_pin
+from memory import MIB, can_pin
 from stopping import NeverStop
 from training_state import Tensors, collect, restore
 
@@ -37,6 +37,24 @@ class Part(Protocol):
     def state_dict(self) -> dict: ...
 
     def load_state_dict(self, state: dict) -> None: ...
+
+
+# Of host memory at once: torch rounds each piece of page-locked memory up to a power of two, and the driver may hold
+# up what is launched on the GPU while it locks one.
+PIECE = 64 * MIB
+ALIGNED = 64  # bytes, a multiple of every element's size
+
+
+def host_memory(tensors: Tensors, pin: bool) -> Tensors:
+    """Room for a copy of each of these tensors, by name, cut out of few pieces."""
+    room = {name: -(-tensor.nbytes // ALIGNED) * ALIGNED for name, tensor in tensors.items()}
+    left, free, cut = sum(room.values()), torch.empty(0, dtype=torch.uint8), {}
+    for name, tensor in tensors.items():
+        if room[name] > len(free):
+            free = torch.empty(max(room[name], min(PIECE, left)), dtype=torch.uint8, pin_memory=pin)
+        cut[name] = free[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        free, left = free[room[name] :], left - room[name]
+    return cut
 
 
 class HostCopy:
@@ -57,22 +75,30 @@ class HostCopy:
     def stream_waits(self) -> None:
         torch.cuda.current_stream().wait_event(self.copied)
 
+    def allocate(self, local: Tensors) -> None:
+        """The memory that copies of these tensors need and have not yet; of their data nothing is read."""
+        missing = {name: tensor for name, tensor in local.items() if not self._has_room(name, tensor)}
+        for from_gpu in (False, True):  # what is on the host already need not be page-locked
+            tensors = {name: tensor for name, tensor in missing.items() if tensor.is_cuda == from_gpu}
+            self.buffers |= host_memory(tensors, self.pin and from_gpu)
+
+    def _has_room(self, name: str, local: torch.Tensor) -> bool:
+        buffer = self.buffers.get(name)
+        return buffer is not None and (buffer.shape, buffer.dtype) == (local.shape, local.dtype)
+
     def take(self, local: Tensors) -> Tensors:
         """Starts the copies; `wait` before they are read."""
+        self.allocate(local)
         if not self.stream:
-            return {name: self._copy(name, tensor) for name, tensor in local.items()}
+            return self._copy(local)
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
-            copies = {name: self._copy(name, tensor) for name, tensor in local.items()}
+            copies = self._copy(local)
             self.copied.record()
         return copies
 
-    def _copy(self, name: str, local: torch.Tensor) -> torch.Tensor:
-        buffer = self.buffers.get(name)
-        if buffer is None or (buffer.shape, buffer.dtype) != (local.shape, local.dtype):
-            pin = self.pin and local.is_cuda
-            buffer = self.buffers[name] = torch.empty(local.shape, dtype=local.dtype, pin_memory=pin)
-        return buffer.copy_(local, non_blocking=True)
+    def _copy(self, local: Tensors) -> Tensors:
+        return {name: self.buffers[name].copy_(tensor, non_blocking=True) for name, tensor in local.items()}
 
     def wait(self) -> None:
         if self.copied:
@@ -123,6 +149,7 @@ class Checkpoints:
         self.group = dist.new_group(backend="gloo")
         self.pool = ThreadPoolExecutor(1, "checkpoint")
         self.copy = HostCopy(place.device, optimizer)
+        self.allocating: Future[None] | None = None
         self.writing: Future[bool] | None = None
         self.step = self.newest = 0  # of the last checkpoint that was begun; of the last that is whole
         self.seconds = 0.0  # that the last whole one took to write
@@ -148,7 +175,15 @@ class Checkpoints:
         due = (self.every and step % self.every == 0) or (last and self.at_end)
         if stop or wanted or due:
             self.save(step)
+        elif (self.every or self.at_end) and not self.allocating and self.optimizer.state:
+            self._prepare()
         return stop
+
+    def _prepare(self) -> None:
+        """Allocates the copies' memory, which takes a second for 2 GiB, while the steps before the first checkpoint run;
+        once the optimizer has its states, which a step that is left out does not give it."""
+        _, local = collect(self.model, self.optimizer, self.place.rank)
+        self.allocating = self.pool.submit(self.copy.allocate, local)
 
     def save(self, step: int) -> None:
         """Begins a checkpoint, once the one before it is written."""
@@ -156,6 +191,8 @@ class Checkpoints:
             return
         began = time.perf_counter()
         self._await()
+        if self.allocating:
+            self.allocating.result()
         layout, local = collect(self.model, self.optimizer, self.place.rank)
         copies = self.copy.take(local)
         run = self._run() if self.place.rank == 0 else {}
@@ -221,8 +258,10 @@ class Checkpoints:
         self.pool.shutdown()
         dist.destroy_process_group(self.group)
         if self.waits:
-            mean = sum(self.waits) / len(self.waits)
-            self.say(f"checkpoints: {len(self.waits)}; training stood still for {mean:.3f} s for each")
+            mean, longest = sum(self.waits) / len(self.waits), max(self.waits)
+            self.say(
+                f"checkpoints: {len(self.waits)}; training stood still for {mean:.3f} s for each, {longest:.3f} s at most"
+            )
         if self.stopping.reason and self.newest != self.step:
             raise RuntimeError(
                 f"stopped at step {self.step}, which is not saved; --resume goes on from {self.newest}"

@@ -1,0 +1,207 @@
+"""The memory of checkpoints' copies is there before the first one is due, and only where there will be one."""
+
+from __future__ import annotations
+
+import re
+import threading
+import time
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+import checkpoints
+from checkpoint_files import folder_of, read_checkpoint
+from checkpoints import Checkpoints, HostCopy, host_memory
+from stopping import NeverStop
+from tensor_files import save_tensors
+from training_state import Tensors, collect
+
+TENSORS = {  # with the bytes of each, in whole ALIGNED
+    "half": torch.randn(7).bfloat16(),  # 64
+    "codes": torch.arange(250, dtype=torch.uint8),  # 256
+    "number": torch.tensor(3.0),  # 64
+    "empty": torch.empty(0, 5),
+    "matrix": torch.randn(30, 40).t(),  # 4800
+    "count": torch.tensor([2**40]),  # 64
+    "many": torch.randn(450),  # 1856
+    "more": torch.randn(100),  # 448
+}
+
+
+class Asking(NeverStop):
+    """A checkpoint is asked for after one step, as a signal does."""
+
+    def __init__(self, at: int):
+        self.at, self.done = at, 0
+
+    def agree(self, last):
+        self.done += 1
+        return False, self.done == self.at
+
+
+class Slow:
+    """In place of `host_memory`: takes its time, and notes what was allocated, and whether training waited for it."""
+
+    def __init__(self, failure: str = ""):
+        self.failure, self.names, self.waited = failure, [], set()
+
+    def __call__(self, tensors: Tensors, pin: bool) -> Tensors:
+        if not tensors:
+            return {}
+        self.names += tensors
+        self.waited.add(threading.current_thread() is threading.main_thread())
+        time.sleep(0.2)
+        if self.failure:
+            raise RuntimeError(self.failure)
+        return host_memory(tensors, pin)
+
+
+class Small:
+    """A run of a small model."""
+
+    def __init__(self, place, folder: str, every: int, asked: int = 0):
+        self.model, self.place, self.done = nn.Linear(5, 3).to(place.device), place, 0
+        self.optimizer, self.said = torch.optim.AdamW(self.model.parameters()), []
+        self.checkpoints = Checkpoints(
+            Path(folder),
+            self.model,
+            self.optimizer,
+            {},
+            place,
+            every=every,
+            at_end=every > 0,
+            keep=-1,
+            describe_run=dict,
+            stopping=Asking(asked),
+            say=self.said.append,
+            saved=None,
+        )
+
+    def step(self, left_out: bool = False) -> None:
+        """left_out: by the optimizer, as a bad step is."""
+        self.done += 1
+        self.model(torch.randn(2, 5, device=self.place.device)).sum().backward()
+        if not left_out:
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.checkpoints.after(self.done, last=False)
+
+    def buffers(self) -> Tensors:
+        self.checkpoints.pool.submit(int).result()  # after all that was begun
+        return self.checkpoints.copy.buffers
+
+    def local(self) -> Tensors:
+        return collect(self.model, self.optimizer, self.place.rank)[1]
+
+    def check_saved(self) -> None:
+        """That the last step's checkpoint holds what there is now."""
+        self.buffers()
+        folder = read_checkpoint(folder_of(self.checkpoints.folder, self.done)).folder
+        saved = load_file(folder / "rank-00000.safetensors")
+        assert saved.keys() == self.local().keys()
+        assert all(torch.equal(saved[name], tensor.cpu()) for name, tensor in self.local().items())
+
+
+def regular(place, folder: str) -> None:
+    run = Small(place, folder, every=3)
+    run.step()
+    there = {name: buffer.data_ptr() for name, buffer in run.buffers().items()}
+    assert (
+        there.keys() == run.local().keys() and len(there) >= 2 * 4 + 1
+    )  # weight and bias, each with 3 states
+    for name, tensor in run.local().items():
+        buffer = run.buffers()[name]
+        assert (buffer.shape, buffer.dtype) == (tensor.shape, tensor.dtype)
+        assert buffer.is_pinned() == (run.checkpoints.copy.pin and tensor.is_cuda)
+    assert not (Path(folder) / "checkpoints").exists()
+    for step in range(2, 8):
+        run.step()
+        if step in (3, 6):
+            run.check_saved()
+    assert {name: buffer.data_ptr() for name, buffer in run.buffers().items()} == there
+    run.checkpoints.finish()
+    (said,) = run.said
+    assert re.fullmatch(r"checkpoints: 2; training stood still for 0\.\d+ s for each, 0\.\d+ s at most", said)
+
+
+def test_memory_is_there_before_the_first_checkpoint_is_due(one_rank, tmp_path):
+    one_rank(regular, str(tmp_path))
+
+
+def left_out(place, folder: str) -> None:
+    """fp16 begins with steps that are left out, after which the optimizer has no states."""
+    run = Small(place, folder, every=100)
+    run.step(left_out=True)
+    assert not run.buffers()
+    run.step()
+    assert run.buffers().keys() == run.local().keys()
+    run.checkpoints.finish()
+
+
+def test_memory_is_for_the_optimizers_states_too(one_rank, tmp_path):
+    one_rank(left_out, str(tmp_path))
+
+
+def none_due(place, folder: str) -> None:
+    run = Small(place, folder, every=0)
+    for _ in range(3):
+        run.step()
+    assert not run.buffers()
+    run.checkpoints.finish()
+    assert not run.said
+
+
+def test_a_run_without_checkpoints_allocates_nothing(one_rank, tmp_path):
+    one_rank(none_due, str(tmp_path))
+
+
+def asked_for(place, folder: str, every: int, at: int) -> set[bool]:
+    run = Small(place, folder, every, at)
+    with mock.patch.object(checkpoints, "host_memory", Slow()) as slow:
+        for _ in range(at):
+            run.step()
+        run.check_saved()
+        run.step()
+        run.checkpoints.finish()
+    assert sorted(slow.names) == sorted(run.local()), "each once"
+    return slow.waited
+
+
+@pytest.mark.parametrize(("every", "at", "waits"), [(100, 2, False), (100, 1, True), (0, 2, True)])
+def test_a_checkpoint_may_be_asked_for_at_any_time(every, at, waits, one_rank, tmp_path):
+    """While its memory is being allocated, before that has begun, and where there was to be none."""
+    assert one_rank(asked_for, str(tmp_path), every, at) == [{waits}]
+
+
+def without_memory(place, folder: str) -> None:
+    run = Small(place, folder, every=2)
+    with mock.patch.object(checkpoints, "host_memory", Slow("no memory")):
+        run.step()
+        with pytest.raises(RuntimeError, match="no memory"):
+            run.step()
+    run.checkpoints.finish()
+    assert not any(thread.name.startswith("checkpoint") for thread in threading.enumerate())
+
+
+def test_a_host_without_memory_ends_the_run(one_rank, tmp_path):
+    one_rank(without_memory, str(tmp_path))
+
+
+def test_copies_lie_together_and_are_written_each_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoints, "PIECE", 2048)
+    copy = HostCopy(torch.device("cpu"), torch.optim.SGD([nn.Parameter(torch.zeros(1))]))
+    copies = copy.take(TENSORS)
+    assert all(torch.equal(copies[name], tensor) for name, tensor in TENSORS.items()), "none over another"
+    pieces = {
+        c.untyped_storage().data_ptr(): c.untyped_storage().nbytes() for c in copies.values() if c.nbytes
+    }
+    assert sorted(pieces.values()) == [448, 2048, 2048, 4800], (
+        "no more than PIECE or a tensor, nor than what is left"
+    )
+    save_tensors(copies, tmp_path / "copies")
+    save_tensors({name: tensor.contiguous() for name, tensor in TENSORS.items()}, tmp_path / "originals")
+    assert (tmp_path / "copies").read_bytes() == (tmp_path / "originals").read_bytes()
