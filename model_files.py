@@ -18,7 +18,7 @@ from bnb_files import find_bnb
 from config import TOY_MODEL, UserError
 from limits import INDEX_FILE, read_json
 from quantizers import PackedWeight, Quantizer
-from tensor_files import StoredTensor, list_tensors, read_tensor
+from tensor_files import Stage, Staged, StoredTensor, list_tensors, read_tensor
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
@@ -73,11 +73,11 @@ class CheckpointFiles:
             raise UserError(f"{path}: tensor {name} is missing; {INDEX} says it is in this file")
         self.tensors |= {name: found[name] for name in sorted(found)}
 
-    def read(self, name: str) -> torch.Tensor | PackedWeight:
-        """The tensor on the CPU; packed, if it is so in a file."""
+    def read(self, name: str, stage: Stage | None = None) -> torch.Tensor | PackedWeight | Staged:
+        """The tensor on the CPU, or with a stage on its way to a GPU; packed, if it is so in a file."""
         if name in self.packed:
             return self.packed[name].read()
-        return read_tensor(self.folder, self.tensors[name])
+        return read_tensor(self.folder, self.tensors[name], stage)
 
 
 def leads_out(path: Path) -> bool:

@@ -34,6 +34,7 @@ from memory import empty_on_host
 from model_files import CheckpointFiles
 from models.family import Family, clean
 from quantizers import PackedWeight, Quantizer, flat_bytes
+from tensor_files import Stage
 from weight_cache import CacheWriter
 
 STORAGE = torch.float32
@@ -235,10 +236,10 @@ def _stream(model: nn.Module, params: dict, files: CheckpointFiles, place: Place
     """
     names = sorted(files.tensors, key=lambda n: files.tensors[n].file)  # file by file, each in its own order
     modules = {name: model.get_submodule(name.rpartition(".")[0]) for name in names}
-    node, filled, turn = Node(place), set(), threading.Lock()
-    read = partial(_read, files=files, device=place.device, turn=turn)
+    node, filled, thread = Node(place), set(), threading.local()
+    read = partial(_read, files=files, device=place.device, turn=threading.Lock(), thread=thread)
     mine = iter(names[place.local_rank :: place.local_world])
-    with ThreadPoolExecutor(workers) as pool:
+    with ThreadPoolExecutor(workers, initializer=_start, initargs=(thread, place.device)) as pool:
         ahead = deque(pool.submit(read, name, modules[name]) for name in islice(mine, workers))
         for i, name in enumerate(names):
             path, _, last = name.rpartition(".")
@@ -255,12 +256,17 @@ def _stream(model: nn.Module, params: dict, files: CheckpointFiles, place: Place
     return filled
 
 
-def _read(name: str, module: nn.Module, files: CheckpointFiles, device: torch.device, turn: threading.Lock):
-    """The tensor on the device, packed if its module packs it. One thread at a time is on the device: what
-    quantization needs for a moment, several times the tensor, is needed once."""
-    source = files.read(name)
+def _start(thread: threading.local, device: torch.device) -> None:
+    thread.stage = None
     if device.type == "cuda":
         torch.cuda.set_device(device)  # of this thread
+        thread.stage = Stage(device.type)
+
+
+def _read(name: str, module: nn.Module, files: CheckpointFiles, device: torch.device, turn, thread):
+    """The tensor on the device, packed if its module packs it. One thread at a time is on the device: what
+    quantization needs for a moment, several times the tensor, is needed once."""
+    source = files.read(name, thread.stage)
     with turn:
         source = source.to(device)
         quantizer = quantizer_of(module, name.rpartition(".")[2])

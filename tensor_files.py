@@ -9,7 +9,10 @@ import json
 import math
 import os
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
+from io import FileIO
+from itertools import chain, cycle, islice
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
@@ -17,9 +20,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from memory import empty_on_host
+
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
           "U8": torch.uint8}  # fmt: skip
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
+PIECE, PIECES = 16 * 2**20, 8  # bytes of a piece, and how many of them are read ahead of a GPU
 # The process's mask can only be read by setting it, which threads must not do at once: so once, at import.
 UMASK = os.umask(0)
 os.umask(UMASK)
@@ -83,19 +89,68 @@ def list_tensors(path: Path) -> dict[str, StoredTensor]:
     }
 
 
-def read_tensor(folder: Path, stored: StoredTensor) -> torch.Tensor:
-    """A tensor, on the CPU, read into memory of its own: a mapped file would count as the process's memory for as
-    long as it is open, and opening it for each tensor would parse its header each time. Raises OSError."""
-    tensor = torch.empty(stored.shape, dtype=stored.dtype)
-    left = memoryview(tensor.view(-1).view(torch.uint8).numpy())
+class Stage:
+    """Page-locked memory through which one thread's tensors go from files to a GPU, piece by piece. In memory of
+    their own the system would clear new pages for each of them, which takes longer than reading into old ones, and a
+    GPU copies slowly from what is not page-locked."""
+
+    def __init__(self, device_type: str):
+        memory = empty_on_host(torch.empty(PIECES, PIECE, dtype=torch.uint8, device="meta"), device_type)
+        # The event: the piece may be overwritten. Who waits for it sleeps, and leaves the processor to the readers.
+        self.pieces = [(piece, torch.cuda.Event(blocking=True)) for piece in memory]
+
+
+class Staged:
+    """A tensor of which as much is read as the stage holds. Must be moved before the stage is used for another."""
+
+    def __init__(self, folder: Path, stored: StoredTensor, stage: Stage):
+        self.stored, self.pieces = stored, _read_pieces(folder, stored, stage)
+        self.ahead = list(islice(self.pieces, PIECES))
+
+    def to(self, device: torch.device) -> torch.Tensor:
+        """The tensor, copied on the current stream while the rest of it is read. Raises OSError."""
+        tensor = torch.empty(self.stored.shape, dtype=self.stored.dtype, device=device)
+        for begin, piece, copied in chain(self.ahead, self.pieces):
+            _flat(tensor)[begin : begin + PIECE].copy_(piece, non_blocking=True)
+            copied.record()
+        return tensor
+
+
+def _read_pieces(folder: Path, stored: StoredTensor, stage: Stage) -> Iterator[tuple]:
+    """(where in the tensor, the bytes, the event to record when they have been copied) of each piece in turn."""
+    size = math.prod(stored.shape) * stored.dtype.itemsize
     with (folder / stored.file).open("rb", buffering=0) as file:
         file.seek(stored.begin)
-        while left:
-            done = file.readinto(left)
-            if not done:
-                raise OSError(f"{folder / stored.file} was cut while it was read")
-            left = left[done:]
+        for begin, (piece, copied) in zip(range(0, size, PIECE), cycle(stage.pieces)):
+            copied.synchronize()
+            _read_into(piece[: size - begin], file)
+            yield begin, piece[: size - begin], copied
+
+
+def read_tensor(folder: Path, stored: StoredTensor, stage: Stage | None = None) -> torch.Tensor | Staged:
+    """A tensor, on the CPU, read into memory of its own: a mapped file would count as the process's memory for as
+    long as it is open, and opening it for each tensor would parse its header each time. With a stage, one on its way
+    to a GPU. Raises OSError."""
+    if stage:
+        return Staged(folder, stored, stage)
+    tensor = torch.empty(stored.shape, dtype=stored.dtype)
+    with (folder / stored.file).open("rb", buffering=0) as file:
+        file.seek(stored.begin)
+        _read_into(_flat(tensor), file)
     return tensor
+
+
+def _flat(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.view(-1).view(torch.uint8)
+
+
+def _read_into(memory: torch.Tensor, file: FileIO) -> None:
+    left = memoryview(memory.numpy())
+    while left:
+        done = file.readinto(left)
+        if not done:
+            raise OSError(f"{file.name} was cut while it was read")
+        left = left[done:]
 
 
 def save_tensors(

@@ -26,7 +26,7 @@ from benchmarks.make_checkpoint import EMPTY, STD
 from checks import Job
 from command_line import set_allocator
 from launch import Place
-from tensor_files import StoredTensor, read_tensor
+from tensor_files import Stage, Staged, StoredTensor, read_tensor
 
 _run_rank = train.run_rank
 GIB = "LIMITED_TO_GIB"  # in the environment, for the ranks
@@ -53,10 +53,11 @@ def _fill(file: int, stored: StoredTensor) -> None:
         left, at, begin = left - done, at + done, 0
 
 
-def read_filled(folder: Path, stored: StoredTensor) -> torch.Tensor:
-    """`read_tensor`; of an empty checkpoint after filling it. Raises OSError."""
+def read_filled(folder: Path, stored: StoredTensor, stage: Stage | None = None) -> torch.Tensor | Staged:
+    """`read_tensor`; of an empty checkpoint after filling it, and whole, as its blocks are given back. Raises
+    OSError."""
     if not (folder / EMPTY).exists():
-        return read_tensor(folder, stored)
+        return read_tensor(folder, stored, stage)
     file = os.open(folder / stored.file, os.O_RDWR)
     try:
         _fill(file, stored)

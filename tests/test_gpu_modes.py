@@ -5,15 +5,19 @@ from __future__ import annotations
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
+import tensor_files
 from activation_offload import HostStash, Offloaded
 from config import HQQ_BITS
 from loss import look_up
 from quantizers import HQQ
-from tests.runs import set_up, train_run
+from tensor_files import Stage, list_tensors, read_tensor
+from tests.runs import dense_state, set_up, train_run
 from tests.test_parity import arguments
+from tests.test_quantize_layers import quantized
 from tracking import Meter
 
 
@@ -75,6 +79,46 @@ def test_only_an_embedding_that_nothing_else_needs_is_on_the_host(
 def embedding_device(place, args) -> tuple[str, bool]:
     weight = set_up(place, args)[1].get_submodule("model.embed_tokens").weight
     return weight.device.type, weight.is_pinned()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mib", [0.5, 7, 8, 64.5])
+def test_a_tensor_goes_to_the_gpu_in_pieces(mib, tmp_path, monkeypatch):
+    """Also larger than the stage, while the GPU is busy with something else: no piece is overwritten too early."""
+    monkeypatch.setattr(tensor_files, "PIECE", 2**20)
+    tensors = {
+        name: torch.randint(2**31, (int(mib * 2**18),), dtype=torch.int32).view(torch.bfloat16)
+        for name in "ab"
+    }
+    save_file(tensors, tmp_path / "file")
+    stage, device = Stage("cuda"), torch.device("cuda")
+    for name, stored in list_tensors(tmp_path / "file").items():
+        torch.cuda._sleep(10**8)
+        found = read_tensor(tmp_path, stored, stage).to(device)
+        assert torch.equal(found.view(torch.int32).cpu(), tensors[name].view(torch.int32))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("train_type", ["full", "qlora"])
+def test_a_checkpoint_loads_in_pieces(train_type, checkpoints, alpaca_file, one_rank):
+    """Of every tensor many, by several threads."""
+    folder = checkpoints("llama_bias")
+    found = one_rank(loaded_in_pieces, arguments(folder, alpaca_file, train_type))[0]
+    stored = {k: v for file in folder.glob("*.safetensors") for k, v in load_file(file).items()}
+    assert found.keys() == stored.keys()
+    for name, tensor in stored.items():
+        packed = train_type == "qlora" and "_proj.weight" in name
+        expected = quantized(tensor, torch.float32).weight if packed else tensor
+        assert torch.equal(found[name].cpu(), expected), name
+
+
+def loaded_in_pieces(place, args) -> dict[str, torch.Tensor]:
+    whole = tensor_files.PIECE, tensor_files.PIECES
+    tensor_files.PIECE, tensor_files.PIECES = 100, 3
+    try:
+        return dense_state(place, args)
+    finally:
+        tensor_files.PIECE, tensor_files.PIECES = whole
 
 
 class Block(nn.Module):

@@ -305,8 +305,8 @@ def most_tensors_alive(place, args) -> tuple[int, int]:
     """(most tensors that were read and not yet let go, tensors read)."""
     alive, most, original = set(), [], CheckpointFiles.read
 
-    def read(self, name):
-        tensor = original(self, name)
+    def read(self, name, *stage):
+        tensor = original(self, name, *stage)
         alive.add(name)
         weakref.finalize(tensor, alive.discard, name)
         most.append(len(alive))
@@ -334,7 +334,7 @@ def test_every_node_reads_for_itself(checkpoints, alpaca_file, one_rank, four_ra
 
 def load_as_two_nodes(place, args):
     read, original = [], CheckpointFiles.read
-    CheckpointFiles.read = lambda self, name: (read.append(name), original(self, name))[1]
+    CheckpointFiles.read = lambda self, name, *stage: (read.append(name), original(self, name, *stage))[1]
     try:
         place = dataclasses.replace(place, local_rank=place.rank % 2, local_world=2)
         return read, dense_state(place, args)

@@ -184,7 +184,7 @@ def tensors_read(place, args) -> list[str]:
     from model_files import CheckpointFiles
 
     read, original = [], CheckpointFiles.read
-    CheckpointFiles.read = lambda self, name: (read.append(name), original(self, name))[1]
+    CheckpointFiles.read = lambda self, name, *stage: (read.append(name), original(self, name, *stage))[1]
     try:
         set_up(place, args)
     finally:
