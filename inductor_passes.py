@@ -1,19 +1,169 @@
-"""Rewritings of the compiler's graphs, by the hooks that torch's Inductor has for them."""
+"""Rewriting the compiler's graphs of decoder layers, by the hook that torch's Inductor has for it.
+
+Linears that read one x (the projections of attention, gate and up) do alone what can be done once. Each multiplies x with
+its own A, a matmul so narrow that reading x is what it costs; in backward A's gradient reads x again, and each adds its
+own gradient of x to the others'. In the modules, which transformers calls one by one, they know nothing of each other. In
+the graph of a layer they stand side by side: here their A's become one, and their operators of backward one each
+(linear4bit.py takes any number). For the layer of an 8B model that is 16 kernels less that go through all of x, or of its
+gradient.
+
+The rewritten graph computes the same up to rounding: sums of the gradients of x are formed in the matmuls, not after them.
+"""
 
 from __future__ import annotations
 
+import operator
+from collections import defaultdict
+from collections.abc import Iterable
+
+import torch
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
-from torch.fx import Graph
+from torch.fx import Graph, Node, map_arg
+
+import linear4bit  # registers the operators  # noqa: F401
+
+ops = torch.ops
+LINEAR = ops.fsdp_finetune.linear4bit.default
+ADAPTER_BACKWARD = ops.fsdp_finetune.adapter_backward.default
+LINEAR_BACKWARD = ops.fsdp_finetune.linear4bit_backward.default
+VIEWS = {ops.aten.view.default, ops.aten._unsafe_view.default}
 
 
-class Inputs(CustomGraphPass):
-    """Lets backward have the graph's inputs. Where Inductor rewrites dropout within a checkpointed layer it marks what
-    that reads, sizes that vary among it, as to be computed again; up to torch 2.11 at least a size that is an input, and
-    cannot be computed, was then missing in backward."""
+class LayerGraphs(CustomGraphPass):
+    """Takes the joint graph of a layer's forward and backward, before it is divided."""
 
     def __call__(self, graph: Graph) -> None:
-        for node in graph.find_nodes(op="placeholder"):
-            node.meta.pop("recompute", None)
+        inputs_are_there(graph)
+        for linears in _by_x(graph, LINEAR, x=0):
+            join_projections(graph, linears)
+        for adapters in _by_x(graph, ADAPTER_BACKWARD, x=1):
+            join_gradients(graph, adapters)
 
     def uuid(self) -> bytes:
         return get_hash_for_files((__file__,))
+
+
+def inputs_are_there(graph: Graph) -> None:
+    """Lets backward have the graph's inputs. Where Inductor rewrites dropout within a checkpointed layer it marks what
+    that reads, sizes that vary among it, as to be computed again; up to torch 2.11 at least a size that is an input, and
+    cannot be computed, was then missing in backward."""
+    for node in graph.find_nodes(op="placeholder"):
+        node.meta.pop("recompute", None)
+
+
+def join_projections(graph: Graph, linears: list[Node]) -> None:
+    """h = x A^T of several linears in one matmul."""
+    products = [_product(linear) for linear in linears]
+    if None in products:
+        return
+    first, shared = products[0], [linear.args[9] for linear in linears]
+    with graph.inserting_before(first):  # Inductor sorts the graph afterwards
+        transposed = first.args[1]
+        a = _add(graph, transposed, ops.aten.cat.default, shared)
+        h = _add(
+            graph, first, first.target, first.args[0], _add(graph, transposed, transposed.target, a, [1, 0])
+        )
+        parts = _parts(graph, h, 1, _ranks(shared))
+    for linear, product, part in zip(linears, products, parts, strict=True):
+        product.replace_all_uses_with(part)
+        for node in (*reversed(_views(linear.args[8])), linear):
+            _describe(node)
+
+
+def join_gradients(graph: Graph, adapters: list[Node]) -> None:
+    """The gradients of several linears' A's and B's by one operator, and that of their x by another."""
+    grads, hs, shared, bs = ([node.args[i][0] for node in adapters] for i in (0, 2, 3, 4))
+    results = [{n.args[1]: n for n in node.users} for node in adapters]
+    with graph.inserting_before(adapters[-1]):
+        joint = _add(graph, adapters[-1], ADAPTER_BACKWARD, grads, adapters[0].args[1], hs, shared, bs)
+        of_h, of_a, *of_bs = (_add(graph, joint, operator.getitem, joint, i) for i in range(2 + len(bs)))
+        parts = _parts(graph, of_a, 0, _ranks(shared))
+        of_hs = _parts(graph, of_h, of_h.meta["val"].dim() - 1, _ranks(shared))
+    for result, *new in zip(results, of_hs, parts, of_bs, strict=True):
+        for i, node in enumerate(new):
+            if i in result:
+                result[i].replace_all_uses_with(node)
+    matmuls = [n for part in of_hs for n in part.users if n.target is LINEAR_BACKWARD]
+    total = _sum_of(matmuls)
+    if len(matmuls) != len(adapters) or total is None:
+        return
+    lists = ([value for n in matmuls for value in n.args[i]] for i in range(7))
+    after = [value for n in matmuls for value in n.args[9]]
+    with graph.inserting_before(matmuls[-1]):
+        of_x = _add(graph, matmuls[-1], LINEAR_BACKWARD, *lists, of_h, shared, after)
+    total.replace_all_uses_with(of_x)
+
+
+def _by_x(graph: Graph, target, x: int) -> list[list[Node]]:
+    """The operators of this kind, two or more, that have the same x, as it is their argument of that number, and an A."""
+    groups = defaultdict(list)
+    for node in graph.find_nodes(op="call_function", target=target):
+        if node.args[9] is not None if target is LINEAR else node.args[3]:
+            groups[node.args[x]].append(node)
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def _product(linear: Node) -> Node | None:
+    """The matmul x A^T of which a linear has the result, if that is what it has."""
+    h, a = linear.args[8:10]
+    h = views[-1].args[0] if (views := _views(h)) else h
+    if h.target is not ops.aten.mm.default:
+        return None
+    transposed = h.args[1]
+    return h if transposed.target is ops.aten.permute.default and transposed.args[0] is a else None
+
+
+def _views(node: Node) -> list[Node]:
+    """The views, last one first, by which this node comes from another."""
+    return [node, *_views(node.args[0])] if node.target in VIEWS else []
+
+
+def _sum_of(nodes: Iterable[Node]) -> Node | None:
+    """The node that is the sum of these, and of nothing else, by additions of two."""
+    summands = set(nodes)
+    while len(summands) > 1:
+        for node in summands:
+            (user, *others) = node.users
+            if (
+                not others
+                and user.target is ops.aten.add.Tensor
+                and set(user.args) <= summands
+                and not user.kwargs
+            ):
+                summands = summands.difference(user.args) | {user}
+                break
+        else:
+            return None
+    return summands.pop() if summands else None
+
+
+def _ranks(shared: list[Node]) -> list[int]:
+    return [a.meta["val"].shape[0] for a in shared]
+
+
+def _parts(graph: Graph, node: Node, dim: int, sizes: list[int]) -> list[Node]:
+    """A node's result cut along a dimension."""
+    ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
+    begins = [0, *ends[:-1]]
+    return [
+        _add(graph, node, ops.aten.slice.Tensor, node, dim, begin, end)
+        for begin, end in zip(begins, ends, strict=True)
+    ]
+
+
+def _add(graph: Graph, like: Node, target, *args) -> Node:
+    """A node with the marks of another: whether it is of forward or backward, kept or computed again."""
+    node = graph.call_function(target, args)
+    node.meta = dict(like.meta)
+    _describe(node)
+    return node
+
+
+def _describe(node: Node) -> None:
+    """Sets anew what a node's meta says of its operands and its result."""
+    operands = map_arg(node.args, lambda n: n.meta["val"])
+    node.meta["val"] = node.target(*operands)
+    for name in ("tensor_meta", "eager_input_vals"):
+        node.meta.pop(name, None)
+    if node.target in (LINEAR, ADAPTER_BACKWARD, LINEAR_BACKWARD):
+        node.meta["eager_input_vals"] = (operands, {})  # the strides that Inductor gives them

@@ -87,49 +87,66 @@ def _(x, codes, scales, table, quantizer, shape, row_scale, bias, h, a, b, keep)
     return x.new_empty(*x.shape[:-1], shape[0])
 
 
+# The two operators of backward take any number of linears that have one x: the compiler's graphs are rewritten so
+# (inductor_passes.py), and what each of them did alone with x and its gradient is done once.
+
+
 @torch.library.custom_op(
     "fsdp_finetune::adapter_backward",
     mutates_args=(),
-    schema="(Tensor grad, Tensor? x, Tensor h, Tensor? a, Tensor b) -> (Tensor, Tensor, Tensor)",
+    schema="(Tensor[] grads, Tensor? x, Tensor[] h, Tensor[] a, Tensor[] b) -> Tensor[]",
 )
-def adapter_backward(grad, x, h, a, b):
-    """The gradients of h [T, R], of a [R, I] (empty without a) and of b [O, R]. grad: [T, O].
+def adapter_backward(grads, x, h, a, b):
+    """[The gradient of all h, side by side [T, sum of R]; of all a, one below the other [sum of R, I], empty without
+    a; of each b [O, R]]. grads: [T, O] each.
 
-    An operator of its own, before that of the big matmul, which needs the first of them: x, which may be an activation
+    An operator of its own, before that of the big matmuls, which needs the first of them: x, which may be an activation
     of a quarter of a GiB, is let go before its gradient is made.
     """
-    of_h = grad @ b
-    of_a = grad.new_empty(0) if a is None else of_h.flatten(0, -2).t() @ x.flatten(0, -2)
-    return of_h, of_a, grad.flatten(0, -2).t() @ h.flatten(0, -2)
+    ranks = [each.shape[1] for each in b]
+    of_h = h[0].new_empty(*h[0].shape[:-1], sum(ranks))
+    for grad, each, part in zip(grads, b, of_h.flatten(0, -2).split(ranks, 1), strict=True):
+        torch.mm(grad.flatten(0, -2), each, out=part)
+    of_a = of_h.flatten(0, -2).t() @ x.flatten(0, -2) if a else of_h.new_empty(0)
+    return [
+        of_h,
+        of_a,
+        *(g.flatten(0, -2).t() @ each.flatten(0, -2) for g, each in zip(grads, h, strict=True)),
+    ]
 
 
 @adapter_backward.register_fake
-def _(grad, x, h, a, b):
-    return torch.empty_like(h), grad.new_empty(0) if a is None else torch.empty_like(a), torch.empty_like(b)
+def _(grads, x, h, a, b):
+    rank = sum(each.shape[1] for each in b)
+    of_a = x.new_empty(rank, x.shape[-1]) if a else h[0].new_empty(0)
+    return [h[0].new_empty(*h[0].shape[:-1], rank), of_a, *(torch.empty_like(each) for each in b)]
 
 
 @torch.library.custom_op(
     "fsdp_finetune::linear4bit_backward",
     mutates_args=(),
-    schema=f"(Tensor grad, {_PACKED}, Tensor? of_h, Tensor? a, Tensor? after) -> Tensor",
+    schema="(Tensor[] grads, Tensor[] codes, Tensor[] scales, Tensor?[] tables, str[] quantizers, int[] shapes,"
+    " Tensor?[] row_scales, Tensor? of_h, Tensor[] a, Tensor[] after) -> Tensor",
 )
-def linear4bit_backward(grad, codes, scales, table, quantizer, shape, row_scale, of_h, a, after):
-    """The gradient of x [T, I]. grad: [T, O]; of_h [T, R] and a [R, I]: what comes by way of h, unless a is None.
+def linear4bit_backward(grads, codes, scales, tables, quantizers, shapes, row_scales, of_h, a, after):
+    """The gradient of x [T, I]. grads: [T, O] each; shapes: O, I, O, I, ...; of_h [T, sum of R] and a [R, I] each: what
+    comes by way of h, unless there is no a.
 
     after: is not looked at. It is what a compiler has to have computed before, and not when it likes: what that needs
     could otherwise stay in memory while the layers below are gone through.
     """
-    weight = dequantize((codes, scales, table), quantizer, shape, grad.dtype, row_scale)
-    if a is None:
-        return grad @ weight
-    of_x = of_h @ a
-    of_x.view(-1, shape[1]).addmm_(grad.flatten(0, -2), weight)
-    return of_x
+    of_x = of_h.flatten(0, -2) @ (a[0] if len(a) == 1 else torch.cat(a)) if a else None
+    each = zip(codes, scales, tables, strict=True), quantizers, zip(shapes[::2], shapes[1::2], strict=True)
+    for grad, packed, quantizer, shape, row_scale in zip(grads, *each, row_scales, strict=True):
+        weight, rows = dequantize(packed, quantizer, shape, grad.dtype, row_scale), grad.flatten(0, -2)
+        of_x = rows @ weight if of_x is None else of_x.addmm_(rows, weight)
+        del weight  # before the next one is made
+    return of_x.view(*grads[0].shape[:-1], shapes[1])
 
 
 @linear4bit_backward.register_fake
-def _(grad, codes, scales, table, quantizer, shape, row_scale, of_h, a, after):
-    return grad.new_empty(*grad.shape[:-1], shape[1])
+def _(grads, codes, scales, tables, quantizers, shapes, row_scales, of_h, a, after):
+    return grads[0].new_empty(*grads[0].shape[:-1], shapes[1])
 
 
 def _setup(ctx, inputs, output) -> None:
@@ -140,10 +157,11 @@ def _setup(ctx, inputs, output) -> None:
 
 def _backward(ctx, grad):
     x, codes, scales, table, row_scale, h, a, b, y = ctx.saved_tensors
-    packed = codes, scales, table, ctx.quantizer, ctx.shape, row_scale
+    packed = [codes], [scales], [table], [ctx.quantizer], ctx.shape, [row_scale]
     of_h = of_a = of_b = of_x = of_scale = None
+    low_rank = [] if a is None else [a]
     if h is not None:
-        of_h, of_a, of_b = adapter_backward(grad, x, h, a, b)
+        of_h, of_a, of_b = adapter_backward([grad], x, [h], low_rank, [b])
     if row_scale is not None:  # the derivative by g is W x = (y - h b^T) / g
         rows = grad.flatten(0, -2)
         if grad.dtype == torch.float16:  # scaled gradients times outputs may pass its largest number
@@ -153,7 +171,8 @@ def _backward(ctx, grad):
             of_scale = of_scale - (of_b.float() * b.float()).sum(1)
         of_scale = of_scale / row_scale
     if ctx.needs_input_grad[0]:  # last: before it x and y are let go, which may be the widest activations
-        of_x = linear4bit_backward(grad, *packed, of_h, a, of_scale)
+        after = [] if of_scale is None else [of_scale]
+        of_x = linear4bit_backward([grad], *packed, of_h, low_rank, after)
     through_h = h is not None and a is None
     return (
         of_x,

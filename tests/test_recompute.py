@@ -13,13 +13,11 @@ import pytest
 import torch
 from torch import nn
 from torch._dynamo.utils import counters
-from torch.utils.checkpoint import CheckpointPolicy
 
 import activation_offload
 import linear4bit
 import train
 from config import METHODS
-from inductor_passes import Inputs
 from recompute import GRAPHS, Keep, Recomputed, allow_graphs, compiler
 from tests.runs import set_up, train_run
 from tests.test_parity import TYPES, arguments, assert_same, biased
@@ -186,14 +184,3 @@ def limit_in_a_run(place, args) -> int:
     ):
         set_up(place, [*args, "--compile", "true"])
         return torch._dynamo.config.recompile_limit
-
-
-def test_backward_has_the_graphs_inputs():
-    """A size that was marked to be computed again, as Inductor does where it rewrites dropout (torch 2.11)."""
-    graph = torch.fx.Graph()
-    size, x = graph.placeholder("size"), graph.placeholder("x")
-    result = graph.call_function(torch.ops.aten.view.default, (x, [size, 4]))
-    for node in (size, result):
-        node.meta["recompute"] = CheckpointPolicy.PREFER_RECOMPUTE
-    Inputs()(graph)
-    assert "recompute" not in size.meta and "recompute" in result.meta
