@@ -220,7 +220,9 @@ class Checkpoints:
 
         writer = Writer(folder_of(self.folder, step), step, described)
         try:
-            dcp.save(layout, storage_writer=writer, planner=CopyPlanner(copies), process_group=self.group)
+            alone = self.place.world == 1  # plans would be pickled, and sent to nobody, for half a second
+            planner = CopyPlanner(copies)
+            dcp.save(layout, storage_writer=writer, planner=planner, process_group=self.group, no_dist=alone)
         except dcp.CheckpointException as e:
             failures = [error for error, _ in e.failures.values()]
             if not all(isinstance(error, OSError) for error in failures):
