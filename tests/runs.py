@@ -91,9 +91,9 @@ def dense_tensors(model) -> dict[str, torch.Tensor]:
     for path, module in model.named_modules():
         own = {n: gather(p) for n, p in module.named_parameters(recurse=False)}
         if "codes" in own:
-            own = {"weight": module.unpack(own["codes"], own["scales"])} | {
-                k: v for k, v in own.items() if k == "bias"
-            }
+            device = "cpu" if module.table is None else module.table.device
+            packed = (own.pop(name).to(device) for name in ("codes", "scales"))
+            own["weight"] = module.unpack(*packed).cpu()
         for name, value in own.items():
             if not name.startswith(("lora_", "magnitude", "squared")):
                 state[clean(f"{path}.{name}").replace(".base.", ".")] = value.clone()

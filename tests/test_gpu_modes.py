@@ -16,8 +16,8 @@ from loss import look_up
 from quantizers import HQQ
 from tensor_files import Stage, list_tensors, read_tensor
 from tests.runs import dense_state, set_up, train_run
+from tests.test_gpu import quantized
 from tests.test_parity import arguments
-from tests.test_quantize_layers import quantized
 from tracking import Meter
 
 
@@ -108,7 +108,7 @@ def test_a_checkpoint_loads_in_pieces(train_type, checkpoints, alpaca_file, one_
     assert found.keys() == stored.keys()
     for name, tensor in stored.items():
         packed = train_type == "qlora" and "_proj.weight" in name
-        expected = quantized(tensor, torch.float32).weight if packed else tensor
+        expected = quantized(tensor.cuda()).weight.cpu() if packed else tensor
         assert torch.equal(found[name].cpu(), expected), name
 
 
@@ -193,5 +193,6 @@ def test_precision_follows_fp32(train_type, mode, checkpoints, alpaca_file, plai
 def test_dropout_of_rows_of_many_lengths(checkpoints, alpaca_file, one_rank):
     """Compiled, where the compiler makes the random numbers."""
     args = arguments(checkpoints(), alpaca_file, "bnb_dora", "--lora_dropout", "0.1", "--batch_size", "1")
-    losses = one_rank(train_run, [*args, "--compile", "true"])[0][0]
+    # Not in fp32: up to 2.11 at least torch's Triton cannot compile dropout of rows as narrow as this model's in it.
+    losses = one_rank(train_run, [*args, "--compile", "true", "--precision", "auto"])[0][0]
     assert losses[-1] < losses[0]
