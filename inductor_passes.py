@@ -20,13 +20,14 @@ import torch
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch.fx import Graph, Node, map_arg
 
-import linear4bit  # registers the operators  # noqa: F401
+import linear4bit
 
 ops = torch.ops
 LINEAR = ops.fsdp_finetune.linear4bit.default
 ADAPTER_BACKWARD = ops.fsdp_finetune.adapter_backward.default
 LINEAR_BACKWARD = ops.fsdp_finetune.linear4bit_backward.default
 VIEWS = {ops.aten.view.default, ops.aten._unsafe_view.default}
+CASTS = {ops.prims.convert_element_type.default, ops.aten._to_copy.default}
 
 
 class LayerGraphs(CustomGraphPass):
@@ -34,13 +35,15 @@ class LayerGraphs(CustomGraphPass):
 
     def __call__(self, graph: Graph) -> None:
         inputs_are_there(graph)
-        for linears in _by_x(graph, LINEAR, x=0):
+        join_casts(graph)
+        for linears in _by_x(graph, LINEAR, x=0, a=9):
             join_projections(graph, linears)
-        for adapters in _by_x(graph, ADAPTER_BACKWARD, x=1):
+        for adapters in _by_x(graph, ADAPTER_BACKWARD, x=1, a=3):
             join_gradients(graph, adapters)
 
     def uuid(self) -> bytes:
-        return get_hash_for_files((__file__,))
+        # Of the operators too: a graph that was cached with older ones of their gradients would be used for these.
+        return get_hash_for_files((__file__, linear4bit.__file__))
 
 
 def inputs_are_there(graph: Graph) -> None:
@@ -49,6 +52,16 @@ def inputs_are_there(graph: Graph) -> None:
     cannot be computed, was then missing in backward."""
     for node in graph.find_nodes(op="placeholder"):
         node.meta.pop("recompute", None)
+
+
+def join_casts(graph: Graph) -> None:
+    """Under autocast each linear rounds the fp32 x for itself: after this they have one x again."""
+    casts = {}
+    for linear in graph.find_nodes(op="call_function", target=LINEAR):
+        if (x := linear.args[0]).target in CASTS:
+            first = casts.setdefault((x.target, x.args, tuple(sorted(x.kwargs.items()))), x)
+            if x is not first:
+                x.replace_all_uses_with(first)
 
 
 def join_projections(graph: Graph, linears: list[Node]) -> None:
@@ -64,14 +77,14 @@ def join_projections(graph: Graph, linears: list[Node]) -> None:
             graph, first, first.target, first.args[0], _add(graph, transposed, transposed.target, a, [1, 0])
         )
         parts = _parts(graph, h, 1, _ranks(shared))
-    for linear, product, part in zip(linears, products, parts, strict=True):
+    for product, part in zip(products, parts, strict=True):
         product.replace_all_uses_with(part)
-        for node in (*reversed(_views(linear.args[8])), linear):
-            _describe(node)
+        _describe_readers(part)
 
 
 def join_gradients(graph: Graph, adapters: list[Node]) -> None:
-    """The gradients of several linears' A's and B's by one operator, and that of their x by another."""
+    """The gradients of several linears' A's and B's by one operator, and that of their x by another, unless that is the
+    sum of others as well: of a linear between them that has no A, or of what was rounded for each."""
     grads, hs, shared, bs = ([node.args[i][0] for node in adapters] for i in (0, 2, 3, 4))
     results = [{n.args[1]: n for n in node.users} for node in adapters]
     with graph.inserting_before(adapters[-1]):
@@ -94,11 +107,11 @@ def join_gradients(graph: Graph, adapters: list[Node]) -> None:
     total.replace_all_uses_with(of_x)
 
 
-def _by_x(graph: Graph, target, x: int) -> list[list[Node]]:
-    """The operators of this kind, two or more, that have the same x, as it is their argument of that number, and an A."""
+def _by_x(graph: Graph, target, x: int, a: int) -> list[list[Node]]:
+    """The operators of this kind, two or more, that have the same x, and an A; x, a: the numbers of these arguments."""
     groups = defaultdict(list)
     for node in graph.find_nodes(op="call_function", target=target):
-        if node.args[9] is not None if target is LINEAR else node.args[3]:
+        if node.args[a]:
             groups[node.args[x]].append(node)
     return [group for group in groups.values() if len(group) > 1]
 
@@ -123,7 +136,7 @@ def _sum_of(nodes: Iterable[Node]) -> Node | None:
     summands = set(nodes)
     while len(summands) > 1:
         for node in summands:
-            (user, *others) = node.users
+            user, *others = node.users or [node]
             if (
                 not others
                 and user.target is ops.aten.add.Tensor
@@ -157,6 +170,16 @@ def _add(graph: Graph, like: Node, target, *args) -> Node:
     node.meta = dict(like.meta)
     _describe(node)
     return node
+
+
+def _describe_readers(node: Node) -> None:
+    """`_describe` for what depends on how this node's result lies in memory."""
+    for user in node.users:
+        if user.target in VIEWS:
+            _describe(user)
+            _describe_readers(user)
+        elif user.target is LINEAR:
+            _describe(user)
 
 
 def _describe(node: Node) -> None:

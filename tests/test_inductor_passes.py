@@ -4,6 +4,7 @@ it, on the graphs of a whole run, which are then run as they are: that needs no 
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -15,17 +16,17 @@ from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.pattern_matcher import stable_topological_sort
 from torch.utils.checkpoint import CheckpointPolicy
 
+import linear4bit
 import recompute
 import train
 from inductor_passes import ADAPTER_BACKWARD, LINEAR, LINEAR_BACKWARD, LayerGraphs
 from tests.runs import train_run
 from tests.test_parity import arguments, assert_same
 
-OPERATORS = LINEAR, ADAPTER_BACKWARD, LINEAR_BACKWARD
-
 
 def rewritten_run(place, argv: list[str]):
-    """(`train_run`'s results, how many of each of OPERATORS each joint graph has, dead ones not counted)."""
+    """(`train_run`'s results; of each joint graph how many linears it has, how many matmuls with A's, and how many of
+    backward's two operators; dead ones not counted)."""
     torch.compiler.reset()
     counted = []
 
@@ -33,7 +34,10 @@ def rewritten_run(place, argv: list[str]):
         LayerGraphs()(joint.graph)
         stable_topological_sort(joint.graph)
         joint.graph.eliminate_dead_code()
-        counted.append(Counter(n.target for n in joint.graph.nodes if n.target in OPERATORS))
+        linears = joint.graph.find_nodes(op="call_function", target=LINEAR)
+        products = {product_of(n.args[8]) for n in linears if n.args[8]}
+        count = Counter(n.target for n in joint.graph.nodes)
+        counted.append((len(linears), len(products), count[ADAPTER_BACKWARD], count[LINEAR_BACKWARD]))
         return min_cut_rematerialization_partition(joint, inputs, **options)
 
     as_it_is = make_boxed_func
@@ -45,37 +49,61 @@ def rewritten_run(place, argv: list[str]):
     )
     run = torch.compile(recompute._run, fullgraph=True, backend=backend)
     with mock.patch.object(train, "compiler", lambda: run):
-        results = train_run(place, [*argv, "--compile", "true"])
-    return results, [[count[operator] for operator in OPERATORS] for count in counted]
+        return train_run(place, [*argv, "--compile", "true"]), counted
+
+
+def product_of(h: torch.fx.Node) -> torch.fx.Node:
+    """The matmul that h is, or is a part of."""
+    while h.target is not torch.ops.aten.mm.default:
+        h = h.args[0]
+    return h
 
 
 @pytest.mark.parametrize(
-    ("train_type", "options", "operators", "matmuls"),
+    ("train_type", "options", "projections", "operators", "matmuls"),
     [
-        ("qlora", [], 4, 4),
-        ("bnb_dora", [], 3, 4),  # the scales of down_proj's blocks cannot carry those of its rows
-        ("hqq_dora", ["--use_gradient_checkpointing", "false"], 3, 4),
+        ("qlora", "", 4, 4, 4),
+        ("bnb_dora", "", 3, 3, 4),  # the scales of down_proj's blocks cannot carry those of its rows
+        ("hqq_dora", "--use_gradient_checkpointing false", 3, 3, 4),
+        ("qlora", "--lora_target_modules q_proj,v_proj,down_proj", 2, 2, 7),  # k_proj's stands between theirs
+        ("qlora", "--lora_target_modules o_proj,up_proj", 2, 2, 7),
         (
             "qlora",
-            ["--lora_target_modules", "q_proj,v_proj,down_proj"],
-            2,
+            "--precision bf16_autocast",
+            4,
+            4,
             7,
-        ),  # k_proj's stands between theirs
-        ("qlora", ["--lora_target_modules", "o_proj,up_proj"], 2, 7),
-        ("qlora", ["--lora_dropout", "0.1"], 7, 7),
+        ),  # each gradient of x goes to fp32, and is added there
+        ("qlora", "--lora_dropout 0.1", 7, 7, 7),
     ],
 )
 def test_siblings_are_joined(
-    train_type, options, operators, matmuls, checkpoints, alpaca_file, plain_run, one_rank
+    train_type, options, projections, operators, matmuls, checkpoints, alpaca_file, plain_run, one_rank
 ):
-    """operators: of the gradients of A and B; matmuls: of those of x, in a layer whose x has one. What dropout has gone
-    over each linear has for itself."""
-    args = [*arguments(checkpoints("llama_bias"), alpaca_file, train_type, "--batch_size", "4"), *options]
+    """projections: matmuls of x and A's; operators: of the gradients of A's and B's; matmuls: of those of x, in a layer
+    whose x has one. What dropout has gone over each linear has for itself."""
+    args = [
+        *arguments(checkpoints("llama_bias"), alpaca_file, train_type, "--batch_size", "4"),
+        *options.split(),
+    ]
     results, counted = one_rank(rewritten_run, args)[0]
-    if "--lora_dropout" not in options:
-        assert_same(plain_run([*args, "--use_gradient_checkpointing", "false"]), results)
-    linears, gradients, of_x = zip(*counted, strict=True)
-    assert set(linears) == {7} and set(gradients) == {operators} and max(of_x) == matmuls
+    plain = plain_run([*args, "--use_gradient_checkpointing", "false"])
+    if "autocast" in options:
+        for ours, theirs in ((results[i], plain[i]) for i in (0, 2)):  # losses and norms, in bf16
+            torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), rtol=5e-3, atol=0)
+    elif "dropout" not in options:
+        assert_same(plain, results)
+    found = [set(numbers) for numbers in zip(*counted, strict=True)]
+    assert found[:3] == [{7}, {projections}, {operators}] and max(found[3]) == matmuls
+
+
+def test_what_is_cached_is_of_these_operators(monkeypatch, tmp_path):
+    """Inductor's cache knows of a graph what it computes forward, not what the operators' gradients are."""
+    changed = tmp_path / "linear4bit.py"
+    changed.write_bytes(Path(linear4bit.__file__).read_bytes() + b"#")
+    before = LayerGraphs().uuid()
+    monkeypatch.setattr(linear4bit, "__file__", str(changed))
+    assert LayerGraphs().uuid() != before
 
 
 def test_backward_has_the_graphs_inputs():
