@@ -61,6 +61,10 @@ class HostStash:
         if self.last is None or self.last.tensors:  # a layer that stashed nothing is passed over
             self.last = Layer(self.last)
 
+    def end(self) -> None:
+        """To be called where the last layer ends: the head and the loss need memory of their own."""
+        self._let_go(self.last)
+
     # What torch calls for a tensor that is saved for backward, and when backward wants it.
     def pack(self, tensor: torch.Tensor) -> torch.Tensor | Stashed:
         if tensor.nbytes < SMALLEST:
@@ -129,12 +133,15 @@ class Offloaded(ActivationWrapper):
     host: with `inputs`, the layer's input; with `results`, what a layer that keeps NOTHING else keeps nevertheless. The
     tensors that live only within the layer's forward or its recomputation are not seen here.
 
-    first: whether it is the model's first layer, where a forward begins.
+    first, last: whether it is the model's first layer, where a forward begins, or its last.
     """
 
-    def __init__(self, layer: Recomputed, stash: HostStash, *, inputs: bool, results: bool, first: bool):
+    def __init__(
+        self, layer: Recomputed, stash: HostStash, *, inputs: bool, results: bool, first: bool, last: bool
+    ):
         super().__init__(layer)
-        self.stash, self.inputs, self.results, self.first = stash, inputs, results, first
+        self.stash, self.inputs, self.results = stash, inputs, results
+        self.first, self.last = first, last
 
     def forward(self, x: torch.Tensor, *args, **kwargs):
         layer = self._checkpoint_wrapped_module
@@ -152,4 +159,7 @@ class Offloaded(ActivationWrapper):
             return self.stash.pack(tensor) if wanted and like_x else tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, self.stash.unpack):
-            return layer(x, *args, **kwargs)
+            y = layer(x, *args, **kwargs)
+        if self.last:
+            self.stash.end()
+        return y

@@ -159,7 +159,8 @@ def wrap(
         layers[i] = Recomputed(layer, keep, None if units else run)
         kept = _keep_last_output(layer, family) if run and not units and keep is Keep.NOTHING else False
         if offload_activations or kept:
-            layers[i] = Offloaded(layers[i], stash, inputs=offload_activations, results=kept, first=i == 0)
+            ends = {"first": i == 0, "last": i == len(layers) - 1}
+            layers[i] = Offloaded(layers[i], stash, inputs=offload_activations, results=kept, **ends)
         shard(layers[i])
     if run:
         allow_graphs([m for m in layers.modules() if isinstance(m, Recomputed)])

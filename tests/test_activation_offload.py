@@ -92,7 +92,7 @@ def offloaded(kind: Callable[[], nn.Module], stash: HostStash, inputs: bool = Tr
     layers = [kind() for _ in range(DEEP)]
     return nn.Sequential(
         *[
-            Offloaded(layer, stash, inputs=inputs, results=True, first=i == 0)
+            Offloaded(layer, stash, inputs=inputs, results=True, first=i == 0, last=i == DEEP - 1)
             for i, layer in enumerate(layers)
         ]
     )

@@ -136,7 +136,7 @@ def run_blocks(offload: bool) -> tuple[torch.Tensor, list[torch.Tensor], int]:
     blocks, stash = [checkpoint_wrapper(Block().cuda()) for _ in range(32)], HostStash()
     model = nn.Sequential(
         *[
-            Offloaded(b, stash, inputs=True, results=False, first=i == 0) if offload else b
+            Offloaded(b, stash, inputs=True, results=False, first=i == 0, last=i == 31) if offload else b
             for i, b in enumerate(blocks)
         ]
     )
