@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
@@ -148,6 +149,8 @@ class Checkpoints:
         # Of its own, and of host memory: collectives of two threads must not meet in one group.
         self.group = dist.new_group(backend="gloo")
         self.pool = ThreadPoolExecutor(1, "checkpoint")
+        # Of `no_dist`. Not within the thread that saves: filters are the whole process's.
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         self.copy = HostCopy(place.device, optimizer)
         self.allocating: Future[None] | None = None
         self.writing: Future[bool] | None = None
@@ -175,7 +178,7 @@ class Checkpoints:
         due = (self.every and step % self.every == 0) or (last and self.at_end)
         if stop or wanted or due:
             self.save(step)
-        elif (self.every or self.at_end) and not self.allocating and self.optimizer.state:
+        elif (self.every or self.at_end) and not (self.allocating or self.step) and self.optimizer.state:
             self._prepare()
         return stop
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import threading
 import time
+import warnings
 from pathlib import Path
 from unittest import mock
 
@@ -205,3 +206,17 @@ def test_copies_lie_together_and_are_written_each_alone(tmp_path, monkeypatch):
     save_tensors(copies, tmp_path / "copies")
     save_tensors({name: tensor.contiguous() for name, tensor in TENSORS.items()}, tmp_path / "originals")
     assert (tmp_path / "copies").read_bytes() == (tmp_path / "originals").read_bytes()
+
+
+def warnings_of_a_save(place, folder: str) -> list[str]:
+    with warnings.catch_warnings(record=True) as given:
+        warnings.simplefilter("always")
+        run = Small(place, folder, every=1)
+        run.step()
+        run.check_saved()
+        run.checkpoints.finish()
+    return [str(w.message) for w in given]
+
+
+def test_a_save_of_one_rank_warns_of_nothing(one_rank, tmp_path):
+    assert one_rank(warnings_of_a_save, str(tmp_path)) == [[]]
