@@ -239,7 +239,7 @@ def _stream(model: nn.Module, params: dict, files: CheckpointFiles, place: Place
     node, filled, thread = Node(place), set(), threading.local()
     read = partial(_read, files=files, device=place.device, turn=threading.Lock(), thread=thread)
     mine = iter(names[place.local_rank :: place.local_world])
-    with ThreadPoolExecutor(workers, initializer=_start, initargs=(thread, place.device)) as pool:
+    with ThreadPoolExecutor(workers) as pool:
         ahead = deque(pool.submit(read, name, modules[name]) for name in islice(mine, workers))
         for i, name in enumerate(names):
             path, _, last = name.rpartition(".")
@@ -256,17 +256,13 @@ def _stream(model: nn.Module, params: dict, files: CheckpointFiles, place: Place
     return filled
 
 
-def _start(thread: threading.local, device: torch.device) -> None:
-    thread.stage = None
-    if device.type == "cuda":
-        torch.cuda.set_device(device)  # of this thread
-        thread.stage = Stage(device.type)
-
-
 def _read(name: str, module: nn.Module, files: CheckpointFiles, device: torch.device, turn, thread):
     """The tensor on the device, packed if its module packs it. One thread at a time is on the device: what
     quantization needs for a moment, several times the tensor, is needed once."""
-    source = files.read(name, thread.stage)
+    if device.type == "cuda" and not hasattr(thread, "stage"):
+        torch.cuda.set_device(device)  # of this thread
+        thread.stage = Stage(device.type)
+    source = files.read(name, getattr(thread, "stage", None))
     with turn:
         source = source.to(device)
         quantizer = quantizer_of(module, name.rpartition(".")[2])

@@ -26,6 +26,7 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
           "U8": torch.uint8}  # fmt: skip
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 PIECE, PIECES = 16 * 2**20, 8  # bytes of a piece, and how many of them are read ahead of a GPU
+BLOCK = 4  # pieces that are allocated at once: 64 MiB, which torch gives to checkpoints' copies afterwards
 # The process's mask can only be read by setting it, which threads must not do at once: so once, at import.
 UMASK = os.umask(0)
 os.umask(UMASK)
@@ -95,9 +96,11 @@ class Stage:
     GPU copies slowly from what is not page-locked."""
 
     def __init__(self, device_type: str):
-        memory = empty_on_host(torch.empty(PIECES, PIECE, dtype=torch.uint8, device="meta"), device_type)
+        block = torch.empty(BLOCK, PIECE, dtype=torch.uint8, device="meta")
+        blocks = [empty_on_host(block, device_type) for _ in range(0, PIECES, BLOCK)]
         # The event: the piece may be overwritten. Who waits for it sleeps, and leaves the processor to the readers.
-        self.pieces = [(piece, torch.cuda.Event(blocking=True)) for piece in memory]
+        pieces = [(piece, torch.cuda.Event(blocking=True)) for block in blocks for piece in block]
+        self.pieces = pieces[:PIECES]
 
 
 class Staged:
