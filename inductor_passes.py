@@ -4,8 +4,8 @@ Linears that read one x (the projections of attention, gate and up) do alone wha
 its own A, a matmul so narrow that reading x is what it costs; in backward A's gradient reads x again, and each adds its
 own gradient of x to the others'. In the modules, which transformers calls one by one, they know nothing of each other. In
 the graph of a layer they stand side by side: here their A's become one, and their operators of backward one each
-(linear4bit.py takes any number). For the layer of an 8B model that is 16 kernels less that go through all of x, or of its
-gradient.
+(linear4bit.py takes any number). With checkpointing that is a dozen kernels less in each layer that go through all of x, or
+of its gradient.
 
 The rewritten graph computes the same up to rounding: sums of the gradients of x are formed in the matmuls, not after them.
 """
