@@ -24,7 +24,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import httpx
@@ -65,16 +65,23 @@ PROMPTS = (
 )
 
 
+def check_unused(out: Path, overwrite: bool, names: Iterable[str] = ()) -> None:
+    """Raises UserError if the folder holds a run, or what only --overwrite replaces: a model, or a file of one of these
+    names."""
+    if (out / "config.yaml").exists():  # even --overwrite does not replace a training run
+        raise UserError(f"--out {out}: holds a run of train.py; choose another folder")
+    there = "a model" if holds_run(out) else next((name for name in names if (out / name).exists()), None)
+    if there and not overwrite:
+        raise UserError(f"--out {out}: holds {there} already; choose another folder, or add --overwrite")
+
+
 def check(options: Options) -> Run:
     """All that can be wrong, found before anything is written. Raises UserError."""
     out = options.out
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: there is no GPU here; use cpu")
     check_writable(out, "--out")
-    if (out / "config.yaml").exists():  # even --overwrite does not replace a training run
-        raise UserError(f"--out {out}: holds a run of train.py; choose another folder")
-    if holds_run(out) and not options.overwrite:
-        raise UserError(f"--out {out}: holds a model already; choose another folder, or add --overwrite")
+    check_unused(out, options.overwrite)
     if options.push_to_hub:
         _check_hub(options.push_to_hub)
     run = _open(options)
@@ -216,14 +223,16 @@ LAST = ("config.json", "adapter_config.json")  # each makes its folder loadable
 
 
 @contextlib.contextmanager
-def whole_or_nothing(out: Path) -> Iterator[Path]:
+def whole_or_nothing(out: Path, overwrite: bool) -> Iterator[Path]:
     """A temporary folder within `out`, whose files move into `out` at the end, in the place of a model that is
-    there. After an error nothing is left of it, nor of the folders that were made for it."""
+    there. After an error nothing is left of it, nor of the folders that were made for it. Raises UserError where they
+    would replace what is not to be overwritten, which may have come meanwhile."""
     made = [p for p in [out.absolute(), *out.absolute().parents] if not p.exists()]
     temporary = out / f".export-{os.getpid()}.tmp"
     try:
         temporary.mkdir(parents=True)
         yield temporary
+        check_unused(out, overwrite, [path.name for path in temporary.iterdir()])
         clear_output(out)
         for path in sorted(temporary.iterdir(), key=lambda p: p.name in LAST):
             path.replace(out / path.name)
@@ -283,7 +292,7 @@ def push(repo: str, out: Path, names: list[str]) -> str:
 def export(options: Options) -> None:
     run = check(options)
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    with whole_or_nothing(options.out) as folder:
+    with whole_or_nothing(options.out, options.overwrite) as folder:
         if options.to == "adapter":
             write_adapter(run, options, folder)
         else:

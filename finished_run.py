@@ -21,6 +21,7 @@ from command_line import describe, parse
 from config import TOY_MODEL, Config, UserError
 from data import toy_texts
 from launch import Place
+from limits import CONFIG_FILE, read_json
 from model_files import CheckpointFiles, fetch_weights, find_model
 from models import build_on_meta, check_weights, read_config
 from models.adapters import apply_method, check_packing
@@ -73,6 +74,7 @@ def open_run(folder: str | Path, base: str | None = None) -> Run:
     model = build_on_meta(run.model_config, run.family)
     check_packing(model, run.family, config, run.files)
     _check_adapter(run, model)
+    _check_description(saved, config)
     return run
 
 
@@ -94,6 +96,21 @@ def _open_model(folder: Path, config: Config, name: str) -> Run:
     files = CheckpointFiles(base)
     check_weights(build_on_meta(model_config, family), files, family)
     return Run(folder, config, base, model_config, family, files, None)
+
+
+def _check_description(path: Path, config: Config) -> None:
+    """Raises UserError where config.yaml says another thing of the adapter than its own description: one of them is
+    damaged, and an option that config.yaml has lost would count as its default."""
+    wanted = {
+        "r": config.lora_rank,
+        "lora_alpha": config.lora_alpha,
+        "use_dora": config.method.adapter == "dora",
+    }
+    described = read_json(path, CONFIG_FILE)
+    for name, value in wanted.items():
+        if described.get(name) != value:
+            found = f"{name} {described.get(name)}"
+            raise UserError(f"{path}: {found}, but config.yaml makes it {value}: one of them is damaged")
 
 
 def _check_adapter(run: Run, model: nn.Module) -> None:

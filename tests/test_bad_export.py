@@ -128,6 +128,31 @@ def test_output_folders(refused, run, checkpoints, tmp_path):
     refused("is in the folder of the base model", out=checkpoints(), overwrite="true")
 
 
+def test_files_of_others_stay(refused, run, monkeypatch, tmp_path):
+    """Also those that come while the model is made."""
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "tokenizer_config.json").write_text("mine")
+    refused("holds tokenizer_config.json already", "--overwrite", out=out)
+    (out / "tokenizer_config.json").rename(out / "notes.txt")
+    write = export.write_merged
+
+    def filled_meanwhile(*args) -> None:
+        write(*args)
+        (out / "config.yaml").write_text("train_type: full\n")
+
+    monkeypatch.setattr(export, "write_merged", filled_meanwhile)
+    assert export.main([str(run), "--to=merged", f"--out={out}", "--overwrite"]) == 2
+    assert sorted(path.name for path in out.iterdir()) == ["config.yaml", "notes.txt"]
+
+
+def test_a_config_that_lost_options(refused, run):
+    """What is left of it is a config.yaml too, but of another scaling."""
+    lines = (run / "config.yaml").read_text().splitlines(keepends=True)
+    (run / "config.yaml").write_text("".join(line for line in lines if not line.startswith("lora_alpha")))
+    refused("adapter_config.json: lora_alpha", "but config.yaml makes it", "damaged")
+
+
 @pytest.mark.parametrize("to", ["merged", "gguf-ready", "adapter"])
 def test_a_full_disk_is_seen_before_writing(to, refused, monkeypatch, tmp_path):
     usage = namedtuple("usage", "total used free")
