@@ -25,6 +25,7 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import math
 from collections.abc import Callable
 
 import torch
@@ -199,6 +200,15 @@ def evaluate(options: Options) -> dict:
     }
 
 
+def as_json(value):
+    """JSON has no NaN and no infinity: null."""
+    if isinstance(value, dict):
+        return {name: as_json(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [as_json(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def table(results: dict) -> str:
     lines = [f"{'':12} {'base':>12} {'tuned':>12}"]
     for name, values in results["metrics"].items():
@@ -217,8 +227,16 @@ def run(options: Options) -> int:
         return report(e, options.verbose)
     print(f"{results['run']} on {results['rows']:,} rows of {results['dataset']}\n{table(results)}")
     if options.out is not None:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        write_text(options.out, json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+        try:
+            options.out.parent.mkdir(parents=True, exist_ok=True)
+            write_text(
+                options.out,
+                json.dumps(as_json(results), indent=2, allow_nan=False, ensure_ascii=False) + "\n",
+            )
+        except OSError as e:
+            return report(
+                UserError(f"--out {options.out}: cannot be written ({e.strerror})"), options.verbose
+            )
         print(f"results and answers: {options.out}")
     return 0
 

@@ -267,10 +267,14 @@ def commands(run: RunFiles) -> list[tuple[str, list[str]]]:
     folder, config, found = str(run.folder), run.config, []
     demo = (config.model_name, config.dataset) == (TOY_MODEL, TOY_DATASET)
     asked = ["--prompt", TOY_PROMPT] if demo else []  # without one it is a conversation
+    held_out = (
+        config.eval_share or config.eval_dataset
+    )  # which evaluate.py takes when it is told no other rows
+    measured = [] if held_out else ["--dataset", config.dataset, "--samples", "200"]
     adapter, whole = "adapter_model.safetensors" in run.names, "config.json" in run.names
     for script, what, more, needs in (
         ("generate.py", "Ask the base model and the tuned one", asked, adapter or whole),
-        ("evaluate.py", "Measure the base model and the tuned one", ["--dataset", config.dataset], adapter or whole),
+        ("evaluate.py", "Measure the base model and the tuned one", measured, adapter or whole),
         ("export.py", "Make a complete model out of the base and the adapter",
          ["--to", "merged", "--out", f"{folder}-merged"], adapter),
     ):  # fmt: skip

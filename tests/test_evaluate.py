@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import os
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from evaluation import greedy
 from finished_run import load_model, open_run
 from formats import ALPACA
 from models.lora import adapters_off
+from tests.resuming import fill
 from tests.runs import dense_tensors, transformers_model
 from tests.test_adapters import IDS, args_for
 from tests.test_evaluation import HERE, context
@@ -264,3 +266,20 @@ def test_bad_input(argv, words, good_run, tmp_path, monkeypatch, capsys):
     assert evaluate.main([str(good_run) if a == "RUN" else a for a in argv]) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"error: {words}") and error.count("\n") == 1
+
+
+def test_results_that_cannot_be_written(small_disk, monkeypatch, capsys):
+    """Also the older ones stay whole; what is no number is null there, which JSON has."""
+    metrics = {"perplexity": {"base": math.inf, "tuned": math.nan}}
+    results = {"run": "r", "rows": 1, "dataset": "d", "metrics": metrics, "answers": []}
+    monkeypatch.setattr(evaluate, "evaluate", lambda options: results)
+    out = small_disk / "e.json"
+    assert evaluate.main(["some/run", "--out", str(out)]) == 0
+    before = out.read_text()
+    assert json.loads(before)["metrics"] == {"perplexity": {"base": None, "tuned": None}}
+    fill(small_disk)
+    results["answers"] = ["much"] * 10_000
+    capsys.readouterr()
+    assert evaluate.main(["some/run", "--out", str(out)]) == 2
+    assert capsys.readouterr().err == f"error: --out {out}: cannot be written (No space left on device)\n"
+    assert out.read_text() == before

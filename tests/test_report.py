@@ -219,6 +219,15 @@ def test_the_policy_allows_the_page_itself_and_nothing_else(tmp_path):
     assert "http" not in text.replace("http-equiv", "").replace("http://www.w3.org/2000/svg", "")
 
 
+def test_the_next_measurement_is_not_of_what_was_learned(tmp_path):
+    for name, *more in (["all"], ["split", "--eval_share", "0.1"]):
+        run = make_run(tmp_path / name, [metrics(1)], "--train_type", "full", *more)
+        (run / "config.json").write_text("{}")
+        text = page_of(run).text
+        assert f"evaluate.py {run}" in text
+        assert (f"evaluate.py {run} --dataset rows.jsonl --samples 200" in text) == (name == "all")
+
+
 def test_the_next_commands(tmp_path):
     run = make_run(tmp_path / "a run", [metrics(1)], "--train_type", "full")
     assert "transformers serve" not in page_of(run).text
