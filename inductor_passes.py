@@ -119,16 +119,12 @@ def _by_x(graph: Graph, target, x: int, a: int) -> list[list[Node]]:
 def _product(linear: Node) -> Node | None:
     """The matmul x A^T of which a linear has the result, if that is what it has."""
     h, a = linear.args[8:10]
-    h = views[-1].args[0] if (views := _views(h)) else h
+    while h.target in VIEWS:
+        h = h.args[0]
     if h.target is not ops.aten.mm.default:
         return None
     transposed = h.args[1]
     return h if transposed.target is ops.aten.permute.default and transposed.args[0] is a else None
-
-
-def _views(node: Node) -> list[Node]:
-    """The views, last one first, by which this node comes from another."""
-    return [node, *_views(node.args[0])] if node.target in VIEWS else []
 
 
 def _sum_of(nodes: Iterable[Node]) -> Node | None:

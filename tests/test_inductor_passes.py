@@ -40,10 +40,12 @@ def rewritten_run(place, argv: list[str]):
         counted.append((len(linears), len(products), count[ADAPTER_BACKWARD], count[LINEAR_BACKWARD]))
         return min_cut_rematerialization_partition(joint, inputs, **options)
 
-    as_it_is = make_boxed_func
+    def as_it_is(graph, _):
+        return make_boxed_func(graph)
+
     backend = aot_autograd(
-        fw_compiler=lambda graph, _: as_it_is(graph),
-        bw_compiler=lambda graph, _: as_it_is(graph),
+        fw_compiler=as_it_is,
+        bw_compiler=as_it_is,
         partition_fn=partition,
         decompositions=select_decomp_table,
     )
