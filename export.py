@@ -50,6 +50,7 @@ from checkpoint import (
 from data import prepare
 from finished_run import Run, load_tokenizer, open_run, read_adapter
 from layerwise import compare, plain_logits, trained_logits
+from limits import CONFIG_FILE, read_json
 from merge import merged_entries
 from model_card import card
 from model_files import CheckpointFiles
@@ -194,10 +195,10 @@ def write_card(run: Run, options: Options, folder: Path, what: str, library: str
 
 def write_adapter(run: Run, options: Options, folder: Path) -> None:
     path = run.folder / "adapter_config.json"
+    described = read_json(path, CONFIG_FILE)
     try:
-        described = json.loads(path.read_text(encoding="utf-8"))
         described["base_model_name_or_path"] = options.base_model or described["base_model_name_or_path"]
-    except (OSError, ValueError, LookupError, TypeError) as e:
+    except LookupError as e:
         raise UserError(f"{path}: not an adapter's description ({describe(e)})") from None
     check_space(options.out, run.adapter.stat().st_size + sum(p.stat().st_size for p in companions(run.base)))
     shutil.copyfile(run.adapter, folder / ADAPTER)
