@@ -5,7 +5,8 @@ SIGTERM, SIGINT   once: the step is finished, a checkpoint written, and the run 
 SIGUSR1           a checkpoint, and training goes on
 
 Whoever starts the ranks may send each of them the signal that the whole group got already - a terminal's Ctrl-C goes
-to all processes, and so do Slurm's signals - so two within a second count as one.
+to all processes, and so do Slurm's signals - so two within a second count as one. Nor do they reach all ranks in the
+same step.
 """
 
 from __future__ import annotations
@@ -27,20 +28,25 @@ APART_SECONDS = 1.0
 
 class Received:
     """The signals that this process got. stop: the first of STOPS, or None; save: whether SAVE came since the last
-    look; again(signal): called by the second stop."""
+    answer to it; again(signal): called by the second stop."""
 
     def __init__(self, again):
         self.stop: signal.Signals | None = None
         self.save, self.again, self._first = False, again, 0.0
+        self._answered = float("-inf")
 
     def note(self, number: int, _frame=None) -> None:
         """The handler."""
         if number == SAVE:
-            self.save = True
+            self.save = time.monotonic() - self._answered >= APART_SECONDS
         elif self.stop is None:
             self.stop, self._first = signal.Signals(number), time.monotonic()
         elif time.monotonic() - self._first >= APART_SECONDS:
             self.again(signal.Signals(number))
+
+    def answered(self) -> None:
+        """SAVE is answered, as any rank heard it: this one may hear it later."""
+        self.save, self._answered = False, time.monotonic()
 
 
 class NeverStop:
@@ -80,10 +86,11 @@ class Stopping(NeverStop):
         """Collective: what any rank was asked for, or the clock of rank 0 says. A run that ends by itself does not
         stop."""
         asked = torch.tensor([self.received.stop or 0, self.received.save, *self._clock()], dtype=torch.int64)
-        self.received.save = False
         if dist.get_world_size() > 1:
             dist.all_reduce(asked, dist.ReduceOp.MAX)
         stop, save, late, due = asked.tolist()
+        if save:
+            self.received.answered()
         if due:
             self.last_save = time.time()
         if last:

@@ -76,6 +76,29 @@ def test_signals_ask_for_a_stop_or_a_checkpoint(alone):
     assert asked.agree(last=False) == (True, False) and asked.reason == "SIGINT"
 
 
+def test_a_request_that_reaches_the_ranks_in_different_steps_is_one(alone, clock, monkeypatch):
+    """The other rank has heard it first: this one hears it while they agree, or right after."""
+    asked, late = Stopping(1, time.time(), max_minutes=0, save_minutes=0), []
+
+    def the_other_asks(tensor, op):
+        tensor[1] = 1
+        for number in late:
+            signal.raise_signal(number)
+
+    monkeypatch.setattr(stopping.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(stopping.dist, "all_reduce", the_other_asks)
+    late.append(signal.SIGUSR1)
+    assert asked.agree(last=False) == (False, True)
+    monkeypatch.setattr(stopping.dist, "all_reduce", lambda tensor, op: None)
+    assert asked.agree(last=False) == (False, False)
+    clock(0.5)
+    signal.raise_signal(signal.SIGUSR1)
+    assert asked.agree(last=False) == (False, False)
+    clock(1.5)  # another request
+    signal.raise_signal(signal.SIGUSR1)
+    assert asked.agree(last=False) == (False, True)
+
+
 def test_minutes_between_checkpoints(alone, clock):
     asked = Stopping(0, time.time(), max_minutes=0, save_minutes=2)
     wanted = []
