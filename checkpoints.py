@@ -122,8 +122,8 @@ class Checkpoints:
 
     parts: the loop's other state, by name; every: steps between checkpoints, 0 = only those that `stopping` asks for;
     at_end: whether there is to be one at the end; keep: how many stay, -1 = all; describe_run(): what the manifest
-    says of options, model and data, asked of rank 0 at the first checkpoint; say: shows a line; saved: what the run
-    is resumed from.
+    says of options, model and data, asked of rank 0 at the first checkpoint; settle(): brings the parts up to the step
+    that is to be saved; say: shows a line; saved: what the run is resumed from.
     """
 
     def __init__(
@@ -138,6 +138,7 @@ class Checkpoints:
         at_end: bool,
         keep: int,
         describe_run: Callable[[], dict],
+        settle: Callable[[], None],
         stopping: NeverStop,
         say: Callable[[str], None],
         saved: Saved | None,
@@ -145,7 +146,7 @@ class Checkpoints:
         self.folder, self.model, self.optimizer = folder, model, optimizer
         self.parts, self.place = parts, place
         self.every, self.at_end, self.keep, self.stopping, self.saved = every, at_end, keep, stopping, saved
-        self.describe_run, self.say = cache(describe_run), say
+        self.describe_run, self.settle, self.say = cache(describe_run), settle, say
         # Of its own, and of host memory: collectives of two threads must not meet in one group.
         self.group = dist.new_group(backend="gloo")
         self.pool = ThreadPoolExecutor(1, "checkpoint")
@@ -192,6 +193,7 @@ class Checkpoints:
         """Begins a checkpoint, once the one before it is written."""
         if step == self.step:
             return
+        self.settle()
         began = time.perf_counter()
         self._await()
         if self.allocating:

@@ -191,17 +191,27 @@ class Evaluator:
 
     def after(self, metrics: Metrics) -> Metrics:
         """After each step: what is due at it. Returns its metrics, with the evaluation's if there was one."""
-        evaluates = self.data.rows is not None and self._due(self.config.eval_every, metrics.step)
+        evaluates = self._evaluates(metrics.step)
         if evaluates:
             loss = self._loss()
             metrics = dataclasses.replace(metrics, eval_loss=loss, eval_perplexity=perplexity(loss))
             self._judge(metrics.step, loss)
-        samples = bool(self.data.prompts) and (self._due(self.config.sample_every, metrics.step) or self.stop)
+        samples = self._samples(metrics.step) or (bool(self.data.prompts) and self.stop)
         if samples:
             self._sample(metrics.step)
         if evaluates or samples:
             self.meter.restart()
         return metrics
+
+    def due(self, step: int) -> bool:
+        """Whether anything is, after this step."""
+        return self._evaluates(step) or self._samples(step)
+
+    def _evaluates(self, step: int) -> bool:
+        return self.data.rows is not None and self._due(self.config.eval_every, step)
+
+    def _samples(self, step: int) -> bool:
+        return bool(self.data.prompts) and self._due(self.config.sample_every, step)
 
     def _due(self, every: int, step: int) -> bool:
         return step == self.total or (every > 0 and step % every == 0)

@@ -52,6 +52,11 @@ class BadSteps:
         elif self._usable(reading.loss(), reading.grad_norm()):
             self.scaler.step(optimizer)
 
+    def decides(self) -> bool:
+        """Whether this step's numbers have to be judged before the next step begins: they may end the run, or the
+        scaler goes by them."""
+        return self.scaler.is_enabled() or too_many(self.count + 1, self.most)
+
     def judge(self, metrics: Metrics, step: Step) -> Metrics:
         """After the optimizer's step, before the scaler's update. Returns the metrics with the count."""
         if not self._usable(metrics.loss, metrics.grad_norm):

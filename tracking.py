@@ -62,20 +62,36 @@ class Metrics:
         return {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
 
 
+# The GPU's, when it comes to it, or a time of the host's clock in seconds.
+Moment = torch.cuda.Event | float
+
+
 @dataclass(frozen=True)
 class Reading:
-    """What all ranks read of a step, on its way to the host. table: [ranks, columns] fp64 on the host, filled once
-    `copied` (None: it is); finite: whether the loss and the gradient's norm are, a scalar on the device."""
+    """What all ranks read of an optimizer step, the index-th from 1, on its way to the host. table: [ranks, columns] fp64
+    on the host, filled at the moment `ended`; began: when the step before was read; finite: whether the loss and the
+    gradient's norm are, a scalar on the device."""
 
+    index: int
+    step: Step
+    lr: float
     table: torch.Tensor
-    copied: torch.cuda.Event | None
+    began: Moment
+    ended: Moment
     finite: torch.Tensor
 
     def wait(self) -> torch.Tensor:
         """The table. Waits for the GPU."""
-        if self.copied:
-            self.copied.synchronize()
+        if isinstance(self.ended, torch.cuda.Event):
+            self.ended.synchronize()
         return self.table
+
+    def seconds(self) -> float:
+        """What the step took. Waits for the GPU."""
+        self.wait()
+        if isinstance(self.ended, torch.cuda.Event):
+            return self.began.elapsed_time(self.ended) / 1000
+        return self.ended - self.began
 
     def loss(self) -> float:
         return self.wait()[:, 0].sum().item()
@@ -89,9 +105,10 @@ class Meter:
 
     def __init__(self, device: torch.device, held: dict[str, int]):
         """held: bytes in use after each phase, kept up to date by a Profiler."""
-        self.device, self.held, self.last = device, held, time.perf_counter()
+        self.device, self.held = device, held
+        self.restart()
 
-    def read(self, loss: torch.Tensor, grad_norm: torch.Tensor) -> Reading:
+    def read(self, index: int, step: Step, lr: float, loss: torch.Tensor, grad_norm: torch.Tensor) -> Reading:
         """loss: this rank's share of the step's mean loss. Collective. Waits for nothing."""
         # With --use_cpu_offload the norm is on the CPU.
         mine = torch.stack([loss.double(), grad_norm.to(self.device).double(), *self._memory()])
@@ -99,22 +116,18 @@ class Meter:
         dist.all_gather(ranks, mine)
         table = torch.stack(ranks)
         finite = (table[:, 0].sum() + table[0, 1]).isfinite()
-        if self.device.type != "cuda":
-            return Reading(table, None, finite)
-        host, copied = table.to("cpu", non_blocking=True), torch.cuda.Event()
-        copied.record()
-        return Reading(host, copied, finite)
+        host, began = table.to("cpu", non_blocking=True), self.last
+        self.restart()
+        return Reading(index, step, lr, host, began, self.last, finite)
 
-    def measure(self, index: int, step: Step, reading: Reading, lr: float) -> Metrics:
+    def measure(self, reading: Reading) -> Metrics:
         """The loop's one wait for the GPU. What is queued behind the reading goes on meanwhile."""
-        table = reading.wait()
-        now = time.perf_counter()
-        seconds, self.last = now - self.last, now
+        table, seconds, step = reading.wait(), reading.seconds(), reading.step
         return Metrics(
-            step=index,
+            step=reading.index,
             epoch=round(step.epoch, 4),
             loss=reading.loss(),
-            lr=lr,
+            lr=reading.lr,
             grad_norm=reading.grad_norm(),
             tokens=step.n_tokens,
             trained_tokens=step.n_targets,
@@ -131,7 +144,11 @@ class Meter:
 
     def restart(self) -> None:
         """Leaves out of the next step's time what was done since the last one; its memory still counts."""
-        self.last = time.perf_counter()
+        if self.device.type == "cuda":
+            self.last: Moment = torch.cuda.Event(enable_timing=True)
+            self.last.record()
+        else:
+            self.last = time.perf_counter()
 
     def _memory(self) -> list[torch.Tensor]:
         gpu = self.device.type == "cuda"
@@ -139,6 +156,23 @@ class Meter:
         sizes += tuple(self.held[p] for _, p in self._phases())
         # Not torch.tensor, which copies from the host and waits until the GPU has come to it.
         return [torch.full((), size, dtype=torch.float64, device=self.device) for size in sizes]
+
+
+class Later:
+    """A call that can wait for a better moment; never two of them."""
+
+    def __init__(self):
+        self.call: Callable[[], None] | None = None
+
+    def put(self, call: Callable[[], None]) -> None:
+        self.now()
+        self.call = call
+
+    def now(self) -> None:
+        """Makes the call, if there is one."""
+        call, self.call = self.call, None
+        if call:
+            call()
 
 
 class NoTracker:

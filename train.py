@@ -78,7 +78,7 @@ from quantize_layers import load_weights
 from recompute import ActivationBudget, Keep, compiler, compiles
 from report import FACTS, PAGE, describe_run, write_report
 from stopping import NEVER, NeverStop, Stopping
-from tracking import Meter, despite_full_disk, make_tracker
+from tracking import Later, Meter, Reading, despite_full_disk, make_tracker
 from weight_cache import CacheWriter
 from wrapping import STRATEGIES, WRAP_POLICIES, make_mesh, offload_policy, sync_gradients, wrap
 
@@ -150,10 +150,18 @@ def train(
     evaluator = make_evaluator(job, model, place, total, meter, tracker)
     guard = BadSteps(config.max_bad_steps, job.rows, Path(config.output_dir), scaler, place.rank, tracker)
     parts = {"scaler": scaler, "evaluator": evaluator, "tracker": tracker, "guard": guard}
-    checkpoints = make_checkpoints(job, model, optimizer, parts, place, tracker.say, stopping)
+    untold = Later()
+    checkpoints = make_checkpoints(job, model, optimizer, parts, place, tracker.say, stopping, untold.now)
     done = checkpoints.load()
     schedule = make_schedule(optimizer, total, config.lr_warmup, config.lr_scheduler, done)
     budget = make_budget(job, model, place)
+
+    def tell(reading: Reading) -> None:
+        metrics = guard.judge(meter.measure(reading), reading.step)
+        budget.after_step(metrics.memory_allocated_gib)
+        history.append(evaluator.after(metrics))
+        tracker.log(history[-1])
+
     model.train()
     evaluator.begin(done)
     todo = range(done + 1, total + 1) if not evaluator.stop else ()
@@ -168,6 +176,7 @@ def train(
             # micro-batches, while FSDP sums gradients over ranks and backward over micro-batches.
             with precision.context(place.device.type):
                 share = loss_sum(model, batch) / step.n_targets
+            untold.now()  # of the step before, while the GPU has this forward to do
             profiler.phase("backward")
             scaler.scale(share).backward()
             loss += share.detach()
@@ -176,21 +185,21 @@ def train(
         norm = whole(nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None]))
         if config.apply_gradient_clipping:
             nn.utils.clip_grads_with_norm_(trained, config.grad_norm, norm)
-        reading = meter.read(loss, norm)
+        reading = meter.read(index, step, schedule.get_last_lr()[0], loss, norm)
         guard.step(optimizer, reading)
-        metrics = guard.judge(meter.measure(index, step, reading, schedule.get_last_lr()[0]), step)
+        optimizer.zero_grad(set_to_none=True)
+        profiler.phase(BETWEEN)
+        untold.put(partial(tell, reading))
+        if guard.decides() or evaluator.due(index):
+            untold.now()
         scaler.update()
         schedule.step()
-        optimizer.zero_grad(set_to_none=True)
-        budget.after_step(metrics.memory_allocated_gib)
-        profiler.phase(BETWEEN)
-        history.append(evaluator.after(metrics))
-        tracker.log(history[-1])
         if profiler.step():
             meter.restart()
         stop = evaluator.stop or guard.stop
         if checkpoints.after(index, last=index == total or stop) or stop:
             break
+    untold.now()
     checkpoints.finish()
     profiler.finish()
     return history
@@ -227,6 +236,7 @@ def make_checkpoints(
     place: Place,
     say: Callable[[str], None],
     stopping: NeverStop,
+    settle: Callable[[], None],
 ) -> Checkpoints:
     config = job.config
     return Checkpoints(
@@ -239,6 +249,7 @@ def make_checkpoints(
         at_end=config.save_every > 0 or config.save_minutes > 0,
         keep=config.keep,
         describe_run=lambda: resume.about(config, **identity(job)),
+        settle=settle,
         stopping=stopping,
         say=say,
         saved=job.saved,

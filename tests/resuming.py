@@ -39,18 +39,18 @@ REPEATED = ("step", "epoch", "lr", "tokens", "trained_tokens", "loss", "grad_nor
 def run(place, argv: list[str], before=None) -> str:
     """A rank's part of a run of the program; returns what it printed. before(place, step): called in each step."""
     config, _ = parse([*argv, "--world_size", str(place.world)])
-    measure = Meter.measure
+    read = Meter.read
 
-    def measured(self, index, *rest):
+    def reads(self, index, *rest):
         if before:
             before(place, index)
-        return measure(self, index, *rest)
+        return read(self, index, *rest)
 
-    Meter.measure = measured
+    Meter.read = reads
     try:
         return whole_run(place, train.check(config))
     finally:
-        Meter.measure = measure
+        Meter.read = read
         torch.use_deterministic_algorithms(False)
 
 

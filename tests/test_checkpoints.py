@@ -77,6 +77,7 @@ class Small:
             at_end=every > 0,
             keep=-1,
             describe_run=dict,
+            settle=lambda: None,
             stopping=Asking(asked),
             say=self.said.append,
             saved=None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -35,6 +36,7 @@ from tracking import Meter, Metrics, NoTracker, Reading, append
 from wrapping import make_mesh
 
 BAD_ROW = 5  # of 12, from 1
+STEP = Step(0.1, [], 1, 1, torch.zeros(0))
 SECRETS = {"HF_TOKEN": "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", "WANDB_API_KEY": "5ec2e7" * 6 + "abcd"}
 
 
@@ -148,8 +150,7 @@ def test_a_bad_step_leaves_weights_and_moments_alone(name, loss, norm):
         optimizer, judge = make_optimizer([parameter], name, 0.1, 0.1), guard()
         for loss, norm in readings:
             parameter.grad = torch.full_like(parameter, math.cos(norm) if math.isfinite(norm) else norm)
-            table = torch.tensor([[loss, norm]], dtype=torch.float64)
-            judge.step(optimizer, Reading(table, None, table.sum().isfinite()))
+            judge.step(optimizer, reading(loss, norm))
         return parameter.detach()
 
     good = [(1.0, 1.0), (1.0, 2.0), (1.0, 3.0)]
@@ -179,7 +180,7 @@ def shards_after(place, factors: list[float]) -> dict:
         loss = layer(x).square().sum() * (factor if place.rank == place.world - 1 else 1)
         loss.backward()
         norm = torch.nn.utils.get_total_norm([p.grad for p in layer.parameters()]).full_tensor()
-        judge.step(optimizer, meter.read(loss.detach(), norm))
+        judge.step(optimizer, meter.read(1, STEP, 1e-4, loss.detach(), norm))
         optimizer.zero_grad()
     return {
         "shards": [p.to_local().detach().cpu() for p in layer.parameters()],
@@ -194,7 +195,7 @@ def test_a_fused_step_on_the_host_waits_for_the_gpus_answer(loss, steps):
     parameter.grad = torch.ones_like(parameter)
     optimizer = make_optimizer([parameter], "fused_adamw", 0.1, 0.1)
     on_gpu = torch.empty((), dtype=torch.bool, device="meta")  # as little to be had without waiting
-    guard().step(optimizer, Reading(torch.tensor([[loss, 1.0]], dtype=torch.float64), None, on_gpu))
+    guard().step(optimizer, dataclasses.replace(reading(loss, 1.0), finite=on_gpu))
     assert len(optimizer.state) == steps and torch.equal(parameter, torch.ones(2, 4)) == (not steps)
 
 
@@ -209,10 +210,17 @@ class Copies(TorchDispatchMode):
         return result
 
 
+def reading(loss: float, norm: float) -> Reading:
+    table = torch.tensor([[loss, norm]], dtype=torch.float64)
+    return Reading(1, STEP, 1e-4, table, 0.0, 1.0, table.sum().isfinite())
+
+
 def test_a_reading_waits_for_nothing():
     """Numbers of the host get onto a GPU, here a fake, without a copy. All of a reading: test_gpu_modes.py."""
     with FakeTensorMode(), Copies() as copies:
-        told = Meter(torch.device("cuda", 0), {"forward": 5, "backward": 6})._memory()
+        meter = Meter(torch.device("cpu"), {"forward": 5, "backward": 6})
+        meter.device = torch.device("cuda", 0)
+        told = meter._memory()
     assert [t.device.type for t in told] == ["cuda"] * 4 and not copies.seen
 
 
@@ -221,7 +229,8 @@ def test_how_many_bad_steps_end_a_run(most, stops):
     judge = guard(most)
     found = []
     for _ in stops:
-        counted = judge.judge(metrics(math.nan, 1.0), Step(0.1, [], 1, 1, torch.zeros(0)))
+        decides, counted = judge.decides(), judge.judge(metrics(math.nan, 1.0), STEP)
+        assert decides == judge.stop, "only then the next step has to wait"
         found.append(judge.stop)
     assert found == stops and counted.bad_steps == len(stops)
     assert judge.judge(metrics(1.0, 1.0), None).bad_steps == len(stops), "a good step does not forget the bad"

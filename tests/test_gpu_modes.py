@@ -3,6 +3,8 @@ option there over NCCL; here is what it does not show: kernels, and that offload
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -12,6 +14,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 import tensor_files
 from activation_offload import HostStash, Offloaded
 from config import HQQ_BITS
+from data import Step
 from loss import look_up
 from quantizers import HQQ
 from tensor_files import Stage, list_tensors, read_tensor
@@ -55,15 +58,45 @@ def test_a_reading_waits_for_nothing(one_rank):
 
 
 def read_without_waiting(place) -> None:
-    numbers = [torch.ones((), device=place.device) for _ in range(2)]
+    step, numbers = (
+        Step(0.1, [], 1, 1, torch.zeros(0)),
+        [torch.ones((), device=place.device) for _ in range(2)],
+    )
     meter = Meter(place.device, {"forward": 5, "backward": 6})
-    meter.read(*numbers)  # the communicator and the pinned memory are made once
+    meter.read(1, step, 1e-4, *numbers)  # the communicator and the pinned memory are made once
     torch.cuda.set_sync_debug_mode("error")
     try:
-        reading = meter.read(*numbers)
+        began = time.perf_counter()
+        torch.cuda._sleep(10**9)  # cycles, half a second
+        reading = meter.read(2, step, 1e-4, *numbers)
+        queued = time.perf_counter() - began
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert (reading.loss(), reading.grad_norm(), reading.finite.item()) == (1, 1, True)
+    waited = time.perf_counter() - began
+    assert queued < 0.1 < waited * 0.9 < reading.seconds() < waited * 1.1, "the step's time is the GPU's"
+
+
+@pytest.mark.gpu
+def test_the_loop_waits_for_nothing_but_a_reading(checkpoints, alpaca_file, one_rank, tmp_path):
+    """Nor between one step and the next. What it waits for is an event, which torch does not complain of."""
+    options = ["--max_steps", "5", "--precision", "auto", "--output_dir", str(tmp_path)]
+    one_rank(steps_without_waiting, [*arguments(checkpoints("llama"), alpaca_file, "bnb_dora"), *options])
+
+
+def steps_without_waiting(place, argv: list[str]) -> None:
+    """The first step allocates, compiles and makes the optimizer's states."""
+
+    def told(self, reading):
+        torch.cuda.set_sync_debug_mode("default" if reading.index == 4 else "error")
+        return measure(self, reading)
+
+    measure, Meter.measure = Meter.measure, told
+    try:
+        train_run(place, argv)
+    finally:
+        Meter.measure = measure
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.gpu

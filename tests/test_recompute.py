@@ -18,6 +18,7 @@ import activation_offload
 import linear4bit
 import train
 from config import METHODS
+from faults import BadSteps
 from recompute import GRAPHS, Keep, Recomputed, allow_graphs, compiler
 from tests.runs import set_up, train_run
 from tests.test_parity import TYPES, arguments, assert_same, biased
@@ -65,7 +66,7 @@ def counted_run(place, argv: list[str], compiled: bool, keeping: int):
     """(`train_run`'s results, degrees of the layers, weights dequantized in each step, tensors sent to the host in
     each step). keeping: layers that keep their results."""
     counts, original = {"weights": 0, "stashed": 0}, linear4bit.dequantize
-    make_budget, pack = train.make_budget, activation_offload.HostStash.pack
+    make_budget, pack, step = train.make_budget, activation_offload.HostStash.pack, BadSteps.step
     budgets, per_step = [], []
 
     def dequantize(*args, **kwargs):
@@ -79,20 +80,20 @@ def counted_run(place, argv: list[str], compiled: bool, keeping: int):
     def spending(job, model, place):
         budget = make_budget(job, model, place)
         budget._spend(sum(budget.bytes[LAYERS - keeping :]) + 1)
-        after = budget.after_step
-        budget.after_step = lambda peak: (
-            per_step.append(dict(counts)),
-            counts.update(weights=0, stashed=0),
-            after(peak),
-        )
         budgets.append(budget)
         return budget
+
+    def stepped(self, *rest):
+        per_step.append(dict(counts))
+        counts.update(weights=0, stashed=0)
+        return step(self, *rest)
 
     with (
         mock.patch.object(linear4bit, "dequantize", dequantize),
         mock.patch.object(activation_offload.HostStash, "pack", stash),
         mock.patch.object(activation_offload, "SMALLEST", 0),
         mock.patch.object(train, "make_budget", spending),
+        mock.patch.object(BadSteps, "step", stepped),
     ):
         results = compiled_run(place, argv)[0] if compiled else train_run(place, argv)
     return results, [layer.keep for layer in budgets[0].layers], per_step[1:]

@@ -19,11 +19,15 @@ from safetensors.torch import load_file
 
 import launch
 import train
+from checkpoints import Checkpoints
+from command_line import parse
 from config import TOY_PROMPT
+from evaluation import Evaluator
 from optimizers import lr_factor
 from tests.programs import ROOT, losses, metrics, run, small, start
 from tests.runs import train_run, whole_run
 from tests.wandb_files import wandb_records
+from tracking import Meter
 
 METRICS = (
     "step epoch loss lr grad_norm tokens trained_tokens step_seconds tokens_per_second memory_allocated_gib"
@@ -221,3 +225,41 @@ def test_optimizers_learn(optimizer, checkpoints, alpaca_file, one_rank):
     args += ["--dataset_samples", "8", "--batch_size", "8"]  # the same rows at each step
     values = one_rank(train_run, args)[0][0]
     assert values[-1] < 0.97 * values[0]
+
+
+def test_a_step_is_told_while_the_next_one_computes(checkpoints, alpaca_file, one_rank, tmp_path):
+    """Unless something waits for it: an evaluation, a checkpoint, the end."""
+    args = small(checkpoints, alpaca_file, tmp_path / "out", "--max_steps", "6", "--save_every", "4")
+    args += ["--eval_share", "0.2", "--eval_every", "2", "--log_to", "stdout", "--world_size", "1"]
+    told = one_rank(order_of_a_run, list(map(str, args)))[0]
+    assert told == "F1 F2 T1 T2 E F3 F4 T3 T4 E S F5 F6 T5 T6 E S".split()
+    assert [m["step"] for m in metrics(tmp_path / "out")] == [1, 2, 3, 4, 5, 6]
+
+
+def order_of_a_run(place, argv: list[str]) -> list[str]:
+    """F: a training step's forward, T: what it came to, E: an evaluation, S: what a checkpoint says."""
+    config, _ = parse(argv)
+    seen = []
+
+    def before(kind: type, name: str, note) -> None:
+        original = getattr(kind, name)
+
+        def noted(self, *args):
+            seen.append(note(self, *args))
+            return original(self, *args)
+
+        patch.setattr(kind, name, noted)
+
+    def loss_sum(model, batch):
+        if model.training:
+            seen.append(f"F{1 + sum(s[0] == 'F' for s in seen)}")
+        return original(model, batch)
+
+    original = train.loss_sum
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "loss_sum", loss_sum)
+        before(Meter, "measure", lambda _, reading: f"T{reading.index}")
+        before(Evaluator, "_loss", lambda _: "E")
+        before(Checkpoints, "_run", lambda _: "S")
+        whole_run(place, train.check(config))
+    return seen
