@@ -21,6 +21,7 @@ if __name__ == "__main__":
     exit_on_signals()
 
 import contextlib
+import fcntl
 import json
 import os
 import shutil
@@ -230,9 +231,14 @@ def whole_or_nothing(out: Path, overwrite: bool) -> Iterator[Path]:
     would replace what is not to be overwritten, which may have come meanwhile."""
     made = [p for p in [out.absolute(), *out.absolute().parents] if not p.exists()]
     temporary = out / f".export-{os.getpid()}.tmp"
+    for left in out.glob(".export-*.tmp"):
+        with _locked(left) as free:
+            if free:  # of an export that was killed: its lock went with it
+                shutil.rmtree(left, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
-        yield temporary
+        with _locked(temporary):
+            yield temporary
         check_unused(out, overwrite, [path.name for path in temporary.iterdir()])
         clear_output(out)
         for path in sorted(temporary.iterdir(), key=lambda p: p.name in LAST):
@@ -242,6 +248,22 @@ def whole_or_nothing(out: Path, overwrite: bool) -> Iterator[Path]:
         for folder in made:
             with contextlib.suppress(OSError):  # holds something, as after a success, or was not made yet
                 folder.rmdir()
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[bool]:
+    """Whether this process has the folder to itself within: not if another holds its lock, or there are none on its file
+    system."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        free = True
+    except OSError:
+        free = False
+    try:
+        yield free
+    finally:
+        os.close(descriptor)
 
 
 # The check

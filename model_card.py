@@ -13,7 +13,9 @@ from pathlib import Path
 
 import yaml
 
+from checkpoint import SCORE
 from config import FIELDS, TOY_MODEL, Config, UserError, shown
+from limits import CONFIG_FILE, read_json
 from sources import find_recipe
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -49,7 +51,7 @@ def card(config: Config, run: Path, base: str, title: str, what: str, library: s
     from_hub = f" ({data})" if data else ""
     return (
         f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n\n# {title}\n\n{what}\n\n"
-        f"- Base model: {shown_base}\n- Data: `{config.dataset}`{from_hub}\n- {_loss(run / 'metrics.jsonl')}\n\n"
+        f"- Base model: {shown_base}\n- Data: `{config.dataset}`{from_hub}\n- {_loss(run)}\n\n"
         f"Trained by `train.py` of fsdp-finetune with:\n\n| option | value |\n|---|---|\n{table}\n"
     )
 
@@ -63,10 +65,13 @@ def _hub_data(config: Config) -> str | None:
     return recipe.source if file is None and is_hub_id(recipe.source) else None
 
 
-def _loss(metrics: Path) -> str:
-    """The last line of metrics.jsonl in words."""
+def _loss(run: Path) -> str:
+    """The last line of metrics.jsonl in words; of best/, which has none, the evaluation that it is the best of."""
     try:
-        last = json.loads(metrics.read_text(encoding="utf-8").strip().splitlines()[-1])
+        if (run / SCORE).is_file():
+            score = read_json(run / SCORE, CONFIG_FILE)
+            return f"Evaluation loss: {score['eval_loss']:.4f} after {score['step']:,} steps, the best of its run"
+        last = json.loads((run / "metrics.jsonl").read_text(encoding="utf-8").strip().splitlines()[-1])
         return f"Final loss: {last['loss']:.4f} after {last['step']:,} steps ({last['epoch']:.2f} epochs)"
-    except (OSError, ValueError, LookupError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError, UserError):
         return "Final loss: not known (the run has no metrics.jsonl that can be read)"

@@ -244,6 +244,15 @@ def test_the_adapters_folder(made, checkpoints, tmp_path):
     assert "base_model:" not in text and "datasets:" not in text  # local paths, which the hub would refuse
 
 
+def test_the_card_of_the_best_step_has_its_loss(made, tmp_path):
+    best = shutil.copytree(made, tmp_path / "best")
+    (best / "metrics.jsonl").unlink()
+    (best / "evaluation.json").write_text('{"step": 40, "eval_loss": 1.25, "eval_perplexity": 3.49}')
+    exported(best, tmp_path / "out", to="adapter")
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert "Evaluation loss: 1.2500 after 40 steps, the best of its run" in text
+
+
 def test_the_card_names_what_is_on_the_hub(made, tmp_path):
     import dataclasses
 
