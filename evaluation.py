@@ -1,6 +1,6 @@
 """Evaluation while a run trains: validation loss, the best step kept, early stopping, samples.
 
-The loop calls `begin` once and `after` once per step; what is due is decided here. Every rank calls them and goes
+The loop calls `begin` once, `due` and `after` once per step; what is due is decided here. Every rank calls them and goes
 through the same forward passes: FSDP's collectives need all ranks. Nothing here draws from a random generator or
 leaves anything behind in the model, so a run with evaluation trains exactly as one without.
 
@@ -204,7 +204,7 @@ class Evaluator:
         return metrics
 
     def due(self, step: int) -> bool:
-        """Whether anything is, after this step."""
+        """Whether `after` evaluates or samples at this step, between it and the next one."""
         return self._evaluates(step) or self._samples(step)
 
     def _evaluates(self, step: int) -> bool:

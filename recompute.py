@@ -176,11 +176,16 @@ class ActivationBudget:
         if gib > 0:
             self._spend(int(gib * 2**30))
 
+    def decides(self) -> bool:
+        """Whether the step that is done is the one that shows what is free."""
+        return self.automatic and self.steps == 1
+
     def after_step(self, peak_gib: float) -> None:
         """To be called after every step with the most that was allocated in it. The second one, with the optimizer's
         states, shows what is free."""
+        decides = self.decides()
         self.steps += 1
-        if self.automatic and self.steps == 2 and self.device.type == "cuda":
+        if decides and self.device.type == "cuda":
             free, total = torch.cuda.mem_get_info(self.device)
             ours = free + torch.cuda.memory_reserved(self.device)
             self._spend(int(ours - peak_gib * 2**30 - total / 10))

@@ -5,8 +5,8 @@ SIGTERM, SIGINT   once: the step is finished, a checkpoint written, and the run 
 SIGUSR1           a checkpoint, and training goes on
 
 Whoever starts the ranks may send each of them the signal that the whole group got already - a terminal's Ctrl-C goes
-to all processes, and so do Slurm's signals - so two within a second count as one. Nor do they reach all ranks in the
-same step.
+to all processes, and so do Slurm's signals - so two within a second count as one. A SIGUSR1 may also reach one rank
+before a step's end and another after it: what comes within a second of the checkpoint that it asked for is the same.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ class Received:
 
     def answered(self) -> None:
         """SAVE is answered, as any rank heard it: this one may hear it later."""
-        self.save, self._answered = False, time.monotonic()
+        self._answered = time.monotonic()
+        self.save = False
 
 
 class NeverStop:
@@ -107,7 +108,8 @@ class Stopping(NeverStop):
         self.longest_step, self.last_step = max(self.longest_step, now - self.last_step), now
         if self.rank != 0:
             return False, False
-        needed = self.longest_step + max(self.longest_step, self.longest_save)
+        # The GPU may have most of this step still before it.
+        needed = 2 * self.longest_step + self.longest_save
         return now + needed > self.ends, 0 < self.save_seconds <= now - self.last_save
 
 

@@ -62,42 +62,67 @@ class Metrics:
         return {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
 
 
-# The GPU's, when it comes to it, or a time of the host's clock in seconds.
-Moment = torch.cuda.Event | float
+class HostMoment:
+    """What a torch.cuda.Event is to a GPU's work, of the host's, which is done when it is there."""
+
+    def __init__(self):
+        self.at = time.perf_counter()
+
+    def synchronize(self) -> None: ...
+
+    def elapsed_time(self, later: HostMoment) -> float:
+        """In milliseconds."""
+        return (later.at - self.at) * 1000
+
+
+Moment = torch.cuda.Event | HostMoment
+
+
+def moment(device: torch.device) -> Moment:
+    """When the device is through with what is queued now."""
+    if device.type != "cuda":
+        return HostMoment()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
 
 
 @dataclass(frozen=True)
 class Reading:
     """What all ranks read of an optimizer step, the index-th from 1, on its way to the host. table: [ranks, columns] fp64
-    on the host, filled at the moment `ended`; began: when the step before was read; finite: whether the loss and the
-    gradient's norm are, a scalar on the device."""
+    on the host, filled at the moment `copied`; finite: whether the loss and the gradient's norm are, a scalar on the
+    device."""
 
     index: int
     step: Step
     lr: float
     table: torch.Tensor
-    began: Moment
-    ended: Moment
+    copied: Moment
     finite: torch.Tensor
 
     def wait(self) -> torch.Tensor:
         """The table. Waits for the GPU."""
-        if isinstance(self.ended, torch.cuda.Event):
-            self.ended.synchronize()
+        self.copied.synchronize()
         return self.table
-
-    def seconds(self) -> float:
-        """What the step took. Waits for the GPU."""
-        self.wait()
-        if isinstance(self.ended, torch.cuda.Event):
-            return self.began.elapsed_time(self.ended) / 1000
-        return self.ended - self.began
 
     def loss(self) -> float:
         return self.wait()[:, 0].sum().item()
 
     def grad_norm(self) -> float:
         return self.wait()[0, 1].item()
+
+
+@dataclass(frozen=True)
+class Lap:
+    """From the end of a step, or of what `Meter.restart` leaves out, to the end of the next step."""
+
+    began: Moment
+    ended: Moment
+
+    def seconds(self) -> float:
+        """Waits for the GPU."""
+        self.ended.synchronize()
+        return self.began.elapsed_time(self.ended) / 1000
 
 
 class Meter:
@@ -116,13 +141,18 @@ class Meter:
         dist.all_gather(ranks, mine)
         table = torch.stack(ranks)
         finite = (table[:, 0].sum() + table[0, 1]).isfinite()
-        host, began = table.to("cpu", non_blocking=True), self.last
-        self.restart()
-        return Reading(index, step, lr, host, began, self.last, finite)
+        host = table.to("cpu", non_blocking=True)
+        return Reading(index, step, lr, host, moment(self.device), finite)
 
-    def measure(self, reading: Reading) -> Metrics:
-        """The loop's one wait for the GPU. What is queued behind the reading goes on meanwhile."""
-        table, seconds, step = reading.wait(), reading.seconds(), reading.step
+    def lap(self) -> Lap:
+        """The step's time, once the optimizer's step is queued. Waits for nothing."""
+        began = self.last
+        self.restart()
+        return Lap(began, self.last)
+
+    def measure(self, reading: Reading, lap: Lap) -> Metrics:
+        """The loop's one wait for the GPU. What is queued behind the two goes on meanwhile."""
+        table, seconds, step = reading.wait(), lap.seconds(), reading.step
         return Metrics(
             step=reading.index,
             epoch=round(step.epoch, 4),
@@ -144,11 +174,7 @@ class Meter:
 
     def restart(self) -> None:
         """Leaves out of the next step's time what was done since the last one; its memory still counts."""
-        if self.device.type == "cuda":
-            self.last: Moment = torch.cuda.Event(enable_timing=True)
-            self.last.record()
-        else:
-            self.last = time.perf_counter()
+        self.last = moment(self.device)
 
     def _memory(self) -> list[torch.Tensor]:
         gpu = self.device.type == "cuda"
@@ -159,13 +185,13 @@ class Meter:
 
 
 class Later:
-    """A call that can wait for a better moment; never two of them."""
+    """A call that waits for a better moment; never two of them. A run that fails before makes none."""
 
     def __init__(self):
         self.call: Callable[[], None] | None = None
 
     def put(self, call: Callable[[], None]) -> None:
-        self.now()
+        assert self.call is None
         self.call = call
 
     def now(self) -> None:

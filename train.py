@@ -78,7 +78,7 @@ from quantize_layers import load_weights
 from recompute import ActivationBudget, Keep, compiler, compiles
 from report import FACTS, PAGE, describe_run, write_report
 from stopping import NEVER, NeverStop, Stopping
-from tracking import Later, Meter, Reading, despite_full_disk, make_tracker
+from tracking import Lap, Later, Meter, Reading, despite_full_disk, make_tracker
 from weight_cache import CacheWriter
 from wrapping import STRATEGIES, WRAP_POLICIES, make_mesh, offload_policy, sync_gradients, wrap
 
@@ -156,8 +156,8 @@ def train(
     schedule = make_schedule(optimizer, total, config.lr_warmup, config.lr_scheduler, done)
     budget = make_budget(job, model, place)
 
-    def tell(reading: Reading) -> None:
-        metrics = guard.judge(meter.measure(reading), reading.step)
+    def tell(reading: Reading, lap: Lap) -> None:
+        metrics = guard.judge(meter.measure(reading, lap), reading.step)
         budget.after_step(metrics.memory_allocated_gib)
         history.append(evaluator.after(metrics))
         tracker.log(history[-1])
@@ -189,8 +189,8 @@ def train(
         guard.step(optimizer, reading)
         optimizer.zero_grad(set_to_none=True)
         profiler.phase(BETWEEN)
-        untold.put(partial(tell, reading))
-        if guard.decides() or evaluator.due(index):
+        untold.put(partial(tell, reading, meter.lap()))
+        if guard.decides() or budget.decides() or evaluator.due(index):  # what the next step goes by
             untold.now()
         scaler.update()
         schedule.step()

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -32,7 +33,7 @@ from tests import tiny
 from tests.programs import ROOT
 from tests.resuming import fill, lines, run
 from tests.runs import train_run
-from tracking import Meter, Metrics, NoTracker, Reading, append
+from tracking import HostMoment, Meter, Metrics, NoTracker, Reading, append
 from wrapping import make_mesh
 
 BAD_ROW = 5  # of 12, from 1
@@ -212,7 +213,7 @@ class Copies(TorchDispatchMode):
 
 def reading(loss: float, norm: float) -> Reading:
     table = torch.tensor([[loss, norm]], dtype=torch.float64)
-    return Reading(1, STEP, 1e-4, table, 0.0, 1.0, table.sum().isfinite())
+    return Reading(1, STEP, 1e-4, table, HostMoment(), table.sum().isfinite())
 
 
 def test_a_reading_waits_for_nothing():
@@ -222,6 +223,25 @@ def test_a_reading_waits_for_nothing():
         meter.device = torch.device("cuda", 0)
         told = meter._memory()
     assert [t.device.type for t in told] == ["cuda"] * 4 and not copies.seen
+
+
+def test_the_next_step_waits_for_what_the_scaler_goes_by():
+    assert [guard(scale=scale).decides() for scale in (None, 1.0, 2.0**16)] == [False, True, True]
+
+
+def test_a_step_takes_what_is_between_its_ends(monkeypatch):
+    """Its optimizer's step too, and nothing of what was left out."""
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    meter, laps = Meter(torch.device("cpu"), {}), []
+    for work, evaluation in ((1, 5), (10, 0), (20, 0)):
+        now[0] += work
+        laps.append(meter.lap())
+        now[0] += evaluation
+        if evaluation:
+            meter.restart()
+    now[0] += 1000
+    assert [lap.seconds() for lap in laps] == [1, 10, 20]
 
 
 @pytest.mark.parametrize("most, stops", [(-1, [False] * 4), (0, [True] * 4), (2, [False, False, True, True])])

@@ -227,17 +227,30 @@ def test_optimizers_learn(optimizer, checkpoints, alpaca_file, one_rank):
     assert values[-1] < 0.97 * values[0]
 
 
-def test_a_step_is_told_while_the_next_one_computes(checkpoints, alpaca_file, one_rank, tmp_path):
-    """Unless something waits for it: an evaluation, a checkpoint, the end."""
-    args = small(checkpoints, alpaca_file, tmp_path / "out", "--max_steps", "6", "--save_every", "4")
-    args += ["--eval_share", "0.2", "--eval_every", "2", "--log_to", "stdout", "--world_size", "1"]
-    told = one_rank(order_of_a_run, list(map(str, args)))[0]
-    assert told == "F1 F2 T1 T2 E F3 F4 T3 T4 E S F5 F6 T5 T6 E S".split()
-    assert [m["step"] for m in metrics(tmp_path / "out")] == [1, 2, 3, 4, 5, 6]
+@pytest.mark.parametrize(
+    "options, order",
+    [
+        ("--save_every 4 --eval_share 0.2 --eval_every 2", "F1 F2 T1 T2 E F3 F4 T3 T4 E C F5 F6 T5 T6 E C"),
+        ("--sample_every 3 --sample_tokens 2", "A F1 F2 T1 F3 T2 T3 A F4 F5 T4 F6 T5 T6 A"),
+        ("--gradient_accumulation_steps 2 --max_steps 3", "F1 F2 F3 T1 F4 F5 T2 F6 T3"),
+        ("--max_bad_steps 0 --max_steps 3", "F1 T1 F2 T2 F3 T3"),
+        ("--precision fp16_autocast --max_steps 3", "F1 T1 F2 T2 F3 T3"),
+        ("--activation_budget -1 --max_steps 4", "F1 F2 T1 T2 F3 F4 T3 T4"),
+    ],
+)
+def test_a_step_is_told_while_the_next_one_computes(
+    options, order, checkpoints, alpaca_file, one_rank, tmp_path
+):
+    """Unless something goes by what it came to, or may not happen in the middle of a forward."""
+    args = small(checkpoints, alpaca_file, tmp_path / "out", "--max_steps", "6", *options.split())
+    told = one_rank(order_of_a_run, [*map(str, args), "--log_to", "stdout", "--world_size", "1"])[0]
+    assert told == order.split()
+    steps = [m["step"] for m in metrics(tmp_path / "out")]
+    assert steps == list(range(1, 1 + sum(s[0] == "T" for s in told)))
 
 
 def order_of_a_run(place, argv: list[str]) -> list[str]:
-    """F: a training step's forward, T: what it came to, E: an evaluation, S: what a checkpoint says."""
+    """F: a forward of the training, T: what a step came to, E: an evaluation, A: samples, C: what a checkpoint says."""
     config, _ = parse(argv)
     seen = []
 
@@ -258,8 +271,9 @@ def order_of_a_run(place, argv: list[str]) -> list[str]:
     original = train.loss_sum
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "loss_sum", loss_sum)
-        before(Meter, "measure", lambda _, reading: f"T{reading.index}")
+        before(Meter, "measure", lambda _, reading, lap: f"T{reading.index}")
         before(Evaluator, "_loss", lambda _: "E")
-        before(Checkpoints, "_run", lambda _: "S")
+        before(Evaluator, "_sample", lambda _, step: "A")
+        before(Checkpoints, "_run", lambda _: "C")
         whole_run(place, train.check(config))
     return seen
