@@ -20,12 +20,14 @@ import torch
 
 from config import UserError
 from finished_run import PREFIX, Run
+from memory import empty_on_host
 from model_files import CheckpointFiles
 from model_writer import PIECE, Entry, copied
 from models import build_on_meta
 from models.adapters import choose_quantizers, packed_linears
 from models.dora import TINY
 from quantizers import PackedWeight, Quantizer
+from tensor_files import Stage
 
 
 def merged_weight(weight: torch.Tensor, tensors: dict[str, torch.Tensor], scaling: float) -> torch.Tensor:
@@ -65,11 +67,12 @@ def merged_entries(
     quantizers = packed_in_training(run) if dequantized else {}
     assert not run.files.packed or dequantized
     scaling = run.config.lora_alpha / run.config.lora_rank if adapter else 0.0
+    stage = Stage(device.type) if device.type == "cuda" else None
     entries = copied(run.files)
     for name, entry in entries.items():
         dtype, quantizer, tensors = dtype_of(entry.dtype), quantizers.get(name), layers.pop(name, None)
         if quantizer or tensors:
-            make = partial(_weight, run.files, name, quantizer, tensors, scaling, device)
+            make = partial(_weight, run.files, name, quantizer, tensors, scaling, device, stage)
             entries[name] = Entry(dtype, entry.shape, partial(_pieces, make, name, dtype))
         elif dtype != entry.dtype:
             pieces = partial(_converted, run.files, name, dtype)
@@ -85,9 +88,10 @@ def _weight(
     tensors: dict[str, torch.Tensor] | None,
     scaling: float,
     device: torch.device,
+    stage: Stage | None,
 ) -> torch.Tensor:
     """One weight of the merged model: [O, I] fp32 on the device."""
-    source = files.read(name).to(device)
+    source = files.read(name, stage).to(device)
     if quantizer:  # from the stored dtype, as in training
         packed = source if isinstance(source, PackedWeight) else PackedWeight(*quantizer.quantize(source))
         del source
@@ -113,7 +117,9 @@ def _converted(files: CheckpointFiles, name: str, dtype: torch.dtype) -> Iterato
 
 
 def _as_bytes(tensor: torch.Tensor):
-    return tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().data
+    if tensor.is_cuda:  # into page-locked memory, which torch uses again for the next one
+        tensor = empty_on_host(tensor, "cuda").copy_(tensor)
+    return tensor.contiguous().view(-1).view(torch.uint8).numpy().data
 
 
 def _fits(tensor: torch.Tensor, name: str) -> torch.Tensor:

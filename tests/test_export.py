@@ -265,6 +265,16 @@ def test_the_card_names_what_is_on_the_hub(made, tmp_path):
     assert "Final loss: not known" in text
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("base", ["original", "dequantized"])
+def test_a_merge_on_a_gpu_is_the_cpus(base, made, tmp_path):
+    folders = {device: tmp_path / device for device in ("cpu", "cuda")}
+    for device, folder in folders.items():
+        exported(made, folder, "--base", base, "--device", device, "--dtype", "float32")
+    ours, expected = all_tensors(folders["cuda"]), all_tensors(folders["cpu"])
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
+
+
 def test_merged_then_quantized_again(made, checkpoints, tmp_path):
     """NF4 of the merged weights is not NF4 of the base plus the adapter: the error that is added is about NF4's
     own, whichever base was merged into. docs/export.md has the numbers of a larger model."""
