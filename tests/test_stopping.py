@@ -181,7 +181,7 @@ def test_a_signal_to_the_whole_group_ends_no_compilation():
     try:
         assert process.stdout.readline() == "ready\n"
         os.killpg(process.pid, signal.SIGTERM)
-        assert process.communicate(timeout=30)[0] == "True\n"
+        assert process.communicate(timeout=90)[0] == "True\n"
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
