@@ -239,10 +239,10 @@ def whole_or_nothing(out: Path, overwrite: bool) -> Iterator[Path]:
         temporary.mkdir(parents=True)
         with _locked(temporary):
             yield temporary
-        check_unused(out, overwrite, [path.name for path in temporary.iterdir()])
-        clear_output(out)
-        for path in sorted(temporary.iterdir(), key=lambda p: p.name in LAST):
-            path.replace(out / path.name)
+            check_unused(out, overwrite, [path.name for path in temporary.iterdir()])
+            clear_output(out)
+            for path in sorted(temporary.iterdir(), key=lambda p: p.name in LAST):
+                path.replace(out / path.name)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         for folder in made:
@@ -252,18 +252,17 @@ def whole_or_nothing(out: Path, overwrite: bool) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[bool]:
-    """Whether this process has the folder to itself within: not if another holds its lock, or there are none on its file
-    system."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        free = True
-    except OSError:
-        free = False
-    try:
+    """Whether this process has the folder to itself within: not if another holds its lock or has just removed it, if it
+    may not be opened, or if there are no locks on its file system."""
+    with contextlib.ExitStack() as opened:
+        try:
+            descriptor = os.open(folder, os.O_RDONLY)
+            opened.callback(os.close, descriptor)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            free = True
+        except OSError:
+            free = False
         yield free
-    finally:
-        os.close(descriptor)
 
 
 # The check

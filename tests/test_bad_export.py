@@ -205,6 +205,15 @@ def test_what_a_killed_export_left_is_removed_by_the_next(run, tmp_path):
             writing.kill()
 
 
+def test_what_cannot_be_opened_is_left_alone(run, tmp_path):
+    """As a folder that another export has just removed, or another user's."""
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / ".export-1.tmp").symlink_to(tmp_path / "gone")
+    assert export.main([str(run), "--to", "adapter", "--out", str(out)]) == 0
+    assert (out / ".export-1.tmp").is_symlink() and (out / ADAPTER).is_file()
+
+
 # Uploads
 
 
