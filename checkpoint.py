@@ -11,6 +11,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -147,6 +148,15 @@ def staged(folder: Path) -> Iterator[Callable[[str], Path]]:
 def write_text(path: Path, text: str) -> None:
     with staged(path.parent) as stage:
         stage(path.name).write_text(text, encoding="utf-8")
+
+
+def as_json(value):
+    """JSON has no NaN and no infinity: null."""
+    if isinstance(value, dict):
+        return {name: as_json(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [as_json(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def check_room(folder: Path, needed: int) -> None:

@@ -25,7 +25,6 @@ import contextlib
 import dataclasses
 import itertools
 import json
-import math
 from collections.abc import Callable
 
 import torch
@@ -33,7 +32,7 @@ from torch import nn
 from transformers import GenerationConfig
 from transformers.utils import logging as transformers_logging
 
-from checkpoint import check_writable, write_text
+from checkpoint import as_json, check_writable, write_text
 from data import read_examples, tokenize
 from evaluation import grouped, mean_loss, perplexity
 from evaluation_data import Prompt, held_rows, prompt_of, read_beside, stop_tokens
@@ -198,15 +197,6 @@ def evaluate(options: Options) -> dict:
         "metrics": {name: {"base": untrained[name], "tuned": tuned[name]} for name in tuned},
         "answers": [{"prompt": p.text, "reference": p.answer, "base": b, "tuned": t} for p, b, t in answers],
     }
-
-
-def as_json(value):
-    """JSON has no NaN and no infinity: null."""
-    if isinstance(value, dict):
-        return {name: as_json(each) for name, each in value.items()}
-    if isinstance(value, list):
-        return [as_json(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def table(results: dict) -> str:

@@ -183,12 +183,11 @@ class ActivationBudget:
     def after_step(self, peak_gib: float) -> None:
         """To be called after every step with the most that was allocated in it. The second one, with the optimizer's
         states, shows what is free."""
-        decides = self.decides()
-        self.steps += 1
-        if decides and self.device.type == "cuda":
+        if self.decides() and self.device.type == "cuda":
             free, total = torch.cuda.mem_get_info(self.device)
             ours = free + torch.cuda.memory_reserved(self.device)
             self._spend(int(ours - peak_gib * 2**30 - total / 10))
+        self.steps += 1
 
     def _spend(self, budget: int) -> None:
         for layer, n_bytes in zip(reversed(self.layers), reversed(self.bytes), strict=True):

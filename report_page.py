@@ -267,9 +267,8 @@ def commands(run: RunFiles) -> list[tuple[str, list[str]]]:
     folder, config, found = str(run.folder), run.config, []
     demo = (config.model_name, config.dataset) == (TOY_MODEL, TOY_DATASET)
     asked = ["--prompt", TOY_PROMPT] if demo else []  # without one it is a conversation
-    held_out = (
-        config.eval_share or config.eval_dataset
-    )  # which evaluate.py takes when it is told no other rows
+    # evaluate.py takes these when it is told no other rows.
+    held_out = config.eval_share or config.eval_dataset
     measured = [] if held_out else ["--dataset", config.dataset, "--samples", "200"]
     adapter, whole = "adapter_model.safetensors" in run.names, "config.json" in run.names
     for script, what, more, needs in (

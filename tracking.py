@@ -23,7 +23,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import memory
-from checkpoint import staged
+from checkpoint import as_json, staged
 from command_line import FULL_DISK
 from config import Config, UserError
 from data import Step
@@ -240,9 +240,8 @@ class Tracker(NoTracker):
 
     def log(self, m: Metrics) -> None:
         self.history.append(m)
-        # JSON has no NaN or infinity, which a skipped step of fp16 has as its gradient norm.
-        line = {k: v if math.isfinite(v) else None for k, v in m.fields().items()}
-        self.held += json.dumps(line).encode() + b"\n"
+        # A skipped step of fp16 has no number as its gradient norm.
+        self.held += json.dumps(as_json(m.fields())).encode() + b"\n"
         self._write()
         if m.eval_loss is not None:
             self.evaluated = f", eval {m.eval_loss:.4f}"
