@@ -1,9 +1,14 @@
-"""Attention of packed rows by PyTorch's variable-length kernel, which never computes scores between rows.
+"""Which attention a training run computes with, and the two kinds that need no mask.
 
-Everything else - a GPU before Ampere, a CPU, fp32, a cap on scores, dropout of scores - goes by the family's own
-attention, with transformers' block-diagonal causal masks: [B, 1, T, T] booleans, made once per micro-batch and
-kind of layer, and shared by the layers. transformers makes them from positions that begin again (its
-masking_utils.find_packed_sequence_indices), which on a GPU waits for it once per kind.
+`attend_causally`: PyTorch's causal attention, of lines that are one row each. `attend_within_rows`: its
+variable-length kernel, which never computes scores between packed rows, and none beyond a sliding window.
+
+Everything else - packed rows or a sliding window on a GPU before Ampere, on a CPU or in fp32, a cap on scores,
+dropout of scores - goes by the family's own attention, with transformers' masks: [B, 1, T, T] booleans, made once per
+micro-batch and kind of layer, and shared by the layers. To know whether a mask must keep rows apart transformers
+looks for positions that begin again, and a GPU is waited for, once per kind, before the first layer
+(masking_utils.find_packed_sequence_indices, packed rows or not). It does none of that for an implementation that it
+has no mask function for, as ours.
 
 Shapes: B lines of a batch, T tokens of a line, H query heads, K key and value heads, D features of a head, N rows.
 """
@@ -16,20 +21,29 @@ import torch
 from torch import nn
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, PretrainedConfig
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from models.family import Family
 
-VARLEN = "varlen_rows"  # the name that transformers knows `attend_within_rows` by
+# The names that transformers knows ours by.
+CAUSAL, VARLEN = "causal_lines", "varlen_rows"
 # Up to 2.11 torch takes fewer key and value heads than query heads without being told.
 _GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
 
-def packed_attention(config: PretrainedConfig, family: Family, dtype: torch.dtype) -> str:
-    """By transformers' name, what computes attention within packed rows on this hardware. dtype: of the matmuls."""
+def choose_attention(
+    config: PretrainedConfig, family: Family, dtype: torch.dtype, packing: bool, longest: int
+) -> str:
+    """By transformers' name, what computes attention on this hardware. dtype: of the matmuls; longest: tokens of a
+    line of training."""
+    if family.attention != "sdpa":
+        return family.attention
+    window = getattr(config, "sliding_window", None)
+    if not packing and (window is None or longest <= window):
+        return CAUSAL
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     suits = (
-        family.attention == "sdpa"
-        and not config.attention_dropout
+        not config.attention_dropout
         and dtype in (torch.float16, torch.bfloat16)
         and head % 8 == 0
         and (head <= 192 or head == 256)  # between them its backward does not run on every GPU
@@ -41,6 +55,26 @@ def has_varlen() -> bool:
     """Whether this process computes on GPUs that the kernel runs on: Ampere and newer."""
     built = torch.cuda.is_available() and torch.backends.cuda.is_flash_attention_available()
     return built and torch.cuda.get_device_capability() >= (8, 0)
+
+
+def attend_causally(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    sliding_window: int | None = None,
+    **others,
+) -> tuple[torch.Tensor, None]:
+    """Causal attention of whole lines, no padding on their left and no cache: (result [B, T, H, D], None). query:
+    [B, H, T, D], key and value: [B, K, T, D]; the arguments are transformers' (AttentionInterface)."""
+    assert attention_mask is None
+    length = query.shape[2]
+    if sliding_window is not None and length > sliding_window:  # longer than training's, so rare
+        at = torch.arange(length, device=query.device)
+        before = at[:, None] - at
+        attention_mask = ((before >= 0) & (before < sliding_window))[None, None]
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **others)
 
 
 def attend_within_rows(
@@ -79,4 +113,5 @@ def attend_within_rows(
     return result.view(batch, length, heads, features), None
 
 
+AttentionInterface.register(CAUSAL, attend_causally)
 AttentionInterface.register(VARLEN, attend_within_rows)

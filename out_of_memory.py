@@ -27,6 +27,7 @@ from loss import HIDDEN_BYTES, LOGITS_BYTES
 from memory import PEAKS, WeightBytes, size
 from models import FAMILIES, build_on_meta
 from models.adapters import apply_method
+from packing import longest_line
 from precision import precision_here
 from wrapping import STRATEGIES, embedding_on_host
 
@@ -70,7 +71,7 @@ def measure(job: Job, config: Config) -> Shape:
     layers = model.get_submodule(family.layers)
     ends = [model.get_submodule(name).weight for name in (family.embedding, family.head)]
     return Shape(
-        tokens=_longest(job, config),
+        tokens=longest_line(config, job.rows),
         hidden=described.hidden_size,
         vocabulary=described.vocab_size,
         layers=len(layers),
@@ -80,13 +81,6 @@ def measure(job: Job, config: Config) -> Shape:
         layer=max(_nbytes(layer) for layer in layers),
         ends=max(p.numel() * p.element_size() * p.requires_grad for p in ends),
         on_host=ends[0].numel() * ends[0].element_size() * embedding_on_host(model, family),
-    )
-
-
-def _longest(job: Job, config: Config) -> int:
-    """Tokens of the longest line of a batch."""
-    return (
-        config.context_length if config.packing else min(int(job.rows.lengths().max()), config.context_length)
     )
 
 
@@ -142,7 +136,7 @@ def changes(job: Job) -> list[dict]:
         found = [change for change in found if "use_activation_cpu_offload" not in change]
     if config.train_type in PACKED_INSTEAD and not job.files.prequantized:
         found.append({"train_type": PACKED_INSTEAD[config.train_type]})
-    return [*found, {"context_length": max(_longest(job, config) // 2, 2)}]
+    return [*found, {"context_length": max(longest_line(config, job.rows) // 2, 2)}]
 
 
 def savings(job: Job) -> list[tuple[dict, float]]:

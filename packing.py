@@ -106,6 +106,11 @@ class PackSampler(StepSampler):
         return make_packed(self.rows, own, shape, self.longest, self.bounds)
 
 
+def longest_line(config: Config, rows: TokenizedRows) -> int:
+    """Tokens of the longest line of a training batch."""
+    return config.context_length if config.packing else min(int(rows.lengths().max()), config.context_length)
+
+
 def make_sampler(config: Config, rows: TokenizedRows, rank: int, world: int) -> StepSampler:
     """What deals a run's rows to one of its ranks."""
     dealt = (rows, config.batch_size, config.gradient_accumulation_steps, rank, world, config.seed)

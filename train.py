@@ -37,7 +37,7 @@ import launch
 import memory
 import nodes
 import resume
-from attention import packed_attention
+from attention import choose_attention
 from checkpoint import (
     base_digest,
     clear_output,
@@ -70,7 +70,7 @@ from models.adapters import (
 )
 from optimizers import make_optimizer, make_schedule
 from out_of_memory import explained
-from packing import make_sampler
+from packing import longest_line, make_sampler
 from precision import precision_here, use_deterministic
 from prefetch import ahead
 from profiling import BETWEEN, NO_PROFILER, NoProfiler, Profiler, make_profiler
@@ -88,7 +88,8 @@ def set_up(job: Job, place: Place, profiler: NoProfiler = NO_PROFILER) -> nn.Mod
     profiler.phase("wrap")
     config, family = job.config, FAMILIES[job.model_config.model_type]
     precision, device = precision_here(config.precision), place.device
-    attention = packed_attention(job.model_config, family, precision.matmul) if config.packing else None
+    longest = longest_line(config, job.rows)
+    attention = choose_attention(job.model_config, family, precision.matmul, config.packing, longest)
     model = build_on_meta(job.model_config, family, attention)
     apply_method(model, family, config, precision, job.files)
     mesh = make_mesh(device.type, place.world, config.sharding_strategy, config.hybrid_shard_size)
@@ -207,9 +208,8 @@ def train(
 
 def make_budget(job: Job, model: nn.Module, place: Place) -> ActivationBudget:
     config, family = job.config, FAMILIES[job.model_config.model_type]
-    longest = config.context_length if config.packing else int(job.rows.lengths().max())
     itemsize = precision_here(config.precision).matmul.itemsize
-    tokens = config.batch_size * longest
+    tokens = config.batch_size * longest_line(config, job.rows)
     return ActivationBudget(model, family, config.activation_budget, tokens, itemsize, place.device)
 
 

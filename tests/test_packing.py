@@ -14,11 +14,11 @@ import torch
 import attention
 import report
 import train
-from attention import VARLEN, packed_attention
+from attention import CAUSAL, VARLEN
 from checkpoint import whole
 from data import IGNORE, Batch, StepSampler, TokenizedRows, make_batch
 from messages import describe_data
-from models import FAMILIES, read_config
+from models import FAMILIES
 from models.family import clean
 from packing import PackSampler, best_fit, make_packed, make_sampler
 from tests.runs import make_job, set_up, train_run
@@ -161,6 +161,10 @@ def packed_batch() -> Batch:
     return make_packed(seven_rows(), [torch.tensor(p) for p in PACKS], (3, 77), max(LENGTHS), 12)
 
 
+def padded_batch() -> Batch:
+    return make_batch(seven_rows(), torch.arange(len(LENGTHS)), (len(LENGTHS), max(LENGTHS)))
+
+
 def by_definition(q, k, v, cu_q, cu_k, max_q, max_k, **options):
     """What torch's kernel computes, a row at a time; what no row covers is NaN. [tokens, heads, features]."""
     inspect.signature(KERNEL).bind(q, k, v, cu_q, cu_k, max_q, max_k, **options)
@@ -183,16 +187,19 @@ def by_definition(q, k, v, cu_q, cu_k, max_q, max_k, **options):
 
 def ways(place, args) -> dict[str, tuple[float, dict]]:
     """(loss, {trained parameter: its gradient}) of the seven rows: padded and packed; by the family's own
-    attention and, where that is PyTorch's, by ours over `by_definition`."""
+    attention and, where that is PyTorch's, by ours, packed rows over `by_definition`."""
     job, model = set_up(place, args)
-    padded = make_batch(seven_rows(), torch.arange(len(LENGTHS)), (len(LENGTHS), max(LENGTHS)))
-    packed = packed_batch()
+    own = FAMILIES[job.model_config.model_type].attention
+    model.set_attn_implementation(own)
+    padded, packed = padded_batch(), packed_batch()
     found = {
         "padded": learn(model, padded),
         "packed": learn(model, packed),
         "leaking": learn(model, Batch(packed.ids, packed.targets)),
     }
-    if FAMILIES[job.model_config.model_type].attention == "sdpa":
+    if own == "sdpa":
+        model.set_attn_implementation(CAUSAL)
+        found["padded, causal"] = learn(model, padded)
         attention.varlen_attn = by_definition
         model.set_attn_implementation(VARLEN)
         try:
@@ -228,7 +235,7 @@ def test_packed_rows_are_learned_as_rows_one_by_one(kind, checkpoints, alpaca_fi
     found = one_rank(ways, arguments(checkpoints(kind), alpaca_file, "full"))[0]
     expected, leaking = found.pop("padded"), found.pop("leaking")
     assert abs(leaking[0] / expected[0] - 1) > 1e-3, "rows that see one another would not show"
-    assert len(found) == (1 if kind == "gemma2" else 3)
+    assert len(found) == (1 if kind == "gemma2" else 4)
     for result in found.values():
         assert_equal(result, expected)
 
@@ -266,56 +273,6 @@ def test_two_ranks_equal_one(checkpoints, alpaca_file, one_rank, two_ranks):
     plain = one_rank(train_run, [*args, "--batch_size", "6"])[0]
     assert len(plain[0]) == 3
     assert_same(plain, two_ranks(train_run, [*args, "--batch_size", "3"])[0])
-
-
-# --- which attention ------------------------------------------------------------------------------------------
-
-
-def test_which_attention(checkpoints, monkeypatch):
-    def chosen(kind: str, dtype: torch.dtype = torch.bfloat16, **changes) -> str:
-        config, family = read_config(checkpoints(kind))
-        for name, value in changes.items():
-            setattr(config, name, value)
-        return packed_attention(config, family, dtype)
-
-    assert chosen("llama") == "sdpa"  # there is no GPU here, or it is asked for below
-    monkeypatch.setattr(attention, "has_varlen", lambda: True)
-    names = {kind: chosen(kind) for kind in CONFIGS}
-    assert names == dict.fromkeys(CONFIGS, VARLEN) | {"gemma2": "eager"}
-    assert chosen("llama", torch.float16) == VARLEN
-    assert chosen("llama", torch.float32) == "sdpa"
-    assert chosen("llama", attention_dropout=0.1) == "sdpa"
-    sizes = {256: VARLEN, 192: VARLEN, 200: "sdpa", 320: "sdpa", 20: "sdpa"}
-    assert {size: chosen("qwen3", head_dim=size) for size in sizes} == sizes
-
-
-@pytest.mark.parametrize(
-    "capability, built, has", [((8, 0), True, True), ((7, 5), True, False), ((9, 0), False, False)]
-)
-def test_which_gpus(capability, built, has, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: built)
-    assert attention.has_varlen() == has
-
-
-def test_it_compiles_once_without_a_graph_break():
-    """On the meta device, where torch's kernel has shapes only: other bounds are no reason to compile again."""
-    compiled, made = [], {"device": "meta", "dtype": torch.bfloat16, "requires_grad": True}
-
-    def count(graph, _):
-        compiled.append(graph)
-        return graph
-
-    attend = torch.compile(attention.attend_within_rows, backend=count, fullgraph=True)
-    for _ in range(3):
-        q, k, v = (torch.empty(2, heads, 64, 16, **made) for heads in (4, 2, 2))
-        bounds = torch.empty(9, dtype=torch.int32, device="meta")
-        given = {"scaling": 0.25, "sliding_window": 16, "cu_seq_lens_q": bounds, "max_length_q": 40}
-        result, _ = attend(torch.nn.Identity(), q, k, v, None, **given)
-        result.sum().backward()
-        assert result.shape == (2, 64, 4, 16) and k.grad.shape == k.shape
-    assert len(compiled) == 1
 
 
 # --- what a run says ------------------------------------------------------------------------------------------
