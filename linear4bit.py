@@ -74,7 +74,9 @@ def linear4bit(x, codes, scales, table, quantizer, shape, row_scale, bias, h, a,
         both = x.new_empty(shape[0], shape[1] + h.shape[-1])
         dequantize(*packed, out=both[:, : shape[1]])
         both[:, shape[1] :] = b
-        return F.linear(torch.cat((x, h), -1), both, bias)
+        # h may be a part of several linears' (inductor_passes.py); unless all is contiguous torch copies five times
+        # as slowly.
+        return F.linear(torch.cat((x, h.contiguous()), -1), both, bias)
     weight = dequantize(*packed)
     # The large matmul adds into the small one's result: it has time to read it, which a small one has not.
     y = F.linear(h, b, bias)
