@@ -29,7 +29,7 @@ from config import UserError
 from launch import Place
 from memory import MIB, can_pin
 from stopping import NeverStop
-from training_state import Tensors, collect, restore
+from training_state import Tensors, collect, restore, trained_parameters
 
 
 class Part(Protocol):
@@ -61,20 +61,25 @@ def host_memory(tensors: Tensors, pin: bool) -> Tensors:
 class HostCopy:
     """Copies of a rank's tensors in host memory, which is allocated once.
 
-    From a GPU they are made on a stream of their own, while the next step's forward and backward run; the optimizer's
-    step, which changes the originals, waits for them on the GPU.
+    They are made by a thread, from a GPU on a stream of its own, while the next step's forward and backward run: `mark`
+    when the originals are as they are to be copied, then `take` in the thread; before they change, when that is
+    through, `originals_may_change`; before the copies are read, `wait`.
     """
 
-    def __init__(self, device: torch.device, optimizer: torch.optim.Optimizer):
+    def __init__(self, device: torch.device):
         self.buffers: Tensors = {}
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self.copied = torch.cuda.Event() if self.stream else None
+        self.marked, self.copied = (torch.cuda.Event() if self.stream else None for _ in range(2))
         self.pin = can_pin(device.type)
-        if self.stream:
-            optimizer.register_step_pre_hook(lambda *_: self.stream_waits())
 
-    def stream_waits(self) -> None:
-        torch.cuda.current_stream().wait_event(self.copied)
+    def mark(self) -> None:
+        if self.marked:
+            self.marked.record()
+
+    def originals_may_change(self) -> None:
+        """By what is queued on the GPU from here on."""
+        if self.copied:
+            torch.cuda.current_stream().wait_event(self.copied)
 
     def allocate(self, local: Tensors) -> None:
         """The memory that copies of these tensors need and have not yet; of their data nothing is read."""
@@ -88,11 +93,11 @@ class HostCopy:
         return buffer is not None and (buffer.shape, buffer.dtype) == (local.shape, local.dtype)
 
     def take(self, local: Tensors) -> Tensors:
-        """Starts the copies; `wait` before they are read."""
+        """Starts the copies."""
         self.allocate(local)
         if not self.stream:
             return self._copy(local)
-        self.stream.wait_stream(torch.cuda.current_stream())
+        self.stream.wait_event(self.marked)
         with torch.cuda.stream(self.stream):
             copies = self._copy(local)
             self.copied.record()
@@ -143,7 +148,8 @@ class Checkpoints:
         say: Callable[[str], None],
         saved: Saved | None,
     ):
-        self.folder, self.model, self.optimizer = folder, model, optimizer
+        # Taken once: within a forward FSDP has others in the place of the sharded parameters.
+        self.folder, self.trained, self.optimizer = folder, trained_parameters(model), optimizer
         self.parts, self.place = parts, place
         self.every, self.at_end, self.keep, self.stopping, self.saved = every, at_end, keep, stopping, saved
         self.describe_run, self.settle, self.say = cache(describe_run), settle, say
@@ -152,8 +158,10 @@ class Checkpoints:
         self.pool = ThreadPoolExecutor(1, "checkpoint")
         # Of `no_dist`. Not within the thread that saves: filters are the whole process's.
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        self.copy = HostCopy(place.device, optimizer)
+        self.copy = HostCopy(place.device)
+        optimizer.register_step_pre_hook(lambda *_: self._before_update())
         self.allocating: Future[None] | None = None
+        self.copying: Future[Tensors] | None = None
         self.writing: Future[bool] | None = None
         self.step = self.newest = 0  # of the last checkpoint that was begun; of the last that is whole
         self.seconds = 0.0  # that the last whole one took to write
@@ -163,7 +171,7 @@ class Checkpoints:
         """Restores what the run is resumed from. Returns the number of steps that were done."""
         if self.saved is None:
             return 0
-        restore(self.saved, self.model, self.optimizer, self.place.rank, self.group)
+        restore(self.saved, self.trained, self.optimizer, self.place.rank, self.group)
         for name, part in self.parts.items():
             try:
                 part.load_state_dict(self.saved.run["parts"][name])
@@ -186,7 +194,7 @@ class Checkpoints:
     def _prepare(self) -> None:
         """Allocates the copies' memory, which takes a second for 2 GiB, while the steps before the first checkpoint run;
         once the optimizer has its states, which a step that is left out does not give it."""
-        _, local = collect(self.model, self.optimizer, self.place.rank)
+        _, local = collect(self.trained, self.optimizer, self.place.rank)
         self.allocating = self.pool.submit(self.copy.allocate, local)
 
     def save(self, step: int) -> None:
@@ -196,13 +204,19 @@ class Checkpoints:
         self.settle()
         began = time.perf_counter()
         self._await()
-        if self.allocating:
-            self.allocating.result()
-        layout, local = collect(self.model, self.optimizer, self.place.rank)
-        copies = self.copy.take(local)
+        layout, local = collect(self.trained, self.optimizer, self.place.rank)
+        self.copy.mark()
         run = self._run() if self.place.rank == 0 else {}
-        self.step, self.writing = step, self.pool.submit(self._write, step, layout, copies, run)
+        self.copying = self.pool.submit(self.copy.take, local)
+        self.step, self.writing = step, self.pool.submit(self._write, step, layout, self.copying, run)
         self.waits.append(time.perf_counter() - began)
+
+    def _before_update(self) -> None:
+        """Before each step of the optimizer, which changes what is copied. Raises what the copying raised."""
+        if self.copying:
+            self.copying.result()
+            self.copying = None
+            self.copy.originals_may_change()
 
     def _run(self) -> dict:
         """The state that is no tensor; on rank 0, which writes it."""
@@ -212,10 +226,10 @@ class Checkpoints:
             "files": {path.name: path.stat().st_size for path in growing if path.is_file()},
         }
 
-    def _write(self, step: int, layout: Tensors, copies: Tensors, run: dict) -> bool:
-        """In the thread. Returns whether the checkpoint is whole; a disk that takes no more is told, and the run goes
-        on with the checkpoint before."""
-        began = time.perf_counter()
+    def _write(self, step: int, layout: Tensors, copying: Future[Tensors], run: dict) -> bool:
+        """In the thread, after the copying. Returns whether the checkpoint is whole; a disk that takes no more is told,
+        and the run goes on with the checkpoint before."""
+        began, copies = time.perf_counter(), copying.result()
         self.copy.wait()
 
         def described() -> dict:
@@ -261,8 +275,10 @@ class Checkpoints:
     def finish(self) -> None:
         """Waits for the last write: a process must not end before. Raises RuntimeError if the run is to stop and its
         last step could not be saved."""
-        self._await()
-        self.pool.shutdown()
+        try:
+            self._await()
+        finally:
+            self.pool.shutdown()
         dist.destroy_process_group(self.group)
         if self.waits:
             mean, longest = sum(self.waits) / len(self.waits), max(self.waits)

@@ -190,6 +190,8 @@ def train(
         guard.step(optimizer, reading)
         optimizer.zero_grad(set_to_none=True)
         profiler.phase(BETWEEN)
+        if index == done + 1:
+            memory.spare_collector()  # what was compiled is there
         untold.put(partial(tell, reading, meter.lap()))
         if guard.decides() or budget.decides() or evaluator.due(index):  # what the next step goes by
             untold.now()
@@ -203,6 +205,7 @@ def train(
     untold.now()
     checkpoints.finish()
     profiler.finish()
+    memory.restore_collector()
     return history
 
 

@@ -32,12 +32,14 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {clean(name): p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def collect(model: nn.Module, optimizer: torch.optim.Optimizer, rank: int) -> tuple[Tensors, Tensors]:
-    """(how each tensor is laid out: DTensors, and plain ones that are the same on every rank or belong to one; this
+def collect(
+    trained: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, rank: int
+) -> tuple[Tensors, Tensors]:
+    """Of the trained parameters, by name: (how each tensor is laid out: DTensors, and plain ones that are the same on every rank or belong to one; this
     rank's part of each, the live one), by name."""
     local = _random_states(rank)
     layout = dict(local)
-    for name, param in trained_parameters(model).items():
+    for name, param in trained.items():
         layout[f"model.{name}"], local[f"model.{name}"] = param.detach(), _local(param)
         for key, value in optimizer.state.get(param, {}).items():
             suffix, placed = _layout(value, param, rank, has_blocks(optimizer))
@@ -74,12 +76,15 @@ def _layout(value, param: nn.Parameter, rank: int, blocks: bool) -> tuple[str, t
 
 
 def restore(
-    saved: Saved, model: nn.Module, optimizer: torch.optim.Optimizer, rank: int, group: dist.ProcessGroup
+    saved: Saved,
+    params: dict[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    rank: int,
+    group: dist.ProcessGroup,
 ) -> None:
-    """Puts a checkpoint's tensors into a model and a fresh optimizer, on any number of ranks. Random states are a
+    """Puts a checkpoint's tensors into the trained parameters and a fresh optimizer, on any number of ranks. Random states are a
     rank's own: one beyond those of the checkpoint keeps what it has. 8-bit moments of a rank that had the same rows
     stay what they are, others are put together anew. Collective. Raises UserError if it is of another model."""
-    params = trained_parameters(model)
     _check_names(saved, params)
     sources = {name: _sources(saved, name, param, rank) for name, param in params.items()}
     states = _fresh_states(saved, params, sources)

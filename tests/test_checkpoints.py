@@ -45,16 +45,16 @@ class Asking(NeverStop):
 
 
 class Slow:
-    """In place of `host_memory`: takes its time, and notes what was allocated, and whether training waited for it."""
+    """In place of `host_memory`: takes its time, and notes what was allocated, and whether by the thread that trains."""
 
     def __init__(self, failure: str = ""):
-        self.failure, self.names, self.waited = failure, [], set()
+        self.failure, self.names, self.by_training = failure, [], set()
 
     def __call__(self, tensors: Tensors, pin: bool) -> Tensors:
         if not tensors:
             return {}
         self.names += tensors
-        self.waited.add(threading.current_thread() is threading.main_thread())
+        self.by_training.add(threading.current_thread() is threading.main_thread())
         time.sleep(0.2)
         if self.failure:
             raise RuntimeError(self.failure)
@@ -97,7 +97,7 @@ class Small:
         return self.checkpoints.copy.buffers
 
     def local(self) -> Tensors:
-        return collect(self.model, self.optimizer, self.place.rank)[1]
+        return collect(self.checkpoints.trained, self.optimizer, self.place.rank)[1]
 
     def check_saved(self) -> None:
         """That the last step's checkpoint holds what there is now."""
@@ -170,22 +170,49 @@ def asked_for(place, folder: str, every: int, at: int) -> set[bool]:
         run.step()
         run.checkpoints.finish()
     assert sorted(slow.names) == sorted(run.local()), "each once"
-    return slow.waited
+    return slow.by_training
 
 
-@pytest.mark.parametrize(("every", "at", "waits"), [(100, 2, False), (100, 1, True), (0, 2, True)])
-def test_a_checkpoint_may_be_asked_for_at_any_time(every, at, waits, one_rank, tmp_path):
+@pytest.mark.parametrize(("every", "at"), [(100, 2), (100, 1), (0, 2)])
+def test_a_checkpoint_may_be_asked_for_at_any_time(every, at, one_rank, tmp_path):
     """While its memory is being allocated, before that has begun, and where there was to be none."""
-    assert one_rank(asked_for, str(tmp_path), every, at) == [{waits}]
+    assert one_rank(asked_for, str(tmp_path), every, at) == [{False}]
+
+
+def overtaken(place, folder: str) -> None:
+    run, copy = Small(place, folder, every=2), HostCopy._copy
+
+    def late(self, local: Tensors) -> Tensors:
+        time.sleep(0.3)
+        return copy(self, local)
+
+    with mock.patch.object(HostCopy, "_copy", late):
+        run.step()
+        began = time.perf_counter()
+        run.step()
+        assert time.perf_counter() - began < 0.2, "training waits for the copies"
+        expected = {name: tensor.clone() for name, tensor in run.local().items() if "random" not in name}
+        run.step()
+    run.checkpoints.finish()
+    saved = load_file(folder_of(Path(folder), 2) / "rank-00000.safetensors")
+    assert len(expected) == 2 * 4
+    assert all(torch.equal(saved[name], tensor.cpu()) for name, tensor in expected.items())
+    assert not torch.equal(saved["model.weight"], run.model.weight.cpu()), "the third step changed nothing"
+
+
+def test_the_next_step_does_not_change_what_is_still_to_be_copied(one_rank, tmp_path):
+    one_rank(overtaken, str(tmp_path))
 
 
 def without_memory(place, folder: str) -> None:
     run = Small(place, folder, every=2)
     with mock.patch.object(checkpoints, "host_memory", Slow("no memory")):
         run.step()
+        run.step()
         with pytest.raises(RuntimeError, match="no memory"):
             run.step()
-    run.checkpoints.finish()
+    with pytest.raises(RuntimeError, match="no memory"):
+        run.checkpoints.finish()
     assert not any(thread.name.startswith("checkpoint") for thread in threading.enumerate())
 
 
@@ -195,7 +222,7 @@ def test_a_host_without_memory_ends_the_run(one_rank, tmp_path):
 
 def test_copies_lie_together_and_are_written_each_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoints, "PIECE", 2048)
-    copy = HostCopy(torch.device("cpu"), torch.optim.SGD([nn.Parameter(torch.zeros(1))]))
+    copy = HostCopy(torch.device("cpu"))
     copies = copy.take(TENSORS)
     assert all(torch.equal(copies[name], tensor) for name, tensor in TENSORS.items()), "none over another"
     pieces = {

@@ -15,7 +15,7 @@ from precision import precision_here
 from prefetch import ahead
 from tests.runs import set_up, train_run
 from tests.test_data import some_rows
-from tests.test_packing import by_definition, learn, packed_batch, packing_arguments
+from tests.test_packing import by_definition, learn, packed_batch, packing_arguments, padded_batch
 from tests.test_parity import arguments
 
 # Relative error of a whole tensor: about twice what rounding of inputs and probabilities makes of it.
@@ -105,6 +105,32 @@ def losses_and_gradients(place, args) -> tuple:
     ours = once(packed)
     model.set_attn_implementation("sdpa")
     return used, ours, once(packed), once(leaking)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["mistral", "gemma3"])
+def test_lines_beyond_a_window_follow_the_masks(kind, checkpoints, alpaca_file, one_rank, kernel):
+    """Not packed: loss and gradients; and a compiled run over lines of several lengths learns what another learns."""
+    args = [*arguments(checkpoints(kind), alpaca_file, "bnb_dora"), "--precision", "auto"]
+    used, ours, masked = one_rank(both_ways, [*args, "--compile", "false"])[0]
+    assert used == VARLEN
+    assert ours[0] == pytest.approx(masked[0], rel=2e-3)
+    assert apart(ours[1], masked[1]) < 0.1
+    compiled = one_rank(train_run, [*args, "--compile", "true"])[0]
+    plain = one_rank(train_run, [*args, "--compile", "false"])[0]
+    torch.testing.assert_close(torch.tensor(compiled[0]), torch.tensor(plain[0]), rtol=2e-2, atol=0)
+    torch.testing.assert_close(torch.tensor(compiled[2]), torch.tensor(plain[2]), rtol=1e-1, atol=0)
+
+
+def both_ways(place, args) -> tuple:
+    """(the attention that a run uses; (loss, all gradients) of lines by it, and by transformers' masks)."""
+    _, model = set_up(place, args)
+    used, found = model.config._attn_implementation, []
+    for name in (used, "sdpa"):
+        model.set_attn_implementation(name)
+        loss, gradients = learn(model, padded_batch(), precision_here("auto").context(place.device.type))
+        found.append((loss, torch.cat([g.flatten() for g in gradients.values()])))
+    return used, *found
 
 
 @pytest.mark.gpu
