@@ -25,7 +25,7 @@ from tracking import Meter
 
 RUN = (  # an epoch has 10 steps; of half the rows, packed, 5 at most
     "--train_type bnb_dora --lora_rank 6 --lr 1e-2 --lr_scheduler cosine --batch_size 1 --num_epochs 2"
-    " --context_length 256 --log_to stdout --gradient_accumulation_steps 2 --deterministic"
+    " --context_length 256 --log_to stdout --gradient_accumulation_steps 2 --deterministic --compile false"
 ).split()
 NOISY = [
     *RUN,

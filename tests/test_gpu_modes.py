@@ -3,7 +3,9 @@ option there over NCCL; here is what it does not show: kernels, and that offload
 
 from __future__ import annotations
 
+import signal
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from data import Step
 from loss import look_up
 from quantizers import HQQ
 from tensor_files import Stage, list_tensors, read_tensor
+from tests.resuming import NOISY, Signals, adapter, lines, repeated, run
 from tests.runs import dense_state, set_up, train_run
 from tests.test_gpu import quantized
 from tests.test_parity import arguments
@@ -230,3 +233,15 @@ def test_dropout_of_rows_of_many_lengths(checkpoints, alpaca_file, one_rank):
     # Not in fp32: up to 2.11 at least torch's Triton cannot compile dropout of rows as narrow as this model's in it.
     losses = one_rank(train_run, [*args, "--compile", "true", "--precision", "auto"])[0][0]
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.gpu
+def test_a_compiled_run_goes_on_to_the_last_bit(source, one_rank, tmp_path):
+    argv = [*source, *NOISY, "--compile", "true", "--precision", "auto", "--max_steps", "5", "--output_dir"]
+    whole, folder = str(tmp_path / "whole"), str(tmp_path / "run")
+    one_rank(run, [*argv, whole])
+    assert "stopped at step 3 of 5" in one_rank(run, [*argv, folder], Signals({3: signal.SIGTERM}))[0]
+    one_rank(run, [*argv, folder, "--resume", "auto"])
+    assert repeated(Path(folder)) == repeated(Path(whole)) and len(lines(Path(folder))) == 5
+    ours, theirs = adapter(Path(folder)), adapter(Path(whole))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
