@@ -72,8 +72,7 @@ def attend_causally(
     length = query.shape[2]
     if sliding_window is not None and length > sliding_window:  # longer than training's, so rare
         at = torch.arange(length, device=query.device)
-        before = at[:, None] - at
-        attention_mask = ((before >= 0) & (before < sliding_window))[None, None]
+        attention_mask = ((at <= at[:, None]) & (at > at[:, None] - sliding_window))[None, None]
     return sdpa_attention_forward(module, query, key, value, attention_mask, **others)
 
 

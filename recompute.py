@@ -33,7 +33,7 @@ ATTENTION = {
     ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
     ops.aten._scaled_dot_product_efficient_attention.default,
     ops.aten._scaled_dot_product_cudnn_attention.default,
-    ops.torch_attn._varlen_attn.default,  # of packed rows
+    ops.torch_attn._varlen_attn.default,  # of packed rows, and of windows shorter than a line
 }
 LINEAR = ops.fsdp_finetune.linear4bit.default
 MATMULS = {LINEAR, ops.fsdp_finetune.project4bit.default, ops.aten.mm.default, ops.aten.addmm.default}

@@ -35,8 +35,8 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 def collect(
     trained: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, rank: int
 ) -> tuple[Tensors, Tensors]:
-    """Of the trained parameters, by name: (how each tensor is laid out: DTensors, and plain ones that are the same on every rank or belong to one; this
-    rank's part of each, the live one), by name."""
+    """(how each tensor is laid out: DTensors, and plain ones that are the same on every rank or belong to one; this
+    rank's part of each, the live one), by name. trained: the trained parameters, by name."""
     local = _random_states(rank)
     layout = dict(local)
     for name, param in trained.items():
@@ -82,9 +82,10 @@ def restore(
     rank: int,
     group: dist.ProcessGroup,
 ) -> None:
-    """Puts a checkpoint's tensors into the trained parameters and a fresh optimizer, on any number of ranks. Random states are a
-    rank's own: one beyond those of the checkpoint keeps what it has. 8-bit moments of a rank that had the same rows
-    stay what they are, others are put together anew. Collective. Raises UserError if it is of another model."""
+    """Puts a checkpoint's tensors into the trained parameters, by name, and a fresh optimizer, on any number of ranks.
+    Random states are a rank's own: one beyond those of the checkpoint keeps what it has. 8-bit moments of a rank that
+    had the same rows stay what they are, others are put together anew. Collective. Raises UserError if it is of another
+    model."""
     _check_names(saved, params)
     sources = {name: _sources(saved, name, param, rank) for name, param in params.items()}
     states = _fresh_states(saved, params, sources)
