@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import yaml
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoTokenizer, PretrainedConfig
@@ -18,10 +19,10 @@ from transformers import AutoTokenizer, PretrainedConfig
 from bnb_files import check_stored_quantization
 from checkpoint import ADAPTER, BLOCKS, base_digest
 from command_line import describe, parse
-from config import TOY_MODEL, Config, UserError
+from config import FIELDS, TOY_MODEL, Config, UserError
 from data import toy_texts
 from launch import Place
-from limits import CONFIG_FILE, read_json
+from limits import CONFIG_FILE, OPTIONS_FILE, read_json, read_text
 from model_files import CheckpointFiles, fetch_weights, find_model
 from models import build_on_meta, check_weights, read_config
 from models.adapters import apply_method, check_packing
@@ -32,6 +33,12 @@ from precision import Precision
 from quantize_layers import load_weights
 
 PREFIX = "base_model.model."  # of PEFT's names
+# What makes the model and its prompts. A run writes every option, so a config.yaml without one of these is damaged.
+NEEDED = (
+    "train_type", "lora_rank", "lora_alpha", "lora_target_modules", "n_bits", "group_size", "llama_pro_save",
+    "model_name", "dataset", "dataset_format", "context_length", "precision",
+)  # fmt: skip
+assert set(NEEDED) <= FIELDS.keys()
 
 
 @dataclass(frozen=True)
@@ -55,6 +62,7 @@ def open_run(folder: str | Path, base: str | None = None) -> Run:
     if not (folder / "config.yaml").is_file():
         raise UserError(f"{folder}: is no run of train.py (no config.yaml)")
     config, _ = parse(["--config", str(folder / "config.yaml")])
+    _check_lost(folder / "config.yaml")
     if config.llama_pro_save == "blocks":
         raise UserError(
             f"{folder}: holds new blocks only; put them into their model first: python block_expansion.py"
@@ -98,9 +106,17 @@ def _open_model(folder: Path, config: Config, name: str) -> Run:
     return Run(folder, config, base, model_config, family, files, None)
 
 
+def _check_lost(path: Path) -> None:
+    """Raises UserError where config.yaml, which is YAML, has lost an option: its default may be another."""
+    given = yaml.safe_load(read_text(path, OPTIONS_FILE))
+    lost = next((name for name in NEEDED if name not in given), None)
+    if lost:
+        raise UserError(f"{path}: has no {lost}, which a run writes: the file is damaged")
+
+
 def _check_description(path: Path, config: Config) -> None:
     """Raises UserError where config.yaml says another thing of the adapter than its own description: one of them is
-    damaged, and an option that config.yaml has lost would count as its default."""
+    damaged."""
     wanted = {
         "r": config.lora_rank,
         "lora_alpha": config.lora_alpha,

@@ -16,6 +16,7 @@ from huggingface_hub.errors import LocalTokenNotFoundError
 from safetensors.torch import load_file, save_file
 
 import export
+import finished_run
 from checkpoint import ADAPTER
 from tests.programs import ROOT
 from tests.test_adapters import args_for
@@ -150,10 +151,15 @@ def test_files_of_others_stay(refused, run, monkeypatch, tmp_path):
 
 
 def test_a_config_that_lost_options(refused, run):
-    """What is left of it is a config.yaml too, but of another scaling."""
+    """What is left of it is a config.yaml too, but of another base (n_bits), prompt or scaling."""
     lines = (run / "config.yaml").read_text().splitlines(keepends=True)
-    (run / "config.yaml").write_text("".join(line for line in lines if not line.startswith("lora_alpha")))
-    refused("adapter_config.json: lora_alpha", "but config.yaml makes it", "damaged")
+    for name in finished_run.NEEDED:
+        kept = "".join(line for line in lines if not line.startswith(f"{name}:"))
+        (run / "config.yaml").write_text(kept)
+        refused(f"{run}/config.yaml: has no {name}", "damaged")
+    other = ["lora_alpha: 3.0\n" if line.startswith("lora_alpha:") else line for line in lines]
+    (run / "config.yaml").write_text("".join(other))
+    refused("adapter_config.json: lora_alpha", "but config.yaml makes it 3.0", "damaged")
 
 
 @pytest.mark.parametrize("to", ["merged", "gguf-ready", "adapter"])
