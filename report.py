@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from checkpoint import write_text
+from checkpoint import SCORE, write_text
 from command_line import parse, report
 from config import Config, UserError
 from data import StepSampler, TokenizedRows
@@ -128,6 +128,10 @@ def read_run(folder: Path) -> RunFiles:
         raise UserError(f"{folder}: is no run of train.py (no config.yaml)")
     config, _ = parse(["--config", str(folder / "config.yaml")])
     steps = sorted(_lines(folder / "metrics.jsonl", ("step", "loss")), key=lambda s: s["step"])
+    if not steps and (folder / SCORE).is_file():
+        raise UserError(
+            f"{folder}: is the best step of a run; the page is of the whole one: {folder.absolute().parent}"
+        )
     if not steps:
         raise UserError(f"{folder}: its metrics.jsonl has no step yet")
     facts = {}

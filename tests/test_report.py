@@ -270,6 +270,11 @@ def test_folders_that_have_no_page(tmp_path, capsys):
     (run / "run.json").write_text("{")
     with pytest.raises(UserError, match=r"run\.json: is not a JSON object"):
         report.write_report(run)
+    (run / "run.json").unlink()
+    (run / "metrics.jsonl").unlink()
+    (run / "evaluation.json").write_text("{}")  # best/ of a run, which holds no curves
+    with pytest.raises(UserError, match=f"best step of a run; .* whole one: {re.escape(str(tmp_path))}$"):
+        report.write_report(run)
     assert not list(run.glob("report*"))
 
 
