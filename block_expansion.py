@@ -15,6 +15,7 @@ import copy
 import json
 import math
 import os
+import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ from transformers import PretrainedConfig
 from transformers.utils import logging as transformers_logging
 
 from checkpoint import check_output, clear_output
-from command_line import command_parser, python, report, suggest, with_underscores
+from command_line import command_parser, program, report, suggest, with_underscores
 from config import TOY_MODEL, UserError
 from data import toy_texts
 from model_files import CheckpointFiles, fetch_weights, find_model
@@ -208,7 +209,7 @@ def expand(options: Options) -> str:
     new = ", ".join(map(str, new_config[NEW_LAYERS]))
     return (
         f"in {options.output_dir}: {len(source)} layers, of which new: {new}\n"
-        f"next: {python()} train.py --train_type bnb_llama_pro --model_name {options.output_dir} --dataset ..."
+        f"next: {shlex.join(program('train.py'))} --train_type bnb_llama_pro --model_name {options.output_dir} --dataset ..."
     )
 
 

@@ -13,6 +13,7 @@ import errno
 import io
 import os
 import re
+import shutil
 import signal
 import sys
 import traceback
@@ -271,6 +272,21 @@ def parse_or_exit(argv: list[str], read: Callable[[list[str]], T] = parse) -> T:
         sys.exit(report(e, verbose="--verbose" in argv))
 
 
-def python() -> str:
-    """How to call this interpreter from here, for commands that are shown to be typed."""
-    return os.path.relpath(sys.executable) if Path.cwd() in Path(sys.executable).parents else "python"
+def program(script: str) -> list[str]:
+    """[this interpreter, one of our programs] as they can be typed where this process was started: `python` may be
+    another interpreter there, or none."""
+    path = Path(__file__).parent / script
+    here = os.path.exists(script) and os.path.samefile(script, path)
+    return [_python(), script if here else str(path)]
+
+
+def _python() -> str:
+    if Path.cwd() in Path(sys.executable).parents:
+        return os.path.relpath(sys.executable)
+    for name in ("python", os.path.basename(sys.executable)):
+        # The folder counts as well: the interpreters of two virtual environments may be links to one file.
+        found = shutil.which(name)
+        same = found and os.path.dirname(found) == os.path.dirname(sys.executable)
+        if same and os.path.samefile(found, sys.executable):
+            return name
+    return sys.executable

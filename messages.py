@@ -10,7 +10,7 @@ from torch import nn
 
 import memory
 from checkpoint import BLOCKS
-from command_line import describe, python
+from command_line import describe, program
 from config import TOY_DATASET, TOY_MODEL, TOY_PROMPT, Config
 from data import StepSampler, TokenizedRows
 from packing import PackSampler
@@ -77,7 +77,7 @@ def describe_stop(reason: str, history: list[Metrics], total_steps: int, folder:
 
 def going_on(folder: Path) -> str:
     """The command that resumes a run."""
-    return shlex.join([python(), "train.py", "--config", f"{folder}/config.yaml", "--resume", "auto"])
+    return shlex.join([*program("train.py"), "--config", f"{folder}/config.yaml", "--resume", "auto"])
 
 
 def describe_unsaved(error: OSError, folder: Path, step: int | None) -> str:
@@ -98,7 +98,7 @@ def describe_files(config: Config, sampled: bool, folder: Path) -> str:
     what += "samples.jsonl, " if sampled else ""
     what += "memory.html, memory.png, " if config.profile_memory else ""
     what += "memory_snapshot.pickle, " if (folder / "memory_snapshot.pickle").exists() else ""
-    again = [python(), "train.py", "--config", f"{folder}/config.yaml", "--output_dir", f"{folder}-again"]
+    again = [*program("train.py"), "--config", f"{folder}/config.yaml", "--output_dir", f"{folder}-again"]
     lines = [
         f"in {folder}: {what}report.html, metrics.jsonl, loss.png, config.yaml",
         f"next: {shlex.join(again)}",
@@ -108,5 +108,5 @@ def describe_files(config: Config, sampled: bool, folder: Path) -> str:
     if config.save_model and config.llama_pro_save != "blocks":
         demo = (config.model_name, config.dataset) == (TOY_MODEL, TOY_DATASET)
         question = f' --prompt "{TOY_PROMPT}"' if demo else ""  # without one it is a conversation
-        lines.append(f"try: {shlex.join([python(), 'generate.py', str(folder)])}{question}")
+        lines.append(f"try: {shlex.join([*program('generate.py'), str(folder)])}{question}")
     return "\n".join(lines)

@@ -17,7 +17,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from command_line import python
+from command_line import program
 from config import TOY_DATASET, TOY_MODEL, TOY_PROMPT, Config, shown
 from report_charts import Series, bars, curves, number, running_mean
 from resolve import resolve
@@ -263,7 +263,7 @@ def _options(config: Config) -> str:
 
 
 def commands(run: RunFiles) -> list[tuple[str, list[str]]]:
-    """(what for, the command) of what can follow this run, from the folder of train.py."""
+    """(what for, the command) of what can follow this run, as typed where the page was made."""
     folder, config, found = str(run.folder), run.config, []
     demo = (config.model_name, config.dataset) == (TOY_MODEL, TOY_DATASET)
     asked = ["--prompt", TOY_PROMPT] if demo else []  # without one it is a conversation
@@ -278,12 +278,12 @@ def commands(run: RunFiles) -> list[tuple[str, list[str]]]:
          ["--to", "merged", "--out", f"{folder}-merged"], adapter),
     ):  # fmt: skip
         if needs and (HERE / script).is_file():
-            found.append((what, [python(), script, folder, *more]))
+            found.append((what, [*program(script), folder, *more]))
     if whole:
         found.append(("Serve the model (docs/serving.md)", ["transformers", "serve", folder]))
-    again = ["train.py", "--config", f"{folder}/config.yaml", "--output_dir", f"{folder}-again"]
-    found.append(("Train again with the same options", [python(), *again]))
-    found.append(("Make this page again", [python(), "report.py", folder]))
+    again = ["--config", f"{folder}/config.yaml", "--output_dir", f"{folder}-again"]
+    found.append(("Train again with the same options", [*program("train.py"), *again]))
+    found.append(("Make this page again", [*program("report.py"), folder]))
     return found
 
 

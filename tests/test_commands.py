@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import command_line
 from tests.programs import ROOT
 
 
@@ -20,6 +22,37 @@ def test_help_shows_nothing_else(program):
         [sys.executable, f"{program}.py", "--help"], cwd=ROOT, capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 0 and "usage:" in done.stdout and done.stderr == ""
+
+
+@pytest.mark.parametrize("where", ["the folder of train.py", "another"])
+def test_a_command_that_is_shown_can_be_typed(where, tmp_path):
+    """With an interpreter that nobody finds by its name, and in a shell where that is another one's name."""
+    folder = ROOT if where != "another" else tmp_path
+    (tmp_path / "python").write_text("#!/bin/sh\nexit 3\n")
+    (tmp_path / "python").chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path}:/usr/bin:/bin", "PYTHONPATH": str(ROOT)}
+    show = "import shlex, command_line; print(shlex.join(command_line.program('report.py')))"
+    options = {"cwd": folder, "env": environment, "text": True, "timeout": 60}
+    typed = subprocess.check_output([sys.executable, "-c", show], **options)
+    done = subprocess.run(f"{typed.strip()} --help", shell=True, capture_output=True, **options)
+    assert done.returncode == 0 and "usage: report.py" in done.stdout, (typed, done.stderr)
+
+
+def test_an_interpreter_is_called_by_the_name_that_finds_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "python3").symlink_to(os.path.realpath(sys.executable))
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "one" / "python3"))
+    assert command_line.program("report.py") == ["one/python3", str(ROOT / "report.py")]
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("PATH", str(tmp_path / "one"))
+    assert command_line.program("report.py") == ["python3", "report.py"]
+    monkeypatch.setenv("PATH", str(tmp_path / "two"))  # another virtual environment over the same Python
+    assert command_line.program("report.py") == [sys.executable, "report.py"]
+    (tmp_path / "one" / "python").symlink_to("python3")
+    monkeypatch.setenv("PATH", str(tmp_path / "one"))
+    assert command_line.program("report.py") == ["python", "report.py"]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
