@@ -8,6 +8,11 @@ the graph of a layer they stand side by side: here their A's become one, and the
 of its gradient.
 
 The rewritten graph computes the same up to rounding: sums of the gradients of x are formed in the matmuls, not after them.
+
+DoRA's magnitudes of gate and up need sums over all tokens of their outputs times the gradients of these, the widest
+tensors that there are. Summed up afterwards, all four are in memory at once, beside the gradient that they came from. In
+the graph of backward each such sum is formed first, from what the gradient is computed from; then that takes the memory
+of an output.
 """
 
 from __future__ import annotations
@@ -23,10 +28,12 @@ from torch.fx import Graph, Node, map_arg
 import linear4bit
 
 ops = torch.ops
+SUM, MULTIPLY = ops.aten.sum.dim_IntList, ops.aten.mul.Tensor
 LINEAR = ops.fsdp_finetune.linear4bit.default
 ADAPTER_BACKWARD = ops.fsdp_finetune.adapter_backward.default
 LINEAR_BACKWARD = ops.fsdp_finetune.linear4bit_backward.default
-VIEWS = {ops.aten.view.default, ops.aten._unsafe_view.default}
+VIEWS = {ops.aten.view.default, ops.aten._unsafe_view.default, ops.aten.reshape.default}
+SAME = {ops.aten.clone.default, ops.aten.alias.default}  # that elsewhere Inductor mostly does away with
 CASTS = {ops.prims.convert_element_type.default, ops.aten._to_copy.default}
 
 
@@ -44,6 +51,59 @@ class LayerGraphs(CustomGraphPass):
     def uuid(self) -> bytes:
         # Of the operators too: a graph that was cached with older ones of their gradients would be used for these.
         return get_hash_for_files((__file__, linear4bit.__file__))
+
+
+class DividedGraphs(CustomGraphPass):
+    """Takes the graphs of forward and backward, each by itself."""
+
+    def __call__(self, graph: Graph) -> None:
+        for total in graph.find_nodes(op="call_function", target=SUM):
+            if total.args[1] == [0] and total.args[0].target is MULTIPLY:
+                sum_first(graph, total)
+
+    def uuid(self) -> bytes:
+        return get_hash_for_files((__file__,))
+
+
+def sum_first(graph: Graph, total: Node) -> None:
+    """Moves a sum of products over all tokens to where all is there that its factors are computed from, element by
+    element. Not if they are there themselves, or come from a result of fewer numbers: a norm's gradient, that has one for
+    each token, is better computed once."""
+    elementwise, sources = {total.args[0]}, set()
+    left, size = [total.args[0]], total.args[0].meta["val"].numel()
+    while left:
+        for node in left.pop().all_input_nodes:
+            if not _is_elementwise(node):
+                sources.add(node)
+            elif node not in elementwise:
+                elementwise.add(node)
+                left.append(node)
+    narrow = any(node.op != "placeholder" and _numbers(node) != size for node in sources)
+    computed = {node for node in elementwise if node.target not in VIEWS | CASTS | SAME}
+    if narrow or len(computed) == 1:  # the product itself
+        return
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    place = max(sources, key=order.get).next
+    while place.op == "placeholder":
+        place = place.next
+    copies: dict[Node, Node] = {}
+    with graph.inserting_before(place):
+        for node in (*sorted(elementwise, key=order.get), total):
+            copies[node] = graph.node_copy(node, lambda n: copies.get(n, n))
+    total.replace_all_uses_with(copies[total])
+    graph.eliminate_dead_code()
+
+
+def _numbers(node: Node) -> int | None:
+    value = node.meta.get("val")
+    return value.numel() if isinstance(value, torch.Tensor) else None
+
+
+def _is_elementwise(node: Node) -> bool:
+    """Whether each number of the result comes from one of each operand, and the same ones each time."""
+    tags = getattr(node.target, "tags", ())
+    random = torch.Tag.nondeterministic_seeded in tags
+    return node.target in VIEWS | CASTS | SAME or (torch.Tag.pointwise in tags and not random)
 
 
 def inputs_are_there(graph: Graph) -> None:

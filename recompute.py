@@ -106,13 +106,14 @@ def compiler(backend: str = "inductor") -> Callable:
     """What compiles the layers of a model: those that are alike share a compilation."""
     if backend != "inductor":
         return torch.compile(_run, fullgraph=True, backend=backend)
-    from inductor_passes import LayerGraphs  # takes a second, for what only some runs need
+    from inductor_passes import DividedGraphs, LayerGraphs  # takes a second, for what only some runs need
 
     if torch.cuda.is_available():
         start_workers()
     # What is not used any more goes back to the allocator at once. Inductor would keep it for a later result of the same
     # shape: of an MLP's widest activations one more would be there at the moment that needs most memory.
     options = {"allow_buffer_reuse": False, "joint_custom_post_pass": LayerGraphs()}
+    options["post_grad_custom_pre_pass"] = DividedGraphs()
     return torch.compile(_run, fullgraph=True, backend=backend, options=options)
 
 

@@ -19,16 +19,28 @@ from torch.utils.checkpoint import CheckpointPolicy
 import linear4bit
 import recompute
 import train
-from inductor_passes import ADAPTER_BACKWARD, LINEAR, LINEAR_BACKWARD, LayerGraphs
+from inductor_passes import (
+    ADAPTER_BACKWARD,
+    CASTS,
+    LINEAR,
+    LINEAR_BACKWARD,
+    MULTIPLY,
+    SAME,
+    SUM,
+    VIEWS,
+    DividedGraphs,
+    LayerGraphs,
+)
 from tests.runs import train_run
 from tests.test_parity import arguments, assert_same
 
 
 def rewritten_run(place, argv: list[str]):
     """(`train_run`'s results; of each joint graph how many linears it has, how many matmuls with A's, and how many of
-    backward's two operators; dead ones not counted)."""
+    backward's two operators; dead ones not counted; of each divided graph how many sums of products read a gradient that
+    an adapter reads, before and after)."""
     torch.compiler.reset()
-    counted = []
+    counted, sums = [], []
 
     def partition(joint, inputs, **options):
         LayerGraphs()(joint.graph)
@@ -40,8 +52,12 @@ def rewritten_run(place, argv: list[str]):
         counted.append((len(linears), len(products), count[ADAPTER_BACKWARD], count[LINEAR_BACKWARD]))
         return min_cut_rematerialization_partition(joint, inputs, **options)
 
-    def as_it_is(graph, _):
-        return make_boxed_func(graph)
+    def as_it_is(module, _):
+        before = sums_of_shared(module.graph)
+        DividedGraphs()(module.graph)
+        sums.append((before, sums_of_shared(module.graph)))
+        module.recompile()
+        return make_boxed_func(module)
 
     backend = aot_autograd(
         fw_compiler=as_it_is,
@@ -51,7 +67,21 @@ def rewritten_run(place, argv: list[str]):
     )
     run = torch.compile(recompute._run, fullgraph=True, backend=backend)
     with mock.patch.object(train, "compiler", lambda: run):
-        return train_run(place, [*argv, "--compile", "true"]), counted
+        return train_run(place, [*argv, "--compile", "true"]), counted, sums
+
+
+def sums_of_shared(graph: torch.fx.Graph) -> int:
+    adapters = graph.find_nodes(op="call_function", target=ADAPTER_BACKWARD)
+    read = {behind_views(x) for n in adapters for x in n.args[0]}
+    sums = graph.find_nodes(op="call_function", target=SUM)
+    products = [n.args[0] for n in sums if n.args[1] == [0] and n.args[0].target is MULTIPLY]
+    return sum(any(behind_views(factor) in read for factor in p.args) for p in products)
+
+
+def behind_views(node: torch.fx.Node) -> torch.fx.Node:
+    while node.target in VIEWS | CASTS | SAME:
+        node = node.args[0]
+    return node
 
 
 def product_of(h: torch.fx.Node) -> torch.fx.Node:
@@ -88,7 +118,7 @@ def test_siblings_are_joined(
         *arguments(checkpoints("llama_bias"), alpaca_file, train_type, "--batch_size", "4"),
         *options.split(),
     ]
-    results, counted = one_rank(rewritten_run, args)[0]
+    results, counted, _ = one_rank(rewritten_run, args)[0]
     plain = plain_run([*args, "--use_gradient_checkpointing", "false"])
     if "autocast" in options:
         for ours, theirs in ((results[i], plain[i]) for i in (0, 2)):  # losses and norms, in bf16
@@ -97,6 +127,27 @@ def test_siblings_are_joined(
         assert_same(plain, results)
     found = [set(numbers) for numbers in zip(*counted, strict=True)]
     assert found[:3] == [{7}, {projections}, {operators}] and max(found[3]) == matmuls
+
+
+@pytest.mark.parametrize(
+    ("train_type", "options", "sums"),
+    [
+        ("bnb_dora", "", {(0, 0), (6, 4)}),  # down_proj's blocks cannot carry the scales of its rows
+        ("hqq_dora", "", {(0, 0), (6, 4)}),
+        ("bnb_dora", "--lora_target_modules up_proj", {(0, 0), (1, 0)}),
+        ("bnb_dora", "--lora_target_modules v_proj,o_proj", {(0, 0), (2, 2)}),
+        ("qlora", "", {(0, 0)}),
+    ],
+)
+def test_sums_come_before_the_gradients(
+    train_type, options, sums, checkpoints, alpaca_file, plain_run, one_rank
+):
+    """Of gate and up, whose gradients are computed element by element. Forward has none."""
+    args = [*arguments(checkpoints("llama_bias"), alpaca_file, train_type), *options.split()]
+    results, _, found = one_rank(rewritten_run, args)[0]
+    assert set(found) == sums
+    if not options or "modules" in options:
+        assert_same(plain_run([*args, "--use_gradient_checkpointing", "false"]), results)
 
 
 def test_what_is_cached_is_of_these_operators(monkeypatch, tmp_path):
