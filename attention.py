@@ -34,8 +34,8 @@ _GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn
 def choose_attention(
     config: PretrainedConfig, family: Family, dtype: torch.dtype, packing: bool, longest: int
 ) -> str:
-    """By transformers' name, what computes attention on this hardware. dtype: of the matmuls; longest: tokens of a
-    line of training."""
+    """By transformers' name, what computes attention on this hardware. dtype: of the matmuls; longest: tokens that
+    a line of training has at most."""
     if family.attention != "sdpa":
         return family.attention
     window = getattr(config, "sliding_window", None)

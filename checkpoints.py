@@ -214,9 +214,11 @@ class Checkpoints:
     def _before_update(self) -> None:
         """Before each step of the optimizer, which changes what is copied. Raises what the copying raised."""
         if self.copying:
+            began = time.perf_counter()
             self.copying.result()
             self.copying = None
             self.copy.originals_may_change()
+            self.waits[-1] += time.perf_counter() - began
 
     def _run(self) -> dict:
         """The state that is no tensor; on rank 0, which writes it."""

@@ -107,7 +107,7 @@ class PackSampler(StepSampler):
 
 
 def longest_line(config: Config, rows: TokenizedRows) -> int:
-    """Tokens of the longest line of a training batch."""
+    """Tokens that a line of a training batch has at most."""
     return config.context_length if config.packing else min(int(rows.lengths().max()), config.context_length)
 
 

@@ -131,6 +131,7 @@ def loss_sum(model: nn.Module, batch: Batch) -> torch.Tensor:
     return model(**batch.inputs(), targets=batch.targets)
 
 
+@memory.restored_collector()
 def train(
     job: Job,
     model: nn.Module,
@@ -191,7 +192,7 @@ def train(
         optimizer.zero_grad(set_to_none=True)
         profiler.phase(BETWEEN)
         if index == done + 1:
-            memory.spare_collector()  # what was compiled is there
+            memory.spare_collector()
         untold.put(partial(tell, reading, meter.lap()))
         if guard.decides() or budget.decides() or evaluator.due(index):  # what the next step goes by
             untold.now()
@@ -205,7 +206,6 @@ def train(
     untold.now()
     checkpoints.finish()
     profiler.finish()
-    memory.restore_collector()
     return history
 
 
