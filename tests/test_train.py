@@ -191,6 +191,7 @@ def test_overwrite_replaces_a_run(checkpoints, alpaca_file, tmp_path, run_here, 
 def test_wandb_offline_holds_every_step(checkpoints, alpaca_file, tmp_path, run_here):
     """Read back from the file that wandb itself wrote."""
     names = ["--project_name", "p", "--name", "n", "--group", "g", "--world_size", "1"]
+    names += ["--eval_share", "0.2", "--eval_every", "2"]
     run_here(small(checkpoints, alpaca_file, tmp_path / "out", "--log_to", "wandb", *names))
     (file,) = (tmp_path / "out").glob("wandb/offline-run-*/*.wandb")
     records = wandb_records(file)
@@ -200,7 +201,9 @@ def test_wandb_offline_holds_every_step(checkpoints, alpaca_file, tmp_path, run_
     assert config["train_type"] == "bnb_dora" and config["lora_rank"] == 8
     items = [r.history.item for r in records if r.WhichOneof("record_type") == "history"]
     history = [{i.key or ".".join(i.nested_key): json.loads(i.value_json) for i in row} for row in items]
-    assert [h["loss"] for h in history] == [m["loss"] for m in metrics(tmp_path / "out")]
+    for name in ("loss", "eval_loss", "eval_perplexity"):
+        assert [h.get(name) for h in history] == [m.get(name) for m in metrics(tmp_path / "out")]
+    assert sum("eval_loss" in h for h in history) >= 2
     assert set(METRICS) - {"step"} <= set(history[0])
     known = json.loads((tmp_path / "out" / "run.json").read_text())["memory"]
     told = {u.key: json.loads(u.value_json) for r in records for u in r.summary.update}
