@@ -6,11 +6,8 @@ dtype that is not the intended one shows here, before it shows as an out-of-memo
 
 from __future__ import annotations
 
-import contextlib
-import gc
 import os
 import resource
-from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -165,20 +162,3 @@ def check_loaded(model: nn.Module, held: int) -> None:
     assert abs(held - expected) <= TOLERANCE * expected + rounding, (
         f"the loaded weights take {size(held)} on this rank; their shapes and dtypes say {size(expected)}"
     )
-
-
-def spare_collector() -> None:
-    """Has the garbage collector pass over what there is now: modules, most of the compiler's graphs, and so on, that live
-    as long as the run. Going through all of it takes 0.2 to 1 s, during which no thread goes on, and the thousands of
-    objects of a checkpoint would bring that about."""
-    gc.collect()
-    gc.freeze()
-
-
-@contextlib.contextmanager
-def restored_collector() -> Iterator[None]:
-    """Afterwards it looks at everything again."""
-    try:
-        yield
-    finally:
-        gc.unfreeze()

@@ -131,7 +131,6 @@ def loss_sum(model: nn.Module, batch: Batch) -> torch.Tensor:
     return model(**batch.inputs(), targets=batch.targets)
 
 
-@memory.restored_collector()
 def train(
     job: Job,
     model: nn.Module,
@@ -191,8 +190,6 @@ def train(
         guard.step(optimizer, reading)
         optimizer.zero_grad(set_to_none=True)
         profiler.phase(BETWEEN)
-        if index == done + 1:
-            memory.spare_collector()
         untold.put(partial(tell, reading, meter.lap()))
         if guard.decides() or budget.decides() or evaluator.due(index):  # what the next step goes by
             untold.now()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import re
 import threading
 import time
@@ -18,7 +17,6 @@ from torch import nn
 import checkpoints
 from checkpoint_files import folder_of, read_checkpoint
 from checkpoints import Checkpoints, HostCopy, host_memory
-from memory import restored_collector, spare_collector
 from stopping import NeverStop
 from tensor_files import save_tensors
 from training_state import Tensors, collect
@@ -251,11 +249,3 @@ def warnings_of_a_save(place, folder: str) -> list[str]:
 
 def test_a_save_of_one_rank_warns_of_nothing(one_rank, tmp_path):
     assert one_rank(warnings_of_a_save, str(tmp_path)) == [[]]
-
-
-def test_the_collector_passes_over_what_there_is_until_training_ends():
-    with pytest.raises(KeyError), restored_collector():
-        spare_collector()
-        assert gc.get_freeze_count() > 10_000
-        raise KeyError
-    assert not gc.get_freeze_count()
