@@ -31,6 +31,7 @@ ops = torch.ops
 SUM, MULTIPLY = ops.aten.sum.dim_IntList, ops.aten.mul.Tensor
 LINEAR = ops.fsdp_finetune.linear4bit.default
 ADAPTER_BACKWARD = ops.fsdp_finetune.adapter_backward.default
+KEPT = ops.fsdp_finetune.kept.default
 LINEAR_BACKWARD = ops.fsdp_finetune.linear4bit_backward.default
 VIEWS = {ops.aten.view.default, ops.aten._unsafe_view.default, ops.aten.reshape.default}
 SAME = {ops.aten.clone.default, ops.aten.alias.default}  # that elsewhere Inductor mostly does away with
@@ -60,9 +61,14 @@ class DividedGraphs(CustomGraphPass):
         for total in graph.find_nodes(op="call_function", target=SUM):
             if total.args[1] == [0] and total.args[0].target is MULTIPLY:
                 sum_first(graph, total)
+        for node in graph.find_nodes(op="call_function", target=KEPT):  # it has been
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+        for node in graph.nodes:
+            node.target = linear4bit.WITHOUT_GRADIENT.get(node.target, node.target)
 
     def uuid(self) -> bytes:
-        return get_hash_for_files((__file__,))
+        return get_hash_for_files((__file__, linear4bit.__file__))
 
 
 def sum_first(graph: Graph, total: Node) -> None:

@@ -9,9 +9,13 @@ Shapes: O output features, I input features, R rank, T tokens (all leading dimen
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._ops import OpOverload
+from torch.library import CustomOpDef
 
 from quantizers import Quantizer
 
@@ -48,13 +52,42 @@ def _widens(x: Tensor, quantizer: str, shape: list[int], rank: int) -> bool:
     return x.is_cuda and shape[0] >= 2 * shape[1] and whole_rows and aligned
 
 
+_LIBRARY = torch.library.Library("fsdp_finetune", "FRAGMENT")
+
+# Of each operator the same without a gradient, for graphs that are compiled and not differentiated any more. There it
+# does in 20 us what takes 75: the dispatcher goes through Python for the gradient as well, if there is one or not.
+WITHOUT_GRADIENT: dict[OpOverload, OpOverload] = {}
+
+
+def _operator(schema: str, fake: Callable) -> Callable[[Callable], CustomOpDef]:
+    """Makes an operator, and its twin without a gradient, out of what computes it. fake: the same for tensors that have
+    no contents."""
+
+    def make(compute: Callable) -> CustomOpDef:
+        name = f"fsdp_finetune::{compute.__name__}"
+        operator = torch.library.custom_op(name, compute, mutates_args=(), schema=schema)
+        operator.register_fake(fake)
+        twin = f"{compute.__name__}_without_gradient"
+        _LIBRARY.define(twin + schema)
+        _LIBRARY.impl(twin, compute, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"fsdp_finetune::{twin}", fake, lib=_LIBRARY)
+        ops = torch.ops.fsdp_finetune
+        WITHOUT_GRADIENT[getattr(ops, compute.__name__).default] = getattr(ops, twin).default
+        return operator
+
+    return make
+
+
 _PACKED = "Tensor codes, Tensor scales, Tensor? table, str quantizer, int[] shape, Tensor? row_scale"
 
 
-@torch.library.custom_op(
-    "fsdp_finetune::linear4bit",
-    mutates_args=(),
-    schema=f"(Tensor x, {_PACKED}, Tensor? bias, Tensor? h, Tensor? a, Tensor? b, bool keep) -> Tensor",
+def _fake_linear4bit(x, codes, scales, table, quantizer, shape, row_scale, bias, h, a, b, keep):
+    return x.new_empty(*x.shape[:-1], shape[0])
+
+
+@_operator(
+    f"(Tensor x, {_PACKED}, Tensor? bias, Tensor? h, Tensor? a, Tensor? b, bool keep) -> Tensor",
+    _fake_linear4bit,
 )
 def linear4bit(x, codes, scales, table, quantizer, shape, row_scale, bias, h, a, b, keep):
     """x (diag(g) W)^T + bias + h b^T: [T, O] in x's dtype, for a frozen packed W [O, I].
@@ -84,19 +117,18 @@ def linear4bit(x, codes, scales, table, quantizer, shape, row_scale, bias, h, a,
     return y
 
 
-@linear4bit.register_fake
-def _(x, codes, scales, table, quantizer, shape, row_scale, bias, h, a, b, keep):
-    return x.new_empty(*x.shape[:-1], shape[0])
-
-
 # The two operators of backward take any number of linears that have one x: the compiler's graphs are rewritten so
 # (inductor_passes.py), and what each of them did alone with x and its gradient is done once.
 
 
-@torch.library.custom_op(
-    "fsdp_finetune::adapter_backward",
-    mutates_args=(),
-    schema="(Tensor[] grads, Tensor? x, Tensor[] h, Tensor[] a, Tensor[] b) -> Tensor[]",
+def _fake_adapter_backward(grads, x, h, a, b):
+    rank = sum(each.shape[1] for each in b)
+    of_a = x.new_empty(rank, x.shape[-1]) if a else h[0].new_empty(0)
+    return [h[0].new_empty(*h[0].shape[:-1], rank), of_a, *(torch.empty_like(each) for each in b)]
+
+
+@_operator(
+    "(Tensor[] grads, Tensor? x, Tensor[] h, Tensor[] a, Tensor[] b) -> Tensor[]", _fake_adapter_backward
 )
 def adapter_backward(grads, x, h, a, b):
     """[The gradient of all h, side by side [T, sum of R]; of all a, one below the other [sum of R, I], empty without
@@ -117,18 +149,14 @@ def adapter_backward(grads, x, h, a, b):
     ]
 
 
-@adapter_backward.register_fake
-def _(grads, x, h, a, b):
-    rank = sum(each.shape[1] for each in b)
-    of_a = x.new_empty(rank, x.shape[-1]) if a else h[0].new_empty(0)
-    return [h[0].new_empty(*h[0].shape[:-1], rank), of_a, *(torch.empty_like(each) for each in b)]
+def _fake_linear4bit_backward(grads, codes, scales, tables, quantizers, shapes, row_scales, of_h, a, after):
+    return grads[0].new_empty(*grads[0].shape[:-1], shapes[1])
 
 
-@torch.library.custom_op(
-    "fsdp_finetune::linear4bit_backward",
-    mutates_args=(),
-    schema="(Tensor[] grads, Tensor[] codes, Tensor[] scales, Tensor?[] tables, str[] quantizers, int[] shapes,"
+@_operator(
+    "(Tensor[] grads, Tensor[] codes, Tensor[] scales, Tensor?[] tables, str[] quantizers, int[] shapes,"
     " Tensor?[] row_scales, Tensor? of_h, Tensor[] a, Tensor[] after) -> Tensor",
+    _fake_linear4bit_backward,
 )
 def linear4bit_backward(grads, codes, scales, tables, quantizers, shapes, row_scales, of_h, a, after):
     """The gradient of x [T, I]. grads: [T, O] each; shapes: O, I, O, I, ...; of_h [T, sum of R] and a [R, I] each: what
@@ -144,11 +172,6 @@ def linear4bit_backward(grads, codes, scales, tables, quantizers, shapes, row_sc
         of_x = rows @ weight if of_x is None else of_x.addmm_(rows, weight)
         del weight  # before the next one is made
     return of_x.view(*grads[0].shape[:-1], shapes[1])
-
-
-@linear4bit_backward.register_fake
-def _(grads, codes, scales, tables, quantizers, shapes, row_scales, of_h, a, after):
-    return grads[0].new_empty(*grads[0].shape[:-1], shapes[1])
 
 
 def _setup(ctx, inputs, output) -> None:
@@ -206,27 +229,20 @@ def factored_norm(projected: Tensor, a: Tensor, b: Tensor, scaling: float, squar
     return norm.clamp_min(TINY).sqrt()  # rounding may leave less than 0 where W = -s B A
 
 
-@torch.library.custom_op(
-    "fsdp_finetune::project4bit",
-    mutates_args=(),
-    schema="(Tensor codes, Tensor scales, Tensor? table, str quantizer, int[] shape, Tensor a) -> Tensor",
+def _fake_project4bit(codes, scales, table, quantizer, shape, a):
+    return a.new_empty(shape[0], a.shape[0])
+
+
+@_operator(
+    "(Tensor codes, Tensor scales, Tensor? table, str quantizer, int[] shape, Tensor a) -> Tensor",
+    _fake_project4bit,
 )
 def project4bit(codes, scales, table, quantizer, shape, a):
     """W a^T for a packed W: [O, R] from a [R, I], in its dtype. Without a gradient."""
     return F.linear(dequantize((codes, scales, table), quantizer, shape, a.dtype), a)
 
 
-@project4bit.register_fake
-def _(codes, scales, table, quantizer, shape, a):
-    return a.new_empty(shape[0], a.shape[0])
-
-
-@torch.library.custom_op("fsdp_finetune::kept", mutates_args=(), schema="(Tensor x) -> Tensor")
+@_operator("(Tensor x) -> Tensor", torch.empty_like)
 def kept(x):
     """x, by a name that a checkpointing policy knows: not to be computed again. Without a gradient."""
     return x.clone()
-
-
-@kept.register_fake
-def _(x):
-    return torch.empty_like(x)

@@ -19,9 +19,7 @@ BLOCKS = 64  # of a program
 @triton.jit
 def _dequantize(
     codes,
-    scale_codes,
-    group_scales,
-    offset,
+    scales,
     scale_values,
     values,
     row_scale,
@@ -34,8 +32,10 @@ def _dequantize(
 ):
     block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
     inside = block < n_blocks
+    n_groups = tl.cdiv(n_blocks, GROUP)
+    group_scales, scale_codes = scales.to(tl.pointer_type(tl.float32)), scales + (n_groups + 1) * 4
     scale = tl.load(scale_values + tl.load(scale_codes + block, inside, 0).to(tl.int32))
-    scale = scale * tl.load(group_scales + block // GROUP, inside, 0.0) + tl.load(offset)
+    scale = scale * tl.load(group_scales + block // GROUP, inside, 0.0) + tl.load(group_scales + n_groups)
     if HAS_ROW_SCALE:
         scale = scale * tl.load(row_scale + block // blocks_of_row, inside, 0.0)
     byte = block[:, None] * (BLOCK // 2) + tl.arange(0, BLOCK // 2)[None, :]
@@ -58,26 +58,24 @@ def _values(device: torch.device) -> torch.Tensor:
 
 def dequantize(
     codes: torch.Tensor,
-    scale_codes: torch.Tensor,
-    group_scales: torch.Tensor,
-    offset: torch.Tensor,
+    scales: torch.Tensor,
     scale_values: torch.Tensor,
     row_scale: torch.Tensor | None,
     out: torch.Tensor,
 ) -> torch.Tensor:
-    """Fills out, the [O, I] weight, for O I a multiple of 64, and returns it. codes [O I / 2], scale_codes [blocks] uint8;
-    group_scales [blocks / 256, rounded up], offset [1], scale_values [256], row_scale [O] fp32 (row_scale, and rows that
-    lie apart: I a multiple of 64)."""
-    n_blocks = scale_codes.numel()
+    """Fills out, the [O, I] weight, for O I a multiple of 64, and returns it. codes [O I / 2 or more] and scales uint8, as
+    quantizers.NF4 has them; scale_values [256], row_scale [O] fp32 (row_scale, and rows that lie apart: I a multiple of
+    64).
+
+    The kernel takes the scales apart by itself: views of them, made in Python, cost the host half as much as the launch."""
+    n_blocks = out.numel() // 64
     # No fused multiply-add: bitsandbytes rounds the product before it adds the offset.
     _dequantize[(triton.cdiv(n_blocks, BLOCKS),)](
         codes,
-        scale_codes,
-        group_scales,
-        offset,
+        scales,
         scale_values,
         _values(codes.device),
-        row_scale if row_scale is not None else offset,
+        row_scale if row_scale is not None else scale_values,
         out,
         n_blocks,
         max(1, out.shape[1] // 64),

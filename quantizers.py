@@ -115,14 +115,12 @@ class NF4:
         return flat_bytes(codes), flat_bytes(state.state2.absmax, state.offset.view(1), state.absmax)
 
     def dequantize(self, codes, scales, table, shape, dtype, row_scale=None, out=None) -> torch.Tensor:
-        blocks = -(-shape[0] * shape[1] // self.block)
         if self.double and math.prod(shape) % self.block == 0 and triton_runs_on(codes.device):
             from nf4_kernel import dequantize  # Triton comes with torch's CUDA builds only
 
-            codes = codes[: math.prod(shape) // 2]
             out = torch.empty(shape, dtype=dtype, device=codes.device) if out is None else out
-            return dequantize(codes, *self._parts(scales, blocks), table, row_scale, out)
-        absmax = self._absmax(scales, table, blocks)
+            return dequantize(codes, scales, table, row_scale, out)
+        absmax = self._absmax(scales, table, -(-shape[0] * shape[1] // self.block))
         if row_scale is not None:
             absmax = (absmax.view(shape[0], -1) * row_scale[:, None]).view(-1)
         packed = codes[: -(-shape[0] * shape[1] // 2)].view(-1, 1)

@@ -31,6 +31,7 @@ from inductor_passes import (
     DividedGraphs,
     LayerGraphs,
 )
+from linear4bit import WITHOUT_GRADIENT
 from tests.runs import train_run
 from tests.test_parity import arguments, assert_same
 
@@ -56,6 +57,8 @@ def rewritten_run(place, argv: list[str]):
         before = sums_of_shared(module.graph)
         DividedGraphs()(module.graph)
         sums.append((before, sums_of_shared(module.graph)))
+        left = {node.target for node in module.graph.nodes} & set(WITHOUT_GRADIENT)
+        assert not left, f"Python is called for the gradients of {left}"
         module.recompile()
         return make_boxed_func(module)
 
@@ -71,7 +74,8 @@ def rewritten_run(place, argv: list[str]):
 
 
 def sums_of_shared(graph: torch.fx.Graph) -> int:
-    adapters = graph.find_nodes(op="call_function", target=ADAPTER_BACKWARD)
+    targets = ADAPTER_BACKWARD, WITHOUT_GRADIENT[ADAPTER_BACKWARD]
+    adapters = [n for n in graph.nodes if n.target in targets]
     read = {behind_views(x) for n in adapters for x in n.args[0]}
     sums = graph.find_nodes(op="call_function", target=SUM)
     products = [n.args[0] for n in sums if n.args[1] == [0] and n.args[0].target is MULTIPLY]
