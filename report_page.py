@@ -17,6 +17,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from checkpoint import ADAPTER, BLOCKS
 from command_line import program
 from config import TOY_DATASET, TOY_MODEL, TOY_PROMPT, Config, shown
 from report_charts import Series, bars, curves, number, running_mean
@@ -270,12 +271,12 @@ def commands(run: RunFiles) -> list[tuple[str, list[str]]]:
     # evaluate.py takes these when it is told no other rows.
     held_out = config.eval_share or config.eval_dataset
     measured = [] if held_out else ["--dataset", config.dataset, "--samples", "200"]
-    adapter, whole = "adapter_model.safetensors" in run.names, "config.json" in run.names
+    whole, part = "config.json" in run.names, not run.names.isdisjoint((ADAPTER, BLOCKS))
     for script, what, more, needs in (
-        ("generate.py", "Ask the base model and the tuned one", asked, adapter or whole),
-        ("evaluate.py", "Measure the base model and the tuned one", measured, adapter or whole),
-        ("export.py", "Make a complete model out of the base and the adapter",
-         ["--to", "merged", "--out", f"{folder}-merged"], adapter),
+        ("generate.py", "Ask the base model and the tuned one", asked, part or whole),
+        ("evaluate.py", "Measure the base model and the tuned one", measured, part or whole),
+        ("export.py", "Make a complete model out of the base and what was trained",
+         ["--to", "merged", "--out", f"{folder}-merged"], part),
     ):  # fmt: skip
         if needs and (HERE / script).is_file():
             found.append((what, [*program(script), folder, *more]))

@@ -235,6 +235,13 @@ def test_the_next_commands(tmp_path):
     text = page_of(run).text
     assert f"transformers serve '{run}'" in text and f"report.py '{run}'" in text
     assert f"train.py --config '{run}/config.yaml' --output_dir '{run}-again'" in text
+    assert "export.py" not in text
+    for name in ("adapter_model.safetensors", "new_blocks.safetensors"):
+        run = make_run(tmp_path / name, [metrics(1)])
+        assert "generate.py" not in page_of(run).text
+        (run / name).touch()
+        for script in ("generate.py", "evaluate.py", "export.py"):
+            assert f"{script} {run}" in page_of(run).text
 
 
 @pytest.mark.parametrize(
