@@ -37,6 +37,7 @@ from precision import Precision
 from quantize_layers import load_weights
 
 PREFIX = "base_model.model."  # of PEFT's names
+ADAPTER_DTYPES = ("F32", "BF16", "F16", "F64")  # safetensors' names
 # What makes the model and its prompts. A run writes every option, so a config.yaml without one of these is damaged.
 NEEDED = (
     "train_type", "lora_rank", "lora_alpha", "lora_target_modules", "n_bits", "group_size", "llama_pro_save",
@@ -174,7 +175,7 @@ def _check_description(path: Path, config: Config) -> None:
 
 def _check_adapter(run: Run, model: nn.Module) -> None:
     """Raises UserError unless the adapter's file is whole, belongs to the run's base, and holds exactly the tensors,
-    by name and shape, that the run's options make of it. Reads headers only. model: the base on meta, which gets the
+    by name and shape, of numbers with a fraction, that the run's options make of it. Reads headers only. model: the base on meta, which gets the
     adapters."""
     path = run.adapter
     if not path.is_file():
@@ -182,7 +183,9 @@ def _check_adapter(run: Run, model: nn.Module) -> None:
     try:
         with safe_open(path, framework="pt") as f:
             digest = (f.metadata() or {}).get("base_digest")
-            found = {name: f.get_slice(name).get_shape() for name in f.keys()}  # noqa: SIM118
+            slices = {name: f.get_slice(name) for name in f.keys()}  # noqa: SIM118
+            found = {name: part.get_shape() for name, part in slices.items()}
+            dtypes = {name: part.get_dtype() for name, part in slices.items()}
     except (SafetensorError, OSError) as e:
         raise UserError(f"{path}: truncated or not a safetensors file ({e})") from None
     if digest != base_digest(run.model_config, run.files):
@@ -202,6 +205,10 @@ def _check_adapter(run: Run, model: nn.Module) -> None:
         if found[name] != wanted[name]:
             raise UserError(
                 f"{path}: {name} has shape {found[name]}, but {run.base} and config.yaml ask for {wanted[name]}"
+            )
+        if dtypes[name] not in ADAPTER_DTYPES:  # whole numbers would be taken for weights
+            raise UserError(
+                f"{path}: {name} is stored as {dtypes[name]}; expected one of {', '.join(ADAPTER_DTYPES)}"
             )
 
 

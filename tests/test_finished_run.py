@@ -128,13 +128,15 @@ def test_new_blocks_of_another_model(checkpoints, alpaca_file, one_rank, tmp_pat
 
 
 def spoil_adapter(run, change: str) -> None:
-    """Makes a RUN's adapter one of another shape, or with a tensor missing or in surplus."""
+    """Makes a RUN's adapter one of another shape or dtype, or with a tensor missing or in surplus."""
     tensors = load_file(run / ADAPTER)
     with safe_open(run / ADAPTER, framework="pt") as f:
         metadata = f.metadata()
     name = next(n for n in tensors if n.endswith("layers.1.mlp.up_proj.lora_B.weight"))
     if change == "shape":
         tensors[name] = tensors[name][:, :1].contiguous()
+    elif change == "dtype":
+        tensors[name] = tensors[name].to(torch.int8)
     elif change == "missing":
         del tensors[name]
     else:
@@ -142,9 +144,14 @@ def spoil_adapter(run, change: str) -> None:
     save_file(tensors, run / ADAPTER, metadata=metadata)
 
 
-@pytest.mark.parametrize("change", ["shape", "missing", "surplus"])
+@pytest.mark.parametrize("change", ["shape", "dtype", "missing", "surplus"])
 def test_an_adapter_that_does_not_fit(change, run):
     spoil_adapter(run, change)
-    words = {"shape": r"has shape \[160, 1\], but", "missing": "is missing", "surplus": "has no place in"}
+    words = {
+        "shape": r"has shape \[160, 1\], but",
+        "dtype": "is stored as I8; expected",
+        "missing": "is missing",
+        "surplus": "has no place in",
+    }
     with pytest.raises(UserError, match=rf"layers\.\d\.mlp\.up_proj.* {words[change]}"):
         open_run(run)
