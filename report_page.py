@@ -127,7 +127,9 @@ def _tiles(run: RunFiles) -> str:
         tiles.append(
             ("Validation loss", f"{evaluated[-1][1]:.4f}", f"best {best[1]:.4f} at step {best[0]:,}")
         )
-    tiles.append(("Training time", duration(seconds), f"{len(steps):,} optimizer steps"))
+    bad = max((count for _, count in series_of(steps, "bad_steps")), default=0)  # so far, at each step
+    taken = f"{len(steps):,} optimizer steps" + f", {bad:,} skipped as NaN or infinite" * (bad > 0)
+    tiles.append(("Training time", duration(seconds), taken))
     if rates:
         tiles.append(("Speed", f"{rates[len(rates) // 2]:,.0f}", "tokens/s on all ranks, median"))
     if memory:
