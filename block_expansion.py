@@ -29,7 +29,7 @@ from command_line import command_parser, program, report, suggest, with_undersco
 from config import TOY_MODEL, UserError
 from data import toy_texts
 from model_files import CheckpointFiles, fetch_weights, find_model
-from model_writer import Entry, Shards, copied, read_blocks, shards_of, with_replaced, write_model, zeros
+from model_writer import Entry, Shards, copied, open_blocks, shards_of, with_replaced, write_model, zeros
 from models import build_on_meta, check_weights, read_config
 from models.family import Family
 from models.llama_pro import NEW_LAYERS, evenly, is_expanded, new_layers, sources
@@ -242,7 +242,13 @@ def _shards(entries: dict[str, Entry], files: CheckpointFiles) -> Shards:
 def put_back(options: Options) -> str:
     """Writes the expanded model with trained blocks in it; returns what to tell of it."""
     config, family, files = read_model(options)
-    blocks = read_blocks(Path(options.blocks).expanduser(), files, family, new_layers(config))
+    path = Path(options.blocks).expanduser()
+    if not path.is_file():
+        raise UserError(f"--blocks {path}: no such file")
+    try:
+        blocks = copied(open_blocks(path, files, family, new_layers(config))[0])
+    except UserError as e:
+        raise UserError(f"--blocks {e}") from None
     _write(options, with_replaced(files, blocks), files)
     return f"in {options.output_dir}: {config.num_hidden_layers} layers, {len(blocks)} tensors from {options.blocks}"
 

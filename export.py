@@ -86,7 +86,7 @@ def check(options: Options) -> Run:
     check_unused(out, options.overwrite)
     if options.push_to_hub:
         _check_hub(options.push_to_hub)
-    run = _open(options)
+    run = open_run(options.run, options.base_model)
     for what, folder in (("RUN", run.folder.resolve()), ("the base model", run.base.resolve())):
         if folder in (out.resolve(), *out.resolve().parents):
             raise UserError(f"--out {out}: is in the folder of {what}; choose another")
@@ -103,25 +103,17 @@ def check(options: Options) -> Run:
     return run
 
 
-def _open(options: Options) -> Run:
-    try:
-        return open_run(options.run, options.base_model)
-    except UserError as e:
-        if not str(e).startswith("--model_name") or options.base_model:
-            raise UserError(str(e).replace("--model_name", "--base_model", 1)) from None
-        rest = str(e).removeprefix("--model_name")
-        raise UserError(f"base model{rest}; if it was moved, name its folder: --base_model") from None
-
-
 def _check_whole(options: Options, run: Run) -> None:
-    """Of a run that saved a whole model."""
+    """Of a run that saved a whole model, or its new blocks."""
+    whole = run.base == run.folder
+    is_what = "is a whole model" if whole else "holds new blocks"
     if options.to == "adapter":
-        raise UserError(f"{run.folder}: is a whole model, trained without an adapter; use --to merged")
-    if options.base_model:
+        raise UserError(f"{run.folder}: {is_what}, trained without an adapter; use --to merged")
+    if options.base_model and whole:
         raise UserError(f"--base_model has no effect: {run.folder} is a whole model; leave it out")
     if options.base == "dequantized" and not run.config.method.quantizer:
         raise UserError(
-            f"--base dequantized has no effect: {run.folder} is a whole model that was never packed"
+            f"--base dequantized has no effect: {run.folder} {is_what}, trained on a model that was never packed"
         )
 
 

@@ -6,7 +6,9 @@ made, and the adapter's metadata which base it belongs to.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,15 +26,18 @@ from data import toy_texts
 from launch import Place
 from limits import CONFIG_FILE, OPTIONS_FILE, read_json, read_text
 from model_files import CheckpointFiles, fetch_weights, find_model
+from model_writer import open_blocks
 from models import build_on_meta, check_weights, read_config
 from models.adapters import apply_method, check_packing
 from models.family import Family
+from models.llama_pro import new_layers
 from models.lora import LoRALinear
 from models.toy import toy_model
 from precision import Precision
 from quantize_layers import load_weights
 
 PREFIX = "base_model.model."  # of PEFT's names
+ADAPTER_DTYPES = ("F32", "BF16", "F16", "F64")  # safetensors' names
 # What makes the model and its prompts. A run writes every option, so a config.yaml without one of these is damaged.
 NEEDED = (
     "train_type", "lora_rank", "lora_alpha", "lora_target_modules", "n_bits", "group_size", "llama_pro_save",
@@ -43,8 +48,9 @@ assert set(NEEDED) <= FIELDS.keys()
 
 @dataclass(frozen=True)
 class Run:
-    """folder: the RUN; base: the folder of the model it was trained from; files: the weights of that model, or,
-    where the run saved a whole model, of the RUN itself; adapter: its safetensors file, or None."""
+    """folder: the RUN; base: the folder of the model it was trained from, or, where the run saved a whole model, the
+    RUN itself; files: the weights in base, with a RUN's new blocks in the place of theirs; adapter: its safetensors
+    file, or None."""
 
     folder: Path
     config: Config
@@ -61,23 +67,19 @@ def open_run(folder: str | Path, base: str | None = None) -> Run:
     folder = Path(folder).expanduser()
     if not (folder / "config.yaml").is_file():
         raise UserError(f"{folder}: is no run of train.py (no config.yaml)")
-    config, _ = parse(["--config", str(folder / "config.yaml")])
-    _check_lost(folder / "config.yaml")
-    if config.llama_pro_save == "blocks":
-        raise UserError(
-            f"{folder}: holds new blocks only; put them into their model first: python block_expansion.py"
-            f" --model_name {config.model_name} --blocks {folder / BLOCKS} --output_dir ..."
-        )
-    whole = config.method.saves == "model"
-    name = str(folder) if whole else base or config.model_name
-    saved = folder / ("config.json" if whole else "adapter_config.json")
+    config = _read_options(folder / "config.yaml")
+    blocks = config.llama_pro_save == "blocks"
+    whole = config.method.saves == "model" and not blocks
+    saved = folder / ("config.json" if whole else BLOCKS if blocks else "adapter_config.json")
     if not saved.is_file():
         raise UserError(
             f"{folder}: holds no result ({saved.name}): the run was cut, or ran with --save_model false"
         )
-    run = _open_model(folder, config, name)
+    run = _open_model(folder, config, None if whole else base or config.model_name, base)
     if whole:
         return run
+    if blocks:
+        return dataclasses.replace(run, files=_with_blocks(run))
     run = dataclasses.replace(run, adapter=folder / ADAPTER)
     model = build_on_meta(run.model_config, run.family)
     check_packing(model, run.family, config, run.files)
@@ -89,21 +91,63 @@ def open_run(folder: str | Path, base: str | None = None) -> Run:
 def open_base(run: Run, base: str | None = None) -> Run:
     """The model that a run which saved a whole model was trained from, with nothing on it. Raises UserError, also
     for a model of other shapes."""
-    opened = _open_model(run.folder, run.config, base or run.config.model_name)
+    opened = _open_model(run.folder, run.config, base or run.config.model_name, base)
     if base_digest(opened.model_config, opened.files) != base_digest(run.model_config, run.files):
         raise UserError(f"{run.folder}: was trained from another model than {opened.base}")
     return opened
 
 
-def _open_model(folder: Path, config: Config, name: str) -> Run:
-    """The Run of the model `name` by itself: a folder, a hub id or the demo model."""
-    base = toy_model(toy_texts()) if name == TOY_MODEL else find_model(name)
-    model_config, family = read_config(base)
-    check_stored_quantization(getattr(model_config, "quantization_config", None), base)
-    fetch_weights(name, base)
-    files = CheckpointFiles(base)
-    check_weights(build_on_meta(model_config, family), files, family)
+def _open_model(folder: Path, config: Config, name: str | None, given: str | None) -> Run:
+    """The Run of the model `name` by itself: a hub id, a folder or the demo model; None: of what `folder` holds, which
+    may be called like one of these. given: --base_model."""
+    with _naming(name, given):
+        base = folder if name is None else toy_model(toy_texts()) if name == TOY_MODEL else find_model(name)
+        model_config, family = read_config(base)
+        check_stored_quantization(getattr(model_config, "quantization_config", None), base)
+        if name is not None:
+            fetch_weights(name, base)
+        files = CheckpointFiles(base)
+        check_weights(build_on_meta(model_config, family), files, family)
     return Run(folder, config, base, model_config, family, files, None)
+
+
+@contextlib.contextmanager
+def _naming(name: str | None, given: str | None) -> Iterator[None]:
+    """Errors of finding a model are of train.py's --model_name, which no command on a RUN has. As `_open_model`."""
+    try:
+        yield
+    except UserError as e:
+        text = str(e)
+        if not text.startswith("--model_name"):
+            raise
+        rest = text.removeprefix("--model_name")
+        if name is None or given:
+            raise UserError(rest.lstrip() if name is None else f"--base_model{rest}") from None
+        raise UserError(f"base model{rest}; if it was moved, name its folder: --base_model") from None
+
+
+def _with_blocks(run: Run) -> CheckpointFiles:
+    """The expanded model's tensors, those of its new blocks as the RUN has them. Raises UserError unless the blocks
+    are this model's."""
+    path = run.folder / BLOCKS
+    blocks, metadata = open_blocks(path, run.files, run.family, new_layers(run.model_config))
+    if metadata.get("base_digest") not in (
+        None,
+        base_digest(run.model_config, run.files),
+    ):  # None: an older file
+        raise UserError(f"{path}: was trained on another model than {run.base}")
+    return run.files.with_those_of(blocks)
+
+
+def _read_options(path: Path) -> Config:
+    """Raises UserError that names the file."""
+    try:
+        config, _ = parse(["--config", str(path)])
+    except UserError as e:
+        text = str(e).removeprefix("--config ")
+        raise UserError(text if text.startswith(str(path)) else f"{path}: {text}") from None
+    _check_lost(path)
+    return config
 
 
 def _check_lost(path: Path) -> None:
@@ -131,7 +175,7 @@ def _check_description(path: Path, config: Config) -> None:
 
 def _check_adapter(run: Run, model: nn.Module) -> None:
     """Raises UserError unless the adapter's file is whole, belongs to the run's base, and holds exactly the tensors,
-    by name and shape, that the run's options make of it. Reads headers only. model: the base on meta, which gets the
+    by name and shape, of numbers with a fraction, that the run's options make of it. Reads headers only. model: the base on meta, which gets the
     adapters."""
     path = run.adapter
     if not path.is_file():
@@ -139,7 +183,9 @@ def _check_adapter(run: Run, model: nn.Module) -> None:
     try:
         with safe_open(path, framework="pt") as f:
             digest = (f.metadata() or {}).get("base_digest")
-            found = {name: f.get_slice(name).get_shape() for name in f.keys()}  # noqa: SIM118
+            slices = {name: f.get_slice(name) for name in f.keys()}  # noqa: SIM118
+            found = {name: part.get_shape() for name, part in slices.items()}
+            dtypes = {name: part.get_dtype() for name, part in slices.items()}
     except (SafetensorError, OSError) as e:
         raise UserError(f"{path}: truncated or not a safetensors file ({e})") from None
     if digest != base_digest(run.model_config, run.files):
@@ -159,6 +205,10 @@ def _check_adapter(run: Run, model: nn.Module) -> None:
         if found[name] != wanted[name]:
             raise UserError(
                 f"{path}: {name} has shape {found[name]}, but {run.base} and config.yaml ask for {wanted[name]}"
+            )
+        if dtypes[name] not in ADAPTER_DTYPES:  # whole numbers would be taken for weights
+            raise UserError(
+                f"{path}: {name} is stored as {dtypes[name]}; expected one of {', '.join(ADAPTER_DTYPES)}"
             )
 
 

@@ -1,7 +1,7 @@
 """Answers of a trained model and of its base, in the prompt template that the run was trained with.
 
 The base's answers come from the same loaded model with its adapters switched off; another run's adapter takes the
-place of the one before. Runs that saved a whole model hold no adapter: of them and their bases one is loaded at a
+place of the one before. Runs that saved a model, or new blocks, hold no adapter: of them and their bases one is loaded at a
 time.
 
 Shapes: P tokens of a prompt.
@@ -37,9 +37,7 @@ def open_runs(folders: list[str], base_model: str | None) -> list[Run]:
     runs = [open_run(folder, base_model) for folder in folders]
     for run in runs if len(runs) > 1 else []:
         if not run.adapter:
-            raise UserError(
-                f"{run.folder}: holds a whole model; only adapters can share a base: give it alone"
-            )
+            raise UserError(f"{run.folder}: has no adapter; only adapters can share a base: give it alone")
         if run.base.resolve() != runs[0].base.resolve():
             raise UserError(
                 f"{run.folder}: was trained on {run.base}, but {runs[0].folder} on {runs[0].base}; runs given"

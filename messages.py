@@ -105,7 +105,7 @@ def describe_files(config: Config, sampled: bool, folder: Path) -> str:
     ]
     if config.profile:
         lines.insert(1, f"in {config.profiling_output}: traces of single steps, for https://ui.perfetto.dev")
-    if config.save_model and config.llama_pro_save != "blocks":
+    if config.save_model:
         demo = (config.model_name, config.dataset) == (TOY_MODEL, TOY_DATASET)
         question = f' --prompt "{TOY_PROMPT}"' if demo else ""  # without one it is a conversation
         lines.append(f"try: {shlex.join([*program('generate.py'), str(folder)])}{question}")

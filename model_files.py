@@ -7,7 +7,9 @@ file holds a tensor. Only headers are read here; the weights stay on disk until 
 
 from __future__ import annotations
 
+import copy
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -72,6 +74,18 @@ class CheckpointFiles:
         for name in sorted((expected or set()) - found.keys()):
             raise UserError(f"{path}: tensor {name} is missing; {INDEX} says it is in this file")
         self.tensors |= {name: found[name] for name in sorted(found)}
+
+    def with_those_of(self, other: CheckpointFiles) -> CheckpointFiles:
+        """These tensors, but for those that `other` holds, which are read from its files."""
+        made, folder = (
+            copy.copy(self),
+            other.folder.absolute(),
+        )  # a path below self.folder if it were not absolute
+        held = {
+            name: replace(tensor, file=str(folder / tensor.file)) for name, tensor in other.tensors.items()
+        }
+        made.tensors = self.tensors | held
+        return made
 
     def read(self, name: str, stage: Stage | None = None) -> torch.Tensor | PackedWeight | Staged:
         """The tensor on the CPU, or with a stage on its way to a GPU; packed, if it is so in a file."""

@@ -192,11 +192,13 @@ def _together(folder: Path, shards: Shards, write: Callable[[Shards], None]) -> 
         raise failure
 
 
-def save_blocks(model: nn.Module, family: Family, folder: Path, files: CheckpointFiles, base: str) -> None:
-    """Writes the new blocks alone, under the expanded model's names. The header's metadata has their layers and
-    `base`, the name of the expanded model. Collective; rank 0 writes."""
-    entries = _trained_blocks(model, family, files)
-    metadata = {"base_model_name_or_path": base, NEW_LAYERS: json.dumps(new_layers(model.config))}
+def save_blocks(
+    model: nn.Module, family: Family, folder: Path, files: CheckpointFiles, base: str, digest: str
+) -> None:
+    """Writes the new blocks alone, under the expanded model's names. The header's metadata has their layers, and the
+    name and `base_digest` of the expanded model. Collective; rank 0 writes."""
+    entries, layers = _trained_blocks(model, family, files), json.dumps(new_layers(model.config))
+    metadata = {"base_model_name_or_path": base, "base_digest": digest, NEW_LAYERS: layers}
 
     def write(shards: Shards) -> None:
         with staged(folder) as stage:
@@ -213,27 +215,26 @@ def _take_part(entries: dict[str, Entry]) -> None:
                 pass
 
 
-def read_blocks(path: Path, files: CheckpointFiles, family: Family, layers: list[int]) -> dict[str, Entry]:
-    """What `save_blocks` wrote, to be put into the expanded model in `files` with the new layers `layers`.
-    Raises UserError unless it holds exactly their tensors."""
-    if not path.is_file():
-        raise UserError(f"--blocks {path}: no such file")
+def open_blocks(
+    path: Path, files: CheckpointFiles, family: Family, layers: list[int]
+) -> tuple[CheckpointFiles, dict[str, str]]:
+    """(the tensors, the header's metadata) of what `save_blocks` wrote, to be put into the expanded model in `files`
+    with the new layers `layers`. Raises UserError unless it holds exactly their tensors."""
     blocks = CheckpointFiles(path.parent, only=path.name)
-    held = read_header(path)[0].get("__metadata__", {}).get(NEW_LAYERS)
+    metadata = read_header(path)[0].get("__metadata__", {})
+    held = metadata.get(NEW_LAYERS)
     if held is None:
-        raise UserError(
-            f"--blocks {path}: not a file of new blocks, as `--llama_pro_save blocks` leaves them"
-        )
+        raise UserError(f"{path}: not a file of new blocks, as `--llama_pro_save blocks` leaves them")
     if held != json.dumps(layers):
-        raise UserError(f"--blocks {path}: has the new layers {held}, but {files.folder} has {layers}")
+        raise UserError(f"{path}: has the new layers {held}, but {files.folder} has {layers}")
     wanted = {name for name in files.tensors if family.place(name)[0] in layers}
     for name in sorted(wanted ^ set(blocks.tensors)):
         what = f"{name} is missing" if name in wanted else f"{name} is in no new layer of {files.folder}"
-        raise UserError(f"--blocks {path}: {what}")
+        raise UserError(f"{path}: {what}")
     for name, stored in blocks.tensors.items():
         if stored.shape != files.tensors[name].shape:
             raise UserError(
-                f"--blocks {path}: {name} has shape {list(stored.shape)}, but {files.folder} has"
+                f"{path}: {name} has shape {list(stored.shape)}, but {files.folder} has"
                 f" {list(files.tensors[name].shape)}"
             )
-    return copied(blocks)
+    return blocks, metadata

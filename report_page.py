@@ -17,6 +17,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from checkpoint import ADAPTER, BLOCKS
 from command_line import program
 from config import TOY_DATASET, TOY_MODEL, TOY_PROMPT, Config, shown
 from report_charts import Series, bars, curves, number, running_mean
@@ -126,7 +127,9 @@ def _tiles(run: RunFiles) -> str:
         tiles.append(
             ("Validation loss", f"{evaluated[-1][1]:.4f}", f"best {best[1]:.4f} at step {best[0]:,}")
         )
-    tiles.append(("Training time", duration(seconds), f"{len(steps):,} optimizer steps"))
+    bad = max((count for _, count in series_of(steps, "bad_steps")), default=0)  # so far, at each step
+    taken = f"{len(steps):,} optimizer steps" + f", {bad:,} skipped as NaN or infinite" * (bad > 0)
+    tiles.append(("Training time", duration(seconds), taken))
     if rates:
         tiles.append(("Speed", f"{rates[len(rates) // 2]:,.0f}", "tokens/s on all ranks, median"))
     if memory:
@@ -270,12 +273,12 @@ def commands(run: RunFiles) -> list[tuple[str, list[str]]]:
     # evaluate.py takes these when it is told no other rows.
     held_out = config.eval_share or config.eval_dataset
     measured = [] if held_out else ["--dataset", config.dataset, "--samples", "200"]
-    adapter, whole = "adapter_model.safetensors" in run.names, "config.json" in run.names
+    whole, part = "config.json" in run.names, not run.names.isdisjoint((ADAPTER, BLOCKS))
     for script, what, more, needs in (
-        ("generate.py", "Ask the base model and the tuned one", asked, adapter or whole),
-        ("evaluate.py", "Measure the base model and the tuned one", measured, adapter or whole),
-        ("export.py", "Make a complete model out of the base and the adapter",
-         ["--to", "merged", "--out", f"{folder}-merged"], adapter),
+        ("generate.py", "Ask the base model and the tuned one", asked, part or whole),
+        ("evaluate.py", "Measure the base model and the tuned one", measured, part or whole),
+        ("export.py", "Make a complete model out of the base and what was trained",
+         ["--to", "merged", "--out", f"{folder}-merged"], part),
     ):  # fmt: skip
         if needs and (HERE / script).is_file():
             found.append((what, [*program(script), folder, *more]))

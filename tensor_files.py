@@ -41,8 +41,8 @@ class HasShape(Protocol):
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """What a file's header says of a tensor. dtype: safetensors' name where it is none of DTYPES; begin: its first
-    byte in the file."""
+    """What a file's header says of a tensor. file: its name in its folder, or the whole path of one elsewhere; dtype:
+    safetensors' name where it is none of DTYPES; begin: its first byte in the file."""
 
     file: str
     shape: tuple[int, ...]

@@ -310,12 +310,12 @@ def save(job: Job, model: nn.Module, folder: Path) -> None:
     config, family = job.config, FAMILIES[job.model_config.model_type]
     on_disk = config.model_name == TOY_MODEL or Path(config.model_name).expanduser().is_dir()
     base = str(job.files.folder.resolve()) if on_disk else config.model_name
+    digest = base_digest(job.model_config, job.files)
     if config.llama_pro_save == "blocks":
-        save_blocks(model, family, folder, job.files, base)
+        save_blocks(model, family, folder, job.files, base, digest)
     elif config.method.expansion:
         save_expanded(model, family, folder, job.files)
     elif config.method.saves == "adapter":
-        digest = base_digest(job.model_config, job.files)
         save_adapter(model, folder, config, base, digest, peft_targets(family, config.lora_target_modules))
     else:
         save_model(model, folder, job.files)

@@ -20,7 +20,6 @@ import evaluation
 import train
 from checkpoint import ADAPTER
 from command_line import parse
-from config import UserError
 from data import IGNORE, StepSampler, make_batch, tokenize
 from evaluation import greedy, grouped, mean_loss, perplexity
 from evaluation_data import held_rows, prepare_sets, prompt_of, stop_tokens
@@ -278,14 +277,17 @@ def test_the_best_step_is_the_best(overfitted):
 
 
 def test_the_best_of_an_expanded_model_is_its_new_blocks(checkpoints, alpaca_file, one_rank, tmp_path):
-    """Not gigabytes of old ones."""
+    """Not gigabytes of old ones; opened as a run, it is the model that was evaluated."""
     args = ["--model_name", checkpoints("llama_pro"), "--dataset", alpaca_file, "--train_type", "llama_pro"]
     args += ["--output_dir", tmp_path, "--max_steps", "1", "--eval_share", "0.2", "--eval_every", "1"]
     weights = one_rank(run, list(map(str, args)))[0][3]
     stored = load_file(tmp_path / "best" / "new_blocks.safetensors")
     assert all(torch.equal(stored[name], weights[name]) for name in weights) and set(stored) == set(weights)
-    with pytest.raises(UserError, match="holds new blocks only"):
-        open_run(tmp_path / "best")
+    model = load_model(open_run(tmp_path / "best"), HERE.device, torch.float32)
+    rows = make_job(HERE, list(map(str, args))).evaluation.rows
+    loss = mean_loss(model, rows, 3, train.loss_sum, HERE, context)
+    score = json.loads((tmp_path / "best" / "evaluation.json").read_text())
+    assert loss == pytest.approx(score["eval_loss"], rel=1e-5)
 
 
 # Samples

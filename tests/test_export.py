@@ -145,6 +145,19 @@ def test_whole_models_are_copied(train_type, checkpoints, alpaca_file, one_rank,
         assert "whole model" in capsys.readouterr().err
 
 
+def test_new_blocks_are_put_into_their_model(checkpoints, alpaca_file, one_rank, tmp_path, capsys):
+    args = args_for(checkpoints("llama_bias_pro"), alpaca_file, "bnb_llama_pro", "--llama_pro_save", "blocks")
+    trained = saved_run(one_rank, tmp_path / "run", args)
+    assert difference(exported(tmp_path / "run", tmp_path / "out")) > 0.01
+    blocks, out = all_tensors(tmp_path / "run"), all_tensors(tmp_path / "out")
+    expected = all_tensors(checkpoints("llama_bias_pro")) | blocks
+    assert out.keys() == expected.keys() and all(torch.equal(out[name], expected[name]) for name in out)
+    assert difference(exported(tmp_path / "run", tmp_path / "trained", "--base", "dequantized")) < 1e-4
+    close(logits(loaded(tmp_path / "trained")), trained)
+    assert export.main([str(tmp_path / "run"), "--to", "adapter", "--out", str(tmp_path / "no")]) == 2
+    assert "holds new blocks, trained without an adapter" in capsys.readouterr().err
+
+
 def test_a_base_that_is_packed_already(checkpoints, alpaca_file, one_rank, tmp_path, capsys):
     base = checkpoints("llama_bias")
     pack_like_the_hub(base, tmp_path / "4bit")

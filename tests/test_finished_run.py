@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import config as options
-from checkpoint import ADAPTER
+from checkpoint import ADAPTER, BLOCKS
 from config import UserError
 from finished_run import load_model, open_run
 from tests.test_adapters import IDS, args_for
@@ -40,6 +42,7 @@ def save_run(place, args, folder):
             (t, "llama_bias")
             for t in ("lora", "dora", "qlora", "bnb_dora", "hqq_dora --n_bits 3", "full", "llama_pro")
         ],
+        ("llama_pro --llama_pro_save blocks", "llama_bias"),
         *[("bnb_dora", kind) for kind in ("qwen2", "gemma2", "phi3", "qwen3_moe")],
     ],
 )
@@ -79,14 +82,61 @@ def test_a_base_that_was_moved(run, checkpoints, tmp_path):
     assert open_run(run, base=str(moved)).base == moved
 
 
+def test_a_base_that_is_gone_is_told_without_options_of_training(run, checkpoints):
+    """Which generate.py, evaluate.py and export.py do not have."""
+    config = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(
+        config.replace(f"model_name: {checkpoints()}", "model_name: /gone/model")
+    )
+    with pytest.raises(UserError, match=r"^base model /gone/model: no such folder.*: --base_model$"):
+        open_run(run)
+    with pytest.raises(UserError, match=r"^--base_model /gone/too: no such folder"):
+        open_run(run, "/gone/too")
+    (run / "config.yaml").write_text(config.replace("lora_rank: 8", "lora_rank: 0"))
+    with pytest.raises(UserError, match=rf"^{run}/config\.yaml: --lora_rank 0"):
+        open_run(run)
+
+
+def test_a_model_in_a_folder_called_like_the_demo_s(
+    checkpoints, alpaca_file, one_rank, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    trained = saved_run(one_rank, tmp_path / "toy", args_for(checkpoints(), alpaca_file, "full"))
+    run = open_run("toy")
+    assert run.base == run.files.folder == Path("toy")
+    with torch.no_grad():
+        ours = load_model(run, CPU, torch.float32)(input_ids=IDS, use_cache=False).logits
+    torch.testing.assert_close(ours, trained, rtol=1e-5, atol=1e-5)
+    (tmp_path / "toy" / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"^toy: "):
+        open_run("toy")
+
+
+def test_new_blocks_of_another_model(checkpoints, alpaca_file, one_rank, tmp_path):
+    args = args_for(checkpoints("llama_bias_pro"), alpaca_file, "llama_pro", "--llama_pro_save", "blocks")
+    saved_run(one_rank, tmp_path / "run", args)
+    other = shutil.copytree(checkpoints("llama_bias_pro"), tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.5}))
+    with pytest.raises(UserError, match=f"{BLOCKS}: was trained on another model than {other}"):
+        open_run(tmp_path / "run", str(other))
+    with pytest.raises(UserError, match="no expanded model"):
+        open_run(tmp_path / "run", str(checkpoints("llama_bias")))
+    (tmp_path / "run" / BLOCKS).unlink()
+    with pytest.raises(UserError, match=rf"holds no result \({BLOCKS}\)"):
+        open_run(tmp_path / "run")
+
+
 def spoil_adapter(run, change: str) -> None:
-    """Makes a RUN's adapter one of another shape, or with a tensor missing or in surplus."""
+    """Makes a RUN's adapter one of another shape or dtype, or with a tensor missing or in surplus."""
     tensors = load_file(run / ADAPTER)
     with safe_open(run / ADAPTER, framework="pt") as f:
         metadata = f.metadata()
     name = next(n for n in tensors if n.endswith("layers.1.mlp.up_proj.lora_B.weight"))
     if change == "shape":
         tensors[name] = tensors[name][:, :1].contiguous()
+    elif change == "dtype":
+        tensors[name] = tensors[name].to(torch.int8)
     elif change == "missing":
         del tensors[name]
     else:
@@ -94,9 +144,14 @@ def spoil_adapter(run, change: str) -> None:
     save_file(tensors, run / ADAPTER, metadata=metadata)
 
 
-@pytest.mark.parametrize("change", ["shape", "missing", "surplus"])
+@pytest.mark.parametrize("change", ["shape", "dtype", "missing", "surplus"])
 def test_an_adapter_that_does_not_fit(change, run):
     spoil_adapter(run, change)
-    words = {"shape": r"has shape \[160, 1\], but", "missing": "is missing", "surplus": "has no place in"}
+    words = {
+        "shape": r"has shape \[160, 1\], but",
+        "dtype": "is stored as I8; expected",
+        "missing": "is missing",
+        "surplus": "has no place in",
+    }
     with pytest.raises(UserError, match=rf"layers\.\d\.mlp\.up_proj.* {words[change]}"):
         open_run(run)

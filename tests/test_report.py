@@ -138,10 +138,14 @@ def test_skipped_steps_and_odd_runs(tmp_path):
     be writing; an older one has no run.json."""
     steps = [metrics(i) for i in range(1, 5)]
     steps[1]["grad_norm"], steps[3]["loss"] = None, None
+    steps[1]["bad_steps"] = steps[2]["bad_steps"] = 1
+    steps[3]["bad_steps"] = 2
     run = make_run(tmp_path / "run", steps)
     page = page_of(run)
     norms = next(s for c in page.charts for s in c["series"] if s["name"] == "norm")
     assert [p[0] for p in norms["points"]] == [1, 3, 4] and "Last loss not finite" in page.text
+    assert "4 optimizer steps, 2 skipped as NaN or infinite" in page.text
+    assert "skipped as" not in page_of(make_run(tmp_path / "good", [metrics(1)])).text
     with (run / "metrics.jsonl").open("a") as f:
         f.write('{"step": 5, "lo')
     assert "4 optimizer steps" in page_of(run).text
@@ -235,6 +239,13 @@ def test_the_next_commands(tmp_path):
     text = page_of(run).text
     assert f"transformers serve '{run}'" in text and f"report.py '{run}'" in text
     assert f"train.py --config '{run}/config.yaml' --output_dir '{run}-again'" in text
+    assert "export.py" not in text
+    for name in ("adapter_model.safetensors", "new_blocks.safetensors"):
+        run = make_run(tmp_path / name, [metrics(1)])
+        assert "generate.py" not in page_of(run).text
+        (run / name).touch()
+        for script in ("generate.py", "evaluate.py", "export.py"):
+            assert f"{script} {run}" in page_of(run).text
 
 
 @pytest.mark.parametrize(
