@@ -237,15 +237,34 @@ def spoil_model(folder, args):
     args[1] = model
 
 
+def name_too_long(folder, args):
+    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest["files"]["x" * 5000] = 1
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+
+
 def spoil_manifest(folder, args):
     (folder / MANIFEST).write_text((folder / MANIFEST).read_text()[:-20])
 
 
+def edit_manifest(**values):
+    def edit(folder, args):
+        manifest = json.loads((folder / MANIFEST).read_text())
+        (folder / MANIFEST).write_text(json.dumps(manifest | values))
+
+    return edit
+
+
+DAMAGED = f"{MANIFEST} is damaged"
 SPOILT = {
     "another model": (spoil_model, "packed weights of another model"),
     "other settings": (lambda folder, args: args.extend(["--n_bits", "2"]), r"packed by HQQ\(n_bits=4"),
     "half written": (lambda folder, args: (folder / MANIFEST).unlink(), f"no {MANIFEST}"),
-    "manifest cut": (spoil_manifest, f"{MANIFEST} is damaged"),
+    "manifest cut": (spoil_manifest, DAMAGED),
+    "manifest too deep": (lambda folder, args: (folder / MANIFEST).write_text("[" * 10**5), DAMAGED),
+    "no sizes": (edit_manifest(files=None), DAMAGED),
+    "a name too long": (name_too_long, "missing or cut"),
+    "other files": (edit_manifest(files={}), DAMAGED),
     "file missing": (lambda folder, args: next(folder.glob("packed-*")).unlink(), "missing or cut"),
     "file cut": (lambda folder, args: cut(next(folder.glob("packed-*"))), "missing or cut"),
 }
