@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import shutil
 import time
@@ -147,6 +148,37 @@ def test_a_bnb_weight_without_its_scales(checkpoints, alpaca_file, tmp_path):
     save_file(stored, tmp_path / "4bit" / "model.safetensors")
     with pytest.raises(UserError, match="does not describe a packed weight"):
         check(tmp_path / "4bit", alpaca_file, *QLORA)
+
+
+@pytest.mark.parametrize(
+    ("part", "spoil", "words"),
+    [
+        ("quant_map", lambda t: t[:8], "quant_map is not that of nf4"),
+        ("quant_map", lambda t: t.int(), "quant_map is not that of nf4"),
+        ("nested_quant_map", lambda t: torch.cat([t, t]), "nested_quant_map is not that of nf4"),
+        ("nested_quant_map", lambda t: -t, "nested_quant_map is not that of nf4"),
+        ("absmax", lambda t: t[:-1], "holds too little or too much"),
+        ("quant_state.bitsandbytes__nf4", lambda t: as_bytes("[" * 10**5), "does not describe"),
+        ("quant_state.bitsandbytes__nf4", lambda t: t[:-1], "does not describe"),
+        (
+            "quant_state.bitsandbytes__nf4",
+            lambda t: as_bytes(json.dumps(json.loads(bytes(t.tolist())) | {"nested_offset": math.inf})),
+            "does not describe",
+        ),
+    ],
+)
+def test_damaged_bnb_weights(part, spoil, words, checkpoints, alpaca_file, tmp_path):
+    pack_like_the_hub(checkpoints(), tmp_path / "4bit")
+    stored = load_file(tmp_path / "4bit" / "model.safetensors")
+    name = f"model.layers.0.self_attn.q_proj.weight.{part}"
+    stored[name] = spoil(stored[name]).contiguous()
+    save_file(stored, tmp_path / "4bit" / "model.safetensors")
+    with pytest.raises(UserError, match=words):
+        check(tmp_path / "4bit", alpaca_file, *QLORA)
+
+
+def as_bytes(text: str) -> torch.Tensor:
+    return torch.tensor(list(text.encode()), dtype=torch.uint8)
 
 
 def test_a_bnb_checkpoint_needs_no_cache(checkpoints, alpaca_file, tmp_path):
