@@ -94,6 +94,14 @@ def test_factored_norm_is_the_norm_of_the_updated_weight():
     assert not layer.updated_norm().requires_grad
 
 
+def test_the_compiler_leaves_the_norm_what_it_is():
+    """In fp32: the real one once dropped s/2, and the graphs that other tests compare are not lowered."""
+    a, b, projected = torch.randn(R, I) * 0.1, torch.randn(O, R) * 0.1, torch.randn(O, R)
+    operands = projected, a, b, ALPHA / R, torch.full((O,), 64.0)
+    expected, compiled = linear4bit.factored_norm(*operands), torch.compile(linear4bit.factored_norm)
+    torch.testing.assert_close(compiled(*operands), expected, rtol=1e-6, atol=0)
+
+
 def test_a_row_of_zeros_is_no_nan():
     weight, bias = torch.randn(O, I), torch.randn(O)
     weight[3] = 0
