@@ -28,6 +28,7 @@ from checkpoint import check_output, clear_output
 from command_line import command_parser, program, report, suggest, with_underscores
 from config import TOY_MODEL, UserError
 from data import toy_texts
+from limits import LAYERS
 from model_files import CheckpointFiles, fetch_weights, find_model
 from model_writer import Entry, Shards, copied, open_blocks, shards_of, with_replaced, write_model, zeros
 from models import build_on_meta, check_weights, read_config
@@ -58,11 +59,14 @@ class Options:
             for layer in self.after:
                 if not 0 <= layer < layers:
                     raise UserError(f"--after {layer}: this model has the layers 0 to {layers - 1}")
-            return sorted(self.after)
-        count = self.new_blocks
-        if count is None:
-            count = max(1, math.floor(layers * self.expansion_rate + 0.5))
-        return evenly(layers, count)
+            count = len(self.after)
+        elif self.new_blocks is not None:
+            count = self.new_blocks
+        else:
+            count = max(1, math.floor(min(layers * self.expansion_rate, LAYERS) + 0.5))
+        if layers + count > LAYERS:
+            raise UserError(f"{layers} layers and {count:,} new ones: at most {LAYERS:,} are built")
+        return evenly(layers, count) if self.after is None else sorted(self.after)
 
 
 def parse(argv: list[str]) -> Options:

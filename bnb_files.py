@@ -71,13 +71,19 @@ class BnbWeight:
         for suffix, table in _tables().items():
             if suffix.startswith("nested") and not self.double:
                 continue
-            if suffix not in self.parts or not torch.allclose(self._read(suffix).float(), table, atol=1e-6):
+            if not self._holds(suffix, table):
                 raise UserError(f"{where}: its {suffix} is not that of nf4")
         codes, scales = self.quantizer.sizes(self.shape)
         scales -= 4 * self.double  # the offset is in the JSON object
         held = [_nbytes(self.parts[s]) for s in ("absmax", *["nested_absmax"] * self.double)]
         if _nbytes(self.parts[""]) != codes or sum(held) != scales:
             raise UserError(f"{where}: holds too little or too much for a weight of shape {list(self.shape)}")
+
+    def _holds(self, suffix: str, table: torch.Tensor) -> bool:
+        stored = self.parts.get(suffix)
+        if stored is None or not isinstance(stored.dtype, torch.dtype) or stored.shape != tuple(table.shape):
+            return False  # and is not read: it may be of any size
+        return torch.allclose(self._read(suffix).float(), table, atol=1e-6)
 
 
 def _nbytes(stored: StoredTensor) -> int:
@@ -110,8 +116,8 @@ def find_bnb(folder: Path, tensors: dict[str, StoredTensor]) -> dict[str, BnbWei
                 name, folder, parts[name], state | {"quant_type": key.partition(STATE)[2]}
             )
             assert all(isinstance(n, int) for n in state["shape"]) and "absmax" in parts[name]
-            assert not found[name].double or isinstance(state["nested_offset"], float)
-        except (ValueError, LookupError, TypeError, AssertionError):
+            assert not found[name].double or math.isfinite(state["nested_offset"])
+        except (ValueError, LookupError, TypeError, AssertionError, RecursionError):
             raise UserError(f"{folder / stored.file}: {key} does not describe a packed weight") from None
         found[name].check()
         tensors[name] = StoredTensor(tensors[name].file, found[name].shape, torch.uint8)

@@ -223,8 +223,9 @@ def factored_norm(projected: Tensor, a: Tensor, b: Tensor, scaling: float, squar
     projected: W A^T [O, R]; a [R, I] and b [O, R] as they are trained; squared_norm: ||W||^2, [O] fp32.
     """
     exact_a, b = a.float(), b.float()
-    # W A^T + s/2 B A A^T: [O, R]. The sum is fp32: where the dtypes differ, torch promotes.
-    half = torch.add(projected, b @ (exact_a @ exact_a.t()), alpha=scaling / 2)
+    # W A^T + s/2 B A A^T: [O, R]. The sum is fp32: where the dtypes differ, torch promotes. s/2 is no alpha of the sum:
+    # on a CPU the compiler makes an addmm of that and drops it (of the kind of pytorch#167313).
+    half = projected + b @ (exact_a @ exact_a.t() * (scaling / 2))
     norm = torch.add(squared_norm, (half * b).sum(1), alpha=2 * scaling)
     return norm.clamp_min(TINY).sqrt()  # rounding may leave less than 0 where W = -s B A
 

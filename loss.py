@@ -156,16 +156,19 @@ class Head(nn.Linear):
     """The output projection. With targets it gives the loss instead of the logits."""
 
     compiled = False  # set by wrapping.py
+    scale = 1.0  # set by models/causal_lm.py
 
     def forward(self, x: Tensor, targets: Tensor | None = None, softcap: float | None = None) -> Tensor:
         """Logits [.., V]; or, with targets [..], the cross-entropy summed over those that are not IGNORE, fp32.
-        softcap: c of logits c tanh(z / c); without targets the model's own forward applies it."""
+        scale and softcap: s and c of logits c tanh(s z / c); without targets the model's own forward applies them."""
         if targets is None:
             weight = self.weight.full_tensor() if isinstance(self.weight, DTensor) else self.weight
             return F.linear(x, weight.to(x.device), self.bias)
         assert self.bias is None
         dtype = compute_dtype(x)
         x = x.flatten(0, -2)
+        if self.scale != 1:
+            x = x * self.scale
         shard = VocabularyShard(self.weight)
         rows = shard.rows.to(x.device, dtype, non_blocking=True)
         with torch.autocast(x.device.type, enabled=False):

@@ -12,6 +12,7 @@ import glob
 import hashlib
 import json
 import math
+import os
 import shutil
 import tempfile
 import time
@@ -24,6 +25,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 
 from config import UserError
+from limits import INDEX_FILE, read_json
 from model_files import CheckpointFiles
 from quantizers import PackedWeight, Quantizer, flat_bytes
 from tensor_files import UMASK, list_tensors, read_tensor, save_tensors
@@ -82,18 +84,20 @@ def open_cache(
     """The packed weights of `names`; None if there is no cache yet. Raises UserError if the folder holds
     something else: another model's or other settings' weights, half a cache, no cache at all."""
     where = f"--quantized_cache {folder}"
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+    if not os.path.exists(folder) or (folder.is_dir() and not any(folder.iterdir())):  # of any length
         return None
     if not (folder / MANIFEST).is_file():
         raise UserError(
             f"{where}: holds something else, or half a cache (no {MANIFEST}); choose another folder"
         )
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        version, sizes, tensors = manifest["version"], manifest["files"], manifest["tensors"]
+        manifest = read_json(folder / MANIFEST, INDEX_FILE)
+        version, tensors = manifest["version"], manifest["tensors"]
+        sizes = dict(manifest["files"].items())
         entries = {n: CachedWeight(n, folder / t["file"], t["crc"], quantizer) for n, t in tensors.items()}
+        assert all(t["file"] in sizes for t in tensors.values())
         described = manifest["quantizer"], manifest["model"]
-    except (ValueError, LookupError, TypeError, AttributeError):
+    except (UserError, LookupError, TypeError, AttributeError, AssertionError):
         raise UserError(f"{where}: {MANIFEST} is damaged; delete the folder") from None
     if version != VERSION:
         raise UserError(f"{where}: made by another version; delete the folder")
@@ -102,7 +106,7 @@ def open_cache(
     if entries.keys() != set(names) or described[1] != digest(files, names):
         raise UserError(f"{where}: holds the packed weights of another model; choose another folder")
     for file, size in sizes.items():
-        if not (folder / file).is_file() or (folder / file).stat().st_size != size:
+        if not os.path.isfile(folder / file) or os.path.getsize(folder / file) != size:  # of any text
             raise UserError(f"{where}: {file} is missing or cut; delete the folder")
     return entries
 

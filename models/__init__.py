@@ -84,7 +84,7 @@ def build_on_meta(config: PretrainedConfig, family: Family, attention: str | Non
             warnings.simplefilter("ignore")  # of sizes that are zero; check_weights says it
             model = with_summed_loss(family.model_class)(config)
             family.as_stored(model)
-            put_head(model, family.head)
+            put_head(model, family.head, family.logit_scale(config))
     except UNUSABLE as e:
         raise UserError(
             f"{config.name_or_path}/config.json: describes no {config.model_type} model"

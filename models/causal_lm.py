@@ -12,15 +12,15 @@ from loss import Head
 
 
 class SummedLoss:
-    """Comes before a ForCausalLM class among the bases. Its backbone is `model`, its head `lm_head`."""
+    """Comes before a ForCausalLM class among the bases. Its head is one that `put_head` put there."""
 
     def forward(self, *args, targets: torch.Tensor | None = None, **kwargs):
         """As the class's own; or with targets [B, T], the cross-entropy summed over those that are not IGNORE."""
         if targets is None:
             return super().forward(*args, **kwargs)
-        hidden = self.model(*args, use_cache=False, **kwargs).last_hidden_state
+        hidden = self.base_model(*args, use_cache=False, **kwargs).last_hidden_state
         cap = getattr(self.config, "final_logit_softcapping", None)
-        return self.lm_head(hidden, targets=targets, softcap=cap)
+        return self.get_output_embeddings()(hidden, targets=targets, softcap=cap)
 
 
 @cache
@@ -28,10 +28,11 @@ def with_summed_loss(model_class: type[PreTrainedModel]) -> type[PreTrainedModel
     return type(model_class.__name__, (SummedLoss, model_class), {})
 
 
-def put_head(model: nn.Module, name: str) -> None:
-    """Puts a Head in the place of the linear of that dotted name; its weight stays the same parameter."""
+def put_head(model: nn.Module, name: str, scale: float) -> None:
+    """Puts a Head in the place of the linear of that dotted name; its weight stays the same parameter. scale: what
+    the model's own forward multiplies the head's result with."""
     linear = model.get_submodule(name)
     with torch.device("meta"):
         head = Head(linear.in_features, linear.out_features, bias=linear.bias is not None)
-    head.weight, head.bias = linear.weight, linear.bias
+    head.weight, head.bias, head.scale = linear.weight, linear.bias, scale
     model.set_submodule(name, head)

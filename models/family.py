@@ -30,6 +30,7 @@ class Family:
     layer to layer, relative to the layer;
     as_stored: changes the meta model in place until its parameters are the files' tensors;
     compiles: whether a layer is one graph, without a break;
+    logit_scale: what the head's result is multiplied with, before any cap;
     constants: full contents of the buffers that no file holds, rotary tables apart, by absolute name.
     """
 
@@ -44,6 +45,7 @@ class Family:
     as_stored: Callable[[PreTrainedModel], None] = lambda model: None
     constants: Callable[[PretrainedConfig], dict[str, torch.Tensor]] = lambda config: {}
     compiles: bool = True
+    logit_scale: Callable[[PretrainedConfig], float] = lambda config: 1.0
     layers: str = "model.layers"
     embedding: str = "model.embed_tokens"
     head: str = "lm_head"

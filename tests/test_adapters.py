@@ -5,6 +5,7 @@ from __future__ import annotations
 import peft
 import pytest
 import torch
+import torch.nn.functional as F
 from functorch.compile import make_boxed_func
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
@@ -13,7 +14,9 @@ from transformers import AutoModelForCausalLM
 
 import linear4bit
 import models.dora
+import train
 from config import METHODS
+from data import IGNORE, Batch
 from models.dora import DoRALinear
 from models.lora import LoRALinear
 from quantize_layers import Linear4bit
@@ -89,6 +92,14 @@ def test_factored_norm_is_the_norm_of_the_updated_weight():
         atol=0,
     )
     assert not layer.updated_norm().requires_grad
+
+
+def test_the_compiler_leaves_the_norm_what_it_is():
+    """In fp32: the real one once dropped s/2, and the graphs that other tests compare are not lowered."""
+    a, b, projected = torch.randn(R, I) * 0.1, torch.randn(O, R) * 0.1, torch.randn(O, R)
+    operands = projected, a, b, ALPHA / R, torch.full((O,), 64.0)
+    expected, compiled = linear4bit.factored_norm(*operands), torch.compile(linear4bit.factored_norm)
+    torch.testing.assert_close(compiled(*operands), expected, rtol=1e-6, atol=0)
 
 
 def test_a_row_of_zeros_is_no_nan():
@@ -225,6 +236,27 @@ def test_step_zero_is_the_base_model(kind, train_type, checkpoints, alpaca_file,
     model = transformers_model(folder, state)
     with torch.no_grad():
         torch.testing.assert_close(ours, model(input_ids=IDS).logits, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", list(CONFIGS))
+def test_the_loss_is_that_of_the_logits(kind, checkpoints, alpaca_file, one_rank):
+    """It is formed without transformers' forward, and must hold what that does between the head and the logits."""
+    loss, logits = one_rank(loss_and_logits, args_for(checkpoints(kind), alpaca_file, "bnb_dora"))[0]
+    assert loss == pytest.approx(summed_cross_entropy(logits), rel=1e-5)
+
+
+def loss_and_logits(place, args) -> tuple[float, torch.Tensor]:
+    _, model = set_up(place, args)
+    targets = IDS.roll(-1, 1)
+    targets[:, -1] = IGNORE
+    with torch.no_grad():
+        loss = train.loss_sum(model.eval(), Batch(IDS, targets)).item()
+        return loss, model(input_ids=IDS, use_cache=False).logits.clone()
+
+
+def summed_cross_entropy(logits: torch.Tensor) -> float:
+    """Of IDS, each token from those before it."""
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1), IDS[:, 1:].flatten(), reduction="sum").item()
 
 
 @pytest.mark.parametrize(

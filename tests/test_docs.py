@@ -13,6 +13,7 @@ from tests import tiny
 from tests.programs import ROOT
 from tests.runs import outputs, transformers_model
 from tests.test_adapters import IDS, args_for
+from tests.test_block_expansion import expand, transformers_logits
 from tools.make_options_doc import PAGE, page
 
 
@@ -32,7 +33,8 @@ def test_datasets_holds_no_python():
 
 
 def test_the_example_of_a_new_family_works(alpaca_file, one_rank, tmp_path, monkeypatch):
-    """The file, the name and the tiny config, as they stand in the docs: step 0 of its 4-bit model."""
+    """The file, the name and the tiny config, as they stand in the docs: step 0 of its 4-bit model, with layers that are
+    to be compiled, as on GPUs; and an expanded one."""
     page = (
         (ROOT / "docs" / "architecture.md")
         .read_text(encoding="utf-8")
@@ -43,9 +45,12 @@ def test_the_example_of_a_new_family_works(alpaca_file, one_rank, tmp_path, monk
     assert f'`"{name}": {name}.FAMILY,`' in page
     config = eval(config, {"Starcoder2Config": Starcoder2Config, "_COMMON": tiny._COMMON})
     monkeypatch.setitem(tiny.CONFIGS, name, lambda: config)
-    folder = tiny.save_checkpoint(name, tmp_path)
+    folder = tiny.save_checkpoint(name, tmp_path / name)
     ours, state, adapters = one_rank(
-        step_zero_of_a_new_family, name, source, args_for(folder, alpaca_file, "bnb_dora")
+        step_zero_of_a_new_family,
+        name,
+        source,
+        args_for(folder, alpaca_file, "bnb_dora", "--compile", "true"),
     )[0]
     assert {n.split(".", 3)[3].rpartition(".")[0] for n in adapters} == {
         *(f"self_attn.{x}_proj" for x in "qkvo"),
@@ -56,6 +61,10 @@ def test_the_example_of_a_new_family_works(alpaca_file, one_rank, tmp_path, monk
         torch.testing.assert_close(
             ours, transformers_model(folder, state)(input_ids=IDS).logits, rtol=1e-5, atol=1e-5
         )
+    exec(source, module := {})
+    monkeypatch.setitem(FAMILIES, name, module["FAMILY"])
+    expanded = expand(folder, tmp_path / "expanded", "--new_blocks", 2)
+    assert torch.equal(transformers_logits(expanded), transformers_logits(folder))
 
 
 def step_zero_of_a_new_family(place, name, source, args):

@@ -9,7 +9,8 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GraniteConfig
+from transformers.models.granite.modeling_granite import GraniteForCausalLM, GraniteRotaryEmbedding
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts, Qwen3MoeMLP
 
 import models
@@ -19,11 +20,11 @@ from checkpoint import whole
 from config import UserError
 from data import IGNORE, Batch
 from models import FAMILIES, build_on_meta, gemma2, read_config
-from models.family import clean
+from models.family import Family, clean
 from models.moe import Experts
 from tests import tiny
 from tests.runs import outputs, set_up, train_run, transformers_model
-from tests.test_adapters import IDS, args_for, trained_names
+from tests.test_adapters import IDS, args_for, loss_and_logits, summed_cross_entropy, trained_names
 from tests.test_parity import arguments, assert_same
 
 ATTENTION = {f"self_attn.{x}_proj" for x in "qkvo"}
@@ -88,6 +89,25 @@ def bf16_logits_and_buffers(place, args):
     buffers = {clean(name): buffer.clone() for name, buffer in model.named_buffers()}
     with torch.no_grad():
         return model.eval()(input_ids=IDS, use_cache=False).logits.clone(), buffers
+
+
+def test_scaled_logits(alpaca_file, one_rank, tmp_path, monkeypatch):
+    """Granite divides its logits, and its family has to say so: the loss is formed without transformers' forward."""
+    config = GraniteConfig(**tiny._COMMON, logits_scaling=4.0)
+    monkeypatch.setitem(tiny.CONFIGS, "granite", lambda: config)
+    args = args_for(tiny.save_checkpoint("granite", tmp_path), alpaca_file, "bnb_dora")
+    for named in (True, False):
+        loss, logits = one_rank(granite_loss_and_logits, args, named)[0]
+        assert (loss == pytest.approx(summed_cross_entropy(logits), rel=1e-5)) == named
+
+
+def granite_loss_and_logits(place, args, named: bool):
+    scale = {"logit_scale": lambda config: 1 / config.logits_scaling} if named else {}
+    FAMILIES["granite"] = Family(GraniteForCausalLM, GraniteRotaryEmbedding, **scale)
+    try:
+        return loss_and_logits(place, args)
+    finally:
+        del FAMILIES["granite"]
 
 
 def test_a_buffer_that_no_one_fills_is_an_error(checkpoints, alpaca_file, one_rank):

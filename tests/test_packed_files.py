@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import shutil
 import time
@@ -149,6 +150,37 @@ def test_a_bnb_weight_without_its_scales(checkpoints, alpaca_file, tmp_path):
         check(tmp_path / "4bit", alpaca_file, *QLORA)
 
 
+@pytest.mark.parametrize(
+    ("part", "spoil", "words"),
+    [
+        ("quant_map", lambda t: t[:8], "quant_map is not that of nf4"),
+        ("quant_map", lambda t: t.int(), "quant_map is not that of nf4"),
+        ("nested_quant_map", lambda t: torch.cat([t, t]), "nested_quant_map is not that of nf4"),
+        ("nested_quant_map", lambda t: -t, "nested_quant_map is not that of nf4"),
+        ("absmax", lambda t: t[:-1], "holds too little or too much"),
+        ("quant_state.bitsandbytes__nf4", lambda t: as_bytes("[" * 10**5), "does not describe"),
+        ("quant_state.bitsandbytes__nf4", lambda t: t[:-1], "does not describe"),
+        (
+            "quant_state.bitsandbytes__nf4",
+            lambda t: as_bytes(json.dumps(json.loads(bytes(t.tolist())) | {"nested_offset": math.inf})),
+            "does not describe",
+        ),
+    ],
+)
+def test_damaged_bnb_weights(part, spoil, words, checkpoints, alpaca_file, tmp_path):
+    pack_like_the_hub(checkpoints(), tmp_path / "4bit")
+    stored = load_file(tmp_path / "4bit" / "model.safetensors")
+    name = f"model.layers.0.self_attn.q_proj.weight.{part}"
+    stored[name] = spoil(stored[name]).contiguous()
+    save_file(stored, tmp_path / "4bit" / "model.safetensors")
+    with pytest.raises(UserError, match=words):
+        check(tmp_path / "4bit", alpaca_file, *QLORA)
+
+
+def as_bytes(text: str) -> torch.Tensor:
+    return torch.tensor(list(text.encode()), dtype=torch.uint8)
+
+
 def test_a_bnb_checkpoint_needs_no_cache(checkpoints, alpaca_file, tmp_path):
     pack_like_the_hub(checkpoints(), tmp_path / "4bit")
     with pytest.raises(UserError, match=r"--quantized_cache.*packed already"):
@@ -237,15 +269,34 @@ def spoil_model(folder, args):
     args[1] = model
 
 
+def name_too_long(folder, args):
+    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest["files"]["x" * 5000] = 1
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+
+
 def spoil_manifest(folder, args):
     (folder / MANIFEST).write_text((folder / MANIFEST).read_text()[:-20])
 
 
+def edit_manifest(**values):
+    def edit(folder, args):
+        manifest = json.loads((folder / MANIFEST).read_text())
+        (folder / MANIFEST).write_text(json.dumps(manifest | values))
+
+    return edit
+
+
+DAMAGED = f"{MANIFEST} is damaged"
 SPOILT = {
     "another model": (spoil_model, "packed weights of another model"),
     "other settings": (lambda folder, args: args.extend(["--n_bits", "2"]), r"packed by HQQ\(n_bits=4"),
     "half written": (lambda folder, args: (folder / MANIFEST).unlink(), f"no {MANIFEST}"),
-    "manifest cut": (spoil_manifest, f"{MANIFEST} is damaged"),
+    "manifest cut": (spoil_manifest, DAMAGED),
+    "manifest too deep": (lambda folder, args: (folder / MANIFEST).write_text("[" * 10**5), DAMAGED),
+    "no sizes": (edit_manifest(files=None), DAMAGED),
+    "a name too long": (name_too_long, "missing or cut"),
+    "other files": (edit_manifest(files={}), DAMAGED),
     "file missing": (lambda folder, args: next(folder.glob("packed-*")).unlink(), "missing or cut"),
     "file cut": (lambda folder, args: cut(next(folder.glob("packed-*"))), "missing or cut"),
 }
