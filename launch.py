@@ -28,7 +28,7 @@ import torch.multiprocessing as mp
 
 from command_line import describe, outlast, under_torchrun
 from config import UserError
-from stopping import SAVE, forwarding
+from stopping import SAVE, forwarding, hear, unheard_by_children
 
 MEETING = timedelta(minutes=5)  # for all ranks to come; the nodes of a job do not start at the same moment
 CPU_RANKS = 16  # on any machine, for trying things out; more only where there are processors for them
@@ -172,7 +172,10 @@ def start(run: Callable, world: int, args: tuple, address: str, port: int | None
     with tempfile.TemporaryDirectory() as reports:
         # To a rank that does not listen yet it means nothing: the disposition goes over to the new processes.
         signal.signal(SAVE, signal.SIG_IGN)
-        context = mp.spawn(_rank_process, (run, world, args, reports), nprocs=world, join=False)
+        # Those that end it wait until it is one of ours: Python's own answer to SIGINT, while it imports what a rank
+        # needs, is a traceback.
+        with unheard_by_children():
+            context = mp.spawn(_rank_process, (run, world, args, reports), nprocs=world, join=False)
         with forwarding(context.pids()) as received:
             failed = _wait(context.processes)
         if failed and received.stop:
@@ -279,11 +282,12 @@ def _end_with_parent() -> None:
 def _rank_process(rank: int, run: Callable, world: int, args: tuple, reports: str) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     outlast()
+    hear()
     status = 0
     try:
         run(join_group(rank, world, rank), *args)
         dist.destroy_process_group()
-    except (Exception, KeyboardInterrupt) as e:  # of any kind: the parent tells it, and ends the others
+    except Exception as e:  # of any kind: the parent tells it, and ends the others
         status = 2 if isinstance(e, UserError) else 1
         report = {"time": time.time(), "rank": rank, "status": status, "message": describe(e)}
         report["traceback"] = "" if status == 2 else traceback.format_exc()
