@@ -185,8 +185,8 @@ def start(run: Callable, world: int, args: tuple, address: str, port: int | None
 
 
 def join(run: Callable, prepare: Callable) -> int:
-    """Under torchrun: prepare(rank, world, local_rank) on every rank, in a group that touches no GPU, then
-    run(place, what it returned). Returns the exit status.
+    """Under torchrun: prepare(rank, world, local_rank, when the run began) on every rank, in a group that touches no
+    GPU, then run(place, what it returned). Returns the exit status.
 
     A UserError of `prepare`, which raises it on all ranks or none, passes through.
     """
@@ -195,10 +195,10 @@ def join(run: Callable, prepare: Callable) -> int:
     try:
         # Each group has its own part of the store: in a common one the second would find the addresses of the
         # first, already closed.
-        store = meet(rank, world)
+        store, began = meet(rank, world)
         first = dist.PrefixStore("prepare", store)
         dist.init_process_group("gloo", store=first, rank=rank, world_size=world, timeout=PREPARING)
-        prepared = prepare(rank, world, local_rank)
+        prepared = prepare(rank, world, local_rank, began)
         dist.destroy_process_group()
         preparing = False
         run(join_group(rank, world, local_rank, dist.PrefixStore("train", store)), prepared)
@@ -214,16 +214,16 @@ def join(run: Callable, prepare: Callable) -> int:
         os._exit(2 if known else 1)
 
 
-def meet(rank: int, world: int) -> dist.Store:
-    """The store at MASTER_ADDR and MASTER_PORT, once all ranks have come to it. Raises UserError if they do not
-    within MEETING."""
+def meet(rank: int, world: int) -> tuple[dist.Store, float]:
+    """(the store at MASTER_ADDR and MASTER_PORT, once all ranks have come to it; when the run began). Raises UserError
+    if they do not within MEETING."""
     where = f"{os.environ['MASTER_ADDR']}:{_number('MASTER_PORT')}"
     if not 0 <= rank < world:
         raise UserError(f"RANK {rank}: must be below WORLD_SIZE {world}")
     came = 0
     try:
         shared, *_ = next(dist.rendezvous("env://", timeout=MEETING))
-        store = own_store(shared, rank)
+        store, began = own_store(shared, rank), first_start(shared)
         came = store.add("came", 1)
         if came == world:
             store.set("all came", "")
@@ -234,7 +234,15 @@ def meet(rank: int, world: int) -> dist.Store:
             raise UserError(f"{where}: {seen}; the other nodes' output says why") from None
         reason = str(e).splitlines()[0]
         raise UserError(f"{where}: the ranks cannot meet here (MASTER_ADDR, MASTER_PORT; {reason})") from None
-    return store
+    return store, began
+
+
+def first_start(shared: dist.Store) -> float:
+    """time.time() of the first start of the ranks, which torchrun's store remembers over those of --max-restarts: a
+    limit of time is one of them all."""
+    while isinstance(shared, dist.PrefixStore):  # of this start alone
+        shared = shared.underlying_store
+    return float(shared.compare_set("first start", "", str(time.time())))
 
 
 def _number(name: str) -> int:
