@@ -298,6 +298,7 @@ class Writer(StorageWriter):
         sync(self.temporary)
         self.temporary.rename(self.folder)
         sync(self.folder.parent)
+        sync(self.folder.parent.parent)  # the first checkpoint made the folder of all
 
 
 class Reader(StorageReader):

@@ -84,8 +84,10 @@ class Unfailing(io.FileIO):
 
 def outlast() -> None:
     """For a process that is to run for days: a full disk under its output does not end it, nor does SIGUSR1 before
-    anybody listens to it."""
+    anybody listens to it. Until then SIGINT ends it as SIGTERM does, at once and without a traceback."""
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where a shell has it ignored
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:  # closed by whoever started the program

@@ -28,7 +28,7 @@ import torch.multiprocessing as mp
 
 from command_line import describe, outlast, under_torchrun
 from config import UserError
-from stopping import SAVE, forwarding
+from stopping import SAVE, forwarding, hear, unheard_by_children
 
 MEETING = timedelta(minutes=5)  # for all ranks to come; the nodes of a job do not start at the same moment
 CPU_RANKS = 16  # on any machine, for trying things out; more only where there are processors for them
@@ -172,7 +172,10 @@ def start(run: Callable, world: int, args: tuple, address: str, port: int | None
     with tempfile.TemporaryDirectory() as reports:
         # To a rank that does not listen yet it means nothing: the disposition goes over to the new processes.
         signal.signal(SAVE, signal.SIG_IGN)
-        context = mp.spawn(_rank_process, (run, world, args, reports), nprocs=world, join=False)
+        # Those that end it wait until it is one of ours: Python's own answer to SIGINT, while it imports what a rank
+        # needs, is a traceback.
+        with unheard_by_children():
+            context = mp.spawn(_rank_process, (run, world, args, reports), nprocs=world, join=False)
         with forwarding(context.pids()) as received:
             failed = _wait(context.processes)
         if failed and received.stop:
@@ -182,8 +185,8 @@ def start(run: Callable, world: int, args: tuple, address: str, port: int | None
 
 
 def join(run: Callable, prepare: Callable) -> int:
-    """Under torchrun: prepare(rank, world, local_rank) on every rank, in a group that touches no GPU, then
-    run(place, what it returned). Returns the exit status.
+    """Under torchrun: prepare(rank, world, local_rank, when the run began) on every rank, in a group that touches no
+    GPU, then run(place, what it returned). Returns the exit status.
 
     A UserError of `prepare`, which raises it on all ranks or none, passes through.
     """
@@ -192,10 +195,10 @@ def join(run: Callable, prepare: Callable) -> int:
     try:
         # Each group has its own part of the store: in a common one the second would find the addresses of the
         # first, already closed.
-        store = meet(rank, world)
+        store, began = meet(rank, world)
         first = dist.PrefixStore("prepare", store)
         dist.init_process_group("gloo", store=first, rank=rank, world_size=world, timeout=PREPARING)
-        prepared = prepare(rank, world, local_rank)
+        prepared = prepare(rank, world, local_rank, began)
         dist.destroy_process_group()
         preparing = False
         run(join_group(rank, world, local_rank, dist.PrefixStore("train", store)), prepared)
@@ -211,16 +214,16 @@ def join(run: Callable, prepare: Callable) -> int:
         os._exit(2 if known else 1)
 
 
-def meet(rank: int, world: int) -> dist.Store:
-    """The store at MASTER_ADDR and MASTER_PORT, once all ranks have come to it. Raises UserError if they do not
-    within MEETING."""
+def meet(rank: int, world: int) -> tuple[dist.Store, float]:
+    """(the store at MASTER_ADDR and MASTER_PORT, once all ranks have come to it; when the run began). Raises UserError
+    if they do not within MEETING."""
     where = f"{os.environ['MASTER_ADDR']}:{_number('MASTER_PORT')}"
     if not 0 <= rank < world:
         raise UserError(f"RANK {rank}: must be below WORLD_SIZE {world}")
     came = 0
     try:
         shared, *_ = next(dist.rendezvous("env://", timeout=MEETING))
-        store = own_store(shared, rank)
+        store, began = own_store(shared, rank), first_start(shared)
         came = store.add("came", 1)
         if came == world:
             store.set("all came", "")
@@ -231,7 +234,15 @@ def meet(rank: int, world: int) -> dist.Store:
             raise UserError(f"{where}: {seen}; the other nodes' output says why") from None
         reason = str(e).splitlines()[0]
         raise UserError(f"{where}: the ranks cannot meet here (MASTER_ADDR, MASTER_PORT; {reason})") from None
-    return store
+    return store, began
+
+
+def first_start(shared: dist.Store) -> float:
+    """time.time() of the first start of the ranks, which torchrun's store remembers over those of --max-restarts: a
+    limit of time is one of them all."""
+    while isinstance(shared, dist.PrefixStore):  # of this start alone
+        shared = shared.underlying_store
+    return float(shared.compare_set("first start", "", str(time.time())))
 
 
 def _number(name: str) -> int:
@@ -279,11 +290,12 @@ def _end_with_parent() -> None:
 def _rank_process(rank: int, run: Callable, world: int, args: tuple, reports: str) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     outlast()
+    hear()
     status = 0
     try:
         run(join_group(rank, world, rank), *args)
         dist.destroy_process_group()
-    except (Exception, KeyboardInterrupt) as e:  # of any kind: the parent tells it, and ends the others
+    except Exception as e:  # of any kind: the parent tells it, and ends the others
         status = 2 if isinstance(e, UserError) else 1
         report = {"time": time.time(), "rank": rank, "status": status, "message": describe(e)}
         report["traceback"] = "" if status == 2 else traceback.format_exc()

@@ -37,8 +37,8 @@ class Finding:
     output_dir: str = ""
 
 
-def prepare(check: Callable[[], Job], rank: int, world: int, local_rank: int) -> Job:
-    """The checked run, on every rank. Collective, over all ranks. Raises UserError on all of them, if it is wrong
+def prepare(check: Callable[[], Job], rank: int, world: int, local_rank: int, began: float) -> Job:
+    """The checked run, on every rank; it began at time.time() `began`. Collective, over all ranks. Raises UserError on all of them, if it is wrong
     on any node or if nodes disagree: a node's own error there, elsewhere with the node's number."""
     job, failure, finding = None, None, None
     if local_rank == 0:
@@ -56,7 +56,7 @@ def prepare(check: Callable[[], Job], rank: int, world: int, local_rank: int) ->
     compare(list(nodes.values()))
     if job:
         config = dataclasses.replace(job.config, output_dir=nodes[0].output_dir)
-        job = dataclasses.replace(job, config=config)
+        job = dataclasses.replace(job, config=config, started=began)
     return _within_node(job, rank - local_rank, len(nodes), world)
 
 

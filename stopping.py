@@ -17,6 +17,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
+from multiprocessing import resource_tracker
 
 import torch
 import torch.distributed as dist
@@ -116,12 +117,19 @@ class Stopping(NeverStop):
 @contextlib.contextmanager
 def unheard_by_children() -> Iterator[None]:
     """Processes that are started within hear nothing of STOPS and SAVE, which may go to a whole process group: helpers
-    that a step needs have to live until it is finished. This process hears them again afterwards."""
+    that a step needs have to live until it is finished. Or nothing until they `hear`. This process hears them again
+    afterwards."""
+    resource_tracker.ensure_running()  # multiprocessing would with its first child, and unblock STOPS after that
     before = signal.pthread_sigmask(signal.SIG_BLOCK, (*STOPS, SAVE))  # children begin with their parent's
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def hear() -> None:
+    """In a process that was started unheard: STOPS and SAVE, also those that came since."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, (*STOPS, SAVE))
 
 
 def _end_now(number: signal.Signals) -> None:

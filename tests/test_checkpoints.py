@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import threading
 import time
@@ -235,6 +236,37 @@ def test_copies_lie_together_and_are_written_each_alone(tmp_path, monkeypatch):
     save_tensors(copies, tmp_path / "copies")
     save_tensors({name: tensor.contiguous() for name, tensor in TENSORS.items()}, tmp_path / "originals")
     assert (tmp_path / "copies").read_bytes() == (tmp_path / "originals").read_bytes()
+
+
+def order_of_a_save(place, folder: str) -> list[str]:
+    """What is synced, and what gets its name, by its path within the RUN."""
+    run, seen, sync, rename = Small(place, folder, every=1), [], os.fsync, os.rename
+
+    def note(word: str, path) -> None:
+        seen.append(f"{word} {os.path.relpath(path, folder)}")
+
+    def syncs(descriptor: int) -> None:
+        note("sync", os.readlink(f"/proc/self/fd/{descriptor}"))
+        sync(descriptor)
+
+    def renames(old, new) -> None:
+        note("rename", old)
+        rename(old, new)
+
+    (Path(folder) / "metrics.jsonl").write_text("a line\n")
+    with mock.patch.object(os, "fsync", syncs), mock.patch.object(os, "rename", renames):
+        run.step()
+        run.check_saved()
+        run.checkpoints.finish()
+    return seen
+
+
+def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(one_rank, tmp_path):
+    """With the lines that it counts on; afterwards the name is, and that of the folder that holds it."""
+    new = "checkpoints/step-00000001.tmp"
+    files = [f"{new}/rank-00000.safetensors", "metrics.jsonl", f"{new}/manifest.json", new]
+    expected = [*(f"sync {name}" for name in files), f"rename {new}", "sync checkpoints", "sync ."]
+    assert one_rank(order_of_a_save, str(tmp_path)) == [expected]
 
 
 def warnings_of_a_save(place, folder: str) -> list[str]:

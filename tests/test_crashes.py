@@ -2,17 +2,47 @@
 
 from __future__ import annotations
 
+import contextlib
+import multiprocessing
+import time
+from pathlib import Path
+
 import psutil
 import pytest
 
 from tests.programs import start, wait_for
 from tests.resuming import RUN, repeated, run
-from tools.crash_test import crash_test
+from tools import crash_test as crash_test_module
+from tools.crash_test import Attempt, crash_test
 
 
 def test_kills_at_random_moments_change_nothing(tmp_path):
     """The short form of `python -m tools.crash_test`."""
     assert crash_test(tmp_path, kills=8, seed=1).startswith("8 kills, ")
+
+
+def steps(folder: Path, number: int, pauses: float) -> None:
+    """In place of a rank: a line every 0.1 seconds, and no more after `number` of them; then a pause."""
+    for _ in range(number):
+        with (folder / "metrics.jsonl").open("a") as file:
+            file.write("{}\n")
+        time.sleep(0.1)
+    time.sleep(pauses)
+
+
+@pytest.mark.parametrize("pauses", [0, 60])
+def test_patience_is_for_a_step_and_not_for_the_run(pauses, tmp_path, monkeypatch):
+    """The undisturbed run of many kills takes long on a slow machine; one that hangs is ended."""
+    monkeypatch.setattr(crash_test_module, "PATIENCE_SECONDS", 1)
+    attempt = Attempt.__new__(Attempt)
+    attempt.folder, attempt.log = tmp_path, tmp_path / "log"
+    attempt.log.write_text("")
+    attempt.ranks = [multiprocessing.get_context("fork").Process(target=steps, args=(tmp_path, 20, pauses))]
+    attempt.ranks[0].start()
+    with pytest.raises(RuntimeError, match="the run failed") if pauses else contextlib.nullcontext():
+        attempt.finish()
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 20
+    assert not attempt.ranks[0].is_alive()
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 import yaml
 from safetensors.torch import load_file, save_file
 
@@ -128,9 +129,10 @@ def prepare_on(place, folders, argvs):
     """(the Job's folder, output_dir, strategy) of each node, or the error."""
     with as_node(place, folders[place.rank]):
         try:
-            job = nodes.prepare(lambda: check(parse(argvs[place.rank])[0]), place.rank, place.world, 0)
+            job = nodes.prepare(lambda: check(parse(argvs[place.rank])[0]), place.rank, place.world, 0, 7.5)
         except UserError as e:
             return str(e)
+        assert job.started == 7.5
         return str(job.files.folder.resolve()), job.config.output_dir, job.config.sharding_strategy
 
 
@@ -203,7 +205,9 @@ def prepare_with_checkpoint(place, folders, argvs):
     found = Saved(Path("checkpoints/step-00000003"), 3, {}, {}) if place.rank == 0 else None
     with as_node(place, folders[place.rank]):
         try:
-            nodes.prepare(lambda: replace(check(parse(argvs[place.rank])[0]), saved=found), place.rank, 2, 0)
+            nodes.prepare(
+                lambda: replace(check(parse(argvs[place.rank])[0]), saved=found), place.rank, 2, 0, 7.5
+            )
         except UserError as e:
             return str(e)
 
@@ -283,8 +287,6 @@ def test_a_rank_without_the_first(monkeypatch, soon):
 
 def test_a_node_of_torchrun_that_does_not_come(monkeypatch, soon):
     """The agents hold the store there, and have come; the ranks of one are missing."""
-    import torch.distributed as dist
-
     ranks_of_a_node(monkeypatch, 2, 1)
     store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     monkeypatch.setenv("MASTER_PORT", str(store.port))
@@ -293,6 +295,19 @@ def test_a_node_of_torchrun_that_does_not_come(monkeypatch, soon):
         UserError, match="only 1 of 2 ranks came within 1 s; the other nodes' output says why"
     ):
         launch.meet(0, 2)
+
+
+def test_a_restart_is_no_new_beginning(monkeypatch):
+    """--max_minutes counts from the first start; torchrun gives each start another part of its store."""
+    ranks_of_a_node(monkeypatch, 1, 1)
+    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    monkeypatch.setenv("MASTER_PORT", str(store.port))
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    found = []
+    for attempt in range(2):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(attempt))
+        found.append(launch.meet(0, 1)[1])
+    assert found[0] == found[1] and 0 <= time.time() - found[0] < 60
 
 
 @pytest.mark.parametrize(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import os
 import signal
 import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -132,6 +134,38 @@ def test_signals_save_and_stop(checkpoints, alpaca_file, tmp_path):
     assert f"stopped at step {step} of 100000 (SIGINT); go on with:" in shown
     assert {p.name for p in out.glob("checkpoints/*")} == {saved.parent.name, f"step-{step:08d}"}
     assert not any(r.is_running() and r.status() != psutil.STATUS_ZOMBIE for r in ranks)
+
+
+@pytest.mark.parametrize("while_it", ["checks", "starts its ranks"])
+def test_ctrl_c_before_training_leaves_no_traceback(while_it, checkpoints, alpaca_file, tmp_path):
+    """From a terminal: to the program and to ranks that may still be importing what they need."""
+    process = start_in_a_terminal(small(checkpoints, alpaca_file, tmp_path / "out", "--world_size", "1"))
+    if while_it == "checks":  # or imports, after what is needed to read options
+        wait_for(lambda: "torch" in Path(f"/proc/{process.pid}/maps").read_text(), process)
+    else:
+        wait_for(lambda: ranks_of(process), process)
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    # Until the parent listens, the signal itself ends it.
+    assert (process.returncode, err) in ((-signal.SIGINT, ""), (128 + signal.SIGINT, "ended by SIGINT\n"))
+    assert not (tmp_path / "out").exists()
+
+
+def start_in_a_terminal(args) -> subprocess.Popen:
+    """A process group of its own, in which Ctrl-C is not ignored, as it is in jobs that a shell starts with `&`."""
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    command = [sys.executable, str(ROOT / "train.py"), *map(str, args)]
+    try:
+        return subprocess.Popen(
+            command,
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 
 SLEEPING = """

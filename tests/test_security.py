@@ -18,6 +18,7 @@ SOURCES = sorted(
     and PEERS not in p.parents
 )
 UNPICKLERS = {"cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
+KNOWN = {"torch", "torch.serialization", "pickle", "yaml", "os", "subprocess"}  # by these names
 EVALUATORS = {"eval", "exec", "compile", "__import__"}
 
 
@@ -28,6 +29,15 @@ def name_of(node: ast.AST) -> str:
     return node.id if isinstance(node, ast.Name) else ""
 
 
+def renamed(node: ast.Import | ast.ImportFrom) -> list[str]:
+    """What it imports so that a call of it would not be known below."""
+    if isinstance(node, ast.ImportFrom):
+        module = node.module or ""
+        loads = module.partition(".")[0] in ("torch", "numpy") and any(a.name == "load" for a in node.names)
+        return [f"from {module} import"] * (loads or module in ("pickle", "yaml"))
+    return [f"import {a.name} as" for a in node.names if a.asname and a.name in KNOWN]
+
+
 def faults(source: str) -> list[str]:
     """What a file does that it must not, with the line."""
     found = []
@@ -35,14 +45,13 @@ def faults(source: str) -> list[str]:
         if isinstance(node, ast.Import | ast.ImportFrom):
             modules = [a.name for a in node.names] + [getattr(node, "module", None) or ""]
             found += [f"{node.lineno}: import {m}" for m in modules if m.partition(".")[0] in UNPICKLERS]
-            if isinstance(node, ast.ImportFrom) and node.module == "pickle":
-                found.append(f"{node.lineno}: from pickle import")
+            found += [f"{node.lineno}: {name}" for name in renamed(node)]
         if not isinstance(node, ast.Call):
             continue
         called = name_of(node.func)
         values = {k.arg: k.value.value if isinstance(k.value, ast.Constant) else ... for k in node.keywords}
         wrong = (
-            (called.endswith("torch.load") and values.get("weights_only") is not True)
+            (called.endswith(("torch.load", "serialization.load")) and values.get("weights_only") is not True)
             or (
                 called.startswith("yaml.")
                 and called.endswith(("load", "load_all"))
@@ -79,7 +88,13 @@ def test_the_source(path):
         "import torch\ntorch.load('x')",
         "torch.load('x', weights_only=False)",
         "torch.load('x', weights_only=flag)",
+        "torch.serialization.load('x')",
+        "from torch import load",
+        "from torch.serialization import load",
+        "import torch as t",
         "from pickle import loads",
+        "import pickle as p",
+        "from yaml import load",
         "pickle.loads(text)",
         "pickle.Unpickler(file)",
         "from joblib import load",

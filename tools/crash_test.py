@@ -70,9 +70,14 @@ class Attempt:
             time.sleep(pause)
 
     def finish(self) -> None:
-        """Until its end, which must be a good one."""
-        for process in self.ranks:
-            process.join(PATIENCE_SECONDS)
+        """Until its end, which must be a good one. Patience ends where no step comes, however many there are."""
+        lines, until = -1, 0.0
+        while any(process.is_alive() for process in self.ranks):
+            if (now := count_lines(self.folder)) != lines:
+                lines, until = now, time.monotonic() + PATIENCE_SECONDS
+            if time.monotonic() > until:
+                self.kill([], 0)
+            time.sleep(0.05)
         if any(process.exitcode != 0 for process in self.ranks):
             raise RuntimeError(f"the run failed:\n{self.log.read_text()[-3000:]}")
 
