@@ -42,7 +42,7 @@ from checkpoint import beside, check_room, fresh_folder, remove
 from config import CHECKPOINTS, UserError
 from limits import MANIFEST_FILE, check_size, read_text
 from memory import MIB
-from tensor_files import save_tensors
+from tensor_files import write_tensors
 
 MANIFEST, VERSION, RANK = "manifest.json", 2, "rank-"
 # Of a RUN, appended to; a resumed run cuts them to the checkpoint. One that was not there then had no lines.
@@ -258,7 +258,7 @@ class Writer(StorageWriter):
         results = []
         if plan.items:
             path = self.temporary / plan.storage_data
-            save_tensors({i.index.fqn: planner.resolve_data(i) for i in plan.items}, path)
+            write_tensors({i.index.fqn: planner.resolve_data(i) for i in plan.items}, path)
             sync(path)
             written = _measure(path)
             results = [WriteResult(i.index, written.size, written) for i in plan.items]
@@ -274,14 +274,13 @@ class Writer(StorageWriter):
                 raise OSError(
                     errno.ENOENT, "a rank's file is not seen here: all nodes must share --output_dir"
                 )
-        places = {r.index: r.storage_data.name for rank in results for r in rank}
+        places = {(r.index.fqn, tuple(r.index.offset)): r.storage_data.name for rank in results for r in rank}
         tensors = {
             name: {
                 "dtype": str(stored.properties.dtype).removeprefix("torch."),
                 "shape": list(stored.size),
                 "chunks": [
-                    [list(c.offsets), list(c.sizes), places[MetadataIndex(name, c.offsets)]]
-                    for c in stored.chunks
+                    [list(c.offsets), list(c.sizes), places[name, tuple(c.offsets)]] for c in stored.chunks
                 ],
             }
             for name, stored in metadata.state_dict_metadata.items()

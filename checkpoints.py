@@ -22,6 +22,7 @@ from torch import nn
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
+from background import Background
 from checkpoint import remove
 from checkpoint_files import GROWING_FILES, Saved, Writer, folder_of, prune, sync
 from command_line import describe
@@ -155,7 +156,7 @@ class Checkpoints:
         self.describe_run, self.settle, self.say = cache(describe_run), settle, say
         # Of its own, and of host memory: collectives of two threads must not meet in one group.
         self.group = dist.new_group(backend="gloo")
-        self.pool = ThreadPoolExecutor(1, "checkpoint")
+        self.pool, self.background = ThreadPoolExecutor(1, "checkpoint"), Background()
         # Of `no_dist`. Not within the thread that saves: filters are the whole process's.
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         self.copy = HostCopy(place.device)
@@ -164,7 +165,7 @@ class Checkpoints:
         self.copying: Future[Tensors] | None = None
         self.writing: Future[bool] | None = None
         self.step = self.newest = 0  # of the last checkpoint that was begun; of the last that is whole
-        self.seconds = 0.0  # that the last whole one took to write
+        self.seconds = 0.0  # that the last whole one took to write, without rests
         self.waits: list[float] = []  # seconds that training stood still for a checkpoint
 
     def load(self) -> int:
@@ -243,7 +244,10 @@ class Checkpoints:
         try:
             alone = self.place.world == 1  # plans would be pickled, and sent to nobody, for half a second
             planner = CopyPlanner(copies)
-            dcp.save(layout, storage_writer=writer, planner=planner, process_group=self.group, no_dist=alone)
+            with self.background.turns():
+                dcp.save(
+                    layout, storage_writer=writer, planner=planner, process_group=self.group, no_dist=alone
+                )
         except dcp.CheckpointException as e:
             failures = [error for error, _ in e.failures.values()]
             if not all(isinstance(error, OSError) for error in failures):
@@ -252,7 +256,7 @@ class Checkpoints:
                 remove(writer.temporary)
                 self._warn(step, failures[0])
             return False
-        self.seconds = time.perf_counter() - began
+        self.seconds = time.perf_counter() - began - self.background.rested
         if self.place.rank == 0 and self.keep > 0:
             prune(self.folder, self.keep)
         return True
@@ -269,8 +273,10 @@ class Checkpoints:
     def _await(self) -> None:
         """Until the write that is going on has ended. Raises what it raised."""
         if self.writing:
+            self.background.hurry.set()
             if self.writing.result():
                 self.newest = self.step
+            self.background.hurry.clear()
             self.stopping.saved_in(self.seconds)
             self.writing = None
 

@@ -24,7 +24,7 @@ from memory import empty_on_host
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
           "U8": torch.uint8}  # fmt: skip
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
+NAMES = {dtype: name for name, dtype in DTYPES.items()} | {torch.int64: "I64"}  # which no weights are
 PIECE, PIECES = 16 * 2**20, 8  # bytes of a piece, and how many of them are read ahead of a GPU
 BLOCK = 4  # pieces that are allocated at once: 64 MiB, which torch gives to checkpoints' copies afterwards
 # The process's mask can only be read by setting it, which threads must not do at once: so once, at import.
@@ -166,3 +166,16 @@ def save_tensors(
     except SafetensorError as e:  # the library's only one, for every failure to write
         raise OSError(str(e)) from None
     path.chmod(0o666 & ~UMASK)
+
+
+def write_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """The same for a thread beside the one that trains, which has the interpreter again after each tensor: the library
+    holds it for a tenth of a second while it looks at some thousand of them. All on the CPU."""
+    # Widest first, so that each lies where its dtype can be read.
+    ordered = dict(sorted(tensors.items(), key=lambda item: -item[1].element_size()))
+    with path.open("wb", buffering=0) as file:
+        write_header(file, ordered)
+        for tensor in ordered.values():
+            left = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+            while left:
+                left = left[file.write(left) :]

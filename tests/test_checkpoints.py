@@ -15,11 +15,12 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+import background
 import checkpoints
 from checkpoint_files import folder_of, read_checkpoint
 from checkpoints import Checkpoints, HostCopy, host_memory
 from stopping import NeverStop
-from tensor_files import save_tensors
+from tensor_files import write_tensors
 from training_state import Tensors, collect
 
 TENSORS = {  # with the bytes of each, in whole ALIGNED
@@ -233,9 +234,11 @@ def test_copies_lie_together_and_are_written_each_alone(tmp_path, monkeypatch):
     assert sorted(pieces.values()) == [448, 2048, 2048, 4800], (
         "no more than PIECE or a tensor, nor than what is left"
     )
-    save_tensors(copies, tmp_path / "copies")
-    save_tensors({name: tensor.contiguous() for name, tensor in TENSORS.items()}, tmp_path / "originals")
-    assert (tmp_path / "copies").read_bytes() == (tmp_path / "originals").read_bytes()
+    write_tensors(copies, tmp_path / "copies")
+    written = load_file(tmp_path / "copies")
+    assert written.keys() == TENSORS.keys()
+    for name, tensor in TENSORS.items():
+        torch.testing.assert_close(written[name], tensor, rtol=0, atol=0)
 
 
 def order_of_a_save(place, folder: str) -> list[str]:
@@ -267,6 +270,22 @@ def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(one_rank, tmp_path):
     files = [f"{new}/rank-00000.safetensors", "metrics.jsonl", f"{new}/manifest.json", new]
     expected = [*(f"sync {name}" for name in files), f"rename {new}", "sync checkpoints", "sync ."]
     assert one_rank(order_of_a_save, str(tmp_path)) == [expected]
+
+
+def rest_and_finish(place, folder: str) -> tuple[bool, float]:
+    """Whether a save beside which training goes on is at rest, and how long it takes once it is waited for."""
+    run = Small(place, folder, every=1)
+    with mock.patch.object(background, "REST", 60.0), mock.patch.object(background, "TURN", 0.0):
+        run.step()
+        time.sleep(0.5)
+        resting, began = not run.checkpoints.writing.done(), time.perf_counter()
+        run.checkpoints.finish()
+        return resting, time.perf_counter() - began
+
+
+def test_a_save_rests_beside_training_and_not_when_it_is_waited_for(one_rank, tmp_path):
+    ((resting, seconds),) = one_rank(rest_and_finish, str(tmp_path))
+    assert resting and seconds < 30
 
 
 def warnings_of_a_save(place, folder: str) -> list[str]:
