@@ -292,6 +292,7 @@ class StepSampler:
         self.rows, self.batch_size, self.accumulation = rows, batch_size, accumulation
         self.rank, self.world, self.seed = rank, world, seed
         self._lengths, self._targets = rows.lengths(), rows.targets()
+        self._longest = int(self._lengths.max())
 
     def count(self) -> int:
         """What an epoch deals: rows. batch_size counts the same."""
@@ -348,11 +349,19 @@ class StepSampler:
         return step
 
     def _width(self, micro: Sequence) -> int:
-        """Tokens of the longest line of a micro-batch of all ranks."""
-        return int(self._lengths[micro].max())
+        """Tokens of the longest line of a micro-batch of all ranks, rounded up, but not beyond the longest of all."""
+        return min(rounded(int(self._lengths[micro].max())), self._longest)
 
     def _collate(self, own: Sequence, shape: tuple[int, int]) -> Batch:
         return make_batch(self.rows, own, shape)
+
+
+def rounded(length: int) -> int:
+    """Up to a number of five binary digits and zeros: at most a sixteenth more, and 16 lengths from one power of two to
+    the next. A GPU's attention may plan anew for each length that it meets: cuDNN's, as torch 2.11 calls it, takes 0.15 s on
+    an H200."""
+    step = 1 << max(length.bit_length() - 5, 0)
+    return -(-length // step) * step
 
 
 def _split(items: Sequence, size: int) -> list[Sequence]:

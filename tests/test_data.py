@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from itertools import pairwise
@@ -12,7 +13,7 @@ import torch
 import data
 from benchmarks.make_checkpoint import byte_tokenizer
 from config import UserError
-from data import IGNORE, StepSampler, TokenizedRows, prepare, tokenize
+from data import IGNORE, StepSampler, TokenizedRows, prepare, rounded, tokenize
 from formats import FORMATS, GUANACO_MARKERS, Rendered
 from tests import chat_templates, small_tokenizers
 
@@ -291,6 +292,26 @@ def test_an_epoch_has_every_row_once_with_its_targets(size):
             longest = max(len(ids) for b in batches for ids in unpadded(b))
             assert shape == (max(len(unpadded(b)) for b in batches), longest)
         assert all(len(b.ids) <= size[1] for part in step for b in part.batches)
+
+
+def test_lines_of_many_lengths_have_few_widths():
+    """None shorter than its rows, none more than a sixteenth longer, none beyond the longest row."""
+    assert [rounded(n) for n in (1, 31, 32, 33, 135, 136, 137, 2047, 2049)] == [
+        *(1, 31, 32, 34, 136, 136, 144),
+        *(2048, 2176),
+    ]
+    lengths = range(100, 2000, 7)
+    rows = TokenizedRows(
+        torch.arange(1, sum(lengths) + 1, dtype=torch.int32),
+        torch.ones(sum(lengths), dtype=torch.bool),
+        torch.tensor([0, *itertools.accumulate(lengths)]),
+        *(0, 0),
+        torch.arange(1, len(lengths) + 1),
+    )
+    widths = [step[0].batches[0].ids.shape[1] for step in run(rows, 1, 1, 1)]
+    assert len(lengths) == len(widths) == 272 and len(set(widths)) <= 72
+    for width, length in zip(sorted(widths), lengths, strict=True):
+        assert length <= width <= min(length * 17 / 16, lengths[-1])
 
 
 @pytest.mark.parametrize("count", [5, 16, 21])
