@@ -87,6 +87,8 @@ def check(options: Options) -> Run:
     if options.push_to_hub:
         _check_hub(options.push_to_hub)
     run = open_run(options.run, options.base_model)
+    if options.to == "adapter" and run.adapter:
+        read_adapter(run)  # copied as it is, but not damaged
     for what, folder in (("RUN", run.folder.resolve()), ("the base model", run.base.resolve())):
         if folder in (out.resolve(), *out.resolve().parents):
             raise UserError(f"--out {out}: is in the folder of {what}; choose another")

@@ -213,9 +213,13 @@ def _check_adapter(run: Run, model: nn.Module) -> None:
 
 
 def read_adapter(run: Run) -> dict[str, torch.Tensor]:
-    """{PEFT's name: tensor} of the run's adapter."""
+    """{PEFT's name: tensor} of the run's adapter. Raises UserError if it holds what no training leaves."""
     with safe_open(run.adapter, framework="pt") as f:
-        return {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
+        tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise UserError(f"{run.adapter}: is damaged ({name} holds NaN or infinity)")
+    return tensors
 
 
 def load_model(run: Run, device: torch.device, dtype: torch.dtype) -> nn.Module:

@@ -118,6 +118,12 @@ def test_an_adapter_that_does_not_fit(to, refused, run):
     refused("layers.1.mlp.up_proj.lora_B.weight has shape [160, 1]", to=to)
 
 
+@pytest.mark.parametrize("to", ["merged", "adapter"])
+def test_an_adapter_of_no_numbers(to, refused, run):
+    spoil_adapter(run, "nan")
+    refused("layers.1.mlp.up_proj.lora_B.weight holds NaN or infinity", to=to)
+
+
 def test_output_folders(refused, run, checkpoints, tmp_path):
     (tmp_path / "file").write_text("")
     refused("--out", "cannot be written", out=tmp_path / "file")

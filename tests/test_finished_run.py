@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 import config as options
 from checkpoint import ADAPTER, BLOCKS
 from config import UserError
-from finished_run import load_model, open_run
+from finished_run import load_model, open_run, read_adapter
 from tests.test_adapters import IDS, args_for
 from tests.test_checkpoint import save_and_compute
 from tests.test_parity import biased
@@ -128,7 +128,7 @@ def test_new_blocks_of_another_model(checkpoints, alpaca_file, one_rank, tmp_pat
 
 
 def spoil_adapter(run, change: str) -> None:
-    """Makes a RUN's adapter one of another shape or dtype, or with a tensor missing or in surplus."""
+    """Makes a RUN's adapter one of another shape or dtype, of no numbers, or with a tensor missing or in surplus."""
     tensors = load_file(run / ADAPTER)
     with safe_open(run / ADAPTER, framework="pt") as f:
         metadata = f.metadata()
@@ -137,6 +137,8 @@ def spoil_adapter(run, change: str) -> None:
         tensors[name] = tensors[name][:, :1].contiguous()
     elif change == "dtype":
         tensors[name] = tensors[name].to(torch.int8)
+    elif change == "nan":
+        tensors[name][3, 1] = float("nan")
     elif change == "missing":
         del tensors[name]
     else:
@@ -155,3 +157,9 @@ def test_an_adapter_that_does_not_fit(change, run):
     }
     with pytest.raises(UserError, match=rf"layers\.\d\.mlp\.up_proj.* {words[change]}"):
         open_run(run)
+
+
+def test_an_adapter_of_no_numbers(run):
+    spoil_adapter(run, "nan")
+    with pytest.raises(UserError, match=r"up_proj\.lora_B\.weight holds NaN or infinity"):
+        read_adapter(open_run(run))
