@@ -19,17 +19,18 @@ TURN, REST = 0.002, 0.01
 
 
 class Background:
-    """hurry: set while somebody waits for the work; rested: seconds, since the last `turns`."""
+    """rests: whether it is to rest at all; hurry: set while somebody waits for the work; rested: seconds, since the last
+    `turns`."""
 
-    def __init__(self):
-        self.hurry, self.rested = threading.Event(), 0.0
+    def __init__(self, rests: bool):
+        self.rests, self.hurry, self.rested = rests, threading.Event(), 0.0
 
     @contextlib.contextmanager
     def turns(self) -> Iterator[None]:
         """Within, the thread rests after each TURN, unless there is a hurry. Where a profiler watches it, it is left
         alone: the only way to interrupt other people's Python is the one by which that watches."""
         self.rested = 0.0
-        if sys.getprofile():
+        if not self.rests or sys.getprofile():
             yield
             return
         began = time.perf_counter()

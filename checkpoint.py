@@ -146,8 +146,13 @@ def staged(folder: Path) -> Iterator[Callable[[str], Path]]:
 
 
 def write_text(path: Path, text: str) -> None:
-    with staged(path.parent) as stage:
-        stage(path.name).write_text(text, encoding="utf-8")
+    """Raises OSError that names the file."""
+    try:
+        with staged(path.parent) as stage:
+            stage(path.name).write_text(text, encoding="utf-8")
+    except OSError as e:
+        e.filename = e.filename or str(path)  # a disk that is full names none
+        raise
 
 
 def as_json(value):

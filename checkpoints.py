@@ -156,7 +156,10 @@ class Checkpoints:
         self.describe_run, self.settle, self.say = cache(describe_run), settle, say
         # Of its own, and of host memory: collectives of two threads must not meet in one group.
         self.group = dist.new_group(backend="gloo")
-        self.pool, self.background = ThreadPoolExecutor(1, "checkpoint"), Background()
+        self.pool = ThreadPoolExecutor(1, "checkpoint")
+        self.background = Background(
+            rests=place.device.type == "cuda"
+        )  # without, little is launched in a second
         # Of `no_dist`. Not within the thread that saves: filters are the whole process's.
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         self.copy = HostCopy(place.device)

@@ -64,6 +64,11 @@ def report(error: UserError, verbose: bool) -> int:
     return 2
 
 
+def needs_no_traceback(e: BaseException) -> bool:
+    """Whether its line says all: of what the user can put right, as a disk that is full."""
+    return isinstance(e, UserError) or (isinstance(e, OSError) and e.errno in FULL_DISK)
+
+
 def describe(e: BaseException) -> str:
     """One line for an exception: a UserError's text; otherwise its type as well."""
     text = " ".join(str(e).split())

@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from command_line import describe, outlast, under_torchrun
+from command_line import describe, needs_no_traceback, outlast, under_torchrun
 from config import UserError
 from stopping import SAVE, forwarding, hear, unheard_by_children
 
@@ -205,8 +205,8 @@ def join(run: Callable, prepare: Callable) -> int:
         dist.destroy_process_group()
         return 0
     except Exception as e:
-        known = isinstance(e, UserError)
-        if known and preparing:
+        known = needs_no_traceback(e)
+        if preparing and isinstance(e, UserError):
             raise
         if not known:
             traceback.print_exc()
@@ -296,7 +296,7 @@ def _rank_process(rank: int, run: Callable, world: int, args: tuple, reports: st
         run(join_group(rank, world, rank), *args)
         dist.destroy_process_group()
     except Exception as e:  # of any kind: the parent tells it, and ends the others
-        status = 2 if isinstance(e, UserError) else 1
+        status = 2 if needs_no_traceback(e) else 1
         report = {"time": time.time(), "rank": rank, "status": status, "message": describe(e)}
         report["traceback"] = "" if status == 2 else traceback.format_exc()
         (Path(reports) / f"{rank}.tmp").write_text(json.dumps(report))

@@ -20,7 +20,7 @@ def work(seconds: float) -> float:
 
 
 def test_it_rests_most_of_the_time():
-    behind = Background()
+    behind = Background(rests=True)
     with behind.turns():
         took = work(0.1)
     assert behind.rested > 0.3 and took > 0.4, "50 turns of 2 ms, and 10 ms after each"
@@ -29,7 +29,7 @@ def test_it_rests_most_of_the_time():
 
 def test_it_does_not_rest_while_somebody_waits(monkeypatch):
     monkeypatch.setattr(background, "REST", 60.0)
-    behind = Background()
+    behind = Background(rests=True)
     behind.hurry.set()
     with behind.turns():
         assert work(0.1) < 30
@@ -38,7 +38,7 @@ def test_it_does_not_rest_while_somebody_waits(monkeypatch):
 
 def test_it_is_left_alone_by_what_watches_it():
     """And is watched no more after an error."""
-    behind = Background()
+    behind = Background(rests=True)
 
     def watch(*_) -> None: ...
 

@@ -275,6 +275,7 @@ def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(one_rank, tmp_path):
 def rest_and_finish(place, folder: str) -> tuple[bool, float]:
     """Whether a save beside which training goes on is at rest, and how long it takes once it is waited for."""
     run = Small(place, folder, every=1)
+    run.checkpoints.background.rests = True  # as on a GPU
     with mock.patch.object(background, "REST", 60.0), mock.patch.object(background, "TURN", 0.0):
         run.step()
         time.sleep(0.5)

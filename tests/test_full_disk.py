@@ -208,6 +208,15 @@ def test_without_a_checkpoint_the_line_says_so(checkpoints, alpaca_file, small_d
     assert len(lines(out)) == 4 and not list(out.glob("*.tmp")) and not (out / ADAPTER).exists()
 
 
+def test_a_disk_that_is_full_from_the_start_is_a_line(checkpoints, alpaca_file, small_disk):
+    fill(small_disk)
+    process = start(small(checkpoints, alpaca_file, small_disk / "out", "--world_size", "1"))
+    _, err = process.communicate(timeout=150)
+    assert process.returncode == 2 and "Traceback" not in err
+    told = f"error: rank 0: OSError: [Errno 28] No space left on device: '{small_disk}/out/config.yaml'"
+    assert err.splitlines()[-1] == told
+
+
 def test_a_report_that_does_not_fit_costs_no_more_than_that(small_disk):
     """Nor does the picture of the loss; other errors are not passed over."""
     fill(small_disk)
