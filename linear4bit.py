@@ -54,8 +54,8 @@ def _widens(x: Tensor, quantizer: str, shape: list[int], rank: int) -> bool:
 
 _LIBRARY = torch.library.Library("fsdp_finetune", "FRAGMENT")
 
-# Of each operator the same without a gradient, for graphs that are compiled and not differentiated any more. There it
-# does in 20 us what takes 75: the dispatcher goes through Python for the gradient as well, if there is one or not.
+# Of each operator the same without a gradient, for graphs that are compiled and not differentiated any more: the dispatcher
+# goes through Python for the gradient as well, whether there is one or not, which is 70 of a call's 263 us of the host.
 WITHOUT_GRADIENT: dict[OpOverload, OpOverload] = {}
 
 
