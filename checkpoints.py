@@ -157,9 +157,7 @@ class Checkpoints:
         # Of its own, and of host memory: collectives of two threads must not meet in one group.
         self.group = dist.new_group(backend="gloo")
         self.pool = ThreadPoolExecutor(1, "checkpoint")
-        self.background = Background(
-            rests=place.device.type == "cuda"
-        )  # without, little is launched in a second
+        self.background = Background(place.device.type == "cuda")  # on a CPU little is launched in a second
         # Of `no_dist`. Not within the thread that saves: filters are the whole process's.
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         self.copy = HostCopy(place.device)

@@ -38,8 +38,9 @@ class Finding:
 
 
 def prepare(check: Callable[[], Job], rank: int, world: int, local_rank: int, began: float) -> Job:
-    """The checked run, on every rank; it began at time.time() `began`. Collective, over all ranks. Raises UserError on all of them, if it is wrong
-    on any node or if nodes disagree: a node's own error there, elsewhere with the node's number."""
+    """The checked run, on every rank. began: when, as time.time() says it. Collective, over all ranks. Raises UserError
+    on all of them, if it is wrong on any node or if nodes disagree: a node's own error there, elsewhere with the node's
+    number."""
     job, failure, finding = None, None, None
     if local_rank == 0:
         try:
