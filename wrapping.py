@@ -27,6 +27,7 @@ from torch.distributed.fsdp import (
 )
 
 from activation_offload import HostStash, Offloaded
+from copy_engines import make_copies
 from loss import freeze, shard_vocabulary
 from memory import can_pin
 from models.dora import DoRALinear
@@ -178,8 +179,12 @@ def wrap(
             if module not in frozen:
                 shard(module)
     shard(model)
+    copies = make_copies(mesh)
     for module in model.modules():
         if isinstance(module, FSDPModule):
+            if copies:
+                module.set_custom_all_gather(copies[0])
+                module.set_custom_reduce_scatter(copies[1])
             # The loss is already divided by the step's tokens over all ranks: gradients are summed.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)

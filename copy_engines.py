@@ -1,0 +1,225 @@
+"""FSDP2's all-gather and reduce-scatter by the GPUs' copy engines, where those of a node reach each other's memory.
+
+NCCL's kernels wait on multiprocessors for the other GPUs, and a large matmul beside them has a block for each: all wait
+for the few that find none (docs/benchmarks.md, "8B shape, one and two H100"). Here nothing waits on a multiprocessor. What
+a rank has to give lies in a buffer that the others have mapped (torch.distributed._symmetric_memory), their copy engines
+fetch it, and streams are kept in order by numbers that they write into each other's memory and wait for (CUDA driver API,
+"Stream Memory Operations").
+
+Symmetric memory is no stable part of torch, and not every machine grants it: `make_copies` tries all that is needed
+before a run relies on it. Where that fails, NCCL remains.
+
+Shapes: W ranks of a group, n bytes.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import weakref
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from loss import all_gather, reduce_scatter
+
+# Bytes of a unit's gradients. More, as of whole layers that are trained, would be held for good: NCCL sums those.
+MOST_SUMMED = 2**27
+ALIGNMENT = 256  # bytes
+TRIAL = 2**14  # elements
+
+
+class Buffer:
+    """n bytes of each rank, mapped by all: parts, W times [n] uint8. Making one is collective.
+
+    taken: a weak reference to what this rank uses it for."""
+
+    def __init__(self, group: dist.ProcessGroup, n: int, device: torch.device):
+        from cuda.bindings import driver  # comes with torch's CUDA builds
+        from torch.distributed import _symmetric_memory as symmetric
+
+        self.driver, self.rank, self.n, self.met = driver, group.rank(), n, 0
+        self.taken: Callable[[], Tensor | None] = lambda: None
+        end = -(-n // ALIGNMENT) * ALIGNMENT  # where the numbers are, one of each rank
+        # In a pool of torch's own allocator, so that its statistics, and a limit, have it.
+        with torch.cuda.use_mem_pool(symmetric.get_mem_pool(device)):
+            own = torch.zeros(end + 4 * group.size(), dtype=torch.uint8, device=device)
+        self.handle = symmetric.rendezvous(own, group)
+        all_ranks = range(group.size())
+        mapped = [
+            own if r == self.rank else self.handle.get_buffer(r, own.shape, own.dtype) for r in all_ranks
+        ]
+        self.parts, self.numbers = [m[:n] for m in mapped], [m.data_ptr() + end for m in mapped]
+        torch.cuda.synchronize()
+        dist.barrier(group)  # before anybody counts, all numbers are 0
+
+    def others(self) -> list[int]:
+        """The other ranks, each rank's own way round: not all fetch from the same one at once."""
+        world = len(self.parts)
+        return [(self.rank + i) % world for i in range(1, world)]
+
+    def meet(self) -> None:
+        """The current stream goes on when those of all ranks have come here, and finds what they wrote before."""
+        self.met += 1
+        stream = torch.cuda.current_stream().cuda_stream
+        flags = self.driver.CUstreamWaitValue_flags
+        for other in self.others():
+            at = self.numbers[other] + 4 * self.rank
+            _checked(
+                self.driver.cuStreamWriteValue32(stream, at, self.met, 0)
+            )  # 0: after all writes before it
+        for other in self.others():
+            at = self.numbers[self.rank] + 4 * other
+            _checked(
+                self.driver.cuStreamWaitValue32(stream, at, self.met, flags.CU_STREAM_WAIT_VALUE_GEQ.value)
+            )
+
+
+def _checked(result: tuple) -> None:
+    """result: of a function of cuda.bindings. Raises RuntimeError."""
+    if result[0].value:
+        raise RuntimeError(f"CUDA driver: {result[0].name}")
+
+
+class Buffers:
+    """Of one purpose, within which streams keep reuse in order. All ranks must take them in the same order, as they do
+    when all let go of them in the same order."""
+
+    def __init__(self, group: dist.ProcessGroup, make: Callable = Buffer):
+        self.group, self.make, self.all = group, make, []
+
+    def take(self, size: Sequence[int], dtype: torch.dtype, device: torch.device) -> tuple[Buffer, Tensor]:
+        """A buffer, and the beginning of this rank's part of it as a tensor, for as long as which is held it is taken."""
+        n = math.prod(size) * dtype.itemsize
+        free = [b for b in self.all if b.n >= n and b.taken() is None]
+        if not (buffer := min(free, key=lambda b: b.n, default=None)):
+            self.all.append(buffer := self.make(self.group, n, device))
+        tensor = buffer.parts[self.group.rank()][:n].view(dtype).view(size)
+        buffer.taken = weakref.ref(tensor)
+        return buffer, tensor
+
+    def of(self, tensor: Tensor) -> Buffer:
+        """The one that `take` gave with this tensor."""
+        return next(b for b in self.all if b.parts[self.group.rank()].data_ptr() == tensor.data_ptr())
+
+
+class CopiedAllGather:
+    """As FSDPModule.set_custom_all_gather takes it."""
+
+    def __init__(self, buffers: Buffers):
+        self.buffers = buffers
+
+    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return self.buffers.take(size, dtype, device)[1]
+
+    def __call__(
+        self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
+    ) -> None:
+        """output_tensor [W n]: of `allocate`, holding this rank's input_tensor [n] in its place already."""
+        buffer, n = self.buffers.of(output_tensor), input_tensor.nbytes
+        buffer.meet()
+        for other in buffer.others():
+            at = slice(other * n, (other + 1) * n)
+            buffer.parts[buffer.rank][at].copy_(buffer.parts[other][at], non_blocking=True)
+        buffer.meet()  # before anybody's next input takes the place of this one
+
+
+class CopiedReduceScatter:
+    """As FSDPModule.set_custom_reduce_scatter takes it, for sums. The sum of a rank is in the order of ranks."""
+
+    def __init__(self, buffers: Buffers):
+        self.buffers = buffers
+
+    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.empty(size, dtype=dtype, device=device)
+
+    def __call__(
+        self,
+        output_tensor: Tensor,
+        input_tensor: Tensor,
+        group: dist.ProcessGroup,
+        op: dist.ReduceOp,
+        async_op: bool = False,
+    ) -> None:
+        """output_tensor [n]: the sum over ranks of this rank's row of their input_tensor [W n], which is overwritten."""
+        assert op == dist.ReduceOp.SUM
+        if input_tensor.nbytes > MOST_SUMMED:
+            reduce_scatter(output_tensor, input_tensor, op=op, group=group)
+            return
+        buffer, own = self.buffers.take(input_tensor.shape, input_tensor.dtype, input_tensor.device)
+        own.copy_(input_tensor)
+        rows, at = input_tensor.view(group.size(), -1), slice(buffer.rank * output_tensor.nbytes, None)
+        buffer.meet()
+        for other in buffer.others():
+            row = buffer.parts[other][at][: output_tensor.nbytes].view(input_tensor.dtype)
+            rows[other].copy_(row, non_blocking=True)
+        buffer.meet()
+        torch.sum(rows, 0, out=output_tensor)
+
+
+# Of each group those that were tried. They stay: freed and made again, ranks could come to different places.
+_made: dict[dist.ProcessGroup, tuple[CopiedAllGather, CopiedReduceScatter] | None] = {}
+
+
+def make_copies(mesh: DeviceMesh) -> tuple[CopiedAllGather, CopiedReduceScatter] | None:
+    """For the ranks that share one copy of the model; None where NCCL is to do it. Collective."""
+    shards = mesh if mesh.ndim == 1 else mesh["shard"]
+    if mesh.device_type != "cuda" or shards.size() == 1:
+        return None
+    group = shards.get_group()
+    if group not in _made:
+        agreed = _all(_reach_each_other(group), group)
+        copies = CopiedAllGather(Buffers(group)), CopiedReduceScatter(Buffers(group))
+        _made[group] = copies if agreed and _all(_work(*copies, group), group) else None
+    return _made[group]
+
+
+def _all(here: bool, group: dist.ProcessGroup) -> bool:
+    """Whether it holds on all ranks."""
+    value = torch.tensor(int(here), device="cuda")
+    dist.all_reduce(value, dist.ReduceOp.MIN, group=group)
+    return bool(value)
+
+
+def _reach_each_other(group: dist.ProcessGroup) -> bool:
+    """Whether each rank has a GPU of its own that this one can read, and the user has not told NCCL otherwise."""
+    here = {str(torch.cuda.get_device_properties(i).uuid): i for i in range(torch.cuda.device_count())}
+    own, names = torch.cuda.current_device(), [None] * group.size()
+    dist.all_gather_object(names, next(name for name, i in here.items() if i == own), group=group)
+    others = [here.get(name) for name in names if here.get(name) != own]
+    return (
+        os.environ.get("NCCL_P2P_DISABLE", "0") == "0"
+        and len(others) == group.size() - 1
+        and all(i is not None and torch.cuda.can_device_access_peer(own, i) for i in others)
+    )
+
+
+def _work(gather: CopiedAllGather, scatter: CopiedReduceScatter, group: dist.ProcessGroup) -> bool:
+    """Whether they give what NCCL gives. There are machines whose GPUs read other numbers than stand there."""
+    # Multicast has no part in it, and what a failure leaves of that can stop the other GPUs of a machine.
+    os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
+    device, world = torch.device("cuda", torch.cuda.current_device()), group.size()
+    generator = torch.Generator(device).manual_seed(group.rank())
+    given = torch.randint(
+        2**10, (world, TRIAL), generator=generator, device=device
+    ).float()  # their sums are exact
+    row, expected, summed = given[group.rank()].clone(), torch.empty_like(given), torch.empty_like(given[0])
+    all_gather(expected.flatten(), row, group=group)
+    reduce_scatter(summed, given, group=group)
+    try:
+        whole = gather.allocate((given.numel(),), dtype=given.dtype, device=device)
+        at = slice(group.rank() * TRIAL, (group.rank() + 1) * TRIAL)
+        whole[at] = row
+        gather(whole, whole[at], group)
+        result = torch.empty_like(summed)
+        scatter(result, given.flatten(), group, dist.ReduceOp.SUM)
+        return torch.equal(whole.view_as(expected), expected) and torch.equal(result, summed)
+    except (
+        ImportError,
+        AttributeError,
+        RuntimeError,
+    ):  # no bindings, another torch, a container that forbids it
+        return False
