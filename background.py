@@ -47,3 +47,18 @@ class Background:
             yield
         finally:
             sys.setprofile(None)
+
+
+@contextlib.contextmanager
+def at_once() -> Iterator[None]:
+    """Within, the thread does not rest: for work during which Python is let go of anyway, as files and digests are. By the
+    clock, which is all that `turns` has, it would take six times as long."""
+    rest = sys.getprofile()
+    if getattr(rest, "__module__", None) != __name__:  # somebody else watches, or nobody
+        yield
+        return
+    sys.setprofile(None)
+    try:
+        yield
+    finally:
+        sys.setprofile(rest)
