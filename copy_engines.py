@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 import os
+import time
 import weakref
 from collections.abc import Callable, Sequence
 
@@ -24,12 +25,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from config import UserError
 from loss import all_gather, reduce_scatter
 
 # Bytes of a unit's gradients. More, as of whole layers that are trained, would be held for good: NCCL sums those.
 MOST_SUMMED = 2**27
 ALIGNMENT = 256  # bytes
 TRIAL = 2**14  # elements
+PATIENCE_SECONDS = 60.0
 
 
 class Buffer:
@@ -197,6 +200,17 @@ def _reach_each_other(group: dist.ProcessGroup) -> bool:
     )
 
 
+def _await(event: torch.cuda.Event) -> None:
+    """Raises UserError if it does not come: a stream that waits cannot be called back."""
+    ends = time.monotonic() + PATIENCE_SECONDS
+    while not event.query():
+        if time.monotonic() > ends:
+            raise UserError(
+                "the GPUs say that they reach each other's memory, but nothing comes; NCCL_P2P_DISABLE=1 goes without"
+            )
+        time.sleep(0.001)
+
+
 def _work(gather: CopiedAllGather, scatter: CopiedReduceScatter, group: dist.ProcessGroup) -> bool:
     """Whether they give what NCCL gives. There are machines whose GPUs read other numbers than stand there."""
     # Multicast has no part in it, and what a failure leaves of that can stop the other GPUs of a machine.
@@ -216,6 +230,7 @@ def _work(gather: CopiedAllGather, scatter: CopiedReduceScatter, group: dist.Pro
         gather(whole, whole[at], group)
         result = torch.empty_like(summed)
         scatter(result, given.flatten(), group, dist.ReduceOp.SUM)
+        _await(torch.cuda.current_stream().record_event())
         return torch.equal(whole.view_as(expected), expected) and torch.equal(result, summed)
     except (
         ImportError,

@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import copy_engines
 import wrapping
+from config import UserError
 from copy_engines import Buffers, CopiedAllGather, CopiedReduceScatter, make_copies
 from loss import all_gather, reduce_scatter
 from tests.runs import train_run
@@ -252,6 +253,17 @@ REACH, WORK = copy_engines._reach_each_other, copy_engines._work
 @pytest.mark.parametrize(("name", "replaced"), [("_reach_each_other", unreached), ("_work", misread)])
 def test_one_rank_that_cannot_leaves_all_to_nccl(name, replaced, two_ranks):
     assert two_ranks(tried, name, replaced) == [False, False]
+
+
+class Never:
+    def query(self) -> bool:
+        return False
+
+
+def test_what_never_comes_is_a_line(monkeypatch):
+    monkeypatch.setattr(copy_engines, "PATIENCE_SECONDS", 0.01)
+    with pytest.raises(UserError, match="NCCL_P2P_DISABLE=1"):
+        copy_engines._await(Never())
 
 
 def told_otherwise(place) -> bool:
