@@ -7,6 +7,7 @@ driver has set up does not outlive a fork, and importing bitsandbytes asks it.
 
 from __future__ import annotations
 
+import gc
 import os
 import queue
 import traceback
@@ -21,6 +22,7 @@ TIMEOUT_SECONDS = 240
 
 
 def _serve(rank: int, world: int, port: int, tasks, results) -> None:
+    gc.freeze()  # all that the fork server has imported stays
     os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
     place = join_group(rank, world, rank)
     while (task := tasks.get()) is not None:
