@@ -137,26 +137,19 @@ def small_disk(tmp_path):
 
 @pytest.fixture
 def processes(monkeypatch):
-    """The rank processes that launch.py starts in this test, in order. They come from the fork server of
-    tests/distributed.py, where there is one, instead of a new interpreter each, which takes seconds to import all."""
-    import torch
-
+    """The rank processes that launch.py starts in this test, in order. Where they are forks, they are those of the server
+    of tests/distributed.py."""
     import launch
     from stopping import SAVE
-    from tests.programs import with_environment
 
-    started, spawn = [], launch.mp.spawn
+    started, start_ranks = [], launch._start_ranks
 
-    def fork(run, args, **options):
-        args = (dict(os.environ), run, *args)
-        return launch.mp.start_processes(with_environment, args, start_method="forkserver", **options)
-
-    def start(*args, **options):
-        context = (spawn if torch.cuda.is_available() else fork)(*args, **options)
+    def start(*args):
+        context = start_ranks(*args)
         started.extend(context.processes)
         return context
 
-    monkeypatch.setattr(launch.mp, "spawn", start)
+    monkeypatch.setattr(launch, "_start_ranks", start)
     monkeypatch.setattr(os, "environ", os.environ.copy())  # it goes to the ranks, and is put back
     before = signal.getsignal(SAVE)
     yield started
