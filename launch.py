@@ -6,9 +6,11 @@ sets RANK, WORLD_SIZE and LOCAL_RANK) this process already is one of them.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import multiprocessing.connection
+import multiprocessing.forkserver
 import os
 import signal
 import socket
@@ -172,16 +174,27 @@ def start(run: Callable, world: int, args: tuple, address: str, port: int | None
     with tempfile.TemporaryDirectory() as reports:
         # To a rank that does not listen yet it means nothing: the disposition goes over to the new processes.
         signal.signal(SAVE, signal.SIG_IGN)
-        # Those that end it wait until it is one of ours: Python's own answer to SIGINT, while it imports what a rank
-        # needs, is a traceback.
-        with unheard_by_children():
-            context = mp.spawn(_rank_process, (run, world, args, reports), nprocs=world, join=False)
+        context = _start_ranks(world, (dict(os.environ), run, world, args, reports))
         with forwarding(context.pids()) as received:
             failed = _wait(context.processes)
         if failed and received.stop:
             print(f"ended by {received.stop.name}", file=sys.stderr)
             return 128 + received.stop
         return _explain(failed, Path(reports)) if failed else 0
+
+
+def _start_ranks(world: int, args: tuple) -> mp.ProcessContext:
+    """_rank_process(rank, *args) in new processes. Without GPUs they are forks of a server that has imported what takes
+    each of them seconds. What a GPU's driver has set up does not outlive a fork, nor do Apple's libraries."""
+    # The signals that end a rank wait until it is one of ours: Python's own answer to SIGINT, while it imports what a
+    # rank needs, is a traceback. The server never hears them, and ends when this process and the ranks have.
+    with unheard_by_children():
+        if torch.cuda.is_available() or sys.platform != "linux":
+            return mp.spawn(_rank_process, args, nprocs=world, join=False)
+        multiprocessing.forkserver.set_forkserver_preload(["rank_imports"])
+        with contextlib.chdir(Path(__file__).parent):  # where it finds that
+            multiprocessing.forkserver.ensure_running()
+        return mp.start_processes(_rank_process, args, nprocs=world, join=False, start_method="forkserver")
 
 
 def join(run: Callable, prepare: Callable) -> int:
@@ -287,7 +300,10 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _rank_process(rank: int, run: Callable, world: int, args: tuple, reports: str) -> None:
+def _rank_process(
+    rank: int, environment: dict[str, str], run: Callable, world: int, args: tuple, reports: str
+) -> None:
+    os.environ |= environment  # the server may be older
     threading.Thread(target=_end_with_parent, daemon=True).start()
     outlast()
     hear()

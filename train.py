@@ -10,6 +10,7 @@ The way of a run: options -> checks, without a GPU -> one process per GPU -> loa
 
 from __future__ import annotations
 
+import gc
 import sys
 
 from command_line import outlast, parse, parse_or_exit, report, set_allocator, under_torchrun
@@ -19,6 +20,7 @@ if __name__ == "__main__":
     outlast()
     PARSED = parse_or_exit(sys.argv[1:])
     set_allocator()
+    gc.disable()  # as in rank_imports.py
 
 import dataclasses
 import os
@@ -353,4 +355,6 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    gc.freeze()
+    gc.enable()
     sys.exit(run(*PARSED))

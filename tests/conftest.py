@@ -1,7 +1,12 @@
-"""Fixtures: tiny real checkpoints made with transformers, and a pool of two gloo ranks."""
+"""Fixtures: tiny real checkpoints made with transformers, and a pool of two gloo ranks.
+
+torch is imported by the fixtures: the process that only hands the tests to its workers needs none of it, and they start
+when it has read this file.
+"""
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import signal
@@ -15,21 +20,15 @@ os.environ.update(
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
-import torch
-from transformers.utils import logging
-
-import launch
-from launch import ranks_on_gpus
-from stopping import SAVE
-from tests import tiny
-from tests.distributed import Ranks
-from tests.programs import with_environment
-from tests.resuming import QUIET, Signals, run
-
-logging.disable_progress_bar()  # tests read stderr
 
 
 def pytest_collection_modifyitems(items):
+    from transformers.utils import logging
+
+    from launch import ranks_on_gpus
+
+    logging.disable_progress_bar()  # tests read stderr
+    gc.freeze()  # all that was imported stays
     gpus = ranks_on_gpus()
     for item in items:
         for marker, needed in (("gpu", 1), ("two_gpus", 2)):
@@ -40,6 +39,8 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory):
     """checkpoints(kind) -> the folder of a tiny checkpoint; kinds: see tiny.CONFIGS. Made once."""
+    from tests import tiny
+
     made = {}
 
     def get(kind: str = "llama"):
@@ -53,11 +54,16 @@ def checkpoints(tmp_path_factory):
 @pytest.fixture(scope="session")
 def alpaca_file(tmp_path_factory):
     """A .jsonl of Alpaca rows of very different lengths."""
+    from tests import tiny
+
     return tiny.write_alpaca(tmp_path_factory.mktemp("data") / "alpaca.jsonl")
 
 
 def _ranks(world: int):
     """On a machine with GPUs each rank has one, over NCCL; without, they are CPU processes over gloo."""
+    from launch import ranks_on_gpus
+    from tests.distributed import Ranks
+
     if 0 < ranks_on_gpus() < world:
         pytest.skip(f"needs {world} GPUs, or none")
     ranks = Ranks(world)
@@ -86,7 +92,7 @@ def one_rank():
 @pytest.fixture(scope="session")
 def plain_run(one_rank):
     """plain_run(args) -> what `train_run` returns in one rank; computed once for the same arguments."""
-    from tests.runs import train_run  # train.py's imports take seconds, which not every test needs
+    from tests.runs import train_run
 
     made = {}
 
@@ -131,20 +137,19 @@ def small_disk(tmp_path):
 
 @pytest.fixture
 def processes(monkeypatch):
-    """The rank processes that launch.py starts in this test, in order. They come from the fork server of
-    tests/distributed.py, where there is one, instead of a new interpreter each, which takes seconds to import all."""
-    started, spawn = [], launch.mp.spawn
+    """The rank processes that launch.py starts in this test, in order. Where they are forks, they are those of the server
+    of tests/distributed.py."""
+    import launch
+    from stopping import SAVE
 
-    def fork(run, args, **options):
-        args = (dict(os.environ), run, *args)
-        return launch.mp.start_processes(with_environment, args, start_method="forkserver", **options)
+    started, start_ranks = [], launch._start_ranks
 
-    def start(*args, **options):
-        context = (spawn if torch.cuda.is_available() else fork)(*args, **options)
+    def start(*args):
+        context = start_ranks(*args)
         started.extend(context.processes)
         return context
 
-    monkeypatch.setattr(launch.mp, "spawn", start)
+    monkeypatch.setattr(launch, "_start_ranks", start)
     monkeypatch.setattr(os, "environ", os.environ.copy())  # it goes to the ranks, and is put back
     before = signal.getsignal(SAVE)
     yield started
@@ -160,6 +165,8 @@ def source(checkpoints, alpaca_file):
 @pytest.fixture(scope="session")
 def stopped(source, two_ranks, tmp_path_factory):
     """A RUN that was stopped at its third step, for copying."""
+    from tests.resuming import QUIET, Signals, run
+
     folder = tmp_path_factory.mktemp("stopped") / "run"
     two_ranks(run, [*source, *QUIET, "--output_dir", str(folder)], Signals({3: signal.SIGTERM}))
     return folder

@@ -7,6 +7,7 @@ driver has set up does not outlive a fork, and importing bitsandbytes asks it.
 
 from __future__ import annotations
 
+import gc
 import os
 import queue
 import traceback
@@ -16,11 +17,14 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from launch import free_port, join_group
+from stopping import hear
 
 TIMEOUT_SECONDS = 240
 
 
 def _serve(rank: int, world: int, port: int, tasks, results) -> None:
+    gc.freeze()  # all that the fork server has imported stays
+    hear()  # the server may be one that launch.py has started
     os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
     place = join_group(rank, world, rank)
     while (task := tasks.get()) is not None:
@@ -41,7 +45,7 @@ class Ranks:
 
     def _start(self) -> None:
         context = mp.get_context("spawn" if torch.cuda.is_available() else "forkserver")
-        context.set_forkserver_preload(["tests.runs"])
+        context.set_forkserver_preload(["rank_imports", "tests.runs"])
         self.results, port = context.Queue(), free_port()
         self.tasks = [context.Queue() for _ in range(self.world)]
         self.processes = [

@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -44,11 +43,14 @@ def losses(folder: Path) -> list[float]:
 
 
 def ranks_of(process: subprocess.Popen) -> list[psutil.Process]:
-    """The rank processes, in order: those that multiprocessing spawned."""
-    children = psutil.Process(process.pid).children()
-    return sorted(
-        (c for c in children if "spawn_main" in " ".join(c.cmdline())), key=lambda c: c.create_time()
-    )
+    """The rank processes, in order: those that multiprocessing spawned, or its fork server's children."""
+    forked = [rank for server in started_by("forkserver", process) for rank in server.children()]
+    return sorted(started_by("spawn_main", process) + forked, key=lambda c: c.create_time())
+
+
+def started_by(way: str, process: subprocess.Popen) -> list[psutil.Process]:
+    """The children that multiprocessing started for a process in this way."""
+    return [c for c in psutil.Process(process.pid).children() if way in " ".join(c.cmdline())]
 
 
 def wait_for(condition, process: subprocess.Popen, seconds: float = 90):
@@ -63,8 +65,3 @@ def wait_for(condition, process: subprocess.Popen, seconds: float = 90):
 
 def wait_for_steps(process: subprocess.Popen, path: Path) -> None:
     wait_for(lambda: path.exists() and path.read_text().count("\n") >= 2, process)
-
-
-def with_environment(rank: int, environment: dict[str, str], run: Callable, *args) -> None:
-    os.environ.update(environment)
-    run(rank, *args)

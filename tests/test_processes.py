@@ -17,7 +17,18 @@ import pytest
 import train
 from checkpoint_files import newest_whole
 from command_line import parse
-from tests.programs import ROOT, losses, metrics, ranks_of, run, small, start, wait_for, wait_for_steps
+from tests.programs import (
+    ROOT,
+    losses,
+    metrics,
+    ranks_of,
+    run,
+    small,
+    start,
+    started_by,
+    wait_for,
+    wait_for_steps,
+)
 from tests.runs import whole_run
 
 
@@ -101,12 +112,12 @@ def test_ranks_do_not_outlive_a_killed_parent(checkpoints, alpaca_file, tmp_path
     process = start(args)
     signal.signal(signal.SIGINT, previous)
     assert any(line.startswith("data: ") for line in process.stdout), process.stderr.read()
-    ranks = ranks_of(process)
+    ranks, server = ranks_of(process), started_by("forkserver", process)
     process.kill()
-    gone, alive = psutil.wait_procs(ranks, timeout=15)
-    for rank in alive:
-        rank.kill()
-    assert len(gone) == len(ranks) == 1 and not alive
+    _, alive = psutil.wait_procs([*ranks, *server], timeout=15)
+    for each in alive:
+        each.kill()
+    assert len(ranks) == 1 and not alive
 
 
 def test_signals_save_and_stop(checkpoints, alpaca_file, tmp_path):
@@ -143,7 +154,7 @@ def test_ctrl_c_before_training_leaves_no_traceback(while_it, checkpoints, alpac
     if while_it == "checks":  # or imports, after what is needed to read options
         wait_for(lambda: "torch" in Path(f"/proc/{process.pid}/maps").read_text(), process)
     else:
-        wait_for(lambda: ranks_of(process), process)
+        wait_for(lambda: started_by("forkserver", process) or ranks_of(process), process)
     os.killpg(process.pid, signal.SIGINT)
     _, err = process.communicate(timeout=60)
     # Until the parent listens, the signal itself ends it.
