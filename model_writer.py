@@ -221,7 +221,7 @@ def open_blocks(
     """(the tensors, the header's metadata) of what `save_blocks` wrote, to be put into the expanded model in `files`
     with the new layers `layers`. Raises UserError unless it holds exactly their tensors."""
     blocks = CheckpointFiles(path.parent, only=path.name)
-    metadata = read_header(path)[0].get("__metadata__", {})
+    metadata = read_header(path)[0].get("__metadata__") or {}
     held = metadata.get(NEW_LAYERS)
     if held is None:
         raise UserError(f"{path}: not a file of new blocks, as `--llama_pro_save blocks` leaves them")

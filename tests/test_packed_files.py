@@ -165,6 +165,21 @@ def test_a_bnb_weight_without_its_scales(checkpoints, alpaca_file, tmp_path):
             lambda t: as_bytes(json.dumps(json.loads(bytes(t.tolist())) | {"nested_offset": math.inf})),
             "does not describe",
         ),
+        (
+            "quant_state.bitsandbytes__nf4",
+            lambda t: as_bytes(json.dumps(json.loads(bytes(t.tolist())) | {"nested_offset": 1e39})),
+            "does not describe",
+        ),
+        (
+            "quant_state.bitsandbytes__nf4",
+            lambda t: as_bytes(json.dumps(json.loads(bytes(t.tolist())) | {"nested_offset": 10**401})),
+            "does not describe",
+        ),
+        (
+            "quant_state.bitsandbytes__nf4",
+            lambda t: as_bytes(json.dumps(json.loads(bytes(t.tolist())) | {"nested_offset": True})),
+            "does not describe",
+        ),
     ],
 )
 def test_damaged_bnb_weights(part, spoil, words, checkpoints, alpaca_file, tmp_path):
