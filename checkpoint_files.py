@@ -208,10 +208,8 @@ def _digest(manifest: dict) -> str:
 
 
 def _measure(path: Path) -> Written:
-    digest, piece = (
-        hashlib.sha256(),
-        bytearray(DIGESTED),
-    )  # not file_digest, which comes back to Python each 256 KiB
+    # Not by file_digest, which comes back to Python each 256 KiB.
+    digest, piece = hashlib.sha256(), bytearray(DIGESTED)
     with path.open("rb", buffering=0) as file:
         while n := file.readinto(piece):
             digest.update(memoryview(piece)[:n])

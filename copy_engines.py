@@ -19,6 +19,7 @@ import os
 import time
 import weakref
 from collections.abc import Callable, Sequence
+from functools import cache
 
 import torch
 import torch.distributed as dist
@@ -26,7 +27,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from config import UserError
-from loss import all_gather, reduce_scatter
+from loss import all_gather, ranks_of_a_copy, reduce_scatter
 
 # Bytes of a unit's gradients. More, as of whole layers that are trained, would be held for good: NCCL sums those.
 MOST_SUMMED = 2**27
@@ -68,17 +69,13 @@ class Buffer:
         """The current stream goes on when those of all ranks have come here, and finds what they wrote before."""
         self.met += 1
         stream = torch.cuda.current_stream().cuda_stream
-        flags = self.driver.CUstreamWaitValue_flags
+        after_all_before_it, at_least = 0, self.driver.CUstreamWaitValue_flags.CU_STREAM_WAIT_VALUE_GEQ.value
         for other in self.others():
             at = self.numbers[other] + 4 * self.rank
-            _checked(
-                self.driver.cuStreamWriteValue32(stream, at, self.met, 0)
-            )  # 0: after all writes before it
+            _checked(self.driver.cuStreamWriteValue32(stream, at, self.met, after_all_before_it))
         for other in self.others():
             at = self.numbers[self.rank] + 4 * other
-            _checked(
-                self.driver.cuStreamWaitValue32(stream, at, self.met, flags.CU_STREAM_WAIT_VALUE_GEQ.value)
-            )
+            _checked(self.driver.cuStreamWaitValue32(stream, at, self.met, at_least))
 
 
 def _checked(result: tuple) -> None:
@@ -100,13 +97,13 @@ class Buffers:
         free = [b for b in self.all if b.n >= n and b.taken() is None]
         if not (buffer := min(free, key=lambda b: b.n, default=None)):
             self.all.append(buffer := self.make(self.group, n, device))
-        tensor = buffer.parts[self.group.rank()][:n].view(dtype).view(size)
+        tensor = buffer.parts[buffer.rank][:n].view(dtype).view(size)
         buffer.taken = weakref.ref(tensor)
         return buffer, tensor
 
     def of(self, tensor: Tensor) -> Buffer:
         """The one that `take` gave with this tensor."""
-        return next(b for b in self.all if b.parts[self.group.rank()].data_ptr() == tensor.data_ptr())
+        return next(b for b in self.all if b.parts[b.rank].data_ptr() == tensor.data_ptr())
 
 
 class CopiedAllGather:
@@ -154,30 +151,29 @@ class CopiedReduceScatter:
             return
         buffer, own = self.buffers.take(input_tensor.shape, input_tensor.dtype, input_tensor.device)
         own.copy_(input_tensor)
-        rows, at = input_tensor.view(group.size(), -1), slice(buffer.rank * output_tensor.nbytes, None)
+        rows, n = input_tensor.view(group.size(), -1), output_tensor.nbytes
+        at = slice(buffer.rank * n, (buffer.rank + 1) * n)
         buffer.meet()
         for other in buffer.others():
-            row = buffer.parts[other][at][: output_tensor.nbytes].view(input_tensor.dtype)
-            rows[other].copy_(row, non_blocking=True)
+            rows[other].copy_(buffer.parts[other][at].view(input_tensor.dtype), non_blocking=True)
         buffer.meet()
         torch.sum(rows, 0, out=output_tensor)
 
 
-# Of each group those that were tried. They stay: freed and made again, ranks could come to different places.
-_made: dict[dist.ProcessGroup, tuple[CopiedAllGather, CopiedReduceScatter] | None] = {}
-
-
 def make_copies(mesh: DeviceMesh) -> tuple[CopiedAllGather, CopiedReduceScatter] | None:
     """For the ranks that share one copy of the model; None where NCCL is to do it. Collective."""
-    shards = mesh if mesh.ndim == 1 else mesh["shard"]
+    shards = ranks_of_a_copy(mesh)
     if mesh.device_type != "cuda" or shards.size() == 1:
         return None
-    group = shards.get_group()
-    if group not in _made:
-        agreed = _all(_reach_each_other(group), group)
-        copies = CopiedAllGather(Buffers(group)), CopiedReduceScatter(Buffers(group))
-        _made[group] = copies if agreed and _all(_work(*copies, group), group) else None
-    return _made[group]
+    return _tried(shards.get_group())
+
+
+@cache  # they stay: freed and made again, ranks could come to different places
+def _tried(group: dist.ProcessGroup) -> tuple[CopiedAllGather, CopiedReduceScatter] | None:
+    if not _all(_reach_each_other(group), group):
+        return None
+    copies = CopiedAllGather(Buffers(group)), CopiedReduceScatter(Buffers(group))
+    return copies if _all(_work(*copies, group), group) else None
 
 
 def _all(here: bool, group: dist.ProcessGroup) -> bool:
@@ -217,9 +213,8 @@ def _work(gather: CopiedAllGather, scatter: CopiedReduceScatter, group: dist.Pro
     os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
     device, world = torch.device("cuda", torch.cuda.current_device()), group.size()
     generator = torch.Generator(device).manual_seed(group.rank())
-    given = torch.randint(
-        2**10, (world, TRIAL), generator=generator, device=device
-    ).float()  # their sums are exact
+    # Whole numbers, whose sums are exact.
+    given = torch.randint(2**10, (world, TRIAL), generator=generator, device=device).float()
     row, expected, summed = given[group.rank()].clone(), torch.empty_like(given), torch.empty_like(given[0])
     all_gather(expected.flatten(), row, group=group)
     reduce_scatter(summed, given, group=group)
@@ -232,9 +227,6 @@ def _work(gather: CopiedAllGather, scatter: CopiedReduceScatter, group: dist.Pro
         scatter(result, given.flatten(), group, dist.ReduceOp.SUM)
         _await(torch.cuda.current_stream().record_event())
         return torch.equal(whole.view_as(expected), expected) and torch.equal(result, summed)
-    except (
-        ImportError,
-        AttributeError,
-        RuntimeError,
-    ):  # no bindings, another torch, a container that forbids it
+    # There are no bindings, torch is another one, or a container forbids it.
+    except (ImportError, AttributeError, RuntimeError):
         return False

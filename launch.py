@@ -167,7 +167,7 @@ def start(run: Callable, world: int, args: tuple, address: str, port: int | None
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     if not torch.cuda.is_available():
         # Threads with nothing to do sleep. They would spin, and beside any other load each short operation would
-        # wait for one that is not scheduled. Read by the ranks when they import torch.
+        # wait for one that is not scheduled. Read when torch is imported, by the server that forks ranks.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # A rank that is ended at once cannot put away its locks; the clean-up's warning would follow the error.
     os.environ.setdefault("PYTHONWARNINGS", "ignore::UserWarning:multiprocessing.resource_tracker")

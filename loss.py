@@ -47,6 +47,11 @@ FP16_FACTOR = 2.0**8
 TILE = 128
 
 
+def ranks_of_a_copy(mesh: DeviceMesh) -> DeviceMesh:
+    """Of a mesh of wrapping.make_mesh: the ranks that this one shares a copy of the model with, 1-D."""
+    return mesh if mesh.ndim == 1 else mesh["shard"]
+
+
 class VocabularyShard:
     """The rows [first, first + S) of a vocabulary, and the ranks that hold the others. size: W."""
 
@@ -54,8 +59,7 @@ class VocabularyShard:
         """weight: a whole [V, H], or a DTensor whose rows are dealt out as FSDP does."""
         self.group, self.rank, self.size, self.rows = None, 0, 1, weight
         if isinstance(weight, DTensor):
-            mesh = weight.device_mesh
-            shards = mesh if mesh.ndim == 1 else mesh["shard"]
+            shards = ranks_of_a_copy(weight.device_mesh)
             self.group, self.rank, self.size = shards.get_group(), shards.get_local_rank(), shards.size()
             self.rows = weight.to_local()
         self.most = -(-weight.shape[0] // self.size)  # rows of the ranks that have most

@@ -17,7 +17,7 @@ import copy_engines
 import wrapping
 from config import UserError
 from copy_engines import Buffers, CopiedAllGather, CopiedReduceScatter, make_copies
-from loss import all_gather, reduce_scatter
+from loss import all_gather, ranks_of_a_copy, reduce_scatter
 from tests.runs import train_run
 from tests.test_parity import arguments, assert_same
 
@@ -52,7 +52,7 @@ class Files:
 
 def made_of_files(folder: Path, mesh, used: list | None = None):
     """As `make_copies`."""
-    shards = mesh if mesh.ndim == 1 else mesh["shard"]
+    shards = ranks_of_a_copy(mesh)
     if shards.size() == 1:
         return None
     group = shards.get_group()
@@ -97,17 +97,20 @@ def test_every_rank_has_what_the_others_had(pool, request, tmp_path):
     request.getfixturevalue(pool)(compare_files, str(tmp_path))
 
 
+def run_with(make, place, args: list) -> tuple:
+    """train_run's, with another `make_copies`."""
+    original, wrapping.make_copies = wrapping.make_copies, make
+    try:
+        return train_run(place, args)
+    finally:
+        wrapping.make_copies = original
+
+
 def run_with_files(place, folder: str, args: list) -> tuple:
     """(train_run's, how many buffers it took)."""
     used: list[Buffers] = []
-    original, wrapping.make_copies = (
-        wrapping.make_copies,
-        lambda mesh: made_of_files(Path(folder), mesh, used),
-    )
-    try:
-        return train_run(place, args), [len(buffers.all) for buffers in used]
-    finally:
-        wrapping.make_copies = original
+    result = run_with(lambda mesh: made_of_files(Path(folder), mesh, used), place, args)
+    return result, [len(buffers.all) for buffers in used]
 
 
 @on_cpus
@@ -187,11 +190,7 @@ def test_gpus_fetch_what_nccl_brings(two_ranks):
 
 
 def with_nccl(place, args) -> tuple:
-    original, wrapping.make_copies = wrapping.make_copies, lambda mesh: None
-    try:
-        return train_run(place, args)
-    finally:
-        wrapping.make_copies = original
+    return run_with(lambda mesh: None, place, args)
 
 
 @pytest.mark.two_gpus

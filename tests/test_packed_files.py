@@ -150,6 +150,11 @@ def test_a_bnb_weight_without_its_scales(checkpoints, alpaca_file, tmp_path):
         check(tmp_path / "4bit", alpaca_file, *QLORA)
 
 
+def offset_is(value):
+    """Spoils the description of a packed weight: its scales' offset is another value."""
+    return lambda t: as_bytes(json.dumps(json.loads(bytes(t.tolist())) | {"nested_offset": value}))
+
+
 @pytest.mark.parametrize(
     ("part", "spoil", "words"),
     [
@@ -160,26 +165,10 @@ def test_a_bnb_weight_without_its_scales(checkpoints, alpaca_file, tmp_path):
         ("absmax", lambda t: t[:-1], "holds too little or too much"),
         ("quant_state.bitsandbytes__nf4", lambda t: as_bytes("[" * 10**5), "does not describe"),
         ("quant_state.bitsandbytes__nf4", lambda t: t[:-1], "does not describe"),
-        (
-            "quant_state.bitsandbytes__nf4",
-            lambda t: as_bytes(json.dumps(json.loads(bytes(t.tolist())) | {"nested_offset": math.inf})),
-            "does not describe",
-        ),
-        (
-            "quant_state.bitsandbytes__nf4",
-            lambda t: as_bytes(json.dumps(json.loads(bytes(t.tolist())) | {"nested_offset": 1e39})),
-            "does not describe",
-        ),
-        (
-            "quant_state.bitsandbytes__nf4",
-            lambda t: as_bytes(json.dumps(json.loads(bytes(t.tolist())) | {"nested_offset": 10**401})),
-            "does not describe",
-        ),
-        (
-            "quant_state.bitsandbytes__nf4",
-            lambda t: as_bytes(json.dumps(json.loads(bytes(t.tolist())) | {"nested_offset": True})),
-            "does not describe",
-        ),
+        ("quant_state.bitsandbytes__nf4", offset_is(math.inf), "does not describe"),
+        ("quant_state.bitsandbytes__nf4", offset_is(1e39), "does not describe"),
+        ("quant_state.bitsandbytes__nf4", offset_is(10**401), "does not describe"),
+        ("quant_state.bitsandbytes__nf4", offset_is(True), "does not describe"),
     ],
 )
 def test_damaged_bnb_weights(part, spoil, words, checkpoints, alpaca_file, tmp_path):
