@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 import model_writer
+import train
 from checkpoint import ADAPTER, BEST, BLOCKS, SCORE, replace_folder, write_text
 from checkpoint_files import steps_in
 from command_line import parse
@@ -18,7 +19,7 @@ from config import UserError
 from evaluation import Evaluator, kept_in
 from launch import Place
 from model_writer import Entry
-from tests.programs import small, start
+from tests.programs import small
 from tests.resuming import CHECK_ROOM, Filling, check_room_by, contents, fill, lines, repeated, run
 from tracking import NoTracker, despite_full_disk
 
@@ -193,14 +194,13 @@ def test_the_result_is_saved_when_there_is_room_again(
     assert same_weights(folder, tmp_path / "whole")
 
 
-def test_without_a_checkpoint_the_line_says_so(checkpoints, alpaca_file, small_disk):
-    """As users start it: the status and the one line; the metrics are whole."""
+def test_without_a_checkpoint_the_line_says_so(checkpoints, alpaca_file, small_disk, processes, capfd):
+    """The status and the one line; the metrics are whole."""
     fill(small_disk, leave=160 * 1024)
     out = small_disk / "out"
     args = small(checkpoints, alpaca_file, out, "--world_size", "2", "--lora_rank", "64")
-    process = start(args)
-    _, err = process.communicate(timeout=150)
-    assert process.returncode == 2 and "Traceback" not in err
+    status, err = train.main(list(map(str, args))), capfd.readouterr().err
+    assert status == 2 and "Traceback" not in err
     assert err.splitlines()[-1].startswith(
         f"error: rank 0: --output_dir {out}: the trained model could not be"
     )
@@ -208,11 +208,11 @@ def test_without_a_checkpoint_the_line_says_so(checkpoints, alpaca_file, small_d
     assert len(lines(out)) == 4 and not list(out.glob("*.tmp")) and not (out / ADAPTER).exists()
 
 
-def test_a_disk_that_is_full_from_the_start_is_a_line(checkpoints, alpaca_file, small_disk):
+def test_a_disk_that_is_full_from_the_start_is_a_line(checkpoints, alpaca_file, small_disk, processes, capfd):
     fill(small_disk)
-    process = start(small(checkpoints, alpaca_file, small_disk / "out", "--world_size", "1"))
-    _, err = process.communicate(timeout=150)
-    assert process.returncode == 2 and "Traceback" not in err
+    args = small(checkpoints, alpaca_file, small_disk / "out", "--world_size", "1")
+    status, err = train.main(list(map(str, args))), capfd.readouterr().err
+    assert status == 2 and "Traceback" not in err
     told = f"error: rank 0: OSError: [Errno 28] No space left on device: '{small_disk}/out/config.yaml'"
     assert err.splitlines()[-1] == told
 

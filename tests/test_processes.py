@@ -179,34 +179,42 @@ def start_in_a_terminal(args) -> subprocess.Popen:
         signal.signal(signal.SIGINT, previous)
 
 
-SLEEPING = """
-import sys, time; sys.path.insert(0, {root!r})
-import train
-original, calls = train.loss_sum, 0
-def loss_sum(*args):
-    global calls
-    calls += 1
-    if calls == 3:
-        time.sleep(100)
-    return original(*args)
-train.loss_sum = loss_sum
-if __name__ == "__main__":
-    sys.exit(train.main(sys.argv[1:]))
-"""
+def sleeps_in_its_third_step(place, job) -> None:
+    original, calls = train.loss_sum, itertools.count(1)
+
+    def loss_sum(*args):
+        if next(calls) == 3:
+            time.sleep(100)
+        return original(*args)
+
+    train.loss_sum = loss_sum
+    train.run_rank(place, job)
 
 
-def test_a_second_signal_ends_a_step_that_does_not(checkpoints, alpaca_file, tmp_path):
+def test_a_second_signal_ends_a_step_that_does_not(
+    checkpoints, alpaca_file, tmp_path, processes, monkeypatch, capfd
+):
     """The first waits for the end of the step, which lasts; after the second nothing is left but whole checkpoints."""
-    script, out = tmp_path / "sleeping.py", tmp_path / "out"
-    script.write_text(SLEEPING.format(root=str(ROOT)))
+    out, running, ended = tmp_path / "out", [], []
     args = small(checkpoints, alpaca_file, out, "--save_every", "1", "--max_steps", "9", "--num_epochs", "9")
-    command = [sys.executable, str(script), *map(str, args)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    wait_for(lambda: list(out.glob("checkpoints/step-00000002/manifest.json")), process)
-    process.terminate()
-    time.sleep(1.5)
-    assert process.poll() is None, "it waits for the step"
-    process.terminate()
-    _, err = process.communicate(timeout=20)
-    assert process.returncode == 128 + signal.SIGTERM and err.endswith("ended by SIGTERM\n")
+    saved = out / "checkpoints" / "step-00000002" / "manifest.json"
+
+    def stop_twice():
+        deadline = time.time() + 90
+        while not saved.exists():
+            if time.time() > deadline:
+                return
+            time.sleep(0.1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(1.5)
+        running.extend(p.is_alive() for p in processes)
+        ended.append(time.time())
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(train, "run_rank", sleeps_in_its_third_step)
+    threading.Thread(target=stop_twice, daemon=True).start()
+    status = train.main(list(map(str, args)))
+    assert running == [True, True], "they wait for the step"
+    assert time.time() - ended[0] < 20 and not any(p.is_alive() for p in processes)
+    assert status == 128 + signal.SIGTERM and capfd.readouterr().err.endswith("ended by SIGTERM\n")
     assert newest_whole(out, pytest.fail).step == 2
