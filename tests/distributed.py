@@ -8,6 +8,7 @@ driver has set up does not outlive a fork, and importing bitsandbytes asks it.
 from __future__ import annotations
 
 import gc
+import multiprocessing.context
 import os
 import queue
 import traceback
@@ -37,6 +38,13 @@ def _serve(rank: int, world: int, port: int, tasks, results) -> None:
     dist.destroy_process_group()
 
 
+def new_processes() -> multiprocessing.context.BaseContext:
+    """Where tests get processes from that know the program without importing it."""
+    context = mp.get_context("spawn" if torch.cuda.is_available() else "forkserver")
+    context.set_forkserver_preload(["rank_imports", "tests.runs"])
+    return context
+
+
 class Ranks:
     """`world` processes in one group; call it like a function."""
 
@@ -44,8 +52,7 @@ class Ranks:
         self.world, self.processes = world, []
 
     def _start(self) -> None:
-        context = mp.get_context("spawn" if torch.cuda.is_available() else "forkserver")
-        context.set_forkserver_preload(["rank_imports", "tests.runs"])
+        context = new_processes()
         self.results, port = context.Queue(), free_port()
         self.tasks = [context.Queue() for _ in range(self.world)]
         self.processes = [

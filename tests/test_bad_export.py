@@ -5,8 +5,7 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
+import time
 from collections import namedtuple
 from typing import ClassVar
 
@@ -18,7 +17,7 @@ from safetensors.torch import load_file, save_file
 import export
 import finished_run
 from checkpoint import ADAPTER
-from tests.programs import ROOT
+from tests.distributed import new_processes
 from tests.test_adapters import args_for
 from tests.test_finished_run import saved_run, spoil_adapter
 
@@ -188,33 +187,34 @@ def test_values_that_a_dtype_cannot_hold(refused, checkpoints, tmp_path):
         save_file(kept, base / index[name], metadata={"format": "pt"})
 
 
-HALF_WRITTEN = """
-import sys, time, export
-export.write_card = lambda *_: (print("half", flush=True), time.sleep(100))
-export.main(sys.argv[1:])
-"""
+def write_half(command: list[str], written) -> None:
+    export.write_card = lambda *_: (written.set(), time.sleep(100))
+    export.main(command)
 
 
 def test_what_a_killed_export_left_is_removed_by_the_next(run, tmp_path):
     """Which leaves alone what another one still writes."""
     out, command = tmp_path / "out", [str(run), "--to", "adapter", "--out", str(tmp_path / "out")]
 
-    def half_done() -> subprocess.Popen:
-        half = [sys.executable, "-c", HALF_WRITTEN, *command]
-        process = subprocess.Popen(half, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-        assert process.stdout.readline() == "half\n"
+    def half_done():
+        written = new_processes().Event()
+        process = new_processes().Process(target=write_half, args=(command, written))
+        process.start()
+        assert written.wait(60)
         return process
 
-    with half_done() as killed:
-        killed.kill()
+    killed = half_done()
+    killed.kill()
+    killed.join()
     assert len(list(out.glob(".export-*/*"))) > 1
-    with half_done() as writing:
-        try:
-            assert export.main(command) == 0
-            assert [path.name for path in out.glob(".export-*")] == [f".export-{writing.pid}.tmp"]
-            assert all((folder / ADAPTER).is_file() for folder in (out, out / f".export-{writing.pid}.tmp"))
-        finally:
-            writing.kill()
+    writing = half_done()
+    try:
+        assert export.main(command) == 0
+        assert [path.name for path in out.glob(".export-*")] == [f".export-{writing.pid}.tmp"]
+        assert all((folder / ADAPTER).is_file() for folder in (out, out / f".export-{writing.pid}.tmp"))
+    finally:
+        writing.kill()
+        writing.join()
 
 
 def test_what_cannot_be_opened_is_left_alone(run, tmp_path):

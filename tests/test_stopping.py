@@ -6,32 +6,17 @@ import contextlib
 import os
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
 import torch.distributed as dist
 
 import stopping
-from stopping import NEVER, Received, Stopping, forwarding
-from tests.programs import ROOT
+from recompute import start_workers
+from stopping import NEVER, Received, Stopping, forwarding, hear
+from tests.distributed import new_processes
 
 STUBBORN = "trap '' TERM INT; trap 'echo saved' USR1; echo ready; while :; do sleep 0.05; done"
-
-COMPILES = """
-import signal, time
-from torch._inductor.async_compile import AsyncCompile
-from recompute import start_workers
-heard = []
-signal.signal(signal.SIGTERM, lambda number, frame: heard.append(number))
-start_workers()
-pool = AsyncCompile.process_pool()
-assert pool.submit(sum, (1, 2)).result() == 3
-working = pool.submit(time.sleep, 3)
-print("ready", flush=True)
-working.result()
-print(heard == [signal.SIGTERM])
-"""
 
 
 @pytest.fixture
@@ -174,14 +159,32 @@ def test_the_parent_passes_signals_on_and_kills_at_the_second_stop(stubborn, mon
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+def compile_for_a_while(said) -> None:
+    from torch._inductor.async_compile import AsyncCompile
+
+    os.setsid()
+    hear()
+    heard = []
+    signal.signal(signal.SIGTERM, lambda number, frame: heard.append(number))
+    start_workers()
+    pool = AsyncCompile.process_pool()
+    assert pool.submit(sum, (1, 2)).result() == 3
+    working = pool.submit(time.sleep, 3)
+    said.put("ready")
+    working.result()
+    said.put(heard == [signal.SIGTERM])
+
+
 def test_a_signal_to_the_whole_group_ends_no_compilation():
     """What compiles goes on, and the process itself has heard it."""
-    program = [sys.executable, "-c", COMPILES]
-    process = subprocess.Popen(program, cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    said = new_processes().Queue()
+    process = new_processes().Process(target=compile_for_a_while, args=(said,))
+    process.start()
     try:
-        assert process.stdout.readline() == "ready\n"
+        assert said.get(timeout=90) == "ready"
         os.killpg(process.pid, signal.SIGTERM)
-        assert process.communicate(timeout=90)[0] == "True\n"
+        assert said.get(timeout=90) is True
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
+        process.join()
