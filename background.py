@@ -7,11 +7,9 @@ that computes in Python, and the GPU runs out of work in a quarter of a second. 
 
 from __future__ import annotations
 
-import contextlib
-import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import ItemsView, Iterator
 
 # Seconds. The turns cost training a sixth of the interpreter, which it can spare where it waits for a GPU; shorter ones
 # cost no less, as each begins with what the processor has forgotten meanwhile.
@@ -19,46 +17,33 @@ TURN, REST = 0.002, 0.01
 
 
 class Background:
-    """rests: whether it is to rest at all; hurry: set while somebody waits for the work; rested: seconds, since the last
-    `turns`."""
+    """rests: whether it is to rest at all; hurry: set while somebody waits for the work; rested: seconds in all."""
 
     def __init__(self, rests: bool):
-        self.rests, self.hurry, self.rested = rests, threading.Event(), 0.0
+        self.rests, self.hurry, self.rested, self.began = rests, threading.Event(), 0.0, 0.0
 
-    @contextlib.contextmanager
-    def turns(self) -> Iterator[None]:
-        """Within, the thread rests after each TURN, unless there is a hurry. Where a profiler watches it, it is left
-        alone: the only way to interrupt other people's Python is the one by which that watches."""
-        self.rested = 0.0
-        if not self.rests or sys.getprofile():
-            yield
-            return
-        began = time.perf_counter()
-
-        def rest(*_) -> None:
-            nonlocal began
-            if (now := time.perf_counter()) - began > TURN:
-                self.hurry.wait(REST)
-                began = time.perf_counter()
-                self.rested += began - now
-
-        sys.setprofile(rest)
-        try:
-            yield
-        finally:
-            sys.setprofile(None)
+    def rest(self) -> None:
+        """To be called often within the work: rests if a TURN is over, unless there is a hurry."""
+        if self.rests and (now := time.perf_counter()) - self.began > TURN:
+            self.hurry.wait(REST)
+            self.began = time.perf_counter()
+            self.rested += self.began - now
 
 
-@contextlib.contextmanager
-def at_once() -> Iterator[None]:
-    """Within, the thread does not rest: for work during which Python is let go of anyway, as files and digests are. By the
-    clock, which is all that `turns` has, it would take six times as long."""
-    rest = sys.getprofile()
-    if getattr(rest, "__module__", None) != __name__:  # somebody else watches, or nobody
-        yield
-        return
-    sys.setprofile(None)
-    try:
-        yield
-    finally:
-        sys.setprofile(rest)
+class Resting(dict):
+    """A dict for other people's loops: whoever goes through its items rests between them. (A profiler, which could
+    interrupt any code, slows all threads from Python 3.12 on.)"""
+
+    def __init__(self, items: dict, background: Background):
+        super().__init__(items)
+        self.background = background
+
+    def items(self) -> ItemsView:
+        return RestingItems(self)
+
+
+class RestingItems(ItemsView):
+    def __iter__(self) -> Iterator[tuple]:
+        for item in dict.items(self._mapping):
+            self._mapping.background.rest()
+            yield item

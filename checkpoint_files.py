@@ -38,7 +38,6 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, SavePlan
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
-from background import at_once
 from checkpoint import beside, check_room, fresh_folder, remove
 from config import CHECKPOINTS, UserError
 from limits import MANIFEST_FILE, check_size, read_text
@@ -263,10 +262,9 @@ class Writer(StorageWriter):
         if plan.items:
             path = self.temporary / plan.storage_data
             tensors = {i.index.fqn: planner.resolve_data(i) for i in plan.items}
-            with at_once():
-                write_tensors(tensors, path)
-                sync(path)
-                written = _measure(path)
+            write_tensors(tensors, path)
+            sync(path)
+            written = _measure(path)
             results = [WriteResult(i.index, written.size, written) for i in plan.items]
         done.set_result(results)
         return done

@@ -20,9 +20,9 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.metadata import MetadataIndex
+from torch.distributed.checkpoint.metadata import MetadataIndex, StorageMeta
 
-from background import Background
+from background import Background, Resting
 from checkpoint import remove
 from checkpoint_files import GROWING_FILES, Saved, Writer, folder_of, prune, sync
 from command_line import describe
@@ -113,13 +113,20 @@ class HostCopy:
 
 
 class CopyPlanner(DefaultSavePlanner):
-    """Plans by the live tensors, which know how they are sharded, and writes their copies."""
+    """Plans by the live tensors, which know how they are sharded, and writes their copies. What torch does for each
+    tensor, in Python, is done with rests."""
 
-    def __init__(self, copies: Tensors):
+    def __init__(self, copies: Tensors, background: Background):
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-        self.copies = copies
+        self.copies, self.background = copies, background
+
+    def set_up_planner(
+        self, state_dict: Tensors, storage_meta: StorageMeta | None = None, is_coordinator: bool = False
+    ) -> None:
+        super().set_up_planner(Resting(state_dict, self.background), storage_meta, is_coordinator)
 
     def lookup_object(self, index: MetadataIndex) -> torch.Tensor:
+        self.background.rest()
         return self.copies[index.fqn]
 
 
@@ -233,7 +240,7 @@ class Checkpoints:
     def _write(self, step: int, layout: Tensors, copying: Future[Tensors], run: dict) -> bool:
         """In the thread, after the copying. Returns whether the checkpoint is whole; a disk that takes no more is told,
         and the run goes on with the checkpoint before."""
-        began, copies = time.perf_counter(), copying.result()
+        began, rested, copies = time.perf_counter(), self.background.rested, copying.result()
         self.copy.wait()
 
         def described() -> dict:
@@ -244,11 +251,8 @@ class Checkpoints:
         writer = Writer(folder_of(self.folder, step), step, described)
         try:
             alone = self.place.world == 1  # plans would be pickled, and sent to nobody, for half a second
-            planner = CopyPlanner(copies)
-            with self.background.turns():
-                dcp.save(
-                    layout, storage_writer=writer, planner=planner, process_group=self.group, no_dist=alone
-                )
+            planner, layout = CopyPlanner(copies, self.background), Resting(layout, self.background)
+            dcp.save(layout, storage_writer=writer, planner=planner, process_group=self.group, no_dist=alone)
         except dcp.CheckpointException as e:
             failures = [error for error, _ in e.failures.values()]
             if not all(isinstance(error, OSError) for error in failures):
@@ -257,7 +261,7 @@ class Checkpoints:
                 remove(writer.temporary)
                 self._warn(step, failures[0])
             return False
-        self.seconds = time.perf_counter() - began - self.background.rested
+        self.seconds = time.perf_counter() - began - (self.background.rested - rested)
         if self.place.rank == 0 and self.keep > 0:
             prune(self.folder, self.keep)
         return True
