@@ -31,32 +31,37 @@ from loss import all_gather, ranks_of_a_copy, reduce_scatter
 
 # Bytes of a unit's gradients. More, as of whole layers that are trained, would be held for good: NCCL sums those.
 MOST_SUMMED = 2**27
+WASTE = 2  # times as large as a gathered unit its buffer may be
 ALIGNMENT = 256  # bytes
 TRIAL = 2**14  # elements
 PATIENCE_SECONDS = 60.0
 
 
 class Buffer:
-    """n bytes of each rank, mapped by all: parts, W times [n] uint8. Making one is collective.
+    """n bytes of each rank, W of them, which all map: parts, W times [n] uint8, once `map` has been called.
 
     taken: a weak reference to what this rank uses it for."""
 
-    def __init__(self, group: dist.ProcessGroup, n: int, device: torch.device):
+    def __init__(self, world: int, n: int, device: torch.device):
         from cuda.bindings import driver  # comes with torch's CUDA builds
         from torch.distributed import _symmetric_memory as symmetric
 
-        self.driver, self.rank, self.n, self.met = driver, group.rank(), n, 0
+        self.driver, self.symmetric, self.n, self.met = driver, symmetric, n, 0
         self.taken: Callable[[], Tensor | None] = lambda: None
-        end = -(-n // ALIGNMENT) * ALIGNMENT  # where the numbers are, one of each rank
+        self.end = -(-n // ALIGNMENT) * ALIGNMENT  # where the numbers are, one of each rank
         # In a pool of torch's own allocator, so that its statistics, and a limit, have it.
         with torch.cuda.use_mem_pool(symmetric.get_mem_pool(device)):
-            own = torch.zeros(end + 4 * group.size(), dtype=torch.uint8, device=device)
-        self.handle = symmetric.rendezvous(own, group)
-        all_ranks = range(group.size())
+            self.own = torch.zeros(self.end + 4 * world, dtype=torch.uint8, device=device)
+
+    def map(self, group: dist.ProcessGroup) -> None:
+        """Collective, and waits for the GPU."""
+        self.rank = group.rank()
+        handle = self.symmetric.rendezvous(self.own, group)
         mapped = [
-            own if r == self.rank else self.handle.get_buffer(r, own.shape, own.dtype) for r in all_ranks
+            self.own if r == self.rank else handle.get_buffer(r, self.own.shape, self.own.dtype)
+            for r in range(group.size())
         ]
-        self.parts, self.numbers = [m[:n] for m in mapped], [m.data_ptr() + end for m in mapped]
+        self.parts, self.numbers = [m[: self.n] for m in mapped], [m.data_ptr() + self.end for m in mapped]
         torch.cuda.synchronize()
         dist.barrier(group)  # before anybody counts, all numbers are 0
 
@@ -86,17 +91,23 @@ def _checked(result: tuple) -> None:
 
 class Buffers:
     """Of one purpose, within which streams keep reuse in order. All ranks must take them in the same order, as they do
-    when all let go of them in the same order."""
+    when all let go of them in the same order. waste: times as large as what it holds a buffer may be."""
 
-    def __init__(self, group: dist.ProcessGroup, make: Callable = Buffer):
-        self.group, self.make, self.all = group, make, []
+    def __init__(self, group: dist.ProcessGroup, make: Callable = Buffer, waste: float = math.inf):
+        self.group, self.make, self.waste, self.all = group, make, waste, []
+
+    def add(self, n: int, device: torch.device) -> Buffer:
+        """A buffer that is to be mapped."""
+        self.all.append(buffer := self.make(self.group.size(), n, device))
+        return buffer
 
     def take(self, size: Sequence[int], dtype: torch.dtype, device: torch.device) -> tuple[Buffer, Tensor]:
         """A buffer, and the beginning of this rank's part of it as a tensor, for as long as which is held it is taken."""
         n = math.prod(size) * dtype.itemsize
-        free = [b for b in self.all if b.n >= n and b.taken() is None]
+        free = [b for b in self.all if n <= b.n <= self.waste * n and b.taken() is None]
         if not (buffer := min(free, key=lambda b: b.n, default=None)):
-            self.all.append(buffer := self.make(self.group, n, device))
+            buffer = self.add(n, device)
+            buffer.map(self.group)
         tensor = buffer.parts[buffer.rank][:n].view(dtype).view(size)
         buffer.taken = weakref.ref(tensor)
         return buffer, tensor
@@ -170,30 +181,84 @@ def make_copies(mesh: DeviceMesh) -> tuple[CopiedAllGather, CopiedReduceScatter]
 
 @cache  # they stay: freed and made again, ranks could come to different places
 def _tried(group: dist.ProcessGroup) -> tuple[CopiedAllGather, CopiedReduceScatter] | None:
-    if not _all(_reach_each_other(group), group):
-        return None
-    copies = CopiedAllGather(Buffers(group)), CopiedReduceScatter(Buffers(group))
-    return copies if _all(_work(*copies, group), group) else None
+    # Multicast has no part in it, and what a failure leaves of that can stop the other GPUs of a machine.
+    os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
+    trial = Trial(group)
+    stages = trial.reach_each_other, trial.allocate, trial.map, trial.exchange
+    # A rank that fails alone says so before the others are in a collective that it does not come to.
+    return trial.copies if all(_all(_holds(stage), group) for stage in stages) else None
+
+
+def _holds(stage: Callable[[], bool]) -> bool:
+    try:
+        return stage()
+    # There are no bindings, torch is another one, or a container forbids it.
+    except (ImportError, AttributeError, RuntimeError):
+        return False
 
 
 def _all(here: bool, group: dist.ProcessGroup) -> bool:
     """Whether it holds on all ranks."""
-    value = torch.tensor(int(here), device="cuda")
-    dist.all_reduce(value, dist.ReduceOp.MIN, group=group)
-    return bool(value)
+    answers: list[bool] = [False] * group.size()
+    dist.all_gather_object(answers, here, group=group)
+    return all(answers)
 
 
-def _reach_each_other(group: dist.ProcessGroup) -> bool:
-    """Whether each rank has a GPU of its own that this one can read, and the user has not told NCCL otherwise."""
-    here = {str(torch.cuda.get_device_properties(i).uuid): i for i in range(torch.cuda.device_count())}
-    own, names = torch.cuda.current_device(), [None] * group.size()
-    dist.all_gather_object(names, next(name for name, i in here.items() if i == own), group=group)
-    others = [here.get(name) for name in names if here.get(name) != own]
-    return (
-        os.environ.get("NCCL_P2P_DISABLE", "0") == "0"
-        and len(others) == group.size() - 1
-        and all(i is not None and torch.cuda.can_device_access_peer(own, i) for i in others)
-    )
+def _forbidden() -> bool:
+    """Whether NCCL is told that GPUs are not to read each other's memory."""
+    levels = os.environ.get("NCCL_P2P_DISABLE", "0"), os.environ.get("NCCL_P2P_LEVEL", "SYS")
+    return levels[0] != "0" or levels[1] in ("LOC", "0")
+
+
+class Trial:
+    """In stages, which all ranks begin and end together. Each returns whether this rank can go on."""
+
+    def __init__(self, group: dist.ProcessGroup):
+        self.group, self.device = group, torch.device("cuda", torch.cuda.current_device())
+        # A layer in the head's buffer would have the head take a second one, for good.
+        self.gathered, self.summed = Buffers(group, waste=WASTE), Buffers(group)
+        self.copies = CopiedAllGather(self.gathered), CopiedReduceScatter(self.summed)
+
+    def reach_each_other(self) -> bool:
+        """Whether each rank has a GPU of its own that this one can read, and the user has not told NCCL otherwise."""
+        here = {str(torch.cuda.get_device_properties(i).uuid): i for i in range(torch.cuda.device_count())}
+        own, names = self.device.index, [None] * self.group.size()
+        dist.all_gather_object(names, next(name for name, i in here.items() if i == own), group=self.group)
+        others = [here.get(name) for name in names if here.get(name) != own]
+        return (
+            not _forbidden()
+            and len(others) == self.group.size() - 1
+            and all(i is not None and torch.cuda.can_device_access_peer(own, i) for i in others)
+        )
+
+    def allocate(self) -> bool:
+        for buffers in self.gathered, self.summed:
+            buffers.add(TRIAL * self.group.size() * torch.float32.itemsize, self.device)
+        return True
+
+    def map(self) -> bool:
+        for buffers in self.gathered, self.summed:
+            buffers.all[0].map(self.group)
+        return True
+
+    def exchange(self) -> bool:
+        """Whether they give what NCCL gives. There are machines whose GPUs read other numbers than stand there."""
+        rank, world = self.group.rank(), self.group.size()
+        generator = torch.Generator(self.device).manual_seed(rank)
+        # Whole numbers, whose sums are exact.
+        given = torch.randint(2**10, (world, TRIAL), generator=generator, device=self.device).float()
+        row, expected, summed = given[rank].clone(), torch.empty_like(given), torch.empty_like(given[0])
+        all_gather(expected.flatten(), row, group=self.group)
+        reduce_scatter(summed, given, group=self.group)
+        result, (gather, scatter) = torch.empty_like(summed), self.copies
+        whole = gather.allocate((given.numel(),), dtype=given.dtype, device=self.device)
+        part = whole[rank * TRIAL : (rank + 1) * TRIAL]
+        part.copy_(row)
+        # From here until `_await` nothing may wait for the GPU: numbers that never come would hold it up for good.
+        gather(whole, part, self.group)
+        scatter(result, given.flatten(), self.group, dist.ReduceOp.SUM)
+        _await(torch.cuda.current_stream().record_event())
+        return torch.equal(whole.view_as(expected), expected) and torch.equal(result, summed)
 
 
 def _await(event: torch.cuda.Event) -> None:
@@ -205,28 +270,3 @@ def _await(event: torch.cuda.Event) -> None:
                 "the GPUs say that they reach each other's memory, but nothing comes; NCCL_P2P_DISABLE=1 goes without"
             )
         time.sleep(0.001)
-
-
-def _work(gather: CopiedAllGather, scatter: CopiedReduceScatter, group: dist.ProcessGroup) -> bool:
-    """Whether they give what NCCL gives. There are machines whose GPUs read other numbers than stand there."""
-    # Multicast has no part in it, and what a failure leaves of that can stop the other GPUs of a machine.
-    os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
-    device, world = torch.device("cuda", torch.cuda.current_device()), group.size()
-    generator = torch.Generator(device).manual_seed(group.rank())
-    # Whole numbers, whose sums are exact.
-    given = torch.randint(2**10, (world, TRIAL), generator=generator, device=device).float()
-    row, expected, summed = given[group.rank()].clone(), torch.empty_like(given), torch.empty_like(given[0])
-    all_gather(expected.flatten(), row, group=group)
-    reduce_scatter(summed, given, group=group)
-    try:
-        whole = gather.allocate((given.numel(),), dtype=given.dtype, device=device)
-        at = slice(group.rank() * TRIAL, (group.rank() + 1) * TRIAL)
-        whole[at] = row
-        gather(whole, whole[at], group)
-        result = torch.empty_like(summed)
-        scatter(result, given.flatten(), group, dist.ReduceOp.SUM)
-        _await(torch.cuda.current_stream().record_event())
-        return torch.equal(whole.view_as(expected), expected) and torch.equal(result, summed)
-    # There are no bindings, torch is another one, or a container forbids it.
-    except (ImportError, AttributeError, RuntimeError):
-        return False

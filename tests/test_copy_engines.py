@@ -3,10 +3,13 @@ that files stand for; the engines' own part on two GPUs."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import math
 import os
 import tempfile
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -16,7 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 import copy_engines
 import wrapping
 from config import UserError
-from copy_engines import Buffers, CopiedAllGather, CopiedReduceScatter, make_copies
+from copy_engines import Buffers, CopiedAllGather, CopiedReduceScatter, Trial, make_copies
 from loss import all_gather, ranks_of_a_copy, reduce_scatter
 from tests.runs import train_run
 from tests.test_parity import arguments, assert_same
@@ -35,8 +38,11 @@ on_cpus = pytest.mark.skipif(torch.cuda.is_available(), reason="of ranks on CPUs
 class Files:
     """A Buffer on a CPU: every rank's part is a file that all map."""
 
-    def __init__(self, folder: Path, group: dist.ProcessGroup, n: int, device: torch.device):
-        self.group, self.rank, self.n, self.taken = group, group.rank(), n, lambda: None
+    def __init__(self, folder: Path, world: int, n: int, device: torch.device):
+        self.folder, self.n, self.taken = folder, n, lambda: None
+
+    def map(self, group: dist.ProcessGroup) -> None:
+        self.group, self.rank, folder, n = group, group.rank(), self.folder, self.n
         number, size = len(list(folder.glob(f"*-{self.rank}"))), max(n, 1)
         dist.barrier(group)
         paths = [folder / f"{number}-{rank}" for rank in range(group.size())]
@@ -60,7 +66,10 @@ def made_of_files(folder: Path, mesh, used: list | None = None):
     places = [own / "gathered", own / "summed"]
     for place in places:
         place.mkdir(parents=True, exist_ok=True)
-    gathered, summed = (Buffers(group, functools.partial(Files, place)) for place in places)
+    gathered, summed = (
+        Buffers(group, functools.partial(Files, place), waste)
+        for place, waste in zip(places, (copy_engines.WASTE, math.inf), strict=True)
+    )
     if used is not None:
         used += [gathered, summed]
     return CopiedAllGather(gathered), CopiedReduceScatter(summed)
@@ -212,46 +221,99 @@ def test_two_gpus_train_as_with_nccl(train_type, options, checkpoints, alpaca_fi
         assert torch.equal(got[1][name], tensor), name
 
 
-def tried(place, name: str, replaced) -> bool:
-    """Whether copies are made, of a group of its own, where a name of copy_engines is something else on rank 1."""
+def tried(place, stage: str, replaced) -> bool:
+    """Whether copies are made, of a group of its own, where a stage of the trial is something else on rank 1."""
     group = dist.new_group(list(range(place.world)))
     mesh = DeviceMesh.from_group(group, "cuda")
-    original = getattr(copy_engines, name)
-    if place.rank == 1:
-        setattr(copy_engines, name, replaced)
-    try:
+    with mock.patch.object(Trial, stage, replaced) if place.rank == 1 else contextlib.nullcontext():
         return make_copies(mesh) is not None
-    finally:
-        setattr(copy_engines, name, original)
 
 
-def unreached(group) -> bool:
-    original = torch.cuda.can_device_access_peer
-    torch.cuda.can_device_access_peer = lambda *_: False
-    try:
-        return REACH(group)
-    finally:
-        torch.cuda.can_device_access_peer = original
+def unreached(trial) -> bool:
+    with mock.patch.object(torch.cuda, "can_device_access_peer", lambda *_: False):
+        return REACH(trial)
 
 
-def misread(gather, scatter, group) -> bool:
-    buffers = gather.buffers.make
-    gather.buffers.make = lambda *a: spoilt(buffers(*a))
-    return WORK(gather, scatter, group)
+def misread(trial) -> bool:
+    for buffers in trial.gathered, trial.summed:
+        buffer = buffers.all[0]
+        buffer.parts = [p if r == buffer.rank else torch.zeros_like(p) for r, p in enumerate(buffer.parts)]
+    return EXCHANGE(trial)
 
 
-def spoilt(buffer):
-    buffer.parts = [p if r == buffer.rank else torch.zeros_like(p) for r, p in enumerate(buffer.parts)]
-    return buffer
+def forbidden(trial) -> bool:
+    raise RuntimeError("by a container")
 
 
-REACH, WORK = copy_engines._reach_each_other, copy_engines._work
+REACH, EXCHANGE = Trial.reach_each_other, Trial.exchange
 
 
 @pytest.mark.two_gpus
-@pytest.mark.parametrize(("name", "replaced"), [("_reach_each_other", unreached), ("_work", misread)])
-def test_one_rank_that_cannot_leaves_all_to_nccl(name, replaced, two_ranks):
-    assert two_ranks(tried, name, replaced) == [False, False]
+@pytest.mark.parametrize(
+    ("stage", "replaced"),
+    [("reach_each_other", unreached), ("allocate", forbidden), ("exchange", misread)],
+)
+def test_one_rank_that_cannot_leaves_all_to_nccl(stage, replaced, two_ranks):
+    assert two_ranks(tried, stage, replaced) == [False, False]
+
+
+STAGES = "reach_each_other", "allocate", "map", "exchange"
+
+
+def come_to(place, failing: str, how: str) -> tuple[list[str], bool]:
+    """(the stages that this rank comes to, whether copies are made), where rank 1 fails in one. All are collective."""
+    came = []
+
+    def stage(trial, name: str) -> bool:
+        came.append(name)
+        if name == failing and place.rank == 1:
+            if how == "raises":
+                raise RuntimeError
+            return False
+        if name != failing:
+            dist.barrier()
+        return True
+
+    trial = type(
+        "", (), {name: functools.partialmethod(stage, name) for name in STAGES} | {"copies": "copies"}
+    )
+    with mock.patch.object(copy_engines, "Trial", lambda group: trial()):
+        return came, copy_engines._tried.__wrapped__(dist.group.WORLD) is not None
+
+
+@on_cpus
+@pytest.mark.parametrize("how", ["raises", "says so"])
+@pytest.mark.parametrize("failing", [*STAGES, "none"])
+def test_ranks_leave_the_trial_together(failing, how, two_ranks):
+    came = list(STAGES) if failing == "none" else list(STAGES[: STAGES.index(failing) + 1])
+    assert two_ranks(come_to, failing, how) == [(came, failing == "none")] * 2
+
+
+class Mapped:
+    """A Buffer of one rank."""
+
+    def __init__(self, world: int, n: int, device: torch.device):
+        self.n, self.rank, self.taken, self.parts = n, 0, lambda: None, [torch.empty(n, dtype=torch.uint8)]
+
+    def map(self, group) -> None: ...
+
+
+def test_a_layer_is_not_gathered_in_the_heads_buffer():
+    """The head would take a second one then, and there would be two as large for good."""
+
+    def take(n: int):
+        return buffers.take((n,), torch.uint8, torch.device("cpu"))[1]
+
+    buffers = Buffers(mock.Mock(size=lambda: 1), Mapped, copy_engines.WASTE)
+    head = take(1000)
+    del head
+    first, second = take(400), take(450)
+    head = take(1000)
+    assert [b.n for b in buffers.all] == [1000, 400, 450]
+    del first, second
+    kept = [take(420), take(300)]
+    assert [b.n for b in buffers.all] == [1000, 400, 450]
+    assert buffers.of(kept[0]).n == 450 and buffers.of(kept[1]).n == 400 and buffers.of(head).n == 1000
 
 
 class Never:
@@ -265,14 +327,29 @@ def test_what_never_comes_is_a_line(monkeypatch):
         copy_engines._await(Never())
 
 
+@pytest.mark.parametrize(
+    ("variable", "value", "expected"),
+    [
+        ("NCCL_P2P_DISABLE", "1", True),
+        ("NCCL_P2P_DISABLE", "0", False),
+        ("NCCL_P2P_LEVEL", "LOC", True),
+        ("NCCL_P2P_LEVEL", "0", True),
+        ("NCCL_P2P_LEVEL", "NVL", False),
+    ],
+)
+def test_nccls_settings_hold_for_them(variable, value, expected, monkeypatch):
+    for name in ("NCCL_P2P_DISABLE", "NCCL_P2P_LEVEL"):
+        monkeypatch.delenv(name, raising=False)
+    assert not copy_engines._forbidden()
+    monkeypatch.setenv(variable, value)
+    assert copy_engines._forbidden() is expected
+
+
 def told_otherwise(place) -> bool:
-    os.environ["NCCL_P2P_DISABLE"] = "1"
-    try:
-        return copy_engines._reach_each_other(dist.group.WORLD)
-    finally:
-        del os.environ["NCCL_P2P_DISABLE"]
+    with mock.patch.dict(os.environ, NCCL_P2P_DISABLE="1"):
+        return Trial(dist.group.WORLD).reach_each_other()
 
 
 @pytest.mark.two_gpus
-def test_nccls_setting_holds_for_them(two_ranks):
+def test_a_rank_that_is_told_otherwise_does_not_reach_others(two_ranks):
     assert two_ranks(told_otherwise) == [False, False]
