@@ -303,7 +303,8 @@ def _end_with_parent() -> None:
 def _rank_process(
     rank: int, environment: dict[str, str], run: Callable, world: int, args: tuple, reports: str
 ) -> None:
-    os.environ |= environment  # the server may be older
+    os.environ.clear()  # of the server, which may be older
+    os.environ |= environment
     threading.Thread(target=_end_with_parent, daemon=True).start()
     outlast()
     hear()

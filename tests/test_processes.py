@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import signal
 import subprocess
@@ -14,6 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+import launch
 import train
 from checkpoint_files import newest_whole
 from command_line import parse
@@ -74,6 +76,18 @@ def test_a_killed_rank_ends_the_others_with_its_name(checkpoints, alpaca_file, t
     assert time.time() - killed[0] < 30
     assert status == 1 and "error: rank 1 was ended by SIGKILL" in capsys.readouterr().err.splitlines()[-1]
     assert len(metrics(tmp_path / "out")) >= 2 and not any(p.is_alive() for p in processes)
+
+
+def writes_its_environment(place, path: Path) -> None:
+    path.write_text(json.dumps(dict(os.environ)))
+
+
+def test_a_rank_has_the_environment_of_its_parent(processes, tmp_path):
+    """Also without what the parent no longer has, but had when the server of the forks began."""
+    del os.environ["PYTEST_CURRENT_TEST"]
+    found = tmp_path / "environment.json"
+    assert launch.start(writes_its_environment, 1, (found,), "localhost", None) == 0
+    assert json.loads(found.read_text()) == os.environ
 
 
 def raises_in_its_third_step(place, job) -> None:
