@@ -30,7 +30,7 @@ import torch.multiprocessing as mp
 
 from command_line import describe, needs_no_traceback, outlast, under_torchrun
 from config import UserError
-from stopping import SAVE, forwarding, hear, unheard_by_children
+from stopping import forwarding, hear
 
 MEETING = timedelta(minutes=5)  # for all ranks to come; the nodes of a job do not start at the same moment
 CPU_RANKS = 16  # on any machine, for trying things out; more only where there are processors for them
@@ -172,29 +172,26 @@ def start(run: Callable, world: int, args: tuple, address: str, port: int | None
     # A rank that is ended at once cannot put away its locks; the clean-up's warning would follow the error.
     os.environ.setdefault("PYTHONWARNINGS", "ignore::UserWarning:multiprocessing.resource_tracker")
     with tempfile.TemporaryDirectory() as reports:
-        # To a rank that does not listen yet it means nothing: the disposition goes over to the new processes.
-        signal.signal(SAVE, signal.SIG_IGN)
-        context = _start_ranks(world, (dict(os.environ), run, world, args, reports))
-        with forwarding(context.pids()) as received:
-            failed = _wait(context.processes)
+        given = (dict(os.environ), run, world, args, reports)
+        # The signals that end a rank wait until it is one of ours: Python's own answer to SIGINT, while it imports what
+        # a rank needs, is a traceback. A server of forks never hears them, and ends when this process and the ranks have.
+        with forwarding(lambda: _start_ranks(world, given)) as (received, processes):
+            failed = _wait(processes)
         if failed and received.stop:
             print(f"ended by {received.stop.name}", file=sys.stderr)
             return 128 + received.stop
         return _explain(failed, Path(reports)) if failed else 0
 
 
-def _start_ranks(world: int, args: tuple) -> mp.ProcessContext:
-    """_rank_process(rank, *args) in new processes. Without GPUs they are forks of a server that has imported what takes
-    each of them seconds. What a GPU's driver has set up does not outlive a fork, nor do Apple's libraries."""
-    # The signals that end a rank wait until it is one of ours: Python's own answer to SIGINT, while it imports what a
-    # rank needs, is a traceback. The server never hears them, and ends when this process and the ranks have.
-    with unheard_by_children():
-        if torch.cuda.is_available() or sys.platform != "linux":
-            return mp.spawn(_rank_process, args, nprocs=world, join=False)
+def _start_ranks(world: int, args: tuple) -> list:
+    """New processes of _rank_process(rank, *args), in order. Without GPUs they are forks of a server that has imported
+    what takes each of them seconds. What a GPU's driver has set up does not outlive a fork, nor do Apple's libraries."""
+    method = "spawn" if torch.cuda.is_available() or sys.platform != "linux" else "forkserver"
+    if method == "forkserver":
         multiprocessing.forkserver.set_forkserver_preload(["rank_imports"])
         with contextlib.chdir(Path(__file__).parent):  # where it finds that
             multiprocessing.forkserver.ensure_running()
-        return mp.start_processes(_rank_process, args, nprocs=world, join=False, start_method="forkserver")
+    return mp.start_processes(_rank_process, args, nprocs=world, join=False, start_method=method).processes
 
 
 def join(run: Callable, prepare: Callable) -> int:
@@ -295,7 +292,7 @@ def free_port() -> int:
 
 
 def _end_with_parent() -> None:
-    """torch's own way, a SIGINT when the parent dies, is lost in jobs that a shell starts with `&`."""
+    """torch's own way, a SIGINT when the parent dies, is a request to a rank that trains, and a fork's is the server."""
     mp.parent_process().join()
     os._exit(1)
 
