@@ -175,8 +175,12 @@ def start(run: Callable, world: int, args: tuple, address: str, port: int | None
         given = (dict(os.environ), run, world, args, reports)
         # The signals that end a rank wait until it is one of ours: Python's own answer to SIGINT, while it imports what
         # a rank needs, is a traceback. A server of forks never hears them, and ends when this process and the ranks have.
-        with forwarding(lambda: _start_ranks(world, given)) as (received, processes):
-            failed = _wait(processes)
+        try:
+            with forwarding(lambda: _start_ranks(world, given)) as (received, processes):
+                failed = _wait(processes)
+        except ChildProcessError as e:
+            print(f"error: {e}", file=sys.stderr)
+            return 1
         if failed and received.stop:
             print(f"ended by {received.stop.name}", file=sys.stderr)
             return 128 + received.stop
@@ -185,13 +189,22 @@ def start(run: Callable, world: int, args: tuple, address: str, port: int | None
 
 def _start_ranks(world: int, args: tuple) -> list:
     """New processes of _rank_process(rank, *args), in order. Without GPUs they are forks of a server that has imported
-    what takes each of them seconds. What a GPU's driver has set up does not outlive a fork, nor do Apple's libraries."""
+    what takes each of them seconds. What a GPU's driver has set up does not outlive a fork, nor do Apple's libraries.
+    Raises ChildProcessError if the server or one of them has ended before it was there."""
+    others = mp.active_children()
     method = "spawn" if torch.cuda.is_available() or sys.platform != "linux" else "forkserver"
     if method == "forkserver":
         multiprocessing.forkserver.set_forkserver_preload(["rank_imports"])
         with contextlib.chdir(Path(__file__).parent):  # where it finds that
             multiprocessing.forkserver.ensure_running()
-    return mp.start_processes(_rank_process, args, nprocs=world, join=False, start_method=method).processes
+    try:
+        context = mp.start_processes(_rank_process, args, nprocs=world, join=False, start_method=method)
+    except (EOFError, ConnectionError) as e:
+        for process in set(mp.active_children()).difference(others):
+            process.kill()
+        reason = "a process ended while it imported what ranks need; out of host memory is the usual cause"
+        raise ChildProcessError(reason) from e
+    return context.processes
 
 
 def join(run: Callable, prepare: Callable) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import multiprocessing.forkserver
 import os
 import signal
 import subprocess
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
 import launch
 import train
@@ -89,6 +91,45 @@ def test_a_rank_has_the_environment_of_its_parent(processes, tmp_path):
     found = tmp_path / "environment.json"
     assert launch.start(writes_its_environment, 1, (found,), "localhost", None) == 0
     assert json.loads(found.read_text()) == os.environ
+
+
+@pytest.fixture
+def new_server(monkeypatch):
+    """Ranks are forks, of a server of their own, not that of the other tests."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    server = multiprocessing.forkserver.ForkServer()
+    for name in ("ensure_running", "set_forkserver_preload", "connect_to_new_process"):
+        monkeypatch.setattr(multiprocessing.forkserver, name, getattr(server, name))
+    yield
+    server._stop()
+
+
+def test_a_server_that_is_killed_while_it_imports_is_a_line(
+    new_server, processes, monkeypatch, tmp_path, capfd
+):
+    (tmp_path / "rank_imports.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
+    monkeypatch.setattr(launch, "__file__", str(tmp_path / "launch.py"))
+    monkeypatch.chdir(tmp_path)  # of a second server, if the first has ended too soon
+    status, err = launch.start(print, 2, (), "localhost", None), capfd.readouterr().err
+    told = "a process ended while it imported what ranks need; out of host memory is the usual cause"
+    assert (status, err) == (1, f"error: {told}\n")
+
+
+def test_ranks_that_were_started_before_one_that_failed_are_ended(new_server, monkeypatch):
+    started = [multiprocessing.get_context("forkserver").Process(target=time.sleep, args=(60,)) for _ in "ab"]
+
+    def start_processes(*_, **__):
+        started[1].start()
+        raise BrokenPipeError
+
+    multiprocessing.forkserver.set_forkserver_preload([])
+    started[0].start()
+    monkeypatch.setattr(launch.mp, "start_processes", start_processes)
+    with pytest.raises(ChildProcessError, match="a process ended while it imported"):
+        launch._start_ranks(2, ())
+    started[1].join(10)
+    assert started[1].exitcode == -signal.SIGKILL and started[0].is_alive(), "which is no rank"
+    started[0].kill()
 
 
 def raises_in_its_third_step(place, job) -> None:
