@@ -156,10 +156,13 @@ def check_address(address: str, port: int | None) -> None:
         ) from None
 
 
-def start(run: Callable, world: int, args: tuple, address: str, port: int | None) -> int:
+def start(
+    run: Callable, world: int, args: tuple, address: str, port: int | None, verbose: bool = False
+) -> int:
     """Runs run(place, *args) in `world` new processes and waits. Returns the exit status to end with.
 
-    If one fails, the others are ended at once and its message is printed: `error: rank 1: ...`.
+    If one fails, the others are ended at once and its message is printed: `error: rank 1: ...`; above it its traceback,
+    if the message does not say all, or with verbose.
     """
     os.environ |= {"MASTER_ADDR": address, "MASTER_PORT": str(port or free_port())}
     if address in ("localhost", "127.0.0.1") and Path("/sys/class/net/lo").exists():
@@ -184,7 +187,7 @@ def start(run: Callable, world: int, args: tuple, address: str, port: int | None
         if failed and received.stop:
             print(f"ended by {received.stop.name}", file=sys.stderr)
             return 128 + received.stop
-        return _explain(failed, Path(reports)) if failed else 0
+        return _explain(failed, Path(reports), verbose) if failed else 0
 
 
 def _start_ranks(world: int, args: tuple) -> list:
@@ -207,9 +210,9 @@ def _start_ranks(world: int, args: tuple) -> list:
     return context.processes
 
 
-def join(run: Callable, prepare: Callable) -> int:
+def join(run: Callable, prepare: Callable, verbose: bool = False) -> int:
     """Under torchrun: prepare(rank, world, local_rank, when the run began) on every rank, in a group that touches no
-    GPU, then run(place, what it returned). Returns the exit status.
+    GPU, then run(place, what it returned). Returns the exit status. verbose: as of `start`.
 
     A UserError of `prepare`, which raises it on all ranks or none, passes through.
     """
@@ -231,7 +234,7 @@ def join(run: Callable, prepare: Callable) -> int:
         known = needs_no_traceback(e)
         if preparing and isinstance(e, UserError):
             raise
-        if not known:
+        if not known or verbose:
             traceback.print_exc()
         print(f"error: rank {rank}: {describe(e)}", file=sys.stderr, flush=True)
         os._exit(2 if known else 1)
@@ -325,7 +328,7 @@ def _rank_process(
     except Exception as e:  # of any kind: the parent tells it, and ends the others
         status = 2 if needs_no_traceback(e) else 1
         report = {"time": time.time(), "rank": rank, "status": status, "message": describe(e)}
-        report["traceback"] = "" if status == 2 else traceback.format_exc()
+        report["traceback"] = traceback.format_exc()
         (Path(reports) / f"{rank}.tmp").write_text(json.dumps(report))
         (Path(reports) / f"{rank}.tmp").rename(Path(reports) / f"{rank}.json")
     sys.stdout.flush()
@@ -352,7 +355,7 @@ def _wait(processes: list) -> dict[int, int]:
     return {}
 
 
-def _explain(failed: dict[int, int], reports: Path) -> int:
+def _explain(failed: dict[int, int], reports: Path, verbose: bool) -> int:
     """Prints the failure that came first: the others only lost their connection to it."""
     for rank, exitcode in failed.items():
         if exitcode < 0 and exitcode != -signal.SIGTERM:
@@ -365,7 +368,7 @@ def _explain(failed: dict[int, int], reports: Path) -> int:
         print("error: a process was ended from outside", file=sys.stderr)
         return 1
     first = min(failures, key=lambda f: f["time"])
-    if first["traceback"]:
+    if first["status"] == 1 or verbose:
         print(first["traceback"], file=sys.stderr, end="")
     print(f"error: rank {first['rank']}: {first['message']}", file=sys.stderr)
     return first["status"]

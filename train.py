@@ -333,9 +333,11 @@ def run(config: Config, remarks: list[str]) -> int:
     try:
         if under_torchrun():
             told = remarks if os.environ["RANK"] == "0" else []
-            return launch.join(run_rank, partial(nodes.prepare, lambda: announce(check(config), told)))
+            prepare = partial(nodes.prepare, lambda: announce(check(config), told))
+            return launch.join(run_rank, prepare, config.verbose)
         job = announce(check(config), remarks)
-        return launch.start(run_rank, job.config.world_size, (job,), config.master_addr, config.master_port)
+        where = (config.master_addr, config.master_port)
+        return launch.start(run_rank, job.config.world_size, (job,), *where, config.verbose)
     except UserError as e:
         return report(e, config.verbose)
 

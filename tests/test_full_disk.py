@@ -210,9 +210,9 @@ def test_without_a_checkpoint_the_line_says_so(checkpoints, alpaca_file, small_d
 
 def test_a_disk_that_is_full_from_the_start_is_a_line(checkpoints, alpaca_file, small_disk, processes, capfd):
     fill(small_disk)
-    args = small(checkpoints, alpaca_file, small_disk / "out", "--world_size", "1")
+    args = small(checkpoints, alpaca_file, small_disk / "out", "--world_size", "1", "--verbose")
     status, err = train.main(list(map(str, args))), capfd.readouterr().err
-    assert status == 2 and "Traceback" not in err
+    assert status == 2 and "Traceback" in err, "which --verbose asked for"
     told = f"error: rank 0: OSError: [Errno 28] No space left on device: '{small_disk}/out/config.yaml'"
     assert err.splitlines()[-1] == told
 

@@ -4,6 +4,7 @@ nodes disagree."""
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -308,6 +309,22 @@ def test_a_restart_is_no_new_beginning(monkeypatch):
         monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(attempt))
         found.append(launch.meet(0, 1)[1])
     assert found[0] == found[1] and 0 <= time.time() - found[0] < 60
+
+
+@pytest.mark.parametrize("verbose", [False, True])
+def test_a_full_disk_under_torchrun_has_a_traceback_if_asked_for(verbose, monkeypatch, capsys):
+    def prepare(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    ranks_of_a_node(monkeypatch, 2, 1)
+    monkeypatch.setattr(launch, "meet", lambda *_: (dist.HashStore(), 0.0))
+    monkeypatch.setattr(dist, "init_process_group", lambda *_, **__: None)
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    with pytest.raises(SystemExit, match="2"):
+        launch.join(None, prepare, verbose)
+    err = capsys.readouterr().err
+    assert err.endswith("error: rank 0: OSError: [Errno 28] No space left on device\n")
+    assert err.startswith("Traceback") == verbose
 
 
 @pytest.mark.parametrize(
