@@ -241,15 +241,17 @@ def join(run: Callable, prepare: Callable, verbose: bool = False) -> int:
 
 
 def meet(rank: int, world: int) -> tuple[dist.Store, float]:
-    """(the store at MASTER_ADDR and MASTER_PORT, once all ranks have come to it; when the run began). Raises UserError
-    if they do not within MEETING."""
+    """(the store at MASTER_ADDR and MASTER_PORT, once all ranks have come to it; time.time() of rank 0 when the run first
+    began). Raises UserError if they do not within MEETING."""
     where = f"{os.environ['MASTER_ADDR']}:{_number('MASTER_PORT')}"
     if not 0 <= rank < world:
         raise UserError(f"RANK {rank}: must be below WORLD_SIZE {world}")
     came = 0
     try:
         shared, *_ = next(dist.rendezvous("env://", timeout=MEETING))
-        store, began = own_store(shared, rank), first_start(shared)
+        store, lasting = own_store(shared, rank), lasting_store(shared)
+        if rank == 0:  # whose clock decides; before it has come, so that all find it once all have
+            lasting.compare_set("first start", "", str(time.time()))
         came = store.add("came", 1)
         if came == world:
             store.set("all came", "")
@@ -260,15 +262,15 @@ def meet(rank: int, world: int) -> tuple[dist.Store, float]:
             raise UserError(f"{where}: {seen}; the other nodes' output says why") from None
         reason = str(e).splitlines()[0]
         raise UserError(f"{where}: the ranks cannot meet here (MASTER_ADDR, MASTER_PORT; {reason})") from None
-    return store, began
+    return store, float(lasting.get("first start"))
 
 
-def first_start(shared: dist.Store) -> float:
-    """time.time() of the first start of the ranks, which torchrun's store remembers over those of --max-restarts: a
-    limit of time is one of them all."""
-    while isinstance(shared, dist.PrefixStore):  # of this start alone
+def lasting_store(shared: dist.Store) -> dist.Store:
+    """torchrun's own, of which `shared` may be this start's part. It remembers over the starts of --max-restarts: a limit
+    of time is one of them all."""
+    while isinstance(shared, dist.PrefixStore):
         shared = shared.underlying_store
-    return float(shared.compare_set("first start", "", str(time.time())))
+    return shared
 
 
 def _number(name: str) -> int:

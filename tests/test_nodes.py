@@ -11,10 +11,13 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -309,6 +312,24 @@ def test_a_restart_is_no_new_beginning(monkeypatch):
         monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(attempt))
         found.append(launch.meet(0, 1)[1])
     assert found[0] == found[1] and 0 <= time.time() - found[0] < 60
+
+
+def test_the_clock_of_rank_0_says_when_a_run_began(monkeypatch):
+    """Also if another rank comes first, from a node whose clock shows another time."""
+    ranks_of_a_node(monkeypatch, 2, 1)
+    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    monkeypatch.setenv("MASTER_PORT", str(store.port))
+    monkeypatch.setattr(
+        dist, "rendezvous", lambda *_, **__: iter([(dist.TCPStore("localhost", store.port), 0, 2)])
+    )
+    clocks = {threading.main_thread(): 1000.0}
+    clock = SimpleNamespace(time=lambda: clocks.get(threading.current_thread(), 2000.0))
+    monkeypatch.setattr(launch, "time", clock)
+    with ThreadPoolExecutor() as threads:
+        other = threads.submit(launch.meet, 1, 2)
+        while store.add("came", 0) == 0:
+            time.sleep(0.01)
+        assert launch.meet(0, 2)[1] == other.result()[1] == 1000.0
 
 
 @pytest.mark.parametrize("verbose", [False, True])
