@@ -13,7 +13,15 @@ from __future__ import annotations
 import gc
 import sys
 
-from command_line import outlast, parse, parse_or_exit, report, set_allocator, under_torchrun
+from command_line import (
+    needs_no_traceback,
+    outlast,
+    parse,
+    parse_or_exit,
+    report,
+    set_allocator,
+    under_torchrun,
+)
 
 if __name__ == "__main__":
     # Before the imports below, which take seconds: --help and wrong options are answered at once.
@@ -338,7 +346,9 @@ def run(config: Config, remarks: list[str]) -> int:
         job = announce(check(config), remarks)
         where = (config.master_addr, config.master_port)
         return launch.start(run_rank, job.config.world_size, (job,), *where, config.verbose)
-    except UserError as e:
+    except (UserError, OSError) as e:
+        if not needs_no_traceback(e):
+            raise
         return report(e, config.verbose)
 
 

@@ -217,6 +217,26 @@ def test_a_disk_that_is_full_from_the_start_is_a_line(checkpoints, alpaca_file, 
     assert err.splitlines()[-1] == told
 
 
+def test_a_disk_without_room_for_the_demos_model_is_a_line(small_disk, monkeypatch, tmp_path, capsys):
+    fill(small_disk, leave=64 * 1024)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(small_disk))
+    status, err = train.main(["--output_dir", str(tmp_path / "out")]), capsys.readouterr().err
+    told = f"error: {small_disk}/fsdp-finetune: the demo's model cannot be written there (SafetensorError: "
+    assert status == 2 and err.splitlines()[-1].startswith(told) and "No space left on device" in err
+    assert "Traceback" not in err and not list((small_disk / "fsdp-finetune").iterdir())
+
+
+@pytest.mark.parametrize("more", [[], ["--verbose"]])
+def test_a_disk_that_is_full_for_the_checks_is_a_line(more, monkeypatch, capsys):
+    def check(config):
+        raise OSError(errno.ENOSPC, "No space left on device", "rows.arrow")
+
+    monkeypatch.setattr(train, "check", check)
+    status, err = train.main(more), capsys.readouterr().err
+    assert status == 2 and ("Traceback" in err) == bool(more)
+    assert err.splitlines()[-1] == "error: OSError: [Errno 28] No space left on device: 'rows.arrow'"
+
+
 def test_a_report_that_does_not_fit_costs_no_more_than_that(small_disk):
     """Nor does the picture of the loss; other errors are not passed over."""
     fill(small_disk)
