@@ -55,7 +55,7 @@ def exit_on_signals() -> None:
         signal.signal(each, leave)
 
 
-def report(error: UserError, verbose: bool) -> int:
+def report(error: Exception, verbose: bool) -> int:
     """Prints `error: ...`, with verbose below its traceback. Returns the exit status for it, 2."""
     if verbose:
         traceback.print_exception(error)

@@ -30,7 +30,7 @@ import torch.multiprocessing as mp
 
 from command_line import describe, needs_no_traceback, outlast, under_torchrun
 from config import UserError
-from stopping import SAVE, forwarding, hear, unheard_by_children
+from stopping import forwarding, hear
 
 MEETING = timedelta(minutes=5)  # for all ranks to come; the nodes of a job do not start at the same moment
 CPU_RANKS = 16  # on any machine, for trying things out; more only where there are processors for them
@@ -156,10 +156,13 @@ def check_address(address: str, port: int | None) -> None:
         ) from None
 
 
-def start(run: Callable, world: int, args: tuple, address: str, port: int | None) -> int:
+def start(
+    run: Callable, world: int, args: tuple, address: str, port: int | None, verbose: bool = False
+) -> int:
     """Runs run(place, *args) in `world` new processes and waits. Returns the exit status to end with.
 
-    If one fails, the others are ended at once and its message is printed: `error: rank 1: ...`.
+    If one fails, the others are ended at once and its message is printed: `error: rank 1: ...`; above it its traceback,
+    if the message does not say all, or with verbose.
     """
     os.environ |= {"MASTER_ADDR": address, "MASTER_PORT": str(port or free_port())}
     if address in ("localhost", "127.0.0.1") and Path("/sys/class/net/lo").exists():
@@ -172,34 +175,44 @@ def start(run: Callable, world: int, args: tuple, address: str, port: int | None
     # A rank that is ended at once cannot put away its locks; the clean-up's warning would follow the error.
     os.environ.setdefault("PYTHONWARNINGS", "ignore::UserWarning:multiprocessing.resource_tracker")
     with tempfile.TemporaryDirectory() as reports:
-        # To a rank that does not listen yet it means nothing: the disposition goes over to the new processes.
-        signal.signal(SAVE, signal.SIG_IGN)
-        context = _start_ranks(world, (dict(os.environ), run, world, args, reports))
-        with forwarding(context.pids()) as received:
-            failed = _wait(context.processes)
+        given = (dict(os.environ), run, world, args, reports)
+        # The signals that end a rank wait until it is one of ours: Python's own answer to SIGINT, while it imports what
+        # a rank needs, is a traceback. A server of forks never hears them, and ends when this process and the ranks have.
+        try:
+            with forwarding(lambda: _start_ranks(world, given)) as (received, processes):
+                failed = _wait(processes)
+        except ChildProcessError as e:
+            print(f"error: {e}", file=sys.stderr)
+            return 1
         if failed and received.stop:
             print(f"ended by {received.stop.name}", file=sys.stderr)
             return 128 + received.stop
-        return _explain(failed, Path(reports)) if failed else 0
+        return _explain(failed, Path(reports), verbose) if failed else 0
 
 
-def _start_ranks(world: int, args: tuple) -> mp.ProcessContext:
-    """_rank_process(rank, *args) in new processes. Without GPUs they are forks of a server that has imported what takes
-    each of them seconds. What a GPU's driver has set up does not outlive a fork, nor do Apple's libraries."""
-    # The signals that end a rank wait until it is one of ours: Python's own answer to SIGINT, while it imports what a
-    # rank needs, is a traceback. The server never hears them, and ends when this process and the ranks have.
-    with unheard_by_children():
-        if torch.cuda.is_available() or sys.platform != "linux":
-            return mp.spawn(_rank_process, args, nprocs=world, join=False)
+def _start_ranks(world: int, args: tuple) -> list:
+    """New processes of _rank_process(rank, *args), in order. Without GPUs they are forks of a server that has imported
+    what takes each of them seconds. What a GPU's driver has set up does not outlive a fork, nor do Apple's libraries.
+    Raises ChildProcessError if the server or one of them has ended before it was there."""
+    others = mp.active_children()
+    method = "spawn" if torch.cuda.is_available() or sys.platform != "linux" else "forkserver"
+    if method == "forkserver":
         multiprocessing.forkserver.set_forkserver_preload(["rank_imports"])
         with contextlib.chdir(Path(__file__).parent):  # where it finds that
             multiprocessing.forkserver.ensure_running()
-        return mp.start_processes(_rank_process, args, nprocs=world, join=False, start_method="forkserver")
+    try:
+        context = mp.start_processes(_rank_process, args, nprocs=world, join=False, start_method=method)
+    except (EOFError, ConnectionError) as e:
+        for process in set(mp.active_children()).difference(others):
+            process.kill()
+        reason = "a process ended while it imported what ranks need; out of host memory is the usual cause"
+        raise ChildProcessError(reason) from e
+    return context.processes
 
 
-def join(run: Callable, prepare: Callable) -> int:
+def join(run: Callable, prepare: Callable, verbose: bool = False) -> int:
     """Under torchrun: prepare(rank, world, local_rank, when the run began) on every rank, in a group that touches no
-    GPU, then run(place, what it returned). Returns the exit status.
+    GPU, then run(place, what it returned). Returns the exit status. verbose: as of `start`.
 
     A UserError of `prepare`, which raises it on all ranks or none, passes through.
     """
@@ -221,22 +234,24 @@ def join(run: Callable, prepare: Callable) -> int:
         known = needs_no_traceback(e)
         if preparing and isinstance(e, UserError):
             raise
-        if not known:
+        if not known or verbose:
             traceback.print_exc()
         print(f"error: rank {rank}: {describe(e)}", file=sys.stderr, flush=True)
         os._exit(2 if known else 1)
 
 
 def meet(rank: int, world: int) -> tuple[dist.Store, float]:
-    """(the store at MASTER_ADDR and MASTER_PORT, once all ranks have come to it; when the run began). Raises UserError
-    if they do not within MEETING."""
+    """(the store at MASTER_ADDR and MASTER_PORT, once all ranks have come to it; time.time() of rank 0 when the run first
+    began). Raises UserError if they do not within MEETING."""
     where = f"{os.environ['MASTER_ADDR']}:{_number('MASTER_PORT')}"
     if not 0 <= rank < world:
         raise UserError(f"RANK {rank}: must be below WORLD_SIZE {world}")
     came = 0
     try:
         shared, *_ = next(dist.rendezvous("env://", timeout=MEETING))
-        store, began = own_store(shared, rank), first_start(shared)
+        store, lasting = own_store(shared, rank), lasting_store(shared)
+        if rank == 0:  # whose clock decides; before it has come, so that all find it once all have
+            lasting.compare_set("first start", "", str(time.time()))
         came = store.add("came", 1)
         if came == world:
             store.set("all came", "")
@@ -247,15 +262,15 @@ def meet(rank: int, world: int) -> tuple[dist.Store, float]:
             raise UserError(f"{where}: {seen}; the other nodes' output says why") from None
         reason = str(e).splitlines()[0]
         raise UserError(f"{where}: the ranks cannot meet here (MASTER_ADDR, MASTER_PORT; {reason})") from None
-    return store, began
+    return store, float(lasting.get("first start"))
 
 
-def first_start(shared: dist.Store) -> float:
-    """time.time() of the first start of the ranks, which torchrun's store remembers over those of --max-restarts: a
-    limit of time is one of them all."""
-    while isinstance(shared, dist.PrefixStore):  # of this start alone
+def lasting_store(shared: dist.Store) -> dist.Store:
+    """torchrun's own, of which `shared` may be this start's part. It remembers over the starts of --max-restarts: a limit
+    of time is one of them all."""
+    while isinstance(shared, dist.PrefixStore):
         shared = shared.underlying_store
-    return float(shared.compare_set("first start", "", str(time.time())))
+    return shared
 
 
 def _number(name: str) -> int:
@@ -295,7 +310,7 @@ def free_port() -> int:
 
 
 def _end_with_parent() -> None:
-    """torch's own way, a SIGINT when the parent dies, is lost in jobs that a shell starts with `&`."""
+    """torch's own way, a SIGINT when the parent dies, is a request to a rank that trains, and a fork's is the server."""
     mp.parent_process().join()
     os._exit(1)
 
@@ -303,7 +318,8 @@ def _end_with_parent() -> None:
 def _rank_process(
     rank: int, environment: dict[str, str], run: Callable, world: int, args: tuple, reports: str
 ) -> None:
-    os.environ |= environment  # the server may be older
+    os.environ.clear()  # of the server, which may be older
+    os.environ |= environment
     threading.Thread(target=_end_with_parent, daemon=True).start()
     outlast()
     hear()
@@ -314,7 +330,7 @@ def _rank_process(
     except Exception as e:  # of any kind: the parent tells it, and ends the others
         status = 2 if needs_no_traceback(e) else 1
         report = {"time": time.time(), "rank": rank, "status": status, "message": describe(e)}
-        report["traceback"] = "" if status == 2 else traceback.format_exc()
+        report["traceback"] = traceback.format_exc()
         (Path(reports) / f"{rank}.tmp").write_text(json.dumps(report))
         (Path(reports) / f"{rank}.tmp").rename(Path(reports) / f"{rank}.json")
     sys.stdout.flush()
@@ -341,7 +357,7 @@ def _wait(processes: list) -> dict[int, int]:
     return {}
 
 
-def _explain(failed: dict[int, int], reports: Path) -> int:
+def _explain(failed: dict[int, int], reports: Path, verbose: bool) -> int:
     """Prints the failure that came first: the others only lost their connection to it."""
     for rank, exitcode in failed.items():
         if exitcode < 0 and exitcode != -signal.SIGTERM:
@@ -354,7 +370,7 @@ def _explain(failed: dict[int, int], reports: Path) -> int:
         print("error: a process was ended from outside", file=sys.stderr)
         return 1
     first = min(failures, key=lambda f: f["time"])
-    if first["traceback"]:
+    if first["status"] == 1 or verbose:
         print(first["traceback"], file=sys.stderr, end="")
     print(f"error: rank {first['rank']}: {first['message']}", file=sys.stderr)
     return first["status"]

@@ -16,7 +16,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from multiprocessing import resource_tracker
 
 import torch
@@ -119,8 +119,9 @@ def unheard_by_children() -> Iterator[None]:
     """Processes that are started within hear nothing of STOPS and SAVE, which may go to a whole process group: helpers
     that a step needs have to live until it is finished. Or nothing until they `hear`. This process hears them again
     afterwards."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (SAVE,))  # children begin with their parent's
     resource_tracker.ensure_running()  # multiprocessing would with its first child, and unblock STOPS after that
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, (*STOPS, SAVE))  # children begin with their parent's
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
     try:
         yield
     finally:
@@ -138,13 +139,15 @@ def _end_now(number: signal.Signals) -> None:
 
 
 @contextlib.contextmanager
-def forwarding(pids: list[int]) -> Iterator[Received]:
-    """In the parent of the ranks: sends them what it receives, and kills them at the second stop."""
+def forwarding(start: Callable[[], list]) -> Iterator[tuple[Received, list]]:
+    """In the parent of the ranks, the processes that `start` starts: sends them what it receives, and kills them at the
+    second stop. They are started unheard; a stop that comes meanwhile is sent once they are there."""
+    ranks: list = []
 
     def send(number: int) -> None:
-        for pid in pids:
+        for rank in ranks:
             with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, number)
+                os.kill(rank.pid, number)
 
     received = Received(again=lambda _: send(signal.SIGKILL))
 
@@ -154,7 +157,11 @@ def forwarding(pids: list[int]) -> Iterator[Received]:
 
     before = {number: signal.signal(number, handle) for number in (*STOPS, SAVE)}
     try:
-        yield received
+        with unheard_by_children():
+            ranks += start()
+            if received.stop:  # heard by another thread of this process, when there was no rank
+                send(received.stop)
+        yield received, ranks
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

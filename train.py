@@ -13,7 +13,15 @@ from __future__ import annotations
 import gc
 import sys
 
-from command_line import outlast, parse, parse_or_exit, report, set_allocator, under_torchrun
+from command_line import (
+    needs_no_traceback,
+    outlast,
+    parse,
+    parse_or_exit,
+    report,
+    set_allocator,
+    under_torchrun,
+)
 
 if __name__ == "__main__":
     # Before the imports below, which take seconds: --help and wrong options are answered at once.
@@ -333,10 +341,14 @@ def run(config: Config, remarks: list[str]) -> int:
     try:
         if under_torchrun():
             told = remarks if os.environ["RANK"] == "0" else []
-            return launch.join(run_rank, partial(nodes.prepare, lambda: announce(check(config), told)))
+            prepare = partial(nodes.prepare, lambda: announce(check(config), told))
+            return launch.join(run_rank, prepare, config.verbose)
         job = announce(check(config), remarks)
-        return launch.start(run_rank, job.config.world_size, (job,), config.master_addr, config.master_port)
-    except UserError as e:
+        where = (config.master_addr, config.master_port)
+        return launch.start(run_rank, job.config.world_size, (job,), *where, config.verbose)
+    except (UserError, OSError) as e:
+        if not needs_no_traceback(e):
+            raise
         return report(e, config.verbose)
 
 

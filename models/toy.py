@@ -15,23 +15,24 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from config import user_cache
+from command_line import describe
+from config import UserError, user_cache
 
 VERSION = "3"  # part of the folder's name: raise it when what is made here changes
 VOCABULARY, HIDDEN, LAYERS = 1024, 128, 3
 
 
 def toy_model(texts: list[str]) -> Path:
-    """The folder of the demo model in the user's cache folder, made at the first call (about a second).
+    """The folder of the demo model in the user's cache folder, made at the first call (about a second). Raises UserError
+    if it cannot be written.
 
     texts: what its tokenizer is trained on.
     """
     cache = user_cache()
     folder = cache / f"toy-llama-{VERSION}"
     if not (folder / "config.json").is_file():
-        cache.mkdir(parents=True, exist_ok=True)
         temporary = cache / f"{folder.name}.{os.getpid()}.tmp"
-        _make(temporary, texts)
+        _write(temporary, *_make(texts))
         try:
             temporary.rename(folder)
         except OSError:  # another process was faster
@@ -39,7 +40,18 @@ def toy_model(texts: list[str]) -> Path:
     return folder
 
 
-def _make(folder: Path, texts: list[str]) -> None:
+def _write(folder: Path, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        model.save_pretrained(folder, max_shard_size="500KB")
+        tokenizer.save_pretrained(folder)
+    except Exception as e:  # safetensors and tokenizers have no narrower one for a disk that is full
+        shutil.rmtree(folder, ignore_errors=True)
+        told = f"{folder.parent}: the demo's model cannot be written there ({describe(e)})"
+        raise UserError(f"{told}; set XDG_CACHE_HOME to another folder") from e
+
+
+def _make(texts: list[str]) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
     tokenizer = _tokenizer(texts)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -66,8 +78,7 @@ def _make(folder: Path, texts: list[str]) -> None:
                     else parameter.shape[1] ** -0.5
                 )
                 torch.nn.init.normal_(parameter, std=std)
-    model.save_pretrained(folder, max_shard_size="500KB")
-    tokenizer.save_pretrained(folder)
+    return model, tokenizer
 
 
 def _tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:

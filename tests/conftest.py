@@ -140,20 +140,16 @@ def processes(monkeypatch):
     """The rank processes that launch.py starts in this test, in order. Where they are forks, they are those of the server
     of tests/distributed.py."""
     import launch
-    from stopping import SAVE
 
     started, start_ranks = [], launch._start_ranks
 
     def start(*args):
-        context = start_ranks(*args)
-        started.extend(context.processes)
-        return context
+        started.extend(start_ranks(*args))
+        return started
 
     monkeypatch.setattr(launch, "_start_ranks", start)
     monkeypatch.setattr(os, "environ", os.environ.copy())  # it goes to the ranks, and is put back
-    before = signal.getsignal(SAVE)
-    yield started
-    signal.signal(SAVE, before)
+    return started
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import struct
 from pathlib import Path
 
 import pytest
@@ -119,6 +120,9 @@ def test_bad_blocks(refused, checkpoints, tmp_path):
 
     refused("no such file", model_name=base, blocks=path)
     refuse("not a file of new blocks", layers=None)
+    header = b'{"__metadata__": null}'
+    path.write_bytes(struct.pack("<Q", len(header)) + header)
+    refused("not a file of new blocks", model_name=base, blocks=path)
     refuse("new layers [1, 3]", "[1, 4]", layers="[1, 3]")
     refuse(f"{norm} is missing", tensors={n: t for n, t in new.items() if n != norm})
     refuse("model.norm.weight is in no new layer", tensors=new | {"model.norm.weight": torch.ones(64)})

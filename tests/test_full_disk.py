@@ -210,11 +210,31 @@ def test_without_a_checkpoint_the_line_says_so(checkpoints, alpaca_file, small_d
 
 def test_a_disk_that_is_full_from_the_start_is_a_line(checkpoints, alpaca_file, small_disk, processes, capfd):
     fill(small_disk)
-    args = small(checkpoints, alpaca_file, small_disk / "out", "--world_size", "1")
+    args = small(checkpoints, alpaca_file, small_disk / "out", "--world_size", "1", "--verbose")
     status, err = train.main(list(map(str, args))), capfd.readouterr().err
-    assert status == 2 and "Traceback" not in err
+    assert status == 2 and "Traceback" in err, "which --verbose asked for"
     told = f"error: rank 0: OSError: [Errno 28] No space left on device: '{small_disk}/out/config.yaml'"
     assert err.splitlines()[-1] == told
+
+
+def test_a_disk_without_room_for_the_demos_model_is_a_line(small_disk, monkeypatch, tmp_path, capsys):
+    fill(small_disk, leave=64 * 1024)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(small_disk))
+    status, err = train.main(["--output_dir", str(tmp_path / "out")]), capsys.readouterr().err
+    told = f"error: {small_disk}/fsdp-finetune: the demo's model cannot be written there (SafetensorError: "
+    assert status == 2 and err.splitlines()[-1].startswith(told) and "No space left on device" in err
+    assert "Traceback" not in err and not list((small_disk / "fsdp-finetune").iterdir())
+
+
+@pytest.mark.parametrize("more", [[], ["--verbose"]])
+def test_a_disk_that_is_full_for_the_checks_is_a_line(more, monkeypatch, capsys):
+    def check(config):
+        raise OSError(errno.ENOSPC, "No space left on device", "rows.arrow")
+
+    monkeypatch.setattr(train, "check", check)
+    status, err = train.main(more), capsys.readouterr().err
+    assert status == 2 and ("Traceback" in err) == bool(more)
+    assert err.splitlines()[-1] == "error: OSError: [Errno 28] No space left on device: 'rows.arrow'"
 
 
 def test_a_report_that_does_not_fit_costs_no_more_than_that(small_disk):

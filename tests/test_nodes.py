@@ -4,16 +4,20 @@ nodes disagree."""
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -308,6 +312,40 @@ def test_a_restart_is_no_new_beginning(monkeypatch):
         monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(attempt))
         found.append(launch.meet(0, 1)[1])
     assert found[0] == found[1] and 0 <= time.time() - found[0] < 60
+
+
+def test_the_clock_of_rank_0_says_when_a_run_began(monkeypatch):
+    """Also if another rank comes first, from a node whose clock shows another time."""
+    ranks_of_a_node(monkeypatch, 2, 1)
+    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    monkeypatch.setenv("MASTER_PORT", str(store.port))
+    monkeypatch.setattr(
+        dist, "rendezvous", lambda *_, **__: iter([(dist.TCPStore("localhost", store.port), 0, 2)])
+    )
+    clocks = {threading.main_thread(): 1000.0}
+    clock = SimpleNamespace(time=lambda: clocks.get(threading.current_thread(), 2000.0))
+    monkeypatch.setattr(launch, "time", clock)
+    with ThreadPoolExecutor() as threads:
+        other = threads.submit(launch.meet, 1, 2)
+        while store.add("came", 0) == 0:
+            time.sleep(0.01)
+        assert launch.meet(0, 2)[1] == other.result()[1] == 1000.0
+
+
+@pytest.mark.parametrize("verbose", [False, True])
+def test_a_full_disk_under_torchrun_has_a_traceback_if_asked_for(verbose, monkeypatch, capsys):
+    def prepare(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    ranks_of_a_node(monkeypatch, 2, 1)
+    monkeypatch.setattr(launch, "meet", lambda *_: (dist.HashStore(), 0.0))
+    monkeypatch.setattr(dist, "init_process_group", lambda *_, **__: None)
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    with pytest.raises(SystemExit, match="2"):
+        launch.join(None, prepare, verbose)
+    err = capsys.readouterr().err
+    assert err.endswith("error: rank 0: OSError: [Errno 28] No space left on device\n")
+    assert err.startswith("Traceback") == verbose
 
 
 @pytest.mark.parametrize(

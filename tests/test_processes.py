@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import json
+import multiprocessing.forkserver
 import os
 import signal
 import subprocess
@@ -13,7 +16,9 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
+import launch
 import train
 from checkpoint_files import newest_whole
 from command_line import parse
@@ -74,6 +79,57 @@ def test_a_killed_rank_ends_the_others_with_its_name(checkpoints, alpaca_file, t
     assert time.time() - killed[0] < 30
     assert status == 1 and "error: rank 1 was ended by SIGKILL" in capsys.readouterr().err.splitlines()[-1]
     assert len(metrics(tmp_path / "out")) >= 2 and not any(p.is_alive() for p in processes)
+
+
+def writes_its_environment(place, path: Path) -> None:
+    path.write_text(json.dumps(dict(os.environ)))
+
+
+def test_a_rank_has_the_environment_of_its_parent(processes, tmp_path):
+    """Also without what the parent no longer has, but had when the server of the forks began."""
+    del os.environ["PYTEST_CURRENT_TEST"]
+    found = tmp_path / "environment.json"
+    assert launch.start(writes_its_environment, 1, (found,), "localhost", None) == 0
+    assert json.loads(found.read_text()) == os.environ
+
+
+@pytest.fixture
+def new_server(monkeypatch):
+    """Ranks are forks, of a server of their own, not that of the other tests."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    server = multiprocessing.forkserver.ForkServer()
+    for name in ("ensure_running", "set_forkserver_preload", "connect_to_new_process"):
+        monkeypatch.setattr(multiprocessing.forkserver, name, getattr(server, name))
+    yield
+    server._stop()
+
+
+def test_a_server_that_is_killed_while_it_imports_is_a_line(
+    new_server, processes, monkeypatch, tmp_path, capfd
+):
+    (tmp_path / "rank_imports.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
+    monkeypatch.setattr(launch, "__file__", str(tmp_path / "launch.py"))
+    monkeypatch.chdir(tmp_path)  # of a second server, if the first has ended too soon
+    status, err = launch.start(print, 2, (), "localhost", None), capfd.readouterr().err
+    told = "a process ended while it imported what ranks need; out of host memory is the usual cause"
+    assert (status, err) == (1, f"error: {told}\n")
+
+
+def test_ranks_that_were_started_before_one_that_failed_are_ended(new_server, monkeypatch):
+    started = [multiprocessing.get_context("forkserver").Process(target=time.sleep, args=(60,)) for _ in "ab"]
+
+    def start_processes(*_, **__):
+        started[1].start()
+        raise BrokenPipeError
+
+    multiprocessing.forkserver.set_forkserver_preload([])
+    started[0].start()
+    monkeypatch.setattr(launch.mp, "start_processes", start_processes)
+    with pytest.raises(ChildProcessError, match="a process ended while it imported"):
+        launch._start_ranks(2, ())
+    started[1].join(10)
+    assert started[1].exitcode == -signal.SIGKILL and started[0].is_alive(), "which is no rank"
+    started[0].kill()
 
 
 def raises_in_its_third_step(place, job) -> None:
@@ -147,9 +203,16 @@ def test_signals_save_and_stop(checkpoints, alpaca_file, tmp_path):
     assert not any(r.is_running() and r.status() != psutil.STATUS_ZOMBIE for r in ranks)
 
 
-@pytest.mark.parametrize("while_it", ["checks", "starts its ranks"])
-def test_ctrl_c_before_training_leaves_no_traceback(while_it, checkpoints, alpaca_file, tmp_path):
-    """From a terminal: to the program and to ranks that may still be importing what they need."""
+@pytest.mark.parametrize(
+    "while_it, ended",
+    [("checks", (-signal.SIGINT, "")), ("starts its ranks", (128 + signal.SIGINT, "ended by SIGINT\n"))],
+)
+def test_ctrl_c_before_training_leaves_no_traceback(
+    while_it, ended, checkpoints, alpaca_file, tmp_path, monkeypatch
+):
+    """From a terminal: to the program and to ranks that may still be importing what they need. While it checks, the
+    signal itself ends it; afterwards it answers, and nothing of it is left."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
     process = start_in_a_terminal(small(checkpoints, alpaca_file, tmp_path / "out", "--world_size", "1"))
     if while_it == "checks":  # or imports, after what is needed to read options
         wait_for(lambda: "torch" in Path(f"/proc/{process.pid}/maps").read_text(), process)
@@ -157,9 +220,18 @@ def test_ctrl_c_before_training_leaves_no_traceback(while_it, checkpoints, alpac
         wait_for(lambda: started_by("forkserver", process) or ranks_of(process), process)
     os.killpg(process.pid, signal.SIGINT)
     _, err = process.communicate(timeout=60)
-    # Until the parent listens, the signal itself ends it.
-    assert (process.returncode, err) in ((-signal.SIGINT, ""), (128 + signal.SIGINT, "ended by SIGINT\n"))
-    assert not (tmp_path / "out").exists()
+    assert (process.returncode, err) == ended and not list(tmp_path.iterdir())
+    wait_for_end_of(process.pid)
+
+
+def wait_for_end_of(group: int, seconds: float = 15) -> None:
+    """Of all processes in it."""
+    deadline = time.time() + seconds
+    with contextlib.suppress(ProcessLookupError):
+        while time.time() < deadline:
+            os.killpg(group, 0)
+            time.sleep(0.1)
+        pytest.fail("processes are left")
 
 
 def start_in_a_terminal(args) -> subprocess.Popen:

@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import subprocess
+import threading
 import time
 
 import pytest
@@ -147,7 +148,7 @@ def stubborn():
 def test_the_parent_passes_signals_on_and_kills_at_the_second_stop(stubborn, monkeypatch):
     monkeypatch.setattr(stopping, "APART_SECONDS", 0)
     before = signal.getsignal(signal.SIGTERM)
-    with forwarding([p.pid for p in stubborn]) as received:
+    with forwarding(lambda: stubborn) as (received, _):
         signal.raise_signal(signal.SIGUSR1)
         assert [p.stdout.readline() for p in stubborn] == ["saved\n"] * 2
         signal.raise_signal(signal.SIGTERM)
@@ -157,6 +158,34 @@ def test_the_parent_passes_signals_on_and_kills_at_the_second_stop(stubborn, mon
         assert [p.wait(10) for p in stubborn] == [-signal.SIGKILL] * 2
         signal.raise_signal(signal.SIGUSR1)  # to processes that are gone
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def hear_sigterm() -> None:
+    hear()
+    signal.raise_signal(signal.SIGTERM)
+
+
+def hear_sigterm_elsewhere() -> None:
+    thread = threading.Thread(target=hear_sigterm)
+    thread.start()
+    thread.join()
+
+
+@pytest.mark.parametrize(
+    "meanwhile",
+    [lambda: os.kill(os.getpid(), signal.SIGTERM), hear_sigterm_elsewhere],
+    ids=["here", "elsewhere"],
+)
+def test_a_stop_while_ranks_are_started_waits_for_them(meanwhile):
+    """Wherever the parent hears it: other threads of it do at once."""
+    rank = subprocess.Popen(["sleep", "60"])
+
+    def start() -> list:
+        meanwhile()
+        return [rank]
+
+    with forwarding(start) as (received, ranks):
+        assert rank.wait(10) == -signal.SIGTERM and received.stop == signal.SIGTERM and ranks == [rank]
 
 
 def compile_for_a_while(said) -> None:
