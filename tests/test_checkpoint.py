@@ -29,7 +29,7 @@ def save_and_compute(place, args, folder) -> torch.Tensor:
                     parameter.mul_(1.01)
     train.save(job, model, folder)
     with torch.no_grad():
-        return model.eval()(input_ids=IDS, use_cache=False).logits.clone()
+        return model.eval()(input_ids=IDS.to(place.device), use_cache=False).logits.cpu()
 
 
 @pytest.mark.parametrize(

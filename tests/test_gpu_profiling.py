@@ -121,7 +121,8 @@ def test_a_run_leaves_page_snapshot_and_trace(tmp_path):
     for m in metrics:
         after = m["memory_after_forward_gib"], m["memory_after_backward_gib"]
         assert 0 < min(after) <= max(after) <= m["memory_allocated_gib"]
-        assert after[0] > after[1]  # the activations are gone
+        # The activations are gone; the first backward brings its thread's cuBLAS workspace instead, of 32 MiB on Hopper.
+        assert after[0] > after[1] or m["step"] == 1
     stages = json.loads((folder / "run.json").read_text())["memory"]
     assert stages["after_wrap_gib"] < 0.001 <= stages["after_load_gib"] + 0.001
     path = tmp_path / "traces" / f"iteration_{STEPS}" / "rank0_trace.json.gz"
