@@ -7,6 +7,7 @@ that computes in Python, and the GPU runs out of work in a quarter of a second. 
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
 from collections.abc import ItemsView, Iterator
@@ -21,6 +22,13 @@ class Background:
 
     def __init__(self, rests: bool):
         self.rests, self.hurry, self.rested, self.began = rests, threading.Event(), 0.0, 0.0
+
+    def prepare(self) -> None:
+        """To be called before the first work, when all is there that stays: what the work makes would have Python's
+        collector look through a million objects, for which all threads wait half a second."""
+        if self.rests:
+            gc.collect()
+            gc.freeze()
 
     def rest(self) -> None:
         """To be called often within the work: rests if a TURN is over, unless there is a hurry."""

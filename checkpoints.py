@@ -205,6 +205,7 @@ class Checkpoints:
         once the optimizer has its states, which a step that is left out does not give it."""
         _, local = collect(self.trained, self.optimizer, self.place.rank)
         self.allocating = self.pool.submit(self.copy.allocate, local)
+        self.background.prepare()
 
     def save(self, step: int) -> None:
         """Begins a checkpoint, once the one before it is written."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 import time
 from unittest import mock
@@ -41,6 +42,17 @@ def test_it_does_not_rest_while_somebody_waits(monkeypatch):
     behind.hurry.set()
     assert work(behind, 0.1) < 30
     assert behind.rested < 30
+
+
+def test_the_collector_passes_over_what_is_there():
+    before = gc.get_freeze_count()
+    Background(rests=False).prepare()
+    assert gc.get_freeze_count() == before
+    try:
+        Background(rests=True).prepare()
+        assert gc.get_freeze_count() > before and not gc.get_objects(generation=2)
+    finally:
+        gc.unfreeze()
 
 
 def test_items_come_with_rests_between_them():

@@ -289,6 +289,19 @@ def test_a_save_rests_beside_training_and_not_when_it_is_waited_for(one_rank, tm
     assert resting and seconds < 30
 
 
+def preparations(place, folder: str) -> int:
+    run = Small(place, folder, every=5)
+    with mock.patch.object(run.checkpoints.background, "prepare") as prepare:
+        for _ in range(3):
+            run.step()
+        run.checkpoints.finish()
+    return prepare.call_count
+
+
+def test_the_collector_is_told_once_before_the_first_save(one_rank, tmp_path):
+    assert one_rank(preparations, str(tmp_path)) == [1]
+
+
 def warnings_of_a_save(place, folder: str) -> list[str]:
     with warnings.catch_warnings(record=True) as given:
         warnings.simplefilter("always")
