@@ -20,6 +20,8 @@ import transformers
 import launch
 from checkpoint import base_digest
 from checks import Job
+from command_line import describe as in_one_line
+from command_line import needs_no_traceback
 from config import UserError, shown
 from data import TokenizedRows
 from precision import precision_here
@@ -39,16 +41,18 @@ class Finding:
 
 def prepare(check: Callable[[], Job], rank: int, world: int, local_rank: int, began: float) -> Job:
     """The checked run, on every rank. began: when, as time.time() says it. Collective, over all ranks. Raises UserError
-    on all of them, if it is wrong on any node or if nodes disagree: a node's own error there, elsewhere with the node's
-    number."""
+    on all of them, if it is wrong on any node or if nodes disagree: a node's own error there, which may be the OSError of a
+    full disk, elsewhere with the node's number."""
     job, failure, finding = None, None, None
     if local_rank == 0:
         try:
             job = check()
             described = describe(job) if job.config.world_size > launch.local_world_size(world) else {}
             finding = Finding(socket.gethostname(), "", described, job.config.output_dir)
-        except UserError as e:
-            failure, finding = e, Finding(socket.gethostname(), str(e))
+        except (UserError, OSError) as e:
+            if not needs_no_traceback(e):
+                raise
+            failure, finding = e, Finding(socket.gethostname(), in_one_line(e))
     everyone: list[Finding | None] = [None] * world
     dist.all_gather_object(everyone, finding)
     if failure:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -164,7 +165,8 @@ def save_tensors(
     try:
         save_file(tensors, path, metadata={"format": "pt"} | (metadata or {}))
     except SafetensorError as e:  # the library's only one, for every failure to write
-        raise OSError(str(e)) from None
+        number = re.search(r"os error (\d+)", str(e))  # of Rust's, by which a full disk is known
+        raise OSError(*map(int, number.groups() if number else ()), str(e)) from None
     path.chmod(0o666 & ~UMASK)
 
 

@@ -14,11 +14,12 @@ import model_writer
 import train
 from checkpoint import ADAPTER, BEST, BLOCKS, SCORE, replace_folder, write_text
 from checkpoint_files import steps_in
-from command_line import parse
+from command_line import needs_no_traceback, parse
 from config import UserError
 from evaluation import Evaluator, kept_in
 from launch import Place
 from model_writer import Entry
+from tensor_files import save_tensors
 from tests.programs import small
 from tests.resuming import CHECK_ROOM, Filling, check_room_by, contents, fill, lines, repeated, run
 from tracking import NoTracker, despite_full_disk
@@ -45,6 +46,20 @@ def options(kind: str, checkpoints, alpaca_file, *more: str) -> list[str]:
     ]
 
 
+@pytest.fixture(scope="module")
+def undisturbed(two_ranks, tmp_path_factory):
+    """undisturbed(argv) -> the folder of such a run, made once."""
+    made: dict[tuple, Path] = {}
+
+    def get(argv: list[str]) -> Path:
+        if tuple(argv) not in made:
+            made[tuple(argv)] = folder = tmp_path_factory.mktemp("undisturbed") / "whole"
+            two_ranks(run, [*argv, "--output_dir", str(folder)])
+        return made[tuple(argv)]
+
+    return get
+
+
 def same_weights(ours: Path, theirs: Path) -> bool:
     files = sorted(p.name for p in theirs.glob("*.safetensors"))
     assert files and files == sorted(p.name for p in ours.glob("*.safetensors"))
@@ -64,11 +79,12 @@ def attempt(place, argv: list[str], filling: Filling) -> tuple[str, list]:
 
 @pytest.mark.parametrize("checked", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_best_step_before_stays(kind, checked, checkpoints, alpaca_file, two_ranks, small_disk, tmp_path):
+def test_the_best_step_before_stays(
+    kind, checked, checkpoints, alpaca_file, two_ranks, undisturbed, small_disk
+):
     """Of steps 3 and 4, each better than the one before, nothing is kept; of the next better one, all is."""
     argv = options(kind, checkpoints, alpaca_file, *EVALUATING)
-    two_ranks(run, [*argv, "--output_dir", str(tmp_path / "whole")])
-    folder = small_disk / "run"
+    whole, folder = undisturbed(argv), small_disk / "run"
     filling = Filling(small_disk, 3, 5, checked)
     printed, (before, after) = two_ranks(attempt, [*argv, "--output_dir", str(folder)], filling)[0]
     assert before == after and b'"step": 2' in before["evaluation.json"]
@@ -77,11 +93,11 @@ def test_the_best_step_before_stays(kind, checked, checkpoints, alpaca_file, two
     assert (
         printed.count("No space left") == printed.count("; that of step 2 stays, and training goes on") == 2
     )
-    assert repeated(folder) == repeated(tmp_path / "whole")
+    assert repeated(folder) == repeated(whole)
     found = [line["eval_loss"] for line in lines(folder)]
     best = found.index(min(found)) + 1
     assert best > 4 and f"at step {best}, in {folder / BEST}" in printed
-    ours, theirs = folder / BEST, tmp_path / "whole" / BEST
+    ours, theirs = folder / BEST, whole / BEST
     assert contents(ours).keys() == contents(theirs).keys() and same_weights(ours, theirs)
     assert not list(folder.glob("*.tmp"))
 
@@ -174,11 +190,10 @@ def test_a_full_disk_does_not_change_when_a_run_stops(full, kept, tmp_path):
 @pytest.mark.parametrize("checked", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_result_is_saved_when_there_is_room_again(
-    kind, checked, checkpoints, alpaca_file, two_ranks, small_disk, tmp_path
+    kind, checked, checkpoints, alpaca_file, two_ranks, undisturbed, small_disk
 ):
     argv = options(kind, checkpoints, alpaca_file, "--save_every", "4")
-    two_ranks(run, [*argv, "--output_dir", str(tmp_path / "whole")])
-    folder = small_disk / "run"
+    whole, folder = undisturbed(argv), small_disk / "run"
     argv += ["--output_dir", str(folder)]
     line = two_ranks(attempt, argv, Filling(small_disk, 6, 7, checked))[0][0]
     assert line.startswith(f"--output_dir {folder}: the trained model could not be saved (OSError: "), line
@@ -187,11 +202,11 @@ def test_the_result_is_saved_when_there_is_room_again(
     left = {str(p.relative_to(folder)) for p in folder.rglob("*")}
     assert not left & {ADAPTER, "adapter_config.json", BLOCKS, "config.json"}
     assert not [name for name in left if name.endswith(".tmp") or name.startswith("model")]
-    assert steps_in(folder) == [4] and repeated(folder) == repeated(tmp_path / "whole")
+    assert steps_in(folder) == [4] and repeated(folder) == repeated(whole)
     (small_disk / "others").unlink()
     printed = two_ranks(run, [*argv, "--resume", "auto"])[0]
     assert "6 steps, the last 2 of them" in printed
-    assert same_weights(folder, tmp_path / "whole")
+    assert same_weights(folder, whole)
 
 
 def test_without_a_checkpoint_the_line_says_so(checkpoints, alpaca_file, small_disk, processes, capfd):
@@ -235,6 +250,13 @@ def test_a_disk_that_is_full_for_the_checks_is_a_line(more, monkeypatch, capsys)
     status, err = train.main(more), capsys.readouterr().err
     assert status == 2 and ("Traceback" in err) == bool(more)
     assert err.splitlines()[-1] == "error: OSError: [Errno 28] No space left on device: 'rows.arrow'"
+
+
+def test_a_file_of_tensors_that_does_not_fit_is_known_as_a_full_disk(small_disk):
+    fill(small_disk, leave=64 * 1024)
+    with pytest.raises(OSError, match="No space left on device") as e:
+        save_tensors({"weight": torch.zeros(2**16)}, small_disk / "a.safetensors")
+    assert e.value.errno == errno.ENOSPC and needs_no_traceback(e.value)
 
 
 def test_a_report_that_does_not_fit_costs_no_more_than_that(small_disk):

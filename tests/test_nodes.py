@@ -224,6 +224,25 @@ def test_what_is_wrong_on_one_node_is_told_on_all(two_nodes, two_ranks, tmp_path
     assert first == f"node 1 ({socket.gethostname()}): {second}"
 
 
+def prepare_on_a_full_disk(place, folders, argvs) -> str:
+    """The error of each node, of which the second cannot write what its check does."""
+
+    def full():
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with as_node(place, folders[place.rank]):
+        checked = full if place.rank else lambda: check(parse(argvs[place.rank])[0])
+        with pytest.raises(OSError if place.rank else UserError) as e:
+            nodes.prepare(checked, place.rank, place.world, 0, 7.5)
+    return str(e.value)
+
+
+def test_a_full_disk_of_one_node_is_told_on_all(two_nodes, two_ranks):
+    first, second = two_ranks(prepare_on_a_full_disk, two_nodes, [arguments(i) for i in range(2)])
+    assert second == "[Errno 28] No space left on device"
+    assert first == f"node 1 ({socket.gethostname()}): OSError: {second}"
+
+
 def test_nodes_of_another_size_are_told_first():
     """Their own defaults differ then as well, of which nobody gave one."""
     found = {"LOCAL_WORLD_SIZE": "2", "--sharding_strategy": "hybrid_full_shard"}
