@@ -15,6 +15,8 @@ import subprocess
 os.environ.update(
     HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", WANDB_MODE="offline", TOKENIZERS_PARALLELISM="false"
 )
+# One thread for each process: a tiny tensor's threads cost more than they bring, and other tests run beside it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Threads that have nothing to do sleep. They spin otherwise, and as soon as anything else runs on the machine, each
 # short operation waits for one that is not scheduled: up to a hundred times longer. Read when torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

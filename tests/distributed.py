@@ -28,6 +28,7 @@ def _serve(rank: int, world: int, port: int, tasks, results) -> None:
     hear()  # the server may be one that launch.py has started
     os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
     place = join_group(rank, world, rank)
+    torch.set_num_threads(1)  # as conftest.py says
     while (task := tasks.get()) is not None:
         function, args = task
         try:
