@@ -10,14 +10,20 @@ config.json lists its new layers. The second puts new blocks that were trained a
 
 from __future__ import annotations
 
-import argparse
+import sys
+
+from command_line import parse_or_exit, program, report
+from config import TOY_MODEL, UserError
+from expansion_options import Options, parse
+
+if __name__ == "__main__":
+    # Before the imports below, which take seconds: --help and wrong options are answered at once.
+    PARSED = parse_or_exit(sys.argv[1:], parse)
+
 import copy
 import json
 import math
-import os
 import shlex
-import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub.utils import logging as hub_logging
@@ -25,8 +31,6 @@ from transformers import PretrainedConfig
 from transformers.utils import logging as transformers_logging
 
 from checkpoint import check_output, clear_output
-from command_line import command_parser, program, report, suggest, with_underscores
-from config import TOY_MODEL, UserError
 from data import toy_texts
 from limits import LAYERS
 from model_files import CheckpointFiles, fetch_weights, find_model
@@ -41,93 +45,20 @@ from tensor_files import StoredTensor
 OTHER_LISTS = ("architectures", "keys_to_ignore_at_inference", "mlp_only_layers")
 
 
-@dataclass(frozen=True)
-class Options:
-    """The command line. Exactly one of new_blocks, expansion_rate, after and blocks is given."""
-
-    model_name: str
-    output_dir: str
-    new_blocks: int | None
-    expansion_rate: float | None
-    after: list[int] | None
-    blocks: str | None
-    overwrite: bool
-
-    def positions(self, layers: int) -> list[int]:
-        """The layers, from 0, after which the new blocks go: one entry per block, ascending. UserErrors."""
-        if self.after is not None:
-            for layer in self.after:
-                if not 0 <= layer < layers:
-                    raise UserError(f"--after {layer}: this model has the layers 0 to {layers - 1}")
-            count = len(self.after)
-        elif self.new_blocks is not None:
-            count = self.new_blocks
-        else:
-            count = max(1, math.floor(min(layers * self.expansion_rate, LAYERS) + 0.5))
-        if layers + count > LAYERS:
-            raise UserError(f"{layers} layers and {count:,} new ones: at most {LAYERS:,} are built")
-        return evenly(layers, count) if self.after is None else sorted(self.after)
-
-
-def parse(argv: list[str]) -> Options:
-    """Raises UserError; exits 0 on --help."""
-    parser = command_parser(
-        "block_expansion.py",
-        "--model_name MODEL --output_dir FOLDER\n"
-        "         (--new_blocks N | --expansion_rate X | --after LAYERS | --blocks FILE) [--overwrite]",
-        "Put new layers between the layers of a model, for the Llama-Pro train types.",
-    )
-    for name, metavar, text in (
-        ("model_name", "TEXT", "folder or hub id of a safetensors model, or toy"),
-        ("output_dir", "TEXT", "folder of the new model"),
-        ("new_blocks", "N", "number of new blocks, spread evenly"),
-        ("expansion_rate", "X", "the same as a share of the layers, rounded, at least one: 0.25 = 8 for 32"),
-        ("after", "LAYERS", "a new block after each of these layers, counted from 0: 3,7,11; twice for two"),
-        ("blocks", "FILE", "put these trained blocks into the expanded model --model_name"),
-    ):
-        parser.add_argument(f"--{name}", metavar=metavar, help=text)
-    flag = {
-        "nargs": "?",
-        "const": "true",
-        "default": "false",
-        "choices": ("true", "false"),
-        "metavar": "BOOL",
-    }
-    parser.add_argument("--overwrite", help="replace the model that output_dir holds", **flag)
-    args, rest = parser.parse_known_args(with_underscores(argv))
-    if rest:
-        raise UserError(f"unknown option {rest[0]}{suggest(rest[0].split('=')[0], vars(args))}")
-    ways = ("new_blocks", "expansion_rate", "after", "blocks")
-    if sum(getattr(args, way) is not None for way in ways) != 1:
-        raise UserError("give one of " + ", ".join(f"--{way}" for way in ways) + "; see --help")
-    for name in ("model_name", "output_dir"):
-        if not getattr(args, name):
-            raise UserError(f"--{name} is missing; see --help")
-    return _converted(args)
-
-
-def _converted(args: argparse.Namespace) -> Options:
-    values = vars(args) | {"output_dir": os.path.expanduser(args.output_dir)}
-    values["overwrite"] = args.overwrite == "true"
-    if args.new_blocks is not None:
-        values["new_blocks"] = _number("--new_blocks", args.new_blocks, int, "a whole number")
-        if values["new_blocks"] <= 0:
-            raise UserError(f"--new_blocks {args.new_blocks}: must be positive")
-    if args.expansion_rate is not None:
-        values["expansion_rate"] = _number("--expansion_rate", args.expansion_rate, float, "a number")
-        if not 0 < values["expansion_rate"] < float("inf"):
-            raise UserError(f"--expansion_rate {args.expansion_rate}: must be positive and finite")
-    if args.after is not None:
-        numbers = args.after.split(",")
-        values["after"] = [_number("--after", n.strip(), int, "the number of a layer") for n in numbers]
-    return Options(**values)
-
-
-def _number(option: str, text: str, kind: type, noun: str):
-    try:
-        return kind(text)
-    except ValueError:
-        raise UserError(f"{option}: {text!r} is not {noun}") from None
+def positions(options: Options, layers: int) -> list[int]:
+    """The layers, from 0, after which the new blocks go: one entry per block, ascending. UserErrors."""
+    if options.after is not None:
+        for layer in options.after:
+            if not 0 <= layer < layers:
+                raise UserError(f"--after {layer}: this model has the layers 0 to {layers - 1}")
+        count = len(options.after)
+    elif options.new_blocks is not None:
+        count = options.new_blocks
+    else:
+        count = max(1, math.floor(min(layers * options.expansion_rate, LAYERS) + 0.5))
+    if layers + count > LAYERS:
+        raise UserError(f"{layers} layers and {count:,} new ones: at most {LAYERS:,} are built")
+    return evenly(layers, count) if options.after is None else sorted(options.after)
 
 
 def read_model(options: Options) -> tuple[PretrainedConfig, Family, CheckpointFiles]:
@@ -147,7 +78,7 @@ def read_model(options: Options) -> tuple[PretrainedConfig, Family, CheckpointFi
             " with all new blocks at once"
         )
     else:
-        options.positions(config.num_hidden_layers)
+        positions(options, config.num_hidden_layers)
     fetch_weights(name, folder)
     files = CheckpointFiles(folder)
     check_weights(build_on_meta(config, family), files, family)
@@ -204,7 +135,7 @@ def expanded_config(raw: dict, config: PretrainedConfig, source: list[int]) -> d
 def expand(options: Options) -> str:
     """Writes the expanded model; returns what to tell of it."""
     config, family, files = read_model(options)
-    source = sources(config.num_hidden_layers, options.positions(config.num_hidden_layers))
+    source = sources(config.num_hidden_layers, positions(options, config.num_hidden_layers))
     raw = json.loads((files.folder / "config.json").read_text(encoding="utf-8"))
     new_config = expanded_config(raw, config, source)
     entries = expanded_tensors(files, family, source)
@@ -257,12 +188,11 @@ def put_back(options: Options) -> str:
     return f"in {options.output_dir}: {config.num_hidden_layers} layers, {len(blocks)} tensors from {options.blocks}"
 
 
-def main(argv: list[str] | None = None) -> int:
+def run(options: Options) -> int:
     """Returns the exit status: 0, or 2 for something the user can put right."""
     transformers_logging.set_verbosity_error()
     hub_logging.set_verbosity_error()
     try:
-        options = parse(sys.argv[1:] if argv is None else argv)
         check_output(Path(options.output_dir), options.overwrite)
         print(put_back(options) if options.blocks else expand(options))
         return 0
@@ -273,5 +203,14 @@ def main(argv: list[str] | None = None) -> int:
     return 2
 
 
+def main(argv: list[str]) -> int:
+    """The whole program, for callers from Python: options in, exit status out."""
+    try:
+        options = parse(argv)
+    except UserError as e:
+        return report(e, verbose=False)
+    return run(options)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(PARSED))

@@ -279,6 +279,15 @@ def parse_or_exit(argv: list[str], read: Callable[[list[str]], T] = parse) -> T:
         sys.exit(report(e, verbose="--verbose" in argv))
 
 
+def report_folder(argv: list[str]) -> Path:
+    """The RUN of report.py's command line. Exits 0 on --help, 2 if there is none."""
+    parser = argparse.ArgumentParser(
+        prog="report.py", description="Makes RUN/report.html out of a RUN's files."
+    )
+    parser.add_argument("run", metavar="RUN", type=Path, help="the --output_dir of a run of train.py")
+    return parser.parse_args(argv).run.expanduser()
+
+
 def program(script: str) -> list[str]:
     """[this interpreter, one of our programs] as they can be typed where this process was started: `python` may be
     another interpreter there, or none."""

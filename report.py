@@ -9,13 +9,20 @@ the machine and the versions.
 
 from __future__ import annotations
 
-import argparse
+import sys
+
+from command_line import parse, report, report_folder
+from config import Config, UserError
+
+if __name__ == "__main__":
+    # Before the imports below, which take seconds: --help and wrong options are answered at once.
+    FOLDER = report_folder(sys.argv[1:])
+
 import importlib.metadata
 import json
 import math
 import os
 import platform
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,8 +30,6 @@ import torch
 from torch import nn
 
 from checkpoint import SCORE, write_text
-from command_line import parse, report
-from config import Config, UserError
 from data import StepSampler, TokenizedRows
 from packing import PackSampler
 from report_page import page
@@ -213,13 +218,8 @@ def write_report(folder: Path) -> Path:
     return folder / PAGE
 
 
-def main(argv: list[str]) -> int:
-    """The command. Returns the exit status: 0, or 2 for something the user can put right."""
-    parser = argparse.ArgumentParser(
-        prog="report.py", description="Makes RUN/report.html out of a RUN's files."
-    )
-    parser.add_argument("run", metavar="RUN", type=Path, help="the --output_dir of a run of train.py")
-    folder = parser.parse_args(argv).run.expanduser()
+def run(folder: Path) -> int:
+    """Returns the exit status: 0, or 2 for something the user can put right."""
     try:
         print(write_report(folder))
     except UserError as e:
@@ -229,5 +229,10 @@ def main(argv: list[str]) -> int:
     return 0
 
 
+def main(argv: list[str]) -> int:
+    """The command, for callers from Python."""
+    return run(report_folder(argv))
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run(FOLDER))

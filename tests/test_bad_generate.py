@@ -54,7 +54,7 @@ def test_wrong_options(options, words, runs, refused):
 
 def test_options_are_read_before_torch():
     """By the modules that say what is wrong with them."""
-    modules = "sys, generate_options, evaluate_options, export_options"
+    modules = "sys, generate_options, evaluate_options, export_options, expansion_options"
     code = f"import {modules}; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
 

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3MoeConfig
 
 import block_expansion
 import model_writer
-from block_expansion import expanded_config, expanded_tensors
+from block_expansion import expanded_config, expanded_tensors, positions
 from checkpoint import BLOCKS
 from command_line import parse
 from model_files import INDEX, CheckpointFiles
@@ -139,7 +139,7 @@ def test_expansion_rate(rate, new, checkpoints, tmp_path):
 
 def test_the_rate_of_fsdp_qloras_example(checkpoints):
     options = block_expansion.parse("--model_name a --output_dir b --expansion_rate 0.1".split())
-    assert len(options.positions(32)) == 3  # its blk_exp-32-35
+    assert len(positions(options, 32)) == 3  # its blk_exp-32-35
 
 
 @pytest.fixture(scope="module")
