@@ -18,7 +18,8 @@ TURN, REST = 0.002, 0.01
 
 
 class Background:
-    """rests: whether it is to rest at all; hurry: set while somebody waits for the work; rested: seconds in all."""
+    """rests: whether it is to rest at all; hurry: set while somebody waits for the work; rested: seconds in all; began:
+    when the last rest ended."""
 
     def __init__(self, rests: bool):
         self.rests, self.hurry, self.rested, self.began = rests, threading.Event(), 0.0, 0.0
@@ -29,6 +30,11 @@ class Background:
         if self.rests:
             gc.collect()
             gc.freeze()
+
+    def finish(self) -> None:
+        """The collector looks through everything again."""
+        if self.rests:
+            gc.unfreeze()
 
     def rest(self) -> None:
         """To be called often within the work: rests if a TURN is over, unless there is a hurry."""

@@ -172,6 +172,7 @@ class Checkpoints:
         self.allocating: Future[None] | None = None
         self.copying: Future[Tensors] | None = None
         self.writing: Future[bool] | None = None
+        self.prepared = False  # whether what the first checkpoint needs has been made ready
         self.step = self.newest = 0  # of the last checkpoint that was begun; of the last that is whole
         self.seconds = 0.0  # that the last whole one took to write, without rests
         self.waits: list[float] = []  # seconds that training stood still for a checkpoint
@@ -196,7 +197,7 @@ class Checkpoints:
         due = (self.every and step % self.every == 0) or (last and self.at_end)
         if stop or wanted or due:
             self.save(step)
-        elif (self.every or self.at_end) and not (self.allocating or self.step) and self.optimizer.state:
+        elif (self.every or self.at_end) and not self.prepared and self.optimizer.state:
             self._prepare()
         return stop
 
@@ -206,6 +207,7 @@ class Checkpoints:
         _, local = collect(self.trained, self.optimizer, self.place.rank)
         self.allocating = self.pool.submit(self.copy.allocate, local)
         self.background.prepare()
+        self.prepared = True
 
     def save(self, step: int) -> None:
         """Begins a checkpoint, once the one before it is written."""
@@ -214,6 +216,9 @@ class Checkpoints:
         self.settle()
         began = time.perf_counter()
         self._await()
+        if not self.prepared:
+            self.background.prepare()
+            self.prepared = True
         layout, local = collect(self.trained, self.optimizer, self.place.rank)
         self.copy.mark()
         run = self._run() if self.place.rank == 0 else {}
@@ -293,6 +298,7 @@ class Checkpoints:
             self._await()
         finally:
             self.pool.shutdown()
+            self.background.finish()
         dist.destroy_process_group(self.group)
         if self.waits:
             mean, longest = sum(self.waits) / len(self.waits), max(self.waits)

@@ -184,8 +184,9 @@ def _tried(group: dist.ProcessGroup) -> tuple[CopiedAllGather, CopiedReduceScatt
     # Multicast has no part in it, and what a failure leaves of that can stop the other GPUs of a machine.
     os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
     trial = Trial(group)
-    stages = trial.reach_each_other, trial.allocate, trial.map, trial.exchange
-    # A rank that fails alone says so before the others are in a collective that it does not come to.
+    stages = trial.name, trial.reach_each_other, trial.allocate, trial.map, trial.exchange
+    # A rank that fails alone says so before the others are in a collective that it does not come to; but for torch's own
+    # within `map`.
     return trial.copies if all(_all(_holds(stage), group) for stage in stages) else None
 
 
@@ -205,9 +206,9 @@ def _all(here: bool, group: dist.ProcessGroup) -> bool:
 
 
 def _forbidden() -> bool:
-    """Whether NCCL is told that GPUs are not to read each other's memory."""
-    levels = os.environ.get("NCCL_P2P_DISABLE", "0"), os.environ.get("NCCL_P2P_LEVEL", "SYS")
-    return levels[0] != "0" or levels[1] in ("LOC", "0")
+    """Whether NCCL is told that GPUs are not to read each other's memory, or not that of all."""
+    disabled, level = os.environ.get("NCCL_P2P_DISABLE", ""), os.environ.get("NCCL_P2P_LEVEL", "")
+    return disabled not in ("", "0") or level not in ("", "5", "SYS")
 
 
 class Trial:
@@ -219,21 +220,30 @@ class Trial:
         self.gathered, self.summed = Buffers(group, waste=WASTE), Buffers(group)
         self.copies = CopiedAllGather(self.gathered), CopiedReduceScatter(self.summed)
 
+    def name(self) -> bool:
+        gpus = range(torch.cuda.device_count())
+        self.names = [str(torch.cuda.get_device_properties(i).uuid) for i in gpus]
+        return not _forbidden()
+
     def reach_each_other(self) -> bool:
-        """Whether each rank has a GPU of its own that this one can read, and the user has not told NCCL otherwise."""
-        here = {str(torch.cuda.get_device_properties(i).uuid): i for i in range(torch.cuda.device_count())}
-        own, names = self.device.index, [None] * self.group.size()
-        dist.all_gather_object(names, next(name for name, i in here.items() if i == own), group=self.group)
-        others = [here.get(name) for name in names if here.get(name) != own]
-        return (
-            not _forbidden()
-            and len(others) == self.group.size() - 1
-            and all(i is not None and torch.cuda.can_device_access_peer(own, i) for i in others)
+        """Whether each rank has a GPU of its own that this one can read."""
+        own, ranks = self.device.index, [""] * self.group.size()
+        dist.all_gather_object(ranks, self.names[own], group=self.group)
+        here = {name: i for i, name in enumerate(self.names)}
+        others = [here.get(name) for name in ranks if here.get(name) != own]
+        return len(others) == len(ranks) - 1 and all(
+            i is not None and torch.cuda.can_device_access_peer(own, i) for i in others
         )
 
     def allocate(self) -> bool:
+        world = self.group.size()
         for buffers in self.gathered, self.summed:
-            buffers.add(TRIAL * self.group.size() * torch.float32.itemsize, self.device)
+            buffers.add(TRIAL * world * torch.float32.itemsize, self.device)
+        generator = torch.Generator(self.device).manual_seed(self.group.rank())
+        # Whole numbers, whose sums are exact.
+        self.given = torch.randint(2**10, (world, TRIAL), generator=generator, device=self.device).float()
+        self.expected = torch.empty_like(self.given)
+        self.row, self.expected_sum, self.sum = (self.given[self.group.rank()].clone() for _ in range(3))
         return True
 
     def map(self) -> bool:
@@ -243,22 +253,17 @@ class Trial:
 
     def exchange(self) -> bool:
         """Whether they give what NCCL gives. There are machines whose GPUs read other numbers than stand there."""
-        rank, world = self.group.rank(), self.group.size()
-        generator = torch.Generator(self.device).manual_seed(rank)
-        # Whole numbers, whose sums are exact.
-        given = torch.randint(2**10, (world, TRIAL), generator=generator, device=self.device).float()
-        row, expected, summed = given[rank].clone(), torch.empty_like(given), torch.empty_like(given[0])
-        all_gather(expected.flatten(), row, group=self.group)
-        reduce_scatter(summed, given, group=self.group)
-        result, (gather, scatter) = torch.empty_like(summed), self.copies
-        whole = gather.allocate((given.numel(),), dtype=given.dtype, device=self.device)
-        part = whole[rank * TRIAL : (rank + 1) * TRIAL]
-        part.copy_(row)
-        # From here until `_await` nothing may wait for the GPU: numbers that never come would hold it up for good.
-        gather(whole, part, self.group)
-        scatter(result, given.flatten(), self.group, dist.ReduceOp.SUM)
+        at, (gather, scatter) = self.group.rank() * TRIAL, self.copies
+        all_gather(self.expected.flatten(), self.row, group=self.group)
+        reduce_scatter(self.expected_sum, self.given, group=self.group)
+        whole = gather.allocate((self.given.numel(),), dtype=self.given.dtype, device=self.device)
+        whole[at : at + TRIAL].copy_(self.row)
+        torch.sum(self.given, 0, out=self.sum)  # loads the kernel, which may wait for the GPU
+        # From here until `_await` nothing may: numbers that never come would hold it up for good.
+        gather(whole, whole[at : at + TRIAL], self.group)
+        scatter(self.sum, self.given.flatten(), self.group, dist.ReduceOp.SUM)
         _await(torch.cuda.current_stream().record_event())
-        return torch.equal(whole.view_as(expected), expected) and torch.equal(result, summed)
+        return torch.equal(whole, self.expected.flatten()) and torch.equal(self.sum, self.expected_sum)
 
 
 def _await(event: torch.cuda.Event) -> None:

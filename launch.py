@@ -181,19 +181,24 @@ def start(
         try:
             with forwarding(lambda: _start_ranks(world, given)) as (received, processes):
                 failed = _wait(processes)
-        except ChildProcessError as e:
+        except NotStarted as e:
             print(f"error: {e}", file=sys.stderr)
             return 1
-        if failed and received.stop:
+        # Those that it ended have nothing to say; one that failed while it stopped, as it could not save, has.
+        if failed and received.stop and (min(failed.values()) < 0 or not any(Path(reports).iterdir())):
             print(f"ended by {received.stop.name}", file=sys.stderr)
             return 128 + received.stop
         return _explain(failed, Path(reports), verbose) if failed else 0
 
 
+class NotStarted(Exception):
+    """Ranks that cannot be started, and why."""
+
+
 def _start_ranks(world: int, args: tuple) -> list:
     """New processes of _rank_process(rank, *args), in order. Without GPUs they are forks of a server that has imported
     what takes each of them seconds. What a GPU's driver has set up does not outlive a fork, nor do Apple's libraries.
-    Raises ChildProcessError if the server or one of them has ended before it was there."""
+    Raises NotStarted if the server or one of them has ended before it was there, or has no room for the rows."""
     others = mp.active_children()
     method = "spawn" if torch.cuda.is_available() or sys.platform != "linux" else "forkserver"
     if method == "forkserver":
@@ -202,11 +207,18 @@ def _start_ranks(world: int, args: tuple) -> list:
             multiprocessing.forkserver.ensure_running()
     try:
         context = mp.start_processes(_rank_process, args, nprocs=world, join=False, start_method=method)
-    except (EOFError, ConnectionError) as e:
-        for process in set(mp.active_children()).difference(others):
+    except BaseException as e:
+        for process in set(mp.active_children()).difference(others):  # they would wait for the rest
             process.kill()
-        reason = "a process ended while it imported what ranks need; out of host memory is the usual cause"
-        raise ChildProcessError(reason) from e
+        if isinstance(e, EOFError | ConnectionError):
+            reason = (
+                "a process ended while it imported what ranks need; out of host memory is the usual cause"
+            )
+            raise NotStarted(reason) from e
+        if isinstance(e, RuntimeError) and "shared memory" in str(e):
+            told = "the data goes to the ranks through shared memory, which is full; docker run has --shm-size for it"
+            raise NotStarted(f"{told} ({describe(e)})") from e
+        raise
     return context.processes
 
 
@@ -310,7 +322,8 @@ def free_port() -> int:
 
 
 def _end_with_parent() -> None:
-    """torch's own way, a SIGINT when the parent dies, is a request to a rank that trains, and a fork's is the server."""
+    """torch's own way, a SIGINT when the parent dies, is a request to a rank that trains; and the parent of a fork is its
+    server."""
     mp.parent_process().join()
     os._exit(1)
 
@@ -331,8 +344,11 @@ def _rank_process(
         status = 2 if needs_no_traceback(e) else 1
         report = {"time": time.time(), "rank": rank, "status": status, "message": describe(e)}
         report["traceback"] = traceback.format_exc()
-        (Path(reports) / f"{rank}.tmp").write_text(json.dumps(report))
-        (Path(reports) / f"{rank}.tmp").rename(Path(reports) / f"{rank}.json")
+        try:
+            (Path(reports) / f"{rank}.tmp").write_text(json.dumps(report))
+            (Path(reports) / f"{rank}.tmp").rename(Path(reports) / f"{rank}.json")
+        except OSError:  # the disk that is full is also that of temporary files
+            print(f"error: rank {rank}: {report['message']}", file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
     # At once. After a failure an ordinary exit would wait for collectives that cannot end any more. After a success
@@ -366,6 +382,8 @@ def _explain(failed: dict[int, int], reports: Path, verbose: bool) -> int:
             print(f"error: rank {rank} was ended by {name}{hint}", file=sys.stderr)
             return 1
     failures = [json.loads(p.read_text()) for p in reports.glob("*.json")]
+    if not failures and 2 in failed.values():  # which has told it itself
+        return 2
     if not failures:
         print("error: a process was ended from outside", file=sys.stderr)
         return 1

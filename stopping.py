@@ -120,9 +120,9 @@ def unheard_by_children() -> Iterator[None]:
     that a step needs have to live until it is finished. Or nothing until they `hear`. This process hears them again
     afterwards."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, (SAVE,))  # children begin with their parent's
-    resource_tracker.ensure_running()  # multiprocessing would with its first child, and unblock STOPS after that
-    signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
     try:
+        resource_tracker.ensure_running()  # multiprocessing would with its first child, and unblock STOPS after that
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
@@ -141,15 +141,20 @@ def _end_now(number: signal.Signals) -> None:
 @contextlib.contextmanager
 def forwarding(start: Callable[[], list]) -> Iterator[tuple[Received, list]]:
     """In the parent of the ranks, the processes that `start` starts: sends them what it receives, and kills them at the
-    second stop. They are started unheard; a stop that comes meanwhile is sent once they are there."""
+    second stop. They are started unheard; stops that come meanwhile are answered once they are there."""
     ranks: list = []
+    again: list[int] = []
 
     def send(number: int) -> None:
         for rank in ranks:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(rank.pid, number)
 
-    received = Received(again=lambda _: send(signal.SIGKILL))
+    def end(number: int) -> None:
+        again.append(number)
+        send(signal.SIGKILL)
+
+    received = Received(again=end)
 
     def handle(number: int, frame) -> None:
         received.note(number)
@@ -160,7 +165,7 @@ def forwarding(start: Callable[[], list]) -> Iterator[tuple[Received, list]]:
         with unheard_by_children():
             ranks += start()
             if received.stop:  # heard by another thread of this process, when there was no rank
-                send(received.stop)
+                send(signal.SIGKILL if again else received.stop)
         yield received, ranks
     finally:
         for number, handler in before.items():

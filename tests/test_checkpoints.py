@@ -289,17 +289,30 @@ def test_a_save_rests_beside_training_and_not_when_it_is_waited_for(one_rank, tm
     assert resting and seconds < 30
 
 
-def preparations(place, folder: str) -> int:
-    run = Small(place, folder, every=5)
-    with mock.patch.object(run.checkpoints.background, "prepare") as prepare:
-        for _ in range(3):
-            run.step()
-        run.checkpoints.finish()
-    return prepare.call_count
+def preparations(place, folder: str, every: int) -> list[tuple[int, int]]:
+    """(step of the last checkpoint, calls to prepare for them) after each step of a run that begins, and of one that goes on."""
+    seen = []
+    run = Small(place, folder, every)
+    for goes_on in (False, True):
+        if goes_on:
+            run = Small(place, folder, every)
+            run.checkpoints.saved = read_checkpoint(folder_of(Path(folder), 4))
+            run.done = run.checkpoints.load()
+        told = run.checkpoints.background
+        with mock.patch.object(told, "prepare") as prepare, mock.patch.object(told, "finish") as finish:
+            for _ in range(4):
+                run.step()
+                seen.append((run.checkpoints.step, prepare.call_count))
+            run.checkpoints.finish()
+        assert finish.call_count == 1
+    return seen
 
 
-def test_the_collector_is_told_once_before_the_first_save(one_rank, tmp_path):
-    assert one_rank(preparations, str(tmp_path)) == [1]
+@pytest.mark.parametrize("every", [1, 4])
+def test_the_collector_is_told_once_before_the_first_save(every, one_rank, tmp_path):
+    """Of a run that goes on as well, and with nothing before the first step's."""
+    steps = [step if every == 1 else step // 4 * 4 for step in range(1, 9)]
+    assert one_rank(preparations, str(tmp_path), every) == [[(step, 1) for step in steps]]
 
 
 def warnings_of_a_save(place, folder: str) -> list[str]:

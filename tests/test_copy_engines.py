@@ -257,11 +257,12 @@ def test_one_rank_that_cannot_leaves_all_to_nccl(stage, replaced, two_ranks):
     assert two_ranks(tried, stage, replaced) == [False, False]
 
 
-STAGES = "reach_each_other", "allocate", "map", "exchange"
+STAGES = "name", "reach_each_other", "allocate", "map", "exchange"
 
 
 def come_to(place, failing: str, how: str) -> tuple[list[str], bool]:
-    """(the stages that this rank comes to, whether copies are made), where rank 1 fails in one. All are collective."""
+    """(the stages that this rank comes to, whether copies are made), where rank 1 fails in one. All others are
+    collective."""
     came = []
 
     def stage(trial, name: str) -> bool:
@@ -334,7 +335,8 @@ def test_what_never_comes_is_a_line(monkeypatch):
         ("NCCL_P2P_DISABLE", "0", False),
         ("NCCL_P2P_LEVEL", "LOC", True),
         ("NCCL_P2P_LEVEL", "0", True),
-        ("NCCL_P2P_LEVEL", "NVL", False),
+        ("NCCL_P2P_LEVEL", "NVL", True),
+        ("NCCL_P2P_LEVEL", "SYS", False),
     ],
 )
 def test_nccls_settings_hold_for_them(variable, value, expected, monkeypatch):
@@ -347,7 +349,7 @@ def test_nccls_settings_hold_for_them(variable, value, expected, monkeypatch):
 
 def told_otherwise(place) -> bool:
     with mock.patch.dict(os.environ, NCCL_P2P_DISABLE="1"):
-        return Trial(dist.group.WORLD).reach_each_other()
+        return Trial(dist.group.WORLD).name()
 
 
 @pytest.mark.two_gpus

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
 import json
 import multiprocessing.forkserver
@@ -10,6 +11,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -22,6 +24,7 @@ import launch
 import train
 from checkpoint_files import newest_whole
 from command_line import parse
+from config import UserError
 from tests.programs import (
     ROOT,
     losses,
@@ -34,6 +37,7 @@ from tests.programs import (
     wait_for,
     wait_for_steps,
 )
+from tests.resuming import fill
 from tests.runs import whole_run
 
 
@@ -115,21 +119,69 @@ def test_a_server_that_is_killed_while_it_imports_is_a_line(
     assert (status, err) == (1, f"error: {told}\n")
 
 
-def test_ranks_that_were_started_before_one_that_failed_are_ended(new_server, monkeypatch):
+@pytest.mark.parametrize(
+    ("error", "raised", "words"),
+    [
+        (BrokenPipeError(), launch.NotStarted, "a process ended while it imported"),
+        (OSError(errno.EMFILE, "Too many open files"), OSError, "Too many open files"),
+        (
+            RuntimeError("unable to allocate shared memory(shm): No space left on device (28)"),
+            launch.NotStarted,
+            "shared memory, which is full; docker run has --shm-size",
+        ),
+    ],
+)
+def test_ranks_that_were_started_before_one_that_failed_are_ended(
+    error, raised, words, new_server, monkeypatch
+):
     started = [multiprocessing.get_context("forkserver").Process(target=time.sleep, args=(60,)) for _ in "ab"]
 
     def start_processes(*_, **__):
         started[1].start()
-        raise BrokenPipeError
+        raise error
 
     multiprocessing.forkserver.set_forkserver_preload([])
     started[0].start()
     monkeypatch.setattr(launch.mp, "start_processes", start_processes)
-    with pytest.raises(ChildProcessError, match="a process ended while it imported"):
+    with pytest.raises(raised, match=words):
         launch._start_ranks(2, ())
     started[1].join(10)
     assert started[1].exitcode == -signal.SIGKILL and started[0].is_alive(), "which is no rank"
     started[0].kill()
+
+
+def on_a_full_disk(place, told: Path) -> None:
+    os.dup2(os.open(told, os.O_WRONLY | os.O_CREAT), 2)
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_report_that_cannot_be_written_is_told_by_the_rank(
+    processes, small_disk, monkeypatch, tmp_path, capfd
+):
+    """Temporary files are on the disk that is full."""
+    monkeypatch.setattr(tempfile, "tempdir", str(small_disk))
+
+    def start(*args):
+        fill(small_disk)
+        return start_ranks(*args)
+
+    start_ranks = launch._start_ranks
+    monkeypatch.setattr(launch, "_start_ranks", start)
+    told = tmp_path / "told"
+    assert launch.start(on_a_full_disk, 1, (told,), "localhost", None) == 2 and capfd.readouterr().err == ""
+    assert told.read_text() == "error: rank 0: OSError: [Errno 28] No space left on device\n"
+
+
+def cannot_save(place, launcher: int) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    os.kill(launcher, signal.SIGTERM)
+    time.sleep(0.5)
+    raise UserError("stopped at step 3, which is not saved")
+
+
+def test_a_rank_that_cannot_save_when_it_is_asked_to_stop_is_heard(processes, capfd):
+    status, err = launch.start(cannot_save, 1, (os.getpid(),), "localhost", None), capfd.readouterr().err
+    assert (status, err) == (2, "error: rank 0: stopped at step 3, which is not saved\n")
 
 
 def raises_in_its_third_step(place, job) -> None:

@@ -188,6 +188,19 @@ def test_a_stop_while_ranks_are_started_waits_for_them(meanwhile):
         assert rank.wait(10) == -signal.SIGTERM and received.stop == signal.SIGTERM and ranks == [rank]
 
 
+def test_a_second_stop_while_ranks_are_started_kills_them(monkeypatch):
+    monkeypatch.setattr(stopping, "APART_SECONDS", 0)
+    rank = subprocess.Popen(["sh", "-c", "trap : TERM; sleep 60"])
+
+    def start() -> list:
+        hear_sigterm_elsewhere()
+        hear_sigterm_elsewhere()
+        return [rank]
+
+    with forwarding(start):
+        assert rank.wait(10) == -signal.SIGKILL
+
+
 def compile_for_a_while(said) -> None:
     from torch._inductor.async_compile import AsyncCompile
 
