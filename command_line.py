@@ -16,6 +16,7 @@ import re
 import shutil
 import signal
 import sys
+import tempfile
 import traceback
 import types
 import typing
@@ -272,9 +273,17 @@ def parse(argv: list[str]) -> tuple[Config, list[str]]:
 
 
 def parse_or_exit(argv: list[str], read: Callable[[list[str]], T] = parse) -> T:
-    """What `read` makes of a command line; a UserError ends the program as `report` tells it."""
+    """What `read` makes of a command line; a UserError ends the program as `report` tells it. So does a machine where no
+    folder takes temporary files, which libraries want as soon as they are imported."""
     try:
-        return read(argv)
+        parsed = read(argv)
+        try:
+            tempfile.gettempdir()
+        except OSError as e:
+            raise UserError(
+                f"{e.strerror or e}; the disk is full, or TMPDIR should name another folder"
+            ) from e
+        return parsed
     except UserError as e:
         sys.exit(report(e, verbose="--verbose" in argv))
 

@@ -45,8 +45,10 @@ def _write(folder: Path, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizer
         folder.mkdir(parents=True, exist_ok=True)
         model.save_pretrained(folder, max_shard_size="500KB")
         tokenizer.save_pretrained(folder)
-    except Exception as e:  # safetensors and tokenizers have no narrower one for a disk that is full
+    except Exception as e:  # tokenizers has no narrower one, and safetensors' is none of the system's
         shutil.rmtree(folder, ignore_errors=True)
+        if not isinstance(e, OSError) and "os error" not in str(e):
+            raise
         told = f"{folder.parent}: the demo's model cannot be written there ({describe(e)})"
         raise UserError(f"{told}; set XDG_CACHE_HOME to another folder") from e
 

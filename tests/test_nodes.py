@@ -346,7 +346,7 @@ def test_the_clock_of_rank_0_says_when_a_run_began(monkeypatch):
     monkeypatch.setattr(launch, "time", clock)
     with ThreadPoolExecutor() as threads:
         other = threads.submit(launch.meet, 1, 2)
-        while store.add("came", 0) == 0:
+        while store.add("came", 0) == 0 and not other.done():
             time.sleep(0.01)
         assert launch.meet(0, 2)[1] == other.result()[1] == 1000.0
 

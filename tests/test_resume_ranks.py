@@ -14,10 +14,8 @@ import checkpoint_files
 from checkpoint_files import folder_of
 from tests.resuming import QUIET, Signals, adapter, lines, repeated, run
 
-EXACT = [
-    "--precision",
-    "fp32",
-]  # on GPUs too, where another number of rows to a matmul rounds otherwise in bf16
+# On GPUs too, where another number of rows to a matmul rounds otherwise in bf16.
+EXACT = ["--precision", "fp32"]
 KINDS = {
     "bnb_dora": ["--train_type", "bnb_dora", "--lora_rank", "6", "--lr", "1e-2"],
     "dora": ["--train_type", "dora", "--lora_rank", "6", "--lr", "1e-2"],

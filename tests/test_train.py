@@ -3,6 +3,7 @@ them; in the others the pool's ranks stand for the processes that a run would st
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -10,6 +11,8 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
+from unittest import mock
 
 import huggingface_hub.constants
 import pytest
@@ -17,6 +20,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+import command_line
 import launch
 import train
 from checkpoints import Checkpoints
@@ -175,6 +179,16 @@ def test_options_are_answered_at_once(args, status, out, err):
     assert "".join(line for line in imported.splitlines(keepends=True) if line not in imports) == err
     names = {line.rpartition("|")[2].strip().partition(".")[0] for line in imports}
     assert "argparse" in names and not names & {"torch", "transformers", "numpy", "huggingface_hub"}
+
+
+def test_without_room_for_temporary_files_there_is_a_line(monkeypatch, capsys):
+    """Libraries ask for it when they are imported."""
+    why = "No usable temporary directory found in ['/tmp']"
+    monkeypatch.setattr(tempfile, "gettempdir", mock.Mock(side_effect=FileNotFoundError(errno.ENOENT, why)))
+    with pytest.raises(SystemExit) as e:
+        command_line.parse_or_exit([])
+    told = f"error: {why}; the disk is full, or TMPDIR should name another folder\n"
+    assert e.value.code == 2 and capsys.readouterr().err == told
 
 
 def test_overwrite_replaces_a_run(checkpoints, alpaca_file, tmp_path, run_here, capsys):
