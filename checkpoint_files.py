@@ -224,8 +224,13 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def file_of(rank: int) -> str:
+    return f"{RANK}{rank:05d}.safetensors"
+
+
 class Writer(StorageWriter):
-    """Writes one checkpoint. run: what its manifest is to say of the run, asked of the first rank only.
+    """Writes one checkpoint, by the plans of checkpoint_plan.py. run: what its manifest is to say of the run, asked of the
+    first rank only.
 
     Raises OSError, which torch.distributed.checkpoint makes a CheckpointException on every rank; the folder under
     its temporary name is then the caller's to remove.
@@ -249,12 +254,9 @@ class Writer(StorageWriter):
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         """Makes the folder, if the disk has room for all ranks."""
         self.folder.parent.mkdir(parents=True, exist_ok=True)
-        data = [i.tensor_data for plan in plans for i in plan.items]
-        needed = SPARE + sum(math.prod(d.chunk.sizes) * d.properties.dtype.itemsize for d in data)
-        check_room(self.folder.parent, needed)
+        check_room(self.folder.parent, SPARE + sum(plan.planner_data.nbytes for plan in plans))
         fresh_folder(self.folder)
-        names = (f"{RANK}{rank:05d}.safetensors" for rank in range(len(plans)))
-        return [dataclasses.replace(p, storage_data=n) for p, n in zip(plans, names, strict=True)]
+        return [dataclasses.replace(plan, storage_data=file_of(rank)) for rank, plan in enumerate(plans)]
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         done: Future[list[WriteResult]] = Future()
@@ -265,32 +267,25 @@ class Writer(StorageWriter):
             write_tensors(tensors, path)
             sync(path)
             written = _measure(path)
-            results = [WriteResult(i.index, written.size, written) for i in plan.items]
+            results = [WriteResult(MetadataIndex(written.name), written.size, written)]
         done.set_result(results)
         return done
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """On the first rank, when all have written."""
-        files = {r.storage_data.name: r.storage_data for rank in results for r in rank}
-        for file in files.values():
+        files = [result.storage_data for rank in results for result in rank]
+        for file in files:
             path = self.temporary / file.name
             if not path.is_file() or path.stat().st_size != file.size:
                 raise OSError(
                     errno.ENOENT, "a rank's file is not seen here: all nodes must share --output_dir"
                 )
-        places = {(r.index.fqn, tuple(r.index.offset)): r.storage_data.name for rank in results for r in rank}
         tensors = {
-            name: {
-                "dtype": str(stored.properties.dtype).removeprefix("torch."),
-                "shape": list(stored.size),
-                "chunks": [
-                    [list(c.offsets), list(c.sizes), places[name, tuple(c.offsets)]] for c in stored.chunks
-                ],
-            }
-            for name, stored in metadata.state_dict_metadata.items()
+            name: stored | {"chunks": [[*where, file_of(rank)] for *where, rank in stored["chunks"]]}
+            for name, stored in metadata.planner_data.items()
         }
         manifest = {"version": VERSION, "step": self.step, "run": self.run(), "tensors": tensors}
-        manifest["files"] = [dataclasses.asdict(f) for f in files.values()]
+        manifest["files"] = [dataclasses.asdict(f) for f in files]
         manifest = json.loads(json.dumps(manifest))  # as it will be read
         path = self.temporary / MANIFEST
         text = json.dumps(manifest | {"sha256": _digest(manifest)}) + "\n"

@@ -19,12 +19,11 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.metadata import MetadataIndex, StorageMeta
 
 from background import Background, Resting
 from checkpoint import remove
 from checkpoint_files import GROWING_FILES, Saved, Writer, folder_of, prune, sync
+from checkpoint_plan import CopyPlanner
 from command_line import describe
 from config import UserError
 from launch import Place
@@ -110,24 +109,6 @@ class HostCopy:
     def wait(self) -> None:
         if self.copied:
             self.copied.synchronize()
-
-
-class CopyPlanner(DefaultSavePlanner):
-    """Plans by the live tensors, which know how they are sharded, and writes their copies. What torch does for each
-    tensor, in Python, is done with rests."""
-
-    def __init__(self, copies: Tensors, background: Background):
-        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-        self.copies, self.background = copies, background
-
-    def set_up_planner(
-        self, state_dict: Tensors, storage_meta: StorageMeta | None = None, is_coordinator: bool = False
-    ) -> None:
-        super().set_up_planner(Resting(state_dict, self.background), storage_meta, is_coordinator)
-
-    def lookup_object(self, index: MetadataIndex) -> torch.Tensor:
-        self.background.rest()
-        return self.copies[index.fqn]
 
 
 class Checkpoints:

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 
 import checkpoint_files
+from background import Background
 from checkpoint_files import (
     MANIFEST,
     Damaged,
@@ -24,6 +25,7 @@ from checkpoint_files import (
     remove_checkpoints,
     steps_in,
 )
+from checkpoint_plan import CopyPlanner
 from config import UserError
 from tests.hostile_checkpoints import edit
 
@@ -39,7 +41,7 @@ TENSORS = {
 
 def write(run: Path, step: int, tensors=TENSORS, **what) -> Path:
     folder = folder_of(run, step)
-    planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    planner = CopyPlanner(tensors, Background(rests=False))
     dcp.save(tensors, storage_writer=Writer(folder, step, lambda: what), planner=planner, no_dist=True)
     return folder
 

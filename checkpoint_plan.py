@@ -1,0 +1,113 @@
+"""Which rank writes which part of a checkpoint, agreed upon through torch.distributed.checkpoint.
+
+torch's own planner sends a dozen objects for each tensor, back and forth between each rank and the first, in pickles that
+hold the interpreter: for some thousand tensors of eight ranks more than a second, in which the first one's training comes
+to few of its launches. Here a tuple goes one way, and rests are taken between tensors (background.py).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import defaultdict
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch.distributed.checkpoint.default_planner import create_default_local_save_plan
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
+
+from background import Background, Resting
+
+
+class Piece(NamedTuple):
+    """A part of a tensor, or the whole of one. shape: the tensor's; offsets, sizes: where in it the part lies."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.sizes) * self.dtype.itemsize
+
+
+def piece_of(item: WriteItem) -> Piece:
+    data, part = item.tensor_data, item.tensor_data.chunk
+    return Piece(
+        item.index.fqn, data.properties.dtype, tuple(data.size), tuple(part.offsets), tuple(part.sizes)
+    )
+
+
+@dataclass
+class Share:
+    """What a rank is to write: nbytes of it; others_write: those of its pieces that others have as well, and write."""
+
+    nbytes: int = 0
+    others_write: set[Piece] = field(default_factory=set)
+
+
+class CopyPlanner(SavePlanner):
+    """Plans by the live tensors, which know how they are sharded, and writes their copies: by name, on one rank.
+
+    A plan's planner_data: on the way to the first rank the rank's Pieces, on the way back its Share. The metadata's: what
+    the manifest says of each tensor, with ranks for their files."""
+
+    def __init__(self, copies: dict[str, torch.Tensor], background: Background):
+        self.copies, self.background = copies, background
+
+    def set_up_planner(
+        self,
+        state_dict: dict[str, torch.Tensor],
+        storage_meta: StorageMeta | None = None,
+        is_coordinator: bool = False,
+    ) -> None:
+        self.layout = Resting(state_dict, self.background)
+
+    def create_local_plan(self) -> SavePlan:
+        self.items = {}
+        for item in create_default_local_save_plan(self.layout, is_coordinator=False).items:
+            self.background.rest()
+            self.items[piece_of(item)] = item
+        return SavePlan([], planner_data=list(self.items))
+
+    def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
+        """Of a piece that several ranks have, the one with the least so far writes it. Raises ValueError if pieces do not
+        make up their tensor."""
+        holders: dict[str, dict[Piece, list[int]]] = defaultdict(lambda: defaultdict(list))
+        for rank, plan in enumerate(all_plans):
+            for piece in plan.planner_data:
+                self.background.rest()
+                holders[piece.name][piece].append(rank)
+        shares, tensors = [Share() for _ in all_plans], {}
+        for name, pieces in holders.items():
+            self.background.rest()
+            tensors[name] = described = _described(name, list(pieces))
+            for piece, ranks in pieces.items():
+                writer = min(ranks, key=lambda rank: shares[rank].nbytes)
+                shares[writer].nbytes += piece.nbytes
+                for rank in set(ranks) - {writer}:
+                    shares[rank].others_write.add(piece)
+                described["chunks"].append([list(piece.offsets), list(piece.sizes), writer])
+        return [SavePlan([], planner_data=share) for share in shares], Metadata({}, planner_data=tensors)
+
+    def finish_plan(self, new_plan: SavePlan) -> SavePlan:
+        others = new_plan.planner_data.others_write
+        return dataclasses.replace(
+            new_plan, items=[item for piece, item in self.items.items() if piece not in others]
+        )
+
+    def resolve_data(self, write_item: WriteItem) -> torch.Tensor:
+        self.background.rest()
+        return self.copies[write_item.index.fqn]
+
+
+def _described(name: str, pieces: list[Piece]) -> dict:
+    dtype, shape = pieces[0].dtype, pieces[0].shape
+    same = all((p.dtype, p.shape) == (dtype, shape) for p in pieces)
+    if not same or sum(math.prod(p.sizes) for p in pieces) != math.prod(shape):
+        raise ValueError(f"{name}: its parts on all ranks do not make up the tensor")
+    return {"dtype": str(dtype).removeprefix("torch."), "shape": list(shape), "chunks": []}

@@ -1,0 +1,74 @@
+"""What the ranks agree on before they write a checkpoint. That what they write is whole: test_checkpoints.py."""
+
+from __future__ import annotations
+
+import pickle
+from unittest import mock
+
+import pytest
+import torch
+from torch.distributed.checkpoint.planner import SavePlan
+
+from background import Background
+from checkpoint_plan import CopyPlanner, Piece
+
+
+def piece(name: str, shape: tuple, begin: int = 0, rows: int | None = None, dtype=torch.float32) -> Piece:
+    """Some rows of a tensor, or all."""
+    rows = shape[0] - begin if rows is None else rows
+    return Piece(name, dtype, shape, (begin, *[0] * (len(shape) - 1)), (rows, *shape[1:]))
+
+
+def agreed(*ranks: list[Piece], background: Background | None = None) -> tuple[list, dict]:
+    """(the rank's Share of each, what the manifest will say)."""
+    planner = CopyPlanner({}, background or Background(rests=False))
+    plans, metadata = planner.create_global_plan([SavePlan([], planner_data=pieces) for pieces in ranks])
+    return [plan.planner_data for plan in plans], metadata.planner_data
+
+
+def test_each_rank_writes_its_own_part():
+    halves = [piece("w", (3, 2), 0, 2), piece("w", (3, 2), 2, 1)]
+    shares, tensors = agreed(*([half] for half in halves))
+    assert [(share.nbytes, share.others_write) for share in shares] == [(16, set()), (8, set())]
+    chunks = [[[0, 0], [2, 2], 0], [[2, 0], [1, 2], 1]]
+    assert tensors == {"w": {"dtype": "float32", "shape": [3, 2], "chunks": chunks}}
+
+
+def test_what_several_ranks_have_is_written_once_by_the_one_with_least():
+    wide, narrow, number = piece("wide", (8,)), piece("narrow", (2,)), Piece("n", torch.int64, (), (), ())
+    shares, tensors = agreed([wide, narrow, number], [wide, narrow, number])
+    assert [share.nbytes for share in shares] == [32, 16]
+    assert [share.others_write for share in shares] == [{narrow, number}, {wide}]
+    assert [tensor["chunks"][0][2] for tensor in tensors.values()] == [0, 1, 1]
+
+
+def test_a_rank_without_a_row_writes_nothing_of_a_tensor():
+    shares, tensors = agreed([piece("w", (1, 4))], [piece("w", (1, 4), 1, 0)], [piece("w", (1, 4), 1, 0)])
+    assert [share.nbytes for share in shares] == [16, 0, 0]
+    assert sum(sizes[0] for _, sizes, _ in tensors["w"]["chunks"]) == 1
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        piece("w", (4,), 3),
+        piece("w", (4,), 1),
+        piece("w", (4,), 2, dtype=torch.bfloat16),
+        piece("w", (6,), 2, 2),
+    ],
+    ids=["missing", "twice", "of another dtype", "of another shape"],
+)
+def test_parts_that_make_up_no_tensor_are_no_checkpoint(other):
+    with pytest.raises(ValueError, match="w: its parts on all ranks do not make up the tensor"):
+        agreed([piece("w", (4,), 0, 2)], [other])
+
+
+def test_little_is_sent_and_rests_are_taken():
+    """Pickles hold the interpreter; of torch's own plans they are 200 bytes for a tensor, each way."""
+    ranks = [[piece(f"layers.{i}.weight", (64, 64), 32 * r, 32) for i in range(100)] for r in range(2)]
+    assert len(pickle.dumps(SavePlan([], planner_data=ranks[0]))) < 100 * 100
+    behind = Background(rests=True)
+    with mock.patch.object(behind, "rest") as rest:
+        shares, _ = agreed(*ranks, background=behind)
+    assert rest.call_count == 2 * 100 + 100
+    assert len(pickle.dumps(shares)) < 500
