@@ -65,11 +65,11 @@ class CopyPlanner(SavePlanner):
         storage_meta: StorageMeta | None = None,
         is_coordinator: bool = False,
     ) -> None:
-        self.layout = Resting(state_dict, self.background)
+        self.layout, self.is_coordinator = Resting(state_dict, self.background), is_coordinator
 
     def create_local_plan(self) -> SavePlan:
         self.items = {}
-        for item in create_default_local_save_plan(self.layout, is_coordinator=False).items:
+        for item in create_default_local_save_plan(self.layout, self.is_coordinator).items:
             self.background.rest()
             self.items[piece_of(item)] = item
         return SavePlan([], planner_data=list(self.items))
