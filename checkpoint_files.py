@@ -284,6 +284,7 @@ class Writer(StorageWriter):
             name: stored | {"chunks": [[*where, file_of(rank)] for *where, rank in stored["chunks"]]}
             for name, stored in metadata.planner_data.items()
         }
+        metadata.planner_data = None  # torch sends it to all ranks afterwards, which need none of it
         manifest = {"version": VERSION, "step": self.step, "run": self.run(), "tensors": tensors}
         manifest["files"] = [dataclasses.asdict(f) for f in files]
         manifest = json.loads(json.dumps(manifest))  # as it will be read

@@ -44,10 +44,11 @@ def piece_of(item: WriteItem) -> Piece:
 
 @dataclass
 class Share:
-    """What a rank is to write: nbytes of it; others_write: those of its pieces that others have as well, and write."""
+    """What a rank is to write: nbytes of it; others_write: which of its pieces, by their place in its list, others have as
+    well, and write."""
 
     nbytes: int = 0
-    others_write: set[Piece] = field(default_factory=set)
+    others_write: set[int] = field(default_factory=set)
 
 
 class CopyPlanner(SavePlanner):
@@ -77,28 +78,28 @@ class CopyPlanner(SavePlanner):
     def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
         """Of a piece that several ranks have, the one with the least so far writes it. Raises ValueError if pieces do not
         make up their tensor."""
-        holders: dict[str, dict[Piece, list[int]]] = defaultdict(lambda: defaultdict(list))
+        holders: dict[str, dict[Piece, dict[int, int]]] = defaultdict(lambda: defaultdict(dict))
         for rank, plan in enumerate(all_plans):
-            for piece in plan.planner_data:
+            for place, piece in enumerate(plan.planner_data):
                 self.background.rest()
-                holders[piece.name][piece].append(rank)
+                holders[piece.name][piece][rank] = place
         shares, tensors = [Share() for _ in all_plans], {}
         for name, pieces in holders.items():
             self.background.rest()
             tensors[name] = described = _described(name, list(pieces))
-            for piece, ranks in pieces.items():
-                writer = min(ranks, key=lambda rank: shares[rank].nbytes)
+            for piece, places in pieces.items():
+                writer = min(places, key=lambda rank: shares[rank].nbytes)
                 shares[writer].nbytes += piece.nbytes
-                for rank in set(ranks) - {writer}:
-                    shares[rank].others_write.add(piece)
+                for rank, place in places.items():
+                    if rank != writer:
+                        shares[rank].others_write.add(place)
                 described["chunks"].append([list(piece.offsets), list(piece.sizes), writer])
         return [SavePlan([], planner_data=share) for share in shares], Metadata({}, planner_data=tensors)
 
     def finish_plan(self, new_plan: SavePlan) -> SavePlan:
         others = new_plan.planner_data.others_write
-        return dataclasses.replace(
-            new_plan, items=[item for piece, item in self.items.items() if piece not in others]
-        )
+        items = [item for place, item in enumerate(self.items.values()) if place not in others]
+        return dataclasses.replace(new_plan, items=items)
 
     def resolve_data(self, write_item: WriteItem) -> torch.Tensor:
         self.background.rest()
@@ -108,6 +109,18 @@ class CopyPlanner(SavePlanner):
 def _described(name: str, pieces: list[Piece]) -> dict:
     dtype, shape = pieces[0].dtype, pieces[0].shape
     same = all((p.dtype, p.shape) == (dtype, shape) for p in pieces)
-    if not same or sum(math.prod(p.sizes) for p in pieces) != math.prod(shape):
+    if not same or not _fill(pieces, shape):
         raise ValueError(f"{name}: its parts on all ranks do not make up the tensor")
     return {"dtype": str(dtype).removeprefix("torch."), "shape": list(shape), "chunks": []}
+
+
+def _fill(pieces: list[Piece], shape: tuple[int, ...]) -> bool:
+    """Whether they are all rows of a tensor, each once; empty ones may be anywhere."""
+    if not shape:
+        return len(pieces) == 1
+    row = 0
+    for piece in sorted((p for p in pieces if p.nbytes), key=lambda p: p.offsets):
+        if piece.offsets != (row, *[0] * (len(shape) - 1)) or piece.sizes[1:] != shape[1:]:
+            return False
+        row += piece.sizes[0]
+    return row == shape[0] or math.prod(shape) == 0

@@ -237,7 +237,7 @@ class Checkpoints:
 
         writer = Writer(folder_of(self.folder, step), step, described)
         try:
-            alone = self.place.world == 1  # plans would be pickled, and sent to nobody, for half a second
+            alone = self.place.world == 1  # nothing is pickled, to be sent to nobody
             planner, layout = CopyPlanner(copies, self.background), Resting(layout, self.background)
             dcp.save(layout, storage_writer=writer, planner=planner, process_group=self.group, no_dist=alone)
         except dcp.CheckpointException as e:

@@ -42,7 +42,9 @@ TENSORS = {
 def write(run: Path, step: int, tensors=TENSORS, **what) -> Path:
     folder = folder_of(run, step)
     planner = CopyPlanner(tensors, Background(rests=False))
-    dcp.save(tensors, storage_writer=Writer(folder, step, lambda: what), planner=planner, no_dist=True)
+    writer = Writer(folder, step, lambda: what)
+    metadata = dcp.save(tensors, storage_writer=writer, planner=planner, no_dist=True)
+    assert not metadata.planner_data and not metadata.state_dict_metadata, "which goes to all ranks"
     return folder
 
 

@@ -10,7 +10,7 @@ import torch
 from torch.distributed.checkpoint.planner import SavePlan
 
 from background import Background
-from checkpoint_plan import CopyPlanner, Piece
+from checkpoint_plan import CopyPlanner, Piece, Share
 
 
 def piece(name: str, shape: tuple, begin: int = 0, rows: int | None = None, dtype=torch.float32) -> Piece:
@@ -38,14 +38,27 @@ def test_what_several_ranks_have_is_written_once_by_the_one_with_least():
     wide, narrow, number = piece("wide", (8,)), piece("narrow", (2,)), Piece("n", torch.int64, (), (), ())
     shares, tensors = agreed([wide, narrow, number], [wide, narrow, number])
     assert [share.nbytes for share in shares] == [32, 16]
-    assert [share.others_write for share in shares] == [{narrow, number}, {wide}]
+    assert [share.others_write for share in shares] == [{1, 2}, {0}]
     assert [tensor["chunks"][0][2] for tensor in tensors.values()] == [0, 1, 1]
+    shares, _ = agreed([wide], [narrow, wide], [wide, narrow])
+    assert [share.others_write for share in shares] == [set(), {1}, {0, 1}]
 
 
-def test_a_rank_without_a_row_writes_nothing_of_a_tensor():
+def test_a_rank_writes_what_no_other_does():
+    state = {name: torch.full((2,), float(i)) for i, name in enumerate("abc")}
+    planner = CopyPlanner(state, Background(rests=False))
+    planner.set_up_planner(state)
+    assert planner.create_local_plan().planner_data == [piece(name, (2,)) for name in "abc"]
+    plan = planner.finish_plan(SavePlan([], "a file", Share(8, {1})))
+    assert plan.storage_data == "a file"
+    assert [planner.resolve_data(item).tolist() for item in plan.items] == [[0, 0], [2, 2]]
+
+
+def test_ranks_without_a_row_have_one_empty_part_together():
     shares, tensors = agreed([piece("w", (1, 4))], [piece("w", (1, 4), 1, 0)], [piece("w", (1, 4), 1, 0)])
     assert [share.nbytes for share in shares] == [16, 0, 0]
-    assert sum(sizes[0] for _, sizes, _ in tensors["w"]["chunks"]) == 1
+    assert tensors["w"]["chunks"] == [[[0, 0], [1, 4], 0], [[1, 0], [0, 4], 1]]
+    assert shares[2].others_write == {0}
 
 
 @pytest.mark.parametrize(
@@ -53,10 +66,19 @@ def test_a_rank_without_a_row_writes_nothing_of_a_tensor():
     [
         piece("w", (4,), 3),
         piece("w", (4,), 1),
+        piece("w", (4,), 1, 2),
+        piece("w", (4,), 3, 2),
         piece("w", (4,), 2, dtype=torch.bfloat16),
         piece("w", (6,), 2, 2),
     ],
-    ids=["missing", "twice", "of another dtype", "of another shape"],
+    ids=[
+        "missing",
+        "twice",
+        "one twice and one missing",
+        "beyond the end",
+        "of another dtype",
+        "of another shape",
+    ],
 )
 def test_parts_that_make_up_no_tensor_are_no_checkpoint(other):
     with pytest.raises(ValueError, match="w: its parts on all ranks do not make up the tensor"):
@@ -72,3 +94,5 @@ def test_little_is_sent_and_rests_are_taken():
         shares, _ = agreed(*ranks, background=behind)
     assert rest.call_count == 2 * 100 + 100
     assert len(pickle.dumps(shares)) < 500
+    shares, _ = agreed(*[[piece(f"layers.{i}.weight", (64, 64)) for i in range(100)]] * 8)
+    assert len(pickle.dumps(shares)) < 8 * 100 * 5
