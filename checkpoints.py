@@ -150,7 +150,6 @@ class Checkpoints:
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         self.copy = HostCopy(place.device)
         optimizer.register_step_pre_hook(lambda *_: self._before_update())
-        self.allocating: Future[None] | None = None
         self.copying: Future[Tensors] | None = None
         self.writing: Future[bool] | None = None
         self.prepared = False  # whether what the first checkpoint needs has been made ready
@@ -186,7 +185,7 @@ class Checkpoints:
         """Allocates the copies' memory, which takes a second for 2 GiB, while the steps before the first checkpoint run;
         once the optimizer has its states, which a step that is left out does not give it."""
         _, local = collect(self.trained, self.optimizer, self.place.rank)
-        self.allocating = self.pool.submit(self.copy.allocate, local)
+        self.pool.submit(self.copy.allocate, local)
         self.background.prepare()
         self.prepared = True
 

@@ -382,9 +382,9 @@ def _explain(failed: dict[int, int], reports: Path, verbose: bool) -> int:
             print(f"error: rank {rank} was ended by {name}{hint}", file=sys.stderr)
             return 1
     failures = [json.loads(p.read_text()) for p in reports.glob("*.json")]
-    if not failures and 2 in failed.values():  # which has told it itself
-        return 2
     if not failures:
+        if 2 in failed.values():  # which has told it itself
+            return 2
         print("error: a process was ended from outside", file=sys.stderr)
         return 1
     first = min(failures, key=lambda f: f["time"])

@@ -94,17 +94,10 @@ def one_rank():
 @pytest.fixture(scope="session")
 def plain_run(one_rank):
     """plain_run(args) -> what `train_run` returns in one rank; computed once for the same arguments."""
+    from tests.distributed import once
     from tests.runs import train_run
 
-    made = {}
-
-    def get(args):
-        key = tuple(map(str, args))
-        if key not in made:
-            made[key] = one_rank(train_run, args)[0]
-        return made[key]
-
-    return get
+    return once(one_rank, train_run)
 
 
 @pytest.fixture(scope="session")

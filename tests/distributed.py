@@ -12,6 +12,7 @@ import multiprocessing.context
 import os
 import queue
 import traceback
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -44,6 +45,19 @@ def new_processes() -> multiprocessing.context.BaseContext:
     context = mp.get_context("spawn" if torch.cuda.is_available() else "forkserver")
     context.set_forkserver_preload(["rank_imports", "tests.runs"])
     return context
+
+
+def once(ranks: Callable, function: Callable) -> Callable:
+    """get(args) -> what function returns on rank 0 of `ranks`; computed once for the same arguments."""
+    made = {}
+
+    def get(args):
+        key = tuple(map(str, args))
+        if key not in made:
+            made[key] = ranks(function, args)[0]
+        return made[key]
+
+    return get
 
 
 class Ranks:

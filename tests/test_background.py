@@ -66,8 +66,7 @@ def test_items_come_with_rests_between_them():
 
 
 def test_a_checkpoint_rests_at_each_tensor_and_is_watched_by_nothing(tmp_path):
-    """In two of torch's loops, and in ours. A profiler would slow the
-    thread that trains as well, from Python 3.12 on."""
+    """In two of torch's loops, and in ours. A profiler would slow the thread that trains as well, from Python 3.12 on."""
     state = {f"weight.{i}": torch.full((3,), float(i)) for i in range(5)}
     writer = Writer(folder_of(tmp_path, 1), 1, lambda: {"parts": {}, "files": {}})
     behind, watching = Background(rests=True), []

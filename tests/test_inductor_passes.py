@@ -32,6 +32,7 @@ from inductor_passes import (
     LayerGraphs,
 )
 from linear4bit import WITHOUT_GRADIENT
+from tests.distributed import once
 from tests.runs import train_run
 from tests.test_parity import arguments, assert_same
 
@@ -76,15 +77,7 @@ def rewritten_run(place, argv: list[str]):
 @pytest.fixture(scope="module")
 def rewritten(one_rank):
     """rewritten(args) -> what `rewritten_run` returns; computed once for the same arguments."""
-    made = {}
-
-    def get(args):
-        key = tuple(map(str, args))
-        if key not in made:
-            made[key] = one_rank(rewritten_run, args)[0]
-        return made[key]
-
-    return get
+    return once(one_rank, rewritten_run)
 
 
 def sums_of_shared(graph: torch.fx.Graph) -> int:
