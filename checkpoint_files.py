@@ -49,7 +49,7 @@ MANIFEST, VERSION, RANK = "manifest.json", 2, "rank-"
 GROWING_FILES = ("metrics.jsonl", "samples.jsonl", "bad_steps.jsonl")
 NAME = re.compile(r"step-(\d{8,})")
 FILE = re.compile(rf"{RANK}\d{{5,}}\.safetensors", re.ASCII)
-DIGESTED = 4 * MIB  # bytes of a file at a time
+DIGESTED = 32 * MIB  # bytes of a file at a time
 HEADER = 100_000_000  # bytes of a header, the most that safetensors reads
 SPARE = MIB  # bytes of the disk that a checkpoint leaves free, for the lines of metrics.jsonl that follow
 
@@ -100,7 +100,7 @@ def read_checkpoint(folder: Path) -> Saved:
         manifest = json.loads(read_text(folder / MANIFEST, MANIFEST_FILE))
         if manifest["version"] != VERSION:
             raise UserError(f"{folder}: made by another version of this program, which can go on with it")
-        if manifest.pop("sha256") != _digest(manifest):
+        if manifest.pop("sha256") != _digest(_text(manifest)):
             raise Damaged(f"{MANIFEST} was changed")
         files = [Written(**entry) for entry in manifest["files"]]
         saved = Saved(folder, manifest["step"], manifest["run"], manifest["tensors"])
@@ -202,8 +202,12 @@ def _remove(folder: Path, ignore_errors: bool) -> None:
     remove(folder, ignore_errors)
 
 
-def _digest(manifest: dict) -> str:
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+def _text(manifest: dict) -> str:
+    return json.dumps(manifest, sort_keys=True)
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _measure(path: Path) -> Written:
@@ -285,11 +289,11 @@ class Writer(StorageWriter):
             for name, stored in metadata.planner_data.items()
         }
         metadata.planner_data = None  # torch sends it to all ranks afterwards, which need none of it
-        manifest = {"version": VERSION, "step": self.step, "run": self.run(), "tensors": tensors}
+        run = json.loads(json.dumps(self.run()))  # as it will be read
+        manifest = {"version": VERSION, "step": self.step, "run": run, "tensors": tensors}
         manifest["files"] = [dataclasses.asdict(f) for f in files]
-        manifest = json.loads(json.dumps(manifest))  # as it will be read
-        path = self.temporary / MANIFEST
-        text = json.dumps(manifest | {"sha256": _digest(manifest)}) + "\n"
+        path, text = self.temporary / MANIFEST, _text(manifest)  # once: it holds the interpreter
+        text = f'{text[:-1]}, "sha256": "{_digest(text)}"}}\n'
         if len(text) > MANIFEST_FILE:
             raise OSError(errno.EFBIG, f"its {MANIFEST} would be too large to be read")
         path.write_text(text, encoding="utf-8")

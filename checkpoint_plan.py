@@ -2,7 +2,7 @@
 
 torch's own planner sends a dozen objects for each tensor, back and forth between each rank and the first, in pickles that
 hold the interpreter: for some thousand tensors of eight ranks more than a second, in which the first one's training comes
-to few of its launches. Here a tuple goes one way, and rests are taken between tensors (background.py).
+to few of its launches. Here a tuple goes one way, once in a run, and rests are taken between tensors (background.py).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch.distributed.checkpoint.default_planner import create_default_local_save_plan
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
@@ -52,38 +53,73 @@ class Share:
 
 
 class CopyPlanner(SavePlanner):
-    """Plans by the live tensors, which know how they are sharded, and writes their copies: by name, on one rank.
+    """Plans by the live tensors, which know how they are sharded, and writes their copies: by name, on one rank. One for
+    all checkpoints of a run: what a rank holds is described again only when it is something else than the last time.
 
-    A plan's planner_data: on the way to the first rank the rank's Pieces, on the way back its Share. The metadata's: what
-    the manifest says of each tensor, with ranks for their files."""
+    A plan's planner_data: on the way to the first rank the rank's Pieces, or None for those of the last time; on the way
+    back its Share. The metadata's: what the manifest says of each tensor, with ranks for their files."""
 
-    def __init__(self, copies: dict[str, torch.Tensor], background: Background):
-        self.copies, self.background = copies, background
+    def __init__(self, background: Background):
+        self.background = background
+        self.described: list[tuple] = []  # what `items` are of
+        self.items: dict[Piece, WriteItem] = {}
+        # Of the first rank: each rank's Pieces, and what follows from them.
+        self.pieces: dict[int, list[Piece]] = {}
+        self.shares: list[Share] = []
+        self.tensors: dict[str, dict] = {}
+
+    def hold(self, layout: dict[str, torch.Tensor], local: dict[str, torch.Tensor]) -> None:
+        """What the next plan is of, as training_state.collect gives it; local: or copies of that."""
+        self.layout, self.local = layout, local
+
+    def agree(self, group: dist.ProcessGroup) -> None:
+        """Plans before there is anything to be written. Collective."""
+        own, world, first = self.create_local_plan(), dist.get_world_size(group), dist.get_rank(group) == 0
+        plans = [own] * world if first else None
+        if world > 1:
+            dist.gather_object(own, plans, group=group)
+        if plans:
+            self.create_global_plan(plans)
 
     def set_up_planner(
         self,
         state_dict: dict[str, torch.Tensor],
         storage_meta: StorageMeta | None = None,
         is_coordinator: bool = False,
-    ) -> None:
-        self.layout, self.is_coordinator = Resting(state_dict, self.background), is_coordinator
+    ) -> None: ...
 
     def create_local_plan(self) -> SavePlan:
+        described = [(name, tensor.shape, tensor.dtype) for name, tensor in self.local.items()]
+        if described == self.described:
+            return SavePlan([])
         self.items = {}
-        for item in create_default_local_save_plan(self.layout, self.is_coordinator).items:
+        for item in create_default_local_save_plan(Resting(self.layout, self.background), False).items:
             self.background.rest()
             self.items[piece_of(item)] = item
+        self.described = described
         return SavePlan([], planner_data=list(self.items))
 
     def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
-        """Of a piece that several ranks have, the one with the least so far writes it. Raises ValueError if pieces do not
-        make up their tensor."""
+        """Raises ValueError if pieces do not make up their tensor."""
+        changed = {
+            rank: plan.planner_data for rank, plan in enumerate(all_plans) if plan.planner_data is not None
+        }
+        if changed or not self.tensors:
+            self.tensors = {}
+            self.pieces |= changed
+            self.shares, self.tensors = self._deal(len(all_plans))
+        return [SavePlan([], planner_data=share) for share in self.shares], Metadata(
+            {}, planner_data=self.tensors
+        )
+
+    def _deal(self, world: int) -> tuple[list[Share], dict[str, dict]]:
+        """Of a piece that several ranks have, the one with the least so far writes it."""
         holders: dict[str, dict[Piece, dict[int, int]]] = defaultdict(lambda: defaultdict(dict))
-        for rank, plan in enumerate(all_plans):
-            for place, piece in enumerate(plan.planner_data):
+        for rank, pieces in self.pieces.items():
+            for place, piece in enumerate(pieces):
                 self.background.rest()
                 holders[piece.name][piece][rank] = place
-        shares, tensors = [Share() for _ in all_plans], {}
+        shares, tensors = [Share() for _ in range(world)], {}
         for name, pieces in holders.items():
             self.background.rest()
             tensors[name] = described = _described(name, list(pieces))
@@ -94,7 +130,7 @@ class CopyPlanner(SavePlanner):
                     if rank != writer:
                         shares[rank].others_write.add(place)
                 described["chunks"].append([list(piece.offsets), list(piece.sizes), writer])
-        return [SavePlan([], planner_data=share) for share in shares], Metadata({}, planner_data=tensors)
+        return shares, tensors
 
     def finish_plan(self, new_plan: SavePlan) -> SavePlan:
         others = new_plan.planner_data.others_write
@@ -103,7 +139,7 @@ class CopyPlanner(SavePlanner):
 
     def resolve_data(self, write_item: WriteItem) -> torch.Tensor:
         self.background.rest()
-        return self.copies[write_item.index.fqn]
+        return self.local[write_item.index.fqn]
 
 
 def _described(name: str, pieces: list[Piece]) -> dict:

@@ -20,7 +20,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 
-from background import Background, Resting
+from background import Background
 from checkpoint import remove
 from checkpoint_files import GROWING_FILES, Saved, Writer, folder_of, prune, sync
 from checkpoint_plan import CopyPlanner
@@ -104,7 +104,10 @@ class HostCopy:
         return copies
 
     def _copy(self, local: Tensors) -> Tensors:
-        return {name: self.buffers[name].copy_(tensor, non_blocking=True) for name, tensor in local.items()}
+        copies = {name: self.buffers[name] for name in local}
+        # In one call, in which the thread that trains has the interpreter.
+        torch._foreach_copy_(list(copies.values()), list(local.values()), non_blocking=True)
+        return copies
 
     def wait(self) -> None:
         if self.copied:
@@ -146,13 +149,16 @@ class Checkpoints:
         self.group = dist.new_group(backend="gloo")
         self.pool = ThreadPoolExecutor(1, "checkpoint")
         self.background = Background(place.device.type == "cuda")  # on a CPU little is launched in a second
+        self.planner = CopyPlanner(self.background)
         # Of `no_dist`. Not within the thread that saves: filters are the whole process's.
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         self.copy = HostCopy(place.device)
         optimizer.register_step_pre_hook(lambda *_: self._before_update())
         self.copying: Future[Tensors] | None = None
         self.writing: Future[bool] | None = None
-        self.prepared = False  # whether what the first checkpoint needs has been made ready
+        self.updated = self.prepared = (
+            False  # whether the optimizer has its states; what checkpoints need is ready
+        )
         self.step = self.newest = 0  # of the last checkpoint that was begun; of the last that is whole
         self.seconds = 0.0  # that the last whole one took to write, without rests
         self.waits: list[float] = []  # seconds that training stood still for a checkpoint
@@ -177,17 +183,22 @@ class Checkpoints:
         due = (self.every and step % self.every == 0) or (last and self.at_end)
         if stop or wanted or due:
             self.save(step)
-        elif (self.every or self.at_end) and not self.prepared and self.optimizer.state:
+        elif (self.every or self.at_end) and not self.prepared and self.updated:
             self._prepare()
         return stop
 
     def _prepare(self) -> None:
-        """Allocates the copies' memory, which takes a second for 2 GiB, while the steps before the first checkpoint run;
-        once the optimizer has its states, which a step that is left out does not give it."""
-        _, local = collect(self.trained, self.optimizer, self.place.rank)
+        """Has the copies' memory allocated, which takes a second for 2 GiB, and the plan made, while the steps before the
+        first checkpoint run; once the optimizer has its states, which a step that is left out does not give it."""
+        layout, local = collect(self.trained, self.optimizer, self.place.rank)
         self.pool.submit(self.copy.allocate, local)
+        self.pool.submit(self._plan, layout, local)
         self.background.prepare()
         self.prepared = True
+
+    def _plan(self, layout: Tensors, local: Tensors) -> None:
+        self.planner.hold(layout, local)
+        self.planner.agree(self.group)
 
     def save(self, step: int) -> None:
         """Begins a checkpoint, once the one before it is written."""
@@ -208,9 +219,12 @@ class Checkpoints:
 
     def _before_update(self) -> None:
         """Before each step of the optimizer, which changes what is copied. Raises what the copying raised."""
+        self.updated = True
         if self.copying:
             began = time.perf_counter()
+            self.background.hurry.set()  # the plan may still be in its way
             self.copying.result()
+            self.background.hurry.clear()
             self.copying = None
             self.copy.originals_may_change()
             self.waits[-1] += time.perf_counter() - began
@@ -237,8 +251,9 @@ class Checkpoints:
         writer = Writer(folder_of(self.folder, step), step, described)
         try:
             alone = self.place.world == 1  # nothing is pickled, to be sent to nobody
-            planner, layout = CopyPlanner(copies, self.background), Resting(layout, self.background)
-            dcp.save(layout, storage_writer=writer, planner=planner, process_group=self.group, no_dist=alone)
+            self.planner.hold(layout, copies)
+            # Not the layout: torch would ask each tensor whether it has a state of its own.
+            dcp.save({}, storage_writer=writer, planner=self.planner, process_group=self.group, no_dist=alone)
         except dcp.CheckpointException as e:
             failures = [error for error, _ in e.failures.values()]
             if not all(isinstance(error, OSError) for error in failures):
@@ -277,6 +292,7 @@ class Checkpoints:
         try:
             self._await()
         finally:
+            self.background.hurry.set()
             self.pool.shutdown()
             self.background.finish()
         dist.destroy_process_group(self.group)

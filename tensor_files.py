@@ -28,6 +28,7 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 NAMES = {dtype: name for name, dtype in DTYPES.items()} | {torch.int64: "I64"}  # which no weights are
 PIECE, PIECES = 16 * 2**20, 8  # bytes of a piece, and how many of them are read ahead of a GPU
 BLOCK = 4  # pieces that are allocated at once: 64 MiB, which torch gives to checkpoints' copies afterwards
+MOST_WRITTEN = os.sysconf("SC_IOV_MAX")  # tensors in a call
 # The process's mask can only be read by setting it, which threads must not do at once: so once, at import.
 UMASK = os.umask(0)
 os.umask(UMASK)
@@ -171,13 +172,19 @@ def save_tensors(
 
 
 def write_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    """The same for a thread beside the one that trains, which has the interpreter again after each tensor: the library
-    holds it for a tenth of a second while it looks at some thousand of them. All on the CPU."""
+    """The same for a thread beside the one that trains, which has the interpreter while tensors are written, hundreds at a
+    time: the library holds it for a tenth of a second while it looks at some thousand of them, and for whoever lets it
+    go for each one, the other is woken as often. All on the CPU."""
     # Widest first, so that each lies where its dtype can be read.
     ordered = dict(sorted(tensors.items(), key=lambda item: -item[1].element_size()))
+    left = [memoryview(_flat(tensor.contiguous()).numpy()) for tensor in ordered.values()]
     with path.open("wb", buffering=0) as file:
         write_header(file, ordered)
-        for tensor in ordered.values():
-            left = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
-            while left:
-                left = left[file.write(left) :]
+        begin = 0
+        while begin < len(left):
+            written = os.writev(file.fileno(), left[begin : begin + MOST_WRITTEN])
+            while begin < len(left) and written >= len(left[begin]):
+                written -= len(left[begin])
+                begin += 1
+            if written:
+                left[begin] = left[begin][written:]

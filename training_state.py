@@ -32,6 +32,7 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {clean(name): p for name, p in model.named_parameters() if p.requires_grad}
 
 
+@torch.no_grad()  # of DTensors, `to_local` is otherwise an operation to be differentiated, and takes ten times as long
 def collect(
     trained: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, rank: int
 ) -> tuple[Tensors, Tensors]:
@@ -40,7 +41,7 @@ def collect(
     local = _random_states(rank)
     layout = dict(local)
     for name, param in trained.items():
-        layout[f"model.{name}"], local[f"model.{name}"] = param.detach(), _local(param)
+        layout[f"model.{name}"], local[f"model.{name}"] = param, _local(param)
         for key, value in optimizer.state.get(param, {}).items():
             suffix, placed = _layout(value, param, rank, has_blocks(optimizer))
             stored = f"optimizer.{key}{suffix}.{name}"
@@ -49,7 +50,7 @@ def collect(
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:
-    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
 
 
 def _is_number(value) -> bool:

@@ -41,9 +41,10 @@ TENSORS = {
 
 def write(run: Path, step: int, tensors=TENSORS, **what) -> Path:
     folder = folder_of(run, step)
-    planner = CopyPlanner(tensors, Background(rests=False))
+    planner = CopyPlanner(Background(rests=False))
+    planner.hold(tensors, tensors)
     writer = Writer(folder, step, lambda: what)
-    metadata = dcp.save(tensors, storage_writer=writer, planner=planner, no_dist=True)
+    metadata = dcp.save({}, storage_writer=writer, planner=planner, no_dist=True)
     assert not metadata.planner_data and not metadata.state_dict_metadata, "which goes to all ranks"
     return folder
 

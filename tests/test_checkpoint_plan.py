@@ -21,7 +21,7 @@ def piece(name: str, shape: tuple, begin: int = 0, rows: int | None = None, dtyp
 
 def agreed(*ranks: list[Piece], background: Background | None = None) -> tuple[list, dict]:
     """(the rank's Share of each, what the manifest will say)."""
-    planner = CopyPlanner({}, background or Background(rests=False))
+    planner = CopyPlanner(background or Background(rests=False))
     plans, metadata = planner.create_global_plan([SavePlan([], planner_data=pieces) for pieces in ranks])
     return [plan.planner_data for plan in plans], metadata.planner_data
 
@@ -46,8 +46,8 @@ def test_what_several_ranks_have_is_written_once_by_the_one_with_least():
 
 def test_a_rank_writes_what_no_other_does():
     state = {name: torch.full((2,), float(i)) for i, name in enumerate("abc")}
-    planner = CopyPlanner(state, Background(rests=False))
-    planner.set_up_planner(state)
+    planner = CopyPlanner(Background(rests=False))
+    planner.hold(state, state)
     assert planner.create_local_plan().planner_data == [piece(name, (2,)) for name in "abc"]
     plan = planner.finish_plan(SavePlan([], "a file", Share(8, {1})))
     assert plan.storage_data == "a file"
@@ -96,3 +96,53 @@ def test_little_is_sent_and_rests_are_taken():
     assert len(pickle.dumps(shares)) < 500
     shares, _ = agreed(*[[piece(f"layers.{i}.weight", (64, 64)) for i in range(100)]] * 8)
     assert len(pickle.dumps(shares)) < 8 * 100 * 5
+
+
+def test_the_plan_is_made_once_for_what_stays_as_it_is():
+    state = {name: torch.zeros(4, 2) for name in "abc"}
+    first, other = (CopyPlanner(Background(rests=False)) for _ in range(2))
+
+    def plans() -> tuple[list, list, dict]:
+        sent = []
+        for planner in (first, other):
+            planner.hold(state, {name: tensor.clone() for name, tensor in state.items()})
+            sent.append(planner.create_local_plan())
+        back, metadata = first.create_global_plan(sent)
+        return (
+            [plan.planner_data for plan in sent],
+            [plan.planner_data for plan in back],
+            metadata.planner_data,
+        )
+
+    sent, shares, tensors = plans()
+    assert [len(pieces) for pieces in sent] == [3, 3]
+    with mock.patch.object(first, "_deal") as deal:
+        assert plans() == ([None, None], shares, tensors)
+    assert not deal.called
+    state["d"] = torch.zeros(3, dtype=torch.int64)
+    sent, shares, tensors = plans()
+    assert [len(pieces) for pieces in sent] == [4, 4]
+    assert list(tensors) == list("abcd") and sum(share.nbytes for share in shares) == 3 * 32 + 24
+    del state["a"], state["d"]
+    assert list(plans()[2]) == ["b", "c"]
+    first.hold(state, state | {"b": torch.zeros(5)})
+    assert first.create_local_plan().planner_data, "another shape"
+    first.hold(state, state | {"b": torch.zeros(4, 2).bfloat16()})
+    assert first.create_local_plan().planner_data, "another dtype"
+
+
+def test_a_rank_that_changed_is_dealt_with_anew_and_the_others_as_before():
+    planner, whole = CopyPlanner(Background(rests=False)), piece("w", (4,))
+    halves = [[piece("w", (4,), 0, 2)], [piece("w", (4,), 2)]]
+    sent = [SavePlan([], planner_data=pieces) for pieces in halves]
+    planner.create_global_plan(sent)
+    _, metadata = planner.create_global_plan(
+        [SavePlan([], planner_data=[*halves[0], piece("v", (4,))]), SavePlan([])]
+    )
+    assert metadata.planner_data["w"]["chunks"] == [[[0], [2], 0], [[2], [2], 1]]
+    assert metadata.planner_data["v"]["chunks"] == [[[0], [4], 0]]
+    for _ in range(2):  # what could not be agreed upon once is not taken for agreed upon
+        with pytest.raises(ValueError, match="w: its parts"):
+            planner.create_global_plan([SavePlan([], planner_data=[whole]), SavePlan([])])
+    with pytest.raises(ValueError, match="w: its parts"):
+        planner.create_global_plan([SavePlan([]), SavePlan([])])

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import background
+import checkpoint_plan
 import checkpoints
 from checkpoint_files import folder_of, read_checkpoint
 from checkpoints import Checkpoints, HostCopy, host_memory
@@ -313,6 +314,53 @@ def test_the_collector_is_told_once_before_the_first_save(every, one_rank, tmp_p
     """Of a run that goes on as well, and with nothing before the first step's."""
     steps = [step if every == 1 else step // 4 * 4 for step in range(1, 9)]
     assert one_rank(preparations, str(tmp_path), every) == [[(step, 1) for step in steps]]
+
+
+def plans(place, folder: str) -> list[int]:
+    """How often tensors have been described to the other ranks after each of some steps, in the last of which another
+    parameter has its first gradient."""
+    run, seen = Small(place, folder, every=2), []
+    weight, bias = run.model.parameters()
+    with mock.patch.object(
+        checkpoint_plan,
+        "create_default_local_save_plan",
+        wraps=checkpoint_plan.create_default_local_save_plan,
+    ) as described:
+        for step in range(1, 7):
+            bias.requires_grad_(step > 4)  # as an expert's that no token is sent to: it has no state yet
+            run.step()
+            run.buffers()
+            seen.append(described.call_count)
+            if step % 2 == 0:
+                run.check_saved()
+        run.checkpoints.finish()
+    assert len(run.optimizer.state[bias]) == len(run.optimizer.state[weight]) > 0
+    return seen
+
+
+def test_a_plan_is_made_before_the_first_checkpoint_and_again_for_what_is_new(one_rank, tmp_path):
+    assert one_rank(plans, str(tmp_path)) == [[1, 1, 1, 1, 1, 2]]
+
+
+def update_beside_a_plan(place, folder: str) -> tuple[bool, float]:
+    """Whether a plan is at rest when a checkpoint is begun, and how long the next update then waits."""
+    run = Small(place, folder, every=2)
+    run.checkpoints.background.rests = True  # as on a GPU
+    with mock.patch.object(background, "REST", 60.0), mock.patch.object(background, "TURN", 0.0):
+        run.step()
+        time.sleep(0.5)
+        resting = not run.checkpoints.planner.described
+        run.step()
+        began = time.perf_counter()
+        run.step()
+        seconds = time.perf_counter() - began
+        run.checkpoints.finish()
+    return resting, seconds
+
+
+def test_a_plan_that_rests_does_not_hold_up_the_update_after_a_save(one_rank, tmp_path):
+    ((resting, seconds),) = one_rank(update_beside_a_plan, str(tmp_path))
+    assert resting and seconds < 30
 
 
 def warnings_of_a_save(place, folder: str) -> list[str]:
