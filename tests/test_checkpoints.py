@@ -19,7 +19,7 @@ import background
 import checkpoint_plan
 import checkpoints
 from checkpoint_files import folder_of, read_checkpoint
-from checkpoints import Checkpoints, HostCopy, host_memory
+from checkpoints import Checkpoints, HostCopy, host_memory, use
 from stopping import NeverStop
 from tensor_files import write_tensors
 from training_state import Tensors, collect
@@ -361,6 +361,40 @@ def update_beside_a_plan(place, folder: str) -> tuple[bool, float]:
 def test_a_plan_that_rests_does_not_hold_up_the_update_after_a_save(one_rank, tmp_path):
     ((resting, seconds),) = one_rank(update_beside_a_plan, str(tmp_path))
     assert resting and seconds < 30
+
+
+def test_the_thread_uses_the_ranks_gpu():
+    with mock.patch.object(torch.cuda, "set_device") as set_device:
+        use(torch.device("cpu"))
+        assert not set_device.called
+        use(device := torch.device("cuda", 1))
+    set_device.assert_called_once_with(device)
+
+
+def device_of_the_thread(place, folder: str) -> bool:
+    with mock.patch.object(checkpoints, "use", wraps=use) as first:
+        run = Small(place, folder, every=1)
+        run.step()
+        run.checkpoints.finish()
+    return first.call_args_list == [mock.call(place.device)]
+
+
+def test_the_thread_is_told_of_the_ranks_device(one_rank, tmp_path):
+    assert one_rank(device_of_the_thread, str(tmp_path)) == [True]
+
+
+def gpus_in_use(place, folder: str) -> list[bool]:
+    run = Small(place, folder, every=2)
+    for _ in range(4):
+        run.step()
+    run.checkpoints.finish()
+    return [torch._C._cuda_hasPrimaryContext(gpu) for gpu in range(torch.cuda.device_count())]
+
+
+@pytest.mark.two_gpus
+def test_a_rank_that_saves_uses_no_others_gpu(two_ranks, tmp_path):
+    for rank, used in enumerate(two_ranks(gpus_in_use, str(tmp_path))):
+        assert used == [gpu == rank for gpu in range(len(used))]
 
 
 def warnings_of_a_save(place, folder: str) -> list[str]:
