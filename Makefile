@@ -1,4 +1,4 @@
-# make demo, make test, make test-slow (whole runs, under launchers), make lint: each sets up .venv first. Python 3.11 or newer; no GPU needed.
+# make demo, make test, make test-slow (whole runs, more combinations), make lint: each sets up .venv first. Python 3.11 or newer; no GPU needed.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin

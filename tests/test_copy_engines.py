@@ -21,6 +21,7 @@ import wrapping
 from config import UserError
 from copy_engines import Buffers, CopiedAllGather, CopiedReduceScatter, Trial, make_copies
 from loss import all_gather, ranks_of_a_copy, reduce_scatter
+from tests.products import products
 from tests.runs import train_run
 from tests.test_parity import arguments, assert_same
 
@@ -122,16 +123,22 @@ def run_with_files(place, folder: str, args: list) -> tuple:
     return result, [len(buffers.all) for buffers in used]
 
 
+OPTIONS = [
+    "--use_gradient_checkpointing true",
+    "--use_gradient_checkpointing true --wrap_policy sublayer --use_cpu_offload",
+    "--use_gradient_checkpointing false --sharding_strategy shard_grad_op --gradient_accumulation_steps 2 --no_sync",
+]
+
+
 @on_cpus
 @pytest.mark.parametrize(
-    "options",
-    [
-        "--use_gradient_checkpointing true",
-        "--use_gradient_checkpointing true --wrap_policy sublayer --use_cpu_offload",
-        "--use_gradient_checkpointing false --sharding_strategy shard_grad_op --gradient_accumulation_steps 2 --no_sync",
-    ],
+    ("train_type", "options"),
+    products(
+        ["bnb_dora", "full"],
+        OPTIONS,
+        always=[("bnb_dora", OPTIONS[0]), ("bnb_dora", OPTIONS[2]), ("full", OPTIONS[1])],
+    ),
 )
-@pytest.mark.parametrize("train_type", ["bnb_dora", "full"])
 def test_fsdp_trains_the_same_with_them(train_type, options, checkpoints, alpaca_file, two_ranks, tmp_path):
     """To the last bit, as two ranks' sums have no order; in few buffers."""
     args = [*arguments(checkpoints(), alpaca_file, train_type), "--batch_size", "2", *options.split()]

@@ -27,6 +27,7 @@ from finished_run import load_model, open_run
 from formats import ALPACA, FORMATS, QA
 from launch import Place
 from precision import choose_precision
+from tests.products import products
 from tests.runs import dense_tensors, make_job, randomize, trained_tensors, whole_run
 from tests.test_adapters import as_peft
 from tests.test_sources import BYTES
@@ -171,7 +172,7 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", products(VARIANTS, always=[("offload",), ("full_shard",)]))
 def test_training_does_not_notice(variant, checkpoints, alpaca_file, two_ranks, tmp_path):
     """The same losses and weights, bit for bit, with dropout, which draws random numbers."""
     out = [

@@ -20,6 +20,7 @@ from evaluation import Evaluator, kept_in
 from launch import Place
 from model_writer import Entry
 from tensor_files import save_tensors
+from tests.products import products
 from tests.programs import small
 from tests.resuming import CHECK_ROOM, Filling, check_room_by, contents, fill, lines, repeated, run
 from tracking import NoTracker, despite_full_disk
@@ -29,6 +30,7 @@ KINDS = {  # (model, options)
     "full": ("llama", "--train_type full --lr 1e-3"),
     "bnb_llama_pro": ("llama_pro", "--train_type bnb_llama_pro --lr 1e-3"),
 }
+SOME = products(KINDS, [True, False], always=[("bnb_dora", True), ("full", False), ("bnb_llama_pro", False)])
 RUN = "--batch_size 1 --num_epochs 2 --max_steps 6 --context_length 256 --log_to stdout".split()
 EVALUATING = "--eval_share 0.2 --eval_every 1".split()
 
@@ -77,8 +79,7 @@ def attempt(place, argv: list[str], filling: Filling) -> tuple[str, list]:
         check_room_by(CHECK_ROOM)
 
 
-@pytest.mark.parametrize("checked", [True, False])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "checked"), SOME)
 def test_the_best_step_before_stays(
     kind, checked, checkpoints, alpaca_file, two_ranks, undisturbed, small_disk
 ):
@@ -187,8 +188,7 @@ def test_a_full_disk_does_not_change_when_a_run_stops(full, kept, tmp_path):
     assert (judging.kept_step, judging.kept_loss) == (2, 2.0)
 
 
-@pytest.mark.parametrize("checked", [True, False])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "checked"), SOME)
 def test_the_result_is_saved_when_there_is_room_again(
     kind, checked, checkpoints, alpaca_file, two_ranks, undisturbed, small_disk
 ):

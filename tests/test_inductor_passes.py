@@ -109,7 +109,7 @@ def product_of(h: torch.fx.Node) -> torch.fx.Node:
         ("bnb_dora", "", 3, 3, 4),  # the scales of down_proj's blocks cannot carry those of its rows
         ("hqq_dora", "--use_gradient_checkpointing false", 3, 3, 4),
         ("qlora", "--lora_target_modules q_proj,v_proj,down_proj", 2, 2, 7),  # k_proj's stands between theirs
-        ("qlora", "--lora_target_modules o_proj,up_proj", 2, 2, 7),
+        pytest.param("qlora", "--lora_target_modules o_proj,up_proj", 2, 2, 7, marks=pytest.mark.slow),
         (
             "qlora",
             "--precision bf16_autocast",
@@ -144,7 +144,7 @@ def test_siblings_are_joined(
     ("train_type", "options", "sums"),
     [
         ("bnb_dora", "", {(0, 0), (6, 4)}),  # down_proj's blocks cannot carry the scales of its rows
-        ("hqq_dora", "", {(0, 0), (6, 4)}),
+        pytest.param("hqq_dora", "", {(0, 0), (6, 4)}, marks=pytest.mark.slow),
         ("bnb_dora", "--lora_target_modules up_proj", {(0, 0), (1, 0)}),
         ("bnb_dora", "--lora_target_modules v_proj,o_proj", {(0, 0), (2, 2)}),
         ("qlora", "", {(0, 0)}),

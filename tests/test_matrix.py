@@ -1,11 +1,13 @@
 """Every train type under every way of sharding, offloading, recomputing and wrapping equals the plain run: one
 process, nothing recomputed, nothing offloaded. Tolerances as in test_parity.py, which says why.
 
-Not every product of options is run: in two ranks every train type meets full_shard, shard_grad_op, ddp, both
-offloads, checkpointing and sublayer units; the hybrid strategies and the rest meet one train type of each kind.
+Not every product of options is in `make test`: there every train type meets checkpointing, sublayer units and offloaded
+activations in two ranks, and all else meets one train type of each kind. `make test-slow` has the rest.
 """
 
 from __future__ import annotations
+
+from itertools import product
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ import torch
 from activation_offload import HostStash, Stashed
 from config import FIELDS
 from quantize_layers import Linear4bit
+from tests.products import products
 from tests.runs import set_up, train_run
 from tests.test_parity import TYPES, arguments, assert_same, biased
 from wrapping import STRATEGIES, WRAP_POLICIES
@@ -56,15 +59,23 @@ def plain(checkpoints, alpaca_file, plain_run):
     return get
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("train_type", TYPES)
+UNITS, KEPT, WHOLE = VARIANTS
+SOME = [
+    *((train_type, UNITS) for train_type in TYPES),
+    *((train_type, KEPT) for train_type in ("full", "bnb_dora", "hqq_lora", "bnb_llama_pro")),
+    *((train_type, WHOLE) for train_type in ("full", "dora", "qlora", "hqq_dora", "llama_pro")),
+]
+
+
+@pytest.mark.parametrize(("train_type", "variant"), products(TYPES, VARIANTS, always=SOME))
 def test_two_ranks(train_type, variant, plain, two_ranks):
     args, expected = plain(train_type)
     assert_same(expected, two_ranks(train_run, [*args, "--batch_size", "2", *VARIANTS[variant].split()])[0])
 
 
-@pytest.mark.parametrize("variant", ON_TWO)
-@pytest.mark.parametrize("train_type", ["full", "bnb_dora"])
+@pytest.mark.parametrize(
+    ("train_type", "variant"), products(TYPES, ON_TWO, always=product(["full", "bnb_dora"], ON_TWO))
+)
 def test_two_ranks_more(train_type, variant, plain, two_ranks):
     args, expected = plain(train_type)
     assert_same(expected, two_ranks(train_run, [*args, "--batch_size", "2", *ON_TWO[variant].split()])[0])
@@ -79,8 +90,21 @@ def test_other_families(kind, checkpoints, alpaca_file, plain_run, two_ranks):
     assert_same(expected, two_ranks(train_run, [*args, "--batch_size", "2", *variant])[0])
 
 
-@pytest.mark.parametrize("variant", ON_FOUR)
-@pytest.mark.parametrize("train_type", ["full", "hqq_dora"])
+GROUPS, KEPT_IN_GROUPS, _ = ON_FOUR
+
+
+@pytest.mark.parametrize(
+    ("train_type", "variant"),
+    products(
+        TYPES,
+        ON_FOUR,
+        always=[
+            *product(["full"], ON_FOUR),
+            *product(["hqq_dora"], [GROUPS, KEPT_IN_GROUPS]),
+            ("bnb_llama_pro", KEPT_IN_GROUPS),
+        ],
+    ),
+)
 def test_four_ranks(train_type, variant, plain, four_ranks):
     args, expected = plain(train_type)
     options = ["--batch_size", "1", *ON_FOUR[variant].split()]
@@ -91,8 +115,17 @@ def test_four_ranks(train_type, variant, plain, four_ranks):
     assert_same(expected, four_ranks(train_run, [*args, *options])[0])
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("train_type", ["full", "bnb_dora"])
+@pytest.mark.parametrize(
+    ("train_type", "variant"),
+    products(
+        TYPES,
+        VARIANTS,
+        always=[
+            *product(["full", "bnb_dora"], VARIANTS),
+            *product(["qlora", "hqq_lora", "bnb_llama_pro"], [KEPT]),
+        ],
+    ),
+)
 def test_one_rank(train_type, variant, plain, one_rank):
     args, expected = plain(train_type)
     assert_same(expected, one_rank(train_run, [*args, "--batch_size", "4", *VARIANTS[variant].split()])[0])

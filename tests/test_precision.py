@@ -14,6 +14,7 @@ from config import FIELDS
 from data import Batch
 from models.family import clean
 from precision import Precision, choose_precision, precision_here
+from tests.products import products
 from tests.runs import set_up, train_run, trained_tensors
 from tests.test_parity import arguments, biased
 from tracking import Metrics, Tracker
@@ -48,8 +49,19 @@ def plain(checkpoints, alpaca_file, plain_run):
     return get
 
 
-@pytest.mark.parametrize("mode", ["auto", *MODES[1:]])
-@pytest.mark.parametrize("train_type", ["full", "bnb_dora", "hqq_lora", "bnb_llama_pro"])
+@pytest.mark.parametrize(
+    ("train_type", "mode"),
+    products(
+        ["full", "bnb_dora", "hqq_lora", "bnb_llama_pro"],
+        ["auto", *MODES[1:]],
+        always=[
+            *(("full", mode) for mode in ("auto", *MODES[1:])),
+            *(("bnb_dora", mode) for mode in ("bf16", "fp16_autocast")),
+            *(("hqq_lora", mode) for mode in ("auto", "fp16_autocast", "bf16_buffers_autocast")),
+            ("bnb_llama_pro", "bf16_autocast"),
+        ],
+    ),
+)
 def test_follows_fp32(train_type, mode, plain, two_ranks):
     args, expected = plain(train_type)  # two of its steps: 16-bit matmuls are slow on a CPU
     args = [*args, "--max_steps", "2", "--batch_size", "2", "--precision", mode]

@@ -20,6 +20,7 @@ import train
 from config import METHODS
 from faults import BadSteps
 from recompute import GRAPHS, Keep, Recomputed, allow_graphs, compiler
+from tests.products import products
 from tests.runs import set_up, train_run
 from tests.test_parity import TYPES, arguments, assert_same, biased
 
@@ -39,7 +40,17 @@ def compiled_run(place, argv: list[str]):
 
 @pytest.mark.parametrize(
     ("train_type", "checkpointing"),
-    [*((t, "true") for t in TYPES), ("full", "false"), ("bnb_dora", "false"), ("hqq_llama_pro", "false")],
+    products(
+        TYPES,
+        ["true", "false"],
+        always=[
+            ("full", "false"),
+            ("lora", "true"),
+            ("qlora", "true"),
+            ("bnb_dora", "true"),
+            ("hqq_llama_pro", "true"),
+        ],
+    ),
 )
 def test_compiled(train_type, checkpointing, checkpoints, alpaca_file, plain_run, one_rank):
     args = arguments(checkpoints(biased(train_type)), alpaca_file, train_type)
@@ -51,7 +62,7 @@ def test_compiled(train_type, checkpointing, checkpoints, alpaca_file, plain_run
     assert kinds <= graphs <= 3 * kinds
 
 
-@pytest.mark.parametrize("train_type", ["qlora", "bnb_dora"])
+@pytest.mark.parametrize("train_type", products(["qlora", "bnb_dora"], always=[("bnb_dora",)]))
 def test_compiled_units_within_layers_in_two_ranks(
     train_type, checkpoints, alpaca_file, plain_run, two_ranks
 ):
@@ -99,9 +110,15 @@ def counted_run(place, argv: list[str], compiled: bool, keeping: int):
     return results, [layer.keep for layer in budgets[0].layers], per_step[1:]
 
 
-@pytest.mark.parametrize("keeping", [0, 2])
-@pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("train_type", ["qlora", "hqq_dora"])
+@pytest.mark.parametrize(
+    ("train_type", "compiled", "keeping"),
+    products(
+        ["qlora", "hqq_dora"],
+        [False, True],
+        [0, 2],
+        always=[("qlora", False, 2), ("qlora", True, 0), ("hqq_dora", False, 0), ("hqq_dora", True, 2)],
+    ),
+)
 def test_what_is_computed_again(train_type, compiled, keeping, checkpoints, alpaca_file, plain_run, one_rank):
     """Each weight is dequantized in forward and in backward, for its recomputation where its result was not kept, and
     for DoRA's norm. What only a compiled layer knows: nothing needs LoRA's last projection again; DoRA's is on the
