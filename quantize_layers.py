@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from config import UserError
 from launch import Place
 from linear4bit import compute_dtype, dequantize, linear4bit, name_of
 from loss import FrozenEmbedding
@@ -267,7 +268,10 @@ def _read(name: str, module: nn.Module, files: CheckpointFiles, device: torch.de
         source = source.to(device)
         quantizer = quantizer_of(module, name.rpartition(".")[2])
         if quantizer and isinstance(source, torch.Tensor):
-            source = PackedWeight(*quantizer.quantize(source))
+            try:
+                source = PackedWeight(*quantizer.quantize(source))
+            except ValueError as e:
+                raise UserError(f"{name}: {e}") from None
         return source
 
 

@@ -153,7 +153,8 @@ class HQQ:
 
     codes: a stream of `n_bits` each, the first weight in the lowest bits: three bits are eight weights in three
     bytes, where hqq's own packing takes 3.2. scales: all scales, then all zero points. What hqq computes in
-    fp16 on a GPU is kept as it is; dequantization computes in fp32 and rounds once.
+    fp16 on a GPU is kept as it is; dequantization computes in fp32 and rounds once. `quantize` raises ValueError where
+    a zero point is beyond fp16.
     """
 
     n_bits: int
@@ -174,7 +175,14 @@ class HQQ:
         codes, meta = Library.quantize(
             weight, nbits=self.n_bits, group_size=self.block, axis=1, bitpack=False, device=str(weight.device)
         )
-        return pack_bits(codes, self.n_bits), flat_bytes(meta["scale"].half(), meta["zero"].half())
+        scale, zero = meta["scale"].half(), meta["zero"].half()
+        if not (
+            scale.isfinite() & zero.isfinite()
+        ).all():  # as of weights around 4.5 that differ by a thousandth
+            raise ValueError(
+                "has a block whose weights lie too far from 0, and too close together, for HQQ's fp16 zero points"
+            )
+        return pack_bits(codes, self.n_bits), flat_bytes(scale, zero)
 
     def dequantize(self, codes, scales, table, shape, dtype, row_scale=None, out=None) -> torch.Tensor:
         code_bytes, scale_bytes = self.sizes(shape)

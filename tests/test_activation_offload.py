@@ -1,5 +1,5 @@
 """What layers leave on the host comes back once, a layer ahead, in whichever order backward asks for a layer's tensors.
-On the CPU: the same bookkeeping with plain copies. That memory is freed and copies overlap: tests/test_gpu_modes.py."""
+On the CPU: the same bookkeeping with plain copies. That memory is freed: tests/test_gpu_modes.py."""
 
 from __future__ import annotations
 

@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import bitsandbytes.functional as bnb
@@ -251,11 +252,17 @@ def test_two_gpus_equal_one_under(name, tmp_path):
 
 
 @pytest.mark.two_gpus
-@pytest.mark.parametrize("precision", ["auto", "fp32", "bf16"])
-@pytest.mark.parametrize("train_type", ["full", "lora", "dora", "qlora", "bnb_dora"])
+@pytest.mark.parametrize(
+    ("train_type", "precision"),
+    [
+        *product(["full", "lora", "dora", "qlora", "bnb_dora"], ["auto", "fp32", "bf16"]),
+        *product(["hqq_lora", "hqq_dora", "llama_pro", "bnb_llama_pro", "hqq_llama_pro"], ["auto"]),
+    ],
+)
 def test_two_gpus_equal_one(train_type, precision, tmp_path):
     """Five steps. In fp32 to 1e-4; in bf16 the micro-batches' padded shapes round differently: 2%."""
-    model = tiny.save_checkpoint("llama", tmp_path / "model", torch.bfloat16)
+    kind = "llama_pro" if train_type.endswith("llama_pro") else "llama"
+    model = tiny.save_checkpoint(kind, tmp_path / "model", torch.bfloat16)
     data = tiny.write_alpaca(tmp_path / "data.jsonl")
     args = ["--model_name", model, "--dataset", data, "--train_type", train_type, "--precision", precision]
     args += "--max_steps 5 --lr 1e-3 --log_to stdout --save_model false".split()

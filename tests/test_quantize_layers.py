@@ -50,6 +50,29 @@ def test_dequantized_weight_is_bitsandbytes_own(shape, stored, dtype):
     assert 0.05 < (found - weight).norm() / weight.norm() < 0.12  # NF4's error
 
 
+def close_together(n: int) -> torch.Tensor:
+    """[n, 64], far from 0: with 8 bits their zero point is 65,536 and more."""
+    return 4.5 + 1e-3 * torch.randn(n, 64)
+
+
+def test_weights_that_hqqs_zero_points_do_not_reach_are_refused():
+    HQQ(4).quantize(close_together(2))
+    with pytest.raises(ValueError, match="too far from 0"):
+        HQQ(8).quantize(torch.cat((torch.randn(3, 64), close_together(1))))
+
+
+def test_a_weight_that_cannot_be_quantized_is_named(checkpoints, alpaca_file, one_rank, tmp_path):
+    model = shutil.copytree(checkpoints(), tmp_path / "model")
+    name = "model.layers.1.mlp.up_proj.weight"
+    path = next(p for p in model.glob("*.safetensors") if name in load_file(p))
+    stored = load_file(path)
+    stored[name].view(-1, 64)[2] = close_together(1)[0]
+    save_file(stored, path)
+    args = ["--model_name", model, "--dataset", alpaca_file, "--train_type", "hqq_lora", "--n_bits", "8"]
+    with pytest.raises(AssertionError, match=f"UserError: {name}: has a block whose weights"):
+        one_rank(set_up, args)
+
+
 @pytest.mark.parametrize("n_bits", HQQ_BITS)
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
