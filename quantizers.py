@@ -16,6 +16,7 @@ import bitsandbytes.functional as bnb
 import torch
 
 SCALE_BLOCK = 256  # NF4 scales that share a second-level scale: bitsandbytes' default
+EXPANDED = 2**22  # weights that plain operations expand at a time
 
 
 class Quantizer(Protocol):
@@ -218,12 +219,24 @@ def pack_bits(codes: torch.Tensor, n_bits: int) -> torch.Tensor:
 
 
 def _expand(codes, scale, zero, n_bits: int, block: int, dtype: torch.dtype) -> torch.Tensor:
-    """(code - zero) * scale of every weight, 1-D. codes: uint8, 1-D; scale, zero [blocks] fp32."""
+    """(code - zero) * scale of every weight, [blocks, block]. codes: uint8, 1-D; scale, zero [blocks] fp32. Some at a time:
+    on the way each takes up to 12 bytes, of a large weight as a whole most of a GiB."""
+    weight = torch.empty(len(scale), block, dtype=dtype, device=codes.device)
+    step = max(EXPANDED // block // 8, 1) * 8  # blocks, whose codes are whole bytes whatever n_bits is
+    for first in range(0, len(weight), step):
+        blocks = slice(first, first + step)
+        some = codes[first * block * n_bits // 8 : (first + step) * block * n_bits // 8]
+        values = _values(some, n_bits).view(-1, block).float()
+        weight[blocks] = values.sub_(zero[blocks, None]).mul_(scale[blocks, None])
+    return weight
+
+
+def _values(codes: torch.Tensor, n_bits: int) -> torch.Tensor:
+    """The whole numbers of `pack_bits`: [bytes / word bytes, codes of a word] int32."""
     per_word, word_bytes = _word(n_bits)
     words = codes.view(-1, word_bytes).to(torch.int32)
     word = words[:, 0]
     for i in range(1, word_bytes):
         word = word | words[:, i] << 8 * i
     shifts = torch.arange(per_word, device=codes.device, dtype=torch.int32) * n_bits
-    values = ((word[:, None] >> shifts) & (2**n_bits - 1)).view(-1, block).float()
-    return ((values - zero[:, None]) * scale[:, None]).to(dtype).view(-1)
+    return (word[:, None] >> shifts) & (2**n_bits - 1)

@@ -11,6 +11,7 @@ from hqq.core.quantize import Quantizer
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+import quantizers
 from config import HQQ_BITS
 from quantize_layers import STORAGE, Linear4bit, as_storage
 from quantizers import HQQ, NF4, pack_bits
@@ -48,6 +49,15 @@ def test_dequantized_weight_is_bitsandbytes_own(shape, stored, dtype):
     found = quantized(weight, dtype).weight
     assert torch.equal(found, reference(weight, dtype))
     assert 0.05 < (found - weight).norm() / weight.norm() < 0.12  # NF4's error
+
+
+@pytest.mark.parametrize("n_bits", HQQ_BITS)
+def test_plain_operations_expand_some_blocks_at_a_time(n_bits, monkeypatch):
+    quantizer, shape = HQQ(n_bits), (19, 64)
+    packed = (*quantizer.quantize(torch.randn(shape)), None, shape, torch.float32)
+    whole = quantizer.dequantize(*packed)
+    monkeypatch.setattr(quantizers, "EXPANDED", 8 * 64)
+    assert torch.equal(quantizer.dequantize(*packed), whole), "8, 8 and 3 blocks"
 
 
 def close_together(n: int) -> torch.Tensor:
