@@ -34,7 +34,7 @@ from checkpoint import check_output, clear_output
 from data import toy_texts
 from limits import LAYERS
 from model_files import CheckpointFiles, fetch_weights, find_model
-from model_writer import Entry, Shards, copied, open_blocks, shards_of, with_replaced, write_model, zeros
+from model_writer import Entry, Shards, copied, filled, open_blocks, shards_of, with_replaced, write_model
 from models import build_on_meta, check_weights, read_config
 from models.family import Family
 from models.llama_pro import NEW_LAYERS, evenly, is_expanded, new_layers, sources
@@ -88,20 +88,19 @@ def read_model(options: Options) -> tuple[PretrainedConfig, Family, CheckpointFi
 def expanded_tensors(files: CheckpointFiles, family: Family, source: list[int]) -> dict[str, Entry]:
     """The tensors of the expanded model, each beside the one that it copies. source: as llama_pro.sources."""
     first = {layer: source.index(layer) for layer in source}
-    entries, zeroed = {}, {i: set() for i, layer in enumerate(source) if i != first[layer]}
+    entries, silenced = {}, {i: set() for i, layer in enumerate(source) if i != first[layer]}
     for name, entry in copied(files).items():
         layer, rest = family.place(name)
         if layer is None:
             entries[name] = entry
             continue
         for i in range(first[layer], first[layer] + source.count(layer)):
-            new = i != first[layer]
-            output = new and family.is_output(rest)
-            entries[f"{family.layers}.{i}.{rest}"] = zeros(entry) if output else entry
-            if output:
-                zeroed[i].add(rest.partition(".")[0])
-    assert all(len(parts) > 1 for parts in zeroed.values()), (
-        "a new block adds nothing: attention and MLP are zero"
+            value = family.silent_value(rest) if i in silenced else None
+            entries[f"{family.layers}.{i}.{rest}"] = entry if value is None else filled(entry, value)
+            if value is not None:
+                silenced[i].add(rest.partition(".")[0])
+    assert all(len(parts) > 1 for parts in silenced.values()), (
+        "a new block adds nothing: attention and MLP are silenced"
     )
     return entries
 

@@ -58,10 +58,13 @@ def copied(files: CheckpointFiles) -> dict[str, Entry]:
     }
 
 
-def zeros(like: Entry) -> Entry:
+def filled(like: Entry, value: float) -> Entry:
+    """A tensor with the dtype and shape of another, and one value everywhere."""
+    number = torch.tensor([value], dtype=like.dtype).view(torch.uint8).numpy().tobytes()
+
     def pieces():
         for begin in range(0, like.nbytes, PIECE):
-            yield bytes(min(PIECE, like.nbytes - begin))
+            yield number * (min(PIECE, like.nbytes - begin) // len(number))
 
     return Entry(like.dtype, like.shape, pieces)
 

@@ -25,6 +25,8 @@ class Family:
     names in checkpoints, * for any one segment.
 
     Only where a family needs them:
+    silent: what a new block of Llama-Pro sets so that it adds nothing, (tensors, named as in `outputs`, their value);
+    empty: its outputs are zero. Where norms follow the outputs it must be those: models/llama_pro.py;
     attention: the implementation that computes all of its attention, by transformers' name;
     linears_of: what is quantized in the given decoder layer, if that is more than `linears` or differs from
     layer to layer, relative to the layer;
@@ -40,6 +42,7 @@ class Family:
     default_targets: tuple[str, ...] = ("q_proj", "v_proj")
     sublayers: tuple[str, ...] = ("self_attn", "mlp")
     outputs: tuple[str, ...] = ("self_attn.o_proj", "mlp.down_proj")
+    silent: tuple[tuple[str, float], ...] = ()
     attention: str = "sdpa"
     linears_of: Callable[[nn.Module], tuple[str, ...]] | None = None
     as_stored: Callable[[PreTrainedModel], None] = lambda model: None
@@ -64,11 +67,15 @@ class Family:
         number, _, rest = below.partition(".")
         return (int(number), rest) if below != name and number.isdecimal() else (None, name)
 
-    def is_output(self, rest: str) -> bool:
-        """Whether a tensor, by its name below the layer, is one of `outputs`: its weight, its bias, or itself."""
+    def silent_value(self, rest: str) -> float | None:
+        """What fills a tensor of a new block, by its name below the layer: one that `silent` names, or its module.
+        None: it is copied."""
         parts = rest.split(".")
-        patterns = [output.split(".") for output in self.outputs]
-        return any(_matches(p, parts) or _matches(p, parts[:-1]) for p in patterns)
+        for name, value in self.silent or [(output, 0.0) for output in self.outputs]:
+            pattern = name.split(".")
+            if _matches(pattern, parts) or _matches(pattern, parts[:-1]):
+                return value
+        return None
 
     def ignores(self, tensor: str, tied: bool) -> bool:
         """Tensors that old checkpoints carry and no parameter needs: rotary tables, a tied head's copy."""

@@ -11,6 +11,9 @@ from transformers.models.gemma2.modeling_gemma2 import Gemma2ForCausalLM, Gemma2
 
 from models.family import Family
 
+# The norms after attention and MLP; Gemma's multiply by 1 + weight.
+SILENT = (("post_attention_layernorm", -1.0), ("post_feedforward_layernorm", -1.0))
+
 
 def constants(config: Gemma2Config) -> dict[str, torch.Tensor]:
     """What the embedding is multiplied with. transformers rounds it to the embedding's dtype, and so do we."""
@@ -20,6 +23,7 @@ def constants(config: Gemma2Config) -> dict[str, torch.Tensor]:
 FAMILY = Family(
     model_class=Gemma2ForCausalLM,
     rotary_class=Gemma2RotaryEmbedding,
+    silent=SILENT,
     attention="eager",
     constants=constants,
 )

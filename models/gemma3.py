@@ -5,6 +5,11 @@ attn_logit_softcapping here."""
 from transformers.models.gemma3.modeling_gemma3 import Gemma3ForCausalLM, Gemma3RotaryEmbedding
 
 from models.family import Family
-from models.gemma2 import constants
+from models.gemma2 import SILENT, constants
 
-FAMILY = Family(model_class=Gemma3ForCausalLM, rotary_class=Gemma3RotaryEmbedding, constants=constants)
+FAMILY = Family(
+    model_class=Gemma3ForCausalLM,
+    rotary_class=Gemma3RotaryEmbedding,
+    silent=SILENT,
+    constants=constants,
+)

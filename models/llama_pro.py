@@ -2,6 +2,10 @@
 a trained model, and only they are trained. A copy starts as the identity: its output projections - attention's
 and the MLP's, weights and biases - are zero, so both branches add nothing to the hidden states.
 
+Where a norm follows them (Gemma 2 and 3), a branch is silenced by the norm's weight instead, and its projections stay
+copies. Zeros before an RMSNorm are the identity too, but one that the first update ends: there the norm multiplies
+gradients by 1 / sqrt(eps), a thousand, and whatever small outputs the update leaves it makes as large as any branch's.
+
 block_expansion.py writes the expanded model, and config.json says which of its layers are new.
 """
 

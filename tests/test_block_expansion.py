@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import shutil
@@ -17,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3MoeConfig
 
 import block_expansion
 import model_writer
+import train
 from block_expansion import expanded_config, expanded_tensors, positions
 from checkpoint import BLOCKS
 from command_line import parse
@@ -25,13 +27,17 @@ from models import FAMILIES, build_on_meta, read_config
 from models.adapters import apply_method
 from models.family import Family
 from models.llama_pro import NEW_LAYERS, evenly, sources
+from packing import make_sampler
 from precision import Precision
 from quantize_layers import Linear4bit
 from tensor_files import list_tensors
 from tests import tiny
-from tests.test_adapters import IDS
+from tests.runs import set_up
+from tests.test_adapters import IDS, args_for
+from tracking import NoTracker
 
-OUTPUTS = ("self_attn.o_proj", "mlp.down_proj")
+OUTPUTS = {"self_attn.o_proj": 0.0, "mlp.down_proj": 0.0}
+NORMS = {"post_attention_layernorm": -1.0, "post_feedforward_layernorm": -1.0}
 
 
 def expand(base: Path, out: Path, *how) -> Path:
@@ -89,30 +95,72 @@ def test_logits_are_the_base_models(kind, new_blocks, checkpoints, base_logits, 
     assert len(described(folder)[NEW_LAYERS]) == new_blocks
 
 
-@pytest.mark.parametrize("kind", ["llama_bias", "qwen2"])
-def test_new_blocks_are_copies_that_add_nothing(kind, checkpoints, tmp_path):
+@pytest.mark.parametrize(
+    "kind, silent", [("llama_bias", OUTPUTS), ("qwen2", OUTPUTS), ("gemma2", NORMS), ("gemma3", NORMS)]
+)
+def test_new_blocks_are_copies_that_add_nothing(kind, silent, checkpoints, tmp_path):
     base = all_tensors(checkpoints(kind))
     folder = expand(checkpoints(kind), tmp_path / "out", "--after", "2, 0,2")
     expanded, new = all_tensors(folder), described(folder)[NEW_LAYERS]
     assert new == [1, 4, 5]
     source = [0, 0, 1, 2, 2, 2]
-    wanted, zeroed = {n: t for n, t in base.items() if not n.startswith("model.layers.")}, 0
+    wanted, silenced = {n: t for n, t in base.items() if not n.startswith("model.layers.")}, 0
     for i, layer in enumerate(source):
         for name, tensor in base.items():
             if name.startswith(f"model.layers.{layer}."):
                 rest = name.removeprefix(f"model.layers.{layer}.")
-                zero = i in new and rest.rpartition(".")[0] in OUTPUTS
-                zeroed += zero
-                wanted[f"model.layers.{i}.{rest}"] = torch.zeros_like(tensor) if zero else tensor
-    assert zeroed == len(new) * (4 if kind == "llama_bias" else 2)  # with their biases
+                value = silent.get(rest.rpartition(".")[0]) if i in new else None
+                silenced += value is not None
+                wanted[f"model.layers.{i}.{rest}"] = (
+                    tensor if value is None else torch.full_like(tensor, value)
+                )
+    assert silenced == len(new) * (4 if kind == "llama_bias" else 2)  # with their biases
     assert expanded.keys() == wanted.keys()
     for name, tensor in wanted.items():
         assert expanded[name].dtype == tensor.dtype and torch.equal(expanded[name], tensor), name
 
 
-def test_the_new_blocks_matter_once_they_are_not_zero(checkpoints):
-    """tiny.save_expanded's random outputs: other logits, so the equalities above say something."""
-    folder = checkpoints("llama_bias_pro")
+def one_step(place, args) -> tuple[float, float]:
+    """(gradient norm, change of the logits as a share of their norm) of the first update."""
+    job, model = set_up(place, args)
+    with torch.no_grad():
+        before = model(input_ids=IDS, use_cache=False).logits.clone()
+        sampler = make_sampler(job.config, job.rows, place.rank, place.world)
+        with torch.enable_grad():
+            history = train.train(job, model, place, sampler, NoTracker())
+        after = model.eval()(input_ids=IDS, use_cache=False).logits
+    return history[0].grad_norm, ((after - before).norm() / before.norm()).item()
+
+
+def first_update(folder: Path, alpaca_file, one_rank) -> tuple[float, float]:
+    options = ["--max_steps", "1", "--batch_size", "2", "--context_length", "256", "--precision", "fp32"]
+    return one_rank(one_step, args_for(folder, alpaca_file, "llama_pro", *options))[0]
+
+
+@pytest.mark.parametrize("kind", tiny.CONFIGS)
+def test_the_first_update_hardly_moves_the_model(kind, checkpoints, alpaca_file, one_rank, tmp_path):
+    """At the default learning rate. The new blocks are the identity, and close to it after an update as well."""
+    folder = expand(checkpoints(kind), tmp_path / "out", "--new_blocks", 2)
+    norm, share = first_update(folder, alpaca_file, one_rank)
+    assert 0 < share < 0.01 and 0 < norm < 10
+
+
+@pytest.mark.parametrize("kind", ["gemma2", "gemma3"])
+def test_zeros_before_a_norm_end_with_the_first_update(
+    kind, checkpoints, alpaca_file, one_rank, tmp_path, monkeypatch
+):
+    """What a family gets that does not say which norms follow its outputs: the same logits, for one step."""
+    name = read_config(checkpoints(kind))[0].model_type
+    monkeypatch.setitem(FAMILIES, name, dataclasses.replace(FAMILIES[name], silent=()))
+    folder = expand(checkpoints(kind), tmp_path / "out", "--new_blocks", 2)
+    norm, share = first_update(folder, alpaca_file, one_rank)
+    assert share > 0.1 and norm > 100
+
+
+@pytest.mark.parametrize("kind", ["llama_bias", "gemma2"])
+def test_the_new_blocks_matter_once_they_are_not_silent(kind, checkpoints):
+    """tiny.save_expanded's random values: other logits, so the equalities above say something."""
+    folder = checkpoints(f"{kind}_pro")
     base = folder.with_name(f"{folder.name}_base")
     assert (transformers_logits(folder) - transformers_logits(base)).abs().max() > 0.1
 
@@ -258,22 +306,25 @@ def test_layers_with_experts_keep_them(only, step):
     assert new.num_hidden_layers == 9
 
 
-def test_output_projections_by_whole_segments():
+def test_what_is_silenced_by_whole_segments():
     dense = Family(nn.Module, nn.Module)
-    for rest, is_output in {
-        "self_attn.o_proj.weight": True,
-        "self_attn.o_proj.bias": True,
-        "mlp.down_proj.weight": True,
-        "mlp.up_proj.weight": False,
-        "self_attn.o_proj_norm.weight": False,
-        "cross.self_attn.o_proj.weight": False,
-        "mlp.experts.7.down_proj.weight": False,
+    for rest, value in {
+        "self_attn.o_proj.weight": 0,
+        "self_attn.o_proj.bias": 0,
+        "mlp.down_proj.weight": 0,
+        "mlp.up_proj.weight": None,
+        "self_attn.o_proj_norm.weight": None,
+        "cross.self_attn.o_proj.weight": None,
+        "mlp.experts.7.down_proj.weight": None,
     }.items():
-        assert dense.is_output(rest) == is_output, rest
+        assert dense.silent_value(rest) == value, rest
     experts = Family(nn.Module, nn.Module, outputs=("self_attn.o_proj", "mlp.experts.*.down_proj"))
-    assert experts.is_output("mlp.experts.7.down_proj.weight")
-    assert not experts.is_output("mlp.experts.7.up_proj.weight")
-    assert not experts.is_output("mlp.experts.7.8.down_proj.weight")
+    assert experts.silent_value("mlp.experts.7.down_proj.weight") == 0
+    assert experts.silent_value("mlp.experts.7.up_proj.weight") is None
+    assert experts.silent_value("mlp.experts.7.8.down_proj.weight") is None
+    normed = Family(nn.Module, nn.Module, silent=(("norm.weight", -1.0), ("norm.bias", 0.0)))
+    assert [normed.silent_value(f"norm.{part}") for part in ("weight", "bias")] == [-1, 0]
+    assert normed.silent_value("self_attn.o_proj.weight") is None
     assert dense.place("model.layers.30.mlp.down_proj.weight") == (30, "mlp.down_proj.weight")
     for name in (
         "model.norm.weight",
@@ -284,9 +335,16 @@ def test_output_projections_by_whole_segments():
         assert dense.place(name) == (None, name)
 
 
-def test_a_block_that_would_not_be_zero_is_a_bug(checkpoints):
-    """A family whose output projections are not named right must not come through."""
-    family = Family(nn.Module, nn.Module, outputs=("self_attn.o_proj", "mlp.w2"))
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"outputs": ("self_attn.o_proj", "mlp.w2")},
+        {"silent": (("post_attention_layernorm", 0.0), ("norm", 0.0))},
+    ],
+)
+def test_a_block_that_would_not_be_silent_is_a_bug(wrong, checkpoints):
+    """A family whose output projections, or the norms after them, are not named right must not come through."""
+    family = Family(nn.Module, nn.Module, **wrong)
     with pytest.raises(AssertionError, match="adds nothing"):
         expanded_tensors(CheckpointFiles(checkpoints()), family, sources(3, [1]))
 

@@ -21,6 +21,8 @@ from transformers import (
 
 import block_expansion
 from benchmarks.make_checkpoint import byte_tokenizer
+from models import read_config
+from models.llama_pro import new_layers
 
 _COMMON = {
     "vocab_size": 300,
@@ -119,15 +121,17 @@ def save_checkpoint(
 
 
 def save_expanded(base: Path, folder: Path) -> Path:
-    """`base` with new layers after its layers 0 and 2, whose output projections are random instead of zero: the
-    new layers matter at once."""
+    """`base` with new layers after its layers 0 and 2, in which random values take the place of those that would
+    silence them: the new layers matter at once."""
     arguments = ["--model_name", str(base), "--output_dir", str(folder), "--after", "0,2"]
     assert block_expansion.main(arguments) == 0
+    config, family = read_config(folder)
     generator = torch.Generator().manual_seed(1)
     for path in folder.glob("*.safetensors"):
         tensors = load_file(path)
         for name, tensor in tensors.items():
-            if not tensor.any() and {"o_proj", "down_proj"} & set(name.split(".")):
+            layer, rest = family.place(name)
+            if layer in new_layers(config) and family.silent_value(rest) is not None:
                 tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.1)
         save_file(tensors, path, metadata={"format": "pt"})
     return folder
