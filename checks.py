@@ -26,11 +26,11 @@ from model_files import CheckpointFiles, fetch_weights, find_model
 from models import build_on_meta, check_weights, read_config
 from models.adapters import check_packing, check_rank, make_quantizer_of, packed_linears, target_linears
 from models.family import Family
-from models.llama_pro import new_layers
+from models.llama_pro import check_can_leave_silence, new_layers
 from models.toy import toy_model
 from optimizers import check_optimizer
 from packing import make_sampler
-from precision import bf16_gpu
+from precision import bf16_gpu, precision_here
 from profiling import check_traces
 from tracking import check_wandb
 from weight_cache import digest, open_cache
@@ -91,6 +91,9 @@ def check(config: Config) -> Job:
     model = build_on_meta(model_config, family)
     check_weights(model, files, family)
     check_packing(model, family, config, files)
+    if config.method.expansion:
+        trained = precision_here(config.precision).trained
+        check_can_leave_silence(files, family, new_layers(model_config), trained, config.lr)
     cache = find_cache(model, family, config, files) if config.quantized_cache else None
     if config.method.adapter:
         check_rank(model, target_linears(model, family, config.lora_target_modules), config.lora_rank)

@@ -11,9 +11,12 @@ block_expansion.py writes the expanded model, and config.json says which of its 
 
 from __future__ import annotations
 
+import torch
 from transformers import PretrainedConfig
 
 from config import UserError
+from model_files import CheckpointFiles
+from models.family import Family
 
 NEW_LAYERS = "llama_pro_new_layers"  # in config.json: indices in the expanded model, from 0, ascending
 
@@ -39,6 +42,25 @@ def new_layers(config: PretrainedConfig) -> list[int]:
             f" indices from 1 to {count - 1}"
         )
     return layers
+
+
+def check_can_leave_silence(
+    files: CheckpointFiles, family: Family, new: list[int], trained: torch.dtype, lr: float
+) -> None:
+    """Raises UserError if new layers would stay the identity: where the dtype of trained weights rounds updates of the
+    size lr away from the value that silences a layer (from -1 in bf16, whose neighbours are 0.004 and 0.008 away). No
+    gradient passes the zeros behind it, so the layer's other weights would not move either."""
+    for name in files.tensors:
+        layer, rest = family.place(name)
+        value = family.silent_value(rest) if layer in new else None
+        if value is None or not lr or any(torch.tensor(value + x).to(trained) != value for x in (lr, -lr)):
+            continue
+        if (files.read(name) == value).all():  # neither trained before nor made by an older version
+            raise UserError(
+                f"{files.folder}: {name} is {value:g}, which makes a new layer add nothing, and in"
+                f" {str(trained).removeprefix('torch.')} an update of --lr {lr:g} is rounded away: nothing would be"
+                " learned; use --precision auto"
+            )
 
 
 def evenly(layers: int, new: int) -> list[int]:

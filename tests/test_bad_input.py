@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import block_expansion
 import launch
 import train
 from model_files import INDEX
@@ -291,6 +292,19 @@ def test_new_layers_that_do_not_fit(refused, folder, layers):
     edit(llama_pro_new_layers=layers)(folder)
     words = [f"llama_pro_new_layers {layers}", "num_hidden_layers 3", "from 1 to 2"]
     refused(*words, train_type="llama_pro", model_name=folder)
+
+
+def test_new_layers_that_bf16_would_keep_silent(refused, checkpoints, tmp_path):
+    folder = tmp_path / "expanded"
+    assert (
+        block_expansion.main(
+            [f"--model_name={checkpoints('gemma3')}", f"--output_dir={folder}", "--new_blocks=1"]
+        )
+        == 0
+    )
+    for precision in ("bf16", "bf16_buffers_autocast"):
+        words = [str(folder), "layernorm.weight is -1", "--lr 0.0002", "--precision auto"]
+        refused(*words, train_type="llama_pro", model_name=folder, precision=precision)
 
 
 @pytest.mark.parametrize("path", ["./no/such/folder", "own/unreachable", ""])

@@ -3,15 +3,19 @@ test_reference_training.py."""
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from safetensors.torch import load_file, safe_open
 
 import train
 from checkpoint import BLOCKS
-from models import FAMILIES
+from config import UserError
+from model_files import CheckpointFiles
+from models import FAMILIES, read_config
 from models.family import clean
-from models.llama_pro import NEW_LAYERS
+from models.llama_pro import NEW_LAYERS, check_can_leave_silence, new_layers
 from quantize_layers import Linear4bit
 from tests import tiny
 from tests.runs import set_up, trained_tensors
@@ -78,6 +82,28 @@ def test_quantized_old_blocks_are_saved_as_they_were(alpaca_file, two_ranks, tmp
     assert names == {p.name for p in (tmp_path / "whole").iterdir()}
     for name in names:
         assert (folder / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+
+
+def test_silence_that_updates_cannot_leave(checkpoints, tmp_path, monkeypatch):
+    """-1 in bf16. New layers that were trained, or that an older version made, with zeros before their norms, are
+    not held up by it."""
+    base, bf16 = checkpoints("gemma2"), torch.bfloat16
+    folder = expand(base, tmp_path / "new", "--new_blocks", 2)
+    config, family = read_config(folder)
+
+    def check(folder, trained, lr):
+        check_can_leave_silence(CheckpointFiles(folder), family, new_layers(config), trained, lr)
+
+    for lr in (1e-5, 2e-4, 1.9e-3):
+        with pytest.raises(UserError, match=r"layernorm\.weight is -1, .* bfloat16 .*--precision auto"):
+            check(folder, bf16, lr)
+        check(folder, torch.float32, lr)
+    check(folder, bf16, 2e-3)
+    check(folder, bf16, 0.0)  # asked for
+    check(checkpoints("gemma2_pro"), bf16, 2e-4)
+    monkeypatch.setitem(FAMILIES, "gemma2", dataclasses.replace(family, silent=()))
+    check(expand(base, tmp_path / "old", "--new_blocks", 2), bf16, 2e-4)
+    check_can_leave_silence(CheckpointFiles(folder), FAMILIES["llama"], new_layers(config), bf16, 1e-8)
 
 
 def save_and_return_trained(place, args, folder):
