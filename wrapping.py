@@ -45,6 +45,10 @@ class Strategy:
     replicas: str
     keep: bool
 
+    def shards(self, world: int, group_size: int) -> int:
+        """Ranks that share one copy. group_size: --hybrid_shard_size."""
+        return {"one": world, "groups": group_size, "ranks": 1}[self.replicas]
+
 
 STRATEGIES = {
     "full_shard": Strategy("one", keep=False),
@@ -66,7 +70,7 @@ WRAP_POLICIES: dict[str, Callable[[Family], tuple[str, ...]]] = {
 def make_mesh(device_type: str, world: int, strategy: str, group_size: int) -> DeviceMesh:
     """1-D, of the ranks that share one copy; or 2-D, [copies, ranks of a copy], gradients being summed over
     the first and scattered over the second. group_size: ranks of a copy, for the hybrid strategies."""
-    size = {"one": world, "groups": group_size, "ranks": 1}[STRATEGIES[strategy].replicas]
+    size = STRATEGIES[strategy].shards(world, group_size)
     assert world % size == 0
     if size == world:
         return init_device_mesh(device_type, (world,), mesh_dim_names=("shard",))
