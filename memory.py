@@ -1,14 +1,12 @@
-"""What a model's weights take, from the arithmetic of their shapes, and whether that is what they took.
+"""What memory is in use, on the host and on a GPU, and its peaks; memory that is page-locked where there is so much.
 
-The figure is checked at the start of every run: a weight that is not sharded, a copy that is not freed or a
-dtype that is not the intended one shows here, before it shows as an out-of-memory error hours later.
+What weights should take: weight_arithmetic.py.
 """
 
 from __future__ import annotations
 
 import os
 import resource
-from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -17,65 +15,10 @@ from torch.distributed.tensor import DTensor
 
 GIB, MIB = 2**30, 2**20
 STATM = Path("/proc/self/statm")  # sizes of this process in pages; the second is the resident one (Linux)
-TOLERANCE = 0.03
-PER_TENSOR = 1024  # bytes: what an allocator may round one tensor up by
-
-
-@dataclass(frozen=True)
-class WeightBytes:
-    """Of a whole model, by kind. unquantized: embedding, head, norms and what else is neither packed nor
-    trained; trained: adapters, new blocks, or everything."""
-
-    codes: int = 0
-    scales: int = 0
-    unquantized: int = 0
-    trained: int = 0
-
-    @property
-    def total(self) -> int:
-        return sum(getattr(self, f.name) for f in fields(self))
-
-    def __str__(self) -> str:
-        parts = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name)}
-        return " + ".join(f"{name} {size(n)}" for name, n in parts.items())
 
 
 def size(n_bytes: float) -> str:
     return f"{n_bytes / GIB:.2f} GiB" if n_bytes > GIB else f"{n_bytes / MIB:.2f} MiB"
-
-
-def weight_bytes(model: nn.Module) -> WeightBytes:
-    """Of a model on any device, also meta, sharded or not; a tied weight counts once."""
-    sizes = dict.fromkeys((f.name for f in fields(WeightBytes)), 0)
-    for name, param in model.named_parameters():
-        last = name.rpartition(".")[2]
-        kind = "trained" if param.requires_grad else last if last in ("codes", "scales") else "unquantized"
-        sizes[kind] += param.numel() * param.element_size()
-    return WeightBytes(**sizes)
-
-
-def rank_bytes(model: nn.Module) -> int:
-    """Of this rank's shards, by FSDP's rule: dimension 0 in equal parts, of which the last may be shorter, or
-    empty."""
-    return sum(_rows(p) * (p.numel() // max(p.shape[0], 1)) * p.element_size() for p in model.parameters())
-
-
-def _rows(param: nn.Parameter) -> int:
-    if not isinstance(param, DTensor):
-        return param.shape[0]
-    rows = param.shape[0]
-    for i, placement in enumerate(param.placements):
-        if placement.is_shard():
-            part = -(-param.shape[0] // param.device_mesh.size(i))
-            rows = min(part, max(param.shape[0] - part * param.device_mesh.get_local_rank(i), 0))
-    return rows
-
-
-def held_bytes(model: nn.Module, before: int, offloaded: bool) -> int:
-    """What this rank's weights take in fact: on a GPU what was allocated since `before`; elsewhere their storage."""
-    if torch.cuda.is_available() and not offloaded:
-        return torch.cuda.memory_allocated() - before + host_bytes(model)
-    return host_bytes(model)
 
 
 def host_bytes(model: nn.Module) -> int:
@@ -153,12 +96,3 @@ PEAKS = Peaks()
 
 def allocated() -> int:
     return torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
-
-
-def check_loaded(model: nn.Module, held: int) -> None:
-    """Raises AssertionError unless the rank holds what it should, within TOLERANCE."""
-    expected = rank_bytes(model)
-    rounding = PER_TENSOR * sum(1 for _ in (*model.parameters(), *model.buffers()))
-    assert abs(held - expected) <= TOLERANCE * expected + rounding, (
-        f"the loaded weights take {size(held)} on this rank; their shapes and dtypes say {size(expected)}"
-    )

@@ -6,7 +6,6 @@ import shlex
 from pathlib import Path
 
 import torch
-from torch import nn
 
 import memory
 from checkpoint import BLOCKS
@@ -15,6 +14,7 @@ from config import TOY_DATASET, TOY_MODEL, TOY_PROMPT, Config
 from data import StepSampler, TokenizedRows
 from packing import PackSampler
 from tracking import Metrics
+from weight_arithmetic import Share
 
 MUCH_PADDING = 0.3  # share of the batches above which a run is told of --packing
 
@@ -40,15 +40,13 @@ def describe_data(rows: TokenizedRows, sampler: StepSampler, context_length: int
     )
 
 
-def describe_model(model: nn.Module) -> str:
+def describe_model(share: Share) -> str:
     """The line about the weights: of the whole model by kind, and of this rank."""
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    weights, rank = memory.weight_bytes(model), memory.rank_bytes(model)
-    host = memory.host_bytes(model) if torch.cuda.is_available() else 0
-    where = f", of which {memory.size(host)} in host memory" if host else ""
+    on_gpus = torch.cuda.is_available() and share.on_host
+    where = f", of which {memory.size(share.on_host)} in host memory" if on_gpus else ""
     return (
-        f"model: {trained:,} trained parameters; {weights} = {memory.size(weights.total)},"
-        f" {memory.size(rank)} on this rank{where}"
+        f"model: {share.trained:,} trained parameters; {share.whole} = {memory.size(share.whole.total)},"
+        f" {memory.size(share.on_gpu + share.on_host)} on this rank{where}"
     )
 
 

@@ -2,8 +2,8 @@
 would help most, with what each would save.
 
 What an option saves is the difference of two estimates, with it and without it; the estimate is the arithmetic of
-docs/memory.md. It need not be exact for that: what is left out - the allocator's rounding, NCCL's buffers, kernels'
-workspaces - is much the same in both.
+docs/memory.md, for the weights that of weight_arithmetic.py. It need not be exact for that: what is left out - the
+allocator's rounding, NCCL's buffers, kernels' workspaces - is much the same in both.
 
 B rows of a micro-batch, T tokens of the longest row, H hidden size, V vocabulary.
 """
@@ -13,23 +13,22 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
-import memory
 from checks import Job
 from config import METHODS, Config, UserError, shown
 from launch import Place
 from loss import HIDDEN_BYTES, LOGITS_BYTES
-from memory import PEAKS, WeightBytes, size
+from memory import PEAKS, size
 from models import FAMILIES, build_on_meta
-from models.adapters import apply_method
 from packing import longest_line
 from precision import precision_here
-from wrapping import STRATEGIES, embedding_on_host
+from weight_arithmetic import WeightBytes, plan, resting_on_host, weight_bytes
+from wrapping import STRATEGIES
 
 LAYER_ACTIVATIONS = (
     34  # values of a decoder layer, per token and hidden unit, while backward needs all of them
@@ -67,9 +66,12 @@ def measure(job: Job, config: Config) -> Shape:
     """The Shape of a job's model and data under other options. No memory is taken."""
     family, described = FAMILIES[job.model_config.model_type], job.model_config
     model = build_on_meta(described, family)
-    apply_method(model, family, config, precision_here(config.precision), job.files)
-    layers = model.get_submodule(family.layers)
-    ends = [model.get_submodule(name).weight for name in (family.embedding, family.head)]
+    parts = plan(model, family, config, precision_here(config.precision), job.files)
+    layers: Counter[int | None] = Counter()
+    for part in parts:
+        layers[family.place(part.name)[0]] += part.nbytes()
+    del layers[None]  # what is outside of them
+    ends = [p for p in parts if p.name in (f"{family.embedding}.weight", f"{family.head}.weight")]
     return Shape(
         tokens=longest_line(config, job.rows),
         hidden=described.hidden_size,
@@ -77,21 +79,17 @@ def measure(job: Job, config: Config) -> Shape:
         layers=len(layers),
         heads=described.num_attention_heads,
         eager=family.attention == "eager",
-        weights=memory.weight_bytes(model),
-        layer=max(_nbytes(layer) for layer in layers),
-        ends=max(p.numel() * p.element_size() * p.requires_grad for p in ends),
-        on_host=ends[0].numel() * ends[0].element_size() * embedding_on_host(model, family),
+        weights=weight_bytes(parts),
+        layer=max(layers.values()),
+        ends=max(p.nbytes() * (p.kind == "trained") for p in ends),
+        on_host=sum(p.nbytes() for p in resting_on_host(parts, family, described.tie_word_embeddings)),
     )
-
-
-def _nbytes(module: nn.Module) -> int:
-    return sum(p.numel() * p.element_size() for p in module.parameters())
 
 
 def estimate(config: Config, shape: Shape) -> float:
     """Bytes that a GPU holds at the peak of a step. config: resolved, with its world_size."""
     precision, strategy = precision_here(config.precision), STRATEGIES[config.sharding_strategy]
-    shards = {"one": config.world_size, "groups": config.hybrid_shard_size, "ranks": 1}[strategy.replicas]
+    shards = strategy.shards(config.world_size, config.hybrid_shard_size)
     trained, everything = shape.weights.trained, shape.weights.total - shape.on_host
     if config.optimizer == "adamw_8bit":
         states = STATE_BYTES_8BIT * trained / precision.trained.itemsize

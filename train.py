@@ -89,18 +89,21 @@ from recompute import ActivationBudget, Keep, compiler, compiles
 from report import FACTS, PAGE, describe_run, write_report
 from stopping import NEVER, NeverStop, Stopping
 from tracking import Lap, Later, Meter, Reading, despite_full_disk, make_tracker
+from weight_arithmetic import Share, check_loaded, expect
 from weight_cache import CacheWriter
 from wrapping import STRATEGIES, WRAP_POLICIES, make_mesh, offload_policy, sync_gradients, wrap
 
 
-def set_up(job: Job, place: Place, profiler: NoProfiler = NO_PROFILER) -> nn.Module:
-    """The model of the train type, sharded and filled."""
+def set_up(job: Job, place: Place, profiler: NoProfiler = NO_PROFILER) -> tuple[nn.Module, Share]:
+    """The model of the train type, sharded and filled, and what this rank holds of it. Raises AssertionError if that
+    is not what it should hold."""
     profiler.phase("wrap")
     config, family = job.config, FAMILIES[job.model_config.model_type]
     precision, device = precision_here(config.precision), place.device
     longest = longest_line(config, job.rows)
     attention = choose_attention(job.model_config, family, precision.matmul, config.packing, longest)
     model = build_on_meta(job.model_config, family, attention)
+    expected = expect(model, family, config, precision, job.files, place)  # before anything is changed
     apply_method(model, family, config, precision, job.files)
     mesh = make_mesh(device.type, place.world, config.sharding_strategy, config.hybrid_shard_size)
     wrap(
@@ -126,12 +129,12 @@ def set_up(job: Job, place: Place, profiler: NoProfiler = NO_PROFILER) -> nn.Mod
     workers = resolve_workers(config.loading_workers, place.local_world)
     before = memory.allocated()
     load_weights(model, family, job.files, place, home, config.seed, workers, cache)
-    memory.check_loaded(model, memory.held_bytes(model, before, config.use_cpu_offload))
+    check_loaded(model, expected, before)
     if cache:
         cache.finish()
     profiler.phase(BETWEEN)
     torch.manual_seed(config.seed + place.rank)  # of dropout; adapters and the data order have their own
-    return model
+    return model, expected
 
 
 def loss_sum(model: nn.Module, batch: Batch) -> torch.Tensor:
@@ -282,7 +285,7 @@ def run_profiled(place: Place, job: Job, profiler: Profiler) -> None:
     folder, total = Path(config.output_dir), total_steps(config, sampler)
     if place.rank == 0:
         print(describe_data(job.rows, sampler, config.context_length) + job.evaluation.describe(), flush=True)
-    model = set_up(job, place, profiler)
+    model, loaded = set_up(job, place, profiler)
     stages = profiler.fullest("wrap", "load")
     if place.rank == 0:
         if job.saved is None:
@@ -290,7 +293,7 @@ def run_profiled(place: Place, job: Job, profiler: Profiler) -> None:
         resume.tidy(folder, job.saved)
         write_text(folder / "config.yaml", options.dump_yaml(config))
         write_text(folder / FACTS, describe_run(job.rows, sampler, model, stages))
-        print(f"{describe_model(model)}; ready after {time.perf_counter() - start:.1f} s", flush=True)
+        print(f"{describe_model(loaded)}; ready after {time.perf_counter() - start:.1f} s", flush=True)
     before = job.saved.run["parts"]["tracker"] if job.saved else {}
     tracker = make_tracker(config, place.rank, total, before)
     tracker.stages(stages)

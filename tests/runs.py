@@ -48,7 +48,7 @@ def randomize(model, seed: int = 7) -> None:
 def set_up(place, argv: list[str], random_adapters: bool = True):
     """(job, sharded model with random adapters) of a run."""
     job = make_job(place, argv)
-    model = train.set_up(job, place)
+    model, _ = train.set_up(job, place)
     if random_adapters:
         randomize(model)
     return job, model

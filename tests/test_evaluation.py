@@ -63,7 +63,7 @@ def run(place, args, scripted=None, steps=()):
     """(metrics of every step, weights after `steps`, dense weights and weights at the end) of a run from random
     adapters. scripted: losses that the evaluations find instead of their own."""
     job = make_job(place, args)
-    model = train.set_up(job, place)
+    model, _ = train.set_up(job, place)
     randomize(model)
     c, recorder = job.config, Recorder(model, steps)
     sampler = StepSampler(

@@ -378,4 +378,5 @@ def start_of_a_run(place, job) -> None:
         place.world,
         config.seed,
     )
-    train.train(job, train.set_up(job, place, profiler), place, StepSampler(*dealt), NoTracker(), profiler)
+    model, _ = train.set_up(job, place, profiler)
+    train.train(job, model, place, StepSampler(*dealt), NoTracker(), profiler)

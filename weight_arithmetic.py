@@ -1,0 +1,158 @@
+"""What a model's weights take, and the check after every load that this is what they took.
+
+The figure comes from the shapes in the checkpoint's headers, the train type, the quantizer, the precision and the
+number of ranks. No parameter of the model that was made and loaded is asked, so that an error in making or loading it
+is none of the arithmetic's: a weight that is not sharded or not packed, or has another dtype, shows as a difference.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+
+from torch import nn
+
+import memory
+from config import Config
+from launch import Place
+from memory import size
+from model_files import CheckpointFiles
+from models.adapters import make_quantizer_of, target_linears
+from models.family import Family
+from models.llama_pro import new_layers
+from precision import Precision
+from quantize_layers import STORAGE
+from wrapping import STRATEGIES
+
+TOLERANCE = 0.03
+PER_TENSOR = 1024  # bytes: what a GPU's allocator may round one tensor up by
+
+
+@dataclass(frozen=True)
+class WeightBytes:
+    """Of a whole model, by kind. unquantized: embedding, head, norms and what else is neither packed nor
+    trained; trained: adapters, new blocks, or everything."""
+
+    codes: int = 0
+    scales: int = 0
+    unquantized: int = 0
+    trained: int = 0
+
+    @property
+    def total(self) -> int:
+        return sum(getattr(self, f.name) for f in fields(self))
+
+    def __str__(self) -> str:
+        parts = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name)}
+        return " + ".join(f"{name} {size(n)}" for name, n in parts.items())
+
+
+@dataclass(frozen=True)
+class Part:
+    """A parameter as it should be. name: of the checkpoint's tensor that it comes from, or belongs to; kind: of
+    WeightBytes; shape: over all ranks; itemsize: bytes of an element."""
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    itemsize: int
+
+    def nbytes(self, shards: int = 1, index: int = 0) -> int:
+        """Of rank `index` of the `shards` that share a copy. FSDP's rule: dimension 0 in equal parts, rounded up, so
+        that the last ranks may have less, or nothing."""
+        rows = -(-self.shape[0] // shards)
+        mine = min(rows, max(self.shape[0] - rows * index, 0))
+        return mine * math.prod(self.shape[1:]) * self.itemsize
+
+
+def plan(
+    model: nn.Module, family: Family, config: Config, precision: Precision, files: CheckpointFiles
+) -> list[Part]:
+    """Every parameter of the train type; a tied weight once. model: as build_on_meta makes it, before any method; only
+    the names of its linears are read."""
+    method, parts = config.method, []
+    new = new_layers(model.config) if method.expansion else []
+    everything = not method.adapter and not method.expansion
+    linears = {f"{name}.weight" for name, _ in family.layer_linears(model)}
+    for name, stored in files.tensors.items():
+        layer, _ = family.place(name)
+        quantizer = None
+        if files.prequantized:  # as its makers chose
+            quantizer = files.packed[name].quantizer if name in files.packed else None
+        elif method.quantizer and name in linears and layer not in new:
+            quantizer = make_quantizer_of(config)
+        if quantizer:
+            for kind, n_bytes in zip(("codes", "scales"), quantizer.sizes(stored.shape), strict=True):
+                parts.append(Part(name, kind, (-(-n_bytes // STORAGE.itemsize),), STORAGE.itemsize))
+        elif everything or layer in new:
+            parts.append(Part(name, "trained", stored.shape, precision.trained.itemsize))
+        else:
+            parts.append(Part(name, "unquantized", stored.shape, precision.frozen.itemsize))
+    for linear in target_linears(model, family, config.lora_target_modules) if method.adapter else ():
+        name, rank = f"{linear}.weight", config.lora_rank
+        rows, columns = files.tensors[name].shape
+        shapes = [(rank, columns), (rows, rank), *[(rows,)] * (method.adapter == "dora")]
+        parts += [Part(name, "trained", shape, precision.trained.itemsize) for shape in shapes]
+        if method.adapter == "dora":
+            parts.append(Part(name, "unquantized", (rows,), 4))  # the squared norms, fp32 always
+    return parts
+
+
+def weight_bytes(parts: Iterable[Part]) -> WeightBytes:
+    sizes = dict.fromkeys((f.name for f in fields(WeightBytes)), 0)
+    for part in parts:
+        sizes[part.kind] += part.nbytes()
+    return WeightBytes(**sizes)
+
+
+def resting_on_host(parts: Iterable[Part], family: Family, tied: bool) -> list[Part]:
+    """What a GPU leaves in host memory: an embedding that is neither trained nor the head's."""
+    return [p for p in parts if p.name == f"{family.embedding}.weight" and p.kind != "trained" and not tied]
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one rank should hold. whole: the model, of which it is a part; trained: parameters of the whole model that
+    are trained; on_gpu, on_host: bytes of this rank; tensors: how many these are."""
+
+    whole: WeightBytes
+    trained: int
+    on_gpu: int
+    on_host: int
+    tensors: int
+
+
+def expect(
+    model: nn.Module,
+    family: Family,
+    config: Config,
+    precision: Precision,
+    files: CheckpointFiles,
+    place: Place,
+) -> Share:
+    """Of this rank. Arguments as for `plan`, which must come before the model is changed."""
+    parts = plan(model, family, config, precision, files)
+    if place.device.type == "cpu" or config.use_cpu_offload:
+        on_host = parts
+    else:
+        on_host = resting_on_host(parts, family, model.config.tie_word_embeddings)
+    shards = STRATEGIES[config.sharding_strategy].shards(place.world, config.hybrid_shard_size)
+    index = place.rank % shards  # ranks of a copy follow one another
+    total, host = (sum(p.nbytes(shards, index) for p in held) for held in (parts, on_host))
+    trained = sum(math.prod(p.shape) for p in parts if p.kind == "trained")
+    return Share(weight_bytes(parts), trained, total - host, host, len(parts))
+
+
+def check_loaded(model: nn.Module, expected: Share, before: int) -> None:
+    """Raises AssertionError unless the rank holds what it should, within TOLERANCE: in host memory by the storage of
+    its parameters, on a GPU by all that was allocated since `before`, so that a copy that was not freed shows there."""
+    held = [("host", memory.host_bytes(model), expected.on_host, 0)]
+    if expected.on_gpu:
+        rounding = PER_TENSOR * (expected.tensors + sum(1 for _ in model.buffers()))
+        held.append(("GPU", memory.allocated() - before, expected.on_gpu, rounding))
+    for where, found, wanted, rounding in held:
+        assert abs(found - wanted) <= TOLERANCE * wanted + rounding, (
+            f"the loaded weights take {size(found)} of {where} memory on this rank; the checkpoint's shapes and the"
+            f" options say {size(wanted)}"
+        )
