@@ -33,7 +33,7 @@ from packing import make_sampler
 from precision import bf16_gpu, precision_here
 from profiling import check_traces
 from tracking import check_wandb
-from weight_cache import digest, open_cache
+from weight_cache import NewCache, new_cache, open_cache
 from wrapping import STRATEGIES
 
 
@@ -46,7 +46,7 @@ class Job:
     files: CheckpointFiles
     rows: TokenizedRows
     evaluation: EvaluationData
-    cache: str | None  # the weights' digest, if --quantized_cache is still to be written
+    cache: NewCache | None  # if --quantized_cache is still to be written
     saved: Saved | None  # the checkpoint that the run is resumed from
     started: float  # time.time()
 
@@ -125,14 +125,14 @@ def total_steps(config: Config, sampler: StepSampler) -> int:
     return steps if config.max_steps < 0 else min(steps, config.max_steps)
 
 
-def find_cache(model: nn.Module, family: Family, config: Config, files: CheckpointFiles) -> str | None:
-    """Makes `files` read from --quantized_cache, or returns the digest for a new one. Raises UserError."""
-    folder = Path(config.quantized_cache)
+def find_cache(model: nn.Module, family: Family, config: Config, files: CheckpointFiles) -> NewCache | None:
+    """Makes `files` read from --quantized_cache, or returns what a new one will be. Raises UserError."""
     names = [f"{name}.weight" for name in packed_linears(model, family, config)]
-    cached = open_cache(folder, files, names, make_quantizer_of(config))
+    device_type = "cuda" if torch.cuda.is_available() else "cpu"  # as launch.py's ranks
+    asked = (Path(config.quantized_cache), files, names, make_quantizer_of(config), device_type)
+    cached = open_cache(*asked)
     if cached is None:
-        check_writable(folder, "--quantized_cache")
-        return digest(files, names)
+        return new_cache(*asked)
     files.packed.update(cached)
     return None
 

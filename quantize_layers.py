@@ -20,6 +20,7 @@ from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import islice
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -36,7 +37,9 @@ from model_files import CheckpointFiles
 from models.family import Family, clean
 from quantizers import PackedWeight, Quantizer, flat_bytes
 from tensor_files import Stage
-from weight_cache import CacheWriter
+
+if TYPE_CHECKING:
+    from weight_cache import CacheWriter
 
 STORAGE = torch.float32
 

@@ -23,6 +23,7 @@ class Quantizer(Protocol):
     """A frozen value: equal ones pack equal weights into equal bytes."""
 
     block: int
+    library: str  # the package that packs
 
     def fits(self, shape: tuple[int, int]) -> bool:
         """Whether a weight of this shape can be packed."""
@@ -94,6 +95,7 @@ class NF4:
     """
 
     block: ClassVar[int] = 64
+    library: ClassVar[str] = "bitsandbytes"
     double: bool = True
 
     def fits(self, shape: tuple[int, int]) -> bool:
@@ -160,6 +162,7 @@ class HQQ:
 
     n_bits: int
     block: int = 64
+    library: ClassVar[str] = "hqq"
 
     def fits(self, shape: tuple[int, int]) -> bool:
         return math.prod(shape) % self.block == 0

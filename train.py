@@ -75,7 +75,6 @@ from model_writer import save_blocks, save_expanded, save_model
 from models import FAMILIES, build_on_meta
 from models.adapters import (
     apply_method,
-    make_quantizer_of,
     peft_targets,
 )
 from optimizers import make_optimizer, make_schedule
@@ -90,7 +89,7 @@ from report import FACTS, PAGE, describe_run, write_report
 from stopping import NEVER, NeverStop, Stopping
 from tracking import Lap, Later, Meter, Reading, despite_full_disk, make_tracker
 from weight_arithmetic import Share, check_loaded, expect
-from weight_cache import CacheWriter
+from weight_cache import writing
 from wrapping import STRATEGIES, WRAP_POLICIES, make_mesh, offload_policy, sync_gradients, wrap
 
 
@@ -119,19 +118,12 @@ def set_up(job: Job, place: Place, profiler: NoProfiler = NO_PROFILER) -> tuple[
         offload_activations=config.use_activation_cpu_offload,
     )
     profiler.phase("load")
-    cache = None
-    if job.cache:
-        first_node = place.rank < place.local_world
-        quantizer = make_quantizer_of(config)
-        cache = CacheWriter(Path(config.quantized_cache), job.cache, quantizer, place.rank, first_node)
-        cache.start()
     home = torch.device("cpu") if config.use_cpu_offload else device
     workers = resolve_workers(config.loading_workers, place.local_world)
     before = memory.allocated()
-    load_weights(model, family, job.files, place, home, config.seed, workers, cache)
-    check_loaded(model, expected, before)
-    if cache:
-        cache.finish()
+    with writing(job.cache, place) as cache:
+        load_weights(model, family, job.files, place, home, config.seed, workers, cache)
+        check_loaded(model, expected, before)
     profiler.phase(BETWEEN)
     torch.manual_seed(config.seed + place.rank)  # of dropout; adapters and the data order have their own
     return model, expected

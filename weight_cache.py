@@ -1,22 +1,28 @@
 """The packed weights of a model, left in a folder by one run and loaded by later ones: --quantized_cache.
 
 `manifest.json` and `packed-<rank>-<number>.safetensors`, in which `<tensor>.codes` and `<tensor>.scales` are bytes.
-The manifest names the model by a digest of the weights that were packed, the quantizer, and for every file its
+The manifest names the model by a digest of the weights that were packed, what packed them, and for every file its
 size, for every tensor its CRC-32. It is made in `<folder>.<random>.partial`, which gets its name when whole.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import errno
 import glob
 import hashlib
+import importlib.metadata
 import json
 import math
 import os
+import re
 import shutil
+import sys
 import tempfile
 import time
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,38 +30,49 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 
+from checkpoint import check_room, check_writable
+from command_line import describe
 from config import UserError
+from launch import Place
 from limits import INDEX_FILE, read_json
 from model_files import CheckpointFiles
 from quantizers import PackedWeight, Quantizer, flat_bytes
 from tensor_files import UMASK, list_tensors, read_tensor, save_tensors
 
-MANIFEST, VERSION = "manifest.json", 1
+MANIFEST, VERSION = "manifest.json", 2
+FILE = re.compile(r"packed-\d{1,6}-\d{1,6}\.safetensors", re.ASCII)
 FILE_BYTES = 2**30  # of codes that a rank collects in host memory before it writes them
 ABANDONED_SECONDS = 24 * 3600  # a folder not touched for so long belongs to a run that was cut
+# Rows that are drawn of a weight, and about how many of all weights: a model of many experts has tens of thousands.
+DRAWN, DRAWN_OF_ALL = 16, 10_000
+SMALL = 2**20  # bytes of a weight that is read whole where rows are drawn
 
 
 @dataclass(frozen=True)
 class CachedWeight:
-    """A weight in the cache."""
+    """A weight in the cache. shape: [O, I], of what was packed."""
 
     name: str
     file: Path
     crc: int
     quantizer: Quantizer
+    shape: tuple[int, ...]
 
     def read(self) -> PackedWeight:
         """Raises UserError if the bytes are not those that were written."""
         try:
             held = list_tensors(self.file)
             parts = [held[f"{self.name}.{part}"] for part in ("codes", "scales")]
+            sizes = [(torch.uint8, (n_bytes,)) for n_bytes in self.quantizer.sizes(self.shape)]
+            assert [(part.dtype, part.shape) for part in parts] == sizes, (
+                f"{self.name}: another dtype or size"
+            )
             packed = PackedWeight(*(read_tensor(self.file.parent, part) for part in parts))
+            assert crc(packed) == self.crc, self.name
         except OSError as e:
             raise UserError(f"--quantized_cache: {self.file} cannot be read ({e.strerror or e})") from None
-        except (SafetensorError, LookupError, TypeError) as e:
+        except (SafetensorError, LookupError, AssertionError) as e:
             raise UserError(f"--quantized_cache: {self.file} is damaged ({e}); delete the folder") from None
-        if crc(packed) != self.crc:
-            raise UserError(f"--quantized_cache: {self.file} is damaged ({self.name}); delete the folder")
         return packed
 
 
@@ -64,22 +81,44 @@ def crc(packed: PackedWeight) -> int:
     return zlib.crc32(packed.scales.numpy(), zlib.crc32(packed.codes.numpy()))
 
 
-def digest(files: CheckpointFiles, names: list[str]) -> str:
-    """Names a model by what was packed: of every weight its name, shape, dtype, and its first, middle and last
-    row."""
+def digest(files: CheckpointFiles, names: list[str], drawn: int = 0) -> str:
+    """Names a model by these weights: of every one its name, shape, dtype, and its first, middle and last row, which
+    checkpoints hold. drawn: of a weight that is not SMALL as many rows more, at places that its name decides; of one that
+    is, all."""
     total = hashlib.sha256()
     for name in sorted(names):
         stored = files.tensors[name]
         total.update(f"{name} {stored.shape} {stored.dtype}".encode())
-        row = math.prod(stored.shape[1:]) * stored.dtype.itemsize
-        for i in sorted({0, stored.shape[0] // 2, stored.shape[0] - 1}):
-            part = dataclasses.replace(stored, shape=(1, *stored.shape[1:]), begin=stored.begin + i * row)
+        count, row = stored.shape[0], math.prod(stored.shape[1:]) * stored.dtype.itemsize
+        random = hashlib.shake_256(name.encode()).digest(8 * drawn)
+        places = {int.from_bytes(random[i : i + 8]) % count for i in range(0, 8 * drawn, 8)}
+        runs = [(i, 1) for i in sorted(places | {0, count // 2, count - 1})]
+        for first, rows in [(0, count)] if drawn and count * row <= SMALL else runs:
+            part = dataclasses.replace(
+                stored, shape=(rows, *stored.shape[1:]), begin=stored.begin + first * row
+            )
             total.update(flat_bytes(read_tensor(files.folder, part)).numpy())
     return total.hexdigest()
 
 
+def digest_packed(files: CheckpointFiles, names: list[str]) -> str:
+    """A cache's `digest`."""
+    return digest(files, names, max(1, min(DRAWN, DRAWN_OF_ALL // len(names))))
+
+
+def packers(quantizer: Quantizer, device_type: str) -> dict[str, str]:
+    """What must be the same, beside the weights, for the same codes. HQQ computes in fp16 on a GPU only, and
+    bitsandbytes rounds ties of NF4's scales in another way there."""
+    library = quantizer.library
+    return {
+        "quantizer": repr(quantizer),
+        "library": f"{library} {importlib.metadata.version(library)}",
+        "device": "a CPU" if device_type == "cpu" else "a GPU",
+    }
+
+
 def open_cache(
-    folder: Path, files: CheckpointFiles, names: list[str], quantizer: Quantizer
+    folder: Path, files: CheckpointFiles, names: list[str], quantizer: Quantizer, device_type: str
 ) -> dict[str, CachedWeight] | None:
     """The packed weights of `names`; None if there is no cache yet. Raises UserError if the folder holds
     something else: another model's or other settings' weights, half a cache, no cache at all."""
@@ -92,33 +131,86 @@ def open_cache(
         )
     try:
         manifest = read_json(folder / MANIFEST, INDEX_FILE)
-        version, tensors = manifest["version"], manifest["tensors"]
-        sizes = dict(manifest["files"].items())
-        entries = {n: CachedWeight(n, folder / t["file"], t["crc"], quantizer) for n, t in tensors.items()}
-        assert all(t["file"] in sizes for t in tensors.values())
-        described = manifest["quantizer"], manifest["model"]
+        same_version = manifest["version"] == VERSION
+        assert not same_version or _is_sound(manifest)
     except (UserError, LookupError, TypeError, AttributeError, AssertionError):
         raise UserError(f"{where}: {MANIFEST} is damaged; delete the folder") from None
-    if version != VERSION:
+    if not same_version:
         raise UserError(f"{where}: made by another version; delete the folder")
-    if described[0] != repr(quantizer):
-        raise UserError(f"{where}: packed by {described[0]}, not {quantizer!r}; choose another folder")
-    if entries.keys() != set(names) or described[1] != digest(files, names):
+    for name, ours in packers(quantizer, device_type).items():
+        if manifest[name] != ours:
+            raise UserError(f"{where}: packed by {manifest[name]}, not {ours}; choose another folder")
+    tensors = manifest["tensors"]
+    if tensors.keys() != set(names) or manifest["model"] != digest_packed(files, names):
         raise UserError(f"{where}: holds the packed weights of another model; choose another folder")
-    for file, size in sizes.items():
-        if not os.path.isfile(folder / file) or os.path.getsize(folder / file) != size:  # of any text
+    for file, size in manifest["files"].items():
+        if not os.path.isfile(folder / file) or os.path.getsize(folder / file) != size:
             raise UserError(f"{where}: {file} is missing or cut; delete the folder")
-    return entries
+    return {
+        name: CachedWeight(name, folder / t["file"], t["crc"], quantizer, files.tensors[name].shape)
+        for name, t in tensors.items()
+    }
+
+
+def _is_sound(manifest: dict) -> bool:
+    """Whether it has the form of ours, and names no file that we would not write."""
+    files, tensors = manifest["files"], manifest["tensors"].values()
+    return (
+        all(manifest[name].isprintable() for name in ("model", "quantizer", "library", "device"))
+        and all(FILE.fullmatch(file) and type(size) is int for file, size in files.items())
+        and all(t["file"] in files and type(t["crc"]) is int for t in tensors)
+    )
+
+
+@dataclass(frozen=True)
+class NewCache:
+    """A cache that is still to be written. head: what the manifest says of the weights and what packs them; n_bytes: of
+    all codes and scales."""
+
+    folder: Path
+    head: dict
+    n_bytes: int
+
+
+def new_cache(
+    folder: Path, files: CheckpointFiles, names: list[str], quantizer: Quantizer, device_type: str
+) -> NewCache:
+    """Raises UserError if it could not be put there."""
+    check_writable(folder, "--quantized_cache")
+    folder = Path(os.path.realpath(folder))  # a folder cannot take the place of a link
+    if os.path.ismount(folder):
+        raise UserError(f"--quantized_cache {folder}: is a mount point; choose a folder in it")
+    check_writable(folder.parent, "--quantized_cache")  # where it is made
+    head = {"version": VERSION, "model": digest_packed(files, names)} | packers(quantizer, device_type)
+    sizes = (sum(quantizer.sizes(files.tensors[name].shape)) for name in names)
+    return NewCache(folder, head, sum(sizes))
+
+
+@contextlib.contextmanager
+def writing(cache: NewCache | None, place: Place) -> Iterator[CacheWriter | None]:
+    """Around a load: gives what takes the packed weights, if they are to be cached. Collective. The run is as good without
+    the cache: what cannot be written is told in a line. After an error of the load nothing is left."""
+    if cache is None:
+        yield None
+        return
+    writer = CacheWriter(cache, place.rank, place.rank < place.local_world)
+    writer.start()
+    try:
+        yield writer
+    except BaseException:
+        writer.remove()
+        raise
+    writer.finish()
 
 
 class CacheWriter:
     """Collects what this rank packs and writes it. Every rank has one; those of the first node write. Several runs
     may make the same cache at once: each has a folder of its own until one of them is whole."""
 
-    def __init__(self, folder: Path, model: str, quantizer: Quantizer, rank: int, writes: bool):
-        self.folder, self.rank, self.writes = folder, rank, writes
-        self.head = {"version": VERSION, "model": model, "quantizer": repr(quantizer)}
-        self.partial: Path | None = None
+    def __init__(self, cache: NewCache, rank: int, writes: bool):
+        self.cache, self.folder, self.rank, self.writes = cache, cache.folder, rank, writes
+        self.partial: Path | None = None  # None: there will be no cache
+        self.failure: OSError | None = None
         self.waiting: dict[str, torch.Tensor] = {}
         self.tensors: dict[str, dict] = {}
         self.files: dict[str, int] = {}
@@ -127,18 +219,32 @@ class CacheWriter:
         """Collective: makes the folder to write in, and removes what runs that were cut have left."""
         box = [None]
         if self.rank == 0:
-            self.folder.parent.mkdir(parents=True, exist_ok=True)
-            for left in self.folder.parent.glob(f"{glob.escape(self.folder.name)}.*.partial"):
+            try:
+                self._make_folder()
+                box = [self.partial]
+            except OSError as e:
+                self._tell(e)
+                self.remove()
+        dist.broadcast_object_list(box, src=0)
+        self.partial = box[0]
+
+    def _make_folder(self) -> None:
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        for left in self._partials():
+            with contextlib.suppress(FileNotFoundError):  # another run removes it as well
                 if time.time() - left.stat().st_mtime > ABANDONED_SECONDS:
                     shutil.rmtree(left, ignore_errors=True)
-            box[0] = tempfile.mkdtemp(".partial", f"{self.folder.name}.", self.folder.parent)
-            Path(box[0]).chmod(0o777 & ~UMASK)  # mkdtemp's folders are for one user only
-        dist.broadcast_object_list(box, src=0)
-        self.partial = Path(box[0])
+        check_room(self.folder.parent, self.cache.n_bytes)
+        self.partial = Path(tempfile.mkdtemp(".partial", f"{self.folder.name}.", self.folder.parent))
+        self.partial.chmod(0o777 & ~UMASK)  # mkdtemp's folders are for one user only
+
+    def _partials(self) -> list[Path]:
+        """Of all runs that make this cache."""
+        return list(self.folder.parent.glob(f"{glob.escape(self.folder.name)}.*.partial"))
 
     def add(self, name: str, packed: PackedWeight) -> None:
         """Takes the packed weight of the checkpoint's tensor `name`."""
-        if not self.writes:
+        if not self.writes or self.partial is None or self.failure:
             return
         packed = packed.to(torch.device("cpu"))
         self.waiting |= {f"{name}.codes": packed.codes, f"{name}.scales": packed.scales}
@@ -152,24 +258,50 @@ class CacheWriter:
     def _flush(self) -> None:
         if self.waiting:
             file = self._file()
-            save_tensors(self.waiting, self.partial / file)
-            self.files[file] = (self.partial / file).stat().st_size
+            try:
+                save_tensors(self.waiting, self.partial / file)
+                self.files[file] = (self.partial / file).stat().st_size
+            except OSError as e:
+                self.failure = e
+                self.remove()  # now: the room is for others. Other ranks can write no more either, and stop.
             self.waiting = {}
 
     def finish(self) -> None:
-        """Collective: the folder gets its manifest and its name."""
+        """Collective: the folder gets its manifest and its name, unless a rank failed."""
+        if self.partial is None:
+            return
         self._flush()
         ranks = [None] * dist.get_world_size()
-        dist.all_gather_object(ranks, (self.files, self.tensors))
+        dist.all_gather_object(ranks, (self.files, self.tensors, self.failure))
         if self.rank == 0:
-            files = {file: size for files, _ in ranks for file, size in files.items()}
-            tensors = {name: entry for _, tensors in ranks for name, entry in tensors.items()}
-            manifest = self.head | {"files": files, "tensors": tensors}
-            (self.partial / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
             try:
-                self.partial.rename(self.folder)  # also over an empty folder
+                self._put_in_place(ranks)
             except OSError as e:
-                if not (self.folder / MANIFEST).is_file():  # else another run was first; its cache is as good
-                    print(f"--quantized_cache {self.folder}: could not be put in place ({e.strerror})")
-                shutil.rmtree(self.partial, ignore_errors=True)
+                # If there is one, another run was first: its cache is as good.
+                if not os.path.isfile(self.folder / MANIFEST):
+                    self._tell(e)
+                self.remove()
+            else:
+                for left in self._partials():  # nobody needs them any more
+                    shutil.rmtree(left, ignore_errors=True)
         dist.barrier()
+
+    def _put_in_place(self, ranks: list[tuple[dict, dict, OSError | None]]) -> None:
+        """Raises OSError, also that of another rank."""
+        failures = [failure for _, _, failure in ranks if failure]
+        if failures:  # but for what only follows from another rank's: that the folder is gone
+            raise min(failures, key=lambda e: e.errno == errno.ENOENT)
+        files = {file: size for files, _, _ in ranks for file, size in files.items()}
+        tensors = {name: entry for _, tensors, _ in ranks for name, entry in tensors.items()}
+        manifest = self.cache.head | {"files": files, "tensors": tensors}
+        (self.partial / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+        self.partial.rename(self.folder)  # also over an empty folder
+
+    def remove(self) -> None:
+        """Removes what has been written."""
+        if self.partial:
+            shutil.rmtree(self.partial, ignore_errors=True)
+
+    def _tell(self, e: OSError) -> None:
+        told = f"WARNING: --quantized_cache {self.folder}: could not be written ({describe(e)}); the run goes on without it"
+        print(told, file=sys.stderr, flush=True)
