@@ -91,6 +91,8 @@ def describe(job: Job) -> dict[str, str]:
             "the weights": digest(job.files, names),
             "the rows of the data": _digest_rows(held),
             "the checkpoint to go on from": f"step {job.saved.step}" if job.saved else "none",
+            # One would read it, and the other wait for all to make it.
+            "what --quantized_cache holds": "nothing yet" if job.cache else "all that is needed",
             "the prompts of the samples": str([prompt.ids for prompt in job.evaluation.prompts]),
         }
     )

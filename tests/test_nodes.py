@@ -196,22 +196,30 @@ def test_nodes_that_disagree(name, two_nodes, two_ranks, tmp_path):
     assert errors[0] == errors[1] and [w for w in words if w not in errors[0]] == []
 
 
-def test_nodes_that_see_other_checkpoints(two_nodes, two_ranks, monkeypatch):
+def test_nodes_that_see_other_checkpoints(two_nodes, two_ranks):
     """Of a folder that they do not share: one would go on, and the other begin, and wait for ever."""
-    errors = two_ranks(prepare_with_checkpoint, two_nodes, [arguments(i) for i in range(2)])
+    found = {"saved": Saved(Path("checkpoints/step-00000003"), 3, {}, {})}
+    errors = two_ranks(prepare_with, two_nodes, [arguments(i) for i in range(2)], found)
     assert errors[0] == errors[1]
     assert errors[0].startswith("the nodes disagree on the checkpoint to go on from: step 3 on node 0 (")
     assert "none on node 1" in errors[0]
 
 
-def prepare_with_checkpoint(place, folders, argvs):
-    """`prepare_on`, where the first node has found a checkpoint."""
-    found = Saved(Path("checkpoints/step-00000003"), 3, {}, {}) if place.rank == 0 else None
+def test_nodes_that_see_other_caches(two_nodes, two_ranks, tmp_path):
+    """One would read what the other waits for all to write."""
+    options = ["--train_type", "qlora", "--quantized_cache", str(tmp_path / "cache")]
+    errors = two_ranks(prepare_with, two_nodes, [arguments(i, *options) for i in range(2)], {"cache": None})
+    assert errors[0] == errors[1]
+    told = "the nodes disagree on what --quantized_cache holds: all that is needed on node 0 ("
+    assert errors[0].startswith(told) and "nothing yet on node 1" in errors[0]
+
+
+def prepare_with(place, folders, argvs, found):
+    """`prepare_on`, where the first node has found something else."""
+    found = found if place.rank == 0 else {}
     with as_node(place, folders[place.rank]):
         try:
-            nodes.prepare(
-                lambda: replace(check(parse(argvs[place.rank])[0]), saved=found), place.rank, 2, 0, 7.5
-            )
+            nodes.prepare(lambda: replace(check(parse(argvs[place.rank])[0]), **found), place.rank, 2, 0, 7.5)
         except UserError as e:
             return str(e)
 
