@@ -51,18 +51,19 @@ class WeightBytes:
 @dataclass(frozen=True)
 class Part:
     """A parameter as it should be. name: of the checkpoint's tensor that it comes from, or belongs to; kind: of
-    WeightBytes; shape: over all ranks; itemsize: bytes of an element."""
+    WeightBytes; shape: over all ranks; itemsize: bytes of an element; padded: whether FSDP shards it, or loss.py."""
 
     name: str
     kind: str
     shape: tuple[int, ...]
     itemsize: int
+    padded: bool = True
 
     def nbytes(self, shards: int = 1, index: int = 0) -> int:
         """Of rank `index` of the `shards` that share a copy. FSDP's rule: dimension 0 in equal parts, rounded up, so
-        that the last ranks may have less, or nothing."""
+        that the last ranks may have less, or nothing, but room for as much."""
         rows = -(-self.shape[0] // shards)
-        mine = min(rows, max(self.shape[0] - rows * index, 0))
+        mine = rows if self.padded else min(rows, max(self.shape[0] - rows * index, 0))
         return mine * math.prod(self.shape[1:]) * self.itemsize
 
 
@@ -88,7 +89,10 @@ def plan(
         elif everything or layer in new:
             parts.append(Part(name, "trained", stored.shape, precision.trained.itemsize))
         else:
-            parts.append(Part(name, "unquantized", stored.shape, precision.frozen.itemsize))
+            vocabulary = name in (f"{family.embedding}.weight", f"{family.head}.weight")
+            parts.append(
+                Part(name, "unquantized", stored.shape, precision.frozen.itemsize, padded=not vocabulary)
+            )
     for linear in target_linears(model, family, config.lora_target_modules) if method.adapter else ():
         name, rank = f"{linear}.weight", config.lora_rank
         rows, columns = files.tensors[name].shape
