@@ -7,6 +7,7 @@ to few of its launches. Here a tuple goes one way, once in a run, and rests are 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections import defaultdict
@@ -61,6 +62,8 @@ class CopyPlanner(SavePlanner):
 
     def __init__(self, background: Background):
         self.background = background
+        self.layout: dict[str, torch.Tensor] = {}
+        self.local: dict[str, torch.Tensor] = {}
         self.described: list[tuple] = []  # what `items` are of
         self.items: dict[Piece, WriteItem] = {}
         # Of the first rank: each rank's Pieces, and what follows from them.
@@ -73,12 +76,18 @@ class CopyPlanner(SavePlanner):
         self.layout, self.local = layout, local
 
     def agree(self, group: dist.ProcessGroup) -> None:
-        """Plans before there is anything to be written. Collective."""
-        own, world, first = self.create_local_plan(), dist.get_world_size(group), dist.get_rank(group) == 0
-        plans = [own] * world if first else None
+        """Plans before there is anything to be written. Collective. A rank that cannot comes to the gather all the same,
+        for the others would wait there, and raises at the first checkpoint, where torch tells all ranks."""
+        own, world = None, dist.get_world_size(group)
+        plans: list[SavePlan | None] = [None] * world
+        with contextlib.suppress(Exception):
+            own = self.create_local_plan()
         if world > 1:
-            dist.gather_object(own, plans, group=group)
-        if plans:
+            dist.gather_object(own, plans if dist.get_rank(group) == 0 else None, group=group)
+        else:
+            plans = [own]
+        self._keep(plans)
+        if None not in plans:
             self.create_global_plan(plans)
 
     def set_up_planner(
@@ -92,25 +101,28 @@ class CopyPlanner(SavePlanner):
         described = [(name, tensor.shape, tensor.dtype) for name, tensor in self.local.items()]
         if described == self.described:
             return SavePlan([])
-        self.items = {}
+        items = {}
         for item in create_default_local_save_plan(Resting(self.layout, self.background), False).items:
             self.background.rest()
-            self.items[piece_of(item)] = item
-        self.described = described
+            items[piece_of(item)] = item
+        self.items, self.described = items, described
         return SavePlan([], planner_data=list(self.items))
 
     def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
         """Raises ValueError if pieces do not make up their tensor."""
-        changed = {
-            rank: plan.planner_data for rank, plan in enumerate(all_plans) if plan.planner_data is not None
-        }
-        if changed or not self.tensors:
-            self.tensors = {}
-            self.pieces |= changed
+        self._keep(all_plans)
+        if not self.tensors:
             self.shares, self.tensors = self._deal(len(all_plans))
         return [SavePlan([], planner_data=share) for share in self.shares], Metadata(
             {}, planner_data=self.tensors
         )
+
+    def _keep(self, plans: list[SavePlan | None]) -> None:
+        """A rank describes its pieces once: they are kept also where no plan comes of them."""
+        changed = {rank: p.planner_data for rank, p in enumerate(plans) if p and p.planner_data is not None}
+        if changed:
+            self.pieces |= changed
+            self.tensors = {}
 
     def _deal(self, world: int) -> tuple[list[Share], dict[str, dict]]:
         """Of a piece that several ranks have, the one with the least so far writes it."""

@@ -163,9 +163,8 @@ class Checkpoints:
         optimizer.register_step_pre_hook(lambda *_: self._before_update())
         self.copying: Future[Tensors] | None = None
         self.writing: Future[bool] | None = None
-        self.updated = self.prepared = (
-            False  # whether the optimizer has its states; what checkpoints need is ready
-        )
+        # Whether the optimizer has its states; whether what checkpoints need is ready.
+        self.updated = self.prepared = False
         self.step = self.newest = 0  # of the last checkpoint that was begun; of the last that is whole
         self.seconds = 0.0  # that the last whole one took to write, without rests
         self.waits: list[float] = []  # seconds that training stood still for a checkpoint
@@ -198,9 +197,10 @@ class Checkpoints:
         """Has the copies' memory allocated, which takes a second for 2 GiB, and the plan made, while the steps before the
         first checkpoint run; once the optimizer has its states, which a step that is left out does not give it."""
         layout, local = collect(self.trained, self.optimizer, self.place.rank)
+        self.background.prepare()
+        # What these raise the first checkpoint does, which tries again.
         self.pool.submit(self.copy.allocate, local)
         self.pool.submit(self._plan, layout, local)
-        self.background.prepare()
         self.prepared = True
 
     def _plan(self, layout: Tensors, local: Tensors) -> None:

@@ -7,6 +7,7 @@ import re
 import threading
 import time
 import warnings
+from contextlib import contextmanager
 from pathlib import Path
 from unittest import mock
 
@@ -24,6 +25,7 @@ from stopping import NeverStop
 from tensor_files import write_tensors
 from training_state import Tensors, collect
 
+LONG = 2.0  # seconds
 TENSORS = {  # with the bytes of each, in whole ALIGNED
     "half": torch.randn(7).bfloat16(),  # 64
     "codes": torch.arange(250, dtype=torch.uint8),  # 256
@@ -273,21 +275,28 @@ def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(one_rank, tmp_path):
     assert one_rank(order_of_a_save, str(tmp_path)) == [expected]
 
 
+@contextmanager
+def resting(run: Small, seconds: float):
+    """The thread rests as beside a GPU, and long."""
+    run.checkpoints.background.rests = True
+    with mock.patch.object(background, "REST", seconds), mock.patch.object(background, "TURN", 0.0):
+        yield
+
+
 def rest_and_finish(place, folder: str) -> tuple[bool, float]:
     """Whether a save beside which training goes on is at rest, and how long it takes once it is waited for."""
     run = Small(place, folder, every=1)
-    run.checkpoints.background.rests = True  # as on a GPU
-    with mock.patch.object(background, "REST", 60.0), mock.patch.object(background, "TURN", 0.0):
+    with resting(run, LONG):
         run.step()
         time.sleep(0.5)
-        resting, began = not run.checkpoints.writing.done(), time.perf_counter()
+        at_rest, began = not run.checkpoints.writing.done(), time.perf_counter()
         run.checkpoints.finish()
-        return resting, time.perf_counter() - began
+        return at_rest, time.perf_counter() - began
 
 
 def test_a_save_rests_beside_training_and_not_when_it_is_waited_for(one_rank, tmp_path):
-    ((resting, seconds),) = one_rank(rest_and_finish, str(tmp_path))
-    assert resting and seconds < 30
+    ((at_rest, seconds),) = one_rank(rest_and_finish, str(tmp_path))
+    assert at_rest and seconds < LONG / 2
 
 
 def preparations(place, folder: str, every: int) -> list[tuple[int, int]]:
@@ -342,25 +351,78 @@ def test_a_plan_is_made_before_the_first_checkpoint_and_again_for_what_is_new(on
     assert one_rank(plans, str(tmp_path)) == [[1, 1, 1, 1, 1, 2]]
 
 
-def update_beside_a_plan(place, folder: str) -> tuple[bool, float]:
-    """Whether a plan is at rest when a checkpoint is begun, and how long the next update then waits."""
+def update_beside_a_plan(place, folder: str) -> tuple[bool, float, bool]:
+    """Whether a plan is at rest when a checkpoint is begun, how long the next update then waits, and whether the save
+    rests again after it."""
     run = Small(place, folder, every=2)
-    run.checkpoints.background.rests = True  # as on a GPU
-    with mock.patch.object(background, "REST", 60.0), mock.patch.object(background, "TURN", 0.0):
+    with resting(run, LONG):
         run.step()
         time.sleep(0.5)
-        resting = not run.checkpoints.planner.described
+        at_rest = not run.checkpoints.planner.described
         run.step()
         began = time.perf_counter()
         run.step()
         seconds = time.perf_counter() - began
+        again = not run.checkpoints.background.hurry.is_set()
         run.checkpoints.finish()
-    return resting, seconds
+    return at_rest, seconds, again
 
 
 def test_a_plan_that_rests_does_not_hold_up_the_update_after_a_save(one_rank, tmp_path):
-    ((resting, seconds),) = one_rank(update_beside_a_plan, str(tmp_path))
-    assert resting and seconds < 30
+    ((at_rest, seconds, again),) = one_rank(update_beside_a_plan, str(tmp_path))
+    assert at_rest and seconds < LONG / 2 and again
+
+
+def end_beside_a_plan(place, folder: str) -> float:
+    run = Small(place, folder, every=100)
+    with resting(run, LONG):
+        run.step()
+        began = time.perf_counter()
+        run.checkpoints.finish()
+        return time.perf_counter() - began
+
+
+def test_a_plan_that_rests_does_not_hold_up_the_end(one_rank, tmp_path):
+    """Of a run that ends before its first checkpoint."""
+    (seconds,) = one_rank(end_beside_a_plan, str(tmp_path))
+    assert seconds < LONG / 2
+
+
+def cannot_plan(place, folder: str, rank: int, times: int) -> list[str]:
+    """What the steps and the end raise where a rank has no memory for its first plans."""
+    failures = [MemoryError("no memory for a plan")] * times if place.rank == rank else []
+    plan, raised = checkpoint_plan.create_default_local_save_plan, []
+
+    def fails(*args):
+        if failures:
+            raise failures.pop()
+        return plan(*args)
+
+    run = Small(place, folder, every=2)
+    with mock.patch.object(checkpoint_plan, "create_default_local_save_plan", fails):
+        for step in (run.step, run.step, run.checkpoints.finish):
+            try:
+                step()
+            except RuntimeError as e:
+                raised.append(str(e))
+    return raised
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_could_not_plan_ahead_plans_at_the_first_checkpoint(rank, two_ranks, tmp_path):
+    assert two_ranks(cannot_plan, str(tmp_path), rank, 1) == [[], []]
+    saved = read_checkpoint(folder_of(tmp_path, 2))
+    assert saved.tensors.keys() >= {"model.weight", "model.bias"}
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_every_rank_hears_of_one_that_cannot_plan(rank, two_ranks, tmp_path):
+    """At the first checkpoint."""
+    assert (
+        two_ranks(cannot_plan, str(tmp_path), rank, 9)
+        == [["checkpoint: MemoryError: no memory for a plan"]] * 2
+    )
+    assert not (tmp_path / "checkpoints" / "step-00000002").exists()
 
 
 def test_the_thread_uses_the_ranks_gpu():
