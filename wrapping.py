@@ -84,9 +84,12 @@ def offload_policy(wanted: bool, device_type: str) -> OffloadPolicy:
     return CPUOffloadPolicy(pin_memory=can_pin(device_type))
 
 
-def _keep_last_output(layer: nn.Module, family: Family) -> bool:
+def _keep_last_output(layer: nn.Module, family: Family, offload: OffloadPolicy) -> bool:
     """Has the layer's last projection keep its output, if it is one of DoRA's and 4-bit: its magnitude's gradient
-    needs it, while nothing else would compute it again."""
+    needs it, while nothing else would compute it again. Not where parameters are in host memory, which is what runs short
+    then; the GPU, which waits for them, has time to compute."""
+    if isinstance(offload, CPUOffloadPolicy):
+        return False
     last = layer.get_submodule(family.outputs[-1])
     if not isinstance(last, DoRALinear) or not isinstance(last.base, Linear4bit):
         return False
@@ -162,7 +165,7 @@ def wrap(
             shard(layer.get_submodule(name))
         # The wrapper goes inside the unit: recomputation must find the layer gathered, not gather again.
         layers[i] = Recomputed(layer, keep, None if units else run)
-        kept = _keep_last_output(layer, family) if run and not units and keep is Keep.NOTHING else False
+        kept = bool(run) and not units and keep is Keep.NOTHING and _keep_last_output(layer, family, offload)
         if offload_activations or kept:
             ends = {"first": i == 0, "last": i == len(layers) - 1}
             layers[i] = Offloaded(layers[i], stash, inputs=offload_activations, results=kept, **ends)
