@@ -18,7 +18,8 @@ from models.adapters import apply_method, choose_quantizers, packed_linears
 from models.family import Family
 from models.lora import LoRALinear
 from precision import Precision
-from quantize_layers import Packed, fill, pack, quantize_linears
+from quantize_layers import Packed, fill, pack, quantize_linears, quantizer_of
+from quantizers import pack_weight
 
 FP32 = Precision(torch.float32, torch.float32)
 
@@ -98,8 +99,9 @@ def _load(
     for name, source in stored.items():
         if name.startswith(prefix):
             where, _, last = name.rpartition(".")
-            content = pack(model.get_submodule(where), last, files.read(source).to(device))
-            for key, full in content.items():
+            module = model.get_submodule(where)
+            tensor = pack_weight(name, files.read(source).to(device), quantizer_of(module, last))
+            for key, full in pack(module, last, tensor).items():
                 key = f"{where}.{key}".removeprefix(prefix)
                 fill(params[key], full)
                 filled.add(key)

@@ -26,7 +26,7 @@ from model_writer import PIECE, Entry, copied
 from models import build_on_meta
 from models.adapters import choose_quantizers, packed_linears
 from models.dora import TINY
-from quantizers import PackedWeight, Quantizer
+from quantizers import PackedWeight, Quantizer, pack_weight
 from tensor_files import Stage
 
 
@@ -91,13 +91,11 @@ def _weight(
     stage: Stage | None,
 ) -> torch.Tensor:
     """One weight of the merged model: [O, I] fp32 on the device."""
-    source = files.read(name, stage).to(device)
-    if quantizer:  # from the stored dtype, as in training
-        packed = source if isinstance(source, PackedWeight) else PackedWeight(*quantizer.quantize(source))
-        del source
-        shape = files.tensors[name].shape
-        parts = packed.codes, packed.scales, quantizer.table(device)
-        weight = quantizer.dequantize(*parts, shape, torch.float32)
+    # Packed from the stored dtype, as in training.
+    source = pack_weight(name, files.read(name, stage).to(device), quantizer)
+    if isinstance(source, PackedWeight):
+        parts = source.codes, source.scales, quantizer.table(device)
+        weight = quantizer.dequantize(*parts, files.tensors[name].shape, torch.float32)
     else:
         weight = source.to(torch.float32)
     return merged_weight(weight, tensors, scaling) if tensors else weight

@@ -28,14 +28,13 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from config import UserError
 from launch import Place
 from linear4bit import compute_dtype, dequantize, linear4bit, name_of
 from loss import FrozenEmbedding
 from memory import empty_on_host
 from model_files import CheckpointFiles
 from models.family import Family, clean
-from quantizers import PackedWeight, Quantizer, flat_bytes
+from quantizers import PackedWeight, Quantizer, flat_bytes, pack_weight
 from tensor_files import Stage
 
 if TYPE_CHECKING:
@@ -153,8 +152,7 @@ class Linear4bit(Packed):
         """A weight [O, I] is quantized from the dtype in which it is stored, on the device where it is."""
         if name != "weight":
             return {name: tensor}
-        if isinstance(tensor, torch.Tensor):
-            tensor = PackedWeight(*self.quantizer.quantize(tensor))
+        tensor = pack_weight(name, tensor, self.quantizer)
         return {"codes": as_storage(tensor.codes), "scales": as_storage(tensor.scales)}
 
     def unpack(self, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
@@ -268,14 +266,7 @@ def _read(name: str, module: nn.Module, files: CheckpointFiles, device: torch.de
         thread.stage = Stage(device.type)
     source = files.read(name, getattr(thread, "stage", None))
     with turn:
-        source = source.to(device)
-        quantizer = quantizer_of(module, name.rpartition(".")[2])
-        if quantizer and isinstance(source, torch.Tensor):
-            try:
-                source = PackedWeight(*quantizer.quantize(source))
-            except ValueError as e:
-                raise UserError(f"{name}: {e}") from None
-        return source
+        return pack_weight(name, source.to(device), quantizer_of(module, name.rpartition(".")[2]))
 
 
 class Node:

@@ -15,6 +15,8 @@ from typing import ClassVar, Protocol
 import bitsandbytes.functional as bnb
 import torch
 
+from config import UserError
+
 SCALE_BLOCK = 256  # NF4 scales that share a second-level scale: bitsandbytes' default
 EXPANDED = 2**22  # weights that plain operations expand at a time
 
@@ -35,7 +37,8 @@ class Quantizer(Protocol):
         """The constant that `dequantize` reads, one per device for all layers."""
 
     def quantize(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(codes, scales), uint8, 1-D, of a weight [O, I] of any float dtype, on the device where it is."""
+        """(codes, scales), uint8, 1-D, of a weight [O, I] of any float dtype, on the device where it is. Raises ValueError
+        for what cannot be packed."""
 
     def dequantize(
         self,
@@ -61,6 +64,18 @@ class PackedWeight:
 
     def to(self, device: torch.device) -> PackedWeight:
         return PackedWeight(self.codes.to(device), self.scales.to(device))
+
+
+def pack_weight(
+    name: str, tensor: torch.Tensor | PackedWeight, quantizer: Quantizer | None
+) -> torch.Tensor | PackedWeight:
+    """A checkpoint's tensor, packed if it is to be and is not yet. Raises UserError, with its name."""
+    if quantizer is None or isinstance(tensor, PackedWeight):
+        return tensor
+    try:
+        return PackedWeight(*quantizer.quantize(tensor))
+    except ValueError as e:
+        raise UserError(f"{name}: {e}") from None
 
 
 def make_quantizer(name: str, n_bits: int | None, block: int | None) -> Quantizer:
@@ -156,8 +171,7 @@ class HQQ:
 
     codes: a stream of `n_bits` each, the first weight in the lowest bits: three bits are eight weights in three
     bytes, where hqq's own packing takes 3.2. scales: all scales, then all zero points. What hqq computes in
-    fp16 on a GPU is kept as it is; dequantization computes in fp32 and rounds once. `quantize` raises ValueError where
-    a zero point is beyond fp16.
+    fp16 on a GPU is kept as it is; dequantization computes in fp32 and rounds once.
     """
 
     n_bits: int
@@ -180,12 +194,12 @@ class HQQ:
             weight, nbits=self.n_bits, group_size=self.block, axis=1, bitpack=False, device=str(weight.device)
         )
         scale, zero = meta["scale"].half(), meta["zero"].half()
-        if not (
-            scale.isfinite() & zero.isfinite()
-        ).all():  # as of weights around 4.5 that differ by a thousandth
-            raise ValueError(
-                "has a block whose weights lie too far from 0, and too close together, for HQQ's fp16 zero points"
-            )
+        if not (scale.isfinite() & zero.isfinite()).all():
+            if not weight.isfinite().all():
+                raise ValueError("holds NaN or infinity")
+            # As of weights around 4.5 that differ by a thousandth.
+            why = "lie too far from 0, and too close together, for HQQ's fp16 zero points"
+            raise ValueError(f"has a block whose weights {why}")
         return pack_bits(codes, self.n_bits), flat_bytes(scale, zero)
 
     def dequantize(self, codes, scales, table, shape, dtype, row_scale=None, out=None) -> torch.Tensor:
@@ -225,7 +239,7 @@ def _expand(codes, scale, zero, n_bits: int, block: int, dtype: torch.dtype) -> 
     """(code - zero) * scale of every weight, [blocks, block]. codes: uint8, 1-D; scale, zero [blocks] fp32. Some at a time:
     on the way each takes up to 12 bytes, of a large weight as a whole most of a GiB."""
     weight = torch.empty(len(scale), block, dtype=dtype, device=codes.device)
-    step = max(EXPANDED // block // 8, 1) * 8  # blocks, whose codes are whole bytes whatever n_bits is
+    step = max(EXPANDED // block, 1)  # blocks
     for first in range(0, len(weight), step):
         blocks = slice(first, first + step)
         some = codes[first * block * n_bits // 8 : (first + step) * block * n_bits // 8]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+from types import SimpleNamespace
+from unittest import mock
 
 import bitsandbytes.functional as bnb
 import pytest
@@ -11,8 +13,9 @@ from hqq.core.quantize import Quantizer
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+import merge
 import quantizers
-from config import HQQ_BITS
+from config import HQQ_BITS, UserError
 from quantize_layers import STORAGE, Linear4bit, as_storage
 from quantizers import HQQ, NF4, pack_bits
 from tests.runs import dense_state, set_up
@@ -57,7 +60,9 @@ def test_plain_operations_expand_some_blocks_at_a_time(n_bits, monkeypatch):
     packed = (*quantizer.quantize(torch.randn(shape)), None, shape, torch.float32)
     whole = quantizer.dequantize(*packed)
     monkeypatch.setattr(quantizers, "EXPANDED", 8 * 64)
-    assert torch.equal(quantizer.dequantize(*packed), whole), "8, 8 and 3 blocks"
+    with mock.patch.object(quantizers, "_values", wraps=quantizers._values) as values:
+        assert torch.equal(quantizer.dequantize(*packed), whole)
+    assert [len(call.args[0]) for call in values.mock_calls] == [64 * n_bits, 64 * n_bits, 24 * n_bits]
 
 
 def close_together(n: int) -> torch.Tensor:
@@ -65,10 +70,26 @@ def close_together(n: int) -> torch.Tensor:
     return 4.5 + 1e-3 * torch.randn(n, 64)
 
 
-def test_weights_that_hqqs_zero_points_do_not_reach_are_refused():
+def unfit(value: float) -> torch.Tensor:
+    return torch.randn(2, 64).index_put((torch.tensor(1), torch.tensor(5)), torch.tensor(value))
+
+
+@pytest.mark.parametrize(
+    ("weight", "why"),
+    [
+        (torch.cat((torch.randn(3, 64), close_together(1))), "has a block whose weights lie too far from 0"),
+        (unfit(torch.nan), "holds NaN or infinity"),
+        (unfit(torch.inf), "holds NaN or infinity"),
+    ],
+    ids=["close together", "NaN", "infinity"],
+)
+def test_weights_that_hqq_cannot_pack_are_refused(weight, why):
     HQQ(4).quantize(close_together(2))
-    with pytest.raises(ValueError, match="too far from 0"):
-        HQQ(8).quantize(torch.cat((torch.randn(3, 64), close_together(1))))
+    with pytest.raises(ValueError, match=why):
+        HQQ(8).quantize(weight)
+    files = SimpleNamespace(read=lambda *_: weight, tensors={"a.weight": weight})
+    with pytest.raises(UserError, match=f"a.weight: {why}"):  # of a merge; of a load: below
+        merge._weight(files, "a.weight", HQQ(8), None, 0.0, torch.device("cpu"), None)
 
 
 def test_a_weight_that_cannot_be_quantized_is_named(checkpoints, alpaca_file, one_rank, tmp_path):
