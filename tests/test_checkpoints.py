@@ -19,6 +19,7 @@ from torch import nn
 import background
 import checkpoint_plan
 import checkpoints
+import tensor_files
 from checkpoint_files import folder_of, read_checkpoint
 from checkpoints import Checkpoints, HostCopy, host_memory, use
 from stopping import NeverStop
@@ -142,6 +143,7 @@ def test_memory_is_there_before_the_first_checkpoint_is_due(one_rank, tmp_path):
 def left_out(place, folder: str) -> None:
     """fp16 begins with steps that are left out, after which the optimizer has no states."""
     run = Small(place, folder, every=100)
+    assert run.optimizer.state[run.model.weight] == {}  # as some optimizers have it from the start
     run.step(left_out=True)
     assert not run.buffers()
     run.step()
@@ -242,6 +244,51 @@ def test_copies_lie_together_and_are_written_each_alone(tmp_path, monkeypatch):
     assert written.keys() == TENSORS.keys()
     for name, tensor in TENSORS.items():
         torch.testing.assert_close(written[name], tensor, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("taken", [3, 100, 5000])
+def test_what_the_disk_takes_in_parts_is_whole(taken, tmp_path, monkeypatch):
+    """Two tensors in a call, of which it takes some bytes: those before others' end, just these, or more."""
+    monkeypatch.setattr(tensor_files, "MOST_WRITTEN", 2)
+    calls = []
+
+    def some(descriptor: int, buffers: list) -> int:
+        calls.append(len(buffers))
+        whole = b"".join(buffers)[:taken]
+        return os.write(descriptor, whole)
+
+    monkeypatch.setattr(os, "writev", some)
+    write_tensors(TENSORS, tmp_path / "copies")
+    assert max(calls) == 2
+    written = load_file(tmp_path / "copies")
+    assert written.keys() == TENSORS.keys()
+    assert all(torch.equal(written[name], tensor) for name, tensor in TENSORS.items())
+
+
+def test_each_tensor_lies_where_its_dtype_can_be_read(tmp_path):
+    odd = {
+        "codes": torch.arange(3, dtype=torch.uint8),
+        "half": torch.ones(3).half(),
+        "number": torch.ones(1),
+        "count": torch.ones(1, dtype=torch.int64),
+    }
+    write_tensors(odd, tmp_path / "odd")
+    for name, stored in tensor_files.list_tensors(tmp_path / "odd").items():
+        assert stored.begin % odd[name].element_size() == 0, name
+
+
+def counting_by_numbers(place, folder: str) -> None:
+    run = Small(place, folder, every=1)
+    run.checkpoints.describe_run = lambda: {"counts": {10: "a", 9: "b"}}
+    run.step()
+    run.checkpoints.finish()
+    saved = read_checkpoint(folder_of(Path(folder), 1))  # whole, by its manifest's digest
+    assert saved.run["counts"] == {"10": "a", "9": "b"}
+
+
+def test_numbers_that_a_run_counts_by_may_be_keys(one_rank, tmp_path):
+    """As JSON knows texts only, and sorts those otherwise."""
+    one_rank(counting_by_numbers, str(tmp_path))
 
 
 def order_of_a_save(place, folder: str) -> list[str]:
