@@ -26,7 +26,7 @@ from checkpoint_files import GROWING_FILES, Saved, Writer, folder_of, prune, syn
 from checkpoint_plan import CopyPlanner
 from command_line import describe
 from config import UserError
-from launch import Place
+from launch import Place, use
 from memory import MIB, can_pin
 from stopping import NeverStop
 from training_state import Tensors, collect, restore, trained_parameters
@@ -56,13 +56,6 @@ def host_memory(tensors: Tensors, pin: bool) -> Tensors:
         cut[name] = free[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
         free, left = free[room[name] :], left - room[name]
     return cut
-
-
-def use(device: torch.device) -> None:
-    """Makes it this thread's own. By a stream of another than the first GPU, which each thread begins with, the process
-    would get a context on that one too: half a GiB of it, and a third of a second that holds the interpreter."""
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
 
 
 class HostCopy:

@@ -113,6 +113,13 @@ def resolve_workers(wanted: int, local_world: int) -> int:
     return wanted if wanted > 0 else min(4, max(1, (os.cpu_count() or 1) // local_world))
 
 
+def use(device: torch.device) -> None:
+    """Makes it this thread's own. By a stream of another than the first GPU, which each thread begins with, the process
+    would get a context on that one too: half a GiB of it, and a third of a second that holds the interpreter."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+
+
 def join_group(rank: int, world: int, local_rank: int, store: dist.Store | None = None) -> Place:
     """Makes this process one of the group: NCCL on GPUs (gloo beside it for host tensors), else gloo.
 
@@ -126,7 +133,7 @@ def join_group(rank: int, world: int, local_rank: int, store: dist.Store | None 
     where = {"rank": rank, "world_size": world, "store": store}
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank % torch.cuda.device_count())
-        torch.cuda.set_device(device)
+        use(device)
         dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device, **where)
     else:
         device = torch.device("cpu")

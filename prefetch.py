@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from data import Step
+from launch import use
 
 
 def ahead(steps: Iterator[Step], device: torch.device, pin: bool) -> Iterator[Step]:
@@ -19,12 +20,9 @@ def ahead(steps: Iterator[Step], device: torch.device, pin: bool) -> Iterator[St
         step = next(steps, None)
         if step is None or not pin:
             return step
-        torch.cuda.set_device(
-            device
-        )  # each thread has its own; another GPU would get a context of this process
         return dataclasses.replace(step, batches=[batch.pinned() for batch in step.batches])
 
-    with ThreadPoolExecutor(1) as worker:
+    with ThreadPoolExecutor(1, initializer=use, initargs=(device,)) as worker:
         upcoming = worker.submit(make)
         while (step := upcoming.result()) is not None:
             upcoming = worker.submit(make)

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from launch import Place
+from launch import Place, use
 from linear4bit import compute_dtype, dequantize, linear4bit, name_of
 from loss import FrozenEmbedding
 from memory import empty_on_host
@@ -262,7 +262,7 @@ def _read(name: str, module: nn.Module, files: CheckpointFiles, device: torch.de
     """The tensor on the device, packed if its module packs it. One thread at a time is on the device: what
     quantization needs for a moment, several times the tensor, is needed once."""
     if device.type == "cuda" and not hasattr(thread, "stage"):
-        torch.cuda.set_device(device)  # of this thread
+        use(device)
         thread.stage = Stage(device.type)
     source = files.read(name, getattr(thread, "stage", None))
     with turn:

@@ -21,7 +21,8 @@ import checkpoint_plan
 import checkpoints
 import tensor_files
 from checkpoint_files import folder_of, read_checkpoint
-from checkpoints import Checkpoints, HostCopy, host_memory, use
+from checkpoints import Checkpoints, HostCopy, host_memory
+from launch import use
 from stopping import NeverStop
 from tensor_files import write_tensors
 from training_state import Tensors, collect
