@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import sys
 
-from command_line import parse_or_exit, program, report
+from command_line import parse_or_exit, program, report, run_program
 from config import TOY_MODEL, UserError
 from expansion_options import Options, parse
 
@@ -203,12 +203,8 @@ def run(options: Options) -> int:
 
 
 def main(argv: list[str]) -> int:
-    """The whole program, for callers from Python: options in, exit status out."""
-    try:
-        options = parse(argv)
-    except UserError as e:
-        return report(e, verbose=False)
-    return run(options)
+    """Options in, exit status out."""
+    return run_program(argv, parse, run)
 
 
 if __name__ == "__main__":

@@ -288,6 +288,15 @@ def parse_or_exit(argv: list[str], read: Callable[[list[str]], T] = parse) -> T:
         sys.exit(report(e, verbose="--verbose" in argv))
 
 
+def run_program(argv: list[str], read: Callable[[list[str]], T], run: Callable[[T], int]) -> int:
+    """A whole program, for callers from Python: options in, exit status out."""
+    try:
+        parsed = read(argv)
+    except UserError as e:
+        return report(e, verbose="--verbose" in argv)
+    return run(parsed)
+
+
 def report_folder(argv: list[str]) -> Path:
     """The RUN of report.py's command line. Exits 0 on --help, 2 if there is none."""
     parser = argparse.ArgumentParser(

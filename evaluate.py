@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import sys
 
-from command_line import exit_on_signals, parse_or_exit, report
+from command_line import exit_on_signals, parse_or_exit, report, run_program
 from config import UserError
 from evaluate_options import Options, parse
 
@@ -232,12 +232,8 @@ def run(options: Options) -> int:
 
 
 def main(argv: list[str]) -> int:
-    """The whole program, for callers from Python: options in, exit status out."""
-    try:
-        parsed = parse(argv)
-    except UserError as e:
-        return report(e, verbose="--verbose" in argv)
-    return run(parsed)
+    """Options in, exit status out."""
+    return run_program(argv, parse, run)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import sys
 
-from command_line import describe, exit_on_signals, parse_or_exit, report
+from command_line import describe, exit_on_signals, parse_or_exit, report, run_program
 from config import UserError
 from export_options import Options, parse
 
@@ -336,12 +336,8 @@ def run(options: Options) -> int:
 
 
 def main(argv: list[str]) -> int:
-    """The whole program, for callers from Python: options in, exit status out."""
-    try:
-        parsed = parse(argv)
-    except UserError as e:
-        return report(e, verbose=False)
-    return run(parsed)
+    """Options in, exit status out."""
+    return run_program(argv, parse, run)
 
 
 if __name__ == "__main__":

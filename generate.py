@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import sys
 
-from command_line import parse_or_exit, report
+from command_line import parse_or_exit, report, run_program
 from config import UserError
 from generate_options import Options, parse
 
@@ -238,12 +238,8 @@ def run(options: Options) -> int:
 
 
 def main(argv: list[str]) -> int:
-    """The whole program, for callers from Python: options in, exit status out."""
-    try:
-        parsed = parse(argv)
-    except UserError as e:
-        return report(e, verbose="--verbose" in argv)
-    return run(parsed)
+    """Options in, exit status out."""
+    return run_program(argv, parse, run)
 
 
 if __name__ == "__main__":

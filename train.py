@@ -19,6 +19,7 @@ from command_line import (
     parse,
     parse_or_exit,
     report,
+    run_program,
     set_allocator,
     under_torchrun,
 )
@@ -353,12 +354,8 @@ def announce(job: Job, remarks: list[str]) -> Job:
 
 
 def main(argv: list[str]) -> int:
-    """The whole program, for callers from Python: options in, exit status out."""
-    try:
-        parsed = parse(argv)
-    except UserError as e:
-        return report(e, verbose="--verbose" in argv)
-    return run(*parsed)
+    """Options in, exit status out."""
+    return run_program(argv, parse, lambda parsed: run(*parsed))
 
 
 if __name__ == "__main__":
