@@ -27,7 +27,7 @@ from memory import PEAKS, size
 from models import FAMILIES, build_on_meta
 from packing import longest_line
 from precision import precision_here
-from weight_arithmetic import WeightBytes, plan, resting_on_host, weight_bytes
+from weight_arithmetic import WeightBytes, plan, resting_on_host, vocabulary, weight_bytes
 from wrapping import STRATEGIES
 
 LAYER_ACTIVATIONS = (
@@ -71,7 +71,7 @@ def measure(job: Job, config: Config) -> Shape:
     for part in parts:
         layers[family.place(part.name)[0]] += part.nbytes()
     del layers[None]  # what is outside of them
-    ends = [p for p in parts if p.name in (f"{family.embedding}.weight", f"{family.head}.weight")]
+    ends = [p for p in parts if p.name in vocabulary(family)]
     return Shape(
         tokens=longest_line(config, job.rows),
         hidden=described.hidden_size,

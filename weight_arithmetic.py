@@ -89,10 +89,8 @@ def plan(
         elif everything or layer in new:
             parts.append(Part(name, "trained", stored.shape, precision.trained.itemsize))
         else:
-            vocabulary = name in (f"{family.embedding}.weight", f"{family.head}.weight")
-            parts.append(
-                Part(name, "unquantized", stored.shape, precision.frozen.itemsize, padded=not vocabulary)
-            )
+            padded = name not in vocabulary(family)
+            parts.append(Part(name, "unquantized", stored.shape, precision.frozen.itemsize, padded))
     for linear in target_linears(model, family, config.lora_target_modules) if method.adapter else ():
         name, rank = f"{linear}.weight", config.lora_rank
         rows, columns = files.tensors[name].shape
@@ -101,6 +99,11 @@ def plan(
         if method.adapter == "dora":
             parts.append(Part(name, "unquantized", (rows,), 4))  # the squared norms, fp32 always
     return parts
+
+
+def vocabulary(family: Family) -> tuple[str, str]:
+    """The names of the weights that have a row for each token."""
+    return f"{family.embedding}.weight", f"{family.head}.weight"
 
 
 def weight_bytes(parts: Iterable[Part]) -> WeightBytes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 import time
@@ -18,14 +19,16 @@ from torch.distributed.run import get_args_parser
 from transformers import AutoConfig, LlamaForCausalLM
 
 import model_files
-from benchmarks import run
+from benchmarks import dequantize, run
 from benchmarks.limited import read_filled
 from benchmarks.make_checkpoint import make_checkpoint
 from benchmarks.options import parse
 from benchmarks.shapes import SHAPES
 from benchmarks.systems import PEERS, SYSTEMS, Setting, System
 from benchmarks.table import Row, markdown, measured, ratio
+from config import HQQ_BITS
 from model_files import CheckpointFiles
+from quantizers import HQQ, NF4
 
 QLORA = Setting(gpus=1, train_type="qlora", checkpointing="full")
 WORK = ["--batch_size", "2", "--context_length", "256", "--lora_rank", "4", "--steps", "4"]
@@ -332,3 +335,11 @@ def test_a_limited_run_trains(tmp_path, capfd):
     command = [sys.executable, "-m", "benchmarks.limited", "1", *options.split(), *more.split()]
     assert subprocess.run(command, cwd=run.ROOT).returncode == 0
     assert "2 steps in" in capfd.readouterr().out
+
+
+def test_each_quantizer_is_timed(monkeypatch, capsys):
+    monkeypatch.setattr(dequantize, "TIMES", 2)
+    dequantize.main(["64", "128"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" 64 x 128: ")[0] for line in lines] == [str(q) for q in (NF4(), *map(HQQ, HQQ_BITS))]
+    assert all(re.search(r": \d+\.\d{3} ms", line) for line in lines)
