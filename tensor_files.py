@@ -12,7 +12,7 @@ import re
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
-from io import FileIO
+from io import BytesIO, FileIO
 from itertools import chain, cycle, islice
 from pathlib import Path
 from typing import BinaryIO, Protocol
@@ -177,10 +177,12 @@ def write_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
     go for each one, the other is woken as often. All on the CPU."""
     # Widest first, so that each lies where its dtype can be read.
     ordered = dict(sorted(tensors.items(), key=lambda item: -item[1].element_size()))
-    left = [memoryview(_flat(tensor.contiguous()).numpy()) for tensor in ordered.values()]
+    header = BytesIO()
+    write_header(header, ordered)
+    # In one list: a disk that is nearly full may take a part of any of them.
+    parts = header.getbuffer(), *(_flat(tensor.contiguous()).numpy() for tensor in ordered.values())
+    left, begin = [memoryview(part) for part in parts], 0
     with path.open("wb", buffering=0) as file:
-        write_header(file, ordered)
-        begin = 0
         while begin < len(left):
             written = os.writev(file.fileno(), left[begin : begin + MOST_WRITTEN])
             while begin < len(left) and written >= len(left[begin]):
