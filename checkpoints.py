@@ -6,11 +6,13 @@ training_state.py, its files in checkpoint_files.py.
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 import warnings
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import timedelta
 from functools import cache
 from pathlib import Path
 from typing import Protocol
@@ -29,7 +31,7 @@ from config import UserError
 from launch import Place, use
 from memory import MIB, can_pin
 from stopping import NeverStop
-from training_state import Tensors, collect, restore, trained_parameters
+from training_state import Tensors, collect, local_part, restore, trained_parameters
 
 
 class Part(Protocol):
@@ -43,6 +45,7 @@ class Part(Protocol):
 # Of host memory at once: torch rounds each piece of page-locked memory up to a power of two, and the driver may hold
 # up what is launched on the GPU while it locks one.
 PIECE = 64 * MIB
+SLOW = 250 * MIB  # in a second, for a disk of which nothing is known yet
 ALIGNED = 64  # bytes, a multiple of every element's size
 
 
@@ -52,10 +55,22 @@ def host_memory(tensors: Tensors, pin: bool) -> Tensors:
     left, free, cut = sum(room.values()), torch.empty(0, dtype=torch.uint8), {}
     for name, tensor in tensors.items():
         if room[name] > len(free):
-            free = torch.empty(max(room[name], min(PIECE, left)), dtype=torch.uint8, pin_memory=pin)
+            free = _piece(max(room[name], min(PIECE, left)), pin)
         cut[name] = free[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
         free, left = free[room[name] :], left - room[name]
     return cut
+
+
+def _piece(n_bytes: int, pin: bool) -> torch.Tensor:
+    if pin:
+        # What the system does not page-lock any more is copied to slowly, and no reason to end a run.
+        with contextlib.suppress(RuntimeError):
+            return torch.empty(n_bytes, dtype=torch.uint8, pin_memory=True)
+    return torch.empty(n_bytes, dtype=torch.uint8)
+
+
+class Unwritten(RuntimeError):
+    """A checkpoint that could not be written, for another reason than its disk. All ranks raise it."""
 
 
 class HostCopy:
@@ -146,7 +161,8 @@ class Checkpoints:
         self.every, self.at_end, self.keep, self.stopping, self.saved = every, at_end, keep, stopping, saved
         self.describe_run, self.settle, self.say = cache(describe_run), settle, say
         # Of its own, and of host memory: collectives of two threads must not meet in one group.
-        self.group = dist.new_group(backend="gloo")
+        # Of a rank that is gone others hear from who started them, and one whose disk is slow is to be waited for.
+        self.group = dist.new_group(backend="gloo", timeout=timedelta(days=1))
         self.pool = ThreadPoolExecutor(1, "checkpoint", initializer=use, initargs=(place.device,))
         self.background = Background(place.device.type == "cuda")  # on a CPU little is launched in a second
         self.planner = CopyPlanner(self.background)
@@ -159,7 +175,10 @@ class Checkpoints:
         # Whether the optimizer has its states; whether what checkpoints need is ready.
         self.updated = self.prepared = False
         self.step = self.newest = 0  # of the last checkpoint that was begun; of the last that is whole
+        self.taken: Callable[[], float] | None = None  # how long the write that is going on has taken
         self.seconds = 0.0  # that the last whole one took to write, without rests
+        states = 3 * sum(local_part(p).nbytes for p in self.trained.values())  # with Adam's moments
+        stopping.expect_save(states / SLOW)
         self.waits: list[float] = []  # seconds that training stood still for a checkpoint
 
     def load(self) -> int:
@@ -178,6 +197,10 @@ class Checkpoints:
     def after(self, step: int, last: bool) -> bool:
         """After each step: saves if it is due. last: the run ends with this step. Returns whether it is to stop
         before its end."""
+        if self.writing and self.writing.done():
+            self._await()
+        elif self.writing:
+            self.stopping.saved_in(self.taken(), whole=False)
         stop, wanted = self.stopping.agree(last)
         due = (self.every and step % self.every == 0) or (last and self.at_end)
         if stop or wanted or due:
@@ -214,6 +237,7 @@ class Checkpoints:
         self.copy.mark()
         run = self._run() if self.place.rank == 0 else {}
         self.copying = self.pool.submit(self.copy.take, local)
+        self.taken = self._watch()
         self.step, self.writing = step, self.pool.submit(self._write, step, layout, self.copying, run)
         self.waits.append(time.perf_counter() - began)
 
@@ -240,7 +264,7 @@ class Checkpoints:
     def _write(self, step: int, layout: Tensors, copying: Future[Tensors], run: dict) -> bool:
         """In the thread, after the copying. Returns whether the checkpoint is whole; a disk that takes no more is told,
         and the run goes on with the checkpoint before."""
-        began, rested, copies = time.perf_counter(), self.background.rested, copying.result()
+        taken, copies = self._watch(), copying.result()
         self.copy.wait()
 
         def described() -> dict:
@@ -257,20 +281,25 @@ class Checkpoints:
         except dcp.CheckpointException as e:
             failures = [error for error, _ in e.failures.values()]
             if not all(isinstance(error, OSError) for error in failures):
-                raise RuntimeError(f"checkpoint: {describe(failures[0])}") from e  # e is no Exception
+                raise Unwritten(f"checkpoint: {describe(failures[0])}") from e  # e is no Exception
             if self.place.rank == 0:
                 remove(writer.temporary)
-                self._warn(step, failures[0])
+                self._warn(step, describe(failures[0]))
             return False
-        self.seconds = time.perf_counter() - began - (self.background.rested - rested)
+        self.seconds = taken()
         if self.place.rank == 0 and self.keep > 0:
             prune(self.folder, self.keep)
         return True
 
-    def _warn(self, step: int, error: OSError) -> None:
+    def _watch(self) -> Callable[[], float]:
+        """Seconds from here on, without rests."""
+        began, rested = time.perf_counter(), self.background.rested
+        return lambda: time.perf_counter() - began - (self.background.rested - rested)
+
+    def _warn(self, step: int, reason: str) -> None:
         stays = f"the checkpoint of step {self.newest} stays" if self.newest else "there is no other one"
         print(
-            f"\nWARNING: the checkpoint of step {step} could not be written ({describe(error)}); {stays}, and training"
+            f"\nWARNING: the checkpoint of step {step} could not be written ({reason}); {stays}, and training"
             " goes on",
             file=sys.stderr,
             flush=True,
@@ -288,9 +317,14 @@ class Checkpoints:
 
     def finish(self) -> None:
         """Waits for the last write: a process must not end before. Raises RuntimeError if the run is to stop and its
-        last step could not be saved."""
+        last step could not be saved. One that ends by itself is told, and goes on to save its result."""
         try:
             self._await()
+        except Unwritten as e:
+            if self.stopping.reason:
+                raise
+            if self.place.rank == 0:
+                self._warn(self.step, str(e))
         finally:
             self.background.hurry.set()
             self.pool.shutdown()

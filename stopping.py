@@ -60,8 +60,11 @@ class NeverStop:
         """(whether the run is to stop after this step, whether a checkpoint is wanted)."""
         return False, False
 
-    def saved_in(self, seconds: float) -> None:
-        """How long the last checkpoint took."""
+    def expect_save(self, seconds: float) -> None:
+        """How long a checkpoint may take, as long as none has been written."""
+
+    def saved_in(self, seconds: float, whole: bool = True) -> None:
+        """How long the last checkpoint took, or, not whole, the one that is being written has taken."""
 
 
 NEVER = NeverStop()
@@ -79,7 +82,7 @@ class Stopping(NeverStop):
         self.rank, self.save_seconds = rank, save_minutes * 60
         self.ends = started + max_minutes * 60 if max_minutes else float("inf")
         self.last_save = self.last_step = time.time()
-        self.longest_step = self.longest_save = 0.0
+        self.longest_step = self.longest_save = self.expected_save = 0.0
         self.received = Received(again=_end_now)
         for number in (*STOPS, SAVE):
             signal.signal(number, self.received.note)
@@ -100,8 +103,13 @@ class Stopping(NeverStop):
         self.reason = signal.Signals(stop).name if stop else "--max_minutes" if late else ""
         return bool(self.reason), bool(save or due)
 
-    def saved_in(self, seconds: float) -> None:
+    def expect_save(self, seconds: float) -> None:
+        self.expected_save = seconds
+
+    def saved_in(self, seconds: float, whole: bool = True) -> None:
         self.longest_save = max(self.longest_save, seconds)
+        if whole:
+            self.expected_save = 0.0
 
     def _clock(self) -> tuple[bool, bool]:
         """(whether another step and its checkpoint would pass --max_minutes, whether --save_minutes are over)."""
@@ -110,7 +118,7 @@ class Stopping(NeverStop):
         if self.rank != 0:
             return False, False
         # The GPU may have most of this step still before it.
-        needed = 2 * self.longest_step + self.longest_save
+        needed = 2 * self.longest_step + max(self.longest_save, self.expected_save)
         return now + needed > self.ends, 0 < self.save_seconds <= now - self.last_save
 
 

@@ -41,15 +41,16 @@ def collect(
     local = _random_states(rank)
     layout = dict(local)
     for name, param in trained.items():
-        layout[f"model.{name}"], local[f"model.{name}"] = param, _local(param)
+        layout[f"model.{name}"], local[f"model.{name}"] = param, local_part(param)
         for key, value in optimizer.state.get(param, {}).items():
             suffix, placed = _layout(value, param, rank, has_blocks(optimizer))
             stored = f"optimizer.{key}{suffix}.{name}"
-            layout[stored], local[stored] = placed, placed if _is_number(value) else _local(value)
+            layout[stored], local[stored] = placed, placed if _is_number(value) else local_part(value)
     return layout, local
 
 
-def _local(tensor: torch.Tensor) -> torch.Tensor:
+def local_part(tensor: torch.Tensor) -> torch.Tensor:
+    """What this rank holds of it."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
 
 
@@ -104,7 +105,7 @@ def restore(
             reason = describe(next(error for error, _ in e.failures.values()))
             raise UserError(f"{saved.folder}: cannot be loaded ({reason})") from e
     for name, tensor in wanted.items():
-        if tensor.is_floating_point() and _local(tensor).isnan().any():
+        if tensor.is_floating_point() and local_part(tensor).isnan().any():
             raise UserError(f"{saved.folder}: cannot be loaded ({name} holds NaN)")
     if isinstance(optimizer, ShardedAdamW):
         states = {name: _of_shard(state, sources[name]) for name, state in states.items()}
@@ -184,4 +185,4 @@ def _fill_optimizer(optimizer: torch.optim.Optimizer, states: dict[nn.Parameter,
 def _as_bitsandbytes(value: torch.Tensor) -> torch.Tensor | int:
     if value.dim() == 0:
         return value.item()
-    return _local(value)
+    return local_part(value)

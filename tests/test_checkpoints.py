@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import re
 import threading
 import time
 import warnings
-from contextlib import contextmanager
 from pathlib import Path
 from unittest import mock
 
@@ -46,9 +47,17 @@ class Asking(NeverStop):
     def __init__(self, at: int):
         self.at, self.done = at, 0
 
+        self.expected, self.saves = 0.0, []
+
     def agree(self, last):
         self.done += 1
         return False, self.done == self.at
+
+    def expect_save(self, seconds):
+        self.expected = seconds
+
+    def saved_in(self, seconds, whole=True):
+        self.saves.append((seconds, whole))
 
 
 class Slow:
@@ -251,16 +260,17 @@ def test_copies_lie_together_and_are_written_each_alone(tmp_path, monkeypatch):
 def test_what_the_disk_takes_in_parts_is_whole(taken, tmp_path, monkeypatch):
     """Two tensors in a call, of which it takes some bytes: those before others' end, just these, or more."""
     monkeypatch.setattr(tensor_files, "MOST_WRITTEN", 2)
-    calls = []
+    calls, wrote = [], []
 
     def some(descriptor: int, buffers: list) -> int:
         calls.append(len(buffers))
-        whole = b"".join(buffers)[:taken]
-        return os.write(descriptor, whole)
+        wrote.append(os.write(descriptor, b"".join(buffers)[:taken]))
+        return wrote[-1]
 
     monkeypatch.setattr(os, "writev", some)
     write_tensors(TENSORS, tmp_path / "copies")
     assert max(calls) == 2
+    assert sum(wrote) == (tmp_path / "copies").stat().st_size, "the header as well"
     written = load_file(tmp_path / "copies")
     assert written.keys() == TENSORS.keys()
     assert all(torch.equal(written[name], tensor) for name, tensor in TENSORS.items())
@@ -323,7 +333,7 @@ def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(one_rank, tmp_path):
     assert one_rank(order_of_a_save, str(tmp_path)) == [expected]
 
 
-@contextmanager
+@contextlib.contextmanager
 def resting(run: Small, seconds: float):
     """The thread rests as beside a GPU, and long."""
     run.checkpoints.background.rests = True
@@ -345,6 +355,66 @@ def rest_and_finish(place, folder: str) -> tuple[bool, float]:
 def test_a_save_rests_beside_training_and_not_when_it_is_waited_for(one_rank, tmp_path):
     ((at_rest, seconds),) = one_rank(rest_and_finish, str(tmp_path))
     assert at_rest and seconds < LONG / 2
+
+
+def cannot_plan_at_the_end(place, folder: str) -> str:
+    """What a run shows whose only checkpoint is that of its end, and cannot be planned."""
+    run, shown = Small(place, folder, every=2), io.StringIO()
+    fails = mock.Mock(side_effect=MemoryError("no memory for a plan"))
+    with (
+        mock.patch.object(checkpoint_plan, "create_default_local_save_plan", fails),
+        contextlib.redirect_stderr(shown),
+    ):
+        run.step()
+        run.step()
+        run.checkpoints.finish()
+    return shown.getvalue()
+
+
+def test_a_run_that_is_through_saves_its_result_without_a_last_checkpoint(two_ranks, tmp_path):
+    told, nothing = two_ranks(cannot_plan_at_the_end, str(tmp_path))
+    assert "WARNING: the checkpoint of step 2 could not be written (checkpoint: MemoryError: no" in told
+    assert not nothing
+
+
+def told_of_saves(place, folder: str) -> tuple[float, list[tuple[float, bool]]]:
+    """What --max_minutes hears: of the run as it begins, and of a checkpoint that takes half a second beside steps."""
+    run, save = Small(place, folder, every=0, asked=1), checkpoints.dcp.save
+
+    def slow(*args, **kwargs):
+        time.sleep(0.5)
+        save(*args, **kwargs)
+
+    with mock.patch.object(checkpoints.dcp, "save", slow):
+        for _ in range(3):
+            run.step()
+        run.buffers()
+        for _ in range(3):
+            run.step()
+    run.checkpoints.finish()
+    return run.checkpoints.stopping.expected, run.checkpoints.stopping.saves
+
+
+def test_a_checkpoints_time_is_known_while_it_is_written_and_as_soon_as_it_is(one_rank, tmp_path):
+    ((expected, saves),) = one_rank(told_of_saves, str(tmp_path))
+    assert expected == 3 * 4 * (5 * 3 + 3) / checkpoints.SLOW
+    assert [whole for _, whole in saves] == [False, False, True]
+    assert saves[0][0] < saves[1][0] < 0.5 < saves[2][0]
+
+
+def test_memory_that_is_not_page_locked_any_more_will_do(monkeypatch):
+    made = torch.empty
+
+    def empty(*args, pin_memory=False, **kwargs):
+        if pin_memory:
+            raise RuntimeError("CUDA error: out of memory")
+        return made(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "empty", empty)
+    room = host_memory(TENSORS, pin=True)
+    assert {name: (t.shape, t.dtype) for name, t in room.items()} == {
+        name: (t.shape, t.dtype) for name, t in TENSORS.items()
+    }
 
 
 def preparations(place, folder: str, every: int) -> list[tuple[int, int]]:
@@ -437,7 +507,7 @@ def test_a_plan_that_rests_does_not_hold_up_the_end(one_rank, tmp_path):
 
 
 def cannot_plan(place, folder: str, rank: int, times: int) -> list[str]:
-    """What the steps and the end raise where a rank has no memory for its first plans."""
+    """What the steps raise where a rank has no memory for its first plans."""
     failures = [MemoryError("no memory for a plan")] * times if place.rank == rank else []
     plan, raised = checkpoint_plan.create_default_local_save_plan, []
 
@@ -448,11 +518,12 @@ def cannot_plan(place, folder: str, rank: int, times: int) -> list[str]:
 
     run = Small(place, folder, every=2)
     with mock.patch.object(checkpoint_plan, "create_default_local_save_plan", fails):
-        for step in (run.step, run.step, run.checkpoints.finish):
+        for step in (run.step, run.step, run.buffers, run.step):
             try:
                 step()
             except RuntimeError as e:
                 raised.append(str(e))
+    run.checkpoints.finish()
     return raised
 
 
@@ -465,7 +536,7 @@ def test_a_rank_that_could_not_plan_ahead_plans_at_the_first_checkpoint(rank, tw
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_every_rank_hears_of_one_that_cannot_plan(rank, two_ranks, tmp_path):
-    """At the first checkpoint."""
+    """At the first checkpoint, in the step after it if another one is not due for long."""
     assert (
         two_ranks(cannot_plan, str(tmp_path), rank, 9)
         == [["checkpoint: MemoryError: no memory for a plan"]] * 2

@@ -113,6 +113,22 @@ def test_a_run_ends_before_its_limit(alone, clock):
     assert asked.reason == "--max_minutes"
 
 
+def test_a_first_checkpoint_is_waited_for_as_long_as_one_may_take(alone, clock):
+    asked = Stopping(0, time.time(), max_minutes=5, save_minutes=0)
+    asked.expect_save(100)
+    asked.saved_in(20, whole=False)
+    stops = []
+    for seconds in (10, 180, 190):  # 300 are the limit; the longest step takes 170 from here on
+        clock(seconds)
+        stops.append(asked.agree(last=False)[0])
+    assert stops == [False, True, True]
+    asked = Stopping(0, time.time() - 190, max_minutes=5, save_minutes=0)
+    asked.expect_save(200)
+    assert asked.agree(last=False)[0]
+    asked.saved_in(20)
+    assert not asked.agree(last=False)[0], "now it is known that it takes 20"
+
+
 def test_a_checkpoint_that_takes_long_is_waited_for(alone, clock):
     asked = Stopping(0, time.time(), max_minutes=5, save_minutes=0)
     clock(10)
