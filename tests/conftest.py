@@ -164,9 +164,9 @@ def processes(monkeypatch):
 
 
 @pytest.fixture(scope="session")
-def source(checkpoints, alpaca_file):
+def source(checkpoints, short_rows):
     """The options that name the tiny model and its data."""
-    return ["--model_name", str(checkpoints()), "--dataset", str(alpaca_file)]
+    return ["--model_name", str(checkpoints()), "--dataset", str(short_rows)]
 
 
 @pytest.fixture(scope="session")
