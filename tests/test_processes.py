@@ -19,12 +19,15 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 import launch
 import train
 from checkpoint_files import newest_whole
 from command_line import parse
 from config import UserError
+from tests.distributed import new_processes
 from tests.programs import (
     ROOT,
     losses,
@@ -50,6 +53,34 @@ def losses_of_two(checkpoints, short_rows, two_ranks, tmp_path_factory) -> list[
     return losses(out)
 
 
+@pytest.fixture
+def agent():
+    """agent(argv, folder of logs) -> the exit statuses of train.py in two ranks under torchrun's own agent. They are forks
+    of the tests' server: torchrun itself, and each of its ranks, would import for ten seconds."""
+
+    def run_agent(argv: list[str], logs: Path) -> dict[int, int]:
+        new_processes()
+        specs = DefaultLogsSpecs(log_dir=str(logs), redirects=Std.ALL)
+        where = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "run_id": "test"}
+        config = LaunchConfig(1, 1, 2, **where, logs_specs=specs, max_restarts=0, start_method="forkserver")
+        return elastic_launch(config, train.main)(argv)
+
+    signals = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+    before = [signal.getsignal(each) for each in signals]
+    yield run_agent
+    for each, handler in zip(signals, before, strict=True):
+        signal.signal(each, handler)
+
+
+def test_torchruns_agent_gives_the_same_run(checkpoints, short_rows, tmp_path, losses_of_two, agent):
+    args = small(checkpoints, short_rows, tmp_path / "out", "--log_to", "stdout", "--world_size", "2")
+    assert agent(list(map(str, args)), tmp_path / "logs") == {0: 0, 1: 0}
+    (shown,) = (tmp_path / "logs").rglob("0/stdout.log")
+    assert "step 4/4: loss" in shown.read_text()
+    assert losses(tmp_path / "out") == losses_of_two
+
+
+@pytest.mark.slow
 def test_torchrun_gives_the_same_run(checkpoints, short_rows, tmp_path, losses_of_two):
     args = small(checkpoints, short_rows, tmp_path / "out", "--log_to", "stdout", "--world_size", "2")
     out = run(args, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
