@@ -61,6 +61,22 @@ def alpaca_file(tmp_path_factory):
     return tiny.write_alpaca(tmp_path_factory.mktemp("data") / "alpaca.jsonl")
 
 
+@pytest.fixture(scope="session")
+def short_rows(tmp_path_factory):
+    """A .jsonl of rows of a few words, of different lengths: what is trained on where it does not matter what is learned."""
+    from tests import tiny
+
+    return tiny.write_questions(tmp_path_factory.mktemp("data") / "short.jsonl", even=False)
+
+
+@pytest.fixture(scope="session")
+def even_rows(tmp_path_factory):
+    """A .jsonl of rows that all have the same length, for which layers are compiled once."""
+    from tests import tiny
+
+    return tiny.write_questions(tmp_path_factory.mktemp("data") / "even.jsonl", even=True)
+
+
 def _ranks(world: int):
     """On a machine with GPUs each rank has one, over NCCL; without, they are CPU processes over gloo."""
     from launch import ranks_on_gpus
@@ -148,9 +164,9 @@ def processes(monkeypatch):
 
 
 @pytest.fixture(scope="session")
-def source(checkpoints, alpaca_file):
+def source(checkpoints, short_rows):
     """The options that name the tiny model and its data."""
-    return ["--model_name", str(checkpoints()), "--dataset", str(alpaca_file)]
+    return ["--model_name", str(checkpoints()), "--dataset", str(short_rows)]
 
 
 @pytest.fixture(scope="session")

@@ -3,8 +3,6 @@ and then changed."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import os
 import pickle
@@ -13,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tests.hostile import DEEP, GIB, Case, put
+from tests.manifests import edit
 
 PATH, STEP, RANK = "path", "checkpoints/step-00000001", "rank-00000.safetensors"
 SOUND = "a sound checkpoint"  # which the damaged ones are made of
@@ -27,15 +26,6 @@ def checkpoint(damage: Callable[[Path], object], resume: str = PATH) -> Case:
         return {"resume": folder / "out" / STEP if resume == PATH else resume, "world_size": 1}
 
     return write
-
-
-def edit(folder: Path, change: Callable[[dict], object]) -> None:
-    """Changes the manifest of a checkpoint, and makes its own checksum fit."""
-    found = json.loads((folder / "manifest.json").read_text())
-    found.pop("sha256")
-    change(found)
-    digest = hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
-    (folder / "manifest.json").write_text(json.dumps(found | {"sha256": digest}))
 
 
 def manifest(change: Callable[[dict], object], resume: str = PATH) -> Case:

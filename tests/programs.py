@@ -29,9 +29,9 @@ def run(args, *launcher: str, **env: str) -> str:
     return out + err
 
 
-def small(checkpoints, alpaca_file, out, *more) -> list:
+def small(checkpoints, rows, out, *more) -> list:
     options = ["--max_steps", "4", "--batch_size", "2", "--lora_rank", "8", "--lr", "2e-3", *more]
-    return ["--model_name", checkpoints(), "--dataset", alpaca_file, "--output_dir", out, *options]
+    return ["--model_name", checkpoints(), "--dataset", rows, "--output_dir", out, *options]
 
 
 def metrics(folder: Path) -> list[dict]:

@@ -19,17 +19,18 @@ import train
 from checkpoint import BEST
 from checkpoint_files import folder_of
 from command_line import parse
-from tests.hostile_checkpoints import edit
+from tests.manifests import edit
 from tests.runs import whole_run
 from tracking import Meter
 
 RUN = (  # an epoch has 10 steps; of half the rows, packed, 5 at most
     "--train_type bnb_dora --lora_rank 6 --lr 1e-2 --lr_scheduler cosine --batch_size 1 --num_epochs 2"
     " --context_length 256 --log_to stdout --gradient_accumulation_steps 2 --deterministic --compile false"
+    " --lora_target_modules q_proj,down_proj"
 ).split()
 NOISY = [
     *RUN,
-    *"--lora_dropout 0.1 --precision fp16_autocast --packing --max_steps 8 --dataset_samples 20".split(),
+    *"--lora_dropout 0.1 --precision fp16_autocast --packing --context_length 80 --max_steps 5 --dataset_samples 12".split(),
 ]
 QUIET = [*RUN, "--max_steps", "7"]
 CHECK_ROOM = checkpoint.check_room

@@ -219,9 +219,9 @@ def offloading_run(place, argv: list[str]):
     return results, counts["stashed"], counts["fetched"], alive()
 
 
-def test_compiled_dora(checkpoints, alpaca_file, plain_run, one_rank):
+def test_compiled_dora(checkpoints, even_rows, plain_run, one_rank):
     """The layers' inputs and the last projections' outputs."""
-    args = arguments(checkpoints("llama_bias"), alpaca_file, "hqq_dora")
+    args = arguments(checkpoints("llama_bias"), even_rows, "hqq_dora")
     results, stashed, fetched, held = one_rank(
         offloading_run, [*args, *CHECKPOINTED, "--use_activation_cpu_offload", "true"]
     )[0]

@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import os
 import re
 import subprocess
 import sys
 import time
 from collections import namedtuple
+from unittest import mock
 
 import psutil
 import pytest
@@ -19,16 +21,19 @@ from torch.distributed.run import get_args_parser
 from transformers import AutoConfig, LlamaForCausalLM
 
 import model_files
+import train
 from benchmarks import dequantize, run
-from benchmarks.limited import read_filled
+from benchmarks.limited import GIB, read_filled, run_limited
 from benchmarks.make_checkpoint import make_checkpoint
 from benchmarks.options import parse
 from benchmarks.shapes import SHAPES
 from benchmarks.systems import PEERS, SYSTEMS, Setting, System
 from benchmarks.table import Row, markdown, measured, ratio
+from command_line import parse as parse_training
 from config import HQQ_BITS
 from model_files import CheckpointFiles
 from quantizers import HQQ, NF4
+from tests.runs import whole_run
 
 QLORA = Setting(gpus=1, train_type="qlora", checkpointing="full")
 WORK = ["--batch_size", "2", "--context_length", "256", "--lora_rank", "4", "--steps", "4"]
@@ -326,13 +331,30 @@ def test_an_empty_checkpoint_is_filled_as_it_is_read(tmp_path, monkeypatch):
     assert sum(s.st_blocks * 512 for s in sizes) < 2**15 < sum(s.st_size for s in sizes)
 
 
-def test_a_limited_run_trains(tmp_path, capfd):
-    make_checkpoint(tmp_path / "empty", "tiny", empty=True)
-    options = (
-        f"--model_name {tmp_path / 'empty'} --output_dir {tmp_path / 'run'} --dataset dummy --world_size 1"
-    )
+def limited_run(place, options: list[str]) -> str:
+    """A rank of such a run; returns what it printed."""
+    with (
+        mock.patch.object(train, "run_rank", run_limited),
+        mock.patch.object(model_files, "read_tensor", model_files.read_tensor),
+        mock.patch.dict(os.environ, {GIB: "1"}),
+    ):
+        return whole_run(place, train.check(parse_training(options)[0]))
+
+
+def limited_options(folder) -> list[str]:
+    make_checkpoint(folder / "empty", "tiny", empty=True)
+    where = f"--model_name {folder / 'empty'} --output_dir {folder / 'run'} --dataset dummy --world_size 1"
     more = "--train_type qlora --context_length 256 --max_steps 2 --save_model false --log_to stdout"
-    command = [sys.executable, "-m", "benchmarks.limited", "1", *options.split(), *more.split()]
+    return [*where.split(), *more.split()]
+
+
+def test_a_limited_run_trains(one_rank, tmp_path):
+    assert "2 steps in" in one_rank(limited_run, limited_options(tmp_path))[0]
+
+
+@pytest.mark.slow
+def test_the_command_limits_a_run(tmp_path, capfd):
+    command = [sys.executable, "-m", "benchmarks.limited", "1", *limited_options(tmp_path)]
     assert subprocess.run(command, cwd=run.ROOT).returncode == 0
     assert "2 steps in" in capfd.readouterr().out
 

@@ -27,7 +27,7 @@ from checkpoint_files import (
 )
 from checkpoint_plan import CopyPlanner
 from config import UserError
-from tests.hostile_checkpoints import edit
+from tests.manifests import edit
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 TENSORS = {

@@ -139,9 +139,9 @@ OPTIONS = [
         always=[("bnb_dora", OPTIONS[0]), ("bnb_dora", OPTIONS[2]), ("full", OPTIONS[1])],
     ),
 )
-def test_fsdp_trains_the_same_with_them(train_type, options, checkpoints, alpaca_file, two_ranks, tmp_path):
+def test_fsdp_trains_the_same_with_them(train_type, options, checkpoints, short_rows, two_ranks, tmp_path):
     """To the last bit, as two ranks' sums have no order; in few buffers."""
-    args = [*arguments(checkpoints(), alpaca_file, train_type), "--batch_size", "2", *options.split()]
+    args = [*arguments(checkpoints(), short_rows, train_type), "--batch_size", "2", *options.split()]
     expected = two_ranks(train_run, args)[0]
     with tempfile.TemporaryDirectory(dir=tmp_path) as folder:
         got, (gathered, summed) = two_ranks(run_with_files, folder, args)[0]
@@ -154,9 +154,9 @@ def test_fsdp_trains_the_same_with_them(train_type, options, checkpoints, alpaca
 
 
 @on_cpus
-def test_groups_of_ranks_have_buffers_of_their_own(checkpoints, alpaca_file, four_ranks, tmp_path):
+def test_groups_of_ranks_have_buffers_of_their_own(checkpoints, short_rows, four_ranks, tmp_path):
     hybrid = "--batch_size 1 --sharding_strategy hybrid_full_shard --hybrid_shard_size 2".split()
-    args = [*arguments(checkpoints(), alpaca_file, "bnb_dora"), *hybrid]
+    args = [*arguments(checkpoints(), short_rows, "bnb_dora"), *hybrid]
     expected = four_ranks(train_run, args)[0]
     assert_same(expected, four_ranks(run_with_files, str(tmp_path), args)[0][0])
 
@@ -214,9 +214,9 @@ def with_nccl(place, args) -> tuple:
     "options", ["", "--wrap_policy sublayer --use_cpu_offload", "--sharding_strategy shard_grad_op"]
 )
 @pytest.mark.parametrize("train_type", ["bnb_dora", "full"])
-def test_two_gpus_train_as_with_nccl(train_type, options, checkpoints, alpaca_file, two_ranks):
+def test_two_gpus_train_as_with_nccl(train_type, options, checkpoints, short_rows, two_ranks):
     args = [
-        *arguments(checkpoints(), alpaca_file, train_type),
+        *arguments(checkpoints(), short_rows, train_type),
         "--batch_size",
         "2",
         "--deterministic",

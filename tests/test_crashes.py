@@ -16,9 +16,12 @@ from tools import crash_test as crash_test_module
 from tools.crash_test import Attempt, crash_test
 
 
-def test_kills_at_random_moments_change_nothing(tmp_path):
-    """The short form of `python -m tools.crash_test`."""
-    assert crash_test(tmp_path, kills=8, seed=1).startswith("8 kills, ")
+@pytest.mark.parametrize("kills", [8, pytest.param(20, marks=pytest.mark.slow)])
+def test_kills_at_random_moments_change_nothing(kills, source, tmp_path, monkeypatch):
+    """The short form of `python -m tools.crash_test`, on a smaller model."""
+    smaller = [*source, "--lora_target_modules", "q_proj,down_proj", "--sample_every", "100"]
+    monkeypatch.setattr(crash_test_module, "OPTIONS", [*crash_test_module.OPTIONS, *smaller])
+    assert crash_test(tmp_path, kills, seed=1).startswith(f"{kills} kills, ")
 
 
 def steps(folder: Path, number: int, pauses: float) -> None:

@@ -35,13 +35,13 @@ RUN = "--batch_size 1 --num_epochs 2 --max_steps 6 --context_length 256 --log_to
 EVALUATING = "--eval_share 0.2 --eval_every 1".split()
 
 
-def options(kind: str, checkpoints, alpaca_file, *more: str) -> list[str]:
+def options(kind: str, checkpoints, short_rows, *more: str) -> list[str]:
     model, text = KINDS[kind]
     return [
         "--model_name",
         str(checkpoints(model)),
         "--dataset",
-        str(alpaca_file),
+        str(short_rows),
         *text.split(),
         *RUN,
         *more,
@@ -81,10 +81,10 @@ def attempt(place, argv: list[str], filling: Filling) -> tuple[str, list]:
 
 @pytest.mark.parametrize(("kind", "checked"), SOME)
 def test_the_best_step_before_stays(
-    kind, checked, checkpoints, alpaca_file, two_ranks, undisturbed, small_disk
+    kind, checked, checkpoints, short_rows, two_ranks, undisturbed, small_disk
 ):
     """Of steps 3 and 4, each better than the one before, nothing is kept; of the next better one, all is."""
-    argv = options(kind, checkpoints, alpaca_file, *EVALUATING)
+    argv = options(kind, checkpoints, short_rows, *EVALUATING)
     whole, folder = undisturbed(argv), small_disk / "run"
     filling = Filling(small_disk, 3, 5, checked)
     printed, (before, after) = two_ranks(attempt, [*argv, "--output_dir", str(folder)], filling)[0]
@@ -190,9 +190,9 @@ def test_a_full_disk_does_not_change_when_a_run_stops(full, kept, tmp_path):
 
 @pytest.mark.parametrize(("kind", "checked"), SOME)
 def test_the_result_is_saved_when_there_is_room_again(
-    kind, checked, checkpoints, alpaca_file, two_ranks, undisturbed, small_disk
+    kind, checked, checkpoints, short_rows, two_ranks, undisturbed, small_disk
 ):
-    argv = options(kind, checkpoints, alpaca_file, "--save_every", "4")
+    argv = options(kind, checkpoints, short_rows, "--save_every", "4")
     whole, folder = undisturbed(argv), small_disk / "run"
     argv += ["--output_dir", str(folder)]
     line = two_ranks(attempt, argv, Filling(small_disk, 6, 7, checked))[0][0]
@@ -209,11 +209,11 @@ def test_the_result_is_saved_when_there_is_room_again(
     assert same_weights(folder, whole)
 
 
-def test_without_a_checkpoint_the_line_says_so(checkpoints, alpaca_file, small_disk, processes, capfd):
+def test_without_a_checkpoint_the_line_says_so(checkpoints, short_rows, small_disk, processes, capfd):
     """The status and the one line; the metrics are whole."""
     fill(small_disk, leave=160 * 1024)
     out = small_disk / "out"
-    args = small(checkpoints, alpaca_file, out, "--world_size", "2", "--lora_rank", "64")
+    args = small(checkpoints, short_rows, out, "--world_size", "2", "--lora_rank", "64")
     status, err = train.main(list(map(str, args))), capfd.readouterr().err
     assert status == 2 and "Traceback" not in err
     assert err.splitlines()[-1].startswith(
@@ -223,9 +223,9 @@ def test_without_a_checkpoint_the_line_says_so(checkpoints, alpaca_file, small_d
     assert len(lines(out)) == 4 and not list(out.glob("*.tmp")) and not (out / ADAPTER).exists()
 
 
-def test_a_disk_that_is_full_from_the_start_is_a_line(checkpoints, alpaca_file, small_disk, processes, capfd):
+def test_a_disk_that_is_full_from_the_start_is_a_line(checkpoints, short_rows, small_disk, processes, capfd):
     fill(small_disk)
-    args = small(checkpoints, alpaca_file, small_disk / "out", "--world_size", "1", "--verbose")
+    args = small(checkpoints, short_rows, small_disk / "out", "--world_size", "1", "--verbose")
     status, err = train.main(list(map(str, args))), capfd.readouterr().err
     assert status == 2 and "Traceback" in err, "which --verbose asked for"
     told = f"error: rank 0: OSError: [Errno 28] No space left on device: '{small_disk}/out/config.yaml'"

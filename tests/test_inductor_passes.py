@@ -35,6 +35,7 @@ from linear4bit import WITHOUT_GRADIENT
 from tests.distributed import once
 from tests.runs import train_run
 from tests.test_parity import arguments, assert_same
+from tests.test_recompute import loss_compiled_with
 
 
 def rewritten_run(place, argv: list[str]):
@@ -70,7 +71,7 @@ def rewritten_run(place, argv: list[str]):
         decompositions=select_decomp_table,
     )
     run = torch.compile(recompute._run, fullgraph=True, backend=backend)
-    with mock.patch.object(train, "compiler", lambda: run):
+    with mock.patch.object(train, "compiler", lambda: run), loss_compiled_with("aot_eager"):
         return train_run(place, [*argv, "--compile", "true"]), counted, sums
 
 
@@ -121,12 +122,12 @@ def product_of(h: torch.fx.Node) -> torch.fx.Node:
     ],
 )
 def test_siblings_are_joined(
-    train_type, options, projections, operators, matmuls, checkpoints, alpaca_file, plain_run, rewritten
+    train_type, options, projections, operators, matmuls, checkpoints, even_rows, plain_run, rewritten
 ):
     """projections: matmuls of x and A's; operators: of the gradients of A's and B's; matmuls: of those of x, in a layer
     whose x has one. What dropout has gone over each linear has for itself."""
     args = [
-        *arguments(checkpoints("llama_bias"), alpaca_file, train_type, "--batch_size", "4"),
+        *arguments(checkpoints("llama_bias"), even_rows, train_type, "--batch_size", "4"),
         *options.split(),
     ]
     results, counted, _ = rewritten(args)
@@ -151,11 +152,11 @@ def test_siblings_are_joined(
     ],
 )
 def test_sums_come_before_the_gradients(
-    train_type, options, sums, checkpoints, alpaca_file, plain_run, rewritten
+    train_type, options, sums, checkpoints, even_rows, plain_run, rewritten
 ):
     """Of gate and up, whose gradients are computed element by element. Forward has none."""
     args = [
-        *arguments(checkpoints("llama_bias"), alpaca_file, train_type, "--batch_size", "4"),
+        *arguments(checkpoints("llama_bias"), even_rows, train_type, "--batch_size", "4"),
         *options.split(),
     ]
     results, _, found = rewritten(args)

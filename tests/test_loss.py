@@ -71,6 +71,18 @@ def test_loss_and_gradients(rows, softcap, monkeypatch):
         torch.testing.assert_close(head(x, targets, softcap), got[0])
 
 
+def test_compiled():
+    """By Inductor, whose kernels a C++ compiler has to build; in whole runs that is left out."""
+    x, weight, targets = case(0)
+    head, leaf = head_of(weight, trained=True), x.clone().requires_grad_()
+    head.compiled = True
+    total = head(leaf, targets)
+    assert_equal(
+        (total.detach(), *torch.autograd.grad(total * 0.37, (leaf, head.weight))),
+        reference(x, weight, targets, None),
+    )
+
+
 def test_nothing_learned_is_nothing_lost():
     x, weight, targets = case(0)
     leaf = x.requires_grad_()

@@ -342,10 +342,10 @@ def run_of(model, data, name: str) -> list:
     [("adam", ["fused_adam"]), ("adamw", ["fused_adamw", *BITSANDBYTES])],
     ids=["adam", "adamw"],
 )
-def test_runs_in_two_ranks_follow_torch(like, names, checkpoints, alpaca_file, two_ranks):
-    expected = two_ranks(train_run, run_of(checkpoints(), alpaca_file, like))[0]
+def test_runs_in_two_ranks_follow_torch(like, names, checkpoints, short_rows, two_ranks):
+    expected = two_ranks(train_run, run_of(checkpoints(), short_rows, like))[0]
     for name in names:
-        losses, tensors, norms = two_ranks(train_run, run_of(checkpoints(), alpaca_file, name))[0]
+        losses, tensors, norms = two_ranks(train_run, run_of(checkpoints(), short_rows, name))[0]
         tolerance = 5e-3 if name.endswith("8bit") else 1e-5
         for got, wanted in ((losses, expected[0]), (norms, expected[2])):
             torch.testing.assert_close(torch.tensor(got), torch.tensor(wanted), rtol=tolerance, atol=0)

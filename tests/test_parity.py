@@ -47,8 +47,8 @@ def assert_same(a, b, losses: float = 1e-5, tensors: float = TENSORS) -> None:
 
 
 @pytest.mark.parametrize("train_type", TYPES)
-def test_two_ranks_equal_one(train_type, checkpoints, alpaca_file, plain_run, two_ranks):
-    args = arguments(checkpoints(biased(train_type)), alpaca_file, train_type)
+def test_two_ranks_equal_one(train_type, checkpoints, short_rows, plain_run, two_ranks):
+    args = arguments(checkpoints(biased(train_type)), short_rows, train_type)
     plain = plain_run([*args, *PLAIN])
     first, second = two_ranks(train_run, [*args, "--batch_size", "2"])
     assert first[0] == second[0]  # both ranks report the loss of the whole step
@@ -56,25 +56,25 @@ def test_two_ranks_equal_one(train_type, checkpoints, alpaca_file, plain_run, tw
 
 
 @pytest.mark.parametrize("train_type", ["full", "bnb_dora"])
-def test_tied_embeddings_in_two_ranks(train_type, checkpoints, alpaca_file, one_rank, two_ranks):
-    args = arguments(checkpoints("qwen2"), alpaca_file, train_type)
+def test_tied_embeddings_in_two_ranks(train_type, checkpoints, short_rows, one_rank, two_ranks):
+    args = arguments(checkpoints("qwen2"), short_rows, train_type)
     plain = one_rank(train_run, [*args, "--batch_size", "4"])[0]
     assert_same(plain, two_ranks(train_run, [*args, "--batch_size", "2"])[0])
 
 
 @pytest.mark.parametrize("no_sync", ["false", "true"])
-def test_accumulation_equals_one_big_batch(no_sync, checkpoints, alpaca_file, one_rank, two_ranks, plain_run):
-    """Rows of 1 to 61 words: a mean of micro-batch means would be far off."""
-    args = arguments(checkpoints(), alpaca_file, "bnb_dora")
+def test_accumulation_equals_one_big_batch(no_sync, checkpoints, short_rows, one_rank, two_ranks, plain_run):
+    """Answers of 1 to 13 numbers: a mean of micro-batch means would be far off."""
+    args = arguments(checkpoints(), short_rows, "bnb_dora")
     plain = plain_run([*args, *PLAIN])
     small = ["--batch_size", "1", "--gradient_accumulation_steps"]
     assert_same(plain, one_rank(train_run, [*args, *small, "4", "--no_sync", no_sync])[0])
     assert_same(plain, two_ranks(train_run, [*args, *small, "2", "--no_sync", no_sync])[0])
 
 
-def test_no_sync_reduces_once_per_step(checkpoints, alpaca_file, two_ranks):
+def test_no_sync_reduces_once_per_step(checkpoints, short_rows, two_ranks):
     args = arguments(
-        checkpoints(), alpaca_file, "lora", "--batch_size", "2", "--gradient_accumulation_steps", "4"
+        checkpoints(), short_rows, "lora", "--batch_size", "2", "--gradient_accumulation_steps", "4"
     )
     args[args.index("--max_steps") + 1] = "1"
     often, once = (two_ranks(count_reductions, [*args, "--no_sync", v])[0] for v in ("false", "true"))
@@ -93,25 +93,25 @@ def count_reductions(place, args) -> int:
 
 
 @pytest.mark.parametrize("train_type", ["full", "lora", "bnb_dora", "bnb_llama_pro"])
-def test_gradient_checkpointing_changes_nothing(train_type, checkpoints, alpaca_file, one_rank):
-    args = arguments(checkpoints(biased(train_type)), alpaca_file, train_type, "--batch_size", "2")
+def test_gradient_checkpointing_changes_nothing(train_type, checkpoints, short_rows, one_rank):
+    args = arguments(checkpoints(biased(train_type)), short_rows, train_type, "--batch_size", "2")
     if METHODS[train_type].adapter:
         args += ["--lora_dropout", "0.2"]  # recomputation must draw the same dropout
     on, off = (one_rank(train_run, [*args, "--use_gradient_checkpointing", v])[0] for v in ("true", "false"))
     assert_same(on, off, tensors=1e-6)
 
 
-def test_an_epoch_that_does_not_divide(checkpoints, alpaca_file, one_rank, two_ranks):
+def test_an_epoch_that_does_not_divide(checkpoints, short_rows, one_rank, two_ranks):
     """16 rows in steps of 12: the last step of each epoch has 4 rows, which leave one rank without any."""
-    args = arguments(checkpoints(), alpaca_file, "lora", "--dataset_samples", "16", "--num_epochs", "2")
+    args = arguments(checkpoints(), short_rows, "lora", "--dataset_samples", "16", "--num_epochs", "2")
     args += ["--max_steps", "4"]
     plain = one_rank(train_run, [*args, "--batch_size", "12"])[0]
     assert len(plain[0]) == 4
     assert_same(plain, two_ranks(train_run, [*args, "--batch_size", "6"])[0])
 
 
-def test_dropout_is_drawn_apart_on_each_rank_and_repeats(checkpoints, alpaca_file, two_ranks):
-    args = arguments(checkpoints(), alpaca_file, "lora", "--lora_dropout", "0.5", "--batch_size", "2")
+def test_dropout_is_drawn_apart_on_each_rank_and_repeats(checkpoints, short_rows, two_ranks):
+    args = arguments(checkpoints(), short_rows, "lora", "--lora_dropout", "0.5", "--batch_size", "2")
     first, again = (two_ranks(train_run, args)[0] for _ in range(2))
     assert first[0] == again[0]
     drawn, others = two_ranks(draw_after_set_up, args)

@@ -39,11 +39,11 @@ def test_what_each_mode_is():
 
 
 @pytest.fixture
-def plain(checkpoints, alpaca_file, plain_run):
+def plain(checkpoints, short_rows, plain_run):
     """plain(train_type) -> (arguments, results of the plain run in fp32)."""
 
     def get(train_type: str):
-        args = arguments(checkpoints(biased(train_type)), alpaca_file, train_type)
+        args = arguments(checkpoints(biased(train_type)), short_rows, train_type)
         return args, plain_run([*args, "--batch_size", "4", "--use_gradient_checkpointing", "false"])
 
     return get
@@ -85,8 +85,8 @@ def train_run_as_on_a_gpu(place, args):
 
 
 @pytest.mark.parametrize("mode", ["fp16_autocast", "bf16_autocast"])
-def test_autocast_reaches_every_linear(mode, checkpoints, alpaca_file, one_rank):
-    args = arguments(checkpoints("llama_bias"), alpaca_file, "bnb_dora", "--precision", mode)
+def test_autocast_reaches_every_linear(mode, checkpoints, short_rows, one_rank):
+    args = arguments(checkpoints("llama_bias"), short_rows, "bnb_dora", "--precision", mode)
     dtypes = one_rank(dtypes_in_forward, args)[0]
     linears = {v for k, v in dtypes.items() if k.endswith("_proj") or k == "lm_head"}
     assert linears == {FP16 if mode == "fp16_autocast" else BF16}
@@ -105,9 +105,9 @@ def dtypes_in_forward(place, args) -> dict[str, torch.dtype]:
     return seen
 
 
-def test_scaling_keeps_gradients_that_fp16_would_lose(checkpoints, alpaca_file, one_rank):
+def test_scaling_keeps_gradients_that_fp16_would_lose(checkpoints, short_rows, one_rank):
     """A loss a hundred thousand times smaller: its gradients vanish in fp16 unless they are scaled."""
-    args = arguments(checkpoints("llama_bias"), alpaca_file, "qlora", "--precision")
+    args = arguments(checkpoints("llama_bias"), short_rows, "qlora", "--precision")
     expected, scaled = (
         one_rank(norm_of_a_small_loss, [*args, m], True)[0] for m in ("fp32", "fp16_autocast")
     )
@@ -133,9 +133,9 @@ def norm_of_a_small_loss(place, args, scaling: bool) -> float:
 @pytest.mark.parametrize(
     ("strategy", "where"), [("full_shard", "shard"), ("full_shard", "loss"), ("ddp", "loss")]
 )
-def test_overflow_on_one_rank_skips_the_step_on_all(strategy, where, checkpoints, alpaca_file, two_ranks):
+def test_overflow_on_one_rank_skips_the_step_on_all(strategy, where, checkpoints, short_rows, two_ranks):
     """In the loss of one rank, or only in the part of the gradient that one rank holds."""
-    args = arguments(checkpoints("llama_bias"), alpaca_file, "bnb_dora", "--sharding_strategy", strategy)
+    args = arguments(checkpoints("llama_bias"), short_rows, "bnb_dora", "--sharding_strategy", strategy)
     first, second = two_ranks(overflow_on_the_second_rank, [*args, "--precision", "fp16_autocast"], where)
     assert first == second == (True, 2.0**15, True)
 
@@ -164,11 +164,11 @@ def overflow_on_the_second_rank(place, args, where: str) -> tuple[bool, float, b
     return not moved[0], scales[0], moved[1]
 
 
-def test_clipping_sees_unscaled_gradients(checkpoints, alpaca_file, one_rank):
+def test_clipping_sees_unscaled_gradients(checkpoints, short_rows, one_rank):
     """With plain SGD the step is lr times the clipped gradient: its length is lr * grad_norm, not 65536 times
     less."""
     args = arguments(
-        checkpoints("llama_bias"), alpaca_file, "qlora", "--optimizer", "sgd", "--grad_norm", "0.01"
+        checkpoints("llama_bias"), short_rows, "qlora", "--optimizer", "sgd", "--grad_norm", "0.01"
     )
     args[args.index("--max_steps") + 1] = "1"
     length, norm = one_rank(length_of_first_step, [*args, "--precision", "fp16_autocast"])[0]

@@ -19,12 +19,15 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 import launch
 import train
 from checkpoint_files import newest_whole
 from command_line import parse
 from config import UserError
+from tests.distributed import new_processes
 from tests.programs import (
     ROOT,
     losses,
@@ -42,31 +45,59 @@ from tests.runs import whole_run
 
 
 @pytest.fixture(scope="module")
-def losses_of_two(checkpoints, alpaca_file, two_ranks, tmp_path_factory) -> list[float]:
+def losses_of_two(checkpoints, short_rows, two_ranks, tmp_path_factory) -> list[float]:
     """Of `small` in two ranks, however they are started."""
     out = tmp_path_factory.mktemp("two") / "out"
-    config, _ = parse(list(map(str, small(checkpoints, alpaca_file, out, "--world_size", "2"))))
+    config, _ = parse(list(map(str, small(checkpoints, short_rows, out, "--world_size", "2"))))
     two_ranks(whole_run, train.check(config))
     return losses(out)
 
 
-def test_torchrun_gives_the_same_run(checkpoints, alpaca_file, tmp_path, losses_of_two):
-    args = small(checkpoints, alpaca_file, tmp_path / "out", "--log_to", "stdout", "--world_size", "2")
+@pytest.fixture
+def agent():
+    """agent(argv, folder of logs) -> the exit statuses of train.py in two ranks under torchrun's own agent. They are forks
+    of the tests' server: torchrun itself, and each of its ranks, would import for ten seconds."""
+
+    def run_agent(argv: list[str], logs: Path) -> dict[int, int]:
+        new_processes()
+        specs = DefaultLogsSpecs(log_dir=str(logs), redirects=Std.ALL)
+        where = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "run_id": "test"}
+        config = LaunchConfig(1, 1, 2, **where, logs_specs=specs, max_restarts=0, start_method="forkserver")
+        return elastic_launch(config, train.main)(argv)
+
+    signals = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+    before = [signal.getsignal(each) for each in signals]
+    yield run_agent
+    for each, handler in zip(signals, before, strict=True):
+        signal.signal(each, handler)
+
+
+def test_torchruns_agent_gives_the_same_run(checkpoints, short_rows, tmp_path, losses_of_two, agent):
+    args = small(checkpoints, short_rows, tmp_path / "out", "--log_to", "stdout", "--world_size", "2")
+    assert agent(list(map(str, args)), tmp_path / "logs") == {0: 0, 1: 0}
+    (shown,) = (tmp_path / "logs").rglob("0/stdout.log")
+    assert "step 4/4: loss" in shown.read_text()
+    assert losses(tmp_path / "out") == losses_of_two
+
+
+@pytest.mark.slow
+def test_torchrun_gives_the_same_run(checkpoints, short_rows, tmp_path, losses_of_two):
+    args = small(checkpoints, short_rows, tmp_path / "out", "--log_to", "stdout", "--world_size", "2")
     out = run(args, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
     assert "step 4/4: loss" in out
     assert losses(tmp_path / "out") == losses_of_two
 
 
 @pytest.mark.slow
-def test_torchrun_reports_bad_input_once(checkpoints, alpaca_file, tmp_path):
-    args = small(checkpoints, alpaca_file, tmp_path / "out", "--lora_target_modules", "nothing")
+def test_torchrun_reports_bad_input_once(checkpoints, short_rows, tmp_path):
+    args = small(checkpoints, short_rows, tmp_path / "out", "--lora_target_modules", "nothing")
     process = start(args, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
     _, err = process.communicate(timeout=120)
     assert process.returncode != 0 and err.count("error: --lora_target_modules") == 1
     assert not (tmp_path / "out").exists()
 
 
-def test_a_killed_rank_ends_the_others_with_its_name(checkpoints, alpaca_file, tmp_path, processes, capsys):
+def test_a_killed_rank_ends_the_others_with_its_name(checkpoints, short_rows, tmp_path, processes, capsys):
     path, killed = tmp_path / "out" / "metrics.jsonl", []
 
     def kill_one():
@@ -78,7 +109,7 @@ def test_a_killed_rank_ends_the_others_with_its_name(checkpoints, alpaca_file, t
 
     thread = threading.Thread(target=kill_one, daemon=True)
     thread.start()
-    args = small(checkpoints, alpaca_file, tmp_path / "out", "--world_size", "2")
+    args = small(checkpoints, short_rows, tmp_path / "out", "--world_size", "2")
     status = train.main([*map(str, args), "--max_steps", "100000", "--num_epochs", "100000"])
     assert time.time() - killed[0] < 30
     assert status == 1 and "error: rank 1 was ended by SIGKILL" in capsys.readouterr().err.splitlines()[-1]
@@ -197,9 +228,9 @@ def raises_in_its_third_step(place, job) -> None:
 
 
 def test_a_rank_that_raises_ends_the_others_with_its_message(
-    checkpoints, alpaca_file, tmp_path, losses_of_two, processes, monkeypatch, capsys
+    checkpoints, short_rows, tmp_path, losses_of_two, processes, monkeypatch, capsys
 ):
-    args = small(checkpoints, alpaca_file, tmp_path / "out", "--world_size", "2")
+    args = small(checkpoints, short_rows, tmp_path / "out", "--world_size", "2")
     monkeypatch.setattr(train, "run_rank", raises_in_its_third_step)
     begun = time.time()
     assert train.main(list(map(str, args))) == 1
@@ -211,10 +242,10 @@ def test_a_rank_that_raises_ends_the_others_with_its_message(
     assert time.time() - begun < 90 and not any(p.is_alive() for p in processes)
 
 
-def test_ranks_do_not_outlive_a_killed_parent(checkpoints, alpaca_file, tmp_path):
+def test_ranks_do_not_outlive_a_killed_parent(checkpoints, short_rows, tmp_path):
     """Started as a shell starts a background job: with SIGINT ignored, which is what torch would send to its ranks. A
     rank by itself, which no other's end ends, before training, which takes SIGINT for a request."""
-    args = small(checkpoints, alpaca_file, tmp_path / "out", "--world_size", "1")
+    args = small(checkpoints, short_rows, tmp_path / "out", "--world_size", "1")
     args += ["--max_steps", "100000", "--num_epochs", "100000"]
     previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
     process = start(args)
@@ -228,11 +259,11 @@ def test_ranks_do_not_outlive_a_killed_parent(checkpoints, alpaca_file, tmp_path
     assert len(ranks) == 1 and not alive
 
 
-def test_signals_save_and_stop(checkpoints, alpaca_file, tmp_path):
+def test_signals_save_and_stop(checkpoints, short_rows, tmp_path):
     """SIGUSR1 to the program: a checkpoint, and training goes on. Ctrl-C, which a terminal sends to the whole group:
     the end, with one more."""
     out = tmp_path / "out"
-    args = small(checkpoints, alpaca_file, out, "--max_steps", "100000", "--num_epochs", "100000")
+    args = small(checkpoints, short_rows, out, "--max_steps", "100000", "--num_epochs", "100000")
     previous = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
     process = start(args)
     signal.signal(signal.SIGINT, previous)
@@ -260,12 +291,12 @@ def test_signals_save_and_stop(checkpoints, alpaca_file, tmp_path):
     [("checks", (-signal.SIGINT, "")), ("starts its ranks", (128 + signal.SIGINT, "ended by SIGINT\n"))],
 )
 def test_ctrl_c_before_training_leaves_no_traceback(
-    while_it, ended, checkpoints, alpaca_file, tmp_path, monkeypatch
+    while_it, ended, checkpoints, short_rows, tmp_path, monkeypatch
 ):
     """From a terminal: to the program and to ranks that may still be importing what they need. While it checks, the
     signal itself ends it; afterwards it answers, and nothing of it is left."""
     monkeypatch.setenv("TMPDIR", str(tmp_path))
-    process = start_in_a_terminal(small(checkpoints, alpaca_file, tmp_path / "out", "--world_size", "1"))
+    process = start_in_a_terminal(small(checkpoints, short_rows, tmp_path / "out", "--world_size", "1"))
     if while_it == "checks":  # or imports, after what is needed to read options
         wait_for(lambda: "torch" in Path(f"/proc/{process.pid}/maps").read_text(), process)
     else:
@@ -316,11 +347,11 @@ def sleeps_in_its_third_step(place, job) -> None:
 
 
 def test_a_second_signal_ends_a_step_that_does_not(
-    checkpoints, alpaca_file, tmp_path, processes, monkeypatch, capfd
+    checkpoints, short_rows, tmp_path, processes, monkeypatch, capfd
 ):
     """The first waits for the end of the step, which lasts; after the second nothing is left but whole checkpoints."""
     out, running, ended = tmp_path / "out", [], []
-    args = small(checkpoints, alpaca_file, out, "--save_every", "1", "--max_steps", "9", "--num_epochs", "9")
+    args = small(checkpoints, short_rows, out, "--save_every", "1", "--max_steps", "9", "--num_epochs", "9")
     saved = out / "checkpoints" / "step-00000002" / "manifest.json"
 
     def stop_twice():

@@ -38,14 +38,14 @@ def profiled(*argv: str):
 
 
 @pytest.fixture(scope="module")
-def runs(checkpoints, alpaca_file, two_ranks, tmp_path_factory):
+def runs(checkpoints, short_rows, two_ranks, tmp_path_factory):
     """The same run twice, watched and not, with two micro-batches: their folders, what was printed, the traces."""
     root = tmp_path_factory.mktemp("profiled")
     watched = ["--profile_memory", "--profile", "--repeat", "1", "--active_steps", "1", "--with_shapes",
                "--profiling_output", root / "traces"]  # fmt: skip
     made = {}
     for name, more in (("plain", []), ("watched", watched)):
-        argv = ["--model_name", checkpoints(), "--dataset", alpaca_file, "--output_dir", root / name, *more,
+        argv = ["--model_name", checkpoints(), "--dataset", short_rows, "--output_dir", root / name, *more,
                 "--max_steps", STEPS, "--gradient_accumulation_steps", "2", "--lora_rank", "8",
                 "--world_size", "2"]  # fmt: skip
         made[name] = two_ranks(whole_run, train.check(parse(list(map(str, argv)))[0]))[0]
@@ -244,14 +244,14 @@ def test_traces_are_kept_if_asked(tmp_path):
         check_traces(profiled(*argv), 10)
 
 
-def test_a_run_without_a_cycle_is_refused(checkpoints, alpaca_file, tmp_path):
+def test_a_run_without_a_cycle_is_refused(checkpoints, short_rows, tmp_path):
     """Before anything is written."""
-    argv = ["--model_name", checkpoints(), "--dataset", alpaca_file, "--output_dir", tmp_path / "out",
+    argv = ["--model_name", checkpoints(), "--dataset", short_rows, "--output_dir", tmp_path / "out",
             "--profiling_output", tmp_path / "traces", "--world_size", "1"]  # fmt: skip
     for more, how in ((["--max_steps", "9"], "10 steps, and the run has 9; lower --profiling_frequency"),
                       (["--max_steps", "3", "--repeat", "1"], "4 steps, and the run has 3; give fewer --wait")):  # fmt: skip
         with pytest.raises(UserError, match=how):
             train.check(profiled(*map(str, [*argv, *more])))
     with pytest.raises(UserError, match=r"--profiling_output .*cannot be written"):
-        train.check(profiled(*map(str, [*argv, "--profiling_output", alpaca_file / "x"])))
+        train.check(profiled(*map(str, [*argv, "--profiling_output", short_rows / "x"])))
     assert not list(tmp_path.iterdir())

@@ -37,14 +37,15 @@ def test_a_stopped_run_goes_on_to_the_last_bit(source, two_ranks, tmp_path):
     whole, folder = tmp_path / "whole", tmp_path / "run"
     two_ranks(run, [*source, *NOISY, "--output_dir", str(whole)])
     again = [*source, *NOISY, "--output_dir", str(folder), "--resume", "auto"]
-    printed = two_ranks(run, again, Signals({2: signal.SIGUSR1, 3: signal.SIGTERM}))[0]
-    assert "stopped at step 3 of 8 (SIGTERM); go on with:" in printed
-    assert steps_in(folder) == [3, 2] and not (folder / "adapter_model.safetensors").exists()
+    printed = two_ranks(run, again, Signals({1: signal.SIGUSR1, 2: signal.SIGTERM}))[0]
+    assert "stopped at step 2 of 5 (SIGTERM); go on with:" in printed
+    assert steps_in(folder) == [2, 1] and not (folder / "adapter_model.safetensors").exists()
     with (folder / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 4, "epo')
-    assert "stopped at step 7 of 8 (SIGINT)" in two_ranks(run, again, Signals({7: signal.SIGINT}))[0]
-    assert "8 steps, the last 1 of them in" in two_ranks(run, again)[0]
-    assert repeated(folder) == repeated(whole) and len(lines(folder)) == 8
+        file.write('{"step": 3, "epo')
+    assert "stopped at step 4 of 5 (SIGINT)" in two_ranks(run, again, Signals({4: signal.SIGINT}))[0]
+    assert "5 steps, the last 1 of them in" in two_ranks(run, again)[0]
+    assert repeated(folder) == repeated(whole) and len(lines(folder)) == 5
+    assert lines(folder)[1]["epoch"] < 1 < lines(folder)[3]["epoch"]
     ours, theirs = adapter(folder), adapter(whole)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     two_ranks(run, again)  # nothing is left to do

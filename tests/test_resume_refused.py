@@ -68,7 +68,7 @@ def test_what_changes_no_result_may_change(where, source, copied, capsys):
 
 def test_other_data_are_refused(source, copied, tmp_path):
     other = tmp_path / "other.jsonl"
-    other.write_text(Path(source[3]).read_text().replace("Say red", "Say rot", 1))
+    other.write_text(Path(source[3]).read_text().replace("Count from 1 ", "Count from 7 ", 1))
     with pytest.raises(UserError, match="no longer makes the rows that the run began with"):
         resumed(source, copied, "--dataset", str(other))
     other.write_text(Path(source[3]).read_text())

@@ -226,13 +226,13 @@ def test_wandb_offline_holds_every_step(checkpoints, alpaca_file, tmp_path, run_
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "sgd", "adadelta"])
-def test_optimizers_learn(optimizer, checkpoints, alpaca_file, one_rank):
+def test_optimizers_learn(optimizer, checkpoints, short_rows, one_rank):
     lr = {"adam": "2e-3", "sgd": "0.5", "adadelta": "0.5"}[optimizer]
     args = [
         "--model_name",
         checkpoints(),
         "--dataset",
-        alpaca_file,
+        short_rows,
         "--train_type",
         "bnb_dora",
         "--lora_rank",
@@ -256,10 +256,10 @@ def test_optimizers_learn(optimizer, checkpoints, alpaca_file, one_rank):
     ],
 )
 def test_a_step_is_told_while_the_next_one_computes(
-    options, order, checkpoints, alpaca_file, one_rank, tmp_path
+    options, order, checkpoints, short_rows, one_rank, tmp_path
 ):
     """Unless something goes by what it came to, or may not happen in the middle of a forward."""
-    args = small(checkpoints, alpaca_file, tmp_path / "out", "--max_steps", "6", *options.split())
+    args = small(checkpoints, short_rows, tmp_path / "out", "--max_steps", "6", *options.split())
     told = one_rank(order_of_a_run, [*map(str, args), "--log_to", "stdout", "--world_size", "1"])[0]
     assert told == order.split()
     steps = [m["step"] for m in metrics(tmp_path / "out")]

@@ -163,3 +163,17 @@ def write_alpaca(path: Path, rows: int = 40) -> Path:
             row = {"instruction": f"Say {words[i % len(words)]}.", "input": "now" * (i % 3), "output": answer}
             file.write(json.dumps(row) + "\n")
     return path
+
+
+def write_questions(path: Path, even: bool, rows: int = 40) -> Path:
+    """Questions with answers of 1 to 13 numbers, or all of one length in tokens. Without Alpaca's long prompts a row has 50
+    to 90 tokens: where rows only have to be learned, that is half the time, and a third in 16 bits, which many CPUs
+    emulate. (None of their gradients is so close to zero that AdamW would make a step of its rounding: test_parity.py.)"""
+    with path.open("w") as file:
+        for i in range(rows):
+            question = f"Count from {i} to {i * 5 % 40}."
+            answer = " ".join(str((i + j * 5) % 100) for j in range(1 + (i * i) % 13))
+            if even:
+                question, answer = f"Count from {i % 4}.", " ".join(str(i % 4 + j) for j in range(6))
+            file.write(json.dumps({"question": question, "answer": answer}) + "\n")
+    return path
