@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import math
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -31,6 +33,7 @@ from models.family import clean
 from models.lora import LoRALinear
 from tensor_files import save_tensors
 
+PATIENCE = 10  # seconds for a run that ends to leave its folder
 ADAPTER, BLOCKS = "adapter_model.safetensors", "new_blocks.safetensors"
 BEST, SCORE = "best", "evaluation.json"  # the folder of the best step, and the file in it that names the step
 RUN_FILES = ("config.yaml", "run.json", "metrics.jsonl", "bad_steps.jsonl", "samples.jsonl", "loss.png", "report.html", "memory*.html",
@@ -72,6 +75,36 @@ def check_writable(folder: Path, option: str) -> None:
             pass
     except (OSError, ValueError) as e:  # ValueError: a NUL in the name
         raise UserError(f"{option} {folder}: cannot be written ({getattr(e, 'strerror', e)})") from None
+
+
+class Alone:
+    """Keeps other runs out of a folder, from `take` to the end of the context: of two that wrote into it neither could be
+    resumed. The lock is the folder's own, and goes with its process."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.descriptor = folder, -1
+
+    def __enter__(self) -> Alone:
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+
+    def take(self) -> None:
+        """Raises UserError if another run does not leave it, which the ranks of one that was killed do in a second. A
+        file system without locks is taken as it is."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.descriptor, ends = os.open(self.folder, os.O_RDONLY), time.monotonic() + PATIENCE
+        while True:
+            try:
+                return fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() > ends:
+                    raise UserError(f"--output_dir {self.folder}: another run is writing in it") from None
+                time.sleep(0.2)
+            except OSError:
+                return None
 
 
 def clear_output(folder: Path) -> None:

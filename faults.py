@@ -70,6 +70,7 @@ class BadSteps:
 
     def load_state_dict(self, state: dict) -> None:
         self.count = state["count"]
+        self.stop = too_many(self.count, self.most)
 
     def _usable(self, loss: float, grad_norm: float) -> bool:
         return math.isfinite(loss) and (math.isfinite(grad_norm) or self._scaling())
@@ -103,10 +104,10 @@ def too_many(count: int | None, most: int) -> bool:
     return 0 <= most < (count or 0)
 
 
-def conclude(history: list[Metrics], most: int, folder: Path) -> None:
+def conclude(history: list[Metrics], before: int, most: int, folder: Path) -> None:
     """The last thing of a run. Raises UserError, on all ranks, if bad steps ended it; what was trained until then is
-    saved. Collective."""
-    count = history[-1].bad_steps if history else 0  # nothing was left for a resumed run to do
+    saved. history: of the steps that were made; before: the bad steps of a run that is resumed. Collective."""
+    count = history[-1].bad_steps if history else before
     if too_many(count, most):
         dist.barrier()  # the first rank to fail ends the others: rank 0 must have written everything
         raise UserError(

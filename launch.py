@@ -236,6 +236,7 @@ def join(run: Callable, prepare: Callable, verbose: bool = False) -> int:
     A UserError of `prepare`, which raises it on all ranks or none, passes through.
     """
     rank, world, local_rank = (_number(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    threading.Thread(target=_end_with_agent, args=(os.getppid(),), daemon=True).start()
     preparing = True
     try:
         # Each group has its own part of the store: in a common one the second would find the addresses of the
@@ -332,6 +333,13 @@ def _end_with_parent() -> None:
     """torch's own way, a SIGINT when the parent dies, is a request to a rank that trains; and the parent of a fork is its
     server."""
     mp.parent_process().join()
+    os._exit(1)
+
+
+def _end_with_agent(agent: int) -> None:
+    """An agent that is killed cannot end its ranks; started again, it would have others in the same folder."""
+    while os.getppid() == agent:
+        time.sleep(0.5)
     os._exit(1)
 
 

@@ -9,7 +9,7 @@ import torch
 
 import memory
 from checkpoint import BLOCKS
-from command_line import describe, program
+from command_line import describe, program, under_torchrun
 from config import TOY_DATASET, TOY_MODEL, TOY_PROMPT, Config
 from data import StepSampler, TokenizedRows
 from packing import PackSampler
@@ -74,7 +74,9 @@ def describe_stop(reason: str, history: list[Metrics], total_steps: int, folder:
 
 
 def going_on(folder: Path) -> str:
-    """The command that resumes a run."""
+    """The command that resumes a run, where it is not torchrun's."""
+    if under_torchrun():  # whose options are not known here
+        return "the command that started it, with --resume auto"
     return shlex.join([*program("train.py"), "--config", f"{folder}/config.yaml", "--resume", "auto"])
 
 

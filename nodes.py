@@ -10,8 +10,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import socket
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -26,6 +28,8 @@ from config import UserError, shown
 from data import TokenizedRows
 from precision import precision_here
 from weight_cache import digest
+
+PATIENCE = 20  # seconds that a file may take from one node to another
 
 
 @dataclass(frozen=True)
@@ -113,13 +117,30 @@ def compare(nodes: list[Finding]) -> None:
             raise UserError(f"node {i} ({node.host}): {node.error}")
     first = nodes[0]
     for i, node in enumerate(nodes[1:], 1):
-        for name, value in first.described.items():
-            if node.described[name] != value:
+        for name in first.described | node.described:  # other versions of this program have others
+            if node.described.get(name) != first.described.get(name):
                 raise UserError(_disagreement(name, first, i, node))
 
 
+def check_shared(file: Path, place: launch.Place) -> None:
+    """Raises UserError on ranks of other nodes that do not see what the first has just written, as checkpoints need.
+    Collective."""
+    if place.local_world == place.world:
+        return
+    written = [file.read_bytes() if place.rank == 0 else b""]
+    dist.broadcast_object_list(written, src=0)
+    ends = time.monotonic() + PATIENCE
+    while not (file.is_file() and file.read_bytes() == written[0]):
+        if time.monotonic() > ends:
+            raise UserError(
+                f"--output_dir {file.parent}: what the first node writes there is not seen here; for checkpoints all nodes"
+                " must share it"
+            )
+        time.sleep(0.2)
+
+
 def _disagreement(name: str, first: Finding, number: int, other: Finding) -> str:
-    values = first.described[name], other.described[name]
+    values = [node.described.get(name, "unknown") for node in (first, other)]
     hosts = f"node 0 ({first.host})", f"node {number} ({other.host})"
     if max(map(len, values)) >= 64:  # digests, which tell nobody anything
         return (

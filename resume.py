@@ -16,15 +16,17 @@ from pathlib import Path
 import torch
 from transformers import PretrainedConfig
 
-from checkpoint import BEST, base_digest
+from checkpoint import BEST, BLOCKS, base_digest, holds_run
 from checkpoint_files import (
     GROWING_FILES,
     MANIFEST,
     Damaged,
     Saved,
+    folder_of,
     newest_whole,
     read_checkpoint,
     remove_checkpoints,
+    steps_in,
 )
 from config import CHECKPOINTS, FIELDS, Config, UserError, shown
 from data import TokenizedRows
@@ -99,9 +101,25 @@ def resume_after_restart(config: Config) -> Config:
         raise UserError(
             "--output_dir: is needed under torchrun --max-restarts: a restart goes on with the run in it"
         )
+    if most and not attempt and config.overwrite and steps_in(Path(config.output_dir)):
+        raise UserError(
+            f"--overwrite: {config.output_dir} has checkpoints, which a restart by torchrun could not tell from this run's;"
+            " remove it, or choose another --output_dir"
+        )
     if attempt:
         return dataclasses.replace(config, resume=config.resume or "auto", overwrite=False)
     return config
+
+
+def _check_may_begin_anew(run: Path) -> None:
+    """Raises UserError where more would be lost of a run without a whole checkpoint than its first steps."""
+    why = None
+    if any((run / name).exists() for name in ("adapter_config.json", "config.json", BLOCKS)):
+        why = "a finished run without checkpoints"
+    elif any((folder_of(run, step) / MANIFEST).exists() for step in steps_in(run)):
+        why = "no checkpoint that is whole"
+    if why:
+        raise UserError(f"--resume auto: {run} holds {why}; choose another --output_dir")
 
 
 def find_checkpoint(config: Config) -> Saved | None:
@@ -111,10 +129,9 @@ def find_checkpoint(config: Config) -> Saved | None:
         return None
     if config.resume == "auto":
         saved = newest_whole(run, tell=print)
-        if saved is None and any(run.glob("adapter_config.json")) | any(run.glob("config.json")):
-            raise UserError(
-                f"--resume auto: {run} holds a finished run without checkpoints; choose another --output_dir"
-            )
+        if saved is None and holds_run(run):
+            _check_may_begin_anew(run)
+            print(f"--resume auto: {run} has no checkpoint yet; from the start")
         return saved
     path = Path(config.resume).expanduser()
     if not path.is_dir():

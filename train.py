@@ -50,6 +50,7 @@ import nodes
 import resume
 from attention import choose_attention
 from checkpoint import (
+    Alone,
     base_digest,
     clear_output,
     save_adapter,
@@ -171,7 +172,7 @@ def train(
 
     model.train()
     evaluator.begin(done)
-    todo = range(done + 1, total + 1) if not evaluator.stop else ()
+    todo = range(done + 1, total + 1) if not (evaluator.stop or guard.stop) else ()
     steps = ahead(sampler.steps(config.num_epochs, done), place.device, memory.can_pin(place.device.type))
     for index, step in zip(todo, steps, strict=False):
         loss = torch.zeros((), device=place.device)
@@ -265,11 +266,11 @@ def make_checkpoints(
 @explained
 def run_rank(place: Place, job: Job) -> None:
     """What each process does, from loading to the saved result."""
-    with make_profiler(job.config, place) as profiler:
-        run_profiled(place, job, profiler)
+    with make_profiler(job.config, place) as profiler, Alone(Path(job.config.output_dir)) as alone:
+        run_profiled(place, job, profiler, alone)
 
 
-def run_profiled(place: Place, job: Job, profiler: Profiler) -> None:
+def run_profiled(place: Place, job: Job, profiler: Profiler, alone: Alone) -> None:
     """The same, watched by a profiler."""
     config, start = job.config, time.perf_counter()
     if config.deterministic:
@@ -281,14 +282,17 @@ def run_profiled(place: Place, job: Job, profiler: Profiler) -> None:
     model, loaded = set_up(job, place, profiler)
     stages = profiler.fullest("wrap", "load")
     if place.rank == 0:
+        alone.take()
         if job.saved is None:
             clear_output(folder)
         resume.tidy(folder, job.saved)
         write_text(folder / "config.yaml", options.dump_yaml(config))
         write_text(folder / FACTS, describe_run(job.rows, sampler, model, stages))
         print(f"{describe_model(loaded)}; ready after {time.perf_counter() - start:.1f} s", flush=True)
-    before = job.saved.run["parts"]["tracker"] if job.saved else {}
-    tracker = make_tracker(config, place.rank, total, before)
+    if config.save_every or config.save_minutes:
+        nodes.check_shared(folder / FACTS, place)
+    before = job.saved.run["parts"] if job.saved else {"tracker": {}, "guard": {"count": 0}}
+    tracker = make_tracker(config, place.rank, total, before["tracker"])
     tracker.stages(stages)
     done = len(tracker.history)
     stopping = Stopping(place.rank, job.started, config.max_minutes, config.save_minutes)
@@ -309,7 +313,7 @@ def run_profiled(place: Place, job: Job, profiler: Profiler) -> None:
         files = describe_files(config, bool(job.evaluation.prompts), folder)
         stop = describe_stop(stopping.reason, history, total, folder)
         print(*([stop] if stopping.reason else [*told, files]), sep="\n", flush=True)
-    conclude(history[done:], config.max_bad_steps, folder)
+    conclude(history[done:], before["guard"]["count"], config.max_bad_steps, folder)
 
 
 def save(job: Job, model: nn.Module, folder: Path) -> None:

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
 from benchmarks.make_checkpoint import byte_tokenizer
-from checkpoint_files import folder_of
+from checkpoint_files import MANIFEST, folder_of
 from config import UserError
 from data import Step, StepSampler, prepare
 from faults import BAD_STEPS, BadSteps
@@ -90,6 +90,23 @@ def test_a_resumed_run_tells_of_a_bad_step_once(poisoned, two_ranks, tmp_path):
         two_ranks(run, [*argv, "--resume", str(folder_of(tmp_path, step))])
         assert (tmp_path / BAD_STEPS).read_text() == told
         assert [m.get("bad_steps") for m in lines(tmp_path)] == [None, 1, 1]
+
+
+def resumed_after_bad_steps(place, argv: list[str], folder: str) -> list[str]:
+    """How a run ends that --max_bad_steps 0 has ended before, and what is in the lines of its steps."""
+    with pytest.raises(UserError, match="1, more than --max_bad_steps 0"):
+        run(place, argv)
+    return [line.get("bad_steps") for line in lines(Path(folder))]
+
+
+def test_a_run_that_bad_steps_ended_stays_ended(poisoned, two_ranks, tmp_path):
+    argv = [*map(str, poisoned), "--batch_size", "2", "--max_steps", "3", "--save_every", "1"]
+    argv += ["--output_dir", str(tmp_path), "--log_to", "stdout", "--max_bad_steps", "0"]
+    for more in ([], ["--resume", "auto"]):
+        ended = two_ranks(resumed_after_bad_steps, [*argv, *more], str(tmp_path))
+        assert ended == [[None, 1]] * 2
+    two_ranks(run, [*argv, "--resume", "auto", "--max_bad_steps", "1"])
+    assert [line.get("bad_steps") for line in lines(tmp_path)] == [None, 1, 1]
 
 
 def sampled_rows(args, step: int) -> list[int]:
@@ -272,6 +289,8 @@ def ended(poisoned, tmp_path_factory):
         "2",
         "--eval_share",
         "0.1",
+        "--save_every",
+        "1",
     ]
     command = [sys.executable, "train.py", *map(str, [*poisoned, *options])]
     done = subprocess.run(
@@ -299,7 +318,7 @@ def test_secrets_are_in_no_file_of_a_run(ended):
     out, _, shown, errors = ended
     files = [path for path in out.rglob("*") if path.is_file()]
     assert {"config.yaml", "run.json", "report.html", "samples.jsonl"} <= {path.name for path in files}
-    assert any(path.suffix == ".wandb" for path in files)
+    assert any(path.suffix == ".wandb" for path in files) and any(path.name == MANIFEST for path in files)
     texts = {str(path): path.read_bytes() for path in files} | {"output": (shown + errors).encode()}
     for secret in SECRETS.values():
         assert [name for name, text in texts.items() if secret.encode() in text] == []

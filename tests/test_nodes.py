@@ -18,6 +18,7 @@ from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -259,6 +260,31 @@ def test_nodes_of_another_size_are_told_first():
         UserError, match=r"disagree on LOCAL_WORLD_SIZE: 2 on node 0 \(a\), 1 on node 1 \(b\)"
     ):
         compare([Finding("a", described=found), Finding("b", described=other)])
+    with pytest.raises(UserError, match=r"disagree on --new: unknown on node 0 \(a\), 1 on node 1 \(b\)"):
+        compare([Finding("a", described=found), Finding("b", described=found | {"--new": "1"})])
+
+
+def looks_for_shared(place, folder: str, shared: bool) -> str:
+    """What is said on a node with a rank of its own, whose folder is the other's or not."""
+    place = replace(place, local_rank=0, local_world=1)
+    own = Path(folder, "all" if shared else str(place.rank))
+    own.mkdir(exist_ok=True)
+    (own / "run.json").write_text("of an earlier run") if place.rank else None
+    dist.barrier()
+    if place.rank == 0:
+        (own / "run.json").write_text("{}")
+    try:
+        with mock.patch.object(nodes, "PATIENCE", 1):
+            nodes.check_shared(own / "run.json", place)
+    except UserError as e:
+        return str(e)
+    return ""
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_run_with_checkpoints_needs_a_folder_that_all_nodes_see(shared, two_ranks, tmp_path):
+    first, second = two_ranks(looks_for_shared, str(tmp_path), shared)
+    assert first == "" and second.startswith(f"--output_dir {tmp_path}/1: what the first") != shared
 
 
 @pytest.mark.parametrize(

@@ -373,3 +373,27 @@ def test_a_second_signal_ends_a_step_that_does_not(
     assert time.time() - ended[0] < 20 and not any(p.is_alive() for p in processes)
     assert status == 128 + signal.SIGTERM and capfd.readouterr().err.endswith("ended by SIGTERM\n")
     assert newest_whole(out, pytest.fail).step == 2
+
+
+def agent_of_a_rank(end) -> None:
+    if os.fork() == 0:
+        threading.Thread(target=launch._end_with_agent, args=(os.getppid(),), daemon=True).start()
+        end.send("there")
+        time.sleep(100)
+        os._exit(0)
+    end.close()
+    time.sleep(100)
+
+
+def test_ranks_do_not_outlive_an_agent_that_is_killed():
+    """Of torchrun, started again, they would write into the folder of the new ones."""
+    ours, theirs = new_processes().Pipe(duplex=False)
+    agent = new_processes().Process(target=agent_of_a_rank, args=(theirs,))
+    agent.start()
+    theirs.close()
+    assert ours.recv() == "there"
+    assert not ours.poll(1.5)
+    agent.kill()
+    assert ours.poll(10)
+    with pytest.raises(EOFError):
+        ours.recv()

@@ -9,12 +9,15 @@ import shutil
 import signal
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 
+import checkpoint
 import checkpoint_files
 import train
+from checkpoint import Alone
 from checkpoint_files import folder_of, steps_in
 from command_line import parse
 from config import UserError
@@ -219,6 +222,31 @@ def expect_deterministic(place, step: int) -> None:
     assert torch.are_deterministic_algorithms_enabled() and os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
 
 
+class Held:
+    """Another run in the folder, as long as this one is not over."""
+
+    def __init__(self, folder: Path):
+        self.other = Alone(folder)
+
+    def __call__(self, place, argv: list[str]) -> str:
+        with self.other, mock.patch.object(checkpoint, "PATIENCE", 0.5):
+            self.other.take()
+            try:
+                return run(place, argv)
+            except UserError as e:
+                return str(e)
+
+
+def test_a_second_run_does_not_write_where_one_is_writing(source, copied, one_rank):
+    argv = [*source, *QUIET, "--output_dir", str(copied), "--gradient_accumulation_steps", "4"]
+    before = {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()}
+    for how in (["--overwrite"], ["--resume", "auto"]):
+        told = one_rank(Held(copied), [*argv, *how])
+        assert told == [f"--output_dir {copied}: another run is writing in it"]
+    assert {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()} == before
+    one_rank(run, [*argv, "--resume", "auto"])
+
+
 # torchrun --max-restarts
 
 
@@ -228,6 +256,9 @@ def test_a_restart_goes_on(source, copied, monkeypatch):
     config, _ = parse([*source, *QUIET, "--output_dir", str(copied), "--world_size", "2", "--overwrite"])
     assert train.check(config).saved.step == 3
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    with pytest.raises(UserError, match=r"--overwrite: .* has checkpoints, which a restart by torchrun"):
+        train.check(config)
+    shutil.rmtree(copied / "checkpoints")
     assert train.check(config).saved is None
     with pytest.raises(UserError, match="--output_dir: is needed under torchrun --max-restarts"):
         train.check(parse([*source, *QUIET, "--world_size", "2"])[0])

@@ -108,8 +108,12 @@ def test_a_damaged_checkpoint_is_refused_or_passed_over(source, copied, capsys):
     for path in (copied, folder_of(copied, 3)):
         with pytest.raises(UserError, match="no whole checkpoint"):
             resumed(source, copied, "--resume", str(path))
-    assert resumed(source, copied).saved is None  # from the start
+    with pytest.raises(UserError, match="holds no checkpoint that is whole"):
+        resumed(source, copied)
     assert "step-00000003: no whole checkpoint (rank-00001.safetensors" in capsys.readouterr().out
+    (folder_of(copied, 3) / "manifest.json").unlink()  # as of one whose removal was cut
+    assert resumed(source, copied).saved is None
+    assert "has no checkpoint yet; from the start" in capsys.readouterr().out
     (copied / "adapter_config.json").touch()
     with pytest.raises(UserError, match="holds a finished run without checkpoints"):
         resumed(source, copied)
