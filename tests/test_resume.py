@@ -74,6 +74,24 @@ def test_another_number_of_ranks_changes_rounding_only(source, one_rank, two_ran
         torch.testing.assert_close(adapter(folder), adapter(whole), rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
+def test_packed_rows_under_fp16s_scaler_go_on_in_another_number_of_ranks(
+    source, one_rank, two_ranks, tmp_path
+):
+    """But for dropout, whose random numbers belong to a rank. From 2 ranks to 1 and back, within an epoch."""
+    argv, whole, folder = [*source, *NOISY, "--lora_dropout", "0"], tmp_path / "whole", tmp_path / "run"
+    two_ranks(run, [*argv, "--output_dir", str(whole)])
+    again = [*argv, "--output_dir", str(folder), "--resume", "auto"]
+    two_ranks(run, again, Signals({2: signal.SIGTERM}))
+    one_rank(run, [*again, "--gradient_accumulation_steps", "4"], Signals({4: signal.SIGTERM}))
+    two_ranks(run, again)
+    assert [line["step"] for line in lines(folder)] == [1, 2, 3, 4, 5]
+    assert [line["tokens"] for line in lines(folder)] == [line["tokens"] for line in lines(whole)]
+    for name in ("loss", "grad_norm"):
+        ours, theirs = ([line[name] for line in lines(f)] for f in (folder, whole))
+        torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), rtol=2e-3, atol=0)
+
+
 def test_a_checkpoint_holds_no_frozen_weights(stopped):
     tensors = checkpoint_files.read_checkpoint(folder_of(stopped, 3)).tensors
     kinds = {name.rpartition(".")[2] for name in tensors if not name.startswith("random.")}
