@@ -230,9 +230,9 @@ def test_compiled_dora(checkpoints, even_rows, plain_run, one_rank):
     assert held == 0
 
 
-def test_parameters_in_host_memory_leave_no_room_for_results(checkpoints, alpaca_file, plain_run, one_rank):
+def test_parameters_in_host_memory_leave_no_room_for_results(checkpoints, even_rows, plain_run, one_rank):
     """Of DoRA's last projection: it is computed again."""
-    args = arguments(checkpoints("llama_bias"), alpaca_file, "bnb_dora")
+    args = arguments(checkpoints("llama_bias"), even_rows, "bnb_dora")
     results, stashed, *_ = one_rank(offloading_run, [*args, *CHECKPOINTED, "--use_cpu_offload", "true"])[0]
     assert_same(plain_run([*args, *PLAIN]), results)
     assert stashed == 0

@@ -38,14 +38,15 @@ def profiled(*argv: str):
 
 
 @pytest.fixture(scope="module")
-def runs(checkpoints, short_rows, two_ranks, tmp_path_factory):
-    """The same run twice, watched and not, with two micro-batches: their folders, what was printed, the traces."""
+def runs(checkpoints, alpaca_file, two_ranks, tmp_path_factory):
+    """The same run twice, watched and not, with two micro-batches: their folders, what was printed, the traces. Of rows
+    long enough that the tensors' operations are most of a step."""
     root = tmp_path_factory.mktemp("profiled")
     watched = ["--profile_memory", "--profile", "--repeat", "1", "--active_steps", "1", "--with_shapes",
                "--profiling_output", root / "traces"]  # fmt: skip
     made = {}
     for name, more in (("plain", []), ("watched", watched)):
-        argv = ["--model_name", checkpoints(), "--dataset", short_rows, "--output_dir", root / name, *more,
+        argv = ["--model_name", checkpoints(), "--dataset", alpaca_file, "--output_dir", root / name, *more,
                 "--max_steps", STEPS, "--gradient_accumulation_steps", "2", "--lora_rank", "8",
                 "--world_size", "2"]  # fmt: skip
         made[name] = two_ranks(whole_run, train.check(parse(list(map(str, argv)))[0]))[0]
