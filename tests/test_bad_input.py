@@ -320,6 +320,37 @@ def test_libraries_are_silent_beside_the_error(refused, folder, caplog, monkeypa
     assert caplog.records == []
 
 
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+DEFAULT = {"rope_type": "default", "rope_theta": 1e4}
+
+
+@pytest.mark.parametrize(
+    ("kind", "rope"),
+    [
+        ("llama", {"rope_parameters": DYNAMIC}),
+        ("llama", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}),
+        ("gemma3", {"rope_parameters": {"sliding_attention": DEFAULT, "full_attention": DYNAMIC}}),
+    ],
+)
+def test_frequencies_of_the_longest_line_so_far(refused, checkpoints, alpaca_file, tmp_path, kind, rope):
+    """Of training, of evaluation, of samples. Where there is none the run is good, and so it is by other frequencies."""
+    folder = shutil.copytree(checkpoints(kind), tmp_path / "model")
+    (tmp_path / "short.jsonl").write_text(ROW)
+    edit(max_position_embeddings=400, **{"rope_parameters": None} | rope)(folder)
+    words = [str(folder), "dynamic", "more than 400 tokens", "lower --context_length"]
+    short = {"model_name": folder, "dataset": tmp_path / "short.jsonl", "sample_prompts": "short.jsonl"}
+    assert refused(*words, model_name=folder).endswith("--context_length")
+    assert refused(*words, eval_dataset=alpaca_file, **short, sample_every=1).endswith("--context_length")
+    refused(*words, "--sample_tokens", **short, sample_every=1, sample_tokens=300)
+    with pytest.raises(AssertionError, match="the run was started"):
+        refused(**short, sample_every=1)
+    with pytest.raises(AssertionError, match="the run was started"):
+        refused(model_name=folder, context_length=400)
+    edit(rope_parameters=None, rope_scaling=None)(folder)
+    with pytest.raises(AssertionError, match="the run was started"):
+        refused(model_name=folder)
+
+
 # The data
 
 ROW = '{"instruction": "Say red.", "output": "red"}\n'
