@@ -150,7 +150,7 @@ def find_cache(model: nn.Module, family: Family, config: Config, files: Checkpoi
     asked = (Path(config.quantized_cache), files, names, make_quantizer_of(config), device_type)
     cached = open_cache(*asked)
     if cached is None:
-        return new_cache(*asked)
+        return new_cache(*asked, config.output_dir)
     files.packed.update(cached)
     return None
 
