@@ -86,6 +86,13 @@ def check_packing(model: nn.Module, family: Family, config: Config, files: Check
             raise UserError(
                 f"--group_size {quantizer.block}: does not divide {name}'s weight {list(linear.weight.shape)}"
             )
+    for name in packed_linears(model, family, config):
+        stored = files.tensors[f"{name}.weight"]
+        if stored.dtype not in quantizer.dtypes:
+            raise UserError(
+                f"{files.folder / stored.file}: {name}.weight is stored as {stored.dtype}, which {quantizer.library}"
+                " does not pack; convert it to 32 or 16 bits"
+            )
 
 
 def make_quantizer_of(config: Config) -> Quantizer:

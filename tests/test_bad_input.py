@@ -267,6 +267,19 @@ def test_model(refused, folder, name):
     assert str(folder) in refused(*words, model_name=folder)
 
 
+def test_a_weight_of_64_bits(refused, folder):
+    """bitsandbytes packs none; hqq does, and nothing is packed of a norm."""
+    put(TENSOR, torch.zeros(160, 64).double())(folder)
+    norm = "model.layers.1.input_layernorm.weight"
+    put(norm, torch.ones(64).double(), norm)(folder)
+    words = [str(folder), f"{TENSOR} is stored as torch.float64", "bitsandbytes does not pack"]
+    for train_type in ("qlora", "bnb_dora"):
+        refused(*words, model_name=folder, train_type=train_type)
+    for train_type in ("hqq_lora", "full"):
+        with pytest.raises(AssertionError, match="the run was started"):
+            refused(model_name=folder, train_type=train_type)
+
+
 @pytest.mark.parametrize(
     "name, words",
     [
