@@ -20,7 +20,7 @@ from checkpoint_files import Saved
 from command_line import describe, under_torchrun
 from config import TOY_MODEL, Config, UserError
 from data import StepSampler, TokenizedRows, toy_texts
-from evaluation_data import EvaluationData, prepare_sets, stop_tokens
+from evaluation_data import EvaluationData, named, prepare_sets, stop_tokens
 from limits import TOKENIZER_FILE, check_size
 from model_files import CheckpointFiles, fetch_weights, find_model
 from models import build_on_meta, check_weights, read_config
@@ -53,6 +53,13 @@ class Job:
 
 def check(config: Config) -> Job:
     """All that can be wrong with a run, found without touching a GPU or writing a file. Raises UserError."""
+    if config.llama_pro_path is None:
+        return _check(config)
+    with named("--llama_pro_path", "--model_name"):  # the same model by another option
+        return _check(config)
+
+
+def _check(config: Config) -> Job:
     started = time.time()
     world = launch.resolve_world_size(config.world_size)
     strategy = launch.resolve_strategy(config.sharding_strategy, world)

@@ -325,6 +325,15 @@ def test_llama_pro_path_that_is_no_model(refused, path):
     refused(f"--llama_pro_path {path}", "block_expansion.py", train_type="llama_pro", llama_pro_path=path)
 
 
+@pytest.mark.parametrize("damage", [remove("*"), remove("*.safetensors", INDEX), remove("tokenizer*")])
+def test_llama_pro_path_is_blamed_itself(refused, checkpoints, tmp_path, damage):
+    """Not --model_name, which is not read beside it."""
+    folder = shutil.copytree(checkpoints("llama_pro"), tmp_path / "expanded")
+    damage(folder)
+    line = refused(train_type="llama_pro", llama_pro_path=folder)
+    assert line.startswith(f"error: --llama_pro_path {folder}: ") and "--model_name" not in line
+
+
 def test_libraries_are_silent_beside_the_error(refused, folder, caplog, monkeypatch):
     """Their handlers hold an older stderr than the test's, so the records are what can be watched."""
     edit(pad_token_id=5001)(folder)  # a value of its own: the same warning comes only once
