@@ -7,6 +7,7 @@ without a break, the graphs of forward and backward, and what is run again. test
 
 from __future__ import annotations
 
+import json
 from unittest import mock
 
 import pytest
@@ -60,6 +61,18 @@ def test_compiled(train_type, checkpointing, checkpoints, alpaca_file, plain_run
     # Once for each kind of layer, with and without a gradient for its input, and again for other lengths of rows.
     kinds = {"full": 1}.get(train_type, 2)
     assert kinds <= graphs <= 3 * kinds
+
+
+@pytest.mark.parametrize(("kind", "layers"), [("qwen2", 2), ("phi3", 2), ("gemma2", 2), ("gemma3", 3)])
+def test_compiled_families(kind, layers, checkpoints, one_rank, tmp_path):
+    """Rows of one length, beyond the tiny models' windows and short tables: a graph for each kind of layer, and one for
+    the first, whose input has no gradient; two for the loss. Gemma 2's kinds differ in a mask, which they are given."""
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps({"text": letter * 40}) + "\n" for letter in "abcd"))
+    args = arguments(checkpoints(kind), data, "bnb_dora", "--num_epochs", "2", "--max_steps", "2")
+    results, graphs = one_rank(compiled_run, [*args, *CHECKPOINTED])[0]
+    assert_same(one_rank(train_run, [*args, *PLAIN])[0], results)
+    assert graphs == layers + 2
 
 
 @pytest.mark.parametrize("train_type", products(["qlora", "bnb_dora"], always=[("bnb_dora",)]))
