@@ -20,12 +20,12 @@ from checkpoint_files import Saved
 from command_line import describe, under_torchrun
 from config import TOY_MODEL, Config, UserError
 from data import StepSampler, TokenizedRows, toy_texts
-from evaluation_data import EvaluationData, prepare_sets, stop_tokens
+from evaluation_data import EvaluationData, named, prepare_sets, stop_tokens
 from limits import TOKENIZER_FILE, check_size
 from model_files import CheckpointFiles, fetch_weights, find_model
 from models import build_on_meta, check_weights, read_config
 from models.adapters import check_packing, check_rank, make_quantizer_of, packed_linears, target_linears
-from models.family import Family
+from models.family import Family, follows_the_longest
 from models.llama_pro import check_can_leave_silence, new_layers
 from models.toy import toy_model
 from optimizers import check_optimizer
@@ -53,6 +53,13 @@ class Job:
 
 def check(config: Config) -> Job:
     """All that can be wrong with a run, found without touching a GPU or writing a file. Raises UserError."""
+    if config.llama_pro_path is None:
+        return _check(config)
+    with named("--llama_pro_path", "--model_name"):  # the same model by another option
+        return _check(config)
+
+
+def _check(config: Config) -> Job:
     started = time.time()
     world = launch.resolve_world_size(config.world_size)
     strategy = launch.resolve_strategy(config.sharding_strategy, world)
@@ -103,6 +110,7 @@ def check(config: Config) -> Job:
         raise UserError(
             f"--model_name {folder}: the tokenizer makes ids beyond vocab_size {model_config.vocab_size}"
         )
+    check_rope(config, model_config, rows, evaluation)
     if config.profile:
         check_traces(config, total_steps(config, make_sampler(config, rows, 0, world)))
     job = Job(config, model_config, files, rows, evaluation, cache, saved, started)
@@ -111,6 +119,23 @@ def check(config: Config) -> Job:
         for remark in resume.remarks(saved, config):
             print(remark)
     return job
+
+
+def check_rope(
+    config: Config, model_config: PretrainedConfig, rows: TokenizedRows, evaluation: EvaluationData
+) -> None:
+    """Raises UserError if a line would change how later ones are computed: evaluation would change training, and a
+    resumed run would be another one."""
+    most = model_config.max_position_embeddings
+    sets = [rows, evaluation.rows] if evaluation.rows else [rows]
+    lengths = [int(s.lengths().max()) for s in sets]
+    longest = max(lengths + [len(prompt.ids) + config.sample_tokens for prompt in evaluation.prompts])
+    if follows_the_longest(model_config) and longest > most:
+        shorter = "--context_length" if longest in lengths else "--context_length or --sample_tokens"
+        raise UserError(
+            f"--model_name {config.model_name}: its RoPE is of type dynamic, by which a line of more than {most} tokens"
+            f" (max_position_embeddings) changes all later ones; here they have up to {longest}: lower {shorter}"
+        )
 
 
 def identity(job: Job) -> dict[str, str]:
@@ -132,7 +157,7 @@ def find_cache(model: nn.Module, family: Family, config: Config, files: Checkpoi
     asked = (Path(config.quantized_cache), files, names, make_quantizer_of(config), device_type)
     cached = open_cache(*asked)
     if cached is None:
-        return new_cache(*asked)
+        return new_cache(*asked, config.output_dir)
     files.packed.update(cached)
     return None
 

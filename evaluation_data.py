@@ -101,12 +101,12 @@ def _origin(config: Config) -> str:
 
 
 @contextlib.contextmanager
-def named(option: str) -> Iterator[None]:
-    """Errors of reading a dataset name `option`, by which it was given, in the place of --dataset."""
+def named(option: str, instead: str = "--dataset") -> Iterator[None]:
+    """Errors of reading a dataset, or a model, name `option`, by which it was given, in the place of `instead`."""
     try:
         yield
     except UserError as e:
-        raise UserError(re.sub(r"^--dataset(?=[ :])", option, str(e))) from None
+        raise UserError(re.sub(rf"^{instead}(?=[ :])", option, str(e))) from None
 
 
 def _split(rendered: list[Rendered], share: float, seed: int) -> tuple[list[Rendered], list[Rendered]]:

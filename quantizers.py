@@ -26,6 +26,7 @@ class Quantizer(Protocol):
 
     block: int
     library: str  # the package that packs
+    dtypes: tuple[torch.dtype, ...]  # of weights that it packs
 
     def fits(self, shape: tuple[int, int]) -> bool:
         """Whether a weight of this shape can be packed."""
@@ -37,7 +38,7 @@ class Quantizer(Protocol):
         """The constant that `dequantize` reads, one per device for all layers."""
 
     def quantize(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(codes, scales), uint8, 1-D, of a weight [O, I] of any float dtype, on the device where it is. Raises ValueError
+        """(codes, scales), uint8, 1-D, of a weight [O, I] of one of `dtypes`, on the device where it is. Raises ValueError
         for what cannot be packed."""
 
     def dequantize(
@@ -111,6 +112,7 @@ class NF4:
 
     block: ClassVar[int] = 64
     library: ClassVar[str] = "bitsandbytes"
+    dtypes: ClassVar[tuple[torch.dtype, ...]] = (torch.float32, torch.float16, torch.bfloat16)
     double: bool = True
 
     def fits(self, shape: tuple[int, int]) -> bool:
@@ -177,6 +179,7 @@ class HQQ:
     n_bits: int
     block: int = 64
     library: ClassVar[str] = "hqq"
+    dtypes: ClassVar[tuple[torch.dtype, ...]] = (*NF4.dtypes, torch.float64)
 
     def fits(self, shape: tuple[int, int]) -> bool:
         return math.prod(shape) % self.block == 0

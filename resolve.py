@@ -59,7 +59,7 @@ def _resolve(given: dict) -> Config:
     folder = config.output_dir or _run_of(config.resume)
     folder = folder or f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{config.train_type}"
     changes["output_dir"] = os.path.expanduser(folder)  # no shell does it in a YAML file
-    if config.quantized_cache is not None:
+    if config.quantized_cache:
         changes["quantized_cache"] = os.path.abspath(os.path.expanduser(config.quantized_cache))
     changes |= {
         n: None for n, f in FIELDS.items() if f.metadata["needs"] and not getattr(method, f.metadata["needs"])
@@ -135,6 +135,8 @@ def _check_values(config: Config) -> None:
         raise UserError(f"--lr_warmup {config.lr_warmup}: must be a share between 0 and 1")
     if config.master_port is not None and not 0 < config.master_port < 65536:
         raise UserError(f"--master_port {config.master_port}: must be between 1 and 65535")
+    if config.quantized_cache == "":
+        raise UserError("--quantized_cache: needs a folder")
     if config.seed < 0 or config.seed >= 2**63:
         raise UserError(f"--seed {config.seed}: must be 0 or more, and below 2**63")
 

@@ -173,13 +173,21 @@ class NewCache:
 
 
 def new_cache(
-    folder: Path, files: CheckpointFiles, names: list[str], quantizer: Quantizer, device_type: str
+    folder: Path,
+    files: CheckpointFiles,
+    names: list[str],
+    quantizer: Quantizer,
+    device_type: str,
+    output_dir: str,
 ) -> NewCache:
-    """Raises UserError if it could not be put there."""
+    """Raises UserError if it could not be put there, or if another folder in its place were in the run's way."""
     check_writable(folder, "--quantized_cache")
     folder = Path(os.path.realpath(folder))  # a folder cannot take the place of a link
     if os.path.ismount(folder):
         raise UserError(f"--quantized_cache {folder}: is a mount point; choose a folder in it")
+    for taken, what in (os.curdir, "the current folder"), (output_dir, f"--output_dir {output_dir}"):
+        if Path(os.path.realpath(taken)).is_relative_to(folder):
+            raise UserError(f"--quantized_cache {folder}: is {what}, or above it; choose a folder of its own")
     check_writable(folder.parent, "--quantized_cache")  # where it is made
     head = {"version": VERSION, "model": digest_packed(files, names)} | packers(quantizer, device_type)
     sizes = (sum(quantizer.sizes(files.tensors[name].shape)) for name in names)

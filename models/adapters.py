@@ -60,8 +60,14 @@ def peft_targets(family: Family, wanted: str) -> list[str]:
 
 
 def check_packing(model: nn.Module, family: Family, config: Config, files: CheckpointFiles) -> None:
-    """Raises UserError if a linear cannot be packed, or if the checkpoint is packed and may not be."""
+    """Raises UserError if a linear cannot be packed, or if the checkpoint is packed and may not be, or says so alone."""
     linears = dict(family.layer_linears(model))
+    if getattr(model.config, "quantization_config", None) and not files.prequantized:
+        # Saved with such a config.json, a trained model would be one that transformers cannot compute.
+        raise UserError(
+            f"{files.folder}/config.json: quantization_config says that the weights are packed, but no file holds one"
+            " that is; if they are the original weights, delete it"
+        )
     if files.prequantized and config.method.quantizer != "bnb":
         raise UserError(
             f"{files.folder}: is packed by bitsandbytes already, which --train_type {config.train_type} cannot"
@@ -79,6 +85,13 @@ def check_packing(model: nn.Module, family: Family, config: Config, files: Check
         if not quantizer.fits(tuple(linear.weight.shape)):
             raise UserError(
                 f"--group_size {quantizer.block}: does not divide {name}'s weight {list(linear.weight.shape)}"
+            )
+    for name in packed_linears(model, family, config):
+        stored = files.tensors[f"{name}.weight"]
+        if stored.dtype not in quantizer.dtypes:
+            raise UserError(
+                f"{files.folder / stored.file}: {name}.weight is stored as {stored.dtype}, which {quantizer.library}"
+                " does not pack; convert it to 32 or 16 bits"
             )
 
 

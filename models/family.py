@@ -93,6 +93,15 @@ def rope_switch(config: PretrainedConfig) -> float:
     return rope["original_max_position_embeddings"] if rope.get("rope_type") == "longrope" else math.inf
 
 
+def follows_the_longest(config: PretrainedConfig) -> bool:
+    """Whether lines beyond max_position_embeddings change the frequencies that later lines are rotated by: of RoPE of
+    type dynamic transformers keeps those of the longest one so far."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    # Gemma 3 has one for each type of layer.
+    kinds = [rope, *(kind for kind in rope.values() if isinstance(kind, dict))]
+    return any("dynamic" in str(kind.get("rope_type")) for kind in kinds)
+
+
 def clean(name: str) -> str:
     """A parameter's or module's dotted name without the segments that wrapping put in."""
     return ".".join(part for part in name.split(".") if part != "_checkpoint_wrapped_module")

@@ -267,6 +267,19 @@ def test_model(refused, folder, name):
     assert str(folder) in refused(*words, model_name=folder)
 
 
+def test_a_weight_of_64_bits(refused, folder):
+    """bitsandbytes packs none; hqq does, and nothing is packed of a norm."""
+    put(TENSOR, torch.zeros(160, 64).double())(folder)
+    norm = "model.layers.1.input_layernorm.weight"
+    put(norm, torch.ones(64).double(), norm)(folder)
+    words = [str(folder), f"{TENSOR} is stored as torch.float64", "bitsandbytes does not pack"]
+    for train_type in ("qlora", "bnb_dora"):
+        refused(*words, model_name=folder, train_type=train_type)
+    for train_type in ("hqq_lora", "full"):
+        with pytest.raises(AssertionError, match="the run was started"):
+            refused(model_name=folder, train_type=train_type)
+
+
 @pytest.mark.parametrize(
     "name, words",
     [
@@ -312,12 +325,52 @@ def test_llama_pro_path_that_is_no_model(refused, path):
     refused(f"--llama_pro_path {path}", "block_expansion.py", train_type="llama_pro", llama_pro_path=path)
 
 
+@pytest.mark.parametrize("damage", [remove("*"), remove("*.safetensors", INDEX), remove("tokenizer*")])
+def test_llama_pro_path_is_blamed_itself(refused, checkpoints, tmp_path, damage):
+    """Not --model_name, which is not read beside it."""
+    folder = shutil.copytree(checkpoints("llama_pro"), tmp_path / "expanded")
+    damage(folder)
+    line = refused(train_type="llama_pro", llama_pro_path=folder)
+    assert line.startswith(f"error: --llama_pro_path {folder}: ") and "--model_name" not in line
+
+
 def test_libraries_are_silent_beside_the_error(refused, folder, caplog, monkeypatch):
     """Their handlers hold an older stderr than the test's, so the records are what can be watched."""
     edit(pad_token_id=5001)(folder)  # a value of its own: the same warning comes only once
     monkeypatch.setattr(logging.getLogger("transformers"), "handlers", [caplog.handler])
     refused(model_name=folder)
     assert caplog.records == []
+
+
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+DEFAULT = {"rope_type": "default", "rope_theta": 1e4}
+
+
+@pytest.mark.parametrize(
+    ("kind", "rope"),
+    [
+        ("llama", {"rope_parameters": DYNAMIC}),
+        ("llama", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}),
+        ("gemma3", {"rope_parameters": {"sliding_attention": DEFAULT, "full_attention": DYNAMIC}}),
+    ],
+)
+def test_frequencies_of_the_longest_line_so_far(refused, checkpoints, alpaca_file, tmp_path, kind, rope):
+    """Of training, of evaluation, of samples. Where there is none the run is good, and so it is by other frequencies."""
+    folder = shutil.copytree(checkpoints(kind), tmp_path / "model")
+    (tmp_path / "short.jsonl").write_text(ROW)
+    edit(max_position_embeddings=400, **{"rope_parameters": None} | rope)(folder)
+    words = [str(folder), "dynamic", "more than 400 tokens", "lower --context_length"]
+    short = {"model_name": folder, "dataset": tmp_path / "short.jsonl", "sample_prompts": "short.jsonl"}
+    assert refused(*words, model_name=folder).endswith("--context_length")
+    assert refused(*words, eval_dataset=alpaca_file, **short, sample_every=1).endswith("--context_length")
+    refused(*words, "--sample_tokens", **short, sample_every=1, sample_tokens=300)
+    with pytest.raises(AssertionError, match="the run was started"):
+        refused(**short, sample_every=1)
+    with pytest.raises(AssertionError, match="the run was started"):
+        refused(model_name=folder, context_length=400)
+    edit(rope_parameters=None, rope_scaling=None)(folder)
+    with pytest.raises(AssertionError, match="the run was started"):
+        refused(model_name=folder)
 
 
 # The data

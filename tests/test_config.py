@@ -312,6 +312,7 @@ def test_every_option_may_be_given_at_its_default(name):
         ("--keep 0", "--keep 0: must be positive, or -1"),
         ("--resume=", "--resume: needs auto, or the folder"),
         ("--resume auto --overwrite", "--overwrite: contradicts --resume"),
+        ("--quantized_cache=", "--quantized_cache: needs a folder"),
     ],
 )
 def test_wrong_options_of_checkpoints(given, words):

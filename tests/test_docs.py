@@ -27,6 +27,14 @@ def test_files_that_the_docs_name_exist():
             assert (doc.parent / target).exists(), f"{doc.name} links to {target}"
 
 
+def test_rows_of_tables_are_in_a_table():
+    """A blank line ends one, and rows after it are no table."""
+    for doc in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        for block in doc.read_text(encoding="utf-8").split("\n\n"):
+            first, second = ([line for line in block.splitlines() if line.startswith("|")] + ["", ""])[:2]
+            assert not first or re.fullmatch(r"[|-]+", second), f"{doc.name}: {first}"
+
+
 def test_datasets_holds_no_python():
     """A package of that name would shadow Hugging Face's."""
     assert not list((ROOT / "datasets").rglob("*.py"))

@@ -26,6 +26,7 @@ from tensor_files import Stage, list_tensors, read_tensor
 from tests.resuming import NOISY, Signals, adapter, lines, repeated, run
 from tests.runs import dense_state, set_up, train_run
 from tests.test_gpu import quantized
+from tests.test_gpu_packing import compiled_on_gpu
 from tests.test_parity import arguments, biased
 from tracking import Meter
 
@@ -289,6 +290,17 @@ def test_a_t4_goes_its_own_ways(train_type, more, checkpoints, alpaca_file, plai
     args = arguments(base, alpaca_file, train_type, "--batch_size", "4", *more)
     t4 = [*args, "--precision", "fp16_autocast", "--compile", "auto"]
     follows(plain_run(args), one_rank(run_on_a_t4, t4)[0])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["qwen2", "phi3", "gemma2", "gemma3"])
+def test_compiled_families(kind, checkpoints, alpaca_file, one_rank):
+    """Where the code generator runs, which it does not in test_recompute.py; rows of many lengths."""
+    args = arguments(checkpoints(kind), alpaca_file, "bnb_dora", "--batch_size", "4", "--precision", "auto")
+    plain = one_rank(train_run, [*args, "--compile", "false"])[0]
+    compiled, graphs = one_rank(compiled_on_gpu, args)[0]
+    assert graphs
+    follows(plain, compiled)
 
 
 @pytest.mark.gpu

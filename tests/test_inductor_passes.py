@@ -35,7 +35,7 @@ from linear4bit import WITHOUT_GRADIENT
 from tests.distributed import once
 from tests.runs import train_run
 from tests.test_parity import arguments, assert_same
-from tests.test_recompute import loss_compiled_with
+from tests.test_recompute import CHECKPOINTED, PLAIN, loss_compiled_with, two_steps
 
 
 def rewritten_run(place, argv: list[str]):
@@ -139,6 +139,24 @@ def test_siblings_are_joined(
         assert_same(plain, results)
     found = [set(numbers) for numbers in zip(*counted, strict=True)]
     assert found[:3] == [{7}, {projections}, {operators}] and max(found[3]) == matmuls
+
+
+# Slow: Qwen 2's layers are those of the Llama with biases, and Gemma 3's are as Gemma 2's to these passes.
+@pytest.mark.parametrize(
+    ("kind", "linears"),
+    [
+        ("phi3", 4),
+        ("gemma2", 7),
+        pytest.param("qwen2", 7, marks=pytest.mark.slow),
+        pytest.param("gemma3", 7, marks=pytest.mark.slow),
+    ],
+)
+def test_families(kind, linears, checkpoints, one_rank, tmp_path):
+    """Biases; fused linears, none of which reads another's x; norms behind the last ones, by which backward reads them."""
+    args = two_steps(checkpoints(kind), tmp_path)
+    results, counted, _ = one_rank(rewritten_run, [*args, *CHECKPOINTED])[0]
+    assert_same(one_rank(train_run, [*args, *PLAIN])[0], results)
+    assert {numbers[0] for numbers in counted} == {linears}
 
 
 @pytest.mark.parametrize(

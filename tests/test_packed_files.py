@@ -138,6 +138,14 @@ def test_checkpoints_of_other_quantizers(quantization, kind, checkpoints, alpaca
         check(folder, alpaca_file, *QLORA)
 
 
+@pytest.mark.parametrize("train_type", ["full", "qlora", "dora", "hqq_lora"])
+def test_only_the_config_says_that_weights_are_packed(train_type, checkpoints, alpaca_file, tmp_path):
+    folder = shutil.copytree(checkpoints(), tmp_path / "plain")
+    describe(folder, load_in_4bit=True, quant_method="bitsandbytes")
+    with pytest.raises(UserError, match=f"^{folder}/config.json: quantization_config says .* no file"):
+        check(folder, alpaca_file, "--train_type", train_type)
+
+
 def test_a_bnb_weight_without_its_scales(checkpoints, alpaca_file, tmp_path):
     pack_like_the_hub(checkpoints(), tmp_path / "4bit")
     stored = load_file(tmp_path / "4bit" / "model.safetensors")

@@ -7,6 +7,8 @@ without a break, the graphs of forward and backward, and what is run again. test
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -65,6 +67,28 @@ def test_compiled(train_type, checkpointing, checkpoints, even_rows, plain_run, 
     # One for each kind of layer, with and without a gradient for its input, and two for the loss.
     kinds = 4 if METHODS[train_type].expansion else {"full": 1}.get(train_type, 2)
     assert graphs == kinds + 2
+
+
+def two_steps(model: Path, folder: Path) -> list[str]:
+    """Arguments of rows of one length, so that each kind of layer is compiled once, beyond the tiny models' windows and
+    short tables."""
+    data = folder / "rows.jsonl"
+    data.write_text("".join(json.dumps({"text": letter * 40}) + "\n" for letter in "abcd"))
+    return arguments(model, data, "bnb_dora", "--num_epochs", "2", "--max_steps", "2")
+
+
+# Slow: Qwen 2's layers are those of the Llama with biases.
+@pytest.mark.parametrize(
+    ("kind", "layers"),
+    [("phi3", 2), ("gemma2", 2), ("gemma3", 3), pytest.param("qwen2", 2, marks=pytest.mark.slow)],
+)
+def test_compiled_families(kind, layers, checkpoints, one_rank, tmp_path):
+    """A graph for each kind of layer, and one for the first, whose input has no gradient; two for the loss. Gemma 2's
+    kinds differ in a mask, which they are given."""
+    args = two_steps(checkpoints(kind), tmp_path)
+    results, graphs = one_rank(compiled_run, [*args, *CHECKPOINTED])[0]
+    assert_same(one_rank(train_run, [*args, *PLAIN])[0], results)
+    assert graphs == layers + 2
 
 
 @pytest.mark.slow

@@ -134,6 +134,28 @@ def test_a_disk_for_the_cache_alone(checkpoints, alpaca_file, small_disk):
         check(checkpoints(), alpaca_file, *QLORA, "--quantized_cache", small_disk)
 
 
+@pytest.mark.parametrize(
+    ("cache", "output", "what"),
+    [
+        (".", "out", "the current folder"),
+        ("../link", "out", "the current folder"),
+        ("out", "out", "--output_dir out"),
+        ("../a", "../a/b/out", "--output_dir ../a/b/out"),
+    ],
+)
+def test_a_cache_in_the_place_of_a_folder_of_the_run(
+    cache, output, what, checkpoints, alpaca_file, tmp_path, monkeypatch
+):
+    """An empty one, or one that is to be: another would take its place under the run."""
+    (tmp_path / "here").mkdir()
+    (tmp_path / "link").symlink_to("here")
+    monkeypatch.chdir(tmp_path / "here")
+    options = [*QLORA, "--quantized_cache", cache, "--output_dir", output]
+    with pytest.raises(UserError, match=f"^--quantized_cache {tmp_path}/.*: is {what}, or above it"):
+        check(checkpoints(), alpaca_file, *options)
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["here", "link"]
+
+
 def set_up_only(place, args) -> None:
     set_up(place, args)
 
