@@ -280,11 +280,12 @@ class Checkpoints:
             dcp.save({}, storage_writer=writer, planner=self.planner, process_group=self.group, no_dist=alone)
         except dcp.CheckpointException as e:
             failures = [error for error, _ in e.failures.values()]
+            if self.place.rank == 0:
+                remove(writer.temporary)
             if not all(isinstance(error, OSError) for error in failures):
                 raise Unwritten(f"checkpoint: {describe(failures[0])}") from e  # e is no Exception
             if self.place.rank == 0:
-                remove(writer.temporary)
-                self._warn(step, describe(failures[0]))
+                self._warn(step, describe(failures[0]), "training goes on")
             return False
         self.seconds = taken()
         if self.place.rank == 0 and self.keep > 0:
@@ -296,23 +297,19 @@ class Checkpoints:
         began, rested = time.perf_counter(), self.background.rested
         return lambda: time.perf_counter() - began - (self.background.rested - rested)
 
-    def _warn(self, step: int, reason: str) -> None:
+    def _warn(self, step: int, reason: str, then: str) -> None:
         stays = f"the checkpoint of step {self.newest} stays" if self.newest else "there is no other one"
-        print(
-            f"\nWARNING: the checkpoint of step {step} could not be written ({reason}); {stays}, and training"
-            " goes on",
-            file=sys.stderr,
-            flush=True,
-        )
+        told = f"the checkpoint of step {step} could not be written ({reason}); {stays}, and {then}"
+        print(f"\nWARNING: {told}", file=sys.stderr, flush=True)
 
     def _await(self) -> None:
         """Until the write that is going on has ended. Raises what it raised."""
         if self.writing:
             self.background.hurry.set()
-            if self.writing.result():
+            if whole := self.writing.result():
                 self.newest = self.step
             self.background.hurry.clear()
-            self.stopping.saved_in(self.seconds)
+            self.stopping.saved_in(self.seconds, whole)
             self.writing = None
 
     def finish(self) -> None:
@@ -324,7 +321,7 @@ class Checkpoints:
             if self.stopping.reason:
                 raise
             if self.place.rank == 0:
-                self._warn(self.step, str(e))
+                self._warn(self.step, str(e), "the result is saved")
         finally:
             self.background.hurry.set()
             self.pool.shutdown()

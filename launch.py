@@ -236,7 +236,8 @@ def join(run: Callable, prepare: Callable, verbose: bool = False) -> int:
     A UserError of `prepare`, which raises it on all ranks or none, passes through.
     """
     rank, world, local_rank = (_number(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    threading.Thread(target=_end_with_agent, args=(os.getppid(),), daemon=True).start()
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # not where somebody starts each rank by hand, and leaves
+        threading.Thread(target=_end_with_agent, args=(os.getppid(),), daemon=True).start()
     preparing = True
     try:
         # Each group has its own part of the store: in a common one the second would find the addresses of the
@@ -340,6 +341,7 @@ def _end_with_agent(agent: int) -> None:
     """An agent that is killed cannot end its ranks; started again, it would have others in the same folder."""
     while os.getppid() == agent:
         time.sleep(0.5)
+    print("error: torchrun has ended, and this rank with it", file=sys.stderr, flush=True)
     os._exit(1)
 
 

@@ -7,6 +7,7 @@ for, without an error: here it ends the run, on all nodes, before a GPU is touch
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import socket
@@ -29,7 +30,7 @@ from data import TokenizedRows
 from precision import precision_here
 from weight_cache import digest
 
-PATIENCE = 20  # seconds that a file may take from one node to another
+PATIENCE = 90  # seconds: NFS's clients believe for up to 60 that a name is not there
 
 
 @dataclass(frozen=True)
@@ -130,13 +131,21 @@ def check_shared(file: Path, place: launch.Place) -> None:
     written = [file.read_bytes() if place.rank == 0 else b""]
     dist.broadcast_object_list(written, src=0)
     ends = time.monotonic() + PATIENCE
-    while not (file.is_file() and file.read_bytes() == written[0]):
+    while not _holds(file, written[0]):
         if time.monotonic() > ends:
             raise UserError(
                 f"--output_dir {file.parent}: what the first node writes there is not seen here; for checkpoints all nodes"
                 " must share it"
             )
         time.sleep(0.2)
+
+
+def _holds(file: Path, text: bytes) -> bool:
+    with contextlib.suppress(
+        OSError
+    ):  # a network's file system may say that a file is stale that has been replaced
+        return file.read_bytes() == text
+    return False
 
 
 def _disagreement(name: str, first: Finding, number: int, other: Finding) -> str:

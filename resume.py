@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from transformers import PretrainedConfig
 
-from checkpoint import BEST, BLOCKS, base_digest, holds_run
+from checkpoint import BEST, BLOCKS, base_digest, check_output, holds_run
 from checkpoint_files import (
     GROWING_FILES,
     MANIFEST,
@@ -210,6 +210,18 @@ def check_same(saved: Saved, config: Config, base: str, data: str) -> None:
             f"{where}: --dataset {config.dataset} no longer makes the rows that the run began with"
         )
     check_files(saved, Path(config.output_dir))
+
+
+def check_still_so(config: Config, saved: Saved | None) -> None:
+    """Raises UserError if another run has written in the folder since it was checked, while this one loaded. To be asked
+    when no other can write there any more."""
+    run = Path(config.output_dir)
+    if saved is None:
+        check_output(run, config.overwrite or config.resume is not None)
+        if config.resume:
+            _check_may_begin_anew(run)
+    elif not (saved.folder / MANIFEST).exists():
+        raise UserError(f"--output_dir {run}: another run has gone on there meanwhile; start again")
 
 
 def check_files(saved: Saved, folder: Path) -> None:

@@ -267,7 +267,7 @@ def make_checkpoints(
 @explained
 def run_rank(place: Place, job: Job) -> None:
     """What each process does, from loading to the saved result."""
-    with make_profiler(job.config, place) as profiler, Alone(Path(job.config.output_dir)) as alone:
+    with Alone(Path(job.config.output_dir)) as alone, make_profiler(job.config, place) as profiler:
         run_profiled(place, job, profiler, alone)
 
 
@@ -286,6 +286,7 @@ def run_profiled(place: Place, job: Job, profiler: Profiler, alone: Alone) -> No
     stages = profiler.fullest("wrap", "load")
     if place.rank == 0:
         alone.take()
+        resume.check_still_so(config, job.saved)
         if job.saved is None:
             clear_output(folder)
         resume.tidy(folder, job.saved)

@@ -23,6 +23,7 @@ from command_line import parse
 from config import UserError
 from stopping import Stopping
 from tests.resuming import NOISY, QUIET, Filling, Signals, adapter, fill, lie, lines, repeated, resumed, run
+from tests.runs import whole_run
 from tests.wandb_files import wandb_records
 from tracking import Metrics, make_tracker
 
@@ -263,6 +264,49 @@ def test_a_second_run_does_not_write_where_one_is_writing(source, copied, one_ra
         assert told == [f"--output_dir {copied}: another run is writing in it"]
     assert {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()} == before
     one_rank(run, [*argv, "--resume", "auto"])
+
+
+class Meanwhile:
+    """Something happens in the folder after the check, while the model is loaded."""
+
+    def __init__(self, happens):
+        self.happens = happens
+
+    def __call__(self, place, argv: list[str]) -> str:
+        job = train.check(parse([*argv, "--world_size", "1"])[0])
+        self.happens(Path(job.config.output_dir))
+        try:
+            return whole_run(place, job)
+        except UserError as e:
+            return str(e)
+
+
+def finishes(folder: Path) -> None:
+    folder.mkdir(exist_ok=True)
+    (folder / "adapter_config.json").write_text("of another")
+
+
+def prunes(folder: Path) -> None:
+    (folder_of(folder, 3) / "manifest.json").unlink()
+    (folder / "adapter_config.json").write_text("of another")
+
+
+@pytest.mark.parametrize(
+    ("there", "options", "happens", "words"),
+    [
+        (False, [], finishes, "holds a run already"),
+        (False, ["--resume", "auto"], finishes, "holds a finished run without checkpoints"),
+        (True, ["--resume", "auto"], prunes, "another run has gone on there meanwhile; start again"),
+    ],
+    ids=["new", "from the start", "resumed"],
+)
+def test_what_another_run_left_meanwhile_stays(
+    there, options, happens, words, source, copied, one_rank, tmp_path
+):
+    folder = copied if there else tmp_path / "new"
+    argv = [*source, *QUIET, "--output_dir", str(folder), "--gradient_accumulation_steps", "4", *options]
+    assert words in one_rank(Meanwhile(happens), argv)[0]
+    assert (folder / "adapter_config.json").read_text() == "of another"
 
 
 # torchrun --max-restarts
