@@ -86,8 +86,9 @@ class CopyPlanner(SavePlanner):
             dist.gather_object(own, plans if dist.get_rank(group) == 0 else None, group=group)
         else:
             plans = [own]
-        self._keep(plans)
-        if None not in plans:
+        if None in plans:
+            self._keep(plans)
+        else:
             self.create_global_plan(plans)
 
     def set_up_planner(

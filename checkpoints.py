@@ -264,7 +264,7 @@ class Checkpoints:
     def _write(self, step: int, layout: Tensors, copying: Future[Tensors], run: dict) -> bool:
         """In the thread, after the copying. Returns whether the checkpoint is whole; a disk that takes no more is told,
         and the run goes on with the checkpoint before."""
-        taken, copies = self._watch(), copying.result()
+        copies = copying.result()
         self.copy.wait()
 
         def described() -> dict:
@@ -287,7 +287,7 @@ class Checkpoints:
             if self.place.rank == 0:
                 self._warn(step, describe(failures[0]), "training goes on")
             return False
-        self.seconds = taken()
+        self.seconds = self.taken()
         if self.place.rank == 0 and self.keep > 0:
             prune(self.folder, self.keep)
         return True

@@ -126,11 +126,13 @@ def check_rope(
 ) -> None:
     """Raises UserError if a line would change how later ones are computed: evaluation would change training, and a
     resumed run would be another one."""
+    if not follows_the_longest(model_config):
+        return
     most = model_config.max_position_embeddings
     sets = [rows, evaluation.rows] if evaluation.rows else [rows]
     lengths = [int(s.lengths().max()) for s in sets]
     longest = max(lengths + [len(prompt.ids) + config.sample_tokens for prompt in evaluation.prompts])
-    if follows_the_longest(model_config) and longest > most:
+    if longest > most:
         shorter = "--context_length" if longest in lengths else "--context_length or --sample_tokens"
         raise UserError(
             f"--model_name {config.model_name}: its RoPE is of type dynamic, by which a line of more than {most} tokens"

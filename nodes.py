@@ -141,9 +141,8 @@ def check_shared(file: Path, place: launch.Place) -> None:
 
 
 def _holds(file: Path, text: bytes) -> bool:
-    with contextlib.suppress(
-        OSError
-    ):  # a network's file system may say that a file is stale that has been replaced
+    # A network's file system may say that a file is stale that has been replaced.
+    with contextlib.suppress(OSError):
         return file.read_bytes() == text
     return False
 

@@ -46,7 +46,6 @@ class Asking(NeverStop):
 
     def __init__(self, at: int):
         self.at, self.done = at, 0
-
         self.expected, self.saves = 0.0, []
 
     def agree(self, last):
