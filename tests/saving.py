@@ -1,0 +1,90 @@
+"""A run of a small model, of which checkpoints are written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from checkpoint_files import folder_of, read_checkpoint
+from checkpoints import Checkpoints
+from stopping import NeverStop
+from training_state import Tensors, collect
+
+TENSORS = {  # with the bytes of each, in whole ALIGNED
+    "half": torch.randn(7).bfloat16(),  # 64
+    "codes": torch.arange(250, dtype=torch.uint8),  # 256
+    "number": torch.tensor(3.0),  # 64
+    "empty": torch.empty(0, 5),
+    "matrix": torch.randn(30, 40).t(),  # 4800
+    "count": torch.tensor([2**40]),  # 64
+    "many": torch.randn(450),  # 1856
+    "more": torch.randn(100),  # 448
+}
+
+
+class Asking(NeverStop):
+    """A checkpoint is asked for after one step, as a signal does."""
+
+    def __init__(self, at: int):
+        self.at, self.done = at, 0
+        self.expected, self.saves = 0.0, []
+
+    def agree(self, last):
+        self.done += 1
+        return False, self.done == self.at
+
+    def expect_save(self, seconds):
+        self.expected = seconds
+
+    def saved_in(self, seconds, whole=True):
+        self.saves.append((seconds, whole))
+
+
+class Small:
+    """A run of a small model."""
+
+    def __init__(self, place, folder: str, every: int, asked: int = 0):
+        self.model, self.place, self.done = nn.Linear(5, 3).to(place.device), place, 0
+        self.optimizer, self.said = torch.optim.AdamW(self.model.parameters()), []
+        self.checkpoints = Checkpoints(
+            Path(folder),
+            self.model,
+            self.optimizer,
+            {},
+            place,
+            every=every,
+            at_end=every > 0,
+            keep=-1,
+            describe_run=dict,
+            settle=lambda: None,
+            stopping=Asking(asked),
+            say=self.said.append,
+            saved=None,
+        )
+
+    def step(self, left_out: bool = False) -> None:
+        """left_out: by the optimizer, as a bad step is."""
+        self.done += 1
+        self.model(torch.randn(2, 5, device=self.place.device)).sum().backward()
+        if not left_out:
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.checkpoints.after(self.done, last=False)
+
+    def buffers(self) -> Tensors:
+        self.checkpoints.pool.submit(int).result()  # after all that was begun
+        return self.checkpoints.copy.buffers
+
+    def local(self) -> Tensors:
+        return collect(self.checkpoints.trained, self.optimizer, self.place.rank)[1]
+
+    def check_saved(self) -> None:
+        """That the last step's checkpoint holds what there is now."""
+        self.buffers()
+        folder = read_checkpoint(folder_of(self.checkpoints.folder, self.done)).folder
+        saved = load_file(folder / "rank-00000.safetensors")
+        assert saved.keys() == self.local().keys()
+        assert all(torch.equal(saved[name], tensor.cpu()) for name, tensor in self.local().items())

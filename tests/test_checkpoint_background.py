@@ -1,0 +1,168 @@
+"""The plan and the rests of the thread that saves beside training."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from pathlib import Path
+from unittest import mock
+
+import pytest
+
+import background
+import checkpoint_plan
+from checkpoint_files import folder_of, read_checkpoint
+from tests.saving import Small
+
+LONG = 2.0  # seconds
+
+
+@contextlib.contextmanager
+def resting(run: Small, seconds: float):
+    """The thread rests as beside a GPU, and long."""
+    run.checkpoints.background.rests = True
+    with mock.patch.object(background, "REST", seconds), mock.patch.object(background, "TURN", 0.0):
+        yield
+
+
+def rest_and_finish(place, folder: str) -> tuple[bool, float]:
+    """Whether a save beside which training goes on is at rest, and how long it takes once it is waited for."""
+    run = Small(place, folder, every=1)
+    with resting(run, LONG):
+        run.step()
+        time.sleep(0.5)
+        at_rest, began = not run.checkpoints.writing.done(), time.perf_counter()
+        run.checkpoints.finish()
+        return at_rest, time.perf_counter() - began
+
+
+def test_a_save_rests_beside_training_and_not_when_it_is_waited_for(one_rank, tmp_path):
+    ((at_rest, seconds),) = one_rank(rest_and_finish, str(tmp_path))
+    assert at_rest and seconds < LONG / 2
+
+
+def preparations(place, folder: str, every: int) -> list[tuple[int, int]]:
+    """(step of the last checkpoint, calls to prepare for them) after each step of a run that begins, and of one that goes on."""
+    seen = []
+    run = Small(place, folder, every)
+    for goes_on in (False, True):
+        if goes_on:
+            run = Small(place, folder, every)
+            run.checkpoints.saved = read_checkpoint(folder_of(Path(folder), 4))
+            run.done = run.checkpoints.load()
+        told = run.checkpoints.background
+        with mock.patch.object(told, "prepare") as prepare, mock.patch.object(told, "finish") as finish:
+            for _ in range(4):
+                run.step()
+                seen.append((run.checkpoints.step, prepare.call_count))
+            run.checkpoints.finish()
+        assert finish.call_count == 1
+    return seen
+
+
+@pytest.mark.parametrize("every", [1, 4])
+def test_the_collector_is_told_once_before_the_first_save(every, one_rank, tmp_path):
+    """Of a run that goes on as well, and with nothing before the first step's."""
+    steps = [step if every == 1 else step // 4 * 4 for step in range(1, 9)]
+    assert one_rank(preparations, str(tmp_path), every) == [[(step, 1) for step in steps]]
+
+
+def plans(place, folder: str) -> list[int]:
+    """How often tensors have been described to the other ranks after each of some steps, in the last of which another
+    parameter has its first gradient."""
+    run, seen = Small(place, folder, every=2), []
+    weight, bias = run.model.parameters()
+    with mock.patch.object(
+        checkpoint_plan,
+        "create_default_local_save_plan",
+        wraps=checkpoint_plan.create_default_local_save_plan,
+    ) as described:
+        for step in range(1, 7):
+            bias.requires_grad_(step > 4)  # as an expert's that no token is sent to: it has no state yet
+            run.step()
+            run.buffers()
+            seen.append(described.call_count)
+            if step % 2 == 0:
+                run.check_saved()
+        run.checkpoints.finish()
+    assert len(run.optimizer.state[bias]) == len(run.optimizer.state[weight]) > 0
+    return seen
+
+
+def test_a_plan_is_made_before_the_first_checkpoint_and_again_for_what_is_new(one_rank, tmp_path):
+    assert one_rank(plans, str(tmp_path)) == [[1, 1, 1, 1, 1, 2]]
+
+
+def update_beside_a_plan(place, folder: str) -> tuple[bool, float, bool]:
+    """Whether a plan is at rest when a checkpoint is begun, how long the next update then waits, and whether the save
+    rests again after it."""
+    run = Small(place, folder, every=2)
+    with resting(run, LONG):
+        run.step()
+        time.sleep(0.5)
+        at_rest = not run.checkpoints.planner.described
+        run.step()
+        began = time.perf_counter()
+        run.step()
+        seconds = time.perf_counter() - began
+        again = not run.checkpoints.background.hurry.is_set()
+        run.checkpoints.finish()
+    return at_rest, seconds, again
+
+
+def test_a_plan_that_rests_does_not_hold_up_the_update_after_a_save(one_rank, tmp_path):
+    ((at_rest, seconds, again),) = one_rank(update_beside_a_plan, str(tmp_path))
+    assert at_rest and seconds < LONG / 2 and again
+
+
+def end_beside_a_plan(place, folder: str) -> float:
+    run = Small(place, folder, every=100)
+    with resting(run, LONG):
+        run.step()
+        began = time.perf_counter()
+        run.checkpoints.finish()
+        return time.perf_counter() - began
+
+
+def test_a_plan_that_rests_does_not_hold_up_the_end(one_rank, tmp_path):
+    """Of a run that ends before its first checkpoint."""
+    (seconds,) = one_rank(end_beside_a_plan, str(tmp_path))
+    assert seconds < LONG / 2
+
+
+def cannot_plan(place, folder: str, rank: int, times: int) -> list[str]:
+    """What the steps raise where a rank has no memory for its first plans."""
+    failures = [MemoryError("no memory for a plan")] * times if place.rank == rank else []
+    plan, raised = checkpoint_plan.create_default_local_save_plan, []
+
+    def fails(*args):
+        if failures:
+            raise failures.pop()
+        return plan(*args)
+
+    run = Small(place, folder, every=2)
+    with mock.patch.object(checkpoint_plan, "create_default_local_save_plan", fails):
+        for step in (run.step, run.step, run.buffers, run.step):
+            try:
+                step()
+            except RuntimeError as e:
+                raised.append(str(e))
+    run.checkpoints.finish()
+    return raised
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_could_not_plan_ahead_plans_at_the_first_checkpoint(rank, two_ranks, tmp_path):
+    assert two_ranks(cannot_plan, str(tmp_path), rank, 1) == [[], []]
+    saved = read_checkpoint(folder_of(tmp_path, 2))
+    assert saved.tensors.keys() >= {"model.weight", "model.bias"}
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_every_rank_hears_of_one_that_cannot_plan(rank, two_ranks, tmp_path):
+    """At the first checkpoint, in the step after it if another one is not due for long."""
+    assert (
+        two_ranks(cannot_plan, str(tmp_path), rank, 9)
+        == [["checkpoint: MemoryError: no memory for a plan"]] * 2
+    )
+    assert not (tmp_path / "checkpoints" / "step-00000002").exists()
