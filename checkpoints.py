@@ -134,8 +134,9 @@ class Checkpoints:
 
     parts: the loop's other state, by name; every: steps between checkpoints, 0 = only those that `stopping` asks for;
     at_end: whether there is to be one at the end; keep: how many stay, -1 = all; describe_run(): what the manifest
-    says of options, model and data, asked of rank 0 at the first checkpoint; settle(): brings the parts up to the step
-    that is to be saved; say: shows a line; saved: what the run is resumed from.
+    says of options, model and data, asked of rank 0 at the first checkpoint; when_told(call): makes the call once the
+    parts have come to the step that is to be saved, and before they go on; say: shows a line; saved: what the run is
+    resumed from.
     """
 
     def __init__(
@@ -150,7 +151,7 @@ class Checkpoints:
         at_end: bool,
         keep: int,
         describe_run: Callable[[], dict],
-        settle: Callable[[], None],
+        when_told: Callable[[Callable[[], None]], None],
         stopping: NeverStop,
         say: Callable[[str], None],
         saved: Saved | None,
@@ -159,7 +160,7 @@ class Checkpoints:
         self.folder, self.trained, self.optimizer = folder, trained_parameters(model), optimizer
         self.parts, self.place = parts, place
         self.every, self.at_end, self.keep, self.stopping, self.saved = every, at_end, keep, stopping, saved
-        self.describe_run, self.settle, self.say = cache(describe_run), settle, say
+        self.describe_run, self.when_told, self.say = cache(describe_run), when_told, say
         # Of its own, and of host memory: collectives of two threads must not meet in one group.
         # Of a rank that is gone others hear from who started them, and one whose disk is slow is to be waited for.
         self.group = dist.new_group(backend="gloo", timeout=timedelta(days=1))
@@ -227,7 +228,6 @@ class Checkpoints:
         """Begins a checkpoint, once the one before it is written."""
         if step == self.step:
             return
-        self.settle()
         began = time.perf_counter()
         self._await()
         if not self.prepared:
@@ -235,11 +235,17 @@ class Checkpoints:
             self.prepared = True
         layout, local = collect(self.trained, self.optimizer, self.place.rank)
         self.copy.mark()
-        run = self._run() if self.place.rank == 0 else {}
-        self.copying = self.pool.submit(self.copy.take, local)
-        self.taken = self._watch()
-        self.step, self.writing = step, self.pool.submit(self._write, step, layout, self.copying, run)
+        self.step, self.taken = step, self._watch()
+        self.copying = copying = self.pool.submit(self.copy.take, local)
         self.waits.append(time.perf_counter() - began)
+        # Not now: for the parts the GPU would have to come to the end of this step before it is given the next one.
+        self.when_told(lambda: self._begin_write(layout, copying))
+
+    def _begin_write(self, layout: Tensors, copying: Future[Tensors]) -> None:
+        began = time.perf_counter()
+        run = self._run() if self.place.rank == 0 else {}
+        self.writing = self.pool.submit(self._write, self.step, layout, copying, run)
+        self.waits[-1] += time.perf_counter() - began
 
     def _before_update(self) -> None:
         """Before each step of the optimizer, which changes what is copied. Raises what the copying raised."""

@@ -185,19 +185,26 @@ class Meter:
 
 
 class Later:
-    """A call that waits for a better moment; never two of them. A run that fails before makes none."""
+    """A call that waits for a better moment, and what is to follow it. A run that fails before makes none."""
 
     def __init__(self):
-        self.call: Callable[[], None] | None = None
+        self.calls: list[Callable[[], None]] = []
 
     def put(self, call: Callable[[], None]) -> None:
-        assert self.call is None
-        self.call = call
+        assert not self.calls
+        self.calls.append(call)
+
+    def then(self, call: Callable[[], None]) -> None:
+        """Has a call follow the one that waits; makes it at once where none does."""
+        if self.calls:
+            self.calls.append(call)
+        else:
+            call()
 
     def now(self) -> None:
-        """Makes the call, if there is one."""
-        call, self.call = self.call, None
-        if call:
+        """Makes the calls, if there are any."""
+        calls, self.calls = self.calls, []
+        for call in calls:
             call()
 
 

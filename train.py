@@ -160,7 +160,7 @@ def train(
     guard = BadSteps(config.max_bad_steps, job.rows, Path(config.output_dir), scaler, place.rank, tracker)
     parts = {"scaler": scaler, "evaluator": evaluator, "tracker": tracker, "guard": guard}
     untold = Later()
-    checkpoints = make_checkpoints(job, model, optimizer, parts, place, tracker.say, stopping, untold.now)
+    checkpoints = make_checkpoints(job, model, optimizer, parts, place, tracker.say, stopping, untold.then)
     done = checkpoints.load()
     schedule = make_schedule(optimizer, total, config.lr_warmup, config.lr_scheduler, done)
     budget = make_budget(job, model, place)
@@ -244,7 +244,7 @@ def make_checkpoints(
     place: Place,
     say: Callable[[str], None],
     stopping: NeverStop,
-    settle: Callable[[], None],
+    when_told: Callable[[Callable[[], None]], None],
 ) -> Checkpoints:
     config = job.config
     return Checkpoints(
@@ -257,7 +257,7 @@ def make_checkpoints(
         at_end=config.save_every > 0 or config.save_minutes > 0,
         keep=config.keep,
         describe_run=lambda: resume.about(config, **identity(job)),
-        settle=settle,
+        when_told=when_told,
         stopping=stopping,
         say=say,
         saved=job.saved,

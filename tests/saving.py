@@ -59,7 +59,7 @@ class Small:
             at_end=every > 0,
             keep=-1,
             describe_run=dict,
-            settle=lambda: None,
+            when_told=lambda call: call(),
             stopping=Asking(asked),
             say=self.said.append,
             saved=None,

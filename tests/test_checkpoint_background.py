@@ -11,8 +11,13 @@ import pytest
 
 import background
 import checkpoint_plan
-from checkpoint_files import folder_of, read_checkpoint
+import train
+from checkpoint_files import folder_of, read_checkpoint, steps_in
+from packing import make_sampler
+from tests.runs import set_up
 from tests.saving import Small
+from tests.test_adapters import args_for
+from tracking import NoTracker
 
 LONG = 2.0  # seconds
 
@@ -65,6 +70,61 @@ def test_the_collector_is_told_once_before_the_first_save(every, one_rank, tmp_p
     """Of a run that goes on as well, and with nothing before the first step's."""
     steps = [step if every == 1 else step // 4 * 4 for step in range(1, 9)]
     assert one_rank(preparations, str(tmp_path), every) == [[(step, 1) for step in steps]]
+
+
+class Counting:
+    """A part of the loop, which has come to a step."""
+
+    step = 0
+
+    def state_dict(self) -> dict:
+        return {"step": self.step}
+
+
+def told_late(place, folder: str) -> tuple[bool, bool, int]:
+    """Whether a save begins to write at once, whether it does once its step is told, and which step's state its parts then
+    have."""
+    run, part, waiting = Small(place, folder, every=1), Counting(), []
+    run.checkpoints.parts, run.checkpoints.when_told = {"counting": part}, waiting.append
+    run.step()
+    at_once, part.step = run.checkpoints.writing is not None, 1
+    (begin,) = waiting
+    begin()
+    part.step = 2  # while it is written
+    run.checkpoints.finish()
+    saved = read_checkpoint(folder_of(Path(folder), 1))
+    return at_once, run.checkpoints.newest == 1, saved.run["parts"]["counting"]["step"]
+
+
+def test_a_save_waits_until_its_step_is_told(one_rank, tmp_path):
+    assert one_rank(told_late, str(tmp_path)) == [(False, True, 1)]
+
+
+def order_of_steps(place, argv: list[str]) -> list[str]:
+    """In which order the loop comes to forwards and to what is told of their steps."""
+    job, model = set_up(place, argv)
+    sampler, seen = make_sampler(job.config, job.rows, place.rank, place.world), []
+
+    def forward(*args):
+        seen.append("forward")
+        return loss_sum(*args)
+
+    class Told(NoTracker):
+        def log(self, metrics):
+            seen.append(f"told {metrics.step}")
+
+    loss_sum = train.loss_sum
+    with mock.patch.object(train, "loss_sum", forward):
+        train.train(job, model, place, sampler, Told())
+    return seen
+
+
+def test_training_goes_on_before_the_step_that_is_saved_is_told(one_rank, checkpoints, short_rows, tmp_path):
+    """What is told has to be waited for: the GPU would have nothing to do meanwhile."""
+    args = args_for(checkpoints(), short_rows, "lora", "--max_steps", "3")
+    ((*seen,),) = one_rank(order_of_steps, [*args, "--output_dir", str(tmp_path), "--save_every", "1"])
+    assert seen == ["forward", "forward", "told 1", "forward", "told 2", "told 3"]
+    assert steps_in(tmp_path) == [3, 2]
 
 
 def plans(place, folder: str) -> list[int]:
