@@ -110,7 +110,21 @@ def resolve_group_size(wanted: int, world: int) -> int:
 
 def resolve_workers(wanted: int, local_world: int) -> int:
     """--loading_workers, or its default: the rank's share of the processors, at most 4."""
-    return wanted if wanted > 0 else min(4, max(1, (os.cpu_count() or 1) // local_world))
+    return wanted if wanted > 0 else min(4, processors(local_world))
+
+
+def processors(local_world: int) -> int:
+    """A rank's share of those that this process may run on, which are all ranks' of the node."""
+    here = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+    return max(1, len(here) // local_world)
+
+
+def share_processors(local_world: int) -> None:
+    """As many threads for operations on host tensors, such as the optimizer's with --use_cpu_offload, unless OMP_NUM_THREADS
+    says how many (torchrun says 1). In each rank torch would start as many as there are processors; where more run than
+    that, each operation waits for one that is not scheduled, up to a hundred times as long as it takes."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(processors(local_world))
 
 
 def use(device: torch.device) -> None:
@@ -130,6 +144,7 @@ def join_group(rank: int, world: int, local_rank: int, store: dist.Store | None 
         raise UserError(
             f"rank {rank} has LOCAL_RANK {local_rank}: each node must have {local_world} ranks in a row"
         )
+    share_processors(local_world)
     where = {"rank": rank, "world_size": world, "store": store}
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank % torch.cuda.device_count())
@@ -137,7 +152,6 @@ def join_group(rank: int, world: int, local_rank: int, store: dist.Store | None 
         dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device, **where)
     else:
         device = torch.device("cpu")
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_world))
         dist.init_process_group("gloo", **where)
     return Place(rank, world, local_rank, local_world, device)
 
@@ -175,10 +189,9 @@ def start(
     if address in ("localhost", "127.0.0.1") and Path("/sys/class/net/lo").exists():
         # Otherwise gloo looks up the host's own name, which fails on machines without a DNS entry.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    if not torch.cuda.is_available():
-        # Threads with nothing to do sleep. They would spin, and beside any other load each short operation would
-        # wait for one that is not scheduled. Read when torch is imported, by the server that forks ranks.
-        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Threads with nothing to do sleep. They would spin, and beside any other load each short operation would wait for one
+    # that is not scheduled. Read when torch is imported, by a rank or the server that forks it.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # A rank that is ended at once cannot put away its locks; the clean-up's warning would follow the error.
     os.environ.setdefault("PYTHONWARNINGS", "ignore::UserWarning:multiprocessing.resource_tracker")
     with tempfile.TemporaryDirectory() as reports:

@@ -128,6 +128,37 @@ def test_a_rank_has_the_environment_of_its_parent(processes, tmp_path):
     assert json.loads(found.read_text()) == os.environ
 
 
+@pytest.mark.parametrize(
+    ("ranks", "asked", "threads"), [(1, None, 32), (2, None, 16), (64, None, 1), (2, "5", None)]
+)
+def test_ranks_share_the_processors(ranks, asked, threads, monkeypatch):
+    """Where as many threads run in each rank as there are processors, an optimizer's step takes 80 times as long."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if asked:
+        monkeypatch.setenv("OMP_NUM_THREADS", asked)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(0, 64, 2)))
+    set_to = []
+    monkeypatch.setattr(torch, "set_num_threads", set_to.append)
+    launch.share_processors(ranks)
+    assert set_to == ([threads] if threads else [])
+
+
+def writes_its_threads(place, folder: Path) -> None:
+    told = {"threads": torch.get_num_threads(), "policy": os.environ["OMP_WAIT_POLICY"]}
+    (folder / f"{place.rank}.json").write_text(json.dumps(told))
+
+
+def test_ranks_that_are_started_share_the_processors(processes, tmp_path):
+    """On GPUs as well, beside which host tensors are computed with too (--use_cpu_offload)."""
+    for name in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY"):
+        os.environ.pop(name, None)
+    assert launch.start(writes_its_threads, 2, (tmp_path,), "localhost", None) == 0
+    share = max(1, len(os.sched_getaffinity(0)) // 2)
+    for rank in range(2):
+        told = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert told == {"threads": share, "policy": "PASSIVE"}
+
+
 @pytest.fixture
 def new_server(monkeypatch):
     """Ranks are forks, of a server of their own, not that of the other tests."""
