@@ -126,11 +126,11 @@ class Config:
         " dummy: 512)")
     context_length: int = option(512, "Model and data", "longest example, in tokens; longer ones are cut")
     packing: bool = option(False, "Model and data", "put several examples behind one another, up to context_length"
-        " tokens, instead of padding them; each sees only itself, but for Phi's longrope (docs/evaluation.md)")
+        " tokens, instead of padding them; each sees only itself")
 
     batch_size: int = option(1, "Training", "examples per GPU and micro-batch; with --packing, packs of examples")
     gradient_accumulation_steps: int = option(1, "Training", "micro-batches per optimizer step, which is that of one"
-        " big batch, but for Phi's longrope (docs/evaluation.md)")
+        " big batch")
     num_epochs: int = option(1, "Training", "passes over the data")
     max_steps: int = option(-1, "Training", "stop after this many optimizer steps of the whole run; -1 = no limit")
     optimizer: str = option("adamw", "Training", "fused = torch's single-kernel step, which adamw and adam take on GPUs; 8bit = Adam's moments in 8 bits,"

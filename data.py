@@ -232,7 +232,8 @@ def _targets(
 
 @dataclass(frozen=True)
 class Batch:
-    """A micro-batch of one rank. ids [B, T] int64, targets [B, T] int64: the next token, or IGNORE.
+    """A micro-batch of one rank. ids [B, T] int64, targets [B, T] int64: the next token, or IGNORE; lengths [B, 1] int64,
+    of packed rows [B, T]: how many tokens the row has that a token is of; only RoPE of type longrope goes by it.
 
     Only where rows are packed: positions [B, T] int64, of each token in its row; bounds [N + 1] int32: where rows
     begin and end in the batch as one line of B * T tokens; longest: tokens of the longest row.
@@ -240,19 +241,21 @@ class Batch:
 
     ids: torch.Tensor
     targets: torch.Tensor
+    lengths: torch.Tensor | None = None
     positions: torch.Tensor | None = None
     bounds: torch.Tensor | None = None
     longest: int | None = None
 
     def inputs(self) -> dict:
-        """What transformers' forward takes. From positions that begin again it knows the rows, and confines its
+        """What SummedLoss takes. From positions that begin again transformers knows the rows, and confines its
         masks to them; attention.py knows them from the bounds."""
+        own = {"input_ids": self.ids, "row_lengths": self.lengths}
         if self.positions is None:
-            return {"input_ids": self.ids}
+            return own
         bounds = {f"cu_seq_lens_{x}": self.bounds for x in "qk"} | {
             f"max_length_{x}": self.longest for x in "qk"
         }
-        return {"input_ids": self.ids, "position_ids": self.positions, **bounds}
+        return own | {"position_ids": self.positions} | bounds
 
     def to(self, device: torch.device) -> Batch:
         return self._each(lambda tensor: tensor.to(device, non_blocking=True))
@@ -372,10 +375,11 @@ def make_batch(rows: TokenizedRows, indices: torch.Tensor, shape: tuple[int, int
     """The rows `indices` in a batch of that shape [B, T]: padded on the right, where causal attention never looks,
     and with rows of nothing but padding."""
     spans = [(int(rows.starts[i]), int(rows.starts[i + 1])) for i in indices]
-    ids = torch.zeros(shape, dtype=torch.int64)
+    ids, lengths = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape[0], 1, dtype=torch.int64)
     targets = torch.full(shape, IGNORE)
     for row, (start, end) in enumerate(spans):
+        lengths[row] = end - start
         tokens = rows.tokens[start:end].long()
         ids[row, : end - start] = tokens
         targets[row, : end - start - 1] = tokens[1:].masked_fill(~rows.learned[start + 1 : end], IGNORE)
-    return Batch(ids, targets)
+    return Batch(ids, targets, lengths)

@@ -6,14 +6,12 @@ import shlex
 from pathlib import Path
 
 import torch
-from transformers import PretrainedConfig
 
 import memory
 from checkpoint import BLOCKS
 from command_line import describe, program, under_torchrun
 from config import TOY_DATASET, TOY_MODEL, TOY_PROMPT, Config
 from data import StepSampler, TokenizedRows
-from models.family import rope_switch
 from packing import PackSampler
 from tracking import Metrics
 from weight_arithmetic import Share
@@ -39,20 +37,6 @@ def describe_data(rows: TokenizedRows, sampler: StepSampler, context_length: int
     return (
         f"{line}\n--packing true would train these rows about {faster:.1f} times as fast: as full lines of"
         f" {context_length:,} tokens, which --batch_size then counts"
-    )
-
-
-def describe_rotation(model_config: PretrainedConfig, rows: TokenizedRows, sampler: StepSampler) -> str:
-    """A line, with a line break before it, where rows of a step change how others are rotated; else nothing."""
-    above = int((rows.lengths() > (switch := rope_switch(model_config))).sum())
-    packed = isinstance(sampler, PackSampler)
-    together = packed or sampler.batch_size * sampler.accumulation * sampler.world > 1
-    if not together or above in (0, len(rows)):
-        return ""
-    return (
-        f"\n{model_config.model_type}'s longrope: rows of more than {switch:,} tokens ({above:,} of {len(rows):,}) change how"
-        " those beside them in a micro-batch are rotated, so results depend on how --batch_size, --packing,"
-        " --gradient_accumulation_steps and the number of GPUs divide a step's rows"
     )
 
 

@@ -122,7 +122,7 @@ def make_packed(
 ) -> Batch:
     """The rows of each pack behind one another, in a batch of that shape [B, T]; lines that are left over are
     padding. packs: indices of rows; longest, bounds: as in PackSampler."""
-    ids, positions = torch.zeros(2, *shape, dtype=torch.int64)
+    ids, positions, of_row = torch.zeros(3, *shape, dtype=torch.int64)
     targets = torch.full(shape, IGNORE)
     for line, pack in enumerate(packs):
         starts, lengths = rows.starts[pack], rows.starts[pack + 1] - rows.starts[pack]
@@ -132,10 +132,11 @@ def make_packed(
         tokens = rows.tokens[where].long()
         learned = rows.learned[where] & (place > 0)
         ids[line, : len(tokens)], positions[line, : len(tokens)] = tokens, place
+        of_row[line, : len(tokens)] = lengths.repeat_interleave(lengths)
         targets[line, : len(tokens) - 1] = tokens.masked_fill(~learned, IGNORE)[1:]
     ends = _bounds([(rows.starts[pack + 1] - rows.starts[pack]).tolist() for pack in packs], shape, longest)
     ends += ends[-1:] * (bounds - len(ends))
-    return Batch(ids, targets, positions, torch.tensor(ends, dtype=torch.int32), longest)
+    return Batch(ids, targets, of_row, positions, torch.tensor(ends, dtype=torch.int32), longest)
 
 
 def _bounds(packs: list[list[int]], shape: tuple[int, int], longest: int) -> list[int]:

@@ -69,7 +69,6 @@ from messages import (
     describe_data,
     describe_files,
     describe_model,
-    describe_rotation,
     describe_stop,
     describe_unsaved,
     summary,
@@ -279,9 +278,7 @@ def run_profiled(place: Place, job: Job, profiler: Profiler, alone: Alone) -> No
     sampler = make_sampler(config, job.rows, place.rank, place.world)
     folder, total = Path(config.output_dir), total_steps(config, sampler)
     if place.rank == 0:
-        about = describe_data(job.rows, sampler, config.context_length)
-        about += describe_rotation(job.model_config, job.rows, sampler)
-        print(about + job.evaluation.describe(), flush=True)
+        print(describe_data(job.rows, sampler, config.context_length) + job.evaluation.describe(), flush=True)
     model, loaded = set_up(job, place, profiler)
     stages = profiler.fullest("wrap", "load")
     if place.rank == 0:

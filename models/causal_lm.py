@@ -14,8 +14,14 @@ from loss import Head
 class SummedLoss:
     """Comes before a ForCausalLM class among the bases. Its head is one that `put_head` put there."""
 
-    def forward(self, *args, targets: torch.Tensor | None = None, **kwargs):
-        """As the class's own; or with targets [B, T], the cross-entropy summed over those that are not IGNORE."""
+    def forward(
+        self, *args, targets: torch.Tensor | None = None, row_lengths: torch.Tensor | None = None, **kwargs
+    ):
+        """As the class's own; or with targets [B, T], the cross-entropy summed over those that are not IGNORE.
+        row_lengths: as Batch.lengths, for a rotary embedding that goes by them (phi3.py)."""
+        rotary = getattr(self.base_model, "rotary_emb", None)
+        if hasattr(rotary, "row_lengths"):
+            rotary.row_lengths = row_lengths
         if targets is None:
             return super().forward(*args, **kwargs)
         hidden = self.base_model(*args, use_cache=False, **kwargs).last_hidden_state

@@ -87,8 +87,8 @@ def _matches(pattern: list[str], parts: list[str]) -> bool:
 
 
 def rope_switch(config: PretrainedConfig) -> float:
-    """Tokens of the longest row of a batch above which all its rows are rotated by other frequencies (longrope, of
-    Phi-3 and Phi-4: https://arxiv.org/abs/2402.13753); inf where there are none."""
+    """Tokens of a row above which it is rotated by other frequencies, and where nobody says how long rows are, all of a
+    batch (longrope, of Phi-3 and Phi-4: https://arxiv.org/abs/2402.13753); inf where there are none."""
     rope = getattr(config, "rope_parameters", None) or {}
     return rope["original_max_position_embeddings"] if rope.get("rope_type") == "longrope" else math.inf
 

@@ -4,7 +4,6 @@ ranks; and each row comes once per epoch, wherever it is put."""
 from __future__ import annotations
 
 import inspect
-import json
 import math
 from contextlib import nullcontext
 from itertools import pairwise
@@ -18,11 +17,10 @@ import train
 from attention import CAUSAL, VARLEN
 from checkpoint import whole
 from data import IGNORE, Batch, StepSampler, TokenizedRows, make_batch
-from messages import describe_data, describe_rotation
+from messages import describe_data
 from models import FAMILIES
 from models.family import clean
 from packing import PackSampler, best_fit, make_packed, make_sampler
-from tests.resuming import run
 from tests.runs import make_job, set_up, train_run
 from tests.test_data import SIZES, expected, some_rows
 from tests.test_parity import arguments, assert_same
@@ -195,6 +193,7 @@ def ways(place, args) -> dict[str, tuple[float, dict]]:
     model.set_attn_implementation(own)
     padded, packed = padded_batch(), packed_batch()
     found = {
+        "one by one": learn_each(model),
         "padded": learn(model, padded),
         "packed": learn(model, packed),
         "leaking": learn(model, Batch(packed.ids, packed.targets)),
@@ -221,6 +220,16 @@ def learn(model, batch: Batch, context=nullcontext()) -> tuple[float, dict[str, 
     return loss.item(), {name: whole(gradient).float().cpu() for name, gradient in trained.items()}
 
 
+def learn_each(model) -> tuple[float, dict[str, torch.Tensor]]:
+    """Row by row, in transformers' own way: nothing but the row."""
+    rows, found = seven_rows(), []
+    for i, length in enumerate(LENGTHS):
+        batch = make_batch(rows, torch.tensor([i]), (1, length))
+        found.append(learn(model, Batch(batch.ids, batch.targets)))
+    names = found[0][1]
+    return sum(loss for loss, _ in found), {n: sum(gradients[n] for _, gradients in found) for n in names}
+
+
 def assert_equal(got: tuple[float, dict], expected: tuple[float, dict]) -> None:
     assert got[0] == pytest.approx(expected[0], rel=5e-6)
     assert got[1].keys() == expected[1].keys()
@@ -235,9 +244,9 @@ def assert_equal(got: tuple[float, dict], expected: tuple[float, dict]) -> None:
 def test_packed_rows_are_learned_as_rows_one_by_one(kind, checkpoints, alpaca_file, one_rank):
     """Every family, all of its parameters, in fp32."""
     found = one_rank(ways, arguments(checkpoints(kind), alpaca_file, "full"))[0]
-    expected, leaking = found.pop("padded"), found.pop("leaking")
+    expected, leaking = found.pop("one by one"), found.pop("leaking")
     assert abs(leaking[0] / expected[0] - 1) > 1e-3, "rows that see one another would not show"
-    assert len(found) == (1 if kind == "gemma2" else 4)
+    assert len(found) == (2 if kind == "gemma2" else 5)
     for result in found.values():
         assert_equal(result, expected)
 
@@ -298,33 +307,6 @@ def test_little_padding_is_no_reason_to_pack():
     single = StepSampler(rows, 1, 1, 0, 1, 42)
     assert single.padding_share() == 0
     assert "packing" not in describe_data(rows, single, 64)
-
-
-def test_rows_that_change_how_others_are_rotated():
-    """Phi's longrope, with rows on both sides of its 32 tokens, and more than one of them in a step."""
-    rows = seven_rows()
-    lengths, phi = rows.lengths(), CONFIGS["phi3"]()
-    above = int((lengths > 32).sum())
-    assert 0 < above < len(lengths)
-    for size, told in ((1, 1, 0, 1), False), ((2, 1, 0, 1), True), ((1, 2, 0, 1), True), ((1, 1, 0, 2), True):
-        assert bool(describe_rotation(phi, rows, StepSampler(rows, *size, 42))) == told
-    packed = PackSampler(rows, 1, 1, 0, 1, 42, 64)
-    assert f"more than 32 tokens ({above} of {len(lengths)})" in describe_rotation(phi, rows, packed)
-    for kind in CONFIGS:
-        assert bool(describe_rotation(CONFIGS[kind](), rows, packed)) == (kind == "phi3")
-    for length in (max(LENGTHS), min(LENGTHS) - 1):  # all on one side
-        phi.rope_parameters = phi.rope_parameters | {"original_max_position_embeddings": length}
-        assert describe_rotation(phi, rows, packed) == ""
-
-
-def test_a_run_tells_of_them_as_it_starts(checkpoints, one_rank, tmp_path):
-    data = tmp_path / "rows.jsonl"
-    data.write_text("".join(json.dumps({"text": "a" * n}) + "\n" for n in (5, 50)))
-    for kind in ("phi3", "llama"):
-        args = arguments(checkpoints(kind), data, "lora", "--batch_size", "2", "--log_to", "stdout")
-        (printed,) = one_rank(run, [*map(str, args), "--output_dir", str(tmp_path / kind)])
-        told = "\nphi3's longrope: rows of more than 32 tokens (1 of 2) change" in printed
-        assert told == (kind == "phi3")
 
 
 def test_packs_are_in_the_report(tmp_path):
