@@ -31,6 +31,7 @@ from config import UserError
 from launch import Place, use
 from memory import MIB, can_pin
 from stopping import NeverStop
+from tracking import Later
 from training_state import Tensors, collect, local_part, restore, trained_parameters
 
 
@@ -134,9 +135,8 @@ class Checkpoints:
 
     parts: the loop's other state, by name; every: steps between checkpoints, 0 = only those that `stopping` asks for;
     at_end: whether there is to be one at the end; keep: how many stay, -1 = all; describe_run(): what the manifest
-    says of options, model and data, asked of rank 0 at the first checkpoint; when_told(call): makes the call once the
-    parts have come to the step that is to be saved, and before they go on; say: shows a line; saved: what the run is
-    resumed from.
+    says of options, model and data, asked of rank 0 at the first checkpoint; untold: what brings the parts
+    up to the step that is to be saved; say: shows a line; saved: what the run is resumed from.
     """
 
     def __init__(
@@ -151,7 +151,7 @@ class Checkpoints:
         at_end: bool,
         keep: int,
         describe_run: Callable[[], dict],
-        when_told: Callable[[Callable[[], None]], None],
+        untold: Later,
         stopping: NeverStop,
         say: Callable[[str], None],
         saved: Saved | None,
@@ -160,7 +160,7 @@ class Checkpoints:
         self.folder, self.trained, self.optimizer = folder, trained_parameters(model), optimizer
         self.parts, self.place = parts, place
         self.every, self.at_end, self.keep, self.stopping, self.saved = every, at_end, keep, stopping, saved
-        self.describe_run, self.when_told, self.say = cache(describe_run), when_told, say
+        self.describe_run, self.untold, self.say = cache(describe_run), untold, say
         # Of its own, and of host memory: collectives of two threads must not meet in one group.
         # Of a rank that is gone others hear from who started them, and one whose disk is slow is to be waited for.
         self.group = dist.new_group(backend="gloo", timeout=timedelta(days=1))
@@ -238,8 +238,11 @@ class Checkpoints:
         self.step, self.taken = step, self._watch()
         self.copying = copying = self.pool.submit(self.copy.take, local)
         self.waits.append(time.perf_counter() - began)
-        # Not now: for the parts the GPU would have to come to the end of this step before it is given the next one.
-        self.when_told(lambda: self._begin_write(layout, copying))
+        self.untold.then(lambda: self._begin_write(layout, copying))
+        # A GPU would have nothing to do from the end of this step to the beginning of the next one. A CPU has computed it,
+        # and takes until the end of the next one's forward, in which the run may be killed.
+        if self.place.device.type != "cuda":
+            self.untold.now()
 
     def _begin_write(self, layout: Tensors, copying: Future[Tensors]) -> None:
         began = time.perf_counter()

@@ -159,7 +159,7 @@ def train(
     guard = BadSteps(config.max_bad_steps, job.rows, Path(config.output_dir), scaler, place.rank, tracker)
     parts = {"scaler": scaler, "evaluator": evaluator, "tracker": tracker, "guard": guard}
     untold = Later()
-    checkpoints = make_checkpoints(job, model, optimizer, parts, place, tracker.say, stopping, untold.then)
+    checkpoints = make_checkpoints(job, model, optimizer, parts, place, tracker.say, stopping, untold)
     done = checkpoints.load()
     schedule = make_schedule(optimizer, total, config.lr_warmup, config.lr_scheduler, done)
     budget = make_budget(job, model, place)
@@ -243,7 +243,7 @@ def make_checkpoints(
     place: Place,
     say: Callable[[str], None],
     stopping: NeverStop,
-    when_told: Callable[[Callable[[], None]], None],
+    untold: Later,
 ) -> Checkpoints:
     config = job.config
     return Checkpoints(
@@ -256,7 +256,7 @@ def make_checkpoints(
         at_end=config.save_every > 0 or config.save_minutes > 0,
         keep=config.keep,
         describe_run=lambda: resume.about(config, **identity(job)),
-        when_told=when_told,
+        untold=untold,
         stopping=stopping,
         say=say,
         saved=job.saved,

@@ -11,6 +11,7 @@ from torch import nn
 from checkpoint_files import folder_of, read_checkpoint
 from checkpoints import Checkpoints
 from stopping import NeverStop
+from tracking import Later
 from training_state import Tensors, collect
 
 TENSORS = {  # with the bytes of each, in whole ALIGNED
@@ -59,7 +60,7 @@ class Small:
             at_end=every > 0,
             keep=-1,
             describe_run=dict,
-            when_told=lambda call: call(),
+            untold=Later(),
             stopping=Asking(asked),
             say=self.said.append,
             saved=None,

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import time
 from pathlib import Path
 from unittest import mock
 
 import pytest
+import torch
 
 import background
 import checkpoint_plan
 import train
 from checkpoint_files import folder_of, read_checkpoint, steps_in
+from checkpoints import Checkpoints
 from packing import make_sampler
 from tests.runs import set_up
 from tests.saving import Small
@@ -81,15 +84,20 @@ class Counting:
         return {"step": self.step}
 
 
+def as_on_a_gpu(checkpoints: Checkpoints) -> Checkpoints:
+    checkpoints.place = dataclasses.replace(checkpoints.place, device=torch.device("cuda"))
+    return checkpoints
+
+
 def told_late(place, folder: str) -> tuple[bool, bool, int]:
     """Whether a save begins to write at once, whether it does once its step is told, and which step's state its parts then
     have."""
-    run, part, waiting = Small(place, folder, every=1), Counting(), []
-    run.checkpoints.parts, run.checkpoints.when_told = {"counting": part}, waiting.append
+    run, part = Small(place, folder, every=1), Counting()
+    as_on_a_gpu(run.checkpoints).parts = {"counting": part}
+    run.checkpoints.untold.put(lambda: setattr(part, "step", 1))
     run.step()
-    at_once, part.step = run.checkpoints.writing is not None, 1
-    (begin,) = waiting
-    begin()
+    at_once = run.checkpoints.writing is not None
+    run.checkpoints.untold.now()
     part.step = 2  # while it is written
     run.checkpoints.finish()
     saved = read_checkpoint(folder_of(Path(folder), 1))
@@ -100,30 +108,42 @@ def test_a_save_waits_until_its_step_is_told(one_rank, tmp_path):
     assert one_rank(told_late, str(tmp_path)) == [(False, True, 1)]
 
 
-def order_of_steps(place, argv: list[str]) -> list[str]:
+def order_of_steps(place, argv: list[str], gpu: bool) -> list[str]:
     """In which order the loop comes to forwards and to what is told of their steps."""
     job, model = set_up(place, argv)
     sampler, seen = make_sampler(job.config, job.rows, place.rank, place.world), []
+    loss_sum, make_checkpoints = train.loss_sum, train.make_checkpoints
 
     def forward(*args):
         seen.append("forward")
         return loss_sum(*args)
 
+    def make(*args):
+        return as_on_a_gpu(make_checkpoints(*args)) if gpu else make_checkpoints(*args)
+
     class Told(NoTracker):
         def log(self, metrics):
             seen.append(f"told {metrics.step}")
 
-    loss_sum = train.loss_sum
-    with mock.patch.object(train, "loss_sum", forward):
+    with (
+        mock.patch.object(train, "loss_sum", forward),
+        mock.patch.object(train, "make_checkpoints", make),
+    ):
         train.train(job, model, place, sampler, Told())
     return seen
 
 
-def test_training_goes_on_before_the_step_that_is_saved_is_told(one_rank, checkpoints, short_rows, tmp_path):
-    """What is told has to be waited for: the GPU would have nothing to do meanwhile."""
+@pytest.mark.parametrize("gpu", [False, True])
+def test_a_gpu_is_given_the_next_step_before_one_that_is_saved_is_told(
+    gpu, one_rank, checkpoints, short_rows, tmp_path
+):
+    """What is told has to be waited for, and it would have nothing to do meanwhile."""
+    if torch.cuda.is_available() and not gpu:
+        pytest.skip("runs on a GPU")
     args = args_for(checkpoints(), short_rows, "lora", "--max_steps", "3")
-    ((*seen,),) = one_rank(order_of_steps, [*args, "--output_dir", str(tmp_path), "--save_every", "1"])
-    assert seen == ["forward", "forward", "told 1", "forward", "told 2", "told 3"]
+    (seen,) = one_rank(order_of_steps, [*args, "--output_dir", str(tmp_path), "--save_every", "1"], gpu)
+    before = ["forward", "forward", "told 1", "forward", "told 2", "told 3"]
+    assert seen == (before if gpu else ["forward", "told 1", "forward", "told 2", "forward", "told 3"])
     assert steps_in(tmp_path) == [3, 2]
 
 
