@@ -26,7 +26,10 @@ from tests.resuming import CHECK_ROOM, Filling, check_room_by, contents, fill, l
 from tracking import NoTracker, despite_full_disk
 
 KINDS = {  # (model, options)
-    "bnb_dora": ("llama", "--train_type bnb_dora --lora_rank 32 --lr 1e-2"),
+    "bnb_dora": (
+        "llama",
+        "--train_type bnb_dora --lora_rank 32 --lr 1e-2 --lora_target_modules q_proj,down_proj",
+    ),
     "full": ("llama", "--train_type full --lr 1e-3"),
     "bnb_llama_pro": ("llama_pro", "--train_type bnb_llama_pro --lr 1e-3"),
 }
