@@ -16,6 +16,7 @@ from model_files import CheckpointFiles
 from models import build_on_meta
 from models.adapters import apply_method, choose_quantizers, packed_linears
 from models.family import Family
+from models.longrope import make_rotary
 from models.lora import LoRALinear
 from precision import Precision
 from quantize_layers import Packed, fill, pack, quantize_linears, quantizer_of
@@ -58,7 +59,7 @@ def compare(a: torch.Tensor, b: torch.Tensor, lengths: list[int]) -> tuple[float
 def _logits(model: nn.Module, family: Family, files, adapter, ids, device) -> torch.Tensor:
     model.requires_grad_(False).eval()
     with device:
-        model.set_submodule(family.rotary, family.rotary_class(config=model.config))
+        model.set_submodule(family.rotary, make_rotary(family, model.config))
     tied = {f"{family.head}.weight": f"{family.embedding}.weight"} if model.config.tie_word_embeddings else {}
     for path in _parts(model, family):
         part = model.get_submodule(path)

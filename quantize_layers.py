@@ -34,6 +34,7 @@ from loss import FrozenEmbedding
 from memory import empty_on_host
 from model_files import CheckpointFiles
 from models.family import Family, clean
+from models.longrope import make_rotary
 from quantizers import PackedWeight, Quantizer, flat_bytes, pack_weight
 from tensor_files import Stage
 
@@ -211,7 +212,7 @@ def _materialize(model: nn.Module, family: Family, device: torch.device, home: t
     if model.config.tie_word_embeddings:  # to_empty makes new parameters, one for each of the two names
         model.get_submodule(family.head).weight = model.get_submodule(family.embedding).weight
     with device:  # no checkpoint holds its tables; only the config argument is stable between versions
-        rotary = family.rotary_class(config=model.config)
+        rotary = make_rotary(family, model.config)
     model.set_submodule(family.rotary, rotary)
     for module in model.modules():
         if isinstance(module, Packed):

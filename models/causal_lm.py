@@ -18,7 +18,7 @@ class SummedLoss:
         self, *args, targets: torch.Tensor | None = None, row_lengths: torch.Tensor | None = None, **kwargs
     ):
         """As the class's own; or with targets [B, T], the cross-entropy summed over those that are not IGNORE.
-        row_lengths: as Batch.lengths, for a rotary embedding that goes by them (phi3.py)."""
+        row_lengths: as Batch.lengths, for a rotary embedding that goes by them (longrope.py)."""
         rotary = getattr(self.base_model, "rotary_emb", None)
         if hasattr(rotary, "row_lengths"):
             rotary.row_lengths = row_lengths

@@ -20,13 +20,14 @@ from data import IGNORE, Batch, StepSampler, TokenizedRows, make_batch
 from messages import describe_data
 from models import FAMILIES
 from models.family import clean
+from models.longrope import make_rotary
 from packing import PackSampler, best_fit, make_packed, make_sampler
 from tests.runs import make_job, set_up, train_run
 from tests.test_data import SIZES, expected, some_rows
 from tests.test_parity import arguments, assert_same
 from tests.test_recompute import compiled_run
 from tests.test_report import make_run, metrics, page_of
-from tests.tiny import CONFIGS
+from tests.tiny import _LONG_ROPE, CONFIGS
 
 KERNEL = attention.varlen_attn  # torch's own, for its signature
 
@@ -249,6 +250,34 @@ def test_packed_rows_are_learned_as_rows_one_by_one(kind, checkpoints, alpaca_fi
     assert len(found) == (2 if kind == "gemma2" else 5)
     for result in found.values():
         assert_equal(result, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["phi3", "llama", "qwen2", "gemma2"])
+def test_longrope_rotates_each_row_as_transformers_does_alone(kind, dtype):
+    """In any family whose config asks for it: rows on both sides of 32 tokens and of as many, padded and packed."""
+    config = CONFIGS[kind]()
+    if kind != "phi3":
+        half = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        factors = {
+            f"{of}_factor": [base + i / 4 for i in range(half // 2)]
+            for of, base in (("short", 1.0), ("long", 2.0))
+        }
+        config.rope_parameters = _LONG_ROPE | factors | {"partial_rotary_factor": 1.0}
+    rotary, theirs = make_rotary(FAMILIES[kind], config), FAMILIES[kind].rotary_class
+    assert (config.rope_parameters["original_max_position_embeddings"], rotary.row_lengths) == (32, None)
+    lengths, x = [5, 31, 32, 33, 60, 0], torch.zeros(1, dtype=dtype)
+    alone = [[t[0] for t in theirs(config=config)(x, torch.arange(n)[None])] for n in lengths[:-1]]
+    rotary.row_lengths = torch.tensor(lengths)[:, None]
+    padded = rotary(x, torch.arange(60)[None])
+    rotary.row_lengths = torch.tensor(lengths).repeat_interleave(torch.tensor(lengths))[None]
+    packed = rotary(x, torch.cat([torch.arange(n) for n in lengths])[None])
+    for ours, rows, line in zip(zip(*alone, strict=True), padded, packed, strict=True):
+        assert all(torch.equal(rows[i, : len(row)], row) for i, row in enumerate(ours))
+        assert torch.equal(line[0], torch.cat(ours)) and line.dtype == dtype
+    assert not torch.equal(padded[0][0], padded[0][4])
+    rotary.row_lengths = None
+    assert all(map(torch.equal, rotary(x, torch.arange(60)[None]), (t[None] for t in alone[4])))
 
 
 def packing_arguments(model, data, steps: int) -> list[str]:
