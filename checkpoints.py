@@ -159,6 +159,8 @@ class Checkpoints:
         # Taken once: within a forward FSDP has others in the place of the sharded parameters.
         self.folder, self.trained, self.optimizer = folder, trained_parameters(model), optimizer
         self.parts, self.place = parts, place
+        # Whether the loop is ahead of a GPU that has the update still before it.
+        self.ahead = any(local_part(p).is_cuda for p in self.trained.values())
         self.every, self.at_end, self.keep, self.stopping, self.saved = every, at_end, keep, stopping, saved
         self.describe_run, self.untold, self.say = cache(describe_run), untold, say
         # Of its own, and of host memory: collectives of two threads must not meet in one group.
@@ -235,19 +237,20 @@ class Checkpoints:
             self.prepared = True
         layout, local = collect(self.trained, self.optimizer, self.place.rank)
         self.copy.mark()
-        self.step, self.taken = step, self._watch()
+        self.step = step
         self.copying = copying = self.pool.submit(self.copy.take, local)
         self.waits.append(time.perf_counter() - began)
-        self.untold.then(lambda: self._begin_write(layout, copying))
-        # A GPU would have nothing to do from the end of this step to the beginning of the next one. A CPU has computed it,
-        # and takes until the end of the next one's forward, in which the run may be killed.
-        if self.place.device.type != "cuda":
+        self.untold.then(lambda: self._begin_write(step, layout, copying))
+        # A GPU would have nothing to do from the end of this step to the beginning of the next one. Where a CPU has updated
+        # the parameters the step is at its end; the next one's forward may take long, and the run may be killed in it.
+        if not self.ahead:
             self.untold.now()
 
-    def _begin_write(self, layout: Tensors, copying: Future[Tensors]) -> None:
+    def _begin_write(self, step: int, layout: Tensors, copying: Future[Tensors]) -> None:
         began = time.perf_counter()
+        self.taken = self._watch()
         run = self._run() if self.place.rank == 0 else {}
-        self.writing = self.pool.submit(self._write, self.step, layout, copying, run)
+        self.writing = self.pool.submit(self._write, step, layout, copying, run)
         self.waits[-1] += time.perf_counter() - began
 
     def _before_update(self) -> None:
