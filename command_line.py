@@ -36,11 +36,14 @@ FULL_DISK = (errno.ENOSPC, errno.EDQUOT)  # EDQUOT: of what a user may fill
 ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 
 
-def set_allocator() -> None:
-    """Blocks of GPU memory that grow, so that little is lost between them, unless the user has chosen otherwise. Torch
-    reads it when it is imported: here and, the environment being passed on, in the ranks."""
+def prepare_environment() -> None:
+    """What torch reads when it is imported, here and, the environment being passed on, in the ranks; unless the user has
+    chosen otherwise: blocks of GPU memory that grow, so that little is lost between them, and threads that sleep when they
+    have nothing to do. They would spin, and beside any other load each short operation would wait for one that is not
+    scheduled."""
     if not any(name in os.environ for name in ALLOCATOR):
         os.environ[ALLOCATOR[0]] = "expandable_segments:True"
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def exit_on_signals() -> None:

@@ -28,7 +28,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from command_line import describe, needs_no_traceback, outlast, under_torchrun
+from command_line import describe, needs_no_traceback, outlast, prepare_environment, under_torchrun
 from config import UserError
 from stopping import forwarding, hear
 
@@ -39,13 +39,15 @@ PREPARING = timedelta(days=1)  # for checks that download a model
 
 @dataclass(frozen=True)
 class Place:
-    """Where a process stands: global rank and number of ranks; the same within its node; its device."""
+    """Where a process stands: global rank and number of ranks; the same within its node; its device; its share of the
+    processors."""
 
     rank: int
     world: int
     local_rank: int
     local_world: int
     device: torch.device
+    processors: int = 1
 
 
 def ranks_on_gpus() -> float:
@@ -108,23 +110,29 @@ def resolve_group_size(wanted: int, world: int) -> int:
     return size
 
 
-def resolve_workers(wanted: int, local_world: int) -> int:
+def resolve_workers(wanted: int, processors: int) -> int:
     """--loading_workers, or its default: the rank's share of the processors, at most 4."""
-    return wanted if wanted > 0 else min(4, processors(local_world))
+    return wanted if wanted > 0 else min(4, processors)
 
 
-def processors(local_world: int) -> int:
-    """A rank's share of those that this process may run on, which are all ranks' of the node."""
-    here = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
-    return max(1, len(here) // local_world)
+def share_of_processors(local_rank: int, rank: int, local_world: int, world: int) -> int:
+    """How many of those that this rank may run on are left for it, if those on which others of its node may run as well are
+    divided. Collective."""
+    here = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+    everywhere: list[set[int]] = [set()] * world
+    dist.all_gather_object(everywhere, here)
+    first = rank - local_rank
+    sharing = sum(not here.isdisjoint(others) for others in everywhere[first : first + local_world])
+    return max(1, len(here) // sharing)
 
 
-def share_processors(local_world: int) -> None:
-    """As many threads for operations on host tensors, such as the optimizer's with --use_cpu_offload, unless OMP_NUM_THREADS
-    says how many (torchrun says 1). In each rank torch would start as many as there are processors; where more run than
-    that, each operation waits for one that is not scheduled, up to a hundred times as long as it takes."""
-    if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(processors(local_world))
+def set_threads(processors: int) -> None:
+    """Of operations on host tensors, such as the optimizer's with --use_cpu_offload: as many, unless OMP_NUM_THREADS says
+    how many; torchrun says 1 where nobody does. torch would start as many in each rank as there are processors; where more
+    run than that, each operation waits for one that is not scheduled, up to a hundred times as long as it takes."""
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    if not asked or (asked == "1" and "TORCHELASTIC_RUN_ID" in os.environ):
+        torch.set_num_threads(processors)
 
 
 def use(device: torch.device) -> None:
@@ -144,7 +152,6 @@ def join_group(rank: int, world: int, local_rank: int, store: dist.Store | None 
         raise UserError(
             f"rank {rank} has LOCAL_RANK {local_rank}: each node must have {local_world} ranks in a row"
         )
-    share_processors(local_world)
     where = {"rank": rank, "world_size": world, "store": store}
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank % torch.cuda.device_count())
@@ -153,7 +160,9 @@ def join_group(rank: int, world: int, local_rank: int, store: dist.Store | None 
     else:
         device = torch.device("cpu")
         dist.init_process_group("gloo", **where)
-    return Place(rank, world, local_rank, local_world, device)
+    processors = share_of_processors(local_rank, rank, local_world, world)
+    set_threads(processors)
+    return Place(rank, world, local_rank, local_world, device, processors)
 
 
 def check_address(address: str, port: int | None) -> None:
@@ -189,9 +198,7 @@ def start(
     if address in ("localhost", "127.0.0.1") and Path("/sys/class/net/lo").exists():
         # Otherwise gloo looks up the host's own name, which fails on machines without a DNS entry.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    # Threads with nothing to do sleep. They would spin, and beside any other load each short operation would wait for one
-    # that is not scheduled. Read when torch is imported, by a rank or the server that forks it.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    prepare_environment()  # of a program that has not by itself
     # A rank that is ended at once cannot put away its locks; the clean-up's warning would follow the error.
     os.environ.setdefault("PYTHONWARNINGS", "ignore::UserWarning:multiprocessing.resource_tracker")
     with tempfile.TemporaryDirectory() as reports:

@@ -18,9 +18,9 @@ from command_line import (
     outlast,
     parse,
     parse_or_exit,
+    prepare_environment,
     report,
     run_program,
-    set_allocator,
     under_torchrun,
 )
 
@@ -28,7 +28,7 @@ if __name__ == "__main__":
     # Before the imports below, which take seconds: --help and wrong options are answered at once.
     outlast()
     PARSED = parse_or_exit(sys.argv[1:])
-    set_allocator()
+    prepare_environment()
     gc.disable()  # as in rank_imports.py
 
 import dataclasses
@@ -121,7 +121,7 @@ def set_up(job: Job, place: Place, profiler: NoProfiler = NO_PROFILER) -> tuple[
     )
     profiler.phase("load")
     home = torch.device("cpu") if config.use_cpu_offload else device
-    workers = resolve_workers(config.loading_workers, place.local_world)
+    workers = resolve_workers(config.loading_workers, place.processors)
     before = memory.allocated()
     with writing(job.cache, place) as cache:
         load_weights(model, family, job.files, place, home, config.seed, workers, cache)

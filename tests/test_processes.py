@@ -15,10 +15,12 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+from unittest import mock
 
 import psutil
 import pytest
 import torch
+import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -128,35 +130,86 @@ def test_a_rank_has_the_environment_of_its_parent(processes, tmp_path):
     assert json.loads(found.read_text()) == os.environ
 
 
+def share(place, sets: list[set[int]]) -> int:
+    """Of a rank whose node has ranks that may run on these processors."""
+    with mock.patch.object(os, "sched_getaffinity", lambda _: sets[place.rank], create=True):
+        return launch.share_of_processors(place.local_rank, place.rank, place.local_world, place.world)
+
+
 @pytest.mark.parametrize(
-    ("ranks", "asked", "threads"), [(1, None, 32), (2, None, 16), (64, None, 1), (2, "5", None)]
+    ("sets", "shares"),
+    [
+        ([range(0, 64, 2)] * 2, [16, 16]),
+        ([range(12), range(12, 24)], [12, 12]),  # as Slurm and mpirun bind them
+        ([range(3)] * 2, [1, 1]),
+        ([range(1)] * 2, [1, 1]),
+        ([range(8), range(4, 24)], [4, 10]),
+    ],
 )
-def test_ranks_share_the_processors(ranks, asked, threads, monkeypatch):
-    """Where as many threads run in each rank as there are processors, an optimizer's step takes 80 times as long."""
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    if asked:
-        monkeypatch.setenv("OMP_NUM_THREADS", asked)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(0, 64, 2)))
+def test_ranks_share_processors(sets, shares, two_ranks):
+    assert two_ranks(share, list(map(set, sets))) == shares
+
+
+def test_other_nodes_share_none(two_ranks):
+    assert two_ranks(alone_on_its_node) == [5, 5]
+
+
+def alone_on_its_node(place) -> int:
+    with mock.patch.object(os, "sched_getaffinity", lambda _: set(range(5)), create=True):
+        return launch.share_of_processors(0, place.rank, 1, place.world)
+
+
+@pytest.mark.parametrize(
+    ("asked", "agent", "threads"),
+    [
+        (None, False, [7]),
+        ("", False, [7]),
+        ("5", False, []),
+        ("1", False, []),
+        ("1", True, [7]),
+        ("5", True, []),
+    ],
+)
+def test_threads_are_a_share_unless_somebody_says_how_many(asked, agent, threads, monkeypatch):
+    """Where as many run in each rank as there are processors, an optimizer's step takes 80 times as long."""
+    for name, value in ("OMP_NUM_THREADS", asked), ("TORCHELASTIC_RUN_ID", "1" if agent else None):
+        if value is None:
+            monkeypatch.delenv(name, raising=False)
+        else:
+            monkeypatch.setenv(name, value)
     set_to = []
     monkeypatch.setattr(torch, "set_num_threads", set_to.append)
-    launch.share_processors(ranks)
-    assert set_to == ([threads] if threads else [])
+    launch.set_threads(7)
+    assert set_to == threads
 
 
-def writes_its_threads(place, folder: Path) -> None:
-    told = {"threads": torch.get_num_threads(), "policy": os.environ["OMP_WAIT_POLICY"]}
-    (folder / f"{place.rank}.json").write_text(json.dumps(told))
-
-
-def test_ranks_that_are_started_share_the_processors(processes, tmp_path):
+@pytest.mark.parametrize("gpu", [False, True])
+def test_a_rank_begins_with_its_share(gpu, monkeypatch):
     """On GPUs as well, beside which host tensors are computed with too (--use_cpu_offload)."""
-    for name in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY"):
-        os.environ.pop(name, None)
-    assert launch.start(writes_its_threads, 2, (tmp_path,), "localhost", None) == 0
-    share = max(1, len(os.sched_getaffinity(0)) // 2)
-    for rank in range(2):
-        told = json.loads((tmp_path / f"{rank}.json").read_text())
-        assert told == {"threads": share, "policy": "PASSIVE"}
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)), raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: int(gpu))
+    monkeypatch.setattr(launch, "use", lambda device: None)
+    monkeypatch.setattr(dist, "init_process_group", lambda *_, **__: None)
+    monkeypatch.setattr(dist, "all_gather_object", lambda all, own: all.__setitem__(slice(None), [own] * 3))
+    set_to = []
+    monkeypatch.setattr(torch, "set_num_threads", set_to.append)
+    place = launch.join_group(0, 3, 0)
+    assert (set_to, place.processors, place.device.type) == ([2], 2, "cuda" if gpu else "cpu")
+
+
+def writes_its_policy(place, path: Path) -> None:
+    path.write_text(os.environ["OMP_WAIT_POLICY"])
+
+
+@pytest.mark.parametrize("own", [None, "ACTIVE"])
+def test_idle_threads_of_ranks_sleep(own, processes, tmp_path):
+    os.environ.pop("OMP_WAIT_POLICY", None)
+    if own:
+        os.environ["OMP_WAIT_POLICY"] = own
+    assert launch.start(writes_its_policy, 1, (tmp_path / "policy",), "localhost", None) == 0
+    assert (tmp_path / "policy").read_text() == (own or "PASSIVE")
 
 
 @pytest.fixture
