@@ -209,7 +209,8 @@ def test_activation_offload_changes_memory_only():
 @pytest.mark.gpu
 def test_activation_offload_copies_while_the_gpu_computes(tmp_path):
     """Blocks that take the GPU longer than the bus takes for their inputs, 128 MiB each. Each way the
-    first one begins when nothing is computed yet."""
+    first one begins when nothing is computed yet. To be run alone: kernels take turns with those of other processes, while
+    copies go on."""
     model = nn.Sequential(*offloaded([checkpoint_wrapper(Block(8).cuda()) for _ in range(8)]))
     x = torch.randn(2**17, 256, device="cuda", requires_grad=True)
     for _ in range(2):  # the second time pinned memory and streams are there
