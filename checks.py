@@ -25,7 +25,7 @@ from limits import TOKENIZER_FILE, check_size
 from model_files import CheckpointFiles, fetch_weights, find_model
 from models import build_on_meta, check_weights, read_config
 from models.adapters import check_packing, check_rank, make_quantizer_of, packed_linears, target_linears
-from models.family import Family, follows_the_longest
+from models.family import Family, follows_the_longest, switches_by_layer
 from models.llama_pro import check_can_leave_silence, new_layers
 from models.toy import toy_model
 from optimizers import check_optimizer
@@ -124,8 +124,13 @@ def _check(config: Config) -> Job:
 def check_rope(
     config: Config, model_config: PretrainedConfig, rows: TokenizedRows, evaluation: EvaluationData
 ) -> None:
-    """Raises UserError if a line would change how later ones are computed: evaluation would change training, and a
-    resumed run would be another one."""
+    """Raises UserError if a line would change how those beside it, or later ones, are computed: evaluation would change
+    training, and a resumed run would be another one."""
+    if switches_by_layer(model_config):
+        raise UserError(
+            f"--model_name {config.model_name}: its RoPE is of type longrope for some kinds of layers, which is not"
+            " supported"
+        )
     if not follows_the_longest(model_config):
         return
     most = model_config.max_position_embeddings

@@ -97,9 +97,18 @@ def follows_the_longest(config: PretrainedConfig) -> bool:
     """Whether lines beyond max_position_embeddings change the frequencies that later lines are rotated by: of RoPE of
     type dynamic transformers keeps those of the longest one so far."""
     rope = getattr(config, "rope_parameters", None) or {}
-    # Gemma 3 has one for each type of layer.
-    kinds = [rope, *(kind for kind in rope.values() if isinstance(kind, dict))]
-    return any("dynamic" in str(kind.get("rope_type")) for kind in kinds)
+    return any("dynamic" in str(kind.get("rope_type")) for kind in [rope, *_by_layer(rope)])
+
+
+def switches_by_layer(config: PretrainedConfig) -> bool:
+    """Whether only some kinds of layers have RoPE of type longrope, which `rope_switch` knows nothing of."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    return any(kind.get("rope_type") == "longrope" for kind in _by_layer(rope))
+
+
+def _by_layer(rope: dict) -> list[dict]:
+    """Gemma 3's, one for each kind of layer."""
+    return [kind for kind in rope.values() if isinstance(kind, dict)]
 
 
 def clean(name: str) -> str:

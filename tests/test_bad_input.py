@@ -373,6 +373,19 @@ def test_frequencies_of_the_longest_line_so_far(refused, checkpoints, alpaca_fil
         refused(model_name=folder)
 
 
+@pytest.mark.parametrize("flat", [False, True])
+def test_longrope_of_some_layers(refused, checkpoints, tmp_path, flat):
+    """Which transformers makes of a rope_scaling as well. Of all layers: test_packing.py."""
+    folder = shutil.copytree(checkpoints("gemma3"), tmp_path / "model")
+    factors = {f"{of}_factor": [1.0] * 16 for of in ("short", "long")}
+    rope = (
+        DEFAULT | factors | {"rope_type": "longrope", "original_max_position_embeddings": 32, "factor": 2.0}
+    )
+    layers = {"sliding_attention": DEFAULT, "full_attention": rope}
+    edit(**({"rope_parameters": None, "rope_scaling": rope} if flat else {"rope_parameters": layers}))(folder)
+    refused(str(folder), "longrope for some kinds of layers", model_name=folder)
+
+
 # The data
 
 ROW = '{"instruction": "Say red.", "output": "red"}\n'

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 
 import background
 import checkpoint_plan
+import checkpoints
 import train
 from checkpoint_files import folder_of, read_checkpoint, steps_in
 from checkpoints import Checkpoints
@@ -83,9 +85,9 @@ class Counting:
         return {"step": self.step}
 
 
-def as_on_a_gpu(checkpoints: Checkpoints) -> Checkpoints:
-    checkpoints.ahead = True
-    return checkpoints
+def as_on_a_gpu(saving: Checkpoints) -> Checkpoints:
+    saving.ahead = True
+    return saving
 
 
 def told_late(place, folder: str) -> tuple[bool, bool, int]:
@@ -105,6 +107,21 @@ def told_late(place, folder: str) -> tuple[bool, bool, int]:
 
 def test_a_save_waits_until_its_step_is_told(one_rank, tmp_path):
     assert one_rank(told_late, str(tmp_path)) == [(False, True, 1)]
+
+
+def ahead(place, folder: str, on_gpu: bool) -> bool:
+    """Of a run whose trained parameters are on a GPU, or not."""
+    local = SimpleNamespace(is_cuda=on_gpu, nbytes=0)
+    with mock.patch.object(checkpoints, "local_part", lambda _: local):
+        run = Small(place, folder, every=0)
+    run.checkpoints.finish()
+    return run.checkpoints.ahead
+
+
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_the_loop_is_ahead_where_a_gpu_updates(on_gpu, one_rank, tmp_path):
+    """Whatever computes: with --use_cpu_offload the parameters are on the host."""
+    assert one_rank(ahead, str(tmp_path), on_gpu) == [on_gpu]
 
 
 def order_of_steps(place, argv: list[str], gpu: bool) -> list[str]:

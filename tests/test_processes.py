@@ -160,17 +160,18 @@ def alone_on_its_node(place) -> int:
 
 
 @pytest.mark.parametrize(
-    ("asked", "agent", "threads"),
+    ("asked", "agent", "ranks", "threads"),
     [
-        (None, False, [7]),
-        ("", False, [7]),
-        ("5", False, []),
-        ("1", False, []),
-        ("1", True, [7]),
-        ("5", True, []),
+        (None, False, 2, [7]),
+        ("", False, 2, [7]),
+        ("5", False, 2, []),
+        ("1", False, 2, []),
+        ("1", True, 2, [7]),
+        ("1", True, 1, []),  # not torchrun's
+        ("5", True, 2, []),
     ],
 )
-def test_threads_are_a_share_unless_somebody_says_how_many(asked, agent, threads, monkeypatch):
+def test_threads_are_a_share_unless_somebody_says_how_many(asked, agent, ranks, threads, monkeypatch):
     """Where as many run in each rank as there are processors, an optimizer's step takes 80 times as long."""
     for name, value in ("OMP_NUM_THREADS", asked), ("TORCHELASTIC_RUN_ID", "1" if agent else None):
         if value is None:
@@ -179,7 +180,7 @@ def test_threads_are_a_share_unless_somebody_says_how_many(asked, agent, threads
             monkeypatch.setenv(name, value)
     set_to = []
     monkeypatch.setattr(torch, "set_num_threads", set_to.append)
-    launch.set_threads(7)
+    launch.set_threads(7, ranks)
     assert set_to == threads
 
 
@@ -197,6 +198,16 @@ def test_a_rank_begins_with_its_share(gpu, monkeypatch):
     monkeypatch.setattr(torch, "set_num_threads", set_to.append)
     place = launch.join_group(0, 3, 0)
     assert (set_to, place.processors, place.device.type) == ([2], 2, "cuda" if gpu else "cpu")
+
+
+def test_torch_is_imported_with_what_it_reads(tmp_path):
+    """In ranks of torchrun as well, which are this program themselves."""
+    names = ("OMP_WAIT_POLICY", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+    (tmp_path / "torch.py").write_text(f"import os\nprint([os.environ.get(n) for n in {names}])\nos._exit(0)")
+    environment = {k: v for k, v in os.environ.items() if k not in names} | {"PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, "-u", "train.py"]
+    shown = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+    assert shown.stdout == "['PASSIVE', 'expandable_segments:True', None]\n", shown.stderr
 
 
 def writes_its_policy(place, path: Path) -> None:
