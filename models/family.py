@@ -89,26 +89,29 @@ def _matches(pattern: list[str], parts: list[str]) -> bool:
 def rope_switch(config: PretrainedConfig) -> float:
     """Tokens of a row above which it is rotated by other frequencies, and where nobody says how long rows are, all of a
     batch (longrope, of Phi-3 and Phi-4: https://arxiv.org/abs/2402.13753); inf where there are none."""
-    rope = getattr(config, "rope_parameters", None) or {}
+    rope = _rope(config)
     return rope["original_max_position_embeddings"] if rope.get("rope_type") == "longrope" else math.inf
 
 
 def follows_the_longest(config: PretrainedConfig) -> bool:
     """Whether lines beyond max_position_embeddings change the frequencies that later lines are rotated by: of RoPE of
     type dynamic transformers keeps those of the longest one so far."""
-    rope = getattr(config, "rope_parameters", None) or {}
-    return any("dynamic" in str(kind.get("rope_type")) for kind in [rope, *_by_layer(rope)])
+    kinds = [_rope(config), *_ropes_by_layer(config)]
+    return any("dynamic" in str(kind.get("rope_type")) for kind in kinds)
 
 
 def switches_by_layer(config: PretrainedConfig) -> bool:
     """Whether only some kinds of layers have RoPE of type longrope, which `rope_switch` knows nothing of."""
-    rope = getattr(config, "rope_parameters", None) or {}
-    return any(kind.get("rope_type") == "longrope" for kind in _by_layer(rope))
+    return any(kind.get("rope_type") == "longrope" for kind in _ropes_by_layer(config))
 
 
-def _by_layer(rope: dict) -> list[dict]:
+def _rope(config: PretrainedConfig) -> dict:
+    return getattr(config, "rope_parameters", None) or {}
+
+
+def _ropes_by_layer(config: PretrainedConfig) -> list[dict]:
     """Gemma 3's, one for each kind of layer."""
-    return [kind for kind in rope.values() if isinstance(kind, dict)]
+    return [kind for kind in _rope(config).values() if isinstance(kind, dict)]
 
 
 def clean(name: str) -> str:
