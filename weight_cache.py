@@ -203,11 +203,10 @@ def writing(cache: NewCache | None, place: Place) -> Iterator[CacheWriter | None
         return
     writer = CacheWriter(cache, place.rank, place.rank < place.local_world)
     writer.start()
-    try:
+    with contextlib.ExitStack() as unless_loaded:
+        unless_loaded.callback(writer.remove)
         yield writer
-    except BaseException:
-        writer.remove()
-        raise
+        unless_loaded.pop_all()
     writer.finish()
 
 
