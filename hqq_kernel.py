@@ -6,13 +6,15 @@ Imported only where there is a GPU that Triton supports.
 
 from __future__ import annotations
 
-import math
-
 import torch
 import triton
 import triton.language as tl
 
-WEIGHTS = 2048  # of a program
+GROUP = tl.constexpr(8)  # weights that a thread takes at once: as many bytes of codes as a code has bits
+GROUPS = 256  # of a program
+
+# By bits of a code: what a group's bytes are loaded as, and its bits.
+LOADED = {8: (tl.uint32, 32), 4: (tl.uint32, 32), 3: (tl.uint8, 8), 2: (tl.uint16, 16)}
 
 
 @triton.jit
@@ -22,32 +24,36 @@ def _dequantize(
     zeros,
     row_scale,
     out,
-    n_weights,
-    columns,
+    n_groups,
+    groups_of_row,
     gap,
     BITS: tl.constexpr,
     BLOCK: tl.constexpr,
+    LOADED: tl.constexpr,
+    WIDTH: tl.constexpr,
     HAS_ROW_SCALE: tl.constexpr,
     HAS_GAP: tl.constexpr,
-    PER_WORD: tl.constexpr,
-    WORD_BYTES: tl.constexpr,
-    WORDS: tl.constexpr,
+    GROUPS: tl.constexpr,
 ):
-    word = tl.program_id(0).to(tl.int64) * WORDS + tl.arange(0, WORDS)
-    inside = word * PER_WORD < n_weights
-    bits = tl.zeros((WORDS,), tl.int32)
-    for i in tl.static_range(WORD_BYTES):
-        bits |= tl.load(codes + word * WORD_BYTES + i, inside, 0).to(tl.int32) << (8 * i)
-    place = tl.arange(0, PER_WORD)[None, :]
-    code = ((bits[:, None] >> (place * BITS)) & ((1 << BITS) - 1)).to(tl.float32)
-    at, inside = word[:, None] * PER_WORD + place, inside[:, None]
-    scale = tl.load(scales + at // BLOCK, inside, 0.0).to(tl.float32)
+    first, group = tl.program_id(0).to(tl.int64) * GROUPS, tl.arange(0, GROUPS)
+    inside = first + group < n_groups
+    LOADS: tl.constexpr = BITS * 8 // WIDTH
+    parts = codes.to(tl.pointer_type(LOADED)) + first * LOADS
+    bits = tl.zeros((GROUPS,), tl.int64 if BITS == 8 else tl.int32)
+    for i in tl.static_range(LOADS):
+        bits |= tl.load(parts + group * LOADS + i, inside, 0).to(bits.dtype) << (WIDTH * i)
+    block = (first + group) // (BLOCK // GROUP)  # a block is whole groups
+    scale = tl.load(scales + block, inside, 0.0).to(tl.float32)
+    zero = tl.load(zeros + block, inside, 0.0).to(tl.float32)
     if HAS_ROW_SCALE:
-        scale = scale * tl.load(row_scale + at // columns, inside, 0.0)
-    weight = (code - tl.load(zeros + at // BLOCK, inside, 0.0).to(tl.float32)) * scale
+        scale = scale * tl.load(row_scale + (first + group) // groups_of_row, inside, 0.0)
+    place = tl.arange(0, GROUP)[None, :]
+    code = ((bits[:, None] >> (place * BITS)) & ((1 << BITS) - 1)).to(tl.float32)
+    weights = (code - zero[:, None]) * scale[:, None]
+    at = (group * GROUP)[:, None] + place
     if HAS_GAP:
-        at += at // columns * gap
-    tl.store(out + at, weight.to(out.dtype.element_ty), inside)
+        at += ((first + group) // groups_of_row * gap)[:, None]
+    tl.store(out + first * GROUP + at, weights.to(out.dtype.element_ty), inside[:, None])
 
 
 def dequantize(
@@ -59,25 +65,27 @@ def dequantize(
     row_scale: torch.Tensor | None,
     out: torch.Tensor,
 ) -> torch.Tensor:
-    """Fills out, the [O, I] weight, whose rows may lie apart, and returns it. codes: uint8, n_bits of each weight in a
-    stream, lowest bits first; scales, zeros [O I / block] fp16; row_scale [O] fp32 or None."""
-    per_word = 8 // math.gcd(n_bits, 8)
-    words = WEIGHTS // per_word
-    _dequantize[(triton.cdiv(out.numel(), WEIGHTS),)](
+    """Fills out, the [O, I] weight, and returns it. codes: uint8, n_bits of each weight in a stream, lowest bits first,
+    aligned to four bytes; block: a multiple of 8; scales, zeros [O I / block] fp16; row_scale [O] fp32 or None (row_scale,
+    and rows that lie apart: I a multiple of 8)."""
+    n_groups = out.numel() // 8
+    loaded, width = LOADED[n_bits]
+    _dequantize[(triton.cdiv(n_groups, GROUPS),)](
         codes,
         scales,
         zeros,
         row_scale if row_scale is not None else scales,
         out,
-        out.numel(),
-        out.shape[1],
+        n_groups,
+        max(1, out.shape[1] // 8),
         out.stride(0) - out.shape[1],
         BITS=n_bits,
         BLOCK=block,
+        LOADED=loaded,
+        WIDTH=width,
         HAS_ROW_SCALE=row_scale is not None,
         HAS_GAP=out.stride(0) != out.shape[1],
-        PER_WORD=per_word,
-        WORD_BYTES=per_word * n_bits // 8,
-        WORDS=words,
+        GROUPS=GROUPS,
+        num_warps=2,
     )
     return out

@@ -11,9 +11,10 @@ import torch
 import triton
 import triton.language as tl
 
-BLOCK = tl.constexpr(64)  # weights that share a scale: 32 bytes of codes
-GROUP = tl.constexpr(256)  # scales that share a second-level scale
-BLOCKS = 64  # of a program
+WORD = tl.constexpr(8)  # weights of four bytes of codes, which a thread takes at once: 16 bytes of results
+BLOCK = tl.constexpr(64 // 8)  # words that share a scale
+GROUP = tl.constexpr(256 * 64 // 8)  # words whose scales share a second-level scale
+WORDS = 256  # of a program: part of one group
 
 
 @triton.jit
@@ -24,26 +25,30 @@ def _dequantize(
     values,
     row_scale,
     out,
-    n_blocks,
-    blocks_of_row,
+    n_words,
+    words_of_row,
     gap,
     HAS_ROW_SCALE: tl.constexpr,
-    BLOCKS: tl.constexpr,
+    HAS_GAP: tl.constexpr,
+    WORDS: tl.constexpr,
 ):
-    block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
-    inside = block < n_blocks
-    n_groups = tl.cdiv(n_blocks, GROUP)
+    first, word = tl.program_id(0).to(tl.int64) * WORDS, tl.arange(0, WORDS)
+    inside = first + word < n_words
+    n_groups = tl.cdiv(n_words, GROUP)
     group_scales, scale_codes = scales.to(tl.pointer_type(tl.float32)), scales + (n_groups + 1) * 4
-    scale = tl.load(scale_values + tl.load(scale_codes + block, inside, 0).to(tl.int32))
-    scale = scale * tl.load(group_scales + block // GROUP, inside, 0.0) + tl.load(group_scales + n_groups)
+    scale_code = tl.load(scale_codes + first // BLOCK + word // BLOCK, inside, 0).to(tl.int32)
+    scale = tl.load(scale_values + scale_code) * tl.load(group_scales + first // GROUP)
+    scale = scale + tl.load(group_scales + n_groups)
     if HAS_ROW_SCALE:
-        scale = scale * tl.load(row_scale + block // blocks_of_row, inside, 0.0)
-    byte = block[:, None] * (BLOCK // 2) + tl.arange(0, BLOCK // 2)[None, :]
-    pair = tl.load(codes + byte, inside[:, None], 0).to(tl.int32)
-    first, second = tl.load(values + (pair >> 4)), tl.load(values + (pair & 15))  # the high half comes first
-    weights = tl.reshape(tl.join(first, second), (BLOCKS, BLOCK)) * scale[:, None]
-    at = (block * BLOCK + block // blocks_of_row * gap)[:, None] + tl.arange(0, BLOCK)[None, :]
-    tl.store(out + at, weights.to(out.dtype.element_ty), inside[:, None])
+        scale = scale * tl.load(row_scale + (first + word) // words_of_row, inside, 0.0)
+    code = tl.load(codes.to(tl.pointer_type(tl.int32)) + first + word, inside, 0)
+    place = tl.arange(0, WORD)[None, :]
+    index = (code[:, None] >> ((place ^ 1) * 4)) & 15  # the high half of a byte comes first
+    weights = tl.load(values + index) * scale[:, None]
+    at = (word * WORD)[:, None] + place
+    if HAS_GAP:
+        at += ((first + word) // words_of_row * gap)[:, None]
+    tl.store(out + first * WORD + at, weights.to(out.dtype.element_ty), inside[:, None])
 
 
 _VALUES: dict[torch.device, torch.Tensor] = {}
@@ -63,25 +68,27 @@ def dequantize(
     row_scale: torch.Tensor | None,
     out: torch.Tensor,
 ) -> torch.Tensor:
-    """Fills out, the [O, I] weight, for O I a multiple of 64, and returns it. codes [O I / 2 or more] and scales uint8, as
-    quantizers.NF4 has them; scale_values [256], row_scale [O] fp32 (row_scale, and rows that lie apart: I a multiple of
-    64).
+    """Fills out, the [O, I] weight, for O I a multiple of 64, and returns it. codes [O I / 2 or more], aligned to four
+    bytes, and scales uint8, as quantizers.NF4 has them; scale_values [256], row_scale [O] fp32 (row_scale, and rows that
+    lie apart: I a multiple of 64).
 
     The kernel takes the scales apart by itself: views of them, made in Python, cost the host half as much as the launch."""
-    n_blocks = out.numel() // 64
+    n_words = out.numel() // 8
     # No fused multiply-add: bitsandbytes rounds the product before it adds the offset.
-    _dequantize[(triton.cdiv(n_blocks, BLOCKS),)](
+    _dequantize[(triton.cdiv(n_words, WORDS),)](
         codes,
         scales,
         scale_values,
         _values(codes.device),
         row_scale if row_scale is not None else scale_values,
         out,
-        n_blocks,
-        max(1, out.shape[1] // 64),
+        n_words,
+        max(1, out.shape[1] // 8),
         out.stride(0) - out.shape[1],
         HAS_ROW_SCALE=row_scale is not None,
-        BLOCKS=BLOCKS,
+        HAS_GAP=out.stride(0) != out.shape[1],
+        WORDS=WORDS,
+        num_warps=2,
         enable_fp_fusion=False,
     )
     return out
