@@ -233,15 +233,17 @@ def _targets(
 @dataclass(frozen=True)
 class Batch:
     """A micro-batch of one rank. ids [B, T] int64, targets [B, T] int64: the next token, or IGNORE; lengths [B, 1] int64,
-    of packed rows [B, T]: how many tokens the row has that a token is of; only RoPE of type longrope goes by it.
+        of packed rows [B, T]: how many tokens the row has that a token is of; only RoPE of type longrope goes by it; places [P]
+    int64: where in the batch as one line of B * T tokens the learned ones are, filled up with others (`learned_places`); None: all.
 
-    Only where rows are packed: positions [B, T] int64, of each token in its row; bounds [N + 1] int32: where rows
-    begin and end in the batch as one line of B * T tokens; longest: tokens of the longest row.
+        Only where rows are packed: positions [B, T] int64, of each token in its row; bounds [N + 1] int32: where rows
+        begin and end in the batch as one line of B * T tokens; longest: tokens of the longest row.
     """
 
     ids: torch.Tensor
     targets: torch.Tensor
     lengths: torch.Tensor | None = None
+    places: torch.Tensor | None = None
     positions: torch.Tensor | None = None
     bounds: torch.Tensor | None = None
     longest: int | None = None
@@ -345,18 +347,19 @@ class StepSampler:
         vocabulary exchange equally many tokens (loss.py), and FSDP waits for the slowest anyway. At an epoch's
         end a rank may be left without rows."""
         own = micro[self.rank * self.batch_size :][: self.batch_size]
-        return self._collate(own, (min(self.batch_size, len(micro)), self._width(micro)))
+        most = max(int(self._targets[self._rows(part)].sum()) for part in _split(micro, self.batch_size))
+        return self._collate(own, (min(self.batch_size, len(micro)), self._width(micro)), most)
 
     def _rows(self, step: Sequence) -> torch.Tensor:
-        """Indices of all rows of a step."""
+        """Indices of all rows of a step, or of a part of one."""
         return step
 
     def _width(self, micro: Sequence) -> int:
         """Tokens of the longest line of a micro-batch of all ranks, rounded up, but not beyond the longest of all."""
         return min(rounded(int(self._lengths[micro].max())), self._longest)
 
-    def _collate(self, own: Sequence, shape: tuple[int, int]) -> Batch:
-        return make_batch(self.rows, own, shape)
+    def _collate(self, own: Sequence, shape: tuple[int, int], most: int) -> Batch:
+        return make_batch(self.rows, own, shape, most)
 
 
 def rounded(length: int) -> int:
@@ -371,9 +374,19 @@ def _split(items: Sequence, size: int) -> list[Sequence]:
     return [items[i : i + size] for i in range(0, len(items), size)]
 
 
-def make_batch(rows: TokenizedRows, indices: torch.Tensor, shape: tuple[int, int]) -> Batch:
+def learned_places(targets: torch.Tensor, most: int | None) -> torch.Tensor:
+    """Of targets [B, T]: the places in the batch as one line of those that are not IGNORE, then of others, `most` in all:
+    as many as the rank has that has most, since ranks that share a vocabulary bring equally many tokens (loss.py). None:
+    no others."""
+    ignored = targets.flatten() == IGNORE
+    return ignored.sort(stable=True).indices[: int((~ignored).sum()) if most is None else most]
+
+
+def make_batch(
+    rows: TokenizedRows, indices: torch.Tensor, shape: tuple[int, int], most: int | None = None
+) -> Batch:
     """The rows `indices` in a batch of that shape [B, T]: padded on the right, where causal attention never looks,
-    and with rows of nothing but padding."""
+    and with rows of nothing but padding. most: as for `learned_places`."""
     spans = [(int(rows.starts[i]), int(rows.starts[i + 1])) for i in indices]
     ids, lengths = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape[0], 1, dtype=torch.int64)
     targets = torch.full(shape, IGNORE)
@@ -382,4 +395,4 @@ def make_batch(rows: TokenizedRows, indices: torch.Tensor, shape: tuple[int, int
         tokens = rows.tokens[start:end].long()
         ids[row, : end - start] = tokens
         targets[row, : end - start - 1] = tokens[1:].masked_fill(~rows.learned[start + 1 : end], IGNORE)
-    return Batch(ids, targets, lengths)
+    return Batch(ids, targets, lengths, learned_places(targets, most))

@@ -66,13 +66,15 @@ def mean_loss(
     lengths = rows.lengths()
     parts = grouped(lengths, batch_size, rope_switch(model.config))
     rounds = [part[i : i + place.world] for part in parts for i in range(0, len(part), place.world)]
+    targets = rows.targets()
     sums, done = torch.zeros(sum(map(len, rounds)), dtype=torch.float64, device=place.device), 0
     with evaluating(model):
         for batches in rounds:
             own = place.rank < len(batches)
             indices = batches[place.rank] if own else batches[0][:0]
             longest = int(lengths[batches[0][0]])
-            batch = make_batch(rows, indices, (len(batches[0]), longest)).to(place.device)
+            most = max(int(targets[each].sum()) for each in batches)
+            batch = make_batch(rows, indices, (len(batches[0]), longest), most).to(place.device)
             with context():
                 total = loss_sum(model, batch)
             if own:
@@ -80,7 +82,7 @@ def mean_loss(
             done += len(batches)
     if place.world > 1:
         dist.all_reduce(sums)
-    return sums.sum().item() / int(rows.targets().sum())
+    return sums.sum().item() / int(targets.sum())
 
 
 def grouped(lengths: torch.Tensor, size: int, switch: float, growth: int = 0) -> list[list[torch.Tensor]]:

@@ -7,8 +7,11 @@ states, not the head (2 GiB for a vocabulary of 128k and 8,192 hidden units), an
 at a time: the same slice of every rank's tokens. All ranks that share a head must therefore bring equally many tokens
 (data.py). The embedding is looked up likewise.
 
-Shapes: N tokens of this rank, W ranks that share the vocabulary, V vocabulary, S rows of it on this rank (maybe
-none), H hidden features, C tokens of a chunk, of all ranks.
+Only tokens that are learned take part: the others, a prompt's and padding, have no loss, and the head would compute
+as much for each as for a learned one.
+
+Shapes: N tokens of this rank, P of these that take part, W ranks that share the vocabulary, V vocabulary, S rows of it
+on this rank (maybe none), H hidden features, C tokens of a chunk, of all ranks.
 """
 
 from __future__ import annotations
@@ -162,9 +165,15 @@ class Head(nn.Linear):
     compiled = False  # set by wrapping.py
     scale = 1.0  # set by models/causal_lm.py
 
-    def forward(self, x: Tensor, targets: Tensor | None = None, softcap: float | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        targets: Tensor | None = None,
+        softcap: float | None = None,
+        places: Tensor | None = None,
+    ) -> Tensor:
         """Logits [.., V]; or, with targets [..], the cross-entropy summed over those that are not IGNORE, fp32.
-        scale and softcap: s and c of logits c tanh(s z / c); without targets the model's own forward applies them."""
+        places [P]: where in x, as one line, these are, each once, and maybe others; None: all. scale and softcap: s and c of logits c tanh(s z / c); without targets the model's own forward applies them."""
         if targets is None:
             weight = self.weight.full_tensor() if isinstance(self.weight, DTensor) else self.weight
             return F.linear(x, weight.to(x.device), self.bias)
@@ -176,7 +185,8 @@ class Head(nn.Linear):
         shard = VocabularyShard(self.weight)
         rows = shard.rows.to(x.device, dtype, non_blocking=True)
         with torch.autocast(x.device.type, enabled=False):
-            return _SummedLoss.apply(x.to(dtype), rows, targets.flatten(), shard, softcap, self.compiled)
+            settings = places, shard, softcap, self.compiled
+            return _SummedLoss.apply(x.to(dtype), rows, targets.flatten(), *settings)
 
 
 def _logits(z: Tensor, softcap: float | None) -> Tensor:
@@ -208,11 +218,16 @@ def _gradient(z: Tensor, index: Tensor, here: Tensor, lse: Tensor, softcap: floa
     return gradient.to(z.dtype)
 
 
+def _scaled(gradient: Tensor, factor: Tensor) -> Tensor:
+    """Rounded once to gradient's dtype. factor: fp32, without a dimension."""
+    return (gradient.float() * factor).to(gradient.dtype)
+
+
 # By whether they are compiled: then each is one pass over the logits, instead of several in fp32. The number of tokens
 # becomes a variable when it first changes; that of columns, by which each element's place is divided, never does.
 KERNELS = {
-    False: (_statistics, _gradient),
-    True: (torch.compile(_statistics), torch.compile(_gradient)),
+    False: (_statistics, _gradient, _scaled),
+    True: (torch.compile(_statistics), torch.compile(_gradient), torch.compile(_scaled)),
 }
 
 
@@ -221,23 +236,25 @@ class _SummedLoss(torch.autograd.Function):
     the head is trained, of its weight."""
 
     @staticmethod
-    def forward(ctx, x, rows, targets, shard: VocabularyShard, softcap, compiled: bool):
+    def forward(ctx, x, rows, targets, places, shard: VocabularyShard, softcap, compiled: bool):
         of_x, of_rows = ctx.needs_input_grad[:2]
         assert not (of_rows and shard.size > 1), "a head that is trained is gathered"
-        statistics, gradient = KERNELS[compiled and len(rows) > 0]
+        statistics, gradient, ctx.scaled = KERNELS[compiled and len(rows) > 0]
         ctx.fp16 = fp16 = x.dtype == torch.float16
-        targets = shard.gather(targets[None])  # [W, N]
+        if places is None:
+            places = torch.arange(len(x), device=x.device)
+        targets = shard.gather(targets[places][None])  # [W, P]
         index, here = shard.local(targets)
         here &= (learned := targets != IGNORE)
-        losses = torch.zeros(len(x), dtype=torch.float32, device=x.device)
-        grad_x = torch.empty_like(x) if of_x else None
+        losses = torch.zeros(len(places), dtype=torch.float32, device=x.device)
+        grad_x = torch.zeros_like(x) if of_x else None
         grad_rows = torch.zeros_like(rows, dtype=torch.float32) if of_rows else None
         n_bytes = LOGITS_BYTES if compiled else LOGITS_BYTES // 4
         most = n_bytes // (shard.most * x.element_size())  # the same on all ranks, which exchange
         if shard.size > 1:
             most = min(most, HIDDEN_BYTES // (4 * x.shape[1]))
-        for at in shard.slices(len(x), most):
-            states, tokens = shard.gather(x[at]), index[:, at].flatten()
+        for at in shard.slices(len(places), most):
+            states, tokens = shard.gather(x[places[at]]), index[:, at].flatten()
             mine, known = here[:, at].flatten(), learned[:, at].flatten()
             z = F.linear(states, rows)
             largest, total, picked = shard.gather(statistics(z, tokens, mine, softcap)[None]).unbind(2)
@@ -246,10 +263,9 @@ class _SummedLoss(torch.autograd.Function):
             losses[at] = torch.where(known, lse - picked.sum(0), 0).view(shard.size, -1)[shard.rank]
             if of_x or of_rows:
                 z = gradient(z, tokens, mine, lse.masked_fill(~known, torch.inf), softcap)
-            if of_x and shard.size == 1:
-                torch.mm(z, rows, out=grad_x[at])
-            elif of_x:  # in 16 bits the sum would be rounded for every rank
-                grad_x[at] = shard.scatter_sum((z @ rows).float())
+            if of_x:  # in 16 bits the sum over ranks would be rounded for each
+                part = z @ rows if shard.size == 1 else shard.scatter_sum((z @ rows).float())
+                grad_x[places[at]] = part.to(x.dtype)
             if of_rows:  # of a sum over tokens, which has no such bound, the factor is taken out before
                 grad_rows += z.t() @ (states / FP16_FACTOR if fp16 else states)
         ctx.save_for_backward(grad_x, grad_rows)
@@ -260,10 +276,7 @@ class _SummedLoss(torch.autograd.Function):
         of_x, of_rows = ctx.saved_tensors
         share = grad / FP16_FACTOR if ctx.fp16 else grad
         return (
-            None if of_x is None else (of_x.float() * share).to(of_x.dtype),
+            None if of_x is None else ctx.scaled(of_x, share),
             None if of_rows is None else of_rows * grad,
-            None,
-            None,
-            None,
-            None,
+            *[None] * 5,
         )

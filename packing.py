@@ -19,7 +19,7 @@ from itertools import chain
 import torch
 
 from config import Config
-from data import IGNORE, Batch, StepSampler, TokenizedRows
+from data import IGNORE, Batch, StepSampler, TokenizedRows, learned_places
 
 # Rows that are put in order of length at a time, before they are packed. With more of them packs are a little fuller,
 # but the shortest rows crowd in the last ones, and every batch has bounds for as many rows as the most crowded ones
@@ -102,8 +102,8 @@ class PackSampler(StepSampler):
     def _width(self, micro: Sequence) -> int:
         return self.width
 
-    def _collate(self, own: Sequence, shape: tuple[int, int]) -> Batch:
-        return make_packed(self.rows, own, shape, self.longest, self.bounds)
+    def _collate(self, own: Sequence, shape: tuple[int, int], most: int) -> Batch:
+        return make_packed(self.rows, own, shape, self.longest, self.bounds, most)
 
 
 def longest_line(config: Config, rows: TokenizedRows) -> int:
@@ -118,10 +118,15 @@ def make_sampler(config: Config, rows: TokenizedRows, rank: int, world: int) -> 
 
 
 def make_packed(
-    rows: TokenizedRows, packs: Sequence[torch.Tensor], shape: tuple[int, int], longest: int, bounds: int
+    rows: TokenizedRows,
+    packs: Sequence[torch.Tensor],
+    shape: tuple[int, int],
+    longest: int,
+    bounds: int,
+    most: int | None = None,
 ) -> Batch:
     """The rows of each pack behind one another, in a batch of that shape [B, T]; lines that are left over are
-    padding. packs: indices of rows; longest, bounds: as in PackSampler."""
+    padding. packs: indices of rows; longest, bounds: as in PackSampler; most: as for data.learned_places."""
     ids, positions, of_row = torch.zeros(3, *shape, dtype=torch.int64)
     targets = torch.full(shape, IGNORE)
     for line, pack in enumerate(packs):
@@ -135,8 +140,8 @@ def make_packed(
         of_row[line, : len(tokens)] = lengths.repeat_interleave(lengths)
         targets[line, : len(tokens) - 1] = tokens.masked_fill(~learned, IGNORE)[1:]
     ends = _bounds([(rows.starts[pack + 1] - rows.starts[pack]).tolist() for pack in packs], shape, longest)
-    ends += ends[-1:] * (bounds - len(ends))
-    return Batch(ids, targets, of_row, positions, torch.tensor(ends, dtype=torch.int32), longest)
+    ends = torch.tensor(ends + ends[-1:] * (bounds - len(ends)), dtype=torch.int32)
+    return Batch(ids, targets, of_row, learned_places(targets, most), positions, ends, longest)
 
 
 def _bounds(packs: list[list[int]], shape: tuple[int, int], longest: int) -> list[int]:

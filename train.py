@@ -135,7 +135,7 @@ def loss_sum(model: nn.Module, batch: Batch) -> torch.Tensor:
     """Cross-entropy summed over the batch's targets, in fp32."""
     # No attention mask: padding is on the right, where causal attention never looks, and has no targets. Packed
     # rows say where they begin and end.
-    return model(**batch.inputs(), targets=batch.targets)
+    return model(**batch.inputs(), targets=batch.targets, places=batch.places)
 
 
 def train(

@@ -170,8 +170,9 @@ def wrap(
             ends = {"first": i == 0, "last": i == len(layers) - 1}
             layers[i] = Offloaded(layers[i], stash, inputs=offload_activations, results=kept, **ends)
         shard(layers[i])
-    if run:
-        allow_graphs([m for m in layers.modules() if isinstance(m, Recomputed)])
+    if run:  # step by step, in fp32, the last norm would take ten times as long
+        model.set_submodule(family.norm, Recomputed(model.get_submodule(family.norm), Keep.ALL, run))
+        allow_graphs([m for m in model.modules() if isinstance(m, Recomputed)])
     head, embedding = model.get_submodule(family.head), model.get_submodule(family.embedding)
     head.compiled = run is not None
     frozen = [m for m in (embedding, head) if not m.weight.requires_grad and sharded]

@@ -15,10 +15,16 @@ class SummedLoss:
     """Comes before a ForCausalLM class among the bases. Its head is one that `put_head` put there."""
 
     def forward(
-        self, *args, targets: torch.Tensor | None = None, row_lengths: torch.Tensor | None = None, **kwargs
+        self,
+        *args,
+        targets: torch.Tensor | None = None,
+        places: torch.Tensor | None = None,
+        row_lengths: torch.Tensor | None = None,
+        **kwargs,
     ):
-        """As the class's own; or with targets [B, T], the cross-entropy summed over those that are not IGNORE.
-        row_lengths: as Batch.lengths, for a rotary embedding that goes by them (longrope.py)."""
+        """As the class's own; or with targets [B, T], the cross-entropy summed over those that are not IGNORE,
+        all of which are at `places`. places, row_lengths: as Batch.places and Batch.lengths, the latter for a rotary
+        embedding that goes by them (longrope.py)."""
         rotary = getattr(self.base_model, "rotary_emb", None)
         if hasattr(rotary, "row_lengths"):
             rotary.row_lengths = row_lengths
@@ -26,7 +32,7 @@ class SummedLoss:
             return super().forward(*args, **kwargs)
         hidden = self.base_model(*args, use_cache=False, **kwargs).last_hidden_state
         cap = getattr(self.config, "final_logit_softcapping", None)
-        return self.get_output_embeddings()(hidden, targets=targets, softcap=cap)
+        return self.get_output_embeddings()(hidden, targets, cap, places)
 
 
 @cache

@@ -51,6 +51,7 @@ class Family:
     logit_scale: Callable[[PretrainedConfig], float] = lambda config: 1.0
     layers: str = "model.layers"
     embedding: str = "model.embed_tokens"
+    norm: str = "model.norm"
     head: str = "lm_head"
     rotary: str = "model.rotary_emb"
 

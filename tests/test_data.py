@@ -254,6 +254,16 @@ def run(rows, batch_size, accumulation, world, seed=42, epochs=1):
     return steps
 
 
+def assert_places(step) -> None:
+    """Of each micro-batch: every rank's learned tokens, each once, and as many as the rank has that has most."""
+    for batches in zip(*(part.batches for part in step), strict=True):
+        learned = [(b.targets.flatten() != IGNORE).nonzero()[:, 0].tolist() for b in batches]
+        for batch, own in zip(batches, learned, strict=True):
+            places = batch.places.tolist()
+            assert len(places) == len(set(places)) == max(map(len, learned))
+            assert places[: len(own)] == own
+
+
 def real(step) -> dict[tuple, tuple]:
     """{tokens: targets} of all ranks' rows in a step, each once; batches without targets left out."""
     batches = [b for part in step for b in part.batches if (b.targets != IGNORE).any()]
@@ -318,7 +328,10 @@ def test_lines_of_many_lengths_have_few_widths():
 def test_a_step_has_the_same_rows_however_it_is_split(count):
     rows = some_rows(count)
     splits = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2), (4, 1, 2), (1, 2, 4)]
-    runs = [[real(step) for step in run(rows, *split, epochs=2)] for split in splits]
+    runs = [run(rows, *split, epochs=2) for split in splits]
+    for step in itertools.chain(*runs):
+        assert_places(step)
+    runs = [[real(step) for step in steps] for steps in runs]
     assert all(other == runs[0] for other in runs[1:])
 
 
@@ -327,6 +340,7 @@ def test_a_rank_without_rows_gets_a_batch_without_targets():
     idle = step[2].batches[0]
     assert (idle.targets == IGNORE).all()
     assert idle.ids.numel() > 0
+    assert_places(step)
     assert step[2].n_targets == step[0].n_targets > 0
 
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import loss
-from data import IGNORE
+from data import IGNORE, learned_places
 from loss import FrozenEmbedding, Head, look_up, shard_vocabulary
 from wrapping import make_mesh
 
@@ -57,18 +57,33 @@ def test_rows_that_are_not_here_are_zeros():
     assert torch.equal(look_up(rows[:0], index, here), torch.zeros(4, 3))
 
 
+def places_of(targets: torch.Tensor, others: int | None) -> torch.Tensor | None:
+    """Of the learned tokens and `others`; or None, for all tokens."""
+    return None if others is None else learned_places(targets, int((targets != IGNORE).sum()) + others)
+
+
 @pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("others", [None, 0, 3])
 @pytest.mark.parametrize("rows", [1, 7, 10**6])
-def test_loss_and_gradients(rows, softcap, monkeypatch):
-    """In chunks of one token, of seven, and of all."""
+def test_loss_and_gradients(rows, others, softcap, monkeypatch):
+    """In chunks of one token, of seven, and of all; from all tokens, the learned ones, and three more."""
     monkeypatch.setattr(loss, "LOGITS_BYTES", 4 * rows * VOCABULARY * 4)
     x, weight, targets = case(0)
     head, leaf = head_of(weight, trained=True), x.clone().requires_grad_()
-    total = head(leaf, targets, softcap)
+    places, computed = places_of(targets, others), []
+    statistics, *kernels = loss.KERNELS[False]
+
+    def counted(z, *args):
+        computed.append(len(z))
+        return statistics(z, *args)
+
+    monkeypatch.setitem(loss.KERNELS, False, (counted, *kernels))
+    total = head(leaf, targets, softcap, places)
+    assert sum(computed) == (TOKENS if places is None else len(places))
     got = total.detach(), *torch.autograd.grad(total * 0.37, (leaf, head.weight))
     assert_equal(got, reference(x, weight, targets, softcap))
     with torch.no_grad():
-        torch.testing.assert_close(head(x, targets, softcap), got[0])
+        torch.testing.assert_close(head(x, targets, softcap, places), got[0])
 
 
 def test_compiled():
@@ -76,7 +91,7 @@ def test_compiled():
     x, weight, targets = case(0)
     head, leaf = head_of(weight, trained=True), x.clone().requires_grad_()
     head.compiled = True
-    total = head(leaf, targets)
+    total = head(leaf, targets, None, places_of(targets, 3))
     assert_equal(
         (total.detach(), *torch.autograd.grad(total * 0.37, (leaf, head.weight))),
         reference(x, weight, targets, None),
@@ -110,16 +125,20 @@ def sharded(place, weight: torch.Tensor) -> tuple[Head, nn.Embedding]:
     return head, embedding
 
 
-def parts(place, softcap, vocabulary: int = VOCABULARY):
-    """(loss, gradient of x, logits, embedded tokens) of this rank's tokens, by its part of the vocabulary."""
+def parts(place, softcap, vocabulary: int = VOCABULARY, chosen: bool = False):
+    """(loss, gradient of x, logits, embedded tokens) of this rank's tokens, by its part of the vocabulary.
+    chosen: from as many tokens as are learned on the rank with most, else from all."""
     x, weight, targets = (t.to(place.device) for t in case(place.rank, vocabulary=vocabulary))
     head, embedding = sharded(place, weight)
     leaf = x.clone().requires_grad_()
+    learned = [int((case(rank)[2] != IGNORE).sum()) for rank in range(place.world)]
+    assert len(set(learned)) > 1
+    places = learned_places(targets, max(learned)) if chosen else None
     with (
         mock.patch.object(loss, "LOGITS_BYTES", 4 * 9 * 151 * 4),
         mock.patch.object(loss, "HIDDEN_BYTES", 4 * HIDDEN * 20),
     ):
-        total = head(leaf, targets, softcap)
+        total = head(leaf, targets, softcap, places)
         embedded = embedding(targets.clamp_min(0))
     (total * 0.37).backward()
     results = total.detach(), leaf.grad, head(x), embedded
@@ -135,9 +154,11 @@ def assert_parts_equal(results, softcap, vocabulary: int) -> None:
 
 
 @pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("chosen", [False, True])
 @pytest.mark.parametrize("ranks", ["two_ranks", "four_ranks"])
-def test_by_parts_of_the_vocabulary(ranks, softcap, request):
-    assert_parts_equal(request.getfixturevalue(ranks)(parts, softcap), softcap, VOCABULARY)
+def test_by_parts_of_the_vocabulary(ranks, chosen, softcap, request):
+    results = request.getfixturevalue(ranks)(parts, softcap, VOCABULARY, chosen)
+    assert_parts_equal(results, softcap, VOCABULARY)
 
 
 @pytest.mark.parametrize(("vocabulary", "rows"), [(5, [2, 2, 1, 0]), (2, [1, 1, 0, 0])])
