@@ -52,7 +52,8 @@ def rewritten_run(place, argv: list[str]):
         linears = joint.graph.find_nodes(op="call_function", target=LINEAR)
         products = {product_of(n.args[8]) for n in linears if n.args[8]}
         count = Counter(n.target for n in joint.graph.nodes)
-        counted.append((len(linears), len(products), count[ADAPTER_BACKWARD], count[LINEAR_BACKWARD]))
+        if linears:  # a layer's
+            counted.append((len(linears), len(products), count[ADAPTER_BACKWARD], count[LINEAR_BACKWARD]))
         return min_cut_rematerialization_partition(joint, inputs, **options)
 
     def as_it_is(module, _):

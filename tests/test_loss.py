@@ -19,12 +19,14 @@ HIDDEN, VOCABULARY, TOKENS = 16, 301, 23  # 301: two ranks get 151 and 150 rows,
 
 
 def case(seed: int, dtype=torch.float32, vocabulary: int = VOCABULARY):
-    """(hidden states [1, T, H], a head's weight, targets [1, T], of which some are not learned)."""
+    """(hidden states [1, T, H], a head's weight, targets [1, T], of which some are not learned: more with a larger
+    seed)."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(1, TOKENS, HIDDEN, generator=generator).to(dtype)
     weight = torch.randn(vocabulary, HIDDEN, generator=torch.Generator().manual_seed(99))
     targets = torch.randint(0, vocabulary, (1, TOKENS), generator=generator)
-    return x, weight.to(dtype), targets.masked_fill(torch.rand(1, TOKENS, generator=generator) < 0.4, IGNORE)
+    ignored = torch.rand(1, TOKENS, generator=generator) < 0.4 + seed / 10
+    return x, weight.to(dtype), targets.masked_fill(ignored, IGNORE)
 
 
 def reference(x, weight, targets, softcap):
