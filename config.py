@@ -133,7 +133,7 @@ class Config:
         " big batch")
     num_epochs: int = option(1, "Training", "passes over the data")
     max_steps: int = option(-1, "Training", "stop after this many optimizer steps of the whole run; -1 = no limit")
-    optimizer: str = option("adamw", "Training", "fused = torch's single-kernel step, which adamw and adam take on GPUs; 8bit = Adam's moments in 8 bits,"
+    optimizer: str = option("adamw", "Training", "fused = torch's single-kernel step, which adamw and adam take anyway; 8bit = Adam's moments in 8 bits,"
         " paged = moments move to host memory when the GPU is full: bitsandbytes' AdamW, under transformers' names",
         choices=("adamw", "adam", "sgd", "adadelta", "fused_adamw", "fused_adam", "adamw_8bit", "paged_adamw_32bit",
         "paged_adamw_8bit"))
