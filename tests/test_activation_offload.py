@@ -230,6 +230,7 @@ def test_compiled_dora(checkpoints, even_rows, plain_run, one_rank):
     assert held == 0
 
 
+@pytest.mark.slow
 def test_parameters_in_host_memory_leave_no_room_for_results(checkpoints, even_rows, plain_run, one_rank):
     """Of DoRA's last projection: it is computed again."""
     args = arguments(checkpoints("llama_bias"), even_rows, "bnb_dora")

@@ -34,7 +34,8 @@ def save_and_compute(place, args, folder) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     ("kind", "train_type"),
-    [(kind, t) for kind in ("llama_bias", "qwen3") for t in ("lora", "dora", "qlora", "bnb_dora")]
+    [("llama_bias", t) for t in ("lora", "dora", "qlora", "bnb_dora")]
+    + [pytest.param("qwen3", t, marks=pytest.mark.slow) for t in ("lora", "dora", "qlora", "bnb_dora")]
     + [("qwen3_moe", "bnb_dora")],
 )
 def test_peft_loads_the_adapter(train_type, kind, checkpoints, alpaca_file, two_ranks, tmp_path):

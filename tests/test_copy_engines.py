@@ -153,6 +153,7 @@ def test_fsdp_trains_the_same_with_them(train_type, options, checkpoints, short_
     assert 0 < summed <= 2
 
 
+@pytest.mark.slow
 @on_cpus
 def test_groups_of_ranks_have_buffers_of_their_own(checkpoints, short_rows, four_ranks, tmp_path):
     hybrid = "--batch_size 1 --sharding_strategy hybrid_full_shard --hybrid_shard_size 2".split()

@@ -171,7 +171,11 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+# Slow: FSDP's own ways between gathering everything anew and offloading it.
+@pytest.mark.parametrize(
+    "variant",
+    ["offload", "full_shard", *(pytest.param(v, marks=pytest.mark.slow) for v in ("shard_grad_op", "ddp"))],
+)
 def test_training_does_not_notice(variant, checkpoints, short_rows, two_ranks, tmp_path):
     """The same losses and weights, bit for bit, with dropout, which draws random numbers."""
     out = [

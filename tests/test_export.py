@@ -59,7 +59,8 @@ def close(a, b) -> None:
     torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("train_type", ["qlora", "bnb_dora"])
+# Slow: DoRA's export has LoRA's in it.
+@pytest.mark.parametrize("train_type", [pytest.param("qlora", marks=pytest.mark.slow), "bnb_dora"])
 @pytest.mark.parametrize("kind", tiny.CONFIGS)
 def test_every_family(kind, train_type, checkpoints, alpaca_file, one_rank, tmp_path):
     """alpha/rank is 2.5, the adapters are random. `dequantized` is the model that was trained, `original` what PEFT

@@ -33,7 +33,10 @@ KINDS = {  # (model, options)
     "full": ("llama", "--train_type full --lr 1e-3"),
     "bnb_llama_pro": ("llama_pro", "--train_type bnb_llama_pro --lr 1e-3"),
 }
-SOME = products(KINDS, [True, False], always=[("bnb_dora", True), ("full", False), ("bnb_llama_pro", False)])
+# Slow: what is written differs, not what becomes of it; it is met in test_resume.py, test_llama_pro.py and test_train.py.
+SOME = products(
+    KINDS, [True, False], always=[("bnb_dora", True), ("full", False)], left_out=["bnb_llama_pro"]
+)
 RUN = "--batch_size 1 --num_epochs 2 --max_steps 6 --context_length 256 --log_to stdout".split()
 EVALUATING = "--eval_share 0.2 --eval_every 1".split()
 

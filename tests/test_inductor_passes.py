@@ -109,16 +109,11 @@ def product_of(h: torch.fx.Node) -> torch.fx.Node:
     [
         ("qlora", "", 4, 4, 4),
         ("bnb_dora", "", 3, 3, 4),  # the scales of down_proj's blocks cannot carry those of its rows
-        ("hqq_dora", "--use_gradient_checkpointing false", 3, 3, 4),
+        pytest.param("hqq_dora", "--use_gradient_checkpointing false", 3, 3, 4, marks=pytest.mark.slow),
         ("qlora", "--lora_target_modules q_proj,v_proj,down_proj", 2, 2, 7),  # k_proj's stands between theirs
         pytest.param("qlora", "--lora_target_modules o_proj,up_proj", 2, 2, 7, marks=pytest.mark.slow),
-        (
-            "qlora",
-            "--precision bf16_autocast",
-            4,
-            4,
-            7,
-        ),  # each gradient of x goes to fp32, and is added there
+        # Each gradient of x goes to fp32, and is added there.
+        pytest.param("qlora", "--precision bf16_autocast", 4, 4, 7, marks=pytest.mark.slow),
         ("qlora", "--lora_dropout 0.1", 7, 7, 7),
     ],
 )
@@ -148,10 +143,11 @@ def test_siblings_are_joined(
     [
         ("phi3", 4),
         ("gemma2", 7),
-        pytest.param("qwen2", 7, marks=pytest.mark.slow),
-        pytest.param("gemma3", 7, marks=pytest.mark.slow),
+        ("qwen2", 7),
+        ("gemma3", 7),
     ],
 )
+@pytest.mark.slow
 def test_families(kind, linears, checkpoints, one_rank, tmp_path):
     """Biases; fused linears, none of which reads another's x; norms behind the last ones, by which backward reads them."""
     args = two_steps(checkpoints(kind), tmp_path)

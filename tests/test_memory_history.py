@@ -195,6 +195,7 @@ def test_the_picture(tmp_path):
     assert {p.name for p in tmp_path.iterdir()} == {"memory.html", "memory.png"}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")
 def test_the_page_can_be_seen_in_a_browser_light_and_dark(tmp_path):
     from matplotlib.image import imread

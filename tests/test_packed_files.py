@@ -71,7 +71,7 @@ def without_quantizing(place, function, *args):
 
 @pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16])
 @pytest.mark.parametrize("double", [True, False])
-@pytest.mark.parametrize("train_type", ["qlora", "bnb_dora"])
+@pytest.mark.parametrize("train_type", [pytest.param("qlora", marks=pytest.mark.slow), "bnb_dora"])
 def test_a_bnb_checkpoint_is_not_quantized_again(
     train_type, double, storage, checkpoints, alpaca_file, one_rank, two_ranks, tmp_path
 ):

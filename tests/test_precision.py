@@ -55,9 +55,9 @@ def plain(checkpoints, short_rows, plain_run):
         ["full", "bnb_dora", "hqq_lora", "bnb_llama_pro"],
         ["auto", *MODES[1:]],
         always=[
-            *(("full", mode) for mode in ("auto", *MODES[1:])),
+            *(("full", mode) for mode in ("auto", "bf16")),
             *(("bnb_dora", mode) for mode in ("bf16", "fp16_autocast")),
-            *(("hqq_lora", mode) for mode in ("auto", "fp16_autocast", "bf16_buffers_autocast")),
+            ("hqq_lora", "bf16_buffers_autocast"),
             ("bnb_llama_pro", "bf16_autocast"),
         ],
     ),

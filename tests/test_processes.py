@@ -174,6 +174,7 @@ def test_a_rank_that_raises_ends_the_others_with_its_message(
     assert time.time() - begun < 90 and not any(p.is_alive() for p in processes)
 
 
+@pytest.mark.slow
 def test_ranks_do_not_outlive_a_killed_parent(checkpoints, short_rows, tmp_path):
     """Started as a shell starts a background job: with SIGINT ignored, which is what torch would send to its ranks. A
     rank by itself, which no other's end ends, before training, which takes SIGINT for a request."""
@@ -220,7 +221,10 @@ def test_signals_save_and_stop(checkpoints, short_rows, tmp_path):
 
 @pytest.mark.parametrize(
     "while_it, ended",
-    [("checks", (-signal.SIGINT, "")), ("starts its ranks", (128 + signal.SIGINT, "ended by SIGINT\n"))],
+    [
+        ("checks", (-signal.SIGINT, "")),
+        pytest.param("starts its ranks", (128 + signal.SIGINT, "ended by SIGINT\n"), marks=pytest.mark.slow),
+    ],
 )
 def test_ctrl_c_before_training_leaves_no_traceback(
     while_it, ended, checkpoints, short_rows, tmp_path, monkeypatch

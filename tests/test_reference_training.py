@@ -47,8 +47,13 @@ def reference_steps(model, batches, optimizer) -> tuple[list[float], list[float]
     return losses, norms
 
 
+# Slow: parts of bnb_dora and dora.
 @pytest.mark.parametrize(
-    "train_type", ["full", "lora", "dora", "qlora", "bnb_dora", "hqq_dora", "hqq_llama_pro"]
+    "train_type",
+    [
+        *("full", "dora", "bnb_dora", "hqq_llama_pro"),
+        *(pytest.param(t, marks=pytest.mark.slow) for t in ("lora", "qlora", "hqq_dora")),
+    ],
 )
 def test_losses_follow_the_reference(train_type, checkpoints, short_rows, one_rank):
     folder = checkpoints(biased(train_type))

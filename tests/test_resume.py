@@ -171,7 +171,7 @@ def run_and_time(place, argv: list[str]) -> tuple[str, list[float]]:
         Stopping.saved_in = before
 
 
-@pytest.mark.parametrize("checked", [True, False])
+@pytest.mark.parametrize("checked", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_full_disk_costs_a_checkpoint_and_no_more(checked, source, undisturbed, two_ranks, small_disk):
     argv = [*source, *QUIET, "--output_dir", str(small_disk / "run"), "--save_every", "2", "--keep", "1"]
     printed = two_ranks(run, argv, Filling(small_disk, 4, 6, checked))[0]

@@ -23,7 +23,10 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
+# Slow: bnb_dora's states are of all shapes.
+@pytest.mark.parametrize(
+    "kind", ["bnb_dora", *(pytest.param(k, marks=pytest.mark.slow) for k in ("dora", "full"))]
+)
 def test_a_run_of_one_rank_goes_on_in_two(kind, source, one_rank, two_ranks, tmp_path):
     argv = [*source, *KINDS[kind], *"--batch_size 1 --num_epochs 2 --max_steps 5 --log_to stdout".split()]
     argv += ["--lr_scheduler", "cosine", "--context_length", "256", *EXACT]
@@ -49,6 +52,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return {name: t for path in folder.glob("*.safetensors") for name, t in load_file(path).items()}
 
 
+@pytest.mark.slow
 def test_8_bit_states_go_over_to_other_ranks(source, one_rank, two_ranks, tmp_path):
     """Of 51 x 160 weights one rank has more than the 4,096 that take 8 bits, and the other less."""
     argv = [*source, *QUIET, *EXACT, "--optimizer", "adamw_8bit", "--lora_rank", "51", "--resume", "auto"]

@@ -62,6 +62,7 @@ def test_the_folder_carries_its_chat_template(served_folder):
     assert not list(served_folder.glob("adapter*"))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(bool(MISSING), reason=f"transformers[serving] is not installed ({', '.join(MISSING)})")
 def test_transformers_serve_answers_a_chat_request(served_folder, tmp_path):
     """The docs' command, on a free port; its answer is the one of the folder's own model."""
