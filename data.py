@@ -233,11 +233,12 @@ def _targets(
 @dataclass(frozen=True)
 class Batch:
     """A micro-batch of one rank. ids [B, T] int64, targets [B, T] int64: the next token, or IGNORE; lengths [B, 1] int64,
-        of packed rows [B, T]: how many tokens the row has that a token is of; only RoPE of type longrope goes by it; places [P]
-    int64: where in the batch as one line of B * T tokens the learned ones are, filled up with others (`learned_places`); None: all.
+    of packed rows [B, T]: how many tokens the row has that a token is of; only RoPE of type longrope goes by it; places
+    [P] int64: where the learned ones are in the batch as one line of B * T tokens, filled up with others
+    (`learned_places`); None: all of it.
 
-        Only where rows are packed: positions [B, T] int64, of each token in its row; bounds [N + 1] int32: where rows
-        begin and end in the batch as one line of B * T tokens; longest: tokens of the longest row.
+    Only where rows are packed: positions [B, T] int64, of each token in its row; bounds [N + 1] int32: where rows
+    begin and end in the batch as one line; longest: tokens of the longest row.
     """
 
     ids: torch.Tensor

@@ -173,7 +173,8 @@ class Head(nn.Linear):
         places: Tensor | None = None,
     ) -> Tensor:
         """Logits [.., V]; or, with targets [..], the cross-entropy summed over those that are not IGNORE, fp32.
-        places [P]: where in x, as one line, these are, each once, and maybe others; None: all. scale and softcap: s and c of logits c tanh(s z / c); without targets the model's own forward applies them."""
+        scale and softcap: s and c of logits c tanh(s z / c); without targets the model's own forward applies them.
+        places [P]: where these targets are in x as one line of tokens, each once, and maybe others; None: all of it."""
         if targets is None:
             weight = self.weight.full_tensor() if isinstance(self.weight, DTensor) else self.weight
             return F.linear(x, weight.to(x.device), self.bias)
