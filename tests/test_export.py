@@ -313,6 +313,7 @@ def test_merged_then_quantized_again(made, checkpoints, tmp_path):
 # Memory, and a cut in the middle
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_stays_below_two_shards(made, alpaca_file, one_rank, tmp_path, monkeypatch):
     """140 MB of weights in files of 14 MB. The peak is the process's own, reset before; what the libraries take at

@@ -338,6 +338,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_a_full_disk_under_the_output_ends_no_rank(small_disk, tmp_path):
     """Nor does a SIGUSR1 that comes before the rank listens."""
     (tmp_path / "talking.py").write_text(TALKING)

@@ -72,9 +72,9 @@ def as_told(answer: dict) -> tuple[str, int]:
     [
         ("llama_bias", "lora"),
         ("llama_bias", "bnb_dora"),
-        ("gemma2", "bnb_dora"),
+        pytest.param("gemma2", "bnb_dora", marks=pytest.mark.slow),
         ("gemma3", "dora"),
-        ("phi3", "hqq_lora"),
+        pytest.param("phi3", "hqq_lora", marks=pytest.mark.slow),
         ("qwen3_moe", "bnb_dora"),
     ],
 )

@@ -342,6 +342,7 @@ def run_typed(python: str, script: str, *options: str) -> str:
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")
 def test_it_can_be_seen_in_a_browser_light_and_dark(tmp_path):
     """Each scheme's own background and colour of curves, which only a style sheet that the policy lets pass gives."""

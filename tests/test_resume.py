@@ -56,6 +56,7 @@ def test_a_stopped_run_goes_on_to_the_last_bit(source, two_ranks, tmp_path):
     assert repeated(folder) == repeated(whole)
 
 
+@pytest.mark.slow
 def test_another_number_of_ranks_changes_rounding_only(source, one_rank, two_ranks, four_ranks, tmp_path):
     """From 2 ranks to 1 and to 4, of which the last has no row of an adapter's A; from there to 2. In fp32 on GPUs
     too."""

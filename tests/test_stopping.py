@@ -233,6 +233,7 @@ def compile_for_a_while(said) -> None:
     said.put(heard == [signal.SIGTERM])
 
 
+@pytest.mark.slow
 def test_a_signal_to_the_whole_group_ends_no_compilation():
     """What compiles goes on, and the process itself has heard it."""
     said = new_processes().Queue()
