@@ -183,7 +183,7 @@ class Config:
     activation_budget: float = option(0.0, "Memory and speed", "with gradient checkpointing: GiB per GPU in which"
         " results of matmuls and attention are kept instead of computed again; 0 = none, -1 = what is free after the"
         " second step")
-    compile: str = option("auto", "Memory and speed", "compile each decoder layer and the loss, once; auto = on GPUs"
+    compile: str = option("auto", "Memory and speed", "compile each decoder layer, the last norm and the loss, once; auto = on GPUs"
         " of compute capability 8.0 and more, which Triton supports, but not layers of routed experts",
         choices=("auto", "true", "false"))
     reentrant_checkpointing: bool = option(False, "Memory and speed", "accepted; checkpointing is always non-reentrant")

@@ -376,9 +376,9 @@ def _split(items: Sequence, size: int) -> list[Sequence]:
 
 
 def learned_places(targets: torch.Tensor, most: int | None) -> torch.Tensor:
-    """Of targets [B, T]: the places in the batch as one line of those that are not IGNORE, then of others, `most` in all:
-    as many as the rank has that has most, since ranks that share a vocabulary bring equally many tokens (loss.py). None:
-    no others."""
+    """Of targets [B, T]: the places, in the batch as one line, of those that are not IGNORE, filled up with others to
+    `most`, the number of the rank that has most of them: ranks that share a vocabulary bring equally many tokens
+    (loss.py). None: not filled up."""
     ignored = targets.flatten() == IGNORE
     return ignored.sort(stable=True).indices[: int((~ignored).sum()) if most is None else most]
 

@@ -245,8 +245,6 @@ class _SummedLoss(torch.autograd.Function):
         if places is None:
             places = torch.arange(len(x), device=x.device)
         targets = shard.gather(targets[places][None])  # [W, P]
-        index, here = shard.local(targets)
-        here &= (learned := targets != IGNORE)
         losses = torch.zeros(len(places), dtype=torch.float32, device=x.device)
         grad_x = torch.zeros_like(x) if of_x else None
         grad_rows = torch.zeros_like(rows, dtype=torch.float32) if of_rows else None
@@ -255,8 +253,9 @@ class _SummedLoss(torch.autograd.Function):
         if shard.size > 1:
             most = min(most, HIDDEN_BYTES // (4 * x.shape[1]))
         for at in shard.slices(len(places), most):
-            states, tokens = shard.gather(x[places[at]]), index[:, at].flatten()
-            mine, known = here[:, at].flatten(), learned[:, at].flatten()
+            states, chunk = shard.gather(x[places[at]]), targets[:, at].flatten()
+            tokens, here = shard.local(chunk)
+            mine = here & (known := chunk != IGNORE)
             z = F.linear(states, rows)
             largest, total, picked = shard.gather(statistics(z, tokens, mine, softcap)[None]).unbind(2)
             top = largest.amax(0)

@@ -136,7 +136,7 @@ def _layout(state: dict) -> dict:
 
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
-    # In one kernel, in host memory as well: one pass over the states instead of seven.
+    # In one kernel, on a CPU as well: one pass over the states instead of one for each operation.
     "adamw": partial(torch.optim.AdamW, fused=True),
     "adam": partial(torch.optim.Adam, fused=True),
     "sgd": torch.optim.SGD,

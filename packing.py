@@ -3,7 +3,7 @@
 A row sees only itself, its positions begin at 0, and its first token is nobody's target: the loss is that of the
 same rows one by one. Padding is left at the end of a line only, at position 0.
 
-All shapes are the same in every batch of a run, so that compiled layers are compiled once: lines have the length
+All shapes that layers see are the same in every batch of a run, so that they are compiled once: lines have the length
 of the longest pack, and the bounds of rows are filled up with rows of no tokens.
 
 Shapes: B packs of a micro-batch, T tokens of the longest pack, N rows.

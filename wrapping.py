@@ -170,8 +170,9 @@ def wrap(
             ends = {"first": i == 0, "last": i == len(layers) - 1}
             layers[i] = Offloaded(layers[i], stash, inputs=offload_activations, results=kept, **ends)
         shard(layers[i])
-    if run:  # step by step, in fp32, the last norm would take ten times as long
-        model.set_submodule(family.norm, Recomputed(model.get_submodule(family.norm), Keep.ALL, run))
+    norm = model.get_submodule(family.norm)
+    if run:  # step by step the norm would go through the hidden states in fp32, a dozen times in backward
+        model.set_submodule(family.norm, Recomputed(norm, Keep.ALL, run))
         allow_graphs([m for m in model.modules() if isinstance(m, Recomputed)])
     head, embedding = model.get_submodule(family.head), model.get_submodule(family.embedding)
     head.compiled = run is not None

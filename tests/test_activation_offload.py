@@ -11,12 +11,16 @@ from unittest import mock
 import pytest
 import torch
 from torch import nn
+from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy
 
 import activation_offload
 from activation_offload import HostStash, Offloaded, Stashed
+from models import FAMILIES
 from recompute import Keep, Recomputed
+from tests.test_optimizers import meta_model
 from tests.test_parity import arguments, assert_same
 from tests.test_recompute import CHECKPOINTED, LAYERS, PLAIN, compiled_run
+from wrapping import _keep_last_output
 
 DEEP = 4
 
@@ -228,6 +232,16 @@ def test_compiled_dora(checkpoints, even_rows, plain_run, one_rank):
     assert_same(plain_run([*args, *PLAIN]), results)
     assert stashed == fetched == 2 * LAYERS * len(results[0])
     assert held == 0
+
+
+@pytest.mark.parametrize(("policy", "kept"), [(OffloadPolicy(), True), (CPUOffloadPolicy(), False)])
+def test_what_dora_keeps(policy, kept, checkpoints):
+    """Its last projection's output, but not where host memory is short."""
+    family = FAMILIES["llama"]
+    model = meta_model(checkpoints(), "bnb_dora")
+    layer = model.get_submodule(family.layers)[0]
+    assert _keep_last_output(layer, family, policy) is kept
+    assert layer.mlp.down_proj.keeps_output is kept
 
 
 @pytest.mark.slow

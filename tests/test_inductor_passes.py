@@ -108,10 +108,7 @@ def product_of(h: torch.fx.Node) -> torch.fx.Node:
     ("train_type", "options", "projections", "operators", "matmuls"),
     [
         ("qlora", "", 4, 4, 4),
-        # Slow: bnb_dora's graphs are those of the sums, below.
-        pytest.param(
-            "bnb_dora", "", 3, 3, 4, marks=pytest.mark.slow
-        ),  # the scales of down_proj's blocks cannot carry those of its rows
+        ("bnb_dora", "", 3, 3, 4),  # the scales of down_proj's blocks cannot carry those of its rows
         pytest.param("hqq_dora", "--use_gradient_checkpointing false", 3, 3, 4, marks=pytest.mark.slow),
         ("qlora", "--lora_target_modules q_proj,v_proj,down_proj", 2, 2, 7),  # k_proj's stands between theirs
         pytest.param("qlora", "--lora_target_modules o_proj,up_proj", 2, 2, 7, marks=pytest.mark.slow),
@@ -140,17 +137,8 @@ def test_siblings_are_joined(
     assert found[:3] == [{7}, {projections}, {operators}] and max(found[3]) == matmuls
 
 
-# Slow: Qwen 2's layers are those of the Llama with biases, and Gemma 3's are as Gemma 2's to these passes.
-@pytest.mark.parametrize(
-    ("kind", "linears"),
-    [
-        ("phi3", 4),
-        ("gemma2", 7),
-        ("qwen2", 7),
-        ("gemma3", 7),
-    ],
-)
 @pytest.mark.slow
+@pytest.mark.parametrize(("kind", "linears"), [("phi3", 4), ("gemma2", 7), ("qwen2", 7), ("gemma3", 7)])
 def test_families(kind, linears, checkpoints, one_rank, tmp_path):
     """Biases; fused linears, none of which reads another's x; norms behind the last ones, by which backward reads them."""
     args = two_steps(checkpoints(kind), tmp_path)

@@ -11,8 +11,12 @@ import torch.nn.functional as F
 from torch import nn
 
 import loss
+import train
 from data import IGNORE, learned_places
 from loss import FrozenEmbedding, Head, look_up, shard_vocabulary
+from packing import make_sampler
+from tests.runs import set_up
+from tests.test_parity import arguments
 from wrapping import make_mesh
 
 HIDDEN, VOCABULARY, TOKENS = 16, 301, 23  # 301: two ranks get 151 and 150 rows, four 76, 76, 76, 73
@@ -98,6 +102,28 @@ def test_compiled():
         (total.detach(), *torch.autograd.grad(total * 0.37, (leaf, head.weight))),
         reference(x, weight, targets, None),
     )
+
+
+def rows_of_the_head(place, argv: list) -> tuple[int, int, int]:
+    """(tokens that the head computes of a run's first micro-batch, places of that, its tokens)."""
+    job, model = set_up(place, argv)
+    step = next(make_sampler(job.config, job.rows, place.rank, place.world).steps(1))
+    statistics, *kernels = loss.KERNELS[False]
+    computed, batch = [], step.batches[0].to(place.device)
+
+    def counted(z, *args):
+        computed.append(len(z))
+        return statistics(z, *args)
+
+    with mock.patch.dict(loss.KERNELS, {False: (counted, *kernels)}), torch.no_grad():
+        train.loss_sum(model, batch)
+    return sum(computed), len(batch.places), batch.targets.numel()
+
+
+def test_a_run_computes_no_logits_of_prompts(checkpoints, alpaca_file, one_rank):
+    args = arguments(checkpoints(), alpaca_file, "lora")
+    computed, learned, tokens = one_rank(rows_of_the_head, args)[0]
+    assert computed == learned < 0.9 * tokens
 
 
 def test_nothing_learned_is_nothing_lost():

@@ -62,7 +62,7 @@ def test_tied_embeddings_in_two_ranks(train_type, checkpoints, short_rows, one_r
     assert_same(plain, two_ranks(train_run, [*args, "--batch_size", "2"])[0])
 
 
-# Slow: with it in test_matrix.py, too.
+# Slow: test_matrix.py has runs with --no_sync, too.
 @pytest.mark.parametrize("no_sync", ["false", pytest.param("true", marks=pytest.mark.slow)])
 def test_accumulation_equals_one_big_batch(no_sync, checkpoints, short_rows, one_rank, two_ranks, plain_run):
     """Answers of 1 to 13 numbers: a mean of micro-batch means would be far off."""

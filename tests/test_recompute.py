@@ -31,6 +31,7 @@ from tests.test_parity import TYPES, arguments, assert_same, biased
 PLAIN = ["--batch_size", "4", "--use_gradient_checkpointing", "false"]
 CHECKPOINTED = ["--batch_size", "4", "--use_gradient_checkpointing", "true"]
 LAYERS, LINEARS = 3, 7  # of the tiny Llama, and in each layer
+SLOW_FAMILIES = [("gemma2", 2), ("gemma3", 3), ("qwen2", 2)]  # two steps of Gemma 3's take 20 s
 BESIDES = 4  # graphs of the norm after the layers and of the loss's three kernels
 
 
@@ -54,10 +55,10 @@ def compiled_run(place, argv: list[str]):
     products(
         TYPES,
         ["true", "false"],
-        always=[("full", "false"), ("bnb_dora", "true"), ("hqq_llama_pro", "true")],
-        # qlora and hqq_dora are compiled in test_what_is_computed_again, hqq_dora in test_activation_offload.py, too. The
-        # others are of the same parts: DoRA as in bnb_dora, HQQ's weights and expanded models as in hqq_llama_pro.
-        left_out=["lora", "dora", "qlora", "hqq_lora", "hqq_dora", "llama_pro", "bnb_llama_pro"],
+        always=[("full", "false"), ("lora", "true"), ("bnb_dora", "true"), ("hqq_llama_pro", "true")],
+        # hqq_dora is compiled in test_what_is_computed_again, qlora in test_inductor_passes.py. The others are of the same
+        # parts: DoRA as in bnb_dora, dense weights as in lora, HQQ's and expanded models as in hqq_llama_pro.
+        left_out=["dora", "qlora", "hqq_lora", "hqq_dora", "llama_pro", "bnb_llama_pro"],
     ),
 )
 def test_compiled(train_type, checkpointing, checkpoints, even_rows, plain_run, one_rank):
@@ -80,9 +81,8 @@ def two_steps(model: Path, folder: Path) -> list[str]:
 
 @pytest.mark.parametrize(
     ("kind", "layers"),
-    [("gemma3", 3), ("phi3", 2), ("gemma2", 2), ("qwen2", 2)],
+    [("phi3", 2), *(pytest.param(k, n, marks=pytest.mark.slow) for k, n in SLOW_FAMILIES)],
 )
-@pytest.mark.slow
 def test_compiled_families(kind, layers, checkpoints, one_rank, tmp_path):
     """A graph for each kind of layer, and one for the first, whose input has no gradient. Gemma 2's kinds differ in a
     mask, which they are given."""

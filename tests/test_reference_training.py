@@ -47,12 +47,12 @@ def reference_steps(model, batches, optimizer) -> tuple[list[float], list[float]
     return losses, norms
 
 
-# Slow: parts of bnb_dora and dora.
+# Slow: other quantizers of the same adapters.
 @pytest.mark.parametrize(
     "train_type",
     [
-        *("full", "dora", "bnb_dora", "hqq_llama_pro"),
-        *(pytest.param(t, marks=pytest.mark.slow) for t in ("lora", "qlora", "hqq_dora")),
+        *("full", "lora", "dora", "bnb_dora", "hqq_llama_pro"),
+        *(pytest.param(t, marks=pytest.mark.slow) for t in ("qlora", "hqq_dora")),
     ],
 )
 def test_losses_follow_the_reference(train_type, checkpoints, short_rows, one_rank):

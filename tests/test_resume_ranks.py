@@ -23,7 +23,7 @@ KINDS = {
 }
 
 
-# Slow: bnb_dora's states are of all shapes.
+# Slow: bnb_dora has matrices and vectors, whole and cut unevenly.
 @pytest.mark.parametrize(
     "kind", ["bnb_dora", *(pytest.param(k, marks=pytest.mark.slow) for k in ("dora", "full"))]
 )
