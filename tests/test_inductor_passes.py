@@ -110,7 +110,10 @@ def product_of(h: torch.fx.Node) -> torch.fx.Node:
         ("qlora", "", 4, 4, 4),
         ("bnb_dora", "", 3, 3, 4),  # the scales of down_proj's blocks cannot carry those of its rows
         pytest.param("hqq_dora", "--use_gradient_checkpointing false", 3, 3, 4, marks=pytest.mark.slow),
-        ("qlora", "--lora_target_modules q_proj,v_proj,down_proj", 2, 2, 7),  # k_proj's stands between theirs
+        # k_proj's stands between theirs.
+        pytest.param(
+            "qlora", "--lora_target_modules q_proj,v_proj,down_proj", 2, 2, 7, marks=pytest.mark.slow
+        ),
         pytest.param("qlora", "--lora_target_modules o_proj,up_proj", 2, 2, 7, marks=pytest.mark.slow),
         # Each gradient of x goes to fp32, and is added there.
         pytest.param("qlora", "--precision bf16_autocast", 4, 4, 7, marks=pytest.mark.slow),
@@ -153,7 +156,9 @@ def test_families(kind, linears, checkpoints, one_rank, tmp_path):
         ("bnb_dora", "", {(0, 0), (6, 4)}),  # down_proj's blocks cannot carry the scales of its rows
         pytest.param("hqq_dora", "", {(0, 0), (6, 4)}, marks=pytest.mark.slow),
         ("bnb_dora", "--lora_target_modules up_proj", {(0, 0), (1, 0)}),
-        ("bnb_dora", "--lora_target_modules v_proj,o_proj", {(0, 0), (2, 2)}),
+        pytest.param(
+            "bnb_dora", "--lora_target_modules v_proj,o_proj", {(0, 0), (2, 2)}, marks=pytest.mark.slow
+        ),
         ("qlora", "", {(0, 0)}),
     ],
 )
