@@ -128,8 +128,9 @@ def share_of_processors(local_rank: int, rank: int, local_world: int, world: int
 
 def set_threads(processors: int, local_world: int) -> None:
     """Of operations on host tensors, such as the optimizer's with --use_cpu_offload: as many, unless OMP_NUM_THREADS says
-    how many; torchrun says 1 for several ranks where nobody does. torch would start as many in each rank as there are processors; where more
-    run than that, each operation waits for one that is not scheduled, up to a hundred times as long as it takes."""
+    how many; torchrun says 1 for several ranks where nobody does. torch would start as many in each rank as there are
+    processors; where more run than that, each operation waits for one that is not scheduled, up to a hundred times as long
+    as it takes."""
     asked = os.environ.get("OMP_NUM_THREADS", "")
     if not asked or (asked == "1" and local_world > 1 and "TORCHELASTIC_RUN_ID" in os.environ):
         torch.set_num_threads(processors)

@@ -135,14 +135,16 @@ def _layout(state: dict) -> dict:
     return {k: (v.shape, v.dtype) if torch.is_tensor(v) else type(v) for k, v in state.items()}
 
 
+# In one kernel, on a CPU as well: one pass over the states instead of one for each operation.
+_ADAMW, _ADAM = partial(torch.optim.AdamW, fused=True), partial(torch.optim.Adam, fused=True)
+
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
-    # In one kernel, on a CPU as well: one pass over the states instead of one for each operation.
-    "adamw": partial(torch.optim.AdamW, fused=True),
-    "adam": partial(torch.optim.Adam, fused=True),
+    "adamw": _ADAMW,
+    "adam": _ADAM,
     "sgd": torch.optim.SGD,
     "adadelta": torch.optim.Adadelta,
-    "fused_adamw": partial(torch.optim.AdamW, fused=True),
-    "fused_adam": partial(torch.optim.Adam, fused=True),
+    "fused_adamw": _ADAMW,
+    "fused_adam": _ADAM,
     "adamw_8bit": partial(ShardedAdamW, bits=8, paged=False),
     "paged_adamw_32bit": partial(ShardedAdamW, bits=32, paged=True),
     "paged_adamw_8bit": partial(ShardedAdamW, bits=8, paged=True),

@@ -135,7 +135,8 @@ def allow_graphs(layers: list[Recomputed]) -> None:
 
 
 class Recomputed(ActivationWrapper):
-    """Around a decoder layer, a part of it, or the norm after the layers. keep: may be changed between steps; run: `compiler()`'s result, or None."""
+    """Around a decoder layer, a part of it, or the norm after the layers. keep: may be changed between steps; run:
+    `compiler()`'s result, or None."""
 
     def __init__(self, layer: nn.Module, keep: Keep, run: Callable | None = None):
         super().__init__(layer)

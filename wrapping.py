@@ -170,8 +170,10 @@ def wrap(
             ends = {"first": i == 0, "last": i == len(layers) - 1}
             layers[i] = Offloaded(layers[i], stash, inputs=offload_activations, results=kept, **ends)
         shard(layers[i])
+    # Looked up in any case: a family with another name for it would fail only where it is compiled, on GPUs. Not compiled it
+    # would go through the hidden states in fp32, a dozen times in backward.
     norm = model.get_submodule(family.norm)
-    if run:  # step by step the norm would go through the hidden states in fp32, a dozen times in backward
+    if run:
         model.set_submodule(family.norm, Recomputed(norm, Keep.ALL, run))
         allow_graphs([m for m in model.modules() if isinstance(m, Recomputed)])
     head, embedding = model.get_submodule(family.head), model.get_submodule(family.embedding)

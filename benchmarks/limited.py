@@ -24,7 +24,6 @@ import model_files
 import train
 from benchmarks.make_checkpoint import EMPTY, STD
 from checks import Job
-from command_line import prepare_environment
 from launch import Place
 from tensor_files import Stage, Staged, StoredTensor, read_tensor
 
@@ -84,6 +83,5 @@ if __name__ == "__main__":
     if len(sys.argv) < 2:
         sys.exit(__doc__)
     os.environ[GIB] = sys.argv[1]
-    prepare_environment()
     train.run_rank = run_limited
     sys.exit(train.main(sys.argv[2:]))

@@ -18,7 +18,8 @@ GATED_MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 class Family:
     """Dotted names below the model: `linears` are relative to one decoder layer, the rest absolute.
 
-    model_class: transformers' ForCausalLM; norm: what the head reads; rotary_class: its rotary embedding, built from the config alone;
+    model_class: transformers' ForCausalLM; norm: whose result the head reads; rotary_class: the model's rotary
+    embedding, built from the config alone;
     linears: what is quantized and what `--lora_target_modules all` means; default_targets: what `default`
     means, PEFT's choice for the family, by last name; sublayers: attention and MLP, relative to a layer;
     outputs: the projections whose results a layer adds to the hidden states (attention's, the MLP's), by their

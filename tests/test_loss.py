@@ -3,6 +3,8 @@ vocabulary; so are its gradients. fp32, on the CPU."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from unittest import mock
 
 import pytest
@@ -63,6 +65,20 @@ def test_rows_that_are_not_here_are_zeros():
     assert torch.equal(look_up(rows[:0], index, here), torch.zeros(4, 3))
 
 
+@contextlib.contextmanager
+def counting() -> Iterator[list[int]]:
+    """Within, the tokens of each chunk that a head computes are added to the list."""
+    statistics, *kernels = loss.KERNELS[False]
+    computed = []
+
+    def counted(z, *args):
+        computed.append(len(z))
+        return statistics(z, *args)
+
+    with mock.patch.dict(loss.KERNELS, {False: (counted, *kernels)}):
+        yield computed
+
+
 def places_of(targets: torch.Tensor, others: int | None) -> torch.Tensor | None:
     """Of the learned tokens and `others`; or None, for all tokens."""
     return None if others is None else learned_places(targets, int((targets != IGNORE).sum()) + others)
@@ -76,15 +92,9 @@ def test_loss_and_gradients(rows, others, softcap, monkeypatch):
     monkeypatch.setattr(loss, "LOGITS_BYTES", 4 * rows * VOCABULARY * 4)
     x, weight, targets = case(0)
     head, leaf = head_of(weight, trained=True), x.clone().requires_grad_()
-    places, computed = places_of(targets, others), []
-    statistics, *kernels = loss.KERNELS[False]
-
-    def counted(z, *args):
-        computed.append(len(z))
-        return statistics(z, *args)
-
-    monkeypatch.setitem(loss.KERNELS, False, (counted, *kernels))
-    total = head(leaf, targets, softcap, places)
+    places = places_of(targets, others)
+    with counting() as computed:
+        total = head(leaf, targets, softcap, places)
     assert sum(computed) == (TOKENS if places is None else len(places))
     got = total.detach(), *torch.autograd.grad(total * 0.37, (leaf, head.weight))
     assert_equal(got, reference(x, weight, targets, softcap))
@@ -108,14 +118,8 @@ def rows_of_the_head(place, argv: list) -> tuple[int, int, int]:
     """(tokens that the head computes of a run's first micro-batch, places of that, its tokens)."""
     job, model = set_up(place, argv)
     step = next(make_sampler(job.config, job.rows, place.rank, place.world).steps(1))
-    statistics, *kernels = loss.KERNELS[False]
-    computed, batch = [], step.batches[0].to(place.device)
-
-    def counted(z, *args):
-        computed.append(len(z))
-        return statistics(z, *args)
-
-    with mock.patch.dict(loss.KERNELS, {False: (counted, *kernels)}), torch.no_grad():
+    batch = step.batches[0].to(place.device)
+    with counting() as computed, torch.no_grad():
         train.loss_sum(model, batch)
     return sum(computed), len(batch.places), batch.targets.numel()
 
