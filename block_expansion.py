@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import sys
 
-from command_line import parse_or_exit, program, report, run_program
-from config import TOY_MODEL, UserError
-from expansion_options import Options, parse
+from options.block_expansion import Options, parse
+from options.command_line import parse_or_exit, program, report, run_program
+from options.config import TOY_MODEL, UserError
 
 if __name__ == "__main__":
     # Before the imports below, which take seconds: --help and wrong options are answered at once.
@@ -32,13 +32,13 @@ from transformers.utils import logging as transformers_logging
 
 from checkpoint import check_output, clear_output
 from data import toy_texts
-from limits import LAYERS
 from model_files import CheckpointFiles, fetch_weights, find_model
 from model_writer import Entry, Shards, copied, filled, open_blocks, shards_of, with_replaced, write_model
 from models import build_on_meta, check_weights, read_config
 from models.family import Family
 from models.llama_pro import NEW_LAYERS, evenly, is_expanded, new_layers, sources
 from models.toy import toy_model
+from options.limits import LAYERS
 from tensor_files import StoredTensor
 
 # Lists in a config.json that may happen to have as many entries as there are layers, and never one for each.

@@ -17,7 +17,7 @@ from pathlib import Path
 import bitsandbytes.functional as bnb
 import torch
 
-from config import UserError
+from options.config import UserError
 from quantizers import NF4, SCALE_BLOCK, PackedWeight, flat_bytes
 from tensor_files import StoredTensor, read_tensor
 

@@ -26,11 +26,11 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PretrainedConfig
 
-from config import CHECKPOINTS, Config, UserError
 from memory import size
 from model_files import INDEX, SINGLE, CheckpointFiles
 from models.family import clean
 from models.lora import LoRALinear
+from options.config import CHECKPOINTS, Config, UserError
 from tensor_files import save_tensors
 
 PATIENCE = 10  # seconds for a run that ends to leave its folder

@@ -39,9 +39,9 @@ from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, W
 from torch.futures import Future
 
 from checkpoint import beside, check_room, fresh_folder, remove
-from config import CHECKPOINTS, UserError
-from limits import MANIFEST_FILE, check_size, read_text
 from memory import MIB
+from options.config import CHECKPOINTS, UserError
+from options.limits import MANIFEST_FILE, check_size, read_text
 from tensor_files import write_tensors
 
 MANIFEST, VERSION, RANK = "manifest.json", 2, "rank-"

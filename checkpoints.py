@@ -26,10 +26,10 @@ from background import Background
 from checkpoint import remove
 from checkpoint_files import GROWING_FILES, Saved, Writer, folder_of, prune, sync
 from checkpoint_plan import CopyPlanner
-from command_line import describe
-from config import UserError
 from launch import Place, use
 from memory import MIB, can_pin
+from options.command_line import describe
+from options.config import UserError
 from stopping import NeverStop
 from tracking import Later
 from training_state import Tensors, collect, local_part, restore, trained_parameters

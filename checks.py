@@ -17,11 +17,8 @@ import resume
 from bnb_files import check_stored_quantization
 from checkpoint import check_output, check_writable
 from checkpoint_files import Saved
-from command_line import describe, under_torchrun
-from config import TOY_MODEL, Config, UserError
 from data import StepSampler, TokenizedRows, toy_texts
 from evaluation_data import EvaluationData, named, prepare_sets, stop_tokens
-from limits import TOKENIZER_FILE, check_size
 from model_files import CheckpointFiles, fetch_weights, find_model
 from models import build_on_meta, check_weights, read_config
 from models.adapters import check_packing, check_rank, make_quantizer_of, packed_linears, target_linears
@@ -29,6 +26,9 @@ from models.family import Family, follows_the_longest, switches_by_layer
 from models.llama_pro import check_can_leave_silence, new_layers
 from models.toy import toy_model
 from optimizers import check_optimizer
+from options.command_line import describe, under_torchrun
+from options.config import TOY_MODEL, Config, UserError
+from options.limits import TOKENIZER_FILE, check_size
 from packing import make_sampler
 from precision import bf16_gpu, precision_here
 from profiling import check_traces

@@ -21,9 +21,9 @@ import numpy as np
 import torch
 from fastcore.parallel import parallel
 
-from config import UserError
 from formats import FORMATS, Rendered, checked, encode, recognise
-from limits import ROW
+from options.config import UserError
+from options.limits import ROW
 from sources import Recipe, find_recipe, load_rows
 
 # What a chat template can raise for a row: it is a program, in a sandbox.

@@ -23,13 +23,13 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from checkpoint import BEST, SCORE, beside, fresh_folder, remove, replace_folder, write_text
-from command_line import describe
-from config import Config
 from data import Batch, TokenizedRows, make_batch
 from evaluation_data import EvaluationData
 from faults import too_many
 from launch import Place
 from models.family import rope_switch
+from options.command_line import describe
+from options.config import Config
 from tracking import Meter, Metrics, NoTracker, append
 
 PROMPTS_AT_ONCE = 8

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import torch
 
-from config import Config, UserError
 from data import TEMPLATE_ERRORS, Examples, TokenizedRows, read_examples, tokenize
 from formats import FORMATS, Rendered, prompt_ids
-from limits import CONFIG_FILE, LINE, read_json, read_text
+from options.config import Config, UserError
+from options.limits import CONFIG_FILE, LINE, read_json, read_text
 from sources import find_recipe, load_rows
 
 DEFAULT_PROMPTS = 3  # rows that samples are made of, unless --sample_prompts says otherwise

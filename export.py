@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import sys
 
-from command_line import describe, exit_on_signals, parse_or_exit, report, run_program
-from config import UserError
-from export_options import Options, parse
+from options.command_line import describe, exit_on_signals, parse_or_exit, report, run_program
+from options.config import UserError
+from options.export import Options, parse
 
 if __name__ == "__main__":
     # Before the imports below, which take seconds: --help and wrong options are answered at once.
@@ -51,11 +51,11 @@ from checkpoint import (
 from data import prepare
 from finished_run import Run, load_tokenizer, open_run, read_adapter
 from layerwise import compare, plain_logits, trained_logits
-from limits import CONFIG_FILE, read_json
 from merge import merged_entries
 from model_card import card
 from model_files import CheckpointFiles
 from model_writer import Entry, write_model
+from options.limits import CONFIG_FILE, read_json
 from sources import find_recipe
 
 SPARE = 2**20  # bytes, for headers, index and card

@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from config import UserError
 from data import Step, TokenizedRows
+from options.config import UserError
 from tracking import Metrics, NoTracker, Reading, append
 
 BAD_STEPS = "bad_steps.jsonl"

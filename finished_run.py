@@ -20,11 +20,8 @@ from transformers import AutoTokenizer, PretrainedConfig
 
 from bnb_files import check_stored_quantization
 from checkpoint import ADAPTER, BLOCKS, base_digest
-from command_line import describe, parse
-from config import FIELDS, TOY_MODEL, Config, UserError
 from data import toy_texts
 from launch import Place
-from limits import CONFIG_FILE, OPTIONS_FILE, read_json, read_text
 from model_files import CheckpointFiles, fetch_weights, find_model
 from model_writer import open_blocks
 from models import build_on_meta, check_weights, read_config
@@ -33,6 +30,9 @@ from models.family import Family
 from models.llama_pro import new_layers
 from models.lora import LoRALinear
 from models.toy import toy_model
+from options.command_line import describe, parse
+from options.config import FIELDS, TOY_MODEL, Config, UserError
+from options.limits import CONFIG_FILE, OPTIONS_FILE, read_json, read_text
 from precision import Precision
 from quantize_layers import load_weights
 

@@ -12,8 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from command_line import describe
-from config import UserError
+from options.command_line import describe
+from options.config import UserError
 
 # The prompts of Stanford Alpaca, which most instruction-tuned checkpoints of this kind have seen.
 ALPACA = (

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import sys
 
-from command_line import parse_or_exit, report, run_program
-from config import UserError
-from generate_options import Options, parse
+from options.command_line import parse_or_exit, report, run_program
+from options.config import UserError
+from options.generate import Options, parse
 
 if __name__ == "__main__":
     # Before the imports below, which take seconds: --help and wrong options are answered at once.

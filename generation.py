@@ -19,14 +19,14 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList, TextStreamer
 
-from config import UserError
 from data import find_format
 from finished_run import Run, load_model, load_tokenizer, open_base, open_run, set_adapter
 from formats import FORMATS, GUANACO_MARKERS, Format, asked, checked, prompt_ids, turn_ending
-from generate_options import Prompt, Sampling
 from models.adapters import exchange_adapters
 from models.dora import fixed_norms
 from models.lora import adapters_off
+from options.config import UserError
+from options.generate import Prompt, Sampling
 from precision import Precision, choose_precision
 
 BASE = "base"

@@ -28,8 +28,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from command_line import describe, needs_no_traceback, outlast, prepare_environment, under_torchrun
-from config import UserError
+from options.command_line import describe, needs_no_traceback, outlast, prepare_environment, under_torchrun
+from options.config import UserError
 from stopping import forwarding, hear
 
 MEETING = timedelta(minutes=5)  # for all ranks to come; the nodes of a job do not start at the same moment

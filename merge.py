@@ -18,7 +18,6 @@ from functools import partial
 
 import torch
 
-from config import UserError
 from finished_run import PREFIX, Run
 from memory import empty_on_host
 from model_files import CheckpointFiles
@@ -26,6 +25,7 @@ from model_writer import PIECE, Entry, copied
 from models import build_on_meta
 from models.adapters import choose_quantizers, packed_linears
 from models.dora import TINY
+from options.config import UserError
 from quantizers import PackedWeight, Quantizer, pack_weight
 from tensor_files import Stage
 

@@ -9,9 +9,9 @@ import torch
 
 import memory
 from checkpoint import BLOCKS
-from command_line import describe, program, under_torchrun
-from config import TOY_DATASET, TOY_MODEL, TOY_PROMPT, Config
 from data import StepSampler, TokenizedRows
+from options.command_line import describe, program, under_torchrun
+from options.config import TOY_DATASET, TOY_MODEL, TOY_PROMPT, Config
 from packing import PackSampler
 from tracking import Metrics
 from weight_arithmetic import Share

@@ -14,8 +14,8 @@ from pathlib import Path
 import yaml
 
 from checkpoint import SCORE
-from config import FIELDS, TOY_MODEL, Config, UserError, shown
-from limits import CONFIG_FILE, read_json
+from options.config import FIELDS, TOY_MODEL, Config, UserError, shown
+from options.limits import CONFIG_FILE, read_json
 from sources import find_recipe
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")

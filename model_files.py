@@ -17,8 +17,8 @@ import torch
 from safetensors import SafetensorError
 
 from bnb_files import find_bnb
-from config import TOY_MODEL, UserError
-from limits import INDEX_FILE, read_json
+from options.config import TOY_MODEL, UserError
+from options.limits import INDEX_FILE, read_json
 from quantizers import PackedWeight, Quantizer
 from tensor_files import Stage, Staged, StoredTensor, list_tensors, read_tensor
 

@@ -19,10 +19,10 @@ import torch.distributed as dist
 from torch import nn
 
 from checkpoint import BLOCKS, check_room, copy_companions, gather, plan_shards, shard_name, staged
-from config import UserError
 from model_files import INDEX, SINGLE, CheckpointFiles
 from models.family import Family, clean
 from models.llama_pro import NEW_LAYERS, new_layers
+from options.config import UserError
 from tensor_files import read_header, write_header
 
 PIECE = 2**24  # bytes

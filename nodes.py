@@ -23,10 +23,10 @@ import transformers
 import launch
 from checkpoint import base_digest
 from checks import Job
-from command_line import describe as in_one_line
-from command_line import needs_no_traceback
-from config import UserError, shown
 from data import TokenizedRows
+from options.command_line import describe as in_one_line
+from options.command_line import needs_no_traceback
+from options.config import UserError, shown
 from precision import precision_here
 from weight_cache import digest
 

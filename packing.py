@@ -18,8 +18,8 @@ from itertools import chain
 
 import torch
 
-from config import Config
 from data import IGNORE, Batch, StepSampler, TokenizedRows, learned_places
+from options.config import Config
 
 # Rows that are put in order of length at a time, before they are packed. With more of them packs are a little fuller,
 # but the shortest rows crowd in the last ones, and every batch has bounds for as many rows as the most crowded ones

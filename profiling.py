@@ -18,11 +18,11 @@ import torch
 import torch.distributed as dist
 
 from checkpoint import write_text
-from config import Config, UserError
 from launch import Place
 from memory import GIB, PEAKS, in_use
 from memory_history import BETWEEN, History, Recording
 from memory_page import write_pages
+from options.config import Config, UserError
 
 # Of --profile_memory: the first, which compiles and makes the optimizer's states, and two like all others.
 HISTORY_STEPS = 3

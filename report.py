@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import sys
 
-from command_line import parse, report, report_folder
-from config import Config, UserError
+from options.command_line import parse, report, report_folder
+from options.config import Config, UserError
 
 if __name__ == "__main__":
     # Before the imports below, which take seconds: --help and wrong options are answered at once.

@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from checkpoint import ADAPTER, BLOCKS
-from command_line import program
-from config import TOY_DATASET, TOY_MODEL, TOY_PROMPT, Config, shown
+from options.command_line import program
+from options.config import TOY_DATASET, TOY_MODEL, TOY_PROMPT, Config, shown
+from options.resolve import resolve
 from report_charts import Series, bars, curves, number, running_mean
-from resolve import resolve
 
 if TYPE_CHECKING:
     from report import RunFiles

@@ -28,9 +28,9 @@ from checkpoint_files import (
     remove_checkpoints,
     steps_in,
 )
-from config import CHECKPOINTS, FIELDS, Config, UserError, shown
 from data import TokenizedRows
 from model_files import CheckpointFiles
+from options.config import CHECKPOINTS, FIELDS, Config, UserError, shown
 from precision import precision_here
 from tracking import read_metrics
 from weight_cache import digest

@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 
-from config import UserError
 from formats import FORMATS, GUANACO_MARKERS
-from limits import LINE, LIST, OPTIONS_FILE, check_size, read_text
+from options.config import UserError
+from options.limits import LINE, LIST, OPTIONS_FILE, check_size, read_text
 
 RECIPES = Path(__file__).parent / "datasets"
 # What `datasets` raises for folders and files that hold no data set, beside errors of its own.

@@ -24,10 +24,10 @@ from tqdm import tqdm
 
 import memory
 from checkpoint import as_json, staged
-from command_line import FULL_DISK
-from config import Config, UserError
 from data import Step
-from limits import METRICS_LINE
+from options.command_line import FULL_DISK
+from options.config import Config, UserError
+from options.limits import METRICS_LINE
 
 GIB = 2**30
 

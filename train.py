@@ -13,7 +13,7 @@ from __future__ import annotations
 import gc
 import sys
 
-from command_line import (
+from options.command_line import (
     needs_no_traceback,
     outlast,
     parse,
@@ -43,7 +43,6 @@ from huggingface_hub.utils import logging as hub_logging
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
-import config as options
 import launch
 import memory
 import nodes
@@ -60,7 +59,6 @@ from checkpoint import (
 from checkpoint_files import steps_in
 from checkpoints import Checkpoints
 from checks import Job, check, identity, read_tokenizer, total_steps
-from config import TOY_MODEL, Config, UserError
 from data import Batch, StepSampler
 from evaluation import Evaluator, describe_evaluations
 from faults import BadSteps, conclude
@@ -80,6 +78,8 @@ from models.adapters import (
     peft_targets,
 )
 from optimizers import make_optimizer, make_schedule
+from options import config as options
+from options.config import TOY_MODEL, Config, UserError
 from out_of_memory import explained
 from packing import longest_line, make_sampler
 from precision import precision_here, use_deterministic

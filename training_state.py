@@ -19,10 +19,10 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.tensor import DTensor
 
 from checkpoint_files import Reader, Saved, dtype_of, rank_of
-from command_line import describe
-from config import UserError
 from models.family import clean
 from optimizers import ShardedAdamW, has_blocks, merged_blocks
+from options.command_line import describe
+from options.config import UserError
 from quantize_layers import part
 
 Tensors = dict[str, torch.Tensor]

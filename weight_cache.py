@@ -31,11 +31,11 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 
 from checkpoint import check_room, check_writable
-from command_line import describe
-from config import UserError
 from launch import Place
-from limits import INDEX_FILE, read_json
 from model_files import CheckpointFiles
+from options.command_line import describe
+from options.config import UserError
+from options.limits import INDEX_FILE, read_json
 from quantizers import PackedWeight, Quantizer, flat_bytes
 from tensor_files import UMASK, list_tensors, read_tensor, save_tensors
 

@@ -16,7 +16,7 @@ from unittest import mock
 import torch
 
 import quantizers
-from config import HQQ_BITS
+from options.config import HQQ_BITS
 from quantizers import HQQ, NF4, Quantizer, triton_runs_on
 
 TIMES = 50

@@ -13,8 +13,8 @@ from benchmarks.shapes import SHAPES
 from benchmarks.systems import CHECKPOINTING, OURS, SYSTEMS, TRAIN_TYPES
 from benchmarks.table import SETTLING
 from checkpoint import check_writable
-from command_line import command_parser, suggest, with_underscores
-from config import FIELDS, UserError, user_cache
+from options.command_line import command_parser, suggest, with_underscores
+from options.config import FIELDS, UserError, user_cache
 
 PEERS = tuple(name for name in SYSTEMS if name != OURS)
 NUMBERS = {

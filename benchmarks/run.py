@@ -34,8 +34,8 @@ from benchmarks.shapes import SHAPES
 from benchmarks.systems import OURS, SYSTEMS, Setting, installed
 from benchmarks.table import Row, draw, markdown, measured
 from checkpoint import write_text
-from command_line import report
-from config import UserError
+from options.command_line import report
+from options.config import UserError
 
 ROOT = Path(__file__).parent.parent
 

@@ -14,12 +14,12 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
-from config import UserError
-from limits import CONFIG_FILE, LAYERS, read_json
 from model_files import CheckpointFiles
 from models import gemma2, gemma3, llama, mistral, phi3, qwen2, qwen3, qwen3_moe
 from models.causal_lm import put_head, with_summed_loss
 from models.family import Family
+from options.config import UserError
+from options.limits import CONFIG_FILE, LAYERS, read_json
 
 FAMILIES: dict[str, Family] = {
     "llama": llama.FAMILY,

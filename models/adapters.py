@@ -8,13 +8,13 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from config import Config, UserError
 from model_files import CheckpointFiles
 from models.dora import DoRALinear
 from models.family import Family
 from models.llama_pro import new_layers
 from models.lora import LoRALinear
 from models.moe import within_experts
+from options.config import Config, UserError
 from precision import Precision
 from quantize_layers import quantize_linears
 from quantizers import Quantizer, make_quantizer

@@ -14,9 +14,9 @@ from __future__ import annotations
 import torch
 from transformers import PretrainedConfig
 
-from config import UserError
 from model_files import CheckpointFiles
 from models.family import Family
+from options.config import UserError
 
 NEW_LAYERS = "llama_pro_new_layers"  # in config.json: indices in the expanded model, from 0, ascending
 

@@ -183,8 +183,8 @@ def laughs(levels: int) -> str:
 
 def numbers() -> dict[str, Case]:
     """Every option that is a number, with numbers that no run has."""
-    from command_line import _annotation
-    from config import FIELDS
+    from options.command_line import _annotation
+    from options.config import FIELDS
 
     cases = {}
     for name in FIELDS:

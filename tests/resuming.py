@@ -18,7 +18,7 @@ import model_writer
 import train
 from checkpoint import BEST
 from checkpoint_files import folder_of
-from command_line import parse
+from options.command_line import parse
 from tests.manifests import edit
 from tests.runs import whole_run
 from tracking import Meter

@@ -16,9 +16,9 @@ from transformers import AutoModelForCausalLM
 import checks
 import train
 from checkpoint import gather
-from command_line import parse
 from models.family import clean
 from models.lora import LoRALinear
+from options.command_line import parse
 from packing import make_sampler
 from quantize_layers import fill
 from tracking import NoTracker

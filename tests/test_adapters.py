@@ -15,10 +15,10 @@ from transformers import AutoModelForCausalLM
 import linear4bit
 import models.dora
 import train
-from config import METHODS
 from data import IGNORE, Batch
 from models.dora import DoRALinear
 from models.lora import LoRALinear
+from options.config import METHODS
 from quantize_layers import Linear4bit
 from quantizers import HQQ, NF4
 from tests.runs import outputs, set_up, trained_tensors, transformers_model

@@ -11,7 +11,7 @@ import pytest
 import generate
 import generation
 from checkpoint import ADAPTER
-from generate_options import Sampling, parse, read_prompts
+from options.generate import Sampling, parse, read_prompts
 from tests.test_adapters import args_for
 from tests.test_finished_run import saved_run
 

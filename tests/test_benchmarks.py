@@ -29,9 +29,9 @@ from benchmarks.options import parse
 from benchmarks.shapes import SHAPES
 from benchmarks.systems import PEERS, SYSTEMS, Setting, System
 from benchmarks.table import Row, markdown, measured, ratio
-from command_line import parse as parse_training
-from config import HQQ_BITS
 from model_files import CheckpointFiles
+from options.command_line import parse as parse_training
+from options.config import HQQ_BITS
 from quantizers import HQQ, NF4
 from tests.runs import whole_run
 

@@ -21,12 +21,12 @@ import model_writer
 import train
 from block_expansion import expanded_config, expanded_tensors, positions
 from checkpoint import BLOCKS
-from command_line import parse
 from model_files import INDEX, CheckpointFiles
 from models import FAMILIES, build_on_meta, read_config
 from models.adapters import apply_method
 from models.family import Family
 from models.llama_pro import NEW_LAYERS, evenly, sources
+from options.command_line import parse
 from packing import make_sampler
 from precision import Precision
 from quantize_layers import Linear4bit

@@ -14,7 +14,7 @@ import checkpoint
 import model_writer
 import train
 from checkpoint import check_output, clear_output, holds_run
-from config import UserError
+from options.config import UserError
 from tests.runs import dense_state, set_up, transformers_model
 from tests.test_adapters import ALPHA, IDS, args_for
 

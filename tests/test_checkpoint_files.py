@@ -26,7 +26,7 @@ from checkpoint_files import (
     steps_in,
 )
 from checkpoint_plan import CopyPlanner
-from config import UserError
+from options.config import UserError
 from tests.manifests import edit
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")

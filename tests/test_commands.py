@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-import command_line
+from options import command_line
 from tests.programs import ROOT
 
 

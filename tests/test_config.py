@@ -9,9 +9,9 @@ import re
 import pytest
 import yaml
 
-from command_line import parse
-from config import FIELDS, METHODS, TOY_DEFAULTS, Config, UserError, dump_yaml
 from data import find_recipe
+from options.command_line import parse
+from options.config import FIELDS, METHODS, TOY_DEFAULTS, Config, UserError, dump_yaml
 
 # fsdp_qlora's options and choices, as DESIGN.md lists them: commands of others must keep working.
 FSDP_QLORA = """

@@ -12,9 +12,9 @@ import torch
 
 import data
 from benchmarks.make_checkpoint import byte_tokenizer
-from config import UserError
 from data import IGNORE, StepSampler, TokenizedRows, prepare, rounded, tokenize
 from formats import FORMATS, GUANACO_MARKERS, Rendered
+from options.config import UserError
 from tests import chat_templates, small_tokenizers
 
 BYTES = byte_tokenizer()

@@ -17,11 +17,11 @@ import models
 import precision
 import train
 from checkpoint import whole
-from config import UserError
 from data import IGNORE, Batch
 from models import FAMILIES, build_on_meta, gemma2, read_config
 from models.family import Family, clean
 from models.moe import Experts
+from options.config import UserError
 from tests import tiny
 from tests.runs import outputs, set_up, train_run, transformers_model
 from tests.test_adapters import IDS, args_for, loss_and_logits, summed_cross_entropy, trained_names

@@ -23,11 +23,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import data
 from benchmarks.make_checkpoint import byte_tokenizer
 from checkpoint_files import MANIFEST, folder_of
-from config import UserError
 from data import Step, StepSampler, prepare
 from faults import BAD_STEPS, BadSteps
 from model_files import INDEX
 from optimizers import make_optimizer
+from options.config import UserError
 from prefetch import ahead
 from tests import tiny
 from tests.programs import ROOT

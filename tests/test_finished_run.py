@@ -11,10 +11,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-import config as options
 from checkpoint import ADAPTER, BLOCKS
-from config import UserError
 from finished_run import load_model, open_run, read_adapter
+from options import config as options
+from options.config import UserError
 from tests.test_adapters import IDS, args_for
 from tests.test_checkpoint import save_and_compute
 from tests.test_parity import biased

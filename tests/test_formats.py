@@ -6,9 +6,9 @@ import jinja2
 import pytest
 
 from benchmarks.make_checkpoint import byte_tokenizer
-from config import UserError
 from data import tokenize
 from formats import FORMATS, GUANACO_MARKERS, asked, checked, prompt_ids, recognise, turn_ending
+from options.config import UserError
 from tests import chat_templates as templates
 from tests import small_tokenizers
 

@@ -14,11 +14,11 @@ import model_writer
 import train
 from checkpoint import ADAPTER, BEST, BLOCKS, SCORE, replace_folder, write_text
 from checkpoint_files import steps_in
-from command_line import needs_no_traceback, parse
-from config import UserError
 from evaluation import Evaluator, kept_in
 from launch import Place
 from model_writer import Entry
+from options.command_line import needs_no_traceback, parse
+from options.config import UserError
 from tensor_files import save_tensors
 from tests.products import products
 from tests.programs import small

@@ -15,12 +15,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import generate
 import generation
 import models.dora
-from config import UserError
 from finished_run import open_base, open_run
 from formats import ALPACA
 from generation import Answer, Conversation, Stream, make_template
 from models.dora import DoRALinear, fixed_norms
 from models.lora import LoRALinear, adapters_off
+from options.config import UserError
 from quantize_layers import Linear4bit
 from quantizers import HQQ, NF4
 from tests.runs import dense_state, transformers_model

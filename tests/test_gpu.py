@@ -17,12 +17,12 @@ import torch
 from torch import nn
 
 import train
-from config import UserError
 from data import StepSampler
 from models.dora import DoRALinear
 from models.family import clean
 from models.lora import LoRALinear
 from optimizers import make_optimizer
+from options.config import UserError
 from out_of_memory import explained
 from profiling import Profiler
 from quantize_layers import STORAGE, Linear4bit, fill

@@ -18,9 +18,9 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 
 import tensor_files
 from activation_offload import HostStash, Offloaded
-from config import HQQ_BITS
 from data import Step
 from loss import look_up
+from options.config import HQQ_BITS
 from quantizers import HQQ, triton_runs_on
 from tensor_files import Stage, list_tensors, read_tensor
 from tests.resuming import NOISY, Signals, adapter, lines, repeated, run

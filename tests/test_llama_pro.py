@@ -11,11 +11,11 @@ from safetensors.torch import load_file, safe_open
 
 import train
 from checkpoint import BLOCKS
-from config import UserError
 from model_files import CheckpointFiles
 from models import FAMILIES, read_config
 from models.family import clean
 from models.llama_pro import NEW_LAYERS, check_can_leave_silence, new_layers
+from options.config import UserError
 from quantize_layers import Linear4bit
 from tests import tiny
 from tests.runs import set_up, trained_tensors

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from activation_offload import HostStash, Stashed
-from config import FIELDS
+from options.config import FIELDS
 from quantize_layers import Linear4bit
 from tests.products import products
 from tests.runs import set_up, train_run

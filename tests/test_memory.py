@@ -13,7 +13,7 @@ from torch import nn
 import memory
 import train
 import weight_arithmetic
-from config import METHODS
+from options.config import METHODS
 from tests.runs import make_job
 from tests.test_packed_files import pack_like_the_hub
 from tests.test_parity import arguments, biased

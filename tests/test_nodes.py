@@ -30,9 +30,9 @@ import launch
 import nodes
 from checkpoint_files import Saved
 from checks import check
-from command_line import parse
-from config import UserError
 from nodes import Finding, compare
+from options.command_line import parse
+from options.config import UserError
 from tests.programs import ROOT
 from tests.runs import train_run
 

@@ -19,8 +19,6 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
 
 import train
-from command_line import parse
-from config import FIELDS, UserError
 from model_files import CheckpointFiles
 from models import FAMILIES, build_on_meta, read_config
 from models.adapters import apply_method
@@ -33,6 +31,8 @@ from optimizers import (
     make_schedule,
     merged_blocks,
 )
+from options.command_line import parse
+from options.config import FIELDS, UserError
 from precision import Precision
 from tests.runs import train_run
 

@@ -11,7 +11,7 @@ import torch
 
 import out_of_memory
 import train
-from config import UserError
+from options.config import UserError
 from out_of_memory import LAYER_ACTIVATIONS, Shape, changes, estimate, measure, savings
 from tests.runs import make_job
 from tests.test_parity import arguments

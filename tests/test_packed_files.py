@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import train
-from config import UserError
 from model_files import CheckpointFiles
+from options.config import UserError
 from quantizers import HQQ, NF4
 from tests.runs import dense_state, make_job, outputs, set_up, transformers_model
 from tests.test_adapters import IDS

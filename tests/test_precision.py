@@ -10,9 +10,9 @@ import torch
 import precision
 import train
 from checkpoint import whole
-from config import FIELDS
 from data import Batch
 from models.family import clean
+from options.config import FIELDS
 from precision import Precision, choose_precision, precision_here
 from tests.products import products
 from tests.runs import set_up, train_run, trained_tensors

@@ -22,8 +22,8 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 import launch
 import train
 from checkpoint_files import newest_whole
-from command_line import parse
-from config import UserError
+from options.command_line import parse
+from options.config import UserError
 from tests.distributed import new_processes
 from tests.programs import (
     ROOT,

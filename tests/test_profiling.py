@@ -13,10 +13,10 @@ import pytest
 import torch
 
 import train
-from command_line import parse
-from config import UserError
 from launch import Place
 from memory_history import BETWEEN
+from options.command_line import parse
+from options.config import UserError
 from profiling import (
     HISTORY_STEPS,
     MemoryRecorder,

@@ -15,7 +15,7 @@ from torch import nn
 
 import merge
 import quantizers
-from config import HQQ_BITS, UserError
+from options.config import HQQ_BITS, UserError
 from quantize_layers import STORAGE, Linear4bit, as_storage
 from quantizers import HQQ, NF4, pack_bits
 from tests.runs import dense_state, set_up

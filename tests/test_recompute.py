@@ -20,9 +20,9 @@ import activation_offload
 import linear4bit
 import recompute
 import train
-from config import METHODS
 from faults import BadSteps
 from loss import KERNELS
+from options.config import METHODS
 from recompute import GRAPHS, Keep, Recomputed, allow_graphs, compiler
 from tests.products import products
 from tests.runs import set_up, train_run

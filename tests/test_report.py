@@ -20,12 +20,12 @@ from pathlib import Path
 import pytest
 import torch
 
-import config as options
 import report
 import train
-from command_line import parse
-from config import UserError
 from data import StepSampler, TokenizedRows
+from options import config as options
+from options.command_line import parse
+from options.config import UserError
 from report_charts import downsample, number, running_mean, step_axis, value_axis
 from tests import tiny
 from tests.runs import whole_run

@@ -19,8 +19,8 @@ import checkpoint_files
 import train
 from checkpoint import Alone
 from checkpoint_files import folder_of, steps_in
-from command_line import parse
-from config import UserError
+from options.command_line import parse
+from options.config import UserError
 from stopping import Stopping
 from tests.resuming import NOISY, QUIET, Filling, Signals, adapter, fill, lie, lines, repeated, resumed, run
 from tests.runs import whole_run

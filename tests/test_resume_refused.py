@@ -17,7 +17,7 @@ import checkpoint_files
 import checkpoints
 import resume
 from checkpoint_files import folder_of
-from config import UserError
+from options.config import UserError
 from precision import choose_precision
 from tests.hostile_checkpoints import Pickled
 from tests.resuming import QUIET, lie, resumed, run

@@ -15,8 +15,8 @@ import pyarrow.parquet
 import pytest
 
 from benchmarks.make_checkpoint import byte_tokenizer
-from config import UserError
 from data import prepare
+from options.config import UserError
 from sources import RECIPES, Recipe, find_recipe, load_rows
 
 BYTES = byte_tokenizer()

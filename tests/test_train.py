@@ -20,14 +20,14 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-import command_line
 import launch
 import train
 from checkpoints import Checkpoints
-from command_line import parse
-from config import TOY_PROMPT
 from evaluation import Evaluator
 from optimizers import lr_factor
+from options import command_line
+from options.command_line import parse
+from options.config import TOY_PROMPT
 from tests.programs import ROOT, losses, metrics, run, small, start
 from tests.runs import train_run, whole_run
 from tests.wandb_files import wandb_records

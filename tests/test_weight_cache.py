@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 import train
 import weight_cache
 from checkpoint import ADAPTER
-from config import UserError
 from model_files import CheckpointFiles
+from options.config import UserError
 from quantizers import HQQ, NF4
 from tests.resuming import fill, run
 from tests.runs import dense_state, make_job, set_up

@@ -20,8 +20,8 @@ from collections import Counter
 from pathlib import Path
 
 from checkpoint import ADAPTER
-from config import CHECKPOINTS
 from launch import free_port
+from options.config import CHECKPOINTS
 from tensor_files import read_header
 
 WORLD = 2

@@ -1,4 +1,4 @@
-"""Writes docs/options.md from config.py, so that the page and the program cannot disagree.
+"""Writes docs/options.md from options/config.py, so that the page and the program cannot disagree.
 
 python -m tools.make_options_doc
 """
@@ -8,13 +8,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import precision
-from config import FIELDS, METHODS, NEEDS, TOY_DEFAULTS, shown
+from options.config import FIELDS, METHODS, NEEDS, TOY_DEFAULTS, shown
 
 PAGE = Path(__file__).parent.parent / "docs" / "options.md"
 
 HEAD = """# Options
 
-Made by `python -m tools.make_options_doc` from config.py; `python train.py --help` shows the same.
+Made by `python -m tools.make_options_doc` from options/config.py; `python train.py --help` shows the same.
 
 Options may be written with `-` for `_`, and switches without `true`. `--config run.yaml` reads them from a
 file (`option: value` lines; the command line wins); every run writes its own as `<output_dir>/config.yaml`.

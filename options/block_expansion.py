@@ -6,8 +6,8 @@ import argparse
 import os
 from dataclasses import dataclass
 
-from command_line import command_parser, suggest, with_underscores
-from config import UserError
+from options.command_line import command_parser, suggest, with_underscores
+from options.config import UserError
 
 
 @dataclass(frozen=True)

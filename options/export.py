@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from command_line import command_parser, suggest, with_underscores
-from config import UserError
+from options.command_line import command_parser, suggest, with_underscores
+from options.config import UserError
 
 KINDS = ("merged", "gguf-ready", "adapter")
 DTYPES = ("float32", "bfloat16", "float16")

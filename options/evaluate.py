@@ -7,9 +7,9 @@ import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 
-from command_line import command_parser, suggest, with_underscores
-from config import UserError
 from formats import FORMATS
+from options.command_line import command_parser, suggest, with_underscores
+from options.config import UserError
 
 METRICS = ("perplexity", "exact_match", "bleu", "rouge")
 PACKAGES = {"bleu": ("sacrebleu", "sacrebleu"), "rouge": ("rouge_score", "rouge-score")}  # module, on PyPI

@@ -7,7 +7,7 @@ import dataclasses
 import os
 import time
 
-from config import (
+from options.config import (
     CHECKPOINTS,
     FIELDS,
     HQQ_BITS,

@@ -25,9 +25,9 @@ from pathlib import Path
 
 import yaml
 
-from config import FIELDS, HINTS, NEEDS, Config, UserError, shown
-from limits import OPTIONS_FILE, read_text
-from resolve import resolve
+from options.config import FIELDS, HINTS, NEEDS, Config, UserError, shown
+from options.limits import OPTIONS_FILE, read_text
+from options.resolve import resolve
 
 T = typing.TypeVar("T")
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)  # EDQUOT: of what a user may fill
@@ -312,7 +312,7 @@ def report_folder(argv: list[str]) -> Path:
 def program(script: str) -> list[str]:
     """[this interpreter, one of our programs] as they can be typed where this process was started: `python` may be
     another interpreter there, or none."""
-    path = Path(__file__).parent / script
+    path = Path(__file__).parents[1] / script
     here = os.path.exists(script) and os.path.samefile(script, path)
     return [_python(), script if here else str(path)]
 

@@ -11,9 +11,9 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from command_line import command_parser, suggest, with_underscores
-from config import UserError
-from limits import LINE, read_text
+from options.command_line import command_parser, suggest, with_underscores
+from options.config import UserError
+from options.limits import LINE, read_text
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 FORMAT_NAMES = ("auto", "alpaca", "chat", "guanaco", "qa", "completion")
