@@ -26,7 +26,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PretrainedConfig
 
-from memory import size
+from launch.memory import size
 from model_files import INDEX, SINGLE, CheckpointFiles
 from models.family import clean
 from models.lora import LoRALinear

@@ -39,7 +39,7 @@ from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, W
 from torch.futures import Future
 
 from checkpoint import beside, check_room, fresh_folder, remove
-from memory import MIB
+from launch.memory import MIB
 from options.config import CHECKPOINTS, UserError
 from options.limits import MANIFEST_FILE, check_size, read_text
 from tensor_files import write_tensors

@@ -26,11 +26,11 @@ from background import Background
 from checkpoint import remove
 from checkpoint_files import GROWING_FILES, Saved, Writer, folder_of, prune, sync
 from checkpoint_plan import CopyPlanner
-from launch import Place, use
-from memory import MIB, can_pin
+from launch.memory import MIB, can_pin
+from launch.processes import Place, use
+from launch.signals import NeverStop
 from options.command_line import describe
 from options.config import UserError
-from stopping import NeverStop
 from tracking import Later
 from training_state import Tensors, collect, local_part, restore, trained_parameters
 

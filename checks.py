@@ -12,13 +12,14 @@ import torch
 from torch import nn
 from transformers import AutoTokenizer, PretrainedConfig
 
-import launch
 import resume
 from bnb_files import check_stored_quantization
 from checkpoint import check_output, check_writable
 from checkpoint_files import Saved
 from data import StepSampler, TokenizedRows, toy_texts
 from evaluation_data import EvaluationData, named, prepare_sets, stop_tokens
+from launch import processes as launch
+from launch.precision import bf16_gpu, precision_here
 from model_files import CheckpointFiles, fetch_weights, find_model
 from models import build_on_meta, check_weights, read_config
 from models.adapters import check_packing, check_rank, make_quantizer_of, packed_linears, target_linears
@@ -30,7 +31,6 @@ from options.command_line import describe, under_torchrun
 from options.config import TOY_MODEL, Config, UserError
 from options.limits import TOKENIZER_FILE, check_size
 from packing import make_sampler
-from precision import bf16_gpu, precision_here
 from profiling import check_traces
 from tracking import check_wandb
 from weight_cache import NewCache, new_cache, open_cache
@@ -160,7 +160,7 @@ def total_steps(config: Config, sampler: StepSampler) -> int:
 def find_cache(model: nn.Module, family: Family, config: Config, files: CheckpointFiles) -> NewCache | None:
     """Makes `files` read from --quantized_cache, or returns what a new one will be. Raises UserError."""
     names = [f"{name}.weight" for name in packed_linears(model, family, config)]
-    device_type = "cuda" if torch.cuda.is_available() else "cpu"  # as launch.py's ranks
+    device_type = "cuda" if torch.cuda.is_available() else "cpu"  # as launch/processes.py's ranks
     asked = (Path(config.quantized_cache), files, names, make_quantizer_of(config), device_type)
     cached = open_cache(*asked)
     if cached is None:

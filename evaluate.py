@@ -38,10 +38,10 @@ from evaluation import grouped, mean_loss, perplexity
 from evaluation_data import Prompt, held_rows, prompt_of, read_beside, stop_tokens
 from finished_run import Run, load_model, load_tokenizer, open_base, open_run
 from formats import Rendered
-from launch import Place
+from launch.precision import bf16_gpu, choose_precision
+from launch.processes import Place
 from models.family import rope_switch
 from models.lora import adapters_off
-from precision import bf16_gpu, choose_precision
 from train import loss_sum
 
 

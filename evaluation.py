@@ -26,7 +26,7 @@ from checkpoint import BEST, SCORE, beside, fresh_folder, remove, replace_folder
 from data import Batch, TokenizedRows, make_batch
 from evaluation_data import EvaluationData
 from faults import too_many
-from launch import Place
+from launch.processes import Place
 from models.family import rope_switch
 from options.command_line import describe
 from options.config import Config

@@ -21,7 +21,8 @@ from transformers import AutoTokenizer, PretrainedConfig
 from bnb_files import check_stored_quantization
 from checkpoint import ADAPTER, BLOCKS, base_digest
 from data import toy_texts
-from launch import Place
+from launch.precision import Precision
+from launch.processes import Place
 from model_files import CheckpointFiles, fetch_weights, find_model
 from model_writer import open_blocks
 from models import build_on_meta, check_weights, read_config
@@ -33,7 +34,6 @@ from models.toy import toy_model
 from options.command_line import describe, parse
 from options.config import FIELDS, TOY_MODEL, Config, UserError
 from options.limits import CONFIG_FILE, OPTIONS_FILE, read_json, read_text
-from precision import Precision
 from quantize_layers import load_weights
 
 PREFIX = "base_model.model."  # of PEFT's names

@@ -22,12 +22,12 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 from data import find_format
 from finished_run import Run, load_model, load_tokenizer, open_base, open_run, set_adapter
 from formats import FORMATS, GUANACO_MARKERS, Format, asked, checked, prompt_ids, turn_ending
+from launch.precision import Precision, choose_precision
 from models.adapters import exchange_adapters
 from models.dora import fixed_norms
 from models.lora import adapters_off
 from options.config import UserError
 from options.generate import Prompt, Sampling
-from precision import Precision, choose_precision
 
 BASE = "base"
 

@@ -12,13 +12,13 @@ import torch
 from torch import nn
 
 from finished_run import Run, tensors_of
+from launch.precision import Precision
 from model_files import CheckpointFiles
 from models import build_on_meta
 from models.adapters import apply_method, choose_quantizers, packed_linears
 from models.family import Family
 from models.longrope import make_rotary
 from models.lora import LoRALinear
-from precision import Precision
 from quantize_layers import Packed, fill, pack, quantize_linears, quantizer_of
 from quantizers import pack_weight
 

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from checkpoint import staged
-from memory import GIB, in_use
+from launch.memory import GIB, in_use
 
 MOST_EVENTS = (
     200_000  # of the allocator, the newest: an 8B model's start and three steps make about half of them

@@ -19,7 +19,7 @@ from functools import partial
 import torch
 
 from finished_run import PREFIX, Run
-from memory import empty_on_host
+from launch.memory import empty_on_host
 from model_files import CheckpointFiles
 from model_writer import PIECE, Entry, copied
 from models import build_on_meta

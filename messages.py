@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
-import memory
 from checkpoint import BLOCKS
 from data import StepSampler, TokenizedRows
+from launch import memory
 from options.command_line import describe, program, under_torchrun
 from options.config import TOY_DATASET, TOY_MODEL, TOY_PROMPT, Config
 from packing import PackSampler

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from data import Step
-from launch import use
+from launch.processes import use
 
 
 def ahead(steps: Iterator[Step], device: torch.device, pin: bool) -> Iterator[Step]:

@@ -18,8 +18,8 @@ import torch
 import torch.distributed as dist
 
 from checkpoint import write_text
-from launch import Place
-from memory import GIB, PEAKS, in_use
+from launch.memory import GIB, PEAKS, in_use
+from launch.processes import Place
 from memory_history import BETWEEN, History, Recording
 from memory_page import write_pages
 from options.config import Config, UserError

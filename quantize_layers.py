@@ -28,10 +28,10 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from launch import Place, use
+from launch.memory import empty_on_host
+from launch.processes import Place, use
 from linear4bit import compute_dtype, dequantize, linear4bit, name_of
 from loss import FrozenEmbedding
-from memory import empty_on_host
 from model_files import CheckpointFiles
 from models.family import Family, clean
 from models.longrope import make_rotary

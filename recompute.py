@@ -20,11 +20,11 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import ActivationWrapper
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from launch.signals import unheard_by_children
 from models.dora import same_operators
 from models.family import Family
 from quantize_layers import Linear4bit
 from quantizers import triton_runs_on
-from stopping import unheard_by_children
 
 ops = torch.ops
 MARKED = {ops.fsdp_finetune.kept.default}

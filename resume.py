@@ -29,9 +29,9 @@ from checkpoint_files import (
     steps_in,
 )
 from data import TokenizedRows
+from launch.precision import precision_here
 from model_files import CheckpointFiles
 from options.config import CHECKPOINTS, FIELDS, Config, UserError, shown
-from precision import precision_here
 from tracking import read_metrics
 from weight_cache import digest
 

@@ -22,9 +22,9 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-import memory
 from checkpoint import as_json, staged
 from data import Step
+from launch import memory
 from options.command_line import FULL_DISK
 from options.config import Config, UserError
 from options.limits import METRICS_LINE

@@ -29,7 +29,7 @@ if __name__ == "__main__":
     outlast()
     PARSED = parse_or_exit(sys.argv[1:])
     prepare_environment()
-    gc.disable()  # as in rank_imports.py
+    gc.disable()  # as in launch/rank_imports.py
 
 import dataclasses
 import os
@@ -43,9 +43,6 @@ from huggingface_hub.utils import logging as hub_logging
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
-import launch
-import memory
-import nodes
 import resume
 from attention import choose_attention
 from checkpoint import (
@@ -62,7 +59,11 @@ from checks import Job, check, identity, read_tokenizer, total_steps
 from data import Batch, StepSampler
 from evaluation import Evaluator, describe_evaluations
 from faults import BadSteps, conclude
-from launch import Place, resolve_workers
+from launch import memory, nodes
+from launch import processes as launch
+from launch.precision import precision_here, use_deterministic
+from launch.processes import Place, resolve_workers
+from launch.signals import NEVER, NeverStop, Stopping
 from messages import (
     describe_data,
     describe_files,
@@ -82,13 +83,11 @@ from options import config as options
 from options.config import TOY_MODEL, Config, UserError
 from out_of_memory import explained
 from packing import longest_line, make_sampler
-from precision import precision_here, use_deterministic
 from prefetch import ahead
 from profiling import BETWEEN, NO_PROFILER, NoProfiler, Profiler, make_profiler
 from quantize_layers import load_weights
 from recompute import ActivationBudget, Keep, compiler, compiles
 from report import FACTS, PAGE, describe_run, write_report
-from stopping import NEVER, NeverStop, Stopping
 from tracking import Lap, Later, Meter, Reading, despite_full_disk, make_tracker
 from weight_arithmetic import Share, check_loaded, expect
 from weight_cache import writing

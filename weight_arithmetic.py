@@ -13,15 +13,15 @@ from dataclasses import dataclass, fields
 
 from torch import nn
 
-import memory
-from launch import Place
-from memory import size
+from launch import memory
+from launch.memory import size
+from launch.precision import Precision
+from launch.processes import Place
 from model_files import CheckpointFiles
 from models.adapters import make_quantizer_of, target_linears
 from models.family import Family
 from models.llama_pro import new_layers
 from options.config import Config
-from precision import Precision
 from quantize_layers import STORAGE
 from wrapping import STRATEGIES
 

@@ -31,7 +31,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 
 from checkpoint import check_room, check_writable
-from launch import Place
+from launch.processes import Place
 from model_files import CheckpointFiles
 from options.command_line import describe
 from options.config import UserError

@@ -28,8 +28,8 @@ from torch.distributed.fsdp import (
 
 from activation_offload import HostStash, Offloaded
 from copy_engines import make_copies
+from launch.memory import can_pin
 from loss import freeze, shard_vocabulary
-from memory import can_pin
 from models.dora import DoRALinear
 from models.family import Family
 from quantize_layers import Linear4bit

@@ -24,7 +24,7 @@ import model_files
 import train
 from benchmarks.make_checkpoint import EMPTY, STD
 from checks import Job
-from launch import Place
+from launch.processes import Place
 from tensor_files import Stage, Staged, StoredTensor, read_tensor
 
 _run_rank = train.run_rank

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from launch.precision import Precision
 from model_files import CheckpointFiles
 from models.dora import DoRALinear
 from models.family import Family
@@ -15,7 +16,6 @@ from models.llama_pro import new_layers
 from models.lora import LoRALinear
 from models.moe import within_experts
 from options.config import Config, UserError
-from precision import Precision
 from quantize_layers import quantize_linears
 from quantizers import Quantizer, make_quantizer
 

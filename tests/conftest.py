@@ -27,7 +27,7 @@ import pytest
 def pytest_collection_modifyitems(items):
     from transformers.utils import logging
 
-    from launch import ranks_on_gpus
+    from launch.processes import ranks_on_gpus
 
     logging.disable_progress_bar()  # tests read stderr
     gc.freeze()  # all that was imported stays
@@ -79,7 +79,7 @@ def even_rows(tmp_path_factory):
 
 def _ranks(world: int):
     """On a machine with GPUs each rank has one, over NCCL; without, they are CPU processes over gloo."""
-    from launch import ranks_on_gpus
+    from launch.processes import ranks_on_gpus
     from tests.distributed import Ranks
 
     if 0 < ranks_on_gpus() < world:
@@ -148,9 +148,9 @@ def small_disk(tmp_path):
 
 @pytest.fixture
 def processes(monkeypatch):
-    """The rank processes that launch.py starts in this test, in order. Where they are forks, they are those of the server
+    """The rank processes that launch/processes.py starts in this test, in order. Where they are forks, they are those of the server
     of tests/distributed.py."""
-    import launch
+    from launch import processes as launch
 
     started, start_ranks = [], launch._start_ranks
 

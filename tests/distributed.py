@@ -18,15 +18,15 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from launch import free_port, join_group
-from stopping import hear
+from launch.processes import free_port, join_group
+from launch.signals import hear
 
 TIMEOUT_SECONDS = 240
 
 
 def _serve(rank: int, world: int, port: int, tasks, results) -> None:
     gc.freeze()  # all that the fork server has imported stays
-    hear()  # the server may be one that launch.py has started
+    hear()  # the server may be one that launch/processes.py has started
     os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
     place = join_group(rank, world, rank)
     torch.set_num_threads(1)  # as conftest.py says
@@ -43,7 +43,7 @@ def _serve(rank: int, world: int, port: int, tasks, results) -> None:
 def new_processes() -> multiprocessing.context.BaseContext:
     """Where tests get processes from that know the program without importing it."""
     context = mp.get_context("spawn" if torch.cuda.is_available() else "forkserver")
-    context.set_forkserver_preload(["rank_imports", "tests.runs"])
+    context.set_forkserver_preload(["launch.rank_imports", "tests.runs"])
     return context
 
 

@@ -401,8 +401,8 @@ def meet(case: Case, folder: Path, main: Callable[[list[str]], int]) -> dict:
 
 
 def run(root: Path) -> None:
-    import launch
     import train
+    from launch import processes as launch
     from tests.hostile_checkpoints import SOUND, sound
 
     def start(*_):

@@ -10,7 +10,7 @@ from torch import nn
 
 from checkpoint_files import folder_of, read_checkpoint
 from checkpoints import Checkpoints
-from stopping import NeverStop
+from launch.signals import NeverStop
 from tracking import Later
 from training_state import Tensors, collect
 

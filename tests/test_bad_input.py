@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import block_expansion
-import launch
 import train
+from launch import processes as launch
 from model_files import INDEX
 from models import FAMILIES
 

@@ -21,6 +21,7 @@ import model_writer
 import train
 from block_expansion import expanded_config, expanded_tensors, positions
 from checkpoint import BLOCKS
+from launch.precision import Precision
 from model_files import INDEX, CheckpointFiles
 from models import FAMILIES, build_on_meta, read_config
 from models.adapters import apply_method
@@ -28,7 +29,6 @@ from models.family import Family
 from models.llama_pro import NEW_LAYERS, evenly, sources
 from options.command_line import parse
 from packing import make_sampler
-from precision import Precision
 from quantize_layers import Linear4bit
 from tensor_files import list_tensors
 from tests import tiny

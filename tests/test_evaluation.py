@@ -24,9 +24,9 @@ from evaluation import greedy, grouped, mean_loss, perplexity
 from evaluation_data import held_rows, prepare_sets, prompt_of, stop_tokens
 from finished_run import load_model, open_run
 from formats import ALPACA, FORMATS, QA
-from launch import Place
+from launch.precision import choose_precision
+from launch.processes import Place
 from options.command_line import parse
-from precision import choose_precision
 from tests.runs import dense_tensors, make_job, randomize, trained_tensors, whole_run
 from tests.test_adapters import as_peft
 from tests.test_sources import BYTES

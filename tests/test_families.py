@@ -14,10 +14,10 @@ from transformers.models.granite.modeling_granite import GraniteForCausalLM, Gra
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts, Qwen3MoeMLP
 
 import models
-import precision
 import train
 from checkpoint import whole
 from data import IGNORE, Batch
+from launch import precision
 from models import FAMILIES, build_on_meta, gemma2, read_config
 from models.family import Family, clean
 from models.moe import Experts

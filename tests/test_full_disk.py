@@ -15,7 +15,7 @@ import train
 from checkpoint import ADAPTER, BEST, BLOCKS, SCORE, replace_folder, write_text
 from checkpoint_files import steps_in
 from evaluation import Evaluator, kept_in
-from launch import Place
+from launch.processes import Place
 from model_writer import Entry
 from options.command_line import needs_no_traceback, parse
 from options.config import UserError

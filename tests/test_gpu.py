@@ -304,7 +304,7 @@ def test_gathered_bytes_are_the_loaded_bytes(train_type, tmp_path):
 
 def _compare_gathered(model: str, data: str, train_type: str) -> None:
     from checkpoint import gather
-    from launch import join_group
+    from launch.processes import join_group
     from tests.runs import set_up
 
     place = join_group(*(int(os.environ[k]) for k in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))

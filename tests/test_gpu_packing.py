@@ -9,9 +9,9 @@ from torch._dynamo.utils import counters
 
 import attention
 from attention import VARLEN, attend_within_rows, has_varlen
-from memory import can_pin
+from launch.memory import can_pin
+from launch.precision import precision_here
 from packing import PackSampler
-from precision import precision_here
 from prefetch import ahead
 from tests.runs import set_up, train_run
 from tests.test_data import some_rows

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from launch import Place
+from launch.processes import Place
 from memory_history import BETWEEN, GpuEvents
 from profiling import HISTORY_STEPS, MemoryRecorder, Profiler
 from tests import tiny

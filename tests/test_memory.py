@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-import memory
 import train
 import weight_arithmetic
+from launch import memory
 from options.config import METHODS
 from tests.runs import make_job
 from tests.test_packed_files import pack_like_the_hub

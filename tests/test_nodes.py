@@ -26,11 +26,11 @@ import torch.distributed as dist
 import yaml
 from safetensors.torch import load_file, save_file
 
-import launch
-import nodes
 from checkpoint_files import Saved
 from checks import check
-from nodes import Finding, compare
+from launch import nodes
+from launch import processes as launch
+from launch.nodes import Finding, compare
 from options.command_line import parse
 from options.config import UserError
 from tests.programs import ROOT

@@ -19,6 +19,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
 
 import train
+from launch.precision import Precision
 from model_files import CheckpointFiles
 from models import FAMILIES, build_on_meta, read_config
 from models.adapters import apply_method
@@ -33,7 +34,6 @@ from optimizers import (
 )
 from options.command_line import parse
 from options.config import FIELDS, UserError
-from precision import Precision
 from tests.runs import train_run
 
 FUSED = {"fused_adamw": torch.optim.AdamW, "fused_adam": torch.optim.Adam}

@@ -7,13 +7,13 @@ import json
 import pytest
 import torch
 
-import precision
 import train
 from checkpoint import whole
 from data import Batch
+from launch import precision
+from launch.precision import Precision, choose_precision, precision_here
 from models.family import clean
 from options.config import FIELDS
-from precision import Precision, choose_precision, precision_here
 from tests.products import products
 from tests.runs import set_up, train_run, trained_tensors
 from tests.test_parity import arguments, biased

@@ -19,9 +19,9 @@ import pytest
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-import launch
 import train
 from checkpoint_files import newest_whole
+from launch import processes as launch
 from options.command_line import parse
 from options.config import UserError
 from tests.distributed import new_processes

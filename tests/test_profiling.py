@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import train
-from launch import Place
+from launch.processes import Place
 from memory_history import BETWEEN
 from options.command_line import parse
 from options.config import UserError

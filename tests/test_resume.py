@@ -19,9 +19,9 @@ import checkpoint_files
 import train
 from checkpoint import Alone
 from checkpoint_files import folder_of, steps_in
+from launch.signals import Stopping
 from options.command_line import parse
 from options.config import UserError
-from stopping import Stopping
 from tests.resuming import NOISY, QUIET, Filling, Signals, adapter, fill, lie, lines, repeated, resumed, run
 from tests.runs import whole_run
 from tests.wandb_files import wandb_records

@@ -17,8 +17,8 @@ import checkpoint_files
 import checkpoints
 import resume
 from checkpoint_files import folder_of
+from launch.precision import choose_precision
 from options.config import UserError
-from precision import choose_precision
 from tests.hostile_checkpoints import Pickled
 from tests.resuming import QUIET, lie, resumed, run
 

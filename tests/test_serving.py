@@ -20,7 +20,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import export
-import launch
+from launch import processes as launch
 from tests.chat_templates import CHATML
 from tests.test_adapters import args_for
 from tests.test_finished_run import saved_run

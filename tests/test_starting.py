@@ -17,7 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-import launch
+from launch import processes as launch
 from tests.programs import ROOT
 
 
@@ -140,8 +140,11 @@ def new_server(monkeypatch):
 def test_a_server_that_is_killed_while_it_imports_is_a_line(
     new_server, processes, monkeypatch, tmp_path, capfd
 ):
-    (tmp_path / "rank_imports.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
-    monkeypatch.setattr(launch, "__file__", str(tmp_path / "launch.py"))
+    (tmp_path / "launch").mkdir()
+    (tmp_path / "launch/rank_imports.py").write_text(
+        "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    monkeypatch.setattr(launch, "__file__", str(tmp_path / "launch/processes.py"))
     monkeypatch.chdir(tmp_path)  # of a second server, if the first has ended too soon
     status, err = launch.start(print, 2, (), "localhost", None), capfd.readouterr().err
     told = "a process ended while it imported what ranks need; out of host memory is the usual cause"

@@ -12,9 +12,9 @@ import time
 import pytest
 import torch.distributed as dist
 
-import stopping
+from launch import signals as stopping
+from launch.signals import NEVER, Received, Stopping, forwarding, hear
 from recompute import start_workers
-from stopping import NEVER, Received, Stopping, forwarding, hear
 from tests.distributed import new_processes
 
 STUBBORN = "trap '' TERM INT; trap 'echo saved' USR1; echo ready; while :; do sleep 0.05; done"

@@ -20,10 +20,10 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-import launch
 import train
 from checkpoints import Checkpoints
 from evaluation import Evaluator
+from launch import processes as launch
 from optimizers import lr_factor
 from options import command_line
 from options.command_line import parse

@@ -20,7 +20,7 @@ from collections import Counter
 from pathlib import Path
 
 from checkpoint import ADAPTER
-from launch import free_port
+from launch.processes import free_port
 from options.config import CHECKPOINTS
 from tensor_files import read_header
 

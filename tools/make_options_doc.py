@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import precision
+from launch import precision
 from options.config import FIELDS, METHODS, NEEDS, TOY_DEFAULTS, shown
 
 PAGE = Path(__file__).parent.parent / "docs" / "options.md"

@@ -49,5 +49,5 @@ tell(
     step_seconds=[step["step_seconds"] for step in steps],
     tokens=sum(step["tokens"] for step in steps) / len(steps),
     peak_gib=max(step["memory_allocated_gib"] for step in steps),
-    adapters="bfloat16" if work.precision == "bf16" else "float32",  # precision.py
+    adapters="bfloat16" if work.precision == "bf16" else "float32",  # launch/precision.py
 )

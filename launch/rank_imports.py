@@ -1,4 +1,4 @@
-"""What the server imports of which launch.py forks ranks: all of train.py's, before there is a rank."""
+"""What the server imports of which launch/processes.py forks ranks: all of train.py's, before there is a rank."""
 
 import atexit
 import gc

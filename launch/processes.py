@@ -28,9 +28,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from launch.signals import forwarding, hear
 from options.command_line import describe, needs_no_traceback, outlast, prepare_environment, under_torchrun
 from options.config import UserError
-from stopping import forwarding, hear
 
 MEETING = timedelta(minutes=5)  # for all ranks to come; the nodes of a job do not start at the same moment
 CPU_RANKS = 16  # on any machine, for trying things out; more only where there are processors for them
@@ -230,8 +230,8 @@ def _start_ranks(world: int, args: tuple) -> list:
     others = mp.active_children()
     method = "spawn" if torch.cuda.is_available() or sys.platform != "linux" else "forkserver"
     if method == "forkserver":
-        multiprocessing.forkserver.set_forkserver_preload(["rank_imports"])
-        with contextlib.chdir(Path(__file__).parent):  # where it finds that
+        multiprocessing.forkserver.set_forkserver_preload(["launch.rank_imports"])
+        with contextlib.chdir(Path(__file__).parents[1]):  # where it finds that
             multiprocessing.forkserver.ensure_running()
     try:
         context = mp.start_processes(_rank_process, args, nprocs=world, join=False, start_method=method)
