@@ -30,16 +30,16 @@ from huggingface_hub.utils import logging as hub_logging
 from transformers import PretrainedConfig
 from transformers.utils import logging as transformers_logging
 
-from checkpoint import check_output, clear_output
 from data import toy_texts
-from model_files import CheckpointFiles, fetch_weights, find_model
+from files.model_folder import CheckpointFiles, fetch_weights, find_model
+from files.output_folder import check_output, clear_output
+from files.tensors import StoredTensor
 from model_writer import Entry, Shards, copied, filled, open_blocks, shards_of, with_replaced, write_model
 from models import build_on_meta, check_weights, read_config
 from models.family import Family
 from models.llama_pro import NEW_LAYERS, evenly, is_expanded, new_layers, sources
 from models.toy import toy_model
 from options.limits import LAYERS
-from tensor_files import StoredTensor
 
 # Lists in a config.json that may happen to have as many entries as there are layers, and never one for each.
 OTHER_LISTS = ("architectures", "keys_to_ignore_at_inference", "mlp_only_layers")

@@ -38,11 +38,11 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, SavePlan
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
-from checkpoint import beside, check_room, fresh_folder, remove
+from files.output_folder import beside, check_room, fresh_folder, remove
+from files.tensors import write_tensors
 from launch.memory import MIB
 from options.config import CHECKPOINTS, UserError
 from options.limits import MANIFEST_FILE, check_size, read_text
-from tensor_files import write_tensors
 
 MANIFEST, VERSION, RANK = "manifest.json", 2, "rank-"
 # Of a RUN, appended to; a resumed run cuts them to the checkpoint. One that was not there then had no lines.

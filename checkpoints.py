@@ -23,9 +23,9 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 
 from background import Background
-from checkpoint import remove
 from checkpoint_files import GROWING_FILES, Saved, Writer, folder_of, prune, sync
 from checkpoint_plan import CopyPlanner
+from files.output_folder import remove
 from launch.memory import MIB, can_pin
 from launch.processes import Place, use
 from launch.signals import NeverStop

@@ -13,14 +13,15 @@ from torch import nn
 from transformers import AutoTokenizer, PretrainedConfig
 
 import resume
-from bnb_files import check_stored_quantization
-from checkpoint import check_output, check_writable
 from checkpoint_files import Saved
 from data import StepSampler, TokenizedRows, toy_texts
 from evaluation_data import EvaluationData, named, prepare_sets, stop_tokens
+from files.bnb_weights import check_stored_quantization
+from files.model_folder import CheckpointFiles, fetch_weights, find_model
+from files.output_folder import check_output, check_writable
+from files.weight_cache import NewCache, new_cache, open_cache
 from launch import processes as launch
 from launch.precision import bf16_gpu, precision_here
-from model_files import CheckpointFiles, fetch_weights, find_model
 from models import build_on_meta, check_weights, read_config
 from models.adapters import check_packing, check_rank, make_quantizer_of, packed_linears, target_linears
 from models.family import Family, follows_the_longest, switches_by_layer
@@ -33,7 +34,6 @@ from options.limits import TOKENIZER_FILE, check_size
 from packing import make_sampler
 from profiling import check_traces
 from tracking import check_wandb
-from weight_cache import NewCache, new_cache, open_cache
 from wrapping import STRATEGIES
 
 

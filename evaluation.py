@@ -22,10 +22,10 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-from checkpoint import BEST, SCORE, beside, fresh_folder, remove, replace_folder, write_text
 from data import Batch, TokenizedRows, make_batch
 from evaluation_data import EvaluationData
 from faults import too_many
+from files.output_folder import BEST, SCORE, beside, fresh_folder, remove, replace_folder, write_text
 from launch.processes import Place
 from models.family import rope_switch
 from options.command_line import describe

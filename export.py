@@ -37,7 +37,9 @@ from huggingface_hub.utils import validate_repo_id
 from transformers.utils import logging as transformers_logging
 
 import model_writer
-from checkpoint import (
+from data import prepare
+from files.model_folder import CheckpointFiles
+from files.output_folder import (
     ADAPTER,
     TOKENIZER,
     check_room,
@@ -48,12 +50,10 @@ from checkpoint import (
     holds_run,
     write_text,
 )
-from data import prepare
 from finished_run import Run, load_tokenizer, open_run, read_adapter
 from layerwise import compare, plain_logits, trained_logits
 from merge import merged_entries
 from model_card import card
-from model_files import CheckpointFiles
 from model_writer import Entry, write_model
 from options.limits import CONFIG_FILE, read_json
 from sources import find_recipe

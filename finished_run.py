@@ -18,12 +18,12 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoTokenizer, PretrainedConfig
 
-from bnb_files import check_stored_quantization
-from checkpoint import ADAPTER, BLOCKS, base_digest
 from data import toy_texts
+from files.bnb_weights import check_stored_quantization
+from files.model_folder import CheckpointFiles, fetch_weights, find_model
+from files.output_folder import ADAPTER, BLOCKS, base_digest
 from launch.precision import Precision
 from launch.processes import Place
-from model_files import CheckpointFiles, fetch_weights, find_model
 from model_writer import open_blocks
 from models import build_on_meta, check_weights, read_config
 from models.adapters import apply_method, check_packing

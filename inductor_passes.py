@@ -4,7 +4,7 @@ Linears that read one x (the projections of attention, gate and up) do alone wha
 its own A, a matmul so narrow that reading x is what it costs; in backward A's gradient reads x again, and each adds its
 own gradient of x to the others'. In the modules, which transformers calls one by one, they know nothing of each other. In
 the graph of a layer they stand side by side: here their A's become one, and their operators of backward one each
-(linear4bit.py takes any number). With checkpointing that is a dozen kernels less in each layer that go through all of x, or
+(quantization/operators.py takes any number). With checkpointing that is a dozen kernels less in each layer that go through all of x, or
 of its gradient.
 
 The rewritten graph computes the same up to rounding: sums of the gradients of x are formed in the matmuls, not after them.
@@ -25,7 +25,7 @@ import torch
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch.fx import Graph, Node, map_arg
 
-import linear4bit
+from quantization import operators as linear4bit
 
 ops = torch.ops
 SUM, MULTIPLY = ops.aten.sum.dim_IntList, ops.aten.mul.Tensor

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import staged
+from files.output_folder import staged
 from launch.memory import GIB, in_use
 
 MOST_EVENTS = (

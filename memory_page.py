@@ -5,7 +5,7 @@ from __future__ import annotations
 from html import escape
 from pathlib import Path
 
-from checkpoint import staged, write_text
+from files.output_folder import staged, write_text
 from memory_history import Part, Recording
 from report_charts import Band, Series, number, plot, tick, time_axis, value_axis
 from report_page import document

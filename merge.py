@@ -18,16 +18,16 @@ from functools import partial
 
 import torch
 
+from files.model_folder import CheckpointFiles
+from files.tensors import Stage
 from finished_run import PREFIX, Run
 from launch.memory import empty_on_host
-from model_files import CheckpointFiles
 from model_writer import PIECE, Entry, copied
 from models import build_on_meta
 from models.adapters import choose_quantizers, packed_linears
 from models.dora import TINY
 from options.config import UserError
-from quantizers import PackedWeight, Quantizer, pack_weight
-from tensor_files import Stage
+from quantization.quantizers import PackedWeight, Quantizer, pack_weight
 
 
 def merged_weight(weight: torch.Tensor, tensors: dict[str, torch.Tensor], scaling: float) -> torch.Tensor:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import BLOCKS
 from data import StepSampler, TokenizedRows
+from files.output_folder import BLOCKS
 from launch import memory
 from options.command_line import describe, program, under_torchrun
 from options.config import TOY_DATASET, TOY_MODEL, TOY_PROMPT, Config

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import yaml
 
-from checkpoint import SCORE
+from files.output_folder import SCORE
 from options.config import FIELDS, TOY_MODEL, Config, UserError, shown
 from options.limits import CONFIG_FILE, read_json
 from sources import find_recipe

@@ -1,7 +1,7 @@
 """Writes a model folder out of another one's files: with more layers, or with some tensors trained.
 
 What does not change is copied as bytes, PIECE bytes at a time, so host memory does not depend on the size of
-the model. Formats as in model_files.py. Everything is written under temporary names; config.json, without
+the model. Formats as in files/model_folder.py. Everything is written under temporary names; config.json, without
 which a folder is no model, gets its own last.
 """
 
@@ -18,12 +18,12 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from checkpoint import BLOCKS, check_room, copy_companions, gather, plan_shards, shard_name, staged
-from model_files import INDEX, SINGLE, CheckpointFiles
+from files.model_folder import INDEX, SINGLE, CheckpointFiles
+from files.output_folder import BLOCKS, check_room, copy_companions, gather, plan_shards, shard_name, staged
+from files.tensors import read_header, write_header
 from models.family import Family, clean
 from models.llama_pro import NEW_LAYERS, new_layers
 from options.config import UserError
-from tensor_files import read_header, write_header
 
 PIECE = 2**24  # bytes
 SHARD_BYTES = 5 * 10**9

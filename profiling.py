@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from checkpoint import write_text
+from files.output_folder import write_text
 from launch.memory import GIB, PEAKS, in_use
 from launch.processes import Place
 from memory_history import BETWEEN, History, Recording

@@ -4,7 +4,7 @@ Shapes: O output features, I input features, T tokens (all leading dimensions of
 
 A 4-bit weight is two frozen parameters, `codes` and `scales`, in a float storage dtype, their bytes never read
 as numbers, so that `fully_shard` shards, gathers and offloads both with the layer's other weights. What the
-bytes mean is the quantizer's business (quantizers.py).
+bytes mean is the quantizer's business (quantization/quantizers.py).
 
 The storage dtype is fp32, whatever the compute dtype. In 16 bits the bytes would not survive: FSDP copies
 shards with torch._foreach_copy_, whose CUDA kernel converts bf16 and fp16 to float and back, which turns
@@ -28,18 +28,18 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from files.model_folder import CheckpointFiles
+from files.tensors import Stage
 from launch.memory import empty_on_host
 from launch.processes import Place, use
-from linear4bit import compute_dtype, dequantize, linear4bit, name_of
 from loss import FrozenEmbedding
-from model_files import CheckpointFiles
 from models.family import Family, clean
 from models.longrope import make_rotary
-from quantizers import PackedWeight, Quantizer, flat_bytes, pack_weight
-from tensor_files import Stage
+from quantization.operators import compute_dtype, dequantize, linear4bit, name_of
+from quantization.quantizers import PackedWeight, Quantizer, flat_bytes, pack_weight
 
 if TYPE_CHECKING:
-    from weight_cache import CacheWriter
+    from files.weight_cache import CacheWriter
 
 STORAGE = torch.float32
 

@@ -23,8 +23,8 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from launch.signals import unheard_by_children
 from models.dora import same_operators
 from models.family import Family
+from quantization.quantizers import triton_runs_on
 from quantize_layers import Linear4bit
-from quantizers import triton_runs_on
 
 ops = torch.ops
 MARKED = {ops.fsdp_finetune.kept.default}

@@ -29,8 +29,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from checkpoint import SCORE, write_text
 from data import StepSampler, TokenizedRows
+from files.output_folder import SCORE, write_text
 from packing import PackSampler
 from report_page import page
 

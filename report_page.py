@@ -17,7 +17,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from checkpoint import ADAPTER, BLOCKS
+from files.output_folder import ADAPTER, BLOCKS
 from options.command_line import program
 from options.config import TOY_DATASET, TOY_MODEL, TOY_PROMPT, Config, shown
 from options.resolve import resolve

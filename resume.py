@@ -16,7 +16,6 @@ from pathlib import Path
 import torch
 from transformers import PretrainedConfig
 
-from checkpoint import BEST, BLOCKS, base_digest, check_output, holds_run
 from checkpoint_files import (
     GROWING_FILES,
     MANIFEST,
@@ -29,11 +28,12 @@ from checkpoint_files import (
     steps_in,
 )
 from data import TokenizedRows
+from files.model_folder import CheckpointFiles
+from files.output_folder import BEST, BLOCKS, base_digest, check_output, holds_run
+from files.weight_cache import digest
 from launch.precision import precision_here
-from model_files import CheckpointFiles
 from options.config import CHECKPOINTS, FIELDS, Config, UserError, shown
 from tracking import read_metrics
-from weight_cache import digest
 
 # A resumed run may differ in the options of these groups, which change no result beyond rounding ...
 FREE_GROUPS = ("Memory and speed", "Launch", "Checkpoints", "Output", "Profiling", "Evaluation")

@@ -22,8 +22,8 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from checkpoint import as_json, staged
 from data import Step
+from files.output_folder import as_json, staged
 from launch import memory
 from options.command_line import FULL_DISK
 from options.config import Config, UserError

@@ -45,7 +45,13 @@ from transformers.utils import logging as transformers_logging
 
 import resume
 from attention import choose_attention
-from checkpoint import (
+from checkpoint_files import steps_in
+from checkpoints import Checkpoints
+from checks import Job, check, identity, read_tokenizer, total_steps
+from data import Batch, StepSampler
+from evaluation import Evaluator, describe_evaluations
+from faults import BadSteps, conclude
+from files.output_folder import (
     Alone,
     base_digest,
     clear_output,
@@ -53,12 +59,7 @@ from checkpoint import (
     whole,
     write_text,
 )
-from checkpoint_files import steps_in
-from checkpoints import Checkpoints
-from checks import Job, check, identity, read_tokenizer, total_steps
-from data import Batch, StepSampler
-from evaluation import Evaluator, describe_evaluations
-from faults import BadSteps, conclude
+from files.weight_cache import writing
 from launch import memory, nodes
 from launch import processes as launch
 from launch.precision import precision_here, use_deterministic
@@ -90,7 +91,6 @@ from recompute import ActivationBudget, Keep, compiler, compiles
 from report import FACTS, PAGE, describe_run, write_report
 from tracking import Lap, Later, Meter, Reading, despite_full_disk, make_tracker
 from weight_arithmetic import Share, check_loaded, expect
-from weight_cache import writing
 from wrapping import STRATEGIES, WRAP_POLICIES, make_mesh, offload_policy, sync_gradients, wrap
 
 

@@ -13,11 +13,11 @@ from dataclasses import dataclass, fields
 
 from torch import nn
 
+from files.model_folder import CheckpointFiles
 from launch import memory
 from launch.memory import size
 from launch.precision import Precision
 from launch.processes import Place
-from model_files import CheckpointFiles
 from models.adapters import make_quantizer_of, target_linears
 from models.family import Family
 from models.llama_pro import new_layers

@@ -15,9 +15,9 @@ from unittest import mock
 
 import torch
 
-import quantizers
 from options.config import HQQ_BITS
-from quantizers import HQQ, NF4, Quantizer, triton_runs_on
+from quantization import quantizers
+from quantization.quantizers import HQQ, NF4, Quantizer, triton_runs_on
 
 TIMES = 50
 

@@ -20,12 +20,12 @@ from pathlib import Path
 
 import torch
 
-import model_files
 import train
 from benchmarks.make_checkpoint import EMPTY, STD
 from checks import Job
+from files import model_folder as model_files
+from files.tensors import Stage, Staged, StoredTensor, read_tensor
 from launch.processes import Place
-from tensor_files import Stage, Staged, StoredTensor, read_tensor
 
 _run_rank = train.run_rank
 GIB = "LIMITED_TO_GIB"  # in the environment, for the ranks

@@ -20,7 +20,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from benchmarks.shapes import SHAPES
-from tensor_files import write_header
+from files.tensors import write_header
 
 SHARD_BYTES = 4 * 10**9
 STD = 0.02

@@ -12,7 +12,7 @@ from pathlib import Path
 from benchmarks.shapes import SHAPES
 from benchmarks.systems import CHECKPOINTING, OURS, SYSTEMS, TRAIN_TYPES
 from benchmarks.table import SETTLING
-from checkpoint import check_writable
+from files.output_folder import check_writable
 from options.command_line import command_parser, suggest, with_underscores
 from options.config import FIELDS, UserError, user_cache
 

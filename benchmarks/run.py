@@ -33,7 +33,7 @@ from benchmarks.options import Options, parse
 from benchmarks.shapes import SHAPES
 from benchmarks.systems import OURS, SYSTEMS, Setting, installed
 from benchmarks.table import Row, draw, markdown, measured
-from checkpoint import write_text
+from files.output_folder import write_text
 from options.command_line import report
 from options.config import UserError
 

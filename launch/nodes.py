@@ -20,15 +20,15 @@ import torch
 import torch.distributed as dist
 import transformers
 
-from checkpoint import base_digest
 from checks import Job
 from data import TokenizedRows
+from files.output_folder import base_digest
+from files.weight_cache import digest
 from launch import processes as launch
 from launch.precision import precision_here
 from options.command_line import describe as in_one_line
 from options.command_line import needs_no_traceback
 from options.config import UserError, shown
-from weight_cache import digest
 
 PATIENCE = 90  # seconds: NFS's clients believe for up to 60 that a name is not there
 

@@ -14,7 +14,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
-from model_files import CheckpointFiles
+from files.model_folder import CheckpointFiles
 from models import gemma2, gemma3, llama, mistral, phi3, qwen2, qwen3, qwen3_moe
 from models.causal_lm import put_head, with_summed_loss
 from models.family import Family

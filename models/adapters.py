@@ -8,16 +8,16 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from files.model_folder import CheckpointFiles
 from launch.precision import Precision
-from model_files import CheckpointFiles
 from models.dora import DoRALinear
 from models.family import Family
 from models.llama_pro import new_layers
 from models.lora import LoRALinear
 from models.moe import within_experts
 from options.config import Config, UserError
+from quantization.quantizers import Quantizer, make_quantizer
 from quantize_layers import quantize_linears
-from quantizers import Quantizer, make_quantizer
 
 
 def target_linears(model: nn.Module, family: Family, wanted: str) -> list[str]:

@@ -20,10 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from linear4bit import TINY, factored_norm, kept, project4bit
 from models.lora import LoRALinear
+from quantization.operators import TINY, factored_norm, kept, project4bit
+from quantization.quantizers import PackedWeight
 from quantize_layers import Linear4bit
-from quantizers import PackedWeight
 
 _same_operators = False  # switched by `same_operators`
 

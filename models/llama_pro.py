@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from transformers import PretrainedConfig
 
-from model_files import CheckpointFiles
+from files.model_folder import CheckpointFiles
 from models.family import Family
 from options.config import UserError
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from checkpoint import ADAPTER
+from files.output_folder import ADAPTER
 from tests import chat_templates
 from tests.test_adapters import args_for
 from tests.test_finished_run import saved_run

@@ -12,12 +12,12 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-import checkpoint
 import checkpoint_files
 import model_writer
 import train
-from checkpoint import BEST
 from checkpoint_files import folder_of
+from files import output_folder as checkpoint
+from files.output_folder import BEST
 from options.command_line import parse
 from tests.manifests import edit
 from tests.runs import whole_run

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 import checks
 import train
-from checkpoint import gather
+from files.output_folder import gather
 from models.family import clean
 from models.lora import LoRALinear
 from options.command_line import parse

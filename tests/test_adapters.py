@@ -12,15 +12,15 @@ from torch._dynamo.backends.common import aot_autograd
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM
 
-import linear4bit
 import models.dora
 import train
 from data import IGNORE, Batch
 from models.dora import DoRALinear
 from models.lora import LoRALinear
 from options.config import METHODS
+from quantization import operators as linear4bit
+from quantization.quantizers import HQQ, NF4
 from quantize_layers import Linear4bit
-from quantizers import HQQ, NF4
 from tests.runs import outputs, set_up, trained_tensors, transformers_model
 from tests.test_quantize_layers import CPU, quantized
 from tests.tiny import CONFIGS

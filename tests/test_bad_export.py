@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import export
 import finished_run
-from checkpoint import ADAPTER
+from files.output_folder import ADAPTER
 from tests.distributed import new_processes
 from tests.test_adapters import args_for
 from tests.test_finished_run import saved_run, spoil_adapter

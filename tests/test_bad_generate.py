@@ -10,7 +10,7 @@ import pytest
 
 import generate
 import generation
-from checkpoint import ADAPTER
+from files.output_folder import ADAPTER
 from options.generate import Sampling, parse, read_prompts
 from tests.test_adapters import args_for
 from tests.test_finished_run import saved_run

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 
 import block_expansion
 import train
+from files.model_folder import INDEX
 from launch import processes as launch
-from model_files import INDEX
 from models import FAMILIES
 
 KNOWN = ", ".join(FAMILIES)

@@ -20,7 +20,6 @@ from accelerate.commands.launch import launch_command_parser
 from torch.distributed.run import get_args_parser
 from transformers import AutoConfig, LlamaForCausalLM
 
-import model_files
 import train
 from benchmarks import dequantize, run
 from benchmarks.limited import GIB, read_filled, run_limited
@@ -29,10 +28,11 @@ from benchmarks.options import parse
 from benchmarks.shapes import SHAPES
 from benchmarks.systems import PEERS, SYSTEMS, Setting, System
 from benchmarks.table import Row, markdown, measured, ratio
-from model_files import CheckpointFiles
+from files import model_folder as model_files
+from files.model_folder import CheckpointFiles
 from options.command_line import parse as parse_training
 from options.config import HQQ_BITS
-from quantizers import HQQ, NF4
+from quantization.quantizers import HQQ, NF4
 from tests.runs import whole_run
 
 QLORA = Setting(gpus=1, train_type="qlora", checkpointing="full")

@@ -20,9 +20,10 @@ import block_expansion
 import model_writer
 import train
 from block_expansion import expanded_config, expanded_tensors, positions
-from checkpoint import BLOCKS
+from files.model_folder import INDEX, CheckpointFiles
+from files.output_folder import BLOCKS
+from files.tensors import list_tensors
 from launch.precision import Precision
-from model_files import INDEX, CheckpointFiles
 from models import FAMILIES, build_on_meta, read_config
 from models.adapters import apply_method
 from models.family import Family
@@ -30,7 +31,6 @@ from models.llama_pro import NEW_LAYERS, evenly, sources
 from options.command_line import parse
 from packing import make_sampler
 from quantize_layers import Linear4bit
-from tensor_files import list_tensors
 from tests import tiny
 from tests.runs import set_up
 from tests.test_adapters import IDS, args_for

@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import checkpoint
 import model_writer
 import train
-from checkpoint import check_output, clear_output, holds_run
+from files import output_folder as checkpoint
+from files.output_folder import check_output, clear_output, holds_run
 from options.config import UserError
 from tests.runs import dense_state, set_up, transformers_model
 from tests.test_adapters import ALPHA, IDS, args_for

@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 
 import checkpoint_plan
 import checkpoints
-import tensor_files
 from checkpoint_files import folder_of, read_checkpoint
-from tensor_files import write_tensors
+from files import tensors as tensor_files
+from files.tensors import write_tensors
 from tests.saving import TENSORS, Small
 
 

@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 import checkpoints
 from checkpoint_files import folder_of
 from checkpoints import HostCopy, host_memory
+from files.tensors import write_tensors
 from launch.processes import use
-from tensor_files import write_tensors
 from tests.saving import TENSORS, Small
 from training_state import Tensors
 

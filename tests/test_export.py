@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import export
 import layerwise
 import model_writer
-from checkpoint import ADAPTER, INDEX
-from quantizers import NF4
+from files.output_folder import ADAPTER, INDEX
+from quantization.quantizers import NF4
 from tests import tiny
 from tests.test_adapters import IDS, args_for
 from tests.test_block_expansion import _status, all_tensors, described

@@ -15,8 +15,8 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts, Qw
 
 import models
 import train
-from checkpoint import whole
 from data import IGNORE, Batch
+from files.output_folder import whole
 from launch import precision
 from models import FAMILIES, build_on_meta, gemma2, read_config
 from models.family import Family, clean

@@ -25,7 +25,7 @@ from benchmarks.make_checkpoint import byte_tokenizer
 from checkpoint_files import MANIFEST, folder_of
 from data import Step, StepSampler, prepare
 from faults import BAD_STEPS, BadSteps
-from model_files import INDEX
+from files.model_folder import INDEX
 from optimizers import make_optimizer
 from options.config import UserError
 from prefetch import ahead

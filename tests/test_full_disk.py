@@ -12,14 +12,14 @@ from safetensors.torch import load_file
 
 import model_writer
 import train
-from checkpoint import ADAPTER, BEST, BLOCKS, SCORE, replace_folder, write_text
 from checkpoint_files import steps_in
 from evaluation import Evaluator, kept_in
+from files.output_folder import ADAPTER, BEST, BLOCKS, SCORE, replace_folder, write_text
+from files.tensors import save_tensors
 from launch.processes import Place
 from model_writer import Entry
 from options.command_line import needs_no_traceback, parse
 from options.config import UserError
-from tensor_files import save_tensors
 from tests.products import products
 from tests.programs import small
 from tests.resuming import CHECK_ROOM, Filling, check_room_by, contents, fill, lines, repeated, run

@@ -21,8 +21,8 @@ from generation import Answer, Conversation, Stream, make_template
 from models.dora import DoRALinear, fixed_norms
 from models.lora import LoRALinear, adapters_off
 from options.config import UserError
+from quantization.quantizers import HQQ, NF4
 from quantize_layers import Linear4bit
-from quantizers import HQQ, NF4
 from tests.runs import dense_state, transformers_model
 from tests.test_adapters import ALPHA, I, O, R, args_for, dora, filled
 from tests.test_finished_run import saved_run

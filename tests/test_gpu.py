@@ -25,8 +25,8 @@ from optimizers import make_optimizer
 from options.config import UserError
 from out_of_memory import explained
 from profiling import Profiler
+from quantization.quantizers import HQQ, NF4
 from quantize_layers import STORAGE, Linear4bit, fill
-from quantizers import HQQ, NF4
 from tests import tiny
 from tests.programs import ROOT
 from tests.runs import make_job
@@ -303,7 +303,7 @@ def test_gathered_bytes_are_the_loaded_bytes(train_type, tmp_path):
 
 
 def _compare_gathered(model: str, data: str, train_type: str) -> None:
-    from checkpoint import gather
+    from files.output_folder import gather
     from launch.processes import join_group
     from tests.runs import set_up
 

@@ -16,13 +16,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
-import tensor_files
 from activation_offload import HostStash, Offloaded
 from data import Step
+from files import tensors as tensor_files
+from files.tensors import Stage, list_tensors, read_tensor
 from loss import look_up
 from options.config import HQQ_BITS
-from quantizers import HQQ, triton_runs_on
-from tensor_files import Stage, list_tensors, read_tensor
+from quantization.quantizers import HQQ, triton_runs_on
 from tests.resuming import NOISY, Signals, adapter, lines, repeated, run
 from tests.runs import dense_state, set_up, train_run
 from tests.test_gpu import quantized

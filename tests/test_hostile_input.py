@@ -11,7 +11,7 @@ import sys
 
 import pytest
 
-from checkpoint import clear_output
+from files.output_folder import clear_output
 from tests import hostile
 from tests.hostile_checkpoints import SOUND
 from tests.programs import ROOT

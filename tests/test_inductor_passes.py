@@ -16,7 +16,6 @@ from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.pattern_matcher import stable_topological_sort
 from torch.utils.checkpoint import CheckpointPolicy
 
-import linear4bit
 import recompute
 import train
 from inductor_passes import (
@@ -31,7 +30,8 @@ from inductor_passes import (
     DividedGraphs,
     LayerGraphs,
 )
-from linear4bit import WITHOUT_GRADIENT
+from quantization import operators as linear4bit
+from quantization.operators import WITHOUT_GRADIENT
 from tests.distributed import once
 from tests.runs import train_run
 from tests.test_parity import arguments, assert_same
@@ -178,7 +178,7 @@ def test_sums_come_before_the_gradients(
 
 def test_what_is_cached_is_of_these_operators(monkeypatch, tmp_path):
     """Inductor's cache knows of a graph what it computes forward, not what the operators' gradients are."""
-    changed = tmp_path / "linear4bit.py"
+    changed = tmp_path / "quantization/operators.py"
     changed.write_bytes(Path(linear4bit.__file__).read_bytes() + b"#")
     before = LayerGraphs().uuid()
     monkeypatch.setattr(linear4bit, "__file__", str(changed))

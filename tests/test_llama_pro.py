@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, safe_open
 
 import train
-from checkpoint import BLOCKS
-from model_files import CheckpointFiles
+from files.model_folder import CheckpointFiles
+from files.output_folder import BLOCKS
 from models import FAMILIES, read_config
 from models.family import clean
 from models.llama_pro import NEW_LAYERS, check_can_leave_silence, new_layers

@@ -19,8 +19,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
 
 import train
+from files.model_folder import CheckpointFiles
 from launch.precision import Precision
-from model_files import CheckpointFiles
 from models import FAMILIES, build_on_meta, read_config
 from models.adapters import apply_method
 from models.family import clean

@@ -15,8 +15,8 @@ import attention
 import report
 import train
 from attention import CAUSAL, VARLEN
-from checkpoint import whole
 from data import IGNORE, Batch, StepSampler, TokenizedRows, make_batch
+from files.output_folder import whole
 from messages import describe_data
 from models import FAMILIES
 from models.family import clean

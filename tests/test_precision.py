@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import train
-from checkpoint import whole
 from data import Batch
+from files.output_folder import whole
 from launch import precision
 from launch.precision import Precision, choose_precision, precision_here
 from models.family import clean

@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import merge
-import quantizers
 from options.config import HQQ_BITS, UserError
+from quantization import quantizers
+from quantization.quantizers import HQQ, NF4, pack_bits
 from quantize_layers import STORAGE, Linear4bit, as_storage
-from quantizers import HQQ, NF4, pack_bits
 from tests.runs import dense_state, set_up
 
 CPU = torch.device("cpu")
@@ -235,7 +235,7 @@ def test_no_rank_reads_a_tensor_that_another_reads(checkpoints, alpaca_file, two
 
 
 def tensors_read(place, args) -> list[str]:
-    from model_files import CheckpointFiles
+    from files.model_folder import CheckpointFiles
 
     read, original = [], CheckpointFiles.read
     CheckpointFiles.read = lambda self, name, *stage: (read.append(name), original(self, name, *stage))[1]

@@ -17,12 +17,12 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 import activation_offload
-import linear4bit
 import recompute
 import train
 from faults import BadSteps
 from loss import KERNELS
 from options.config import METHODS
+from quantization import operators as linear4bit
 from recompute import GRAPHS, Keep, Recomputed, allow_graphs, compiler
 from tests.products import products
 from tests.runs import set_up, train_run

@@ -14,11 +14,11 @@ from unittest import mock
 import pytest
 import torch
 
-import checkpoint
 import checkpoint_files
 import train
-from checkpoint import Alone
 from checkpoint_files import folder_of, steps_in
+from files import output_folder as checkpoint
+from files.output_folder import Alone
 from launch.signals import Stopping
 from options.command_line import parse
 from options.config import UserError

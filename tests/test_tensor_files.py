@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-import tensor_files
-from tensor_files import Stage, list_tensors, read_tensor
+from files import tensors as tensor_files
+from files.tensors import Stage, list_tensors, read_tensor
 
 PIECE, PIECES = 64, 3
 EDGES = [n + d for n in (0, PIECE, PIECE * PIECES, PIECE * PIECES * 2) for d in (-1, 0, 1) if n + d >= 0]

@@ -16,15 +16,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import train
-import weight_cache
-from checkpoint import ADAPTER
-from model_files import CheckpointFiles
+from files import weight_cache
+from files.model_folder import CheckpointFiles
+from files.output_folder import ADAPTER
+from files.weight_cache import MANIFEST, NewCache, digest, packers, writing
 from options.config import UserError
-from quantizers import HQQ, NF4
+from quantization.quantizers import HQQ, NF4
 from tests.resuming import fill, run
 from tests.runs import dense_state, make_job, set_up
 from tests.test_packed_files import DENSE, QLORA, check, without_quantizing
-from weight_cache import MANIFEST, NewCache, digest, packers, writing
 
 
 @pytest.fixture

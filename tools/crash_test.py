@@ -19,10 +19,10 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from checkpoint import ADAPTER
+from files.output_folder import ADAPTER
+from files.tensors import read_header
 from launch.processes import free_port
 from options.config import CHECKPOINTS
-from tensor_files import read_header
 
 WORLD = 2
 KINDS = ("starting", "training", "saving")

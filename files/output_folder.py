@@ -26,12 +26,12 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PretrainedConfig
 
+from files.model_folder import INDEX, SINGLE, CheckpointFiles
+from files.tensors import save_tensors
 from launch.memory import size
-from model_files import INDEX, SINGLE, CheckpointFiles
 from models.family import clean
 from models.lora import LoRALinear
 from options.config import CHECKPOINTS, Config, UserError
-from tensor_files import save_tensors
 
 PATIENCE = 10  # seconds for a run that ends to leave its folder
 ADAPTER, BLOCKS = "adapter_model.safetensors", "new_blocks.safetensors"

@@ -136,7 +136,7 @@ class NF4:
 
     def dequantize(self, codes, scales, table, shape, dtype, row_scale=None, out=None) -> torch.Tensor:
         if self.double and math.prod(shape) % self.block == 0 and triton_runs_on(codes.device):
-            from nf4_kernel import dequantize  # Triton comes with torch's CUDA builds only
+            from quantization.nf4_kernel import dequantize  # Triton comes with torch's CUDA builds only
 
             out = torch.empty(shape, dtype=dtype, device=codes.device) if out is None else out
             return dequantize(codes, scales, table, row_scale, out)
@@ -209,7 +209,7 @@ class HQQ:
         code_bytes, scale_bytes = self.sizes(shape)
         codes, (scale, zero) = codes[:code_bytes], scales[:scale_bytes].view(torch.float16).chunk(2)
         if triton_runs_on(codes.device):
-            from hqq_kernel import dequantize  # Triton comes with torch's CUDA builds only
+            from quantization.hqq_kernel import dequantize  # Triton comes with torch's CUDA builds only
 
             out = torch.empty(shape, dtype=dtype, device=codes.device) if out is None else out
             return dequantize(codes, scale, zero, self.n_bits, self.block, row_scale, out)

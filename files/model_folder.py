@@ -16,11 +16,11 @@ from typing import Protocol
 import torch
 from safetensors import SafetensorError
 
-from bnb_files import find_bnb
+from files.bnb_weights import find_bnb
+from files.tensors import Stage, Staged, StoredTensor, list_tensors, read_tensor
 from options.config import TOY_MODEL, UserError
 from options.limits import INDEX_FILE, read_json
-from quantizers import PackedWeight, Quantizer
-from tensor_files import Stage, Staged, StoredTensor, list_tensors, read_tensor
+from quantization.quantizers import PackedWeight, Quantizer
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 

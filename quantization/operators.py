@@ -17,7 +17,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.library import CustomOpDef
 
-from quantizers import Quantizer
+from quantization.quantizers import Quantizer
 
 TINY = torch.finfo(torch.float32).tiny
 

@@ -30,14 +30,14 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 
-from checkpoint import check_room, check_writable
+from files.model_folder import CheckpointFiles
+from files.output_folder import check_room, check_writable
+from files.tensors import UMASK, list_tensors, read_tensor, save_tensors
 from launch.processes import Place
-from model_files import CheckpointFiles
 from options.command_line import describe
 from options.config import UserError
 from options.limits import INDEX_FILE, read_json
-from quantizers import PackedWeight, Quantizer, flat_bytes
-from tensor_files import UMASK, list_tensors, read_tensor, save_tensors
+from quantization.quantizers import PackedWeight, Quantizer, flat_bytes
 
 MANIFEST, VERSION = "manifest.json", 2
 FILE = re.compile(r"packed-\d{1,6}-\d{1,6}\.safetensors", re.ASCII)
