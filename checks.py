@@ -14,24 +14,24 @@ from transformers import AutoTokenizer, PretrainedConfig
 
 import resume
 from checkpoint_files import Saved
-from data import StepSampler, TokenizedRows, toy_texts
-from evaluation_data import EvaluationData, named, prepare_sets, stop_tokens
+from data.evaluation_sets import EvaluationData, named, prepare_sets, stop_tokens
+from data.packing import make_sampler
+from data.tokenizing import StepSampler, TokenizedRows, toy_texts
 from files.bnb_weights import check_stored_quantization
 from files.model_folder import CheckpointFiles, fetch_weights, find_model
 from files.output_folder import check_output, check_writable
 from files.weight_cache import NewCache, new_cache, open_cache
 from launch import processes as launch
 from launch.precision import bf16_gpu, precision_here
-from models import build_on_meta, check_weights, read_config
 from models.adapters import check_packing, check_rank, make_quantizer_of, packed_linears, target_linears
 from models.family import Family, follows_the_longest, switches_by_layer
 from models.llama_pro import check_can_leave_silence, new_layers
+from models.registry import build_on_meta, check_weights, read_config
 from models.toy import toy_model
 from optimizers import check_optimizer
 from options.command_line import describe, under_torchrun
 from options.config import TOY_MODEL, Config, UserError
 from options.limits import TOKENIZER_FILE, check_size
-from packing import make_sampler
 from profiling import check_traces
 from tracking import check_wandb
 from wrapping import STRATEGIES

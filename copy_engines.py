@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from loss import all_gather, ranks_of_a_copy, reduce_scatter
+from models.loss import all_gather, ranks_of_a_copy, reduce_scatter
 from options.config import UserError
 
 # Bytes of a unit's gradients. More, as of whole layers that are trained, would be held for good: NCCL sums those.

@@ -32,12 +32,12 @@ from torch import nn
 from transformers import GenerationConfig
 from transformers.utils import logging as transformers_logging
 
-from data import read_examples, tokenize
+from data.evaluation_sets import Prompt, held_rows, prompt_of, read_beside, stop_tokens
+from data.formats import Rendered
+from data.tokenizing import read_examples, tokenize
 from evaluation import grouped, mean_loss, perplexity
-from evaluation_data import Prompt, held_rows, prompt_of, read_beside, stop_tokens
 from files.output_folder import as_json, check_writable, write_text
 from finished_run import Run, load_model, load_tokenizer, open_base, open_run
-from formats import Rendered
 from launch.precision import bf16_gpu, choose_precision
 from launch.processes import Place
 from models.family import rope_switch

@@ -22,8 +22,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-from data import Batch, TokenizedRows, make_batch
-from evaluation_data import EvaluationData
+from data.evaluation_sets import EvaluationData
+from data.tokenizing import Batch, TokenizedRows, make_batch
 from faults import too_many
 from files.output_folder import BEST, SCORE, beside, fresh_folder, remove, replace_folder, write_text
 from launch.processes import Place

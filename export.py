@@ -37,7 +37,8 @@ from huggingface_hub.utils import validate_repo_id
 from transformers.utils import logging as transformers_logging
 
 import model_writer
-from data import prepare
+from data.sources import find_recipe
+from data.tokenizing import prepare
 from files.model_folder import CheckpointFiles
 from files.output_folder import (
     ADAPTER,
@@ -56,7 +57,6 @@ from merge import merged_entries
 from model_card import card
 from model_writer import Entry, write_model
 from options.limits import CONFIG_FILE, read_json
-from sources import find_recipe
 
 SPARE = 2**20  # bytes, for headers, index and card
 PROMPTS = (

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from data import Step, TokenizedRows
+from data.tokenizing import Step, TokenizedRows
 from options.config import UserError
 from tracking import Metrics, NoTracker, Reading, append
 

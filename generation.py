@@ -19,9 +19,9 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList, TextStreamer
 
-from data import find_format
+from data.formats import FORMATS, GUANACO_MARKERS, Format, asked, checked, prompt_ids, turn_ending
+from data.tokenizing import find_format
 from finished_run import Run, load_model, load_tokenizer, open_base, open_run, set_adapter
-from formats import FORMATS, GUANACO_MARKERS, Format, asked, checked, prompt_ids, turn_ending
 from launch.precision import Precision, choose_precision
 from models.adapters import exchange_adapters
 from models.dora import fixed_norms

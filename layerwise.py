@@ -14,11 +14,11 @@ from torch import nn
 from files.model_folder import CheckpointFiles
 from finished_run import Run, tensors_of
 from launch.precision import Precision
-from models import build_on_meta
 from models.adapters import apply_method, choose_quantizers, packed_linears
 from models.family import Family
 from models.longrope import make_rotary
 from models.lora import LoRALinear
+from models.registry import build_on_meta
 from quantization.quantizers import pack_weight
 from quantize_layers import Packed, fill, pack, quantize_linears, quantizer_of
 

@@ -23,9 +23,9 @@ from files.tensors import Stage
 from finished_run import PREFIX, Run
 from launch.memory import empty_on_host
 from model_writer import PIECE, Entry, copied
-from models import build_on_meta
 from models.adapters import choose_quantizers, packed_linears
 from models.dora import TINY
+from models.registry import build_on_meta
 from options.config import UserError
 from quantization.quantizers import PackedWeight, Quantizer, pack_weight
 

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import torch
 
-from data import StepSampler, TokenizedRows
+from data.packing import PackSampler
+from data.tokenizing import StepSampler, TokenizedRows
 from files.output_folder import BLOCKS
 from launch import memory
 from options.command_line import describe, program, under_torchrun
 from options.config import TOY_DATASET, TOY_MODEL, TOY_PROMPT, Config
-from packing import PackSampler
 from tracking import Metrics
 from weight_arithmetic import Share
 

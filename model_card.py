@@ -13,10 +13,10 @@ from pathlib import Path
 
 import yaml
 
+from data.sources import find_recipe
 from files.output_folder import SCORE
 from options.config import FIELDS, TOY_MODEL, Config, UserError, shown
 from options.limits import CONFIG_FILE, read_json
-from sources import find_recipe
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 # What decides the result; the rest says where and how fast it was computed.

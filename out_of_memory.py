@@ -20,13 +20,13 @@ from dataclasses import dataclass
 import torch
 
 from checks import Job
+from data.packing import longest_line
 from launch.memory import PEAKS, size
 from launch.precision import precision_here
 from launch.processes import Place
-from loss import HIDDEN_BYTES, LOGITS_BYTES
-from models import FAMILIES, build_on_meta
+from models.loss import HIDDEN_BYTES, LOGITS_BYTES
+from models.registry import FAMILIES, build_on_meta
 from options.config import METHODS, Config, UserError, shown
-from packing import longest_line
 from weight_arithmetic import WeightBytes, plan, resting_on_host, vocabulary, weight_bytes
 from wrapping import STRATEGIES
 

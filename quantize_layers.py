@@ -32,9 +32,9 @@ from files.model_folder import CheckpointFiles
 from files.tensors import Stage
 from launch.memory import empty_on_host
 from launch.processes import Place, use
-from loss import FrozenEmbedding
 from models.family import Family, clean
 from models.longrope import make_rotary
+from models.loss import FrozenEmbedding
 from quantization.operators import compute_dtype, dequantize, linear4bit, name_of
 from quantization.quantizers import PackedWeight, Quantizer, flat_bytes, pack_weight
 

@@ -29,9 +29,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from data import StepSampler, TokenizedRows
+from data.packing import PackSampler
+from data.tokenizing import StepSampler, TokenizedRows
 from files.output_folder import SCORE, write_text
-from packing import PackSampler
 from report_page import page
 
 FACTS, PAGE = "run.json", "report.html"

@@ -27,7 +27,7 @@ from checkpoint_files import (
     remove_checkpoints,
     steps_in,
 )
-from data import TokenizedRows
+from data.tokenizing import TokenizedRows
 from files.model_folder import CheckpointFiles
 from files.output_folder import BEST, BLOCKS, base_digest, check_output, holds_run
 from files.weight_cache import digest

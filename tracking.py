@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from data import Step
+from data.tokenizing import Step
 from files.output_folder import as_json, staged
 from launch import memory
 from options.command_line import FULL_DISK

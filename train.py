@@ -44,11 +44,12 @@ from torch import nn
 from transformers.utils import logging as transformers_logging
 
 import resume
-from attention import choose_attention
 from checkpoint_files import steps_in
 from checkpoints import Checkpoints
 from checks import Job, check, identity, read_tokenizer, total_steps
-from data import Batch, StepSampler
+from data.packing import longest_line, make_sampler
+from data.prefetch import ahead
+from data.tokenizing import Batch, StepSampler
 from evaluation import Evaluator, describe_evaluations
 from faults import BadSteps, conclude
 from files.output_folder import (
@@ -74,17 +75,16 @@ from messages import (
     summary,
 )
 from model_writer import save_blocks, save_expanded, save_model
-from models import FAMILIES, build_on_meta
 from models.adapters import (
     apply_method,
     peft_targets,
 )
+from models.attention import choose_attention
+from models.registry import FAMILIES, build_on_meta
 from optimizers import make_optimizer, make_schedule
 from options import config as options
 from options.config import TOY_MODEL, Config, UserError
 from out_of_memory import explained
-from packing import longest_line, make_sampler
-from prefetch import ahead
 from profiling import BETWEEN, NO_PROFILER, NoProfiler, Profiler, make_profiler
 from quantize_layers import load_weights
 from recompute import ActivationBudget, Keep, compiler, compiles

@@ -51,7 +51,7 @@ class WeightBytes:
 @dataclass(frozen=True)
 class Part:
     """A parameter as it should be. name: of the checkpoint's tensor that it comes from, or belongs to; kind: of
-    WeightBytes; shape: over all ranks; itemsize: bytes of an element; padded: whether FSDP shards it, or loss.py."""
+    WeightBytes; shape: over all ranks; itemsize: bytes of an element; padded: whether FSDP shards it, or models/loss.py."""
 
     name: str
     kind: str

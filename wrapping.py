@@ -3,7 +3,7 @@ here only.
 
 A *unit* is what FSDP2 gathers for one forward or backward and frees again. By default a decoder layer is one:
 its 4-bit codes, scales, norms and adapters travel in a single all-gather. A frozen embedding and a frozen head are
-no units: they are dealt out by rows of the vocabulary and never gathered (loss.py). Where they are trained they
+no units: they are dealt out by rows of the vocabulary and never gathered (models/loss.py). Where they are trained they
 are units of their own; left in the root they would stay gathered from forward to the end of backward (2 GiB
 each for a 128k vocabulary and 8,192 hidden units). Tied and trained, they are one parameter that is needed at both
 ends, and stay in the root.
@@ -29,9 +29,9 @@ from torch.distributed.fsdp import (
 from activation_offload import HostStash, Offloaded
 from copy_engines import make_copies
 from launch.memory import can_pin
-from loss import freeze, shard_vocabulary
 from models.dora import DoRALinear
 from models.family import Family
+from models.loss import freeze, shard_vocabulary
 from quantize_layers import Linear4bit
 from recompute import Keep, Recomputed, allow_graphs
 

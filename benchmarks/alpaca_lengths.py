@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from formats import QA
+from data.formats import QA
 
 ROWS = 52_000
 PROMPT, MEDIAN, SIGMA, LONGEST = 36, 74, 0.7, 1304  # tokens; PROMPT counts BOS and EOS

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 import export
-from data import IGNORE, StepSampler, prepare
+from data.tokenizing import IGNORE, StepSampler, prepare
 from files.model_folder import CheckpointFiles
 from finished_run import load_tokenizer, open_run, read_adapter
 from layerwise import packed_logits, plain_logits, trained_logits

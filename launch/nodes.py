@@ -21,7 +21,7 @@ import torch.distributed as dist
 import transformers
 
 from checks import Job
-from data import TokenizedRows
+from data.tokenizing import TokenizedRows
 from files.output_folder import base_digest
 from files.weight_cache import digest
 from launch import processes as launch

@@ -1,4 +1,4 @@
-"""transformers' ForCausalLM classes with a forward that returns the loss instead of the logits (loss.py)."""
+"""transformers' ForCausalLM classes with a forward that returns the loss instead of the logits (models/loss.py)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from loss import Head
+from models.loss import Head
 
 
 class SummedLoss:

@@ -1,4 +1,4 @@
-"""Mistral 7B and its kin; a sliding window, where the config has one, is a matter of attention.py."""
+"""Mistral 7B and its kin; a sliding window, where the config has one, is a matter of models/attention.py."""
 
 from transformers.models.mistral.modeling_mistral import MistralForCausalLM, MistralRotaryEmbedding
 

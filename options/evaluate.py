@@ -7,7 +7,7 @@ import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 
-from formats import FORMATS
+from data.formats import FORMATS
 from options.command_line import command_parser, suggest, with_underscores
 from options.config import UserError
 

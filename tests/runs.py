@@ -15,11 +15,11 @@ from transformers import AutoModelForCausalLM
 
 import checks
 import train
+from data.packing import make_sampler
 from files.output_folder import gather
 from models.family import clean
 from models.lora import LoRALinear
 from options.command_line import parse
-from packing import make_sampler
 from quantize_layers import fill
 from tracking import NoTracker
 

@@ -15,7 +15,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy
 
 import activation_offload
 from activation_offload import HostStash, Offloaded, Stashed
-from models import FAMILIES
+from models.registry import FAMILIES
 from recompute import Keep, Recomputed
 from tests.test_optimizers import meta_model
 from tests.test_parity import arguments, assert_same

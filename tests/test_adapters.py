@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import models.dora
 import train
-from data import IGNORE, Batch
+from data.tokenizing import IGNORE, Batch
 from models.dora import DoRALinear
 from models.lora import LoRALinear
 from options.config import METHODS

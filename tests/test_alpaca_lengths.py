@@ -4,7 +4,7 @@ import torch
 
 from benchmarks.alpaca_lengths import lengths, write_rows
 from benchmarks.make_checkpoint import byte_tokenizer
-from data import prepare
+from data.tokenizing import prepare
 
 
 def test_rows_have_the_lengths_that_were_drawn(tmp_path):

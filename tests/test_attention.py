@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import attention
-from attention import CAUSAL, VARLEN, choose_attention
-from models import FAMILIES, read_config
+from models import attention
+from models.attention import CAUSAL, VARLEN, choose_attention
+from models.registry import FAMILIES, read_config
 from tests.runs import set_up
 from tests.test_packing import padded_batch
 from tests.test_parity import arguments

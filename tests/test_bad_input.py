@@ -15,7 +15,7 @@ import block_expansion
 import train
 from files.model_folder import INDEX
 from launch import processes as launch
-from models import FAMILIES
+from models.registry import FAMILIES
 
 KNOWN = ", ".join(FAMILIES)
 TENSOR = "model.layers.1.mlp.up_proj.weight"  # [160, 64]

@@ -20,16 +20,16 @@ import block_expansion
 import model_writer
 import train
 from block_expansion import expanded_config, expanded_tensors, positions
+from data.packing import make_sampler
 from files.model_folder import INDEX, CheckpointFiles
 from files.output_folder import BLOCKS
 from files.tensors import list_tensors
 from launch.precision import Precision
-from models import FAMILIES, build_on_meta, read_config
 from models.adapters import apply_method
 from models.family import Family
 from models.llama_pro import NEW_LAYERS, evenly, sources
+from models.registry import FAMILIES, build_on_meta, read_config
 from options.command_line import parse
-from packing import make_sampler
 from quantize_layers import Linear4bit
 from tests import tiny
 from tests.runs import set_up

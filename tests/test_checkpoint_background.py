@@ -17,7 +17,7 @@ import checkpoints
 import train
 from checkpoint_files import folder_of, read_checkpoint, steps_in
 from checkpoints import Checkpoints
-from packing import make_sampler
+from data.packing import make_sampler
 from tests.runs import set_up
 from tests.saving import Small
 from tests.test_adapters import args_for

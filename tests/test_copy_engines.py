@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 import copy_engines
 import wrapping
 from copy_engines import Buffers, CopiedAllGather, CopiedReduceScatter, Trial, make_copies
-from loss import all_gather, ranks_of_a_copy, reduce_scatter
+from models.loss import all_gather, ranks_of_a_copy, reduce_scatter
 from options.config import UserError
 from tests.products import products
 from tests.runs import train_run

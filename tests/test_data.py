@@ -1,4 +1,4 @@
-"""data.py: which tokens are targets (exactness rule 6 of the design), and how rows are dealt to steps."""
+"""data/tokenizing.py: which tokens are targets (exactness rule 6 of the design), and how rows are dealt to steps."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from itertools import pairwise
 import pytest
 import torch
 
-import data
 from benchmarks.make_checkpoint import byte_tokenizer
-from data import IGNORE, StepSampler, TokenizedRows, prepare, rounded, tokenize
-from formats import FORMATS, GUANACO_MARKERS, Rendered
+from data import tokenizing as data
+from data.formats import FORMATS, GUANACO_MARKERS, Rendered
+from data.tokenizing import IGNORE, StepSampler, TokenizedRows, prepare, rounded, tokenize
 from options.config import UserError
 from tests import chat_templates, small_tokenizers
 

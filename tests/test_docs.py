@@ -8,7 +8,7 @@ import textwrap
 import torch
 from transformers import Starcoder2Config
 
-from models import FAMILIES
+from models.registry import FAMILIES
 from tests import tiny
 from tests.programs import ROOT
 from tests.runs import outputs, transformers_model

@@ -15,10 +15,10 @@ from transformers import AutoModelForCausalLM
 
 import evaluate
 import export
-from data import prepare
+from data.formats import ALPACA
+from data.tokenizing import prepare
 from evaluation import greedy
 from finished_run import load_model, open_run
-from formats import ALPACA
 from models.lora import adapters_off
 from tests.resuming import fill
 from tests.runs import dense_tensors, transformers_model

@@ -18,12 +18,12 @@ from transformers import AutoModelForCausalLM
 
 import evaluation
 import train
-from data import IGNORE, StepSampler, make_batch, tokenize
+from data.evaluation_sets import held_rows, prepare_sets, prompt_of, stop_tokens
+from data.formats import ALPACA, FORMATS, QA
+from data.tokenizing import IGNORE, StepSampler, make_batch, tokenize
 from evaluation import greedy, grouped, mean_loss, perplexity
-from evaluation_data import held_rows, prepare_sets, prompt_of, stop_tokens
 from files.output_folder import ADAPTER
 from finished_run import load_model, open_run
-from formats import ALPACA, FORMATS, QA
 from launch.precision import choose_precision
 from launch.processes import Place
 from options.command_line import parse

@@ -13,14 +13,15 @@ from transformers import AutoModelForCausalLM, GraniteConfig
 from transformers.models.granite.modeling_granite import GraniteForCausalLM, GraniteRotaryEmbedding
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts, Qwen3MoeMLP
 
-import models
 import train
-from data import IGNORE, Batch
+from data.tokenizing import IGNORE, Batch
 from files.output_folder import whole
 from launch import precision
-from models import FAMILIES, build_on_meta, gemma2, read_config
+from models import gemma2
+from models.adapters import target_linears
 from models.family import Family, clean
 from models.moe import Experts
+from models.registry import FAMILIES, build_on_meta, read_config
 from options.config import UserError
 from tests import tiny
 from tests.runs import outputs, set_up, train_run, transformers_model
@@ -331,12 +332,12 @@ def test_configurations_that_cannot_be_trained(kind, edit, words, checkpoints, t
 def test_targets_that_get_no_adapter(targets, words, checkpoints):
     model, family = meta_model(checkpoints("qwen3_moe"))
     with pytest.raises(UserError, match=words):
-        models.adapters.target_linears(model, family, targets)
+        target_linears(model, family, targets)
 
 
 def test_plain_mlps_among_routed_layers_may_be_named(checkpoints):
     model, family = meta_model(checkpoints("qwen3_moe"))
-    assert models.adapters.target_linears(model, family, "mlp.up_proj") == ["model.layers.0.mlp.up_proj"]
+    assert target_linears(model, family, "mlp.up_proj") == ["model.layers.0.mlp.up_proj"]
 
 
 def meta_model(folder):

@@ -20,15 +20,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.fsdp import fully_shard
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import data
 from benchmarks.make_checkpoint import byte_tokenizer
 from checkpoint_files import MANIFEST, folder_of
-from data import Step, StepSampler, prepare
+from data import tokenizing as data
+from data.prefetch import ahead
+from data.tokenizing import Step, StepSampler, prepare
 from faults import BAD_STEPS, BadSteps
 from files.model_folder import INDEX
 from optimizers import make_optimizer
 from options.config import UserError
-from prefetch import ahead
 from tests import tiny
 from tests.programs import ROOT
 from tests.resuming import fill, lines, run

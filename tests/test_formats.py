@@ -1,4 +1,4 @@
-"""formats.py: every format's exact text and the exact characters that are learned."""
+"""data/formats.py: every format's exact text and the exact characters that are learned."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import jinja2
 import pytest
 
 from benchmarks.make_checkpoint import byte_tokenizer
-from data import tokenize
-from formats import FORMATS, GUANACO_MARKERS, asked, checked, prompt_ids, recognise, turn_ending
+from data.formats import FORMATS, GUANACO_MARKERS, asked, checked, prompt_ids, recognise, turn_ending
+from data.tokenizing import tokenize
 from options.config import UserError
 from tests import chat_templates as templates
 from tests import small_tokenizers

@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import generate
 import generation
 import models.dora
+from data.formats import ALPACA
 from finished_run import open_base, open_run
-from formats import ALPACA
 from generation import Answer, Conversation, Stream, make_template
 from models.dora import DoRALinear, fixed_norms
 from models.lora import LoRALinear, adapters_off

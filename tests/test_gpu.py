@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 import train
-from data import StepSampler
+from data.tokenizing import StepSampler
 from models.dora import DoRALinear
 from models.family import clean
 from models.lora import LoRALinear

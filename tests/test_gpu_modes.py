@@ -17,10 +17,10 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from activation_offload import HostStash, Offloaded
-from data import Step
+from data.tokenizing import Step
 from files import tensors as tensor_files
 from files.tensors import Stage, list_tensors, read_tensor
-from loss import look_up
+from models.loss import look_up
 from options.config import HQQ_BITS
 from quantization.quantizers import HQQ, triton_runs_on
 from tests.resuming import NOISY, Signals, adapter, lines, repeated, run
@@ -271,7 +271,7 @@ def follows(expected: tuple, got: tuple) -> None:
 
 def run_on_a_t4(place, args: list) -> tuple:
     """`train_run` on a GPU that says it is one, where whoever imports a kernel of Triton's fails."""
-    kernels = dict.fromkeys(["nf4_kernel", "hqq_kernel", "gather_kernel"])
+    kernels = dict.fromkeys(["quantization.nf4_kernel", "quantization.hqq_kernel", "models.gather_kernel"])
     turing = mock.patch.object(torch.cuda, "get_device_capability", return_value=(7, 5))
     triton_runs_on.cache_clear()
     try:

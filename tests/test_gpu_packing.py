@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-import attention
-from attention import VARLEN, attend_within_rows, has_varlen
+from data.packing import PackSampler
+from data.prefetch import ahead
 from launch.memory import can_pin
 from launch.precision import precision_here
-from packing import PackSampler
-from prefetch import ahead
+from models import attention
+from models.attention import VARLEN, attend_within_rows, has_varlen
 from tests.runs import set_up, train_run
 from tests.test_data import some_rows
 from tests.test_packing import by_definition, learn, packed_batch, packing_arguments, padded_batch

@@ -12,9 +12,9 @@ from safetensors.torch import load_file, safe_open
 import train
 from files.model_folder import CheckpointFiles
 from files.output_folder import BLOCKS
-from models import FAMILIES, read_config
 from models.family import clean
 from models.llama_pro import NEW_LAYERS, check_can_leave_silence, new_layers
+from models.registry import FAMILIES, read_config
 from options.config import UserError
 from quantize_layers import Linear4bit
 from tests import tiny

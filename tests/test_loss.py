@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import loss
 import train
-from data import IGNORE, learned_places
-from loss import FrozenEmbedding, Head, look_up, shard_vocabulary
-from packing import make_sampler
+from data.packing import make_sampler
+from data.tokenizing import IGNORE, learned_places
+from models import loss
+from models.loss import FrozenEmbedding, Head, look_up, shard_vocabulary
 from tests.runs import set_up
 from tests.test_parity import arguments
 from wrapping import make_mesh

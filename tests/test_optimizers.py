@@ -21,9 +21,9 @@ from torch.distributed.tensor import Shard, distribute_tensor
 import train
 from files.model_folder import CheckpointFiles
 from launch.precision import Precision
-from models import FAMILIES, build_on_meta, read_config
 from models.adapters import apply_method
 from models.family import clean
+from models.registry import FAMILIES, build_on_meta, read_config
 from optimizers import (
     OPTIMIZERS,
     check_optimizer,

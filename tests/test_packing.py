@@ -11,17 +11,17 @@ from itertools import pairwise
 import pytest
 import torch
 
-import attention
 import report
 import train
-from attention import CAUSAL, VARLEN
-from data import IGNORE, Batch, StepSampler, TokenizedRows, make_batch
+from data.packing import PackSampler, best_fit, make_packed, make_sampler
+from data.tokenizing import IGNORE, Batch, StepSampler, TokenizedRows, make_batch
 from files.output_folder import whole
 from messages import describe_data
-from models import FAMILIES
+from models import attention
+from models.attention import CAUSAL, VARLEN
 from models.family import clean
 from models.longrope import make_rotary
-from packing import PackSampler, best_fit, make_packed, make_sampler
+from models.registry import FAMILIES
 from tests.runs import make_job, set_up, train_run
 from tests.test_data import SIZES, assert_places, expected, some_rows
 from tests.test_parity import arguments, assert_same

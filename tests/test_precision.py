@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import train
-from data import Batch
+from data.tokenizing import Batch
 from files.output_folder import whole
 from launch import precision
 from launch.precision import Precision, choose_precision, precision_here

@@ -5,8 +5,8 @@ import threading
 import pytest
 import torch
 
-from data import StepSampler
-from prefetch import ahead
+from data.prefetch import ahead
+from data.tokenizing import StepSampler
 from tests.test_data import some_rows
 
 CPU = torch.device("cpu")

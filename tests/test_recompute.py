@@ -20,7 +20,7 @@ import activation_offload
 import recompute
 import train
 from faults import BadSteps
-from loss import KERNELS
+from models.loss import KERNELS
 from options.config import METHODS
 from quantization import operators as linear4bit
 from recompute import GRAPHS, Keep, Recomputed, allow_graphs, compiler

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from data import IGNORE, StepSampler
+from data.tokenizing import IGNORE, StepSampler
 from options.config import METHODS
 from tests.runs import dense_state, make_job, set_up, trained_tensors
 from tests.test_adapters import adapters_of, args_for, as_peft

@@ -22,7 +22,7 @@ import torch
 
 import report
 import train
-from data import StepSampler, TokenizedRows
+from data.tokenizing import StepSampler, TokenizedRows
 from options import config as options
 from options.command_line import parse
 from options.config import UserError

@@ -1,4 +1,4 @@
-"""sources.py: the recipes of datasets/, files of every type, and data sets of the hub."""
+"""data/sources.py: the recipes of datasets/, files of every type, and data sets of the hub."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ import pyarrow.parquet
 import pytest
 
 from benchmarks.make_checkpoint import byte_tokenizer
-from data import prepare
+from data.sources import RECIPES, Recipe, find_recipe, load_rows
+from data.tokenizing import prepare
 from options.config import UserError
-from sources import RECIPES, Recipe, find_recipe, load_rows
 
 BYTES = byte_tokenizer()
 # Everything that a row of text can do to a file format: quotes, line breaks, separators, other line ends.

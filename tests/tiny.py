@@ -21,8 +21,8 @@ from transformers import (
 
 import block_expansion
 from benchmarks.make_checkpoint import byte_tokenizer
-from models import read_config
 from models.llama_pro import new_layers
+from models.registry import read_config
 
 _COMMON = {
     "vocab_size": 300,

@@ -18,7 +18,7 @@ from itertools import chain
 
 import torch
 
-from data import IGNORE, Batch, StepSampler, TokenizedRows, learned_places
+from data.tokenizing import IGNORE, Batch, StepSampler, TokenizedRows, learned_places
 from options.config import Config
 
 # Rows that are put in order of length at a time, before they are packed. With more of them packs are a little fuller,

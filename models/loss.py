@@ -5,7 +5,7 @@ Where the head is frozen, its shards stay where they are: each rank computes the
 vocabulary for the tokens of all ranks, and the softmax is put together from the parts. What travels is hidden
 states, not the head (2 GiB for a vocabulary of 128k and 8,192 hidden units), and only those of a chunk are gathered
 at a time: the same slice of every rank's tokens. All ranks that share a head must therefore bring equally many tokens
-(data.py). The embedding is looked up likewise.
+(data/tokenizing.py). The embedding is looked up likewise.
 
 Only tokens that are learned take part: the others, a prompt's and padding, have no loss, and the head would compute
 as much for each as for a learned one.
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from data import IGNORE
+from data.tokenizing import IGNORE
 from quantization.operators import compute_dtype
 from quantization.quantizers import triton_runs_on
 
@@ -152,7 +152,7 @@ def look_up(rows: Tensor, index: Tensor, here: Tensor | None = None) -> Tensor:
     if not len(rows):
         return torch.zeros(len(index), rows.shape[1], dtype=rows.dtype, device=index.device)
     if not rows.is_cuda and triton_runs_on(index.device) and rows.is_pinned():
-        from gather_kernel import gather  # Triton comes with torch's CUDA builds only
+        from models.gather_kernel import gather  # Triton comes with torch's CUDA builds only
 
         return gather(rows, index, here)
     found = F.embedding(index.to(rows.device), rows).to(index.device)

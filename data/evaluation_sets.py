@@ -12,11 +12,11 @@ from pathlib import Path
 
 import torch
 
-from data import TEMPLATE_ERRORS, Examples, TokenizedRows, read_examples, tokenize
-from formats import FORMATS, Rendered, prompt_ids
+from data.formats import FORMATS, Rendered, prompt_ids
+from data.sources import find_recipe, load_rows
+from data.tokenizing import TEMPLATE_ERRORS, Examples, TokenizedRows, read_examples, tokenize
 from options.config import Config, UserError
 from options.limits import CONFIG_FILE, LINE, read_json, read_text
-from sources import find_recipe, load_rows
 
 DEFAULT_PROMPTS = 3  # rows that samples are made of, unless --sample_prompts says otherwise
 MOST_PROMPTS = 16  # rows of a dataset given as --sample_prompts

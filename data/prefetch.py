@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from data import Step
+from data.tokenizing import Step
 from launch.processes import use
 
 

@@ -1,4 +1,4 @@
-"""Data: recipe -> rows -> tokens and targets -> batches of padded rows (of packed ones: packing.py).
+"""Data: recipe -> rows -> tokens and targets -> batches of padded rows (of packed ones: data/packing.py).
 
 Rows are tokenized once, before any process with a GPU is started, into three flat tensors that all
 processes share. Which rows make up an optimizer step is decided here too, for all ranks at once, so every
@@ -21,10 +21,10 @@ import numpy as np
 import torch
 from fastcore.parallel import parallel
 
-from formats import FORMATS, Rendered, checked, encode, recognise
+from data.formats import FORMATS, Rendered, checked, encode, recognise
+from data.sources import Recipe, find_recipe, load_rows
 from options.config import UserError
 from options.limits import ROW
-from sources import Recipe, find_recipe, load_rows
 
 # What a chat template can raise for a row: it is a program, in a sandbox.
 TEMPLATE_ERRORS = (jinja2.TemplateError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError,
@@ -251,7 +251,7 @@ class Batch:
 
     def inputs(self) -> dict:
         """What SummedLoss takes. From positions that begin again transformers knows the rows, and confines its
-        masks to them; attention.py knows them from the bounds."""
+        masks to them; models/attention.py knows them from the bounds."""
         own = {"input_ids": self.ids, "row_lengths": self.lengths}
         if self.positions is None:
             return own
@@ -345,7 +345,7 @@ class StepSampler:
 
     def _batch(self, micro: Sequence) -> Batch:
         """This rank's part of a micro-batch of all ranks, in the shape of the largest part: ranks that share a
-        vocabulary exchange equally many tokens (loss.py), and FSDP waits for the slowest anyway. At an epoch's
+        vocabulary exchange equally many tokens (models/loss.py), and FSDP waits for the slowest anyway. At an epoch's
         end a rank may be left without rows."""
         own = micro[self.rank * self.batch_size :][: self.batch_size]
         most = max(int(self._targets[self._rows(part)].sum()) for part in _split(micro, self.batch_size))
@@ -378,7 +378,7 @@ def _split(items: Sequence, size: int) -> list[Sequence]:
 def learned_places(targets: torch.Tensor, most: int | None) -> torch.Tensor:
     """Of targets [B, T]: the places, in the batch as one line, of those that are not IGNORE, filled up with others to
     `most`, the number of the rank that has most of them: ranks that share a vocabulary bring equally many tokens
-    (loss.py). None: not filled up."""
+    (models/loss.py). None: not filled up."""
     ignored = targets.flatten() == IGNORE
     return ignored.sort(stable=True).indices[: int((~ignored).sum()) if most is None else most]
 

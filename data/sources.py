@@ -16,11 +16,11 @@ from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 
-from formats import FORMATS, GUANACO_MARKERS
+from data.formats import FORMATS, GUANACO_MARKERS
 from options.config import UserError
 from options.limits import LINE, LIST, OPTIONS_FILE, check_size, read_text
 
-RECIPES = Path(__file__).parent / "datasets"
+RECIPES = Path(__file__).parents[1] / "datasets"
 # What `datasets` raises for folders and files that hold no data set, beside errors of its own.
 UNREADABLE = (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError)
 PARQUET_ROWS = 64  # read at once: one value may stand for all of them in the file
