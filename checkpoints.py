@@ -29,9 +29,9 @@ from files.output_folder import remove
 from launch.memory import MIB, can_pin
 from launch.processes import Place, use
 from launch.signals import NeverStop
+from monitoring.tracking import Later
 from options.command_line import describe
 from options.config import UserError
-from tracking import Later
 from training_state import Tensors, collect, local_part, restore, trained_parameters
 
 

@@ -28,12 +28,12 @@ from models.family import Family, follows_the_longest, switches_by_layer
 from models.llama_pro import check_can_leave_silence, new_layers
 from models.registry import build_on_meta, check_weights, read_config
 from models.toy import toy_model
-from optimizers import check_optimizer
+from monitoring.profiling import check_traces
+from monitoring.tracking import check_wandb
 from options.command_line import describe, under_torchrun
 from options.config import TOY_MODEL, Config, UserError
 from options.limits import TOKENIZER_FILE, check_size
-from profiling import check_traces
-from tracking import check_wandb
+from parallel.optimizers import check_optimizer
 from wrapping import STRATEGIES
 
 

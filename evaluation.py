@@ -28,9 +28,9 @@ from faults import too_many
 from files.output_folder import BEST, SCORE, beside, fresh_folder, remove, replace_folder, write_text
 from launch.processes import Place
 from models.family import rope_switch
+from monitoring.tracking import Meter, Metrics, NoTracker, append
 from options.command_line import describe
 from options.config import Config
-from tracking import Meter, Metrics, NoTracker, append
 
 PROMPTS_AT_ONCE = 8
 

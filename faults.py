@@ -17,8 +17,8 @@ import torch
 import torch.distributed as dist
 
 from data.tokenizing import Step, TokenizedRows
+from monitoring.tracking import Metrics, NoTracker, Reading, append
 from options.config import UserError
-from tracking import Metrics, NoTracker, Reading, append
 
 BAD_STEPS = "bad_steps.jsonl"
 

@@ -2,7 +2,7 @@
 would help most, with what each would save.
 
 What an option saves is the difference of two estimates, with it and without it; the estimate is the arithmetic of
-docs/memory.md, for the weights that of weight_arithmetic.py. It need not be exact for that: what is left out - the
+docs/memory.md, for the weights that of monitoring/memory_model.py. It need not be exact for that: what is left out - the
 allocator's rounding, NCCL's buffers, kernels' workspaces - is much the same in both.
 
 B rows of a micro-batch, T tokens of the longest row, H hidden size, V vocabulary.
@@ -26,8 +26,8 @@ from launch.precision import precision_here
 from launch.processes import Place
 from models.loss import HIDDEN_BYTES, LOGITS_BYTES
 from models.registry import FAMILIES, build_on_meta
+from monitoring.memory_model import WeightBytes, plan, resting_on_host, vocabulary, weight_bytes
 from options.config import METHODS, Config, UserError, shown
-from weight_arithmetic import WeightBytes, plan, resting_on_host, vocabulary, weight_bytes
 from wrapping import STRATEGIES
 
 LAYER_ACTIVATIONS = (

@@ -32,7 +32,7 @@ from torch import nn
 from data.packing import PackSampler
 from data.tokenizing import StepSampler, TokenizedRows
 from files.output_folder import SCORE, write_text
-from report_page import page
+from monitoring.report_page import page
 
 FACTS, PAGE = "run.json", "report.html"
 MOST_BARS = 40

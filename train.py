@@ -66,14 +66,6 @@ from launch import processes as launch
 from launch.precision import precision_here, use_deterministic
 from launch.processes import Place, resolve_workers
 from launch.signals import NEVER, NeverStop, Stopping
-from messages import (
-    describe_data,
-    describe_files,
-    describe_model,
-    describe_stop,
-    describe_unsaved,
-    summary,
-)
 from model_writer import save_blocks, save_expanded, save_model
 from models.adapters import (
     apply_method,
@@ -81,16 +73,24 @@ from models.adapters import (
 )
 from models.attention import choose_attention
 from models.registry import FAMILIES, build_on_meta
-from optimizers import make_optimizer, make_schedule
+from monitoring.memory_model import Share, check_loaded, expect
+from monitoring.messages import (
+    describe_data,
+    describe_files,
+    describe_model,
+    describe_stop,
+    describe_unsaved,
+    summary,
+)
+from monitoring.profiling import BETWEEN, NO_PROFILER, NoProfiler, Profiler, make_profiler
+from monitoring.tracking import Lap, Later, Meter, Reading, despite_full_disk, make_tracker
 from options import config as options
 from options.config import TOY_MODEL, Config, UserError
 from out_of_memory import explained
-from profiling import BETWEEN, NO_PROFILER, NoProfiler, Profiler, make_profiler
+from parallel.activation_checkpointing import ActivationBudget, Keep, compiler, compiles
+from parallel.optimizers import make_optimizer, make_schedule
 from quantize_layers import load_weights
-from recompute import ActivationBudget, Keep, compiler, compiles
 from report import FACTS, PAGE, describe_run, write_report
-from tracking import Lap, Later, Meter, Reading, despite_full_disk, make_tracker
-from weight_arithmetic import Share, check_loaded, expect
 from wrapping import STRATEGIES, WRAP_POLICIES, make_mesh, offload_policy, sync_gradients, wrap
 
 

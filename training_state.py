@@ -20,9 +20,9 @@ from torch.distributed.tensor import DTensor
 
 from checkpoint_files import Reader, Saved, dtype_of, rank_of
 from models.family import clean
-from optimizers import ShardedAdamW, has_blocks, merged_blocks
 from options.command_line import describe
 from options.config import UserError
+from parallel.optimizers import ShardedAdamW, has_blocks, merged_blocks
 from quantize_layers import part
 
 Tensors = dict[str, torch.Tensor]

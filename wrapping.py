@@ -26,14 +26,14 @@ from torch.distributed.fsdp import (
     fully_shard,
 )
 
-from activation_offload import HostStash, Offloaded
-from copy_engines import make_copies
 from launch.memory import can_pin
 from models.dora import DoRALinear
 from models.family import Family
 from models.loss import freeze, shard_vocabulary
+from parallel.activation_checkpointing import Keep, Recomputed, allow_graphs
+from parallel.activation_offload import HostStash, Offloaded
+from parallel.copy_engines import make_copies
 from quantize_layers import Linear4bit
-from recompute import Keep, Recomputed, allow_graphs
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """What memory is in use, on the host and on a GPU, and its peaks; memory that is page-locked where there is so much.
 
-What weights should take: weight_arithmetic.py.
+What weights should take: monitoring/memory_model.py.
 """
 
 from __future__ import annotations

@@ -72,7 +72,7 @@ class DoRALinear(LoRALinear):
         update = self.lora_A, self.lora_B, self.scaling, self.squared_norm
         with torch.autocast(self.lora_A.device.type, enabled=False):  # fp32 means fp32 here
             norm = factored_norm(self.base_times(self.lora_A), *update)
-        norm = kept(norm)  # by the checkpointing policy (recompute.py)
+        norm = kept(norm)  # by the checkpointing policy (parallel/activation_checkpointing.py)
         if not compiling:
             self.last_norm = norm
         return norm

@@ -1,7 +1,7 @@
 """The 4-bit matmul and its gradient as operators that torch.compile takes whole.
 
 Opaque to the compiler on purpose: it would merge the backward's dequantization with the forward's, and keep
-16-bit weights in between. As operators they can be named by a checkpointing policy (recompute.py), and each takes
+16-bit weights in between. As operators they can be named by a checkpointing policy (parallel/activation_checkpointing.py), and each takes
 its low-rank branch into the big matmul, or adds it to the result in place.
 
 Shapes: O output features, I input features, R rank, T tokens (all leading dimensions of x).
@@ -107,7 +107,7 @@ def linear4bit(x, codes, scales, table, quantizer, shape, row_scale, bias, h, a,
         both = x.new_empty(shape[0], shape[1] + h.shape[-1])
         dequantize(*packed, out=both[:, : shape[1]])
         both[:, shape[1] :] = b
-        # h may be a part of several linears' (inductor_passes.py); unless all is contiguous torch copies five times
+        # h may be a part of several linears' (parallel/inductor_passes.py); unless all is contiguous torch copies five times
         # as slowly.
         return F.linear(torch.cat((x, h.contiguous()), -1), both, bias)
     weight = dequantize(*packed)
@@ -118,7 +118,7 @@ def linear4bit(x, codes, scales, table, quantizer, shape, row_scale, bias, h, a,
 
 
 # The two operators of backward take any number of linears that have one x: the compiler's graphs are rewritten so
-# (inductor_passes.py), and what each of them did alone with x and its gradient is done once.
+# (parallel/inductor_passes.py), and what each of them did alone with x and its gradient is done once.
 
 
 def _fake_adapter_backward(grads, x, h, a, b):

@@ -18,10 +18,10 @@ import train
 from checkpoint_files import folder_of
 from files import output_folder as checkpoint
 from files.output_folder import BEST
+from monitoring.tracking import Meter
 from options.command_line import parse
 from tests.manifests import edit
 from tests.runs import whole_run
-from tracking import Meter
 
 RUN = (  # an epoch has 10 steps; of half the rows, packed, 5 at most
     "--train_type bnb_dora --lora_rank 6 --lr 1e-2 --lr_scheduler cosine --batch_size 1 --num_epochs 2"

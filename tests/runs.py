@@ -19,9 +19,9 @@ from data.packing import make_sampler
 from files.output_folder import gather
 from models.family import clean
 from models.lora import LoRALinear
+from monitoring.tracking import NoTracker
 from options.command_line import parse
 from quantize_layers import fill
-from tracking import NoTracker
 
 
 def make_job(place, argv: list[str]) -> train.Job:

@@ -11,7 +11,7 @@ from torch import nn
 from checkpoint_files import folder_of, read_checkpoint
 from checkpoints import Checkpoints
 from launch.signals import NeverStop
-from tracking import Later
+from monitoring.tracking import Later
 from training_state import Tensors, collect
 
 TENSORS = {  # with the bytes of each, in whole ALIGNED

@@ -13,10 +13,10 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy
 
-import activation_offload
-from activation_offload import HostStash, Offloaded, Stashed
 from models.registry import FAMILIES
-from recompute import Keep, Recomputed
+from parallel import activation_offload
+from parallel.activation_checkpointing import Keep, Recomputed
+from parallel.activation_offload import HostStash, Offloaded, Stashed
 from tests.test_optimizers import meta_model
 from tests.test_parity import arguments, assert_same
 from tests.test_recompute import CHECKPOINTED, LAYERS, PLAIN, compiled_run

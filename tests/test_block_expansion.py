@@ -29,12 +29,12 @@ from models.adapters import apply_method
 from models.family import Family
 from models.llama_pro import NEW_LAYERS, evenly, sources
 from models.registry import FAMILIES, build_on_meta, read_config
+from monitoring.tracking import NoTracker
 from options.command_line import parse
 from quantize_layers import Linear4bit
 from tests import tiny
 from tests.runs import set_up
 from tests.test_adapters import IDS, args_for
-from tracking import NoTracker
 
 OUTPUTS = {"self_attn.o_proj": 0.0, "mlp.down_proj": 0.0}
 NORMS = {"post_attention_layernorm": -1.0, "post_feedforward_layernorm": -1.0}

@@ -18,10 +18,10 @@ import train
 from checkpoint_files import folder_of, read_checkpoint, steps_in
 from checkpoints import Checkpoints
 from data.packing import make_sampler
+from monitoring.tracking import NoTracker
 from tests.runs import set_up
 from tests.saving import Small
 from tests.test_adapters import args_for
-from tracking import NoTracker
 
 LONG = 2.0  # seconds
 

@@ -16,11 +16,11 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-import copy_engines
 import wrapping
-from copy_engines import Buffers, CopiedAllGather, CopiedReduceScatter, Trial, make_copies
 from models.loss import all_gather, ranks_of_a_copy, reduce_scatter
 from options.config import UserError
+from parallel import copy_engines
+from parallel.copy_engines import Buffers, CopiedAllGather, CopiedReduceScatter, Trial, make_copies
 from tests.products import products
 from tests.runs import train_run
 from tests.test_parity import arguments, assert_same

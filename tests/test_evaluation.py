@@ -26,12 +26,12 @@ from files.output_folder import ADAPTER
 from finished_run import load_model, open_run
 from launch.precision import choose_precision
 from launch.processes import Place
+from monitoring.tracking import NoTracker
 from options.command_line import parse
 from tests.runs import dense_tensors, make_job, randomize, trained_tensors, whole_run
 from tests.test_adapters import as_peft
 from tests.test_sources import BYTES
 from tests.tiny import write_alpaca
-from tracking import NoTracker
 
 HERE = Place(0, 1, 0, 1, torch.device("cpu"))
 PLAIN = choose_precision("fp32", False, False)

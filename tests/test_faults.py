@@ -27,13 +27,13 @@ from data.prefetch import ahead
 from data.tokenizing import Step, StepSampler, prepare
 from faults import BAD_STEPS, BadSteps
 from files.model_folder import INDEX
-from optimizers import make_optimizer
+from monitoring.tracking import HostMoment, Meter, Metrics, NoTracker, Reading, append
 from options.config import UserError
+from parallel.optimizers import make_optimizer
 from tests import tiny
 from tests.programs import ROOT
 from tests.resuming import fill, lines, run
 from tests.runs import train_run
-from tracking import HostMoment, Meter, Metrics, NoTracker, Reading, append
 from wrapping import make_mesh
 
 BAD_ROW = 5  # of 12, from 1

@@ -21,16 +21,16 @@ from data.tokenizing import StepSampler
 from models.dora import DoRALinear
 from models.family import clean
 from models.lora import LoRALinear
-from optimizers import make_optimizer
+from monitoring.profiling import Profiler
+from monitoring.tracking import NoTracker
 from options.config import UserError
 from out_of_memory import explained
-from profiling import Profiler
+from parallel.optimizers import make_optimizer
 from quantization.quantizers import HQQ, NF4
 from quantize_layers import STORAGE, Linear4bit, fill
 from tests import tiny
 from tests.programs import ROOT
 from tests.runs import make_job
-from tracking import NoTracker
 
 
 def quantized(weight: torch.Tensor, quantizer=NF4()) -> Linear4bit:  # noqa: B008

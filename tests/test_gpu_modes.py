@@ -16,19 +16,19 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
-from activation_offload import HostStash, Offloaded
 from data.tokenizing import Step
 from files import tensors as tensor_files
 from files.tensors import Stage, list_tensors, read_tensor
 from models.loss import look_up
+from monitoring.tracking import Meter
 from options.config import HQQ_BITS
+from parallel.activation_offload import HostStash, Offloaded
 from quantization.quantizers import HQQ, triton_runs_on
 from tests.resuming import NOISY, Signals, adapter, lines, repeated, run
 from tests.runs import dense_state, set_up, train_run
 from tests.test_gpu import quantized
 from tests.test_gpu_packing import compiled_on_gpu
 from tests.test_parity import arguments, biased
-from tracking import Meter
 
 
 @pytest.mark.gpu

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from launch.processes import Place
-from memory_history import BETWEEN, GpuEvents
-from profiling import HISTORY_STEPS, MemoryRecorder, Profiler
+from monitoring.memory_history import BETWEEN, GpuEvents
+from monitoring.profiling import HISTORY_STEPS, MemoryRecorder, Profiler
 from tests import tiny
 from tests.test_gpu import run
 from tests.test_report import Page

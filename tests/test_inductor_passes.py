@@ -16,9 +16,9 @@ from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.pattern_matcher import stable_topological_sort
 from torch.utils.checkpoint import CheckpointPolicy
 
-import recompute
 import train
-from inductor_passes import (
+from parallel import activation_checkpointing as recompute
+from parallel.inductor_passes import (
     ADAPTER_BACKWARD,
     CASTS,
     LINEAR,

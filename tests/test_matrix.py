@@ -10,8 +10,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from activation_offload import HostStash, Stashed
 from options.config import FIELDS
+from parallel.activation_offload import HostStash, Stashed
 from quantize_layers import Linear4bit
 from tests.products import products
 from tests.runs import set_up, train_run
@@ -219,7 +219,7 @@ def test_activation_offload_moves_the_layers_inputs_only(checkpoints, short_rows
 
 
 def moved_shapes(place, args) -> list[tuple[int, ...]]:
-    import activation_offload
+    from parallel import activation_offload
 
     moved, original, smallest = [], HostStash.pack, activation_offload.SMALLEST
 
@@ -254,7 +254,7 @@ def stashed_after_steps(place, args) -> list[int]:
     """How many of the layers' inputs are still held after each of three steps."""
     import gc
 
-    import activation_offload
+    from parallel import activation_offload
 
     smallest, activation_offload.SMALLEST = activation_offload.SMALLEST, 0
     try:

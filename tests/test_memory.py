@@ -11,13 +11,13 @@ import torch
 from torch import nn
 
 import train
-import weight_arithmetic
 from launch import memory
+from monitoring import memory_model as weight_arithmetic
+from monitoring.memory_model import Part, Share, WeightBytes, check_loaded
 from options.config import METHODS
 from tests.runs import make_job
 from tests.test_packed_files import pack_like_the_hub
 from tests.test_parity import arguments, biased
-from weight_arithmetic import Part, Share, WeightBytes, check_loaded
 
 H, M, V, LAYERS, R = 64, 160, 300, 3, 8  # tests/tiny.py's Llama; rank of `arguments`
 WEIGHTS = LAYERS * (2 * H * H + 2 * H * (H // 2) + 3 * H * M)

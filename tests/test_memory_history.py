@@ -9,9 +9,19 @@ from pathlib import Path
 import pytest
 import torch
 
-import memory_history
-from memory_history import BETWEEN, BUCKETS, History, Mark, Part, Recording, Span, count_back, curves_of
-from memory_page import page, write_pages
+from monitoring import memory_history
+from monitoring.memory_history import (
+    BETWEEN,
+    BUCKETS,
+    History,
+    Mark,
+    Part,
+    Recording,
+    Span,
+    count_back,
+    curves_of,
+)
+from monitoring.memory_page import page, write_pages
 from tests.test_report import CHROMIUM, HOSTILE, Page, screenshot
 
 GIB = 2**30

@@ -24,7 +24,9 @@ from launch.precision import Precision
 from models.adapters import apply_method
 from models.family import clean
 from models.registry import FAMILIES, build_on_meta, read_config
-from optimizers import (
+from options.command_line import parse
+from options.config import FIELDS, UserError
+from parallel.optimizers import (
     OPTIMIZERS,
     check_optimizer,
     lr_factor,
@@ -32,8 +34,6 @@ from optimizers import (
     make_schedule,
     merged_blocks,
 )
-from options.command_line import parse
-from options.config import FIELDS, UserError
 from tests.runs import train_run
 
 FUSED = {"fused_adamw": torch.optim.AdamW, "fused_adam": torch.optim.Adam}

@@ -16,12 +16,12 @@ import train
 from data.packing import PackSampler, best_fit, make_packed, make_sampler
 from data.tokenizing import IGNORE, Batch, StepSampler, TokenizedRows, make_batch
 from files.output_folder import whole
-from messages import describe_data
 from models import attention
 from models.attention import CAUSAL, VARLEN
 from models.family import clean
 from models.longrope import make_rotary
 from models.registry import FAMILIES
+from monitoring.messages import describe_data
 from tests.runs import make_job, set_up, train_run
 from tests.test_data import SIZES, assert_places, expected, some_rows
 from tests.test_parity import arguments, assert_same

@@ -13,11 +13,11 @@ from files.output_folder import whole
 from launch import precision
 from launch.precision import Precision, choose_precision, precision_here
 from models.family import clean
+from monitoring.tracking import Metrics, Tracker
 from options.config import FIELDS
 from tests.products import products
 from tests.runs import set_up, train_run, trained_tensors
 from tests.test_parity import arguments, biased
-from tracking import Metrics, Tracker
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 MODES = ["fp32", "bf16", "fp16_autocast", "bf16_autocast", "bf16_buffers_autocast"]

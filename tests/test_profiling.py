@@ -14,10 +14,8 @@ import torch
 
 import train
 from launch.processes import Place
-from memory_history import BETWEEN
-from options.command_line import parse
-from options.config import UserError
-from profiling import (
+from monitoring.memory_history import BETWEEN
+from monitoring.profiling import (
     HISTORY_STEPS,
     MemoryRecorder,
     Profiler,
@@ -26,6 +24,8 @@ from profiling import (
     cycle,
     make_profiler,
 )
+from options.command_line import parse
+from options.config import UserError
 from tests.runs import whole_run
 from tests.test_report import Page
 

@@ -16,14 +16,14 @@ import torch
 from torch import nn
 from torch._dynamo.utils import counters
 
-import activation_offload
-import recompute
 import train
 from faults import BadSteps
 from models.loss import KERNELS
 from options.config import METHODS
+from parallel import activation_checkpointing as recompute
+from parallel import activation_offload
+from parallel.activation_checkpointing import GRAPHS, Keep, Recomputed, allow_graphs, compiler
 from quantization import operators as linear4bit
-from recompute import GRAPHS, Keep, Recomputed, allow_graphs, compiler
 from tests.products import products
 from tests.runs import set_up, train_run
 from tests.test_parity import TYPES, arguments, assert_same, biased

@@ -23,10 +23,10 @@ import torch
 import report
 import train
 from data.tokenizing import StepSampler, TokenizedRows
+from monitoring.report_charts import downsample, number, running_mean, step_axis, value_axis
 from options import config as options
 from options.command_line import parse
 from options.config import UserError
-from report_charts import downsample, number, running_mean, step_axis, value_axis
 from tests import tiny
 from tests.runs import whole_run
 

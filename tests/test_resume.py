@@ -20,12 +20,12 @@ from checkpoint_files import folder_of, steps_in
 from files import output_folder as checkpoint
 from files.output_folder import Alone
 from launch.signals import Stopping
+from monitoring.tracking import Metrics, make_tracker
 from options.command_line import parse
 from options.config import UserError
 from tests.resuming import NOISY, QUIET, Filling, Signals, adapter, fill, lie, lines, repeated, resumed, run
 from tests.runs import whole_run
 from tests.wandb_files import wandb_records
-from tracking import Metrics, make_tracker
 
 
 @pytest.fixture(scope="module")

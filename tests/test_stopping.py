@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from launch import signals as stopping
 from launch.signals import NEVER, Received, Stopping, forwarding, hear
-from recompute import start_workers
+from parallel.activation_checkpointing import start_workers
 from tests.distributed import new_processes
 
 STUBBORN = "trap '' TERM INT; trap 'echo saved' USR1; echo ready; while :; do sleep 0.05; done"

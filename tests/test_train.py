@@ -24,14 +24,14 @@ import train
 from checkpoints import Checkpoints
 from evaluation import Evaluator
 from launch import processes as launch
-from optimizers import lr_factor
+from monitoring.tracking import Meter
 from options import command_line
 from options.command_line import parse
 from options.config import TOY_PROMPT
+from parallel.optimizers import lr_factor
 from tests.programs import ROOT, losses, metrics, run, small, start
 from tests.runs import train_run, whole_run
 from tests.wandb_files import wandb_records
-from tracking import Meter
 
 METRICS = (
     "step epoch loss lr grad_norm tokens trained_tokens step_seconds tokens_per_second memory_allocated_gib"

@@ -1,4 +1,4 @@
-"""report.html as text: one page that asks for nothing from outside (memory_page.py uses its frame).
+"""report.html as text: one page that asks for nothing from outside (monitoring/memory_page.py uses its frame).
 
 Its Content-Security-Policy allows the page's own style sheet and script, by their hashes, and nothing else: were
 a name in it ever not escaped, a browser would still run nothing. So there are no style attributes either. Every
@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from files.output_folder import ADAPTER, BLOCKS
+from monitoring.report_charts import Series, bars, curves, number, running_mean
 from options.command_line import program
 from options.config import TOY_DATASET, TOY_MODEL, TOY_PROMPT, Config, shown
 from options.resolve import resolve
-from report_charts import Series, bars, curves, number, running_mean
 
 if TYPE_CHECKING:
     from report import RunFiles

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 import torch
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import ActivationWrapper
 
-from recompute import Keep, Recomputed
+from parallel.activation_checkpointing import Keep, Recomputed
 
 SMALLEST = 2**16  # bytes: below it a copy costs more than it saves
 

@@ -106,7 +106,10 @@ def compiler(backend: str = "inductor") -> Callable:
     """What compiles the layers of a model: those that are alike share a compilation."""
     if backend != "inductor":
         return torch.compile(_run, fullgraph=True, backend=backend)
-    from inductor_passes import DividedGraphs, LayerGraphs  # takes a second, for what only some runs need
+    from parallel.inductor_passes import (  # takes a second, for what only some runs need
+        DividedGraphs,
+        LayerGraphs,
+    )
 
     if torch.cuda.is_available():
         start_workers()

@@ -20,8 +20,8 @@ import torch.distributed as dist
 from files.output_folder import write_text
 from launch.memory import GIB, PEAKS, in_use
 from launch.processes import Place
-from memory_history import BETWEEN, History, Recording
-from memory_page import write_pages
+from monitoring.memory_history import BETWEEN, History, Recording
+from monitoring.memory_page import write_pages
 from options.config import Config, UserError
 
 # Of --profile_memory: the first, which compiles and makes the optimizer's states, and two like all others.

@@ -1,4 +1,4 @@
-"""memory.html and memory.png: the memory of every rank over time, out of the recordings of memory_history.py."""
+"""memory.html and memory.png: the memory of every rank over time, out of the recordings of monitoring/memory_history.py."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from html import escape
 from pathlib import Path
 
 from files.output_folder import staged, write_text
-from memory_history import Part, Recording
-from report_charts import Band, Series, number, plot, tick, time_axis, value_axis
-from report_page import document
+from monitoring.memory_history import Part, Recording
+from monitoring.report_charts import Band, Series, number, plot, tick, time_axis, value_axis
+from monitoring.report_page import document
 
 STYLES = ("main", "second")  # of a part's curves, in their order
 LINES = ("#2563c4", "#c4560a")  # the same in memory.png

@@ -11,10 +11,10 @@ from data.packing import PackSampler
 from data.tokenizing import StepSampler, TokenizedRows
 from files.output_folder import BLOCKS
 from launch import memory
+from monitoring.memory_model import Share
+from monitoring.tracking import Metrics
 from options.command_line import describe, program, under_torchrun
 from options.config import TOY_DATASET, TOY_MODEL, TOY_PROMPT, Config
-from tracking import Metrics
-from weight_arithmetic import Share
 
 MUCH_PADDING = 0.3  # share of the batches above which a run is told of --packing
 
