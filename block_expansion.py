@@ -30,11 +30,20 @@ from huggingface_hub.utils import logging as hub_logging
 from transformers import PretrainedConfig
 from transformers.utils import logging as transformers_logging
 
+from checkpoints.model_writer import (
+    Entry,
+    Shards,
+    copied,
+    filled,
+    open_blocks,
+    shards_of,
+    with_replaced,
+    write_model,
+)
 from data.tokenizing import toy_texts
 from files.model_folder import CheckpointFiles, fetch_weights, find_model
 from files.output_folder import check_output, clear_output
 from files.tensors import StoredTensor
-from model_writer import Entry, Shards, copied, filled, open_blocks, shards_of, with_replaced, write_model
 from models.family import Family
 from models.llama_pro import NEW_LAYERS, evenly, is_expanded, new_layers, sources
 from models.registry import build_on_meta, check_weights, read_config

@@ -35,14 +35,14 @@ from transformers.utils import logging as transformers_logging
 from data.evaluation_sets import Prompt, held_rows, prompt_of, read_beside, stop_tokens
 from data.formats import Rendered
 from data.tokenizing import read_examples, tokenize
-from evaluation import grouped, mean_loss, perplexity
 from files.output_folder import as_json, check_writable, write_text
-from finished_run import Run, load_model, load_tokenizer, open_base, open_run
+from finished.finished_run import Run, load_model, load_tokenizer, open_base, open_run
 from launch.precision import bf16_gpu, choose_precision
 from launch.processes import Place
 from models.family import rope_switch
 from models.lora import adapters_off
 from train import loss_sum
+from training.evaluator import grouped, mean_loss, perplexity
 
 
 def exact_match(answers: list[str], references: list[str]) -> dict[str, float]:

@@ -36,7 +36,8 @@ from huggingface_hub.utils import logging as hub_logging
 from huggingface_hub.utils import validate_repo_id
 from transformers.utils import logging as transformers_logging
 
-import model_writer
+from checkpoints import model_writer
+from checkpoints.model_writer import Entry, write_model
 from data.sources import find_recipe
 from data.tokenizing import prepare
 from files.model_folder import CheckpointFiles
@@ -51,11 +52,10 @@ from files.output_folder import (
     holds_run,
     write_text,
 )
-from finished_run import Run, load_tokenizer, open_run, read_adapter
-from layerwise import compare, plain_logits, trained_logits
-from merge import merged_entries
-from model_card import card
-from model_writer import Entry, write_model
+from finished.finished_run import Run, load_tokenizer, open_run, read_adapter
+from finished.layerwise import compare, plain_logits, trained_logits
+from finished.merge import merged_entries
+from finished.model_card import card
 from options.limits import CONFIG_FILE, read_json
 
 SPARE = 2**20  # bytes, for headers, index and card

@@ -30,7 +30,7 @@ import torch
 from huggingface_hub.utils import logging as hub_logging
 from transformers.utils import logging as transformers_logging
 
-from generation import BASE, Answer, Conversation, Stream, Template, Voices, make_template, open_runs
+from finished.generation import BASE, Answer, Conversation, Stream, Template, Voices, make_template, open_runs
 
 NARROWEST = 34  # characters of a column; on narrower terminals answers stand one below the other
 

@@ -43,15 +43,13 @@ from huggingface_hub.utils import logging as hub_logging
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
-import resume
-from checkpoint_files import steps_in
-from checkpoints import Checkpoints
-from checks import Job, check, identity, read_tokenizer, total_steps
+from checkpoints import resume
+from checkpoints.manager import Checkpoints
+from checkpoints.model_writer import save_blocks, save_expanded, save_model
+from checkpoints.storage import steps_in
 from data.packing import longest_line, make_sampler
 from data.prefetch import ahead
 from data.tokenizing import Batch, StepSampler
-from evaluation import Evaluator, describe_evaluations
-from faults import BadSteps, conclude
 from files.output_folder import (
     Alone,
     base_digest,
@@ -66,7 +64,6 @@ from launch import processes as launch
 from launch.precision import precision_here, use_deterministic
 from launch.processes import Place, resolve_workers
 from launch.signals import NEVER, NeverStop, Stopping
-from model_writer import save_blocks, save_expanded, save_model
 from models.adapters import (
     apply_method,
     peft_targets,
@@ -86,11 +83,14 @@ from monitoring.profiling import BETWEEN, NO_PROFILER, NoProfiler, Profiler, mak
 from monitoring.tracking import Lap, Later, Meter, Reading, despite_full_disk, make_tracker
 from options import config as options
 from options.config import TOY_MODEL, Config, UserError
-from out_of_memory import explained
 from parallel.activation_checkpointing import ActivationBudget, Keep, compiler, compiles
 from parallel.optimizers import make_optimizer, make_schedule
 from quantize_layers import load_weights
 from report import FACTS, PAGE, describe_run, write_report
+from training.bad_steps import BadSteps, conclude
+from training.evaluator import Evaluator, describe_evaluations
+from training.out_of_memory import explained
+from training.preflight import Job, check, identity, read_tokenizer, total_steps
 from wrapping import STRATEGIES, WRAP_POLICIES, make_mesh, offload_policy, sync_gradients, wrap
 
 

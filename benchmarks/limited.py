@@ -22,10 +22,10 @@ import torch
 
 import train
 from benchmarks.make_checkpoint import EMPTY, STD
-from checks import Job
 from files import model_folder as model_files
 from files.tensors import Stage, Staged, StoredTensor, read_tensor
 from launch.processes import Place
+from training.preflight import Job
 
 _run_rank = train.run_rank
 GIB = "LIMITED_TO_GIB"  # in the environment, for the ranks

@@ -19,8 +19,8 @@ import torch.nn.functional as F
 import export
 from data.tokenizing import IGNORE, StepSampler, prepare
 from files.model_folder import CheckpointFiles
-from finished_run import load_tokenizer, open_run, read_adapter
-from layerwise import packed_logits, plain_logits, trained_logits
+from finished.finished_run import load_tokenizer, open_run, read_adapter
+from finished.layerwise import packed_logits, plain_logits, trained_logits
 
 
 def measure(folder: str, count: int) -> None:

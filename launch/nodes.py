@@ -20,7 +20,6 @@ import torch
 import torch.distributed as dist
 import transformers
 
-from checks import Job
 from data.tokenizing import TokenizedRows
 from files.output_folder import base_digest
 from files.weight_cache import digest
@@ -29,6 +28,7 @@ from launch.precision import precision_here
 from options.command_line import describe as in_one_line
 from options.command_line import needs_no_traceback
 from options.config import UserError, shown
+from training.preflight import Job
 
 PATIENCE = 90  # seconds: NFS's clients believe for up to 60 that a name is not there
 

@@ -26,8 +26,7 @@ from options.resolve import resolve
 if TYPE_CHECKING:
     from report import RunFiles
 
-HERE = Path(__file__).parent
-ASSETS = HERE / "report_assets"
+ASSETS = Path(__file__).parent / "report_assets"
 LONGEST_TEXT = 4000  # characters of a sample that are shown
 MOST_PROMPTS = 50
 TOLD_ABOVE = (
@@ -280,7 +279,7 @@ def commands(run: RunFiles) -> list[tuple[str, list[str]]]:
         ("export.py", "Make a complete model out of the base and what was trained",
          ["--to", "merged", "--out", f"{folder}-merged"], part),
     ):  # fmt: skip
-        if needs and (HERE / script).is_file():
+        if needs:
             found.append((what, [*program(script), folder, *more]))
     if whole:
         found.append(("Serve the model (docs/serving.md)", ["transformers", "serve", folder]))

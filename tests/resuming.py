@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-import checkpoint_files
-import model_writer
 import train
-from checkpoint_files import folder_of
+from checkpoints import model_writer
+from checkpoints import storage as checkpoint_files
+from checkpoints.storage import folder_of
 from files import output_folder as checkpoint
 from files.output_folder import BEST
 from monitoring.tracking import Meter

@@ -13,7 +13,6 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
-import checks
 import train
 from data.packing import make_sampler
 from files.output_folder import gather
@@ -22,6 +21,7 @@ from models.lora import LoRALinear
 from monitoring.tracking import NoTracker
 from options.command_line import parse
 from quantize_layers import fill
+from training import preflight as checks
 
 
 def make_job(place, argv: list[str]) -> train.Job:

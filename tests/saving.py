@@ -8,11 +8,11 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from checkpoint_files import folder_of, read_checkpoint
-from checkpoints import Checkpoints
+from checkpoints.manager import Checkpoints
+from checkpoints.storage import folder_of, read_checkpoint
+from checkpoints.training_state import Tensors, collect
 from launch.signals import NeverStop
 from monitoring.tracking import Later
-from training_state import Tensors, collect
 
 TENSORS = {  # with the bytes of each, in whole ALIGNED
     "half": torch.randn(7).bfloat16(),  # 64

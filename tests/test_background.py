@@ -11,10 +11,10 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-import background
-from background import Background, Resting
-from checkpoint_files import Writer, folder_of
-from checkpoint_plan import CopyPlanner
+from checkpoints import background
+from checkpoints.background import Background, Resting
+from checkpoints.planner import CopyPlanner
+from checkpoints.storage import Writer, folder_of
 
 
 def work(behind: Background, seconds: float) -> float:

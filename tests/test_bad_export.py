@@ -15,8 +15,8 @@ from huggingface_hub.errors import LocalTokenNotFoundError
 from safetensors.torch import load_file, save_file
 
 import export
-import finished_run
 from files.output_folder import ADAPTER
+from finished import finished_run
 from tests.distributed import new_processes
 from tests.test_adapters import args_for
 from tests.test_finished_run import saved_run, spoil_adapter

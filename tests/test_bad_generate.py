@@ -9,8 +9,8 @@ import sys
 import pytest
 
 import generate
-import generation
 from files.output_folder import ADAPTER
+from finished import generation
 from options.generate import Sampling, parse, read_prompts
 from tests.test_adapters import args_for
 from tests.test_finished_run import saved_run
@@ -54,7 +54,7 @@ def test_wrong_options(options, words, runs, refused):
 
 def test_options_are_read_before_torch():
     """By the modules that say what is wrong with them."""
-    modules = "sys, generate_options, evaluate_options, export_options, expansion_options"
+    modules = "sys, options.generate, options.evaluate, options.export, options.block_expansion"
     code = f"import {modules}; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
 

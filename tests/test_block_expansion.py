@@ -17,9 +17,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3MoeConfig
 
 import block_expansion
-import model_writer
 import train
 from block_expansion import expanded_config, expanded_tensors, positions
+from checkpoints import model_writer
 from data.packing import make_sampler
 from files.model_folder import INDEX, CheckpointFiles
 from files.output_folder import BLOCKS

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import model_writer
 import train
+from checkpoints import model_writer
 from files import output_folder as checkpoint
 from files.output_folder import check_output, clear_output, holds_run
 from options.config import UserError

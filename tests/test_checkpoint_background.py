@@ -11,12 +11,12 @@ from unittest import mock
 import pytest
 import torch
 
-import background
-import checkpoint_plan
-import checkpoints
 import train
-from checkpoint_files import folder_of, read_checkpoint, steps_in
-from checkpoints import Checkpoints
+from checkpoints import background
+from checkpoints import manager as checkpoints
+from checkpoints import planner as checkpoint_plan
+from checkpoints.manager import Checkpoints
+from checkpoints.storage import folder_of, read_checkpoint, steps_in
 from data.packing import make_sampler
 from monitoring.tracking import NoTracker
 from tests.runs import set_up

@@ -11,9 +11,10 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 
-import checkpoint_files
-from background import Background
-from checkpoint_files import (
+from checkpoints import storage as checkpoint_files
+from checkpoints.background import Background
+from checkpoints.planner import CopyPlanner
+from checkpoints.storage import (
     MANIFEST,
     Damaged,
     Reader,
@@ -25,7 +26,6 @@ from checkpoint_files import (
     remove_checkpoints,
     steps_in,
 )
-from checkpoint_plan import CopyPlanner
 from options.config import UserError
 from tests.manifests import edit
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch.distributed.checkpoint.planner import SavePlan
 
-from background import Background
-from checkpoint_plan import CopyPlanner, Piece, Share
+from checkpoints.background import Background
+from checkpoints.planner import CopyPlanner, Piece, Share
 
 
 def piece(name: str, shape: tuple, begin: int = 0, rows: int | None = None, dtype=torch.float32) -> Piece:

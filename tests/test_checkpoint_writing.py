@@ -14,9 +14,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import checkpoint_plan
-import checkpoints
-from checkpoint_files import folder_of, read_checkpoint
+from checkpoints import manager as checkpoints
+from checkpoints import planner as checkpoint_plan
+from checkpoints.storage import folder_of, read_checkpoint
 from files import tensors as tensor_files
 from files.tensors import write_tensors
 from tests.saving import TENSORS, Small

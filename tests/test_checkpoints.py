@@ -12,13 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import checkpoints
-from checkpoint_files import folder_of
-from checkpoints import HostCopy, host_memory
+from checkpoints import manager as checkpoints
+from checkpoints.manager import HostCopy, host_memory
+from checkpoints.storage import folder_of
+from checkpoints.training_state import Tensors
 from files.tensors import write_tensors
 from launch.processes import use
 from tests.saving import TENSORS, Small
-from training_state import Tensors
 
 
 class Slow:

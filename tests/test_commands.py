@@ -33,7 +33,7 @@ def test_a_command_that_is_shown_can_be_typed(where, tmp_path):
     (tmp_path / "python").write_text("#!/bin/sh\nexit 3\n")
     (tmp_path / "python").chmod(0o755)
     environment = os.environ | {"PATH": f"{tmp_path}:/usr/bin:/bin", "PYTHONPATH": str(ROOT)}
-    show = "import shlex, command_line; print(shlex.join(command_line.program('report.py')))"
+    show = "import shlex; from options import command_line; print(shlex.join(command_line.program('report.py')))"
     options = {"cwd": folder, "env": environment, "text": True, "timeout": 60}
     typed = subprocess.check_output([sys.executable, "-c", show], **options)
     done = subprocess.run(f"{typed.strip()} --help", shell=True, capture_output=True, **options)

@@ -17,8 +17,7 @@ import evaluate
 import export
 from data.formats import ALPACA
 from data.tokenizing import prepare
-from evaluation import greedy
-from finished_run import load_model, open_run
+from finished.finished_run import load_model, open_run
 from models.lora import adapters_off
 from tests.resuming import fill
 from tests.runs import dense_tensors, transformers_model
@@ -26,6 +25,7 @@ from tests.test_adapters import IDS, args_for
 from tests.test_evaluation import HERE, context
 from tests.test_finished_run import saved_run
 from tests.test_sources import BYTES
+from training.evaluator import greedy
 
 
 def row_by_row(model, rows) -> float:

@@ -16,14 +16,12 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
-import evaluation
 import train
 from data.evaluation_sets import held_rows, prepare_sets, prompt_of, stop_tokens
 from data.formats import ALPACA, FORMATS, QA
 from data.tokenizing import IGNORE, StepSampler, make_batch, tokenize
-from evaluation import greedy, grouped, mean_loss, perplexity
 from files.output_folder import ADAPTER
-from finished_run import load_model, open_run
+from finished.finished_run import load_model, open_run
 from launch.precision import choose_precision
 from launch.processes import Place
 from monitoring.tracking import NoTracker
@@ -32,6 +30,8 @@ from tests.runs import dense_tensors, make_job, randomize, trained_tensors, whol
 from tests.test_adapters import as_peft
 from tests.test_sources import BYTES
 from tests.tiny import write_alpaca
+from training import evaluator as evaluation
+from training.evaluator import greedy, grouped, mean_loss, perplexity
 
 HERE = Place(0, 1, 0, 1, torch.device("cpu"))
 PLAIN = choose_precision("fp32", False, False)

@@ -16,9 +16,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import export
-import layerwise
-import model_writer
+from checkpoints import model_writer
 from files.output_folder import ADAPTER, INDEX
+from finished import layerwise
 from quantization.quantizers import NF4
 from tests import tiny
 from tests.test_adapters import IDS, args_for
@@ -270,8 +270,8 @@ def test_the_card_of_the_best_step_has_its_loss(made, tmp_path):
 def test_the_card_names_what_is_on_the_hub(made, tmp_path):
     import dataclasses
 
-    from finished_run import open_run
-    from model_card import card
+    from finished.finished_run import open_run
+    from finished.model_card import card
 
     config = dataclasses.replace(open_run(made).config, dataset="alpaca")
     text = card(config, tmp_path, "meta-llama/Llama-2-7b-hf", "t", "w", "peft")

@@ -21,11 +21,10 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.make_checkpoint import byte_tokenizer
-from checkpoint_files import MANIFEST, folder_of
+from checkpoints.storage import MANIFEST, folder_of
 from data import tokenizing as data
 from data.prefetch import ahead
 from data.tokenizing import Step, StepSampler, prepare
-from faults import BAD_STEPS, BadSteps
 from files.model_folder import INDEX
 from monitoring.tracking import HostMoment, Meter, Metrics, NoTracker, Reading, append
 from options.config import UserError
@@ -34,6 +33,7 @@ from tests import tiny
 from tests.programs import ROOT
 from tests.resuming import fill, lines, run
 from tests.runs import train_run
+from training.bad_steps import BAD_STEPS, BadSteps
 from wrapping import make_mesh
 
 BAD_ROW = 5  # of 12, from 1
@@ -326,7 +326,7 @@ def test_secrets_are_in_no_file_of_a_run(ended):
 
 TALKING = """
 import os, signal, sys
-import launch
+from launch import processes as launch
 
 def talk(place):
     os.kill(os.getpid(), signal.SIGUSR1)
@@ -351,7 +351,7 @@ def test_a_full_disk_under_the_output_ends_no_rank(small_disk, tmp_path):
 
 
 OUTLASTING = (
-    "import os, sys; from command_line import outlast; outlast(); print('a', end=''); {}; os._exit(0)"
+    "import os, sys; from options.command_line import outlast; outlast(); print('a', end=''); {}; os._exit(0)"
 )
 
 

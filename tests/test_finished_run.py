@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from files.output_folder import ADAPTER, BLOCKS
-from finished_run import load_model, open_run, read_adapter
+from finished.finished_run import load_model, open_run, read_adapter
 from options import config as options
 from options.config import UserError
 from tests.test_adapters import IDS, args_for

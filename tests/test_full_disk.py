@@ -10,20 +10,20 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import model_writer
 import train
-from checkpoint_files import steps_in
-from evaluation import Evaluator, kept_in
+from checkpoints import model_writer
+from checkpoints.model_writer import Entry
+from checkpoints.storage import steps_in
 from files.output_folder import ADAPTER, BEST, BLOCKS, SCORE, replace_folder, write_text
 from files.tensors import save_tensors
 from launch.processes import Place
-from model_writer import Entry
 from monitoring.tracking import NoTracker, despite_full_disk
 from options.command_line import needs_no_traceback, parse
 from options.config import UserError
 from tests.products import products
 from tests.programs import small
 from tests.resuming import CHECK_ROOM, Filling, check_room_by, contents, fill, lines, repeated, run
+from training.evaluator import Evaluator, kept_in
 
 KINDS = {  # (model, options)
     "bnb_dora": (

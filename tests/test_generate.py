@@ -13,11 +13,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import generate
-import generation
 import models.dora
 from data.formats import ALPACA
-from finished_run import open_base, open_run
-from generation import Answer, Conversation, Stream, make_template
+from finished import generation
+from finished.finished_run import open_base, open_run
+from finished.generation import Answer, Conversation, Stream, make_template
 from models.dora import DoRALinear, fixed_norms
 from models.lora import LoRALinear, adapters_off
 from options.config import UserError

@@ -24,13 +24,13 @@ from models.lora import LoRALinear
 from monitoring.profiling import Profiler
 from monitoring.tracking import NoTracker
 from options.config import UserError
-from out_of_memory import explained
 from parallel.optimizers import make_optimizer
 from quantization.quantizers import HQQ, NF4
 from quantize_layers import STORAGE, Linear4bit, fill
 from tests import tiny
 from tests.programs import ROOT
 from tests.runs import make_job
+from training.out_of_memory import explained
 
 
 def quantized(weight: torch.Tensor, quantizer=NF4()) -> Linear4bit:  # noqa: B008

@@ -26,8 +26,7 @@ import torch.distributed as dist
 import yaml
 from safetensors.torch import load_file, save_file
 
-from checkpoint_files import Saved
-from checks import check
+from checkpoints.storage import Saved
 from launch import nodes
 from launch import processes as launch
 from launch.nodes import Finding, compare
@@ -35,6 +34,7 @@ from options.command_line import parse
 from options.config import UserError
 from tests.programs import ROOT
 from tests.runs import train_run
+from training.preflight import check
 
 SRUN = """#!/bin/bash
 # Stands for Slurm's: runs a command on both nodes, each with an address of its own.

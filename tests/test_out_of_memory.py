@@ -9,12 +9,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import out_of_memory
 import train
 from options.config import UserError
-from out_of_memory import LAYER_ACTIVATIONS, Shape, changes, estimate, measure, savings
 from tests.runs import make_job
 from tests.test_parity import arguments
+from training import out_of_memory
+from training.out_of_memory import LAYER_ACTIVATIONS, Shape, changes, estimate, measure, savings
 
 H, V, LAYERS = 64, 300, 3  # tests/tiny.py's Llama
 

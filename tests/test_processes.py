@@ -20,7 +20,7 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 import train
-from checkpoint_files import newest_whole
+from checkpoints.storage import newest_whole
 from launch import processes as launch
 from options.command_line import parse
 from options.config import UserError

@@ -13,7 +13,7 @@ from hqq.core.quantize import Quantizer
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-import merge
+from finished import merge
 from options.config import HQQ_BITS, UserError
 from quantization import quantizers
 from quantization.quantizers import HQQ, NF4, pack_bits

@@ -17,7 +17,6 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 import train
-from faults import BadSteps
 from models.loss import KERNELS
 from options.config import METHODS
 from parallel import activation_checkpointing as recompute
@@ -27,6 +26,7 @@ from quantization import operators as linear4bit
 from tests.products import products
 from tests.runs import set_up, train_run
 from tests.test_parity import TYPES, arguments, assert_same, biased
+from training.bad_steps import BadSteps
 
 PLAIN = ["--batch_size", "4", "--use_gradient_checkpointing", "false"]
 CHECKPOINTED = ["--batch_size", "4", "--use_gradient_checkpointing", "true"]

@@ -14,9 +14,9 @@ from unittest import mock
 import pytest
 import torch
 
-import checkpoint_files
 import train
-from checkpoint_files import folder_of, steps_in
+from checkpoints import storage as checkpoint_files
+from checkpoints.storage import folder_of, steps_in
 from files import output_folder as checkpoint
 from files.output_folder import Alone
 from launch.signals import Stopping

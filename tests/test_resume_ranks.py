@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import checkpoint_files
-from checkpoint_files import folder_of
+from checkpoints import storage as checkpoint_files
+from checkpoints.storage import folder_of
 from tests.resuming import QUIET, Signals, adapter, lines, repeated, run
 
 # On GPUs too, where another number of rows to a matmul rounds otherwise in bf16.

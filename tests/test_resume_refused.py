@@ -13,10 +13,10 @@ import pytest
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 
-import checkpoint_files
-import checkpoints
-import resume
-from checkpoint_files import folder_of
+from checkpoints import manager as checkpoints
+from checkpoints import resume
+from checkpoints import storage as checkpoint_files
+from checkpoints.storage import folder_of
 from launch.precision import choose_precision
 from options.config import UserError
 from tests.hostile_checkpoints import Pickled

@@ -115,4 +115,4 @@ def test_each_of_these_would_be_found(source):
 
 def test_all_files_are_read():
     names = {path.name for path in SOURCES}
-    assert {"train.py", "export.py", "files/output_folder.py", "lora.py", "make_checkpoint.py"} <= names
+    assert {"train.py", "export.py", "output_folder.py", "lora.py", "make_checkpoint.py"} <= names

@@ -21,8 +21,7 @@ import yaml
 from safetensors.torch import load_file
 
 import train
-from checkpoints import Checkpoints
-from evaluation import Evaluator
+from checkpoints.manager import Checkpoints
 from launch import processes as launch
 from monitoring.tracking import Meter
 from options import command_line
@@ -32,6 +31,7 @@ from parallel.optimizers import lr_factor
 from tests.programs import ROOT, losses, metrics, run, small, start
 from tests.runs import train_run, whole_run
 from tests.wandb_files import wandb_records
+from training.evaluator import Evaluator
 
 METRICS = (
     "step epoch loss lr grad_norm tokens trained_tokens step_seconds tokens_per_second memory_allocated_gib"

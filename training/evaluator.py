@@ -24,13 +24,13 @@ from torch.distributed.fsdp import FSDPModule
 
 from data.evaluation_sets import EvaluationData
 from data.tokenizing import Batch, TokenizedRows, make_batch
-from faults import too_many
 from files.output_folder import BEST, SCORE, beside, fresh_folder, remove, replace_folder, write_text
 from launch.processes import Place
 from models.family import rope_switch
 from monitoring.tracking import Meter, Metrics, NoTracker, append
 from options.command_line import describe
 from options.config import Config
+from training.bad_steps import too_many
 
 PROMPTS_AT_ONCE = 8
 

@@ -1,7 +1,7 @@
 """Checkpoints while a run trains: what is due, the copy to host memory, the write behind the training's back.
 
 The loop calls `load` once, `after` once per step, `finish` at the end; every rank does. What a checkpoint holds is in
-training_state.py, its files in checkpoint_files.py.
+checkpoints/training_state.py, its files in checkpoints/storage.py.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 
-from background import Background
-from checkpoint_files import GROWING_FILES, Saved, Writer, folder_of, prune, sync
-from checkpoint_plan import CopyPlanner
+from checkpoints.background import Background
+from checkpoints.planner import CopyPlanner
+from checkpoints.storage import GROWING_FILES, Saved, Writer, folder_of, prune, sync
+from checkpoints.training_state import Tensors, collect, local_part, restore, trained_parameters
 from files.output_folder import remove
 from launch.memory import MIB, can_pin
 from launch.processes import Place, use
@@ -32,7 +33,6 @@ from launch.signals import NeverStop
 from monitoring.tracking import Later
 from options.command_line import describe
 from options.config import UserError
-from training_state import Tensors, collect, local_part, restore, trained_parameters
 
 
 class Part(Protocol):

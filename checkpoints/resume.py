@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from transformers import PretrainedConfig
 
-from checkpoint_files import (
+from checkpoints.storage import (
     GROWING_FILES,
     MANIFEST,
     Damaged,

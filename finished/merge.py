@@ -18,11 +18,11 @@ from functools import partial
 
 import torch
 
+from checkpoints.model_writer import PIECE, Entry, copied
 from files.model_folder import CheckpointFiles
 from files.tensors import Stage
-from finished_run import PREFIX, Run
+from finished.finished_run import PREFIX, Run
 from launch.memory import empty_on_host
-from model_writer import PIECE, Entry, copied
 from models.adapters import choose_quantizers, packed_linears
 from models.dora import TINY
 from models.registry import build_on_meta

@@ -19,7 +19,6 @@ from dataclasses import dataclass
 
 import torch
 
-from checks import Job
 from data.packing import longest_line
 from launch.memory import PEAKS, size
 from launch.precision import precision_here
@@ -28,6 +27,7 @@ from models.loss import HIDDEN_BYTES, LOGITS_BYTES
 from models.registry import FAMILIES, build_on_meta
 from monitoring.memory_model import WeightBytes, plan, resting_on_host, vocabulary, weight_bytes
 from options.config import METHODS, Config, UserError, shown
+from training.preflight import Job
 from wrapping import STRATEGIES
 
 LAYER_ACTIVATIONS = (

@@ -233,7 +233,7 @@ def file_of(rank: int) -> str:
 
 
 class Writer(StorageWriter):
-    """Writes one checkpoint, by the plans of checkpoint_plan.py. run: what its manifest is to say of the run, asked of the
+    """Writes one checkpoint, by the plans of checkpoints/planner.py. run: what its manifest is to say of the run, asked of the
     first rank only.
 
     Raises OSError, which torch.distributed.checkpoint makes a CheckpointException on every rank; the folder under

@@ -2,7 +2,7 @@
 
 torch's own planner sends a dozen objects for each tensor, back and forth between each rank and the first, in pickles that
 hold the interpreter: for some thousand tensors of eight ranks more than a second, in which the first one's training comes
-to few of its launches. Here a tuple goes one way, once in a run, and rests are taken between tensors (background.py).
+to few of its launches. Here a tuple goes one way, once in a run, and rests are taken between tensors (checkpoints/background.py).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.default_planner import create_default_local_sa
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
 
-from background import Background, Resting
+from checkpoints.background import Background, Resting
 
 
 class Piece(NamedTuple):

@@ -18,7 +18,7 @@ from torch import nn
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.tensor import DTensor
 
-from checkpoint_files import Reader, Saved, dtype_of, rank_of
+from checkpoints.storage import Reader, Saved, dtype_of, rank_of
 from models.family import clean
 from options.command_line import describe
 from options.config import UserError

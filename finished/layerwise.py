@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from files.model_folder import CheckpointFiles
-from finished_run import Run, tensors_of
+from finished.finished_run import Run, tensors_of
 from launch.precision import Precision
 from models.adapters import apply_method, choose_quantizers, packed_linears
 from models.family import Family

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from transformers import AutoTokenizer, PretrainedConfig
 
-import resume
-from checkpoint_files import Saved
+from checkpoints import resume
+from checkpoints.storage import Saved
 from data.evaluation_sets import EvaluationData, named, prepare_sets, stop_tokens
 from data.packing import make_sampler
 from data.tokenizing import StepSampler, TokenizedRows, toy_texts
