@@ -13,21 +13,14 @@ from __future__ import annotations
 import gc
 import sys
 
-from options.command_line import (
-    needs_no_traceback,
-    outlast,
-    parse,
-    parse_or_exit,
-    prepare_environment,
-    report,
-    run_program,
-    under_torchrun,
-)
+from launch.program import outlast, parse_or_exit, prepare_environment, report, run_command, under_torchrun
+from options.command_line import parse
+from options.errors import needs_no_traceback
 
 if __name__ == "__main__":
     # Before the imports below, which take seconds: --help and wrong options are answered at once.
     outlast()
-    PARSED = parse_or_exit(sys.argv[1:])
+    PARSED = parse_or_exit(sys.argv[1:], parse)
     prepare_environment()
     gc.disable()  # as in launch/rank_imports.py
 
@@ -49,7 +42,7 @@ from checkpoints.model_writer import save_blocks, save_expanded, save_model
 from checkpoints.storage import steps_in
 from data.packing import longest_line, make_sampler
 from data.prefetch import ahead
-from data.tokenizing import Batch, StepSampler
+from data.tokenizing import StepSampler
 from files.output_folder import (
     Alone,
     base_digest,
@@ -69,6 +62,7 @@ from models.adapters import (
     peft_targets,
 )
 from models.attention import choose_attention
+from models.causal_lm import loss_sum
 from models.registry import FAMILIES, build_on_meta
 from monitoring.memory_model import Share, check_loaded, expect
 from monitoring.messages import (
@@ -80,13 +74,14 @@ from monitoring.messages import (
     summary,
 )
 from monitoring.profiling import BETWEEN, NO_PROFILER, NoProfiler, Profiler, make_profiler
+from monitoring.report import FACTS, PAGE, describe_run, write_report
 from monitoring.tracking import Lap, Later, Meter, Reading, despite_full_disk, make_tracker
 from options import config as options
-from options.config import TOY_MODEL, Config, UserError
+from options.config import TOY_MODEL, Config
+from options.errors import UserError
 from parallel.activation_checkpointing import ActivationBudget, Keep, compiler, compiles
 from parallel.optimizers import make_optimizer, make_schedule
 from quantize_layers import load_weights
-from report import FACTS, PAGE, describe_run, write_report
 from training.bad_steps import BadSteps, conclude
 from training.evaluator import Evaluator, describe_evaluations
 from training.out_of_memory import explained
@@ -128,13 +123,6 @@ def set_up(job: Job, place: Place, profiler: NoProfiler = NO_PROFILER) -> tuple[
     profiler.phase(BETWEEN)
     torch.manual_seed(config.seed + place.rank)  # of dropout; adapters and the data order have their own
     return model, expected
-
-
-def loss_sum(model: nn.Module, batch: Batch) -> torch.Tensor:
-    """Cross-entropy summed over the batch's targets, in fp32."""
-    # No attention mask: padding is on the right, where causal attention never looks, and has no targets. Packed
-    # rows say where they begin and end.
-    return model(**batch.inputs(), targets=batch.targets, places=batch.places)
 
 
 def train(
@@ -359,7 +347,7 @@ def announce(job: Job, remarks: list[str]) -> Job:
 
 def main(argv: list[str]) -> int:
     """Options in, exit status out."""
-    return run_program(argv, parse, lambda parsed: run(*parsed))
+    return run_command(argv, parse, lambda parsed: run(*parsed))
 
 
 if __name__ == "__main__":

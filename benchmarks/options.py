@@ -14,7 +14,8 @@ from benchmarks.systems import CHECKPOINTING, OURS, SYSTEMS, TRAIN_TYPES
 from benchmarks.table import SETTLING
 from files.output_folder import check_writable
 from options.command_line import command_parser, suggest, with_underscores
-from options.config import FIELDS, UserError, user_cache
+from options.config import FIELDS, user_cache
+from options.errors import UserError
 
 PEERS = tuple(name for name in SYSTEMS if name != OURS)
 NUMBERS = {

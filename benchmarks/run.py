@@ -34,8 +34,8 @@ from benchmarks.shapes import SHAPES
 from benchmarks.systems import OURS, SYSTEMS, Setting, installed
 from benchmarks.table import Row, draw, markdown, measured
 from files.output_folder import write_text
-from options.command_line import report
-from options.config import UserError
+from launch.program import report
+from options.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 

@@ -31,8 +31,7 @@ from launch.memory import MIB, can_pin
 from launch.processes import Place, use
 from launch.signals import NeverStop
 from monitoring.tracking import Later
-from options.command_line import describe
-from options.config import UserError
+from options.errors import UserError, describe
 
 
 class Part(Protocol):

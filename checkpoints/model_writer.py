@@ -23,7 +23,7 @@ from files.output_folder import BLOCKS, check_room, copy_companions, gather, pla
 from files.tensors import read_header, write_header
 from models.family import Family, clean
 from models.llama_pro import NEW_LAYERS, new_layers
-from options.config import UserError
+from options.errors import UserError
 
 PIECE = 2**24  # bytes
 SHARD_BYTES = 5 * 10**9

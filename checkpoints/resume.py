@@ -33,7 +33,8 @@ from files.output_folder import BEST, BLOCKS, base_digest, check_output, holds_r
 from files.weight_cache import digest
 from launch.precision import precision_here
 from monitoring.tracking import read_metrics
-from options.config import CHECKPOINTS, FIELDS, Config, UserError, shown
+from options.config import CHECKPOINTS, FIELDS, Config, shown
+from options.errors import UserError
 
 # A resumed run may differ in the options of these groups, which change no result beyond rounding ...
 FREE_GROUPS = ("Memory and speed", "Launch", "Checkpoints", "Output", "Profiling", "Evaluation")

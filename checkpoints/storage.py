@@ -41,7 +41,8 @@ from torch.futures import Future
 from files.output_folder import beside, check_room, fresh_folder, remove
 from files.tensors import write_tensors
 from launch.memory import MIB
-from options.config import CHECKPOINTS, UserError
+from options.config import CHECKPOINTS
+from options.errors import UserError
 from options.limits import MANIFEST_FILE, check_size, read_text
 
 MANIFEST, VERSION, RANK = "manifest.json", 2, "rank-"

@@ -20,8 +20,7 @@ from torch.distributed.tensor import DTensor
 
 from checkpoints.storage import Reader, Saved, dtype_of, rank_of
 from models.family import clean
-from options.command_line import describe
-from options.config import UserError
+from options.errors import UserError, describe
 from parallel.optimizers import ShardedAdamW, has_blocks, merged_blocks
 from quantize_layers import part
 

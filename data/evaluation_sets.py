@@ -15,7 +15,8 @@ import torch
 from data.formats import FORMATS, Rendered, prompt_ids
 from data.sources import find_recipe, load_rows
 from data.tokenizing import TEMPLATE_ERRORS, Examples, TokenizedRows, read_examples, tokenize
-from options.config import Config, UserError
+from options.config import Config
+from options.errors import UserError
 from options.limits import CONFIG_FILE, LINE, read_json, read_text
 
 DEFAULT_PROMPTS = 3  # rows that samples are made of, unless --sample_prompts says otherwise

@@ -12,8 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from options.command_line import describe
-from options.config import UserError
+from options.errors import UserError, describe
 
 # The prompts of Stanford Alpaca, which most instruction-tuned checkpoints of this kind have seen.
 ALPACA = (

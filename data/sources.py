@@ -17,7 +17,7 @@ from itertools import count
 from pathlib import Path
 
 from data.formats import FORMATS, GUANACO_MARKERS
-from options.config import UserError
+from options.errors import UserError
 from options.limits import LINE, LIST, OPTIONS_FILE, check_size, read_text
 
 RECIPES = Path(__file__).parents[1] / "datasets"

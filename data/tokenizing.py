@@ -23,7 +23,7 @@ from fastcore.parallel import parallel
 
 from data.formats import FORMATS, Rendered, checked, encode, recognise
 from data.sources import Recipe, find_recipe, load_rows
-from options.config import UserError
+from options.errors import UserError
 from options.limits import ROW
 
 # What a chat template can raise for a row: it is a program, in a sandbox.

@@ -18,7 +18,7 @@ import bitsandbytes.functional as bnb
 import torch
 
 from files.tensors import StoredTensor, read_tensor
-from options.config import UserError
+from options.errors import UserError
 from quantization.quantizers import NF4, SCALE_BLOCK, PackedWeight, flat_bytes
 
 STATE = ".quant_state.bitsandbytes__"

@@ -18,7 +18,8 @@ from safetensors import SafetensorError
 
 from files.bnb_weights import find_bnb
 from files.tensors import Stage, Staged, StoredTensor, list_tensors, read_tensor
-from options.config import TOY_MODEL, UserError
+from options.config import TOY_MODEL
+from options.errors import UserError
 from options.limits import INDEX_FILE, read_json
 from quantization.quantizers import PackedWeight, Quantizer
 

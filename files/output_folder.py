@@ -31,7 +31,8 @@ from files.tensors import save_tensors
 from launch.memory import size
 from models.family import clean
 from models.lora import LoRALinear
-from options.config import CHECKPOINTS, Config, UserError
+from options.config import CHECKPOINTS, Config
+from options.errors import UserError
 
 PATIENCE = 10  # seconds for a run that ends to leave its folder
 ADAPTER, BLOCKS = "adapter_model.safetensors", "new_blocks.safetensors"

@@ -34,8 +34,7 @@ from files.model_folder import CheckpointFiles
 from files.output_folder import check_room, check_writable
 from files.tensors import UMASK, list_tensors, read_tensor, save_tensors
 from launch.processes import Place
-from options.command_line import describe
-from options.config import UserError
+from options.errors import UserError, describe
 from options.limits import INDEX_FILE, read_json
 from quantization.quantizers import PackedWeight, Quantizer, flat_bytes
 

@@ -26,7 +26,7 @@ from launch.precision import Precision, choose_precision
 from models.adapters import exchange_adapters
 from models.dora import fixed_norms
 from models.lora import adapters_off
-from options.config import UserError
+from options.errors import UserError
 from options.generate import Prompt, Sampling
 
 BASE = "base"

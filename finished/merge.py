@@ -26,7 +26,7 @@ from launch.memory import empty_on_host
 from models.adapters import choose_quantizers, packed_linears
 from models.dora import TINY
 from models.registry import build_on_meta
-from options.config import UserError
+from options.errors import UserError
 from quantization.quantizers import PackedWeight, Quantizer, pack_weight
 
 

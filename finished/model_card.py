@@ -15,7 +15,8 @@ import yaml
 
 from data.sources import find_recipe
 from files.output_folder import SCORE
-from options.config import FIELDS, TOY_MODEL, Config, UserError, shown
+from options.config import FIELDS, TOY_MODEL, Config, shown
+from options.errors import UserError
 from options.limits import CONFIG_FILE, read_json
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")

@@ -25,9 +25,9 @@ from files.output_folder import base_digest
 from files.weight_cache import digest
 from launch import processes as launch
 from launch.precision import precision_here
-from options.command_line import describe as in_one_line
-from options.command_line import needs_no_traceback
-from options.config import UserError, shown
+from options.config import shown
+from options.errors import UserError, needs_no_traceback
+from options.errors import describe as in_one_line
 from training.preflight import Job
 
 PATIENCE = 90  # seconds: NFS's clients believe for up to 60 that a name is not there

@@ -28,9 +28,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from launch.program import outlast, prepare_environment, under_torchrun
 from launch.signals import forwarding, hear
-from options.command_line import describe, needs_no_traceback, outlast, prepare_environment, under_torchrun
-from options.config import UserError
+from options.errors import UserError, describe, needs_no_traceback
 
 MEETING = timedelta(minutes=5)  # for all ranks to come; the nodes of a job do not start at the same moment
 CPU_RANKS = 16  # on any machine, for trying things out; more only where there are processors for them

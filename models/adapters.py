@@ -15,7 +15,8 @@ from models.family import Family
 from models.llama_pro import new_layers
 from models.lora import LoRALinear
 from models.moe import within_experts
-from options.config import Config, UserError
+from options.config import Config
+from options.errors import UserError
 from quantization.quantizers import Quantizer, make_quantizer
 from quantize_layers import quantize_linears
 

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from data.tokenizing import Batch
 from models.loss import Head
 
 
@@ -48,3 +49,10 @@ def put_head(model: nn.Module, name: str, scale: float) -> None:
         head = Head(linear.in_features, linear.out_features, bias=linear.bias is not None)
     head.weight, head.bias, head.scale = linear.weight, linear.bias, scale
     model.set_submodule(name, head)
+
+
+def loss_sum(model: nn.Module, batch: Batch) -> torch.Tensor:
+    """Cross-entropy summed over the batch's targets, in fp32."""
+    # No attention mask: padding is on the right, where causal attention never looks, and has no targets. Packed
+    # rows say where they begin and end.
+    return model(**batch.inputs(), targets=batch.targets, places=batch.places)

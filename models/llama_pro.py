@@ -16,7 +16,7 @@ from transformers import PretrainedConfig
 
 from files.model_folder import CheckpointFiles
 from models.family import Family
-from options.config import UserError
+from options.errors import UserError
 
 NEW_LAYERS = "llama_pro_new_layers"  # in config.json: indices in the expanded model, from 0, ascending
 

@@ -18,7 +18,7 @@ from files.model_folder import CheckpointFiles
 from models import gemma2, gemma3, llama, mistral, phi3, qwen2, qwen3, qwen3_moe
 from models.causal_lm import put_head, with_summed_loss
 from models.family import Family
-from options.config import UserError
+from options.errors import UserError
 from options.limits import CONFIG_FILE, LAYERS, read_json
 
 FAMILIES: dict[str, Family] = {

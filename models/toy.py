@@ -15,8 +15,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from options.command_line import describe
-from options.config import UserError, user_cache
+from options.config import user_cache
+from options.errors import UserError, describe
 
 VERSION = "3"  # part of the folder's name: raise it when what is made here changes
 VOCABULARY, HIDDEN, LAYERS = 1024, 128, 3

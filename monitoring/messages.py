@@ -11,10 +11,11 @@ from data.packing import PackSampler
 from data.tokenizing import StepSampler, TokenizedRows
 from files.output_folder import BLOCKS
 from launch import memory
+from launch.program import typed_command, under_torchrun
 from monitoring.memory_model import Share
 from monitoring.tracking import Metrics
-from options.command_line import describe, program, under_torchrun
 from options.config import TOY_DATASET, TOY_MODEL, TOY_PROMPT, Config
+from options.errors import describe
 
 MUCH_PADDING = 0.3  # share of the batches above which a run is told of --packing
 
@@ -77,7 +78,7 @@ def going_on(folder: Path) -> str:
     """The command that resumes a run, where it is not torchrun's."""
     if under_torchrun():  # whose options are not known here
         return "the command that started it, with --resume auto"
-    return shlex.join([*program("train.py"), "--config", f"{folder}/config.yaml", "--resume", "auto"])
+    return shlex.join([*typed_command("train.py"), "--config", f"{folder}/config.yaml", "--resume", "auto"])
 
 
 def describe_unsaved(error: OSError, folder: Path, step: int | None) -> str:
@@ -98,7 +99,13 @@ def describe_files(config: Config, sampled: bool, folder: Path) -> str:
     what += "samples.jsonl, " if sampled else ""
     what += "memory.html, memory.png, " if config.profile_memory else ""
     what += "memory_snapshot.pickle, " if (folder / "memory_snapshot.pickle").exists() else ""
-    again = [*program("train.py"), "--config", f"{folder}/config.yaml", "--output_dir", f"{folder}-again"]
+    again = [
+        *typed_command("train.py"),
+        "--config",
+        f"{folder}/config.yaml",
+        "--output_dir",
+        f"{folder}-again",
+    ]
     lines = [
         f"in {folder}: {what}report.html, metrics.jsonl, loss.png, config.yaml",
         f"next: {shlex.join(again)}",
@@ -108,5 +115,5 @@ def describe_files(config: Config, sampled: bool, folder: Path) -> str:
     if config.save_model:
         demo = (config.model_name, config.dataset) == (TOY_MODEL, TOY_DATASET)
         question = f' --prompt "{TOY_PROMPT}"' if demo else ""  # without one it is a conversation
-        lines.append(f"try: {shlex.join([*program('generate.py'), str(folder)])}{question}")
+        lines.append(f"try: {shlex.join([*typed_command('generate.py'), str(folder)])}{question}")
     return "\n".join(lines)

@@ -22,7 +22,8 @@ from launch.memory import GIB, PEAKS, in_use
 from launch.processes import Place
 from monitoring.memory_history import BETWEEN, History, Recording
 from monitoring.memory_page import write_pages
-from options.config import Config, UserError
+from options.config import Config
+from options.errors import UserError
 
 # Of --profile_memory: the first, which compiles and makes the optimizer's states, and two like all others.
 HISTORY_STEPS = 3

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from files.output_folder import ADAPTER, BLOCKS
+from launch.program import typed_command
 from monitoring.report_charts import Series, bars, curves, number, running_mean
-from options.command_line import program
 from options.config import TOY_DATASET, TOY_MODEL, TOY_PROMPT, Config, shown
 from options.resolve import resolve
 
@@ -280,12 +280,12 @@ def commands(run: RunFiles) -> list[tuple[str, list[str]]]:
          ["--to", "merged", "--out", f"{folder}-merged"], part),
     ):  # fmt: skip
         if needs:
-            found.append((what, [*program(script), folder, *more]))
+            found.append((what, [*typed_command(script), folder, *more]))
     if whole:
         found.append(("Serve the model (docs/serving.md)", ["transformers", "serve", folder]))
     again = ["--config", f"{folder}/config.yaml", "--output_dir", f"{folder}-again"]
-    found.append(("Train again with the same options", [*program("train.py"), *again]))
-    found.append(("Make this page again", [*program("report.py"), folder]))
+    found.append(("Train again with the same options", [*typed_command("train.py"), *again]))
+    found.append(("Make this page again", [*typed_command("report.py"), folder]))
     return found
 
 

@@ -25,8 +25,8 @@ from tqdm import tqdm
 from data.tokenizing import Step
 from files.output_folder import as_json, staged
 from launch import memory
-from options.command_line import FULL_DISK
-from options.config import Config, UserError
+from options.config import Config
+from options.errors import FULL_DISK, UserError
 from options.limits import METRICS_LINE
 
 GIB = 2**30

@@ -7,7 +7,7 @@ import os
 from dataclasses import dataclass
 
 from options.command_line import command_parser, suggest, with_underscores
-from options.config import UserError
+from options.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -9,113 +9,18 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
-import errno
-import io
-import os
 import re
-import shutil
-import signal
-import sys
-import tempfile
-import traceback
 import types
 import typing
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 import yaml
 
-from options.config import FIELDS, HINTS, NEEDS, Config, UserError, shown
+from options.config import FIELDS, HINTS, NEEDS, Config, shown
+from options.errors import UserError
 from options.limits import OPTIONS_FILE, read_text
 from options.resolve import resolve
-
-T = typing.TypeVar("T")
-FULL_DISK = (errno.ENOSPC, errno.EDQUOT)  # EDQUOT: of what a user may fill
-
-# torch's name of the setting, and the older one that users know.
-ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
-
-
-def prepare_environment() -> None:
-    """What torch reads when it is imported, here and, the environment being passed on, in the ranks; unless the user has
-    chosen otherwise: blocks of GPU memory that grow, so that little is lost between them, and threads that sleep when they
-    have nothing to do. They would spin, and beside any other load each short operation would wait for one that is not
-    scheduled."""
-    if not any(name in os.environ for name in ALLOCATOR):
-        os.environ[ALLOCATOR[0]] = "expandable_segments:True"
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
-
-def exit_on_signals() -> None:
-    """From here on Ctrl-C and SIGTERM end the program without a traceback, its `finally` blocks run. Once: pressed
-    again, they would cut these as well."""
-
-    def leave(number: int, _frame) -> None:
-        for each in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(each, signal.SIG_IGN)
-        sys.exit(128 + number)
-
-    for each in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(each, leave)
-
-
-def report(error: Exception, verbose: bool) -> int:
-    """Prints `error: ...`, with verbose below its traceback. Returns the exit status for it, 2."""
-    if verbose:
-        traceback.print_exception(error)
-    if not under_torchrun() or os.environ["LOCAL_RANK"] == "0":  # all ranks of a node find the same
-        print(f"error: {describe(error)}", file=sys.stderr)
-    return 2
-
-
-def needs_no_traceback(e: BaseException) -> bool:
-    """Whether its line says all: of what the user can put right, as a disk that is full."""
-    return isinstance(e, UserError) or (isinstance(e, OSError) and e.errno in FULL_DISK)
-
-
-def describe(e: BaseException) -> str:
-    """One line for an exception: a UserError's text; otherwise its type as well."""
-    text = " ".join(str(e).split())
-    return text if isinstance(e, UserError) else f"{type(e).__name__}: {text}" if text else type(e).__name__
-
-
-class Unfailing(io.FileIO):
-    """Standard output or error. If it is a file on a disk that is full, what is told is lost, and the program goes on."""
-
-    def write(self, data) -> int:
-        try:
-            return super().write(data)
-        except OSError as e:
-            if e.errno not in FULL_DISK:
-                raise
-            return memoryview(data).nbytes
-
-
-def outlast() -> None:
-    """For a process that is to run for days: a full disk under its output does not end it, nor does SIGUSR1 before
-    anybody listens to it. Until then SIGINT ends it as SIGTERM does, at once and without a traceback."""
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where a shell has it ignored
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-    for name in ("stdout", "stderr"):
-        stream = getattr(sys, name)
-        if stream is None:  # closed by whoever started the program
-            continue
-        stream.flush()
-        raw = Unfailing(stream.fileno(), "w", closefd=False)
-        options = {
-            "encoding": stream.encoding,
-            "errors": stream.errors,
-            "line_buffering": stream.line_buffering,
-            "write_through": stream.write_through,
-        }
-        # Of `python -u` and PYTHONUNBUFFERED, Python itself has no buffer below the text either.
-        buffer = raw if stream.write_through else io.BufferedWriter(raw)
-        setattr(sys, name, io.TextIOWrapper(buffer, **options))
-
-
-def under_torchrun() -> bool:
-    return all(name in os.environ for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR"))
 
 
 def _annotation(name: str) -> tuple[type, bool]:
@@ -275,31 +180,6 @@ def parse(argv: list[str]) -> tuple[Config, list[str]]:
     return resolve(given)
 
 
-def parse_or_exit(argv: list[str], read: Callable[[list[str]], T] = parse) -> T:
-    """What `read` makes of a command line; a UserError ends the program as `report` tells it. So does a machine where no
-    folder takes temporary files, which libraries want as soon as they are imported."""
-    try:
-        parsed = read(argv)
-        try:
-            tempfile.gettempdir()
-        except OSError as e:
-            raise UserError(
-                f"{e.strerror or e}; the disk is full, or TMPDIR should name another folder"
-            ) from e
-        return parsed
-    except UserError as e:
-        sys.exit(report(e, verbose="--verbose" in argv))
-
-
-def run_program(argv: list[str], read: Callable[[list[str]], T], run: Callable[[T], int]) -> int:
-    """A whole program, for callers from Python: options in, exit status out."""
-    try:
-        parsed = read(argv)
-    except UserError as e:
-        return report(e, verbose="--verbose" in argv)
-    return run(parsed)
-
-
 def report_folder(argv: list[str]) -> Path:
     """The RUN of report.py's command line. Exits 0 on --help, 2 if there is none."""
     parser = argparse.ArgumentParser(
@@ -307,23 +187,3 @@ def report_folder(argv: list[str]) -> Path:
     )
     parser.add_argument("run", metavar="RUN", type=Path, help="the --output_dir of a run of train.py")
     return parser.parse_args(argv).run.expanduser()
-
-
-def program(script: str) -> list[str]:
-    """[this interpreter, one of our programs] as they can be typed where this process was started: `python` may be
-    another interpreter there, or none."""
-    path = Path(__file__).parents[1] / script
-    here = os.path.exists(script) and os.path.samefile(script, path)
-    return [_python(), script if here else str(path)]
-
-
-def _python() -> str:
-    if Path.cwd() in Path(sys.executable).parents:
-        return os.path.relpath(sys.executable)
-    for name in ("python", os.path.basename(sys.executable)):
-        # The folder counts as well: the interpreters of two virtual environments may be links to one file.
-        found = shutil.which(name)
-        same = found and os.path.dirname(found) == os.path.dirname(sys.executable)
-        if same and os.path.samefile(found, sys.executable):
-            return name
-    return sys.executable

@@ -20,10 +20,6 @@ import yaml
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
-class UserError(Exception):
-    """Something the user can put right. Shown as one line, `error: ...`, with exit status 2."""
-
-
 @dataclass(frozen=True)
 class Method:
     """What a train type means. quantizer: None, "bnb" or "hqq" (the frozen linears of the layers);

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from data.formats import FORMATS
 from options.command_line import command_parser, suggest, with_underscores
-from options.config import UserError
+from options.errors import UserError
 
 METRICS = ("perplexity", "exact_match", "bleu", "rouge")
 PACKAGES = {"bleu": ("sacrebleu", "sacrebleu"), "rouge": ("rouge_score", "rouge-score")}  # module, on PyPI

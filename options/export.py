@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from options.command_line import command_parser, suggest, with_underscores
-from options.config import UserError
+from options.errors import UserError
 
 KINDS = ("merged", "gguf-ready", "adapter")
 DTYPES = ("float32", "bfloat16", "float16")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from options.command_line import command_parser, suggest, with_underscores
-from options.config import UserError
+from options.errors import UserError
 from options.limits import LINE, read_text
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")

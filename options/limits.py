@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from options.config import UserError
+from options.errors import UserError
 
 OPTIONS_FILE = 2**20  # bytes of a --config file or a recipe
 CONFIG_FILE = 2**22  # bytes of config.json or generation_config.json

@@ -7,17 +7,8 @@ import dataclasses
 import os
 import time
 
-from options.config import (
-    CHECKPOINTS,
-    FIELDS,
-    HQQ_BITS,
-    METHODS,
-    NEEDS,
-    TOY_DEFAULTS,
-    TOY_MODEL,
-    Config,
-    UserError,
-)
+from options.config import CHECKPOINTS, FIELDS, HQQ_BITS, METHODS, NEEDS, TOY_DEFAULTS, TOY_MODEL, Config
+from options.errors import UserError
 
 
 def resolve(given: dict) -> tuple[Config, list[str]]:

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from models.loss import all_gather, ranks_of_a_copy, reduce_scatter
-from options.config import UserError
+from options.errors import UserError
 
 # Bytes of a unit's gradients. More, as of whole layers that are trained, would be held for good: NCCL sums those.
 MOST_SUMMED = 2**27

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from options.config import UserError
+from options.errors import UserError
 
 BLOCK, LEAST_8BIT = 256, 4096  # bitsandbytes': elements that share a scale; below it moments have 32 bits
 

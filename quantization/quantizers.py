@@ -15,7 +15,7 @@ from typing import ClassVar, Protocol
 import bitsandbytes.functional as bnb
 import torch
 
-from options.config import UserError
+from options.errors import UserError
 
 SCALE_BLOCK = 256  # NF4 scales that share a second-level scale: bitsandbytes' default
 EXPANDED = 2**22  # weights that plain operations expand at a time

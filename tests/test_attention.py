@@ -11,12 +11,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from models import attention
 from models.attention import CAUSAL, VARLEN, choose_attention
+from models.causal_lm import loss_sum
 from models.registry import FAMILIES, read_config
 from tests.runs import set_up
 from tests.test_packing import padded_batch
 from tests.test_parity import arguments
 from tests.tiny import CONFIGS
-from train import loss_sum
 
 ops = torch.ops.aten
 

@@ -15,6 +15,7 @@ from huggingface_hub.errors import LocalTokenNotFoundError
 from safetensors.torch import load_file, save_file
 
 import export
+import finished.export
 from files.output_folder import ADAPTER
 from finished import finished_run
 from tests.distributed import new_processes
@@ -144,13 +145,13 @@ def test_files_of_others_stay(refused, run, monkeypatch, tmp_path):
     (out / "tokenizer_config.json").write_text("mine")
     refused("holds tokenizer_config.json already", "--overwrite", out=out)
     (out / "tokenizer_config.json").rename(out / "notes.txt")
-    write = export.write_merged
+    write = finished.export.write_merged
 
     def filled_meanwhile(*args) -> None:
         write(*args)
         (out / "config.yaml").write_text("train_type: full\n")
 
-    monkeypatch.setattr(export, "write_merged", filled_meanwhile)
+    monkeypatch.setattr(finished.export, "write_merged", filled_meanwhile)
     assert export.main([str(run), "--to=merged", f"--out={out}", "--overwrite"]) == 2
     assert sorted(path.name for path in out.iterdir()) == ["config.yaml", "notes.txt"]
 
@@ -170,9 +171,9 @@ def test_a_config_that_lost_options(refused, run):
 @pytest.mark.parametrize("to", ["merged", "gguf-ready", "adapter"])
 def test_a_full_disk_is_seen_before_writing(to, refused, monkeypatch, tmp_path):
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(export.shutil, "disk_usage", lambda path: usage(10**9, 10**9 - 1000, 1000))
-    monkeypatch.setattr(export, "write_model", None)
-    monkeypatch.setattr(export.shutil, "copyfile", None)
+    monkeypatch.setattr(finished.export.shutil, "disk_usage", lambda path: usage(10**9, 10**9 - 1000, 1000))
+    monkeypatch.setattr(finished.export, "write_model", None)
+    monkeypatch.setattr(finished.export.shutil, "copyfile", None)
     refused("MiB are needed", "0.00 MiB free", to=to, out=tmp_path / "a" / "b")
 
 
@@ -188,7 +189,7 @@ def test_values_that_a_dtype_cannot_hold(refused, checkpoints, tmp_path):
 
 
 def write_half(command: list[str], written) -> None:
-    export.write_card = lambda *_: (written.set(), time.sleep(100))
+    finished.export.write_card = lambda *_: (written.set(), time.sleep(100))
     export.main(command)
 
 
@@ -241,7 +242,7 @@ class Hub:
 @pytest.fixture
 def hub(monkeypatch):
     Hub.calls = []
-    monkeypatch.setattr(export, "HfApi", Hub)
+    monkeypatch.setattr(finished.export, "HfApi", Hub)
     return Hub
 
 

@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3MoeConfig
 
 import block_expansion
 import train
-from block_expansion import expanded_config, expanded_tensors, positions
 from checkpoints import model_writer
+from checkpoints.block_expansion import expanded_config, expanded_tensors, positions
 from data.packing import make_sampler
 from files.model_folder import INDEX, CheckpointFiles
 from files.output_folder import BLOCKS

@@ -14,7 +14,7 @@ import train
 from checkpoints import model_writer
 from files import output_folder as checkpoint
 from files.output_folder import check_output, clear_output, holds_run
-from options.config import UserError
+from options.errors import UserError
 from tests.runs import dense_state, set_up, transformers_model
 from tests.test_adapters import ALPHA, IDS, args_for
 

@@ -26,7 +26,7 @@ from checkpoints.storage import (
     remove_checkpoints,
     steps_in,
 )
-from options.config import UserError
+from options.errors import UserError
 from tests.manifests import edit
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from options import command_line
+from launch.program import typed_command
 from tests.programs import ROOT
 
 
@@ -33,7 +33,7 @@ def test_a_command_that_is_shown_can_be_typed(where, tmp_path):
     (tmp_path / "python").write_text("#!/bin/sh\nexit 3\n")
     (tmp_path / "python").chmod(0o755)
     environment = os.environ | {"PATH": f"{tmp_path}:/usr/bin:/bin", "PYTHONPATH": str(ROOT)}
-    show = "import shlex; from options import command_line; print(shlex.join(command_line.program('report.py')))"
+    show = "import shlex; from launch.program import typed_command; print(shlex.join(typed_command('report.py')))"
     options = {"cwd": folder, "env": environment, "text": True, "timeout": 60}
     typed = subprocess.check_output([sys.executable, "-c", show], **options)
     done = subprocess.run(f"{typed.strip()} --help", shell=True, capture_output=True, **options)
@@ -46,15 +46,15 @@ def test_an_interpreter_is_called_by_the_name_that_finds_it(tmp_path, monkeypatc
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "python3").symlink_to(os.path.realpath(sys.executable))
     monkeypatch.setattr(sys, "executable", str(tmp_path / "one" / "python3"))
-    assert command_line.program("report.py") == ["one/python3", str(ROOT / "report.py")]
+    assert typed_command("report.py") == ["one/python3", str(ROOT / "report.py")]
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("PATH", str(tmp_path / "one"))
-    assert command_line.program("report.py") == ["python3", "report.py"]
+    assert typed_command("report.py") == ["python3", "report.py"]
     monkeypatch.setenv("PATH", str(tmp_path / "two"))  # another virtual environment over the same Python
-    assert command_line.program("report.py") == [sys.executable, "report.py"]
+    assert typed_command("report.py") == [sys.executable, "report.py"]
     (tmp_path / "one" / "python").symlink_to("python3")
     monkeypatch.setenv("PATH", str(tmp_path / "one"))
-    assert command_line.program("report.py") == ["python", "report.py"]
+    assert typed_command("report.py") == ["python", "report.py"]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

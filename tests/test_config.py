@@ -11,7 +11,8 @@ import yaml
 
 from data.tokenizing import find_recipe
 from options.command_line import parse
-from options.config import FIELDS, METHODS, TOY_DEFAULTS, Config, UserError, dump_yaml
+from options.config import FIELDS, METHODS, TOY_DEFAULTS, Config, dump_yaml
+from options.errors import UserError
 
 # fsdp_qlora's options and choices, as DESIGN.md lists them: commands of others must keep working.
 FSDP_QLORA = """

@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import wrapping
 from models.loss import all_gather, ranks_of_a_copy, reduce_scatter
-from options.config import UserError
+from options.errors import UserError
 from parallel import copy_engines
 from parallel.copy_engines import Buffers, CopiedAllGather, CopiedReduceScatter, Trial, make_copies
 from tests.products import products

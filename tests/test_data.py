@@ -14,7 +14,7 @@ from benchmarks.make_checkpoint import byte_tokenizer
 from data import tokenizing as data
 from data.formats import FORMATS, GUANACO_MARKERS, Rendered
 from data.tokenizing import IGNORE, StepSampler, TokenizedRows, prepare, rounded, tokenize
-from options.config import UserError
+from options.errors import UserError
 from tests import chat_templates, small_tokenizers
 
 BYTES = byte_tokenizer()

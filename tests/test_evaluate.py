@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 import evaluate
 import export
+import finished.evaluate
 from data.formats import ALPACA
 from data.tokenizing import prepare
 from finished.finished_run import load_model, open_run
@@ -45,22 +46,24 @@ def row_by_row(model, rows) -> float:
 
 
 def test_exact_match():
-    assert evaluate.exact_match(["a ", "\nb", "c", "D"], ["a", "b", "d", "d"]) == {"exact_match": 50.0}
+    assert finished.evaluate.exact_match(["a ", "\nb", "c", "D"], ["a", "b", "d", "d"]) == {
+        "exact_match": 50.0
+    }
 
 
 def test_bleu():
     """1 to 4-gram precisions by hand: 5/6, 3/5, 2/4, 1/3; lengths are equal. Then an answer of 4 words, all of
     them right, where 5 were due: only the brevity penalty, exp(1 - 5/4)."""
     pytest.importorskip("sacrebleu")
-    found = evaluate.bleu(["the cat sat on the mat"], ["the cat sat on a mat"])["bleu"]
+    found = finished.evaluate.bleu(["the cat sat on the mat"], ["the cat sat on a mat"])["bleu"]
     assert found == pytest.approx(100 * (5 / 6 * 3 / 5 * 2 / 4 * 1 / 3) ** 0.25)
-    assert evaluate.bleu(["a b c d"], ["a b c d e"])["bleu"] == pytest.approx(100 * 0.7788008)
+    assert finished.evaluate.bleu(["a b c d"], ["a b c d e"])["bleu"] == pytest.approx(100 * 0.7788008)
 
 
 def test_rouge():
     """Of 6 words each, 5 are common, 3 of 5 pairs, and 5 in order; the second row has everything."""
     pytest.importorskip("rouge_score")
-    found = evaluate.rouge(["the cat sat on the mat", "yes"], ["the cat sat on a mat", "yes"])
+    found = finished.evaluate.rouge(["the cat sat on the mat", "yes"], ["the cat sat on a mat", "yes"])
     assert found == pytest.approx(
         {"rouge1": 50 * (5 / 6 + 1), "rouge2": 50 * 3 / 5, "rougeL": 50 * (5 / 6 + 1)}
     )
@@ -94,10 +97,10 @@ def test_answers_in_batches_are_those_alone(kind, checkpoints, alpaca_file, one_
     model = load_model(open_run(tmp_path / "run"), HERE.device, torch.float32)
     prompts = [[65], list(range(70, 99)), list(range(100, 103))]
     alone = [greedy(model, [p], 6, [], HERE, context)[0] for p in prompts]
-    assert evaluate.generate_answers(model, prompts, 6, [], 2) == alone
+    assert finished.evaluate.generate_answers(model, prompts, 6, [], 2) == alone
     stop = alone[1][3]
     cut = [a[: a.index(stop)] if stop in a else a for a in alone]
-    assert evaluate.generate_answers(model, prompts, 6, [stop], 2) == cut != alone
+    assert finished.evaluate.generate_answers(model, prompts, 6, [stop], 2) == cut != alone
 
 
 @pytest.fixture
@@ -272,7 +275,7 @@ def test_results_that_cannot_be_written(small_disk, monkeypatch, capsys):
     """Also the older ones stay whole; what is no number is null there, which JSON has."""
     metrics = {"perplexity": {"base": math.inf, "tuned": math.nan}}
     results = {"run": "r", "rows": 1, "dataset": "d", "metrics": metrics, "answers": []}
-    monkeypatch.setattr(evaluate, "evaluate", lambda options: results)
+    monkeypatch.setattr(finished.evaluate, "evaluate", lambda options: results)
     out = small_disk / "e.json"
     assert evaluate.main(["some/run", "--out", str(out)]) == 0
     before = out.read_text()

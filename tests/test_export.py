@@ -16,6 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import export
+import finished.export
 from checkpoints import model_writer
 from files.output_folder import ADAPTER, INDEX
 from finished import layerwise
@@ -360,17 +361,17 @@ def test_a_cut_in_the_middle_leaves_nothing(failure, overwrite, run, tmp_path, m
     if overwrite:
         exported(run, out, to="adapter")
     before = sorted(tmp_path.rglob("*"))
-    original = export.merged_entries
+    original = finished.export.merged_entries
 
     def failing(*args):
         entries = original(*args)
         last = list(entries)[-3]
-        entries[last] = export.Entry(
+        entries[last] = finished.export.Entry(
             entries[last].dtype, entries[last].shape, lambda: (_ for _ in ()).throw(failure)
         )
         return entries
 
-    monkeypatch.setattr(export, "merged_entries", failing)
+    monkeypatch.setattr(finished.export, "merged_entries", failing)
     command = [str(run), "--to", "merged", "--out", str(out), f"--overwrite={str(overwrite).lower()}"]
     if isinstance(failure, OSError):
         assert export.main(command) == 2

@@ -22,7 +22,7 @@ from models.adapters import target_linears
 from models.family import Family, clean
 from models.moe import Experts
 from models.registry import FAMILIES, build_on_meta, read_config
-from options.config import UserError
+from options.errors import UserError
 from tests import tiny
 from tests.runs import outputs, set_up, train_run, transformers_model
 from tests.test_adapters import IDS, args_for, loss_and_logits, summed_cross_entropy, trained_names

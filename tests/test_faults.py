@@ -27,7 +27,7 @@ from data.prefetch import ahead
 from data.tokenizing import Step, StepSampler, prepare
 from files.model_folder import INDEX
 from monitoring.tracking import HostMoment, Meter, Metrics, NoTracker, Reading, append
-from options.config import UserError
+from options.errors import UserError
 from parallel.optimizers import make_optimizer
 from tests import tiny
 from tests.programs import ROOT

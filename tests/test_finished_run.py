@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from files.output_folder import ADAPTER, BLOCKS
 from finished.finished_run import load_model, open_run, read_adapter
 from options import config as options
-from options.config import UserError
+from options.errors import UserError
 from tests.test_adapters import IDS, args_for
 from tests.test_checkpoint import save_and_compute
 from tests.test_parity import biased

@@ -8,7 +8,7 @@ import pytest
 from benchmarks.make_checkpoint import byte_tokenizer
 from data.formats import FORMATS, GUANACO_MARKERS, asked, checked, prompt_ids, recognise, turn_ending
 from data.tokenizing import tokenize
-from options.config import UserError
+from options.errors import UserError
 from tests import chat_templates as templates
 from tests import small_tokenizers
 

@@ -18,8 +18,8 @@ from files.output_folder import ADAPTER, BEST, BLOCKS, SCORE, replace_folder, wr
 from files.tensors import save_tensors
 from launch.processes import Place
 from monitoring.tracking import NoTracker, despite_full_disk
-from options.command_line import needs_no_traceback, parse
-from options.config import UserError
+from options.command_line import parse
+from options.errors import UserError, needs_no_traceback
 from tests.products import products
 from tests.programs import small
 from tests.resuming import CHECK_ROOM, Filling, check_room_by, contents, fill, lines, repeated, run

@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import finished.generate
 import generate
 import models.dora
 from data.formats import ALPACA
@@ -20,7 +21,7 @@ from finished.finished_run import open_base, open_run
 from finished.generation import Answer, Conversation, Stream, make_template
 from models.dora import DoRALinear, fixed_norms
 from models.lora import LoRALinear, adapters_off
-from options.config import UserError
+from options.errors import UserError
 from quantization.quantizers import HQQ, NF4
 from quantize_layers import Linear4bit
 from tests.runs import dense_state, transformers_model
@@ -304,7 +305,7 @@ def test_what_is_streamed_is_the_answer(runs, said, monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdin", io.StringIO(QUESTION + "\n"))
     assert generate.main([str(runs[0]), "--max_new_tokens", str(NEW)]) == 0
     out = capsys.readouterr().out
-    assert f"> {generate.printable(plain)} ...\n> \n" in out
+    assert f"> {finished.generate.printable(plain)} ...\n> \n" in out
 
 
 @pytest.mark.parametrize("text", ["Yo### Human: what", "Yo ### Hum", "Yo", "### Human:", "Yo###"])
@@ -337,7 +338,7 @@ def test_ctrl_c_leaves(where, runs, monkeypatch, capsys):
 
 def test_columns():
     texts = {"base": "one two three four five", "tuned": "日本語日本語 x\n\nabcdefghijklm"}
-    assert generate.side_by_side(texts, 23).splitlines() == [
+    assert finished.generate.side_by_side(texts, 23).splitlines() == [
         "base       | tuned",
         "---------- | ----------",
         "one two    | 日本語日本",
@@ -355,7 +356,7 @@ def test_columns_need_room(tty, columns, beside, monkeypatch):
     monkeypatch.setattr(sys, "stdout", io.StringIO())
     monkeypatch.setattr(sys.stdout, "isatty", lambda: tty, raising=False)
     monkeypatch.setenv("COLUMNS", str(columns))
-    shown = generate.show("Q?", {"base": "a", "tuned": "b\nc\x1b[2J"})
+    shown = finished.generate.show("Q?", {"base": "a", "tuned": "b\nc\x1b[2J"})
     assert (
         ("a" in shown.splitlines()[3]) if beside else shown == "prompt: Q?\nbase: a\ntuned: b\n    c\ufffd[2J"
     )

@@ -23,7 +23,7 @@ from models.family import clean
 from models.lora import LoRALinear
 from monitoring.profiling import Profiler
 from monitoring.tracking import NoTracker
-from options.config import UserError
+from options.errors import UserError
 from parallel.optimizers import make_optimizer
 from quantization.quantizers import HQQ, NF4
 from quantize_layers import STORAGE, Linear4bit, fill

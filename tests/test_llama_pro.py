@@ -15,7 +15,7 @@ from files.output_folder import BLOCKS
 from models.family import clean
 from models.llama_pro import NEW_LAYERS, check_can_leave_silence, new_layers
 from models.registry import FAMILIES, read_config
-from options.config import UserError
+from options.errors import UserError
 from quantize_layers import Linear4bit
 from tests import tiny
 from tests.runs import set_up, trained_tensors

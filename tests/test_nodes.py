@@ -31,7 +31,7 @@ from launch import nodes
 from launch import processes as launch
 from launch.nodes import Finding, compare
 from options.command_line import parse
-from options.config import UserError
+from options.errors import UserError
 from tests.programs import ROOT
 from tests.runs import train_run
 from training.preflight import check

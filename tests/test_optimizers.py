@@ -25,7 +25,8 @@ from models.adapters import apply_method
 from models.family import clean
 from models.registry import FAMILIES, build_on_meta, read_config
 from options.command_line import parse
-from options.config import FIELDS, UserError
+from options.config import FIELDS
+from options.errors import UserError
 from parallel.optimizers import (
     OPTIMIZERS,
     check_optimizer,

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import train
-from options.config import UserError
+from options.errors import UserError
 from tests.runs import make_job
 from tests.test_parity import arguments
 from training import out_of_memory

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import train
 from files.model_folder import CheckpointFiles
-from options.config import UserError
+from options.errors import UserError
 from quantization.quantizers import HQQ, NF4
 from tests.runs import dense_state, make_job, outputs, set_up, transformers_model
 from tests.test_adapters import IDS

@@ -11,7 +11,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-import report
+import monitoring.report
 import train
 from data.packing import PackSampler, best_fit, make_packed, make_sampler
 from data.tokenizing import IGNORE, Batch, StepSampler, TokenizedRows, make_batch
@@ -351,7 +351,9 @@ def test_packs_are_in_the_report(tmp_path):
         (PackSampler(rows, 8, 1, 0, 1, 42, 64), True),
         (StepSampler(rows, 8, 1, 0, 1, 42), False),
     ):
-        (run / "run.json").write_text(report.describe_run(rows, sampler, torch.nn.Linear(3, 2), {}))
+        (run / "run.json").write_text(
+            monitoring.report.describe_run(rows, sampler, torch.nn.Linear(3, 2), {})
+        )
         assert (f"Packs {sampler.count()} " in page_of(run).text) == shown
 
 

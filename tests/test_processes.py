@@ -23,7 +23,7 @@ import train
 from checkpoints.storage import newest_whole
 from launch import processes as launch
 from options.command_line import parse
-from options.config import UserError
+from options.errors import UserError
 from tests.distributed import new_processes
 from tests.programs import (
     ROOT,

@@ -25,7 +25,7 @@ from monitoring.profiling import (
     make_profiler,
 )
 from options.command_line import parse
-from options.config import UserError
+from options.errors import UserError
 from tests.runs import whole_run
 from tests.test_report import Page
 

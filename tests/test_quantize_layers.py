@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from finished import merge
-from options.config import HQQ_BITS, UserError
+from options.config import HQQ_BITS
+from options.errors import UserError
 from quantization import quantizers
 from quantization.quantizers import HQQ, NF4, pack_bits
 from quantize_layers import STORAGE, Linear4bit, as_storage

@@ -20,13 +20,14 @@ from pathlib import Path
 import pytest
 import torch
 
+import monitoring.report
 import report
 import train
 from data.tokenizing import StepSampler, TokenizedRows
 from monitoring.report_charts import downsample, number, running_mean, step_axis, value_axis
 from options import config as options
 from options.command_line import parse
-from options.config import UserError
+from options.errors import UserError
 from tests import tiny
 from tests.runs import whole_run
 
@@ -80,14 +81,14 @@ def make_run(folder: Path, steps: list[dict], *argv: str) -> Path:
     given = ["--model_name", "some/model", "--dataset", "rows.jsonl", "--output_dir", str(folder), *argv]
     (folder / "config.yaml").write_text(options.dump_yaml(parse(given)[0]))
     rows = small_rows()
-    facts = report.describe_run(rows, StepSampler(rows, 2, 1, 0, 1, 0), torch.nn.Linear(3, 2), {})
+    facts = monitoring.report.describe_run(rows, StepSampler(rows, 2, 1, 0, 1, 0), torch.nn.Linear(3, 2), {})
     (folder / "run.json").write_text(facts)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(s) + "\n" for s in steps))
     return folder
 
 
 def page_of(folder: Path) -> Page:
-    return Page(report.write_report(folder).read_text(encoding="utf-8"))
+    return Page(monitoring.report.write_report(folder).read_text(encoding="utf-8"))
 
 
 def test_it_shows_what_the_files_say(tmp_path):
@@ -260,7 +261,7 @@ def test_facts_that_no_run_writes(tmp_path, part, name, value):
     for changed in ({part: facts[part] | {name: value}}, {part: [facts[part]]}):
         (run / "run.json").write_text(json.dumps(facts | changed))
         with pytest.raises(UserError, match=rf"run\.json: {part} is not as a run writes it"):
-            report.write_report(run)
+            monitoring.report.write_report(run)
 
 
 def test_folders_that_have_no_page(tmp_path, capsys):
@@ -268,24 +269,24 @@ def test_folders_that_have_no_page(tmp_path, capsys):
     assert re.fullmatch(r"error: .*no config\.yaml\)\n", capsys.readouterr().err)
     run = make_run(tmp_path / "run", [])
     with pytest.raises(UserError, match="no step yet"):
-        report.write_report(run)
+        monitoring.report.write_report(run)
     for line, problem in (("[]", "line 2: is not a JSON object"), ("{", "line 2: is not a"), ('{"step": 2}', "no loss"),
                           ('{"step": "2", "loss": 1}', "no step")):  # fmt: skip
         (run / "metrics.jsonl").write_text(f"{json.dumps(metrics(1))}\n{line}\n")
         with pytest.raises(UserError, match=problem):
-            report.write_report(run)
+            monitoring.report.write_report(run)
     (run / "metrics.jsonl").write_bytes(b"\xff\n")
     with pytest.raises(UserError, match="not a UTF-8 text"):
-        report.write_report(run)
+        monitoring.report.write_report(run)
     (run / "metrics.jsonl").write_text(json.dumps(metrics(1)) + "\n")
     (run / "run.json").write_text("{")
     with pytest.raises(UserError, match=r"run\.json: is not a JSON object"):
-        report.write_report(run)
+        monitoring.report.write_report(run)
     (run / "run.json").unlink()
     (run / "metrics.jsonl").unlink()
     (run / "evaluation.json").write_text("{}")  # best/ of a run, which holds no curves
     with pytest.raises(UserError, match=f"best step of a run; .* whole one: {re.escape(str(tmp_path))}$"):
-        report.write_report(run)
+        monitoring.report.write_report(run)
     assert not list(run.glob("report*"))
 
 
@@ -349,7 +350,7 @@ def test_it_can_be_seen_in_a_browser_light_and_dark(tmp_path):
     from matplotlib.image import imread
 
     run = make_run(tmp_path / "run", [metrics(i) for i in range(1, 60)])
-    report.write_report(run)
+    monitoring.report.write_report(run)
     shown = [screenshot(run / "report.html", tmp_path, scheme) for scheme in (1, 0)]
     light, dark = (imread(picture)[..., :3] for picture, _ in shown)
     for _, document in shown:  # the script ran, too: each of the five charts got its crosshair

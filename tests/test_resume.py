@@ -22,7 +22,7 @@ from files.output_folder import Alone
 from launch.signals import Stopping
 from monitoring.tracking import Metrics, make_tracker
 from options.command_line import parse
-from options.config import UserError
+from options.errors import UserError
 from tests.resuming import NOISY, QUIET, Filling, Signals, adapter, fill, lie, lines, repeated, resumed, run
 from tests.runs import whole_run
 from tests.wandb_files import wandb_records

@@ -18,7 +18,7 @@ from checkpoints import resume
 from checkpoints import storage as checkpoint_files
 from checkpoints.storage import folder_of
 from launch.precision import choose_precision
-from options.config import UserError
+from options.errors import UserError
 from tests.hostile_checkpoints import Pickled
 from tests.resuming import QUIET, lie, resumed, run
 

@@ -17,7 +17,7 @@ import pytest
 from benchmarks.make_checkpoint import byte_tokenizer
 from data.sources import RECIPES, Recipe, find_recipe, load_rows
 from data.tokenizing import prepare
-from options.config import UserError
+from options.errors import UserError
 
 BYTES = byte_tokenizer()
 # Everything that a row of text can do to a file format: quotes, line breaks, separators, other line ends.

@@ -23,8 +23,8 @@ from safetensors.torch import load_file
 import train
 from checkpoints.manager import Checkpoints
 from launch import processes as launch
+from launch.program import parse_or_exit
 from monitoring.tracking import Meter
-from options import command_line
 from options.command_line import parse
 from options.config import TOY_PROMPT
 from parallel.optimizers import lr_factor
@@ -186,7 +186,7 @@ def test_without_room_for_temporary_files_there_is_a_line(monkeypatch, capsys):
     why = "No usable temporary directory found in ['/tmp']"
     monkeypatch.setattr(tempfile, "gettempdir", mock.Mock(side_effect=FileNotFoundError(errno.ENOENT, why)))
     with pytest.raises(SystemExit) as e:
-        command_line.parse_or_exit([])
+        parse_or_exit([], parse)
     told = f"error: {why}; the disk is full, or TMPDIR should name another folder\n"
     assert e.value.code == 2 and capsys.readouterr().err == told
 

@@ -20,7 +20,7 @@ from files import weight_cache
 from files.model_folder import CheckpointFiles
 from files.output_folder import ADAPTER
 from files.weight_cache import MANIFEST, NewCache, digest, packers, writing
-from options.config import UserError
+from options.errors import UserError
 from quantization.quantizers import HQQ, NF4
 from tests.resuming import fill, run
 from tests.runs import dense_state, make_job, set_up

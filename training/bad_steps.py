@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from data.tokenizing import Step, TokenizedRows
 from monitoring.tracking import Metrics, NoTracker, Reading, append
-from options.config import UserError
+from options.errors import UserError
 
 BAD_STEPS = "bad_steps.jsonl"
 

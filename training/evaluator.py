@@ -28,8 +28,8 @@ from files.output_folder import BEST, SCORE, beside, fresh_folder, remove, repla
 from launch.processes import Place
 from models.family import rope_switch
 from monitoring.tracking import Meter, Metrics, NoTracker, append
-from options.command_line import describe
 from options.config import Config
+from options.errors import describe
 from training.bad_steps import too_many
 
 PROMPTS_AT_ONCE = 8

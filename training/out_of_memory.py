@@ -26,7 +26,8 @@ from launch.processes import Place
 from models.loss import HIDDEN_BYTES, LOGITS_BYTES
 from models.registry import FAMILIES, build_on_meta
 from monitoring.memory_model import WeightBytes, plan, resting_on_host, vocabulary, weight_bytes
-from options.config import METHODS, Config, UserError, shown
+from options.config import METHODS, Config, shown
+from options.errors import UserError
 from training.preflight import Job
 from wrapping import STRATEGIES
 

@@ -23,6 +23,7 @@ from files.output_folder import check_output, check_writable
 from files.weight_cache import NewCache, new_cache, open_cache
 from launch import processes as launch
 from launch.precision import bf16_gpu, precision_here
+from launch.program import under_torchrun
 from models.adapters import check_packing, check_rank, make_quantizer_of, packed_linears, target_linears
 from models.family import Family, follows_the_longest, switches_by_layer
 from models.llama_pro import check_can_leave_silence, new_layers
@@ -30,8 +31,8 @@ from models.registry import build_on_meta, check_weights, read_config
 from models.toy import toy_model
 from monitoring.profiling import check_traces
 from monitoring.tracking import check_wandb
-from options.command_line import describe, under_torchrun
-from options.config import TOY_MODEL, Config, UserError
+from options.config import TOY_MODEL, Config
+from options.errors import UserError, describe
 from options.limits import TOKENIZER_FILE, check_size
 from parallel.optimizers import check_optimizer
 from wrapping import STRATEGIES

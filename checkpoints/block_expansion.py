@@ -1,0 +1,198 @@
+"""block_expansion.py: new layers between those of a model (Llama-Pro, arXiv 2401.02415), and trained ones put back."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import shlex
+import sys
+from pathlib import Path
+
+from huggingface_hub.utils import logging as hub_logging
+from transformers import PretrainedConfig
+from transformers.utils import logging as transformers_logging
+
+from checkpoints.model_writer import (
+    Entry,
+    Shards,
+    copied,
+    filled,
+    open_blocks,
+    shards_of,
+    with_replaced,
+    write_model,
+)
+from data.tokenizing import toy_texts
+from files.model_folder import CheckpointFiles, fetch_weights, find_model
+from files.output_folder import check_output, clear_output
+from files.tensors import StoredTensor
+from launch.program import report, typed_command
+from models.family import Family
+from models.llama_pro import NEW_LAYERS, evenly, is_expanded, new_layers, sources
+from models.registry import build_on_meta, check_weights, read_config
+from models.toy import toy_model
+from options.block_expansion import Options
+from options.config import TOY_MODEL
+from options.errors import UserError
+from options.limits import LAYERS
+
+# Lists in a config.json that may happen to have as many entries as there are layers, and never one for each.
+OTHER_LISTS = ("architectures", "keys_to_ignore_at_inference", "mlp_only_layers")
+
+
+def positions(options: Options, layers: int) -> list[int]:
+    """The layers, from 0, after which the new blocks go: one entry per block, ascending. UserErrors."""
+    if options.after is not None:
+        for layer in options.after:
+            if not 0 <= layer < layers:
+                raise UserError(f"--after {layer}: this model has the layers 0 to {layers - 1}")
+        count = len(options.after)
+    elif options.new_blocks is not None:
+        count = options.new_blocks
+    else:
+        count = max(1, math.floor(min(layers * options.expansion_rate, LAYERS) + 0.5))
+    if layers + count > LAYERS:
+        raise UserError(f"{layers} layers and {count:,} new ones: at most {LAYERS:,} are built")
+    return evenly(layers, count) if options.after is None else sorted(options.after)
+
+
+def read_model(options: Options) -> tuple[PretrainedConfig, Family, CheckpointFiles]:
+    """The checked model to start from. Raises UserError."""
+    name = options.model_name
+    folder = toy_model(toy_texts()) if name == TOY_MODEL else find_model(name)
+    if Path(options.output_dir).resolve() == folder.resolve():
+        raise UserError(f"--output_dir {folder}: is the folder of --model_name; choose another")
+    config, family = read_config(folder)
+    if getattr(config, "quantization_config", None):
+        raise UserError(f"--model_name {folder}: is quantized; new blocks need the original weights")
+    if options.blocks:
+        new_layers(config)
+    elif is_expanded(config):
+        raise UserError(
+            f"--model_name {folder}: is expanded already ({NEW_LAYERS} in config.json); expand its base model,"
+            " with all new blocks at once"
+        )
+    else:
+        positions(options, config.num_hidden_layers)
+    fetch_weights(name, folder)
+    files = CheckpointFiles(folder)
+    check_weights(build_on_meta(config, family), files, family)
+    return config, family, files
+
+
+def expanded_tensors(files: CheckpointFiles, family: Family, source: list[int]) -> dict[str, Entry]:
+    """The tensors of the expanded model, each beside the one that it copies. source: as llama_pro.sources."""
+    first = {layer: source.index(layer) for layer in source}
+    entries, silenced = {}, {i: set() for i, layer in enumerate(source) if i != first[layer]}
+    for name, entry in copied(files).items():
+        layer, rest = family.place(name)
+        if layer is None:
+            entries[name] = entry
+            continue
+        for i in range(first[layer], first[layer] + source.count(layer)):
+            value = family.silent_value(rest) if i in silenced else None
+            entries[f"{family.layers}.{i}.{rest}"] = entry if value is None else filled(entry, value)
+            if value is not None:
+                silenced[i].add(rest.partition(".")[0])
+    assert all(len(parts) > 1 for parts in silenced.values()), (
+        "a new block adds nothing: attention and MLP are silenced"
+    )
+    return entries
+
+
+def per_layer_lists(values: dict, layers: int) -> dict[str, list]:
+    """The lists of a config with an entry for each layer."""
+    lists = {key: value for key, value in values.items() if isinstance(value, list) and len(value) == layers}
+    other = {key for key in lists if key in OTHER_LISTS or key.endswith(("_id", "_ids", "_tokens"))}
+    return {key: value for key, value in lists.items() if key not in other}
+
+
+def expanded_config(raw: dict, config: PretrainedConfig, source: list[int]) -> dict:
+    """config.json of the expanded model. raw: the base's, as it is in its file; config: what transformers makes
+    of it, with the lists that follow from a pattern (a kind of attention for each layer) written out."""
+    layers, resolved = config.num_hidden_layers, config.to_dict()
+    new = dict(raw)
+    for key, value in per_layer_lists(raw | resolved, layers).items():
+        new[key] = [value[layer] for layer in source]
+    if isinstance(raw.get("max_window_layers"), int):  # that many layers, the first ones, have full attention
+        new["max_window_layers"] = sum(layer < raw["max_window_layers"] for layer in source)
+    if "mlp_only_layers" in resolved:  # and every decoder_sparse_step-th of the others has experts
+        step, dense = resolved.get("decoder_sparse_step", 1), resolved["mlp_only_layers"] or []
+        dense = [layer for layer in range(layers) if layer in dense or (layer + 1) % step]
+        new["mlp_only_layers"] = [i for i, layer in enumerate(source) if layer in dense]
+        new["decoder_sparse_step"] = 1
+    new["num_hidden_layers"] = len(source)
+    new[NEW_LAYERS] = [i for i, layer in enumerate(source) if i != source.index(layer)]
+    return new
+
+
+def expand(options: Options) -> str:
+    """Writes the expanded model; returns what to tell of it."""
+    config, family, files = read_model(options)
+    source = sources(config.num_hidden_layers, positions(options, config.num_hidden_layers))
+    raw = json.loads((files.folder / "config.json").read_text(encoding="utf-8"))
+    new_config = expanded_config(raw, config, source)
+    entries = expanded_tensors(files, family, source)
+    _check_plan(new_config, entries, config, files, family)
+    _write(options, _shards(entries, files), files, new_config)
+    new = ", ".join(map(str, new_config[NEW_LAYERS]))
+    return (
+        f"in {options.output_dir}: {len(source)} layers, of which new: {new}\n"
+        f"next: {shlex.join(typed_command('train.py'))} --train_type bnb_llama_pro --model_name {options.output_dir} --dataset ..."
+    )
+
+
+def _check_plan(new_config: dict, entries: dict, config, files: CheckpointFiles, family: Family) -> None:
+    """The planned tensors are those of the model that transformers would build from the planned config."""
+    planned = copy.copy(files)
+    planned.tensors = {name: StoredTensor("", entry.shape, entry.dtype) for name, entry in entries.items()}
+    expanded = type(config).from_dict(new_config)
+    check_weights(build_on_meta(expanded, family), planned, family)
+    for key, value in per_layer_lists(expanded.to_dict(), expanded.num_hidden_layers).items():
+        assert value == new_config[key], f"{key}: transformers reads {value}"
+
+
+def _write(options: Options, shards: Shards, files: CheckpointFiles, config: dict | None = None) -> None:
+    clear_output(Path(options.output_dir))
+    write_model(Path(options.output_dir), shards, files.folder, config)
+    if not any(files.folder.glob("tokenizer*")):
+        print(f"no tokenizer in {files.folder}: training needs its files beside config.json")
+
+
+def _shards(entries: dict[str, Entry], files: CheckpointFiles) -> Shards:
+    """Files no larger than the base's largest."""
+    sizes: dict[str, int] = {}
+    for name, entry in copied(files).items():
+        file = files.tensors[name].file
+        sizes[file] = sizes.get(file, 0) + entry.nbytes
+    return shards_of(entries, max(sizes.values()))
+
+
+def put_back(options: Options) -> str:
+    """Writes the expanded model with trained blocks in it; returns what to tell of it."""
+    config, family, files = read_model(options)
+    path = Path(options.blocks).expanduser()
+    if not path.is_file():
+        raise UserError(f"--blocks {path}: no such file")
+    try:
+        blocks = copied(open_blocks(path, files, family, new_layers(config))[0])
+    except UserError as e:
+        raise UserError(f"--blocks {e}") from None
+    _write(options, with_replaced(files, blocks), files)
+    return f"in {options.output_dir}: {config.num_hidden_layers} layers, {len(blocks)} tensors from {options.blocks}"
+
+
+def run(options: Options) -> int:
+    """Returns the exit status: 0, or 2 for something the user can put right."""
+    transformers_logging.set_verbosity_error()
+    hub_logging.set_verbosity_error()
+    try:
+        check_output(Path(options.output_dir), options.overwrite)
+        print(put_back(options) if options.blocks else expand(options))
+        return 0
+    except UserError as e:
+        return report(e, verbose=False)
+    except OSError as e:  # a full disk
+        print(f"error: {e.filename or options.output_dir}: {e.strerror or e}", file=sys.stderr)
+    return 2

@@ -1,0 +1,215 @@
+"""evaluate.py: scores of a finished run and of its base model, on the same rows."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import json
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from transformers import GenerationConfig
+from transformers.utils import logging as transformers_logging
+
+from data.evaluation_sets import Prompt, held_rows, prompt_of, read_beside, stop_tokens
+from data.formats import Rendered
+from data.tokenizing import read_examples, tokenize
+from files.output_folder import as_json, check_writable, write_text
+from finished.finished_run import Run, load_model, load_tokenizer, open_base, open_run
+from launch.precision import bf16_gpu, choose_precision
+from launch.processes import Place
+from launch.program import report
+from models.causal_lm import loss_sum
+from models.family import rope_switch
+from models.lora import adapters_off
+from options.errors import UserError
+from options.evaluate import Options
+from training.evaluator import grouped, mean_loss, perplexity
+
+
+def exact_match(answers: list[str], references: list[str]) -> dict[str, float]:
+    same = sum(a.strip() == r.strip() for a, r in zip(answers, references, strict=True))
+    return {"exact_match": 100 * same / len(answers)}
+
+
+def bleu(answers: list[str], references: list[str]) -> dict[str, float]:
+    import sacrebleu
+
+    return {"bleu": sacrebleu.corpus_bleu(answers, [references]).score}
+
+
+def rouge(answers: list[str], references: list[str]) -> dict[str, float]:
+    from rouge_score.rouge_scorer import RougeScorer
+
+    kinds = ("rouge1", "rouge2", "rougeL")
+    scorer = RougeScorer(kinds)
+    scores = [scorer.score(r, a) for a, r in zip(answers, references, strict=True)]
+    return {kind: 100 * sum(s[kind].fmeasure for s in scores) / len(scores) for kind in kinds}
+
+
+# Of texts: name -> (answers, references) -> {what the table calls it: value}. perplexity is of tokens.
+TEXT_METRICS: dict[str, Callable] = {"exact_match": exact_match, "bleu": bleu, "rouge": rouge}
+
+
+@torch.no_grad()
+def generate_answers(
+    model: nn.Module, prompts: list[list[int]], tokens: int, stops: list[int], batch_size: int
+) -> list[list[int]]:
+    """The likeliest answer of at most `tokens` tokens to each prompt, by transformers' generate with its cache,
+    without the token of `stops` that ended it. Prompts of similar length go together, padded on the left."""
+    device = next(model.parameters()).device
+    options = GenerationConfig(
+        max_new_tokens=tokens, do_sample=False, num_beams=1, eos_token_id=stops or None, pad_token_id=0
+    )
+    answers: list[list[int]] = [[] for _ in prompts]
+    lengths = torch.tensor([len(prompt) for prompt in prompts])
+    for batch in itertools.chain(*grouped(lengths, batch_size, rope_switch(model.config), growth=tokens)):
+        chosen = batch.tolist()
+        width = len(prompts[chosen[0]])
+        ids = torch.zeros(len(chosen), width, dtype=torch.int64, device=device)
+        mask = torch.zeros_like(ids)
+        for row, i in enumerate(chosen):
+            ids[row, width - len(prompts[i]) :] = torch.tensor(prompts[i])
+            mask[row, width - len(prompts[i]) :] = 1
+        made = model.generate(ids, attention_mask=mask, generation_config=options)[:, width:].tolist()
+        for i, answer in zip(chosen, made, strict=True):
+            ends = [at for at, token in enumerate(answer) if token in stops]
+            answers[i] = answer[: ends[0]] if ends else answer
+    return answers
+
+
+def read_rows(run: Run, options: Options, tokenizer) -> tuple[str, list[Rendered]]:
+    """(what was read, its rows as texts). Raises UserError for anything wrong with the data."""
+    config = run.config
+    if options.dataset is None:
+        rows = held_rows(config, tokenizer)
+        if rows is None:
+            raise UserError(f"--dataset: is needed; {run.folder} had no evaluation set of its own")
+        rows = rows[: options.samples] if options.samples > 0 else rows
+        return config.eval_dataset or f"{config.eval_share:g} of {config.dataset}", rows
+    if options.dataset_format is None:
+        return options.dataset, read_beside(config, options.dataset, options.samples, tokenizer).rendered
+    reading = (options.dataset_format, options.samples, config.context_length, tokenizer)
+    return options.dataset, read_examples(options.dataset, *reading).rendered
+
+
+def check(options: Options) -> Run:
+    """The opened run. Raises UserError for what is wrong with the options."""
+    if options.out is not None:
+        if options.out.is_dir():
+            raise UserError(f"--out {options.out}: is a folder; name a file")
+        check_writable(options.out.absolute().parent, "--out")
+    return open_run(options.run, options.base_model)
+
+
+@dataclasses.dataclass(frozen=True)
+class Questions:
+    """What both models are asked: rows to take the loss of (None: not wanted), prompts to answer."""
+
+    rows: object
+    prompts: list[Prompt]
+
+
+def prepare(names: list[str], run: Run, rendered: list[Rendered], where: str, tokenizer) -> Questions:
+    """Raises UserError if there is nothing that a metric could be taken of."""
+    length = run.config.context_length
+    rows = tokenize(rendered, tokenizer, length, f"--dataset {where}") if "perplexity" in names else None
+    if names == ["perplexity"]:
+        return Questions(rows, [])
+    made = (prompt_of(r, tokenizer, length) for r in rendered)
+    prompts = [p for p in made if p and p.answer]
+    if not prompts:
+        raise UserError(
+            f"--dataset {where}: its rows have no question and answer, as text metrics need; use --metrics perplexity"
+        )
+    return Questions(rows, prompts)
+
+
+def measure(
+    model: nn.Module,
+    names: list[str],
+    asked: Questions,
+    options: Options,
+    tokenizer,
+    stops: list[int],
+) -> tuple[dict[str, float], list[str]]:
+    """({metric: value}, the answers) of one model."""
+    values, answers = {}, []
+    place = Place(0, 1, 0, 1, next(model.parameters()).device)
+    if asked.rows is not None:
+        loss = mean_loss(model, asked.rows, options.batch_size, loss_sum, place, contextlib.nullcontext)
+        values["perplexity"] = perplexity(loss)
+    if asked.prompts:
+        ids = [p.ids for p in asked.prompts]
+        made = generate_answers(model, ids, options.max_new_tokens, stops, options.batch_size)
+        answers = [tokenizer.decode(a, skip_special_tokens=True).strip() for a in made]
+        for name in names:
+            if name in TEXT_METRICS:
+                values |= TEXT_METRICS[name](answers, [p.answer for p in asked.prompts])
+    return values, answers
+
+
+def evaluate(options: Options) -> dict:
+    """The whole command but for showing its results, which it returns."""
+    names, run = options.metrics, check(options)
+    base = None if run.adapter else open_base(run, options.base_model)
+    tokenizer = load_tokenizer(run)
+    where, rendered = read_rows(run, options, tokenizer)
+    asked = prepare(names, run, rendered, where, tokenizer)
+    gpu = torch.cuda.is_available()
+    device, dtype = torch.device("cuda" if gpu else "cpu"), choose_precision("auto", gpu, bf16_gpu()).frozen
+    rest = (names, asked, options, tokenizer, stop_tokens(run.files.folder, tokenizer))
+    model = load_model(run, device, dtype)
+    tuned, tuned_answers = measure(model, *rest)
+    if base is None:
+        with adapters_off(model):
+            untrained, base_answers = measure(model, *rest)
+    else:
+        del model  # one at a time in memory
+        untrained, base_answers = measure(load_model(base, device, dtype), *rest)
+    answers = zip(asked.prompts, base_answers, tuned_answers, strict=True)
+    return {
+        "run": str(run.folder),
+        "base": str((base or run).base),
+        "dataset": where,
+        "rows": len(rendered),
+        "answered": len(asked.prompts),
+        "max_new_tokens": options.max_new_tokens,
+        "dtype": str(dtype).removeprefix("torch."),
+        "metrics": {name: {"base": untrained[name], "tuned": tuned[name]} for name in tuned},
+        "answers": [{"prompt": p.text, "reference": p.answer, "base": b, "tuned": t} for p, b, t in answers],
+    }
+
+
+def table(results: dict) -> str:
+    lines = [f"{'':12} {'base':>12} {'tuned':>12}"]
+    for name, values in results["metrics"].items():
+        lines.append(f"{name:12} {values['base']:12,.2f} {values['tuned']:12,.2f}")
+    return "\n".join(lines)
+
+
+def run(options: Options) -> int:
+    """Returns the exit status: 0, or 2 for something the user can put right."""
+    if not options.verbose:
+        transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
+    try:
+        results = evaluate(options)
+    except UserError as e:
+        return report(e, options.verbose)
+    print(f"{results['run']} on {results['rows']:,} rows of {results['dataset']}\n{table(results)}")
+    if options.out is not None:
+        try:
+            options.out.parent.mkdir(parents=True, exist_ok=True)
+            write_text(
+                options.out,
+                json.dumps(as_json(results), indent=2, allow_nan=False, ensure_ascii=False) + "\n",
+            )
+        except OSError as e:
+            return report(
+                UserError(f"--out {options.out}: cannot be written ({e.strerror})"), options.verbose
+            )
+        print(f"results and answers: {options.out}")
+    return 0

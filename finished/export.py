@@ -1,0 +1,320 @@
+"""export.py: a merged model folder of a finished run, or its adapter with a model card."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import httpx
+import torch
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import logging as hub_logging
+from huggingface_hub.utils import validate_repo_id
+from transformers.utils import logging as transformers_logging
+
+from checkpoints import model_writer
+from checkpoints.model_writer import Entry, write_model
+from data.sources import find_recipe
+from data.tokenizing import prepare
+from files.model_folder import CheckpointFiles
+from files.output_folder import (
+    ADAPTER,
+    TOKENIZER,
+    check_room,
+    check_writable,
+    clear_output,
+    companions,
+    copy_companions,
+    holds_run,
+    write_text,
+)
+from finished.finished_run import Run, load_tokenizer, open_run, read_adapter
+from finished.layerwise import compare, plain_logits, trained_logits
+from finished.merge import merged_entries
+from finished.model_card import card
+from launch.program import report
+from options.errors import UserError, describe
+from options.export import Options
+from options.limits import CONFIG_FILE, read_json
+
+SPARE = 2**20  # bytes, for headers, index and card
+PROMPTS = (
+    "The capital of France is",
+    "Below is an instruction that describes a task. Write a response that completes it.",
+    "def fibonacci(n):",
+    "In 1969, two people walked on the moon.",
+)
+
+
+def check_unused(out: Path, overwrite: bool, names: Iterable[str] = ()) -> None:
+    """Raises UserError if the folder holds a run, or what only --overwrite replaces: a model, or a file of one of these
+    names."""
+    if (out / "config.yaml").exists():  # even --overwrite does not replace a training run
+        raise UserError(f"--out {out}: holds a run of train.py; choose another folder")
+    there = "a model" if holds_run(out) else next((name for name in names if (out / name).exists()), None)
+    if there and not overwrite:
+        raise UserError(f"--out {out}: holds {there} already; choose another folder, or add --overwrite")
+
+
+def check(options: Options) -> Run:
+    """All that can be wrong, found before anything is written. Raises UserError."""
+    out = options.out
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: there is no GPU here; use cpu")
+    check_writable(out, "--out")
+    check_unused(out, options.overwrite)
+    if options.push_to_hub:
+        _check_hub(options.push_to_hub)
+    run = open_run(options.run, options.base_model)
+    if options.to == "adapter" and run.adapter:
+        read_adapter(run)  # copied as it is, but not damaged
+    for what, folder in (("RUN", run.folder.resolve()), ("the base model", run.base.resolve())):
+        if folder in (out.resolve(), *out.resolve().parents):
+            raise UserError(f"--out {out}: is in the folder of {what}; choose another")
+    if not any((run.base / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+        raise UserError(f"{run.base}: has no tokenizer (tokenizer.json or tokenizer.model)")
+    if not run.adapter:
+        _check_whole(options, run)
+        return run
+    if run.files.packed and options.base == "original":
+        raise UserError(
+            f"--base original: {run.base} holds 4-bit weights only; leave the option out, or name the original"
+            " model with --base_model"
+        )
+    return run
+
+
+def _check_whole(options: Options, run: Run) -> None:
+    """Of a run that saved a whole model, or its new blocks."""
+    whole = run.base == run.folder
+    is_what = "is a whole model" if whole else "holds new blocks"
+    if options.to == "adapter":
+        raise UserError(f"{run.folder}: {is_what}, trained without an adapter; use --to merged")
+    if options.base_model and whole:
+        raise UserError(f"--base_model has no effect: {run.folder} is a whole model; leave it out")
+    if options.base == "dequantized" and not run.config.method.quantizer:
+        raise UserError(
+            f"--base dequantized has no effect: {run.folder} {is_what}, trained on a model that was never packed"
+        )
+
+
+def _check_hub(repo: str) -> None:
+    try:
+        validate_repo_id(repo)
+        assert repo.count("/") == 1
+    except (HFValidationError, AssertionError):
+        raise UserError(f"--push_to_hub {repo}: is no repository (owner/name)") from None
+    try:
+        HfApi().whoami()
+    except (OSError, httpx.HTTPError) as e:
+        reason = str(e).strip().partition("\n")[0]
+        raise UserError(f"--push_to_hub: not logged in, or the hub cannot be reached ({reason})") from None
+
+
+# What is written
+
+
+def plan_dtypes(options: Options, run: Run) -> Callable[[torch.dtype], torch.dtype]:
+    """Stored dtype -> dtype to write."""
+    wanted = getattr(run.model_config, "dtype", None)
+    unpacked = wanted if wanted in (torch.float32, torch.float16) else torch.bfloat16
+
+    def dtype_of(stored: torch.dtype) -> torch.dtype:
+        if options.dtype:
+            return getattr(torch, options.dtype)
+        stored = unpacked if stored == torch.uint8 else stored
+        return stored if options.to == "merged" or stored.itemsize == 2 else torch.bfloat16
+
+    return dtype_of
+
+
+def model_config(run: Run, entries: dict[str, Entry]) -> dict:
+    """config.json of the merged model: the base's, but of weights that are not packed, in their dtype."""
+    raw = json.loads((run.base / "config.json").read_text(encoding="utf-8"))
+    raw.pop("quantization_config", None)
+    raw.setdefault("architectures", [run.family.model_class.__name__])
+    if any(entry.dtype != run.files.tensors[name].dtype for name, entry in entries.items()):
+        largest = max(entries.values(), key=lambda entry: entry.nbytes).dtype
+        raw["torch_dtype" if "torch_dtype" in raw else "dtype"] = str(largest).removeprefix("torch.")
+    return raw
+
+
+def merged_base(run: Run, options: Options) -> str:
+    return options.base or ("dequantized" if run.adapter else "original")
+
+
+def write_merged(run: Run, options: Options, folder: Path, device: torch.device) -> None:
+    adapter = read_adapter(run) if run.adapter else {}
+    base = merged_base(run, options)
+    entries = merged_entries(run, adapter, base == "dequantized", plan_dtypes(options, run), device)
+    size = sum(e.nbytes for e in entries.values()) + sum(p.stat().st_size for p in companions(run.base))
+    check_space(options.out, size)
+    write_model(
+        folder,
+        model_writer.shards_of(entries, model_writer.SHARD_BYTES),
+        run.base,
+        model_config(run, entries),
+    )
+    what = "A complete model folder: `AutoModelForCausalLM.from_pretrained` loads it."
+    if run.adapter:
+        what += f" The adapter is merged into the {base} weights."
+    write_card(run, options, folder, what, "transformers")
+
+
+def write_card(run: Run, options: Options, folder: Path, what: str, library: str) -> None:
+    base = options.base_model or run.config.model_name
+    text = card(run.config, run.folder, base, options.out.resolve().name, what, library)
+    write_text(folder / "README.md", text)
+
+
+def write_adapter(run: Run, options: Options, folder: Path) -> None:
+    path = run.folder / "adapter_config.json"
+    described = read_json(path, CONFIG_FILE)
+    try:
+        described["base_model_name_or_path"] = options.base_model or described["base_model_name_or_path"]
+    except LookupError as e:
+        raise UserError(f"{path}: not an adapter's description ({describe(e)})") from None
+    check_space(options.out, run.adapter.stat().st_size + sum(p.stat().st_size for p in companions(run.base)))
+    shutil.copyfile(run.adapter, folder / ADAPTER)
+    copy_companions(run.base, folder, patterns=TOKENIZER)
+    what = (
+        "A LoRA or DoRA adapter in PEFT's format (adapter_config.json, adapter_model.safetensors):"
+        " `PeftModel.from_pretrained(base, folder)` puts it over its base model."
+    )
+    write_card(run, options, folder, what, "peft")
+    write_text(folder / "adapter_config.json", json.dumps(described, indent=2) + "\n")
+
+
+def check_space(out: Path, nbytes: int) -> None:
+    """Raises UserError if the folder's disk has no room for that many bytes."""
+    existing = next(p for p in [out.absolute(), *out.absolute().parents] if p.exists())
+    try:
+        check_room(existing, nbytes + SPARE)
+    except OSError as e:
+        raise UserError(f"--out {out}: {e.strerror}") from None
+
+
+LAST = ("config.json", "adapter_config.json")  # each makes its folder loadable
+
+
+@contextlib.contextmanager
+def whole_or_nothing(out: Path, overwrite: bool) -> Iterator[Path]:
+    """A temporary folder within `out`, whose files move into `out` at the end, in the place of a model that is
+    there. After an error nothing is left of it, nor of the folders that were made for it. Raises UserError where they
+    would replace what is not to be overwritten, which may have come meanwhile."""
+    made = [p for p in [out.absolute(), *out.absolute().parents] if not p.exists()]
+    temporary = out / f".export-{os.getpid()}.tmp"
+    for left in out.glob(".export-*.tmp"):
+        with _locked(left) as free:
+            if free:  # of an export that was killed: its lock went with it
+                shutil.rmtree(left, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        with _locked(temporary):
+            yield temporary
+            check_unused(out, overwrite, [path.name for path in temporary.iterdir()])
+            clear_output(out)
+            for path in sorted(temporary.iterdir(), key=lambda p: p.name in LAST):
+                path.replace(out / path.name)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        for folder in made:
+            with contextlib.suppress(OSError):  # holds something, as after a success, or was not made yet
+                folder.rmdir()
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[bool]:
+    """Whether this process has the folder to itself within: not if another holds its lock or has just removed it, if it
+    may not be opened, or if there are no locks on its file system."""
+    with contextlib.ExitStack() as opened:
+        try:
+            descriptor = os.open(folder, os.O_RDONLY)
+            opened.callback(os.close, descriptor)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            free = True
+        except OSError:
+            free = False
+        yield free
+
+
+# The check
+
+
+def check_ids(run: Run) -> tuple[list[list[int]], str]:
+    """(tokens of a few texts, what they are): rows of the run's data where that is a local file."""
+    tokenizer, config = load_tokenizer(run), run.config
+    with contextlib.suppress(UserError):  # moved or changed since the run
+        recipe, file = find_recipe(config.dataset)
+        if file or recipe.fill:
+            rows = prepare(
+                config.dataset, config.dataset_format, 4, min(config.context_length, 256), tokenizer
+            )
+            return [part.tolist() for part in rows.tokens.split(rows.lengths().tolist())], "rows of the data"
+    return [ids for ids in tokenizer(list(PROMPTS))["input_ids"] if ids], "fixed prompts"
+
+
+def logit_difference(run: Run, out: Path, device: torch.device) -> str:
+    """A line on how far the written model's logits are from those of the model that was trained."""
+    rows, what = check_ids(run)
+    lengths = [len(row) for row in rows]
+    ids = torch.zeros(len(rows), max(lengths), dtype=torch.int64)  # padded on the right, where nothing looks
+    for row, tokens in zip(ids, rows, strict=True):
+        row[: len(tokens)] = torch.tensor(tokens)
+    trained = trained_logits(run, read_adapter(run) if run.adapter else {}, ids, device)
+    difference, largest = compare(trained, plain_logits(run, CheckpointFiles(out), ids, device), lengths)
+    return (
+        f"largest logit difference from the trained model: {difference:.4g}, of logits up to {largest:.4g}"
+        f" ({len(rows)} {what}, {sum(lengths)} tokens, computed in fp32)"
+    )
+
+
+# The command
+
+
+def push(repo: str, out: Path, names: list[str]) -> str:
+    """Uploads those files. Returns where they are."""
+    api = HfApi()
+    try:
+        api.create_repo(repo, private=True, exist_ok=True)
+        api.upload_folder(repo_id=repo, folder_path=out, allow_patterns=names)
+    except (OSError, httpx.HTTPError) as e:
+        reason = str(e).strip().partition("\n")[0]
+        raise UserError(f"--push_to_hub {repo}: failed ({reason}); the folder is whole in {out}") from None
+    return f"at https://huggingface.co/{repo}"
+
+
+def export(options: Options) -> None:
+    run = check(options)
+    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    with whole_or_nothing(options.out, options.overwrite) as folder:
+        if options.to == "adapter":
+            write_adapter(run, options, folder)
+        else:
+            write_merged(run, options, folder, device)
+        names = sorted(path.name for path in folder.iterdir())
+    size = sum((options.out / name).stat().st_size for name in names)
+    print(f"in {options.out}: {', '.join(names)} ({size / 1e9:.3g} GB)", flush=True)
+    if options.to != "adapter" and options.check:
+        print(logit_difference(run, options.out, device), flush=True)
+    if options.push_to_hub:
+        print(push(options.push_to_hub, options.out, names))
+
+
+def run(options: Options) -> int:
+    """Returns the exit status: 0, or 2 for something the user can put right."""
+    transformers_logging.set_verbosity_error()
+    hub_logging.set_verbosity_error()
+    try:
+        export(options)
+        return 0
+    except UserError as e:
+        return report(e, verbose=False)
+    except OSError as e:  # a full disk
+        return report(UserError(f"{e.filename or 'writing'}: {e.strerror or e}"), verbose=False)
