@@ -1,5 +1,5 @@
 """NF4 with double quantization -> weights in one Triton kernel. bitsandbytes takes three (the scales' codes, their
-offset, the weights) and twice the time; the result is the same, bit for bit (tests/test_gpu.py).
+offset, the weights) and twice the time; the result is the same, bit for bit (tests/gpu/test_layers.py).
 
 Imported only where there is a GPU that Triton supports.
 """

@@ -41,7 +41,7 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory):
     """checkpoints(kind) -> the folder of a tiny checkpoint; kinds: see tiny.CONFIGS. Made once."""
-    from tests import tiny
+    from tests.helpers import tiny
 
     made = {}
 
@@ -56,7 +56,7 @@ def checkpoints(tmp_path_factory):
 @pytest.fixture(scope="session")
 def alpaca_file(tmp_path_factory):
     """A .jsonl of Alpaca rows of very different lengths."""
-    from tests import tiny
+    from tests.helpers import tiny
 
     return tiny.write_alpaca(tmp_path_factory.mktemp("data") / "alpaca.jsonl")
 
@@ -64,7 +64,7 @@ def alpaca_file(tmp_path_factory):
 @pytest.fixture(scope="session")
 def short_rows(tmp_path_factory):
     """A .jsonl of rows of a few words, of different lengths: what is trained on where it does not matter what is learned."""
-    from tests import tiny
+    from tests.helpers import tiny
 
     return tiny.write_questions(tmp_path_factory.mktemp("data") / "short.jsonl", even=False)
 
@@ -72,7 +72,7 @@ def short_rows(tmp_path_factory):
 @pytest.fixture(scope="session")
 def even_rows(tmp_path_factory):
     """A .jsonl of rows that all have the same length, for which layers are compiled once."""
-    from tests import tiny
+    from tests.helpers import tiny
 
     return tiny.write_questions(tmp_path_factory.mktemp("data") / "even.jsonl", even=True)
 
@@ -80,7 +80,7 @@ def even_rows(tmp_path_factory):
 def _ranks(world: int):
     """On a machine with GPUs each rank has one, over NCCL; without, they are CPU processes over gloo."""
     from launch.processes import ranks_on_gpus
-    from tests.distributed import Ranks
+    from tests.helpers.distributed import Ranks
 
     if 0 < ranks_on_gpus() < world:
         pytest.skip(f"needs {world} GPUs, or none")
@@ -110,8 +110,8 @@ def one_rank():
 @pytest.fixture(scope="session")
 def plain_run(one_rank):
     """plain_run(args) -> what `train_run` returns in one rank; computed once for the same arguments."""
-    from tests.distributed import once
-    from tests.runs import train_run
+    from tests.helpers.distributed import once
+    from tests.helpers.runs import train_run
 
     return once(one_rank, train_run)
 
@@ -119,7 +119,7 @@ def plain_run(one_rank):
 @pytest.fixture(scope="session")
 def runs(checkpoints, alpaca_file, one_rank, tmp_path_factory):
     """RUN folders of three adapters over one base with biases: finished_runs.py."""
-    from tests.finished_runs import adapters_of_one_base
+    from tests.helpers.finished_runs import adapters_of_one_base
 
     return adapters_of_one_base(
         one_rank, tmp_path_factory.mktemp("runs"), checkpoints("llama_bias"), alpaca_file
@@ -129,7 +129,7 @@ def runs(checkpoints, alpaca_file, one_rank, tmp_path_factory):
 @pytest.fixture(scope="session")
 def chat_run(checkpoints, one_rank, tmp_path_factory):
     """A RUN trained on conversations."""
-    from tests.finished_runs import run_in_chat_format
+    from tests.helpers.finished_runs import run_in_chat_format
 
     return run_in_chat_format(one_rank, tmp_path_factory.mktemp("chat"), checkpoints())
 
@@ -149,7 +149,7 @@ def small_disk(tmp_path):
 @pytest.fixture
 def processes(monkeypatch):
     """The rank processes that launch/processes.py starts in this test, in order. Where they are forks, they are those of the server
-    of tests/distributed.py."""
+    of tests/helpers/distributed.py."""
     from launch import processes as launch
 
     started, start_ranks = [], launch._start_ranks
@@ -172,7 +172,7 @@ def source(checkpoints, short_rows):
 @pytest.fixture(scope="session")
 def stopped(source, two_ranks, tmp_path_factory):
     """A RUN that was stopped at its third step, for copying."""
-    from tests.resuming import QUIET, Signals, run
+    from tests.helpers.resuming import QUIET, Signals, run
 
     folder = tmp_path_factory.mktemp("stopped") / "run"
     two_ranks(run, [*source, *QUIET, "--output_dir", str(folder)], Signals({3: signal.SIGTERM}))

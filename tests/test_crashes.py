@@ -10,8 +10,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.programs import start, wait_for
-from tests.resuming import RUN, repeated, run
+from tests.helpers.programs import start, wait_for
+from tests.helpers.resuming import RUN, repeated, run
 from tools import crash_test as crash_test_module
 from tools.crash_test import Attempt, crash_test
 

@@ -1,4 +1,4 @@
-"""A disk that is full while best/ or the result is written. While a checkpoint is: test_resume.py."""
+"""A disk that is full while best/ or the result is written. While a checkpoint is: tests/checkpoints/test_resume.py."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from launch.processes import Place
 from monitoring.tracking import NoTracker, despite_full_disk
 from options.command_line import parse
 from options.errors import UserError, needs_no_traceback
-from tests.products import products
-from tests.programs import small
-from tests.resuming import CHECK_ROOM, Filling, check_room_by, contents, fill, lines, repeated, run
+from tests.helpers.products import products
+from tests.helpers.programs import small
+from tests.helpers.resuming import CHECK_ROOM, Filling, check_room_by, contents, fill, lines, repeated, run
 from training.evaluator import Evaluator, kept_in
 
 KINDS = {  # (model, options)

@@ -12,10 +12,10 @@ import sys
 import pytest
 
 from files.output_folder import clear_output
-from tests import hostile
-from tests.hostile_checkpoints import SOUND
-from tests.programs import ROOT
-from tests.resuming import run
+from tests.helpers import hostile
+from tests.helpers.hostile_checkpoints import SOUND
+from tests.helpers.programs import ROOT
+from tests.helpers.resuming import run
 
 MOST_GIB, MOST_SECONDS, ADDRESSES_GIB = 2, 20, 24
 NAMES = list(hostile.cases())
@@ -38,7 +38,7 @@ def results(checkpoints, alpaca_file, one_rank, tmp_path_factory) -> dict[str, d
     for folder in folders.values():
         folder.mkdir()
     # Memory that is really in use is measured; the limit only keeps a failure from taking the machine along.
-    limited = f"ulimit -v {ADDRESSES_GIB * 2**20}; exec {sys.executable} -m tests.hostile {root}"
+    limited = f"ulimit -v {ADDRESSES_GIB * 2**20}; exec {sys.executable} -m tests.helpers.hostile {root}"
     environment = (
         os.environ | {name: str(folder) for name, folder in folders.items()} | {"PYTHONPATH": str(ROOT)}
     )

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from options.config import METHODS
-from tests.runs import set_up, train_run
+from tests.helpers.runs import set_up, train_run
 
 TYPES = [t for t in METHODS if not t.startswith("custom_")]  # custom_* are the same methods (test_config)
 STEPS = 5

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from tests.products import products
+from tests.helpers.products import products
 
 
 def test_all_combinations_of_which_some_are_slow():

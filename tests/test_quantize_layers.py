@@ -19,7 +19,7 @@ from options.errors import UserError
 from quantization import quantizers
 from quantization.quantizers import HQQ, NF4, pack_bits
 from quantize_layers import STORAGE, Linear4bit, as_storage
-from tests.runs import dense_state, set_up
+from tests.helpers.runs import dense_state, set_up
 
 CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -222,7 +222,7 @@ def test_adapters_start_equal_on_any_number_of_ranks(checkpoints, alpaca_file, o
 
 
 def initial_adapters(place, args):
-    from tests.runs import trained_tensors
+    from tests.helpers.runs import trained_tensors
 
     return trained_tensors(set_up(place, args, random_adapters=False)[1])
 

@@ -1,6 +1,6 @@
 """What no file of this program does, read from its source: nothing is unpickled, no code of a model is run, nothing is
 evaluated. (Ranks of one run send one another objects through torch, which pickles them: that comes from nowhere else.)
-That secrets of the environment are in no file of a run: test_faults.py."""
+That secrets of the environment are in no file of a run: tests/training/test_bad_steps.py."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import ast
 
 import pytest
 
-from tests.programs import ROOT
+from tests.helpers.programs import ROOT
 
 PEERS = ROOT / "benchmarks" / "peers"  # other programs' own loops, to be measured as their users run them
 SOURCES = sorted(

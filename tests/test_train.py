@@ -28,9 +28,9 @@ from monitoring.tracking import Meter
 from options.command_line import parse
 from options.config import TOY_PROMPT
 from parallel.optimizers import lr_factor
-from tests.programs import ROOT, losses, metrics, run, small, start
-from tests.runs import train_run, whole_run
-from tests.wandb_files import wandb_records
+from tests.helpers.programs import ROOT, losses, metrics, run, small, start
+from tests.helpers.runs import train_run, whole_run
+from tests.helpers.wandb_files import wandb_records
 from training.evaluator import Evaluator
 
 METRICS = (

@@ -1,0 +1,219 @@
+"""The memory of checkpoints' copies is there before the first one is due, and only where there will be one."""
+
+from __future__ import annotations
+
+import re
+import threading
+import time
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from checkpoints import manager as checkpoints
+from checkpoints.manager import HostCopy, host_memory
+from checkpoints.storage import folder_of
+from checkpoints.training_state import Tensors
+from files.tensors import write_tensors
+from launch.processes import use
+from tests.helpers.saving import TENSORS, Small
+
+
+class Slow:
+    """In place of `host_memory`: takes its time, and notes what was allocated, and whether by the thread that trains."""
+
+    def __init__(self, failure: str = ""):
+        self.failure, self.names, self.by_training = failure, [], set()
+
+    def __call__(self, tensors: Tensors, pin: bool) -> Tensors:
+        if not tensors:
+            return {}
+        self.names += tensors
+        self.by_training.add(threading.current_thread() is threading.main_thread())
+        time.sleep(0.2)
+        if self.failure:
+            raise RuntimeError(self.failure)
+        return host_memory(tensors, pin)
+
+
+def regular(place, folder: str) -> None:
+    run = Small(place, folder, every=3)
+    run.step()
+    there = {name: buffer.data_ptr() for name, buffer in run.buffers().items()}
+    assert (
+        there.keys() == run.local().keys() and len(there) >= 2 * 4 + 1
+    )  # weight and bias, each with 3 states
+    for name, tensor in run.local().items():
+        buffer = run.buffers()[name]
+        assert (buffer.shape, buffer.dtype) == (tensor.shape, tensor.dtype)
+        assert buffer.is_pinned() == (run.checkpoints.copy.pin and tensor.is_cuda)
+    assert not (Path(folder) / "checkpoints").exists()
+    for step in range(2, 8):
+        run.step()
+        if step in (3, 6):
+            run.check_saved()
+    assert {name: buffer.data_ptr() for name, buffer in run.buffers().items()} == there
+    run.checkpoints.finish()
+    (said,) = run.said
+    assert re.fullmatch(r"checkpoints: 2; training stood still for 0\.\d+ s for each, 0\.\d+ s at most", said)
+
+
+def test_memory_is_there_before_the_first_checkpoint_is_due(one_rank, tmp_path):
+    one_rank(regular, str(tmp_path))
+
+
+def left_out(place, folder: str) -> None:
+    """fp16 begins with steps that are left out, after which the optimizer has no states."""
+    run = Small(place, folder, every=100)
+    assert run.optimizer.state[run.model.weight] == {}  # as some optimizers have it from the start
+    run.step(left_out=True)
+    assert not run.buffers()
+    run.step()
+    assert run.buffers().keys() == run.local().keys()
+    run.checkpoints.finish()
+
+
+def test_memory_is_for_the_optimizers_states_too(one_rank, tmp_path):
+    one_rank(left_out, str(tmp_path))
+
+
+def none_due(place, folder: str) -> None:
+    run = Small(place, folder, every=0)
+    for _ in range(3):
+        run.step()
+    assert not run.buffers()
+    run.checkpoints.finish()
+    assert not run.said
+
+
+def test_a_run_without_checkpoints_allocates_nothing(one_rank, tmp_path):
+    one_rank(none_due, str(tmp_path))
+
+
+def asked_for(place, folder: str, every: int, at: int) -> set[bool]:
+    run = Small(place, folder, every, at)
+    with mock.patch.object(checkpoints, "host_memory", Slow()) as slow:
+        for _ in range(at):
+            run.step()
+        run.check_saved()
+        run.step()
+        run.checkpoints.finish()
+    assert sorted(slow.names) == sorted(run.local()), "each once"
+    return slow.by_training
+
+
+@pytest.mark.parametrize(("every", "at"), [(100, 2), (100, 1), (0, 2)])
+def test_a_checkpoint_may_be_asked_for_at_any_time(every, at, one_rank, tmp_path):
+    """While its memory is being allocated, before that has begun, and where there was to be none."""
+    assert one_rank(asked_for, str(tmp_path), every, at) == [{False}]
+
+
+def overtaken(place, folder: str) -> None:
+    run, copy = Small(place, folder, every=2), HostCopy._copy
+
+    def late(self, local: Tensors) -> Tensors:
+        time.sleep(0.3)
+        return copy(self, local)
+
+    with mock.patch.object(HostCopy, "_copy", late):
+        run.step()
+        began = time.perf_counter()
+        run.step()
+        assert time.perf_counter() - began < 0.2, "training waits for the copies"
+        expected = {name: tensor.clone() for name, tensor in run.local().items() if "random" not in name}
+        run.step()
+    run.checkpoints.finish()
+    assert float(re.search(r"stood still for (\S+) s", run.said[0])[1]) > 0.2, "the third step waited"
+    saved = load_file(folder_of(Path(folder), 2) / "rank-00000.safetensors")
+    assert len(expected) == 2 * 4
+    assert all(torch.equal(saved[name], tensor.cpu()) for name, tensor in expected.items())
+    assert not torch.equal(saved["model.weight"], run.model.weight.cpu()), "the third step changed nothing"
+
+
+def test_the_next_step_does_not_change_what_is_still_to_be_copied(one_rank, tmp_path):
+    one_rank(overtaken, str(tmp_path))
+
+
+def without_memory(place, folder: str) -> None:
+    run = Small(place, folder, every=2)
+    with mock.patch.object(checkpoints, "host_memory", Slow("no memory")):
+        run.step()
+        run.step()
+        with pytest.raises(RuntimeError, match="no memory"):
+            run.step()
+    with pytest.raises(RuntimeError, match="no memory"):
+        run.checkpoints.finish()
+    assert not any(thread.name.startswith("checkpoint") for thread in threading.enumerate())
+
+
+def test_a_host_without_memory_ends_the_run(one_rank, tmp_path):
+    one_rank(without_memory, str(tmp_path))
+
+
+def test_copies_lie_together_and_are_written_each_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoints, "PIECE", 2048)
+    copy = HostCopy(torch.device("cpu"))
+    copies = copy.take(TENSORS)
+    assert all(torch.equal(copies[name], tensor) for name, tensor in TENSORS.items()), "none over another"
+    pieces = {
+        c.untyped_storage().data_ptr(): c.untyped_storage().nbytes() for c in copies.values() if c.nbytes
+    }
+    assert sorted(pieces.values()) == [448, 2048, 2048, 4800], (
+        "no more than PIECE or a tensor, nor than what is left"
+    )
+    write_tensors(copies, tmp_path / "copies")
+    written = load_file(tmp_path / "copies")
+    assert written.keys() == TENSORS.keys()
+    for name, tensor in TENSORS.items():
+        torch.testing.assert_close(written[name], tensor, rtol=0, atol=0)
+
+
+def test_memory_that_is_not_page_locked_any_more_will_do(monkeypatch):
+    made = torch.empty
+
+    def empty(*args, pin_memory=False, **kwargs):
+        if pin_memory:
+            raise RuntimeError("CUDA error: out of memory")
+        return made(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "empty", empty)
+    room = host_memory(TENSORS, pin=True)
+    assert {name: (t.shape, t.dtype) for name, t in room.items()} == {
+        name: (t.shape, t.dtype) for name, t in TENSORS.items()
+    }
+
+
+def test_the_thread_uses_the_ranks_gpu():
+    with mock.patch.object(torch.cuda, "set_device") as set_device:
+        use(torch.device("cpu"))
+        assert not set_device.called
+        use(device := torch.device("cuda", 1))
+    set_device.assert_called_once_with(device)
+
+
+def device_of_the_thread(place, folder: str) -> bool:
+    with mock.patch.object(checkpoints, "use", wraps=use) as first:
+        run = Small(place, folder, every=1)
+        run.step()
+        run.checkpoints.finish()
+    return first.call_args_list == [mock.call(place.device)]
+
+
+def test_the_thread_is_told_of_the_ranks_device(one_rank, tmp_path):
+    assert one_rank(device_of_the_thread, str(tmp_path)) == [True]
+
+
+def gpus_in_use(place, folder: str) -> list[bool]:
+    run = Small(place, folder, every=2)
+    for _ in range(4):
+        run.step()
+    run.checkpoints.finish()
+    return [torch._C._cuda_hasPrimaryContext(gpu) for gpu in range(torch.cuda.device_count())]
+
+
+@pytest.mark.two_gpus
+def test_a_rank_that_saves_uses_no_others_gpu(two_ranks, tmp_path):
+    for rank, used in enumerate(two_ranks(gpus_in_use, str(tmp_path))):
+        assert used == [gpu == rank for gpu in range(len(used))]

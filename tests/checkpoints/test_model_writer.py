@@ -1,0 +1,132 @@
+"""What a run leaves can be loaded by others: PEFT for adapters, transformers for whole models."""
+
+from __future__ import annotations
+
+import json
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import train
+from checkpoints import model_writer
+from files import output_folder as checkpoint
+from files.output_folder import check_output, clear_output, holds_run
+from options.errors import UserError
+from tests.helpers.runs import dense_state, set_up, transformers_model
+from tests.models.test_adapters import ALPHA, IDS, args_for
+
+
+def save_and_compute(place, args, folder) -> torch.Tensor:
+    """Saves what the run would save; returns the training model's own logits."""
+    job, model = set_up(place, args)
+    if job.config.method.saves == "model":
+        with torch.no_grad():  # so that what is saved is not what was loaded
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.mul_(1.01)
+    train.save(job, model, folder)
+    with torch.no_grad():
+        return model.eval()(input_ids=IDS.to(place.device), use_cache=False).logits.cpu()
+
+
+@pytest.mark.parametrize(
+    ("kind", "train_type"),
+    [("llama_bias", t) for t in ("lora", "dora", "qlora", "bnb_dora")]
+    + [pytest.param("qwen3", t, marks=pytest.mark.slow) for t in ("lora", "dora", "qlora", "bnb_dora")]
+    + [("qwen3_moe", "bnb_dora")],
+)
+def test_peft_loads_the_adapter(train_type, kind, checkpoints, alpaca_file, two_ranks, tmp_path):
+    """By PEFT's own from_pretrained, on a base that holds the dequantized weights."""
+    args = args_for(checkpoints(kind), alpaca_file, train_type, "--lora_dropout", "0.1")
+    ours = two_ranks(save_and_compute, args, tmp_path)[0]
+    base = transformers_model(checkpoints(kind), two_ranks(dense_state, args)[0])
+    model = peft.PeftModel.from_pretrained(base, tmp_path).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(model(input_ids=IDS).logits, ours, rtol=1e-4, atol=1e-4)
+        with model.disable_adapter():
+            assert (model(input_ids=IDS).logits - ours).abs().max() > 0.1
+    described = peft.PeftConfig.from_pretrained(tmp_path)
+    assert (described.r, described.lora_alpha, described.lora_dropout) == (8, ALPHA, 0.1)
+    assert described.base_model_name_or_path == str(checkpoints(kind))
+
+
+def test_adapter_on_some_linears_only(checkpoints, alpaca_file, one_rank, tmp_path):
+    """target_modules must name exactly what was trained, or PEFT would build more layers than the file has."""
+    args = args_for(checkpoints(), alpaca_file, "bnb_dora", "--lora_target_modules", "o_proj,mlp.up_proj")
+    ours = one_rank(save_and_compute, args, tmp_path)[0]
+    base = transformers_model(checkpoints(), one_rank(dense_state, args)[0])
+    model = peft.PeftModel.from_pretrained(base, tmp_path).eval()
+    stored = load_file(tmp_path / "adapter_model.safetensors")
+    assert len(stored) == 3 * 2 * 3 == len(peft.get_peft_model_state_dict(model))
+    with torch.no_grad():
+        torch.testing.assert_close(model(input_ids=IDS).logits, ours, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("kind", "shard_bytes"),
+    [(kind, size) for kind in ("llama_bias", "qwen2") for size in (model_writer.SHARD_BYTES, 150_000)]
+    + [("gemma2", model_writer.SHARD_BYTES), ("qwen3_moe", 150_000)],
+)
+def test_transformers_loads_the_full_model(kind, shard_bytes, checkpoints, alpaca_file, two_ranks, tmp_path):
+    args = args_for(checkpoints(kind), alpaca_file, "full")
+    ours = two_ranks(save_in_shards, args, tmp_path, shard_bytes)[0]
+    model, report = AutoModelForCausalLM.from_pretrained(
+        tmp_path, attn_implementation="eager", output_loading_info=True
+    )
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(input_ids=IDS).logits, ours, rtol=1e-5, atol=1e-5)
+    assert AutoTokenizer.from_pretrained(tmp_path)("abc").input_ids
+    shards = list(tmp_path.glob("model*.safetensors"))
+    assert (len(shards) > 1) == (shard_bytes < 10**6) == (tmp_path / checkpoint.INDEX).exists()
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def save_in_shards(place, args, folder, shard_bytes):
+    original, model_writer.SHARD_BYTES = model_writer.SHARD_BYTES, shard_bytes
+    try:
+        return save_and_compute(place, args, folder)
+    finally:
+        model_writer.SHARD_BYTES = original
+
+
+def test_full_model_keeps_the_checkpoints_dtype(alpaca_file, one_rank, tmp_path):
+    from tests.helpers import tiny
+
+    folder = tiny.save_checkpoint("llama", tmp_path / "bf16", torch.bfloat16)
+    (tmp_path / "out").mkdir()
+    one_rank(save_and_compute, args_for(folder, alpaca_file, "full"), tmp_path / "out")
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    assert {t.dtype for t in stored.values()} == {torch.bfloat16}
+
+
+def test_output_folder_is_protected(tmp_path):
+    folder = tmp_path / "a" / "run"
+    check_output(folder, overwrite=False)
+    assert not (tmp_path / "a").exists(), "checking must leave nothing behind"
+    folder.mkdir(parents=True)
+    (folder / "notes.txt").write_text("mine")
+    check_output(folder, overwrite=False)  # other files are no run
+    for name in (*checkpoint.RUN_FILES, "config.json", "model-00001-of-00002.safetensors"):
+        (folder / name).write_text("{}")
+        assert holds_run(folder)
+        with pytest.raises(UserError, match="overwrite"):
+            check_output(folder, overwrite=False)
+        check_output(folder, overwrite=True)
+        clear_output(folder)
+        assert [p.name for p in folder.iterdir()] == ["notes.txt"]
+
+
+def test_adapter_file_is_in_pefts_names(checkpoints, alpaca_file, one_rank, tmp_path):
+    one_rank(save_and_compute, args_for(checkpoints(), alpaca_file, "bnb_dora"), tmp_path)
+    names = set(load_file(tmp_path / "adapter_model.safetensors"))
+    layer = "base_model.model.model.layers.2.mlp.down_proj."
+    assert {n for n in names if n.startswith(layer)} == {
+        layer + last for last in ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")
+    }
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["use_dora"] is True
+    modes = {p.stat().st_mode & 0o777 for p in tmp_path.iterdir()}
+    assert len(modes) == 1, "readable by those who can read the rest, so that another user can serve it"

@@ -1,0 +1,339 @@
+"""A run that was stopped goes on as the run that was not: the same losses and weights."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import time
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+
+import train
+from checkpoints import storage as checkpoint_files
+from checkpoints.storage import folder_of, steps_in
+from files import output_folder as checkpoint
+from files.output_folder import Alone
+from launch.signals import Stopping
+from monitoring.tracking import Metrics, make_tracker
+from options.command_line import parse
+from options.errors import UserError
+from tests.helpers.resuming import (
+    NOISY,
+    QUIET,
+    Filling,
+    Signals,
+    adapter,
+    fill,
+    lie,
+    lines,
+    repeated,
+    resumed,
+    run,
+)
+from tests.helpers.runs import whole_run
+from tests.helpers.wandb_files import wandb_records
+
+
+@pytest.fixture(scope="module")
+def undisturbed(source, two_ranks, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed") / "run"
+    two_ranks(run, [*source, *QUIET, "--output_dir", str(folder)])
+    return folder
+
+
+def test_a_stopped_run_goes_on_to_the_last_bit(source, two_ranks, tmp_path):
+    """With packing, dropout, fp16's scaler and accumulation; stopped within both epochs, and cut
+    within a line of metrics.jsonl."""
+    whole, folder = tmp_path / "whole", tmp_path / "run"
+    two_ranks(run, [*source, *NOISY, "--output_dir", str(whole)])
+    again = [*source, *NOISY, "--output_dir", str(folder), "--resume", "auto"]
+    printed = two_ranks(run, again, Signals({1: signal.SIGUSR1, 2: signal.SIGTERM}))[0]
+    assert "stopped at step 2 of 5 (SIGTERM); go on with:" in printed
+    assert steps_in(folder) == [2, 1] and not (folder / "adapter_model.safetensors").exists()
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "epo')
+    assert "stopped at step 4 of 5 (SIGINT)" in two_ranks(run, again, Signals({4: signal.SIGINT}))[0]
+    assert "5 steps, the last 1 of them in" in two_ranks(run, again)[0]
+    assert repeated(folder) == repeated(whole) and len(lines(folder)) == 5
+    assert lines(folder)[1]["epoch"] < 1 < lines(folder)[3]["epoch"]
+    ours, theirs = adapter(folder), adapter(whole)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    two_ranks(run, again)  # nothing is left to do
+    assert repeated(folder) == repeated(whole)
+
+
+@pytest.mark.slow
+def test_another_number_of_ranks_changes_rounding_only(source, one_rank, two_ranks, four_ranks, tmp_path):
+    """From 2 ranks to 1 and to 4, of which the last has no row of an adapter's A; from there to 2. In fp32 on GPUs
+    too."""
+    argv, whole, stopped = [*source, *QUIET, "--precision", "fp32"], tmp_path / "whole", tmp_path / "stopped"
+    two_ranks(run, [*argv, "--output_dir", str(whole)])
+    two_ranks(run, [*argv, "--output_dir", str(stopped)], Signals({3: signal.SIGTERM}))
+    for ranks, accumulation in ((one_rank, 4), (four_ranks, 1)):
+        folder = tmp_path / f"on {ranks.world}"
+        shutil.copytree(stopped, folder)
+        others = ["--sharding_strategy", "shard_grad_op", "--gradient_accumulation_steps", str(accumulation)]
+        goes_on = [*argv, "--output_dir", str(folder), "--resume"]
+        ranks(run, [*goes_on, str(folder), *others], Signals({5: signal.SIGTERM}))
+        two_ranks(run, [*goes_on, "auto"])
+        for name in ("loss", "grad_norm"):
+            ours, theirs = ([line[name] for line in lines(f)] for f in (folder, whole))
+            torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), rtol=2e-4, atol=1e-5)
+        torch.testing.assert_close(adapter(folder), adapter(whole), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_packed_rows_under_fp16s_scaler_go_on_in_another_number_of_ranks(
+    source, one_rank, two_ranks, tmp_path
+):
+    """But for dropout, whose random numbers belong to a rank. From 2 ranks to 1 and back, within an epoch."""
+    argv, whole, folder = [*source, *NOISY, "--lora_dropout", "0"], tmp_path / "whole", tmp_path / "run"
+    two_ranks(run, [*argv, "--output_dir", str(whole)])
+    again = [*argv, "--output_dir", str(folder), "--resume", "auto"]
+    two_ranks(run, again, Signals({2: signal.SIGTERM}))
+    one_rank(run, [*again, "--gradient_accumulation_steps", "4"], Signals({4: signal.SIGTERM}))
+    two_ranks(run, again)
+    assert [line["step"] for line in lines(folder)] == [1, 2, 3, 4, 5]
+    assert [line["tokens"] for line in lines(folder)] == [line["tokens"] for line in lines(whole)]
+    for name in ("loss", "grad_norm"):
+        ours, theirs = ([line[name] for line in lines(f)] for f in (folder, whole))
+        torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), rtol=2e-3, atol=0)
+
+
+def test_a_checkpoint_holds_no_frozen_weights(stopped):
+    tensors = checkpoint_files.read_checkpoint(folder_of(stopped, 3)).tensors
+    kinds = {name.rpartition(".")[2] for name in tensors if not name.startswith("random.")}
+    assert kinds == {"lora_A", "lora_B", "magnitude_change"}
+    assert {name.partition("@")[0] for name in tensors if name.startswith("random.")} >= {"random.cpu"}
+
+
+def test_wandb_goes_on_with_its_run(source, one_rank, tmp_path):
+    argv = [*source, *QUIET, "--max_steps", "4", "--output_dir", str(tmp_path), "--resume", "auto"]
+    argv += ["--log_to", "wandb"]
+    one_rank(run, argv, Signals({2: signal.SIGTERM}))
+    time.sleep(1.1)  # wandb names its folders by the second
+    one_rank(run, argv)
+    steps = {}
+    files = sorted(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+    for file in files:
+        for record in wandb_records(file):
+            if record.WhichOneof("record_type") == "run":
+                run_id = record.run.run_id
+            if record.WhichOneof("record_type") == "history":
+                steps.setdefault(run_id, []).append(record.history.step.num)
+    assert len(files) == 2 and list(steps.values()) == [[1, 2, 3, 4]]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda parts: parts["tracker"].update(wandb="lr 1e-3.v2"),  # wandb allows it
+        lambda parts: [
+            parts["evaluator"].pop(name) for name in ("kept_step", "kept_loss")
+        ],  # of an older version
+    ],
+)
+def test_a_checkpoint_that_is_right_is_accepted(change, source, copied):
+    lie(copied, lambda manifest: change(manifest["run"]["parts"]))
+    assert resumed(source, copied).saved.step == 3
+
+
+def test_evaluation_goes_on(source, two_ranks, tmp_path):
+    """At a rate of 0 no evaluation is better than the first, which is the best; after one more the run stops early."""
+    argv = [*source, *QUIET, "--lr", "0", "--eval_share", "0.2", "--eval_every", "2", "--sample_every", "4"]
+    argv += ["--early_stopping_patience", "1", "--sample_tokens", "2"]
+    whole, folder = tmp_path / "whole", tmp_path / "run"
+    two_ranks(run, [*argv, "--output_dir", str(whole)])
+    again = [*argv, "--output_dir", str(folder), "--resume", "auto", "--save_every", "3"]
+    two_ranks(run, again, Signals({3: signal.SIGTERM}))
+    (folder / "best").rename(folder / "best.old")  # as a cut between two renames leaves it
+    for _ in range(2):  # the second time nothing is left
+        assert "stopped at step 4 of 7: 1 evaluations were no better" in two_ranks(run, again)[0]
+        assert repeated(folder) == repeated(whole) and len(lines(whole)) == 4
+        assert json.loads((folder / "best" / "evaluation.json").read_text())["step"] == 2
+        assert (folder / "samples.jsonl").read_text() == (whole / "samples.jsonl").read_text()
+    assert steps_in(folder) == [4, 3]
+
+
+def test_a_limit_of_time_and_regular_checkpoints(source, one_rank, tmp_path):
+    argv = [*source, *QUIET, "--output_dir", str(tmp_path / "run"), "--resume", "auto", "--save_every", "2"]
+    argv += ["--keep", "3"]
+    printed = one_rank(run, [*argv, "--max_minutes", "0.0001"])[0]
+    assert "stopped at step 1 of 7 (--max_minutes)" in printed and "python train.py --config" in printed
+    ((printed, seconds),) = one_rank(run_and_time, argv)
+    assert re.search(
+        r"checkpoints: 4; training stood still for 0\.\d+ s for each, 0\.\d+ s at most\n", printed
+    )
+    assert len(seconds) == 4 and min(seconds) > 0
+    assert steps_in(tmp_path / "run") == [7, 6, 4]
+
+
+def run_and_time(place, argv: list[str]) -> tuple[str, list[float]]:
+    """(what the run printed, what --max_minutes was told of its checkpoints)."""
+    seconds, before = [], Stopping.saved_in
+    Stopping.saved_in = lambda _, each, whole=True: seconds.append(each) if whole else None
+    try:
+        return run(place, argv), seconds
+    finally:
+        Stopping.saved_in = before
+
+
+@pytest.mark.parametrize("checked", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_a_full_disk_costs_a_checkpoint_and_no_more(checked, source, undisturbed, two_ranks, small_disk):
+    argv = [*source, *QUIET, "--output_dir", str(small_disk / "run"), "--save_every", "2", "--keep", "1"]
+    printed = two_ranks(run, argv, Filling(small_disk, 4, 6, checked))[0]
+    assert "WARNING: the checkpoint of step 4 could not be written" in printed
+    assert "No space left" in printed and "the checkpoint of step 2 stays, and training goes on" in printed
+    assert steps_in(small_disk / "run") == [7]
+    assert not list((small_disk / "run" / "checkpoints").glob("*.tmp"))
+    assert repeated(small_disk / "run") == repeated(undisturbed)
+
+
+def test_lines_of_a_full_disk_are_held(small_disk):
+    config, _ = parse(["--output_dir", str(small_disk), "--log_to", "stdout"])
+    tracker = make_tracker(config, 0, 3, {})
+    step = dict.fromkeys(("epoch", "loss", "lr", "grad_norm", "step_seconds", "tokens_per_second"), 1.0)
+    step |= dict.fromkeys(("tokens", "trained_tokens", "memory_allocated_gib", "memory_reserved_gib"), 1)
+    tracker.log(Metrics(**step, step=1))
+    fill(small_disk)
+    for number in range(2, 40):  # the first still fit into the page of the file's end
+        tracker.log(Metrics(**step, step=number))
+    held = tracker.state_dict()["held"]
+    assert held.endswith("\n") and '"step": 39' in held
+    there = [
+        line["step"] for line in lines(small_disk)
+    ]  # whole lines, as a resumed run and report.py read them
+    assert there + [json.loads(line)["step"] for line in held.splitlines()] == list(range(1, 40))
+    (small_disk / "others").unlink()
+    tracker.log(Metrics(**step, step=40))
+    assert [line["step"] for line in lines(small_disk)] == list(range(1, 41))
+
+
+def test_lines_that_were_held_are_there_when_a_run_goes_on(source, copied, undisturbed, two_ranks):
+    """In its file and in what is told at its end."""
+    *there, last = (copied / "metrics.jsonl").read_text().splitlines(keepends=True)[:3]
+
+    def hold(manifest: dict) -> None:
+        manifest["run"]["files"]["metrics.jsonl"] = len("".join(there))
+        manifest["run"]["parts"]["tracker"]["held"] = last
+
+    lie(copied, hold)
+    printed = two_ranks(run, [*source, *QUIET, "--output_dir", str(copied), "--resume", "auto"])[0]
+    assert "7 steps, the last 4 of them" in printed
+    assert repeated(copied) == repeated(undisturbed)
+
+
+# Determinism
+
+
+def deterministic(place, argv: list[str], folder: str) -> bool:
+    """Whether a run that was stopped repeats one that was not, in a process that may be the only one of a GPU."""
+    run(place, [*argv, "--output_dir", f"{folder}/whole"])
+    again = [*argv, "--output_dir", f"{folder}/run", "--resume", "auto"]
+    run(place, again, Signals({1: signal.SIGTERM}))
+    run(place, again)
+    return repeated(Path(folder, "whole")) == repeated(Path(folder, "run"))
+
+
+def test_one_process_repeats_itself(source, one_rank, tmp_path):
+    assert one_rank(deterministic, [*source, *NOISY, "--max_steps", "3"], str(tmp_path)) == [True]
+
+
+def test_the_option_refuses_what_does_not_repeat(source, one_rank, tmp_path):
+    argv = [*source, *QUIET, "--max_steps", "1", "--output_dir", str(tmp_path / "run")]
+    one_rank(run, argv, expect_deterministic)
+
+
+def expect_deterministic(place, step: int) -> None:
+    assert torch.are_deterministic_algorithms_enabled() and os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+
+
+class Held:
+    """Another run in the folder, as long as this one is not over."""
+
+    def __init__(self, folder: Path):
+        self.other = Alone(folder)
+
+    def __call__(self, place, argv: list[str]) -> str:
+        with self.other, mock.patch.object(checkpoint, "PATIENCE", 0.5):
+            self.other.take()
+            try:
+                return run(place, argv)
+            except UserError as e:
+                return str(e)
+
+
+def test_a_second_run_does_not_write_where_one_is_writing(source, copied, one_rank):
+    argv = [*source, *QUIET, "--output_dir", str(copied), "--gradient_accumulation_steps", "4"]
+    before = {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()}
+    for how in (["--overwrite"], ["--resume", "auto"]):
+        told = one_rank(Held(copied), [*argv, *how])
+        assert told == [f"--output_dir {copied}: another run is writing in it"]
+    assert {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()} == before
+    one_rank(run, [*argv, "--resume", "auto"])
+
+
+class Meanwhile:
+    """Something happens in the folder after the check, while the model is loaded."""
+
+    def __init__(self, happens):
+        self.happens = happens
+
+    def __call__(self, place, argv: list[str]) -> str:
+        job = train.check(parse([*argv, "--world_size", "1"])[0])
+        self.happens(Path(job.config.output_dir))
+        try:
+            return whole_run(place, job)
+        except UserError as e:
+            return str(e)
+
+
+def finishes(folder: Path) -> None:
+    folder.mkdir(exist_ok=True)
+    (folder / "adapter_config.json").write_text("of another")
+
+
+def prunes(folder: Path) -> None:
+    (folder_of(folder, 3) / "manifest.json").unlink()
+    (folder / "adapter_config.json").write_text("of another")
+
+
+@pytest.mark.parametrize(
+    ("there", "options", "happens", "words"),
+    [
+        (False, [], finishes, "holds a run already"),
+        (False, ["--resume", "auto"], finishes, "holds a finished run without checkpoints"),
+        (True, ["--resume", "auto"], prunes, "another run has gone on there meanwhile; start again"),
+    ],
+    ids=["new", "from the start", "resumed"],
+)
+def test_what_another_run_left_meanwhile_stays(
+    there, options, happens, words, source, copied, one_rank, tmp_path
+):
+    folder = copied if there else tmp_path / "new"
+    argv = [*source, *QUIET, "--output_dir", str(folder), "--gradient_accumulation_steps", "4", *options]
+    assert words in one_rank(Meanwhile(happens), argv)[0]
+    assert (folder / "adapter_config.json").read_text() == "of another"
+
+
+# torchrun --max-restarts
+
+
+def test_a_restart_goes_on(source, copied, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    config, _ = parse([*source, *QUIET, "--output_dir", str(copied), "--world_size", "2", "--overwrite"])
+    assert train.check(config).saved.step == 3
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    with pytest.raises(UserError, match=r"--overwrite: .* has checkpoints, which a restart by torchrun"):
+        train.check(config)
+    shutil.rmtree(copied / "checkpoints")
+    assert train.check(config).saved is None
+    with pytest.raises(UserError, match="--output_dir: is needed under torchrun --max-restarts"):
+        train.check(parse([*source, *QUIET, "--world_size", "2"])[0])

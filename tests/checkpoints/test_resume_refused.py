@@ -1,0 +1,214 @@
+"""What is not the same run, or not a sound checkpoint, does not go on: one line says why."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import pickle
+import shutil
+from pathlib import Path
+
+import pytest
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file, save_file
+
+from checkpoints import manager as checkpoints
+from checkpoints import resume
+from checkpoints import storage as checkpoint_files
+from checkpoints.storage import folder_of
+from launch.precision import choose_precision
+from options.errors import UserError
+from tests.helpers.hostile_checkpoints import Pickled
+from tests.helpers.resuming import QUIET, lie, resumed, run
+
+OTHERS = {
+    "--lora_rank 8": "the run has --lora_rank 6, not 8",
+    "--train_type qlora": "--train_type bnb_dora, not qlora",
+    "--lr 1e-3": "--lr 0.01, not 0.001",
+    "--seed 1": "--seed 42, not 1",
+    "--precision bf16": "--precision auto, not bf16",
+    "--optimizer adam": "--optimizer adamw, not adam",
+    "--eval_share 0.5": "--eval_share 0.0, not 0.5",
+    "--context_length 200": "--context_length 256, not 200",
+    "--batch_size 2": "has 4 rows; 2 processes x --batch_size 2 x --gradient_accumulation_steps 2 would make it 8",
+    "--world_size 1": "has 4 rows; 1 processes",
+    "--resume /nonexistent": "/nonexistent: no such folder",
+    "--resume .": "a run goes on in its own folder",
+}
+
+
+@pytest.mark.parametrize("option", OTHERS)
+def test_another_run_is_refused(option, source, copied):
+    with pytest.raises(UserError) as refused:
+        resumed(source, copied, *option.split())
+    assert OTHERS[option] in str(refused.value)
+
+
+def test_another_machines_precision_is_refused(source, copied, monkeypatch):
+    """auto is fp16 on GPUs without bf16, and no run of a CPU's fp32 goes on there."""
+    assert resumed(source, copied, "--precision", "fp32").saved.step == 3, "what auto is here"
+    monkeypatch.setattr(resume, "precision_here", lambda name: choose_precision(name, True, False))
+    with pytest.raises(
+        UserError, match="which on this machine is float32 under autocast to float16, not float32"
+    ):
+        resumed(source, copied)
+
+
+FREE = "--max_steps 9 --save_every 5 --log_to tqdm --wrap_policy sublayer --use_gradient_checkpointing false"
+
+
+@pytest.mark.parametrize("where", ["auto", "run", "checkpoint"])
+def test_what_changes_no_result_may_change(where, source, copied, capsys):
+    paths = {"auto": "auto", "run": str(copied), "checkpoint": str(folder_of(copied, 3))}
+    job = resumed(source, copied, *FREE.split(), "--resume", paths[where])
+    assert job.saved.step == 3 and job.saved.folder == folder_of(copied, 3)
+    assert "--max_steps 9 instead of 7: the learning rate follows it" in capsys.readouterr().out
+
+
+def test_other_data_are_refused(source, copied, tmp_path):
+    other = tmp_path / "other.jsonl"
+    other.write_text(Path(source[3]).read_text().replace("Count from 1 ", "Count from 7 ", 1))
+    with pytest.raises(UserError, match="no longer makes the rows that the run began with"):
+        resumed(source, copied, "--dataset", str(other))
+    other.write_text(Path(source[3]).read_text())
+    assert resumed(source, copied, "--dataset", str(other)).saved.step == 3, "the same rows from elsewhere"
+
+
+def test_another_model_is_refused(source, copied, tmp_path):
+    other = shutil.copytree(source[1], tmp_path / "other")
+    assert resumed(source, copied, "--model_name", str(other)).saved.step == 3
+    file = sorted(other.glob("*.safetensors"))[0]
+    tensors = load_file(file)
+    next(iter(tensors.values()))[0] += 1
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(UserError, match="is not the model that the run began with"):
+        resumed(source, copied, "--model_name", str(other))
+
+
+def test_a_run_without_its_metrics_is_refused(source, copied):
+    path = copied / "metrics.jsonl"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(UserError, match=r"metrics.jsonl: is missing or cut: it ends before step 3"):
+        resumed(source, copied)
+
+
+@pytest.mark.parametrize("name", checkpoint_files.GROWING_FILES)
+def test_a_link_among_its_files_is_not_followed(name, source, copied, tmp_path):
+    other = tmp_path / "other"
+    other.write_bytes(bytes(10**6))
+    (copied / name).unlink(missing_ok=True)
+    (copied / name).symlink_to(other)
+    with pytest.raises(UserError, match=f"{name}: is a link"):
+        resumed(source, copied)
+
+
+def test_a_damaged_checkpoint_is_refused_or_passed_over(source, copied, capsys):
+    (folder_of(copied, 3) / "rank-00001.safetensors").unlink()
+    for path in (copied, folder_of(copied, 3)):
+        with pytest.raises(UserError, match="no whole checkpoint"):
+            resumed(source, copied, "--resume", str(path))
+    with pytest.raises(UserError, match="holds no checkpoint that is whole"):
+        resumed(source, copied)
+    assert "step-00000003: no whole checkpoint (rank-00001.safetensors" in capsys.readouterr().out
+    (folder_of(copied, 3) / "manifest.json").unlink()  # as of one whose removal was cut
+    assert resumed(source, copied).saved is None
+    assert "has no checkpoint yet; from the start" in capsys.readouterr().out
+    (copied / "adapter_config.json").touch()
+    with pytest.raises(UserError, match="holds a finished run without checkpoints"):
+        resumed(source, copied)
+
+
+A = "model.model.layers.0.self_attn.q_proj.lora_A"
+LIES = {
+    "nothing of the run": (lambda m: m["run"].clear(), "is no checkpoint of this program"),
+    "a parameter more": (lambda m: m["tensors"].update({A + "x": m["tensors"][A]}), "holds other parameters"),
+    "a parameter less": (lambda m: m["tensors"].pop(A), "holds other parameters"),
+    "a state of nothing": (
+        lambda m: m["tensors"].update({"optimizer.x.y": m["tensors"][A]}),
+        "other parameters",
+    ),
+    "a shape": (lambda m: m["tensors"][A].update(shape=[9, 9]), "cannot be loaded"),
+    "a chunk": (lambda m: m["tensors"][A]["chunks"][0][1].reverse(), "cannot be loaded"),
+}
+
+
+@pytest.mark.parametrize("kind", LIES)
+def test_a_checkpoint_that_lies_ends_in_a_line(kind, source, copied, two_ranks):
+    change, reason = LIES[kind]
+    lie(copied, change)
+    for error in two_ranks(refused, [*source, *QUIET, "--output_dir", str(copied), "--resume", "auto"]):
+        assert reason in error and str(folder_of(copied, 3)) in error
+
+
+def rewrite(folder: Path, change) -> None:
+    """Changes the tensors of each file of the copy's checkpoint, which is whole all the same."""
+
+    def fit(manifest: dict) -> None:
+        for i, path in enumerate(sorted(folder_of(folder, 3).glob("rank-*"))):
+            tensors = load_file(path)
+            change(tensors)
+            save_file(tensors, path, metadata={"format": "pt"})
+            manifest["files"][i] = dataclasses.asdict(checkpoint_files._measure(path))
+            for name, tensor in tensors.items():
+                manifest["tensors"][name]["dtype"] = str(tensor.dtype).removeprefix("torch.")
+
+    lie(folder, fit)
+
+
+SPOILT = {
+    "NaN": (lambda t: t[A].view(-1)[3].fill_(math.nan), "holds NaN"),
+    "NaN in a moment": (lambda t: t[A.replace("model", "optimizer.exp_avg", 1)].fill_(math.nan), "holds NaN"),
+    "another dtype": (lambda t: t.update({A: t[A].double()}), "holds other parameters"),
+    "random states of none": (
+        lambda t: [x.fill_(255) for n, x in t.items() if "random" in n],
+        "cannot be loaded (random.cpu@",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", SPOILT)
+def test_tensors_that_no_run_has_end_in_a_line(kind, source, copied, two_ranks):
+    change, reason = SPOILT[kind]
+    rewrite(copied, change)
+    argv = [*source, *QUIET, "--output_dir", str(copied), "--resume", "auto"]
+    error = two_ranks(refused_by_loading, argv)[0]
+    assert error and reason in error and str(folder_of(copied, 3)) in error
+
+
+def refused_by_loading(place, argv: list[str]) -> str:
+    """`refused`, but before a rank trains, while which it would wait for one that was refused."""
+    restore = checkpoints.restore
+
+    def stopped(saved, model, optimizer, rank, group) -> None:
+        try:
+            restore(saved, model, optimizer, rank, group)
+        except UserError as e:
+            error = str(e)
+        else:
+            error = ""
+        raise UserError(error)
+
+    checkpoints.restore = stopped
+    try:
+        return refused(place, argv)
+    finally:
+        checkpoints.restore = restore
+
+
+def test_a_pickle_beside_a_checkpoint_is_not_read(source, copied, two_ranks, tmp_path):
+    """The one that torch.distributed.checkpoint's own storage would load, and so do what stands in it."""
+    (folder_of(copied, 3) / ".metadata").write_bytes(pickle.dumps(Pickled(tmp_path / "pwned")))
+    argv = [*source, *QUIET, "--output_dir", str(copied), "--resume", str(folder_of(copied, 3))]
+    assert "7 steps, the last 4 of them" in two_ranks(run, argv)[0]
+    assert not (tmp_path / "pwned").exists()
+    with contextlib.suppress(Exception):
+        dcp.FileSystemReader(folder_of(copied, 3)).read_metadata()
+    assert (tmp_path / "pwned").exists(), "or it would be no trap"
+
+
+def refused(place, argv: list[str]) -> str:
+    try:
+        run(place, argv)
+    except UserError as e:
+        return str(e)

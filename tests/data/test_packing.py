@@ -1,0 +1,372 @@
+"""Packed rows are learned as rows one by one are: every family, both ways to attend within rows, on any number of
+ranks; and each row comes once per epoch, wherever it is put."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from contextlib import nullcontext
+from itertools import pairwise
+
+import pytest
+import torch
+
+import monitoring.report
+import train
+from data.packing import PackSampler, best_fit, make_packed, make_sampler
+from data.tokenizing import IGNORE, Batch, StepSampler, TokenizedRows, make_batch
+from files.output_folder import whole
+from models import attention
+from models.attention import CAUSAL, VARLEN
+from models.family import clean
+from models.longrope import make_rotary
+from models.registry import FAMILIES
+from monitoring.messages import describe_data
+from tests.data.test_tokenizing import SIZES, assert_places, expected, some_rows
+from tests.helpers.runs import make_job, set_up, train_run
+from tests.helpers.tiny import _LONG_ROPE, CONFIGS
+from tests.monitoring.test_report import make_run, metrics, page_of
+from tests.parallel.test_activation_checkpointing import BESIDES, compiled_run
+from tests.test_parity import arguments, assert_same
+
+KERNEL = attention.varlen_attn  # torch's own, for its signature
+SEEN = ("llama", "gemma2", "gemma3", "phi3", "qwen3_moe")
+
+
+def rows_of(batch: Batch) -> dict[tuple, tuple]:
+    """{tokens: targets} of a packed batch's rows, found by its positions; its bounds must say the same."""
+    table, edges, line = {}, set(), batch.ids.shape[1]
+    for at, (ids, targets, positions) in enumerate(
+        zip(batch.ids.tolist(), batch.targets.tolist(), batch.positions.tolist(), strict=True)
+    ):
+        filled = sum(i != 0 for i in ids)
+        assert ids[filled:] == positions[filled:] == [0] * (line - filled)
+        assert targets[filled:] == [IGNORE] * (line - filled)
+        starts = [i for i in range(filled) if positions[i] == 0] + [filled]
+        for start, end in pairwise(starts):
+            assert positions[start:end] == list(range(end - start))
+            table[tuple(ids[start:end])] = tuple(targets[start:end])
+        edges |= {at * line + i for i in starts}
+    bounds = batch.bounds.tolist()
+    assert bounds[0] == 0 and bounds[-1] == batch.ids.numel() and bounds == sorted(bounds)
+    assert edges <= set(bounds)
+    assert max(b - a for a, b in pairwise(bounds)) <= batch.longest
+    padding = [b for b in bounds if b not in edges]
+    assert all(batch.ids.flatten()[b - 1] == 0 for b in padding), "a bound within a row"
+    return table
+
+
+def steps_of(rows: TokenizedRows, size: tuple, capacity: int, epochs: int = 1) -> list[list]:
+    """[[the step of each rank] for each step]; size: batch_size, accumulation, world."""
+    batch_size, accumulation, world = size
+    samplers = [PackSampler(rows, batch_size, accumulation, r, world, 42, capacity) for r in range(world)]
+    steps = list(zip(*(s.steps(epochs) for s in samplers), strict=True))
+    assert len(steps) == epochs * samplers[0].steps_per_epoch()
+    return steps
+
+
+def learned_rows(step: list) -> dict[tuple, tuple]:
+    batches = [b for part in step for b in part.batches if (b.targets != IGNORE).any()]
+    tables = [rows_of(b) for b in batches]
+    merged = {ids: targets for table in tables for ids, targets in table.items()}
+    assert len(merged) == sum(map(len, tables))
+    return merged
+
+
+@pytest.mark.parametrize("capacity", [13, 29, 100])
+@pytest.mark.parametrize("size", SIZES)
+def test_an_epoch_has_every_row_once_with_its_targets(size, capacity):
+    rows = some_rows(3 * size[0])
+    steps = steps_of(rows, size[1:], capacity, epochs=2)
+    for epoch in (steps[: len(steps) // 2], steps[len(steps) // 2 :]):
+        tables = [learned_rows(step) for step in epoch]
+        assert sum(map(len, tables)) == len(rows)
+        assert {ids: targets for table in tables for ids, targets in table.items()} == expected(rows)
+    for step in steps:
+        table = learned_rows(step)
+        targets = sum(t != IGNORE for values in table.values() for t in values)
+        assert {(part.n_tokens, part.n_targets) for part in step} == {(sum(map(len, table)), targets)}
+        assert_places(step)
+        # Collectives need all ranks alike.
+        assert len({tuple(b.ids.shape for b in part.batches) for part in step}) == 1
+    batches = [b for step in steps for part in step for b in part.batches]
+    # Compiled layers are compiled for one shape.
+    assert len({(b.ids.shape[1], len(b.bounds), b.longest) for b in batches}) == 1
+    assert batches[0].ids.shape[1] <= capacity
+    assert all(len(b.ids) <= size[1] for b in batches)
+
+
+def test_a_step_has_the_same_rows_however_it_is_split():
+    rows = some_rows(60)
+    splits = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2), (4, 1, 2), (1, 2, 4)]
+    runs = [[learned_rows(step) for step in steps_of(rows, split, 29, epochs=2)] for split in splits]
+    assert all(other == runs[0] for other in runs[1:])
+
+
+def test_packs_follow_from_seed_and_epoch():
+    rows = some_rows(90)
+
+    def packs(seed: int) -> list:
+        sampler = PackSampler(rows, 4, 1, 0, 1, seed, 29)
+        return [tuple(tuple(p.tolist()) for s, _ in sampler.deal(e) for p in s) for e in range(3)]
+
+    first = packs(1)
+    assert first == packs(1)
+    assert len(set(first + packs(2))) == 6
+    # Not only the order of the packs: another epoch puts other rows together.
+    assert len({frozenset(map(frozenset, epoch)) for epoch in first}) == 3
+
+
+def test_best_fit():
+    assert best_fit([6, 5, 4, 3, 2], 10) == [[0, 2], [1, 3, 4]]
+    assert best_fit([6, 8, 2], 10) == [[0], [1, 2]]  # where least room is left, not where some is found first
+    generator = torch.Generator().manual_seed(0)
+    for capacity in (16, 100, 1000):
+        for _ in range(20):
+            count = int(torch.randint(1, 300, (), generator=generator))
+            lengths = torch.randint(1, capacity + 1, (count,), generator=generator).tolist()
+            packs = best_fit(lengths, capacity)
+            assert sorted(i for pack in packs for i in pack) == list(range(count))
+            filled = sorted(sum(lengths[i] for i in pack) for pack in packs)
+            assert filled[-1] <= capacity
+            # No two packs fit into one, so fewer than twice as many as are needed.
+            assert len(packs) == 1 or filled[0] + filled[1] > capacity
+
+
+def test_padding_share():
+    """As counted in the batches of an epoch whose steps are all full."""
+    sampler = PackSampler(some_rows(90), 1, 1, 0, 1, 42, 29)
+    batches = [b for step in sampler.steps(1) for b in step.batches]
+    share = sum(int((b.ids == 0).sum()) for b in batches) / sum(b.ids.numel() for b in batches)
+    assert sampler.padding_share() == pytest.approx(share, abs=1e-12)
+    assert 0 < sampler.padding_share() < 0.1
+
+
+# --- the loss and its gradients -------------------------------------------------------------------------------
+
+LENGTHS = [40, 9, 25, 33, 2, 60, 17]  # beyond the windows of 16 tokens and Phi-3's short tables of 32
+PACKS = [[0, 1, 2], [3, 4], [5, 6]]  # 74, 35 and 77 tokens
+
+
+def seven_rows() -> TokenizedRows:
+    generator = torch.Generator().manual_seed(5)
+    lengths = torch.tensor(LENGTHS)
+    starts = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+    total = int(starts[-1])
+    tokens = torch.randint(0, 256, (total,), generator=generator, dtype=torch.int32)
+    learned = torch.rand(total, generator=generator) < 0.7
+    learned[starts[:-1]] = True  # the first token of a row would be a target of the row before it
+    return TokenizedRows(tokens, learned, starts, 0, 0, torch.arange(1, len(starts)))
+
+
+def packed_batch() -> Batch:
+    """77 tokens wide: one line has none to spare, another 42. Two rows of no tokens fill up the bounds."""
+    return make_packed(seven_rows(), [torch.tensor(p) for p in PACKS], (3, 77), max(LENGTHS), 12)
+
+
+def padded_batch() -> Batch:
+    return make_batch(seven_rows(), torch.arange(len(LENGTHS)), (len(LENGTHS), max(LENGTHS)))
+
+
+def by_definition(q, k, v, cu_q, cu_k, max_q, max_k, **options):
+    """What torch's kernel computes, a row at a time; what no row covers is NaN. [tokens, heads, features]."""
+    inspect.signature(KERNEL).bind(q, k, v, cu_q, cu_k, max_q, max_k, **options)
+    assert torch.equal(cu_q, cu_k) and cu_q.dtype == torch.int32 and max_q == max_k
+    before, after = options["window_size"]
+    assert after == 0
+    parts, bounds = [], cu_q.tolist()
+    for start, end in pairwise(bounds):
+        assert end - start <= max_q
+        groups = q.shape[1] // k.shape[1]
+        one, keys, values = q[start:end], *(t[start:end].repeat_interleave(groups, 1) for t in (k, v))
+        scores = torch.einsum("qhd,khd->hqk", one, keys) * options["scale"]
+        place = torch.arange(end - start, device=q.device)
+        distance = place[:, None] - place
+        hidden = (distance < 0) | ((distance > before) & (before >= 0))
+        parts.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden, -math.inf).softmax(-1), values))
+    uncovered = torch.full_like(q[bounds[-1] :], math.nan)
+    return torch.cat([*parts, uncovered])
+
+
+def ways(place, args) -> dict[str, tuple[float, dict]]:
+    """(loss, {trained parameter: its gradient}) of the seven rows: padded and packed; by the family's own
+    attention and, where that is PyTorch's, by ours, packed rows over `by_definition`."""
+    job, model = set_up(place, args)
+    own = FAMILIES[job.model_config.model_type].attention
+    model.set_attn_implementation(own)
+    padded, packed = padded_batch(), packed_batch()
+    found = {
+        "one by one": learn_each(model),
+        "padded": learn(model, padded),
+        "packed": learn(model, packed),
+        "leaking": learn(model, Batch(packed.ids, packed.targets)),
+    }
+    if own == "sdpa":
+        model.set_attn_implementation(CAUSAL)
+        found["padded, causal"] = learn(model, padded)
+        attention.varlen_attn = by_definition
+        model.set_attn_implementation(VARLEN)
+        try:
+            found |= {"packed, varlen": learn(model, packed), "padded, varlen": learn(model, padded)}
+        finally:
+            attention.varlen_attn = KERNEL
+    return found
+
+
+def learn(model, batch: Batch, context=nullcontext()) -> tuple[float, dict[str, torch.Tensor]]:  # noqa: B008
+    model.zero_grad()
+    device = next(p.device for p in model.parameters() if p.requires_grad)  # an embedding may be on the host
+    with context:
+        loss = train.loss_sum(model, batch.to(device))
+    loss.backward()
+    trained = {clean(n): p.grad for n, p in model.named_parameters() if p.requires_grad}
+    return loss.item(), {name: whole(gradient).float().cpu() for name, gradient in trained.items()}
+
+
+def learn_each(model) -> tuple[float, dict[str, torch.Tensor]]:
+    """Row by row, in transformers' own way: nothing but the row."""
+    rows, found = seven_rows(), []
+    for i, length in enumerate(LENGTHS):
+        batch = make_batch(rows, torch.tensor([i]), (1, length))
+        found.append(learn(model, Batch(batch.ids, batch.targets)))
+    names = found[0][1]
+    return sum(loss for loss, _ in found), {n: sum(gradients[n] for _, gradients in found) for n in names}
+
+
+def assert_equal(got: tuple[float, dict], expected: tuple[float, dict]) -> None:
+    assert got[0] == pytest.approx(expected[0], rel=5e-6)
+    assert got[1].keys() == expected[1].keys()
+    for name, gradient in expected[1].items():
+        largest = gradient.abs().max().item()
+        torch.testing.assert_close(
+            got[1][name], gradient, rtol=1e-4, atol=5e-5 * largest, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+# Those whose attention, positions or experts see the rows' bounds in ways of their own.
+@pytest.mark.parametrize(
+    "kind", [pytest.param(k, marks=() if k in SEEN else pytest.mark.slow) for k in CONFIGS]
+)
+def test_packed_rows_are_learned_as_rows_one_by_one(kind, checkpoints, alpaca_file, one_rank):
+    """Every family, all of its parameters, in fp32."""
+    found = one_rank(ways, arguments(checkpoints(kind), alpaca_file, "full"))[0]
+    expected, leaking = found.pop("one by one"), found.pop("leaking")
+    assert abs(leaking[0] / expected[0] - 1) > 1e-3, "rows that see one another would not show"
+    assert len(found) == (2 if kind == "gemma2" else 5)
+    for result in found.values():
+        assert_equal(result, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["phi3", "llama", "qwen2", "gemma2"])
+def test_longrope_rotates_each_row_as_transformers_does_alone(kind, dtype):
+    """In any family whose config asks for it: rows on both sides of 32 tokens and of as many, padded and packed."""
+    config = CONFIGS[kind]()
+    if kind != "phi3":
+        half = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        factors = {
+            f"{of}_factor": [base + i / 4 for i in range(half // 2)]
+            for of, base in (("short", 1.0), ("long", 2.0))
+        }
+        config.rope_parameters = _LONG_ROPE | factors | {"partial_rotary_factor": 1.0}
+    rotary, theirs = make_rotary(FAMILIES[kind], config), FAMILIES[kind].rotary_class
+    assert (config.rope_parameters["original_max_position_embeddings"], rotary.row_lengths) == (32, None)
+    lengths, x = [5, 31, 32, 33, 60, 0], torch.zeros(1, dtype=dtype)
+    alone = [[t[0] for t in theirs(config=config)(x, torch.arange(n)[None])] for n in lengths[:-1]]
+    rotary.row_lengths = torch.tensor(lengths)[:, None]
+    padded = rotary(x, torch.arange(60)[None])
+    rotary.row_lengths = torch.tensor(lengths).repeat_interleave(torch.tensor(lengths))[None]
+    packed = rotary(x, torch.cat([torch.arange(n) for n in lengths])[None])
+    for ours, rows, line in zip(zip(*alone, strict=True), padded, packed, strict=True):
+        assert all(torch.equal(rows[i, : len(row)], row) for i, row in enumerate(ours))
+        assert torch.equal(line[0], torch.cat(ours)) and line.dtype == dtype
+    assert not torch.equal(padded[0][0], padded[0][4])
+    rotary.row_lengths = None
+    assert all(map(torch.equal, rotary(x, torch.arange(60)[None]), (t[None] for t in alone[4])))
+
+
+def packing_arguments(model, data, steps: int) -> list[str]:
+    """12 rows of 150 to 500 tokens, in 8 packs."""
+    more = (
+        f"--dataset_samples 12 --context_length 512 --num_epochs 2 --max_steps {steps} --packing true".split()
+    )
+    return arguments(model, data, "lora", *more)
+
+
+def test_a_run_learns_what_it_learns_unpacked(checkpoints, alpaca_file, one_rank):
+    """Steps of a whole epoch: the same rows in each."""
+    args = [*packing_arguments(checkpoints(), alpaca_file, 2), "--gradient_accumulation_steps", "2"]
+    packed = one_rank(train_run, [*args, "--batch_size", "4"])[0]
+    padded = one_rank(train_run, [*args, "--packing", "false", "--batch_size", "6"])[0]
+    assert len(packed[0]) == 2
+    assert_same(padded, packed)
+
+
+@pytest.mark.slow
+def test_compiled_layers_are_compiled_for_one_shape(checkpoints, alpaca_file, one_rank):
+    """Four micro-batches of different packs, with masks: a graph for the first layer, whose input has no gradient, and one
+    for the others. Packs have different numbers of learned tokens: two of the loss's kernels are compiled for any."""
+    args = [*packing_arguments(checkpoints(), alpaca_file, 2), "--batch_size", "4"]
+    args += ["--gradient_accumulation_steps", "2"]
+    compiled, graphs = one_rank(compiled_run, args)[0]
+    assert graphs == 2 + BESIDES + 2
+    assert_same(one_rank(train_run, args)[0], compiled)
+
+
+def test_two_ranks_equal_one(checkpoints, alpaca_file, one_rank, two_ranks):
+    """The second step of an epoch leaves the second rank without a pack."""
+    args = packing_arguments(checkpoints(), alpaca_file, 3)
+    plain = one_rank(train_run, [*args, "--batch_size", "6"])[0]
+    assert len(plain[0]) == 3
+    assert_same(plain, two_ranks(train_run, [*args, "--batch_size", "3"])[0])
+
+
+# --- what a run says ------------------------------------------------------------------------------------------
+
+
+def test_what_packing_brought_and_would_bring():
+    rows = some_rows(200)
+    padded, packed = StepSampler(rows, 8, 1, 0, 1, 42), PackSampler(rows, 8, 1, 0, 1, 42, 64)
+    line, remark = describe_data(rows, padded, 64).splitlines()
+    assert line.endswith(f"padding {padded.padding_share():.0%} of the batches")
+    faster = (1 - packed.padding_share()) / (1 - padded.padding_share())
+    assert faster > 1.4
+    assert remark.startswith(f"--packing true would train these rows about {faster:.1f} times as fast")
+    (line,) = describe_data(rows, packed, 64).splitlines()
+    shares = f"padding {packed.padding_share():.0%} of the batches ({padded.padding_share():.0%} without --packing)"
+    assert line.endswith(f"{shares}; {packed.count()} packs of up to 64 tokens")
+
+
+def test_little_padding_is_no_reason_to_pack():
+    rows = some_rows(200)
+    single = StepSampler(rows, 1, 1, 0, 1, 42)
+    assert single.padding_share() == 0
+    assert "packing" not in describe_data(rows, single, 64)
+
+
+def test_packs_are_in_the_report(tmp_path):
+    rows = some_rows(50)
+    run = make_run(tmp_path / "run", [metrics(1)])
+    for sampler, shown in (
+        (PackSampler(rows, 8, 1, 0, 1, 42, 64), True),
+        (StepSampler(rows, 8, 1, 0, 1, 42), False),
+    ):
+        (run / "run.json").write_text(
+            monitoring.report.describe_run(rows, sampler, torch.nn.Linear(3, 2), {})
+        )
+        assert (f"Packs {sampler.count()} " in page_of(run).text) == shown
+
+
+def test_a_job_is_dealt_as_its_options_say(checkpoints, alpaca_file, one_rank):
+    def dealt(*more):
+        return one_rank(sampler_of, [*arguments(checkpoints(), alpaca_file, "lora"), *more])[0]
+
+    assert dealt() == ("StepSampler", 40)
+    name, count = dealt("--packing", "true", "--context_length", "512", "--dataset_samples", "12")
+    assert name == "PackSampler" and count == 8
+
+
+def sampler_of(place, args) -> tuple[str, int]:
+    job = make_job(place, args)
+    sampler = make_sampler(job.config, job.rows, place.rank, place.world)
+    return type(sampler).__name__, sampler.count()

@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+
+from data.prefetch import ahead
+from data.tokenizing import StepSampler
+from tests.data.test_tokenizing import some_rows
+
+CPU = torch.device("cpu")
+
+
+def test_the_same_steps_in_their_order():
+    def steps():
+        return StepSampler(some_rows(17), 2, 2, 0, 1, 42).steps(2)
+
+    plain, early = list(steps()), list(ahead(steps(), CPU, pin=False))
+    assert [s.epoch for s in early] == [s.epoch for s in plain]
+    for a, b in zip(plain, early, strict=True):
+        assert all(torch.equal(x.ids, y.ids) for x, y in zip(a.batches, b.batches, strict=True))
+
+
+def test_a_step_is_made_while_the_one_before_is_in_use():
+    second = threading.Event()
+
+    def steps():
+        yield "first"
+        second.set()
+        yield "second"
+
+    early = ahead(steps(), CPU, pin=False)
+    assert next(early) == "first"
+    assert second.wait(timeout=30)
+    assert list(early) == ["second"]
+
+
+def test_an_error_comes_where_the_step_would():
+    def steps():
+        yield "first"
+        raise OSError("the disk is gone")
+
+    early = ahead(steps(), CPU, pin=False)
+    assert next(early) == "first"
+    with pytest.raises(OSError, match="the disk is gone"):
+        next(early)
+
+
+def test_a_loop_that_ends_early_ends_the_thread():
+    before = threading.active_count()
+    early = ahead(StepSampler(some_rows(17), 2, 2, 0, 1, 42).steps(2), CPU, pin=False)
+    next(early)
+    assert threading.active_count() == before + 1
+    early.close()
+    assert threading.active_count() == before

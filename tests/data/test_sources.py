@@ -1,0 +1,278 @@
+"""data/sources.py: the recipes of datasets/, files of every type, and data sets of the hub."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import datasets
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from benchmarks.make_checkpoint import byte_tokenizer
+from data.sources import RECIPES, Recipe, find_recipe, load_rows
+from data.tokenizing import prepare
+from options.errors import UserError
+
+BYTES = byte_tokenizer()
+# Everything that a row of text can do to a file format: quotes, line breaks, separators, other line ends.
+TRICKY = [
+    {"instruction": 'Say "hi", twice', "input": "a\nb\n\nc", "output": "hi;\thi"},
+    {"instruction": "é 日本 🙂", "input": "", "output": "line\u2028separator\x0bvertical\x85next"},
+    {"instruction": ",", "input": " \\n ", "output": '"'},
+]
+REPOSITORY = Path(__file__).parents[2]
+
+
+def read(dataset, samples: int = -1) -> list[dict]:
+    return load_rows(*find_recipe(str(dataset)), samples).rows
+
+
+def jsonl(rows) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def put(path: Path, text: str | bytes) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return path
+
+
+def answers(rows) -> list[str]:
+    """The learned text of each example."""
+    cuts = zip(
+        rows.tokens.tensor_split(rows.starts[1:-1]), rows.learned.tensor_split(rows.starts[1:-1]), strict=True
+    )
+    return [BYTES.decode(tokens[learned]) for tokens, learned in cuts]
+
+
+DOCUMENTED = {
+    "toy": Recipe("toy.jsonl", format="alpaca"),
+    "alpaca": Recipe("yahma/alpaca-cleaned", format="alpaca"),
+    "alpaca_sample": Recipe("yahma/alpaca-cleaned", format="alpaca", samples=512),
+    "dummy": Recipe(format="alpaca", samples=512, fill={"instruction": "instruction", "input": "input", "output": "output "}),
+    "guanaco": Recipe("timdettmers/openassistant-guanaco", format="guanaco"),
+    "sql": Recipe("knowrohit07/know_sql", "validation", format="qa"),
+    "orca_math": Recipe("microsoft/orca-math-word-problems-200k", format="qa"),
+    "uganda_clinical_guidelines": Recipe("silvaKenpachi/uganda_clinical_guidelines", format="alpaca"),
+    "oig_chip2": Recipe("laion/OIG", data_files="unified_chip2.jsonl", format="guanaco", markers=["<human>:", "<bot>:"]),
+}  # fmt: skip
+
+
+def test_the_recipes_are_those_of_the_documentation():
+    found = {path.stem: find_recipe(path.stem)[0] for path in RECIPES.iterdir() if path.suffix == ".toml"}
+    assert found == DOCUMENTED
+    assert {path.suffix for path in RECIPES.iterdir()} == {".toml", ".jsonl"}  # never a .py: see the design
+
+
+def test_toy_is_what_its_tool_writes(tmp_path):
+    tool = REPOSITORY / "tools" / "make_toy_dataset.py"
+    subprocess.run(
+        [sys.executable, tool, tmp_path / "toy.jsonl"], check=True, capture_output=True, timeout=60
+    )
+    assert (tmp_path / "toy.jsonl").read_bytes() == (RECIPES / "toy.jsonl").read_bytes()
+    rows = read("toy")
+    assert len(rows) >= 500
+    assert len({tuple(row.values()) for row in rows}) == len(rows)
+
+
+# recipe -> the hub's file, its rows, what is learned of them
+CITY = {"instruction": "Name a city.", "input": "", "output": "Paris"}
+CHIP2 = {"text": "\n<human>: Hi\n<bot>: Yo", "metadata": {"source": "chip2"}}
+HUB = {
+    "alpaca": ("yahma/alpaca-cleaned/train.jsonl", [CITY, CITY | {"output": ""}], ["Paris</s>"]),
+    "alpaca_sample": ("yahma/alpaca-cleaned/train.jsonl", [CITY] * 600, ["Paris</s>"] * 512),
+    "guanaco": ("timdettmers/openassistant-guanaco/openassistant_best_replies_train.jsonl",
+                [{"text": "### Human: Hi### Assistant: Yo### Human: Bye### Assistant: Ciao"}], [" Yo Ciao</s>"]),
+    "sql": ("knowrohit07/know_sql/validation.json",
+            [{"context": "CREATE TABLE t (x INT)", "question": "How many?", "answer": "SELECT 1"}], ["SELECT 1</s>"]),
+    "orca_math": ("microsoft/orca-math-word-problems-200k/data/train-00000-of-00001.jsonl",
+                  [{"question": "2+2?", "answer": "4."}], ["4.</s>"]),
+    "uganda_clinical_guidelines": ("silvaKenpachi/uganda_clinical_guidelines/train.jsonl",
+                                   [CITY | {"input": None}, CITY], ["Paris</s>"] * 2),
+    "oig_chip2": ("laion/OIG/unified_chip2.jsonl", [CHIP2], [" Yo</s>"]),
+}  # fmt: skip
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A working folder in which a folder named like a hub id stands for that data set."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", HUB)
+def test_recipes_of_the_hub(hub, name):
+    file, rows, learned = HUB[name]
+    put(hub / file, jsonl(rows))
+    # Other files and splits of the repository, which must not be read.
+    other = {"sql": "train.json", "oig_chip2": "unified_other.jsonl"}.get(name, "test.jsonl")
+    put((hub / file).with_name(other), jsonl([dict.fromkeys(rows[0], "wrong")]))
+    prepared = prepare(name, "auto", -1, 1000, BYTES)
+    assert answers(prepared) == learned
+    assert prepared.dropped == min(len(rows), 512) - len(learned)
+
+
+def test_a_folder_by_its_path_and_a_hub_id_without_a_recipe(hub, monkeypatch):
+    put(
+        hub / "some" / "data" / "train.jsonl",
+        jsonl([{"question": str(i), "answer": "yes"} for i in range(9)]),
+    )
+    for dataset in (hub / "some" / "data", "some/data", "~/data"):
+        monkeypatch.setenv("HOME", str(hub / "some"))
+        assert [row["question"] for row in read(dataset, 3)] == ["0", "1", "2"]
+        assert answers(prepare(str(dataset), "auto", 2, 1000, BYTES)) == ["yes</s>"] * 2
+
+
+def test_unusable_folders_are_named(hub, caplog):
+    put(hub / "a" / "train.jsonl", "{")
+    put(hub / "b" / "script" / "script.py", "raise SystemExit")
+    put(hub / "c" / "test.jsonl", jsonl([CITY]))
+    for dataset, why in (("a", "JSON parse error"), ("b/script", "scripts"), ("c", "train")):
+        with pytest.raises(
+            UserError, match=rf"^--dataset {hub / dataset}: could not be loaded \(.*{why}.*\)$"
+        ):
+            read(hub / dataset)
+    assert caplog.records == []  # the one line says it
+
+
+@pytest.mark.parametrize("offline", [True, False])
+def test_an_unreachable_hub_is_said_at_once(hub, monkeypatch, offline):
+    """offline=False: the user did not say so; one question to the hub (conftest cuts it off) finds out."""
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", offline)
+    start = time.perf_counter()
+    with pytest.raises(
+        UserError, match=r"^--dataset nobody/nothing: could not be loaded .*Couldn't reach.* on the Hub"
+    ):
+        read("nobody/nothing")
+    assert time.perf_counter() - start < 5
+    assert datasets.config.HF_HUB_OFFLINE  # or load_dataset, with no such cut, retries for more than 20 s
+
+
+def write_csv(path: Path, rows: list[dict], **options) -> Path:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]), **options)
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+WRITERS = {
+    "a.jsonl": lambda p: put(p, jsonl(TRICKY)),
+    "escaped.jsonl": lambda p: put(p, "\n".join(map(json.dumps, TRICKY))),
+    "blank lines.jsonl": lambda p: put(p, "\n" + jsonl(TRICKY).replace("}\n", "}\r\n\r\n")),
+    "list.json": lambda p: put(p, "\n " + json.dumps(TRICKY, indent=2)),
+    "lines.json": lambda p: put(p, jsonl(TRICKY)),
+    "bom.jsonl": lambda p: put(p, b"\xef\xbb\xbf" + jsonl(TRICKY).encode()),
+    "bom.json": lambda p: put(p, b"\xef\xbb\xbf" + json.dumps(TRICKY).encode()),
+    "a.csv": lambda p: write_csv(p, TRICKY),
+    "bom.csv": lambda p: put(p, b"\xef\xbb\xbf" + write_csv(p, TRICKY).read_bytes()),
+    "quoted.csv": lambda p: write_csv(p, TRICKY, quoting=csv.QUOTE_ALL, lineterminator="\n"),
+    "a.parquet": lambda p: pyarrow.parquet.write_table(pyarrow.Table.from_pylist(TRICKY), p),
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_file_of_any_type_gives_the_same_rows(tmp_path, name):
+    WRITERS[name](tmp_path / name)
+    assert read(tmp_path / name) == TRICKY
+    assert read(tmp_path / name, samples=2) == TRICKY[:2]
+    assert read(tmp_path / name, samples=9) == TRICKY
+
+
+def test_parquet_holds_conversations(tmp_path):
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"messages": messages}]), tmp_path / "a.parquet")
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role + ': ' + m.content + eos_token }}{% endfor %}"
+    rows = prepare(str(tmp_path / "a.parquet"), "auto", -1, 100, tokenizer)
+    assert tokenizer.decode(rows.tokens[rows.learned]) == "assistant: Yo</s>"  # it has no generation prompt
+    with pytest.raises(UserError, match=r"a\.parquet row 1: the tokenizer has no chat template"):
+        prepare(str(tmp_path / "a.parquet"), "auto", -1, 100, BYTES)
+
+
+@pytest.mark.parametrize("name, content, message", [
+    ("a.jsonl", '{"a": 1}\n\n{"a": }\n', r"a\.jsonl:3: not JSON"),
+    ("a.jsonl", '{"a": 1}\n[1]\n', r"a\.jsonl:2: not a JSON object"),
+    ("a.jsonl", "[" * 100_000, r"a\.jsonl:1: JSON nested too deeply"),
+    ("a.jsonl", b'{"a": 1}\n{"a": "\xe9"}\n', r"a\.jsonl:2: not UTF-8"),
+    ("a.jsonl", "\n", r"a\.jsonl: is empty"),
+    ("a.json", "[]", r"a\.json: is empty"),
+    ("a.json", '[\n{"a": 1},\n{"a" 1}]', r"a\.json:3: not JSON"),
+    ("a.json", '[{"a": 1}, 2]', r"a\.json: entry 2 is not a JSON object"),
+    ("a.csv", "a,b\n", r"a\.csv: is empty"),
+    ("a.csv", "a,b\n1,2\n3\n", r"a\.csv:3: another number of columns"),
+    ("a.csv", "a,b\n1,2,3\n", r"a\.csv:2: another number of columns"),
+    ("a.csv", 'a,b\n"1"x,2\n', r"a\.csv:2: not CSV"),
+    ("a.csv", "a,b,a\n1,2,3\n", r"a\.csv:1: the header names a column twice"),
+    ("a.parquet", "no", r"a\.parquet: not a parquet file"),
+])  # fmt: skip
+def test_malformed_files_are_refused_with_the_line(tmp_path, name, content, message):
+    with pytest.raises(UserError, match=f"^--dataset .*{message}"):
+        read(put(tmp_path / name, content))
+
+
+def test_a_row_s_place_is_the_line_it_is_on(tmp_path):
+    file = put(tmp_path / "a.jsonl", "\n" + jsonl([CITY]) + "\n" + jsonl([{"instruction": "x"}]))
+    with pytest.raises(UserError, match=r"a\.jsonl:4: nothing in column output"):
+        prepare(str(file), "auto", -1, 100, BYTES)
+
+
+def test_a_recipe_of_the_user_s_own(tmp_path):
+    put(
+        tmp_path / "rows.jsonl",
+        jsonl([{"answer": "Q", "reply": "A", "id": 1}, {"answer": "R", "reply": "B"}]),
+    )
+    recipe = put(tmp_path / "mine.toml", (
+        'source = "rows.jsonl"\nsamples = 1\ncolumns = { question = "answer", answer = "reply" }\n'
+    ))  # fmt: skip
+    assert answers(prepare(str(recipe), "auto", -1, 100, BYTES)) == ["A</s>"]  # its own number of samples
+    assert answers(prepare(str(recipe), "auto", 2, 100, BYTES)) == ["A</s>", "B</s>"]
+    assert [row["question"] for row in read(recipe)] == [
+        "Q",
+        "R",
+    ]  # renamed, though it had an `answer` before
+
+
+def test_a_recipe_s_markers_tell_its_format(tmp_path):
+    put(tmp_path / "rows.jsonl", jsonl([{"text": "<u> Hi <b> Yo"}]))
+    recipe = put(tmp_path / "mine.toml", 'source = "rows.jsonl"\nmarkers = ["<u>", "<b>"]\n')
+    assert answers(prepare(str(recipe), "auto", -1, 100, BYTES)) == [" Yo</s>"]
+
+
+@pytest.mark.parametrize("text, message", [
+    ("sauce = 'rows.jsonl'", "unknown key sauce; a recipe has source, split"),
+    ("source = 'rows.jsonl'\nsamples = 'all'", "samples must be like -1"),
+    ("source = 'rows.jsonl'\nsamples = true", "samples must be like -1"),
+    ("source = 'rows.jsonl'\nmarkers = 'ab'", "markers must be like"),
+    ("source = 'rows.jsonl'\nmarkers = ['a']", "markers two texts"),
+    ("source = 'rows.jsonl'\ncolumns = {output = 1}", "columns must be like"),
+    ("source = 'rows.jsonl'\nformat = 'alpacka'", "format must be one of chat, alpaca"),
+    ("source = 'rows.jsonl'\ncolumns = {output = 'reply'}", "no column reply, which the recipe names"),
+    ("format = 'alpaca'", "needs either a source or"),
+    ("fill = {instruction = 'x'}", "needs either a source or"),
+    ("source = 'absent.jsonl'", r"absent\.jsonl: no such file"),
+    ("source = ", r"not a recipe \(Invalid value"),
+])  # fmt: skip
+def test_malformed_recipes_are_refused(tmp_path, text, message):
+    put(tmp_path / "rows.jsonl", jsonl([CITY]))
+    with pytest.raises(UserError, match=f"^--dataset {tmp_path}.*{message}"):
+        read(put(tmp_path / "mine.toml", text))
+
+
+@pytest.mark.parametrize("dataset", ["alpacka", "", "x" * 300, "a/b/c", "~nobody", "a\0b"])
+def test_unknown_names_are_refused(dataset):
+    with pytest.raises(UserError, match=r"not a recipe \(alpaca, alpaca_sample, dummy, .*owner/name"):
+        find_recipe(dataset)
+
+
+@pytest.mark.parametrize("dataset", ["absent.jsonl", "absent/a.csv", "absent.toml", "absent.parquet"])
+def test_absent_files_are_refused(dataset):
+    with pytest.raises(UserError, match=rf"^--dataset {dataset}: [Nn]o such file"):
+        read(dataset)

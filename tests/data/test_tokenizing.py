@@ -1,0 +1,372 @@
+"""data/tokenizing.py: which tokens are targets (exactness rule 6 of the design), and how rows are dealt to steps."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+from itertools import pairwise
+
+import pytest
+import torch
+
+from benchmarks.make_checkpoint import byte_tokenizer
+from data import tokenizing as data
+from data.formats import FORMATS, GUANACO_MARKERS, Rendered
+from data.tokenizing import IGNORE, StepSampler, TokenizedRows, prepare, rounded, tokenize
+from options.errors import UserError
+from tests.helpers import chat_templates, small_tokenizers
+
+BYTES = byte_tokenizer()
+
+
+def qa(answer: str, question: str = "What?") -> Rendered:
+    return FORMATS["qa"].render({"question": question, "answer": answer})
+
+
+def guanaco(text: str, markers=GUANACO_MARKERS) -> Rendered:
+    return FORMATS["guanaco"].render({"text": text}, None, markers)
+
+
+def learned_pieces(rendered: Rendered, tokenizer, context_length: int = 1000) -> list[str]:
+    rows = tokenize([rendered], tokenizer, context_length, "here")
+    return tokenizer.convert_ids_to_tokens(rows.tokens[rows.learned].tolist())
+
+
+# tokenizer, its text, the learned pieces
+STRADDLING = {
+    "line break + letters": ("crossing", qa("Paris"), ["ĊParis", "</s>"]),
+    "line break + letters, Unigram": ("unigram", qa("Paris"), ["\nPar", "is", "</s>"]),
+    "no straddling": ("byte_fallback", qa("Paris"), ["P", "aris", "</s>"]),
+    "space in the marker": (
+        "crossing", guanaco("Human: Paris Bot: Paris", ["Human: ", "Bot: "]), ["ĠP", "aris", "</s>"]),
+    "space in the marker, trimmed": (
+        "trimming", guanaco("Human: Paris Bot: Paris", ["Human: ", "Bot: "]), ["ĠParis", "</s>"]),
+    "space in the marker, Unigram": (
+        "unigram", guanaco("Human: Paris Bot: Paris", ["Human: ", "Bot: "]), ["▁Paris", "</s>"]),
+    "white space in front": (
+        "crossing", guanaco("### Assistant: \nPar### Human: Paris"), ["Ġ", "ĊP", "ar"]),
+    "end straddles": (  # the turn ends within a token, which is learned whole
+        "byte_fallback", guanaco("Bot: arisHuman: no", ["isHuman:", "Bot:"]), ["▁", "aris"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", STRADDLING)
+def test_a_token_with_a_character_of_the_answer_is_learned(case):
+    name, rendered, pieces = STRADDLING[case]
+    assert learned_pieces(rendered, getattr(small_tokenizers, name)()) == pieces
+
+
+KINDS = ("crossing", "trimming", "ending", "unigram", "byte_fallback")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "answer", ["Paris", "4", "é", "日本", "🙂 is 👩‍👩‍👧", " Paris, ", "  x    y    ", "\n\nP", "a </s> b"]
+)
+def test_the_answer_is_learned_to_the_last_byte(kind, answer):
+    """Also where one character takes several tokens, and where a token is nothing but spaces."""
+    tokenizer = getattr(small_tokenizers, kind)()
+    rendered = qa(answer, question="é 🙂 Paris")
+    rows = tokenize([rendered], tokenizer, 1000, "here")
+    whole = tokenizer(rendered.text)["input_ids"]
+    expected = whole if whole[-1] == tokenizer.eos_token_id else [*whole, tokenizer.eos_token_id]
+    assert rows.tokens.tolist() == expected
+    first = int(rows.learned.int().argmax())
+    assert rows.learned[first:].all()  # nothing of the answer or EOS is left out ...
+    prompt = tokenizer.decode(rows.tokens[:first], skip_special_tokens=True)
+    assert rendered.text.startswith(prompt)  # ... and what is left out is prompt, but for a straddling token
+    assert 0 <= rendered.learned[0][0] - len(prompt) <= 1
+
+
+def test_nothing_but_whole_texts_is_tokenized():
+    """A prompt's own tokens are others than those it has before an answer: a mask must not come from them."""
+    tokenizer, seen = small_tokenizers.crossing(), []
+
+    class Spy:
+        is_fast, eos_token_id = True, tokenizer.eos_token_id
+
+        def __call__(self, texts, **options):
+            seen.extend(texts)
+            return tokenizer(texts, **options)
+
+    rendered = [qa("Paris"), qa("Peru is big")]
+    tokenize(rendered, Spy(), 100, "here")
+    assert seen == [r.text for r in rendered]
+    prompt = tokenizer(rendered[0].text[: rendered[0].learned[0][0]])["input_ids"]
+    assert tokenizer(rendered[0].text)["input_ids"][: len(prompt)] != prompt
+
+
+def test_an_eos_that_the_tokenizer_writes_is_learned_once_and_only_after_an_answer():
+    tokenizer = small_tokenizers.ending()
+    rows = tokenize([qa("x"), guanaco("### Assistant: x### Human: y")], tokenizer, 100, "here")
+    answer, dialogue = (slice(*pair) for pair in pairwise(rows.starts.tolist()))
+    assert tokenizer.decode(rows.tokens[answer][rows.learned[answer]]) == "x</s>"
+    assert tokenizer.decode(rows.tokens[dialogue][rows.learned[dialogue]]) == " x"
+    assert rows.tokens[dialogue][-1] == tokenizer.eos_token_id
+
+
+@pytest.mark.parametrize(
+    "room, learned, cut", [(7, "answer</s>", 0), (6, "answer", 1), (5, "answe", 1), (1, "a", 2)]
+)
+def test_a_cut_answer_has_no_eos(room, learned, cut):
+    """room: tokens that context_length leaves for the answers "answer" and "a"."""
+    rows = tokenize([qa("answer"), qa("a"), qa("")], BYTES, 1 + len(qa("").text) + room, "here")
+    first = slice(*rows.starts[:2].tolist())
+    assert BYTES.decode(rows.tokens[first][rows.learned[first]]) == learned
+    assert (len(rows), rows.dropped, rows.cut) == (2, 1, cut)
+
+
+def test_examples_without_a_target_are_dropped_and_counted():
+    long = qa("never reached", question="x" * 200)
+    rows = tokenize([long, qa("yes"), qa(" "), long], BYTES, 100, "here")
+    assert (len(rows), rows.dropped, rows.cut) == (1, 3, 0)
+    assert BYTES.decode(rows.tokens[rows.learned]) == "yes</s>"
+    with pytest.raises(
+        UserError, match=r"^here: none of the 1 rows .*--context_length 100 .*shortest prompt takes 2\d\d"
+    ):
+        tokenize([long], BYTES, 100, "here")
+    with pytest.raises(UserError, match="no answer has any text"):
+        tokenize([qa(""), qa(" ")], BYTES, 100, "here")
+
+
+def test_a_first_token_is_no_target():
+    """Nothing predicts it: without BOS, a completion of one token that is cut there teaches nothing."""
+    one = Rendered("ab", [(0, 1)], ends=False, special=False)
+    with pytest.raises(UserError, match="none of the 1 rows"):
+        tokenize([one], BYTES, 100, "here")
+    rows = tokenize([one, Rendered("abc", [(0, 3)], special=False)], BYTES, 100, "here")
+    assert (len(rows), rows.dropped) == (1, 1)
+    assert rows.learned.tolist() == [True] * 4
+    assert rows.targets().tolist() == [3]
+
+
+def test_tokenizers_that_cannot_be_used():
+    no_eos = byte_tokenizer()
+    no_eos.eos_token = None
+    with pytest.raises(UserError, match="no EOS token"):
+        tokenize([qa("x")], no_eos, 100, "here")
+    assert len(tokenize([guanaco("### Assistant: x### Human: y")], no_eos, 100, "here")) == 1  # needs none
+
+    class Slow:
+        is_fast = False
+
+    with pytest.raises(UserError, match=r"no tokenizer\.json"):
+        tokenize([qa("x")], Slow(), 100, "here")
+
+
+def write(path, rows) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_prepare_names_the_row_that_no_tokenizer_takes(tmp_path):
+    file = write(tmp_path / "a.jsonl", [{"text": "fine"}, {"text": "half a smile: \ud83d"}])
+    with pytest.raises(UserError, match=r"a\.jsonl:2: .*surrogates not allowed"):
+        prepare(file, "auto", -1, 100, BYTES)
+
+
+def test_prepare_takes_the_format_that_the_user_names(tmp_path):
+    file = write(tmp_path / "a.jsonl", [{"text": "### Human: a### Assistant: b"}])
+    for name, learned in (("auto", " b</s>"), ("completion", "### Human: a### Assistant: b</s>")):
+        rows = prepare(file, name, -1, 100, BYTES)
+        assert BYTES.decode(rows.tokens[rows.learned]) == learned
+    with pytest.raises(UserError, match=r"a\.jsonl:1: nothing in column instruction, output"):
+        prepare(file, "alpaca", -1, 100, BYTES)
+
+
+def test_dummy_fills_the_context_to_the_last_token():
+    rows = prepare("dummy", "auto", 3, 333, BYTES)
+    assert rows.lengths().tolist() == [333] * 3
+    assert rows.cut == 3
+
+
+def test_a_large_chat_file_is_rendered_by_several_processes(tmp_path, monkeypatch):
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = chat_templates.QWEN3
+    turns = [("user", "Hi"), ("assistant", "Yo"), ("user", "Bye"), ("assistant", "Ciao")]
+    rows = [{"messages": [{"role": r, "content": f"{t} {i}"} for r, t in turns]} for i in range(2001)]
+    file = write(tmp_path / "a.jsonl", rows)
+    results = set()
+    monkeypatch.setattr(data._Rendering, "__call__", _recorded(data._Rendering.__call__, tmp_path))
+    for cores in (3, 1):
+        monkeypatch.setattr(os, "cpu_count", lambda cores=cores: cores)
+        results.add(prepare(file, "auto", -1, 512, tokenizer).tokens.numpy().tobytes())
+    assert len(results) == 1  # the same rows in the same order
+    assert len(list(tmp_path.glob("worker-*"))) > 2  # several, and this process with one core
+
+    rows[1500]["messages"][1] = {"role": "assistant", "content": None}
+    monkeypatch.setattr(os, "cpu_count", lambda: 3)
+    with pytest.raises(UserError, match=r"a\.jsonl:1501: messages must be"):
+        prepare(write(tmp_path / "a.jsonl", rows), "auto", -1, 512, tokenizer)
+
+
+def _recorded(render, folder):
+    def recording(self, numbers):
+        (folder / f"worker-{os.getpid()}").touch()
+        return render(self, numbers)
+
+    return recording
+
+
+def some_rows(count: int) -> TokenizedRows:
+    """Rows of 2 to 13 tokens; no token is 0 or comes twice, so a row can be told by what it holds."""
+    generator = torch.Generator().manual_seed(count)
+    lengths = torch.randint(2, 14, (count,), generator=generator)
+    starts = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+    total = int(starts[-1])
+    learned = torch.rand(total, generator=generator) < 0.6
+    learned[starts[1:] - 1] = True
+    return TokenizedRows(
+        torch.arange(1, total + 1, dtype=torch.int32), learned, starts, 0, 0, torch.arange(1, len(starts))
+    )
+
+
+def expected(rows: TokenizedRows) -> dict[tuple, tuple]:
+    """{the tokens of a row: its targets}, written out by hand."""
+    table = {}
+    for start, end in pairwise(rows.starts.tolist()):
+        ids, learned = rows.tokens[start:end].tolist(), rows.learned[start:end].tolist()
+        nexts = [ids[i + 1] if learned[i + 1] else IGNORE for i in range(len(ids) - 1)]
+        table[tuple(ids)] = (*nexts, IGNORE)
+    return table
+
+
+def unpadded(batch) -> dict[tuple, tuple]:
+    """{tokens: targets} of a batch's rows, which must be padded on the right only. Rows of nothing else are not
+    rows."""
+    table = {}
+    lengths = (batch.ids != 0).sum(1).tolist()
+    assert batch.ids.shape == batch.targets.shape
+    for ids, targets, length in zip(batch.ids.tolist(), batch.targets.tolist(), lengths, strict=True):
+        assert ids[length:] == [0] * (len(ids) - length)
+        assert targets[length:] == [IGNORE] * (len(ids) - length)
+        if length:
+            table[tuple(ids[:length])] = tuple(targets[:length])
+    return table
+
+
+def run(rows, batch_size, accumulation, world, seed=42, epochs=1):
+    """[[the step of each rank] for each step]."""
+    samplers = [StepSampler(rows, batch_size, accumulation, r, world, seed) for r in range(world)]
+    steps = list(zip(*(s.steps(epochs) for s in samplers), strict=True))
+    assert len(steps) == epochs * samplers[0].steps_per_epoch()
+    return steps
+
+
+def assert_places(step) -> None:
+    """Of each micro-batch: every rank's learned tokens, each once, and as many as the rank has that has most."""
+    for batches in zip(*(part.batches for part in step), strict=True):
+        learned = [(b.targets.flatten() != IGNORE).nonzero()[:, 0].tolist() for b in batches]
+        for batch, own in zip(batches, learned, strict=True):
+            places = batch.places.tolist()
+            assert len(places) == len(set(places)) == max(map(len, learned))
+            assert places[: len(own)] == own
+
+
+def real(step) -> dict[tuple, tuple]:
+    """{tokens: targets} of all ranks' rows in a step, each once; batches without targets left out."""
+    batches = [b for part in step for b in part.batches if (b.targets != IGNORE).any()]
+    tables = [unpadded(b) for b in batches]
+    merged = {ids: targets for table in tables for ids, targets in table.items()}
+    assert len(merged) == sum(map(len, tables))
+    return merged
+
+
+# rows, batch_size, accumulation, world
+SIZES = [
+    (16, 2, 2, 2),
+    (17, 2, 2, 2),
+    (1, 4, 2, 3),
+    (5, 1, 1, 8),
+    (23, 3, 2, 4),
+    (50, 4, 1, 2),
+    (13, 1, 5, 1),
+    (9, 2, 2, 2),
+]
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_an_epoch_has_every_row_once_with_its_targets(size):
+    rows = some_rows(size[0])
+    steps = run(rows, *size[1:])
+    tables = [real(step) for step in steps]
+    assert sum(map(len, tables)) == size[0]
+    assert {ids: targets for table in tables for ids, targets in table.items()} == expected(rows)
+    for step, table in zip(steps, tables, strict=True):
+        tokens = sum(map(len, table))
+        targets = sum(t != IGNORE for values in table.values() for t in values)
+        assert {(part.n_tokens, part.n_targets) for part in step} == {(tokens, targets)}
+        for batches in zip(*(part.batches for part in step), strict=True):  # the parts of a micro-batch
+            (shape,) = {b.ids.shape for b in batches}  # collectives need all ranks alike
+            longest = max(len(ids) for b in batches for ids in unpadded(b))
+            assert shape == (max(len(unpadded(b)) for b in batches), longest)
+        assert all(len(b.ids) <= size[1] for part in step for b in part.batches)
+
+
+def test_lines_of_many_lengths_have_few_widths():
+    """None shorter than its rows, none more than a sixteenth longer, none beyond the longest row."""
+    assert [rounded(n) for n in (1, 31, 32, 33, 135, 136, 137, 2047, 2049)] == [
+        *(1, 31, 32, 34, 136, 136, 144),
+        *(2048, 2176),
+    ]
+    lengths = range(100, 2000, 7)
+    rows = TokenizedRows(
+        torch.arange(1, sum(lengths) + 1, dtype=torch.int32),
+        torch.ones(sum(lengths), dtype=torch.bool),
+        torch.tensor([0, *itertools.accumulate(lengths)]),
+        *(0, 0),
+        torch.arange(1, len(lengths) + 1),
+    )
+    widths = [step[0].batches[0].ids.shape[1] for step in run(rows, 1, 1, 1)]
+    assert len(lengths) == len(widths) == 272 and len(set(widths)) <= 72
+    for width, length in zip(sorted(widths), lengths, strict=True):
+        assert length <= width <= min(length * 17 / 16, lengths[-1])
+
+
+@pytest.mark.parametrize("count", [5, 16, 21])
+def test_a_step_has_the_same_rows_however_it_is_split(count):
+    rows = some_rows(count)
+    splits = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2), (4, 1, 2), (1, 2, 4)]
+    runs = [run(rows, *split, epochs=2) for split in splits]
+    for step in itertools.chain(*runs):
+        assert_places(step)
+    runs = [[real(step) for step in steps] for steps in runs]
+    assert all(other == runs[0] for other in runs[1:])
+
+
+def test_a_rank_without_rows_gets_a_batch_without_targets():
+    (step,) = run(some_rows(3), 2, 1, 3)
+    idle = step[2].batches[0]
+    assert (idle.targets == IGNORE).all()
+    assert idle.ids.numel() > 0
+    assert_places(step)
+    assert step[2].n_targets == step[0].n_targets > 0
+
+
+def test_the_order_follows_from_seed_and_epoch():
+    def orders(seed):
+        sampler = StepSampler(some_rows(40), 4, 2, 0, 2, seed)
+        return [torch.cat([step for step, _ in sampler.deal(epoch)]).tolist() for epoch in range(3)]
+
+    first = orders(1)
+    assert first == orders(1)
+    assert len({tuple(order) for order in first + orders(2)}) == 6
+    assert all(sorted(order) == list(range(40)) for order in first)
+
+
+def test_epochs_are_counted_in_steps():
+    epochs = [step[0].epoch for step in run(some_rows(10), 2, 2, 1, epochs=2)]
+    torch.testing.assert_close(epochs, [1 / 3, 2 / 3, 1.0, 4 / 3, 5 / 3, 2.0], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_padding_share(size):
+    rows = some_rows(size[0])
+    batches = [b for step in run(rows, *size[1:]) for part in step for b in part.batches]
+    batches = [b for b in batches if (b.targets != IGNORE).any()]
+    share = sum(int((b.ids == 0).sum()) for b in batches) / sum(b.ids.numel() for b in batches)
+    for rank in range(size[3]):
+        assert StepSampler(rows, *size[1:3], rank, size[3], 42).padding_share() == pytest.approx(
+            share, abs=1e-12
+        )

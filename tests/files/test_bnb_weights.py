@@ -1,0 +1,253 @@
+"""Weights that a checkpoint holds packed by bitsandbytes, and the streaming load. --quantized_cache: tests/files/test_weight_cache.py."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import shutil
+import weakref
+from pathlib import Path
+
+import bitsandbytes.functional as bnb
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import train
+from files.model_folder import CheckpointFiles
+from options.errors import UserError
+from quantization.quantizers import HQQ, NF4
+from tests.helpers.runs import dense_state, make_job, outputs, set_up, transformers_model
+from tests.models.test_adapters import IDS
+
+DENSE = "model.layers.1.mlp.down_proj.weight"  # one that the makers of the checkpoint left alone
+
+
+def pack_like_the_hub(
+    base: Path, folder: Path, double: bool = True, storage=torch.uint8, **quantization
+) -> dict:
+    """Writes `base` as `*-bnb-4bit` repositories are: every linear but DENSE by bitsandbytes' own functions, in
+    its own serialization. Returns the weights that it stands for, dequantized by bitsandbytes."""
+    folder.mkdir()
+    options = {"blocksize": 64, "quant_type": "nf4"} | quantization
+    expected, stored = {}, {}
+    for name, tensor in {k: v for f in base.glob("*.safetensors") for k, v in load_file(f).items()}.items():
+        expected[name], stored[name] = tensor, tensor
+        if name.endswith("_proj.weight") and name != DENSE:
+            codes, state = bnb.quantize_4bit(
+                tensor, compress_statistics=double, quant_storage=storage, **options
+            )
+            stored[name] = codes
+            stored |= {f"{name}.{k}": v for k, v in state.as_dict(packed=True).items()}
+            state.shape = torch.Size([1, tensor.numel()])  # as in test_quantize_layers.reference
+            expected[name] = bnb.dequantize_4bit(codes, state).view(tensor.shape)
+    save_file(stored, folder / "model.safetensors")
+    for path in base.glob("*.json"):
+        if "index" not in path.name:
+            shutil.copy(path, folder)
+    describe(folder, load_in_4bit=True, quant_method="bitsandbytes", bnb_4bit_use_double_quant=double)
+    return expected
+
+
+def describe(folder: Path, **quantization) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": quantization}))
+
+
+def never(*_):
+    raise AssertionError("quantized again")
+
+
+def without_quantizing(place, function, *args):
+    """function(place, *args) where quantizing anything fails."""
+    originals = NF4.quantize, HQQ.quantize
+    NF4.quantize = HQQ.quantize = never
+    try:
+        return function(place, *args)
+    finally:
+        NF4.quantize, HQQ.quantize = originals
+
+
+@pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16])
+@pytest.mark.parametrize("double", [True, False])
+@pytest.mark.parametrize("train_type", [pytest.param("qlora", marks=pytest.mark.slow), "bnb_dora"])
+def test_a_bnb_checkpoint_is_not_quantized_again(
+    train_type, double, storage, checkpoints, alpaca_file, one_rank, two_ranks, tmp_path
+):
+    """Bit for bit what bitsandbytes makes of it, and the logits are transformers' on those weights."""
+    expected = pack_like_the_hub(checkpoints("llama_bias"), tmp_path / "4bit", double, storage)
+    args = ["--model_name", tmp_path / "4bit", "--dataset", alpaca_file, "--train_type", train_type]
+    logits, one, _ = one_rank(without_quantizing, outputs, args, IDS, False)[0]
+    two = two_ranks(without_quantizing, dense_state, args)[1]
+    assert one.keys() == two.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(one[name], tensor) and torch.equal(two[name], tensor), name
+    with torch.no_grad():
+        reference = transformers_model(checkpoints("llama_bias"), expected)(input_ids=IDS).logits
+    torch.testing.assert_close(logits, reference, rtol=1e-5, atol=1e-5)
+
+
+def check(folder, alpaca_file, *more) -> train.Job:
+    place = dataclasses.make_dataclass("Place", ["world"])(1)
+    return make_job(place, ["--model_name", folder, "--dataset", alpaca_file, *more])
+
+
+QLORA = ["--train_type", "qlora"]
+
+
+def test_it_cannot_be_expanded(checkpoints, alpaca_file, tmp_path):
+    pack_like_the_hub(checkpoints(), tmp_path / "4bit")
+    with pytest.raises(UserError, match="new blocks need the original weights"):
+        check(tmp_path / "4bit", alpaca_file, "--train_type", "bnb_llama_pro")
+
+
+@pytest.mark.parametrize("train_type", ["full", "lora", "dora", "hqq_lora"])
+def test_other_train_types_cannot_use_it(train_type, checkpoints, alpaca_file, tmp_path):
+    pack_like_the_hub(checkpoints(), tmp_path / "4bit")
+    with pytest.raises(UserError, match=f"packed by bitsandbytes already.*{train_type}"):
+        check(tmp_path / "4bit", alpaca_file, "--train_type", train_type)
+
+
+@pytest.mark.parametrize(
+    ("quantization", "words"),
+    [
+        ({"quant_type": "fp4"}, "quant_type fp4; only nf4"),
+        ({"blocksize": 128}, "blocksize 128; only 64"),
+    ],
+)
+def test_other_kinds_of_bnb_weights(quantization, words, checkpoints, alpaca_file, tmp_path):
+    pack_like_the_hub(checkpoints(), tmp_path / "4bit", **quantization)
+    with pytest.raises(UserError, match=words):
+        check(tmp_path / "4bit", alpaca_file, *QLORA)
+
+
+@pytest.mark.parametrize(
+    ("quantization", "kind"),
+    [
+        ({"quant_method": "gptq", "bits": 4}, "gptq"),
+        ({"quant_method": "awq", "bits": 4}, "awq"),
+        ({"quant_method": "fp8"}, "fp8"),
+        ({"quant_method": "bitsandbytes", "load_in_8bit": True, "load_in_4bit": False}, "bitsandbytes 8 bit"),
+    ],
+)
+def test_checkpoints_of_other_quantizers(quantization, kind, checkpoints, alpaca_file, tmp_path):
+    folder = shutil.copytree(checkpoints(), tmp_path / "other")
+    describe(folder, **quantization)
+    with pytest.raises(UserError, match=rf"quantized already \({kind}\)"):
+        check(folder, alpaca_file, *QLORA)
+
+
+@pytest.mark.parametrize("train_type", ["full", "qlora", "dora", "hqq_lora"])
+def test_only_the_config_says_that_weights_are_packed(train_type, checkpoints, alpaca_file, tmp_path):
+    folder = shutil.copytree(checkpoints(), tmp_path / "plain")
+    describe(folder, load_in_4bit=True, quant_method="bitsandbytes")
+    with pytest.raises(UserError, match=f"^{folder}/config.json: quantization_config says .* no file"):
+        check(folder, alpaca_file, "--train_type", train_type)
+
+
+def test_a_bnb_weight_without_its_scales(checkpoints, alpaca_file, tmp_path):
+    pack_like_the_hub(checkpoints(), tmp_path / "4bit")
+    stored = load_file(tmp_path / "4bit" / "model.safetensors")
+    del stored["model.layers.0.self_attn.q_proj.weight.absmax"]
+    save_file(stored, tmp_path / "4bit" / "model.safetensors")
+    with pytest.raises(UserError, match="does not describe a packed weight"):
+        check(tmp_path / "4bit", alpaca_file, *QLORA)
+
+
+def offset_is(value):
+    """Spoils the description of a packed weight: its scales' offset is another value."""
+    return lambda t: as_bytes(json.dumps(json.loads(bytes(t.tolist())) | {"nested_offset": value}))
+
+
+@pytest.mark.parametrize(
+    ("part", "spoil", "words"),
+    [
+        ("quant_map", lambda t: t[:8], "quant_map is not that of nf4"),
+        ("quant_map", lambda t: t.int(), "quant_map is not that of nf4"),
+        ("nested_quant_map", lambda t: torch.cat([t, t]), "nested_quant_map is not that of nf4"),
+        ("nested_quant_map", lambda t: -t, "nested_quant_map is not that of nf4"),
+        ("absmax", lambda t: t[:-1], "holds too little or too much"),
+        ("quant_state.bitsandbytes__nf4", lambda t: as_bytes("[" * 10**5), "does not describe"),
+        ("quant_state.bitsandbytes__nf4", lambda t: t[:-1], "does not describe"),
+        ("quant_state.bitsandbytes__nf4", offset_is(math.inf), "does not describe"),
+        ("quant_state.bitsandbytes__nf4", offset_is(1e39), "does not describe"),
+        ("quant_state.bitsandbytes__nf4", offset_is(10**401), "does not describe"),
+        ("quant_state.bitsandbytes__nf4", offset_is(True), "does not describe"),
+    ],
+)
+def test_damaged_bnb_weights(part, spoil, words, checkpoints, alpaca_file, tmp_path):
+    pack_like_the_hub(checkpoints(), tmp_path / "4bit")
+    stored = load_file(tmp_path / "4bit" / "model.safetensors")
+    name = f"model.layers.0.self_attn.q_proj.weight.{part}"
+    stored[name] = spoil(stored[name]).contiguous()
+    save_file(stored, tmp_path / "4bit" / "model.safetensors")
+    with pytest.raises(UserError, match=words):
+        check(tmp_path / "4bit", alpaca_file, *QLORA)
+
+
+def as_bytes(text: str) -> torch.Tensor:
+    return torch.tensor(list(text.encode()), dtype=torch.uint8)
+
+
+def test_a_bnb_checkpoint_needs_no_cache(checkpoints, alpaca_file, tmp_path):
+    pack_like_the_hub(checkpoints(), tmp_path / "4bit")
+    with pytest.raises(UserError, match=r"--quantized_cache.*packed already"):
+        check(tmp_path / "4bit", alpaca_file, *QLORA, "--quantized_cache", tmp_path / "cache")
+
+
+# The streaming load
+
+
+def test_any_number_of_workers_loads_the_same(checkpoints, alpaca_file, two_ranks):
+    args = ["--model_name", checkpoints("llama_bias"), "--dataset", alpaca_file, *QLORA, "--loading_workers"]
+    one, four = (two_ranks(dense_state, [*args, n])[0] for n in (1, 4))
+    assert all(torch.equal(one[k], v) for k, v in four.items())
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_few_full_tensors_are_in_memory(workers, checkpoints, alpaca_file, two_ranks):
+    args = ["--model_name", checkpoints(), "--dataset", alpaca_file, *QLORA, "--loading_workers", workers]
+    for most, total in two_ranks(most_tensors_alive, args):
+        assert 1 <= most <= workers + 1 and total > 10
+
+
+def most_tensors_alive(place, args) -> tuple[int, int]:
+    """(most tensors that were read and not yet let go, tensors read)."""
+    alive, most, original = set(), [], CheckpointFiles.read
+
+    def read(self, name, *stage):
+        tensor = original(self, name, *stage)
+        alive.add(name)
+        weakref.finalize(tensor, alive.discard, name)
+        most.append(len(alive))
+        return tensor
+
+    CheckpointFiles.read = read
+    try:
+        set_up(place, args)
+    finally:
+        CheckpointFiles.read = original
+    return max(most), len(most)
+
+
+def test_every_node_reads_for_itself(checkpoints, alpaca_file, one_rank, four_ranks):
+    """Four ranks as two machines of two: each machine reads every tensor once, and all hold the same model."""
+    args = ["--model_name", checkpoints("llama_bias"), "--dataset", alpaca_file, "--train_type", "bnb_dora"]
+    plain = one_rank(dense_state, args)[0]
+    results = four_ranks(load_as_two_nodes, args)
+    for _, state in results:
+        assert state.keys() == plain.keys() and all(torch.equal(state[k], v) for k, v in plain.items())
+    first, second, third, fourth = (set(read) for read, _ in results)
+    assert first == third and second == fourth and not first & second
+    assert first | second == plain.keys()
+
+
+def load_as_two_nodes(place, args):
+    read, original = [], CheckpointFiles.read
+    CheckpointFiles.read = lambda self, name, *stage: (read.append(name), original(self, name, *stage))[1]
+    try:
+        place = dataclasses.replace(place, local_rank=place.rank % 2, local_world=2)
+        return read, dense_state(place, args)
+    finally:
+        CheckpointFiles.read = original

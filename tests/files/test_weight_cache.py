@@ -1,0 +1,397 @@
+"""The folder of --quantized_cache: what is written, what a full disk costs, and what is refused."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import train
+from files import weight_cache
+from files.model_folder import CheckpointFiles
+from files.output_folder import ADAPTER
+from files.weight_cache import MANIFEST, NewCache, digest, packers, writing
+from options.errors import UserError
+from quantization.quantizers import HQQ, NF4
+from tests.files.test_bnb_weights import DENSE, QLORA, check, without_quantizing
+from tests.helpers.resuming import fill, run
+from tests.helpers.runs import dense_state, make_job, set_up
+
+
+@pytest.fixture
+def cached(checkpoints, alpaca_file, two_ranks, tmp_path):
+    """(arguments, the cache's folder, the weights of the run that made it)."""
+    folder = tmp_path / "below" / "cache"
+    args = ["--model_name", checkpoints("llama_bias"), "--dataset", alpaca_file, "--quantized_cache", folder]
+
+    def make(*more):
+        return [*args, *more], folder, two_ranks(dense_state, [*args, *more])[0]
+
+    return make
+
+
+@pytest.mark.parametrize("method", ["qlora", "bnb_dora", "hqq_lora --n_bits 3"])
+def test_later_runs_load_what_the_first_packed(method, cached, one_rank, two_ranks):
+    args, folder, first = cached("--train_type", *method.split())
+    assert [p.name for p in folder.parent.iterdir()] == ["cache"]  # nothing partial is left
+    assert all(p.stat().st_mode & 0o444 == 0o444 for p in folder.iterdir())  # others may share it
+    assert {p.name.split("-")[1] for p in folder.glob("packed-*")} == {"0", "1"}  # each rank wrote its own
+    for ranks in (one_rank, two_ranks):
+        later = ranks(without_quantizing, dense_state, args)[0]
+        assert later.keys() == first.keys() and all(torch.equal(later[k], v) for k, v in first.items())
+
+
+def test_a_cache_in_several_files(cached, one_rank):
+    args, folder, first = cached("--train_type", "qlora")
+    shutil.rmtree(folder)
+    one_rank(with_small_files, args)
+    assert len(list(folder.glob("packed-*"))) == 3
+    later = one_rank(without_quantizing, dense_state, args)[0]
+    assert all(torch.equal(later[k], v) for k, v in first.items())
+
+
+def with_small_files(place, args):
+    original, weight_cache.FILE_BYTES = weight_cache.FILE_BYTES, 20_000
+    try:
+        set_up(place, args)
+    finally:
+        weight_cache.FILE_BYTES = original
+
+
+def test_two_runs_make_one_cache(checkpoints, alpaca_file, one_rank, tmp_path):
+    """Both began before it was there: the slower one's is as good, and goes without a word."""
+    args = caching(checkpoints(), alpaca_file, tmp_path / "c")
+    assert one_rank(write_twice, args) == [""]
+    assert [p.name for p in tmp_path.iterdir()] == ["c"]
+    assert one_rank(without_quantizing, dense_state, args)[0]
+
+
+def caching(model, alpaca_file, folder) -> list:
+    return ["--model_name", model, "--dataset", alpaca_file, *QLORA, "--quantized_cache", folder]
+
+
+def write_twice(place, args) -> str:
+    """What is told."""
+    first, second = make_job(place, args), make_job(place, args)
+    with contextlib.redirect_stderr(io.StringIO()) as told:
+        train.set_up(first, place)
+        train.set_up(second, place)
+    return told.getvalue()
+
+
+def test_what_cut_runs_have_left(one_rank, tmp_path):
+    """A week ago: it goes at once. A minute ago: it may be written to, until there is a cache."""
+    for name, days in ("old", 7), ("fresh", 0):
+        (tmp_path / f"c.{name}.partial").mkdir()
+        os.utime(tmp_path / f"c.{name}.partial", (time.time() - days * 24 * 3600,) * 2)
+    during = one_rank(write_nothing, tmp_path / "c")[0]
+    assert "c.fresh.partial" in during and "c.old.partial" not in during and len(during) == 2
+    assert [p.name for p in tmp_path.iterdir()] == ["c"]
+
+
+def write_nothing(place, folder, error=None) -> list[str]:
+    """What lies beside the cache meanwhile."""
+    with writing(NewCache(folder, {}, 0), place):
+        if error:
+            raise error
+        return [p.name for p in folder.parent.iterdir()]
+
+
+def test_a_load_that_fails_leaves_nothing(one_rank, tmp_path):
+    assert one_rank(fail_while_writing, tmp_path / "c") == [[]]
+
+
+def fail_while_writing(place, folder) -> list[str]:
+    with pytest.raises(torch.OutOfMemoryError):
+        write_nothing(place, folder, torch.OutOfMemoryError())
+    return [p.name for p in folder.parent.iterdir()]
+
+
+def test_a_link_to_where_the_cache_is_to_be(checkpoints, alpaca_file, one_rank, tmp_path):
+    (tmp_path / "large disk").mkdir()
+    (tmp_path / "c").symlink_to("large disk")
+    one_rank(set_up_only, caching(checkpoints(), alpaca_file, tmp_path / "c"))
+    assert (tmp_path / "c").is_symlink() and (tmp_path / "large disk" / MANIFEST).is_file()
+    (tmp_path / "d").symlink_to("/proc/none/cache")
+    with pytest.raises(UserError, match=r"^--quantized_cache /proc/none: cannot be written"):
+        check(checkpoints(), alpaca_file, *QLORA, "--quantized_cache", tmp_path / "d")
+
+
+def test_a_disk_for_the_cache_alone(checkpoints, alpaca_file, small_disk):
+    """It would be made beside it, on another disk, and could not take its place."""
+    with pytest.raises(
+        UserError, match=r"^--quantized_cache .*/disk: is a mount point; choose a folder in it"
+    ):
+        check(checkpoints(), alpaca_file, *QLORA, "--quantized_cache", small_disk)
+
+
+@pytest.mark.parametrize(
+    ("cache", "output", "what"),
+    [
+        (".", "out", "the current folder"),
+        ("../link", "out", "the current folder"),
+        ("out", "out", "--output_dir out"),
+        ("../a", "../a/b/out", "--output_dir ../a/b/out"),
+    ],
+)
+def test_a_cache_in_the_place_of_a_folder_of_the_run(
+    cache, output, what, checkpoints, alpaca_file, tmp_path, monkeypatch
+):
+    """An empty one, or one that is to be: another would take its place under the run."""
+    (tmp_path / "here").mkdir()
+    (tmp_path / "link").symlink_to("here")
+    monkeypatch.chdir(tmp_path / "here")
+    options = [*QLORA, "--quantized_cache", cache, "--output_dir", output]
+    with pytest.raises(UserError, match=f"^--quantized_cache {tmp_path}/.*: is {what}, or above it"):
+        check(checkpoints(), alpaca_file, *options)
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["here", "link"]
+
+
+def set_up_only(place, args) -> None:
+    set_up(place, args)
+
+
+@pytest.mark.parametrize("checked", [True, False])
+def test_a_full_disk_costs_the_cache_only(checked, checkpoints, alpaca_file, two_ranks, small_disk, tmp_path):
+    """Known at the start, or, if others fill the disk then, as the first file is written."""
+    fill(small_disk, leave=16 * 1024)
+    args = caching(checkpoints(), alpaca_file, small_disk / "cache")
+    args += ["--output_dir", tmp_path / "out", "--max_steps", "2", "--log_to", "stdout"]
+    printed = two_ranks(run_on_full_disk, list(map(str, args)), checked)
+    told = [line for text in printed for line in text.splitlines() if "--quantized_cache" in line]
+    assert len(told) == 1 and told[0].startswith(
+        f"WARNING: --quantized_cache {small_disk / 'cache'}: could not be"
+    )
+    assert "No space left" in told[0] and ("MiB are needed" in told[0]) == checked
+    assert [p.name for p in small_disk.iterdir()] == ["others"]
+    assert (tmp_path / "out" / ADAPTER).is_file()
+
+
+def run_on_full_disk(place, args, checked) -> str:
+    original = weight_cache.check_room
+    if not checked:
+        weight_cache.check_room = lambda *_: None
+    try:
+        return run(place, args)
+    finally:
+        weight_cache.check_room = original
+
+
+def test_a_rank_that_cannot_write_ends_the_cache_on_all(
+    checkpoints, alpaca_file, one_rank, two_ranks, tmp_path
+):
+    """What the other has written goes at once, and it writes no more; both load the whole model."""
+    args = caching(checkpoints(), alpaca_file, tmp_path / "below" / "c")
+    plain = one_rank(dense_state, args[:-2])[0]
+    (state, told, files), (other, silent, more) = two_ranks(load_where_one_cannot_write, args)
+    assert all(torch.equal(state[k], v) and torch.equal(other[k], v) for k, v in plain.items())
+    assert told.count("\n") == 1 and "No space left on device" in told and not silent
+    assert more == 2 and files < 6  # the second of rank 1's failed; rank 0 has at least six to write
+    assert not list((tmp_path / "below").iterdir())
+
+
+def load_where_one_cannot_write(place, args) -> tuple[dict, str, int]:
+    """(the weights, what was told, how many files were begun), where the second file of rank 1 does not fit."""
+    size, save, begun = weight_cache.FILE_BYTES, weight_cache.save_tensors, []
+
+    def saves(tensors, path):
+        begun.append(path)
+        if place.rank and len(begun) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(tensors, path)
+
+    weight_cache.FILE_BYTES, weight_cache.save_tensors = 0, saves
+    try:
+        with contextlib.redirect_stderr(io.StringIO()) as told:
+            return dense_state(place, args), told.getvalue(), len(begun)
+    finally:
+        weight_cache.FILE_BYTES, weight_cache.save_tensors = size, save
+
+
+# What a cache must fit
+
+
+def rows_that_count(folder: Path, drawn: int) -> set[int]:
+    """Those of a weight of 100 rows whose change changes the digest."""
+    weight, found = torch.arange(400.0).view(100, 4), set()
+
+    def digest_now() -> str:
+        save_file({"a.weight": weight}, folder / "model.safetensors")
+        return digest(CheckpointFiles(folder), ["a.weight"], drawn)
+
+    before = digest_now()
+    for i in range(len(weight)):
+        weight[i] += 0.5
+        found |= {i} if digest_now() != before else set()
+        weight[i] -= 0.5
+    return found
+
+
+def test_the_rows_of_a_digest(monkeypatch, tmp_path):
+    ends = {0, 50, 99}
+    assert rows_that_count(tmp_path, 16) == set(range(100))
+    monkeypatch.setattr(weight_cache, "SMALL", 0)
+    drawn = rows_that_count(tmp_path, 16)
+    assert ends < drawn and 14 <= len(drawn) <= 19 and rows_that_count(tmp_path, 16) == drawn
+    assert rows_that_count(tmp_path, 0) == ends
+
+
+def test_the_digest_that_checkpoints_hold_stays(tmp_path):
+    save_file({"a.weight": torch.arange(400.0).view(100, 4)}, tmp_path / "model.safetensors")
+    assert (
+        digest(CheckpointFiles(tmp_path), ["a.weight"])
+        == "ba58e11c58dbd28c6ace1267a54d873ea0f28ab991ab5943046b313c8a94bdce"
+    )
+
+
+@pytest.mark.parametrize("quantizer", [NF4(), HQQ(4)])
+def test_a_gpus_codes_are_not_a_cpus(quantizer):
+    """HQQ computes in fp16 there; ties of NF4's scales are rounded in another way."""
+    assert packers(quantizer, "cuda") != packers(quantizer, "cpu")
+
+
+def spoil_model(folder, args, row=32):
+    """One row of one weight is another: a model trained a little further."""
+    model = shutil.copytree(args[1], folder.parent / "other model")
+    path = next(p for p in model.glob("*.safetensors") if DENSE in load_file(p))
+    stored = load_file(path)
+    stored[DENSE][row] += 1e-3
+    save_file(stored, path)
+    args[1] = model
+
+
+def name_too_long(folder, args):
+    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest["files"][f"packed-0-{'0' * 5000}.safetensors"] = 1
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+
+
+def name_elsewhere(name):
+    """A file that lies outside, of the size that the manifest says."""
+
+    def edit(folder, args):
+        manifest = json.loads((folder / MANIFEST).read_text())
+        file = next(iter(manifest["files"]))
+        path = folder / name
+        (folder / file).rename(path)
+        manifest["files"][str(name)] = manifest["files"].pop(file)
+        for tensor in manifest["tensors"].values():
+            tensor["file"] = str(name) if tensor["file"] == file else tensor["file"]
+        (folder / MANIFEST).write_text(json.dumps(manifest))
+
+    return edit
+
+
+def of_version_1(folder, args):
+    manifest = json.loads((folder / MANIFEST).read_text()) | {"version": 1}
+    del manifest["device"], manifest["library"]
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+
+
+def spoil_manifest(folder, args):
+    (folder / MANIFEST).write_text((folder / MANIFEST).read_text()[:-20])
+
+
+def edit_manifest(**values):
+    def edit(folder, args):
+        manifest = json.loads((folder / MANIFEST).read_text())
+        (folder / MANIFEST).write_text(json.dumps(manifest | values))
+
+    return edit
+
+
+DAMAGED = f"{MANIFEST} is damaged"
+OTHER, OURS = ("a CPU", "a GPU") if torch.cuda.is_available() else ("a GPU", "a CPU")
+SPOILT = {
+    "another model": (spoil_model, "packed weights of another model"),
+    "another row": (lambda folder, args: spoil_model(folder, args, row=5), "packed weights of another model"),
+    "another device": (edit_manifest(device=OTHER), f"packed by {OTHER}, not {OURS}; choose another folder"),
+    "another hqq": (
+        edit_manifest(library="hqq 0.0.1"),
+        r"packed by hqq 0\.0\.1, not hqq [\w.]+; choose another",
+    ),
+    "another version": (of_version_1, "made by another version; delete the folder"),
+    "other settings": (lambda folder, args: args.extend(["--n_bits", "2"]), r"packed by HQQ\(n_bits=4"),
+    "half written": (lambda folder, args: (folder / MANIFEST).unlink(), f"no {MANIFEST}"),
+    "manifest cut": (spoil_manifest, DAMAGED),
+    "manifest too deep": (lambda folder, args: (folder / MANIFEST).write_text("[" * 10**5), DAMAGED),
+    "no sizes": (edit_manifest(files=None), DAMAGED),
+    "no device": (edit_manifest(device=None), DAMAGED),
+    "a name too long": (name_too_long, DAMAGED),
+    "a file above": (name_elsewhere("../x"), DAMAGED),
+    "another file": (name_elsewhere("x"), DAMAGED),
+    "other files": (edit_manifest(files={}), DAMAGED),
+    "file missing": (lambda folder, args: next(folder.glob("packed-*")).unlink(), "missing or cut"),
+    "file cut": (lambda folder, args: cut(next(folder.glob("packed-*"))), "missing or cut"),
+}
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-8])
+
+
+@pytest.mark.parametrize("case", SPOILT)
+def test_a_cache_that_cannot_be_used(case, cached, alpaca_file):
+    args, folder, _ = cached("--train_type", "hqq_lora")
+    spoil, words = SPOILT[case]
+    spoil(folder, args)
+    before = sorted((p, p.stat().st_mtime_ns) for p in folder.parent.rglob("*"))
+    with pytest.raises(UserError, match=words):
+        check(args[1], alpaca_file, *args[4:])
+    assert sorted((p, p.stat().st_mtime_ns) for p in folder.parent.rglob("*")) == before
+
+
+def test_a_damaged_byte_ends_the_run_before_it_writes(cached, one_rank, tmp_path):
+    args, folder, _ = cached("--train_type", "qlora")
+    path = sorted(folder.glob("packed-*"))[0]
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    message = one_rank(error_of_run, [*args, "--output_dir", tmp_path / "out"])[0]
+    assert message.startswith("--quantized_cache: ") and "damaged" in message
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda t: t.view(torch.bfloat16),
+        lambda t: torch.cat([t, t]),
+        lambda t: t.view(2, -1),
+        lambda t: t.to(torch.int64),
+    ],
+)
+@pytest.mark.parametrize("part", ["codes", "scales"])
+def test_codes_of_another_dtype_or_size(part, spoil, cached, one_rank):
+    args, folder, _ = cached("--train_type", "hqq_lora")
+    path = sorted(folder.glob("packed-*"))[0]
+    stored = load_file(path)
+    name = next(n for n in sorted(stored) if n.endswith(part))
+    stored[name] = spoil(stored[name]).contiguous()
+    save_file(stored, path)
+    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest["files"][path.name] = path.stat().st_size
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    message = one_rank(error_of_run, args)[0]
+    weight = name.removesuffix(f".{part}")
+    assert (
+        message
+        == f"--quantized_cache: {path} is damaged ({weight}: another dtype or size); delete the folder"
+    )
+
+
+def error_of_run(place, args) -> str:
+    try:
+        train.run_rank(place, make_job(place, args))
+    except UserError as e:
+        return str(e)
+    return ""

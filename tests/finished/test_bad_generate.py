@@ -1,0 +1,123 @@
+"""What is wrong with a command line of generate.py ends it with status 2 and one line, before weights are loaded."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+import generate
+from files.output_folder import ADAPTER
+from finished import generation
+from options.generate import Sampling, parse, read_prompts
+from tests.finished.test_finished_run import saved_run
+from tests.models.test_adapters import args_for
+
+
+@pytest.fixture
+def refused(capsys, monkeypatch):
+    """refused(*argv) -> the error line of a command that must load no weights."""
+    monkeypatch.setattr(generation, "load_model", None)
+
+    def refused(*argv) -> str:
+        status, shown = generate.main(list(map(str, argv))), capsys.readouterr()
+        assert status == 2 and not shown.out, shown
+        assert shown.err.startswith("error: ") and shown.err.count("\n") == 1
+        return shown.err
+
+    return refused
+
+
+@pytest.mark.parametrize(("options", "words"), [
+    ("--temperature -1", "--temperature -1: must be 0 or more"),
+    ("--temperature nan", "--temperature nan: must be 0 or more"),
+    ("--temperature 1 --top_p 0", "--top_p 0: must be above 0"),
+    ("--temperature 1 --top_p 1.5", "--top_p 1.5: must be"),
+    ("--temperature 1 --top_k -3", "--top_k -3: must be"),
+    ("--temperature 1 --seed -1", "--seed -1: must be"),
+    ("--top_p 0.9", "no effect with --temperature 0"),
+    ("--max_new_tokens 0", "--max_new_tokens 0: must be 1 or more"),
+    ("--max-new-tokens many", "'many' is not a whole number"),
+    ("--repetition_penalty 0", "must be above 0"),
+    ("--precision int8", "is none of auto, fp32, bf16, fp16"),
+    ("--device tpu", "is none of cpu, cuda"),
+    ("--device cuda:99", "--device cuda:99: this machine has"),
+    ("--dataset_format xml", "is none of auto, alpaca"),
+    ("--tempreature 1", "did you mean --temperature?"),
+    ("--json maybe", "is not true or false"),
+])  # fmt: skip
+def test_wrong_options(options, words, runs, refused):
+    assert words in refused(runs[0], "--prompt", "Hi", *options.split())
+
+
+def test_options_are_read_before_torch():
+    """By the modules that say what is wrong with them."""
+    modules = "sys, options.generate, options.evaluate, options.export, options.block_expansion"
+    code = f"import {modules}; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
+def test_help_names_every_option(capsys):
+    with pytest.raises(SystemExit) as e:
+        parse(["--help"])
+    assert e.value.code == 0
+    out = capsys.readouterr().out
+    assert all(f"--{name}" in out for name in vars(Sampling()))
+
+
+def test_prompts_that_are_none(runs, chat_run, refused, tmp_path):
+    file = tmp_path / "rows.jsonl"
+    assert "--prompt 2: is empty" in refused(runs[0], "--prompt", "Hi", "--prompt", " ")
+    assert "takes 7" in refused(runs[0], "--prompt", "x" * 600) and "512 positions" in refused(
+        runs[0], "--prompt", "x" * 600
+    )
+    assert "No such file" in refused(runs[0], "--prompts", file)
+    for text, words in (
+        ("", "holds no prompt"),
+        ("{", "rows.jsonl:1: not JSON"),
+        ("\n[1]", "rows.jsonl:2: neither a JSON object nor a text"),
+        ('{"output": "x"}', "rows.jsonl:1: nothing in column instruction"),
+        ('{"instruction": ""}', "rows.jsonl:1: instruction is empty"),
+        ('{"instruction": ["x"]}', "rows.jsonl:1: column instruction holds a list"),
+    ):
+        file.write_text(text)
+        assert words in refused(runs[0], "--prompts", file)
+    file.write_bytes(b"\xff\xfe")
+    assert "not UTF-8" in refused(runs[0], "--prompts", file)
+    file.write_text('{"messages": [{"role": "assistant", "content": "Yo"}]}')
+    assert "no message to be answered" in refused(chat_run, "--prompts", file)
+    assert "chat_template" in refused(runs[0], "--prompt", "Hi", "--dataset_format", "chat")
+    assert "--json: needs" in refused(runs[0], "--json")
+
+
+def test_blank_lines_are_no_prompts(tmp_path):
+    (tmp_path / "p.txt").write_bytes("\ufeffone\r\n\n two\n".encode())
+    assert [(p.place.rpartition(":")[2], p.given) for p in read_prompts(tmp_path / "p.txt")] == [
+        ("1", "one"),
+        ("3", " two"),
+    ]
+
+
+def test_runs_that_are_none(runs, chat_run, checkpoints, alpaca_file, one_rank, refused, tmp_path):
+    asked = ["--prompt", "Hi"]
+    assert "give a RUN" in refused(*asked)
+    assert "no such folder" in refused(tmp_path / "none", *asked)
+    assert "is no run of train.py" in refused(tmp_path, *asked)
+    assert "is given twice" in refused(runs[0], runs[0], *asked)
+    assert "must have one base" in refused(runs[0], chat_run, *asked)
+    saved_run(one_rank, tmp_path / "dense", args_for(checkpoints("llama_bias"), alpaca_file, "lora"))
+    line = refused(runs[0], tmp_path / "dense", *asked)
+    assert "its base is not packed" in line and "packed by bnb" in line
+    assert "trained on another model" in refused(runs[0], *asked, "--base_model", checkpoints("mistral"))
+    half = shutil.copytree(runs[0], tmp_path / "half")
+    config = (half / "config.yaml").read_text()
+    (half / "config.yaml").write_text(config.replace("lora_rank: 8", "lora_rank: 16"))
+    assert "lora_A.weight has shape [8, " in refused(half, *asked)
+    gone = config.replace(str(alpaca_file), str(tmp_path / "gone.jsonl"))
+    (half / "config.yaml").write_text(gone.replace("dataset_format: alpaca", "dataset_format: auto"))
+    line = refused(half, *asked)
+    assert "gone.jsonl: no such file" in line and "--dataset_format" in line
+    (half / ADAPTER).unlink()
+    assert "half written" in refused(half, *asked)

@@ -1,0 +1,288 @@
+"""evaluate.py: every metric against a value computed by hand or by other means, and the whole command."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import evaluate
+import export
+import finished.evaluate
+from data.formats import ALPACA
+from data.tokenizing import prepare
+from finished.finished_run import load_model, open_run
+from models.lora import adapters_off
+from tests.data.test_sources import BYTES
+from tests.finished.test_finished_run import saved_run
+from tests.helpers.resuming import fill
+from tests.helpers.runs import dense_tensors, transformers_model
+from tests.models.test_adapters import IDS, args_for
+from tests.training.test_evaluator import HERE, context
+from training.evaluator import greedy
+
+
+def row_by_row(model, rows) -> float:
+    """Perplexity, one row at a time, in float64."""
+    total = torch.zeros((), dtype=torch.float64)
+    for i in range(len(rows)):
+        part = slice(int(rows.starts[i]), int(rows.starts[i + 1]))
+        ids, learned = rows.tokens[part].long(), rows.learned[part].clone()
+        learned[0] = False
+        with torch.no_grad():
+            logits = model(input_ids=ids[None]).logits[0].double().log_softmax(-1)
+        total -= logits[:-1].gather(1, ids[1:, None])[:, 0][learned[1:]].sum()
+    return (total / int(rows.targets().sum())).exp().item()
+
+
+# Metrics
+
+
+def test_exact_match():
+    assert finished.evaluate.exact_match(["a ", "\nb", "c", "D"], ["a", "b", "d", "d"]) == {
+        "exact_match": 50.0
+    }
+
+
+def test_bleu():
+    """1 to 4-gram precisions by hand: 5/6, 3/5, 2/4, 1/3; lengths are equal. Then an answer of 4 words, all of
+    them right, where 5 were due: only the brevity penalty, exp(1 - 5/4)."""
+    pytest.importorskip("sacrebleu")
+    found = finished.evaluate.bleu(["the cat sat on the mat"], ["the cat sat on a mat"])["bleu"]
+    assert found == pytest.approx(100 * (5 / 6 * 3 / 5 * 2 / 4 * 1 / 3) ** 0.25)
+    assert finished.evaluate.bleu(["a b c d"], ["a b c d e"])["bleu"] == pytest.approx(100 * 0.7788008)
+
+
+def test_rouge():
+    """Of 6 words each, 5 are common, 3 of 5 pairs, and 5 in order; the second row has everything."""
+    pytest.importorskip("rouge_score")
+    found = finished.evaluate.rouge(["the cat sat on the mat", "yes"], ["the cat sat on a mat", "yes"])
+    assert found == pytest.approx(
+        {"rouge1": 50 * (5 / 6 + 1), "rouge2": 50 * 3 / 5, "rougeL": 50 * (5 / 6 + 1)}
+    )
+
+
+# Models
+
+
+@pytest.mark.parametrize("train_type", ["lora", "bnb_dora"])
+def test_adapters_off_is_the_base(train_type, checkpoints, alpaca_file, one_rank, tmp_path):
+    """On the weights that training saw, with biases, which DoRA moves."""
+    folder = checkpoints("llama_bias")
+    saved_run(one_rank, tmp_path / "run", args_for(folder, alpaca_file, train_type))
+    model = load_model(open_run(tmp_path / "run"), HERE.device, torch.float32)
+    base = transformers_model(folder, dense_tensors(model))
+    with torch.no_grad():
+        tuned = model(input_ids=IDS).logits
+        with adapters_off(model):
+            torch.testing.assert_close(
+                model(input_ids=IDS).logits, base(input_ids=IDS).logits, rtol=1e-5, atol=1e-5
+            )
+        assert torch.equal(model(input_ids=IDS).logits, tuned)
+        assert (tuned - base(input_ids=IDS).logits).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "phi3"])
+def test_answers_in_batches_are_those_alone(kind, checkpoints, alpaca_file, one_rank, tmp_path):
+    """With transformers' cache and padding, against a plain loop without either; one answer is stopped. Phi-3's
+    passes the length where the rotation of all rows changes."""
+    saved_run(one_rank, tmp_path / "run", args_for(checkpoints(kind), alpaca_file, "bnb_dora"))
+    model = load_model(open_run(tmp_path / "run"), HERE.device, torch.float32)
+    prompts = [[65], list(range(70, 99)), list(range(100, 103))]
+    alone = [greedy(model, [p], 6, [], HERE, context)[0] for p in prompts]
+    assert finished.evaluate.generate_answers(model, prompts, 6, [], 2) == alone
+    stop = alone[1][3]
+    cut = [a[: a.index(stop)] if stop in a else a for a in alone]
+    assert finished.evaluate.generate_answers(model, prompts, 6, [stop], 2) == cut != alone
+
+
+@pytest.fixture
+def command(monkeypatch, tmp_path, capsys):
+    """command(*argv) -> (the results in --out, what was printed)."""
+
+    def run(*argv):
+        out = tmp_path / "results" / "a.json"
+        assert evaluate.main([*map(str, argv), "--out", str(out)]) == 0, capsys.readouterr().err
+        return json.loads(out.read_text()), capsys.readouterr().out
+
+    monkeypatch.chdir(tmp_path)
+    return run
+
+
+@pytest.mark.parametrize("train_type", ["bnb_dora", "full"])
+def test_the_command(train_type, checkpoints, alpaca_file, one_rank, tmp_path, command):
+    """Perplexities of base and tuned model against transformers, row by row. The references are the tuned model's
+    own answers, so it matches all of them; the base matches none."""
+    folder = checkpoints()
+    saved_run(one_rank, tmp_path / "run", args_for(folder, alpaca_file, train_type))
+    run = open_run(tmp_path / "run")
+    model = load_model(run, HERE.device, torch.float32)
+    questions = ["Say red.", "Say blue now.", "Say nothing at all, and say it slowly."]
+    prompts = [ALPACA.format(instruction=q) for q in questions]
+    answers = [greedy(model, [BYTES(p)["input_ids"]], 5, [257], HERE, context)[0] for p in prompts]
+    texts = [BYTES.decode(a, skip_special_tokens=True) for a in answers]
+    data = tmp_path / "rows.jsonl"
+    rows = [{"instruction": q, "output": a} for q, a in zip(questions, texts, strict=True)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    wanted = ["--metrics", "perplexity,exact_match", "--max_new_tokens", "5", "--batch_size", "2"]
+    results, printed = command(tmp_path / "run", "--dataset", data, *wanted)
+    tokens = prepare(str(data), "auto", -1, 512, BYTES)
+    if run.adapter:
+        base = transformers_model(folder, dense_tensors(model))
+    else:
+        base = AutoModelForCausalLM.from_pretrained(folder)
+    found = results["metrics"]
+    assert found["perplexity"]["base"] == pytest.approx(row_by_row(base, tokens), rel=1e-4)
+    assert found["perplexity"]["tuned"] == pytest.approx(row_by_row(model, tokens), rel=1e-4)
+    assert abs(found["perplexity"]["base"] - found["perplexity"]["tuned"]) > 0.01
+    assert found["exact_match"]["tuned"] == 100
+    assert [a["tuned"] for a in results["answers"]] == [t.strip() for t in texts]
+    assert [a["prompt"] for a in results["answers"]] == prompts
+    if run.adapter:  # the full model's weights have changed by 1% only
+        assert found["exact_match"]["base"] == 0
+    assert f"exact_match  {found['exact_match']['base']:12,.2f} {100:12.2f}" in printed
+    assert results["rows"] == results["answered"] == 3 and results["dtype"] == "float32"
+
+    less, _ = command(tmp_path / "run", "--dataset", data, "--samples", "1", "--metrics", "perplexity")
+    first = row_by_row(model, prepare(str(data), "auto", 1, 512, BYTES))
+    assert less["metrics"]["perplexity"]["tuned"] == pytest.approx(first, rel=1e-4)
+    assert less["answers"] == [] and list(less["metrics"]) == ["perplexity"]
+
+
+def test_the_runs_own_evaluation_set(checkpoints, alpaca_file, one_rank, tmp_path, command):
+    args = args_for(checkpoints(), alpaca_file, "qlora", "--eval_share", "0.2")
+    saved_run(one_rank, tmp_path / "run", args)
+    results, _ = command(tmp_path / "run", "--metrics", "perplexity")
+    assert results["rows"] == 8
+
+
+# lm-evaluation-harness
+
+TASK = """task: spelling
+dataset_path: json
+dataset_kwargs: {data_files: {test: TEST}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{question}}"
+doc_to_choice: choices
+doc_to_target: answer
+metric_list: [{metric: acc}]
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not importlib.util.find_spec("lm_eval"), reason="lm_eval is not installed")
+def test_lm_evaluation_harness(checkpoints, alpaca_file, one_rank, tmp_path):
+    """The command of docs/evaluation.md on an exported folder, on a local task; the share of right answers is
+    transformers' own. Not in the repository's folder, where `import evaluate` would find this project's evaluate.py."""
+    saved_run(one_rank, tmp_path / "run", args_for(checkpoints(), alpaca_file, "bnb_dora"))
+    merged = ["--to", "merged", "--out", str(tmp_path / "model"), "--check", "false"]
+    assert export.main([str(tmp_path / "run"), *merged]) == 0
+    rows = [{"question": f"{i}:", "choices": ["a", "b"], "answer": i % 2} for i in range(6)]
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "spelling.yaml").write_text(TASK.replace("TEST", f'"{tmp_path}/test.jsonl"'))
+    command = [
+        sys.executable,
+        "-m",
+        "lm_eval",
+        "--model",
+        "hf",
+        "--model_args",
+        f"pretrained={tmp_path}/model",
+    ]
+    command += ["--include_path", f"{tmp_path}/tasks", "--tasks", "spelling", "--device", "cpu"]
+    command += ["--output_path", f"{tmp_path}/out", "--batch_size", "4"]
+    env = os.environ | {"HF_HOME": str(tmp_path / "hf")}
+    env.pop("PYTHONPATH", None)
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    (written,) = (tmp_path / "out").rglob("results_*.json")
+    model, right = AutoModelForCausalLM.from_pretrained(tmp_path / "model"), 0
+    for i in range(6):
+        ids = BYTES(f"{i}: ", return_tensors="pt").input_ids
+        with torch.no_grad():
+            a, b = model(ids).logits[0, -1, BYTES.convert_tokens_to_ids(["a", "b"])].tolist()
+        right += (b > a) == i % 2
+    assert json.loads(written.read_text())["results"]["spelling"]["acc,none"] == pytest.approx(right / 6)
+
+
+# Bad input
+
+
+@pytest.fixture(scope="module")
+def good_run(checkpoints, alpaca_file, one_rank, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("good") / "run"
+    saved_run(one_rank, folder, args_for(checkpoints(), alpaca_file, "qlora"))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ([], "give a RUN, the --output_dir of a run"),
+        (["nowhere", "--dataset", "toy", "--metrics", "perplexity"], "nowhere: is no run of train.py"),
+        (
+            ["RUN", "--dataset", "toy", "--metrics", "perplexity,blue"],
+            "--metrics: 'blue' is none of perplexity,",
+        ),
+        (["RUN", "--dataset", "toy", "--metrics", ""], "--metrics: '' is none of"),
+        (
+            ["RUN", "--dataset", "toy", "--metrics", "bleu"],
+            "--metrics bleu: needs the package sacrebleu: pip",
+        ),
+        (["RUN", "--metrics", "perplexity"], "--dataset: is needed"),
+        (["RUN", "--dataset", "nope", "--metrics", "perplexity"], "--dataset nope: not a recipe"),
+        (
+            ["RUN", "--dataset", "plain.jsonl", "--metrics", "exact_match"],
+            "--dataset plain.jsonl: its rows have",
+        ),
+        (["RUN", "--dataset", "toy", "--metrics", "perplexity", "--samples", "0"], "--samples 0: must be"),
+        (
+            ["RUN", "--dataset", "toy", "--metrics", "perplexity", "--max_new_tokens", "0"],
+            "--max_new_tokens 0",
+        ),
+        (["RUN", "--dataset", "toy", "--metrics", "perplexity", "--samples", "x"], "argument --samples"),
+        (["RUN", "--dataset", "toy", "--metrics", "perplexity", "--out", "."], "--out .: is a folder"),
+        (
+            ["RUN", "--dataset", "toy", "--metrics", "perplexity", "--dataset_format", "x"],
+            "--dataset_format: 'x'",
+        ),
+        (["RUN", "--metrics", "perplexity", "--dataset_format", "qa"], "--dataset_format: has no effect"),
+        (["RUN", "--nope"], "unknown option --nope; see --help"),
+        (["RUN", "--base_mode", "x"], "unknown option --base_mode; did you mean --base_model?"),
+        (["RUN", "RUN"], "unknown option"),
+    ],
+)
+def test_bad_input(argv, words, good_run, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "sacrebleu", None)  # as if it were not installed
+    (tmp_path / "plain.jsonl").write_text('{"text": "only a text"}\n')
+    assert evaluate.main([str(good_run) if a == "RUN" else a for a in argv]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {words}") and error.count("\n") == 1
+
+
+def test_results_that_cannot_be_written(small_disk, monkeypatch, capsys):
+    """Also the older ones stay whole; what is no number is null there, which JSON has."""
+    metrics = {"perplexity": {"base": math.inf, "tuned": math.nan}}
+    results = {"run": "r", "rows": 1, "dataset": "d", "metrics": metrics, "answers": []}
+    monkeypatch.setattr(finished.evaluate, "evaluate", lambda options: results)
+    out = small_disk / "e.json"
+    assert evaluate.main(["some/run", "--out", str(out)]) == 0
+    before = out.read_text()
+    assert json.loads(before)["metrics"] == {"perplexity": {"base": None, "tuned": None}}
+    fill(small_disk)
+    results["answers"] = ["much"] * 10_000
+    capsys.readouterr()
+    assert evaluate.main(["some/run", "--out", str(out)]) == 2
+    assert capsys.readouterr().err == f"error: --out {out}: cannot be written (No space left on device)\n"
+    assert out.read_text() == before

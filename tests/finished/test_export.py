@@ -1,0 +1,382 @@
+"""export.py: a merged model computes what training computed, or what PEFT makes of the original base."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import export
+import finished.export
+from checkpoints import model_writer
+from files.output_folder import ADAPTER, INDEX
+from finished import layerwise
+from quantization.quantizers import NF4
+from tests.checkpoints.test_block_expansion import _status, all_tensors, described
+from tests.files.test_bnb_weights import pack_like_the_hub
+from tests.finished.test_finished_run import saved_run
+from tests.helpers import tiny
+from tests.models.test_adapters import IDS, args_for
+from tests.test_parity import biased
+
+DIFFERENCE = r"largest logit difference from the trained model: (\S+), of logits up to (\S+) "
+
+
+def exported(run: Path, out: Path, *more, to: str = "merged") -> str:
+    """What export.py prints."""
+    shown = io.StringIO()
+    with contextlib.redirect_stdout(shown):
+        assert export.main([str(run), "--to", to, "--out", str(out), *map(str, more)]) == 0
+    return shown.getvalue()
+
+
+def difference(shown: str) -> float:
+    return float(re.search(DIFFERENCE, shown)[1])
+
+
+def loaded(folder: Path):
+    model, report = AutoModelForCausalLM.from_pretrained(
+        folder, output_loading_info=True, dtype=torch.float32, attn_implementation="eager"
+    )
+    assert not any(report.values()), report
+    return model.eval()
+
+
+@torch.no_grad()
+def logits(model) -> torch.Tensor:
+    return model(input_ids=IDS).logits
+
+
+def close(a, b) -> None:
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+# Slow: DoRA's export has LoRA's in it.
+@pytest.mark.parametrize("train_type", [pytest.param("qlora", marks=pytest.mark.slow), "bnb_dora"])
+@pytest.mark.parametrize("kind", tiny.CONFIGS)
+def test_every_family(kind, train_type, checkpoints, alpaca_file, one_rank, tmp_path):
+    """alpha/rank is 2.5, the adapters are random. `dequantized` is the model that was trained, `original` what PEFT
+    makes of the adapter over the original base."""
+    run = tmp_path / "run"
+    trained = saved_run(one_rank, run, args_for(checkpoints(kind), alpaca_file, train_type))
+    shown = exported(run, tmp_path / "dequantized")
+    close(logits(loaded(tmp_path / "dequantized")), trained)
+    assert difference(shown) < 1e-4 and "rows of the data" in shown
+    exported(run, tmp_path / "original", "--base", "original", "--check", "false")
+    merged = logits(loaded(tmp_path / "original"))
+    theirs = peft.PeftModel.from_pretrained(loaded(checkpoints(kind)), run).merge_and_unload()
+    close(merged, logits(theirs))
+    assert (merged - trained).abs().max() > 0.01, "the bases do not differ: nothing was compared"
+    assert (merged - logits(loaded(checkpoints(kind)))).abs().max() > 0.01, "nothing was merged"
+
+
+@pytest.mark.parametrize("train_type", ["lora", "dora", "hqq_dora --n_bits 3", "hqq_lora --n_bits 2"])
+def test_other_quantizers_and_none(train_type, checkpoints, alpaca_file, one_rank, tmp_path):
+    name, *more = train_type.split()
+    args = args_for(checkpoints("llama_bias"), alpaca_file, name, "--lora_target_modules", "o_proj", *more)
+    trained = saved_run(one_rank, tmp_path / "run", args)
+    assert difference(exported(tmp_path / "run", tmp_path / "out")) < 1e-4
+    close(logits(loaded(tmp_path / "out")), trained)
+    if not more:  # nothing was packed: both bases are the files' weights
+        exported(tmp_path / "run", tmp_path / "same", "--base", "original", "--check", "false")
+        assert all_tensors(tmp_path / "same").keys() == all_tensors(tmp_path / "out").keys()
+        for key, tensor in all_tensors(tmp_path / "same").items():
+            assert torch.equal(tensor, all_tensors(tmp_path / "out")[key])
+
+
+@pytest.fixture(scope="module")
+def made(checkpoints, alpaca_file, one_rank, tmp_path_factory):
+    """A finished bnb_dora run of llama_bias, not to be changed."""
+    folder = tmp_path_factory.mktemp("made") / "run"
+    saved_run(one_rank, folder, args_for(checkpoints("llama_bias"), alpaca_file, "bnb_dora"))
+    steps = [{"step": i, "epoch": i / 4, "loss": 3.0 - i} for i in (1, 2)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
+    return folder
+
+
+@pytest.fixture
+def run(made, tmp_path):
+    """A copy of it."""
+    return shutil.copytree(made, tmp_path / "run")
+
+
+def test_what_was_packed_without_an_adapter_is_dequantized(checkpoints, alpaca_file, one_rank, tmp_path):
+    base = checkpoints("llama_bias")
+    args = args_for(base, alpaca_file, "qlora", "--lora_target_modules", "q_proj")
+    saved_run(one_rank, tmp_path / "run", args)
+    exported(tmp_path / "run", tmp_path / "out", "--check", "false")
+    before, after = all_tensors(base), all_tensors(tmp_path / "out")
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {name for name in before if name.endswith("_proj.weight")}
+    name = "model.layers.1.mlp.up_proj.weight"
+    shape = tuple(before[name].shape)
+    expected = NF4().dequantize(
+        *NF4().quantize(before[name]), NF4().table(torch.device("cpu")), shape, torch.float32
+    )
+    assert torch.equal(after[name], expected)
+
+
+@pytest.mark.parametrize("train_type", ["full", "llama_pro", "bnb_llama_pro"])
+def test_whole_models_are_copied(train_type, checkpoints, alpaca_file, one_rank, tmp_path, capsys):
+    run, out = tmp_path / "run", tmp_path / "out"
+    trained = saved_run(one_rank, run, args_for(checkpoints(biased(train_type)), alpaca_file, train_type))
+    shown = exported(run, out)
+    assert described(out) == described(run)
+    before, after = all_tensors(run), all_tensors(out)
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    assert "Base model" in (out / "README.md").read_text()
+    if train_type == "bnb_llama_pro":  # the old layers are the original ones again, unless asked for
+        assert difference(shown) > 0.01
+        assert difference(exported(run, tmp_path / "trained", "--base", "dequantized")) < 1e-4
+        close(logits(loaded(tmp_path / "trained")), trained)
+        return
+    assert difference(shown) < 1e-4
+    close(logits(loaded(out)), trained)
+    for more in (["--base", "dequantized"], ["--base_model", "x"], ["--to", "adapter"]):
+        assert export.main([str(run), "--to", "merged", "--out", str(tmp_path / "no"), *more]) == 2
+        assert "whole model" in capsys.readouterr().err
+
+
+def test_new_blocks_are_put_into_their_model(checkpoints, alpaca_file, one_rank, tmp_path, capsys):
+    args = args_for(checkpoints("llama_bias_pro"), alpaca_file, "bnb_llama_pro", "--llama_pro_save", "blocks")
+    trained = saved_run(one_rank, tmp_path / "run", args)
+    assert difference(exported(tmp_path / "run", tmp_path / "out")) > 0.01
+    blocks, out = all_tensors(tmp_path / "run"), all_tensors(tmp_path / "out")
+    expected = all_tensors(checkpoints("llama_bias_pro")) | blocks
+    assert out.keys() == expected.keys() and all(torch.equal(out[name], expected[name]) for name in out)
+    assert difference(exported(tmp_path / "run", tmp_path / "trained", "--base", "dequantized")) < 1e-4
+    close(logits(loaded(tmp_path / "trained")), trained)
+    assert export.main([str(tmp_path / "run"), "--to", "adapter", "--out", str(tmp_path / "no")]) == 2
+    assert "holds new blocks, trained without an adapter" in capsys.readouterr().err
+
+
+def test_a_base_that_is_packed_already(checkpoints, alpaca_file, one_rank, tmp_path, capsys):
+    base = checkpoints("llama_bias")
+    pack_like_the_hub(base, tmp_path / "4bit")
+    trained = saved_run(one_rank, tmp_path / "run", args_for(tmp_path / "4bit", alpaca_file, "bnb_dora"))
+    shutil.copy(base / "tokenizer.json", tmp_path / "4bit")
+    assert difference(exported(tmp_path / "run", tmp_path / "out")) < 1e-4
+    close(logits(loaded(tmp_path / "out")), trained)
+    assert "quantization_config" not in described(tmp_path / "out")
+    assert {t.dtype for t in all_tensors(tmp_path / "out").values()} == {torch.float32}  # config.json's dtype
+    arguments = [str(tmp_path / "run"), "--to", "merged", "--out", str(tmp_path / "no"), "--base", "original"]
+    assert export.main(arguments) == 2
+    assert "4-bit weights only" in capsys.readouterr().err and not (tmp_path / "no").exists()
+    exported(tmp_path / "run", tmp_path / "original", "--base", "original", "--base_model", base)
+    theirs = peft.PeftModel.from_pretrained(loaded(base), tmp_path / "run").merge_and_unload()
+    close(logits(loaded(tmp_path / "original")), logits(theirs))
+
+
+# What lies beside the weights, and their dtypes
+
+
+def weight_files(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.glob("*.safetensors"))
+
+
+def test_the_folder_is_complete(checkpoints, alpaca_file, one_rank, tmp_path, monkeypatch):
+    """Shards and index, generation config, tokenizer and chat template; the base's dtype; nothing else."""
+    base = tiny.save_checkpoint("qwen2", tmp_path / "base", torch.bfloat16)
+    (base / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    (base / "generation_config.json").write_text('{"do_sample": true, "temperature": 0.7}')
+    saved_run(one_rank, tmp_path / "run", args_for(base, alpaca_file, "bnb_dora"))
+    monkeypatch.setattr(model_writer, "SHARD_BYTES", 100_000)
+    out = tmp_path / "out"
+    assert difference(exported(tmp_path / "run", out)) < 0.5  # rounded to bf16
+    model = loaded(out)
+    assert model.generation_config.temperature == 0.7
+    assert (
+        AutoTokenizer.from_pretrained(out).apply_chat_template(
+            [{"role": "user", "content": "abc"}], tokenize=False
+        )
+        == "abc"
+    )
+    assert {t.dtype for t in all_tensors(out).values()} == {torch.bfloat16}
+    assert described(out) == described(base)
+    assert "lm_head.weight" not in all_tensors(out)  # it is tied
+    index = json.loads((out / INDEX).read_text())
+    assert len(weight_files(out)) > 3 and set(weight_files(out)) == set(index["weight_map"].values())
+    assert {p.name for p in out.iterdir()} == {
+        *weight_files(out), INDEX, "README.md", "config.json", "generation_config.json", "chat_template.jinja",
+        *(p.name for p in base.glob("tokenizer*")),
+    }  # fmt: skip
+
+
+def test_dtypes(run, tmp_path):
+    """gguf-ready is in 16 bits whatever the base is, and names its class; merged is what --dtype says."""
+    name = "model.layers.0.self_attn.q_proj.weight"
+    exported(run, tmp_path / "fp32", "--check", "false")
+    reference = all_tensors(tmp_path / "fp32")
+    assert described(tmp_path / "fp32")["dtype"] == "float32"
+    for to, dtype, more in (
+        ("gguf-ready", torch.bfloat16, []),
+        ("gguf-ready", torch.float16, ["--dtype", "float16"]),
+        ("merged", torch.bfloat16, ["--dtype", "bfloat16"]),
+    ):
+        out = tmp_path / "out"
+        exported(run, out, "--overwrite", *more, to=to)
+        assert {t.dtype for t in all_tensors(out).values()} == {dtype}
+        assert described(out)["dtype"] == str(dtype).removeprefix("torch.")
+        assert described(out)["architectures"] == ["LlamaForCausalLM"]
+        assert torch.equal(all_tensors(out)[name], reference[name].to(dtype))  # rounded once, after merging
+        close(
+            all_tensors(out)["model.embed_tokens.weight"].float(),
+            reference["model.embed_tokens.weight"].to(dtype).float(),
+        )
+
+
+def test_the_adapters_folder(made, checkpoints, tmp_path):
+    out = tmp_path / "out"
+    assert "difference" not in exported(made, out, to="adapter")
+    assert (out / ADAPTER).read_bytes() == (made / ADAPTER).read_bytes()
+    base = checkpoints("llama_bias")
+    assert {p.name for p in out.iterdir()} == {
+        ADAPTER, "adapter_config.json", "README.md", *(p.name for p in base.glob("tokenizer*")),
+    }  # fmt: skip
+    close(*(logits(peft.PeftModel.from_pretrained(loaded(base), folder).eval()) for folder in (made, out)))
+    AutoTokenizer.from_pretrained(out)
+    text = (out / "README.md").read_text()
+    for words in (
+        "library_name: peft",
+        f"Base model: `{base}`",
+        "| train_type | bnb_dora |",
+        "| lora_rank | 8 |",
+        "| lora_alpha | 20.0 |",
+        "Final loss: 1.0000 after 2 steps (0.50 epochs)",
+        "alpaca.jsonl",
+    ):
+        assert words in text
+    assert "base_model:" not in text and "datasets:" not in text  # local paths, which the hub would refuse
+
+
+def test_the_card_of_the_best_step_has_its_loss(made, tmp_path):
+    best = shutil.copytree(made, tmp_path / "best")
+    (best / "metrics.jsonl").unlink()
+    (best / "evaluation.json").write_text('{"step": 40, "eval_loss": 1.25, "eval_perplexity": 3.49}')
+    exported(best, tmp_path / "out", to="adapter")
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert "Evaluation loss: 1.2500 after 40 steps, the best of its run" in text
+
+
+def test_the_card_names_what_is_on_the_hub(made, tmp_path):
+    import dataclasses
+
+    from finished.finished_run import open_run
+    from finished.model_card import card
+
+    config = dataclasses.replace(open_run(made).config, dataset="alpaca")
+    text = card(config, tmp_path, "meta-llama/Llama-2-7b-hf", "t", "w", "peft")
+    assert "\nbase_model: meta-llama/Llama-2-7b-hf\ndatasets:\n- yahma/alpaca-cleaned\n" in text
+    assert "Final loss: not known" in text
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("base", ["original", "dequantized"])
+def test_a_merge_on_a_gpu_is_the_cpus(base, made, tmp_path, monkeypatch):
+    # By one of bitsandbytes' two quantizers, whose 8-bit codes of a block's scale differ where it lies in the middle.
+    quantize = NF4.quantize
+    monkeypatch.setattr(
+        NF4, "quantize", lambda self, w: tuple(t.to(w.device) for t in quantize(self, w.cpu()))
+    )
+    folders = {device: tmp_path / device for device in ("cpu", "cuda")}
+    for device, folder in folders.items():
+        exported(made, folder, "--base", base, "--device", device, "--dtype", "float32")
+    ours, expected = all_tensors(folders["cuda"]), all_tensors(folders["cpu"])
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_merged_then_quantized_again(made, checkpoints, tmp_path):
+    """NF4 of the merged weights is not NF4 of the base plus the adapter: the error that is added is about NF4's
+    own, whichever base was merged into. docs/export.md has the numbers of a larger model."""
+    errors = {}
+    for base in ("dequantized", "original"):
+        exported(made, tmp_path / base, "--base", base, "--check", "false")
+        for name, weight in all_tensors(tmp_path / base).items():
+            if name.endswith("_proj.weight"):
+                again = NF4().dequantize(
+                    *NF4().quantize(weight), NF4().table(weight.device), tuple(weight.shape), torch.float32
+                )
+                errors.setdefault(base, []).append(((again - weight).norm() / weight.norm()).item())
+    for values in errors.values():
+        assert min(values) > 0.05 and max(values) < 0.12, values
+
+
+# Memory, and a cut in the middle
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_stays_below_two_shards(made, alpaca_file, one_rank, tmp_path, monkeypatch):
+    """140 MB of weights in files of 14 MB. The peak is the process's own, reset before; what the libraries take at
+    their first call is taken by an export before that."""
+    sizes = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 28}
+    base = tiny.save_checkpoint("llama", tmp_path / "base", shard="32MB", **sizes)
+    saved_run(one_rank, tmp_path / "run", args_for(base, alpaca_file, "bnb_dora"))
+    exported(made, tmp_path / "small", "--check", "false")
+    largest = max(path.stat().st_size for path in base.glob("*.safetensors"))
+    adapter = (tmp_path / "run" / ADAPTER).stat().st_size
+    monkeypatch.setattr(model_writer, "SHARD_BYTES", largest)
+    assert sum(path.stat().st_size for path in base.glob("*.safetensors")) > 8 * largest
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
+    before = _status("VmRSS")
+    exported(tmp_path / "run", tmp_path / "out", "--check", "false")
+    grown = _status("VmHWM") - before
+    assert len(weight_files(tmp_path / "out")) > 8
+    assert grown < 2 * largest + adapter, f"{grown / largest:.2f} shards"
+    shutil.rmtree(tmp_path)
+
+
+def test_the_check_holds_one_part_at_a_time(made, tmp_path, monkeypatch):
+    """Of both models, a decoder layer or the embedding; every part comes once."""
+    held, parts, original = [], [], layerwise._load
+
+    def watched(model, path, *args):
+        original(model, path, *args)
+        real = {n: p.nbytes for n, p in model.named_parameters(remove_duplicate=False) if not p.is_meta}
+        parts.append(path)
+        held.append({n: b for n, b in real.items() if not n.startswith(f"{path}.")})
+
+    monkeypatch.setattr(layerwise, "_load", watched)
+    exported(made, tmp_path / "out")
+    assert not any(held)
+    wanted = ["model.embed_tokens", *(f"model.layers.{i}" for i in range(3)), "model.norm", "lm_head"]
+    assert parts == 2 * wanted
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("failure", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_a_cut_in_the_middle_leaves_nothing(failure, overwrite, run, tmp_path, monkeypatch, capsys):
+    """Neither half a model nor the folders made for it; a model that was to be replaced is still there."""
+    out = tmp_path / "a" / "out"
+    if overwrite:
+        exported(run, out, to="adapter")
+    before = sorted(tmp_path.rglob("*"))
+    original = finished.export.merged_entries
+
+    def failing(*args):
+        entries = original(*args)
+        last = list(entries)[-3]
+        entries[last] = finished.export.Entry(
+            entries[last].dtype, entries[last].shape, lambda: (_ for _ in ()).throw(failure)
+        )
+        return entries
+
+    monkeypatch.setattr(finished.export, "merged_entries", failing)
+    command = [str(run), "--to", "merged", "--out", str(out), f"--overwrite={str(overwrite).lower()}"]
+    if isinstance(failure, OSError):
+        assert export.main(command) == 2
+        assert capsys.readouterr().err == "error: writing: No space left on device\n"
+    else:
+        with pytest.raises(KeyboardInterrupt):
+            export.main(command)
+    assert sorted(tmp_path.rglob("*")) == before

@@ -1,0 +1,165 @@
+"""A run that is opened again computes what training computed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from files.output_folder import ADAPTER, BLOCKS
+from finished.finished_run import load_model, open_run, read_adapter
+from options import config as options
+from options.errors import UserError
+from tests.checkpoints.test_model_writer import save_and_compute
+from tests.models.test_adapters import IDS, args_for
+from tests.test_parity import biased
+
+CPU = torch.device("cpu")
+
+
+def saved_run(one_rank, folder, args) -> torch.Tensor:
+    """A RUN with random adapters (or weights) in `folder`; returns the logits of the model that saved it."""
+    folder.mkdir()
+    return one_rank(save_run, args, folder)[0]
+
+
+def save_run(place, args, folder):
+    from tests.helpers.runs import make_job
+
+    (folder / "config.yaml").write_text(options.dump_yaml(make_job(place, args).config))
+    return save_and_compute(place, args, folder)
+
+
+@pytest.mark.parametrize(
+    ("train_type", "kind"),
+    [
+        *[
+            (t, "llama_bias")
+            for t in ("lora", "dora", "qlora", "bnb_dora", "hqq_dora --n_bits 3", "full", "llama_pro")
+        ],
+        ("llama_pro --llama_pro_save blocks", "llama_bias"),
+        *[("bnb_dora", kind) for kind in ("qwen2", "gemma2", "phi3", "qwen3_moe")],
+    ],
+)
+def test_it_computes_what_training_computed(train_type, kind, checkpoints, alpaca_file, one_rank, tmp_path):
+    name, *more = train_type.split()
+    folder = checkpoints(biased(name) if kind == "llama_bias" else kind)
+    logits = saved_run(one_rank, tmp_path / "run", args_for(folder, alpaca_file, name, *more))
+    model = load_model(open_run(tmp_path / "run"), CPU, torch.float32)
+    with torch.no_grad():
+        torch.testing.assert_close(model(input_ids=IDS, use_cache=False).logits, logits, rtol=1e-5, atol=1e-5)
+
+
+@pytest.fixture
+def run(checkpoints, alpaca_file, one_rank, tmp_path):
+    saved_run(one_rank, tmp_path / "run", args_for(checkpoints(), alpaca_file, "bnb_dora"))
+    return tmp_path / "run"
+
+
+def test_folders_that_are_no_run(run, checkpoints, tmp_path):
+    with pytest.raises(UserError, match=r"no config\.yaml"):
+        open_run(tmp_path)
+    with pytest.raises(UserError, match="trained on another model"):
+        open_run(run, base=str(checkpoints("mistral")))
+    (run / ADAPTER).write_bytes((run / ADAPTER).read_bytes()[:-9])
+    with pytest.raises(UserError, match="truncated"):
+        open_run(run)
+    (run / ADAPTER).unlink()
+    with pytest.raises(UserError, match="half written"):
+        open_run(run)
+    (run / "adapter_config.json").unlink()
+    with pytest.raises(UserError, match="holds no result"):
+        open_run(run)
+
+
+def test_a_base_that_was_moved(run, checkpoints, tmp_path):
+    moved = shutil.copytree(checkpoints(), tmp_path / "moved")
+    assert open_run(run, base=str(moved)).base == moved
+
+
+def test_a_base_that_is_gone_is_told_without_options_of_training(run, checkpoints):
+    """Which generate.py, evaluate.py and export.py do not have."""
+    config = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(
+        config.replace(f"model_name: {checkpoints()}", "model_name: /gone/model")
+    )
+    with pytest.raises(UserError, match=r"^base model /gone/model: no such folder.*: --base_model$"):
+        open_run(run)
+    with pytest.raises(UserError, match=r"^--base_model /gone/too: no such folder"):
+        open_run(run, "/gone/too")
+    (run / "config.yaml").write_text(config.replace("lora_rank: 8", "lora_rank: 0"))
+    with pytest.raises(UserError, match=rf"^{run}/config\.yaml: --lora_rank 0"):
+        open_run(run)
+
+
+def test_a_model_in_a_folder_called_like_the_demo_s(
+    checkpoints, alpaca_file, one_rank, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    trained = saved_run(one_rank, tmp_path / "toy", args_for(checkpoints(), alpaca_file, "full"))
+    run = open_run("toy")
+    assert run.base == run.files.folder == Path("toy")
+    with torch.no_grad():
+        ours = load_model(run, CPU, torch.float32)(input_ids=IDS, use_cache=False).logits
+    torch.testing.assert_close(ours, trained, rtol=1e-5, atol=1e-5)
+    (tmp_path / "toy" / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"^toy: "):
+        open_run("toy")
+
+
+def test_new_blocks_of_another_model(checkpoints, alpaca_file, one_rank, tmp_path):
+    args = args_for(checkpoints("llama_bias_pro"), alpaca_file, "llama_pro", "--llama_pro_save", "blocks")
+    saved_run(one_rank, tmp_path / "run", args)
+    other = shutil.copytree(checkpoints("llama_bias_pro"), tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.5}))
+    with pytest.raises(UserError, match=f"{BLOCKS}: was trained on another model than {other}"):
+        open_run(tmp_path / "run", str(other))
+    with pytest.raises(UserError, match="no expanded model"):
+        open_run(tmp_path / "run", str(checkpoints("llama_bias")))
+    (tmp_path / "run" / BLOCKS).unlink()
+    with pytest.raises(UserError, match=rf"holds no result \({BLOCKS}\)"):
+        open_run(tmp_path / "run")
+
+
+def spoil_adapter(run, change: str) -> None:
+    """Makes a RUN's adapter one of another shape or dtype, of no numbers, or with a tensor missing or in surplus."""
+    tensors = load_file(run / ADAPTER)
+    with safe_open(run / ADAPTER, framework="pt") as f:
+        metadata = f.metadata()
+    name = next(n for n in tensors if n.endswith("layers.1.mlp.up_proj.lora_B.weight"))
+    if change == "shape":
+        tensors[name] = tensors[name][:, :1].contiguous()
+    elif change == "dtype":
+        tensors[name] = tensors[name].to(torch.int8)
+    elif change == "nan":
+        tensors[name][3, 1] = float("nan")
+    elif change == "missing":
+        del tensors[name]
+    else:
+        tensors[name.replace("layers.1", "layers.7")] = tensors[name].clone()
+    save_file(tensors, run / ADAPTER, metadata=metadata)
+
+
+@pytest.mark.parametrize("change", ["shape", "dtype", "missing", "surplus"])
+def test_an_adapter_that_does_not_fit(change, run):
+    spoil_adapter(run, change)
+    words = {
+        "shape": r"has shape \[160, 1\], but",
+        "dtype": "is stored as I8; expected",
+        "missing": "is missing",
+        "surplus": "has no place in",
+    }
+    with pytest.raises(UserError, match=rf"layers\.\d\.mlp\.up_proj.* {words[change]}"):
+        open_run(run)
+
+
+def test_an_adapter_of_no_numbers(run):
+    spoil_adapter(run, "nan")
+    with pytest.raises(UserError, match=r"up_proj\.lora_B\.weight holds NaN or infinity"):
+        read_adapter(open_run(run))

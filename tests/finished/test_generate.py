@@ -1,0 +1,368 @@
+"""generate.py: the answers are the trained model's and the base's, in the template of training."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import sys
+
+import peft
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import finished.generate
+import generate
+import models.dora
+from data.formats import ALPACA
+from finished import generation
+from finished.finished_run import open_base, open_run
+from finished.generation import Answer, Conversation, Stream, make_template
+from models.dora import DoRALinear, fixed_norms
+from models.lora import LoRALinear, adapters_off
+from options.errors import UserError
+from quantization.quantizers import HQQ, NF4
+from quantize_layers import Linear4bit
+from tests.finished.test_finished_run import saved_run
+from tests.helpers.runs import dense_state, transformers_model
+from tests.models.test_adapters import ALPHA, I, O, R, args_for, dora, filled
+
+QUESTION, NEW = "Say red.", 8
+PENALTY = 3.0
+ASKED = ["--prompt", QUESTION, "--max_new_tokens", NEW]
+
+
+@pytest.fixture
+def said(capsys):
+    """said(*argv) -> what --json says, {model: answer} for each prompt."""
+
+    def said(*argv) -> list[dict[str, dict]]:
+        capsys.readouterr()  # of making a checkpoint
+        status = generate.main([*map(str, argv), "--json"])
+        shown = capsys.readouterr()
+        assert status == 0, shown.err
+        return [{a["model"]: a for a in json.loads(line)["answers"]} for line in shown.out.splitlines()]
+
+    return said
+
+
+def greedy(model, tokenizer, text: str) -> tuple[str, int]:
+    """(text, tokens) of transformers' own greedy answer without a cache. The penalty keeps tiny models from saying
+    one token for ever, whatever their adapter."""
+    ids = tokenizer(text, return_tensors="pt").input_ids
+    with torch.no_grad():
+        out = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=NEW,
+            do_sample=False,
+            use_cache=False,
+            repetition_penalty=PENALTY,
+            pad_token_id=0,
+        )[0, ids.shape[1] :].tolist()
+    return tokenizer.decode(out, skip_special_tokens=True), len(out)
+
+
+def as_told(answer: dict) -> tuple[str, int]:
+    return answer["text"], answer["tokens"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "train_type"),
+    [
+        ("llama_bias", "lora"),
+        ("llama_bias", "bnb_dora"),
+        pytest.param("gemma2", "bnb_dora", marks=pytest.mark.slow),
+        ("gemma3", "dora"),
+        pytest.param("phi3", "hqq_lora", marks=pytest.mark.slow),
+        ("qwen3_moe", "bnb_dora"),
+    ],
+)
+def test_answers_are_those_of_peft(kind, train_type, checkpoints, alpaca_file, one_rank, tmp_path, said):
+    """Greedy, with our cache and without theirs, over the dequantized base; adapters off is the base."""
+    args = args_for(checkpoints(kind), alpaca_file, train_type)
+    saved_run(one_rank, tmp_path / "run", args)
+    ours = said(tmp_path / "run", *ASKED, "--repetition_penalty", PENALTY)[0]
+    base = transformers_model(checkpoints(kind), one_rank(dense_state, args)[0])
+    model = peft.PeftModel.from_pretrained(base, tmp_path / "run").eval()
+    tokenizer, text = AutoTokenizer.from_pretrained(checkpoints(kind)), ALPACA.format(instruction=QUESTION)
+    assert as_told(ours[str(tmp_path / "run")]) == greedy(model, tokenizer, text)
+    with model.disable_adapter():
+        assert as_told(ours["base"]) == greedy(model, tokenizer, text)
+    assert ours["base"]["text"] != ours[str(tmp_path / "run")]["text"]
+
+
+@pytest.mark.parametrize("train_type", ["full", "bnb_llama_pro"])
+def test_a_run_that_saved_a_model(train_type, checkpoints, alpaca_file, one_rank, tmp_path, said):
+    folder = checkpoints("llama_bias_pro" if train_type != "full" else "llama")
+    saved_run(one_rank, tmp_path / "run", args_for(folder, alpaca_file, train_type))
+    ours = said(tmp_path / "run", *ASKED, "--repetition_penalty", PENALTY)[0]
+    tokenizer, text = AutoTokenizer.from_pretrained(folder), ALPACA.format(instruction=QUESTION)
+    for name, place in ((str(tmp_path / "run"), tmp_path / "run"), ("base", folder)):
+        model = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32, attn_implementation="eager")
+        assert as_told(ours[name]) == greedy(model.eval(), tokenizer, text)
+    alone = said(tmp_path / "run", *ASKED, "--repetition_penalty", PENALTY, "--compare", "false")[0]
+    assert alone == {str(tmp_path / "run"): ours[str(tmp_path / "run")]}
+    with pytest.raises(UserError, match="was trained from another model than"):
+        open_base(open_run(tmp_path / "run"), str(checkpoints("mistral")))
+
+
+def test_adapters_are_switched_over_one_base(runs, said, monkeypatch, tmp_path):
+    """Each answers as it does alone, in any order, and the base is loaded once."""
+    (tmp_path / "p.txt").write_text(f"{QUESTION}\nSay nothing.\n")
+    asked = ["--prompts", tmp_path / "p.txt", "--max_new_tokens", NEW, "--repetition_penalty", PENALTY]
+    alone = {}
+    for run in runs:
+        for i, answers in enumerate(said(run, *asked)):
+            alone.update({(i, name): answer for name, answer in answers.items()})
+    assert len({alone[0, str(run)]["text"] for run in runs} | {alone[0, "base"]["text"]}) == 4
+    loads, original = [], generation.load_model
+    monkeypatch.setattr(generation, "load_model", lambda *a: (loads.append(a), original(*a))[1])
+    one, two, three = runs
+    for order in ([three, one, two], [one, three]):
+        together = {(i, n): a for i, answers in enumerate(said(*order, *asked)) for n, a in answers.items()}
+        assert together == {key: alone[key] for key in together} and len(together) == 2 * (1 + len(order))
+    assert len(loads) == 2
+
+
+def test_seeds_repeat(runs, said):
+    def texts(seed: int) -> list[str]:
+        sampling = ["--temperature", "1.5", "--top_p", "0.95", "--top_k", "50", "--seed", seed]
+        more = [*ASKED, "--prompt", QUESTION, "--compare", "false"]
+        return [a["text"] for answers in said(runs[0], *more, *sampling) for a in answers.values()]
+
+    first = texts(1)
+    assert first[0] == first[1], "each answer is seeded by itself"
+    assert texts(1) == first
+    greedy = said(runs[0], *ASKED, "--compare", "false")[0][str(runs[0])]["text"]
+    assert len({first[0], texts(2)[0], greedy}) == 3
+
+
+def test_a_repetition_penalty_and_a_full_context(runs, said):
+    """Below 1 it makes what was there the likeliest. The answer ends where the model's positions do."""
+    plain, other = (said(runs[0], *ASKED, "--repetition_penalty", p)[0]["base"]["text"] for p in (1, 0.1))
+    there = set(ALPACA.format(instruction=QUESTION))
+    assert set(other) <= there and not set(plain) <= there
+    long = "x" * (512 - 5 - len(ALPACA.format(instruction="")) - 1)
+    answer = said(runs[0], "--prompt", long, "--compare", "false")[0][str(runs[0])]
+    assert answer["tokens"] == 5 and not answer["ended"]
+
+
+def test_a_base_that_was_moved(runs, checkpoints, tmp_path, said):
+    moved = shutil.copytree(checkpoints("llama_bias"), tmp_path / "moved")
+    assert said(runs[0], *ASKED, "--base_model", moved) == said(runs[0], *ASKED)
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_the_data_is_not_needed(kept, runs, tmp_path, said, alpaca_file):
+    """config.yaml keeps the format; where it does not, the command line says it."""
+    copy = shutil.copytree(runs[0], tmp_path / "copy")
+    text = (copy / "config.yaml").read_text().replace(str(alpaca_file), str(tmp_path / "gone.jsonl"))
+    assert "dataset_format: alpaca" in text
+    text = text if kept else text.replace("dataset_format: alpaca", "dataset_format: auto")
+    (copy / "config.yaml").write_text(text)
+    asked = [*ASKED, "--compare", "false"]
+    ours = said(copy, *asked, *[] if kept else ["--dataset_format", "alpaca"])[0][str(copy)]
+    assert ours == said(runs[0], *asked)[0][str(runs[0])] | {"model": str(copy)}
+
+
+@pytest.mark.parametrize("precision", ["bf16", "bf16_autocast"])
+def test_other_precisions(precision, runs, tmp_path, said):
+    """As the run was trained, or as asked; only rounding is another."""
+    copy = shutil.copytree(runs[0], tmp_path / "copy")
+    text = (copy / "config.yaml").read_text()
+    assert "precision: auto" in text
+    (copy / "config.yaml").write_text(text.replace("precision: auto", f"precision: {precision}"))
+    auto = said(copy, *ASKED)[0]
+    assert {a["tokens"] for a in auto.values()} == {NEW}
+    if precision == "bf16":
+        assert said(runs[0], *ASKED, "--precision", "bf16")[0]["base"] == auto["base"]
+    assert said(copy, *ASKED, "--precision", "fp32")[0]["base"] == said(runs[0], *ASKED)[0]["base"]
+
+
+# layers
+
+
+@pytest.mark.parametrize("quantizer", [None, NF4(), HQQ(4)], ids=str)
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_switched_off_a_layer_is_its_base(kind, quantizer):
+    """Also released, with the bias that DoRA had taken from it."""
+    weight, bias, x = torch.randn(O, I), torch.randn(O), torch.randn(5, I)
+    linear = torch.nn.Linear(I, O)
+    base = Linear4bit(linear, torch.float32, quantizer) if quantizer else linear
+    layer = dora(base) if kind == "dora" else LoRALinear(base, (O, I), R, ALPHA, 0.0, torch.float32)
+    filled(layer, weight, bias)
+    dequantized = base.weight.detach().clone()
+    expected, tuned = x @ dequantized.T + bias, layer(x)
+    with adapters_off(layer):
+        torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
+    assert (tuned - expected).abs().max() > 0.1
+    assert torch.equal(layer(x), tuned)
+    torch.testing.assert_close(layer.released()(x), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_norm_is_taken_once_while_weights_are_fixed(monkeypatch):
+    layer = filled(
+        dora(Linear4bit(torch.nn.Linear(I, O), torch.float32, NF4())), torch.randn(O, I), torch.zeros(O)
+    )
+    x, taken, original = torch.randn(5, I), [], models.dora.factored_norm
+    expected = layer(x)
+    monkeypatch.setattr(models.dora, "factored_norm", lambda *a: (taken.append(1), original(*a))[1])
+    with torch.inference_mode(), fixed_norms(layer):
+        assert all(torch.equal(layer(x), expected) for _ in range(3)) and len(taken) == 1
+    layer.lora_B.data = layer.lora_B.data * 2
+    assert isinstance(layer, DoRALinear) and layer.last_norm is None
+    assert not torch.equal(layer(x), expected), "outside, it is taken anew"
+
+
+# templates
+
+
+@pytest.fixture
+def dialogue(monkeypatch, capsys):
+    """dialogue(run, lines, *argv) -> (exit status, what was printed, the prompts that the model was given), with
+    answers " Yo1", " Yo2" ... in the place of the model's."""
+
+    def dialogue(run, typed: list[str], *argv):
+        given = []
+
+        def answer(self, template, ids, sampling, stream=None):
+            given.append(template.tokenizer.decode(ids[0]))
+            return Answer(f" Yo{len(given)}", 3, True)
+
+        monkeypatch.setattr(generation.Voices, "answer", answer)
+        monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in typed)))
+        status = generate.main([str(run), *map(str, argv)])
+        return status, capsys.readouterr().out, given
+
+    return dialogue
+
+
+def test_a_conversation_in_the_chat_template(chat_run, dialogue):
+    status, out, given = dialogue(
+        chat_run, ["Hi", "", "Bye", "/use 0", "Who?", "/new", "Hi", "/what", "/quit", "no"]
+    )
+    start = "<|im_start|>system\nBe kind.<|im_end|>\n"
+    asked = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+    turn = asked + "{}<|im_end|>\n"
+    assert status == 0 and "/use N, /new or /quit" in out and "base answers" in out
+    first, second = turn.format("Hi", "Yo1"), turn.format("Bye", "Yo2")
+    assert given == [
+        start + asked.format("Hi"),
+        start + first + asked.format("Bye"),
+        start + first + second + asked.format("Who?"),
+        start + asked.format("Hi"),
+    ]
+
+
+def test_the_template_s_end_of_a_turn_ends_an_answer(chat_run):
+    template = make_template(open_run(chat_run), "auto")
+    assert {template.tokenizer.decode([t]) for t in template.stops} == {"</s>", "<|im_end|>"}
+
+
+def test_a_conversation_between_markers(runs, dialogue):
+    _, _, given = dialogue(runs[0], ["Hi", "Bye"], "--dataset_format", "guanaco")
+    assert given == [
+        "<s>### Human: Hi### Assistant:",
+        "<s>### Human: Hi### Assistant: Yo1### Human: Bye### Assistant:",
+    ]
+
+
+def test_questions_one_by_one(runs, dialogue):
+    _, out, given = dialogue(runs[0], ["Hi", "Bye"])
+    assert given == ["<s>" + ALPACA.format(instruction=text) for text in ("Hi", "Bye")]
+    assert "each question by itself" in out
+
+
+def test_a_conversation_beyond_the_model(chat_run, dialogue):
+    status, out, given = dialogue(chat_run, ["x" * 600, "Hi"])
+    assert status == 0 and len(given) == 1 and "/new begins another" in out
+
+
+def test_rows_of_the_data_as_prompts(runs, chat_run, tmp_path, capsys):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"instruction": "Add.", "input": "1 2", "output": "never shown"}) + '\n"Hi"\n')
+    assert generate.main([str(runs[0]), "--prompts", str(rows), "--json", "--max_new_tokens", "2"]) == 0
+    first, second = map(json.loads, capsys.readouterr().out.splitlines())
+    assert first["rendered"].endswith("### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:\n")
+    assert first["prompt"]["instruction"] == "Add." and "never shown" not in first["rendered"]
+    assert second["rendered"] == ALPACA.format(instruction="Hi")
+    turns = [{"role": r, "content": c} for r, c in (("system", "S"), ("user", "Hi"), ("assistant", "Yo"))]
+    rows.write_text(json.dumps({"messages": turns}))
+    assert generate.main([str(chat_run), "--prompts", str(rows), "--json", "--max_new_tokens", "2"]) == 0
+    rendered = json.loads(capsys.readouterr().out)["rendered"]
+    assert (
+        rendered == "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
+# streaming and the terminal
+
+
+def test_what_is_streamed_is_the_answer(runs, said, monkeypatch, capsys):
+    plain = said(runs[0], *ASKED)[0][str(runs[0])]["text"]
+    monkeypatch.setattr(sys, "stdin", io.StringIO(QUESTION + "\n"))
+    assert generate.main([str(runs[0]), "--max_new_tokens", str(NEW)]) == 0
+    out = capsys.readouterr().out
+    assert f"> {finished.generate.printable(plain)} ...\n> \n" in out
+
+
+@pytest.mark.parametrize("text", ["Yo### Human: what", "Yo ### Hum", "Yo", "### Human:", "Yo###"])
+def test_a_stream_ends_before_the_next_question(text, runs):
+    tokenizer = AutoTokenizer.from_pretrained(open_run(runs[0]).base)
+    template, pieces = make_template(open_run(runs[0]), "guanaco"), []
+    stream = Stream(template, pieces.append)
+    stream.put(torch.tensor([[1, 2]]))  # the prompt
+    for token in [*tokenizer(text, add_special_tokens=False).input_ids, tokenizer.eos_token_id]:
+        stream.put(torch.tensor([token]))
+    stream.end()
+    assert "".join(pieces) == text.partition("### Human:")[0]
+
+
+@pytest.mark.parametrize("where", ["at the prompt", "in an answer"])
+def test_ctrl_c_leaves(where, runs, monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    if where == "at the prompt":
+        monkeypatch.setattr("builtins.input", interrupted)
+    else:
+        monkeypatch.setattr(generation.Voices, "answer", interrupted)
+        monkeypatch.setattr(sys, "stdin", io.StringIO("Hi\n"))
+    assert generate.main([str(runs[0])]) == 0
+    assert "Traceback" not in capsys.readouterr().err
+    if where == "in an answer":
+        assert generate.main([str(runs[0]), "--prompt", "Hi"]) == 130
+
+
+def test_columns():
+    texts = {"base": "one two three four five", "tuned": "日本語日本語 x\n\nabcdefghijklm"}
+    assert finished.generate.side_by_side(texts, 23).splitlines() == [
+        "base       | tuned",
+        "---------- | ----------",
+        "one two    | 日本語日本",
+        "three four | 語 x",
+        "five       |",
+        "           | abcdefghij",
+        "           | klm",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("tty", "columns", "beside"), [(True, 80, True), (True, 60, False), (False, 200, False)]
+)
+def test_columns_need_room(tty, columns, beside, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: tty, raising=False)
+    monkeypatch.setenv("COLUMNS", str(columns))
+    shown = finished.generate.show("Q?", {"base": "a", "tuned": "b\nc\x1b[2J"})
+    assert (
+        ("a" in shown.splitlines()[3]) if beside else shown == "prompt: Q?\nbase: a\ntuned: b\n    c\ufffd[2J"
+    )
+
+
+def test_a_conversation_takes_nothing_down_before_the_answer(chat_run):
+    conversation = Conversation(make_template(open_run(chat_run), "auto"))
+    _, first = conversation.ask("Hi")
+    assert conversation.ask("Hi")[1] == first

@@ -1,0 +1,325 @@
+"""HQQ, offload and fp16 on a GPU. tests/test_matrix.py, run where there are GPUs, compares every train type and
+option there over NCCL; here is what it does not show: kernels, and that offload frees memory."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import time
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+from data.tokenizing import Step
+from files import tensors as tensor_files
+from files.tensors import Stage, list_tensors, read_tensor
+from models.loss import look_up
+from monitoring.tracking import Meter
+from options.config import HQQ_BITS
+from parallel.activation_offload import HostStash, Offloaded
+from quantization.quantizers import HQQ, triton_runs_on
+from tests.gpu.test_layers import quantized
+from tests.gpu.test_packing import compiled_on_gpu
+from tests.helpers.resuming import NOISY, Signals, adapter, lines, repeated, run
+from tests.helpers.runs import dense_state, set_up, train_run
+from tests.test_parity import arguments, biased
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("n_bits", HQQ_BITS)
+@pytest.mark.parametrize(("shape", "block"), [((96, 128), 64), ((5, 24), 8), ((70, 1000), 200)])
+def test_hqq_is_expanded_as_on_the_cpu(n_bits, dtype, shape, block):
+    """One kernel there, plain operations here, equal to the last bit; also with row scales."""
+    quantizer = HQQ(n_bits, block)
+    codes, scales = quantizer.quantize(torch.randn(shape) * 0.05)
+    for rows in (None, torch.rand(shape[0]) + 0.5):
+        expected = quantizer.dequantize(codes, scales, None, shape, dtype, rows)
+        on_gpu = [t if t is None else t.cuda() for t in (codes, scales, None)]
+        got = quantizer.dequantize(*on_gpu, shape, dtype, rows if rows is None else rows.cuda())
+        assert torch.equal(got.cpu(), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("features", [64, 1000, 4096])
+def test_a_gpu_looks_up_rows_in_host_memory(features):
+    """By the kernel where the memory is pinned, by the host where it is not: the rows themselves."""
+    rows, index = torch.randn(50, features).bfloat16(), torch.randint(0, 50, (3001,), device="cuda")
+    here = torch.rand(3001, device="cuda") > 0.5
+    expected = rows.cuda()[index]
+    for where in (rows, rows.pin_memory()):
+        assert torch.equal(look_up(where, index), expected)
+        assert torch.equal(look_up(where, index, here), expected * here[:, None])
+
+
+@pytest.mark.gpu
+def test_a_reading_waits_for_nothing(one_rank):
+    """The host queues the fused optimizer's step while the gradient is computed."""
+    one_rank(read_without_waiting)
+
+
+def read_without_waiting(place) -> None:
+    step, numbers = (
+        Step(0.1, [], 1, 1, torch.zeros(0)),
+        [torch.ones((), device=place.device) for _ in range(2)],
+    )
+    meter = Meter(place.device, {"forward": 5, "backward": 6})
+    meter.read(1, step, 1e-4, *numbers)  # the communicator and the pinned memory are made once
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        began = time.perf_counter()
+        meter.restart()
+        torch.cuda._sleep(10**9)  # cycles, half a second
+        reading, lap = meter.read(2, step, 1e-4, *numbers), meter.lap()
+        queued = time.perf_counter() - began
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert (reading.loss(), reading.grad_norm(), reading.finite.item()) == (1, 1, True)
+    waited = time.perf_counter() - began
+    assert queued < 0.1 < waited * 0.9 < lap.seconds() < waited * 1.1, "the step's time is the GPU's"
+
+
+@pytest.mark.gpu
+def test_the_loop_waits_for_nothing_but_a_reading(checkpoints, alpaca_file, one_rank, tmp_path):
+    """Nor between one step and the next. What it waits for is an event, which torch does not complain of."""
+    options = ["--max_steps", "5", "--precision", "auto", "--output_dir", str(tmp_path)]
+    one_rank(steps_without_waiting, [*arguments(checkpoints("llama"), alpaca_file, "bnb_dora"), *options])
+
+
+def steps_without_waiting(place, argv: list[str]) -> None:
+    """The first two steps allocate, compile and make the optimizer's states."""
+
+    def told(self, reading, lap):
+        torch.cuda.set_sync_debug_mode("error" if 2 <= reading.index < 5 else "default")
+        return measure(self, reading, lap)
+
+    measure, Meter.measure = Meter.measure, told
+    try:
+        train_run(place, argv)
+    finally:
+        Meter.measure = measure
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind, on_host", [("llama", True), ("qwen2", False)])
+def test_only_an_embedding_that_nothing_else_needs_is_on_the_host(
+    kind, on_host, checkpoints, alpaca_file, one_rank
+):
+    """qwen2's is its head as well."""
+    args = arguments(checkpoints(kind), alpaca_file, "qlora")
+    assert one_rank(embedding_device, args)[0] == ("cpu" if on_host else "cuda", on_host)
+
+
+def embedding_device(place, args) -> tuple[str, bool]:
+    weight = set_up(place, args)[1].get_submodule("model.embed_tokens").weight
+    return weight.device.type, weight.is_pinned()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mib", [0.5, 7, 8, 64.5])
+def test_a_tensor_goes_to_the_gpu_in_pieces(mib, tmp_path, monkeypatch):
+    """Also larger than the stage, while the GPU is busy with something else: no piece is overwritten too early."""
+    monkeypatch.setattr(tensor_files, "PIECE", 2**20)
+    tensors = {
+        name: torch.randint(2**31, (int(mib * 2**18),), dtype=torch.int32).view(torch.bfloat16)
+        for name in "ab"
+    }
+    save_file(tensors, tmp_path / "file")
+    stage, device = Stage("cuda"), torch.device("cuda")
+    for name, stored in list_tensors(tmp_path / "file").items():
+        torch.cuda._sleep(10**8)
+        found = read_tensor(tmp_path, stored, stage).to(device)
+        assert torch.equal(found.view(torch.int32).cpu(), tensors[name].view(torch.int32))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("train_type", ["full", "qlora"])
+def test_a_checkpoint_loads_in_pieces(train_type, checkpoints, alpaca_file, one_rank):
+    """Of every tensor many, by several threads."""
+    folder = checkpoints("llama_bias")
+    found = one_rank(loaded_in_pieces, arguments(folder, alpaca_file, train_type))[0]
+    stored = {k: v for file in folder.glob("*.safetensors") for k, v in load_file(file).items()}
+    assert found.keys() == stored.keys()
+    for name, tensor in stored.items():
+        packed = train_type == "qlora" and "_proj.weight" in name
+        expected = quantized(tensor.cuda()).weight.cpu() if packed else tensor
+        assert torch.equal(found[name].cpu(), expected), name
+
+
+def loaded_in_pieces(place, args) -> dict[str, torch.Tensor]:
+    whole = tensor_files.PIECE, tensor_files.PIECES
+    tensor_files.PIECE, tensor_files.PIECES = 100, 3
+    try:
+        return dense_state(place, args)
+    finally:
+        tensor_files.PIECE, tensor_files.PIECES = whole
+
+
+class Block(nn.Module):
+    def __init__(self, depth: int = 1):
+        super().__init__()
+        self.linear, self.depth = nn.Linear(256, 256), depth
+
+    def forward(self, x):
+        for _ in range(self.depth):
+            x = x + torch.tanh(self.linear(x))
+        return x
+
+
+def offloaded(blocks: list[nn.Module]) -> list[Offloaded]:
+    stash, last = HostStash(), len(blocks) - 1
+    return [
+        Offloaded(block, stash, inputs=True, results=False, first=i == 0, last=i == last)
+        for i, block in enumerate(blocks)
+    ]
+
+
+def run_blocks(offload: bool) -> tuple[torch.Tensor, list[torch.Tensor], int]:
+    """(output, gradients, peak bytes) of 32 checkpointed blocks whose inputs take 8 MiB each."""
+    torch.manual_seed(0)
+    blocks = [checkpoint_wrapper(Block().cuda()) for _ in range(32)]
+    model = nn.Sequential(*(offloaded(blocks) if offload else blocks))
+    for _ in range(2):  # the second time pinned memory and streams are there
+        model.zero_grad()
+        x = torch.randn(8192, 256, device="cuda", generator=torch.Generator("cuda").manual_seed(1))
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        y = model(x.requires_grad_())
+        y.square().mean().backward()
+        peak = torch.cuda.max_memory_allocated() - before
+    return y.detach(), [p.grad.clone() for p in model.parameters()], peak
+
+
+@pytest.mark.gpu
+def test_activation_offload_changes_memory_only():
+    y, gradients, peak = run_blocks(offload=False)
+    other, others, lower = run_blocks(offload=True)
+    assert torch.equal(y, other)
+    assert all(torch.equal(a, b) for a, b in zip(gradients, others, strict=True))
+    assert peak > 32 * 2**23 > 2 * lower
+
+
+@pytest.mark.gpu
+def test_activation_offload_copies_while_the_gpu_computes(tmp_path):
+    """Blocks that take the GPU longer than the bus takes for their inputs, 128 MiB each. Each way the
+    first one begins when nothing is computed yet. To be run alone: kernels take turns with those of other processes, while
+    copies go on."""
+    model = nn.Sequential(*offloaded([checkpoint_wrapper(Block(8).cuda()) for _ in range(8)]))
+    x = torch.randn(2**17, 256, device="cuda", requires_grad=True)
+    for _ in range(2):  # the second time pinned memory and streams are there
+        model(x).square().mean().backward()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        model(x).square().mean().backward()
+        torch.cuda.synchronize()
+    profile.export_chrome_trace(str(tmp_path / "trace.json"))
+    events = [e for e in json.loads((tmp_path / "trace.json").read_text())["traceEvents"] if "dur" in e]
+    kernels = [(e["ts"], e["ts"] + e["dur"]) for e in events if e.get("cat") == "kernel"]
+    for direction in ("DtoH", "HtoD"):
+        copies = sorted(
+            (e["ts"], e["ts"] + e["dur"])
+            for e in events
+            if e.get("cat") == "gpu_memcpy" and direction in e["name"] and e["dur"] > 500
+        )
+        assert len(copies) == 8
+        for begin, end in copies[1:]:
+            beside = sum(max(0, min(end, stop) - max(begin, start)) for start, stop in kernels)
+            assert beside > 0.8 * (end - begin), direction
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("train_type", ["full", "bnb_dora", "hqq_lora"])
+def test_cpu_offload_leaves_the_gpu_empty(train_type, checkpoints, alpaca_file, one_rank):
+    args = arguments(checkpoints(), alpaca_file, train_type)
+    on_gpu, offloaded = (
+        one_rank(allocated_after_load, [*args, *more])[0] for more in ([], ["--use_cpu_offload"])
+    )
+    assert offloaded < 0.1 * on_gpu
+
+
+def allocated_after_load(place, args) -> int:
+    before = torch.cuda.memory_allocated()
+    model = set_up(place, args)[1]
+    held = torch.cuda.memory_allocated() - before
+    del model
+    return held
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", ["auto", "bf16", "fp16_autocast", "bf16_autocast", "bf16_buffers_autocast"])
+@pytest.mark.parametrize("train_type", ["full", "bnb_dora", "hqq_lora"])
+@pytest.mark.parametrize("more", [[], ["--use_cpu_offload"]], ids=["", "offload"])
+def test_precision_follows_fp32(train_type, mode, more, checkpoints, alpaca_file, plain_run, one_rank):
+    args = arguments(checkpoints("llama_bias"), alpaca_file, train_type, "--batch_size", "4")
+    expected = plain_run(args)
+    follows(expected, one_rank(train_run, [*args, "--precision", mode, *more])[0])
+
+
+def follows(expected: tuple, got: tuple) -> None:
+    """Whether losses and norms of gradients of `train_run` are the same but for 16 bits' rounding."""
+    (losses, _, norms), tensor = got, torch.tensor
+    torch.testing.assert_close(tensor(losses), tensor(expected[0]), rtol=2e-2, atol=0)
+    torch.testing.assert_close(tensor(norms), tensor(expected[2]), rtol=1e-1, atol=0)
+
+
+def run_on_a_t4(place, args: list) -> tuple:
+    """`train_run` on a GPU that says it is one, where whoever imports a kernel of Triton's fails."""
+    kernels = dict.fromkeys(["quantization.nf4_kernel", "quantization.hqq_kernel", "models.gather_kernel"])
+    turing = mock.patch.object(torch.cuda, "get_device_capability", return_value=(7, 5))
+    triton_runs_on.cache_clear()
+    try:
+        with turing, mock.patch.dict(sys.modules, kernels):
+            return train_run(place, args)
+    finally:
+        triton_runs_on.cache_clear()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("more", [[], ["--packing", "true"]], ids=["", "packed"])
+@pytest.mark.parametrize("train_type", ["bnb_dora", "hqq_dora", "hqq_llama_pro"])
+def test_a_t4_goes_its_own_ways(train_type, more, checkpoints, alpaca_file, plain_run, one_rank):
+    """fp16, the default of --compile, weights expanded by bitsandbytes and plain operations, packed rows without varlen
+    attention."""
+    base = checkpoints(biased(train_type))
+    args = arguments(base, alpaca_file, train_type, "--batch_size", "4", *more)
+    t4 = [*args, "--precision", "fp16_autocast", "--compile", "auto"]
+    follows(plain_run(args), one_rank(run_on_a_t4, t4)[0])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["qwen2", "phi3", "gemma2", "gemma3"])
+def test_compiled_families(kind, checkpoints, alpaca_file, one_rank):
+    """Where the code generator runs, which it does not in tests/parallel/test_activation_checkpointing.py; rows of many lengths."""
+    args = arguments(checkpoints(kind), alpaca_file, "bnb_dora", "--batch_size", "4", "--precision", "auto")
+    plain = one_rank(train_run, [*args, "--compile", "false"])[0]
+    compiled, graphs = one_rank(compiled_on_gpu, args)[0]
+    assert graphs
+    follows(plain, compiled)
+
+
+@pytest.mark.gpu
+def test_dropout_of_rows_of_many_lengths(checkpoints, alpaca_file, one_rank):
+    """Compiled, where the compiler makes the random numbers."""
+    args = arguments(checkpoints(), alpaca_file, "bnb_dora", "--lora_dropout", "0.1", "--batch_size", "1")
+    # Not in fp32: up to 2.11 at least torch's Triton cannot compile dropout of rows as narrow as this model's in it.
+    losses = one_rank(train_run, [*args, "--compile", "true", "--precision", "auto"])[0][0]
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.gpu
+def test_a_compiled_run_goes_on_to_the_last_bit(source, one_rank, tmp_path):
+    argv = [*source, *NOISY, "--compile", "true", "--precision", "auto", "--max_steps", "5", "--output_dir"]
+    whole, folder = str(tmp_path / "whole"), str(tmp_path / "run")
+    one_rank(run, [*argv, whole])
+    assert "stopped at step 3 of 5" in one_rank(run, [*argv, folder], Signals({3: signal.SIGTERM}))[0]
+    one_rank(run, [*argv, folder, "--resume", "auto"])
+    assert repeated(Path(folder)) == repeated(Path(whole)) and len(lines(Path(folder))) == 5
+    ours, theirs = adapter(Path(folder)), adapter(Path(whole))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)

@@ -1,0 +1,212 @@
+"""torch's variable-length kernel: against its definition, against the fallback, compiled, and in whole runs. The
+fallback itself, and where rows lie in a batch, are in tests/data/test_packing.py."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from data.packing import PackSampler
+from data.prefetch import ahead
+from launch.memory import can_pin
+from launch.precision import precision_here
+from models import attention
+from models.attention import VARLEN, attend_within_rows, has_varlen
+from tests.data.test_packing import by_definition, learn, packed_batch, packing_arguments, padded_batch
+from tests.data.test_tokenizing import some_rows
+from tests.helpers.runs import set_up, train_run
+from tests.test_parity import arguments
+
+# Relative error of a whole tensor: about twice what rounding of inputs and probabilities makes of it.
+ROUNDING = {torch.bfloat16: 1.5e-2, torch.float16: 3e-3}
+HEADS, GROUPS = 4, 2
+
+
+@pytest.fixture
+def kernel():
+    """Skips what needs it, on GPUs before Ampere."""
+    if not has_varlen():
+        pytest.skip("needs a GPU that has variable-length attention")
+
+
+def apart(a: torch.Tensor, b: torch.Tensor) -> float:
+    a, b = a.detach().double().cpu(), b.detach().double().cpu()
+    return ((a - b).norm() / b.norm()).item()
+
+
+def heads_of(features: int, dtype: torch.dtype, seed: int) -> list[torch.Tensor]:
+    """Query, key, value as transformers hands them over, [B, heads, T, D], and a gradient [B, T, heads, D]."""
+    lines, length = packed_batch().ids.shape
+    generator = torch.Generator("cuda").manual_seed(seed)
+    options = {"device": "cuda", "dtype": dtype, "generator": generator}
+    made = [
+        torch.randn(lines, length, heads, features, **options) for heads in (HEADS, GROUPS, GROUPS, HEADS)
+    ]
+    return [t.transpose(1, 2).requires_grad_() for t in made[:3]] + made[3:]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ROUNDING)
+@pytest.mark.parametrize("features, window", [(16, None), (64, 16), (128, None), (128, 16), (256, 16)])
+def test_the_kernel_computes_its_definition(features, window, dtype, kernel, monkeypatch):
+    """Forward and gradients, in float64; padding in pieces and rows of no tokens included."""
+    batch = packed_batch()
+    *inputs, upstream = heads_of(features, dtype, seed=0)
+    given = {"scaling": features**-0.5, "sliding_window": window, "max_length_q": batch.longest}
+    module = torch.nn.Identity()
+    got, _ = attend_within_rows(module, *inputs, None, cu_seq_lens_q=batch.bounds.cuda(), **given)
+    got.backward(upstream)
+    exact = [t.detach().double().cpu().requires_grad_() for t in inputs]
+    monkeypatch.setattr(attention, "varlen_attn", by_definition)
+    expected, _ = attend_within_rows(module, *exact, None, cu_seq_lens_q=batch.bounds, **given)
+    expected.backward(upstream.double().cpu())
+    assert apart(got, expected) < ROUNDING[dtype]
+    for mine, theirs in zip(inputs, exact, strict=True):
+        assert apart(mine.grad, theirs.grad) < ROUNDING[dtype]
+
+
+@pytest.mark.gpu
+def test_lines_that_are_not_packed_are_rows(kernel):
+    """As in evaluation: against PyTorch's own causal attention."""
+    *inputs, _ = heads_of(64, torch.bfloat16, seed=1)
+    got, _ = attend_within_rows(torch.nn.Identity(), *inputs, None, scaling=0.125)
+    q, k, v = (t.float() for t in inputs)
+    k, v = (t.repeat_interleave(HEADS // GROUPS, 1) for t in (k, v))
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.125)
+    assert apart(got, expected.transpose(1, 2)) < ROUNDING[torch.bfloat16]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["auto", "bf16", "fp16_autocast"])
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3", "gemma3", "phi3"])
+def test_models_follow_the_fallback(kind, precision, checkpoints, alpaca_file, one_rank, kernel):
+    """Loss and gradients. Of the families with routed experts none: rounding sends tokens to other experts."""
+    args = arguments(checkpoints(kind), alpaca_file, "bnb_dora", "--packing", "true")
+    args += ["--precision", precision, "--compile", "false"]
+    used, ours, fallback, leaking = one_rank(losses_and_gradients, args)[0]
+    assert used == VARLEN
+    assert ours[0] == pytest.approx(fallback[0], rel=2e-3)
+    assert apart(ours[1], fallback[1]) < 0.1
+    assert apart(leaking[1], fallback[1]) > 0.5, "rows that see one another would not show"
+
+
+def losses_and_gradients(place, args) -> tuple:
+    """(the attention that a packed run uses; (loss, all gradients) by it, by the fallback, and by causal attention
+    that knows nothing of rows)."""
+    job, model = set_up(place, args)
+    used, packed = model.config._attn_implementation, packed_batch()
+    leaking = type(packed)(packed.ids, packed.targets)
+
+    def once(batch) -> tuple[float, torch.Tensor]:
+        loss, gradients = learn(model, batch, precision_here(job.config.precision).context(place.device.type))
+        return loss, torch.cat([g.flatten() for g in gradients.values()])
+
+    ours = once(packed)
+    model.set_attn_implementation("sdpa")
+    return used, ours, once(packed), once(leaking)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["mistral", "gemma3"])
+def test_lines_beyond_a_window_follow_the_masks(kind, checkpoints, alpaca_file, one_rank, kernel):
+    """Not packed: loss and gradients; and a compiled run over lines of several lengths learns what another learns."""
+    args = [*arguments(checkpoints(kind), alpaca_file, "bnb_dora"), "--precision", "auto"]
+    used, ours, masked = one_rank(both_ways, [*args, "--compile", "false"])[0]
+    assert used == VARLEN
+    assert ours[0] == pytest.approx(masked[0], rel=2e-3)
+    assert apart(ours[1], masked[1]) < 0.1
+    compiled = one_rank(train_run, [*args, "--compile", "true"])[0]
+    plain = one_rank(train_run, [*args, "--compile", "false"])[0]
+    torch.testing.assert_close(torch.tensor(compiled[0]), torch.tensor(plain[0]), rtol=2e-2, atol=0)
+    torch.testing.assert_close(torch.tensor(compiled[2]), torch.tensor(plain[2]), rtol=1e-1, atol=0)
+
+
+def both_ways(place, args) -> tuple:
+    """(the attention that a run uses; (loss, all gradients) of lines by it, and by transformers' masks)."""
+    _, model = set_up(place, args)
+    used, found = model.config._attn_implementation, []
+    for name in (used, "sdpa"):
+        model.set_attn_implementation(name)
+        loss, gradients = learn(model, padded_batch(), precision_here("auto").context(place.device.type))
+        found.append((loss, torch.cat([g.flatten() for g in gradients.values()])))
+    return used, *found
+
+
+@pytest.mark.gpu
+def test_it_compiles_once_and_never_waits_for_the_gpu(kernel):
+    batch, module = packed_batch(), torch.nn.Identity()
+    attend = torch.compile(attend_within_rows, fullgraph=True)
+    longest = batch.longest
+    # The same number of bounds elsewhere: rows of 40, 37, ... tokens.
+    others = torch.tensor([0, 40, 77, 100, 154, 160, 200, 231, 231, 231, 231, 231], dtype=torch.int32)
+    assert len(others) == len(batch.bounds)
+
+    def step(function, bounds: torch.Tensor, inputs: list) -> torch.Tensor:
+        given = {"scaling": 0.125, "cu_seq_lens_q": bounds, "max_length_q": longest}
+        result, _ = function(module, *inputs[:3], None, **given)
+        result.backward(inputs[3])
+        return result
+
+    bounds, inputs = (
+        [b.cuda() for b in (batch.bounds, others)],
+        [heads_of(64, torch.bfloat16, s) for s in (0, 1)],
+    )
+    step(attend, bounds[0], inputs[0])
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            got = step(attend, bounds[1], inputs[1])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    expected = step(attend_within_rows, bounds[1], heads_of(64, torch.bfloat16, 1))
+    assert apart(got, expected) < 1e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["auto", "fp16_autocast"])
+def test_a_run_learns_what_it_learns_unpacked(precision, checkpoints, alpaca_file, one_rank):
+    """Steps of a whole epoch: the same rows in each. On GPUs before Ampere this is the fallback."""
+    args = [*packing_arguments(checkpoints(), alpaca_file, 2), "--gradient_accumulation_steps", "2"]
+    args += ["--precision", precision, "--compile", "false"]
+    packed = one_rank(train_run, [*args, "--batch_size", "4"])[0]
+    padded = one_rank(train_run, [*args, "--packing", "false", "--batch_size", "6"])[0]
+    torch.testing.assert_close(torch.tensor(packed[0]), torch.tensor(padded[0]), rtol=2e-2, atol=0)
+    torch.testing.assert_close(torch.tensor(packed[2]), torch.tensor(padded[2]), rtol=1e-1, atol=0)
+
+
+@pytest.mark.gpu
+def test_compiled_layers_are_compiled_for_one_shape(checkpoints, alpaca_file, one_rank, kernel):
+    """The second step's micro-batches, of other packs, compile nothing, and the result is that of layers that are
+    not compiled."""
+    args = [*packing_arguments(checkpoints(), alpaca_file, 2), "--precision", "auto", "--batch_size", "4"]
+    args += ["--gradient_accumulation_steps", "2"]
+    _, after_one = one_rank(compiled_on_gpu, [*args, "--max_steps", "1"])[0]
+    compiled, after_two = one_rank(compiled_on_gpu, args)[0]
+    assert after_one == after_two > 0
+    plain = one_rank(train_run, [*args, "--compile", "false"])[0]
+    torch.testing.assert_close(torch.tensor(compiled[0]), torch.tensor(plain[0]), rtol=2e-2, atol=0)
+    torch.testing.assert_close(torch.tensor(compiled[2]), torch.tensor(plain[2]), rtol=1e-1, atol=0)
+
+
+def compiled_on_gpu(place, args) -> tuple:
+    """(`train_run`'s results, graphs that were made)."""
+    torch.compiler.reset()
+    before = counters["stats"]["unique_graphs"]
+    results = train_run(place, [*args, "--compile", "true"])
+    return results, counters["stats"]["unique_graphs"] - before
+
+
+@pytest.mark.gpu
+def test_batches_come_in_pinned_memory():
+    if not can_pin("cuda"):
+        pytest.skip("this system grants no page-locked memory")
+    device = torch.device("cuda", 0)
+    steps = list(ahead(PackSampler(some_rows(40), 2, 1, 0, 1, 42, 29).steps(1), device, pin=True))
+    plain = list(PackSampler(some_rows(40), 2, 1, 0, 1, 42, 29).steps(1))
+    for ours, theirs in zip(steps, plain, strict=True):
+        for pinned, batch in zip(ours.batches, theirs.batches, strict=True):
+            for name in ("ids", "targets", "positions", "bounds"):
+                assert getattr(pinned, name).is_pinned()
+                assert torch.equal(getattr(pinned.to(device), name).cpu(), getattr(batch, name))

@@ -1,0 +1,420 @@
+"""Inputs that were made to do harm, and a process that meets them one after the other: `python -m tests.helpers.hostile FOLDER`
+writes what became of each, as JSON lines. test_hostile_input.py judges them.
+
+A case is a function that writes its files into a folder and returns the options that lead there. Those of checkpoints:
+hostile_checkpoints.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import resource
+import shutil
+import struct
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+Case = Callable[[Path], dict[str, object]]
+GIB = 2**30
+WORLD = ("model", "rows.jsonl", "secret.jsonl", "chat", "run")  # in the folder above each case's
+ROW = '{"instruction": "Say one.", "output": "one"}\n'
+BOMB = "[" + "[]," * 3_000_000 + "[]]"  # 9 MB of text, 24 times that as lists
+DEEP = "[" * 200_000
+SHARD = "model-00002-of-00004.safetensors"
+
+
+def options(**values) -> Case:
+    return lambda folder: values
+
+
+def put(path: Path, content: str | bytes) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def config_file(content: str | bytes) -> Case:
+    return lambda folder: {"config": put(folder / "run.yaml", content)}
+
+
+def recipe(content: str | bytes) -> Case:
+    def write(folder: Path) -> dict:
+        put(folder / "rows.jsonl", ROW)
+        (folder / "link.jsonl").symlink_to("../secret.jsonl")
+        return {"dataset": put(folder / "mine.toml", content)}
+
+    return write
+
+
+def data(name: str, content: str | bytes, **more) -> Case:
+    return lambda folder: {"dataset": put(folder / name, content), **more}
+
+
+def sparse(name: str, size: int, start: bytes = b"") -> Case:
+    """A file of NULs that takes no room on the disk."""
+
+    def write(folder: Path) -> dict:
+        os.truncate(put(folder / name, start), size)
+        return {"dataset": folder / name}
+
+    return write
+
+
+def link(name: str, target: str, option: str = "dataset") -> Case:
+    def write(folder: Path) -> dict:
+        (folder / name).symlink_to(target)
+        return {option: folder / name}
+
+    return write
+
+
+def parquet(rows: int, text: str) -> Case:
+    """One value that stands for all rows: a small file however many there are."""
+
+    def write(folder: Path) -> dict:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        column = pa.DictionaryArray.from_arrays(pa.array([0] * rows, pa.int32()), pa.array([text]))
+        pq.write_table(pa.table({"text": column}), folder / "a.parquet", compression="zstd")
+        return {"dataset": folder / "a.parquet"}
+
+    return write
+
+
+def model(damage: Callable[[Path], object], of: str = "model", **more) -> Case:
+    def write(folder: Path) -> dict:
+        shutil.copytree(folder.parent / of, folder / "model")
+        damage(folder / "model")
+        return {"model_name": folder / "model", **more}
+
+    return write
+
+
+def text(name: str, content: str | bytes) -> Case:
+    return model(lambda folder: put(folder / name, content))
+
+
+def json_of(name: str, **values) -> Case:
+    def damage(folder: Path) -> None:
+        path = folder / name
+        found = json.loads(path.read_text()) if path.exists() else {}
+        path.write_text(json.dumps(found | values))
+
+    return model(damage)
+
+
+def shard(content: Callable[[dict, bytes], bytes]) -> Case:
+    """content(header, tensors) -> a shard."""
+
+    def damage(folder: Path) -> None:
+        raw = (folder / SHARD).read_bytes()
+        (length,) = struct.unpack("<Q", raw[:8])
+        (folder / SHARD).write_bytes(content(json.loads(raw[8 : 8 + length]), raw[8 + length :]))
+
+    return model(damage)
+
+
+def packed(header: dict | bytes, tensors: bytes, length: int | None = None) -> bytes:
+    header = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(header) if length is None else length) + header + tensors
+
+
+def lying(**values) -> Case:
+    """A header whose first tensor says something else."""
+
+    def content(header: dict, tensors: bytes) -> bytes:
+        name = next(n for n in header if n != "__metadata__")
+        return packed(header | {name: header[name] | values}, tensors)
+
+    return shard(content)
+
+
+def index(file: object) -> Case:
+    def damage(folder: Path) -> None:
+        path = folder / "model.safetensors.index.json"
+        found = json.loads(path.read_text())
+        found["weight_map"][next(iter(found["weight_map"]))] = file
+        path.write_text(json.dumps(found))
+
+    return model(damage)
+
+
+def shard_link(target: str) -> Case:
+    def damage(folder: Path) -> None:
+        (folder / SHARD).unlink()
+        (folder / SHARD).symlink_to(target)
+
+    return model(damage)
+
+
+def template(source: str) -> Case:
+    turns = json.dumps(
+        {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]}
+    )
+
+    def damage(folder: Path) -> None:
+        put(folder / "chat_template.jinja", source)
+
+    def write(folder: Path) -> dict:
+        return model(damage)(folder) | {"dataset": put(folder / "chat.jsonl", turns)}
+
+    return write
+
+
+def edit_vocabulary(folder: Path, number: int) -> None:
+    """The letter e gets another number."""
+    path = folder / "tokenizer.json"
+    found = json.loads(path.read_text())
+    found["model"]["vocab"]["e"] = number
+    path.write_text(json.dumps(found))
+
+
+def laughs(levels: int) -> str:
+    """Ten times as much on each level, by aliases."""
+    lines = ["a0: &a0 [lol]"] + [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, levels)]
+    return "\n".join(lines)
+
+
+def numbers() -> dict[str, Case]:
+    """Every option that is a number, with numbers that no run has."""
+    from options.command_line import _annotation
+    from options.config import FIELDS
+
+    cases = {}
+    for name in FIELDS:
+        kind = _annotation(name)[0]
+        if kind not in (int, float):
+            continue
+        values = {int: ("9" * 5000, "1e3"), float: ("nan", "-1e400")}[kind]
+        more = {"n_bits": {"train_type": "hqq_lora"}, "group_size": {"train_type": "hqq_lora"}}.get(name, {})
+        cases |= {f"--{name} {value[:9]}": options(**{name: value}, **more) for value in values}
+    return cases
+
+
+OPTIONS = {
+    "NUL in a path": options(output_dir="a\0b"),
+    "NUL in the model's name": options(model_name="a\0b"),
+    "NUL in the cache's": options(quantized_cache="a\0b"),
+    "half a character": options(dataset="\udc80.jsonl"),
+    "too long a name": options(model_name="x" * 100_000),
+    "output below a device": options(output_dir="/dev/null/x"),
+    "output in a loop of links": link("out", "out", "output_dir"),
+    "a hundred thousand processes": options(world_size=100_000),
+    "a rank of a billion": options(lora_rank=10**9),
+    "a billion threads": options(loading_workers=10**9),
+    "a batch of 2**63": options(batch_size=2**63),
+    "rows without end": options(dataset="dummy", dataset_samples=2**31 - 1),
+    "rows of two gigabytes": options(dataset="dummy", context_length=2**31 - 1),
+    "a million target modules": options(lora_target_modules=",".join(["x"] * 1_000_000)),
+    "prompts out of a device": options(sample_every=1, sample_prompts="zero.txt"),
+    "a value that is none": lambda folder: {"config": "--"},
+    "another host": options(master_addr="192.0.2.1"),
+    "a privileged or taken port": options(master_port=1, master_addr="no.such.host.invalid"),
+    "a recipe by a path": options(dataset="../pyproject"),
+}
+YAML = {
+    "aliases that grow": config_file(laughs(12)),
+    "aliases in a value": config_file(laughs(9).replace("a8: &a8", "name:")),
+    "merges that grow": config_file(
+        "a: &a {lr: 1}\n"
+        + "\n".join(
+            f"{c}: &{c} {{<<: [{', '.join([f'*{p}'] * 10)}]}}"
+            for p, c in zip("abcdefgh", "bcdefghi", strict=True)
+        )
+    ),
+    "depth": config_file("lr: " + DEEP),
+    "depth in braces": config_file("{a: " * 100_000),
+    "depth by indentation": config_file("\n".join(" " * i + "a:" for i in range(800))),
+    "a mebibyte": config_file("# " + "x" * 2**20),
+    "NULs": config_file("lr: 1\0\n"),
+    "UTF-16": config_file("lr: 1\n".encode("utf-16")),
+    "code": config_file("name: !!python/object/apply:os.system ['touch pwned']\n"),
+    "a module": config_file("!!python/module:os\n"),
+    "a timestamp that is none": config_file("lr: !!timestamp 1- \\\n"),
+    "an int that is none": config_file("lora_rank: !!int '='\n"),
+    "a number of thousands of digits": config_file("lora_rank: " + "9" * 5000),
+    "a key that is a list": config_file("? [a, b]\n: 1\n"),
+    "two documents": config_file("lr: 1\n---\nlr: 2\n"),
+    "a device without end": options(config="/dev/zero"),
+}
+RECIPES = {
+    "source above": recipe('source = "../secret.jsonl"'),
+    "source by way of below": recipe('source = "a/../../secret.jsonl"'),
+    "source from the root": recipe('source = "/etc/passwd.jsonl"'),
+    "source is a link that leads out": recipe('source = "link.jsonl"'),
+    "source is a URL": recipe('source = "https://example.invalid/rows"'),
+    "source is a folder": recipe('source = "../"'),
+    "source holds a NUL": recipe('source = "a\\u0000.jsonl"'),
+    "files above": recipe('source = "some/data"\ndata_files = "../../secret.jsonl"'),
+    "files by URL": recipe('source = "some/data"\ndata_files = "https://example.invalid/a.jsonl"'),
+    "a list without end": recipe("markers = " + DEEP),
+    "a number of thousands of digits": recipe("samples = " + "9" * 5000),
+    "too large": recipe("# " + "x" * 2**20),
+    "not UTF-8": recipe(b'source = "\xff.jsonl"'),
+    "a fill of terabytes": recipe(
+        'fill = {instruction = "a", output = "' + "b" * 1000 + '"}\nsamples = 1000000000'
+    ),
+    "a folder": lambda folder: {"dataset": (folder / "x.toml").mkdir() or folder / "x.toml"},
+    "a device": link("x.toml", "/dev/zero"),
+}
+DATA = {
+    "NULs": data("a.jsonl", b"\0" * 1000),
+    "UTF-16": data("a.jsonl", ROW.encode("utf-16")),
+    "Latin-1": data("a.jsonl", ROW.replace("one", "\xe9").encode("latin-1")),
+    "half a character": data("a.jsonl", ROW.replace('"one"', '"\\ud800"')),
+    "a line of gigabytes": sparse("a.jsonl", 3 * GIB),
+    "a line of gigabytes in a .csv": sparse("a.csv", 3 * GIB, b"instruction,output\n"),
+    "a list of gigabytes": sparse("a.json", 3 * GIB, b"["),
+    "a bomb of lists": data("a.json", BOMB),
+    "a bomb in a row": data("a.jsonl", '{"instruction": ' + BOMB + ', "output": "b"}'),
+    "a bomb of objects": data("a.json", "[" + "{}," * 2_000_000 + "{}]"),
+    "depth": data("a.jsonl", DEEP),
+    "depth in objects": data("a.json", "[" + '{"a":' * 100_000),
+    "a number of thousands of digits": data("a.jsonl", '{"instruction": ' + "9" * 5000 + "}"),
+    "a row of five million letters": data("a.jsonl", ROW.replace("Say one.", "a" * 5_000_000)),
+    "empty fields": data("a.jsonl", '{"instruction": "", "output": ""}\n' * 5),
+    "empty objects": data("a.jsonl", "{}\n" * 5),
+    "NaN": data("a.jsonl", ROW + ROW.replace('"one"', "NaN")),
+    "a list of texts": data("a.json", '["a", "b"]'),
+    "empty columns' names": data("a.csv", ",\n1,2\n"),
+    "a quote that never ends": data("a.csv", 'instruction,output\n"' + "a,b\n" * 1000),
+    "NULs in a .csv": data("a.csv", "instruction,output\n\0,\0\n,\n"),
+    "no table": data("a.parquet", b"PAR1" + b"\xff" * 100 + b"PAR1"),
+    "ten million rows of one value": parquet(10**7, ""),
+    "a value of megabytes in many rows": parquet(1000, "x" * 10**7),
+    "a link to a device": link("a.jsonl", "/dev/zero"),
+    "a link to itself": link("a.jsonl", "a.jsonl"),
+    "a link to nothing": link("a.jsonl", "nothing"),
+    "conversation of numbers": data("a.jsonl", '{"messages": [1, 2]}'),
+    "conversation of nothing": data("a.jsonl", '{"messages": []}'),
+    "roles of lists": data("a.jsonl", '{"messages": [{"role": [], "content": {}}]}'),
+}
+TEMPLATES = {
+    "division by zero": template("{{ 1 // 0 }}"),
+    "a range without end": template("{{ range(10**9) | list }}"),
+    "recursion": template("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}"),
+    "the way out of the sandbox": template("{{ ''.__class__.__mro__[1].__subclasses__() }}"),
+    "no message there": template("{{ messages[99]['content'] + 1 }}"),
+    "not a template": template("{% for %}"),
+    "a text of a hundred million letters": template("{{ 'a' * 100_000_000 }}"),
+}
+MODELS = {
+    "index leads above": index("../secret.safetensors"),
+    "index leads to the root": index("/etc/passwd"),
+    "index leads below": index("sub/model.safetensors"),
+    "index holds a NUL": index("a\0b.safetensors"),
+    "index holds a list": index(["a"]),
+    "index nested": text("model.safetensors.index.json", '{"weight_map": ' + DEEP),
+    "index too large": model(lambda folder: os.truncate(folder / "model.safetensors.index.json", GIB)),
+    "shard is a link out": shard_link("../../model/" + SHARD),
+    "shard is a link to a device": shard_link("/dev/zero"),
+    "shard is a link to itself": shard_link(SHARD),
+    "shard is a link to nothing": shard_link("nothing"),
+    "shard is a text": text(SHARD, "GET /"),
+    "shard is empty": text(SHARD, ""),
+    "header of 2**63 bytes": shard(lambda header, tensors: packed(header, tensors, 2**63)),
+    "header of 99 MB that are not there": shard(lambda header, tensors: packed(header, tensors, 99_000_000)),
+    "header of no bytes": shard(lambda header, tensors: packed(header, tensors, 0)),
+    "header of spaces": shard(lambda header, tensors: packed(b" " * 50_000_000, tensors)),
+    "header nested": shard(lambda header, tensors: packed(DEEP.encode(), tensors)),
+    "header of many tensors": shard(lambda header, tensors: packed(
+        {f"t{i}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for i in range(150_000)}, b"")),
+    "header not UTF-8": shard(lambda header, tensors: packed(b'{"\xff": 1}', tensors)),
+    "index of half a character": index("\ud800.safetensors"),
+    "offsets beyond the end": lying(data_offsets=[0, 10**12]),
+    "offsets that overlap": lying(data_offsets=[4, 8]),
+    "offsets before the start": lying(data_offsets=[-8, 8]),
+    "offsets backwards": lying(data_offsets=[8, 0]),
+    "shape beyond 64 bits": lying(shape=[2**40, 2**40]),
+    "shape of less": lying(shape=[1]),
+    "no such dtype": lying(dtype="F17"),
+    "a path for a tensor's name": shard(lambda header, tensors: packed(
+        {name if name == "__metadata__" else f"../{name}": value for name, value in header.items()}, tensors)),
+    "config of 2**63 layers": json_of("config.json", num_hidden_layers=2**63),
+    "config of a million layers": json_of("config.json", num_hidden_layers=10**6),
+    "config of 1e18 heads": json_of("config.json", num_attention_heads=10**18, head_dim=64),
+    "config of a huge vocabulary": json_of("config.json", vocab_size=10**18),
+    "config of no size": json_of("config.json", hidden_size=0),
+    "config of NaN": json_of("config.json", hidden_size=float("nan")),
+    "config of code": json_of("config.json", model_type="evil", auto_map={"AutoConfig": "evil.Evil"}),
+    "config nested": text("config.json", '{"a": ' + DEEP),
+    "config not UTF-8": text("config.json", b'{"model_type": "\xff"}'),
+    "config in UTF-16": text("config.json", "{}".encode("utf-16")),
+    "config too large": text("config.json", '{"a": "' + "x" * 2**22 + '"}'),
+    "config a bomb": text("config.json", '{"a": ' + BOMB + "}"),
+    "config a number of digits": text("config.json", '{"hidden_size": ' + "9" * 5000 + "}"),
+    "tokenizer of a number": json_of("tokenizer_config.json", model_max_length="x"),
+    "tokenizer without its unknown": text("tokenizer_config.json", '{"backend": 1, "bos_token": "<s>"}'),
+    "tokenizer of huge ids": model(lambda folder: edit_vocabulary(folder, 2**31)),
+    "tokenizer nested": text("tokenizer.json", DEEP),
+    "tokenizer too large": model(lambda folder: os.truncate(folder / "tokenizer.json", GIB)),
+    "tokenizer is a device": model(
+        lambda folder: (folder / "tokenizer.json").unlink() or (folder / "tokenizer.json").symlink_to("/dev/zero")),
+    "generation config of nulls": json_of("generation_config.json", eos_token_id=[None]),
+    "generation config of a fraction": json_of("generation_config.json", eos_token_id=1.5),
+    "generation config nested": text("generation_config.json", DEEP),
+}  # fmt: skip
+
+
+def cases() -> dict[str, Case]:
+    from tests.helpers.hostile_checkpoints import CHECKPOINTS
+
+    groups = {"option": OPTIONS | numbers(), "yaml": YAML, "recipe": RECIPES, "data": DATA, "template": TEMPLATES,
+              "model": MODELS, "checkpoint": CHECKPOINTS}  # fmt: skip
+    return {f"{group}: {name}": case for group, table in groups.items() for name, case in table.items()}
+
+
+def listing(root: Path) -> set[tuple]:
+    """All below a folder, and what would show that a file was written."""
+    found = set()
+    for path in root.rglob("*"):
+        stat = path.lstat()
+        found.add((str(path), stat.st_size, stat.st_mtime_ns) if path.is_file() else (str(path),))
+    return found
+
+
+def meet(case: Case, folder: Path, main: Callable[[list[str]], int]) -> dict:
+    """What became of a case."""
+    folder.mkdir()
+    root = folder.parent
+    good = {"model_name": root / "model", "dataset": root / "rows.jsonl", "output_dir": folder / "out"}
+    argv = [f"--{name}={value}" for name, value in (good | case(folder)).items()]
+    before, shown, begun = listing(root), io.StringIO(), time.monotonic()
+    raised = ""
+    try:
+        with contextlib.redirect_stderr(shown), contextlib.redirect_stdout(io.StringIO()):
+            status = main(argv)
+    except BaseException as e:  # of any kind: it is what is looked for
+        status, raised = None, repr(e)[:300]
+    result = {"status": status, "raised": raised, "seconds": time.monotonic() - begun,
+              "lines": [line[:2000] for line in shown.getvalue().splitlines()],
+              "written": sorted(str(x) for x in listing(root) ^ before),
+              "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB}  # fmt: skip
+    shutil.rmtree(folder, ignore_errors=True)
+    return result
+
+
+def run(root: Path) -> None:
+    import train
+    from launch import processes as launch
+    from tests.helpers.hostile_checkpoints import SOUND, sound
+
+    def start(*_):
+        raise AssertionError("the run was started")
+
+    launch.start = start
+    with (root / "results.jsonl").open("w") as file:
+        for i, (name, case) in enumerate((cases() | {SOUND: sound}).items()):
+            line = {"name": name} | meet(case, root / "world" / str(i), train.main)
+            file.write(json.dumps(line) + "\n")
+            file.flush()
+
+
+if __name__ == "__main__":
+    run(Path(sys.argv[1]))

@@ -1,0 +1,67 @@
+"""train.py as users start it, what they find of a run, and its processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+
+ROOT = Path(__file__).parents[2]
+
+
+def start(args, *launcher: str, **env: str) -> subprocess.Popen:
+    command = [sys.executable, *launcher, str(ROOT / "train.py"), *map(str, args)]
+    return subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | env
+    )
+
+
+def run(args, *launcher: str, **env: str) -> str:
+    """Output of a run that must succeed."""
+    process = start(args, *launcher, **env)
+    out, err = process.communicate(timeout=200)
+    assert process.returncode == 0, f"{out}\n{err}"
+    return out + err
+
+
+def small(checkpoints, rows, out, *more) -> list:
+    options = ["--max_steps", "4", "--batch_size", "2", "--lora_rank", "8", "--lr", "2e-3", *more]
+    return ["--model_name", checkpoints(), "--dataset", rows, "--output_dir", out, *options]
+
+
+def metrics(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(folder: Path) -> list[float]:
+    return [m["loss"] for m in metrics(folder)]
+
+
+def ranks_of(process: subprocess.Popen) -> list[psutil.Process]:
+    """The rank processes, in order: those that multiprocessing spawned, or its fork server's children."""
+    forked = [rank for server in started_by("forkserver", process) for rank in server.children()]
+    return sorted(started_by("spawn_main", process) + forked, key=lambda c: c.create_time())
+
+
+def started_by(way: str, process: subprocess.Popen) -> list[psutil.Process]:
+    """The children that multiprocessing started for a process in this way."""
+    return [c for c in psutil.Process(process.pid).children() if way in " ".join(c.cmdline())]
+
+
+def wait_for(condition, process: subprocess.Popen, seconds: float = 90):
+    """What the condition gives as soon as it is true."""
+    deadline = time.time() + seconds
+    while time.time() < deadline and process.poll() is None:
+        if found := condition():
+            return found
+        time.sleep(0.1)
+    raise AssertionError(f"waited in vain: {process.communicate()}")
+
+
+def wait_for_steps(process: subprocess.Popen, path: Path) -> None:
+    wait_for(lambda: path.exists() and path.read_text().count("\n") >= 2, process)

@@ -1,0 +1,80 @@
+"""export.py, evaluate.py and the others as they are typed: processes of their own, with what they show."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from launch.program import typed_command
+from tests.helpers.programs import ROOT
+
+
+@pytest.mark.parametrize("program", ["train", "export", "generate", "evaluate", "report", "block_expansion"])
+def test_help_shows_nothing_else(program):
+    """No library's advice before it, and none of those whose import takes seconds."""
+    command = [sys.executable, "-X", "importtime", f"{program}.py", "--help"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    imported = [line.rpartition("|")[2].strip() for line in done.stderr.splitlines()]
+    assert done.returncode == 0 and "usage:" in done.stdout and "argparse" in imported
+    assert not {"torch", "transformers", "bitsandbytes"} & set(imported)
+    assert all(line.startswith("import time:") for line in done.stderr.splitlines())
+
+
+@pytest.mark.parametrize("where", ["the folder of train.py", "another"])
+def test_a_command_that_is_shown_can_be_typed(where, tmp_path):
+    """With an interpreter that nobody finds by its name, and in a shell where that is another one's name."""
+    folder = ROOT if where != "another" else tmp_path
+    (tmp_path / "python").write_text("#!/bin/sh\nexit 3\n")
+    (tmp_path / "python").chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path}:/usr/bin:/bin", "PYTHONPATH": str(ROOT)}
+    show = "import shlex; from launch.program import typed_command; print(shlex.join(typed_command('report.py')))"
+    options = {"cwd": folder, "env": environment, "text": True, "timeout": 60}
+    typed = subprocess.check_output([sys.executable, "-c", show], **options)
+    done = subprocess.run(f"{typed.strip()} --help", shell=True, capture_output=True, **options)
+    assert done.returncode == 0 and "usage: report.py" in done.stdout, (typed, done.stderr)
+
+
+def test_an_interpreter_is_called_by_the_name_that_finds_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "python3").symlink_to(os.path.realpath(sys.executable))
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "one" / "python3"))
+    assert typed_command("report.py") == ["one/python3", str(ROOT / "report.py")]
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("PATH", str(tmp_path / "one"))
+    assert typed_command("report.py") == ["python3", "report.py"]
+    monkeypatch.setenv("PATH", str(tmp_path / "two"))  # another virtual environment over the same Python
+    assert typed_command("report.py") == [sys.executable, "report.py"]
+    (tmp_path / "one" / "python").symlink_to("python3")
+    monkeypatch.setenv("PATH", str(tmp_path / "one"))
+    assert typed_command("report.py") == ["python", "report.py"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "program", ["export.py --to merged --check false", "evaluate.py --metrics perplexity"]
+)
+def test_stopped_by_a_signal(program, number, runs, alpaca_file, tmp_path):
+    """No traceback, and nothing is written; also where the libraries are still being loaded."""
+    script, *options = program.split()
+    more = ["--dataset", alpaca_file] if script == "evaluate.py" else []
+    command = [sys.executable, script, runs[0], *options, *more, "--out", tmp_path / "a" / "out"]
+    process = subprocess.Popen(
+        list(map(str, command)), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    maps, end = Path(f"/proc/{process.pid}/maps"), time.monotonic() + 60
+    while "libtorch" not in maps.read_text():
+        assert process.poll() is None and time.monotonic() < end
+        time.sleep(0.01)
+    process.send_signal(number)
+    shown = process.communicate(timeout=60)
+    assert process.returncode == 128 + number and shown == ("", "")
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,182 @@
+"""How ranks are started: with which environment, on which processors, from which server."""
+
+from __future__ import annotations
+
+import errno
+import json
+import multiprocessing.forkserver
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from launch import processes as launch
+from tests.helpers.programs import ROOT
+
+
+def writes_its_environment(place, path: Path) -> None:
+    path.write_text(json.dumps(dict(os.environ)))
+
+
+def test_a_rank_has_the_environment_of_its_parent(processes, tmp_path):
+    """Also without what the parent no longer has, but had when the server of the forks began."""
+    del os.environ["PYTEST_CURRENT_TEST"]
+    found = tmp_path / "environment.json"
+    assert launch.start(writes_its_environment, 1, (found,), "localhost", None) == 0
+    assert json.loads(found.read_text()) == os.environ
+
+
+def share(place, sets: list[set[int]]) -> int:
+    """Of a rank whose node has ranks that may run on these processors."""
+    with mock.patch.object(os, "sched_getaffinity", lambda _: sets[place.rank], create=True):
+        return launch.share_of_processors(place.local_rank, place.rank, place.local_world, place.world)
+
+
+@pytest.mark.parametrize(
+    ("sets", "shares"),
+    [
+        ([range(0, 64, 2)] * 2, [16, 16]),
+        ([range(12), range(12, 24)], [12, 12]),  # as Slurm and mpirun bind them
+        ([range(3)] * 2, [1, 1]),
+        ([range(1)] * 2, [1, 1]),
+        ([range(8), range(4, 24)], [4, 10]),
+    ],
+)
+def test_ranks_share_processors(sets, shares, two_ranks):
+    assert two_ranks(share, list(map(set, sets))) == shares
+
+
+def test_other_nodes_share_none(two_ranks):
+    assert two_ranks(alone_on_its_node) == [5, 5]
+
+
+def alone_on_its_node(place) -> int:
+    with mock.patch.object(os, "sched_getaffinity", lambda _: set(range(5)), create=True):
+        return launch.share_of_processors(0, place.rank, 1, place.world)
+
+
+@pytest.mark.parametrize(
+    ("asked", "agent", "ranks", "threads"),
+    [
+        (None, False, 2, [7]),
+        ("", False, 2, [7]),
+        ("5", False, 2, []),
+        ("1", False, 2, []),
+        ("1", True, 2, [7]),
+        ("1", True, 1, []),  # not torchrun's
+        ("5", True, 2, []),
+    ],
+)
+def test_threads_are_a_share_unless_somebody_says_how_many(asked, agent, ranks, threads, monkeypatch):
+    """Where as many run in each rank as there are processors, an optimizer's step takes 80 times as long."""
+    for name, value in ("OMP_NUM_THREADS", asked), ("TORCHELASTIC_RUN_ID", "1" if agent else None):
+        if value is None:
+            monkeypatch.delenv(name, raising=False)
+        else:
+            monkeypatch.setenv(name, value)
+    set_to = []
+    monkeypatch.setattr(torch, "set_num_threads", set_to.append)
+    launch.set_threads(7, ranks)
+    assert set_to == threads
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_a_rank_begins_with_its_share(gpu, monkeypatch):
+    """On GPUs as well, beside which host tensors are computed with too (--use_cpu_offload)."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)), raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: int(gpu))
+    monkeypatch.setattr(launch, "use", lambda device: None)
+    monkeypatch.setattr(dist, "init_process_group", lambda *_, **__: None)
+    monkeypatch.setattr(dist, "all_gather_object", lambda all, own: all.__setitem__(slice(None), [own] * 3))
+    set_to = []
+    monkeypatch.setattr(torch, "set_num_threads", set_to.append)
+    place = launch.join_group(0, 3, 0)
+    assert (set_to, place.processors, place.device.type) == ([2], 2, "cuda" if gpu else "cpu")
+
+
+def test_torch_is_imported_with_what_it_reads(tmp_path):
+    """In ranks of torchrun as well, which are this program themselves."""
+    names = ("OMP_WAIT_POLICY", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+    (tmp_path / "torch.py").write_text(f"import os\nprint([os.environ.get(n) for n in {names}])\nos._exit(0)")
+    environment = {k: v for k, v in os.environ.items() if k not in names} | {"PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, "-u", "train.py"]
+    shown = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+    assert shown.stdout == "['PASSIVE', 'expandable_segments:True', None]\n", shown.stderr
+
+
+def writes_its_policy(place, path: Path) -> None:
+    path.write_text(os.environ["OMP_WAIT_POLICY"])
+
+
+@pytest.mark.parametrize("own", [None, "ACTIVE"])
+def test_idle_threads_of_ranks_sleep(own, processes, tmp_path):
+    os.environ.pop("OMP_WAIT_POLICY", None)
+    if own:
+        os.environ["OMP_WAIT_POLICY"] = own
+    assert launch.start(writes_its_policy, 1, (tmp_path / "policy",), "localhost", None) == 0
+    assert (tmp_path / "policy").read_text() == (own or "PASSIVE")
+
+
+@pytest.fixture
+def new_server(monkeypatch):
+    """Ranks are forks, of a server of their own, not that of the other tests."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    server = multiprocessing.forkserver.ForkServer()
+    for name in ("ensure_running", "set_forkserver_preload", "connect_to_new_process"):
+        monkeypatch.setattr(multiprocessing.forkserver, name, getattr(server, name))
+    yield
+    server._stop()
+
+
+def test_a_server_that_is_killed_while_it_imports_is_a_line(
+    new_server, processes, monkeypatch, tmp_path, capfd
+):
+    (tmp_path / "launch").mkdir()
+    (tmp_path / "launch/rank_imports.py").write_text(
+        "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    monkeypatch.setattr(launch, "__file__", str(tmp_path / "launch/processes.py"))
+    monkeypatch.chdir(tmp_path)  # of a second server, if the first has ended too soon
+    status, err = launch.start(print, 2, (), "localhost", None), capfd.readouterr().err
+    told = "a process ended while it imported what ranks need; out of host memory is the usual cause"
+    assert (status, err) == (1, f"error: {told}\n")
+
+
+@pytest.mark.parametrize(
+    ("error", "raised", "words"),
+    [
+        (BrokenPipeError(), launch.NotStarted, "a process ended while it imported"),
+        (OSError(errno.EMFILE, "Too many open files"), OSError, "Too many open files"),
+        (
+            RuntimeError("unable to allocate shared memory(shm): No space left on device (28)"),
+            launch.NotStarted,
+            "shared memory, which is full; docker run has --shm-size",
+        ),
+    ],
+)
+def test_ranks_that_were_started_before_one_that_failed_are_ended(
+    error, raised, words, new_server, monkeypatch
+):
+    started = [multiprocessing.get_context("forkserver").Process(target=time.sleep, args=(60,)) for _ in "ab"]
+
+    def start_processes(*_, **__):
+        started[1].start()
+        raise error
+
+    multiprocessing.forkserver.set_forkserver_preload([])
+    started[0].start()
+    monkeypatch.setattr(launch.mp, "start_processes", start_processes)
+    with pytest.raises(raised, match=words):
+        launch._start_ranks(2, ())
+    started[1].join(10)
+    assert started[1].exitcode == -signal.SIGKILL and started[0].is_alive(), "which is no rank"
+    started[0].kill()

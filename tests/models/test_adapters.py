@@ -1,0 +1,304 @@
+"""LoRA and DoRA against their equations and against PEFT, with random adapters; what is trained; step 0."""
+
+from __future__ import annotations
+
+import peft
+import pytest
+import torch
+import torch.nn.functional as F
+from functorch.compile import make_boxed_func
+from torch import nn
+from torch._dynamo.backends.common import aot_autograd
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoModelForCausalLM
+
+import models.dora
+import train
+from data.tokenizing import IGNORE, Batch
+from models.dora import DoRALinear
+from models.lora import LoRALinear
+from options.config import METHODS
+from quantization import operators as linear4bit
+from quantization.quantizers import HQQ, NF4
+from quantize_layers import Linear4bit
+from tests.helpers.runs import outputs, set_up, trained_tensors, transformers_model
+from tests.helpers.tiny import CONFIGS
+from tests.test_quantize_layers import CPU, quantized
+
+QUANTIZERS = [NF4(), HQQ(8), HQQ(4), HQQ(2), HQQ(3, 48)]  # 48: groups cross rows, no row scales
+O, I, R, ALPHA = 48, 64, 8, 20  # noqa: E741
+LINEARS = "self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.o_proj mlp.gate_proj mlp.up_proj mlp.down_proj"
+IDS = torch.randint(0, 256, (2, 40), generator=torch.Generator().manual_seed(1))
+
+
+def filled(layer: LoRALinear, weight: torch.Tensor, bias: torch.Tensor, seed: int = 0) -> LoRALinear:
+    """A layer with its base packed from `weight`, and random adapters."""
+    generator = torch.Generator().manual_seed(seed)
+    for module in layer.modules():
+        if hasattr(module, "fill_buffers"):
+            module.fill_buffers(CPU)
+    params = dict(layer.named_parameters())
+    contents = layer.pack("weight", weight) | layer.pack("bias", bias)
+    for name, content in contents.items():
+        params[name].data.copy_(content)
+    for name in ("lora_A", "lora_B", "magnitude_change"):
+        if name in params:
+            values = torch.randn(params[name].shape, generator=generator) * 0.1
+            params[name].data = values.to(params[name].dtype)
+    return layer
+
+
+def dora(base: nn.Module, dropout: float = 0.0) -> DoRALinear:
+    return DoRALinear(base, (O, I), R, ALPHA, dropout, torch.float32)
+
+
+def equation(layer: DoRALinear, weight: torch.Tensor, bias: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """DoRA as its paper writes it, in float64 and with the updated weight materialised."""
+    a, b = layer.lora_A.double(), layer.lora_B.double()
+    updated = weight.double() + ALPHA / R * b @ a
+    magnitude = weight.double().norm(dim=1) + layer.magnitude_change.double()
+    direction = updated / updated.norm(dim=1, keepdim=True).detach()
+    return (x.double() @ (magnitude[:, None] * direction).T + bias.double()).float()
+
+
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("quantizer", QUANTIZERS, ids=str)
+def test_qdora_is_dense_dora_is_the_equation(quantizer, wide, monkeypatch):
+    """wide: as a GPU computes a projection to a wider output, with the low-rank branch in the large matmul."""
+    monkeypatch.setattr(linear4bit, "_widens", lambda *_: wide)
+    weight, bias, x = torch.randn(O, I), torch.randn(O), torch.randn(3, 7, I)
+    frozen = quantized(weight, torch.float32, None, quantizer)
+    four_bit = filled(dora(Linear4bit(nn.Linear(I, O), torch.float32, quantizer)), weight, bias)
+    dense = filled(dora(nn.Linear(I, O)), frozen.weight, bias)
+    torch.testing.assert_close(four_bit(x), dense(x), rtol=1e-5, atol=1e-5)
+    expected = equation(four_bit, frozen.weight, bias, x)
+    torch.testing.assert_close(four_bit(x), expected, rtol=1e-5, atol=1e-5)
+    gradients = []
+    for output in (four_bit(x), expected):
+        parameters = [four_bit.lora_A, four_bit.lora_B, four_bit.magnitude_change]
+        gradients.append(torch.autograd.grad(output.square().sum(), parameters))
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_factored_norm_is_the_norm_of_the_updated_weight():
+    weight, bias = torch.randn(O, I), torch.randn(O)
+    layer = filled(dora(nn.Linear(I, O)), weight, bias)
+    updated = weight.double() + ALPHA / R * layer.lora_B.double() @ layer.lora_A.double()
+    torch.testing.assert_close(
+        layer.updated_norm(),
+        updated.norm(dim=1).float(),
+        rtol=1e-6,
+        atol=0,
+    )
+    assert not layer.updated_norm().requires_grad
+
+
+def test_the_compiler_leaves_the_norm_what_it_is():
+    """In fp32: the real one once dropped s/2, and the graphs that other tests compare are not lowered."""
+    a, b, projected = torch.randn(R, I) * 0.1, torch.randn(O, R) * 0.1, torch.randn(O, R)
+    operands = projected, a, b, ALPHA / R, torch.full((O,), 64.0)
+    expected, compiled = linear4bit.factored_norm(*operands), torch.compile(linear4bit.factored_norm)
+    torch.testing.assert_close(compiled(*operands), expected, rtol=1e-6, atol=0)
+
+
+def test_a_row_of_zeros_is_no_nan():
+    weight, bias = torch.randn(O, I), torch.randn(O)
+    weight[3] = 0
+    layer = filled(dora(nn.Linear(I, O)), weight, bias)
+    layer.lora_B.data.zero_()
+    layer.magnitude_change.data.zero_()
+    x = torch.randn(5, I)
+    torch.testing.assert_close(layer(x), x @ weight.T + bias, rtol=1e-5, atol=1e-5)
+
+
+def test_small_magnitude_changes_survive_bf16():
+    """m itself in bf16 would lose a change of 0.1%; m - ||W|| keeps it."""
+    weight, bias = torch.randn(O, I), torch.zeros(O)
+    layer = DoRALinear(nn.Linear(I, O).bfloat16(), (O, I), R, ALPHA, 0.0, torch.bfloat16)
+    filled(layer, weight.bfloat16(), bias)
+    layer.lora_B.data = torch.zeros(O, R, dtype=torch.bfloat16)
+    norm = weight.bfloat16().float().norm(dim=1)
+    layer.magnitude_change.data = (0.001 * norm).bfloat16()
+    torch.testing.assert_close(
+        layer.magnitude() / layer.updated_norm(),
+        torch.full((O,), 1.001),
+        rtol=1e-5,
+        atol=0,
+    )
+
+
+def test_dropout_acts_on_the_low_rank_branch_only():
+    weight, bias, x = torch.randn(O, I), torch.randn(O), torch.randn(2000, I)
+    layer = filled(dora(nn.Linear(I, O), dropout=0.5), weight, bias).train()
+    layer.lora_B.data.zero_()  # without a low-rank branch nothing is random
+    torch.testing.assert_close(layer(x), layer.eval()(x), rtol=0, atol=0)
+    filled(layer, weight, bias)
+    assert not torch.equal(layer.train()(x), layer.eval()(x))
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+@pytest.mark.parametrize("compiled_as", ["eager", "fullgraph"])
+@pytest.mark.parametrize("quantizer", [NF4(), HQQ(4)], ids=str)
+def test_layers_compile_without_a_graph_break(kind, compiled_as, quantizer):
+    weight, bias, x = torch.randn(O, I), torch.randn(O), torch.randn(4, I)
+    base = Linear4bit(nn.Linear(I, O), torch.float32, quantizer)
+    layer = dora(base) if kind == "dora" else LoRALinear(base, (O, I), R, ALPHA, 0.0, torch.float32)
+    filled(layer, weight, bias)
+    call = layer if compiled_as == "eager" else torch.compile(layer, fullgraph=True, backend="aot_eager")
+    call(x).square().sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in layer.parameters() if p.requires_grad)
+
+
+def test_doras_output_is_let_go_before_the_large_matmul_of_backward():
+    """In the compiled graph what reads it, the magnitude's gradient, is an operand of that matmul: it cannot come after
+    it."""
+    base = Linear4bit(nn.Linear(I, O), torch.float32, NF4())
+    layer, graphs = filled(dora(base), torch.randn(O, I), torch.randn(O)), []
+
+    def keep(graph, _):
+        graphs.append(graph)
+        return make_boxed_func(graph)
+
+    x = torch.randn(4, I, requires_grad=True)
+    backend = aot_autograd(fw_compiler=keep, bw_compiler=keep)
+    torch.compile(layer, fullgraph=True, backend=backend)(x).square().sum().backward()
+    nodes = {n.name: n for n in graphs[-1].graph.nodes}
+    before = nodes["linear4bit_backward"].all_input_nodes
+    for node in before:  # also those that are found on the way
+        before.extend(n for n in node.all_input_nodes if n not in before)
+    outputs = [n for n in nodes.values() if n.op == "placeholder" and n.meta["val"].shape == (4, O)]
+    (y,) = (n for n in outputs if n.name != "tangents_1")
+    assert set(y.users) <= set(before)
+
+
+def args_for(model, data, train_type: str, *more) -> list[str]:
+    adapters = ["--lora_rank", str(R), "--lora_alpha", str(ALPHA)] if METHODS[train_type].adapter else []
+    return ["--model_name", model, "--dataset", data, "--train_type", train_type, *adapters, *more]
+
+
+def as_peft(folder, state: dict, ours: dict, use_dora: bool, alpha: float = ALPHA):
+    """transformers' model with the weights that training computed with, under PEFT, with our adapters."""
+    base = transformers_model(folder, state)
+    names = sorted({name.split(".")[-2] for name in ours})
+    options = {"r": R, "lora_alpha": alpha, "target_modules": names, "use_dora": use_dora}
+    model = peft.get_peft_model(base, peft.LoraConfig(task_type="CAUSAL_LM", **options))
+    params = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, tensor in ours.items():
+            layer, _, last = name.rpartition(".")
+            path = f"base_model.model.{layer}."
+            if last == "magnitude_change":
+                params[f"{path}lora_magnitude_vector.default.weight"].copy_(
+                    state[f"{layer}.weight"].norm(dim=1) + tensor
+                )
+            else:
+                params[f"{path}{last}.default.weight"].copy_(tensor)
+    return model
+
+
+def adapters_of(place, args):
+    return trained_tensors(set_up(place, args)[1])
+
+
+@pytest.mark.parametrize(
+    ("kind", "train_type"),
+    [(kind, t) for kind in ("llama_bias", "qwen2") for t in ("lora", "dora", "qlora", "bnb_dora")]
+    + [
+        ("llama_bias", "hqq_lora"),
+        ("qwen2", "hqq_dora"),
+        ("gemma3", "bnb_dora"),
+        ("phi3", "lora"),
+        ("phi3", "bnb_dora"),
+        ("qwen3_moe", "bnb_dora"),
+    ],
+)
+def test_model_equals_peft(train_type, kind, checkpoints, alpaca_file, one_rank):
+    """The whole model, alpha / rank = 2.5, biases, on the same (dequantized) weights."""
+    folder = checkpoints(kind)
+    args = args_for(folder, alpaca_file, train_type)
+    ours, state, adapters = one_rank(outputs, args, IDS)[0]
+    model = as_peft(folder, state, adapters, METHODS[train_type].adapter == "dora").eval()
+    with torch.no_grad():
+        theirs = model(input_ids=IDS).logits
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    with torch.no_grad(), model.disable_adapter():  # the adapters matter: without them it is another model
+        assert (model(input_ids=IDS).logits - ours).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("kind", list(CONFIGS))
+@pytest.mark.parametrize("train_type", ["full", "qlora", "bnb_dora"])
+def test_step_zero_is_the_base_model(kind, train_type, checkpoints, alpaca_file, one_rank):
+    """Every family against transformers' own forward on the (dequantized) weights, before any training."""
+    folder = checkpoints(kind)
+    args = args_for(folder, alpaca_file, train_type)
+    ours, state, _ = one_rank(outputs, args, IDS, False)[0]
+    model = transformers_model(folder, state)
+    with torch.no_grad():
+        torch.testing.assert_close(ours, model(input_ids=IDS).logits, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", list(CONFIGS))
+def test_the_loss_is_that_of_the_logits(kind, checkpoints, alpaca_file, one_rank):
+    """It is formed without transformers' forward, and must hold what that does between the head and the logits."""
+    loss, logits = one_rank(loss_and_logits, args_for(checkpoints(kind), alpaca_file, "bnb_dora"))[0]
+    assert loss == pytest.approx(summed_cross_entropy(logits), rel=1e-5)
+
+
+def loss_and_logits(place, args) -> tuple[float, torch.Tensor]:
+    _, model = set_up(place, args)
+    targets = IDS.roll(-1, 1)
+    targets[:, -1] = IGNORE
+    with torch.no_grad():
+        loss = train.loss_sum(model.eval(), Batch(IDS, targets)).item()
+        return loss, model(input_ids=IDS, use_cache=False).logits.clone()
+
+
+def summed_cross_entropy(logits: torch.Tensor) -> float:
+    """Of IDS, each token from those before it."""
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1), IDS[:, 1:].flatten(), reduction="sum").item()
+
+
+@pytest.mark.parametrize(
+    "train_type", [t for t, m in METHODS.items() if m.quantizer != "hqq" and not m.expansion]
+)
+def test_exact_set_of_trained_names(train_type, checkpoints, alpaca_file, one_rank):
+    names = one_rank(trained_names, args_for(checkpoints("llama_bias"), alpaca_file, train_type))[0]
+    parts = {"lora": ["lora_A", "lora_B"], "dora": ["lora_A", "lora_B", "magnitude_change"]}
+    if METHODS[train_type].adapter:
+        layers = [f"model.layers.{i}.{linear}" for i in range(3) for linear in LINEARS.split()]
+        expected = {f"{layer}.{part}" for layer in layers for part in parts[METHODS[train_type].adapter]}
+    else:
+        expected = set(
+            dict(AutoModelForCausalLM.from_pretrained(checkpoints("llama_bias")).named_parameters())
+        )
+    assert names == expected
+
+
+def trained_names(place, args) -> set[str]:
+    return set(trained_tensors(set_up(place, args)[1]))
+
+
+@pytest.mark.parametrize(
+    ("targets", "linears"),
+    [("default", {"q_proj", "v_proj"}), ("o_proj, mlp.up_proj", {"o_proj", "up_proj"})],
+)
+def test_target_modules(targets, linears, checkpoints, alpaca_file, one_rank):
+    args = args_for(checkpoints(), alpaca_file, "qlora", "--lora_target_modules", targets)
+    names = one_rank(trained_names, args)[0]
+    assert {n.split(".")[-2] for n in names} == linears
+    assert len(names) == 3 * 2 * 2
+
+
+def test_recomputation_takes_the_norm_once_and_never_a_stale_one(monkeypatch):
+    taken, original = [], models.dora.project4bit
+    monkeypatch.setattr(models.dora, "project4bit", lambda *args: (taken.append(1), original(*args))[1])
+    layer = filled(dora(Linear4bit(nn.Linear(I, O), torch.float32, NF4())), torch.randn(O, I), torch.randn(O))
+    x = torch.randn(5, I, requires_grad=True)
+    for step in (1, 2):
+        expected = torch.autograd.grad(layer(x).square().sum(), layer.lora_A)[0]
+        before = len(taken)
+        checkpoint(layer, x, use_reentrant=False).square().sum().backward()
+        assert len(taken) == before + 1, "one norm for forward and recomputation together"
+        torch.testing.assert_close(layer.lora_A.grad, expected, rtol=0, atol=0)
+        layer.lora_A.data, layer.lora_A.grad = layer.lora_A.data + step, None

@@ -1,0 +1,355 @@
+"""What sets one model family apart from Llama: caps, scales, tables, fused linears, routed experts. The step-zero
+and PEFT comparisons of all families are in tests/models/test_adapters.py."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import AutoModelForCausalLM, GraniteConfig
+from transformers.models.granite.modeling_granite import GraniteForCausalLM, GraniteRotaryEmbedding
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts, Qwen3MoeMLP
+
+import train
+from data.tokenizing import IGNORE, Batch
+from files.output_folder import whole
+from launch import precision
+from models import gemma2
+from models.adapters import target_linears
+from models.family import Family, clean
+from models.moe import Experts
+from models.registry import FAMILIES, build_on_meta, read_config
+from options.errors import UserError
+from tests.helpers import tiny
+from tests.helpers.runs import outputs, set_up, train_run, transformers_model
+from tests.models.test_adapters import IDS, args_for, loss_and_logits, summed_cross_entropy, trained_names
+from tests.test_parity import arguments, assert_same
+
+ATTENTION = {f"self_attn.{x}_proj" for x in "qkvo"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "changed"),
+    [
+        ("gemma2", {"attn_logit_softcapping": None}),
+        ("gemma2", {"final_logit_softcapping": None}),
+        ("gemma2", {"query_pre_attn_scalar": 32}),
+        ("gemma2", {"sliding_window": 64}),
+        ("gemma3", {"final_logit_softcapping": None}),
+        ("gemma3", {"query_pre_attn_scalar": 32}),
+        ("gemma3", {"sliding_window": 64}),
+        (
+            "gemma3",
+            {"rope_parameters": dict.fromkeys(tiny._GEMMA3_ROPE, tiny._GEMMA3_ROPE["full_attention"])},
+        ),
+        ("phi3", {"rope_parameters": tiny._LONG_ROPE | {"long_factor": tiny._LONG_ROPE["short_factor"]}}),
+        ("qwen3_moe", {"norm_topk_prob": False}),
+        ("qwen3_moe", {"num_experts_per_tok": 3}),
+    ],
+)
+def test_the_tiny_models_show_what_their_family_adds(kind, changed, checkpoints):
+    """Or the comparisons with transformers' forward would pass without it."""
+    load = AutoModelForCausalLM.from_pretrained
+    with torch.no_grad():
+        true, other = (
+            load(checkpoints(kind), attn_implementation="eager", **options)(input_ids=IDS).logits
+            for options in ({}, changed)
+        )
+    assert (true - other).abs().max() > 0.05
+
+
+@pytest.mark.parametrize("kind", ["gemma2", "gemma3", "phi3", "qwen3_moe"])
+def test_bf16_is_transformers_own_bf16(kind, checkpoints, alpaca_file, one_rank):
+    """As on a GPU: logits, and the dtype and contents of every buffer. Scale and tables are rounded, or kept in
+    fp32, exactly where transformers does it."""
+    args = args_for(checkpoints(kind), alpaca_file, "lora")
+    ours, buffers = one_rank(bf16_logits_and_buffers, args)[0]
+    attention = FAMILIES[read_config(checkpoints(kind))[0].model_type].attention
+    model = AutoModelForCausalLM.from_pretrained(
+        checkpoints(kind), dtype=torch.bfloat16, attn_implementation=attention
+    )
+    expected = dict(model.named_buffers())
+    assert buffers.keys() == expected.keys()
+    for name, content in buffers.items():
+        torch.testing.assert_close(content, expected[name], rtol=0, atol=0)
+    with torch.no_grad():
+        theirs = model.eval()(input_ids=IDS).logits
+    # Only the experts' sum is in another order.
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0.05 if kind == "qwen3_moe" else 0)
+
+
+def bf16_logits_and_buffers(place, args):
+    original, precision.bf16_gpu = precision.bf16_gpu, lambda: True
+    try:
+        _, model = set_up(place, args, random_adapters=False)
+    finally:
+        precision.bf16_gpu = original
+    buffers = {clean(name): buffer.clone() for name, buffer in model.named_buffers()}
+    with torch.no_grad():
+        return model.eval()(input_ids=IDS, use_cache=False).logits.clone(), buffers
+
+
+def test_scaled_logits(alpaca_file, one_rank, tmp_path, monkeypatch):
+    """Granite divides its logits, and its family has to say so: the loss is formed without transformers' forward."""
+    config = GraniteConfig(**tiny._COMMON, logits_scaling=4.0)
+    monkeypatch.setitem(tiny.CONFIGS, "granite", lambda: config)
+    args = args_for(tiny.save_checkpoint("granite", tmp_path), alpaca_file, "bnb_dora")
+    for named in (True, False):
+        loss, logits = one_rank(granite_loss_and_logits, args, named)[0]
+        assert (loss == pytest.approx(summed_cross_entropy(logits), rel=1e-5)) == named
+
+
+def granite_loss_and_logits(place, args, named: bool):
+    scale = {"logit_scale": lambda config: 1 / config.logits_scaling} if named else {}
+    FAMILIES["granite"] = Family(GraniteForCausalLM, GraniteRotaryEmbedding, **scale)
+    try:
+        return loss_and_logits(place, args)
+    finally:
+        del FAMILIES["granite"]
+
+
+def test_a_buffer_that_no_one_fills_is_an_error(checkpoints, alpaca_file, one_rank):
+    args = args_for(checkpoints("gemma2"), alpaca_file, "qlora")
+    assert (
+        one_rank(failure_without_constants, args)[0]
+        == "buffers that nothing fills: ['model.embed_tokens.embed_scale']"
+    )
+
+
+def failure_without_constants(place, args) -> str:
+    train.FAMILIES["gemma2"] = dataclasses.replace(gemma2.FAMILY, constants=lambda config: {})
+    try:
+        set_up(place, args)
+    except AssertionError as e:
+        return str(e)
+    finally:
+        train.FAMILIES["gemma2"] = gemma2.FAMILY
+    return ""
+
+
+def test_gemma3_in_the_hubs_spelling(checkpoints, tmp_path):
+    """google/gemma-3-1b-it names its tables and its pattern of layers in the way of transformers 4."""
+    new = json.loads((checkpoints("gemma3") / "config.json").read_text())
+    old = {
+        k: v for k, v in new.items() if k not in ("rope_parameters", "layer_types", "_sliding_window_pattern")
+    }
+    old |= {"rope_theta": 10000.0, "rope_local_base_freq": 100.0, "sliding_window_pattern": 3}
+    old["rope_scaling"] = {"rope_type": "linear", "factor": 4.0}
+    (tmp_path / "config.json").write_text(json.dumps(old))
+    config, family = read_config(tmp_path)
+    assert config.layer_types == ["sliding_attention"] * 2 + ["full_attention"]
+    true, _ = read_config(checkpoints("gemma3"))
+    tables = [dict(family.rotary_class(config=c).named_buffers()) for c in (config, true)]
+    assert tables[0].keys() == tables[1].keys() and len(tables[0]) == 4
+    assert all(torch.equal(table, tables[1][name]) for name, table in tables[0].items())
+
+
+@pytest.mark.parametrize(
+    ("kind", "linears"),
+    [
+        ("phi3", {"self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"}),
+        ("qwen3_moe", ATTENTION),
+    ],
+)
+def test_exact_set_of_trained_names(kind, linears, checkpoints, alpaca_file, one_rank):
+    names = one_rank(trained_names, args_for(checkpoints(kind), alpaca_file, "bnb_dora"))[0]
+    parts = ("lora_A", "lora_B", "magnitude_change")
+    assert names == {f"model.layers.{i}.{linear}.{p}" for i in range(3) for linear in linears for p in parts}
+
+
+# Routed experts
+
+
+def test_every_expert_is_quantized_and_the_router_is_not(checkpoints, alpaca_file, one_rank):
+    parameters = one_rank(parameter_names, args_for(checkpoints("qwen3_moe"), alpaca_file, "qlora"))[0]
+    packed = {name.removesuffix(".codes") for name in parameters if name.endswith(".codes")}
+    projections = [f"{x}_proj" for x in ("gate", "up", "down")]
+    expected = {f"model.layers.{i}.{linear}.base" for i in range(3) for linear in ATTENTION}
+    expected |= {f"model.layers.0.mlp.{p}" for p in projections}
+    expected |= {
+        f"model.layers.{i}.mlp.experts.{e}.{p}" for i in (1, 2) for e in range(8) for p in projections
+    }
+    assert packed == expected
+    assert {n for n in parameters if ".mlp." in n and n.rpartition(".")[0] not in packed} == {
+        "model.layers.1.mlp.gate.weight",
+        "model.layers.2.mlp.gate.weight",
+    }
+
+
+def parameter_names(place, args) -> set[str]:
+    return {clean(name) for name, _ in set_up(place, args)[1].named_parameters()}
+
+
+def stacked(experts: Experts) -> dict[str, list[torch.Tensor]]:
+    """The experts' parameters as transformers stacks them: [E, 2 I, H] and [E, H, I]."""
+    return {
+        "gate_up_proj": torch.stack([torch.cat([e.gate_proj.weight, e.up_proj.weight]) for e in experts]),
+        "down_proj": torch.stack([e.down_proj.weight for e in experts]),
+    }
+
+
+@pytest.fixture
+def routed():
+    """(ours, transformers' own with the same weights, arguments of both). Expert 5 gets no token."""
+    config = tiny.CONFIGS["qwen3_moe"]()
+    config._experts_implementation = "eager"
+    generator = torch.Generator().manual_seed(0)
+    ours = Experts(lambda: Qwen3MoeMLP(config, config.moe_intermediate_size), 8, 2)
+    theirs = Qwen3MoeExperts(config)
+    theirs.load_state_dict({name: t.detach() for name, t in stacked(ours).items()})
+    scores = torch.rand(40, 8, generator=generator)
+    scores[:, 5] = 0
+    weights, index = scores.topk(2)
+    return ours, theirs, (torch.randn(40, 64, generator=generator), index, weights)
+
+
+def test_experts_are_transformers_own(routed):
+    """Output, and the gradients of inputs, routing weights and every expert: the idle one's is zero, not None."""
+    ours, theirs, (x, index, weights) = routed
+    results = []
+    for module in (ours, theirs):
+        inputs = x.clone().requires_grad_(), weights.clone().requires_grad_()
+        y = module(inputs[0], index, inputs[1])
+        y.square().sum().backward()
+        results.append([y, *(t.grad for t in inputs)])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    for name, expected in theirs.named_parameters():
+        last = ["gate_proj", "up_proj"] if name == "gate_up_proj" else [name]
+        gradient = torch.stack([torch.cat([getattr(e, n).weight.grad for n in last]) for e in ours])
+        torch.testing.assert_close(gradient, expected.grad, rtol=1e-5, atol=1e-6)
+        assert not gradient[5].any() and gradient[:5].any()
+
+
+def test_an_idle_expert_runs_only_if_it_is_trained(routed):
+    ours, _, arguments = routed
+    ran = []
+    for i, expert in enumerate(ours):
+        expert.register_forward_hook(lambda *_, i=i: ran.append(i))
+    ours(*arguments)
+    ours.requires_grad_(False)
+    ours(*arguments)
+    assert ran == [0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3, 4, 6, 7]
+
+
+def test_gradients_of_trained_experts_are_transformers_own(checkpoints, alpaca_file, two_ranks):
+    """Through the whole model, sharded: router, experts, everything. The files' names go through transformers'
+    own conversion in the reference."""
+    args = args_for(checkpoints("qwen3_moe"), alpaca_file, "full")
+    ours, state = two_ranks(gradients, args)[0]
+    model = transformers_model(checkpoints("qwen3_moe"), state)
+    logits = model(input_ids=IDS).logits
+    F.cross_entropy(
+        logits.flatten(0, 1), targets().flatten(), ignore_index=IGNORE, reduction="sum"
+    ).backward()
+    for name, parameter in model.named_parameters():
+        layer, _, last = name.rpartition(".")
+        if layer.endswith(".experts"):
+            parts = ["gate_proj", "up_proj"] if last == "gate_up_proj" else [last]
+            found = torch.stack(
+                [torch.cat([ours.pop(f"{layer}.{e}.{p}.weight") for p in parts]) for e in range(8)]
+            )
+        else:
+            found = ours.pop(name)
+        torch.testing.assert_close(
+            found, parameter.grad, rtol=1e-4, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
+        )
+    assert not ours
+
+
+def targets() -> torch.Tensor:
+    return IDS.roll(-1, 1).masked_fill(torch.arange(IDS.shape[1]) == IDS.shape[1] - 1, IGNORE)
+
+
+def gradients(place, args):
+    """({parameter: full gradient}, weights) of the loss of IDS, a row to each rank."""
+    _, state, _ = outputs(place, args, IDS)
+    _, model = set_up(place, args)
+    own = slice(place.rank, None, place.world)
+    train.loss_sum(model, Batch(IDS[own], targets()[own])).backward()
+    return {clean(n): whole(p.grad) for n, p in model.named_parameters()}, state
+
+
+@pytest.mark.parametrize("train_type", ["full", "bnb_dora"])
+def test_experts_that_are_idle_on_one_rank(train_type, checkpoints, one_rank, two_ranks, tmp_path):
+    """Rows of four tokens reach few of the eight experts, and not the same ones on both ranks."""
+    data = tmp_path / "short.jsonl"
+    data.write_text("".join(json.dumps({"text": t}) + "\n" for t in ["ab", "ef"] * 8))
+    # SGD: where a gradient is zero but for rounding, AdamW's first steps would be of full size.
+    args = [*arguments(checkpoints("qwen3_moe"), data, train_type), "--optimizer", "sgd", "--lr", "0.1"]
+    plain, _ = one_rank(run_and_experts_used, [*args, "--batch_size", "2"])[0]
+    (first, used), (_, used_by_other) = two_ranks(run_and_experts_used, [*args, "--batch_size", "1"])
+    assert all(len(experts) < 8 for experts in used + used_by_other) and used != used_by_other
+    assert_same(plain, first)
+
+
+def run_and_experts_used(place, args):
+    """(train_run's result, the experts that got tokens in each forward of a routed layer)."""
+    used, original = [], Experts.forward
+    Experts.forward = lambda self, x, index, weights: (
+        used.append(set(index.unique().tolist())),
+        original(self, x, index, weights),
+    )[1]
+    try:
+        return train_run(place, args), used
+    finally:
+        Experts.forward = original
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("kind", "edit", "words"),
+    [
+        ("qwen3_moe", {"num_experts_per_tok": 9}, "describes no qwen3_moe model .*9 experts per token, of 8"),
+        ("gemma3", {"use_bidirectional_attention": True}, "bidirectional attention.*only causal models"),
+        (
+            "gemma3",
+            {"model_type": "gemma3"},
+            "'gemma3' is unknown; known: .*gemma3_text",
+        ),  # with images: not yet
+    ],
+)
+def test_configurations_that_cannot_be_trained(kind, edit, words, checkpoints, tmp_path):
+    config = json.loads((checkpoints(kind) / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | edit))
+    with pytest.raises(UserError, match=words):
+        build_on_meta(*read_config(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("targets", "words"),
+    [
+        ("q_proj,gate_proj", "'gate_proj' names linears of experts.*known: q_proj, k_proj, v_proj, o_proj$"),
+        ("mlp.experts.3.up_proj", "names linears of experts"),
+        ("gate", "'gate' matches no linear"),  # the router
+    ],
+)
+def test_targets_that_get_no_adapter(targets, words, checkpoints):
+    model, family = meta_model(checkpoints("qwen3_moe"))
+    with pytest.raises(UserError, match=words):
+        target_linears(model, family, targets)
+
+
+def test_plain_mlps_among_routed_layers_may_be_named(checkpoints):
+    model, family = meta_model(checkpoints("qwen3_moe"))
+    assert target_linears(model, family, "mlp.up_proj") == ["model.layers.0.mlp.up_proj"]
+
+
+def meta_model(folder):
+    config, family = read_config(folder)
+    return build_on_meta(config, family), family
+
+
+def test_a_misspelt_linear_is_an_error(checkpoints):
+    model, family = meta_model(checkpoints("qwen3_moe"))
+    for wrong in (
+        {"linears": ("mlp.gate_prj",), "linears_of": None},
+        {"linears_of": lambda layer: ("mlp.gate_prj",)},
+    ):
+        with pytest.raises(AttributeError, match="gate_prj"):
+            list(dataclasses.replace(family, **wrong).layer_linears(model))

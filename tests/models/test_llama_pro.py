@@ -1,0 +1,116 @@
+"""Llama-Pro: what is trained, what is quantized, and what a run saves. How it trains: test_parity.py,
+test_reference_training.py."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from safetensors.torch import load_file, safe_open
+
+import train
+from files.model_folder import CheckpointFiles
+from files.output_folder import BLOCKS
+from models.family import clean
+from models.llama_pro import NEW_LAYERS, check_can_leave_silence, new_layers
+from models.registry import FAMILIES, read_config
+from options.errors import UserError
+from quantize_layers import Linear4bit
+from tests.checkpoints.test_block_expansion import all_tensors, described, expand, transformers_logits
+from tests.checkpoints.test_model_writer import save_and_compute
+from tests.helpers import tiny
+from tests.helpers.runs import set_up, trained_tensors
+from tests.models.test_adapters import args_for
+
+
+@pytest.mark.parametrize("train_type", ["llama_pro", "bnb_llama_pro"])
+def test_exactly_the_new_layers_are_trained(train_type, checkpoints, alpaca_file, one_rank):
+    """And before the first step the model is the base, as it stands or quantized."""
+    args = args_for(checkpoints("llama_bias_pro"), alpaca_file, train_type)
+    stored = all_tensors(checkpoints("llama_bias_pro"))
+    trained, quantized = one_rank(trained_and_quantized, args)[0]
+    expected = {n: t for n, t in stored.items() if n.startswith(("model.layers.1.", "model.layers.4."))}
+    assert trained.keys() == expected.keys() and len(expected) == 2 * 16
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in trained.items())
+    linears = {f"model.layers.{i}.{linear}" for i in (0, 2, 3) for linear in FAMILIES["llama"].linears}
+    assert quantized == (linears if train_type == "bnb_llama_pro" else set())
+
+
+def trained_and_quantized(place, args):
+    model = set_up(place, args)[1]
+    quantized = {clean(n) for n, m in model.named_modules() if isinstance(m, Linear4bit)}
+    return trained_tensors(model), quantized
+
+
+@pytest.mark.parametrize("option", ["--model_name", "--llama_pro_path"])
+def test_the_trained_model_is_saved_whole(option, checkpoints, alpaca_file, two_ranks, tmp_path):
+    """In the layout of the folder that was trained from; transformers computes what training computed."""
+    base = checkpoints("llama_bias_pro")
+    args = args_for(base, alpaca_file, "llama_pro")
+    args[0] = option
+    ours = two_ranks(save_and_compute, args, tmp_path)[0]
+    torch.testing.assert_close(transformers_logits(tmp_path), ours, rtol=1e-5, atol=1e-5)
+    assert (transformers_logits(base) - ours).abs().max() > 1e-3
+    assert {p.name for p in tmp_path.iterdir()} == {p.name for p in base.iterdir()}
+    assert described(tmp_path) == described(base)
+
+
+def test_quantized_old_blocks_are_saved_as_they_were(alpaca_file, two_ranks, tmp_path):
+    """And the new ones as they are trained; saved alone and put back they make the same folder."""
+    base = tiny.save_checkpoint("qwen2_pro", tmp_path / "base", torch.bfloat16)
+    args = args_for(base, alpaca_file, "bnb_llama_pro")
+    for name, more in (("whole", []), ("alone", ["--llama_pro_save", "blocks"])):
+        (tmp_path / name).mkdir()
+        trained = two_ranks(save_and_return_trained, [*args, *more], tmp_path / name)[0]
+    stored, saved = all_tensors(base), all_tensors(tmp_path / "whole")
+    assert stored.keys() == saved.keys() and len(trained) == 2 * 12
+    for name, tensor in saved.items():
+        assert tensor.dtype == torch.bfloat16
+        assert torch.equal(tensor, trained[name].bfloat16() if name in trained else stored[name]), name
+    assert sum(not torch.equal(stored[name], saved[name]) for name in trained) == len(trained)
+
+    assert [p.name for p in (tmp_path / "alone").iterdir()] == [BLOCKS]
+    blocks = tmp_path / "alone" / BLOCKS
+    assert load_file(blocks).keys() == trained.keys()
+    with safe_open(blocks, framework="pt") as file:
+        metadata = file.metadata()
+    assert len(metadata.pop("base_digest")) == 64
+    assert metadata == {"format": "pt", "base_model_name_or_path": str(base), NEW_LAYERS: "[1, 4]"}
+    folder = expand(base, tmp_path / "together", "--blocks", blocks)
+    names = {p.name for p in folder.iterdir()}
+    assert names == {p.name for p in (tmp_path / "whole").iterdir()}
+    for name in names:
+        assert (folder / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+
+
+def test_silence_that_updates_cannot_leave(checkpoints, tmp_path, monkeypatch):
+    """-1 in bf16. New layers that were trained, or that an older version made, with zeros before their norms, are
+    not held up by it."""
+    base, bf16 = checkpoints("gemma2"), torch.bfloat16
+    folder = expand(base, tmp_path / "new", "--new_blocks", 2)
+    config, family = read_config(folder)
+
+    def check(folder, trained, lr):
+        check_can_leave_silence(CheckpointFiles(folder), family, new_layers(config), trained, lr)
+
+    for lr in (1e-5, 2e-4, 1.9e-3):
+        with pytest.raises(UserError, match=r"layernorm\.weight is -1, .* bfloat16 .*--precision auto"):
+            check(folder, bf16, lr)
+        check(folder, torch.float32, lr)
+    check(folder, bf16, 2e-3)
+    check(folder, bf16, 0.0)  # asked for
+    check(checkpoints("gemma2_pro"), bf16, 2e-4)
+    monkeypatch.setitem(FAMILIES, "gemma2", dataclasses.replace(family, silent=()))
+    check(expand(base, tmp_path / "old", "--new_blocks", 2), bf16, 2e-4)
+    check_can_leave_silence(CheckpointFiles(folder), FAMILIES["llama"], new_layers(config), bf16, 1e-8)
+
+
+def save_and_return_trained(place, args, folder):
+    job, model = set_up(place, args)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.125)  # so that no zero stays what it was
+    train.save(job, model, folder)
+    return trained_tensors(model)

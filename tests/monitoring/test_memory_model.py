@@ -1,0 +1,232 @@
+"""The arithmetic of the weights, and the check that it holds after every load."""
+
+from __future__ import annotations
+
+import pkgutil
+import re
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+import train
+from launch import memory
+from monitoring import memory_model as weight_arithmetic
+from monitoring.memory_model import Part, Share, WeightBytes, check_loaded
+from options.config import METHODS
+from tests.files.test_bnb_weights import pack_like_the_hub
+from tests.helpers.runs import make_job
+from tests.test_parity import arguments, biased
+
+H, M, V, LAYERS, R = 64, 160, 300, 3, 8  # tests/helpers/tiny.py's Llama; rank of `arguments`
+WEIGHTS = LAYERS * (2 * H * H + 2 * H * (H // 2) + 3 * H * M)
+DENSE = 2 * V * H + (2 * LAYERS + 1) * H
+INPUTS_AND_OUTPUTS = LAYERS * (2 * (H + H) + 2 * (H + H // 2) + 3 * (H + M))
+
+
+@pytest.mark.parametrize(
+    ("train_type", "expected"),
+    [
+        ("full", WeightBytes(trained=4 * (WEIGHTS + DENSE))),
+        ("lora", WeightBytes(unquantized=4 * (WEIGHTS + DENSE), trained=4 * R * INPUTS_AND_OUTPUTS)),
+        ("hqq_lora", WeightBytes(WEIGHTS // 2, 4 * WEIGHTS // 64, 4 * DENSE, 4 * R * INPUTS_AND_OUTPUTS)),
+    ],
+)
+def test_arithmetic(train_type, expected, checkpoints, alpaca_file, one_rank):
+    share, _ = one_rank(loaded, arguments(checkpoints(), alpaca_file, train_type))[0]
+    assert share.whole == expected and share.on_gpu + share.on_host == expected.total
+
+
+def test_double_quantized_scales_take_an_eighth_of_a_bit(checkpoints, alpaca_file, one_rank):
+    weights = one_rank(loaded, arguments(checkpoints(), alpaca_file, "qlora"))[0][0].whole
+    assert weights.codes == WEIGHTS // 2
+    per_linear = 7 * LAYERS * 12  # the offset, one second-level scale or a part of it, and the padding
+    assert WEIGHTS // 64 < weights.scales <= WEIGHTS // 64 + WEIGHTS // 64 // 64 + per_linear
+
+
+def test_rows_are_dealt_out_as_fsdp_does():
+    """7 rows over 4 ranks: 2, 2, 2 and 1; over 6 of them 2, 2, 2, 1, and then nothing."""
+    padded, dealt = (Part("weight", "unquantized", (7, 5), 2, padded) for padded in (True, False))
+    for shards in (1, 4, 6):
+        rows = [len(rows) for rows in torch.empty(7, 5).chunk(shards)]
+        rows += [0] * (shards - len(rows))
+        assert [dealt.nbytes(shards, i) for i in range(shards)] == [10 * n for n in rows]
+        assert [padded.nbytes(shards, i) for i in range(shards)] == [10 * rows[0]] * shards
+
+
+# That it is what real loads take. On a CPU to the byte, where no allocator rounds.
+
+ON_ONE = [
+    "full",
+    "bnb_dora",
+    "hqq_lora --n_bits 3",
+    "bnb_llama_pro --precision bf16",
+    "full --precision bf16_autocast --use_cpu_offload",
+    "custom_qlora --lora_target_modules layers.2.self_attn.q_proj,o_proj",
+]
+ON_TWO = [
+    *(f"{t} --precision bf16" for t in METHODS),
+    "hqq_dora --n_bits 3 --group_size 32 --precision bf16_buffers_autocast",
+    "hqq_lora --n_bits 2 --use_cpu_offload",
+    "bnb_dora --precision fp16_autocast --wrap_policy sublayer",
+    "dora --sharding_strategy shard_grad_op --lora_target_modules default",
+    "llama_pro --sharding_strategy ddp --precision bf16",
+    "lora --sharding_strategy hybrid_full_shard --hybrid_shard_size 1",
+]
+FAMILIES = ["qwen2 full", "qwen2 qlora", "gemma2 bnb_dora", "gemma3 full", "phi3 hqq_dora", "qwen3_moe qlora",
+            "qwen3_moe full"]  # fmt: skip
+
+
+def options(given: str, checkpoints, alpaca_file, kind: str | None = None) -> list[str]:
+    train_type, *more = given.split()
+    return arguments(checkpoints(kind or biased(train_type)), alpaca_file, train_type, *more)
+
+
+def loaded(place, args) -> tuple[Share, int]:
+    """(what the rank should hold, what its parameters take); the check has passed."""
+    model, expected = train.set_up(make_job(place, args), place)
+    return expected, memory.host_bytes(model)
+
+
+def same(results) -> None:
+    for expected, held in results:
+        assert expected.on_gpu + expected.on_host == held
+
+
+@pytest.mark.parametrize("given", ON_ONE)
+def test_one_rank(given, checkpoints, alpaca_file, one_rank):
+    same(one_rank(loaded, options(given, checkpoints, alpaca_file)))
+
+
+@pytest.mark.parametrize("given", ON_TWO)
+def test_two_ranks(given, checkpoints, alpaca_file, two_ranks):
+    same(two_ranks(loaded, options(given, checkpoints, alpaca_file)))
+
+
+@pytest.mark.parametrize("given", FAMILIES)
+def test_families(given, checkpoints, alpaca_file, two_ranks):
+    """Tied embeddings, blocks that cross rows, fused linears, experts."""
+    kind, train_type = given.split()
+    same(two_ranks(loaded, options(train_type, checkpoints, alpaca_file, kind)))
+
+
+def test_groups(checkpoints, alpaca_file, four_ranks):
+    """Each group holds a copy; rows of A and of the vocabulary and words of scales divide unevenly."""
+    args = options("bnb_dora --lora_rank 6 --sharding_strategy", checkpoints, alpaca_file)
+    results = four_ranks(loaded, [*args, "hybrid_full_shard", "--hybrid_shard_size", "2"])
+    same(results)
+    assert sum(held for _, held in results) == pytest.approx(2 * results[0][0].whole.total, rel=1e-3)
+    same(four_ranks(loaded, [*args, "full_shard"]))
+
+
+@pytest.mark.parametrize("double", [True, False])
+def test_weights_that_are_packed_already(double, checkpoints, alpaca_file, two_ranks, tmp_path):
+    pack_like_the_hub(checkpoints("llama_bias"), tmp_path / "4bit", double)
+    args = arguments(tmp_path / "4bit", alpaca_file, "bnb_dora")
+    same(two_ranks(loaded, args))
+
+
+# That it is not what faulty loads take. A fault is a twin of the function that it is in.
+
+
+def unsharded(wrap: Callable) -> Callable:
+    """The head stays whole."""
+
+    def faulty(model, *rest, **options):
+        wrap(model, *rest, **options)
+        whole = torch.empty(model.lm_head.weight.shape, dtype=model.lm_head.weight.dtype, device="meta")
+        model.lm_head.weight = nn.Parameter(whole, requires_grad=False)
+
+    return faulty
+
+
+def wide(apply_method: Callable) -> Callable:
+    """The MLP of one of three layers is fp32 instead of bf16."""
+
+    def faulty(model, *rest):
+        apply_method(model, *rest)
+        model.model.layers[0].mlp.float()
+
+    return faulty
+
+
+def unpacked(quantize_linears: Callable) -> Callable:
+    """One linear stays dense."""
+
+    def faulty(model, quantizers, dtype):
+        del quantizers["model.layers.1.mlp.up_proj"]
+        quantize_linears(model, quantizers, dtype)
+
+    return faulty
+
+
+def without_adapters(target_linears: Callable) -> Callable:
+    """One of three layers has none."""
+    return lambda *given: [name for name in target_linears(*given) if ".layers.0." not in name]
+
+
+def error_of_load(place, args, where: str, fault: Callable) -> str:
+    job = make_job(place, args)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(where, fault(pkgutil.resolve_name(where)))
+        try:
+            train.set_up(job, place)
+        except AssertionError as e:
+            return str(e)
+    return "loaded"
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available(), reason="the allowance for rounding is larger than these models' faults"
+)
+@pytest.mark.parametrize(
+    ("where", "fault", "given", "ranks"),
+    [
+        ("train.wrap", unsharded, "lora --precision bf16", "two_ranks"),
+        ("train.wrap", unsharded, "qlora --use_cpu_offload", "two_ranks"),
+        ("train.apply_method", wide, "lora --precision bf16", "one_rank"),
+        ("train.apply_method", wide, "lora --precision bf16", "two_ranks"),
+        ("models.adapters.quantize_linears", unpacked, "qlora", "one_rank"),
+        ("models.adapters.quantize_linears", unpacked, "hqq_dora --precision bf16", "two_ranks"),
+        ("models.adapters.target_linears", without_adapters, "dora", "two_ranks"),
+    ],
+)
+def test_a_faulty_load_ends_the_run(where, fault, given, ranks, checkpoints, alpaca_file, request):
+    args = options(given, checkpoints, alpaca_file)
+    for error in request.getfixturevalue(ranks)(error_of_load, args, where, fault):
+        held = r"the loaded weights take [\d.]+ MiB of host memory on this rank"
+        assert re.fullmatch(rf"{held}; the checkpoint's shapes and the options say [\d.]+ MiB", error)
+
+
+HELD = 4 * (1000 * 1000 + 1000)  # bytes of the layer below
+
+
+@pytest.mark.parametrize(("factor", "good"), [(0.96, False), (0.972, True), (1.029, True), (1.04, False)])
+def test_the_tolerance(factor, good):
+    share = Share(WeightBytes(), 0, on_gpu=0, on_host=int(HELD / factor), tensors=2)
+    assert passes(share) == good
+
+
+def passes(share: Share, before: int = 0) -> bool:
+    try:
+        check_loaded(nn.Linear(1000, 1000), share, before)
+    except AssertionError:
+        return False
+    return True
+
+
+def test_a_gpu_is_measured_by_its_allocator(monkeypatch):
+    """By all that it holds more than before, of which each tensor may be rounded up."""
+    share = Share(WeightBytes(), 0, on_gpu=100_000, on_host=HELD, tensors=10)
+    most = 103_000 + 10 * weight_arithmetic.PER_TENSOR
+    for held, good in ((most, True), (most + 100, False), (90_000, True), (80_000, False)):
+        monkeypatch.setattr(memory, "allocated", lambda held=held: held + 5)
+        assert passes(share, before=5) == good
+
+
+def test_host_memory_that_cannot_be_pinned_is_plain():
+    """Without a GPU none can."""
+    weight = torch.empty(3, 4, dtype=torch.bfloat16, device="meta")
+    host = memory.empty_on_host(weight, "cuda")
+    assert (host.device.type, host.shape, host.dtype) == ("cpu", weight.shape, weight.dtype)

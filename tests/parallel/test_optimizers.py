@@ -1,0 +1,424 @@
+"""The optimizers, against torch's and bitsandbytes' own on whole plain tensors, and the learning-rate schedule."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import warnings
+from functools import partial
+from itertools import pairwise
+from unittest import mock
+
+import bitsandbytes
+import pytest
+import torch
+from bitsandbytes import functional
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard, distribute_tensor
+
+import train
+from files.model_folder import CheckpointFiles
+from launch.precision import Precision
+from models.adapters import apply_method
+from models.family import clean
+from models.registry import FAMILIES, build_on_meta, read_config
+from options.command_line import parse
+from options.config import FIELDS
+from options.errors import UserError
+from parallel.optimizers import (
+    OPTIMIZERS,
+    check_optimizer,
+    lr_factor,
+    make_optimizer,
+    make_schedule,
+    merged_blocks,
+)
+from tests.helpers.runs import train_run
+
+FUSED = {"fused_adamw": torch.optim.AdamW, "fused_adam": torch.optim.Adam}
+BITSANDBYTES = {
+    "adamw_8bit": bitsandbytes.optim.AdamW8bit,
+    "paged_adamw_32bit": bitsandbytes.optim.PagedAdamW32bit,
+    "paged_adamw_8bit": bitsandbytes.optim.PagedAdamW8bit,
+}
+# Over two ranks no 256-element block is cut, and a shard has 4,096 elements or more where the whole has: both
+# have the same 8-bit blocks. Of 3 rows rank 1 has one, of 1 row and of 1 element none.
+SHAPES = [(64, 128), (3, 4096), (1, 4096), (8, 64), (512,), (1,)]
+LR, DECAY, STEPS = 1e-2, 0.1, 6
+
+
+def values(step: int, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+    """Parameters (step 0) or the gradients of a step, of very different sizes."""
+    generator = torch.Generator().manual_seed(step)
+    sizes = [10.0 ** -(i % 3) for i in range(len(SHAPES))]
+    return [
+        ((torch.randn(shape, generator=generator) + 0.2) * size).to(dtype)
+        for shape, size in zip(SHAPES, sizes, strict=True)
+    ]
+
+
+def steps_of(optimizer, params, steps, place=lambda t: t, dtype=torch.float32) -> None:
+    """Steps with given gradients, under a schedule that ends at a tenth of the rate."""
+    schedule = make_schedule(optimizer, STEPS, 0.3, "cosine")
+    for step in range(1, STEPS + 1):
+        if step in steps:
+            for p, gradient in zip(params, values(step, dtype), strict=True):
+                p.grad = place(gradient)
+            optimizer.step()
+            optimizer.zero_grad()
+        schedule.step()
+
+
+def plain(kind, steps=range(1, STEPS + 1), dtype=torch.float32, **options) -> list[torch.Tensor]:
+    """Whole tensors under somebody else's optimizer; the groups written out."""
+    params = [nn.Parameter(v) for v in values(0, dtype)]
+    groups = [{"params": params[:4], "weight_decay": DECAY}, {"params": params[4:], "weight_decay": 0.0}]
+    steps_of(kind(groups, lr=LR, **options), params, steps, dtype=dtype)
+    return [p.detach() for p in params]
+
+
+def sharder(place):
+    mesh = init_device_mesh("cpu", (place.world,))
+    return lambda t: distribute_tensor(t, mesh, [Shard(0)])
+
+
+def sharded(place, name: str, dtype: torch.dtype = torch.float32):
+    """(whole tensors after STEPS steps of ours over DTensors, layout of this rank's state)."""
+    shard = sharder(place)
+    params = [nn.Parameter(shard(v)) for v in values(0, dtype)]
+    optimizer = make_optimizer(params, name, LR, DECAY)
+    steps_of(optimizer, params, range(1, STEPS + 1), shard, dtype)
+    states = [{k: v.dtype for k, v in optimizer.state[p].items() if torch.is_tensor(v)} for p in params]
+    return [p.detach().full_tensor() for p in params], states
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_fused_is_unfused(name, one_rank, two_ranks):
+    expected, before = plain(FUSED[name], fused=False, foreach=False), values(0)
+    for ranks in (one_rank, two_ranks):
+        for got, _ in ranks(sharded, name):
+            for a, b, start in zip(got, expected, before, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+                assert (a - start).norm() > 1e-3, "the parameter did not move"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", BITSANDBYTES)
+def test_sharded_is_bitsandbytes_own(name, dtype, one_rank, two_ranks):
+    expected, before = plain(BITSANDBYTES[name], dtype=dtype), values(0, dtype)
+    for ranks in (one_rank, two_ranks):
+        for got, _ in ranks(sharded, name, dtype):
+            for a, b, start in zip(got, expected, before, strict=True):
+                assert torch.equal(a, b) and not torch.equal(a, start)
+
+
+@pytest.mark.parametrize("name", BITSANDBYTES)
+def test_sharded_follows_torch(name, two_ranks):
+    """32-bit moments to rounding; 8-bit ones within 3% of the way that the parameters went."""
+    expected, before = plain(torch.optim.AdamW), values(0)
+    got, states = two_ranks(sharded, name)[0]
+    for a, b, start, state in zip(got, expected, before, states, strict=True):
+        eight = name.endswith("8bit") and a.numel() >= 4096
+        assert state["state1"] == state["state2"] == (torch.uint8 if eight else torch.float32)
+        error = (a - b).norm() / (b - start).norm()
+        assert (1e-5 < error < 0.03) if eight else error < 1e-5
+
+
+def test_a_rank_without_rows_keeps_no_state(two_ranks):
+    states = [states for _, states in two_ranks(sharded, "adamw_8bit")]
+    assert [bool(s) for s in states[0]] == [True] * 6
+    assert [bool(s) for s in states[1]] == [True, True, False, True, True, False]
+
+
+def uneven_unit(place, name: str) -> torch.Tensor:
+    """A real FSDP unit of 3 rows whose weight was put in anew: at the first forward, when the optimizer is
+    there already, FSDP pads the shard of the rank with one row, in new memory again."""
+    torch.manual_seed(0)
+    unit = nn.Linear(4096, 3, bias=False)
+    fully_shard(unit, mesh=init_device_mesh("cpu", (place.world,)))
+    unit.set_gradient_divide_factor(1.0)
+    unit.set_force_sum_reduction_for_comms(True)
+    unit.weight = nn.Parameter(unit.weight.detach().clone())
+    optimizer, before = make_optimizer(unit.parameters(), name, LR, DECAY), unit.weight.to_local().data_ptr()
+    for x in torch.randn(4, 4096, generator=torch.Generator().manual_seed(1)):
+        (unit(x).square().sum() / place.world).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert (unit.weight.to_local().data_ptr() != before) == (place.rank == 1), "the case is gone"
+    return unit.weight.detach().full_tensor()
+
+
+@pytest.mark.parametrize("name", ["adamw_8bit", "paged_adamw_32bit"])
+def test_updates_reach_the_weights_that_fsdp_gathers(name, two_ranks):
+    torch.manual_seed(0)
+    whole = nn.Linear(4096, 3, bias=False)
+    optimizer = BITSANDBYTES[name](whole.parameters(), lr=LR, weight_decay=DECAY)
+    for x in torch.randn(4, 4096, generator=torch.Generator().manual_seed(1)):
+        whole(x).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for got in two_ranks(uneven_unit, name):
+        torch.testing.assert_close(got, whole.weight.detach(), rtol=0, atol=1e-6)
+
+
+def resumed(place, name: str) -> list[torch.Tensor]:
+    """Three steps, the state through a file, three more with a new optimizer over new parameters."""
+    shard, file = sharder(place), io.BytesIO()
+    params = [nn.Parameter(shard(v)) for v in values(0)]
+    optimizer = make_optimizer(params, name, LR, DECAY)
+    steps_of(optimizer, params, range(1, 4), shard)
+    saved = optimizer.state_dict()
+    assert [g["params"] for g in saved["param_groups"]] == [[0, 1, 2, 3], [4, 5]]  # as in torch's
+    torch.save(saved, file)
+    params = [nn.Parameter(p.detach().clone()) for p in params]
+    optimizer = make_optimizer(params, name, 7 * LR, 0.5)  # the rate and the decay are in the state
+    optimizer.load_state_dict(torch.load(io.BytesIO(file.getvalue()), weights_only=True))
+    steps_of(optimizer, params, range(4, STEPS + 1), shard)
+    return [p.detach().full_tensor() for p in params]
+
+
+@pytest.mark.parametrize("name", BITSANDBYTES)
+def test_state_goes_round(name, two_ranks):
+    expected = plain(BITSANDBYTES[name])
+    for got in two_ranks(resumed, name):
+        assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+def stepped(shape, name: str = "adamw_8bit"):
+    p = nn.Parameter(torch.ones(shape))
+    optimizer = make_optimizer([p], name, LR, 0.0)
+    p.grad = torch.ones(shape)
+    optimizer.step()
+    return optimizer
+
+
+@pytest.mark.parametrize(
+    "shape, name", [((32, 128), "adamw_8bit"), ((64, 128), "paged_adamw_32bit"), ((64, 128), "adamw")]
+)
+def test_state_of_other_shards_or_optimizers_is_refused(shape, name):
+    optimizer = stepped((64, 128))
+    with pytest.raises(ValueError, match="other shards or of another optimizer"):
+        optimizer.load_state_dict(stepped(shape, name).state_dict())
+    two = make_optimizer([nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(2))], "adamw_8bit", LR, 0.0)
+    with pytest.raises(ValueError, match="other parameter groups"):
+        optimizer.load_state_dict(two.state_dict())
+
+
+def blocks(moments: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Two moments as bitsandbytes would have them."""
+    made = {}
+    for key, moment in zip("12", moments, strict=True):
+        made[f"state{key}"] = moment
+        if moment.numel() >= 4096:
+            made[f"qmap{key}"] = table = functional.create_dynamic_map(signed=key == "1")
+            made[f"state{key}"], state = functional.quantize_blockwise(moment, table, blocksize=256)
+            made[f"absmax{key}"] = state.absmax
+    return made
+
+
+@pytest.mark.parametrize("rows, eight", [(slice(1, 60), True), (slice(40, 50), False)])
+def test_8_bit_moments_of_other_rows(rows, eight):
+    """Rows of a shard of 48 rows, in 8 bits, and of one of 16, in 32 bits; of very different sizes."""
+    first = torch.randn(64, 100) * torch.logspace(-2, 0, 64)[:, None]
+    whole = [first, first.square()]
+    parts = [(blocks([m[:48] for m in whole]), slice(rows.start, 48)),
+             (blocks([m[48:] for m in whole]), slice(0, rows.stop - 48))]  # fmt: skip
+    merged = merged_blocks(parts)
+    assert set(merged) == {
+        f"{name}{i}" for name in ("state", "absmax", "qmap")[: 3 if eight else 1] for i in "12"
+    }
+    for key, moment in zip("12", whole, strict=True):
+        got = merged[f"state{key}"]
+        assert got.dtype == (torch.uint8 if eight else torch.float32) and got.shape == moment[rows].shape
+        if eight:
+            scales = {"absmax": merged[f"absmax{key}"], "code": merged[f"qmap{key}"]}
+            got = functional.dequantize_blockwise(got, **scales, blocksize=256)
+        assert 1e-3 < (got - moment[rows]).norm() / moment[rows].norm() < 0.02
+
+
+def test_8_bit_moments_of_the_same_rows_stay():
+    state = blocks([torch.randn(64, 100), torch.rand(64, 100)])
+    assert merged_blocks([(state, slice(0, 64))]) is state
+
+
+def test_state_before_the_first_step_goes_round():
+    fresh = make_optimizer([nn.Parameter(torch.ones(64, 128))], "adamw_8bit", LR, 0.0)
+    fresh.load_state_dict(fresh.state_dict())
+    used = stepped((64, 128))
+    used.load_state_dict(fresh.state_dict())
+    assert used.state_dict()["state"] == {0: {}}
+
+
+def scaled(place, name: str, scale: float) -> torch.Tensor:
+    """Three steps under torch's gradient scaler, of which the second overflowed and must be skipped."""
+    shard = sharder(place)
+    p = nn.Parameter(shard(values(0)[0]))
+    optimizer = make_optimizer([p], name, LR, DECAY)
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+    for step, factor in enumerate((1.0, float("inf"), 1.0)):
+        loss = scaler.scale(torch.tensor(factor))
+        p.grad = shard(values(step + 1)[0] * loss)
+        scaler.unscale_(optimizer)  # finds the gradients through param_groups
+        scaler.step(optimizer)
+        scaler.update(scale)
+        optimizer.zero_grad()
+    assert optimizer.state[p]["step"] == 2
+    return p.detach().full_tensor()
+
+
+@pytest.mark.parametrize("name", [*FUSED, *BITSANDBYTES])
+def test_gradient_scaler(name, two_ranks):
+    for a, b in zip(two_ranks(scaled, name, 1.0), two_ranks(scaled, name, 1024.0), strict=True):
+        assert torch.equal(a, b)  # a power of two changes no bit
+        assert (a - values(0)[0]).norm() > 0.01
+
+
+@pytest.mark.parametrize("name", BITSANDBYTES)
+def test_on_a_cpu_nothing_warns_of_paging(name):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert stepped((400, 256), name).state_dict()["state"][0]["step"] == 1
+
+
+# Which parameters decay
+
+
+def groups_by_name(model, name: str) -> tuple[set[str], set[str]]:
+    """(names that decay, names that do not)."""
+    optimizer = make_optimizer(model.parameters(), name, LR, DECAY)
+    names = {p: clean(n) for n, p in model.named_parameters()}
+    assert {g["weight_decay"] for g in optimizer.param_groups} == {0.0, DECAY}
+    found = [(names[p], g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]]
+    assert len(found) == len(set(found)) == sum(p.requires_grad for p in model.parameters())
+    return {n for n, wd in found if wd}, {n for n, wd in found if not wd}
+
+
+def meta_model(folder, train_type: str):
+    config, _ = parse(["--train_type", train_type, "--model_name", str(folder)])
+    model_config, family = read_config(folder)
+    model = build_on_meta(model_config, family)
+    apply_method(model, family, config, Precision(torch.float32, torch.float32), CheckpointFiles(folder))
+    assert family is FAMILIES["llama"]
+    return model
+
+
+@pytest.mark.parametrize("name", ["adamw", "fused_adamw", "adamw_8bit"])
+def test_norms_biases_and_magnitudes_never_decay(name, checkpoints):
+    decayed, spared = groups_by_name(meta_model(checkpoints("llama_bias"), "bnb_dora"), name)
+    assert {n.split(".")[-1] for n in decayed} == {"lora_A", "lora_B"}
+    assert {n.split(".")[-1] for n in spared} == {"magnitude_change"}
+
+    full = meta_model(checkpoints("llama_bias"), "full")
+    decayed, spared = groups_by_name(full, name)
+    assert {n.split(".")[-1] for n in decayed} == {"weight"} and not any("norm" in n for n in decayed)
+    assert {n.split(".")[-1] for n in spared} == {"weight", "bias"}
+    assert all("norm" in n.split(".")[-2] for n in spared if n.endswith(".weight"))
+    assert sum(n.endswith("layernorm.weight") for n in spared) == 6 and "model.norm.weight" in spared
+
+    expanded = meta_model(checkpoints("llama_bias_pro"), "bnb_llama_pro")
+    decayed, spared = groups_by_name(expanded, name)
+    blocks = [f"model.layers.{i}." for i in expanded.config.llama_pro_new_layers]
+    assert {n for n in spared if "bias" not in n} == {
+        f"{block}{norm}.weight"
+        for block in blocks
+        for norm in ("input_layernorm", "post_attention_layernorm")
+    }
+    assert len(decayed) == 7 * len(blocks) and all(n.startswith(tuple(blocks)) for n in decayed | spared)
+
+
+def test_the_table_is_the_option():
+    assert set(OPTIMIZERS) == set(FIELDS["optimizer"].metadata["choices"])
+
+
+# Through the program
+
+
+def run_of(model, data, name: str) -> list:
+    common = "--train_type full --lr 1e-3 --wd 0.1 --max_steps 4 --lr_scheduler linear --batch_size 2".split()
+    return ["--model_name", model, "--dataset", data, *common, "--optimizer", name]
+
+
+def plain_loop_run(place, argv: list):
+    plain = {
+        "adam": partial(torch.optim.Adam, fused=False, foreach=False),
+        "adamw": partial(torch.optim.AdamW, fused=False, foreach=False),
+    }
+    with mock.patch.dict(OPTIMIZERS, plain):
+        return train_run(place, argv)
+
+
+# fused_adam is adam by another name, and fused_adamw adamw.
+@pytest.mark.parametrize(
+    "like, names",
+    [("adam", []), ("adamw", BITSANDBYTES)],
+    ids=["adam", "adamw"],
+)
+def test_runs_in_two_ranks_follow_torch(like, names, checkpoints, short_rows, two_ranks):
+    """Its plain loop over tensors."""
+    expected = two_ranks(plain_loop_run, run_of(checkpoints(), short_rows, like))[0]
+    for name in [like, *names]:
+        losses, tensors, norms = two_ranks(train_run, run_of(checkpoints(), short_rows, name))[0]
+        tolerance = 5e-3 if name.endswith("8bit") else 1e-5
+        for got, wanted in ((losses, expected[0]), (norms, expected[2])):
+            torch.testing.assert_close(torch.tensor(got), torch.tensor(wanted), rtol=tolerance, atol=0)
+        assert losses[-1] < 0.97 * losses[0] and tensors.keys() == expected[1].keys()
+
+
+@pytest.mark.parametrize(
+    "name, instead", [("paged_adamw_32bit", "adamw"), ("paged_adamw_8bit", "adamw_8bit")]
+)
+def test_paging_of_what_is_in_host_memory_is_refused(name, instead):
+    with pytest.raises(UserError) as error:
+        check_optimizer(name, cpu_offload=True)
+    assert f"--optimizer {name} " in str(error.value) and "--use_cpu_offload" in str(error.value)
+    assert f"use --optimizer {instead}," in str(error.value)
+    check_optimizer(name, cpu_offload=False)
+    check_optimizer(instead, cpu_offload=True)
+    config, _ = parse(["--optimizer", name])
+    with pytest.raises(UserError, match=f"--optimizer {name} has no effect"):
+        train.check(dataclasses.replace(config, use_cpu_offload=True))
+
+
+# The schedule
+
+
+def factors(total: int, warmup: float, kind: str) -> list[float]:
+    return [lr_factor(step, total, warmup, kind) for step in range(total)]
+
+
+def test_warm_up_rises_to_the_peak_and_no_step_is_lost():
+    assert factors(10, 0.4, "constant") == pytest.approx([0.25, 0.5, 0.75, 1] + [1] * 6)
+    assert factors(4, 0.0, "constant") == [1] * 4
+
+
+def test_linear_falls_towards_zero():
+    assert factors(5, 0.0, "linear") == pytest.approx([1, 0.8, 0.6, 0.4, 0.2])
+    assert factors(10, 0.2, "linear")[1:3] == pytest.approx([1, 1])
+
+
+def test_cosine_falls_towards_a_tenth():
+    values = factors(1000, 0.1, "cosine")
+    assert (
+        values[100] == 1 and values[550] == pytest.approx(0.55) and values[-1] == pytest.approx(0.1, abs=1e-4)
+    )
+    assert all(a >= b for a, b in pairwise(values[100:]))
+
+
+@pytest.mark.parametrize("total", [1, 2, 3])
+@pytest.mark.parametrize("kind", ["constant", "linear", "cosine"])
+@pytest.mark.parametrize("warmup", [0.0, 0.5, 1.0])
+def test_short_runs_have_a_rate(total, kind, warmup):
+    assert all(0 < f <= 1 for f in factors(total, warmup, kind))
+
+
+def test_scheduler_applies_the_factor_from_the_first_step():
+    parameter = torch.nn.Parameter(torch.ones(2, 2))
+    optimizer = make_optimizer([parameter], "sgd", lr=0.5, weight_decay=0.0)
+    schedule, seen = make_schedule(optimizer, 4, 0.5, "linear"), []
+    for _ in range(4):
+        seen.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    assert seen == pytest.approx([0.25, 0.5, 0.5, 0.25])

@@ -1,0 +1,419 @@
+"""Evaluation while training: its loss against other ways to compute it, and that training does not notice it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import types
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM
+
+import train
+from data.evaluation_sets import held_rows, prepare_sets, prompt_of, stop_tokens
+from data.formats import ALPACA, FORMATS, QA
+from data.tokenizing import IGNORE, StepSampler, make_batch, tokenize
+from files.output_folder import ADAPTER
+from finished.finished_run import load_model, open_run
+from launch.precision import choose_precision
+from launch.processes import Place
+from monitoring.tracking import NoTracker
+from options.command_line import parse
+from tests.data.test_sources import BYTES
+from tests.helpers.runs import dense_tensors, make_job, randomize, trained_tensors, whole_run
+from tests.helpers.tiny import write_alpaca
+from tests.models.test_adapters import as_peft
+from training import evaluator as evaluation
+from training.evaluator import greedy, grouped, mean_loss, perplexity
+
+HERE = Place(0, 1, 0, 1, torch.device("cpu"))
+PLAIN = choose_precision("fp32", False, False)
+
+
+def context():
+    return PLAIN.context("cpu")
+
+
+def options(checkpoints, data, *more) -> list[str]:
+    own = ["--model_name", checkpoints(), "--dataset", data, "--lora_rank", "8", "--batch_size", "5"]
+    own += ["--context_length", "256"]
+    return [str(a) for a in (*own, "--save_model", "false", *more)]
+
+
+class Recorder(NoTracker):
+    """Keeps the weights of some steps; on every rank."""
+
+    def __init__(self, model, steps):
+        self.model, self.steps, self.weights = model, steps, {}
+
+    def log(self, metrics):
+        if metrics.step in self.steps:
+            self.weights[metrics.step] = trained_tensors(self.model)
+
+
+def run(place, args, scripted=None, steps=()):
+    """(metrics of every step, weights after `steps`, dense weights and weights at the end) of a run from random
+    adapters. scripted: losses that the evaluations find instead of their own."""
+    job = make_job(place, args)
+    model, _ = train.set_up(job, place)
+    randomize(model)
+    c, recorder = job.config, Recorder(model, steps)
+    sampler = StepSampler(
+        job.rows, c.batch_size, c.gradient_accumulation_steps, place.rank, place.world, c.seed
+    )
+    original, values = evaluation.mean_loss, iter(scripted or ())
+    if scripted:
+        evaluation.mean_loss = lambda *_: next(values)
+    try:
+        history = train.train(job, model, place, sampler, recorder)
+    finally:
+        evaluation.mean_loss = original
+    sharded = all(isinstance(p, DTensor) for p in model.parameters())
+    assert sharded or place.world == 1, "something stayed gathered"
+    return (
+        [dataclasses.asdict(m) for m in history],
+        recorder.weights,
+        dense_tensors(model),
+        trained_tensors(model),
+    )
+
+
+# The loss
+
+
+def test_the_loss_is_transformers(checkpoints, short_rows, one_rank, two_ranks):
+    """12 rows in batches of 5, 5 and 2, of which a second rank has one: the same in one rank, in two, and row by
+    row with transformers and PEFT on the dequantized weights."""
+    args = options(checkpoints, short_rows, "--eval_share", "0.3", "--max_steps", "1", "--lr", "0")
+    rows = make_job(HERE, args).evaluation.rows
+    assert len(rows) == 12
+    (one, _, dense, adapters), two = one_rank(run, args)[0], two_ranks(run, args)
+    model = as_peft(checkpoints(), dense, adapters, use_dora=True, alpha=16).eval()
+    total = torch.zeros((), dtype=torch.float64)
+    for i in range(len(rows)):
+        batch = make_batch(rows, torch.tensor([i]), (1, int(rows.lengths()[i])))
+        with torch.no_grad():
+            logits = model(input_ids=batch.ids).logits[0].double()
+        kept = batch.targets[0] != IGNORE
+        total -= logits.log_softmax(-1)[kept].gather(1, batch.targets[0][kept, None]).sum()
+    expected = total.item() / int(rows.targets().sum())
+    assert one[0]["eval_loss"] == pytest.approx(expected, rel=1e-5)
+    assert [t[0][0]["eval_loss"] for t in two] == [pytest.approx(one[0]["eval_loss"], rel=1e-6)] * 2
+    assert one[0]["eval_perplexity"] == math.exp(one[0]["eval_loss"])
+
+
+def test_the_loss_does_not_depend_on_the_batches(checkpoints):
+    """Of Phi-3: above 32 tokens other frequencies rotate all rows of a batch."""
+    model = AutoModelForCausalLM.from_pretrained(checkpoints("phi3")).eval()
+    texts = [FORMATS["completion"].render({"text": "abc" * n}) for n in (4, 8, 9, 10, 11, 12, 20)]
+    rows = tokenize(texts, BYTES, 100, "here")
+
+    def loss_sum(model, batch):
+        logits = model(input_ids=batch.ids).logits
+        return nn.functional.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), reduction="sum")
+
+    losses = [mean_loss(model, rows, size, loss_sum, HERE, context) for size in (1, 2)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+def test_rows_that_are_computed_together():
+    """Longest first; apart where the rotation changes between them, alone where it may change on the way."""
+    lengths = torch.tensor([3, 9, 5, 6, 8, 1])
+
+    def parts(switch, growth=0):
+        return [[b.tolist() for b in part] for part in grouped(lengths, 4, switch, growth)]
+
+    assert parts(math.inf) == [[[1, 4, 3, 2], [0, 5]]]
+    assert parts(6) == [[[1, 4]], [[3, 2, 0, 5]]]
+    assert parts(6, growth=2) == [[[1, 4]], [[3], [2]], [[0, 5]]]
+
+
+def test_the_split(checkpoints, alpaca_file):
+    """Every row is on exactly one side; the seed decides which, and nothing else does."""
+
+    def sets(*more):
+        config, _ = parse(options(checkpoints, alpaca_file, *more))
+        _, rows, held = prepare_sets(config, BYTES, [257])
+        return [sorted(_texts(r)) for r in (rows, held.rows)] if held.rows else sorted(_texts(rows))
+
+    everything, (kept, held) = sets(), sets("--eval_share", "0.25")
+    assert sorted(kept + held) == everything and len(held) == 10
+    assert sets("--eval_share", "0.25", "--batch_size", "2") == [kept, held]
+    assert sets("--eval_share", "0.25", "--seed", "1") != [kept, held]
+    kept_of_four, four = sets("--eval_share", "0.25", "--eval_samples", "4")
+    assert kept_of_four == kept and len(four) == 4 and set(four) < set(held)
+    assert sets("--eval_dataset", alpaca_file, "--eval_samples", "3")[0] == everything
+
+
+def _texts(rows) -> list[str]:
+    starts = rows.starts.tolist()
+    return [BYTES.decode(rows.tokens[a:b]) for a, b in pairwise(starts)]
+
+
+def test_perplexity():
+    assert perplexity(0.0) == 1 and perplexity(1e4) == math.inf and math.isnan(perplexity(math.nan))
+
+
+# Training does not notice
+
+VARIANTS = {
+    "shard_grad_op": ["--sharding_strategy", "shard_grad_op", "--use_gradient_checkpointing", "false"],
+    "ddp": ["--sharding_strategy", "ddp", "--wrap_policy", "sublayer"],
+    "offload": ["--use_cpu_offload", "--use_activation_cpu_offload", "--no_sync"],
+    "full_shard": ["--precision", "bf16_autocast", "--train_type", "qlora"],
+}
+
+
+# Slow: what is gathered anew each time, as with offload, or not at all.
+@pytest.mark.parametrize(
+    "variant",
+    ["shard_grad_op", "offload", *(pytest.param(v, marks=pytest.mark.slow) for v in ("full_shard", "ddp"))],
+)
+def test_training_does_not_notice(variant, checkpoints, short_rows, two_ranks, tmp_path):
+    """The same losses and weights, bit for bit, with dropout, which draws random numbers."""
+    out = [
+        "--output_dir",
+        tmp_path,
+        "--max_steps",
+        "2",
+        "--num_epochs",
+        "2",
+        "--lora_dropout",
+        "0.2",
+        *VARIANTS[variant],
+    ]
+    args = options(checkpoints, short_rows, *out, "--dataset_samples", "10", "--lr", "1e-2")
+    evaluated = ["--eval_dataset", short_rows, "--eval_samples", "6", "--eval_every", "1"]
+    sampled = ["--sample_every", "1", "--sample_tokens", "2"]
+    plain = two_ranks(run, args)
+    noticed = two_ranks(run, [*args, *map(str, evaluated), *sampled])
+    for (before, *_, weights), (after, *_, same) in zip(plain, noticed, strict=True):
+        assert [m["loss"] for m in after] == [m["loss"] for m in before]
+        assert [m["grad_norm"] for m in after] == [m["grad_norm"] for m in before]
+        assert all(torch.equal(same[name], weights[name]) for name in weights)
+        assert len({m["eval_loss"] for m in after}) == 2 and {m["eval_loss"] for m in before} == {None}
+    steps = [json.loads(line)["step"] for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    assert steps == [s for s in (0, 1, 2) for _ in range(3)]
+
+
+# The best step and early stopping
+
+
+def test_early_stopping_and_the_best_step(checkpoints, short_rows, two_ranks, tmp_path):
+    """Scripted losses at steps 2, 4, ...: a NaN and an equal value are no improvement. What is kept are the
+    weights of the step, not those of the end."""
+    (tmp_path / "best").mkdir()  # of an earlier evaluation
+    (tmp_path / "best" / "old.txt").write_text("old")
+    script = [3.0, 2.0, 2.5, 1.9, math.nan, 1.9, 1.0, 1.0]
+    more = ["--output_dir", tmp_path, "--max_steps", "20", "--num_epochs", "20", "--eval_share", "0.2"]
+    stopping = ["--eval_every", "2", "--early_stopping_patience", "2", "--save_model", "true", "--lr", "1e-2"]
+    done = two_ranks(run, options(checkpoints, short_rows, *more, *stopping), script, (8, 12))
+    for history, *_ in done:
+        assert [m["step"] for m in history] == list(range(1, 13))
+        found = [m["eval_loss"] for m in history]
+        assert found[1::2] == pytest.approx(script[:6], nan_ok=True) and found[::2] == [None] * 6
+    score = json.loads((tmp_path / "best" / "evaluation.json").read_text())
+    assert score == {"step": 8, "eval_loss": 1.9, "eval_perplexity": math.exp(1.9)}
+    assert {p.name for p in tmp_path.iterdir()} == {"best"}, "no folder half written, none of an older best"
+    files = {"adapter_config.json", ADAPTER, "config.yaml", "evaluation.json"}
+    assert {p.name for p in (tmp_path / "best").iterdir()} == files
+    stored, weights = load_file(tmp_path / "best" / ADAPTER), done[0][1]
+    name = "model.layers.1.mlp.up_proj.lora_B"
+    assert torch.equal(stored[f"base_model.model.{name}.weight"], weights[8][name])
+    assert not torch.equal(weights[8][name], weights[12][name])
+
+
+@pytest.fixture(scope="module")
+def overfitted(checkpoints, two_ranks, tmp_path_factory):
+    """A whole run, in two ranks, that learns a few rows by heart until others get worse: (RUN, what it printed)."""
+    root = tmp_path_factory.mktemp("overfitted")
+    data = write_alpaca(root / "rows.jsonl", rows=24)
+    (root / "ask.txt").write_text("Say red.\n\nSay something else, please.\n")
+    more = ["--output_dir", root / "out", "--max_steps", "30", "--num_epochs", "30", "--eval_share", "0.4"]
+    more += ["--eval_every", "1", "--early_stopping_patience", "2", "--lr", "5e-2", "--save_model", "true"]
+    more += ["--sample_every", "100", "--sample_tokens", "6", "--sample_prompts", root / "ask.txt"]
+    args = options(checkpoints, data, *more, "--world_size", "2")
+    return root / "out", two_ranks(whole_run, train.check(parse(args)[0]))[0], args
+
+
+def metrics(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_that_stops_early_ends_as_usual(overfitted):
+    folder, printed, _ = overfitted
+    found = [m["eval_loss"] for m in metrics(folder)]
+    stop = next(i for i in range(2, len(found)) if min(found[i - 1 : i + 1]) >= min(found[: i - 1])) + 1
+    assert len(found) == stop < 30
+    best = found.index(min(found)) + 1
+    assert best == stop - 2
+    assert f"stopped at step {stop} of 30" in printed and f"at step {best}, in {folder}/best" in printed
+    assert f"eval {found[-1]:.4f}" in printed
+    names = {
+        ADAPTER,
+        "adapter_config.json",
+        "config.yaml",
+        "loss.png",
+        "metrics.jsonl",
+        "samples.jsonl",
+        "report.html",
+        "run.json",
+        "best",
+    }
+    assert {p.name for p in folder.iterdir()} == names
+
+
+def test_the_best_step_is_the_best(overfitted):
+    """Opened again as runs, both results compute the losses that metrics.jsonl has for their steps."""
+    folder, _, args = overfitted
+    rows, found = make_job(HERE, args).evaluation.rows, [m["eval_loss"] for m in metrics(folder)]
+    for path, expected in ((folder / "best", min(found)), (folder, found[-1])):
+        model = load_model(open_run(path), HERE.device, torch.float32)
+        loss = mean_loss(model, rows, 3, train.loss_sum, HERE, context)
+        assert loss == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_best_of_an_expanded_model_is_its_new_blocks(checkpoints, alpaca_file, one_rank, tmp_path):
+    """Not gigabytes of old ones; opened as a run, it is the model that was evaluated."""
+    args = ["--model_name", checkpoints("llama_pro"), "--dataset", alpaca_file, "--train_type", "llama_pro"]
+    args += ["--output_dir", tmp_path, "--max_steps", "1", "--eval_share", "0.2", "--eval_every", "1"]
+    weights = one_rank(run, list(map(str, args)))[0][3]
+    stored = load_file(tmp_path / "best" / "new_blocks.safetensors")
+    assert all(torch.equal(stored[name], weights[name]) for name in weights) and set(stored) == set(weights)
+    model = load_model(open_run(tmp_path / "best"), HERE.device, torch.float32)
+    rows = make_job(HERE, list(map(str, args))).evaluation.rows
+    loss = mean_loss(model, rows, 3, train.loss_sum, HERE, context)
+    score = json.loads((tmp_path / "best" / "evaluation.json").read_text())
+    assert loss == pytest.approx(score["eval_loss"], rel=1e-5)
+
+
+# Samples
+
+
+def test_samples_in_two_ranks_are_those_of_one(overfitted, one_rank, tmp_path):
+    folder, printed, args = overfitted
+    alone = [*args, "--output_dir", str(tmp_path / "one"), "--world_size", "1", "--batch_size", "10"]
+    one_rank(whole_run, train.check(parse(alone)[0]))
+    lines = [(f / "samples.jsonl").read_text().splitlines() for f in (folder, tmp_path / "one")]
+    both = [[json.loads(line) for line in part] for part in lines]
+    last = len(metrics(folder))
+    assert both[0] == both[1] and [s["step"] for s in both[0]] == [0, 0, last, last]
+    assert all(list(s) == ["step", "prompt", "text"] and s["text"] for s in both[0])
+    assert "### Instruction:\nSay red.\n\n### Response:\n" in both[0][0]["prompt"]
+    assert printed.count("sample, step 0") == 2
+
+
+class Counting(nn.Module):
+    """The likeliest token after i is i + 1."""
+
+    def forward(self, input_ids, use_cache, logits_to_keep):
+        following = (input_ids[:, logits_to_keep] + 1) % 16
+        return types.SimpleNamespace(logits=nn.functional.one_hot(following, 16).float())
+
+
+def test_greedy():
+    """Prompts of different lengths; one ends early, one with its first token, one not at all."""
+    answers = greedy(Counting(), [[1, 2], [5], [3, 3, 7], [9, 1, 9, 10]], 4, [6, 9], HERE, context)
+    assert answers == [[3, 4, 5], [], [8], [11, 12, 13, 14]]
+
+
+def test_greedy_is_transformers_generate(checkpoints, one_rank):
+    model = AutoModelForCausalLM.from_pretrained(checkpoints()).eval()
+    prompt = list(range(40, 60))
+    expected = model.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False)[
+        0, len(prompt) :
+    ].tolist()
+    assert greedy(model, [[7, 8, 9], prompt], 12, [], HERE, context)[1] == expected
+
+
+# Prompts
+
+
+def test_other_rows_are_put_as_the_data_is(checkpoints, alpaca_file, tmp_path):
+    """In the format that was recognised for the data, which the options keep; rows without its columns in their
+    own."""
+    both = {"question": "Why?", "answer": "So.", "instruction": "Do it.", "output": "Done."}
+    (tmp_path / "both.jsonl").write_text(json.dumps(both) + "\n")
+    (tmp_path / "qa.jsonl").write_text('{"question": "Who?", "answer": "I."}\n' * 3)
+    (tmp_path / "ask.txt").write_text("Why?\n")
+    why = QA.format(question="Why?")
+
+    def sets(data, *more):
+        given, _ = parse(options(checkpoints, data, *more, "--sample_every", "1"))
+        config, _, evaluation = prepare_sets(given, BYTES, [257])
+        return config, evaluation.prompts[0].text, evaluation.rows and _texts(evaluation.rows)
+
+    config, prompt, held = sets(tmp_path / "qa.jsonl", "--eval_dataset", tmp_path / "both.jsonl")
+    assert (config.dataset_format, prompt, held) == ("qa", why, [f"<s>{why}So.</s>"])
+    assert held_rows(config, BYTES)[0].text == f"{why}So."  # evaluate.py, later
+    config, prompt, _ = sets(alpaca_file, "--eval_dataset", tmp_path / "both.jsonl")
+    assert (config.dataset_format, prompt) == ("alpaca", ALPACA.format(instruction="Do it."))
+    for asked in ("ask.txt", "both.jsonl"):
+        assert sets(tmp_path / "qa.jsonl", "--sample_prompts", tmp_path / asked)[1] == why
+    _, prompt, held = sets(tmp_path / "qa.jsonl", "--eval_dataset", alpaca_file)
+    assert prompt == ALPACA.format(instruction="Say red.") and len(held) == 40
+
+
+def test_the_prompt_of_a_row(checkpoints):
+    rendered = FORMATS["alpaca"].render({"instruction": "Add.", "output": " 3 "}, BYTES, [])
+    made = prompt_of(rendered, BYTES, 1000)
+    assert made.text.endswith("Add.\n\n### Response:\n") and made.answer == "3"
+    assert made.ids == BYTES(made.text)["input_ids"]
+    assert prompt_of(rendered, BYTES, 7).ids == made.ids[-7:]
+    plain = prompt_of(FORMATS["completion"].render({"text": "a b c d e f g h i j"}), BYTES, 1000)
+    assert (plain.text, plain.answer) == ("a b c d e f g h", "")
+
+
+def test_stop_tokens(tmp_path):
+    assert stop_tokens(tmp_path, BYTES) == [BYTES.eos_token_id]
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [3, 4]}')
+    assert stop_tokens(tmp_path, BYTES) == [3, 4, BYTES.eos_token_id]
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--eval_share", "1"], "--eval_share 1.0: must be at least 0 and below 1"),
+        (["--eval_share", "0.001"], "--eval_share 0.001: of 40 rows it leaves none to evaluate on"),
+        (["--eval_share", "0.999"], "--eval_share 0.999: of 40 rows it leaves none to train on"),
+        (["--eval_share", "0.2", "--eval_dataset", "toy"], "--eval_share: has no effect with --eval_dataset"),
+        (["--eval_every", "5"], "--eval_every: has no effect without --eval_share or --eval_dataset"),
+        (["--eval_samples", "5"], "--eval_samples: has no effect without"),
+        (["--early_stopping_patience", "5"], "--early_stopping_patience: has no effect without --eval_share"),
+        (
+            ["--eval_share", "0.2", "--early_stopping_patience", "5"],
+            "--early_stopping_patience: has no effect without --eval_every",
+        ),
+        (["--eval_share", "0.2", "--eval_every", "-1"], "--eval_every -1: must be 0 or more"),
+        (["--eval_share", "0.2", "--eval_samples", "0"], "--eval_samples 0: must be positive, or -1"),
+        (["--sample_tokens", "5"], "--sample_tokens: has no effect without --sample_every"),
+        (["--sample_every", "5", "--sample_tokens", "0"], "--sample_tokens 0: must be positive"),
+        (["--sample_prompts", "a.txt"], "--sample_prompts: has no effect without --sample_every"),
+        (["--sample_every", "5", "--sample_prompts", "none.txt"], "--sample_prompts none.txt: No such file"),
+        (["--sample_every", "5", "--sample_prompts", "nope"], "--sample_prompts nope: not a recipe"),
+        (["--eval_dataset", "nope"], "--eval_dataset nope: not a recipe"),
+        (["--eval_dataset", "none.jsonl"], "--eval_dataset none.jsonl: no such file"),
+    ],
+)
+def test_bad_options(more, words, checkpoints, alpaca_file, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert train.main(options(checkpoints, alpaca_file, *more)) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {words}") and error.count("\n") == 1
+
+
+def test_an_evaluation_set_without_answers(checkpoints, alpaca_file, tmp_path, capsys):
+    (tmp_path / "rows.jsonl").write_text('{"instruction": "Say it.", "output": ""}\n')
+    args = options(checkpoints, alpaca_file, "--eval_dataset", tmp_path / "rows.jsonl")
+    assert train.main(args) == 2
+    assert "error: --eval_dataset" in (error := capsys.readouterr().err) and "none of the 1 rows" in error
