@@ -37,25 +37,23 @@ from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from checkpoints import resume
+from checkpoints.adapter import save_adapter
 from checkpoints.manager import Checkpoints
-from checkpoints.model_writer import save_blocks, save_expanded, save_model
 from checkpoints.storage import steps_in
+from checkpoints.trained_model import save_blocks, save_expanded, save_model
+from data.batches import StepSampler
 from data.packing import longest_line, make_sampler
 from data.prefetch import ahead
-from data.tokenizing import StepSampler
-from files.output_folder import (
-    Alone,
-    base_digest,
-    clear_output,
-    save_adapter,
-    whole,
-    write_text,
-)
+from files.atomic_writes import write_text
+from files.disk_room import despite_full_disk
+from files.lock import Alone
+from files.model_folder import base_digest
+from files.output_folder import clear_output
 from files.weight_cache import writing
-from launch import memory, nodes
+from launch import memory, nodes, torchrun
 from launch import processes as launch
 from launch.precision import precision_here, use_deterministic
-from launch.processes import Place, resolve_workers
+from launch.ranks import Place, resolve_workers
 from launch.signals import NEVER, NeverStop, Stopping
 from models.adapters import (
     apply_method,
@@ -64,6 +62,8 @@ from models.adapters import (
 from models.attention import choose_attention
 from models.causal_lm import loss_sum
 from models.registry import FAMILIES, build_on_meta
+from monitoring.deferred import Later
+from monitoring.memory_history import BETWEEN
 from monitoring.memory_model import Share, check_loaded, expect
 from monitoring.messages import (
     describe_data,
@@ -73,14 +73,17 @@ from monitoring.messages import (
     describe_unsaved,
     summary,
 )
-from monitoring.profiling import BETWEEN, NO_PROFILER, NoProfiler, Profiler, make_profiler
-from monitoring.report import FACTS, PAGE, describe_run, write_report
-from monitoring.tracking import Lap, Later, Meter, Reading, despite_full_disk, make_tracker
+from monitoring.metrics import Lap, Meter, Reading
+from monitoring.profiling import NO_PROFILER, NoProfiler, Profiler, make_profiler
+from monitoring.report import PAGE, write_report
+from monitoring.run_facts import FACTS, describe_run
+from monitoring.tracking import make_tracker
 from options import config as options
 from options.config import TOY_MODEL, Config
 from options.errors import UserError
 from parallel.activation_checkpointing import ActivationBudget, Keep, compiler, compiles
 from parallel.optimizers import make_optimizer, make_schedule
+from parallel.shards import whole
 from quantize_layers import load_weights
 from training.bad_steps import BadSteps, conclude
 from training.evaluator import Evaluator, describe_evaluations
@@ -330,7 +333,7 @@ def run(config: Config, remarks: list[str]) -> int:
         if under_torchrun():
             told = remarks if os.environ["RANK"] == "0" else []
             prepare = partial(nodes.prepare, lambda: announce(check(config), told))
-            return launch.join(run_rank, prepare, config.verbose)
+            return torchrun.join(run_rank, prepare, config.verbose)
         job = announce(check(config), remarks)
         where = (config.master_addr, config.master_port)
         return launch.start(run_rank, job.config.world_size, (job,), *where, config.verbose)

@@ -33,7 +33,7 @@ from models.loss import freeze, shard_vocabulary
 from parallel.activation_checkpointing import Keep, Recomputed, allow_graphs
 from parallel.activation_offload import HostStash, Offloaded
 from parallel.copy_engines import make_copies
-from quantize_layers import Linear4bit
+from quantization.layer import Linear4bit
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,12 @@ from unittest import mock
 
 import torch
 
+from launch.devices import triton_runs_on
 from options.config import HQQ_BITS
-from quantization import quantizers
-from quantization.quantizers import HQQ, NF4, Quantizer, triton_runs_on
+from quantization import hqq, nf4
+from quantization.hqq import HQQ
+from quantization.nf4 import NF4
+from quantization.quantizers import Quantizer
 
 TIMES = 50
 
@@ -45,7 +48,8 @@ def times(quantizer: Quantizer, shape: tuple[int, int], device: torch.device) ->
         return quantizer.dequantize(*packed, shape, torch.bfloat16)
 
     ours = [milliseconds(expand, device)] if triton_runs_on(device) else []
-    with mock.patch.object(quantizers, "triton_runs_on", return_value=False):
+    by_plain = {"triton_runs_on": lambda _: False}
+    with mock.patch.multiple(nf4, **by_plain), mock.patch.multiple(hqq, **by_plain):
         return [*ours, milliseconds(expand, device)]
 
 

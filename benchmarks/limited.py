@@ -24,7 +24,7 @@ import train
 from benchmarks.make_checkpoint import EMPTY, STD
 from files import model_folder as model_files
 from files.tensors import Stage, Staged, StoredTensor, read_tensor
-from launch.processes import Place
+from launch.ranks import Place
 from training.preflight import Job
 
 _run_rank = train.run_rank

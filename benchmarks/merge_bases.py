@@ -17,7 +17,9 @@ import torch
 import torch.nn.functional as F
 
 import export
-from data.tokenizing import IGNORE, StepSampler, prepare
+from data.batches import StepSampler
+from data.rows import IGNORE
+from data.tokenizing import prepare
 from files.model_folder import CheckpointFiles
 from finished.finished_run import load_tokenizer, open_run, read_adapter
 from finished.layerwise import packed_logits, plain_logits, trained_logits

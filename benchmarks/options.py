@@ -12,7 +12,7 @@ from pathlib import Path
 from benchmarks.shapes import SHAPES
 from benchmarks.systems import CHECKPOINTING, OURS, SYSTEMS, TRAIN_TYPES
 from benchmarks.table import SETTLING
-from files.output_folder import check_writable
+from files.disk_room import check_writable
 from options.command_line import command_parser, suggest, with_underscores
 from options.config import FIELDS, user_cache
 from options.errors import UserError

@@ -33,7 +33,7 @@ from benchmarks.options import Options, parse
 from benchmarks.shapes import SHAPES
 from benchmarks.systems import OURS, SYSTEMS, Setting, installed
 from benchmarks.table import Row, draw, markdown, measured
-from files.output_folder import write_text
+from files.atomic_writes import write_text
 from launch.program import report
 from options.errors import UserError
 

@@ -13,17 +13,9 @@ from huggingface_hub.utils import logging as hub_logging
 from transformers import PretrainedConfig
 from transformers.utils import logging as transformers_logging
 
-from checkpoints.model_writer import (
-    Entry,
-    Shards,
-    copied,
-    filled,
-    open_blocks,
-    shards_of,
-    with_replaced,
-    write_model,
-)
-from data.tokenizing import toy_texts
+from checkpoints.model_writer import Entry, Shards, copied, filled, shards_of, with_replaced, write_model
+from checkpoints.trained_model import open_blocks
+from data.examples import toy_texts
 from files.model_folder import CheckpointFiles, fetch_weights, find_model
 from files.output_folder import check_output, clear_output
 from files.tensors import StoredTensor

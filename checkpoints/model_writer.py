@@ -7,23 +7,21 @@ which a folder is no model, gets its own last.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
+from files.atomic_writes import staged, write_text
 from files.model_folder import INDEX, SINGLE, CheckpointFiles
-from files.output_folder import BLOCKS, check_room, copy_companions, gather, plan_shards, shard_name, staged
-from files.tensors import read_header, write_header
-from models.family import Family, clean
-from models.llama_pro import NEW_LAYERS, new_layers
-from options.errors import UserError
+from files.output_folder import COMPANIONS
+from files.tensors import write_header
+from parallel.shards import gather
 
 PIECE = 2**24  # bytes
 SHARD_BYTES = 5 * 10**9
@@ -89,14 +87,14 @@ def _file_pieces(path: Path, begin: int, nbytes: int) -> Callable[[], Iterator[b
     return pieces
 
 
-def _in_order(entries: dict[str, Entry]) -> dict[str, Entry]:
+def in_order(entries: dict[str, Entry]) -> dict[str, Entry]:
     """As they lie in a file: wider dtypes first, so that each number is aligned to its size."""
     return dict(sorted(entries.items(), key=lambda item: -item[1].dtype.itemsize))
 
 
 def write_tensors(path: Path, entries: dict[str, Entry], metadata: dict[str, str] | None = None) -> None:
     """Writes one safetensors file."""
-    entries = _in_order(entries)
+    entries = in_order(entries)
     with path.open("wb") as out:
         write_header(out, entries, metadata)
         for name, entry in entries.items():
@@ -144,100 +142,36 @@ def with_replaced(files: CheckpointFiles, changed: dict[str, Entry]) -> Shards:
     return shards
 
 
-def _trained_blocks(model: nn.Module, family: Family, files: CheckpointFiles) -> dict[str, Entry]:
-    """The parameters of the new layers, in the checkpoint's dtypes."""
-    new, params = new_layers(model.config), {clean(name): p for name, p in model.named_parameters()}
-    names = [name for name in files.tensors if family.place(name)[0] in new]
-    assert {n for n, p in params.items() if p.requires_grad} == set(names)
-    return {name: gathered(params[name], files.tensors[name].dtype) for name in names}
+def companions(source: Path, patterns: tuple[str, ...] = COMPANIONS) -> list[Path]:
+    """A model folder's small files, config.json last: with it a copy is a model folder."""
+    found = sorted({p for pattern in patterns for p in source.glob(pattern) if p.is_file()})
+    return sorted(found, key=lambda p: p.name == "config.json")
 
 
-def save_model(model: nn.Module, folder: Path, files: CheckpointFiles) -> None:
-    """Writes a whole trained model as the base's folder is laid out: same names, dtypes, config and tokenizer.
-    Collective; rank 0 writes, one tensor at a time."""
-    params = {clean(name): p for name, p in model.named_parameters()}  # a tied head is listed once
-    entries = {name: gathered(p, files.tensors[name].dtype) for name, p in params.items()}
-    _write_together(folder, shards_of(entries, SHARD_BYTES), files.folder)
-
-
-def save_expanded(model: nn.Module, family: Family, folder: Path, files: CheckpointFiles) -> None:
-    """Writes the folder that was trained from, with its new blocks as they are now: same file names, dtypes,
-    config and tokenizer. The old blocks are the files', not the quantized ones. Collective; rank 0 writes."""
-    _write_together(folder, with_replaced(files, _trained_blocks(model, family, files)), files.folder)
-
-
-def _write_together(folder: Path, shards: Shards, source: Path) -> None:
-    _together(folder, shards, lambda noted: write_model(folder, noted, source))
-
-
-def _together(folder: Path, shards: Shards, write: Callable[[Shards], None]) -> None:
-    """Rank 0 writes, the other ranks take part in making the tensors. If it cannot write, which they do not know, it
-    takes part in what is left as they do, and raises OSError then. Collective."""
-    begun: set[str] = set()
-
-    def noted(name: str, entry: Entry) -> Entry:
-        def pieces():
-            begun.add(name)
-            yield from entry.pieces()
-
-        return dataclasses.replace(entry, pieces=pieces)
-
-    failure = None
-    if dist.get_rank() == 0:
-        try:
-            check_room(folder, total_bytes(shards))
-            write({file: {n: noted(n, e) for n, e in entries.items()} for file, entries in shards.items()})
-        except OSError as e:  # after another error, as of a rank that is gone, nothing can be made together
-            failure = e
-    for entries in shards.values():
-        _take_part({name: entry for name, entry in entries.items() if name not in begun})
-    if failure:
-        raise failure
-
-
-def save_blocks(
-    model: nn.Module, family: Family, folder: Path, files: CheckpointFiles, base: str, digest: str
+def copy_companions(
+    source: Path, folder: Path, config: dict | None = None, patterns: tuple[str, ...] = COMPANIONS
 ) -> None:
-    """Writes the new blocks alone, under the expanded model's names. The header's metadata has their layers, and the
-    name and `base_digest` of the expanded model. Collective; rank 0 writes."""
-    entries, layers = _trained_blocks(model, family, files), json.dumps(new_layers(model.config))
-    metadata = {"base_model_name_or_path": base, "base_digest": digest, NEW_LAYERS: layers}
-
-    def write(shards: Shards) -> None:
+    """Copies `companions`. config: what config.json is to hold instead."""
+    for path in companions(source, patterns):
+        if path.name == "config.json" and config is not None:
+            write_text(folder / path.name, json.dumps(config, indent=2) + "\n")
+            continue
         with staged(folder) as stage:
-            write_tensors(stage(BLOCKS), shards[BLOCKS], metadata)
-
-    _together(folder, {BLOCKS: entries}, write)
+            shutil.copyfile(path, stage(path.name))
 
 
-def _take_part(entries: dict[str, Entry]) -> None:
-    """Makes what needs all ranks of `entries`, in the order in which they are written, for another rank."""
-    for entry in _in_order(entries).values():
-        if entry.collective:
-            for _ in entry.pieces():
-                pass
+def shard_name(number: int, shards: int) -> str:
+    """Hugging Face's name of a weights file; number counts from 1."""
+    return f"model-{number:05d}-of-{shards:05d}.safetensors" if shards > 1 else SINGLE
 
 
-def open_blocks(
-    path: Path, files: CheckpointFiles, family: Family, layers: list[int]
-) -> tuple[CheckpointFiles, dict[str, str]]:
-    """(the tensors, the header's metadata) of what `save_blocks` wrote, to be put into the expanded model in `files`
-    with the new layers `layers`. Raises UserError unless it holds exactly their tensors."""
-    blocks = CheckpointFiles(path.parent, only=path.name)
-    metadata = read_header(path)[0].get("__metadata__") or {}
-    held = metadata.get(NEW_LAYERS)
-    if held is None:
-        raise UserError(f"{path}: not a file of new blocks, as `--llama_pro_save blocks` leaves them")
-    if held != json.dumps(layers):
-        raise UserError(f"{path}: has the new layers {held}, but {files.folder} has {layers}")
-    wanted = {name for name in files.tensors if family.place(name)[0] in layers}
-    for name in sorted(wanted ^ set(blocks.tensors)):
-        what = f"{name} is missing" if name in wanted else f"{name} is in no new layer of {files.folder}"
-        raise UserError(f"{path}: {what}")
-    for name, stored in blocks.tensors.items():
-        if stored.shape != files.tensors[name].shape:
-            raise UserError(
-                f"{path}: {name} has shape {list(stored.shape)}, but {files.folder} has"
-                f" {list(files.tensors[name].shape)}"
-            )
-    return blocks, metadata
+def plan_shards(sizes: dict[str, int], limit: int) -> list[list[str]]:
+    """Names in order, cut into shards of at most `limit` bytes (a larger tensor stands alone)."""
+    shards, used = [[]], 0
+    for name, nbytes in sizes.items():
+        if shards[-1] and used + nbytes > limit:
+            shards.append([])
+            used = 0
+        shards[-1].append(name)
+        used += nbytes
+    return shards

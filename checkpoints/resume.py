@@ -27,12 +27,12 @@ from checkpoints.storage import (
     remove_checkpoints,
     steps_in,
 )
-from data.tokenizing import TokenizedRows
-from files.model_folder import CheckpointFiles
-from files.output_folder import BEST, BLOCKS, base_digest, check_output, holds_run
+from data.rows import TokenizedRows
+from files.model_folder import CheckpointFiles, base_digest
+from files.output_folder import BEST, BLOCKS, check_output, holds_run
 from files.weight_cache import digest
 from launch.precision import precision_here
-from monitoring.tracking import read_metrics
+from monitoring.metrics import read_metrics
 from options.config import CHECKPOINTS, FIELDS, Config, shown
 from options.errors import UserError
 

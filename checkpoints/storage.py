@@ -38,7 +38,8 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, SavePlan
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
-from files.output_folder import beside, check_room, fresh_folder, remove
+from files.atomic_writes import beside, fresh_folder, remove
+from files.disk_room import check_room
 from files.tensors import write_tensors
 from launch.memory import MIB
 from options.config import CHECKPOINTS

@@ -22,7 +22,7 @@ from checkpoints.storage import Reader, Saved, dtype_of, rank_of
 from models.family import clean
 from options.errors import UserError, describe
 from parallel.optimizers import ShardedAdamW, has_blocks, merged_blocks
-from quantize_layers import part
+from parallel.shards import part
 
 Tensors = dict[str, torch.Tensor]
 

@@ -12,9 +12,11 @@ from pathlib import Path
 
 import torch
 
+from data.examples import TEMPLATE_ERRORS, Examples, read_examples
 from data.formats import FORMATS, Rendered, prompt_ids
+from data.rows import TokenizedRows
 from data.sources import find_recipe, load_rows
-from data.tokenizing import TEMPLATE_ERRORS, Examples, TokenizedRows, read_examples, tokenize
+from data.tokenizing import tokenize
 from options.config import Config
 from options.errors import UserError
 from options.limits import CONFIG_FILE, LINE, read_json, read_text

@@ -18,7 +18,8 @@ from itertools import chain
 
 import torch
 
-from data.tokenizing import IGNORE, Batch, StepSampler, TokenizedRows, learned_places
+from data.batches import Batch, StepSampler, learned_places
+from data.rows import IGNORE, TokenizedRows
 from options.config import Config
 
 # Rows that are put in order of length at a time, before they are packed. With more of them packs are a little fuller,

@@ -8,8 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from data.tokenizing import Step
-from launch.processes import use
+from data.batches import Step
+from launch.devices import use
 
 
 def ahead(steps: Iterator[Step], device: torch.device, pin: bool) -> Iterator[Step]:

@@ -19,7 +19,8 @@ import torch
 
 from files.tensors import StoredTensor, read_tensor
 from options.errors import UserError
-from quantization.quantizers import NF4, SCALE_BLOCK, PackedWeight, flat_bytes
+from quantization.nf4 import NF4, SCALE_BLOCK
+from quantization.quantizers import PackedWeight, flat_bytes
 
 STATE = ".quant_state.bitsandbytes__"
 COMPANIONS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")

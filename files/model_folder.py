@@ -8,6 +8,8 @@ file holds a tensor. Only headers are read here; the weights stay on disk until 
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +17,7 @@ from typing import Protocol
 
 import torch
 from safetensors import SafetensorError
+from transformers import PretrainedConfig
 
 from files.bnb_weights import find_bnb
 from files.tensors import Stage, Staged, StoredTensor, list_tensors, read_tensor
@@ -165,3 +168,19 @@ def _download(name: str, *patterns: str) -> Path:
         raise UserError(f"--model_name {name}: no such folder, and on the hub it {what}") from None
     except OSError as e:
         raise UserError(f"--model_name {name}: could not be fetched from the hub ({e})") from None
+
+
+def base_digest(config: PretrainedConfig, files: CheckpointFiles) -> str:
+    """Names the model that an adapter belongs to: its config and the names and shapes of its weights, not the
+    version of transformers that wrote it or the folder where it lies."""
+    ignored = (
+        "_name_or_path",
+        "transformers_version",
+        "dtype",
+        "torch_dtype",
+        "use_cache",
+        "quantization_config",
+    )
+    described = {k: v for k, v in config.to_dict().items() if k not in ignored}
+    shapes = {name: stored.shape for name, stored in sorted(files.tensors.items())}
+    return hashlib.sha256(json.dumps([described, shapes], sort_keys=True, default=str).encode()).hexdigest()

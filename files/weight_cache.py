@@ -30,10 +30,10 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 
+from files.disk_room import check_room, check_writable
 from files.model_folder import CheckpointFiles
-from files.output_folder import check_room, check_writable
 from files.tensors import UMASK, list_tensors, read_tensor, save_tensors
-from launch.processes import Place
+from launch.ranks import Place
 from options.errors import UserError, describe
 from options.limits import INDEX_FILE, read_json
 from quantization.quantizers import PackedWeight, Quantizer, flat_bytes

@@ -14,19 +14,21 @@ from transformers import GenerationConfig
 from transformers.utils import logging as transformers_logging
 
 from data.evaluation_sets import Prompt, held_rows, prompt_of, read_beside, stop_tokens
+from data.examples import read_examples
 from data.formats import Rendered
-from data.tokenizing import read_examples, tokenize
-from files.output_folder import as_json, check_writable, write_text
+from data.tokenizing import tokenize
+from files.atomic_writes import as_json, write_text
+from files.disk_room import check_writable
 from finished.finished_run import Run, load_model, load_tokenizer, open_base, open_run
 from launch.precision import bf16_gpu, choose_precision
-from launch.processes import Place
 from launch.program import report
+from launch.ranks import Place
 from models.causal_lm import loss_sum
 from models.family import rope_switch
 from models.lora import adapters_off
 from options.errors import UserError
 from options.evaluate import Options
-from training.evaluator import grouped, mean_loss, perplexity
+from training.evaluation import grouped, mean_loss, perplexity
 
 
 def exact_match(answers: list[str], references: list[str]) -> dict[str, float]:

@@ -19,21 +19,13 @@ from huggingface_hub.utils import validate_repo_id
 from transformers.utils import logging as transformers_logging
 
 from checkpoints import model_writer
-from checkpoints.model_writer import Entry, write_model
+from checkpoints.model_writer import Entry, companions, copy_companions, write_model
 from data.sources import find_recipe
 from data.tokenizing import prepare
+from files.atomic_writes import write_text
+from files.disk_room import check_room, check_writable
 from files.model_folder import CheckpointFiles
-from files.output_folder import (
-    ADAPTER,
-    TOKENIZER,
-    check_room,
-    check_writable,
-    clear_output,
-    companions,
-    copy_companions,
-    holds_run,
-    write_text,
-)
+from files.output_folder import ADAPTER, TOKENIZER, clear_output, holds_run
 from finished.finished_run import Run, load_tokenizer, open_run, read_adapter
 from finished.layerwise import compare, plain_logits, trained_logits
 from finished.merge import merged_entries

@@ -18,13 +18,13 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoTokenizer, PretrainedConfig
 
-from checkpoints.model_writer import open_blocks
-from data.tokenizing import toy_texts
+from checkpoints.trained_model import open_blocks
+from data.examples import toy_texts
 from files.bnb_weights import check_stored_quantization
-from files.model_folder import CheckpointFiles, fetch_weights, find_model
-from files.output_folder import ADAPTER, BLOCKS, base_digest
+from files.model_folder import CheckpointFiles, base_digest, fetch_weights, find_model
+from files.output_folder import ADAPTER, BLOCKS
 from launch.precision import Precision
-from launch.processes import Place
+from launch.ranks import Place
 from models.adapters import apply_method, check_packing
 from models.family import Family
 from models.llama_pro import new_layers

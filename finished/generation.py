@@ -19,8 +19,8 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList, TextStreamer
 
+from data.examples import find_format
 from data.formats import FORMATS, GUANACO_MARKERS, Format, asked, checked, prompt_ids, turn_ending
-from data.tokenizing import find_format
 from finished.finished_run import Run, load_model, load_tokenizer, open_base, open_run, set_adapter
 from launch.precision import Precision, choose_precision
 from models.adapters import exchange_adapters

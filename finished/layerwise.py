@@ -19,8 +19,9 @@ from models.family import Family
 from models.longrope import make_rotary
 from models.lora import LoRALinear
 from models.registry import build_on_meta
+from parallel.shards import fill
+from quantization.layer import Packed, pack, quantize_linears, quantizer_of
 from quantization.quantizers import pack_weight
-from quantize_layers import Packed, fill, pack, quantize_linears, quantizer_of
 
 FP32 = Precision(torch.float32, torch.float32)
 

@@ -24,9 +24,9 @@ from files.tensors import Stage
 from finished.finished_run import PREFIX, Run
 from launch.memory import empty_on_host
 from models.adapters import choose_quantizers, packed_linears
-from models.dora import TINY
 from models.registry import build_on_meta
 from options.errors import UserError
+from quantization.operators import TINY
 from quantization.quantizers import PackedWeight, Quantizer, pack_weight
 
 

@@ -20,11 +20,11 @@ import torch
 import torch.distributed as dist
 import transformers
 
-from data.tokenizing import TokenizedRows
-from files.output_folder import base_digest
+from data.rows import TokenizedRows
+from files.model_folder import base_digest
 from files.weight_cache import digest
-from launch import processes as launch
 from launch.precision import precision_here
+from launch.ranks import Place, local_world_size
 from options.config import shown
 from options.errors import UserError, needs_no_traceback
 from options.errors import describe as in_one_line
@@ -52,7 +52,7 @@ def prepare(check: Callable[[], Job], rank: int, world: int, local_rank: int, be
     if local_rank == 0:
         try:
             job = check()
-            described = describe(job) if job.config.world_size > launch.local_world_size(world) else {}
+            described = describe(job) if job.config.world_size > local_world_size(world) else {}
             finding = Finding(socket.gethostname(), "", described, job.config.output_dir)
         except (UserError, OSError) as e:
             if not needs_no_traceback(e):
@@ -84,7 +84,7 @@ def describe(job: Job) -> dict[str, str]:
     del options["output_dir"]
     names = [name for name in job.files.tensors if name not in job.files.packed]
     held = [job.rows, job.evaluation.rows]
-    ranks = {"LOCAL_WORLD_SIZE": str(launch.local_world_size(job.config.world_size))}
+    ranks = {"LOCAL_WORLD_SIZE": str(local_world_size(job.config.world_size))}
     return (
         ranks
         | {f"--{name}": shown(value) for name, value in options.items()}
@@ -123,7 +123,7 @@ def compare(nodes: list[Finding]) -> None:
                 raise UserError(_disagreement(name, first, i, node))
 
 
-def check_shared(file: Path, place: launch.Place) -> None:
+def check_shared(file: Path, place: Place) -> None:
     """Raises UserError on ranks of other nodes that do not see what the first has just written, as checkpoints need.
     Collective."""
     if place.local_world == place.world:

@@ -17,8 +17,9 @@ from models.lora import LoRALinear
 from models.moe import within_experts
 from options.config import Config
 from options.errors import UserError
-from quantization.quantizers import Quantizer, make_quantizer
-from quantize_layers import quantize_linears
+from quantization.layer import quantize_linears
+from quantization.quantizers import Quantizer
+from quantization.registry import make_quantizer
 
 
 def target_linears(model: nn.Module, family: Family, wanted: str) -> list[str]:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from data.tokenizing import Batch
+from data.batches import Batch
 from models.loss import Head
 
 

@@ -21,9 +21,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from models.lora import LoRALinear
+from quantization.layer import Linear4bit
 from quantization.operators import TINY, factored_norm, kept, project4bit
 from quantization.quantizers import PackedWeight
-from quantize_layers import Linear4bit
 
 _same_operators = False  # switched by `same_operators`
 

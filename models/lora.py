@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from quantization.layer import Linear4bit, Packed, pack, packs, quantizer_of
 from quantization.quantizers import PackedWeight, Quantizer
-from quantize_layers import Linear4bit, Packed, pack, packs, quantizer_of
 
 
 class LoRALinear(Packed):

@@ -25,9 +25,9 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from data.tokenizing import IGNORE
+from data.rows import IGNORE
+from launch.devices import triton_runs_on
 from quantization.operators import compute_dtype
-from quantization.quantizers import triton_runs_on
 
 # torch 2.13 has new names for them, and warns of the old ones.
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from files.output_folder import staged
+from files.atomic_writes import staged
 from launch.memory import GIB, in_use
 
 MOST_EVENTS = (

@@ -17,12 +17,12 @@ from files.model_folder import CheckpointFiles
 from launch import memory
 from launch.memory import size
 from launch.precision import Precision
-from launch.processes import Place
+from launch.ranks import Place
 from models.adapters import make_quantizer_of, target_linears
 from models.family import Family
 from models.llama_pro import new_layers
 from options.config import Config
-from quantize_layers import STORAGE
+from quantization.layer import STORAGE
 from wrapping import STRATEGIES
 
 TOLERANCE = 0.03

@@ -5,7 +5,7 @@ from __future__ import annotations
 from html import escape
 from pathlib import Path
 
-from files.output_folder import staged, write_text
+from files.atomic_writes import staged, write_text
 from monitoring.memory_history import Part, Recording
 from monitoring.report_charts import Band, Series, number, plot, tick, time_axis, value_axis
 from monitoring.report_page import document

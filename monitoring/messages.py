@@ -7,13 +7,14 @@ from pathlib import Path
 
 import torch
 
+from data.batches import StepSampler
 from data.packing import PackSampler
-from data.tokenizing import StepSampler, TokenizedRows
+from data.rows import TokenizedRows
 from files.output_folder import BLOCKS
 from launch import memory
 from launch.program import typed_command, under_torchrun
 from monitoring.memory_model import Share
-from monitoring.tracking import Metrics
+from monitoring.metrics import Metrics
 from options.config import TOY_DATASET, TOY_MODEL, TOY_PROMPT, Config
 from options.errors import describe
 

@@ -17,9 +17,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from files.output_folder import write_text
+from files.atomic_writes import write_text
 from launch.memory import GIB, PEAKS, in_use
-from launch.processes import Place
+from launch.ranks import Place
 from monitoring.memory_history import BETWEEN, History, Recording
 from monitoring.memory_page import write_pages
 from options.config import Config

@@ -15,16 +15,13 @@ import shlex
 from collections.abc import Iterable
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from files.output_folder import ADAPTER, BLOCKS
 from launch.program import typed_command
 from monitoring.report_charts import Series, bars, curves, number, running_mean
+from monitoring.run_files import RunFiles
 from options.config import TOY_DATASET, TOY_MODEL, TOY_PROMPT, Config, shown
 from options.resolve import resolve
-
-if TYPE_CHECKING:
-    from report import RunFiles
 
 ASSETS = Path(__file__).parent / "report_assets"
 LONGEST_TEXT = 4000  # characters of a sample that are shown

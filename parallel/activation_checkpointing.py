@@ -20,11 +20,11 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import ActivationWrapper
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from launch.devices import triton_runs_on
 from launch.signals import unheard_by_children
 from models.dora import same_operators
 from models.family import Family
-from quantization.quantizers import triton_runs_on
-from quantize_layers import Linear4bit
+from quantization.layer import Linear4bit
 
 ops = torch.ops
 MARKED = {ops.fsdp_finetune.kept.default}

@@ -27,7 +27,7 @@ import pytest
 def pytest_collection_modifyitems(items):
     from transformers.utils import logging
 
-    from launch.processes import ranks_on_gpus
+    from launch.ranks import ranks_on_gpus
 
     logging.disable_progress_bar()  # tests read stderr
     gc.freeze()  # all that was imported stays
@@ -79,7 +79,7 @@ def even_rows(tmp_path_factory):
 
 def _ranks(world: int):
     """On a machine with GPUs each rank has one, over NCCL; without, they are CPU processes over gloo."""
-    from launch.processes import ranks_on_gpus
+    from launch.ranks import ranks_on_gpus
     from tests.helpers.distributed import Ranks
 
     if 0 < ranks_on_gpus() < world:

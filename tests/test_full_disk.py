@@ -11,13 +11,15 @@ import torch
 from safetensors.torch import load_file
 
 import train
-from checkpoints import model_writer
+from checkpoints import trained_model
 from checkpoints.model_writer import Entry
 from checkpoints.storage import steps_in
-from files.output_folder import ADAPTER, BEST, BLOCKS, SCORE, replace_folder, write_text
+from files.atomic_writes import replace_folder, write_text
+from files.disk_room import despite_full_disk
+from files.output_folder import ADAPTER, BEST, BLOCKS, SCORE
 from files.tensors import save_tensors
-from launch.processes import Place
-from monitoring.tracking import NoTracker, despite_full_disk
+from launch.ranks import Place
+from monitoring.tracking import NoTracker
 from options.command_line import parse
 from options.errors import UserError, needs_no_traceback
 from tests.helpers.products import products
@@ -124,7 +126,7 @@ def test_a_best_step_that_was_not_kept_is_told(tmp_path):
 )
 def test_only_what_a_disk_does_not_take_is_made_all_the_same(error, made, monkeypatch, tmp_path):
     """In the order in which the other ranks make it, but for what was made before."""
-    monkeypatch.setattr(model_writer.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(trained_model.dist, "get_rank", lambda: 0)
     found = []
 
     def entry(name: str) -> Entry:
@@ -139,7 +141,7 @@ def test_only_what_a_disk_does_not_take_is_made_all_the_same(error, made, monkey
         raise error
 
     with pytest.raises(error):
-        model_writer._together(
+        trained_model._together(
             tmp_path, {"one": {"a": entry("a"), "b": entry("b")}, "two": {"c": entry("c")}}, write
         )
     assert found == ["a", *made]

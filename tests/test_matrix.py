@@ -12,7 +12,7 @@ import torch
 
 from options.config import FIELDS
 from parallel.activation_offload import HostStash, Stashed
-from quantize_layers import Linear4bit
+from quantization.layer import Linear4bit
 from tests.helpers.products import products
 from tests.helpers.runs import set_up, train_run
 from tests.test_parity import TYPES, arguments, assert_same, biased

@@ -16,9 +16,10 @@ from torch import nn
 from finished import merge
 from options.config import HQQ_BITS
 from options.errors import UserError
-from quantization import quantizers
-from quantization.quantizers import HQQ, NF4, pack_bits
-from quantize_layers import STORAGE, Linear4bit, as_storage
+from quantization import hqq
+from quantization.hqq import HQQ, pack_bits
+from quantization.layer import STORAGE, Linear4bit, as_storage
+from quantization.nf4 import NF4
 from tests.helpers.runs import dense_state, set_up
 
 CPU = torch.device("cpu")
@@ -60,8 +61,8 @@ def test_plain_operations_expand_some_blocks_at_a_time(n_bits, monkeypatch):
     quantizer, shape = HQQ(n_bits), (19, 64)
     packed = (*quantizer.quantize(torch.randn(shape)), None, shape, torch.float32)
     whole = quantizer.dequantize(*packed)
-    monkeypatch.setattr(quantizers, "EXPANDED", 8 * 64)
-    with mock.patch.object(quantizers, "_values", wraps=quantizers._values) as values:
+    monkeypatch.setattr(hqq, "EXPANDED", 8 * 64)
+    with mock.patch.object(hqq, "_values", wraps=hqq._values) as values:
         assert torch.equal(quantizer.dequantize(*packed), whole)
     assert [len(call.args[0]) for call in values.mock_calls] == [64 * n_bits, 64 * n_bits, 24 * n_bits]
 

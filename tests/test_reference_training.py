@@ -6,7 +6,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from data.tokenizing import IGNORE, StepSampler
+from data.batches import StepSampler
+from data.rows import IGNORE
 from options.config import METHODS
 from tests.helpers.runs import dense_state, make_job, set_up, trained_tensors
 from tests.models.test_adapters import adapters_of, args_for, as_peft

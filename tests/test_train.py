@@ -24,7 +24,7 @@ import train
 from checkpoints.manager import Checkpoints
 from launch import processes as launch
 from launch.program import parse_or_exit
-from monitoring.tracking import Meter
+from monitoring.metrics import Meter
 from options.command_line import parse
 from options.config import TOY_PROMPT
 from parallel.optimizers import lr_factor

@@ -16,8 +16,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from data.tokenizing import Step, TokenizedRows
-from monitoring.tracking import Metrics, NoTracker, Reading, append
+from data.batches import Step
+from data.rows import TokenizedRows
+from files.disk_room import append
+from monitoring.metrics import Metrics, Reading
+from monitoring.tracking import NoTracker
 from options.errors import UserError
 
 BAD_STEPS = "bad_steps.jsonl"

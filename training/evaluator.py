@@ -20,120 +20,19 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 
 from data.evaluation_sets import EvaluationData
-from data.tokenizing import Batch, TokenizedRows, make_batch
-from files.output_folder import BEST, SCORE, beside, fresh_folder, remove, replace_folder, write_text
-from launch.processes import Place
+from files.atomic_writes import beside, fresh_folder, remove, replace_folder, write_text
+from files.disk_room import append
+from files.output_folder import BEST, SCORE
+from launch.ranks import Place
 from models.family import rope_switch
-from monitoring.tracking import Meter, Metrics, NoTracker, append
+from monitoring.metrics import Meter, Metrics
+from monitoring.tracking import NoTracker
 from options.config import Config
 from options.errors import describe
 from training.bad_steps import too_many
-
-PROMPTS_AT_ONCE = 8
-
-LossSum = Callable[[nn.Module, Batch], torch.Tensor]
-Context = Callable[[], contextlib.AbstractContextManager]
-
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; afterwards the model is as it was: in its mode, and sharded, where a
-    strategy would have kept it gathered for a backward that does not come."""
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module in model.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
-        model.train(training)
-
-
-def mean_loss(
-    model: nn.Module, rows: TokenizedRows, batch_size: int, loss_sum: LossSum, place: Place, context: Context
-) -> float:
-    """Cross-entropy per target of all rows. Collective.
-
-    The batches are the same on any number of ranks, which take turns, and their sums meet each in a place of its
-    own: the result depends on the number of ranks only as far as the kernels do. The longest come first, so that
-    what does not fit into memory shows at once; a rank that is left without a batch takes one of nothing but padding.
-    """
-    lengths = rows.lengths()
-    parts = grouped(lengths, batch_size, rope_switch(model.config))
-    rounds = [part[i : i + place.world] for part in parts for i in range(0, len(part), place.world)]
-    targets = rows.targets()
-    sums, done = torch.zeros(sum(map(len, rounds)), dtype=torch.float64, device=place.device), 0
-    with evaluating(model):
-        for batches in rounds:
-            own = place.rank < len(batches)
-            indices = batches[place.rank] if own else batches[0][:0]
-            longest = int(lengths[batches[0][0]])
-            most = max(int(targets[each].sum()) for each in batches)
-            batch = make_batch(rows, indices, (len(batches[0]), longest), most).to(place.device)
-            with context():
-                total = loss_sum(model, batch)
-            if own:
-                sums[done + place.rank] = total
-            done += len(batches)
-    if place.world > 1:
-        dist.all_reduce(sums)
-    return sums.sum().item() / int(targets.sum())
-
-
-def grouped(lengths: torch.Tensor, size: int, switch: float, growth: int = 0) -> list[list[torch.Tensor]]:
-    """Numbers of the rows [R] that are computed together, at most `size`, the longest first, so that each gives what
-    it gives alone: in parts that the model's `rope_switch` keeps apart, the rows above it, those that may pass it
-    while they grow by `growth` tokens, each by itself, and those that stay below."""
-    order = lengths.argsort(descending=True, stable=True)
-    before, after = lengths[order], lengths[order] + growth
-    parts = (before > switch, size), ((before <= switch) & (after > switch), 1), (after <= switch, size)
-    return [list(order[rows].split(most)) for rows, most in parts if rows.any()]
-
-
-def perplexity(loss: float) -> float:
-    return math.exp(loss) if loss < 700 else math.inf if loss == loss else math.nan
-
-
-def greedy(
-    model: nn.Module, prompts: list[list[int]], tokens: int, stops: list[int], place: Place, context: Context
-) -> list[list[int]]:
-    """The likeliest answer of at most `tokens` tokens to each prompt, without the token of `stops` that ended it.
-    Collective.
-
-    Each forward computes all prompts from their start, padded on the right: without a cache, because what costs
-    time under FSDP is to gather the weights, once per token either way. Every rank computes the same; rank 0's
-    choice counts, so that all of them end together even if their GPUs should round differently.
-    """
-    rows = [list(p) for p in prompts]
-    waiting = set(range(len(rows)))
-    with evaluating(model):
-        for _ in range(tokens):
-            lengths = torch.tensor([len(r) for r in rows])
-            ids = torch.zeros(len(rows), int(lengths.max()), dtype=torch.int64)
-            for i, row in enumerate(rows):
-                ids[i, : len(row)] = torch.tensor(row)
-            positions, which = (lengths - 1).unique(return_inverse=True)
-            with context():
-                logits = model(
-                    input_ids=ids.to(place.device), use_cache=False, logits_to_keep=positions.to(place.device)
-                ).logits  # [P, positions, V]
-            chosen = logits[torch.arange(len(rows)), which].argmax(-1)  # [P]
-            if place.world > 1:
-                dist.broadcast(chosen, 0)
-            for i, token in enumerate(chosen.tolist()):
-                if i in waiting:
-                    rows[i].append(token)
-                    if token in stops:
-                        waiting.discard(i)
-            if not waiting:
-                break
-    answers = [row[len(prompt) :] for row, prompt in zip(rows, prompts, strict=True)]
-    return [a[:-1] if a and a[-1] in stops else a for a in answers]
+from training.evaluation import PROMPTS_AT_ONCE, Context, LossSum, greedy, grouped, mean_loss, perplexity
 
 
 class Evaluator:

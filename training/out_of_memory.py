@@ -22,7 +22,7 @@ import torch
 from data.packing import longest_line
 from launch.memory import PEAKS, size
 from launch.precision import precision_here
-from launch.processes import Place
+from launch.ranks import Place
 from models.loss import HIDDEN_BYTES, LOGITS_BYTES
 from models.registry import FAMILIES, build_on_meta
 from monitoring.memory_model import WeightBytes, plan, resting_on_host, vocabulary, weight_bytes

@@ -14,16 +14,20 @@ from transformers import AutoTokenizer, PretrainedConfig
 
 from checkpoints import resume
 from checkpoints.storage import Saved
+from data.batches import StepSampler
 from data.evaluation_sets import EvaluationData, named, prepare_sets, stop_tokens
+from data.examples import toy_texts
 from data.packing import make_sampler
-from data.tokenizing import StepSampler, TokenizedRows, toy_texts
+from data.rows import TokenizedRows
 from files.bnb_weights import check_stored_quantization
+from files.disk_room import check_writable
 from files.model_folder import CheckpointFiles, fetch_weights, find_model
-from files.output_folder import check_output, check_writable
+from files.output_folder import check_output
 from files.weight_cache import NewCache, new_cache, open_cache
 from launch import processes as launch
 from launch.precision import bf16_gpu, precision_here
 from launch.program import under_torchrun
+from launch.ranks import resolve_group_size, resolve_strategy, resolve_world_size
 from models.adapters import check_packing, check_rank, make_quantizer_of, packed_linears, target_linears
 from models.family import Family, follows_the_longest, switches_by_layer
 from models.llama_pro import check_can_leave_silence, new_layers
@@ -62,14 +66,14 @@ def check(config: Config) -> Job:
 
 def _check(config: Config) -> Job:
     started = time.time()
-    world = launch.resolve_world_size(config.world_size)
-    strategy = launch.resolve_strategy(config.sharding_strategy, world)
+    world = resolve_world_size(config.world_size)
+    strategy = resolve_strategy(config.sharding_strategy, world)
     config = dataclasses.replace(config, world_size=world, sharding_strategy=strategy)
     config = resume.resume_after_restart(config)
     if not under_torchrun():
         launch.check_address(config.master_addr, config.master_port)
     if STRATEGIES[config.sharding_strategy].replicas == "groups":
-        group = launch.resolve_group_size(config.hybrid_shard_size, world)
+        group = resolve_group_size(config.hybrid_shard_size, world)
         config = dataclasses.replace(config, hybrid_shard_size=group)
     if config.precision.startswith("bf16") and torch.cuda.is_available() and not bf16_gpu():
         raise UserError(

@@ -32,7 +32,8 @@ from files import model_folder as model_files
 from files.model_folder import CheckpointFiles
 from options.command_line import parse as parse_training
 from options.config import HQQ_BITS
-from quantization.quantizers import HQQ, NF4
+from quantization.hqq import HQQ
+from quantization.nf4 import NF4
 from tests.helpers.runs import whole_run
 
 QLORA = Setting(gpus=1, train_type="qlora", checkpointing="full")

@@ -31,7 +31,7 @@ from models.llama_pro import NEW_LAYERS, evenly, sources
 from models.registry import FAMILIES, build_on_meta, read_config
 from monitoring.tracking import NoTracker
 from options.command_line import parse
-from quantize_layers import Linear4bit
+from quantization.layer import Linear4bit
 from tests.helpers import tiny
 from tests.helpers.runs import set_up
 from tests.models.test_adapters import IDS, args_for

@@ -12,12 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from checkpoints import host_copy
 from checkpoints import manager as checkpoints
-from checkpoints.manager import HostCopy, host_memory
+from checkpoints.host_copy import HostCopy, host_memory
 from checkpoints.storage import folder_of
 from checkpoints.training_state import Tensors
 from files.tensors import write_tensors
-from launch.processes import use
+from launch.devices import use
 from tests.helpers.saving import TENSORS, Small
 
 
@@ -94,7 +95,7 @@ def test_a_run_without_checkpoints_allocates_nothing(one_rank, tmp_path):
 
 def asked_for(place, folder: str, every: int, at: int) -> set[bool]:
     run = Small(place, folder, every, at)
-    with mock.patch.object(checkpoints, "host_memory", Slow()) as slow:
+    with mock.patch.object(host_copy, "host_memory", Slow()) as slow:
         for _ in range(at):
             run.step()
         run.check_saved()
@@ -138,7 +139,7 @@ def test_the_next_step_does_not_change_what_is_still_to_be_copied(one_rank, tmp_
 
 def without_memory(place, folder: str) -> None:
     run = Small(place, folder, every=2)
-    with mock.patch.object(checkpoints, "host_memory", Slow("no memory")):
+    with mock.patch.object(host_copy, "host_memory", Slow("no memory")):
         run.step()
         run.step()
         with pytest.raises(RuntimeError, match="no memory"):
@@ -153,7 +154,7 @@ def test_a_host_without_memory_ends_the_run(one_rank, tmp_path):
 
 
 def test_copies_lie_together_and_are_written_each_alone(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoints, "PIECE", 2048)
+    monkeypatch.setattr(host_copy, "PIECE", 2048)
     copy = HostCopy(torch.device("cpu"))
     copies = copy.take(TENSORS)
     assert all(torch.equal(copies[name], tensor) for name, tensor in TENSORS.items()), "none over another"

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train
-from checkpoints import model_writer
+from checkpoints import trained_model
 from files import output_folder as checkpoint
 from files.output_folder import check_output, clear_output, holds_run
 from options.errors import UserError
@@ -67,8 +67,8 @@ def test_adapter_on_some_linears_only(checkpoints, alpaca_file, one_rank, tmp_pa
 
 @pytest.mark.parametrize(
     ("kind", "shard_bytes"),
-    [(kind, size) for kind in ("llama_bias", "qwen2") for size in (model_writer.SHARD_BYTES, 150_000)]
-    + [("gemma2", model_writer.SHARD_BYTES), ("qwen3_moe", 150_000)],
+    [(kind, size) for kind in ("llama_bias", "qwen2") for size in (trained_model.SHARD_BYTES, 150_000)]
+    + [("gemma2", trained_model.SHARD_BYTES), ("qwen3_moe", 150_000)],
 )
 def test_transformers_loads_the_full_model(kind, shard_bytes, checkpoints, alpaca_file, two_ranks, tmp_path):
     args = args_for(checkpoints(kind), alpaca_file, "full")
@@ -86,11 +86,11 @@ def test_transformers_loads_the_full_model(kind, shard_bytes, checkpoints, alpac
 
 
 def save_in_shards(place, args, folder, shard_bytes):
-    original, model_writer.SHARD_BYTES = model_writer.SHARD_BYTES, shard_bytes
+    original, trained_model.SHARD_BYTES = trained_model.SHARD_BYTES, shard_bytes
     try:
         return save_and_compute(place, args, folder)
     finally:
-        model_writer.SHARD_BYTES = original
+        trained_model.SHARD_BYTES = original
 
 
 def test_full_model_keeps_the_checkpoints_dtype(alpaca_file, one_rank, tmp_path):

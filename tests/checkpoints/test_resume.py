@@ -17,10 +17,11 @@ import torch
 import train
 from checkpoints import storage as checkpoint_files
 from checkpoints.storage import folder_of, steps_in
-from files import output_folder as checkpoint
-from files.output_folder import Alone
+from files import lock
+from files.lock import Alone
 from launch.signals import Stopping
-from monitoring.tracking import Metrics, make_tracker
+from monitoring.metrics import Metrics
+from monitoring.tracking import make_tracker
 from options.command_line import parse
 from options.errors import UserError
 from tests.helpers.resuming import (
@@ -261,7 +262,7 @@ class Held:
         self.other = Alone(folder)
 
     def __call__(self, place, argv: list[str]) -> str:
-        with self.other, mock.patch.object(checkpoint, "PATIENCE", 0.5):
+        with self.other, mock.patch.object(lock, "PATIENCE", 0.5):
             self.other.take()
             try:
                 return run(place, argv)

@@ -11,17 +11,18 @@ from itertools import pairwise
 import pytest
 import torch
 
-import monitoring.report
 import train
+from data.batches import Batch, StepSampler, make_batch
 from data.packing import PackSampler, best_fit, make_packed, make_sampler
-from data.tokenizing import IGNORE, Batch, StepSampler, TokenizedRows, make_batch
-from files.output_folder import whole
+from data.rows import IGNORE, TokenizedRows
 from models import attention
 from models.attention import CAUSAL, VARLEN
 from models.family import clean
 from models.longrope import make_rotary
 from models.registry import FAMILIES
 from monitoring.messages import describe_data
+from monitoring.run_facts import describe_run
+from parallel.shards import whole
 from tests.data.test_tokenizing import SIZES, assert_places, expected, some_rows
 from tests.helpers.runs import make_job, set_up, train_run
 from tests.helpers.tiny import _LONG_ROPE, CONFIGS
@@ -351,9 +352,7 @@ def test_packs_are_in_the_report(tmp_path):
         (PackSampler(rows, 8, 1, 0, 1, 42, 64), True),
         (StepSampler(rows, 8, 1, 0, 1, 42), False),
     ):
-        (run / "run.json").write_text(
-            monitoring.report.describe_run(rows, sampler, torch.nn.Linear(3, 2), {})
-        )
+        (run / "run.json").write_text(describe_run(rows, sampler, torch.nn.Linear(3, 2), {}))
         assert (f"Packs {sampler.count()} " in page_of(run).text) == shown
 
 

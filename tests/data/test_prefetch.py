@@ -5,8 +5,8 @@ import threading
 import pytest
 import torch
 
+from data.batches import StepSampler
 from data.prefetch import ahead
-from data.tokenizing import StepSampler
 from tests.data.test_tokenizing import some_rows
 
 CPU = torch.device("cpu")

@@ -11,9 +11,11 @@ import pytest
 import torch
 
 from benchmarks.make_checkpoint import byte_tokenizer
-from data import tokenizing as data
+from data import examples
+from data.batches import StepSampler, rounded
 from data.formats import FORMATS, GUANACO_MARKERS, Rendered
-from data.tokenizing import IGNORE, StepSampler, TokenizedRows, prepare, rounded, tokenize
+from data.rows import IGNORE, TokenizedRows
+from data.tokenizing import prepare, tokenize
 from options.errors import UserError
 from tests.helpers import chat_templates, small_tokenizers
 
@@ -188,7 +190,7 @@ def test_a_large_chat_file_is_rendered_by_several_processes(tmp_path, monkeypatc
     rows = [{"messages": [{"role": r, "content": f"{t} {i}"} for r, t in turns]} for i in range(2001)]
     file = write(tmp_path / "a.jsonl", rows)
     results = set()
-    monkeypatch.setattr(data._Rendering, "__call__", _recorded(data._Rendering.__call__, tmp_path))
+    monkeypatch.setattr(examples._Rendering, "__call__", _recorded(examples._Rendering.__call__, tmp_path))
     for cores in (3, 1):
         monkeypatch.setattr(os, "cpu_count", lambda cores=cores: cores)
         results.add(prepare(file, "auto", -1, 512, tokenizer).tokens.numpy().tobytes())

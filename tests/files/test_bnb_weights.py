@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 import train
 from files.model_folder import CheckpointFiles
 from options.errors import UserError
-from quantization.quantizers import HQQ, NF4
+from quantization.hqq import HQQ
+from quantization.nf4 import NF4
 from tests.helpers.runs import dense_state, make_job, outputs, set_up, transformers_model
 from tests.models.test_adapters import IDS
 

@@ -21,7 +21,8 @@ from files.model_folder import CheckpointFiles
 from files.output_folder import ADAPTER
 from files.weight_cache import MANIFEST, NewCache, digest, packers, writing
 from options.errors import UserError
-from quantization.quantizers import HQQ, NF4
+from quantization.hqq import HQQ
+from quantization.nf4 import NF4
 from tests.files.test_bnb_weights import DENSE, QLORA, check, without_quantizing
 from tests.helpers.resuming import fill, run
 from tests.helpers.runs import dense_state, make_job, set_up

@@ -26,7 +26,7 @@ from tests.helpers.resuming import fill
 from tests.helpers.runs import dense_tensors, transformers_model
 from tests.models.test_adapters import IDS, args_for
 from tests.training.test_evaluator import HERE, context
-from training.evaluator import greedy
+from training.evaluation import greedy
 
 
 def row_by_row(model, rows) -> float:

@@ -18,9 +18,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import export
 import finished.export
 from checkpoints import model_writer
-from files.output_folder import ADAPTER, INDEX
+from files.model_folder import INDEX
+from files.output_folder import ADAPTER
 from finished import layerwise
-from quantization.quantizers import NF4
+from quantization.nf4 import NF4
 from tests.checkpoints.test_block_expansion import _status, all_tensors, described
 from tests.files.test_bnb_weights import pack_like_the_hub
 from tests.finished.test_finished_run import saved_run

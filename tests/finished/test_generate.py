@@ -22,8 +22,9 @@ from finished.generation import Answer, Conversation, Stream, make_template
 from models.dora import DoRALinear, fixed_norms
 from models.lora import LoRALinear, adapters_off
 from options.errors import UserError
-from quantization.quantizers import HQQ, NF4
-from quantize_layers import Linear4bit
+from quantization.hqq import HQQ
+from quantization.layer import Linear4bit
+from quantization.nf4 import NF4
 from tests.finished.test_finished_run import saved_run
 from tests.helpers.runs import dense_state, transformers_model
 from tests.models.test_adapters import ALPHA, I, O, R, args_for, dora, filled

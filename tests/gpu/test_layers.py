@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 import train
-from data.tokenizing import StepSampler
+from data.batches import StepSampler
 from models.dora import DoRALinear
 from models.family import clean
 from models.lora import LoRALinear
@@ -25,8 +25,10 @@ from monitoring.profiling import Profiler
 from monitoring.tracking import NoTracker
 from options.errors import UserError
 from parallel.optimizers import make_optimizer
-from quantization.quantizers import HQQ, NF4
-from quantize_layers import STORAGE, Linear4bit, fill
+from parallel.shards import fill
+from quantization.hqq import HQQ
+from quantization.layer import STORAGE, Linear4bit
+from quantization.nf4 import NF4
 from tests.helpers import tiny
 from tests.helpers.programs import ROOT
 from tests.helpers.runs import make_job
@@ -303,8 +305,8 @@ def test_gathered_bytes_are_the_loaded_bytes(train_type, tmp_path):
 
 
 def _compare_gathered(model: str, data: str, train_type: str) -> None:
-    from files.output_folder import gather
-    from launch.processes import join_group
+    from launch.ranks import join_group
+    from parallel.shards import gather
     from tests.helpers.runs import set_up
 
     place = join_group(*(int(os.environ[k]) for k in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))

@@ -16,14 +16,15 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
-from data.tokenizing import Step
+from data.batches import Step
 from files import tensors as tensor_files
 from files.tensors import Stage, list_tensors, read_tensor
+from launch.devices import triton_runs_on
 from models.loss import look_up
-from monitoring.tracking import Meter
+from monitoring.metrics import Meter
 from options.config import HQQ_BITS
 from parallel.activation_offload import HostStash, Offloaded
-from quantization.quantizers import HQQ, triton_runs_on
+from quantization.hqq import HQQ
 from tests.gpu.test_layers import quantized
 from tests.gpu.test_packing import compiled_on_gpu
 from tests.helpers.resuming import NOISY, Signals, adapter, lines, repeated, run

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from launch.processes import Place
+from launch.ranks import Place
 from monitoring.memory_history import BETWEEN, GpuEvents
 from monitoring.profiling import HISTORY_STEPS, MemoryRecorder, Profiler
 from tests.gpu.test_layers import run

@@ -18,7 +18,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from launch.processes import free_port, join_group
+from launch.processes import free_port
+from launch.ranks import join_group
 from launch.signals import hear
 
 TIMEOUT_SECONDS = 240

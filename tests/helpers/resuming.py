@@ -13,12 +13,13 @@ import torch
 from safetensors.torch import load_file
 
 import train
-from checkpoints import model_writer
+from checkpoints import adapter as adapter_files
 from checkpoints import storage as checkpoint_files
+from checkpoints import trained_model
 from checkpoints.storage import folder_of
-from files import output_folder as checkpoint
+from files import disk_room
 from files.output_folder import BEST
-from monitoring.tracking import Meter
+from monitoring.metrics import Meter
 from options.command_line import parse
 from tests.helpers.manifests import edit
 from tests.helpers.runs import whole_run
@@ -33,7 +34,7 @@ NOISY = [
     *"--lora_dropout 0.1 --precision fp16_autocast --packing --context_length 80 --max_steps 5 --dataset_samples 12".split(),
 ]
 QUIET = [*RUN, "--max_steps", "7"]
-CHECK_ROOM = checkpoint.check_room
+CHECK_ROOM = disk_room.check_room
 REPEATED = ("step", "epoch", "lr", "tokens", "trained_tokens", "loss", "grad_norm", "eval_loss")
 
 
@@ -74,7 +75,7 @@ def fill(disk: Path, leave: int = 0) -> None:
 
 
 def check_room_by(check: Callable[[Path, int], None]) -> None:
-    for module in (checkpoint, checkpoint_files, model_writer):
+    for module in (adapter_files, checkpoint_files, trained_model):
         module.check_room = check
 
 

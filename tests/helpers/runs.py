@@ -15,12 +15,11 @@ from transformers import AutoModelForCausalLM
 
 import train
 from data.packing import make_sampler
-from files.output_folder import gather
 from models.family import clean
 from models.lora import LoRALinear
 from monitoring.tracking import NoTracker
 from options.command_line import parse
-from quantize_layers import fill
+from parallel.shards import fill, gather
 from training import preflight as checks
 
 

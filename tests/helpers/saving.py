@@ -12,7 +12,7 @@ from checkpoints.manager import Checkpoints
 from checkpoints.storage import folder_of, read_checkpoint
 from checkpoints.training_state import Tensors, collect
 from launch.signals import NeverStop
-from monitoring.tracking import Later
+from monitoring.deferred import Later
 
 TENSORS = {  # with the bytes of each, in whole ALIGNED
     "half": torch.randn(7).bfloat16(),  # 64

@@ -27,7 +27,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from checkpoints.storage import Saved
-from launch import nodes
+from launch import nodes, ranks, torchrun
 from launch import processes as launch
 from launch.nodes import Finding, compare
 from options.command_line import parse
@@ -294,7 +294,7 @@ def test_a_run_with_checkpoints_needs_a_folder_that_all_nodes_see(shared, two_ra
 )  # fmt: skip
 def test_the_default_strategy(monkeypatch, world, local, wanted, chosen):
     ranks_of_a_node(monkeypatch, world, local)
-    assert launch.resolve_strategy(wanted, world) == chosen
+    assert ranks.resolve_strategy(wanted, world) == chosen
 
 
 def ranks_of_a_node(monkeypatch, world, local, rank="0") -> None:
@@ -313,7 +313,7 @@ def ranks_of_a_node(monkeypatch, world, local, rank="0") -> None:
 def test_nodes_of_different_sizes(monkeypatch, world, local):
     ranks_of_a_node(monkeypatch, world, local)
     with pytest.raises(UserError, match=f"{local} of {world} ranks are on this node: all nodes must have"):
-        launch.local_world_size(world)
+        ranks.local_world_size(world)
 
 
 # Ranks that do not come together
@@ -321,7 +321,7 @@ def test_nodes_of_different_sizes(monkeypatch, world, local):
 
 @pytest.fixture
 def soon(monkeypatch):
-    monkeypatch.setattr(launch, "MEETING", timedelta(seconds=1))
+    monkeypatch.setattr(torchrun, "MEETING", timedelta(seconds=1))
 
 
 def test_ranks_that_do_not_come(monkeypatch, soon):
@@ -329,7 +329,7 @@ def test_ranks_that_do_not_come(monkeypatch, soon):
     monkeypatch.setenv("MASTER_PORT", str(launch.free_port()))
     begun = time.time()
     with pytest.raises(UserError, match=r"^localhost:\d+: the ranks cannot meet here .*1/2 clients joined"):
-        launch.meet(0, 2)
+        torchrun.meet(0, 2)
     assert time.time() - begun < 20
 
 
@@ -339,7 +339,7 @@ def test_a_rank_without_the_first(monkeypatch, soon):
     with pytest.raises(
         UserError, match=r"^localhost:\d+: the ranks cannot meet here \(MASTER_ADDR, MASTER_PORT"
     ):
-        launch.meet(1, 2)
+        torchrun.meet(1, 2)
 
 
 def test_a_node_of_torchrun_that_does_not_come(monkeypatch, soon):
@@ -351,7 +351,7 @@ def test_a_node_of_torchrun_that_does_not_come(monkeypatch, soon):
     with pytest.raises(
         UserError, match="only 1 of 2 ranks came within 1 s; the other nodes' output says why"
     ):
-        launch.meet(0, 2)
+        torchrun.meet(0, 2)
 
 
 def test_a_restart_is_no_new_beginning(monkeypatch):
@@ -363,7 +363,7 @@ def test_a_restart_is_no_new_beginning(monkeypatch):
     found = []
     for attempt in range(2):
         monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(attempt))
-        found.append(launch.meet(0, 1)[1])
+        found.append(torchrun.meet(0, 1)[1])
     assert found[0] == found[1] and 0 <= time.time() - found[0] < 60
 
 
@@ -377,12 +377,12 @@ def test_the_clock_of_rank_0_says_when_a_run_began(monkeypatch):
     )
     clocks = {threading.main_thread(): 1000.0}
     clock = SimpleNamespace(time=lambda: clocks.get(threading.current_thread(), 2000.0))
-    monkeypatch.setattr(launch, "time", clock)
+    monkeypatch.setattr(torchrun, "time", clock)
     with ThreadPoolExecutor() as threads:
-        other = threads.submit(launch.meet, 1, 2)
+        other = threads.submit(torchrun.meet, 1, 2)
         while store.add("came", 0) == 0 and not other.done():
             time.sleep(0.01)
-        assert launch.meet(0, 2)[1] == other.result()[1] == 1000.0
+        assert torchrun.meet(0, 2)[1] == other.result()[1] == 1000.0
 
 
 @pytest.mark.parametrize("verbose", [False, True])
@@ -391,11 +391,11 @@ def test_a_full_disk_under_torchrun_has_a_traceback_if_asked_for(verbose, monkey
         raise OSError(errno.ENOSPC, "No space left on device")
 
     ranks_of_a_node(monkeypatch, 2, 1)
-    monkeypatch.setattr(launch, "meet", lambda *_: (dist.HashStore(), 0.0))
+    monkeypatch.setattr(torchrun, "meet", lambda *_: (dist.HashStore(), 0.0))
     monkeypatch.setattr(dist, "init_process_group", lambda *_, **__: None)
     monkeypatch.setattr(os, "_exit", sys.exit)
     with pytest.raises(SystemExit, match="2"):
-        launch.join(None, prepare, verbose)
+        torchrun.join(None, prepare, verbose)
     err = capsys.readouterr().err
     assert err.endswith("error: rank 0: OSError: [Errno 28] No space left on device\n")
     assert err.startswith("Traceback") == verbose
@@ -412,7 +412,7 @@ def test_an_environment_that_nobody_meant(monkeypatch, name, value, message):
     monkeypatch.setenv("MASTER_PORT", "1")
     monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=message):
-        launch.join(None, None)
+        torchrun.join(None, None)
 
 
 @pytest.mark.parametrize(

@@ -8,13 +8,14 @@ import pytest
 import torch
 
 import train
-from data.tokenizing import Batch
-from files.output_folder import whole
+from data.batches import Batch
 from launch import precision
 from launch.precision import Precision, choose_precision, precision_here
 from models.family import clean
-from monitoring.tracking import Metrics, Tracker
+from monitoring.metrics import Metrics
+from monitoring.tracking import Tracker
 from options.config import FIELDS
+from parallel.shards import whole
 from tests.helpers.products import products
 from tests.helpers.runs import set_up, train_run, trained_tensors
 from tests.test_parity import arguments, biased

@@ -22,6 +22,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 import train
 from checkpoints.storage import newest_whole
 from launch import processes as launch
+from launch import torchrun
 from options.command_line import parse
 from options.errors import UserError
 from tests.helpers.distributed import new_processes
@@ -313,7 +314,7 @@ def test_a_second_signal_ends_a_step_that_does_not(
 
 def agent_of_a_rank(end) -> None:
     if os.fork() == 0:
-        threading.Thread(target=launch._end_with_agent, args=(os.getppid(),), daemon=True).start()
+        threading.Thread(target=torchrun._end_with_agent, args=(os.getppid(),), daemon=True).start()
         end.send("there")
         time.sleep(100)
         os._exit(0)

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from launch import processes as launch
+from launch import ranks as launch_ranks
 from tests.helpers.programs import ROOT
 
 
@@ -36,7 +37,7 @@ def test_a_rank_has_the_environment_of_its_parent(processes, tmp_path):
 def share(place, sets: list[set[int]]) -> int:
     """Of a rank whose node has ranks that may run on these processors."""
     with mock.patch.object(os, "sched_getaffinity", lambda _: sets[place.rank], create=True):
-        return launch.share_of_processors(place.local_rank, place.rank, place.local_world, place.world)
+        return launch_ranks.share_of_processors(place.local_rank, place.rank, place.local_world, place.world)
 
 
 @pytest.mark.parametrize(
@@ -59,7 +60,7 @@ def test_other_nodes_share_none(two_ranks):
 
 def alone_on_its_node(place) -> int:
     with mock.patch.object(os, "sched_getaffinity", lambda _: set(range(5)), create=True):
-        return launch.share_of_processors(0, place.rank, 1, place.world)
+        return launch_ranks.share_of_processors(0, place.rank, 1, place.world)
 
 
 @pytest.mark.parametrize(
@@ -83,7 +84,7 @@ def test_threads_are_a_share_unless_somebody_says_how_many(asked, agent, ranks, 
             monkeypatch.setenv(name, value)
     set_to = []
     monkeypatch.setattr(torch, "set_num_threads", set_to.append)
-    launch.set_threads(7, ranks)
+    launch_ranks.set_threads(7, ranks)
     assert set_to == threads
 
 
@@ -94,12 +95,12 @@ def test_a_rank_begins_with_its_share(gpu, monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)), raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: int(gpu))
-    monkeypatch.setattr(launch, "use", lambda device: None)
+    monkeypatch.setattr(launch_ranks, "use", lambda device: None)
     monkeypatch.setattr(dist, "init_process_group", lambda *_, **__: None)
     monkeypatch.setattr(dist, "all_gather_object", lambda all, own: all.__setitem__(slice(None), [own] * 3))
     set_to = []
     monkeypatch.setattr(torch, "set_num_threads", set_to.append)
-    place = launch.join_group(0, 3, 0)
+    place = launch_ranks.join_group(0, 3, 0)
     assert (set_to, place.processors, place.device.type) == ([2], 2, "cuda" if gpu else "cpu")
 
 

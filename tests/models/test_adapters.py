@@ -14,13 +14,15 @@ from transformers import AutoModelForCausalLM
 
 import models.dora
 import train
-from data.tokenizing import IGNORE, Batch
+from data.batches import Batch
+from data.rows import IGNORE
 from models.dora import DoRALinear
 from models.lora import LoRALinear
 from options.config import METHODS
 from quantization import operators as linear4bit
-from quantization.quantizers import HQQ, NF4
-from quantize_layers import Linear4bit
+from quantization.hqq import HQQ
+from quantization.layer import Linear4bit
+from quantization.nf4 import NF4
 from tests.helpers.runs import outputs, set_up, trained_tensors, transformers_model
 from tests.helpers.tiny import CONFIGS
 from tests.test_quantize_layers import CPU, quantized

@@ -14,8 +14,8 @@ from transformers.models.granite.modeling_granite import GraniteForCausalLM, Gra
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts, Qwen3MoeMLP
 
 import train
-from data.tokenizing import IGNORE, Batch
-from files.output_folder import whole
+from data.batches import Batch
+from data.rows import IGNORE
 from launch import precision
 from models import gemma2
 from models.adapters import target_linears
@@ -23,6 +23,7 @@ from models.family import Family, clean
 from models.moe import Experts
 from models.registry import FAMILIES, build_on_meta, read_config
 from options.errors import UserError
+from parallel.shards import whole
 from tests.helpers import tiny
 from tests.helpers.runs import outputs, set_up, train_run, transformers_model
 from tests.models.test_adapters import IDS, args_for, loss_and_logits, summed_cross_entropy, trained_names

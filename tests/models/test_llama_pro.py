@@ -16,7 +16,7 @@ from models.family import clean
 from models.llama_pro import NEW_LAYERS, check_can_leave_silence, new_layers
 from models.registry import FAMILIES, read_config
 from options.errors import UserError
-from quantize_layers import Linear4bit
+from quantization.layer import Linear4bit
 from tests.checkpoints.test_block_expansion import all_tensors, described, expand, transformers_logits
 from tests.checkpoints.test_model_writer import save_and_compute
 from tests.helpers import tiny

@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import train
+from data.batches import learned_places
 from data.packing import make_sampler
-from data.tokenizing import IGNORE, learned_places
+from data.rows import IGNORE
 from models import loss
 from models.loss import FrozenEmbedding, Head, look_up, shard_vocabulary
 from tests.helpers.runs import set_up

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import train
-from launch.processes import Place
+from launch.ranks import Place
 from monitoring.memory_history import BETWEEN
 from monitoring.profiling import (
     HISTORY_STEPS,

@@ -23,8 +23,10 @@ import torch
 import monitoring.report
 import report
 import train
-from data.tokenizing import StepSampler, TokenizedRows
+from data.batches import StepSampler
+from data.rows import TokenizedRows
 from monitoring.report_charts import downsample, number, running_mean, step_axis, value_axis
+from monitoring.run_facts import describe_run
 from options import config as options
 from options.command_line import parse
 from options.errors import UserError
@@ -81,7 +83,7 @@ def make_run(folder: Path, steps: list[dict], *argv: str) -> Path:
     given = ["--model_name", "some/model", "--dataset", "rows.jsonl", "--output_dir", str(folder), *argv]
     (folder / "config.yaml").write_text(options.dump_yaml(parse(given)[0]))
     rows = small_rows()
-    facts = monitoring.report.describe_run(rows, StepSampler(rows, 2, 1, 0, 1, 0), torch.nn.Linear(3, 2), {})
+    facts = describe_run(rows, StepSampler(rows, 2, 1, 0, 1, 0), torch.nn.Linear(3, 2), {})
     (folder / "run.json").write_text(facts)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(s) + "\n" for s in steps))
     return folder

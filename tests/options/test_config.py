@@ -9,7 +9,7 @@ import re
 import pytest
 import yaml
 
-from data.tokenizing import find_recipe
+from data.sources import find_recipe
 from options.command_line import parse
 from options.config import FIELDS, METHODS, TOY_DEFAULTS, Config, dump_yaml
 from options.errors import UserError

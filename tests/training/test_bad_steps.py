@@ -22,11 +22,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.make_checkpoint import byte_tokenizer
 from checkpoints.storage import MANIFEST, folder_of
-from data import tokenizing as data
+from data import examples
+from data.batches import Step, StepSampler
 from data.prefetch import ahead
-from data.tokenizing import Step, StepSampler, prepare
+from data.tokenizing import prepare
+from files.disk_room import append
 from files.model_folder import INDEX
-from monitoring.tracking import HostMoment, Meter, Metrics, NoTracker, Reading, append
+from monitoring.metrics import HostMoment, Meter, Metrics, Reading
+from monitoring.tracking import NoTracker
 from options.errors import UserError
 from parallel.optimizers import make_optimizer
 from tests.helpers import tiny
@@ -401,7 +404,7 @@ def test_a_thread_that_makes_batches_and_fails_is_told():
 def dying(numbers: range):
     if 400 in numbers:
         os.kill(os.getpid(), signal.SIGKILL)
-    return data._held(numbers)
+    return examples._held(numbers)
 
 
 def test_a_data_worker_that_is_killed(tmp_path, monkeypatch):
@@ -409,7 +412,7 @@ def test_a_data_worker_that_is_killed(tmp_path, monkeypatch):
     tokenizer.chat_template = "{% for m in messages %}{{ m.role + ': ' + m.content + eos_token }}{% endfor %}"
     turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]
     (tmp_path / "rows.jsonl").write_text((json.dumps({"messages": turns}) + "\n") * 2000)
-    monkeypatch.setattr(data, "_render_held", dying)
+    monkeypatch.setattr(examples, "_render_held", dying)
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     with pytest.raises(
         UserError, match="one of 2 processes that render its rows was killed; out of host memory"

@@ -17,13 +17,15 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
 import train
+from data.batches import StepSampler, make_batch
 from data.evaluation_sets import held_rows, prepare_sets, prompt_of, stop_tokens
 from data.formats import ALPACA, FORMATS, QA
-from data.tokenizing import IGNORE, StepSampler, make_batch, tokenize
+from data.rows import IGNORE
+from data.tokenizing import tokenize
 from files.output_folder import ADAPTER
 from finished.finished_run import load_model, open_run
 from launch.precision import choose_precision
-from launch.processes import Place
+from launch.ranks import Place
 from monitoring.tracking import NoTracker
 from options.command_line import parse
 from tests.data.test_sources import BYTES
@@ -31,7 +33,7 @@ from tests.helpers.runs import dense_tensors, make_job, randomize, trained_tenso
 from tests.helpers.tiny import write_alpaca
 from tests.models.test_adapters import as_peft
 from training import evaluator as evaluation
-from training.evaluator import greedy, grouped, mean_loss, perplexity
+from training.evaluation import greedy, grouped, mean_loss, perplexity
 
 HERE = Place(0, 1, 0, 1, torch.device("cpu"))
 PLAIN = choose_precision("fp32", False, False)

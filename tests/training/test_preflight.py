@@ -15,6 +15,7 @@ import block_expansion
 import train
 from files.model_folder import INDEX
 from launch import processes as launch
+from launch import ranks
 from models.registry import FAMILIES
 
 KNOWN = ", ".join(FAMILIES)
@@ -114,7 +115,7 @@ def test_more_ranks_than_gpus(refused, monkeypatch):
 def test_ranks_share_a_gpu_where_nccl_is_told_so(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setenv("NCCL_MULTI_RANK_GPU_ENABLE", "1")
-    assert [launch.resolve_world_size(wanted) for wanted in (-1, 1, 4)] == [1, 1, 4]
+    assert [ranks.resolve_world_size(wanted) for wanted in (-1, 1, 4)] == [1, 1, 4]
 
 
 def test_bf16_on_hardware_without_it(refused, monkeypatch):

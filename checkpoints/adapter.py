@@ -1,0 +1,52 @@
+"""The trained adapter in PEFT's format (https://huggingface.co/docs/peft/developer_guides/checkpoint)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch.distributed as dist
+from torch import nn
+
+from files.atomic_writes import staged
+from files.disk_room import check_room
+from files.output_folder import ADAPTER
+from files.tensors import save_tensors
+from models.family import clean
+from models.lora import LoRALinear
+from options.config import Config
+from parallel.shards import gather
+
+
+def save_adapter(
+    model: nn.Module, folder: Path, config: Config, base: str, digest: str, targets: list[str]
+) -> None:
+    """Writes PEFT's two files. base, digest: the name and `base_digest` of the model below; targets: the names in
+    PEFT's target_modules. Collective; rank 0 writes, and raises OSError when the others are done."""
+    tensors = {}
+    for path, module in model.named_modules():
+        if isinstance(module, LoRALinear):
+            for name, full in module.peft_tensors(gather).items():
+                if dist.get_rank() == 0:
+                    tensors[f"base_model.model.{clean(path)}.{name}"] = full.contiguous()
+    if dist.get_rank() != 0:
+        return
+    alpha = config.lora_alpha
+    description = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": config.lora_rank,
+        "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
+        "lora_dropout": config.lora_dropout,
+        "target_modules": targets,
+        "use_dora": config.method.adapter == "dora",
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "inference_mode": True,
+    }
+    check_room(folder, sum(t.nbytes for t in tensors.values()))
+    with staged(folder) as stage:
+        save_tensors(tensors, stage(ADAPTER), {"base_digest": digest})
+        stage("adapter_config.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")

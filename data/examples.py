@@ -1,0 +1,131 @@
+"""A data set as texts: rows read, and rendered in a format."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from itertools import chain
+
+import jinja2
+from fastcore.parallel import parallel
+
+from data.formats import FORMATS, Rendered, checked, recognise
+from data.sources import Recipe, find_recipe, load_rows
+from options.errors import UserError
+from options.limits import ROW
+
+# What a chat template can raise for a row: it is a program, in a sandbox.
+TEMPLATE_ERRORS = (jinja2.TemplateError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError,
+                   AssertionError, RecursionError, MemoryError)  # fmt: skip
+
+
+FILLED = 10**6  # rows that a recipe makes of its `fill`
+
+
+@dataclass(frozen=True)
+class Examples:
+    """A dataset as texts. format, markers: what its rows were rendered with."""
+
+    rendered: list[Rendered]
+    format: str
+    markers: list[str]
+
+
+def read_examples(
+    dataset: str, dataset_format: str, samples: int, context_length: int, tokenizer
+) -> Examples:
+    """--dataset, read and rendered. samples: rows used; -1 = as the recipe says. Raises UserError for anything
+    wrong with the data."""
+    recipe, file = find_recipe(dataset)
+    samples = samples if samples > 0 else recipe.samples
+    if recipe.fill and (context_length > ROW // max(len(recipe.fill["output"]), 1) or samples > FILLED):
+        raise UserError(f"--dataset {dataset}: fills at most {FILLED:,} rows of {ROW:,} characters")
+    data = load_rows(recipe, file, samples)
+    rows = data.rows
+    if recipe.fill:
+        rows = [recipe.fill | {"output": recipe.fill["output"] * context_length}] * len(rows)
+    name = _format_of(recipe, rows[0], dataset, dataset_format)
+    rendered = _render_all(_Rendering(rows, data.places, name, recipe.markers, tokenizer))
+    return Examples(rendered, name, recipe.markers)
+
+
+def _format_of(recipe: Recipe, row: dict, dataset: str, dataset_format: str) -> str:
+    name = dataset_format if dataset_format != "auto" else recipe.format
+    return name if name != "auto" else recognise(set(row), row, f"--dataset {dataset}", recipe.markers)
+
+
+def find_format(dataset: str, dataset_format: str) -> tuple[str, list[str]]:
+    """(the name of the format that `prepare` renders in, the recipe's markers). Reads the data only where nothing
+    else tells. Raises UserError for what is wrong with it."""
+    recipe, file = find_recipe(dataset)
+    unknown = dataset_format == recipe.format == "auto"
+    row = load_rows(recipe, file, 1).rows[0] if unknown else {}
+    return _format_of(recipe, row, dataset, dataset_format), recipe.markers
+
+
+@dataclass(frozen=True)
+class _Rendering:
+    """Rows to be rendered in the format `name`; called with a range of them, it returns their Rendered."""
+
+    rows: list[dict]
+    places: list[str]
+    name: str
+    markers: list[str]
+    tokenizer: object
+
+    def __call__(self, numbers: range) -> list[Rendered]:
+        rendered = []
+        for i in numbers:
+            values = checked(self.rows[i], FORMATS[self.name], f"--dataset {self.places[i]}")
+            try:
+                one = FORMATS[self.name].render(values, self.tokenizer, self.markers)
+                rendered.append(dataclasses.replace(one, number=i + 1))
+                one.text.encode()  # JSON can spell half a character, which no tokenizer takes
+            except TEMPLATE_ERRORS as e:
+                raise UserError(f"--dataset {self.places[i]}: {_reason(e)}") from None
+            if len(one.text) > ROW:
+                raise UserError(
+                    f"--dataset {self.places[i]}: a text of {len(one.text):,} characters; at most {ROW:,} are read"
+                )
+        return rendered
+
+
+def _render_all(render: _Rendering) -> list[Rendered]:
+    """In this process, unless there is much to do: a chat template takes up to a millisecond per row.
+
+    The workers are forked, so that rows and tokenizer need no copying; they run nothing but Python.
+    """
+    total = len(render.rows)
+    workers = min(os.cpu_count() or 1, 16)
+    if render.name != "chat" or total < 2000 or workers == 1 or not hasattr(os, "fork"):
+        return render(range(total))
+    global _held
+    _held = render  # the forked workers find it here
+    blocks = [range(i, min(i + 200, total)) for i in range(0, total, 200)]
+    try:
+        parts = parallel(_render_held, blocks, n_workers=workers, method="fork", progress=False)
+    except BrokenProcessPool:
+        raise UserError(
+            f"--dataset: one of {workers} processes that render its rows was killed; out of host memory is the"
+            " usual cause"
+        ) from None
+    return list(chain.from_iterable(parts))
+
+
+def _render_held(numbers: range) -> list[Rendered]:
+    return _held(numbers)
+
+
+def _reason(e: Exception) -> str:
+    text = str(e).strip().splitlines()
+    if text and "chat_template" in text[0]:
+        return "the tokenizer has no chat template; use an instruct model, or rows of another format"
+    return text[0] if text else type(e).__name__
+
+
+def toy_texts() -> list[str]:
+    """The embedded data as texts, for the demo model's tokenizer."""
+    rows = load_rows(*find_recipe("toy"), -1)
+    return [FORMATS["alpaca"].render(row).text for row in rows.rows]

@@ -1,0 +1,21 @@
+"""Quantizers by the name that METHODS gives them: one class and one line here each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from quantization.hqq import HQQ
+from quantization.nf4 import NF4
+from quantization.quantizers import Quantizer
+
+# name -> maker(--n_bits, --group_size); both are None where METHODS' quantizer has no such options.
+QUANTIZERS: dict[str, Callable[[int | None, int | None], Quantizer]] = {
+    "bnb": lambda n_bits, block: NF4(),
+    "hqq": HQQ,
+}
+
+
+def make_quantizer(name: str, n_bits: int | None, block: int | None) -> Quantizer:
+    """The quantizer of that name. n_bits, block: --n_bits and --group_size, None where it has no such options. Raises
+    KeyError for a name that is not registered."""
+    return QUANTIZERS[name](n_bits, block)
