@@ -13,34 +13,26 @@ from __future__ import annotations
 import gc
 import sys
 
-from launch.program import outlast, parse_or_exit, prepare_environment, report, run_command, under_torchrun
+from launch.program import outlast, parse_or_exit, prepare_environment, quiet_libraries, run_command
 from options.command_line import parse
-from options.errors import needs_no_traceback
+from options.errors import UserError
 
 if __name__ == "__main__":
     # Before the imports below, which take seconds: --help and wrong options are answered at once.
     outlast()
     PARSED = parse_or_exit(sys.argv[1:], parse)
     prepare_environment()
-    gc.disable()  # as in launch/rank_imports.py
+    gc.disable()  # as in launch/fork_server.py
 
-import dataclasses
-import os
 import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import torch
-from huggingface_hub.utils import logging as hub_logging
 from torch import nn
-from transformers.utils import logging as transformers_logging
 
-from checkpoints import resume
-from checkpoints.adapter import save_adapter
-from checkpoints.manager import Checkpoints
+from checkpoints import adapter, trained_model
 from checkpoints.storage import steps_in
-from checkpoints.trained_model import save_blocks, save_expanded, save_model
 from data.batches import StepSampler
 from data.packing import longest_line, make_sampler
 from data.prefetch import ahead
@@ -48,60 +40,48 @@ from files.atomic_writes import write_text
 from files.disk_room import despite_full_disk
 from files.lock import Alone
 from files.model_folder import base_digest
-from files.output_folder import clear_output
 from files.weight_cache import writing
-from launch import memory, nodes, torchrun
-from launch import processes as launch
-from launch.precision import precision_here, use_deterministic
-from launch.ranks import Place, resolve_workers
+from launch import memory, nodes, ranks
+from launch.precision import use_deterministic
+from launch.ranks import Place
 from launch.signals import NEVER, NeverStop, Stopping
-from models.adapters import (
-    apply_method,
-    peft_targets,
-)
+from launch.start import start
+from models.adapters import apply_method, peft_targets
 from models.attention import choose_attention
 from models.causal_lm import loss_sum
-from models.registry import FAMILIES, build_on_meta
-from monitoring.deferred import Later
+from models.registry import build_on_meta
+from monitoring import memory_model, messages, report, run_facts
 from monitoring.memory_history import BETWEEN
-from monitoring.memory_model import Share, check_loaded, expect
-from monitoring.messages import (
-    describe_data,
-    describe_files,
-    describe_model,
-    describe_stop,
-    describe_unsaved,
-    summary,
-)
-from monitoring.metrics import Lap, Meter, Reading
+from monitoring.metrics import Lap, Metrics, Reading
 from monitoring.profiling import NO_PROFILER, NoProfiler, Profiler, make_profiler
-from monitoring.report import PAGE, write_report
-from monitoring.run_facts import FACTS, describe_run
 from monitoring.tracking import make_tracker
-from options import config as options
-from options.config import TOY_MODEL, Config
-from options.errors import UserError
-from parallel.activation_checkpointing import ActivationBudget, Keep, compiler, compiles
-from parallel.optimizers import make_optimizer, make_schedule
+from options.config import TOY_MODEL, Config, dump_yaml
+from parallel.activation_checkpointing import Keep, compiler, compiles
+from parallel.optimizers import make_schedule
 from parallel.shards import whole
 from quantize_layers import load_weights
-from training.bad_steps import BadSteps, conclude
-from training.evaluator import Evaluator, describe_evaluations
+from training.bad_steps import conclude
+from training.companions import make_companions
+from training.job import Job
 from training.out_of_memory import explained
-from training.preflight import Job, check, identity, read_tokenizer, total_steps
+from training.preflight import check
+from training.run_folder import open_run_folder
 from wrapping import STRATEGIES, WRAP_POLICIES, make_mesh, offload_policy, sync_gradients, wrap
 
 
-def set_up(job: Job, place: Place, profiler: NoProfiler = NO_PROFILER) -> tuple[nn.Module, Share]:
+def set_up(
+    job: Job, place: Place, profiler: NoProfiler = NO_PROFILER
+) -> tuple[nn.Module, memory_model.Share]:
     """The model of the train type, sharded and filled, and what this rank holds of it. Raises AssertionError if that
     is not what it should hold."""
     profiler.phase("wrap")
-    config, family = job.config, FAMILIES[job.model_config.model_type]
-    precision, device = precision_here(config.precision), place.device
+    config, family, precision, device = job.config, job.family, job.precision, place.device
     longest = longest_line(config, job.rows)
     attention = choose_attention(job.model_config, family, precision.matmul, config.packing, longest)
     model = build_on_meta(job.model_config, family, attention)
-    expected = expect(model, family, config, precision, job.files, place)  # before anything is changed
+    expected = memory_model.expect(
+        model, family, config, precision, job.files, place
+    )  # before anything is changed
     apply_method(model, family, config, precision, job.files)
     mesh = make_mesh(device.type, place.world, config.sharding_strategy, config.hybrid_shard_size)
     wrap(
@@ -118,11 +98,11 @@ def set_up(job: Job, place: Place, profiler: NoProfiler = NO_PROFILER) -> tuple[
     )
     profiler.phase("load")
     home = torch.device("cpu") if config.use_cpu_offload else device
-    workers = resolve_workers(config.loading_workers, place.processors)
+    workers = ranks.resolve_workers(config.loading_workers, place.processors)
     before = memory.allocated()
     with writing(job.cache, place) as cache:
         load_weights(model, family, job.files, place, home, config.seed, workers, cache)
-        check_loaded(model, expected, before)
+        memory_model.check_loaded(model, expected, before)
     profiler.phase(BETWEEN)
     torch.manual_seed(config.seed + place.rank)  # of dropout; adapters and the data order have their own
     return model, expected
@@ -136,23 +116,15 @@ def train(
     tracker,
     profiler: NoProfiler = NO_PROFILER,
     stopping: NeverStop = NEVER,
-) -> list:
+) -> list[Metrics]:
     """The loop. Returns the metrics of every step, on rank 0 also of those before a resumed run was stopped."""
-    config = job.config
-    total = total_steps(config, sampler)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = make_optimizer(trained, config.optimizer, config.lr, config.wd)
-    precision = precision_here(config.precision)
-    scaler = precision.scaler("cpu" if config.use_cpu_offload else place.device.type)
-    meter, history = Meter(place.device, profiler.held), list(tracker.history)
-    evaluator = make_evaluator(job, model, place, total, meter, tracker)
-    guard = BadSteps(config.max_bad_steps, job.rows, Path(config.output_dir), scaler, place.rank, tracker)
-    parts = {"scaler": scaler, "evaluator": evaluator, "tracker": tracker, "guard": guard}
-    untold = Later()
-    checkpoints = make_checkpoints(job, model, optimizer, parts, place, tracker.say, stopping, untold)
+    config, precision, total = job.config, job.precision, job.total_steps(sampler)
+    keep = partial(save_best, job, model, place)
+    beside = make_companions(job, model, place, total, tracker, profiler, stopping, keep)
+    optimizer, scaler, meter, guard, evaluator, budget, checkpoints, untold = beside
+    history, trained = list(tracker.history), [p for p in model.parameters() if p.requires_grad]
     done = checkpoints.load()
     schedule = make_schedule(optimizer, total, config.lr_warmup, config.lr_scheduler, done)
-    budget = make_budget(job, model, place)
 
     def tell(reading: Reading, lap: Lap) -> None:
         metrics = guard.judge(meter.measure(reading, lap), reading.step)
@@ -203,149 +175,95 @@ def train(
     return history
 
 
-def make_budget(job: Job, model: nn.Module, place: Place) -> ActivationBudget:
-    config, family = job.config, FAMILIES[job.model_config.model_type]
-    itemsize = precision_here(config.precision).matmul.itemsize
-    tokens = config.batch_size * longest_line(config, job.rows)
-    return ActivationBudget(model, family, config.activation_budget, tokens, itemsize, place.device)
-
-
-def make_evaluator(job: Job, model: nn.Module, place: Place, total: int, meter: Meter, tracker) -> Evaluator:
-    config, precision = job.config, precision_here(job.config.precision)
-    # Of an expanded model only the new blocks: the rest is gigabytes that do not change from step to step.
-    kept = dataclasses.replace(config, llama_pro_save="blocks") if config.method.expansion else config
-
-    def save_best(folder: Path) -> None:
-        save(dataclasses.replace(job, config=kept), model, folder)
-        if place.rank == 0:
-            write_text(folder / "config.yaml", options.dump_yaml(kept))
-
-    tokenizer = read_tokenizer(job.files.folder) if job.evaluation.prompts and place.rank == 0 else None
-    tools = (loss_sum, lambda: precision.context(place.device.type), save_best, meter, tracker, tokenizer)
-    return Evaluator(config, job.evaluation, model, place, total, *tools)
-
-
-def make_checkpoints(
-    job: Job,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    parts: dict,
-    place: Place,
-    say: Callable[[str], None],
-    stopping: NeverStop,
-    untold: Later,
-) -> Checkpoints:
-    config = job.config
-    return Checkpoints(
-        Path(config.output_dir),
-        model,
-        optimizer,
-        parts,
-        place,
-        every=config.save_every,
-        at_end=config.save_every > 0 or config.save_minutes > 0,
-        keep=config.keep,
-        describe_run=lambda: resume.about(config, **identity(job)),
-        untold=untold,
-        stopping=stopping,
-        say=say,
-        saved=job.saved,
-    )
-
-
 @explained
 def run_rank(place: Place, job: Job) -> None:
     """What each process does, from loading to the saved result."""
-    with Alone(Path(job.config.output_dir)) as alone, make_profiler(job.config, place) as profiler:
-        run_profiled(place, job, profiler, alone)
+    with Alone(Path(job.output_dir)) as lock, make_profiler(job.config, place) as profiler:
+        run_profiled(place, job, profiler, lock)
 
 
-def run_profiled(place: Place, job: Job, profiler: Profiler, alone: Alone) -> None:
+def run_profiled(place: Place, job: Job, profiler: Profiler, lock: Alone) -> None:
     """The same, watched by a profiler."""
-    config, start = job.config, time.perf_counter()
+    config, folder, began = job.config, Path(job.output_dir), time.perf_counter()
     if config.deterministic:
         use_deterministic()
     sampler = make_sampler(config, job.rows, place.rank, place.world)
-    folder, total = Path(config.output_dir), total_steps(config, sampler)
+    total = job.total_steps(sampler)
     if place.rank == 0:
-        print(describe_data(job.rows, sampler, config.context_length) + job.evaluation.describe(), flush=True)
+        print(
+            messages.describe_data(job.rows, sampler, config.context_length) + job.evaluation.describe(),
+            flush=True,
+        )
     model, loaded = set_up(job, place, profiler)
     stages = profiler.fullest("wrap", "load")
     if place.rank == 0:
-        alone.take()
-        resume.check_still_so(config, job.saved)
-        if job.saved is None:
-            clear_output(folder)
-        resume.tidy(folder, job.saved)
-        write_text(folder / "config.yaml", options.dump_yaml(config))
-        write_text(folder / FACTS, describe_run(job.rows, sampler, model, stages))
-        print(f"{describe_model(loaded)}; ready after {time.perf_counter() - start:.1f} s", flush=True)
+        open_run_folder(job, lock, run_facts.describe_run(job.rows, sampler, model, stages))
+        print(
+            f"{messages.describe_model(loaded)}; ready after {time.perf_counter() - began:.1f} s", flush=True
+        )
     if config.save_every or config.save_minutes:
-        nodes.check_shared(folder / FACTS, place)
+        nodes.check_shared(folder / run_facts.FACTS, place)
     before = job.saved.run["parts"] if job.saved else {"tracker": {}, "guard": {"count": 0}}
     tracker = make_tracker(config, place.rank, total, before["tracker"])
     tracker.stages(stages)
     done = len(tracker.history)
     stopping = Stopping(place.rank, job.started, config.max_minutes, config.save_minutes)
-    start = time.perf_counter()
+    began = time.perf_counter()
     history = train(job, model, place, sampler, tracker, profiler, stopping)
-    seconds = time.perf_counter() - start
+    seconds = time.perf_counter() - began
     if config.save_model and not stopping.reason:
         try:
             save(job, model, folder)
         except OSError as e:
             tracker.finish()
-            raise UserError(describe_unsaved(e, folder, next(iter(steps_in(folder)), None))) from e
+            raise UserError(messages.describe_unsaved(e, folder, next(iter(steps_in(folder)), None))) from e
     tracker.finish()
     if place.rank == 0:
-        with despite_full_disk(folder / PAGE):
-            write_report(folder)
-        told = [summary(history, seconds, stages, done), *describe_evaluations(history, total, config)]
-        files = describe_files(config, bool(job.evaluation.prompts), folder)
-        stop = describe_stop(stopping.reason, history, total, folder)
-        print(*([stop] if stopping.reason else [*told, files]), sep="\n", flush=True)
+        with despite_full_disk(folder / report.PAGE):
+            report.write_report(folder)
+        sampled = bool(job.evaluation.prompts)
+        print(
+            messages.tell_end(config, history, total, done, seconds, stages, stopping.reason, sampled),
+            flush=True,
+        )
     conclude(history[done:], before["guard"]["count"], config.max_bad_steps, folder)
 
 
-def save(job: Job, model: nn.Module, folder: Path) -> None:
-    config, family = job.config, FAMILIES[job.model_config.model_type]
+def save(job: Job, model: nn.Module, folder: Path, blocks: bool = False) -> None:
+    """Writes what was trained. blocks: of an expanded model its new blocks alone, whatever --llama_pro_save says."""
+    config, files, family = job.config, job.files, job.family
     on_disk = config.model_name == TOY_MODEL or Path(config.model_name).expanduser().is_dir()
-    base = str(job.files.folder.resolve()) if on_disk else config.model_name
-    digest = base_digest(job.model_config, job.files)
-    if config.llama_pro_save == "blocks":
-        save_blocks(model, family, folder, job.files, base, digest)
+    base = str(files.folder.resolve()) if on_disk else config.model_name
+    digest = base_digest(job.model_config, files)
+    if config.method.expansion and (blocks or config.llama_pro_save == "blocks"):
+        trained_model.save_blocks(model, family, folder, files, base, digest)
     elif config.method.expansion:
-        save_expanded(model, family, folder, job.files)
+        trained_model.save_expanded(model, family, folder, files)
     elif config.method.saves == "adapter":
-        save_adapter(model, folder, config, base, digest, peft_targets(family, config.lora_target_modules))
+        adapter.save_adapter(
+            model, folder, config, base, digest, peft_targets(family, config.lora_target_modules)
+        )
     else:
-        save_model(model, folder, job.files)
+        trained_model.save_model(model, folder, files)
+
+
+def save_best(job: Job, model: nn.Module, place: Place, folder: Path) -> None:
+    """Writes best/: of an expanded model only the new blocks, as the rest is gigabytes that do not change from step to
+    step."""
+    save(job, model, folder, blocks=True)
+    if place.rank == 0:
+        instead = {"llama_pro_save": "blocks"} if job.config.method.expansion else {}
+        write_text(folder / "config.yaml", dump_yaml(job.config, **instead))
 
 
 def run(config: Config, remarks: list[str]) -> int:
-    """Checks and starts a run. Returns the exit status: 0, 2 for something the user can put right, 1 for
-    anything else."""
-    if not config.verbose:  # the one line of an error says more than warnings around it
-        transformers_logging.set_verbosity_error()
-        transformers_logging.disable_progress_bar()
-        hub_logging.set_verbosity_error()
-    try:
-        if under_torchrun():
-            told = remarks if os.environ["RANK"] == "0" else []
-            prepare = partial(nodes.prepare, lambda: announce(check(config), told))
-            return torchrun.join(run_rank, prepare, config.verbose)
-        job = announce(check(config), remarks)
-        where = (config.master_addr, config.master_port)
-        return launch.start(run_rank, job.config.world_size, (job,), *where, config.verbose)
-    except (UserError, OSError) as e:
-        if not needs_no_traceback(e):
-            raise
-        return report(e, config.verbose)
-
-
-def announce(job: Job, remarks: list[str]) -> Job:
-    print(*remarks, sep="\n", end="\n" * bool(remarks))
-    return job
+    """Checks and starts a run. Returns the exit status: 0, 2 for something the user can put right, 1 for anything else."""
+    if not config.verbose:
+        quiet_libraries()
+    where = {"address": config.master_addr, "port": config.master_port}
+    return start(
+        run_rank, partial(check, config), remarks, **where, verbose=config.verbose, preload=["train"]
+    )
 
 
 def main(argv: list[str]) -> int:

@@ -25,7 +25,7 @@ from benchmarks.make_checkpoint import EMPTY, STD
 from files import model_folder as model_files
 from files.tensors import Stage, Staged, StoredTensor, read_tensor
 from launch.ranks import Place
-from training.preflight import Job
+from training.job import Job
 
 _run_rank = train.run_rank
 GIB = "LIMITED_TO_GIB"  # in the environment, for the ranks

@@ -9,9 +9,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from huggingface_hub.utils import logging as hub_logging
 from transformers import PretrainedConfig
-from transformers.utils import logging as transformers_logging
 
 from checkpoints.model_writer import Entry, Shards, copied, filled, shards_of, with_replaced, write_model
 from checkpoints.trained_model import open_blocks
@@ -19,7 +17,7 @@ from data.examples import toy_texts
 from files.model_folder import CheckpointFiles, fetch_weights, find_model
 from files.output_folder import check_output, clear_output
 from files.tensors import StoredTensor
-from launch.program import report, typed_command
+from launch.program import quiet_libraries, report, typed_command
 from models.family import Family
 from models.llama_pro import NEW_LAYERS, evenly, is_expanded, new_layers, sources
 from models.registry import build_on_meta, check_weights, read_config
@@ -177,8 +175,7 @@ def put_back(options: Options) -> str:
 
 def run(options: Options) -> int:
     """Returns the exit status: 0, or 2 for something the user can put right."""
-    transformers_logging.set_verbosity_error()
-    hub_logging.set_verbosity_error()
+    quiet_libraries()
     try:
         check_output(Path(options.output_dir), options.overwrite)
         print(put_back(options) if options.blocks else expand(options))

@@ -53,20 +53,28 @@ class Unwritten(RuntimeError):
 class Checkpoints:
     """What hangs on the loop.
 
-    parts: the loop's other state, by name; every: steps between checkpoints, 0 = only those that `stopping` asks for;
-    at_end: whether there is to be one at the end; keep: how many stay, -1 = all; describe_run(): what the manifest
-    says of options, model and data, asked of rank 0 at the first checkpoint; untold: what brings the parts
-    up to the step that is to be saved; say: shows a line; saved: what the run is resumed from.
+    Args:
+        parts: the loop's other state, by name.
+        folder: the RUN.
+        every: optimizer steps between checkpoints; 0 = only those that `stopping` asks for.
+        at_end: whether there is to be one at the end.
+        keep: how many stay; -1 = all.
+        describe_run: describe_run(), what the manifest says of options, model and data, asked of rank 0 at the first
+            checkpoint.
+        untold: what brings the parts up to the step that is to be saved.
+        stopping: says when to save and stop.
+        say: shows a line.
+        saved: what the run is resumed from.
     """
 
     def __init__(
         self,
-        folder: Path,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         parts: dict[str, Part],
         place: Place,
         *,
+        folder: Path,
         every: int,
         at_end: bool,
         keep: int,

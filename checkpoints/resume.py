@@ -7,7 +7,6 @@ rows. Options that change speed, memory or what is told may differ; all others m
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import math
 import os
 import re
@@ -27,11 +26,9 @@ from checkpoints.storage import (
     remove_checkpoints,
     steps_in,
 )
-from data.rows import TokenizedRows
 from files.model_folder import CheckpointFiles, base_digest
 from files.output_folder import BEST, BLOCKS, check_output, holds_run
 from files.weight_cache import digest
-from launch.precision import precision_here
 from monitoring.metrics import read_metrics
 from options.config import CHECKPOINTS, FIELDS, Config, shown
 from options.errors import UserError
@@ -151,14 +148,6 @@ def find_checkpoint(config: Config) -> Saved | None:
     return saved
 
 
-def digest_rows(rows: TokenizedRows) -> str:
-    """A digest of the rows as they are trained on: tokens, targets, bounds."""
-    total = hashlib.sha256()
-    for tensor in (rows.tokens, rows.learned, rows.starts):
-        total.update(tensor.contiguous().view(torch.uint8).numpy())
-    return total.hexdigest()
-
-
 def digest_base(model_config: PretrainedConfig, files: CheckpointFiles) -> str:
     """A digest of the model below: its config, the names and shapes of all its weights, and some rows of each
     that is not packed."""
@@ -166,10 +155,11 @@ def digest_base(model_config: PretrainedConfig, files: CheckpointFiles) -> str:
     return f"{base_digest(model_config, files)}-{digest(files, plain)}"
 
 
-def about(config: Config, base: str, data: str) -> dict:
-    """What a checkpoint says of the run and `check_same` compares."""
+def about(config: Config, precision: str, base: str, data: str) -> dict:
+    """What a checkpoint says of the run and `check_same` compares. precision: what --precision means on this machine;
+    base, data: digests of the model below and of the rows."""
     return {"options": dataclasses.asdict(config), "rows_per_step": rows_per_step(config), "base": base, "data": data,
-            "world": config.world_size, "precision": str(precision_here(config.precision))}  # fmt: skip
+            "world": config.world_size, "precision": precision}  # fmt: skip
 
 
 def rows_per_step(config: Config) -> int:
@@ -181,8 +171,9 @@ def option_of(run: dict, name: str):
     return run["options"].get(name, FIELDS[name].default)
 
 
-def check_same(saved: Saved, config: Config, base: str, data: str) -> None:
-    """Raises UserError unless `config` goes on with the run of the checkpoint, over the same model and rows."""
+def check_same(saved: Saved, config: Config, now: dict) -> None:
+    """Raises UserError unless `config` goes on with the run of the checkpoint, over the same model and rows. now: the
+    run that is to go on, as `about` tells of it."""
     where, run = f"--resume {config.resume}", saved.run
     if not is_state(run):
         raise UserError(f"{where}: {saved.folder} is no checkpoint of this program")
@@ -193,20 +184,20 @@ def check_same(saved: Saved, config: Config, base: str, data: str) -> None:
                 f"{where}: the run has --{name} {shown(before)}, not {shown(getattr(config, name))}; a run goes"
                 " on with what it began with"
             )
-    if run["precision"] != str(here := precision_here(config.precision)):
+    if run["precision"] != (here := now["precision"]):
         raise UserError(
             f"{where}: the run has --precision {option_of(run, 'precision')}, not {config.precision}, which on this"
             f" machine is {here}, not {run['precision']}"
         )
-    if run["rows_per_step"] != rows_per_step(config):
+    if run["rows_per_step"] != now["rows_per_step"]:
         raise UserError(
             f"{where}: a step of the run has {run['rows_per_step']} rows; {config.world_size} processes x"
             f" --batch_size {config.batch_size} x --gradient_accumulation_steps"
-            f" {config.gradient_accumulation_steps} would make it {rows_per_step(config)}"
+            f" {config.gradient_accumulation_steps} would make it {now['rows_per_step']}"
         )
-    if run["base"] != base:
+    if run["base"] != now["base"]:
         raise UserError(f"{where}: --model_name {config.model_name} is not the model that the run began with")
-    if run["data"] != data:
+    if run["data"] != now["data"]:
         raise UserError(
             f"{where}: --dataset {config.dataset} no longer makes the rows that the run began with"
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 
 import torch
@@ -32,3 +33,11 @@ class TokenizedRows:
         """Learned tokens of each example, without its first token, which nothing predicts: [R]."""
         sums = torch.cat([torch.zeros(1, dtype=torch.int64), self.learned.long().cumsum(0)])
         return sums[self.starts[1:]] - sums[self.starts[:-1] + 1]
+
+
+def digest_rows(rows: TokenizedRows) -> str:
+    """A digest of the rows as they are trained on: tokens, targets, bounds."""
+    total = hashlib.sha256()
+    for tensor in (rows.tokens, rows.learned, rows.starts):
+        total.update(tensor.contiguous().view(torch.uint8).numpy())
+    return total.hexdigest()

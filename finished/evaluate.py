@@ -11,7 +11,6 @@ from collections.abc import Callable
 import torch
 from torch import nn
 from transformers import GenerationConfig
-from transformers.utils import logging as transformers_logging
 
 from data.evaluation_sets import Prompt, held_rows, prompt_of, read_beside, stop_tokens
 from data.examples import read_examples
@@ -21,7 +20,7 @@ from files.atomic_writes import as_json, write_text
 from files.disk_room import check_writable
 from finished.finished_run import Run, load_model, load_tokenizer, open_base, open_run
 from launch.precision import bf16_gpu, choose_precision
-from launch.program import report
+from launch.program import quiet_libraries, report
 from launch.ranks import Place
 from models.causal_lm import loss_sum
 from models.family import rope_switch
@@ -195,8 +194,7 @@ def table(results: dict) -> str:
 def run(options: Options) -> int:
     """Returns the exit status: 0, or 2 for something the user can put right."""
     if not options.verbose:
-        transformers_logging.set_verbosity_error()
-        transformers_logging.disable_progress_bar()
+        quiet_libraries()
     try:
         results = evaluate(options)
     except UserError as e:

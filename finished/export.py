@@ -14,9 +14,7 @@ import httpx
 import torch
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import logging as hub_logging
 from huggingface_hub.utils import validate_repo_id
-from transformers.utils import logging as transformers_logging
 
 from checkpoints import model_writer
 from checkpoints.model_writer import Entry, companions, copy_companions, write_model
@@ -30,7 +28,7 @@ from finished.finished_run import Run, load_tokenizer, open_run, read_adapter
 from finished.layerwise import compare, plain_logits, trained_logits
 from finished.merge import merged_entries
 from finished.model_card import card
-from launch.program import report
+from launch.program import quiet_libraries, report
 from options.errors import UserError, describe
 from options.export import Options
 from options.limits import CONFIG_FILE, read_json
@@ -301,8 +299,7 @@ def export(options: Options) -> None:
 
 def run(options: Options) -> int:
     """Returns the exit status: 0, or 2 for something the user can put right."""
-    transformers_logging.set_verbosity_error()
-    hub_logging.set_verbosity_error()
+    quiet_libraries()
     try:
         export(options)
         return 0

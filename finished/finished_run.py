@@ -16,13 +16,14 @@ import torch
 import yaml
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import AutoTokenizer, PretrainedConfig
+from transformers import PretrainedConfig
 
 from checkpoints.trained_model import open_blocks
 from data.examples import toy_texts
 from files.bnb_weights import check_stored_quantization
 from files.model_folder import CheckpointFiles, base_digest, fetch_weights, find_model
 from files.output_folder import ADAPTER, BLOCKS
+from files.tokenizer import read_tokenizer
 from launch.precision import Precision
 from launch.ranks import Place
 from models.adapters import apply_method, check_packing
@@ -33,7 +34,7 @@ from models.registry import build_on_meta, check_weights, read_config
 from models.toy import toy_model
 from options.command_line import parse
 from options.config import FIELDS, TOY_MODEL, Config
-from options.errors import UserError, describe
+from options.errors import UserError
 from options.limits import CONFIG_FILE, OPTIONS_FILE, read_json, read_text
 from quantize_layers import load_weights
 
@@ -258,7 +259,4 @@ def tensors_of(module: str, adapter: dict[str, torch.Tensor]) -> dict[str, torch
 
 def load_tokenizer(run: Run):
     """Raises UserError for one that is missing or damaged."""
-    try:
-        return AutoTokenizer.from_pretrained(run.base, trust_remote_code=False, local_files_only=True)
-    except Exception as e:  # the tokenizers library has no narrower one for a damaged tokenizer.json
-        raise UserError(f"{run.base}: no usable tokenizer ({describe(e)})") from None
+    return read_tokenizer(run.base, str(run.base))

@@ -11,11 +11,9 @@ import unicodedata
 from collections.abc import Iterator
 
 import torch
-from huggingface_hub.utils import logging as hub_logging
-from transformers.utils import logging as transformers_logging
 
 from finished.generation import BASE, Answer, Conversation, Stream, Template, Voices, make_template, open_runs
-from launch.program import report
+from launch.program import quiet_libraries, report
 from options.errors import UserError
 from options.generate import Options
 
@@ -200,9 +198,7 @@ def reply(options: Options, voices: Voices, speaker: str, conversation: Conversa
 def run(options: Options) -> int:
     """Returns the exit status: 0, or 2 for something the user can put right."""
     if not options.verbose:
-        transformers_logging.set_verbosity_error()
-        transformers_logging.disable_progress_bar()
-        hub_logging.set_verbosity_error()
+        quiet_libraries()
     for stream in (sys.stdin, sys.stdout):
         if hasattr(stream, "reconfigure"):  # a model may say what the terminal's encoding has not
             stream.reconfigure(errors="replace")

@@ -9,26 +9,17 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol, Self, TypeVar
 
-import torch
 import torch.distributed as dist
-import transformers
 
-from data.rows import TokenizedRows
-from files.model_folder import base_digest
-from files.weight_cache import digest
-from launch.precision import precision_here
 from launch.ranks import Place, local_world_size
-from options.config import shown
-from options.errors import UserError, needs_no_traceback
-from options.errors import describe as in_one_line
-from training.preflight import Job
+from options.errors import UserError, describe, needs_no_traceback
 
 PATIENCE = 90  # seconds: NFS's clients believe for up to 60 that a name is not there
 
@@ -44,20 +35,36 @@ class Finding:
     output_dir: str = ""
 
 
+class Checked(Protocol):
+    """A checked run, as far as nodes look into it."""
+
+    @property
+    def output_dir(self) -> str: ...
+
+    def described(self) -> dict[str, str]:
+        """What all nodes must have in common, as texts by name."""
+
+    def settled(self, output_dir: str, began: float) -> Self:
+        """The same with rank 0's folder, and the time when the run began."""
+
+
+Job = TypeVar("Job", bound=Checked)
+
+
 def prepare(check: Callable[[], Job], rank: int, world: int, local_rank: int, began: float) -> Job:
-    """The checked run, on every rank. began: when, as time.time() says it. Collective, over all ranks. Raises UserError
-    on all of them, if it is wrong on any node or if nodes disagree: a node's own error there, which may be the OSError of a
-    full disk, elsewhere with the node's number."""
+    """The checked run, on every rank. check: makes it on the first rank of a node; began: when the run did, as time.time()
+    says it. Collective, over all ranks. Raises UserError on all of them, if it is wrong on any node or if nodes disagree: a
+    node's own error there, which may be the OSError of a full disk, elsewhere with the node's number."""
     job, failure, finding = None, None, None
     if local_rank == 0:
         try:
             job = check()
-            described = describe(job) if job.config.world_size > local_world_size(world) else {}
-            finding = Finding(socket.gethostname(), "", described, job.config.output_dir)
+            described = job.described() if world > local_world_size(world) else {}
+            finding = Finding(socket.gethostname(), "", described, job.output_dir)
         except (UserError, OSError) as e:
             if not needs_no_traceback(e):
                 raise
-            failure, finding = e, Finding(socket.gethostname(), in_one_line(e))
+            failure, finding = e, Finding(socket.gethostname(), describe(e))
     everyone: list[Finding | None] = [None] * world
     dist.all_gather_object(everyone, finding)
     if failure:
@@ -65,8 +72,7 @@ def prepare(check: Callable[[], Job], rank: int, world: int, local_rank: int, be
     nodes = {i: found for i, found in enumerate(everyone) if found}
     compare(list(nodes.values()))
     if job:
-        config = dataclasses.replace(job.config, output_dir=nodes[0].output_dir)
-        job = dataclasses.replace(job, config=config, started=began)
+        job = job.settled(nodes[0].output_dir, began)
     return _within_node(job, rank - local_rank, len(nodes), world)
 
 
@@ -76,39 +82,6 @@ def _within_node(job: Job | None, first: int, nodes: int, world: int) -> Job:
     box = [job]
     dist.broadcast_object_list(box, src=first, group=group)
     return box[0]
-
-
-def describe(job: Job) -> dict[str, str]:
-    """What all nodes must have in common. Reads three rows of every weight that is not packed."""
-    options = dataclasses.asdict(job.config)
-    del options["output_dir"]
-    names = [name for name in job.files.tensors if name not in job.files.packed]
-    held = [job.rows, job.evaluation.rows]
-    ranks = {"LOCAL_WORLD_SIZE": str(local_world_size(job.config.world_size))}
-    return (
-        ranks
-        | {f"--{name}": shown(value) for name, value in options.items()}
-        | {
-            "the version of torch": torch.__version__,
-            "the version of transformers": transformers.__version__,
-            "the precision of --precision": str(precision_here(job.config.precision)),
-            "what config.json and the weights' shapes say": base_digest(job.model_config, job.files),
-            "the weights": digest(job.files, names),
-            "the rows of the data": _digest_rows(held),
-            "the checkpoint to go on from": f"step {job.saved.step}" if job.saved else "none",
-            # One would read it, and the other wait for all to make it.
-            "what --quantized_cache holds": "nothing yet" if job.cache else "all that is needed",
-            "the prompts of the samples": str([prompt.ids for prompt in job.evaluation.prompts]),
-        }
-    )
-
-
-def _digest_rows(sets: list[TokenizedRows | None]) -> str:
-    total = hashlib.sha256()
-    for rows in sets:
-        for part in (rows.tokens, rows.learned, rows.starts) if rows else ():
-            total.update(part.numpy())
-    return total.hexdigest()
 
 
 def compare(nodes: list[Finding]) -> None:

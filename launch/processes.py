@@ -7,6 +7,7 @@ sets RANK, WORLD_SIZE and LOCAL_RANK) this process already is one of them.
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import multiprocessing.connection
 import multiprocessing.forkserver
@@ -18,7 +19,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -53,12 +54,19 @@ def check_address(address: str, port: int | None) -> None:
 
 
 def start(
-    run: Callable, world: int, args: tuple, address: str, port: int | None, verbose: bool = False
+    run: Callable,
+    world: int,
+    args: tuple,
+    address: str,
+    port: int | None,
+    verbose: bool = False,
+    preload: Sequence[str] = (),
 ) -> int:
     """Runs run(place, *args) in `world` new processes and waits. Returns the exit status to end with.
 
-    If one fails, the others are ended at once and its message is printed: `error: rank 1: ...`; above it its traceback,
-    if the message does not say all, or with verbose.
+    address, port: of rank 0, None = a free one; preload: modules that the ranks import, for the server of forks. If one
+    fails, the others are ended at once and its message is printed: `error: rank 1: ...`; above it its traceback, if the
+    message does not say all, or with verbose.
     """
     os.environ |= {"MASTER_ADDR": address, "MASTER_PORT": str(port or free_port())}
     if address in ("localhost", "127.0.0.1") and Path("/sys/class/net/lo").exists():
@@ -72,7 +80,7 @@ def start(
         # The signals that end a rank wait until it is one of ours: Python's own answer to SIGINT, while it imports what
         # a rank needs, is a traceback. A server of forks never hears them, and ends when this process and the ranks have.
         try:
-            with forwarding(lambda: _start_ranks(world, given)) as (received, processes):
+            with forwarding(lambda: _start_ranks(world, given, preload)) as (received, processes):
                 failed = _wait(processes)
         except NotStarted as e:
             print(f"error: {e}", file=sys.stderr)
@@ -88,14 +96,14 @@ class NotStarted(Exception):
     """Ranks that cannot be started, and why."""
 
 
-def _start_ranks(world: int, args: tuple) -> list:
+def _start_ranks(world: int, args: tuple, preload: Sequence[str] = ()) -> list:
     """New processes of _rank_process(rank, *args), in order. Without GPUs they are forks of a server that has imported
-    what takes each of them seconds. What a GPU's driver has set up does not outlive a fork, nor do Apple's libraries.
+    `preload`, which takes seconds. What a GPU's driver has set up does not outlive a fork, nor do Apple's libraries.
     Raises NotStarted if the server or one of them has ended before it was there, or has no room for the rows."""
     others = mp.active_children()
     method = "spawn" if torch.cuda.is_available() or sys.platform != "linux" else "forkserver"
     if method == "forkserver":
-        multiprocessing.forkserver.set_forkserver_preload(["launch.rank_imports"])
+        multiprocessing.forkserver.set_forkserver_preload(["launch.fork_server", *preload])
         with contextlib.chdir(Path(__file__).parents[1]):  # where it finds that
             multiprocessing.forkserver.ensure_running()
     try:
@@ -131,6 +139,8 @@ def _end_with_parent() -> None:
 def _rank_process(
     rank: int, environment: dict[str, str], run: Callable, world: int, args: tuple, reports: str
 ) -> None:
+    gc.freeze()
+    gc.enable()  # off in the server of forks
     os.environ.clear()  # of the server, which may be older
     os.environ |= environment
     threading.Thread(target=_end_with_parent, daemon=True).start()

@@ -88,6 +88,16 @@ def outlast() -> None:
         setattr(sys, name, io.TextIOWrapper(buffer, **options))
 
 
+def quiet_libraries() -> None:
+    """No warnings and progress bars of transformers and the hub: the one line of an error says more. Imports them."""
+    from huggingface_hub.utils import logging as hub_logging
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    hub_logging.set_verbosity_error()
+
+
 def under_torchrun() -> bool:
     return all(name in os.environ for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR"))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import shlex
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import torch
 from data.batches import StepSampler
 from data.packing import PackSampler
 from data.rows import TokenizedRows
-from files.output_folder import BLOCKS
+from files.output_folder import BEST, BLOCKS, SCORE
 from launch import memory
 from launch.program import typed_command, under_torchrun
 from monitoring.memory_model import Share
@@ -92,6 +94,25 @@ def describe_unsaved(error: OSError, folder: Path, step: int | None) -> str:
     return f"--output_dir {folder}: the trained model could not be saved ({describe(error)}); {way}"
 
 
+def tell_end(
+    config: Config,
+    history: list[Metrics],
+    total_steps: int,
+    done: int,
+    seconds: float,
+    stages: dict[str, float],
+    stopped: str,
+    sampled: bool,
+) -> str:
+    """The lines at the end of a run. done: steps before it was resumed; seconds: of the steps after them; stages: as in
+    run.json; stopped: why it was asked to stop, or ""; sampled: whether samples were asked for."""
+    folder = Path(config.output_dir)
+    if stopped:
+        return describe_stop(stopped, history, total_steps, folder)
+    told = [summary(history, seconds, stages, done), *describe_evaluations(history, total_steps, config)]
+    return "\n".join([*told, describe_files(config, sampled, folder)])
+
+
 def describe_files(config: Config, sampled: bool, folder: Path) -> str:
     """The run's files, and what can be typed next. sampled: whether samples were asked for."""
     saved = {"adapter": "adapter_model.safetensors", "model": "the model"}[config.method.saves]
@@ -118,3 +139,36 @@ def describe_files(config: Config, sampled: bool, folder: Path) -> str:
         question = f' --prompt "{TOY_PROMPT}"' if demo else ""  # without one it is a conversation
         lines.append(f"try: {shlex.join([*typed_command('generate.py'), str(folder)])}{question}")
     return "\n".join(lines)
+
+
+def kept_in(folder: Path, step: int) -> str:
+    """Whether the best step is in best/, as the end of a line."""
+    try:
+        kept = json.loads((folder / SCORE).read_text(encoding="utf-8"))["step"]
+    except FileNotFoundError:
+        return ", which could not be kept"
+    return f", in {folder}" if kept == step else f", which could not be kept; {folder} has step {kept}"
+
+
+def describe_evaluations(history: list[Metrics], total_steps: int, config: Config) -> list[str]:
+    """Lines for the end of a run: the evaluations, and why it ended before its last step."""
+    evaluated = [m for m in history if m.eval_loss is not None]
+    if not evaluated:
+        return []
+    last, best = (
+        evaluated[-1],
+        min(evaluated, key=lambda m: m.eval_loss if m.eval_loss == m.eval_loss else math.inf),
+    )
+    line = (
+        f"evaluation loss {last.eval_loss:.4f} (perplexity {last.eval_perplexity:,.2f}) at step {last.step}"
+    )
+    if len(evaluated) > 1:
+        where = kept_in(Path(config.output_dir) / BEST, best.step) if config.keeps_best else ""
+        line += f"; best {best.eval_loss:.4f} at step {best.step}{where}"
+    if len(history) == total_steps or 0 <= config.max_bad_steps < (history[-1].bad_steps or 0):
+        return [line]
+    patience = config.early_stopping_patience
+    return [
+        line,
+        f"stopped at step {last.step} of {total_steps}: {patience} evaluations were no better than the best",
+    ]

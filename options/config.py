@@ -241,6 +241,11 @@ class Config:
     def method(self) -> Method:
         return METHODS[self.train_type]
 
+    @property
+    def keeps_best(self) -> bool:
+        """Whether the best step is kept in best/. With a single evaluation, at the end, the result is the best."""
+        return self.save_model and self.eval_every > 0
+
 
 FIELDS = {f.name: f for f in dataclasses.fields(Config)}
 HINTS = typing.get_type_hints(Config)
@@ -255,7 +260,8 @@ def shown(value) -> str:
     return "unset" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def dump_yaml(config: Config) -> str:
+def dump_yaml(config: Config, **instead) -> str:
     """Every resolved option, as a file that --config reads back. How the run was started, --resume or --overwrite, is
-    no part of it."""
-    return yaml.safe_dump(dataclasses.asdict(config) | {"resume": None, "overwrite": False}, sort_keys=False)
+    no part of it. instead: options that have another value there."""
+    values = dataclasses.asdict(config) | {"resume": None, "overwrite": False} | instead
+    return yaml.safe_dump(values, sort_keys=False)

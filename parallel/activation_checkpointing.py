@@ -172,7 +172,14 @@ class ActivationBudget:
     """
 
     def __init__(
-        self, model: nn.Module, family: Family, gib: float, tokens: int, itemsize: int, device: torch.device
+        self,
+        model: nn.Module,
+        family: Family,
+        device: torch.device,
+        *,
+        gib: float,
+        tokens: int,
+        itemsize: int,
     ):
         layers = [m for m in model.modules() if isinstance(m, Recomputed)]
         self.layers = [m for m in layers if m.keep is Keep.NOTHING]

@@ -19,13 +19,13 @@ from files.disk_room import despite_full_disk
 from files.output_folder import ADAPTER, BEST, BLOCKS, SCORE
 from files.tensors import save_tensors
 from launch.ranks import Place
+from monitoring.messages import kept_in
 from monitoring.tracking import NoTracker
-from options.command_line import parse
 from options.errors import UserError, needs_no_traceback
 from tests.helpers.products import products
 from tests.helpers.programs import small
 from tests.helpers.resuming import CHECK_ROOM, Filling, check_room_by, contents, fill, lines, repeated, run
-from training.evaluator import Evaluator, kept_in
+from training.evaluator import Evaluator
 
 KINDS = {  # (model, options)
     "bnb_dora": (
@@ -160,8 +160,6 @@ def test_what_cannot_take_the_place_of_a_folder_leaves_it(tmp_path):
 def test_a_full_disk_does_not_change_when_a_run_stops(full, kept, tmp_path):
     """Nor does a resumed run that goes on after the second evaluation. The losses after the best, which is not kept, are
     no better, but better than that in best/."""
-    argv = ["--output_dir", str(tmp_path), "--eval_share", "0.2", "--eval_every", "1"]
-    config, _ = parse([*argv, "--early_stopping_patience", "2"])
     saved = []
 
     def save(folder: Path) -> None:
@@ -170,18 +168,21 @@ def test_a_full_disk_does_not_change_when_a_run_stops(full, kept, tmp_path):
         saved.append(step)
 
     def evaluator() -> Evaluator:
+        options = dict.fromkeys(("batch_size", "sample_every", "sample_tokens"), 1)
+        none = dict.fromkeys(("loss_sum", "context", "meter", "tokenizer"))
         return Evaluator(
-            config,
             None,
             None,
             Place(0, 1, 0, 1, torch.device("cpu")),
-            9,
-            None,
-            None,
-            save,
-            None,
-            NoTracker(),
-            None,
+            total_steps=9,
+            eval_every=1,
+            patience=2,
+            keep_best=True,
+            folder=tmp_path,
+            save=save,
+            tracker=NoTracker(),
+            **options,
+            **none,
         )
 
     judging = evaluator()

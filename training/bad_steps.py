@@ -27,10 +27,20 @@ BAD_STEPS = "bad_steps.jsonl"
 
 
 class BadSteps:
-    """Judges every step. count: of steps that were skipped; stop: there were more than --max_bad_steps."""
+    """Judges every step. count: of steps that were skipped; stop: there were more than `most`.
+
+    Args:
+        most: steps that may be skipped (--max_bad_steps); -1 = any number.
+        rows: those of the run, for their numbers in --dataset.
+        folder: the RUN.
+        scaler: the loop's; what it skips by itself while it scales is no bad step.
+        rank: rank 0 writes bad_steps.jsonl.
+        tracker: shows a line for each.
+    """
 
     def __init__(
         self,
+        *,
         most: int,
         rows: TokenizedRows,
         folder: Path,

@@ -29,9 +29,7 @@ from launch.ranks import Place
 from models.family import rope_switch
 from monitoring.metrics import Meter, Metrics
 from monitoring.tracking import NoTracker
-from options.config import Config
 from options.errors import describe
-from training.bad_steps import too_many
 from training.evaluation import PROMPTS_AT_ONCE, Context, LossSum, greedy, grouped, mean_loss, perplexity
 
 
@@ -40,17 +38,35 @@ class Evaluator:
     best evaluation so far; worse: evaluations since then; kept_step, kept_loss: of that in best/, which is an older or
     a later one where the disk did not take the best.
 
-    loss_sum(model, batch): as the loop's; context(): around every forward; save(folder): saves what is
-    trained, collectively; tokenizer: rank 0's, if there are prompts.
+    Args:
+        data: rows to evaluate on and prompts to answer; either may be missing.
+        total_steps: optimizer steps of the run; the last one evaluates and samples in any case.
+        batch_size: rows of a rank's batch.
+        eval_every, sample_every: optimizer steps between evaluations, and between samples; 0 = only at the end.
+        sample_tokens: longest sample, in tokens.
+        patience: evaluations in a row that may be no better than the best; 0 = any number.
+        keep_best: whether the best step is kept in folder/best.
+        folder: the RUN.
+        loss_sum: loss_sum(model, batch), as the loop's.
+        context: context(), around every forward.
+        save: save(folder) saves what is trained, collectively.
+        tokenizer: rank 0's, if there are prompts.
     """
 
     def __init__(
         self,
-        config: Config,
         data: EvaluationData,
         model: nn.Module,
         place: Place,
+        *,
         total_steps: int,
+        batch_size: int,
+        eval_every: int,
+        sample_every: int,
+        sample_tokens: int,
+        patience: int,
+        keep_best: bool,
+        folder: Path,
         loss_sum: LossSum,
         context: Context,
         save: Callable[[Path], None],
@@ -58,10 +74,11 @@ class Evaluator:
         tracker: NoTracker,
         tokenizer,
     ):
-        self.config, self.data, self.model, self.place, self.total = config, data, model, place, total_steps
-        self.loss_sum, self.context, self.save, self.meter = loss_sum, context, save, meter
-        self.tracker, self.tokenizer = tracker, tokenizer
-        self.folder = Path(config.output_dir)
+        self.data, self.model, self.place, self.total, self.folder = data, model, place, total_steps, folder
+        self.batch_size, self.eval_every, self.patience = batch_size, eval_every, patience
+        self.sample_every, self.sample_tokens, self.keep_best = sample_every, sample_tokens, keep_best
+        self.loss_sum, self.context, self.save = loss_sum, context, save
+        self.meter, self.tracker, self.tokenizer = meter, tracker, tokenizer
         self.stop, self.best_step, self.best_loss, self.worse = False, 0, math.inf, 0
         self.kept_step, self.kept_loss = 0, math.inf
 
@@ -109,16 +126,16 @@ class Evaluator:
         return self._evaluates(step) or self._samples(step)
 
     def _evaluates(self, step: int) -> bool:
-        return self.data.rows is not None and self._due(self.config.eval_every, step)
+        return self.data.rows is not None and self._due(self.eval_every, step)
 
     def _samples(self, step: int) -> bool:
-        return bool(self.data.prompts) and self._due(self.config.sample_every, step)
+        return bool(self.data.prompts) and self._due(self.sample_every, step)
 
     def _due(self, every: int, step: int) -> bool:
         return step == self.total or (every > 0 and step % every == 0)
 
     def _loss(self) -> float:
-        options = (self.config.batch_size, self.loss_sum, self.place, self.context)
+        options = (self.batch_size, self.loss_sum, self.place, self.context)
         return mean_loss(self.model, self.data.rows, *options)
 
     def _judge(self, step: int, loss: float) -> None:
@@ -128,8 +145,8 @@ class Evaluator:
             self.best_step, self.best_loss, self.worse = step, loss, 0
         else:
             self.worse += 1
-        self.stop = 0 < self.config.early_stopping_patience <= self.worse
-        if keeps_best(self.config) and loss < self.kept_loss and self._keep(step, loss):
+        self.stop = 0 < self.patience <= self.worse
+        if self.keep_best and loss < self.kept_loss and self._keep(step, loss):
             self.kept_step, self.kept_loss = step, loss
 
     def _keep(self, step: int, loss: float) -> bool:
@@ -158,7 +175,7 @@ class Evaluator:
 
     def _sample(self, step: int) -> None:
         """Writes lines of step, prompt and text to samples.jsonl, and shows them."""
-        prompts, tokens = self.data.prompts, self.config.sample_tokens
+        prompts, tokens = self.data.prompts, self.sample_tokens
         lengths = torch.tensor([len(prompt.ids) for prompt in prompts])
         answers: dict[int, list[int]] = {}
         parts = grouped(lengths, PROMPTS_AT_ONCE, rope_switch(self.model.config), growth=tokens)
@@ -186,41 +203,3 @@ def _noting(failures: list[OSError]) -> Iterator[None]:
         yield
     except OSError as e:
         failures.append(e)
-
-
-def keeps_best(config: Config) -> bool:
-    """With a single evaluation, at the end, the result is the best."""
-    return config.save_model and config.eval_every > 0
-
-
-def kept_in(folder: Path, step: int) -> str:
-    """Whether the best step is in best/, as the end of a line."""
-    try:
-        kept = json.loads((folder / SCORE).read_text(encoding="utf-8"))["step"]
-    except FileNotFoundError:
-        return ", which could not be kept"
-    return f", in {folder}" if kept == step else f", which could not be kept; {folder} has step {kept}"
-
-
-def describe_evaluations(history: list[Metrics], total_steps: int, config: Config) -> list[str]:
-    """Lines for the end of a run: the evaluations, and why it ended before its last step."""
-    evaluated = [m for m in history if m.eval_loss is not None]
-    if not evaluated:
-        return []
-    last, best = (
-        evaluated[-1],
-        min(evaluated, key=lambda m: m.eval_loss if m.eval_loss == m.eval_loss else math.inf),
-    )
-    line = (
-        f"evaluation loss {last.eval_loss:.4f} (perplexity {last.eval_perplexity:,.2f}) at step {last.step}"
-    )
-    if len(evaluated) > 1:
-        where = kept_in(Path(config.output_dir) / BEST, best.step) if keeps_best(config) else ""
-        line += f"; best {best.eval_loss:.4f} at step {best.step}{where}"
-    if len(history) == total_steps or too_many(history[-1].bad_steps, config.max_bad_steps):
-        return [line]
-    patience = config.early_stopping_patience
-    return [
-        line,
-        f"stopped at step {last.step} of {total_steps}: {patience} evaluations were no better than the best",
-    ]

@@ -28,7 +28,7 @@ from models.registry import FAMILIES, build_on_meta
 from monitoring.memory_model import WeightBytes, plan, resting_on_host, vocabulary, weight_bytes
 from options.config import METHODS, Config, shown
 from options.errors import UserError
-from training.preflight import Job
+from training.job import Job
 from wrapping import STRATEGIES
 
 LAYER_ACTIVATIONS = (

@@ -5,16 +5,13 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoTokenizer, PretrainedConfig
+from transformers import PretrainedConfig
 
 from checkpoints import resume
-from checkpoints.storage import Saved
-from data.batches import StepSampler
 from data.evaluation_sets import EvaluationData, named, prepare_sets, stop_tokens
 from data.examples import toy_texts
 from data.packing import make_sampler
@@ -23,9 +20,10 @@ from files.bnb_weights import check_stored_quantization
 from files.disk_room import check_writable
 from files.model_folder import CheckpointFiles, fetch_weights, find_model
 from files.output_folder import check_output
+from files.tokenizer import read_tokenizer
 from files.weight_cache import NewCache, new_cache, open_cache
-from launch import processes as launch
 from launch.precision import bf16_gpu, precision_here
+from launch.processes import check_address
 from launch.program import under_torchrun
 from launch.ranks import resolve_group_size, resolve_strategy, resolve_world_size
 from models.adapters import check_packing, check_rank, make_quantizer_of, packed_linears, target_linears
@@ -36,24 +34,10 @@ from models.toy import toy_model
 from monitoring.profiling import check_traces
 from monitoring.tracking import check_wandb
 from options.config import TOY_MODEL, Config
-from options.errors import UserError, describe
-from options.limits import TOKENIZER_FILE, check_size
+from options.errors import UserError
 from parallel.optimizers import check_optimizer
+from training.job import Job
 from wrapping import STRATEGIES
-
-
-@dataclass(frozen=True)
-class Job:
-    """A checked run, ready to start: what `check` found out and every rank needs."""
-
-    config: Config
-    model_config: PretrainedConfig
-    files: CheckpointFiles
-    rows: TokenizedRows
-    evaluation: EvaluationData
-    cache: NewCache | None  # if --quantized_cache is still to be written
-    saved: Saved | None  # the checkpoint that the run is resumed from
-    started: float  # time.time()
 
 
 def check(config: Config) -> Job:
@@ -66,15 +50,8 @@ def check(config: Config) -> Job:
 
 def _check(config: Config) -> Job:
     started = time.time()
-    world = resolve_world_size(config.world_size)
-    strategy = resolve_strategy(config.sharding_strategy, world)
-    config = dataclasses.replace(config, world_size=world, sharding_strategy=strategy)
-    config = resume.resume_after_restart(config)
-    if not under_torchrun():
-        launch.check_address(config.master_addr, config.master_port)
-    if STRATEGIES[config.sharding_strategy].replicas == "groups":
-        group = resolve_group_size(config.hybrid_shard_size, world)
-        config = dataclasses.replace(config, hybrid_shard_size=group)
+    config = _resolve_launch(config)
+    precision = precision_here(config.precision)
     if config.precision.startswith("bf16") and torch.cuda.is_available() and not bf16_gpu():
         raise UserError(
             f"--precision {config.precision}: this GPU has no bf16; use auto, fp16_autocast or fp32"
@@ -104,26 +81,40 @@ def _check(config: Config) -> Job:
     check_weights(model, files, family)
     check_packing(model, family, config, files)
     if config.method.expansion:
-        trained = precision_here(config.precision).trained
-        check_can_leave_silence(files, family, new_layers(model_config), trained, config.lr)
+        check_can_leave_silence(files, family, new_layers(model_config), precision.trained, config.lr)
     cache = find_cache(model, family, config, files) if config.quantized_cache else None
     if config.method.adapter:
         check_rank(model, target_linears(model, family, config.lora_target_modules), config.lora_rank)
-    tokenizer = read_tokenizer(folder)
+    tokenizer = read_tokenizer(folder, f"--model_name {folder}")
     config, rows, evaluation = prepare_sets(config, tokenizer, stop_tokens(folder, tokenizer))
     if max(int(rows.tokens.max()), evaluation.largest_id()) >= model_config.vocab_size:
         raise UserError(
             f"--model_name {folder}: the tokenizer makes ids beyond vocab_size {model_config.vocab_size}"
         )
     check_rope(config, model_config, rows, evaluation)
-    if config.profile:
-        check_traces(config, total_steps(config, make_sampler(config, rows, 0, world)))
     job = Job(config, model_config, files, rows, evaluation, cache, saved, started)
+    if config.profile:
+        check_traces(config, job.total_steps(make_sampler(config, rows, 0, config.world_size)))
     if saved:
-        resume.check_same(saved, config, **identity(job))
+        resume.check_same(saved, config, job.about())
         for remark in resume.remarks(saved, config):
             print(remark)
     return job
+
+
+def _resolve_launch(config: Config) -> Config:
+    """The options whose defaults are this machine's: how many ranks there are, and how they share the model. Raises
+    UserError."""
+    world = resolve_world_size(config.world_size)
+    strategy = resolve_strategy(config.sharding_strategy, world)
+    config = dataclasses.replace(config, world_size=world, sharding_strategy=strategy)
+    config = resume.resume_after_restart(config)
+    if not under_torchrun():
+        check_address(config.master_addr, config.master_port)
+    if STRATEGIES[config.sharding_strategy].replicas != "groups":
+        return config
+    group = resolve_group_size(config.hybrid_shard_size, world)
+    return dataclasses.replace(config, hybrid_shard_size=group)
 
 
 def check_rope(
@@ -150,18 +141,6 @@ def check_rope(
         )
 
 
-def identity(job: Job) -> dict[str, str]:
-    """Digests of the model below and of the rows, for `resume`."""
-    base = resume.digest_base(job.model_config, job.files)
-    return {"base": base, "data": resume.digest_rows(job.rows)}
-
-
-def total_steps(config: Config, sampler: StepSampler) -> int:
-    """Optimizer steps of the run."""
-    steps = sampler.steps_per_epoch() * config.num_epochs
-    return steps if config.max_steps < 0 else min(steps, config.max_steps)
-
-
 def find_cache(model: nn.Module, family: Family, config: Config, files: CheckpointFiles) -> NewCache | None:
     """Makes `files` read from --quantized_cache, or returns what a new one will be. Raises UserError."""
     names = [f"{name}.weight" for name in packed_linears(model, family, config)]
@@ -172,16 +151,3 @@ def find_cache(model: nn.Module, family: Family, config: Config, files: Checkpoi
         return new_cache(*asked, config.output_dir)
     files.packed.update(cached)
     return None
-
-
-def read_tokenizer(folder: Path):
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        check_size(folder / name, TOKENIZER_FILE)
-    try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except Exception as e:  # the tokenizers library has no narrower one for a damaged tokenizer.json
-        found = (folder / "tokenizer.json").is_file()
-        reason = describe(e) if found else "there is no tokenizer.json"
-        raise UserError(
-            f"--model_name {folder}: no usable tokenizer ({reason}); its files belong beside config.json"
-        ) from None

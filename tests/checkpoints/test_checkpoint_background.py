@@ -22,6 +22,7 @@ from monitoring.tracking import NoTracker
 from tests.helpers.runs import set_up
 from tests.helpers.saving import Small
 from tests.models.test_adapters import args_for
+from training import companions
 
 LONG = 2.0  # seconds
 
@@ -128,14 +129,15 @@ def order_of_steps(place, argv: list[str], gpu: bool) -> list[str]:
     """In which order the loop comes to forwards and to what is told of their steps."""
     job, model = set_up(place, argv)
     sampler, seen = make_sampler(job.config, job.rows, place.rank, place.world), []
-    loss_sum, make_checkpoints = train.loss_sum, train.make_checkpoints
+    loss_sum = train.loss_sum
 
     def forward(*args):
         seen.append("forward")
         return loss_sum(*args)
 
-    def make(*args):
-        return as_on_a_gpu(make_checkpoints(*args)) if gpu else make_checkpoints(*args)
+    def make(*args, **options):
+        made = Checkpoints(*args, **options)
+        return as_on_a_gpu(made) if gpu else made
 
     class Told(NoTracker):
         def log(self, metrics):
@@ -143,7 +145,7 @@ def order_of_steps(place, argv: list[str], gpu: bool) -> list[str]:
 
     with (
         mock.patch.object(train, "loss_sum", forward),
-        mock.patch.object(train, "make_checkpoints", make),
+        mock.patch.object(companions, "Checkpoints", make),
     ):
         train.train(job, model, place, sampler, Told())
     return seen

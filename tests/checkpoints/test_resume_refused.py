@@ -14,13 +14,13 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 
 from checkpoints import manager as checkpoints
-from checkpoints import resume
 from checkpoints import storage as checkpoint_files
 from checkpoints.storage import folder_of
 from launch.precision import choose_precision
 from options.errors import UserError
 from tests.helpers.hostile_checkpoints import Pickled
 from tests.helpers.resuming import QUIET, lie, resumed, run
+from training import job
 
 OTHERS = {
     "--lora_rank 8": "the run has --lora_rank 6, not 8",
@@ -48,7 +48,7 @@ def test_another_run_is_refused(option, source, copied):
 def test_another_machines_precision_is_refused(source, copied, monkeypatch):
     """auto is fp16 on GPUs without bf16, and no run of a CPU's fp32 goes on there."""
     assert resumed(source, copied, "--precision", "fp32").saved.step == 3, "what auto is here"
-    monkeypatch.setattr(resume, "precision_here", lambda name: choose_precision(name, True, False))
+    monkeypatch.setattr(job, "precision_here", lambda name: choose_precision(name, True, False))
     with pytest.raises(
         UserError, match="which on this machine is float32 under autocast to float16, not float32"
     ):
@@ -61,8 +61,8 @@ FREE = "--max_steps 9 --save_every 5 --log_to tqdm --wrap_policy sublayer --use_
 @pytest.mark.parametrize("where", ["auto", "run", "checkpoint"])
 def test_what_changes_no_result_may_change(where, source, copied, capsys):
     paths = {"auto": "auto", "run": str(copied), "checkpoint": str(folder_of(copied, 3))}
-    job = resumed(source, copied, *FREE.split(), "--resume", paths[where])
-    assert job.saved.step == 3 and job.saved.folder == folder_of(copied, 3)
+    found = resumed(source, copied, *FREE.split(), "--resume", paths[where])
+    assert found.saved.step == 3 and found.saved.folder == folder_of(copied, 3)
     assert "--max_steps 9 instead of 7: the learning rate follows it" in capsys.readouterr().out
 
 

@@ -27,6 +27,7 @@ TIMEOUT_SECONDS = 240
 
 def _serve(rank: int, world: int, port: int, tasks, results) -> None:
     gc.freeze()  # all that the fork server has imported stays
+    gc.enable()
     hear()  # the server may be one that launch/processes.py has started
     os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
     place = join_group(rank, world, rank)
@@ -44,7 +45,7 @@ def _serve(rank: int, world: int, port: int, tasks, results) -> None:
 def new_processes() -> multiprocessing.context.BaseContext:
     """Where tests get processes from that know the program without importing it."""
     context = mp.get_context("spawn" if torch.cuda.is_available() else "forkserver")
-    context.set_forkserver_preload(["launch.rank_imports", "tests.helpers.runs"])
+    context.set_forkserver_preload(["launch.fork_server", "tests.helpers.runs"])
     return context
 
 

@@ -51,11 +51,11 @@ class Small:
         self.model, self.place, self.done = nn.Linear(5, 3).to(place.device), place, 0
         self.optimizer, self.said = torch.optim.AdamW(self.model.parameters()), []
         self.checkpoints = Checkpoints(
-            Path(folder),
             self.model,
             self.optimizer,
             {},
             place,
+            folder=Path(folder),
             every=every,
             at_end=every > 0,
             keep=-1,

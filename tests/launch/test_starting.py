@@ -142,9 +142,7 @@ def test_a_server_that_is_killed_while_it_imports_is_a_line(
     new_server, processes, monkeypatch, tmp_path, capfd
 ):
     (tmp_path / "launch").mkdir()
-    (tmp_path / "launch/rank_imports.py").write_text(
-        "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
-    )
+    (tmp_path / "launch/fork_server.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
     monkeypatch.setattr(launch, "__file__", str(tmp_path / "launch/processes.py"))
     monkeypatch.chdir(tmp_path)  # of a second server, if the first has ended too soon
     status, err = launch.start(print, 2, (), "localhost", None), capfd.readouterr().err

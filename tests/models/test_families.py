@@ -121,13 +121,13 @@ def test_a_buffer_that_no_one_fills_is_an_error(checkpoints, alpaca_file, one_ra
 
 
 def failure_without_constants(place, args) -> str:
-    train.FAMILIES["gemma2"] = dataclasses.replace(gemma2.FAMILY, constants=lambda config: {})
+    FAMILIES["gemma2"] = dataclasses.replace(gemma2.FAMILY, constants=lambda config: {})
     try:
         set_up(place, args)
     except AssertionError as e:
         return str(e)
     finally:
-        train.FAMILIES["gemma2"] = gemma2.FAMILY
+        FAMILIES["gemma2"] = gemma2.FAMILY
     return ""
 
 

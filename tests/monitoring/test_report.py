@@ -25,6 +25,7 @@ import report
 import train
 from data.batches import StepSampler
 from data.rows import TokenizedRows
+from files.output_folder import clear_output
 from monitoring.report_charts import downsample, number, running_mean, step_axis, value_axis
 from monitoring.run_facts import describe_run
 from options import config as options
@@ -328,7 +329,7 @@ def test_a_real_run_leaves_the_page(checkpoints, one_rank, tmp_path, monkeypatch
     done = [run_typed(*command) for command in typed]
     assert done == ["generate", "evaluate", "export", "train", "report", "train", "generate"]
     assert "perplexity" in capsys.readouterr().out
-    train.clear_output(tmp_path / "run")
+    clear_output(tmp_path / "run")
     assert not list((tmp_path / "run").iterdir())
 
 

@@ -21,11 +21,19 @@ from models.loss import KERNELS
 from options.config import METHODS
 from parallel import activation_checkpointing as recompute
 from parallel import activation_offload
-from parallel.activation_checkpointing import GRAPHS, Keep, Recomputed, allow_graphs, compiler
+from parallel.activation_checkpointing import (
+    GRAPHS,
+    ActivationBudget,
+    Keep,
+    Recomputed,
+    allow_graphs,
+    compiler,
+)
 from quantization import operators as linear4bit
 from tests.helpers.products import products
 from tests.helpers.runs import set_up, train_run
 from tests.test_parity import TYPES, arguments, assert_same, biased
+from training import companions
 from training.bad_steps import BadSteps
 
 PLAIN = ["--batch_size", "4", "--use_gradient_checkpointing", "false"]
@@ -117,7 +125,7 @@ def counted_run(place, argv: list[str], compiled: bool, keeping: int):
     """(`train_run`'s results, degrees of the layers, weights dequantized in each step, tensors sent to the host in
     each step). keeping: layers that keep their results."""
     counts, original = {"weights": 0, "stashed": 0}, linear4bit.dequantize
-    make_budget, pack, step = train.make_budget, activation_offload.HostStash.pack, BadSteps.step
+    pack, step = activation_offload.HostStash.pack, BadSteps.step
     budgets, per_step = [], []
 
     def dequantize(*args, **kwargs):
@@ -128,8 +136,8 @@ def counted_run(place, argv: list[str], compiled: bool, keeping: int):
         counts["stashed"] += 1
         return pack(self, tensor)
 
-    def spending(job, model, place):
-        budget = make_budget(job, model, place)
+    def spending(*args, **options):
+        budget = ActivationBudget(*args, **options)
         budget._spend(sum(budget.bytes[LAYERS - keeping :]) + 1)
         budgets.append(budget)
         return budget
@@ -143,7 +151,7 @@ def counted_run(place, argv: list[str], compiled: bool, keeping: int):
         mock.patch.object(linear4bit, "dequantize", dequantize),
         mock.patch.object(activation_offload.HostStash, "pack", stash),
         mock.patch.object(activation_offload, "SMALLEST", 0),
-        mock.patch.object(train, "make_budget", spending),
+        mock.patch.object(companions, "ActivationBudget", spending),
         mock.patch.object(BadSteps, "step", stepped),
     ):
         results = compiled_run(place, argv)[0] if compiled else train_run(place, argv)

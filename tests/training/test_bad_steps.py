@@ -134,7 +134,7 @@ def metrics(loss: float, norm: float) -> Metrics:
 def guard(most: int = 10, scale: float | None = None) -> BadSteps:
     scaler = torch.amp.GradScaler("cpu", init_scale=scale or 1.0, enabled=scale is not None)
     scaler.scale(torch.zeros(()))
-    return BadSteps(most, None, Path(), scaler, 1, NoTracker())
+    return BadSteps(most=most, rows=None, folder=Path(), scaler=scaler, rank=1, tracker=NoTracker())
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,50 @@
+"""Starts a run's ranks, whoever makes their processes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from launch import nodes, processes, torchrun
+from launch.nodes import Job
+from launch.program import report, under_torchrun
+from options.errors import UserError, needs_no_traceback
+
+
+def start(
+    run_rank: Callable,
+    check: Callable[[], Job],
+    remarks: list[str],
+    *,
+    address: str,
+    port: int | None,
+    verbose: bool,
+    preload: Sequence[str],
+) -> int:
+    """Checks a run, prints the remarks on it, and runs run_rank(place, job) on every rank: in new processes, or, under
+    torchrun, in this one. Returns the exit status: 0, 2 for something the user can put right, 1 for anything else.
+
+    Args:
+        run_rank: what a rank does, a function of a module.
+        check: makes the job. Raises UserError for what is wrong with it.
+        address, port: of rank 0, for new processes; None = a free port.
+        verbose: tracebacks with errors.
+        preload: modules that ranks import, for the server that they may be forks of.
+    """
+
+    def checked() -> Job:
+        job = check()
+        told = remarks if os.environ.get("RANK", "0") == "0" else []
+        print(*told, sep="\n", end="\n" * bool(told))
+        return job
+
+    try:
+        if under_torchrun():
+            return torchrun.join(run_rank, partial(nodes.prepare, checked), verbose)
+        job = checked()
+        return processes.start(run_rank, job.config.world_size, (job,), address, port, verbose, preload)
+    except (UserError, OSError) as e:
+        if not needs_no_traceback(e):
+            raise
+        return report(e, verbose)

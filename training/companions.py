@@ -1,0 +1,110 @@
+"""What the loop calls beside the model, made for a rank whose model is set up."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from checkpoints.manager import Checkpoints
+from data.packing import longest_line
+from files.tokenizer import read_tokenizer
+from launch.ranks import Place
+from launch.signals import NeverStop
+from models.causal_lm import loss_sum
+from monitoring.deferred import Later
+from monitoring.metrics import Meter
+from monitoring.profiling import NoProfiler
+from monitoring.tracking import NoTracker
+from parallel.activation_checkpointing import ActivationBudget
+from parallel.optimizers import make_optimizer
+from training.bad_steps import BadSteps
+from training.evaluator import Evaluator
+from training.job import Job
+
+
+class Companions(NamedTuple):
+    """Each of them is called in single lines of the loop."""
+
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    meter: Meter
+    guard: BadSteps
+    evaluator: Evaluator
+    budget: ActivationBudget
+    checkpoints: Checkpoints
+    untold: Later
+
+
+def make_companions(
+    job: Job,
+    model: nn.Module,
+    place: Place,
+    total: int,
+    tracker: NoTracker,
+    profiler: NoProfiler,
+    stopping: NeverStop,
+    save_best: Callable[[Path], None],
+) -> Companions:
+    """Those of one rank. total: optimizer steps of the run; save_best: writes what is trained into a folder, collectively."""
+    config, folder = job.config, Path(job.output_dir)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = make_optimizer(trained, config.optimizer, config.lr, config.wd)
+    scaler = job.precision.scaler("cpu" if config.use_cpu_offload else place.device.type)
+    meter, untold = Meter(place.device, profiler.held), Later()
+    guard = BadSteps(
+        most=config.max_bad_steps,
+        rows=job.rows,
+        folder=folder,
+        scaler=scaler,
+        rank=place.rank,
+        tracker=tracker,
+    )
+    needs_tokenizer = bool(job.evaluation.prompts) and place.rank == 0
+    evaluator = Evaluator(
+        job.evaluation,
+        model,
+        place,
+        total_steps=total,
+        batch_size=config.batch_size,
+        eval_every=config.eval_every,
+        sample_every=config.sample_every,
+        sample_tokens=config.sample_tokens,
+        patience=config.early_stopping_patience,
+        keep_best=config.keeps_best,
+        folder=folder,
+        loss_sum=loss_sum,
+        context=partial(job.precision.context, place.device.type),
+        save=save_best,
+        meter=meter,
+        tracker=tracker,
+        tokenizer=read_tokenizer(job.files.folder, "--model_name") if needs_tokenizer else None,
+    )
+    budget = ActivationBudget(
+        model,
+        job.family,
+        place.device,
+        gib=config.activation_budget,
+        tokens=config.batch_size * longest_line(config, job.rows),
+        itemsize=job.precision.matmul.itemsize,
+    )
+    checkpoints = Checkpoints(
+        model,
+        optimizer,
+        {"scaler": scaler, "evaluator": evaluator, "tracker": tracker, "guard": guard},
+        place,
+        folder=folder,
+        every=config.save_every,
+        at_end=config.save_every > 0 or config.save_minutes > 0,
+        keep=config.keep,
+        describe_run=job.about,
+        untold=untold,
+        stopping=stopping,
+        say=tracker.say,
+        saved=job.saved,
+    )
+    return Companions(optimizer, scaler, meter, guard, evaluator, budget, checkpoints, untold)

@@ -1,0 +1,99 @@
+"""A run as the checks found it: what every rank needs, ready to start."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+import transformers
+from transformers import PretrainedConfig
+
+from checkpoints import resume
+from checkpoints.storage import Saved
+from data.batches import StepSampler
+from data.evaluation_sets import EvaluationData
+from data.rows import TokenizedRows, digest_rows
+from files.model_folder import CheckpointFiles, base_digest
+from files.weight_cache import NewCache, digest
+from launch.precision import Precision, precision_here
+from launch.ranks import local_world_size
+from models.family import Family
+from models.registry import FAMILIES
+from options.config import Config, shown
+
+
+@dataclass(frozen=True)
+class Job:
+    """A checked run. config: final, every default filled in; started: time.time(). Each process that has it looks up
+    the family, and what --precision means on its GPU, once."""
+
+    config: Config
+    model_config: PretrainedConfig
+    files: CheckpointFiles
+    rows: TokenizedRows
+    evaluation: EvaluationData
+    cache: NewCache | None  # if --quantized_cache is still to be written
+    saved: Saved | None  # the checkpoint that the run is resumed from
+    started: float
+
+    @cached_property
+    def family(self) -> Family:
+        return FAMILIES[self.model_config.model_type]
+
+    @cached_property
+    def precision(self) -> Precision:
+        return precision_here(self.config.precision)
+
+    def __getstate__(self) -> dict:
+        """Without what was looked up: another process has another GPU, and families hold functions."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+    @property
+    def output_dir(self) -> str:
+        return self.config.output_dir
+
+    def total_steps(self, sampler: StepSampler) -> int:
+        """Optimizer steps of the run."""
+        return total_steps(self.config, sampler)
+
+    def about(self) -> dict:
+        """What a checkpoint says of the run: its options, and digests of the model below and of the rows."""
+        base = resume.digest_base(self.model_config, self.files)
+        return resume.about(self.config, str(self.precision), base, digest_rows(self.rows))
+
+    def settled(self, output_dir: str, began: float) -> Job:
+        """The same for a rank of several nodes. output_dir: rank 0's; began: when the run began, as time.time() says it."""
+        config = dataclasses.replace(self.config, output_dir=output_dir)
+        return dataclasses.replace(self, config=config, started=began)
+
+    def described(self) -> dict[str, str]:
+        """What all nodes must have in common, as texts by name. Reads three rows of every weight that is not packed."""
+        options = dataclasses.asdict(self.config)
+        del options["output_dir"]
+        names = [name for name in self.files.tensors if name not in self.files.packed]
+        rows = [digest_rows(each) for each in (self.rows, self.evaluation.rows) if each]
+        ranks = {"LOCAL_WORLD_SIZE": str(local_world_size(self.config.world_size))}
+        return (
+            ranks
+            | {f"--{name}": shown(value) for name, value in options.items()}
+            | {
+                "the version of torch": torch.__version__,
+                "the version of transformers": transformers.__version__,
+                "the precision of --precision": str(self.precision),
+                "what config.json and the weights' shapes say": base_digest(self.model_config, self.files),
+                "the weights": digest(self.files, names),
+                "the rows of the data": " ".join(rows),
+                "the checkpoint to go on from": f"step {self.saved.step}" if self.saved else "none",
+                # One would read it, and the other wait for all to make it.
+                "what --quantized_cache holds": "nothing yet" if self.cache else "all that is needed",
+                "the prompts of the samples": str([prompt.ids for prompt in self.evaluation.prompts]),
+            }
+        )
+
+
+def total_steps(config: Config, sampler: StepSampler) -> int:
+    """Optimizer steps of a run with these options."""
+    steps = sampler.steps_per_epoch() * config.num_epochs
+    return steps if config.max_steps < 0 else min(steps, config.max_steps)
