@@ -1,17 +1,22 @@
-"""What a model's weights take, and the check after every load that this is what they took.
+"""The one model of memory: what weights take, checked after every load, and what a step takes at its peak.
 
-The figure comes from the shapes in the checkpoint's headers, the train type, the quantizer, the precision and the
+Advice when memory runs out (training/out_of_memory.py) is the difference of two of its estimates. The weights' figure
+comes from the shapes in the checkpoint's headers, the train type, the quantizer, the precision and the
 number of ranks. No parameter of the model that was made and loaded is asked, so that an error in making or loading it
 is none of the arithmetic's: a weight that is not sharded or not packed, or has another dtype, shows as a difference.
+
+B rows of a micro-batch, T tokens of the longest row, H hidden size, V vocabulary.
 """
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 
 from torch import nn
+from transformers import PretrainedConfig
 
 from files.model_folder import CheckpointFiles
 from launch import memory
@@ -21,12 +26,23 @@ from launch.ranks import Place
 from models.adapters import make_quantizer_of, target_linears
 from models.family import Family
 from models.llama_pro import new_layers
+from models.loss import HIDDEN_BYTES, LOGITS_BYTES
+from models.registry import build_on_meta
 from options.config import Config
 from quantization.layer import STORAGE
 from wrapping import STRATEGIES
 
 TOLERANCE = 0.03
 PER_TENSOR = 1024  # bytes: what a GPU's allocator may round one tensor up by
+LAYER_ACTIVATIONS = (
+    34  # values of a decoder layer, per token and hidden unit, while backward needs all of them
+)
+LOGITS = (
+    7  # times the bytes of a chunk of logits, which come in fp32 as well, as exponentials and as gradients
+)
+# Bytes of an optimizer's states for each byte (4 for fp32) or, of 8-bit ones, for each trained weight.
+STATES = {"sgd": 0.0, "paged_adamw_32bit": 0.0, "paged_adamw_8bit": 0.0}
+STATE_BYTES_8BIT = 2.03
 
 
 @dataclass(frozen=True)
@@ -163,3 +179,85 @@ def check_loaded(model: nn.Module, expected: Share, before: int) -> None:
             f"the loaded weights take {size(found)} of {where} memory on this rank; the checkpoint's shapes and the"
             f" options say {size(wanted)}"
         )
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What of a run decides on its memory, besides its options. tokens: T; layer: bytes of the largest decoder layer,
+    with what is trained in it; ends: of the embedding or the head where they are trained, else 0; on_host: of the
+    embedding where it lies in host memory."""
+
+    tokens: int
+    hidden: int
+    vocabulary: int
+    layers: int
+    heads: int
+    eager: bool
+    weights: WeightBytes
+    layer: int
+    ends: int
+    on_host: int = 0
+
+
+def measure(
+    described: PretrainedConfig,
+    family: Family,
+    config: Config,
+    precision: Precision,
+    files: CheckpointFiles,
+    tokens: int,
+) -> Shape:
+    """The Shape of a model and data under the options `config`. described: the model's config; tokens: of the longest
+    row. No memory is taken."""
+    model = build_on_meta(described, family)
+    parts = plan(model, family, config, precision, files)
+    layers: Counter[int | None] = Counter()
+    for part in parts:
+        layers[family.place(part.name)[0]] += part.nbytes()
+    del layers[None]  # what is outside of them
+    ends = [p for p in parts if p.name in vocabulary(family)]
+    return Shape(
+        tokens=tokens,
+        hidden=described.hidden_size,
+        vocabulary=described.vocab_size,
+        layers=len(layers),
+        heads=described.num_attention_heads,
+        eager=family.attention == "eager",
+        weights=weight_bytes(parts),
+        layer=max(layers.values()),
+        ends=max(p.nbytes() * (p.kind == "trained") for p in ends),
+        on_host=sum(p.nbytes() for p in resting_on_host(parts, family, described.tie_word_embeddings)),
+    )
+
+
+def estimate(config: Config, precision: Precision, shape: Shape) -> float:
+    """Bytes that a GPU holds at the peak of a step. config: resolved, with its world_size."""
+    strategy = STRATEGIES[config.sharding_strategy]
+    shards = strategy.shards(config.world_size, config.hybrid_shard_size)
+    trained, everything = shape.weights.trained, shape.weights.total - shape.on_host
+    if config.optimizer == "adamw_8bit":
+        states = STATE_BYTES_8BIT * trained / precision.trained.itemsize
+    else:
+        states = STATES.get(config.optimizer, 2.0) * trained
+    resident = 0 if config.use_cpu_offload else (everything + trained + states) / shards
+    if config.no_sync and config.gradient_accumulation_steps > 1:
+        resident += trained  # gradients that are not yet reduced
+    gathered = everything if strategy.keep else shape.layer * (1 if config.wrap_policy == "sublayer" else 2)
+    if shards == config.world_size == 1 and not config.use_cpu_offload:
+        gathered = 0  # everything is there
+    rows = config.batch_size * shape.tokens
+    value = precision.frozen.itemsize
+    inner = LAYER_ACTIVATIONS * rows * shape.hidden * precision.matmul.itemsize
+    inner += 8 * shape.eager * shape.heads * rows * shape.tokens
+    if config.use_gradient_checkpointing:
+        kept = rows * shape.hidden * value * (2 if config.use_activation_cpu_offload else shape.layers)
+    else:
+        kept, inner = inner * shape.layers, 0
+    chunk = min(LOGITS_BYTES, rows * shape.vocabulary * precision.matmul.itemsize)
+    # A frozen head stays in its shards, and blocks of the hidden states of all its ranks come to each, with their
+    # gradient in 16 bits and in fp32; a trained one is gathered.
+    states = 2 * rows * shape.hidden * precision.matmul.itemsize
+    if shards > 1 and not shape.ends:
+        states += 2 * min(HIDDEN_BYTES, 4 * rows * shards * shape.hidden)
+    loss = LOGITS * chunk + states + 2 * shape.ends
+    return resident + kept + max(gathered + inner, loss + strategy.keep * gathered)

@@ -10,11 +10,13 @@ import pytest
 import torch
 
 import train
+from launch.precision import precision_here
+from monitoring.memory_model import LAYER_ACTIVATIONS, Shape, WeightBytes, estimate
 from options.errors import UserError
 from tests.helpers.runs import make_job
 from tests.test_parity import arguments
 from training import out_of_memory
-from training.out_of_memory import LAYER_ACTIVATIONS, Shape, changes, estimate, measure, savings
+from training.out_of_memory import changes, estimated, savings, shape_of
 
 H, V, LAYERS = 64, 300, 3  # tests/helpers/tiny.py's Llama
 
@@ -35,25 +37,25 @@ def job_of(checkpoints, alpaca_file):
 
 def test_the_shape_of_a_job(job_of):
     job = job_of("lora")
-    shape = measure(job, job.config)
+    shape = shape_of(job, job.config)
     longest = int(job.rows.lengths().max())
     assert dataclasses.astuple(shape)[:6] == (longest, H, V, LAYERS, 4, False)
     assert shape.weights.total == LAYERS * shape.layer + 4 * (2 * V * H + H)  # embedding, head, the last norm
     full = job_of("full")
-    assert (shape.ends, measure(full, full.config).ends) == (0, 4 * V * H), "gathered where it is trained"
+    assert (shape.ends, shape_of(full, full.config).ends) == (0, 4 * V * H), "gathered where it is trained"
 
 
 def bytes_less(job, **change) -> float:
     """What `change` saves, by two estimates."""
     config = dataclasses.replace(job.config, **change)
-    return estimate(job.config, measure(job, job.config)) - estimate(config, measure(job, config))
+    return estimated(job, job.config) - estimated(job, config)
 
 
 def test_what_shards_and_states_take(job_of):
     """fp32 weights, gradients and two moments, of which each of two ranks has half."""
     job = job_of("full")
     job = dataclasses.replace(job, config=dataclasses.replace(job.config, world_size=2))
-    weights = measure(job, job.config).weights.total
+    weights = shape_of(job, job.config).weights.total
     assert bytes_less(job, use_cpu_offload=True) == pytest.approx(4 * weights / 2)
     assert bytes_less(job, optimizer="adamw_8bit") == pytest.approx((2 * weights - 2.03 * weights / 4) / 2)
     assert bytes_less(job, optimizer="sgd") == pytest.approx(2 * weights / 2)
@@ -65,15 +67,15 @@ def test_an_embedding_in_host_memory_is_none_of_the_gpus(job_of):
     """A frozen one that is not the head's is there already: offload cannot bring it there."""
     job = job_of("qlora")
     job = dataclasses.replace(job, config=dataclasses.replace(job.config, world_size=2))
-    shape = measure(job, job.config)
+    shape = shape_of(job, job.config)
     on_gpu = shape.weights.total - 4 * V * H + 3 * shape.weights.trained
     assert bytes_less(job, use_cpu_offload=True) == pytest.approx(on_gpu / 2)
-    assert measure(job_of("full"), job_of("full").config).on_host == 0
+    assert shape_of(job_of("full"), job_of("full").config).on_host == 0
 
 
 def test_what_a_batch_takes():
     """With checkpointing: the layers' inputs, and all that one layer computes."""
-    weights = out_of_memory.WeightBytes(trained=1000)
+    weights = WeightBytes(trained=1000)
     shape = Shape(
         tokens=100, hidden=64, vocabulary=10, layers=5, heads=1, eager=False, weights=weights, layer=1, ends=0
     )
@@ -90,16 +92,20 @@ def test_what_a_batch_takes():
     config = train.parse([*given, "--sharding_strategy", "full_shard"])[0]
     smaller = dataclasses.replace(config, batch_size=1)
     expected = 3 * 100 * 64 * 4 * (5 + LAYER_ACTIVATIONS)
-    assert estimate(config, shape) - estimate(smaller, shape) == expected
+    assert (
+        estimate(config, precision_here(config.precision), shape)
+        - estimate(smaller, precision_here(smaller.precision), shape)
+        == expected
+    )
 
 
 def test_the_loss_does_not_grow_with_the_ranks():
     """Of the hidden states of all ranks that share a frozen head, a block at a time is there."""
     sizes = dict.fromkeys(("layers", "heads", "layer", "ends", "eager"), 0)
-    weights = out_of_memory.WeightBytes()
+    weights = WeightBytes()
     shape = Shape(tokens=2**16, hidden=4096, vocabulary=2**17, weights=weights, **sizes)
     given = "--sharding_strategy full_shard --use_gradient_checkpointing true --world_size".split()
-    few, many = (estimate(train.parse([*given, n])[0], shape) for n in ("32", "64"))
+    few, many = (estimate(train.parse([*given, n])[0], precision_here("auto"), shape) for n in ("32", "64"))
     assert few == many
 
 
