@@ -10,7 +10,7 @@ from torch import nn
 
 from files.atomic_writes import staged
 from files.disk_room import check_room
-from files.output_folder import ADAPTER
+from files.names import ADAPTER
 from files.tensors import save_tensors
 from models.family import clean
 from models.lora import LoRALinear

@@ -18,8 +18,8 @@ import torch
 from torch import nn
 
 from files.atomic_writes import staged, write_text
-from files.model_folder import INDEX, SINGLE, CheckpointFiles
-from files.output_folder import COMPANIONS
+from files.model_folder import CheckpointFiles
+from files.names import COMPANIONS, INDEX, SINGLE
 from files.tensors import write_header
 from parallel.shards import gather
 

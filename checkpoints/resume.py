@@ -27,7 +27,8 @@ from checkpoints.storage import (
     steps_in,
 )
 from files.model_folder import CheckpointFiles, base_digest
-from files.output_folder import BEST, BLOCKS, check_output, holds_run
+from files.names import BEST, BLOCKS
+from files.output_folder import check_output, holds_run
 from files.weight_cache import digest
 from monitoring.metrics import read_metrics
 from options.config import CHECKPOINTS, FIELDS, Config, shown

@@ -25,7 +25,7 @@ from checkpoints.model_writer import (
 from files.atomic_writes import staged
 from files.disk_room import check_room
 from files.model_folder import CheckpointFiles
-from files.output_folder import BLOCKS
+from files.names import BLOCKS
 from files.tensors import read_header
 from models.family import Family, clean
 from models.llama_pro import NEW_LAYERS, new_layers

@@ -20,13 +20,12 @@ from safetensors import SafetensorError
 from transformers import PretrainedConfig
 
 from files.bnb_weights import find_bnb
+from files.names import INDEX, SINGLE
 from files.tensors import Stage, Staged, StoredTensor, list_tensors, read_tensor
 from options.config import TOY_MODEL
 from options.errors import UserError
 from options.limits import INDEX_FILE, read_json
 from quantization.quantizers import PackedWeight, Quantizer
-
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
 class StoredPacked(Protocol):

@@ -1,9 +1,4 @@
-"""What a run leaves: the adapter in PEFT's format, or a Hugging Face model folder.
-
-Formats: https://huggingface.co/docs/peft/developer_guides/checkpoint (adapter_config.json,
-adapter_model.safetensors), and safetensors shards with an index (see model_files). Files are written under
-a temporary name and renamed when whole, the one that makes the folder loadable last.
-"""
+"""The folder that a run writes: whether it holds a run, may be written, and an earlier run's files out of it."""
 
 from __future__ import annotations
 
@@ -11,19 +6,9 @@ import contextlib
 from pathlib import Path
 
 from files.disk_room import check_writable
-from files.model_folder import INDEX
+from files.names import BEST, COMPANIONS, MODEL_FILES, RUN_FILES, SCORE
 from options.config import CHECKPOINTS
 from options.errors import UserError
-
-ADAPTER, BLOCKS = "adapter_model.safetensors", "new_blocks.safetensors"
-BEST, SCORE = "best", "evaluation.json"  # the folder of the best step, and the file in it that names the step
-RUN_FILES = ("config.yaml", "run.json", "metrics.jsonl", "bad_steps.jsonl", "samples.jsonl", "loss.png", "report.html", "memory*.html",
-             "memory*.png", "memory_snapshot*.pickle", "adapter_config.json", ADAPTER, BLOCKS)  # fmt: skip
-MODEL_FILES = ("config.json", INDEX, "model.safetensors", "model-*.safetensors")
-TOKENIZER = ("tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt", "added_tokens.json",
-             "chat_template.*")  # fmt: skip
-# A model folder's small files that go along with retrained weights, as they are.
-COMPANIONS = ("config.json", "generation_config.json", *TOKENIZER)
 
 
 def holds_run(folder: Path) -> bool:

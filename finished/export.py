@@ -23,7 +23,8 @@ from data.tokenizing import prepare
 from files.atomic_writes import write_text
 from files.disk_room import check_room, check_writable
 from files.model_folder import CheckpointFiles
-from files.output_folder import ADAPTER, TOKENIZER, clear_output, holds_run
+from files.names import ADAPTER, TOKENIZER
+from files.output_folder import clear_output, holds_run
 from finished.finished_run import Run, load_tokenizer, open_run, read_adapter
 from finished.layerwise import compare, plain_logits, trained_logits
 from finished.merge import merged_entries

@@ -22,7 +22,7 @@ from checkpoints.trained_model import open_blocks
 from data.examples import toy_texts
 from files.bnb_weights import check_stored_quantization
 from files.model_folder import CheckpointFiles, base_digest, fetch_weights, find_model
-from files.output_folder import ADAPTER, BLOCKS
+from files.names import ADAPTER, BLOCKS
 from files.tokenizer import read_tokenizer
 from launch.precision import Precision
 from launch.ranks import Place

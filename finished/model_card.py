@@ -14,7 +14,7 @@ from pathlib import Path
 import yaml
 
 from data.sources import find_recipe
-from files.output_folder import SCORE
+from files.names import SCORE
 from options.config import FIELDS, TOY_MODEL, Config, shown
 from options.errors import UserError
 from options.limits import CONFIG_FILE, read_json

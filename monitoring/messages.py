@@ -12,7 +12,7 @@ import torch
 from data.batches import StepSampler
 from data.packing import PackSampler
 from data.rows import TokenizedRows
-from files.output_folder import BEST, BLOCKS, SCORE
+from files.names import BEST, BLOCKS, SCORE
 from launch import memory
 from launch.program import typed_command, under_torchrun
 from monitoring.memory_model import Share

@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from html import escape
 from pathlib import Path
 
-from files.output_folder import ADAPTER, BLOCKS
+from files.names import ADAPTER, BLOCKS
 from launch.program import typed_command
 from monitoring.report_charts import Series, bars, curves, number, running_mean
 from monitoring.run_files import RunFiles

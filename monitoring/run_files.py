@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from files.output_folder import SCORE
+from files.names import SCORE
 from monitoring.run_facts import FACTS, check_facts
 from options.command_line import parse
 from options.config import Config

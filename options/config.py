@@ -80,6 +80,7 @@ NEEDS = {
 TOY_PROMPT = "Put these numbers in order: 5 4 6"
 
 HQQ_BITS = (8, 4, 3, 2)
+DATASET_FORMATS = ("auto", "alpaca", "chat", "guanaco", "qa", "completion")  # data/formats.py has them
 CHECKPOINTS = "checkpoints"  # the folder in a RUN
 
 
@@ -117,7 +118,7 @@ class Config:
     dataset: str = option(TOY_DATASET, "Model and data", "a recipe in datasets/, a .json, .jsonl, .csv or .parquet file,"
         " or a hub id")
     dataset_format: str = option("auto", "Model and data", "how a row becomes a text; auto is the recipe's, or"
-        " recognised from the columns, and config.yaml keeps which it was", choices=("auto", "alpaca", "chat", "guanaco", "qa", "completion"))
+        " recognised from the columns, and config.yaml keeps which it was", choices=DATASET_FORMATS)
     dataset_samples: int = option(-1, "Model and data", "rows used, from the first; -1 = all (alpaca_sample and"
         " dummy: 512)")
     context_length: int = option(512, "Model and data", "longest example, in tokens; longer ones are cut")

@@ -7,8 +7,8 @@ import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.formats import FORMATS
 from options.command_line import command_parser, suggest, with_underscores
+from options.config import DATASET_FORMATS
 from options.errors import UserError
 
 METRICS = ("perplexity", "exact_match", "bleu", "rouge")
@@ -77,8 +77,8 @@ def parse(argv: list[str]) -> Options:
             raise UserError(f"--{name} {getattr(args, name)}: must be positive")
     if args.samples == 0 or args.samples < -1:
         raise UserError(f"--samples {args.samples}: must be positive, or -1")
-    if args.dataset_format not in (None, "auto", *FORMATS):
-        raise UserError(f"--dataset_format: {args.dataset_format!r} is none of auto, {', '.join(FORMATS)}")
+    if args.dataset_format not in (None, *DATASET_FORMATS):
+        raise UserError(f"--dataset_format: {args.dataset_format!r} is none of {', '.join(DATASET_FORMATS)}")
     if args.dataset_format is not None and args.dataset is None:
         raise UserError("--dataset_format: has no effect without --dataset")
     out = None if args.out is None else Path(args.out).expanduser()

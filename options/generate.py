@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from options.command_line import command_parser, suggest, with_underscores
+from options.config import DATASET_FORMATS
 from options.errors import UserError
 from options.limits import LINE, read_text
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
-FORMAT_NAMES = ("auto", "alpaca", "chat", "guanaco", "qa", "completion")
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ HELP = (
     ("compare", "BOOL", "the base model's answers as well [true]"),
     ("json", "BOOL", "one JSON object per prompt instead of columns [false]"),
     ("base_model", "TEXT", "folder or hub id of the base model, if it is not where the run had it"),
-    ("dataset_format", "NAME", f"instead of the run's: {', '.join(FORMAT_NAMES)} [auto]"),
+    ("dataset_format", "NAME", f"instead of the run's: {', '.join(DATASET_FORMATS)} [auto]"),
     ("device", "NAME", "cpu, cuda or cuda:1; unset = a GPU if there is one"),
     ("precision", "NAME", f"{', '.join(PRECISIONS)}; auto = as in training [auto]"),
     ("verbose", "BOOL", "tracebacks with errors [false]"),
@@ -114,7 +114,7 @@ def _converted(args: argparse.Namespace) -> Options:
         compare=_bool(args, "compare", True),
         json=_bool(args, "json", False),
         base_model=args.base_model,
-        dataset_format=_choice(args, "dataset_format", FORMAT_NAMES),
+        dataset_format=_choice(args, "dataset_format", DATASET_FORMATS),
         device=args.device,
         precision=_choice(args, "precision", PRECISIONS),
         verbose=_bool(args, "verbose", False),

@@ -16,7 +16,7 @@ from checkpoints.model_writer import Entry
 from checkpoints.storage import steps_in
 from files.atomic_writes import replace_folder, write_text
 from files.disk_room import despite_full_disk
-from files.output_folder import ADAPTER, BEST, BLOCKS, SCORE
+from files.names import ADAPTER, BEST, BLOCKS, SCORE
 from files.tensors import save_tensors
 from launch.ranks import Place
 from monitoring.messages import kept_in

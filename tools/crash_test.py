@@ -19,7 +19,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from files.output_folder import ADAPTER
+from files.names import ADAPTER
 from files.tensors import read_header
 from launch.processes import free_port
 from options.config import CHECKPOINTS

@@ -24,7 +24,7 @@ from torch import nn
 from data.evaluation_sets import EvaluationData
 from files.atomic_writes import beside, fresh_folder, remove, replace_folder, write_text
 from files.disk_room import append
-from files.output_folder import BEST, SCORE
+from files.names import BEST, SCORE
 from launch.ranks import Place
 from models.family import rope_switch
 from monitoring.metrics import Meter, Metrics

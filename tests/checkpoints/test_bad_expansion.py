@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import block_expansion
-from files.output_folder import BLOCKS
+from files.names import BLOCKS
 from models.llama_pro import NEW_LAYERS
 from tests.checkpoints.test_block_expansion import all_tensors, edit, expand
 

@@ -21,8 +21,8 @@ import train
 from checkpoints import model_writer
 from checkpoints.block_expansion import expanded_config, expanded_tensors, positions
 from data.packing import make_sampler
-from files.model_folder import INDEX, CheckpointFiles
-from files.output_folder import BLOCKS
+from files.model_folder import CheckpointFiles
+from files.names import BLOCKS, INDEX
 from files.tensors import list_tensors
 from launch.precision import Precision
 from models.adapters import apply_method

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train
 from checkpoints import trained_model
-from files import output_folder as checkpoint
+from files.names import INDEX, RUN_FILES
 from files.output_folder import check_output, clear_output, holds_run
 from options.errors import UserError
 from tests.helpers.runs import dense_state, set_up, transformers_model
@@ -81,7 +81,7 @@ def test_transformers_loads_the_full_model(kind, shard_bytes, checkpoints, alpac
         torch.testing.assert_close(model.eval()(input_ids=IDS).logits, ours, rtol=1e-5, atol=1e-5)
     assert AutoTokenizer.from_pretrained(tmp_path)("abc").input_ids
     shards = list(tmp_path.glob("model*.safetensors"))
-    assert (len(shards) > 1) == (shard_bytes < 10**6) == (tmp_path / checkpoint.INDEX).exists()
+    assert (len(shards) > 1) == (shard_bytes < 10**6) == (tmp_path / INDEX).exists()
     assert not list(tmp_path.glob("*.tmp"))
 
 
@@ -110,7 +110,7 @@ def test_output_folder_is_protected(tmp_path):
     folder.mkdir(parents=True)
     (folder / "notes.txt").write_text("mine")
     check_output(folder, overwrite=False)  # other files are no run
-    for name in (*checkpoint.RUN_FILES, "config.json", "model-00001-of-00002.safetensors"):
+    for name in (*RUN_FILES, "config.json", "model-00001-of-00002.safetensors"):
         (folder / name).write_text("{}")
         assert holds_run(folder)
         with pytest.raises(UserError, match="overwrite"):

@@ -8,6 +8,7 @@ import pytest
 from benchmarks.make_checkpoint import byte_tokenizer
 from data.formats import FORMATS, GUANACO_MARKERS, asked, checked, prompt_ids, recognise, turn_ending
 from data.tokenizing import tokenize
+from options.config import DATASET_FORMATS
 from options.errors import UserError
 from tests.helpers import chat_templates as templates
 from tests.helpers import small_tokenizers
@@ -355,3 +356,7 @@ def test_unusable_rows(name, row, message):
 def test_a_dialogue_without_markers_is_dropped_not_an_error():
     row = FORMATS["guanaco"].render({"text": "plain text here"}, None, GUANACO_MARKERS)
     assert row.learned == [] and not row.ends
+
+
+def test_each_name_that_options_take_is_a_format():
+    assert ("auto", *FORMATS) == DATASET_FORMATS

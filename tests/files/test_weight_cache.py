@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 import train
 from files import weight_cache
 from files.model_folder import CheckpointFiles
-from files.output_folder import ADAPTER
+from files.names import ADAPTER
 from files.weight_cache import MANIFEST, NewCache, digest, packers, writing
 from options.errors import UserError
 from quantization.hqq import HQQ

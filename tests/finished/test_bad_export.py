@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import export
 import finished.export
-from files.output_folder import ADAPTER
+from files.names import ADAPTER
 from finished import finished_run
 from tests.finished.test_finished_run import saved_run, spoil_adapter
 from tests.helpers.distributed import new_processes

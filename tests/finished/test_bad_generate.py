@@ -9,7 +9,7 @@ import sys
 import pytest
 
 import generate
-from files.output_folder import ADAPTER
+from files.names import ADAPTER
 from finished import generation
 from options.generate import Sampling, parse, read_prompts
 from tests.finished.test_finished_run import saved_run

@@ -18,8 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import export
 import finished.export
 from checkpoints import model_writer
-from files.model_folder import INDEX
-from files.output_folder import ADAPTER
+from files.names import ADAPTER, INDEX
 from finished import layerwise
 from quantization.nf4 import NF4
 from tests.checkpoints.test_block_expansion import _status, all_tensors, described

@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from files.output_folder import ADAPTER, BLOCKS
+from files.names import ADAPTER, BLOCKS
 from finished.finished_run import load_model, open_run, read_adapter
 from options import config as options
 from options.errors import UserError

@@ -9,7 +9,7 @@ from pathlib import Path
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from files.output_folder import ADAPTER
+from files.names import ADAPTER
 from tests.data.test_formats import chat_tokenizer
 from tests.finished.test_finished_run import saved_run
 from tests.helpers import chat_templates

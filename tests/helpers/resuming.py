@@ -18,7 +18,7 @@ from checkpoints import storage as checkpoint_files
 from checkpoints import trained_model
 from checkpoints.storage import folder_of
 from files import disk_room
-from files.output_folder import BEST
+from files.names import BEST
 from monitoring.metrics import Meter
 from options.command_line import parse
 from tests.helpers.manifests import edit

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, safe_open
 
 import train
 from files.model_folder import CheckpointFiles
-from files.output_folder import BLOCKS
+from files.names import BLOCKS
 from models.family import clean
 from models.llama_pro import NEW_LAYERS, check_can_leave_silence, new_layers
 from models.registry import FAMILIES, read_config

@@ -27,7 +27,7 @@ from data.batches import Step, StepSampler
 from data.prefetch import ahead
 from data.tokenizing import prepare
 from files.disk_room import append
-from files.model_folder import INDEX
+from files.names import INDEX
 from monitoring.metrics import HostMoment, Meter, Metrics, Reading
 from monitoring.tracking import NoTracker
 from options.errors import UserError

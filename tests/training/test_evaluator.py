@@ -22,7 +22,7 @@ from data.evaluation_sets import held_rows, prepare_sets, prompt_of, stop_tokens
 from data.formats import ALPACA, FORMATS, QA
 from data.rows import IGNORE
 from data.tokenizing import tokenize
-from files.output_folder import ADAPTER
+from files.names import ADAPTER
 from finished.finished_run import load_model, open_run
 from launch.precision import choose_precision
 from launch.ranks import Place

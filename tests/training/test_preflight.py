@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import block_expansion
 import train
-from files.model_folder import INDEX
+from files.names import INDEX
 from launch import processes as launch
 from launch import ranks
 from models.registry import FAMILIES

@@ -1,0 +1,14 @@
+"""Names of the files in a RUN, and in a Hugging Face model folder."""
+
+from __future__ import annotations
+
+ADAPTER, BLOCKS = "adapter_model.safetensors", "new_blocks.safetensors"
+BEST, SCORE = "best", "evaluation.json"  # the folder of the best step, and the file in it that names the step
+RUN_FILES = ("config.yaml", "run.json", "metrics.jsonl", "bad_steps.jsonl", "samples.jsonl", "loss.png", "report.html", "memory*.html",
+             "memory*.png", "memory_snapshot*.pickle", "adapter_config.json", ADAPTER, BLOCKS)  # fmt: skip
+TOKENIZER = ("tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt", "added_tokens.json",
+             "chat_template.*")  # fmt: skip
+# A model folder's small files that go along with retrained weights, as they are.
+COMPANIONS = ("config.json", "generation_config.json", *TOKENIZER)
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+MODEL_FILES = ("config.json", INDEX, "model.safetensors", "model-*.safetensors")
