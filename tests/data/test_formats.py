@@ -359,4 +359,4 @@ def test_a_dialogue_without_markers_is_dropped_not_an_error():
 
 
 def test_each_name_that_options_take_is_a_format():
-    assert ("auto", *FORMATS) == DATASET_FORMATS
+    assert {"auto", *FORMATS} == {*DATASET_FORMATS}
