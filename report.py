@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from launch.program import run_command
-from options.command_line import report_folder
+from options.report import parse
 
 
 def run(folder: Path) -> int:
@@ -23,7 +23,7 @@ def run(folder: Path) -> int:
 
 def main(argv: list[str]) -> int:
     """Options in, exit status out."""
-    return run_command(argv, report_folder, run)
+    return run_command(argv, parse, run)
 
 
 if __name__ == "__main__":

@@ -14,8 +14,8 @@ import gc
 import sys
 
 from launch.program import outlast, parse_or_exit, prepare_environment, quiet_libraries, run_command
-from options.command_line import parse
 from options.errors import UserError
+from options.train import parse
 
 if __name__ == "__main__":
     # Before the imports below, which take seconds: --help and wrong options are answered at once.

@@ -16,7 +16,7 @@ from unittest import mock
 import torch
 
 from launch.devices import triton_runs_on
-from options.config import HQQ_BITS
+from options.methods import HQQ_BITS
 from quantization import hqq, nf4
 from quantization.hqq import HQQ
 from quantization.nf4 import NF4

@@ -31,11 +31,20 @@ from files.names import BEST, BLOCKS
 from files.output_folder import check_output, holds_run
 from files.weight_cache import digest
 from monitoring.metrics import read_metrics
-from options.config import CHECKPOINTS, FIELDS, Config, shown
+from options.config import CHECKPOINTS, COMPATIBILITY, FIELDS, Config
+from options.declaration import shown
 from options.errors import UserError
 
 # A resumed run may differ in the options of these groups, which change no result beyond rounding ...
-FREE_GROUPS = ("Memory and speed", "Launch", "Checkpoints", "Output", "Profiling", "Evaluation")
+FREE_GROUPS = (
+    "Memory and speed",
+    "Launch",
+    "Checkpoints",
+    "Output",
+    "Profiling",
+    "Evaluation",
+    COMPATIBILITY,
+)
 # ... but for these; and in these of the others. The names of model and data: their contents are compared, and so is
 # what --precision comes to, which goes by the GPU.
 FIXED = ("eval_share",)

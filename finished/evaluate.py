@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -113,11 +113,11 @@ class Questions:
     prompts: list[Prompt]
 
 
-def prepare(names: list[str], run: Run, rendered: list[Rendered], where: str, tokenizer) -> Questions:
+def prepare(names: Sequence[str], run: Run, rendered: list[Rendered], where: str, tokenizer) -> Questions:
     """Raises UserError if there is nothing that a metric could be taken of."""
     length = run.config.context_length
     rows = tokenize(rendered, tokenizer, length, f"--dataset {where}") if "perplexity" in names else None
-    if names == ["perplexity"]:
+    if tuple(names) == ("perplexity",):
         return Questions(rows, [])
     made = (prompt_of(r, tokenizer, length) for r in rendered)
     prompts = [p for p in made if p and p.answer]
@@ -130,7 +130,7 @@ def prepare(names: list[str], run: Run, rendered: list[Rendered], where: str, to
 
 def measure(
     model: nn.Module,
-    names: list[str],
+    names: Sequence[str],
     asked: Questions,
     options: Options,
     tokenizer,

@@ -32,10 +32,10 @@ from models.llama_pro import new_layers
 from models.lora import LoRALinear
 from models.registry import build_on_meta, check_weights, read_config
 from models.toy import toy_model
-from options.command_line import parse
 from options.config import FIELDS, TOY_MODEL, Config
 from options.errors import UserError
 from options.limits import CONFIG_FILE, OPTIONS_FILE, read_json, read_text
+from options.train import parse
 from quantize_layers import load_weights
 
 PREFIX = "base_model.model."  # of PEFT's names

@@ -110,17 +110,17 @@ def answer_all(options: Options, voices: Voices, templates: dict[str, Template])
     all its answers."""
     asked = {}
     for name, template in templates.items():
-        texts = [template.text(prompt) for prompt in options.prompts]
+        texts = [template.text(prompt) for prompt in options.asked]
         asked[name] = [
             (text, template.ids(text, prompt.place))
-            for text, prompt in zip(texts, options.prompts, strict=True)
+            for text, prompt in zip(texts, options.asked, strict=True)
         ]
     shown = names(voices)
-    answers: list[dict[str, Answer]] = [{} for _ in options.prompts]
+    answers: list[dict[str, Answer]] = [{} for _ in options.asked]
     for name in shown:
         template, own = template_of(name, templates), asked.get(name) or next(iter(asked.values()))
         with voices.speaking(name):
-            for i, prompt in enumerate(options.prompts):
+            for i, prompt in enumerate(options.asked):
                 answers[i][name] = voices.answer(template, own[i][1], options.sampling)
                 if len(answers[i]) == len(shown):
                     print_answers(options, prompt.given, own[i][0], answers[i], shown)
@@ -208,7 +208,7 @@ def run(options: Options) -> int:
         runs = open_runs(options.runs, options.base_model)
         voices = Voices(runs, options.base_model, device, options.precision, options.compare)
         templates = {str(run.folder): make_template(run, options.dataset_format) for run in runs}
-        if options.prompts is not None:
+        if options.asked is not None:
             answer_all(options, voices, templates)
         else:
             chat(options, voices, templates)
@@ -216,5 +216,5 @@ def run(options: Options) -> int:
         return report(e, options.verbose)
     except KeyboardInterrupt:
         print()
-        return 0 if options.prompts is None else 130
+        return 0 if options.asked is None else 130
     return 0

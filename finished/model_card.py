@@ -15,7 +15,8 @@ import yaml
 
 from data.sources import find_recipe
 from files.names import SCORE
-from options.config import FIELDS, TOY_MODEL, Config, shown
+from options.config import FIELDS, TOY_MODEL, Config
+from options.declaration import shown
 from options.errors import UserError
 from options.limits import CONFIG_FILE, read_json
 

@@ -21,6 +21,9 @@ from quantization.layer import quantize_linears
 from quantization.quantizers import Quantizer
 from quantization.registry import make_quantizer
 
+# By the name that METHODS gives them.
+ADAPTERS: dict[str, type[LoRALinear]] = {"lora": LoRALinear, "dora": DoRALinear}
+
 
 def target_linears(model: nn.Module, family: Family, wanted: str) -> list[str]:
     """Absolute names of the linears that get an adapter. wanted: as --lora_target_modules.
@@ -137,7 +140,7 @@ def apply_method(
 
 
 def _put_adapters(model: nn.Module, family: Family, config: Config, dtype: torch.dtype) -> None:
-    adapter = {"lora": LoRALinear, "dora": DoRALinear}[config.method.adapter]
+    adapter = ADAPTERS[config.method.adapter]
     sizes = {name: (m.out_features, m.in_features) for name, m in family.layer_linears(model)}
     for name in target_linears(model, family, config.lora_target_modules):
         options = (sizes[name], config.lora_rank, config.lora_alpha, config.lora_dropout, dtype)

@@ -20,7 +20,8 @@ from files.names import ADAPTER, BLOCKS
 from launch.program import typed_command
 from monitoring.report_charts import Series, bars, curves, number, running_mean
 from monitoring.run_files import RunFiles
-from options.config import TOY_DATASET, TOY_MODEL, TOY_PROMPT, Config, shown
+from options.config import TOY_DATASET, TOY_MODEL, TOY_PROMPT, Config
+from options.declaration import shown
 from options.resolve import resolve
 
 ASSETS = Path(__file__).parent / "report_assets"

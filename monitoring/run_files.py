@@ -8,9 +8,9 @@ from pathlib import Path
 
 from files.names import SCORE
 from monitoring.run_facts import FACTS, check_facts
-from options.command_line import parse
 from options.config import Config
 from options.errors import UserError
+from options.train import parse
 
 
 @dataclass(frozen=True)

@@ -1,59 +1,173 @@
-"""The command line and the YAML file: options as text become a `Config`, and errors become one line.
+"""Command lines and YAML files as options: the same reading, conversion, checks and errors for every command.
 
-Nothing here needs torch or transformers, whose import takes seconds: wrong options and --help are answered at
-once.
+Nothing here needs torch or transformers, whose import takes seconds: wrong options and --help are answered at once.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import difflib
+import itertools
+import os
 import re
 import types
 import typing
 from collections.abc import Iterable
+from dataclasses import Field, dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import yaml
 
-from options.config import FIELDS, HINTS, NEEDS, Config, shown
+from options.declaration import REQUIRED, options_of, shown
 from options.errors import UserError
 from options.limits import OPTIONS_FILE, read_text
-from options.resolve import resolve
+from options.methods import NEEDS
+
+TRUTHS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+NOUNS = {bool: "true or false", int: "a whole number", float: "a number"}
+METAVARS = {bool: "BOOL", int: "N", float: "X"}
+LARGEST = 2**31  # of whole numbers without another bound: more than torch's indices hold
 
 
-def _annotation(name: str) -> tuple[type, bool]:
-    """(int, float, bool or str; whether None is allowed) of an option."""
-    hint = HINTS[name]
-    if isinstance(hint, types.UnionType):
-        return next(t for t in typing.get_args(hint) if t is not type(None)), True
-    return hint, False
+@dataclass(frozen=True)
+class Command:
+    """A command and what it takes. program: its file; usage: what follows `python <program>`; options: the dataclass that
+    declares its options."""
+
+    program: str
+    usage: str
+    description: str
+    options: type
+    epilog: str = ""
+
+    @cached_property
+    def fields(self) -> dict[str, Field]:
+        return options_of(self.options)
+
+    @cached_property
+    def hints(self) -> dict[str, Any]:
+        return typing.get_type_hints(self.options)
+
+    def kind(self, name: str) -> tuple[type, bool]:
+        """(int, float, bool, str or Path; whether None is allowed) of an option; of a list, that of its items."""
+        hint, optional = self.hints[name], False
+        if isinstance(hint, types.UnionType):
+            hint, optional = next(t for t in typing.get_args(hint) if t is not types.NoneType), True
+        return typing.get_args(hint)[0] if typing.get_origin(hint) in (list, tuple) else hint, optional
+
+    def read(self, argv: list[str]) -> dict[str, Any]:
+        """The options that are given, by name, in their types and ranges; those of --config where the command line does
+        not have them. Raises UserError; exits 0 on --help."""
+        arguments = self._separated(self._underscored(argv))
+        found, rest = _parser(self).parse_known_args(arguments)
+        if rest:
+            known = suggest(rest[0].split("=")[0], self.fields)
+            one = next(
+                (f.metadata["positional"] for f in self.fields.values() if f.metadata["positional"]), ""
+            )
+            known = f"; give one {one}" if one and not rest[0].startswith("-") else known
+            raise UserError(f"unknown option {rest[0]}{known}")
+        raw = {name: value for name, value in vars(found).items() if value not in (None, [])}
+        given = self._read_yaml(raw.pop("config")) if "config" in raw else {}
+        for name, value in raw.items():
+            positional = self.fields[name].metadata["positional"]
+            given[name] = self._convert(name, value, positional or f"--{name}")
+        self._check(given)
+        return given
+
+    def _check(self, given: dict[str, Any]) -> None:
+        """Raises UserError for a number out of range, and for what is required and missing."""
+        for name, field in self.fields.items():
+            if name not in given:
+                if field.default is REQUIRED:
+                    what = field.metadata["positional"]
+                    missing = f"give a {what}, {field.metadata['help']}" if what else f"--{name} is missing"
+                    raise UserError(f"{missing}; see --help")
+                continue
+            value, within = given[name], field.metadata["within"]
+            if type(value) not in (int, float):
+                continue
+            if within and not within.holds(value):
+                finite = ", and finite" if type(value) is float and within.is_obvious else ""
+                text = f"{value:g}" if type(value) is float else str(value)
+                raise UserError(f"--{name} {text}: must be {within}{finite}")
+            bounded = within and (within.most is not None or within.below is not None)
+            if type(value) is int and not bounded and abs(value) >= LARGEST:
+                raise UserError(f"--{name} {value}: must be below 2**31")
+
+    def _convert(self, name: str, value, where: str):
+        """value, a text, a list of texts or what YAML makes of one, as the option's type. Raises UserError that names
+        `where`."""
+        meta, (kind, optional) = self.fields[name].metadata, self.kind(name)
+        if value is None and optional:
+            return None
+        if meta["repeat"]:
+            values = value if isinstance(value, list) else [value]
+            return [_converted(kind, each, where, meta["noun"]) for each in values]
+        try:
+            result = (
+                meta["convert"](str(value))
+                if meta["convert"]
+                else _converted(kind, value, where, meta["noun"])
+            )
+        except ValueError:
+            raise UserError(f"{where}: {str(value)!r} is not {meta['noun']}") from None
+        if meta["choices"] and result not in meta["choices"]:
+            raise UserError(f"{where}: {result!r} is none of {', '.join(map(str, meta['choices']))}")
+        return result
+
+    def _underscored(self, argv: list[str]) -> list[str]:
+        """--train-type=x -> --train_type=x. Values stay as they are, also one that looks like an option, behind an option
+        that takes a text."""
+        texts = {
+            f"--{n}"
+            for n, f in self.fields.items()
+            if not f.metadata["positional"] and self.kind(n)[0] is str
+        }
+        spelled: list[str] = []
+        for each in argv:
+            is_value = bool(spelled) and spelled[-1] in texts and " " in each
+            match = None if is_value else re.match(r"--[a-z][a-z0-9-]*", each)
+            spelled.append("--" + match[0][2:].replace("-", "_") + each[match.end() :] if match else each)
+        return spelled
+
+    def _separated(self, argv: list[str]) -> list[str]:
+        """--verbose RUN -> --verbose=true RUN: where a folder may stand without a name, a switch does not take it as its
+        value."""
+        if not any(field.metadata["positional"] for field in self.fields.values()):
+            return argv
+        switches = {f"--{name}" for name in self.fields if self.kind(name)[0] is bool}
+        return [
+            f"{each}=true" if each in switches and os.path.exists(after) else each
+            for each, after in itertools.zip_longest(argv, argv[1:], fillvalue="")
+        ]
+
+    def _read_yaml(self, path: str) -> dict[str, Any]:
+        given = _load_yaml(path)
+        values = {}
+        for key, value in given.items():
+            name = str(key).replace("-", "_")
+            if name not in self.fields:
+                raise UserError(f"--config {path}: unknown option {key}{suggest(str(key), self.fields)}")
+            if value is not None:  # a null line is an option that was not given
+                values[name] = self._convert(name, value, f"{path}: {name}")
+        return values
 
 
-def _convert(name: str, value, where: str):
-    """value, a string or a YAML scalar, as the option's type. Raises UserError that names `where`."""
-    kind, optional = _annotation(name)
-    meta = FIELDS[name].metadata
-    if value is None and optional:
-        return None
+def _converted(kind: type, value, where: str, noun: str):
     text = str(value).strip()
     try:
         if kind is bool:
-            result = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[
-                text.lower()
-            ]
-        elif isinstance(value, bool | list | dict) or value is None:
+            return TRUTHS[text.lower()]
+        if isinstance(value, bool | list | dict) or value is None:
             raise ValueError
-        else:
-            result = kind(text) if kind is not str else str(value)
-    except (ValueError, KeyError):
-        noun = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}[kind]
-        raise UserError(f"{where}: {text!r} is not {noun}") from None
+        result = Path(str(value)).expanduser() if kind is Path else str(value) if kind is str else kind(text)
+    except (ValueError, KeyError, RuntimeError):  # RuntimeError: a home that nobody has
+        raise UserError(f"{where}: {text!r} is not {noun or NOUNS.get(kind, 'a text')}") from None
     if kind is float and result != result:
-        raise UserError(f"{where}: nan is not a number to train with")
-    if meta["choices"] and result not in meta["choices"]:
-        raise UserError(f"{where}: {result!r} is none of {', '.join(meta['choices'])}")
+        raise UserError(f"{where}: {text!r} is not {NOUNS[float]}")
     return result
 
 
@@ -65,63 +179,59 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args=None, namespace=None):
         found, rest = super().parse_known_args(args, namespace)
+        several = {action.dest for action in self._actions if action.nargs == "*"}
         for name, value in vars(found).items():
-            if value == [] and name != "runs":  # what argparse makes of `--name=--`
+            if value == [] and name not in several:  # what argparse makes of `--name=--`
                 raise UserError(f"--{name}: expected a value")
         return found, rest
 
 
-def command_parser(program: str, usage: str, description: str) -> Parser:
-    """The parser of a command beside train.py; usage: what follows `python <program>`."""
-    return Parser(
-        prog=program,
-        usage=f"python {program} {usage}",
-        allow_abbrev=False,
-        description=description,
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=110),
-    )
-
-
-def _parser() -> Parser:
+def _parser(command: Command) -> Parser:
     parser = Parser(
-        prog="train.py",
-        usage="python train.py [--option value ...]",
+        prog=command.program,
+        usage=f"python {command.program} {command.usage}",
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
-        description="Fine-tune a language model too big for one GPU. Without options: a small demo run.",
-        epilog="Options may be written with - for _, and switches without `true`.",
+        description=command.description,
+        epilog=command.epilog,
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=38, width=110),
     )
     parser.add_argument("--config", metavar="YAML", help="read options from this file; the command line wins")
-    groups = {}
-    for field in FIELDS.values():
-        meta, (kind, _) = field.metadata, _annotation(field.name)
-        if meta["group"] not in groups:
-            groups[meta["group"]] = parser.add_argument_group(meta["group"])
-        flag = {"nargs": "?", "const": "true"} if kind is bool else {}
-        metavar = "NAME" if meta["choices"] else {bool: "BOOL", int: "N", float: "X", str: "TEXT"}[kind]
-        groups[meta["group"]].add_argument(f"--{field.name}", metavar=metavar, help=_help(field), **flag)
+    groups: dict[str, Any] = {}
+    for name, field in command.fields.items():
+        meta, (kind, _) = field.metadata, command.kind(name)
+        if meta["positional"]:
+            nargs = "*" if meta["repeat"] else "?"
+            parser.add_argument(name, metavar=meta["positional"], nargs=nargs, help=meta["help"])
+            continue
+        group = groups.get(meta["group"]) or parser.add_argument_group(meta["group"])
+        groups[meta["group"]] = group
+        more: dict[str, Any] = {"nargs": "?", "const": "true"} if kind is bool else {}
+        more |= {"action": "append"} if meta["repeat"] else {}
+        metavar = "NAME" if meta["choices"] else METAVARS.get(kind, "TEXT")
+        group.add_argument(f"--{name}", metavar=metavar, help=help_line(field).replace("%", "%%"), **more)
     return parser
 
 
-def _help(field: dataclasses.Field) -> str:
+def help_line(field: Field) -> str:
+    """What --help says of an option: its meaning, choices, default, range, and the train types that it is for."""
     meta = field.metadata
     text = meta["help"]
     if meta["choices"]:
-        text += f": {', '.join(meta['choices'])}"
-    text += f" [{shown(field.default)}]"
-    if meta["needs"]:
-        text += f" (only for {NEEDS[meta['needs']]})"
-    return text.replace("%", "%%")
+        text += f": {', '.join(map(str, meta['choices']))}"
+    default = "required" if field.default is REQUIRED else shown(field.default)
+    within = meta["within"]
+    text += f" [{default}{'' if within is None or within.is_obvious else f'; {within}'}]"
+    return f"{text} (only for {NEEDS[meta['needs']]})" if meta["needs"] else text
 
 
-def suggest(name: str, known: Iterable[str] = FIELDS) -> str:
+def suggest(name: str, known: Iterable[str]) -> str:
     """The end of an error line about an unknown option."""
     near = difflib.get_close_matches(name.lstrip("-").replace("-", "_"), known, n=1)
     return f"; did you mean --{near[0]}?" if near else "; see --help"
 
 
-def _read_yaml(path: str) -> dict:
+def _load_yaml(path: str) -> dict:
     try:
         text = read_text(Path(path), OPTIONS_FILE)
         _check_flat(text, path)
@@ -137,14 +247,7 @@ def _read_yaml(path: str) -> dict:
         raise UserError(f"--config {path}:{line} is not YAML ({getattr(e, 'problem', e)})") from None
     if not isinstance(given, dict):
         raise UserError(f"--config {path}: expected lines of `option: value`")
-    values = {}
-    for key, value in given.items():
-        name = str(key).replace("-", "_")
-        if name not in FIELDS:
-            raise UserError(f"--config {path}: unknown option {key}{suggest(str(key))}")
-        if value is not None:  # a null line is an option that was not given
-            values[name] = _convert(name, value, f"{path}: {name}")
-    return values
+    return given
 
 
 def _check_flat(text: str, path: str) -> None:
@@ -158,32 +261,3 @@ def _check_flat(text: str, path: str) -> None:
         if depth > 2:
             line = event.start_mark.line + 1
             raise UserError(f"--config {path}: line {line}: nested; expected lines of `option: value`")
-
-
-def with_underscores(argv: list[str]) -> list[str]:
-    """--train-type=x -> --train_type=x; values stay as they are."""
-    dashes = re.compile(r"--[a-z][a-z0-9-]*")
-    return [
-        dashes.sub(lambda m: "--" + m[0][2:].replace("-", "_"), a, count=1) if dashes.match(a) else a
-        for a in argv
-    ]
-
-
-def parse(argv: list[str]) -> tuple[Config, list[str]]:
-    """(the resolved configuration, remarks to print once). Raises UserError; exits 0 on --help."""
-    args, rest = _parser().parse_known_args(with_underscores(argv))
-    if rest:
-        raise UserError(f"unknown option {rest[0]}{suggest(rest[0].split('=')[0])}")
-    raw = vars(args)
-    given = _read_yaml(raw.pop("config")) if "config" in raw else {}
-    given |= {name: _convert(name, value, f"--{name}") for name, value in raw.items()}
-    return resolve(given)
-
-
-def report_folder(argv: list[str]) -> Path:
-    """The RUN of report.py's command line. Exits 0 on --help, 2 if there is none."""
-    parser = argparse.ArgumentParser(
-        prog="report.py", description="Makes RUN/report.html out of a RUN's files."
-    )
-    parser.add_argument("run", metavar="RUN", type=Path, help="the --output_dir of a run of train.py")
-    return parser.parse_args(argv).run.expanduser()

@@ -1,5 +1,4 @@
-"""Every option, declared once, and what follows from it: the command line, --help, the YAML file,
-validation, and the METHODS table, which is the only place that knows what a train type is.
+"""The options of train.py, each declared once: the command line, --help, YAML files and checks come from here.
 
 Nothing here needs torch, a GPU or a model.
 """
@@ -9,51 +8,18 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-import typing
 from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
 
+from options.declaration import option, options_of
+from options.methods import HQQ_BITS, METHODS, Method
+
 # On some CPUs bitsandbytes advises at each import to install a package, which would stand before every line of ours.
 # Said here because every program imports this file before it imports bitsandbytes.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
-
-@dataclass(frozen=True)
-class Method:
-    """What a train type means. quantizer: None, "bnb" or "hqq" (the frozen linears of the layers);
-    adapter: None, "lora" or "dora"; expansion: train new blocks (Llama-Pro); lr: its default."""
-
-    quantizer: str | None
-    adapter: str | None
-    expansion: bool = False
-    lr: float = 2e-4
-
-    @property
-    def hqq(self) -> bool:
-        return self.quantizer == "hqq"
-
-    @property
-    def saves(self) -> str:
-        """What the run leaves: an "adapter" in PEFT's format, or a whole "model" folder."""
-        return "adapter" if self.adapter else "model"
-
-
-METHODS = {
-    "full": Method(None, None, lr=1e-5),
-    "lora": Method(None, "lora"),
-    "custom_lora": Method(None, "lora"),
-    "dora": Method(None, "dora"),
-    "qlora": Method("bnb", "lora"),
-    "custom_qlora": Method("bnb", "lora"),
-    "bnb_dora": Method("bnb", "dora"),
-    "hqq_lora": Method("hqq", "lora"),
-    "hqq_dora": Method("hqq", "dora"),
-    "llama_pro": Method(None, None, expansion=True),
-    "bnb_llama_pro": Method("bnb", None, expansion=True),
-    "hqq_llama_pro": Method("hqq", None, expansion=True),
-}
 
 # The embedded demo model has random weights: it needs larger steps and more passes than a real one.
 TOY_MODEL = TOY_DATASET = "toy"
@@ -69,25 +35,12 @@ TOY_DEFAULTS = {
     "sample_every": 1000,  # more than its steps: before and after
 }
 
-# What an option `needs`, an attribute of Method, in words.
-NEEDS = {
-    "adapter": "LoRA and DoRA",
-    "hqq": "the hqq train types",
-    "expansion": "the llama_pro train types",
-    "quantizer": "quantized weights",
-}
 # A row of the toy data that a demo run learns for sure: the right tokens are far ahead of all others.
 TOY_PROMPT = "Put these numbers in order: 5 4 6"
 
-HQQ_BITS = (8, 4, 3, 2)
 DATASET_FORMATS = ("auto", "alpaca", "chat", "guanaco", "qa", "completion")  # data/formats.py has them
 CHECKPOINTS = "checkpoints"  # the folder in a RUN
-
-
-def option(default, group: str, help: str, choices: tuple = (), needs: str = ""):
-    """Declares one option. needs: the attribute of Method without which the option has no effect."""
-    meta = {"group": group, "help": help, "choices": choices, "needs": needs}
-    return dataclasses.field(default=default, metadata=meta)
+COMPATIBILITY = "Accepted for older commands, without effect"  # the group of options that change nothing
 
 
 @dataclass(frozen=True)
@@ -97,17 +50,17 @@ class Config:
     # fmt: off
     train_type: str = option("bnb_dora", "Method", "what is trained, and how frozen weights are stored",
         choices=tuple(METHODS))
-    lora_rank: int = option(64, "Method", "rank R of LoRA and DoRA", needs="adapter")
+    lora_rank: int = option(64, "Method", "rank R of LoRA and DoRA", needs="adapter", least=1)
     lora_alpha: float = option(16.0, "Method", "the low-rank branch is scaled by lora_alpha / lora_rank",
-        needs="adapter")
-    lora_dropout: float = option(0.0, "Method", "dropout on the low-rank branch's input, 0 to below 1",
-        needs="adapter")
+        needs="adapter", above=0)
+    lora_dropout: float = option(0.0, "Method", "dropout on the low-rank branch's input",
+        needs="adapter", least=0, below=1)
     lora_target_modules: str = option("all", "Method", "all = every linear of the decoder layers, or of their"
         " attention where experts are routed; default = PEFT's choice for the family; or names, comma-separated:"
         " q_proj,v_proj", needs="adapter")
-    n_bits: int | None = option(None, "Method", "bits per weight: 8, 4, 3 or 2; unset = 4", needs="hqq")
+    n_bits: int | None = option(None, "Method", "bits per weight; unset = 4", needs="hqq", choices=HQQ_BITS)
     group_size: int | None = option(None, "Method", "weights that share a scale and a zero point; unset = 64",
-        needs="hqq")
+        needs="hqq", least=8)
     llama_pro_path: str | None = option(None, "Method", "folder of the expanded model, instead of --model_name",
         needs="expansion")
     llama_pro_save: str = option("model", "Method", "what is saved: the whole expanded model, or its new blocks"
@@ -120,48 +73,48 @@ class Config:
     dataset_format: str = option("auto", "Model and data", "how a row becomes a text; auto is the recipe's, or"
         " recognised from the columns, and config.yaml keeps which it was", choices=DATASET_FORMATS)
     dataset_samples: int = option(-1, "Model and data", "rows used, from the first; -1 = all (alpaca_sample and"
-        " dummy: 512)")
-    context_length: int = option(512, "Model and data", "longest example, in tokens; longer ones are cut")
+        " dummy: 512)", least=1, other=-1)
+    context_length: int = option(512, "Model and data", "longest example, in tokens; longer ones are cut", least=2)
     packing: bool = option(False, "Model and data", "put several examples behind one another, up to context_length"
         " tokens, instead of padding them; each sees only itself")
 
-    batch_size: int = option(1, "Training", "examples per GPU and micro-batch; with --packing, packs of examples")
+    batch_size: int = option(1, "Training", "examples per GPU and micro-batch; with --packing, packs of examples", least=1)
     gradient_accumulation_steps: int = option(1, "Training", "micro-batches per optimizer step, which is that of one"
-        " big batch")
-    num_epochs: int = option(1, "Training", "passes over the data")
-    max_steps: int = option(-1, "Training", "stop after this many optimizer steps of the whole run; -1 = no limit")
+        " big batch", least=1)
+    num_epochs: int = option(1, "Training", "passes over the data", least=1)
+    max_steps: int = option(-1, "Training", "stop after this many optimizer steps of the whole run; -1 = no limit", least=1, other=-1)
     optimizer: str = option("adamw", "Training", "fused = torch's single-kernel step, which adamw and adam take anyway; 8bit = Adam's moments in 8 bits,"
         " paged = moments move to host memory when the GPU is full: bitsandbytes' AdamW, under transformers' names",
         choices=("adamw", "adam", "sgd", "adadelta", "fused_adamw", "fused_adam", "adamw_8bit", "paged_adamw_32bit",
         "paged_adamw_8bit"))
-    lr: float | None = option(None, "Training", "peak learning rate; unset = 2e-4, or 1e-5 for full")
+    lr: float | None = option(None, "Training", "peak learning rate; unset = 2e-4, or 1e-5 for full", least=0)
     lr_scheduler: str = option("constant", "Training", "after warm-up; linear falls to 0, cosine to a tenth",
         choices=("constant", "linear", "cosine"))
     lr_warmup: float | None = option(None, "Training", "share of the steps spent warming up; unset = 0.1 for linear"
-        " and cosine, 0 for constant")
-    wd: float = option(0.0, "Training", "weight decay; never on norms, biases or DoRA magnitudes")
+        " and cosine, 0 for constant", least=0, most=1)
+    wd: float = option(0.0, "Training", "weight decay; never on norms, biases or DoRA magnitudes", least=0)
     apply_gradient_clipping: bool = option(True, "Training", "clip the gradient to --grad_norm")
     max_bad_steps: int = option(10, "Training", "steps whose loss or gradient may be NaN or infinite: they are skipped,"
-        " and one more ends the run; -1 = any number")
-    grad_norm: float = option(1.0, "Training", "largest 2-norm of the whole gradient, when clipping")
-    seed: int = option(42, "Training", "seeds adapters, data order and dropout")
+        " and one more ends the run; -1 = any number", least=0, other=-1)
+    grad_norm: float = option(1.0, "Training", "largest 2-norm of the whole gradient, when clipping", above=0)
+    seed: int = option(42, "Training", "seeds adapters, data order and dropout", least=0, below=2**63)
     deterministic: bool = option(False, "Training", "only operations that give the same bits each time: twice the same"
         " losses on the same hardware, at some cost in speed")
 
     eval_share: float = option(0.0, "Evaluation", "share of the rows that is split off, by --seed, and evaluated on;"
-        " 0 = none")
+        " 0 = none", least=0, below=1)
     eval_dataset: str | None = option(None, "Evaluation", "rows to evaluate on instead: whatever --dataset takes")
-    eval_samples: int = option(-1, "Evaluation", "rows of the evaluation set that are used, from the first; -1 = all")
+    eval_samples: int = option(-1, "Evaluation", "rows of the evaluation set that are used, from the first; -1 = all", least=1, other=-1)
     eval_every: int = option(0, "Evaluation", "optimizer steps from one evaluation to the next; 0 = only at the end."
-        " The best one's trained weights are kept in <output_dir>/best")
+        " The best one's trained weights are kept in <output_dir>/best", least=0)
     early_stopping_patience: int = option(0, "Evaluation", "stop after so many evaluations in a row that were not"
-        " better than the best; 0 = never")
+        " better than the best; 0 = never", least=0)
     sample_every: int = option(0, "Evaluation", "optimizer steps from one generation of samples to the next; also"
-        " before the first step and after the last; 0 = no samples")
+        " before the first step and after the last; 0 = no samples", least=0)
     sample_prompts: str | None = option(None, "Evaluation", "prompts of the samples: a .txt file with one in each"
         " line, which are asked as --dataset's rows are, or rows as --dataset takes them; unset = the first three rows"
         " of the evaluation set, or of --dataset")
-    sample_tokens: int = option(64, "Evaluation", "longest sample, in tokens")
+    sample_tokens: int = option(64, "Evaluation", "longest sample, in tokens", least=1)
 
     precision: str = option("auto", "Memory and speed", "auto is bf16 compute with fp32 trained weights where the GPU"
         " has bf16, fp16_autocast on older GPUs, fp32 on a CPU; docs/options.md has a line on each",
@@ -172,42 +125,40 @@ class Config:
         " with several ranks each hybrid_full_shard",
         choices=("auto", "full_shard", "shard_grad_op", "ddp", "hybrid_full_shard", "hybrid_shard_grad_op"))
     hybrid_shard_size: int = option(-1, "Memory and speed", "ranks of a group, for the hybrid strategies; -1 = those"
-        " of one node")
+        " of one node", least=1, other=-1)
     wrap_policy: str = option("layer", "Memory and speed", "what is gathered at a time: a whole decoder"
         " layer, or its attention and its MLP separately (half the gathered memory, more all-gathers)", choices=("layer", "sublayer"))
     use_gradient_checkpointing: bool = option(True, "Memory and speed", "recompute each layer in backward instead of"
         " keeping its activations")
     activation_budget: float = option(0.0, "Memory and speed", "with gradient checkpointing: GiB per GPU in which"
         " results of matmuls and attention are kept instead of computed again; 0 = none, -1 = what is free after the"
-        " second step")
+        " second step", least=0, other=-1)
     compile: str = option("auto", "Memory and speed", "compile each decoder layer, the last norm and the loss, once; auto = on GPUs"
         " of compute capability 8.0 and more, which Triton supports, but not layers of routed experts",
         choices=("auto", "true", "false"))
-    reentrant_checkpointing: bool = option(False, "Memory and speed", "accepted; checkpointing is always non-reentrant")
     use_cpu_offload: bool = option(False, "Memory and speed", "keep parameters, gradients and optimizer states in"
         " host memory; the optimizer runs on the CPU")
     use_activation_cpu_offload: bool = option(False, "Memory and speed", "keep the layers' inputs, which gradient"
         " checkpointing saves, in host memory; copied while the GPU computes")
-    low_memory: bool = option(True, "Memory and speed", "accepted; loading never holds a whole model")
     no_sync: bool = option(False, "Memory and speed", "reduce gradients once per optimizer step, not per micro-batch:"
         " less traffic, but unsharded gradients in memory")
     loading_workers: int = option(-1, "Memory and speed", "threads of each rank that read and quantize; -1 = its share"
-        " of the processors, at most 4")
+        " of the processors, at most 4", least=1, most=256, other=-1)
     quantized_cache: str | None = option(None, "Memory and speed", "folder that the first run leaves the packed"
         " weights in, and later runs load them from; all nodes must see it", needs="quantizer")
 
-    world_size: int = option(-1, "Launch", "processes to start; -1 = all GPUs, or two CPU processes without a GPU")
+    world_size: int = option(-1, "Launch", "processes to start; -1 = all GPUs, or two CPU processes without a GPU", least=1, other=-1)
     master_addr: str = option("localhost", "Launch", "address of rank 0, for mp.spawn")
-    master_port: int | None = option(None, "Launch", "port of rank 0, for mp.spawn; unset = a free one")
+    master_port: int | None = option(None, "Launch", "port of rank 0, for mp.spawn; unset = a free one", least=1, most=65535)
 
     save_every: int = option(0, "Checkpoints", "optimizer steps from one checkpoint to the next, and one at the end;"
-        " 0 = none. SIGTERM, SIGINT and SIGUSR1 ask for one in any case")
-    save_minutes: float = option(0.0, "Checkpoints", "minutes from one checkpoint to the next; 0 = as --save_every says")
-    keep: int = option(2, "Checkpoints", "newest checkpoints that are kept; -1 = all")
+        " 0 = none. SIGTERM, SIGINT and SIGUSR1 ask for one in any case", least=0)
+    save_minutes: float = option(0.0, "Checkpoints", "minutes from one checkpoint to the next; 0 = as --save_every says", least=0)
+    keep: int = option(2, "Checkpoints", "newest checkpoints that are kept; -1 = all", least=1, other=-1)
     resume: str | None = option(None, "Checkpoints", "go on with a stopped run, with the same options: auto = from the"
         " newest whole checkpoint of --output_dir, or from the start if there is none; or a RUN, or one of its checkpoints")
     max_minutes: float = option(0.0, "Checkpoints", "stop with a checkpoint in time to end within so many minutes of the"
-        " start; 0 = no limit")
+        " start; 0 = no limit", least=0)
 
     output_dir: str | None = option(None, "Output", "folder of the run; unset = runs/<date-time>-<train_type>")
     overwrite: bool = option(False, "Output", "replace the run that output_dir holds")
@@ -231,11 +182,14 @@ class Config:
     export_trace: bool = option(True, "Profiling", "write each cycle's trace, for https://ui.perfetto.dev")
     export_memory_timeline: bool = option(False, "Profiling", "write memory over time in each cycle's recorded"
         " steps, as --profile_memory does")
-    wait_steps: int = option(1, "Profiling", "steps waited in each cycle; read if repeat is not 0")
-    warmup_steps: int = option(1, "Profiling", "steps of each cycle under the profiler that are thrown away")
-    active_steps: int = option(2, "Profiling", "recorded steps of each cycle")
-    repeat: int = option(0, "Profiling", "cycles; 0 = until the end of the run")
-    profiling_frequency: int = option(10, "Profiling", "steps of a whole cycle; read if repeat is 0")
+    wait_steps: int = option(1, "Profiling", "steps waited in each cycle; read if repeat is not 0", least=0)
+    warmup_steps: int = option(1, "Profiling", "steps of each cycle under the profiler that are thrown away", least=0)
+    active_steps: int = option(2, "Profiling", "recorded steps of each cycle", least=1)
+    repeat: int = option(0, "Profiling", "cycles; 0 = until the end of the run", least=0)
+    profiling_frequency: int = option(10, "Profiling", "steps of a whole cycle; read if repeat is 0", least=1)
+
+    reentrant_checkpointing: bool = option(False, COMPATIBILITY, "checkpointing is always non-reentrant")
+    low_memory: bool = option(True, COMPATIBILITY, "loading never holds a whole model")
     # fmt: on
 
     @property
@@ -248,17 +202,12 @@ class Config:
         return self.save_model and self.eval_every > 0
 
 
-FIELDS = {f.name: f for f in dataclasses.fields(Config)}
-HINTS = typing.get_type_hints(Config)
+FIELDS = options_of(Config)
 
 
 def user_cache() -> Path:
     """Where this program keeps models that it made itself; it need not exist."""
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "fsdp-finetune"
-
-
-def shown(value) -> str:
-    return "unset" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def dump_yaml(config: Config, **instead) -> str:

@@ -3,16 +3,15 @@ transformers are imported."""
 
 from __future__ import annotations
 
-import argparse
 import json
-import math
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from options.command_line import command_parser, suggest, with_underscores
+from options.command_line import Command
 from options.config import DATASET_FORMATS
+from options.declaration import argument, option
 from options.errors import UserError
 from options.limits import LINE, read_text
 
@@ -40,95 +39,76 @@ class Prompt:
     given: str | dict
 
 
+def _device(text: str) -> str:
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", text):
+        raise ValueError
+    return text
+
+
 @dataclass(frozen=True)
 class Options:
-    """The command line. prompts: None for a conversation at the terminal; device: None = the GPU if there is one."""
+    """What generate.py does. asked: the prompts of --prompt and --prompts; None for a conversation at the terminal."""
 
-    runs: list[str]
-    prompts: list[Prompt] | None
-    sampling: Sampling
-    compare: bool
-    json: bool
-    base_model: str | None
-    dataset_format: str
-    device: str | None
-    precision: str
-    verbose: bool
+    # fmt: off
+    runs: list[str] = argument("RUN", "the --output_dir of a run of train.py; several adapters of one base are switched"
+        " without loading it again", several=True)
+    prompt: list[str] | None = option(None, "Prompts", "a prompt; may be given several times. Without any: a conversation"
+        " at the terminal", repeat=True)
+    prompts: Path | None = option(None, "Prompts", "file of prompts, one per line; .jsonl: rows with the fields of the"
+        " format, their answers ignored")
+    dataset_format: str = option("auto", "Prompts", "instead of the run's", choices=DATASET_FORMATS)
+    max_new_tokens: int = option(Sampling.max_new_tokens, "Answers", "longest answer, in tokens", least=1)
+    temperature: float = option(Sampling.temperature, "Answers", "0 = always the likeliest token; 1 = as the model has"
+        " them", least=0)
+    top_p: float = option(Sampling.top_p, "Answers", "sample from the likeliest tokens that hold this share; 1 = all",
+        above=0, most=1)
+    top_k: int = option(Sampling.top_k, "Answers", "sample from this many likeliest tokens; 0 = all", least=0)
+    repetition_penalty: float = option(Sampling.repetition_penalty, "Answers", "above 1 makes tokens that were there"
+        " less likely", above=0)
+    seed: int = option(Sampling.seed, "Answers", "of sampling; the same for every answer", least=0, below=2**63)
+    compare: bool = option(True, "Answers", "the base model's answers as well")
+    base_model: str | None = option(None, "Model", "folder or hub id of the base model, if it is not where the run had"
+        " it")
+    device: str | None = option(None, "Model", "cpu, cuda or cuda:1; unset = a GPU if there is one",
+        convert=_device, noun="one of cpu, cuda, cuda:N")
+    precision: str = option("auto", "Model", "auto = as in training", choices=PRECISIONS)
+    json: bool = option(False, "Output", "one JSON object per prompt instead of columns")
+    verbose: bool = option(False, "Output", "tracebacks with errors")
+    # fmt: on
+    asked: list[Prompt] | None = None
+
+    @property
+    def sampling(self) -> Sampling:
+        return Sampling(**{name: getattr(self, name) for name in vars(Sampling())})
 
 
-HELP = (
-    ("prompt", "TEXT", "a prompt; may be given several times. Without any: a conversation at the terminal"),
-    ("prompts", "FILE", "prompts, one per line; .jsonl: rows with the fields of the format, their answers ignored"),
-    ("max_new_tokens", "N", "longest answer, in tokens [128]"),
-    ("temperature", "X", "0 = always the likeliest token; 1 = as the model has them [0]"),
-    ("top_p", "X", "sample from the likeliest tokens that hold this share; 1 = all [1]"),
-    ("top_k", "N", "sample from this many likeliest tokens; 0 = all [0]"),
-    ("repetition_penalty", "X", "above 1 makes tokens that were there less likely [1]"),
-    ("seed", "N", "of sampling; the same for every answer [42]"),
-    ("compare", "BOOL", "the base model's answers as well [true]"),
-    ("json", "BOOL", "one JSON object per prompt instead of columns [false]"),
-    ("base_model", "TEXT", "folder or hub id of the base model, if it is not where the run had it"),
-    ("dataset_format", "NAME", f"instead of the run's: {', '.join(DATASET_FORMATS)} [auto]"),
-    ("device", "NAME", "cpu, cuda or cuda:1; unset = a GPU if there is one"),
-    ("precision", "NAME", f"{', '.join(PRECISIONS)}; auto = as in training [auto]"),
-    ("verbose", "BOOL", "tracebacks with errors [false]"),
-)  # fmt: skip
+COMMAND = Command(
+    "generate.py",
+    'RUN [RUN ...] [--prompt "..."] [--option value ...]',
+    "Answers of a finished run beside those of its base model.",
+    Options,
+)
 
 
 def parse(argv: list[str]) -> Options:
     """Raises UserError; exits 0 on --help."""
-    parser = command_parser(
-        "generate.py",
-        'RUN [RUN ...] [--prompt "..."] [--option value ...]',
-        "Answers of a finished run beside those of its base model.",
-    )
-    parser.add_argument("runs", metavar="RUN", nargs="*", help="an --output_dir of train.py; several adapters"
-                        " of one base are switched without loading it again")  # fmt: skip
-    for name, metavar, text in HELP:
-        more = {"action": "append"} if name == "prompt" else {}
-        more |= {"nargs": "?", "const": "true"} if metavar == "BOOL" else {}
-        parser.add_argument(f"--{name}", metavar=metavar, help=text, **more)
-    args, rest = parser.parse_known_args(_spelled(argv))
-    if rest:
-        raise UserError(f"unknown option {rest[0]}{suggest(rest[0].split('=')[0], vars(args))}")
-    return _converted(args)
-
-
-def _spelled(argv: list[str]) -> list[str]:
-    """`with_underscores`, but not of what stands behind --prompt: a prompt may look like an option."""
-    spelled = with_underscores(argv)
-    return [argv[i] if i and spelled[i - 1] == "--prompt" else a for i, a in enumerate(spelled)]
-
-
-def _converted(args: argparse.Namespace) -> Options:
-    prompts = [Prompt(f"--prompt {i}", text) for i, text in enumerate(args.prompt or [], 1)]
-    if args.prompts is not None:
-        prompts += read_prompts(Path(os.path.expanduser(args.prompts)))
-    for prompt in prompts:
+    given = COMMAND.read(argv)
+    options = Options(**given | {"runs": _folders(given["runs"])})
+    for name in ("top_p", "top_k", "seed"):
+        if name in given and options.temperature == 0:
+            raise UserError(f"--{name} has no effect with --temperature 0, which always takes the likeliest"
+                            " token; set a temperature, or leave it out")  # fmt: skip
+    asked = [Prompt(f"--prompt {i}", text) for i, text in enumerate(options.prompt or [], 1)]
+    asked += read_prompts(options.prompts) if options.prompts else []
+    for prompt in asked:
         if isinstance(prompt.given, str) and not prompt.given.strip():
             raise UserError(f"{prompt.place}: is empty")
-    options = Options(
-        runs=_folders(args.runs),
-        prompts=prompts if prompts or args.prompts is not None else None,
-        sampling=_sampling(args),
-        compare=_bool(args, "compare", True),
-        json=_bool(args, "json", False),
-        base_model=args.base_model,
-        dataset_format=_choice(args, "dataset_format", DATASET_FORMATS),
-        device=args.device,
-        precision=_choice(args, "precision", PRECISIONS),
-        verbose=_bool(args, "verbose", False),
-    )
-    if options.device is not None and not re.fullmatch(r"cpu|cuda(:\d+)?", options.device):
-        raise UserError(f"--device {options.device}: is none of cpu, cuda, cuda:N")
-    if options.json and options.prompts is None:
+    if options.json and not asked:
         raise UserError("--json: needs --prompt or --prompts")
-    return options
+    return replace(options, asked=asked or None)
 
 
 def _folders(runs: list[str]) -> list[str]:
-    if not runs:
-        raise UserError("give a RUN, the --output_dir of a run of train.py; see --help")
     folders = [os.path.expanduser(run) for run in runs]
     for i, folder in enumerate(folders):
         if not os.path.isdir(folder):
@@ -138,53 +118,6 @@ def _folders(runs: list[str]) -> list[str]:
         if any(os.path.samefile(folder, other) for other in folders[:i]):
             raise UserError(f"{folder}: is given twice")
     return folders
-
-
-def _choice(args: argparse.Namespace, name: str, choices: tuple[str, ...]) -> str:
-    value = getattr(args, name) or choices[0]
-    if value not in choices:
-        raise UserError(f"--{name} {value}: is none of {', '.join(choices)}")
-    return value
-
-
-def _bool(args: argparse.Namespace, name: str, default: bool) -> bool:
-    value = getattr(args, name)
-    if value not in (None, "true", "false"):
-        raise UserError(f"--{name} {value}: is not true or false")
-    return default if value is None else value == "true"
-
-
-def _sampling(args: argparse.Namespace) -> Sampling:
-    kinds = {name: type(value) for name, value in vars(Sampling()).items()}
-    given = {
-        name: _number(name, getattr(args, name), kind)
-        for name, kind in kinds.items()
-        if getattr(args, name) is not None
-    }
-    s = Sampling(**given)
-    for name, good, right in (
-        ("max_new_tokens", s.max_new_tokens >= 1, "1 or more"),
-        ("temperature", 0 <= s.temperature < math.inf, "0 or more"),
-        ("top_p", 0 < s.top_p <= 1, "above 0, up to 1"),
-        ("top_k", s.top_k >= 0, "0 or more"),
-        ("repetition_penalty", 0 < s.repetition_penalty < math.inf, "above 0"),
-        ("seed", 0 <= s.seed < 2**63, "from 0 to 2^63 - 1"),
-    ):
-        if not good:
-            raise UserError(f"--{name} {getattr(args, name)}: must be {right}")
-    for name in ("top_p", "top_k", "seed"):
-        if name in given and s.temperature == 0:
-            raise UserError(f"--{name} has no effect with --temperature 0, which always takes the likeliest"
-                            " token; set a temperature, or leave it out")  # fmt: skip
-    return s
-
-
-def _number(name: str, text: str, kind: type):
-    try:
-        return kind(text)
-    except ValueError:
-        noun = {int: "a whole number", float: "a number"}[kind]
-        raise UserError(f"--{name}: {text!r} is not {noun}") from None
 
 
 def read_prompts(path: Path) -> list[Prompt]:

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from options.config import METHODS
+from options.methods import METHODS
 from tests.helpers.runs import set_up, train_run
 
 TYPES = [t for t in METHODS if not t.startswith("custom_")]  # custom_* are the same methods (test_config)

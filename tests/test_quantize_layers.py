@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from finished import merge
-from options.config import HQQ_BITS
 from options.errors import UserError
+from options.methods import HQQ_BITS
 from quantization import hqq
 from quantization.hqq import HQQ, pack_bits
 from quantization.layer import STORAGE, Linear4bit, as_storage

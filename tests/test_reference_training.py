@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from data.batches import StepSampler
 from data.rows import IGNORE
-from options.config import METHODS
+from options.methods import METHODS
 from tests.helpers.runs import dense_state, make_job, set_up, trained_tensors
 from tests.models.test_adapters import adapters_of, args_for, as_peft
 from tests.test_parity import biased, train_run

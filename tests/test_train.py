@@ -25,8 +25,8 @@ from checkpoints.manager import Checkpoints
 from launch import processes as launch
 from launch.program import parse_or_exit
 from monitoring.metrics import Meter
-from options.command_line import parse
 from options.config import TOY_PROMPT
+from options.train import parse
 from parallel.optimizers import lr_factor
 from tests.helpers.programs import ROOT, losses, metrics, run, small, start
 from tests.helpers.runs import train_run, whole_run

@@ -8,7 +8,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from launch import precision
-from options.config import FIELDS, METHODS, NEEDS, TOY_DEFAULTS, shown
+from options.config import FIELDS, TOY_DEFAULTS
+from options.declaration import shown
+from options.methods import METHODS, NEEDS
 
 PAGE = Path(__file__).parent.parent / "docs" / "options.md"
 
@@ -64,7 +66,8 @@ def table(group: str) -> list[str]:
         if meta["group"] != group:
             continue
         text = meta["help"]
-        text += f": {', '.join(meta['choices'])}" if meta["choices"] else ""
+        text += f": {', '.join(map(str, meta['choices']))}" if meta["choices"] else ""
+        text += f" ({meta['within']})" if meta["within"] and not meta["within"].is_obvious else ""
         text += f" *(only for {NEEDS[meta['needs']]})*" if meta["needs"] else ""
         lines.append(f"| `{name}` | {shown(field.default)} | {text} |")
     return lines

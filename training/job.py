@@ -21,7 +21,8 @@ from launch.precision import Precision, precision_here
 from launch.ranks import local_world_size
 from models.family import Family
 from models.registry import FAMILIES
-from options.config import Config, shown
+from options.config import Config
+from options.declaration import shown
 
 
 @dataclass(frozen=True)

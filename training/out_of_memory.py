@@ -22,8 +22,10 @@ from launch.memory import PEAKS, size
 from launch.precision import precision_here
 from launch.ranks import Place
 from monitoring.memory_model import Shape, estimate, measure
-from options.config import METHODS, Config, shown
+from options.config import Config
+from options.declaration import shown
 from options.errors import UserError
+from options.methods import METHODS
 from training.job import Job
 
 PACKED_INSTEAD = {"lora": "qlora", "custom_lora": "qlora", "dora": "bnb_dora", "full": "bnb_dora",

@@ -30,8 +30,8 @@ from benchmarks.systems import PEERS, SYSTEMS, Setting, System
 from benchmarks.table import Row, markdown, measured, ratio
 from files import model_folder as model_files
 from files.model_folder import CheckpointFiles
-from options.command_line import parse as parse_training
-from options.config import HQQ_BITS
+from options.methods import HQQ_BITS
+from options.train import parse as parse_training
 from quantization.hqq import HQQ
 from quantization.nf4 import NF4
 from tests.helpers.runs import whole_run
@@ -266,13 +266,13 @@ def test_ratios_are_to_the_first_row_of_ours_with_the_same_setting():
 @pytest.mark.parametrize(
     "options, words",
     [
-        ("--shape 9b", "--shape 9b: is none of tiny, 1b, 8b, 70b"),
+        ("--shape 9b", "--shape: '9b' is none of tiny, 1b, 8b, 70b"),
         ("--shpae 8b", "unknown option --shpae; did you mean --shape?"),
         ("--gpus 0", "--gpus 0: one or more"),
         ("--gpus 1,1", "--gpus 1,1: one or more different"),
         ("--gpus two", "--gpus two: one or more"),
         ("--batch_size 0", "--batch_size 0: must be positive"),
-        ("--context_length x", "--context_length: invalid int value"),
+        ("--context_length x", "--context_length: 'x' is not a whole number"),
         ("--steps 3", "--steps 3: the first 3 do not count"),
         ("--train_types qlora,full", "--train_types: 'full' is none of qlora, bnb_dora"),
         ("--train_types qlora,qlora", "--train_types: qlora is named twice"),

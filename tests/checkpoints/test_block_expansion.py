@@ -30,7 +30,7 @@ from models.family import Family
 from models.llama_pro import NEW_LAYERS, evenly, sources
 from models.registry import FAMILIES, build_on_meta, read_config
 from monitoring.tracking import NoTracker
-from options.command_line import parse
+from options.train import parse
 from quantization.layer import Linear4bit
 from tests.helpers import tiny
 from tests.helpers.runs import set_up

@@ -22,8 +22,8 @@ from files.lock import Alone
 from launch.signals import Stopping
 from monitoring.metrics import Metrics
 from monitoring.tracking import make_tracker
-from options.command_line import parse
 from options.errors import UserError
+from options.train import parse
 from tests.helpers.resuming import (
     NOISY,
     QUIET,

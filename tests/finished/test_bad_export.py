@@ -57,7 +57,7 @@ def refused(run, tmp_path, capsys):
 @pytest.mark.parametrize(
     "options, words",
     [
-        ({"run": None}, ["RUN is missing"]),
+        ({"run": None}, ["give a RUN"]),
         ({"to": None}, ["--to is missing"]),
         ({"out": None}, ["--out is missing"]),
         ({"to": "gguf"}, ["--to", "'gguf'", "gguf-ready"]),

@@ -250,7 +250,10 @@ def good_run(checkpoints, alpaca_file, one_rank, tmp_path_factory):
             ["RUN", "--dataset", "toy", "--metrics", "perplexity", "--max_new_tokens", "0"],
             "--max_new_tokens 0",
         ),
-        (["RUN", "--dataset", "toy", "--metrics", "perplexity", "--samples", "x"], "argument --samples"),
+        (
+            ["RUN", "--dataset", "toy", "--metrics", "perplexity", "--samples", "x"],
+            "--samples: 'x' is not a whole number",
+        ),
         (["RUN", "--dataset", "toy", "--metrics", "perplexity", "--out", "."], "--out .: is a folder"),
         (
             ["RUN", "--dataset", "toy", "--metrics", "perplexity", "--dataset_format", "x"],

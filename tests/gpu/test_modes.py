@@ -22,7 +22,7 @@ from files.tensors import Stage, list_tensors, read_tensor
 from launch.devices import triton_runs_on
 from models.loss import look_up
 from monitoring.metrics import Meter
-from options.config import HQQ_BITS
+from options.methods import HQQ_BITS
 from parallel.activation_offload import HostStash, Offloaded
 from quantization.hqq import HQQ
 from tests.gpu.test_layers import quantized

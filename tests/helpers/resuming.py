@@ -20,7 +20,7 @@ from checkpoints.storage import folder_of
 from files import disk_room
 from files.names import BEST
 from monitoring.metrics import Meter
-from options.command_line import parse
+from options.train import parse
 from tests.helpers.manifests import edit
 from tests.helpers.runs import whole_run
 

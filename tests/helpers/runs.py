@@ -18,7 +18,7 @@ from data.packing import make_sampler
 from models.family import clean
 from models.lora import LoRALinear
 from monitoring.tracking import NoTracker
-from options.command_line import parse
+from options.train import parse
 from parallel.shards import fill, gather
 from training import preflight as checks
 

@@ -30,8 +30,8 @@ from checkpoints.storage import Saved
 from launch import nodes, ranks, torchrun
 from launch import processes as launch
 from launch.nodes import Finding, compare
-from options.command_line import parse
 from options.errors import UserError
+from options.train import parse
 from tests.helpers.programs import ROOT
 from tests.helpers.runs import train_run
 from training.preflight import check

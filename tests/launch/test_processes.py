@@ -23,8 +23,8 @@ import train
 from checkpoints.storage import newest_whole
 from launch import processes as launch
 from launch import torchrun
-from options.command_line import parse
 from options.errors import UserError
+from options.train import parse
 from tests.helpers.distributed import new_processes
 from tests.helpers.programs import (
     ROOT,

@@ -37,7 +37,7 @@ def test_a_command_that_is_shown_can_be_typed(where, tmp_path):
     options = {"cwd": folder, "env": environment, "text": True, "timeout": 60}
     typed = subprocess.check_output([sys.executable, "-c", show], **options)
     done = subprocess.run(f"{typed.strip()} --help", shell=True, capture_output=True, **options)
-    assert done.returncode == 0 and "usage: report.py" in done.stdout, (typed, done.stderr)
+    assert done.returncode == 0 and "usage: python report.py" in done.stdout, (typed, done.stderr)
 
 
 def test_an_interpreter_is_called_by_the_name_that_finds_it(tmp_path, monkeypatch):

@@ -18,7 +18,7 @@ from data.batches import Batch
 from data.rows import IGNORE
 from models.dora import DoRALinear
 from models.lora import LoRALinear
-from options.config import METHODS
+from options.methods import METHODS
 from quantization import operators as linear4bit
 from quantization.hqq import HQQ
 from quantization.layer import Linear4bit

@@ -14,7 +14,7 @@ import train
 from launch import memory
 from monitoring import memory_model as weight_arithmetic
 from monitoring.memory_model import Part, Share, WeightBytes, check_loaded
-from options.config import METHODS
+from options.methods import METHODS
 from tests.files.test_bnb_weights import pack_like_the_hub
 from tests.helpers.runs import make_job
 from tests.test_parity import arguments, biased

@@ -24,8 +24,8 @@ from monitoring.profiling import (
     cycle,
     make_profiler,
 )
-from options.command_line import parse
 from options.errors import UserError
+from options.train import parse
 from tests.helpers.runs import whole_run
 from tests.monitoring.test_report import Page
 

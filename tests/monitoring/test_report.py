@@ -29,8 +29,8 @@ from files.output_folder import clear_output
 from monitoring.report_charts import downsample, number, running_mean, step_axis, value_axis
 from monitoring.run_facts import describe_run
 from options import config as options
-from options.command_line import parse
 from options.errors import UserError
+from options.train import parse
 from tests.helpers import tiny
 from tests.helpers.runs import whole_run
 

@@ -10,9 +10,10 @@ import pytest
 import yaml
 
 from data.sources import find_recipe
-from options.command_line import parse
-from options.config import FIELDS, METHODS, TOY_DEFAULTS, Config, dump_yaml
+from options.config import FIELDS, TOY_DEFAULTS, Config, dump_yaml
 from options.errors import UserError
+from options.methods import METHODS
+from options.train import parse
 
 # fsdp_qlora's options and choices, as DESIGN.md lists them: commands of others must keep working.
 FSDP_QLORA = """

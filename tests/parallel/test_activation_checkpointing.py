@@ -18,7 +18,7 @@ from torch._dynamo.utils import counters
 
 import train
 from models.loss import KERNELS
-from options.config import METHODS
+from options.methods import METHODS
 from parallel import activation_checkpointing as recompute
 from parallel import activation_offload
 from parallel.activation_checkpointing import (

@@ -24,9 +24,9 @@ from launch.precision import Precision
 from models.adapters import apply_method
 from models.family import clean
 from models.registry import FAMILIES, build_on_meta, read_config
-from options.command_line import parse
 from options.config import FIELDS
 from options.errors import UserError
+from options.train import parse
 from parallel.optimizers import (
     OPTIMIZERS,
     check_optimizer,

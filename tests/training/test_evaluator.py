@@ -27,7 +27,7 @@ from finished.finished_run import load_model, open_run
 from launch.precision import choose_precision
 from launch.ranks import Place
 from monitoring.tracking import NoTracker
-from options.command_line import parse
+from options.train import parse
 from tests.data.test_sources import BYTES
 from tests.helpers.runs import dense_tensors, make_job, randomize, trained_tensors, whole_run
 from tests.helpers.tiny import write_alpaca

@@ -1,0 +1,127 @@
+"""What all commands have in common: how their options are written, read from YAML, checked and suggested."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+
+from options import block_expansion, evaluate, export, generate, report, train
+from options.config import COMPATIBILITY, FIELDS
+from options.declaration import Range
+from options.errors import UserError
+
+COMMANDS = {
+    each.COMMAND.program: each for each in (block_expansion, evaluate, export, generate, report, train)
+}
+NEEDED = {  # the least that each command takes
+    "block_expansion.py": ["--model_name", "toy", "--output_dir", "out"],
+    "evaluate.py": ["RUN"],
+    "export.py": ["RUN", "--to", "merged", "--out", "out"],
+    "generate.py": ["RUN"],
+    "report.py": ["RUN"],
+    "train.py": [],
+}
+MORE = {"evaluate.py": ("samples", 7), "export.py": ("dtype", "float16"), "generate.py": ("top_k", 5),
+        "block_expansion.py": ("new_blocks", 2), "train.py": ("lora_rank", 3)}  # fmt: skip
+
+
+def refused(program: str, *argv: str) -> str:
+    with pytest.raises(UserError) as error:
+        COMMANDS[program].COMMAND.read([*NEEDED[program], *argv])
+    return str(error.value)
+
+
+@pytest.mark.parametrize("program", MORE)
+def test_options_come_from_a_file_too(program, tmp_path):
+    """Those of the command line go first, and what is required may stand in the file."""
+    read, (name, value), file = COMMANDS[program].COMMAND.read, MORE[program], tmp_path / "options.yaml"
+    options = dict(
+        zip(
+            *[iter(NEEDED[program][program in ("evaluate.py", "export.py", "generate.py") :])] * 2,
+            strict=True,
+        )
+    )
+    lines = [f"{option.removeprefix('--')}: {text}" for option, text in options.items()]
+    file.write_text("\n".join([*lines, f"{name.replace('_', '-')}: {value}"]))
+    runs = {"evaluate.py": ["RUN"], "export.py": ["RUN"], "generate.py": ["RUN"]}.get(program, [])
+    given = read([*runs, "--config", str(file)])
+    assert given[name] == value and set(given) == {name, *(key for key in read(NEEDED[program]))}
+    other = {"dtype": "float32"}.get(name, "1")
+    assert str(read([*runs, "--config", str(file), f"--{name}", other])[name]) == other
+
+
+@pytest.mark.parametrize("program", COMMANDS)
+def test_a_slip_is_told_alike(program, tmp_path):
+    file = tmp_path / "options.yaml"
+    file.write_text("no_such_option: 1\n")
+    assert refused(program, "--no_such_option=1").startswith("unknown option --no_such_option=1")
+    assert refused(program, "--config", str(file)).startswith(
+        f"--config {file}: unknown option no_such_option"
+    )
+    if program in MORE:
+        name, slip = MORE[program][0], f"{MORE[program][0]}s"
+        assert refused(program, f"--{slip}", "1") == f"unknown option --{slip}; did you mean --{name}?"
+
+
+@pytest.mark.parametrize("program", ["evaluate.py", "export.py", "generate.py", "report.py"])
+def test_without_a_run(program):
+    with pytest.raises(UserError, match=r"^give a RUN, the --output_dir of a run of train.py.*; see --help$"):
+        COMMANDS[program].COMMAND.read(NEEDED[program][1:])
+
+
+def test_a_switch_leaves_the_run_alone(tmp_path):
+    """Where one stands behind it, it is not taken as its value; true and false are."""
+    read = evaluate.COMMAND.read
+    for argv in (
+        ["--verbose", str(tmp_path)],
+        ["--verbose", "true", str(tmp_path)],
+        [str(tmp_path), "--verbose"],
+    ):
+        assert read(argv) == {"run": str(tmp_path), "verbose": True}
+    assert read(["--verbose", "false", str(tmp_path)])["verbose"] is False
+
+
+@pytest.mark.parametrize("program", COMMANDS)
+def test_every_option_is_in_help_with_its_range(program, capsys):
+    command = COMMANDS[program].COMMAND
+    with pytest.raises(SystemExit) as ended:
+        command.read(["--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert ended.value.code == 0
+    for name, field in command.fields.items():
+        meta = field.metadata
+        assert (meta["positional"] or f"--{name} ") in shown
+        if meta["within"] and not meta["within"].is_obvious:
+            assert f"; {meta['within']}]" in shown
+
+
+def test_options_that_change_nothing_stand_last_in_help(capsys):
+    with pytest.raises(SystemExit):
+        train.parse(["--help"])
+    last = capsys.readouterr().out.partition(f"{COMPATIBILITY}:")[2]
+    assert {name for name in FIELDS if f"--{name} " in last} == {"low_memory", "reentrant_checkpointing"}
+
+
+@pytest.mark.parametrize(
+    ("within", "inside", "outside", "text"),
+    [
+        (Range(least=1), [1, 9], [0, -1], "positive"),
+        (Range(least=2), [2], [1], "2 or more"),
+        (Range(least=1, other=-1), [1, -1], [0, -2], "positive, or -1"),
+        (Range(above=0), [1e-9], [0, -1, math.inf, math.nan], "above 0"),
+        (Range(least=0, below=1), [0, 0.99], [1, -0.1, math.nan], "at least 0 and below 1"),
+        (Range(least=0, most=1), [0, 1], [1.1, -0.1], "from 0 to 1"),
+        (Range(least=1, most=256, other=-1), [1, 256, -1], [0, 257], "from 1 to 256, or -1"),
+        (Range(above=0, most=1), [1, 0.1], [0, 1.1], "above 0 and at most 1"),
+    ],
+)
+def test_ranges(within, inside, outside, text):
+    assert all(map(within.holds, inside)) and not any(map(within.holds, outside))
+    assert str(within) == text
+
+
+def test_a_path_is_the_users(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/someone")
+    assert export.parse(["RUN", "--to", "merged", "--out", "~/model"]).out == Path("/home/someone/model")
