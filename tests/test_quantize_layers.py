@@ -18,22 +18,11 @@ from options.config import HQQ_BITS
 from options.errors import UserError
 from quantization import quantizers
 from quantization.quantizers import HQQ, NF4, pack_bits
-from quantize_layers import STORAGE, Linear4bit, as_storage
+from quantize_layers import STORAGE, as_storage
+from tests.helpers.layers import close_together, quantized
 from tests.helpers.runs import dense_state, set_up
 
-CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-def quantized(weight: torch.Tensor, dtype: torch.dtype, bias=None, quantizer=NF4()) -> Linear4bit:  # noqa: B008
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
-    layer = Linear4bit(linear, dtype, quantizer)
-    layer.fill_buffers(CPU)
-    for name, content in layer.pack("weight", weight).items():
-        getattr(layer, name).data.copy_(content)
-    if bias is not None:
-        layer.bias = nn.Parameter(bias.to(dtype), requires_grad=False)
-    return layer
 
 
 def reference(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -64,11 +53,6 @@ def test_plain_operations_expand_some_blocks_at_a_time(n_bits, monkeypatch):
     with mock.patch.object(quantizers, "_values", wraps=quantizers._values) as values:
         assert torch.equal(quantizer.dequantize(*packed), whole)
     assert [len(call.args[0]) for call in values.mock_calls] == [64 * n_bits, 64 * n_bits, 24 * n_bits]
-
-
-def close_together(n: int) -> torch.Tensor:
-    """[n, 64], far from 0: with 8 bits their zero point is 65,536 and more."""
-    return 4.5 + 1e-3 * torch.randn(n, 64)
 
 
 def unfit(value: float) -> torch.Tensor:

@@ -8,9 +8,9 @@ from transformers import AutoModelForCausalLM
 
 from data.tokenizing import IGNORE, StepSampler
 from options.config import METHODS
-from tests.helpers.runs import dense_state, make_job, set_up, trained_tensors
-from tests.models.test_adapters import adapters_of, args_for, as_peft
-from tests.test_parity import biased, train_run
+from tests.helpers.adapters import adapters_of, args_for, as_peft
+from tests.helpers.parity import biased
+from tests.helpers.runs import dense_state, make_job, set_up, train_run, trained_tensors
 
 STEPS, LR = 5, 2e-3
 

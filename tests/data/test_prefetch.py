@@ -7,7 +7,7 @@ import torch
 
 from data.prefetch import ahead
 from data.tokenizing import StepSampler
-from tests.data.test_tokenizing import some_rows
+from tests.helpers.token_rows import some_rows
 
 CPU = torch.device("cpu")
 

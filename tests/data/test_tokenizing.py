@@ -16,8 +16,8 @@ from data.formats import FORMATS, GUANACO_MARKERS, Rendered
 from data.tokenizing import IGNORE, StepSampler, TokenizedRows, prepare, rounded, tokenize
 from options.errors import UserError
 from tests.helpers import chat_templates, small_tokenizers
-
-BYTES = byte_tokenizer()
+from tests.helpers.small_tokenizers import BYTES
+from tests.helpers.token_rows import SIZES, assert_places, expected, some_rows
 
 
 def qa(answer: str, question: str = "What?") -> Rendered:
@@ -209,29 +209,6 @@ def _recorded(render, folder):
     return recording
 
 
-def some_rows(count: int) -> TokenizedRows:
-    """Rows of 2 to 13 tokens; no token is 0 or comes twice, so a row can be told by what it holds."""
-    generator = torch.Generator().manual_seed(count)
-    lengths = torch.randint(2, 14, (count,), generator=generator)
-    starts = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
-    total = int(starts[-1])
-    learned = torch.rand(total, generator=generator) < 0.6
-    learned[starts[1:] - 1] = True
-    return TokenizedRows(
-        torch.arange(1, total + 1, dtype=torch.int32), learned, starts, 0, 0, torch.arange(1, len(starts))
-    )
-
-
-def expected(rows: TokenizedRows) -> dict[tuple, tuple]:
-    """{the tokens of a row: its targets}, written out by hand."""
-    table = {}
-    for start, end in pairwise(rows.starts.tolist()):
-        ids, learned = rows.tokens[start:end].tolist(), rows.learned[start:end].tolist()
-        nexts = [ids[i + 1] if learned[i + 1] else IGNORE for i in range(len(ids) - 1)]
-        table[tuple(ids)] = (*nexts, IGNORE)
-    return table
-
-
 def unpadded(batch) -> dict[tuple, tuple]:
     """{tokens: targets} of a batch's rows, which must be padded on the right only. Rows of nothing else are not
     rows."""
@@ -254,16 +231,6 @@ def run(rows, batch_size, accumulation, world, seed=42, epochs=1):
     return steps
 
 
-def assert_places(step) -> None:
-    """Of each micro-batch: every rank's learned tokens, each once, and as many as the rank has that has most."""
-    for batches in zip(*(part.batches for part in step), strict=True):
-        learned = [(b.targets.flatten() != IGNORE).nonzero()[:, 0].tolist() for b in batches]
-        for batch, own in zip(batches, learned, strict=True):
-            places = batch.places.tolist()
-            assert len(places) == len(set(places)) == max(map(len, learned))
-            assert places[: len(own)] == own
-
-
 def real(step) -> dict[tuple, tuple]:
     """{tokens: targets} of all ranks' rows in a step, each once; batches without targets left out."""
     batches = [b for part in step for b in part.batches if (b.targets != IGNORE).any()]
@@ -271,19 +238,6 @@ def real(step) -> dict[tuple, tuple]:
     merged = {ids: targets for table in tables for ids, targets in table.items()}
     assert len(merged) == sum(map(len, tables))
     return merged
-
-
-# rows, batch_size, accumulation, world
-SIZES = [
-    (16, 2, 2, 2),
-    (17, 2, 2, 2),
-    (1, 4, 2, 3),
-    (5, 1, 1, 8),
-    (23, 3, 2, 4),
-    (50, 4, 1, 2),
-    (13, 1, 5, 1),
-    (9, 2, 2, 2),
-]
 
 
 @pytest.mark.parametrize("size", SIZES)

@@ -24,9 +24,10 @@ from models.lora import LoRALinear, adapters_off
 from options.errors import UserError
 from quantization.quantizers import HQQ, NF4
 from quantize_layers import Linear4bit
-from tests.finished.test_finished_run import saved_run
+from tests.helpers.adapters import args_for
+from tests.helpers.finished_runs import saved_run
+from tests.helpers.layers import ALPHA, I, O, R, dora, filled
 from tests.helpers.runs import dense_state, transformers_model
-from tests.models.test_adapters import ALPHA, I, O, R, args_for, dora, filled
 
 QUESTION, NEW = "Say red.", 8
 PENALTY = 3.0

@@ -22,23 +22,15 @@ from data.formats import ALPACA, FORMATS, QA
 from data.tokenizing import IGNORE, StepSampler, make_batch, tokenize
 from files.output_folder import ADAPTER
 from finished.finished_run import load_model, open_run
-from launch.precision import choose_precision
-from launch.processes import Place
 from monitoring.tracking import NoTracker
 from options.command_line import parse
-from tests.data.test_sources import BYTES
+from tests.helpers.adapters import as_peft
+from tests.helpers.here import HERE, context
 from tests.helpers.runs import dense_tensors, make_job, randomize, trained_tensors, whole_run
+from tests.helpers.small_tokenizers import BYTES
 from tests.helpers.tiny import write_alpaca
-from tests.models.test_adapters import as_peft
 from training import evaluator as evaluation
 from training.evaluator import greedy, grouped, mean_loss, perplexity
-
-HERE = Place(0, 1, 0, 1, torch.device("cpu"))
-PLAIN = choose_precision("fp32", False, False)
-
-
-def context():
-    return PLAIN.context("cpu")
 
 
 def options(checkpoints, data, *more) -> list[str]:

@@ -11,8 +11,8 @@ import torch
 
 import train
 from options.errors import UserError
+from tests.helpers.parity import arguments
 from tests.helpers.runs import make_job
-from tests.test_parity import arguments
 from training import out_of_memory
 from training.out_of_memory import LAYER_ACTIVATIONS, Shape, changes, estimate, measure, savings
 
