@@ -23,6 +23,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
 
+pytest.register_assert_rewrite("tests.helpers")
+
 
 def pytest_collection_modifyitems(items):
     from transformers.utils import logging
