@@ -35,9 +35,8 @@ def pack_like_the_hub(
             )
             stored[name] = codes
             stored |= {f"{name}.{k}": v for k, v in state.as_dict(packed=True).items()}
-            state.shape = torch.Size(
-                [1, tensor.numel()]
-            )  # as in tests/quantization/test_quantizers.py's reference
+            # A single row, as `reference` of tests/quantization/test_quantizers.py says.
+            state.shape = torch.Size([1, tensor.numel()])
             expected[name] = bnb.dequantize_4bit(codes, state).view(tensor.shape)
     save_file(stored, folder / "model.safetensors")
     for path in base.glob("*.json"):
