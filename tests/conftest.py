@@ -181,6 +181,22 @@ def stopped(source, two_ranks, tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="session")
+def poisoned(checkpoints, tmp_path_factory):
+    """Options of a run one of whose rows is NaN: bad_rows.py."""
+    from tests.helpers.bad_rows import poisoned_options
+
+    return poisoned_options(checkpoints(), tmp_path_factory.mktemp("poisoned"))
+
+
+@pytest.fixture(scope="session")
+def ended(poisoned, tmp_path_factory):
+    """(folder, exit status, stdout, stderr) of a run that such a row has ended."""
+    from tests.helpers.bad_rows import ended_run
+
+    return ended_run(poisoned, tmp_path_factory.mktemp("ended") / "out")
+
+
 @pytest.fixture
 def copied(stopped, tmp_path):
     return shutil.copytree(stopped, tmp_path / "run")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import signal
 from itertools import pairwise
 
 import pytest
@@ -175,6 +176,14 @@ def test_prepare_takes_the_format_that_the_user_names(tmp_path):
         prepare(file, "alpaca", -1, 100, BYTES)
 
 
+def test_row_numbers_are_the_datasets_own(tmp_path):
+    """Rows that are dropped are counted."""
+    rows = [{"question": "a", "answer": text} for text in ("b", "", "c", " ", "d")]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    prepared = prepare(str(tmp_path / "rows.jsonl"), "auto", -1, 100, byte_tokenizer())
+    assert prepared.dropped == 2 and prepared.numbers.tolist() == [1, 3, 5]
+
+
 def test_dummy_fills_the_context_to_the_last_token():
     rows = prepare("dummy", "auto", 3, 333, BYTES)
     assert rows.lengths().tolist() == [333] * 3
@@ -207,6 +216,25 @@ def _recorded(render, folder):
         return render(self, numbers)
 
     return recording
+
+
+def dying(numbers: range):
+    if 400 in numbers:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return data._held(numbers)
+
+
+def test_a_data_worker_that_is_killed(tmp_path, monkeypatch):
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role + ': ' + m.content + eos_token }}{% endfor %}"
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]
+    (tmp_path / "rows.jsonl").write_text((json.dumps({"messages": turns}) + "\n") * 2000)
+    monkeypatch.setattr(data, "_render_held", dying)
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    with pytest.raises(
+        UserError, match="one of 2 processes that render its rows was killed; out of host memory"
+    ):
+        prepare(str(tmp_path / "rows.jsonl"), "auto", -1, 100, tokenizer)
 
 
 def unpadded(batch) -> dict[tuple, tuple]:
