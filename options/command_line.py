@@ -70,15 +70,18 @@ class Command:
             known = f"; give one {one}" if one and not rest[0].startswith("-") else known
             raise UserError(f"unknown option {rest[0]}{known}")
         raw = {name: value for name, value in vars(found).items() if value not in (None, [])}
-        given = self._read_yaml(raw.pop("config")) if "config" in raw else {}
+        written = self._read_yaml(raw.pop("config")) if "config" in raw else {}
+        given = {name: self._convert(name, value, where) for name, (value, where) in written.items()}
         for name, value in raw.items():
             positional = self.fields[name].metadata["positional"]
             given[name] = self._convert(name, value, positional or f"--{name}")
-        self._check(given)
+        texts = {name: str(value) for name, (value, _) in written.items()}
+        self._check(given, texts | {name: str(value) for name, value in raw.items()})
         return given
 
-    def _check(self, given: dict[str, Any]) -> None:
-        """Raises UserError for a number out of range, and for what is required and missing."""
+    def _check(self, given: dict[str, Any], texts: dict[str, str]) -> None:
+        """Raises UserError for a number out of range, and for what is required and missing. texts: what is given, as it
+        was written."""
         for name, field in self.fields.items():
             if name not in given:
                 if field.default is REQUIRED:
@@ -91,8 +94,7 @@ class Command:
                 continue
             if within and not within.holds(value):
                 finite = ", and finite" if type(value) is float and within.is_obvious else ""
-                text = f"{value:g}" if type(value) is float else str(value)
-                raise UserError(f"--{name} {text}: must be {within}{finite}")
+                raise UserError(f"--{name} {texts[name]}: must be {within}{finite}")
             bounded = within and (within.most is not None or within.below is not None)
             if type(value) is int and not bounded and abs(value) >= LARGEST:
                 raise UserError(f"--{name} {value}: must be below 2**31")
@@ -144,7 +146,8 @@ class Command:
             for each, after in itertools.zip_longest(argv, argv[1:], fillvalue="")
         ]
 
-    def _read_yaml(self, path: str) -> dict[str, Any]:
+    def _read_yaml(self, path: str) -> dict[str, tuple[Any, str]]:
+        """{option: (what YAML makes of its value, where it stands)}."""
         given = _load_yaml(path)
         values = {}
         for key, value in given.items():
@@ -152,7 +155,7 @@ class Command:
             if name not in self.fields:
                 raise UserError(f"--config {path}: unknown option {key}{suggest(str(key), self.fields)}")
             if value is not None:  # a null line is an option that was not given
-                values[name] = self._convert(name, value, f"{path}: {name}")
+                values[name] = value, f"{path}: {name}"
         return values
 
 

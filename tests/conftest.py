@@ -23,6 +23,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
 
+pytest.register_assert_rewrite("tests.helpers")
+
 
 def pytest_collection_modifyitems(items):
     from transformers.utils import logging
@@ -177,6 +179,22 @@ def stopped(source, two_ranks, tmp_path_factory):
     folder = tmp_path_factory.mktemp("stopped") / "run"
     two_ranks(run, [*source, *QUIET, "--output_dir", str(folder)], Signals({3: signal.SIGTERM}))
     return folder
+
+
+@pytest.fixture(scope="session")
+def poisoned(checkpoints, tmp_path_factory):
+    """Options of a run one of whose rows is NaN: bad_rows.py."""
+    from tests.helpers.bad_rows import poisoned_options
+
+    return poisoned_options(checkpoints(), tmp_path_factory.mktemp("poisoned"))
+
+
+@pytest.fixture(scope="session")
+def ended(poisoned, tmp_path_factory):
+    """(folder, exit status, stdout, stderr) of a run that such a row has ended."""
+    from tests.helpers.bad_rows import ended_run
+
+    return ended_run(poisoned, tmp_path_factory.mktemp("ended") / "out")
 
 
 @pytest.fixture

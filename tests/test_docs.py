@@ -9,11 +9,12 @@ import torch
 from transformers import Starcoder2Config
 
 from models.registry import FAMILIES
-from tests.checkpoints.test_block_expansion import expand, transformers_logits
 from tests.helpers import tiny
+from tests.helpers.adapters import args_for
+from tests.helpers.expansion import expand
+from tests.helpers.logits import IDS, transformers_logits
 from tests.helpers.programs import ROOT
 from tests.helpers.runs import outputs, transformers_model
-from tests.models.test_adapters import IDS, args_for
 from tools.make_options_doc import PAGE, page
 
 

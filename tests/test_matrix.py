@@ -1,5 +1,5 @@
 """Every train type under every way of sharding, offloading, recomputing and wrapping equals the plain run: one
-process, nothing recomputed, nothing offloaded. Tolerances as in test_parity.py, which says why.
+process, nothing recomputed, nothing offloaded. Tolerances: tests/helpers/parity.py, which says why.
 
 Not every product of options is in `make test`: there each variant meets some train types and each train type some variant.
 `make test-slow` has the rest.
@@ -13,9 +13,9 @@ import torch
 from options.config import FIELDS
 from parallel.activation_offload import HostStash, Stashed
 from quantization.layer import Linear4bit
+from tests.helpers.parity import TYPES, arguments, assert_same, biased
 from tests.helpers.products import products
 from tests.helpers.runs import set_up, train_run
-from tests.test_parity import TYPES, arguments, assert_same, biased
 from wrapping import STRATEGIES, WRAP_POLICIES
 
 CHECKPOINTED = "--use_gradient_checkpointing true"

@@ -9,9 +9,9 @@ from transformers import AutoModelForCausalLM
 from data.batches import StepSampler
 from data.rows import IGNORE
 from options.methods import METHODS
-from tests.helpers.runs import dense_state, make_job, set_up, trained_tensors
-from tests.models.test_adapters import adapters_of, args_for, as_peft
-from tests.test_parity import biased, train_run
+from tests.helpers.adapters import adapters_of, args_for, as_peft
+from tests.helpers.parity import biased
+from tests.helpers.runs import dense_state, make_job, set_up, train_run, trained_tensors
 
 STEPS, LR = 5, 2e-3
 

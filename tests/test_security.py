@@ -1,6 +1,6 @@
 """What no file of this program does, read from its source: nothing is unpickled, no code of a model is run, nothing is
 evaluated. (Ranks of one run send one another objects through torch, which pickles them: that comes from nowhere else.)
-That secrets of the environment are in no file of a run: tests/training/test_bad_steps.py."""
+And what no file of a run holds: secrets of its environment."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import ast
 
 import pytest
 
+from checkpoints.storage import MANIFEST
+from tests.helpers.bad_rows import SECRETS
 from tests.helpers.programs import ROOT
 
 PEERS = ROOT / "benchmarks" / "peers"  # other programs' own loops, to be measured as their users run them
@@ -116,3 +118,13 @@ def test_each_of_these_would_be_found(source):
 def test_all_files_are_read():
     names = {path.name for path in SOURCES}
     assert {"train.py", "export.py", "output_folder.py", "lora.py", "make_checkpoint.py"} <= names
+
+
+def test_secrets_are_in_no_file_of_a_run(ended):
+    out, _, shown, errors = ended
+    files = [path for path in out.rglob("*") if path.is_file()]
+    assert {"config.yaml", "run.json", "report.html", "samples.jsonl"} <= {path.name for path in files}
+    assert any(path.suffix == ".wandb" for path in files) and any(path.name == MANIFEST for path in files)
+    texts = {str(path): path.read_bytes() for path in files} | {"output": (shown + errors).encode()}
+    for secret in SECRETS.values():
+        assert [name for name, text in texts.items() if secret.encode() in text] == []

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 import block_expansion
 from files.names import BLOCKS
 from models.llama_pro import NEW_LAYERS
-from tests.checkpoints.test_block_expansion import all_tensors, edit, expand
+from tests.helpers.expansion import all_tensors, edit, expand
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3MoeConfig
+from transformers import AutoTokenizer, Qwen3MoeConfig
 
 import block_expansion
 import train
@@ -33,39 +33,14 @@ from monitoring.tracking import NoTracker
 from options.train import parse
 from quantization.layer import Linear4bit
 from tests.helpers import tiny
+from tests.helpers.adapters import args_for
+from tests.helpers.expansion import all_tensors, described, edit, expand
+from tests.helpers.logits import IDS, transformers_logits
+from tests.helpers.proc import status
 from tests.helpers.runs import set_up
-from tests.models.test_adapters import IDS, args_for
 
 OUTPUTS = {"self_attn.o_proj": 0.0, "mlp.down_proj": 0.0}
 NORMS = {"post_attention_layernorm": -1.0, "post_feedforward_layernorm": -1.0}
-
-
-def expand(base: Path, out: Path, *how) -> Path:
-    assert block_expansion.main(["--model_name", str(base), "--output_dir", str(out), *map(str, how)]) == 0
-    return out
-
-
-def all_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    return {name: t for path in folder.glob("*.safetensors") for name, t in load_file(path).items()}
-
-
-def described(folder: Path) -> dict:
-    return json.loads((folder / "config.json").read_text())
-
-
-def transformers_logits(folder: Path) -> torch.Tensor:
-    model, report = AutoModelForCausalLM.from_pretrained(
-        folder, output_loading_info=True, dtype=torch.float32
-    )
-    assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
-    with torch.no_grad():
-        return model.eval()(input_ids=IDS).logits
-
-
-def edit(folder: Path, **values) -> None:
-    """Sets values in config.json; None takes one out."""
-    config = {k: v for k, v in (described(folder) | values).items() if v is not None}
-    (folder / "config.json").write_text(json.dumps(config))
 
 
 # The expanded model
@@ -359,9 +334,9 @@ def test_memory_stays_below_two_shards(tmp_path):
 
     def growth(command) -> int:
         Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
-        before = _status("VmRSS")
+        before = status("VmRSS")
         command()
-        return _status("VmHWM") - before
+        return status("VmHWM") - before
 
     folder = tmp_path / "out"
     assert growth(lambda: expand(base, folder, "--new_blocks", 6)) < 2 * largest
@@ -371,11 +346,6 @@ def test_memory_stays_below_two_shards(tmp_path):
     model_writer.write_tensors(tmp_path / BLOCKS, new, metadata)
     assert growth(lambda: expand(folder, tmp_path / "whole", "--blocks", tmp_path / BLOCKS)) < 2 * largest
     shutil.rmtree(tmp_path)
-
-
-def _status(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
 
 
 # A cut in the middle

@@ -19,9 +19,9 @@ from checkpoints.manager import Checkpoints
 from checkpoints.storage import folder_of, read_checkpoint, steps_in
 from data.packing import make_sampler
 from monitoring.tracking import NoTracker
+from tests.helpers.adapters import args_for
 from tests.helpers.runs import set_up
 from tests.helpers.saving import Small
-from tests.models.test_adapters import args_for
 from training import companions
 
 LONG = 2.0  # seconds

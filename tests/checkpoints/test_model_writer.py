@@ -10,26 +10,15 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import train
 from checkpoints import trained_model
 from files.names import INDEX, RUN_FILES
 from files.output_folder import check_output, clear_output, holds_run
 from options.errors import UserError
-from tests.helpers.runs import dense_state, set_up, transformers_model
-from tests.models.test_adapters import ALPHA, IDS, args_for
-
-
-def save_and_compute(place, args, folder) -> torch.Tensor:
-    """Saves what the run would save; returns the training model's own logits."""
-    job, model = set_up(place, args)
-    if job.config.method.saves == "model":
-        with torch.no_grad():  # so that what is saved is not what was loaded
-            for parameter in model.parameters():
-                if parameter.requires_grad:
-                    parameter.mul_(1.01)
-    train.save(job, model, folder)
-    with torch.no_grad():
-        return model.eval()(input_ids=IDS.to(place.device), use_cache=False).logits.cpu()
+from tests.helpers.adapters import args_for
+from tests.helpers.finished_runs import save_and_compute
+from tests.helpers.layers import ALPHA
+from tests.helpers.logits import IDS
+from tests.helpers.runs import dense_state, transformers_model
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from options.config import DATASET_FORMATS
 from options.errors import UserError
 from tests.helpers import chat_templates as templates
 from tests.helpers import small_tokenizers
+from tests.helpers.small_tokenizers import chat_tokenizer
 
 TOKENIZER = byte_tokenizer()
 
@@ -28,13 +29,6 @@ def learned_tokens(rendered, tokenizer) -> str:
     """What the targets say, from the tokens that training sees."""
     rows = tokenize([rendered], tokenizer, 10_000, "here")
     return tokenizer.decode(rows.tokens[rows.learned])
-
-
-def chat_tokenizer(template: str, eos: str = "<|im_end|>"):
-    tokenizer = byte_tokenizer()
-    tokenizer.add_special_tokens({"eos_token": eos})
-    tokenizer.chat_template = template
-    return tokenizer
 
 
 def talk(*contents: str, system: str | None = None) -> dict:

@@ -3,34 +3,37 @@ ranks; and each row comes once per epoch, wherever it is put."""
 
 from __future__ import annotations
 
-import inspect
-import math
-from contextlib import nullcontext
 from itertools import pairwise
 
 import pytest
 import torch
 
-import train
 from data.batches import Batch, StepSampler, make_batch
-from data.packing import PackSampler, best_fit, make_packed, make_sampler
+from data.packing import PackSampler, best_fit, make_sampler
 from data.rows import IGNORE, TokenizedRows
 from models import attention
 from models.attention import CAUSAL, VARLEN
-from models.family import clean
 from models.longrope import make_rotary
 from models.registry import FAMILIES
 from monitoring.messages import describe_data
 from monitoring.run_facts import describe_run
-from parallel.shards import whole
-from tests.data.test_tokenizing import SIZES, assert_places, expected, some_rows
+from tests.helpers.compiled import BESIDES, compiled_run
+from tests.helpers.packing import (
+    KERNEL,
+    LENGTHS,
+    by_definition,
+    learn,
+    packed_batch,
+    packing_arguments,
+    padded_batch,
+    seven_rows,
+)
+from tests.helpers.parity import arguments, assert_same
+from tests.helpers.report_pages import make_run, metrics, page_of
 from tests.helpers.runs import make_job, set_up, train_run
-from tests.helpers.tiny import _LONG_ROPE, CONFIGS
-from tests.monitoring.test_report import make_run, metrics, page_of
-from tests.parallel.test_activation_checkpointing import BESIDES, compiled_run
-from tests.test_parity import arguments, assert_same
+from tests.helpers.tiny import CONFIGS, LONG_ROPE
+from tests.helpers.token_rows import SIZES, assert_places, expected, some_rows
 
-KERNEL = attention.varlen_attn  # torch's own, for its signature
 SEEN = ("llama", "gemma2", "gemma3", "phi3", "qwen3_moe")
 
 
@@ -145,49 +148,6 @@ def test_padding_share():
 
 # --- the loss and its gradients -------------------------------------------------------------------------------
 
-LENGTHS = [40, 9, 25, 33, 2, 60, 17]  # beyond the windows of 16 tokens and Phi-3's short tables of 32
-PACKS = [[0, 1, 2], [3, 4], [5, 6]]  # 74, 35 and 77 tokens
-
-
-def seven_rows() -> TokenizedRows:
-    generator = torch.Generator().manual_seed(5)
-    lengths = torch.tensor(LENGTHS)
-    starts = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
-    total = int(starts[-1])
-    tokens = torch.randint(0, 256, (total,), generator=generator, dtype=torch.int32)
-    learned = torch.rand(total, generator=generator) < 0.7
-    learned[starts[:-1]] = True  # the first token of a row would be a target of the row before it
-    return TokenizedRows(tokens, learned, starts, 0, 0, torch.arange(1, len(starts)))
-
-
-def packed_batch() -> Batch:
-    """77 tokens wide: one line has none to spare, another 42. Two rows of no tokens fill up the bounds."""
-    return make_packed(seven_rows(), [torch.tensor(p) for p in PACKS], (3, 77), max(LENGTHS), 12)
-
-
-def padded_batch() -> Batch:
-    return make_batch(seven_rows(), torch.arange(len(LENGTHS)), (len(LENGTHS), max(LENGTHS)))
-
-
-def by_definition(q, k, v, cu_q, cu_k, max_q, max_k, **options):
-    """What torch's kernel computes, a row at a time; what no row covers is NaN. [tokens, heads, features]."""
-    inspect.signature(KERNEL).bind(q, k, v, cu_q, cu_k, max_q, max_k, **options)
-    assert torch.equal(cu_q, cu_k) and cu_q.dtype == torch.int32 and max_q == max_k
-    before, after = options["window_size"]
-    assert after == 0
-    parts, bounds = [], cu_q.tolist()
-    for start, end in pairwise(bounds):
-        assert end - start <= max_q
-        groups = q.shape[1] // k.shape[1]
-        one, keys, values = q[start:end], *(t[start:end].repeat_interleave(groups, 1) for t in (k, v))
-        scores = torch.einsum("qhd,khd->hqk", one, keys) * options["scale"]
-        place = torch.arange(end - start, device=q.device)
-        distance = place[:, None] - place
-        hidden = (distance < 0) | ((distance > before) & (before >= 0))
-        parts.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden, -math.inf).softmax(-1), values))
-    uncovered = torch.full_like(q[bounds[-1] :], math.nan)
-    return torch.cat([*parts, uncovered])
-
 
 def ways(place, args) -> dict[str, tuple[float, dict]]:
     """(loss, {trained parameter: its gradient}) of the seven rows: padded and packed; by the family's own
@@ -212,16 +172,6 @@ def ways(place, args) -> dict[str, tuple[float, dict]]:
         finally:
             attention.varlen_attn = KERNEL
     return found
-
-
-def learn(model, batch: Batch, context=nullcontext()) -> tuple[float, dict[str, torch.Tensor]]:  # noqa: B008
-    model.zero_grad()
-    device = next(p.device for p in model.parameters() if p.requires_grad)  # an embedding may be on the host
-    with context:
-        loss = train.loss_sum(model, batch.to(device))
-    loss.backward()
-    trained = {clean(n): p.grad for n, p in model.named_parameters() if p.requires_grad}
-    return loss.item(), {name: whole(gradient).float().cpu() for name, gradient in trained.items()}
 
 
 def learn_each(model) -> tuple[float, dict[str, torch.Tensor]]:
@@ -269,7 +219,7 @@ def test_longrope_rotates_each_row_as_transformers_does_alone(kind, dtype):
             f"{of}_factor": [base + i / 4 for i in range(half // 2)]
             for of, base in (("short", 1.0), ("long", 2.0))
         }
-        config.rope_parameters = _LONG_ROPE | factors | {"partial_rotary_factor": 1.0}
+        config.rope_parameters = LONG_ROPE | factors | {"partial_rotary_factor": 1.0}
     rotary, theirs = make_rotary(FAMILIES[kind], config), FAMILIES[kind].rotary_class
     assert (config.rope_parameters["original_max_position_embeddings"], rotary.row_lengths) == (32, None)
     lengths, x = [5, 31, 32, 33, 60, 0], torch.zeros(1, dtype=dtype)
@@ -284,14 +234,6 @@ def test_longrope_rotates_each_row_as_transformers_does_alone(kind, dtype):
     assert not torch.equal(padded[0][0], padded[0][4])
     rotary.row_lengths = None
     assert all(map(torch.equal, rotary(x, torch.arange(60)[None]), (t[None] for t in alone[4])))
-
-
-def packing_arguments(model, data, steps: int) -> list[str]:
-    """12 rows of 150 to 500 tokens, in 8 packs."""
-    more = (
-        f"--dataset_samples 12 --context_length 512 --num_epochs 2 --max_steps {steps} --packing true".split()
-    )
-    return arguments(model, data, "lora", *more)
 
 
 def test_a_run_learns_what_it_learns_unpacked(checkpoints, alpaca_file, one_rank):

@@ -7,7 +7,7 @@ import torch
 
 from data.batches import StepSampler
 from data.prefetch import ahead
-from tests.data.test_tokenizing import some_rows
+from tests.helpers.token_rows import some_rows
 
 CPU = torch.device("cpu")
 
@@ -54,3 +54,16 @@ def test_a_loop_that_ends_early_ends_the_thread():
     assert threading.active_count() == before + 1
     early.close()
     assert threading.active_count() == before
+
+
+def test_a_thread_that_makes_batches_and_fails_is_told():
+    """In its turn: after the steps that it made, and not by waiting for ever."""
+
+    def steps():
+        yield from ("first", "second")
+        raise OSError("the disk is gone")
+
+    made = ahead(steps(), torch.device("cpu"), pin=False)
+    assert [next(made), next(made)] == ["first", "second"]
+    with pytest.raises(OSError, match="the disk is gone"):
+        next(made)

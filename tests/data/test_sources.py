@@ -18,8 +18,8 @@ from benchmarks.make_checkpoint import byte_tokenizer
 from data.sources import RECIPES, Recipe, find_recipe, load_rows
 from data.tokenizing import prepare
 from options.errors import UserError
+from tests.helpers.small_tokenizers import BYTES
 
-BYTES = byte_tokenizer()
 # Everything that a row of text can do to a file format: quotes, line breaks, separators, other line ends.
 TRICKY = [
     {"instruction": 'Say "hi", twice', "input": "a\nb\n\nc", "output": "hi;\thi"},

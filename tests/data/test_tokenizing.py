@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import signal
 from itertools import pairwise
 
 import pytest
@@ -18,8 +19,8 @@ from data.rows import IGNORE, TokenizedRows
 from data.tokenizing import prepare, tokenize
 from options.errors import UserError
 from tests.helpers import chat_templates, small_tokenizers
-
-BYTES = byte_tokenizer()
+from tests.helpers.small_tokenizers import BYTES
+from tests.helpers.token_rows import SIZES, assert_places, expected, some_rows
 
 
 def qa(answer: str, question: str = "What?") -> Rendered:
@@ -177,6 +178,14 @@ def test_prepare_takes_the_format_that_the_user_names(tmp_path):
         prepare(file, "alpaca", -1, 100, BYTES)
 
 
+def test_row_numbers_are_the_datasets_own(tmp_path):
+    """Rows that are dropped are counted."""
+    rows = [{"question": "a", "answer": text} for text in ("b", "", "c", " ", "d")]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    prepared = prepare(str(tmp_path / "rows.jsonl"), "auto", -1, 100, byte_tokenizer())
+    assert prepared.dropped == 2 and prepared.numbers.tolist() == [1, 3, 5]
+
+
 def test_dummy_fills_the_context_to_the_last_token():
     rows = prepare("dummy", "auto", 3, 333, BYTES)
     assert rows.lengths().tolist() == [333] * 3
@@ -211,27 +220,23 @@ def _recorded(render, folder):
     return recording
 
 
-def some_rows(count: int) -> TokenizedRows:
-    """Rows of 2 to 13 tokens; no token is 0 or comes twice, so a row can be told by what it holds."""
-    generator = torch.Generator().manual_seed(count)
-    lengths = torch.randint(2, 14, (count,), generator=generator)
-    starts = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
-    total = int(starts[-1])
-    learned = torch.rand(total, generator=generator) < 0.6
-    learned[starts[1:] - 1] = True
-    return TokenizedRows(
-        torch.arange(1, total + 1, dtype=torch.int32), learned, starts, 0, 0, torch.arange(1, len(starts))
-    )
+def dying(numbers: range):
+    if 400 in numbers:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return examples._held(numbers)
 
 
-def expected(rows: TokenizedRows) -> dict[tuple, tuple]:
-    """{the tokens of a row: its targets}, written out by hand."""
-    table = {}
-    for start, end in pairwise(rows.starts.tolist()):
-        ids, learned = rows.tokens[start:end].tolist(), rows.learned[start:end].tolist()
-        nexts = [ids[i + 1] if learned[i + 1] else IGNORE for i in range(len(ids) - 1)]
-        table[tuple(ids)] = (*nexts, IGNORE)
-    return table
+def test_a_data_worker_that_is_killed(tmp_path, monkeypatch):
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role + ': ' + m.content + eos_token }}{% endfor %}"
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]
+    (tmp_path / "rows.jsonl").write_text((json.dumps({"messages": turns}) + "\n") * 2000)
+    monkeypatch.setattr(examples, "_render_held", dying)
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    with pytest.raises(
+        UserError, match="one of 2 processes that render its rows was killed; out of host memory"
+    ):
+        prepare(str(tmp_path / "rows.jsonl"), "auto", -1, 100, tokenizer)
 
 
 def unpadded(batch) -> dict[tuple, tuple]:
@@ -256,16 +261,6 @@ def run(rows, batch_size, accumulation, world, seed=42, epochs=1):
     return steps
 
 
-def assert_places(step) -> None:
-    """Of each micro-batch: every rank's learned tokens, each once, and as many as the rank has that has most."""
-    for batches in zip(*(part.batches for part in step), strict=True):
-        learned = [(b.targets.flatten() != IGNORE).nonzero()[:, 0].tolist() for b in batches]
-        for batch, own in zip(batches, learned, strict=True):
-            places = batch.places.tolist()
-            assert len(places) == len(set(places)) == max(map(len, learned))
-            assert places[: len(own)] == own
-
-
 def real(step) -> dict[tuple, tuple]:
     """{tokens: targets} of all ranks' rows in a step, each once; batches without targets left out."""
     batches = [b for part in step for b in part.batches if (b.targets != IGNORE).any()]
@@ -273,19 +268,6 @@ def real(step) -> dict[tuple, tuple]:
     merged = {ids: targets for table in tables for ids, targets in table.items()}
     assert len(merged) == sum(map(len, tables))
     return merged
-
-
-# rows, batch_size, accumulation, world
-SIZES = [
-    (16, 2, 2, 2),
-    (17, 2, 2, 2),
-    (1, 4, 2, 3),
-    (5, 1, 1, 8),
-    (23, 3, 2, 4),
-    (50, 4, 1, 2),
-    (13, 1, 5, 1),
-    (9, 2, 2, 2),
-]
 
 
 @pytest.mark.parametrize("size", SIZES)

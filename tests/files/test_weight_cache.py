@@ -23,7 +23,7 @@ from files.weight_cache import MANIFEST, NewCache, digest, packers, writing
 from options.errors import UserError
 from quantization.hqq import HQQ
 from quantization.nf4 import NF4
-from tests.files.test_bnb_weights import DENSE, QLORA, check, without_quantizing
+from tests.helpers.bnb_checkpoints import DENSE, QLORA, check, without_quantizing
 from tests.helpers.resuming import fill, run
 from tests.helpers.runs import dense_state, make_job, set_up
 

@@ -18,9 +18,9 @@ import export
 import finished.export
 from files.names import ADAPTER
 from finished import finished_run
-from tests.finished.test_finished_run import saved_run, spoil_adapter
+from tests.helpers.adapters import args_for
 from tests.helpers.distributed import new_processes
-from tests.models.test_adapters import args_for
+from tests.helpers.finished_runs import saved_run, spoil_adapter
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,8 @@ import generate
 from files.names import ADAPTER
 from finished import generation
 from options.generate import Sampling, parse, read_prompts
-from tests.finished.test_finished_run import saved_run
-from tests.models.test_adapters import args_for
+from tests.helpers.adapters import args_for
+from tests.helpers.finished_runs import saved_run
 
 
 @pytest.fixture

@@ -20,12 +20,13 @@ from data.formats import ALPACA
 from data.tokenizing import prepare
 from finished.finished_run import load_model, open_run
 from models.lora import adapters_off
-from tests.data.test_sources import BYTES
-from tests.finished.test_finished_run import saved_run
+from tests.helpers.adapters import args_for
+from tests.helpers.finished_runs import saved_run
+from tests.helpers.here import HERE, context
+from tests.helpers.logits import IDS
 from tests.helpers.resuming import fill
 from tests.helpers.runs import dense_tensors, transformers_model
-from tests.models.test_adapters import IDS, args_for
-from tests.training.test_evaluator import HERE, context
+from tests.helpers.small_tokenizers import BYTES
 from training.evaluation import greedy
 
 

@@ -21,12 +21,14 @@ from checkpoints import model_writer
 from files.names import ADAPTER, INDEX
 from finished import layerwise
 from quantization.nf4 import NF4
-from tests.checkpoints.test_block_expansion import _status, all_tensors, described
-from tests.files.test_bnb_weights import pack_like_the_hub
-from tests.finished.test_finished_run import saved_run
 from tests.helpers import tiny
-from tests.models.test_adapters import IDS, args_for
-from tests.test_parity import biased
+from tests.helpers.adapters import args_for
+from tests.helpers.bnb_checkpoints import pack_like_the_hub
+from tests.helpers.expansion import all_tensors, described
+from tests.helpers.finished_runs import saved_run
+from tests.helpers.logits import IDS
+from tests.helpers.parity import biased
+from tests.helpers.proc import status
 
 DIFFERENCE = r"largest logit difference from the trained model: (\S+), of logits up to (\S+) "
 
@@ -328,9 +330,9 @@ def test_memory_stays_below_two_shards(made, alpaca_file, one_rank, tmp_path, mo
     monkeypatch.setattr(model_writer, "SHARD_BYTES", largest)
     assert sum(path.stat().st_size for path in base.glob("*.safetensors")) > 8 * largest
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
-    before = _status("VmRSS")
+    before = status("VmRSS")
     exported(tmp_path / "run", tmp_path / "out", "--check", "false")
-    grown = _status("VmHWM") - before
+    grown = status("VmHWM") - before
     assert len(weight_files(tmp_path / "out")) > 8
     assert grown < 2 * largest + adapter, f"{grown / largest:.2f} shards"
     shutil.rmtree(tmp_path)

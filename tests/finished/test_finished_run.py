@@ -8,31 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 
 from files.names import ADAPTER, BLOCKS
 from finished.finished_run import load_model, open_run, read_adapter
-from options import config as options
 from options.errors import UserError
-from tests.checkpoints.test_model_writer import save_and_compute
-from tests.models.test_adapters import IDS, args_for
-from tests.test_parity import biased
+from tests.helpers.adapters import args_for
+from tests.helpers.finished_runs import saved_run, spoil_adapter
+from tests.helpers.logits import IDS
+from tests.helpers.parity import biased
 
 CPU = torch.device("cpu")
-
-
-def saved_run(one_rank, folder, args) -> torch.Tensor:
-    """A RUN with random adapters (or weights) in `folder`; returns the logits of the model that saved it."""
-    folder.mkdir()
-    return one_rank(save_run, args, folder)[0]
-
-
-def save_run(place, args, folder):
-    from tests.helpers.runs import make_job
-
-    (folder / "config.yaml").write_text(options.dump_yaml(make_job(place, args).config))
-    return save_and_compute(place, args, folder)
 
 
 @pytest.mark.parametrize(
@@ -125,25 +110,6 @@ def test_new_blocks_of_another_model(checkpoints, alpaca_file, one_rank, tmp_pat
     (tmp_path / "run" / BLOCKS).unlink()
     with pytest.raises(UserError, match=rf"holds no result \({BLOCKS}\)"):
         open_run(tmp_path / "run")
-
-
-def spoil_adapter(run, change: str) -> None:
-    """Makes a RUN's adapter one of another shape or dtype, of no numbers, or with a tensor missing or in surplus."""
-    tensors = load_file(run / ADAPTER)
-    with safe_open(run / ADAPTER, framework="pt") as f:
-        metadata = f.metadata()
-    name = next(n for n in tensors if n.endswith("layers.1.mlp.up_proj.lora_B.weight"))
-    if change == "shape":
-        tensors[name] = tensors[name][:, :1].contiguous()
-    elif change == "dtype":
-        tensors[name] = tensors[name].to(torch.int8)
-    elif change == "nan":
-        tensors[name][3, 1] = float("nan")
-    elif change == "missing":
-        del tensors[name]
-    else:
-        tensors[name.replace("layers.1", "layers.7")] = tensors[name].clone()
-    save_file(tensors, run / ADAPTER, metadata=metadata)
 
 
 @pytest.mark.parametrize("change", ["shape", "dtype", "missing", "surplus"])

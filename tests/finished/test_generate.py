@@ -25,9 +25,10 @@ from options.errors import UserError
 from quantization.hqq import HQQ
 from quantization.layer import Linear4bit
 from quantization.nf4 import NF4
-from tests.finished.test_finished_run import saved_run
+from tests.helpers.adapters import args_for
+from tests.helpers.finished_runs import saved_run
+from tests.helpers.layers import ALPHA, I, O, R, dora, filled
 from tests.helpers.runs import dense_state, transformers_model
-from tests.models.test_adapters import ALPHA, I, O, R, args_for, dora, filled
 
 QUESTION, NEW = "Say red.", 8
 PENALTY = 3.0

@@ -18,10 +18,10 @@ import torch
 from transformers import AutoModelForCausalLM, GemmaTokenizer, LlamaTokenizer
 
 import export
-from tests.finished.test_finished_run import saved_run
 from tests.helpers import tiny
+from tests.helpers.adapters import args_for
+from tests.helpers.finished_runs import saved_run
 from tests.helpers.programs import ROOT
-from tests.models.test_adapters import args_for
 
 CONVERTER = Path(os.environ.get("LLAMA_CPP", "")) / "convert_hf_to_gguf.py"
 MISSING = [p for p in ("llama_cpp", "sentencepiece") if importlib.util.find_spec(p) is None]

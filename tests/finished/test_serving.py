@@ -21,9 +21,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import export
 from launch import processes as launch
-from tests.finished.test_finished_run import saved_run
+from tests.helpers.adapters import args_for
 from tests.helpers.chat_templates import CHATML
-from tests.models.test_adapters import args_for
+from tests.helpers.finished_runs import saved_run
 
 MISSING = [
     p

@@ -4,7 +4,6 @@ has them."""
 from __future__ import annotations
 
 import io
-import json
 import os
 import subprocess
 import sys
@@ -27,22 +26,13 @@ from options.errors import UserError
 from parallel.optimizers import make_optimizer
 from parallel.shards import fill
 from quantization.hqq import HQQ
-from quantization.layer import STORAGE, Linear4bit
+from quantization.layer import STORAGE
 from quantization.nf4 import NF4
 from tests.helpers import tiny
-from tests.helpers.programs import ROOT
+from tests.helpers.layers import quantized_like
+from tests.helpers.programs import ROOT, run_and_read
 from tests.helpers.runs import make_job
 from training.out_of_memory import explained
-
-
-def quantized(weight: torch.Tensor, quantizer=NF4()) -> Linear4bit:  # noqa: B008
-    """A layer that computes in the weight's dtype, on its device."""
-    with weight.device:
-        layer = Linear4bit(nn.Linear(weight.shape[1], weight.shape[0], bias=False), weight.dtype, quantizer)
-    layer.fill_buffers(weight.device)
-    for name, content in layer.pack("weight", weight).items():
-        getattr(layer, name).data.copy_(content)
-    return layer
 
 
 @pytest.mark.gpu
@@ -61,7 +51,7 @@ def test_storage_survives_the_copy_that_fsdp_makes():
 def test_dequantized_weight_is_bitsandbytes_own(dtype):
     weight = torch.randn(1024, 4096, device="cuda", dtype=dtype)
     codes, state = bnb.quantize_4bit(weight, blocksize=64, compress_statistics=True, quant_type="nf4")
-    assert torch.equal(quantized(weight).weight, bnb.dequantize_4bit(codes, state))
+    assert torch.equal(quantized_like(weight).weight, bnb.dequantize_4bit(codes, state))
 
 
 @pytest.mark.gpu
@@ -73,7 +63,7 @@ def test_bf16_layers_follow_their_equation(kind, o, i, r, quantizer):
     low-rank branch goes through the large matmul."""
     torch.manual_seed(0)
     x = torch.randn(64, i, device="cuda")
-    base = quantized(torch.randn(o, i, device="cuda", dtype=torch.bfloat16), quantizer)
+    base = quantized_like(torch.randn(o, i, device="cuda", dtype=torch.bfloat16), quantizer)
     layer = kind(base, (o, i), r, 2.5 * r, 0.0, torch.float32)
     w, a = base.weight.double(), torch.randn(r, i, device="cuda") * 0.05
     b, change = torch.randn(o, r, device="cuda") * 0.05, torch.randn(o, device="cuda")
@@ -98,15 +88,6 @@ def test_bf16_layers_follow_their_equation(kind, o, i, r, quantizer):
     )
     for got, wanted in pairs:
         assert (got.double() - wanted).norm() / wanted.norm() < 1e-2
-
-
-def run(args: list, out: Path, *launcher: str) -> list[dict]:
-    command = [sys.executable, *launcher, "train.py", *map(str, args), "--output_dir", str(out)]
-    done = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=dict(os.environ)
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
 # (moments in 8 bits, moments in managed memory). The second parameter is too small for either, and the third,
@@ -228,7 +209,7 @@ def optimizer_run(tmp_path: Path, name: str, world_size: int, batch_size: int) -
     args += ["--world_size", world_size, "--batch_size", batch_size]
     args += "--train_type full --precision fp32 --max_steps 6 --lr 1e-3 --wd 0.1".split()
     args += "--log_to stdout --save_model false".split()
-    return run(args, tmp_path / f"{name}-{world_size}")
+    return run_and_read(args, tmp_path / f"{name}-{world_size}")
 
 
 @pytest.mark.gpu
@@ -267,8 +248,8 @@ def test_two_gpus_equal_one(train_type, precision, tmp_path):
     data = tiny.write_alpaca(tmp_path / "data.jsonl")
     args = ["--model_name", model, "--dataset", data, "--train_type", train_type, "--precision", precision]
     args += "--max_steps 5 --lr 1e-3 --log_to stdout --save_model false".split()
-    one = run([*args, "--world_size", 1, "--batch_size", 4], tmp_path / "one")
-    two = run([*args, "--world_size", 2, "--batch_size", 2], tmp_path / "two")
+    one = run_and_read([*args, "--world_size", 1, "--batch_size", 4], tmp_path / "one")
+    two = run_and_read([*args, "--world_size", 2, "--batch_size", 2], tmp_path / "two")
     tolerance = 1e-4 if precision == "fp32" else 2e-2
     for a, b in zip(one, two, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=tolerance)

@@ -25,11 +25,11 @@ from monitoring.metrics import Meter
 from options.methods import HQQ_BITS
 from parallel.activation_offload import HostStash, Offloaded
 from quantization.hqq import HQQ
-from tests.gpu.test_layers import quantized
-from tests.gpu.test_packing import compiled_on_gpu
+from tests.helpers.compiled import compiled_on_gpu
+from tests.helpers.layers import quantized_like
+from tests.helpers.parity import arguments, biased
 from tests.helpers.resuming import NOISY, Signals, adapter, lines, repeated, run
 from tests.helpers.runs import dense_state, set_up, train_run
-from tests.test_parity import arguments, biased
 
 
 @pytest.mark.gpu
@@ -150,7 +150,7 @@ def test_a_checkpoint_loads_in_pieces(train_type, checkpoints, alpaca_file, one_
     assert found.keys() == stored.keys()
     for name, tensor in stored.items():
         packed = train_type == "qlora" and "_proj.weight" in name
-        expected = quantized(tensor.cuda()).weight.cpu() if packed else tensor
+        expected = quantized_like(tensor.cuda()).weight.cpu() if packed else tensor
         assert torch.equal(found[name].cpu(), expected), name
 
 

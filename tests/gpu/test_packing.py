@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch._dynamo.utils import counters
 
 from data.packing import PackSampler
 from data.prefetch import ahead
@@ -13,10 +12,11 @@ from launch.memory import can_pin
 from launch.precision import precision_here
 from models import attention
 from models.attention import VARLEN, attend_within_rows, has_varlen
-from tests.data.test_packing import by_definition, learn, packed_batch, packing_arguments, padded_batch
-from tests.data.test_tokenizing import some_rows
+from tests.helpers.compiled import compiled_on_gpu
+from tests.helpers.packing import by_definition, learn, packed_batch, packing_arguments, padded_batch
+from tests.helpers.parity import arguments
 from tests.helpers.runs import set_up, train_run
-from tests.test_parity import arguments
+from tests.helpers.token_rows import some_rows
 
 # Relative error of a whole tensor: about twice what rounding of inputs and probabilities makes of it.
 ROUNDING = {torch.bfloat16: 1.5e-2, torch.float16: 3e-3}
@@ -188,14 +188,6 @@ def test_compiled_layers_are_compiled_for_one_shape(checkpoints, alpaca_file, on
     plain = one_rank(train_run, [*args, "--compile", "false"])[0]
     torch.testing.assert_close(torch.tensor(compiled[0]), torch.tensor(plain[0]), rtol=2e-2, atol=0)
     torch.testing.assert_close(torch.tensor(compiled[2]), torch.tensor(plain[2]), rtol=1e-1, atol=0)
-
-
-def compiled_on_gpu(place, args) -> tuple:
-    """(`train_run`'s results, graphs that were made)."""
-    torch.compiler.reset()
-    before = counters["stats"]["unique_graphs"]
-    results = train_run(place, [*args, "--compile", "true"])
-    return results, counters["stats"]["unique_graphs"] - before
 
 
 @pytest.mark.gpu

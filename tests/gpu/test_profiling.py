@@ -16,9 +16,9 @@ import torch
 from launch.ranks import Place
 from monitoring.memory_history import BETWEEN, GpuEvents
 from monitoring.profiling import HISTORY_STEPS, MemoryRecorder, Profiler
-from tests.gpu.test_layers import run
 from tests.helpers import tiny
-from tests.monitoring.test_report import Page
+from tests.helpers.programs import run_and_read
+from tests.helpers.report_pages import Page
 
 GIB, MIB = 2**30, 2**20
 STEPS = 5
@@ -100,7 +100,7 @@ def profiled_run(tmp_path: Path, world: int) -> tuple[list[dict], Path]:
     args = ["--model_name", model, "--dataset", data, "--world_size", world, "--max_steps", STEPS]
     args += "--batch_size 4 --log_to stdout --save_model false --profile_memory --profile --repeat 1".split()
     args += ["--wait_steps", STEPS - 2, "--active_steps", 1, "--profiling_output", tmp_path / "traces"]
-    return run(args, tmp_path / "out"), tmp_path / "out"
+    return run_and_read(args, tmp_path / "out"), tmp_path / "out"
 
 
 @pytest.mark.gpu

@@ -1,4 +1,4 @@
-"""RUN folders that several tests ask."""
+"""RUN folders as training leaves them, some of which several tests ask."""
 
 from __future__ import annotations
 
@@ -6,14 +6,42 @@ import json
 import shutil
 from pathlib import Path
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+import train
 from files.names import ADAPTER
-from tests.data.test_formats import chat_tokenizer
-from tests.finished.test_finished_run import saved_run
+from options import config as options
 from tests.helpers import chat_templates
-from tests.models.test_adapters import args_for
+from tests.helpers.adapters import args_for
+from tests.helpers.logits import IDS
+from tests.helpers.runs import make_job, set_up
+from tests.helpers.small_tokenizers import chat_tokenizer
+
+
+def save_and_compute(place, args, folder) -> torch.Tensor:
+    """Saves what the run would save; returns the training model's own logits."""
+    job, model = set_up(place, args)
+    if job.config.method.saves == "model":
+        with torch.no_grad():  # so that what is saved is not what was loaded
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.mul_(1.01)
+    train.save(job, model, folder)
+    with torch.no_grad():
+        return model.eval()(input_ids=IDS.to(place.device), use_cache=False).logits.cpu()
+
+
+def saved_run(one_rank, folder, args) -> torch.Tensor:
+    """A RUN with random adapters (or weights) in `folder`; returns the logits of the model that saved it."""
+    folder.mkdir()
+    return one_rank(save_run, args, folder)[0]
+
+
+def save_run(place, args, folder):
+    (folder / "config.yaml").write_text(options.dump_yaml(make_job(place, args).config))
+    return save_and_compute(place, args, folder)
 
 
 def adapters_of_one_base(one_rank, folder: Path, base: Path, data: Path) -> list[Path]:
@@ -40,3 +68,22 @@ def run_in_chat_format(one_rank, folder: Path, base: Path) -> Path:
     (folder / "rows.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
     saved_run(one_rank, folder / "run", args_for(model, folder / "rows.jsonl", "bnb_dora"))
     return folder / "run"
+
+
+def spoil_adapter(run, change: str) -> None:
+    """Makes a RUN's adapter one of another shape or dtype, of no numbers, or with a tensor missing or in surplus."""
+    tensors = load_file(run / ADAPTER)
+    with safe_open(run / ADAPTER, framework="pt") as f:
+        metadata = f.metadata()
+    name = next(n for n in tensors if n.endswith("layers.1.mlp.up_proj.lora_B.weight"))
+    if change == "shape":
+        tensors[name] = tensors[name][:, :1].contiguous()
+    elif change == "dtype":
+        tensors[name] = tensors[name].to(torch.int8)
+    elif change == "nan":
+        tensors[name][3, 1] = float("nan")
+    elif change == "missing":
+        del tensors[name]
+    else:
+        tensors[name.replace("layers.1", "layers.7")] = tensors[name].clone()
+    save_file(tensors, run / ADAPTER, metadata=metadata)

@@ -29,6 +29,16 @@ def run(args, *launcher: str, **env: str) -> str:
     return out + err
 
 
+def run_and_read(args: list, out: Path, *launcher: str) -> list[dict]:
+    """The lines of metrics.jsonl of a run into the folder `out`."""
+    command = [sys.executable, *launcher, "train.py", *map(str, args), "--output_dir", str(out)]
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=dict(os.environ)
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
 def small(checkpoints, rows, out, *more) -> list:
     options = ["--max_steps", "4", "--batch_size", "2", "--lora_rank", "8", "--lr", "2e-3", *more]
     return ["--model_name", checkpoints(), "--dataset", rows, "--output_dir", out, *options]

@@ -6,6 +6,9 @@ from __future__ import annotations
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from benchmarks.make_checkpoint import byte_tokenizer
+
+BYTES = byte_tokenizer()
 SPECIAL = ["<s>", "</s>", "<unk>"]
 PARIS = [("a", "r"), ("i", "s"), ("ar", "is")]  # merges that all have in common
 
@@ -75,3 +78,11 @@ def byte_fallback() -> PreTrainedTokenizerFast:
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     backend.decoder = decoders.Sequence(steps)
     return _wrap(backend)
+
+
+def chat_tokenizer(template: str, eos: str = "<|im_end|>"):
+    """Of bytes."""
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"eos_token": eos})
+    tokenizer.chat_template = template
+    return tokenizer

@@ -55,12 +55,12 @@ _GEMMA = _COMMON | {
     "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
     "final_logit_softcapping": 5.0,
 }
-_GEMMA3_ROPE = {
+GEMMA3_ROPE = {
     "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
     "full_attention": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0},
 }
 # 12 of the 16 units of a head are rotated (Phi-4-mini); the long factors apply to more than 32 tokens.
-_LONG_ROPE = {
+LONG_ROPE = {
     "rope_type": "longrope",
     "rope_theta": 1000.0,
     "partial_rotary_factor": 0.75,
@@ -85,9 +85,9 @@ CONFIGS = {
     "qwen3": lambda: Qwen3Config(**_COMMON, head_dim=32),
     "qwen3_moe": lambda: Qwen3MoeConfig(**_COMMON, head_dim=32, **_EXPERTS),
     "gemma2": lambda: Gemma2Config(**_GEMMA, attn_logit_softcapping=2.0),
-    "gemma3": lambda: Gemma3TextConfig(**_GEMMA, rope_parameters=_GEMMA3_ROPE),
+    "gemma3": lambda: Gemma3TextConfig(**_GEMMA, rope_parameters=GEMMA3_ROPE),
     "phi3": lambda: Phi3Config(
-        **_COMMON, pad_token_id=0, original_max_position_embeddings=32, rope_parameters=_LONG_ROPE
+        **_COMMON, pad_token_id=0, original_max_position_embeddings=32, rope_parameters=LONG_ROPE
     ),
 }
 
@@ -168,7 +168,7 @@ def write_alpaca(path: Path, rows: int = 40) -> Path:
 def write_questions(path: Path, even: bool, rows: int = 40) -> Path:
     """Questions with answers of 1 to 13 numbers, or all of one length in tokens. Without Alpaca's long prompts a row has 50
     to 90 tokens: where rows only have to be learned, that is half the time, and a third in 16 bits, which many CPUs
-    emulate. (None of their gradients is so close to zero that AdamW would make a step of its rounding: test_parity.py.)"""
+    emulate. (None of their gradients is so close to zero that AdamW would make a step of its rounding: parity.py.)"""
     with path.open("w") as file:
         for i in range(rows):
             question = f"Count from {i} to {i * 5 % 40}."

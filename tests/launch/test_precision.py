@@ -16,9 +16,9 @@ from monitoring.metrics import Metrics
 from monitoring.tracking import Tracker
 from options.config import FIELDS
 from parallel.shards import whole
+from tests.helpers.parity import arguments, biased
 from tests.helpers.products import products
 from tests.helpers.runs import set_up, train_run, trained_tensors
-from tests.test_parity import arguments, biased
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 MODES = ["fp32", "bf16", "fp16_autocast", "bf16_autocast", "bf16_buffers_autocast"]

@@ -1,4 +1,4 @@
-"""export.py, evaluate.py and the others as they are typed: processes of their own, with what they show."""
+"""export.py, evaluate.py and the others as they are typed: processes of their own, with what they show, and where it goes."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import pytest
 
 from launch.program import typed_command
 from tests.helpers.programs import ROOT
+from tests.helpers.resuming import fill
 
 
 @pytest.mark.parametrize("program", ["train", "export", "generate", "evaluate", "report", "block_expansion"])
@@ -78,3 +79,52 @@ def test_stopped_by_a_signal(program, number, runs, alpaca_file, tmp_path):
     shown = process.communicate(timeout=60)
     assert process.returncode == 128 + number and shown == ("", "")
     assert not list(tmp_path.iterdir())
+
+
+TALKING = """
+import os, signal, sys
+from launch import processes as launch
+
+def talk(place):
+    os.kill(os.getpid(), signal.SIGUSR1)
+    for _ in range(100):
+        print("x" * 1000, flush=True)
+
+if __name__ == "__main__":
+    sys.exit(launch.start(talk, 1, (), "localhost", None))
+"""
+
+
+@pytest.mark.slow
+def test_a_full_disk_under_the_output_ends_no_rank(small_disk, tmp_path):
+    """Nor does a SIGUSR1 that comes before the rank listens."""
+    (tmp_path / "talking.py").write_text(TALKING)
+    fill(small_disk, leave=8 * 4096)
+    with (small_disk / "log").open("wb") as log:
+        command = [sys.executable, str(tmp_path / "talking.py")]
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        status = subprocess.run(command, env=environment, stdout=log, stderr=log, timeout=100).returncode
+    assert status == 0 and 4096 < (small_disk / "log").stat().st_size < 50_000
+
+
+OUTLASTING = (
+    "import os, sys; from launch.program import outlast; outlast(); print('a', end=''); {}; os._exit(0)"
+)
+
+
+@pytest.mark.parametrize("unbuffered, told", [("", "b"), ("1", "ab")])
+def test_output_is_buffered_as_python_was_asked_to(unbuffered, told):
+    """PYTHONUNBUFFERED is set where containers or batch systems show what a program prints."""
+    command = [sys.executable, "-c", OUTLASTING.format("print('b', file=sys.stderr)")]
+    environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=60
+    )
+    assert (done.returncode, done.stdout.decode().strip()) == (0, told)
+
+
+def test_a_program_without_output_runs():
+    """Closed by a shell's >&-, sys.stdout is None."""
+    command = [sys.executable, "-c", OUTLASTING.format("print('b')")]
+    closed = ["sh", "-c", '"$@" >&-', "sh", *command]
+    assert subprocess.run(closed, cwd=ROOT, timeout=60).returncode == 0

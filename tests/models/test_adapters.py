@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import peft
 import pytest
 import torch
-import torch.nn.functional as F
 from functorch.compile import make_boxed_func
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
@@ -13,9 +11,6 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM
 
 import models.dora
-import train
-from data.batches import Batch
-from data.rows import IGNORE
 from models.dora import DoRALinear
 from models.lora import LoRALinear
 from options.methods import METHODS
@@ -23,35 +18,14 @@ from quantization import operators as linear4bit
 from quantization.hqq import HQQ
 from quantization.layer import Linear4bit
 from quantization.nf4 import NF4
-from tests.helpers.runs import outputs, set_up, trained_tensors, transformers_model
+from tests.helpers.adapters import args_for, as_peft, trained_names
+from tests.helpers.layers import ALPHA, I, O, R, dora, filled, quantized
+from tests.helpers.logits import IDS, loss_and_logits, summed_cross_entropy
+from tests.helpers.runs import outputs, transformers_model
 from tests.helpers.tiny import CONFIGS
-from tests.test_quantize_layers import CPU, quantized
 
 QUANTIZERS = [NF4(), HQQ(8), HQQ(4), HQQ(2), HQQ(3, 48)]  # 48: groups cross rows, no row scales
-O, I, R, ALPHA = 48, 64, 8, 20  # noqa: E741
 LINEARS = "self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.o_proj mlp.gate_proj mlp.up_proj mlp.down_proj"
-IDS = torch.randint(0, 256, (2, 40), generator=torch.Generator().manual_seed(1))
-
-
-def filled(layer: LoRALinear, weight: torch.Tensor, bias: torch.Tensor, seed: int = 0) -> LoRALinear:
-    """A layer with its base packed from `weight`, and random adapters."""
-    generator = torch.Generator().manual_seed(seed)
-    for module in layer.modules():
-        if hasattr(module, "fill_buffers"):
-            module.fill_buffers(CPU)
-    params = dict(layer.named_parameters())
-    contents = layer.pack("weight", weight) | layer.pack("bias", bias)
-    for name, content in contents.items():
-        params[name].data.copy_(content)
-    for name in ("lora_A", "lora_B", "magnitude_change"):
-        if name in params:
-            values = torch.randn(params[name].shape, generator=generator) * 0.1
-            params[name].data = values.to(params[name].dtype)
-    return layer
-
-
-def dora(base: nn.Module, dropout: float = 0.0) -> DoRALinear:
-    return DoRALinear(base, (O, I), R, ALPHA, dropout, torch.float32)
 
 
 def equation(layer: DoRALinear, weight: torch.Tensor, bias: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -174,35 +148,6 @@ def test_doras_output_is_let_go_before_the_large_matmul_of_backward():
     assert set(y.users) <= set(before)
 
 
-def args_for(model, data, train_type: str, *more) -> list[str]:
-    adapters = ["--lora_rank", str(R), "--lora_alpha", str(ALPHA)] if METHODS[train_type].adapter else []
-    return ["--model_name", model, "--dataset", data, "--train_type", train_type, *adapters, *more]
-
-
-def as_peft(folder, state: dict, ours: dict, use_dora: bool, alpha: float = ALPHA):
-    """transformers' model with the weights that training computed with, under PEFT, with our adapters."""
-    base = transformers_model(folder, state)
-    names = sorted({name.split(".")[-2] for name in ours})
-    options = {"r": R, "lora_alpha": alpha, "target_modules": names, "use_dora": use_dora}
-    model = peft.get_peft_model(base, peft.LoraConfig(task_type="CAUSAL_LM", **options))
-    params = dict(model.named_parameters())
-    with torch.no_grad():
-        for name, tensor in ours.items():
-            layer, _, last = name.rpartition(".")
-            path = f"base_model.model.{layer}."
-            if last == "magnitude_change":
-                params[f"{path}lora_magnitude_vector.default.weight"].copy_(
-                    state[f"{layer}.weight"].norm(dim=1) + tensor
-                )
-            else:
-                params[f"{path}{last}.default.weight"].copy_(tensor)
-    return model
-
-
-def adapters_of(place, args):
-    return trained_tensors(set_up(place, args)[1])
-
-
 @pytest.mark.parametrize(
     ("kind", "train_type"),
     [(kind, t) for kind in ("llama_bias", "qwen2") for t in ("lora", "dora", "qlora", "bnb_dora")]
@@ -247,20 +192,6 @@ def test_the_loss_is_that_of_the_logits(kind, checkpoints, alpaca_file, one_rank
     assert loss == pytest.approx(summed_cross_entropy(logits), rel=1e-5)
 
 
-def loss_and_logits(place, args) -> tuple[float, torch.Tensor]:
-    _, model = set_up(place, args)
-    targets = IDS.roll(-1, 1)
-    targets[:, -1] = IGNORE
-    with torch.no_grad():
-        loss = train.loss_sum(model.eval(), Batch(IDS, targets)).item()
-        return loss, model(input_ids=IDS, use_cache=False).logits.clone()
-
-
-def summed_cross_entropy(logits: torch.Tensor) -> float:
-    """Of IDS, each token from those before it."""
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1), IDS[:, 1:].flatten(), reduction="sum").item()
-
-
 @pytest.mark.parametrize(
     "train_type", [t for t, m in METHODS.items() if m.quantizer != "hqq" and not m.expansion]
 )
@@ -275,10 +206,6 @@ def test_exact_set_of_trained_names(train_type, checkpoints, alpaca_file, one_ra
             dict(AutoModelForCausalLM.from_pretrained(checkpoints("llama_bias")).named_parameters())
         )
     assert names == expected
-
-
-def trained_names(place, args) -> set[str]:
-    return set(trained_tensors(set_up(place, args)[1]))
 
 
 @pytest.mark.parametrize(

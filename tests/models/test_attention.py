@@ -13,10 +13,10 @@ from models import attention
 from models.attention import CAUSAL, VARLEN, choose_attention
 from models.causal_lm import loss_sum
 from models.registry import FAMILIES, read_config
-from tests.data.test_packing import padded_batch
+from tests.helpers.packing import padded_batch
+from tests.helpers.parity import arguments
 from tests.helpers.runs import set_up
 from tests.helpers.tiny import CONFIGS
-from tests.test_parity import arguments
 
 ops = torch.ops.aten
 

@@ -25,9 +25,10 @@ from models.registry import FAMILIES, build_on_meta, read_config
 from options.errors import UserError
 from parallel.shards import whole
 from tests.helpers import tiny
+from tests.helpers.adapters import args_for, trained_names
+from tests.helpers.logits import IDS, loss_and_logits, summed_cross_entropy
+from tests.helpers.parity import arguments, assert_same
 from tests.helpers.runs import outputs, set_up, train_run, transformers_model
-from tests.models.test_adapters import IDS, args_for, loss_and_logits, summed_cross_entropy, trained_names
-from tests.test_parity import arguments, assert_same
 
 ATTENTION = {f"self_attn.{x}_proj" for x in "qkvo"}
 
@@ -44,9 +45,9 @@ ATTENTION = {f"self_attn.{x}_proj" for x in "qkvo"}
         ("gemma3", {"sliding_window": 64}),
         (
             "gemma3",
-            {"rope_parameters": dict.fromkeys(tiny._GEMMA3_ROPE, tiny._GEMMA3_ROPE["full_attention"])},
+            {"rope_parameters": dict.fromkeys(tiny.GEMMA3_ROPE, tiny.GEMMA3_ROPE["full_attention"])},
         ),
-        ("phi3", {"rope_parameters": tiny._LONG_ROPE | {"long_factor": tiny._LONG_ROPE["short_factor"]}}),
+        ("phi3", {"rope_parameters": tiny.LONG_ROPE | {"long_factor": tiny.LONG_ROPE["short_factor"]}}),
         ("qwen3_moe", {"norm_topk_prob": False}),
         ("qwen3_moe", {"num_experts_per_tok": 3}),
     ],

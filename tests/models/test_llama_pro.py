@@ -17,11 +17,12 @@ from models.llama_pro import NEW_LAYERS, check_can_leave_silence, new_layers
 from models.registry import FAMILIES, read_config
 from options.errors import UserError
 from quantization.layer import Linear4bit
-from tests.checkpoints.test_block_expansion import all_tensors, described, expand, transformers_logits
-from tests.checkpoints.test_model_writer import save_and_compute
 from tests.helpers import tiny
+from tests.helpers.adapters import args_for
+from tests.helpers.expansion import all_tensors, described, expand
+from tests.helpers.finished_runs import save_and_compute
+from tests.helpers.logits import transformers_logits
 from tests.helpers.runs import set_up, trained_tensors
-from tests.models.test_adapters import args_for
 
 
 @pytest.mark.parametrize("train_type", ["llama_pro", "bnb_llama_pro"])

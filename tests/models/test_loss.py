@@ -18,8 +18,8 @@ from data.packing import make_sampler
 from data.rows import IGNORE
 from models import loss
 from models.loss import FrozenEmbedding, Head, look_up, shard_vocabulary
+from tests.helpers.parity import arguments
 from tests.helpers.runs import set_up
-from tests.test_parity import arguments
 from wrapping import make_mesh
 
 HIDDEN, VOCABULARY, TOKENS = 16, 301, 23  # 301: two ranks get 151 and 150 rows, four 76, 76, 76, 73

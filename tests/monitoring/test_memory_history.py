@@ -22,7 +22,7 @@ from monitoring.memory_history import (
     curves_of,
 )
 from monitoring.memory_page import page, write_pages
-from tests.monitoring.test_report import CHROMIUM, HOSTILE, Page, screenshot
+from tests.helpers.report_pages import CHROMIUM, HOSTILE, Page, screenshot
 
 GIB = 2**30
 

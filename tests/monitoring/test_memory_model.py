@@ -15,9 +15,9 @@ from launch import memory
 from monitoring import memory_model as weight_arithmetic
 from monitoring.memory_model import Part, Share, WeightBytes, check_loaded
 from options.methods import METHODS
-from tests.files.test_bnb_weights import pack_like_the_hub
+from tests.helpers.bnb_checkpoints import pack_like_the_hub
+from tests.helpers.parity import arguments, biased
 from tests.helpers.runs import make_job
-from tests.test_parity import arguments, biased
 
 H, M, V, LAYERS, R = 64, 160, 300, 3, 8  # tests/helpers/tiny.py's Llama; rank of `arguments`
 WEIGHTS = LAYERS * (2 * H * H + 2 * H * (H // 2) + 3 * H * M)

@@ -13,7 +13,6 @@ import pytest
 import torch
 
 import train
-from launch.ranks import Place
 from monitoring.memory_history import BETWEEN
 from monitoring.profiling import (
     HISTORY_STEPS,
@@ -26,11 +25,11 @@ from monitoring.profiling import (
 )
 from options.errors import UserError
 from options.train import parse
+from tests.helpers.here import HERE
+from tests.helpers.report_pages import Page
 from tests.helpers.runs import whole_run
-from tests.monitoring.test_report import Page
 
 STEPS = HISTORY_STEPS + 1
-HERE = Place(0, 1, 0, 1, torch.device("cpu"))
 
 
 def profiled(*argv: str):

@@ -11,11 +11,7 @@ import json
 import math
 import re
 import shlex
-import shutil
-import subprocess
 import sys
-from html.parser import HTMLParser
-from pathlib import Path
 
 import pytest
 import torch
@@ -23,75 +19,23 @@ import torch
 import monitoring.report
 import report
 import train
-from data.batches import StepSampler
-from data.rows import TokenizedRows
 from files.output_folder import clear_output
 from monitoring.report_charts import downsample, number, running_mean, step_axis, value_axis
-from monitoring.run_facts import describe_run
 from options import config as options
 from options.errors import UserError
 from options.train import parse
 from tests.helpers import tiny
+from tests.helpers.report_pages import (
+    CHROMIUM,
+    HOSTILE,
+    Page,
+    make_run,
+    metrics,
+    page_of,
+    screenshot,
+    small_rows,
+)
 from tests.helpers.runs import whole_run
-
-HOSTILE = "</script><script>alert(1)</script>\"'><img src=x onerror=alert(2)>"
-
-
-class Page(HTMLParser):
-    """Tags with their attributes, the texts, the JSON of the charts."""
-
-    def __init__(self, text: str):
-        super().__init__()
-        self.tags, self.texts, self.charts, self._open = [], [], [], ""
-        self.feed(text)
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-        self._open = f"{tag} {dict(attrs).get('type', '')}".strip()
-
-    def handle_endtag(self, tag):
-        self._open = ""
-
-    def handle_data(self, data):
-        if self._open == "script application/json":
-            self.charts.append(json.loads(data))
-        elif self._open not in ("style", "script"):
-            self.texts.append(data)
-
-    @property
-    def text(self) -> str:
-        return " ".join(" ".join(self.texts).split())
-
-
-def metrics(step: int, **more) -> dict:
-    return {"step": step, "epoch": step / 10, "loss": 3.0 / step, "lr": 1e-4 * step, "grad_norm": 0.5 * step,
-            "tokens": 1000, "trained_tokens": 400, "step_seconds": 0.5, "tokens_per_second": 2000.0 + step,
-            "memory_allocated_gib": 1.25, "memory_reserved_gib": 1.5, **more}  # fmt: skip
-
-
-def small_rows() -> TokenizedRows:
-    """4 rows of 3, 5, 5 and 20 tokens; the last half of each is learned."""
-    lengths = torch.tensor([3, 5, 5, 20])
-    learned = torch.cat([torch.arange(n) >= n / 2 for n in lengths.tolist()])
-    starts = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
-    return TokenizedRows(
-        torch.ones(33, dtype=torch.int32), learned, starts, 7, 1, torch.arange(1, len(starts))
-    )
-
-
-def make_run(folder: Path, steps: list[dict], *argv: str) -> Path:
-    folder.mkdir()
-    given = ["--model_name", "some/model", "--dataset", "rows.jsonl", "--output_dir", str(folder), *argv]
-    (folder / "config.yaml").write_text(options.dump_yaml(parse(given)[0]))
-    rows = small_rows()
-    facts = describe_run(rows, StepSampler(rows, 2, 1, 0, 1, 0), torch.nn.Linear(3, 2), {})
-    (folder / "run.json").write_text(facts)
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(s) + "\n" for s in steps))
-    return folder
-
-
-def page_of(folder: Path) -> Page:
-    return Page(monitoring.report.write_report(folder).read_text(encoding="utf-8"))
 
 
 def test_it_shows_what_the_files_say(tmp_path):
@@ -343,9 +287,6 @@ def run_typed(python: str, script: str, *options: str) -> str:
     return name
 
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")
 def test_it_can_be_seen_in_a_browser_light_and_dark(tmp_path):
@@ -365,14 +306,3 @@ def test_it_can_be_seen_in_a_browser_light_and_dark(tmp_path):
         assert len({tuple(c) for c in levels.reshape(-1, 3)}) > 50  # text, smoothed at its edges
         curve = (abs(levels - list(line)).max(axis=-1) <= 3).nonzero()
         assert curve[1].max() - curve[1].min() > 700 and len(curve[0]) > 500  # from side to side
-
-
-def screenshot(page: Path, folder: Path, scheme: int) -> tuple[Path, str]:
-    """(a picture of the page, its document after the scripts) in a colour scheme: 0 dark, 1 light."""
-    picture = folder / f"{scheme}.png"
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
-             "--disable-component-update", "--disable-sync", "--hide-scrollbars", "--window-size=1000,1400",
-             f"--user-data-dir={folder}/profile{scheme}", f"--blink-settings=preferredColorScheme={scheme}",
-             f"--screenshot={picture}", "--dump-dom"]  # fmt: skip
-    done = subprocess.run([CHROMIUM, *flags, page.as_uri()], check=True, capture_output=True, timeout=60)
-    return picture, done.stdout.decode()

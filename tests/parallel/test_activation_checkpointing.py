@@ -1,5 +1,5 @@
-"""Compiled layers, and what layers keep for backward, change nothing but speed and memory; tolerances as in
-test_parity.py, which says why.
+"""Compiled layers, and what layers keep for backward, change nothing but speed and memory; tolerances:
+tests/helpers/parity.py, which says why.
 
 The compiler's own code generator needs a C++ compiler or a GPU; here all comes before it: tracing whole layers
 without a break, the graphs of forward and backward, and what is run again. tests/gpu/test_modes.py has the rest.
@@ -7,8 +7,6 @@ without a break, the graphs of forward and backward, and what is run again. test
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -17,7 +15,6 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 import train
-from models.loss import KERNELS
 from options.methods import METHODS
 from parallel import activation_checkpointing as recompute
 from parallel import activation_offload
@@ -30,32 +27,14 @@ from parallel.activation_checkpointing import (
     compiler,
 )
 from quantization import operators as linear4bit
+from tests.helpers.compiled import BESIDES, CHECKPOINTED, LAYERS, LINEARS, compiled_run, two_steps
+from tests.helpers.parity import PLAIN, TYPES, arguments, assert_same, biased
 from tests.helpers.products import products
 from tests.helpers.runs import set_up, train_run
-from tests.test_parity import TYPES, arguments, assert_same, biased
 from training import companions
 from training.bad_steps import BadSteps
 
-PLAIN = ["--batch_size", "4", "--use_gradient_checkpointing", "false"]
-CHECKPOINTED = ["--batch_size", "4", "--use_gradient_checkpointing", "true"]
-LAYERS, LINEARS = 3, 7  # of the tiny Llama, and in each layer
 SLOW_FAMILIES = [("gemma2", 2), ("gemma3", 3), ("qwen2", 2)]  # two steps of Gemma 3's take 20 s
-BESIDES = 4  # graphs of the norm after the layers and of the loss's three kernels
-
-
-def loss_compiled_with(backend: str):
-    """The loss is compiled like the layers; Inductor's own kernels of it are in tests/models/test_loss.py."""
-    kernels = tuple(torch.compile(kernel, backend=backend) for kernel in KERNELS[False])
-    return mock.patch.dict(KERNELS, {True: kernels})
-
-
-def compiled_run(place, argv: list[str]):
-    """(`train_run`'s results, graphs that were made)."""
-    torch.compiler.reset()  # as in a fresh process
-    before = counters["stats"]["unique_graphs"]
-    with mock.patch.object(train, "compiler", lambda: compiler("aot_eager")), loss_compiled_with("aot_eager"):
-        results = train_run(place, [*argv, "--compile", "true"])
-    return results, counters["stats"]["unique_graphs"] - before
 
 
 @pytest.mark.parametrize(
@@ -77,14 +56,6 @@ def test_compiled(train_type, checkpointing, checkpoints, even_rows, plain_run, 
     # One for each kind of layer, with and without a gradient for its input.
     kinds = 4 if METHODS[train_type].expansion else {"full": 1}.get(train_type, 2)
     assert graphs == kinds + BESIDES
-
-
-def two_steps(model: Path, folder: Path) -> list[str]:
-    """Arguments of rows of one length, so that each kind of layer is compiled once, beyond the tiny models' windows and
-    short tables."""
-    data = folder / "rows.jsonl"
-    data.write_text("".join(json.dumps({"text": letter * 40}) + "\n" for letter in "abcd"))
-    return arguments(model, data, "bnb_dora", "--num_epochs", "2", "--max_steps", "2")
 
 
 @pytest.mark.parametrize(

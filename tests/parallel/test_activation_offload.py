@@ -17,9 +17,9 @@ from models.registry import FAMILIES
 from parallel import activation_offload
 from parallel.activation_checkpointing import Keep, Recomputed
 from parallel.activation_offload import HostStash, Offloaded, Stashed
-from tests.parallel.test_activation_checkpointing import CHECKPOINTED, LAYERS, PLAIN, compiled_run
-from tests.parallel.test_optimizers import meta_model
-from tests.test_parity import arguments, assert_same
+from tests.helpers.adapters import meta_model
+from tests.helpers.compiled import CHECKPOINTED, LAYERS, compiled_run
+from tests.helpers.parity import PLAIN, arguments, assert_same
 from wrapping import _keep_last_output
 
 DEEP = 4

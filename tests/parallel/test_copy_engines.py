@@ -21,9 +21,9 @@ from models.loss import all_gather, ranks_of_a_copy, reduce_scatter
 from options.errors import UserError
 from parallel import copy_engines
 from parallel.copy_engines import Buffers, CopiedAllGather, CopiedReduceScatter, Trial, make_copies
+from tests.helpers.parity import arguments, assert_same
 from tests.helpers.products import products
 from tests.helpers.runs import train_run
-from tests.test_parity import arguments, assert_same
 
 CASES = [  # elements of a rank, dtype: buffers are made, met again, and too small
     (1000, torch.float32),

@@ -32,10 +32,10 @@ from parallel.inductor_passes import (
 )
 from quantization import operators as linear4bit
 from quantization.operators import WITHOUT_GRADIENT
+from tests.helpers.compiled import CHECKPOINTED, loss_compiled_with, two_steps
 from tests.helpers.distributed import once
+from tests.helpers.parity import PLAIN, arguments, assert_same
 from tests.helpers.runs import train_run
-from tests.parallel.test_activation_checkpointing import CHECKPOINTED, PLAIN, loss_compiled_with, two_steps
-from tests.test_parity import arguments, assert_same
 
 
 def rewritten_run(place, argv: list[str]):

@@ -19,11 +19,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
 
 import train
-from files.model_folder import CheckpointFiles
-from launch.precision import Precision
-from models.adapters import apply_method
 from models.family import clean
-from models.registry import FAMILIES, build_on_meta, read_config
 from options.config import FIELDS
 from options.errors import UserError
 from options.train import parse
@@ -35,6 +31,7 @@ from parallel.optimizers import (
     make_schedule,
     merged_blocks,
 )
+from tests.helpers.adapters import meta_model
 from tests.helpers.runs import train_run
 
 FUSED = {"fused_adamw": torch.optim.AdamW, "fused_adam": torch.optim.Adam}
@@ -293,15 +290,6 @@ def groups_by_name(model, name: str) -> tuple[set[str], set[str]]:
     found = [(names[p], g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]]
     assert len(found) == len(set(found)) == sum(p.requires_grad for p in model.parameters())
     return {n for n, wd in found if wd}, {n for n, wd in found if not wd}
-
-
-def meta_model(folder, train_type: str):
-    config, _ = parse(["--train_type", train_type, "--model_name", str(folder)])
-    model_config, family = read_config(folder)
-    model = build_on_meta(model_config, family)
-    apply_method(model, family, config, Precision(torch.float32, torch.float32), CheckpointFiles(folder))
-    assert family is FAMILIES["llama"]
-    return model
 
 
 @pytest.mark.parametrize("name", ["adamw", "fused_adamw", "adamw_8bit"])

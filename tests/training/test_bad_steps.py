@@ -5,63 +5,28 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
-import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from torch._subclasses.fake_tensor import FakeTensorMode
+from safetensors.torch import load_file
 from torch.distributed.fsdp import fully_shard
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.make_checkpoint import byte_tokenizer
-from checkpoints.storage import MANIFEST, folder_of
-from data import examples
+from checkpoints.storage import folder_of
 from data.batches import Step, StepSampler
-from data.prefetch import ahead
 from data.tokenizing import prepare
-from files.disk_room import append
-from files.names import INDEX
 from monitoring.metrics import HostMoment, Meter, Metrics, Reading
 from monitoring.tracking import NoTracker
 from options.errors import UserError
 from parallel.optimizers import make_optimizer
-from tests.helpers import tiny
-from tests.helpers.programs import ROOT
-from tests.helpers.resuming import fill, lines, run
+from tests.helpers.bad_rows import BAD_ROW
+from tests.helpers.resuming import lines, run
 from tests.helpers.runs import train_run
 from training.bad_steps import BAD_STEPS, BadSteps
 from wrapping import make_mesh
 
-BAD_ROW = 5  # of 12, from 1
 STEP = Step(0.1, [], 1, 1, torch.zeros(0))
-SECRETS = {"HF_TOKEN": "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", "WANDB_API_KEY": "5ec2e7" * 6 + "abcd"}
-
-
-@pytest.fixture(scope="module")
-def poisoned(checkpoints, tmp_path_factory) -> list:
-    """Options of a run in three steps of 4 rows, one of which is really NaN: a letter that only BAD_ROW has is so in
-    the model's embedding."""
-    folder = tmp_path_factory.mktemp("poisoned")
-    model = shutil.copytree(checkpoints(), folder / "model")
-    name = "model.embed_tokens.weight"
-    path = model / json.loads((model / INDEX).read_text())["weight_map"][name]
-    tensors = load_file(path)
-    tensors[name][byte_tokenizer()("z")["input_ids"][-1]] = math.nan
-    save_file(tensors, path, metadata={"format": "pt"})
-    rows = tiny.write_alpaca(folder / "rows.jsonl", 12).read_text().splitlines()
-    assert "z" not in "".join(rows)
-    spoilt = json.loads(rows[BAD_ROW - 1])
-    rows[BAD_ROW - 1] = json.dumps(spoilt | {"output": "z" + spoilt["output"]})
-    (folder / "rows.jsonl").write_text("\n".join(rows))
-    return ["--model_name", model, "--dataset", folder / "rows.jsonl", "--train_type", "bnb_dora", "--lora_rank", "8",
-            "--lr", "1e-2", "--seed", "3"]  # fmt: skip
 
 
 def test_a_nan_step_changes_nothing_on_any_rank(poisoned, two_ranks, tmp_path):
@@ -117,14 +82,6 @@ def sampled_rows(args, step: int) -> list[int]:
     sampler = StepSampler(rows, 4, 1, 0, 1, seed=3)
     (taken,) = [taken for i, (taken, _) in enumerate(sampler.deal(0), 1) if i == step]
     return sorted(int(i) + 1 for i in taken)
-
-
-def test_row_numbers_are_the_datasets_own(tmp_path):
-    """Rows that are dropped are counted."""
-    rows = [{"question": "a", "answer": text} for text in ("b", "", "c", " ", "d")]
-    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    prepared = prepare(str(tmp_path / "rows.jsonl"), "auto", -1, 100, byte_tokenizer())
-    assert prepared.dropped == 2 and prepared.numbers.tolist() == [1, 3, 5]
 
 
 def metrics(loss: float, norm: float) -> Metrics:
@@ -220,48 +177,13 @@ def test_a_fused_step_on_the_host_waits_for_the_gpus_answer(loss, steps):
     assert len(optimizer.state) == steps and torch.equal(parameter, torch.ones(2, 4)) == (not steps)
 
 
-class Copies(TorchDispatchMode):
-    """Whether tensors were copied from one device to another."""
-
-    seen = False
-
-    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        result = op(*args, **(kwargs or {}))
-        self.seen |= op is torch.ops.aten._to_copy.default and result.device != args[0].device
-        return result
-
-
 def reading(loss: float, norm: float) -> Reading:
     table = torch.tensor([[loss, norm]], dtype=torch.float64)
     return Reading(1, STEP, 1e-4, table, HostMoment(), table.sum().isfinite())
 
 
-def test_a_reading_waits_for_nothing():
-    """Numbers of the host get onto a GPU, here a fake, without a copy. All of a reading: tests/gpu/test_modes.py."""
-    with FakeTensorMode(), Copies() as copies:
-        meter = Meter(torch.device("cpu"), {"forward": 5, "backward": 6})
-        meter.device = torch.device("cuda", 0)
-        told = meter._memory()
-    assert [t.device.type for t in told] == ["cuda"] * 4 and not copies.seen
-
-
 def test_the_next_step_waits_for_what_the_scaler_goes_by():
     assert [guard(scale=scale).decides() for scale in (None, 1.0, 2.0**16)] == [False, True, True]
-
-
-def test_a_step_takes_what_is_between_its_ends(monkeypatch):
-    """Its optimizer's step too, and nothing of what was left out."""
-    now = [0.0]
-    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
-    meter, laps = Meter(torch.device("cpu"), {}), []
-    for work, evaluation in ((1, 5), (10, 0), (20, 0)):
-        now[0] += work
-        laps.append(meter.lap())
-        now[0] += evaluation
-        if evaluation:
-            meter.restart()
-    now[0] += 1000
-    assert [lap.seconds() for lap in laps] == [1, 10, 20]
 
 
 @pytest.mark.parametrize("most, stops", [(-1, [False] * 4), (0, [True] * 4), (2, [False, False, True, True])])
@@ -274,32 +196,6 @@ def test_how_many_bad_steps_end_a_run(most, stops):
         found.append(judge.stop)
     assert found == stops and counted.bad_steps == len(stops)
     assert judge.judge(metrics(1.0, 1.0), None).bad_steps == len(stops), "a good step does not forget the bad"
-
-
-@pytest.fixture(scope="module")
-def ended(poisoned, tmp_path_factory):
-    """(folder, exit status, stdout, stderr) of a run that --max_bad_steps 0 ends, started as users start one, with
-    all that can tell secrets switched on, and secrets in its environment."""
-    out = tmp_path_factory.mktemp("ended") / "out"
-    options = ["--batch_size", "4", "--world_size", "1", "--max_bad_steps", "0", "--output_dir", out]
-    options += [
-        "--log_to",
-        "wandb",
-        "--verbose",
-        "--sample_every",
-        "2",
-        "--sample_tokens",
-        "2",
-        "--eval_share",
-        "0.1",
-        "--save_every",
-        "1",
-    ]
-    command = [sys.executable, "train.py", *map(str, [*poisoned, *options])]
-    done = subprocess.run(
-        command, cwd=ROOT, env=os.environ | SECRETS, capture_output=True, text=True, timeout=150
-    )
-    return out, done.returncode, done.stdout, done.stderr
 
 
 def test_too_many_bad_steps_end_a_run_which_is_saved(ended):
@@ -315,106 +211,3 @@ def test_too_many_bad_steps_end_a_run_which_is_saved(ended):
     assert BAD_ROW in json.loads((out / BAD_STEPS).read_text())["rows"]
     assert all(t.isfinite().all() for t in load_file(out / "adapter_model.safetensors").values())
     assert (out / "report.html").is_file() and (out / "loss.png").is_file()
-
-
-def test_secrets_are_in_no_file_of_a_run(ended):
-    out, _, shown, errors = ended
-    files = [path for path in out.rglob("*") if path.is_file()]
-    assert {"config.yaml", "run.json", "report.html", "samples.jsonl"} <= {path.name for path in files}
-    assert any(path.suffix == ".wandb" for path in files) and any(path.name == MANIFEST for path in files)
-    texts = {str(path): path.read_bytes() for path in files} | {"output": (shown + errors).encode()}
-    for secret in SECRETS.values():
-        assert [name for name, text in texts.items() if secret.encode() in text] == []
-
-
-TALKING = """
-import os, signal, sys
-from launch import processes as launch
-
-def talk(place):
-    os.kill(os.getpid(), signal.SIGUSR1)
-    for _ in range(100):
-        print("x" * 1000, flush=True)
-
-if __name__ == "__main__":
-    sys.exit(launch.start(talk, 1, (), "localhost", None))
-"""
-
-
-@pytest.mark.slow
-def test_a_full_disk_under_the_output_ends_no_rank(small_disk, tmp_path):
-    """Nor does a SIGUSR1 that comes before the rank listens."""
-    (tmp_path / "talking.py").write_text(TALKING)
-    fill(small_disk, leave=8 * 4096)
-    with (small_disk / "log").open("wb") as log:
-        command = [sys.executable, str(tmp_path / "talking.py")]
-        environment = os.environ | {"PYTHONPATH": str(ROOT)}
-        status = subprocess.run(command, env=environment, stdout=log, stderr=log, timeout=100).returncode
-    assert status == 0 and 4096 < (small_disk / "log").stat().st_size < 50_000
-
-
-OUTLASTING = (
-    "import os, sys; from launch.program import outlast; outlast(); print('a', end=''); {}; os._exit(0)"
-)
-
-
-@pytest.mark.parametrize("unbuffered, told", [("", "b"), ("1", "ab")])
-def test_output_is_buffered_as_python_was_asked_to(unbuffered, told):
-    """PYTHONUNBUFFERED is set where containers or batch systems show what a program prints."""
-    command = [sys.executable, "-c", OUTLASTING.format("print('b', file=sys.stderr)")]
-    environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=60
-    )
-    assert (done.returncode, done.stdout.decode().strip()) == (0, told)
-
-
-def test_a_program_without_output_runs():
-    """Closed by a shell's >&-, sys.stdout is None."""
-    command = [sys.executable, "-c", OUTLASTING.format("print('b')")]
-    closed = ["sh", "-c", '"$@" >&-', "sh", *command]
-    assert subprocess.run(closed, cwd=ROOT, timeout=60).returncode == 0
-
-
-def test_lines_that_a_full_disk_does_not_take_are_lost_as_a_whole(small_disk):
-    told = []
-    fill(small_disk, leave=4096)
-    append(small_disk / "lines", "first\n", told.append)
-    append(small_disk / "lines", "second" * 1000 + "\n", told.append)
-    append(small_disk / "lines", "third\n", told.append)
-    assert (small_disk / "lines").read_text() == "first\nthird\n"
-    assert [text.partition("(")[0] for text in told] == [
-        f"WARNING: {small_disk / 'lines'}: No space left on device; lines of it are lost, and training goes on"
-    ]
-
-
-def test_a_thread_that_makes_batches_and_fails_is_told():
-    """In its turn: after the steps that it made, and not by waiting for ever."""
-
-    def steps():
-        yield from ("first", "second")
-        raise OSError("the disk is gone")
-
-    made = ahead(steps(), torch.device("cpu"), pin=False)
-    assert [next(made), next(made)] == ["first", "second"]
-    with pytest.raises(OSError, match="the disk is gone"):
-        next(made)
-
-
-def dying(numbers: range):
-    if 400 in numbers:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return examples._held(numbers)
-
-
-def test_a_data_worker_that_is_killed(tmp_path, monkeypatch):
-    tokenizer = byte_tokenizer()
-    tokenizer.chat_template = "{% for m in messages %}{{ m.role + ': ' + m.content + eos_token }}{% endfor %}"
-    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]
-    (tmp_path / "rows.jsonl").write_text((json.dumps({"messages": turns}) + "\n") * 2000)
-    monkeypatch.setattr(examples, "_render_held", dying)
-    monkeypatch.setattr(os, "cpu_count", lambda: 2)
-    with pytest.raises(
-        UserError, match="one of 2 processes that render its rows was killed; out of host memory"
-    ):
-        prepare(str(tmp_path / "rows.jsonl"), "auto", -1, 100, tokenizer)

@@ -6,7 +6,6 @@ import dataclasses
 import json
 import math
 import types
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -18,35 +17,21 @@ from transformers import AutoModelForCausalLM
 
 import train
 from data.batches import StepSampler, make_batch
-from data.evaluation_sets import held_rows, prepare_sets, prompt_of, stop_tokens
-from data.formats import ALPACA, FORMATS, QA
+from data.formats import FORMATS
 from data.rows import IGNORE
 from data.tokenizing import tokenize
 from files.names import ADAPTER
 from finished.finished_run import load_model, open_run
-from launch.precision import choose_precision
-from launch.ranks import Place
 from monitoring.tracking import NoTracker
 from options.train import parse
-from tests.data.test_sources import BYTES
+from tests.helpers.adapters import as_peft
+from tests.helpers.evaluation import options
+from tests.helpers.here import HERE, context
 from tests.helpers.runs import dense_tensors, make_job, randomize, trained_tensors, whole_run
+from tests.helpers.small_tokenizers import BYTES
 from tests.helpers.tiny import write_alpaca
-from tests.models.test_adapters import as_peft
 from training import evaluator as evaluation
 from training.evaluation import greedy, grouped, mean_loss, perplexity
-
-HERE = Place(0, 1, 0, 1, torch.device("cpu"))
-PLAIN = choose_precision("fp32", False, False)
-
-
-def context():
-    return PLAIN.context("cpu")
-
-
-def options(checkpoints, data, *more) -> list[str]:
-    own = ["--model_name", checkpoints(), "--dataset", data, "--lora_rank", "8", "--batch_size", "5"]
-    own += ["--context_length", "256"]
-    return [str(a) for a in (*own, "--save_model", "false", *more)]
 
 
 class Recorder(NoTracker):
@@ -135,28 +120,6 @@ def test_rows_that_are_computed_together():
     assert parts(math.inf) == [[[1, 4, 3, 2], [0, 5]]]
     assert parts(6) == [[[1, 4]], [[3, 2, 0, 5]]]
     assert parts(6, growth=2) == [[[1, 4]], [[3], [2]], [[0, 5]]]
-
-
-def test_the_split(checkpoints, alpaca_file):
-    """Every row is on exactly one side; the seed decides which, and nothing else does."""
-
-    def sets(*more):
-        config, _ = parse(options(checkpoints, alpaca_file, *more))
-        _, rows, held = prepare_sets(config, BYTES, [257])
-        return [sorted(_texts(r)) for r in (rows, held.rows)] if held.rows else sorted(_texts(rows))
-
-    everything, (kept, held) = sets(), sets("--eval_share", "0.25")
-    assert sorted(kept + held) == everything and len(held) == 10
-    assert sets("--eval_share", "0.25", "--batch_size", "2") == [kept, held]
-    assert sets("--eval_share", "0.25", "--seed", "1") != [kept, held]
-    kept_of_four, four = sets("--eval_share", "0.25", "--eval_samples", "4")
-    assert kept_of_four == kept and len(four) == 4 and set(four) < set(held)
-    assert sets("--eval_dataset", alpaca_file, "--eval_samples", "3")[0] == everything
-
-
-def _texts(rows) -> list[str]:
-    starts = rows.starts.tolist()
-    return [BYTES.decode(rows.tokens[a:b]) for a, b in pairwise(starts)]
 
 
 def test_perplexity():
@@ -335,57 +298,13 @@ def test_greedy_is_transformers_generate(checkpoints, one_rank):
     assert greedy(model, [[7, 8, 9], prompt], 12, [], HERE, context)[1] == expected
 
 
-# Prompts
-
-
-def test_other_rows_are_put_as_the_data_is(checkpoints, alpaca_file, tmp_path):
-    """In the format that was recognised for the data, which the options keep; rows without its columns in their
-    own."""
-    both = {"question": "Why?", "answer": "So.", "instruction": "Do it.", "output": "Done."}
-    (tmp_path / "both.jsonl").write_text(json.dumps(both) + "\n")
-    (tmp_path / "qa.jsonl").write_text('{"question": "Who?", "answer": "I."}\n' * 3)
-    (tmp_path / "ask.txt").write_text("Why?\n")
-    why = QA.format(question="Why?")
-
-    def sets(data, *more):
-        given, _ = parse(options(checkpoints, data, *more, "--sample_every", "1"))
-        config, _, evaluation = prepare_sets(given, BYTES, [257])
-        return config, evaluation.prompts[0].text, evaluation.rows and _texts(evaluation.rows)
-
-    config, prompt, held = sets(tmp_path / "qa.jsonl", "--eval_dataset", tmp_path / "both.jsonl")
-    assert (config.dataset_format, prompt, held) == ("qa", why, [f"<s>{why}So.</s>"])
-    assert held_rows(config, BYTES)[0].text == f"{why}So."  # evaluate.py, later
-    config, prompt, _ = sets(alpaca_file, "--eval_dataset", tmp_path / "both.jsonl")
-    assert (config.dataset_format, prompt) == ("alpaca", ALPACA.format(instruction="Do it."))
-    for asked in ("ask.txt", "both.jsonl"):
-        assert sets(tmp_path / "qa.jsonl", "--sample_prompts", tmp_path / asked)[1] == why
-    _, prompt, held = sets(tmp_path / "qa.jsonl", "--eval_dataset", alpaca_file)
-    assert prompt == ALPACA.format(instruction="Say red.") and len(held) == 40
-
-
-def test_the_prompt_of_a_row(checkpoints):
-    rendered = FORMATS["alpaca"].render({"instruction": "Add.", "output": " 3 "}, BYTES, [])
-    made = prompt_of(rendered, BYTES, 1000)
-    assert made.text.endswith("Add.\n\n### Response:\n") and made.answer == "3"
-    assert made.ids == BYTES(made.text)["input_ids"]
-    assert prompt_of(rendered, BYTES, 7).ids == made.ids[-7:]
-    plain = prompt_of(FORMATS["completion"].render({"text": "a b c d e f g h i j"}), BYTES, 1000)
-    assert (plain.text, plain.answer) == ("a b c d e f g h", "")
-
-
-def test_stop_tokens(tmp_path):
-    assert stop_tokens(tmp_path, BYTES) == [BYTES.eos_token_id]
-    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [3, 4]}')
-    assert stop_tokens(tmp_path, BYTES) == [3, 4, BYTES.eos_token_id]
-
-
 # Bad input
 
 
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        (["--eval_share", "1"], "--eval_share 1.0: must be at least 0 and below 1"),
+        (["--eval_share", "1"], "--eval_share 1: must be at least 0 and below 1"),
         (["--eval_share", "0.001"], "--eval_share 0.001: of 40 rows it leaves none to evaluate on"),
         (["--eval_share", "0.999"], "--eval_share 0.999: of 40 rows it leaves none to train on"),
         (["--eval_share", "0.2", "--eval_dataset", "toy"], "--eval_share: has no effect with --eval_dataset"),

@@ -13,8 +13,8 @@ import train
 from launch.precision import precision_here
 from monitoring.memory_model import LAYER_ACTIVATIONS, Shape, WeightBytes, estimate
 from options.errors import UserError
+from tests.helpers.parity import arguments
 from tests.helpers.runs import make_job
-from tests.test_parity import arguments
 from training import out_of_memory
 from training.out_of_memory import changes, estimated, savings, shape_of
 

@@ -1,0 +1,75 @@
+"""data/evaluation_sets.py: which rows are held back, and how others and prompts are put."""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+
+from data.evaluation_sets import held_rows, prepare_sets, prompt_of, stop_tokens
+from data.formats import ALPACA, FORMATS, QA
+from options.train import parse
+from tests.helpers.evaluation import options
+from tests.helpers.small_tokenizers import BYTES
+
+
+def test_the_split(checkpoints, alpaca_file):
+    """Every row is on exactly one side; the seed decides which, and nothing else does."""
+
+    def sets(*more):
+        config, _ = parse(options(checkpoints, alpaca_file, *more))
+        _, rows, held = prepare_sets(config, BYTES, [257])
+        return [sorted(texts(r)) for r in (rows, held.rows)] if held.rows else sorted(texts(rows))
+
+    everything, (kept, held) = sets(), sets("--eval_share", "0.25")
+    assert sorted(kept + held) == everything and len(held) == 10
+    assert sets("--eval_share", "0.25", "--batch_size", "2") == [kept, held]
+    assert sets("--eval_share", "0.25", "--seed", "1") != [kept, held]
+    kept_of_four, four = sets("--eval_share", "0.25", "--eval_samples", "4")
+    assert kept_of_four == kept and len(four) == 4 and set(four) < set(held)
+    assert sets("--eval_dataset", alpaca_file, "--eval_samples", "3")[0] == everything
+
+
+def texts(rows) -> list[str]:
+    starts = rows.starts.tolist()
+    return [BYTES.decode(rows.tokens[a:b]) for a, b in pairwise(starts)]
+
+
+def test_other_rows_are_put_as_the_data_is(checkpoints, alpaca_file, tmp_path):
+    """In the format that was recognised for the data, which the options keep; rows without its columns in their
+    own."""
+    both = {"question": "Why?", "answer": "So.", "instruction": "Do it.", "output": "Done."}
+    (tmp_path / "both.jsonl").write_text(json.dumps(both) + "\n")
+    (tmp_path / "qa.jsonl").write_text('{"question": "Who?", "answer": "I."}\n' * 3)
+    (tmp_path / "ask.txt").write_text("Why?\n")
+    why = QA.format(question="Why?")
+
+    def sets(data, *more):
+        given, _ = parse(options(checkpoints, data, *more, "--sample_every", "1"))
+        config, _, evaluation = prepare_sets(given, BYTES, [257])
+        return config, evaluation.prompts[0].text, evaluation.rows and texts(evaluation.rows)
+
+    config, prompt, held = sets(tmp_path / "qa.jsonl", "--eval_dataset", tmp_path / "both.jsonl")
+    assert (config.dataset_format, prompt, held) == ("qa", why, [f"<s>{why}So.</s>"])
+    assert held_rows(config, BYTES)[0].text == f"{why}So."  # evaluate.py, later
+    config, prompt, _ = sets(alpaca_file, "--eval_dataset", tmp_path / "both.jsonl")
+    assert (config.dataset_format, prompt) == ("alpaca", ALPACA.format(instruction="Do it."))
+    for asked in ("ask.txt", "both.jsonl"):
+        assert sets(tmp_path / "qa.jsonl", "--sample_prompts", tmp_path / asked)[1] == why
+    _, prompt, held = sets(tmp_path / "qa.jsonl", "--eval_dataset", alpaca_file)
+    assert prompt == ALPACA.format(instruction="Say red.") and len(held) == 40
+
+
+def test_the_prompt_of_a_row(checkpoints):
+    rendered = FORMATS["alpaca"].render({"instruction": "Add.", "output": " 3 "}, BYTES, [])
+    made = prompt_of(rendered, BYTES, 1000)
+    assert made.text.endswith("Add.\n\n### Response:\n") and made.answer == "3"
+    assert made.ids == BYTES(made.text)["input_ids"]
+    assert prompt_of(rendered, BYTES, 7).ids == made.ids[-7:]
+    plain = prompt_of(FORMATS["completion"].render({"text": "a b c d e f g h i j"}), BYTES, 1000)
+    assert (plain.text, plain.answer) == ("a b c d e f g h", "")
+
+
+def test_stop_tokens(tmp_path):
+    assert stop_tokens(tmp_path, BYTES) == [BYTES.eos_token_id]
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [3, 4]}')
+    assert stop_tokens(tmp_path, BYTES) == [3, 4, BYTES.eos_token_id]

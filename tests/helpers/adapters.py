@@ -1,0 +1,58 @@
+"""Models as a train type makes them: the options that ask for one, what is trained of it, the same under PEFT."""
+
+from __future__ import annotations
+
+import peft
+import torch
+
+from files.model_folder import CheckpointFiles
+from launch.precision import Precision
+from models.adapters import apply_method
+from models.registry import FAMILIES, build_on_meta, read_config
+from options.methods import METHODS
+from options.train import parse
+from tests.helpers.layers import ALPHA, R
+from tests.helpers.runs import set_up, trained_tensors, transformers_model
+
+
+def args_for(model, data, train_type: str, *more) -> list[str]:
+    adapters = ["--lora_rank", str(R), "--lora_alpha", str(ALPHA)] if METHODS[train_type].adapter else []
+    return ["--model_name", model, "--dataset", data, "--train_type", train_type, *adapters, *more]
+
+
+def as_peft(folder, state: dict, ours: dict, use_dora: bool, alpha: float = ALPHA):
+    """transformers' model with the weights that training computed with, under PEFT, with our adapters."""
+    base = transformers_model(folder, state)
+    names = sorted({name.split(".")[-2] for name in ours})
+    options = {"r": R, "lora_alpha": alpha, "target_modules": names, "use_dora": use_dora}
+    model = peft.get_peft_model(base, peft.LoraConfig(task_type="CAUSAL_LM", **options))
+    params = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, tensor in ours.items():
+            layer, _, last = name.rpartition(".")
+            path = f"base_model.model.{layer}."
+            if last == "magnitude_change":
+                params[f"{path}lora_magnitude_vector.default.weight"].copy_(
+                    state[f"{layer}.weight"].norm(dim=1) + tensor
+                )
+            else:
+                params[f"{path}{last}.default.weight"].copy_(tensor)
+    return model
+
+
+def adapters_of(place, args) -> dict[str, torch.Tensor]:
+    return trained_tensors(set_up(place, args)[1])
+
+
+def trained_names(place, args) -> set[str]:
+    return set(trained_tensors(set_up(place, args)[1]))
+
+
+def meta_model(folder, train_type: str):
+    """Without contents."""
+    config, _ = parse(["--train_type", train_type, "--model_name", str(folder)])
+    model_config, family = read_config(folder)
+    model = build_on_meta(model_config, family)
+    apply_method(model, family, config, Precision(torch.float32, torch.float32), CheckpointFiles(folder))
+    assert family is FAMILIES["llama"]
+    return model

@@ -1,0 +1,39 @@
+"""A text of token ids, and what models make of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from transformers import AutoModelForCausalLM
+
+import train
+from data.batches import Batch
+from data.rows import IGNORE
+from tests.helpers.runs import set_up
+
+IDS = torch.randint(0, 256, (2, 40), generator=torch.Generator().manual_seed(1))
+
+
+def loss_and_logits(place, args) -> tuple[float, torch.Tensor]:
+    _, model = set_up(place, args)
+    targets = IDS.roll(-1, 1)
+    targets[:, -1] = IGNORE
+    with torch.no_grad():
+        loss = train.loss_sum(model.eval(), Batch(IDS, targets)).item()
+        return loss, model(input_ids=IDS, use_cache=False).logits.clone()
+
+
+def summed_cross_entropy(logits: torch.Tensor) -> float:
+    """Of IDS, each token from those before it."""
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1), IDS[:, 1:].flatten(), reduction="sum").item()
+
+
+def transformers_logits(folder: Path) -> torch.Tensor:
+    model, report = AutoModelForCausalLM.from_pretrained(
+        folder, output_loading_info=True, dtype=torch.float32
+    )
+    assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
+    with torch.no_grad():
+        return model.eval()(input_ids=IDS).logits

@@ -1,0 +1,81 @@
+"""Seven rows, padded and packed, what is learned of them, and attention within rows by its definition."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from contextlib import nullcontext
+from itertools import pairwise
+
+import torch
+
+import train
+from data.batches import Batch, make_batch
+from data.packing import make_packed
+from data.rows import TokenizedRows
+from models import attention
+from models.family import clean
+from parallel.shards import whole
+from tests.helpers.parity import arguments
+
+KERNEL = attention.varlen_attn  # torch's own, for its signature
+LENGTHS = [40, 9, 25, 33, 2, 60, 17]  # beyond the windows of 16 tokens and Phi-3's short tables of 32
+PACKS = [[0, 1, 2], [3, 4], [5, 6]]  # 74, 35 and 77 tokens
+
+
+def seven_rows() -> TokenizedRows:
+    generator = torch.Generator().manual_seed(5)
+    lengths = torch.tensor(LENGTHS)
+    starts = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+    total = int(starts[-1])
+    tokens = torch.randint(0, 256, (total,), generator=generator, dtype=torch.int32)
+    learned = torch.rand(total, generator=generator) < 0.7
+    learned[starts[:-1]] = True  # the first token of a row would be a target of the row before it
+    return TokenizedRows(tokens, learned, starts, 0, 0, torch.arange(1, len(starts)))
+
+
+def packed_batch() -> Batch:
+    """77 tokens wide: one line has none to spare, another 42. Two rows of no tokens fill up the bounds."""
+    return make_packed(seven_rows(), [torch.tensor(p) for p in PACKS], (3, 77), max(LENGTHS), 12)
+
+
+def padded_batch() -> Batch:
+    return make_batch(seven_rows(), torch.arange(len(LENGTHS)), (len(LENGTHS), max(LENGTHS)))
+
+
+def by_definition(q, k, v, cu_q, cu_k, max_q, max_k, **options):
+    """What torch's kernel computes, a row at a time; what no row covers is NaN. [tokens, heads, features]."""
+    inspect.signature(KERNEL).bind(q, k, v, cu_q, cu_k, max_q, max_k, **options)
+    assert torch.equal(cu_q, cu_k) and cu_q.dtype == torch.int32 and max_q == max_k
+    before, after = options["window_size"]
+    assert after == 0
+    parts, bounds = [], cu_q.tolist()
+    for start, end in pairwise(bounds):
+        assert end - start <= max_q
+        groups = q.shape[1] // k.shape[1]
+        one, keys, values = q[start:end], *(t[start:end].repeat_interleave(groups, 1) for t in (k, v))
+        scores = torch.einsum("qhd,khd->hqk", one, keys) * options["scale"]
+        place = torch.arange(end - start, device=q.device)
+        distance = place[:, None] - place
+        hidden = (distance < 0) | ((distance > before) & (before >= 0))
+        parts.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden, -math.inf).softmax(-1), values))
+    uncovered = torch.full_like(q[bounds[-1] :], math.nan)
+    return torch.cat([*parts, uncovered])
+
+
+def learn(model, batch: Batch, context=nullcontext()) -> tuple[float, dict[str, torch.Tensor]]:  # noqa: B008
+    model.zero_grad()
+    device = next(p.device for p in model.parameters() if p.requires_grad)  # an embedding may be on the host
+    with context:
+        loss = train.loss_sum(model, batch.to(device))
+    loss.backward()
+    trained = {clean(n): p.grad for n, p in model.named_parameters() if p.requires_grad}
+    return loss.item(), {name: whole(gradient).float().cpu() for name, gradient in trained.items()}
+
+
+def packing_arguments(model, data, steps: int) -> list[str]:
+    """12 rows of 150 to 500 tokens, in 8 packs."""
+    more = (
+        f"--dataset_samples 12 --context_length 512 --num_epochs 2 --max_steps {steps} --packing true".split()
+    )
+    return arguments(model, data, "lora", *more)

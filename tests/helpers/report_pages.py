@@ -1,0 +1,91 @@
+"""RUN folders that were never trained, and their pages: parsed, and seen by a browser."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+
+import torch
+
+import monitoring.report
+from data.batches import StepSampler
+from data.rows import TokenizedRows
+from monitoring.run_facts import describe_run
+from options import config as options
+from options.train import parse
+
+HOSTILE = "</script><script>alert(1)</script>\"'><img src=x onerror=alert(2)>"
+
+
+class Page(HTMLParser):
+    """Tags with their attributes, the texts, the JSON of the charts."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.tags, self.texts, self.charts, self._open = [], [], [], ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        self._open = f"{tag} {dict(attrs).get('type', '')}".strip()
+
+    def handle_endtag(self, tag):
+        self._open = ""
+
+    def handle_data(self, data):
+        if self._open == "script application/json":
+            self.charts.append(json.loads(data))
+        elif self._open not in ("style", "script"):
+            self.texts.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.texts).split())
+
+
+def metrics(step: int, **more) -> dict:
+    return {"step": step, "epoch": step / 10, "loss": 3.0 / step, "lr": 1e-4 * step, "grad_norm": 0.5 * step,
+            "tokens": 1000, "trained_tokens": 400, "step_seconds": 0.5, "tokens_per_second": 2000.0 + step,
+            "memory_allocated_gib": 1.25, "memory_reserved_gib": 1.5, **more}  # fmt: skip
+
+
+def small_rows() -> TokenizedRows:
+    """4 rows of 3, 5, 5 and 20 tokens; the last half of each is learned."""
+    lengths = torch.tensor([3, 5, 5, 20])
+    learned = torch.cat([torch.arange(n) >= n / 2 for n in lengths.tolist()])
+    starts = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+    return TokenizedRows(
+        torch.ones(33, dtype=torch.int32), learned, starts, 7, 1, torch.arange(1, len(starts))
+    )
+
+
+def make_run(folder: Path, steps: list[dict], *argv: str) -> Path:
+    folder.mkdir()
+    given = ["--model_name", "some/model", "--dataset", "rows.jsonl", "--output_dir", str(folder), *argv]
+    (folder / "config.yaml").write_text(options.dump_yaml(parse(given)[0]))
+    rows = small_rows()
+    facts = describe_run(rows, StepSampler(rows, 2, 1, 0, 1, 0), torch.nn.Linear(3, 2), {})
+    (folder / "run.json").write_text(facts)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(s) + "\n" for s in steps))
+    return folder
+
+
+def page_of(folder: Path) -> Page:
+    return Page(monitoring.report.write_report(folder).read_text(encoding="utf-8"))
+
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+def screenshot(page: Path, folder: Path, scheme: int) -> tuple[Path, str]:
+    """(a picture of the page, its document after the scripts) in a colour scheme: 0 dark, 1 light."""
+    picture = folder / f"{scheme}.png"
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
+             "--disable-component-update", "--disable-sync", "--hide-scrollbars", "--window-size=1000,1400",
+             f"--user-data-dir={folder}/profile{scheme}", f"--blink-settings=preferredColorScheme={scheme}",
+             f"--screenshot={picture}", "--dump-dom"]  # fmt: skip
+    done = subprocess.run([CHROMIUM, *flags, page.as_uri()], check=True, capture_output=True, timeout=60)
+    return picture, done.stdout.decode()

@@ -1,0 +1,54 @@
+"""Rows of tokens that can be told apart, and what steps must hold of them."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+
+from data.rows import IGNORE, TokenizedRows
+
+# rows, batch_size, accumulation, world
+SIZES = [
+    (16, 2, 2, 2),
+    (17, 2, 2, 2),
+    (1, 4, 2, 3),
+    (5, 1, 1, 8),
+    (23, 3, 2, 4),
+    (50, 4, 1, 2),
+    (13, 1, 5, 1),
+    (9, 2, 2, 2),
+]
+
+
+def some_rows(count: int) -> TokenizedRows:
+    """Rows of 2 to 13 tokens; no token is 0 or comes twice, so a row can be told by what it holds."""
+    generator = torch.Generator().manual_seed(count)
+    lengths = torch.randint(2, 14, (count,), generator=generator)
+    starts = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+    total = int(starts[-1])
+    learned = torch.rand(total, generator=generator) < 0.6
+    learned[starts[1:] - 1] = True
+    return TokenizedRows(
+        torch.arange(1, total + 1, dtype=torch.int32), learned, starts, 0, 0, torch.arange(1, len(starts))
+    )
+
+
+def expected(rows: TokenizedRows) -> dict[tuple, tuple]:
+    """{the tokens of a row: its targets}, written out by hand."""
+    table = {}
+    for start, end in pairwise(rows.starts.tolist()):
+        ids, learned = rows.tokens[start:end].tolist(), rows.learned[start:end].tolist()
+        nexts = [ids[i + 1] if learned[i + 1] else IGNORE for i in range(len(ids) - 1)]
+        table[tuple(ids)] = (*nexts, IGNORE)
+    return table
+
+
+def assert_places(step) -> None:
+    """Of each micro-batch: every rank's learned tokens, each once, and as many as the rank has that has most."""
+    for batches in zip(*(part.batches for part in step), strict=True):
+        learned = [(b.targets.flatten() != IGNORE).nonzero()[:, 0].tolist() for b in batches]
+        for batch, own in zip(batches, learned, strict=True):
+            places = batch.places.tolist()
+            assert len(places) == len(set(places)) == max(map(len, learned))
+            assert places[: len(own)] == own
