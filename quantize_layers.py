@@ -1,15 +1,8 @@
-"""4-bit linear layers whose storage FSDP can shard, and the streaming load that fills a sharded model.
+"""The streaming load: fills a sharded model from a checkpoint's files, one tensor at a time.
 
-Shapes: O output features, I input features, T tokens (all leading dimensions of x).
-
-A 4-bit weight is two frozen parameters, `codes` and `scales`, in a float storage dtype, their bytes never read
-as numbers, so that `fully_shard` shards, gathers and offloads both with the layer's other weights. What the
-bytes mean is the quantizer's business (quantization/quantizers.py).
-
-The storage dtype is fp32, whatever the compute dtype. In 16 bits the bytes would not survive: FSDP copies
-shards with torch._foreach_copy_, whose CUDA kernel converts bf16 and fp16 to float and back, which turns
-every NaN pattern - one element in 256 of random bytes - into the same NaN. For the same reason these
-parameters must never be cast: FSDP's param_dtype stays None where there are packed weights (wrapping.py).
+Each tensor is read and packed by one rank of a node, which sends the node's other ranks their shards. What
+becomes of a tensor is its module's business (`Packed` in quantization/layer.py), so nothing here knows
+adapters.
 """
 
 from __future__ import annotations

@@ -127,8 +127,9 @@ def wrap(
 
     units: names inside a layer, as WRAP_POLICIES gives them. cast: the dtype in which units are gathered
     whose parameters are all trained, in another dtype; all other units are gathered bit by bit as they are,
-    which packed weights need (adapters cast themselves). checkpointing: recompute each decoder layer in
-    backward (non-reentrant); offload_activations: keep what that needs, the layers' inputs, on the host.
+    which packed weights need (adapters cast themselves). keep: what each decoder layer keeps for backward;
+    the rest is recomputed there (non-reentrant). run: compiles a layer (`compiler`), or None.
+    offload_activations: the layers' inputs, which recomputation needs, are kept on the host.
     """
     stash = HostStash()
     # Of units within a layer, whose results are views. The warning is about in-place changes of them, which no

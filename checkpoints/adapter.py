@@ -1,4 +1,7 @@
-"""The trained adapter in PEFT's format (https://huggingface.co/docs/peft/developer_guides/checkpoint)."""
+"""Writes the trained adapter in PEFT's format.
+
+https://huggingface.co/docs/peft/developer_guides/checkpoint
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Copies of a rank's tensors in host memory, made while the GPU computes."""
+"""Copies of a rank's tensors in host memory, made while the GPU computes, for a checkpoint to be written."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""Checkpoints while a run trains: what is due, the copy to host memory, the write behind the training's back.
+"""Checkpoints while a run trains: what is due, and the write behind the training's back.
 
-The loop calls `load` once, `after` once per step, `finish` at the end; every rank does. What a checkpoint holds is in
-checkpoints/training_state.py, its files in checkpoints/storage.py.
+The loop calls `load` once, `after` once per step, `finish` at the end; every rank does. What a checkpoint
+holds is in checkpoints/training_state.py, its copies in host memory in checkpoints/host_copy.py, its files in
+checkpoints/storage.py.
 """
 
 from __future__ import annotations

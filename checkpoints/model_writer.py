@@ -1,8 +1,8 @@
-"""Writes a model folder out of another one's files: with more layers, or with some tensors trained.
+"""Writes a model folder of tensors copied out of another folder's files, made, or gathered from a model.
 
-What does not change is copied as bytes, PIECE bytes at a time, so host memory does not depend on the size of
-the model. Formats as in files/model_folder.py. Everything is written under temporary names; config.json, without
-which a folder is no model, gets its own last.
+What is copied goes as bytes, PIECE bytes at a time, so host memory does not depend on the size of the model.
+Formats as in files/model_folder.py. Everything is written under temporary names; config.json, without which a
+folder is no model, gets its own last.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """Which rank writes which part of a checkpoint, agreed upon through torch.distributed.checkpoint.
 
-torch's own planner sends a dozen objects for each tensor, back and forth between each rank and the first, in pickles that
-hold the interpreter: for some thousand tensors of eight ranks more than a second, in which the first one's training comes
-to few of its launches. Here a tuple goes one way, once in a run, and rests are taken between tensors (checkpoints/background.py).
+torch's own planner sends a dozen objects for each tensor, back and forth between each rank and the first, in
+pickles that hold the interpreter: for some thousand tensors of eight ranks more than a second, in which the
+first one's training comes to few of its launches. Here a tuple goes one way, once in a run, and rests are
+taken between tensors (checkpoints/background.py).
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ class CopyPlanner(SavePlanner):
         self.tensors: dict[str, dict] = {}
 
     def hold(self, layout: dict[str, torch.Tensor], local: dict[str, torch.Tensor]) -> None:
-        """What the next plan is of, as training_state.collect gives it; local: or copies of that."""
+        """What the next plan is of, as `collect` in training_state.py gives it; local: or copies of that."""
         self.layout, self.local = layout, local
 
     def agree(self, group: dist.ProcessGroup) -> None:

@@ -1,4 +1,8 @@
-"""What a run without adapters saves: the whole trained model, or Llama-Pro's new blocks alone."""
+"""What a run without adapters saves: the whole trained model, or Llama-Pro's new blocks alone.
+
+Rank 0 writes, in the format of checkpoints/model_writer.py; all ranks take part in gathering each tensor.
+`open_blocks` reads blocks that were saved alone.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,11 @@
-"""Batches of padded rows, and which rows make up an optimizer step."""
+"""Batches of padded rows, and which rows make up an optimizer step. Packed rows: data/packing.py.
+
+Which rows a step takes is decided for all ranks at once, so every rank knows the step's token counts without
+asking the others.
+
+Shapes: B lines of a micro-batch on one rank, T tokens of a line, P learned tokens of the batch, filled up
+with others, N rows of a packed batch. A line is one row, or with --packing several.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""A data set as texts: rows read, and rendered in a format."""
+"""A data set as texts: `read_examples` reads its rows and renders each in a format.
+
+Many rows with a chat template are rendered in several processes.
+"""
 
 from __future__ import annotations
 
@@ -57,8 +60,8 @@ def _format_of(recipe: Recipe, row: dict, dataset: str, dataset_format: str) -> 
 
 
 def find_format(dataset: str, dataset_format: str) -> tuple[str, list[str]]:
-    """(the name of the format that `prepare` renders in, the recipe's markers). Reads the data only where nothing
-    else tells. Raises UserError for what is wrong with it."""
+    """(the name of the format that `read_examples` renders in, the recipe's markers). Reads the data only
+    where nothing else tells. Raises UserError for what is wrong with it."""
     recipe, file = find_recipe(dataset)
     unknown = dataset_format == recipe.format == "auto"
     row = load_rows(recipe, file, 1).rows[0] if unknown else {}

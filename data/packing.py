@@ -127,7 +127,7 @@ def make_packed(
     most: int | None = None,
 ) -> Batch:
     """The rows of each pack behind one another, in a batch of that shape [B, T]; lines that are left over are
-    padding. packs: indices of rows; longest, bounds: as in PackSampler; most: as for data.learned_places."""
+    padding. packs: indices of rows; longest, bounds: as in PackSampler; most: as for `learned_places`."""
     ids, positions, of_row = torch.zeros(3, *shape, dtype=torch.int64)
     targets = torch.full(shape, IGNORE)
     for line, pack in enumerate(packs):

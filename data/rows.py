@@ -1,4 +1,7 @@
-"""A data set as tokens."""
+"""A data set as tokens: all its examples one after the other in flat tensors, which processes can share.
+
+Shapes: N tokens of all examples, R examples.
+"""
 
 from __future__ import annotations
 

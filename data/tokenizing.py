@@ -1,10 +1,6 @@
-"""Data: recipe -> rows -> tokens and targets -> batches of padded rows (of packed ones: data/packing.py).
+"""Texts -> tokens and targets: each row is tokenized once, before any process with a GPU is started.
 
-Rows are tokenized once, before any process with a GPU is started, into three flat tensors that all
-processes share. Which rows make up an optimizer step is decided here too, for all ranks at once, so every
-rank knows the step's token counts without asking the others.
-
-Shapes: B rows of a micro-batch, T tokens of its longest row.
+Shapes: L tokens of one example.
 """
 
 from __future__ import annotations

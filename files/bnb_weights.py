@@ -3,7 +3,7 @@
 The format is bitsandbytes' QuantState.as_dict, packed: beside `<name>.weight`, the codes, lie
 `<name>.weight.absmax`, `.quant_map`, with double quantization `.nested_absmax` and `.nested_quant_map`, and
 `.quant_state.bitsandbytes__nf4`, the UTF-8 bytes of a JSON object with shape, block sizes and offset. These are
-the same numbers that NF4 in quantization/quantizers.py stores, in other places: nothing is quantized again.
+the same numbers that NF4 in quantization/nf4.py stores, in other places: nothing is quantized again.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class BnbWeight:
 
     def check(self) -> None:
         """Raises UserError for anything but NF4 with the block sizes, tables and amounts of bytes that NF4 in
-        quantization/quantizers.py has."""
+        quantization/nf4.py has."""
         where = f"{self.folder / self.parts[''].file}: {self.name}"
         expected = {"quant_type": "nf4", "blocksize": NF4.block} | (
             {"nested_blocksize": SCALE_BLOCK} if self.double else {}

@@ -1,4 +1,4 @@
-"""What a disk takes: whether a folder can be written, room for files, lines added despite a full disk."""
+"""Checks that a folder is writable and has room, and writes that do not fail a run on a full disk."""
 
 from __future__ import annotations
 

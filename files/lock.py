@@ -1,4 +1,4 @@
-"""A lock that keeps other runs out of a folder."""
+"""The lock of a folder that one run at a time may write: flock(2) on the folder itself."""
 
 from __future__ import annotations
 

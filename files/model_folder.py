@@ -29,7 +29,7 @@ from quantization.quantizers import PackedWeight, Quantizer
 
 
 class StoredPacked(Protocol):
-    """A weight that some file holds packed: bnb_files.BnbWeight, weight_cache.CachedWeight."""
+    """A weight that some file holds packed: BnbWeight in bnb_weights.py, CachedWeight in weight_cache.py."""
 
     quantizer: Quantizer
 

@@ -1,4 +1,4 @@
-"""Names of the files in a RUN, and in a Hugging Face model folder."""
+"""Names, and patterns as of Path.glob, of the files in a RUN and in a Hugging Face model folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The folder that a run writes: whether it holds a run, may be written, and an earlier run's files out of it."""
+"""--output_dir before a run writes there: whether it may, and an earlier run's files removed."""
 
 from __future__ import annotations
 

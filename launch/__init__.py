@@ -1,5 +1,6 @@
-"""How a run is started and what it runs on: rank processes, nodes, signals, devices, precision, memory in use.
+"""How a run is started and what it runs on: processes, nodes, signals, devices, precision, memory in use.
 
 May import: options.
-Start in processes.py: `start` makes one process per GPU, `join` makes this one a rank of torchrun's.
+Start in start.py: `start` checks a run and has its ranks run it, in new processes (processes.py) or as
+torchrun's (torchrun.py).
 """

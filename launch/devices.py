@@ -1,4 +1,4 @@
-"""What the devices of this machine can do, and how a thread takes one."""
+"""Whether Triton runs on a device, and which device a thread works on."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ def triton_runs_on(device: torch.device) -> bool:
 
 
 def use(device: torch.device) -> None:
-    """Makes it this thread's own. By a stream of another than the first GPU, which each thread begins with, the process
-    would get a context on that one too: half a GiB of it, and a third of a second that holds the interpreter."""
+    """Makes the device this thread's current one. A thread begins with the first GPU: with a stream of
+    another it would open a context on the first one as well, which takes half a GiB there and holds the
+    interpreter for a third of a second."""
     if device.type == "cuda":
         torch.cuda.set_device(device)

@@ -1,7 +1,6 @@
 """Starts one process per GPU (or CPU rank), and ends all of them when one fails, with that one's message.
 
-Two ways in, one way through: `start` spawns the processes itself; under torchrun (or anything else that
-sets RANK, WORLD_SIZE and LOCAL_RANK) this process already is one of them.
+Under torchrun this process is a rank already: launch/torchrun.py. launch/start.py chooses.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How many ranks a run has, and what each of them is: its number, its node, its device, its processors."""
+"""The ranks of a run: how many there are, how they share a model, and what each one runs on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Starts a run's ranks, whoever makes their processes."""
+"""Checks a run and has its ranks run it: in new processes, or, under torchrun, in this one."""
 
 from __future__ import annotations
 

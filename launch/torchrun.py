@@ -1,4 +1,7 @@
-"""This process as a rank that torchrun, or whatever sets RANK and WORLD_SIZE, has started."""
+"""Makes this process one of the ranks that torchrun has started.
+
+Anything else that sets RANK, WORLD_SIZE, LOCAL_RANK and MASTER_ADDR will do as well.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ PREPARING = timedelta(days=1)  # for checks that download a model
 
 def join(run: Callable, prepare: Callable, verbose: bool = False) -> int:
     """Under torchrun: prepare(rank, world, local_rank, when the run began) on every rank, in a group that touches no
-    GPU, then run(place, what it returned). Returns the exit status. verbose: as of `start`.
+    GPU, then run(place, what it returned). Returns the exit status. verbose: tracebacks with errors.
 
     A UserError of `prepare`, which raises it on all ranks or none, passes through.
     """

@@ -25,7 +25,7 @@ class SummedLoss:
     ):
         """As the class's own; or with targets [B, T], the cross-entropy summed over those that are not IGNORE,
         all of which are at `places`. places, row_lengths: as Batch.places and Batch.lengths, the latter for a rotary
-        embedding that goes by them (longrope.py)."""
+        embedding that goes by them (models/longrope.py)."""
         rotary = getattr(self.base_model, "rotary_emb", None)
         if hasattr(rotary, "row_lengths"):
             rotary.row_lengths = row_lengths

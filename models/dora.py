@@ -1,14 +1,14 @@
 """DoRA (Liu et al., arXiv 2402.09353, sections 4.1 and 4.3): W' = m * (W + s B A) / ||W + s B A||_row.
 
 The norm is detached (section 4.3). m starts as ||W||_row of the weight that training computes with - the
-dequantized one - so step 0 is the base model. A bias is added after the scaling; dropout acts on the
-low-rank branch only. Equal to PEFT's DoRA on the same weights.
+dequantized one - so step 0 is the base model. A bias is added after the scaling; dropout acts on the low-rank
+branch only. Equal to PEFT's DoRA on the same weights.
 
 Shapes: O output features, I input features, R rank, T tokens.
 
-The norm is linear4bit.factored_norm, with ||W||^2 computed once, in fp32, at load. What is trained is
-m - ||W||, not m: with bf16 adapters (--precision bf16) m itself would be rounded by up to 0.4%, more than it
-moves in most runs, while the difference is rounded by 0.4% of the difference.
+The norm is `factored_norm` in quantization/operators.py, with ||W||^2 computed once, in fp32, at load. What
+is trained is m - ||W||, not m: with bf16 adapters (--precision bf16) m itself would be rounded by up to 0.4%,
+more than it moves in most runs, while the difference is rounded by 0.4% of the difference.
 """
 
 from __future__ import annotations

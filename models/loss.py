@@ -5,7 +5,7 @@ Where the head is frozen, its shards stay where they are: each rank computes the
 vocabulary for the tokens of all ranks, and the softmax is put together from the parts. What travels is hidden
 states, not the head (2 GiB for a vocabulary of 128k and 8,192 hidden units), and only those of a chunk are gathered
 at a time: the same slice of every rank's tokens. All ranks that share a head must therefore bring equally many tokens
-(data/tokenizing.py). The embedding is looked up likewise.
+(data/batches.py). The embedding is looked up likewise.
 
 Only tokens that are learned take part: the others, a prompt's and padding, have no loss, and the head would compute
 as much for each as for a learned one.

@@ -1,4 +1,4 @@
-"""Calls that wait until the GPU is busy."""
+"""A queue of callbacks, deferred until the GPU is busy; dropped when the run fails."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 
 class Later:
-    """A call that waits for a better moment, and what is to follow it. A run that fails before makes none."""
+    """One deferred call, and those that follow it. The loop makes them once the GPU has work queued."""
 
     def __init__(self):
         self.calls: list[Callable[[], None]] = []

@@ -5,7 +5,7 @@ comes from the shapes in the checkpoint's headers, the train type, the quantizer
 number of ranks. No parameter of the model that was made and loaded is asked, so that an error in making or loading it
 is none of the arithmetic's: a weight that is not sharded or not packed, or has another dtype, shows as a difference.
 
-B rows of a micro-batch, T tokens of the longest row, H hidden size, V vocabulary.
+T tokens of the longest row.
 """
 
 from __future__ import annotations

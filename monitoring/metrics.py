@@ -1,4 +1,9 @@
-"""Metrics of each optimizer step, over all ranks: read on the GPU, brought to the host, a line of metrics.jsonl."""
+"""Metrics of each optimizer step, over all ranks: measured by `Meter`, and read back from metrics.jsonl.
+
+Each rank's numbers of a step become a row of a table [ranks, columns]. Its columns: the rank's share of the
+loss, the gradient's norm, bytes allocated and reserved at the step's peak, and bytes in use after forward and
+after backward where these were measured. The table is on its way to the host while the GPU goes on.
+"""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
-"""The page about a run: <output_dir>/report.html.
+"""Writes the page about a run, <output_dir>/report.html: train.py at the end of a run, report.py again.
 
-train.py makes it at the end, report.py again. All that it shows is in the RUN: config.yaml, metrics.jsonl, samples.jsonl where
-there is one, and run.json, written when training starts: what no other file holds, about the data, the model,
-the machine and the versions.
+All that it shows is in the RUN: config.yaml, metrics.jsonl, samples.jsonl where there is one, and run.json.
+monitoring/run_files.py reads them, monitoring/report_page.py makes the page.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""run.json: what no other file of a RUN holds, about its data, model, machine and versions."""
+"""run.json: what no other file of a RUN holds, about its data, model, machine and versions.
+
+`describe_run` makes it when training starts; `check_facts` checks it when the report reads it.
+"""
 
 from __future__ import annotations
 

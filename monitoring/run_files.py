@@ -1,4 +1,4 @@
-"""A RUN's files as the report reads them."""
+"""Reads and checks the files of a RUN that report.html is made of."""
 
 from __future__ import annotations
 

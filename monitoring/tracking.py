@@ -1,4 +1,4 @@
-"""What a run tells while it trains: metrics.jsonl, a progress bar or lines, wandb, loss.png.
+"""Shows and writes a run's metrics while it trains: metrics.jsonl, a progress bar or lines, wandb, loss.png.
 
 Everything here hangs on the loop in single calls. Only rank 0 writes; the other ranks hold a tracker that
 drops what it gets.
@@ -32,7 +32,7 @@ class NoTracker:
         return {}
 
     def load_state_dict(self, state: dict) -> None:
-        """Nothing: `resume.tidy` has made the file whole before the tracker opened it."""
+        """Nothing: `tidy` in checkpoints/resume.py has made the file whole before the tracker opened it."""
 
     def log(self, metrics: Metrics) -> None: ...
 

@@ -1,18 +1,19 @@
 """Rewriting the compiler's graphs of decoder layers, by the hook that torch's Inductor has for it.
 
-Linears that read one x (the projections of attention, gate and up) do alone what can be done once. Each multiplies x with
-its own A, a matmul so narrow that reading x is what it costs; in backward A's gradient reads x again, and each adds its
-own gradient of x to the others'. In the modules, which transformers calls one by one, they know nothing of each other. In
-the graph of a layer they stand side by side: here their A's become one, and their operators of backward one each
-(quantization/operators.py takes any number). With checkpointing that is a dozen kernels less in each layer that go through all of x, or
-of its gradient.
+Linears that read one x (the projections of attention, gate and up) do alone what can be done once. Each
+multiplies x with its own A, a matmul so narrow that reading x is what it costs; in backward A's gradient
+reads x again, and each adds its own gradient of x to the others'. In the modules, which transformers calls
+one by one, they know nothing of each other. In the graph of a layer they stand side by side: here their A's
+become one, and their operators of backward one each (quantization/operators.py takes any number). With
+checkpointing that is a dozen kernels less in each layer that go through all of x, or of its gradient.
 
-The rewritten graph computes the same up to rounding: sums of the gradients of x are formed in the matmuls, not after them.
+The rewritten graph computes the same up to rounding: sums of the gradients of x are formed in the matmuls,
+not after them.
 
-DoRA's magnitudes of gate and up need sums over all tokens of their outputs times the gradients of these, the widest
-tensors that there are. Summed up afterwards, all four are in memory at once, beside the gradient that they came from. In
-the graph of backward each such sum is formed first, from what the gradient is computed from; then that takes the memory
-of an output.
+DoRA's magnitudes of gate and up need sums over all tokens of their outputs times the gradients of these, the
+widest tensors that there are. Summed up afterwards, all four are in memory at once, beside the gradient that
+they came from. In the graph of backward each such sum is formed first, from what the gradient is computed
+from; then that takes the memory of an output.
 """
 
 from __future__ import annotations

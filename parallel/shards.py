@@ -1,4 +1,4 @@
-"""Full contents of parameters that FSDP shards, and the shard of a rank."""
+"""Between a parameter's full contents and its shards: gather, fill, and which part a rank holds."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
 """4-bit weights: what the packed bytes mean, the matmul over them and its gradient, and their kernels.
 
 May import: options, launch.
-Start in quantizers.py: `Quantizer` is the interface, NF4 and HQQ the two that there are.
+Start in quantizers.py: `Quantizer` is the interface of NF4 (nf4.py) and HQQ (hqq.py). layer.py is the linear
+layer over either, operators.py its matmul.
 """

@@ -1,4 +1,11 @@
-"""Half-quadratic quantization with 8, 4, 3 or 2 bits."""
+"""HQQ, half-quadratic quantization with 8, 4, 3 or 2 bits, and its codes as a stream of bits.
+
+The hqq library computes the codes. A Triton kernel (quantization/hqq_kernel.py) makes weights of them on GPUs
+that Triton supports; elsewhere plain operations do, with the same result.
+
+Shapes: a weight [O, I], flattened, is `blocks` blocks of `block` weights; each has one scale and one zero
+point.
+"""
 
 from __future__ import annotations
 

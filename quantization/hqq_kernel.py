@@ -1,5 +1,5 @@
-"""HQQ's codes -> weights in one Triton kernel, for any number of bits. The result is that of the plain operations in
-quantization/quantizers.py, bit for bit (tests/gpu/test_modes.py).
+"""HQQ's codes -> weights in one Triton kernel, for any number of bits. The result is that of the plain
+operations in quantization/hqq.py, bit for bit (tests/gpu/test_modes.py).
 
 Imported only where there is a GPU that Triton supports.
 """

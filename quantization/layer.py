@@ -1,4 +1,16 @@
-"""A linear layer over a packed weight, in parameters that FSDP can shard."""
+"""A linear layer over a packed weight, in parameters that FSDP can shard, and what the load asks of a module.
+
+A packed weight is two frozen parameters, `codes` and `scales`, in a float storage dtype. Their bytes are
+never read as numbers, so that `fully_shard` shards, gathers and offloads both with the layer's other weights.
+What the bytes mean is the quantizer's business (quantization/quantizers.py).
+
+The storage dtype is fp32, whatever the compute dtype. In 16 bits the bytes would not survive: FSDP copies
+shards with torch._foreach_copy_, whose CUDA kernel converts bf16 and fp16 to float and back, which turns
+every NaN pattern, one element in 256 of random bytes, into the same NaN. For the same reason these parameters
+must never be cast: FSDP's param_dtype stays None where there are packed weights (wrapping.py).
+
+Shapes: O output features, I input features, R rank, T tokens (all leading dimensions of x).
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,11 @@
-"""QLoRA's NF4 with double quantization, as bitsandbytes packs it."""
+"""NF4 with double quantization, the 4-bit format of QLoRA, as bitsandbytes packs it.
+
+bitsandbytes computes the codes. A Triton kernel (quantization/nf4_kernel.py) makes weights of them on GPUs
+that Triton supports; elsewhere bitsandbytes' own operations do, with the same result.
+
+Shapes: a weight [O, I], flattened, is `blocks` blocks of 64 weights; each has one scale, its absolute
+maximum.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""NF4 with double quantization -> weights in one Triton kernel. bitsandbytes takes three (the scales' codes, their
-offset, the weights) and twice the time; the result is the same, bit for bit (tests/gpu/test_layers.py).
+"""NF4 with double quantization -> weights in one Triton kernel. bitsandbytes takes three (the scales' codes,
+their offset, the weights) and twice the time; the result is the same, bit for bit (tests/gpu/test_layers.py).
 
 Imported only where there is a GPU that Triton supports.
 """
@@ -69,8 +69,8 @@ def dequantize(
     out: torch.Tensor,
 ) -> torch.Tensor:
     """Fills out, the [O, I] weight, for O I a multiple of 64, and returns it. codes [O I / 2 or more], aligned to four
-    bytes, and scales uint8, as quantizers.NF4 has them; scale_values [256], row_scale [O] fp32 (row_scale, and rows that
-    lie apart: I a multiple of 64).
+    bytes, and scales uint8, as NF4 in nf4.py has them; scale_values [256], row_scale [O] fp32 (row_scale, and
+    rows that lie apart: I a multiple of 64).
 
     The kernel takes the scales apart by itself: views of them, made in Python, cost the host half as much as the launch."""
     n_words = out.numel() // 8

@@ -1,8 +1,9 @@
 """The 4-bit matmul and its gradient as operators that torch.compile takes whole.
 
 Opaque to the compiler on purpose: it would merge the backward's dequantization with the forward's, and keep
-16-bit weights in between. As operators they can be named by a checkpointing policy (parallel/activation_checkpointing.py), and each takes
-its low-rank branch into the big matmul, or adds it to the result in place.
+16-bit weights in between. As operators they can be named by a checkpointing policy
+(parallel/activation_checkpointing.py), and each takes its low-rank branch into the big matmul, or adds it to
+the result in place.
 
 Shapes: O output features, I input features, R rank, T tokens (all leading dimensions of x).
 """

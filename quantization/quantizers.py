@@ -1,8 +1,11 @@
-"""How a weight becomes codes and scales, and back: bitsandbytes' NF4, or HQQ with 8, 4, 3 or 2 bits.
+"""What all quantizers have in common: the interface `Quantizer`, and a checkpoint's tensor packed by one.
 
-One interface, `Quantizer`, over flat bytes; the layer that stores them (quantize_layers.py) and the load do not
-know which one it is. Shapes: O output features, I input features; a block is `block` consecutive weights of
-the flattened [O, I] that share a scale.
+A quantizer turns a weight into codes and scales, flat bytes, and back. The layer that stores the bytes
+(quantization/layer.py) and the load (quantize_layers.py) do not know which quantizer it is. There are two:
+NF4 (quantization/nf4.py) and HQQ (quantization/hqq.py).
+
+Shapes: O output features, I input features; a block is `block` consecutive weights of the flattened [O, I]
+that share a scale.
 """
 
 from __future__ import annotations

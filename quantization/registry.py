@@ -1,4 +1,6 @@
-"""Quantizers by the name that METHODS gives them: one class and one line here each."""
+"""The quantizers by the name that METHODS in options/config.py gives them. A new one is a class and a line
+here.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the loop calls beside the model, made for a rank whose model is set up."""
+"""Makes what the loop calls beside the model: optimizer, meter, evaluator, checkpoints and others."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from training.job import Job
 
 
 class Companions(NamedTuple):
-    """Each of them is called in single lines of the loop."""
+    """What the loop calls beside the model, each in single lines."""
 
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
@@ -50,7 +50,8 @@ def make_companions(
     stopping: NeverStop,
     save_best: Callable[[Path], None],
 ) -> Companions:
-    """Those of one rank. total: optimizer steps of the run; save_best: writes what is trained into a folder, collectively."""
+    """The companions of one rank, whose model is set up. total: optimizer steps of the run; save_best: writes
+    what is trained into a folder, collectively. Collective."""
     config, folder = job.config, Path(job.output_dir)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = make_optimizer(trained, config.optimizer, config.lr, config.wd)

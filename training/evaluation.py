@@ -1,4 +1,10 @@
-"""Loss and answers of a model that training has sharded: validation without a trace in the training."""
+"""Validation loss and greedy answers of a model that is being trained, sharded or not.
+
+Every rank goes through the same forward passes: FSDP's collectives need all ranks. Afterwards the model is as
+it was, and no random generator has been drawn from.
+
+Shapes: R rows, P prompts, V vocabulary.
+"""
 
 from __future__ import annotations
 

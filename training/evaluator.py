@@ -1,10 +1,8 @@
 """Evaluation while a run trains: validation loss, the best step kept, early stopping, samples.
 
-The loop calls `begin` once, `due` and `after` once per step; what is due is decided here. Every rank calls them and goes
-through the same forward passes: FSDP's collectives need all ranks. Nothing here draws from a random generator or
-leaves anything behind in the model, so a run with evaluation trains exactly as one without.
-
-Shapes: P prompts, T tokens, V vocabulary.
+The loop calls `begin` once, `due` and `after` once per step, on every rank; what is due is decided here.
+Losses and answers come from training/evaluation.py, which leaves nothing behind in the model and draws no
+random numbers, so a run with evaluation trains exactly as one without.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A run as the checks found it: what every rank needs, ready to start."""
+"""`Job`: a run that has been checked, with all that a rank needs to start it."""
 
 from __future__ import annotations
 

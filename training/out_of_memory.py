@@ -1,11 +1,9 @@
-"""CUDA out of memory, told so that one knows what to do: where the memory went, phase by phase, and the options that
-would help most, with what each would save.
+"""CUDA out of memory, told so that one knows what to do: where the memory went, phase by phase, and the
+options that would help most, with what each would save.
 
-What an option saves is the difference of two estimates, with it and without it; the estimate is the arithmetic of
-docs/memory.md, for the weights that of monitoring/memory_model.py. It need not be exact for that: what is left out - the
-allocator's rounding, NCCL's buffers, kernels' workspaces - is much the same in both.
-
-B rows of a micro-batch, T tokens of the longest row, H hidden size, V vocabulary.
+What an option saves is the difference of two estimates of monitoring/memory_model.py, with it and without it
+(the arithmetic of docs/memory.md). They need not be exact for that: what is left out - the allocator's
+rounding, NCCL's buffers, kernels' workspaces - is much the same in both.
 """
 
 from __future__ import annotations

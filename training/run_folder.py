@@ -1,4 +1,4 @@
-"""The RUN's folder when training starts: other runs kept out, an earlier run's files removed, or cut to a checkpoint."""
+"""The RUN's folder when training starts: locked, rid of an earlier run's files or cut to a checkpoint."""
 
 from __future__ import annotations
 
