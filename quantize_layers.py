@@ -13,11 +13,13 @@ from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import islice
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
 
 from files.model_folder import CheckpointFiles
 from files.tensors import Stage
@@ -34,7 +36,7 @@ from quantization.quantizers import PackedWeight, pack_weight
 
 
 def load_weights(
-    model: nn.Module,
+    model: PreTrainedModel,
     family: Family,
     files: CheckpointFiles,
     place: Place,
@@ -64,7 +66,7 @@ def load_weights(
     assert filled == set(params), f"not filled: {sorted(set(params) - filled)[:3]}"
 
 
-def _materialize(model: nn.Module, family: Family, device: torch.device, home: torch.device) -> None:
+def _materialize(model: PreTrainedModel, family: Family, device: torch.device, home: torch.device) -> None:
     model.to_empty(device=home)
     for module in model.modules():
         if isinstance(module, FrozenEmbedding) and module.on_host:
@@ -106,7 +108,8 @@ def _stream(model: nn.Module, params: dict, files: CheckpointFiles, place: Place
         ahead = deque(pool.submit(read, name, modules[name]) for name in islice(mine, workers))
         for i, name in enumerate(names):
             path, _, last = name.rpartition(".")
-            content, owner = dict.fromkeys(packs(modules[name], last)), i % place.local_world
+            owner = i % place.local_world
+            content: dict[str, Any] = dict.fromkeys(packs(modules[name], last))
             if owner == place.local_rank:
                 source = ahead.popleft().result()
                 if cache and isinstance(source, PackedWeight):
@@ -142,6 +145,7 @@ class Node:
     def share(self, param: nn.Parameter, full: torch.Tensor | None, owner: int) -> None:
         """Fills this rank's part of a parameter from the full contents, which the node's rank `owner` has."""
         if self.place.local_world == 1:
+            assert full is not None
             fill(param, full)
             return
         local = param.to_local() if isinstance(param, DTensor) else param
@@ -149,6 +153,7 @@ class Node:
         mine = torch.empty(rows, *param.shape[1:], dtype=param.dtype, device=self.place.device)
         parts = None
         if owner == self.place.local_rank:
+            assert full is not None
             assert full.shape == param.shape, f"{full.shape} for {param.shape}"
             full = full.to(param.dtype)
             ranks = range(self.first, self.first + self.place.local_world)

@@ -25,11 +25,12 @@ from torch.distributed.fsdp import (
     OffloadPolicy,
     fully_shard,
 )
+from transformers import PreTrainedModel
 
 from launch.memory import can_pin
 from models.dora import DoRALinear
 from models.family import Family
-from models.loss import freeze, shard_vocabulary
+from models.loss import Head, freeze, shard_vocabulary
 from parallel.activation_checkpointing import Keep, Recomputed, allow_graphs
 from parallel.activation_offload import HostStash, Offloaded
 from parallel.copy_engines import make_copies
@@ -101,7 +102,7 @@ def _wholly_trained(module: nn.Module) -> bool:
     return all(p.requires_grad for p in module.parameters())
 
 
-def embedding_on_host(model: nn.Module, family: Family) -> bool:
+def embedding_on_host(model: PreTrainedModel, family: Family) -> bool:
     """Whether the embedding may stay in host memory: nothing but look-ups needs it. It is a GiB, and a micro-batch needs
     some rows."""
     return (
@@ -111,7 +112,7 @@ def embedding_on_host(model: nn.Module, family: Family) -> bool:
 
 
 def wrap(
-    model: nn.Module,
+    model: PreTrainedModel,
     family: Family,
     mesh: DeviceMesh,
     *,
@@ -136,7 +137,7 @@ def wrap(
     # model of transformers makes, and tests/test_matrix.py would show.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
 
-    layers = model.get_submodule(family.layers)
+    layers = family.decoder_layers(model)
     ignored: set[nn.Parameter] = set()
     # One GPU needs no FSDP, whose gathering would be copying, unless it casts or offloads.
     casts = cast is not None and any(_wholly_trained(layer) for layer in layers)
@@ -165,11 +166,11 @@ def wrap(
                 layer.set_submodule(name, Recomputed(layer.get_submodule(name), Keep.ALL, run))
             shard(layer.get_submodule(name))
         # The wrapper goes inside the unit: recomputation must find the layer gathered, not gather again.
-        layers[i] = Recomputed(layer, keep, None if units else run)
+        layers[i] = recomputed = Recomputed(layer, keep, None if units else run)
         kept = bool(run) and not units and keep is Keep.NOTHING and _keep_last_output(layer, family, offload)
         if offload_activations or kept:
             ends = {"first": i == 0, "last": i == len(layers) - 1}
-            layers[i] = Offloaded(layers[i], stash, inputs=offload_activations, results=kept, **ends)
+            layers[i] = Offloaded(recomputed, stash, inputs=offload_activations, results=kept, **ends)
         shard(layers[i])
     # Looked up in any case: a family with another name for it would fail only where it is compiled, on GPUs. Not compiled it
     # would go through the hidden states in fp32, a dozen times in backward.
@@ -178,25 +179,27 @@ def wrap(
         model.set_submodule(family.norm, Recomputed(norm, Keep.ALL, run))
         allow_graphs([m for m in model.modules() if isinstance(m, Recomputed)])
     head, embedding = model.get_submodule(family.head), model.get_submodule(family.embedding)
+    assert isinstance(head, Head) and isinstance(embedding, nn.Embedding)
     head.compiled = run is not None
     frozen = [m for m in (embedding, head) if not m.weight.requires_grad and sharded]
     tied = model.config.tie_word_embeddings
     for modules in [frozen] if tied and frozen else [[m] for m in frozen]:
         shard_vocabulary(modules, mesh)
-    ignored |= {m.weight for m in frozen}
+    ignored |= {m.weight for m in frozen if isinstance(m.weight, nn.Parameter)}
     if mesh.device_type == "cuda" and embedding_on_host(model, family):
         freeze(embedding).on_host = True
     if not tied:
-        for module in (embedding, head):
-            if module not in frozen:
-                shard(module)
+        for end in (embedding, head):
+            if end not in frozen:
+                shard(end)
     shard(model)
     copies = make_copies(mesh)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             if copies:
-                module.set_custom_all_gather(copies[0])
-                module.set_custom_reduce_scatter(copies[1])
+                # They have the methods of torch's classes, which are private.
+                module.set_custom_all_gather(copies[0])  # type: ignore[arg-type]
+                module.set_custom_reduce_scatter(copies[1])  # type: ignore[arg-type]
             # The loss is already divided by the step's tokens over all ranks: gradients are summed.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)

@@ -52,11 +52,13 @@ class Resting(dict):
         super().__init__(items)
         self.background = background
 
-    def items(self) -> ItemsView:
+    def items(self) -> ItemsView:  # type: ignore[override] # as in other mappings
         return RestingItems(self)
 
 
 class RestingItems(ItemsView):
+    _mapping: Resting  # which ItemsView sets
+
     def __iter__(self) -> Iterator[tuple]:
         for item in dict.items(self._mapping):
             self._mapping.background.rest()

@@ -41,6 +41,7 @@ def positions(options: Options, layers: int) -> list[int]:
     elif options.new_blocks is not None:
         count = options.new_blocks
     else:
+        assert options.expansion_rate is not None
         count = max(1, math.floor(min(layers * options.expansion_rate, LAYERS) + 0.5))
     if layers + count > LAYERS:
         raise UserError(f"{layers} layers and {count:,} new ones: at most {LAYERS:,} are built")
@@ -74,7 +75,8 @@ def read_model(options: Options) -> tuple[PretrainedConfig, Family, CheckpointFi
 def expanded_tensors(files: CheckpointFiles, family: Family, source: list[int]) -> dict[str, Entry]:
     """The tensors of the expanded model, each beside the one that it copies. source: as llama_pro.sources."""
     first = {layer: source.index(layer) for layer in source}
-    entries, silenced = {}, {i: set() for i, layer in enumerate(source) if i != first[layer]}
+    entries: dict[str, Entry] = {}
+    silenced: dict[int, set[str]] = {i: set() for i, layer in enumerate(source) if i != first[layer]}
     for name, entry in copied(files).items():
         layer, rest = family.place(name)
         if layer is None:
@@ -162,6 +164,7 @@ def _shards(entries: dict[str, Entry], files: CheckpointFiles) -> Shards:
 def put_back(options: Options) -> str:
     """Writes the expanded model with trained blocks in it; returns what to tell of it."""
     config, family, files = read_model(options)
+    assert options.blocks is not None
     path = Path(options.blocks).expanduser()
     if not path.is_file():
         raise UserError(f"--blocks {path}: no such file")

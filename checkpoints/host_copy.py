@@ -76,6 +76,7 @@ class HostCopy:
         self.allocate(local)
         if not self.stream:
             return self._copy(local)
+        assert self.marked is not None and self.copied is not None
         self.stream.wait_event(self.marked)
         with torch.cuda.stream(self.stream):
             copies = self._copy(local)

@@ -107,7 +107,7 @@ class Checkpoints:
         # Whether the optimizer has its states; whether what checkpoints need is ready.
         self.updated = self.prepared = False
         self.step = self.newest = 0  # of the last checkpoint that was begun; of the last that is whole
-        self.taken: Callable[[], float] | None = None  # how long the write that is going on has taken
+        self.taken: Callable[[], float] = lambda: 0.0  # how long the write that is going on has taken
         self.seconds = 0.0  # that the last whole one took to write, without rests
         states = 3 * sum(local_part(p).nbytes for p in self.trained.values())  # with Adam's moments
         stopping.expect_save(states / SLOW)

@@ -50,7 +50,9 @@ def copied(files: CheckpointFiles) -> dict[str, Entry]:
     paths = {file: files.folder / file for file in {stored.file for stored in files.tensors.values()}}
     return {
         name: Entry(
-            t.dtype, t.shape, _file_pieces(paths[t.file], t.begin, math.prod(t.shape) * t.dtype.itemsize)
+            t.torch_dtype,
+            t.shape,
+            _file_pieces(paths[t.file], t.begin, math.prod(t.shape) * t.torch_dtype.itemsize),
         )
         for name, t in files.tensors.items()
     }
@@ -167,7 +169,8 @@ def shard_name(number: int, shards: int) -> str:
 
 def plan_shards(sizes: dict[str, int], limit: int) -> list[list[str]]:
     """Names in order, cut into shards of at most `limit` bytes (a larger tensor stands alone)."""
-    shards, used = [[]], 0
+    shards: list[list[str]] = [[]]
+    used = 0
     for name, nbytes in sizes.items():
         if shards[-1] and used + nbytes > limit:
             shards.append([])

@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import math
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -39,7 +40,9 @@ class Piece(NamedTuple):
 
 
 def piece_of(item: WriteItem) -> Piece:
-    data, part = item.tensor_data, item.tensor_data.chunk
+    data = item.tensor_data
+    assert data is not None
+    part = data.chunk
     return Piece(
         item.index.fqn, data.properties.dtype, tuple(data.size), tuple(part.offsets), tuple(part.sizes)
     )
@@ -87,10 +90,11 @@ class CopyPlanner(SavePlanner):
             dist.gather_object(own, plans if dist.get_rank(group) == 0 else None, group=group)
         else:
             plans = [own]
-        if None in plans:
+        made = [plan for plan in plans if plan is not None]
+        if len(made) < world:
             self._keep(plans)
         else:
-            self.create_global_plan(plans)
+            self.create_global_plan(made)
 
     def set_up_planner(
         self,
@@ -119,7 +123,7 @@ class CopyPlanner(SavePlanner):
             {}, planner_data=self.tensors
         )
 
-    def _keep(self, plans: list[SavePlan | None]) -> None:
+    def _keep(self, plans: Sequence[SavePlan | None]) -> None:
         """A rank describes its pieces once: they are kept also where no plan comes of them."""
         changed = {rank: p.planner_data for rank, p in enumerate(plans) if p and p.planner_data is not None}
         if changed:
@@ -134,10 +138,10 @@ class CopyPlanner(SavePlanner):
                 self.background.rest()
                 holders[piece.name][piece][rank] = place
         shares, tensors = [Share() for _ in range(world)], {}
-        for name, pieces in holders.items():
+        for name, held in holders.items():
             self.background.rest()
-            tensors[name] = described = _described(name, list(pieces))
-            for piece, places in pieces.items():
+            tensors[name] = described = _described(name, list(held))
+            for piece, places in held.items():
                 writer = min(places, key=lambda rank: shares[rank].nbytes)
                 shares[writer].nbytes += piece.nbytes
                 for rank, place in places.items():

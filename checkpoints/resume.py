@@ -28,7 +28,7 @@ from checkpoints.storage import (
 )
 from files.model_folder import CheckpointFiles, base_digest
 from files.names import BEST, BLOCKS
-from files.output_folder import check_output, holds_run
+from files.output_folder import check_output, holds_run, output_folder
 from files.weight_cache import digest
 from monitoring.metrics import read_metrics
 from options.config import CHECKPOINTS, COMPATIBILITY, FIELDS, Config
@@ -85,7 +85,9 @@ def _fits(value, form: type | dict) -> bool:
         )
     if form is float:
         return (type(value) is float and value == value) or _fits(value, int)
-    return type(value) is form and (form is not int or 0 <= value < 2**63)
+    if form is int:
+        return type(value) is int and 0 <= value < 2**63
+    return type(value) is form
 
 
 def _is_name(wandb: str) -> bool:
@@ -102,6 +104,7 @@ def resume_after_restart(config: Config) -> Config:
     """`config`, with --resume auto if torchrun --max-restarts has started the run anew after a failure. Raises
     UserError where a restart would not find what this start is going to leave."""
     attempt, most = (int(os.environ.get(f"TORCHELASTIC_{n}", "0")) for n in ("RESTART_COUNT", "MAX_RESTARTS"))
+    assert config.output_dir is not None
     by_time = (
         re.fullmatch(r"runs/\d{8}-\d{6}-\w+", config.output_dir) and not Path(config.output_dir).exists()
     )
@@ -132,7 +135,7 @@ def _check_may_begin_anew(run: Path) -> None:
 
 def find_checkpoint(config: Config) -> Saved | None:
     """What --resume means; None: start from the beginning. Raises UserError."""
-    run = Path(config.output_dir)
+    run = output_folder(config)
     if config.resume is None:
         return None
     if config.resume == "auto":
@@ -211,13 +214,13 @@ def check_same(saved: Saved, config: Config, now: dict) -> None:
         raise UserError(
             f"{where}: --dataset {config.dataset} no longer makes the rows that the run began with"
         )
-    check_files(saved, Path(config.output_dir))
+    check_files(saved, output_folder(config))
 
 
 def check_still_so(config: Config, saved: Saved | None) -> None:
     """Raises UserError if another run has written in the folder since it was checked, while this one loaded. To be asked
     when no other can write there any more."""
-    run = Path(config.output_dir)
+    run = output_folder(config)
     if saved is None:
         check_output(run, config.overwrite or config.resume is not None)
         if config.resume:

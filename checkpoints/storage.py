@@ -24,10 +24,12 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
@@ -269,7 +271,7 @@ class Writer(StorageWriter):
         results = []
         if plan.items:
             path = self.temporary / plan.storage_data
-            tensors = {i.index.fqn: planner.resolve_data(i) for i in plan.items}
+            tensors: dict[str, Any] = {i.index.fqn: planner.resolve_data(i) for i in plan.items}
             write_tensors(tensors, path)
             sync(path)
             written = _measure(path)
@@ -319,7 +321,8 @@ class Reader(StorageReader):
         return False
 
     def read_metadata(self) -> Metadata:
-        tensors, places = {}, {}
+        tensors: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
+        places: dict[MetadataIndex, str] = {}
         for name, stored in self.saved.tensors.items():
             chunks = [ChunkStorageMetadata(torch.Size(o), torch.Size(s)) for o, s, _ in stored["chunks"]]
             properties = TensorProperties(dtype=dtype_of(stored))

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 from torch import nn
+from transformers import PreTrainedModel
 
 from checkpoints.model_writer import (
     SHARD_BYTES,
@@ -36,23 +37,23 @@ from models.llama_pro import NEW_LAYERS, new_layers
 from options.errors import UserError
 
 
-def _trained_blocks(model: nn.Module, family: Family, files: CheckpointFiles) -> dict[str, Entry]:
+def _trained_blocks(model: PreTrainedModel, family: Family, files: CheckpointFiles) -> dict[str, Entry]:
     """The parameters of the new layers, in the checkpoint's dtypes."""
     new, params = new_layers(model.config), {clean(name): p for name, p in model.named_parameters()}
     names = [name for name in files.tensors if family.place(name)[0] in new]
     assert {n for n, p in params.items() if p.requires_grad} == set(names)
-    return {name: gathered(params[name], files.tensors[name].dtype) for name in names}
+    return {name: gathered(params[name], files.tensors[name].torch_dtype) for name in names}
 
 
 def save_model(model: nn.Module, folder: Path, files: CheckpointFiles) -> None:
     """Writes a whole trained model as the base's folder is laid out: same names, dtypes, config and tokenizer.
     Collective; rank 0 writes, one tensor at a time."""
     params = {clean(name): p for name, p in model.named_parameters()}  # a tied head is listed once
-    entries = {name: gathered(p, files.tensors[name].dtype) for name, p in params.items()}
+    entries = {name: gathered(p, files.tensors[name].torch_dtype) for name, p in params.items()}
     _write_together(folder, shards_of(entries, SHARD_BYTES), files.folder)
 
 
-def save_expanded(model: nn.Module, family: Family, folder: Path, files: CheckpointFiles) -> None:
+def save_expanded(model: PreTrainedModel, family: Family, folder: Path, files: CheckpointFiles) -> None:
     """Writes the folder that was trained from, with its new blocks as they are now: same file names, dtypes,
     config and tokenizer. The old blocks are the files', not the quantized ones. Collective; rank 0 writes."""
     _write_together(folder, with_replaced(files, _trained_blocks(model, family, files)), files.folder)
@@ -88,7 +89,7 @@ def _together(folder: Path, shards: Shards, write: Callable[[Shards], None]) -> 
 
 
 def save_blocks(
-    model: nn.Module, family: Family, folder: Path, files: CheckpointFiles, base: str, digest: str
+    model: PreTrainedModel, family: Family, folder: Path, files: CheckpointFiles, base: str, digest: str
 ) -> None:
     """Writes the new blocks alone, under the expanded model's names. The header's metadata has their layers, and the
     name and `base_digest` of the expanded model. Collective; rank 0 writes."""

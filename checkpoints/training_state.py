@@ -10,6 +10,7 @@ Names are the checkpoint files' (`clean`), so that neither the way the model is 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 
 import torch
 import torch.distributed as dist
@@ -106,12 +107,13 @@ def restore(
     for name, tensor in wanted.items():
         if tensor.is_floating_point() and local_part(tensor).isnan().any():
             raise UserError(f"{saved.folder}: cannot be loaded ({name} holds NaN)")
+    of_optimizer: Mapping[str, dict] = states
     if isinstance(optimizer, ShardedAdamW):
-        states = {name: _of_shard(state, sources[name]) for name, state in states.items()}
-    _fill_optimizer(optimizer, {params[name]: state for name, state in states.items()})
-    for name, state in random.items():
+        of_optimizer = {name: _of_shard(state, sources[name]) for name, state in states.items()}
+    _fill_optimizer(optimizer, {params[name]: state for name, state in of_optimizer.items()})
+    for name, rng_state in random.items():
         try:
-            (torch.cuda.set_rng_state if name.startswith("random.cuda") else torch.set_rng_state)(state)
+            (torch.cuda.set_rng_state if name.startswith("random.cuda") else torch.set_rng_state)(rng_state)
         except RuntimeError as e:  # of numbers that no generator has
             raise UserError(f"{saved.folder}: cannot be loaded ({name}: {describe(e)})") from None
 
@@ -155,14 +157,14 @@ def _fresh_states(
         _, of_rank, owner = key.partition("@")
         if not of_rank and saved.tensors[stored]["shape"]:
             # In host memory, from where the optimizer takes it where it wants it: a GPU may have no room for both.
-            like = {"dtype": dtype_of(saved.tensors[stored]), "device": "cpu"}
-            states[name][key] = torch.zeros_like(params[name], **like).detach()
+            dtype = dtype_of(saved.tensors[stored])
+            states[name][key] = torch.zeros_like(params[name], dtype=dtype, device="cpu").detach()
         elif not of_rank or int(owner) in sources[name]:
             states[name][key] = _empty(saved, stored)
     return states
 
 
-def _of_shard(state: Tensors, sources: dict[int, slice]) -> dict[str, torch.Tensor | int]:
+def _of_shard(state: Tensors, sources: dict[int, slice]) -> dict[str, torch.Tensor | float]:
     """The state of a shard as bitsandbytes has it, out of what `_fresh_states` asked for; of an empty one none."""
     if not sources:
         return {}
@@ -174,14 +176,14 @@ def _of_shard(state: Tensors, sources: dict[int, slice]) -> dict[str, torch.Tens
     return whole | (merged_blocks(parts) if parts[0][0] else {})
 
 
-def _fill_optimizer(optimizer: torch.optim.Optimizer, states: dict[nn.Parameter, Tensors]) -> None:
+def _fill_optimizer(optimizer: torch.optim.Optimizer, states: dict[nn.Parameter, dict]) -> None:
     """By the optimizer's own load_state_dict, which knows where each part of its state belongs. Its groups stay as
     they are: the options made them, and the schedule sets their rates."""
     filled = dict(enumerate(states[p] for group in optimizer.param_groups for p in group["params"]))
     optimizer.load_state_dict({"state": filled, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-def _as_bitsandbytes(value: torch.Tensor) -> torch.Tensor | int:
+def _as_bitsandbytes(value: torch.Tensor) -> torch.Tensor | float:
     if value.dim() == 0:
         return value.item()
     return local_part(value)

@@ -10,12 +10,15 @@ with others, N rows of a packed batch. A line is one row, or with --packing seve
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from data.rows import IGNORE, TokenizedRows
+
+Dealt = torch.Tensor | list[torch.Tensor]  # indices of rows; with packing, of each pack's rows
 
 
 @dataclass(frozen=True)
@@ -56,8 +59,10 @@ class Batch:
         return self._each(torch.Tensor.pin_memory)
 
     def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
-        tensors = {name: v for name, v in vars(self).items() if isinstance(v, torch.Tensor)}
-        return dataclasses.replace(self, **{name: change(v) for name, v in tensors.items()})
+        changed: dict[str, Any] = {
+            name: change(v) for name, v in vars(self).items() if isinstance(v, torch.Tensor)
+        }
+        return dataclasses.replace(self, **changed)
 
 
 @dataclass(frozen=True)
@@ -95,13 +100,13 @@ class StepSampler:
     def steps_per_epoch(self) -> int:
         return -(-self.count() // (self.batch_size * self.accumulation * self.world))
 
-    def deal(self, epoch: int) -> Iterator[tuple[Sequence, list[Sequence]]]:
+    def deal(self, epoch: int) -> Iterator[tuple[Dealt, list[Dealt]]]:
         """Per step (all that it takes, [each micro-batch, of all ranks]): indices of rows."""
         order = self._order(epoch)
         for step in _split(order, self.batch_size * self.world * self.accumulation):
             yield step, _split(step, self.batch_size * self.world)
 
-    def _order(self, epoch: int) -> Sequence:
+    def _order(self, epoch: int) -> Dealt:
         return torch.randperm(len(self.rows), generator=self._generator(epoch))
 
     def _generator(self, epoch: int) -> torch.Generator:
@@ -127,11 +132,11 @@ class StepSampler:
                 if epoch == first and i < skipped:
                     continue
                 batches = [self._batch(m) for m in micros]
-                done, rows = epoch + (i + 1) / self.steps_per_epoch(), self._rows(step)
+                epochs, rows = epoch + (i + 1) / self.steps_per_epoch(), self._rows(step)
                 counts = int(self._lengths[rows].sum()), int(self._targets[rows].sum())
-                yield Step(done, batches, *counts, rows)
+                yield Step(epochs, batches, *counts, rows)
 
-    def _batch(self, micro: Sequence) -> Batch:
+    def _batch(self, micro: Dealt) -> Batch:
         """This rank's part of a micro-batch of all ranks, in the shape of the largest part: ranks that share a
         vocabulary exchange equally many tokens (models/loss.py), and FSDP waits for the slowest anyway. At an epoch's
         end a rank may be left without rows."""
@@ -139,16 +144,17 @@ class StepSampler:
         most = max(int(self._targets[self._rows(part)].sum()) for part in _split(micro, self.batch_size))
         return self._collate(own, (min(self.batch_size, len(micro)), self._width(micro)), most)
 
-    def _rows(self, step: Sequence) -> torch.Tensor:
+    def _rows(self, step: Dealt) -> torch.Tensor:
         """Indices of all rows of a step, or of a part of one."""
+        assert isinstance(step, torch.Tensor)
         return step
 
-    def _width(self, micro: Sequence) -> int:
+    def _width(self, micro: Dealt) -> int:
         """Tokens of the longest line of a micro-batch of all ranks, rounded up, but not beyond the longest of all."""
-        return min(rounded(int(self._lengths[micro].max())), self._longest)
+        return min(rounded(int(self._lengths[self._rows(micro)].max())), self._longest)
 
-    def _collate(self, own: Sequence, shape: tuple[int, int], most: int) -> Batch:
-        return make_batch(self.rows, own, shape, most)
+    def _collate(self, own: Dealt, shape: tuple[int, int], most: int) -> Batch:
+        return make_batch(self.rows, self._rows(own), shape, most)
 
 
 def rounded(length: int) -> int:
@@ -159,7 +165,7 @@ def rounded(length: int) -> int:
     return -(-length // step) * step
 
 
-def _split(items: Sequence, size: int) -> list[Sequence]:
+def _split(items: Dealt, size: int) -> list[Dealt]:
     return [items[i : i + size] for i in range(0, len(items), size)]
 
 

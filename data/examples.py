@@ -95,6 +95,9 @@ class _Rendering:
         return rendered
 
 
+_held: _Rendering  # of a process that renders: set before its workers are forked
+
+
 def _render_all(render: _Rendering) -> list[Rendered]:
     """In this process, unless there is much to do: a chat template takes up to a millisecond per row.
 

@@ -141,7 +141,7 @@ def asked(question: str, before: str, answer: str | None, markers: Sequence[str]
     marker, and that answer; "" and None for a new one. Turns follow each other without a line break, as in
     OpenAssistant's, except with markers of another kind, whose data (chip2) has one."""
     between = "" if markers[0] == GUANACO_MARKERS[0] else "\n"
-    said = f"{before}{answer.rstrip()}{between}" if before else ""
+    said = f"{before}{answer.rstrip()}{between}" if before and answer is not None else ""
     return f"{said}{markers[0]} {question}{between}{markers[1]}"
 
 
@@ -287,7 +287,7 @@ def checked(row: Mapping, form: Format, where: str, answered: bool = True) -> di
 
 
 def _checked_messages(messages, where: str) -> list[dict]:
-    good = isinstance(messages, list) and messages
+    good = isinstance(messages, list) and bool(messages)
     for message in messages if good else []:
         good = good and isinstance(message, Mapping)
         good = good and all(isinstance(message.get(key), str) for key in ("role", "content"))

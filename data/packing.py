@@ -18,7 +18,7 @@ from itertools import chain
 
 import torch
 
-from data.batches import Batch, StepSampler, learned_places
+from data.batches import Batch, Dealt, StepSampler, learned_places
 from data.rows import IGNORE, TokenizedRows
 from options.config import Config
 
@@ -97,13 +97,15 @@ class PackSampler(StepSampler):
         rows[self._by_length] = drawn[self._lengths[drawn].argsort(stable=True)]
         return [rows[self._packs[i]] for i in torch.randperm(self.count(), generator=generator)]
 
-    def _rows(self, step: Sequence) -> torch.Tensor:
+    def _rows(self, step: Dealt) -> torch.Tensor:
+        assert isinstance(step, list)
         return torch.cat(step)
 
-    def _width(self, micro: Sequence) -> int:
+    def _width(self, micro: Dealt) -> int:
         return self.width
 
-    def _collate(self, own: Sequence, shape: tuple[int, int], most: int) -> Batch:
+    def _collate(self, own: Dealt, shape: tuple[int, int], most: int) -> Batch:
+        assert isinstance(own, list)
         return make_packed(self.rows, own, shape, self.longest, self.bounds, most)
 
 
@@ -140,8 +142,8 @@ def make_packed(
         ids[line, : len(tokens)], positions[line, : len(tokens)] = tokens, place
         of_row[line, : len(tokens)] = lengths.repeat_interleave(lengths)
         targets[line, : len(tokens) - 1] = tokens.masked_fill(~learned, IGNORE)[1:]
-    ends = _bounds([(rows.starts[pack + 1] - rows.starts[pack]).tolist() for pack in packs], shape, longest)
-    ends = torch.tensor(ends + ends[-1:] * (bounds - len(ends)), dtype=torch.int32)
+    edges = _bounds([(rows.starts[pack + 1] - rows.starts[pack]).tolist() for pack in packs], shape, longest)
+    ends = torch.tensor(edges + edges[-1:] * (bounds - len(edges)), dtype=torch.int32)
     return Batch(ids, targets, of_row, learned_places(targets, most), positions, ends, longest)
 
 

@@ -42,5 +42,5 @@ def digest_rows(rows: TokenizedRows) -> str:
     """A digest of the rows as they are trained on: tokens, targets, bounds."""
     total = hashlib.sha256()
     for tensor in (rows.tokens, rows.learned, rows.starts):
-        total.update(tensor.contiguous().view(torch.uint8).numpy())
+        total.update(tensor.contiguous().view(torch.uint8).numpy().data)
     return total.hexdigest()

@@ -55,9 +55,11 @@ def tokenize(rendered: list[Rendered], tokenizer, context_length: int, where: st
             f" {context_length} ({why})"
         )
     starts = np.concatenate([[0], np.cumsum(lengths)])
-    flat = [torch.from_numpy(np.concatenate(a)) for a in (tokens, learned)]
+    all_tokens, all_learned = (torch.from_numpy(np.concatenate(a)) for a in (tokens, learned))
     dropped = len(rendered) - len(lengths)
-    return TokenizedRows(*flat, torch.from_numpy(starts), dropped, cut, torch.tensor(numbers))
+    return TokenizedRows(
+        all_tokens, all_learned, torch.from_numpy(starts), dropped, cut, torch.tensor(numbers)
+    )
 
 
 def _targets(
@@ -75,6 +77,7 @@ def _targets(
         raise UserError(f"--model_name: its tokenizer makes the id {max(ids)}")
     tokens = np.asarray(ids, dtype=np.int32)
     if example.ends and example.learned and (not ids or ids[-1] != eos):
+        assert eos is not None
         tokens, targets = np.append(tokens, np.int32(eos)), np.append(targets, True)
     elif example.ends and example.learned:
         targets[-1] = True  # a tokenizer that writes the EOS token by itself

@@ -11,9 +11,10 @@ import copy
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, overload
 
 import torch
 from safetensors import SafetensorError
@@ -31,7 +32,8 @@ from quantization.quantizers import PackedWeight, Quantizer
 class StoredPacked(Protocol):
     """A weight that some file holds packed: BnbWeight in bnb_weights.py, CachedWeight in weight_cache.py."""
 
-    quantizer: Quantizer
+    @property
+    def quantizer(self) -> Quantizer: ...
 
     def read(self) -> PackedWeight: ...
 
@@ -49,7 +51,7 @@ class CheckpointFiles:
         self.packed: dict[str, StoredPacked] = {}
         for file, names in ({only: None} if only else _files(folder)).items():
             self._read_header(file, names)
-        self.packed = find_bnb(folder, self.tensors)
+        self.packed.update(find_bnb(folder, self.tensors))
         self.prequantized = bool(self.packed)
         for name, tensor in self.tensors.items():
             if name not in self.packed and not (
@@ -90,6 +92,10 @@ class CheckpointFiles:
         made.tensors = self.tensors | held
         return made
 
+    @overload
+    def read(self, name: str, stage: None = None) -> torch.Tensor | PackedWeight: ...
+    @overload
+    def read(self, name: str, stage: Stage | None) -> torch.Tensor | PackedWeight | Staged: ...
     def read(self, name: str, stage: Stage | None = None) -> torch.Tensor | PackedWeight | Staged:
         """The tensor on the CPU, or with a stage on its way to a GPU; packed, if it is so in a file."""
         if name in self.packed:
@@ -103,12 +109,12 @@ def leads_out(path: Path) -> bool:
     return not real.is_relative_to(os.path.realpath(path.parent)) and real.parent.name != "blobs"
 
 
-def _files(folder: Path) -> dict[str, set[str] | None]:
+def _files(folder: Path) -> Mapping[str, set[str] | None]:
     """{file name: the tensors that the index puts there, or None without an index}."""
     if (folder / INDEX).is_file():
         try:
             weight_map = read_json(folder / INDEX, INDEX_FILE)["weight_map"]
-            files: dict[str, set[str] | None] = {}
+            files: dict[str, set[str]] = {}
             for name, file in weight_map.items():
                 files.setdefault(file, set()).add(name)
         except (KeyError, TypeError, AttributeError):
@@ -159,7 +165,7 @@ def _download(name: str, *patterns: str) -> Path:
         raise UserError(f"--model_name {name}: no such folder, and the hub cannot be reached") from None
     except HfHubHTTPError as e:
         status = getattr(e.response, "status_code", None)
-        reason = {
+        reason: dict[int | None, str] = {
             401: "does not exist, or needs `hf auth login`",
             403: "is gated: ask for access on its page",
         }

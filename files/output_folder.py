@@ -7,8 +7,14 @@ from pathlib import Path
 
 from files.disk_room import check_writable
 from files.names import BEST, COMPANIONS, MODEL_FILES, RUN_FILES, SCORE
-from options.config import CHECKPOINTS
+from options.config import CHECKPOINTS, Config
 from options.errors import UserError
+
+
+def output_folder(config: Config) -> Path:
+    """--output_dir, which `resolve` has set."""
+    assert config.output_dir is not None
+    return Path(config.output_dir)
 
 
 def holds_run(folder: Path) -> bool:

@@ -10,12 +10,12 @@ import math
 import os
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from io import BytesIO, FileIO
 from itertools import chain, cycle, islice
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import BinaryIO, Protocol, overload
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -37,8 +37,11 @@ os.umask(UMASK)
 class HasShape(Protocol):
     """A tensor, or what describes one."""
 
-    dtype: torch.dtype
-    shape: tuple[int, ...]
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,12 @@ class StoredTensor:
     dtype: torch.dtype | str
     begin: int = 0
 
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """Its dtype, which must be one of DTYPES."""
+        assert isinstance(self.dtype, torch.dtype), f"{self.dtype} cannot be read"
+        return self.dtype
+
 
 def read_header(path: Path) -> tuple[dict, int]:
     """(the header, where the data begins)."""
@@ -59,9 +68,12 @@ def read_header(path: Path) -> tuple[dict, int]:
         return json.loads(file.read(length)), 8 + length
 
 
-def write_header(out: BinaryIO, tensors: dict[str, HasShape], metadata: dict[str, str] | None = None) -> int:
+def write_header(
+    out: BinaryIO, tensors: Mapping[str, HasShape], metadata: dict[str, str] | None = None
+) -> int:
     """Of a file in which these tensors follow in this order. Returns how many bytes they are."""
-    header, end = {"__metadata__": {"format": "pt"} | (metadata or {})}, 0
+    header: dict[str, dict] = {"__metadata__": {"format": "pt"} | (metadata or {})}
+    end = 0
     for name, tensor in tensors.items():
         begin, end = end, end + math.prod(tensor.shape) * tensor.dtype.itemsize
         header[name] = {
@@ -114,7 +126,7 @@ class Staged:
 
     def to(self, device: torch.device) -> torch.Tensor:
         """The tensor, copied on the current stream while the rest of it is read. Raises OSError."""
-        tensor = torch.empty(self.stored.shape, dtype=self.stored.dtype, device=device)
+        tensor = torch.empty(self.stored.shape, dtype=self.stored.torch_dtype, device=device)
         for begin, piece, copied in chain(self.ahead, self.pieces):
             _flat(tensor)[begin : begin + PIECE].copy_(piece, non_blocking=True)
             copied.record()
@@ -123,7 +135,7 @@ class Staged:
 
 def _read_pieces(folder: Path, stored: StoredTensor, stage: Stage) -> Iterator[tuple]:
     """(where in the tensor, the bytes, the event to record when they have been copied) of each piece in turn."""
-    size = math.prod(stored.shape) * stored.dtype.itemsize
+    size = math.prod(stored.shape) * stored.torch_dtype.itemsize
     with (folder / stored.file).open("rb", buffering=0) as file:
         file.seek(stored.begin)
         for begin, (piece, copied) in zip(range(0, size, PIECE), cycle(stage.pieces)):
@@ -132,13 +144,17 @@ def _read_pieces(folder: Path, stored: StoredTensor, stage: Stage) -> Iterator[t
             yield begin, piece[: size - begin], copied
 
 
+@overload
+def read_tensor(folder: Path, stored: StoredTensor, stage: None = None) -> torch.Tensor: ...
+@overload
+def read_tensor(folder: Path, stored: StoredTensor, stage: Stage | None) -> torch.Tensor | Staged: ...
 def read_tensor(folder: Path, stored: StoredTensor, stage: Stage | None = None) -> torch.Tensor | Staged:
     """A tensor, on the CPU, read into memory of its own: a mapped file would count as the process's memory for as
     long as it is open, and opening it for each tensor would parse its header each time. With a stage, one on its way
     to a GPU. Raises OSError."""
     if stage:
         return Staged(folder, stored, stage)
-    tensor = torch.empty(stored.shape, dtype=stored.dtype)
+    tensor = torch.empty(stored.shape, dtype=stored.torch_dtype)
     with (folder / stored.file).open("rb", buffering=0) as file:
         file.seek(stored.begin)
         _read_into(_flat(tensor), file)
@@ -150,7 +166,7 @@ def _flat(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _read_into(memory: torch.Tensor, file: FileIO) -> None:
-    left = memoryview(memory.numpy())
+    left = memory.numpy().data
     while left:
         done = file.readinto(left)
         if not done:
@@ -180,8 +196,8 @@ def write_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
     header = BytesIO()
     write_header(header, ordered)
     # In one list: a disk that is nearly full may take a part of any of them.
-    parts = header.getbuffer(), *(_flat(tensor.contiguous()).numpy() for tensor in ordered.values())
-    left, begin = [memoryview(part) for part in parts], 0
+    left = [header.getbuffer(), *(_flat(tensor.contiguous()).numpy().data for tensor in ordered.values())]
+    begin = 0
     with path.open("wb", buffering=0) as file:
         while begin < len(left):
             written = os.writev(file.fileno(), left[begin : begin + MOST_WRITTEN])

@@ -25,6 +25,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -77,7 +78,7 @@ class CachedWeight:
 
 def crc(packed: PackedWeight) -> int:
     """CRC-32 of the codes' bytes and then the scales'."""
-    return zlib.crc32(packed.scales.numpy(), zlib.crc32(packed.codes.numpy()))
+    return zlib.crc32(packed.scales.numpy().data, zlib.crc32(packed.codes.numpy().data))
 
 
 def digest(files: CheckpointFiles, names: list[str], drawn: int = 0) -> str:
@@ -88,7 +89,7 @@ def digest(files: CheckpointFiles, names: list[str], drawn: int = 0) -> str:
     for name in sorted(names):
         stored = files.tensors[name]
         total.update(f"{name} {stored.shape} {stored.dtype}".encode())
-        count, row = stored.shape[0], math.prod(stored.shape[1:]) * stored.dtype.itemsize
+        count, row = stored.shape[0], math.prod(stored.shape[1:]) * stored.torch_dtype.itemsize
         random = hashlib.shake_256(name.encode()).digest(8 * drawn)
         places = {int.from_bytes(random[i : i + 8]) % count for i in range(0, 8 * drawn, 8)}
         runs = [(i, 1) for i in sorted(places | {0, count // 2, count - 1})]
@@ -96,7 +97,7 @@ def digest(files: CheckpointFiles, names: list[str], drawn: int = 0) -> str:
             part = dataclasses.replace(
                 stored, shape=(rows, *stored.shape[1:]), begin=stored.begin + first * row
             )
-            total.update(flat_bytes(read_tensor(files.folder, part)).numpy())
+            total.update(flat_bytes(read_tensor(files.folder, part)).numpy().data)
     return total.hexdigest()
 
 
@@ -223,7 +224,7 @@ class CacheWriter:
 
     def start(self) -> None:
         """Collective: makes the folder to write in, and removes what runs that were cut have left."""
-        box = [None]
+        box: list[Path | None] = [None]
         if self.rank == 0:
             try:
                 self._make_folder()
@@ -263,6 +264,7 @@ class CacheWriter:
 
     def _flush(self) -> None:
         if self.waiting:
+            assert self.partial is not None
             file = self._file()
             try:
                 save_tensors(self.waiting, self.partial / file)
@@ -277,7 +279,7 @@ class CacheWriter:
         if self.partial is None:
             return
         self._flush()
-        ranks = [None] * dist.get_world_size()
+        ranks: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(ranks, (self.files, self.tensors, self.failure))
         if self.rank == 0:
             try:
@@ -300,6 +302,7 @@ class CacheWriter:
         files = {file: size for files, _, _ in ranks for file, size in files.items()}
         tensors = {name: entry for _, tensors, _ in ranks for name, entry in tensors.items()}
         manifest = self.cache.head | {"files": files, "tensors": tensors}
+        assert self.partial is not None
         (self.partial / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
         self.partial.rename(self.folder)  # also over an empty folder
 

@@ -9,12 +9,12 @@ import json
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import nn
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedModel
 
 from data.evaluation_sets import Prompt, held_rows, prompt_of, read_beside, stop_tokens
 from data.examples import read_examples
 from data.formats import Rendered
+from data.rows import TokenizedRows
 from data.tokenizing import tokenize
 from files.atomic_writes import as_json, write_text
 from files.disk_room import check_writable
@@ -56,7 +56,7 @@ TEXT_METRICS: dict[str, Callable] = {"exact_match": exact_match, "bleu": bleu, "
 
 @torch.no_grad()
 def generate_answers(
-    model: nn.Module, prompts: list[list[int]], tokens: int, stops: list[int], batch_size: int
+    model: PreTrainedModel, prompts: list[list[int]], tokens: int, stops: list[int], batch_size: int
 ) -> list[list[int]]:
     """The likeliest answer of at most `tokens` tokens to each prompt, by transformers' generate with its cache,
     without the token of `stops` that ended it. Prompts of similar length go together, padded on the left."""
@@ -74,8 +74,9 @@ def generate_answers(
         for row, i in enumerate(chosen):
             ids[row, width - len(prompts[i]) :] = torch.tensor(prompts[i])
             mask[row, width - len(prompts[i]) :] = 1
-        made = model.generate(ids, attention_mask=mask, generation_config=options)[:, width:].tolist()
-        for i, answer in zip(chosen, made, strict=True):
+        # The classes of families have transformers' GenerationMixin, the base class has not.
+        made = model.generate(ids, attention_mask=mask, generation_config=options)  # type: ignore[operator]
+        for i, answer in zip(chosen, made[:, width:].tolist(), strict=True):
             ends = [at for at, token in enumerate(answer) if token in stops]
             answers[i] = answer[: ends[0]] if ends else answer
     return answers
@@ -109,7 +110,7 @@ def check(options: Options) -> Run:
 class Questions:
     """What both models are asked: rows to take the loss of (None: not wanted), prompts to answer."""
 
-    rows: object
+    rows: TokenizedRows | None
     prompts: list[Prompt]
 
 
@@ -129,7 +130,7 @@ def prepare(names: Sequence[str], run: Run, rendered: list[Rendered], where: str
 
 
 def measure(
-    model: nn.Module,
+    model: PreTrainedModel,
     names: Sequence[str],
     asked: Questions,
     options: Options,

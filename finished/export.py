@@ -165,6 +165,7 @@ def write_card(run: Run, options: Options, folder: Path, what: str, library: str
 
 
 def write_adapter(run: Run, options: Options, folder: Path) -> None:
+    assert run.adapter is not None
     path = run.folder / "adapter_config.json"
     described = read_json(path, CONFIG_FILE)
     try:

@@ -16,7 +16,7 @@ import torch
 import yaml
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from checkpoints.trained_model import open_blocks
 from data.examples import toy_texts
@@ -175,11 +175,12 @@ def _check_description(path: Path, config: Config) -> None:
             raise UserError(f"{path}: {found}, but config.yaml makes it {value}: one of them is damaged")
 
 
-def _check_adapter(run: Run, model: nn.Module) -> None:
+def _check_adapter(run: Run, model: PreTrainedModel) -> None:
     """Raises UserError unless the adapter's file is whole, belongs to the run's base, and holds exactly the tensors,
     by name and shape, of numbers with a fraction, that the run's options make of it. Reads headers only. model: the base on meta, which gets the
     adapters."""
     path = run.adapter
+    assert path is not None
     if not path.is_file():
         raise UserError(f"{path}: is missing: the run is half written")
     try:
@@ -224,7 +225,7 @@ def read_adapter(run: Run) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def load_model(run: Run, device: torch.device, dtype: torch.dtype) -> nn.Module:
+def load_model(run: Run, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
     """The trained model in evaluation mode, on one device, unsharded: the base packed as in training, computing
     in dtype, under the adapter; or the whole saved model in dtype."""
     precision, place = Precision(dtype, dtype), Place(0, 1, 0, 1, device)
@@ -234,7 +235,7 @@ def load_model(run: Run, device: torch.device, dtype: torch.dtype) -> nn.Module:
             model, run.family, run.config, dataclasses.replace(precision, trained=torch.float32), run.files
         )
     else:
-        model.to(dtype).requires_grad_(False)
+        model.to(dtype).requires_grad_(False)  # type: ignore[arg-type]
     load_weights(model, run.family, run.files, place, device, run.config.seed, workers=1)
     if run.adapter:
         set_adapter(model, run)

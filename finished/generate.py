@@ -108,6 +108,7 @@ def template_of(name: str, templates: dict[str, Template]) -> Template:
 def answer_all(options: Options, voices: Voices, templates: dict[str, Template]) -> None:
     """Each of the voices answers all prompts before the next one is put in place; printed as soon as a prompt has
     all its answers."""
+    assert options.asked is not None
     asked = {}
     for name, template in templates.items():
         texts = [template.text(prompt) for prompt in options.asked]

@@ -13,11 +13,17 @@ import contextlib
 import gc
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import jinja2
 import torch
-from torch import nn
-from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList, TextStreamer
+from transformers import (
+    GenerationConfig,
+    PreTrainedModel,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TextStreamer,
+)
 
 from data.examples import find_format
 from data.formats import FORMATS, GUANACO_MARKERS, Format, asked, checked, prompt_ids, turn_ending
@@ -65,7 +71,7 @@ class Template:
 
     form: Format
     markers: list[str]
-    tokenizer: object
+    tokenizer: Any
     positions: int
     stops: frozenset[int]
     marker: str | None
@@ -152,7 +158,7 @@ class Voices:
         if self.base and self.base.files.prequantized:
             raise UserError(f"{self.base.base}: is packed, and cannot be asked by itself; --compare false")
         self.loaded: Run | None = None
-        self.model: nn.Module | None = None
+        self.model: PreTrainedModel | None = None
 
     def _precision(self, run: Run) -> Precision:
         """What training computed in, or would on this device; or what --precision says."""
@@ -166,7 +172,7 @@ class Voices:
     def _load(self, run: Run) -> None:
         if self.loaded is run:
             return
-        if self.loaded and run.adapter:
+        if self.loaded and self.model is not None and run.adapter:
             if _adapter_options(self.loaded) != _adapter_options(run):
                 exchange_adapters(self.model, run.family, run.config)
             set_adapter(self.model, run)
@@ -183,6 +189,7 @@ class Voices:
         """Within, `answer` is that of `name`, BASE or a run's."""
         run = self.runs.get(name)
         self._load(run or self.base or self.loaded or self.first)
+        assert self.loaded is not None and self.model is not None
         with contextlib.ExitStack() as stack:
             stack.enter_context(torch.inference_mode())
             stack.enter_context(self._precision(self.loaded).context(self.device.type))
@@ -199,7 +206,9 @@ class Voices:
         ids, start = ids.to(self.device), ids.shape[1]
         torch.manual_seed(sampling.seed)
         stopping = [Ending(template, start)] if template.marker else []
-        out = self.model.generate(
+        assert self.model is not None
+        # The classes of families have transformers' GenerationMixin, the base class has not.
+        out = self.model.generate(  # type: ignore[operator]
             ids,
             attention_mask=torch.ones_like(ids),
             generation_config=_as_generation_config(sampling, room, template.stops),
@@ -235,11 +244,12 @@ class Ending(StoppingCriteria):
     """An answer ends where the next question's marker begins: in a dialogue training had no EOS there."""
 
     def __init__(self, template: Template, start: int):
-        self.template, self.start = template, start
+        assert template.marker is not None
+        self.tokenizer, self.marker, self.start = template.tokenizer, template.marker, start
 
     def __call__(self, ids: torch.Tensor, _scores, **_) -> torch.Tensor:
-        last = ids[0, max(self.start, ids.shape[1] - 2 * len(self.template.marker)) :]
-        found = self.template.marker in self.template.tokenizer.decode(last)
+        last = ids[0, max(self.start, ids.shape[1] - 2 * len(self.marker)) :]
+        found = self.marker in self.tokenizer.decode(last)
         return torch.full((len(ids),), found, device=ids.device)
 
 

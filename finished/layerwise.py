@@ -10,6 +10,7 @@ from functools import partial
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from files.model_folder import CheckpointFiles
 from finished.finished_run import Run, tensors_of
@@ -35,13 +36,13 @@ def trained_logits(run: Run, adapter: dict[str, torch.Tensor], ids: torch.Tensor
 
 def plain_logits(run: Run, files: CheckpointFiles, ids: torch.Tensor, device: torch.device):
     """The same of a model of run's kind whose files hold all of it."""
-    model = build_on_meta(run.model_config, run.family).to(torch.float32)
+    model = build_on_meta(run.model_config, run.family).to(torch.float32)  # type: ignore[arg-type]
     return _logits(model, run.family, files, {}, ids, device)
 
 
 def packed_logits(run: Run, ids: torch.Tensor, device: torch.device):
     """The same of run.files alone, packed as training packed its base: a merged model that is quantized again."""
-    model = build_on_meta(run.model_config, run.family).to(torch.float32)
+    model = build_on_meta(run.model_config, run.family).to(torch.float32)  # type: ignore[arg-type]
     names = packed_linears(model, run.family, run.config)
     quantize_linears(model, choose_quantizers(names, run.config, run.files), torch.float32)
     return _logits(model, run.family, run.files, {}, ids, device)
@@ -57,7 +58,7 @@ def compare(a: torch.Tensor, b: torch.Tensor, lengths: list[int]) -> tuple[float
 
 
 @torch.no_grad()
-def _logits(model: nn.Module, family: Family, files, adapter, ids, device) -> torch.Tensor:
+def _logits(model: PreTrainedModel, family: Family, files, adapter, ids, device) -> torch.Tensor:
     model.requires_grad_(False).eval()
     with device:
         model.set_submodule(family.rotary, make_rotary(family, model.config))
@@ -76,7 +77,7 @@ def _drop(part: nn.Module, *_) -> None:
 
 def _parts(model: nn.Module, family: Family) -> list[str]:
     """Paths of modules that together hold every parameter, each once; a tied head by itself."""
-    layers = range(len(model.get_submodule(family.layers)))
+    layers = range(len(family.decoder_layers(model)))
     parts = [family.embedding, *(f"{family.layers}.{i}" for i in layers), family.head]
     within = tuple(f"{path}." for path in parts)
     for name, _ in model.named_parameters():

@@ -94,6 +94,7 @@ def _weight(
     # Packed from the stored dtype, as in training.
     source = pack_weight(name, files.read(name, stage).to(device), quantizer)
     if isinstance(source, PackedWeight):
+        assert quantizer is not None
         parts = source.codes, source.scales, quantizer.table(device)
         weight = quantizer.dequantize(*parts, files.tensors[name].shape, torch.float32)
     else:
@@ -109,7 +110,9 @@ def _pieces(make: Callable[[], torch.Tensor], name: str, dtype: torch.dtype) -> 
 @torch.no_grad()
 def _converted(files: CheckpointFiles, name: str, dtype: torch.dtype) -> Iterator:
     """A tensor that is only stored in another dtype: row by row, since an embedding is larger than any linear."""
-    flat = files.read(name).view(-1)
+    tensor = files.read(name)
+    assert isinstance(tensor, torch.Tensor)
+    flat = tensor.view(-1)
     for part in flat.split(PIECE // flat.dtype.itemsize):
         yield _as_bytes(_fits(part.to(dtype), name))
 

@@ -10,6 +10,7 @@ import json
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -38,7 +39,7 @@ def is_hub_id(name: str) -> bool:
 def card(config: Config, run: Path, base: str, title: str, what: str, library: str) -> str:
     """The whole README.md. base: the base model's name, title: a heading; what: a paragraph on the files;
     library: what loads them, by the hub's name."""
-    head = {"library_name": library}
+    head: dict[str, Any] = {"library_name": library}
     if is_hub_id(base):
         head["base_model"] = base
     data = _hub_data(config)

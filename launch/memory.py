@@ -70,7 +70,8 @@ class Peaks:
         self.start()
 
     def start(self) -> None:
-        self.phase, self.by_phase, self.step = "start", {}, (0, 0)
+        self.phase, self.step = "start", (0, 0)
+        self.by_phase: dict[str, int] = {}
 
     def enter(self, phase: str) -> None:
         self._note()
@@ -87,7 +88,7 @@ class Peaks:
             return
         now = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
         torch.cuda.reset_peak_memory_stats()
-        self.step = tuple(map(max, self.step, now))
+        self.step = max(self.step[0], now[0]), max(self.step[1], now[1])
         self.by_phase[self.phase] = max(self.by_phase.get(self.phase, 0), now[0])
 
 

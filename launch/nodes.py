@@ -19,6 +19,7 @@ from typing import Protocol, Self, TypeVar
 import torch.distributed as dist
 
 from launch.ranks import Place, local_world_size
+from options.config import Config
 from options.errors import UserError, describe, needs_no_traceback
 
 PATIENCE = 90  # seconds: NFS's clients believe for up to 60 that a name is not there
@@ -37,6 +38,9 @@ class Finding:
 
 class Checked(Protocol):
     """A checked run, as far as nodes look into it."""
+
+    @property
+    def config(self) -> Config: ...
 
     @property
     def output_dir(self) -> str: ...
@@ -81,7 +85,9 @@ def _within_node(job: Job | None, first: int, nodes: int, world: int) -> Job:
     group = dist.new_subgroups(world // nodes)[0] if nodes > 1 else None
     box = [job]
     dist.broadcast_object_list(box, src=first, group=group)
-    return box[0]
+    received = box[0]
+    assert received is not None
+    return received
 
 
 def compare(nodes: list[Finding]) -> None:

@@ -96,6 +96,5 @@ def use_deterministic() -> None:
     # Read when cuBLAS makes its first workspace: https://docs.nvidia.com/cuda/cublas/#results-reproducibility
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = (
-        False  # the load checks that it fills all; this is speed
-    )
+    # The load checks that it fills all; this is speed. torch puts an object in the place of this module.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]

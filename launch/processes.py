@@ -48,7 +48,7 @@ def check_address(address: str, port: int | None) -> None:
             pass
     except OSError as e:
         raise UserError(
-            f"--master_port {port}: cannot be used ({os.strerror(e.errno)}); leave it out for a free one"
+            f"--master_port {port}: cannot be used ({os.strerror(e.errno or 0)}); leave it out for a free one"
         ) from None
 
 
@@ -131,7 +131,9 @@ def free_port() -> int:
 def _end_with_parent() -> None:
     """torch's own way, a SIGINT when the parent dies, is a request to a rank that trains; and the parent of a fork is its
     server."""
-    mp.parent_process().join()
+    parent = mp.parent_process()
+    assert parent is not None
+    parent.join()
     os._exit(1)
 
 

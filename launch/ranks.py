@@ -133,14 +133,15 @@ def join_group(rank: int, world: int, local_rank: int, store: dist.Store | None 
         raise UserError(
             f"rank {rank} has LOCAL_RANK {local_rank}: each node must have {local_world} ranks in a row"
         )
-    where = {"rank": rank, "world_size": world, "store": store}
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank % torch.cuda.device_count())
         use(device)
-        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device, **where)
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl", rank=rank, world_size=world, store=store, device_id=device
+        )
     else:
         device = torch.device("cpu")
-        dist.init_process_group("gloo", **where)
+        dist.init_process_group("gloo", rank=rank, world_size=world, store=store)
     processors = share_of_processors(local_rank, rank, local_world, world)
     set_threads(processors, local_world)
     return Place(rank, world, local_rank, local_world, device, processors)

@@ -5,8 +5,11 @@ The order matters: dtypes and the freeze first, then 4-bit linears, then adapter
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from files.model_folder import CheckpointFiles
 from launch.precision import Precision
@@ -17,7 +20,7 @@ from models.lora import LoRALinear
 from models.moe import within_experts
 from options.config import Config
 from options.errors import UserError
-from quantization.layer import quantize_linears
+from quantization.layer import Linear4bit, quantize_linears
 from quantization.quantizers import Quantizer
 from quantization.registry import make_quantizer
 
@@ -51,10 +54,18 @@ def target_linears(model: nn.Module, family: Family, wanted: str) -> list[str]:
 
 def check_rank(model: nn.Module, names: list[str], rank: int) -> None:
     """Raises UserError for a rank that is beyond all of the linears that get an adapter."""
-    linears = [model.get_submodule(name) for name in names]
-    most = max(max(linear.in_features, linear.out_features) for linear in linears)
+    linears = dict(_dense_linears(model, names))
+    most = max(max(linear.in_features, linear.out_features) for linear in linears.values())
     if rank > most:
         raise UserError(f"--lora_rank {rank}: no linear has more than {most} features")
+
+
+def _dense_linears(model: nn.Module, names: Iterable[str]) -> Iterator[tuple[str, nn.Linear]]:
+    """The named linears of a model that no method has changed."""
+    for name in names:
+        linear = model.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
+        yield name, linear
 
 
 def peft_targets(family: Family, wanted: str) -> list[str]:
@@ -64,7 +75,7 @@ def peft_targets(family: Family, wanted: str) -> list[str]:
     return list(family.default_targets) if wanted == "default" else [p.strip() for p in wanted.split(",")]
 
 
-def check_packing(model: nn.Module, family: Family, config: Config, files: CheckpointFiles) -> None:
+def check_packing(model: PreTrainedModel, family: Family, config: Config, files: CheckpointFiles) -> None:
     """Raises UserError if a linear cannot be packed, or if the checkpoint is packed and may not be, or says so alone."""
     linears = dict(family.layer_linears(model))
     if getattr(model.config, "quantization_config", None) and not files.prequantized:
@@ -86,7 +97,7 @@ def check_packing(model: nn.Module, family: Family, config: Config, files: Check
     if not config.method.quantizer or files.prequantized:
         return
     quantizer = make_quantizer_of(config)
-    for name, linear in linears.items():
+    for name, linear in _dense_linears(model, linears):
         if not quantizer.fits(tuple(linear.weight.shape)):
             raise UserError(
                 f"--group_size {quantizer.block}: does not divide {name}'s weight {list(linear.weight.shape)}"
@@ -101,10 +112,12 @@ def check_packing(model: nn.Module, family: Family, config: Config, files: Check
 
 
 def make_quantizer_of(config: Config) -> Quantizer:
-    return make_quantizer(config.method.quantizer, config.n_bits, config.group_size)
+    name = config.method.quantizer
+    assert name is not None
+    return make_quantizer(name, config.n_bits, config.group_size)
 
 
-def packed_linears(model: nn.Module, family: Family, config: Config) -> list[str]:
+def packed_linears(model: PreTrainedModel, family: Family, config: Config) -> list[str]:
     """The linears that are packed: all of the decoder layers, but not of Llama-Pro's new ones."""
     new = new_layers(model.config) if config.method.expansion else []
     return [name for name, _ in family.layer_linears(model) if family.place(name)[0] not in new]
@@ -120,7 +133,7 @@ def choose_quantizers(names: list[str], config: Config, files: CheckpointFiles) 
 
 
 def apply_method(
-    model: nn.Module, family: Family, config: Config, precision: Precision, files: CheckpointFiles
+    model: PreTrainedModel, family: Family, config: Config, precision: Precision, files: CheckpointFiles
 ) -> None:
     """Turns transformers' meta model into what the train type trains; afterwards exactly its parameters
     have requires_grad. Every parameter gets its dtype of `precision`."""
@@ -129,7 +142,7 @@ def apply_method(
     trained = [model.get_submodule(f"{family.layers}.{i}") for i in new]
     if not method.adapter and not method.expansion:
         trained = [model]
-    model.to(precision.frozen).requires_grad_(False)
+    model.to(precision.frozen).requires_grad_(False)  # type: ignore[arg-type]
     for part in trained:
         part.to(precision.trained).requires_grad_(True)
     if method.quantizer:
@@ -140,11 +153,15 @@ def apply_method(
 
 
 def _put_adapters(model: nn.Module, family: Family, config: Config, dtype: torch.dtype) -> None:
-    adapter = ADAPTERS[config.method.adapter]
-    sizes = {name: (m.out_features, m.in_features) for name, m in family.layer_linears(model)}
+    kind = config.method.adapter
+    assert kind is not None
+    adapter = ADAPTERS[kind]
     for name in target_linears(model, family, config.lora_target_modules):
-        options = (sizes[name], config.lora_rank, config.lora_alpha, config.lora_dropout, dtype)
-        model.set_submodule(name, adapter(model.get_submodule(name), *options))
+        base = model.get_submodule(name)
+        assert isinstance(base, nn.Linear | Linear4bit)
+        size = (base.out_features, base.in_features)
+        options = (size, config.lora_rank, config.lora_alpha, config.lora_dropout, dtype)
+        model.set_submodule(name, adapter(base, *options))
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ Shapes: B lines of a batch, T tokens of a line, H query heads, K key and value h
 from __future__ import annotations
 
 import inspect
+from typing import Any
 
 import torch
 from torch import nn
@@ -28,7 +29,9 @@ from models.family import Family
 # The names that transformers knows ours by.
 CAUSAL, VARLEN = "causal_lines", "varlen_rows"
 # Up to 2.11 torch takes fewer key and value heads than query heads without being told.
-_GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+_GROUPED: dict[str, Any] = (
+    {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+)
 
 
 def choose_attention(
@@ -107,9 +110,10 @@ def attend_within_rows(
     # Under autocast rotary tables in fp32 make queries and keys fp32; values are as the linears computed them.
     q, k, v = (x.to(value.dtype).transpose(1, 2).flatten(0, 1).contiguous() for x in (query, key, value))
     window = (-1 if sliding_window is None else sliding_window - 1, 0)  # tokens before and after its own
+    assert max_length_q is not None
     bounds = (cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q)
     result = varlen_attn(q, k, v, *bounds, scale=scaling, window_size=window, **_GROUPED)
-    return result.view(batch, length, heads, features), None
+    return result.view(batch, length, heads, features), None  # type: ignore[union-attr] # a tensor: no aux
 
 
 AttentionInterface.register(CAUSAL, attend_causally)

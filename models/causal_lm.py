@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -11,8 +12,13 @@ from transformers import PreTrainedModel
 from data.batches import Batch
 from models.loss import Head
 
+if TYPE_CHECKING:
+    Base = PreTrainedModel
+else:
+    Base = object  # `with_summed_loss` adds the model
 
-class SummedLoss:
+
+class SummedLoss(Base):
     """Comes before a ForCausalLM class among the bases. Its head is one that `put_head` put there."""
 
     def forward(
@@ -26,7 +32,7 @@ class SummedLoss:
         """As the class's own; or with targets [B, T], the cross-entropy summed over those that are not IGNORE,
         all of which are at `places`. places, row_lengths: as Batch.places and Batch.lengths, the latter for a rotary
         embedding that goes by them (models/longrope.py)."""
-        rotary = getattr(self.base_model, "rotary_emb", None)
+        rotary: Any = getattr(self.base_model, "rotary_emb", None)
         if hasattr(rotary, "row_lengths"):
             rotary.row_lengths = row_lengths
         if targets is None:
@@ -45,6 +51,7 @@ def put_head(model: nn.Module, name: str, scale: float) -> None:
     """Puts a Head in the place of the linear of that dotted name; its weight stays the same parameter. scale: what
     the model's own forward multiplies the head's result with."""
     linear = model.get_submodule(name)
+    assert isinstance(linear, nn.Linear)
     with torch.device("meta"):
         head = Head(linear.in_features, linear.out_features, bias=linear.bias is not None)
     head.weight, head.bias, head.scale = linear.weight, linear.bias, scale

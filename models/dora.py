@@ -53,10 +53,17 @@ class DoRALinear(LoRALinear):
     """
 
     def __init__(
-        self, base: nn.Module, features: tuple[int, int], rank: int, alpha: float, dropout: float, dtype
+        self,
+        base: nn.Linear | Linear4bit,
+        features: tuple[int, int],
+        rank: int,
+        alpha: float,
+        dropout: float,
+        dtype,
     ):
         super().__init__(base, features, rank, alpha, dropout, dtype)
-        self.bias, base.bias = base.bias, None
+        self.bias = base.bias
+        base.bias = None  # type: ignore[assignment]
         empty = torch.empty(features[0], device=self.lora_B.device)
         self.magnitude_change = nn.Parameter(empty.to(dtype))
         self.squared_norm = nn.Parameter(empty.clone(), requires_grad=False)  # ||W||^2 of each row, fp32
@@ -114,6 +121,7 @@ class DoRALinear(LoRALinear):
 
     def pack(self, name: str, tensor: torch.Tensor | PackedWeight) -> dict[str, torch.Tensor]:
         if name == "bias":
+            assert isinstance(tensor, torch.Tensor)
             return {"bias": tensor}
         packed = super().pack(name, tensor)
         if isinstance(self.base, Linear4bit):

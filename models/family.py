@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -47,7 +48,7 @@ class Family:
     attention: str = "sdpa"
     linears_of: Callable[[nn.Module], tuple[str, ...]] | None = None
     as_stored: Callable[[PreTrainedModel], None] = lambda model: None
-    constants: Callable[[PretrainedConfig], dict[str, torch.Tensor]] = lambda config: {}
+    constants: Callable[[Any], dict[str, torch.Tensor]] = lambda config: {}
     compiles: bool = True
     logit_scale: Callable[[PretrainedConfig], float] = lambda config: 1.0
     layers: str = "model.layers"
@@ -56,10 +57,16 @@ class Family:
     head: str = "lm_head"
     rotary: str = "model.rotary_emb"
 
+    def decoder_layers(self, model: nn.Module) -> nn.ModuleList:
+        """The decoder layers, in order."""
+        layers = model.get_submodule(self.layers)
+        assert isinstance(layers, nn.ModuleList)
+        return layers
+
     def layer_linears(self, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         """(absolute dotted name, module) of every linear of every decoder layer, in order: all that is
         quantized. Raises AttributeError for a name that a layer does not have."""
-        for i, layer in enumerate(model.get_submodule(self.layers)):
+        for i, layer in enumerate(self.decoder_layers(model)):
             for linear in self.linears_of(layer) if self.linears_of else self.linears:
                 yield f"{self.layers}.{i}.{linear}", layer.get_submodule(linear)
 

@@ -55,7 +55,9 @@ def check_can_leave_silence(
         value = family.silent_value(rest) if layer in new else None
         if value is None or not lr or any(torch.tensor(value + x).to(trained) != value for x in (lr, -lr)):
             continue
-        if (files.read(name) == value).all():  # neither trained before nor made by an older version
+        stored = files.read(name)
+        # A layer that was trained before, or that an older version made, holds other values.
+        if isinstance(stored, torch.Tensor) and (stored == value).all():
             raise UserError(
                 f"{files.folder}: {name} is {value:g}, which makes a new layer add nothing, and in"
                 f" {str(trained).removeprefix('torch.')} an update of --lr {lr:g} is rounded away: nothing would be"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from functools import cache
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -15,13 +16,20 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from models.family import Family, rope_switch
 
+if TYPE_CHECKING:
+    Base = nn.Module
+else:
+    Base = object  # `by_row` adds the rotary class
 
-class ByRow:
+
+class ByRow(Base):
     """Comes before a rotary class of transformers' among the bases.
 
     row_lengths [B, 1] or [B, T]: how many tokens the row has that a token is of; None: as transformers."""
 
     row_lengths: torch.Tensor | None = None
+    original_inv_freq: torch.Tensor  # transformers'
+    attention_scaling: float
 
     def __init__(self, config: PretrainedConfig):
         super().__init__(config=config)
@@ -49,5 +57,5 @@ def by_row(rotary_class: type[nn.Module]) -> type[nn.Module]:
 
 def make_rotary(family: Family, config: PretrainedConfig) -> nn.Module:
     """The family's rotary embedding, on the current device."""
-    long = rope_switch(config) < math.inf
-    return (by_row(family.rotary_class) if long else family.rotary_class)(config=config)
+    long, made = rope_switch(config) < math.inf, family.rotary_class
+    return (by_row(made) if long else made)(config=config)  # type: ignore[arg-type]

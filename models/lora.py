@@ -26,7 +26,13 @@ class LoRALinear(Packed):
     """
 
     def __init__(
-        self, base: nn.Module, features: tuple[int, int], rank: int, alpha: float, dropout: float, dtype
+        self,
+        base: nn.Linear | Linear4bit,
+        features: tuple[int, int],
+        rank: int,
+        alpha: float,
+        dropout: float,
+        dtype,
     ):
         super().__init__()
         (out_features, in_features), device = features, next(base.parameters()).device

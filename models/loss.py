@@ -16,7 +16,7 @@ on this rank (maybe none), H hidden features, C tokens of a chunk, of all ranks.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -98,7 +98,7 @@ class VocabularyShard:
         return index.clamp(0, max(len(self.rows) - 1, 0)), here
 
 
-def shard_vocabulary(modules: list[nn.Module], mesh: DeviceMesh) -> None:
+def shard_vocabulary(modules: Sequence[nn.Embedding | Head], mesh: DeviceMesh) -> None:
     """Deals out the rows of the one frozen weight [V, H], on meta, that the modules share, or that the one module
     has: FSDP's layout, but never gathered for a forward."""
     weight, count = modules[0].weight, mesh.size(mesh.ndim - 1)
@@ -123,6 +123,7 @@ def freeze(embedding: nn.Embedding) -> FrozenEmbedding:
     if not isinstance(embedding, FrozenEmbedding):
         bases = (FrozenEmbedding,) if own is nn.Embedding else (own, FrozenEmbedding)
         embedding.__class__ = type(own.__name__, bases, {})
+    assert isinstance(embedding, FrozenEmbedding)
     return embedding
 
 
@@ -263,10 +264,11 @@ class _SummedLoss(torch.autograd.Function):
             losses[at] = torch.where(known, lse - picked.sum(0), 0).view(shard.size, -1)[shard.rank]
             if of_x or of_rows:
                 z = gradient(z, tokens, mine, lse.masked_fill(~known, torch.inf), softcap)
-            if of_x:  # in 16 bits the sum over ranks would be rounded for each
+            if grad_x is not None:  # in 16 bits the sum over ranks would be rounded for each
                 part = z @ rows if shard.size == 1 else shard.scatter_sum((z @ rows).float())
                 grad_x[places[at]] = part.to(x.dtype)
-            if of_rows:  # of a sum over tokens, which has no such bound, the factor is taken out before
+            if grad_rows is not None:
+                # A sum over tokens has no such bound, so the factor is taken out before.
                 grad_rows += z.t() @ (states / FP16_FACTOR if fp16 else states)
         ctx.save_for_backward(grad_x, grad_rows)
         return losses.sum()

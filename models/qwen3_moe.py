@@ -24,14 +24,16 @@ def linears_of(layer: nn.Module) -> tuple[str, ...]:
     if not isinstance(layer.mlp, Qwen3MoeSparseMoeBlock):
         return ATTENTION + GATED_MLP
     parts = [linear.removeprefix("mlp.") for linear in GATED_MLP]
-    return ATTENTION + tuple(f"mlp.experts.{i}.{p}" for i in range(len(layer.mlp.experts)) for p in parts)
+    experts = layer.mlp.experts
+    assert isinstance(experts, Experts)
+    return ATTENTION + tuple(f"mlp.experts.{i}.{p}" for i in range(len(experts)) for p in parts)
 
 
 def as_stored(model: PreTrainedModel) -> None:
     config = model.config
     for layer in model.model.layers:
         if isinstance(layer.mlp, Qwen3MoeSparseMoeBlock):
-            layer.mlp.experts = Experts(
+            layer.mlp.experts = Experts(  # type: ignore[assignment]
                 lambda: Qwen3MoeMLP(config, config.moe_intermediate_size),
                 config.num_experts,
                 config.num_experts_per_tok,

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from torch import nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from files.model_folder import CheckpointFiles
@@ -82,7 +81,7 @@ def build_on_meta(config: PretrainedConfig, family: Family, attention: str | Non
     try:
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of sizes that are zero; check_weights says it
-            model = with_summed_loss(family.model_class)(config)
+            model = with_summed_loss(family.model_class)(config)  # type: ignore[arg-type]
             family.as_stored(model)
             put_head(model, family.head, family.logit_scale(config))
     except UNUSABLE as e:
@@ -107,7 +106,7 @@ def _reason(e: Exception) -> str:
     return lines[-1 if isinstance(e, StrictDataclassError) else 0].strip()
 
 
-def check_weights(model: nn.Module, files: CheckpointFiles, family: Family) -> None:
+def check_weights(model: PreTrainedModel, files: CheckpointFiles, family: Family) -> None:
     """Every parameter has one tensor of its shape, and every tensor a parameter. Raises UserError.
 
     Drops from `files` the tensors that nothing needs, so that what is left is what will be streamed.

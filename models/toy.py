@@ -69,7 +69,7 @@ def _make(texts: list[str]) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = LlamaForCausalLM(config).to(torch.bfloat16)
+        model = LlamaForCausalLM(config).to(torch.bfloat16)  # type: ignore[arg-type]
         for name, parameter in model.named_parameters():
             if parameter.dim() == 2:
                 std = (

@@ -90,7 +90,8 @@ def count_back(events: list[dict], end: int, signs: dict[str, int], began: float
     """(seconds, bytes) from each event on, counted back from what there was at the end: what existed before the
     first event, or was forgotten with older ones, is in all of them. Before the first event it is known from
     `began` on if none was forgotten."""
-    points, value = [], end
+    points: Points = []
+    value = end
     for event in reversed(events):
         if sign := signs.get(event["action"]):
             points.append((event["time_us"] / 1e6, value))
@@ -131,7 +132,8 @@ def thin(line: Points) -> Points:
     """Of each of BUCKETS spans of time the first, the lowest, the highest and the last point, in their order."""
     if len(line) <= 4 * BUCKETS:
         return line
-    kept, buckets = {0, len(line) - 1}, {}
+    kept = {0, len(line) - 1}
+    buckets: dict[int, list[int]] = {}
     for i, (at, _) in enumerate(line):
         buckets.setdefault(min(int(at / line[-1][0] * BUCKETS), BUCKETS - 1), []).append(i)
     for bucket in buckets.values():
@@ -165,7 +167,8 @@ class History:
     """Of one rank, from now on, until `stop`; one at a time in a process."""
 
     def __init__(self, device: torch.device):
-        self.device, self.marks = device, []
+        self.device = device
+        self.marks: list[Mark] = []
         self.source = (GpuEvents if device.type == "cuda" else HostSamples)(device)
 
     def phase(self, name: str, step: int) -> None:
@@ -208,7 +211,8 @@ class HostSamples:
     """Samples of this process's resident size."""
 
     def __init__(self, device: torch.device):
-        self.device, self.points, self.ended = device, [], threading.Event()
+        self.device, self.ended = device, threading.Event()
+        self.points: Points = []
         self.thread = threading.Thread(target=self._sample, daemon=True)
         self.thread.start()
 

@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, fields
 
 from torch import nn
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from files.model_folder import CheckpointFiles
 from launch import memory
@@ -84,7 +84,7 @@ class Part:
 
 
 def plan(
-    model: nn.Module, family: Family, config: Config, precision: Precision, files: CheckpointFiles
+    model: PreTrainedModel, family: Family, config: Config, precision: Precision, files: CheckpointFiles
 ) -> list[Part]:
     """Every parameter of the train type; a tied weight once. model: as build_on_meta makes it, before any method; only
     the names of its linears are read."""
@@ -147,7 +147,7 @@ class Share:
 
 
 def expect(
-    model: nn.Module,
+    model: PreTrainedModel,
     family: Family,
     config: Config,
     precision: Precision,

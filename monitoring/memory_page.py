@@ -51,7 +51,8 @@ def _header(recordings: list[Recording], title: str) -> str:
 def _tiles(recordings: list[Recording]) -> str:
     rank, part = fullest(recordings)
     tiles = [("Peak", part.peak.peak, f"in the {part.peak.name} of {part.name}, rank {rank.rank}")]
-    ends = {}  # of the fullest rank: what was left at the end of each phase, the last time
+    # Of the fullest rank: what was left at the end of each phase, the last time.
+    ends: dict[str, tuple[float, str]] = {}
     for each in rank.parts:
         ends |= {span.name: (span.last, each.name) for span in each.spans}
     tiles += [(f"After {name}", last, f"{where}, rank {rank.rank}") for name, (last, where) in ends.items()]

@@ -13,6 +13,7 @@ from data.batches import StepSampler
 from data.packing import PackSampler
 from data.rows import TokenizedRows
 from files.names import BEST, BLOCKS, SCORE
+from files.output_folder import output_folder
 from launch import memory
 from launch.program import typed_command, under_torchrun
 from monitoring.memory_model import Share
@@ -106,7 +107,7 @@ def tell_end(
 ) -> str:
     """The lines at the end of a run. done: steps before it was resumed; seconds: of the steps after them; stages: as in
     run.json; stopped: why it was asked to stop, or ""; sampled: whether samples were asked for."""
-    folder = Path(config.output_dir)
+    folder = output_folder(config)
     if stopped:
         return describe_stop(stopped, history, total_steps, folder)
     told = [summary(history, seconds, stages, done), *describe_evaluations(history, total_steps, config)]
@@ -150,20 +151,23 @@ def kept_in(folder: Path, step: int) -> str:
     return f", in {folder}" if kept == step else f", which could not be kept; {folder} has step {kept}"
 
 
+def _eval_loss(metrics: Metrics) -> float:
+    """To compare by: infinite if it is NaN."""
+    loss = metrics.eval_loss
+    return math.inf if loss is None or math.isnan(loss) else loss
+
+
 def describe_evaluations(history: list[Metrics], total_steps: int, config: Config) -> list[str]:
     """Lines for the end of a run: the evaluations, and why it ended before its last step."""
     evaluated = [m for m in history if m.eval_loss is not None]
     if not evaluated:
         return []
-    last, best = (
-        evaluated[-1],
-        min(evaluated, key=lambda m: m.eval_loss if m.eval_loss == m.eval_loss else math.inf),
-    )
+    last, best = evaluated[-1], min(evaluated, key=_eval_loss)
     line = (
         f"evaluation loss {last.eval_loss:.4f} (perplexity {last.eval_perplexity:,.2f}) at step {last.step}"
     )
     if len(evaluated) > 1:
-        where = kept_in(Path(config.output_dir) / BEST, best.step) if config.keeps_best else ""
+        where = kept_in(output_folder(config) / BEST, best.step) if config.keeps_best else ""
         line += f"; best {best.eval_loss:.4f} at step {best.step}{where}"
     if len(history) == total_steps or 0 <= config.max_bad_steps < (history[-1].bad_steps or 0):
         return [line]

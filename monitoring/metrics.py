@@ -13,6 +13,7 @@ import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -115,7 +116,7 @@ class Lap:
     def seconds(self) -> float:
         """Waits for the GPU."""
         self.ended.synchronize()
-        return self.began.elapsed_time(self.ended) / 1000
+        return self.began.elapsed_time(self.ended) / 1000  # type: ignore[arg-type] # both are of one device
 
 
 class Meter:
@@ -146,6 +147,9 @@ class Meter:
     def measure(self, reading: Reading, lap: Lap) -> Metrics:
         """The loop's one wait for the GPU. What is queued behind the two goes on meanwhile."""
         table, seconds, step = reading.wait(), lap.seconds(), reading.step
+        phases: dict[str, Any] = {
+            f"memory_after_{p}_gib": table[:, i].max().item() / GIB for i, p in self._phases()
+        }
         return Metrics(
             step=reading.index,
             epoch=round(step.epoch, 4),
@@ -158,7 +162,7 @@ class Meter:
             tokens_per_second=step.n_tokens / seconds,
             memory_allocated_gib=table[:, 2].max().item() / GIB,
             memory_reserved_gib=table[:, 3].max().item() / GIB,
-            **{f"memory_after_{p}_gib": table[:, i].max().item() / GIB for i, p in self._phases()},
+            **phases,
         )
 
     def _phases(self) -> list[tuple[int, str]]:
@@ -171,8 +175,8 @@ class Meter:
 
     def _memory(self) -> list[torch.Tensor]:
         gpu = self.device.type == "cuda"
-        sizes = memory.PEAKS.take() if gpu else (memory.largest_resident(),) * 2
-        sizes += tuple(self.held[p] for _, p in self._phases())
+        peaks = memory.PEAKS.take() if gpu else (memory.largest_resident(),) * 2
+        sizes = *peaks, *(self.held[p] for _, p in self._phases())
         # Not torch.tensor, which copies from the host and waits until the GPU has come to it.
         return [torch.full((), size, dtype=torch.float64, device=self.device) for size in sizes]
 
@@ -180,12 +184,14 @@ class Meter:
 def read_metrics(path: Path, length: int | None = None) -> list[Metrics]:
     """The lines of metrics.jsonl, one for each step so far; length: bytes of it that are read, None = all. Raises
     UserError where it holds anything else."""
-    found = []
+    found: list[Metrics] = []
     with path.open("rb") as file:
         while (length is None or file.tell() < length) and (line := file.readline(METRICS_LINE)):
             number = len(found) + 1
             try:
-                values = {k: math.nan if v is None else v for k, v in json.loads(line).items()}
+                values: dict[str, Any] = {
+                    k: math.nan if v is None else v for k, v in json.loads(line).items()
+                }
                 found.append(Metrics(**values))
                 right = found[-1].step == number and all(type(v) in (int, float) for v in values.values())
             except (ValueError, TypeError, AttributeError, RecursionError):

@@ -13,11 +13,13 @@ import json
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from files.atomic_writes import write_text
+from files.output_folder import output_folder
 from launch.memory import GIB, PEAKS, in_use
 from launch.ranks import Place
 from monitoring.memory_history import BETWEEN, History, Recording
@@ -140,7 +142,7 @@ class MemoryRecorder(Recorder):
     def _write_together(self) -> bool:
         """Rank 0 writes the page and the picture of all ranks; each writes its snapshot. Collective."""
         recording = self._stop()
-        recordings = [None] * self.place.world if self.place.rank == 0 else None
+        recordings: list[Any] | None = [None] * self.place.world if self.place.rank == 0 else None
         dist.gather_object(recording, recordings)
         if recordings:
             write_pages(self.folder / "memory", recordings, self.title)
@@ -149,6 +151,7 @@ class MemoryRecorder(Recorder):
     def _stop(self) -> Recording:
         self.folder.mkdir(parents=True, exist_ok=True)
         suffix = f"_rank{self.place.rank}" if self.place.rank else ""
+        assert self.history is not None
         recording = self.history.stop(self.place.rank, self.folder / f"memory_snapshot{suffix}.pickle")
         self.history = None
         return recording
@@ -180,7 +183,8 @@ class TraceRecorder(Recorder):
             with_stack=config.with_stack,
             experimental_config=verbose,
         )
-        self.range, self.started, self.wrote = contextlib.nullcontext(), False, False
+        self.range: contextlib.AbstractContextManager = contextlib.nullcontext()
+        self.started = self.wrote = False
         self.history: History | None = None
 
     def phase(self, name: str, step: int) -> None:
@@ -233,6 +237,7 @@ class TraceRecorder(Recorder):
         """The profiler's own export_memory_timeline is deprecated, and fails on what FSDP2 does to parameters; the
         allocator's record is what torch recommends in its place."""
         name = f"{start.name}_memory_timeline"
+        assert self.history is not None
         recording = self.history.stop(
             self.place.rank, start.with_name(f"{start.name}_memory_snapshot.pickle")
         )
@@ -278,7 +283,7 @@ def make_profiler(config: Config, place: Place) -> Profiler:
         what = "there is no GPU: the resident size of each process is sampled instead"
         print(f"--{asked[0]}: {what}, and there is no memory_snapshot.pickle", flush=True)
     if config.profile_memory:
-        recorders.append(MemoryRecorder(place, Path(config.output_dir), title))
+        recorders.append(MemoryRecorder(place, output_folder(config), title))
     if config.profile:
         recorders.append(TraceRecorder(config, place, title))
     return Profiler(place.device, recorders)

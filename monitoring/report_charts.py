@@ -64,7 +64,7 @@ def downsample(points: list, buckets: int = 250) -> list:
     if len(points) <= 2 * buckets:
         return points
     first, last = points[0][0], points[-1][0]
-    spans = [[] for _ in range(buckets)]
+    spans: list[list] = [[] for _ in range(buckets)]
     for point in points:
         spans[min(int((point[0] - first) / (last - first) * buckets), buckets - 1)].append(point)
     kept = {points[0], points[-1]}

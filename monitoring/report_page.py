@@ -82,7 +82,7 @@ def _facts(rows: list[tuple[str, str]]) -> str:
     return f'<dl class="card facts">{inner}</dl>'
 
 
-def series_of(steps: list[dict], name: str) -> list[tuple[int, float]]:
+def series_of(steps: list[dict], name: str) -> list[tuple[float, float]]:
     """(step, value) of the lines that have a finite value of this name."""
     return [
         (s["step"], s[name])

@@ -11,6 +11,7 @@ import math
 import os
 import platform
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -111,7 +112,7 @@ def check_facts(facts: dict, where: str) -> None:
         return type(value) in (int, float) and 0 <= value < math.inf
 
     for part, kinds in DESCRIBED.items():
-        found = facts.get(part)
+        found: Any = facts.get(part)
         good = not found or (isinstance(found, dict) and kinds.keys() <= found.keys())
         for name, kind in kinds.items() if good and found else ():
             value = found[name]
@@ -123,7 +124,7 @@ def check_facts(facts: dict, where: str) -> None:
                     "share": number(value),
                     "text": isinstance(value, str),
                     "counts": isinstance(value, list)
-                    and value
+                    and value != []
                     and all(type(n) is int and n >= 0 for n in value),
                 }[kind]
             )

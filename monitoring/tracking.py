@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from files.atomic_writes import as_json, staged
 from files.disk_room import append_bytes, despite_full_disk
+from files.output_folder import output_folder
 from monitoring.metrics import Metrics, read_metrics
 from options.config import Config
 from options.errors import FULL_DISK, UserError
@@ -46,6 +47,8 @@ class NoTracker:
 
 class Tracker(NoTracker):
     """Writes metrics.jsonl line by line, shows progress, and draws loss.png when finished."""
+
+    history: list[Metrics]
 
     def __init__(self, folder: Path, total_steps: int, quiet: bool):
         self.folder, self.total, self.evaluated = folder, total_steps, ""
@@ -133,7 +136,7 @@ def make_tracker(config: Config, rank: int, total_steps: int, state: dict) -> No
     """state: `state_dict` of the tracker of the run that is resumed, or {}; what metrics.jsonl holds was before."""
     if rank:
         return NoTracker()
-    folder = Path(config.output_dir)
+    folder = output_folder(config)
     if config.log_to == "wandb":
         return WandbTracker(folder, total_steps, config, state.get("wandb"))
     return Tracker(folder, total_steps, quiet=config.log_to == "stdout")

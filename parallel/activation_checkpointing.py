@@ -13,6 +13,7 @@ import enum
 import warnings
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.attention.varlen  # registers its operator
@@ -115,8 +116,11 @@ def compiler(backend: str = "inductor") -> Callable:
         start_workers()
     # What is not used any more goes back to the allocator at once. Inductor would keep it for a later result of the same
     # shape: of an MLP's widest activations one more would be there at the moment that needs most memory.
-    options = {"allow_buffer_reuse": False, "joint_custom_post_pass": LayerGraphs()}
-    options["post_grad_custom_pre_pass"] = DividedGraphs()
+    options: dict[str, Any] = {
+        "allow_buffer_reuse": False,
+        "joint_custom_post_pass": LayerGraphs(),
+        "post_grad_custom_pre_pass": DividedGraphs(),
+    }
     return torch.compile(_run, fullgraph=True, backend=backend, options=options)
 
 

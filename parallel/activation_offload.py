@@ -69,6 +69,7 @@ class HostStash:
     def pack(self, tensor: torch.Tensor) -> torch.Tensor | Stashed:
         if tensor.nbytes < SMALLEST:
             return tensor
+        assert self.last is not None
         if not tensor.is_cuda:  # nothing to overlap: the same bookkeeping with plain copies
             host = tensor.clone()
         else:
@@ -89,9 +90,11 @@ class HostStash:
         self._let_go()
         self._fetch(layer, kept)
         tensor, kept.fetched = kept.fetched, None
+        assert tensor is not None
         layer.tensors = [ref for ref in layer.tensors if ref() not in (None, kept)]
         if self.stream:
             # Not for the stream, which may have begun with the layer before.
+            assert layer.ready is not None
             torch.cuda.current_stream().wait_event(layer.ready)
         if layer.before:
             self._fetch(layer.before)  # while this layer is computed
@@ -125,6 +128,7 @@ class HostStash:
                 layer.ready = self.stream.record_event()
 
     def _copy(self, kept: Stashed) -> None:
+        assert kept.fetched is not None
         kept.fetched.copy_(kept.host, non_blocking=True)
 
 

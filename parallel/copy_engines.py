@@ -94,7 +94,8 @@ class Buffers:
     when all let go of them in the same order. waste: times as large as what it holds a buffer may be."""
 
     def __init__(self, group: dist.ProcessGroup, make: Callable = Buffer, waste: float = math.inf):
-        self.group, self.make, self.waste, self.all = group, make, waste, []
+        self.group, self.make, self.waste = group, make, waste
+        self.all: list[Buffer] = []
 
     def add(self, n: int, device: torch.device) -> Buffer:
         """A buffer that is to be mapped."""
@@ -152,7 +153,7 @@ class CopiedReduceScatter:
         output_tensor: Tensor,
         input_tensor: Tensor,
         group: dist.ProcessGroup,
-        op: dist.ReduceOp,
+        op: dist.ReduceOp | dist.ReduceOp.RedOpType,
         async_op: bool = False,
     ) -> None:
         """output_tensor [n]: the sum over ranks of this rank's row of their input_tensor [W n], which is overwritten."""

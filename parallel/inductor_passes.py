@@ -21,6 +21,7 @@ from __future__ import annotations
 import operator
 from collections import defaultdict
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
@@ -60,7 +61,7 @@ class DividedGraphs(CustomGraphPass):
 
     def __call__(self, graph: Graph) -> None:
         for total in graph.find_nodes(op="call_function", target=SUM):
-            if total.args[1] == [0] and total.args[0].target is MULTIPLY:
+            if total.args[1] == [0] and _operand(total, 0).target is MULTIPLY:
                 sum_first(graph, total)
         for node in graph.find_nodes(op="call_function", target=KEPT):  # it has been
             node.replace_all_uses_with(node.args[0])
@@ -76,8 +77,9 @@ def sum_first(graph: Graph, total: Node) -> None:
     """Moves a sum of products over all tokens to where all is there that its factors are computed from, element by
     element. Not if they are there themselves, or come from a result of fewer numbers: a norm's gradient, that has one for
     each token, is better computed once."""
-    elementwise, sources = {total.args[0]}, set()
-    left, size = [total.args[0]], total.args[0].meta["val"].numel()
+    product = _operand(total, 0)
+    elementwise, sources = {product}, set[Node]()
+    left, size = [product], product.meta["val"].numel()
     while left:
         for node in left.pop().all_input_nodes:
             if not _is_elementwise(node):
@@ -90,15 +92,20 @@ def sum_first(graph: Graph, total: Node) -> None:
     if narrow or len(computed) == 1:  # the product itself
         return
     order = {node: i for i, node in enumerate(graph.nodes)}
-    place = max(sources, key=order.get).next
+    place = max(sources, key=order.__getitem__).next
     while place.op == "placeholder":
         place = place.next
     copies: dict[Node, Node] = {}
     with graph.inserting_before(place):
-        for node in (*sorted(elementwise, key=order.get), total):
+        for node in (*sorted(elementwise, key=order.__getitem__), total):
             copies[node] = graph.node_copy(node, lambda n: copies.get(n, n))
     total.replace_all_uses_with(copies[total])
     graph.eliminate_dead_code()
+
+
+def _operand(node: Node, i: int) -> Any:
+    """Argument i of a node. torch's type for it is whatever any operator may take."""
+    return node.args[i]
 
 
 def _numbers(node: Node) -> int | None:
@@ -123,9 +130,9 @@ def inputs_are_there(graph: Graph) -> None:
 
 def join_casts(graph: Graph) -> None:
     """Under autocast each linear rounds the fp32 x for itself: after this they have one x again."""
-    casts = {}
+    casts: dict[tuple, Node] = {}
     for linear in graph.find_nodes(op="call_function", target=LINEAR):
-        if (x := linear.args[0]).target in CASTS:
+        if (x := _operand(linear, 0)).target in CASTS:
             first = casts.setdefault((x.target, x.args, tuple(sorted(x.kwargs.items()))), x)
             if x is not first:
                 x.replace_all_uses_with(first)
@@ -133,12 +140,12 @@ def join_casts(graph: Graph) -> None:
 
 def join_projections(graph: Graph, linears: list[Node]) -> None:
     """h = x A^T of several linears in one matmul."""
-    products = [_product(linear) for linear in linears]
-    if None in products:
+    products = [product for linear in linears if (product := _product(linear))]
+    if len(products) < len(linears):
         return
-    first, shared = products[0], [linear.args[9] for linear in linears]
+    first, shared = products[0], [_operand(linear, 9) for linear in linears]
     with graph.inserting_before(first):  # Inductor sorts the graph afterwards
-        transposed = first.args[1]
+        transposed = _operand(first, 1)
         a = _add(graph, transposed, ops.aten.cat.default, shared)
         h = _add(
             graph, first, first.target, first.args[0], _add(graph, transposed, transposed.target, a, [1, 0])
@@ -152,7 +159,7 @@ def join_projections(graph: Graph, linears: list[Node]) -> None:
 def join_gradients(graph: Graph, adapters: list[Node]) -> None:
     """The gradients of several linears' A's and B's by one operator, and that of their x by another, unless that is the
     sum of others as well: of a linear between them that has no A, or of what was rounded for each."""
-    grads, hs, shared, bs = ([node.args[i][0] for node in adapters] for i in (0, 2, 3, 4))
+    grads, hs, shared, bs = ([_operand(node, i)[0] for node in adapters] for i in (0, 2, 3, 4))
     results = [{n.args[1]: n for n in node.users} for node in adapters]
     with graph.inserting_before(adapters[-1]):
         joint = _add(graph, adapters[-1], ADAPTER_BACKWARD, grads, adapters[0].args[1], hs, shared, bs)
@@ -167,8 +174,8 @@ def join_gradients(graph: Graph, adapters: list[Node]) -> None:
     total = _sum_of(matmuls)
     if len(matmuls) != len(adapters) or total is None:
         return
-    lists = ([value for n in matmuls for value in n.args[i]] for i in range(7))
-    after = [value for n in matmuls for value in n.args[9]]
+    lists = ([value for n in matmuls for value in _operand(n, i)] for i in range(7))
+    after = [value for n in matmuls for value in _operand(n, 9)]
     with graph.inserting_before(matmuls[-1]):
         of_x = _add(graph, matmuls[-1], LINEAR_BACKWARD, *lists, of_h, shared, after)
     total.replace_all_uses_with(of_x)
@@ -185,12 +192,12 @@ def _by_x(graph: Graph, target, x: int, a: int) -> list[list[Node]]:
 
 def _product(linear: Node) -> Node | None:
     """The matmul x A^T of which a linear has the result, if that is what it has."""
-    h, a = linear.args[8:10]
+    h, a = _operand(linear, 8), _operand(linear, 9)
     while h.target in VIEWS:
-        h = h.args[0]
+        h = _operand(h, 0)
     if h.target is not ops.aten.mm.default:
         return None
-    transposed = h.args[1]
+    transposed = _operand(h, 1)
     return h if transposed.target is ops.aten.permute.default and transposed.args[0] is a else None
 
 
@@ -248,6 +255,7 @@ def _describe_readers(node: Node) -> None:
 def _describe(node: Node) -> None:
     """Sets anew what a node's meta says of its operands and its result."""
     operands = map_arg(node.args, lambda n: n.meta["val"])
+    assert callable(node.target)
     node.meta["val"] = node.target(*operands)
     for name in ("tensor_meta", "eager_input_vals"):
         node.meta.pop(name, None)

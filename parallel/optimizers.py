@@ -41,7 +41,7 @@ class ShardedAdamW(torch.optim.Optimizer):
             self.inner.state[shard] = self.state[p]  # one dict, which bitsandbytes fills at the first step
 
     @torch.no_grad()
-    def step(self) -> None:
+    def step(self) -> None:  # type: ignore[override] # without a closure
         self._follow()
         for p, shard in self.shards.items():
             # Kernels cannot be launched on nothing: a rank without rows of p has nothing to do.

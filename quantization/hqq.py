@@ -41,10 +41,10 @@ class HQQ:
         torch.float64,
     )
 
-    def fits(self, shape: tuple[int, int]) -> bool:
+    def fits(self, shape: tuple[int, ...]) -> bool:
         return math.prod(shape) % self.block == 0
 
-    def sizes(self, shape: tuple[int, int]) -> tuple[int, int]:
+    def sizes(self, shape: tuple[int, ...]) -> tuple[int, int]:
         return math.prod(shape) * self.n_bits // 8, math.prod(shape) // self.block * 4
 
     def table(self, device: torch.device) -> None:

@@ -44,6 +44,7 @@ class Packed(nn.Module):
 
     def pack(self, name: str, tensor: torch.Tensor | PackedWeight) -> dict[str, torch.Tensor]:
         """Their full contents, from the full tensor, packed already or not. Keys as in `packs`."""
+        assert isinstance(tensor, torch.Tensor)
         return {name: tensor}
 
     def initial_values(self, generator: torch.Generator) -> dict[str, torch.Tensor]:
@@ -61,7 +62,10 @@ def packs(module: nn.Module, name: str) -> tuple[str, ...]:
 
 def pack(module: nn.Module, name: str, tensor: torch.Tensor | PackedWeight) -> dict[str, torch.Tensor]:
     """`Packed.pack`, also for a plain module."""
-    return module.pack(name, tensor) if isinstance(module, Packed) else {name: tensor}
+    if isinstance(module, Packed):
+        return module.pack(name, tensor)
+    assert isinstance(tensor, torch.Tensor)
+    return {name: tensor}
 
 
 def quantizer_of(module: nn.Module, name: str) -> Quantizer | None:
@@ -75,6 +79,10 @@ class Linear4bit(Packed):
     dtype: of the dequantized weight. Takes the place of `linear`, keeps its bias, and is made on its device
     (meta).
     """
+
+    codes: nn.Parameter
+    scales: nn.Parameter
+    table: torch.Tensor | None
 
     def __init__(self, linear: nn.Linear, dtype: torch.dtype, quantizer: Quantizer):
         super().__init__()
@@ -113,7 +121,7 @@ class Linear4bit(Packed):
         assert row_scale is None or self.bias is None, "a bias is not rescaled"
         x = x.to(compute_dtype(x))
         packed, h = (self.codes, self.scales, self.table, self.quantizer_name, self.shape), None
-        if a is not None:
+        if a is not None and b is not None:
             a, b = a.to(x.dtype), b.to(x.dtype)
             if dropout:
                 h, a = F.linear(F.dropout(x, dropout), a), None
@@ -132,9 +140,10 @@ class Linear4bit(Packed):
     def pack(self, name: str, tensor: torch.Tensor | PackedWeight) -> dict[str, torch.Tensor]:
         """A weight [O, I] is quantized from the dtype in which it is stored, on the device where it is."""
         if name != "weight":
-            return {name: tensor}
-        tensor = pack_weight(name, tensor, self.quantizer)
-        return {"codes": as_storage(tensor.codes), "scales": as_storage(tensor.scales)}
+            return super().pack(name, tensor)
+        packed = pack_weight(name, tensor, self.quantizer)
+        assert isinstance(packed, PackedWeight)
+        return {"codes": as_storage(packed.codes), "scales": as_storage(packed.scales)}
 
     def unpack(self, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
         """The [O, I] weight of what `pack` returned, in the layer's dtype."""
@@ -150,4 +159,6 @@ class Linear4bit(Packed):
 def quantize_linears(model: nn.Module, quantizers: dict[str, Quantizer], dtype: torch.dtype) -> None:
     """Puts a Linear4bit that computes in `dtype` in the place of each named linear of a meta model."""
     for name, quantizer in quantizers.items():
-        model.set_submodule(name, Linear4bit(model.get_submodule(name), dtype, quantizer))
+        linear = model.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
+        model.set_submodule(name, Linear4bit(linear, dtype, quantizer))

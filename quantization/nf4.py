@@ -43,10 +43,10 @@ class NF4:
     dtypes: ClassVar[tuple[torch.dtype, ...]] = (torch.float32, torch.float16, torch.bfloat16)
     double: bool = True
 
-    def fits(self, shape: tuple[int, int]) -> bool:
+    def fits(self, shape: tuple[int, ...]) -> bool:
         return True  # the last block may be part of one
 
-    def sizes(self, shape: tuple[int, int]) -> tuple[int, int]:
+    def sizes(self, shape: tuple[int, ...]) -> tuple[int, int]:
         blocks = -(-math.prod(shape) // self.block)
         scales = 4 * -(-blocks // SCALE_BLOCK) + 4 + blocks if self.double else 4 * blocks
         return -(-math.prod(shape) // 2), scales

@@ -10,7 +10,7 @@ Shapes: O output features, I input features, R rank, T tokens (all leading dimen
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -38,7 +38,9 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
-def dequantize(packed: tuple, quantizer: str, shape: list[int], dtype, row_scale=None, out=None) -> Tensor:
+def dequantize(
+    packed: tuple, quantizer: str, shape: Sequence[int], dtype, row_scale=None, out=None
+) -> Tensor:
     """`Quantizer.dequantize` of (codes, scales, table) with codes and scales in float storage."""
     codes, scales, table = packed
     raw = codes.view(torch.uint8), scales.view(torch.uint8)
@@ -172,6 +174,7 @@ def linear4bit_backward(grads, codes, scales, tables, quantizers, shapes, row_sc
         weight, rows = dequantize(packed, quantizer, shape, grad.dtype, row_scale), grad.flatten(0, -2)
         of_x = rows @ weight if of_x is None else of_x.addmm_(rows, weight)
         del weight  # before the next one is made
+    assert of_x is not None
     return of_x.view(*grads[0].shape[:-1], shapes[1])
 
 
@@ -193,7 +196,7 @@ def _backward(ctx, grad):
         if grad.dtype == torch.float16:  # scaled gradients times outputs may pass its largest number
             rows = rows.float()
         of_scale = (rows * y.flatten(0, -2)).sum(0, dtype=torch.float32)
-        if h is not None:
+        if of_b is not None:
             of_scale = of_scale - (of_b.float() * b.float()).sum(1)
         of_scale = of_scale / row_scale
     if ctx.needs_input_grad[0]:  # last: before it x and y are let go, which may be the widest activations

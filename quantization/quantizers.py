@@ -21,14 +21,21 @@ from options.errors import UserError
 class Quantizer(Protocol):
     """A frozen value: equal ones pack equal weights into equal bytes."""
 
-    block: int
-    library: str  # the package that packs
-    dtypes: tuple[torch.dtype, ...]  # of weights that it packs
+    @property
+    def block(self) -> int: ...
 
-    def fits(self, shape: tuple[int, int]) -> bool:
+    @property
+    def library(self) -> str:
+        """The package that packs."""
+
+    @property
+    def dtypes(self) -> tuple[torch.dtype, ...]:
+        """Of weights that it packs."""
+
+    def fits(self, shape: tuple[int, ...]) -> bool:
         """Whether a weight of this shape can be packed."""
 
-    def sizes(self, shape: tuple[int, int]) -> tuple[int, int]:
+    def sizes(self, shape: tuple[int, ...]) -> tuple[int, int]:
         """(bytes of codes, bytes of scales)."""
 
     def table(self, device: torch.device) -> torch.Tensor | None:
@@ -43,7 +50,7 @@ class Quantizer(Protocol):
         codes: torch.Tensor,
         scales: torch.Tensor,
         table: torch.Tensor | None,
-        shape: tuple[int, int],
+        shape: tuple[int, ...],
         dtype: torch.dtype,
         row_scale: torch.Tensor | None = None,
         out: torch.Tensor | None = None,

@@ -11,7 +11,7 @@ from quantization.nf4 import NF4
 from quantization.quantizers import Quantizer
 
 # name -> maker(--n_bits, --group_size); both are None where METHODS' quantizer has no such options.
-QUANTIZERS: dict[str, Callable[[int | None, int | None], Quantizer]] = {
+QUANTIZERS: dict[str, Callable[..., Quantizer]] = {
     "bnb": lambda n_bits, block: NF4(),
     "hqq": HQQ,
 }

@@ -131,7 +131,8 @@ def result(folder: Path) -> tuple[list[dict], bytes]:
 def crash_test(where: Path, kills: int, seed: int) -> str:
     """Raises AssertionError if the killed run left anything else than the undisturbed one. Returns a line about
     what was done."""
-    steps, chance, torn = 8 + 2 * kills, random.Random(seed), Counter()
+    steps, chance = 8 + 2 * kills, random.Random(seed)
+    torn: Counter[str] = Counter()
     undisturbed, killed = where / "undisturbed", where / "killed"
     attempt, began = Attempt(undisturbed, steps), time.monotonic()
     attempt.wait_until(lambda: count_lines(undisturbed) > 0)

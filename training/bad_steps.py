@@ -60,7 +60,8 @@ class BadSteps:
         fused = getattr(optimizer, "_step_supports_amp_scaling", False) and not self.scaler.is_enabled()
         # Parameters on the host (--use_cpu_offload): torch would fetch the answer without waiting for it.
         if fused and optimizer.param_groups[0]["params"][0].device.type == reading.finite.device.type:
-            optimizer.found_inf = 1 - reading.finite.float()  # as GradScaler says it to fused optimizers
+            # As GradScaler says it to fused optimizers.
+            optimizer.found_inf = 1 - reading.finite.float()  # type: ignore[attr-defined]
             optimizer.step()
         elif self._usable(reading.loss(), reading.grad_norm()):
             self.scaler.step(optimizer)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from transformers import PreTrainedModel
 
 from checkpoints.manager import Checkpoints
 from data.packing import longest_line
@@ -42,7 +42,7 @@ class Companions(NamedTuple):
 
 def make_companions(
     job: Job,
-    model: nn.Module,
+    model: PreTrainedModel,
     place: Place,
     total: int,
     tracker: NoTracker,
@@ -54,6 +54,7 @@ def make_companions(
     what is trained into a folder, collectively. Collective."""
     config, folder = job.config, Path(job.output_dir)
     trained = [p for p in model.parameters() if p.requires_grad]
+    assert config.lr is not None
     optimizer = make_optimizer(trained, config.optimizer, config.lr, config.wd)
     scaler = job.precision.scaler("cpu" if config.use_cpu_offload else place.device.type)
     meter, untold = Meter(place.device, profiler.held), Later()

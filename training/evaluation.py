@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
+from transformers import PreTrainedModel
 
 from data.batches import Batch, make_batch
 from data.rows import TokenizedRows
@@ -48,7 +49,12 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def mean_loss(
-    model: nn.Module, rows: TokenizedRows, batch_size: int, loss_sum: LossSum, place: Place, context: Context
+    model: PreTrainedModel,
+    rows: TokenizedRows,
+    batch_size: int,
+    loss_sum: LossSum,
+    place: Place,
+    context: Context,
 ) -> float:
     """Cross-entropy per target of all rows. Collective.
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from transformers import PreTrainedModel
 
 from data.evaluation_sets import EvaluationData
 from files.atomic_writes import beside, fresh_folder, remove, replace_folder, write_text
@@ -54,7 +54,7 @@ class Evaluator:
     def __init__(
         self,
         data: EvaluationData,
-        model: nn.Module,
+        model: PreTrainedModel,
         place: Place,
         *,
         total_steps: int,
@@ -134,6 +134,7 @@ class Evaluator:
 
     def _loss(self) -> float:
         options = (self.batch_size, self.loss_sum, self.place, self.context)
+        assert self.data.rows is not None
         return mean_loss(self.model, self.data.rows, *options)
 
     def _judge(self, step: int, loss: float) -> None:
@@ -150,7 +151,8 @@ class Evaluator:
     def _keep(self, step: int, loss: float) -> bool:
         """Puts what is trained into best/. If the disk does not take it, what is there stays, a warning is printed, and
         False returned, on every rank. Collective."""
-        best, failures = self.folder / BEST, []
+        best = self.folder / BEST
+        failures: list[OSError] = []
         if self.place.rank == 0:
             with _noting(failures):
                 fresh_folder(best)

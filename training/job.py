@@ -53,6 +53,7 @@ class Job:
 
     @property
     def output_dir(self) -> str:
+        assert self.config.output_dir is not None
         return self.config.output_dir
 
     def total_steps(self, sampler: StepSampler) -> int:

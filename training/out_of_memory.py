@@ -38,9 +38,11 @@ def changes(job: Job) -> list[dict]:
     if config.batch_size > 1:  # the same rows in each step, in more micro-batches: the very same training
         rows = config.batch_size * config.gradient_accumulation_steps
         found.append({"batch_size": 1, "gradient_accumulation_steps": rows})
-    wanted = [{"use_gradient_checkpointing": True}, {"use_activation_cpu_offload": True}, {"use_cpu_offload": True},
-              {"wrap_policy": "sublayer"}, {"sharding_strategy": "full_shard"}, {"no_sync": False},
-              {"optimizer": "adamw_8bit"}]  # fmt: skip
+    wanted: list[dict] = [
+        {"use_gradient_checkpointing": True}, {"use_activation_cpu_offload": True}, {"use_cpu_offload": True},
+        {"wrap_policy": "sublayer"}, {"sharding_strategy": "full_shard"}, {"no_sync": False},
+        {"optimizer": "adamw_8bit"},
+    ]  # fmt: skip
     found += [change for change in wanted if any(getattr(config, k) != v for k, v in change.items())]
     if not config.use_gradient_checkpointing:
         found = [change for change in found if "use_activation_cpu_offload" not in change]

@@ -8,8 +8,7 @@ import time
 from pathlib import Path
 
 import torch
-from torch import nn
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from checkpoints import resume
 from data.evaluation_sets import EvaluationData, named, prepare_sets, stop_tokens
@@ -19,7 +18,7 @@ from data.rows import TokenizedRows
 from files.bnb_weights import check_stored_quantization
 from files.disk_room import check_writable
 from files.model_folder import CheckpointFiles, fetch_weights, find_model
-from files.output_folder import check_output
+from files.output_folder import check_output, output_folder
 from files.tokenizer import read_tokenizer
 from files.weight_cache import NewCache, new_cache, open_cache
 from launch.precision import bf16_gpu, precision_here
@@ -59,7 +58,7 @@ def _check(config: Config) -> Job:
     check_optimizer(config.optimizer, config.use_cpu_offload)
     if config.log_to == "wandb":
         check_wandb()
-    check_output(Path(config.output_dir), config.overwrite or config.resume is not None)
+    check_output(output_folder(config), config.overwrite or config.resume is not None)
     saved = resume.find_checkpoint(config)
     if config.profile:
         check_writable(Path(config.profiling_output), "--profiling_output")
@@ -67,7 +66,7 @@ def _check(config: Config) -> Job:
     if path is not None and not os.path.isdir(os.path.expanduser(path)):
         raise UserError(f"--llama_pro_path {path}: no such folder; block_expansion.py makes expanded models")
     folder = toy_model(toy_texts()) if config.model_name == TOY_MODEL else find_model(config.model_name)
-    if Path(config.output_dir).resolve() == folder.resolve():  # --overwrite would delete the weights to read
+    if output_folder(config).resolve() == folder.resolve():  # --overwrite would delete the weights to read
         raise UserError(f"--output_dir {folder}: is the folder of --model_name; choose another")
     model_config, family = read_config(folder)
     if check_stored_quantization(getattr(model_config, "quantization_config", None), folder):
@@ -81,6 +80,7 @@ def _check(config: Config) -> Job:
     check_weights(model, files, family)
     check_packing(model, family, config, files)
     if config.method.expansion:
+        assert config.lr is not None
         check_can_leave_silence(files, family, new_layers(model_config), precision.trained, config.lr)
     cache = find_cache(model, family, config, files) if config.quantized_cache else None
     if config.method.adapter:
@@ -141,8 +141,11 @@ def check_rope(
         )
 
 
-def find_cache(model: nn.Module, family: Family, config: Config, files: CheckpointFiles) -> NewCache | None:
+def find_cache(
+    model: PreTrainedModel, family: Family, config: Config, files: CheckpointFiles
+) -> NewCache | None:
     """Makes `files` read from --quantized_cache, or returns what a new one will be. Raises UserError."""
+    assert config.quantized_cache is not None and config.output_dir is not None
     names = [f"{name}.weight" for name in packed_linears(model, family, config)]
     device_type = "cuda" if torch.cuda.is_available() else "cpu"  # as launch/processes.py's ranks
     asked = (Path(config.quantized_cache), files, names, make_quantizer_of(config), device_type)
