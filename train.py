@@ -30,6 +30,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from checkpoints import adapter, trained_model
 from checkpoints.storage import steps_in
@@ -71,7 +72,7 @@ from wrapping import STRATEGIES, WRAP_POLICIES, make_mesh, offload_policy, sync_
 
 def set_up(
     job: Job, place: Place, profiler: NoProfiler = NO_PROFILER
-) -> tuple[nn.Module, memory_model.Share]:
+) -> tuple[PreTrainedModel, memory_model.Share]:
     """The model of the train type, sharded and filled, and what this rank holds of it. Raises AssertionError if that
     is not what it should hold."""
     profiler.phase("wrap")
@@ -110,7 +111,7 @@ def set_up(
 
 def train(
     job: Job,
-    model: nn.Module,
+    model: PreTrainedModel,
     place: Place,
     sampler: StepSampler,
     tracker,
@@ -124,6 +125,7 @@ def train(
     optimizer, scaler, meter, guard, evaluator, budget, checkpoints, untold = beside
     history, trained = list(tracker.history), [p for p in model.parameters() if p.requires_grad]
     done = checkpoints.load()
+    assert config.lr_warmup is not None  # resolved
     schedule = make_schedule(optimizer, total, config.lr_warmup, config.lr_scheduler, done)
 
     def tell(reading: Reading, lap: Lap) -> None:
@@ -155,7 +157,7 @@ def train(
         norm = whole(nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None]))
         if config.apply_gradient_clipping:
             nn.utils.clip_grads_with_norm_(trained, config.grad_norm, norm)
-        reading = meter.read(index, step, schedule.get_last_lr()[0], loss, norm)
+        reading = meter.read(index, step, float(schedule.get_last_lr()[0]), loss, norm)
         guard.step(optimizer, reading)
         optimizer.zero_grad(set_to_none=True)
         profiler.phase(BETWEEN)
@@ -229,7 +231,7 @@ def run_profiled(place: Place, job: Job, profiler: Profiler, lock: Alone) -> Non
     conclude(history[done:], before["guard"]["count"], config.max_bad_steps, folder)
 
 
-def save(job: Job, model: nn.Module, folder: Path, blocks: bool = False) -> None:
+def save(job: Job, model: PreTrainedModel, folder: Path, blocks: bool = False) -> None:
     """Writes what was trained. blocks: of an expanded model its new blocks alone, whatever --llama_pro_save says."""
     config, files, family = job.config, job.files, job.family
     on_disk = config.model_name == TOY_MODEL or Path(config.model_name).expanduser().is_dir()
@@ -247,7 +249,7 @@ def save(job: Job, model: nn.Module, folder: Path, blocks: bool = False) -> None
         trained_model.save_model(model, folder, files)
 
 
-def save_best(job: Job, model: nn.Module, place: Place, folder: Path) -> None:
+def save_best(job: Job, model: PreTrainedModel, place: Place, folder: Path) -> None:
     """Writes best/: of an expanded model only the new blocks, as the rest is gigabytes that do not change from step to
     step."""
     save(job, model, folder, blocks=True)
@@ -260,9 +262,14 @@ def run(config: Config, remarks: list[str]) -> int:
     """Checks and starts a run. Returns the exit status: 0, 2 for something the user can put right, 1 for anything else."""
     if not config.verbose:
         quiet_libraries()
-    where = {"address": config.master_addr, "port": config.master_port}
     return start(
-        run_rank, partial(check, config), remarks, **where, verbose=config.verbose, preload=["train"]
+        run_rank,
+        partial(check, config),
+        remarks,
+        address=config.master_addr,
+        port=config.master_port,
+        verbose=config.verbose,
+        preload=["train"],
     )
 
 

@@ -148,7 +148,8 @@ def _python() -> str:
     for name in ("python", os.path.basename(sys.executable)):
         # The folder counts as well: the interpreters of two virtual environments may be links to one file.
         found = shutil.which(name)
-        same = found and os.path.dirname(found) == os.path.dirname(sys.executable)
-        if same and os.path.samefile(found, sys.executable):
+        if found is None or os.path.dirname(found) != os.path.dirname(sys.executable):
+            continue
+        if os.path.samefile(found, sys.executable):
             return name
     return sys.executable

@@ -246,7 +246,8 @@ def _load_yaml(path: str) -> dict:
         raise UserError(f"--config {path}: {reason}") from None
     except (yaml.YAMLError, AttributeError, LookupError, TypeError, ArithmeticError) as e:
         # The last four are what its constructors raise for an explicit tag whose value is not of its kind.
-        line = f" line {e.problem_mark.line + 1}" if getattr(e, "problem_mark", None) else ""
+        mark = getattr(e, "problem_mark", None)
+        line = f" line {mark.line + 1}" if mark else ""
         raise UserError(f"--config {path}:{line} is not YAML ({getattr(e, 'problem', e)})") from None
     if not isinstance(given, dict):
         raise UserError(f"--config {path}: expected lines of `option: value`")
@@ -258,9 +259,9 @@ def _check_flat(text: str, path: str) -> None:
     much as its writer likes, and depth costs the stack."""
     depth = 0
     for event in yaml.parse(text, yaml.SafeLoader):
+        line = f"line {event.start_mark.line + 1}" if event.start_mark else "a line"
         if isinstance(event, yaml.AliasEvent):
-            raise UserError(f"--config {path}: line {event.start_mark.line + 1}: aliases (*) are not read")
+            raise UserError(f"--config {path}: {line}: aliases (*) are not read")
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if depth > 2:
-            line = event.start_mark.line + 1
-            raise UserError(f"--config {path}: line {line}: nested; expected lines of `option: value`")
+            raise UserError(f"--config {path}: {line}: nested; expected lines of `option: value`")

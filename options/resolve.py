@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
+from typing import Any
 
 from options.config import CHECKPOINTS, FIELDS, TOY_DEFAULTS, TOY_MODEL, Config
 from options.errors import UserError
@@ -40,7 +41,8 @@ def _resolve(given: dict) -> Config:
     given = given | ({} if expanded is None else {"model_name": expanded})
     values = (TOY_DEFAULTS if given.get("model_name", TOY_MODEL) == TOY_MODEL else {}) | given
     config = Config(**values)
-    method, changes = config.method, {}
+    method = config.method
+    changes: dict[str, Any] = {}
     if config.lr is None:
         changes["lr"] = method.lr
     if method.hqq:

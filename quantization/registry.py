@@ -1,4 +1,4 @@
-"""The quantizers by the name that METHODS in options/config.py gives them. A new one is a class and a line
+"""The quantizers by the name that METHODS in options/methods.py gives them. A new one is a class and a line
 here.
 """
 
