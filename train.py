@@ -29,6 +29,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -80,9 +81,8 @@ def set_up(
     longest = longest_line(config, job.rows)
     attention = choose_attention(job.model_config, family, precision.matmul, config.packing, longest)
     model = build_on_meta(job.model_config, family, attention)
-    expected = memory_model.expect(
-        model, family, config, precision, job.files, place
-    )  # before anything is changed
+    # Before anything is changed.
+    expected = memory_model.expect(model, family, config, precision, job.files, place)
     apply_method(model, family, config, precision, job.files)
     mesh = make_mesh(device.type, place.world, config.sharding_strategy, config.hybrid_shard_size)
     wrap(
@@ -120,8 +120,8 @@ def train(
 ) -> list[Metrics]:
     """The loop. Returns the metrics of every step, on rank 0 also of those before a resumed run was stopped."""
     config, precision, total = job.config, job.precision, job.total_steps(sampler)
-    keep = partial(save_best, job, model, place)
-    beside = make_companions(job, model, place, total, tracker, profiler, stopping, keep)
+    save_best = partial(save, job, model, best=True)
+    beside = make_companions(job, model, place, total, tracker, profiler, stopping, save_best)
     optimizer, scaler, meter, guard, evaluator, budget, checkpoints, untold = beside
     history, trained = list(tracker.history), [p for p in model.parameters() if p.requires_grad]
     done = checkpoints.load()
@@ -192,17 +192,14 @@ def run_profiled(place: Place, job: Job, profiler: Profiler, lock: Alone) -> Non
     sampler = make_sampler(config, job.rows, place.rank, place.world)
     total = job.total_steps(sampler)
     if place.rank == 0:
-        print(
-            messages.describe_data(job.rows, sampler, config.context_length) + job.evaluation.describe(),
-            flush=True,
-        )
+        data = messages.describe_data(job.rows, sampler, config.context_length)
+        print(data + job.evaluation.describe(), flush=True)
     model, loaded = set_up(job, place, profiler)
     stages = profiler.fullest("wrap", "load")
     if place.rank == 0:
         open_run_folder(job, lock, run_facts.describe_run(job.rows, sampler, model, stages))
-        print(
-            f"{messages.describe_model(loaded)}; ready after {time.perf_counter() - began:.1f} s", flush=True
-        )
+        seconds = time.perf_counter() - began
+        print(f"{messages.describe_model(loaded)}; ready after {seconds:.1f} s", flush=True)
     if config.save_every or config.save_minutes:
         nodes.check_shared(folder / run_facts.FACTS, place)
     before = job.saved.run["parts"] if job.saved else {"tracker": {}, "guard": {"count": 0}}
@@ -223,39 +220,31 @@ def run_profiled(place: Place, job: Job, profiler: Profiler, lock: Alone) -> Non
     if place.rank == 0:
         with despite_full_disk(folder / report.PAGE):
             report.write_report(folder)
-        sampled = bool(job.evaluation.prompts)
-        print(
-            messages.tell_end(config, history, total, done, seconds, stages, stopping.reason, sampled),
-            flush=True,
-        )
+        sampled, why = bool(job.evaluation.prompts), stopping.reason
+        end = messages.describe_end(config, history, total, done, seconds, stages, why, sampled)
+        print(end, flush=True)
     conclude(history[done:], before["guard"]["count"], config.max_bad_steps, folder)
 
 
-def save(job: Job, model: PreTrainedModel, folder: Path, blocks: bool = False) -> None:
-    """Writes what was trained. blocks: of an expanded model its new blocks alone, whatever --llama_pro_save says."""
+def save(job: Job, model: PreTrainedModel, folder: Path, best: bool = False) -> None:
+    """Writes what was trained. best: into best/, with its options; of an expanded model that is the new blocks alone, as the
+    rest is gigabytes that do not change from step to step. Collective."""
     config, files, family = job.config, job.files, job.family
     on_disk = config.model_name == TOY_MODEL or Path(config.model_name).expanduser().is_dir()
     base = str(files.folder.resolve()) if on_disk else config.model_name
     digest = base_digest(job.model_config, files)
-    if config.method.expansion and (blocks or config.llama_pro_save == "blocks"):
+    saved = "blocks" if best and config.method.expansion else config.llama_pro_save
+    if saved == "blocks":
         trained_model.save_blocks(model, family, folder, files, base, digest)
     elif config.method.expansion:
         trained_model.save_expanded(model, family, folder, files)
     elif config.method.saves == "adapter":
-        adapter.save_adapter(
-            model, folder, config, base, digest, peft_targets(family, config.lora_target_modules)
-        )
+        targets = peft_targets(family, config.lora_target_modules)
+        adapter.save_adapter(model, folder, config, base, digest, targets)
     else:
         trained_model.save_model(model, folder, files)
-
-
-def save_best(job: Job, model: PreTrainedModel, place: Place, folder: Path) -> None:
-    """Writes best/: of an expanded model only the new blocks, as the rest is gigabytes that do not change from step to
-    step."""
-    save(job, model, folder, blocks=True)
-    if place.rank == 0:
-        instead = {"llama_pro_save": "blocks"} if job.config.method.expansion else {}
-        write_text(folder / "config.yaml", dump_yaml(job.config, **instead))
+    if best and dist.get_rank() == 0:
+        write_text(folder / "config.yaml", dump_yaml(config, llama_pro_save=saved))
 
 
 def run(config: Config, remarks: list[str]) -> int:

@@ -6,7 +6,6 @@ import copy
 import json
 import math
 import shlex
-import sys
 from pathlib import Path
 
 from transformers import PretrainedConfig
@@ -24,7 +23,7 @@ from models.registry import build_on_meta, check_weights, read_config
 from models.toy import toy_model
 from options.block_expansion import Options
 from options.config import TOY_MODEL
-from options.errors import UserError
+from options.errors import DONE, UserError
 from options.limits import LAYERS
 
 # Lists in a config.json that may happen to have as many entries as there are layers, and never one for each.
@@ -177,14 +176,13 @@ def put_back(options: Options) -> str:
 
 
 def run(options: Options) -> int:
-    """Returns the exit status: 0, or 2 for something the user can put right."""
+    """Returns the exit status: DONE, or REFUSED for something the user can put right."""
     quiet_libraries()
     try:
         check_output(Path(options.output_dir), options.overwrite)
         print(put_back(options) if options.blocks else expand(options))
-        return 0
+        return DONE
     except UserError as e:
         return report(e, verbose=False)
     except OSError as e:  # a full disk
-        print(f"error: {e.filename or options.output_dir}: {e.strerror or e}", file=sys.stderr)
-    return 2
+        return report(UserError(f"{e.filename or options.output_dir}: {e.strerror or e}"), verbose=False)

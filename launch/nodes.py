@@ -52,10 +52,10 @@ class Checked(Protocol):
         """The same with rank 0's folder, and the time when the run began."""
 
 
-Job = TypeVar("Job", bound=Checked)
+AnyJob = TypeVar("AnyJob", bound=Checked)
 
 
-def prepare(check: Callable[[], Job], rank: int, world: int, local_rank: int, began: float) -> Job:
+def prepare(check: Callable[[], AnyJob], rank: int, world: int, local_rank: int, began: float) -> AnyJob:
     """The checked run, on every rank. check: makes it on the first rank of a node; began: when the run did, as time.time()
     says it. Collective, over all ranks. Raises UserError on all of them, if it is wrong on any node or if nodes disagree: a
     node's own error there, which may be the OSError of a full disk, elsewhere with the node's number."""
@@ -80,7 +80,7 @@ def prepare(check: Callable[[], Job], rank: int, world: int, local_rank: int, be
     return _within_node(job, rank - local_rank, len(nodes), world)
 
 
-def _within_node(job: Job | None, first: int, nodes: int, world: int) -> Job:
+def _within_node(job: AnyJob | None, first: int, nodes: int, world: int) -> AnyJob:
     """The Job of the node's first rank, on all ranks of the node."""
     group = dist.new_subgroups(world // nodes)[0] if nodes > 1 else None
     box = [job]

@@ -28,7 +28,7 @@ import torch.multiprocessing as mp
 from launch.program import outlast, prepare_environment
 from launch.ranks import join_group
 from launch.signals import forwarding, hear
-from options.errors import UserError, describe, needs_no_traceback
+from options.errors import DONE, FAILED, REFUSED, UserError, describe, exit_status
 
 
 def check_address(address: str, port: int | None) -> None:
@@ -83,7 +83,7 @@ def start(
                 failed = _wait(processes)
         except NotStarted as e:
             print(f"error: {e}", file=sys.stderr)
-            return 1
+            return FAILED
         # Those that it ended have nothing to say; one that failed while it stopped, as it could not save, has.
         if failed and received.stop and (min(failed.values()) < 0 or not any(Path(reports).iterdir())):
             print(f"ended by {received.stop.name}", file=sys.stderr)
@@ -134,7 +134,7 @@ def _end_with_parent() -> None:
     parent = mp.parent_process()
     assert parent is not None
     parent.join()
-    os._exit(1)
+    os._exit(FAILED)
 
 
 def _rank_process(
@@ -147,12 +147,12 @@ def _rank_process(
     threading.Thread(target=_end_with_parent, daemon=True).start()
     outlast()
     hear()
-    status = 0
+    status = DONE
     try:
         run(join_group(rank, world, rank), *args)
         dist.destroy_process_group()
     except Exception as e:  # of any kind: the parent tells it, and ends the others
-        status = 2 if needs_no_traceback(e) else 1
+        status = exit_status(e)
         report = {"time": time.time(), "rank": rank, "status": status, "message": describe(e)}
         report["traceback"] = traceback.format_exc()
         try:
@@ -191,15 +191,15 @@ def _explain(failed: dict[int, int], reports: Path, verbose: bool) -> int:
             name = signal.Signals(-exitcode).name
             hint = "; out of host memory is the usual cause" if name == "SIGKILL" else ""
             print(f"error: rank {rank} was ended by {name}{hint}", file=sys.stderr)
-            return 1
+            return FAILED
     failures = [json.loads(p.read_text()) for p in reports.glob("*.json")]
     if not failures:
-        if 2 in failed.values():  # which has told it itself
-            return 2
+        if REFUSED in failed.values():  # which has told it itself
+            return REFUSED
         print("error: a process was ended from outside", file=sys.stderr)
-        return 1
+        return FAILED
     first = min(failures, key=lambda f: f["time"])
-    if first["status"] == 1 or verbose:
+    if first["status"] == FAILED or verbose:
         print(first["traceback"], file=sys.stderr, end="")
     print(f"error: rank {first['rank']}: {first['message']}", file=sys.stderr)
     return first["status"]

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from options.errors import FULL_DISK, UserError, describe
+from options.errors import FULL_DISK, REFUSED, UserError, describe
 
 T = TypeVar("T")
 
@@ -45,12 +45,12 @@ def exit_on_signals() -> None:
 
 
 def report(error: Exception, verbose: bool) -> int:
-    """Prints `error: ...`, with verbose below its traceback. Returns the exit status for it, 2."""
+    """Prints `error: ...`, with verbose below its traceback. Returns the exit status, REFUSED."""
     if verbose:
         traceback.print_exception(error)
     if not under_torchrun() or os.environ["LOCAL_RANK"] == "0":  # all ranks of a node find the same
         print(f"error: {describe(error)}", file=sys.stderr)
-    return 2
+    return REFUSED
 
 
 class Unfailing(io.FileIO):

@@ -7,14 +7,14 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from launch import nodes, processes, torchrun
-from launch.nodes import Job
+from launch.nodes import AnyJob
 from launch.program import report, under_torchrun
 from options.errors import UserError, needs_no_traceback
 
 
 def start(
     run_rank: Callable,
-    check: Callable[[], Job],
+    check: Callable[[], AnyJob],
     remarks: list[str],
     *,
     address: str,
@@ -33,7 +33,7 @@ def start(
         preload: modules that ranks import, for the server that they may be forks of.
     """
 
-    def checked() -> Job:
+    def checked() -> AnyJob:
         job = check()
         told = remarks if os.environ.get("RANK", "0") == "0" else []
         print(*told, sep="\n", end="\n" * bool(told))

@@ -17,7 +17,7 @@ from datetime import timedelta
 import torch.distributed as dist
 
 from launch.ranks import join_group, number_in_environment
-from options.errors import UserError, describe, needs_no_traceback
+from options.errors import DONE, FAILED, UserError, describe, exit_status
 
 MEETING = timedelta(minutes=5)  # for all ranks to come; the nodes of a job do not start at the same moment
 
@@ -46,15 +46,14 @@ def join(run: Callable, prepare: Callable, verbose: bool = False) -> int:
         preparing = False
         run(join_group(rank, world, local_rank, dist.PrefixStore("train", store)), prepared)
         dist.destroy_process_group()
-        return 0
+        return DONE
     except Exception as e:
-        known = needs_no_traceback(e)
         if preparing and isinstance(e, UserError):
             raise
-        if not known or verbose:
+        if exit_status(e) == FAILED or verbose:
             traceback.print_exc()
         print(f"error: rank {rank}: {describe(e)}", file=sys.stderr, flush=True)
-        os._exit(2 if known else 1)
+        os._exit(exit_status(e))
 
 
 def meet(rank: int, world: int) -> tuple[dist.Store, float]:
@@ -117,4 +116,4 @@ def _end_with_agent(agent: int) -> None:
     while os.getppid() == agent:
         time.sleep(0.5)
     print("error: torchrun has ended, and this rank with it", file=sys.stderr, flush=True)
-    os._exit(1)
+    os._exit(FAILED)

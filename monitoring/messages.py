@@ -95,7 +95,7 @@ def describe_unsaved(error: OSError, folder: Path, step: int | None) -> str:
     return f"--output_dir {folder}: the trained model could not be saved ({describe(error)}); {way}"
 
 
-def tell_end(
+def describe_end(
     config: Config,
     history: list[Metrics],
     total_steps: int,

@@ -85,7 +85,7 @@ def page() -> str:
     stored = {None: "16 or 32 bits", "bnb": "NF4, 4 bits", "hqq": "HQQ"}
     for name, m in METHODS.items():
         adapter = m.adapter or ("new blocks" if m.expansion else "-")
-        frozen = "none: all is trained" if name == "full" else stored[m.quantizer]
+        frozen = "none: all is trained" if not (m.adapter or m.expansion) else stored[m.quantizer]
         lines.append(f"| {name} | {frozen} | {adapter} | {m.saves} |")
     _, modes, note = precision.__doc__.strip().split("\n\n")
     lines += ["\n## Precisions\n", *[f"    {line}" for line in modes.splitlines()], f"\n{note}"]

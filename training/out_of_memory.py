@@ -26,8 +26,6 @@ from options.errors import UserError
 from options.methods import METHODS
 from training.job import Job
 
-PACKED_INSTEAD = {"lora": "qlora", "custom_lora": "qlora", "dora": "bnb_dora", "full": "bnb_dora",
-                  "llama_pro": "bnb_llama_pro"}  # fmt: skip
 SHOWN = 3
 
 
@@ -46,8 +44,8 @@ def changes(job: Job) -> list[dict]:
     found += [change for change in wanted if any(getattr(config, k) != v for k, v in change.items())]
     if not config.use_gradient_checkpointing:
         found = [change for change in found if "use_activation_cpu_offload" not in change]
-    if config.train_type in PACKED_INSTEAD and not job.files.prequantized:
-        found.append({"train_type": PACKED_INSTEAD[config.train_type]})
+    if config.method.packed and not job.files.prequantized:
+        found.append({"train_type": config.method.packed})
     return [*found, {"context_length": max(longest_line(config, job.rows) // 2, 2)}]
 
 
