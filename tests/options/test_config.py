@@ -9,39 +9,12 @@ import re
 import pytest
 import yaml
 
-from data.sources import find_recipe
 from options.config import FIELDS, TOY_DEFAULTS, Config, dump_yaml
 from options.errors import UserError
 from options.methods import METHODS
 from options.train import parse
+from tests.helpers.fsdp_qlora import CHOICES
 
-# fsdp_qlora's options and choices, as DESIGN.md lists them: commands of others must keep working.
-FSDP_QLORA = """
-    world_size train_type llama_pro_path batch_size context_length gradient_accumulation_steps
-    num_epochs dataset dataset_samples sharding_strategy use_gradient_checkpointing
-    reentrant_checkpointing use_cpu_offload use_activation_cpu_offload low_memory no_sync precision
-    model_name save_model output_dir lora_rank lora_alpha lora_dropout lora_target_modules verbose lr
-    apply_gradient_clipping grad_norm wd profile_memory optimizer lr_scheduler loading_workers log_to
-    master_addr master_port seed project_name name group entity n_bits profile profiling_output
-    overwrite_profiling_output with_stack with_shapes export_trace export_memory_timeline wait_steps
-    warmup_steps active_steps repeat profiling_frequency max_steps
-"""
-CHOICES = {
-    "train_type": "full lora qlora custom_lora custom_qlora hqq_lora hqq_dora bnb_dora bnb_llama_pro"
-    " hqq_llama_pro dora llama_pro",
-    "sharding_strategy": "auto full_shard shard_grad_op ddp hybrid_full_shard hybrid_shard_grad_op",
-    "precision": "auto fp32 bf16 fp16_autocast bf16_autocast bf16_buffers_autocast",
-    "optimizer": "adamw adam sgd adadelta fused_adamw fused_adam adamw_8bit paged_adamw_32bit paged_adamw_8bit",
-    "lr_scheduler": "constant linear cosine",
-    "log_to": "tqdm wandb stdout",
-}
-DATASETS = "alpaca alpaca_sample dummy guanaco sql orca_math uganda_clinical_guidelines oig_chip2 toy"
-PUBLIC_COMMAND = """--train_type bnb_dora --model_name meta-llama/Meta-Llama-3-70B
-    --dataset uganda_clinical_guidelines --dataset_samples 130 --batch_size 4
-    --context_length 2048 --gradient_accumulation_steps 2 --sharding_strategy full_shard
-    --use_gradient_checkpointing true --reentrant_checkpointing true --use_cpu_offload false
-    --use_activation_cpu_offload false --project_name fsdp-quantized-ucg
-    --save_model true --output_dir ../models/Llama-3-70b-ucg-bnb-QDoRA"""
 REAL = ["--model_name", "some/model"]  # anything but the demo model, which has defaults of its own
 
 
@@ -336,25 +309,6 @@ def test_the_saved_config_does_not_say_how_the_run_was_started():
 
 
 # Compatibility with fsdp_qlora
-
-
-def test_fsdp_qloras_options_are_all_here():
-    assert set(FSDP_QLORA.split()) <= FIELDS.keys()
-    for name, choices in CHOICES.items():
-        assert set(choices.split()) <= set(FIELDS[name].metadata["choices"])
-
-
-def test_fsdp_qloras_datasets_are_all_here():
-    for name in DATASETS.split():
-        recipe, _ = find_recipe(name)
-        assert recipe.source or recipe.fill
-
-
-def test_the_public_command_runs_as_it_stands():
-    config, remarks = parse(PUBLIC_COMMAND.split())
-    assert (config.train_type, config.dataset_samples, config.batch_size) == ("bnb_dora", 130, 4)
-    assert config.output_dir == "../models/Llama-3-70b-ucg-bnb-QDoRA"
-    assert len(remarks) == 1 and remarks[0].startswith("--reentrant_checkpointing: non-reentrant")
 
 
 def test_remarks_tell_only_of_what_changes_nothing():

@@ -1,0 +1,37 @@
+"""What fsdp_qlora takes: options, choices, data sets, and a command from a public write-up."""
+
+from __future__ import annotations
+
+# fsdp_qlora's options and choices, as DESIGN.md lists them: commands of others must keep working.
+FSDP_QLORA = """
+    world_size train_type llama_pro_path batch_size context_length gradient_accumulation_steps
+    num_epochs dataset dataset_samples sharding_strategy use_gradient_checkpointing
+    reentrant_checkpointing use_cpu_offload use_activation_cpu_offload low_memory no_sync precision
+    model_name save_model output_dir lora_rank lora_alpha lora_dropout lora_target_modules verbose lr
+    apply_gradient_clipping grad_norm wd profile_memory optimizer lr_scheduler loading_workers log_to
+    master_addr master_port seed project_name name group entity n_bits profile profiling_output
+    overwrite_profiling_output with_stack with_shapes export_trace export_memory_timeline wait_steps
+    warmup_steps active_steps repeat profiling_frequency max_steps
+"""
+
+
+CHOICES = {
+    "train_type": "full lora qlora custom_lora custom_qlora hqq_lora hqq_dora bnb_dora bnb_llama_pro"
+    " hqq_llama_pro dora llama_pro",
+    "sharding_strategy": "auto full_shard shard_grad_op ddp hybrid_full_shard hybrid_shard_grad_op",
+    "precision": "auto fp32 bf16 fp16_autocast bf16_autocast bf16_buffers_autocast",
+    "optimizer": "adamw adam sgd adadelta fused_adamw fused_adam adamw_8bit paged_adamw_32bit paged_adamw_8bit",
+    "lr_scheduler": "constant linear cosine",
+    "log_to": "tqdm wandb stdout",
+}
+
+
+DATASETS = "alpaca alpaca_sample dummy guanaco sql orca_math uganda_clinical_guidelines oig_chip2 toy"
+
+
+PUBLIC_COMMAND = """--train_type bnb_dora --model_name meta-llama/Meta-Llama-3-70B
+    --dataset uganda_clinical_guidelines --dataset_samples 130 --batch_size 4
+    --context_length 2048 --gradient_accumulation_steps 2 --sharding_strategy full_shard
+    --use_gradient_checkpointing true --reentrant_checkpointing true --use_cpu_offload false
+    --use_activation_cpu_offload false --project_name fsdp-quantized-ucg
+    --save_model true --output_dir ../models/Llama-3-70b-ucg-bnb-QDoRA"""
