@@ -122,7 +122,8 @@ def train(
     config, precision, total = job.config, job.precision, job.total_steps(sampler)
     save_best = partial(save, job, model, best=True)
     beside = make_companions(job, model, place, total, tracker, profiler, stopping, save_best)
-    optimizer, scaler, meter, guard, evaluator, budget, checkpoints, untold = beside
+    optimizer, scaler, untold, meter = beside.optimizer, beside.scaler, beside.untold, beside.meter
+    guard, evaluator, budget, checkpoints = beside.guard, beside.evaluator, beside.budget, beside.checkpoints
     history, trained = list(tracker.history), [p for p in model.parameters() if p.requires_grad]
     done = checkpoints.load()
     assert config.lr_warmup is not None  # resolved

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import os
 import shutil
 import signal
@@ -16,6 +17,10 @@ from typing import TypeVar
 from options.errors import FULL_DISK, REFUSED, UserError, describe
 
 T = TypeVar("T")
+
+# On some CPUs bitsandbytes advises at each import to install a package, which would stand before every line of ours.
+# Said here because every command imports this file before it imports bitsandbytes.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 # torch's name of the setting, and the older one that users know.
 ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")

@@ -35,7 +35,7 @@ def start(
 
     def checked() -> AnyJob:
         job = check()
-        told = remarks if os.environ.get("RANK", "0") == "0" else []
+        told = [] if under_torchrun() and os.environ["RANK"] != "0" else remarks
         print(*told, sep="\n", end="\n" * bool(told))
         return job
 

@@ -15,10 +15,13 @@ WAYS = ("new_blocks", "expansion_rate", "after", "blocks")
 def layers(text: str) -> list[int]:
     """3,7,11 as a list. Raises UserError."""
     numbers = [number.strip() for number in text.split(",")]
+    found = []
     for number in numbers:
-        if not number.removeprefix("-").isdecimal():
-            raise UserError(f"--after: {number!r} is not the number of a layer")
-    return list(map(int, numbers))
+        try:
+            found.append(int(number))
+        except ValueError:
+            raise UserError(f"--after: {number!r} is not the number of a layer") from None
+    return found
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from options.methods import NEEDS
 
 TRUTHS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 NOUNS = {bool: "true or false", int: "a whole number", float: "a number"}
-METAVARS = {bool: "BOOL", int: "N", float: "X"}
+METAVARS = {bool: "BOOL", int: "N", float: "X", Path: "PATH"}
 LARGEST = 2**31  # of whole numbers without another bound: more than torch's indices hold
 
 
@@ -83,7 +83,8 @@ class Command:
         """Raises UserError for a number out of range, and for what is required and missing. texts: what is given, as it
         was written."""
         for name, field in self.fields.items():
-            if name not in given:
+            empty = field.default is REQUIRED and name in given and not (given[name] and texts[name])
+            if name not in given or empty:
                 if field.default is REQUIRED:
                     what = field.metadata["positional"]
                     missing = f"give a {what}, {field.metadata['help']}" if what else f"--{name} is missing"
@@ -108,14 +109,14 @@ class Command:
         if meta["repeat"]:
             values = value if isinstance(value, list) else [value]
             return [_converted(kind, each, where, meta["noun"]) for each in values]
-        try:
-            result = (
-                meta["convert"](str(value))
-                if meta["convert"]
-                else _converted(kind, value, where, meta["noun"])
-            )
-        except ValueError:
-            raise UserError(f"{where}: {str(value)!r} is not {meta['noun']}") from None
+        if not meta["convert"]:
+            result = _converted(kind, value, where, meta["noun"])
+        else:
+            text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+            try:
+                result = meta["convert"](text)
+            except ValueError:
+                raise UserError(f"{where}: {text!r} is not {meta['noun']}") from None
         if meta["choices"] and result not in meta["choices"]:
             raise UserError(f"{where}: {result!r} is none of {', '.join(map(str, meta['choices']))}")
         return result
@@ -142,7 +143,9 @@ class Command:
             return argv
         switches = {f"--{name}" for name in self.fields if self.kind(name)[0] is bool}
         return [
-            f"{each}=true" if each in switches and os.path.exists(after) else each
+            f"{each}=true"
+            if each in switches and after.lower() not in TRUTHS and os.path.exists(after)
+            else each
             for each, after in itertools.zip_longest(argv, argv[1:], fillvalue="")
         ]
 
@@ -169,6 +172,8 @@ def _converted(kind: type, value, where: str, noun: str):
         result = Path(str(value)).expanduser() if kind is Path else str(value) if kind is str else kind(text)
     except (ValueError, KeyError, RuntimeError):  # RuntimeError: a home that nobody has
         raise UserError(f"{where}: {text!r} is not {noun or NOUNS.get(kind, 'a text')}") from None
+    if kind is Path and not text:
+        raise UserError(f"{where}: needs a path")
     if kind is float and result != result:
         raise UserError(f"{where}: {text!r} is not {NOUNS[float]}")
     return result
@@ -211,7 +216,7 @@ def _parser(command: Command) -> Parser:
         groups[meta["group"]] = group
         more: dict[str, Any] = {"nargs": "?", "const": "true"} if kind is bool else {}
         more |= {"action": "append"} if meta["repeat"] else {}
-        metavar = "NAME" if meta["choices"] else METAVARS.get(kind, "TEXT")
+        metavar = "NAME" if meta["choices"] else "TEXT" if meta["convert"] else METAVARS.get(kind, "TEXT")
         group.add_argument(f"--{name}", metavar=metavar, help=help_line(field).replace("%", "%%"), **more)
     return parser
 

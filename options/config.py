@@ -6,7 +6,7 @@ Nothing here needs torch, a GPU or a model.
 from __future__ import annotations
 
 import dataclasses
-import logging
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +15,6 @@ import yaml
 
 from options.declaration import option, options_of
 from options.methods import HQQ_BITS, METHODS, Method
-
-# On some CPUs bitsandbytes advises at each import to install a package, which would stand before every line of ours.
-# Said here because every program imports this file before it imports bitsandbytes.
-logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-
 
 # The embedded demo model has random weights: it needs larger steps and more passes than a real one.
 TOY_MODEL = TOY_DATASET = "toy"
@@ -96,7 +91,7 @@ class Config:
     apply_gradient_clipping: bool = option(True, "Training", "clip the gradient to --grad_norm")
     max_bad_steps: int = option(10, "Training", "steps whose loss or gradient may be NaN or infinite: they are skipped,"
         " and one more ends the run; -1 = any number", least=0, other=-1)
-    grad_norm: float = option(1.0, "Training", "largest 2-norm of the whole gradient, when clipping", above=0)
+    grad_norm: float = option(1.0, "Training", "largest 2-norm of the whole gradient, when clipping; inf = any", above=0, other=math.inf)
     seed: int = option(42, "Training", "seeds adapters, data order and dropout", least=0, below=2**63)
     deterministic: bool = option(False, "Training", "only operations that give the same bits each time: twice the same"
         " losses on the same hardware, at some cost in speed")
@@ -186,7 +181,7 @@ class Config:
     warmup_steps: int = option(1, "Profiling", "steps of each cycle under the profiler that are thrown away", least=0)
     active_steps: int = option(2, "Profiling", "recorded steps of each cycle", least=1)
     repeat: int = option(0, "Profiling", "cycles; 0 = until the end of the run", least=0)
-    profiling_frequency: int = option(10, "Profiling", "steps of a whole cycle; read if repeat is 0", least=1)
+    profiling_frequency: int = option(10, "Profiling", "steps of a whole cycle; read if repeat is 0")
 
     reentrant_checkpointing: bool = option(False, COMPATIBILITY, "checkpointing is always non-reentrant")
     low_memory: bool = option(True, COMPATIBILITY, "loading never holds a whole model")

@@ -83,6 +83,7 @@ def option(
     """
     bounds = (least, above, most, below, other)
     within = None if all(bound is None for bound in bounds) else Range(*bounds)
+    assert not (repeat and (choices or within or convert)), "each of several texts is taken as it is"
     meta = {
         "group": group,
         "help": help,

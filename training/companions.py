@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from transformers import PreTrainedModel
@@ -27,7 +27,8 @@ from training.evaluator import Evaluator
 from training.job import Job
 
 
-class Companions(NamedTuple):
+@dataclass(frozen=True)
+class Companions:
     """What the loop calls beside the model, each in single lines."""
 
     optimizer: torch.optim.Optimizer
@@ -109,4 +110,13 @@ def make_companions(
         say=tracker.say,
         saved=job.saved,
     )
-    return Companions(optimizer, scaler, meter, guard, evaluator, budget, checkpoints, untold)
+    return Companions(
+        optimizer=optimizer,
+        scaler=scaler,
+        meter=meter,
+        guard=guard,
+        evaluator=evaluator,
+        budget=budget,
+        checkpoints=checkpoints,
+        untold=untold,
+    )

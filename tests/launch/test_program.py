@@ -27,6 +27,26 @@ def test_help_shows_nothing_else(program):
     assert all(line.startswith("import time:") for line in done.stderr.splitlines())
 
 
+@pytest.mark.parametrize(
+    ("program", "argv"),
+    [
+        ("export", ["nosuch", "--to", "merged", "--out", "out"]),
+        pytest.param("evaluate", ["nosuch", "--dataset", "toy"], marks=pytest.mark.slow),
+        pytest.param("report", ["nosuch"], marks=pytest.mark.slow),
+        pytest.param(
+            "block_expansion",
+            ["--model_name", "nosuch", "--output_dir", "out", "--new_blocks", "1"],
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_an_error_is_the_only_line(program, argv, tmp_path):
+    """Also of a command that imports bitsandbytes, which advises on some CPUs."""
+    command = [sys.executable, str(ROOT / f"{program}.py"), *argv]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
 @pytest.mark.parametrize("where", ["the folder of train.py", "another"])
 def test_a_command_that_is_shown_can_be_typed(where, tmp_path):
     """With an interpreter that nobody finds by its name, and in a shell where that is another one's name."""

@@ -71,7 +71,7 @@ def test_without_a_run(program):
         COMMANDS[program].COMMAND.read(NEEDED[program][1:])
 
 
-def test_a_switch_leaves_the_run_alone(tmp_path):
+def test_a_switch_leaves_the_run_alone(tmp_path, monkeypatch):
     """Where one stands behind it, it is not taken as its value; true and false are."""
     read = evaluate.COMMAND.read
     for argv in (
@@ -81,6 +81,44 @@ def test_a_switch_leaves_the_run_alone(tmp_path):
     ):
         assert read(argv) == {"run": str(tmp_path), "verbose": True}
     assert read(["--verbose", "false", str(tmp_path)])["verbose"] is False
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "true").touch()
+    assert read(["RUN", "--verbose", "true"]) == {"run": "RUN", "verbose": True}
+
+
+@pytest.mark.parametrize(
+    ("program", "argv", "words"),
+    [
+        ("export.py", ["RUN", "--to", "merged", "--out", ""], "--out"),  # not the current folder
+        ("export.py", ["RUN", "--to", "", "--out", "out"], "--to"),
+        ("export.py", ["", "--to", "merged", "--out", "out"], "give a RUN"),
+        ("evaluate.py", [""], "give a RUN"),
+        ("evaluate.py", ["RUN", "--out", ""], "--out: needs a path"),
+        ("report.py", [""], "needs a path"),
+        ("block_expansion.py", ["--model_name", "", "--output_dir", "out"], "--model_name is missing"),
+        ("generate.py", ["--config", "none.yaml"], "give a RUN"),
+    ],
+)
+def test_nothing_is_no_value(program, argv, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "none.yaml").write_text("runs: []\n")
+    with pytest.raises(UserError, match=words):
+        COMMANDS[program].COMMAND.read(argv)
+
+
+def test_a_list_in_a_file_is_what_commas_are(tmp_path):
+    file = tmp_path / "options.yaml"
+    file.write_text("run: RUN\nmetrics: [perplexity, exact_match]\n")
+    assert evaluate.COMMAND.read(["--config", str(file)])["metrics"] == ("perplexity", "exact_match")
+    file.write_text("model_name: toy\noutput_dir: out\nafter: [0, 2]\n")
+    assert block_expansion.parse(["--config", str(file)]).after == [0, 2]
+    file.write_text("runs: [one, two]\nprompt: [a, '--b']\n")
+    assert generate.COMMAND.read(["--config", str(file)]) == {"runs": ["one", "two"], "prompt": ["a", "--b"]}
+
+
+def test_what_runs_had_until_now_is_still_read():
+    assert train.parse(["--grad_norm", "inf"])[0].grad_norm == math.inf
+    assert train.parse(["--profile", "--repeat", "2", "--profiling_frequency", "0"])[0].repeat == 2
 
 
 @pytest.mark.parametrize("program", COMMANDS)

@@ -390,6 +390,13 @@ def test_output_dir(monkeypatch, from_file):
     assert resolved(*from_file("output_dir: ~/runs/a\n")).output_dir == "/home/someone/runs/a"
 
 
+def test_when_the_best_step_is_kept():
+    evaluated = ["--eval_share", "0.1", "--eval_every", "2"]
+    assert resolved(*evaluated).keeps_best
+    assert not resolved("--eval_share", "0.1").keeps_best  # with one evaluation, the result is the best
+    assert not resolved(*evaluated, "--save_model", "false").keeps_best
+
+
 def test_a_config_does_not_change():
     with pytest.raises(dataclasses.FrozenInstanceError):
         resolved().lr = 1.0
