@@ -14,7 +14,6 @@ import gc
 import sys
 
 from launch.program import outlast, parse_or_exit, prepare_environment, quiet_libraries, run_command
-from options.errors import UserError
 from options.train import parse
 
 if __name__ == "__main__":
@@ -34,16 +33,14 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from checkpoints import adapter, trained_model
-from checkpoints.storage import steps_in
 from data.batches import StepSampler
 from data.packing import longest_line, make_sampler
 from data.prefetch import ahead
 from files.atomic_writes import write_text
-from files.disk_room import despite_full_disk
 from files.lock import Alone
 from files.model_folder import base_digest
 from files.weight_cache import writing
-from launch import memory, nodes, ranks
+from launch import memory, ranks
 from launch.precision import use_deterministic
 from launch.ranks import Place
 from launch.signals import NEVER, NeverStop, Stopping
@@ -52,22 +49,22 @@ from models.adapters import apply_method, peft_targets
 from models.attention import choose_attention
 from models.causal_lm import loss_sum
 from models.registry import build_on_meta
-from monitoring import memory_model, messages, report, run_facts
+from monitoring import memory_model
 from monitoring.memory_history import BETWEEN
+from monitoring.messages import describe_data
 from monitoring.metrics import Lap, Metrics, Reading
 from monitoring.profiling import NO_PROFILER, NoProfiler, Profiler, make_profiler
-from monitoring.tracking import make_tracker
+from monitoring.run_facts import describe_run
 from options.config import TOY_MODEL, Config, dump_yaml
 from parallel.activation_checkpointing import Keep, compiler, compiles
 from parallel.optimizers import make_schedule
 from parallel.shards import whole
 from quantize_layers import load_weights
-from training.bad_steps import conclude
 from training.companions import make_companions
 from training.job import Job
 from training.out_of_memory import explained
 from training.preflight import check
-from training.run_folder import open_run_folder
+from training.run_folder import close_run, open_run, unsaved
 from wrapping import STRATEGIES, WRAP_POLICIES, make_mesh, offload_policy, sync_gradients, wrap
 
 
@@ -187,25 +184,19 @@ def run_rank(place: Place, job: Job) -> None:
 
 def run_profiled(place: Place, job: Job, profiler: Profiler, lock: Alone) -> None:
     """The same, watched by a profiler."""
-    config, folder, began = job.config, Path(job.output_dir), time.perf_counter()
+    config, began = job.config, time.perf_counter()
     if config.deterministic:
         use_deterministic()
     sampler = make_sampler(config, job.rows, place.rank, place.world)
     total = job.total_steps(sampler)
     if place.rank == 0:
-        data = messages.describe_data(job.rows, sampler, config.context_length)
+        data = describe_data(job.rows, sampler, config.context_length)
         print(data + job.evaluation.describe(), flush=True)
     model, loaded = set_up(job, place, profiler)
     stages = profiler.fullest("wrap", "load")
-    if place.rank == 0:
-        open_run_folder(job, lock, run_facts.describe_run(job.rows, sampler, model, stages))
-        seconds = time.perf_counter() - began
-        print(f"{messages.describe_model(loaded)}; ready after {seconds:.1f} s", flush=True)
-    if config.save_every or config.save_minutes:
-        nodes.check_shared(folder / run_facts.FACTS, place)
-    before = job.saved.run["parts"] if job.saved else {"tracker": {}, "guard": {"count": 0}}
-    tracker = make_tracker(config, place.rank, total, before["tracker"])
-    tracker.stages(stages)
+    ready = f"{loaded.describe()}; ready after {time.perf_counter() - began:.1f} s"
+    facts = describe_run(job.rows, sampler, model, stages)
+    tracker = open_run(job, place, lock, total, facts, ready, stages)
     done = len(tracker.history)
     stopping = Stopping(place.rank, job.started, config.max_minutes, config.save_minutes)
     began = time.perf_counter()
@@ -213,18 +204,12 @@ def run_profiled(place: Place, job: Job, profiler: Profiler, lock: Alone) -> Non
     seconds = time.perf_counter() - began
     if config.save_model and not stopping.reason:
         try:
-            save(job, model, folder)
+            save(job, model, Path(job.output_dir))
         except OSError as e:
             tracker.finish()
-            raise UserError(messages.describe_unsaved(e, folder, next(iter(steps_in(folder)), None))) from e
+            raise unsaved(job, e) from e
     tracker.finish()
-    if place.rank == 0:
-        with despite_full_disk(folder / report.PAGE):
-            report.write_report(folder)
-        sampled, why = bool(job.evaluation.prompts), stopping.reason
-        end = messages.describe_end(config, history, total, done, seconds, stages, why, sampled)
-        print(end, flush=True)
-    conclude(history[done:], before["guard"]["count"], config.max_bad_steps, folder)
+    close_run(job, place, history, total, done, seconds, stages, stopping.reason)
 
 
 def save(job: Job, model: PreTrainedModel, folder: Path, best: bool = False) -> None:
@@ -252,15 +237,8 @@ def run(config: Config, remarks: list[str]) -> int:
     """Checks and starts a run. Returns the exit status: 0, 2 for something the user can put right, 1 for anything else."""
     if not config.verbose:
         quiet_libraries()
-    return start(
-        run_rank,
-        partial(check, config),
-        remarks,
-        address=config.master_addr,
-        port=config.master_port,
-        verbose=config.verbose,
-        preload=["train"],
-    )
+    where = (config.master_addr, config.master_port)
+    return start(run_rank, partial(check, config), remarks, where, verbose=config.verbose, preload=["train"])
 
 
 def main(argv: list[str]) -> int:

@@ -16,9 +16,8 @@ def start(
     run_rank: Callable,
     check: Callable[[], AnyJob],
     remarks: list[str],
+    where: tuple[str, int | None],
     *,
-    address: str,
-    port: int | None,
     verbose: bool,
     preload: Sequence[str],
 ) -> int:
@@ -28,7 +27,7 @@ def start(
     Args:
         run_rank: what a rank does, a function of a module.
         check: makes the job. Raises UserError for what is wrong with it.
-        address, port: of rank 0, for new processes; None = a free port.
+        where: address and port of rank 0, for new processes; None = a free port.
         verbose: tracebacks with errors.
         preload: modules that ranks import, for the server that they may be forks of.
     """
@@ -43,7 +42,7 @@ def start(
         if under_torchrun():
             return torchrun.join(run_rank, partial(nodes.prepare, checked), verbose)
         job = checked()
-        return processes.start(run_rank, job.config.world_size, (job,), address, port, verbose, preload)
+        return processes.start(run_rank, job.config.world_size, (job,), *where, verbose, preload)
     except (UserError, OSError) as e:
         if not needs_no_traceback(e):
             raise

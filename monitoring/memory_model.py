@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 
+import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -144,6 +145,15 @@ class Share:
     on_gpu: int
     on_host: int
     tensors: int
+
+    def describe(self) -> str:
+        """The line about the weights: of the whole model by kind, and of this rank."""
+        on_gpus = torch.cuda.is_available() and self.on_host
+        where = f", of which {size(self.on_host)} in host memory" if on_gpus else ""
+        return (
+            f"model: {self.trained:,} trained parameters; {self.whole} = {size(self.whole.total)},"
+            f" {size(self.on_gpu + self.on_host)} on this rank{where}"
+        )
 
 
 def expect(

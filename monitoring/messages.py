@@ -7,16 +7,12 @@ import math
 import shlex
 from pathlib import Path
 
-import torch
-
 from data.batches import StepSampler
 from data.packing import PackSampler
 from data.rows import TokenizedRows
 from files.names import BEST, BLOCKS, SCORE
 from files.output_folder import output_folder
-from launch import memory
 from launch.program import typed_command, under_torchrun
-from monitoring.memory_model import Share
 from monitoring.metrics import Metrics
 from options.config import TOY_DATASET, TOY_MODEL, TOY_PROMPT, Config
 from options.errors import describe
@@ -42,16 +38,6 @@ def describe_data(rows: TokenizedRows, sampler: StepSampler, context_length: int
     return (
         f"{line}\n--packing true would train these rows about {faster:.1f} times as fast: as full lines of"
         f" {context_length:,} tokens, which --batch_size then counts"
-    )
-
-
-def describe_model(share: Share) -> str:
-    """The line about the weights: of the whole model by kind, and of this rank."""
-    on_gpus = torch.cuda.is_available() and share.on_host
-    where = f", of which {memory.size(share.on_host)} in host memory" if on_gpus else ""
-    return (
-        f"model: {share.trained:,} trained parameters; {share.whole} = {memory.size(share.whole.total)},"
-        f" {memory.size(share.on_gpu + share.on_host)} on this rank{where}"
     )
 
 

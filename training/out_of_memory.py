@@ -17,7 +17,6 @@ import torch
 
 from data.packing import longest_line
 from launch.memory import PEAKS, size
-from launch.precision import precision_here
 from launch.ranks import Place
 from monitoring.memory_model import Shape, estimate, measure
 from options.config import Config
@@ -66,13 +65,12 @@ def savings(job: Job) -> list[tuple[dict, float]]:
 def shape_of(job: Job, config: Config) -> Shape:
     """The Shape of a job's model and data under other options."""
     tokens = longest_line(config, job.rows)
-    precision = precision_here(config.precision)
-    return measure(job.model_config, job.family, config, precision, job.files, tokens)
+    return measure(job.model_config, job.family, config, job.precision, job.files, tokens)
 
 
 def estimated(job: Job, config: Config) -> float:
     """Bytes that a GPU would hold at the peak of a step with these options."""
-    return estimate(config, precision_here(config.precision), shape_of(job, config))
+    return estimate(config, job.precision, shape_of(job, config))
 
 
 def message(error: str, job: Job) -> str:

@@ -21,7 +21,7 @@ from files.model_folder import CheckpointFiles, fetch_weights, find_model
 from files.output_folder import check_output, output_folder
 from files.tokenizer import read_tokenizer
 from files.weight_cache import NewCache, new_cache, open_cache
-from launch.precision import bf16_gpu, precision_here
+from launch.precision import bf16_gpu
 from launch.processes import check_address
 from launch.program import under_torchrun
 from launch.ranks import resolve_group_size, resolve_strategy, resolve_world_size
@@ -50,7 +50,6 @@ def check(config: Config) -> Job:
 def _check(config: Config) -> Job:
     started = time.time()
     config = _resolve_launch(config)
-    precision = precision_here(config.precision)
     if config.precision.startswith("bf16") and torch.cuda.is_available() and not bf16_gpu():
         raise UserError(
             f"--precision {config.precision}: this GPU has no bf16; use auto, fp16_autocast or fp32"
@@ -79,9 +78,6 @@ def _check(config: Config) -> Job:
     model = build_on_meta(model_config, family)
     check_weights(model, files, family)
     check_packing(model, family, config, files)
-    if config.method.expansion:
-        assert config.lr is not None
-        check_can_leave_silence(files, family, new_layers(model_config), precision.trained, config.lr)
     cache = find_cache(model, family, config, files) if config.quantized_cache else None
     if config.method.adapter:
         check_rank(model, target_linears(model, family, config.lora_target_modules), config.lora_rank)
@@ -93,6 +89,9 @@ def _check(config: Config) -> Job:
         )
     check_rope(config, model_config, rows, evaluation)
     job = Job(config, model_config, files, rows, evaluation, cache, saved, started)
+    if config.method.expansion:
+        assert config.lr is not None
+        check_can_leave_silence(files, family, new_layers(model_config), job.precision.trained, config.lr)
     if config.profile:
         check_traces(config, job.total_steps(make_sampler(config, rows, 0, config.world_size)))
     if saved:

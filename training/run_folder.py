@@ -1,26 +1,92 @@
-"""The RUN's folder when training starts: locked, rid of an earlier run's files or cut to a checkpoint."""
+"""The RUN's folder: cleared or cut to a checkpoint when training starts, its page and last lines when it ends."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from checkpoints import resume
+from checkpoints.storage import steps_in
 from files.atomic_writes import write_text
+from files.disk_room import despite_full_disk
 from files.lock import Alone
 from files.output_folder import clear_output
+from launch.nodes import check_shared
+from launch.ranks import Place
+from monitoring.messages import describe_end, describe_unsaved
+from monitoring.metrics import Metrics
+from monitoring.report import PAGE, write_report
 from monitoring.run_facts import FACTS
+from monitoring.tracking import NoTracker, make_tracker
 from options.config import dump_yaml
+from options.errors import UserError
+from training.bad_steps import conclude
 from training.job import Job
 
 
-def open_run_folder(job: Job, lock: Alone, facts: str) -> None:
-    """Makes the folder what the run's first step needs, on rank 0. lock: held from here on; facts: what run.json says.
-    Raises UserError if another run writes there, or has done so since the checks."""
+def open_run(
+    job: Job, place: Place, lock: Alone, total: int, facts: str, ready: str, stages: dict[str, float]
+) -> NoTracker:
+    """Makes the folder what the run's first step needs, and returns the rank's tracker. Collective.
+
+    Args:
+        lock: held by rank 0 from here on.
+        total: optimizer steps of the run.
+        facts: what run.json says.
+        ready: the line to print once the folder is the run's.
+        stages: GiB of the fullest rank after wrapping and loading, by name.
+
+    Raises UserError if another run writes there, or has done so since the checks, or if a node does not see the folder.
+    """
+    config, folder = job.config, Path(job.output_dir)
+    if place.rank == 0:
+        lock.take()
+        resume.check_still_so(config, job.saved)
+        if job.saved is None:
+            clear_output(folder)
+        resume.tidy(folder, job.saved)
+        write_text(folder / "config.yaml", dump_yaml(config))
+        write_text(folder / FACTS, facts)
+        print(ready, flush=True)
+    if config.save_every or config.save_minutes:
+        check_shared(folder / FACTS, place)
+    state = job.saved.run["parts"]["tracker"] if job.saved else {}
+    tracker = make_tracker(config, place.rank, total, state)
+    tracker.stages(stages)
+    return tracker
+
+
+def unsaved(job: Job, error: OSError) -> UserError:
+    """What to tell of a result that could not be written: where it can be saved from."""
     folder = Path(job.output_dir)
-    lock.take()
-    resume.check_still_so(job.config, job.saved)
-    if job.saved is None:
-        clear_output(folder)
-    resume.tidy(folder, job.saved)
-    write_text(folder / "config.yaml", dump_yaml(job.config))
-    write_text(folder / FACTS, facts)
+    return UserError(describe_unsaved(error, folder, next(iter(steps_in(folder)), None)))
+
+
+def close_run(
+    job: Job,
+    place: Place,
+    history: list[Metrics],
+    total: int,
+    done: int,
+    seconds: float,
+    stages: dict[str, float],
+    stopped: str,
+) -> None:
+    """Makes the run's page, and tells how it went. Collective.
+
+    Args:
+        history: metrics of every step, on rank 0 also of those before the run was resumed.
+        total: optimizer steps of the run.
+        done: steps before it was resumed; seconds: of the steps after them.
+        stages: as for `open_run`.
+        stopped: why the run was asked to stop, or "".
+
+    Raises UserError on all ranks if bad steps ended the run.
+    """
+    config, folder = job.config, Path(job.output_dir)
+    if place.rank == 0:
+        with despite_full_disk(folder / PAGE):
+            write_report(folder)
+        sampled = bool(job.evaluation.prompts)
+        print(describe_end(config, history, total, done, seconds, stages, stopped, sampled), flush=True)
+    before = job.saved.run["parts"]["guard"]["count"] if job.saved else 0
+    conclude(history[done:], before, config.max_bad_steps, folder)
