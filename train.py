@@ -195,7 +195,7 @@ def run_profiled(place: Place, job: Job, profiler: Profiler, lock: Alone) -> Non
     model, loaded = set_up(job, place, profiler)
     stages = profiler.fullest("wrap", "load")
     ready = f"{loaded.describe()}; ready after {time.perf_counter() - began:.1f} s"
-    facts = describe_run(job.rows, sampler, model, stages)
+    facts = describe_run(job.rows, sampler, model, stages) if place.rank == 0 else ""
     tracker = open_run(job, place, lock, total, facts, ready, stages)
     done = len(tracker.history)
     stopping = Stopping(place.rank, job.started, config.max_minutes, config.save_minutes)

@@ -13,7 +13,7 @@ from data.rows import TokenizedRows
 from files.names import BEST, BLOCKS, SCORE
 from files.output_folder import output_folder
 from launch.program import typed_command, under_torchrun
-from monitoring.metrics import Metrics
+from monitoring.metrics import Metrics, too_many
 from options.config import TOY_DATASET, TOY_MODEL, TOY_PROMPT, Config
 from options.errors import describe
 
@@ -155,7 +155,7 @@ def describe_evaluations(history: list[Metrics], total_steps: int, config: Confi
     if len(evaluated) > 1:
         where = kept_in(output_folder(config) / BEST, best.step) if config.keeps_best else ""
         line += f"; best {best.eval_loss:.4f} at step {best.step}{where}"
-    if len(history) == total_steps or 0 <= config.max_bad_steps < (history[-1].bad_steps or 0):
+    if len(history) == total_steps or too_many(history[-1].bad_steps, config.max_bad_steps):
         return [line]
     patience = config.early_stopping_patience
     return [

@@ -199,3 +199,8 @@ def read_metrics(path: Path, length: int | None = None) -> list[Metrics]:
             if not right:
                 raise UserError(f"{path}: line {number} is not as a run writes it")
     return found
+
+
+def too_many(count: int | None, most: int) -> bool:
+    """Whether --max_bad_steps ends a run with so many skipped steps."""
+    return 0 <= most < (count or 0)

@@ -83,12 +83,11 @@ class Command:
         """Raises UserError for a number out of range, and for what is required and missing. texts: what is given, as it
         was written."""
         for name, field in self.fields.items():
-            empty = field.default is REQUIRED and name in given and not (given[name] and texts[name])
-            if name not in given or empty:
-                if field.default is REQUIRED:
-                    what = field.metadata["positional"]
-                    missing = f"give a {what}, {field.metadata['help']}" if what else f"--{name} is missing"
-                    raise UserError(f"{missing}; see --help")
+            if field.default is REQUIRED and not (given.get(name) and texts[name]):
+                what = field.metadata["positional"]
+                missing = f"give a {what}, {field.metadata['help']}" if what else f"--{name} is missing"
+                raise UserError(f"{missing}; see --help")
+            if name not in given:
                 continue
             value, within = given[name], field.metadata["within"]
             if type(value) not in (int, float):

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from data.batches import Step
 from data.rows import TokenizedRows
 from files.disk_room import append
-from monitoring.metrics import Metrics, Reading
+from monitoring.metrics import Metrics, Reading, too_many
 from monitoring.tracking import NoTracker
 from options.errors import UserError
 
@@ -111,11 +111,6 @@ class BadSteps:
         self.tracker.say(
             f"step {metrics.step} skipped: loss {loss}, gradient norm {norm}; its rows: {self.file}"
         )
-
-
-def too_many(count: int | None, most: int) -> bool:
-    """Whether --max_bad_steps ends a run with so many skipped steps."""
-    return 0 <= most < (count or 0)
 
 
 def conclude(history: list[Metrics], before: int, most: int, folder: Path) -> None:

@@ -58,7 +58,8 @@ class Job:
 
     def total_steps(self, sampler: StepSampler) -> int:
         """Optimizer steps of the run."""
-        return total_steps(self.config, sampler)
+        steps = sampler.steps_per_epoch() * self.config.num_epochs
+        return steps if self.config.max_steps < 0 else min(steps, self.config.max_steps)
 
     def about(self) -> dict:
         """What a checkpoint says of the run: its options, and digests of the model below and of the rows."""
@@ -93,9 +94,3 @@ class Job:
                 "the prompts of the samples": str([prompt.ids for prompt in self.evaluation.prompts]),
             }
         )
-
-
-def total_steps(config: Config, sampler: StepSampler) -> int:
-    """Optimizer steps of a run with these options."""
-    steps = sampler.steps_per_epoch() * config.num_epochs
-    return steps if config.max_steps < 0 else min(steps, config.max_steps)

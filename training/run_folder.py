@@ -31,7 +31,7 @@ def open_run(
     Args:
         lock: held by rank 0 from here on.
         total: optimizer steps of the run.
-        facts: what run.json says.
+        facts: what run.json says, of rank 0.
         ready: the line to print once the folder is the run's.
         stages: GiB of the fullest rank after wrapping and loading, by name.
 
