@@ -29,7 +29,7 @@ def measure(folder: str, count: int) -> None:
     run = open_run(folder)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     c = run.config
-    rows = prepare(c.dataset, c.dataset_format, count, c.context_length, load_tokenizer(run))
+    rows = prepare(c.dataset, c.dataset_format, count, c.context_length, load_tokenizer(run), c.chat_date)
     batch = next(StepSampler(rows, len(rows), 1, 0, 1, 0).steps(1)).batches[0]
 
     def tell(name: str, logits: torch.Tensor) -> None:

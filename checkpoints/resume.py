@@ -31,7 +31,7 @@ from files.names import BEST, BLOCKS
 from files.output_folder import check_output, holds_run, output_folder
 from files.weight_cache import digest
 from monitoring.metrics import read_metrics
-from options.config import CHECKPOINTS, COMPATIBILITY, FIELDS, Config
+from options.config import CHECKPOINTS, COMPATIBILITY, DAY, FIELDS, Config
 from options.declaration import shown
 from options.errors import UserError
 
@@ -182,6 +182,12 @@ def rows_per_step(config: Config) -> int:
 def option_of(run: dict, name: str):
     """An option's value in the run of a checkpoint; its default, if that run's program did not have the option."""
     return run["options"].get(name, FIELDS[name].default)
+
+
+def first_day(saved: Saved) -> str | None:
+    """--chat_date of the run's first start; None where an older version of this program began it."""
+    day = option_of(saved.run, "chat_date") if is_state(saved.run) else None
+    return day if isinstance(day, str) and re.fullmatch(DAY, day) else None
 
 
 def check_same(saved: Saved, config: Config, now: dict) -> None:

@@ -37,11 +37,13 @@ class Prompt:
 
 @dataclass(frozen=True)
 class EvaluationData:
-    """rows: the evaluation set, or None; prompts: of samples, may be none; stops: token ids that end an answer."""
+    """rows: the evaluation set, or None; prompts: of samples, may be none; stops: token ids that end an answer;
+    remarks: lines to tell at start, of this and of the training data."""
 
     rows: TokenizedRows | None
     prompts: list[Prompt]
     stops: list[int]
+    remarks: tuple[str, ...] = ()
 
     def largest_id(self) -> int:
         ids = [i for prompt in self.prompts for i in prompt.ids]
@@ -56,14 +58,15 @@ class EvaluationData:
 def prepare_sets(config: Config, tokenizer, stops: list[int]) -> tuple[Config, TokenizedRows, EvaluationData]:
     """(the options with the data's format in the place of auto, the training rows, what to evaluate on) of a run's
     options. Raises UserError for anything wrong with the data, and if a set would be empty."""
-    reading = (config.context_length, tokenizer)
+    reading = (config.context_length, tokenizer, config.chat_date)
     examples = read_examples(config.dataset, config.dataset_format, config.dataset_samples, *reading)
     config = dataclasses.replace(config, dataset_format=examples.format)
-    training, held = _divide(config, examples.rendered, tokenizer)
+    training, held, beside = _divide(config, examples.rendered, tokenizer)
     rows = tokenize(training, tokenizer, config.context_length, f"--dataset {config.dataset}")
     evaluation = None if held is None else tokenize(held, tokenizer, config.context_length, _origin(config))
     prompts = _sample_prompts(config, examples, held or training, tokenizer) if config.sample_every else []
-    return config, rows, EvaluationData(evaluation, prompts, stops)
+    remarks = tuple(dict.fromkeys([*examples.remarks, *beside]))
+    return config, rows, EvaluationData(evaluation, prompts, stops, remarks)
 
 
 def read_beside(config: Config, dataset: str, samples: int, tokenizer) -> Examples:
@@ -73,28 +76,35 @@ def read_beside(config: Config, dataset: str, samples: int, tokenizer) -> Exampl
     if form != "auto":
         row = load_rows(recipe, file, 1).rows[0]
         form = form if FORMATS[form].fits(set(row), row, recipe.markers) else "auto"
-    return read_examples(dataset, form, samples, config.context_length, tokenizer)
+    return read_examples(dataset, form, samples, config.context_length, tokenizer, config.chat_date)
 
 
 def held_rows(config: Config, tokenizer) -> list[Rendered] | None:
     """The evaluation set of a run's options, as texts; None if they name none. Raises UserError as `prepare_sets`
     does."""
-    reading = (config.dataset_format, config.dataset_samples, config.context_length, tokenizer)
+    reading = (
+        config.dataset_format,
+        config.dataset_samples,
+        config.context_length,
+        tokenizer,
+        config.chat_date,
+    )
     rendered = read_examples(config.dataset, *reading).rendered if config.eval_share else []
     return _divide(config, rendered, tokenizer)[1]
 
 
 def _divide(
     config: Config, rendered: list[Rendered], tokenizer
-) -> tuple[list[Rendered], list[Rendered] | None]:
-    """(training rows, evaluation rows or None); rendered: the rows of --dataset."""
+) -> tuple[list[Rendered], list[Rendered] | None, tuple[str, ...]]:
+    """(training rows, evaluation rows or None, remarks on these); rendered: the rows of --dataset."""
     if config.eval_share:
         training, held = _split(rendered, config.eval_share, config.seed)
-        return training, held[: config.eval_samples] if config.eval_samples > 0 else held
+        return training, held[: config.eval_samples] if config.eval_samples > 0 else held, ()
     if config.eval_dataset is None:
-        return rendered, None
+        return rendered, None, ()
     with named("--eval_dataset"):
-        return rendered, read_beside(config, config.eval_dataset, config.eval_samples, tokenizer).rendered
+        read = read_beside(config, config.eval_dataset, config.eval_samples, tokenizer)
+    return rendered, read.rendered, read.remarks
 
 
 def _origin(config: Config) -> str:
@@ -169,9 +179,9 @@ def _ask(questions: list[str], examples: Examples, tokenizer, context_length: in
     """The questions, put as the training data puts its own."""
     form, prompts = FORMATS[examples.format], []
     for question in questions:
-        row = form.asking(question, examples.markers)
+        row = form.asking(question, examples.context.markers)
         try:
-            text = form.prompt(row, tokenizer, examples.markers)
+            text = form.prompt(row, examples.context)
         except TEMPLATE_ERRORS as e:
             raise UserError(f"--sample_prompts: {question!r}: {' '.join(str(e).split())}") from None
         prompts.append(Prompt(text, prompt_ids(text, tokenizer, form.special)[-context_length:]))

@@ -14,7 +14,7 @@ from itertools import chain
 import jinja2
 from fastcore.parallel import parallel
 
-from data.formats import FORMATS, Rendered, checked, recognise
+from data.formats import FORMATS, RenderContext, Rendered, checked, recognise
 from data.sources import Recipe, find_recipe, load_rows
 from options.errors import UserError
 from options.limits import ROW
@@ -29,18 +29,20 @@ FILLED = 10**6  # rows that a recipe makes of its `fill`
 
 @dataclass(frozen=True)
 class Examples:
-    """A dataset as texts. format, markers: what its rows were rendered with."""
+    """A dataset as texts. format, context: what its rows were rendered with; remarks: lines to tell at start, of what
+    was not read or not shown."""
 
     rendered: list[Rendered]
     format: str
-    markers: list[str]
+    context: RenderContext
+    remarks: tuple[str, ...] = ()
 
 
 def read_examples(
-    dataset: str, dataset_format: str, samples: int, context_length: int, tokenizer
+    dataset: str, dataset_format: str, samples: int, context_length: int, tokenizer, day: str | None = None
 ) -> Examples:
-    """--dataset, read and rendered. samples: rows used; -1 = as the recipe says. Raises UserError for anything
-    wrong with the data."""
+    """--dataset, read and rendered. samples: rows used; -1 = as the recipe says; day: as in RenderContext. Raises
+    UserError for anything wrong with the data."""
     recipe, file = find_recipe(dataset)
     samples = samples if samples > 0 else recipe.samples
     if recipe.fill and (context_length > ROW // max(len(recipe.fill["output"]), 1) or samples > FILLED):
@@ -50,8 +52,9 @@ def read_examples(
     if recipe.fill:
         rows = [recipe.fill | {"output": recipe.fill["output"] * context_length}] * len(rows)
     name = _format_of(recipe, rows[0], dataset, dataset_format)
-    rendered = _render_all(_Rendering(rows, data.places, name, recipe.markers, tokenizer))
-    return Examples(rendered, name, recipe.markers)
+    context = RenderContext(tokenizer, recipe.markers, day)
+    rendered = _render_all(_Rendering(rows, data.places, name, context))
+    return Examples(rendered, name, context)
 
 
 def _format_of(recipe: Recipe, row: dict, dataset: str, dataset_format: str) -> str:
@@ -75,15 +78,14 @@ class _Rendering:
     rows: list[dict]
     places: list[str]
     name: str
-    markers: list[str]
-    tokenizer: object
+    context: RenderContext
 
     def __call__(self, numbers: range) -> list[Rendered]:
         rendered = []
         for i in numbers:
             values = checked(self.rows[i], FORMATS[self.name], f"--dataset {self.places[i]}")
             try:
-                one = FORMATS[self.name].render(values, self.tokenizer, self.markers)
+                one = FORMATS[self.name].render(values, self.context)
                 rendered.append(dataclasses.replace(one, number=i + 1))
                 one.text.encode()  # JSON can spell half a character, which no tokenizer takes
             except TEMPLATE_ERRORS as e:

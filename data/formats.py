@@ -10,8 +10,10 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property
+from typing import Any
 
+from data.chat import ChatTemplate, checked_messages
 from options.errors import UserError, describe
 
 # The prompts of Stanford Alpaca, which most instruction-tuned checkpoints of this kind have seen.
@@ -24,6 +26,7 @@ ALPACA_INPUT = (
     " Write a response that appropriately completes the request.\n\n### Instruction:\n{instruction}\n\n"
     "### Input:\n{input}\n\n### Response:\n"
 )
+GUANACO_MARKERS = ("### Human:", "### Assistant:")
 QA = "### Question:\n{question}\n\n### Answer:\n"
 QA_CONTEXT = "### Context:\n{context}\n\n### Question:\n{question}\n\n### Answer:\n"
 
@@ -42,9 +45,28 @@ class Rendered:
 
 
 @dataclass(frozen=True)
+class RenderContext:
+    """What a format renders rows with.
+
+    Args:
+        tokenizer: its chat template is the `chat` format's; other formats need none.
+        markers: of the two speakers in a guanaco text.
+        day: YYYY-MM-DD, what a chat template that writes today's date gets; None = today.
+    """
+
+    tokenizer: Any = None
+    markers: Sequence[str] = GUANACO_MARKERS
+    day: str | None = None
+
+    @cached_property
+    def chat(self) -> ChatTemplate:
+        return ChatTemplate(self.tokenizer, self.day)
+
+
+@dataclass(frozen=True)
 class Format:
-    """render(row, tokenizer, markers); needs: columns without which a row is refused; optional: others
-    that it reads; prompt(row, tokenizer, markers): the text up to the last answer, which the row may lack; answer:
+    """render(row, context); needs: columns without which a row is refused; optional: others
+    that it reads; prompt(row, context): the text up to the last answer, which the row may lack; answer:
     the column that holds nothing else; turns: a conversation, which goes on after an answer; question(text, markers):
     what the column `asks` holds where nothing but that text is asked; special: as in Rendered; marked: its text has
     markers."""
@@ -81,34 +103,35 @@ def _prompted(prompt: str, response: str) -> Rendered:
     return Rendered(text, [(len(prompt), len(text))])
 
 
-def _alpaca_prompt(row: Mapping[str, str], *_) -> str:
+def _alpaca_prompt(row: Mapping[str, str], _context: RenderContext | None = None) -> str:
     return (ALPACA_INPUT if row.get("input", "").strip() else ALPACA).format_map(row)
 
 
-def _alpaca(row: Mapping[str, str], *_) -> Rendered:
+def _alpaca(row: Mapping[str, str], _context: RenderContext | None = None) -> Rendered:
     return _prompted(_alpaca_prompt(row), row["output"])
 
 
-def _qa_prompt(row: Mapping[str, str], *_) -> str:
+def _qa_prompt(row: Mapping[str, str], _context: RenderContext | None = None) -> str:
     return (QA_CONTEXT if row.get("context", "").strip() else QA).format_map(row)
 
 
-def _qa(row: Mapping[str, str], *_) -> Rendered:
+def _qa(row: Mapping[str, str], _context: RenderContext | None = None) -> Rendered:
     return _prompted(_qa_prompt(row), row["answer"])
 
 
-def _completion(row: Mapping[str, str], *_) -> Rendered:
+def _completion(row: Mapping[str, str], _context: RenderContext | None = None) -> Rendered:
     text = row["text"]
     return Rendered(text, [(0, len(text))] if text.strip() else [])
 
 
-def _completion_prompt(row: Mapping[str, str], *_) -> str:
+def _completion_prompt(row: Mapping[str, str], _context: RenderContext | None = None) -> str:
     return row["text"]
 
 
-def _guanaco(row: Mapping[str, str], _tokenizer, markers: Sequence[str]) -> Rendered:
+def _guanaco(row: Mapping[str, str], context: RenderContext) -> Rendered:
     """A dialogue in one text. Turns begin with a marker anywhere: OpenAssistant's have no line breaks."""
     text = row["text"].rstrip()
+    markers = context.markers
     turns = _guanaco_turns(text, markers)
     learned, last = [], False
     ends = [turn.start() for turn in turns[1:]] + [len(text)]
@@ -125,10 +148,11 @@ def _guanaco_turns(text: str, markers: Sequence[str]) -> list[re.Match]:
     return list(re.finditer(f"({re.escape(markers[0])}|{re.escape(markers[1])})", text))
 
 
-def _guanaco_prompt(row: Mapping[str, str], _tokenizer, markers: Sequence[str]) -> str:
+def _guanaco_prompt(row: Mapping[str, str], context: RenderContext) -> str:
     """Up to the marker of the last turn, if that is an answer; else with the marker of the answer to come, behind
     a line break if that is how the human's last turn begins."""
     text = row["text"].rstrip()
+    markers = context.markers
     turns = _guanaco_turns(text, markers)
     if turns and turns[-1][1] == markers[1]:
         return text[: turns[-1].end()]
@@ -153,67 +177,14 @@ def _user_message(text: str, _markers) -> list[dict]:
     return [{"role": "user", "content": text}]
 
 
-def _chat(row: Mapping[str, list], tokenizer, _markers) -> Rendered:
+def _chat(row: Mapping, context: RenderContext) -> Rendered:
     """Through the tokenizer's chat template; every assistant turn is learned, with its end-of-turn token."""
-    messages = row["messages"]
-    show = partial(tokenizer.apply_chat_template, tokenize=False)
-    text, learned = show(messages), []
-    for i, message in enumerate(messages):
-        if message["role"] != "assistant" or not message["content"].strip():
-            continue
-        start, end = _turn(messages, i, text, show)
-        end = start + len(text[start:end].rstrip())  # a line break behind the turn is the template's
-        if start >= end:
-            raise ValueError("the chat template does not show the assistant's text")
-        learned.append((start, end))
+    text, learned = context.chat.render(row["messages"])
     return Rendered(text, learned, ends=False, special=False)
 
 
-def _chat_prompt(row: Mapping[str, list], tokenizer, _markers) -> str:
-    """What the template shows before the next answer, where training begins to learn: with its generation
-    prompt, unless it shows no answer behind that (DeepSeek R1's opens a thought)."""
-    messages, show = list(row["messages"]), partial(tokenizer.apply_chat_template, tokenize=False)
-    while messages and messages[-1]["role"] == "assistant":
-        messages.pop()
-    if not messages:
-        raise ValueError("there is no message to be answered")
-    wanted = show(messages, add_generation_prompt=True)
-    head, _, _ = show([*messages, {"role": "assistant", "content": PROBE}]).partition(PROBE)
-    return wanted if head.startswith(wanted) else head[: _common(head, wanted)]
-
-
-def turn_ending(tokenizer) -> str:
-    """What the chat template writes behind the last answer of a conversation: "" if nothing."""
-    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": PROBE}]
-    return tokenizer.apply_chat_template(messages, tokenize=False).partition(PROBE)[2]
-
-
-def _turn(messages: list[dict], i: int, text: str, show: Callable[..., str]) -> tuple[int, int]:
-    """Where turn i lies in `text`, the template's text of all messages.
-
-    It begins where the template, given the messages before it, asks for the answer, and ends where the text
-    of the messages up to it ends. Templates may write an earlier turn otherwise than the last one (Qwen3
-    drops old reasoning): then what stands in place of a probe is the turn, with what closes a last turn.
-    """
-    before = show(messages[:i], add_generation_prompt=True) if i else None
-    until = show(messages[: i + 1]) if i + 1 < len(messages) else text
-    asked = before is not None and text.startswith(before)
-    start = len(before or "")
-    if asked and text.startswith(until):
-        return start, len(until)
-    probed = [*messages[:i], messages[i] | {"content": PROBE}, *messages[i + 1 :]]
-    head, shown, tail = show(probed).partition(PROBE)
-    if not shown or not text.endswith(tail):
-        raise ValueError("the chat template does not show the assistant's text as it is")
-    if not asked:
-        start = _common(text, head)
-    closing = show(probed[: i + 1]).partition(PROBE)[2]
-    return start, len(text) - len(tail) + (len(closing) if tail.startswith(closing) else 0)
-
-
-def _common(a: str, b: str) -> int:
-    """Length of the common prefix."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+def _chat_prompt(row: Mapping, context: RenderContext) -> str:
+    return context.chat.prompt(row["messages"])
 
 
 FORMATS = {
@@ -225,8 +196,6 @@ FORMATS = {
     ),
     "completion": Format(_completion, _completion_prompt, ("text",)),
 }
-GUANACO_MARKERS = ("### Human:", "### Assistant:")
-PROBE = "\uf8ffprobe\uf8ff"  # stands for an answer; a private character, so in no template or text
 
 
 def encode(tokenizer, texts: list[str], special: bool, **options):
@@ -274,7 +243,7 @@ def checked(row: Mapping, form: Format, where: str, answered: bool = True) -> di
         found = ", ".join(str(c) for c in row if row[c] is not None)
         raise UserError(f"{where}: nothing in column {', '.join(missing)}; found: {found}")
     if "messages" in form.needs:
-        return {"messages": _checked_messages(row["messages"], where)}
+        return {"messages": checked_messages(row["messages"], where)}
     values = {}
     for column in (*form.needs, *form.optional):
         value = row.get(column)
@@ -284,14 +253,3 @@ def checked(row: Mapping, form: Format, where: str, answered: bool = True) -> di
             raise UserError(f"{where}: column {column} holds a {type(value).__name__}, not a text")
         values[column] = str(value)
     return values
-
-
-def _checked_messages(messages, where: str) -> list[dict]:
-    good = isinstance(messages, list) and bool(messages)
-    for message in messages if good else []:
-        good = good and isinstance(message, Mapping)
-        good = good and all(isinstance(message.get(key), str) for key in ("role", "content"))
-    if not good:
-        raise UserError(f"{where}: messages must be a list of objects with a role and a content, both texts")
-    # Tables give each message every key (tool_calls: None), which a template would take for given.
-    return [{k: v for k, v in m.items() if v is not None} for m in messages]

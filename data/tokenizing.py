@@ -16,12 +16,14 @@ from data.rows import TokenizedRows
 from options.errors import UserError
 
 
-def prepare(dataset: str, dataset_format: str, samples: int, context_length: int, tokenizer) -> TokenizedRows:
-    """--dataset, read, rendered, tokenized and cut to context_length tokens.
+def prepare(
+    dataset: str, dataset_format: str, samples: int, context_length: int, tokenizer, day: str | None = None
+) -> TokenizedRows:
+    """--dataset, read, rendered, tokenized and cut to context_length tokens. day: as in RenderContext.
 
     Raises UserError for anything wrong with the data, and if no example has a token to learn from.
     """
-    examples = read_examples(dataset, dataset_format, samples, context_length, tokenizer)
+    examples = read_examples(dataset, dataset_format, samples, context_length, tokenizer, day)
     return tokenize(examples.rendered, tokenizer, context_length, f"--dataset {dataset}")
 
 

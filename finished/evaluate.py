@@ -93,7 +93,7 @@ def read_rows(run: Run, options: Options, tokenizer) -> tuple[str, list[Rendered
         return config.eval_dataset or f"{config.eval_share:g} of {config.dataset}", rows
     if options.dataset_format is None:
         return options.dataset, read_beside(config, options.dataset, options.samples, tokenizer).rendered
-    reading = (options.dataset_format, options.samples, config.context_length, tokenizer)
+    reading = (options.dataset_format, options.samples, config.context_length, tokenizer, config.chat_date)
     return options.dataset, read_examples(options.dataset, *reading).rendered
 
 

@@ -245,9 +245,8 @@ def check_ids(run: Run) -> tuple[list[list[int]], str]:
     with contextlib.suppress(UserError):  # moved or changed since the run
         recipe, file = find_recipe(config.dataset)
         if file or recipe.fill:
-            rows = prepare(
-                config.dataset, config.dataset_format, 4, min(config.context_length, 256), tokenizer
-            )
+            length = min(config.context_length, 256)
+            rows = prepare(config.dataset, config.dataset_format, 4, length, tokenizer, config.chat_date)
             return [part.tolist() for part in rows.tokens.split(rows.lengths().tolist())], "rows of the data"
     return [ids for ids in tokenizer(list(PROMPTS))["input_ids"] if ids], "fixed prompts"
 

@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from data.examples import find_format
-from data.formats import FORMATS, GUANACO_MARKERS, Format, asked, checked, prompt_ids, turn_ending
+from data.formats import FORMATS, GUANACO_MARKERS, Format, RenderContext, asked, checked, prompt_ids
 from finished.finished_run import Run, load_model, load_tokenizer, open_base, open_run, set_adapter
 from launch.precision import Precision, choose_precision
 from models.adapters import exchange_adapters
@@ -70,15 +70,18 @@ class Template:
     """How a run's training wrote its prompts. stops: tokens that end an answer; marker: a text that does."""
 
     form: Format
-    markers: list[str]
-    tokenizer: Any
+    context: RenderContext
     positions: int
     stops: frozenset[int]
     marker: str | None
 
+    @property
+    def tokenizer(self) -> Any:
+        return self.context.tokenizer
+
     def question(self, text: str) -> dict:
         """A bare prompt as the row that it would be."""
-        return self.form.asking(text, self.markers)
+        return self.form.asking(text, self.context.markers)
 
     def text(self, prompt: Prompt) -> str:
         """The text that training would have up to the answer. Raises UserError for rows without a question."""
@@ -87,7 +90,7 @@ class Template:
         if not row[self.form.asks]:
             raise UserError(f"{prompt.place}: {self.form.asks} is empty")
         try:
-            text = self.form.prompt(row, self.tokenizer, self.markers)
+            text = self.form.prompt(row, self.context)
             text.encode()
         except (jinja2.TemplateError, ValueError, TypeError, KeyError) as e:  # from a chat template
             reason = str(e).strip().splitlines() or [type(e).__name__]
@@ -115,16 +118,16 @@ def make_template(run: Run, dataset_format: str) -> Template:
             raise UserError(f"{run.folder}: its prompt template cannot be told ({e}); --dataset_format"
                             " says it") from None  # fmt: skip
         name, markers = wanted, list(GUANACO_MARKERS)
-    ends = {tokenizer.eos_token_id}
+    context, ends = RenderContext(tokenizer, markers, run.config.chat_date), {tokenizer.eos_token_id}
     for source in (run.model_config.eos_token_id, _generation_config(run).eos_token_id):
         ends.update(source if isinstance(source, list) else [source])
     if name == "chat":
         with contextlib.suppress(jinja2.TemplateError, ValueError):  # told when a prompt is rendered
-            closing = tokenizer(turn_ending(tokenizer).lstrip(), add_special_tokens=False)["input_ids"]
+            closing = tokenizer(context.chat.ending().lstrip(), add_special_tokens=False)["input_ids"]
             ends.update(t for t in closing[:1] if t in tokenizer.added_tokens_decoder)
     marker = markers[0] if name == "guanaco" else None
     positions = run.model_config.max_position_embeddings
-    return Template(FORMATS[name], markers, tokenizer, positions, frozenset(ends - {None}), marker)
+    return Template(FORMATS[name], context, positions, frozenset(ends - {None}), marker)
 
 
 def _generation_config(run: Run) -> GenerationConfig:
@@ -296,7 +299,9 @@ class Conversation:
         if form is FORMATS["chat"]:
             row = {"messages": [*self.row.get("messages", []), *row["messages"]]}
         elif form is FORMATS["guanaco"] and self.row:
-            row = {"text": asked(question, self.row["text"], self.row["answer"], self.template.markers)}
+            row = {
+                "text": asked(question, self.row["text"], self.row["answer"], self.template.context.markers)
+            }
         return row, self.template.text(Prompt("the question", row))
 
     def answered(self, row: dict, answer: str) -> None:

@@ -6,8 +6,10 @@ Nothing here needs torch, a GPU or a model.
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import math
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,6 +38,15 @@ TOY_PROMPT = "Put these numbers in order: 5 4 6"
 DATASET_FORMATS = ("auto", "alpaca", "chat", "guanaco", "qa", "completion")  # data/formats.py has them
 CHECKPOINTS = "checkpoints"  # the folder in a RUN
 COMPATIBILITY = "Accepted for older commands, without effect"  # the group of options that change nothing
+
+
+DAY = r"\d{4}-\d\d-\d\d"
+
+
+def _day(text: str) -> str:
+    if not re.fullmatch(DAY, text):
+        raise ValueError(text)
+    return datetime.date.fromisoformat(text).isoformat()
 
 
 @dataclass(frozen=True)
@@ -69,6 +80,8 @@ class Config:
         " recognised from the columns, and config.yaml keeps which it was", choices=DATASET_FORMATS)
     dataset_samples: int = option(-1, "Model and data", "rows used, from the first; -1 = all (alpaca_sample and"
         " dummy: 512)", least=1, other=-1)
+    chat_date: str | None = option(None, "Model and data", "day, as YYYY-MM-DD, that a chat template which writes"
+        " today's date shows; unset = that of the run's first start", convert=_day, noun="a day as YYYY-MM-DD")
     context_length: int = option(512, "Model and data", "longest example, in tokens; longer ones are cut", least=2)
     packing: bool = option(False, "Model and data", "put several examples behind one another, up to context_length"
         " tokens, instead of padding them; each sees only itself")

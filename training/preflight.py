@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import os
 import time
 from pathlib import Path
@@ -59,6 +60,9 @@ def _check(config: Config) -> Job:
         check_wandb()
     check_output(output_folder(config), config.overwrite or config.resume is not None)
     saved = resume.find_checkpoint(config)
+    if config.chat_date is None:
+        today = datetime.date.today().isoformat()
+        config = dataclasses.replace(config, chat_date=resume.first_day(saved) if saved else today)
     if config.profile:
         check_writable(Path(config.profiling_output), "--profiling_output")
     path = config.llama_pro_path
@@ -88,6 +92,8 @@ def _check(config: Config) -> Job:
             f"--model_name {folder}: the tokenizer makes ids beyond vocab_size {model_config.vocab_size}"
         )
     check_rope(config, model_config, rows, evaluation)
+    for remark in evaluation.remarks:
+        print(remark)
     job = Job(config, model_config, files, rows, evaluation, cache, saved, started)
     if config.method.expansion:
         assert config.lr is not None

@@ -60,7 +60,7 @@ def test_other_rows_are_put_as_the_data_is(checkpoints, alpaca_file, tmp_path):
 
 
 def test_the_prompt_of_a_row(checkpoints):
-    rendered = FORMATS["alpaca"].render({"instruction": "Add.", "output": " 3 "}, BYTES, [])
+    rendered = FORMATS["alpaca"].render({"instruction": "Add.", "output": " 3 "})
     made = prompt_of(rendered, BYTES, 1000)
     assert made.text.endswith("Add.\n\n### Response:\n") and made.answer == "3"
     assert made.ids == BYTES(made.text)["input_ids"]

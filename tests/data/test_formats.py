@@ -6,7 +6,8 @@ import jinja2
 import pytest
 
 from benchmarks.make_checkpoint import byte_tokenizer
-from data.formats import FORMATS, GUANACO_MARKERS, asked, checked, prompt_ids, recognise, turn_ending
+from data.chat import ChatTemplate
+from data.formats import FORMATS, GUANACO_MARKERS, RenderContext, asked, checked, prompt_ids, recognise
 from data.tokenizing import tokenize
 from options.config import DATASET_FORMATS
 from options.errors import UserError
@@ -18,7 +19,7 @@ TOKENIZER = byte_tokenizer()
 
 
 def render(name: str, row: dict, tokenizer=TOKENIZER, markers=GUANACO_MARKERS):
-    return FORMATS[name].render(checked(row, FORMATS[name], "here"), tokenizer, markers)
+    return FORMATS[name].render(checked(row, FORMATS[name], "here"), RenderContext(tokenizer, markers))
 
 
 def learned(rendered) -> list[str]:
@@ -77,7 +78,8 @@ def test_one_answer(case):
 
 
 def prompt(name: str, row: dict, tokenizer=TOKENIZER, markers=GUANACO_MARKERS) -> str:
-    return FORMATS[name].prompt(checked(row, FORMATS[name], "here", answered=False), tokenizer, markers)
+    context = RenderContext(tokenizer, markers)
+    return FORMATS[name].prompt(checked(row, FORMATS[name], "here", answered=False), context)
 
 
 @pytest.mark.parametrize("case", EXACT)
@@ -101,7 +103,7 @@ def test_a_prompt_is_the_text_before_the_answer(case):
 def test_a_bare_question_is_put_as_the_data_puts_it(name, answered, markers):
     form, tokenizer = FORMATS[name], chat_tokenizer(templates.CHATML)
     rendered = render(name, answered, tokenizer, markers)
-    text = form.prompt(form.asking("Why?", markers), tokenizer, markers)
+    text = form.prompt(form.asking("Why?", markers), RenderContext(tokenizer, markers))
     assert text == rendered.text[: rendered.learned[0][0]]
     assert form.special == rendered.special
 
@@ -255,7 +257,7 @@ def test_what_a_prompt_cannot_be_made_of():
     ("CHATML", "<|im_end|>\n"), ("LLAMA3", "<|eot_id|>"), ("LLAMA2", " </s>"), ("MISTRAL", "</s>"), ("DEAF", ""),
 ])  # fmt: skip
 def test_what_a_template_ends_a_turn_with(template, ending):
-    assert turn_ending(chat_tokenizer(getattr(templates, template), "</s>")) == ending
+    assert ChatTemplate(chat_tokenizer(getattr(templates, template), "</s>")).ending() == ending
 
 
 @pytest.mark.parametrize("template", ["CHATML", "LLAMA3", "LLAMA2", "MISTRAL", "GEMMA", "QWEN3", "R1"])
@@ -348,7 +350,7 @@ def test_unusable_rows(name, row, message):
 
 
 def test_a_dialogue_without_markers_is_dropped_not_an_error():
-    row = FORMATS["guanaco"].render({"text": "plain text here"}, None, GUANACO_MARKERS)
+    row = FORMATS["guanaco"].render({"text": "plain text here"}, RenderContext())
     assert row.learned == [] and not row.ends
 
 

@@ -14,7 +14,7 @@ import torch
 from benchmarks.make_checkpoint import byte_tokenizer
 from data import examples
 from data.batches import StepSampler, rounded
-from data.formats import FORMATS, GUANACO_MARKERS, Rendered
+from data.formats import FORMATS, GUANACO_MARKERS, RenderContext, Rendered
 from data.rows import IGNORE, TokenizedRows
 from data.tokenizing import prepare, tokenize
 from options.errors import UserError
@@ -28,7 +28,7 @@ def qa(answer: str, question: str = "What?") -> Rendered:
 
 
 def guanaco(text: str, markers=GUANACO_MARKERS) -> Rendered:
-    return FORMATS["guanaco"].render({"text": text}, None, markers)
+    return FORMATS["guanaco"].render({"text": text}, RenderContext(None, markers))
 
 
 def learned_pieces(rendered: Rendered, tokenizer, context_length: int = 1000) -> list[str]:
