@@ -12,14 +12,16 @@ from pathlib import Path
 
 import torch
 
-from data.examples import TEMPLATE_ERRORS, Examples, read_examples
+from data.chat import TEMPLATE_ERRORS
+from data.examples import Examples, read_examples
 from data.formats import FORMATS, Rendered, prompt_ids
 from data.rows import TokenizedRows
 from data.sources import find_recipe, load_rows
+from data.stops import learned_stops
 from data.tokenizing import tokenize
 from options.config import Config
 from options.errors import UserError
-from options.limits import CONFIG_FILE, LINE, read_json, read_text
+from options.limits import LINE, read_text
 
 DEFAULT_PROMPTS = 3  # rows that samples are made of, unless --sample_prompts says otherwise
 MOST_PROMPTS = 16  # rows of a dataset given as --sample_prompts
@@ -57,7 +59,7 @@ class EvaluationData:
 
 def prepare_sets(config: Config, tokenizer, stops: list[int]) -> tuple[Config, TokenizedRows, EvaluationData]:
     """(the options with the data's format in the place of auto, the training rows, what to evaluate on) of a run's
-    options. Raises UserError for anything wrong with the data, and if a set would be empty."""
+    options. stops: ids that end an answer of the base. Raises UserError for anything wrong with the data, and if a set would be empty."""
     reading = (config.context_length, tokenizer, config.chat_date)
     examples = read_examples(config.dataset, config.dataset_format, config.dataset_samples, *reading)
     config = dataclasses.replace(config, dataset_format=examples.format)
@@ -65,6 +67,7 @@ def prepare_sets(config: Config, tokenizer, stops: list[int]) -> tuple[Config, T
     rows = tokenize(training, tokenizer, config.context_length, f"--dataset {config.dataset}")
     evaluation = None if held is None else tokenize(held, tokenizer, config.context_length, _origin(config))
     prompts = _sample_prompts(config, examples, held or training, tokenizer) if config.sample_every else []
+    stops = sorted({*stops, *learned_stops(examples.format, examples.context)})
     remarks = tuple(dict.fromkeys([*examples.remarks, *beside]))
     return config, rows, EvaluationData(evaluation, prompts, stops, remarks)
 
@@ -186,17 +189,3 @@ def _ask(questions: list[str], examples: Examples, tokenizer, context_length: in
             raise UserError(f"--sample_prompts: {question!r}: {' '.join(str(e).split())}") from None
         prompts.append(Prompt(text, prompt_ids(text, tokenizer, form.special)[-context_length:]))
     return prompts
-
-
-def stop_tokens(folder: Path, tokenizer) -> list[int]:
-    """Ids that end an answer: the tokenizer's EOS, and those of generation_config.json, such as the end of a
-    turn."""
-    stops = set() if tokenizer.eos_token_id is None else {tokenizer.eos_token_id}
-    path = folder / "generation_config.json"
-    if path.is_file():
-        ids = read_json(path, CONFIG_FILE).get("eos_token_id")
-        ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
-        if not all(type(i) is int for i in ids):
-            raise UserError(f"{path}: eos_token_id must be a token's number, or a list of them")
-        stops |= set(ids)
-    return sorted(stops)

@@ -11,18 +11,14 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from itertools import chain
 
-import jinja2
 from fastcore.parallel import parallel
 
+from data.chat import TEMPLATE_ERRORS
 from data.formats import FORMATS, RenderContext, Rendered, checked, recognise
 from data.sources import Recipe, find_recipe, load_rows
+from data.unshown import unshown
 from options.errors import UserError
 from options.limits import ROW
-
-# What a chat template can raise for a row: it is a program, in a sandbox.
-TEMPLATE_ERRORS = (jinja2.TemplateError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError,
-                   AssertionError, RecursionError, MemoryError)  # fmt: skip
-
 
 FILLED = 10**6  # rows that a recipe makes of its `fill`
 
@@ -54,7 +50,8 @@ def read_examples(
     name = _format_of(recipe, rows[0], dataset, dataset_format)
     context = RenderContext(tokenizer, recipe.markers, day)
     rendered = _render_all(_Rendering(rows, data.places, name, context))
-    return Examples(rendered, name, context)
+    remarks = tuple(unshown(context.chat, rows)) if name == "chat" else ()
+    return Examples(rendered, name, context, remarks)
 
 
 def _format_of(recipe: Recipe, row: dict, dataset: str, dataset_format: str) -> str:

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from data.chat import ChatTemplate, checked_messages
+from data.chat import ChatTemplate
+from data.messages import checked_messages, checked_tools
 from options.errors import UserError, describe
 
 # The prompts of Stanford Alpaca, which most instruction-tuned checkpoints of this kind have seen.
@@ -179,16 +180,18 @@ def _user_message(text: str, _markers) -> list[dict]:
 
 def _chat(row: Mapping, context: RenderContext) -> Rendered:
     """Through the tokenizer's chat template; every assistant turn is learned, with its end-of-turn token."""
-    text, learned = context.chat.render(row["messages"])
+    text, learned = context.chat.render(row["messages"], row.get("tools"))
     return Rendered(text, learned, ends=False, special=False)
 
 
 def _chat_prompt(row: Mapping, context: RenderContext) -> str:
-    return context.chat.prompt(row["messages"])
+    return context.chat.prompt(row["messages"], row.get("tools"))
 
 
 FORMATS = {
-    "chat": Format(_chat, _chat_prompt, ("messages",), turns=True, question=_user_message, special=False),
+    "chat": Format(
+        _chat, _chat_prompt, ("messages",), ("tools",), turns=True, question=_user_message, special=False
+    ),
     "alpaca": Format(_alpaca, _alpaca_prompt, ("instruction", "output"), ("input",), answer="output"),
     "qa": Format(_qa, _qa_prompt, ("question", "answer"), ("context",), answer="answer"),
     "guanaco": Format(
@@ -243,7 +246,8 @@ def checked(row: Mapping, form: Format, where: str, answered: bool = True) -> di
         found = ", ".join(str(c) for c in row if row[c] is not None)
         raise UserError(f"{where}: nothing in column {', '.join(missing)}; found: {found}")
     if "messages" in form.needs:
-        return {"messages": checked_messages(row["messages"], where)}
+        messages, tools = checked_messages(row["messages"], where), checked_tools(row.get("tools"), where)
+        return {"messages": messages} | ({"tools": tools} if tools else {})
     values = {}
     for column in (*form.needs, *form.optional):
         value = row.get(column)

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 from data.formats import FORMATS, GUANACO_MARKERS
 from options.errors import UserError
@@ -246,7 +247,7 @@ def _read_parquet(path: Path) -> Rows:
                 raise UserError(
                     f"--dataset {path}: {PARQUET_ROWS} rows of {batch.nbytes:,} bytes; at most {LINE:,} each"
                 )
-            rows += batch.to_pylist()
+            rows += [without_fillers(row) for row in batch.to_pylist()]
     except (
         pyarrow.ArrowException,
         OSError,
@@ -257,6 +258,18 @@ def _read_parquet(path: Path) -> Rows:
             f"--dataset {path}: not a parquet file ({(str(e) or type(e).__name__).splitlines()[0]})"
         ) from None
     return Rows(rows, [f"{path} row {i}" for i in range(1, len(rows) + 1)])
+
+
+def without_fillers(row: dict) -> dict:
+    """A row without the nulls within its columns, which a table's schema puts there: all objects of a column have the
+    keys of all rows. Nulls in lists, and whole columns, are the data's own."""
+    return {column: _filled_no_more(value) for column, value in row.items()}
+
+
+def _filled_no_more(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _filled_no_more(part) for key, part in value.items() if part is not None}
+    return [_filled_no_more(part) for part in value] if isinstance(value, list) else value
 
 
 def _read_hub(recipe: Recipe, samples: int) -> Rows:
@@ -281,7 +294,10 @@ def _read_hub(recipe: Recipe, samples: int) -> Rows:
         raise UserError(f"--dataset {recipe.source}: could not be loaded ({reason[:300]})") from None
     if 0 < samples < len(loaded):
         loaded = loaded.select(range(samples))
-    return Rows(loaded.to_list(), [f"{recipe.source} row {i}" for i in range(1, len(loaded) + 1)])
+    return Rows(
+        [without_fillers(row) for row in loaded.to_list()],
+        [f"{recipe.source} row {i}" for i in range(1, len(loaded) + 1)],
+    )
 
 
 def _reachable(hub_id: str) -> bool:

@@ -11,10 +11,11 @@ from collections.abc import Callable, Sequence
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
-from data.evaluation_sets import Prompt, held_rows, prompt_of, read_beside, stop_tokens
+from data.evaluation_sets import Prompt, held_rows, prompt_of, read_beside
 from data.examples import read_examples
-from data.formats import Rendered
+from data.formats import RenderContext, Rendered
 from data.rows import TokenizedRows
+from data.stops import stop_tokens
 from data.tokenizing import tokenize
 from files.atomic_writes import as_json, write_text
 from files.disk_room import check_writable
@@ -162,7 +163,10 @@ def evaluate(options: Options) -> dict:
     asked = prepare(names, run, rendered, where, tokenizer)
     gpu = torch.cuda.is_available()
     device, dtype = torch.device("cuda" if gpu else "cpu"), choose_precision("auto", gpu, bf16_gpu()).frozen
-    rest = (names, asked, options, tokenizer, stop_tokens(run.files.folder, tokenizer))
+    stops = stop_tokens(
+        run.base, run.model_config.eos_token_id, run.config.dataset_format, RenderContext(tokenizer)
+    )
+    rest = (names, asked, options, tokenizer, stops)
     model = load_model(run, device, dtype)
     tuned, tuned_answers = measure(model, *rest)
     if base is None:

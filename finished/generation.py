@@ -27,6 +27,7 @@ from transformers import (
 
 from data.examples import find_format
 from data.formats import FORMATS, GUANACO_MARKERS, Format, RenderContext, asked, checked, prompt_ids
+from data.stops import stop_tokens
 from finished.finished_run import Run, load_model, load_tokenizer, open_base, open_run, set_adapter
 from launch.precision import Precision, choose_precision
 from models.adapters import exchange_adapters
@@ -118,25 +119,11 @@ def make_template(run: Run, dataset_format: str) -> Template:
             raise UserError(f"{run.folder}: its prompt template cannot be told ({e}); --dataset_format"
                             " says it") from None  # fmt: skip
         name, markers = wanted, list(GUANACO_MARKERS)
-    context, ends = RenderContext(tokenizer, markers, run.config.chat_date), {tokenizer.eos_token_id}
-    for source in (run.model_config.eos_token_id, _generation_config(run).eos_token_id):
-        ends.update(source if isinstance(source, list) else [source])
-    if name == "chat":
-        with contextlib.suppress(jinja2.TemplateError, ValueError):  # told when a prompt is rendered
-            closing = tokenizer(context.chat.ending().lstrip(), add_special_tokens=False)["input_ids"]
-            ends.update(t for t in closing[:1] if t in tokenizer.added_tokens_decoder)
+    context = RenderContext(tokenizer, markers, run.config.chat_date)
+    stops = stop_tokens(run.base, run.model_config.eos_token_id, name, context)
     marker = markers[0] if name == "guanaco" else None
     positions = run.model_config.max_position_embeddings
-    return Template(FORMATS[name], context, positions, frozenset(ends - {None}), marker)
-
-
-def _generation_config(run: Run) -> GenerationConfig:
-    if not (run.base / "generation_config.json").is_file():
-        return GenerationConfig()
-    try:
-        return GenerationConfig.from_pretrained(run.base, local_files_only=True)
-    except (OSError, ValueError, TypeError) as e:
-        raise UserError(f"{run.base}/generation_config.json: not readable ({e})") from None
+    return Template(FORMATS[name], context, positions, frozenset(stops), marker)
 
 
 @dataclass(frozen=True)

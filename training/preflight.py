@@ -12,10 +12,11 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from checkpoints import resume
-from data.evaluation_sets import EvaluationData, named, prepare_sets, stop_tokens
+from data.evaluation_sets import EvaluationData, named, prepare_sets
 from data.examples import toy_texts
 from data.packing import make_sampler
 from data.rows import TokenizedRows
+from data.stops import base_stops
 from files.bnb_weights import check_stored_quantization
 from files.disk_room import check_writable
 from files.model_folder import CheckpointFiles, fetch_weights, find_model
@@ -86,7 +87,9 @@ def _check(config: Config) -> Job:
     if config.method.adapter:
         check_rank(model, target_linears(model, family, config.lora_target_modules), config.lora_rank)
     tokenizer = read_tokenizer(folder, f"--model_name {folder}")
-    config, rows, evaluation = prepare_sets(config, tokenizer, stop_tokens(folder, tokenizer))
+    config, rows, evaluation = prepare_sets(
+        config, tokenizer, base_stops(folder, model_config.eos_token_id, tokenizer)
+    )
     if max(int(rows.tokens.max()), evaluation.largest_id()) >= model_config.vocab_size:
         raise UserError(
             f"--model_name {folder}: the tokenizer makes ids beyond vocab_size {model_config.vocab_size}"

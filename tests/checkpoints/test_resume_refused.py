@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import datetime
+import json
 import math
 import pickle
 import shutil
@@ -11,13 +13,17 @@ from pathlib import Path
 
 import pytest
 import torch.distributed.checkpoint as dcp
+import yaml
 from safetensors.torch import load_file, save_file
 
-from checkpoints import manager as checkpoints
+import train
+from benchmarks.make_checkpoint import byte_tokenizer
+from checkpoints import manager
 from checkpoints import storage as checkpoint_files
 from checkpoints.storage import folder_of
 from launch.precision import choose_precision
 from options.errors import UserError
+from options.train import parse
 from tests.helpers.hostile_checkpoints import Pickled
 from tests.helpers.resuming import QUIET, lie, resumed, run
 from training import job
@@ -178,7 +184,7 @@ def test_tensors_that_no_run_has_end_in_a_line(kind, source, copied, two_ranks):
 
 def refused_by_loading(place, argv: list[str]) -> str:
     """`refused`, but before a rank trains, while which it would wait for one that was refused."""
-    restore = checkpoints.restore
+    restore = manager.restore
 
     def stopped(saved, model, optimizer, rank, group) -> None:
         try:
@@ -189,11 +195,11 @@ def refused_by_loading(place, argv: list[str]) -> str:
             error = ""
         raise UserError(error)
 
-    checkpoints.restore = stopped
+    manager.restore = stopped
     try:
         return refused(place, argv)
     finally:
-        checkpoints.restore = restore
+        manager.restore = restore
 
 
 def test_a_pickle_beside_a_checkpoint_is_not_read(source, copied, two_ranks, tmp_path):
@@ -212,3 +218,28 @@ def refused(place, argv: list[str]) -> str:
         run(place, argv)
     except UserError as e:
         return str(e)
+
+
+DATED = "{{ strftime_now('%Y-%m-%d') }}{% for m in messages %}{{ m.role + ': ' + m.content + eos_token }}{% endfor %}"
+
+
+def test_a_template_that_writes_the_day_goes_on_the_next(one_rank, checkpoints, tmp_path):
+    """The day is that of the first start, here one long ago; another one makes other rows."""
+    base = shutil.copytree(checkpoints(), tmp_path / "base")
+    (base / "chat_template.jinja").write_text(DATED)
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]
+    (tmp_path / "rows.jsonl").write_text((json.dumps({"messages": turns}) + "\n") * 4)
+    options = ["--model_name", str(base), "--dataset", str(tmp_path / "rows.jsonl"), "--output_dir", str(tmp_path / "run"),
+               *"--train_type qlora --max_steps 1 --save_every 1 --world_size 1 --log_to stdout --compile false".split()]  # fmt: skip
+    one_rank(run, [*options, "--chat_date", "2024-02-29"])
+    config = yaml.safe_load((tmp_path / "run/config.yaml").read_text())
+    assert config["chat_date"] == "2024-02-29"
+    job = train.check(parse([*options, "--resume", "auto"])[0])
+    text = byte_tokenizer().decode(job.rows.tokens[: job.rows.starts[1]])
+    assert job.config.chat_date == "2024-02-29" and text.startswith("2024-02-29user: Hi")
+    with pytest.raises(UserError, match="the run has --chat_date 2024-02-29, not 2024-03-01"):
+        train.check(parse([*options, "--resume", "auto", "--chat_date", "2024-03-01"])[0])
+    today = datetime.date.today().isoformat()
+    assert (
+        train.check(parse([*options, "--output_dir", str(tmp_path / "other")])[0]).config.chat_date == today
+    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from itertools import pairwise
 
-from data.evaluation_sets import held_rows, prepare_sets, prompt_of, stop_tokens
+from data.evaluation_sets import held_rows, prepare_sets, prompt_of
 from data.formats import ALPACA, FORMATS, QA
 from options.train import parse
 from tests.helpers.evaluation import options
@@ -67,9 +67,3 @@ def test_the_prompt_of_a_row(checkpoints):
     assert prompt_of(rendered, BYTES, 7).ids == made.ids[-7:]
     plain = prompt_of(FORMATS["completion"].render({"text": "a b c d e f g h i j"}), BYTES, 1000)
     assert (plain.text, plain.answer) == ("a b c d e f g h", "")
-
-
-def test_stop_tokens(tmp_path):
-    assert stop_tokens(tmp_path, BYTES) == [BYTES.eos_token_id]
-    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [3, 4]}')
-    assert stop_tokens(tmp_path, BYTES) == [3, 4, BYTES.eos_token_id]

@@ -206,7 +206,7 @@ def test_a_large_chat_file_is_rendered_by_several_processes(tmp_path, monkeypatc
     assert len(results) == 1  # the same rows in the same order
     assert len(list(tmp_path.glob("worker-*"))) > 2  # several, and this process with one core
 
-    rows[1500]["messages"][1] = {"role": "assistant", "content": None}
+    rows[1500]["messages"][0] = {"role": "user", "content": None}
     monkeypatch.setattr(os, "cpu_count", lambda: 3)
     with pytest.raises(UserError, match=r"a\.jsonl:1501: messages must be"):
         prepare(write(tmp_path / "a.jsonl", rows), "auto", -1, 512, tokenizer)

@@ -1,5 +1,12 @@
 """Chat templates in the manner of well-known models, each with the differences that matter to a mask."""
 
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
 # Qwen2: ChatML, with a system prompt of its own when the conversation has none.
 CHATML = (
     "{% for m in messages %}{% if loop.first and m.role != 'system' %}"
@@ -63,3 +70,47 @@ QUOTING = (
     "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' * loop.last }}{% endfor %}"
     "{{ 'You said ' + (messages[1] or messages[0]).content }}"
 )
+# Mistral's tokenizers v3: the system prompt and the tools stand before the last question. space: between a marker and
+# what follows it, which SentencePiece's versions have and Tekken's have not.
+_MISTRAL_V3 = (
+    "{% if messages[0].role == 'system' %}{% set system = messages[0].content + '\n\n' %}{% set rest = messages[1:] %}"
+    "{% else %}{% set system = '' %}{% set rest = messages %}{% endif %}"
+    "{% set asked = rest | selectattr('role', 'equalto', 'user') | list %}"
+    "{% set ns = namespace(index=0) %}{% for m in rest %}{% if m.role != 'tool' and not m.tool_calls is defined %}"
+    "{% if (m.role == 'user') != (ns.index % 2 == 0) %}{{ raise_exception('roles must alternate') }}{% endif %}"
+    "{% set ns.index = ns.index + 1 %}{% endif %}{% endfor %}"
+    "{{ bos_token }}{% for m in rest %}{% if m.role == 'user' %}"
+    "{% if m == asked[-1] %}{% if tools %}{{ '[AVAILABLE_TOOLS]SPACE' + (tools | tojson) + '[/AVAILABLE_TOOLS]' }}{% endif %}"
+    "{{ '[INST]SPACE' + system + m.content + '[/INST]' }}{% else %}{{ '[INST]SPACE' + m.content + '[/INST]' }}{% endif %}"
+    "{% elif m.tool_calls is defined %}{{ '[TOOL_CALLS]SPACE[' }}{% for call in m.tool_calls %}"
+    "{{ (call.function | tojson)[:-1] + ', \"id\": \"' + call.id + '\"}' + (']' if loop.last else ', ') }}{% endfor %}{{ eos_token }}"
+    "{% elif m.role == 'assistant' %}{{ 'SPACE' + m.content + eos_token }}"
+    "{% elif m.role == 'tool' %}{{ '[TOOL_RESULTS]SPACE{\"content\": ' + m.content + '}[/TOOL_RESULTS]' }}"
+    "{% endif %}{% endfor %}"
+)
+MISTRAL_V3 = _MISTRAL_V3.replace("SPACE", " ")
+TEKKEN = _MISTRAL_V3.replace("SPACE", "")
+# Phi-4: ChatML's markers with a separator of their own, and no line breaks.
+PHI4 = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '<|im_sep|>' + m.content + '<|im_end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant<|im_sep|>' }}{% endif %}"
+)
+# Zephyr: turns are closed by the EOS token, under plain role markers.
+ZEPHYR = (
+    "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + eos_token + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
+# ChatML alone, as base models are given it.
+PLAIN_CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def of_trl(name: str) -> str:
+    """A template as TRL ships it: a model's own, or with `_training` behind its name one with generation markers."""
+    found = importlib.util.find_spec("trl")
+    if found is None:  # the GPU tests run where requirements-dev.txt is not installed
+        pytest.skip("needs TRL's chat templates (requirements-dev.txt)", allow_module_level=True)
+    (root,) = found.submodule_search_locations
+    return (Path(root) / "chat_templates" / f"{name}.jinja").read_text(encoding="utf-8")

@@ -1,0 +1,41 @@
+"""Which tokens end an answer: one computation for training's samples, evaluate.py, generate.py and what a run saves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from data.formats import RenderContext
+from options.errors import UserError
+from options.limits import CONFIG_FILE, read_json
+
+GENERATION = "generation_config.json"
+
+
+def base_stops(folder: Path, config_eos: Any, tokenizer: Any) -> list[int]:
+    """Ids that end an answer of the model in `folder`: its tokenizer's EOS, and those of generation_config.json and of
+    config.json (config_eos: `eos_token_id` there). Raises UserError for what is no id."""
+    stops = set(_ids(config_eos, folder / "config.json"))
+    if tokenizer.eos_token_id is not None:
+        stops.add(tokenizer.eos_token_id)
+    path = folder / GENERATION
+    if path.is_file():
+        stops.update(_ids(read_json(path, CONFIG_FILE).get("eos_token_id"), path))
+    return sorted(stops)
+
+
+def learned_stops(form: str, context: RenderContext) -> list[int]:
+    """Ids of tokens other than EOS that rows of this format teach a model to end its answers with."""
+    return context.chat.stops() if form == "chat" else []
+
+
+def stop_tokens(folder: Path, config_eos: Any, form: str, context: RenderContext) -> list[int]:
+    """Ids that end an answer of a model of `folder` that was trained on rows of this format."""
+    return sorted({*base_stops(folder, config_eos, context.tokenizer), *learned_stops(form, context)})
+
+
+def _ids(value: Any, path: Path) -> list[int]:
+    ids = [] if value is None else value if isinstance(value, list) else [value]
+    if not all(type(i) is int for i in ids):
+        raise UserError(f"{path}: eos_token_id must be a token's number, or a list of them")
+    return ids

@@ -1,0 +1,323 @@
+"""data/chat.py on the templates of twelve models: what is learned of a conversation, compared with what each format's
+description says, and with transformers' generation markers where TRL has the template with them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+
+from benchmarks.make_checkpoint import byte_tokenizer
+from data.chat import TEMPLATE_ERRORS
+from data.formats import FORMATS, RenderContext, checked
+from data.stops import learned_stops
+from data.tokenizing import tokenize
+from tests.helpers import chat_templates as templates
+from tests.helpers.chat_templates import of_trl
+
+CALL = {"name": "weather", "arguments": {"city": "Oslo"}}
+TOOLS = [{"type": "function", "function": {"name": "weather", "description": "Now.", "parameters": {
+    "type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}}}]  # fmt: skip
+
+
+def user(text: str = "Hi") -> dict:
+    return {"role": "user", "content": text}
+
+
+def says(content: str | None = "Yo", **more) -> dict:
+    return {"role": "assistant", "content": content} | more
+
+
+CALLS = {"tool_calls": [{"id": "call00001", "type": "function", "function": CALL}]}
+RESULT = {"role": "tool", "name": "weather", "tool_call_id": "call00001", "content": "21"}
+CONVERSATIONS = {
+    "one turn": [user(), says()],
+    "system": [{"role": "system", "content": "Be kind."}, user(), says()],
+    "three turns": [user(), says(), user("And?"), says("Ciao"), user("So?"), says("Bye")],
+    "ends with the user": [user(), says(), user("And?")],
+    "empty answer": [user(), says(""), user("And?"), says("Ciao")],
+    "null answer": [user(), says(None), user("And?"), says("Ciao")],
+    "call without content": [user(), says(None, **CALLS), RESULT, says("21 degrees")],
+    "call with content": [user(), says("Wait.", **CALLS), RESULT, says("21 degrees"), user("And?"), says("Ciao")],
+    "call at the end": [user(), says(), user("Oslo?"), says(None, **CALLS)],
+    "thinking": [user(), says("Yo", reasoning_content="Greet."), user("And?"), says("Ciao", reasoning_content="Part.")],
+    "thinking alone": [user(), says("", reasoning_content="Hm.")],
+    "two answers in a row": [user(), says(), says("Again"), user("And?"), says("Ciao")],
+}  # fmt: skip
+WITH_TOOLS = ("call without content", "call with content", "call at the end")
+
+
+def last_question(messages: list[dict], i: int) -> bool:
+    """Whether turn i comes after the last of the user's messages."""
+    return all(m["role"] != "user" for m in messages[i:])
+
+
+def qwen_call(message: dict, before: str) -> str:
+    said = (message["content"] or "") + before if message["content"] or before else ""
+    return (
+        said
+        + f'<tool_call>\n{{"name": "weather", "arguments": {json.dumps(CALL["arguments"])}}}\n</tool_call>'
+    )
+
+
+def of_qwen25(messages: list[dict], i: int) -> str:
+    m = messages[i]
+    if m.get("tool_calls"):
+        return "\n".join(filter(None, [m["content"], qwen_call(m | {"content": None}, "")])) + "<|im_end|>"
+    return m["content"] + "<|im_end|>" if m["content"] else ""
+
+
+def of_qwen3(messages: list[dict], i: int) -> str:
+    """Reasoning is shown behind the last question, and in the last turn also where there is none."""
+    thought = messages[i].get("reasoning_content", "")
+    shown = last_question(messages, i) and (i == len(messages) - 1 or thought)
+    said = of_qwen25(messages, i)
+    if not said and not (shown and thought):
+        return ""
+    return (f"<think>\n{thought}\n</think>\n\n" if shown else "") + (said or "<|im_end|>")
+
+
+def of_gpt_oss(messages: list[dict], i: int) -> str:
+    m, last = messages[i], i == len(messages) - 1
+    if m.get("tool_calls"):
+        more = any(n["role"] == "assistant" and "tool_calls" not in n for n in messages[i + 1 :])
+        thought = (
+            f"<|channel|>analysis<|message|>{m['content']}<|end|><|start|>assistant"
+            if m["content"] and not more
+            else ""
+        )
+        return f"{thought} to=functions.weather<|channel|>commentary json<|message|>{json.dumps(CALL['arguments'])}<|call|>"
+    thought = m.get("reasoning_content") if last else None
+    if not m["content"] and not thought:
+        return ""
+    thought = f"<|channel|>analysis<|message|>{thought}<|end|><|start|>assistant" if thought else ""
+    return f"{thought}<|channel|>final<|message|>{m['content']}" + ("<|return|>" if last else "<|end|>")
+
+
+def of_mistral(space: str) -> Callable[[list[dict], int], str]:
+    def learned(messages: list[dict], i: int) -> str:
+        m = messages[i]
+        if m.get("tool_calls"):
+            return f'[TOOL_CALLS]{space}[{json.dumps(CALL)[:-1]}, "id": "call00001"}}]</s>'
+        return f"{space}{m['content']}</s>" if m["content"] else ""
+
+    return learned
+
+
+def of_deepseek(messages: list[dict], i: int) -> str:
+    m = messages[i]
+    if m.get("tool_calls"):
+        call = f"function<｜tool▁sep｜>weather\n```json\n{json.dumps(CALL['arguments'])}\n```"
+        return (f"{m['content'] or ''}<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>{call}<｜tool▁call▁end｜>"
+                "<｜tool▁calls▁end｜><｜end▁of▁sentence｜>")  # fmt: skip
+    return m["content"] + "<｜end▁of▁sentence｜>" if m["content"] else ""
+
+
+def closed_by(token: str) -> Callable[[list[dict], int], str]:
+    """Templates that show the content alone."""
+    return lambda messages, i: messages[i]["content"] + token if messages[i]["content"] else ""
+
+
+def of_llama31(messages: list[dict], i: int) -> str:
+    if messages[i].get("tool_calls"):
+        return f'{{"name": "weather", "parameters": {json.dumps(CALL["arguments"])}}}<|eot_id|>'
+    return closed_by("<|eot_id|>")(messages, i)
+
+
+def of_phi3(messages: list[dict], i: int) -> str:
+    said = closed_by("<|end|>")(messages, i)
+    return said + "\n<|endoftext|>" if said and i == len(messages) - 1 else said
+
+
+@dataclass(frozen=True)
+class Model:
+    """template; eos: the tokenizer's; learned(messages, i): what is learned of turn i, "" if nothing; header: what stands before it;
+    tokens: that the tokenizer has of its own; marked: the same template with generation markers."""
+
+    template: str
+    eos: str
+    learned: Callable[[list[dict], int], str]
+    headers: tuple[str, ...]
+    tokens: str
+    marked: str | None = None
+
+
+IM = "<|im_start|> <|im_end|>"
+LLAMA = "<|start_header_id|> <|end_header_id|> <|eot_id|>"
+LLAMA_HEADER, IM_HEADER = "<|start_header_id|>assistant<|end_header_id|>\n\n", "<|im_start|>assistant\n"
+INST = ("[/INST]", "[/TOOL_RESULTS]", "</s>")
+MISTRAL_TOKENS = (
+    "[INST] [/INST] [TOOL_CALLS] [AVAILABLE_TOOLS] [/AVAILABLE_TOOLS] [TOOL_RESULTS] [/TOOL_RESULTS]"
+)
+GPT = "<|start|> <|end|> <|message|> <|channel|> <|call|> <|return|>"
+DEEPSEEK = (
+    "<｜User｜> <｜Assistant｜> <｜tool▁calls▁begin｜> <｜tool▁call▁begin｜> <｜tool▁sep｜> <｜tool▁call▁end｜>"
+    " <｜tool▁calls▁end｜> <｜tool▁outputs▁begin｜> <｜tool▁outputs▁end｜> <｜tool▁output▁begin｜> <｜tool▁output▁end｜>"
+)
+MODELS = {
+    "llama 3": lambda: Model(of_trl("llama3"), "<|eot_id|>", closed_by("<|eot_id|>"), (LLAMA_HEADER,), LLAMA,
+                             of_trl("llama3_training")),
+    "llama 3.1": lambda: Model(of_trl("llama3_1"), "<|eot_id|>", of_llama31, (LLAMA_HEADER,), LLAMA),
+    "qwen 2.5": lambda: Model(of_trl("qwen2_5"), "<|im_end|>", of_qwen25, (IM_HEADER,), IM, of_trl("qwen2_5_training")),
+    "qwen 3": lambda: Model(of_trl("qwen3"), "<|im_end|>", of_qwen3, (IM_HEADER,), f"{IM} <think> </think> <tool_call> </tool_call>",
+                            of_trl("qwen3_training")),
+    "gemma 2": lambda: Model(of_trl("gemma"), "<eos>", closed_by("<end_of_turn>"), ("<start_of_turn>model\n",),
+                             "<start_of_turn> <end_of_turn>", of_trl("gemma_training")),
+    "gemma 3": lambda: Model(of_trl("gemma3"), "<eos>", closed_by("<end_of_turn>"), ("<start_of_turn>model\n",),
+                             "<start_of_turn> <end_of_turn>", of_trl("gemma3_training")),
+    "mistral v3": lambda: Model(templates.MISTRAL_V3, "</s>", of_mistral(" "), INST, MISTRAL_TOKENS),
+    "tekken": lambda: Model(templates.TEKKEN, "</s>", of_mistral(""), INST, MISTRAL_TOKENS),
+    "phi 3": lambda: Model(of_trl("phi3"), "<|endoftext|>", of_phi3, ("<|assistant|>\n",), "<|end|> <|user|> <|assistant|> <|system|>",
+                           of_trl("phi3_training")),
+    "phi 4": lambda: Model(templates.PHI4, "<|im_end|>", closed_by("<|im_end|>"), ("<|im_start|>assistant<|im_sep|>",), f"{IM} <|im_sep|>"),
+    "gpt-oss": lambda: Model(of_trl("gptoss"), "<|return|>", of_gpt_oss, ("<|start|>assistant",), GPT, of_trl("gptoss_training")),
+    "chatml": lambda: Model(templates.PLAIN_CHATML, "<|endoftext|>", closed_by("<|im_end|>"), (IM_HEADER,), IM),
+    "zephyr": lambda: Model(templates.ZEPHYR, "</s>", closed_by("</s>"), ("<|assistant|>\n",), "<|user|> <|assistant|>"),
+    "deepseek": lambda: Model(of_trl("deepseekv3"), "<｜end▁of▁sentence｜>", of_deepseek,
+                              ("<｜Assistant｜>", "<｜tool▁outputs▁end｜>"), DEEPSEEK, of_trl("deepseekv3_training")),
+}  # fmt: skip
+
+
+def tokenizer_of(model: Model):
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"eos_token": model.eos})
+    tokenizer.add_tokens(model.tokens.split(), special_tokens=True)
+    tokenizer.chat_template = model.template
+    return tokenizer
+
+
+def row_of(name: str) -> dict:
+    return {"messages": CONVERSATIONS[name]} | ({"tools": TOOLS} if name in WITH_TOOLS else {})
+
+
+def render(model: Model, name: str):
+    """(the tokenizer, what training sees of the conversation), None where the template refuses it."""
+    tokenizer = tokenizer_of(model)
+    context = RenderContext(tokenizer)
+    values = checked(row_of(name), FORMATS["chat"], "here")
+    try:
+        return tokenizer, FORMATS["chat"].render(values, context)
+    except TEMPLATE_ERRORS:
+        with pytest.raises(TEMPLATE_ERRORS):  # as transformers does
+            messages = context.chat.fitted(values["messages"])
+            tokenizer.apply_chat_template(messages, tools=values.get("tools"), tokenize=False)
+        return tokenizer, None
+
+
+REFUSED = {
+    "gemma 2": {"system", "call without content", "call with content", "two answers in a row"},
+    "gemma 3": {"call without content", "call with content", "two answers in a row"},
+    "mistral v3": {"two answers in a row"},
+    "tekken": {"two answers in a row"},
+}
+
+
+@pytest.mark.parametrize("conversation", CONVERSATIONS)
+@pytest.mark.parametrize("model", MODELS)
+def test_what_is_learned(model, conversation):
+    """Of each turn what the model's format says, behind the header that asks for it, and nothing else."""
+    made = MODELS[model]()
+    _, rendered = render(made, conversation)
+    if rendered is None:
+        assert conversation in REFUSED[model]
+        return
+    messages = CONVERSATIONS[conversation]
+    wanted = [made.learned(messages, i) for i, m in enumerate(messages) if m["role"] == "assistant"]
+    assert [rendered.text[start:end] for start, end in rendered.learned] == [w for w in wanted if w]
+    for start, _ in rendered.learned:
+        assert rendered.text[:start].endswith(made.headers)
+
+
+# What TRL's markers hold besides: a line break behind a turn, and of some models the header that asks for it.
+HEADERS = ("\n", "<｜Assistant｜>", "<｜tool▁outputs▁end｜>", "<|start|>assistant")
+SHOWS_CALLS = ("qwen 2.5", "qwen 3", "gpt-oss", "deepseek")
+MARKED = [name for name, make in MODELS.items() if make().marked]
+
+
+def marked_tokens(model: Model, name: str) -> tuple[list[int], list[int]]:
+    """(tokens, 1 for each that the markers of the model's other template hold), by transformers."""
+    tokenizer = tokenizer_of(dataclasses.replace(model, template=model.marked))
+    values = checked(row_of(name), FORMATS["chat"], "here")
+    messages = RenderContext(tokenizer).chat.fitted(values["messages"])
+    made = tokenizer.apply_chat_template(
+        messages,
+        tools=values.get("tools"),
+        return_dict=True,
+        return_assistant_tokens_mask=True,
+    )
+    return made["input_ids"], made["assistant_masks"]
+
+
+def runs_of(tokens: list[int], mask: list[int], tokenizer) -> list[str]:
+    """The texts of neighbouring tokens of a mask."""
+    texts, before = [], 0
+    for token, learned in zip(tokens, mask, strict=True):
+        if learned and not before:
+            texts.append([])
+        if learned:
+            texts[-1].append(token)
+        before = learned
+    return [tokenizer.decode(each) for each in texts]
+
+
+COMPARED = [(model, "one turn") for model in MARKED] + [
+    # TRL's Qwen 3 shows thoughts, if only empty ones, where Qwen's own does not: those texts differ.
+    (model, conversation)
+    for model in MARKED
+    for conversation in ["three turns", "call without content", "call at the end"]
+    if model != "qwen 3" and (model in SHOWS_CALLS or conversation == "three turns")
+]
+
+
+@pytest.mark.parametrize("model, conversation", COMPARED)
+def test_of_a_template_without_markers_what_its_markers_would_say(model, conversation):
+    """But for the header and the line break, which docs/architecture.md argues."""
+    made = MODELS[model]()
+    tokenizer, rendered = render(made, conversation)
+    rows = tokenize([rendered], tokenizer, 10_000, "here")
+    tokens, mask = marked_tokens(made, conversation)
+    assert rows.tokens.tolist() == tokens
+    theirs = runs_of(tokens, mask, tokenizer)
+    for header in HEADERS:
+        theirs = [text.removeprefix(header) for text in theirs]
+    assert runs_of(tokens, rows.learned.tolist(), tokenizer) == [text.removesuffix("\n") for text in theirs]
+
+
+@pytest.mark.parametrize("model, conversation", [
+    *((model, "three turns") for model in MARKED),
+    *((model, conversation) for model in SHOWS_CALLS for conversation in ("call without content", "thinking")),
+])  # fmt: skip
+def test_a_template_s_own_markers_are_what_is_learned(model, conversation):
+    """Token for token."""
+    made = dataclasses.replace(MODELS[model](), template=MODELS[model]().marked)
+    tokenizer, rendered = render(made, conversation)
+    rows = tokenize([rendered], tokenizer, 10_000, "here")
+    tokens, mask = marked_tokens(made, conversation)
+    assert rows.tokens.tolist() == tokens and rows.learned.int().tolist() == mask
+    assert any(mask)
+
+
+def test_turns_between_markers_that_are_not_learned():
+    """An empty one, and one that its row leaves out."""
+    made = dataclasses.replace(MODELS["chatml"](), template=of_trl("qwen2_5_training"))
+    tokenizer = tokenizer_of(made)
+    messages = [user(), says("No", train=False), user(), says(""), user(), says("Yes")]
+    values = checked({"messages": messages}, FORMATS["chat"], "here")
+    rendered = FORMATS["chat"].render(values, RenderContext(tokenizer))
+    assert [rendered.text[s:e] for s, e in rendered.learned] == ["\nYes<|im_end|>\n"]
+
+
+@pytest.mark.parametrize("model, stops", [
+    ("llama 3.1", "<|eot_id|>"), ("qwen 2.5", "<|im_end|>"), ("qwen 3", "<|im_end|>"), ("gemma 3", "<end_of_turn>"),
+    ("mistral v3", "</s>"), ("phi 3", "<|end|>"), ("gpt-oss", "<|return|> <|call|>"), ("chatml", "<|im_end|>"),
+    ("zephyr", "</s>"), ("deepseek", "<｜end▁of▁sentence｜>"),
+])  # fmt: skip
+def test_the_tokens_that_a_model_learns_to_stop_with(model, stops):
+    tokenizer = tokenizer_of(MODELS[model]())
+    assert learned_stops("chat", RenderContext(tokenizer)) == sorted(
+        tokenizer.convert_tokens_to_ids(stops.split())
+    )
+    assert learned_stops("alpaca", RenderContext(tokenizer)) == []

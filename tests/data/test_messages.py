@@ -1,0 +1,284 @@
+"""What a conversation's rows bring along: tools, calls, reasoning, flags, the day; each compared with the text that
+transformers' own rendering of the cleaned conversation has."""
+
+from __future__ import annotations
+
+import datetime
+import json
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from benchmarks.make_checkpoint import byte_tokenizer
+from data.chat import ChatTemplate
+from data.evaluation_sets import prepare_sets
+from data.examples import read_examples
+from data.messages import checked_messages, checked_tools
+from data.stops import base_stops
+from data.template_date import with_day
+from data.tokenizing import prepare
+from data.unshown import unshown
+from options.errors import UserError
+from options.train import parse
+from tests.helpers import chat_templates as templates
+from tests.helpers.chat_templates import of_trl
+
+TOOL = {"type": "function", "function": {"name": "f", "description": "F.", "parameters": {
+    "type": "object", "properties": {"city": {"type": "string"}}}}}  # fmt: skip
+TIME = {"type": "function", "function": {"name": "g", "description": "G.", "parameters": {
+    "type": "object", "properties": {"year": {"type": "integer"}}}}}  # fmt: skip
+
+
+def call(arguments, name: str = "f") -> dict:
+    return {"id": "call00001", "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def user(text: str = "Hi") -> dict:
+    return {"role": "user", "content": text}
+
+
+def says(content: str | None = "Yo", **more) -> dict:
+    return {"role": "assistant", "content": content} | more
+
+
+def tokenizer_of(template: str, *tokens: str):
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens(["<|im_start|>", "<|im_end|>", *tokens], special_tokens=True)
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+QWEN = tokenizer_of(of_trl("qwen2_5"))
+
+
+def write(path, *rows: dict) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def trained_text(dataset: str, tokenizer) -> str:
+    return tokenizer.decode(prepare(dataset, "auto", -1, 10_000, tokenizer).tokens)
+
+
+def learned_text(dataset: str, tokenizer) -> str:
+    rows = prepare(dataset, "auto", -1, 10_000, tokenizer)
+    return tokenizer.decode(rows.tokens[rows.learned])
+
+
+@pytest.mark.parametrize(
+    "given", [[TOOL], json.dumps([TOOL]), [json.dumps(TOOL)]], ids=["list", "text", "texts"]
+)
+def test_the_tools_of_a_row_are_shown(given, tmp_path):
+    messages = [user(), says()]
+    dataset = write(tmp_path / "rows.jsonl", {"messages": messages, "tools": given})
+    assert trained_text(dataset, QWEN) == QWEN.apply_chat_template(messages, tools=[TOOL], tokenize=False)
+    assert learned_text(dataset, QWEN) == "Yo<|im_end|>"
+
+
+@pytest.mark.parametrize("none", [[], None, "[]", ""])
+def test_no_tools_are_none(none, tmp_path):
+    """Llama 3.1's template takes an empty list for tools."""
+    tokenizer = tokenizer_of(of_trl("llama3_1"), "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+    dataset = write(tmp_path / "rows.jsonl", {"messages": [user(), says()], "tools": none})
+    assert trained_text(dataset, tokenizer) == tokenizer.apply_chat_template([user(), says()], tokenize=False)
+
+
+@pytest.mark.parametrize("tools", ["not JSON", {"a": 1}, [1], "[1]"])
+def test_tools_that_are_none(tools):
+    with pytest.raises(UserError, match=r"^row 3: tools must be a list of objects"):
+        checked_tools(tools, "row 3")
+
+
+@pytest.mark.parametrize("template", ["qwen2_5", "deepseekv3"])
+@pytest.mark.parametrize("arguments", [{"city": "Åre"}, '{"city": "Åre"}'], ids=["object", "text"])
+def test_arguments_of_calls_are_written_once(template, arguments, tmp_path):
+    """OpenAI's are JSON text, which most templates would quote again; DeepSeek's takes nothing else."""
+    tokenizer = tokenizer_of(of_trl(template))
+    dataset = write(tmp_path / "rows.jsonl", {"messages": [user(), says(None, tool_calls=[call(arguments)])]})
+    assert '{"city": "Åre"}' in learned_text(dataset, tokenizer)
+
+
+def test_arguments_in_python_s_form_are_not_learned(tmp_path):
+    printing = (
+        "{% for m in messages %}{{ m.role + ': ' + m.content }}{% for c in m.tool_calls or [] %}"
+        "{{ c.function.arguments }}{% endfor %}{{ eos_token }}{% endfor %}"
+    )
+    dataset = write(tmp_path / "rows.jsonl", {"messages": [user(), says("", tool_calls=[call({"x": None})])]})
+    assert learned_text(dataset, tokenizer_of(printing)) == 'assistant: {"x": null}</s>'
+
+
+SPOILED = [
+    (user() | {"train": "no"}, "train of a message is 'no'"),
+    (says(weight=0.5), "weight of a message is 0.5"),
+    (says(tool_calls="x"), "tool_calls must be a list"),
+    (says(tool_calls=[{"function": "f"}]), "the function of a tool call"),
+    (says(tool_calls=[call("{'x': 1}")]), "arguments of a tool call"),
+    (says(reasoning_content=["x"]), "reasoning must be a text"),
+    (says(content=[{"type": "text", "text": "x"}]), "a role and a content, both texts"),
+    ({"role": "tool", "content": None}, "a role and a content, both texts"),
+]
+
+
+@pytest.mark.parametrize("message, error", SPOILED)
+def test_unusable_messages(message, error):
+    with pytest.raises(UserError, match=f"^row 3: .*{error}"):
+        checked_messages([message], "row 3")
+
+
+@pytest.mark.parametrize("flag", [{"train": False}, {"weight": 0}, {"train": True, "weight": 0.0}])
+def test_a_turn_that_its_row_leaves_out(flag, tmp_path):
+    messages = [
+        user(),
+        says("No", **flag),
+        user(),
+        says("Yes", train=True, weight=1),
+        user(),
+        says("Sure", weight=None),
+    ]
+    dataset = write(tmp_path / "rows.jsonl", {"messages": messages})
+    assert learned_text(dataset, QWEN) == "Yes<|im_end|>Sure<|im_end|>"
+    plain = [{"role": m["role"], "content": m["content"]} for m in messages]
+    assert trained_text(dataset, QWEN) == QWEN.apply_chat_template(plain, tokenize=False)
+
+
+def test_a_row_with_nothing_to_train_is_dropped(tmp_path):
+    rows = [{"messages": [user(), says("No", weight=0)]}, {"messages": [user(), says()]}]
+    made = prepare(write(tmp_path / "rows.jsonl", *rows), "auto", -1, 1000, QWEN)
+    assert made.dropped == 1 and len(made) == 1
+
+
+@pytest.mark.parametrize("name", ["reasoning_content", "thinking", "reasoning"])
+def test_reasoning_by_any_name(name, tmp_path):
+    """As transformers does it from 5.23 on: each template finds the name that it reads."""
+    dataset = write(tmp_path / "rows.jsonl", {"messages": [user(), says(**{name: "Hm."})]})
+    assert learned_text(dataset, tokenizer_of(of_trl("qwen3"))) == "<think>\nHm.\n</think>\n\nYo<|im_end|>"
+    shown = learned_text(dataset, tokenizer_of(of_trl("gptoss")))
+    assert shown.startswith("<|channel|>analysis<|message|>Hm.<|end|>")
+
+
+# What tables make of conversations
+
+
+def test_what_a_table_s_schema_fills_in_is_not_trained(tmp_path):
+    """All objects of a column have the keys of all rows: arguments, tools' parameters, messages."""
+    calls = [call({"city": "Oslo"}), call({"year": 1969}, "g")]
+    rows = [
+        {
+            "messages": [user(), says(None, tool_calls=[c]), {"role": "tool", "content": "1"}, says()],
+            "tools": [TOOL, TIME],
+        }
+        for c in calls
+    ]
+    table = pyarrow.Table.from_pylist(rows)
+    pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
+    assert table.to_pylist()[0]["messages"][1]["tool_calls"][0]["function"]["arguments"] == {
+        "city": "Oslo",
+        "year": None,
+    }
+    expected = [QWEN.apply_chat_template(row["messages"], tools=row["tools"], tokenize=False) for row in rows]
+    assert trained_text(str(tmp_path / "rows.parquet"), QWEN) == "".join(expected)
+    assert trained_text(write(tmp_path / "rows.jsonl", *rows), QWEN) == "".join(expected)
+
+
+def test_a_null_that_the_data_say_is_trained(tmp_path):
+    """A JSON file has no schema: its nulls are its own; so are those in a table's lists."""
+    row = {"messages": [user(), says(None, tool_calls=[call({"city": None})])]}
+    assert '"arguments": {"city": null}' in learned_text(write(tmp_path / "rows.jsonl", row), QWEN)
+    row["messages"][1]["tool_calls"][0]["function"]["arguments"] = {"cities": ["Oslo", None]}
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / "rows.parquet")
+    assert '{"cities": ["Oslo", null]}' in learned_text(str(tmp_path / "rows.parquet"), QWEN)
+
+
+# The day
+
+
+DATED = {
+    "gpt-oss": (of_trl("gptoss"), "Current date: 2024-02-29\n"),
+    "llama 3.2": (of_trl("llama3_2"), "Today Date: 29 Feb 2024\n"),
+    "of all parts": (
+        "\n  {% set day = strftime_now('%A, %-d %B %Y, %j %% %y-%m-%d') %}\n{{ day }}{% for m in messages %}{{ m.content }}"
+        "{% endfor %}",
+        "Thursday, 29 February 2024, 060 % 24-02-29",
+    ),
+    "in a macro": (
+        "{% macro today() %}{{ strftime_now(format='%d.%m.%Y') }}{% endmacro %}{{ today() }}{{ messages[0].content }}",
+        "29.02.2024",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DATED)
+def test_a_template_tells_the_day_of_the_run(name):
+    template, told = DATED[name]
+    tokenizer, messages = tokenizer_of(template), [user(), says()]
+    shown = ChatTemplate(tokenizer, "2024-02-29").show(messages)
+    assert told in shown
+    today = ChatTemplate(tokenizer).show(messages)
+    assert today == tokenizer.apply_chat_template(messages, tokenize=False) != shown
+    assert today == ChatTemplate(tokenizer, datetime.date.today().isoformat()).show(messages)
+
+
+def test_a_template_without_a_day_stays_as_it_is():
+    assert with_day(templates.CHATML, "2024-02-29") is templates.CHATML
+
+
+# What is told
+
+
+def told(rows: list[dict], template: str) -> list[str]:
+    return unshown(ChatTemplate(tokenizer_of(template)), rows)
+
+
+def test_what_a_template_does_not_show_is_told(tmp_path):
+    rows = [{"messages": [user(), says(reasoning_content="Hm.", name="Ann")], "tools": [TOOL]}]
+    assert told(rows, templates.PLAIN_CHATML) == [
+        "data: the chat template does not show name, reasoning_content, tools"
+    ]
+    assert told(rows, of_trl("qwen3")) == ["data: the chat template does not show name"]
+    with_results = [{"messages": [user(), says("x"), {"role": "tool", "content": "1"}, says()]}]
+    assert told(with_results, of_trl("phi3")) == ["data: the chat template does not show what role tool says"]
+    thoughts = [{"messages": [user(), says("<think>a</think>b")]}]
+    assert told(thoughts, templates.R1) == ["data: the chat template does not show <think> in content"]
+    assert told([{"messages": [user(), says()]}], templates.CHATML) == []
+
+
+def test_what_a_template_shows_in_part_is_told():
+    rows = [{"messages": [user(), says(reasoning_content="a"), user(), says(reasoning_content="b")]}] * 3
+    assert told(rows, of_trl("qwen3")) == [
+        "data: the chat template does not show reasoning_content in 3 of 6 messages looked at"
+    ]
+
+
+def test_flags_without_effect_are_told():
+    rows = [{"messages": [user() | {"train": True}, says()]}] * 2
+    assert told(rows, templates.CHATML) == [
+        "data: 2 rows set train or weight for other roles than the assistant, whose turns alone are learned"
+    ]
+
+
+def test_remarks_reach_the_checks(tmp_path):
+    rows = [{"messages": [user(), says(name="Ann")]}] * 4
+    options = [
+        "--dataset",
+        write(tmp_path / "rows.jsonl", *rows),
+        "--eval_share",
+        "0.5",
+        "--chat_date",
+        "2024-02-29",
+    ]
+    _, _, evaluation = prepare_sets(parse(options)[0], QWEN, [])
+    assert evaluation.remarks == ("data: the chat template does not show name",)
+    assert read_examples(options[1], "auto", -1, 1000, QWEN).remarks == evaluation.remarks
+    assert evaluation.stops == [QWEN.convert_tokens_to_ids("<|im_end|>")]
+
+
+def test_the_stops_of_a_base(tmp_path):
+    tokenizer = byte_tokenizer()
+    assert base_stops(tmp_path, None, tokenizer) == [tokenizer.eos_token_id]
+    assert base_stops(tmp_path, [7, 8], tokenizer) == [7, 8, tokenizer.eos_token_id]
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [3, 4]}')
+    assert base_stops(tmp_path, 7, tokenizer) == [3, 4, 7, tokenizer.eos_token_id]
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": "</s>"}')
+    with pytest.raises(UserError, match=r"generation_config.json: eos_token_id must be a token's number"):
+        base_stops(tmp_path, None, tokenizer)
