@@ -36,6 +36,7 @@ from checkpoints import adapter, trained_model
 from data.batches import StepSampler
 from data.packing import longest_line, make_sampler
 from data.prefetch import ahead
+from data.stops import generation_config
 from files.atomic_writes import write_text
 from files.lock import Alone
 from files.model_folder import base_digest
@@ -219,16 +220,17 @@ def save(job: Job, model: PreTrainedModel, folder: Path, best: bool = False) -> 
     on_disk = config.model_name == TOY_MODEL or Path(config.model_name).expanduser().is_dir()
     base = str(files.folder.resolve()) if on_disk else config.model_name
     digest = base_digest(job.model_config, files)
+    settings = generation_config(files.folder, job.model_config, job.evaluation.stops)
     saved = "blocks" if best and config.method.expansion else config.llama_pro_save
     if saved == "blocks":
-        trained_model.save_blocks(model, family, folder, files, base, digest)
+        trained_model.save_blocks(model, family, folder, files, base, digest, settings)
     elif config.method.expansion:
-        trained_model.save_expanded(model, family, folder, files)
+        trained_model.save_expanded(model, family, folder, files, settings)
     elif config.method.saves == "adapter":
         targets = peft_targets(family, config.lora_target_modules)
-        adapter.save_adapter(model, folder, config, base, digest, targets)
+        adapter.save_adapter(model, folder, config, base, digest, targets, settings)
     else:
-        trained_model.save_model(model, folder, files)
+        trained_model.save_model(model, folder, files, settings)
     if best and dist.get_rank() == 0:
         write_text(folder / "config.yaml", dump_yaml(config, llama_pro_save=saved))
 

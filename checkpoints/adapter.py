@@ -6,6 +6,7 @@ https://huggingface.co/docs/peft/developer_guides/checkpoint
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch.distributed as dist
@@ -22,10 +23,21 @@ from parallel.shards import gather
 
 
 def save_adapter(
-    model: nn.Module, folder: Path, config: Config, base: str, digest: str, targets: list[str]
+    model: nn.Module,
+    folder: Path,
+    config: Config,
+    base: str,
+    digest: str,
+    targets: list[str],
+    beside: Mapping[str, str],
 ) -> None:
-    """Writes PEFT's two files. base, digest: the name and `base_digest` of the model below; targets: the names in
-    PEFT's target_modules. Collective; rank 0 writes, and raises OSError when the others are done."""
+    """Writes PEFT's two files. Collective; rank 0 writes, and raises OSError when the others are done.
+
+    Args:
+        base, digest: the name and `base_digest` of the model below.
+        targets: the names in PEFT's target_modules.
+        beside: {name: text} of more files to write.
+    """
     tensors = {}
     for path, module in model.named_modules():
         if isinstance(module, LoRALinear):
@@ -52,4 +64,6 @@ def save_adapter(
     check_room(folder, sum(t.nbytes for t in tensors.values()))
     with staged(folder) as stage:
         save_tensors(tensors, stage(ADAPTER), {"base_digest": digest})
+        for name, text in beside.items():
+            stage(name).write_text(text, encoding="utf-8")
         stage("adapter_config.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")

@@ -6,14 +6,25 @@ import copy
 import json
 import math
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 
 from transformers import PretrainedConfig
 
-from checkpoints.model_writer import Entry, Shards, copied, filled, shards_of, with_replaced, write_model
+from checkpoints.model_writer import (
+    Entry,
+    Shards,
+    as_text,
+    copied,
+    filled,
+    shards_of,
+    with_replaced,
+    write_model,
+)
 from checkpoints.trained_model import open_blocks
 from data.examples import toy_texts
 from files.model_folder import CheckpointFiles, fetch_weights, find_model
+from files.names import CONFIG, GENERATION
 from files.output_folder import check_output, clear_output
 from files.tensors import StoredTensor
 from launch.program import quiet_libraries, report, typed_command
@@ -24,7 +35,7 @@ from models.toy import toy_model
 from options.block_expansion import Options
 from options.config import TOY_MODEL
 from options.errors import DONE, UserError
-from options.limits import LAYERS
+from options.limits import CONFIG_FILE, LAYERS, read_text
 
 # Lists in a config.json that may happen to have as many entries as there are layers, and never one for each.
 OTHER_LISTS = ("architectures", "keys_to_ignore_at_inference", "mlp_only_layers")
@@ -126,7 +137,7 @@ def expand(options: Options) -> str:
     new_config = expanded_config(raw, config, source)
     entries = expanded_tensors(files, family, source)
     _check_plan(new_config, entries, config, files, family)
-    _write(options, _shards(entries, files), files, new_config)
+    _write(options, _shards(entries, files), files, {CONFIG: as_text(new_config)})
     new = ", ".join(map(str, new_config[NEW_LAYERS]))
     return (
         f"in {options.output_dir}: {len(source)} layers, of which new: {new}\n"
@@ -144,9 +155,9 @@ def _check_plan(new_config: dict, entries: dict, config, files: CheckpointFiles,
         assert value == new_config[key], f"{key}: transformers reads {value}"
 
 
-def _write(options: Options, shards: Shards, files: CheckpointFiles, config: dict | None = None) -> None:
+def _write(options: Options, shards: Shards, files: CheckpointFiles, instead: Mapping[str, str]) -> None:
     clear_output(Path(options.output_dir))
-    write_model(Path(options.output_dir), shards, files.folder, config)
+    write_model(Path(options.output_dir), shards, files.folder, instead)
     if not any(files.folder.glob("tokenizer*")):
         print(f"no tokenizer in {files.folder}: training needs its files beside config.json")
 
@@ -171,7 +182,9 @@ def put_back(options: Options) -> str:
         blocks = copied(open_blocks(path, files, family, new_layers(config))[0])
     except UserError as e:
         raise UserError(f"--blocks {e}") from None
-    _write(options, with_replaced(files, blocks), files)
+    learned = path.with_name(GENERATION)  # what the run learned to end its answers with, if the base does not
+    instead = {GENERATION: read_text(learned, CONFIG_FILE)} if learned.is_file() else {}
+    _write(options, with_replaced(files, blocks), files, instead)
     return f"in {options.output_dir}: {config.num_hidden_layers} layers, {len(blocks)} tensors from {options.blocks}"
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from torch import nn
 
 from files.atomic_writes import staged, write_text
 from files.model_folder import CheckpointFiles
-from files.names import COMPANIONS, INDEX, SINGLE
+from files.names import COMPANIONS, CONFIG, INDEX, SINGLE
 from files.tensors import write_header
 from parallel.shards import gather
 
@@ -108,9 +108,8 @@ def write_tensors(path: Path, entries: dict[str, Entry], metadata: dict[str, str
             )
 
 
-def write_model(folder: Path, shards: Shards, source: Path, config: dict | None = None) -> None:
-    """Writes a model folder: weights, index, and `source`'s small files, with `config` as config.json if it is
-    given. A run that ends in the middle leaves no config.json; a full disk, no weights either."""
+def write_model(folder: Path, shards: Shards, source: Path, instead: Mapping[str, str]) -> None:
+    """Writes a model folder: weights, index, and small files as `copy_companions` does. A run that ends in the middle leaves no config.json; a full disk, no weights either."""
     with staged(folder) as stage:
         for file, entries in shards.items():
             write_tensors(stage(file), entries)
@@ -119,7 +118,7 @@ def write_model(folder: Path, shards: Shards, source: Path, config: dict | None 
             index = {"metadata": {"total_size": total_bytes(shards)}, "weight_map": weight_map}
             stage(INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     try:
-        copy_companions(source, folder, config)
+        copy_companions(source, folder, instead)
     except OSError:
         for file in (*shards, INDEX):  # nobody could load them, and they take the room that was missing
             (folder / file).unlink(missing_ok=True)
@@ -147,19 +146,25 @@ def with_replaced(files: CheckpointFiles, changed: dict[str, Entry]) -> Shards:
 def companions(source: Path, patterns: tuple[str, ...] = COMPANIONS) -> list[Path]:
     """A model folder's small files, config.json last: with it a copy is a model folder."""
     found = sorted({p for pattern in patterns for p in source.glob(pattern) if p.is_file()})
-    return sorted(found, key=lambda p: p.name == "config.json")
+    return sorted(found, key=lambda p: p.name == CONFIG)
 
 
 def copy_companions(
-    source: Path, folder: Path, config: dict | None = None, patterns: tuple[str, ...] = COMPANIONS
+    source: Path, folder: Path, instead: Mapping[str, str], patterns: tuple[str, ...] = COMPANIONS
 ) -> None:
-    """Copies `companions`. config: what config.json is to hold instead."""
-    for path in companions(source, patterns):
-        if path.name == "config.json" and config is not None:
-            write_text(folder / path.name, json.dumps(config, indent=2) + "\n")
+    """Copies `companions`. instead: {name: text} of files that are to be other than source's, or that it lacks."""
+    kept = [path for path in companions(source, patterns) if path.name not in instead]
+    for path in sorted([*kept, *map(Path, instead)], key=lambda path: path.name == CONFIG):
+        if path.name in instead:
+            write_text(folder / path.name, instead[path.name])
             continue
         with staged(folder) as stage:
             shutil.copyfile(path, stage(path.name))
+
+
+def as_text(config: dict) -> str:
+    """A JSON file of a model folder."""
+    return json.dumps(config, indent=2) + "\n"
 
 
 def shard_name(number: int, shards: int) -> str:

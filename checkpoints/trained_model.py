@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch.distributed as dist
@@ -45,22 +45,26 @@ def _trained_blocks(model: PreTrainedModel, family: Family, files: CheckpointFil
     return {name: gathered(params[name], files.tensors[name].torch_dtype) for name in names}
 
 
-def save_model(model: nn.Module, folder: Path, files: CheckpointFiles) -> None:
-    """Writes a whole trained model as the base's folder is laid out: same names, dtypes, config and tokenizer.
-    Collective; rank 0 writes, one tensor at a time."""
+def save_model(model: nn.Module, folder: Path, files: CheckpointFiles, instead: Mapping[str, str]) -> None:
+    """Writes a whole trained model as the base's folder is laid out: same names, dtypes, config and tokenizer, but for
+    the small files that `instead` has. Collective; rank 0 writes, one tensor at a time."""
     params = {clean(name): p for name, p in model.named_parameters()}  # a tied head is listed once
     entries = {name: gathered(p, files.tensors[name].torch_dtype) for name, p in params.items()}
-    _write_together(folder, shards_of(entries, SHARD_BYTES), files.folder)
+    _write_together(folder, shards_of(entries, SHARD_BYTES), files.folder, instead)
 
 
-def save_expanded(model: PreTrainedModel, family: Family, folder: Path, files: CheckpointFiles) -> None:
+def save_expanded(
+    model: PreTrainedModel, family: Family, folder: Path, files: CheckpointFiles, instead: Mapping[str, str]
+) -> None:
     """Writes the folder that was trained from, with its new blocks as they are now: same file names, dtypes,
-    config and tokenizer. The old blocks are the files', not the quantized ones. Collective; rank 0 writes."""
-    _write_together(folder, with_replaced(files, _trained_blocks(model, family, files)), files.folder)
+    config and tokenizer, but for the small files that `instead` has. The old blocks are the files', not the quantized ones. Collective; rank 0 writes."""
+    _write_together(
+        folder, with_replaced(files, _trained_blocks(model, family, files)), files.folder, instead
+    )
 
 
-def _write_together(folder: Path, shards: Shards, source: Path) -> None:
-    _together(folder, shards, lambda noted: write_model(folder, noted, source))
+def _write_together(folder: Path, shards: Shards, source: Path, instead: Mapping[str, str]) -> None:
+    _together(folder, shards, lambda noted: write_model(folder, noted, source, instead))
 
 
 def _together(folder: Path, shards: Shards, write: Callable[[Shards], None]) -> None:
@@ -89,15 +93,24 @@ def _together(folder: Path, shards: Shards, write: Callable[[Shards], None]) -> 
 
 
 def save_blocks(
-    model: PreTrainedModel, family: Family, folder: Path, files: CheckpointFiles, base: str, digest: str
+    model: PreTrainedModel,
+    family: Family,
+    folder: Path,
+    files: CheckpointFiles,
+    base: str,
+    digest: str,
+    beside: Mapping[str, str],
 ) -> None:
     """Writes the new blocks alone, under the expanded model's names. The header's metadata has their layers, and the
-    name and `base_digest` of the expanded model. Collective; rank 0 writes."""
+    name and `base_digest` of the expanded model. beside: {name: text} of more files to write. Collective; rank 0
+    writes."""
     entries, layers = _trained_blocks(model, family, files), json.dumps(new_layers(model.config))
     metadata = {"base_model_name_or_path": base, "base_digest": digest, NEW_LAYERS: layers}
 
     def write(shards: Shards) -> None:
         with staged(folder) as stage:
+            for name, text in beside.items():
+                stage(name).write_text(text, encoding="utf-8")
             write_tensors(stage(BLOCKS), shards[BLOCKS], metadata)
 
     _together(folder, {BLOCKS: entries}, write)

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
+from transformers import PretrainedConfig
+
 from data.formats import RenderContext
+from files.names import CONFIG, GENERATION
 from options.errors import UserError
 from options.limits import CONFIG_FILE, read_json
-
-GENERATION = "generation_config.json"
 
 
 def base_stops(folder: Path, config_eos: Any, tokenizer: Any) -> list[int]:
     """Ids that end an answer of the model in `folder`: its tokenizer's EOS, and those of generation_config.json and of
     config.json (config_eos: `eos_token_id` there). Raises UserError for what is no id."""
-    stops = set(_ids(config_eos, folder / "config.json"))
+    stops = set(_ids(config_eos, folder / CONFIG))
     if tokenizer.eos_token_id is not None:
         stops.add(tokenizer.eos_token_id)
     path = folder / GENERATION
@@ -32,6 +34,21 @@ def learned_stops(form: str, context: RenderContext) -> list[int]:
 def stop_tokens(folder: Path, config_eos: Any, form: str, context: RenderContext) -> list[int]:
     """Ids that end an answer of a model of `folder` that was trained on rows of this format."""
     return sorted({*base_stops(folder, config_eos, context.tokenizer), *learned_stops(form, context)})
+
+
+def generation_config(folder: Path, config: PretrainedConfig, stops: list[int]) -> dict[str, str]:
+    """{generation_config.json: its text} of a model that ends its answers with `stops`; {} if that of its base, the
+    model in `folder`, says so already, as transformers reads it. Raises UserError as `base_stops` does."""
+    path = folder / GENERATION
+    if path.is_file():
+        settings = read_json(path, CONFIG_FILE)
+    else:  # transformers takes these out of config.json
+        names = ("bos_token_id", "eos_token_id", "pad_token_id")
+        settings = {name: i for name in names if (i := getattr(config, name, None)) is not None}
+    if set(_ids(settings.get("eos_token_id"), path)) == set(stops):
+        return {}
+    settings.pop("_from_model_config", None)  # transformers would take the ids out of config.json again
+    return {GENERATION: json.dumps(settings | {"eos_token_id": stops}, indent=2) + "\n"}
 
 
 def _ids(value: Any, path: Path) -> list[int]:

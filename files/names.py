@@ -9,6 +9,7 @@ RUN_FILES = ("config.yaml", "run.json", "metrics.jsonl", "bad_steps.jsonl", "sam
 TOKENIZER = ("tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt", "added_tokens.json",
              "chat_template.*")  # fmt: skip
 # A model folder's small files that go along with retrained weights, as they are.
-COMPANIONS = ("config.json", "generation_config.json", *TOKENIZER)
+CONFIG, GENERATION = "config.json", "generation_config.json"
+COMPANIONS = (CONFIG, GENERATION, *TOKENIZER)
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
-MODEL_FILES = ("config.json", INDEX, "model.safetensors", "model-*.safetensors")
+MODEL_FILES = (CONFIG, GENERATION, INDEX, "model.safetensors", "model-*.safetensors")

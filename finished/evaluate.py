@@ -13,13 +13,12 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from data.evaluation_sets import Prompt, held_rows, prompt_of, read_beside
 from data.examples import read_examples
-from data.formats import RenderContext, Rendered
+from data.formats import Rendered
 from data.rows import TokenizedRows
-from data.stops import stop_tokens
 from data.tokenizing import tokenize
 from files.atomic_writes import as_json, write_text
 from files.disk_room import check_writable
-from finished.finished_run import Run, load_model, load_tokenizer, open_base, open_run
+from finished.finished_run import Run, load_model, load_tokenizer, open_base, open_run, stops_of
 from launch.precision import bf16_gpu, choose_precision
 from launch.program import quiet_libraries, report
 from launch.ranks import Place
@@ -163,9 +162,7 @@ def evaluate(options: Options) -> dict:
     asked = prepare(names, run, rendered, where, tokenizer)
     gpu = torch.cuda.is_available()
     device, dtype = torch.device("cuda" if gpu else "cpu"), choose_precision("auto", gpu, bf16_gpu()).frozen
-    stops = stop_tokens(
-        run.base, run.model_config.eos_token_id, run.config.dataset_format, RenderContext(tokenizer)
-    )
+    stops = stops_of(run, tokenizer)
     rest = (names, asked, options, tokenizer, stops)
     model = load_model(run, device, dtype)
     tuned, tuned_answers = measure(model, *rest)

@@ -17,15 +17,16 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from checkpoints import model_writer
-from checkpoints.model_writer import Entry, companions, copy_companions, write_model
+from checkpoints.model_writer import Entry, as_text, companions, copy_companions, write_model
 from data.sources import find_recipe
+from data.stops import generation_config
 from data.tokenizing import prepare
 from files.atomic_writes import write_text
 from files.disk_room import check_room, check_writable
 from files.model_folder import CheckpointFiles
-from files.names import ADAPTER, TOKENIZER
+from files.names import ADAPTER, CONFIG, TOKENIZER
 from files.output_folder import clear_output, holds_run
-from finished.finished_run import Run, load_tokenizer, open_run, read_adapter
+from finished.finished_run import Run, load_tokenizer, open_run, read_adapter, stops_of
 from finished.layerwise import compare, plain_logits, trained_logits
 from finished.merge import merged_entries
 from finished.model_card import card
@@ -136,6 +137,10 @@ def model_config(run: Run, entries: dict[str, Entry]) -> dict:
     return raw
 
 
+def generation_settings(run: Run) -> dict[str, str]:
+    return generation_config(run.base, run.model_config, stops_of(run, load_tokenizer(run)))
+
+
 def merged_base(run: Run, options: Options) -> str:
     return options.base or ("dequantized" if run.adapter else "original")
 
@@ -150,7 +155,7 @@ def write_merged(run: Run, options: Options, folder: Path, device: torch.device)
         folder,
         model_writer.shards_of(entries, model_writer.SHARD_BYTES),
         run.base,
-        model_config(run, entries),
+        {CONFIG: as_text(model_config(run, entries))} | generation_settings(run),
     )
     what = "A complete model folder: `AutoModelForCausalLM.from_pretrained` loads it."
     if run.adapter:
@@ -174,7 +179,7 @@ def write_adapter(run: Run, options: Options, folder: Path) -> None:
         raise UserError(f"{path}: not an adapter's description ({describe(e)})") from None
     check_space(options.out, run.adapter.stat().st_size + sum(p.stat().st_size for p in companions(run.base)))
     shutil.copyfile(run.adapter, folder / ADAPTER)
-    copy_companions(run.base, folder, patterns=TOKENIZER)
+    copy_companions(run.base, folder, generation_settings(run), TOKENIZER)
     what = (
         "A LoRA or DoRA adapter in PEFT's format (adapter_config.json, adapter_model.safetensors):"
         " `PeftModel.from_pretrained(base, folder)` puts it over its base model."

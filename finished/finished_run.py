@@ -20,6 +20,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from checkpoints.trained_model import open_blocks
 from data.examples import toy_texts
+from data.formats import RenderContext
+from data.stops import stop_tokens
 from files.bnb_weights import check_stored_quantization
 from files.model_folder import CheckpointFiles, base_digest, fetch_weights, find_model
 from files.names import ADAPTER, BLOCKS
@@ -256,6 +258,12 @@ def tensors_of(module: str, adapter: dict[str, torch.Tensor]) -> dict[str, torch
     """{PEFT's name below the layer: tensor} of one linear, out of what `read_adapter` gave."""
     prefix = f"{PREFIX}{module}."
     return {name.removeprefix(prefix): t for name, t in adapter.items() if name.startswith(prefix)}
+
+
+def stops_of(run: Run, tokenizer) -> list[int]:
+    """Ids of the tokens that the run learned to end an answer with, and its base's own."""
+    context = RenderContext(tokenizer, day=run.config.chat_date)
+    return stop_tokens(run.base, run.model_config.eos_token_id, run.config.dataset_format, context)
 
 
 def load_tokenizer(run: Run):
