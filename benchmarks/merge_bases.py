@@ -49,7 +49,7 @@ def measure(folder: str, count: int) -> None:
             options = ["--to", "merged", "--out", str(out), "--base", name, "--check", "false"]
             assert export.main([folder, *options]) == 0
             files = CheckpointFiles(out)
-            tell(f"merged into {name}", plain_logits(run, files, batch.ids, device))
+            tell(f"merged into {name}", plain_logits(run.model_config, run.family, files, batch.ids, device))
             again = dataclasses.replace(run, files=files)
             tell(f"merged into {name}, packed again", packed_logits(again, batch.ids, device))
 

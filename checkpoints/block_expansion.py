@@ -30,7 +30,8 @@ from files.tensors import StoredTensor
 from launch.program import quiet_libraries, report, typed_command
 from models.family import Family
 from models.llama_pro import NEW_LAYERS, evenly, is_expanded, new_layers, sources
-from models.registry import build_on_meta, check_weights, read_config
+from models.redundant import UNTIED, as_loaded, corrected_config
+from models.registry import build_on_meta, check_weights, open_weights, read_config
 from models.toy import toy_model
 from options.block_expansion import Options
 from options.config import TOY_MODEL
@@ -77,8 +78,10 @@ def read_model(options: Options) -> tuple[PretrainedConfig, Family, CheckpointFi
     else:
         positions(options, config.num_hidden_layers)
     fetch_weights(name, folder)
-    files = CheckpointFiles(folder)
-    check_weights(build_on_meta(config, family), files, family)
+    tied = config.tie_word_embeddings
+    files, _ = open_weights(folder, config, family)
+    if tied != config.tie_word_embeddings:
+        print(f"{folder}: {UNTIED}")
     return config, family, files
 
 
@@ -114,7 +117,7 @@ def expanded_config(raw: dict, config: PretrainedConfig, source: list[int]) -> d
     """config.json of the expanded model. raw: the base's, as it is in its file; config: what transformers makes
     of it, with the lists that follow from a pattern (a kind of attention for each layer) written out."""
     layers, resolved = config.num_hidden_layers, config.to_dict()
-    new = dict(raw)
+    new = dict(as_loaded(raw, config))
     for key, value in per_layer_lists(raw | resolved, layers).items():
         new[key] = [value[layer] for layer in source]
     if isinstance(raw.get("max_window_layers"), int):  # that many layers, the first ones, have full attention
@@ -182,8 +185,10 @@ def put_back(options: Options) -> str:
         blocks = copied(open_blocks(path, files, family, new_layers(config))[0])
     except UserError as e:
         raise UserError(f"--blocks {e}") from None
+    instead = corrected_config(files.folder, config)
     learned = path.with_name(GENERATION)  # what the run learned to end its answers with, if the base does not
-    instead = {GENERATION: read_text(learned, CONFIG_FILE)} if learned.is_file() else {}
+    if learned.is_file():
+        instead[GENERATION] = read_text(learned, CONFIG_FILE)
     _write(options, with_replaced(files, blocks), files, instead)
     return f"in {options.output_dir}: {config.num_hidden_layers} layers, {len(blocks)} tensors from {options.blocks}"
 

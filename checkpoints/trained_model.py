@@ -12,8 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch.distributed as dist
-from torch import nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from checkpoints.model_writer import (
     SHARD_BYTES,
@@ -34,6 +33,7 @@ from files.names import BLOCKS
 from files.tensors import read_header
 from models.family import Family, clean
 from models.llama_pro import NEW_LAYERS, new_layers
+from models.redundant import corrected_config
 from options.errors import UserError
 
 
@@ -45,26 +45,31 @@ def _trained_blocks(model: PreTrainedModel, family: Family, files: CheckpointFil
     return {name: gathered(params[name], files.tensors[name].torch_dtype) for name in names}
 
 
-def save_model(model: nn.Module, folder: Path, files: CheckpointFiles, instead: Mapping[str, str]) -> None:
+def save_model(
+    model: PreTrainedModel, folder: Path, files: CheckpointFiles, instead: Mapping[str, str]
+) -> None:
     """Writes a whole trained model as the base's folder is laid out: same names, dtypes, config and tokenizer, but for
     the small files that `instead` has. Collective; rank 0 writes, one tensor at a time."""
     params = {clean(name): p for name, p in model.named_parameters()}  # a tied head is listed once
     entries = {name: gathered(p, files.tensors[name].torch_dtype) for name, p in params.items()}
-    _write_together(folder, shards_of(entries, SHARD_BYTES), files.folder, instead)
+    _write_together(folder, shards_of(entries, SHARD_BYTES), files.folder, model.config, instead)
 
 
 def save_expanded(
     model: PreTrainedModel, family: Family, folder: Path, files: CheckpointFiles, instead: Mapping[str, str]
 ) -> None:
     """Writes the folder that was trained from, with its new blocks as they are now: same file names, dtypes,
-    config and tokenizer, but for the small files that `instead` has. The old blocks are the files', not the quantized ones. Collective; rank 0 writes."""
-    _write_together(
-        folder, with_replaced(files, _trained_blocks(model, family, files)), files.folder, instead
-    )
+    config and tokenizer, but for the small files that `instead` has. The old blocks are the files', not the quantized
+    ones. Collective; rank 0 writes."""
+    shards = with_replaced(files, _trained_blocks(model, family, files))
+    _write_together(folder, shards, files.folder, model.config, instead)
 
 
-def _write_together(folder: Path, shards: Shards, source: Path, instead: Mapping[str, str]) -> None:
-    _together(folder, shards, lambda noted: write_model(folder, noted, source, instead))
+def _write_together(
+    folder: Path, shards: Shards, source: Path, config: PretrainedConfig, instead: Mapping[str, str]
+) -> None:
+    small = {**corrected_config(source, config), **instead}
+    _together(folder, shards, lambda noted: write_model(folder, noted, source, small))
 
 
 def _together(folder: Path, shards: Shards, write: Callable[[Shards], None]) -> None:

@@ -92,6 +92,10 @@ class CheckpointFiles:
         made.tensors = self.tensors | held
         return made
 
+    def where(self, name: str) -> str:
+        """A tensor's file and its name, for messages."""
+        return f"{self.folder / self.tensors[name].file}: {name}"
+
     @overload
     def read(self, name: str, stage: None = None) -> torch.Tensor | PackedWeight: ...
     @overload

@@ -31,6 +31,8 @@ from finished.layerwise import compare, plain_logits, trained_logits
 from finished.merge import merged_entries
 from finished.model_card import card
 from launch.program import quiet_libraries, report
+from models.redundant import as_loaded
+from models.registry import read_config
 from options.errors import UserError, describe
 from options.export import Options
 from options.limits import CONFIG_FILE, read_json
@@ -129,6 +131,7 @@ def plan_dtypes(options: Options, run: Run) -> Callable[[torch.dtype], torch.dty
 def model_config(run: Run, entries: dict[str, Entry]) -> dict:
     """config.json of the merged model: the base's, but of weights that are not packed, in their dtype."""
     raw = json.loads((run.base / "config.json").read_text(encoding="utf-8"))
+    raw = as_loaded(raw, run.model_config)
     raw.pop("quantization_config", None)
     raw.setdefault("architectures", [run.family.model_class.__name__])
     if any(entry.dtype != run.files.tensors[name].dtype for name, entry in entries.items()):
@@ -264,7 +267,10 @@ def logit_difference(run: Run, out: Path, device: torch.device) -> str:
     for row, tokens in zip(ids, rows, strict=True):
         row[: len(tokens)] = torch.tensor(tokens)
     trained = trained_logits(run, read_adapter(run) if run.adapter else {}, ids, device)
-    difference, largest = compare(trained, plain_logits(run, CheckpointFiles(out), ids, device), lengths)
+    written, family = read_config(out)  # not the run's: what is wrong in the file is to show
+    difference, largest = compare(
+        trained, plain_logits(written, family, CheckpointFiles(out), ids, device), lengths
+    )
     return (
         f"largest logit difference from the trained model: {difference:.4g}, of logits up to {largest:.4g}"
         f" ({len(rows)} {what}, {sum(lengths)} tokens, computed in fp32)"

@@ -32,7 +32,7 @@ from models.adapters import apply_method, check_packing
 from models.family import Family
 from models.llama_pro import new_layers
 from models.lora import LoRALinear
-from models.registry import build_on_meta, check_weights, read_config
+from models.registry import build_on_meta, open_weights, read_config
 from models.toy import toy_model
 from options.config import FIELDS, TOY_MODEL, Config
 from options.errors import UserError
@@ -110,8 +110,7 @@ def _open_model(folder: Path, config: Config, name: str | None, given: str | Non
         check_stored_quantization(getattr(model_config, "quantization_config", None), base)
         if name is not None:
             fetch_weights(name, base)
-        files = CheckpointFiles(base)
-        check_weights(build_on_meta(model_config, family), files, family)
+        files, _ = open_weights(base, model_config, family)
     return Run(folder, config, base, model_config, family, files, None)
 
 

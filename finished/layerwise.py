@@ -10,7 +10,7 @@ from functools import partial
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from files.model_folder import CheckpointFiles
 from finished.finished_run import Run, tensors_of
@@ -34,10 +34,16 @@ def trained_logits(run: Run, adapter: dict[str, torch.Tensor], ids: torch.Tensor
     return _logits(model, run.family, run.files, adapter, ids, device)
 
 
-def plain_logits(run: Run, files: CheckpointFiles, ids: torch.Tensor, device: torch.device):
-    """The same of a model of run's kind whose files hold all of it."""
-    model = build_on_meta(run.model_config, run.family).to(torch.float32)  # type: ignore[arg-type]
-    return _logits(model, run.family, files, {}, ids, device)
+def plain_logits(
+    config: PretrainedConfig,
+    family: Family,
+    files: CheckpointFiles,
+    ids: torch.Tensor,
+    device: torch.device,
+):
+    """The same of a model whose files hold all of it."""
+    model = build_on_meta(config, family).to(torch.float32)  # type: ignore[arg-type]
+    return _logits(model, family, files, {}, ids, device)
 
 
 def packed_logits(run: Run, ids: torch.Tensor, device: torch.device):

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+ROTARY_TABLE = ".rotary_emb.inv_freq"  # of old Llama files, at the end of a tensor's name
 ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 GATED_MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 
@@ -87,8 +88,9 @@ class Family:
         return None
 
     def ignores(self, tensor: str, tied: bool) -> bool:
-        """Tensors that old checkpoints carry and no parameter needs: rotary tables, a tied head's copy."""
-        return tensor.endswith(".rotary_emb.inv_freq") or (tied and tensor == f"{self.head}.weight")
+        """Whether no parameter needs a tensor, which repeats something else (models/redundant.py compares it):
+        a rotary table, a tied head."""
+        return tensor.endswith(ROTARY_TABLE) or (tied and tensor == f"{self.head}.weight")
 
 
 def _matches(pattern: list[str], parts: list[str]) -> bool:

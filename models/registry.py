@@ -17,6 +17,7 @@ from files.model_folder import CheckpointFiles
 from models import gemma2, gemma3, llama, mistral, phi3, qwen2, qwen3, qwen3_moe
 from models.causal_lm import put_head, with_summed_loss
 from models.family import Family
+from models.redundant import check_frequencies, untie
 from options.errors import UserError
 from options.limits import CONFIG_FILE, LAYERS, read_json
 
@@ -106,6 +107,19 @@ def _reason(e: Exception) -> str:
     return lines[-1 if isinstance(e, StrictDataclassError) else 0].strip()
 
 
+def open_weights(
+    folder: Path, config: PretrainedConfig, family: Family
+) -> tuple[CheckpointFiles, PreTrainedModel]:
+    """(the tensors of a model folder, the model on meta that they fill). config: what `read_config` gave, which is
+    untied where the files hold a head of their own (models/redundant.py). Raises UserError unless the files hold
+    what the model needs, and nothing else that differs from what it computes with."""
+    files = CheckpointFiles(folder)
+    untie(config, family, files)
+    model = build_on_meta(config, family)
+    check_weights(model, files, family)
+    return files, model
+
+
 def check_weights(model: PreTrainedModel, files: CheckpointFiles, family: Family) -> None:
     """Every parameter has one tensor of its shape, and every tensor a parameter. Raises UserError.
 
@@ -121,6 +135,7 @@ def check_weights(model: PreTrainedModel, files: CheckpointFiles, family: Family
                 f"{files.folder}/{stored.file}: {name} has shape {list(stored.shape)},"
                 f" but config.json says {list(shape)}"
             )
+    check_frequencies(model.config, family, files)
     tied = model.config.tie_word_embeddings
     for name in list(files.tensors):
         if name not in wanted and not family.ignores(name, tied):

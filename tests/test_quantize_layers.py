@@ -51,7 +51,9 @@ def test_a_single_file_loads_like_shards(checkpoints, alpaca_file, one_rank, tmp
     for path in checkpoints().glob("*.json"):
         if "index" not in path.name:
             shutil.copy(path, tmp_path)
-    old_rotary = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}  # early Llama files carry it
+    # Early Llama files carry the frequencies of heads of 16.
+    frequencies = torch.tensor([10000.0 ** (-i / 8) for i in range(8)])
+    old_rotary = {"model.layers.0.self_attn.rotary_emb.inv_freq": frequencies}
     save_file(stored | old_rotary, tmp_path / "model.safetensors")
     rest = ["--dataset", alpaca_file, "--train_type", "qlora"]
     sharded = one_rank(dense_state, ["--model_name", checkpoints(), *rest])[0]

@@ -30,7 +30,8 @@ from launch.ranks import resolve_group_size, resolve_strategy, resolve_world_siz
 from models.adapters import check_packing, check_rank, make_quantizer_of, packed_linears, target_linears
 from models.family import Family, follows_the_longest, switches_by_layer
 from models.llama_pro import check_can_leave_silence, new_layers
-from models.registry import build_on_meta, check_weights, read_config
+from models.redundant import UNTIED
+from models.registry import open_weights, read_config
 from models.toy import toy_model
 from monitoring.profiling import check_traces
 from monitoring.tracking import check_wandb
@@ -79,9 +80,8 @@ def _check(config: Config) -> Job:
     elif config.method.expansion:
         new_layers(model_config)
     fetch_weights(config.model_name, folder)
-    files = CheckpointFiles(folder)
-    model = build_on_meta(model_config, family)
-    check_weights(model, files, family)
+    tied = model_config.tie_word_embeddings
+    files, model = open_weights(folder, model_config, family)
     check_packing(model, family, config, files)
     cache = find_cache(model, family, config, files) if config.quantized_cache else None
     if config.method.adapter:
@@ -103,6 +103,8 @@ def _check(config: Config) -> Job:
         check_can_leave_silence(files, family, new_layers(model_config), job.precision.trained, config.lr)
     if config.profile:
         check_traces(config, job.total_steps(make_sampler(config, rows, 0, config.world_size)))
+    if tied != model_config.tie_word_embeddings:
+        print(f"{folder}: {UNTIED}")
     if saved:
         resume.check_same(saved, config, job.about())
         for remark in resume.remarks(saved, config):

@@ -225,7 +225,9 @@ def test_one_file_stays_one_file(tmp_path):
     base = tiny.save_checkpoint("llama", tmp_path / "base", shard="1GB")
     edit(base, eos_token_id=[257, 258, 259])  # as many as there are layers, and still no list of layers
     tensors = load_file(base / "model.safetensors")
-    tensors["model.layers.1.self_attn.rotary_emb.inv_freq"] = torch.zeros(8)  # of old checkpoints: left out
+    # Old checkpoints have the rotary frequencies, which are left out.
+    frequencies = torch.tensor([10000.0 ** (-i / 8) for i in range(8)])
+    tensors["model.layers.1.self_attn.rotary_emb.inv_freq"] = frequencies
     save_file(tensors, base / "model.safetensors")
     folder = expand(base, tmp_path / "out", "--new_blocks", 2)
     assert (

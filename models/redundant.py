@@ -1,0 +1,97 @@
+"""Tensors that config.json calls redundant, compared with what they repeat before they are left out.
+
+There are two kinds: a head that is tied to the embedding, and the rotary frequencies that old Llama files carry.
+A head that differs from the embedding is no copy (merges after added tokens leave such files): the model is then
+untied, as transformers 5 does, and each config.json that is written says so.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import torch
+from transformers import PretrainedConfig
+
+from files.comparison import same_values
+from files.model_folder import CheckpointFiles
+from files.names import CONFIG
+from files.tensors import read_tensor
+from models.family import ROTARY_TABLE, Family
+from models.longrope import ByRow, make_rotary
+from options.errors import UserError
+
+UNTIED = (
+    "config.json ties the head to the embedding, but the files hold a head that differs from it: it is used as it"
+    " is, untied"
+)
+PRECISION = 1e-6  # relative, of frequencies that another library or device computed in fp32
+
+
+def untie(config: PretrainedConfig, family: Family, files: CheckpointFiles) -> bool:
+    """Sets tie_word_embeddings to False, and returns True, where the files hold a head that differs from the
+    embedding that `config` ties it to. Reads both. Raises OSError."""
+    head, embedding = f"{family.head}.weight", f"{family.embedding}.weight"
+    if not config.tie_word_embeddings or not {head, embedding} <= files.tensors.keys():
+        return False
+    # One that is packed has been rounded: it repeats nothing.
+    alike = not {head, embedding} & files.packed.keys() and same_values(
+        (files.folder, files.tensors[head]), (files.folder, files.tensors[embedding])
+    )
+    if not alike:
+        config.tie_word_embeddings = False
+    return not alike
+
+
+def as_loaded(raw: dict, config: PretrainedConfig) -> dict:
+    """What a config.json is to say of a model that was loaded with `config` from a folder whose config.json says
+    `raw`: the same, but for a head that `untie` has untied."""
+    if type(config).from_dict(copy.deepcopy(raw)).tie_word_embeddings == config.tie_word_embeddings:
+        return raw
+    return raw | {"tie_word_embeddings": config.tie_word_embeddings}
+
+
+def corrected_config(folder: Path, config: PretrainedConfig) -> dict[str, str]:
+    """{config.json: its text} with what `as_loaded` makes of the one in `folder`; {} if that may be copied as it is."""
+    raw = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    wanted = as_loaded(raw, config)
+    return {} if wanted == raw else {CONFIG: json.dumps(wanted, indent=2) + "\n"}
+
+
+def check_frequencies(config: PretrainedConfig, family: Family, files: CheckpointFiles) -> None:
+    """Raises UserError if the files hold rotary frequencies other than those that `config` gives: the model is
+    computed with the latter, by this program as by transformers."""
+    stored = [name for name in files.tensors if name.endswith(ROTARY_TABLE)]
+    tables = _tables(config, family) if stored else []
+    for name in stored:
+        fitting = [table for table in tables if table.shape == files.tensors[name].shape]
+        if not any(_repeats(read_tensor(files.folder, files.tensors[name]), table) for table in fitting):
+            raise UserError(
+                f"{files.where(name)} holds other rotary frequencies than config.json gives (rope_theta,"
+                " rope_scaling), and could not be used: correct config.json, or delete the tensor"
+            )
+
+
+def _tables(config: PretrainedConfig, family: Family) -> list[torch.Tensor]:
+    """The frequencies that a model of this config has or had, each [rotated features / 2] fp32."""
+    with torch.device("cpu"):
+        rotary = make_rotary(family, config)
+    tables = [table for name, table in rotary.named_buffers() if name.endswith("inv_freq")]
+    if isinstance(rotary, ByRow):
+        tables.append(rotary.frequencies_of_long)
+    rope = config.rope_parameters
+    if rope.get("rope_type") == "linear":  # which transformers 4 applied to positions, not to frequencies
+        tables.append(tables[0] * rope["factor"])
+    return tables
+
+
+def _repeats(stored: torch.Tensor, table: torch.Tensor) -> bool:
+    """Whether `stored` is `table` as its dtype rounds it, or a 16-bit one that it was converted from."""
+    held, computed = stored.double(), table.double()
+    for dtype in (stored.dtype, torch.float16, torch.bfloat16):
+        info = torch.finfo(dtype)
+        near = (held - computed).abs() <= (info.eps + PRECISION) * computed + info.tiny * info.eps
+        if torch.equal(stored.to(dtype).double(), held) and bool(near.all()):
+            return True
+    return False
