@@ -23,6 +23,7 @@ from transformers import PretrainedConfig
 from files.bnb_weights import find_bnb
 from files.names import INDEX, SINGLE
 from files.tensors import Stage, Staged, StoredTensor, list_tensors, read_tensor
+from files.weight_sets import check_one_set
 from options.config import TOY_MODEL
 from options.errors import UserError
 from options.limits import INDEX_FILE, read_json
@@ -51,6 +52,8 @@ class CheckpointFiles:
         self.packed: dict[str, StoredPacked] = {}
         for file, names in ({only: None} if only else _files(folder)).items():
             self._read_header(file, names)
+        if not only:
+            check_one_set(folder, self.tensors)
         self.packed.update(find_bnb(folder, self.tensors))
         self.prequantized = bool(self.packed)
         for name, tensor in self.tensors.items():
@@ -127,6 +130,9 @@ def _files(folder: Path) -> Mapping[str, set[str] | None]:
             # What cannot be printed cannot be opened either: a NUL, half a character.
             if not isinstance(file, str) or not file.isprintable() or not file or Path(file).name != file:
                 raise UserError(f"{folder / INDEX}: {file!r} is not a plain file name")
+        # An index without shards is what transformers leaves where it saves a single file over them.
+        if (folder / SINGLE).is_file() and not any((folder / file).is_file() for file in files):
+            return {SINGLE: None}
         return files
     if (folder / SINGLE).is_file():
         return {SINGLE: None}
