@@ -103,13 +103,26 @@ def _check(config: Config) -> Job:
         check_can_leave_silence(files, family, new_layers(model_config), job.precision.trained, config.lr)
     if config.profile:
         check_traces(config, job.total_steps(make_sampler(config, rows, 0, config.world_size)))
-    if tied != model_config.tie_word_embeddings:
-        print(f"{folder}: {UNTIED}")
+    for remark in remarks_on_model(model_config, folder, tied):
+        print(remark)
     if saved:
         resume.check_same(saved, config, job.about())
         for remark in resume.remarks(saved, config):
             print(remark)
     return job
+
+
+def remarks_on_model(model_config: PretrainedConfig, folder: Path, tied: bool) -> list[str]:
+    """What a user should know of how the model in `folder` is trained. tied: whether its config.json ties the head."""
+    told = []
+    if tied and not model_config.tie_word_embeddings:
+        told.append(f"{folder}: {UNTIED}")
+    if getattr(model_config, "output_router_logits", False):
+        told.append(
+            f"{folder}/config.json: output_router_logits has no effect here: the loss is that of the tokens alone,"
+            " without the auxiliary loss of the router"
+        )
+    return told
 
 
 def _resolve_launch(config: Config) -> Config:

@@ -1,0 +1,43 @@
+"""What config.json asks for and training does not do is told at start."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import train
+from options.train import parse
+from tests.helpers.adapters import args_for
+from tests.helpers.expansion import edit
+from tests.helpers.logits import IDS, loss_and_logits, summed_cross_entropy
+
+ROUTER = "config.json: output_router_logits has no effect here: the loss is that of the tokens alone"
+
+
+@pytest.mark.parametrize(
+    "kind, train_type",
+    [("qwen3_moe", "full"), ("qwen3_moe", "lora"), ("qwen3_moe_pro", "llama_pro"), ("llama", "full")],
+)
+def test_the_auxiliary_loss_of_a_router(
+    kind, train_type, checkpoints, alpaca_file, one_rank, tmp_path, capsys
+):
+    folder = shutil.copytree(checkpoints(kind), tmp_path / "model")
+    args = args_for(folder, alpaca_file, train_type)
+
+    def told() -> list[str]:
+        train.check(parse([*map(str, args), "--output_dir", str(tmp_path / "out")])[0])
+        return [line for line in capsys.readouterr().out.splitlines() if "output_router_logits" in line]
+
+    assert told() == []
+    edit(folder, output_router_logits=True, router_aux_loss_coef=0.5)
+    (line,) = told()
+    assert line.startswith(f"{folder}/{ROUTER}")
+    loss, _ = one_rank(loss_and_logits, args, False)[0]
+    with torch.no_grad():
+        theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(input_ids=IDS, labels=IDS)
+    assert loss == pytest.approx(summed_cross_entropy(theirs.logits), rel=1e-5)
+    auxiliary = theirs.loss.item() - loss / IDS[:, 1:].numel()
+    assert (auxiliary > 0.1) == kind.startswith("qwen3_moe"), "transformers adds what ours leaves out"
