@@ -39,7 +39,6 @@ from data.prefetch import ahead
 from data.stops import generation_config
 from files.atomic_writes import write_text
 from files.lock import Alone
-from files.model_folder import base_digest
 from files.weight_cache import writing
 from launch import memory, ranks
 from launch.precision import use_deterministic
@@ -56,7 +55,7 @@ from monitoring.messages import describe_data
 from monitoring.metrics import Lap, Metrics, Reading
 from monitoring.profiling import NO_PROFILER, NoProfiler, Profiler, make_profiler
 from monitoring.run_facts import describe_run
-from options.config import TOY_MODEL, Config, dump_yaml
+from options.config import Config
 from parallel.activation_checkpointing import Keep, compiler, compiles
 from parallel.optimizers import make_schedule
 from parallel.shards import whole
@@ -216,23 +215,20 @@ def run_profiled(place: Place, job: Job, profiler: Profiler, lock: Alone) -> Non
 def save(job: Job, model: PreTrainedModel, folder: Path, best: bool = False) -> None:
     """Writes what was trained. best: into best/, with its options; of an expanded model that is the new blocks alone, as the
     rest is gigabytes that do not change from step to step. Collective."""
-    config, files, family = job.config, job.files, job.family
-    on_disk = config.model_name == TOY_MODEL or Path(config.model_name).expanduser().is_dir()
-    base = str(files.folder.resolve()) if on_disk else config.model_name
-    digest = base_digest(job.model_config, files)
+    config, files, family, base = job.config, job.files, job.family, job.base
     settings = generation_config(files.folder, job.model_config, job.evaluation.stops)
     saved = "blocks" if best and config.method.expansion else config.llama_pro_save
     if saved == "blocks":
-        trained_model.save_blocks(model, family, folder, files, base, digest, settings)
+        trained_model.save_blocks(model, family, folder, files, base, settings)
     elif config.method.expansion:
-        trained_model.save_expanded(model, family, folder, files, settings)
+        trained_model.save_expanded(model, family, folder, files, base, settings)
     elif config.method.saves == "adapter":
         targets = peft_targets(family, config.lora_target_modules)
-        adapter.save_adapter(model, folder, config, base, digest, targets, settings)
+        adapter.save_adapter(model, folder, config, base, targets, settings)
     else:
-        trained_model.save_model(model, folder, files, settings)
+        trained_model.save_model(model, folder, files, base, settings)
     if best and dist.get_rank() == 0:
-        write_text(folder / "config.yaml", dump_yaml(config, llama_pro_save=saved))
+        write_text(folder / "config.yaml", job.options_file(llama_pro_save=saved))
 
 
 def run(config: Config, remarks: list[str]) -> int:

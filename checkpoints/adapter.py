@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import nn
 
 from files.atomic_writes import staged
+from files.base_model import BaseModel
 from files.disk_room import check_room
 from files.names import ADAPTER
 from files.tensors import save_tensors
@@ -26,15 +27,14 @@ def save_adapter(
     model: nn.Module,
     folder: Path,
     config: Config,
-    base: str,
-    digest: str,
+    base: BaseModel,
     targets: list[str],
     beside: Mapping[str, str],
 ) -> None:
     """Writes PEFT's two files. Collective; rank 0 writes, and raises OSError when the others are done.
 
     Args:
-        base, digest: the name and `base_digest` of the model below.
+        base: the model below.
         targets: the names in PEFT's target_modules.
         beside: {name: text} of more files to write.
     """
@@ -50,7 +50,8 @@ def save_adapter(
     description = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
+        "base_model_name_or_path": base.name,
+        "revision": base.revision,
         "r": config.lora_rank,
         "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
         "lora_dropout": config.lora_dropout,
@@ -63,7 +64,7 @@ def save_adapter(
     }
     check_room(folder, sum(t.nbytes for t in tensors.values()))
     with staged(folder) as stage:
-        save_tensors(tensors, stage(ADAPTER), {"base_digest": digest})
+        save_tensors(tensors, stage(ADAPTER), base.metadata())
         for name, text in beside.items():
             stage(name).write_text(text, encoding="utf-8")
         stage("adapter_config.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")

@@ -6,6 +6,7 @@ import copy
 import json
 import math
 import shlex
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -23,7 +24,8 @@ from checkpoints.model_writer import (
 )
 from checkpoints.trained_model import open_blocks
 from data.examples import toy_texts
-from files.model_folder import CheckpointFiles, fetch_weights, find_model
+from files.base_model import CONTENTS, DESCRIBED, check_base
+from files.model_folder import CheckpointFiles, base_digest, fetch_weights, find_model, recorded_name
 from files.names import CONFIG, GENERATION
 from files.output_folder import check_output, clear_output
 from files.tensors import StoredTensor
@@ -77,7 +79,7 @@ def read_model(options: Options) -> tuple[PretrainedConfig, Family, CheckpointFi
         )
     else:
         positions(options, config.num_hidden_layers)
-    fetch_weights(name, folder)
+    fetch_weights(recorded_name(name, folder), folder)
     tied = config.tie_word_embeddings
     files, _ = open_weights(folder, config, family)
     if tied != config.tie_word_embeddings:
@@ -182,15 +184,19 @@ def put_back(options: Options) -> str:
     if not path.is_file():
         raise UserError(f"--blocks {path}: no such file")
     try:
-        blocks = copied(open_blocks(path, files, family, new_layers(config))[0])
+        blocks, metadata = open_blocks(path, files, family, new_layers(config))
+        described = metadata.get(DESCRIBED) or base_digest(config, files)  # an older file has none
+        remark = check_base(described, metadata.get(CONTENTS), config, files, str(path), "--model_name")
     except UserError as e:
         raise UserError(f"--blocks {e}") from None
+    if remark:
+        print(f"--blocks {remark}", file=sys.stderr, flush=True)
     instead = corrected_config(files.folder, config)
     learned = path.with_name(GENERATION)  # what the run learned to end its answers with, if the base does not
     if learned.is_file():
         instead[GENERATION] = read_text(learned, CONFIG_FILE)
-    _write(options, with_replaced(files, blocks), files, instead)
-    return f"in {options.output_dir}: {config.num_hidden_layers} layers, {len(blocks)} tensors from {options.blocks}"
+    _write(options, with_replaced(files, copied(blocks)), files, instead)
+    return f"in {options.output_dir}: {config.num_hidden_layers} layers, {len(blocks.tensors)} tensors from {options.blocks}"
 
 
 def run(options: Options) -> int:

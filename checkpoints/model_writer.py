@@ -108,11 +108,18 @@ def write_tensors(path: Path, entries: dict[str, Entry], metadata: dict[str, str
             )
 
 
-def write_model(folder: Path, shards: Shards, source: Path, instead: Mapping[str, str]) -> None:
-    """Writes a model folder: weights, index, and small files as `copy_companions` does. A run that ends in the middle leaves no config.json; a full disk, no weights either."""
+def write_model(
+    folder: Path,
+    shards: Shards,
+    source: Path,
+    instead: Mapping[str, str],
+    metadata: dict[str, str] | None = None,
+) -> None:
+    """Writes a model folder: weights, index, and small files as `copy_companions` does. metadata: for the header of
+    each weights file. A run that ends in the middle leaves no config.json; a full disk, no weights either."""
     with staged(folder) as stage:
         for file, entries in shards.items():
-            write_tensors(stage(file), entries)
+            write_tensors(stage(file), entries, metadata)
         if list(shards) != [SINGLE]:
             weight_map = {name: file for file, entries in shards.items() for name in entries}
             index = {"metadata": {"total_size": total_bytes(shards)}, "weight_map": weight_map}

@@ -12,9 +12,6 @@ import os
 import re
 from pathlib import Path
 
-import torch
-from transformers import PretrainedConfig
-
 from checkpoints.storage import (
     GROWING_FILES,
     MANIFEST,
@@ -26,10 +23,8 @@ from checkpoints.storage import (
     remove_checkpoints,
     steps_in,
 )
-from files.model_folder import CheckpointFiles, base_digest
 from files.names import BEST, BLOCKS
 from files.output_folder import check_output, holds_run, output_folder
-from files.weight_cache import digest
 from monitoring.metrics import read_metrics
 from options.config import CHECKPOINTS, COMPATIBILITY, DAY, FIELDS, Config
 from options.declaration import shown
@@ -161,16 +156,9 @@ def find_checkpoint(config: Config) -> Saved | None:
     return saved
 
 
-def digest_base(model_config: PretrainedConfig, files: CheckpointFiles) -> str:
-    """A digest of the model below: its config, the names and shapes of all its weights, and some rows of each
-    that is not packed."""
-    plain = [n for n, t in files.tensors.items() if t.shape and t.dtype != torch.uint8]
-    return f"{base_digest(model_config, files)}-{digest(files, plain)}"
-
-
 def about(config: Config, precision: str, base: str, data: str) -> dict:
     """What a checkpoint says of the run and `check_same` compares. precision: what --precision means on this machine;
-    base, data: digests of the model below and of the rows."""
+    base, data: digests of the model below, as `BaseModel.digest` makes it, and of the rows."""
     return {"options": dataclasses.asdict(config), "rows_per_step": rows_per_step(config), "base": base, "data": data,
             "world": config.world_size, "precision": precision}  # fmt: skip
 
@@ -214,7 +202,8 @@ def check_same(saved: Saved, config: Config, now: dict) -> None:
             f" --batch_size {config.batch_size} x --gradient_accumulation_steps"
             f" {config.gradient_accumulation_steps} would make it {now['rows_per_step']}"
         )
-    if run["base"] != now["base"]:
+    # Of a packed model, earlier versions' checkpoints hold no digest of what is packed, which comes last.
+    if now["base"] != run["base"] and not now["base"].startswith(f"{run['base']}-"):
         raise UserError(f"{where}: --model_name {config.model_name} is not the model that the run began with")
     if run["data"] != now["data"]:
         raise UserError(
@@ -270,9 +259,14 @@ def tidy(folder: Path, saved: Saved | None) -> None:
         (folder / f"{BEST}.old").rename(folder / BEST)  # cut between the two renames of replace_folder
 
 
-def remarks(saved: Saved, config: Config) -> list[str]:
-    """What a user should know about going on with other options than before."""
+def remarks(saved: Saved, config: Config, base: str) -> list[str]:
+    """What a user should know about going on with other options than before. base: as for `about`."""
     told = []
+    if saved.run["base"] != base:
+        told.append(
+            f"--resume: an earlier version of this program made {saved.folder}, without a digest of 4-bit weights; the"
+            " model is recognised by its other weights"
+        )
     if saved.run["world"] != config.world_size and config.lora_dropout:
         told.append(
             f"--resume: {config.world_size} processes instead of {saved.run['world']} draw other random numbers for"

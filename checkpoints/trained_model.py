@@ -27,6 +27,7 @@ from checkpoints.model_writer import (
     write_tensors,
 )
 from files.atomic_writes import staged
+from files.base_model import BaseModel
 from files.disk_room import check_room
 from files.model_folder import CheckpointFiles
 from files.names import BLOCKS
@@ -46,30 +47,40 @@ def _trained_blocks(model: PreTrainedModel, family: Family, files: CheckpointFil
 
 
 def save_model(
-    model: PreTrainedModel, folder: Path, files: CheckpointFiles, instead: Mapping[str, str]
+    model: PreTrainedModel, folder: Path, files: CheckpointFiles, base: BaseModel, instead: Mapping[str, str]
 ) -> None:
     """Writes a whole trained model as the base's folder is laid out: same names, dtypes, config and tokenizer, but for
     the small files that `instead` has. Collective; rank 0 writes, one tensor at a time."""
     params = {clean(name): p for name, p in model.named_parameters()}  # a tied head is listed once
     entries = {name: gathered(p, files.tensors[name].torch_dtype) for name, p in params.items()}
-    _write_together(folder, shards_of(entries, SHARD_BYTES), files.folder, model.config, instead)
+    _write_together(folder, shards_of(entries, SHARD_BYTES), model.config, files.folder, base, instead)
 
 
 def save_expanded(
-    model: PreTrainedModel, family: Family, folder: Path, files: CheckpointFiles, instead: Mapping[str, str]
+    model: PreTrainedModel,
+    family: Family,
+    folder: Path,
+    files: CheckpointFiles,
+    base: BaseModel,
+    instead: Mapping[str, str],
 ) -> None:
     """Writes the folder that was trained from, with its new blocks as they are now: same file names, dtypes,
     config and tokenizer, but for the small files that `instead` has. The old blocks are the files', not the quantized
     ones. Collective; rank 0 writes."""
     shards = with_replaced(files, _trained_blocks(model, family, files))
-    _write_together(folder, shards, files.folder, model.config, instead)
+    _write_together(folder, shards, model.config, files.folder, base, instead)
 
 
 def _write_together(
-    folder: Path, shards: Shards, source: Path, config: PretrainedConfig, instead: Mapping[str, str]
+    folder: Path,
+    shards: Shards,
+    config: PretrainedConfig,
+    source: Path,
+    base: BaseModel,
+    instead: Mapping[str, str],
 ) -> None:
     small = {**corrected_config(source, config), **instead}
-    _together(folder, shards, lambda noted: write_model(folder, noted, source, small))
+    _together(folder, shards, lambda noted: write_model(folder, noted, source, small, base.metadata()))
 
 
 def _together(folder: Path, shards: Shards, write: Callable[[Shards], None]) -> None:
@@ -102,15 +113,14 @@ def save_blocks(
     family: Family,
     folder: Path,
     files: CheckpointFiles,
-    base: str,
-    digest: str,
+    base: BaseModel,
     beside: Mapping[str, str],
 ) -> None:
-    """Writes the new blocks alone, under the expanded model's names. The header's metadata has their layers, and the
-    name and `base_digest` of the expanded model. beside: {name: text} of more files to write. Collective; rank 0
-    writes."""
+    """Writes the new blocks alone, under the expanded model's names. The header's metadata has their layers, and
+    names the expanded model, `base`. beside: {name: text} of more files to write. Collective; rank 0 writes."""
     entries, layers = _trained_blocks(model, family, files), json.dumps(new_layers(model.config))
-    metadata = {"base_model_name_or_path": base, "base_digest": digest, NEW_LAYERS: layers}
+    metadata = {"base_model_name_or_path": base.name, NEW_LAYERS: layers} | base.metadata()
+    metadata |= {"revision": base.revision} if base.revision else {}
 
     def write(shards: Shards) -> None:
         with staged(folder) as stage:

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from transformers import PretrainedConfig
 
 from files.bnb_weights import find_bnb
-from files.names import INDEX, SINGLE
+from files.names import INDEX, SINGLE, split_revision
 from files.tensors import Stage, Staged, StoredTensor, list_tensors, read_tensor
 from files.weight_sets import check_one_set
 from options.config import TOY_MODEL
@@ -141,9 +141,20 @@ def _files(folder: Path) -> Mapping[str, set[str] | None]:
     raise UserError(f"--model_name {folder}: no weights here ({SINGLE} or {INDEX}){hint}")
 
 
+def recorded_name(name: str, folder: Path) -> str:
+    """A model's name that means the same from any folder and at any time: `owner/name@commit`, or an absolute path.
+    folder: where `find_model` found it."""
+    if name == TOY_MODEL:
+        return name
+    if os.path.isdir(os.path.expanduser(name)):
+        return str(folder.resolve())
+    return f"{split_revision(name)[0]}@{folder.name}"  # the hub's cache names a snapshot by its commit
+
+
 def find_model(name: str) -> Path:
     """The local folder of a model: `name` itself, or the hub's snapshot of that id, still without weights,
-    so that an unknown architecture costs no download of gigabytes.
+    so that an unknown architecture costs no download of gigabytes. name: a folder, or a hub id, with or without
+    `@revision`: a branch, a tag or a commit.
 
     Raises UserError if it is neither, is not accessible, or holds no config.json.
     """
@@ -155,24 +166,38 @@ def find_model(name: str) -> Path:
 
 
 def fetch_weights(name: str, folder: Path) -> None:
-    """Completes what `find_model` found with its safetensors files. Nothing to do for a local folder."""
+    """Completes what `find_model` found with its safetensors files. Nothing to do for a local folder. name: as
+    `recorded_name` gives it, since a branch may have moved on meanwhile."""
     if not os.path.isdir(os.path.expanduser(name)) and name != TOY_MODEL:
         assert _download(name, "*.safetensors") == folder
 
 
 def _download(name: str, *patterns: str) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RevisionNotFoundError,
+    )
 
+    repository, revision = split_revision(name)
+    # Subfolders and consolidated*.safetensors hold the same weights in other formats.
+    others = ["*/*", "consolidated*"]
     try:
-        # Subfolders and consolidated*.safetensors hold the same weights in other formats.
         return Path(
-            snapshot_download(name, allow_patterns=list(patterns), ignore_patterns=["*/*", "consolidated*"])
+            snapshot_download(
+                repository, revision=revision, allow_patterns=list(patterns), ignore_patterns=others
+            )
         )
     except HFValidationError:
         raise UserError(f"--model_name {name}: no such folder, and not a hub id (owner/name)") from None
     except LocalEntryNotFoundError:
         raise UserError(f"--model_name {name}: no such folder, and the hub cannot be reached") from None
+    except RevisionNotFoundError:
+        raise UserError(
+            f"--model_name {name}: on the hub {repository} has no branch, tag or commit {revision}"
+        ) from None
     except HfHubHTTPError as e:
         status = getattr(e.response, "status_code", None)
         reason: dict[int | None, str] = {

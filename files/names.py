@@ -1,6 +1,8 @@
-"""Names, and patterns as of Path.glob, of the files in a RUN and in a Hugging Face model folder."""
+"""Names, and patterns as of Path.glob, of the files in a RUN and in a Hugging Face model folder; names of models."""
 
 from __future__ import annotations
+
+import os
 
 ADAPTER, BLOCKS = "adapter_model.safetensors", "new_blocks.safetensors"
 BEST, SCORE = "best", "evaluation.json"  # the folder of the best step, and the file in it that names the step
@@ -13,3 +15,11 @@ CONFIG, GENERATION = "config.json", "generation_config.json"
 COMPANIONS = (CONFIG, GENERATION, *TOKENIZER)
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 MODEL_FILES = (CONFIG, GENERATION, INDEX, "model.safetensors", "model-*.safetensors")
+
+
+def split_revision(name: str) -> tuple[str, str | None]:
+    """(hub id, revision) of `owner/name@revision`; (name, None) of one without a revision, and of a folder."""
+    repository, _, revision = name.partition("@")
+    if not revision or os.path.isabs(name) or os.path.isdir(os.path.expanduser(name)):
+        return name, None
+    return repository, revision

@@ -8,13 +8,10 @@ size, for every tensor its CRC-32. It is made in `<folder>.<random>.partial`, wh
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import errno
 import glob
-import hashlib
 import importlib.metadata
 import json
-import math
 import os
 import re
 import shutil
@@ -31,13 +28,14 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 
+from files.digests import digest_rows_of
 from files.disk_room import check_room, check_writable
 from files.model_folder import CheckpointFiles
 from files.tensors import UMASK, list_tensors, read_tensor, save_tensors
 from launch.ranks import Place
 from options.errors import UserError, describe
 from options.limits import INDEX_FILE, read_json
-from quantization.quantizers import PackedWeight, Quantizer, flat_bytes
+from quantization.quantizers import PackedWeight, Quantizer
 
 MANIFEST, VERSION = "manifest.json", 2
 FILE = re.compile(r"packed-\d{1,6}-\d{1,6}\.safetensors", re.ASCII)
@@ -45,7 +43,6 @@ FILE_BYTES = 2**30  # of codes that a rank collects in host memory before it wri
 ABANDONED_SECONDS = 24 * 3600  # a folder not touched for so long belongs to a run that was cut
 # Rows that are drawn of a weight, and about how many of all weights: a model of many experts has tens of thousands.
 DRAWN, DRAWN_OF_ALL = 16, 10_000
-SMALL = 2**20  # bytes of a weight that is read whole where rows are drawn
 
 
 @dataclass(frozen=True)
@@ -81,29 +78,9 @@ def crc(packed: PackedWeight) -> int:
     return zlib.crc32(packed.scales.numpy().data, zlib.crc32(packed.codes.numpy().data))
 
 
-def digest(files: CheckpointFiles, names: list[str], drawn: int = 0) -> str:
-    """Names a model by these weights: of every one its name, shape, dtype, and its first, middle and last row, which
-    checkpoints hold. drawn: of a weight that is not SMALL as many rows more, at places that its name decides; of one that
-    is, all."""
-    total = hashlib.sha256()
-    for name in sorted(names):
-        stored = files.tensors[name]
-        total.update(f"{name} {stored.shape} {stored.dtype}".encode())
-        count, row = stored.shape[0], math.prod(stored.shape[1:]) * stored.torch_dtype.itemsize
-        random = hashlib.shake_256(name.encode()).digest(8 * drawn)
-        places = {int.from_bytes(random[i : i + 8]) % count for i in range(0, 8 * drawn, 8)}
-        runs = [(i, 1) for i in sorted(places | {0, count // 2, count - 1})]
-        for first, rows in [(0, count)] if drawn and count * row <= SMALL else runs:
-            part = dataclasses.replace(
-                stored, shape=(rows, *stored.shape[1:]), begin=stored.begin + first * row
-            )
-            total.update(flat_bytes(read_tensor(files.folder, part)).numpy().data)
-    return total.hexdigest()
-
-
 def digest_packed(files: CheckpointFiles, names: list[str]) -> str:
-    """A cache's `digest`."""
-    return digest(files, names, max(1, min(DRAWN, DRAWN_OF_ALL // len(names))))
+    """Digest of the weights that a cache holds packed."""
+    return digest_rows_of(files, names, max(1, min(DRAWN, DRAWN_OF_ALL // len(names))))
 
 
 def packers(quantizer: Quantizer, device_type: str) -> dict[str, str]:

@@ -23,8 +23,8 @@ from data.stops import generation_config
 from data.tokenizing import prepare
 from files.atomic_writes import write_text
 from files.disk_room import check_room, check_writable
-from files.model_folder import CheckpointFiles
-from files.names import ADAPTER, CONFIG, TOKENIZER
+from files.model_folder import CheckpointFiles, recorded_name
+from files.names import ADAPTER, CONFIG, TOKENIZER, split_revision
 from files.output_folder import clear_output, holds_run
 from finished.finished_run import Run, load_tokenizer, open_run, read_adapter, stops_of
 from finished.layerwise import compare, plain_logits, trained_logits
@@ -167,7 +167,7 @@ def write_merged(run: Run, options: Options, folder: Path, device: torch.device)
 
 
 def write_card(run: Run, options: Options, folder: Path, what: str, library: str) -> None:
-    base = options.base_model or run.config.model_name
+    base = recorded_name(options.base_model, run.base) if options.base_model else run.config.model_name
     text = card(run.config, run.folder, base, options.out.resolve().name, what, library)
     write_text(folder / "README.md", text)
 
@@ -177,9 +177,12 @@ def write_adapter(run: Run, options: Options, folder: Path) -> None:
     path = run.folder / "adapter_config.json"
     described = read_json(path, CONFIG_FILE)
     try:
-        described["base_model_name_or_path"] = options.base_model or described["base_model_name_or_path"]
+        named = described["base_model_name_or_path"], described.get("revision")
     except LookupError as e:
         raise UserError(f"{path}: not an adapter's description ({describe(e)})") from None
+    if options.base_model:
+        named = split_revision(recorded_name(options.base_model, run.base))
+    described["base_model_name_or_path"], described["revision"] = named
     check_space(options.out, run.adapter.stat().st_size + sum(p.stat().st_size for p in companions(run.base)))
     shutil.copyfile(run.adapter, folder / ADAPTER)
     copy_companions(run.base, folder, generation_settings(run), TOKENIZER)
@@ -260,19 +263,21 @@ def check_ids(run: Run) -> tuple[list[list[int]], str]:
 
 
 def logit_difference(run: Run, out: Path, device: torch.device) -> str:
-    """A line on how far the written model's logits are from those of the model that was trained."""
+    """A line on how far the written model's logits are from those of the model that was trained, or, where the base may
+    be another one, of the RUN over it."""
     rows, what = check_ids(run)
     lengths = [len(row) for row in rows]
     ids = torch.zeros(len(rows), max(lengths), dtype=torch.int64)  # padded on the right, where nothing looks
     for row, tokens in zip(ids, rows, strict=True):
         row[: len(tokens)] = torch.tensor(tokens)
     trained = trained_logits(run, read_adapter(run) if run.adapter else {}, ids, device)
+    model = "the trained model" if run.recognised else f"the run over {run.base}"
     written, family = read_config(out)  # not the run's: what is wrong in the file is to show
     difference, largest = compare(
         trained, plain_logits(written, family, CheckpointFiles(out), ids, device), lengths
     )
     return (
-        f"largest logit difference from the trained model: {difference:.4g}, of logits up to {largest:.4g}"
+        f"largest logit difference from {model}: {difference:.4g}, of logits up to {largest:.4g}"
         f" ({len(rows)} {what}, {sum(lengths)} tokens, computed in fp32)"
     )
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,9 +23,11 @@ from checkpoints.trained_model import open_blocks
 from data.examples import toy_texts
 from data.formats import RenderContext
 from data.stops import stop_tokens
+from files.base_model import CONTENTS, DESCRIBED, check_base
 from files.bnb_weights import check_stored_quantization
-from files.model_folder import CheckpointFiles, base_digest, fetch_weights, find_model
+from files.model_folder import CheckpointFiles, base_digest, fetch_weights, find_model, recorded_name
 from files.names import ADAPTER, BLOCKS
+from files.tensors import read_header
 from files.tokenizer import read_tokenizer
 from launch.precision import Precision
 from launch.ranks import Place
@@ -54,7 +57,7 @@ assert set(NEEDED) <= FIELDS.keys()
 class Run:
     """folder: the RUN; base: the folder of the model it was trained from, or, where the run saved a whole model, the
     RUN itself; files: the weights in base, with a RUN's new blocks in the place of theirs; adapter: its safetensors
-    file, or None."""
+    file, or None; recognised: whether the weights of the base are known to be those that it was trained on."""
 
     folder: Path
     config: Config
@@ -63,6 +66,7 @@ class Run:
     family: Family
     files: CheckpointFiles
     adapter: Path | None
+    recognised: bool = True
 
 
 def open_run(folder: str | Path, base: str | None = None) -> Run:
@@ -83,22 +87,36 @@ def open_run(folder: str | Path, base: str | None = None) -> Run:
     if whole:
         return run
     if blocks:
-        return dataclasses.replace(run, files=_with_blocks(run))
-    run = dataclasses.replace(run, adapter=folder / ADAPTER)
+        return _with_blocks(run)
+    path = folder / ADAPTER
+    run = dataclasses.replace(run, adapter=path)
     model = build_on_meta(run.model_config, run.family)
     check_packing(model, run.family, config, run.files)
-    _check_adapter(run, model)
+    metadata = _check_adapter(run, model)
     _check_description(saved, config)
-    return run
+    return _recognised(run, metadata.get(DESCRIBED), metadata, path)
 
 
 def open_base(run: Run, base: str | None = None) -> Run:
-    """The model that a run which saved a whole model was trained from, with nothing on it. Raises UserError, also
-    for a model of other shapes."""
+    """The model that a run which saved a whole model, or new blocks, was trained from, with nothing on it. base: as
+    for `open_run`. Raises UserError, also for another model."""
     opened = _open_model(run.folder, run.config, base or run.config.model_name, base)
-    if base_digest(opened.model_config, opened.files) != base_digest(run.model_config, run.files):
-        raise UserError(f"{run.folder}: was trained from another model than {opened.base}")
-    return opened
+    if run.base != run.folder:  # new blocks, of which `open_run` has compared it
+        return dataclasses.replace(opened, recognised=run.recognised)
+    weights = run.files.folder / next(iter(run.files.tensors.values())).file
+    metadata = read_header(weights)[0].get("__metadata__") or {}
+    described = metadata.get(DESCRIBED) or base_digest(run.model_config, run.files)
+    return _recognised(opened, described, metadata, run.folder)
+
+
+def _recognised(run: Run, described: str | None, metadata: dict[str, str], result: Path) -> Run:
+    """`run`, whose base is compared with what the header of its result says; tells what could not be compared.
+    described: the digest of config and shapes. Raises UserError for another base."""
+    contents = metadata.get(CONTENTS)
+    remark = check_base(described, contents, run.model_config, run.files, str(result), "--base_model")
+    if remark:
+        print(remark, file=sys.stderr, flush=True)
+    return dataclasses.replace(run, recognised=not remark)
 
 
 def _open_model(folder: Path, config: Config, name: str | None, given: str | None) -> Run:
@@ -109,7 +127,7 @@ def _open_model(folder: Path, config: Config, name: str | None, given: str | Non
         model_config, family = read_config(base)
         check_stored_quantization(getattr(model_config, "quantization_config", None), base)
         if name is not None:
-            fetch_weights(name, base)
+            fetch_weights(recorded_name(name, base), base)
         files, _ = open_weights(base, model_config, family)
     return Run(folder, config, base, model_config, family, files, None)
 
@@ -129,17 +147,14 @@ def _naming(name: str | None, given: str | None) -> Iterator[None]:
         raise UserError(f"base model{rest}; if it was moved, name its folder: --base_model") from None
 
 
-def _with_blocks(run: Run) -> CheckpointFiles:
-    """The expanded model's tensors, those of its new blocks as the RUN has them. Raises UserError unless the blocks
+def _with_blocks(run: Run) -> Run:
+    """`run` with the tensors of its new blocks in the place of the expanded model's. Raises UserError unless the blocks
     are this model's."""
     path = run.folder / BLOCKS
     blocks, metadata = open_blocks(path, run.files, run.family, new_layers(run.model_config))
-    if metadata.get("base_digest") not in (
-        None,
-        base_digest(run.model_config, run.files),
-    ):  # None: an older file
-        raise UserError(f"{path}: was trained on another model than {run.base}")
-    return run.files.with_those_of(blocks)
+    described = metadata.get(DESCRIBED) or base_digest(run.model_config, run.files)  # an older file has none
+    run = _recognised(run, described, metadata, path)
+    return dataclasses.replace(run, files=run.files.with_those_of(blocks))
 
 
 def _read_options(path: Path) -> Config:
@@ -176,23 +191,23 @@ def _check_description(path: Path, config: Config) -> None:
             raise UserError(f"{path}: {found}, but config.yaml makes it {value}: one of them is damaged")
 
 
-def _check_adapter(run: Run, model: PreTrainedModel) -> None:
-    """Raises UserError unless the adapter's file is whole, belongs to the run's base, and holds exactly the tensors,
-    by name and shape, of numbers with a fraction, that the run's options make of it. Reads headers only. model: the base on meta, which gets the
-    adapters."""
+def _check_adapter(run: Run, model: PreTrainedModel) -> dict[str, str]:
+    """Returns the header's metadata. Raises UserError unless the adapter's file is whole, belongs to a base of these
+    shapes, and holds exactly the tensors, by name and shape, of numbers with a fraction, that the run's options make of
+    it. Reads headers only. model: the base on meta, which gets the adapters."""
     path = run.adapter
     assert path is not None
     if not path.is_file():
         raise UserError(f"{path}: is missing: the run is half written")
     try:
         with safe_open(path, framework="pt") as f:
-            digest = (f.metadata() or {}).get("base_digest")
+            metadata = f.metadata() or {}
             slices = {name: f.get_slice(name) for name in f.keys()}  # noqa: SIM118
             found = {name: part.get_shape() for name, part in slices.items()}
             dtypes = {name: part.get_dtype() for name, part in slices.items()}
     except (SafetensorError, OSError) as e:
         raise UserError(f"{path}: truncated or not a safetensors file ({e})") from None
-    if digest != base_digest(run.model_config, run.files):
+    if metadata.get(DESCRIBED) != base_digest(run.model_config, run.files):
         raise UserError(f"{path}: was trained on another model than {run.base}")
     apply_method(model, run.family, run.config, Precision(torch.float32, torch.float32), run.files)
     wanted = {
@@ -214,6 +229,7 @@ def _check_adapter(run: Run, model: PreTrainedModel) -> None:
             raise UserError(
                 f"{path}: {name} is stored as {dtypes[name]}; expected one of {', '.join(ADAPTER_DTYPES)}"
             )
+    return metadata
 
 
 def read_adapter(run: Run) -> dict[str, torch.Tensor]:

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from data.sources import find_recipe
-from files.names import SCORE
+from files.names import SCORE, split_revision
 from options.config import FIELDS, TOY_MODEL, Config
 from options.declaration import shown
 from options.errors import UserError
@@ -37,9 +37,10 @@ def is_hub_id(name: str) -> bool:
 
 
 def card(config: Config, run: Path, base: str, title: str, what: str, library: str) -> str:
-    """The whole README.md. base: the base model's name, title: a heading; what: a paragraph on the files;
-    library: what loads them, by the hub's name."""
+    """The whole README.md. base: the base model's name, with its revision; title: a heading; what: a paragraph on the
+    files; library: what loads them, by the hub's name."""
     head: dict[str, Any] = {"library_name": library}
+    base, revision = split_revision(base)
     if is_hub_id(base):
         head["base_model"] = base
     data = _hub_data(config)
@@ -49,7 +50,7 @@ def card(config: Config, run: Path, base: str, title: str, what: str, library: s
     rows = [(name, getattr(config, name)) for name in TOLD]
     table = "\n".join(f"| {name} | {shown(value)} |" for name, value in rows if value is not None)
     shown_base = {TOY_MODEL: "a tiny Llama with random weights, made on the spot (`toy`)"}.get(
-        base, f"`{base}`"
+        base, f"`{base}`" + (f", revision `{revision}`" if revision else "")
     )
     from_hub = f" ({data})" if data else ""
     return (

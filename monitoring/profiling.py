@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from files.atomic_writes import write_text
+from files.names import split_revision
 from files.output_folder import output_folder
 from launch.memory import GIB, PEAKS, in_use
 from launch.ranks import Place
@@ -277,7 +278,7 @@ def check_traces(config: Config, steps: int) -> None:
 
 def make_profiler(config: Config, place: Place) -> Profiler:
     recorders: list[Recorder] = []
-    title = f"{Path(config.model_name).name} · {config.train_type}"
+    title = f"{Path(split_revision(config.model_name)[0]).name} · {config.train_type}"
     asked = [name for name in ("profile_memory", "export_memory_timeline") if getattr(config, name)]
     if asked and place.rank == 0 and place.device.type != "cuda":
         what = "there is no GPU: the resident size of each process is sampled instead"

@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from html import escape
 from pathlib import Path
 
-from files.names import ADAPTER, BLOCKS
+from files.names import ADAPTER, BLOCKS, split_revision
 from launch.program import typed_command
 from monitoring.report_charts import Series, bars, curves, number, running_mean
 from monitoring.run_files import RunFiles
@@ -68,8 +68,9 @@ def _source(text: str) -> str:
 
 
 def _model_name(config: Config) -> str:
-    """The last part of a path or of a hub id."""
-    return Path(config.model_name).name or config.model_name
+    """The last part of a path or of a hub id, without a revision."""
+    name, _ = split_revision(config.model_name)
+    return Path(name).name or name
 
 
 def _section(title: str, body: str, note: str = "") -> str:

@@ -72,8 +72,8 @@ class Config:
     llama_pro_save: str = option("model", "Method", "what is saved: the whole expanded model, or its new blocks"
         " alone (new_blocks.safetensors)", choices=("model", "blocks"), needs="expansion")
 
-    model_name: str = option(TOY_MODEL, "Model and data", "folder or hub id of a safetensors model; toy = a tiny"
-        " random Llama made on the spot")
+    model_name: str = option(TOY_MODEL, "Model and data", "folder or hub id of a safetensors model, also as"
+        " owner/name@revision (branch, tag or commit); toy = a tiny random Llama made on the spot")
     dataset: str = option(TOY_DATASET, "Model and data", "a recipe in datasets/, a .json, .jsonl, .csv or .parquet file,"
         " or a hub id")
     dataset_format: str = option("auto", "Model and data", "how a row becomes a text; auto is the recipe's, or"

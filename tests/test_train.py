@@ -8,7 +8,6 @@ import json
 import os
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -28,6 +27,7 @@ from monitoring.metrics import Meter
 from options.config import TOY_PROMPT
 from options.train import parse
 from parallel.optimizers import lr_factor
+from tests.helpers.hub_cache import FIRST, publish
 from tests.helpers.programs import ROOT, losses, metrics, run, small, start
 from tests.helpers.runs import train_run, whole_run
 from tests.helpers.wandb_files import wandb_records
@@ -138,16 +138,15 @@ def test_metrics_and_repeating_a_run(checkpoints, alpaca_file, tmp_path, run_her
 
 def test_a_hub_id_from_the_cache(checkpoints, alpaca_file, tmp_path, run_here, monkeypatch):
     """As huggingface_hub lays it out on disk after a download; the adapter then names the id, not a path."""
-    repository = tmp_path / "hub" / "models--someone--tiny"
-    (repository / "refs").mkdir(parents=True)
-    (repository / "refs" / "main").write_text("0123abc")
-    shutil.copytree(checkpoints(), repository / "snapshots" / "0123abc")
+    publish(tmp_path / "hub", "someone/tiny", checkpoints(), FIRST, "main")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     args = small(checkpoints, alpaca_file, tmp_path / "out", "--world_size", "1")
     args[1] = "someone/tiny"
     run_here(args)
     described = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
-    assert described["base_model_name_or_path"] == "someone/tiny"
+    assert (described["base_model_name_or_path"], described["revision"]) == ("someone/tiny", FIRST)
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "<title>tiny · bnb_dora</title>" in page and f"model <b>someone/tiny@{FIRST}</b>" in page
 
 
 def test_torchrun_reports_a_wrong_option_once(tmp_path, capsys, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -15,14 +16,16 @@ from checkpoints.storage import Saved
 from data.batches import StepSampler
 from data.evaluation_sets import EvaluationData
 from data.rows import TokenizedRows, digest_rows
-from files.model_folder import CheckpointFiles, base_digest
-from files.weight_cache import NewCache, digest
+from files.base_model import BaseModel
+from files.model_folder import CheckpointFiles
+from files.weight_cache import NewCache
 from launch.precision import Precision, precision_here
 from launch.ranks import local_world_size
 from models.family import Family
 from models.registry import FAMILIES
-from options.config import Config
+from options.config import Config, dump_yaml
 from options.declaration import shown
+from training.recorded import NAMED
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,7 @@ class Job:
     config: Config
     model_config: PretrainedConfig
     files: CheckpointFiles
+    base: BaseModel  # as the weights were before the run
     rows: TokenizedRows
     evaluation: EvaluationData
     cache: NewCache | None  # if --quantized_cache is still to be written
@@ -61,10 +65,13 @@ class Job:
         steps = sampler.steps_per_epoch() * self.config.num_epochs
         return steps if self.config.max_steps < 0 else min(steps, self.config.max_steps)
 
+    def options_file(self, **instead) -> str:
+        """config.yaml of the run. instead: as for `dump_yaml`."""
+        return dump_yaml(self.config, **instead)
+
     def about(self) -> dict:
         """What a checkpoint says of the run: its options, and digests of the model below and of the rows."""
-        base = resume.digest_base(self.model_config, self.files)
-        return resume.about(self.config, str(self.precision), base, digest_rows(self.rows))
+        return resume.about(self.config, str(self.precision), self.base.digest(), digest_rows(self.rows))
 
     def settled(self, output_dir: str, began: float) -> Job:
         """The same for a rank of several nodes. output_dir: rank 0's; began: when the run began, as time.time() says it."""
@@ -72,21 +79,20 @@ class Job:
         return dataclasses.replace(self, config=config, started=began)
 
     def described(self) -> dict[str, str]:
-        """What all nodes must have in common, as texts by name. Reads three rows of every weight that is not packed."""
+        """What all nodes must have in common, as texts by name."""
         options = dataclasses.asdict(self.config)
         del options["output_dir"]
-        names = [name for name in self.files.tensors if name not in self.files.packed]
         rows = [digest_rows(each) for each in (self.rows, self.evaluation.rows) if each]
         ranks = {"LOCAL_WORLD_SIZE": str(local_world_size(self.config.world_size))}
         return (
             ranks
-            | {f"--{name}": shown(value) for name, value in options.items()}
+            | {f"--{name}": _in_common(name, value) for name, value in options.items()}
             | {
                 "the version of torch": torch.__version__,
                 "the version of transformers": transformers.__version__,
                 "the precision of --precision": str(self.precision),
-                "what config.json and the weights' shapes say": base_digest(self.model_config, self.files),
-                "the weights": digest(self.files, names),
+                "what config.json and the weights' shapes say": self.base.described,
+                "the weights": self.base.contents,
                 "the rows of the data": " ".join(rows),
                 "the checkpoint to go on from": f"step {self.saved.step}" if self.saved else "none",
                 # One would read it, and the other wait for all to make it.
@@ -94,3 +100,10 @@ class Job:
                 "the prompts of the samples": str([prompt.ids for prompt in self.evaluation.prompts]),
             }
         )
+
+
+def _in_common(option: str, value) -> str:
+    """What nodes must have in common of an option: not where each has the model and the data, whose contents are
+    compared."""
+    local = option in NAMED and value is not None and os.path.isabs(value)
+    return "a path on this node" if local else shown(value)

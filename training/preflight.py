@@ -17,9 +17,10 @@ from data.examples import toy_texts
 from data.packing import make_sampler
 from data.rows import TokenizedRows
 from data.stops import base_stops
+from files.base_model import record_base
 from files.bnb_weights import check_stored_quantization
 from files.disk_room import check_writable
-from files.model_folder import CheckpointFiles, fetch_weights, find_model
+from files.model_folder import CheckpointFiles, fetch_weights, find_model, recorded_name
 from files.output_folder import check_output, output_folder
 from files.tokenizer import read_tokenizer
 from files.weight_cache import NewCache, new_cache, open_cache
@@ -39,6 +40,7 @@ from options.config import TOY_MODEL, Config
 from options.errors import UserError
 from parallel.optimizers import check_optimizer
 from training.job import Job
+from training.recorded import as_recorded
 from wrapping import STRATEGIES
 
 
@@ -79,9 +81,11 @@ def _check(config: Config) -> Job:
             raise UserError(f"{folder}: is packed by bitsandbytes; new blocks need the original weights")
     elif config.method.expansion:
         new_layers(model_config)
-    fetch_weights(config.model_name, folder)
+    name = recorded_name(config.model_name, folder)
+    fetch_weights(name, folder)
     tied = model_config.tie_word_embeddings
     files, model = open_weights(folder, model_config, family)
+    base = record_base(name, model_config, files)
     check_packing(model, family, config, files)
     cache = find_cache(model, family, config, files) if config.quantized_cache else None
     if config.method.adapter:
@@ -97,7 +101,7 @@ def _check(config: Config) -> Job:
     check_rope(config, model_config, rows, evaluation)
     for remark in evaluation.remarks:
         print(remark)
-    job = Job(config, model_config, files, rows, evaluation, cache, saved, started)
+    job = Job(as_recorded(config, name), model_config, files, base, rows, evaluation, cache, saved, started)
     if config.method.expansion:
         assert config.lr is not None
         check_can_leave_silence(files, family, new_layers(model_config), job.precision.trained, config.lr)
@@ -107,7 +111,7 @@ def _check(config: Config) -> Job:
         print(remark)
     if saved:
         resume.check_same(saved, config, job.about())
-        for remark in resume.remarks(saved, config):
+        for remark in resume.remarks(saved, config, base.digest()):
             print(remark)
     return job
 

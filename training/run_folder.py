@@ -17,7 +17,6 @@ from monitoring.metrics import Metrics
 from monitoring.report import PAGE, write_report
 from monitoring.run_facts import FACTS
 from monitoring.tracking import NoTracker, make_tracker
-from options.config import dump_yaml
 from options.errors import UserError
 from training.bad_steps import conclude
 from training.job import Job
@@ -44,7 +43,7 @@ def open_run(
         if job.saved is None:
             clear_output(folder)
         resume.tidy(folder, job.saved)
-        write_text(folder / "config.yaml", dump_yaml(config))
+        write_text(folder / "config.yaml", job.options_file())
         write_text(folder / FACTS, facts)
         print(ready, flush=True)
     if config.save_every or config.save_minutes:

@@ -20,10 +20,12 @@ import train
 from benchmarks.make_checkpoint import byte_tokenizer
 from checkpoints import manager
 from checkpoints import storage as checkpoint_files
-from checkpoints.storage import folder_of
+from checkpoints.resume import check_same, remarks
+from checkpoints.storage import folder_of, newest_whole
 from launch.precision import choose_precision
 from options.errors import UserError
 from options.train import parse
+from tests.helpers.bnb_checkpoints import QLORA, check, pack_like_the_hub
 from tests.helpers.hostile_checkpoints import Pickled
 from tests.helpers.resuming import QUIET, lie, resumed, run
 from training import job
@@ -90,6 +92,31 @@ def test_another_model_is_refused(source, copied, tmp_path):
     save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(UserError, match="is not the model that the run began with"):
         resumed(source, copied, "--model_name", str(other))
+
+
+def test_a_packed_model_is_compared_in_what_is_packed(checkpoints, alpaca_file, copied, tmp_path):
+    """Checkpoints of earlier versions hold no digest of that, and go on, which is told."""
+    pack_like_the_hub(checkpoints(), tmp_path / "4bit")
+    job = check(tmp_path / "4bit", alpaca_file, *QLORA)
+    now, saved = job.about(), newest_whole(copied, tell=print)
+
+    def refused_for(base: str, reason: str) -> list[str]:
+        before = dataclasses.replace(saved, run=saved.run | now | {"base": base, "data": "others"})
+        with pytest.raises(UserError, match=reason):
+            check_same(before, job.config, now)
+        return remarks(before, job.config, now["base"])
+
+    rows = "no longer makes the rows"  # are compared after the model
+    assert refused_for(now["base"], rows) == []
+    described, plain, packed = now["base"].split("-")
+    (line,) = refused_for(f"{described}-{plain}", rows)
+    assert "without a digest of 4-bit weights" in line
+    for other in (f"{described}-{plain}-{plain}", f"{described}-{packed}", f"{described}-{plain[:-1]}"):
+        refused_for(other, "is not the model that the run began with")
+    change = load_file(tmp_path / "4bit" / "model.safetensors")
+    change["model.layers.0.self_attn.q_proj.weight"][-1] ^= 1
+    save_file(change, tmp_path / "4bit" / "model.safetensors", metadata={"format": "pt"})
+    assert check(tmp_path / "4bit", alpaca_file, *QLORA).about()["base"] != now["base"]
 
 
 def test_a_run_without_its_metrics_is_refused(source, copied):

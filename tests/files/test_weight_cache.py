@@ -17,9 +17,8 @@ from safetensors.torch import load_file, save_file
 
 import train
 from files import weight_cache
-from files.model_folder import CheckpointFiles
 from files.names import ADAPTER
-from files.weight_cache import MANIFEST, NewCache, digest, packers, writing
+from files.weight_cache import MANIFEST, NewCache, packers, writing
 from options.errors import UserError
 from quantization.hqq import HQQ
 from quantization.nf4 import NF4
@@ -219,39 +218,6 @@ def load_where_one_cannot_write(place, args) -> tuple[dict, str, int]:
 
 
 # What a cache must fit
-
-
-def rows_that_count(folder: Path, drawn: int) -> set[int]:
-    """Those of a weight of 100 rows whose change changes the digest."""
-    weight, found = torch.arange(400.0).view(100, 4), set()
-
-    def digest_now() -> str:
-        save_file({"a.weight": weight}, folder / "model.safetensors")
-        return digest(CheckpointFiles(folder), ["a.weight"], drawn)
-
-    before = digest_now()
-    for i in range(len(weight)):
-        weight[i] += 0.5
-        found |= {i} if digest_now() != before else set()
-        weight[i] -= 0.5
-    return found
-
-
-def test_the_rows_of_a_digest(monkeypatch, tmp_path):
-    ends = {0, 50, 99}
-    assert rows_that_count(tmp_path, 16) == set(range(100))
-    monkeypatch.setattr(weight_cache, "SMALL", 0)
-    drawn = rows_that_count(tmp_path, 16)
-    assert ends < drawn and 14 <= len(drawn) <= 19 and rows_that_count(tmp_path, 16) == drawn
-    assert rows_that_count(tmp_path, 0) == ends
-
-
-def test_the_digest_that_checkpoints_hold_stays(tmp_path):
-    save_file({"a.weight": torch.arange(400.0).view(100, 4)}, tmp_path / "model.safetensors")
-    assert (
-        digest(CheckpointFiles(tmp_path), ["a.weight"])
-        == "ba58e11c58dbd28c6ace1267a54d873ea0f28ab991ab5943046b313c8a94bdce"
-    )
 
 
 @pytest.mark.parametrize("quantizer", [NF4(), HQQ(4)])

@@ -16,11 +16,13 @@ from safetensors.torch import load_file, save_file
 
 import export
 import finished.export
+from files.digests import digest_contents
+from files.model_folder import CheckpointFiles
 from files.names import ADAPTER
 from finished import finished_run
 from tests.helpers.adapters import args_for
 from tests.helpers.distributed import new_processes
-from tests.helpers.finished_runs import saved_run, spoil_adapter
+from tests.helpers.finished_runs import saved_run, spoil_adapter, trained_on
 
 
 @pytest.fixture(scope="module")
@@ -177,13 +179,14 @@ def test_a_full_disk_is_seen_before_writing(to, refused, monkeypatch, tmp_path):
     refused("MiB are needed", "0.00 MiB free", to=to, out=tmp_path / "a" / "b")
 
 
-def test_values_that_a_dtype_cannot_hold(refused, checkpoints, tmp_path):
+def test_values_that_a_dtype_cannot_hold(refused, run, checkpoints, tmp_path):
     base = shutil.copytree(checkpoints(), tmp_path / "base")
     index = json.loads((base / "model.safetensors.index.json").read_text())["weight_map"]
     for name in ("model.norm.weight", "model.layers.2.mlp.down_proj.weight"):
         kept = load_file(base / index[name])
         changed = kept | {name: kept[name] * 1e6}
         save_file(changed, base / index[name], metadata={"format": "pt"})
+        trained_on(run / ADAPTER, base_contents=digest_contents(CheckpointFiles(base)))
         refused(name, "float16 cannot hold", base_model=base, dtype="float16")
         save_file(kept, base / index[name], metadata={"format": "pt"})
 

@@ -16,13 +16,23 @@ from options import config as options
 from tests.helpers import chat_templates
 from tests.helpers.adapters import args_for
 from tests.helpers.logits import IDS
-from tests.helpers.runs import make_job, set_up
+from tests.helpers.runs import make_job, randomize, set_up
 from tests.helpers.small_tokenizers import chat_tokenizer
 
 
 def save_and_compute(place, args, folder) -> torch.Tensor:
     """Saves what the run would save; returns the training model's own logits."""
-    job, model = set_up(place, args)
+    return _save(place, *set_up(place, args), folder)
+
+
+def save_job(place, job, folder) -> torch.Tensor:
+    """The same of a run that was checked elsewhere."""
+    model, _ = train.set_up(job, place)
+    randomize(model)
+    return _save(place, job, model, folder)
+
+
+def _save(place, job, model, folder) -> torch.Tensor:
     if job.config.method.saves == "model":
         with torch.no_grad():  # so that what is saved is not what was loaded
             for parameter in model.parameters():
@@ -68,6 +78,13 @@ def run_in_chat_format(one_rank, folder: Path, base: Path) -> Path:
     (folder / "rows.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
     saved_run(one_rank, folder / "run", args_for(model, folder / "rows.jsonl", "bnb_dora"))
     return folder / "run"
+
+
+def trained_on(file: Path, **digests: str | None) -> None:
+    """Changes what the header of a result's safetensors file says of its base; None takes an entry out."""
+    with safe_open(file, framework="pt") as f:
+        metadata = f.metadata() | digests
+    save_file(load_file(file), file, metadata={k: v for k, v in metadata.items() if v is not None})
 
 
 def spoil_adapter(run, change: str) -> None:
