@@ -66,8 +66,8 @@ class Job:
         return steps if self.config.max_steps < 0 else min(steps, self.config.max_steps)
 
     def options_file(self, **instead) -> str:
-        """config.yaml of the run. instead: as for `dump_yaml`."""
-        return dump_yaml(self.config, **instead)
+        """config.yaml of the run, which is read from other folders than the current one. instead: as for `dump_yaml`."""
+        return dump_yaml(self.config, output_dir=os.path.abspath(self.output_dir), **instead)
 
     def about(self) -> dict:
         """What a checkpoint says of the run: its options, and digests of the model below and of the rows."""

@@ -3,14 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+from typing import Any
 
+from data.sources import RECIPES
 from options.config import Config
 
 # Options whose contents all nodes and --resume compare, so that a path may differ.
-NAMED = ("model_name", "llama_pro_path")
+NAMED = ("model_name", "llama_pro_path", "dataset", "eval_dataset", "sample_prompts")
 
 
 def as_recorded(config: Config, model: str) -> Config:
-    """The options with what they name recorded for good. model: `recorded_name` of --model_name."""
+    """The options with absolute paths in the place of local ones. model: `recorded_name` of --model_name."""
+    data: dict[str, Any] = {
+        name: _located(getattr(config, name)) for name in ("dataset", "eval_dataset", "sample_prompts")
+    }
     expanded = None if config.llama_pro_path is None else model
-    return dataclasses.replace(config, model_name=model, llama_pro_path=expanded)
+    return dataclasses.replace(config, model_name=model, llama_pro_path=expanded, **data)
+
+
+def _located(data: str | None) -> str | None:
+    """The absolute path of a local file or folder of data; the name of a recipe or of a hub id as it is."""
+    if data is None or (os.path.basename(data) == data and (RECIPES / f"{data}.toml").is_file()):
+        return data
+    local = os.path.expanduser(data)
+    return os.path.abspath(local) if os.path.exists(local) else data
