@@ -17,7 +17,7 @@ from data.chat import ChatTemplate
 from data.messages import checked_messages, checked_tools
 from options.errors import UserError, describe
 
-# The prompts of Stanford Alpaca, which most instruction-tuned checkpoints of this kind have seen.
+# Alpaca's prompts as alpaca-lora, axolotl and most later programs write them: the answer begins on a line of its own.
 ALPACA = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the"
     " request.\n\n### Instruction:\n{instruction}\n\n### Response:\n"
@@ -27,6 +27,8 @@ ALPACA_INPUT = (
     " Write a response that appropriately completes the request.\n\n### Instruction:\n{instruction}\n\n"
     "### Input:\n{input}\n\n### Response:\n"
 )
+# As Stanford's own train.py and fsdp_qlora write them: the answer follows the colon.
+STANFORD, STANFORD_INPUT = ALPACA.removesuffix("\n"), ALPACA_INPUT.removesuffix("\n")
 GUANACO_MARKERS = ("### Human:", "### Assistant:")
 QA = "### Question:\n{question}\n\n### Answer:\n"
 QA_CONTEXT = "### Context:\n{context}\n\n### Question:\n{question}\n\n### Answer:\n"
@@ -70,7 +72,7 @@ class Format:
     that it reads; prompt(row, context): the text up to the last answer, which the row may lack; answer:
     the column that holds nothing else; turns: a conversation, which goes on after an answer; question(text, markers):
     what the column `asks` holds where nothing but that text is asked; special: as in Rendered; marked: its text has
-    markers."""
+    markers; named: it is used only where it is asked for by name, never recognised."""
 
     render: Callable[..., Rendered]
     prompt: Callable[..., str]
@@ -81,6 +83,7 @@ class Format:
     question: Callable[..., str | list] = lambda text, _markers: text
     special: bool = True
     marked: bool = False
+    named: bool = False
 
     @property
     def asks(self) -> str:
@@ -110,6 +113,14 @@ def _alpaca_prompt(row: Mapping[str, str], _context: RenderContext | None = None
 
 def _alpaca(row: Mapping[str, str], _context: RenderContext | None = None) -> Rendered:
     return _prompted(_alpaca_prompt(row), row["output"])
+
+
+def _stanford_prompt(row: Mapping[str, str], _context: RenderContext | None = None) -> str:
+    return (STANFORD_INPUT if row.get("input", "") else STANFORD).format_map(row)  # an input of spaces is one
+
+
+def _stanford(row: Mapping[str, str], _context: RenderContext | None = None) -> Rendered:
+    return _prompted(_stanford_prompt(row), row["output"])
 
 
 def _qa_prompt(row: Mapping[str, str], _context: RenderContext | None = None) -> str:
@@ -193,6 +204,9 @@ FORMATS = {
         _chat, _chat_prompt, ("messages",), ("tools",), turns=True, question=_user_message, special=False
     ),
     "alpaca": Format(_alpaca, _alpaca_prompt, ("instruction", "output"), ("input",), answer="output"),
+    "alpaca_stanford": Format(
+        _stanford, _stanford_prompt, ("instruction", "output"), ("input",), answer="output", named=True
+    ),
     "qa": Format(_qa, _qa_prompt, ("question", "answer"), ("context",), answer="answer"),
     "guanaco": Format(
         _guanaco, _guanaco_prompt, ("text",), turns=True, question=_first_question, marked=True
@@ -232,9 +246,9 @@ def recognise(
 ) -> str:
     """The format of rows with these columns; `sample` tells a dialogue in `text` from plain text."""
     for name, form in FORMATS.items():
-        if form.fits(columns, sample, markers):
+        if not form.named and form.fits(columns, sample, markers):
             return name
-    known = "; ".join(f"{n}: {', '.join(f.needs)}" for n, f in FORMATS.items())
+    known = "; ".join(f"{n}: {', '.join(f.needs)}" for n, f in FORMATS.items() if not f.named)
     raise UserError(f"{where}: columns {', '.join(sorted(columns))} fit no format ({known})")
 
 

@@ -35,7 +35,8 @@ TOY_DEFAULTS = {
 # A row of the toy data that a demo run learns for sure: the right tokens are far ahead of all others.
 TOY_PROMPT = "Put these numbers in order: 5 4 6"
 
-DATASET_FORMATS = ("auto", "alpaca", "chat", "guanaco", "qa", "completion")  # data/formats.py has them
+# data/formats.py has them
+DATASET_FORMATS = ("auto", "alpaca", "alpaca_stanford", "chat", "guanaco", "qa", "completion")
 CHECKPOINTS = "checkpoints"  # the folder in a RUN
 COMPATIBILITY = "Accepted for older commands, without effect"  # the group of options that change nothing
 
@@ -76,8 +77,8 @@ class Config:
         " owner/name@revision (branch, tag or commit); toy = a tiny random Llama made on the spot")
     dataset: str = option(TOY_DATASET, "Model and data", "a recipe in datasets/, a .json, .jsonl, .csv or .parquet file,"
         " or a hub id")
-    dataset_format: str = option("auto", "Model and data", "how a row becomes a text; auto is the recipe's, or"
-        " recognised from the columns, and config.yaml keeps which it was", choices=DATASET_FORMATS)
+    dataset_format: str = option("auto", "Model and data", "how a row becomes a text (docs/data.md); auto is the"
+        " recipe's, or recognised from the columns, and config.yaml keeps which it was", choices=DATASET_FORMATS)
     dataset_samples: int = option(-1, "Model and data", "rows used, from the first; -1 = all (alpaca_sample and"
         " dummy: 512)", least=1, other=-1)
     chat_date: str | None = option(None, "Model and data", "day, as YYYY-MM-DD, that a chat template which writes"

@@ -43,6 +43,7 @@ Names, choices and meanings are fsdp_qlora's. These defaults are not:
 | output_dir | output | runs/&lt;date-time&gt;-&lt;train_type&gt; | a run never replaces another |
 | log_to | tqdm | tqdm | metrics.jsonl is written always |
 | master_port | 12355 | a free one | two runs on one machine do not collide |
+| dataset_format | Alpaca's answer right behind "### Response:" | on the next line | as most later programs; theirs is [`alpaca_stanford`](data.md#the-two-prompts-of-alpaca) |
 | dataset_samples | 512 | all rows; 512 for alpaca_sample and dummy | it limits any dataset |
 | max_steps | per epoch | of the whole run | |
 | AdamW | betas 0.9, 0.95, eps 1e-5 | torch's: 0.9, 0.999, 1e-8 | |

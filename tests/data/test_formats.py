@@ -13,6 +13,7 @@ from options.config import DATASET_FORMATS
 from options.errors import UserError
 from tests.helpers import chat_templates as templates
 from tests.helpers import small_tokenizers
+from tests.helpers.fsdp_qlora import tokens_and_labels
 from tests.helpers.small_tokenizers import chat_tokenizer
 
 TOKENIZER = byte_tokenizer()
@@ -57,6 +58,19 @@ EXACT = {
     "alpaca, blank input": ("alpaca", CITY | {"input": " \n"}, ALPACA, "Paris {{}}"),
     "alpaca, null input": ("alpaca", CITY | {"input": None}, ALPACA, "Paris {{}}"),
     "alpaca with input": ("alpaca", CITY | {"input": "in France"}, ALPACA_INPUT, "Paris {{}}"),
+    "alpaca_stanford": ("alpaca_stanford", CITY, ALPACA.replace(":\nParis", ":Paris"), "Paris {{}}"),
+    "alpaca_stanford, null input": (
+        "alpaca_stanford",
+        CITY | {"input": None},
+        ALPACA.replace(":\nParis", ":Paris"),
+        "Paris {{}}",
+    ),
+    "alpaca_stanford with input": (
+        "alpaca_stanford",
+        CITY | {"input": "in France"},
+        ALPACA_INPUT.replace(":\nParis", ":Paris"),
+        "Paris {{}}",
+    ),
     "qa": ("qa", {"question": "2+2?", "answer": 4}, "### Question:\n2+2?\n\n### Answer:\n4", "4"),
     "qa with context": (
         "qa",
@@ -77,6 +91,25 @@ def test_one_answer(case):
     assert learned_tokens(rendered, TOKENIZER) == answer + "</s>"
 
 
+STANFORD_ROWS = [
+    {"instruction": "Name a {city}.", "output": "Paris {{}}", "input": ""},
+    {"instruction": "Name a city.", "output": "Paris", "input": "in France"},
+    {"instruction": "Name a city.", "output": " 4\n5", "input": " "},
+    {"instruction": "Name a city.", "output": '"Paris"'},
+]
+
+
+@pytest.mark.parametrize("kind", ["BYTES", "trimming", "byte_fallback", "unigram"])
+@pytest.mark.parametrize("row", STANFORD_ROWS, ids=lambda row: row["output"])
+def test_stanfords_prompt_gives_fsdp_qloras_tokens_and_labels(kind, row):
+    made = getattr(small_tokenizers, kind)
+    tokenizer = made if kind == "BYTES" else made()
+    ids, labels = tokens_and_labels(row, tokenizer)
+    rows = tokenize([render("alpaca_stanford", row, tokenizer)], tokenizer, 10_000, "here")
+    assert rows.tokens.tolist() == ids
+    assert [t if learned else -100 for t, learned in zip(ids, rows.learned.tolist(), strict=True)] == labels
+
+
 def prompt(name: str, row: dict, tokenizer=TOKENIZER, markers=GUANACO_MARKERS) -> str:
     context = RenderContext(tokenizer, markers)
     return FORMATS[name].prompt(checked(row, FORMATS[name], "here", answered=False), context)
@@ -95,6 +128,7 @@ def test_a_prompt_is_the_text_before_the_answer(case):
 
 @pytest.mark.parametrize("name, answered, markers", [
     ("alpaca", {"instruction": "Why?", "output": "So"}, GUANACO_MARKERS),
+    ("alpaca_stanford", {"instruction": "Why?", "output": "So"}, GUANACO_MARKERS),
     ("qa", {"question": "Why?", "answer": "So"}, GUANACO_MARKERS),
     ("chat", talk("Why?", "So"), GUANACO_MARKERS),
     ("guanaco", {"text": "### Human: Why?### Assistant: So"}, GUANACO_MARKERS),
@@ -312,7 +346,7 @@ def test_absent_keys_of_a_message_stay_absent():
 
 @pytest.mark.parametrize("columns, text, name", [
     ("instruction output", "", "alpaca"),
-    ("instruction input output text", "### Assistant: both", "alpaca"),
+    ("instruction input output text", "### Assistant: both", "alpaca"),  # never alpaca_stanford
     ("question answer", "", "qa"),
     ("question answer context id", "", "qa"),
     ("messages prompt", "", "chat"),

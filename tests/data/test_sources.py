@@ -240,6 +240,19 @@ def test_a_recipe_of_the_user_s_own(tmp_path):
     ]  # renamed, though it had an `answer` before
 
 
+def test_a_recipe_names_stanfords_prompt(tmp_path):
+    """The option goes before the recipe, and nothing else chooses it."""
+    rows = put(tmp_path / "rows.jsonl", jsonl([CITY]))
+    recipe = put(tmp_path / "mine.toml", 'source = "rows.jsonl"\nformat = "alpaca_stanford"\n')
+    stanfords = {
+        (dataset, name)
+        for dataset in (rows, recipe)
+        for name in ("auto", "alpaca", "alpaca_stanford")
+        if "### Response:Paris" in BYTES.decode(prepare(str(dataset), name, -1, 1000, BYTES).tokens)
+    }
+    assert stanfords == {(recipe, "auto"), (recipe, "alpaca_stanford"), (rows, "alpaca_stanford")}
+
+
 def test_a_recipe_s_markers_tell_its_format(tmp_path):
     put(tmp_path / "rows.jsonl", jsonl([{"text": "<u> Hi <b> Yo"}]))
     recipe = put(tmp_path / "mine.toml", 'source = "rows.jsonl"\nmarkers = ["<u>", "<b>"]\n')

@@ -27,6 +27,7 @@ from quantization.layer import Linear4bit
 from quantization.nf4 import NF4
 from tests.helpers.adapters import args_for
 from tests.helpers.finished_runs import saved_run
+from tests.helpers.fsdp_qlora import PROMPT as STANFORD
 from tests.helpers.layers import ALPHA, I, O, R, dora, filled
 from tests.helpers.runs import dense_state, transformers_model
 
@@ -167,6 +168,16 @@ def test_the_data_is_not_needed(kept, runs, tmp_path, said, alpaca_file):
     asked = [*ASKED, "--compare", "false"]
     ours = said(copy, *asked, *[] if kept else ["--dataset_format", "alpaca"])[0][str(copy)]
     assert ours == said(runs[0], *asked)[0][str(runs[0])] | {"model": str(copy)}
+
+
+def test_a_run_of_stanfords_prompt_is_asked_with_it(runs, tmp_path, capsys):
+    copy = shutil.copytree(runs[0], tmp_path / "copy")
+    text = (copy / "config.yaml").read_text()
+    text = text.replace("dataset_format: alpaca\n", "dataset_format: alpaca_stanford\n")
+    (copy / "config.yaml").write_text(text)
+    asked = ["--prompt", QUESTION, "--max_new_tokens", "1", "--compare", "false", "--json"]
+    assert generate.main([str(copy), *asked]) == 0
+    assert json.loads(capsys.readouterr().out)["rendered"] == STANFORD.format(instruction=QUESTION)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "bf16_autocast"])

@@ -1,4 +1,5 @@
-"""What fsdp_qlora takes: options, choices, data sets, and a command from a public write-up."""
+"""What fsdp_qlora takes: options, choices, data sets, and a command from a public write-up; the tokens that it makes of
+an Alpaca row."""
 
 from __future__ import annotations
 
@@ -35,3 +36,23 @@ PUBLIC_COMMAND = """--train_type bnb_dora --model_name meta-llama/Meta-Llama-3-7
     --use_gradient_checkpointing true --reentrant_checkpointing true --use_cpu_offload false
     --use_activation_cpu_offload false --project_name fsdp-quantized-ucg
     --save_model true --output_dir ../models/Llama-3-70b-ucg-bnb-QDoRA"""
+
+
+# As in fsdp_qlora's train.py, which has them from Stanford Alpaca's.
+PROMPT = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response:"
+)
+PROMPT_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. Write a"
+    " response that appropriately completes the request.\n\n### Instruction:\n{instruction}\n\n"
+    "### Input:\n{input}\n\n### Response:"
+)
+
+
+def tokens_and_labels(row: dict, tokenizer) -> tuple[list[int], list[int]]:
+    """(input_ids, labels with -100 for what is not learned) as fsdp_qlora's InstructionDataset makes them."""
+    prompt = (PROMPT if row.get("input", "") == "" else PROMPT_INPUT).format_map(row)
+    ids = [*tokenizer.encode(prompt + row["output"]), tokenizer.eos_token_id]
+    masked = len(tokenizer.encode(prompt))
+    return ids, [-100] * masked + ids[masked:]
