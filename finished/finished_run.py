@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import yaml
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
@@ -39,8 +38,9 @@ from models.registry import build_on_meta, open_weights, read_config
 from models.toy import toy_model
 from options.config import FIELDS, TOY_MODEL, Config
 from options.errors import UserError
-from options.limits import CONFIG_FILE, OPTIONS_FILE, read_json, read_text
+from options.limits import CONFIG_FILE, read_json
 from options.train import parse
+from options.yaml_file import read_options_file
 from quantize_layers import load_weights
 
 PREFIX = "base_model.model."  # of PEFT's names
@@ -170,7 +170,7 @@ def _read_options(path: Path) -> Config:
 
 def _check_lost(path: Path) -> None:
     """Raises UserError where config.yaml, which is YAML, has lost an option: its default may be another."""
-    given = yaml.safe_load(read_text(path, OPTIONS_FILE))
+    given = read_options_file(str(path))
     lost = next((name for name in NEEDED if name not in given), None)
     if lost:
         raise UserError(f"{path}: has no {lost}, which a run writes: the file is damaged")

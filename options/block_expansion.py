@@ -36,7 +36,7 @@ class Options:
     expansion_rate: float | None = option(None, "One of", "the same as a share of the layers, rounded, at least one:"
         " 0.25 = 8 for 32", above=0)
     after: list[int] | None = option(None, "One of", "a new block after each of these layers, counted from 0: 3,7,11;"
-        " twice for two", convert=layers)
+        " twice for two", convert=layers, commas=True)
     blocks: str | None = option(None, "One of", "file of trained blocks, to be put into the expanded model --model_name")
     # fmt: on
 

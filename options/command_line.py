@@ -18,14 +18,21 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from options.declaration import REQUIRED, options_of, shown
 from options.errors import UserError
-from options.limits import OPTIONS_FILE, read_text
 from options.methods import NEEDS
+from options.yaml_file import Value, read_options_file
 
-TRUTHS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+TRUTHS = {
+    "true": True,
+    "1": True,
+    "yes": True,
+    "on": True,
+    "false": False,
+    "0": False,
+    "no": False,
+    "off": False,
+}
 NOUNS = {bool: "true or false", int: "a whole number", float: "a number"}
 METAVARS = {bool: "BOOL", int: "N", float: "X", Path: "PATH"}
 LARGEST = 2**31  # of whole numbers without another bound: more than torch's indices hold
@@ -99,23 +106,23 @@ class Command:
             if type(value) is int and not bounded and abs(value) >= LARGEST:
                 raise UserError(f"--{name} {value}: must be below 2**31")
 
-    def _convert(self, name: str, value, where: str):
-        """value, a text, a list of texts or what YAML makes of one, as the option's type. Raises UserError that names
+    def _convert(self, name: str, value: Value, where: str):
+        """value, a text or list of texts or what else a file gives, as the option's type. Raises UserError that names
         `where`."""
-        meta, (kind, optional) = self.fields[name].metadata, self.kind(name)
-        if value is None and optional:
-            return None
+        meta, (kind, _) = self.fields[name].metadata, self.kind(name)
+        noun = meta["noun"]
         if meta["repeat"]:
             values = value if isinstance(value, list) else [value]
-            return [_converted(kind, each, where, meta["noun"]) for each in values]
-        if not meta["convert"]:
-            result = _converted(kind, value, where, meta["noun"])
-        else:
-            text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+            return [_converted(kind, each, where, noun) for each in values]
+        if meta["commas"] and isinstance(value, list):
+            value = ",".join(_item(each, where) for each in value)
+        if meta["convert"] and isinstance(value, str):
             try:
-                result = meta["convert"](text)
+                result = meta["convert"](value)
             except ValueError:
-                raise UserError(f"{where}: {text!r} is not {meta['noun']}") from None
+                raise UserError(f"{where}: {value!r} is not {noun}") from None
+        else:
+            result = _converted(kind, value, where, noun)
         if meta["choices"] and result not in meta["choices"]:
             raise UserError(f"{where}: {result!r} is none of {', '.join(map(str, meta['choices']))}")
         return result
@@ -148,27 +155,35 @@ class Command:
             for each, after in itertools.zip_longest(argv, argv[1:], fillvalue="")
         ]
 
-    def _read_yaml(self, path: str) -> dict[str, tuple[Any, str]]:
-        """{option: (what YAML makes of its value, where it stands)}."""
-        given = _load_yaml(path)
-        values = {}
-        for key, value in given.items():
-            name = str(key).replace("-", "_")
+    def _read_yaml(self, path: str) -> dict[str, tuple[Value, str]]:
+        """{option: (its value in the file, where it stands)}."""
+        values: dict[str, tuple[Value, str]] = {}
+        for key, value in read_options_file(path).items():
+            name = key.replace("-", "_")
             if name not in self.fields:
-                raise UserError(f"--config {path}: unknown option {key}{suggest(str(key), self.fields)}")
+                raise UserError(f"--config {path}: unknown option {key}{suggest(key, self.fields)}")
             if value is not None:  # a null line is an option that was not given
                 values[name] = value, f"{path}: {name}"
         return values
 
 
-def _converted(kind: type, value, where: str, noun: str):
-    text = str(value).strip()
+def _item(value: str | None, where: str) -> str:
+    """One of the values that an option has comma-separated. Raises UserError for one that would be none or several."""
+    if value is None or "," in value:
+        raise UserError(f"{where}: {value!r} is not one value of the list")
+    return value
+
+
+def _converted(kind: type, value: Value, where: str, noun: str):
+    text = value.strip() if isinstance(value, str) else str(value)
     try:
+        if not isinstance(value, str):
+            raise ValueError
         if kind is bool:
             return TRUTHS[text.lower()]
-        if isinstance(value, bool | list | dict) or value is None:
-            raise ValueError
-        result = Path(str(value)).expanduser() if kind is Path else str(value) if kind is str else kind(text)
+        if kind is float:
+            text = re.sub(r"^([-+]?)\.(?=inf$|nan$)", r"\1", text, flags=re.IGNORECASE)  # YAML's spelling
+        result = Path(value).expanduser() if kind is Path else value if kind is str else kind(text)
     except (ValueError, KeyError, RuntimeError):  # RuntimeError: a home that nobody has
         raise UserError(f"{where}: {text!r} is not {noun or NOUNS.get(kind, 'a text')}") from None
     if kind is Path and not text:
@@ -236,36 +251,3 @@ def suggest(name: str, known: Iterable[str]) -> str:
     """The end of an error line about an unknown option."""
     near = difflib.get_close_matches(name.lstrip("-").replace("-", "_"), known, n=1)
     return f"; did you mean --{near[0]}?" if near else "; see --help"
-
-
-def _load_yaml(path: str) -> dict:
-    try:
-        text = read_text(Path(path), OPTIONS_FILE)
-        _check_flat(text, path)
-        given = yaml.safe_load(text)
-    except UnicodeDecodeError:
-        raise UserError(f"--config {path}: not a UTF-8 text") from None
-    except (OSError, ValueError) as e:  # ValueError: a NUL in the name, or a date that no calendar has
-        reason = getattr(e, "strerror", None) or f"not YAML ({e})"
-        raise UserError(f"--config {path}: {reason}") from None
-    except (yaml.YAMLError, AttributeError, LookupError, TypeError, ArithmeticError) as e:
-        # The last four are what its constructors raise for an explicit tag whose value is not of its kind.
-        mark = getattr(e, "problem_mark", None)
-        line = f" line {mark.line + 1}" if mark else ""
-        raise UserError(f"--config {path}:{line} is not YAML ({getattr(e, 'problem', e)})") from None
-    if not isinstance(given, dict):
-        raise UserError(f"--config {path}: expected lines of `option: value`")
-    return given
-
-
-def _check_flat(text: str, path: str) -> None:
-    """Raises UserError for more than lines of `option: value` or lists of values: an alias or a merge stands for as
-    much as its writer likes, and depth costs the stack."""
-    depth = 0
-    for event in yaml.parse(text, yaml.SafeLoader):
-        line = f"line {event.start_mark.line + 1}" if event.start_mark else "a line"
-        if isinstance(event, yaml.AliasEvent):
-            raise UserError(f"--config {path}: {line}: aliases (*) are not read")
-        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-        if depth > 2:
-            raise UserError(f"--config {path}: {line}: nested; expected lines of `option: value`")

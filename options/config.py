@@ -64,7 +64,7 @@ class Config:
         needs="adapter", least=0, below=1)
     lora_target_modules: str = option("all", "Method", "all = every linear of the decoder layers, or of their"
         " attention where experts are routed; default = PEFT's choice for the family; or names, comma-separated:"
-        " q_proj,v_proj", needs="adapter")
+        " q_proj,v_proj", needs="adapter", commas=True)
     n_bits: int | None = option(None, "Method", "bits per weight; unset = 4", needs="hqq", choices=HQQ_BITS)
     group_size: int | None = option(None, "Method", "weights that share a scale and a zero point; unset = 64",
         needs="hqq", least=8)

@@ -65,6 +65,7 @@ def option(
     below: float | None = None,
     other: float | None = None,
     repeat: bool = False,
+    commas: bool = False,
     convert: Callable[[str], Any] | None = None,
     noun: str = "",
 ) -> Any:
@@ -78,6 +79,7 @@ def option(
         needs: the attribute of Method without which it has no effect.
         least, above, most, below, other: its Range, of numbers.
         repeat: whether it may be given several times: a list of texts.
+        commas: whether it takes several values, comma-separated: in a file they may be a list.
         convert: makes its value of a text; raises ValueError for one that is not `noun`, or UserError.
         noun: what a text must be, for errors; "" = as its type says.
     """
@@ -91,6 +93,7 @@ def option(
         "needs": needs,
         "within": within,
         "repeat": repeat,
+        "commas": commas,
         "convert": convert,
         "noun": noun,
         "positional": "",

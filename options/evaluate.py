@@ -38,7 +38,7 @@ class Options:
         " columns", choices=DATASET_FORMATS)
     samples: int = option(-1, "Data", "rows used, from the first; -1 = all", least=1, other=-1)
     metrics: tuple[str, ...] = option(METRICS, "Measurement", f"comma-separated: {', '.join(METRICS)}",
-        convert=check_metrics)
+        convert=check_metrics, commas=True)
     max_new_tokens: int = option(128, "Measurement", "longest answer, in tokens", least=1)
     batch_size: int = option(8, "Measurement", "rows computed at once", least=1)
     base_model: str | None = option(None, "Model", "folder or hub id of the base model, if it is not where the run had"

@@ -19,7 +19,9 @@ HEAD = """# Options
 Made by `python -m tools.make_options_doc` from options/config.py; `python train.py --help` shows the same.
 
 Options may be written with `-` for `_`, and switches without `true`. `--config run.yaml` reads them from a
-file (`option: value` lines; the command line wins); every run writes its own as `<output_dir>/config.yaml`.
+file (`option: value` lines; the command line wins); every run writes its own as `<output_dir>/config.yaml`. There a
+value means what it means on the command line, whatever YAML would make of it: `name: 007` is the text 007. A plain
+`null` or `~` leaves an option unset, and a list may stand where values are comma-separated.
 An option that has no effect with the chosen train type is an error.
 """
 

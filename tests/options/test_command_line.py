@@ -114,6 +114,31 @@ def test_a_list_in_a_file_is_what_commas_are(tmp_path):
     assert block_expansion.parse(["--config", str(file)]).after == [0, 2]
     file.write_text("runs: [one, two]\nprompt: [a, '--b']\n")
     assert generate.COMMAND.read(["--config", str(file)]) == {"runs": ["one", "two"], "prompt": ["a", "--b"]}
+    file.write_text("runs: [007, 1e3]\nprompt: [no, 1.10, 2026-11-29]\nprompts: 1_0\n")
+    assert generate.COMMAND.read(["--config", str(file)]) == {
+        "runs": ["007", "1e3"], "prompt": ["no", "1.10", "2026-11-29"], "prompts": Path("1_0"),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("program", "lines", "words"),
+    [
+        ("generate.py", "device: [cpu]", "device: .* is not one of cpu, cuda"),
+        ("generate.py", "prompts: [a.txt, b.txt]", "prompts: .* is not a text"),
+        ("generate.py", "prompt: [a, null]", "prompt: 'None' is not a text"),
+        ("generate.py", "prompt: [[a]]", "nested"),
+        ("export.py", "base_model: [a]", "base_model: .* is not a text"),
+        ("evaluate.py", "samples: [3]", "samples: .* is not a whole number"),
+        ("evaluate.py", "metrics: [perplexity, ~]", "metrics: None is not one value of the list"),
+        ("evaluate.py", "metrics: [bleu, 1e3]", "--metrics: '1e3' is none of"),
+        ("block_expansion.py", "after: [1:30]", "--after: '1:30' is not the number of a layer"),
+    ],
+)
+def test_a_list_elsewhere_is_refused(program, lines, words, tmp_path):
+    file = tmp_path / "options.yaml"
+    file.write_text(f"{lines}\n")
+    with pytest.raises(UserError, match=words):
+        COMMANDS[program].COMMAND.read([*NEEDED[program], "--config", str(file)])
 
 
 def test_what_runs_had_until_now_is_still_read():

@@ -12,7 +12,7 @@ import yaml
 from options.config import FIELDS, TOY_DEFAULTS, Config, dump_yaml
 from options.errors import UserError
 from options.methods import METHODS
-from options.train import parse
+from options.train import COMMAND, parse
 from tests.helpers.fsdp_qlora import CHOICES
 
 REAL = ["--model_name", "some/model"]  # anything but the demo model, which has defaults of its own
@@ -192,6 +192,49 @@ def test_yaml_values(from_file):
     assert config.dataset == FIELDS["dataset"].default  # null: not given
 
 
+# What YAML 1.1 takes for numbers, truths, days or times.
+WRITTEN = ["1e3", "007", "010", "on", "No", "y", "TRUE", "2026-11-29", "2024-13-45", "2026-11-29 10:00:00", "0x10", "0b1",
+           "1_000", "1.10", "+1", "-0", "3.", ".5", "1:30", ".inf", ".NaN", "<<", "=", "9" * 5000]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", WRITTEN)
+def test_a_text_option_keeps_its_characters(from_file, text):
+    given = f"name: {text}\nmodel_name: {text}\nlora_target_modules: [{text}, q_proj]\n"
+    config = resolved(*from_file(given))
+    assert (config.name, config.model_name) == (text, text)
+    assert config.lora_target_modules == f"{text},q_proj"
+    for quoted in (f"'{text}'", f'"{text}"', f"!!str {text}", f"|-\n  {text}"):
+        assert resolved(*from_file(f"name: {quoted}\n")).name == text
+
+
+@pytest.mark.parametrize("text", ["null", "~", "Null", "NULL"])
+def test_null_is_unset_and_quoted_a_text(from_file, text):
+    assert resolved(*from_file(f"name: {text}\nmodel_name: {text}\n")) == resolved(*from_file("name:\n"))
+    assert resolved(*from_file(f"name: '{text}'\n")).name == text
+
+
+@pytest.mark.parametrize(
+    ("line", "value"),
+    [
+        *[(f"lr: {text}", 1e-4) for text in ("1e-4", "1.0e-4", "1E-4", ".0001", "0.000_1", "'1e-4'")],
+        *[(f"grad_norm: {text}", float("inf")) for text in (".inf", ".Inf", "+.INF", "inf")],
+        *[(f"seed: {text}", 7) for text in ("7", "007", "+7", "'7'")],
+        ("seed: 010", 10),  # YAML 1.1: 8
+        ("seed: 1_000", 1000),
+        *[(f"no_sync: {text}", True) for text in ("true", "True", "on", "yes", "1", "'true'")],
+        *[(f"no_sync: {text}", False) for text in ("false", "FALSE", "off", "no", "0")],
+        ("compile: true", "true"),
+        ("chat_date: 2026-11-29", "2026-11-29"),
+        ("lora_target_modules: [q_proj, v_proj]", "q_proj,v_proj"),
+        ("lora_target_modules: q_proj,v_proj", "q_proj,v_proj"),
+    ],
+)
+def test_other_options_are_read_as_on_the_command_line(from_file, line, value):
+    name = line.partition(":")[0]
+    found = getattr(resolved(*from_file(line)), name)
+    assert found == value and type(found) is type(value)
+
+
 def test_the_command_line_wins(from_file):
     config = resolved("--lora_rank", "4", *from_file("lora_rank: 8\nseed: 1\n"))
     assert (config.lora_rank, config.seed) == (4, 1)
@@ -203,15 +246,30 @@ def test_the_command_line_wins(from_file):
         ("lora_rnk: 8\n", ["unknown option lora_rnk", "did you mean --lora_rank?"]),
         ("config: other.yaml\n", ["unknown option config"]),
         ("seed: 1\nname: a: b\n", ["line 2", "not YAML"]),
-        ("name: 2024-13-45\n", ["not YAML", "month"]),
         ("name: !!python/object:os.system x\n", ["line 1", "not YAML"]),
         (b"name: \xff\n", ["not a UTF-8 text"]),
         ("lora_rank: [8]\n", ["lora_rank", "not a whole number"]),
         ("lora_rank: true\n", ["lora_rank", "not a whole number"]),
         ("lora_rank: 8.5\n", ["lora_rank", "not a whole number"]),
         ("save_model: 3\n", ["save_model", "not true or false"]),
+        ("lora_rank: 0x10\n", ["lora_rank", "not a whole number"]),
+        ("lora_rank: 1:30\n", ["lora_rank", "not a whole number"]),  # YAML 1.1: 90
+        ("lr: 1:30.5\n", ["lr", "not a number"]),
+        ("lr: .nan\n", ["lr", "not a number"]),
         ("name: {a: 1}\n", ["name", "not a text"]),
-        ("name: true\n", ["name", "not a text"]),
+        ("name: !!binary YQ==\n", ["line 1", "not YAML", "binary"]),
+        ("name: !mine a\n", ["line 1", "not YAML", "!mine"]),
+        ("name: [a, b]\n", ["name", "not a text"]),
+        ("dataset: [a.jsonl]\n", ["dataset", "not a text"]),
+        ("chat_date: [2026-11-29]\n", ["chat_date", "not a day"]),
+        ("save_model: [true]\n", ["save_model", "not true or false"]),
+        ("lora_target_modules: [q_proj, null]\n", ["lora_target_modules", "not one value"]),
+        ("lora_target_modules: [q_proj, 'v_proj,o_proj']\n", ["lora_target_modules", "not one value"]),
+        ("lora_target_modules: {q_proj: v_proj}\n", ["lora_target_modules", "not a text"]),
+        ("lr: 1e-4\nseed: 1\nlr: 1e-3\n", ["line 3", "lr", "second time"]),
+        ("lora_rank: 4\nlora-rank: 8\n", ["line 2", "lora-rank", "second time"]),
+        ("<<: {lr: 1}\n", ["unknown option <<"]),
+        ("? [lr]\n: 1\n", ["line 1", "option: value"]),
         ("lr_scheduler: fast\n", ["lr_scheduler", "constant, linear, cosine"]),
         ("- lora_rank\n", ["option: value"]),
         ("lora_rank 8\n", ["option: value"]),
@@ -243,6 +301,40 @@ def test_the_saved_config_repeats_the_run(from_file, train_type, model):
     for more in ([], odd):
         config = resolved("--train_type", train_type, *model, *more)
         assert parse(from_file(dump_yaml(config))) == (config, [])
+
+
+ODD_TEXTS = [*WRITTEN, "", " ", "null", "~", " a", "a ", "a: b", "a:", "- a", "#c", "a #c", "*a", "&a", "!a", "%a", "@a", "`a",
+             "'", '"', "a\nb", "\n", "a\n\n ", "a\tb", "\\", "\\n", "é", "日本", "🙂", "\x85", "\u2028", "\ufeffa", "\x07", "{a}",
+             "[a", "a, b", "a] b", "--x", "---", "...", "? a", "| a", "> a", "word " * 60, "\udc80"]  # fmt: skip
+
+
+def odd_values(name: str) -> list:
+    """Values that an option takes, by what its declaration says."""
+    kind, _ = COMMAND.kind(name)
+    meta = FIELDS[name].metadata
+    if meta["choices"]:
+        return list(meta["choices"])
+    if name == "chat_date":
+        return ["2026-11-29"]
+    numbers = [-1, 0, 1, 2, 7, 8, 64, 65535, 2**31 - 1, 2**62]
+    numbers += [0.1, 1e-5, 1e-10, 123456.789, 1 / 3, 1e300, float("inf")] if kind is float else []
+    values = {str: ODD_TEXTS, bool: [True, False], int: numbers, float: list(map(float, numbers))}[kind]
+    within = meta["within"]
+    bounded = within and (within.most is not None or within.below is not None)
+    values = [v for v in values if not within or within.holds(v)]
+    return [v for v in values if kind is not int or bounded or abs(v) < 2**31]
+
+
+def test_what_a_run_writes_is_read_back(from_file):
+    """Every option in each of its values, in its own type; the file holds all of them at once."""
+    values = {name: odd_values(name) for name in FIELDS if name not in ("resume", "overwrite")}
+    for turn in range(max(map(len, values.values()))):
+        given = {name: of[(turn + i) % len(of)] for i, (name, of) in enumerate(values.items())}
+        read = COMMAND.read(from_file(dump_yaml(Config(**given))))
+        assert read == given | {"overwrite": False}
+        assert {n: type(v) for n, v in read.items()} == {n: type(v) for n, v in given.items()} | {
+            "overwrite": bool
+        }
 
 
 def test_the_saved_config_holds_every_option():
