@@ -13,8 +13,9 @@ from pathlib import Path
 import torch
 
 from data.chat import TEMPLATE_ERRORS
+from data.encoding import prompt_ids
 from data.examples import Examples, read_examples
-from data.formats import FORMATS, Rendered, prompt_ids
+from data.formats import FORMATS, Rendered
 from data.rows import TokenizedRows
 from data.sources import find_recipe, load_rows
 from data.stops import learned_stops

@@ -15,7 +15,7 @@ from typing import Any
 
 from data.chat import ChatTemplate
 from data.messages import checked_messages, checked_tools
-from options.errors import UserError, describe
+from options.errors import UserError
 
 # Alpaca's prompts as alpaca-lora, axolotl and most later programs write them: the answer begins on a line of its own.
 ALPACA = (
@@ -213,32 +213,6 @@ FORMATS = {
     ),
     "completion": Format(_completion, _completion_prompt, ("text",)),
 }
-
-
-def encode(tokenizer, texts: list[str], special: bool, **options):
-    """The tokenizer's result for the texts. Raises UserError if it fails."""
-    try:
-        return tokenizer(
-            texts,
-            add_special_tokens=special,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,
-            **options,
-        )
-    except BaseException as e:
-        # Of a tokenizer that contradicts itself the tokenizers library raises Exception, or panics, which is none.
-        if not isinstance(e, Exception) and type(e).__name__ != "PanicException":
-            raise
-        raise UserError(f"--model_name: its tokenizer fails ({describe(e)})") from None
-
-
-def prompt_ids(text: str, tokenizer, special: bool) -> list[int]:
-    """The tokens of a prompt, without the EOS that a tokenizer may put behind every text: training had it behind the
-    answer."""
-    ids = encode(tokenizer, [text], special)["input_ids"][0]
-    added = special and ids and ids[-1] == tokenizer.eos_token_id
-    return ids[:-1] if added and not text.endswith(tokenizer.eos_token) else ids
 
 
 def recognise(

@@ -5,13 +5,15 @@ Shapes: L tokens of one example.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from itertools import chain
 
 import numpy as np
 import torch
 
+from data.encoding import Offsets, encode, without_answer_bos
 from data.examples import read_examples
-from data.formats import Rendered, encode
+from data.formats import Rendered
 from data.rows import TokenizedRows
 from options.errors import UserError
 
@@ -36,20 +38,21 @@ def tokenize(rendered: list[Rendered], tokenizer, context_length: int, where: st
         )
     if tokenizer.eos_token_id is None and any(r.ends for r in rendered):
         raise UserError("--model_name: its tokenizer has no EOS token, so a model could not learn to stop")
+    special = SpecialTokens.of(tokenizer)
     tokens, learned, lengths, numbers, cut, prompts = [], [], [], [], 0, []
     for start in range(0, len(rendered), 1000):  # the library works on a batch in parallel
-        block = rendered[start : start + 1000]
-        encoded = encode(tokenizer, [r.text for r in block], block[0].special, return_offsets_mapping=True)
-        for example, ids, offsets in zip(block, encoded["input_ids"], encoded["offset_mapping"], strict=True):
-            ids, targets = _targets(example, ids, offsets, tokenizer.eos_token_id)
+        block = [without_answer_bos(r, tokenizer) for r in rendered[start : start + 1000]]
+        encoded = encode(tokenizer, [r.text for r in block], block[0].special)
+        for example, (ids, offsets) in zip(block, encoded, strict=True):
+            row, targets = _targets(example, ids, offsets, special)
             if targets.any():
                 prompts.append(int(targets.argmax()))
             if targets[1:context_length].any():
-                tokens.append(ids[:context_length])
+                tokens.append(row[:context_length])
                 learned.append(targets[:context_length])
                 lengths.append(len(tokens[-1]))
                 numbers.append(example.number)
-                cut += len(ids) > context_length
+                cut += len(row) > context_length
     if not lengths:
         why = f"the shortest prompt takes {min(prompts)} tokens" if prompts else "no answer has any text"
         raise UserError(
@@ -64,8 +67,21 @@ def tokenize(rendered: list[Rendered], tokenizer, context_length: int, where: st
     )
 
 
+@dataclass(frozen=True)
+class SpecialTokens:
+    """BOS and EOS of a tokenizer, as ids, and EOS as texts write it; None = it has none."""
+
+    bos: int | None
+    eos: int | None
+    written_eos: str | None
+
+    @classmethod
+    def of(cls, tokenizer) -> SpecialTokens:
+        return cls(tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.eos_token)
+
+
 def _targets(
-    example: Rendered, ids: list[int], offsets: list, eos: int | None
+    example: Rendered, ids: list[int], offsets: Offsets, special: SpecialTokens
 ) -> tuple[np.ndarray, np.ndarray]:
     """(tokens [L] int32, which of them are targets [L] bool), with the EOS token where one is due."""
     begins, ends = np.fromiter(chain.from_iterable(offsets), np.int64, 2 * len(ids)).reshape(-1, 2).T
@@ -78,9 +94,30 @@ def _targets(
     if ids and max(ids) >= 2**31:
         raise UserError(f"--model_name: its tokenizer makes the id {max(ids)}")
     tokens = np.asarray(ids, dtype=np.int32)
-    if example.ends and example.learned and (not ids or ids[-1] != eos):
-        assert eos is not None
-        tokens, targets = np.append(tokens, np.int32(eos)), np.append(targets, True)
-    elif example.ends and example.learned:
-        targets[-1] = True  # a tokenizer that writes the EOS token by itself
-    return tokens, targets
+    if special.bos not in (None, special.eos):  # one token for both is learned, as EOS
+        targets &= tokens != special.bos
+    if not (example.ends and example.learned):
+        return tokens, targets
+    assert special.written_eos is not None
+    start, end = example.learned[-1]
+    if not example.text[start:end].replace(special.written_eos, "").strip():
+        return tokens, targets & (ends <= start)  # an answer that is nothing but EOS is an empty one
+    return _closed(example, tokens, targets, np.maximum(begins, ends), special)
+
+
+def _closed(
+    example: Rendered, tokens: np.ndarray, targets: np.ndarray, ends: np.ndarray, special: SpecialTokens
+) -> tuple[np.ndarray, np.ndarray]:
+    """The same with one EOS token at the end, a target. Where the answer ends with EOS as text, or the tokenizer writes
+    one by itself, that is the one; whitespace and further ones behind it are cut."""
+    assert special.eos is not None and special.written_eos is not None
+    start, first = example.learned[-1][0], None
+    for i in np.flatnonzero(tokens == special.eos)[::-1].tolist():
+        behind = example.text[ends[i] :].replace(special.written_eos, "")
+        if ends[i] <= start or behind.strip():
+            break
+        first = i
+    if first is None:
+        return np.append(tokens, np.int32(special.eos)), np.append(targets, True)
+    targets[first] = True
+    return tokens[: first + 1], targets[: first + 1]

@@ -23,3 +23,14 @@ def read_tokenizer(folder: Path, named: str):
         raise UserError(
             f"{named}: no usable tokenizer ({reason}); its files belong beside config.json"
         ) from None
+
+
+def checked_call(tokenizer, texts: list[str], named: str = "--model_name", **options):
+    """The tokenizer's result for the texts. Raises UserError if it fails."""
+    try:
+        return tokenizer(texts, verbose=False, **options)
+    except BaseException as e:
+        # Of a tokenizer that contradicts itself the tokenizers library raises Exception, or panics, which is none.
+        if not isinstance(e, Exception) and type(e).__name__ != "PanicException":
+            raise
+        raise UserError(f"{named}: its tokenizer fails ({describe(e)})") from None

@@ -25,8 +25,9 @@ from transformers import (
     TextStreamer,
 )
 
+from data.encoding import prompt_ids
 from data.examples import find_format
-from data.formats import FORMATS, GUANACO_MARKERS, Format, RenderContext, asked, checked, prompt_ids
+from data.formats import FORMATS, GUANACO_MARKERS, Format, RenderContext, asked, checked
 from data.stops import stop_tokens
 from finished.finished_run import Run, load_model, load_tokenizer, open_base, open_run, set_adapter
 from launch.precision import Precision, choose_precision

@@ -7,7 +7,8 @@ import pytest
 
 from benchmarks.make_checkpoint import byte_tokenizer
 from data.chat import ChatTemplate
-from data.formats import FORMATS, GUANACO_MARKERS, RenderContext, asked, checked, prompt_ids, recognise
+from data.encoding import prompt_ids
+from data.formats import FORMATS, GUANACO_MARKERS, RenderContext, asked, checked, recognise
 from data.tokenizing import tokenize
 from options.config import DATASET_FORMATS
 from options.errors import UserError

@@ -10,11 +10,13 @@ from itertools import pairwise
 
 import pytest
 import torch
+from transformers import PreTrainedTokenizerFast
 
 from benchmarks.make_checkpoint import byte_tokenizer
 from data import examples
 from data.batches import StepSampler, rounded
-from data.formats import FORMATS, GUANACO_MARKERS, RenderContext, Rendered
+from data.encoding import prompt_ids
+from data.formats import FORMATS, GUANACO_MARKERS, QA, RenderContext, Rendered
 from data.rows import IGNORE, TokenizedRows
 from data.tokenizing import prepare, tokenize
 from options.errors import UserError
@@ -25,6 +27,10 @@ from tests.helpers.token_rows import SIZES, assert_places, expected, some_rows
 
 def qa(answer: str, question: str = "What?") -> Rendered:
     return FORMATS["qa"].render({"question": question, "answer": answer})
+
+
+def completion(text: str) -> Rendered:
+    return FORMATS["completion"].render({"text": text})
 
 
 def guanaco(text: str, markers=GUANACO_MARKERS) -> Rendered:
@@ -87,7 +93,10 @@ def test_nothing_but_whole_texts_is_tokenized():
     tokenizer, seen = small_tokenizers.crossing(), []
 
     class Spy:
-        is_fast, eos_token_id = True, tokenizer.eos_token_id
+        is_fast = True
+
+        def __getattr__(self, name):
+            return getattr(tokenizer, name)
 
         def __call__(self, texts, **options):
             seen.extend(texts)
@@ -107,6 +116,78 @@ def test_an_eos_that_the_tokenizer_writes_is_learned_once_and_only_after_an_answ
     assert tokenizer.decode(rows.tokens[answer][rows.learned[answer]]) == "x</s>"
     assert tokenizer.decode(rows.tokens[dialogue][rows.learned[dialogue]]) == " x"
     assert rows.tokens[dialogue][-1] == tokenizer.eos_token_id
+
+
+INST = "[INST] a [/INST] b</s><s>[INST] c [/INST] d"
+# the row, the text whose tokens it must have, the text of those that are learned
+ONE_BOS = {
+    "text": (completion("<s>Paris is"), "<s>Paris is</s>", "Paris is</s>"),
+    "text, whitespace in front": (completion(" \n<s>Paris is"), "<s>Paris is</s>", "Paris is</s>"),
+    "text, twice": (completion("<s> <s>Paris is"), "<s>Paris is</s>", "Paris is</s>"),
+    "text, closed": (completion("<s>Paris is</s>"), "<s>Paris is</s>", "Paris is</s>"),
+    "text of turns": (completion(f"<s>{INST}"), f"<s>{INST}</s>", f"{INST.replace('<s>', '')}</s>"),
+    "text of turns without the first": (
+        completion(INST), f"<s>{INST}</s>", f"{INST.replace('<s>', '')}</s>"),
+    "prompt": (qa("is", question="<s>a"), f"<s>{QA.format(question='<s>a')}is</s>", "is</s>"),
+    "answer": (qa("<s>is"), f"<s>{QA.format(question='What?')}is</s>", "is</s>"),
+    "answer of a dialogue": (
+        guanaco("### Human: a### Assistant:<s>b### Human: c### Assistant:<s>d"),
+        "<s>### Human: a### Assistant:b### Human: c### Assistant:d</s>", "bd</s>"),
+    "conversation": (
+        Rendered("<s>user a model b</s>", [(15, 21)], ends=False, special=False), "<s>user a model b</s>", " b</s>"),
+    "conversation, written twice": (
+        Rendered("<s><s>user a model b</s>", [(18, 24)], ends=False, special=False), "<s>user a model b</s>", " b</s>"),
+    "EOS": (qa("is</s>"), f"<s>{QA.format(question='What?')}is</s>", "is</s>"),
+    "EOS, a line break": (qa("is</s>\n"), f"<s>{QA.format(question='What?')}is</s>", "is</s>"),
+    "EOS, twice": (qa("is</s> </s>\n\n"), f"<s>{QA.format(question='What?')}is</s>", "is</s>"),
+    "EOS within": (qa("is</s>so"), f"<s>{QA.format(question='What?')}is</s>so</s>", "is</s>so</s>"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["bytes", *KINDS])
+@pytest.mark.parametrize("case", ONE_BOS)
+def test_special_tokens_in_the_data(case, kind):
+    """Against transformers' tokens of a text that has each of them once, and to which none are added."""
+    tokenizer = BYTES if kind == "bytes" else getattr(small_tokenizers, kind)()
+    rendered, text, learned = ONE_BOS[case]
+    rows = tokenize([rendered], tokenizer, 1000, "here")
+    assert rows.tokens.tolist() == tokenizer(text, add_special_tokens=False)["input_ids"]
+    found = tokenizer.convert_ids_to_tokens(rows.tokens[1:][rows.learned[1:]].tolist())
+    assert "<s>" not in found and found.count("</s>") == learned.count("</s>")
+    assert tokenizer.convert_tokens_to_string(found).replace(" ", "") == learned.replace(" ", "")
+
+
+def test_an_answer_of_nothing_but_special_tokens_is_empty():
+    rendered = [qa("<s>"), qa("</s>"), qa("<s> </s>\n"), qa("is")]
+    assert tokenize(rendered, BYTES, 100, "here").numbers.tolist() == [0]
+    assert tokenize(rendered, BYTES, 100, "here").dropped == 3
+
+
+def test_one_token_for_bos_and_eos():
+    """As GPT-2 has it: it is learned where it closes an answer or a document, though never as a row's first."""
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=small_tokenizers.ending().backend_tokenizer, bos_token="</s>", eos_token="</s>"
+    )
+    tokenizer.add_bos_token, tokenizer.add_eos_token = True, False
+    end = tokenizer.eos_token_id
+    a, b = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("Paris", "is"))
+    for text in ("Paris</s>is", "</s>Paris</s>is", "</s>Paris</s>is</s>\n"):
+        rows = tokenize([completion(text)], tokenizer, 100, "here")
+        assert rows.tokens.tolist() == [end, *a, end, *b, end]
+        assert rows.learned[1:].all()
+
+
+@pytest.mark.parametrize("kind", ["bytes", *KINDS])
+def test_a_prompt_has_the_tokens_of_training(kind):
+    """Up to a line break, which may be one token with what follows."""
+    tokenizer = BYTES if kind == "bytes" else getattr(small_tokenizers, kind)()
+    for text in ("<s>a b is", " <s>a b is", "a b is", "<s>a</s><s>b is", "a b</s>is"):
+        trained = tokenize([completion(text)], tokenizer, 100, "here").tokens.tolist()
+        asked = prompt_ids(text.removesuffix(" is"), tokenizer, special=True)
+        assert (
+            asked == trained[: len(asked)]
+            and asked.count(tokenizer.bos_token_id) == text.strip()[1:].count("<s>") + 1
+        )
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,81 @@
+"""Texts -> token ids: one BOS at the beginning, and prompts without the EOS that a tokenizer may add."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+from data.formats import Rendered
+from files.tokenizer import checked_call
+
+Offsets = list[
+    tuple[int, int]
+]  # [begin, end) characters of each token; empty for one that no text stands for
+
+
+def encode(tokenizer, texts: list[str], special: bool) -> list[tuple[list[int], Offsets]]:
+    """The token ids of each text, and where they lie in it.
+
+    A text that begins with BOS has one: the tokenizer's own, and whitespace before the written one, are left out.
+
+    Args:
+        tokenizer: one with offsets (is_fast).
+        special: the tokenizer adds its own BOS and the like.
+
+    Raises UserError if the tokenizer fails.
+    """
+    encoded = checked_call(
+        tokenizer,
+        texts,
+        add_special_tokens=special,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        return_offsets_mapping=True,
+    )
+    bos, written = tokenizer.bos_token_id, tokenizer.bos_token
+    rows = zip(texts, encoded["input_ids"], encoded["offset_mapping"], strict=True)
+    return [_with_one_bos(text, ids, offsets, bos, written) for text, ids, offsets in rows]
+
+
+def _with_one_bos(
+    text: str, ids: list[int], offsets: Offsets, bos: int | None, written: str | None
+) -> tuple[list[int], Offsets]:
+    if written is None or not ids or ids[0] != bos or not text.lstrip().startswith(written):
+        return ids, offsets
+    last = 0  # of the BOS tokens that only whitespace stands between
+    for i, token in enumerate(ids):
+        if token == bos:
+            if text[: offsets[i][0]].replace(written, "").strip():
+                break
+            last = i
+    return ids[last:], offsets[last:]
+
+
+def without_answer_bos(example: Rendered, tokenizer) -> Rendered:
+    """The same without a BOS that data have at the beginning of an answer: the row has one, and a model that is asked
+    sees no second one behind its prompt. Elsewhere a BOS stays, as between the turns of a text."""
+    written = tokenizer.bos_token
+    if written is None or written == tokenizer.eos_token or written not in example.text:
+        return example
+    text, learned, read = "", [], 0  # read: characters of example.text that `text` stands for
+    for start, end in example.learned:
+        found = (
+            re.compile(rf"(?:\s*{re.escape(written)})+").match(example.text, start, end) if start else None
+        )
+        text += example.text[read:start]
+        begin, read = len(text), start
+        if found:
+            text, read = text + found.group().replace(written, ""), found.end()
+        text, read = text + example.text[read:end], end
+        learned.append((begin, len(text)))
+    left = [(begin, end) for begin, end in learned if text[begin:end].strip()]
+    ends = example.ends and left[-1:] == learned[-1:]  # an answer that was nothing else is none
+    return dataclasses.replace(example, text=text + example.text[read:], learned=left, ends=ends)
+
+
+def prompt_ids(text: str, tokenizer, special: bool) -> list[int]:
+    """The tokens of a prompt, without the EOS that a tokenizer may put behind every text: training had it behind the
+    answer."""
+    ((ids, offsets),) = encode(tokenizer, [text], special)
+    added = bool(ids) and ids[-1] == tokenizer.eos_token_id and offsets[-1][0] == offsets[-1][1]
+    return ids[:-1] if added else ids
