@@ -6,20 +6,21 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from data.answers import answer_text, comparable
 from data.chat import TEMPLATE_ERRORS
-from data.encoding import prompt_ids
+from data.encoding import prompt_ids, without_answer_bos
 from data.examples import Examples, read_examples
 from data.formats import FORMATS, Rendered
 from data.rows import TokenizedRows
 from data.sources import find_recipe, load_rows
 from data.stops import learned_stops
-from data.tokenizing import tokenize
+from data.tokenizing import last_answer, tokenize
 from options.config import Config
 from options.errors import UserError
 from options.limits import LINE, read_text
@@ -31,11 +32,13 @@ OPENING_WORDS = 8  # of a plain text, which has no question, as a prompt
 
 @dataclass(frozen=True)
 class Prompt:
-    """What is asked, as the model sees it: text and tokens. answer: what the row says; "" where none does."""
+    """What is asked, as the model sees it: text and tokens. answer: what the row says, as `comparable` makes it; "" where
+    none does; marker: a text that ends the model's answer, as in Rendered."""
 
     text: str
     ids: list[int]
     answer: str = ""
+    marker: str | None = None
 
 
 @dataclass(frozen=True)
@@ -140,17 +143,29 @@ def _split(rendered: list[Rendered], share: float, seed: int) -> tuple[list[Rend
     return parts
 
 
-def prompt_of(rendered: Rendered, tokenizer, context_length: int) -> Prompt | None:
+def prompt_of(
+    rendered: Rendered, tokenizer, context_length: int, stops: Collection[int] = ()
+) -> Prompt | None:
     """What comes before the last answer of an example, and that answer; None if it has none. A plain text, all
-    of which is learned, has no question: its first words are the prompt, and there is no answer."""
+    of which is learned, has no question: its first words are the prompt, and there is no answer.
+
+    The answer is the text of its learned tokens up to the first of `stops`, as that of a generated answer is.
+    """
+    rendered = without_answer_bos(rendered, tokenizer)
     if not rendered.learned:
         return None
-    start, end = rendered.learned[-1]
-    text, answer = rendered.text[:start], rendered.text[start:end].strip()
-    if not text:
-        text, answer = " ".join(rendered.text.split()[:OPENING_WORDS]), ""
+    text, marker = rendered.text[: rendered.learned[-1][0]], rendered.marker
+    answer = _reference(rendered, tokenizer, stops) if text else ""
+    text = text or " ".join(rendered.text.split()[:OPENING_WORDS])
     ids = prompt_ids(text, tokenizer, rendered.special)
-    return Prompt(text, ids[-context_length:], answer) if ids else None
+    return Prompt(text, ids[-context_length:], answer, marker) if ids else None
+
+
+def _reference(rendered: Rendered, tokenizer, stops: Collection[int]) -> str:
+    ids, before, behind = last_answer(rendered, tokenizer)
+    answer = comparable(answer_text(ids, tokenizer, stops, rendered.marker))
+    # A token that holds a character of the answer is learned, though it has the prompt's last one as well.
+    return answer.removeprefix(before.strip()).removesuffix(behind.strip()).strip()
 
 
 def _sample_prompts(config: Config, examples: Examples, rows: list[Rendered], tokenizer) -> list[Prompt]:
@@ -188,5 +203,6 @@ def _ask(questions: list[str], examples: Examples, tokenizer, context_length: in
             text = form.prompt(row, examples.context)
         except TEMPLATE_ERRORS as e:
             raise UserError(f"--sample_prompts: {question!r}: {' '.join(str(e).split())}") from None
-        prompts.append(Prompt(text, prompt_ids(text, tokenizer, form.special)[-context_length:]))
+        ids = prompt_ids(text, tokenizer, form.special)[-context_length:]
+        prompts.append(Prompt(text, ids, marker=examples.context.markers[0] if form.marked else None))
     return prompts

@@ -38,13 +38,14 @@ QA_CONTEXT = "### Context:\n{context}\n\n### Question:\n{question}\n\n### Answer
 class Rendered:
     """text; learned: [start, end) character ranges whose tokens are targets; ends: the last range reaches
     the end of the text and an EOS token follows; special: the tokenizer adds its own BOS and the like; number: of the
-    row in its dataset, from 1."""
+    row in its dataset, from 1; marker: a text that ends an answer where no token does."""
 
     text: str
     learned: list[tuple[int, int]]
     ends: bool = True
     special: bool = True
     number: int = 0
+    marker: str | None = None
 
 
 @dataclass(frozen=True)
@@ -153,7 +154,7 @@ def _guanaco(row: Mapping[str, str], context: RenderContext) -> Rendered:
         last = turn[1] == markers[1] and bool(answer)
         if last:
             learned.append((start, start + len(answer)))
-    return Rendered(text, learned, ends=last)
+    return Rendered(text, learned, ends=last, marker=markers[0])
 
 
 def _guanaco_turns(text: str, markers: Sequence[str]) -> list[re.Match]:

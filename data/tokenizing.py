@@ -5,6 +5,7 @@ Shapes: L tokens of one example.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from itertools import chain
 
@@ -65,6 +66,19 @@ def tokenize(rendered: list[Rendered], tokenizer, context_length: int, where: st
     return TokenizedRows(
         all_tokens, all_learned, torch.from_numpy(starts), dropped, cut, torch.tensor(numbers)
     )
+
+
+def last_answer(example: Rendered, tokenizer) -> tuple[list[int], str, str]:
+    """(the learned tokens of an example's last answer, characters of the prompt in the first of these tokens,
+    characters of what follows the answer in the last one)."""
+    example = dataclasses.replace(example, learned=example.learned[-1:])
+    ((ids, offsets),) = encode(tokenizer, [example.text], example.special)
+    tokens, targets = _targets(example, ids, offsets, SpecialTokens.of(tokenizer))
+    ((start, end),) = example.learned
+    inside = [(begin, stop) for begin, stop in offsets if begin < end and stop > start]
+    before = example.text[min((begin for begin, _ in inside), default=start) : start]
+    behind = example.text[end : max((stop for _, stop in inside), default=end)]
+    return tokens[targets].tolist(), before, behind
 
 
 @dataclass(frozen=True)

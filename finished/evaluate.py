@@ -7,10 +7,12 @@ import dataclasses
 import itertools
 import json
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
+from data.answers import answer_text, comparable
 from data.evaluation_sets import Prompt, held_rows, prompt_of, read_beside
 from data.examples import read_examples
 from data.formats import Rendered
@@ -19,6 +21,7 @@ from data.tokenizing import tokenize
 from files.atomic_writes import as_json, write_text
 from files.disk_room import check_writable
 from finished.finished_run import Run, load_model, load_tokenizer, open_base, open_run, stops_of
+from finished.generation import Ending
 from launch.precision import bf16_gpu, choose_precision
 from launch.program import quiet_libraries, report
 from launch.ranks import Place
@@ -56,10 +59,16 @@ TEXT_METRICS: dict[str, Callable] = {"exact_match": exact_match, "bleu": bleu, "
 
 @torch.no_grad()
 def generate_answers(
-    model: PreTrainedModel, prompts: list[list[int]], tokens: int, stops: list[int], batch_size: int
+    model: PreTrainedModel,
+    prompts: list[list[int]],
+    tokens: int,
+    stops: list[int],
+    batch_size: int,
+    ending: Callable[[int], StoppingCriteria] | None = None,
 ) -> list[list[int]]:
     """The likeliest answer of at most `tokens` tokens to each prompt, by transformers' generate with its cache,
-    without the token of `stops` that ended it. Prompts of similar length go together, padded on the left."""
+    without the token of `stops` that ended it. Prompts of similar length go together, padded on the left. ending(start):
+    what else ends the answers that begin at this position."""
     device = next(model.parameters()).device
     options = GenerationConfig(
         max_new_tokens=tokens, do_sample=False, num_beams=1, eos_token_id=stops or None, pad_token_id=0
@@ -75,7 +84,12 @@ def generate_answers(
             ids[row, width - len(prompts[i]) :] = torch.tensor(prompts[i])
             mask[row, width - len(prompts[i]) :] = 1
         # The classes of families have transformers' GenerationMixin, the base class has not.
-        made = model.generate(ids, attention_mask=mask, generation_config=options)  # type: ignore[operator]
+        made = model.generate(  # type: ignore[operator]
+            ids,
+            attention_mask=mask,
+            generation_config=options,
+            stopping_criteria=StoppingCriteriaList([ending(width)] if ending else []),
+        )
         for i, answer in zip(chosen, made[:, width:].tolist(), strict=True):
             ends = [at for at, token in enumerate(answer) if token in stops]
             answers[i] = answer[: ends[0]] if ends else answer
@@ -114,19 +128,30 @@ class Questions:
     prompts: list[Prompt]
 
 
-def prepare(names: Sequence[str], run: Run, rendered: list[Rendered], where: str, tokenizer) -> Questions:
+def prepare(
+    names: Sequence[str], run: Run, rendered: list[Rendered], where: str, tokenizer, stops: list[int]
+) -> Questions:
     """Raises UserError if there is nothing that a metric could be taken of."""
     length = run.config.context_length
     rows = tokenize(rendered, tokenizer, length, f"--dataset {where}") if "perplexity" in names else None
     if tuple(names) == ("perplexity",):
         return Questions(rows, [])
-    made = (prompt_of(r, tokenizer, length) for r in rendered)
+    made = (prompt_of(r, tokenizer, length, stops) for r in rendered)
     prompts = [p for p in made if p and p.answer]
     if not prompts:
         raise UserError(
             f"--dataset {where}: its rows have no question and answer, as text metrics need; use --metrics perplexity"
         )
     return Questions(rows, prompts)
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """Of one model: {metric: value}; its answers; how many of them --max_new_tokens cut."""
+
+    values: dict[str, float]
+    answers: list[str]
+    cut: int
 
 
 def measure(
@@ -136,21 +161,28 @@ def measure(
     options: Options,
     tokenizer,
     stops: list[int],
-) -> tuple[dict[str, float], list[str]]:
-    """({metric: value}, the answers) of one model."""
-    values, answers = {}, []
+) -> Measured:
+    values, answers, cut = {}, [], 0
     place = Place(0, 1, 0, 1, next(model.parameters()).device)
     if asked.rows is not None:
         loss = mean_loss(model, asked.rows, options.batch_size, loss_sum, place, contextlib.nullcontext)
         values["perplexity"] = perplexity(loss)
     if asked.prompts:
-        ids = [p.ids for p in asked.prompts]
-        made = generate_answers(model, ids, options.max_new_tokens, stops, options.batch_size)
-        answers = [tokenizer.decode(a, skip_special_tokens=True).strip() for a in made]
+        marker = asked.prompts[0].marker  # the rows are of one format
+        ending = partial(Ending, tokenizer, marker) if marker else None
+        lengths = (options.max_new_tokens, stops, options.batch_size)
+        made = generate_answers(model, [p.ids for p in asked.prompts], *lengths, ending)
+        answers = [comparable(answer_text(ids, tokenizer, stops, marker)) for ids in made]
+        cut = sum(_is_cut(ids, options.max_new_tokens, tokenizer, marker) for ids in made)
         for name in names:
             if name in TEXT_METRICS:
                 values |= TEXT_METRICS[name](answers, [p.answer for p in asked.prompts])
-    return values, answers
+    return Measured(values, answers, cut)
+
+
+def _is_cut(ids: list[int], tokens: int, tokenizer, marker: str | None) -> bool:
+    """Whether an answer of at most `tokens` tokens, without the one that ended it, had not ended there."""
+    return len(ids) == tokens and not (marker and marker in tokenizer.decode(ids, skip_special_tokens=True))
 
 
 def evaluate(options: Options) -> dict:
@@ -159,20 +191,20 @@ def evaluate(options: Options) -> dict:
     base = None if run.adapter else open_base(run, options.base_model)
     tokenizer = load_tokenizer(run)
     where, rendered = read_rows(run, options, tokenizer)
-    asked = prepare(names, run, rendered, where, tokenizer)
+    stops = stops_of(run, tokenizer)
+    asked = prepare(names, run, rendered, where, tokenizer, stops)
     gpu = torch.cuda.is_available()
     device, dtype = torch.device("cuda" if gpu else "cpu"), choose_precision("auto", gpu, bf16_gpu()).frozen
-    stops = stops_of(run, tokenizer)
     rest = (names, asked, options, tokenizer, stops)
     model = load_model(run, device, dtype)
-    tuned, tuned_answers = measure(model, *rest)
+    tuned = measure(model, *rest)
     if base is None:
         with adapters_off(model):
-            untrained, base_answers = measure(model, *rest)
+            untrained = measure(model, *rest)
     else:
         del model  # one at a time in memory
-        untrained, base_answers = measure(load_model(base, device, dtype), *rest)
-    answers = zip(asked.prompts, base_answers, tuned_answers, strict=True)
+        untrained = measure(load_model(base, device, dtype), *rest)
+    answers = zip(asked.prompts, untrained.answers, tuned.answers, strict=True)
     return {
         "run": str(run.folder),
         "base": str((base or run).base),
@@ -180,8 +212,11 @@ def evaluate(options: Options) -> dict:
         "rows": len(rendered),
         "answered": len(asked.prompts),
         "max_new_tokens": options.max_new_tokens,
+        "cut": {"base": untrained.cut, "tuned": tuned.cut},
         "dtype": str(dtype).removeprefix("torch."),
-        "metrics": {name: {"base": untrained[name], "tuned": tuned[name]} for name in tuned},
+        "metrics": {
+            name: {"base": untrained.values[name], "tuned": value} for name, value in tuned.values.items()
+        },
         "answers": [{"prompt": p.text, "reference": p.answer, "base": b, "tuned": t} for p, b, t in answers],
     }
 
@@ -202,6 +237,12 @@ def run(options: Options) -> int:
     except UserError as e:
         return report(e, options.verbose)
     print(f"{results['run']} on {results['rows']:,} rows of {results['dataset']}\n{table(results)}")
+    if any(results["cut"].values()):
+        base, tuned = results["cut"].values()
+        print(
+            f"of {results['answered']:,} answers {base:,} of the base and {tuned:,} of the tuned model were cut at"
+            f" --max_new_tokens {results['max_new_tokens']}"
+        )
     if options.out is not None:
         try:
             options.out.parent.mkdir(parents=True, exist_ok=True)

@@ -25,6 +25,7 @@ from transformers import (
     TextStreamer,
 )
 
+from data.answers import answer_text
 from data.encoding import prompt_ids
 from data.examples import find_format
 from data.formats import FORMATS, GUANACO_MARKERS, Format, RenderContext, asked, checked
@@ -196,7 +197,7 @@ class Voices:
         room = template.positions - ids.shape[1]
         ids, start = ids.to(self.device), ids.shape[1]
         torch.manual_seed(sampling.seed)
-        stopping = [Ending(template, start)] if template.marker else []
+        stopping = [Ending(template.tokenizer, template.marker, start)] if template.marker else []
         assert self.model is not None
         # The classes of families have transformers' GenerationMixin, the base class has not.
         out = self.model.generate(  # type: ignore[operator]
@@ -207,7 +208,7 @@ class Voices:
             streamer=stream,
         )[0, start:].tolist()
         ended = out[-1] in template.stops
-        text = template.tokenizer.decode(out[:-1] if ended else out, skip_special_tokens=True)
+        text = answer_text(out, template.tokenizer, template.stops)
         if template.marker and template.marker in text:
             text, ended = text.partition(template.marker)[0], True
         return Answer(text, len(out), ended)
@@ -232,16 +233,16 @@ def _as_generation_config(sampling: Sampling, room: int, stops: frozenset[int]) 
 
 
 class Ending(StoppingCriteria):
-    """An answer ends where the next question's marker begins: in a dialogue training had no EOS there."""
+    """An answer ends where the next question's marker begins: in a dialogue training had no EOS there. start: the
+    position where the answers of all lines begin."""
 
-    def __init__(self, template: Template, start: int):
-        assert template.marker is not None
-        self.tokenizer, self.marker, self.start = template.tokenizer, template.marker, start
+    def __init__(self, tokenizer, marker: str, start: int):
+        self.tokenizer, self.marker, self.start = tokenizer, marker, start
 
     def __call__(self, ids: torch.Tensor, _scores, **_) -> torch.Tensor:
-        last = ids[0, max(self.start, ids.shape[1] - 2 * len(self.marker)) :]
-        found = self.marker in self.tokenizer.decode(last)
-        return torch.full((len(ids),), found, device=ids.device)
+        last = ids[:, max(self.start, ids.shape[1] - 2 * len(self.marker)) :]
+        found = [self.marker in self.tokenizer.decode(line) for line in last]
+        return torch.tensor(found, device=ids.device)
 
 
 class Stream(TextStreamer):

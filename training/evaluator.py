@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from transformers import PreTrainedModel
 
+from data.answers import answer_text
 from data.evaluation_sets import EvaluationData
 from files.atomic_writes import beside, fresh_folder, remove, replace_folder, write_text
 from files.disk_room import append
@@ -188,7 +189,7 @@ class Evaluator:
             return
         lines = ""
         for i, prompt in enumerate(prompts):
-            text = self.tokenizer.decode(answers[i], skip_special_tokens=True)
+            text = answer_text(answers[i], self.tokenizer, self.data.stops, prompt.marker)
             lines += (
                 json.dumps({"step": step, "prompt": prompt.text, "text": text}, ensure_ascii=False) + "\n"
             )

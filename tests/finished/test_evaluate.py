@@ -8,6 +8,8 @@ import math
 import os
 import subprocess
 import sys
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,17 +18,20 @@ from transformers import AutoModelForCausalLM
 import evaluate
 import export
 import finished.evaluate
-from data.formats import ALPACA
+from data.formats import ALPACA, FORMATS, RenderContext
 from data.tokenizing import prepare
 from finished.finished_run import load_model, open_run
+from finished.generation import Ending
 from models.lora import adapters_off
+from options.evaluate import Options
+from tests.helpers import chat_templates
 from tests.helpers.adapters import args_for
 from tests.helpers.finished_runs import saved_run
 from tests.helpers.here import HERE, context
 from tests.helpers.logits import IDS
 from tests.helpers.resuming import fill
 from tests.helpers.runs import dense_tensors, transformers_model
-from tests.helpers.small_tokenizers import BYTES
+from tests.helpers.small_tokenizers import BYTES, chat_tokenizer
 from training.evaluation import greedy
 
 
@@ -102,6 +107,48 @@ def test_answers_in_batches_are_those_alone(kind, checkpoints, alpaca_file, one_
     stop = alone[1][3]
     cut = [a[: a.index(stop)] if stop in a else a for a in alone]
     assert finished.evaluate.generate_answers(model, prompts, 6, [stop], 2) == cut != alone
+    cut = [a[: a.index(stop) + 1] if stop in a else a for a in alone]
+    spelled = SimpleNamespace(decode=lambda ids: "".join(f"<{i}>" for i in ids.tolist()))
+    ending = partial(Ending, spelled, f"<{stop}>")
+    made = finished.evaluate.generate_answers(model, prompts, 6, [], 3, ending)
+    assert [m[: len(c)] for m, c in zip(made, cut, strict=True)] == cut != alone
+    assert all(set(m[len(c) :]) <= {0} for m, c in zip(made, cut, strict=True))  # padding
+
+
+def test_a_marker_ends_the_answer_that_has_it():
+    """Not where the prompt has it."""
+    ids = torch.tensor(
+        [BYTES(text, add_special_tokens=False)["input_ids"] for text in ("q##a##", "##ab #", "q#a# #")]
+    )
+    assert Ending(BYTES, "##", 2)(ids, None).tolist() == [True, False, False]
+
+
+def test_a_model_that_says_what_the_data_say(monkeypatch):
+    """Qwen3's template: an end of turn, and an empty thought, on both sides. Wrong answers have no word in common with the
+    right ones. One was cut."""
+    tokenizer = chat_tokenizer(chat_templates.QWEN3, "<|im_end|>")
+    said = ["Paris is the capital.", "It is four, not 5.", "No, never."]
+    turns = [[{"role": "user", "content": "So?"}, {"role": "assistant", "content": text}] for text in said]
+    rendered = [FORMATS["chat"].render({"messages": m}, RenderContext(tokenizer)) for m in turns]
+    names, run = ("exact_match", "bleu", "rouge"), SimpleNamespace(config=SimpleNamespace(context_length=999))
+    asked = finished.evaluate.prepare(names, run, rendered, "here", tokenizer, [tokenizer.eos_token_id])
+    assert [p.answer for p in asked.prompts] == said
+
+    def scores(*answers):
+        made = [
+            tokenizer(f"<think>\n\n</think>\n\n{a}", add_special_tokens=False)["input_ids"] for a in answers
+        ]
+        monkeypatch.setattr(finished.evaluate, "generate_answers", lambda *_: made)
+        options = Options("RUN", max_new_tokens=len(made[0]))
+        return finished.evaluate.measure(
+            torch.nn.Linear(1, 1), names, asked, options, tokenizer, [tokenizer.eos_token_id]
+        )
+
+    right = scores(*said)
+    assert right.values == pytest.approx(dict.fromkeys(right.values, 100.0)) and len(right.values) == 5
+    assert right.cut == 1 and right.answers == said
+    wrong = scores("Rome", "Seven", "Yes")
+    assert wrong.values["exact_match"] == wrong.values["rouge1"] == 0
 
 
 @pytest.fixture
@@ -278,7 +325,7 @@ def test_bad_input(argv, words, good_run, tmp_path, monkeypatch, capsys):
 def test_results_that_cannot_be_written(small_disk, monkeypatch, capsys):
     """Also the older ones stay whole; what is no number is null there, which JSON has."""
     metrics = {"perplexity": {"base": math.inf, "tuned": math.nan}}
-    results = {"run": "r", "rows": 1, "dataset": "d", "metrics": metrics, "answers": []}
+    results = {"run": "r", "rows": 1, "dataset": "d", "cut": {}, "metrics": metrics, "answers": []}
     monkeypatch.setattr(finished.evaluate, "evaluate", lambda options: results)
     out = small_disk / "e.json"
     assert evaluate.main(["some/run", "--out", str(out)]) == 0

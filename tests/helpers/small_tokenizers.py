@@ -38,6 +38,11 @@ def crossing() -> PreTrainedTokenizerFast:
     return _wrap(_byte_level([("Ċ", "P"), ("Ġ", "P"), ("ĊP", "aris")], words=False))
 
 
+def colon() -> PreTrainedTokenizerFast:
+    """Like `crossing`, with a token of a colon and the letter behind it."""
+    return _wrap(_byte_level([(":", "P"), (":P", "aris")], words=False))
+
+
 def trimming() -> PreTrainedTokenizerFast:
     """Like Llama 3's: words with the space before them, and offsets that leave the space out."""
     backend = _byte_level([("Ġ", "P"), ("ĠP", "aris"), ("Ġ", "Ġ")], words=True)

@@ -13,10 +13,11 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 import train
 from data.batches import StepSampler, make_batch
+from data.evaluation_sets import EvaluationData, Prompt
 from data.formats import FORMATS
 from data.rows import IGNORE
 from data.tokenizing import tokenize
@@ -296,6 +297,19 @@ def test_greedy_is_transformers_generate(checkpoints, one_rank):
         0, len(prompt) :
     ].tolist()
     assert greedy(model, [[7, 8, 9], prompt], 12, [], HERE, context)[1] == expected
+
+
+def test_a_sample_ends_where_the_next_question_begins(monkeypatch, tmp_path):
+    """In a dialogue no token ends an answer; a prompt of another format has no marker."""
+    prompts = [Prompt("### Human: a### Assistant:", [1], marker="### Human:"), Prompt("a", [2])]
+    made = [BYTES(" b### Human: c", add_special_tokens=False)["input_ids"]] * 2
+    monkeypatch.setattr(evaluation, "greedy", lambda *_: made)
+    itself = types.SimpleNamespace(
+        data=EvaluationData(None, prompts, []), sample_tokens=20, model=types.SimpleNamespace(config=LlamaConfig()),
+        place=HERE, context=context, folder=tmp_path, tokenizer=BYTES, tracker=NoTracker())  # fmt: skip
+    evaluation.Evaluator._sample(itself, 0)
+    lines = [json.loads(line)["text"] for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    assert lines == [" b", " b### Human: c"]
 
 
 # Bad input

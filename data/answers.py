@@ -1,0 +1,29 @@
+"""Token ids of an answer -> its text, by one function for what a model generates and for what the data say."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+
+# What Qwen3 and its template write before an answer without a thought.
+EMPTY_THOUGHT = re.compile(r"\s*<think>\s*</think>")
+
+
+def answer_text(ids: list[int], tokenizer, stops: Collection[int], marker: str | None = None) -> str:
+    """The text of an answer up to what ends it.
+
+    Args:
+        ids: generated, or of a row of the data.
+        stops: token ids that end an answer.
+        marker: a text that ends one as well, such as the next question's in a dialogue; None = there is none.
+    """
+    end = next((i for i, token in enumerate(ids) if token in stops), len(ids))
+    text = tokenizer.decode(ids[:end], skip_special_tokens=True)
+    return text.partition(marker)[0] if marker else text
+
+
+def comparable(text: str) -> str:
+    """An answer as scores compare it: without whitespace around it, and without an empty thought before it, whose
+    tags would count as words that two answers have in common."""
+    thought = EMPTY_THOUGHT.match(text)
+    return text[thought.end() if thought else 0 :].strip()

@@ -1,0 +1,111 @@
+"""data/answers.py: what the data say and what a model generates become texts that can be compared."""
+
+from __future__ import annotations
+
+import pytest
+
+from data.answers import answer_text, comparable
+from data.evaluation_sets import prompt_of
+from data.formats import ALPACA, FORMATS, GUANACO_MARKERS, RenderContext, Rendered
+from tests.helpers import chat_templates, small_tokenizers
+from tests.helpers.small_tokenizers import BYTES, chat_tokenizer
+
+ANSWER = "It is Paris, of course."
+# template, the tokenizer's EOS, its other special tokens, the tokens that end an answer
+TEMPLATES = {
+    "Qwen3": (chat_templates.QWEN3, "<|im_end|>", ["<|im_start|>"], ["<|im_end|>"]),
+    "Llama 3.1": (
+        chat_templates.LLAMA3, "<|eot_id|>", ["<|start_header_id|>", "<|end_header_id|>", "<|end_of_text|>"],
+        ["<|eot_id|>", "<|end_of_text|>"]),
+    "ChatML over another EOS": (
+        chat_templates.CHATML, "</s>", ["<|im_start|>", "<|im_end|>"], ["</s>", "<|im_end|>"]),
+    "Gemma": (chat_templates.GEMMA, "</s>", ["<start_of_turn>", "<end_of_turn>"], ["</s>", "<end_of_turn>"]),
+    "Llama 2": (chat_templates.LLAMA2, "</s>", [], ["</s>"]),
+    "Mistral": (chat_templates.MISTRAL, "</s>", [], ["</s>"]),
+}  # fmt: skip
+
+
+def tokenizer_of(name: str):
+    template, eos, special, stops = TEMPLATES[name]
+    tokenizer = chat_tokenizer(template, eos)
+    tokenizer.add_special_tokens({"additional_special_tokens": special})
+    tokenizer.add_tokens(["<think>", "</think>"])  # not special, as Qwen3's are not
+    return tokenizer, tokenizer.convert_tokens_to_ids(stops)
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("turns", [1, 2])
+def test_the_answer_of_a_conversation(name, turns):
+    """A model that generates what transformers' template shows behind its prompt, and goes on, gives the reference."""
+    tokenizer, stops = tokenizer_of(name)
+    messages = [{"role": "user", "content": "Where?"}, {"role": "assistant", "content": ANSWER}] * turns
+    prompt = prompt_of(
+        FORMATS["chat"].render({"messages": messages}, RenderContext(tokenizer)), tokenizer, 999, stops
+    )
+    assert prompt.answer == ANSWER
+    asked = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True)["input_ids"]
+    shown = tokenizer.apply_chat_template(messages)["input_ids"]
+    assert prompt.ids == asked == shown[: len(asked)]
+    made = shown[len(asked) :] + tokenizer("and so on", add_special_tokens=False)["input_ids"]
+    assert comparable(answer_text(made, tokenizer, stops)) == ANSWER
+    cut = shown[len(asked) :][:-9]
+    assert comparable(answer_text(cut, tokenizer, stops)) == comparable(
+        tokenizer.decode(cut, skip_special_tokens=True)
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("<think>\n\n</think>\n\nParis", "Paris"),
+        ("\n<think></think> Paris ", "Paris"),
+        ("<think>\nhm\n</think>\n\nParis", "<think>\nhm\n</think>\n\nParis"),
+        ("Paris <think></think>", "Paris <think></think>"),
+        (" \n", ""),
+    ],
+)
+def test_an_empty_thought_is_no_part_of_an_answer(text, shown):
+    assert comparable(text) == shown
+
+
+def dialogue(text: str, markers=GUANACO_MARKERS) -> Rendered:
+    return FORMATS["guanaco"].render({"text": text}, RenderContext(None, markers))
+
+
+# tokenizer, the row, what a model that learned it generates behind its prompt, the answer
+ROWS = {
+    "EOS": (BYTES, FORMATS["alpaca"].render({"instruction": "Do.", "output": " Paris is "}), "Paris is</s>", "Paris is"),
+    "EOS in the data": (BYTES, FORMATS["qa"].render({"question": "A", "answer": "is</s>\n"}), "is</s>", "is"),
+    "BOS in the data": (BYTES, FORMATS["qa"].render({"question": "A", "answer": "<s>is"}), "is</s>", "is"),
+    "SentencePiece": (
+        small_tokenizers.unigram(), FORMATS["qa"].render({"question": "A", "answer": "Paris"}), "Paris</s>", "Paris"),
+    "dialogue": (BYTES, dialogue("### Human: a### Assistant: b c"), " b c</s>", "b c"),
+    "dialogue that goes on": (
+        BYTES, dialogue("### Human: a### Assistant: b c### Human: d"), " b c### Human: e### Assistant: f", "b c"),
+    "the answer's last token holds the next marker": (
+        small_tokenizers.byte_fallback(), dialogue("Bot: arisHuman: no", ("isHuman:", "Bot:")), " arisHuman: x", "ar"),
+    "the answer's first token holds the marker's colon": (
+        small_tokenizers.colon(), dialogue("Me: a Bot:Paris", ("Me:", "Bot:")), "Paris</s>", "Paris"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ROWS)
+def test_the_answer_of_a_row(case):
+    tokenizer, rendered, generated, answer = ROWS[case]
+    stops = [tokenizer.eos_token_id]
+    prompt = prompt_of(rendered, tokenizer, 999, stops)
+    made = tokenizer(generated, add_special_tokens=False)["input_ids"]
+    assert prompt.answer == comparable(answer_text(made, tokenizer, stops, prompt.marker)) == answer
+
+
+def test_a_decoded_answer_is_transformers_own():
+    """Of text that a tokenizer normalizes, and of characters that it does not know."""
+    tokenizer = small_tokenizers.unigram()
+    row = {
+        "instruction": "Do.",
+        "output": "Caf\u0065\u0301 \u65e5\u672c \u0928\u092e\u0938\u094d\u0924\u0947",
+    }
+    prompt = prompt_of(FORMATS["alpaca"].render(row), tokenizer, 999, [tokenizer.eos_token_id])
+    ids = tokenizer(ALPACA.format(instruction="Do.") + row["output"], add_special_tokens=False)["input_ids"]
+    whole = tokenizer.decode(ids, skip_special_tokens=True)
+    assert prompt.answer == whole.partition("### Response:\n")[2] == row["output"]
