@@ -42,6 +42,7 @@ class ChatTemplate:
 
     def __init__(self, tokenizer: Any, day: str | None = None):
         self.tokenizer, self.day = tokenizer, day
+        self._templates: dict[bool, str] = {}  # by whether there are tools, which may have one of their own
 
     def show(
         self, messages: list[dict], tools: list[dict] | None = None, add_generation_prompt: bool = False
@@ -118,7 +119,9 @@ class ChatTemplate:
     # What the template is, found out once
 
     def _template(self, tools: list[dict] | None) -> str:
-        return with_day(self.tokenizer.get_chat_template(tools=tools), self.day)
+        if bool(tools) not in self._templates:
+            self._templates[bool(tools)] = with_day(self.tokenizer.get_chat_template(tools=tools), self.day)
+        return self._templates[bool(tools)]
 
     @cached_property
     def _user_ending(self) -> str:

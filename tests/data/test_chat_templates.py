@@ -274,7 +274,7 @@ COMPARED = [(model, "one turn") for model in MARKED] + [
 
 @pytest.mark.parametrize("model, conversation", COMPARED)
 def test_of_a_template_without_markers_what_its_markers_would_say(model, conversation):
-    """But for the header and the line break, which docs/architecture.md argues."""
+    """But for the header and the line break, which docs/data.md argues."""
     made = MODELS[model]()
     tokenizer, rendered = render(made, conversation)
     rows = tokenize([rendered], tokenizer, 10_000, "here")

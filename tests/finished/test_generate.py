@@ -107,7 +107,7 @@ def test_a_run_that_saved_a_model(train_type, checkpoints, alpaca_file, one_rank
         assert as_told(ours[name]) == greedy(model.eval(), tokenizer, text)
     alone = said(tmp_path / "run", *ASKED, "--repetition_penalty", PENALTY, "--compare", "false")[0]
     assert alone == {str(tmp_path / "run"): ours[str(tmp_path / "run")]}
-    with pytest.raises(UserError, match="was trained from another model than"):
+    with pytest.raises(UserError, match="was trained on another model than"):
         open_base(open_run(tmp_path / "run"), str(checkpoints("mistral")))
 
 
