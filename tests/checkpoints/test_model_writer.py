@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import peft
 import pytest
 import torch
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from checkpoints import trained_model
 from files.names import INDEX, RUN_FILES
 from files.output_folder import check_output, clear_output, holds_run
 from options.errors import UserError
+from tests.helpers import tiny
 from tests.helpers.adapters import args_for
+from tests.helpers.expansion import all_tensors
 from tests.helpers.finished_runs import save_and_compute
 from tests.helpers.layers import ALPHA
 from tests.helpers.logits import IDS
@@ -40,6 +43,67 @@ def test_peft_loads_the_adapter(train_type, kind, checkpoints, alpaca_file, two_
     described = peft.PeftConfig.from_pretrained(tmp_path)
     assert (described.r, described.lora_alpha, described.lora_dropout) == (8, ALPHA, 0.1)
     assert described.base_model_name_or_path == str(checkpoints(kind))
+
+
+FOUR_BITS = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+
+
+@torch.no_grad()
+def over_four_bits(base, adapter) -> torch.Tensor:
+    """Logits of PEFT's model over a base that transformers packs by bitsandbytes."""
+    model = AutoModelForCausalLM.from_pretrained(
+        base,
+        quantization_config=BitsAndBytesConfig(**FOUR_BITS, bnb_4bit_compute_dtype=torch.float32),
+        dtype=torch.float32,
+        attn_implementation="eager",
+    )
+    # In evaluation mode bitsandbytes rounds the scales to bf16 on CPUs that multiply it. There is no dropout.
+    return peft.PeftModel.from_pretrained(model, adapter).train()(input_ids=IDS).logits
+
+
+@pytest.fixture
+def in_blocks(tmp_path):
+    """in_blocks(kind) -> a checkpoint whose linears have whole blocks in a row; of others bitsandbytes computes another
+    thing on a CPU."""
+    return lambda kind: tiny.save_checkpoint(
+        kind, tmp_path / "model", intermediate_size=128, hidden_size=128 if kind == "gemma2" else 64
+    )
+
+
+@pytest.mark.parametrize(
+    "kind, train_type", [("llama_bias", "bnb_dora"), ("gemma2", "bnb_dora"), ("phi3", "qlora")]
+)
+def test_an_adapter_over_a_4_bit_base_is_what_was_trained(
+    kind, train_type, in_blocks, alpaca_file, one_rank, tmp_path
+):
+    base, run = in_blocks(kind), tmp_path / "run"
+    run.mkdir()
+    ours = one_rank(save_and_compute, args_for(base, alpaca_file, train_type), run)[0]
+    torch.testing.assert_close(over_four_bits(base, run), ours, rtol=1e-4, atol=1e-4)
+
+
+def test_transformers_leaves_routed_experts_in_16_bits(in_blocks, alpaca_file, one_rank, tmp_path):
+    """So over its 4-bit base an adapter is what was trained only where the files' experts are the dequantized ones. What
+    export.py merges is (test_every_family in tests/finished/test_export.py)."""
+    base, run, other = in_blocks("qwen3_moe"), tmp_path / "run", tmp_path / "other"
+    run.mkdir()
+    args = args_for(base, alpaca_file, "bnb_dora")
+    ours = one_rank(save_and_compute, args, run)[0]
+    assert (over_four_bits(base, run) - ours).abs().max() > 0.1
+    dequantized = one_rank(dense_state, args)[0]
+    stored = {n: dequantized[n] if ".experts." in n else t for n, t in all_tensors(base).items()}
+    other.mkdir()
+    shutil.copy(base / "config.json", other)
+    save_file(stored, other / "model.safetensors", metadata={"format": "pt"})
+    torch.testing.assert_close(over_four_bits(other, run), ours, rtol=1e-4, atol=1e-4)
+
+
+def test_an_adapter_of_hqq_over_a_4_bit_base(in_blocks, alpaca_file, one_rank, tmp_path):
+    """Which is NF4, and not what was trained."""
+    base, run = in_blocks("llama"), tmp_path / "run"
+    run.mkdir()
+    ours = one_rank(save_and_compute, args_for(base, alpaca_file, "hqq_dora"), run)[0]
+    assert (over_four_bits(base, run) - ours).abs().max() > 0.1
 
 
 def test_adapter_on_some_linears_only(checkpoints, alpaca_file, one_rank, tmp_path):
@@ -83,8 +147,6 @@ def save_in_shards(place, args, folder, shard_bytes):
 
 
 def test_full_model_keeps_the_checkpoints_dtype(alpaca_file, one_rank, tmp_path):
-    from tests.helpers import tiny
-
     folder = tiny.save_checkpoint("llama", tmp_path / "bf16", torch.bfloat16)
     (tmp_path / "out").mkdir()
     one_rank(save_and_compute, args_for(folder, alpaca_file, "full"), tmp_path / "out")
