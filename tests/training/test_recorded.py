@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shutil
@@ -25,6 +26,12 @@ def checked(*argv):
     return check(parse([*map(str, argv), "--world_size", "1"])[0])
 
 
+def save_in(place, current: Path, *rest) -> None:
+    """`save_job` in that folder: the pool's processes began in another one."""
+    with contextlib.chdir(current):
+        save_job(place, *rest)
+
+
 @pytest.fixture
 def made_there(checkpoints, alpaca_file, one_rank, tmp_path, monkeypatch):
     """made_there(*options) -> the Job of a RUN, "run", that was made in the folder of its model and data; the current
@@ -43,7 +50,7 @@ def made_there(checkpoints, alpaca_file, one_rank, tmp_path, monkeypatch):
         job = checked(*argv, "--output_dir", "run")
         (there / "run").mkdir()
         (there / "run" / "config.yaml").write_text(job.options_file())
-        one_rank(save_job, job, there / "run")
+        one_rank(save_in, there, job, there / "run")
         monkeypatch.chdir(elsewhere)
         return job
 
