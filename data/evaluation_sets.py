@@ -22,6 +22,7 @@ from data.sources import find_recipe, load_rows
 from data.stops import learned_stops
 from data.tokenizing import last_answer, tokenize
 from options.config import Config
+from options.data_files import suffix_of
 from options.errors import UserError
 from options.limits import LINE, read_text
 
@@ -170,7 +171,7 @@ def _reference(rendered: Rendered, tokenizer, stops: Collection[int]) -> str:
 
 def _sample_prompts(config: Config, examples: Examples, rows: list[Rendered], tokenizer) -> list[Prompt]:
     given = config.sample_prompts
-    if given is not None and given.endswith(".txt"):
+    if given is not None and suffix_of(given) == ".txt":
         return _ask(_lines(Path(given).expanduser()), examples, tokenizer, config.context_length)
     if given is not None:
         with named("--sample_prompts"):

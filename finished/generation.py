@@ -35,6 +35,7 @@ from launch.precision import Precision, choose_precision
 from models.adapters import exchange_adapters
 from models.dora import fixed_norms
 from models.lora import adapters_off
+from options.data_files import suffix_of
 from options.errors import UserError
 from options.generate import Prompt, Sampling
 
@@ -117,7 +118,7 @@ def make_template(run: Run, dataset_format: str) -> Template:
     try:
         name, markers = find_format(run.config.dataset, wanted)
     except UserError as e:  # the data are gone; a file has no markers of its own, a recipe may have
-        if wanted == "auto" or (wanted == "guanaco" and run.config.dataset.endswith(".toml")):
+        if wanted == "auto" or (wanted == "guanaco" and suffix_of(run.config.dataset) == ".toml"):
             raise UserError(f"{run.folder}: its prompt template cannot be told ({e}); --dataset_format"
                             " says it") from None  # fmt: skip
         name, markers = wanted, list(GUANACO_MARKERS)

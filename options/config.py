@@ -75,8 +75,8 @@ class Config:
 
     model_name: str = option(TOY_MODEL, "Model and data", "folder or hub id of a safetensors model, also as"
         " owner/name@revision (branch, tag or commit); toy = a tiny random Llama made on the spot")
-    dataset: str = option(TOY_DATASET, "Model and data", "a recipe in datasets/, a .json, .jsonl, .csv or .parquet file,"
-        " or a hub id")
+    dataset: str = option(TOY_DATASET, "Model and data", "a recipe in datasets/, a .json, .jsonl, .ndjson, .csv or"
+        " .parquet file, a folder of files of one kind, or a hub id")
     dataset_format: str = option("auto", "Model and data", "how a row becomes a text (docs/data.md); auto is the"
         " recipe's, or recognised from the columns, and config.yaml keeps which it was", choices=DATASET_FORMATS)
     dataset_samples: int = option(-1, "Model and data", "rows used, from the first; -1 = all (alpaca_sample and"

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from options.command_line import Command
 from options.config import DATASET_FORMATS
+from options.data_files import JSON_LINES, KINDS, advice, suffix_of
 from options.declaration import argument, option
 from options.errors import UserError
 from options.limits import LINE, read_text
@@ -54,7 +55,7 @@ class Options:
         " without loading it again", several=True)
     prompt: list[str] | None = option(None, "Prompts", "a prompt; may be given several times. Without any: a conversation"
         " at the terminal", repeat=True)
-    prompts: Path | None = option(None, "Prompts", "file of prompts, one per line; .jsonl: rows with the fields of the"
+    prompts: Path | None = option(None, "Prompts", "file of prompts, one per line; .jsonl or .ndjson: rows with the fields of the"
         " format, their answers ignored")
     dataset_format: str = option("auto", "Prompts", "instead of the run's", choices=DATASET_FORMATS)
     max_new_tokens: int = option(Sampling.max_new_tokens, "Answers", "longest answer, in tokens", least=1)
@@ -122,6 +123,11 @@ def _folders(runs: list[str]) -> list[str]:
 
 def read_prompts(path: Path) -> list[Prompt]:
     """The prompts of a file, blank lines left out. Raises UserError for what cannot be read."""
+    suffix = suffix_of(path.name)
+    if suffix not in (*JSON_LINES, ".txt", ".md") and (suffix in KINDS or advice(path.name)):
+        raise UserError(
+            f"--prompts {path}: {suffix} files are not read; write a line for each prompt, or a row as .jsonl"
+        )
     try:
         text = read_text(path, LINE)
     except UnicodeDecodeError:
@@ -131,7 +137,7 @@ def read_prompts(path: Path) -> list[Prompt]:
     lines = [(f"{path}:{i}", line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
     if not lines:
         raise UserError(f"--prompts {path}: holds no prompt")
-    if path.suffix != ".jsonl":
+    if suffix not in JSON_LINES:
         return [Prompt(place, line.rstrip("\r")) for place, line in lines]
     return [Prompt(place, _row(place, line)) for place, line in lines]
 

@@ -10,37 +10,16 @@ import time
 from pathlib import Path
 
 import datasets
-import pyarrow
-import pyarrow.parquet
 import pytest
 
 from benchmarks.make_checkpoint import byte_tokenizer
-from data.sources import RECIPES, Recipe, find_recipe, load_rows
+from data.sources import RECIPES, Recipe, find_recipe
 from data.tokenizing import prepare
 from options.errors import UserError
+from tests.helpers.data_files import TRICKY, jsonl, put, read, write_csv, write_parquet
 from tests.helpers.small_tokenizers import BYTES
 
-# Everything that a row of text can do to a file format: quotes, line breaks, separators, other line ends.
-TRICKY = [
-    {"instruction": 'Say "hi", twice', "input": "a\nb\n\nc", "output": "hi;\thi"},
-    {"instruction": "é 日本 🙂", "input": "", "output": "line\u2028separator\x0bvertical\x85next"},
-    {"instruction": ",", "input": " \\n ", "output": '"'},
-]
 REPOSITORY = Path(__file__).parents[2]
-
-
-def read(dataset, samples: int = -1) -> list[dict]:
-    return load_rows(*find_recipe(str(dataset)), samples).rows
-
-
-def jsonl(rows) -> str:
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-
-
-def put(path: Path, text: str | bytes) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    return path
 
 
 def answers(rows) -> list[str]:
@@ -112,7 +91,12 @@ def test_recipes_of_the_hub(hub, name):
     file, rows, learned = HUB[name]
     put(hub / file, jsonl(rows))
     # Other files and splits of the repository, which must not be read.
-    other = {"sql": "train.json", "oig_chip2": "unified_other.jsonl"}.get(name, "test.jsonl")
+    others = {
+        "sql": "train.json",
+        "oig_chip2": "unified_other.jsonl",
+        "orca_math": "test-00000-of-00001.jsonl",
+    }
+    other = others.get(name, "test.jsonl")
     put((hub / file).with_name(other), jsonl([dict.fromkeys(rows[0], "wrong")]))
     prepared = prepare(name, "auto", -1, 1000, BYTES)
     assert answers(prepared) == learned
@@ -130,37 +114,19 @@ def test_a_folder_by_its_path_and_a_hub_id_without_a_recipe(hub, monkeypatch):
         assert answers(prepare(str(dataset), "auto", 2, 1000, BYTES)) == ["yes</s>"] * 2
 
 
-def test_unusable_folders_are_named(hub, caplog):
-    put(hub / "a" / "train.jsonl", "{")
-    put(hub / "b" / "script" / "script.py", "raise SystemExit")
-    put(hub / "c" / "test.jsonl", jsonl([CITY]))
-    for dataset, why in (("a", "JSON parse error"), ("b/script", "scripts"), ("c", "train")):
-        with pytest.raises(
-            UserError, match=rf"^--dataset {hub / dataset}: could not be loaded \(.*{why}.*\)$"
-        ):
-            read(hub / dataset)
-    assert caplog.records == []  # the one line says it
-
-
 @pytest.mark.parametrize("offline", [True, False])
 def test_an_unreachable_hub_is_said_at_once(hub, monkeypatch, offline):
     """offline=False: the user did not say so; one question to the hub (conftest cuts it off) finds out."""
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", offline)
     start = time.perf_counter()
     with pytest.raises(
-        UserError, match=r"^--dataset nobody/nothing: could not be loaded .*Couldn't reach.* on the Hub"
+        UserError,
+        match=r"^--dataset nobody/nothing: could not be loaded .*Couldn't reach.* on the Hub.*; nor is there a file or"
+        " folder of that name$",
     ):
         read("nobody/nothing")
     assert time.perf_counter() - start < 5
     assert datasets.config.HF_HUB_OFFLINE  # or load_dataset, with no such cut, retries for more than 20 s
-
-
-def write_csv(path: Path, rows: list[dict], **options) -> Path:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]), **options)
-        writer.writeheader()
-        writer.writerows(rows)
-    return path
 
 
 WRITERS = {
@@ -174,7 +140,13 @@ WRITERS = {
     "a.csv": lambda p: write_csv(p, TRICKY),
     "bom.csv": lambda p: put(p, b"\xef\xbb\xbf" + write_csv(p, TRICKY).read_bytes()),
     "quoted.csv": lambda p: write_csv(p, TRICKY, quoting=csv.QUOTE_ALL, lineterminator="\n"),
-    "a.parquet": lambda p: pyarrow.parquet.write_table(pyarrow.Table.from_pylist(TRICKY), p),
+    "a.parquet": lambda p: write_parquet(p, TRICKY),
+    "a.ndjson": lambda p: put(p, jsonl(TRICKY)),
+    "A.JSONL": lambda p: put(p, jsonl(TRICKY)),
+    "A.NdJson": lambda p: put(p, jsonl(TRICKY)),
+    "LIST.JSON": lambda p: put(p, json.dumps(TRICKY)),
+    "A.CSV": lambda p: write_csv(p, TRICKY),
+    "A.Parquet": lambda p: write_parquet(p, TRICKY),
 }
 
 
@@ -188,7 +160,7 @@ def test_a_file_of_any_type_gives_the_same_rows(tmp_path, name):
 
 def test_parquet_holds_conversations(tmp_path):
     messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"messages": messages}]), tmp_path / "a.parquet")
+    write_parquet(tmp_path / "a.parquet", [{"messages": messages}])
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = "{% for m in messages %}{{ m.role + ': ' + m.content + eos_token }}{% endfor %}"
     rows = prepare(str(tmp_path / "a.parquet"), "auto", -1, 100, tokenizer)
@@ -279,13 +251,7 @@ def test_malformed_recipes_are_refused(tmp_path, text, message):
         read(put(tmp_path / "mine.toml", text))
 
 
-@pytest.mark.parametrize("dataset", ["alpacka", "", "x" * 300, "a/b/c", "~nobody", "a\0b"])
+@pytest.mark.parametrize("dataset", ["alpacka", "", "x" * 300, "a\0b"])
 def test_unknown_names_are_refused(dataset):
     with pytest.raises(UserError, match=r"not a recipe \(alpaca, alpaca_sample, dummy, .*owner/name"):
         find_recipe(dataset)
-
-
-@pytest.mark.parametrize("dataset", ["absent.jsonl", "absent/a.csv", "absent.toml", "absent.parquet"])
-def test_absent_files_are_refused(dataset):
-    with pytest.raises(UserError, match=rf"^--dataset {dataset}: [Nn]o such file"):
-        read(dataset)

@@ -1,0 +1,167 @@
+"""Rows of data sets of the Hugging Face hub and of local folders.
+
+The `datasets` library finds, downloads and reads what is on the hub. Of a local folder it tells which files belong to
+which split; they are read here, like a file that is named by itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from data.row_files import Rows, read_file, without_fillers
+from options.data_files import KINDS, kind_in_folder
+from options.errors import UserError
+
+# What `datasets` raises for folders and files that hold no data set, beside errors of its own.
+UNREADABLE = (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError)
+NO_ROWS = ("config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
+CHOOSE = "name one file, or write a recipe with data_files (docs/data.md)"
+
+
+def read_hub(source: str, data_files: str, split: str, samples: int) -> Rows:
+    """Rows of a hub id, or of a local folder, as `datasets` reads them. samples: at most so many, from the first; -1 =
+    all. Raises UserError."""
+    datasets, local = _library(source), os.path.isdir(source)
+    if not local and not datasets.config.HF_HUB_OFFLINE and not _reachable(source):
+        datasets.config.HF_HUB_OFFLINE = True  # its cache or nothing, without 20 seconds of retries
+    with _told(source, "" if local else "; nor is there a file or folder of that name"):
+        loaded = datasets.load_dataset(source, data_files=data_files or None, split=split)
+    if 0 < samples < len(loaded):
+        loaded = loaded.select(range(samples))
+    rows = [without_fillers(row) for row in loaded.to_list()]
+    return Rows(rows, [f"{source} row {i}" for i in range(1, len(loaded) + 1)])
+
+
+def read_folder(folder: str, data_files: str, split: str, samples: int) -> Rows:
+    """Rows of a local folder: of its files that belong to the split, or match the pattern data_files, in order of
+    their names. samples: as in `read_hub`.
+
+    Raises UserError for a folder of which only a part would be read: files of several kinds, or of no split. Where
+    its README.md says which files are meant, `datasets` reads those.
+    """
+    given = [path for path in _files(folder, data_files) if kind_in_folder(path)]
+    kinds = Counter(kind_in_folder(path) for path in given)
+    if not data_files and _has_configs(folder):
+        return read_hub(folder, data_files, split, samples)
+    if len(kinds) > 1:
+        listed = ", ".join(f"{number} {kind}" for kind, number in kinds.most_common())
+        raise UserError(f"--dataset {folder}: holds data files of several kinds ({listed}); {CHOOSE}")
+    if not given or not set(kinds) <= set(KINDS.values()):
+        return read_hub(folder, data_files, split, samples)
+    splits = {"train": given} if data_files else _splits(folder, given)
+    unread = sorted(set(given).difference(*splits.values()))
+    if unread:
+        first = os.path.relpath(unread[0], folder)
+        raise UserError(
+            f"--dataset {folder}: {len(unread)} of its {len(given)} data files, such as {first}, belong to no split"
+            f" ({', '.join(splits)}) and would not be read; {CHOOSE}"
+        )
+    if not re.fullmatch(r"\w+", split):  # a part of a split, such as train[:100]
+        return read_hub(folder, data_files, split, samples)
+    if split not in splits:
+        raise UserError(f"--dataset {folder}: has no split {split}, only {', '.join(splits)}; {CHOOSE}")
+    return _joined(splits[split], samples)
+
+
+def _joined(paths: list[str], samples: int) -> Rows:
+    rows, places = [], []
+    for path in paths:
+        read = read_file(Path(path))
+        rows += read.rows
+        places += read.places
+        if 0 < samples <= len(rows):
+            break
+    return Rows(rows, places)
+
+
+def _files(folder: str, data_files: str) -> list[str]:
+    """Paths of the files below a folder that `datasets` would look at, or that match the pattern, sorted."""
+    if data_files:
+        found = glob.glob(os.path.join(glob.escape(folder), data_files), recursive=True)
+    else:
+        found = []
+        for place, folders, names in os.walk(folder):
+            folders[:] = [name for name in folders if not name.startswith((".", "__"))]
+            found += [
+                os.path.join(place, name)
+                for name in names
+                if not name.startswith(".") and name not in NO_ROWS
+            ]
+    return sorted(path for path in found if os.path.isfile(path))
+
+
+def _splits(folder: str, given: list[str]) -> dict[str, list[str]]:
+    """{split: those of the given files that belong to it}, told from the names of files and folders as `datasets` does:
+    train.jsonl, test/a.jsonl, data/train-00000-of-00001.parquet; one split train where no name tells."""
+    datasets = _library(folder)
+    base, real = (
+        os.path.realpath(folder),
+        {os.path.join(os.path.realpath(folder), os.path.relpath(p, folder)): p for p in given},
+    )
+    with _told(folder):
+        patterns = datasets.data_files.get_data_patterns(base)
+        splits = {}
+        for split, wanted in patterns.items():
+            found: set[str] = set()
+            for pattern in wanted:
+                with contextlib.suppress(FileNotFoundError):  # one of several spellings
+                    found.update(datasets.data_files.resolve_pattern(pattern, base))
+            splits[str(split)] = sorted(real[path] for path in found if path in real)
+    return {split: paths for split, paths in splits.items() if paths}
+
+
+def _has_configs(folder: str) -> bool:
+    """Whether the folder's README.md, or .huggingface.yaml, says which files its data set is made of."""
+    if os.path.isfile(os.path.join(folder, ".huggingface.yaml")):
+        return True
+    try:
+        with open(os.path.join(folder, "README.md"), encoding="utf-8", errors="replace") as file:
+            head = re.match(r"---\s*\n(.*?)\n---", file.read(2**20), re.DOTALL)
+    except OSError:
+        return False
+    return bool(head and re.search(r"^configs:", head[1], re.MULTILINE))
+
+
+def _library(source: str) -> Any:
+    import datasets
+
+    if not hasattr(datasets, "load_dataset"):  # our folder datasets/, seen as an empty package
+        raise UserError(f"--dataset {source}: needs the package `datasets` (pip install datasets)")
+    datasets.utils.logging.disable_progress_bar()
+    datasets.utils.logging.set_verbosity(datasets.utils.logging.CRITICAL)  # what it raises says it as well
+    return datasets
+
+
+@contextlib.contextmanager
+def _told(source: str, more: str = "") -> Iterator[None]:
+    """Errors of the library as UserErrors of one line, which `more` ends."""
+    import datasets
+
+    try:
+        yield
+    except (*UNREADABLE, datasets.exceptions.DatasetsError) as e:
+        if isinstance(e, datasets.exceptions.DatasetGenerationError):  # says nothing itself
+            e = e.__cause__ or e
+        reason = " ".join(str(e).split()) or type(e).__name__  # often many lines, the first saying little
+        raise UserError(f"--dataset {source}: could not be loaded ({reason[:300]}){more}") from None
+
+
+def _reachable(hub_id: str) -> bool:
+    """Whether the hub answers, with whatever: what is wrong with the id is then for load_dataset to say."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        snapshot_download(hub_id, repo_type="dataset", allow_patterns=[".gitattributes"])
+    except LocalEntryNotFoundError:
+        return False
+    except (HfHubHTTPError, HFValidationError):
+        pass
+    return True

@@ -1,0 +1,178 @@
+"""Rows of a file: JSON lines, a JSON list, CSV or parquet, each row with the place that messages name.
+
+Whatever is malformed, or made to fill the memory, is refused with its place.
+"""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from options.data_files import KINDS, READABLE, advice, suffix_of
+from options.errors import UserError
+from options.limits import LINE, LIST, check_size
+
+PARQUET_ROWS = 64  # read at once: one value may stand for all of them in the file
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Raw rows and where each came from, for messages."""
+
+    rows: list[dict]
+    places: list[str]
+
+
+def read_file(path: Path) -> Rows:
+    """The rows of a file whose suffix is one of KINDS. Raises UserError for what is missing or malformed."""
+    if not os.path.isfile(path):
+        raise UserError(f"--dataset {path}: no such file")
+    check_kind(path)
+    suffix = suffix_of(path.name)
+    if suffix == ".parquet":
+        return _read_parquet(path)
+    try:
+        if suffix == ".csv":
+            return _read_csv(path)
+        if suffix == ".json" and _is_list(path):
+            return _read_json_list(path)
+        return _read_json_lines(path)
+    except OSError as e:
+        raise UserError(f"--dataset {path}: {e.strerror}") from None
+
+
+def check_kind(path: Path) -> None:
+    """Raises UserError for a file of a kind that is not read, with what to do."""
+    suffix = suffix_of(path.name)
+    if suffix not in KINDS:
+        what = f"{suffix} files are not read" if suffix else "no suffix tells what it is"
+        todo = advice(path.name) or "rename or convert it"
+        raise UserError(f"--dataset {path}: {what} ({READABLE} are); {todo}")
+
+
+def _lines(path: Path) -> Iterator[str]:
+    """The lines of a text with their ends, which are \\n only: splitlines would also break a row at U+2028 and other
+    rare characters. Raises UserError for one that is no UTF-8, or too long."""
+    with path.open("rb") as file:
+        for number in count(1):
+            line = file.readline(LINE + 1)
+            if not line:
+                return
+            if len(line) > LINE:
+                raise UserError(f"--dataset {path}:{number}: a line of more than {LINE:,} bytes")
+            if b"\0" in line:
+                raise UserError(f"--dataset {path}:{number}: holds NULs: not a text, or in UTF-16")
+            try:
+                yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError:
+                raise UserError(f"--dataset {path}:{number}: not UTF-8") from None
+
+
+def _read_json_lines(path: Path) -> Rows:
+    rows, places = [], []
+    for number, line in enumerate(_lines(path), 1):
+        if line.strip():
+            rows.append(_json(line, path, number))
+            places.append(f"{path}:{number}")
+            if not isinstance(rows[-1], dict):
+                raise UserError(f"--dataset {path}:{number}: not a JSON object")
+    return Rows(rows, places)
+
+
+def _json(text: str, path: Path, line: int | None):
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as e:
+        raise UserError(f"--dataset {path}:{line or e.lineno}: not JSON ({e.msg})") from None
+    except ValueError as e:  # a number of thousands of digits
+        raise UserError(f"--dataset {path}:{line or 1}: not usable JSON ({e})") from None
+    except RecursionError:
+        raise UserError(f"--dataset {path}:{line or 1}: JSON nested too deeply") from None
+
+
+def _is_list(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(LINE).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
+
+
+def _read_json_list(path: Path) -> Rows:
+    check_size(path, LIST)
+    raw = path.read_bytes()
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as e:
+        line = raw[: e.start].count(b"\n") + 1
+        raise UserError(f"--dataset {path}:{line}: not UTF-8") from None
+    rows = _json(text, path, None)
+    for i, row in enumerate(rows, 1):
+        if not isinstance(row, dict):
+            raise UserError(f"--dataset {path}: entry {i} is not a JSON object")
+    return Rows(rows, [f"{path} entry {i}" for i in range(1, len(rows) + 1)])
+
+
+def _read_csv(path: Path) -> Rows:
+    csv.field_size_limit(2**31 - 1)
+    reader = csv.DictReader(_lines(path), strict=True)
+    rows, places = [], []
+    try:
+        header = reader.fieldnames or []
+        if len(set(header)) < len(header):
+            raise UserError(f"--dataset {path}:1: the header names a column twice")
+        for row in reader:
+            if None in row or None in row.values():
+                raise UserError(
+                    f"--dataset {path}:{reader.line_num}: another number of columns than the header"
+                )
+            rows.append(row)
+            places.append(f"{path}:{reader.line_num}")
+    except csv.Error as e:
+        line = reader.reader.line_num  # DictReader counts a line only once it was right
+        raise UserError(f"--dataset {path}:{line}: not CSV ({e})") from None
+    return Rows(rows, places)
+
+
+def _read_parquet(path: Path) -> Rows:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        file, rows = pyarrow.parquet.ParquetFile(path), []
+        if file.metadata.num_rows > path.stat().st_size:  # a bit per row is more than a page's header takes
+            raise UserError(
+                f"--dataset {path}: says {file.metadata.num_rows:,} rows in {path.stat().st_size:,} bytes"
+            )
+        for batch in file.iter_batches(PARQUET_ROWS):
+            if batch.nbytes > LINE * PARQUET_ROWS // 4:
+                raise UserError(
+                    f"--dataset {path}: {PARQUET_ROWS} rows of {batch.nbytes:,} bytes; at most {LINE:,} each"
+                )
+            rows += [without_fillers(row) for row in batch.to_pylist()]
+    except (
+        pyarrow.ArrowException,
+        OSError,
+        ValueError,
+        OverflowError,
+    ) as e:  # ValueError: no UTF-8, or no such date
+        raise UserError(
+            f"--dataset {path}: not a parquet file ({(str(e) or type(e).__name__).splitlines()[0]})"
+        ) from None
+    return Rows(rows, [f"{path} row {i}" for i in range(1, len(rows) + 1)])
+
+
+def without_fillers(row: dict) -> dict:
+    """A row without the nulls within its columns, which a table's schema puts there: all objects of a column have the
+    keys of all rows. Nulls in lists, and whole columns, are the data's own."""
+    return {column: _without_fillers(value) for column, value in row.items()}
+
+
+def _without_fillers(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_fillers(part) for key, part in value.items() if part is not None}
+    return [_without_fillers(part) for part in value] if isinstance(value, list) else value

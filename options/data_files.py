@@ -1,0 +1,50 @@
+"""What the name of a data file says: which kinds are read, and what to do with the others."""
+
+from __future__ import annotations
+
+import os
+
+KINDS = {
+    ".json": "JSON",
+    ".jsonl": "JSON",
+    ".ndjson": "JSON",
+    ".csv": "CSV",
+    ".parquet": "parquet",
+}  # those read here
+JSON_LINES = (".jsonl", ".ndjson")
+READABLE = ", ".join(KINDS)
+PACKED = (".gz", ".bz2", ".xz", ".zst", ".lz4", ".zip", ".tar", ".tgz", ".7z", ".rar")
+OTHERS = {
+    **dict.fromkeys(PACKED, "unpack it first"),
+    ".tsv": "write it as .csv, with commas",
+    **dict.fromkeys((".txt", ".md"), 'make a .jsonl of it, with lines like {"text": "..."}'),
+    **dict.fromkeys((".arrow", ".feather", ".orc", ".avro"), "write it as .parquet"),
+    **dict.fromkeys((".xlsx", ".xls", ".ods"), "save the table as .csv"),
+    **dict.fromkeys((".xml", ".html", ".yaml", ".yml", ".h5", ".hdf5", ".npz", ".npy", ".sqlite", ".db"), "write its rows as .jsonl"),
+    **dict.fromkeys((".pkl", ".pickle", ".pt", ".bin"), "write its rows as .jsonl; nothing is unpickled here"),
+    **dict.fromkeys((".png", ".jpg", ".jpeg", ".webp", ".gif", ".wav", ".mp3", ".flac", ".mp4", ".pdf"), "only texts are read"),
+}  # fmt: skip
+PROSE = ("readme", "license", "licence", "notice", "copying", "changelog", "citation", "requirements")
+
+
+def suffix_of(name: str) -> str:
+    """The suffix in small letters, of a packed file with the one before it: .jsonl.gz."""
+    stem, last = os.path.splitext(os.path.basename(name).lower())
+    return os.path.splitext(stem)[1] + last if last in PACKED else last
+
+
+def advice(name: str) -> str | None:
+    """What to do with a file of a kind that is known and not read; None for others."""
+    return OTHERS.get(os.path.splitext(name.lower())[1])
+
+
+def kind_in_folder(name: str) -> str | None:
+    """The kind of a data file of a folder, to be told apart from other kinds; None for what holds no rows, such as
+    a README or a program."""
+    stem, _ = os.path.splitext(os.path.basename(name).lower())
+    suffix = suffix_of(name)
+    if suffix in KINDS:
+        return KINDS[suffix]
+    if advice(name) is None or suffix in (".md", ".yaml", ".yml") or (suffix == ".txt" and stem in PROSE):
+        return None
+    return suffix

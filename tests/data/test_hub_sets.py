@@ -1,0 +1,211 @@
+"""data/hub_sets.py and the names that lead there: local folders, and what is no data set."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+
+import datasets
+import pytest
+
+from data.sources import find_recipe
+from options import generate
+from options.errors import UserError
+from tests.helpers.data_files import jsonl, put, read, write_csv, write_parquet
+
+
+def rows(*answers: str) -> list[dict]:
+    return [{"question": "Q", "answer": answer} for answer in answers]
+
+
+def written(folder, files: dict[str, list[dict] | str]):
+    """Files of rows, in the kind that each name says, or of a text."""
+    for name, content in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(content, str):
+            path.write_text(content)
+        elif name.endswith(".gz"):
+            path.write_bytes(gzip.compress(jsonl(content).encode()))
+        elif name.lower().endswith(".csv"):
+            write_csv(path, content)
+        elif name.endswith(".parquet"):
+            write_parquet(path, content)
+        else:
+            put(path, json.dumps(content) if name.endswith(".json") else jsonl(content))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+NOT_DATA = {"README.md": "# Rows", "NOTES.md": "a\n", "LICENSE.txt": "MIT\n", "make.py": "", "config.json": "{}",
+            ".hidden.csv": "a\n1\n", ".git/a.csv": "a\n1\n", "__pycache__/b.csv": "a\n1\n"}  # fmt: skip
+README = "---\nlicense: mit\nconfigs:\n- config_name: default\n  data_files: '*.csv'\n---\n# Rows\n"
+WHOLE = {  # files, the answers that are read
+    "one file": ({"a.jsonl": rows("1", "2")}, "12"),
+    "several, by name": ({"b.jsonl": rows("3"), "a.jsonl": rows("1", "2"), "c/a.jsonl": rows("4")}, "1234"),
+    "JSON in three spellings": ({"a.json": rows("1"), "B.JSONL": rows("2"), "c.ndjson": rows("3")}, "213"),
+    "splits": ({"train.jsonl": rows("1"), "test.jsonl": rows("2"), "dev.jsonl": rows("3")}, "1"),
+    "splits in folders": ({"train/a.csv": rows("1"), "train/b.csv": rows("2"), "test/a.csv": rows("3")}, "12"),
+    "shards": ({f"data/train-0000{i}-of-00002.parquet": rows(str(i)) for i in (0, 1)}, "01"),
+    "beside what is no data": ({"a.csv": rows("1")} | NOT_DATA, "1"),
+    "two kinds, of which README chooses": ({"a.csv": rows("1"), "b.jsonl": rows("2"), "README.md": README}, "1"),
+    "packed": ({"a.jsonl.gz": rows("1", "2")}, "12"),  # by datasets
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WHOLE)
+def test_a_folder_is_read_whole(tmp_path, case):
+    files, answers = WHOLE[case]
+    found = read(written(tmp_path / "data", files))
+    assert "".join(str(row["answer"]) for row in found) == answers
+    assert [row["answer"] for row in read(tmp_path / "data", 1)] == [found[0]["answer"]]
+
+
+PART = {  # files, the words of the refusal
+    "JSON and CSV": ({"a.jsonl": rows("1"), "b.csv": rows("2")}, "several kinds .*1 JSON.*1 CSV"),
+    "most of one kind": ({"a.jsonl": rows("1"), "b.json": rows("2"), "c.CSV": rows("3")}, r"\(2 JSON, 1 CSV\)"),
+    "parquet": ({"a.json": rows("1"), "b.parquet": rows("2")}, "1 JSON, 1 parquet"),
+    "in folders": ({"x/a.jsonl": rows("1"), "y/b.csv": rows("2")}, "1 JSON, 1 CSV"),
+    "in splits": ({"train.jsonl": rows("1"), "test.csv": rows("2")}, "1 JSON.*1 CSV|1 CSV.*1 JSON"),
+    "packed and not": ({"a.jsonl": rows("1"), "a.jsonl.gz": rows("1")}, r"1 JSON, 1 \.jsonl\.gz"),
+    "more texts than rows": ({"a.jsonl": rows("1"), "b.txt": "b\n", "c.txt": "c\n"}, r"2 \.txt, 1 JSON"),
+    "beside the splits": ({"train.jsonl": rows("1"), "more.jsonl": rows("2")}, r"1 of its 2 .* more\.jsonl, belong"),
+    "beside their folder": ({"train/a.csv": rows("1"), "b.csv": rows("2")}, r"b\.csv, belong to no split \(train\)"),
+    "beside shards": ({"data/train-00000-of-00001.parquet": rows("1"), "old.parquet": rows("2")}, "old.parquet, belong"),
+    "another split": ({"test.jsonl": rows("1")}, "has no split train, only test"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", PART)
+def test_a_folder_that_would_be_read_in_part(tmp_path, case):
+    files, words = PART[case]
+    folder = written(tmp_path / "data", files)
+    with pytest.raises(
+        UserError, match=f"^--dataset {folder}: .*({words}).*; name one file, or write a recipe"
+    ):
+        read(folder)
+
+
+def test_a_recipe_chooses(tmp_path):
+    """By data_files, in a folder beside it; several kinds in the pattern are as bad as in the folder."""
+    written(
+        tmp_path / "mine",
+        {"a.csv": rows("1"), "b.jsonl": rows("2"), "x/c.csv": rows("3"), "train.csv": rows("4")},
+    )
+    recipe = tmp_path / "mine.toml"
+    for pattern, answers in (("*.csv", "14"), ("**/*.csv", "143"), ("b.jsonl", "2"), ("x/*", "3")):
+        recipe.write_text(f'source = "mine"\ndata_files = "{pattern}"\n')
+        assert "".join(row["answer"] for row in read(recipe)) == answers
+    recipe.write_text('source = "mine"\ndata_files = "*"\n')
+    with pytest.raises(UserError, match="2 CSV, 1 JSON"):
+        read(recipe)
+    (tmp_path / "inner").symlink_to("/etc")
+    recipe.write_text('source = "inner"\n')
+    with pytest.raises(UserError, match="source inner is not beside the recipe"):
+        read(recipe)
+
+
+def test_texts_in_a_folder_stay_texts(tmp_path):
+    """`datasets` makes numbers, dates and nothing of them."""
+    texts = ["007", "1.10", "2026-11-29 10:00:00", "true", "NA", "null", "1e3"]
+    for name in ("a.csv", "a.jsonl"):
+        folder = written(tmp_path / name[2:], {name: rows(*texts)})
+        assert [row["answer"] for row in read(folder)] == texts
+    place = find_place(tmp_path / "jsonl", '{"question": "Q", "answer": "A"}\n{"question": }\n')
+    assert place == f"--dataset {tmp_path}/jsonl/a.jsonl:2: not JSON (Expecting value)"
+
+
+def find_place(folder, text: str) -> str:
+    (folder / "a.jsonl").write_text(text)
+    with pytest.raises(UserError) as error:
+        read(folder)
+    return str(error.value)
+
+
+def test_folders_without_rows(tmp_path, caplog):
+    for name, files, why in (
+        ("a", {"b/script.py": "raise SystemExit"}, ""),
+        ("b", {"b.py": "raise SystemExit"}, "script"),
+    ):
+        folder = written(tmp_path / name, files)
+        with pytest.raises(UserError, match=rf"^--dataset {folder}: could not be loaded \(.*{why}.*\)$"):
+            read(folder)
+    assert caplog.records == []  # the one line says it
+
+
+UNREAD = {  # name: what to do
+    "a.jsonl.gz": r"\.jsonl\.gz files are not read .*unpack it first",
+    "A.JSONL.GZ": r"\.jsonl\.gz files .*unpack",
+    "a.csv.zst": r"\.csv\.zst files .*unpack",
+    "a.zip": r"\.zip files .*unpack",
+    "a.json.xz": r"\.json\.xz files .*unpack",
+    "a.tsv": r"\.tsv files .*write it as \.csv",
+    "a.txt": r"\.txt files .*make a \.jsonl",
+    "a.arrow": r"\.arrow files .*as \.parquet",
+    "a.xlsx": r"\.xlsx files .*as \.csv",
+    "a.pkl": r"\.pkl files .*nothing is unpickled",
+    "rows": "no suffix tells what it is",
+    "rows.mine": r"\.mine files are not read",
+}
+
+
+def as_shown(dataset: str) -> str:
+    """A pattern for a path in a message, which may leave a first ./ out."""
+    return "(./)?" + re.escape(dataset.removeprefix("./"))
+
+
+@pytest.mark.parametrize("name", UNREAD)
+def test_a_file_of_another_kind_is_told(tmp_path, monkeypatch, name):
+    """Wherever a data set may be named, and however its path is written."""
+    monkeypatch.chdir(tmp_path)
+    put(tmp_path / "data" / name, "{}\n")
+    for dataset in (f"data/{name}", f"./data/{name}", str(tmp_path / "data" / name)):
+        with pytest.raises(UserError, match=f"^--dataset {as_shown(dataset)}: {UNREAD[name]}"):
+            find_recipe(dataset)
+
+
+@pytest.mark.parametrize("name", [name for name in UNREAD if not name.startswith("rows")])
+def test_a_recipe_of_such_a_file(tmp_path, name):
+    recipe = put(tmp_path / "mine.toml", f'source = "{name}"\n')
+    for _ in range(2):  # without the file, and with it
+        with pytest.raises(UserError, match=f"^--dataset {recipe}: source {re.escape(name)}: {UNREAD[name]}"):
+            find_recipe(str(recipe))
+        put(tmp_path / name, "{}\n")
+
+
+@pytest.mark.parametrize("dataset", [
+    "absent.jsonl", "absent.ndjson", "ABSENT.CSV", "absent/a.csv", "absent.toml", "absent.parquet", "./absent/x.jsonl",
+    "absent/x.jsonl.gz", "absent/x.tsv", "absent.jsonl.zst", "./absent", "../absent/x", "/absent/x", "~/absent", "~nobody", "a/b/c",
+    "https://example.invalid/a",
+])  # fmt: skip
+def test_an_absent_path_is_no_hub_id(dataset, monkeypatch):
+    monkeypatch.setattr("data.hub_sets.read_hub", None)
+    with pytest.raises(UserError, match=f"^--dataset {as_shown(dataset)}: [Nn]o such file"):
+        read(dataset)
+
+
+@pytest.mark.parametrize("name, words", [
+    ("a.json", r"\.json files are not read; write a line for each prompt, or a row as \.jsonl"),
+    ("a.CSV", r"\.csv files are not read"),
+    ("a.parquet", r"\.parquet files are not read"),
+    ("a.jsonl.gz", r"\.jsonl\.gz files are not read"),
+    ("a.tsv", r"\.tsv files are not read"),
+])  # fmt: skip
+def test_prompts_of_another_kind(tmp_path, name, words):
+    with pytest.raises(UserError, match=f"^--prompts {re.escape(str(put(tmp_path / name, '[1]')))}: {words}"):
+        generate.read_prompts(tmp_path / name)
+
+
+def test_prompts_are_rows_or_lines(tmp_path):
+    line = '{"instruction": "Say 1."}\n'
+    for name in ("a.jsonl", "A.JSONL", "a.ndjson"):
+        assert [p.given for p in generate.read_prompts(put(tmp_path / name, line))] == [
+            {"instruction": "Say 1."}
+        ]
+    for name in ("a.txt", "A.TXT", "a.md", "a"):
+        assert [p.given for p in generate.read_prompts(put(tmp_path / name, line))] == [line.strip()]
