@@ -7,6 +7,7 @@ text up to the answer: what a trained model is asked with.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from typing import Any
 from data.chat import ChatTemplate
 from data.messages import checked_messages, checked_tools
 from options.errors import UserError
+from options.exact_json import text_of
 
 # Alpaca's prompts as alpaca-lora, axolotl and most later programs write them: the answer begins on a line of its own.
 ALPACA = (
@@ -242,7 +244,11 @@ def checked(row: Mapping, form: Format, where: str, answered: bool = True) -> di
         value = row.get(column)
         if value is None:
             value = ""  # an optional column
-        if not isinstance(value, str | int | float) or isinstance(value, bool) or value != value:
+        if not isinstance(value, str | int | float) or isinstance(value, bool):
             raise UserError(f"{where}: column {column} holds a {type(value).__name__}, not a text")
-        values[column] = str(value)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(
+                f"{where}: column {column} holds {value} as a number; leave the row out, or write a text"
+            )
+        values[column] = value if isinstance(value, str) else text_of(value)
     return values

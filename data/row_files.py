@@ -1,6 +1,6 @@
 """Rows of a file: JSON lines, a JSON list, CSV or parquet, each row with the place that messages name.
 
-Whatever is malformed, or made to fill the memory, is refused with its place.
+Texts and numbers stay as the file has them. Whatever is malformed, or made to fill the memory, is refused with its place.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import codecs
 import csv
 import json
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,9 +18,11 @@ from typing import Any
 
 from options.data_files import KINDS, READABLE, advice, suffix_of
 from options.errors import UserError
+from options.exact_json import Written, parse_json
 from options.limits import LINE, LIST, check_size
 
 PARQUET_ROWS = 64  # read at once: one value may stand for all of them in the file
+NO_NUMBERS = ("nan", "inf", "-inf", "+inf", "infinity", "-infinity", "+infinity")
 
 
 @dataclass(frozen=True)
@@ -88,13 +91,29 @@ def _read_json_lines(path: Path) -> Rows:
 
 def _json(text: str, path: Path, line: int | None):
     try:
-        return json.loads(text)
+        return parse_json(text, written=True)
     except json.JSONDecodeError as e:
         raise UserError(f"--dataset {path}:{line or e.lineno}: not JSON ({e.msg})") from None
-    except ValueError as e:  # a number of thousands of digits
-        raise UserError(f"--dataset {path}:{line or 1}: not usable JSON ({e})") from None
+    except ValueError as e:  # a number that none can mean, or of thousands of digits
+        raise UserError(f"--dataset {path}:{line or _line_of_fault(text)}: not usable JSON ({e})") from None
     except RecursionError:
         raise UserError(f"--dataset {path}:{line or 1}: JSON nested too deeply") from None
+
+
+def _line_of_fault(rows: str) -> int:
+    """The line on which the first entry of a JSON list begins that is not usable."""
+    decoder, start = json.JSONDecoder(), 0
+    while start < len(rows):
+        if rows[start] in " \t\r\n,[]":
+            start += 1
+            continue
+        try:
+            _, end = decoder.raw_decode(rows, start)
+            parse_json(rows[start:end], written=True)
+        except ValueError:
+            return rows.count("\n", 0, start) + 1
+        start = end
+    return 1
 
 
 def _is_list(path: Path) -> bool:
@@ -135,7 +154,29 @@ def _read_csv(path: Path) -> Rows:
     except csv.Error as e:
         line = reader.reader.line_num  # DictReader counts a line only once it was right
         raise UserError(f"--dataset {path}:{line}: not CSV ({e})") from None
+    for name in header:
+        _mark_no_numbers(rows, name)
     return Rows(rows, places)
+
+
+def _mark_no_numbers(rows: list[dict], column: str) -> None:
+    """Makes floats of the cells `nan` and `inf` of a column of numbers, in which they are no texts: no format reads such
+    a float. In a column that has other texts, too, they are words."""
+    marked = [row for row in rows if len(row[column]) < 20 and row[column].strip().lower() in NO_NUMBERS]
+    if not marked:
+        return
+    others = {row[column] for row in rows if row[column].strip()} - {row[column] for row in marked}
+    if others and all(map(_is_number, others)):
+        for row in marked:
+            row[column] = float(row[column])
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _read_parquet(path: Path) -> Rows:
@@ -154,6 +195,7 @@ def _read_parquet(path: Path) -> Rows:
                     f"--dataset {path}: {PARQUET_ROWS} rows of {batch.nbytes:,} bytes; at most {LINE:,} each"
                 )
             rows += [without_fillers(row) for row in batch.to_pylist()]
+        _restore_digits(rows, file.schema_arrow)
     except (
         pyarrow.ArrowException,
         OSError,
@@ -176,3 +218,16 @@ def _without_fillers(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _without_fillers(part) for key, part in value.items() if part is not None}
     return [_without_fillers(part) for part in value] if isinstance(value, list) else value
+
+
+def _restore_digits(rows: list[dict], schema) -> None:
+    """Gives numbers of 16 and 32 bits the digits that tell them apart: as floats of 64 bits, 0.1 is
+    0.10000000149011612."""
+    import numpy
+    import pyarrow
+
+    narrow = {pyarrow.float16(): numpy.float16, pyarrow.float32(): numpy.float32}
+    for name, kind in zip(schema.names, schema.types, strict=True):
+        for row in rows if kind in narrow else ():
+            if row[name] is not None and math.isfinite(row[name]):
+                row[name] = Written.of(row[name], str(narrow[kind](row[name])))

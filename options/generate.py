@@ -3,7 +3,6 @@ transformers are imported."""
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from dataclasses import dataclass, replace
@@ -14,6 +13,7 @@ from options.config import DATASET_FORMATS
 from options.data_files import JSON_LINES, KINDS, advice, suffix_of
 from options.declaration import argument, option
 from options.errors import UserError
+from options.exact_json import parse_json
 from options.limits import LINE, read_text
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
@@ -144,7 +144,7 @@ def read_prompts(path: Path) -> list[Prompt]:
 
 def _row(place: str, line: str) -> str | dict:
     try:
-        row = json.loads(line)
+        row = parse_json(line, written=True)
     except (ValueError, RecursionError) as e:
         raise UserError(f"--prompts {place}: not JSON ({getattr(e, 'msg', None) or e})") from None
     if not isinstance(row, dict | str):

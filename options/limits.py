@@ -4,10 +4,10 @@ a file that was made to do so, or that is not what its name says, ends the run i
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from options.errors import UserError
+from options.exact_json import parse_json
 
 OPTIONS_FILE = 2**20  # bytes of a --config file or a recipe
 CONFIG_FILE = 2**22  # bytes of config.json or generation_config.json
@@ -43,10 +43,10 @@ def read_json(path: Path, most: int) -> dict:
     """The JSON object that a file holds. Raises UserError."""
     check_size(path, most)
     try:
-        value = json.loads(read_text(path, most))
+        value = parse_json(read_text(path, most))
     except OSError as e:
         raise UserError(f"{path}: {e.strerror}") from None
-    except (ValueError, RecursionError) as e:  # ValueError: no JSON, or no UTF-8
+    except (ValueError, RecursionError) as e:  # ValueError: no JSON, no UTF-8, or NaN
         reason = "nested too deeply" if isinstance(e, RecursionError) else str(e).splitlines()[0]
         raise UserError(f"{path}: not a valid JSON file ({reason})") from None
     if not isinstance(value, dict):
