@@ -18,7 +18,6 @@ from data.encoding import prompt_ids, without_answer_bos
 from data.examples import Examples, read_examples
 from data.formats import FORMATS, Rendered
 from data.rows import TokenizedRows
-from data.sources import find_recipe, load_rows
 from data.stops import learned_stops
 from data.tokenizing import last_answer, tokenize
 from options.config import Config
@@ -73,18 +72,15 @@ def prepare_sets(config: Config, tokenizer, stops: list[int]) -> tuple[Config, T
     evaluation = None if held is None else tokenize(held, tokenizer, config.context_length, _origin(config))
     prompts = _sample_prompts(config, examples, held or training, tokenizer) if config.sample_every else []
     stops = sorted({*stops, *learned_stops(examples.format, examples.context)})
-    remarks = tuple(dict.fromkeys([*examples.remarks, *beside]))
+    remarks = (*examples.remarks, *(f"evaluation {r}" for r in beside if r not in examples.remarks))
     return config, rows, EvaluationData(evaluation, prompts, stops, remarks)
 
 
 def read_beside(config: Config, dataset: str, samples: int, tokenizer) -> Examples:
-    """Rows to ask a model that was trained with the options `config`: in the format of its training where they have
-    the columns for it, else in their own. Raises UserError for anything wrong with the data."""
-    form, (recipe, file) = config.dataset_format, find_recipe(dataset)
-    if form != "auto":
-        row = load_rows(recipe, file, 1).rows[0]
-        form = form if FORMATS[form].fits(set(row), row, recipe.markers) else "auto"
-    return read_examples(dataset, form, samples, config.context_length, tokenizer, config.chat_date)
+    """Rows to ask a model that was trained with the options `config`: in the format of its training where all of them
+    have the columns for it, else in their own. Raises UserError for anything wrong with the data."""
+    reading = (samples, config.context_length, tokenizer, config.chat_date)
+    return read_examples(dataset, "auto", *reading, preferred=config.dataset_format)
 
 
 def held_rows(config: Config, tokenizer) -> list[Rendered] | None:

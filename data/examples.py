@@ -14,7 +14,9 @@ from itertools import chain
 from fastcore.parallel import parallel
 
 from data.chat import TEMPLATE_ERRORS
-from data.formats import FORMATS, RenderContext, Rendered, checked, recognise
+from data.formats import FORMATS, Format, RenderContext, Rendered, checked
+from data.recognition import format_of, recognise
+from data.row_files import Rows
 from data.sources import Recipe, find_recipe, load_rows
 from data.unshown import unshown
 from options.errors import UserError
@@ -35,10 +37,24 @@ class Examples:
 
 
 def read_examples(
-    dataset: str, dataset_format: str, samples: int, context_length: int, tokenizer, day: str | None = None
+    dataset: str,
+    dataset_format: str,
+    samples: int,
+    context_length: int,
+    tokenizer,
+    day: str | None = None,
+    preferred: str = "auto",
 ) -> Examples:
-    """--dataset, read and rendered. samples: rows used; -1 = as the recipe says; day: as in RenderContext. Raises
-    UserError for anything wrong with the data."""
+    """--dataset, read and rendered.
+
+    Args:
+        dataset_format: of all rows; auto = the recipe's, or the one that all of them fit.
+        samples: rows used; -1 = as the recipe says.
+        day: as in RenderContext.
+        preferred: the format instead of auto, if all rows fit it.
+
+    Raises UserError for anything wrong with the data.
+    """
     recipe, file = find_recipe(dataset)
     samples = samples if samples > 0 else recipe.samples
     if recipe.fill and (context_length > ROW // max(len(recipe.fill["output"]), 1) or samples > FILLED):
@@ -47,16 +63,36 @@ def read_examples(
     rows = data.rows
     if recipe.fill:
         rows = [recipe.fill | {"output": recipe.fill["output"] * context_length}] * len(rows)
-    name = _format_of(recipe, rows[0], dataset, dataset_format)
+    name = _format_of(recipe, Rows(rows, data.places), dataset, dataset_format, preferred)
     context = RenderContext(tokenizer, recipe.markers, day)
     rendered = _render_all(_Rendering(rows, data.places, name, context))
-    remarks = tuple(unshown(context.chat, rows)) if name == "chat" else ()
+    remarks = _remarks(recipe, rows, FORMATS[name])
+    if name == "chat":
+        remarks = (*remarks, *unshown(context.chat, rows))
     return Examples(rendered, name, context, remarks)
 
 
-def _format_of(recipe: Recipe, row: dict, dataset: str, dataset_format: str) -> str:
-    name = dataset_format if dataset_format != "auto" else recipe.format
-    return name if name != "auto" else recognise(set(row), row, f"--dataset {dataset}", recipe.markers)
+def _format_of(recipe: Recipe, rows: Rows, dataset: str, asked: str, preferred: str = "auto") -> str:
+    """As `read_examples`, whose dataset_format is `asked`."""
+    if asked != "auto":
+        return asked
+    first = None if preferred == "auto" else preferred
+    if recipe.format != "auto":
+        found = {format_of(row, recipe.markers, first) for row in rows.rows} - {None}
+        return first if first and found == {first} else recipe.format
+    return recognise(rows.rows, rows.places, f"--dataset {dataset}", recipe.markers, first)
+
+
+def _remarks(recipe: Recipe, rows: list[dict], form: Format) -> tuple[str, ...]:
+    """Lines on what of the rows is not read, or not learned."""
+    remarks = []
+    marker = recipe.markers[1]
+    unmarked = sum(marker not in str(row.get("text")) for row in rows) if form.marked else 0
+    if unmarked:
+        remarks.append(
+            f"data: {unmarked:,} of {len(rows):,} rows have no marker {marker!r}; nothing of them is learned"
+        )
+    return tuple(remarks)
 
 
 def find_format(dataset: str, dataset_format: str) -> tuple[str, list[str]]:
@@ -64,8 +100,8 @@ def find_format(dataset: str, dataset_format: str) -> tuple[str, list[str]]:
     where nothing else tells. Raises UserError for what is wrong with it."""
     recipe, file = find_recipe(dataset)
     unknown = dataset_format == recipe.format == "auto"
-    row = load_rows(recipe, file, 1).rows[0] if unknown else {}
-    return _format_of(recipe, row, dataset, dataset_format), recipe.markers
+    rows = load_rows(recipe, file, recipe.samples) if unknown else Rows([], [])
+    return _format_of(recipe, rows, dataset, dataset_format), recipe.markers
 
 
 @dataclass(frozen=True)

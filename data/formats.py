@@ -1,7 +1,7 @@
 """How a row of a dataset becomes one text, and which parts of that text are learned.
 
-A format is a function from a row to a Rendered; FORMATS lists them with the columns that they need, which
-is also how the format of a user's own file is recognised. Beside it stands the function that writes the same
+A format is a function from a row to a Rendered; FORMATS lists them with the columns that they need, by which
+data/recognition.py tells the format of a user's own file. Beside it stands the function that writes the same
 text up to the answer: what a trained model is asked with.
 """
 
@@ -96,11 +96,6 @@ class Format:
     def asking(self, text: str, markers: Sequence[str]) -> dict:
         """The row that a bare prompt is, without an answer."""
         return {self.asks: self.question(text, markers)}
-
-    def fits(self, columns: set[str], sample: Mapping, markers: Sequence[str]) -> bool:
-        """Whether rows with these columns can be of this format; `sample` tells a dialogue in `text` from plain
-        text."""
-        return columns >= set(self.needs) and (not self.marked or markers[1] in str(sample.get("text")))
 
 
 def _prompted(prompt: str, response: str) -> Rendered:
@@ -216,17 +211,6 @@ FORMATS = {
     ),
     "completion": Format(_completion, _completion_prompt, ("text",)),
 }
-
-
-def recognise(
-    columns: set[str], sample: Mapping, where: str, markers: Sequence[str] = GUANACO_MARKERS
-) -> str:
-    """The format of rows with these columns; `sample` tells a dialogue in `text` from plain text."""
-    for name, form in FORMATS.items():
-        if not form.named and form.fits(columns, sample, markers):
-            return name
-    known = "; ".join(f"{n}: {', '.join(f.needs)}" for n, f in FORMATS.items() if not f.named)
-    raise UserError(f"{where}: columns {', '.join(sorted(columns))} fit no format ({known})")
 
 
 def checked(row: Mapping, form: Format, where: str, answered: bool = True) -> dict:

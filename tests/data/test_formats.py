@@ -8,7 +8,7 @@ import pytest
 from benchmarks.make_checkpoint import byte_tokenizer
 from data.chat import ChatTemplate
 from data.encoding import prompt_ids
-from data.formats import FORMATS, GUANACO_MARKERS, RenderContext, asked, checked, recognise
+from data.formats import FORMATS, GUANACO_MARKERS, RenderContext, asked, checked
 from data.tokenizing import tokenize
 from options.config import DATASET_FORMATS
 from options.errors import UserError
@@ -343,29 +343,6 @@ def test_absent_keys_of_a_message_stay_absent():
         {"role": "user", "content": "Hi", "name": "Ann"}
     ]
     assert render("chat", row, chat_tokenizer(template)).text == "Hi"
-
-
-@pytest.mark.parametrize("columns, text, name", [
-    ("instruction output", "", "alpaca"),
-    ("instruction input output text", "### Assistant: both", "alpaca"),  # never alpaca_stanford
-    ("question answer", "", "qa"),
-    ("question answer context id", "", "qa"),
-    ("messages prompt", "", "chat"),
-    ("messages instruction output", "", "chat"),
-    ("text", "### Human: Hi### Assistant: Yo", "guanaco"),
-    ("text", "Once upon a time", "completion"),
-])  # fmt: skip
-def test_recognise(columns, text, name):
-    assert recognise(set(columns.split()), {"text": text}, "here") == name
-
-
-def test_recognise_looks_for_the_recipe_s_own_markers():
-    assert recognise({"text"}, {"text": "<human>: a<bot>: b"}, "here", ("<human>:", "<bot>:")) == "guanaco"
-
-
-def test_unknown_columns_are_named():
-    with pytest.raises(UserError, match=r"here: columns a, b fit no format .*alpaca: instruction, output"):
-        recognise({"b", "a"}, {}, "here")
 
 
 @pytest.mark.parametrize("name, row, message", [

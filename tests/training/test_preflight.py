@@ -403,6 +403,12 @@ DATA = {
     "damaged.parquet": (b"PAR1 and nothing behind it", {}, ["not a parquet file"]),
     "named.jsonl": (ROW, {"dataset_format": "qa"}, ["named.jsonl:1", "question", "instruction, output"]),
     "unknown.jsonl": ('{"a": "x", "b": "y"}\n', {}, ["a, b", "alpaca: instruction, output"]),
+    "mixed.jsonl": (
+        ROW + CHAT,
+        {},
+        ["different formats", "1 alpaca", "mixed.jsonl:1", "1 chat", "mixed.jsonl:2"],
+    ),
+    "infinite.jsonl": (ROW + '{"instruction": "x", "output": 1e400}\n', {}, ["infinite.jsonl:2", "1e400"]),
     "null.jsonl": (ROW + '{"instruction": "x", "output": null}\n', {}, ["null.jsonl:2", "output"]),
     "nested.jsonl": (ROW + '{"instruction": "x", "output": {}}\n', {}, ["nested.jsonl:2", "output"]),
     "long.jsonl": (ROW * 3, {"context_length": 8}, ["none of the 3 rows", "--context_length 8"]),

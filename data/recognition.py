@@ -1,0 +1,81 @@
+"""Which format the rows of a data set have, told from all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from data.formats import FORMATS, Format
+from options.errors import UserError
+
+MOST_NAMES = 20  # of columns, in a line
+
+
+def recognise(
+    rows: Sequence[Mapping],
+    places: Sequence[str],
+    where: str,
+    markers: Sequence[str],
+    first: str | None = None,
+) -> str:
+    """The one format that all rows have, as far as they hold anything.
+
+    Args:
+        places: where each row came from.
+        where: what errors begin with.
+        markers: of the two speakers in a guanaco text.
+        first: a format that goes before all others, where rows have its columns.
+
+    Raises UserError where rows fit different formats, as one of them would learn prompts, or drop rows, of another;
+    and where none fits.
+    """
+    numbers: dict[str, list[int]] = {}
+    for i, row in enumerate(rows):
+        name = format_of(row, markers, first)
+        if name is not None:
+            numbers.setdefault(name, []).append(i)
+    if len(numbers) > 1:
+        listed = ", ".join(f"{len(of):,} {name} (first {places[of[0]]})" for name, of in numbers.items())
+        raise UserError(
+            f"{where}: its rows are of different formats: {listed}; --dataset_format, or a recipe's format, reads all"
+            " as one, or put each kind into a file of its own"
+        )
+    columns = {column for row in rows for column, value in row.items() if value is not None}
+    return next(iter(numbers), None) or _by_columns(
+        columns or {column for row in rows for column in row}, where
+    )
+
+
+def format_of(row: Mapping, markers: Sequence[str], first: str | None = None) -> str | None:
+    """The first format that a row fits; None if it fits none, or holds too little."""
+    names = [*([first] if first else []), *(name for name, form in FORMATS.items() if not form.named)]
+    return next((name for name in names if fits(row, FORMATS[name], markers)), None)
+
+
+def fits(row: Mapping, form: Format, markers: Sequence[str]) -> bool:
+    """Whether the columns that the format needs hold something; the answer's may be empty. Tables give each row all
+    columns, so it is not enough that they are there."""
+    if not all(column in row if column == form.answer else _holds(row.get(column)) for column in form.needs):
+        return False
+    return not form.marked or markers[1] in str(row["text"])
+
+
+def _holds(value) -> bool:
+    if isinstance(value, str):
+        return bool(value.strip())
+    return value is not None and value != [] and value != {}
+
+
+def _by_columns(columns: set[str], where: str) -> str:
+    """The format of rows that hold nothing to tell it by: `checked` says what they lack."""
+    known = {name: form for name, form in FORMATS.items() if not form.named and not form.marked}
+    for name, form in known.items():
+        if columns >= set(form.needs):
+            return name
+    listed = "; ".join(f"{name}: {', '.join(form.needs)}" for name, form in known.items())
+    raise UserError(f"{where}: columns {_listed(sorted(columns))} fit no format ({listed})")
+
+
+def _listed(names: list[str]) -> str:
+    shown = [name if name.isprintable() and name else ascii(name) for name in names[:MOST_NAMES]]
+    more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
+    return ", ".join(shown) + more

@@ -1,0 +1,158 @@
+"""data/recognition.py: the format is that of all rows; where they differ, none is chosen for them."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from data.examples import find_format, read_examples
+from data.formats import GUANACO_MARKERS
+from data.recognition import recognise
+from options.errors import UserError
+from tests.helpers import chat_templates
+from tests.helpers.data_files import jsonl, put, write_csv, write_parquet
+from tests.helpers.small_tokenizers import chat_tokenizer
+
+CHAT = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]}
+ALPACA = {"instruction": "Name a city.", "output": "Paris"}
+QA = {"question": "2+2?", "answer": "4"}
+DIALOGUE = {"text": "### Human: Hi### Assistant: Yo"}
+PLAIN = {"text": "Once upon a time"}
+TOKENIZER = chat_tokenizer(chat_templates.CHATML)
+
+
+def read(path, dataset_format: str = "auto", **more):
+    return read_examples(str(path), dataset_format, -1, 1000, TOKENIZER, **more)
+
+
+def learned(examples) -> list[str]:
+    return [each.text[start:end] for each in examples.rendered for start, end in each.learned]
+
+
+@pytest.mark.parametrize("row, name", [
+    (ALPACA, "alpaca"),
+    (ALPACA | {"input": "", "text": "### Assistant: both"}, "alpaca"),  # never alpaca_stanford
+    (QA, "qa"),
+    (QA | {"context": "C", "id": 1}, "qa"),
+    (CHAT | {"prompt": "Hi"}, "chat"),
+    (CHAT | ALPACA, "chat"),
+    (DIALOGUE, "guanaco"),
+    (PLAIN, "completion"),
+    (ALPACA | {"output": ""}, "alpaca"),  # an empty answer, to be counted
+    (ALPACA | {"output": "", "text": "Name a city.\nParis"}, "alpaca"),  # not the text of it
+    (ALPACA | {"output": None}, "alpaca"),  # to be refused with its place
+    ({"text": ""}, "completion"),
+    ({"messages": []}, "chat"),
+])  # fmt: skip
+def test_rows_of_one_format(row, name):
+    empty = dict.fromkeys(
+        ("messages", "instruction", "input", "output", "question", "answer", "context", "text")
+    )
+    for rows in ([row], [row, row], [row, dict.fromkeys(row)], [empty | row, row], [{}, row]):
+        assert recognise(rows, ["here"] * len(rows), "", GUANACO_MARKERS) == name
+
+
+def test_the_recipe_s_own_markers():
+    rows = [{"text": "<human>: a<bot>: b"}]
+    assert recognise(rows, ["here"], "", ("<human>:", "<bot>:")) == "guanaco"
+    assert recognise(rows, ["here"], "", GUANACO_MARKERS) == "completion"
+
+
+def test_unknown_columns_are_named():
+    rows = [{"b": "x"}, {"a": "x", "\x1b[2J": "x"}]
+    with pytest.raises(
+        UserError, match=r"^here: columns '\\x1b\[2J', a, b fit no format .*alpaca: instruction, output"
+    ):
+        recognise(rows, ["1", "2"], "here", GUANACO_MARKERS)
+
+
+MIXED = {  # rows, what is told of them
+    "chat and alpaca": ([CHAT, CHAT, ALPACA], "2 chat (first {}:1), 1 alpaca (first {}:3)"),
+    "alpaca, then chat": ([ALPACA, CHAT], "1 alpaca (first {}:1), 1 chat (first {}:2)"),
+    "alpaca and qa": ([QA, ALPACA, QA], "2 qa (first {}:1), 1 alpaca (first {}:2)"),
+    "dialogues after a plain text": ([PLAIN, DIALOGUE, DIALOGUE], "1 completion (first {}:1), 2 guanaco (first {}:2)"),
+    "a plain text among dialogues": ([DIALOGUE, PLAIN, DIALOGUE], "2 guanaco (first {}:1), 1 completion (first {}:2)"),
+    "a question without its answer's marker": ([DIALOGUE, {"text": "### Human: Hi"}], "1 guanaco (first {}:1), 1 completion"),
+    "late": ([ALPACA] * 3000 + [PLAIN], "3,000 alpaca (first {}:1), 1 completion (first {}:3001)"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", MIXED)
+def test_rows_of_different_formats_are_refused(tmp_path, case):
+    rows, told = MIXED[case]
+    path = put(tmp_path / "a.jsonl", jsonl(rows))
+    message = f"--dataset {path}: its rows are of different formats: {told.format(path, path)}"
+    for reading in (read, lambda path: find_format(str(path), "auto")):
+        with pytest.raises(UserError, match=f"^{re.escape(message)}.*--dataset_format"):
+            reading(path)
+
+
+@pytest.mark.parametrize("write, place", [(write_csv, ":3"), (write_parquet, " row 2")])
+def test_a_table_in_which_each_row_fills_other_columns(tmp_path, write, place):
+    """Each has all columns, with nothing in some: an instruction of nothing would be learned to be answered."""
+    nothing = "" if write is write_csv else None
+    columns = dict.fromkeys((*ALPACA, *QA), nothing)
+    path = write(tmp_path / f"a.{write.__name__[6:]}", [columns | ALPACA, columns | QA])
+    with pytest.raises(
+        UserError, match=re.escape(f"1 alpaca (first {path}") + f".*1 qa .first {path}{place}"
+    ):
+        read(path)
+
+
+def test_null_messages_in_some_rows(tmp_path):
+    rows = [CHAT | dict.fromkeys(ALPACA), {"messages": None} | ALPACA]
+    path = write_parquet(tmp_path / "a.parquet", rows)
+    with pytest.raises(UserError, match=r"1 chat .*1 alpaca"):
+        read(path)
+    rows[1] |= dict.fromkeys(ALPACA)
+    with pytest.raises(UserError, match=r"a\.parquet row 2: nothing in column messages; found: $"):
+        read(write_parquet(tmp_path / "a.parquet", rows))
+
+
+def test_optional_columns_may_be_missing_in_some_rows(tmp_path):
+    rows = [ALPACA | {"input": "in France"}, ALPACA, ALPACA | {"input": None}]
+    for order in (rows, rows[::-1]):
+        examples = read(put(tmp_path / "a.jsonl", jsonl(order)))
+        assert examples.format == "alpaca" and learned(examples) == ["Paris"] * 3
+        assert sorted("in France" in each.text for each in examples.rendered) == [False, False, True]
+
+
+def test_what_is_asked_for_by_name_is_done(tmp_path):
+    """And rows of which nothing is learned are counted in a line."""
+    path = put(tmp_path / "a.jsonl", jsonl([DIALOGUE, PLAIN, DIALOGUE, PLAIN]))
+    guanaco = read(path, "guanaco")
+    assert learned(guanaco) == [" Yo", " Yo"]
+    assert guanaco.remarks == (
+        "data: 2 of 4 rows have no marker '### Assistant:'; nothing of them is learned",
+    )
+    whole = read(path, "completion")
+    assert learned(whole) == [DIALOGUE["text"], PLAIN["text"]] * 2 and whole.remarks == ()
+    recipe = put(tmp_path / "mine.toml", 'source = "a.jsonl"\nformat = "guanaco"\n')
+    assert learned(read(recipe)) == [" Yo", " Yo"] and read(recipe).remarks == guanaco.remarks
+
+
+PREFERRED = {  # rows, the format of the run: the one they are read in
+    "the run's": ([QA | ALPACA] * 2, "qa", "qa"),
+    "the run's, by name": ([ALPACA] * 2, "alpaca_stanford", "alpaca_stanford"),
+    "their own": ([ALPACA] * 2, "qa", "alpaca"),
+    "of a run of plain texts": ([DIALOGUE] * 2, "completion", "completion"),
+    "the first fits the run's": ([ALPACA, QA], "alpaca", None),
+    "the last does": ([ALPACA, QA], "qa", None),
+    "some dialogues": ([DIALOGUE, PLAIN], "guanaco", None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", PREFERRED)
+def test_rows_beside_the_data(tmp_path, case):
+    """The run's format goes first where all rows fit it."""
+    rows, preferred, expected = PREFERRED[case]
+    path = put(tmp_path / "a.jsonl", jsonl(rows))
+    if expected:
+        assert read(path, preferred=preferred).format == expected
+    else:
+        with pytest.raises(UserError, match="its rows are of different formats"):
+            read(path, preferred=preferred)
+    recipe = put(tmp_path / "mine.toml", 'source = "a.jsonl"\nformat = "guanaco"\n')
+    if "text" in rows[0]:  # a recipe has decided
+        assert read(recipe, preferred="guanaco").format == read(recipe, preferred="qa").format == "guanaco"
