@@ -15,7 +15,7 @@ from fastcore.parallel import parallel
 
 from data.chat import TEMPLATE_ERRORS
 from data.formats import FORMATS, Format, RenderContext, Rendered, checked
-from data.recognition import format_of, recognise
+from data.recognition import format_of, recognise, unread_columns
 from data.row_files import Rows
 from data.sources import Recipe, find_recipe, load_rows
 from data.unshown import unshown
@@ -86,6 +86,9 @@ def _format_of(recipe: Recipe, rows: Rows, dataset: str, asked: str, preferred: 
 def _remarks(recipe: Recipe, rows: list[dict], form: Format) -> tuple[str, ...]:
     """Lines on what of the rows is not read, or not learned."""
     remarks = []
+    unread = unread_columns(rows, form, recipe.columns.values())
+    if unread:
+        remarks.append(f"data: columns that are not read: {unread}")
     marker = recipe.markers[1]
     unmarked = sum(marker not in str(row.get("text")) for row in rows) if form.marked else 0
     if unmarked:

@@ -1,8 +1,8 @@
-"""Which format the rows of a data set have, told from all of them."""
+"""Which format the rows of a data set have, told from all of them, and what of them a format does not read."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from data.formats import FORMATS, Format
 from options.errors import UserError
@@ -73,6 +73,14 @@ def _by_columns(columns: set[str], where: str) -> str:
             return name
     listed = "; ".join(f"{name}: {', '.join(form.needs)}" for name, form in known.items())
     raise UserError(f"{where}: columns {_listed(sorted(columns))} fit no format ({listed})")
+
+
+def unread_columns(rows: Iterable[Mapping], form: Format, renamed: Iterable[str] = ()) -> str:
+    """Names of the columns that hold something and that the format does not read, as a list for a line; "" if there
+    are none. renamed: columns that are read under another name."""
+    read = {*form.needs, *form.optional, *renamed}
+    found = dict.fromkeys(column for row in rows for column, value in row.items() if value is not None)
+    return _listed([column for column in found if column not in read])
 
 
 def _listed(names: list[str]) -> str:

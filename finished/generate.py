@@ -12,10 +12,11 @@ from collections.abc import Iterator
 
 import torch
 
+from data.recognition import unread_columns
 from finished.generation import BASE, Answer, Conversation, Stream, Template, Voices, make_template, open_runs
 from launch.program import quiet_libraries, report
 from options.errors import UserError
-from options.generate import Options
+from options.generate import Options, Prompt
 
 NARROWEST = 34  # characters of a column; on narrower terminals answers stand one below the other
 
@@ -127,6 +128,13 @@ def answer_all(options: Options, voices: Voices, templates: dict[str, Template])
                     print_answers(options, prompt.given, own[i][0], answers[i], shown)
 
 
+def unread_fields(asked: list[Prompt], templates: dict[str, Template]) -> list[str]:
+    """Lines on what of the prompts' rows no answer is asked with: a field that is spelled wrong would be missed."""
+    rows = [prompt.given for prompt in asked if isinstance(prompt.given, dict)]
+    unread = (unread_columns(rows, template.form) for template in templates.values())
+    return [f"--prompts: fields that are not read: {names}" for names in dict.fromkeys(unread) if names]
+
+
 def print_answers(
     options: Options, given: str | dict, text: str, answers: dict, shown: dict[str, str]
 ) -> None:
@@ -210,6 +218,8 @@ def run(options: Options) -> int:
         voices = Voices(runs, options.base_model, device, options.precision, options.compare)
         templates = {str(run.folder): make_template(run, options.dataset_format) for run in runs}
         if options.asked is not None:
+            for line in unread_fields(options.asked, templates):
+                print(line, file=sys.stderr)  # stdout has the answers
             answer_all(options, voices, templates)
         else:
             chat(options, voices, templates)

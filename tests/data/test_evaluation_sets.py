@@ -59,6 +59,23 @@ def test_other_rows_are_put_as_the_data_is(checkpoints, alpaca_file, tmp_path):
     assert prompt == ALPACA.format(instruction="Say red.") and len(held) == 40
 
 
+def test_columns_that_are_not_read_are_told_of_both_sets(checkpoints, tmp_path):
+    """In a line each; one for both where they are the same."""
+    row = {"question": "Who?", "answer": "I."}
+    for name, more in (("a", {"id": 1}), ("b", {"id": 2}), ("c", {"id": 3, "source": "s"}), ("d", {})):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row | more) + "\n")
+
+    def told(data, beside):
+        given, _ = parse(options(checkpoints, tmp_path / data, "--eval_dataset", tmp_path / beside))
+        return prepare_sets(given, BYTES, [257])[2].remarks
+
+    line = "data: columns that are not read: id"
+    assert told("a.jsonl", "b.jsonl") == (line,)
+    assert told("a.jsonl", "c.jsonl") == (line, f"evaluation {line}, source")
+    assert told("d.jsonl", "a.jsonl") == (f"evaluation {line}",)
+    assert told("d.jsonl", "d.jsonl") == ()
+
+
 def test_the_prompt_of_a_row(checkpoints):
     rendered = FORMATS["alpaca"].render({"instruction": "Add.", "output": " 3 "})
     made = prompt_of(rendered, BYTES, 1000)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 import pytest
 
+from benchmarks.make_checkpoint import byte_tokenizer
 from data.examples import find_format, read_examples
 from data.formats import GUANACO_MARKERS
 from data.recognition import recognise
@@ -156,3 +158,31 @@ def test_rows_beside_the_data(tmp_path, case):
     recipe = put(tmp_path / "mine.toml", 'source = "a.jsonl"\nformat = "guanaco"\n')
     if "text" in rows[0]:  # a recipe has decided
         assert read(recipe, preferred="guanaco").format == read(recipe, preferred="qa").format == "guanaco"
+
+
+UNREAD = {  # name of the format, rows, the columns that are not read
+    "some rows": ("auto", [ALPACA, ALPACA | {"id": 1}, ALPACA | {"source": "s", "id": 2}], "id, source"),
+    "the optional one is": ("auto", [ALPACA | {"input": "x"}], ""),
+    "nothing in it": ("auto", [ALPACA | {"id": None}], ""),
+    "by another format": ("qa", [QA | ALPACA], "instruction, output"),
+    "chat": ("auto", [CHAT | {"prompt": "Hi"}], "prompt"),
+    "odd names": ("auto", [QA | {"a\nb": 1, "": 2, "\x1b[2J": 3}], r"'a\nb', '', '\x1b[2J'"),
+    "many": ("auto", [QA | {f"c{i}": i for i in range(30)}], ", ".join(f"c{i}" for i in range(20)) + " and 10 more"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", UNREAD)
+def test_columns_that_are_not_read_are_told(tmp_path, case):
+    name, rows, told = UNREAD[case]
+    expected = (f"data: columns that are not read: {told}",) if told else ()
+    assert read(put(tmp_path / "a.jsonl", jsonl(rows)), name).remarks == expected
+
+
+def test_columns_that_a_recipe_names_are_read(tmp_path):
+    put(tmp_path / "a.jsonl", json.dumps({"ask": "Q", "reply": "A", "id": 1}) + "\n")
+    recipe = put(tmp_path / "mine.toml", (
+        'source = "a.jsonl"\ncolumns = { question = "ask", answer = "reply" }\n'
+    ))  # fmt: skip
+    assert read(recipe).remarks == ("data: columns that are not read: id",)
+    assert read_examples("dummy", "auto", 3, 10, byte_tokenizer()).remarks == ()
+    assert read_examples("toy", "auto", 3, 10, byte_tokenizer()).remarks == ()

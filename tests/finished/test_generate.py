@@ -170,6 +170,19 @@ def test_the_data_is_not_needed(kept, runs, tmp_path, said, alpaca_file):
     assert ours == said(runs[0], *asked)[0][str(runs[0])] | {"model": str(copy)}
 
 
+def test_fields_of_prompts_that_are_not_read_are_told(runs, tmp_path, capsys):
+    """On stderr: stdout is for programs."""
+    file = tmp_path / "ask.jsonl"
+    file.write_text(
+        '{"instruction": "Say 1.", "inputs": "2", "output": "1"}\n{"instruction": "Say 1.", "id": 7}\n'
+    )
+    asked = [str(runs[0]), "--prompts", str(file), "--max_new_tokens", "1", "--compare", "false", "--json"]
+    assert generate.main(asked) == 0
+    shown = capsys.readouterr()
+    assert shown.err == "--prompts: fields that are not read: inputs, id\n"
+    assert [json.loads(line)["prompt"]["instruction"] for line in shown.out.splitlines()] == ["Say 1."] * 2
+
+
 def test_a_run_of_stanfords_prompt_is_asked_with_it(runs, tmp_path, capsys):
     copy = shutil.copytree(runs[0], tmp_path / "copy")
     text = (copy / "config.yaml").read_text()

@@ -423,6 +423,13 @@ def test_dataset(refused, tmp_path, name):
     refused(f"--dataset {tmp_path / name}", *words, dataset=tmp_path / name, **options)
 
 
+def test_columns_that_are_not_read_are_told_once(refused, tmp_path, capsys):
+    (tmp_path / "rows.jsonl").write_text('{"instruction": "a", "output": "b", "id": 1, "source": "c"}\n' * 3)
+    with pytest.raises(AssertionError, match="the run was started"):
+        refused(dataset=tmp_path / "rows.jsonl")
+    assert capsys.readouterr().out.splitlines().count("data: columns that are not read: id, source") == 1
+
+
 @pytest.mark.parametrize(
     "name, words",
     [
