@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from options.errors import UserError
+from options.exact_json import parse_json
 
 # A message's reasoning, by the names that data and templates have for it (Qwen3's, gpt-oss's, OpenRouter's).
 REASONING = ("reasoning_content", "thinking", "reasoning")
@@ -107,6 +108,6 @@ def _from_json(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value)
+        return parse_json(value)
     except (ValueError, RecursionError):
         return value

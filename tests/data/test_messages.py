@@ -114,6 +114,7 @@ SPOILED = [
     (says(tool_calls="x"), "tool_calls must be a list"),
     (says(tool_calls=[{"function": "f"}]), "the function of a tool call"),
     (says(tool_calls=[call("{'x': 1}")]), "arguments of a tool call"),
+    (says(tool_calls=[call('{"x": 1e400}')]), "arguments of a tool call"),
     (says(reasoning_content=["x"]), "reasoning must be a text"),
     (says(content=[{"type": "text", "text": "x"}]), "a role and a content, both texts"),
     ({"role": "tool", "content": None}, "a role and a content, both texts"),
