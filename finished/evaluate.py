@@ -22,6 +22,7 @@ from files.atomic_writes import as_json, write_text
 from files.disk_room import check_writable
 from finished.finished_run import Run, load_model, load_tokenizer, open_base, open_run, stops_of
 from finished.generation import Ending
+from finished.text_scores import TEXT_METRICS, scored_with
 from launch.precision import bf16_gpu, choose_precision
 from launch.program import quiet_libraries, report
 from launch.ranks import Place
@@ -31,30 +32,6 @@ from models.lora import adapters_off
 from options.errors import UserError
 from options.evaluate import Options
 from training.evaluation import grouped, mean_loss, perplexity
-
-
-def exact_match(answers: list[str], references: list[str]) -> dict[str, float]:
-    same = sum(a.strip() == r.strip() for a, r in zip(answers, references, strict=True))
-    return {"exact_match": 100 * same / len(answers)}
-
-
-def bleu(answers: list[str], references: list[str]) -> dict[str, float]:
-    import sacrebleu
-
-    return {"bleu": sacrebleu.corpus_bleu(answers, [references]).score}
-
-
-def rouge(answers: list[str], references: list[str]) -> dict[str, float]:
-    from rouge_score.rouge_scorer import RougeScorer
-
-    kinds = ("rouge1", "rouge2", "rougeL")
-    scorer = RougeScorer(kinds)
-    scores = [scorer.score(r, a) for a, r in zip(answers, references, strict=True)]
-    return {kind: 100 * sum(s[kind].fmeasure for s in scores) / len(scores) for kind in kinds}
-
-
-# Of texts: name -> (answers, references) -> {what the table calls it: value}. perplexity is of tokens.
-TEXT_METRICS: dict[str, Callable] = {"exact_match": exact_match, "bleu": bleu, "rouge": rouge}
 
 
 @torch.no_grad()
@@ -147,9 +124,9 @@ def prepare(
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """Of one model: {metric: value}; its answers; how many of them --max_new_tokens cut."""
+    """Of one model: {metric: value}, None where it is undefined; its answers; how many of them --max_new_tokens cut."""
 
-    values: dict[str, float]
+    values: dict[str, float | None]
     answers: list[str]
     cut: int
 
@@ -162,7 +139,8 @@ def measure(
     tokenizer,
     stops: list[int],
 ) -> Measured:
-    values, answers, cut = {}, [], 0
+    values: dict[str, float | None] = {}
+    answers, cut = [], 0
     place = Place(0, 1, 0, 1, next(model.parameters()).device)
     if asked.rows is not None:
         loss = mean_loss(model, asked.rows, options.batch_size, loss_sum, place, contextlib.nullcontext)
@@ -214,6 +192,7 @@ def evaluate(options: Options) -> dict:
         "max_new_tokens": options.max_new_tokens,
         "cut": {"base": untrained.cut, "tuned": tuned.cut},
         "dtype": str(dtype).removeprefix("torch."),
+        "scored_with": scored_with(names, [p.answer for p in asked.prompts]),
         "metrics": {
             name: {"base": untrained.values[name], "tuned": value} for name, value in tuned.values.items()
         },
@@ -224,8 +203,26 @@ def evaluate(options: Options) -> dict:
 def table(results: dict) -> str:
     lines = [f"{'':12} {'base':>12} {'tuned':>12}"]
     for name, values in results["metrics"].items():
-        lines.append(f"{name:12} {values['base']:12,.2f} {values['tuned']:12,.2f}")
+        lines.append(f"{name:12} {_shown(values['base'])} {_shown(values['tuned'])}")
     return "\n".join(lines)
+
+
+def _shown(value: float | None) -> str:
+    return f"{'undefined':>12}" if value is None else f"{value:12,.2f}"
+
+
+def remarks(results: dict) -> list[str]:
+    """Lines on how the table came about."""
+    lines = [f"{name}: {how}" for name, how in results["scored_with"].items()]
+    if None in results["metrics"].get("bleu", {}).values():
+        lines.append("bleu is undefined where no answer, or no reference, has four tokens")
+    base, tuned = results["cut"]["base"], results["cut"]["tuned"]
+    if base or tuned:
+        lines.append(
+            f"of {results['answered']:,} answers {base:,} of the base and {tuned:,} of the tuned model were cut at"
+            f" --max_new_tokens {results['max_new_tokens']}"
+        )
+    return lines
 
 
 def run(options: Options) -> int:
@@ -237,12 +234,8 @@ def run(options: Options) -> int:
     except UserError as e:
         return report(e, options.verbose)
     print(f"{results['run']} on {results['rows']:,} rows of {results['dataset']}\n{table(results)}")
-    if any(results["cut"].values()):
-        base, tuned = results["cut"].values()
-        print(
-            f"of {results['answered']:,} answers {base:,} of the base and {tuned:,} of the tuned model were cut at"
-            f" --max_new_tokens {results['max_new_tokens']}"
-        )
+    for remark in remarks(results):
+        print(remark)
     if options.out is not None:
         try:
             options.out.parent.mkdir(parents=True, exist_ok=True)

@@ -48,33 +48,6 @@ def row_by_row(model, rows) -> float:
     return (total / int(rows.targets().sum())).exp().item()
 
 
-# Metrics
-
-
-def test_exact_match():
-    assert finished.evaluate.exact_match(["a ", "\nb", "c", "D"], ["a", "b", "d", "d"]) == {
-        "exact_match": 50.0
-    }
-
-
-def test_bleu():
-    """1 to 4-gram precisions by hand: 5/6, 3/5, 2/4, 1/3; lengths are equal. Then an answer of 4 words, all of
-    them right, where 5 were due: only the brevity penalty, exp(1 - 5/4)."""
-    pytest.importorskip("sacrebleu")
-    found = finished.evaluate.bleu(["the cat sat on the mat"], ["the cat sat on a mat"])["bleu"]
-    assert found == pytest.approx(100 * (5 / 6 * 3 / 5 * 2 / 4 * 1 / 3) ** 0.25)
-    assert finished.evaluate.bleu(["a b c d"], ["a b c d e"])["bleu"] == pytest.approx(100 * 0.7788008)
-
-
-def test_rouge():
-    """Of 6 words each, 5 are common, 3 of 5 pairs, and 5 in order; the second row has everything."""
-    pytest.importorskip("rouge_score")
-    found = finished.evaluate.rouge(["the cat sat on the mat", "yes"], ["the cat sat on a mat", "yes"])
-    assert found == pytest.approx(
-        {"rouge1": 50 * (5 / 6 + 1), "rouge2": 50 * 3 / 5, "rougeL": 50 * (5 / 6 + 1)}
-    )
-
-
 # Models
 
 
@@ -147,6 +120,7 @@ def test_a_model_that_says_what_the_data_say(monkeypatch):
     right = scores(*said)
     assert right.values == pytest.approx(dict.fromkeys(right.values, 100.0)) and len(right.values) == 5
     assert right.cut == 1 and right.answers == said
+    assert scores("No.", *said[1:]).values["exact_match"] == pytest.approx(100 * 2 / 3)
     wrong = scores("Rome", "Seven", "Yes")
     assert wrong.values["exact_match"] == wrong.values["rouge1"] == 0
 
@@ -198,11 +172,27 @@ def test_the_command(train_type, checkpoints, alpaca_file, one_rank, tmp_path, c
         assert found["exact_match"]["base"] == 0
     assert f"exact_match  {found['exact_match']['base']:12,.2f} {100:12.2f}" in printed
     assert results["rows"] == results["answered"] == 3 and results["dtype"] == "float32"
+    assert results["scored_with"] == {}
 
     less, _ = command(tmp_path / "run", "--dataset", data, "--samples", "1", "--metrics", "perplexity")
     first = row_by_row(model, prepare(str(data), "auto", 1, 512, BYTES))
     assert less["metrics"]["perplexity"]["tuned"] == pytest.approx(first, rel=1e-4)
     assert less["answers"] == [] and list(less["metrics"]) == ["perplexity"]
+
+
+def test_what_is_told_of_the_scores(checkpoints, alpaca_file, one_rank, tmp_path, command):
+    """Chinese answers of three characters: BLEU is null, and the tokenizer is Chinese."""
+    args = args_for(checkpoints(), alpaca_file, "qlora")
+    saved_run(one_rank, tmp_path / "run", args)
+    data = tmp_path / "rows.jsonl"
+    data.write_text('{"instruction": "Say it.", "output": "\u5317\u4eac\u5e02"}\n' * 2)
+    results, printed = command(tmp_path / "run", "--dataset", data, "--max_new_tokens", "2")
+    assert "|tok:zh|" in results["scored_with"]["bleu"] and results["scored_with"]["bleu"] in printed
+    assert results["metrics"]["bleu"] == {"base": None, "tuned": None}
+    assert f"bleu         {'undefined':>12} {'undefined':>12}\n" in printed
+    assert "bleu is undefined where no answer, or no reference, has four tokens\n" in printed
+    assert results["cut"] == {"base": 2, "tuned": 2}
+    assert "of 2 answers 2 of the base and 2 of the tuned model were cut at --max_new_tokens 2\n" in printed
 
 
 def test_the_runs_own_evaluation_set(checkpoints, alpaca_file, one_rank, tmp_path, command):
@@ -325,7 +315,8 @@ def test_bad_input(argv, words, good_run, tmp_path, monkeypatch, capsys):
 def test_results_that_cannot_be_written(small_disk, monkeypatch, capsys):
     """Also the older ones stay whole; what is no number is null there, which JSON has."""
     metrics = {"perplexity": {"base": math.inf, "tuned": math.nan}}
-    results = {"run": "r", "rows": 1, "dataset": "d", "cut": {}, "metrics": metrics, "answers": []}
+    results = {"run": "r", "rows": 1, "dataset": "d", "metrics": metrics, "answers": []}
+    results |= {"cut": {"base": 0, "tuned": 0}, "scored_with": {}}
     monkeypatch.setattr(finished.evaluate, "evaluate", lambda options: results)
     out = small_disk / "e.json"
     assert evaluate.main(["some/run", "--out", str(out)]) == 0
