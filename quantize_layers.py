@@ -21,8 +21,9 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from files.finite import is_finite, not_finite, total
 from files.model_folder import CheckpointFiles
-from files.tensors import Stage
+from files.tensors import Stage, read_tensor
 from files.weight_cache import CacheWriter
 from launch.devices import use
 from launch.memory import empty_on_host
@@ -51,7 +52,8 @@ def load_weights(
     home: where the shards of the parameters are kept, place.device or, with --use_cpu_offload, the CPU;
     workers: threads that read and pack; cache: gets what is packed.
 
-    Raises AssertionError if anything was left unfilled: it would train on garbage.
+    Raises UserError, on all ranks, if the checkpoint holds NaN or infinity; AssertionError if anything was left
+    unfilled: it would train on garbage. Collective.
     """
     _materialize(model, family, place.device, home)
     params = {clean(name): p for name, p in model.named_parameters()}
@@ -101,8 +103,8 @@ def _stream(model: nn.Module, params: dict, files: CheckpointFiles, place: Place
     """
     names = sorted(files.tensors, key=lambda n: files.tensors[n].file)  # file by file, each in its own order
     modules = {name: model.get_submodule(name.rpartition(".")[0]) for name in names}
-    node, filled, thread = Node(place), set(), threading.local()
-    read = partial(_read, files=files, device=place.device, turn=threading.Lock(), thread=thread)
+    node, filled, thread, sums = Node(place), set(), threading.local(), Sums(files)
+    read = partial(_read, sums=sums, device=place.device, turn=threading.Lock(), thread=thread)
     mine = iter(names[place.local_rank :: place.local_world])
     with ThreadPoolExecutor(workers) as pool:
         ahead = deque(pool.submit(read, name, modules[name]) for name in islice(mine, workers))
@@ -119,18 +121,55 @@ def _stream(model: nn.Module, params: dict, files: CheckpointFiles, place: Place
             for key, full in content.items():
                 node.share(params[f"{path}.{key}"], full, owner)
                 filled.add(f"{path}.{key}")
+    sums.check(place)
     return filled
 
 
-def _read(name: str, module: nn.Module, files: CheckpointFiles, device: torch.device, turn, thread):
+def _read(name: str, module: nn.Module, sums: Sums, device: torch.device, turn, thread):
     """The tensor on the device, packed if its module packs it. One thread at a time is on the device: what
     quantization needs for a moment, several times the tensor, is needed once."""
     if device.type == "cuda" and not hasattr(thread, "stage"):
         use(device)
         thread.stage = Stage(device.type)
-    source = files.read(name, getattr(thread, "stage", None))
+    source = sums.files.read(name, getattr(thread, "stage", None))
     with turn:
-        return pack_weight(name, source.to(device), quantizer_of(module, name.rpartition(".")[2]))
+        tensor = source.to(device)
+        sums.note(name, tensor)
+        return pack_weight(sums.files.where(name), tensor, quantizer_of(module, name.rpartition(".")[2]))
+
+
+class Sums:
+    """The sum of each tensor that this rank reads, which tells whether it holds NaN or infinity. The sums are read
+    once, at the end: a GPU would have to be waited for at each tensor."""
+
+    def __init__(self, files: CheckpointFiles):
+        self.files = files
+        self.sums: dict[str, torch.Tensor] = {}
+
+    def note(self, name: str, tensor: torch.Tensor | PackedWeight) -> None:
+        """Adds a tensor; one that was packed in its file was checked there."""
+        if isinstance(tensor, torch.Tensor):
+            self.sums[name] = total(tensor)
+
+    def check(self, place: Place) -> None:
+        """Raises UserError, on all ranks, if any rank has read NaN or infinity. Collective."""
+        finite = torch.stack(list(self.sums.values())).isfinite().tolist() if self.sums else []
+        suspects = [name for name, each in zip(self.sums, finite, strict=True) if not each]
+        # Large numbers may have a sum that overflows.
+        found = [
+            name
+            for name in suspects
+            if not is_finite(read_tensor(self.files.folder, self.files.tensors[name]))
+        ]
+        of_ranks = [found]
+        if place.world > 1:
+            of_ranks = [[] for _ in range(place.world)]
+            dist.all_gather_object(of_ranks, found)
+        names = {name for names in of_ranks for name in names}
+        if names:
+            first = next(name for name in self.files.tensors if name in names)
+            others = f" (and {len(names) - 1} more of its tensors)" if len(names) > 1 else ""
+            raise not_finite(f"{self.files.where(first)}{others}")
 
 
 class Node:

@@ -33,6 +33,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from checkpoints import adapter, trained_model
+from checkpoints.training_state import describe_not_finite
 from data.batches import StepSampler
 from data.packing import longest_line, make_sampler
 from data.prefetch import ahead
@@ -56,6 +57,7 @@ from monitoring.metrics import Lap, Metrics, Reading
 from monitoring.profiling import NO_PROFILER, NoProfiler, Profiler, make_profiler
 from monitoring.run_facts import describe_run
 from options.config import Config
+from options.errors import UserError
 from parallel.activation_checkpointing import Keep, compiler, compiles
 from parallel.optimizers import make_schedule
 from parallel.shards import whole
@@ -64,7 +66,7 @@ from training.companions import make_companions
 from training.job import Job
 from training.out_of_memory import explained
 from training.preflight import check
-from training.run_folder import close_run, open_run, unsaved
+from training.run_folder import close_run, open_run, unsaved, why_no_result
 from wrapping import STRATEGIES, WRAP_POLICIES, make_mesh, offload_policy, sync_gradients, wrap
 
 
@@ -202,19 +204,23 @@ def run_profiled(place: Place, job: Job, profiler: Profiler, lock: Alone) -> Non
     began = time.perf_counter()
     history = train(job, model, place, sampler, tracker, profiler, stopping)
     seconds = time.perf_counter() - began
-    if config.save_model and not stopping.reason:
+    no_result = "" if stopping.reason else why_no_result(job, model, history[done:])
+    if config.save_model and not stopping.reason and not no_result:
         try:
             save(job, model, Path(job.output_dir))
         except OSError as e:
             tracker.finish()
             raise unsaved(job, e) from e
     tracker.finish()
-    close_run(job, place, history, total, done, seconds, stages, stopping.reason)
+    close_run(job, place, history, total, done, seconds, stages, stopping.reason, no_result)
 
 
 def save(job: Job, model: PreTrainedModel, folder: Path, best: bool = False) -> None:
     """Writes what was trained. best: into best/, with its options; of an expanded model that is the new blocks alone, as the
-    rest is gigabytes that do not change from step to step. Collective."""
+    rest is gigabytes that do not change from step to step. Raises UserError, on all ranks and before anything is written,
+    if it holds NaN or infinity. Collective."""
+    if flaw := describe_not_finite(model):
+        raise UserError(flaw)
     config, files, family, base = job.config, job.files, job.family, job.base
     settings = generation_config(files.folder, job.model_config, job.evaluation.stops)
     saved = "blocks" if best and config.method.expansion else config.llama_pro_save

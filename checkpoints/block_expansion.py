@@ -16,6 +16,7 @@ from checkpoints.model_writer import (
     Entry,
     Shards,
     as_text,
+    check_contents,
     copied,
     filled,
     shards_of,
@@ -82,6 +83,7 @@ def read_model(options: Options) -> tuple[PretrainedConfig, Family, CheckpointFi
     fetch_weights(recorded_name(name, folder), folder)
     tied = config.tie_word_embeddings
     files, _ = open_weights(folder, config, family)
+    check_contents(copied(files))
     if tied != config.tie_word_embeddings:
         print(f"{folder}: {UNTIED}")
     return config, family, files
@@ -185,6 +187,7 @@ def put_back(options: Options) -> str:
         raise UserError(f"--blocks {path}: no such file")
     try:
         blocks, metadata = open_blocks(path, files, family, new_layers(config))
+        check_contents(copied(blocks))
         described = metadata.get(DESCRIBED) or base_digest(config, files)  # an older file has none
         remark = check_base(described, metadata.get(CONTENTS), config, files, str(path), "--model_name")
     except UserError as e:

@@ -207,6 +207,10 @@ class Checkpoints:
         and the run goes on with the checkpoint before."""
         copies = copying.result()
         self.copy.wait()
+        if not self._all_finite(copies):
+            if self.place.rank == 0:
+                self._warn(step, "a trained weight is NaN or infinite", "training goes on")
+            return False
 
         def described() -> dict:
             for name in run["files"]:  # they are on the disk up to here before the checkpoint is
@@ -232,6 +236,16 @@ class Checkpoints:
         if self.place.rank == 0 and self.keep > 0:
             prune(self.folder, self.keep)
         return True
+
+    def _all_finite(self, copies: Tensors) -> bool:
+        """Whether the trained weights are finite on all ranks. Otherwise the checkpoint is useless, and would take the
+        place of one that is not. In the thread. Collective."""
+        weights = [copy for name, copy in copies.items() if name.startswith("model.")]
+        # In one call, which lets the thread that trains run.
+        finite = nn.utils.get_total_norm(weights, 1.0).isfinite().to("cpu", torch.uint8)
+        if self.place.world > 1:
+            dist.all_reduce(finite, dist.ReduceOp.MIN, group=self.group)
+        return bool(finite)
 
     def _watch(self) -> Callable[[], float]:
         """Seconds from here on, without rests."""

@@ -12,15 +12,17 @@ import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from files.atomic_writes import staged, write_text
+from files.finite import check_finite
 from files.model_folder import CheckpointFiles
 from files.names import COMPANIONS, CONFIG, INDEX, SINGLE
-from files.tensors import write_header
+from files.tensors import StoredTensor, read_tensor, write_header
 from parallel.shards import gather
 
 PIECE = 2**24  # bytes
@@ -46,16 +48,18 @@ Shards = dict[str, dict[str, Entry]]  # file name -> tensor name -> what to writ
 
 
 def copied(files: CheckpointFiles) -> dict[str, Entry]:
-    """Every tensor of a checkpoint, as it is in its file."""
-    paths = {file: files.folder / file for file in {stored.file for stored in files.tensors.values()}}
+    """Every tensor of a checkpoint, as it is in its file. Their pieces raise UserError for NaN and infinity."""
     return {
-        name: Entry(
-            t.torch_dtype,
-            t.shape,
-            _file_pieces(paths[t.file], t.begin, math.prod(t.shape) * t.torch_dtype.itemsize),
-        )
+        name: Entry(t.torch_dtype, t.shape, partial(_file_pieces, files.folder, t, files.where(name)))
         for name, t in files.tensors.items()
     }
+
+
+def check_contents(entries: dict[str, Entry]) -> None:
+    """Reads copied tensors once, before anything is written. Raises UserError for NaN and infinity."""
+    for entry in entries.values():
+        for _ in entry.pieces():
+            pass
 
 
 def filled(like: Entry, value: float) -> Entry:
@@ -79,14 +83,12 @@ def gathered(param: nn.Parameter, dtype: torch.dtype) -> Entry:
     return Entry(dtype, tuple(param.shape), pieces, collective=True)
 
 
-def _file_pieces(path: Path, begin: int, nbytes: int) -> Callable[[], Iterator[bytes]]:
-    def pieces():
-        with path.open("rb") as file:
-            file.seek(begin)
-            for done in range(0, nbytes, PIECE):
-                yield file.read(min(PIECE, nbytes - done))
-
-    return pieces
+def _file_pieces(folder: Path, stored: StoredTensor, where: str) -> Iterator:
+    step, count = PIECE // stored.torch_dtype.itemsize, math.prod(stored.shape)
+    for first in range(0, count, step):
+        numbers = read_tensor(folder, stored.elements(first, min(step, count - first)))
+        check_finite(where, numbers)
+        yield numbers.view(torch.uint8).numpy().data
 
 
 def in_order(entries: dict[str, Entry]) -> dict[str, Entry]:

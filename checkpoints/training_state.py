@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.tensor import DTensor
 
 from checkpoints.storage import Reader, Saved, dtype_of, rank_of
+from files.finite import is_finite, total
 from models.family import clean
 from options.errors import UserError, describe
 from parallel.optimizers import ShardedAdamW, has_blocks, merged_blocks
@@ -30,6 +31,29 @@ Tensors = dict[str, torch.Tensor]
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {clean(name): p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def not_finite(trained: dict[str, nn.Parameter]) -> list[str]:
+    """The names of trained parameters of which this rank's part holds NaN or infinity. Waits for a GPU."""
+    parts = {name: local_part(param) for name, param in trained.items()}
+    finite = torch.stack([total(part) for part in parts.values()]).isfinite().tolist() if parts else []
+    return [
+        n for (n, part), each in zip(parts.items(), finite, strict=True) if not each and not is_finite(part)
+    ]
+
+
+def describe_not_finite(model: nn.Module) -> str:
+    """What to tell of a model of which a trained parameter holds NaN or infinity on any rank; "" of others. The same on
+    all ranks. Collective."""
+    of_ranks: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(of_ranks, not_finite(trained_parameters(model)))
+    names = sorted({name for names in of_ranks for name in names})
+    if not names:
+        return ""
+    return (
+        f"{names[0]} holds NaN or infinity after training ({len(names)} such in all), so no result is saved: the run has"
+        " diverged; a lower --lr helps, and --save_every leaves checkpoints of before"
+    )
 
 
 @torch.no_grad()  # of DTensors, `to_local` is otherwise an operation to be differentiated, and takes ten times as long
@@ -105,8 +129,8 @@ def restore(
             reason = describe(next(error for error, _ in e.failures.values()))
             raise UserError(f"{saved.folder}: cannot be loaded ({reason})") from e
     for name, tensor in wanted.items():
-        if tensor.is_floating_point() and local_part(tensor).isnan().any():
-            raise UserError(f"{saved.folder}: cannot be loaded ({name} holds NaN)")
+        if tensor.is_floating_point() and _is_spoilt(name, local_part(tensor)):
+            raise UserError(f"{saved.folder}: cannot be loaded ({name} holds NaN or infinity)")
     of_optimizer: Mapping[str, dict] = states
     if isinstance(optimizer, ShardedAdamW):
         of_optimizer = {name: _of_shard(state, sources[name]) for name, state in states.items()}
@@ -116,6 +140,11 @@ def restore(
             (torch.cuda.set_rng_state if name.startswith("random.cuda") else torch.set_rng_state)(rng_state)
         except RuntimeError as e:  # of numbers that no generator has
             raise UserError(f"{saved.folder}: cannot be loaded ({name}: {describe(e)})") from None
+
+
+def _is_spoilt(name: str, tensor: torch.Tensor) -> bool:
+    """Whether training could not go on with it. A second moment that is infinite does no harm: its weight rests."""
+    return not is_finite(tensor) if name.startswith("model.") else bool(tensor.isnan().any())
 
 
 def _check_names(saved: Saved, params: dict[str, nn.Parameter]) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 import bitsandbytes.functional as bnb
 import torch
 
+from files.finite import check_finite
 from files.tensors import StoredTensor, read_tensor
 from options.errors import UserError
 from quantization.nf4 import NF4, SCALE_BLOCK
@@ -52,8 +53,10 @@ class BnbWeight:
         return read_tensor(self.folder, self.parts[suffix])
 
     def read(self) -> PackedWeight:
-        """The codes and scales in NF4's order."""
+        """The codes and scales in NF4's order. Raises UserError if a scale is NaN or infinite."""
         codes, absmax = self._read(""), self._read("absmax")
+        scales = "nested_absmax" if self.double else "absmax"
+        check_finite(f"{self.folder / self.parts[scales].file}: {self.name}.{scales}", self._read(scales))
         if not self.double:
             return PackedWeight(flat_bytes(codes), flat_bytes(absmax))
         offset = torch.tensor([self.state["nested_offset"]], dtype=torch.float32)

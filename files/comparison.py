@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -46,9 +45,5 @@ def _pieces(a: Located, b: Located, count: int) -> Iterator[tuple[torch.Tensor, 
     """The first `count` elements of both, some at a time: 1-D."""
     step = PIECE // max(stored.torch_dtype.itemsize for _, stored in (a, b))
     for first in range(0, count, step):
-        yield tuple(_read_some(*of, first, min(step, count - first)) for of in (a, b))  # type: ignore[misc]
-
-
-def _read_some(folder: Path, stored: StoredTensor, first: int, count: int) -> torch.Tensor:
-    begin = stored.begin + first * stored.torch_dtype.itemsize
-    return read_tensor(folder, dataclasses.replace(stored, shape=(count,), begin=begin))
+        some = first, min(step, count - first)
+        yield read_tensor(a[0], a[1].elements(*some)), read_tensor(b[0], b[1].elements(*some))

@@ -5,6 +5,7 @@ Format: https://huggingface.co/docs/safetensors - 8 bytes of length, a JSON head
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -59,6 +60,11 @@ class StoredTensor:
         """Its dtype, which must be one of DTYPES."""
         assert isinstance(self.dtype, torch.dtype), f"{self.dtype} cannot be read"
         return self.dtype
+
+    def elements(self, first: int, count: int) -> StoredTensor:
+        """The part of it that `count` elements from `first` on are, as a 1-D tensor."""
+        begin = self.begin + first * self.torch_dtype.itemsize
+        return dataclasses.replace(self, shape=(count,), begin=begin)
 
 
 def read_header(path: Path) -> tuple[dict, int]:

@@ -109,7 +109,9 @@ def _load(
         if name.startswith(prefix):
             where, _, last = name.rpartition(".")
             module = model.get_submodule(where)
-            tensor = pack_weight(name, files.read(source).to(device), quantizer_of(module, last))
+            tensor = pack_weight(
+                files.where(source), files.read(source).to(device), quantizer_of(module, last)
+            )
             for key, full in pack(module, last, tensor).items():
                 key = f"{where}.{key}".removeprefix(prefix)
                 fill(params[key], full)

@@ -19,6 +19,7 @@ from functools import partial
 import torch
 
 from checkpoints.model_writer import PIECE, Entry, copied
+from files.finite import check_finite, is_finite
 from files.model_folder import CheckpointFiles
 from files.tensors import Stage
 from finished.finished_run import PREFIX, Run
@@ -91,8 +92,10 @@ def _weight(
     stage: Stage | None,
 ) -> torch.Tensor:
     """One weight of the merged model: [O, I] fp32 on the device."""
-    # Packed from the stored dtype, as in training.
-    source = pack_weight(name, files.read(name, stage).to(device), quantizer)
+    stored = files.read(name, stage).to(device)
+    if isinstance(stored, torch.Tensor):
+        check_finite(files.where(name), stored)
+    source = pack_weight(files.where(name), stored, quantizer)  # from the stored dtype, as in training
     if isinstance(source, PackedWeight):
         assert quantizer is not None
         parts = source.codes, source.scales, quantizer.table(device)
@@ -114,6 +117,7 @@ def _converted(files: CheckpointFiles, name: str, dtype: torch.dtype) -> Iterato
     assert isinstance(tensor, torch.Tensor)
     flat = tensor.view(-1)
     for part in flat.split(PIECE // flat.dtype.itemsize):
+        check_finite(files.where(name), part)
         yield _as_bytes(_fits(part.to(dtype), name))
 
 
@@ -125,7 +129,7 @@ def _as_bytes(tensor: torch.Tensor):
 
 def _fits(tensor: torch.Tensor, name: str) -> torch.Tensor:
     """Raises UserError for what the dtype cannot hold."""
-    if not torch.isfinite(tensor).all():
+    if not is_finite(tensor):
         how = "; choose bfloat16 or float32" if tensor.dtype == torch.float16 else ""
         raise UserError(
             f"{name}: has values that {str(tensor.dtype).removeprefix('torch.')} cannot hold{how}"

@@ -187,7 +187,7 @@ def test_a_full_disk_does_not_change_when_a_run_stops(full, kept, tmp_path):
 
     judging = evaluator()
     for step, loss in enumerate([3.0, 2.0, 2.5, 2.2], 1):
-        judging._judge(step, loss)
+        judging._judge(step, loss, trained=True)
         state, judging = json.loads(json.dumps(judging.state_dict())), evaluator()
         judging.load_state_dict(state)
         assert judging.stop == (step == 4)

@@ -23,7 +23,7 @@ def test_a_weight_that_cannot_be_quantized_is_named(checkpoints, alpaca_file, on
     stored[name].view(-1, 64)[2] = close_together(1)[0]
     save_file(stored, path)
     args = ["--model_name", model, "--dataset", alpaca_file, "--train_type", "hqq_lora", "--n_bits", "8"]
-    with pytest.raises(AssertionError, match=f"UserError: {name}: has a block whose weights"):
+    with pytest.raises(AssertionError, match=f"UserError: {path}: {name}: has a block whose weights"):
         one_rank(set_up, args)
 
 

@@ -113,12 +113,47 @@ class BadSteps:
         )
 
 
-def conclude(history: list[Metrics], before: int, most: int, folder: Path) -> None:
-    """The last thing of a run. Raises UserError, on all ranks, if bad steps ended it; what was trained until then is
-    saved. history: of the steps that were made; before: the bad steps of a run that is resumed. Collective."""
+def no_good_step(history: list[Metrics], resumed: tuple[int, int], scaled: bool, folder: Path) -> str:
+    """What to tell of a run in which no step changed a weight; "" if one did. The same on all ranks.
+
+    Args:
+        history: the steps that were made.
+        resumed: the steps that a resumed run had before them, and how many of those were bad.
+        scaled: whether the loss is scaled, for fp16.
+        folder: the RUN.
+    """
+    steps, bad = resumed
+    if steps > bad or any(math.isfinite(m.loss) and math.isfinite(m.grad_norm) for m in history):
+        return ""
+    last = f"; of the last one, {history[-1].loss:.6g} and {history[-1].grad_norm:.6g}" if history else ""
+    fp16 = (
+        "fp16 overflows in many models that were trained in bf16: try --precision fp32; where only the gradient is"
+        " infinite, its scale is halved at each step, and more steps may do"
+    )
+    other = "look for a config.json that does not belong to the weights (a norm's eps, RoPE), or rows that break it"
+    return (
+        f"none of {steps + len(history)} steps had a finite loss and gradient{last}: nothing was trained, and no result"
+        f" is saved; {fp16 if scaled else other}. Rows of bad steps: {folder / BAD_STEPS}"
+    )
+
+
+def conclude(history: list[Metrics], before: int, most: int, folder: Path, no_result: str) -> None:
+    """The last thing of a run. Raises UserError, on all ranks, if there is nothing to save of it, or if bad steps ended
+    it and what was trained until then is saved. Collective.
+
+    Args:
+        history: the steps that were made.
+        before: the bad steps of a run that is resumed.
+        most: --max_bad_steps.
+        folder: the RUN.
+        no_result: why there is no result, or "".
+    """
     count = history[-1].bad_steps if history else before
-    if too_many(count, most):
+    if no_result or too_many(count, most):
         dist.barrier()  # the first rank to fail ends the others: rank 0 must have written everything
+    if no_result:
+        raise UserError(no_result)
+    if too_many(count, most):
         raise UserError(
             f"steps with a NaN or infinite loss or gradient: {count}, more than --max_bad_steps {most}; their rows are"
             f" in {folder / BAD_STEPS}. The saved weights are those of the last good step; a lower --lr helps where"

@@ -112,7 +112,7 @@ class Evaluator:
         if evaluates:
             loss = self._loss()
             metrics = dataclasses.replace(metrics, eval_loss=loss, eval_perplexity=perplexity(loss))
-            self._judge(metrics.step, loss)
+            self._judge(metrics.step, loss, trained=metrics.step > (metrics.bad_steps or 0))
         samples = self._samples(metrics.step) or (bool(self.data.prompts) and self.stop)
         if samples:
             self._sample(metrics.step)
@@ -138,15 +138,15 @@ class Evaluator:
         assert self.data.rows is not None
         return mean_loss(self.model, self.data.rows, *options)
 
-    def _judge(self, step: int, loss: float) -> None:
+    def _judge(self, step: int, loss: float, trained: bool) -> None:
         """Every rank has the same loss, so all of them keep and stop together, and when they stop does not depend on
-        what could be kept."""
+        what could be kept. trained: whether any step so far was good; before, there is no result to keep."""
         if loss < self.best_loss:  # never of a NaN
             self.best_step, self.best_loss, self.worse = step, loss, 0
         else:
             self.worse += 1
         self.stop = 0 < self.patience <= self.worse
-        if self.keep_best and loss < self.kept_loss and self._keep(step, loss):
+        if self.keep_best and trained and loss < self.kept_loss and self._keep(step, loss):
             self.kept_step, self.kept_loss = step, loss
 
     def _keep(self, step: int, loss: float) -> bool:

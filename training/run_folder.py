@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
+
+import torch
+from torch import nn
 
 from checkpoints import resume
 from checkpoints.storage import steps_in
+from checkpoints.training_state import describe_not_finite
 from files.atomic_writes import write_text
 from files.disk_room import despite_full_disk
 from files.lock import Alone
@@ -18,7 +23,7 @@ from monitoring.report import PAGE, write_report
 from monitoring.run_facts import FACTS
 from monitoring.tracking import NoTracker, make_tracker
 from options.errors import UserError
-from training.bad_steps import conclude
+from training.bad_steps import conclude, no_good_step
 from training.job import Job
 
 
@@ -69,6 +74,7 @@ def close_run(
     seconds: float,
     stages: dict[str, float],
     stopped: str,
+    no_result: str,
 ) -> None:
     """Makes the run's page, and tells how it went. Collective.
 
@@ -78,14 +84,29 @@ def close_run(
         done: steps before it was resumed; seconds: of the steps after them.
         stages: as for `open_run`.
         stopped: why the run was asked to stop, or "".
+        no_result: why nothing was saved of what was to be saved, or "".
 
-    Raises UserError on all ranks if bad steps ended the run.
+    Raises UserError on all ranks if bad steps ended the run, or if it has no result.
     """
     config, folder = job.config, Path(job.output_dir)
     if place.rank == 0:
         with despite_full_disk(folder / PAGE):
             write_report(folder)
         sampled = bool(job.evaluation.prompts)
-        print(describe_end(config, history, total, done, seconds, stages, stopped, sampled), flush=True)
-    before = job.saved.run["parts"]["guard"]["count"] if job.saved else 0
-    conclude(history[done:], before, config.max_bad_steps, folder)
+        # What is there to be used next.
+        left = dataclasses.replace(config, save_model=config.save_model and not no_result)
+        print(describe_end(left, history, total, done, seconds, stages, stopped, sampled), flush=True)
+    conclude(history[done:], resumed_from(job)[1], config.max_bad_steps, folder, no_result)
+
+
+def why_no_result(job: Job, model: nn.Module, history: list[Metrics]) -> str:
+    """What to tell of a run that is through and has trained nothing, or NaN; "" of others. history: the steps that were
+    made. Collective."""
+    scaled = job.precision.autocast == torch.float16
+    untrained = no_good_step(history, resumed_from(job), scaled, Path(job.output_dir))
+    return untrained or describe_not_finite(model)
+
+
+def resumed_from(job: Job) -> tuple[int, int]:
+    """(steps that the run had made when it was resumed, how many of them were bad)."""
+    return (job.saved.step, job.saved.run["parts"]["guard"]["count"]) if job.saved else (0, 0)

@@ -191,6 +191,7 @@ def rewrite(folder: Path, change) -> None:
 
 SPOILT = {
     "NaN": (lambda t: t[A].view(-1)[3].fill_(math.nan), "holds NaN"),
+    "infinity": (lambda t: t[A].view(-1)[3].fill_(-math.inf), "holds NaN or infinity"),
     "NaN in a moment": (lambda t: t[A.replace("model", "optimizer.exp_avg", 1)].fill_(math.nan), "holds NaN"),
     "another dtype": (lambda t: t.update({A: t[A].double()}), "holds other parameters"),
     "random states of none": (

@@ -3,33 +3,31 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-from safetensors.torch import load_file, save_file
-
 from benchmarks.make_checkpoint import byte_tokenizer
-from files.names import INDEX
 from tests.helpers import tiny
+from tests.helpers.expansion import edit
 from tests.helpers.programs import ROOT
+from tests.helpers.stored import put_tensor, stored
 
+EMBEDDING = "model.embed_tokens.weight"
 BAD_ROW = 5  # of 12, from 1
 SECRETS = {"HF_TOKEN": "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", "WANDB_API_KEY": "5ec2e7" * 6 + "abcd"}
 
 
 def poisoned_options(base: Path, folder: Path) -> list:
-    """Options of a run in three steps of 4 rows, one of which is really NaN: a letter that only BAD_ROW has is so in
-    the model's embedding."""
+    """Options of a run in three steps of 4 rows, one of which is really NaN: a letter that only BAD_ROW has is zeros in
+    the model's embedding, and the norms divide by the root of its mean square, with nothing added to it."""
     model = shutil.copytree(base, folder / "model")
-    name = "model.embed_tokens.weight"
-    path = model / json.loads((model / INDEX).read_text())["weight_map"][name]
-    tensors = load_file(path)
-    tensors[name][byte_tokenizer()("z")["input_ids"][-1]] = math.nan
-    save_file(tensors, path, metadata={"format": "pt"})
+    edit(model, rms_norm_eps=0.0)
+    embedding = stored(model, EMBEDDING)
+    embedding[byte_tokenizer()("z")["input_ids"][-1]] = 0
+    put_tensor(model, EMBEDDING, embedding)
     rows = tiny.write_alpaca(folder / "rows.jsonl", 12).read_text().splitlines()
     assert "z" not in "".join(rows)
     spoilt = json.loads(rows[BAD_ROW - 1])

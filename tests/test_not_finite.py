@@ -1,0 +1,288 @@
+"""NaN and infinity in a base model are named before training; a run that trains nothing, or NaN, has no result."""
+
+from __future__ import annotations
+
+import math
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import export
+import train
+from checkpoints.storage import newest_whole
+from files.names import ADAPTER, BEST, BLOCKS, SINGLE
+from finished.finished_run import load_model, open_run
+from options.errors import UserError
+from tests.helpers.adapters import args_for
+from tests.helpers.bad_rows import EMBEDDING
+from tests.helpers.bnb_checkpoints import pack_like_the_hub
+from tests.helpers.expansion import edit, expand
+from tests.helpers.finished_runs import saved_run
+from tests.helpers.programs import small, start
+from tests.helpers.resuming import run
+from tests.helpers.runs import set_up
+from tests.helpers.saving import Small
+from tests.helpers.stored import file_of, put_tensor, stored
+from training import evaluator, run_folder
+
+PACKED, NORM = "model.layers.1.mlp.up_proj.weight", "model.layers.2.input_layernorm.weight"
+EXPERT = "model.layers.2.mlp.experts.5.down_proj.weight"
+QUIET = "--log_to stdout --compile false --batch_size 2 --max_steps 3".split()
+
+
+def spoil(folder: Path, name: str, value: float = math.nan) -> Path:
+    """Puts one such number into a tensor of a model. Returns its file."""
+    tensor = stored(folder, name)
+    tensor.view(-1)[-1] = value
+    return put_tensor(folder, name, tensor)
+
+
+def spoilt(base: Path, folder: Path, name: str, value: float = math.nan) -> Path:
+    shutil.copytree(base, folder)
+    spoil(folder, name, value)
+    return folder
+
+
+def caught(place, function, *args) -> str:
+    try:
+        function(place, *args)
+    except UserError as e:
+        return str(e)
+    return "nothing was raised"
+
+
+# The base
+
+
+@pytest.mark.parametrize(
+    "kind, train_type, name, value",
+    [
+        ("llama", "qlora", PACKED, math.nan),
+        ("llama", "bnb_dora", NORM, math.inf),
+        ("llama", "hqq_lora", PACKED, -math.inf),
+        ("llama", "full", EMBEDDING, math.nan),
+        ("qwen2", "lora", "model.layers.0.self_attn.q_proj.bias", math.inf),
+        ("qwen3_moe", "qlora", EXPERT, math.nan),
+        ("llama_pro", "bnb_llama_pro", PACKED, math.nan),
+    ],
+)
+def test_it_is_named_on_every_rank(
+    kind, train_type, name, value, checkpoints, short_rows, one_rank, two_ranks, tmp_path
+):
+    folder = spoilt(checkpoints(kind), tmp_path / "model", name, value)
+    pattern = re.escape(f"{file_of(folder, name)}: {name}") + ":? holds NaN or infinity"
+    # hqq's own error comes from the rank that packs it alone, whereupon the launcher ends the others.
+    ranks = one_rank if train_type == "hqq_lora" else two_ranks
+    errors = ranks(caught, set_up, args_for(folder, short_rows, train_type))
+    assert errors[0] == errors[-1] and re.match(pattern, errors[0])
+
+
+def test_several_are_counted(checkpoints, short_rows, two_ranks, tmp_path):
+    folder = spoilt(checkpoints(), tmp_path / "model", PACKED)
+    spoil(folder, NORM)
+    spoil(folder, EMBEDDING)
+    errors = two_ranks(caught, set_up, args_for(folder, short_rows, "qlora"))
+    assert errors[0] == errors[1] and "(and 2 more of its tensors)" in errors[0]
+
+
+def test_large_numbers_are_loaded(checkpoints, short_rows, one_rank, tmp_path):
+    folder = shutil.copytree(checkpoints(), tmp_path / "model")
+    put_tensor(folder, NORM, torch.full_like(stored(folder, NORM), 3e38))
+    assert one_rank(caught, set_up, args_for(folder, short_rows, "qlora")) == ["nothing was raised"]
+
+
+@pytest.mark.parametrize("double", [True, False])
+def test_scales_of_a_packed_base(double, checkpoints, short_rows, one_rank, tmp_path):
+    pack_like_the_hub(checkpoints(), tmp_path / "model", double)
+    scales = f"{PACKED}.{'nested_absmax' if double else 'absmax'}"
+    path = spoil(tmp_path / "model", scales)
+    (error,) = one_rank(caught, set_up, args_for(tmp_path / "model", short_rows, "qlora"))
+    assert error.startswith(f"{path}: {scales} holds NaN or infinity")
+
+
+def test_a_run_over_it_ends_in_a_line_and_leaves_nothing(checkpoints, short_rows, tmp_path):
+    """An earlier run in the folder, which --overwrite would replace, and a cache that would be made."""
+    folder = spoilt(checkpoints(), tmp_path / "model", PACKED)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ADAPTER).write_text("of an earlier run")
+    before = {str(path): path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}
+    options = ["--overwrite", "--world_size", "2", "--quantized_cache", tmp_path / "cache"]
+    process = start(small(lambda: folder, short_rows, tmp_path / "out", *options))
+    _, err = process.communicate(timeout=120)
+    lines = err.splitlines()
+    assert process.returncode == 2 and len(lines) == 1, err
+    assert re.match(rf"error: rank [01]: {file_of(folder, PACKED)}: {PACKED} holds NaN or infinity", lines[0])
+    assert {str(path): path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")} == before
+
+
+# Other commands
+
+
+@pytest.mark.parametrize("name", [PACKED, NORM])
+@pytest.mark.parametrize("train_type", ["bnb_dora", "full"])
+def test_finished_runs_over_it(train_type, name, checkpoints, alpaca_file, one_rank, tmp_path, capsys):
+    base = shutil.copytree(checkpoints(), tmp_path / "base")
+    saved_run(one_rank, tmp_path / "run", args_for(base, alpaca_file, train_type))
+    path = spoil(base if train_type == "bnb_dora" else tmp_path / "run", name)
+    with pytest.raises(UserError, match=re.escape(f"{path}: {name} holds NaN or infinity")):
+        load_model(open_run(tmp_path / "run"), torch.device("cpu"), torch.float32)
+    for more in ([], ["--dtype", "bfloat16"]):
+        argv = [str(tmp_path / "run"), "--to", "merged", "--out", str(tmp_path / "out"), *more]
+        assert export.main(argv) == 2
+        assert f"error: {path}: {name} holds NaN or infinity" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_expansion_of_it(checkpoints, tmp_path, capsys):
+    folder = spoilt(checkpoints(), tmp_path / "model", NORM, math.inf)
+    with pytest.raises(AssertionError):
+        expand(folder, tmp_path / "out", "--new_blocks", 1)
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {file_of(folder, NORM)}: {NORM} holds NaN or infinity")
+    assert error.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+def test_new_blocks_with_it(checkpoints, alpaca_file, one_rank, tmp_path, capsys):
+    base = checkpoints("llama_pro")
+    saved_run(
+        one_rank, tmp_path / "run", args_for(base, alpaca_file, "llama_pro", "--llama_pro_save", "blocks")
+    )
+    with safe_open(tmp_path / "run" / BLOCKS, framework="pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(tmp_path / "run" / BLOCKS)
+    name = next(iter(tensors))
+    tensors[name].view(-1)[0] = math.nan
+    save_file(tensors, tmp_path / "run" / BLOCKS, metadata=metadata)
+    with pytest.raises(AssertionError):
+        expand(base, tmp_path / "out", "--blocks", tmp_path / "run" / BLOCKS)
+    assert f"{BLOCKS}: {name} holds NaN or infinity" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+# The result
+
+
+@pytest.fixture(scope="module")
+def hopeless(checkpoints, tmp_path_factory) -> Path:
+    """A model that is finite and computes NaN for every row: an epsilon that belongs to no weights."""
+    folder = shutil.copytree(checkpoints(), tmp_path_factory.mktemp("hopeless") / "model")
+    edit(folder, rms_norm_eps=-1e6)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "train_type, more",
+    [
+        ("bnb_dora", ""),
+        ("bnb_dora", "--max_bad_steps 1"),
+        ("full", "--save_every 1 --eval_share 0.2 --eval_every 1"),
+        ("lora", "--precision fp16_autocast"),
+    ],
+)
+def test_a_run_without_a_good_step_has_no_result(train_type, more, hopeless, short_rows, two_ranks, tmp_path):
+    argv = [
+        *args_for(hopeless, short_rows, train_type, *QUIET, *more.split()),
+        "--output_dir",
+        tmp_path / "run",
+    ]
+    errors = two_ranks(caught, run, list(map(str, argv)))
+    steps = 2 if "--max_bad_steps" in more else 3
+    assert errors[0] == errors[1]
+    assert errors[0].startswith(
+        f"none of {steps} steps had a finite loss and gradient; of the last one, nan and "
+    )
+    assert "no result is saved" in errors[0] and "--lr" not in errors[0]
+    assert ("--precision fp32" in errors[0]) == ("fp16" in more)
+    left = {path.name for path in (tmp_path / "run").iterdir()}
+    assert not left & {ADAPTER, "adapter_config.json", "config.json", SINGLE, BEST}
+    assert {"report.html", "metrics.jsonl", "bad_steps.jsonl"} <= left
+    if "--save_every" in more:  # resumed, it is no better
+        again = two_ranks(caught, run, [*map(str, argv), "--resume", "auto"])
+        assert again[0].startswith("none of 3 steps had a finite loss and gradient: nothing was trained")
+
+
+def evaluated_well(place, argv) -> list[str]:
+    """The error of a run whose evaluations find finite losses, and what it tells at its end."""
+    told, describe, mean_loss = [], run_folder.describe_end, evaluator.mean_loss
+    run_folder.describe_end = lambda *args: told.append(describe(*args)) or told[0]
+    evaluator.mean_loss = lambda *_: 3.0
+    try:
+        return [caught(place, run, argv), *told]
+    finally:
+        run_folder.describe_end, evaluator.mean_loss = describe, mean_loss
+
+
+def test_nor_a_best_step_nor_does_it_tell_of_one(hopeless, short_rows, one_rank, tmp_path):
+    more = ["--eval_share", "0.2", "--eval_every", "1", "--output_dir", tmp_path / "run"]
+    argv = list(map(str, args_for(hopeless, short_rows, "bnb_dora", *QUIET, *more)))
+    error, told = one_rank(evaluated_well, argv)[0]
+    assert error.startswith("none of 3 steps") and not (tmp_path / "run" / BEST).exists()
+    assert ADAPTER not in told and "generate.py" not in told and "loss nan" in told
+
+
+@pytest.mark.parametrize("train_type", ["bnb_dora", "full", "llama_pro"])
+def test_weights_that_diverged_are_no_result(train_type, checkpoints, short_rows, two_ranks, tmp_path):
+    """The loss and the gradient of the only step are finite, and its update is not."""
+    model = checkpoints("llama_pro" if train_type == "llama_pro" else "llama")
+    more = ["--max_steps", "1", "--lr", "1e39", "--precision", "fp32", "--output_dir", tmp_path / "run"]
+    errors = two_ranks(caught, run, list(map(str, args_for(model, short_rows, train_type, *QUIET, *more))))
+    assert errors[0] == errors[1]
+    assert re.match(r"\S+ holds NaN or infinity after training \(\d+ such in all\)", errors[0])
+    assert "a lower --lr helps" in errors[0]
+    left = {path.name for path in (tmp_path / "run").iterdir()}
+    assert not left & {ADAPTER, "adapter_config.json", "config.json", SINGLE} and "report.html" in left
+
+
+def save_diverged(place, args, folder) -> list[str]:
+    """As a result and as the best step; one weight of the last rank's part is infinite."""
+    job, model = set_up(place, args)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if place.rank == place.world - 1:
+        part = trained[-1].data
+        (part.to_local() if hasattr(part, "to_local") else part).view(-1)[-1] = math.inf
+    return [
+        caught(place, lambda _, best: train.save(job, model, folder, best), best) for best in (False, True)
+    ]
+
+
+@pytest.mark.parametrize("train_type", ["bnb_dora", "full"])
+def test_neither_is_the_best_step(train_type, checkpoints, short_rows, two_ranks, tmp_path):
+    for errors in two_ranks(save_diverged, args_for(checkpoints(), short_rows, train_type), tmp_path):
+        assert len(errors) == 2
+        assert all("holds NaN or infinity after training (1 such in all)" in error for error in errors)
+    assert list(tmp_path.iterdir()) == []
+
+
+def checkpoint_of_infinity(place, folder: str) -> list[str]:
+    """The second of three checkpoints; the third is of weights that are finite again. Returns what was warned of."""
+    small, warned = Small(place, folder, every=1), []
+    small.checkpoints._warn = lambda step, reason, then: warned.append(f"{step}: {reason}")
+    small.step()
+    small.checkpoints._await()
+    weight = small.model.weight
+    with torch.no_grad():
+        before = weight[0, 0].item()
+        if place.rank == place.world - 1:
+            weight[0, 0] = math.inf
+    small.checkpoints.save(2)
+    small.checkpoints._await()
+    warned.append(f"whole: {small.checkpoints.newest}")
+    with torch.no_grad():
+        weight[0, 0] = before
+    small.checkpoints.save(3)
+    small.checkpoints.finish()
+    return [*warned, f"whole: {small.checkpoints.newest}"]
+
+
+def test_a_checkpoint_of_it_does_not_take_the_place_of_a_good_one(two_ranks, tmp_path):
+    told = two_ranks(checkpoint_of_infinity, str(tmp_path))
+    assert told == [
+        ["2: a trained weight is NaN or infinite", "whole: 1", "whole: 3"],
+        ["whole: 1", "whole: 3"],
+    ]
+    assert newest_whole(tmp_path, tell=print).step == 3
