@@ -86,9 +86,13 @@ def _files(folder: str, data_files: str) -> list[str]:
     if data_files:
         found = glob.glob(os.path.join(glob.escape(folder), data_files), recursive=True)
     else:
-        found = []
-        for place, folders, names in os.walk(folder):
+        found, seen = [], set()
+        for place, folders, names in os.walk(folder, followlinks=True):
             folders[:] = [name for name in folders if not name.startswith((".", "__"))]
+            if os.path.realpath(place) in seen:  # links may lead in circles
+                folders.clear()
+                continue
+            seen.add(os.path.realpath(place))
             found += [
                 os.path.join(place, name)
                 for name in names
@@ -106,13 +110,13 @@ def _splits(folder: str, given: list[str]) -> dict[str, list[str]]:
         {os.path.join(os.path.realpath(folder), os.path.relpath(p, folder)): p for p in given},
     )
     with _told(folder):
-        patterns = datasets.data_files.get_data_patterns(base)
+        patterns = datasets.data_files.get_data_patterns(glob.escape(base))
         splits = {}
         for split, wanted in patterns.items():
             found: set[str] = set()
             for pattern in wanted:
                 with contextlib.suppress(FileNotFoundError):  # one of several spellings
-                    found.update(datasets.data_files.resolve_pattern(pattern, base))
+                    found.update(datasets.data_files.resolve_pattern(pattern, glob.escape(base)))
             splits[str(split)] = sorted(real[path] for path in found if path in real)
     return {split: paths for split, paths in splits.items() if paths}
 

@@ -8,6 +8,7 @@ from data.formats import FORMATS, Format
 from options.errors import UserError
 
 MOST_NAMES = 20  # of columns, in a line
+RECOGNISED = tuple(name for name, form in FORMATS.items() if not form.named)
 
 
 def recognise(
@@ -47,15 +48,18 @@ def recognise(
 
 def format_of(row: Mapping, markers: Sequence[str], first: str | None = None) -> str | None:
     """The first format that a row fits; None if it fits none, or holds too little."""
-    names = [*([first] if first else []), *(name for name, form in FORMATS.items() if not form.named)]
-    return next((name for name in names if fits(row, FORMATS[name], markers)), None)
+    for name in (first, *RECOGNISED) if first else RECOGNISED:
+        if fits(row, FORMATS[name], markers):
+            return name
+    return None
 
 
 def fits(row: Mapping, form: Format, markers: Sequence[str]) -> bool:
     """Whether the columns that the format needs hold something; the answer's may be empty. Tables give each row all
     columns, so it is not enough that they are there."""
-    if not all(column in row if column == form.answer else _holds(row.get(column)) for column in form.needs):
-        return False
+    for column in form.needs:
+        if column not in row or (column != form.answer and not _holds(row[column])):
+            return False
     return not form.marked or markers[1] in str(row["text"])
 
 
@@ -67,7 +71,7 @@ def _holds(value) -> bool:
 
 def _by_columns(columns: set[str], where: str) -> str:
     """The format of rows that hold nothing to tell it by: `checked` says what they lack."""
-    known = {name: form for name, form in FORMATS.items() if not form.named and not form.marked}
+    known = {name: FORMATS[name] for name in RECOGNISED if not FORMATS[name].marked}
     for name, form in known.items():
         if columns >= set(form.needs):
             return name

@@ -1,6 +1,6 @@
 """Rows of a file: JSON lines, a JSON list, CSV or parquet, each row with the place that messages name.
 
-Texts and numbers stay as the file has them. Whatever is malformed, or made to fill the memory, is refused with its place.
+Texts and numbers stay as the file has them. What is malformed, or made to fill the memory, is refused with its place.
 """
 
 from __future__ import annotations
@@ -160,8 +160,8 @@ def _read_csv(path: Path) -> Rows:
 
 
 def _mark_no_numbers(rows: list[dict], column: str) -> None:
-    """Makes floats of the cells `nan` and `inf` of a column of numbers, in which they are no texts: no format reads such
-    a float. In a column that has other texts, too, they are words."""
+    """Makes floats of the cells `nan` and `inf` of a column of numbers: `checked` refuses such a float where a format
+    reads the column. In a column that has other texts, too, they are words."""
     marked = [row for row in rows if len(row[column]) < 20 and row[column].strip().lower() in NO_NUMBERS]
     if not marked:
         return

@@ -25,9 +25,13 @@ RECIPES = Path(__file__).parents[1] / "datasets"
 class Recipe:
     """A file of datasets/: where rows come from and how they read. Keys as in the TOML file.
 
-    source: a hub id, or a file or folder beside the recipe; data_files: a pattern for the files of a hub id or folder
-    that are read; split: for these, too; samples: rows used unless --dataset_samples says otherwise; columns: {ours: theirs}; markers: of the two speakers in a guanaco
-    text; fill: one row, whose output is repeated until it fills the context.
+    Args:
+        source: a hub id, or a file or folder beside the recipe.
+        split, data_files: of a hub id or folder: which split is read; a pattern for its files.
+        samples: rows used unless --dataset_samples says otherwise.
+        columns: {ours: theirs}.
+        markers: of the two speakers in a guanaco text.
+        fill: one row, whose output is repeated until it fills the context.
     """
 
     source: str = ""
@@ -53,7 +57,12 @@ def find_recipe(dataset: str) -> tuple[Recipe, Path | None]:
         return Recipe(source=dataset), Path(local)
     if os.path.isfile(local):
         check_kind(Path(local))
-    if dataset.startswith((".", "/", "~")) or dataset.count("/") > 1 or advice(local):
+    if (
+        dataset.startswith((".", "/", "~"))
+        or dataset.count("/") > 1
+        or dataset.endswith("/")
+        or advice(local)
+    ):
         raise UserError(f"--dataset {dataset}: no such file or folder")
     if dataset.count("/") == 1:
         return Recipe(source=dataset), None

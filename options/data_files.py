@@ -4,26 +4,45 @@ from __future__ import annotations
 
 import os
 
-KINDS = {
-    ".json": "JSON",
-    ".jsonl": "JSON",
-    ".ndjson": "JSON",
-    ".csv": "CSV",
-    ".parquet": "parquet",
-}  # those read here
+# Those that are read.
+KINDS = {".json": "JSON", ".jsonl": "JSON", ".ndjson": "JSON", ".csv": "CSV", ".parquet": "parquet"}
 JSON_LINES = (".jsonl", ".ndjson")
 READABLE = ", ".join(KINDS)
 PACKED = (".gz", ".bz2", ".xz", ".zst", ".lz4", ".zip", ".tar", ".tgz", ".7z", ".rar")
-OTHERS = {
-    **dict.fromkeys(PACKED, "unpack it first"),
-    ".tsv": "write it as .csv, with commas",
-    **dict.fromkeys((".txt", ".md"), 'make a .jsonl of it, with lines like {"text": "..."}'),
-    **dict.fromkeys((".arrow", ".feather", ".orc", ".avro"), "write it as .parquet"),
-    **dict.fromkeys((".xlsx", ".xls", ".ods"), "save the table as .csv"),
-    **dict.fromkeys((".xml", ".html", ".yaml", ".yml", ".h5", ".hdf5", ".npz", ".npy", ".sqlite", ".db"), "write its rows as .jsonl"),
-    **dict.fromkeys((".pkl", ".pickle", ".pt", ".bin"), "write its rows as .jsonl; nothing is unpickled here"),
-    **dict.fromkeys((".png", ".jpg", ".jpeg", ".webp", ".gif", ".wav", ".mp3", ".flac", ".mp4", ".pdf"), "only texts are read"),
-}  # fmt: skip
+TODO = {  # what to do: with files of which kinds
+    "unpack it first": PACKED,
+    "write it as .csv, with commas": (".tsv",),
+    'make a .jsonl of it, with lines like {"text": "..."}': (".txt", ".md"),
+    "write it as .parquet": (".arrow", ".feather", ".orc", ".avro"),
+    "save the table as .csv": (".xlsx", ".xls", ".ods"),
+    "write its rows as .jsonl": (
+        ".xml",
+        ".html",
+        ".yaml",
+        ".yml",
+        ".h5",
+        ".hdf5",
+        ".npz",
+        ".npy",
+        ".sqlite",
+        ".db",
+    ),
+    "write its rows as .jsonl; nothing is unpickled here": (".pkl", ".pickle", ".pt", ".bin"),
+    "only texts are read": (
+        ".png",
+        ".jpg",
+        ".jpeg",
+        ".webp",
+        ".gif",
+        ".wav",
+        ".mp3",
+        ".flac",
+        ".mp4",
+        ".pdf",
+    ),
+}
+OTHERS = {suffix: todo for todo, suffixes in TODO.items() for suffix in suffixes}
+# Names of texts that stand beside data and are none.
 PROSE = ("readme", "license", "licence", "notice", "copying", "changelog", "citation", "requirements")
 
 

@@ -91,6 +91,19 @@ def test_a_folder_that_would_be_read_in_part(tmp_path, case):
         read(folder)
 
 
+def test_links_and_odd_names(tmp_path):
+    """A linked folder is not passed over, a circle of links is left, and names are no patterns."""
+    written(tmp_path / "[1]*", {"a.jsonl": rows("1")})
+    assert [row["answer"] for row in read(tmp_path / "[1]*")] == ["1"]
+    folder = written(tmp_path / "data", {"a.jsonl": rows("1"), "b.jsonl": rows("2")})
+    (folder / "circle").symlink_to(folder)
+    (folder / "c.jsonl").symlink_to(tmp_path / "[1]*" / "a.jsonl")
+    assert [row["answer"] for row in read(folder)] == ["1", "2", "1"]
+    (folder / "more").symlink_to(tmp_path / "[1]*")
+    with pytest.raises(UserError, match=r"1 of its 4 data files, such as more/a\.jsonl, belong to no split"):
+        read(folder)
+
+
 def test_a_recipe_chooses(tmp_path):
     """By data_files, in a folder beside it; several kinds in the pattern are as bad as in the folder."""
     written(
@@ -180,7 +193,7 @@ def test_a_recipe_of_such_a_file(tmp_path, name):
 
 @pytest.mark.parametrize("dataset", [
     "absent.jsonl", "absent.ndjson", "ABSENT.CSV", "absent/a.csv", "absent.toml", "absent.parquet", "./absent/x.jsonl",
-    "absent/x.jsonl.gz", "absent/x.tsv", "absent.jsonl.zst", "./absent", "../absent/x", "/absent/x", "~/absent", "~nobody", "a/b/c",
+    "absent/x.jsonl.gz", "absent/x.tsv", "absent.jsonl.zst", "./absent", "../absent/x", "/absent/x", "~/absent", "~nobody", "a/b/c", "absent/",
     "https://example.invalid/a",
 ])  # fmt: skip
 def test_an_absent_path_is_no_hub_id(dataset, monkeypatch):
