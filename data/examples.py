@@ -66,7 +66,7 @@ def read_examples(
     name = _format_of(recipe, Rows(rows, data.places), dataset, dataset_format, preferred)
     context = RenderContext(tokenizer, recipe.markers, day)
     rendered = _render_all(_Rendering(rows, data.places, name, context))
-    remarks = _remarks(recipe, rows, FORMATS[name])
+    remarks = (*filter(None, [data.remark]), *_remarks(recipe, rows, FORMATS[name]))
     if name == "chat":
         remarks = (*remarks, *unshown(context.chat, rows))
     return Examples(rendered, name, context, remarks)

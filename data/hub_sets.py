@@ -36,7 +36,28 @@ def read_hub(source: str, data_files: str, split: str, samples: int) -> Rows:
     if 0 < samples < len(loaded):
         loaded = loaded.select(range(samples))
     rows = [without_fillers(row) for row in loaded.to_list()]
-    return Rows(rows, [f"{source} row {i}" for i in range(1, len(loaded) + 1)])
+    remark = "" if local or data_files or datasets.config.HF_HUB_OFFLINE else _kinds_remark(source)
+    return Rows(rows, [f"{source} row {i}" for i in range(1, len(loaded) + 1)], remark)
+
+
+def _kinds_remark(hub_id: str) -> str:
+    """A line for a repository that has data files of several kinds, of which `datasets` reads one, unless its author
+    says which in README.md; else "". A hub repository is not the user's to clean up, so it is not refused."""
+    from huggingface_hub import HfApi, hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        names = HfApi().list_repo_files(hub_id, repo_type="dataset")
+        kinds = Counter(kind for name in names if (kind := kind_in_folder(name)))
+        if len(kinds) < 2:
+            return ""
+        readme = hf_hub_download(hub_id, "README.md", repo_type="dataset") if "README.md" in names else ""
+    except (HfHubHTTPError, OSError):
+        return ""
+    if readme and _has_configs(os.path.dirname(readme)):
+        return ""
+    listed = ", ".join(f"{number} {kind}" for kind, number in kinds.most_common())
+    return f"data: {hub_id} has data files of several kinds ({listed}), of which one is read; {CHOOSE}"
 
 
 def read_folder(folder: str, data_files: str, split: str, samples: int) -> Rows:

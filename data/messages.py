@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -62,6 +63,7 @@ def _checked_calls(calls: Any, where: str) -> list[dict]:
             raise UserError(f"{where}: the function of a tool call must be an object")
         if not isinstance(_from_json(function.get("arguments", {})), Mapping):
             raise UserError(f"{where}: arguments of a tool call must be an object, or the JSON text of one")
+    _check_numbers(calls, where)
     return [dict(call) for call in calls]
 
 
@@ -72,7 +74,17 @@ def checked_tools(tools: Any, where: str) -> list[dict] | None:
     tools = [_from_json(tool) for tool in tools] if isinstance(tools, list) else tools
     if tools and not (isinstance(tools, list) and all(isinstance(tool, Mapping) for tool in tools)):
         raise UserError(f"{where}: tools must be a list of objects, or the JSON text of one")
+    _check_numbers(tools, where)
     return [dict(tool) for tool in tools] if tools else None
+
+
+def _check_numbers(value: Any, where: str) -> None:
+    """Raises UserError for NaN and infinity, which tables can hold and JSON cannot."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{where}: a tool or its call holds {value} as a number, which JSON has not")
+    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
+    for part in parts:
+        _check_numbers(part, where)
 
 
 def plain(messages: list[dict]) -> list[dict]:

@@ -27,10 +27,11 @@ NO_NUMBERS = ("nan", "inf", "-inf", "+inf", "infinity", "-infinity", "+infinity"
 
 @dataclass(frozen=True)
 class Rows:
-    """Raw rows and where each came from, for messages."""
+    """Raw rows and where each came from, for messages. remark: a line to tell at start, or ""."""
 
     rows: list[dict]
     places: list[str]
+    remark: str = ""
 
 
 def read_file(path: Path) -> Rows:

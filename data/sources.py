@@ -140,7 +140,7 @@ def load_rows(recipe: Recipe, file: Path | None, samples: int) -> Rows:
         read = read_folder if os.path.isdir(recipe.source) else read_hub
         rows = read(recipe.source, recipe.data_files, recipe.split, samples)
     if samples > 0:
-        rows = Rows(rows.rows[:samples], rows.places[:samples])
+        rows = Rows(rows.rows[:samples], rows.places[:samples], rows.remark)
     if not rows.rows:
         raise UserError(f"--dataset {file or recipe.source}: is empty")
     for theirs in recipe.columns.values():
@@ -150,4 +150,4 @@ def load_rows(recipe: Recipe, file: Path | None, samples: int) -> Rows:
         row | {ours: row[theirs] for ours, theirs in recipe.columns.items() if theirs in row}
         for row in rows.rows
     ]
-    return Rows(renamed, rows.places)
+    return Rows(renamed, rows.places, rows.remark)

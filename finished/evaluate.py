@@ -74,7 +74,7 @@ def generate_answers(
 
 
 def read_rows(run: Run, options: Options, tokenizer) -> tuple[str, list[Rendered]]:
-    """(what was read, its rows as texts). Raises UserError for anything wrong with the data."""
+    """(what was read, its rows as texts). Prints what training would tell of them at its start. Raises UserError for anything wrong with the data."""
     config = run.config
     if options.dataset is None:
         rows = held_rows(config, tokenizer)
@@ -83,9 +83,19 @@ def read_rows(run: Run, options: Options, tokenizer) -> tuple[str, list[Rendered
         rows = rows[: options.samples] if options.samples > 0 else rows
         return config.eval_dataset or f"{config.eval_share:g} of {config.dataset}", rows
     if options.dataset_format is None:
-        return options.dataset, read_beside(config, options.dataset, options.samples, tokenizer).rendered
-    reading = (options.dataset_format, options.samples, config.context_length, tokenizer, config.chat_date)
-    return options.dataset, read_examples(options.dataset, *reading).rendered
+        examples = read_beside(config, options.dataset, options.samples, tokenizer)
+    else:
+        reading = (
+            options.dataset_format,
+            options.samples,
+            config.context_length,
+            tokenizer,
+            config.chat_date,
+        )
+        examples = read_examples(options.dataset, *reading)
+    for remark in examples.remarks:
+        print(remark)
+    return options.dataset, examples.rendered
 
 
 def check(options: Options) -> Run:

@@ -7,8 +7,10 @@ import json
 import re
 
 import datasets
+import huggingface_hub
 import pytest
 
+from data import hub_sets
 from data.sources import find_recipe
 from options import generate
 from options.errors import UserError
@@ -222,3 +224,25 @@ def test_prompts_are_rows_or_lines(tmp_path):
         ]
     for name in ("a.txt", "A.TXT", "a.md", "a"):
         assert [p.given for p in generate.read_prompts(put(tmp_path / name, line))] == [line.strip()]
+
+
+REPOSITORY = ["a.csv", "b.jsonl", "c.jsonl", "README.md"]
+
+
+@pytest.mark.parametrize("names, readme, told", [
+    (REPOSITORY, "# Rows", "data: me/rows has data files of several kinds (2 JSON, 1 CSV), of which one is read; "),
+    (REPOSITORY, README, ""),
+    (["a.csv", "README.md", "pictures.txt.md"], "# Rows", ""),
+])  # fmt: skip
+def test_of_which_kinds_a_hub_repository_is(names, readme, told, tmp_path, monkeypatch):
+    """Its author's part is read, and what is left is told."""
+    folder = written(tmp_path, {"a.csv": rows("1"), "README.md": readme})
+    loaded = datasets.load_dataset("csv", data_files=str(folder / "a.csv"), split="train")
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: loaded)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hub_sets, "_reachable", lambda _: True)
+    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda *_, **__: names)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *_, **__: str(folder / "README.md"))
+    read = hub_sets.read_hub("me/rows", "", "train", -1)
+    assert read.rows == [{"question": "Q", "answer": 1}]
+    assert read.remark.startswith(told) and bool(read.remark) == bool(told)

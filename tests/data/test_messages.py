@@ -115,6 +115,7 @@ SPOILED = [
     (says(tool_calls=[{"function": "f"}]), "the function of a tool call"),
     (says(tool_calls=[call("{'x': 1}")]), "arguments of a tool call"),
     (says(tool_calls=[call('{"x": 1e400}')]), "arguments of a tool call"),
+    (says(tool_calls=[call({"x": [float("nan")]})]), "a tool or its call holds nan as a number"),
     (says(reasoning_content=["x"]), "reasoning must be a text"),
     (says(content=[{"type": "text", "text": "x"}]), "a role and a content, both texts"),
     ({"role": "tool", "content": None}, "a role and a content, both texts"),
