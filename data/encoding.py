@@ -6,7 +6,7 @@ import dataclasses
 import re
 
 from data.formats import Rendered
-from files.tokenizer import checked_call
+from files.tokenizer import tokenizer_errors
 
 Offsets = list[
     tuple[int, int]
@@ -24,14 +24,15 @@ def encode(tokenizer, texts: list[str], special: bool) -> list[tuple[list[int], 
 
     Raises UserError if the tokenizer fails.
     """
-    encoded = checked_call(
-        tokenizer,
-        texts,
-        add_special_tokens=special,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        return_offsets_mapping=True,
-    )
+    with tokenizer_errors():
+        encoded = tokenizer(
+            texts,
+            add_special_tokens=special,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            return_offsets_mapping=True,
+            verbose=False,
+        )
     bos, written = tokenizer.bos_token_id, tokenizer.bos_token
     rows = zip(texts, encoded["input_ids"], encoded["offset_mapping"], strict=True)
     return [_with_one_bos(text, ids, offsets, bos, written) for text, ids, offsets in rows]

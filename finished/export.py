@@ -71,8 +71,6 @@ def check(options: Options) -> Run:
     for what, folder in (("RUN", run.folder.resolve()), ("the base model", run.base.resolve())):
         if folder in (out.resolve(), *out.resolve().parents):
             raise UserError(f"--out {out}: is in the folder of {what}; choose another")
-    if not any((run.base / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
-        raise UserError(f"{run.base}: has no tokenizer (tokenizer.json or tokenizer.model)")
     if not run.adapter:
         _check_whole(options, run)
         return run
@@ -299,6 +297,7 @@ def push(repo: str, out: Path, names: list[str]) -> str:
 
 def export(options: Options) -> None:
     run = check(options)
+    load_tokenizer(run)  # as training takes it, or not at all
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     with whole_or_nothing(options.out, options.overwrite) as folder:
         if options.to == "adapter":

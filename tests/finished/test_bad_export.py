@@ -111,7 +111,7 @@ def test_a_base_without_a_tokenizer(refused, checkpoints, tmp_path):
     base = shutil.copytree(checkpoints(), tmp_path / "base")
     for path in base.glob("tokenizer*"):
         path.unlink()
-    refused("has no tokenizer", base_model=base)
+    refused("no usable tokenizer (there is no tokenizer.json)", base_model=base)
 
 
 @pytest.mark.parametrize("to", ["merged", "adapter"])
