@@ -37,7 +37,6 @@ from checkpoints.training_state import describe_not_finite
 from data.batches import StepSampler
 from data.packing import longest_line, make_sampler
 from data.prefetch import ahead
-from data.stops import generation_config
 from files.atomic_writes import write_text
 from files.lock import Alone
 from files.weight_cache import writing
@@ -222,17 +221,16 @@ def save(job: Job, model: PreTrainedModel, folder: Path, best: bool = False) -> 
     if flaw := describe_not_finite(model):
         raise UserError(flaw)
     config, files, family, base = job.config, job.files, job.family, job.base
-    settings = generation_config(files.folder, job.model_config, job.evaluation.stops)
     saved = "blocks" if best and config.method.expansion else config.llama_pro_save
     if saved == "blocks":
-        trained_model.save_blocks(model, family, folder, files, base, settings)
+        trained_model.save_blocks(model, family, folder, files, base, job.generation_settings)
     elif config.method.expansion:
-        trained_model.save_expanded(model, family, folder, files, base, settings)
+        trained_model.save_expanded(model, family, folder, files, base)
     elif config.method.saves == "adapter":
         targets = peft_targets(family, config.lora_target_modules)
-        adapter.save_adapter(model, folder, config, base, targets, settings)
+        adapter.save_adapter(model, folder, config, base, targets, job.generation_settings)
     else:
-        trained_model.save_model(model, folder, files, base, settings)
+        trained_model.save_model(model, folder, files, base)
     if best and dist.get_rank() == 0:
         write_text(folder / "config.yaml", job.options_file(llama_pro_save=saved))
 

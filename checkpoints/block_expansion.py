@@ -7,7 +7,6 @@ import json
 import math
 import shlex
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 
 from transformers import PretrainedConfig
@@ -30,6 +29,7 @@ from files.model_folder import CheckpointFiles, base_digest, fetch_weights, find
 from files.names import CONFIG, GENERATION
 from files.output_folder import check_output, clear_output
 from files.tensors import StoredTensor
+from files.tokenizer import compare_with_files, read_tokenizer
 from launch.program import quiet_libraries, report, typed_command
 from models.family import Family
 from models.llama_pro import NEW_LAYERS, evenly, is_expanded, new_layers, sources
@@ -144,7 +144,8 @@ def expand(options: Options) -> str:
     new_config = expanded_config(raw, config, source)
     entries = expanded_tensors(files, family, source)
     _check_plan(new_config, entries, config, files, family)
-    _write(options, _shards(entries, files), files, {CONFIG: as_text(new_config)})
+    files.rewritten = {CONFIG: as_text(new_config)}
+    _write(options, _shards(entries, files), files)
     new = ", ".join(map(str, new_config[NEW_LAYERS]))
     return (
         f"in {options.output_dir}: {len(source)} layers, of which new: {new}\n"
@@ -162,9 +163,9 @@ def _check_plan(new_config: dict, entries: dict, config, files: CheckpointFiles,
         assert value == new_config[key], f"{key}: transformers reads {value}"
 
 
-def _write(options: Options, shards: Shards, files: CheckpointFiles, instead: Mapping[str, str]) -> None:
+def _write(options: Options, shards: Shards, files: CheckpointFiles) -> None:
     clear_output(Path(options.output_dir))
-    write_model(Path(options.output_dir), shards, files.folder, instead)
+    write_model(Path(options.output_dir), shards, files)
     if not any(files.folder.glob("tokenizer*")):
         print(f"no tokenizer in {files.folder}: training needs its files beside config.json")
 
@@ -194,12 +195,21 @@ def put_back(options: Options) -> str:
         raise UserError(f"--blocks {e}") from None
     if remark:
         print(f"--blocks {remark}", file=sys.stderr, flush=True)
-    instead = corrected_config(files.folder, config)
+    files.rewritten = _as_trained(path, config, files)
+    _write(options, with_replaced(files, copied(blocks)), files)
+    return f"in {options.output_dir}: {config.num_hidden_layers} layers, {len(blocks.tensors)} tensors from {options.blocks}"
+
+
+def _as_trained(path: Path, config: PretrainedConfig, files: CheckpointFiles) -> dict[str, str]:
+    """Small files of the whole model that must be other than its base's: as the blocks in `path` were trained with."""
+    rewritten = corrected_config(files.folder, config)
     learned = path.with_name(GENERATION)  # what the run learned to end its answers with, if the base does not
     if learned.is_file():
-        instead[GENERATION] = read_text(learned, CONFIG_FILE)
-    _write(options, with_replaced(files, copied(blocks)), files, instead)
-    return f"in {options.output_dir}: {config.num_hidden_layers} layers, {len(blocks.tensors)} tensors from {options.blocks}"
+        rewritten[GENERATION] = read_text(learned, CONFIG_FILE)
+    if any(files.folder.glob("tokenizer*")):
+        tokenizer = read_tokenizer(files.folder, f"--model_name {files.folder}")
+        rewritten |= compare_with_files(files.folder, tokenizer).files
+    return rewritten
 
 
 def run(options: Options) -> int:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch.distributed as dist
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from checkpoints.model_writer import (
     SHARD_BYTES,
@@ -34,7 +34,6 @@ from files.names import BLOCKS
 from files.tensors import read_header
 from models.family import Family, clean
 from models.llama_pro import NEW_LAYERS, new_layers
-from models.redundant import corrected_config
 from options.errors import UserError
 
 
@@ -46,14 +45,12 @@ def _trained_blocks(model: PreTrainedModel, family: Family, files: CheckpointFil
     return {name: gathered(params[name], files.tensors[name].torch_dtype) for name in names}
 
 
-def save_model(
-    model: PreTrainedModel, folder: Path, files: CheckpointFiles, base: BaseModel, instead: Mapping[str, str]
-) -> None:
+def save_model(model: PreTrainedModel, folder: Path, files: CheckpointFiles, base: BaseModel) -> None:
     """Writes a whole trained model as the base's folder is laid out: same names, dtypes, config and tokenizer, but for
-    the small files that `instead` has. Collective; rank 0 writes, one tensor at a time."""
+    the small files that `files.rewritten` has. Collective; rank 0 writes, one tensor at a time."""
     params = {clean(name): p for name, p in model.named_parameters()}  # a tied head is listed once
     entries = {name: gathered(p, files.tensors[name].torch_dtype) for name, p in params.items()}
-    _write_together(folder, shards_of(entries, SHARD_BYTES), model.config, files.folder, base, instead)
+    _write_together(folder, shards_of(entries, SHARD_BYTES), files, base)
 
 
 def save_expanded(
@@ -62,25 +59,15 @@ def save_expanded(
     folder: Path,
     files: CheckpointFiles,
     base: BaseModel,
-    instead: Mapping[str, str],
 ) -> None:
     """Writes the folder that was trained from, with its new blocks as they are now: same file names, dtypes,
-    config and tokenizer, but for the small files that `instead` has. The old blocks are the files', not the quantized
-    ones. Collective; rank 0 writes."""
-    shards = with_replaced(files, _trained_blocks(model, family, files))
-    _write_together(folder, shards, model.config, files.folder, base, instead)
+    config and tokenizer, but for the small files that `files.rewritten` has. The old blocks are the files', not the
+    quantized ones. Collective; rank 0 writes."""
+    _write_together(folder, with_replaced(files, _trained_blocks(model, family, files)), files, base)
 
 
-def _write_together(
-    folder: Path,
-    shards: Shards,
-    config: PretrainedConfig,
-    source: Path,
-    base: BaseModel,
-    instead: Mapping[str, str],
-) -> None:
-    small = {**corrected_config(source, config), **instead}
-    _together(folder, shards, lambda noted: write_model(folder, noted, source, small, base.metadata()))
+def _write_together(folder: Path, shards: Shards, files: CheckpointFiles, base: BaseModel) -> None:
+    _together(folder, shards, lambda noted: write_model(folder, noted, files, base.metadata()))
 
 
 def _together(folder: Path, shards: Shards, write: Callable[[Shards], None]) -> None:

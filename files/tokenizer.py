@@ -1,15 +1,18 @@
-"""The tokenizer of a model's folder."""
+"""The tokenizer of a model's folder: transformers' own, and how it differs from what tokenizer.json says."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from options.errors import UserError, describe
-from options.limits import TOKENIZER_FILE, check_size
+from options.limits import TOKENIZER_FILE, check_size, read_json
 
 FILE, CONFIG, SPECIAL, TEMPLATE = (
     "tokenizer.json",
@@ -18,6 +21,24 @@ FILE, CONFIG, SPECIAL, TEMPLATE = (
     "chat_template.jinja",
 )
 VOCABULARY = ("vocab.json", "merges.txt")  # of byte-level BPE, without tokenizer.json
+# What two tokenizers are compared on; the shortest that they split differently is shown.
+TEXTS = (
+    *("a", " ", "\n", " a", "  a", "a  b", "\n\n\n", "a\n b", "\t\ta", "a \r\n", "don't", "A b", "a.b", "1234", "x_1 = 2", "(a)!?"),
+    *("e\u0301", "\u00e9", "\ufb01n", "\u00bd", "\uff21", "\u201ca\u201d", "a\u00a0b", "a\u200db", "\U0001f642", "\u2764\ufe0f"),
+    "The quick brown fox can't jump over the lazy dogs; it's 1969.",
+    "  two spaces   three\n\n\nlines\t\ttabs \r\n end ",
+    "def f(x_1, *args):\n    return [x_1 ** 2 for i in range(10)]  # CamelCase UPPER\n",
+    "12345 6789.01 +49-170-1234567 1,000,000 x10^9",
+    'https://example.com/a_b?c=%20d&e=f#g <b>x</b> {"a": [1, null]}',
+    "Größe, façade, naïve",
+    "Привет, мир! Ёлка.",
+    "مرحبا بالعالم ١٢٣",
+    "नमस्ते दुनिया",
+    "สวัสดีชาวโลก",
+    "你好，世界！今天是2024年。",
+    "こんにちは、世界",
+    "안녕하세요 세계",
+)  # fmt: skip
 
 
 def read_tokenizer(folder: Path, named: str):
@@ -66,3 +87,103 @@ def tokenizer_errors(named: str = "--model_name") -> Iterator[None]:
         if not isinstance(e, Exception) and type(e).__name__ != "PanicException":
             raise
         raise UserError(f"{named}: its tokenizer fails ({describe(e)})") from None
+
+
+@dataclass
+class TokenizerUse:
+    """How the tokenizer in use differs from its folder's files. remarks: lines to tell; files: {name: text} of those that
+    have to be others in a folder of what was trained, for every program to see the tokens of training there."""
+
+    remarks: list[str] = field(default_factory=list)
+    files: dict[str, str] = field(default_factory=dict)
+
+
+def compare_with_files(folder: Path, tokenizer) -> TokenizerUse:
+    """Compares transformers' tokenizer with the files that it was read from, on TEXTS and its added tokens.
+
+    Some of transformers' classes (Llama's, Qwen2's, Gemma's) take vocabulary and merges from tokenizer.json, and write the
+    normalizer and pre-tokenizer themselves. Training uses transformers' tokenizer: PEFT, vLLM, lm-evaluation-harness and
+    transformers itself see the same one. `files` make the others, which read tokenizer.json, see it too.
+
+    Raises UserError if a tokenizer fails.
+    """
+    use = TokenizerUse()
+    if not tokenizer.is_fast:  # refused where rows are tokenized
+        return use
+    kind = type(tokenizer).__name__
+    if not (folder / CONFIG).is_file():
+        template = "" if tokenizer.chat_template else ", and there is no chat template"
+        use.remarks.append(f"tokenizer: no {CONFIG}; BOS and EOS are those of {SPECIAL}{template}")
+    if not (folder / FILE).is_file():
+        use.remarks.append(
+            f"tokenizer: no {FILE}; transformers builds {kind} out of {' and '.join(VOCABULARY)}. Saved and exported models"
+            f" get its {FILE}"
+        )
+        use.files[FILE] = tokenizer.backend_tokenizer.to_str(pretty=True)
+    elif difference := _difference(folder / FILE, tokenizer):
+        use.remarks.append(
+            f"tokenizer: transformers' {kind} splits text otherwise than {FILE} says {difference}. Training uses"
+            f" transformers'; saved and exported models get a {FILE} that says so"
+        )
+        use.files[FILE] = tokenizer.backend_tokenizer.to_str(pretty=True)
+    _compare_flags(folder / CONFIG, tokenizer, use)
+    return use
+
+
+def _difference(path: Path, tokenizer) -> str:
+    """ "" if both make the same tokens, else in what they differ, with an example."""
+    with tokenizer_errors():
+        file = Tokenizer.from_file(str(path))
+        file.no_padding()
+        file.no_truncation()
+        added = {
+            *tokenizer.get_added_vocab(),
+            *(token.content for token in file.get_added_tokens_decoder().values()),
+        }
+        texts = [*TEXTS, *(f"a{token}b {token} c\n{token}" for token in sorted(added))]
+        used = tokenizer(texts, verbose=False)["input_ids"]
+        written = [encoding.ids for encoding in file.encode_batch(texts)]
+        differing = [(t, a, b) for t, a, b in zip(texts, used, written, strict=True) if a != b]
+        if not differing:
+            return ""
+        text, ours, theirs = min(differing, key=lambda each: len(each[0]))
+        parts = _parts(json.loads(tokenizer.backend_tokenizer.to_str()), json.loads(file.to_str()))
+        first = next(
+            i
+            for i, pair in enumerate(zip([*ours, None], [*theirs, None], strict=False))
+            if pair[0] != pair[1]
+        )
+        shown = [
+            " ".join(repr(made.id_to_token(i)) for i in ids[first : first + 3]) or "nothing"
+            for made, ids in ((tokenizer.backend_tokenizer, ours), (file, theirs))
+        ]
+    return f"({', '.join(parts)}): {text!r} is {shown[0]} instead of {shown[1]}"
+
+
+def _parts(used: dict, written: dict) -> list[str]:
+    """The keys of tokenizer.json that differ."""
+    names = ["normalizer", "pre_tokenizer", "model", "post_processor", "added_tokens"]
+    return [name for name in names if used[name] != written[name]]
+
+
+def _compare_flags(path: Path, tokenizer, use: TokenizerUse) -> None:
+    """add_bos_token and add_eos_token of tokenizer_config.json: transformers takes them from tokenizer.json, llama.cpp's
+    converter believes them."""
+    raw = read_json(path, TOKENIZER_FILE) if path.is_file() else {}
+    with tokenizer_errors():
+        ids = tokenizer("a", verbose=False)["input_ids"]
+    added = {
+        "add_bos_token": ids[:1] == [tokenizer.bos_token_id],
+        "add_eos_token": ids[-1:] == [tokenizer.eos_token_id],
+    }
+    wrong = [name for name, does in added.items() if isinstance(raw.get(name), bool) and raw[name] != does]
+    for name in wrong:
+        token = "BOS" if name == "add_bos_token" else "EOS"
+        use.remarks.append(
+            f"tokenizer: {CONFIG} says {name}: {str(raw[name]).lower()}, but the tokenizer adds {'' if added[name] else 'no '}"
+            f"{token}, as in training. Saved and exported models get a {CONFIG} that says so"
+        )
+    if wrong:
+        use.files[CONFIG] = (
+            json.dumps(raw | {name: added[name] for name in wrong}, indent=2, ensure_ascii=False) + "\n"
+        )

@@ -26,6 +26,7 @@ from files.disk_room import check_room, check_writable
 from files.model_folder import CheckpointFiles, recorded_name
 from files.names import ADAPTER, CONFIG, TOKENIZER, split_revision
 from files.output_folder import clear_output, holds_run
+from files.tokenizer import compare_with_files
 from finished.finished_run import Run, load_tokenizer, open_run, read_adapter, stops_of
 from finished.layerwise import compare, plain_logits, trained_logits
 from finished.merge import merged_entries
@@ -138,10 +139,6 @@ def model_config(run: Run, entries: dict[str, Entry]) -> dict:
     return raw
 
 
-def generation_settings(run: Run) -> dict[str, str]:
-    return generation_config(run.base, run.model_config, stops_of(run, load_tokenizer(run)))
-
-
 def merged_base(run: Run, options: Options) -> str:
     return options.base or ("dequantized" if run.adapter else "original")
 
@@ -152,12 +149,8 @@ def write_merged(run: Run, options: Options, folder: Path, device: torch.device)
     entries = merged_entries(run, adapter, base == "dequantized", plan_dtypes(options, run), device)
     size = sum(e.nbytes for e in entries.values()) + sum(p.stat().st_size for p in companions(run.base))
     check_space(options.out, size)
-    write_model(
-        folder,
-        model_writer.shards_of(entries, model_writer.SHARD_BYTES),
-        run.base,
-        {CONFIG: as_text(model_config(run, entries))} | generation_settings(run),
-    )
+    run.files.rewritten[CONFIG] = as_text(model_config(run, entries))
+    write_model(folder, model_writer.shards_of(entries, model_writer.SHARD_BYTES), run.files)
     what = "A complete model folder: `AutoModelForCausalLM.from_pretrained` loads it."
     if run.adapter:
         what += f" The adapter is merged into the {base} weights."
@@ -183,7 +176,7 @@ def write_adapter(run: Run, options: Options, folder: Path) -> None:
     described["base_model_name_or_path"], described["revision"] = named
     check_space(options.out, run.adapter.stat().st_size + sum(p.stat().st_size for p in companions(run.base)))
     shutil.copyfile(run.adapter, folder / ADAPTER)
-    copy_companions(run.base, folder, generation_settings(run), TOKENIZER)
+    copy_companions(run.base, folder, run.files.rewritten, TOKENIZER)
     what = (
         "A LoRA or DoRA adapter in PEFT's format (adapter_config.json, adapter_model.safetensors):"
         " `PeftModel.from_pretrained(base, folder)` puts it over its base model."
@@ -297,7 +290,12 @@ def push(repo: str, out: Path, names: list[str]) -> str:
 
 def export(options: Options) -> None:
     run = check(options)
-    load_tokenizer(run)  # as training takes it, or not at all
+    tokenizer = load_tokenizer(run)
+    use = compare_with_files(run.base, tokenizer)
+    for remark in use.remarks:
+        print(remark)
+    stops = stops_of(run, tokenizer)
+    run.files.rewritten = use.files | generation_config(run.base, run.model_config, stops)
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     with whole_or_nothing(options.out, options.overwrite) as folder:
         if options.to == "adapter":

@@ -18,6 +18,7 @@ from data.evaluation_sets import EvaluationData
 from data.rows import TokenizedRows, digest_rows
 from files.base_model import BaseModel
 from files.model_folder import CheckpointFiles
+from files.names import GENERATION
 from files.weight_cache import NewCache
 from launch.precision import Precision, precision_here
 from launch.ranks import local_world_size
@@ -59,6 +60,11 @@ class Job:
     def output_dir(self) -> str:
         assert self.config.output_dir is not None
         return self.config.output_dir
+
+    @property
+    def generation_settings(self) -> dict[str, str]:
+        """generation_config.json of a result that is no model folder, if its base does not stop as the run learned to."""
+        return {name: text for name, text in self.files.rewritten.items() if name == GENERATION}
 
     def total_steps(self, sampler: StepSampler) -> int:
         """Optimizer steps of the run."""

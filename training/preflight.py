@@ -16,13 +16,13 @@ from data.evaluation_sets import EvaluationData, named, prepare_sets
 from data.examples import toy_texts
 from data.packing import make_sampler
 from data.rows import TokenizedRows
-from data.stops import base_stops
+from data.stops import base_stops, generation_config
 from files.base_model import record_base
 from files.bnb_weights import check_stored_quantization
 from files.disk_room import check_writable
 from files.model_folder import CheckpointFiles, fetch_weights, find_model, recorded_name
 from files.output_folder import check_output, output_folder
-from files.tokenizer import read_tokenizer
+from files.tokenizer import compare_with_files, read_tokenizer
 from files.weight_cache import NewCache, new_cache, open_cache
 from launch.precision import bf16_gpu
 from launch.processes import check_address
@@ -31,7 +31,7 @@ from launch.ranks import resolve_group_size, resolve_strategy, resolve_world_siz
 from models.adapters import check_packing, check_rank, make_quantizer_of, packed_linears, target_linears
 from models.family import Family, follows_the_longest, switches_by_layer
 from models.llama_pro import check_can_leave_silence, new_layers
-from models.redundant import UNTIED
+from models.redundant import UNTIED, corrected_config
 from models.registry import open_weights, read_config
 from models.toy import toy_model
 from monitoring.profiling import check_traces
@@ -99,7 +99,11 @@ def _check(config: Config) -> Job:
             f"--model_name {folder}: the tokenizer makes ids beyond vocab_size {model_config.vocab_size}"
         )
     check_rope(config, model_config, rows, evaluation)
-    for remark in evaluation.remarks:
+    # In threads: after the processes that render rows were forked.
+    use = compare_with_files(folder, tokenizer)
+    learned = generation_config(folder, model_config, evaluation.stops)
+    files.rewritten = use.files | corrected_config(folder, model_config) | learned
+    for remark in (*use.remarks, *evaluation.remarks):
         print(remark)
     job = Job(as_recorded(config, name), model_config, files, base, rows, evaluation, cache, saved, started)
     if config.method.expansion:
