@@ -36,9 +36,9 @@ QUIET = "--log_to stdout --compile false --batch_size 2 --max_steps 3".split()
 
 
 def spoil(folder: Path, name: str, value: float = math.nan) -> Path:
-    """Puts one such number into a tensor of a model. Returns its file."""
+    """Puts one such number into a tensor of a model, in a row that a base is not recognised by. Returns its file."""
     tensor = stored(folder, name)
-    tensor.view(-1)[-1] = value
+    tensor[min(1, len(tensor) - 1)].view(-1)[-1] = value
     return put_tensor(folder, name, tensor)
 
 

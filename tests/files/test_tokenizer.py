@@ -260,7 +260,7 @@ def assert_tokens_of_training(folder: Path, base: Path, rows: Path) -> None:
 def test_it_is_told_at_the_start_of_training(base, rows, checkpoints, capsys):
     told = "tokenizer: transformers' LlamaTokenizer splits text otherwise than tokenizer.json says"
     job = make_job(HERE, args_for(base, rows, "qlora"))
-    assert capsys.readouterr().out.count(told) == 1 and list(job.files.rewritten) == ["tokenizer.json"]
+    assert capsys.readouterr().out.count(told) == 1 and "tokenizer.json" in job.files.rewritten
     make_job(HERE, args_for(checkpoints(), rows, "qlora"))
     assert "tokenizer:" not in capsys.readouterr().out
 
