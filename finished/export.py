@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
-import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import httpx
@@ -22,11 +20,11 @@ from data.sources import find_recipe
 from data.stops import generation_config
 from data.tokenizing import prepare
 from files.atomic_writes import write_text
-from files.disk_room import check_room, check_writable
+from files.disk_room import check_writable
 from files.model_folder import CheckpointFiles, recorded_name
 from files.names import ADAPTER, CONFIG, TOKENIZER, split_revision
-from files.output_folder import clear_output, holds_run
 from files.tokenizer import compare_with_files
+from finished.export_folder import check_space, check_unused, whole_or_nothing
 from finished.finished_run import Run, load_tokenizer, open_run, read_adapter, stops_of
 from finished.layerwise import compare, plain_logits, trained_logits
 from finished.merge import merged_entries
@@ -38,23 +36,12 @@ from options.errors import UserError, describe
 from options.export import Options
 from options.limits import CONFIG_FILE, read_json
 
-SPARE = 2**20  # bytes, for headers, index and card
 PROMPTS = (
     "The capital of France is",
     "Below is an instruction that describes a task. Write a response that completes it.",
     "def fibonacci(n):",
     "In 1969, two people walked on the moon.",
 )
-
-
-def check_unused(out: Path, overwrite: bool, names: Iterable[str] = ()) -> None:
-    """Raises UserError if the folder holds a run, or what only --overwrite replaces: a model, or a file of one of these
-    names."""
-    if (out / "config.yaml").exists():  # even --overwrite does not replace a training run
-        raise UserError(f"--out {out}: holds a run of train.py; choose another folder")
-    there = "a model" if holds_run(out) else next((name for name in names if (out / name).exists()), None)
-    if there and not overwrite:
-        raise UserError(f"--out {out}: holds {there} already; choose another folder, or add --overwrite")
 
 
 def check(options: Options) -> Run:
@@ -183,59 +170,6 @@ def write_adapter(run: Run, options: Options, folder: Path) -> None:
     )
     write_card(run, options, folder, what, "peft")
     write_text(folder / "adapter_config.json", json.dumps(described, indent=2) + "\n")
-
-
-def check_space(out: Path, nbytes: int) -> None:
-    """Raises UserError if the folder's disk has no room for that many bytes."""
-    existing = next(p for p in [out.absolute(), *out.absolute().parents] if p.exists())
-    try:
-        check_room(existing, nbytes + SPARE)
-    except OSError as e:
-        raise UserError(f"--out {out}: {e.strerror}") from None
-
-
-LAST = ("config.json", "adapter_config.json")  # each makes its folder loadable
-
-
-@contextlib.contextmanager
-def whole_or_nothing(out: Path, overwrite: bool) -> Iterator[Path]:
-    """A temporary folder within `out`, whose files move into `out` at the end, in the place of a model that is
-    there. After an error nothing is left of it, nor of the folders that were made for it. Raises UserError where they
-    would replace what is not to be overwritten, which may have come meanwhile."""
-    made = [p for p in [out.absolute(), *out.absolute().parents] if not p.exists()]
-    temporary = out / f".export-{os.getpid()}.tmp"
-    for left in out.glob(".export-*.tmp"):
-        with _locked(left) as free:
-            if free:  # of an export that was killed: its lock went with it
-                shutil.rmtree(left, ignore_errors=True)
-    try:
-        temporary.mkdir(parents=True)
-        with _locked(temporary):
-            yield temporary
-            check_unused(out, overwrite, [path.name for path in temporary.iterdir()])
-            clear_output(out)
-            for path in sorted(temporary.iterdir(), key=lambda p: p.name in LAST):
-                path.replace(out / path.name)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        for folder in made:
-            with contextlib.suppress(OSError):  # holds something, as after a success, or was not made yet
-                folder.rmdir()
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[bool]:
-    """Whether this process has the folder to itself within: not if another holds its lock or has just removed it, if it
-    may not be opened, or if there are no locks on its file system."""
-    with contextlib.ExitStack() as opened:
-        try:
-            descriptor = os.open(folder, os.O_RDONLY)
-            opened.callback(os.close, descriptor)
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            free = True
-        except OSError:
-            free = False
-        yield free
 
 
 # The check
