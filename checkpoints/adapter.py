@@ -46,8 +46,19 @@ def save_adapter(
                     tensors[f"base_model.model.{clean(path)}.{name}"] = full.contiguous()
     if dist.get_rank() != 0:
         return
+    description = _describe(config, base, targets)
+    check_room(folder, sum(t.nbytes for t in tensors.values()))
+    with staged(folder) as stage:
+        save_tensors(tensors, stage(ADAPTER), base.metadata())
+        for name, text in beside.items():
+            stage(name).write_text(text, encoding="utf-8")
+        stage("adapter_config.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+
+
+def _describe(config: Config, base: BaseModel, targets: list[str]) -> dict:
+    """adapter_config.json."""
     alpha = config.lora_alpha
-    description = {
+    return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base.name,
@@ -62,9 +73,3 @@ def save_adapter(
         "init_lora_weights": True,
         "inference_mode": True,
     }
-    check_room(folder, sum(t.nbytes for t in tensors.values()))
-    with staged(folder) as stage:
-        save_tensors(tensors, stage(ADAPTER), base.metadata())
-        for name, text in beside.items():
-            stage(name).write_text(text, encoding="utf-8")
-        stage("adapter_config.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")

@@ -6,18 +6,20 @@ import dataclasses
 import datetime
 import os
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from checkpoints import resume
+from checkpoints.storage import Saved
 from data.evaluation_sets import EvaluationData, named, prepare_sets
 from data.examples import toy_texts
 from data.packing import make_sampler
 from data.rows import TokenizedRows
 from data.stops import base_stops, generation_config
-from files.base_model import record_base
+from files.base_model import BaseModel, record_base
 from files.bnb_weights import check_stored_quantization
 from files.disk_room import check_writable
 from files.model_folder import CheckpointFiles, fetch_weights, find_model, recorded_name
@@ -54,6 +56,38 @@ def check(config: Config) -> Job:
 
 def _check(config: Config) -> Job:
     started = time.time()
+    config, saved = _check_options(config)
+    model = _check_model(config)
+    config, rows, evaluation = _check_data(config, model)
+    job = Job(
+        as_recorded(config, model.name),
+        model.config,
+        model.files,
+        model.base,
+        rows,
+        evaluation,
+        model.cache,
+        saved,
+        started,
+    )
+    if config.method.expansion:
+        assert config.lr is not None
+        new = new_layers(model.config)
+        check_can_leave_silence(model.files, model.family, new, job.precision.trained, config.lr)
+    if config.profile:
+        check_traces(config, job.total_steps(make_sampler(config, rows, 0, config.world_size)))
+    for remark in remarks_on_model(model.config, model.folder, model.tied):
+        print(remark)
+    if saved:
+        resume.check_same(saved, config, job.about())
+        for remark in resume.remarks(saved, config, model.base.digest()):
+            print(remark)
+    return job
+
+
+def _check_options(config: Config) -> tuple[Config, Saved | None]:
+    """(the options with this machine's and this day's values, the checkpoint to go on from). Raises UserError for
+    what is wrong with a run whatever its model and data are."""
     config = _resolve_launch(config)
     if config.precision.startswith("bf16") and torch.cuda.is_available() and not bf16_gpu():
         raise UserError(
@@ -72,6 +106,26 @@ def _check(config: Config) -> Job:
     path = config.llama_pro_path
     if path is not None and not os.path.isdir(os.path.expanduser(path)):
         raise UserError(f"--llama_pro_path {path}: no such folder; block_expansion.py makes expanded models")
+    return config, saved
+
+
+@dataclass(frozen=True)
+class _Model:
+    """The model to train, checked. name: `recorded_name` of --model_name; tied: whether its config.json ties the head;
+    cache: if --quantized_cache is still to be written."""
+
+    name: str
+    folder: Path
+    config: PretrainedConfig
+    family: Family
+    files: CheckpointFiles
+    base: BaseModel
+    tied: bool
+    cache: NewCache | None
+
+
+def _check_model(config: Config) -> _Model:
+    """Raises UserError for a model that cannot be trained as the options say."""
     folder = toy_model(toy_texts()) if config.model_name == TOY_MODEL else find_model(config.model_name)
     if output_folder(config).resolve() == folder.resolve():  # --overwrite would delete the weights to read
         raise UserError(f"--output_dir {folder}: is the folder of --model_name; choose another")
@@ -90,34 +144,28 @@ def _check(config: Config) -> Job:
     cache = find_cache(model, family, config, files) if config.quantized_cache else None
     if config.method.adapter:
         check_rank(model, target_linears(model, family, config.lora_target_modules), config.lora_rank)
+    return _Model(name, folder, model_config, family, files, base, tied, cache)
+
+
+def _check_data(config: Config, model: _Model) -> tuple[Config, TokenizedRows, EvaluationData]:
+    """As `prepare_sets`, for this model, whose `files` get what results must have otherwise than its folder. Prints what
+    a user should know of tokenizer and data. Raises UserError."""
+    folder = model.folder
     tokenizer = read_tokenizer(folder, f"--model_name {folder}")
-    config, rows, evaluation = prepare_sets(
-        config, tokenizer, base_stops(folder, model_config.eos_token_id, tokenizer)
-    )
-    if max(int(rows.tokens.max()), evaluation.largest_id()) >= model_config.vocab_size:
+    stops = base_stops(folder, model.config.eos_token_id, tokenizer)
+    config, rows, evaluation = prepare_sets(config, tokenizer, stops)
+    if max(int(rows.tokens.max()), evaluation.largest_id()) >= model.config.vocab_size:
         raise UserError(
-            f"--model_name {folder}: the tokenizer makes ids beyond vocab_size {model_config.vocab_size}"
+            f"--model_name {folder}: the tokenizer makes ids beyond vocab_size {model.config.vocab_size}"
         )
-    check_rope(config, model_config, rows, evaluation)
+    check_rope(config, model.config, rows, evaluation)
     # In threads: after the processes that render rows were forked.
     use = compare_with_files(folder, tokenizer)
-    learned = generation_config(folder, model_config, evaluation.stops)
-    files.rewritten = use.files | corrected_config(folder, model_config) | learned
+    learned = generation_config(folder, model.config, evaluation.stops)
+    model.files.rewritten = use.files | corrected_config(folder, model.config) | learned
     for remark in (*use.remarks, *evaluation.remarks):
         print(remark)
-    job = Job(as_recorded(config, name), model_config, files, base, rows, evaluation, cache, saved, started)
-    if config.method.expansion:
-        assert config.lr is not None
-        check_can_leave_silence(files, family, new_layers(model_config), job.precision.trained, config.lr)
-    if config.profile:
-        check_traces(config, job.total_steps(make_sampler(config, rows, 0, config.world_size)))
-    for remark in remarks_on_model(model_config, folder, tied):
-        print(remark)
-    if saved:
-        resume.check_same(saved, config, job.about())
-        for remark in resume.remarks(saved, config, base.digest()):
-            print(remark)
-    return job
+    return config, rows, evaluation
 
 
 def remarks_on_model(model_config: PretrainedConfig, folder: Path, tied: bool) -> list[str]:
