@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from data.answers import answer_text, comparable
-from data.chat import TEMPLATE_ERRORS
+from data.chat import template_errors
 from data.encoding import prompt_ids, without_answer_bos
 from data.examples import Examples, read_examples
 from data.formats import FORMATS, Rendered
@@ -196,10 +196,8 @@ def _ask(questions: list[str], examples: Examples, tokenizer, context_length: in
     form, prompts = FORMATS[examples.format], []
     for question in questions:
         row = form.asking(question, examples.context.markers)
-        try:
+        with template_errors(f"--sample_prompts: {question!r}"):
             text = form.prompt(row, examples.context)
-        except TEMPLATE_ERRORS as e:
-            raise UserError(f"--sample_prompts: {question!r}: {' '.join(str(e).split())}") from None
         ids = prompt_ids(text, tokenizer, form.special)[-context_length:]
         prompts.append(Prompt(text, ids, marker=examples.context.markers[0] if form.marked else None))
     return prompts

@@ -13,7 +13,7 @@ from itertools import chain
 
 from fastcore.parallel import parallel
 
-from data.chat import TEMPLATE_ERRORS
+from data.chat import template_errors
 from data.formats import FORMATS, Format, RenderContext, Rendered, checked
 from data.recognition import format_of, recognise, unread_columns
 from data.row_files import Rows
@@ -119,17 +119,14 @@ class _Rendering:
     def __call__(self, numbers: range) -> list[Rendered]:
         rendered = []
         for i in numbers:
-            values = checked(self.rows[i], FORMATS[self.name], f"--dataset {self.places[i]}")
-            try:
+            where = f"--dataset {self.places[i]}"
+            values = checked(self.rows[i], FORMATS[self.name], where)
+            with template_errors(where):
                 one = FORMATS[self.name].render(values, self.context)
-                rendered.append(dataclasses.replace(one, number=i + 1))
                 one.text.encode()  # JSON can spell half a character, which no tokenizer takes
-            except TEMPLATE_ERRORS as e:
-                raise UserError(f"--dataset {self.places[i]}: {_reason(e)}") from None
+            rendered.append(dataclasses.replace(one, number=i + 1))
             if len(one.text) > ROW:
-                raise UserError(
-                    f"--dataset {self.places[i]}: a text of {len(one.text):,} characters; at most {ROW:,} are read"
-                )
+                raise UserError(f"{where}: a text of {len(one.text):,} characters; at most {ROW:,} are read")
         return rendered
 
 
@@ -137,7 +134,7 @@ _held: _Rendering  # of a process that renders: set before its workers are forke
 
 
 def _render_all(render: _Rendering) -> list[Rendered]:
-    """In this process, unless there is much to do: a chat template takes up to a millisecond per row.
+    """In this process, unless there is much to do: a chat template takes a millisecond for some turns.
 
     The workers are forked, so that rows and tokenizer need no copying; they run nothing but Python.
     """
@@ -160,13 +157,6 @@ def _render_all(render: _Rendering) -> list[Rendered]:
 
 def _render_held(numbers: range) -> list[Rendered]:
     return _held(numbers)
-
-
-def _reason(e: Exception) -> str:
-    text = str(e).strip().splitlines()
-    if text and "chat_template" in text[0]:
-        return "the tokenizer has no chat template; use an instruct model, or rows of another format"
-    return text[0] if text else type(e).__name__
 
 
 def toy_texts() -> list[str]:

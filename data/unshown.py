@@ -6,7 +6,8 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from data.chat import PROBE, TEMPLATE_ERRORS, ChatTemplate
+from data.chat import ChatTemplate
+from data.chat_turns import PROBE, TEMPLATE_ERRORS
 from data.messages import FLAGS, REASONING, checked_messages, checked_tools
 
 LOOKED_AT = 40  # messages of each kind

@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import jinja2
 import torch
 from transformers import (
     GenerationConfig,
@@ -26,6 +25,7 @@ from transformers import (
 )
 
 from data.answers import answer_text
+from data.chat import template_errors
 from data.encoding import prompt_ids
 from data.examples import find_format
 from data.formats import FORMATS, GUANACO_MARKERS, Format, RenderContext, asked, checked
@@ -93,12 +93,9 @@ class Template:
         row = checked(given, self.form, prompt.place, answered=False)
         if not row[self.form.asks]:
             raise UserError(f"{prompt.place}: {self.form.asks} is empty")
-        try:
+        with template_errors(prompt.place):
             text = self.form.prompt(row, self.context)
             text.encode()
-        except (jinja2.TemplateError, ValueError, TypeError, KeyError) as e:  # from a chat template
-            reason = str(e).strip().splitlines() or [type(e).__name__]
-            raise UserError(f"{prompt.place}: {reason[0]}") from None
         return text
 
     def ids(self, text: str, place: str) -> torch.Tensor:

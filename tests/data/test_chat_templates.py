@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import pytest
 
 from benchmarks.make_checkpoint import byte_tokenizer
-from data.chat import TEMPLATE_ERRORS
+from data.chat_turns import TEMPLATE_ERRORS
 from data.formats import FORMATS, RenderContext, checked
 from data.stops import learned_stops
 from data.tokenizing import tokenize

@@ -292,7 +292,7 @@ def test_what_a_prompt_cannot_be_made_of():
     ("CHATML", "<|im_end|>\n"), ("LLAMA3", "<|eot_id|>"), ("LLAMA2", " </s>"), ("MISTRAL", "</s>"), ("DEAF", ""),
 ])  # fmt: skip
 def test_what_a_template_ends_a_turn_with(template, ending):
-    assert ChatTemplate(chat_tokenizer(getattr(templates, template), "</s>")).ending == ending
+    assert ChatTemplate(chat_tokenizer(getattr(templates, template), "</s>")).closings.last == ending
 
 
 @pytest.mark.parametrize("template", ["CHATML", "LLAMA3", "LLAMA2", "MISTRAL", "GEMMA", "QWEN3", "R1"])
