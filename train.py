@@ -225,12 +225,12 @@ def save(job: Job, model: PreTrainedModel, folder: Path, best: bool = False) -> 
     if saved == "blocks":
         trained_model.save_blocks(model, family, folder, files, base, job.generation_settings)
     elif config.method.expansion:
-        trained_model.save_expanded(model, family, folder, files, base)
+        trained_model.save_expanded(model, family, folder, files, base, job.small_files)
     elif config.method.saves == "adapter":
         targets = peft_targets(family, config.lora_target_modules)
         adapter.save_adapter(model, folder, config, base, targets, job.generation_settings)
     else:
-        trained_model.save_model(model, folder, files, base)
+        trained_model.save_model(model, folder, files, base, job.small_files)
     if best and dist.get_rank() == 0:
         write_text(folder / "config.yaml", job.options_file(llama_pro_save=saved))
 

@@ -144,8 +144,7 @@ def expand(options: Options) -> str:
     new_config = expanded_config(raw, config, source)
     entries = expanded_tensors(files, family, source)
     _check_plan(new_config, entries, config, files, family)
-    files.rewritten = {CONFIG: as_text(new_config)}
-    _write(options, _shards(entries, files), files)
+    _write(options, _shards(entries, files), files, {CONFIG: as_text(new_config)})
     new = ", ".join(map(str, new_config[NEW_LAYERS]))
     return (
         f"in {options.output_dir}: {len(source)} layers, of which new: {new}\n"
@@ -163,9 +162,9 @@ def _check_plan(new_config: dict, entries: dict, config, files: CheckpointFiles,
         assert value == new_config[key], f"{key}: transformers reads {value}"
 
 
-def _write(options: Options, shards: Shards, files: CheckpointFiles) -> None:
+def _write(options: Options, shards: Shards, files: CheckpointFiles, small_files: dict[str, str]) -> None:
     clear_output(Path(options.output_dir))
-    write_model(Path(options.output_dir), shards, files)
+    write_model(Path(options.output_dir), shards, files.folder, small_files)
     if not any(files.folder.glob("tokenizer*")):
         print(f"no tokenizer in {files.folder}: training needs its files beside config.json")
 
@@ -195,21 +194,21 @@ def put_back(options: Options) -> str:
         raise UserError(f"--blocks {e}") from None
     if remark:
         print(f"--blocks {remark}", file=sys.stderr, flush=True)
-    files.rewritten = _as_trained(path, config, files)
-    _write(options, with_replaced(files, copied(blocks)), files)
+    small_files = _as_trained(path, config, files)
+    _write(options, with_replaced(files, copied(blocks)), files, small_files)
     return f"in {options.output_dir}: {config.num_hidden_layers} layers, {len(blocks.tensors)} tensors from {options.blocks}"
 
 
 def _as_trained(path: Path, config: PretrainedConfig, files: CheckpointFiles) -> dict[str, str]:
     """Small files of the whole model that must be other than its base's: as the blocks in `path` were trained with."""
-    rewritten = corrected_config(files.folder, config)
+    small_files = corrected_config(files.folder, config)
     learned = path.with_name(GENERATION)  # what the run learned to end its answers with, if the base does not
     if learned.is_file():
-        rewritten[GENERATION] = read_text(learned, CONFIG_FILE)
+        small_files[GENERATION] = read_text(learned, CONFIG_FILE)
     if any(files.folder.glob("tokenizer*")):
         tokenizer = read_tokenizer(files.folder, f"--model_name {files.folder}")
-        rewritten |= compare_with_files(files.folder, tokenizer).files
-    return rewritten
+        small_files |= compare_with_files(files.folder, tokenizer).files
+    return small_files
 
 
 def run(options: Options) -> int:

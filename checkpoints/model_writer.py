@@ -113,12 +113,12 @@ def write_tensors(path: Path, entries: dict[str, Entry], metadata: dict[str, str
 def write_model(
     folder: Path,
     shards: Shards,
-    files: CheckpointFiles,
+    source: Path,
+    small_files: Mapping[str, str],
     metadata: dict[str, str] | None = None,
 ) -> None:
-    """Writes a model folder: weights, index, and small files as `copy_companions` does. files: of the model that it was
-    made from; metadata: for the header of each weights file. A run that ends in the middle leaves no config.json; a full
-    disk, no weights either."""
+    """Writes a model folder: weights, index, and small files as `copy_companions` does. metadata: for the header of
+    each weights file. A run that ends in the middle leaves no config.json; a full disk, no weights either."""
     with staged(folder) as stage:
         for file, entries in shards.items():
             write_tensors(stage(file), entries, metadata)
@@ -127,7 +127,7 @@ def write_model(
             index = {"metadata": {"total_size": total_bytes(shards)}, "weight_map": weight_map}
             stage(INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     try:
-        copy_companions(files.folder, folder, files.rewritten)
+        copy_companions(source, folder, small_files)
     except OSError:
         for file in (*shards, INDEX):  # nobody could load them, and they take the room that was missing
             (folder / file).unlink(missing_ok=True)
@@ -159,13 +159,13 @@ def companions(source: Path, patterns: tuple[str, ...] = COMPANIONS) -> list[Pat
 
 
 def copy_companions(
-    source: Path, folder: Path, rewritten: Mapping[str, str], patterns: tuple[str, ...] = COMPANIONS
+    source: Path, folder: Path, small_files: Mapping[str, str], patterns: tuple[str, ...] = COMPANIONS
 ) -> None:
-    """Copies `companions`. rewritten: {name: text} of files that are to be other than source's, or that it lacks."""
-    kept = [path for path in companions(source, patterns) if path.name not in rewritten]
-    for path in sorted([*kept, *map(Path, rewritten)], key=lambda path: path.name == CONFIG):
-        if path.name in rewritten:
-            write_text(folder / path.name, rewritten[path.name])
+    """Copies `companions`. small_files: {name: text} of files that are to be other than source's, or that it lacks."""
+    kept = [path for path in companions(source, patterns) if path.name not in small_files]
+    for path in sorted([*kept, *map(Path, small_files)], key=lambda path: path.name == CONFIG):
+        if path.name in small_files:
+            write_text(folder / path.name, small_files[path.name])
             continue
         with staged(folder) as stage:
             shutil.copyfile(path, stage(path.name))

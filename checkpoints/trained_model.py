@@ -45,12 +45,18 @@ def _trained_blocks(model: PreTrainedModel, family: Family, files: CheckpointFil
     return {name: gathered(params[name], files.tensors[name].torch_dtype) for name in names}
 
 
-def save_model(model: PreTrainedModel, folder: Path, files: CheckpointFiles, base: BaseModel) -> None:
+def save_model(
+    model: PreTrainedModel,
+    folder: Path,
+    files: CheckpointFiles,
+    base: BaseModel,
+    small_files: Mapping[str, str],
+) -> None:
     """Writes a whole trained model as the base's folder is laid out: same names, dtypes, config and tokenizer, but for
-    the small files that `files.rewritten` has. Collective; rank 0 writes, one tensor at a time."""
+    `small_files`, {name: text}. Collective; rank 0 writes, one tensor at a time."""
     params = {clean(name): p for name, p in model.named_parameters()}  # a tied head is listed once
     entries = {name: gathered(p, files.tensors[name].torch_dtype) for name, p in params.items()}
-    _write_together(folder, shards_of(entries, SHARD_BYTES), files, base)
+    _write_together(folder, shards_of(entries, SHARD_BYTES), files, base, small_files)
 
 
 def save_expanded(
@@ -59,15 +65,22 @@ def save_expanded(
     folder: Path,
     files: CheckpointFiles,
     base: BaseModel,
+    small_files: Mapping[str, str],
 ) -> None:
-    """Writes the folder that was trained from, with its new blocks as they are now: same file names, dtypes,
-    config and tokenizer, but for the small files that `files.rewritten` has. The old blocks are the files', not the
-    quantized ones. Collective; rank 0 writes."""
-    _write_together(folder, with_replaced(files, _trained_blocks(model, family, files)), files, base)
+    """Writes the folder that was trained from, with its new blocks as they are now: same file names, dtypes, config and
+    tokenizer, but for `small_files`, {name: text}. The old blocks are the files', not the quantized ones. Collective;
+    rank 0 writes."""
+    shards = with_replaced(files, _trained_blocks(model, family, files))
+    _write_together(folder, shards, files, base, small_files)
 
 
-def _write_together(folder: Path, shards: Shards, files: CheckpointFiles, base: BaseModel) -> None:
-    _together(folder, shards, lambda noted: write_model(folder, noted, files, base.metadata()))
+def _write_together(
+    folder: Path, shards: Shards, files: CheckpointFiles, base: BaseModel, small_files: Mapping[str, str]
+) -> None:
+    def write(noted: Shards) -> None:
+        write_model(folder, noted, files.folder, small_files, base.metadata())
+
+    _together(folder, shards, write)
 
 
 def _together(folder: Path, shards: Shards, write: Callable[[Shards], None]) -> None:

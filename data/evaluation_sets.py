@@ -18,7 +18,6 @@ from data.encoding import prompt_ids, without_answer_bos
 from data.examples import Examples, read_examples
 from data.formats import FORMATS, Rendered
 from data.rows import TokenizedRows
-from data.stops import learned_stops
 from data.tokenizing import last_answer, tokenize
 from options.config import Config
 from options.data_files import suffix_of
@@ -48,7 +47,7 @@ class EvaluationData:
 
     rows: TokenizedRows | None
     prompts: list[Prompt]
-    stops: list[int]
+    stops: tuple[int, ...] = ()
     remarks: tuple[str, ...] = ()
 
     def largest_id(self) -> int:
@@ -61,9 +60,9 @@ class EvaluationData:
         return f"\nevaluation: {len(self.rows):,} rows, {int(self.rows.targets().sum()):,} learned tokens"
 
 
-def prepare_sets(config: Config, tokenizer, stops: list[int]) -> tuple[Config, TokenizedRows, EvaluationData]:
-    """(the options with the data's format in the place of auto, the training rows, what to evaluate on) of a run's
-    options. stops: ids that end an answer of the base. Raises UserError for anything wrong with the data, and if a set would be empty."""
+def prepare_sets(config: Config, tokenizer) -> tuple[Config, TokenizedRows, EvaluationData]:
+    """(the options with the data's format in the place of auto, the training rows, what to evaluate on, still without
+    stops) of a run's options. Raises UserError for anything wrong with the data, and if a set would be empty."""
     reading = (config.context_length, tokenizer, config.chat_date)
     examples = read_examples(config.dataset, config.dataset_format, config.dataset_samples, *reading)
     config = dataclasses.replace(config, dataset_format=examples.format)
@@ -71,9 +70,8 @@ def prepare_sets(config: Config, tokenizer, stops: list[int]) -> tuple[Config, T
     rows = tokenize(training, tokenizer, config.context_length, f"--dataset {config.dataset}")
     evaluation = None if held is None else tokenize(held, tokenizer, config.context_length, _origin(config))
     prompts = _sample_prompts(config, examples, held or training, tokenizer) if config.sample_every else []
-    stops = sorted({*stops, *learned_stops(examples.format, examples.context)})
     remarks = (*examples.remarks, *(f"evaluation {r}" for r in beside if r not in examples.remarks))
-    return config, rows, EvaluationData(evaluation, prompts, stops, remarks)
+    return config, rows, EvaluationData(evaluation, prompts, remarks=remarks)
 
 
 def read_beside(config: Config, dataset: str, samples: int, tokenizer) -> Examples:
@@ -83,18 +81,14 @@ def read_beside(config: Config, dataset: str, samples: int, tokenizer) -> Exampl
     return read_examples(dataset, "auto", *reading, preferred=config.dataset_format)
 
 
-def held_rows(config: Config, tokenizer) -> list[Rendered] | None:
-    """The evaluation set of a run's options, as texts; None if they name none. Raises UserError as `prepare_sets`
-    does."""
-    reading = (
-        config.dataset_format,
-        config.dataset_samples,
-        config.context_length,
-        tokenizer,
-        config.chat_date,
-    )
-    rendered = read_examples(config.dataset, *reading).rendered if config.eval_share else []
-    return _divide(config, rendered, tokenizer)[1]
+def held_rows(config: Config, tokenizer) -> tuple[list[Rendered] | None, tuple[str, ...]]:
+    """(the evaluation set of a run's options, as texts, or None if they name none; remarks on its rows). Raises UserError
+    as `prepare_sets` does."""
+    if not config.eval_share:
+        return _divide(config, [], tokenizer)[1:]
+    reading = (config.dataset_format, config.dataset_samples, config.context_length)
+    examples = read_examples(config.dataset, *reading, tokenizer, config.chat_date)
+    return _divide(config, examples.rendered, tokenizer)[1], examples.remarks
 
 
 def _divide(

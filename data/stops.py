@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +27,18 @@ def base_stops(folder: Path, config_eos: Any, tokenizer: Any) -> list[int]:
     return sorted(stops)
 
 
-def learned_stops(form: str, context: RenderContext) -> list[int]:
+def learned_stops(format_name: str, context: RenderContext) -> list[int]:
     """Ids of tokens other than EOS that rows of this format teach a model to end its answers with."""
-    return context.chat.stops() if form == "chat" else []
+    return context.chat.stops() if format_name == "chat" else []
 
 
-def stop_tokens(folder: Path, config_eos: Any, form: str, context: RenderContext) -> list[int]:
-    """Ids that end an answer of a model of `folder` that was trained on rows of this format."""
-    return sorted({*base_stops(folder, config_eos, context.tokenizer), *learned_stops(form, context)})
+def stop_tokens(folder: Path, config_eos: Any, format_name: str, context: RenderContext) -> list[int]:
+    """Ids that end an answer of a model of `folder` that was trained on rows of this format. Raises UserError as
+    `base_stops` does."""
+    return sorted({*base_stops(folder, config_eos, context.tokenizer), *learned_stops(format_name, context)})
 
 
-def generation_config(folder: Path, config: PretrainedConfig, stops: list[int]) -> dict[str, str]:
+def generation_config(folder: Path, config: PretrainedConfig, stops: Sequence[int]) -> dict[str, str]:
     """{generation_config.json: its text} of a model that ends its answers with `stops`; {} if that of its base, the
     model in `folder`, says so already, as transformers reads it. Raises UserError as `base_stops` does."""
     path = folder / GENERATION
@@ -48,7 +50,7 @@ def generation_config(folder: Path, config: PretrainedConfig, stops: list[int]) 
     if set(_ids(settings.get("eos_token_id"), path)) == set(stops):
         return {}
     settings.pop("_from_model_config", None)  # transformers would take the ids out of config.json again
-    return {GENERATION: json.dumps(settings | {"eos_token_id": stops}, indent=2) + "\n"}
+    return {GENERATION: json.dumps(settings | {"eos_token_id": [*stops]}, indent=2) + "\n"}
 
 
 def _ids(value: Any, path: Path) -> list[int]:

@@ -41,8 +41,7 @@ class StoredPacked(Protocol):
 
 class CheckpointFiles:
     """The tensors of a model folder, by name: `tensors`, and in `packed` those of them that some file holds
-    packed already, bitsandbytes' own or a cache's. rewritten: {name: text} of small files that a folder of what is
-    trained from these has otherwise: an untied config, what training tokenized with and learned to stop at.
+    packed already, bitsandbytes' own or a cache's.
 
     only: the name of one safetensors file in the folder, to read that one and nothing else.
     """
@@ -51,7 +50,6 @@ class CheckpointFiles:
         self.folder = folder
         self.tensors: dict[str, StoredTensor] = {}
         self.packed: dict[str, StoredPacked] = {}
-        self.rewritten: dict[str, str] = {}
         for file, names in ({only: None} if only else _files(folder)).items():
             self._read_header(file, names)
         if not only:

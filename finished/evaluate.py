@@ -73,29 +73,22 @@ def generate_answers(
     return answers
 
 
-def read_rows(run: Run, options: Options, tokenizer) -> tuple[str, list[Rendered]]:
-    """(what was read, its rows as texts). Prints what training would tell of them at its start. Raises UserError for anything wrong with the data."""
+def read_rows(run: Run, options: Options, tokenizer) -> tuple[str, list[Rendered], tuple[str, ...]]:
+    """(what was read, its rows as texts, remarks on them as training has of its own). Raises UserError for anything
+    wrong with the data."""
     config = run.config
     if options.dataset is None:
-        rows = held_rows(config, tokenizer)
+        rows, remarks = held_rows(config, tokenizer)
         if rows is None:
             raise UserError(f"--dataset: is needed; {run.folder} had no evaluation set of its own")
         rows = rows[: options.samples] if options.samples > 0 else rows
-        return config.eval_dataset or f"{config.eval_share:g} of {config.dataset}", rows
+        return config.eval_dataset or f"{config.eval_share:g} of {config.dataset}", rows, remarks
     if options.dataset_format is None:
         examples = read_beside(config, options.dataset, options.samples, tokenizer)
     else:
-        reading = (
-            options.dataset_format,
-            options.samples,
-            config.context_length,
-            tokenizer,
-            config.chat_date,
-        )
-        examples = read_examples(options.dataset, *reading)
-    for remark in examples.remarks:
-        print(remark)
-    return options.dataset, examples.rendered
+        reading = (options.dataset_format, options.samples, config.context_length)
+        examples = read_examples(options.dataset, *reading, tokenizer, config.chat_date)
+    return options.dataset, examples.rendered, examples.remarks
 
 
 def check(options: Options) -> Run:
@@ -178,7 +171,9 @@ def evaluate(options: Options) -> dict:
     names, run = options.metrics, check(options)
     base = None if run.adapter else open_base(run, options.base_model)
     tokenizer = load_tokenizer(run)
-    where, rendered = read_rows(run, options, tokenizer)
+    where, rendered, told = read_rows(run, options, tokenizer)
+    for remark in told:
+        print(remark, flush=True)
     stops = stops_of(run, tokenizer)
     asked = prepare(names, run, rendered, where, tokenizer, stops)
     gpu = torch.cuda.is_available()

@@ -130,14 +130,16 @@ def merged_base(run: Run, options: Options) -> str:
     return options.base or ("dequantized" if run.adapter else "original")
 
 
-def write_merged(run: Run, options: Options, folder: Path, device: torch.device) -> None:
+def write_merged(
+    run: Run, options: Options, folder: Path, device: torch.device, small_files: dict[str, str]
+) -> None:
     adapter = read_adapter(run) if run.adapter else {}
     base = merged_base(run, options)
     entries = merged_entries(run, adapter, base == "dequantized", plan_dtypes(options, run), device)
     size = sum(e.nbytes for e in entries.values()) + sum(p.stat().st_size for p in companions(run.base))
     check_space(options.out, size)
-    run.files.rewritten[CONFIG] = as_text(model_config(run, entries))
-    write_model(folder, model_writer.shards_of(entries, model_writer.SHARD_BYTES), run.files)
+    small_files = small_files | {CONFIG: as_text(model_config(run, entries))}
+    write_model(folder, model_writer.shards_of(entries, model_writer.SHARD_BYTES), run.base, small_files)
     what = "A complete model folder: `AutoModelForCausalLM.from_pretrained` loads it."
     if run.adapter:
         what += f" The adapter is merged into the {base} weights."
@@ -150,7 +152,7 @@ def write_card(run: Run, options: Options, folder: Path, what: str, library: str
     write_text(folder / "README.md", text)
 
 
-def write_adapter(run: Run, options: Options, folder: Path) -> None:
+def write_adapter(run: Run, options: Options, folder: Path, small_files: dict[str, str]) -> None:
     assert run.adapter is not None
     path = run.folder / "adapter_config.json"
     described = read_json(path, CONFIG_FILE)
@@ -163,7 +165,7 @@ def write_adapter(run: Run, options: Options, folder: Path) -> None:
     described["base_model_name_or_path"], described["revision"] = named
     check_space(options.out, run.adapter.stat().st_size + sum(p.stat().st_size for p in companions(run.base)))
     shutil.copyfile(run.adapter, folder / ADAPTER)
-    copy_companions(run.base, folder, run.files.rewritten, TOKENIZER)
+    copy_companions(run.base, folder, small_files, TOKENIZER)
     what = (
         "A LoRA or DoRA adapter in PEFT's format (adapter_config.json, adapter_model.safetensors):"
         " `PeftModel.from_pretrained(base, folder)` puts it over its base model."
@@ -228,14 +230,14 @@ def export(options: Options) -> None:
     use = compare_with_files(run.base, tokenizer)
     for remark in use.remarks:
         print(remark)
-    stops = stops_of(run, tokenizer)
-    run.files.rewritten = use.files | generation_config(run.base, run.model_config, stops)
+    learned = generation_config(run.base, run.model_config, stops_of(run, tokenizer))
+    small_files = use.files | learned
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     with whole_or_nothing(options.out, options.overwrite) as folder:
         if options.to == "adapter":
-            write_adapter(run, options, folder)
+            write_adapter(run, options, folder, small_files)
         else:
-            write_merged(run, options, folder, device)
+            write_merged(run, options, folder, device, small_files)
         names = sorted(path.name for path in folder.iterdir())
     size = sum((options.out / name).stat().st_size for name in names)
     print(f"in {options.out}: {', '.join(names)} ({size / 1e9:.3g} GB)", flush=True)

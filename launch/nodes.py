@@ -28,12 +28,14 @@ PATIENCE = 90  # seconds: NFS's clients believe for up to 60 that a name is not 
 @dataclass(frozen=True)
 class Finding:
     """What the first rank of a node found. error: what is wrong with the run there; described: what all nodes must
-    have in common, as texts by name; output_dir: the default has the time in it, so rank 0's is everybody's."""
+    have in common, as texts by name; output_dir, chat_date: their defaults have the time in them, so rank 0's are
+    everybody's."""
 
     host: str
     error: str = ""
     described: dict[str, str] = dataclasses.field(default_factory=dict)
     output_dir: str = ""
+    chat_date: str | None = None
 
 
 class Checked(Protocol):
@@ -48,8 +50,12 @@ class Checked(Protocol):
     def described(self) -> dict[str, str]:
         """What all nodes must have in common, as texts by name."""
 
-    def settled(self, output_dir: str, began: float) -> Self:
-        """The same with rank 0's folder, and the time when the run began."""
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """Lines to print once."""
+
+    def settled(self, output_dir: str, chat_date: str | None, began: float) -> Self:
+        """The same with rank 0's folder and day, and the time when the run began."""
 
 
 AnyJob = TypeVar("AnyJob", bound=Checked)
@@ -64,7 +70,8 @@ def prepare(check: Callable[[], AnyJob], rank: int, world: int, local_rank: int,
         try:
             job = check()
             described = job.described() if world > local_world_size(world) else {}
-            finding = Finding(socket.gethostname(), "", described, job.output_dir)
+            host, config = socket.gethostname(), job.config
+            finding = Finding(host, "", described, job.output_dir, config.chat_date)
         except (UserError, OSError) as e:
             if not needs_no_traceback(e):
                 raise
@@ -76,7 +83,7 @@ def prepare(check: Callable[[], AnyJob], rank: int, world: int, local_rank: int,
     nodes = {i: found for i, found in enumerate(everyone) if found}
     compare(list(nodes.values()))
     if job:
-        job = job.settled(nodes[0].output_dir, began)
+        job = job.settled(nodes[0].output_dir, nodes[0].chat_date, began)
     return _within_node(job, rank - local_rank, len(nodes), world)
 
 

@@ -21,7 +21,7 @@ def start(
     verbose: bool,
     preload: Sequence[str],
 ) -> int:
-    """Checks a run, prints the remarks on it, and runs run_rank(place, job) on every rank: in new processes, or, under
+    """Checks a run, prints the remarks on its options and its job's, and runs run_rank(place, job) on every rank: in new processes, or, under
     torchrun, in this one. Returns the exit status: 0, 2 for something the user can put right, 1 for anything else.
 
     Args:
@@ -34,7 +34,7 @@ def start(
 
     def checked() -> AnyJob:
         job = check()
-        told = [] if under_torchrun() and os.environ["RANK"] != "0" else remarks
+        told = [] if under_torchrun() and os.environ["RANK"] != "0" else [*remarks, *job.remarks]
         print(*told, sep="\n", end="\n" * bool(told))
         return job
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 
 import torch
 import torch.distributed as dist
@@ -99,7 +99,12 @@ def perplexity(loss: float) -> float:
 
 
 def greedy(
-    model: nn.Module, prompts: list[list[int]], tokens: int, stops: list[int], place: Place, context: Context
+    model: nn.Module,
+    prompts: list[list[int]],
+    tokens: int,
+    stops: Collection[int],
+    place: Place,
+    context: Context,
 ) -> list[list[int]]:
     """The likeliest answer of at most `tokens` tokens to each prompt, without the token of `stops` that ended it.
     Collective.

@@ -31,7 +31,9 @@ from training.recorded import NAMED
 
 @dataclass(frozen=True)
 class Job:
-    """A checked run. config: final, every default filled in; started: time.time(). Each process that has it looks up
+    """A checked run. config: final, every default filled in; started: time.time(); small_files: {name: text} of the files
+    of a model folder that a result has otherwise than its base: an untied config, the tokenizer in use, the stops that
+    were learned; remarks: lines to print once at start. Each process that has it looks up
     the family, and what --precision means on its GPU, once."""
 
     config: Config
@@ -43,6 +45,8 @@ class Job:
     cache: NewCache | None  # if --quantized_cache is still to be written
     saved: Saved | None  # the checkpoint that the run is resumed from
     started: float
+    small_files: dict[str, str] = dataclasses.field(default_factory=dict)
+    remarks: tuple[str, ...] = ()
 
     @cached_property
     def family(self) -> Family:
@@ -64,7 +68,7 @@ class Job:
     @property
     def generation_settings(self) -> dict[str, str]:
         """generation_config.json of a result that is no model folder, if its base does not stop as the run learned to."""
-        return {name: text for name, text in self.files.rewritten.items() if name == GENERATION}
+        return {name: text for name, text in self.small_files.items() if name == GENERATION}
 
     def total_steps(self, sampler: StepSampler) -> int:
         """Optimizer steps of the run."""
@@ -79,15 +83,19 @@ class Job:
         """What a checkpoint says of the run: its options, and digests of the model below and of the rows."""
         return resume.about(self.config, str(self.precision), self.base.digest(), digest_rows(self.rows))
 
-    def settled(self, output_dir: str, began: float) -> Job:
-        """The same for a rank of several nodes. output_dir: rank 0's; began: when the run began, as time.time() says it."""
-        config = dataclasses.replace(self.config, output_dir=output_dir)
+    def settled(self, output_dir: str, chat_date: str | None, began: float) -> Job:
+        """The same for a rank of several nodes. output_dir, chat_date: rank 0's; began: when the run began, as time.time()
+        says it."""
+        config = dataclasses.replace(self.config, output_dir=output_dir, chat_date=chat_date)
         return dataclasses.replace(self, config=config, started=began)
 
     def described(self) -> dict[str, str]:
         """What all nodes must have in common, as texts by name."""
         options = dataclasses.asdict(self.config)
-        del options["output_dir"]
+        del (
+            options["output_dir"],
+            options["chat_date"],
+        )  # rank 0's are everybody's; the rows tell whether a day matters
         rows = [digest_rows(each) for each in (self.rows, self.evaluation.rows) if each]
         ranks = {"LOCAL_WORLD_SIZE": str(local_world_size(self.config.world_size))}
         return (

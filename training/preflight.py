@@ -8,6 +8,7 @@ import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
@@ -16,9 +17,10 @@ from checkpoints import resume
 from checkpoints.storage import Saved
 from data.evaluation_sets import EvaluationData, named, prepare_sets
 from data.examples import toy_texts
+from data.formats import RenderContext
 from data.packing import make_sampler
 from data.rows import TokenizedRows
-from data.stops import base_stops, generation_config
+from data.stops import generation_config, stop_tokens
 from files.base_model import BaseModel, record_base
 from files.bnb_weights import check_stored_quantization
 from files.disk_room import check_writable
@@ -58,7 +60,10 @@ def _check(config: Config) -> Job:
     started = time.time()
     config, saved = _check_options(config)
     model = _check_model(config)
-    config, rows, evaluation = _check_data(config, model)
+    config, rows, evaluation, tokenizer = _check_data(config, model)
+    # In threads of the library: after the processes that render rows were forked.
+    use = compare_with_files(model.folder, tokenizer)
+    learned = generation_config(model.folder, model.config, evaluation.stops)
     job = Job(
         as_recorded(config, model.name),
         model.config,
@@ -69,6 +74,8 @@ def _check(config: Config) -> Job:
         model.cache,
         saved,
         started,
+        use.files | corrected_config(model.folder, model.config) | learned,
+        (*use.remarks, *evaluation.remarks, *remarks_on_model(model.config, model.folder, model.tied)),
     )
     if config.method.expansion:
         assert config.lr is not None
@@ -76,13 +83,11 @@ def _check(config: Config) -> Job:
         check_can_leave_silence(model.files, model.family, new, job.precision.trained, config.lr)
     if config.profile:
         check_traces(config, job.total_steps(make_sampler(config, rows, 0, config.world_size)))
-    for remark in remarks_on_model(model.config, model.folder, model.tied):
-        print(remark)
-    if saved:
-        resume.check_same(saved, config, job.about())
-        for remark in resume.remarks(saved, config, model.base.digest()):
-            print(remark)
-    return job
+    if not saved:
+        return job
+    resume.check_same(saved, config, job.about())
+    told = resume.remarks(saved, config, model.base.digest())
+    return dataclasses.replace(job, remarks=(*job.remarks, *told))
 
 
 def _check_options(config: Config) -> tuple[Config, Saved | None]:
@@ -147,25 +152,19 @@ def _check_model(config: Config) -> _Model:
     return _Model(name, folder, model_config, family, files, base, tied, cache)
 
 
-def _check_data(config: Config, model: _Model) -> tuple[Config, TokenizedRows, EvaluationData]:
-    """As `prepare_sets`, for this model, whose `files` get what results must have otherwise than its folder. Prints what
-    a user should know of tokenizer and data. Raises UserError."""
+def _check_data(config: Config, model: _Model) -> tuple[Config, TokenizedRows, EvaluationData, Any]:
+    """What `prepare_sets` makes for this model, with stops, and its tokenizer. Raises UserError."""
     folder = model.folder
     tokenizer = read_tokenizer(folder, f"--model_name {folder}")
-    stops = base_stops(folder, model.config.eos_token_id, tokenizer)
-    config, rows, evaluation = prepare_sets(config, tokenizer, stops)
+    config, rows, evaluation = prepare_sets(config, tokenizer)
     if max(int(rows.tokens.max()), evaluation.largest_id()) >= model.config.vocab_size:
         raise UserError(
             f"--model_name {folder}: the tokenizer makes ids beyond vocab_size {model.config.vocab_size}"
         )
     check_rope(config, model.config, rows, evaluation)
-    # In threads: after the processes that render rows were forked.
-    use = compare_with_files(folder, tokenizer)
-    learned = generation_config(folder, model.config, evaluation.stops)
-    model.files.rewritten = use.files | corrected_config(folder, model.config) | learned
-    for remark in (*use.remarks, *evaluation.remarks):
-        print(remark)
-    return config, rows, evaluation
+    context = RenderContext(tokenizer, day=config.chat_date)
+    stops = stop_tokens(folder, model.config.eos_token_id, config.dataset_format, context)
+    return config, rows, dataclasses.replace(evaluation, stops=tuple(stops)), tokenizer
 
 
 def remarks_on_model(model_config: PretrainedConfig, folder: Path, tied: bool) -> list[str]:

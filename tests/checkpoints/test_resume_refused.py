@@ -67,11 +67,11 @@ FREE = "--max_steps 9 --save_every 5 --log_to tqdm --wrap_policy sublayer --use_
 
 
 @pytest.mark.parametrize("where", ["auto", "run", "checkpoint"])
-def test_what_changes_no_result_may_change(where, source, copied, capsys):
+def test_what_changes_no_result_may_change(where, source, copied):
     paths = {"auto": "auto", "run": str(copied), "checkpoint": str(folder_of(copied, 3))}
     found = resumed(source, copied, *FREE.split(), "--resume", paths[where])
     assert found.saved.step == 3 and found.saved.folder == folder_of(copied, 3)
-    assert "--max_steps 9 instead of 7: the learning rate follows it" in capsys.readouterr().out
+    assert "--max_steps 9 instead of 7: the learning rate follows it" in "".join(found.remarks)
 
 
 def test_other_data_are_refused(source, copied, tmp_path):

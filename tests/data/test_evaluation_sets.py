@@ -17,7 +17,7 @@ def test_the_split(checkpoints, alpaca_file):
 
     def sets(*more):
         config, _ = parse(options(checkpoints, alpaca_file, *more))
-        _, rows, held = prepare_sets(config, BYTES, [257])
+        _, rows, held = prepare_sets(config, BYTES)
         return [sorted(texts(r)) for r in (rows, held.rows)] if held.rows else sorted(texts(rows))
 
     everything, (kept, held) = sets(), sets("--eval_share", "0.25")
@@ -45,12 +45,12 @@ def test_other_rows_are_put_as_the_data_is(checkpoints, alpaca_file, tmp_path):
 
     def sets(data, *more):
         given, _ = parse(options(checkpoints, data, *more, "--sample_every", "1"))
-        config, _, evaluation = prepare_sets(given, BYTES, [257])
+        config, _, evaluation = prepare_sets(given, BYTES)
         return config, evaluation.prompts[0].text, evaluation.rows and texts(evaluation.rows)
 
     config, prompt, held = sets(tmp_path / "qa.jsonl", "--eval_dataset", tmp_path / "both.jsonl")
     assert (config.dataset_format, prompt, held) == ("qa", why, [f"<s>{why}So.</s>"])
-    assert held_rows(config, BYTES)[0].text == f"{why}So."  # evaluate.py, later
+    assert held_rows(config, BYTES)[0][0].text == f"{why}So."  # evaluate.py, later
     config, prompt, _ = sets(alpaca_file, "--eval_dataset", tmp_path / "both.jsonl")
     assert (config.dataset_format, prompt) == ("alpaca", ALPACA.format(instruction="Do it."))
     for asked in ("ask.txt", "both.jsonl"):
@@ -67,7 +67,7 @@ def test_columns_that_are_not_read_are_told_of_both_sets(checkpoints, tmp_path):
 
     def told(data, beside):
         given, _ = parse(options(checkpoints, tmp_path / data, "--eval_dataset", tmp_path / beside))
-        return prepare_sets(given, BYTES, [257])[2].remarks
+        return prepare_sets(given, BYTES)[2].remarks
 
     line = "data: columns that are not read: id"
     assert told("a.jsonl", "b.jsonl") == (line,)

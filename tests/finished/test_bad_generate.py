@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 import subprocess
 import sys
@@ -9,9 +10,13 @@ import sys
 import pytest
 
 import generate
+from data.formats import RenderContext
 from files.names import ADAPTER
 from finished import generation
-from options.generate import Sampling, parse, read_prompts
+from finished.finished_run import open_run
+from finished.generation import make_template
+from options.errors import UserError
+from options.generate import Prompt, Sampling, parse, read_prompts
 from tests.helpers.adapters import args_for
 from tests.helpers.finished_runs import saved_run
 
@@ -88,7 +93,7 @@ def test_prompts_that_are_none(runs, chat_run, refused, tmp_path):
     assert "not UTF-8" in refused(runs[0], "--prompts", file)
     file.write_text('{"messages": [{"role": "assistant", "content": "Yo"}]}')
     assert "no message to be answered" in refused(chat_run, "--prompts", file)
-    assert "chat_template" in refused(runs[0], "--prompt", "Hi", "--dataset_format", "chat")
+    assert "no chat template" in refused(runs[0], "--prompt", "Hi", "--dataset_format", "chat")
     assert "--json: needs" in refused(runs[0], "--json")
 
 
@@ -121,3 +126,16 @@ def test_runs_that_are_none(runs, chat_run, checkpoints, alpaca_file, one_rank, 
     assert "gone.jsonl: no such file" in line and "--dataset_format" in line
     (half / ADAPTER).unlink()
     assert "half written" in refused(half, *asked)
+
+
+@pytest.mark.parametrize("template, reason", [
+    ("{{ 1 // 0 }}", "integer division or modulo by zero"),
+    ("{{ raise_exception('Roles must alternate') }}", "Roles must alternate"),
+    ("{{ messages[7].content + 'a' }}", "list object has no element 7"),
+])  # fmt: skip
+def test_what_a_chat_template_raises_is_one_line(template, reason, chat_run, monkeypatch):
+    """As at the start of training."""
+    asked = make_template(open_run(chat_run), "auto")
+    monkeypatch.setattr(asked.tokenizer, "chat_template", template)
+    with pytest.raises(UserError, match=f"^--prompt 1: {reason}$"):
+        dataclasses.replace(asked, context=RenderContext(asked.tokenizer)).text(Prompt("--prompt 1", "Hi"))

@@ -32,7 +32,7 @@ def named(ids: list[int], tokenizer) -> set[str]:
 
 
 def stops_in_training(place, argv: list) -> list[int]:
-    return make_job(place, argv).evaluation.stops
+    return [*make_job(place, argv).evaluation.stops]
 
 
 def test_every_command_knows_them(chat_run, one_rank):

@@ -161,6 +161,18 @@ def test_each_node_reads_its_own_files(two_nodes, two_ranks):
     assert found == [(str(folder / "model"), "out0", "full_shard") for folder in two_nodes]
 
 
+def days(place, folders, argvs) -> str | None:
+    with as_node(place, folders[place.rank]):
+        job = nodes.prepare(lambda: check(parse(argvs[place.rank])[0]), place.rank, place.world, 0, 7.5)
+        return job.config.chat_date
+
+
+def test_nodes_on_two_sides_of_midnight(two_nodes, two_ranks):
+    """The day is rank 0's; rows that it changes would not be the same."""
+    found = two_ranks(days, two_nodes, [arguments(i, "--chat_date", f"2026-11-{29 + i}") for i in range(2)])
+    assert found == ["2026-11-29", "2026-11-29"]
+
+
 def spoil_weight(folder: Path) -> None:
     path = next(p for p in folder.glob("model/*.safetensors") if "model.norm.weight" in load_file(p))
     tensors = load_file(path)

@@ -21,15 +21,13 @@ ROUTER = "config.json: output_router_logits has no effect here: the loss is that
     "kind, train_type",
     [("qwen3_moe", "full"), ("qwen3_moe", "lora"), ("qwen3_moe_pro", "llama_pro"), ("llama", "full")],
 )
-def test_the_auxiliary_loss_of_a_router(
-    kind, train_type, checkpoints, alpaca_file, one_rank, tmp_path, capsys
-):
+def test_the_auxiliary_loss_of_a_router(kind, train_type, checkpoints, alpaca_file, one_rank, tmp_path):
     folder = shutil.copytree(checkpoints(kind), tmp_path / "model")
     args = args_for(folder, alpaca_file, train_type)
 
     def told() -> list[str]:
-        train.check(parse([*map(str, args), "--output_dir", str(tmp_path / "out")])[0])
-        return [line for line in capsys.readouterr().out.splitlines() if "output_router_logits" in line]
+        job = train.check(parse([*map(str, args), "--output_dir", str(tmp_path / "out")])[0])
+        return [remark for remark in job.remarks if "output_router_logits" in remark]
 
     assert told() == []
     edit(folder, output_router_logits=True, router_aux_loss_coef=0.5)
