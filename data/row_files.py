@@ -18,7 +18,7 @@ from typing import Any
 
 from options.data_files import KINDS, READABLE, advice, suffix_of
 from options.errors import UserError
-from options.exact_json import Written, parse_json
+from options.exact_json import ExactFloat, parse_json
 from options.limits import LINE, LIST, check_size
 
 PARQUET_ROWS = 64  # read at once: one value may stand for all of them in the file
@@ -92,7 +92,7 @@ def _read_json_lines(path: Path) -> Rows:
 
 def _json(text: str, path: Path, line: int | None):
     try:
-        return parse_json(text, written=True)
+        return parse_json(text, exact=True)
     except json.JSONDecodeError as e:
         raise UserError(f"--dataset {path}:{line or e.lineno}: not JSON ({e.msg})") from None
     except ValueError as e:  # a number that none can mean, or of thousands of digits
@@ -110,7 +110,7 @@ def _line_of_fault(rows: str) -> int:
             continue
         try:
             _, end = decoder.raw_decode(rows, start)
-            parse_json(rows[start:end], written=True)
+            parse_json(rows[start:end], exact=True)
         except ValueError:
             return rows.count("\n", 0, start) + 1
         start = end
@@ -231,4 +231,4 @@ def _restore_digits(rows: list[dict], schema) -> None:
     for name, kind in zip(schema.names, schema.types, strict=True):
         for row in rows if kind in narrow else ():
             if row[name] is not None and math.isfinite(row[name]):
-                row[name] = Written.of(row[name], str(narrow[kind](row[name])))
+                row[name] = ExactFloat.of(row[name], str(narrow[kind](row[name])))

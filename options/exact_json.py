@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from typing import Any
 
 
-class Written(float):
+class ExactFloat(float):
     """A number and its text in the file. It computes, compares and shows like the float that it is."""
 
     __slots__ = ("text",)
@@ -26,22 +27,22 @@ class Written(float):
         return number
 
 
-def parse_json(text: str, written: bool = False) -> Any:
-    """What a JSON text says.
+def parse_json(text: str, exact: bool = False) -> Any:
+    """Parse a JSON text.
 
-    With `written`, as rows of data are read, numbers with a fraction or an exponent are Written where they must be, and
-    a key that an object has twice is an error, not the last one's value.
+    With `exact`, as rows of data are read, a number with a fraction or an exponent is an ExactFloat where a float
+    would be written otherwise, and a key that an object has twice is an error.
 
     Raises json.JSONDecodeError for what is no JSON, ValueError for what it cannot mean, RecursionError.
     """
-    if written:
+    if exact:
         return json.loads(text, parse_float=_exact, parse_constant=_refuse, object_pairs_hook=_object)
     return json.loads(text, parse_float=_finite, parse_constant=_refuse)
 
 
 def text_of(number: float) -> str:
     """A number as it was written, where that is known."""
-    return number.text if isinstance(number, Written) else str(number)
+    return number.text if isinstance(number, ExactFloat) else str(number)
 
 
 def _finite(text: str) -> float:
@@ -52,7 +53,7 @@ def _finite(text: str) -> float:
 
 
 def _exact(text: str) -> float:
-    return Written.of(_finite(text), text)
+    return ExactFloat.of(_finite(text), text)
 
 
 def _refuse(name: str):
@@ -62,8 +63,7 @@ def _refuse(name: str):
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(
-            f"{next(name for name in names if names.count(name) > 1)[:40]!r} stands twice in an object"
-        )
+        counts = Counter(name for name, _ in pairs)
+        twice = next(name for name, count in counts.items() if count > 1)
+        raise ValueError(f"{twice[:40]!r} stands twice in an object")
     return found

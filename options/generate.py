@@ -144,7 +144,7 @@ def read_prompts(path: Path) -> list[Prompt]:
 
 def _row(place: str, line: str) -> str | dict:
     try:
-        row = parse_json(line, written=True)
+        row = parse_json(line, exact=True)
     except (ValueError, RecursionError) as e:
         raise UserError(f"--prompts {place}: not JSON ({getattr(e, 'msg', None) or e})") from None
     if not isinstance(row, dict | str):

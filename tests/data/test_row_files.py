@@ -10,7 +10,7 @@ import pytest
 
 from data.examples import read_examples
 from options.errors import UserError
-from options.exact_json import Written, parse_json, text_of
+from options.exact_json import ExactFloat, parse_json, text_of
 from options.generate import read_prompts
 from options.limits import CONFIG_FILE, read_json
 from tests.helpers.data_files import jsonl, put, read, write_parquet
@@ -88,10 +88,10 @@ def test_a_number_of_a_table_has_its_own_digits(tmp_path, kind, value, text):
 
 
 def test_it_is_a_number_for_everything_else():
-    number = parse_json("1.10", written=True)
-    assert isinstance(number, Written) and text_of(number) == "1.10"
+    number = parse_json("1.10", exact=True)
+    assert isinstance(number, ExactFloat) and text_of(number) == "1.10"
     assert number == 1.1 and str(number) == repr(number) == json.dumps(number) == "1.1" and number + 1 == 2.1
-    assert type(parse_json("1.5", written=True)) is float and parse_json("1.10") == 1.1
+    assert type(parse_json("1.5", exact=True)) is float and parse_json("1.10") == 1.1
 
 
 def test_a_template_gets_the_numbers_that_transformers_gets(tmp_path):
