@@ -1,7 +1,7 @@
 """Rows of data sets of the Hugging Face hub and of local folders.
 
-The `datasets` library finds, downloads and reads what is on the hub. Of a local folder it tells which files belong to
-which split; they are read here, like a file that is named by itself.
+The `datasets` library finds, downloads and reads what is on the hub. Of a local folder it tells which files belong
+to which split; they are read here, like a file that is named by itself.
 """
 
 from __future__ import annotations
@@ -12,26 +12,42 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterator
+from itertools import chain, takewhile
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+from data.folder_files import check_links, files_below, files_matching
 from data.row_files import Rows, read_file, without_fillers
+from files.hub_errors import HUB_ERRORS
 from options.data_files import KINDS, kind_in_folder
 from options.errors import UserError
 
 # What `datasets` raises for folders and files that hold no data set, beside errors of its own.
-UNREADABLE = (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError)
-NO_ROWS = ("config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
-CHOOSE = "name one file, or write a recipe with data_files (docs/data.md)"
+UNREADABLE = (*HUB_ERRORS, ValueError, RuntimeError, LookupError, TypeError, AttributeError)
+ANSWERS: tuple[type[Exception], ...] = (*HUB_ERRORS, HFValidationError)  # of the hub, or of one out of reach
+WRITE_RECIPE = "write a recipe with data_files (docs/data.md)"
+CHOOSE = f"name one file, or {WRITE_RECIPE}"
 
 
-def read_hub(source: str, data_files: str, split: str, samples: int) -> Rows:
-    """Rows of a hub id, or of a local folder, as `datasets` reads them. samples: at most so many, from the first; -1 =
-    all. Raises UserError."""
+def read_hub(source: str, data_files: str, split: str, samples: int, root: str | None = None) -> Rows:
+    """Read the rows of a hub id, or of a local folder, as `datasets` does.
+
+    Args:
+        data_files: a pattern for the files; "" = as the repository or folder says.
+        split: the name of a split, or a part of one, such as train[:100].
+        samples: at most so many rows, from the first; -1 = all.
+        root: of a local folder: the folder of the recipe that names it, which no file may lie outside of.
+
+    Raises UserError.
+    """
     datasets, local = _library(source), os.path.isdir(source)
     if not local and not datasets.config.HF_HUB_OFFLINE and not _reachable(source):
         datasets.config.HF_HUB_OFFLINE = True  # its cache or nothing, without 20 seconds of retries
     with _told(source, "" if local else "; nor is there a file or folder of that name"):
+        if root:
+            _check_chosen(source, data_files, root)
         loaded = datasets.load_dataset(source, data_files=data_files or None, split=split)
     if 0 < samples < len(loaded):
         loaded = loaded.select(range(samples))
@@ -40,11 +56,24 @@ def read_hub(source: str, data_files: str, split: str, samples: int) -> Rows:
     return Rows(rows, [f"{source} row {i}" for i in range(1, len(loaded) + 1)], remark)
 
 
+def _check_chosen(folder: str, data_files: str, root: str) -> None:
+    """Raise UserError if a file that `datasets` would read, as the folder's README.md may say, is outside of root."""
+    chosen = (
+        _library(folder).load_dataset_builder(folder, data_files=data_files or None).config.data_files or {}
+    )
+    for path in chain.from_iterable(chosen.values()):
+        if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root)):
+            raise UserError(
+                f"--dataset {folder}: its README.md names {path}, which is outside of the recipe's folder"
+            )
+
+
 def _kinds_remark(hub_id: str) -> str:
-    """A line for a repository that has data files of several kinds, of which `datasets` reads one, unless its author
-    says which in README.md; else "". A hub repository is not the user's to clean up, so it is not refused."""
+    """Return a remark if the repository has several kinds of data files and its README does not choose; else "".
+
+    `datasets` reads one kind. A hub repository is not the user's to clean up, so it is not refused.
+    """
     from huggingface_hub import HfApi, hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError
 
     try:
         names = HfApi().list_repo_files(hub_id, repo_type="dataset")
@@ -52,30 +81,34 @@ def _kinds_remark(hub_id: str) -> str:
         if len(kinds) < 2:
             return ""
         readme = hf_hub_download(hub_id, "README.md", repo_type="dataset") if "README.md" in names else ""
-    except (HfHubHTTPError, OSError):
+    except HUB_ERRORS:  # the rows were read: a remark is not worth an end
         return ""
     if readme and _has_configs(os.path.dirname(readme)):
         return ""
     listed = ", ".join(f"{number} {kind}" for kind, number in kinds.most_common())
-    return f"data: {hub_id} has data files of several kinds ({listed}), of which one is read; {CHOOSE}"
+    return f"data: {hub_id} has data files of several kinds ({listed}), of which one is read; {WRITE_RECIPE}"
 
 
-def read_folder(folder: str, data_files: str, split: str, samples: int) -> Rows:
-    """Rows of a local folder: of its files that belong to the split, or match the pattern data_files, in order of
-    their names. samples: as in `read_hub`.
+def read_folder(folder: str, data_files: str, split: str, samples: int, root: str | None = None) -> Rows:
+    """Read the rows of a local folder: of its files that belong to the split, or match the pattern data_files, in
+    order of their names. The arguments are those of `read_hub`.
 
-    Raises UserError for a folder of which only a part would be read: files of several kinds, or of no split. Where
-    its README.md says which files are meant, `datasets` reads those.
+    Raises UserError for a folder of which only a part would be read: files of several kinds, or of no split; and with
+    `root` for links that lead out of it. Where the folder's README.md says which files are meant, `datasets` reads
+    those.
     """
-    given = [path for path in _files(folder, data_files) if kind_in_folder(path)]
+    if root:
+        check_links(folder, root)
+    found = files_matching(folder, data_files) if data_files else files_below(folder)
+    given = [path for path in found if kind_in_folder(path)]
     kinds = Counter(kind_in_folder(path) for path in given)
     if not data_files and _has_configs(folder):
-        return read_hub(folder, data_files, split, samples)
+        return read_hub(folder, data_files, split, samples, root)
     if len(kinds) > 1:
         listed = ", ".join(f"{number} {kind}" for kind, number in kinds.most_common())
         raise UserError(f"--dataset {folder}: holds data files of several kinds ({listed}); {CHOOSE}")
     if not given or not set(kinds) <= set(KINDS.values()):
-        return read_hub(folder, data_files, split, samples)
+        return read_hub(folder, data_files, split, samples, root)
     splits = {"train": given} if data_files else _splits(folder, given)
     unread = sorted(set(given).difference(*splits.values()))
     if unread:
@@ -85,7 +118,7 @@ def read_folder(folder: str, data_files: str, split: str, samples: int) -> Rows:
             f" ({', '.join(splits)}) and would not be read; {CHOOSE}"
         )
     if not re.fullmatch(r"\w+", split):  # a part of a split, such as train[:100]
-        return read_hub(folder, data_files, split, samples)
+        return read_hub(folder, data_files, split, samples, root)
     if split not in splits:
         raise UserError(f"--dataset {folder}: has no split {split}, only {', '.join(splits)}; {CHOOSE}")
     return _joined(splits[split], samples)
@@ -102,34 +135,13 @@ def _joined(paths: list[str], samples: int) -> Rows:
     return Rows(rows, places)
 
 
-def _files(folder: str, data_files: str) -> list[str]:
-    """Paths of the files below a folder that `datasets` would look at, or that match the pattern, sorted."""
-    if data_files:
-        found = glob.glob(os.path.join(glob.escape(folder), data_files), recursive=True)
-    else:
-        found, seen = [], set()
-        for place, folders, names in os.walk(folder, followlinks=True):
-            folders[:] = [name for name in folders if not name.startswith((".", "__"))]
-            if os.path.realpath(place) in seen:  # links may lead in circles
-                folders.clear()
-                continue
-            seen.add(os.path.realpath(place))
-            found += [
-                os.path.join(place, name)
-                for name in names
-                if not name.startswith(".") and name not in NO_ROWS
-            ]
-    return sorted(path for path in found if os.path.isfile(path))
-
-
 def _splits(folder: str, given: list[str]) -> dict[str, list[str]]:
-    """{split: those of the given files that belong to it}, told from the names of files and folders as `datasets` does:
-    train.jsonl, test/a.jsonl, data/train-00000-of-00001.parquet; one split train where no name tells."""
+    """Return {split: those of the given files that belong to it}, told from the names of files and folders as
+    `datasets` does: train.jsonl, test/a.jsonl, data/train-00000-of-00001.parquet; one split train where no name
+    tells."""
     datasets = _library(folder)
-    base, real = (
-        os.path.realpath(folder),
-        {os.path.join(os.path.realpath(folder), os.path.relpath(p, folder)): p for p in given},
-    )
+    base = os.path.realpath(folder)
+    real = {os.path.join(base, os.path.relpath(path, folder)): path for path in given}
     with _told(folder):
         patterns = datasets.data_files.get_data_patterns(glob.escape(base))
         splits = {}
@@ -143,15 +155,17 @@ def _splits(folder: str, given: list[str]) -> dict[str, list[str]]:
 
 
 def _has_configs(folder: str) -> bool:
-    """Whether the folder's README.md, or .huggingface.yaml, says which files its data set is made of."""
+    """Whether the YAML header of the folder's README.md, or .huggingface.yaml, says which files are its data set."""
     if os.path.isfile(os.path.join(folder, ".huggingface.yaml")):
         return True
     try:
         with open(os.path.join(folder, "README.md"), encoding="utf-8", errors="replace") as file:
-            head = re.match(r"---\s*\n(.*?)\n---", file.read(2**20), re.DOTALL)
+            first, *lines = file.read(2**20).lstrip().split("\n")
     except OSError:
         return False
-    return bool(head and re.search(r"^configs:", head[1], re.MULTILINE))
+    header = list(takewhile(lambda line: line.rstrip() != "---", lines))
+    closed = len(header) < len(lines)
+    return first.rstrip() == "---" and closed and any(line.startswith("configs:") for line in header)
 
 
 def _library(source: str) -> Any:
@@ -179,14 +193,13 @@ def _told(source: str, more: str = "") -> Iterator[None]:
 
 
 def _reachable(hub_id: str) -> bool:
-    """Whether the hub answers, with whatever: what is wrong with the id is then for load_dataset to say."""
+    """Whether the hub answers. What is wrong with the id, or with the connection, is then for load_dataset to say."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         snapshot_download(hub_id, repo_type="dataset", allow_patterns=[".gitattributes"])
     except LocalEntryNotFoundError:
         return False
-    except (HfHubHTTPError, HFValidationError):
+    except ANSWERS:
         pass
     return True

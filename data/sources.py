@@ -32,6 +32,7 @@ class Recipe:
         columns: {ours: theirs}.
         markers: of the two speakers in a guanaco text.
         fill: one row, whose output is repeated until it fills the context.
+        root: no key: the folder where the recipe lies, if it reads a folder beside it.
     """
 
     source: str = ""
@@ -42,6 +43,7 @@ class Recipe:
     columns: dict[str, str] = field(default_factory=dict)
     markers: list[str] = field(default_factory=lambda: list(GUANACO_MARKERS))
     fill: dict[str, str] = field(default_factory=dict)
+    root: str | None = None
 
 
 def find_recipe(dataset: str) -> tuple[Recipe, Path | None]:
@@ -77,7 +79,7 @@ def _at_its_place(recipe: Recipe, folder: Path) -> tuple[Recipe, Path | None]:
     if suffix_of(recipe.source) in KINDS:
         return recipe, folder / recipe.source
     if recipe.source and (folder / recipe.source).is_dir():
-        return replace(recipe, source=str(folder / recipe.source)), None
+        return replace(recipe, source=str(folder / recipe.source), root=str(folder)), None
     return recipe, None
 
 
@@ -93,7 +95,7 @@ def _read_recipe(path: Path) -> Recipe:
         RecursionError,
     ) as e:  # ValueError: no TOML, no UTF-8, a number of thousands of digits
         raise UserError(f"{where}: not a recipe ({' '.join(str(e).split())})") from None
-    known = vars(Recipe())
+    known = {key: default for key, default in vars(Recipe()).items() if key != "root"}
     for key, value in given.items():
         if key not in known:
             raise UserError(f"{where}: unknown key {key}; a recipe has {', '.join(known)}")
@@ -136,9 +138,10 @@ def load_rows(recipe: Recipe, file: Path | None, samples: int) -> Rows:
         return Rows([recipe.fill] * max(samples, 1), ["dummy"] * max(samples, 1))
     if file:
         rows = read_file(file)
+    elif os.path.isdir(recipe.source):
+        rows = read_folder(recipe.source, recipe.data_files, recipe.split, samples, recipe.root)
     else:
-        read = read_folder if os.path.isdir(recipe.source) else read_hub
-        rows = read(recipe.source, recipe.data_files, recipe.split, samples)
+        rows = read_hub(recipe.source, recipe.data_files, recipe.split, samples)
     if samples > 0:
         rows = Rows(rows.rows[:samples], rows.places[:samples], rows.remark)
     if not rows.rows:

@@ -21,6 +21,8 @@ from safetensors import SafetensorError
 from transformers import PretrainedConfig
 
 from files.bnb_weights import find_bnb
+from files.hub_errors import HUB_ERRORS
+from files.links import leads_out
 from files.names import INDEX, SINGLE, split_revision
 from files.tensors import Stage, Staged, StoredTensor, list_tensors, read_tensor
 from files.weight_sets import check_one_set
@@ -108,12 +110,6 @@ class CheckpointFiles:
         if name in self.packed:
             return self.packed[name].read()
         return read_tensor(self.folder, self.tensors[name], stage)
-
-
-def leads_out(path: Path) -> bool:
-    """Whether a link leads out of its folder, and not to where the hub's cache keeps its files."""
-    real = Path(os.path.realpath(path))
-    return not real.is_relative_to(os.path.realpath(path.parent)) and real.parent.name != "blobs"
 
 
 def _files(folder: Path) -> Mapping[str, set[str] | None]:
@@ -206,7 +202,7 @@ def _download(name: str, *patterns: str) -> Path:
         }
         what = reason.get(status, "does not exist" if status == 404 else f"could not be fetched ({status})")
         raise UserError(f"--model_name {name}: no such folder, and on the hub it {what}") from None
-    except OSError as e:
+    except HUB_ERRORS as e:
         raise UserError(f"--model_name {name}: could not be fetched from the hub ({e})") from None
 
 

@@ -8,7 +8,6 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-import httpx
 import torch
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError
@@ -21,6 +20,7 @@ from data.stops import generation_config
 from data.tokenizing import prepare
 from files.atomic_writes import write_text
 from files.disk_room import check_writable
+from files.hub_errors import HUB_ERRORS
 from files.model_folder import CheckpointFiles, recorded_name
 from files.names import ADAPTER, CONFIG, TOKENIZER, split_revision
 from files.tokenizer import compare_with_files
@@ -92,7 +92,7 @@ def _check_hub(repo: str) -> None:
         raise UserError(f"--push_to_hub {repo}: is no repository (owner/name)") from None
     try:
         HfApi().whoami()
-    except (OSError, httpx.HTTPError) as e:
+    except HUB_ERRORS as e:
         reason = str(e).strip().partition("\n")[0]
         raise UserError(f"--push_to_hub: not logged in, or the hub cannot be reached ({reason})") from None
 
@@ -218,7 +218,7 @@ def push(repo: str, out: Path, names: list[str]) -> str:
     try:
         api.create_repo(repo, private=True, exist_ok=True)
         api.upload_folder(repo_id=repo, folder_path=out, allow_patterns=names)
-    except (OSError, httpx.HTTPError) as e:
+    except HUB_ERRORS as e:
         reason = str(e).strip().partition("\n")[0]
         raise UserError(f"--push_to_hub {repo}: failed ({reason}); the folder is whole in {out}") from None
     return f"at https://huggingface.co/{repo}"

@@ -17,6 +17,7 @@ METRICS_LINE = 2**14  # bytes of a line of metrics.jsonl; ours take some hundred
 TOKENIZER_FILE = 2**28  # bytes of tokenizer.json; the largest vocabularies take 35 MB
 LAYERS = 10_000  # of a model; and experts of a layer
 LINE = 2**24  # bytes of a line of a .jsonl or .csv file
+FOLDER_ENTRIES = 200_000  # files and folders below a data folder
 LIST = 2**29  # bytes of a .json file that is one list: it can only be read as a whole
 ROW = 2**22  # characters of a row's text: far more than any context, and tokens take a hundred bytes each
 

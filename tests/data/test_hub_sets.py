@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import glob
 import gzip
 import json
+import os
 import re
 
 import datasets
 import huggingface_hub
 import pytest
 
-from data import hub_sets
+from data import folder_files, hub_sets
 from data.sources import find_recipe
+from files.model_folder import find_model
 from options import generate
 from options.errors import UserError
 from tests.helpers.data_files import jsonl, put, read, write_csv, write_parquet
+from tests.helpers.hub_cache import broken_off
 
 
 def rows(*answers: str) -> list[dict]:
@@ -57,6 +61,7 @@ WHOLE = {  # files, the answers that are read
     "beside what is no data": ({"a.csv": rows("1")} | NOT_DATA, "1"),
     "two kinds, of which README chooses": ({"a.csv": rows("1"), "b.jsonl": rows("2"), "README.md": README}, "1"),
     "packed": ({"a.jsonl.gz": rows("1", "2")}, "12"),  # by datasets
+    "a README that begins late": ({"a.csv": rows("1"), "b.jsonl": rows("2"), "README.md": "\n" + README}, "1"),
 }  # fmt: skip
 
 
@@ -123,6 +128,69 @@ def test_a_recipe_chooses(tmp_path):
     recipe.write_text('source = "inner"\n')
     with pytest.raises(UserError, match="source inner is not beside the recipe"):
         read(recipe)
+
+
+LEADS_OUT = {  # how a folder beside a recipe leads out of where it lies, what the refusal says
+    "a folder": (lambda rows: (rows / "x").symlink_to("/"), "rows/x: is a link out of the recipe's folder, to /;"),
+    "a file": (lambda rows: (rows / "b.jsonl").symlink_to("../../mine.jsonl"), r"rows/b\.jsonl: is a link out"),
+    "by way of a folder that does not": (
+        lambda rows: (written(rows.parent / "more", {"note.md": ""}) / "y").symlink_to("../.."), "rows/more/y: is a link out",
+    ),
+    "README": (
+        lambda rows: put(rows / "README.md", README.replace("*.csv", str(rows.parents[1] / "mine.jsonl"))),
+        r"its README\.md names .*mine\.jsonl, which is outside",
+    ),
+    "README, from above": (
+        lambda rows: put(rows / "README.md", README.replace("*.csv", "../../mine.jsonl")), "README.md names .*mine",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("data_files", ["", "**/*.jsonl"])
+@pytest.mark.parametrize("case", LEADS_OUT)
+def test_a_recipe_s_folder_does_not_lead_out(tmp_path, case, data_files):
+    """What is beside the recipe, it may lead to; a user's own --dataset anywhere."""
+    put(tmp_path / "mine.jsonl", jsonl(rows("mine")))
+    folder = written(tmp_path / "recipe" / "rows", {"a.jsonl": rows("1")})
+    (folder / "more").symlink_to("../more")
+    recipe = put(folder.parent / "a.toml", f'source = "rows"\ndata_files = "{data_files}"\n')
+    assert [row["answer"] for row in read(recipe)] == ["1"]
+    lead, words = LEADS_OUT[case]
+    lead(folder)
+    if data_files and case.startswith("README"):
+        assert [row["answer"] for row in read(recipe)] == ["1"]  # which does not count
+        return
+    with pytest.raises(UserError, match=f"^--dataset .*{words}"):
+        read(recipe)
+
+
+def test_links_of_a_user_s_own_folder_are_bounded(tmp_path, monkeypatch):
+    folder = written(tmp_path / "data", {"a.jsonl": rows("1"), "b/c.jsonl": rows("2")})
+    written(tmp_path / "wide", {f"{i}.jsonl": rows("3") for i in range(9)})
+    monkeypatch.setattr(folder_files, "FOLDER_ENTRIES", 4)
+    assert [row["answer"] for row in read(folder)] == ["1", "2"]
+    (folder / "x").symlink_to("../wide")
+    with pytest.raises(UserError, match=f"^--dataset {folder}: more than 4 files and folders"):
+        read(folder)
+
+
+PATTERNS = ["*", "**", "**/*", "*.csv", "**/*.csv", "x/*", "x/**", "**/x/*", "**/**/c.csv", "*/*.csv", "x/[cd].csv",
+            "?.csv", ".h/*", "**/.h/*", "x/.d.csv", "./x//c.csv", "z/*.csv", "absent", "X/*", "**/y/**/*.csv"]  # fmt: skip
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_a_pattern_means_what_glob_says(tmp_path, pattern):
+    folder = written(tmp_path / "[d]*", {name: [{"a": 1}] for name in (
+        "a.csv", "b.csv", "x/c.csv", "x/y/c.csv", "x/y/d/e.csv", ".h/f.csv", "x/.d.csv", "x/y/.h/g.csv",
+    )})  # fmt: skip
+    (folder / "z").symlink_to("x")
+    found = glob.glob(os.path.join(glob.escape(str(folder)), pattern), recursive=True)
+    expected = sorted({os.path.normpath(path) for path in found if os.path.isfile(path)})
+    assert folder_files.files_matching(str(folder), pattern) == expected
+    for name in ("circle", "x/one", "x/two"):  # in which glob goes round, and takes twice as long with each
+        (folder / name).symlink_to(folder)
+    found = folder_files.files_matching(str(folder), pattern)
+    assert found == expected
 
 
 def test_texts_in_a_folder_stay_texts(tmp_path):
@@ -199,7 +267,7 @@ def test_a_recipe_of_such_a_file(tmp_path, name):
     "https://example.invalid/a",
 ])  # fmt: skip
 def test_an_absent_path_is_no_hub_id(dataset, monkeypatch):
-    monkeypatch.setattr("data.hub_sets.read_hub", None)
+    monkeypatch.setattr("data.sources.read_hub", None)
     with pytest.raises(UserError, match=f"^--dataset {as_shown(dataset)}: [Nn]o such file"):
         read(dataset)
 
@@ -229,20 +297,46 @@ def test_prompts_are_rows_or_lines(tmp_path):
 REPOSITORY = ["a.csv", "b.jsonl", "c.jsonl", "README.md"]
 
 
-@pytest.mark.parametrize("names, readme, told", [
-    (REPOSITORY, "# Rows", "data: me/rows has data files of several kinds (2 JSON, 1 CSV), of which one is read; "),
-    (REPOSITORY, README, ""),
-    (["a.csv", "README.md", "pictures.txt.md"], "# Rows", ""),
-])  # fmt: skip
-def test_of_which_kinds_a_hub_repository_is(names, readme, told, tmp_path, monkeypatch):
-    """Its author's part is read, and what is left is told."""
-    folder = written(tmp_path, {"a.csv": rows("1"), "README.md": readme})
-    loaded = datasets.load_dataset("csv", data_files=str(folder / "a.csv"), split="train")
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A repository, me/rows, of one row."""
+    path = written(tmp_path, {"a.csv": rows("1")}) / "a.csv"
+    loaded = datasets.load_dataset("csv", data_files=str(path), split="train")
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: loaded)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(hub_sets, "_reachable", lambda _: True)
+
+
+@pytest.mark.parametrize("names, readme, told", [
+    (REPOSITORY, "# Rows", "data: me/rows has data files of several kinds (2 JSON, 1 CSV), of which one is read; write a recipe"),
+    (REPOSITORY, README, ""),
+    (["a.csv", "README.md", "pictures.txt.md"], "# Rows", ""),
+])  # fmt: skip
+def test_of_which_kinds_a_hub_repository_is(names, readme, told, hub, tmp_path, monkeypatch):
+    """Its author's part is read, and what is left is told."""
+    path = put(tmp_path / "README.md", readme)
     monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda *_, **__: names)
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *_, **__: str(folder / "README.md"))
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *_, **__: str(path))
     read = hub_sets.read_hub("me/rows", "", "train", -1)
     assert read.rows == [{"question": "Q", "answer": 1}]
     assert read.remark.startswith(told) and bool(read.remark) == bool(told)
+
+
+def test_a_connection_that_ends_costs_the_remark_only(hub, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", broken_off)
+    assert hub_sets.read_hub("me/rows", "", "train", -1).rows == [{"question": "Q", "answer": 1}]
+
+
+def test_a_connection_that_ends_before_there_are_rows(hub, monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", broken_off)
+    monkeypatch.setattr(datasets, "load_dataset", broken_off)
+    with pytest.raises(
+        UserError, match=r"^--dataset me/rows: could not be loaded \(gone\); nor is there a file"
+    ):
+        hub_sets.read_hub("me/rows", "", "train", -1)
+    with pytest.raises(
+        UserError, match=r"^--model_name me/model: could not be fetched from the hub \(gone\)"
+    ):
+        find_model("me/model")

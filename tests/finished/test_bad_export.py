@@ -23,6 +23,7 @@ from finished import finished_run
 from tests.helpers.adapters import args_for
 from tests.helpers.distributed import new_processes
 from tests.helpers.finished_runs import saved_run, spoil_adapter, trained_on
+from tests.helpers.hub_cache import broken_off
 
 
 @pytest.fixture(scope="module")
@@ -270,15 +271,13 @@ def test_upload_without_a_login(refused, hub, monkeypatch):
 
     monkeypatch.setattr(Hub, "whoami", missing, raising=False)
     refused("--push_to_hub", "not logged in", "Token is required", push_to_hub="me/it")
+    monkeypatch.setattr(Hub, "whoami", broken_off)
+    refused("--push_to_hub", "the hub cannot be reached (gone)", push_to_hub="me/it")
 
 
 def test_upload_that_fails(hub, run, tmp_path, monkeypatch, capsys):
     """The folder stays: it need not be made again."""
-
-    def broken(self, **_):
-        raise ConnectionError("gone")
-
-    monkeypatch.setattr(Hub, "upload_folder", broken, raising=False)
+    monkeypatch.setattr(Hub, "upload_folder", broken_off, raising=False)
     assert (
         export.main([str(run), "--to", "adapter", "--out", str(tmp_path / "out"), "--push_to_hub", "me/it"])
         == 2

@@ -49,6 +49,28 @@ def recipe(content: str | bytes) -> Case:
     return write
 
 
+def recipe_of_links(name: str, target: str) -> Case:
+    """A recipe of a folder in which a link leads away."""
+
+    def write(folder: Path) -> dict:
+        put(folder / "rows" / "a.jsonl", ROW)
+        (folder / "rows" / name).symlink_to(target)
+        return {"dataset": put(folder / "mine.toml", 'source = "rows"')}
+
+    return write
+
+
+def data_folder(**files: str) -> Case:
+    """A folder of two kinds of data, and of these files."""
+
+    def write(folder: Path) -> dict:
+        for name, content in ({"a.jsonl": ROW, "b.csv": "text\na\n"} | files).items():
+            put(folder / "rows" / name, content)
+        return {"dataset": folder / "rows"}
+
+    return write
+
+
 def data(name: str, content: str | bytes, **more) -> Case:
     return lambda folder: {"dataset": put(folder / name, content), **more}
 
@@ -151,6 +173,7 @@ YAML = {
     "a key that is a list": config_file("? [a, b]\n: 1\n"),
     "two documents": config_file("lr: 1\n---\nlr: 2\n"),
     "a device without end": options(config="/dev/zero"),
+    "twenty thousand keys": config_file("".join(f"k{i}:\n" for i in range(20_000)) + "k1:\n"),
 }
 RECIPES = {
     "source above": recipe('source = "../secret.jsonl"'),
@@ -159,6 +182,8 @@ RECIPES = {
     "source is a link that leads out": recipe('source = "link.jsonl"'),
     "source is a URL": recipe('source = "https://example.invalid/rows"'),
     "source is a folder": recipe('source = "../"'),
+    "a folder with a link to the root": recipe_of_links("x", "/"),
+    "a folder with a link to a file above": recipe_of_links("b.jsonl", "../../secret.jsonl"),
     "source holds a NUL": recipe('source = "a\\u0000.jsonl"'),
     "files above": recipe('source = "some/data"\ndata_files = "../../secret.jsonl"'),
     "files by URL": recipe('source = "some/data"\ndata_files = "https://example.invalid/a.jsonl"'),
@@ -200,6 +225,10 @@ DATA = {
     "a link to a device": link("a.jsonl", "/dev/zero"),
     "a link to itself": link("a.jsonl", "a.jsonl"),
     "a link to nothing": link("a.jsonl", "nothing"),
+    "sixty thousand keys, the last twice": data(
+        "a.jsonl", "{" + "".join(f'"k{i}": 0, ' for i in range(60_000)) + '"k59999": 0}'
+    ),
+    "a README of line breaks": data_folder(**{"README.md": "---" + "\n" * 2**18}),
     "conversation of numbers": data("a.jsonl", '{"messages": [1, 2]}'),
     "conversation of nothing": data("a.jsonl", '{"messages": []}'),
     "roles of lists": data("a.jsonl", '{"messages": [{"role": [], "content": {}}]}'),
