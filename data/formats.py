@@ -16,7 +16,7 @@ from typing import Any
 
 from data.chat import ChatTemplate
 from data.messages import checked_messages, checked_tools
-from options.errors import UserError
+from options.errors import UserError, listed
 from options.exact_json import text_of
 
 # Alpaca's prompts as alpaca-lora, axolotl and most later programs write them: the answer begins on a line of its own.
@@ -218,7 +218,7 @@ def checked(row: Mapping, form: Format, where: str, answered: bool = True) -> di
     `answered` the answer's may be missing."""
     missing = [c for c in form.needs if row.get(c) is None and (answered or c != form.answer)]
     if missing:
-        found = ", ".join(str(c) for c in row if row[c] is not None)
+        found = listed([str(column) for column in row if row[column] is not None])
         raise UserError(f"{where}: nothing in column {', '.join(missing)}; found: {found}")
     if "messages" in form.needs:
         messages, tools = checked_messages(row["messages"], where), checked_tools(row.get("tools"), where)

@@ -1,13 +1,12 @@
-"""Which format the rows of a data set have, told from all of them, and what of them a format does not read."""
+"""Which format the rows of a data set have, recognised from all of them, and which columns it does not read."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
 from data.formats import FORMATS, Format
-from options.errors import UserError
+from options.errors import UserError, listed
 
-MOST_NAMES = 20  # of columns, in a line
 RECOGNISED = tuple(name for name, form in FORMATS.items() if not form.named)
 
 
@@ -18,7 +17,7 @@ def recognise(
     markers: Sequence[str],
     first: str | None = None,
 ) -> str:
-    """The one format that all rows have, as far as they hold anything.
+    """Return the one format that all rows have, as far as they hold anything.
 
     Args:
         places: where each row came from.
@@ -35,9 +34,9 @@ def recognise(
         if name is not None:
             numbers.setdefault(name, []).append(i)
     if len(numbers) > 1:
-        listed = ", ".join(f"{len(of):,} {name} (first {places[of[0]]})" for name, of in numbers.items())
+        kinds = ", ".join(f"{len(of):,} {name} (first {places[of[0]]})" for name, of in numbers.items())
         raise UserError(
-            f"{where}: its rows are of different formats: {listed}; --dataset_format, or a recipe's format, reads all"
+            f"{where}: its rows are of different formats: {kinds}; --dataset_format, or a recipe's format, reads all"
             " as one, or put each kind into a file of its own"
         )
     columns = {column for row in rows for column, value in row.items() if value is not None}
@@ -47,7 +46,7 @@ def recognise(
 
 
 def format_of(row: Mapping, markers: Sequence[str], first: str | None = None) -> str | None:
-    """The first format that a row fits; None if it fits none, or holds too little."""
+    """Return the first format that a row fits; None if it fits none, or holds too little."""
     for name in (first, *RECOGNISED) if first else RECOGNISED:
         if fits(row, FORMATS[name], markers):
             return name
@@ -75,19 +74,13 @@ def _by_columns(columns: set[str], where: str) -> str:
     for name, form in known.items():
         if columns >= set(form.needs):
             return name
-    listed = "; ".join(f"{name}: {', '.join(form.needs)}" for name, form in known.items())
-    raise UserError(f"{where}: columns {_listed(sorted(columns))} fit no format ({listed})")
+    needs = "; ".join(f"{name}: {', '.join(form.needs)}" for name, form in known.items())
+    raise UserError(f"{where}: columns {listed(sorted(columns))} fit no format ({needs})")
 
 
 def unread_columns(rows: Iterable[Mapping], form: Format, renamed: Iterable[str] = ()) -> str:
-    """Names of the columns that hold something and that the format does not read, as a list for a line; "" if there
-    are none. renamed: columns that are read under another name."""
+    """Return the names of the columns that hold something and that the format does not read, as a list for a line; ""
+    if there are none. renamed: columns that are read under another name."""
     read = {*form.needs, *form.optional, *renamed}
     found = dict.fromkeys(column for row in rows for column, value in row.items() if value is not None)
-    return _listed([column for column in found if column not in read])
-
-
-def _listed(names: list[str]) -> str:
-    shown = [name if name.isprintable() and name else ascii(name) for name in names[:MOST_NAMES]]
-    more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
-    return ", ".join(shown) + more
+    return listed([column for column in found if column not in read])

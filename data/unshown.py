@@ -9,6 +9,7 @@ from typing import Any
 from data.chat import ChatTemplate
 from data.chat_turns import PROBE, TEMPLATE_ERRORS
 from data.messages import FLAGS, REASONING, checked_messages, checked_tools
+from options.errors import listed
 
 LOOKED_AT = 40  # messages of each kind
 THOUGHT = "</think>"
@@ -82,7 +83,7 @@ def _told(seen: Counter[str], hidden: Counter[str]) -> list[str]:
         for label in seen
         if 0 < hidden[label] < seen[label]
     ]
-    left_out = ", ".join(sorted(never) + sorted(partly))
+    left_out = listed(sorted(never) + sorted(partly))
     return [f"data: the chat template does not show {left_out}"] if left_out else []
 
 

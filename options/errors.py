@@ -1,14 +1,16 @@
-"""What the user can put right, as an exception, and how exceptions become one line."""
+"""What the user can put right, as an exception, and how exceptions and names from files become one line."""
 
 from __future__ import annotations
 
 import errno
+from collections.abc import Sequence
 
 
 class UserError(Exception):
     """Something the user can put right. Shown as one line, `error: ...`, with exit status 2."""
 
 
+MOST_NAMES, LONGEST_NAME = 20, 60  # of names, and of the characters of one, in a line
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)  # EDQUOT: of what a user may fill
 
 
@@ -27,6 +29,22 @@ def needs_no_traceback(e: BaseException) -> bool:
 
 
 def describe(e: BaseException) -> str:
-    """One line for an exception: a UserError's text; otherwise its type as well."""
+    """Return one line for an exception: a UserError's text; otherwise its type as well.
+
+    What a terminal would not print, but obey, is escaped: a message may hold names out of files that others made.
+    """
     text = " ".join(str(e).split())
+    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
     return text if isinstance(e, UserError) else f"{type(e).__name__}: {text}" if text else type(e).__name__
+
+
+def listed(names: Sequence[str]) -> str:
+    """Return names out of files as a list for a line, escaped, and cut to MOST_NAMES of LONGEST_NAME characters."""
+    shown = [_shown(name) for name in names[:MOST_NAMES]]
+    more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
+    return ", ".join(shown) + more
+
+
+def _shown(name: str) -> str:
+    name = name if len(name) <= LONGEST_NAME else name[:LONGEST_NAME] + "..."
+    return name if name.isprintable() and name else ascii(name)

@@ -252,6 +252,24 @@ def test_what_a_template_shows_in_part_is_told():
     ]
 
 
+ESCAPE = "\x1b[2J\nerror: no such file"
+
+
+@pytest.mark.parametrize("rows, names", [
+    ([{"messages": [user(), says(**{ESCAPE: 1})]}], repr(ESCAPE)),
+    ([{"messages": [user(), {"role": ESCAPE, "content": "a"}, says()]}], repr(f"what role {ESCAPE} says")),
+    ([{"messages": [user(), says(**{f"k{i:03}": 1 for i in range(500)})]}],
+     ", ".join(f"k{i:03}" for i in range(20)) + " and 480 more"),
+    ([{"messages": [user(), says(**{"k" * 10**6: 1})]}], "k" * 60 + "..."),
+])  # fmt: skip
+def test_names_of_the_data_stay_harmless_and_few(rows, names):
+    only_turns = (
+        "{% for m in messages %}{% if m.role in ('user', 'assistant') %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+        "<|im_end|>\n{% endif %}{% endfor %}"
+    )
+    assert told(rows, only_turns) == [f"data: the chat template does not show {names}"]
+
+
 def test_flags_without_effect_are_told():
     rows = [{"messages": [user() | {"train": True}, says()]}] * 2
     assert told(rows, templates.CHATML) == [

@@ -69,6 +69,12 @@ def test_unknown_columns_are_named():
         recognise(rows, ["1", "2"], "here", GUANACO_MARKERS)
 
 
+def test_the_columns_that_were_found_are_few_and_harmless(tmp_path):
+    path = put(tmp_path / "a.jsonl", jsonl([{"\x1b[2J": 1} | {f"c{i:02}": i for i in range(99)}]))
+    with pytest.raises(UserError, match=r"found: '\\x1b\[2J', c00, .*, c18 and 80 more$"):
+        read(path, "qa")
+
+
 MIXED = {  # rows, what is told of them
     "chat and alpaca": ([CHAT, CHAT, ALPACA], "2 chat (first {}:1), 1 alpaca (first {}:3)"),
     "alpaca, then chat": ([ALPACA, CHAT], "1 alpaca (first {}:1), 1 chat (first {}:2)"),
