@@ -21,7 +21,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from files.finite import is_finite, not_finite, total
+from files.finite import NOT_FINITE, fp32_sum, is_finite, over_all_ranks, suspects
 from files.model_folder import CheckpointFiles
 from files.tensors import Stage, read_tensor
 from files.weight_cache import CacheWriter
@@ -31,6 +31,7 @@ from launch.ranks import Place
 from models.family import Family, clean
 from models.longrope import make_rotary
 from models.loss import FrozenEmbedding
+from options.errors import UserError
 from parallel.shards import fill, part, shard_count
 from quantization.layer import Packed, pack, packs, quantizer_of
 from quantization.quantizers import PackedWeight, pack_weight
@@ -52,8 +53,8 @@ def load_weights(
     home: where the shards of the parameters are kept, place.device or, with --use_cpu_offload, the CPU;
     workers: threads that read and pack; cache: gets what is packed.
 
-    Raises UserError, on all ranks, if the checkpoint holds NaN or infinity; AssertionError if anything was left
-    unfilled: it would train on garbage. Collective.
+    Raises UserError, the same on all ranks, if a tensor holds NaN or infinity, or cannot be packed or read as
+    packed; AssertionError if anything was left unfilled: it would train on garbage. Collective.
     """
     _materialize(model, family, place.device, home)
     params = {clean(name): p for name, p in model.named_parameters()}
@@ -100,76 +101,85 @@ def _stream(model: nn.Module, params: dict, files: CheckpointFiles, place: Place
 
     Tensors go round the node's ranks, so the contents are the same for any number of ranks. Each rank's threads
     work ahead on its own tensors while others are sent: at most `workers` of them are read and not yet sent.
+    A rank whose tensor cannot be used sends zeros instead. Raises UserError as `load_weights`.
     """
     names = sorted(files.tensors, key=lambda n: files.tensors[n].file)  # file by file, each in its own order
     modules = {name: model.get_submodule(name.rpartition(".")[0]) for name in names}
-    node, filled, thread, sums = Node(place), set(), threading.local(), Sums(files)
-    read = partial(_read, sums=sums, device=place.device, turn=threading.Lock(), thread=thread)
+    node, filled, thread, finite = Node(place), set(), threading.local(), FiniteCheck(files)
+    read = partial(_read, finite=finite, device=place.device, turn=threading.Lock(), thread=thread)
     mine = iter(names[place.local_rank :: place.local_world])
     with ThreadPoolExecutor(workers) as pool:
         ahead = deque(pool.submit(read, name, modules[name]) for name in islice(mine, workers))
         for i, name in enumerate(names):
             path, _, last = name.rpartition(".")
+            targets = {key: params[f"{path}.{key}"] for key in packs(modules[name], last)}
+            content: dict[str, Any] = dict.fromkeys(targets)
             owner = i % place.local_world
-            content: dict[str, Any] = dict.fromkeys(packs(modules[name], last))
             if owner == place.local_rank:
-                source = ahead.popleft().result()
-                if cache and isinstance(source, PackedWeight):
-                    cache.add(name, source)
-                content = pack(modules[name], last, source)
+                try:
+                    source = ahead.popleft().result()
+                    if cache and isinstance(source, PackedWeight):
+                        cache.add(name, source)
+                    content |= pack(modules[name], last, source)
+                except UserError as e:
+                    finite.failed[name] = str(e)
+                    # The node's other ranks wait for their shards, and end with this one when all is loaded.
+                    content |= {key: _zeros(param, place.device) for key, param in targets.items()}
                 ahead.extend(pool.submit(read, later, modules[later]) for later in islice(mine, 1))
-            for key, full in content.items():
-                node.share(params[f"{path}.{key}"], full, owner)
+            for key, param in targets.items():
+                node.share(param, content[key], owner)
                 filled.add(f"{path}.{key}")
-    sums.check(place)
+    finite.check(place.world)
     return filled
 
 
-def _read(name: str, module: nn.Module, sums: Sums, device: torch.device, turn, thread):
+def _zeros(param: nn.Parameter, device: torch.device) -> torch.Tensor:
+    return torch.zeros(param.shape, dtype=param.dtype, device=device)
+
+
+def _read(name: str, module: nn.Module, finite: FiniteCheck, device: torch.device, turn, thread):
     """The tensor on the device, packed if its module packs it. One thread at a time is on the device: what
-    quantization needs for a moment, several times the tensor, is needed once."""
+    quantization needs for a moment, several times the tensor, is needed once. Raises UserError."""
     if device.type == "cuda" and not hasattr(thread, "stage"):
         use(device)
         thread.stage = Stage(device.type)
-    source = sums.files.read(name, getattr(thread, "stage", None))
+    source = finite.files.read(name, getattr(thread, "stage", None))
     with turn:
         tensor = source.to(device)
-        sums.note(name, tensor)
-        return pack_weight(sums.files.where(name), tensor, quantizer_of(module, name.rpartition(".")[2]))
+        finite.note(name, tensor)
+        return pack_weight(finite.files.where(name), tensor, quantizer_of(module, name.rpartition(".")[2]))
 
 
-class Sums:
-    """The sum of each tensor that this rank reads, which tells whether it holds NaN or infinity. The sums are read
-    once, at the end: a GPU would have to be waited for at each tensor."""
+class FiniteCheck:
+    """Finds NaN and infinity in what this rank reads, by the sum of each tensor. The sums are read once, at the end:
+    a GPU would have to be waited for at each tensor. failed: {tensor: message} of those that could not be read or
+    packed."""
 
     def __init__(self, files: CheckpointFiles):
         self.files = files
         self.sums: dict[str, torch.Tensor] = {}
+        self.failed: dict[str, str] = {}
 
     def note(self, name: str, tensor: torch.Tensor | PackedWeight) -> None:
         """Adds a tensor; one that was packed in its file was checked there."""
         if isinstance(tensor, torch.Tensor):
-            self.sums[name] = total(tensor)
+            self.sums[name] = fp32_sum(tensor)
 
-    def check(self, place: Place) -> None:
-        """Raises UserError, on all ranks, if any rank has read NaN or infinity. Collective."""
-        finite = torch.stack(list(self.sums.values())).isfinite().tolist() if self.sums else []
-        suspects = [name for name, each in zip(self.sums, finite, strict=True) if not each]
-        # Large numbers may have a sum that overflows.
-        found = [
-            name
-            for name in suspects
-            if not is_finite(read_tensor(self.files.folder, self.files.tensors[name]))
-        ]
-        of_ranks = [found]
-        if place.world > 1:
-            of_ranks = [[] for _ in range(place.world)]
-            dist.all_gather_object(of_ranks, found)
-        names = {name for names in of_ranks for name in names}
-        if names:
-            first = next(name for name in self.files.tensors if name in names)
-            others = f" (and {len(names) - 1} more of its tensors)" if len(names) > 1 else ""
-            raise not_finite(f"{self.files.where(first)}{others}")
+    def check(self, world: int) -> None:
+        """Raises UserError, the same on all ranks, if any rank has failed, or has read NaN or infinity. Collective.
+        world: number of ranks."""
+        found = dict(self.failed)
+        for name in suspects(self.sums):
+            # The sum may have overflowed.
+            if not is_finite(read_tensor(self.files.folder, self.files.tensors[name])):
+                found[name] = f"{self.files.where(name)} {NOT_FINITE}"
+        messages: dict[str, str] = {}
+        for each in over_all_ranks(found, world):
+            messages |= each
+        if messages:
+            first = next(name for name in self.files.tensors if name in messages)
+            others = f"; {len(messages) - 1} more of its tensors cannot be used" if len(messages) > 1 else ""
+            raise UserError(messages[first] + others)
 
 
 class Node:

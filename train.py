@@ -118,8 +118,8 @@ def train(
 ) -> list[Metrics]:
     """The loop. Returns the metrics of every step, on rank 0 also of those before a resumed run was stopped."""
     config, precision, total = job.config, job.precision, job.total_steps(sampler)
-    save_best = partial(save, job, model, best=True)
-    beside = make_companions(job, model, place, total, tracker, profiler, stopping, save_best)
+    keep_best = partial(save_best, job, model)
+    beside = make_companions(job, model, place, total, tracker, profiler, stopping, keep_best)
     optimizer, scaler, untold, meter = beside.optimizer, beside.scaler, beside.untold, beside.meter
     guard, evaluator, budget, checkpoints = beside.guard, beside.evaluator, beside.budget, beside.checkpoints
     history, trained = list(tracker.history), [p for p in model.parameters() if p.requires_grad]
@@ -214,12 +214,17 @@ def run_profiled(place: Place, job: Job, profiler: Profiler, lock: Alone) -> Non
     close_run(job, place, history, total, done, seconds, stages, stopping.reason, no_result)
 
 
-def save(job: Job, model: PreTrainedModel, folder: Path, best: bool = False) -> None:
-    """Writes what was trained. best: into best/, with its options; of an expanded model that is the new blocks alone, as the
-    rest is gigabytes that do not change from step to step. Raises UserError, on all ranks and before anything is written,
-    if it holds NaN or infinity. Collective."""
+def save_best(job: Job, model: PreTrainedModel, folder: Path) -> None:
+    """Writes what was trained into best/. Raises UserError, on all ranks and before anything is written, if it holds NaN
+    or infinity. Collective."""
     if flaw := describe_not_finite(model):
         raise UserError(flaw)
+    save(job, model, folder, best=True)
+
+
+def save(job: Job, model: PreTrainedModel, folder: Path, best: bool = False) -> None:
+    """Writes what was trained, which the caller has found to be finite. best: with its options, and of an expanded model
+    the new blocks alone, as the rest is gigabytes that do not change from step to step. Collective."""
     config, files, family, base = job.config, job.files, job.family, job.base
     saved = "blocks" if best and config.method.expansion else config.llama_pro_save
     if saved == "blocks":

@@ -28,6 +28,7 @@ from checkpoints.planner import CopyPlanner
 from checkpoints.storage import GROWING_FILES, Saved, Writer, folder_of, prune, sync
 from checkpoints.training_state import Tensors, collect, local_part, restore, trained_parameters
 from files.atomic_writes import remove
+from files.finite import not_finite, over_all_ranks
 from launch.devices import use
 from launch.memory import MIB
 from launch.ranks import Place
@@ -240,12 +241,11 @@ class Checkpoints:
     def _all_finite(self, copies: Tensors) -> bool:
         """Whether the trained weights are finite on all ranks. Otherwise the checkpoint is useless, and would take the
         place of one that is not. In the thread. Collective."""
-        weights = [copy for name, copy in copies.items() if name.startswith("model.")]
-        # In one call, which lets the thread that trains run.
-        finite = nn.utils.get_total_norm(weights, 1.0).isfinite().to("cpu", torch.uint8)
-        if self.place.world > 1:
-            dist.all_reduce(finite, dist.ReduceOp.MIN, group=self.group)
-        return bool(finite)
+        weights = {name: copy for name, copy in copies.items() if name.startswith("model.")}
+        # In one call, which lets the thread that trains run. It is infinite as well where the sum overflows.
+        likely = nn.utils.get_total_norm(list(weights.values()), 1.0).isfinite()
+        found = [] if likely else not_finite(weights)
+        return not any(over_all_ranks(found, self.place.world, self.group))
 
     def _watch(self) -> Callable[[], float]:
         """Seconds from here on, without rests."""

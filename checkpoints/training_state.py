@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.tensor import DTensor
 
 from checkpoints.storage import Reader, Saved, dtype_of, rank_of
-from files.finite import is_finite, total
+from files.finite import is_finite, not_finite, over_all_ranks
 from models.family import clean
 from options.errors import UserError, describe
 from parallel.optimizers import ShardedAdamW, has_blocks, merged_blocks
@@ -33,21 +33,12 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {clean(name): p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def not_finite(trained: dict[str, nn.Parameter]) -> list[str]:
-    """The names of trained parameters of which this rank's part holds NaN or infinity. Waits for a GPU."""
-    parts = {name: local_part(param) for name, param in trained.items()}
-    finite = torch.stack([total(part) for part in parts.values()]).isfinite().tolist() if parts else []
-    return [
-        n for (n, part), each in zip(parts.items(), finite, strict=True) if not each and not is_finite(part)
-    ]
-
-
 def describe_not_finite(model: nn.Module) -> str:
-    """What to tell of a model of which a trained parameter holds NaN or infinity on any rank; "" of others. The same on
-    all ranks. Collective."""
-    of_ranks: list[list[str]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(of_ranks, not_finite(trained_parameters(model)))
-    names = sorted({name for names in of_ranks for name in names})
+    """Return what to tell of a model whose trained parameters hold NaN or infinity, else "". The same on all ranks.
+    Collective; waits for a GPU."""
+    shards = {name: local_part(param) for name, param in trained_parameters(model).items()}
+    per_rank = over_all_ranks(not_finite(shards), dist.get_world_size())
+    names = sorted({name for found in per_rank for name in found})
     if not names:
         return ""
     return (
@@ -143,7 +134,7 @@ def restore(
 
 
 def _is_spoilt(name: str, tensor: torch.Tensor) -> bool:
-    """Whether training could not go on with it. A second moment that is infinite does no harm: its weight rests."""
+    """Whether training could not go on with it. An infinite second moment is harmless: its update is zero."""
     return not is_finite(tensor) if name.startswith("model.") else bool(tensor.isnan().any())
 
 

@@ -1,17 +1,25 @@
-"""NaN and infinity in weights, found by one reduction over a tensor."""
+"""NaN and infinity in weights, found by one reduction over each tensor."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import TypeVar
+
 import torch
+import torch.distributed as dist
 
 from options.errors import UserError
 
 PART = 2**22  # elements that are looked at one by one at a time
+NOT_FINITE = (
+    "holds NaN or infinity: get the model again, or repair what made it (a merge, a conversion to fp16)"
+)
+Found = TypeVar("Found")
 
 
 @torch.no_grad()
-def total(tensor: torch.Tensor) -> torch.Tensor:
-    """The sum of all elements: an fp32 scalar on the tensor's device, for which nobody has to wait.
+def fp32_sum(tensor: torch.Tensor) -> torch.Tensor:
+    """The sum of all elements: an fp32 scalar on the tensor's device, computed without a device sync.
 
     It is NaN or infinite if an element is, and otherwise only where the sum overflows. Unlike isfinite it takes no
     memory beside the tensor's, and a hundredth of the time of reading the tensor from a disk.
@@ -23,18 +31,33 @@ def total(tensor: torch.Tensor) -> torch.Tensor:
 
 def is_finite(tensor: torch.Tensor) -> bool:
     """Whether no element is NaN or infinite. Waits for a GPU."""
-    if total(tensor).isfinite():
+    if fp32_sum(tensor).isfinite():
         return True
     return all(bool(part.isfinite().all()) for part in tensor.reshape(-1).split(PART))
+
+
+def suspects(sums: Mapping[str, torch.Tensor]) -> list[str]:
+    """The names of the sums, `fp32_sum` of one tensor each, that are NaN or infinite: these tensors hold NaN or
+    infinity, or numbers whose sum overflows. Waits for a GPU once."""
+    finite = torch.stack(list(sums.values())).isfinite().tolist() if sums else []
+    return [name for name, each in zip(sums, finite, strict=True) if not each]
+
+
+def not_finite(tensors: Mapping[str, torch.Tensor]) -> list[str]:
+    """The names of the tensors that hold NaN or infinity. Waits for a GPU."""
+    sums = {name: fp32_sum(tensor) for name, tensor in tensors.items()}
+    return [name for name in suspects(sums) if not is_finite(tensors[name])]
+
+
+def over_all_ranks(found: Found, world: int, group: dist.ProcessGroup | None = None) -> list[Found]:
+    """What each of `world` ranks has found, in the order of ranks; group: theirs, None = all. Collective."""
+    per_rank = [found] * world
+    if world > 1:
+        dist.all_gather_object(per_rank, found, group=group)
+    return per_rank
 
 
 def check_finite(where: str, tensor: torch.Tensor) -> None:
     """Raises UserError for a tensor with NaN or infinity. where: its file and its name."""
     if not is_finite(tensor):
-        raise not_finite(where)
-
-
-def not_finite(where: str) -> UserError:
-    return UserError(
-        f"{where} holds NaN or infinity: get the model again, or repair what made it (a merge, a conversion to fp16)"
-    )
+        raise UserError(f"{where} {NOT_FINITE}")

@@ -72,15 +72,15 @@ class PackedWeight:
 
 
 def pack_weight(
-    name: str, tensor: torch.Tensor | PackedWeight, quantizer: Quantizer | None
+    where: str, tensor: torch.Tensor | PackedWeight, quantizer: Quantizer | None
 ) -> torch.Tensor | PackedWeight:
-    """A checkpoint's tensor, packed if it is to be and is not yet. Raises UserError, with its name."""
+    """A checkpoint's tensor, packed if it is to be and is not yet. where: its file and its name. Raises UserError."""
     if quantizer is None or isinstance(tensor, PackedWeight):
         return tensor
     try:
         return PackedWeight(*quantizer.quantize(tensor))
     except ValueError as e:
-        raise UserError(f"{name}: {e}") from None
+        raise UserError(f"{where} {e}") from None
 
 
 def flat_bytes(*tensors: torch.Tensor) -> torch.Tensor:

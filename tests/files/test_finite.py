@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from files import finite
-from files.finite import check_finite, is_finite, total
+from files.finite import check_finite, fp32_sum, is_finite
 from files.tensors import DTYPES
 from options.errors import UserError
 
@@ -22,7 +22,7 @@ def test_one_of_a_million_is_found(dtype, values, monkeypatch):
     tensor = torch.randn(1000, 1000, generator=torch.Generator().manual_seed(0)).to(dtype)
     assert is_finite(tensor)
     tensor.view(-1)[torch.tensor([999_998, 12345])[: len(values)]] = torch.tensor(values, dtype=dtype)
-    assert not is_finite(tensor) and not total(tensor).isfinite()
+    assert not is_finite(tensor) and not fp32_sum(tensor).isfinite()
     with pytest.raises(UserError, match=r"^a/file: a\.weight holds NaN or infinity"):
         check_finite("a/file: a.weight", tensor)
 
@@ -31,7 +31,7 @@ def test_one_of_a_million_is_found(dtype, values, monkeypatch):
 def test_large_numbers_are_finite(dtype):
     """Although their sum is not."""
     tensor = torch.full((4, 100), torch.finfo(dtype).max, dtype=dtype)
-    assert not total(tensor).isfinite() and is_finite(tensor)
+    assert not fp32_sum(tensor).isfinite() and is_finite(tensor)
 
 
 def test_of_nothing_all_is_finite():
