@@ -56,7 +56,7 @@ STATE = {
         "evaluator": {"best_step": int, "best_loss": float, "worse": int, "stop": bool, "kept_step?": int,
                       "kept_loss?": float},
         "tracker": {"held": str, "wandb?": str},
-        "guard": {"count": int},
+        "guard": {"count": int, "applied?": int},
     },
 }  # fmt: skip
 

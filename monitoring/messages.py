@@ -89,22 +89,25 @@ def describe_end(
     seconds: float,
     stages: dict[str, float],
     stopped: str,
+    saved: bool,
     sampled: bool,
 ) -> str:
     """The lines at the end of a run. done: steps before it was resumed; seconds: of the steps after them; stages: as in
-    run.json; stopped: why it was asked to stop, or ""; sampled: whether samples were asked for."""
+    run.json; stopped: why it was asked to stop, or ""; saved: whether there is a result; sampled: whether samples were
+    asked for."""
     folder = output_folder(config)
     if stopped:
         return describe_stop(stopped, history, total_steps, folder)
     told = [summary(history, seconds, stages, done), *describe_evaluations(history, total_steps, config)]
-    return "\n".join([*told, describe_files(config, sampled, folder)])
+    return "\n".join([*told, describe_files(config, saved, sampled, folder)])
 
 
-def describe_files(config: Config, sampled: bool, folder: Path) -> str:
-    """The run's files, and what can be typed next. sampled: whether samples were asked for."""
-    saved = {"adapter": "adapter_model.safetensors", "model": "the model"}[config.method.saves]
-    saved = BLOCKS if config.llama_pro_save == "blocks" else saved
-    what = f"{saved}, " if config.save_model else ""
+def describe_files(config: Config, saved: bool, sampled: bool, folder: Path) -> str:
+    """The run's files, and what can be typed next. saved: whether there is a result; sampled: whether samples were asked
+    for."""
+    result = {"adapter": "adapter_model.safetensors", "model": "the model"}[config.method.saves]
+    result = BLOCKS if config.llama_pro_save == "blocks" else result
+    what = f"{result}, " if saved else ""
     what += "samples.jsonl, " if sampled else ""
     what += "memory.html, memory.png, " if config.profile_memory else ""
     what += "memory_snapshot.pickle, " if (folder / "memory_snapshot.pickle").exists() else ""
@@ -121,7 +124,7 @@ def describe_files(config: Config, sampled: bool, folder: Path) -> str:
     ]
     if config.profile:
         lines.insert(1, f"in {config.profiling_output}: traces of single steps, for https://ui.perfetto.dev")
-    if config.save_model:
+    if saved:
         demo = (config.model_name, config.dataset) == (TOY_MODEL, TOY_DATASET)
         question = f' --prompt "{TOY_PROMPT}"' if demo else ""  # without one it is a conversation
         lines.append(f"try: {shlex.join([*typed_command('generate.py'), str(folder)])}{question}")

@@ -32,7 +32,8 @@ class Metrics:
     targets among them; memory: of the rank that has most, GPU peak of this step (on CPU, the process's
     largest resident size so far), and what was in use when the last forward and the last backward of the step
     ended. eval_loss: mean over the targets of the evaluation set, after this step, and
-    eval_perplexity its exponential, where the step was evaluated. bad_steps: steps skipped so far, if any."""
+    eval_perplexity its exponential, where the step was evaluated. bad_steps: steps skipped so far, if any;
+    applied_steps: steps so far that changed the weights, which is not in metrics.jsonl."""
 
     step: int
     epoch: float
@@ -50,10 +51,13 @@ class Metrics:
     eval_loss: float | None = None
     eval_perplexity: float | None = None
     bad_steps: int | None = None
+    applied_steps: int | None = None
 
     def fields(self) -> dict[str, int | float]:
-        """By name; without those that the step does not have."""
-        return {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
+        """What metrics.jsonl says of the step, by name; without what the step does not have."""
+        fields = dataclasses.asdict(self)
+        del fields["applied_steps"]
+        return {k: v for k, v in fields.items() if v is not None}
 
 
 class HostMoment:

@@ -24,14 +24,16 @@ from tests.helpers.bad_rows import EMBEDDING
 from tests.helpers.bnb_checkpoints import pack_like_the_hub
 from tests.helpers.expansion import edit, expand
 from tests.helpers.finished_runs import saved_run
+from tests.helpers.layers import close_together
 from tests.helpers.programs import small, start
-from tests.helpers.resuming import run
+from tests.helpers.resuming import lines, run
 from tests.helpers.runs import set_up
 from tests.helpers.saving import Small
 from tests.helpers.stored import file_of, put_tensor, stored
 from training import evaluator, run_folder
 
 PACKED, NORM = "model.layers.1.mlp.up_proj.weight", "model.layers.2.input_layernorm.weight"
+HEAD = "lm_head.weight"
 EXPERT = "model.layers.2.mlp.experts.5.down_proj.weight"
 QUIET = "--log_to stdout --compile false --batch_size 2 --max_steps 3".split()
 
@@ -92,10 +94,10 @@ def test_several_are_counted(train_type, checkpoints, short_rows, two_ranks, tmp
 def test_what_hqq_cannot_pack_is_named_on_every_rank(checkpoints, short_rows, two_ranks, tmp_path):
     """Its weights are finite, and a zero point is not."""
     folder = shutil.copytree(checkpoints(), tmp_path / "model")
-    like = stored(folder, PACKED)
-    close_together = 4.5 + torch.arange(like.numel()).view(like.shape) % 2 * 1e-3
-    put_tensor(folder, PACKED, close_together.to(like.dtype))
-    errors = two_ranks(caught, set_up, args_for(folder, short_rows, "hqq_lora"))
+    weight = stored(folder, PACKED)
+    weight.view(-1, 64)[2] = close_together(1)[0]
+    put_tensor(folder, PACKED, weight)
+    errors = two_ranks(caught, set_up, args_for(folder, short_rows, "hqq_lora", "--n_bits", "8"))
     assert errors[0] == errors[1]
     assert errors[0].startswith(
         f"{file_of(folder, PACKED)}: {PACKED} has a block whose weights lie too far from 0"
@@ -216,6 +218,31 @@ def test_a_run_without_a_good_step_has_no_result(train_type, more, hopeless, sho
     if "--save_every" in more:  # resumed, it is no better
         again = two_ranks(caught, run, [*map(str, argv), "--resume", "auto"])
         assert again[0].startswith("none of 3 steps had a finite loss and gradient: nothing was trained")
+
+
+def test_nor_has_one_whose_gradients_all_overflow(checkpoints, short_rows, two_ranks, tmp_path):
+    """In fp16, where the scaler skips such steps and nobody counts them as bad. The loss and the evaluations are
+    finite, and the latter the best so far."""
+    model = shutil.copytree(checkpoints(), tmp_path / "model")
+    put_tensor(model, HEAD, stored(model, HEAD) * 1e4)
+    more = [*QUIET, *"--precision fp16_autocast --eval_share 0.2 --eval_every 1 --save_every 1".split()]
+    argv = [*args_for(model, short_rows, "lora", *more), "--output_dir", tmp_path / "run"]
+    errors = two_ranks(caught, run, list(map(str, argv)))
+    steps = lines(tmp_path / "run")
+    assert [set(step) >= {"eval_loss", "loss"} for step in steps] == [True] * 3
+    assert all(
+        math.isfinite(step["eval_loss"] + step["loss"]) and step["grad_norm"] is None for step in steps
+    )
+    assert "bad_steps" not in steps[-1] and "applied_steps" not in steps[-1]
+    assert errors[0] == errors[1]
+    assert re.match(
+        r"none of 3 steps had a finite loss and gradient; of the last one, \d+\.?\d* and (inf|nan):",
+        errors[0],
+    )
+    left = {path.name for path in (tmp_path / "run").iterdir()}
+    assert not left & {ADAPTER, BEST} and "checkpoints" in left
+    again = two_ranks(caught, run, [*map(str, argv), "--resume", "auto"])
+    assert again[0].startswith("none of 3 steps had a finite loss and gradient: nothing was trained")
 
 
 def evaluated_well(place, argv) -> list[str]:

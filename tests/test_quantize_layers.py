@@ -11,20 +11,8 @@ from safetensors.torch import load_file, save_file
 from files.model_folder import CheckpointFiles
 from quantization.hqq import HQQ
 from quantization.nf4 import NF4
-from tests.helpers.layers import close_together, quantized
+from tests.helpers.layers import quantized
 from tests.helpers.runs import dense_state, set_up, trained_tensors
-
-
-def test_a_weight_that_cannot_be_quantized_is_named(checkpoints, alpaca_file, one_rank, tmp_path):
-    model = shutil.copytree(checkpoints(), tmp_path / "model")
-    name = "model.layers.1.mlp.up_proj.weight"
-    path = next(p for p in model.glob("*.safetensors") if name in load_file(p))
-    stored = load_file(path)
-    stored[name].view(-1, 64)[2] = close_together(1)[0]
-    save_file(stored, path)
-    args = ["--model_name", model, "--dataset", alpaca_file, "--train_type", "hqq_lora", "--n_bits", "8"]
-    with pytest.raises(AssertionError, match=f"UserError: {path}: {name}: has a block whose weights"):
-        one_rank(set_up, args)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import json
 import math
 import warnings
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -26,10 +27,27 @@ from options.errors import UserError
 BAD_STEPS = "bad_steps.jsonl"
 
 
+class Resumed(NamedTuple):
+    """What a run had behind it when it was resumed: optimizer steps, how many of them were bad, and how many changed
+    the weights."""
+
+    steps: int = 0
+    bad: int = 0
+    applied: int = 0
+
+
+def resumed_from(step: int, state: dict) -> Resumed:
+    """step: of a checkpoint; state: of `BadSteps` in it."""
+    bad = state["count"]
+    return Resumed(step, bad, state.get("applied", step - bad))  # an older checkpoint has only the bad ones
+
+
 class BadSteps:
-    """Judges every step. count: of steps that were skipped; stop: there were more than `most`.
+    """Judges every step. count: of steps that were skipped as bad; applied: of steps that changed the weights, which
+    those that fp16's scaler skipped by itself did not; stop: there were more than `most` bad ones.
 
     Args:
+        done: steps that a resumed run has behind it.
         most: steps that may be skipped (--max_bad_steps); -1 = any number.
         rows: those of the run, for their numbers in --dataset.
         folder: the RUN.
@@ -41,6 +59,7 @@ class BadSteps:
     def __init__(
         self,
         *,
+        done: int,
         most: int,
         rows: TokenizedRows,
         folder: Path,
@@ -48,9 +67,9 @@ class BadSteps:
         rank: int,
         tracker: NoTracker,
     ):
-        self.most, self.rows, self.scaler, self.tracker = most, rows, scaler, tracker
+        self.done, self.most, self.rows, self.scaler, self.tracker = done, most, rows, scaler, tracker
         self.file = folder / BAD_STEPS if rank == 0 else None
-        self.count, self.stop = 0, False
+        self.count, self.applied, self.stop = 0, 0, False
         # The schedule counts a skipped step too, also the first, which fp16 often skips.
         warnings.filterwarnings("ignore", message=r"Detected call of `lr_scheduler.step\(\)` before")
 
@@ -72,18 +91,19 @@ class BadSteps:
         return self.scaler.is_enabled() or too_many(self.count + 1, self.most)
 
     def judge(self, metrics: Metrics, step: Step) -> Metrics:
-        """After the optimizer's step, before the scaler's update. Returns the metrics with the count."""
+        """After the optimizer's step, before the scaler's update. Returns the metrics with the counts."""
         if not self._usable(metrics.loss, metrics.grad_norm):
             self.count += 1
             self.stop = too_many(self.count, self.most)
             self._tell(metrics, step)
-        return dataclasses.replace(metrics, bad_steps=self.count) if self.count else metrics
+        self.applied += math.isfinite(metrics.loss) and math.isfinite(metrics.grad_norm)
+        return dataclasses.replace(metrics, bad_steps=self.count or None, applied_steps=self.applied)
 
     def state_dict(self) -> dict:
-        return {"count": self.count}
+        return {"count": self.count, "applied": self.applied}
 
     def load_state_dict(self, state: dict) -> None:
-        self.count = state["count"]
+        _, self.count, self.applied = resumed_from(self.done, state)
         self.stop = too_many(self.count, self.most)
 
     def _usable(self, loss: float, grad_norm: float) -> bool:
@@ -113,18 +133,18 @@ class BadSteps:
         )
 
 
-def no_good_step(history: list[Metrics], resumed: tuple[int, int], scaled: bool, folder: Path) -> str:
-    """What to tell of a run in which no step changed a weight; "" if one did. The same on all ranks.
+def no_good_step(history: list[Metrics], resumed: Resumed, scaled: bool, folder: Path) -> str:
+    """Return what to tell of a run in which no step changed a weight, else "". The same on all ranks.
 
     Args:
         history: the steps that were made.
-        resumed: the steps that a resumed run had before them, and how many of those were bad.
+        resumed: what a resumed run had before them.
         scaled: whether the loss is scaled, for fp16.
         folder: the RUN.
     """
-    steps, bad = resumed
-    if steps > bad or any(math.isfinite(m.loss) and math.isfinite(m.grad_norm) for m in history):
+    if history[-1].applied_steps if history else resumed.applied:
         return ""
+    steps = resumed.steps + len(history)
     last = f"; of the last one, {history[-1].loss:.6g} and {history[-1].grad_norm:.6g}" if history else ""
     fp16 = (
         "fp16 overflows in many models that were trained in bf16: try --precision fp32; where only the gradient is"
@@ -132,7 +152,7 @@ def no_good_step(history: list[Metrics], resumed: tuple[int, int], scaled: bool,
     )
     other = "look for a config.json that does not belong to the weights (a norm's eps, RoPE), or rows that break it"
     return (
-        f"none of {steps + len(history)} steps had a finite loss and gradient{last}: nothing was trained, and no result"
+        f"none of {steps} steps had a finite loss and gradient{last}: nothing was trained, and no result"
         f" is saved; {fp16 if scaled else other}. Rows of bad steps: {folder / BAD_STEPS}"
     )
 

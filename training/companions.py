@@ -60,6 +60,7 @@ def make_companions(
     scaler = job.precision.scaler("cpu" if config.use_cpu_offload else place.device.type)
     meter, untold = Meter(place.device, profiler.held), Later()
     guard = BadSteps(
+        done=job.saved.step if job.saved else 0,
         most=config.max_bad_steps,
         rows=job.rows,
         folder=folder,

@@ -112,7 +112,7 @@ class Evaluator:
         if evaluates:
             loss = self._loss()
             metrics = dataclasses.replace(metrics, eval_loss=loss, eval_perplexity=perplexity(loss))
-            self._judge(metrics.step, loss, trained=metrics.step > (metrics.bad_steps or 0))
+            self._judge(metrics.step, loss, trained=bool(metrics.applied_steps))
         samples = self._samples(metrics.step) or (bool(self.data.prompts) and self.stop)
         if samples:
             self._sample(metrics.step)
@@ -140,7 +140,7 @@ class Evaluator:
 
     def _judge(self, step: int, loss: float, trained: bool) -> None:
         """Every rank has the same loss, so all of them keep and stop together, and when they stop does not depend on
-        what could be kept. trained: whether any step so far was good; before, there is no result to keep."""
+        what could be kept. trained: whether any step so far changed the weights; before, there is no result to keep."""
         if loss < self.best_loss:  # never of a NaN
             self.best_step, self.best_loss, self.worse = step, loss, 0
         else:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 import torch
@@ -23,7 +22,7 @@ from monitoring.report import PAGE, write_report
 from monitoring.run_facts import FACTS
 from monitoring.tracking import NoTracker, make_tracker
 from options.errors import UserError
-from training.bad_steps import conclude, no_good_step
+from training.bad_steps import Resumed, conclude, no_good_step, resumed_from
 from training.job import Job
 
 
@@ -92,21 +91,20 @@ def close_run(
     if place.rank == 0:
         with despite_full_disk(folder / PAGE):
             write_report(folder)
-        sampled = bool(job.evaluation.prompts)
-        # What is there to be used next.
-        left = dataclasses.replace(config, save_model=config.save_model and not no_result)
-        print(describe_end(left, history, total, done, seconds, stages, stopped, sampled), flush=True)
-    conclude(history[done:], resumed_from(job)[1], config.max_bad_steps, folder, no_result)
+        saved, sampled = config.save_model and not no_result, bool(job.evaluation.prompts)
+        print(
+            describe_end(config, history, total, done, seconds, stages, stopped, saved, sampled), flush=True
+        )
+    conclude(history[done:], _resumed(job).bad, config.max_bad_steps, folder, no_result)
 
 
 def why_no_result(job: Job, model: nn.Module, history: list[Metrics]) -> str:
-    """What to tell of a run that is through and has trained nothing, or NaN; "" of others. history: the steps that were
-    made. Collective."""
+    """Return why a finished run has no result (no good step, or non-finite weights), else "". history: the steps that
+    were made. Collective."""
     scaled = job.precision.autocast == torch.float16
-    untrained = no_good_step(history, resumed_from(job), scaled, Path(job.output_dir))
+    untrained = no_good_step(history, _resumed(job), scaled, Path(job.output_dir))
     return untrained or describe_not_finite(model)
 
 
-def resumed_from(job: Job) -> tuple[int, int]:
-    """(steps that the run had made when it was resumed, how many of them were bad)."""
-    return (job.saved.step, job.saved.run["parts"]["guard"]["count"]) if job.saved else (0, 0)
+def _resumed(job: Job) -> Resumed:
+    return resumed_from(job.saved.step, job.saved.run["parts"]["guard"]) if job.saved else Resumed()

@@ -23,7 +23,7 @@ from parallel.optimizers import make_optimizer
 from tests.helpers.bad_rows import BAD_ROW
 from tests.helpers.resuming import lines, run
 from tests.helpers.runs import train_run
-from training.bad_steps import BAD_STEPS, BadSteps
+from training.bad_steps import BAD_STEPS, BadSteps, resumed_from
 from wrapping import make_mesh
 
 STEP = Step(0.1, [], 1, 1, torch.zeros(0))
@@ -91,7 +91,7 @@ def metrics(loss: float, norm: float) -> Metrics:
 def guard(most: int = 10, scale: float | None = None) -> BadSteps:
     scaler = torch.amp.GradScaler("cpu", init_scale=scale or 1.0, enabled=scale is not None)
     scaler.scale(torch.zeros(()))
-    return BadSteps(most=most, rows=None, folder=Path(), scaler=scaler, rank=1, tracker=NoTracker())
+    return BadSteps(done=0, most=most, rows=None, folder=Path(), scaler=scaler, rank=1, tracker=NoTracker())
 
 
 @pytest.mark.parametrize(
@@ -116,6 +116,20 @@ def test_what_is_a_bad_step(loss, norm, scale, good):
     judge = guard(scale=scale)
     judged = judge.judge(metrics(loss, norm), None)
     assert (judge.count, judged.bad_steps) == ((0, None) if good else (1, 1))
+    assert judged.applied_steps == judge.applied == int(math.isfinite(loss) and math.isfinite(norm))
+
+
+def test_its_counts_are_saved():
+    """An older checkpoint has no count of the steps that changed the weights: all but the bad ones are taken for such."""
+    judge = guard()
+    for loss in (1.0, math.nan, math.nan):
+        judge.judge(metrics(loss, 1.0), STEP)
+    state = json.loads(json.dumps(judge.state_dict()))
+    assert resumed_from(3, state) == (3, 2, 1)
+    assert [resumed_from(steps, {"count": 2}).applied for steps in (2, 5)] == [0, 3]
+    again = guard()
+    again.load_state_dict(state)
+    assert again.state_dict() == state
 
 
 @pytest.mark.parametrize("name", ["sgd", "fused_adamw"])
