@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
 import shlex
 import sys
@@ -39,7 +38,7 @@ from models.toy import toy_model
 from options.block_expansion import Options
 from options.config import TOY_MODEL
 from options.errors import DONE, UserError
-from options.limits import CONFIG_FILE, LAYERS, read_text
+from options.limits import CONFIG_FILE, LAYERS, read_json, read_text
 
 # Lists in a config.json that may happen to have as many entries as there are layers, and never one for each.
 OTHER_LISTS = ("architectures", "keys_to_ignore_at_inference", "mlp_only_layers")
@@ -81,10 +80,9 @@ def read_model(options: Options) -> tuple[PretrainedConfig, Family, CheckpointFi
     else:
         positions(options, config.num_hidden_layers)
     fetch_weights(recorded_name(name, folder), folder)
-    tied = config.tie_word_embeddings
-    files, _ = open_weights(folder, config, family)
+    files, _, untied = open_weights(folder, config, family)
     check_contents(copied(files))
-    if tied != config.tie_word_embeddings:
+    if untied:
         print(f"{folder}: {UNTIED}")
     return config, family, files
 
@@ -140,7 +138,7 @@ def expand(options: Options) -> str:
     """Writes the expanded model; returns what to tell of it."""
     config, family, files = read_model(options)
     source = sources(config.num_hidden_layers, positions(options, config.num_hidden_layers))
-    raw = json.loads((files.folder / "config.json").read_text(encoding="utf-8"))
+    raw = read_json(files.folder / CONFIG, CONFIG_FILE)
     new_config = expanded_config(raw, config, source)
     entries = expanded_tensors(files, family, source)
     _check_plan(new_config, entries, config, files, family)

@@ -23,7 +23,7 @@ PATTERNS = (SINGLE, "model-*-of-*.safetensors", "consolidated*.safetensors")
 
 def check_one_set(folder: Path, tensors: Mapping[str, StoredTensor]) -> None:
     """Raises UserError if the folder holds other weights under the names of `tensors`, those that are to be read.
-    Tensors of the same name are compared bit for bit, all their first elements before all of any. Raises OSError."""
+    Compares the first elements of every tensor, then every tensor in full, bit for bit. Raises OSError."""
     others = _other_files(folder, {stored.file for stored in tensors.values()})
     for whole in (False, True):
         for path, found in others.items():
@@ -31,7 +31,15 @@ def check_one_set(folder: Path, tensors: Mapping[str, StoredTensor]) -> None:
                 mine, theirs = (folder, tensors[name]), (folder, found[name])
                 if not same_bytes(mine, theirs, at_first=not whole):
                     raise _two_sets(folder, f"{name} is another in {tensors[name].file} than in {path.name}")
-    for name in sorted(others.get(folder / SINGLE, tensors).keys() ^ tensors.keys()):
+    if folder / SINGLE in others:
+        _check_names(folder, tensors, others[folder / SINGLE])
+
+
+def _check_names(
+    folder: Path, tensors: Mapping[str, StoredTensor], single: Mapping[str, StoredTensor]
+) -> None:
+    """Raises UserError unless the single file holds the same tensors as the shards of the index, which are read."""
+    for name in sorted(single.keys() ^ tensors.keys()):
         files = (tensors[name].file, SINGLE) if name in tensors else (SINGLE, f"the shards of {INDEX}")
         raise _two_sets(folder, f"{name} is in {files[0]}, and not in {files[1]}")
 

@@ -128,7 +128,7 @@ def _open_model(folder: Path, config: Config, name: str | None, given: str | Non
         check_stored_quantization(getattr(model_config, "quantization_config", None), base)
         if name is not None:
             fetch_weights(recorded_name(name, base), base)
-        files, _ = open_weights(base, model_config, family)
+        files, _, _ = open_weights(base, model_config, family)
     return Run(folder, config, base, model_config, family, files, None)
 
 

@@ -21,6 +21,7 @@ from files.tensors import read_tensor
 from models.family import ROTARY_TABLE, Family
 from models.longrope import ByRow, make_rotary
 from options.errors import UserError
+from options.limits import CONFIG_FILE, read_json
 
 UNTIED = (
     "config.json ties the head to the embedding, but the files hold a head that differs from it: it is used as it"
@@ -29,32 +30,29 @@ UNTIED = (
 PRECISION = 1e-6  # relative, of frequencies that another library or device computed in fp32
 
 
-def untie(config: PretrainedConfig, family: Family, files: CheckpointFiles) -> bool:
-    """Sets tie_word_embeddings to False, and returns True, where the files hold a head that differs from the
-    embedding that `config` ties it to. Reads both. Raises OSError."""
+def has_own_head(config: PretrainedConfig, family: Family, files: CheckpointFiles) -> bool:
+    """Whether the files hold a head that differs from the embedding that `config` ties it to. Reads both. Raises
+    OSError."""
     head, embedding = f"{family.head}.weight", f"{family.embedding}.weight"
     if not config.tie_word_embeddings or not {head, embedding} <= files.tensors.keys():
         return False
-    # One that is packed has been rounded: it repeats nothing.
-    alike = not {head, embedding} & files.packed.keys() and same_values(
-        (files.folder, files.tensors[head]), (files.folder, files.tensors[embedding])
-    )
-    if not alike:
-        config.tie_word_embeddings = False
-    return not alike
+    if {head, embedding} & files.packed.keys():  # one that is packed has been rounded: it repeats nothing
+        return True
+    return not same_values((files.folder, files.tensors[head]), (files.folder, files.tensors[embedding]))
 
 
 def as_loaded(raw: dict, config: PretrainedConfig) -> dict:
-    """What a config.json is to say of a model that was loaded with `config` from a folder whose config.json says
-    `raw`: the same, but for a head that `untie` has untied."""
+    """Return `raw`, with tie_word_embeddings as loaded. raw: of a folder's config.json; config: what was loaded from
+    there, which may have been untied."""
     if type(config).from_dict(copy.deepcopy(raw)).tie_word_embeddings == config.tie_word_embeddings:
         return raw
     return raw | {"tie_word_embeddings": config.tie_word_embeddings}
 
 
 def corrected_config(folder: Path, config: PretrainedConfig) -> dict[str, str]:
-    """{config.json: its text} with what `as_loaded` makes of the one in `folder`; {} if that may be copied as it is."""
-    raw = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    """{config.json: its text} with what `as_loaded` makes of the one in `folder`; {} if that may be copied as it is.
+    Raises UserError."""
+    raw = read_json(folder / CONFIG, CONFIG_FILE)
     wanted = as_loaded(raw, config)
     return {} if wanted == raw else {CONFIG: json.dumps(wanted, indent=2) + "\n"}
 

@@ -17,7 +17,7 @@ from files.model_folder import CheckpointFiles
 from models import gemma2, gemma3, llama, mistral, phi3, qwen2, qwen3, qwen3_moe
 from models.causal_lm import put_head, with_summed_loss
 from models.family import Family
-from models.redundant import check_frequencies, untie
+from models.redundant import check_frequencies, has_own_head
 from options.errors import UserError
 from options.limits import CONFIG_FILE, LAYERS, read_json
 
@@ -109,15 +109,18 @@ def _reason(e: Exception) -> str:
 
 def open_weights(
     folder: Path, config: PretrainedConfig, family: Family
-) -> tuple[CheckpointFiles, PreTrainedModel]:
-    """(the tensors of a model folder, the model on meta that they fill). config: what `read_config` gave, which is
-    untied where the files hold a head of their own (models/redundant.py). Raises UserError unless the files hold
-    what the model needs, and nothing else that differs from what it computes with."""
+) -> tuple[CheckpointFiles, PreTrainedModel, bool]:
+    """(the tensors of a model folder, the model on meta that they fill, whether its head was untied). Where the files
+    hold a head that differs from the embedding, `config`, which `read_config` gave, is set to have no tied one
+    (models/redundant.py). Raises UserError unless the files hold what the model needs, and nothing else that differs
+    from what it computes with."""
     files = CheckpointFiles(folder)
-    untie(config, family, files)
+    untied = has_own_head(config, family, files)
+    if untied:
+        config.tie_word_embeddings = False
     model = build_on_meta(config, family)
     check_weights(model, files, family)
-    return files, model
+    return files, model, untied
 
 
 def check_weights(model: PreTrainedModel, files: CheckpointFiles, family: Family) -> None:

@@ -75,7 +75,7 @@ def _check(config: Config) -> Job:
         saved,
         started,
         use.files | corrected_config(model.folder, model.config) | learned,
-        (*use.remarks, *evaluation.remarks, *remarks_on_model(model.config, model.folder, model.tied)),
+        (*use.remarks, *evaluation.remarks, *remarks_on_model(model.config, model.folder, model.untied)),
     )
     if config.method.expansion:
         assert config.lr is not None
@@ -116,8 +116,8 @@ def _check_options(config: Config) -> tuple[Config, Saved | None]:
 
 @dataclass(frozen=True)
 class _Model:
-    """The model to train, checked. name: `recorded_name` of --model_name; tied: whether its config.json ties the head;
-    cache: if --quantized_cache is still to be written."""
+    """The model to train, checked. name: `recorded_name` of --model_name; untied: as
+    `open_weights` says; cache: if --quantized_cache is still to be written."""
 
     name: str
     folder: Path
@@ -125,7 +125,7 @@ class _Model:
     family: Family
     files: CheckpointFiles
     base: BaseModel
-    tied: bool
+    untied: bool
     cache: NewCache | None
 
 
@@ -142,14 +142,13 @@ def _check_model(config: Config) -> _Model:
         new_layers(model_config)
     name = recorded_name(config.model_name, folder)
     fetch_weights(name, folder)
-    tied = model_config.tie_word_embeddings
-    files, model = open_weights(folder, model_config, family)
+    files, model, untied = open_weights(folder, model_config, family)
     base = record_base(name, model_config, files)
     check_packing(model, family, config, files)
     cache = find_cache(model, family, config, files) if config.quantized_cache else None
     if config.method.adapter:
         check_rank(model, target_linears(model, family, config.lora_target_modules), config.lora_rank)
-    return _Model(name, folder, model_config, family, files, base, tied, cache)
+    return _Model(name, folder, model_config, family, files, base, untied, cache)
 
 
 def _check_data(config: Config, model: _Model) -> tuple[Config, TokenizedRows, EvaluationData, Any]:
@@ -167,10 +166,10 @@ def _check_data(config: Config, model: _Model) -> tuple[Config, TokenizedRows, E
     return config, rows, dataclasses.replace(evaluation, stops=tuple(stops)), tokenizer
 
 
-def remarks_on_model(model_config: PretrainedConfig, folder: Path, tied: bool) -> list[str]:
-    """What a user should know of how the model in `folder` is trained. tied: whether its config.json ties the head."""
+def remarks_on_model(model_config: PretrainedConfig, folder: Path, untied: bool) -> list[str]:
+    """What a user should know of how the model in `folder` is trained. untied: as `open_weights` returns it."""
     told = []
-    if tied and not model_config.tie_word_embeddings:
+    if untied:
         told.append(f"{folder}: {UNTIED}")
     if getattr(model_config, "output_router_logits", False):
         told.append(
