@@ -151,9 +151,9 @@ def _read(name: str, module: nn.Module, finite: FiniteCheck, device: torch.devic
 
 
 class FiniteCheck:
-    """Finds NaN and infinity in what this rank reads, by the sum of each tensor. The sums are read once, at the end:
-    a GPU would have to be waited for at each tensor. failed: {tensor: message} of those that could not be read or
-    packed."""
+    """Finds NaN and infinity in what this rank reads, by the sum of each tensor. The sums are read once, at
+    the end: a GPU would have to be waited for at each tensor. failed: {tensor: message} of those that could
+    not be read or packed."""
 
     def __init__(self, files: CheckpointFiles):
         self.files = files
@@ -166,8 +166,8 @@ class FiniteCheck:
             self.sums[name] = fp32_sum(tensor)
 
     def check(self, world: int) -> None:
-        """Raises UserError, the same on all ranks, if any rank has failed, or has read NaN or infinity. Collective.
-        world: number of ranks."""
+        """Raises UserError, the same on all ranks, if any rank has failed, or has read NaN or infinity.
+        Collective. world: number of ranks."""
         found = dict(self.failed)
         for name in suspects(self.sums):
             # The sum may have overflowed.

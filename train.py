@@ -215,16 +215,17 @@ def run_profiled(place: Place, job: Job, profiler: Profiler, lock: Alone) -> Non
 
 
 def save_best(job: Job, model: PreTrainedModel, folder: Path) -> None:
-    """Writes what was trained into best/. Raises UserError, on all ranks and before anything is written, if it holds NaN
-    or infinity. Collective."""
+    """Writes what was trained into best/. Raises UserError, on all ranks and before anything is written, if
+    it holds NaN or infinity. Collective."""
     if flaw := describe_not_finite(model):
         raise UserError(flaw)
     save(job, model, folder, best=True)
 
 
 def save(job: Job, model: PreTrainedModel, folder: Path, best: bool = False) -> None:
-    """Writes what was trained, which the caller has found to be finite. best: with its options, and of an expanded model
-    the new blocks alone, as the rest is gigabytes that do not change from step to step. Collective."""
+    """Writes what was trained, which the caller has found to be finite. best: with its options, and of an
+    expanded model the new blocks alone, as the rest is gigabytes that do not change from step to step.
+    Collective."""
     config, files, family, base = job.config, job.files, job.family, job.base
     saved = "blocks" if best and config.method.expansion else config.llama_pro_save
     if saved == "blocks":

@@ -239,8 +239,8 @@ class Checkpoints:
         return True
 
     def _all_finite(self, copies: Tensors) -> bool:
-        """Whether the trained weights are finite on all ranks. Otherwise the checkpoint is useless, and would take the
-        place of one that is not. In the thread. Collective."""
+        """Whether the trained weights are finite on all ranks. Otherwise the checkpoint is useless, and would
+        take the place of one that is not. In the thread. Collective."""
         weights = {name: copy for name, copy in copies.items() if name.startswith("model.")}
         # In one call, which lets the thread that trains run. It is infinite as well where the sum overflows.
         likely = nn.utils.get_total_norm(list(weights.values()), 1.0).isfinite()

@@ -48,7 +48,7 @@ Shards = dict[str, dict[str, Entry]]  # file name -> tensor name -> what to writ
 
 
 def copied(files: CheckpointFiles) -> dict[str, Entry]:
-    """Every tensor of a checkpoint, as it is in its file. Their pieces raise UserError for NaN and infinity."""
+    """Every tensor of a checkpoint, as it is in its file. Pieces raise UserError for NaN and infinity."""
     return {
         name: Entry(t.torch_dtype, t.shape, partial(_file_pieces, files.folder, t, files.where(name)))
         for name, t in files.tensors.items()

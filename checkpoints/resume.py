@@ -264,8 +264,8 @@ def remarks(saved: Saved, config: Config, base: str) -> list[str]:
     told = []
     if saved.run["base"] != base:
         told.append(
-            f"--resume: an earlier version of this program made {saved.folder}, without a digest of 4-bit weights; the"
-            " model is recognised by its other weights"
+            f"--resume: an earlier version of this program made {saved.folder}, without a digest of 4-bit"
+            " weights; the model is recognised by its other weights"
         )
     if saved.run["world"] != config.world_size and config.lora_dropout:
         told.append(

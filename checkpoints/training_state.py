@@ -34,16 +34,16 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def describe_not_finite(model: nn.Module) -> str:
-    """Return what to tell of a model whose trained parameters hold NaN or infinity, else "". The same on all ranks.
-    Collective; waits for a GPU."""
+    """Return what to tell of a model whose trained parameters hold NaN or infinity, else "". The same on all
+    ranks. Collective; waits for a GPU."""
     shards = {name: local_part(param) for name, param in trained_parameters(model).items()}
     per_rank = over_all_ranks(not_finite(shards), dist.get_world_size())
     names = sorted({name for found in per_rank for name in found})
     if not names:
         return ""
     return (
-        f"{names[0]} holds NaN or infinity after training ({len(names)} such in all), so no result is saved: the run has"
-        " diverged; a lower --lr helps, and --save_every leaves checkpoints of before"
+        f"{names[0]} holds NaN or infinity after training ({len(names)} such in all), so no result is saved:"
+        " the run has diverged; a lower --lr helps, and --save_every leaves checkpoints of before"
     )
 
 

@@ -21,8 +21,8 @@ Found = TypeVar("Found")
 def fp32_sum(tensor: torch.Tensor) -> torch.Tensor:
     """The sum of all elements: an fp32 scalar on the tensor's device, computed without a device sync.
 
-    It is NaN or infinite if an element is, and otherwise only where the sum overflows. Unlike isfinite it takes no
-    memory beside the tensor's, and a hundredth of the time of reading the tensor from a disk.
+    It is NaN or infinite if an element is, and otherwise only where the sum overflows. Unlike isfinite it
+    takes no memory beside the tensor's, and a hundredth of the time of reading the tensor from a disk.
     """
     # On a GPU half precision is summed in fp32 without a copy; on a CPU there would be one.
     wider = tensor.is_cuda and tensor.dtype.itemsize == 2
@@ -37,8 +37,8 @@ def is_finite(tensor: torch.Tensor) -> bool:
 
 
 def suspects(sums: Mapping[str, torch.Tensor]) -> list[str]:
-    """The names of the sums, `fp32_sum` of one tensor each, that are NaN or infinite: these tensors hold NaN or
-    infinity, or numbers whose sum overflows. Waits for a GPU once."""
+    """The names of the sums, `fp32_sum` of one tensor each, that are NaN or infinite: these tensors hold NaN
+    or infinity, or numbers whose sum overflows. Waits for a GPU once."""
     finite = torch.stack(list(sums.values())).isfinite().tolist() if sums else []
     return [name for name, each in zip(sums, finite, strict=True) if not each]
 

@@ -87,13 +87,11 @@ class CheckpointFiles:
 
     def with_those_of(self, other: CheckpointFiles) -> CheckpointFiles:
         """These tensors, but for those that `other` holds, which are read from its files."""
-        made, folder = (
-            copy.copy(self),
-            other.folder.absolute(),
-        )  # a path below self.folder if it were not absolute
+        folder = other.folder.absolute()  # a relative one would be below self.folder
         held = {
             name: replace(tensor, file=str(folder / tensor.file)) for name, tensor in other.tensors.items()
         }
+        made = copy.copy(self)
         made.tensors = self.tensors | held
         return made
 
@@ -138,8 +136,8 @@ def _files(folder: Path) -> Mapping[str, set[str] | None]:
 
 
 def recorded_name(name: str, folder: Path) -> str:
-    """A model's name that means the same from any folder and at any time: `owner/name@commit`, or an absolute path.
-    folder: where `find_model` found it."""
+    """A model's name that means the same from any folder and at any time: `owner/name@commit`, or an absolute
+    path. folder: where `find_model` found it."""
     if name == TOY_MODEL:
         return name
     if os.path.isdir(os.path.expanduser(name)):
@@ -149,8 +147,8 @@ def recorded_name(name: str, folder: Path) -> str:
 
 def find_model(name: str) -> Path:
     """The local folder of a model: `name` itself, or the hub's snapshot of that id, still without weights,
-    so that an unknown architecture costs no download of gigabytes. name: a folder, or a hub id, with or without
-    `@revision`: a branch, a tag or a commit.
+    so that an unknown architecture costs no download of gigabytes. name: a folder, or a hub id, with or
+    without `@revision`: a branch, a tag or a commit.
 
     Raises UserError if it is neither, is not accessible, or holds no config.json.
     """
@@ -162,8 +160,8 @@ def find_model(name: str) -> Path:
 
 
 def fetch_weights(name: str, folder: Path) -> None:
-    """Completes what `find_model` found with its safetensors files. Nothing to do for a local folder. name: as
-    `recorded_name` gives it, since a branch may have moved on meanwhile."""
+    """Completes what `find_model` found with its safetensors files. Nothing to do for a local folder. name:
+    as `recorded_name` gives it, since a branch may have moved on meanwhile."""
     if not os.path.isdir(os.path.expanduser(name)) and name != TOY_MODEL:
         assert _download(name, "*.safetensors") == folder
 

@@ -1,9 +1,10 @@
 """Several sets of weights in one folder: read if they are the same, refused if they differ.
 
-transformers reads model.safetensors, and an index only where there is none; this program takes the index first. Shards
-that the index does not name come from another save, before the index or after it. consolidated*.safetensors is the
-layout of Mistral's own releases, which other programs prefer; it names its tensors otherwise, and then is no second
-set. Files of a variant (model.fp16.safetensors) are not looked at: all programs need to be asked for one by name.
+transformers reads model.safetensors, and an index only where there is none; this program takes the index
+first. Shards that the index does not name come from another save, before the index or after it.
+consolidated*.safetensors is the layout of Mistral's own releases, which other programs prefer; it names its
+tensors otherwise, and then is no second set. Files of a variant (model.fp16.safetensors) are not looked at:
+all programs need to be asked for one by name.
 """
 
 from __future__ import annotations
@@ -22,8 +23,10 @@ PATTERNS = (SINGLE, "model-*-of-*.safetensors", "consolidated*.safetensors")
 
 
 def check_one_set(folder: Path, tensors: Mapping[str, StoredTensor]) -> None:
-    """Raises UserError if the folder holds other weights under the names of `tensors`, those that are to be read.
-    Compares the first elements of every tensor, then every tensor in full, bit for bit. Raises OSError."""
+    """Raises UserError if the folder holds other weights under the names of `tensors`, which are to be read.
+
+    Compares the first elements of every tensor, then every tensor in full, bit for bit. Raises OSError.
+    """
     others = _other_files(folder, {stored.file for stored in tensors.values()})
     for whole in (False, True):
         for path, found in others.items():
@@ -38,15 +41,15 @@ def check_one_set(folder: Path, tensors: Mapping[str, StoredTensor]) -> None:
 def _check_names(
     folder: Path, tensors: Mapping[str, StoredTensor], single: Mapping[str, StoredTensor]
 ) -> None:
-    """Raises UserError unless the single file holds the same tensors as the shards of the index, which are read."""
+    """Raises UserError unless the single file holds the names of the index's shards, which are read."""
     for name in sorted(single.keys() ^ tensors.keys()):
         files = (tensors[name].file, SINGLE) if name in tensors else (SINGLE, f"the shards of {INDEX}")
         raise _two_sets(folder, f"{name} is in {files[0]}, and not in {files[1]}")
 
 
 def _other_files(folder: Path, read: set[str]) -> dict[Path, dict[str, StoredTensor]]:
-    """The tensors of each file that holds weights and is none of `read`, nor a link to one. A file that cannot be
-    read, as git leaves a text in the place of what it did not fetch, holds none."""
+    """The tensors of each file that holds weights and is none of `read`, nor a link to one. A file that
+    cannot be read, as git leaves a text in the place of what it did not fetch, holds none."""
     others = {}
     for path in sorted({path for pattern in PATTERNS for path in folder.glob(pattern)}):
         if path.name in read or not path.is_file() or any(path.samefile(folder / file) for file in read):
@@ -61,5 +64,6 @@ def _other_files(folder: Path, read: set[str]) -> dict[Path, dict[str, StoredTen
 
 def _two_sets(folder: Path, difference: str) -> UserError:
     return UserError(
-        f"{folder}: holds two sets of weights: {difference}; programs differ in which they read, so move one away"
+        f"{folder}: holds two sets of weights: {difference}; programs differ in which they read, so move one"
+        " away"
     )

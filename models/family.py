@@ -88,8 +88,8 @@ class Family:
         return None
 
     def ignores(self, tensor: str, tied: bool) -> bool:
-        """Whether no parameter needs a tensor, which repeats something else (models/redundant.py compares it):
-        a rotary table, a tied head."""
+        """Whether no parameter needs a tensor, which repeats something else (models/redundant.py compares
+        it): a rotary table, a tied head."""
         return tensor.endswith(ROTARY_TABLE) or (tied and tensor == f"{self.head}.weight")
 
 

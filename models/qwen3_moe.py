@@ -1,10 +1,10 @@
 """Qwen3-MoE: Qwen3 with routed experts, in all layers or in those that the config chooses.
 
-All linears of all experts are quantized (transformers' own 4-bit models leave experts as they are, so they are not the
-base that was trained on). Adapters go on attention only (`all`): PEFT has no module for one expert
-under transformers 5, so it could not load an adapter there. The router stays dense, and frozen under adapters;
-`full` trains everything, with the loss of the tokens alone, as transformers does unless output_router_logits is
-set. PEFT has no default for this family; ours is that of Qwen3.
+All linears of all experts are quantized (transformers' own 4-bit models leave experts as they are, so they
+are not the base that was trained on). Adapters go on attention only (`all`): PEFT has no module for one
+expert under transformers 5, so it could not load an adapter there. The router stays dense, and frozen under
+adapters; `full` trains everything, with the loss of the tokens alone, as transformers does unless
+output_router_logits is set. PEFT has no default for this family; ours is that of Qwen3.
 """
 
 from torch import nn

@@ -1,8 +1,8 @@
 """Tensors that config.json calls redundant, compared with what they repeat before they are left out.
 
-There are two kinds: a head that is tied to the embedding, and the rotary frequencies that old Llama files carry.
-A head that differs from the embedding is no copy (merges after added tokens leave such files): the model is then
-untied, as transformers 5 does, and each config.json that is written says so.
+There are two kinds: a head that is tied to the embedding, and the rotary frequencies that old Llama files
+carry. A head that differs from the embedding is no copy (merges after added tokens leave such files): the
+model is then untied, as transformers 5 does, and each config.json that is written says so.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from options.errors import UserError
 from options.limits import CONFIG_FILE, read_json
 
 UNTIED = (
-    "config.json ties the head to the embedding, but the files hold a head that differs from it: it is used as it"
-    " is, untied"
+    "config.json ties the head to the embedding, but the files hold a head that differs from it: it is used"
+    " as it is, untied"
 )
 PRECISION = 1e-6  # relative, of frequencies that another library or device computed in fp32
 
 
 def has_own_head(config: PretrainedConfig, family: Family, files: CheckpointFiles) -> bool:
-    """Whether the files hold a head that differs from the embedding that `config` ties it to. Reads both. Raises
-    OSError."""
+    """Whether the files hold a head that differs from the embedding that `config` ties it to. Reads both.
+    Raises OSError."""
     head, embedding = f"{family.head}.weight", f"{family.embedding}.weight"
     if not config.tie_word_embeddings or not {head, embedding} <= files.tensors.keys():
         return False
@@ -42,24 +42,24 @@ def has_own_head(config: PretrainedConfig, family: Family, files: CheckpointFile
 
 
 def as_loaded(raw: dict, config: PretrainedConfig) -> dict:
-    """Return `raw`, with tie_word_embeddings as loaded. raw: of a folder's config.json; config: what was loaded from
-    there, which may have been untied."""
+    """Return `raw`, with tie_word_embeddings as loaded. raw: of a folder's config.json; config: what was
+    loaded from there, which may have been untied."""
     if type(config).from_dict(copy.deepcopy(raw)).tie_word_embeddings == config.tie_word_embeddings:
         return raw
     return raw | {"tie_word_embeddings": config.tie_word_embeddings}
 
 
 def corrected_config(folder: Path, config: PretrainedConfig) -> dict[str, str]:
-    """{config.json: its text} with what `as_loaded` makes of the one in `folder`; {} if that may be copied as it is.
-    Raises UserError."""
+    """{config.json: its text} with what `as_loaded` makes of the one in `folder`; {} if that may be copied as
+    it is. Raises UserError."""
     raw = read_json(folder / CONFIG, CONFIG_FILE)
     wanted = as_loaded(raw, config)
     return {} if wanted == raw else {CONFIG: json.dumps(wanted, indent=2) + "\n"}
 
 
 def check_frequencies(config: PretrainedConfig, family: Family, files: CheckpointFiles) -> None:
-    """Raises UserError if the files hold rotary frequencies other than those that `config` gives: the model is
-    computed with the latter, by this program as by transformers."""
+    """Raises UserError if the files hold rotary frequencies other than those that `config` gives: the model
+    is computed with the latter, by this program as by transformers."""
     stored = [name for name in files.tensors if name.endswith(ROTARY_TABLE)]
     tables = _tables(config, family) if stored else []
     for name in stored:

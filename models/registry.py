@@ -110,10 +110,10 @@ def _reason(e: Exception) -> str:
 def open_weights(
     folder: Path, config: PretrainedConfig, family: Family
 ) -> tuple[CheckpointFiles, PreTrainedModel, bool]:
-    """(the tensors of a model folder, the model on meta that they fill, whether its head was untied). Where the files
-    hold a head that differs from the embedding, `config`, which `read_config` gave, is set to have no tied one
-    (models/redundant.py). Raises UserError unless the files hold what the model needs, and nothing else that differs
-    from what it computes with."""
+    """(the tensors of a model folder, the model on meta that they fill, whether its head was untied). Where
+    the files hold a head that differs from the embedding, `config`, which `read_config` gave, is set to have
+    no tied one (models/redundant.py). Raises UserError unless the files hold what the model needs, and
+    nothing else that differs from what it computes with."""
     files = CheckpointFiles(folder)
     untied = has_own_head(config, family, files)
     if untied:

@@ -28,8 +28,8 @@ BAD_STEPS = "bad_steps.jsonl"
 
 
 class Resumed(NamedTuple):
-    """What a run had behind it when it was resumed: optimizer steps, how many of them were bad, and how many changed
-    the weights."""
+    """What a run had behind it when it was resumed: optimizer steps, how many of them were bad, and how many
+    changed the weights."""
 
     steps: int = 0
     bad: int = 0
@@ -43,8 +43,8 @@ def resumed_from(step: int, state: dict) -> Resumed:
 
 
 class BadSteps:
-    """Judges every step. count: of steps that were skipped as bad; applied: of steps that changed the weights, which
-    those that fp16's scaler skipped by itself did not; stop: there were more than `most` bad ones.
+    """Judges every step. count: of those that were skipped as bad; applied: of those that changed the
+    weights, as steps that fp16's scaler skips by itself do not; stop: more than `most` were bad.
 
     Args:
         done: steps that a resumed run has behind it.
@@ -147,10 +147,13 @@ def no_good_step(history: list[Metrics], resumed: Resumed, scaled: bool, folder:
     steps = resumed.steps + len(history)
     last = f"; of the last one, {history[-1].loss:.6g} and {history[-1].grad_norm:.6g}" if history else ""
     fp16 = (
-        "fp16 overflows in many models that were trained in bf16: try --precision fp32; where only the gradient is"
-        " infinite, its scale is halved at each step, and more steps may do"
+        "fp16 overflows in many models that were trained in bf16: try --precision fp32; where only the"
+        " gradient is infinite, its scale is halved at each step, and more steps may do"
     )
-    other = "look for a config.json that does not belong to the weights (a norm's eps, RoPE), or rows that break it"
+    other = (
+        "look for a config.json that does not belong to the weights (a norm's eps, RoPE), or rows that break"
+        " it"
+    )
     return (
         f"none of {steps} steps had a finite loss and gradient{last}: nothing was trained, and no result"
         f" is saved; {fp16 if scaled else other}. Rows of bad steps: {folder / BAD_STEPS}"
@@ -158,8 +161,8 @@ def no_good_step(history: list[Metrics], resumed: Resumed, scaled: bool, folder:
 
 
 def conclude(history: list[Metrics], before: int, most: int, folder: Path, no_result: str) -> None:
-    """The last thing of a run. Raises UserError, on all ranks, if there is nothing to save of it, or if bad steps ended
-    it and what was trained until then is saved. Collective.
+    """The last thing of a run. Raises UserError, on all ranks, if there is nothing to save of it, or if bad
+    steps ended it and what was trained until then is saved. Collective.
 
     Args:
         history: the steps that were made.

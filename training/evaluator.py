@@ -95,10 +95,8 @@ class Evaluator:
         self.best_step, self.best_loss = state["best_step"], state["best_loss"]
         self.worse, self.stop = state["worse"], state["stop"]
         # A checkpoint that is older than these two is of a run that had kept its best.
-        self.kept_step, self.kept_loss = (
-            state.get("kept_step", self.best_step),
-            state.get("kept_loss", self.best_loss),
-        )
+        self.kept_step = state.get("kept_step", self.best_step)
+        self.kept_loss = state.get("kept_loss", self.best_loss)
 
     def begin(self, done: int) -> None:
         """Before the first step: samples of the base model, if no steps are done."""
@@ -139,8 +137,9 @@ class Evaluator:
         return mean_loss(self.model, self.data.rows, *options)
 
     def _judge(self, step: int, loss: float, trained: bool) -> None:
-        """Every rank has the same loss, so all of them keep and stop together, and when they stop does not depend on
-        what could be kept. trained: whether any step so far changed the weights; before, there is no result to keep."""
+        """Keeps and counts. Every rank has the same loss, so all of them keep and stop together, and when
+        they stop does not depend on what could be kept. trained: whether any step so far changed the weights;
+        before, there is no result to keep."""
         if loss < self.best_loss:  # never of a NaN
             self.best_step, self.best_loss, self.worse = step, loss, 0
         else:

@@ -1,4 +1,4 @@
-"""A run's options as they are kept: what they name on a disk or on the hub is the same from any folder, at any time."""
+"""A run's options as they are kept: what they name is the same from any folder, at any time."""
 
 from __future__ import annotations
 

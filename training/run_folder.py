@@ -99,8 +99,8 @@ def close_run(
 
 
 def why_no_result(job: Job, model: nn.Module, history: list[Metrics]) -> str:
-    """Return why a finished run has no result (no good step, or non-finite weights), else "". history: the steps that
-    were made. Collective."""
+    """Return why a finished run has no result (no good step, or non-finite weights), else "". history: the
+    steps that were made. Collective."""
     scaled = job.precision.autocast == torch.float16
     untrained = no_good_step(history, _resumed(job), scaled, Path(job.output_dir))
     return untrained or describe_not_finite(model)

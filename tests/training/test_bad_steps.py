@@ -102,12 +102,7 @@ def guard(most: int = 10, scale: float | None = None) -> BadSteps:
         (math.inf, 2.0, None, False),
         (1.0, math.nan, None, False),
         (1.0, math.inf, None, False),
-        (
-            1.0,
-            math.inf,
-            2.0**16,
-            True,
-        ),  # fp16's own business: the scaler skips the step, and halves the scale
+        (1.0, math.inf, 2.0**16, True),  # fp16's scaler skips the step itself, and halves the scale
         (1.0, math.inf, 1.0, False),  # nothing was scaled: the gradient is infinite itself
         (math.nan, math.nan, 2.0**16, False),  # the loss is not scaled when it is measured
     ],
