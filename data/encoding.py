@@ -24,7 +24,7 @@ def encode(tokenizer, texts: list[str], special: bool) -> list[tuple[list[int], 
 
     Raises UserError if the tokenizer fails.
     """
-    with tokenizer_errors():
+    with tokenizer_errors(tokenizer):
         encoded = tokenizer(
             texts,
             add_special_tokens=special,

@@ -78,15 +78,15 @@ def _missing(folder: Path) -> str:
 
 
 @contextlib.contextmanager
-def tokenizer_errors(named: str = "--model_name") -> Iterator[None]:
-    """Raises UserError for what a tokenizer raises within."""
+def tokenizer_errors(tokenizer) -> Iterator[None]:
+    """Raises UserError, which names the tokenizer's folder, for what the tokenizer raises within."""
     try:
         yield
     except BaseException as e:
-        # Of a tokenizer that contradicts itself the tokenizers library raises Exception, or panics, which is none.
+        # The tokenizers library raises Exception for a tokenizer that contradicts itself, or panics (no Exception).
         if not isinstance(e, Exception) and type(e).__name__ != "PanicException":
             raise
-        raise UserError(f"{named}: its tokenizer fails ({describe(e)})") from None
+        raise UserError(f"{tokenizer.name_or_path}: its tokenizer fails ({describe(e)})") from None
 
 
 @dataclass
@@ -132,7 +132,7 @@ def compare_with_files(folder: Path, tokenizer) -> TokenizerUse:
 
 def _difference(path: Path, tokenizer) -> str:
     """ "" if both make the same tokens, else in what they differ, with an example."""
-    with tokenizer_errors():
+    with tokenizer_errors(tokenizer):
         file = Tokenizer.from_file(str(path))
         file.no_padding()
         file.no_truncation()
@@ -170,7 +170,7 @@ def _compare_flags(path: Path, tokenizer, use: TokenizerUse) -> None:
     """add_bos_token and add_eos_token of tokenizer_config.json: transformers takes them from tokenizer.json, llama.cpp's
     converter believes them."""
     raw = read_json(path, TOKENIZER_FILE) if path.is_file() else {}
-    with tokenizer_errors():
+    with tokenizer_errors(tokenizer):
         ids = tokenizer("a", verbose=False)["input_ids"]
     added = {
         "add_bos_token": ids[:1] == [tokenizer.bos_token_id],

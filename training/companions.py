@@ -53,7 +53,7 @@ def make_companions(
 ) -> Companions:
     """The companions of one rank, whose model is set up. total: optimizer steps of the run; save_best: writes
     what is trained into a folder, collectively. Collective."""
-    config, folder = job.config, Path(job.output_dir)
+    config, folder, base = job.config, Path(job.output_dir), job.files.folder
     trained = [p for p in model.parameters() if p.requires_grad]
     assert config.lr is not None
     optimizer = make_optimizer(trained, config.optimizer, config.lr, config.wd)
@@ -86,7 +86,7 @@ def make_companions(
         save=save_best,
         meter=meter,
         tracker=tracker,
-        tokenizer=read_tokenizer(job.files.folder, "--model_name") if needs_tokenizer else None,
+        tokenizer=read_tokenizer(base, f"--model_name {base}") if needs_tokenizer else None,
     )
     budget = ActivationBudget(
         model,
