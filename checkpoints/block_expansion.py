@@ -23,8 +23,8 @@ from checkpoints.model_writer import (
 )
 from checkpoints.trained_model import open_blocks
 from data.examples import toy_texts
-from files.base_model import CONTENTS, DESCRIBED, check_base
-from files.model_folder import CheckpointFiles, base_digest, fetch_weights, find_model, recorded_name
+from files.base_model import check_base
+from files.model_folder import CheckpointFiles, fetch_weights, find_model, recorded_name
 from files.names import CONFIG, GENERATION
 from files.output_folder import check_output, clear_output
 from files.tensors import StoredTensor
@@ -186,8 +186,7 @@ def put_back(options: Options) -> str:
     try:
         blocks, metadata = open_blocks(path, files, family, new_layers(config))
         check_contents(copied(blocks))
-        described = metadata.get(DESCRIBED) or base_digest(config, files)  # an older file has none
-        remark = check_base(described, metadata.get(CONTENTS), config, files, str(path), "--model_name")
+        remark = check_base(metadata, config, files, str(path), "--model_name")
     except UserError as e:
         raise UserError(f"--blocks {e}") from None
     if remark:

@@ -23,6 +23,7 @@ from checkpoints.storage import (
     remove_checkpoints,
     steps_in,
 )
+from files.base_model import is_same_base
 from files.names import BEST, BLOCKS
 from files.output_folder import check_output, holds_run, output_folder
 from monitoring.metrics import read_metrics
@@ -202,8 +203,7 @@ def check_same(saved: Saved, config: Config, now: dict) -> None:
             f" --batch_size {config.batch_size} x --gradient_accumulation_steps"
             f" {config.gradient_accumulation_steps} would make it {now['rows_per_step']}"
         )
-    # Of a packed model, earlier versions' checkpoints hold no digest of what is packed, which comes last.
-    if now["base"] != run["base"] and not now["base"].startswith(f"{run['base']}-"):
+    if not is_same_base(run["base"], now["base"]):
         raise UserError(f"{where}: --model_name {config.model_name} is not the model that the run began with")
     if run["data"] != now["data"]:
         raise UserError(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from transformers import PretrainedConfig
 
-from files.digests import digest_contents
+from files.digests import Contents, digest_contents
 from files.model_folder import CheckpointFiles, base_digest
 from files.names import split_revision
 from options.config import TOY_MODEL
@@ -22,26 +23,44 @@ class BaseModel:
     name: a hub id, or the absolute path of a folder.
     revision: the hub's commit; None for a folder.
     described: digest of config.json and of the weights' names and shapes.
-    contents: digest of rows of the weights, as `digest_contents` makes it.
+    contents: digests of rows of the weights.
     """
 
     name: str
     revision: str | None
     described: str
-    contents: str
+    contents: Contents
 
     def metadata(self) -> dict[str, str]:
         """The digests, for the header of a result's safetensors files."""
-        return {DESCRIBED: self.described, CONTENTS: self.contents}
+        return {DESCRIBED: self.described, CONTENTS: self.contents.text()}
 
     def digest(self) -> str:
-        """Both digests in one text, which checkpoints hold."""
-        return f"{self.described}-{self.contents}"
+        """All digests in one text, which checkpoints hold."""
+        return f"{self.described}-{self.contents.text()}"
+
+
+def is_same_base(recorded: str, digest: str) -> bool:
+    """Whether a checkpoint is of the model that a run has. recorded: in the checkpoint, digest: of the run, both as
+    `BaseModel.digest` makes them; a checkpoint of an earlier version has no digest of packed weights."""
+    before, described_before = _parse(recorded)
+    now, described = _parse(digest)
+    same_packed = before.packed is None or before.packed == now.packed
+    return described_before == described and before.plain == now.plain and same_packed
+
+
+def _parse(digest: str) -> tuple[Contents, str]:
+    described, _, contents = digest.partition("-")
+    return Contents.parse(contents), described
 
 
 def record_base(recorded_name: str, config: PretrainedConfig, files: CheckpointFiles) -> BaseModel:
-    """The record of a model whose weights were checked. recorded_name: as `recorded_name` gives it; config: of the
-    model as it is trained. Raises OSError."""
+    """The record of a model whose weights were checked. Raises OSError.
+
+    Args:
+        recorded_name: as `recorded_name` gives it.
+        config: of the model as it is trained.
+    """
     name, revision = split_revision(recorded_name)
     if name == TOY_MODEL:
         name = str(files.folder.resolve())
@@ -49,36 +68,32 @@ def record_base(recorded_name: str, config: PretrainedConfig, files: CheckpointF
 
 
 def check_base(
-    described: str | None,
-    contents: str | None,
-    config: PretrainedConfig,
-    files: CheckpointFiles,
-    what: str,
-    option: str,
+    metadata: Mapping[str, str], config: PretrainedConfig, files: CheckpointFiles, what: str, option: str
 ) -> str:
     """Compares what a result says of its base with the model in `files`.
 
     Args:
-        described, contents: the two digests of the result's `BaseModel`; None where it has none.
+        metadata: of the result's safetensors file. Earlier versions of this program wrote no digests of weights, and
+            some no digest of config and shapes: then it is for the caller to know that these fit.
         config: of the model in `files`.
         what: the result, for messages.
         option: names another base.
 
-    Returns a line for the user where contents cannot be compared, so that only config and shapes were; else "". Raises
-    UserError if it is another model, or the weights are others.
+    Returns a line for the user where contents cannot be compared; else "". Raises UserError if it is another model, or
+    the weights are others.
     """
-    if described != base_digest(config, files):
+    if metadata.get(DESCRIBED) not in (None, base_digest(config, files)):
         raise UserError(f"{what}: was trained on another model than {files.folder}")
-    by_shapes = f"{files.folder} is taken for its base model by config and shapes only"
-    if contents is None:
+    by_shapes = f"of {files.folder} only the config and tensor shapes could be checked"
+    if CONTENTS not in metadata:
         return f"{what}: an earlier version of this program made it, without a digest of weights; {by_shapes}"
-    found = digest_contents(files)
-    if ("-" in found) != ("-" in contents):
-        kinds = ("in 4 bits", "16 or 32") if "-" in contents else ("in 16 or 32 bits", "4")
+    recorded, found = Contents.parse(metadata[CONTENTS]), digest_contents(files)
+    if not recorded.comparable_with(found):
+        kinds = ("in 4 bits", "16 or 32") if recorded.packed else ("in 16 or 32 bits", "4")
         return f"{what}: was trained on weights stored {kinds[0]}, not {kinds[1]}; {by_shapes}"
-    if contents != found:
+    if recorded != found:
         raise UserError(
-            f"{what}: was trained on other weights than those in {files.folder}, which were changed since or are another"
-            f" model's; name the model as it was: {option}"
+            f"{what}: was trained on other weights than those in {files.folder}, which were changed since or are"
+            f" another model's; name the model as it was: {option}"
         )
     return ""

@@ -22,7 +22,7 @@ from checkpoints.trained_model import open_blocks
 from data.examples import toy_texts
 from data.formats import RenderContext
 from data.stops import stop_tokens
-from files.base_model import CONTENTS, DESCRIBED, check_base
+from files.base_model import DESCRIBED, check_base
 from files.bnb_weights import check_stored_quantization
 from files.model_folder import CheckpointFiles, base_digest, fetch_weights, find_model, recorded_name
 from files.names import ADAPTER, BLOCKS
@@ -89,12 +89,11 @@ def open_run(folder: str | Path, base: str | None = None) -> Run:
     if blocks:
         return _with_blocks(run)
     path = folder / ADAPTER
-    run = dataclasses.replace(run, adapter=path)
-    model = build_on_meta(run.model_config, run.family)
-    check_packing(model, run.family, config, run.files)
-    metadata = _check_adapter(run, model)
+    metadata, tensors = _read_adapter_header(path)
+    run = _recognised(dataclasses.replace(run, adapter=path), metadata, path)
+    _check_adapter(run, tensors)
     _check_description(saved, config)
-    return _recognised(run, metadata.get(DESCRIBED), metadata, path)
+    return run
 
 
 def open_base(run: Run, base: str | None = None) -> Run:
@@ -105,15 +104,15 @@ def open_base(run: Run, base: str | None = None) -> Run:
         return dataclasses.replace(opened, recognised=run.recognised)
     weights = run.files.folder / next(iter(run.files.tensors.values())).file
     metadata = read_header(weights)[0].get("__metadata__") or {}
-    described = metadata.get(DESCRIBED) or base_digest(run.model_config, run.files)
-    return _recognised(opened, described, metadata, run.folder)
+    # An older RUN does not say what its base's config and shapes were: they are its own.
+    own = {DESCRIBED: base_digest(run.model_config, run.files)}
+    return _recognised(opened, own | metadata, run.folder)
 
 
-def _recognised(run: Run, described: str | None, metadata: dict[str, str], result: Path) -> Run:
+def _recognised(run: Run, metadata: dict[str, str], result: Path) -> Run:
     """`run`, whose base is compared with what the header of its result says; tells what could not be compared.
-    described: the digest of config and shapes. Raises UserError for another base."""
-    contents = metadata.get(CONTENTS)
-    remark = check_base(described, contents, run.model_config, run.files, str(result), "--base_model")
+    Raises UserError for another base."""
+    remark = check_base(metadata, run.model_config, run.files, str(result), "--base_model")
     if remark:
         print(remark, file=sys.stderr, flush=True)
     return dataclasses.replace(run, recognised=not remark)
@@ -152,8 +151,7 @@ def _with_blocks(run: Run) -> Run:
     are this model's."""
     path = run.folder / BLOCKS
     blocks, metadata = open_blocks(path, run.files, run.family, new_layers(run.model_config))
-    described = metadata.get(DESCRIBED) or base_digest(run.model_config, run.files)  # an older file has none
-    run = _recognised(run, described, metadata, path)
+    run = _recognised(run, metadata, path)
     return dataclasses.replace(run, files=run.files.with_those_of(blocks))
 
 
@@ -191,24 +189,28 @@ def _check_description(path: Path, config: Config) -> None:
             raise UserError(f"{path}: {found}, but config.yaml makes it {value}: one of them is damaged")
 
 
-def _check_adapter(run: Run, model: PreTrainedModel) -> dict[str, str]:
-    """Returns the header's metadata. Raises UserError unless the adapter's file is whole, belongs to a base of these
-    shapes, and holds exactly the tensors, by name and shape, of numbers with a fraction, that the run's options make of
-    it. Reads headers only. model: the base on meta, which gets the adapters."""
-    path = run.adapter
-    assert path is not None
+def _read_adapter_header(path: Path) -> tuple[dict[str, str], dict[str, tuple[list[int], str]]]:
+    """(metadata, {tensor: (shape, safetensors' name of its dtype)}) of an adapter's file. Raises UserError unless the
+    file is whole and says which model it was trained on."""
     if not path.is_file():
         raise UserError(f"{path}: is missing: the run is half written")
     try:
         with safe_open(path, framework="pt") as f:
             metadata = f.metadata() or {}
             slices = {name: f.get_slice(name) for name in f.keys()}  # noqa: SIM118
-            found = {name: part.get_shape() for name, part in slices.items()}
-            dtypes = {name: part.get_dtype() for name, part in slices.items()}
+            tensors = {name: (part.get_shape(), part.get_dtype()) for name, part in slices.items()}
     except (SafetensorError, OSError) as e:
         raise UserError(f"{path}: truncated or not a safetensors file ({e})") from None
-    if metadata.get(DESCRIBED) != base_digest(run.model_config, run.files):
-        raise UserError(f"{path}: was trained on another model than {run.base}")
+    if DESCRIBED not in metadata:
+        raise UserError(f"{path}: does not say which model it was trained on, as adapters of train.py do")
+    return metadata, tensors
+
+
+def _check_adapter(run: Run, found: dict[str, tuple[list[int], str]]) -> None:
+    """Raises UserError unless the adapter holds exactly the tensors, by name and shape, of numbers with a fraction, that
+    the run's options make of its base. found: as `_read_adapter_header` gives it."""
+    path, model = run.adapter, build_on_meta(run.model_config, run.family)
+    check_packing(model, run.family, run.config, run.files)
     apply_method(model, run.family, run.config, Precision(torch.float32, torch.float32), run.files)
     wanted = {
         f"{PREFIX}{name}.{part}": list(tensor.shape)
@@ -221,15 +223,15 @@ def _check_adapter(run: Run, model: PreTrainedModel) -> dict[str, str]:
             raise UserError(f"{path}: {name} has no place in {run.base} with the options of config.yaml")
         if name not in found:
             raise UserError(f"{path}: {name} is missing")
-        if found[name] != wanted[name]:
+        shape, dtype = found[name]
+        if shape != wanted[name]:
             raise UserError(
-                f"{path}: {name} has shape {found[name]}, but {run.base} and config.yaml ask for {wanted[name]}"
+                f"{path}: {name} has shape {shape}, but {run.base} and config.yaml ask for {wanted[name]}"
             )
-        if dtypes[name] not in ADAPTER_DTYPES:  # whole numbers would be taken for weights
+        if dtype not in ADAPTER_DTYPES:  # whole numbers would be taken for weights
             raise UserError(
-                f"{path}: {name} is stored as {dtypes[name]}; expected one of {', '.join(ADAPTER_DTYPES)}"
+                f"{path}: {name} is stored as {dtype}; expected one of {', '.join(ADAPTER_DTYPES)}"
             )
-    return metadata
 
 
 def read_adapter(run: Run) -> dict[str, torch.Tensor]:

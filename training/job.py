@@ -106,7 +106,7 @@ class Job:
                 "the version of transformers": transformers.__version__,
                 "the precision of --precision": str(self.precision),
                 "what config.json and the weights' shapes say": self.base.described,
-                "the weights": self.base.contents,
+                "the weights": self.base.contents.text(),
                 "the rows of the data": " ".join(rows),
                 "the checkpoint to go on from": f"step {self.saved.step}" if self.saved else "none",
                 # One would read it, and the other wait for all to make it.

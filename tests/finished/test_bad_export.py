@@ -187,7 +187,7 @@ def test_values_that_a_dtype_cannot_hold(refused, run, checkpoints, tmp_path):
         kept = load_file(base / index[name])
         changed = kept | {name: kept[name] * 1e6}
         save_file(changed, base / index[name], metadata={"format": "pt"})
-        trained_on(run / ADAPTER, base_contents=digest_contents(CheckpointFiles(base)))
+        trained_on(run / ADAPTER, base_contents=digest_contents(CheckpointFiles(base)).text())
         refused(name, "float16 cannot hold", base_model=base, dtype="float16")
         save_file(kept, base / index[name], metadata={"format": "pt"})
 

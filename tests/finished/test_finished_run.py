@@ -13,7 +13,7 @@ from files.names import ADAPTER, BLOCKS
 from finished.finished_run import load_model, open_run, read_adapter
 from options.errors import UserError
 from tests.helpers.adapters import args_for
-from tests.helpers.finished_runs import saved_run, spoil_adapter
+from tests.helpers.finished_runs import saved_run, spoil_adapter, trained_on
 from tests.helpers.logits import IDS
 from tests.helpers.parity import biased
 
@@ -122,6 +122,13 @@ def test_an_adapter_that_does_not_fit(change, run):
         "surplus": "has no place in",
     }
     with pytest.raises(UserError, match=rf"layers\.\d\.mlp\.up_proj.* {words[change]}"):
+        open_run(run)
+
+
+def test_an_adapter_that_does_not_name_its_base(run):
+    """As other programs leave it; every version of train.py writes it."""
+    trained_on(run / ADAPTER, base_digest=None, base_contents=None)
+    with pytest.raises(UserError, match=rf"^{run / ADAPTER}: does not say which model it was trained on"):
         open_run(run)
 
 
