@@ -85,7 +85,7 @@ class CheckpointFiles:
             raise UserError(f"{path}: tensor {name} is missing; {INDEX} says it is in this file")
         self.tensors |= {name: found[name] for name in sorted(found)}
 
-    def with_those_of(self, other: CheckpointFiles) -> CheckpointFiles:
+    def overlaid_by(self, other: CheckpointFiles) -> CheckpointFiles:
         """These tensors, but for those that `other` holds, which are read from its files."""
         folder = other.folder.absolute()  # a relative one would be below self.folder
         held = {

@@ -116,7 +116,7 @@ def plan_dtypes(options: Options, run: Run) -> Callable[[torch.dtype], torch.dty
 
 def model_config(run: Run, entries: dict[str, Entry]) -> dict:
     """config.json of the merged model: the base's, but of weights that are not packed, in their dtype."""
-    raw = json.loads((run.base / "config.json").read_text(encoding="utf-8"))
+    raw = read_json(run.base / CONFIG, CONFIG_FILE)
     raw = as_loaded(raw, run.model_config)
     raw.pop("quantization_config", None)
     raw.setdefault("architectures", [run.family.model_class.__name__])

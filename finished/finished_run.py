@@ -152,7 +152,7 @@ def _with_blocks(run: Run) -> Run:
     path = run.folder / BLOCKS
     blocks, metadata = open_blocks(path, run.files, run.family, new_layers(run.model_config))
     run = _recognised(run, metadata, path)
-    return dataclasses.replace(run, files=run.files.with_those_of(blocks))
+    return dataclasses.replace(run, files=run.files.overlaid_by(blocks))
 
 
 def _read_options(path: Path) -> Config:

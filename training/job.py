@@ -26,7 +26,7 @@ from models.family import Family
 from models.registry import FAMILIES
 from options.config import Config, dump_yaml
 from options.declaration import shown
-from training.recorded import NAMED
+from training.recorded import CONTENT_OPTIONS
 
 
 @dataclass(frozen=True)
@@ -119,5 +119,5 @@ class Job:
 def _in_common(option: str, value) -> str:
     """What nodes must have in common of an option: not where each has the model and the data, whose contents are
     compared."""
-    local = option in NAMED and value is not None and os.path.isabs(value)
+    local = option in CONTENT_OPTIONS and value is not None and os.path.isabs(value)
     return "a path on this node" if local else shown(value)

@@ -9,15 +9,14 @@ from typing import Any
 from data.sources import RECIPES
 from options.config import Config
 
-# Options whose contents all nodes and --resume compare, so that a path may differ.
-NAMED = ("model_name", "llama_pro_path", "dataset", "eval_dataset", "sample_prompts")
+DATA_OPTIONS = ("dataset", "eval_dataset", "sample_prompts")
+# Nodes and --resume compare the contents of what these options name, so paths may differ.
+CONTENT_OPTIONS = ("model_name", "llama_pro_path", *DATA_OPTIONS)
 
 
 def as_recorded(config: Config, model: str) -> Config:
     """The options with absolute paths in the place of local ones. model: `recorded_name` of --model_name."""
-    data: dict[str, Any] = {
-        name: _located(getattr(config, name)) for name in ("dataset", "eval_dataset", "sample_prompts")
-    }
+    data: dict[str, Any] = {name: _located(getattr(config, name)) for name in DATA_OPTIONS}
     expanded = None if config.llama_pro_path is None else model
     return dataclasses.replace(config, model_name=model, llama_pro_path=expanded, **data)
 
