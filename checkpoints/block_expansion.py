@@ -1,4 +1,4 @@
-"""block_expansion.py: new layers between those of a model (Llama-Pro, arXiv 2401.02415), and trained ones put back."""
+"""block_expansion.py: new layers in a model (Llama-Pro, arXiv 2401.02415), and trained ones put back."""
 
 from __future__ import annotations
 
@@ -116,8 +116,9 @@ def per_layer_lists(values: dict, layers: int) -> dict[str, list]:
 
 
 def expanded_config(raw: dict, config: PretrainedConfig, source: list[int]) -> dict:
-    """config.json of the expanded model. raw: the base's, as it is in its file; config: what transformers makes
-    of it, with the lists that follow from a pattern (a kind of attention for each layer) written out."""
+    """config.json of the expanded model. raw: the base's, as it is in its file; config: what transformers
+    makes of it, in which lists that follow from a pattern (a kind of attention for each layer) are written
+    out."""
     layers, resolved = config.num_hidden_layers, config.to_dict()
     new = dict(as_loaded(raw, config))
     for key, value in per_layer_lists(raw | resolved, layers).items():
@@ -193,11 +194,12 @@ def put_back(options: Options) -> str:
         print(f"--blocks {remark}", file=sys.stderr, flush=True)
     small_files = _as_trained(path, config, files)
     _write(options, with_replaced(files, copied(blocks)), files, small_files)
-    return f"in {options.output_dir}: {config.num_hidden_layers} layers, {len(blocks.tensors)} tensors from {options.blocks}"
+    layers, count = config.num_hidden_layers, len(blocks.tensors)
+    return f"in {options.output_dir}: {layers} layers, {count} tensors from {options.blocks}"
 
 
 def _as_trained(path: Path, config: PretrainedConfig, files: CheckpointFiles) -> dict[str, str]:
-    """Small files of the whole model that must be other than its base's: as the blocks in `path` were trained with."""
+    """Small files in which the whole model differs from its base, as the blocks in `path` were trained."""
     small_files = corrected_config(files.folder, config)
     learned = path.with_name(GENERATION)  # what the run learned to end its answers with, if the base does not
     if learned.is_file():

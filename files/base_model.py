@@ -41,8 +41,14 @@ class BaseModel:
 
 
 def is_same_base(recorded: str, digest: str) -> bool:
-    """Whether a checkpoint is of the model that a run has. recorded: in the checkpoint, digest: of the run, both as
-    `BaseModel.digest` makes them; a checkpoint of an earlier version has no digest of packed weights."""
+    """Whether a checkpoint belongs to the model of a run.
+
+    Checkpoints of earlier versions hold no digest of packed weights, which then are not compared.
+
+    Args:
+        recorded: `BaseModel.digest` in the checkpoint.
+        digest: the same of the run's model.
+    """
     before, described_before = _parse(recorded)
     now, described = _parse(digest)
     same_packed = before.packed is None or before.packed == now.packed
@@ -73,14 +79,14 @@ def check_base(
     """Compares what a result says of its base with the model in `files`.
 
     Args:
-        metadata: of the result's safetensors file. Earlier versions of this program wrote no digests of weights, and
-            some no digest of config and shapes: then it is for the caller to know that these fit.
+        metadata: of the result's safetensors file. Where an earlier version of this program wrote no digest
+            of config and shapes, the caller knows that these fit.
         config: of the model in `files`.
         what: the result, for messages.
         option: names another base.
 
-    Returns a line for the user where contents cannot be compared; else "". Raises UserError if it is another model, or
-    the weights are others.
+    Returns a line for the user where contents cannot be compared; else "". Raises UserError if it is another
+    model, or the weights are others.
     """
     if metadata.get(DESCRIBED) not in (None, base_digest(config, files)):
         raise UserError(f"{what}: was trained on another model than {files.folder}")
@@ -93,7 +99,7 @@ def check_base(
         return f"{what}: was trained on weights stored {kinds[0]}, not {kinds[1]}; {by_shapes}"
     if recorded != found:
         raise UserError(
-            f"{what}: was trained on other weights than those in {files.folder}, which were changed since or are"
-            f" another model's; name the model as it was: {option}"
+            f"{what}: was trained on other weights than those in {files.folder}, which were changed since or"
+            f" are another model's; name the model as it was: {option}"
         )
     return ""

@@ -1,7 +1,7 @@
 """Digests by which the weights of a model are recognised.
 
-Only a few rows of each weight are read, so that a model of any size is digested in seconds. They are read from the files
-as bytes, whatever file holds a tensor. A change that touches none of the sampled rows is not seen.
+Only a few rows of each weight are read, so that a model of any size takes seconds. They are read as bytes,
+whatever file holds a tensor. A change that touches none of the sampled rows is not seen.
 """
 
 from __future__ import annotations
@@ -45,19 +45,19 @@ class Contents:
         return Contents(plain, packed if dash else None)
 
     def comparable_with(self, other: Contents) -> bool:
-        """Whether both models hold 4-bit weights, or neither does: else weights that are alike have other digests."""
+        """Whether both models hold 4-bit weights, or neither does: else even alike weights would differ."""
         return (self.packed is None) == (other.packed is None)
 
 
 def digest_rows_of(files: CheckpointFiles, names: list[str], extra_rows: int = 0) -> str:
-    """Digest of weights that are not packed: the name, shape and dtype of each, and its first, middle and last row.
+    """Digest of weights that are not packed: name, shape and dtype of each, its first, middle and last row.
 
     Checkpoints hold the digest without extra rows, so it must stay as it is.
 
     Args:
         names: of the weights, all in files.tensors.
-        extra_rows: how many more rows of each weight to read, at places that its name decides. Weights of at most
-            SMALL bytes are then read whole.
+        extra_rows: how many more rows of each weight to read, at places that its name decides. Weights of at
+            most SMALL bytes are then read whole.
 
     Raises OSError for a file that cannot be read.
     """
@@ -78,16 +78,16 @@ def digest_rows_of(files: CheckpointFiles, names: list[str], extra_rows: int = 0
 
 
 def digest_contents(files: CheckpointFiles) -> Contents:
-    """Digests of all weights of a model: `digest_rows_of` those that are not packed, and the like of those that
-    bitsandbytes packed. Raises OSError."""
+    """Digests of all weights of a model: `digest_rows_of` those that are not packed, and the like of those
+    that bitsandbytes packed. Raises OSError."""
     packed = {name: weight for name, weight in files.packed.items() if isinstance(weight, BnbWeight)}
     plain = digest_rows_of(files, [name for name in files.tensors if name not in packed])
     return Contents(plain, _digest_packed(files.folder, packed) if packed else None)
 
 
 def _digest_packed(folder: Path, weights: dict[str, BnbWeight]) -> str:
-    """Digest of the shape and offset of each weight, and of bytes of each of its parts: those of the first, middle and
-    last row, or all of a small part."""
+    """Digest of the shape and offset of each weight, and of bytes of each of its parts: those of the first,
+    middle and last row, or all of a small part."""
     total = hashlib.sha256()
     with _reading(folder) as read:
         for name, weight in sorted(weights.items()):
@@ -113,7 +113,7 @@ def _rows(stored: StoredTensor) -> tuple[int, int]:
 
 @contextlib.contextmanager
 def _reading(folder: Path) -> Iterator[Reader]:
-    """Gives a Reader that opens each file once: a model has few files, and many small reads are made in them."""
+    """Gives a Reader that opens each file once: a model has few files, of which many small parts are read."""
     descriptors: dict[str, int] = {}
 
     def read(file: str, begin: int, nbytes: int) -> bytes:

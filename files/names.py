@@ -1,4 +1,5 @@
-"""Names, and patterns as of Path.glob, of the files in a RUN and in a Hugging Face model folder; names of models."""
+"""Names of the files in a RUN and in a Hugging Face model folder, some as patterns of Path.glob; names of
+models."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ MODEL_FILES = (CONFIG, GENERATION, INDEX, "model.safetensors", "model-*.safetens
 
 
 def split_revision(name: str) -> tuple[str, str | None]:
-    """(hub id, revision) of `owner/name@revision`; (name, None) of one without a revision, and of a folder."""
+    """(hub id, revision) of `owner/name@revision`; (name, None) of a folder, or without a revision."""
     repository, _, revision = name.partition("@")
     if not revision or os.path.isabs(name) or os.path.isdir(os.path.expanduser(name)):
         return name, None

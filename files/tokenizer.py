@@ -23,8 +23,9 @@ FILE, CONFIG, SPECIAL, TEMPLATE = (
 VOCABULARY = ("vocab.json", "merges.txt")  # of byte-level BPE, without tokenizer.json
 # What two tokenizers are compared on; the shortest that they split differently is shown.
 TEXTS = (
-    *("a", " ", "\n", " a", "  a", "a  b", "\n\n\n", "a\n b", "\t\ta", "a \r\n", "don't", "A b", "a.b", "1234", "x_1 = 2", "(a)!?"),
-    *("e\u0301", "\u00e9", "\ufb01n", "\u00bd", "\uff21", "\u201ca\u201d", "a\u00a0b", "a\u200db", "\U0001f642", "\u2764\ufe0f"),
+    *("a", " ", "\n", " a", "  a", "a  b", "\n\n\n", "a\n b", "\t\ta", "a \r\n", "don't", "A b", "a.b"),
+    *("1234", "x_1 = 2", "(a)!?", "e\u0301", "\u00e9", "\ufb01n", "\u00bd", "\uff21", "\u201ca\u201d"),
+    *("a\u00a0b", "a\u200db", "\U0001f642", "\u2764\ufe0f"),
     "The quick brown fox can't jump over the lazy dogs; it's 1969.",
     "  two spaces   three\n\n\nlines\t\ttabs \r\n end ",
     "def f(x_1, *args):\n    return [x_1 ** 2 for i in range(10)]  # CamelCase UPPER\n",
@@ -42,15 +43,18 @@ TEXTS = (
 
 
 def read_tokenizer(folder: Path, named: str):
-    """transformers' tokenizer, with no code of the folder's. named: the folder, as errors call it. Raises UserError for one
-    that is missing, damaged or too large, or whose files leave open how it splits text."""
+    """transformers' tokenizer, with no code of the folder's. named: the folder, as errors call it.
+
+    Raises UserError for one that is missing, damaged or too large, or whose files leave open how it splits
+    text.
+    """
     for name in (FILE, CONFIG, TEMPLATE, SPECIAL, *VOCABULARY):
         check_size(folder / name, TOKENIZER_FILE)
     missing = _missing(folder)
     if missing:
         raise UserError(f"{named}: no usable tokenizer ({missing}); its files belong beside config.json")
     try:
-        # mistral_format: else Mistral's package, where it is installed, reads tekken.json instead of tokenizer.json.
+        # mistral_format: else Mistral's package, where installed, reads tekken.json in its place.
         return AutoTokenizer.from_pretrained(
             folder, trust_remote_code=False, local_files_only=True, mistral_format=False
         )
@@ -63,8 +67,9 @@ def read_tokenizer(folder: Path, named: str):
 def _missing(folder: Path) -> str:
     """What a folder lacks for its tokenizer to be known; "" if nothing.
 
-    Without tokenizer.json transformers converts tokenizer.model, in some classes to other tokens than SentencePiece's and
-    without BOS; without tokenizer_config.json BOS and EOS are its class's, and added tokens are plain text.
+    Without tokenizer.json transformers converts tokenizer.model, in some classes to other tokens than
+    SentencePiece's and without BOS. Without tokenizer_config.json BOS and EOS are its class's, and added
+    tokens are plain text.
     """
     has = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     if FILE not in has and not {*VOCABULARY, CONFIG} <= has:
@@ -83,7 +88,7 @@ def tokenizer_errors(tokenizer) -> Iterator[None]:
     try:
         yield
     except BaseException as e:
-        # The tokenizers library raises Exception for a tokenizer that contradicts itself, or panics (no Exception).
+        # For a tokenizer that contradicts itself the library raises Exception, or panics, which is none.
         if not isinstance(e, Exception) and type(e).__name__ != "PanicException":
             raise
         raise UserError(f"{tokenizer.name_or_path}: its tokenizer fails ({describe(e)})") from None
@@ -91,8 +96,12 @@ def tokenizer_errors(tokenizer) -> Iterator[None]:
 
 @dataclass
 class TokenizerUse:
-    """How the tokenizer in use differs from its folder's files. remarks: lines to tell; files: {name: text} of those that
-    have to be others in a folder of what was trained, for every program to see the tokens of training there."""
+    """How the tokenizer in use differs from its folder's files.
+
+    remarks: lines to tell.
+    files: {name: text} that a folder of what was trained needs instead, so that every program sees the tokens
+        of training there.
+    """
 
     remarks: list[str] = field(default_factory=list)
     files: dict[str, str] = field(default_factory=dict)
@@ -101,9 +110,10 @@ class TokenizerUse:
 def compare_with_files(folder: Path, tokenizer) -> TokenizerUse:
     """Compares transformers' tokenizer with the files that it was read from, on TEXTS and its added tokens.
 
-    Some of transformers' classes (Llama's, Qwen2's, Gemma's) take vocabulary and merges from tokenizer.json, and write the
-    normalizer and pre-tokenizer themselves. Training uses transformers' tokenizer: PEFT, vLLM, lm-evaluation-harness and
-    transformers itself see the same one. `files` make the others, which read tokenizer.json, see it too.
+    Some of transformers' classes (Llama's, Qwen2's, Gemma's) take vocabulary and merges from tokenizer.json,
+    and write the normalizer and pre-tokenizer themselves. Training uses transformers' tokenizer: PEFT, vLLM,
+    lm-evaluation-harness and transformers itself see the same one. `files` make the others, which read
+    tokenizer.json, see it too.
 
     Raises UserError if a tokenizer fails.
     """
@@ -116,14 +126,14 @@ def compare_with_files(folder: Path, tokenizer) -> TokenizerUse:
         use.remarks.append(f"tokenizer: no {CONFIG}; BOS and EOS are those of {SPECIAL}{template}")
     if not (folder / FILE).is_file():
         use.remarks.append(
-            f"tokenizer: no {FILE}; transformers builds {kind} out of {' and '.join(VOCABULARY)}. Saved and exported models"
-            f" get its {FILE}"
+            f"tokenizer: no {FILE}; transformers builds {kind} out of {' and '.join(VOCABULARY)}. Saved and"
+            f" exported models get its {FILE}"
         )
         use.files[FILE] = tokenizer.backend_tokenizer.to_str(pretty=True)
     elif difference := _difference(folder / FILE, tokenizer):
         use.remarks.append(
-            f"tokenizer: transformers' {kind} splits text otherwise than {FILE} says {difference}. Training uses"
-            f" transformers'; saved and exported models get a {FILE} that says so"
+            f"tokenizer: transformers' {kind} splits text otherwise than {FILE} says {difference}. Training"
+            f" uses transformers'; saved and exported models get a {FILE} that says so"
         )
         use.files[FILE] = tokenizer.backend_tokenizer.to_str(pretty=True)
     _compare_flags(folder / CONFIG, tokenizer, use)
@@ -167,8 +177,8 @@ def _parts(used: dict, written: dict) -> list[str]:
 
 
 def _compare_flags(path: Path, tokenizer, use: TokenizerUse) -> None:
-    """add_bos_token and add_eos_token of tokenizer_config.json: transformers takes them from tokenizer.json, llama.cpp's
-    converter believes them."""
+    """add_bos_token and add_eos_token of tokenizer_config.json: transformers takes them from tokenizer.json,
+    llama.cpp's converter believes them."""
     raw = read_json(path, TOKENIZER_FILE) if path.is_file() else {}
     with tokenizer_errors(tokenizer):
         ids = tokenizer("a", verbose=False)["input_ids"]
@@ -179,9 +189,10 @@ def _compare_flags(path: Path, tokenizer, use: TokenizerUse) -> None:
     wrong = [name for name, does in added.items() if isinstance(raw.get(name), bool) and raw[name] != does]
     for name in wrong:
         token = "BOS" if name == "add_bos_token" else "EOS"
+        adds = token if added[name] else f"no {token}"
         use.remarks.append(
-            f"tokenizer: {CONFIG} says {name}: {str(raw[name]).lower()}, but the tokenizer adds {'' if added[name] else 'no '}"
-            f"{token}, as in training. Saved and exported models get a {CONFIG} that says so"
+            f"tokenizer: {CONFIG} says {name}: {str(raw[name]).lower()}, but the tokenizer adds {adds}, as in"
+            f" training. Saved and exported models get a {CONFIG} that says so"
         )
     if wrong:
         use.files[CONFIG] = (

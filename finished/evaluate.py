@@ -43,9 +43,9 @@ def generate_answers(
     batch_size: int,
     ending: Callable[[int], StoppingCriteria] | None = None,
 ) -> list[list[int]]:
-    """The likeliest answer of at most `tokens` tokens to each prompt, by transformers' generate with its cache,
-    without the token of `stops` that ended it. Prompts of similar length go together, padded on the left. ending(start):
-    what else ends the answers that begin at this position."""
+    """The likeliest answer of at most `tokens` tokens to each prompt, by transformers' generate with its
+    cache, without the token of `stops` that ended it. Prompts of similar length go together, padded on the
+    left. ending(start): what else ends the answers that begin at this position."""
     device = next(model.parameters()).device
     options = GenerationConfig(
         max_new_tokens=tokens, do_sample=False, num_beams=1, eos_token_id=stops or None, pad_token_id=0
@@ -127,7 +127,7 @@ def prepare(
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """Of one model: {metric: value}, None where it is undefined; its answers; how many of them --max_new_tokens cut."""
+    """Of one model: {metric: value}, None if undefined; its answers; how many --max_new_tokens cut."""
 
     values: dict[str, float | None]
     answers: list[str]
@@ -224,8 +224,8 @@ def remarks(results: dict) -> list[str]:
     base, tuned = results["cut"]["base"], results["cut"]["tuned"]
     if base or tuned:
         lines.append(
-            f"of {results['answered']:,} answers {base:,} of the base and {tuned:,} of the tuned model were cut at"
-            f" --max_new_tokens {results['max_new_tokens']}"
+            f"of {results['answered']:,} answers {base:,} of the base and {tuned:,} of the tuned model were"
+            f" cut at --max_new_tokens {results['max_new_tokens']}"
         )
     return lines
 

@@ -190,8 +190,8 @@ def check_ids(run: Run) -> tuple[list[list[int]], str]:
 
 
 def logit_difference(run: Run, out: Path, device: torch.device) -> str:
-    """A line on how far the written model's logits are from those of the model that was trained, or, where the base may
-    be another one, of the RUN over it."""
+    """A line on how far the written model's logits are from those of the model that was trained, or, where
+    the base may be another one, of the RUN over it."""
     rows, what = check_ids(run)
     lengths = [len(row) for row in rows]
     ids = torch.zeros(len(rows), max(lengths), dtype=torch.int64)  # padded on the right, where nothing looks

@@ -18,8 +18,8 @@ LAST = ("config.json", "adapter_config.json")  # each makes its folder loadable
 
 
 def check_unused(out: Path, overwrite: bool, names: Iterable[str] = ()) -> None:
-    """Raises UserError if the folder holds a run, or what only --overwrite replaces: a model, or a file of one of these
-    names."""
+    """Raises UserError if the folder holds a run, or what only --overwrite replaces: a model, or a file of
+    one of these names."""
     if (out / "config.yaml").exists():  # even --overwrite does not replace a training run
         raise UserError(f"--out {out}: holds a run of train.py; choose another folder")
     there = "a model" if holds_run(out) else next((name for name in names if (out / name).exists()), None)
@@ -38,9 +38,9 @@ def check_space(out: Path, nbytes: int) -> None:
 
 @contextlib.contextmanager
 def whole_or_nothing(out: Path, overwrite: bool) -> Iterator[Path]:
-    """A temporary folder within `out`, whose files move into `out` at the end, in the place of a model that is
-    there. After an error nothing is left of it, nor of the folders that were made for it. Raises UserError where they
-    would replace what is not to be overwritten, which may have come meanwhile."""
+    """A temporary folder within `out`, whose files move into `out` at the end, in the place of a model that
+    is there. After an error nothing is left of it, nor of the folders that were made for it. Raises UserError
+    where they would replace what is not to be overwritten, which may have come meanwhile."""
     made = [p for p in [out.absolute(), *out.absolute().parents] if not p.exists()]
     temporary = out / f".export-{os.getpid()}.tmp"
     for left in out.glob(".export-*.tmp"):
@@ -64,8 +64,8 @@ def whole_or_nothing(out: Path, overwrite: bool) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[bool]:
-    """Whether this process has the folder to itself within: not if another holds its lock or has just removed it, if it
-    may not be opened, or if there are no locks on its file system."""
+    """Whether this process has the folder to itself within: not if another holds its lock or has just removed
+    it, if it may not be opened, or if there are no locks on its file system."""
     with contextlib.ExitStack() as opened:
         try:
             descriptor = os.open(folder, os.O_RDONLY)

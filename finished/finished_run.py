@@ -1,7 +1,7 @@
-"""A finished run, opened again: what was trained, on which base, and the model on one device, as training had it.
+"""A finished run, opened again: what was trained, on which base, and the model as training had it.
 
-For the commands that come after training. A RUN is the --output_dir of train.py; its config.yaml says how it was
-made, and the adapter's metadata which base it belongs to.
+For the commands that come after training. A RUN is the --output_dir of train.py; its config.yaml says how it
+was made, and the adapter's metadata which base it belongs to.
 """
 
 from __future__ import annotations
@@ -55,9 +55,10 @@ assert set(NEEDED) <= FIELDS.keys()
 
 @dataclass(frozen=True)
 class Run:
-    """folder: the RUN; base: the folder of the model it was trained from, or, where the run saved a whole model, the
-    RUN itself; files: the weights in base, with a RUN's new blocks in the place of theirs; adapter: its safetensors
-    file, or None; recognised: whether the weights of the base are known to be those that it was trained on."""
+    """folder: the RUN; base: the folder of the model it was trained from, or, where the run saved a whole
+    model, the RUN itself; files: the weights in base, with a RUN's new blocks in the place of theirs;
+    adapter: its safetensors file, or None; recognised: whether the weights of the base are known to be those
+    that it was trained on."""
 
     folder: Path
     config: Config
@@ -71,7 +72,7 @@ class Run:
 
 def open_run(folder: str | Path, base: str | None = None) -> Run:
     """Reads and checks a RUN. base: a folder or hub id to be used instead of the base that config.yaml names,
-    for a base that was moved. Raises UserError if it is no RUN, is half written, or belongs to another base."""
+    for one that was moved. Raises UserError if it is no RUN, is half written, or belongs to another base."""
     folder = Path(folder).expanduser()
     if not (folder / "config.yaml").is_file():
         raise UserError(f"{folder}: is no run of train.py (no config.yaml)")
@@ -97,8 +98,8 @@ def open_run(folder: str | Path, base: str | None = None) -> Run:
 
 
 def open_base(run: Run, base: str | None = None) -> Run:
-    """The model that a run which saved a whole model, or new blocks, was trained from, with nothing on it. base: as
-    for `open_run`. Raises UserError, also for another model."""
+    """The model that a run which saved a whole model, or new blocks, was trained from, with nothing on it.
+    base: as for `open_run`. Raises UserError, also for another model."""
     opened = _open_model(run.folder, run.config, base or run.config.model_name, base)
     if run.base != run.folder:  # new blocks, of which `open_run` has compared it
         return dataclasses.replace(opened, recognised=run.recognised)
@@ -110,8 +111,8 @@ def open_base(run: Run, base: str | None = None) -> Run:
 
 
 def _recognised(run: Run, metadata: dict[str, str], result: Path) -> Run:
-    """`run`, whose base is compared with what the header of its result says; tells what could not be compared.
-    Raises UserError for another base."""
+    """`run`, whose base is compared with what the header of its result says; tells what could not be
+    compared. Raises UserError for another base."""
     remark = check_base(metadata, run.model_config, run.files, str(result), "--base_model")
     if remark:
         print(remark, file=sys.stderr, flush=True)
@@ -119,8 +120,8 @@ def _recognised(run: Run, metadata: dict[str, str], result: Path) -> Run:
 
 
 def _open_model(folder: Path, config: Config, name: str | None, given: str | None) -> Run:
-    """The Run of the model `name` by itself: a hub id, a folder or the demo model; None: of what `folder` holds, which
-    may be called like one of these. given: --base_model."""
+    """The Run of the model `name` by itself: a hub id, a folder or the demo model; None: of what `folder`
+    holds, which may be called like one of these. given: --base_model."""
     with _naming(name, given):
         base = folder if name is None else toy_model(toy_texts()) if name == TOY_MODEL else find_model(name)
         model_config, family = read_config(base)
@@ -133,7 +134,8 @@ def _open_model(folder: Path, config: Config, name: str | None, given: str | Non
 
 @contextlib.contextmanager
 def _naming(name: str | None, given: str | None) -> Iterator[None]:
-    """Errors of finding a model are of train.py's --model_name, which no command on a RUN has. As `_open_model`."""
+    """Puts --base_model into errors of finding a model in the place of --model_name, which no command on a
+    RUN has. name, given: as for `_open_model`."""
     try:
         yield
     except UserError as e:
@@ -147,8 +149,8 @@ def _naming(name: str | None, given: str | None) -> Iterator[None]:
 
 
 def _with_blocks(run: Run) -> Run:
-    """`run` with the tensors of its new blocks in the place of the expanded model's. Raises UserError unless the blocks
-    are this model's."""
+    """`run` with the tensors of its new blocks in the place of the expanded model's. Raises UserError unless
+    the blocks are this model's."""
     path = run.folder / BLOCKS
     blocks, metadata = open_blocks(path, run.files, run.family, new_layers(run.model_config))
     run = _recognised(run, metadata, path)
@@ -175,8 +177,8 @@ def _check_lost(path: Path) -> None:
 
 
 def _check_description(path: Path, config: Config) -> None:
-    """Raises UserError where config.yaml says another thing of the adapter than its own description: one of them is
-    damaged."""
+    """Raises UserError where config.yaml says another thing of the adapter than its own description: one of
+    them is damaged."""
     wanted = {
         "r": config.lora_rank,
         "lora_alpha": config.lora_alpha,
@@ -190,8 +192,8 @@ def _check_description(path: Path, config: Config) -> None:
 
 
 def _read_adapter_header(path: Path) -> tuple[dict[str, str], dict[str, tuple[list[int], str]]]:
-    """(metadata, {tensor: (shape, safetensors' name of its dtype)}) of an adapter's file. Raises UserError unless the
-    file is whole and says which model it was trained on."""
+    """(metadata, {tensor: (shape, safetensors' name of its dtype)}) of an adapter's file. Raises UserError
+    unless the file is whole and says which model it was trained on."""
     if not path.is_file():
         raise UserError(f"{path}: is missing: the run is half written")
     try:
@@ -207,8 +209,8 @@ def _read_adapter_header(path: Path) -> tuple[dict[str, str], dict[str, tuple[li
 
 
 def _check_adapter(run: Run, found: dict[str, tuple[list[int], str]]) -> None:
-    """Raises UserError unless the adapter holds exactly the tensors, by name and shape, of numbers with a fraction, that
-    the run's options make of its base. found: as `_read_adapter_header` gives it."""
+    """Raises UserError unless the adapter holds exactly the tensors, by name and shape, of numbers with a
+    fraction, that the run's options make of its base. found: as `_read_adapter_header` gives it."""
     path, model = run.adapter, build_on_meta(run.model_config, run.family)
     check_packing(model, run.family, run.config, run.files)
     apply_method(model, run.family, run.config, Precision(torch.float32, torch.float32), run.files)
@@ -245,8 +247,8 @@ def read_adapter(run: Run) -> dict[str, torch.Tensor]:
 
 
 def load_model(run: Run, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
-    """The trained model in evaluation mode, on one device, unsharded: the base packed as in training, computing
-    in dtype, under the adapter; or the whole saved model in dtype."""
+    """The trained model in evaluation mode, on one device, unsharded: the base packed as in training,
+    computing in dtype, under the adapter; or the whole saved model in dtype."""
     precision, place = Precision(dtype, dtype), Place(0, 1, 0, 1, device)
     model = build_on_meta(run.model_config, run.family)
     if run.adapter:
@@ -263,8 +265,8 @@ def load_model(run: Run, device: torch.device, dtype: torch.dtype) -> PreTrained
 
 @torch.no_grad()
 def set_adapter(model: nn.Module, run: Run) -> None:
-    """Puts the run's adapter in the place of the one that `model`, of another run of the same base and the same
-    options of the adapter, has."""
+    """Puts the run's adapter in the place of the one that `model`, of another run of the same base and the
+    same options of the adapter, has."""
     tensors = read_adapter(run)
     for name, module in model.named_modules():
         if isinstance(module, LoRALinear):

@@ -107,8 +107,8 @@ def template_of(name: str, templates: dict[str, Template]) -> Template:
 
 
 def answer_all(options: Options, voices: Voices, templates: dict[str, Template]) -> None:
-    """Each of the voices answers all prompts before the next one is put in place; printed as soon as a prompt has
-    all its answers."""
+    """Each of the voices answers all prompts before the next one is put in place; printed as soon as a prompt
+    has all its answers."""
     assert options.asked is not None
     asked = {}
     for name, template in templates.items():
@@ -129,7 +129,7 @@ def answer_all(options: Options, voices: Voices, templates: dict[str, Template])
 
 
 def unread_fields(asked: list[Prompt], templates: dict[str, Template]) -> list[str]:
-    """Lines on what of the prompts' rows no answer is asked with: a field that is spelled wrong would be missed."""
+    """Lines on fields of the prompts' rows that are not read: one that is spelled wrong would be missed."""
     rows = [prompt.given for prompt in asked if isinstance(prompt.given, dict)]
     unread = (unread_columns(rows, template.form) for template in templates.values())
     return [f"--prompts: fields that are not read: {names}" for names in dict.fromkeys(unread) if names]

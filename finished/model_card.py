@@ -37,8 +37,8 @@ def is_hub_id(name: str) -> bool:
 
 
 def card(config: Config, run: Path, base: str, title: str, what: str, library: str) -> str:
-    """The whole README.md. base: the base model's name, with its revision; title: a heading; what: a paragraph on the
-    files; library: what loads them, by the hub's name."""
+    """The whole README.md. base: the base model's name, with its revision; title: a heading; what: a
+    paragraph on the files; library: what loads them, by the hub's name."""
     head: dict[str, Any] = {"library_name": library}
     base, revision = split_revision(base)
     if is_hub_id(base):
@@ -70,7 +70,7 @@ def _hub_data(config: Config) -> str | None:
 
 
 def _loss(run: Path) -> str:
-    """The last line of metrics.jsonl in words; of best/, which has none, the evaluation that it is the best of."""
+    """The last line of metrics.jsonl in words; of best/, which has none, the evaluation that chose it."""
     try:
         if (run / SCORE).is_file():
             score = read_json(run / SCORE, CONFIG_FILE)

@@ -23,8 +23,9 @@ def _script(char: str) -> str:
 
 
 def words(text: str) -> list[str]:
-    """The words of a text, in lower case: runs of letters, marks and digits. In scripts without spaces between words each
-    letter, with the marks on it, is a word. Of ASCII texts these are rouge-score's own words."""
+    """The words of a text, in lower case: runs of letters, marks and digits. In scripts without spaces
+    between words each letter, with the marks on it, is a word. Of ASCII texts these are rouge-score's own
+    words."""
     found: list[str] = []
     joins = marks = False  # whether a letter, and whether a mark, belongs to the last word
     for char in unicodedata.normalize("NFC", text).lower():
@@ -51,8 +52,8 @@ class Words:
 
 
 def bleu_tokenizer(references: Sequence[str]) -> str:
-    """sacrebleu's name of the tokenizer that suits the references: `13a` for texts with spaces between words, `zh` for
-    Chinese, `char` for Japanese, Thai and other scripts without spaces."""
+    """sacrebleu's name of the tokenizer that suits the references: `13a` for texts with spaces between words,
+    `zh` for Chinese, `char` for Japanese, Thai and other scripts without spaces."""
     found = [word for reference in references for word in words(reference)]
     alone = [script for script in (_script(word[0]) for word in found) if script in SPACELESS]
     if len(alone) <= MANY * len(found):
@@ -72,7 +73,7 @@ def exact_match(answers: Sequence[str], references: Sequence[str]) -> dict[str, 
 
 
 def bleu(answers: Sequence[str], references: Sequence[str]) -> dict[str, float | None]:
-    """Undefined (None) where no answer, or no reference, has four tokens: there is no 4-gram to be right or wrong."""
+    """Undefined (None) where no answer, or no reference, has four tokens: there is no 4-gram to compare."""
     metric = _bleu(references)
     score = metric.corpus_score(list(answers), None)
     longest = max(len(metric.tokenizer(reference).split()) for reference in references)
@@ -80,7 +81,7 @@ def bleu(answers: Sequence[str], references: Sequence[str]) -> dict[str, float |
 
 
 def rouge(answers: Sequence[str], references: Sequence[str]) -> dict[str, float | None]:
-    """Means over the rows whose reference has a word, of rouge2 two words; None where there are no such rows."""
+    """Means over rows whose reference has a word (two for rouge2); None where there are no such rows."""
     from rouge_score.rouge_scorer import RougeScorer
 
     scorer = RougeScorer(list(ROUGE), tokenizer=Words())
