@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Collection
 
 # What Qwen3 and its template write before an answer without a thought.
@@ -23,7 +24,7 @@ def answer_text(ids: list[int], tokenizer, stops: Collection[int], marker: str |
 
 
 def comparable(text: str) -> str:
-    """An answer as scores compare it: without whitespace around it, and without an empty thought before it, whose
-    tags would count as words that two answers have in common."""
+    """An answer as scores compare it: in Unicode's NFC, without whitespace around it, and without an empty thought before
+    it, whose tags would count as words that two answers have in common."""
     thought = EMPTY_THOUGHT.match(text)
-    return text[thought.end() if thought else 0 :].strip()
+    return unicodedata.normalize("NFC", text[thought.end() if thought else 0 :]).strip()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property, partial
 from typing import Any, NamedTuple
 
@@ -21,9 +21,9 @@ from data.chat_turns import (
     Span,
     Turns,
     answer,
-    around_probe,
     attempt,
     common_length,
+    find_closings,
 )
 from data.messages import plain, with_arguments
 from data.template_date import with_day
@@ -44,6 +44,15 @@ class CallForm(NamedTuple):
     as_text: bool
     needs_content: bool
     shown: str
+
+
+class Shown(NamedTuple):
+    """A rendered conversation: its text, the learned ranges of its characters, and which of them the last answer begins
+    with."""
+
+    text: str
+    learned: list[Span]
+    last: int = -1
 
 
 class ChatTemplate:
@@ -70,8 +79,8 @@ class ChatTemplate:
             add_generation_prompt=add_generation_prompt,
         )
 
-    def render(self, messages: list[dict], tools: list[dict] | None = None) -> tuple[str, list[Span]]:
-        """(the text, the learned ranges of its characters). messages, tools: as data/messages.py makes them.
+    def render(self, messages: list[dict], tools: list[dict] | None = None) -> Shown:
+        """Renders a conversation. messages, tools: as data/messages.py makes them.
 
         Raises ValueError, or what the template raises, if it does not show what is to be learned.
         """
@@ -80,7 +89,7 @@ class ChatTemplate:
         turns = Turns(messages, show(messages), show, self.closings)
         taught = [i for i, learned in enumerate(wanted) if learned and not turns.shows_nothing(i)]
         if MARKERS.search(self._template(tools)):
-            return turns.text, self._marked(turns, tools, taught)
+            return self._marked(turns, tools, taught)
         spans: list[Span] = []
         for i in taught:
             start, end = turns.span(i)
@@ -92,10 +101,10 @@ class ChatTemplate:
             if spans and start < spans[-1][1]:
                 raise ValueError("the chat template does not keep the assistant's turns apart")
             spans.append((start, end))
-        return turns.text, spans
+        return Shown(turns.text, spans)
 
-    def _marked(self, turns: Turns, tools: list[dict] | None, taught: Collection[int]) -> list[Span]:
-        """The spans of the template's generation markers, but for those of turns that are not `taught`."""
+    def _marked(self, turns: Turns, tools: list[dict] | None, taught: Sequence[int]) -> Shown:
+        """Learned are the spans of the template's generation markers, but for those of turns that are not `taught`."""
         rendered: Any = render_jinja_template(  # annotated as a text
             conversations=[turns.messages],
             tools=[*tools] if tools else None,
@@ -108,11 +117,12 @@ class ChatTemplate:
             raise ValueError("the chat template shows a conversation otherwise each time")
         answers = [i for i, message in enumerate(turns.messages) if message["role"] == "assistant"]
         left_out = [turns.span(i) for i in answers if i not in taught]
-        return [
-            (start, end)
-            for start, end in spans
-            if start < end and not any(start < stop and begin < end for begin, stop in left_out)
-        ]
+        learned = [span for span in spans if span[0] < span[1] and not _meets(span, left_out)]
+        last = -1
+        if taught and len(spans) > len(answers):  # several for a turn, such as a thought and an answer
+            turn = turns.span(taught[-1])
+            last = next((i for i, span in enumerate(learned) if _meets(span, [turn])), last)
+        return Shown(turns.text, learned, last)
 
     def prompt(self, given: list[dict], tools: list[dict] | None = None) -> str:
         """Renders the prompt for the next answer. It ends with the generation prompt, or earlier if the template never
@@ -136,7 +146,7 @@ class ChatTemplate:
     def stops(self) -> list[int]:
         """Ids of the tokens that close an answer or a tool call, as far as these are tokens of their own."""
         added = {str(token): i for i, token in self.tokenizer.added_tokens_decoder.items()}
-        closing = self.closings.last.lstrip()
+        closing = self.closings.last.lstrip() or self.closings.between.lstrip()
         stops = [token for token in added if closing.startswith(token)]
         call = self._call_form.shown.rpartition("}")[2].rstrip()
         if not any(token in call for token in stops):  # gpt-oss closes calls by a token of their own
@@ -146,10 +156,13 @@ class ChatTemplate:
     @cached_property
     def closings(self) -> Closings:
         """What the template writes behind messages."""
-        user = {"role": "user", "content": PROBE}
-        endings = [around_probe(self.show, messages) for messages in ([HELLO, answer(PROBE)], [user])]
-        last, of_user = (found[1] if found else "" for found in endings)
-        return Closings(last, of_user, tuple(map(str, self.tokenizer.added_tokens_decoder.values())))
+        return find_closings(self.show, tuple(map(str, self.tokenizer.added_tokens_decoder.values())))
+
+    @cached_property
+    def marker(self) -> str | None:
+        """The text that closes an answer, where the tokenizer has no token for it; None where it has, or nothing does."""
+        text = self.closings.last.strip() or self.closings.between.strip()
+        return text if text and not text.startswith(self.closings.tokens) else None
 
     @cached_property
     def _call_form(self) -> CallForm:
@@ -168,6 +181,11 @@ class ChatTemplate:
         if bool(tools) not in self._templates:
             self._templates[bool(tools)] = with_day(self.tokenizer.get_chat_template(tools=tools), self.day)
         return self._templates[bool(tools)]
+
+
+def _meets(span: Span, others: list[Span]) -> bool:
+    """Whether a range has a character in common with any of the others."""
+    return any(span[0] < stop and begin < span[1] for begin, stop in others)
 
 
 @contextlib.contextmanager

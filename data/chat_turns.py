@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import jinja2
@@ -20,6 +20,14 @@ TEMPLATE_ERRORS = (jinja2.TemplateError, ValueError, TypeError, LookupError, Att
 PROBE = "\uf8ffprobe\uf8ff"  # stands for an answer; a private character, so in no template or text
 # What looks like a token that the tokenizer may not know: <|end|>, <end_of_turn>, [/INST]
 TOKEN_LIKE = re.compile(r"<[^<>\s]{1,40}>|\[/?[A-Z_]{2,20}\]")
+ASKED = "\uf8ffasked\uf8ff"  # stands for a question
+_HELLO = {"role": "user", "content": "Hi"}
+# Ways for a conversation to begin: some templates need a system message, or more than one turn.
+OPENINGS = (
+    [_HELLO],
+    [{"role": "system", "content": "Be kind."}, _HELLO],
+    [_HELLO, {"role": "assistant", "content": "Yo"}, _HELLO],
+)
 NEAR = 100  # characters around a place in which such a token may lie
 
 Span = tuple[int, int]  # [start, end) in characters
@@ -33,21 +41,23 @@ class Closings:
     Args:
         last: behind the last answer of a conversation.
         user: behind a user's message that nothing follows.
+        between: between an answer and the header of a user's message that follows it.
         tokens: the tokenizer's added tokens, which are never split.
     """
 
     last: str
     user: str
+    between: str
     tokens: tuple[str, ...]
 
     def closed(self, tail: str, closing: str) -> str:
         """The beginning of `tail`, the text behind a turn, that closes the turn.
 
-        closing: what would close it as the last turn. Where that is another token than the one in `tail`, as in
-        gpt-oss, earlier turns are closed as a user's message is.
+        closing: what would close it as the last turn. Where that is not in `tail`, earlier turns are closed as a user's
+        message is (gpt-oss), or by what stands before the next header.
         """
-        shared = self.shared(tail, closing)
-        return shared if shared.strip() or not closing.strip() else self.shared(tail, self.user)
+        candidates = (self.shared(tail, text) for text in (closing, self.user, self.between))
+        return next((text for text in candidates if text.strip()), "")
 
     def shared(self, a: str, b: str) -> str:
         """The common beginning of two texts. A token in which they first differ is left out."""
@@ -58,6 +68,15 @@ class Closings:
             inside = [begin for begin, stop in self._tokens_near(text, end) if begin < end < stop]
             end = min([end, *inside])
         return a[:end]
+
+    def shared_end(self, a: str, b: str) -> str:
+        """The common end of two texts. A token in which they last differ is left out."""
+        length = common_length(a[::-1], b[::-1])
+        for text in (a, b):
+            begin = len(text) - length
+            inside = [stop for start, stop in self._tokens_near(text, begin) if start < begin < stop]
+            length = min([length, *(len(text) - stop for stop in inside)])
+        return a[len(a) - length :]
 
     def _tokens_near(self, text: str, place: int) -> Iterator[Span]:
         for token in self.tokens:
@@ -93,11 +112,14 @@ class Turns:
             return self._by_probe(i, None)
         last = i + 1 == len(self.messages)
         until = self.text if last else attempt(self.show, self.messages[: i + 1]) or ""
-        closing = self.closings.last if until.endswith(self.closings.last) else ""
-        end = len(until) - len(closing)
+        own = not until.endswith(
+            self.closings.last
+        )  # calls may be closed by a token of their own, as in gpt-oss
+        end = len(until) if own else len(until) - len(self.closings.last)
         if end < len(before) or not self.text.startswith(until[:end]):
             return self._by_probe(i, len(before))
-        return len(before), end + len(self.closings.closed(self.text[end:], closing))
+        closed = "" if own else self.closings.closed(self.text[end:], self.closings.last)
+        return len(before), end + len(closed)
 
     def _by_probe(self, i: int, start: int | None) -> Span:
         """Locates turn i by a probe in its place. For templates that rewrite earlier turns when others follow: Qwen3
@@ -128,6 +150,25 @@ class Turns:
 
     def _with(self, i: int, message: dict) -> list[dict]:
         return [*self.messages[:i], message, *self.messages[i + 1 :]]
+
+
+def find_closings(show: Show, tokens: tuple[str, ...]) -> Closings:
+    """What a template writes behind messages, found out on short conversations. show: ChatTemplate.show; tokens: as
+    in Closings."""
+    for before in OPENINGS:
+        last = around_probe(show, [*before, answer(PROBE)])
+        if last is not None:
+            break
+    else:
+        return Closings("", "", "", tokens)
+    of_user = around_probe(show, [*before[:-1], before[-1] | {"content": PROBE}]) or ("", "")
+    closings = Closings(last[1], of_user[1], "", tokens)
+    asked = [*before, answer(PROBE), before[-1] | {"content": ASKED}, answer("Yo")]
+    _, tail = around_probe(show, asked) or ("", "")
+    segment, found, _ = tail.partition(ASKED)
+    if not found:
+        return closings
+    return replace(closings, between=segment.removesuffix(closings.shared_end(of_user[0], segment)))
 
 
 def answer(content: str) -> dict:

@@ -145,7 +145,7 @@ def prompt_of(
     rendered = without_answer_bos(rendered, tokenizer)
     if not rendered.learned:
         return None
-    text, marker = rendered.text[: rendered.learned[-1][0]], rendered.marker
+    text, marker = rendered.text[: rendered.last_answer[0]], rendered.marker
     answer = _reference(rendered, tokenizer, stops) if text else ""
     text = text or " ".join(rendered.text.split()[:OPENING_WORDS])
     ids = prompt_ids(text, tokenizer, rendered.special)
@@ -193,5 +193,5 @@ def _ask(questions: list[str], examples: Examples, tokenizer, context_length: in
         with template_errors(f"--sample_prompts: {question!r}"):
             text = form.prompt(row, examples.context)
         ids = prompt_ids(text, tokenizer, form.special)[-context_length:]
-        prompts.append(Prompt(text, ids, marker=examples.context.markers[0] if form.marked else None))
+        prompts.append(Prompt(text, ids, marker=form.marker(examples.context)))
     return prompts

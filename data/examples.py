@@ -18,7 +18,7 @@ from data.formats import FORMATS, Format, RenderContext, Rendered, checked
 from data.recognition import format_of, recognise, unread_columns
 from data.row_files import Rows
 from data.sources import Recipe, find_recipe, load_rows
-from data.unshown import unshown
+from data.unshown import unclosed, unshown
 from options.errors import UserError
 from options.limits import ROW
 
@@ -68,7 +68,8 @@ def read_examples(
     rendered = _render_all(_Rendering(rows, data.places, name, context))
     remarks = (*filter(None, [data.remark]), *_remarks(recipe, rows, FORMATS[name]))
     if name == "chat":
-        remarks = (*remarks, *unshown(context.chat, rows))
+        last = [one.text[slice(*one.learned[-1])] for one in rendered if one.learned]
+        remarks = (*remarks, *unshown(context.chat, rows), *unclosed(context.chat, last))
     return Examples(rendered, name, context, remarks)
 
 

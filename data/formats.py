@@ -40,7 +40,8 @@ QA_CONTEXT = "### Context:\n{context}\n\n### Question:\n{question}\n\n### Answer
 class Rendered:
     """text; learned: [start, end) character ranges whose tokens are targets; ends: the last range reaches
     the end of the text and an EOS token follows; special: the tokenizer adds its own BOS and the like; number: of the
-    row in its dataset, from 1; marker: a text that ends an answer where no token does."""
+    row in its dataset, from 1; marker: a text that ends an answer where no token does; last: the range that the last
+    answer begins with."""
 
     text: str
     learned: list[tuple[int, int]]
@@ -48,6 +49,12 @@ class Rendered:
     special: bool = True
     number: int = 0
     marker: str | None = None
+    last: int = -1
+
+    @property
+    def last_answer(self) -> tuple[int, int]:
+        """Its range, which may be several of the learned ones with text of the template's between them."""
+        return self.learned[max(self.last, -len(self.learned))][0], self.learned[-1][1]
 
 
 @dataclass(frozen=True)
@@ -75,7 +82,7 @@ class Format:
     that it reads; prompt(row, context): the text up to the last answer, which the row may lack; answer:
     the column that holds nothing else; turns: a conversation, which goes on after an answer; question(text, markers):
     what the column `asks` holds where nothing but that text is asked; special: as in Rendered; marked: its text has
-    markers; named: it is used only where it is asked for by name, never recognised."""
+    markers; marker(context): the text that ends an answer, where no token does; named: it is used only where it is asked for by name, never recognised."""
 
     render: Callable[..., Rendered]
     prompt: Callable[..., str]
@@ -86,6 +93,7 @@ class Format:
     question: Callable[..., str | list] = lambda text, _markers: text
     special: bool = True
     marked: bool = False
+    marker: Callable[[RenderContext], str | None] = lambda context: None
     named: bool = False
 
     @property
@@ -189,8 +197,9 @@ def _user_message(text: str, _markers) -> list[dict]:
 
 def _chat(row: Mapping, context: RenderContext) -> Rendered:
     """Through the tokenizer's chat template; every assistant turn is learned, with its end-of-turn token."""
-    text, learned = context.chat.render(row["messages"], row.get("tools"))
-    return Rendered(text, learned, ends=False, special=False)
+    chat = context.chat
+    shown = chat.render(row["messages"], row.get("tools"))
+    return Rendered(shown.text, shown.learned, ends=False, special=False, marker=chat.marker, last=shown.last)
 
 
 def _chat_prompt(row: Mapping, context: RenderContext) -> str:
@@ -199,7 +208,14 @@ def _chat_prompt(row: Mapping, context: RenderContext) -> str:
 
 FORMATS = {
     "chat": Format(
-        _chat, _chat_prompt, ("messages",), ("tools",), turns=True, question=_user_message, special=False
+        _chat,
+        _chat_prompt,
+        ("messages",),
+        ("tools",),
+        turns=True,
+        question=_user_message,
+        special=False,
+        marker=lambda context: context.chat.marker,
     ),
     "alpaca": Format(_alpaca, _alpaca_prompt, ("instruction", "output"), ("input",), answer="output"),
     "alpaca_stanford": Format(
@@ -207,7 +223,13 @@ FORMATS = {
     ),
     "qa": Format(_qa, _qa_prompt, ("question", "answer"), ("context",), answer="answer"),
     "guanaco": Format(
-        _guanaco, _guanaco_prompt, ("text",), turns=True, question=_first_question, marked=True
+        _guanaco,
+        _guanaco_prompt,
+        ("text",),
+        turns=True,
+        question=_first_question,
+        marked=True,
+        marker=lambda context: context.markers[0],
     ),
     "completion": Format(_completion, _completion_prompt, ("text",)),
 }

@@ -104,9 +104,7 @@ def with_arguments(messages: list[dict], as_text: bool) -> list[dict]:
 
 def _with_arguments(call: dict, as_text: bool) -> dict:
     function = call.get("function", call)
-    if "arguments" not in function:
-        return call
-    arguments = function["arguments"]
+    arguments = function.get("arguments", {})
     if as_text and not isinstance(arguments, str):
         arguments = json.dumps(arguments, ensure_ascii=False)
     elif not as_text:

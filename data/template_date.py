@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import datetime
 import json
+import re
 
 CLOCK = "strftime_now"
-LETTERS = "aAbBcdeFGgHIjmMpSuUVwWxXyYZ"  # of strftime's directives
+DIRECTIVE = re.compile(r"%[-_0^#]?[A-Za-z]")  # of strftime, with glibc's flags
 
 
 def with_day(template: str, day: str | None) -> str:
@@ -19,7 +20,7 @@ def with_day(template: str, day: str | None) -> str:
     if day is None or CLOCK not in template:
         return template
     moment = datetime.datetime.fromisoformat(day)
-    directives = [f"%{flag}{letter}" for flag in ("", "-") for letter in LETTERS]
+    directives = dict.fromkeys(DIRECTIVE.findall(template))
     # A doubled % stands aside until all others are replaced.
     pairs = [("%%", "\uf8ff"), *((d, moment.strftime(d)) for d in directives), ("\uf8ff", "%")]
     told = "".join(f" | replace({json.dumps(old)}, {json.dumps(new)})" for old, new in pairs)

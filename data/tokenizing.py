@@ -71,7 +71,7 @@ def tokenize(rendered: list[Rendered], tokenizer, context_length: int, where: st
 def last_answer(example: Rendered, tokenizer) -> tuple[list[int], str, str]:
     """(the learned tokens of an example's last answer, characters of the prompt in the first of these tokens,
     characters of what follows the answer in the last one)."""
-    example = dataclasses.replace(example, learned=example.learned[-1:])
+    example = dataclasses.replace(example, learned=[example.last_answer], last=-1)
     ((ids, offsets),) = encode(tokenizer, [example.text], example.special)
     tokens, targets = _targets(example, ids, offsets, SpecialTokens.of(tokenizer))
     ((start, end),) = example.learned

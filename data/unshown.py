@@ -1,9 +1,9 @@
-"""What a chat template is given and does not show: found out on some messages of the data, told in one line."""
+"""What a chat template is given and does not show, or does not close: found out on a sample of the data, told at start."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from data.chat import ChatTemplate
@@ -11,86 +11,130 @@ from data.chat_turns import PROBE, TEMPLATE_ERRORS
 from data.messages import FLAGS, REASONING, checked_messages, checked_tools
 from options.errors import listed
 
-LOOKED_AT = 40  # messages of each kind
+SAMPLE = 40  # messages of each kind that are looked at, spread over the rows
 THOUGHT = "</think>"
+MORE_CALLS = "further tool_calls"
+Part = tuple[str, int | None]  # what it is called, and its message; None: of the row
 
 
-def unshown(chat: ChatTemplate, rows: Iterable[dict]) -> list[str]:
-    """Lines to tell at start: which parts of these rows the template leaves out, and which flags have no effect.
-    rows: as they were read, each of which it can show."""
+def unshown(chat: ChatTemplate, rows: Sequence[dict]) -> list[str]:
+    """Remarks on which parts of these rows the template leaves out, and which flags have no effect. rows: as they were
+    read, each of which the template can show."""
+    total = Counter(label for row in rows for label, _ in _parts(row))
+    met: Counter[str] = Counter()
     seen: Counter[str] = Counter()
     hidden: Counter[str] = Counter()
-    flagged = 0
     for row in rows:
-        new = {part for part in _parts(row) if seen[part[0]] < LOOKED_AT}
-        flagged += any(m.get(flag) and m["role"] != "assistant" for m in row["messages"] for flag in FLAGS)
-        if not new:
-            continue
-        messages = chat.fitted(checked_messages(row["messages"], ""))
-        tools = checked_tools(row.get("tools"), "")
-        text = chat.show(messages, tools)
-        for label, i, key in sorted(new, key=str):
-            if seen[label] < LOOKED_AT:
-                seen[label] += 1
-                hidden[label] += _is_hidden(chat, messages, tools, text, i, key)
-    return _told(seen, hidden) + _told_flags(flagged)
+        chosen = []
+        for label, i in _parts(row):
+            if met[label] % -(-total[label] // SAMPLE) == 0:
+                chosen.append((label, i))
+            met[label] += 1
+        if chosen:
+            messages = chat.fitted(checked_messages(row["messages"], ""))
+            tools = checked_tools(row.get("tools"), "")
+            text = chat.show(messages, tools)
+            seen.update(label for label, _ in chosen)
+            hidden.update(part[0] for part in chosen if _is_hidden(chat, messages, tools, text, part))
+    return _describe(seen, hidden) + _describe_flags(rows)
 
 
-def _parts(row: dict) -> Iterator[tuple[str, int | None, str]]:
-    """(what it is called, the message, the key) of each part that a template may show."""
-    if row.get("tools"):
-        yield "tools", None, "tools"
-    for i, message in enumerate(row["messages"]):
+def _parts(row: dict) -> Iterator[Part]:
+    """Each part of a row that a template may show. What templates treat differently has a name of its own."""
+    if _holds(row.get("tools")):
+        yield "tools", None
+    messages = row["messages"]
+    asked = max((i for i, m in enumerate(messages) if m["role"] == "user"), default=-1)
+    for i, message in enumerate(messages):
+        calls = message.get("tool_calls")
         for key, value in message.items():
-            if value is None or value == "" or key in ("role", *FLAGS):
+            if not _holds(value) or key in ("role", *FLAGS):
                 continue
             if key == "content":
-                yield f"what role {message['role']} says", i, key
+                yield f"what role {message['role']} says" + " beside tool_calls" * _holds(calls), i
                 if message["role"] == "assistant" and THOUGHT in value:
-                    yield "<think> in content", i, THOUGHT
+                    yield "<think> in content" + _when(i, asked), i
             else:
-                yield key, i, key
+                yield key + _when(i, asked) * (key in REASONING), i
+        if isinstance(calls, list) and len(calls) > 1:
+            yield MORE_CALLS, i
+
+
+def _when(i: int, asked: int) -> str:
+    return " of earlier turns" if i < asked else ""
+
+
+def _holds(value: Any) -> bool:
+    return value not in (None, "", [], {}, "[]", "null")
 
 
 def _is_hidden(
-    chat: ChatTemplate, messages: list[dict], tools: list[dict] | None, text: str, i: int | None, key: str
+    chat: ChatTemplate, messages: list[dict], tools: list[dict] | None, text: str, part: Part
 ) -> bool:
     """Whether the text is the same without a part, or does not hold what is put in its place."""
-    if i is None:
-        changed, others = messages, None
-    else:
-        changed, others = [*messages[:i], _without(messages[i], key), *messages[i + 1 :]], tools
+    label, i = part
     try:
-        shown = chat.show(changed, others)
+        if i is None:
+            return chat.show(messages, None) == text
+        if label.startswith("what role"):
+            changed = [*messages[:i], messages[i] | {"content": PROBE}, *messages[i + 1 :]]
+            return PROBE not in chat.show(changed, tools)
+        without = [[*messages[:i], message, *messages[i + 1 :]] for message in _without(messages[i], label)]
+        return any(chat.show(changed, tools) == text for changed in without)
     except TEMPLATE_ERRORS:  # it needs this part
         return False
-    return PROBE not in shown if key == "content" else shown == text
 
 
-def _without(message: dict, key: str) -> dict[str, Any]:
-    if key == "content":
-        return message | {"content": PROBE}
-    if key == THOUGHT:
-        return message | {"content": message["content"].rpartition(THOUGHT)[2].lstrip("\n")}
+def _without(message: dict, label: str) -> list[dict]:
+    """The message without a part; a thought in two ways, as templates keep the line breaks behind it or not."""
+    if label.startswith("<think>"):
+        rest = message["content"].rpartition(THOUGHT)[2]
+        return [message | {"content": rest}, message | {"content": rest.lstrip("\n")}]
+    if label == MORE_CALLS:
+        return [message | {"tool_calls": message["tool_calls"][:1]}]
+    key = label.removesuffix(" of earlier turns")
     keys = REASONING if key in REASONING else (key,)
-    return {name: value for name, value in message.items() if name not in keys}
+    return [{name: value for name, value in message.items() if name not in keys}]
 
 
-def _told(seen: Counter[str], hidden: Counter[str]) -> list[str]:
+def _describe(seen: Counter[str], hidden: Counter[str]) -> list[str]:
     never = [label for label in seen if hidden[label] == seen[label]]
     partly = [
         f"{label} in {hidden[label]} of {seen[label]} messages looked at"
         for label in seen
         if 0 < hidden[label] < seen[label]
     ]
-    left_out = listed(sorted(never) + sorted(partly))
-    return [f"data: the chat template does not show {left_out}"] if left_out else []
+    left_out = sorted(never) + sorted(partly)
+    return [f"data: the chat template does not show {listed(left_out)}"] if left_out else []
 
 
-def _told_flags(flagged: int) -> list[str]:
+def _describe_flags(rows: Sequence[dict]) -> list[str]:
+    flagged = sum(
+        any(m.get(flag) and m["role"] != "assistant" for m in row["messages"] for flag in FLAGS)
+        for row in rows
+    )
     if not flagged:
         return []
     names = " or ".join(FLAGS)
     return [
         f"data: {flagged:,} rows set {names} for other roles than the assistant, whose turns alone are learned"
+    ]
+
+
+def unclosed(chat: ChatTemplate, learned: Sequence[str]) -> list[str]:
+    """A remark if answers are learned without what would end them. learned: the last learned range of each row."""
+    tokenizer = chat.tokenizer
+    endings = tuple(filter(None, [*tokenizer.convert_ids_to_tokens(chat.stops()), tokenizer.eos_token]))
+    looked_at = learned[:: -(-len(learned) // SAMPLE) or 1]
+    if chat.marker:
+        return [
+            f"data: the chat template ends answers with {chat.marker!r}, for which the tokenizer has no token: it is"
+            " learned as letters"
+        ]
+    missing = sum(not text.rstrip().endswith(endings) for text in looked_at)
+    if not missing:
+        return []
+    return [
+        f"data: {missing} of {len(looked_at)} last answers looked at are learned without a token that ends them: the"
+        " chat template shows none there, and the model is not taught to stop"
     ]

@@ -121,7 +121,7 @@ def make_template(run: Run, dataset_format: str) -> Template:
         name, markers = wanted, list(GUANACO_MARKERS)
     context = RenderContext(tokenizer, markers, run.config.chat_date)
     stops = stop_tokens(run.base, run.model_config.eos_token_id, name, context)
-    marker = markers[0] if name == "guanaco" else None
+    marker = FORMATS[name].marker(context)
     positions = run.model_config.max_position_embeddings
     return Template(FORMATS[name], context, positions, frozenset(stops), marker)
 

@@ -12,9 +12,11 @@ import pytest
 
 from benchmarks.make_checkpoint import byte_tokenizer
 from data.chat_turns import TEMPLATE_ERRORS
+from data.evaluation_sets import prompt_of
 from data.formats import FORMATS, RenderContext, checked
 from data.stops import learned_stops
 from data.tokenizing import tokenize
+from data.unshown import unclosed
 from tests.helpers import chat_templates as templates
 from tests.helpers.chat_templates import of_trl
 
@@ -193,17 +195,27 @@ def row_of(name: str) -> dict:
     return {"messages": CONVERSATIONS[name]} | ({"tools": TOOLS} if name in WITH_TOOLS else {})
 
 
+def by_hand(name: str) -> list[dict]:
+    """The conversation as transformers 5.17 takes it: no nulls, an empty content in their place, a thought under both
+    names that these templates have."""
+    made = []
+    for message in CONVERSATIONS[name]:
+        thought = message.get("reasoning_content")
+        made.append(
+            message | {"content": message["content"] or ""} | ({"thinking": thought} if thought else {})
+        )
+    return made
+
+
 def render(model: Model, name: str):
     """(the tokenizer, what training sees of the conversation), None where the template refuses it."""
     tokenizer = tokenizer_of(model)
-    context = RenderContext(tokenizer)
     values = checked(row_of(name), FORMATS["chat"], "here")
     try:
-        return tokenizer, FORMATS["chat"].render(values, context)
+        return tokenizer, FORMATS["chat"].render(values, RenderContext(tokenizer))
     except TEMPLATE_ERRORS:
         with pytest.raises(TEMPLATE_ERRORS):  # as transformers does
-            messages = context.chat.fitted(values["messages"])
-            tokenizer.apply_chat_template(messages, tools=values.get("tools"), tokenize=False)
+            tokenizer.apply_chat_template(by_hand(name), tools=values.get("tools"), tokenize=False)
         return tokenizer, None
 
 
@@ -221,8 +233,8 @@ def test_what_is_learned(model, conversation):
     """Of each turn what the model's format says, behind the header that asks for it, and nothing else."""
     made = MODELS[model]()
     _, rendered = render(made, conversation)
+    assert (rendered is None) == (conversation in REFUSED.get(model, ()))
     if rendered is None:
-        assert conversation in REFUSED[model]
         return
     messages = CONVERSATIONS[conversation]
     wanted = [made.learned(messages, i) for i, m in enumerate(messages) if m["role"] == "assistant"]
@@ -231,8 +243,6 @@ def test_what_is_learned(model, conversation):
         assert rendered.text[:start].endswith(made.headers)
 
 
-# What TRL's markers hold besides: a line break behind a turn, and of some models the header that asks for it.
-HEADERS = ("\n", "<｜Assistant｜>", "<｜tool▁outputs▁end｜>", "<|start|>assistant")
 SHOWS_CALLS = ("qwen 2.5", "qwen 3", "gpt-oss", "deepseek")
 MARKED = [name for name, make in MODELS.items() if make().marked]
 
@@ -240,11 +250,9 @@ MARKED = [name for name, make in MODELS.items() if make().marked]
 def marked_tokens(model: Model, name: str) -> tuple[list[int], list[int]]:
     """(tokens, 1 for each that the markers of the model's other template hold), by transformers."""
     tokenizer = tokenizer_of(dataclasses.replace(model, template=model.marked))
-    values = checked(row_of(name), FORMATS["chat"], "here")
-    messages = RenderContext(tokenizer).chat.fitted(values["messages"])
     made = tokenizer.apply_chat_template(
-        messages,
-        tools=values.get("tools"),
+        by_hand(name),
+        tools=row_of(name).get("tools"),
         return_dict=True,
         return_assistant_tokens_mask=True,
     )
@@ -281,7 +289,7 @@ def test_of_a_template_without_markers_what_its_markers_would_say(model, convers
     tokens, mask = marked_tokens(made, conversation)
     assert rows.tokens.tolist() == tokens
     theirs = runs_of(tokens, mask, tokenizer)
-    for header in HEADERS:
+    for header in (*made.headers, "\n"):  # which TRL's markers of some models hold besides
         theirs = [text.removeprefix(header) for text in theirs]
     assert runs_of(tokens, rows.learned.tolist(), tokenizer) == [text.removesuffix("\n") for text in theirs]
 
@@ -321,3 +329,87 @@ def test_the_tokens_that_a_model_learns_to_stop_with(model, stops):
         tokenizer.convert_tokens_to_ids(stops.split())
     )
     assert learned_stops("alpaca", RenderContext(tokenizer)) == []
+
+
+# Templates that close turns in other ways. Shown is what is learned of "a", then of "c".
+
+
+BEFORE_NEXT = (  # the closing of a turn is written with the next header
+    "{% for m in messages %}{{ ('<|im_end|>\n' if not loop.first else '') + '<|im_start|>' + m.role + '\n' + m.content }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_end|>\n<|im_start|>assistant\n' }}{% endif %}"
+)
+NEEDS_SYSTEM = (
+    "{% if messages[0].role != 'system' %}{{ raise_exception('needs a system message') }}{% endif %}"
+    + templates.PLAIN_CHATML
+)
+NEEDS_TWO_TURNS = (
+    "{% if messages | length < 3 %}{{ raise_exception('too short') }}{% endif %}" + templates.PLAIN_CHATML
+)
+VICUNA = (
+    "{% for m in messages %}{{ ('USER: ' if m.role == 'user' else 'ASSISTANT: ') + m.content + ' ' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+UNMARKED_END = "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}" \
+    "{% else %}{{ '<|im_start|>' + m.content }}{% endif %}{{ '<|im_end|>' }}{% endfor %}"  # fmt: skip
+CLOSED = {
+    "with the next header": (BEFORE_NEXT, ["a<|im_end|>", "c"], True),
+    "with the next header, and an EOS at the end": (
+        BEFORE_NEXT + "{% if not add_generation_prompt %}{{ eos_token }}{% endif %}", ["a<|im_end|>", "c</s>"], False),
+    "after a system message": (NEEDS_SYSTEM, ["a<|im_end|>", "c<|im_end|>"], False),
+    "from the second turn on": (NEEDS_TWO_TURNS, ["a<|im_end|>", "c<|im_end|>"], False),
+    "by nothing": (VICUNA, [" a", " c"], True),
+    "outside of the markers": (UNMARKED_END, ["a", "c"], True),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CLOSED)
+def test_turns_that_are_closed_otherwise(name):
+    """What is learned, and whether a line says that the end is not."""
+    template, learned, told = CLOSED[name]
+    tokenizer = tokenizer_of(Model(template, "</s>", closed_by(""), (), IM))
+    messages = [{"role": "system", "content": "s"}, user("q"), says("a"), user("r"), says("c")]
+    values = checked({"messages": messages}, FORMATS["chat"], "here")
+    context = RenderContext(tokenizer)
+    rendered = FORMATS["chat"].render(values, context)
+    assert [rendered.text[start:end] for start, end in rendered.learned] == learned
+    assert rendered.text == tokenizer.apply_chat_template(messages, tokenize=False)
+    remarks = unclosed(context.chat, [rendered.text[slice(*rendered.learned[-1])]])
+    assert bool(remarks) == told and all("is not taught to stop" in remark for remark in remarks)
+
+
+def test_a_closing_that_is_no_token():
+    """ChatML over a tokenizer without its tokens: its letters are learned, and end an answer wherever one is read."""
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = templates.PLAIN_CHATML
+    context = RenderContext(tokenizer)
+    rendered = FORMATS["chat"].render({"messages": [user(), says()]}, context)
+    assert rendered.marker == FORMATS["chat"].marker(context) == "<|im_end|>"
+    prompt = prompt_of(rendered, tokenizer, 999, learned_stops("chat", context))
+    assert (prompt.answer, prompt.marker) == ("Yo", "<|im_end|>")
+    (remark,) = unclosed(context.chat, ["Yo<|im_end|>"])
+    assert "'<|im_end|>', for which the tokenizer has no token" in remark
+    assert FORMATS["chat"].marker(RenderContext(tokenizer_of(MODELS["qwen 3"]()))) is None
+
+
+MARKED_APART = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}{{ '<|im_start|>assistant\n' }}{% generation %}{{ '<think>' +"
+    " m.reasoning_content }}{% endgeneration %}{{ '</think>' }}{% generation %}{{ m.content + '<|im_end|>' }}"
+    "{% endgeneration %}{% else %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("template, answer", [
+    (MARKED_APART, "<think>h</think>c"), (of_trl("phi3_training"), "c"), (of_trl("qwen2_5_training"), "c"),
+])  # fmt: skip
+def test_evaluation_asks_without_any_part_of_the_answer(template, answer):
+    """Also where the template's markers have several parts for one turn."""
+    made = Model(template, "<|endoftext|>", closed_by(""), (), f"{IM} <|end|> <|user|> <|assistant|>")
+    tokenizer = tokenizer_of(made)
+    messages = [user("q"), says("a", reasoning_content="g"), user("r"), says("c", reasoning_content="h")]
+    context = RenderContext(tokenizer)
+    rendered = FORMATS["chat"].render(checked({"messages": messages}, FORMATS["chat"], "here"), context)
+    prompt = prompt_of(rendered, tokenizer, 999, learned_stops("chat", context))
+    asked = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
+    assert asked.startswith(prompt.text) and asked.removeprefix(prompt.text) in ("", "\n")
+    assert prompt.answer == answer

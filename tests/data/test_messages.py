@@ -199,9 +199,9 @@ DATED = {
     "gpt-oss": (of_trl("gptoss"), "Current date: 2024-02-29\n"),
     "llama 3.2": (of_trl("llama3_2"), "Today Date: 29 Feb 2024\n"),
     "of all parts": (
-        "\n  {% set day = strftime_now('%A, %-d %B %Y, %j %% %y-%m-%d') %}\n{{ day }}{% for m in messages %}{{ m.content }}"
+        "\n  {% set day = strftime_now('%A, %-d %B %Y, %j %% %y-%m-%d %D %_d') %}\n{{ day }}{% for m in messages %}{{ m.content }}"
         "{% endfor %}",
-        "Thursday, 29 February 2024, 060 % 24-02-29",
+        "Thursday, 29 February 2024, 060 % 24-02-29 02/29/24 29",
     ),
     "in a macro": (
         "{% macro today() %}{{ strftime_now(format='%d.%m.%Y') }}{% endmacro %}{{ today() }}{{ messages[0].content }}",
@@ -248,7 +248,7 @@ def test_what_a_template_does_not_show_is_told(tmp_path):
 def test_what_a_template_shows_in_part_is_told():
     rows = [{"messages": [user(), says(reasoning_content="a"), user(), says(reasoning_content="b")]}] * 3
     assert told(rows, of_trl("qwen3")) == [
-        "data: the chat template does not show reasoning_content in 3 of 6 messages looked at"
+        "data: the chat template does not show reasoning_content of earlier turns"
     ]
 
 
@@ -268,6 +268,48 @@ def test_names_of_the_data_stay_harmless_and_few(rows, names):
         "<|im_end|>\n{% endif %}{% endfor %}"
     )
     assert told(rows, only_turns) == [f"data: the chat template does not show {names}"]
+
+
+THINKING = {"messages": [user(), says("<think>\na\n</think>\n\nb")]}
+EARLIER = {"messages": [*THINKING["messages"], user(), says()]}
+CALL = says("Wait.", tool_calls=[call({"x": 1})])
+RARE = {
+    "DeepSeek, of thoughts with line breaks": ("deepseekv3", [THINKING], "<think> in content"),
+    "of earlier turns": ("qwen3", [THINKING] * 60 + [EARLIER] * 60, "<think> in content of earlier turns"),
+    "reasoning of earlier turns": (
+        "qwen3",
+        [{"messages": [user(), says(reasoning_content="a")]}] * 60
+        + [{"messages": [user(), says(reasoning_content="a"), user(), says()]}] * 60,
+        "reasoning_content of earlier turns",
+    ),
+    "beside calls": (
+        "llama3_1",
+        [{"messages": [user(), says()]}] * 60 + [{"messages": [user(), CALL]}] * 20,
+        "what role assistant says beside tool_calls",
+    ),
+    "second calls": (
+        "gptoss",
+        [{"messages": [user(), says(None, tool_calls=[call({}), call({})])]}],
+        "further tool_calls",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RARE)
+def test_what_is_hidden_in_some_messages_is_told_by_its_own_name(name):
+    template, rows, part = RARE[name]
+    assert told(rows, of_trl(template)) == [f"data: the chat template does not show {part}"]
+
+
+def test_names_of_the_data_are_escaped_and_bounded():
+    rows = [{"messages": [user() | {f"a\x1b[2J{i}": 1 for i in range(50)}, says()]}]
+    (remark,) = told(rows, templates.CHATML)
+    assert remark.isprintable() and len(remark) < 600 and "and 30 more" in remark
+
+
+def test_what_is_empty_is_not_told_of():
+    rows = [{"messages": [user() | {"tool_calls": []}, says()], "tools": "[]"}]
+    assert told(rows, templates.CHATML) == []
 
 
 def test_flags_without_effect_are_told():
