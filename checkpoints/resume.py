@@ -136,8 +136,9 @@ def find_checkpoint(config: Config) -> Saved | None:
         return None
     if config.resume == "auto":
         saved = newest_whole(run, tell=print)
-        if saved is None and holds_run(run):
-            _check_may_begin_anew(run)
+        if saved is None:
+            if holds_run(run):
+                _check_may_begin_anew(run)
             print(f"--resume auto: {run} has no checkpoint yet; from the start")
         return saved
     path = Path(config.resume).expanduser()

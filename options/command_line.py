@@ -12,7 +12,7 @@ import os
 import re
 import types
 import typing
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import Field, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -40,14 +40,21 @@ LARGEST = 2**31  # of whole numbers without another bound: more than torch's ind
 
 @dataclass(frozen=True)
 class Command:
-    """A command and what it takes. program: its file; usage: what follows `python <program>`; options: the dataclass that
-    declares its options."""
+    """A command and what it takes.
+
+    Args:
+        program: its file.
+        usage: what follows `python <program>`.
+        options: the dataclass that declares its options.
+        known_by_place: options that follow from where the --config file lies, {name: value}, whatever the file says.
+    """
 
     program: str
     usage: str
     description: str
     options: type
     epilog: str = ""
+    known_by_place: Callable[[str], dict[str, str]] = lambda path: {}
 
     @cached_property
     def fields(self) -> dict[str, Field]:
@@ -164,7 +171,7 @@ class Command:
                 raise UserError(f"--config {path}: unknown option {key}{suggest(key, self.fields)}")
             if value is not None:  # a null line is an option that was not given
                 values[name] = value, f"{path}: {name}"
-        return values
+        return values | {name: (value, path) for name, value in self.known_by_place(path).items()}
 
 
 def _item(value: str | None, where: str) -> str:

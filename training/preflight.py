@@ -171,7 +171,8 @@ def remarks_on_model(model_config: PretrainedConfig, folder: Path, untied: bool)
     told = []
     if untied:
         told.append(f"{folder}: {UNTIED}")
-    if getattr(model_config, "output_router_logits", False):
+    routed = getattr(model_config, "num_experts", 0) or getattr(model_config, "num_local_experts", 0)
+    if routed and getattr(model_config, "output_router_logits", False):
         told.append(
             f"{folder}/config.json: output_router_logits has no effect here: the loss is that of the tokens alone,"
             " without the auxiliary loss of the router"

@@ -95,6 +95,17 @@ def test_a_run_from_another_folder(model, data, made_there, tmp_path, capsys):
     assert again.config.model_name == job.config.model_name
 
 
+def test_a_run_that_was_moved_goes_on_where_it_is(tmp_path):
+    """Its config.yaml names the folder that it was made in."""
+    (tmp_path / "moved").mkdir()
+    (tmp_path / "moved/config.yaml").write_text(f"output_dir: {tmp_path}/made\n")
+    given = ["--config", str(tmp_path / "moved/config.yaml")]
+    assert parse(given)[0].output_dir == f"{tmp_path}/made"  # options that somebody copied
+    (tmp_path / "moved/run.json").write_text("{}")
+    assert parse([*given, "--resume", "auto"])[0].output_dir == f"{tmp_path}/moved"
+    assert parse([*given, "--output_dir", "other"])[0].output_dir == "other"
+
+
 def test_an_expanded_model_from_another_folder(made_there, tmp_path):
     there = tmp_path / "there"
     how = ["--train_type", "llama_pro", "--llama_pro_path", "models/pro", "--llama_pro_save", "blocks"]

@@ -31,8 +31,9 @@ def test_the_auxiliary_loss_of_a_router(kind, train_type, checkpoints, alpaca_fi
 
     assert told() == []
     edit(folder, output_router_logits=True, router_aux_loss_coef=0.5)
-    (line,) = told()
-    assert line.startswith(f"{folder}/{ROUTER}")
+    lines = told()
+    assert len(lines) == kind.startswith("qwen3_moe")  # in other models it has no effect anywhere
+    assert all(line.startswith(f"{folder}/{ROUTER}") for line in lines)
     loss, _ = one_rank(loss_and_logits, args, False)[0]
     with torch.no_grad():
         theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(input_ids=IDS, labels=IDS)
