@@ -7,6 +7,7 @@ import re
 
 from data.formats import Rendered
 from files.tokenizer import tokenizer_errors
+from options.errors import UserError
 
 Offsets = list[
     tuple[int, int]
@@ -22,7 +23,7 @@ def encode(tokenizer, texts: list[str], special: bool) -> list[tuple[list[int], 
         tokenizer: one with offsets (is_fast).
         special: the tokenizer adds its own BOS and the like.
 
-    Raises UserError if the tokenizer fails.
+    Raises UserError if the tokenizer fails, or makes an id that int32 cannot hold.
     """
     with tokenizer_errors(tokenizer):
         encoded = tokenizer(
@@ -33,6 +34,9 @@ def encode(tokenizer, texts: list[str], special: bool) -> list[tuple[list[int], 
             return_offsets_mapping=True,
             verbose=False,
         )
+    largest = max((max(ids) for ids in encoded["input_ids"] if ids), default=0)
+    if largest >= 2**31:
+        raise UserError(f"{tokenizer.name_or_path}: its tokenizer makes the id {largest}")
     bos, written = tokenizer.bos_token_id, tokenizer.bos_token
     rows = zip(texts, encoded["input_ids"], encoded["offset_mapping"], strict=True)
     return [_with_one_bos(text, ids, offsets, bos, written) for text, ids, offsets in rows]

@@ -35,10 +35,13 @@ def tokenize(rendered: list[Rendered], tokenizer, context_length: int, where: st
     of the very text that was tokenized. Examples without a target are dropped and counted."""
     if not tokenizer.is_fast:
         raise UserError(
-            "--model_name: its tokenizer cannot tell where a token lies in the text (no tokenizer.json)"
+            f"{tokenizer.name_or_path}: its tokenizer cannot tell where a token lies in the text"
+            " (no tokenizer.json)"
         )
     if tokenizer.eos_token_id is None and any(r.ends for r in rendered):
-        raise UserError("--model_name: its tokenizer has no EOS token, so a model could not learn to stop")
+        raise UserError(
+            f"{tokenizer.name_or_path}: its tokenizer has no EOS token, so a model could not learn to stop"
+        )
     special = SpecialTokens.of(tokenizer)
     tokens, learned, lengths, numbers, cut, prompts = [], [], [], [], 0, []
     for start in range(0, len(rendered), 1000):  # the library works on a batch in parallel
@@ -105,8 +108,6 @@ def _targets(
     targets = np.zeros(len(ids), dtype=bool)
     for start, end in example.learned:
         targets |= (begins < end) & (ends > start)
-    if ids and max(ids) >= 2**31:
-        raise UserError(f"--model_name: its tokenizer makes the id {max(ids)}")
     tokens = np.asarray(ids, dtype=np.int32)
     if special.bos not in (None, special.eos):  # one token for both is learned, as EOS
         targets &= tokens != special.bos

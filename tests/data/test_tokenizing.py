@@ -233,7 +233,7 @@ def test_tokenizers_that_cannot_be_used():
     assert len(tokenize([guanaco("### Assistant: x### Human: y")], no_eos, 100, "here")) == 1  # needs none
 
     class Slow:
-        is_fast = False
+        is_fast, name_or_path = False, "models/slow"
 
     with pytest.raises(UserError, match=r"no tokenizer\.json"):
         tokenize([qa("x")], Slow(), 100, "here")

@@ -14,6 +14,7 @@ import evaluate
 import export
 import generate
 from data.encoding import encode
+from data.tokenizing import prepare
 from files.names import BLOCKS
 from files.tokenizer import compare_with_files, read_tokenizer
 from options.errors import UserError
@@ -54,6 +55,23 @@ def test_the_message_names_the_folder_of_a_tokenizer_that_fails(kind, checkpoint
     ):
         with pytest.raises(UserError, match=rf"^{re.escape(str(folder))}: its tokenizer fails \("):
             fails()
+
+
+def test_the_message_names_the_folder_of_a_tokenizer_that_cannot_be_used(checkpoints, alpaca_file, tmp_path):
+    folder = shutil.copytree(checkpoints(), tmp_path / "model")
+
+    def refused(words: str) -> None:
+        with pytest.raises(UserError, match=rf"^{re.escape(str(folder))}: its tokenizer {words}"):
+            prepare(str(alpaca_file), "auto", -1, 100, read_tokenizer(folder, "here"))
+
+    path = folder / "tokenizer.json"
+    said = json.loads(path.read_text())
+    said["model"]["vocab"]["e"] = 2**31
+    path.write_text(json.dumps(said))
+    refused(f"makes the id {2**31}$")
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
+    refused("has no EOS token")
 
 
 @pytest.mark.parametrize("moved", [False, True])
