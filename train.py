@@ -13,6 +13,7 @@ from __future__ import annotations
 import gc
 import sys
 
+from files.names import OPTIONS
 from launch.program import outlast, parse_or_exit, prepare_environment, quiet_libraries, run_command
 from options.train import parse
 
@@ -238,7 +239,7 @@ def save(job: Job, model: PreTrainedModel, folder: Path, best: bool = False) -> 
     else:
         trained_model.save_model(model, folder, files, base, job.small_files)
     if best and dist.get_rank() == 0:
-        write_text(folder / "config.yaml", job.options_file(llama_pro_save=saved))
+        write_text(folder / OPTIONS, job.options_file(llama_pro_save=saved))
 
 
 def run(config: Config, remarks: list[str]) -> int:

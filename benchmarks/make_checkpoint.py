@@ -20,6 +20,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from benchmarks.shapes import SHAPES
+from files.names import INDEX
 from files.tensors import write_header
 
 SHARD_BYTES = 4 * 10**9
@@ -94,7 +95,7 @@ def make_checkpoint(folder: Path, shape: str, empty: bool = False) -> None:
         (folder / EMPTY).touch()
     total = sum(2 * dims.numel() for dims in shapes.values())
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / INDEX).write_text(json.dumps(index))
     config.save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     print(f"{folder}: {total / 1e9:.1f} GB")

@@ -15,7 +15,7 @@ from torch import nn
 from files.atomic_writes import staged
 from files.base_model import BaseModel
 from files.disk_room import check_room
-from files.names import ADAPTER
+from files.names import ADAPTER, ADAPTER_CONFIG
 from files.tensors import save_tensors
 from models.family import clean
 from models.lora import LoRALinear
@@ -52,7 +52,7 @@ def save_adapter(
         save_tensors(tensors, stage(ADAPTER), base.metadata())
         for name, text in beside.items():
             stage(name).write_text(text, encoding="utf-8")
-        stage("adapter_config.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+        stage(ADAPTER_CONFIG).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
 
 
 def _describe(config: Config, base: BaseModel, targets: list[str]) -> dict:

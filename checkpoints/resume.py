@@ -24,7 +24,7 @@ from checkpoints.storage import (
     steps_in,
 )
 from files.base_model import is_same_base
-from files.names import BEST, BLOCKS
+from files.names import ADAPTER_CONFIG, BEST, BLOCKS, CONFIG
 from files.output_folder import check_output, holds_run, output_folder
 from monitoring.metrics import read_metrics
 from options.config import CHECKPOINTS, COMPATIBILITY, DAY, FIELDS, Config
@@ -121,7 +121,7 @@ def resume_after_restart(config: Config) -> Config:
 def _check_may_begin_anew(run: Path) -> None:
     """Raises UserError where more would be lost of a run without a whole checkpoint than its first steps."""
     why = None
-    if any((run / name).exists() for name in ("adapter_config.json", "config.json", BLOCKS)):
+    if any((run / name).exists() for name in (ADAPTER_CONFIG, CONFIG, BLOCKS)):
         why = "a finished run without checkpoints"
     elif any((folder_of(run, step) / MANIFEST).exists() for step in steps_in(run)):
         why = "no checkpoint that is whole"

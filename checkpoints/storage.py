@@ -42,6 +42,7 @@ from torch.futures import Future
 
 from files.atomic_writes import beside, fresh_folder, remove
 from files.disk_room import check_room
+from files.names import METRICS
 from files.tensors import write_tensors
 from launch.memory import MIB
 from options.config import CHECKPOINTS
@@ -50,7 +51,7 @@ from options.limits import MANIFEST_FILE, check_size, read_text
 
 MANIFEST, VERSION, RANK = "manifest.json", 2, "rank-"
 # Of a RUN, appended to; a resumed run cuts them to the checkpoint. One that was not there then had no lines.
-GROWING_FILES = ("metrics.jsonl", "samples.jsonl", "bad_steps.jsonl")
+GROWING_FILES = (METRICS, "samples.jsonl", "bad_steps.jsonl")
 NAME = re.compile(r"step-(\d{8,})")
 FILE = re.compile(rf"{RANK}\d{{5,}}\.safetensors", re.ASCII)
 DIGESTED = 32 * MIB  # bytes of a file at a time

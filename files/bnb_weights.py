@@ -18,6 +18,7 @@ import bitsandbytes.functional as bnb
 import torch
 
 from files.finite import check_finite
+from files.names import CONFIG
 from files.tensors import StoredTensor, read_tensor
 from options.errors import UserError
 from quantization.nf4 import NF4, SCALE_BLOCK
@@ -140,6 +141,6 @@ def check_stored_quantization(description: dict | None, folder: Path) -> bool:
         return True
     kind = "bitsandbytes 8 bit" if method == "bitsandbytes" else str(method)
     raise UserError(
-        f"{folder}/config.json: the weights are quantized already ({kind}); only 16- and 32-bit weights and"
+        f"{folder}/{CONFIG}: the weights are quantized already ({kind}); only 16- and 32-bit weights and"
         " bitsandbytes' 4 bits (nf4) can be read"
     )

@@ -23,7 +23,7 @@ from transformers import PretrainedConfig
 from files.bnb_weights import find_bnb
 from files.hub_errors import HUB_ERRORS
 from files.links import leads_out
-from files.names import INDEX, SINGLE, split_revision
+from files.names import CONFIG, INDEX, SINGLE, split_revision
 from files.tensors import Stage, Staged, StoredTensor, list_tensors, read_tensor
 from files.weight_sets import check_one_set
 from options.config import TOY_MODEL
@@ -154,8 +154,8 @@ def find_model(name: str) -> Path:
     """
     local = os.path.expanduser(name)  # os.path takes any text, where Path raises for some
     folder = Path(local) if os.path.isdir(local) else _download(name, "*.json", "*.jinja", "*.model", "*.txt")
-    if not (folder / "config.json").is_file():
-        raise UserError(f"--model_name {name}: no config.json in this folder")
+    if not (folder / CONFIG).is_file():
+        raise UserError(f"--model_name {name}: no {CONFIG} in this folder")
     return folder
 
 

@@ -5,17 +5,22 @@ from __future__ import annotations
 
 import os
 
+OPTIONS, METRICS = "config.yaml", "metrics.jsonl"  # every option of a run; a line for each step
 ADAPTER, BLOCKS = "adapter_model.safetensors", "new_blocks.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"  # PEFT's description of an adapter
 BEST, SCORE = "best", "evaluation.json"  # the folder of the best step, and the file in it that names the step
-RUN_FILES = ("config.yaml", "run.json", "metrics.jsonl", "bad_steps.jsonl", "samples.jsonl", "loss.png", "report.html", "memory*.html",
-             "memory*.png", "memory_snapshot*.pickle", "adapter_config.json", ADAPTER, BLOCKS)  # fmt: skip
-TOKENIZER = ("tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt", "added_tokens.json",
-             "chat_template.*")  # fmt: skip
+RUN_FILES = (OPTIONS, "run.json", METRICS, "bad_steps.jsonl", "samples.jsonl", "loss.png", "report.html",
+             "memory*.html", "memory*.png", "memory_snapshot*.pickle",
+             ADAPTER_CONFIG, ADAPTER, BLOCKS)  # fmt: skip
+TOKENIZER_JSON, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
+SPECIAL_TOKENS, CHAT_TEMPLATE = "special_tokens_map.json", "chat_template.jinja"
+VOCABULARY = ("vocab.json", "merges.txt")  # of byte-level BPE, without tokenizer.json
+TOKENIZER = ("tokenizer*", SPECIAL_TOKENS, "vocab.*", "merges.txt", "added_tokens.json", "chat_template.*")
 # A model folder's small files that go along with retrained weights, as they are.
 CONFIG, GENERATION = "config.json", "generation_config.json"
 COMPANIONS = (CONFIG, GENERATION, *TOKENIZER)
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
-MODEL_FILES = (CONFIG, GENERATION, INDEX, "model.safetensors", "model-*.safetensors")
+MODEL_FILES = (CONFIG, GENERATION, INDEX, SINGLE, "model-*.safetensors")
 
 
 def split_revision(name: str) -> tuple[str, str | None]:

@@ -11,16 +11,10 @@ from pathlib import Path
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
+from files.names import CHAT_TEMPLATE, CONFIG, SPECIAL_TOKENS, TOKENIZER_CONFIG, TOKENIZER_JSON, VOCABULARY
 from options.errors import UserError, describe
 from options.limits import TOKENIZER_FILE, check_size, read_json
 
-FILE, CONFIG, SPECIAL, TEMPLATE = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-)
-VOCABULARY = ("vocab.json", "merges.txt")  # of byte-level BPE, without tokenizer.json
 # What two tokenizers are compared on; the shortest that they split differently is shown.
 TEXTS = (
     *("a", " ", "\n", " a", "  a", "a  b", "\n\n\n", "a\n b", "\t\ta", "a \r\n", "don't", "A b", "a.b"),
@@ -48,11 +42,11 @@ def read_tokenizer(folder: Path, named: str):
     Raises UserError for one that is missing, damaged or too large, or whose files leave open how it splits
     text.
     """
-    for name in (FILE, CONFIG, TEMPLATE, SPECIAL, *VOCABULARY):
+    for name in (TOKENIZER_JSON, TOKENIZER_CONFIG, CHAT_TEMPLATE, SPECIAL_TOKENS, *VOCABULARY):
         check_size(folder / name, TOKENIZER_FILE)
     missing = _missing(folder)
     if missing:
-        raise UserError(f"{named}: no usable tokenizer ({missing}); its files belong beside config.json")
+        raise UserError(f"{named}: no usable tokenizer ({missing}); its files belong beside {CONFIG}")
     try:
         # mistral_format: else Mistral's package, where installed, reads tekken.json in its place.
         return AutoTokenizer.from_pretrained(
@@ -60,7 +54,7 @@ def read_tokenizer(folder: Path, named: str):
         )
     except Exception as e:  # the tokenizers library has no narrower one for a damaged tokenizer.json
         raise UserError(
-            f"{named}: no usable tokenizer ({describe(e)}); its files belong beside config.json"
+            f"{named}: no usable tokenizer ({describe(e)}); its files belong beside {CONFIG}"
         ) from None
 
 
@@ -72,13 +66,13 @@ def _missing(folder: Path) -> str:
     tokens are plain text.
     """
     has = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    if FILE not in has and not {*VOCABULARY, CONFIG} <= has:
+    if TOKENIZER_JSON not in has and not {*VOCABULARY, TOKENIZER_CONFIG} <= has:
         found = next((name for name in ("tokenizer.model", "tekken.json", *VOCABULARY) if name in has), None)
-        return f"there is no {FILE}" + (
+        return f"there is no {TOKENIZER_JSON}" + (
             f", and {found} alone does not say how to split text" if found else ""
         )
-    if not {CONFIG, SPECIAL} & has:
-        return f"there is no {CONFIG}, so what its BOS, EOS and chat template are is unknown"
+    if not {TOKENIZER_CONFIG, SPECIAL_TOKENS} & has:
+        return f"there is no {TOKENIZER_CONFIG}, so what its BOS, EOS and chat template are is unknown"
     return ""
 
 
@@ -121,22 +115,24 @@ def compare_with_files(folder: Path, tokenizer) -> TokenizerUse:
     if not tokenizer.is_fast:  # refused where rows are tokenized
         return use
     kind = type(tokenizer).__name__
-    if not (folder / CONFIG).is_file():
+    if not (folder / TOKENIZER_CONFIG).is_file():
         template = "" if tokenizer.chat_template else ", and there is no chat template"
-        use.remarks.append(f"tokenizer: no {CONFIG}; BOS and EOS are those of {SPECIAL}{template}")
-    if not (folder / FILE).is_file():
         use.remarks.append(
-            f"tokenizer: no {FILE}; transformers builds {kind} out of {' and '.join(VOCABULARY)}. Saved and"
-            f" exported models get its {FILE}"
+            f"tokenizer: no {TOKENIZER_CONFIG}; BOS and EOS are those of {SPECIAL_TOKENS}{template}"
         )
-        use.files[FILE] = tokenizer.backend_tokenizer.to_str(pretty=True)
-    elif difference := _difference(folder / FILE, tokenizer):
+    if not (folder / TOKENIZER_JSON).is_file():
         use.remarks.append(
-            f"tokenizer: transformers' {kind} splits text otherwise than {FILE} says {difference}. Training"
-            f" uses transformers'; saved and exported models get a {FILE} that says so"
+            f"tokenizer: no {TOKENIZER_JSON}; transformers builds {kind} out of {' and '.join(VOCABULARY)}."
+            f" Saved and exported models get its {TOKENIZER_JSON}"
         )
-        use.files[FILE] = tokenizer.backend_tokenizer.to_str(pretty=True)
-    _compare_flags(folder / CONFIG, tokenizer, use)
+        use.files[TOKENIZER_JSON] = tokenizer.backend_tokenizer.to_str(pretty=True)
+    elif difference := _difference(folder / TOKENIZER_JSON, tokenizer):
+        use.remarks.append(
+            f"tokenizer: transformers' {kind} splits text otherwise than {TOKENIZER_JSON} says {difference}."
+            f" Training uses transformers'; saved and exported models get a {TOKENIZER_JSON} that says so"
+        )
+        use.files[TOKENIZER_JSON] = tokenizer.backend_tokenizer.to_str(pretty=True)
+    _compare_flags(folder / TOKENIZER_CONFIG, tokenizer, use)
     return use
 
 
@@ -191,10 +187,10 @@ def _compare_flags(path: Path, tokenizer, use: TokenizerUse) -> None:
         token = "BOS" if name == "add_bos_token" else "EOS"
         adds = token if added[name] else f"no {token}"
         use.remarks.append(
-            f"tokenizer: {CONFIG} says {name}: {str(raw[name]).lower()}, but the tokenizer adds {adds}, as in"
-            f" training. Saved and exported models get a {CONFIG} that says so"
+            f"tokenizer: {TOKENIZER_CONFIG} says {name}: {str(raw[name]).lower()}, but the tokenizer adds"
+            f" {adds}, as in training. Saved and exported models get a {TOKENIZER_CONFIG} that says so"
         )
     if wrong:
-        use.files[CONFIG] = (
+        use.files[TOKENIZER_CONFIG] = (
             json.dumps(raw | {name: added[name] for name in wrong}, indent=2, ensure_ascii=False) + "\n"
         )

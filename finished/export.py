@@ -22,7 +22,7 @@ from files.atomic_writes import write_text
 from files.disk_room import check_writable
 from files.hub_errors import HUB_ERRORS
 from files.model_folder import CheckpointFiles, recorded_name
-from files.names import ADAPTER, CONFIG, TOKENIZER, split_revision
+from files.names import ADAPTER, ADAPTER_CONFIG, CONFIG, TOKENIZER, split_revision
 from files.tokenizer import compare_with_files
 from finished.export_folder import check_space, check_unused, whole_or_nothing
 from finished.finished_run import Run, load_tokenizer, open_run, read_adapter, stops_of
@@ -154,7 +154,7 @@ def write_card(run: Run, options: Options, folder: Path, what: str, library: str
 
 def write_adapter(run: Run, options: Options, folder: Path, small_files: dict[str, str]) -> None:
     assert run.adapter is not None
-    path = run.folder / "adapter_config.json"
+    path = run.folder / ADAPTER_CONFIG
     described = read_json(path, CONFIG_FILE)
     try:
         named = described["base_model_name_or_path"], described.get("revision")
@@ -171,7 +171,7 @@ def write_adapter(run: Run, options: Options, folder: Path, small_files: dict[st
         " `PeftModel.from_pretrained(base, folder)` puts it over its base model."
     )
     write_card(run, options, folder, what, "peft")
-    write_text(folder / "adapter_config.json", json.dumps(described, indent=2) + "\n")
+    write_text(folder / ADAPTER_CONFIG, json.dumps(described, indent=2) + "\n")
 
 
 # The check

@@ -10,17 +10,18 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from files.disk_room import check_room
+from files.names import ADAPTER_CONFIG, CONFIG, OPTIONS
 from files.output_folder import clear_output, holds_run
 from options.errors import UserError
 
 SPARE = 2**20  # bytes, for headers, index and card
-LAST = ("config.json", "adapter_config.json")  # each makes its folder loadable
+LAST = (CONFIG, ADAPTER_CONFIG)  # each makes its folder loadable
 
 
 def check_unused(out: Path, overwrite: bool, names: Iterable[str] = ()) -> None:
     """Raises UserError if the folder holds a run, or what only --overwrite replaces: a model, or a file of
     one of these names."""
-    if (out / "config.yaml").exists():  # even --overwrite does not replace a training run
+    if (out / OPTIONS).exists():  # even --overwrite does not replace a training run
         raise UserError(f"--out {out}: holds a run of train.py; choose another folder")
     there = "a model" if holds_run(out) else next((name for name in names if (out / name).exists()), None)
     if there and not overwrite:

@@ -25,7 +25,7 @@ from data.stops import stop_tokens
 from files.base_model import DESCRIBED, check_base
 from files.bnb_weights import check_stored_quantization
 from files.model_folder import CheckpointFiles, base_digest, fetch_weights, find_model, recorded_name
-from files.names import ADAPTER, BLOCKS
+from files.names import ADAPTER, ADAPTER_CONFIG, BLOCKS, CONFIG, OPTIONS
 from files.tensors import read_header
 from files.tokenizer import read_tokenizer
 from launch.precision import Precision
@@ -74,12 +74,12 @@ def open_run(folder: str | Path, base: str | None = None) -> Run:
     """Reads and checks a RUN. base: a folder or hub id to be used instead of the base that config.yaml names,
     for one that was moved. Raises UserError if it is no RUN, is half written, or belongs to another base."""
     folder = Path(folder).expanduser()
-    if not (folder / "config.yaml").is_file():
-        raise UserError(f"{folder}: is no run of train.py (no config.yaml)")
-    config = _read_options(folder / "config.yaml")
+    if not (folder / OPTIONS).is_file():
+        raise UserError(f"{folder}: is no run of train.py (no {OPTIONS})")
+    config = _read_options(folder / OPTIONS)
     blocks = config.llama_pro_save == "blocks"
     whole = config.method.saves == "model" and not blocks
-    saved = folder / ("config.json" if whole else BLOCKS if blocks else "adapter_config.json")
+    saved = folder / (CONFIG if whole else BLOCKS if blocks else ADAPTER_CONFIG)
     if not saved.is_file():
         raise UserError(
             f"{folder}: holds no result ({saved.name}): the run was cut, or ran with --save_model false"
@@ -188,7 +188,7 @@ def _check_description(path: Path, config: Config) -> None:
     for name, value in wanted.items():
         if described.get(name) != value:
             found = f"{name} {described.get(name)}"
-            raise UserError(f"{path}: {found}, but config.yaml makes it {value}: one of them is damaged")
+            raise UserError(f"{path}: {found}, but {OPTIONS} makes it {value}: one of them is damaged")
 
 
 def _read_adapter_header(path: Path) -> tuple[dict[str, str], dict[str, tuple[list[int], str]]]:
@@ -222,13 +222,13 @@ def _check_adapter(run: Run, found: dict[str, tuple[list[int], str]]) -> None:
     }
     for name in sorted(wanted.keys() | found.keys()):
         if name not in wanted:
-            raise UserError(f"{path}: {name} has no place in {run.base} with the options of config.yaml")
+            raise UserError(f"{path}: {name} has no place in {run.base} with the options of {OPTIONS}")
         if name not in found:
             raise UserError(f"{path}: {name} is missing")
         shape, dtype = found[name]
         if shape != wanted[name]:
             raise UserError(
-                f"{path}: {name} has shape {shape}, but {run.base} and config.yaml ask for {wanted[name]}"
+                f"{path}: {name} has shape {shape}, but {run.base} and {OPTIONS} ask for {wanted[name]}"
             )
         if dtype not in ADAPTER_DTYPES:  # whole numbers would be taken for weights
             raise UserError(

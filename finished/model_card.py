@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from data.sources import find_recipe
-from files.names import SCORE, split_revision
+from files.names import METRICS, SCORE, split_revision
 from options.config import FIELDS, TOY_MODEL, Config
 from options.declaration import shown
 from options.errors import UserError
@@ -75,7 +75,7 @@ def _loss(run: Path) -> str:
         if (run / SCORE).is_file():
             score = read_json(run / SCORE, CONFIG_FILE)
             return f"Evaluation loss: {score['eval_loss']:.4f} after {score['step']:,} steps, the best of its run"
-        last = json.loads((run / "metrics.jsonl").read_text(encoding="utf-8").strip().splitlines()[-1])
+        last = json.loads((run / METRICS).read_text(encoding="utf-8").strip().splitlines()[-1])
         return f"Final loss: {last['loss']:.4f} after {last['step']:,} steps ({last['epoch']:.2f} epochs)"
     except (OSError, ValueError, LookupError, TypeError, UserError):
         return "Final loss: not known (the run has no metrics.jsonl that can be read)"

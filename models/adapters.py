@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from files.model_folder import CheckpointFiles
+from files.names import CONFIG
 from launch.precision import Precision
 from models.dora import DoRALinear
 from models.family import Family
@@ -81,7 +82,7 @@ def check_packing(model: PreTrainedModel, family: Family, config: Config, files:
     if getattr(model.config, "quantization_config", None) and not files.prequantized:
         # Saved with such a config.json, a trained model would be one that transformers cannot compute.
         raise UserError(
-            f"{files.folder}/config.json: quantization_config says that the weights are packed, but no file holds one"
+            f"{files.folder}/{CONFIG}: quantization_config says that the weights are packed, but no file holds one"
             " that is; if they are the original weights, delete it"
         )
     if files.prequantized and config.method.quantizer != "bnb":

@@ -15,6 +15,7 @@ import torch
 from transformers import PretrainedConfig
 
 from files.model_folder import CheckpointFiles
+from files.names import CONFIG
 from models.family import Family
 from options.errors import UserError
 
@@ -28,7 +29,7 @@ def is_expanded(config: PretrainedConfig) -> bool:
 def new_layers(config: PretrainedConfig) -> list[int]:
     """The indices of an expanded model's new layers. Raises UserError for any other model, and for a list that
     cannot be true: there is no layer before the first one that it could be a copy of."""
-    where, count = f"{config.name_or_path}/config.json", config.num_hidden_layers
+    where, count = f"{config.name_or_path}/{CONFIG}", config.num_hidden_layers
     layers = getattr(config, NEW_LAYERS, None)
     if layers is None:
         raise UserError(

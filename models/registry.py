@@ -14,6 +14,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from files.model_folder import CheckpointFiles
+from files.names import CONFIG
 from models import gemma2, gemma3, llama, mistral, phi3, qwen2, qwen3, qwen3_moe
 from models.causal_lm import put_head, with_summed_loss
 from models.family import Family
@@ -49,16 +50,16 @@ UNUSABLE = (
 def read_config(folder: Path) -> tuple[PretrainedConfig, Family]:
     """(the model's configuration, its family). Raises UserError for an unknown architecture."""
     known = ", ".join(FAMILIES)
-    if (folder / "config.json").is_file():
-        _check_counts(read_json(folder / "config.json", CONFIG_FILE), folder)
+    if (folder / CONFIG).is_file():
+        _check_counts(read_json(folder / CONFIG, CONFIG_FILE), folder)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except UNUSABLE as e:
         raise UserError(
-            f"{folder}/config.json: not readable ({_reason(e)}); known architectures: {known}"
+            f"{folder}/{CONFIG}: not readable ({_reason(e)}); known architectures: {known}"
         ) from None
     if config.model_type not in FAMILIES:
-        raise UserError(f"{folder}/config.json: model_type {config.model_type!r} is unknown; known: {known}")
+        raise UserError(f"{folder}/{CONFIG}: model_type {config.model_type!r} is unknown; known: {known}")
     return config, FAMILIES[config.model_type]
 
 
@@ -66,10 +67,10 @@ def _check_counts(raw: dict, folder: Path) -> None:
     """Raises UserError for numbers that no model has. Each layer is an object, also on the meta device."""
     for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size"):
         if isinstance(raw.get(name), int) and raw[name] < 1:
-            raise UserError(f"{folder}/config.json: {name} {raw[name]}: must be positive")
+            raise UserError(f"{folder}/{CONFIG}: {name} {raw[name]}: must be positive")
     for name, value in raw.items():
         if name.startswith("num_") and isinstance(value, int | float) and value > LAYERS:
-            raise UserError(f"{folder}/config.json: {name} {value}: at most {LAYERS:,} are built")
+            raise UserError(f"{folder}/{CONFIG}: {name} {value}: at most {LAYERS:,} are built")
 
 
 def build_on_meta(config: PretrainedConfig, family: Family, attention: str | None = None) -> PreTrainedModel:
@@ -87,13 +88,13 @@ def build_on_meta(config: PretrainedConfig, family: Family, attention: str | Non
             put_head(model, family.head, family.logit_scale(config))
     except UNUSABLE as e:
         raise UserError(
-            f"{config.name_or_path}/config.json: describes no {config.model_type} model"
+            f"{config.name_or_path}/{CONFIG}: describes no {config.model_type} model"
             f" ({type(e).__name__}: {_reason(e)})"
         ) from None
     if not all(getattr(module, "is_causal", True) for module in model.modules()):
         # Embedding models: they would see the tokens that they are to predict, and the padding.
         raise UserError(
-            f"{config.name_or_path}/config.json: describes a model with bidirectional attention"
+            f"{config.name_or_path}/{CONFIG}: describes a model with bidirectional attention"
             " (use_bidirectional_attention); only causal models are trained"
         )
     if config.tie_word_embeddings:

@@ -15,6 +15,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from files.names import CONFIG
 from options.config import user_cache
 from options.errors import UserError, describe
 
@@ -30,7 +31,7 @@ def toy_model(texts: list[str]) -> Path:
     """
     cache = user_cache()
     folder = cache / f"toy-llama-{VERSION}"
-    if not (folder / "config.json").is_file():
+    if not (folder / CONFIG).is_file():
         temporary = cache / f"{folder.name}.{os.getpid()}.tmp"
         _write(temporary, *_make(texts))
         try:

@@ -10,7 +10,7 @@ from pathlib import Path
 from data.batches import StepSampler
 from data.packing import PackSampler
 from data.rows import TokenizedRows
-from files.names import BEST, BLOCKS, SCORE
+from files.names import BEST, BLOCKS, METRICS, OPTIONS, SCORE
 from files.output_folder import output_folder
 from launch.program import typed_command, under_torchrun
 from monitoring.metrics import Metrics, too_many
@@ -68,7 +68,7 @@ def going_on(folder: Path) -> str:
     """The command that resumes a run, where it is not torchrun's."""
     if under_torchrun():  # whose options are not known here
         return "the command that started it, with --resume auto"
-    return shlex.join([*typed_command("train.py"), "--config", f"{folder}/config.yaml", "--resume", "auto"])
+    return shlex.join([*typed_command("train.py"), "--config", f"{folder}/{OPTIONS}", "--resume", "auto"])
 
 
 def describe_unsaved(error: OSError, folder: Path, step: int | None) -> str:
@@ -114,12 +114,12 @@ def describe_files(config: Config, saved: bool, sampled: bool, folder: Path) -> 
     again = [
         *typed_command("train.py"),
         "--config",
-        f"{folder}/config.yaml",
+        f"{folder}/{OPTIONS}",
         "--output_dir",
         f"{folder}-again",
     ]
     lines = [
-        f"in {folder}: {what}report.html, metrics.jsonl, loss.png, config.yaml",
+        f"in {folder}: {what}report.html, {METRICS}, loss.png, {OPTIONS}",
         f"next: {shlex.join(again)}",
     ]
     if config.profile:

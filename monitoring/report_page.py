@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from html import escape
 from pathlib import Path
 
-from files.names import ADAPTER, BLOCKS, split_revision
+from files.names import ADAPTER, BLOCKS, CONFIG, OPTIONS, split_revision
 from launch.program import typed_command
 from monitoring.report_charts import Series, bars, curves, number, running_mean
 from monitoring.run_files import RunFiles
@@ -271,7 +271,7 @@ def commands(run: RunFiles) -> list[tuple[str, list[str]]]:
     # evaluate.py takes these when it is told no other rows.
     held_out = config.eval_share or config.eval_dataset
     measured = [] if held_out else ["--dataset", config.dataset, "--samples", "200"]
-    whole, part = "config.json" in run.names, not run.names.isdisjoint((ADAPTER, BLOCKS))
+    whole, part = CONFIG in run.names, not run.names.isdisjoint((ADAPTER, BLOCKS))
     for script, what, more, needs in (
         ("generate.py", "Ask the base model and the tuned one", asked, part or whole),
         ("evaluate.py", "Measure the base model and the tuned one", measured, part or whole),
@@ -282,7 +282,7 @@ def commands(run: RunFiles) -> list[tuple[str, list[str]]]:
             found.append((what, [*typed_command(script), folder, *more]))
     if whole:
         found.append(("Serve the model (docs/serving.md)", ["transformers", "serve", folder]))
-    again = ["--config", f"{folder}/config.yaml", "--output_dir", f"{folder}-again"]
+    again = ["--config", f"{folder}/{OPTIONS}", "--output_dir", f"{folder}-again"]
     found.append(("Train again with the same options", [*typed_command("train.py"), *again]))
     found.append(("Make this page again", [*typed_command("report.py"), folder]))
     return found

@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from files.names import SCORE
+from files.names import METRICS, OPTIONS, SCORE
 from monitoring.run_facts import FACTS, check_facts
 from options.config import Config
 from options.errors import UserError
@@ -28,10 +28,10 @@ class RunFiles:
 
 def read_run(folder: Path) -> RunFiles:
     """Raises UserError if the folder is no RUN of train.py, has no step yet, or has a file that is damaged."""
-    if not (folder / "config.yaml").is_file():
-        raise UserError(f"{folder}: is no run of train.py (no config.yaml)")
-    config, _ = parse(["--config", str(folder / "config.yaml")])
-    steps = sorted(_lines(folder / "metrics.jsonl", ("step", "loss")), key=lambda s: s["step"])
+    if not (folder / OPTIONS).is_file():
+        raise UserError(f"{folder}: is no run of train.py (no {OPTIONS})")
+    config, _ = parse(["--config", str(folder / OPTIONS)])
+    steps = sorted(_lines(folder / METRICS, ("step", "loss")), key=lambda s: s["step"])
     if not steps and (folder / SCORE).is_file():
         raise UserError(
             f"{folder}: is the best step of a run; the page is of the whole one: {folder.absolute().parent}"

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from files.atomic_writes import as_json, staged
 from files.disk_room import append_bytes, despite_full_disk
+from files.names import METRICS
 from files.output_folder import output_folder
 from monitoring.metrics import Metrics, read_metrics
 from options.config import Config
@@ -52,7 +53,7 @@ class Tracker(NoTracker):
 
     def __init__(self, folder: Path, total_steps: int, quiet: bool):
         self.folder, self.total, self.evaluated = folder, total_steps, ""
-        path = folder / "metrics.jsonl"
+        path = folder / METRICS
         self.history = read_metrics(path) if path.exists() else []
         self.file, self.held = path.open("ab", buffering=0), b""
         done = len(self.history)

@@ -19,7 +19,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from files.names import ADAPTER
+from files.names import ADAPTER, METRICS
 from files.tensors import read_header
 from launch.processes import free_port
 from options.config import CHECKPOINTS
@@ -93,7 +93,7 @@ class Attempt:
 
 def count_lines(folder: Path) -> int:
     try:  # a run that begins anew takes it away
-        return (folder / "metrics.jsonl").read_bytes().count(b"\n")
+        return (folder / METRICS).read_bytes().count(b"\n")
     except FileNotFoundError:
         return 0
 
@@ -121,7 +121,7 @@ def kill_once(folder: Path, steps: int, kind: str, chance: random.Random, start_
 
 def result(folder: Path) -> tuple[list[dict], bytes]:
     """What must repeat: (of every step, the adapter's tensors)."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
     adapter = folder / ADAPTER
     return [{name: line[name] for name in REPEATED} for line in lines], adapter.read_bytes()[
         read_header(adapter)[1] :

@@ -13,6 +13,7 @@ from checkpoints.training_state import describe_not_finite
 from files.atomic_writes import write_text
 from files.disk_room import despite_full_disk
 from files.lock import Alone
+from files.names import OPTIONS
 from files.output_folder import clear_output
 from launch.nodes import check_shared
 from launch.ranks import Place
@@ -47,7 +48,7 @@ def open_run(
         if job.saved is None:
             clear_output(folder)
         resume.tidy(folder, job.saved)
-        write_text(folder / "config.yaml", job.options_file())
+        write_text(folder / OPTIONS, job.options_file())
         write_text(folder / FACTS, facts)
         print(ready, flush=True)
     if config.save_every or config.save_minutes:

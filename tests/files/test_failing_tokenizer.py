@@ -33,7 +33,7 @@ FAILING = {
 
 
 def write_failing(folder: Path, kind: str) -> Path:
-    """Gives the folder a tokenizer that knows BOS and EOS only, and has no token for what it does not know."""
+    """Gives the folder a tokenizer that knows BOS and EOS only, and has no token for anything else."""
     parts = dict.fromkeys(
         ("truncation", "padding", "normalizer", "pre_tokenizer", "post_processor", "decoder")
     )
@@ -96,7 +96,7 @@ def test_commands_name_the_folder_of_a_tokenizer_that_fails(
     assert not (tmp_path / "out").exists()
 
 
-def test_putting_blocks_back_names_the_folder_of_a_tokenizer_that_fails(
+def test_putting_blocks_back_names_a_tokenizer_that_fails(
     checkpoints, alpaca_file, one_rank, tmp_path, capsys
 ):
     expanded, run = tiny.save_expanded(checkpoints(), tmp_path / "pro"), tmp_path / "run"
