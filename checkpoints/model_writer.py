@@ -117,8 +117,9 @@ def write_model(
     small_files: Mapping[str, str],
     metadata: dict[str, str] | None = None,
 ) -> None:
-    """Writes a model folder: weights, index, and small files as `copy_companions` does. metadata: for the header of
-    each weights file. A run that ends in the middle leaves no config.json; a full disk, no weights either."""
+    """Writes a model folder: weights, index, and small files as `copy_companions` does. metadata: for the
+    header of each weights file. A run that ends in the middle leaves no config.json; a full disk, no weights
+    either."""
     with staged(folder) as stage:
         for file, entries in shards.items():
             write_tensors(stage(file), entries, metadata)
@@ -139,7 +140,8 @@ def total_bytes(shards: Shards) -> int:
 
 
 def shards_of(entries: dict[str, Entry], limit: int) -> Shards:
-    """Entries in files of at most `limit` bytes (a larger tensor stands alone), under Hugging Face's names."""
+    """Entries in files of at most `limit` bytes (a larger tensor stands alone), under Hugging Face's
+    names."""
     plan = plan_shards({name: entry.nbytes for name, entry in entries.items()}, limit)
     return {shard_name(i, len(plan)): {n: entries[n] for n in names} for i, names in enumerate(plan, 1)}
 
@@ -161,7 +163,8 @@ def companions(source: Path, patterns: tuple[str, ...] = COMPANIONS) -> list[Pat
 def copy_companions(
     source: Path, folder: Path, small_files: Mapping[str, str], patterns: tuple[str, ...] = COMPANIONS
 ) -> None:
-    """Copies `companions`. small_files: {name: text} of files that are to be other than source's, or that it lacks."""
+    """Copies `companions`. small_files: {name: text} of files that are to be other than source's, or that it
+    lacks."""
     kept = [path for path in companions(source, patterns) if path.name not in small_files]
     for path in sorted([*kept, *map(Path, small_files)], key=lambda path: path.name == CONFIG):
         if path.name in small_files:

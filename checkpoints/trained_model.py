@@ -52,8 +52,8 @@ def save_model(
     base: BaseModel,
     small_files: Mapping[str, str],
 ) -> None:
-    """Writes a whole trained model as the base's folder is laid out: same names, dtypes, config and tokenizer, but for
-    `small_files`, {name: text}. Collective; rank 0 writes, one tensor at a time."""
+    """Writes a whole trained model as the base's folder is laid out: same names, dtypes, config and
+    tokenizer, but for `small_files`, {name: text}. Collective; rank 0 writes, one tensor at a time."""
     params = {clean(name): p for name, p in model.named_parameters()}  # a tied head is listed once
     entries = {name: gathered(p, files.tensors[name].torch_dtype) for name, p in params.items()}
     _write_together(folder, shards_of(entries, SHARD_BYTES), files, base, small_files)
@@ -67,9 +67,9 @@ def save_expanded(
     base: BaseModel,
     small_files: Mapping[str, str],
 ) -> None:
-    """Writes the folder that was trained from, with its new blocks as they are now: same file names, dtypes, config and
-    tokenizer, but for `small_files`, {name: text}. The old blocks are the files', not the quantized ones. Collective;
-    rank 0 writes."""
+    """Writes the folder that was trained from, with its new blocks as they are now: same file names, dtypes,
+    config and tokenizer, but for `small_files`, {name: text}. The old blocks are the files', not the
+    quantized ones. Collective; rank 0 writes."""
     shards = with_replaced(files, _trained_blocks(model, family, files))
     _write_together(folder, shards, files, base, small_files)
 
@@ -84,8 +84,8 @@ def _write_together(
 
 
 def _together(folder: Path, shards: Shards, write: Callable[[Shards], None]) -> None:
-    """Rank 0 writes, the other ranks take part in making the tensors. If it cannot write, which they do not know, it
-    takes part in what is left as they do, and raises OSError then. Collective."""
+    """Rank 0 writes, the other ranks take part in making the tensors. If it cannot write, which they do not
+    know, it takes part in what is left as they do, and raises OSError then. Collective."""
     begun: set[str] = set()
 
     def noted(name: str, entry: Entry) -> Entry:
@@ -116,8 +116,9 @@ def save_blocks(
     base: BaseModel,
     beside: Mapping[str, str],
 ) -> None:
-    """Writes the new blocks alone, under the expanded model's names. The header's metadata has their layers, and
-    names the expanded model, `base`. beside: {name: text} of more files to write. Collective; rank 0 writes."""
+    """Writes the new blocks alone, under the expanded model's names. The header's metadata has their layers,
+    and names the expanded model, `base`. beside: {name: text} of more files to write. Collective; rank 0
+    writes."""
     entries, layers = _trained_blocks(model, family, files), json.dumps(new_layers(model.config))
     metadata = {"base_model_name_or_path": base.name, NEW_LAYERS: layers} | base.metadata()
     metadata |= {"revision": base.revision} if base.revision else {}
@@ -142,8 +143,8 @@ def _take_part(entries: dict[str, Entry]) -> None:
 def open_blocks(
     path: Path, files: CheckpointFiles, family: Family, layers: list[int]
 ) -> tuple[CheckpointFiles, dict[str, str]]:
-    """(the tensors, the header's metadata) of what `save_blocks` wrote, to be put into the expanded model in `files`
-    with the new layers `layers`. Raises UserError unless it holds exactly their tensors."""
+    """(the tensors, the header's metadata) of what `save_blocks` wrote, to be put into the expanded model in
+    `files` with the new layers `layers`. Raises UserError unless it holds exactly their tensors."""
     blocks = CheckpointFiles(path.parent, only=path.name)
     metadata = read_header(path)[0].get("__metadata__") or {}
     held = metadata.get(NEW_LAYERS)

@@ -1,7 +1,9 @@
-"""The `chat` format: conversations through the tokenizer's chat template, and which parts of the text are learned.
+"""The `chat` format: conversations through the tokenizer's chat template, and which parts of the text are
+learned.
 
-Each assistant turn is learned, from where the template's generation prompt ends to the token that closes the turn.
-Templates with `{% generation %}` markers say it themselves; in all others data/chat_turns.py locates the turns.
+Each assistant turn is learned, from where the template's generation prompt ends to the token that closes the
+turn. Templates with `{% generation %}` markers say it themselves; in all others data/chat_turns.py locates
+the turns.
 """
 
 from __future__ import annotations
@@ -47,8 +49,8 @@ class CallForm(NamedTuple):
 
 
 class Shown(NamedTuple):
-    """A rendered conversation: its text, the learned ranges of its characters, and which of them the last answer begins
-    with."""
+    """A rendered conversation: its text, the learned ranges of its characters, and which of them the last
+    answer begins with."""
 
     text: str
     learned: list[Span]
@@ -104,7 +106,8 @@ class ChatTemplate:
         return Shown(turns.text, spans)
 
     def _marked(self, turns: Turns, tools: list[dict] | None, taught: Sequence[int]) -> Shown:
-        """Learned are the spans of the template's generation markers, but for those of turns that are not `taught`."""
+        """Learned are the spans of the template's generation markers, but for those of turns that are not
+        `taught`."""
         rendered: Any = render_jinja_template(  # annotated as a text
             conversations=[turns.messages],
             tools=[*tools] if tools else None,
@@ -125,9 +128,9 @@ class ChatTemplate:
         return Shown(turns.text, learned, last)
 
     def prompt(self, given: list[dict], tools: list[dict] | None = None) -> str:
-        """Renders the prompt for the next answer. It ends with the generation prompt, or earlier if the template never
-        puts an answer behind all of that (DeepSeek R1's opens a thought). Raises ValueError if there is nothing to
-        answer."""
+        """Renders the prompt for the next answer. It ends with the generation prompt, or earlier if the
+        template never puts an answer behind all of that (DeepSeek R1's opens a thought). Raises ValueError if
+        there is nothing to answer."""
         messages, show = self.fitted(given), partial(self.show, tools=tools)
         while messages and messages[-1]["role"] == "assistant":
             messages.pop()
@@ -138,7 +141,8 @@ class ChatTemplate:
         return wanted if head.startswith(wanted) else head[: common_length(head, wanted)]
 
     def fitted(self, messages: list[dict]) -> list[dict]:
-        """Copies of messages with tool-call arguments, and missing content, in the form that the template needs."""
+        """Copies of messages with tool-call arguments, and missing content, in the form that the template
+        needs."""
         form = self._call_form
         made = with_arguments(plain(messages), form.as_text)
         return [{"content": ""} | m for m in made] if form.needs_content else made
@@ -160,14 +164,15 @@ class ChatTemplate:
 
     @cached_property
     def marker(self) -> str | None:
-        """The text that closes an answer, where the tokenizer has no token for it; None where it has, or nothing does."""
+        """The text that closes an answer, where the tokenizer has no token for it; None where it has, or
+        nothing does."""
         text = self.closings.last.strip() or self.closings.between.strip()
         return text if text and not text.startswith(self.closings.tokens) else None
 
     @cached_property
     def _call_form(self) -> CallForm:
-        """Found out on a conversation with a call, in forms from the one that transformers asks for to the one that
-        templates need which put arguments between texts (DeepSeek's)."""
+        """Found out on a conversation with a call, in forms from the one that transformers asks for to the
+        one that templates need which put arguments between texts (DeepSeek's)."""
         for arguments in ({"x": "1"}, '{"x": "1"}'):
             call = {"id": "call00001", "type": "function", "function": {"name": "f", "arguments": arguments}}
             for content in ({}, {"content": ""}):

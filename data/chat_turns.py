@@ -1,8 +1,8 @@
 """Where the turns of a conversation lie in the text that a chat template writes of it.
 
-A turn begins where the template, given the messages before it, asks for the answer. It ends with its own text and the
-token that closes it. Templates are programs, and nothing tells what they did with a message, so turns are located by
-comparing the text of the whole conversation with the texts of parts and variants of it.
+A turn begins where the template, given the messages before it, asks for the answer. It ends with its own text
+and the token that closes it. Templates are programs, and nothing tells what they did with a message, so turns
+are located by comparing the text of the whole conversation with the texts of parts and variants of it.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ class Closings:
     def closed(self, tail: str, closing: str) -> str:
         """The beginning of `tail`, the text behind a turn, that closes the turn.
 
-        closing: what would close it as the last turn. Where that is not in `tail`, earlier turns are closed as a user's
-        message is (gpt-oss), or by what stands before the next header.
+        closing: what would close it as the last turn. Where that is not in `tail`, earlier turns are closed
+        as a user's message is (gpt-oss), or by what stands before the next header.
         """
         candidates = (self.shared(tail, text) for text in (closing, self.user, self.between))
         return next((text for text in candidates if text.strip()), "")
@@ -105,8 +105,8 @@ class Turns:
         return self.messages[i] == bare or attempt(self.show, self._with(i, bare)) == self.text
 
     def span(self, i: int) -> Span:
-        """Where the assistant's turn i lies, with what closes it. Raises ValueError for a turn that the template does
-        not show as it is."""
+        """Where the assistant's turn i lies, with what closes it. Raises ValueError for a turn that the
+        template does not show as it is."""
         before = attempt(self.show, self.messages[:i], add_generation_prompt=True) if i else None
         if before is None or not self.text.startswith(before):
             return self._by_probe(i, None)
@@ -122,8 +122,8 @@ class Turns:
         return len(before), end + len(closed)
 
     def _by_probe(self, i: int, start: int | None) -> Span:
-        """Locates turn i by a probe in its place. For templates that rewrite earlier turns when others follow: Qwen3
-        drops old reasoning, Mistral moves the tools. start: of the turn, if it is known."""
+        """Locates turn i by a probe in its place. For templates that rewrite earlier turns when others
+        follow: Qwen3 drops old reasoning, Mistral moves the tools. start: of the turn, if it is known."""
         for variant, name in _variants(self.messages[i]):
             found = around_probe(self.show, self._with(i, variant), name)
             if found is None or not self.text.endswith(found[1]):
@@ -138,7 +138,8 @@ class Turns:
         raise ValueError("the chat template does not show the assistant's text as it is")
 
     def _start(self, i: int) -> int | None:
-        """Where turn i begins, told by a probe in the message before it. None if the template alters that message."""
+        """Where turn i begins, told by a probe in the message before it. None if the template alters that
+        message."""
         if not i:
             return None
         probed = [*self.messages[: i - 1], self.messages[i - 1] | {"content": PROBE}]
@@ -153,8 +154,8 @@ class Turns:
 
 
 def find_closings(show: Show, tokens: tuple[str, ...]) -> Closings:
-    """What a template writes behind messages, found out on short conversations. show: ChatTemplate.show; tokens: as
-    in Closings."""
+    """What a template writes behind messages, found out on short conversations. show: ChatTemplate.show;
+    tokens: as in Closings."""
     for before in OPENINGS:
         last = around_probe(show, [*before, answer(PROBE)])
         if last is not None:
@@ -188,8 +189,8 @@ def _variants(message: dict) -> Iterator[tuple[dict, str]]:
 
 
 def around_probe(show: Show, messages: list[dict], name: str = "") -> tuple[str, str] | None:
-    """(the text before the probe, the text behind it); None if the template does not show it. name: what the probe
-    stands for, in case the text repeats it."""
+    """(the text before the probe, the text behind it); None if the template does not show it. name: what the
+    probe stands for, in case the text repeats it."""
     head, found, tail = (attempt(show, messages) or "").partition(PROBE)
     return (head, tail.replace(PROBE, name) if name else tail) if found else None
 

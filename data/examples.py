@@ -27,8 +27,8 @@ FILLED = 10**6  # rows that a recipe makes of its `fill`
 
 @dataclass(frozen=True)
 class Examples:
-    """A dataset as texts. format, context: what its rows were rendered with; remarks: lines to tell at start, of what
-    was not read or not shown."""
+    """A dataset as texts. format, context: what its rows were rendered with; remarks: lines to tell at start,
+    of what was not read or not shown."""
 
     rendered: list[Rendered]
     format: str

@@ -19,7 +19,8 @@ from data.messages import checked_messages, checked_tools
 from options.errors import UserError, listed
 from options.exact_json import text_of
 
-# Alpaca's prompts as alpaca-lora, axolotl and most later programs write them: the answer begins on a line of its own.
+# Alpaca's prompts as alpaca-lora, axolotl and most later programs write them: the answer begins on a line of
+# its own.
 ALPACA = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the"
     " request.\n\n### Instruction:\n{instruction}\n\n### Response:\n"
@@ -39,9 +40,9 @@ QA_CONTEXT = "### Context:\n{context}\n\n### Question:\n{question}\n\n### Answer
 @dataclass(frozen=True)
 class Rendered:
     """text; learned: [start, end) character ranges whose tokens are targets; ends: the last range reaches
-    the end of the text and an EOS token follows; special: the tokenizer adds its own BOS and the like; number: of the
-    row in its dataset, from 1; marker: a text that ends an answer where no token does; last: the range that the last
-    answer begins with."""
+    the end of the text and an EOS token follows; special: the tokenizer adds its own BOS and the like;
+    number: of the row in its dataset, from 1; marker: a text that ends an answer where no token does; last:
+    the range that the last answer begins with."""
 
     text: str
     learned: list[tuple[int, int]]
@@ -80,9 +81,10 @@ class RenderContext:
 class Format:
     """render(row, context); needs: columns without which a row is refused; optional: others
     that it reads; prompt(row, context): the text up to the last answer, which the row may lack; answer:
-    the column that holds nothing else; turns: a conversation, which goes on after an answer; question(text, markers):
-    what the column `asks` holds where nothing but that text is asked; special: as in Rendered; marked: its text has
-    markers; marker(context): the text that ends an answer, where no token does; named: it is used only where it is asked for by name, never recognised."""
+    the column that holds nothing else; turns: a conversation, which goes on after an answer; question(text,
+    markers): what the column `asks` holds where nothing but that text is asked; special: as in Rendered;
+    marked: its text has markers; marker(context): the text that ends an answer, where no token does; named:
+    it is used only where it is asked for by name, never recognised."""
 
     render: Callable[..., Rendered]
     prompt: Callable[..., str]
@@ -167,8 +169,8 @@ def _guanaco_turns(text: str, markers: Sequence[str]) -> list[re.Match]:
 
 
 def _guanaco_prompt(row: Mapping[str, str], context: RenderContext) -> str:
-    """Up to the marker of the last turn, if that is an answer; else with the marker of the answer to come, behind
-    a line break if that is how the human's last turn begins."""
+    """Up to the marker of the last turn, if that is an answer; else with the marker of the answer to come,
+    behind a line break if that is how the human's last turn begins."""
     text = row["text"].rstrip()
     markers = context.markers
     turns = _guanaco_turns(text, markers)
@@ -179,9 +181,9 @@ def _guanaco_prompt(row: Mapping[str, str], context: RenderContext) -> str:
 
 
 def asked(question: str, before: str, answer: str | None, markers: Sequence[str]) -> str:
-    """A guanaco dialogue that goes on with a question. before, answer: the text so far, up to its last answer's
-    marker, and that answer; "" and None for a new one. Turns follow each other without a line break, as in
-    OpenAssistant's, except with markers of another kind, whose data (chip2) has one."""
+    """A guanaco dialogue that goes on with a question. before, answer: the text so far, up to its last
+    answer's marker, and that answer; "" and None for a new one. Turns follow each other without a line break,
+    as in OpenAssistant's, except with markers of another kind, whose data (chip2) has one."""
     between = "" if markers[0] == GUANACO_MARKERS[0] else "\n"
     said = f"{before}{answer.rstrip()}{between}" if before and answer is not None else ""
     return f"{said}{markers[0]} {question}{between}{markers[1]}"
@@ -236,8 +238,8 @@ FORMATS = {
 
 
 def checked(row: Mapping, form: Format, where: str, answered: bool = True) -> dict:
-    """The row's columns that the format reads, as text. Raises UserError for missing or unusable ones; without
-    `answered` the answer's may be missing."""
+    """The row's columns that the format reads, as text. Raises UserError for missing or unusable ones;
+    without `answered` the answer's may be missing."""
     missing = [c for c in form.needs if row.get(c) is None and (answered or c != form.answer)]
     if missing:
         found = listed([str(column) for column in row if row[column] is not None])

@@ -1,4 +1,5 @@
-"""Messages and tools of a conversation, checked and brought into one form before a chat template sees them."""
+"""Messages and tools of a conversation, checked and brought into one form before a chat template sees
+them."""
 
 from __future__ import annotations
 
@@ -17,8 +18,8 @@ FORM = "messages must be a list of objects with a role and a content, both texts
 
 
 def checked_messages(messages: Any, where: str) -> list[dict]:
-    """The messages of a row, without keys that hold nothing, as transformers gives them to templates. Whether a
-    message is learned is its key `train`, if it is not. Raises UserError for unusable ones."""
+    """Returns the messages of a row without keys that hold nothing, as transformers gives them to templates. A
+    message that must not be learned gets `train: False`. Raises UserError for unusable ones."""
     if not isinstance(messages, list) or not messages:
         raise UserError(f"{where}: {FORM}")
     return [_checked_message(message, where) for message in messages]
@@ -68,8 +69,8 @@ def _checked_calls(calls: Any, where: str) -> list[dict]:
 
 
 def checked_tools(tools: Any, where: str) -> list[dict] | None:
-    """A row's tools: a list of objects, or JSON text of it. None for an empty one: templates ask whether there are
-    tools by different tests, and an empty list passes some. Raises UserError for unusable ones."""
+    """A row's tools: a list of objects, or JSON text of it. None for an empty one: templates ask whether
+    there are tools by different tests, and an empty list passes some. Raises UserError for unusable ones."""
     tools = _from_json(tools) if tools else None
     tools = [_from_json(tool) for tool in tools] if isinstance(tools, list) else tools
     if tools and not (isinstance(tools, list) and all(isinstance(tool, Mapping) for tool in tools)):
@@ -88,12 +89,13 @@ def _check_numbers(value: Any, where: str) -> None:
 
 
 def plain(messages: list[dict]) -> list[dict]:
-    """What a template gets of them: not whether they are learned."""
+    """Returns the messages without `train`, for a template."""
     return [{key: value for key, value in message.items() if key != "train"} for message in messages]
 
 
 def with_arguments(messages: list[dict], as_text: bool) -> list[dict]:
-    """The arguments of tool calls as objects, which transformers asks for, or as JSON text; a text stays as it is."""
+    """The arguments of tool calls as objects, which transformers asks for, or as JSON text; a text stays as
+    it is."""
     return [
         message | {"tool_calls": [_with_arguments(call, as_text) for call in message["tool_calls"]]}
         if "tool_calls" in message

@@ -1,4 +1,5 @@
-"""Which tokens end an answer: one computation for training's samples, evaluate.py, generate.py and what a run saves."""
+"""Which tokens end an answer: one computation for training's samples, evaluate.py, generate.py and what a run
+saves."""
 
 from __future__ import annotations
 
@@ -16,8 +17,9 @@ from options.limits import CONFIG_FILE, read_json
 
 
 def base_stops(folder: Path, config_eos: Any, tokenizer: Any) -> list[int]:
-    """Ids that end an answer of the model in `folder`: its tokenizer's EOS, and those of generation_config.json and of
-    config.json (config_eos: `eos_token_id` there). Raises UserError for what is no id."""
+    """Ids that end an answer of the model in `folder`: its tokenizer's EOS, and those of
+    generation_config.json and of config.json (config_eos: `eos_token_id` there). Raises UserError for what is
+    no id."""
     stops = set(_ids(config_eos, folder / CONFIG))
     if tokenizer.eos_token_id is not None:
         stops.add(tokenizer.eos_token_id)
@@ -33,14 +35,15 @@ def learned_stops(format_name: str, context: RenderContext) -> list[int]:
 
 
 def stop_tokens(folder: Path, config_eos: Any, format_name: str, context: RenderContext) -> list[int]:
-    """Ids that end an answer of a model of `folder` that was trained on rows of this format. Raises UserError as
-    `base_stops` does."""
+    """Ids that end an answer of a model of `folder` that was trained on rows of this format. Raises UserError
+    as `base_stops` does."""
     return sorted({*base_stops(folder, config_eos, context.tokenizer), *learned_stops(format_name, context)})
 
 
 def generation_config(folder: Path, config: PretrainedConfig, stops: Sequence[int]) -> dict[str, str]:
-    """{generation_config.json: its text} of a model that ends its answers with `stops`; {} if that of its base, the
-    model in `folder`, says so already, as transformers reads it. Raises UserError as `base_stops` does."""
+    """{generation_config.json: its text} of a model that ends its answers with `stops`; {} if that of its
+    base, the model in `folder`, says so already, as transformers reads it. Raises UserError as `base_stops`
+    does."""
     path = folder / GENERATION
     if path.is_file():
         settings = read_json(path, CONFIG_FILE)

@@ -1,4 +1,5 @@
-"""What a chat template is given and does not show, or does not close: found out on a sample of the data, told at start."""
+"""What a chat template is given and does not show, or does not close: found out on a sample of the data, told
+at start."""
 
 from __future__ import annotations
 
@@ -18,8 +19,8 @@ Part = tuple[str, int | None]  # what it is called, and its message; None: of th
 
 
 def unshown(chat: ChatTemplate, rows: Sequence[dict]) -> list[str]:
-    """Remarks on which parts of these rows the template leaves out, and which flags have no effect. rows: as they were
-    read, each of which the template can show."""
+    """Remarks on which parts of these rows the template leaves out, and which flags have no effect. rows: as
+    they were read, each of which the template can show."""
     total = Counter(label for row in rows for label, _ in _parts(row))
     met: Counter[str] = Counter()
     seen: Counter[str] = Counter()
@@ -86,7 +87,8 @@ def _is_hidden(
 
 
 def _without(message: dict, label: str) -> list[dict]:
-    """The message without a part; a thought in two ways, as templates keep the line breaks behind it or not."""
+    """The message without a part; a thought in two ways, as templates keep the line breaks behind it or
+    not."""
     if label.startswith("<think>"):
         rest = message["content"].rpartition(THOUGHT)[2]
         return [message | {"content": rest}, message | {"content": rest.lstrip("\n")}]
@@ -122,7 +124,8 @@ def _describe_flags(rows: Sequence[dict]) -> list[str]:
 
 
 def unclosed(chat: ChatTemplate, learned: Sequence[str]) -> list[str]:
-    """A remark if answers are learned without what would end them. learned: the last learned range of each row."""
+    """A remark if answers are learned without what would end them. learned: the last learned range of each
+    row."""
     tokenizer = chat.tokenizer
     endings = tuple(filter(None, [*tokenizer.convert_ids_to_tokens(chat.stops()), tokenizer.eos_token]))
     looked_at = learned[:: -(-len(learned) // SAMPLE) or 1]

@@ -74,8 +74,8 @@ def generate_answers(
 
 
 def read_rows(run: Run, options: Options, tokenizer) -> tuple[str, list[Rendered], tuple[str, ...]]:
-    """(what was read, its rows as texts, remarks on them as training has of its own). Raises UserError for anything
-    wrong with the data."""
+    """(what was read, its rows as texts, remarks on them as training has of its own). Raises UserError for
+    anything wrong with the data."""
     config = run.config
     if options.dataset is None:
         rows, remarks = held_rows(config, tokenizer)

@@ -1,8 +1,8 @@
 """Answers of a trained model and of its base, in the prompt template that the run was trained with.
 
-The base's answers come from the same loaded model with its adapters switched off; another run's adapter takes the
-place of the one before. Runs that saved a model, or new blocks, hold no adapter: of them and their bases one is loaded at a
-time.
+The base's answers come from the same loaded model with its adapters switched off; another run's adapter takes
+the place of the one before. Runs that saved a model, or new blocks, hold no adapter: of them and their bases
+one is loaded at a time.
 
 Shapes: P tokens of a prompt.
 """
@@ -88,7 +88,8 @@ class Template:
         return self.form.asking(text, self.context.markers)
 
     def text(self, prompt: Prompt) -> str:
-        """The text that training would have up to the answer. Raises UserError for rows without a question."""
+        """The text that training would have up to the answer. Raises UserError for rows without a
+        question."""
         given = self.question(prompt.given) if isinstance(prompt.given, str) else prompt.given
         row = checked(given, self.form, prompt.place, answered=False)
         if not row[self.form.asks]:
@@ -109,7 +110,8 @@ class Template:
 
 
 def make_template(run: Run, dataset_format: str) -> Template:
-    """dataset_format: instead of the run's own, unless "auto". Raises UserError if nothing tells the format."""
+    """dataset_format: instead of the run's own, unless "auto". Raises UserError if nothing tells the
+    format."""
     tokenizer = load_tokenizer(run)
     wanted = dataset_format if dataset_format != "auto" else run.config.dataset_format
     try:
@@ -136,7 +138,8 @@ class Answer:
 
 
 class Voices:
-    """Who can answer: with `compare` the base, and each run by the name of its folder; one of them at a time."""
+    """Who can answer: with `compare` the base, and each run by the name of its folder; one of them at a
+    time."""
 
     def __init__(
         self, runs: list[Run], base_model: str | None, device: torch.device, precision: str, compare: bool
@@ -231,8 +234,8 @@ def _as_generation_config(sampling: Sampling, room: int, stops: frozenset[int]) 
 
 
 class Ending(StoppingCriteria):
-    """An answer ends where the next question's marker begins: in a dialogue training had no EOS there. start: the
-    position where the answers of all lines begin."""
+    """An answer ends where the next question's marker begins: in a dialogue training had no EOS there. start:
+    the position where the answers of all lines begin."""
 
     def __init__(self, tokenizer, marker: str, start: int):
         self.tokenizer, self.marker, self.start = tokenizer, marker, start

@@ -1,8 +1,8 @@
-"""Several machines: the first rank of each node checks the run by itself, over the files that this node reads, and
-all of them must have found the same.
+"""Several machines: the first rank of each node checks the run by itself, over the files that this node
+reads, and all of them must have found the same.
 
-A node that has another model, other data or other options than the rest would train something that no one asked
-for, without an error: here it ends the run, on all nodes, before a GPU is touched.
+A node that has another model, other data or other options than the rest would train something that no one
+asked for, without an error: here it ends the run, on all nodes, before a GPU is touched.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ PATIENCE = 90  # seconds: NFS's clients believe for up to 60 that a name is not 
 
 @dataclass(frozen=True)
 class Finding:
-    """What the first rank of a node found. error: what is wrong with the run there; described: what all nodes must
-    have in common, as texts by name; output_dir, chat_date: their defaults have the time in them, so rank 0's are
-    everybody's."""
+    """What the first rank of a node found. error: what is wrong with the run there; described: what all nodes
+    must have in common, as texts by name; output_dir, chat_date: their defaults have the time in them, so
+    rank 0's are everybody's."""
 
     host: str
     error: str = ""
@@ -62,9 +62,10 @@ AnyJob = TypeVar("AnyJob", bound=Checked)
 
 
 def prepare(check: Callable[[], AnyJob], rank: int, world: int, local_rank: int, began: float) -> AnyJob:
-    """The checked run, on every rank. check: makes it on the first rank of a node; began: when the run did, as time.time()
-    says it. Collective, over all ranks. Raises UserError on all of them, if it is wrong on any node or if nodes disagree: a
-    node's own error there, which may be the OSError of a full disk, elsewhere with the node's number."""
+    """The checked run, on every rank. check: makes it on the first rank of a node; began: when the run did,
+    as time.time() says it. Collective, over all ranks. Raises UserError on all of them, if it is wrong on any
+    node or if nodes disagree: a node's own error there, which may be the OSError of a full disk, elsewhere
+    with the node's number."""
     job, failure, finding = None, None, None
     if local_rank == 0:
         try:
@@ -110,8 +111,8 @@ def compare(nodes: list[Finding]) -> None:
 
 
 def check_shared(file: Path, place: Place) -> None:
-    """Raises UserError on ranks of other nodes that do not see what the first has just written, as checkpoints need.
-    Collective."""
+    """Raises UserError on ranks of other nodes that do not see what the first has just written, as
+    checkpoints need. Collective."""
     if place.local_world == place.world:
         return
     written = [file.read_bytes() if place.rank == 0 else b""]

@@ -21,8 +21,9 @@ def start(
     verbose: bool,
     preload: Sequence[str],
 ) -> int:
-    """Checks a run, prints the remarks on its options and its job's, and runs run_rank(place, job) on every rank: in new processes, or, under
-    torchrun, in this one. Returns the exit status: 0, 2 for something the user can put right, 1 for anything else.
+    """Checks a run, prints the remarks on its options and its job's, and runs run_rank(place, job) on every
+    rank: in new processes, or, under torchrun, in this one. Returns the exit status: 0, 2 for something the
+    user can put right, 1 for anything else.
 
     Args:
         run_rank: what a rank does, a function of a module.

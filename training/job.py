@@ -31,10 +31,10 @@ from training.recorded import CONTENT_OPTIONS
 
 @dataclass(frozen=True)
 class Job:
-    """A checked run. config: final, every default filled in; started: time.time(); small_files: {name: text} of the files
-    of a model folder that a result has otherwise than its base: an untied config, the tokenizer in use, the stops that
-    were learned; remarks: lines to print once at start. Each process that has it looks up
-    the family, and what --precision means on its GPU, once."""
+    """A checked run. config: final, every default filled in; started: time.time(); small_files: {name: text}
+    of the files of a model folder that a result has otherwise than its base: an untied config, the tokenizer
+    in use, the stops that were learned; remarks: lines to print once at start. Each process that has it looks
+    up the family, and what --precision means on its GPU, once."""
 
     config: Config
     model_config: PretrainedConfig
@@ -67,7 +67,8 @@ class Job:
 
     @property
     def generation_settings(self) -> dict[str, str]:
-        """generation_config.json of a result that is no model folder, if its base does not stop as the run learned to."""
+        """generation_config.json of a result that is no model folder, if its base does not stop as the run
+        learned to."""
         return {name: text for name, text in self.small_files.items() if name == GENERATION}
 
     def total_steps(self, sampler: StepSampler) -> int:
@@ -76,7 +77,8 @@ class Job:
         return steps if self.config.max_steps < 0 else min(steps, self.config.max_steps)
 
     def options_file(self, **instead) -> str:
-        """config.yaml of the run, which is read from other folders than the current one. instead: as for `dump_yaml`."""
+        """config.yaml of the run, which is read from other folders than the current one. instead: as for
+        `dump_yaml`."""
         return dump_yaml(self.config, output_dir=os.path.abspath(self.output_dir), **instead)
 
     def about(self) -> dict:
@@ -84,8 +86,8 @@ class Job:
         return resume.about(self.config, str(self.precision), self.base.digest(), digest_rows(self.rows))
 
     def settled(self, output_dir: str, chat_date: str | None, began: float) -> Job:
-        """The same for a rank of several nodes. output_dir, chat_date: rank 0's; began: when the run began, as time.time()
-        says it."""
+        """The same for a rank of several nodes. output_dir, chat_date: rank 0's; began: when the run began,
+        as time.time() says it."""
         config = dataclasses.replace(self.config, output_dir=output_dir, chat_date=chat_date)
         return dataclasses.replace(self, config=config, started=began)
 
@@ -117,7 +119,7 @@ class Job:
 
 
 def _in_common(option: str, value) -> str:
-    """What nodes must have in common of an option: not where each has the model and the data, whose contents are
-    compared."""
+    """What nodes must have in common of an option: not where each has the model and the data, whose contents
+    are compared."""
     local = option in CONTENT_OPTIONS and value is not None and os.path.isabs(value)
     return "a path on this node" if local else shown(value)

@@ -91,8 +91,8 @@ def _check(config: Config) -> Job:
 
 
 def _check_options(config: Config) -> tuple[Config, Saved | None]:
-    """(the options with this machine's and this day's values, the checkpoint to go on from). Raises UserError for
-    what is wrong with a run whatever its model and data are."""
+    """(the options with this machine's and this day's values, the checkpoint to go on from). Raises UserError
+    for what is wrong with a run whatever its model and data are."""
     config = _resolve_launch(config)
     if config.precision.startswith("bf16") and torch.cuda.is_available() and not bf16_gpu():
         raise UserError(
@@ -167,7 +167,8 @@ def _check_data(config: Config, model: _Model) -> tuple[Config, TokenizedRows, E
 
 
 def remarks_on_model(model_config: PretrainedConfig, folder: Path, untied: bool) -> list[str]:
-    """What a user should know of how the model in `folder` is trained. untied: as `open_weights` returns it."""
+    """What a user should know of how the model in `folder` is trained. untied: as `open_weights` returns
+    it."""
     told = []
     if untied:
         told.append(f"{folder}: {UNTIED}")
@@ -181,8 +182,8 @@ def remarks_on_model(model_config: PretrainedConfig, folder: Path, untied: bool)
 
 
 def _resolve_launch(config: Config) -> Config:
-    """The options whose defaults are this machine's: how many ranks there are, and how they share the model. Raises
-    UserError."""
+    """The options whose defaults are this machine's: how many ranks there are, and how they share the model.
+    Raises UserError."""
     world = resolve_world_size(config.world_size)
     strategy = resolve_strategy(config.sharding_strategy, world)
     config = dataclasses.replace(config, world_size=world, sharding_strategy=strategy)
@@ -198,8 +199,8 @@ def _resolve_launch(config: Config) -> Config:
 def check_rope(
     config: Config, model_config: PretrainedConfig, rows: TokenizedRows, evaluation: EvaluationData
 ) -> None:
-    """Raises UserError if a line would change how those beside it, or later ones, are computed: evaluation would change
-    training, and a resumed run would be another one."""
+    """Raises UserError if a line would change how those beside it, or later ones, are computed: evaluation
+    would change training, and a resumed run would be another one."""
     if switches_by_layer(model_config):
         raise UserError(
             f"--model_name {config.model_name}: its RoPE is of type longrope for some kinds of layers, which is not"

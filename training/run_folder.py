@@ -1,4 +1,5 @@
-"""The RUN's folder: cleared or cut to a checkpoint when training starts, its page and last lines when it ends."""
+"""The RUN's folder: cleared or cut to a checkpoint when training starts, its page and last lines when it
+ends."""
 
 from __future__ import annotations
 
@@ -39,7 +40,8 @@ def open_run(
         ready: the line to print once the folder is the run's.
         stages: GiB of the fullest rank after wrapping and loading, by name.
 
-    Raises UserError if another run writes there, or has done so since the checks, or if a node does not see the folder.
+    Raises UserError if another run writes there, or has done so since the checks, or if a node does not see
+    the folder.
     """
     config, folder = job.config, Path(job.output_dir)
     if place.rank == 0:
