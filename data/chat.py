@@ -38,12 +38,14 @@ HELLO = {"role": "user", "content": "Hi"}
 class CallForm(NamedTuple):
     """The form in which a template can show tool calls.
 
-    as_text: arguments are JSON text, where transformers asks for objects.
+    takes_objects: arguments may be objects, which transformers asks for.
+    takes_text: arguments may be JSON text, which is shown as it is.
     needs_content: a call without content is shown as one with an empty content.
     shown: the text of one, "" if the template shows none.
     """
 
-    as_text: bool
+    takes_objects: bool
+    takes_text: bool
     needs_content: bool
     shown: str
 
@@ -144,7 +146,7 @@ class ChatTemplate:
         """Copies of messages with tool-call arguments, and missing content, in the form that the template
         needs."""
         form = self._call_form
-        made = with_arguments(plain(messages), form.as_text)
+        made = with_arguments(plain(messages), form.takes_objects, form.takes_text)
         return [{"content": ""} | m for m in made] if form.needs_content else made
 
     def stops(self) -> list[int]:
@@ -171,16 +173,18 @@ class ChatTemplate:
 
     @cached_property
     def _call_form(self) -> CallForm:
-        """Found out on a conversation with a call, in forms from the one that transformers asks for to the
-        one that templates need which put arguments between texts (DeepSeek's)."""
-        for arguments in ({"x": "1"}, '{"x": "1"}'):
-            call = {"id": "call00001", "type": "function", "function": {"name": "f", "arguments": arguments}}
-            for content in ({}, {"content": ""}):
-                message = {"role": "assistant", "tool_calls": [call]} | content
-                shown = attempt(self.show, [HELLO, message])
-                if shown is not None and "{'x'" not in shown:  # Python's form of an object is no JSON
-                    return CallForm(isinstance(arguments, str), bool(content), shown)
-        return CallForm(False, False, "")
+        """Found out on a conversation with a call: without content if the template takes that, else with an empty one."""
+        for content in ({}, {"content": ""}):
+            objects, text = self._show_call({"x": "1"}, content), self._show_call('{"x": "1"}', content)
+            takes_objects = bool(objects) and "{'x'" not in objects  # Python's form of an object is no JSON
+            takes_text = '{"x": "1"}' in text
+            if takes_objects or takes_text:
+                return CallForm(takes_objects, takes_text, bool(content), objects if takes_objects else text)
+        return CallForm(True, False, False, "")
+
+    def _show_call(self, arguments: dict | str, content: dict) -> str:
+        call = {"id": "call00001", "type": "function", "function": {"name": "f", "arguments": arguments}}
+        return attempt(self.show, [HELLO, {"role": "assistant", "tool_calls": [call]} | content]) or ""
 
     def _template(self, tools: list[dict] | None) -> str:
         if bool(tools) not in self._templates:

@@ -93,26 +93,26 @@ def plain(messages: list[dict]) -> list[dict]:
     return [{key: value for key, value in message.items() if key != "train"} for message in messages]
 
 
-def with_arguments(messages: list[dict], as_text: bool) -> list[dict]:
-    """The arguments of tool calls as objects, which transformers asks for, or as JSON text; a text stays as
-    it is."""
+def with_arguments(messages: list[dict], takes_objects: bool, takes_text: bool) -> list[dict]:
+    """Returns the messages with the arguments of tool calls as they are where a template takes them so, else as objects
+    or as JSON text. A call without arguments gets none: {}."""
+
+    def fitted(call: dict) -> dict:
+        function = call.get("function", call)
+        arguments = function.get("arguments", {})
+        if isinstance(arguments, str) and not takes_text:
+            arguments = _from_json(arguments)
+        elif not isinstance(arguments, str) and not takes_objects:
+            arguments = json.dumps(arguments, ensure_ascii=False)
+        made = dict(function) | {"arguments": arguments}
+        return call | {"function": made} if "function" in call else made
+
     return [
-        message | {"tool_calls": [_with_arguments(call, as_text) for call in message["tool_calls"]]}
+        message | {"tool_calls": [fitted(call) for call in message["tool_calls"]]}
         if "tool_calls" in message
         else message
         for message in messages
     ]
-
-
-def _with_arguments(call: dict, as_text: bool) -> dict:
-    function = call.get("function", call)
-    arguments = function.get("arguments", {})
-    if as_text and not isinstance(arguments, str):
-        arguments = json.dumps(arguments, ensure_ascii=False)
-    elif not as_text:
-        arguments = _from_json(arguments)
-    made = dict(function) | {"arguments": arguments}
-    return call | {"function": made} if "function" in call else made
 
 
 def _from_json(value: Any) -> Any:

@@ -99,6 +99,15 @@ def test_arguments_of_calls_are_written_once(template, arguments, tmp_path):
     assert '{"city": "Åre"}' in learned_text(dataset, tokenizer)
 
 
+def test_arguments_keep_their_digits_where_the_template_takes_text(tmp_path):
+    """Qwen3's writes a text as it is, as transformers shows it."""
+    messages = [user(), says(None, tool_calls=[call('{"price": 1.10}')])]
+    tokenizer = tokenizer_of(of_trl("qwen3"))
+    dataset = write(tmp_path / "rows.jsonl", {"messages": messages})
+    assert '"arguments": {"price": 1.10}' in learned_text(dataset, tokenizer)
+    assert trained_text(dataset, tokenizer) == tokenizer.apply_chat_template(messages, tokenize=False)
+
+
 def test_arguments_in_python_s_form_are_not_learned(tmp_path):
     printing = (
         "{% for m in messages %}{{ m.role + ': ' + m.content }}{% for c in m.tool_calls or [] %}"
