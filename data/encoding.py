@@ -9,13 +9,12 @@ from data.formats import Rendered
 from files.tokenizer import tokenizer_errors
 from options.errors import UserError
 
-Offsets = list[
-    tuple[int, int]
-]  # [begin, end) characters of each token; empty for one that no text stands for
+# [begin, end) characters of each token; empty for a token that no text stands for.
+Offsets = list[tuple[int, int]]
 
 
 def encode(tokenizer, texts: list[str], special: bool) -> list[tuple[list[int], Offsets]]:
-    """The token ids of each text, and where they lie in it.
+    """Tokenize texts. Return the token ids of each, and where they lie in it.
 
     A text that begins with BOS has one: the tokenizer's own, and whitespace before the written one, are left out.
 
@@ -50,23 +49,24 @@ def _with_one_bos(
     last = 0  # of the BOS tokens that only whitespace stands between
     for i, token in enumerate(ids):
         if token == bos:
-            if text[: offsets[i][0]].replace(written, "").strip():
+            if text[offsets[last][1] : offsets[i][0]].replace(written, "").strip():
                 break
             last = i
     return ids[last:], offsets[last:]
 
 
 def without_answer_bos(example: Rendered, tokenizer) -> Rendered:
-    """The same without a BOS that data have at the beginning of an answer: the row has one, and a model that is asked
-    sees no second one behind its prompt. Elsewhere a BOS stays, as between the turns of a text."""
+    """Remove BOS at the start of an answer: the row already begins with one, and at inference none follows the prompt.
+
+    Elsewhere a BOS stays, as between the turns of a text.
+    """
     written = tokenizer.bos_token
     if written is None or written == tokenizer.eos_token or written not in example.text:
         return example
+    repeated = re.compile(rf"(?:\s*{re.escape(written)})+")
     text, learned, read = "", [], 0  # read: characters of example.text that `text` stands for
     for start, end in example.learned:
-        found = (
-            re.compile(rf"(?:\s*{re.escape(written)})+").match(example.text, start, end) if start else None
-        )
+        found = repeated.match(example.text, start, end) if start else None
         text += example.text[read:start]
         begin, read = len(text), start
         if found:
@@ -79,7 +79,7 @@ def without_answer_bos(example: Rendered, tokenizer) -> Rendered:
 
 
 def prompt_ids(text: str, tokenizer, special: bool) -> list[int]:
-    """The tokens of a prompt, without the EOS that a tokenizer may put behind every text: training had it behind the
+    """Tokenize a prompt. An EOS that the tokenizer puts behind every text is left out: training had it behind the
     answer."""
     ((ids, offsets),) = encode(tokenizer, [text], special)
     added = bool(ids) and ids[-1] == tokenizer.eos_token_id and offsets[-1][0] == offsets[-1][1]

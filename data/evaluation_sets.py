@@ -1,5 +1,7 @@
-"""What a run is evaluated on: rows that are split off the training data, or read beside it, and the prompts of
-its samples. Prepared with the training data, before any process with a GPU is started."""
+"""The evaluation set of a run, split off the training data or read beside it, and the prompts of its samples.
+
+Prepared with the training data, before any process with a GPU is started.
+"""
 
 from __future__ import annotations
 
@@ -31,8 +33,13 @@ OPENING_WORDS = 8  # of a plain text, which has no question, as a prompt
 
 @dataclass(frozen=True)
 class Prompt:
-    """What is asked, as the model sees it: text and tokens. answer: what the row says, as `comparable` makes it; "" where
-    none does; marker: a text that ends the model's answer, as in Rendered."""
+    """A question as the model sees it.
+
+    Args:
+        text, ids: the prompt, and its tokens.
+        answer: the row's own, as `comparable` makes it; "" if it has none.
+        marker: a text that ends the model's answer, as in Rendered.
+    """
 
     text: str
     ids: list[int]
@@ -42,8 +49,14 @@ class Prompt:
 
 @dataclass(frozen=True)
 class EvaluationData:
-    """rows: the evaluation set, or None; prompts: of samples, may be none; stops: token ids that end an answer;
-    remarks: lines to tell at start, of this and of the training data."""
+    """What a run is evaluated on.
+
+    Args:
+        rows: the evaluation set, or None.
+        prompts: of samples; may be none.
+        stops: token ids that end an answer.
+        remarks: lines to print at start, on these and on the training data.
+    """
 
     rows: TokenizedRows | None
     prompts: list[Prompt]
@@ -61,8 +74,9 @@ class EvaluationData:
 
 
 def prepare_sets(config: Config, tokenizer) -> tuple[Config, TokenizedRows, EvaluationData]:
-    """(the options with the data's format in the place of auto, the training rows, what to evaluate on, still without
-    stops) of a run's options. Raises UserError for anything wrong with the data, and if a set would be empty."""
+    """Read the data of a run's options. Return (the options with the data's format in the place of auto, the training
+    rows, what to evaluate on, still without stops). Raises UserError for anything wrong with the data, and if a set
+    would be empty."""
     reading = (config.context_length, tokenizer, config.chat_date)
     examples = read_examples(config.dataset, config.dataset_format, config.dataset_samples, *reading)
     config = dataclasses.replace(config, dataset_format=examples.format)
@@ -75,15 +89,15 @@ def prepare_sets(config: Config, tokenizer) -> tuple[Config, TokenizedRows, Eval
 
 
 def read_beside(config: Config, dataset: str, samples: int, tokenizer) -> Examples:
-    """Rows to ask a model that was trained with the options `config`: in the format of its training where all of them
-    have the columns for it, else in their own. Raises UserError for anything wrong with the data."""
+    """Read rows to ask a model that was trained with the options `config`, in the format of its training if all of
+    them have the columns for it, else in their own. Raises UserError for anything wrong with the data."""
     reading = (samples, config.context_length, tokenizer, config.chat_date)
     return read_examples(dataset, "auto", *reading, preferred=config.dataset_format)
 
 
 def held_rows(config: Config, tokenizer) -> tuple[list[Rendered] | None, tuple[str, ...]]:
-    """(the evaluation set of a run's options, as texts, or None if they name none; remarks on its rows). Raises UserError
-    as `prepare_sets` does."""
+    """Return (the evaluation set of a run's options, as texts, or None if they name none; remarks on its rows). Raises
+    UserError as `prepare_sets` does."""
     if not config.eval_share:
         return _divide(config, [], tokenizer)[1:]
     reading = (config.dataset_format, config.dataset_samples, config.context_length)
@@ -113,7 +127,7 @@ def _origin(config: Config) -> str:
 
 @contextlib.contextmanager
 def named(option: str, instead: str = "--dataset") -> Iterator[None]:
-    """Errors of reading a dataset, or a model, name `option`, by which it was given, in the place of `instead`."""
+    """Let errors of reading a dataset or a model name `option`, by which it was given, in the place of `instead`."""
     try:
         yield
     except UserError as e:
@@ -121,8 +135,8 @@ def named(option: str, instead: str = "--dataset") -> Iterator[None]:
 
 
 def _split(rendered: list[Rendered], share: float, seed: int) -> tuple[list[Rendered], list[Rendered]]:
-    """(rows to train on, rows to evaluate on), each in their order. Which ones follows from the seed and the
-    number of rows alone."""
+    """Return (rows to train on, rows to evaluate on), each in their order. Only the seed and the number of rows
+    decide which ones."""
     count = round(share * len(rendered))
     if count in (0, len(rendered)):
         left = "evaluate" if count == 0 else "train"
@@ -130,15 +144,14 @@ def _split(rendered: list[Rendered], share: float, seed: int) -> tuple[list[Rend
     # Another stream than those of the data order, which are made from (seed, epoch).
     generator = torch.Generator().manual_seed((seed * 1_000_003 - 1) % 2**63)
     held = set(torch.randperm(len(rendered), generator=generator)[:count].tolist())
-    parts = [r for i, r in enumerate(rendered) if i not in held], [rendered[i] for i in sorted(held)]
-    return parts
+    return [r for i, r in enumerate(rendered) if i not in held], [rendered[i] for i in sorted(held)]
 
 
 def prompt_of(
     rendered: Rendered, tokenizer, context_length: int, stops: Collection[int] = ()
 ) -> Prompt | None:
-    """What comes before the last answer of an example, and that answer; None if it has none. A plain text, all
-    of which is learned, has no question: its first words are the prompt, and there is no answer.
+    """Return what comes before the last answer of an example, and that answer; None if it has none. A plain text,
+    all of which is learned, has no question: its first words are the prompt, and there is no answer.
 
     The answer is the text of its learned tokens up to the first of `stops`, as that of a generated answer is.
     """
@@ -153,10 +166,11 @@ def prompt_of(
 
 
 def _reference(rendered: Rendered, tokenizer, stops: Collection[int]) -> str:
-    ids, before, behind = last_answer(rendered, tokenizer)
-    answer = comparable(answer_text(ids, tokenizer, stops, rendered.marker))
+    learned = last_answer(rendered, tokenizer)
+    answer = comparable(answer_text(learned.ids, tokenizer, stops, rendered.marker))
     # A token that holds a character of the answer is learned, though it has the prompt's last one as well.
-    return answer.removeprefix(before.strip()).removesuffix(behind.strip()).strip()
+    prompt, tail = learned.prompt_overlap.strip(), learned.tail_overlap.strip()
+    return answer.removeprefix(prompt).removesuffix(tail).strip()
 
 
 def _sample_prompts(config: Config, examples: Examples, rows: list[Rendered], tokenizer) -> list[Prompt]:

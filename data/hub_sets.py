@@ -58,10 +58,8 @@ def read_hub(source: str, data_files: str, split: str, samples: int, root: str |
 
 def _check_chosen(folder: str, data_files: str, root: str) -> None:
     """Raise UserError if a file that `datasets` would read, as the folder's README.md may say, is outside of root."""
-    chosen = (
-        _library(folder).load_dataset_builder(folder, data_files=data_files or None).config.data_files or {}
-    )
-    for path in chain.from_iterable(chosen.values()):
+    builder = _library(folder).load_dataset_builder(folder, data_files=data_files or None)
+    for path in chain.from_iterable((builder.config.data_files or {}).values()):
         if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root)):
             raise UserError(
                 f"--dataset {folder}: its README.md names {path}, which is outside of the recipe's folder"

@@ -1,6 +1,7 @@
 """Rows of a file: JSON lines, a JSON list, CSV or parquet, each row with the place that messages name.
 
-Texts and numbers stay as the file has them. What is malformed, or made to fill the memory, is refused with its place.
+Texts and numbers stay as the file has them. What is malformed, or made to fill the memory, is refused with its
+place.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ NO_NUMBERS = ("nan", "inf", "-inf", "+inf", "infinity", "-infinity", "+infinity"
 
 @dataclass(frozen=True)
 class Rows:
-    """Raw rows and where each came from, for messages. remark: a line to tell at start, or ""."""
+    """Raw rows and where each came from, for messages. remark: a line to print at start, or ""."""
 
     rows: list[dict]
     places: list[str]
@@ -35,7 +36,7 @@ class Rows:
 
 
 def read_file(path: Path) -> Rows:
-    """The rows of a file whose suffix is one of KINDS. Raises UserError for what is missing or malformed."""
+    """Read the rows of a file whose suffix is one of KINDS. Raises UserError for what is missing or malformed."""
     if not os.path.isfile(path):
         raise UserError(f"--dataset {path}: no such file")
     check_kind(path)
@@ -53,7 +54,7 @@ def read_file(path: Path) -> Rows:
 
 
 def check_kind(path: Path) -> None:
-    """Raises UserError for a file of a kind that is not read, with what to do."""
+    """Raise UserError for a file of a kind that is not read, with what to do."""
     suffix = suffix_of(path.name)
     if suffix not in KINDS:
         what = f"{suffix} files are not read" if suffix else "no suffix tells what it is"
@@ -62,8 +63,8 @@ def check_kind(path: Path) -> None:
 
 
 def _lines(path: Path) -> Iterator[str]:
-    """The lines of a text with their ends, which are \\n only: splitlines would also break a row at U+2028 and other
-    rare characters. Raises UserError for one that is no UTF-8, or too long."""
+    """Yield the lines of a text with their ends. These are \\n only: splitlines would also break a row at U+2028 and
+    other rare characters. Raises UserError for a line that is no UTF-8, or too long."""
     with path.open("rb") as file:
         for number in count(1):
             line = file.readline(LINE + 1)
@@ -102,7 +103,7 @@ def _json(text: str, path: Path, line: int | None):
 
 
 def _line_of_fault(rows: str) -> int:
-    """The line on which the first entry of a JSON list begins that is not usable."""
+    """Return the line on which the first unusable entry of a JSON list begins."""
     decoder, start = json.JSONDecoder(), 0
     while start < len(rows):
         if rows[start] in " \t\r\n,[]":
@@ -161,8 +162,8 @@ def _read_csv(path: Path) -> Rows:
 
 
 def _mark_no_numbers(rows: list[dict], column: str) -> None:
-    """Makes floats of the cells `nan` and `inf` of a column of numbers: `checked` refuses such a float where a format
-    reads the column. In a column that has other texts, too, they are words."""
+    """Make floats of the cells `nan` and `inf` of a column of numbers: `checked` refuses them where a format reads the
+    column. Columns that also hold words are left alone."""
     marked = [row for row in rows if len(row[column]) < 20 and row[column].strip().lower() in NO_NUMBERS]
     if not marked:
         return
@@ -197,21 +198,16 @@ def _read_parquet(path: Path) -> Rows:
                 )
             rows += [without_fillers(row) for row in batch.to_pylist()]
         _restore_digits(rows, file.schema_arrow)
-    except (
-        pyarrow.ArrowException,
-        OSError,
-        ValueError,
-        OverflowError,
-    ) as e:  # ValueError: no UTF-8, or no such date
-        raise UserError(
-            f"--dataset {path}: not a parquet file ({(str(e) or type(e).__name__).splitlines()[0]})"
-        ) from None
+    # ValueError: no UTF-8, or no such date.
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as e:
+        reason = (str(e) or type(e).__name__).splitlines()[0]
+        raise UserError(f"--dataset {path}: not a parquet file ({reason})") from None
     return Rows(rows, [f"{path} row {i}" for i in range(1, len(rows) + 1)])
 
 
 def without_fillers(row: dict) -> dict:
-    """A row without the nulls within its columns, which a table's schema puts there: all objects of a column have the
-    keys of all rows. Nulls in lists, and whole columns, are the data's own."""
+    """Remove the nulls within a row's columns, which a table's schema puts there: all objects of a column have the keys
+    of all rows. Nulls in lists, and whole columns, are the data's own."""
     return {column: _without_fillers(value) for column, value in row.items()}
 
 
@@ -222,7 +218,7 @@ def _without_fillers(value: Any) -> Any:
 
 
 def _restore_digits(rows: list[dict], schema) -> None:
-    """Gives numbers of 16 and 32 bits the digits that tell them apart: as floats of 64 bits, 0.1 is
+    """Give numbers of 16 and 32 bits the digits that tell them apart: as a float of 64 bits, 0.1 would be
     0.10000000149011612."""
     import numpy
     import pyarrow

@@ -90,10 +90,8 @@ def _read_recipe(path: Path) -> Recipe:
         given = tomllib.loads(read_text(path, OPTIONS_FILE))
     except OSError as e:
         raise UserError(f"{where}: {e.strerror}") from None
-    except (
-        ValueError,
-        RecursionError,
-    ) as e:  # ValueError: no TOML, no UTF-8, a number of thousands of digits
+    # ValueError: no TOML, no UTF-8, a number of thousands of digits.
+    except (ValueError, RecursionError) as e:
         raise UserError(f"{where}: not a recipe ({' '.join(str(e).split())})") from None
     known = {key: default for key, default in vars(Recipe()).items() if key != "root"}
     for key, value in given.items():

@@ -22,7 +22,7 @@ from options.errors import UserError
 def prepare(
     dataset: str, dataset_format: str, samples: int, context_length: int, tokenizer, day: str | None = None
 ) -> TokenizedRows:
-    """--dataset, read, rendered, tokenized and cut to context_length tokens. day: as in RenderContext.
+    """Read, render and tokenize --dataset, and cut its rows to context_length tokens. day: as in RenderContext.
 
     Raises UserError for anything wrong with the data, and if no example has a token to learn from.
     """
@@ -31,8 +31,11 @@ def prepare(
 
 
 def tokenize(rendered: list[Rendered], tokenizer, context_length: int, where: str) -> TokenizedRows:
-    """Tokens and targets of rendered rows. A token is a target if it holds a character of a learned range
-    of the very text that was tokenized. Examples without a target are dropped and counted."""
+    """Tokenize rendered rows, with their targets.
+
+    A token is a target if it holds a character of a learned range of the very text that was tokenized. Examples
+    without a target are dropped and counted. where: what the error begins with if none is left. Raises UserError.
+    """
     if not tokenizer.is_fast:
         raise UserError(
             f"{tokenizer.name_or_path}: its tokenizer cannot tell where a token lies in the text"
@@ -71,17 +74,30 @@ def tokenize(rendered: list[Rendered], tokenizer, context_length: int, where: st
     )
 
 
-def last_answer(example: Rendered, tokenizer) -> tuple[list[int], str, str]:
-    """(the learned tokens of an example's last answer, characters of the prompt in the first of these tokens,
-    characters of what follows the answer in the last one)."""
+@dataclass(frozen=True)
+class Answer:
+    """The learned tokens of an answer, which may hold characters beside it.
+
+    Args:
+        ids: the tokens.
+        prompt_overlap: characters of the prompt in the first of them.
+        tail_overlap: characters of what follows the answer in the last of them.
+    """
+
+    ids: list[int]
+    prompt_overlap: str
+    tail_overlap: str
+
+
+def last_answer(example: Rendered, tokenizer) -> Answer:
+    """Return the last answer of an example, which has one, as training learns it."""
     example = dataclasses.replace(example, learned=[example.last_answer], last=-1)
     ((ids, offsets),) = encode(tokenizer, [example.text], example.special)
     tokens, targets = _targets(example, ids, offsets, SpecialTokens.of(tokenizer))
     ((start, end),) = example.learned
     inside = [(begin, stop) for begin, stop in offsets if begin < end and stop > start]
-    before = example.text[min((begin for begin, _ in inside), default=start) : start]
-    behind = example.text[end : max((stop for _, stop in inside), default=end)]
-    return tokens[targets].tolist(), before, behind
+    first, last = min((b for b, _ in inside), default=start), max((s for _, s in inside), default=end)
+    return Answer(tokens[targets].tolist(), example.text[first:start], example.text[end:last])
 
 
 @dataclass(frozen=True)
@@ -126,12 +142,12 @@ def _closed(
     """The same with one EOS token at the end, a target. Where the answer ends with EOS as text, or the tokenizer writes
     one by itself, that is the one; whitespace and further ones behind it are cut."""
     assert special.eos is not None and special.written_eos is not None
-    start, first = example.learned[-1][0], None
+    start, first, behind = example.learned[-1][0], None, len(example.text)
     for i in np.flatnonzero(tokens == special.eos)[::-1].tolist():
-        behind = example.text[ends[i] :].replace(special.written_eos, "")
-        if ends[i] <= start or behind.strip():
+        between = example.text[ends[i] : behind].replace(special.written_eos, "")
+        if ends[i] <= start or between.strip():
             break
-        first = i
+        first, behind = i, ends[i]
     if first is None:
         return np.append(tokens, np.int32(special.eos)), np.append(targets, True)
     targets[first] = True

@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import signal
+import time
 from itertools import pairwise
 
 import pytest
@@ -161,6 +162,17 @@ def test_an_answer_of_nothing_but_special_tokens_is_empty():
     rendered = [qa("<s>"), qa("</s>"), qa("<s> </s>\n"), qa("is")]
     assert tokenize(rendered, BYTES, 100, "here").numbers.tolist() == [0]
     assert tokenize(rendered, BYTES, 100, "here").dropped == 3
+
+
+@pytest.mark.parametrize("rendered, count", [
+    (completion("<s>" * 200_000 + "Paris"), len("Paris") + 2),
+    (qa("Paris" + "</s> \n" * 200_000), len(QA.format(question="What?") + "Paris") + 2),
+])  # fmt: skip
+def test_special_tokens_in_great_number_take_little_time(rendered, count):
+    """Of a hundred times as many, not ten thousand times as much."""
+    began = time.monotonic()
+    rows = tokenize([rendered], BYTES, 1000, "here")
+    assert len(rows.tokens) == count and time.monotonic() - began < 10
 
 
 def test_one_token_for_bos_and_eos():
