@@ -1,4 +1,4 @@
-"""Token ids of an answer -> its text, by one function for what a model generates and for what the data say."""
+"""Token ids of an answer -> its text, by one function for generated answers and for those of the data."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def answer_text(ids: list[int], tokenizer, stops: Collection[int], marker: str |
 
 
 def comparable(text: str) -> str:
-    """An answer as scores compare it: in Unicode's NFC, without whitespace around it, and without an empty thought before
-    it, whose tags would count as words that two answers have in common."""
+    """An answer as scores compare it: in Unicode's NFC, without whitespace around it, and without an empty
+    thought before it, whose tags would count as words that two answers have in common."""
     thought = EMPTY_THOUGHT.match(text)
     return unicodedata.normalize("NFC", text[thought.end() if thought else 0 :]).strip()

@@ -23,13 +23,13 @@ Dealt = torch.Tensor | list[torch.Tensor]  # indices of rows; with packing, of e
 
 @dataclass(frozen=True)
 class Batch:
-    """A micro-batch of one rank. ids [B, T] int64, targets [B, T] int64: the next token, or IGNORE; lengths [B, 1] int64,
-    of packed rows [B, T]: how many tokens the row has that a token is of; only RoPE of type longrope goes by it; places
-    [P] int64: where the learned ones are in the batch as one line of B * T tokens, filled up with others
-    (`learned_places`); None: all of it.
+    """A micro-batch of one rank. ids [B, T] int64, targets [B, T] int64: the next token, or IGNORE; lengths
+    [B, 1] int64, of packed rows [B, T]: how many tokens the row has that a token is of; only RoPE of type
+    longrope goes by it; places [P] int64: where the learned ones are in the batch as one line of B * T
+    tokens, filled up with others (`learned_places`); None: all of it.
 
-    Only where rows are packed: positions [B, T] int64, of each token in its row; bounds [N + 1] int32: where rows
-    begin and end in the batch as one line; longest: tokens of the longest row.
+    Only where rows are packed: positions [B, T] int64, of each token in its row; bounds [N + 1] int32: where
+    rows begin and end in the batch as one line; longest: tokens of the longest row.
     """
 
     ids: torch.Tensor
@@ -41,8 +41,8 @@ class Batch:
     longest: int | None = None
 
     def inputs(self) -> dict:
-        """What SummedLoss takes. From positions that begin again transformers knows the rows, and confines its
-        masks to them; models/attention.py knows them from the bounds."""
+        """What SummedLoss takes. From positions that begin again transformers knows the rows, and confines
+        its masks to them; models/attention.py knows them from the bounds."""
         own = {"input_ids": self.ids, "row_lengths": self.lengths}
         if self.positions is None:
             return own
@@ -67,8 +67,8 @@ class Batch:
 
 @dataclass(frozen=True)
 class Step:
-    """What one rank does for one optimizer step; of all ranks and micro-batches: n_tokens, n_targets, rows (indices
-    into the TokenizedRows)."""
+    """What one rank does for one optimizer step; of all ranks and micro-batches: n_tokens, n_targets, rows
+    (indices into the TokenizedRows)."""
 
     epoch: float
     batches: list[Batch]
@@ -124,8 +124,8 @@ class StepSampler:
         return 1 - int(self._lengths.sum()) / self.positions()
 
     def steps(self, num_epochs: int, done: int = 0) -> Iterator[Step]:
-        """The steps of the whole run, in order, after the first `done`. Where a run stands in its data is no more
-        than that number."""
+        """The steps of the whole run, in order, after the first `done`. Where a run stands in its data is no
+        more than that number."""
         first, skipped = divmod(done, self.steps_per_epoch())
         for epoch in range(first, num_epochs):
             for i, (step, micros) in enumerate(self.deal(epoch)):
@@ -137,9 +137,9 @@ class StepSampler:
                 yield Step(epochs, batches, *counts, rows)
 
     def _batch(self, micro: Dealt) -> Batch:
-        """This rank's part of a micro-batch of all ranks, in the shape of the largest part: ranks that share a
-        vocabulary exchange equally many tokens (models/loss.py), and FSDP waits for the slowest anyway. At an epoch's
-        end a rank may be left without rows."""
+        """This rank's part of a micro-batch of all ranks, in the shape of the largest part: ranks that share
+        a vocabulary exchange equally many tokens (models/loss.py), and FSDP waits for the slowest anyway. At
+        an epoch's end a rank may be left without rows."""
         own = micro[self.rank * self.batch_size :][: self.batch_size]
         most = max(int(self._targets[self._rows(part)].sum()) for part in _split(micro, self.batch_size))
         return self._collate(own, (min(self.batch_size, len(micro)), self._width(micro)), most)
@@ -150,7 +150,8 @@ class StepSampler:
         return step
 
     def _width(self, micro: Dealt) -> int:
-        """Tokens of the longest line of a micro-batch of all ranks, rounded up, but not beyond the longest of all."""
+        """Tokens of the longest line of a micro-batch of all ranks, rounded up, but not beyond the longest of
+        all."""
         return min(rounded(int(self._lengths[self._rows(micro)].max())), self._longest)
 
     def _collate(self, own: Dealt, shape: tuple[int, int], most: int) -> Batch:
@@ -158,9 +159,9 @@ class StepSampler:
 
 
 def rounded(length: int) -> int:
-    """Up to a number of five binary digits and zeros: at most a sixteenth more, and 16 lengths from one power of two to
-    the next. A GPU's attention may plan anew for each length that it meets: cuDNN's, as torch 2.11 calls it, takes 0.15 s on
-    an H200."""
+    """Up to a number of five binary digits and zeros: at most a sixteenth more, and 16 lengths from one power
+    of two to the next. A GPU's attention may plan anew for each length that it meets: cuDNN's, as torch 2.11
+    calls it, takes 0.15 s on an H200."""
     step = 1 << max(length.bit_length() - 5, 0)
     return -(-length // step) * step
 
@@ -170,9 +171,9 @@ def _split(items: Dealt, size: int) -> list[Dealt]:
 
 
 def learned_places(targets: torch.Tensor, most: int | None) -> torch.Tensor:
-    """Of targets [B, T]: the places, in the batch as one line, of those that are not IGNORE, filled up with others to
-    `most`, the number of the rank that has most of them: ranks that share a vocabulary bring equally many tokens
-    (models/loss.py). None: not filled up."""
+    """Of targets [B, T]: the places, in the batch as one line, of those that are not IGNORE, filled up with
+    others to `most`, the number of the rank that has most of them: ranks that share a vocabulary bring
+    equally many tokens (models/loss.py). None: not filled up."""
     ignored = targets.flatten() == IGNORE
     return ignored.sort(stable=True).indices[: int((~ignored).sum()) if most is None else most]
 
@@ -180,8 +181,8 @@ def learned_places(targets: torch.Tensor, most: int | None) -> torch.Tensor:
 def make_batch(
     rows: TokenizedRows, indices: torch.Tensor, shape: tuple[int, int], most: int | None = None
 ) -> Batch:
-    """The rows `indices` in a batch of that shape [B, T]: padded on the right, where causal attention never looks,
-    and with rows of nothing but padding. most: as for `learned_places`."""
+    """The rows `indices` in a batch of that shape [B, T]: padded on the right, where causal attention never
+    looks, and with rows of nothing but padding. most: as for `learned_places`."""
     spans = [(int(rows.starts[i]), int(rows.starts[i + 1])) for i in indices]
     ids, lengths = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape[0], 1, dtype=torch.int64)
     targets = torch.full(shape, IGNORE)

@@ -173,7 +173,8 @@ class ChatTemplate:
 
     @cached_property
     def _call_form(self) -> CallForm:
-        """Found out on a conversation with a call: without content if the template takes that, else with an empty one."""
+        """Found out on a conversation with a call: without content if the template takes that, else with an
+        empty one."""
         for content in ({}, {"content": ""}):
             objects, text = self._show_call({"x": "1"}, content), self._show_call('{"x": "1"}', content)
             takes_objects = bool(objects) and "{'x'" not in objects  # Python's form of an object is no JSON

@@ -16,7 +16,7 @@ Offsets = list[tuple[int, int]]
 def encode(tokenizer, texts: list[str], special: bool) -> list[tuple[list[int], Offsets]]:
     """Tokenize texts. Return the token ids of each, and where they lie in it.
 
-    A text that begins with BOS has one: the tokenizer's own, and whitespace before the written one, are left out.
+    A text that begins with BOS keeps one: the tokenizer's own and whitespace before the written one are cut.
 
     Args:
         tokenizer: one with offsets (is_fast).
@@ -56,7 +56,8 @@ def _with_one_bos(
 
 
 def without_answer_bos(example: Rendered, tokenizer) -> Rendered:
-    """Remove BOS at the start of an answer: the row already begins with one, and at inference none follows the prompt.
+    """Remove BOS at the start of an answer: the row already begins with one, and at inference none follows
+    the prompt.
 
     Elsewhere a BOS stays, as between the turns of a text.
     """
@@ -79,8 +80,8 @@ def without_answer_bos(example: Rendered, tokenizer) -> Rendered:
 
 
 def prompt_ids(text: str, tokenizer, special: bool) -> list[int]:
-    """Tokenize a prompt. An EOS that the tokenizer puts behind every text is left out: training had it behind the
-    answer."""
+    """Tokenize a prompt. An EOS that the tokenizer puts behind every text is left out: training had it behind
+    the answer."""
     ((ids, offsets),) = encode(tokenizer, [text], special)
     added = bool(ids) and ids[-1] == tokenizer.eos_token_id and offsets[-1][0] == offsets[-1][1]
     return ids[:-1] if added else ids

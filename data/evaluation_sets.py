@@ -74,9 +74,9 @@ class EvaluationData:
 
 
 def prepare_sets(config: Config, tokenizer) -> tuple[Config, TokenizedRows, EvaluationData]:
-    """Read the data of a run's options. Return (the options with the data's format in the place of auto, the training
-    rows, what to evaluate on, still without stops). Raises UserError for anything wrong with the data, and if a set
-    would be empty."""
+    """Read the data of a run's options. Return (the options with the data's format in the place of auto, the
+    training rows, what to evaluate on, still without stops). Raises UserError for anything wrong with the
+    data, and if a set would be empty."""
     reading = (config.context_length, tokenizer, config.chat_date)
     examples = read_examples(config.dataset, config.dataset_format, config.dataset_samples, *reading)
     config = dataclasses.replace(config, dataset_format=examples.format)
@@ -89,15 +89,15 @@ def prepare_sets(config: Config, tokenizer) -> tuple[Config, TokenizedRows, Eval
 
 
 def read_beside(config: Config, dataset: str, samples: int, tokenizer) -> Examples:
-    """Read rows to ask a model that was trained with the options `config`, in the format of its training if all of
-    them have the columns for it, else in their own. Raises UserError for anything wrong with the data."""
+    """Read rows to ask a model that was trained with the options `config`, in the format of its training if
+    all of them have the columns for it, else in their own. Raises UserError for unusable data."""
     reading = (samples, config.context_length, tokenizer, config.chat_date)
     return read_examples(dataset, "auto", *reading, preferred=config.dataset_format)
 
 
 def held_rows(config: Config, tokenizer) -> tuple[list[Rendered] | None, tuple[str, ...]]:
-    """Return (the evaluation set of a run's options, as texts, or None if they name none; remarks on its rows). Raises
-    UserError as `prepare_sets` does."""
+    """Return (the evaluation set of a run's options, as texts, or None if they name none; remarks on its
+    rows). Raises UserError as `prepare_sets` does."""
     if not config.eval_share:
         return _divide(config, [], tokenizer)[1:]
     reading = (config.dataset_format, config.dataset_samples, config.context_length)
@@ -127,7 +127,7 @@ def _origin(config: Config) -> str:
 
 @contextlib.contextmanager
 def named(option: str, instead: str = "--dataset") -> Iterator[None]:
-    """Let errors of reading a dataset or a model name `option`, by which it was given, in the place of `instead`."""
+    """Let errors of reading a dataset or a model name the option that gave it, in the place of `instead`."""
     try:
         yield
     except UserError as e:
@@ -135,8 +135,8 @@ def named(option: str, instead: str = "--dataset") -> Iterator[None]:
 
 
 def _split(rendered: list[Rendered], share: float, seed: int) -> tuple[list[Rendered], list[Rendered]]:
-    """Return (rows to train on, rows to evaluate on), each in their order. Only the seed and the number of rows
-    decide which ones."""
+    """Return (rows to train on, rows to evaluate on), each in their order. Only the seed and the number of
+    rows decide which ones."""
     count = round(share * len(rendered))
     if count in (0, len(rendered)):
         left = "evaluate" if count == 0 else "train"
@@ -150,8 +150,8 @@ def _split(rendered: list[Rendered], share: float, seed: int) -> tuple[list[Rend
 def prompt_of(
     rendered: Rendered, tokenizer, context_length: int, stops: Collection[int] = ()
 ) -> Prompt | None:
-    """Return what comes before the last answer of an example, and that answer; None if it has none. A plain text,
-    all of which is learned, has no question: its first words are the prompt, and there is no answer.
+    """Return what comes before the last answer of an example, and that answer; None if it has none. A plain
+    text, all of which is learned, has no question: its first words are the prompt, and there is no answer.
 
     The answer is the text of its learned tokens up to the first of `stops`, as that of a generated answer is.
     """

@@ -15,8 +15,8 @@ NO_ROWS = ("config.json", "dataset_info.json", "dataset_infos.json", "dataset_di
 
 
 def files_below(folder: str) -> list[str]:
-    """Return the paths of the files that may hold rows, sorted. Hidden ones, NO_ROWS and folders such as __pycache__ are
-    left out; a folder that links lead to as well is read once."""
+    """Return the paths of the files that may hold rows, sorted. Hidden ones, NO_ROWS and folders such as
+    __pycache__ are left out; a folder that links lead to as well is read once."""
     is_new = _first_visits(folder)
     paths = _walk(folder, lambda path: not os.path.basename(path).startswith((".", "__")) and is_new(path))
     names = ((path, os.path.basename(path)) for path in paths)
@@ -24,8 +24,8 @@ def files_below(folder: str) -> list[str]:
 
 
 def files_matching(folder: str, pattern: str) -> list[str]:
-    """Return the paths of the files that a pattern means, sorted. `*`, `?`, `[]` and `**` mean what they do in
-    `glob.glob`; unlike there, links that lead in circles are left."""
+    """Return the paths of the files that a pattern means, sorted. `*`, `?`, `[]` and `**` mean what they do
+    in `glob.glob`; unlike there, links that lead in circles are left."""
     parts = [part for part in pattern.split("/") if part not in ("", ".")]
 
     def used(path: str) -> set[int]:
@@ -60,10 +60,10 @@ def _walk(folder: str, enters: Callable[[str], bool]) -> Iterator[str]:
         number += len(folders) + len(names)
         if number > FOLDER_ENTRIES:
             raise UserError(
-                f"--dataset {folder}: more than {FOLDER_ENTRIES:,} files and folders are in it, or where its links lead;"
-                " name a smaller one"
+                f"--dataset {folder}: more than {FOLDER_ENTRIES:,} files and folders are in it, or where its"
+                " links lead; name a smaller one"
             )
-        # Folders before links to them, so that the order on the disk does not decide which of the two is read.
+        # Folders before links to them: the order on the disk does not decide which of the two is read.
         paths = sorted((os.path.islink(os.path.join(place, name)), name) for name in folders)
         folders[:] = [name for _, name in paths if enters(os.path.join(place, name))]
         yield from (path for name in names if os.path.isfile(path := os.path.join(place, name)))

@@ -1,7 +1,7 @@
 """Rows of data sets of the Hugging Face hub and of local folders.
 
-The `datasets` library finds, downloads and reads what is on the hub. Of a local folder it tells which files belong
-to which split; they are read here, like a file that is named by itself.
+The `datasets` library finds, downloads and reads what is on the hub. Of a local folder it tells which files
+belong to which split; they are read here, like a file that is named by itself.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def read_hub(source: str, data_files: str, split: str, samples: int, root: str |
 
 
 def _check_chosen(folder: str, data_files: str, root: str) -> None:
-    """Raise UserError if a file that `datasets` would read, as the folder's README.md may say, is outside of root."""
+    """Raise UserError if `datasets` would read a file outside of root, as the folder's README.md may say."""
     builder = _library(folder).load_dataset_builder(folder, data_files=data_files or None)
     for path in chain.from_iterable((builder.config.data_files or {}).values()):
         if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root)):
@@ -67,7 +67,8 @@ def _check_chosen(folder: str, data_files: str, root: str) -> None:
 
 
 def _kinds_remark(hub_id: str) -> str:
-    """Return a remark if the repository has several kinds of data files and its README does not choose; else "".
+    """Return a remark if a repository has several kinds of data files and its README does not choose; else
+    ''.
 
     `datasets` reads one kind. A hub repository is not the user's to clean up, so it is not refused.
     """
@@ -88,12 +89,12 @@ def _kinds_remark(hub_id: str) -> str:
 
 
 def read_folder(folder: str, data_files: str, split: str, samples: int, root: str | None = None) -> Rows:
-    """Read the rows of a local folder: of its files that belong to the split, or match the pattern data_files, in
-    order of their names. The arguments are those of `read_hub`.
+    """Read the rows of a local folder: of its files that belong to the split, or match the pattern
+    data_files, in order of their names. The arguments are those of `read_hub`.
 
-    Raises UserError for a folder of which only a part would be read: files of several kinds, or of no split; and with
-    `root` for links that lead out of it. Where the folder's README.md says which files are meant, `datasets` reads
-    those.
+    Raises UserError for a folder of which only a part would be read: files of several kinds, or of no split;
+    and with `root` for links that lead out of it. Where the folder's README.md says which files are meant,
+    `datasets` reads those.
     """
     if root:
         check_links(folder, root)
@@ -112,8 +113,8 @@ def read_folder(folder: str, data_files: str, split: str, samples: int, root: st
     if unread:
         first = os.path.relpath(unread[0], folder)
         raise UserError(
-            f"--dataset {folder}: {len(unread)} of its {len(given)} data files, such as {first}, belong to no split"
-            f" ({', '.join(splits)}) and would not be read; {CHOOSE}"
+            f"--dataset {folder}: {len(unread)} of its {len(given)} data files, such as {first}, belong to"
+            f" no split ({', '.join(splits)}) and would not be read; {CHOOSE}"
         )
     if not re.fullmatch(r"\w+", split):  # a part of a split, such as train[:100]
         return read_hub(folder, data_files, split, samples, root)
@@ -135,8 +136,8 @@ def _joined(paths: list[str], samples: int) -> Rows:
 
 def _splits(folder: str, given: list[str]) -> dict[str, list[str]]:
     """Return {split: those of the given files that belong to it}, told from the names of files and folders as
-    `datasets` does: train.jsonl, test/a.jsonl, data/train-00000-of-00001.parquet; one split train where no name
-    tells."""
+    `datasets` does: train.jsonl, test/a.jsonl, data/train-00000-of-00001.parquet; one split train where no
+    name tells."""
     datasets = _library(folder)
     base = os.path.realpath(folder)
     real = {os.path.join(base, os.path.relpath(path, folder)): path for path in given}
@@ -153,7 +154,8 @@ def _splits(folder: str, given: list[str]) -> dict[str, list[str]]:
 
 
 def _has_configs(folder: str) -> bool:
-    """Whether the YAML header of the folder's README.md, or .huggingface.yaml, says which files are its data set."""
+    """Whether the YAML header of the folder's README.md, or .huggingface.yaml, says which files are its data
+    set."""
     if os.path.isfile(os.path.join(folder, ".huggingface.yaml")):
         return True
     try:
@@ -191,7 +193,8 @@ def _told(source: str, more: str = "") -> Iterator[None]:
 
 
 def _reachable(hub_id: str) -> bool:
-    """Whether the hub answers. What is wrong with the id, or with the connection, is then for load_dataset to say."""
+    """Whether the hub answers. What is wrong with the id, or with the connection, is then for load_dataset to
+    say."""
     from huggingface_hub import snapshot_download
 
     try:

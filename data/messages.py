@@ -18,8 +18,8 @@ FORM = "messages must be a list of objects with a role and a content, both texts
 
 
 def checked_messages(messages: Any, where: str) -> list[dict]:
-    """Returns the messages of a row without keys that hold nothing, as transformers gives them to templates. A
-    message that must not be learned gets `train: False`. Raises UserError for unusable ones."""
+    """Returns the messages of a row without keys that hold nothing, as transformers gives them to templates.
+    A message that must not be learned gets `train: False`. Raises UserError for unusable ones."""
     if not isinstance(messages, list) or not messages:
         raise UserError(f"{where}: {FORM}")
     return [_checked_message(message, where) for message in messages]
@@ -94,8 +94,8 @@ def plain(messages: list[dict]) -> list[dict]:
 
 
 def with_arguments(messages: list[dict], takes_objects: bool, takes_text: bool) -> list[dict]:
-    """Returns the messages with the arguments of tool calls as they are where a template takes them so, else as objects
-    or as JSON text. A call without arguments gets none: {}."""
+    """Returns the messages with the arguments of tool calls as they are where a template takes them so, else
+    as objects or as JSON text. A call without arguments gets none: {}."""
 
     def fitted(call: dict) -> dict:
         function = call.get("function", call)

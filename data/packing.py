@@ -1,10 +1,10 @@
 """Packing (--packing): several rows behind one another in one line of a batch, instead of padding.
 
-A row sees only itself, its positions begin at 0, and its first token is nobody's target: the loss is that of the
-same rows one by one. Padding is left at the end of a line only, at position 0.
+A row sees only itself, its positions begin at 0, and its first token is nobody's target: the loss is that of
+the same rows one by one. Padding is left at the end of a line only, at position 0.
 
-All shapes that layers see are the same in every batch of a run, so that they are compiled once: lines have the length
-of the longest pack, and the bounds of rows are filled up with rows of no tokens.
+All shapes that layers see are the same in every batch of a run, so that they are compiled once: lines have
+the length of the longest pack, and the bounds of rows are filled up with rows of no tokens.
 
 Shapes: B packs of a micro-batch, T tokens of the longest pack, N rows.
 """
@@ -22,15 +22,15 @@ from data.batches import Batch, Dealt, StepSampler, learned_places
 from data.rows import IGNORE, TokenizedRows
 from options.config import Config
 
-# Rows that are put in order of length at a time, before they are packed. With more of them packs are a little fuller,
-# but the shortest rows crowd in the last ones, and every batch has bounds for as many rows as the most crowded ones
-# have; for each the kernel's backward takes memory, of 128 tokens.
+# Rows that are put in order of length at a time, before they are packed. With more of them packs are a little
+# fuller, but the shortest rows crowd in the last ones, and every batch has bounds for as many rows as the
+# most crowded ones have; for each the kernel's backward takes memory, of 128 tokens.
 WINDOW = 64
 
 
 def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Packs as lists of indices: each row in turn goes where it leaves the least room (best fit; Johnson 1973).
-    lengths: none above capacity."""
+    """Packs as lists of indices: each row in turn goes where it leaves the least room (best fit; Johnson
+    1973). lengths: none above capacity."""
     packs: list[list[int]] = []
     roomy: dict[int, list[int]] = defaultdict(list)  # packs by the room that is left in them
     rooms: list[int] = []  # the keys that have packs, ascending
@@ -55,9 +55,9 @@ def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 class PackSampler(StepSampler):
     """Deals packs of rows where StepSampler deals rows.
 
-    Which lengths make up a pack follows from the rows' lengths, context_length and the seed, so every epoch has the
-    same number of packs. Which of the rows of a length they are, and the order of the packs, is drawn from (seed,
-    epoch).
+    Which lengths make up a pack follows from the rows' lengths, context_length and the seed, so every epoch
+    has the same number of packs. Which of the rows of a length they are, and the order of the packs, is drawn
+    from (seed, epoch).
 
     width: T, tokens of the longest pack; longest: of the longest row; bounds: N + 1, of every batch.
     """
@@ -148,8 +148,8 @@ def make_packed(
 
 
 def _bounds(packs: list[list[int]], shape: tuple[int, int], longest: int) -> list[int]:
-    """Where rows begin and end in the batch as one line; packs: the lengths of their rows. Padding is attended to
-    within itself, in pieces that no kernel finds longer than the longest row."""
+    """Where rows begin and end in the batch as one line; packs: the lengths of their rows. Padding is
+    attended to within itself, in pieces that no kernel finds longer than the longest row."""
     lines, width = shape
     ends = [0]
     for line in range(lines):

@@ -13,8 +13,8 @@ from launch.devices import use
 
 
 def ahead(steps: Iterator[Step], device: torch.device, pin: bool) -> Iterator[Step]:
-    """The same steps, each made by a thread while the one before it is in use. pin: batches in page-locked memory,
-    from which copies to `device`, a GPU, wait for nothing."""
+    """The same steps, each made by a thread while the one before it is in use. pin: batches in page-locked
+    memory, from which copies to `device`, a GPU, wait for nothing."""
 
     def make() -> Step | None:
         step = next(steps, None)

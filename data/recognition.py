@@ -1,4 +1,5 @@
-"""Which format the rows of a data set have, recognised from all of them, and which columns it does not read."""
+"""Which format the rows of a data set have, recognised from all of them, and which columns it does not
+read."""
 
 from __future__ import annotations
 
@@ -25,8 +26,8 @@ def recognise(
         markers: of the two speakers in a guanaco text.
         first: a format that goes before all others, where rows have its columns.
 
-    Raises UserError where rows fit different formats, as one of them would learn prompts, or drop rows, of another;
-    and where none fits.
+    Raises UserError where rows fit different formats, as one of them would learn prompts, or drop rows, of
+    another; and where none fits.
     """
     numbers: dict[str, list[int]] = {}
     for i, row in enumerate(rows):
@@ -36,8 +37,8 @@ def recognise(
     if len(numbers) > 1:
         kinds = ", ".join(f"{len(of):,} {name} (first {places[of[0]]})" for name, of in numbers.items())
         raise UserError(
-            f"{where}: its rows are of different formats: {kinds}; --dataset_format, or a recipe's format, reads all"
-            " as one, or put each kind into a file of its own"
+            f"{where}: its rows are of different formats: {kinds}; --dataset_format, or a recipe's format,"
+            " reads all as one, or put each kind into a file of its own"
         )
     columns = {column for row in rows for column, value in row.items() if value is not None}
     return next(iter(numbers), None) or _by_columns(
@@ -54,8 +55,8 @@ def format_of(row: Mapping, markers: Sequence[str], first: str | None = None) ->
 
 
 def fits(row: Mapping, form: Format, markers: Sequence[str]) -> bool:
-    """Whether the columns that the format needs hold something; the answer's may be empty. Tables give each row all
-    columns, so it is not enough that they are there."""
+    """Whether the columns that the format needs hold something; the answer's may be empty. Tables give each
+    row all columns, so it is not enough that they are there."""
     for column in form.needs:
         if column not in row or (column != form.answer and not _holds(row[column])):
             return False
@@ -79,8 +80,8 @@ def _by_columns(columns: set[str], where: str) -> str:
 
 
 def unread_columns(rows: Iterable[Mapping], form: Format, renamed: Iterable[str] = ()) -> str:
-    """Return the names of the columns that hold something and that the format does not read, as a list for a line; ""
-    if there are none. renamed: columns that are read under another name."""
+    """Return the names of the columns that hold something and that the format does not read, as a list for a
+    line; "" if there are none. renamed: columns that are read under another name."""
     read = {*form.needs, *form.optional, *renamed}
     found = dict.fromkeys(column for row in rows for column, value in row.items() if value is not None)
     return listed([column for column in found if column not in read])

@@ -1,7 +1,7 @@
 """Rows of a file: JSON lines, a JSON list, CSV or parquet, each row with the place that messages name.
 
-Texts and numbers stay as the file has them. What is malformed, or made to fill the memory, is refused with its
-place.
+Texts and numbers stay as the file has them. What is malformed, or made to fill the memory, is refused with
+its place.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ class Rows:
 
 
 def read_file(path: Path) -> Rows:
-    """Read the rows of a file whose suffix is one of KINDS. Raises UserError for what is missing or malformed."""
+    """Read the rows of a file whose suffix is one of KINDS. Raises UserError if it is missing or
+    malformed."""
     if not os.path.isfile(path):
         raise UserError(f"--dataset {path}: no such file")
     check_kind(path)
@@ -63,8 +64,8 @@ def check_kind(path: Path) -> None:
 
 
 def _lines(path: Path) -> Iterator[str]:
-    """Yield the lines of a text with their ends. These are \\n only: splitlines would also break a row at U+2028 and
-    other rare characters. Raises UserError for a line that is no UTF-8, or too long."""
+    """Yield the lines of a text with their ends. These are \\n only: splitlines would also break a row at
+    U+2028 and other rare characters. Raises UserError for a line that is no UTF-8, or too long."""
     with path.open("rb") as file:
         for number in count(1):
             line = file.readline(LINE + 1)
@@ -162,8 +163,8 @@ def _read_csv(path: Path) -> Rows:
 
 
 def _mark_no_numbers(rows: list[dict], column: str) -> None:
-    """Make floats of the cells `nan` and `inf` of a column of numbers: `checked` refuses them where a format reads the
-    column. Columns that also hold words are left alone."""
+    """Make floats of the cells `nan` and `inf` of a column of numbers: `checked` refuses them where a format
+    reads the column. Columns that also hold words are left alone."""
     marked = [row for row in rows if len(row[column]) < 20 and row[column].strip().lower() in NO_NUMBERS]
     if not marked:
         return
@@ -206,8 +207,8 @@ def _read_parquet(path: Path) -> Rows:
 
 
 def without_fillers(row: dict) -> dict:
-    """Remove the nulls within a row's columns, which a table's schema puts there: all objects of a column have the keys
-    of all rows. Nulls in lists, and whole columns, are the data's own."""
+    """Remove the nulls within a row's columns, which a table's schema puts there: all objects of a column
+    have the keys of all rows. Nulls in lists, and whole columns, are the data's own."""
     return {column: _without_fillers(value) for column, value in row.items()}
 
 

@@ -16,8 +16,9 @@ IGNORE = -100  # the target of a position that is not learned, as in torch's cro
 @dataclass(frozen=True)
 class TokenizedRows:
     """All examples, one after the other. tokens [N] int32; learned [N] bool: the token is a target;
-    starts [R + 1] int64: example i is tokens[starts[i]:starts[i+1]]; dropped: rows without a target; cut: kept
-    rows that lost their end to context_length; numbers [R] int64: of the examples' rows in the dataset, from 1."""
+    starts [R + 1] int64: example i is tokens[starts[i]:starts[i+1]]; dropped: rows without a target; cut:
+    kept rows that lost their end to context_length; numbers [R] int64: of the examples' rows in the dataset,
+    from 1."""
 
     tokens: torch.Tensor
     learned: torch.Tensor

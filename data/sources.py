@@ -123,8 +123,8 @@ def _check_source(recipe: Recipe, folder: Path, where: str) -> None:
         )
     if advice(recipe.source):
         raise UserError(
-            f"{where}: source {recipe.source}: {suffix_of(recipe.source)} files are not read ({READABLE} are);"
-            f" {advice(recipe.source)}"
+            f"{where}: source {recipe.source}: {suffix_of(recipe.source)} files are not read"
+            f" ({READABLE} are); {advice(recipe.source)}"
         )
     if ".." in recipe.data_files.split("/") or os.path.isabs(recipe.data_files) or "://" in recipe.data_files:
         raise UserError(f"{where}: data_files {recipe.data_files} leads out of the data set")

@@ -1,7 +1,7 @@
 """Makes a chat template that writes today's date (`strftime_now`) write the day of the run.
 
-Without that, a run that is resumed after midnight would train on other texts than it began with. transformers' clock
-cannot be replaced, so the template gets a macro `strftime_now` that shadows it.
+Without that, a run that is resumed after midnight would train on other texts than it began with.
+transformers' clock cannot be replaced, so the template gets a macro `strftime_now` that shadows it.
 """
 
 from __future__ import annotations

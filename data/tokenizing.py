@@ -22,9 +22,10 @@ from options.errors import UserError
 def prepare(
     dataset: str, dataset_format: str, samples: int, context_length: int, tokenizer, day: str | None = None
 ) -> TokenizedRows:
-    """Read, render and tokenize --dataset, and cut its rows to context_length tokens. day: as in RenderContext.
+    """Read, render and tokenize --dataset, and cut its rows to context_length tokens.
 
-    Raises UserError for anything wrong with the data, and if no example has a token to learn from.
+    day: as in RenderContext. Raises UserError for anything wrong with the data, and if no example has a token
+    to learn from.
     """
     examples = read_examples(dataset, dataset_format, samples, context_length, tokenizer, day)
     return tokenize(examples.rendered, tokenizer, context_length, f"--dataset {dataset}")
@@ -33,8 +34,9 @@ def prepare(
 def tokenize(rendered: list[Rendered], tokenizer, context_length: int, where: str) -> TokenizedRows:
     """Tokenize rendered rows, with their targets.
 
-    A token is a target if it holds a character of a learned range of the very text that was tokenized. Examples
-    without a target are dropped and counted. where: what the error begins with if none is left. Raises UserError.
+    A token is a target if it holds a character of a learned range of the very text that was tokenized.
+    Examples without a target are dropped and counted. where: what the error begins with if none is left.
+    Raises UserError.
     """
     if not tokenizer.is_fast:
         raise UserError(
@@ -139,8 +141,8 @@ def _targets(
 def _closed(
     example: Rendered, tokens: np.ndarray, targets: np.ndarray, ends: np.ndarray, special: SpecialTokens
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The same with one EOS token at the end, a target. Where the answer ends with EOS as text, or the tokenizer writes
-    one by itself, that is the one; whitespace and further ones behind it are cut."""
+    """The same with one EOS token at the end, a target. Where the answer ends with EOS as text, or the
+    tokenizer writes one by itself, that is the one; whitespace and further ones behind it are cut."""
     assert special.eos is not None and special.written_eos is not None
     start, first, behind = example.learned[-1][0], None, len(example.text)
     for i in np.flatnonzero(tokens == special.eos)[::-1].tolist():

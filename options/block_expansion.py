@@ -1,4 +1,5 @@
-"""block_expansion.py's options. What is wrong with them is found before torch and transformers are imported."""
+"""block_expansion.py's options. What is wrong with them is found before torch and transformers are
+imported."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """Command lines and YAML files as options: the same reading, conversion, checks and errors for every command.
 
-Nothing here needs torch or transformers, whose import takes seconds: wrong options and --help are answered at once.
+Nothing here needs torch or transformers, whose import takes seconds: wrong options and --help are answered at
+once.
 """
 
 from __future__ import annotations
@@ -46,7 +47,8 @@ class Command:
         program: its file.
         usage: what follows `python <program>`.
         options: the dataclass that declares its options.
-        known_by_place: options that follow from where the --config file lies, {name: value}, whatever the file says.
+        known_by_place: options that follow from where the --config file lies, {name: value}, whatever the
+        file says.
     """
 
     program: str
@@ -65,15 +67,16 @@ class Command:
         return typing.get_type_hints(self.options)
 
     def kind(self, name: str) -> tuple[type, bool]:
-        """(int, float, bool, str or Path; whether None is allowed) of an option; of a list, that of its items."""
+        """(int, float, bool, str or Path; whether None is allowed) of an option; of a list, that of its
+        items."""
         hint, optional = self.hints[name], False
         if isinstance(hint, types.UnionType):
             hint, optional = next(t for t in typing.get_args(hint) if t is not types.NoneType), True
         return typing.get_args(hint)[0] if typing.get_origin(hint) in (list, tuple) else hint, optional
 
     def read(self, argv: list[str]) -> dict[str, Any]:
-        """The options that are given, by name, in their types and ranges; those of --config where the command line does
-        not have them. Raises UserError; exits 0 on --help."""
+        """The options that are given, by name, in their types and ranges; those of --config where the command
+        line does not have them. Raises UserError; exits 0 on --help."""
         arguments = self._separated(self._underscored(argv))
         found, rest = _parser(self).parse_known_args(arguments)
         if rest:
@@ -94,8 +97,8 @@ class Command:
         return given
 
     def _check(self, given: dict[str, Any], texts: dict[str, str]) -> None:
-        """Raises UserError for a number out of range, and for what is required and missing. texts: what is given, as it
-        was written."""
+        """Raises UserError for a number out of range, and for what is required and missing. texts: what is
+        given, as it was written."""
         for name, field in self.fields.items():
             if field.default is REQUIRED and not (given.get(name) and texts[name]):
                 what = field.metadata["positional"]
@@ -114,8 +117,8 @@ class Command:
                 raise UserError(f"--{name} {value}: must be below 2**31")
 
     def _convert(self, name: str, value: Value, where: str):
-        """value, a text or list of texts or what else a file gives, as the option's type. Raises UserError that names
-        `where`."""
+        """value, a text or list of texts or what else a file gives, as the option's type. Raises UserError
+        that names `where`."""
         meta, (kind, _) = self.fields[name].metadata, self.kind(name)
         noun = meta["noun"]
         if meta["repeat"]:
@@ -135,8 +138,8 @@ class Command:
         return result
 
     def _underscored(self, argv: list[str]) -> list[str]:
-        """--train-type=x -> --train_type=x. Values stay as they are, also one that looks like an option, behind an option
-        that takes a text."""
+        """--train-type=x -> --train_type=x. Values stay as they are, also one that looks like an option,
+        behind an option that takes a text."""
         texts = {
             f"--{n}"
             for n, f in self.fields.items()
@@ -150,8 +153,8 @@ class Command:
         return spelled
 
     def _separated(self, argv: list[str]) -> list[str]:
-        """--verbose RUN -> --verbose=true RUN: where a folder may stand without a name, a switch does not take it as its
-        value."""
+        """--verbose RUN -> --verbose=true RUN: where a folder may stand without a name, a switch does not
+        take it as its value."""
         if not any(field.metadata["positional"] for field in self.fields.values()):
             return argv
         switches = {f"--{name}" for name in self.fields if self.kind(name)[0] is bool}
@@ -175,7 +178,8 @@ class Command:
 
 
 def _item(value: str | None, where: str) -> str:
-    """One of the values that an option has comma-separated. Raises UserError for one that would be none or several."""
+    """One of the values that an option has comma-separated. Raises UserError for one that would be none or
+    several."""
     if value is None or "," in value:
         raise UserError(f"{where}: {value!r} is not one value of the list")
     return value
@@ -243,7 +247,8 @@ def _parser(command: Command) -> Parser:
 
 
 def help_line(field: Field) -> str:
-    """What --help says of an option: its meaning, choices, default, range, and the train types that it is for."""
+    """What --help says of an option: its meaning, choices, default, range, and the train types that it is
+    for."""
     meta = field.metadata
     text = meta["help"]
     if meta["choices"]:

@@ -1,4 +1,5 @@
-"""The options of train.py, each declared once: the command line, --help, YAML files and checks come from here.
+"""The options of train.py, each declared once: the command line, --help, YAML files and checks come from
+here.
 
 Nothing here needs torch, a GPU or a model.
 """
@@ -75,14 +76,16 @@ class Config:
 
     model_name: str = option(TOY_MODEL, "Model and data", "folder or hub id of a safetensors model, also as"
         " owner/name@revision (branch, tag or commit); toy = a tiny random Llama made on the spot")
-    dataset: str = option(TOY_DATASET, "Model and data", "a recipe in datasets/, a .json, .jsonl, .ndjson, .csv or"
-        " .parquet file, a folder of files of one kind, or a hub id")
-    dataset_format: str = option("auto", "Model and data", "how a row becomes a text (docs/data.md); auto is the"
-        " recipe's, or recognised from the columns, and config.yaml keeps which it was", choices=DATASET_FORMATS)
+    dataset: str = option(TOY_DATASET, "Model and data", "a recipe in datasets/, a .json, .jsonl, .ndjson,"
+        " .csv or .parquet file, a folder of files of one kind, or a hub id")
+    dataset_format: str = option("auto", "Model and data", "how a row becomes a text (docs/data.md); auto"
+        " is the recipe's, or recognised from the columns, and config.yaml keeps which it was",
+        choices=DATASET_FORMATS)
     dataset_samples: int = option(-1, "Model and data", "rows used, from the first; -1 = all (alpaca_sample and"
         " dummy: 512)", least=1, other=-1)
-    chat_date: str | None = option(None, "Model and data", "day, as YYYY-MM-DD, that a chat template which writes"
-        " today's date shows; unset = that of the run's first start", convert=_day, noun="a day as YYYY-MM-DD")
+    chat_date: str | None = option(None, "Model and data", "day, as YYYY-MM-DD, that a chat template which"
+        " writes today's date shows; unset = that of the run's first start", convert=_day,
+        noun="a day as YYYY-MM-DD")
     context_length: int = option(512, "Model and data", "longest example, in tokens; longer ones are cut", least=2)
     packing: bool = option(False, "Model and data", "put several examples behind one another, up to context_length"
         " tokens, instead of padding them; each sees only itself")
@@ -207,7 +210,8 @@ class Config:
 
     @property
     def keeps_best(self) -> bool:
-        """Whether the best step is kept in best/. With a single evaluation, at the end, the result is the best."""
+        """Whether the best step is kept in best/. With a single evaluation, at the end, the result is the
+        best."""
         return self.save_model and self.eval_every > 0
 
 
@@ -220,7 +224,7 @@ def user_cache() -> Path:
 
 
 def dump_yaml(config: Config, **instead) -> str:
-    """Every resolved option, as a file that --config reads back. How the run was started, --resume or --overwrite, is
-    no part of it. instead: options that have another value there."""
+    """Every resolved option, as a file that --config reads back. How the run was started, --resume or
+    --overwrite, is no part of it. instead: options that have another value there."""
     values = dataclasses.asdict(config) | {"resume": None, "overwrite": False} | instead
     return yaml.safe_dump(values, sort_keys=False)

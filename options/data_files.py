@@ -16,9 +16,11 @@ TODO = {  # what to do: with files of which kinds
     'make a .jsonl of it, with lines like {"text": "..."}': (".txt", ".md"),
     "write it as .parquet": (".arrow", ".feather", ".orc", ".avro"),
     "save the table as .csv": (".xlsx", ".xls", ".ods"),
-    "write its rows as .jsonl": (".xml", ".html", ".yaml", ".yml", ".h5", ".hdf5", ".npz", ".npy", ".sqlite", ".db"),
+    "write its rows as .jsonl": (
+        ".xml", ".html", ".yaml", ".yml", ".h5", ".hdf5", ".npz", ".npy", ".sqlite", ".db"),
     "write its rows as .jsonl; nothing is unpickled here": (".pkl", ".pickle", ".pt", ".bin"),
-    "only texts are read": (".png", ".jpg", ".jpeg", ".webp", ".gif", ".wav", ".mp3", ".flac", ".mp4", ".pdf"),
+    "only texts are read": (
+        ".png", ".jpg", ".jpeg", ".webp", ".gif", ".wav", ".mp3", ".flac", ".mp4", ".pdf"),
 }
 # fmt: on
 OTHERS = {suffix: todo for todo, suffixes in TODO.items() for suffix in suffixes}
@@ -38,8 +40,8 @@ def advice(name: str) -> str | None:
 
 
 def kind_in_folder(name: str) -> str | None:
-    """Return the kind of a data file in a folder, to be told apart from other kinds; None for a file without rows,
-    such as a README or a program."""
+    """Return the kind of a data file in a folder, to be told apart from other kinds; None for a file without
+    rows, such as a README or a program."""
     stem, _ = os.path.splitext(os.path.basename(name).lower())
     suffix = suffix_of(name)
     if suffix in KINDS:

@@ -102,7 +102,8 @@ def option(
 
 
 def argument(name: str, help: str, several: bool = False) -> Any:
-    """Declares what stands on a command line without an option's name. several: any number of them, a list."""
+    """Declares what stands on a command line without an option's name. several: any number of them, a
+    list."""
     declared = option(REQUIRED, "", help, repeat=several)
     return dataclasses.field(default=REQUIRED, metadata=dict(declared.metadata) | {"positional": name})
 

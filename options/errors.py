@@ -31,7 +31,7 @@ def needs_no_traceback(e: BaseException) -> bool:
 def describe(e: BaseException) -> str:
     """Return one line for an exception: a UserError's text; otherwise its type as well.
 
-    What a terminal would not print, but obey, is escaped: a message may hold names out of files that others made.
+    What a terminal would obey instead of printing is escaped: messages hold names out of others' files.
     """
     text = " ".join(str(e).split())
     text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
@@ -39,7 +39,8 @@ def describe(e: BaseException) -> str:
 
 
 def listed(names: Sequence[str]) -> str:
-    """Return names out of files as a list for a line, escaped, and cut to MOST_NAMES of LONGEST_NAME characters."""
+    """Return names out of files as a list for a line: escaped, at most MOST_NAMES, each cut to
+    LONGEST_NAME."""
     shown = [_shown(name) for name in names[:MOST_NAMES]]
     more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
     return ", ".join(shown) + more

@@ -16,7 +16,8 @@ PACKAGES = {"bleu": ("sacrebleu", "sacrebleu"), "rouge": ("rouge_score", "rouge-
 
 
 def check_metrics(names: str) -> tuple[str, ...]:
-    """--metrics, each once. Raises UserError for an unknown one, and for one whose package is not installed."""
+    """--metrics, each once. Raises UserError for an unknown one, and for one whose package is not
+    installed."""
     chosen = tuple(dict.fromkeys(name.strip() for name in names.split(",")))
     for name in chosen:
         if name not in METRICS:

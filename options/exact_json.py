@@ -30,8 +30,8 @@ class ExactFloat(float):
 def parse_json(text: str, exact: bool = False) -> Any:
     """Parse a JSON text.
 
-    With `exact`, as rows of data are read, a number with a fraction or an exponent is an ExactFloat where a float
-    would be written otherwise, and a key that an object has twice is an error.
+    With `exact`, as rows of data are read, a number with a fraction or an exponent is an ExactFloat where a
+    float would be written otherwise, and a key that an object has twice is an error.
 
     Raises json.JSONDecodeError for what is no JSON, ValueError for what it cannot mean, RecursionError.
     """

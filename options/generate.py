@@ -21,8 +21,8 @@ PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen, under the field's names. temperature 0: always the likeliest; top_k 0, top_p 1 and
-    repetition_penalty 1: off. max_new_tokens: of one answer."""
+    """How tokens are chosen, under the field's names. temperature 0: always the likeliest; top_k 0, top_p 1
+    and repetition_penalty 1: off. max_new_tokens: of one answer."""
 
     max_new_tokens: int = 128
     temperature: float = 0.0
@@ -48,15 +48,16 @@ def _device(text: str) -> str:
 
 @dataclass(frozen=True)
 class Options:
-    """What generate.py does. asked: the prompts of --prompt and --prompts; None for a conversation at the terminal."""
+    """What generate.py does. asked: the prompts of --prompt and --prompts; None for a conversation at the
+    terminal."""
 
     # fmt: off
     runs: list[str] = argument("RUN", "the --output_dir of a run of train.py; several adapters of one base are switched"
         " without loading it again", several=True)
     prompt: list[str] | None = option(None, "Prompts", "a prompt; may be given several times. Without any: a conversation"
         " at the terminal", repeat=True)
-    prompts: Path | None = option(None, "Prompts", "file of prompts, one per line; .jsonl or .ndjson: rows with the fields of the"
-        " format, their answers ignored")
+    prompts: Path | None = option(None, "Prompts", "file of prompts, one per line; .jsonl or .ndjson: rows"
+        " with the fields of the format, their answers ignored")
     dataset_format: str = option("auto", "Prompts", "instead of the run's", choices=DATASET_FORMATS)
     max_new_tokens: int = option(Sampling.max_new_tokens, "Answers", "longest answer, in tokens", least=1)
     temperature: float = option(Sampling.temperature, "Answers", "0 = always the likeliest token; 1 = as the model has"

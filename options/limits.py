@@ -1,5 +1,5 @@
-"""How large what a run reads may be. Far above anything in use, and below what would fill the memory of a machine:
-a file that was made to do so, or that is not what its name says, ends the run in one line.
+"""How large what a run reads may be. Far above anything in use, and below what would fill the memory of a
+machine: a file that was made to do so, or that is not what its name says, ends the run in one line.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ ROW = 2**22  # characters of a row's text: far more than any context, and tokens
 
 
 def check_size(path: Path, most: int) -> None:
-    """Raises UserError if the file is larger, or no file, such as a device that never ends. One that is not there is
-    for its reader to tell of."""
+    """Raises UserError if the file is larger, or no file, such as a device that never ends. One that is not
+    there is for its reader to tell of."""
     if path.exists() and not path.is_file():
         raise UserError(f"{path}: is not a file")
     if path.exists() and path.stat().st_size > most:
@@ -32,7 +32,8 @@ def check_size(path: Path, most: int) -> None:
 
 
 def read_text(path: Path, most: int) -> str:
-    """A UTF-8 text, also out of a pipe. Raises UserError if it is larger; OSError; ValueError if it is no UTF-8."""
+    """A UTF-8 text, also out of a pipe. Raises UserError if it is larger; OSError; ValueError if it is no
+    UTF-8."""
     with path.open("rb") as file:
         raw = file.read(most + 1)
     if len(raw) > most:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 @dataclass(frozen=True)
 class Method:
     """What a train type means. quantizer: None, "bnb" or "hqq" (the frozen linears of the layers);
-    adapter: None, "lora" or "dora"; expansion: train new blocks (Llama-Pro); lr: its default; packed: the train type
-    to take instead where 16-bit weights need too much memory, "" if there is none."""
+    adapter: None, "lora" or "dora"; expansion: train new blocks (Llama-Pro); lr: its default; packed: the
+    train type to take instead where 16-bit weights need too much memory, "" if there is none."""
 
     quantizer: str | None
     adapter: str | None

@@ -1,5 +1,5 @@
-"""From the options that were given to a run's configuration: defaults that depend on other options, and all checks
-that need nothing but the options themselves."""
+"""From the options that were given to a run's configuration: defaults that depend on other options, and all
+checks that need nothing but the options themselves."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """A YAML file of options as texts: what a value means is for the option to say, not for YAML.
 
-YAML 1.1 makes numbers, dates and booleans of plain texts: `1.10` becomes 1.1, `on` true, `010` 8, `1:30` 90. An option
-of texts would lose what was written. So scalars are read as they stand, and converted like those of a command line.
+YAML 1.1 makes numbers, dates and booleans of plain texts: `1.10` becomes 1.1, `on` true, `010` 8, `1:30` 90.
+An option of texts would lose what was written. So scalars are read as they stand, and converted like those of
+a command line.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from options.limits import OPTIONS_FILE, read_text
 
 STANDARD = "tag:yaml.org,2002:"
 NULL = f"{STANDARD}null"
-# Tags that YAML gives to plain scalars by itself. Any other tag was written there, and asks for another kind of object.
+# Tags that YAML gives to plain scalars by itself. Any other tag was written, and asks for another kind of
+# object.
 PLAIN = {
     f"{STANDARD}{kind}" for kind in ("null", "bool", "int", "float", "timestamp", "str", "merge", "value")
 }
@@ -25,9 +27,9 @@ Value = str | None | list[str | None] | dict
 def read_options_file(path: str) -> dict[str, Value]:
     """Read a file of `option: value` lines. Return {option: its value}.
 
-    A value is a text as it is written there, quotes left out; None for a plain `null`, `~` or nothing; a list of
-    these; or {}, which stands for any mapping, as no option takes one. Raises UserError for a file that is not such
-    lines, or has a key twice.
+    A value is a text as it is written there, quotes left out; None for a plain `null`, `~` or nothing; a list
+    of these; or {}, which stands for any mapping, as no option takes one. Raises UserError for a file that is
+    not such lines, or has a key twice.
     """
     try:
         text = read_text(Path(path), OPTIONS_FILE)
@@ -74,8 +76,8 @@ def _line(node: yaml.Node) -> str:
 
 
 def _check_flat(text: str, path: str) -> None:
-    """Raise UserError for more than lines of `option: value` or lists of values: an alias or a merge stands for
-    as much as its writer likes, and depth costs the stack."""
+    """Raise UserError for more than lines of `option: value` or lists of values: an alias or a merge stands
+    for as much as its writer likes, and depth costs the stack."""
     depth = 0
     for event in yaml.parse(text, yaml.SafeLoader):
         line = f"line {event.start_mark.line + 1}" if event.start_mark else "a line"
