@@ -7,15 +7,16 @@ belong to which split; they are read here, like a file that is named by itself.
 from __future__ import annotations
 
 import contextlib
-import glob
 import os
 import re
+import uuid
 from collections import Counter
 from collections.abc import Iterator
 from itertools import chain, takewhile
 from pathlib import Path
 from typing import Any
 
+import fsspec  # type: ignore[import-untyped]  # of datasets
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
 from data.folder_files import check_links, files_below, files_matching
@@ -139,17 +140,23 @@ def _splits(folder: str, given: list[str]) -> dict[str, list[str]]:
     `datasets` does: train.jsonl, test/a.jsonl, data/train-00000-of-00001.parquet; one split train where no
     name tells."""
     datasets = _library(folder)
-    base = os.path.realpath(folder)
-    real = {os.path.join(base, os.path.relpath(path, folder)): path for path in given}
-    with _told(folder):
-        patterns = datasets.data_files.get_data_patterns(glob.escape(base))
-        splits = {}
-        for split, wanted in patterns.items():
-            found: set[str] = set()
-            for pattern in wanted:
-                with contextlib.suppress(FileNotFoundError):  # one of several spellings
-                    found.update(datasets.data_files.resolve_pattern(pattern, glob.escape(base)))
-            splits[str(split)] = sorted(real[path] for path in found if path in real)
+    # The library goes by all files in a folder, so that train.py would be a split: it is shown the given ones alone.
+    memory, base = fsspec.filesystem("memory"), f"/{uuid.uuid4().hex}"
+    shown = {f"{base}/{os.path.relpath(path, folder)}": path for path in given}
+    try:
+        for name in shown:
+            memory.pipe(name, b"-")
+        with _told(folder):
+            patterns = datasets.data_files.get_data_patterns(f"memory:/{base}")
+            splits = {}
+            for split, wanted in patterns.items():
+                found: set[str] = set()
+                for pattern in wanted:
+                    with contextlib.suppress(FileNotFoundError):  # one of several spellings
+                        found.update(datasets.data_files.resolve_pattern(pattern, f"memory:/{base}"))
+                splits[str(split)] = sorted(shown[name.removeprefix("memory://")] for name in found)
+    finally:
+        memory.rm(base, recursive=True)
     return {split: paths for split, paths in splits.items() if paths}
 
 
