@@ -173,7 +173,7 @@ YAML = {
     "a key that is a list": config_file("? [a, b]\n: 1\n"),
     "two documents": config_file("lr: 1\n---\nlr: 2\n"),
     "a device without end": options(config="/dev/zero"),
-    "twenty thousand keys": config_file("".join(f"k{i}:\n" for i in range(20_000)) + "k1:\n"),
+    "sixty thousand keys": config_file("".join(f"k{i}:\n" for i in range(60_000)) + "k1:\n"),
 }
 RECIPES = {
     "source above": recipe('source = "../secret.jsonl"'),
@@ -225,8 +225,8 @@ DATA = {
     "a link to a device": link("a.jsonl", "/dev/zero"),
     "a link to itself": link("a.jsonl", "a.jsonl"),
     "a link to nothing": link("a.jsonl", "nothing"),
-    "sixty thousand keys, the last twice": data(
-        "a.jsonl", "{" + "".join(f'"k{i}": 0, ' for i in range(60_000)) + '"k59999": 0}'
+    "a hundred thousand keys, the last twice": data(
+        "a.jsonl", "{" + "".join(f'"k{i}": 0, ' for i in range(100_000)) + '"k99999": 0}'
     ),
     "a README of line breaks": data_folder(**{"README.md": "---" + "\n" * 2**18}),
     "conversation of numbers": data("a.jsonl", '{"messages": [1, 2]}'),
