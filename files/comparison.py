@@ -14,9 +14,12 @@ GLANCE = 4096  # elements of a first look
 Located = tuple[Path, StoredTensor]  # its folder, and what the header says of it
 
 
-def same_values(a: Located, b: Located) -> bool:
-    """Whether two tensors hold the same numbers, in whatever dtypes. NaN equals nothing. Raises OSError."""
-    return _same_form(a, b) and all(torch.equal(*_promoted(x, y)) for x, y in _pieces(a, b, _count(a[1])))
+def same_values(a: Located, b: Located, at_first: bool = False) -> bool:
+    """Whether two tensors hold the same numbers, in whatever dtypes. NaN equals nothing. at_first: as for
+    `same_bytes`. Raises OSError."""
+    return _same_form(a, b) and all(
+        torch.equal(*_promoted(x, y)) for x, y in _pieces(a, b, _count(a[1], at_first))
+    )
 
 
 def same_bytes(a: Located, b: Located, at_first: bool = False) -> bool:
@@ -24,16 +27,18 @@ def same_bytes(a: Located, b: Located, at_first: bool = False) -> bool:
     most tensors that differ apart. Raises OSError."""
     if a[1].dtype != b[1].dtype or not _same_form(a, b):
         return False
-    count = min(_count(a[1]), GLANCE if at_first else math.inf)
-    return all(torch.equal(x.view(torch.uint8), y.view(torch.uint8)) for x, y in _pieces(a, b, int(count)))
+    pieces = _pieces(a, b, _count(a[1], at_first))
+    return all(torch.equal(x.view(torch.uint8), y.view(torch.uint8)) for x, y in pieces)
 
 
 def _same_form(a: Located, b: Located) -> bool:
     return a[1].shape == b[1].shape
 
 
-def _count(stored: StoredTensor) -> int:
-    return math.prod(stored.shape)
+def _count(stored: StoredTensor, at_first: bool) -> int:
+    """Elements to be compared."""
+    count = math.prod(stored.shape)
+    return min(count, GLANCE) if at_first else count
 
 
 def _promoted(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

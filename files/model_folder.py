@@ -25,7 +25,7 @@ from files.hub_errors import HUB_ERRORS
 from files.links import leads_out
 from files.names import CONFIG, INDEX, SINGLE, split_revision
 from files.tensors import Stage, Staged, StoredTensor, list_tensors, read_tensor
-from files.weight_sets import check_one_set
+from files.weight_sets import Extra, compare_sets
 from options.config import TOY_MODEL
 from options.errors import UserError
 from options.limits import INDEX_FILE, read_json
@@ -43,7 +43,7 @@ class StoredPacked(Protocol):
 
 class CheckpointFiles:
     """The tensors of a model folder, by name: `tensors`, and in `packed` those of them that some file holds
-    packed already, bitsandbytes' own or a cache's.
+    packed already, bitsandbytes' own or a cache's. `extras`: tensors that only one of two sets of weights holds.
 
     only: the name of one safetensors file in the folder, to read that one and nothing else.
     """
@@ -54,8 +54,7 @@ class CheckpointFiles:
         self.packed: dict[str, StoredPacked] = {}
         for file, names in ({only: None} if only else _files(folder)).items():
             self._read_header(file, names)
-        if not only:
-            check_one_set(folder, self.tensors)
+        self.extras: list[Extra] = [] if only else compare_sets(folder, dict(self.tensors))
         self.packed.update(find_bnb(folder, self.tensors))
         self.prequantized = bool(self.packed)
         for name, tensor in self.tensors.items():

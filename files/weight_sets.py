@@ -11,10 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 from safetensors import SafetensorError
 
-from files.comparison import same_bytes
+from files.comparison import same_bytes, same_values
 from files.names import INDEX, SINGLE
 from files.tensors import StoredTensor, list_tensors
 from options.errors import UserError
@@ -22,29 +23,54 @@ from options.errors import UserError
 PATTERNS = (SINGLE, "model-*-of-*.safetensors", "consolidated*.safetensors")
 
 
-def check_one_set(folder: Path, tensors: Mapping[str, StoredTensor]) -> None:
-    """Raises UserError if the folder holds other weights under the names of `tensors`, which are to be read.
+class Extra(NamedTuple):
+    """A tensor that only one of two sets holds. tensors: of that set; missing: the file or the shards without it."""
 
-    Compares the first elements of every tensor, then every tensor in full, bit for bit. Raises OSError.
+    name: str
+    tensors: Mapping[str, StoredTensor]
+    missing: str
+
+
+def compare_sets(folder: Path, tensors: Mapping[str, StoredTensor]) -> list[Extra]:
+    """Compare `tensors`, which are to be read, with those of the same names in the folder's other files.
+
+    Compares the first elements of every tensor, then every tensor in full, bit for bit. Returns the tensors that
+    the index's shards hold and the single file does not, and the other way round.
+
+    Raises UserError for a tensor that differs, if only in its dtype, and OSError.
     """
     others = _other_files(folder, {stored.file for stored in tensors.values()})
-    for whole in (False, True):
-        for path, found in others.items():
-            for name in sorted(found.keys() & tensors.keys()):
-                mine, theirs = (folder, tensors[name]), (folder, found[name])
-                if not same_bytes(mine, theirs, at_first=not whole):
-                    raise _two_sets(folder, f"{name} is another in {tensors[name].file} than in {path.name}")
-    if folder / SINGLE in others:
-        _check_names(folder, tensors, others[folder / SINGLE])
+    shared = [
+        (name, tensors[name], found[name])
+        for found in others.values()
+        for name in sorted(found.keys() & tensors.keys())
+    ]
+    for at_first in (True, False):
+        for name, mine, theirs in shared:
+            if not _same(folder, mine, theirs, at_first):
+                raise two_sets(folder, f"{name} is another in {mine.file} than in {theirs.file}")
+    for name, mine, theirs in shared:
+        if mine.dtype != theirs.dtype:  # which one is read decides the dtype of what is computed and saved
+            held = [
+                f"in {stored.file} {str(stored.dtype).removeprefix('torch.')}" for stored in (mine, theirs)
+            ]
+            raise two_sets(folder, f"the same numbers, but of {name} the dtype is {held[0]}, and {held[1]}")
+    return _extras(tensors, others[folder / SINGLE]) if folder / SINGLE in others else []
 
 
-def _check_names(
-    folder: Path, tensors: Mapping[str, StoredTensor], single: Mapping[str, StoredTensor]
-) -> None:
-    """Raises UserError unless the single file holds the names of the index's shards, which are read."""
-    for name in sorted(single.keys() ^ tensors.keys()):
-        files = (tensors[name].file, SINGLE) if name in tensors else (SINGLE, f"the shards of {INDEX}")
-        raise _two_sets(folder, f"{name} is in {files[0]}, and not in {files[1]}")
+def _same(folder: Path, mine: StoredTensor, theirs: StoredTensor, at_first: bool) -> bool:
+    """Whether two tensors are the same bit for bit or, in two dtypes, number for number."""
+    if mine.dtype == theirs.dtype:
+        return same_bytes((folder, mine), (folder, theirs), at_first)
+    return not isinstance(mine.dtype, str) and same_values((folder, mine), (folder, theirs), at_first)
+
+
+def _extras(tensors: Mapping[str, StoredTensor], single: Mapping[str, StoredTensor]) -> list[Extra]:
+    """tensors: of the index's shards, which are read; single: of the single file."""
+    return [
+        Extra(name, tensors, SINGLE) if name in tensors else Extra(name, single, f"the shards of {INDEX}")
+        for name in sorted(single.keys() ^ tensors.keys())
+    ]
 
 
 def _other_files(folder: Path, read: set[str]) -> dict[Path, dict[str, StoredTensor]]:
@@ -62,7 +88,8 @@ def _other_files(folder: Path, read: set[str]) -> dict[Path, dict[str, StoredTen
     return others
 
 
-def _two_sets(folder: Path, difference: str) -> UserError:
+def two_sets(folder: Path, difference: str) -> UserError:
+    """The error that tells of a second set of weights in a folder, and of a difference between the two."""
     return UserError(
         f"{folder}: holds two sets of weights: {difference}; programs differ in which they read, so move one"
         " away"

@@ -17,7 +17,8 @@ from transformers import PretrainedConfig
 from files.comparison import same_values
 from files.model_folder import CheckpointFiles
 from files.names import CONFIG
-from files.tensors import read_tensor
+from files.tensors import StoredTensor, read_tensor
+from files.weight_sets import Extra, two_sets
 from models.family import ROTARY_TABLE, Family
 from models.longrope import ByRow, make_rotary
 from options.errors import UserError
@@ -63,12 +64,35 @@ def check_frequencies(config: PretrainedConfig, family: Family, files: Checkpoin
     stored = [name for name in files.tensors if name.endswith(ROTARY_TABLE)]
     tables = _tables(config, family) if stored else []
     for name in stored:
-        fitting = [table for table in tables if table.shape == files.tensors[name].shape]
-        if not any(_repeats(read_tensor(files.folder, files.tensors[name]), table) for table in fitting):
+        if not _is_one_of(tables, files.folder, files.tensors[name]):
             raise UserError(
                 f"{files.where(name)} holds other rotary frequencies than config.json gives (rope_theta,"
                 " rope_scaling), and could not be used: correct config.json, or delete the tensor"
             )
+
+
+def check_extras(config: PretrainedConfig, family: Family, files: CheckpointFiles) -> None:
+    """Raises UserError if one of two sets of weights holds a tensor that the other lacks, unless a model of `config`
+    needs none: a copy of the embedding, or the rotary frequencies that `config` gives."""
+    for extra in files.extras:
+        if not _is_redundant(extra, config, family, files.folder):
+            file = extra.tensors[extra.name].file
+            raise two_sets(files.folder, f"{extra.name} is in {file}, and not in {extra.missing}")
+
+
+def _is_redundant(extra: Extra, config: PretrainedConfig, family: Family, folder: Path) -> bool:
+    stored = extra.tensors[extra.name]
+    if not family.ignores(extra.name, config.tie_word_embeddings):
+        return False
+    if extra.name.endswith(ROTARY_TABLE):
+        return stored.torch_dtype.is_floating_point and _is_one_of(_tables(config, family), folder, stored)
+    embedding = extra.tensors.get(f"{family.embedding}.weight")
+    return embedding is not None and same_values((folder, stored), (folder, embedding))
+
+
+def _is_one_of(tables: list[torch.Tensor], folder: Path, stored: StoredTensor) -> bool:
+    fitting = [table for table in tables if table.shape == stored.shape]
+    return bool(fitting) and any(_repeats(read_tensor(folder, stored), table) for table in fitting)
 
 
 def _tables(config: PretrainedConfig, family: Family) -> list[torch.Tensor]:

@@ -18,7 +18,7 @@ from files.names import CONFIG
 from models import gemma2, gemma3, llama, mistral, phi3, qwen2, qwen3, qwen3_moe
 from models.causal_lm import put_head, with_summed_loss
 from models.family import Family
-from models.redundant import check_frequencies, has_own_head
+from models.redundant import check_extras, check_frequencies, has_own_head
 from options.errors import UserError
 from options.limits import CONFIG_FILE, LAYERS, read_json
 
@@ -120,6 +120,7 @@ def open_weights(
     if untied:
         config.tie_word_embeddings = False
     model = build_on_meta(config, family)
+    check_extras(config, family, files)
     check_weights(model, files, family)
     return files, model, untied
 

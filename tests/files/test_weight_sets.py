@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -17,12 +18,15 @@ from checkpoints.model_writer import shard_name
 from files import comparison
 from files.model_folder import CheckpointFiles
 from files.names import INDEX, SINGLE
+from models.registry import open_weights, read_config
 from options.errors import UserError
+from tests.helpers import tiny
 from tests.helpers.adapters import args_for
-from tests.helpers.expansion import all_tensors
+from tests.helpers.expansion import all_tensors, edit
 from tests.helpers.logits import loss_and_logits, transformers_logits
+from tests.helpers.stored import put_tensor
 
-LAST = "model.norm.weight"
+HEAD, LAST = "lm_head.weight", "model.norm.weight"
 Tensors = dict[str, torch.Tensor]
 
 
@@ -62,7 +66,11 @@ SHARD = "model-00002-of-00003.safetensors"  # of another save
 EMBEDDING = "model.embed_tokens.weight"  # more elements than a first look takes
 DIFFERENT = {
     "a number": (SINGLE, changed(EMBEDDING), [EMBEDDING, "another in model-0000", f"than in {SINGLE}"]),
-    "another dtype": (SINGLE, lambda t: {n: x.bfloat16() for n, x in t.items()}, ["another in", SINGLE]),
+    "rounded to another dtype": (
+        SINGLE,
+        lambda t: {n: x.bfloat16() for n, x in t.items()},
+        ["another in", SINGLE],
+    ),
     "a tensor less": (SINGLE, without(LAST), [f"{LAST} is in model-0000", f"not in {SINGLE}"]),
     "a tensor more": (
         SINGLE,
@@ -93,7 +101,7 @@ def test_sets_that_differ_are_refused(case, folder):
     file, change, words = DIFFERENT[case]
     put(folder / file, change(all_tensors(folder)))
     with pytest.raises(UserError) as e:
-        CheckpointFiles(folder)
+        open_weights(folder, *read_config(folder))
     assert [
         word for word in [f"{folder}: holds two sets of weights", *words] if word not in str(e.value)
     ] == []
@@ -107,6 +115,95 @@ def test_sets_that_do_not_are_one(case, piece, folder, monkeypatch):
     before = CheckpointFiles(folder).tensors
     put(folder / file, change(all_tensors(folder)))
     assert CheckpointFiles(folder).tensors == before
+
+
+@pytest.mark.parametrize("file", [SINGLE, "consolidated.safetensors"])
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32), (torch.float16, torch.float64)])
+def test_sets_of_the_same_numbers_in_two_dtypes(dtypes, file, tmp_path):
+    """Refused, as saved files take the dtype of what was read, and told as what it is, unless one number differs."""
+    narrow, wide = dtypes
+    folder = tiny.save_checkpoint("llama", tmp_path / "model", narrow)
+    tensors = {n: t.to(wide) for n, t in all_tensors(folder).items()}
+    put(folder / file, tensors)
+    names = [str(dtype).removeprefix("torch.") for dtype in dtypes]
+    told = rf"the same numbers, but of (\S+) the dtype is in model-\S+ {names[0]}, and in {file} {names[1]};"
+    with pytest.raises(UserError, match=told):
+        CheckpointFiles(folder)
+    tensors[LAST][-1] += 2.0**-20
+    put(folder / file, tensors)
+    with pytest.raises(UserError, match=f"two sets of weights: {LAST} is another in"):
+        CheckpointFiles(folder)
+
+
+FREQUENCIES = "model.layers.1.self_attn.rotary_emb.inv_freq"
+EXTRAS = {
+    "a copy of the embedding": ("qwen2", HEAD, lambda t: t[EMBEDDING].clone()),
+    "a copy, where the config is silent": ("gemma2", HEAD, lambda t: t[EMBEDDING].clone()),
+    "a copy in another dtype": ("phi3", HEAD, lambda t: t[EMBEDDING].double()),
+    "frequencies": ("qwen2", FREQUENCIES, lambda t: frequencies(1e4)),
+    "frequencies in 16 bits": ("qwen2", FREQUENCIES, lambda t: frequencies(1e4).half()),
+}
+NOT_EXTRAS = {
+    "another head": ("qwen2", HEAD, lambda t: t[EMBEDDING] * 1.5),
+    "a head of another size": ("qwen2", HEAD, lambda t: t[EMBEDDING][1:].clone()),
+    "other frequencies": ("qwen2", FREQUENCIES, lambda t: frequencies(1e6)),
+    "frequencies of another size": ("qwen2", FREQUENCIES, lambda t: frequencies(1e4)[1:].clone()),
+    "bytes": ("qwen2", FREQUENCIES, lambda t: torch.ones(8, dtype=torch.uint8)),
+    "a copy of another tensor": ("qwen2", "model.layers.9.input_layernorm.weight", lambda t: t[LAST].clone()),
+}
+
+
+def frequencies(theta: float) -> torch.Tensor:
+    """Of heads of 16 features (https://arxiv.org/abs/2104.09864, section 3.2.2)."""
+    return torch.tensor([theta ** (-2 * i / 16) for i in range(8)])
+
+
+def two_sets_of(
+    kind: str, name: str, make: Callable[[Tensors], torch.Tensor], where: str, folder: Path
+) -> Path:
+    """A tied model in two sets, of which one has a tensor more."""
+    tiny.save_checkpoint(kind, folder, tie_word_embeddings=True)
+    if kind == "gemma2":
+        edit(folder, tie_word_embeddings=None)
+    tensors = all_tensors(folder)
+    assert (folder / INDEX).exists() and HEAD not in tensors
+    extra = {name: make(tensors)}
+    put(folder / SINGLE, tensors | (extra if where == SINGLE else {}))
+    if where == INDEX:
+        put_tensor(folder, name, extra[name])
+    return folder
+
+
+@pytest.mark.parametrize("where", [SINGLE, INDEX])
+@pytest.mark.parametrize("case", EXTRAS)
+def test_a_redundant_tensor_makes_no_second_set(case, where, tmp_path):
+    """transformers computes the same logits from either, which are those of the model that is read."""
+    folder = two_sets_of(*EXTRAS[case], where, tmp_path / "model")
+    config, family = read_config(folder)
+    files, model, untied = open_weights(folder, config, family)
+    assert not untied and config.tie_word_embeddings
+    assert files.tensors.keys() == {name for name, _ in model.named_parameters()}
+    single = transformers_logits(folder)
+    (folder / SINGLE).unlink()
+    torch.testing.assert_close(transformers_logits(folder), single, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("case, where", [
+    *((case, SINGLE) for case in NOT_EXTRAS), *((case, INDEX) for case in NOT_EXTRAS if case != "bytes")
+])  # fmt: skip
+def test_any_other_tensor_does(case, where, tmp_path):
+    folder = two_sets_of(*NOT_EXTRAS[case], where, tmp_path / "model")
+    name = re.escape(NOT_EXTRAS[case][1])
+    with pytest.raises(UserError, match=f"holds two sets of weights: {name} is in"):
+        open_weights(folder, *read_config(folder))
+
+
+def test_a_copy_of_the_embedding_beside_an_untied_config(tmp_path):
+    """Of the set without a head transformers would draw one at random."""
+    folder = two_sets_of(*EXTRAS["a copy of the embedding"], INDEX, tmp_path / "model")
+    edit(folder, tie_word_embeddings=False)
+    with pytest.raises(UserError, match=f"{HEAD} is in model-0000.*, and not in {SINGLE}"):
+        open_weights(folder, *read_config(folder))
 
 
 def test_transformers_reads_the_other_set(folder, alpaca_file, one_rank, capsys):
