@@ -179,6 +179,17 @@ def conclude(history: list[Metrics], before: int, most: int, folder: Path, no_re
     if too_many(count, most):
         raise UserError(
             f"steps with a NaN or infinite loss or gradient: {count}, more than --max_bad_steps {most}; their rows are"
-            f" in {folder / BAD_STEPS}. The saved weights are those of the last good step; a lower --lr helps where"
-            " a run diverges"
+            f" in {folder / BAD_STEPS}. {_last_weights(history, before)}. A lower --lr helps where a run diverges"
         )
+
+
+def _last_weights(history: list[Metrics], before: int) -> str:
+    """Say which weights a run ends with, and how many steps were bad with them. Arguments: as for `conclude`."""
+    good = [m for m in history if math.isfinite(m.loss) and math.isfinite(m.grad_norm)]
+    known = (good[-1].bad_steps or 0) if good else before  # bad steps that came before these weights
+    failed = ((history[-1].bad_steps or 0) if history else before) - known
+    which = f"step {good[-1].step}, the last good one" if good else "the last good step"
+    ended = f"The weights at the end are those after {which}"
+    if not failed:
+        return ended
+    return f"{ended}; with them {failed} more step{'s' * (failed > 1)} gave NaN or infinity, so test them before use"

@@ -23,7 +23,7 @@ from parallel.optimizers import make_optimizer
 from tests.helpers.bad_rows import BAD_ROW
 from tests.helpers.resuming import lines, run
 from tests.helpers.runs import train_run
-from training.bad_steps import BAD_STEPS, BadSteps, resumed_from
+from training.bad_steps import BAD_STEPS, BadSteps, conclude, resumed_from
 from wrapping import make_mesh
 
 STEP = Step(0.1, [], 1, 1, torch.zeros(0))
@@ -207,14 +207,35 @@ def test_how_many_bad_steps_end_a_run(most, stops):
     assert judge.judge(metrics(1.0, 1.0), None).bad_steps == len(stops), "a good step does not forget the bad"
 
 
+@pytest.mark.parametrize("losses, before, told", [
+    ([1.0] + [math.nan] * 11, 0, "after step 1, the last good one; with them 11 more steps gave NaN or infinity"),
+    ([1.0, math.nan, 1.0, math.inf], 0, "after step 3, the last good one; with them 1 more step gave"),
+    ([math.nan] * 2, 7, "after the last good step; with them 2 more steps gave"),  # resumed: of this session
+    ([], 7, "after the last good step."),
+])  # fmt: skip
+def test_what_the_last_weights_are(losses, before, told, monkeypatch):
+    """Those of a diverged run gave one good loss before they were made, and none since."""
+    monkeypatch.setattr("torch.distributed.barrier", lambda: None)
+    judge = guard(most=-1)
+    judge.count = before
+    history = [
+        judge.judge(dataclasses.replace(metrics(loss, 1.0), step=step), STEP)
+        for step, loss in enumerate(losses, 1)
+    ]
+    with pytest.raises(UserError) as e:
+        conclude(history, before, 0, Path("run"), "")
+    assert f"The weights at the end are those {told}" in str(e.value)
+
+
 def test_too_many_bad_steps_end_a_run_which_is_saved(ended):
     out, status, shown, errors = ended
     assert status == 2, errors
+    steps = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert errors.splitlines()[-1].startswith(
         "error: rank 0: steps with a NaN or infinite loss or gradient: 1, more than --max_bad_steps 0; their rows"
-        f" are in {out / BAD_STEPS}."
+        f" are in {out / BAD_STEPS}. The weights at the end are those after step {steps[-2]['step']}, the last good one;"
+        " with them 1 more step gave NaN or infinity"
     )
-    steps = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert steps[-1]["loss"] is steps[-1]["grad_norm"] is None and steps[-1]["bad_steps"] == 1
     assert "bad_steps" not in steps[0] and "1 skipped as NaN or infinite" in shown
     assert BAD_ROW in json.loads((out / BAD_STEPS).read_text())["rows"]
