@@ -20,7 +20,7 @@ import fsspec  # type: ignore[import-untyped]  # of datasets
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
 from data.folder_files import check_links, files_below, files_matching
-from data.row_files import Rows, read_file, without_fillers
+from data.row_files import Rows, read_file, restore_digits, without_fillers
 from files.hub_errors import HUB_ERRORS
 from options.data_files import KINDS, kind_in_folder
 from options.errors import UserError
@@ -53,6 +53,7 @@ def read_hub(source: str, data_files: str, split: str, samples: int, root: str |
     if 0 < samples < len(loaded):
         loaded = loaded.select(range(samples))
     rows = [without_fillers(row) for row in loaded.to_list()]
+    restore_digits(rows, loaded.features.arrow_schema)
     remark = "" if local or data_files or datasets.config.HF_HUB_OFFLINE else _kinds_remark(source)
     return Rows(rows, [f"{source} row {i}" for i in range(1, len(loaded) + 1)], remark)
 

@@ -198,7 +198,7 @@ def _read_parquet(path: Path) -> Rows:
                     f"--dataset {path}: {PARQUET_ROWS} rows of {batch.nbytes:,} bytes; at most {LINE:,} each"
                 )
             rows += [without_fillers(row) for row in batch.to_pylist()]
-        _restore_digits(rows, file.schema_arrow)
+        restore_digits(rows, file.schema_arrow)
     # ValueError: no UTF-8, or no such date.
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as e:
         reason = (str(e) or type(e).__name__).splitlines()[0]
@@ -218,14 +218,28 @@ def _without_fillers(value: Any) -> Any:
     return [_without_fillers(part) for part in value] if isinstance(value, list) else value
 
 
-def _restore_digits(rows: list[dict], schema) -> None:
-    """Give numbers of 16 and 32 bits the digits that tell them apart: as a float of 64 bits, 0.1 would be
-    0.10000000149011612."""
+def restore_digits(rows: list[dict], schema) -> None:
+    """Gives numbers of 16 and 32 bits, at every depth, the digits that tell them apart: as floats of 64 bits, 0.1 is
+    0.10000000149011612. schema: pyarrow's, of the table that the rows come from."""
+    for name, kind in zip(schema.names, schema.types, strict=True):
+        # Which spells float32 and float16, also within lists and structs, but not float64.
+        for row in rows if "float" in str(kind) else ():
+            row[name] = _with_digits(row[name], kind)
+
+
+def _with_digits(value: Any, kind) -> Any:
+    """kind: the value's type in pyarrow."""
     import numpy
     import pyarrow
 
-    narrow = {pyarrow.float16(): numpy.float16, pyarrow.float32(): numpy.float32}
-    for name, kind in zip(schema.names, schema.types, strict=True):
-        for row in rows if kind in narrow else ():
-            if row[name] is not None and math.isfinite(row[name]):
-                row[name] = ExactFloat.of(row[name], str(narrow[kind](row[name])))
+    types, narrow = pyarrow.types, {pyarrow.float16(): numpy.float16, pyarrow.float32(): numpy.float32}
+    if kind in narrow and isinstance(value, float) and math.isfinite(value):
+        text = str(narrow[kind](value))
+        return ExactFloat.of(float(text), text)
+    if types.is_struct(kind) and isinstance(value, dict):
+        return {key: _with_digits(part, kind.field(key).type) for key, part in value.items()}
+    if types.is_map(kind) and isinstance(value, list):
+        return [(key, _with_digits(part, kind.item_type)) for key, part in value]
+    if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
+        return value and [_with_digits(part, kind.value_type) for part in value]
+    return value

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 
 import numpy
 import pyarrow
 import pytest
 
 from data.examples import read_examples
+from data.hub_sets import read_hub
 from options.errors import UserError
 from options.exact_json import ExactFloat, parse_json, text_of
 from options.generate import read_prompts
@@ -85,6 +87,65 @@ def test_a_number_of_a_table_has_its_own_digits(tmp_path, kind, value, text):
         value = numpy.float16(value)
     table = pyarrow.table({"question": ["Q", "Q"], "answer": pyarrow.array([value, value], kind)})
     assert learned(write_parquet(tmp_path / "a.parquet", table)) == [text] * 2
+
+
+@pytest.mark.parametrize("inside, from_hub", [
+    ("struct", False), ("list", False), ("list of structs", False), ("map", False),
+    ("struct", True), ("list", True), ("list of structs", True),
+])  # fmt: skip
+@pytest.mark.parametrize("kind, value, shown", [
+    (pyarrow.float32(), 0.1, "0.1"), (pyarrow.float32(), 21.7, "21.7"), (pyarrow.float64(), 0.1, "0.1"),
+    (pyarrow.float32(), math.nan, "nan"), (pyarrow.float16(), numpy.float16(0.1), "0.1"),
+])  # fmt: skip
+def test_a_number_within_a_table_s_objects_has_its_own_digits(tmp_path, kind, value, shown, inside, from_hub):
+    """As templates show it: the arguments of tool calls lie so deep."""
+    nested, held = {
+        "struct": (pyarrow.struct([("x", kind)]), {"x": value}),
+        "list": (pyarrow.list_(kind), [value]),
+        "list of structs": (pyarrow.list_(pyarrow.struct([("x", kind)])), [{"x": value}]),
+        "map": (pyarrow.map_(pyarrow.string(), kind), [("x", value)]),
+    }[inside]
+    table = pyarrow.table({"deep": pyarrow.array([{"in": held}, None], pyarrow.struct([("in", nested)]))})
+    path = write_parquet(tmp_path / "a.parquet", table)
+    rows = read_hub(str(tmp_path), "a.parquet", "train", -1).rows if from_hub else read(path)
+    found = rows[0]["deep"]["in"]
+    while isinstance(found, list | dict):
+        found = next(iter(found.values())) if isinstance(found, dict) else found[-1]
+        found = found[-1] if isinstance(found, tuple) else found
+    assert str(found) == shown and rows[1] == {"deep": None}
+
+
+def test_a_call_of_a_table_shows_its_own_digits(tmp_path):
+    """The arguments of a tool call, the parameters of a tool, as transformers shows them of the numbers meant."""
+    rows = [{
+        "messages": [
+            {"role": "user", "content": "Hi", "tool_calls": None},
+            {"role": "assistant", "content": "Yo", "tool_calls": [
+                {"type": "function", "function": {"name": "heat", "arguments": {"to": 21.7, "by": [0.1, None]}}}]},
+        ],
+        "tools": [{"type": "function", "function": {"name": "heat", "parameters": {"default": 0.3}}}],
+    }]  # fmt: skip
+    table = pyarrow.Table.from_pylist(rows)
+    narrow = table.cast(pyarrow.schema([(f.name, narrowed(f.type)) for f in table.schema]))
+    assert "21.700000762939453" in str(narrow.to_pylist())
+    tokenizer = chat_tokenizer(
+        "{{ tools | tojson }}{% for m in messages %}{{ m.role }}: {{ m.content }}{{ m.tool_calls | tojson if m.tool_calls }}"
+        "<|im_end|>\n{% endfor %}"
+    )
+    path = write_parquet(tmp_path / "a.parquet", narrow)
+    (rendered,) = read_examples(str(path), "auto", -1, 1000, tokenizer).rendered
+    assert rendered.text == tokenizer.apply_chat_template(
+        rows[0]["messages"], tools=rows[0]["tools"], tokenize=False
+    )
+
+
+def narrowed(kind: pyarrow.DataType) -> pyarrow.DataType:
+    """The type with 32 bits for each float, at every depth."""
+    if pyarrow.types.is_struct(kind):
+        return pyarrow.struct([(field.name, narrowed(field.type)) for field in kind])
+    if pyarrow.types.is_list(kind):
+        return pyarrow.list_(narrowed(kind.value_type))
+    return pyarrow.float32() if kind == pyarrow.float64() else kind
 
 
 def test_it_is_a_number_for_everything_else():
