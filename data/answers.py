@@ -1,10 +1,11 @@
-"""Token ids of an answer -> its text, by one function for generated answers and for those of the data."""
+"""Token ids of an answer -> its text, by one function for generated answers and for those of the data; and whether an
+answer has any text."""
 
 from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 
 # What Qwen3 and its template write before an answer without a thought.
 EMPTY_THOUGHT = re.compile(r"\s*<think>\s*</think>")
@@ -21,6 +22,13 @@ def answer_text(ids: list[int], tokenizer, stops: Collection[int], marker: str |
     end = next((i for i, token in enumerate(ids) if token in stops), len(ids))
     text = tokenizer.decode(ids[:end], skip_special_tokens=True)
     return text.partition(marker)[0] if marker else text
+
+
+def is_empty(answer: str, markers: Iterable[str | None]) -> bool:
+    """Whether an answer has no text beside whitespace and the tokens `markers`, BOS and EOS; None = there is none."""
+    for written in markers:
+        answer = answer.replace(written, "") if written else answer
+    return not answer.strip()
 
 
 def comparable(text: str) -> str:

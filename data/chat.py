@@ -90,7 +90,8 @@ class ChatTemplate:
         """
         wanted = [m["role"] == "assistant" and m.get("train", True) for m in messages]
         messages, show = self.fitted(messages), partial(self.show, tools=tools)
-        turns = Turns(messages, show(messages), show, self.closings)
+        special = self.tokenizer.bos_token, self.tokenizer.eos_token
+        turns = Turns(messages, show(messages), show, self.closings, special)
         taught = [i for i, learned in enumerate(wanted) if learned and not turns.shows_nothing(i)]
         if MARKERS.search(self._template(tools)):
             return self._marked(turns, tools, taught)

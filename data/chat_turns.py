@@ -14,6 +14,8 @@ from functools import partial
 
 import jinja2
 
+from data.answers import is_empty
+
 # What a chat template can raise for a row: it is a program, in a sandbox.
 TEMPLATE_ERRORS = (jinja2.TemplateError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError,
                    AssertionError, RecursionError, MemoryError)  # fmt: skip
@@ -89,17 +91,19 @@ class Closings:
 
 @dataclass(frozen=True)
 class Turns:
-    """Locates the turns of one conversation. text: what `show` makes of all its messages."""
+    """Locates the turns of one conversation. text: what `show` makes of all its messages; special: the tokenizer's BOS and
+    EOS, as texts write them."""
 
     messages: list[dict]
     text: str
     show: Show
     closings: Closings
+    special: tuple[str | None, ...]
 
     def shows_nothing(self, i: int) -> bool:
-        """Whether turn i is empty: it has no content, and the template shows nothing else of it."""
+        """Whether turn i is empty: it has no content but BOS and EOS, and the template shows nothing else of it."""
         content = self.messages[i].get("content", "")
-        if content.strip():
+        if not is_empty(content, self.special):
             return False
         bare = answer(content)
         return self.messages[i] == bare or attempt(self.show, self._with(i, bare)) == self.text

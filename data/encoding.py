@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 
+from data.answers import is_empty
 from data.formats import Rendered
 from files.tokenizer import tokenizer_errors
 from options.errors import UserError
@@ -55,12 +56,22 @@ def _with_one_bos(
     return ids[last:], offsets[last:]
 
 
-def without_answer_bos(example: Rendered, tokenizer) -> Rendered:
-    """Remove BOS at the start of an answer: the row already begins with one, and at inference none follows
-    the prompt.
+def without_empty_answers(example: Rendered, tokenizer) -> Rendered:
+    """Remove BOS at the start of an answer, and learned ranges of nothing but BOS, EOS and whitespace.
 
-    Elsewhere a BOS stays, as between the turns of a text.
+    The row already begins with a BOS, and at inference none follows the prompt. Elsewhere a BOS stays, as between
+    the turns of a text. In a conversation a range may be the EOS that closes a turn: it stays, too.
     """
+    found = _without_answer_bos(example, tokenizer)
+    if found is example and not example.special:
+        return example  # what is empty in a conversation, its template has said
+    markers = (tokenizer.bos_token, tokenizer.eos_token if example.special else None)
+    left = [span for span in found.learned if not is_empty(found.text[slice(*span)], markers)]
+    ends = found.ends and left[-1:] == found.learned[-1:]  # nothing ends an answer that is none
+    return dataclasses.replace(found, learned=left, ends=ends)
+
+
+def _without_answer_bos(example: Rendered, tokenizer) -> Rendered:
     written = tokenizer.bos_token
     if written is None or written == tokenizer.eos_token or written not in example.text:
         return example
@@ -74,9 +85,7 @@ def without_answer_bos(example: Rendered, tokenizer) -> Rendered:
             text, read = text + found.group().replace(written, ""), found.end()
         text, read = text + example.text[read:end], end
         learned.append((begin, len(text)))
-    left = [(begin, end) for begin, end in learned if text[begin:end].strip()]
-    ends = example.ends and left[-1:] == learned[-1:]  # an answer that was nothing else is none
-    return dataclasses.replace(example, text=text + example.text[read:], learned=left, ends=ends)
+    return dataclasses.replace(example, text=text + example.text[read:], learned=learned)
 
 
 def prompt_ids(text: str, tokenizer, special: bool) -> list[int]:

@@ -16,7 +16,7 @@ import torch
 
 from data.answers import answer_text, comparable
 from data.chat import template_errors
-from data.encoding import prompt_ids, without_answer_bos
+from data.encoding import prompt_ids, without_empty_answers
 from data.examples import Examples, read_examples
 from data.formats import FORMATS, Rendered
 from data.rows import TokenizedRows
@@ -155,7 +155,7 @@ def prompt_of(
 
     The answer is the text of its learned tokens up to the first of `stops`, as that of a generated answer is.
     """
-    rendered = without_answer_bos(rendered, tokenizer)
+    rendered = without_empty_answers(rendered, tokenizer)
     if not rendered.learned:
         return None
     text, marker = rendered.text[: rendered.last_answer[0]], rendered.marker

@@ -12,7 +12,7 @@ from itertools import chain
 import numpy as np
 import torch
 
-from data.encoding import Offsets, encode, without_answer_bos
+from data.encoding import Offsets, encode, without_empty_answers
 from data.examples import read_examples
 from data.formats import Rendered
 from data.rows import TokenizedRows
@@ -50,7 +50,7 @@ def tokenize(rendered: list[Rendered], tokenizer, context_length: int, where: st
     special = SpecialTokens.of(tokenizer)
     tokens, learned, lengths, numbers, cut, prompts = [], [], [], [], 0, []
     for start in range(0, len(rendered), 1000):  # the library works on a batch in parallel
-        block = [without_answer_bos(r, tokenizer) for r in rendered[start : start + 1000]]
+        block = [without_empty_answers(r, tokenizer) for r in rendered[start : start + 1000]]
         encoded = encode(tokenizer, [r.text for r in block], block[0].special)
         for example, (ids, offsets) in zip(block, encoded, strict=True):
             row, targets = _targets(example, ids, offsets, special)
@@ -131,10 +131,6 @@ def _targets(
         targets &= tokens != special.bos
     if not (example.ends and example.learned):
         return tokens, targets
-    assert special.written_eos is not None
-    start, end = example.learned[-1]
-    if not example.text[start:end].replace(special.written_eos, "").strip():
-        return tokens, targets & (ends <= start)  # an answer that is nothing but EOS is an empty one
     return _closed(example, tokens, targets, np.maximum(begins, ends), special)
 
 

@@ -19,6 +19,7 @@ from data.tokenizing import tokenize
 from data.unshown import unclosed
 from tests.helpers import chat_templates as templates
 from tests.helpers.chat_templates import of_trl
+from tests.helpers.small_tokenizers import chat_tokenizer
 
 CALL = {"name": "weather", "arguments": {"city": "Oslo"}}
 TOOLS = [{"type": "function", "function": {"name": "weather", "description": "Now.", "parameters": {
@@ -316,6 +317,32 @@ def test_turns_between_markers_that_are_not_learned():
     values = checked({"messages": messages}, FORMATS["chat"], "here")
     rendered = FORMATS["chat"].render(values, RenderContext(tokenizer))
     assert [rendered.text[s:e] for s, e in rendered.learned] == ["\nYes<|im_end|>\n"]
+
+
+@pytest.mark.parametrize("special", ["<s>", "</s>", " <s></s>"])
+@pytest.mark.parametrize("trl", [False, True])
+def test_an_answer_of_nothing_but_special_tokens_is_none(special, trl):
+    """Its turn's closing token alone is not learned, as after an empty answer."""
+    template = of_trl("qwen2_5_training") if trl else MODELS["chatml"]().template
+    tokenizer = chat_tokenizer(template, "</s>")
+    tokenizer.add_special_tokens(
+        {"bos_token": "<s>", "additional_special_tokens": ["<|im_start|>", "<|im_end|>"]}
+    )
+
+    def rows_of(content: str):
+        conversations = [
+            [user(), says(content)],
+            [user(), says(content), user(), says("Yes")],
+            [user(), says("Yes"), user(), says(content)],
+        ]
+        values = [checked({"messages": m}, FORMATS["chat"], "here") for m in conversations]
+        rendered = [FORMATS["chat"].render(v, RenderContext(tokenizer)) for v in values]
+        return tokenize(rendered, tokenizer, 10_000, "here")
+
+    rows, empty = rows_of(special), rows_of("")
+    assert rows.dropped == empty.dropped == 1
+    assert rows.tokens[rows.learned].tolist() == empty.tokens[empty.learned].tolist()
+    assert tokenizer.decode(rows.tokens[rows.learned]).count("Yes<|im_end|>") == 2
 
 
 @pytest.mark.parametrize("model, stops", [

@@ -175,6 +175,22 @@ def test_special_tokens_in_great_number_take_little_time(rendered, count):
     assert len(rows.tokens) == count and time.monotonic() - began < 10
 
 
+@pytest.mark.parametrize("text", ["<s>", "</s>", "<s></s>", " <s> <s>\n", "</s> </s>"])
+def test_a_text_of_nothing_but_special_tokens_is_dropped(text):
+    """Neither BOS nor the EOS behind it is learned: as an empty text teaches nothing."""
+    rows = tokenize([completion(text), completion("is")], BYTES, 100, "here")
+    assert rows.dropped == tokenize([completion(""), completion("is")], BYTES, 100, "here").dropped == 1
+    assert rows.tokens.tolist() == BYTES("<s>is</s>", add_special_tokens=False)["input_ids"]
+
+
+@pytest.mark.parametrize("empty", ["<s>", "</s>", "<s></s>"])
+def test_an_earlier_answer_of_nothing_but_special_tokens_is_not_learned(empty):
+    assert learned_pieces(guanaco(f"### Human: a### Assistant:{empty}### Human: c### Assistant:d"), BYTES) == [
+        "d", "</s>"]  # fmt: skip
+    rows = tokenize([guanaco(f"### Human: a### Assistant:{empty}### Human: c"), qa("is")], BYTES, 100, "here")
+    assert rows.dropped == 1
+
+
 def test_one_token_for_bos_and_eos():
     """As GPT-2 has it: it is learned where it closes an answer or a document, though never as a row's first."""
     tokenizer = PreTrainedTokenizerFast(
