@@ -1,5 +1,5 @@
-"""Token ids of an answer -> its text, by one function for generated answers and for those of the data; and whether an
-answer has any text."""
+"""Token ids of an answer -> its text, by one function for generated answers and for those of the data; and
+whether an answer has any text."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ def answer_text(ids: list[int], tokenizer, stops: Collection[int], marker: str |
 
 
 def is_empty(answer: str, markers: Iterable[str | None]) -> bool:
-    """Whether an answer has no text beside whitespace and the tokens `markers`, BOS and EOS; None = there is none."""
+    """Whether an answer has no text beside whitespace and the tokens `markers`, BOS and EOS; None = there is
+    none."""
     for written in markers:
         answer = answer.replace(written, "") if written else answer
     return not answer.strip()

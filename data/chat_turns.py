@@ -91,8 +91,8 @@ class Closings:
 
 @dataclass(frozen=True)
 class Turns:
-    """Locates the turns of one conversation. text: what `show` makes of all its messages; special: the tokenizer's BOS and
-    EOS, as texts write them."""
+    """Locates the turns of one conversation. text: what `show` makes of all its messages; special: the
+    tokenizer's BOS and EOS, as texts write them."""
 
     messages: list[dict]
     text: str
@@ -101,7 +101,7 @@ class Turns:
     special: tuple[str | None, ...]
 
     def shows_nothing(self, i: int) -> bool:
-        """Whether turn i is empty: it has no content but BOS and EOS, and the template shows nothing else of it."""
+        """Whether turn i is empty: no content but BOS and EOS, and the template shows nothing else of it."""
         content = self.messages[i].get("content", "")
         if not is_empty(content, self.special):
             return False

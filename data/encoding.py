@@ -59,8 +59,8 @@ def _with_one_bos(
 def without_empty_answers(example: Rendered, tokenizer) -> Rendered:
     """Remove BOS at the start of an answer, and learned ranges of nothing but BOS, EOS and whitespace.
 
-    The row already begins with a BOS, and at inference none follows the prompt. Elsewhere a BOS stays, as between
-    the turns of a text. In a conversation a range may be the EOS that closes a turn: it stays, too.
+    The row already begins with a BOS, and at inference none follows the prompt. Elsewhere a BOS stays, as
+    between the turns of a text. In a conversation a range may be the EOS that closes a turn: it stays, too.
     """
     found = _without_answer_bos(example, tokenizer)
     if found is example and not example.special:

@@ -141,7 +141,8 @@ def _splits(folder: str, given: list[str]) -> dict[str, list[str]]:
     `datasets` does: train.jsonl, test/a.jsonl, data/train-00000-of-00001.parquet; one split train where no
     name tells."""
     datasets = _library(folder)
-    # The library goes by all files in a folder, so that train.py would be a split: it is shown the given ones alone.
+    # The library goes by all files in a folder, so that train.py would be a split: it is shown the given ones
+    # alone.
     memory, base = fsspec.filesystem("memory"), f"/{uuid.uuid4().hex}"
     shown = {f"{base}/{os.path.relpath(path, folder)}": path for path in given}
     try:

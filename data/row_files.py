@@ -219,8 +219,8 @@ def _without_fillers(value: Any) -> Any:
 
 
 def restore_digits(rows: list[dict], schema) -> None:
-    """Gives numbers of 16 and 32 bits, at every depth, the digits that tell them apart: as floats of 64 bits, 0.1 is
-    0.10000000149011612. schema: pyarrow's, of the table that the rows come from."""
+    """Gives numbers of 16 and 32 bits, at every depth, the digits that tell them apart: as a float of 64
+    bits, 0.1 is 0.10000000149011612. schema: pyarrow's, of the table that the rows come from."""
     for name, kind in zip(schema.names, schema.types, strict=True):
         # Which spells float32 and float16, also within lists and structs, but not float64.
         for row in rows if "float" in str(kind) else ():

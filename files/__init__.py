@@ -1,4 +1,5 @@
-"""safetensors in and out: model folders and the hub, headers, packed checkpoints, caches, atomic writes, locks.
+"""safetensors in and out: model folders and the hub, headers, packed checkpoints, caches, atomic writes,
+locks.
 
 May import: options, launch, quantization.
 Start in model_folder.py: `CheckpointFiles` is a model's folder with every header read and checked.

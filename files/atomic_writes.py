@@ -21,8 +21,8 @@ def fresh_folder(folder: Path) -> None:
 
 
 def replace_folder(folder: Path) -> None:
-    """Puts the whole folder beside `folder` in its place. At no time does a half written one have the name; the
-    older one is deleted last (as <name>.old)."""
+    """Puts the whole folder beside `folder` in its place. At no time does a half written one have the name;
+    the older one is deleted last (as <name>.old)."""
     old = folder.with_name(f"{folder.name}.old")
     remove(old)
     if folder.exists():
@@ -37,7 +37,8 @@ def replace_folder(folder: Path) -> None:
 
 
 def remove(folder: Path, ignore_errors: bool = True) -> None:
-    """Removes a folder, if it is there and lets itself be; of a link only the link, as what it leads to is not ours."""
+    """Removes a folder, if it is there and lets itself be; of a link only the link, as what it leads to is
+    not ours."""
     if folder.is_symlink():
         folder.unlink()
     else:
@@ -46,8 +47,8 @@ def remove(folder: Path, ignore_errors: bool = True) -> None:
 
 @contextlib.contextmanager
 def staged(folder: Path) -> Iterator[Callable[[str], Path]]:
-    """Gives stage(name): where to write what is to be `name` in the folder. Once all are whole they get their names, in
-    the order of the calls; after an error none of them is left."""
+    """Gives stage(name): where to write what is to be `name` in the folder. Once all are whole they get their
+    names, in the order of the calls; after an error none of them is left."""
     paths: dict[str, Path] = {}
 
     def stage(name: str) -> Path:

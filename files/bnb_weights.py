@@ -2,8 +2,8 @@
 
 The format is bitsandbytes' QuantState.as_dict, packed: beside `<name>.weight`, the codes, lie
 `<name>.weight.absmax`, `.quant_map`, with double quantization `.nested_absmax` and `.nested_quant_map`, and
-`.quant_state.bitsandbytes__nf4`, the UTF-8 bytes of a JSON object with shape, block sizes and offset. These are
-the same numbers that NF4 in quantization/nf4.py stores, in other places: nothing is quantized again.
+`.quant_state.bitsandbytes__nf4`, the UTF-8 bytes of a JSON object with shape, block sizes and offset. These
+are the same numbers that NF4 in quantization/nf4.py stores, in other places: nothing is quantized again.
 """
 
 from __future__ import annotations
@@ -101,8 +101,8 @@ def _tables() -> dict[str, torch.Tensor]:
 
 
 def find_bnb(folder: Path, tensors: dict[str, StoredTensor]) -> dict[str, BnbWeight]:
-    """The packed weights among a folder's tensors, by name. In `tensors` each of them becomes one tensor of the
-    shape that it stands for; its companions go."""
+    """The packed weights among a folder's tensors, by name. In `tensors` each of them becomes one tensor of
+    the shape that it stands for; its companions go."""
     states = {key.partition(STATE)[0]: key for key in tensors if STATE in key}
     if not states:
         return {}
@@ -122,7 +122,8 @@ def find_bnb(folder: Path, tensors: dict[str, StoredTensor]) -> dict[str, BnbWei
             )
             assert all(isinstance(n, int) for n in state["shape"]) and "absmax" in parts[name]
             offset = state["nested_offset"] if found[name].double else 0.0
-            # A whole number may have any number of digits, and one that fp32 does not hold would make weights infinite.
+            # A whole number may have any number of digits, and one that fp32 does not hold would make weights
+            # infinite.
             assert type(offset) in (int, float) and abs(offset) <= torch.finfo(torch.float32).max
         except (ValueError, LookupError, TypeError, AssertionError, RecursionError):
             raise UserError(f"{folder / stored.file}: {key} does not describe a packed weight") from None

@@ -17,8 +17,8 @@ from options.errors import FULL_DISK, UserError
 
 
 def check_writable(folder: Path, option: str) -> None:
-    """Raises UserError if the folder cannot be made or written to. Creates nothing: other runs may be checking as
-    well."""
+    """Raises UserError if the folder cannot be made or written to. Creates nothing: other runs may be
+    checking as well."""
     try:
         with contextlib.suppress(FileNotFoundError):
             os.stat(folder)  # raises, as exists() does not, where a part of the path is a file
@@ -30,8 +30,8 @@ def check_writable(folder: Path, option: str) -> None:
 
 
 def check_room(folder: Path, needed: int) -> None:
-    """Raises OSError if the folder's disk has no room for so many bytes: one that ran full in the middle would stop
-    everything else that writes."""
+    """Raises OSError if the folder's disk has no room for so many bytes: one that ran full in the middle
+    would stop everything else that writes."""
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise OSError(errno.ENOSPC, f"No space left: {size(needed)} are needed, {size(free)} free")
@@ -60,7 +60,8 @@ def append(path: Path, text: str, say: Callable[[str], None]) -> None:
 
 
 def append_bytes(file: io.FileIO, data: bytes) -> None:
-    """Adds to the end of a file, all, or nothing where an error is raised: what reads it finds whole lines."""
+    """Adds to the end of a file, all, or nothing where an error is raised: what reads it finds whole
+    lines."""
     end = file.seek(0, os.SEEK_END)
     try:
         while data:

@@ -13,8 +13,8 @@ PATIENCE = 10  # seconds for a run that ends to leave its folder
 
 
 class Alone:
-    """Keeps other runs out of a folder, from `take` to the end of the context: of two that wrote into it neither could be
-    resumed. The lock is the folder's own, and goes with its process."""
+    """Keeps other runs out of a folder, from `take` to the end of the context: of two that wrote into it
+    neither could be resumed. The lock is the folder's own, and goes with its process."""
 
     def __init__(self, folder: Path):
         self.folder, self.descriptor = folder, -1
@@ -27,8 +27,8 @@ class Alone:
             os.close(self.descriptor)
 
     def take(self) -> None:
-        """Raises UserError if another run does not leave it, which the ranks of one that was killed do in a second. A
-        file system without locks is taken as it is."""
+        """Raises UserError if another run does not leave it, which the ranks of one that was killed do in a
+        second. A file system without locks is taken as it is."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self.descriptor, ends = os.open(self.folder, os.O_RDONLY), time.monotonic() + PATIENCE
         while True:

@@ -43,7 +43,8 @@ class StoredPacked(Protocol):
 
 class CheckpointFiles:
     """The tensors of a model folder, by name: `tensors`, and in `packed` those of them that some file holds
-    packed already, bitsandbytes' own or a cache's. `extras`: tensors that only one of two sets of weights holds.
+    packed already, bitsandbytes' own or a cache's. `extras`: tensors that only one of two
+    sets of weights holds.
 
     only: the name of one safetensors file in the folder, to read that one and nothing else.
     """

@@ -22,8 +22,8 @@ def holds_run(folder: Path) -> bool:
 
 
 def check_output(folder: Path, overwrite: bool) -> None:
-    """Raises UserError if the folder holds a run and may not be replaced, or cannot be written, or has a link where a run
-    writes and removes files."""
+    """Raises UserError if the folder holds a run and may not be replaced, or cannot be written, or has a link
+    where a run writes and removes files."""
     check_writable(folder, "--output_dir")
     for name in (CHECKPOINTS, "wandb"):
         if (folder / name).is_symlink():

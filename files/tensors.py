@@ -47,8 +47,8 @@ class HasShape(Protocol):
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """What a file's header says of a tensor. file: its name in its folder, or the whole path of one elsewhere; dtype:
-    safetensors' name where it is none of DTYPES; begin: its first byte in the file."""
+    """What a file's header says of a tensor. file: its name in its folder, or the whole path of one
+    elsewhere; dtype: safetensors' name where it is none of DTYPES; begin: its first byte in the file."""
 
     file: str
     shape: tuple[int, ...]
@@ -111,20 +111,22 @@ def list_tensors(path: Path) -> dict[str, StoredTensor]:
 
 
 class Stage:
-    """Page-locked memory through which one thread's tensors go from files to a GPU, piece by piece. In memory of
-    their own the system would clear new pages for each of them, which takes longer than reading into old ones, and a
-    GPU copies slowly from what is not page-locked."""
+    """Page-locked memory through which one thread's tensors go from files to a GPU, piece by piece. In memory
+    of their own the system would clear new pages for each of them, which takes longer than reading into old
+    ones, and a GPU copies slowly from what is not page-locked."""
 
     def __init__(self, device_type: str):
         block = torch.empty(BLOCK, PIECE, dtype=torch.uint8, device="meta")
         blocks = [empty_on_host(block, device_type) for _ in range(0, PIECES, BLOCK)]
-        # The event: the piece may be overwritten. Who waits for it sleeps, and leaves the processor to the readers.
+        # The event: the piece may be overwritten. Who waits for it sleeps, and leaves the processor to the
+        # readers.
         pieces = [(piece, torch.cuda.Event(blocking=True)) for block in blocks for piece in block]
         self.pieces = pieces[:PIECES]
 
 
 class Staged:
-    """A tensor of which as much is read as the stage holds. Must be moved before the stage is used for another."""
+    """A tensor of which as much is read as the stage holds. Must be moved before the stage is used for
+    another."""
 
     def __init__(self, folder: Path, stored: StoredTensor, stage: Stage):
         self.stored, self.pieces = stored, _read_pieces(folder, stored, stage)
@@ -140,7 +142,8 @@ class Staged:
 
 
 def _read_pieces(folder: Path, stored: StoredTensor, stage: Stage) -> Iterator[tuple]:
-    """(where in the tensor, the bytes, the event to record when they have been copied) of each piece in turn."""
+    """(where in the tensor, the bytes, the event to record when they have been copied) of each piece in
+    turn."""
     size = math.prod(stored.shape) * stored.torch_dtype.itemsize
     with (folder / stored.file).open("rb", buffering=0) as file:
         file.seek(stored.begin)
@@ -155,9 +158,9 @@ def read_tensor(folder: Path, stored: StoredTensor, stage: None = None) -> torch
 @overload
 def read_tensor(folder: Path, stored: StoredTensor, stage: Stage | None) -> torch.Tensor | Staged: ...
 def read_tensor(folder: Path, stored: StoredTensor, stage: Stage | None = None) -> torch.Tensor | Staged:
-    """A tensor, on the CPU, read into memory of its own: a mapped file would count as the process's memory for as
-    long as it is open, and opening it for each tensor would parse its header each time. With a stage, one on its way
-    to a GPU. Raises OSError."""
+    """A tensor, on the CPU, read into memory of its own: a mapped file would count as the process's memory
+    for as long as it is open, and opening it for each tensor would parse its header each time. With a stage,
+    one on its way to a GPU. Raises OSError."""
     if stage:
         return Staged(folder, stored, stage)
     tensor = torch.empty(stored.shape, dtype=stored.torch_dtype)
@@ -183,8 +186,8 @@ def _read_into(memory: torch.Tensor, file: FileIO) -> None:
 def save_tensors(
     tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None
 ) -> None:
-    """Writes a file. safetensors makes it readable by its owner only; here those who may read the other files of
-    the folder may read this one too. Raises OSError."""
+    """Writes a file. safetensors makes it readable by its owner only; here those who may read the other files
+    of the folder may read this one too. Raises OSError."""
     try:
         save_file(tensors, path, metadata={"format": "pt"} | (metadata or {}))
     except SafetensorError as e:  # the library's only one, for every failure to write
@@ -194,9 +197,9 @@ def save_tensors(
 
 
 def write_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    """The same for a thread beside the one that trains, which has the interpreter while tensors are written, hundreds at a
-    time: the library holds it for a tenth of a second while it looks at some thousand of them, and for whoever lets it
-    go for each one, the other is woken as often. All on the CPU."""
+    """The same for a thread beside the one that trains, which has the interpreter while tensors are written,
+    hundreds at a time: the library holds it for a tenth of a second while it looks at some thousand of them,
+    and for whoever lets it go for each one, the other is woken as often. All on the CPU."""
     # Widest first, so that each lies where its dtype can be read.
     ordered = dict(sorted(tensors.items(), key=lambda item: -item[1].element_size()))
     header = BytesIO()

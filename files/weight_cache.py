@@ -1,8 +1,9 @@
 """The packed weights of a model, left in a folder by one run and loaded by later ones: --quantized_cache.
 
-`manifest.json` and `packed-<rank>-<number>.safetensors`, in which `<tensor>.codes` and `<tensor>.scales` are bytes.
-The manifest names the model by a digest of the weights that were packed, what packed them, and for every file its
-size, for every tensor its CRC-32. It is made in `<folder>.<random>.partial`, which gets its name when whole.
+`manifest.json` and `packed-<rank>-<number>.safetensors`, in which `<tensor>.codes` and `<tensor>.scales` are
+bytes. The manifest names the model by a digest of the weights that were packed, what packed them, and for
+every file its size, for every tensor its CRC-32. It is made in `<folder>.<random>.partial`, which gets its
+name when whole.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ MANIFEST, VERSION = "manifest.json", 2
 FILE = re.compile(r"packed-\d{1,6}-\d{1,6}\.safetensors", re.ASCII)
 FILE_BYTES = 2**30  # of codes that a rank collects in host memory before it writes them
 ABANDONED_SECONDS = 24 * 3600  # a folder not touched for so long belongs to a run that was cut
-# Rows that are drawn of a weight, and about how many of all weights: a model of many experts has tens of thousands.
+# Rows that are drawn of a weight, and about how many of all weights: a model of many experts has tens of
+# thousands.
 DRAWN, DRAWN_OF_ALL = 16, 10_000
 
 
@@ -141,8 +143,8 @@ def _is_sound(manifest: dict) -> bool:
 
 @dataclass(frozen=True)
 class NewCache:
-    """A cache that is still to be written. head: what the manifest says of the weights and what packs them; n_bytes: of
-    all codes and scales."""
+    """A cache that is still to be written. head: what the manifest says of the weights and what packs them;
+    n_bytes: of all codes and scales."""
 
     folder: Path
     head: dict
@@ -157,7 +159,8 @@ def new_cache(
     device_type: str,
     output_dir: str,
 ) -> NewCache:
-    """Raises UserError if it could not be put there, or if another folder in its place were in the run's way."""
+    """Raises UserError if it could not be put there, or if another folder in its place were in the run's
+    way."""
     check_writable(folder, "--quantized_cache")
     folder = Path(os.path.realpath(folder))  # a folder cannot take the place of a link
     if os.path.ismount(folder):
@@ -173,8 +176,9 @@ def new_cache(
 
 @contextlib.contextmanager
 def writing(cache: NewCache | None, place: Place) -> Iterator[CacheWriter | None]:
-    """Around a load: gives what takes the packed weights, if they are to be cached. Collective. The run is as good without
-    the cache: what cannot be written is told in a line. After an error of the load nothing is left."""
+    """Around a load: gives what takes the packed weights, if they are to be cached. Collective. The run is as
+    good without the cache: what cannot be written is told in a line. After an error of the load nothing is
+    left."""
     if cache is None:
         yield None
         return
@@ -188,8 +192,8 @@ def writing(cache: NewCache | None, place: Place) -> Iterator[CacheWriter | None
 
 
 class CacheWriter:
-    """Collects what this rank packs and writes it. Every rank has one; those of the first node write. Several runs
-    may make the same cache at once: each has a folder of its own until one of them is whole."""
+    """Collects what this rank packs and writes it. Every rank has one; those of the first node write. Several
+    runs may make the same cache at once: each has a folder of its own until one of them is whole."""
 
     def __init__(self, cache: NewCache, rank: int, writes: bool):
         self.cache, self.folder, self.rank, self.writes = cache, cache.folder, rank, writes

@@ -24,7 +24,7 @@ PATTERNS = (SINGLE, "model-*-of-*.safetensors", "consolidated*.safetensors")
 
 
 class Extra(NamedTuple):
-    """A tensor that only one of two sets holds. tensors: of that set; missing: the file or the shards without it."""
+    """A tensor that only one of two sets holds. tensors: of that set; missing: what lacks it."""
 
     name: str
     tensors: Mapping[str, StoredTensor]
@@ -34,8 +34,8 @@ class Extra(NamedTuple):
 def compare_sets(folder: Path, tensors: Mapping[str, StoredTensor]) -> list[Extra]:
     """Compare `tensors`, which are to be read, with those of the same names in the folder's other files.
 
-    Compares the first elements of every tensor, then every tensor in full, bit for bit. Returns the tensors that
-    the index's shards hold and the single file does not, and the other way round.
+    Compares the first elements of every tensor, then every tensor in full, bit for bit. Returns the tensors
+    that the index's shards hold and the single file does not, and the other way round.
 
     Raises UserError for a tensor that differs, if only in its dtype, and OSError.
     """

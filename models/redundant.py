@@ -72,8 +72,8 @@ def check_frequencies(config: PretrainedConfig, family: Family, files: Checkpoin
 
 
 def check_extras(config: PretrainedConfig, family: Family, files: CheckpointFiles) -> None:
-    """Raises UserError if one of two sets of weights holds a tensor that the other lacks, unless a model of `config`
-    needs none: a copy of the embedding, or the rotary frequencies that `config` gives."""
+    """Raises UserError if one of two sets of weights holds a tensor that the other lacks, unless it is
+    redundant: a copy of the embedding that is tied to it, or the rotary frequencies that `config` gives."""
     for extra in files.extras:
         if not _is_redundant(extra, config, family, files.folder):
             file = extra.tensors[extra.name].file

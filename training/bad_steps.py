@@ -1,8 +1,9 @@
-"""Steps whose loss or gradient is NaN or infinite: they do not reach the weights, are counted, and end the run when
-there are too many.
+"""Steps whose loss or gradient is NaN or infinite: they do not reach the weights, are counted, and end the
+run when there are too many.
 
-What decides is the same on every rank, so all of them skip together. Of fp16, whose loss scale begins too high on
-purpose, an overflow of the scaled gradient is no fault: the scaler skips such a step itself, and lowers the scale.
+What decides is the same on every rank, so all of them skip together. Of fp16, whose loss scale begins too
+high on purpose, an overflow of the scaled gradient is no fault: the scaler skips such a step itself, and
+lowers the scale.
 """
 
 from __future__ import annotations
@@ -74,8 +75,8 @@ class BadSteps:
         warnings.filterwarnings("ignore", message=r"Detected call of `lr_scheduler.step\(\)` before")
 
     def step(self, optimizer: torch.optim.Optimizer, reading: Reading) -> None:
-        """The optimizer's step, if this one's gradient may be used. A fused optimizer is told so on the GPU, and the
-        host goes on; before another's, it waits for the reading."""
+        """The optimizer's step, if this one's gradient may be used. A fused optimizer is told so on the GPU,
+        and the host goes on; before another's, it waits for the reading."""
         fused = getattr(optimizer, "_step_supports_amp_scaling", False) and not self.scaler.is_enabled()
         # Parameters on the host (--use_cpu_offload): torch would fetch the answer without waiting for it.
         if fused and optimizer.param_groups[0]["params"][0].device.type == reading.finite.device.type:
@@ -86,8 +87,8 @@ class BadSteps:
             self.scaler.step(optimizer)
 
     def decides(self) -> bool:
-        """Whether this step's numbers have to be judged before the next step begins: they may end the run, or the
-        scaler goes by them."""
+        """Whether this step's numbers have to be judged before the next step begins: they may end the run, or
+        the scaler goes by them."""
         return self.scaler.is_enabled() or too_many(self.count + 1, self.most)
 
     def judge(self, metrics: Metrics, step: Step) -> Metrics:
@@ -114,8 +115,8 @@ class BadSteps:
         return self.scaler.is_enabled() and self.scaler.get_scale() > 1
 
     def _tell(self, metrics: Metrics, step: Step) -> None:
-        """A line for the user, and one in bad_steps.jsonl with the rows of the step: their numbers in --dataset, from
-        1. JSON has no NaN, so loss and norm are texts."""
+        """A line for the user, and one in bad_steps.jsonl with the rows of the step: their numbers in
+        --dataset, from 1. JSON has no NaN, so loss and norm are texts."""
         if not self.file:
             return
         numbers = sorted(self.rows.numbers[step.rows].tolist())
@@ -179,12 +180,13 @@ def conclude(history: list[Metrics], before: int, most: int, folder: Path, no_re
     if too_many(count, most):
         raise UserError(
             f"steps with a NaN or infinite loss or gradient: {count}, more than --max_bad_steps {most}; their rows are"
-            f" in {folder / BAD_STEPS}. {_last_weights(history, before)}. A lower --lr helps where a run diverges"
+            f" in {folder / BAD_STEPS}. {_last_weights(history, before)}. A lower --lr helps where a run"
+            " diverges"
         )
 
 
 def _last_weights(history: list[Metrics], before: int) -> str:
-    """Say which weights a run ends with, and how many steps were bad with them. Arguments: as for `conclude`."""
+    """Say which weights a run ends with, and how many steps were bad with them. Args: as for `conclude`."""
     good = [m for m in history if math.isfinite(m.loss) and math.isfinite(m.grad_norm)]
     known = (good[-1].bad_steps or 0) if good else before  # bad steps that came before these weights
     failed = ((history[-1].bad_steps or 0) if history else before) - known
@@ -192,4 +194,5 @@ def _last_weights(history: list[Metrics], before: int) -> str:
     ended = f"The weights at the end are those after {which}"
     if not failed:
         return ended
-    return f"{ended}; with them {failed} more step{'s' * (failed > 1)} gave NaN or infinity, so test them before use"
+    steps = "step" if failed == 1 else "steps"
+    return f"{ended}; with them {failed} more {steps} gave NaN or infinity, so test them before use"

@@ -58,9 +58,10 @@ def mean_loss(
 ) -> float:
     """Cross-entropy per target of all rows. Collective.
 
-    The batches are the same on any number of ranks, which take turns, and their sums meet each in a place of its
-    own: the result depends on the number of ranks only as far as the kernels do. The longest come first, so that
-    what does not fit into memory shows at once; a rank that is left without a batch takes one of nothing but padding.
+    The batches are the same on any number of ranks, which take turns, and their sums meet each in a place of
+    its own: the result depends on the number of ranks only as far as the kernels do. The longest come first,
+    so that what does not fit into memory shows at once; a rank that is left without a batch takes one of
+    nothing but padding.
     """
     lengths = rows.lengths()
     parts = grouped(lengths, batch_size, rope_switch(model.config))
@@ -85,9 +86,9 @@ def mean_loss(
 
 
 def grouped(lengths: torch.Tensor, size: int, switch: float, growth: int = 0) -> list[list[torch.Tensor]]:
-    """Numbers of the rows [R] that are computed together, at most `size`, the longest first, so that each gives what
-    it gives alone: in parts that the model's `rope_switch` keeps apart, the rows above it, those that may pass it
-    while they grow by `growth` tokens, each by itself, and those that stay below."""
+    """Numbers of the rows [R] that are computed together, at most `size`, the longest first, so that each
+    gives what it gives alone: in parts that the model's `rope_switch` keeps apart, the rows above it, those
+    that may pass it while they grow by `growth` tokens, each by itself, and those that stay below."""
     order = lengths.argsort(descending=True, stable=True)
     before, after = lengths[order], lengths[order] + growth
     parts = (before > switch, size), ((before <= switch) & (after > switch), 1), (after <= switch, size)
@@ -106,12 +107,12 @@ def greedy(
     place: Place,
     context: Context,
 ) -> list[list[int]]:
-    """The likeliest answer of at most `tokens` tokens to each prompt, without the token of `stops` that ended it.
-    Collective.
+    """The likeliest answer of at most `tokens` tokens to each prompt, without the token of `stops` that ended
+    it. Collective.
 
-    Each forward computes all prompts from their start, padded on the right: without a cache, because what costs
-    time under FSDP is to gather the weights, once per token either way. Every rank computes the same; rank 0's
-    choice counts, so that all of them end together even if their GPUs should round differently.
+    Each forward computes all prompts from their start, padded on the right: without a cache, because what
+    costs time under FSDP is to gather the weights, once per token either way. Every rank computes the same;
+    rank 0's choice counts, so that all of them end together even if their GPUs should round differently.
     """
     rows = [list(p) for p in prompts]
     waiting = set(range(len(rows)))

@@ -33,23 +33,19 @@ from training.evaluation import PROMPTS_AT_ONCE, Context, LossSum, greedy, group
 
 
 class Evaluator:
-    """What hangs on the loop. stop: the loop is to end (--early_stopping_patience); best_step, best_loss: of the
-    best evaluation so far; worse: evaluations since then; kept_step, kept_loss: of that in best/, which is an older or
-    a later one where the disk did not take the best.
+    """What hangs on the loop. stop: the loop is to end (--early_stopping_patience); best_step, best_loss: of
+    the best evaluation so far; worse: evaluations since then; kept_step, kept_loss: of that in best/, which
+    is an older or a later one where the disk did not take the best.
 
     Args:
         data: rows to evaluate on and prompts to answer; either may be missing.
         total_steps: optimizer steps of the run; the last one evaluates and samples in any case.
         batch_size: rows of a rank's batch.
-        eval_every, sample_every: optimizer steps between evaluations, and between samples; 0 = only at the end.
-        sample_tokens: longest sample, in tokens.
-        patience: evaluations in a row that may be no better than the best; 0 = any number.
-        keep_best: whether the best step is kept in folder/best.
-        folder: the RUN.
-        loss_sum: loss_sum(model, batch), as the loop's.
-        context: context(), around every forward.
-        save: save(folder) saves what is trained, collectively.
-        tokenizer: rank 0's, if there are prompts.
+        eval_every, sample_every: optimizer steps between evaluations, and between samples; 0 = only at the
+        end. sample_tokens: longest sample, in tokens. patience: evaluations in a row that may be no better
+        than the best; 0 = any number. keep_best: whether the best step is kept in folder/best. folder: the
+        RUN. loss_sum: loss_sum(model, batch), as the loop's. context: context(), around every forward. save:
+        save(folder) saves what is trained, collectively. tokenizer: rank 0's, if there are prompts.
     """
 
     def __init__(
@@ -149,8 +145,8 @@ class Evaluator:
             self.kept_step, self.kept_loss = step, loss
 
     def _keep(self, step: int, loss: float) -> bool:
-        """Puts what is trained into best/. If the disk does not take it, what is there stays, a warning is printed, and
-        False returned, on every rank. Collective."""
+        """Puts what is trained into best/. If the disk does not take it, what is there stays, a warning is
+        printed, and False returned, on every rank. Collective."""
         best = self.folder / BEST
         failures: list[OSError] = []
         if self.place.rank == 0:

@@ -116,7 +116,7 @@ def test_a_number_within_a_table_s_objects_has_its_own_digits(tmp_path, kind, va
 
 
 def test_a_call_of_a_table_shows_its_own_digits(tmp_path):
-    """The arguments of a tool call, the parameters of a tool, as transformers shows them of the numbers meant."""
+    """Arguments of a tool call and parameters of a tool, as transformers shows them of the numbers meant."""
     rows = [{
         "messages": [
             {"role": "user", "content": "Hi", "tool_calls": None},

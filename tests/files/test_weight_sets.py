@@ -120,7 +120,7 @@ def test_sets_that_do_not_are_one(case, piece, folder, monkeypatch):
 @pytest.mark.parametrize("file", [SINGLE, "consolidated.safetensors"])
 @pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32), (torch.float16, torch.float64)])
 def test_sets_of_the_same_numbers_in_two_dtypes(dtypes, file, tmp_path):
-    """Refused, as saved files take the dtype of what was read, and told as what it is, unless one number differs."""
+    """Refused, as saved files take the dtype of what was read; the line says so unless a number differs."""
     narrow, wide = dtypes
     folder = tiny.save_checkpoint("llama", tmp_path / "model", narrow)
     tensors = {n: t.to(wide) for n, t in all_tensors(folder).items()}
