@@ -14,8 +14,9 @@ RUN_FILES = (OPTIONS, "run.json", METRICS, "bad_steps.jsonl", "samples.jsonl", "
              ADAPTER_CONFIG, ADAPTER, BLOCKS)  # fmt: skip
 TOKENIZER_JSON, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 SPECIAL_TOKENS, CHAT_TEMPLATE = "special_tokens_map.json", "chat_template.jinja"
+ADDED_TOKENS = "added_tokens.json"
 VOCABULARY = ("vocab.json", "merges.txt")  # of byte-level BPE, without tokenizer.json
-TOKENIZER = ("tokenizer*", SPECIAL_TOKENS, "vocab.*", "merges.txt", "added_tokens.json", "chat_template.*")
+TOKENIZER = ("tokenizer*", SPECIAL_TOKENS, "vocab.*", "merges.txt", ADDED_TOKENS, "chat_template.*")
 # A model folder's small files that go along with retrained weights, as they are.
 CONFIG, GENERATION = "config.json", "generation_config.json"
 COMPANIONS = (CONFIG, GENERATION, *TOKENIZER)

@@ -11,9 +11,18 @@ from pathlib import Path
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
-from files.names import CHAT_TEMPLATE, CONFIG, SPECIAL_TOKENS, TOKENIZER_CONFIG, TOKENIZER_JSON, VOCABULARY
+from files.names import (
+    ADDED_TOKENS,
+    CHAT_TEMPLATE,
+    CONFIG,
+    SPECIAL_TOKENS,
+    TOKENIZER_CONFIG,
+    TOKENIZER_JSON,
+    VOCABULARY,
+)
+from files.special_tokens import check_eos, read_if_there, remarks_on_special_tokens
 from options.errors import UserError, describe
-from options.limits import TOKENIZER_FILE, check_size, read_json
+from options.limits import TOKENIZER_FILE, check_size
 
 # What two tokenizers are compared on; the shortest that they split differently is shown.
 TEXTS = (
@@ -40,22 +49,24 @@ def read_tokenizer(folder: Path, named: str):
     """transformers' tokenizer, with no code of the folder's. named: the folder, as errors call it.
 
     Raises UserError for one that is missing, damaged or too large, or whose files leave open how it splits
-    text.
+    text or what its EOS is.
     """
-    for name in (TOKENIZER_JSON, TOKENIZER_CONFIG, CHAT_TEMPLATE, SPECIAL_TOKENS, *VOCABULARY):
+    for name in (TOKENIZER_JSON, TOKENIZER_CONFIG, CHAT_TEMPLATE, SPECIAL_TOKENS, ADDED_TOKENS, *VOCABULARY):
         check_size(folder / name, TOKENIZER_FILE)
     missing = _missing(folder)
     if missing:
         raise UserError(f"{named}: no usable tokenizer ({missing}); its files belong beside {CONFIG}")
     try:
         # mistral_format: else Mistral's package, where installed, reads tekken.json in its place.
-        return AutoTokenizer.from_pretrained(
+        tokenizer = AutoTokenizer.from_pretrained(
             folder, trust_remote_code=False, local_files_only=True, mistral_format=False
         )
     except Exception as e:  # the tokenizers library has no narrower one for a damaged tokenizer.json
         raise UserError(
             f"{named}: no usable tokenizer ({describe(e)}); its files belong beside {CONFIG}"
         ) from None
+    check_eos(folder, tokenizer, named)
+    return tokenizer
 
 
 def _missing(folder: Path) -> str:
@@ -104,12 +115,14 @@ class TokenizerUse:
 def compare_with_files(folder: Path, tokenizer) -> TokenizerUse:
     """Compares transformers' tokenizer with the files that it was read from, on TEXTS and its added tokens.
 
+    Also tells of special and added tokens that the files do not have.
+
     Some of transformers' classes (Llama's, Qwen2's, Gemma's) take vocabulary and merges from tokenizer.json,
     and write the normalizer and pre-tokenizer themselves. Training uses transformers' tokenizer: PEFT, vLLM,
     lm-evaluation-harness and transformers itself see the same one. `files` make the others, which read
     tokenizer.json, see it too.
 
-    Raises UserError if a tokenizer fails.
+    Raises UserError if a tokenizer fails, or no file gives its EOS an id.
     """
     use = TokenizerUse()
     if not tokenizer.is_fast:  # refused where rows are tokenized
@@ -120,28 +133,38 @@ def compare_with_files(folder: Path, tokenizer) -> TokenizerUse:
         use.remarks.append(
             f"tokenizer: no {TOKENIZER_CONFIG}; BOS and EOS are those of {SPECIAL_TOKENS}{template}"
         )
-    if not (folder / TOKENIZER_JSON).is_file():
+    file = _read_file(folder / TOKENIZER_JSON, tokenizer)
+    if file is None:
         use.remarks.append(
             f"tokenizer: no {TOKENIZER_JSON}; transformers builds {kind} out of {' and '.join(VOCABULARY)}."
             f" Saved and exported models get its {TOKENIZER_JSON}"
         )
         use.files[TOKENIZER_JSON] = tokenizer.backend_tokenizer.to_str(pretty=True)
-    elif difference := _difference(folder / TOKENIZER_JSON, tokenizer):
+    elif difference := _difference(file, tokenizer):
         use.remarks.append(
             f"tokenizer: transformers' {kind} splits text otherwise than {TOKENIZER_JSON} says {difference}."
             f" Training uses transformers'; saved and exported models get a {TOKENIZER_JSON} that says so"
         )
         use.files[TOKENIZER_JSON] = tokenizer.backend_tokenizer.to_str(pretty=True)
+    use.remarks += remarks_on_special_tokens(folder, file, tokenizer)
     _compare_flags(folder / TOKENIZER_CONFIG, tokenizer, use)
     return use
 
 
-def _difference(path: Path, tokenizer) -> str:
-    """ "" if both make the same tokens, else in what they differ, with an example."""
+def _read_file(path: Path, tokenizer) -> Tokenizer | None:
+    """What tokenizer.json says by itself; None without that file. Raises UserError."""
+    if not path.is_file():
+        return None
     with tokenizer_errors(tokenizer):
         file = Tokenizer.from_file(str(path))
         file.no_padding()
         file.no_truncation()
+    return file
+
+
+def _difference(file: Tokenizer, tokenizer) -> str:
+    """ "" if both make the same tokens, else in what they differ, with an example."""
+    with tokenizer_errors(tokenizer):
         added = {
             *tokenizer.get_added_vocab(),
             *(token.content for token in file.get_added_tokens_decoder().values()),
@@ -175,7 +198,7 @@ def _parts(used: dict, written: dict) -> list[str]:
 def _compare_flags(path: Path, tokenizer, use: TokenizerUse) -> None:
     """add_bos_token and add_eos_token of tokenizer_config.json: transformers takes them from tokenizer.json,
     llama.cpp's converter believes them."""
-    raw = read_json(path, TOKENIZER_FILE) if path.is_file() else {}
+    raw = read_if_there(path)
     with tokenizer_errors(tokenizer):
         ids = tokenizer("a", verbose=False)["input_ids"]
     added = {

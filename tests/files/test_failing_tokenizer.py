@@ -70,7 +70,7 @@ def test_the_message_names_the_folder_of_a_tokenizer_that_cannot_be_used(checkpo
     path.write_text(json.dumps(said))
     refused(f"makes the id {2**31}$")
     path = folder / "tokenizer_config.json"
-    path.write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
+    path.write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": None}))
     refused("has no EOS token")
 
 

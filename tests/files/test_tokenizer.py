@@ -87,7 +87,9 @@ def test_a_tokenizer_that_does_not_follow_its_file(case, tmp_path):
     folder = write_tokenizer(tmp_path / "model", make(), model_type, kind, **config)
     tokenizer = read_tokenizer(folder, "here")
     use = compare_with_files(folder, tokenizer)
-    assert len(use.remarks) == 1 and "\n" not in use.remarks[0]
+    assert not any("\n" in remark for remark in use.remarks)
+    lacking = "tokenizer.json lacks '<|user|>' (id 265)" if config else " this id; "
+    assert [remark for remark in use.remarks[1:] if lacking not in remark] == [] and len(use.remarks) < 3
     assert [word for word in words if word not in use.remarks[0]] == [], use.remarks
     assert list(use.files) == ["tokenizer.json"]
     texts = [*SOME, *(f"{text}<|user|>{text}" for text in SOME)]
@@ -177,6 +179,22 @@ HALF_KNOWN = {
     "tokenizer.json and a template": (
         {"tokenizer.json": BYTES.backend_tokenizer.to_str(), "chat_template.jinja": "{{ bos_token }}"},
         "there is no tokenizer_config.json"),
+    "a config of nothing": (
+        {"tokenizer.json": BYTES.backend_tokenizer.to_str(), "tokenizer_config.json": "{}"},
+        "eos_token is in neither tokenizer_config.json nor special_tokens_map.json"),
+    "a config of a class": (
+        {"tokenizer.json": BYTES.backend_tokenizer.to_str(),
+         "tokenizer_config.json": '{"tokenizer_class": "Qwen2Tokenizer", "bos_token": "<s>"}'},
+        "eos_token is in neither"),
+    "special tokens without EOS": (
+        {"tokenizer.json": BYTES.backend_tokenizer.to_str(), "special_tokens_map.json": '{"bos_token": "<s>"}'},
+        "eos_token is in neither"),
+    "special tokens that are not read": (
+        {"tokenizer.json": BYTES.backend_tokenizer.to_str(), "tokenizer_config.json": '{"added_tokens_decoder": {}}',
+         "special_tokens_map.json": '{"eos_token": "</s>"}'},
+        "tokenizer_config.json has no eos_token"),
+    "a vocabulary and merges, without EOS": (
+        VOCABULARY | {"tokenizer_config.json": '{"tokenizer_class": "Qwen2Tokenizer"}'}, "eos_token is in neither"),
 }  # fmt: skip
 
 
@@ -215,9 +233,11 @@ def test_a_vocabulary_and_merges(tmp_path):
     (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in said["merges"]))
     tokenizer = read_tokenizer(folder, "here")
     use = compare_with_files(folder, tokenizer)
-    assert len(use.remarks) == 1 and use.remarks[0].startswith(
+    assert use.remarks[0].startswith(
         "tokenizer: no tokenizer.json; transformers builds Qwen2Tokenizer out of vocab.json and merges.txt."
     )
+    (remark,) = use.remarks[1:]
+    assert "no file gives '<|endoftext|>' (unk_token, pad_token, id " in remark
     byhand = Qwen2Tokenizer(
         said["vocab"], [tuple(pair) for pair in said["merges"]], bos_token="<s>", eos_token="</s>"
     )
