@@ -44,6 +44,13 @@ TEXTS = (
     "안녕하세요 세계",
 )  # fmt: skip
 
+SENTENCEPIECE = "tokenizer.model"
+CONVERSION = (
+    f": make {TOKENIZER_JSON} of it with the model's {TOKENIZER_CONFIG} beside it, where sentencepiece and"
+    " protobuf are installed, by transformers' AutoTokenizer.from_pretrained(folder).save_pretrained(folder),"
+    " and compare its tokens with SentencePiece's, since some of transformers' classes make others"
+)
+
 
 def read_tokenizer(folder: Path, named: str):
     """transformers' tokenizer, with no code of the folder's. named: the folder, as errors call it.
@@ -78,10 +85,9 @@ def _missing(folder: Path) -> str:
     """
     has = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     if TOKENIZER_JSON not in has and not {*VOCABULARY, TOKENIZER_CONFIG} <= has:
-        found = next((name for name in ("tokenizer.model", "tekken.json", *VOCABULARY) if name in has), None)
-        return f"there is no {TOKENIZER_JSON}" + (
-            f", and {found} alone does not say how to split text" if found else ""
-        )
+        found = next((name for name in (SENTENCEPIECE, "tekken.json", *VOCABULARY) if name in has), None)
+        unknown = f", and {found} alone does not say how to split text" if found else ""
+        return f"there is no {TOKENIZER_JSON}{unknown}{CONVERSION if found == SENTENCEPIECE else ''}"
     if not {TOKENIZER_CONFIG, SPECIAL_TOKENS} & has:
         return f"there is no {TOKENIZER_CONFIG}, so what its BOS, EOS and chat template are is unknown"
     return ""

@@ -167,8 +167,11 @@ SPM = "tokenizer.model"
 # what the folder has instead of tokenizer.json and tokenizer_config.json, what is said
 HALF_KNOWN = {
     "nothing": ({}, "there is no tokenizer.json)"),
-    "SentencePiece's model": ({SPM: "x"}, f"there is no tokenizer.json, and {SPM} alone does not say how to split text)"),
-    "SentencePiece's model, and a config": ({SPM: "x", "tokenizer_config.json": "{}"}, f"{SPM} alone does not say"),
+    "SentencePiece's model": ({SPM: "x"}, f"there is no tokenizer.json, and {SPM} alone does not say how to split text: make tokenizer.json"),
+    "SentencePiece's model, and a config": (
+        {SPM: "x", "tokenizer_config.json": "{}"},
+        "where sentencepiece and protobuf are installed, by transformers' AutoTokenizer.from_pretrained(folder)"
+        ".save_pretrained(folder), and compare its tokens"),
     "SentencePiece's model, and special tokens": ({SPM: "x", "special_tokens_map.json": "{}"}, f"{SPM} alone does not say"),
     "Mistral's own file": ({"tekken.json": "{}"}, "tekken.json alone does not say"),
     "a vocabulary": (VOCABULARY, "vocab.json alone does not say"),
