@@ -98,9 +98,8 @@ class ChatTemplate:
         spans: list[Span] = []
         for i in taught:
             start, end = turns.span(i)
-            end = start + len(
-                turns.text[start:end].rstrip()
-            )  # a line break behind the turn is the template's
+            # A line break behind the turn is the template's.
+            end = start + len(turns.text[start:end].rstrip())
             if start >= end:
                 raise ValueError("the chat template does not show the assistant's text")
             if spans and start < spans[-1][1]:
