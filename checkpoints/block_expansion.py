@@ -61,8 +61,9 @@ def positions(options: Options, layers: int) -> list[int]:
     return evenly(layers, count) if options.after is None else sorted(options.after)
 
 
-def read_model(options: Options) -> tuple[PretrainedConfig, Family, CheckpointFiles]:
-    """The checked model to start from. Raises UserError."""
+def read_model(options: Options) -> tuple[PretrainedConfig, Family, CheckpointFiles, str | None]:
+    """The checked model to start from, and the tensor of its head as `open_weights` returns it. Raises
+    UserError."""
     name = options.model_name
     folder = toy_model(toy_texts()) if name == TOY_MODEL else find_model(name)
     if Path(options.output_dir).resolve() == folder.resolve():
@@ -80,11 +81,11 @@ def read_model(options: Options) -> tuple[PretrainedConfig, Family, CheckpointFi
     else:
         positions(options, config.num_hidden_layers)
     fetch_weights(recorded_name(name, folder), folder)
-    files, _, untied = open_weights(folder, config, family)
+    files, _, own_head = open_weights(folder, config, family)
     check_contents(copied(files))
-    if untied:
+    if own_head:
         print(f"{folder}: {UNTIED}")
-    return config, family, files
+    return config, family, files, own_head
 
 
 def expanded_tensors(files: CheckpointFiles, family: Family, source: list[int]) -> dict[str, Entry]:
@@ -137,7 +138,7 @@ def expanded_config(raw: dict, config: PretrainedConfig, source: list[int]) -> d
 
 def expand(options: Options) -> str:
     """Writes the expanded model; returns what to tell of it."""
-    config, family, files = read_model(options)
+    config, family, files, _ = read_model(options)
     source = sources(config.num_hidden_layers, positions(options, config.num_hidden_layers))
     raw = read_json(files.folder / CONFIG, CONFIG_FILE)
     new_config = expanded_config(raw, config, source)
@@ -179,7 +180,7 @@ def _shards(entries: dict[str, Entry], files: CheckpointFiles) -> Shards:
 
 def put_back(options: Options) -> str:
     """Writes the expanded model with trained blocks in it; returns what to tell of it."""
-    config, family, files = read_model(options)
+    config, family, files, own_head = read_model(options)
     assert options.blocks is not None
     path = Path(options.blocks).expanduser()
     if not path.is_file():
@@ -187,7 +188,7 @@ def put_back(options: Options) -> str:
     try:
         blocks, metadata = open_blocks(path, files, family, new_layers(config))
         check_contents(copied(blocks))
-        remark = check_base(metadata, config, files, str(path), "--model_name")
+        remark = check_base(metadata, config, files, str(path), "--model_name", own_head)
     except UserError as e:
         raise UserError(f"--blocks {e}") from None
     if remark:

@@ -23,7 +23,7 @@ from checkpoints.storage import (
     remove_checkpoints,
     steps_in,
 )
-from files.base_model import is_same_base
+from files.base_model import head_left_out, is_same_base
 from files.names import ADAPTER_CONFIG, BEST, BLOCKS, CONFIG
 from files.output_folder import check_output, holds_run, output_folder
 from monitoring.metrics import read_metrics
@@ -180,9 +180,14 @@ def first_day(saved: Saved) -> str | None:
     return day if isinstance(day, str) and re.fullmatch(DAY, day) else None
 
 
-def check_same(saved: Saved, config: Config, now: dict) -> None:
-    """Raises UserError unless `config` goes on with the run of the checkpoint, over the same model and rows. now: the
-    run that is to go on, as `about` tells of it."""
+def check_same(saved: Saved, config: Config, now: dict, without_head: tuple[str, str] | None = None) -> None:
+    """Raises UserError unless `config` goes on with the run of the checkpoint, over the same model and rows.
+
+    Args:
+        now: the run that is to go on, as `about` tells of it.
+        without_head: (the tensor of the model's own head, the model's digest without it), as in checkpoints of
+            earlier versions, which left the head out; None if the model has no such head.
+    """
     where, run = f"--resume {config.resume}", saved.run
     if not is_state(run):
         raise UserError(f"{where}: {saved.folder} is no checkpoint of this program")
@@ -204,6 +209,8 @@ def check_same(saved: Saved, config: Config, now: dict) -> None:
             f" --batch_size {config.batch_size} x --gradient_accumulation_steps"
             f" {config.gradient_accumulation_steps} would make it {now['rows_per_step']}"
         )
+    if without_head and is_same_base(run["base"], without_head[1]):
+        raise UserError(f"{where}: {head_left_out(without_head[0], config.model_name, '--model_name')}")
     if not is_same_base(run["base"], now["base"]):
         raise UserError(f"{where}: --model_name {config.model_name} is not the model that the run began with")
     if run["data"] != now["data"]:

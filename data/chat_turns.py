@@ -116,9 +116,8 @@ class Turns:
             return self._by_probe(i, None)
         last = i + 1 == len(self.messages)
         until = self.text if last else attempt(self.show, self.messages[: i + 1]) or ""
-        own = not until.endswith(
-            self.closings.last
-        )  # calls may be closed by a token of their own, as in gpt-oss
+        # Calls may be closed by a token of their own, as in gpt-oss.
+        own = not until.endswith(self.closings.last)
         end = len(until) if own else len(until) - len(self.closings.last)
         if end < len(before) or not self.text.startswith(until[:end]):
             return self._by_probe(i, len(before))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from transformers import PretrainedConfig
 
@@ -73,8 +75,51 @@ def record_base(recorded_name: str, config: PretrainedConfig, files: CheckpointF
     return BaseModel(name, revision, base_digest(config, files), digest_contents(files))
 
 
+def digest_without_head(config: PretrainedConfig, files: CheckpointFiles, own_head: str) -> str:
+    """`BaseModel.digest` as made by earlier versions, which tied a head whatever the files hold. Raises OSError.
+
+    Args:
+        config: of the model, untied.
+        own_head: the head's tensor in `files`.
+    """
+    tied, rest = _without_head(config, files, own_head)
+    return f"{base_digest(tied, rest)}-{digest_contents(rest).text()}"
+
+
+def trained_without_head(
+    metadata: Mapping[str, str], config: PretrainedConfig, files: CheckpointFiles, own_head: str
+) -> bool:
+    """Whether an earlier version trained a result on this model without its head. own_head: its tensor
+    in `files`; the others as for `check_base`."""
+    if CONTENTS in metadata:  # versions that write digests of contents use the head
+        return False
+    return metadata.get(DESCRIBED) == base_digest(*_without_head(config, files, own_head))
+
+
+def head_left_out(own_head: str, name: str | Path, option: str | None = None) -> str:
+    """What to tell of such a result. name: of the model; option: which names another, where it is refused."""
+    told = f"an earlier version of this program trained without {own_head}, which {name} holds"
+    remedy = "train again, or name a copy of the model without that tensor"
+    return f"{told}; {remedy}: {option}" if option else told
+
+
+def _without_head(
+    config: PretrainedConfig, files: CheckpointFiles, own_head: str
+) -> tuple[PretrainedConfig, CheckpointFiles]:
+    tied, rest = copy.copy(config), copy.copy(files)
+    tied.tie_word_embeddings = True
+    rest.tensors = {name: stored for name, stored in files.tensors.items() if name != own_head}
+    rest.packed = {name: weight for name, weight in files.packed.items() if name != own_head}
+    return tied, rest
+
+
 def check_base(
-    metadata: Mapping[str, str], config: PretrainedConfig, files: CheckpointFiles, what: str, option: str
+    metadata: Mapping[str, str],
+    config: PretrainedConfig,
+    files: CheckpointFiles,
+    what: str,
+    option: str,
+    own_head: str | None,
 ) -> str:
     """Compares what a result says of its base with the model in `files`.
 
@@ -84,10 +129,13 @@ def check_base(
         config: of the model in `files`.
         what: the result, for messages.
         option: names another base.
+        own_head: as `open_weights` returns it for the model.
 
     Returns a line for the user where contents cannot be compared; else "". Raises UserError if it is another
     model, or the weights are others.
     """
+    if own_head and trained_without_head(metadata, config, files, own_head):
+        raise UserError(f"{what}: {head_left_out(own_head, files.folder, option)}")
     if metadata.get(DESCRIBED) not in (None, base_digest(config, files)):
         raise UserError(f"{what}: was trained on another model than {files.folder}")
     by_shapes = f"of {files.folder} only the config and tensor shapes could be checked"

@@ -22,7 +22,7 @@ from checkpoints.trained_model import open_blocks
 from data.examples import toy_texts
 from data.formats import RenderContext
 from data.stops import stop_tokens
-from files.base_model import DESCRIBED, check_base
+from files.base_model import DESCRIBED, check_base, head_left_out, trained_without_head
 from files.bnb_weights import check_stored_quantization
 from files.model_folder import CheckpointFiles, base_digest, fetch_weights, find_model, recorded_name
 from files.names import ADAPTER, ADAPTER_CONFIG, BLOCKS, CONFIG, OPTIONS
@@ -57,8 +57,8 @@ assert set(NEEDED) <= FIELDS.keys()
 class Run:
     """folder: the RUN; base: the folder of the model it was trained from, or, where the run saved a whole
     model, the RUN itself; files: the weights in base, with a RUN's new blocks in the place of theirs;
-    adapter: its safetensors file, or None; recognised: whether the weights of the base are known to be those
-    that it was trained on."""
+    adapter: its safetensors file, or None; own_head: as `open_weights` returns it for the files; recognised:
+    whether the weights of the base are known to be those that it was trained on."""
 
     folder: Path
     config: Config
@@ -67,6 +67,7 @@ class Run:
     family: Family
     files: CheckpointFiles
     adapter: Path | None
+    own_head: str | None = None
     recognised: bool = True
 
 
@@ -99,21 +100,26 @@ def open_run(folder: str | Path, base: str | None = None) -> Run:
 
 def open_base(run: Run, base: str | None = None) -> Run:
     """The model that a run which saved a whole model, or new blocks, was trained from, with nothing on it.
-    base: as for `open_run`. Raises UserError, also for another model."""
+    base: as for `open_run`. Raises UserError, also for another model; tells if an earlier version trained the
+    whole model without the base's head."""
     opened = _open_model(run.folder, run.config, base or run.config.model_name, base)
     if run.base != run.folder:  # new blocks, of which `open_run` has compared it
         return dataclasses.replace(opened, recognised=run.recognised)
     weights = run.files.folder / next(iter(run.files.tensors.values())).file
     metadata = read_header(weights)[0].get("__metadata__") or {}
     # An older RUN does not say what its base's config and shapes were: they are its own.
-    own = {DESCRIBED: base_digest(run.model_config, run.files)}
-    return _recognised(opened, own | metadata, run.folder)
+    metadata = {DESCRIBED: base_digest(run.model_config, run.files)} | metadata
+    head = opened.own_head
+    if head and trained_without_head(metadata, opened.model_config, opened.files, head):
+        print(f"{run.folder}: {head_left_out(head, opened.base)}; here the base has it", file=sys.stderr)
+        return dataclasses.replace(opened, recognised=False)
+    return _recognised(opened, metadata, run.folder)
 
 
 def _recognised(run: Run, metadata: dict[str, str], result: Path) -> Run:
     """`run`, whose base is compared with what the header of its result says; tells what could not be
     compared. Raises UserError for another base."""
-    remark = check_base(metadata, run.model_config, run.files, str(result), "--base_model")
+    remark = check_base(metadata, run.model_config, run.files, str(result), "--base_model", run.own_head)
     if remark:
         print(remark, file=sys.stderr, flush=True)
     return dataclasses.replace(run, recognised=not remark)
@@ -128,8 +134,8 @@ def _open_model(folder: Path, config: Config, name: str | None, given: str | Non
         check_stored_quantization(getattr(model_config, "quantization_config", None), base)
         if name is not None:
             fetch_weights(recorded_name(name, base), base)
-        files, _, _ = open_weights(base, model_config, family)
-    return Run(folder, config, base, model_config, family, files, None)
+        files, _, own_head = open_weights(base, model_config, family)
+    return Run(folder, config, base, model_config, family, files, None, own_head)
 
 
 @contextlib.contextmanager

@@ -110,19 +110,19 @@ def _reason(e: Exception) -> str:
 
 def open_weights(
     folder: Path, config: PretrainedConfig, family: Family
-) -> tuple[CheckpointFiles, PreTrainedModel, bool]:
-    """(the tensors of a model folder, the model on meta that they fill, whether its head was untied). Where
-    the files hold a head that differs from the embedding, `config`, which `read_config` gave, is set to have
-    no tied one (models/redundant.py). Raises UserError unless the files hold what the model needs, and
-    nothing else that differs from what it computes with."""
+) -> tuple[CheckpointFiles, PreTrainedModel, str | None]:
+    """(the tensors of a model folder, the model on meta that they fill, the tensor of its head if that was
+    untied). Where the files hold a head that differs from the embedding, `config`, which `read_config` gave,
+    is set to have no tied one (models/redundant.py). Raises UserError unless the files hold what the model
+    needs, and nothing else that differs from what it computes with."""
     files = CheckpointFiles(folder)
-    untied = has_own_head(config, family, files)
-    if untied:
+    own_head = f"{family.head}.weight" if has_own_head(config, family, files) else None
+    if own_head:
         config.tie_word_embeddings = False
     model = build_on_meta(config, family)
     check_extras(config, family, files)
     check_weights(model, files, family)
-    return files, model, untied
+    return files, model, own_head
 
 
 def check_weights(model: PreTrainedModel, files: CheckpointFiles, family: Family) -> None:

@@ -94,10 +94,8 @@ class Job:
     def described(self) -> dict[str, str]:
         """What all nodes must have in common, as texts by name."""
         options = dataclasses.asdict(self.config)
-        del (
-            options["output_dir"],
-            options["chat_date"],
-        )  # rank 0's are everybody's; the rows tell whether a day matters
+        # Rank 0's are everybody's; the rows tell whether a day matters.
+        del options["output_dir"], options["chat_date"]
         rows = [digest_rows(each) for each in (self.rows, self.evaluation.rows) if each]
         ranks = {"LOCAL_WORLD_SIZE": str(local_world_size(self.config.world_size))}
         return (

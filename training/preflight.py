@@ -21,7 +21,7 @@ from data.formats import RenderContext
 from data.packing import make_sampler
 from data.rows import TokenizedRows
 from data.stops import generation_config, stop_tokens
-from files.base_model import BaseModel, record_base
+from files.base_model import BaseModel, digest_without_head, record_base
 from files.bnb_weights import check_stored_quantization
 from files.disk_room import check_writable
 from files.model_folder import CheckpointFiles, fetch_weights, find_model, recorded_name
@@ -75,7 +75,11 @@ def _check(config: Config) -> Job:
         saved,
         started,
         use.files | corrected_config(model.folder, model.config) | learned,
-        (*use.remarks, *evaluation.remarks, *remarks_on_model(model.config, model.folder, model.untied)),
+        (
+            *use.remarks,
+            *evaluation.remarks,
+            *remarks_on_model(model.config, model.folder, bool(model.own_head)),
+        ),
     )
     if config.method.expansion:
         assert config.lr is not None
@@ -85,7 +89,9 @@ def _check(config: Config) -> Job:
         check_traces(config, job.total_steps(make_sampler(config, rows, 0, config.world_size)))
     if not saved:
         return job
-    resume.check_same(saved, config, job.about())
+    head = model.own_head
+    without_head = (head, digest_without_head(model.config, model.files, head)) if head else None
+    resume.check_same(saved, config, job.about(), without_head)
     told = resume.remarks(saved, config, model.base.digest())
     return dataclasses.replace(job, remarks=(*job.remarks, *told))
 
@@ -116,8 +122,8 @@ def _check_options(config: Config) -> tuple[Config, Saved | None]:
 
 @dataclass(frozen=True)
 class _Model:
-    """The model to train, checked. name: `recorded_name` of --model_name; untied: as
-    `open_weights` says; cache: if --quantized_cache is still to be written."""
+    """The model to train, checked. name: `recorded_name` of --model_name; own_head: as
+    `open_weights` returns it; cache: if --quantized_cache is still to be written."""
 
     name: str
     folder: Path
@@ -125,7 +131,7 @@ class _Model:
     family: Family
     files: CheckpointFiles
     base: BaseModel
-    untied: bool
+    own_head: str | None
     cache: NewCache | None
 
 
@@ -142,13 +148,13 @@ def _check_model(config: Config) -> _Model:
         new_layers(model_config)
     name = recorded_name(config.model_name, folder)
     fetch_weights(name, folder)
-    files, model, untied = open_weights(folder, model_config, family)
+    files, model, own_head = open_weights(folder, model_config, family)
     base = record_base(name, model_config, files)
     check_packing(model, family, config, files)
     cache = find_cache(model, family, config, files) if config.quantized_cache else None
     if config.method.adapter:
         check_rank(model, target_linears(model, family, config.lora_target_modules), config.lora_rank)
-    return _Model(name, folder, model_config, family, files, base, untied, cache)
+    return _Model(name, folder, model_config, family, files, base, own_head, cache)
 
 
 def _check_data(config: Config, model: _Model) -> tuple[Config, TokenizedRows, EvaluationData, Any]:
@@ -167,8 +173,7 @@ def _check_data(config: Config, model: _Model) -> tuple[Config, TokenizedRows, E
 
 
 def remarks_on_model(model_config: PretrainedConfig, folder: Path, untied: bool) -> list[str]:
-    """What a user should know of how the model in `folder` is trained. untied: as `open_weights` returns
-    it."""
+    """What a user should know of how the model in `folder` is trained. untied: whether its head was."""
     told = []
     if untied:
         told.append(f"{folder}: {UNTIED}")
