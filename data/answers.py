@@ -7,8 +7,8 @@ import re
 import unicodedata
 from collections.abc import Collection, Iterable
 
-# What Qwen3 and its template write before an answer without a thought.
-EMPTY_THOUGHT = re.compile(r"\s*<think>\s*</think>")
+# What Qwen3 and its template write before an answer without a thought; prompts of some models open it.
+EMPTY_THOUGHT = re.compile(r"\s*(<think>)?\s*</think>")
 
 
 def answer_text(ids: list[int], tokenizer, stops: Collection[int], marker: str | None = None) -> str:

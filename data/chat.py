@@ -151,7 +151,7 @@ class ChatTemplate:
 
     def stops(self) -> list[int]:
         """Ids of the tokens that close an answer or a tool call, as far as these are tokens of their own."""
-        added = {str(token): i for i, token in self.tokenizer.added_tokens_decoder.items()}
+        added = {token: self.tokenizer.convert_tokens_to_ids(token) for token in self.closings.tokens}
         closing = self.closings.last.lstrip() or self.closings.between.lstrip()
         stops = [token for token in added if closing.startswith(token)]
         call = self._call_form.shown.rpartition("}")[2].rstrip()
@@ -162,7 +162,11 @@ class ChatTemplate:
     @cached_property
     def closings(self) -> Closings:
         """What the template writes behind messages."""
-        return find_closings(self.show, tuple(map(str, self.tokenizer.added_tokens_decoder.values())))
+        added = tuple(map(str, self.tokenizer.added_tokens_decoder.values()))
+        split = getattr(
+            self.tokenizer, "split_special_tokens", False
+        )  # into letters, wherever they are written
+        return find_closings(self.show, () if split else added)
 
     @cached_property
     def marker(self) -> str | None:

@@ -19,7 +19,7 @@ from data.recognition import format_of, recognise, unread_columns
 from data.row_files import Rows
 from data.sources import Recipe, find_recipe, load_rows
 from data.unshown import unclosed, unshown
-from options.errors import UserError
+from options.errors import UserError, listed
 from options.limits import ROW
 
 FILLED = 10**6  # rows that a recipe makes of its `fill`
@@ -64,9 +64,11 @@ def read_examples(
     if recipe.fill:
         rows = [recipe.fill | {"output": recipe.fill["output"] * context_length}] * len(rows)
     name = _format_of(recipe, Rows(rows, data.places), dataset, dataset_format, preferred)
+    if name == "chat":
+        _check_roles(rows, f"--dataset {dataset}")
     context = RenderContext(tokenizer, recipe.markers, day)
     rendered = _render_all(_Rendering(rows, data.places, name, context))
-    remarks = (*filter(None, [data.remark]), *_remarks(recipe, rows, FORMATS[name]))
+    remarks = (*data.remarks, *_remarks(recipe, rows, FORMATS[name]))
     if name == "chat":
         last = [one.text[slice(*one.learned[-1])] for one in rendered if one.learned]
         remarks = (*remarks, *unshown(context.chat, rows), *unclosed(context.chat, last))
@@ -82,6 +84,15 @@ def _format_of(recipe: Recipe, rows: Rows, dataset: str, asked: str, preferred: 
         found = {format_of(row, recipe.markers, first) for row in rows.rows} - {None}
         return first if first and found == {first} else recipe.format
     return recognise(rows.rows, rows.places, f"--dataset {dataset}", recipe.markers, first)
+
+
+def _check_roles(rows: list[dict], where: str) -> None:
+    """Raises UserError where no message is the assistant's, so that nothing could be learned."""
+    found = (row.get("messages") for row in rows)
+    messages = [m for given in found if isinstance(given, list) for m in given if isinstance(m, dict)]
+    roles = dict.fromkeys(str(message.get("role")) for message in messages)
+    if roles and "assistant" not in roles:
+        raise UserError(f"{where}: no message has the role assistant, only {listed([*roles])}")
 
 
 def _remarks(recipe: Recipe, rows: list[dict], form: Format) -> tuple[str, ...]:

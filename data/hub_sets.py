@@ -11,7 +11,8 @@ import os
 import re
 import uuid
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from itertools import chain, takewhile
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from data.folder_files import check_links, files_below, files_matching
 from data.row_files import Rows, read_file, restore_digits, without_fillers
 from files.hub_errors import HUB_ERRORS
 from options.data_files import KINDS, kind_in_folder
-from options.errors import UserError
+from options.errors import UserError, listed
 
 # What `datasets` raises for folders and files that hold no data set, beside errors of its own.
 UNREADABLE = (*HUB_ERRORS, ValueError, RuntimeError, LookupError, TypeError, AttributeError)
@@ -54,8 +55,16 @@ def read_hub(source: str, data_files: str, split: str, samples: int, root: str |
         loaded = loaded.select(range(samples))
     rows = [without_fillers(row) for row in loaded.to_list()]
     restore_digits(rows, loaded.features.arrow_schema)
-    remark = "" if local or data_files or datasets.config.HF_HUB_OFFLINE else _kinds_remark(source)
-    return Rows(rows, [f"{source} row {i}" for i in range(1, len(loaded) + 1)], remark)
+    alone = local or data_files or datasets.config.HF_HUB_OFFLINE
+    remarks = _unread_splits(source, split, loaded.info.splits or ()), "" if alone else _kinds_remark(source)
+    places = [f"{source} row {i}" for i in range(1, len(loaded) + 1)]
+    return Rows(rows, places, tuple(filter(None, remarks)))
+
+
+def _unread_splits(source: str, split: str, splits: Iterable[str]) -> str:
+    """Return a remark on the splits of a data set beside the one that is read; "" if there are none."""
+    others = [name for name in splits if not re.match(rf"{re.escape(name)}(\W|$)", split)]
+    return f"data: of {source} the split {split} is read, not {listed(others)}" if others else ""
 
 
 def _check_chosen(folder: str, data_files: str, root: str) -> None:
@@ -86,8 +95,8 @@ def _kinds_remark(hub_id: str) -> str:
         return ""
     if readme and _has_configs(os.path.dirname(readme)):
         return ""
-    listed = ", ".join(f"{number} {kind}" for kind, number in kinds.most_common())
-    return f"data: {hub_id} has data files of several kinds ({listed}), of which one is read; {WRITE_RECIPE}"
+    counts = ", ".join(f"{number} {kind}" for kind, number in kinds.most_common())
+    return f"data: {hub_id} has data files of several kinds ({counts}), of which one is read; {WRITE_RECIPE}"
 
 
 def read_folder(folder: str, data_files: str, split: str, samples: int, root: str | None = None) -> Rows:
@@ -106,8 +115,8 @@ def read_folder(folder: str, data_files: str, split: str, samples: int, root: st
     if not data_files and _has_configs(folder):
         return read_hub(folder, data_files, split, samples, root)
     if len(kinds) > 1:
-        listed = ", ".join(f"{number} {kind}" for kind, number in kinds.most_common())
-        raise UserError(f"--dataset {folder}: holds data files of several kinds ({listed}); {CHOOSE}")
+        counts = ", ".join(f"{number} {kind}" for kind, number in kinds.most_common())
+        raise UserError(f"--dataset {folder}: holds data files of several kinds ({counts}); {CHOOSE}")
     if not given or not set(kinds) <= set(KINDS.values()):
         return read_hub(folder, data_files, split, samples, root)
     splits = {"train": given} if data_files else _splits(folder, given)
@@ -120,9 +129,10 @@ def read_folder(folder: str, data_files: str, split: str, samples: int, root: st
         )
     if not re.fullmatch(r"\w+", split):  # a part of a split, such as train[:100]
         return read_hub(folder, data_files, split, samples, root)
+    told = _unread_splits(folder, split, splits)
     if split not in splits:
         raise UserError(f"--dataset {folder}: has no split {split}, only {', '.join(splits)}; {CHOOSE}")
-    return _joined(splits[split], samples)
+    return replace(_joined(splits[split], samples), remarks=tuple(filter(None, [told])))
 
 
 def _joined(paths: list[str], samples: int) -> Rows:

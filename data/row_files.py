@@ -28,11 +28,11 @@ NO_NUMBERS = ("nan", "inf", "-inf", "+inf", "infinity", "-infinity", "+infinity"
 
 @dataclass(frozen=True)
 class Rows:
-    """Raw rows and where each came from, for messages. remark: a line to print at start, or ""."""
+    """Raw rows and where each came from, for messages. remarks: lines to print at start."""
 
     rows: list[dict]
     places: list[str]
-    remark: str = ""
+    remarks: tuple[str, ...] = ()
 
 
 def read_file(path: Path) -> Rows:
@@ -215,7 +215,11 @@ def without_fillers(row: dict) -> dict:
 def _without_fillers(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _without_fillers(part) for key, part in value.items() if part is not None}
-    return [_without_fillers(part) for part in value] if isinstance(value, list) else value
+    if not isinstance(value, list):
+        return value
+    if value and all(isinstance(part, tuple) for part in value):  # what pyarrow makes of a map
+        return {key: _without_fillers(part) for key, part in value}
+    return [_without_fillers(part) for part in value]
 
 
 def restore_digits(rows: list[dict], schema) -> None:
@@ -238,8 +242,8 @@ def _with_digits(value: Any, kind) -> Any:
         return ExactFloat.of(float(text), text)
     if types.is_struct(kind) and isinstance(value, dict):
         return {key: _with_digits(part, kind.field(key).type) for key, part in value.items()}
-    if types.is_map(kind) and isinstance(value, list):
-        return [(key, _with_digits(part, kind.item_type)) for key, part in value]
+    if types.is_map(kind) and isinstance(value, dict):
+        return {key: _with_digits(part, kind.item_type) for key, part in value.items()}
     if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
         return value and [_with_digits(part, kind.value_type) for part in value]
     return value

@@ -141,7 +141,7 @@ def load_rows(recipe: Recipe, file: Path | None, samples: int) -> Rows:
     else:
         rows = read_hub(recipe.source, recipe.data_files, recipe.split, samples)
     if samples > 0:
-        rows = Rows(rows.rows[:samples], rows.places[:samples], rows.remark)
+        rows = Rows(rows.rows[:samples], rows.places[:samples], rows.remarks)
     if not rows.rows:
         raise UserError(f"--dataset {file or recipe.source}: is empty")
     for theirs in recipe.columns.values():
@@ -151,4 +151,4 @@ def load_rows(recipe: Recipe, file: Path | None, samples: int) -> Rows:
         row | {ours: row[theirs] for ours, theirs in recipe.columns.items() if theirs in row}
         for row in rows.rows
     ]
-    return Rows(renamed, rows.places, rows.remark)
+    return Rows(renamed, rows.places, rows.remarks)

@@ -14,6 +14,7 @@ from options.errors import listed
 
 SAMPLE = 40  # messages of each kind that are looked at, spread over the rows
 THOUGHT = "</think>"
+ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
 MORE_CALLS = "further tool_calls"
 Part = tuple[str, int | None]  # what it is called, and its message; None: of the row
 
@@ -37,7 +38,7 @@ def unshown(chat: ChatTemplate, rows: Sequence[dict]) -> list[str]:
             text = chat.show(messages, tools)
             seen.update(label for label, _ in chosen)
             hidden.update(part[0] for part in chosen if _is_hidden(chat, messages, tools, text, part))
-    return _describe(seen, hidden) + _describe_flags(rows)
+    return _describe(seen, hidden) + _describe_flags(rows) + _describe_roles(rows)
 
 
 def _parts(row: dict) -> Iterator[Part]:
@@ -121,6 +122,14 @@ def _describe_flags(rows: Sequence[dict]) -> list[str]:
     return [
         f"data: {flagged:,} rows set {names} for other roles than the assistant, whose turns alone are learned"
     ]
+
+
+def _describe_roles(rows: Sequence[dict]) -> list[str]:
+    roles = Counter(m["role"] for row in rows for m in row["messages"] if m["role"] not in ROLES)
+    if not roles:
+        return []
+    names = listed([f"{role} ({count:,})" for role, count in roles.most_common()])
+    return [f"data: messages of the roles {names} are not learned; only the role assistant is"]
 
 
 def unclosed(chat: ChatTemplate, learned: Sequence[str]) -> list[str]:

@@ -23,7 +23,7 @@ from transformers import PretrainedConfig
 from files.bnb_weights import find_bnb
 from files.hub_errors import HUB_ERRORS
 from files.links import leads_out
-from files.names import CONFIG, INDEX, SINGLE, split_revision
+from files.names import ADAPTER_CONFIG, CONFIG, INDEX, SINGLE, split_revision
 from files.tensors import Stage, Staged, StoredTensor, list_tensors, read_tensor
 from files.weight_sets import Extra, compare_sets
 from options.config import TOY_MODEL
@@ -156,6 +156,11 @@ def find_model(name: str) -> Path:
     folder = Path(local) if os.path.isdir(local) else _download(name, "*.json", "*.jinja", "*.model", "*.txt")
     if not (folder / CONFIG).is_file():
         raise UserError(f"--model_name {name}: no {CONFIG} in this folder")
+    if (folder / ADAPTER_CONFIG).is_file():
+        raise UserError(
+            f"--model_name {name}: holds an adapter ({ADAPTER_CONFIG}) beside the model, which transformers"
+            " with PEFT puts over it: move one of them away, or merge them first"
+        )
     return folder
 
 

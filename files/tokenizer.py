@@ -192,7 +192,8 @@ def _difference(file: Tokenizer, tokenizer) -> str:
             " ".join(repr(made.id_to_token(i)) for i in ids[first : first + 3]) or "nothing"
             for made, ids in ((tokenizer.backend_tokenizer, ours), (file, theirs))
         ]
-    return f"({', '.join(parts)}): {text!r} is {shown[0]} instead of {shown[1]}"
+    where = ", ".join(parts) or "split_special_tokens, or another setting of tokenizer_config.json"
+    return f"({where}): {text!r} is {shown[0]} instead of {shown[1]}"
 
 
 def _parts(used: dict, written: dict) -> list[str]:

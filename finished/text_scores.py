@@ -10,7 +10,7 @@ from functools import lru_cache
 # Scripts without spaces between words, by the first word of their characters' Unicode names.
 HAN = ("CJK", "IDEOGRAPHIC")
 SPACELESS = (*HAN, "HIRAGANA", "KATAKANA", "BOPOMOFO", "HALFWIDTH", "THAI", "LAO", "KHMER",
-             "MYANMAR", "TAI", "BALINESE", "JAVANESE")  # fmt: skip
+             "MYANMAR", "TIBETAN", "YI", "TAI", "BALINESE", "JAVANESE")  # fmt: skip
 LONG = 4  # tokens of BLEU's longest n-grams
 MANY = 0.2  # share of characters of such scripts among the words, from which BLEU counts characters
 MOSTLY = 0.9  # share of Han among these, from which the text is Chinese

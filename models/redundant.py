@@ -42,6 +42,14 @@ def has_own_head(config: PretrainedConfig, family: Family, files: CheckpointFile
     return not same_values((files.folder, files.tensors[head]), (files.folder, files.tensors[embedding]))
 
 
+def name_embedding(config: PretrainedConfig, family: Family, files: CheckpointFiles) -> None:
+    """Gives the embedding its name where a tied model's files hold it under the head's name alone, as transformers
+    reads it."""
+    head, embedding = f"{family.head}.weight", f"{family.embedding}.weight"
+    if config.tie_word_embeddings and head in files.tensors and embedding not in files.tensors:
+        files.tensors[embedding] = files.tensors.pop(head)
+
+
 def as_loaded(raw: dict, config: PretrainedConfig) -> dict:
     """Return `raw`, with tie_word_embeddings as loaded. raw: of a folder's config.json; config: what was
     loaded from there, which may have been untied."""

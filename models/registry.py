@@ -18,7 +18,7 @@ from files.names import CONFIG
 from models import gemma2, gemma3, llama, mistral, phi3, qwen2, qwen3, qwen3_moe
 from models.causal_lm import put_head, with_summed_loss
 from models.family import Family
-from models.redundant import check_extras, check_frequencies, has_own_head
+from models.redundant import check_extras, check_frequencies, has_own_head, name_embedding
 from options.errors import UserError
 from options.limits import CONFIG_FILE, LAYERS, read_json
 
@@ -116,6 +116,7 @@ def open_weights(
     is set to have no tied one (models/redundant.py). Raises UserError unless the files hold what the model
     needs, and nothing else that differs from what it computes with."""
     files = CheckpointFiles(folder)
+    name_embedding(config, family, files)
     own_head = f"{family.head}.weight" if has_own_head(config, family, files) else None
     if own_head:
         config.tie_word_embeddings = False

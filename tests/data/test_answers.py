@@ -61,6 +61,7 @@ def test_the_answer_of_a_conversation(name, turns):
     [
         ("<think>\n\n</think>\n\nParis", "Paris"),
         ("\n<think></think> Paris ", "Paris"),
+        ("\n</think>\n\nParis", "Paris"),
         ("<think>\nhm\n</think>\n\nParis", "<think>\nhm\n</think>\n\nParis"),
         ("Paris <think></think>", "Paris <think></think>"),
         (" \n", ""),

@@ -319,7 +319,7 @@ def test_of_which_kinds_a_hub_repository_is(names, readme, told, hub, tmp_path, 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *_, **__: str(path))
     read = hub_sets.read_hub("me/rows", "", "train", -1)
     assert read.rows == [{"question": "Q", "answer": 1}]
-    assert read.remark.startswith(told) and bool(read.remark) == bool(told)
+    assert len(read.remarks) == bool(told) and "".join(read.remarks).startswith(told)
 
 
 def test_a_connection_that_ends_costs_the_remark_only(hub, monkeypatch):
@@ -340,3 +340,18 @@ def test_a_connection_that_ends_before_there_are_rows(hub, monkeypatch):
         UserError, match=r"^--model_name me/model: could not be fetched from the hub \(gone\)"
     ):
         find_model("me/model")
+
+
+def test_splits_that_are_not_read_are_told(tmp_path):
+    folder = written(tmp_path / "data", {"train.jsonl": rows("1"), "test.jsonl": rows("2")})
+    told = f"data: of {folder} the split train is read, not test"
+    assert hub_sets.read_folder(str(folder), "", "train", -1).remarks == (told,)
+    (folder / "README.md").write_text("---\nconfigs:\n- config_name: default\n  data_files: '*.jsonl'\n---\n")
+    assert hub_sets.read_folder(str(folder), "", "train", -1).remarks == ()  # one split, as its author says
+    (folder / "README.md").write_text(
+        "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: train.jsonl\n"
+        "  - split: test\n    path: test.jsonl\n---\n"
+    )
+    assert hub_sets.read_folder(str(folder), "", "train[:1]", -1).remarks == (
+        f"data: of {folder} the split train[:1] is read, not test",
+    )

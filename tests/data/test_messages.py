@@ -276,7 +276,8 @@ def test_names_of_the_data_stay_harmless_and_few(rows, names):
         "{% for m in messages %}{% if m.role in ('user', 'assistant') %}<|im_start|>{{ m.role }}\n{{ m.content }}"
         "<|im_end|>\n{% endif %}{% endfor %}"
     )
-    assert told(rows, only_turns) == [f"data: the chat template does not show {names}"]
+    remarks = told(rows, only_turns)
+    assert remarks[0] == f"data: the chat template does not show {names}" and "".join(remarks).isprintable()
 
 
 THINKING = {"messages": [user(), says("<think>\na\n</think>\n\nb")]}
@@ -310,10 +311,50 @@ def test_what_is_hidden_in_some_messages_is_told_by_its_own_name(name):
     assert told(rows, of_trl(template)) == [f"data: the chat template does not show {part}"]
 
 
-def test_names_of_the_data_are_escaped_and_bounded():
-    rows = [{"messages": [user() | {f"a\x1b[2J{i}": 1 for i in range(50)}, says()]}]
-    (remark,) = told(rows, templates.CHATML)
-    assert remark.isprintable() and len(remark) < 600 and "and 30 more" in remark
+def test_turns_under_other_names_than_the_assistant_s_are_told():
+    rows = [
+        {
+            "messages": [
+                user(),
+                {"role": "Assistant", "content": "No"},
+                {"role": "gpt", "content": "No"},
+                says(),
+            ]
+        }
+    ] * 2
+    assert told(rows, templates.PLAIN_CHATML) == [
+        "data: messages of the roles Assistant (2), gpt (2) are not learned; only the role assistant is"
+    ]
+
+
+def test_a_conversation_without_an_assistant_is_refused_by_its_roles(tmp_path):
+    rows = {"messages": [{"role": "human", "content": "Hi"}, {"role": "gpt", "content": "Yo"}]}
+    with pytest.raises(UserError, match=r"rows.jsonl: no message has the role assistant, only human, gpt$"):
+        prepare(write(tmp_path / "rows.jsonl", rows), "auto", -1, 1000, QWEN)
+
+
+def test_tokens_that_the_tokenizer_splits_are_none():
+    """split_special_tokens: the closing is learned as letters, which end answers, and a line says so."""
+    tokenizer = tokenizer_of(templates.PLAIN_CHATML)
+    assert ChatTemplate(tokenizer).marker is None
+    tokenizer.split_special_tokens = True
+    chat = ChatTemplate(tokenizer)
+    assert chat.marker == "<|im_end|>" and chat.stops() == []
+
+
+def test_arguments_in_a_table_s_map(tmp_path):
+    """Spark writes maps, which pyarrow gives as pairs."""
+    messages = [user(), says(None, tool_calls=[call({"city": "Oslo"})])]
+    table = pyarrow.Table.from_pylist([{"messages": messages}])
+    kind = pyarrow.list_(pyarrow.struct([
+        ("role", pyarrow.string()), ("content", pyarrow.string()), ("tool_calls", pyarrow.list_(pyarrow.struct([
+            ("id", pyarrow.string()), ("type", pyarrow.string()), ("function", pyarrow.struct([
+                ("name", pyarrow.string()), ("arguments", pyarrow.map_(pyarrow.string(), pyarrow.string()))]))])))]))  # fmt: skip
+    mapped = [messages[0], messages[1] | {"tool_calls": [call([("city", "Oslo")])]}]
+    table = pyarrow.Table.from_arrays([pyarrow.array([mapped], kind)], ["messages"])
+    pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
+    expected = QWEN.apply_chat_template(messages, tokenize=False)
+    assert trained_text(str(tmp_path / "rows.parquet"), QWEN) == expected
 
 
 def test_what_is_empty_is_not_told_of():

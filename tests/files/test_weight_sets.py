@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 import train
 from checkpoints.model_writer import shard_name
 from files import comparison
-from files.model_folder import CheckpointFiles
+from files.model_folder import CheckpointFiles, find_model
 from files.names import INDEX, SINGLE
 from models.registry import open_weights, read_config
 from options.errors import UserError
@@ -254,3 +254,11 @@ def test_what_is_no_set(folder):
         "version https://git-lfs.github.com/spec/v1\noid sha256:0\n"
     )
     CheckpointFiles(folder)
+
+
+def test_an_adapter_beside_a_model_is_refused(checkpoints, tmp_path):
+    """transformers with PEFT loads it over the model, without being asked."""
+    folder = shutil.copytree(checkpoints(), tmp_path / "model")
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"model: holds an adapter \(adapter_config.json\) beside the model"):
+        find_model(str(folder))

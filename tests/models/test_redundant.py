@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import export
 import finished.export
 import train
 from checkpoints.block_expansion import expanded_config
 from files.model_folder import base_digest
+from files.names import INDEX
 from finished.finished_run import load_model, open_run
 from models.redundant import UNTIED
 from models.registry import open_weights, read_config
@@ -27,7 +30,7 @@ from tests.helpers.finished_runs import saved_run
 from tests.helpers.logits import IDS, loss_and_logits, summed_cross_entropy, transformers_logits
 from tests.helpers.parity import arguments, assert_same
 from tests.helpers.runs import train_run, transformers_model
-from tests.helpers.stored import put_tensor, stored
+from tests.helpers.stored import file_of, put_tensor, stored
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 FREQUENCIES = "model.layers.1.self_attn.rotary_emb.inv_freq"
@@ -234,3 +237,21 @@ def test_frequencies_that_it_does_not_give_are_refused(kind, table, checkpoints,
     path = put_tensor(folder, FREQUENCIES, table)
     with pytest.raises(UserError, match=re.escape(f"{path}: {FREQUENCIES} holds other rotary frequencies")):
         open_weights(folder, *read_config(folder))
+
+
+def test_a_tied_model_that_holds_the_head_alone(alpaca_file, one_rank, tmp_path):
+    """transformers finds the embedding under the head's name."""
+    folder = tied_model("qwen2", tmp_path / "model")
+    path = file_of(folder, EMBEDDING)
+    tensors = load_file(path)
+    tensors[HEAD] = tensors.pop(EMBEDDING)
+    save_file(tensors, path, metadata={"format": "pt"})
+    index = json.loads((folder / INDEX).read_text())
+    index["weight_map"][HEAD] = index["weight_map"].pop(EMBEDDING)
+    (folder / INDEX).write_text(json.dumps(index))
+    loss, logits = one_rank(loss_and_logits, args_for(folder, alpaca_file, "full"), False)[0]
+    theirs = transformers_logits(folder)
+    close(logits, theirs)
+    assert loss == pytest.approx(summed_cross_entropy(theirs), rel=1e-5)
+    saved_run(one_rank, tmp_path / "run", args_for(folder, alpaca_file, "full"))
+    assert EMBEDDING in all_tensors(tmp_path / "run") and HEAD not in all_tensors(tmp_path / "run")
