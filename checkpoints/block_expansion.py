@@ -23,7 +23,7 @@ from checkpoints.model_writer import (
 )
 from checkpoints.trained_model import open_blocks
 from data.examples import toy_texts
-from files.base_model import check_base
+from files.base_model import check_base, tokenizer_remark
 from files.model_folder import CheckpointFiles, fetch_weights, find_model, recorded_name
 from files.names import CONFIG, GENERATION
 from files.output_folder import check_output, clear_output
@@ -194,6 +194,9 @@ def put_back(options: Options) -> str:
     if remark:
         print(f"--blocks {remark}", file=sys.stderr, flush=True)
     small_files = _as_trained(path, config, files)
+    remark = tokenizer_remark(metadata, files.folder)
+    if remark:
+        print(remark, file=sys.stderr, flush=True)
     _write(options, with_replaced(files, copied(blocks)), files, small_files)
     layers, count = config.num_hidden_layers, len(blocks.tensors)
     return f"in {options.output_dir}: {layers} layers, {count} tensors from {options.blocks}"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +13,12 @@ from transformers import PretrainedConfig
 
 from files.digests import Contents, digest_contents
 from files.model_folder import CheckpointFiles, base_digest
-from files.names import split_revision
+from files.names import TOKENIZER, split_revision
 from options.config import TOY_MODEL
 from options.errors import UserError
 
-DESCRIBED, CONTENTS = "base_digest", "base_contents"  # keys of a result's safetensors metadata
+# Keys of a result's safetensors metadata.
+DESCRIBED, CONTENTS, TOKENIZER_FILES = "base_digest", "base_contents", "base_tokenizer"
 
 
 @dataclass(frozen=True)
@@ -26,19 +29,25 @@ class BaseModel:
     revision: the hub's commit; None for a folder.
     described: digest of config.json and of the weights' names and shapes.
     contents: digests of rows of the weights.
+    tokenizer: digest of the tokenizer's files, as `digest_tokenizer` makes it.
     """
 
     name: str
     revision: str | None
     described: str
     contents: Contents
+    tokenizer: str
 
     def metadata(self) -> dict[str, str]:
         """The digests, for the header of a result's safetensors files."""
-        return {DESCRIBED: self.described, CONTENTS: self.contents.text()}
+        return {
+            DESCRIBED: self.described,
+            CONTENTS: self.contents.text(),
+            TOKENIZER_FILES: self.tokenizer,
+        }
 
     def digest(self) -> str:
-        """All digests in one text, which checkpoints hold."""
+        """The digests of the weights in one text, which checkpoints hold. They compare tokenizers by rows."""
         return f"{self.described}-{self.contents.text()}"
 
 
@@ -72,7 +81,35 @@ def record_base(recorded_name: str, config: PretrainedConfig, files: CheckpointF
     name, revision = split_revision(recorded_name)
     if name == TOY_MODEL:
         name = str(files.folder.resolve())
-    return BaseModel(name, revision, base_digest(config, files), digest_contents(files))
+    tokenizer = digest_tokenizer(files.folder)
+    return BaseModel(name, revision, base_digest(config, files), digest_contents(files), tokenizer)
+
+
+def digest_tokenizer(folder: Path) -> str:
+    """A digest of the names and bytes of the tokenizer's files in a model's folder, with its chat template.
+    Raises OSError."""
+    found = {}
+    for path in sorted({path for pattern in TOKENIZER for path in folder.glob(pattern) if path.is_file()}):
+        with path.open("rb") as file:
+            found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return hashlib.sha256(json.dumps(found).encode()).hexdigest()
+
+
+def tokenizer_remark(metadata: Mapping[str, str], folder: Path) -> str:
+    """A line for the user where the tokenizer's files in a base's folder are not those of training; else "",
+    also for a result of an earlier version, which does not say what they were. Raises OSError.
+
+    It is no error: a template may be corrected on purpose.
+
+    Args:
+        metadata: of the result's safetensors file.
+    """
+    if metadata.get(TOKENIZER_FILES) in (None, digest_tokenizer(folder)):
+        return ""
+    return (
+        f"{folder}: its tokenizer or chat template is not that of training (files changed since): prompts,"
+        " tokens and stops may be others than were trained"
+    )
 
 
 def digest_without_head(config: PretrainedConfig, files: CheckpointFiles, own_head: str) -> str:

@@ -22,7 +22,7 @@ from checkpoints.trained_model import open_blocks
 from data.examples import toy_texts
 from data.formats import RenderContext
 from data.stops import stop_tokens
-from files.base_model import DESCRIBED, check_base, head_left_out, trained_without_head
+from files.base_model import DESCRIBED, check_base, head_left_out, tokenizer_remark, trained_without_head
 from files.bnb_weights import check_stored_quantization
 from files.model_folder import CheckpointFiles, base_digest, fetch_weights, find_model, recorded_name
 from files.names import ADAPTER, ADAPTER_CONFIG, BLOCKS, CONFIG, OPTIONS
@@ -95,6 +95,7 @@ def open_run(folder: str | Path, base: str | None = None) -> Run:
     run = _recognised(dataclasses.replace(run, adapter=path), metadata, path)
     _check_adapter(run, tensors)
     _check_description(saved, config)
+    _tell_of_tokenizer(run, metadata)
     return run
 
 
@@ -123,6 +124,14 @@ def _recognised(run: Run, metadata: dict[str, str], result: Path) -> Run:
     if remark:
         print(remark, file=sys.stderr, flush=True)
     return dataclasses.replace(run, recognised=not remark)
+
+
+def _tell_of_tokenizer(run: Run, metadata: dict[str, str]) -> None:
+    """Prints `tokenizer_remark`, unless the tokenizer cannot be read: what needs it says that."""
+    if remark := tokenizer_remark(metadata, run.base):
+        with contextlib.suppress(UserError):
+            load_tokenizer(run)
+            print(remark, file=sys.stderr, flush=True)
 
 
 def _open_model(folder: Path, config: Config, name: str | None, given: str | None) -> Run:
@@ -160,6 +169,7 @@ def _with_blocks(run: Run) -> Run:
     path = run.folder / BLOCKS
     blocks, metadata = open_blocks(path, run.files, run.family, new_layers(run.model_config))
     run = _recognised(run, metadata, path)
+    _tell_of_tokenizer(run, metadata)
     return dataclasses.replace(run, files=run.files.overlaid_by(blocks))
 
 

@@ -1,0 +1,118 @@
+"""A base whose tokenizer or chat template was edited after training: each command that reads it says so once."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+import block_expansion
+import evaluate
+import export
+import generate
+from files.names import ADAPTER, BLOCKS, CHAT_TEMPLATE, TOKENIZER_CONFIG, TOKENIZER_JSON
+from finished.finished_run import open_run
+from tests.helpers.adapters import args_for
+from tests.helpers.finished_runs import run_in_chat_format, saved_run, trained_on
+
+GENERATE = [generate, "--prompt", "Hi", "--max_new_tokens", "2", "--json"]
+MERGE = [export, "--to", "merged", "--check", "false", "--out"]
+
+
+def told(folder: Path) -> str:
+    """The line for a base in `folder`."""
+    return (
+        f"{folder}: its tokenizer or chat template is not that of training (files changed since): prompts,"
+        " tokens and stops may be others than were trained\n"
+    )
+
+
+def edit_template(folder: Path) -> None:
+    path = folder / CHAT_TEMPLATE
+    path.write_text("Be brief. " + path.read_text())
+
+
+def edit_json(folder: Path, name: str, **changed) -> None:
+    path = folder / name
+    path.write_text(json.dumps(json.loads(path.read_text()) | changed))
+
+
+EDITS = {
+    "chat template": edit_template,
+    "eos_token": lambda folder: edit_json(folder, TOKENIZER_CONFIG, eos_token="<|im_end|>"),
+    "tokenizer.json": lambda folder: edit_json(folder, TOKENIZER_JSON, normalizer={"type": "Lowercase"}),
+}
+
+
+@pytest.fixture
+def stderr_of(capsys):
+    """stderr_of(command, *argv) -> what a command that goes well prints there; --json's stdout is JSON alone."""
+
+    def run(command, *argv) -> str:
+        capsys.readouterr()
+        assert command.main(list(map(str, argv))) == 0
+        shown = capsys.readouterr()
+        assert "--json" not in argv or json.loads(shown.out)["answers"]
+        return shown.err
+
+    return run
+
+
+def test_an_adapter_over_an_edited_tokenizer(checkpoints, one_rank, tmp_path, stderr_of, capsys):
+    """Also that of best/. Its weights are still known to be those of training."""
+    run = run_in_chat_format(one_rank, tmp_path, checkpoints())
+    best, base, kept = shutil.copytree(run, run / "best"), tmp_path / "model", tmp_path / "kept"
+    shutil.copytree(base, kept)
+    perplexity = ["--metrics", "perplexity", "--samples", "1", "--dataset", tmp_path / "rows.jsonl"]
+
+    def lines(where: str) -> set[str]:
+        out = tmp_path / where
+        commands = (
+            GENERATE,
+            [evaluate, *perplexity],
+            [*MERGE, out / "merged"],
+            [export, "--to", "adapter", "--out", out / "adapter"],
+        )
+        out.mkdir()
+        shown = {stderr_of(command, run, *more) for command, *more in commands}
+        return shown | {stderr_of(generate, best, *GENERATE[1:])}
+
+    assert lines("untouched") == {""}
+    for name, edit in EDITS.items():
+        edit(base)
+        assert lines(name) == {told(base)}, name
+        assert open_run(run).recognised
+        assert stderr_of(generate, run, *GENERATE[1:], "--base_model", kept) == ""  # the base as it was
+        shutil.copytree(kept, base, dirs_exist_ok=True)
+    (base / TOKENIZER_JSON).write_text("{")
+    assert generate.main([str(run), *GENERATE[1:]]) == 2
+    shown = capsys.readouterr().err
+    assert shown.startswith("error: ") and shown.count("\n") == 1  # that alone
+    shutil.copytree(kept, base, dirs_exist_ok=True)
+    edit_template(base)
+    trained_on(run / ADAPTER, base_tokenizer=None)  # of an earlier version
+    assert stderr_of(generate, run, *GENERATE[1:]) == ""
+
+
+def test_new_blocks_over_an_edited_tokenizer(checkpoints, alpaca_file, one_rank, tmp_path, stderr_of):
+    """Also where they are put back into the expanded model. A whole model reads its own tokenizer."""
+    base = shutil.copytree(checkpoints("llama_bias_pro"), tmp_path / "base")
+    blocks, whole = tmp_path / "blocks", tmp_path / "whole"
+    saved_run(one_rank, blocks, args_for(base, alpaca_file, "llama_pro", "--llama_pro_save", "blocks"))
+    saved_run(one_rank, whole, args_for(base, alpaca_file, "llama_pro"))
+
+    def shown(where: str) -> list[str]:
+        put_back = ["--model_name", base, "--output_dir", tmp_path / where, "--blocks", blocks / BLOCKS]
+        merge = [blocks, *MERGE[1:], tmp_path / f"{where} merged"]
+        return [
+            stderr_of(generate, blocks, *GENERATE[1:]),
+            stderr_of(export, *merge),
+            stderr_of(block_expansion, *put_back),
+            stderr_of(generate, whole, *GENERATE[1:]),
+        ]
+
+    assert shown("before") == [""] * 4
+    EDITS["tokenizer.json"](base)
+    assert shown("after") == [told(base)] * 3 + [""]
