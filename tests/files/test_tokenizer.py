@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 
 import pytest
+import transformers
+from packaging.version import Version
 from tokenizers import Tokenizer, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer
 
@@ -103,10 +105,17 @@ def test_a_tokenizer_that_does_not_follow_its_file(case, tmp_path):
     assert compare_with_files(folder, again).remarks == []
 
 
+NEWER = pytest.mark.skipif(
+    Version(transformers.__version__) < Version("5.23"),
+    reason="LlamaTokenizer rebuilds byte-level files there",
+)
+
+
 @pytest.mark.parametrize(
     ("make", "named"),
     [
-        (lambda: BYTES, ("llama", "LlamaTokenizer")),  # byte-level: transformers leaves it alone
+        # Byte-level: transformers leaves it alone, from some version after 5.17 on.
+        pytest.param(lambda: BYTES, ("llama", "LlamaTokenizer"), marks=NEWER),
         (small_tokenizers.trimming, ("llama", "PreTrainedTokenizerFast")),
         (small_tokenizers.byte_fallback, ("mistral", "LlamaTokenizer")),
         (small_tokenizers.unigram, ("phi3", "LlamaTokenizerFast")),

@@ -32,7 +32,7 @@ def summed_cross_entropy(logits: torch.Tensor) -> float:
 
 def transformers_logits(folder: Path) -> torch.Tensor:
     model, report = AutoModelForCausalLM.from_pretrained(
-        folder, output_loading_info=True, dtype=torch.float32
+        folder, output_loading_info=True, dtype=torch.float32, attn_implementation="eager"
     )
     assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
     with torch.no_grad():
