@@ -79,8 +79,10 @@ def _is_hidden(
         if i is None:
             return chat.show(messages, None) == text
         if label.startswith("what role"):
-            changed = [*messages[:i], messages[i] | {"content": PROBE}, *messages[i + 1 :]]
-            return PROBE not in chat.show(changed, tools)
+            return PROBE not in chat.show(_probed(messages, i, ("content",)), tools)
+        keys = _keys(label)
+        if all(isinstance(messages[i].get(key), str) for key in keys):
+            return PROBE not in chat.show(_probed(messages, i, keys), tools)
         without = [[*messages[:i], message, *messages[i + 1 :]] for message in _without(messages[i], label)]
         return any(chat.show(changed, tools) == text for changed in without)
     except TEMPLATE_ERRORS:  # it needs this part
@@ -95,9 +97,17 @@ def _without(message: dict, label: str) -> list[dict]:
         return [message | {"content": rest}, message | {"content": rest.lstrip("\n")}]
     if label == MORE_CALLS:
         return [message | {"tool_calls": message["tool_calls"][:1]}]
+    return [{name: value for name, value in message.items() if name not in _keys(label)}]
+
+
+def _keys(label: str) -> tuple[str, ...]:
+    """The keys of a message that hold a part: a thought stands under each of its names."""
     key = label.removesuffix(" of earlier turns")
-    keys = REASONING if key in REASONING else (key,)
-    return [{name: value for name, value in message.items() if name not in keys}]
+    return REASONING if key in REASONING else (key,)
+
+
+def _probed(messages: list[dict], i: int, keys: tuple[str, ...]) -> list[dict]:
+    return [*messages[:i], messages[i] | dict.fromkeys(keys, PROBE), *messages[i + 1 :]]
 
 
 def _describe(seen: Counter[str], hidden: Counter[str]) -> list[str]:

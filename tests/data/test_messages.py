@@ -311,6 +311,13 @@ def test_what_is_hidden_in_some_messages_is_told_by_its_own_name(name):
     assert told(rows, of_trl(template)) == [f"data: the chat template does not show {part}"]
 
 
+def test_thoughts_that_leave_a_line_break_behind_are_hidden_all_the_same():
+    rows = [{"messages": [user(), says(reasoning_content="R1"), user(), says(reasoning_content="R2")]}]
+    assert told(rows, of_trl("nemotron_3_nano")) == [
+        "data: the chat template does not show reasoning_content of earlier turns"
+    ]
+
+
 def test_turns_under_other_names_than_the_assistant_s_are_told():
     rows = [
         {
