@@ -26,6 +26,7 @@ def unshown(chat: ChatTemplate, rows: Sequence[dict]) -> list[str]:
     met: Counter[str] = Counter()
     seen: Counter[str] = Counter()
     hidden: Counter[str] = Counter()
+    outside: Counter[str] = Counter()
     for row in rows:
         chosen = []
         for label, i in _parts(row):
@@ -38,7 +39,13 @@ def unshown(chat: ChatTemplate, rows: Sequence[dict]) -> list[str]:
             text = chat.show(messages, tools)
             seen.update(label for label, _ in chosen)
             hidden.update(part[0] for part in chosen if _is_hidden(chat, messages, tools, text, part))
-    return _describe(seen, hidden) + _describe_flags(rows) + _describe_roles(rows)
+            outside.update(part[0] for part in chosen if _is_outside(chat, messages, tools, part))
+    return (
+        _describe(seen, hidden)
+        + _describe_outside(seen, outside)
+        + _describe_flags(rows)
+        + _describe_roles(rows)
+    )
 
 
 def _parts(row: dict) -> Iterator[Part]:
@@ -110,15 +117,37 @@ def _probed(messages: list[dict], i: int, keys: tuple[str, ...]) -> list[dict]:
     return [*messages[:i], messages[i] | dict.fromkeys(keys, PROBE), *messages[i + 1 :]]
 
 
+def _is_outside(chat: ChatTemplate, messages: list[dict], tools: list[dict] | None, part: Part) -> bool:
+    """Whether the template shows what an assistant says elsewhere than in its turn (Gemma 4: what is said beside calls
+    stands behind their results), so that it is not learned. Rows that choose their turns by flags are left out."""
+    label, i = part
+    if i is None or not label.startswith("what role assistant says"):
+        return False
+    if any(flag in message for message in messages for flag in FLAGS):
+        return False
+    content = messages[i].get("content")
+    said = content.strip() if isinstance(content, str) else ""
+    try:
+        shown = chat.render(messages, tools)
+    except TEMPLATE_ERRORS:
+        return False
+    return said in shown.text and not any(said in shown.text[start:end] for start, end in shown.learned)
+
+
 def _describe(seen: Counter[str], hidden: Counter[str]) -> list[str]:
-    never = [label for label in seen if hidden[label] == seen[label]]
-    partly = [
-        f"{label} in {hidden[label]} of {seen[label]} messages looked at"
-        for label in seen
-        if 0 < hidden[label] < seen[label]
-    ]
-    left_out = sorted(never) + sorted(partly)
-    return [f"data: the chat template does not show {listed(left_out)}"] if left_out else []
+    never = sorted(label for label in seen if hidden[label] == seen[label])
+    partly = [_counted(label, hidden, seen) for label in sorted(seen) if 0 < hidden[label] < seen[label]]
+    left_out = ([listed(never)] if never else []) + partly
+    return [f"data: the chat template does not show {', '.join(left_out)}"] if left_out else []
+
+
+def _describe_outside(seen: Counter[str], outside: Counter[str]) -> list[str]:
+    found = ", ".join(_counted(label, outside, seen) for label in sorted(outside))
+    return [f"data: shown outside of the assistant's turn, and not learned: {found}"] if found else []
+
+
+def _counted(label: str, found: Counter[str], seen: Counter[str]) -> str:
+    return f"{listed([label])} in {found[label]} of {seen[label]} messages looked at"
 
 
 def _describe_flags(rows: Sequence[dict]) -> list[str]:

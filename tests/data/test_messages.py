@@ -318,6 +318,19 @@ def test_thoughts_that_leave_a_line_break_behind_are_hidden_all_the_same():
     ]
 
 
+def test_what_is_shown_outside_of_its_turn_is_told():
+    """Gemma 4 writes what is said beside a call behind the call's result."""
+    result = {"role": "tool", "content": "21"}
+    rows = [{"messages": [user(), says("Wait.", tool_calls=[call({"x": 1})]), result, says("Done.")]}]
+    markers = ["<|turn>", "<turn|>", "<|tool_call>", "<tool_call|>", "<|tool_response>", "<tool_response|>"]
+    gemma = tokenizer_of(of_trl("gemma4_v5"), *markers)
+    assert unshown(ChatTemplate(gemma), rows) == [
+        "data: shown outside of the assistant's turn, and not learned: what role assistant says beside"
+        " tool_calls in 1 of 1 messages looked at"
+    ]
+    assert not any("outside" in remark for remark in told(rows, of_trl("qwen3")))
+
+
 def test_turns_under_other_names_than_the_assistant_s_are_told():
     rows = [
         {
