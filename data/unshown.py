@@ -39,7 +39,7 @@ def unshown(chat: ChatTemplate, rows: Sequence[dict]) -> list[str]:
             text = chat.show(messages, tools)
             seen.update(label for label, _ in chosen)
             hidden.update(part[0] for part in chosen if _is_hidden(chat, messages, tools, text, part))
-            outside.update(part[0] for part in chosen if _is_outside(chat, messages, tools, part))
+            outside.update(_shown_outside(chat, messages, tools, chosen))
     return (
         _describe(seen, hidden)
         + _describe_outside(seen, outside)
@@ -117,21 +117,28 @@ def _probed(messages: list[dict], i: int, keys: tuple[str, ...]) -> list[dict]:
     return [*messages[:i], messages[i] | dict.fromkeys(keys, PROBE), *messages[i + 1 :]]
 
 
-def _is_outside(chat: ChatTemplate, messages: list[dict], tools: list[dict] | None, part: Part) -> bool:
-    """Whether the template shows what an assistant says elsewhere than in its turn (Gemma 4: what is said beside calls
-    stands behind their results), so that it is not learned. Rows that choose their turns by flags are left out."""
-    label, i = part
-    if i is None or not label.startswith("what role assistant says"):
-        return False
-    if any(flag in message for message in messages for flag in FLAGS):
-        return False
-    content = messages[i].get("content")
-    said = content.strip() if isinstance(content, str) else ""
+def _shown_outside(
+    chat: ChatTemplate, messages: list[dict], tools: list[dict] | None, parts: Sequence[Part]
+) -> list[str]:
+    """Labels of what an assistant says, of these parts, that the template shows elsewhere than in its turn
+    (Gemma 4: what is said beside calls stands behind their results), so that it is not learned. Rows that
+    choose their turns by flags are left out."""
+    said = [
+        (label, i) for label, i in parts if i is not None and label.startswith("what role assistant says")
+    ]
+    if not said or any(flag in message for message in messages for flag in FLAGS):
+        return []
     try:
         shown = chat.render(messages, tools)
     except TEMPLATE_ERRORS:
-        return False
-    return said in shown.text and not any(said in shown.text[start:end] for start, end in shown.learned)
+        return []
+    learned = [shown.text[start:end] for start, end in shown.learned]
+    labels = []
+    for label, i in said:
+        content = messages[i]["content"].strip()
+        if content in shown.text and not any(content in text for text in learned):
+            labels.append(label)
+    return labels
 
 
 def _describe(seen: Counter[str], hidden: Counter[str]) -> list[str]:
