@@ -171,7 +171,7 @@ def _split(items: Dealt, size: int) -> list[Dealt]:
 
 
 def learned_places(targets: torch.Tensor, most: int | None) -> torch.Tensor:
-    """Of targets [B, T]: the places, in the batch as one line, of those that are not IGNORE, filled up with
+    """The places, in the batch as one line, of targets [B, T] that are not IGNORE, filled up with
     others to `most`, the number of the rank that has most of them: ranks that share a vocabulary bring
     equally many tokens (models/loss.py). None: not filled up."""
     ignored = targets.flatten() == IGNORE

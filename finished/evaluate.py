@@ -127,7 +127,7 @@ def prepare(
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """Of one model: {metric: value}, None if undefined; its answers; how many --max_new_tokens cut."""
+    """One model's {metric: value}, None if undefined; its answers; how many --max_new_tokens cut."""
 
     values: dict[str, float | None]
     answers: list[str]

@@ -135,7 +135,7 @@ def test_wandb_goes_on_with_its_run(source, one_rank, tmp_path):
     "change",
     [
         lambda parts: parts["tracker"].update(wandb="lr 1e-3.v2"),  # wandb allows it
-        # Of older versions.
+        # Keys that checkpoints of older versions lack.
         lambda parts: [parts["evaluator"].pop(name) for name in ("kept_step", "kept_loss")],
         lambda parts: parts["guard"].pop("applied"),
     ],

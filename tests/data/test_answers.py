@@ -102,7 +102,7 @@ def test_the_answer_of_a_row(case):
 
 
 def test_a_decoded_answer_is_transformers_own():
-    """Of text that a tokenizer normalizes, and of characters that it does not know."""
+    """The text is one that the tokenizer normalizes, and has characters that it does not know."""
     tokenizer = small_tokenizers.unigram()
     row = {
         "instruction": "Do.",

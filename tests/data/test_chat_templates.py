@@ -231,7 +231,7 @@ REFUSED = {
 @pytest.mark.parametrize("conversation", CONVERSATIONS)
 @pytest.mark.parametrize("model", MODELS)
 def test_what_is_learned(model, conversation):
-    """Of each turn what the model's format says, behind the header that asks for it, and nothing else."""
+    """What the model's format says of each turn is learned, behind the header that asks for it, and nothing else."""
     made = MODELS[model]()
     _, rendered = render(made, conversation)
     assert (rendered is None) == (conversation in REFUSED.get(model, ()))

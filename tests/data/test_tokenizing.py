@@ -169,7 +169,7 @@ def test_an_answer_of_nothing_but_special_tokens_is_empty():
     (qa("Paris" + "</s> \n" * 200_000), len(QA.format(question="What?") + "Paris") + 2),
 ])  # fmt: skip
 def test_special_tokens_in_great_number_take_little_time(rendered, count):
-    """Of a hundred times as many, not ten thousand times as much."""
+    """A hundred times as many take about a hundred times as long, not ten thousand times."""
     began = time.monotonic()
     rows = tokenize([rendered], BYTES, 1000, "here")
     assert len(rows.tokens) == count and time.monotonic() - began < 10

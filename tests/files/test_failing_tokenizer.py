@@ -78,7 +78,7 @@ def test_the_message_names_the_folder_of_a_tokenizer_that_cannot_be_used(checkpo
 def test_commands_name_the_folder_of_a_tokenizer_that_fails(
     moved, checkpoints, alpaca_file, one_rank, tmp_path, capsys
 ):
-    """Of the base that the RUN names, or of --base_model: they have no --model_name."""
+    """The line names the RUN's base or --base_model, since these commands have no --model_name."""
     folder, run = shutil.copytree(checkpoints(), tmp_path / "base"), tmp_path / "run"
     saved_run(one_rank, run, args_for(folder, alpaca_file, "qlora"))
     failing = write_failing(shutil.copytree(checkpoints(), tmp_path / "moved") if moved else folder, "words")

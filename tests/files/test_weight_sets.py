@@ -154,7 +154,7 @@ NOT_EXTRAS = {
 
 
 def frequencies(theta: float) -> torch.Tensor:
-    """Of heads of 16 features (https://arxiv.org/abs/2104.09864, section 3.2.2)."""
+    """Frequencies of RoPE [8] for heads of 16 features (https://arxiv.org/abs/2104.09864, section 3.2.2)."""
     return torch.tensor([theta ** (-2 * i / 16) for i in range(8)])
 
 
