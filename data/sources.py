@@ -49,9 +49,8 @@ class Recipe:
 def find_recipe(dataset: str) -> tuple[Recipe, Path | None]:
     """(the recipe of --dataset, the local file that it reads or None). Raises UserError for unknown names."""
     local = os.path.expanduser(dataset)  # os.path takes any text, where Path raises for some
-    path = RECIPES / f"{dataset}.toml"
-    if suffix_of(local) == ".toml" or (os.path.basename(dataset) == dataset and os.path.isfile(path)):
-        path = Path(local) if suffix_of(local) == ".toml" else path
+    path = Path(local) if suffix_of(local) == ".toml" else shipped_recipe(dataset)
+    if path is not None:
         return _at_its_place(_read_recipe(path), path.parent)
     if os.path.isdir(local):
         return Recipe(source=local), None
@@ -72,6 +71,12 @@ def find_recipe(dataset: str) -> tuple[Recipe, Path | None]:
     raise UserError(
         f"--dataset {dataset}: not a recipe ({names}), a {READABLE} file, a folder or a hub id (owner/name)"
     )
+
+
+def shipped_recipe(dataset: str) -> Path | None:
+    """The file in datasets/ of the recipe that --dataset names; None if it names something else."""
+    path = RECIPES / f"{dataset}.toml"
+    return path if os.path.basename(dataset) == dataset and os.path.isfile(path) else None
 
 
 def _at_its_place(recipe: Recipe, folder: Path) -> tuple[Recipe, Path | None]:

@@ -6,7 +6,7 @@ import dataclasses
 import os
 from typing import Any
 
-from data.sources import RECIPES
+from data.sources import shipped_recipe
 from options.config import Config
 
 DATA_OPTIONS = ("dataset", "eval_dataset", "sample_prompts")
@@ -23,7 +23,7 @@ def as_recorded(config: Config, model: str) -> Config:
 
 def _located(data: str | None) -> str | None:
     """The absolute path of a local file or folder of data; the name of a recipe or of a hub id as it is."""
-    if data is None or (os.path.basename(data) == data and (RECIPES / f"{data}.toml").is_file()):
+    if data is None or shipped_recipe(data):
         return data
     local = os.path.expanduser(data)
     return os.path.abspath(local) if os.path.exists(local) else data
