@@ -17,7 +17,7 @@ Located = tuple[Path, StoredTensor]  # its folder, and what the header says of i
 def same_values(a: Located, b: Located, at_first: bool = False) -> bool:
     """Whether two tensors hold the same numbers, in whatever dtypes. NaN equals nothing. at_first: as for
     `same_bytes`. Raises OSError."""
-    return _same_form(a, b) and all(
+    return a[1].shape == b[1].shape and all(
         torch.equal(*_promoted(x, y)) for x, y in _pieces(a, b, _count(a[1], at_first))
     )
 
@@ -25,14 +25,10 @@ def same_values(a: Located, b: Located, at_first: bool = False) -> bool:
 def same_bytes(a: Located, b: Located, at_first: bool = False) -> bool:
     """Whether two tensors are the same bit for bit. at_first: only their first GLANCE elements, which tells
     most tensors that differ apart. Raises OSError."""
-    if a[1].dtype != b[1].dtype or not _same_form(a, b):
+    if a[1].dtype != b[1].dtype or a[1].shape != b[1].shape:
         return False
     pieces = _pieces(a, b, _count(a[1], at_first))
     return all(torch.equal(x.view(torch.uint8), y.view(torch.uint8)) for x, y in pieces)
-
-
-def _same_form(a: Located, b: Located) -> bool:
-    return a[1].shape == b[1].shape
 
 
 def _count(stored: StoredTensor, at_first: bool) -> int:
