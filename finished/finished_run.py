@@ -24,6 +24,7 @@ from data.formats import RenderContext
 from data.stops import stop_tokens
 from files.base_model import DESCRIBED, check_base, head_left_out, tokenizer_remark, trained_without_head
 from files.bnb_weights import check_stored_quantization
+from files.finite import is_finite
 from files.model_folder import CheckpointFiles, base_digest, fetch_weights, find_model, recorded_name
 from files.names import ADAPTER, ADAPTER_CONFIG, BLOCKS, CONFIG, OPTIONS
 from files.tensors import read_header
@@ -257,7 +258,7 @@ def read_adapter(run: Run) -> dict[str, torch.Tensor]:
     with safe_open(run.adapter, framework="pt") as f:
         tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
     for name, tensor in tensors.items():
-        if not tensor.isfinite().all():
+        if not is_finite(tensor):
             raise UserError(f"{run.adapter}: is damaged ({name} holds NaN or infinity)")
     return tensors
 
