@@ -11,6 +11,7 @@ import csv
 import json
 import math
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import count
@@ -19,11 +20,12 @@ from typing import Any
 
 from options.data_files import KINDS, READABLE, advice, suffix_of
 from options.errors import UserError
-from options.exact_json import ExactFloat, parse_json
+from options.exact_json import parse_json
 from options.limits import LINE, LIST, check_size
 
 PARQUET_ROWS = 64  # read at once: one value may stand for all of them in the file
-NO_NUMBERS = ("nan", "inf", "-inf", "+inf", "infinity", "-infinity", "+infinity")
+NO_NUMBER = re.compile(r"\s*[+-]?(nan|inf|infinity)\s*", re.IGNORECASE)
+WORD = re.compile(r"[^\W\d_]{5}")  # longer than units, currencies and exponents: 5 mmol, EUR 1,000, 1e5
 
 
 @dataclass(frozen=True)
@@ -165,21 +167,15 @@ def _read_csv(path: Path) -> Rows:
 def _mark_no_numbers(rows: list[dict], column: str) -> None:
     """Make floats of the cells `nan` and `inf` of a column of numbers: `checked` refuses them where a format
     reads the column. Columns that also hold words are left alone."""
-    marked = [row for row in rows if len(row[column]) < 20 and row[column].strip().lower() in NO_NUMBERS]
-    if not marked:
-        return
-    others = {row[column] for row in rows if row[column].strip()} - {row[column] for row in marked}
-    if others and all(map(_is_number, others)):
+    marked = [row for row in rows if NO_NUMBER.fullmatch(row[column])]
+    if marked and all(_is_number(row[column]) for row in rows if not NO_NUMBER.fullmatch(row[column])):
         for row in marked:
             row[column] = float(row[column])
 
 
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
+def _is_number(cell: str) -> bool:
+    """Whether a cell is a number as people write them, such as 1,000 or $5 or 12 kg, or is empty."""
+    return not cell.strip() or (bool(re.search(r"\d", cell)) and not WORD.search(cell))
 
 
 def _read_parquet(path: Path) -> Rows:
@@ -223,8 +219,8 @@ def _without_fillers(value: Any) -> Any:
 
 
 def restore_digits(rows: list[dict], schema) -> None:
-    """Gives numbers of 16 and 32 bits, at every depth, the digits that tell them apart: as a float of 64
-    bits, 0.1 is 0.10000000149011612. schema: pyarrow's, of the table that the rows come from."""
+    """Replace fractions of 16 and 32 bits, at every depth, by the float of 64 bits with the fewest digits
+    that tell them apart: 0.1 instead of 0.10000000149011612. schema: pyarrow's, of the rows' table."""
     for name, kind in zip(schema.names, schema.types, strict=True):
         # Which spells float32 and float16, also within lists and structs, but not float64.
         for row in rows if "float" in str(kind) else ():
@@ -238,8 +234,8 @@ def _with_digits(value: Any, kind) -> Any:
 
     types, narrow = pyarrow.types, {pyarrow.float16(): numpy.float16, pyarrow.float32(): numpy.float32}
     if kind in narrow and isinstance(value, float) and math.isfinite(value):
-        text = str(narrow[kind](value))
-        return ExactFloat.of(float(text), text)
+        whole = value.is_integer() and abs(value) < 1e16  # beyond, Python writes an exponent as well
+        return value if whole else float(str(narrow[kind](value)))
     if types.is_struct(kind) and isinstance(value, dict):
         return {key: _with_digits(part, kind.field(key).type) for key, part in value.items()}
     if types.is_map(kind) and isinstance(value, dict):

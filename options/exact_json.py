@@ -1,6 +1,7 @@
 """JSON that means what it says, and numbers that keep how they were written.
 
-Python's reader takes NaN and Infinity, which JSON has not, makes infinity of 1e400, and shows 1.10 as 1.1.
+Python's reader takes NaN and Infinity, which JSON has not, makes infinity of 1e400, and shows 1.10 as 1.1
+and -0 as 0.
 """
 
 from __future__ import annotations
@@ -27,22 +28,30 @@ class ExactFloat(float):
         return number
 
 
+class MinusZero(int):
+    """The integer -0, the only one that Python writes otherwise than JSON does."""
+
+    text = "-0"
+
+
 def parse_json(text: str, exact: bool = False) -> Any:
     """Parse a JSON text.
 
-    With `exact`, as rows of data are read, a number with a fraction or an exponent is an ExactFloat where a
-    float would be written otherwise, and a key that an object has twice is an error.
+    With `exact`, as rows of data are read, a number that Python would write otherwise is an ExactFloat, or
+    MinusZero, and a key that an object has twice is an error.
 
     Raises json.JSONDecodeError for what is no JSON, ValueError for what it cannot mean, RecursionError.
     """
     if exact:
-        return json.loads(text, parse_float=_exact, parse_constant=_refuse, object_pairs_hook=_object)
+        return json.loads(
+            text, parse_float=_exact, parse_int=_integer, parse_constant=_refuse, object_pairs_hook=_object
+        )
     return json.loads(text, parse_float=_finite, parse_constant=_refuse)
 
 
 def text_of(number: float) -> str:
     """A number as it was written, where that is known."""
-    return number.text if isinstance(number, ExactFloat) else str(number)
+    return number.text if isinstance(number, ExactFloat | MinusZero) else str(number)
 
 
 def _finite(text: str) -> float:
@@ -54,6 +63,10 @@ def _finite(text: str) -> float:
 
 def _exact(text: str) -> float:
     return ExactFloat.of(_finite(text), text)
+
+
+def _integer(text: str) -> int:
+    return MinusZero() if text == MinusZero.text else int(text)
 
 
 def _refuse(name: str):

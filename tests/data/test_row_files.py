@@ -59,7 +59,7 @@ def test_a_key_twice_has_no_value(tmp_path):
         read(path)
 
 
-NUMBERS = ["1.10", "4.0", "4", "1e5", "1E-7", "0.1", "-0.0", "0.30000000000000004", "3.141592653589793238462643",
+NUMBERS = ["1.10", "4.0", "4", "1e5", "1E-7", "0.1", "-0.0", "-0", "-7", "0", "0.30000000000000004", "3.141592653589793238462643",
            "12345678901234567890123", "100000000000000000000000.0"]  # fmt: skip
 
 
@@ -79,7 +79,11 @@ def test_a_number_is_learned_as_it_is_written(tmp_path):
 
 
 @pytest.mark.parametrize("kind, value, text", [
-    (pyarrow.float32(), 0.1, "0.1"), (pyarrow.float32(), 1e10, "1e+10"), (pyarrow.float16(), 0.1, "0.1"),
+    (pyarrow.float32(), 0.1, "0.1"), (pyarrow.float32(), 1e10, "10000000000.0"), (pyarrow.float16(), 0.1, "0.1"),
+    (pyarrow.float16(), 1500, "1500.0"), (pyarrow.float16(), 65504, "65504.0"), (pyarrow.float16(), -0.0, "-0.0"),
+    (pyarrow.float16(), 10008, "10008.0"), (pyarrow.float32(), 123456792.0, "123456792.0"),
+    (pyarrow.float32(), 2**24, "16777216.0"), (pyarrow.float32(), -1234567.5, "-1234567.5"),
+    (pyarrow.float32(), 1e-5, "1e-05"), (pyarrow.float32(), 3e38, "3e+38"), (pyarrow.float64(), 1500, "1500.0"),
     (pyarrow.float64(), 0.1, "0.1"), (pyarrow.int64(), 2**63 - 1, str(2**63 - 1)), (pyarrow.string(), "1.10", "1.10"),
 ])  # fmt: skip
 def test_a_number_of_a_table_has_its_own_digits(tmp_path, kind, value, text):
@@ -153,6 +157,8 @@ def test_it_is_a_number_for_everything_else():
     assert isinstance(number, ExactFloat) and text_of(number) == "1.10"
     assert number == 1.1 and str(number) == repr(number) == json.dumps(number) == "1.1" and number + 1 == 2.1
     assert type(parse_json("1.5", exact=True)) is float and parse_json("1.10") == 1.1
+    zero = parse_json("-0", exact=True)
+    assert zero == 0 and str(zero) == json.dumps(zero) == "0" and text_of(zero) == "-0"
 
 
 def test_a_template_gets_the_numbers_that_transformers_gets(tmp_path):
@@ -179,12 +185,13 @@ def test_no_number_of_a_table_is_learned(tmp_path, value, shown):
         learned(write_parquet(tmp_path / "a.parquet", rows))
 
 
-@pytest.mark.parametrize("cell", ["nan", "NaN", "inf", "-Infinity", " NaN "])
+@pytest.mark.parametrize("cell", ["nan", "NaN", "inf", "-Infinity", " NaN ", "-nan"])
 def test_nor_of_a_column_of_numbers_in_csv(tmp_path, cell):
     """In a column of texts it is a word."""
-    numbers = put(tmp_path / "a.csv", f"question,answer\nQ,1.50\nQ,{cell}\nQ,\n")
-    with pytest.raises(UserError, match=r"a\.csv:3: column answer holds -?(nan|inf) as a number"):
-        learned(numbers)
+    for others in ("Q,1.50\n", 'Q,"1,000"\n', "Q,$5\n", "Q,12 kg\n", "Q,2026-11-29\n", "Q,1e5\n", "Q,\n"):
+        numbers = put(tmp_path / "a.csv", f"question,answer\n{others}Q,{cell}\nQ,\n")
+        with pytest.raises(UserError, match=r"a\.csv:3: column answer holds -?(nan|inf) as a number"):
+            learned(numbers)
     assert learned(put(tmp_path / "a.csv", f"question,answer,score\nQ,1.50,1\nQ,2,{cell}\n")) == ["1.50", "2"]
     assert learned(put(tmp_path / "a.csv", f"question,answer\nQ,Otto\nQ,{cell}\nQ,1\n")) == [
         "Otto",
