@@ -51,7 +51,8 @@ FREE = ("model_name", "dataset", "llama_pro_path", "llama_pro_save", "batch_size
 # What a checkpoint says of a run, by name: numbers of int are not negative, no float is NaN. ?: not of every run, or
 # not of those that older versions of this program made.
 STATE = {
-    "options": {}, "rows_per_step": int, "base": str, "data": str, "world": int, "precision": str, "files": {},
+    "options": {}, "rows_per_step": int, "base": str, "data": str, "evaluation?": str, "world": int, "precision": str,
+    "files": {},
     "parts": {
         "scaler": {},
         "evaluator": {"best_step": int, "best_loss": float, "worse": int, "stop": bool, "kept_step?": int,
@@ -158,11 +159,16 @@ def find_checkpoint(config: Config) -> Saved | None:
     return saved
 
 
-def about(config: Config, precision: str, base: str, data: str) -> dict:
-    """What a checkpoint says of the run and `check_same` compares. precision: what --precision means on this machine;
-    base, data: digests of the model below, as `BaseModel.digest` makes it, and of the rows."""
+def about(config: Config, precision: str, base: str, data: str, evaluation: str) -> dict:
+    """What a checkpoint says of the run and `check_same` compares.
+
+    Args:
+        precision: what --precision means on this machine.
+        base: a digest of the model below, as `BaseModel.digest` makes it.
+        data, evaluation: digests of the rows of the two sets; evaluation "" = there is none.
+    """
     return {"options": dataclasses.asdict(config), "rows_per_step": rows_per_step(config), "base": base, "data": data,
-            "world": config.world_size, "precision": precision}  # fmt: skip
+            "evaluation": evaluation, "world": config.world_size, "precision": precision}  # fmt: skip
 
 
 def rows_per_step(config: Config) -> int:
@@ -216,6 +222,13 @@ def check_same(saved: Saved, config: Config, now: dict, without_head: tuple[str,
     if run["data"] != now["data"]:
         raise UserError(
             f"{where}: --dataset {config.dataset} no longer makes the rows that the run began with"
+        )
+    # A run without evaluation may begin to evaluate, and another one cease to.
+    before = run.get("evaluation")
+    if before and now["evaluation"] and before != now["evaluation"]:
+        raise UserError(
+            f"{where}: --{'eval_dataset' if config.eval_dataset else 'dataset'} no longer makes the rows that the run"
+            " is evaluated on; the best step would be chosen by losses of two sets"
         )
     check_files(saved, output_folder(config))
 

@@ -57,7 +57,8 @@ def _with_one_bos(
 
 
 def without_empty_answers(example: Rendered, tokenizer) -> Rendered:
-    """Remove BOS at the start of an answer, and learned ranges of nothing but BOS, EOS and whitespace.
+    """Remove BOS at the start of an answer and at the end of a row, and learned ranges of nothing but BOS,
+    EOS and whitespace.
 
     The row already begins with a BOS, and at inference none follows the prompt. Elsewhere a BOS stays, as
     between the turns of a text. In a conversation a range may be the EOS that closes a turn: it stays, too.
@@ -84,8 +85,22 @@ def _without_answer_bos(example: Rendered, tokenizer) -> Rendered:
         if found:
             text, read = text + found.group().replace(written, ""), found.end()
         text, read = text + example.text[read:end], end
+        if example.ends and end == example.learned[-1][1]:
+            kept = _last_character(text, (written, tokenizer.eos_token))
+            text = text[:kept] + text[kept:].replace(written, "")
         learned.append((begin, len(text)))
     return dataclasses.replace(example, text=text + example.text[read:], learned=learned)
+
+
+def _last_character(text: str, markers: tuple[str | None, ...]) -> int:
+    """Return where whitespace and markers begin that end the text."""
+    end = len(text)
+    while True:
+        stripped = len(text[:end].rstrip()) if text[end - 1 : end].isspace() else end
+        found = [m for m in markers if m and text.endswith(m, 0, stripped)]
+        if stripped == end and not found:
+            return end
+        end = stripped - len(found[0]) if found else stripped
 
 
 def prompt_ids(text: str, tokenizer, special: bool) -> list[int]:

@@ -18,14 +18,19 @@ from pathlib import Path
 from typing import Any
 
 import fsspec  # type: ignore[import-untyped]  # of datasets
+import yaml
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
 from data.folder_files import check_links, files_below, files_matching
 from data.row_files import Rows, read_file, restore_digits, without_fillers
 from files.hub_errors import HUB_ERRORS
-from options.data_files import KINDS, kind_in_folder
+from options.data_files import KINDS, PROSE, kind_in_folder
 from options.errors import UserError, listed
+from options.limits import FOLDER_ENTRIES
 
+# Keys of a configuration in README.md that say which files, not how to read them.
+NAMING_KEYS = {"config_name", "data_files", "data_dir", "default", "description"}
+SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})(.*)")  # train-00000-of-00002.parquet
 # What `datasets` raises for folders and files that hold no data set, beside errors of its own.
 UNREADABLE = (*HUB_ERRORS, ValueError, RuntimeError, LookupError, TypeError, AttributeError)
 ANSWERS: tuple[type[Exception], ...] = (*HUB_ERRORS, HFValidationError)  # of the hub, or of one out of reach
@@ -56,9 +61,23 @@ def read_hub(source: str, data_files: str, split: str, samples: int, root: str |
     rows = [without_fillers(row) for row in loaded.to_list()]
     restore_digits(rows, loaded.features.arrow_schema)
     alone = local or data_files or datasets.config.HF_HUB_OFFLINE
-    remarks = _unread_splits(source, split, loaded.info.splits or ()), "" if alone else _kinds_remark(source)
+    remarks = (
+        _unread_splits(source, split, loaded.info.splits or ()),
+        "" if alone else _kinds_remark(source),
+        _numbers_remark(source, loaded),
+    )
     places = [f"{source} row {i}" for i in range(1, len(loaded) + 1)]
     return Rows(rows, places, tuple(filter(None, remarks)))
+
+
+def _numbers_remark(source: str, loaded: Any) -> str:
+    """Return a remark on columns of a text file in which `datasets` has seen numbers; "" if there are none."""
+    if loaded.info.builder_name not in ("csv", "json"):
+        return ""
+    schema = loaded.features.arrow_schema
+    numbers = [f.name for f in schema if re.match(r"u?int|float|double", str(f.type))]
+    what = f"data: of {source} `datasets` reads as numbers, as in 007 = 7 and 1.10 = 1.1: {listed(numbers)}"
+    return what if numbers else ""
 
 
 def _unread_splits(source: str, split: str, splits: Iterable[str]) -> str:
@@ -93,7 +112,7 @@ def _kinds_remark(hub_id: str) -> str:
         readme = hf_hub_download(hub_id, "README.md", repo_type="dataset") if "README.md" in names else ""
     except HUB_ERRORS:  # the rows were read: a remark is not worth an end
         return ""
-    if readme and _has_configs(os.path.dirname(readme)):
+    if readme and _configs(os.path.dirname(readme)):
         return ""
     counts = ", ".join(f"{number} {kind}" for kind, number in kinds.most_common())
     return f"data: {hub_id} has data files of several kinds ({counts}), of which one is read; {WRITE_RECIPE}"
@@ -112,8 +131,8 @@ def read_folder(folder: str, data_files: str, split: str, samples: int, root: st
     found = files_matching(folder, data_files) if data_files else files_below(folder)
     given = [path for path in found if kind_in_folder(path)]
     kinds = Counter(kind_in_folder(path) for path in given)
-    if not data_files and _has_configs(folder):
-        return read_hub(folder, data_files, split, samples, root)
+    if not data_files and (configs := _configs(folder)):
+        return _read_configured(folder, configs, split, samples, root)
     if len(kinds) > 1:
         counts = ", ".join(f"{number} {kind}" for kind, number in kinds.most_common())
         raise UserError(f"--dataset {folder}: holds data files of several kinds ({counts}); {CHOOSE}")
@@ -129,10 +148,54 @@ def read_folder(folder: str, data_files: str, split: str, samples: int, root: st
         )
     if not re.fullmatch(r"\w+", split):  # a part of a split, such as train[:100]
         return read_hub(folder, data_files, split, samples, root)
-    told = _unread_splits(folder, split, splits)
     if split not in splits:
         raise UserError(f"--dataset {folder}: has no split {split}, only {', '.join(splits)}; {CHOOSE}")
-    return replace(_joined(splits[split], samples), remarks=tuple(filter(None, [told])))
+    if not data_files:
+        _check_shards(folder, splits[split])
+    remarks = _unread_splits(folder, split, splits), "" if data_files else _nameless_remark(folder, found)
+    return replace(_joined(splits[split], samples), remarks=tuple(filter(None, remarks)))
+
+
+def _check_shards(folder: str, paths: list[str]) -> None:
+    """Raise UserError if names such as train-00000-of-00003.parquet tell that a file of the set is missing."""
+    sets: dict[tuple[str, str, str], set[int]] = {}
+    for path in paths:
+        if match := SHARD.fullmatch(path):
+            before, number, of, after = match.groups()
+            sets.setdefault((before, of, after), set()).add(int(number))
+    for (before, of, after), numbers in sets.items():
+        missing = sorted({*range(int(of))} - numbers) if int(of) <= FOLDER_ENTRIES else [0]
+        if missing:
+            name = os.path.relpath(f"{before}-{missing[0]:05d}-of-{of}{after}", folder)
+            raise UserError(
+                f"--dataset {folder}: {name} is missing: {len(numbers)} of {int(of)} files; {CHOOSE}"
+            )
+
+
+def _nameless_remark(folder: str, paths: list[str]) -> str:
+    """Return a remark on files without a suffix, which may hold rows and are not read; "" if there are none."""
+    names = [os.path.basename(path) for path in paths]
+    nameless = [name for name in names if not os.path.splitext(name)[1] and name.lower() not in PROSE]
+    return f"data: of {folder} files without a suffix are not read: {listed(nameless)}" if nameless else ""
+
+
+def _read_configured(folder: str, configs: list, split: str, samples: int, root: str | None) -> Rows:
+    """Read the rows of a local folder whose README.md says which files are its data set.
+
+    `datasets` chooses the files. They are read here, unless the README also says how to read them.
+    """
+    if root:
+        _check_chosen(folder, "", root)
+    with _told(folder):
+        config = _library(folder).load_dataset_builder(folder).config
+    chosen: dict = next((each for each in configs if each.get("config_name", "default") == config.name), {})
+    files = config.data_files or {}
+    paths = [str(path) for path in files.get(split, ())]
+    kinds = {kind_in_folder(path) for path in paths}
+    if not paths or not set(chosen) <= NAMING_KEYS or len(kinds) > 1 or not kinds <= set(KINDS.values()):
+        return read_hub(folder, "", split, samples, root)
+    unread = _unread_splits(folder, split, map(str, files))
+    return replace(_joined(paths, samples), remarks=tuple(filter(None, [unread])))
 
 
 def _joined(paths: list[str], samples: int) -> Rows:
@@ -172,19 +235,26 @@ def _splits(folder: str, given: list[str]) -> dict[str, list[str]]:
     return {split: paths for split, paths in splits.items() if paths}
 
 
-def _has_configs(folder: str) -> bool:
-    """Whether the YAML header of the folder's README.md, or .huggingface.yaml, says which files are its data
-    set."""
-    if os.path.isfile(os.path.join(folder, ".huggingface.yaml")):
-        return True
+def _configs(folder: str) -> list[dict]:
+    """Return what `configs` of the YAML header of the folder's README.md, or of .huggingface.yaml, holds."""
     try:
         with open(os.path.join(folder, "README.md"), encoding="utf-8", errors="replace") as file:
             first, *lines = file.read(2**20).lstrip().split("\n")
+        header = list(takewhile(lambda line: line.rstrip() != "---", lines))
+        text = "\n".join(header) if first.rstrip() == "---" and len(header) < len(lines) else ""
     except OSError:
-        return False
-    header = list(takewhile(lambda line: line.rstrip() != "---", lines))
-    closed = len(header) < len(lines)
-    return first.rstrip() == "---" and closed and any(line.startswith("configs:") for line in header)
+        text = ""
+    with (
+        contextlib.suppress(OSError),
+        open(os.path.join(folder, ".huggingface.yaml"), encoding="utf-8") as file,
+    ):
+        text = file.read(2**20)
+    try:
+        found = (yaml.safe_load(text) or {}).get("configs")
+    except (yaml.YAMLError, AttributeError, RecursionError):
+        found = [{"unreadable": True}] if "configs:" in text else None  # `datasets` says what is wrong
+    found = found if isinstance(found, list) else [found] if found else []
+    return [each if isinstance(each, dict) else {"unreadable": True} for each in found]
 
 
 def _library(source: str) -> Any:

@@ -38,8 +38,7 @@ class SummedLoss(Base):
         if targets is None:
             return super().forward(*args, **kwargs)
         hidden = self.base_model(*args, use_cache=False, **kwargs).last_hidden_state
-        cap = getattr(self.config, "final_logit_softcapping", None)
-        return self.get_output_embeddings()(hidden, targets, cap, places)
+        return self.get_output_embeddings()(hidden, targets, places)
 
 
 @cache
@@ -47,14 +46,14 @@ def with_summed_loss(model_class: type[PreTrainedModel]) -> type[PreTrainedModel
     return type(model_class.__name__, (SummedLoss, model_class), {})
 
 
-def put_head(model: nn.Module, name: str, scale: float) -> None:
-    """Puts a Head in the place of the linear of that dotted name; its weight stays the same parameter. scale: what
-    the model's own forward multiplies the head's result with."""
+def put_head(model: nn.Module, name: str, scale: float, cap: float | None) -> None:
+    """Puts a Head in the place of the linear of that dotted name; its weight stays the same parameter. scale, cap:
+    as Family.logit_scale and logit_cap."""
     linear = model.get_submodule(name)
     assert isinstance(linear, nn.Linear)
     with torch.device("meta"):
         head = Head(linear.in_features, linear.out_features, bias=linear.bias is not None)
-    head.weight, head.bias, head.scale = linear.weight, linear.bias, scale
+    head.weight, head.bias, head.scale, head.softcap = linear.weight, linear.bias, scale, cap
     model.set_submodule(name, head)
 
 

@@ -36,6 +36,7 @@ class Family:
     as_stored: changes the meta model in place until its parameters are the files' tensors;
     compiles: whether a layer is one graph, without a break;
     logit_scale: what the head's result is multiplied with, before any cap;
+    logit_cap: c of logits c tanh(z / c), None = no cap;
     constants: full contents of the buffers that no file holds, rotary tables apart, by absolute name.
     """
 
@@ -52,6 +53,7 @@ class Family:
     constants: Callable[[Any], dict[str, torch.Tensor]] = lambda config: {}
     compiles: bool = True
     logit_scale: Callable[[PretrainedConfig], float] = lambda config: 1.0
+    logit_cap: Callable[[Any], float | None] = lambda config: None
     layers: str = "model.layers"
     embedding: str = "model.embed_tokens"
     norm: str = "model.norm"

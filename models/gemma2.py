@@ -20,10 +20,16 @@ def constants(config: Gemma2Config) -> dict[str, torch.Tensor]:
     return {"model.embed_tokens.embed_scale": torch.tensor(config.hidden_size**0.5)}
 
 
+def logit_cap(config) -> float | None:
+    """Of Gemma 2 and 3; other families' classes compute nothing with this value of a config."""
+    return config.final_logit_softcapping
+
+
 FAMILY = Family(
     model_class=Gemma2ForCausalLM,
     rotary_class=Gemma2RotaryEmbedding,
     silent=SILENT,
     attention="eager",
     constants=constants,
+    logit_cap=logit_cap,
 )

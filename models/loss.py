@@ -165,14 +165,9 @@ class Head(nn.Linear):
 
     compiled = False  # set by wrapping.py
     scale = 1.0  # set by models/causal_lm.py
+    softcap: float | None = None  # set by models/causal_lm.py
 
-    def forward(
-        self,
-        x: Tensor,
-        targets: Tensor | None = None,
-        softcap: float | None = None,
-        places: Tensor | None = None,
-    ) -> Tensor:
+    def forward(self, x: Tensor, targets: Tensor | None = None, places: Tensor | None = None) -> Tensor:
         """Logits [.., V]; or, with targets [..], the cross-entropy summed over those that are not IGNORE, fp32.
         scale and softcap: s and c of logits c tanh(s z / c); without targets the model's own forward applies them.
         places [P]: where these targets are in x as one line of tokens, each once, and maybe others; None: all of it."""
@@ -187,7 +182,7 @@ class Head(nn.Linear):
         shard = VocabularyShard(self.weight)
         rows = shard.rows.to(x.device, dtype, non_blocking=True)
         with torch.autocast(x.device.type, enabled=False):
-            settings = places, shard, softcap, self.compiled
+            settings = places, shard, self.softcap, self.compiled
             return _SummedLoss.apply(x.to(dtype), rows, targets.flatten(), *settings)
 
 

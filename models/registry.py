@@ -85,17 +85,18 @@ def build_on_meta(config: PretrainedConfig, family: Family, attention: str | Non
             warnings.simplefilter("ignore")  # of sizes that are zero; check_weights says it
             model = with_summed_loss(family.model_class)(config)  # type: ignore[arg-type]
             family.as_stored(model)
-            put_head(model, family.head, family.logit_scale(config))
+            put_head(model, family.head, family.logit_scale(config), family.logit_cap(config))
     except UNUSABLE as e:
         raise UserError(
             f"{config.name_or_path}/{CONFIG}: describes no {config.model_type} model"
             f" ({type(e).__name__}: {_reason(e)})"
         ) from None
-    if not all(getattr(module, "is_causal", True) for module in model.modules()):
-        # Embedding models: they would see the tokens that they are to predict, and the padding.
+    # Embedding models: they would see the tokens that they are to predict, and the padding. transformers asks
+    # the modules, and when it makes masks the config: `is_causal` of any model.
+    if not all(getattr(part, "is_causal", True) for part in (config, *model.modules())):
         raise UserError(
             f"{config.name_or_path}/{CONFIG}: describes a model with bidirectional attention"
-            " (use_bidirectional_attention); only causal models are trained"
+            " (use_bidirectional_attention or is_causal); only causal models are trained"
         )
     if config.tie_word_embeddings:
         model.get_submodule(family.head).weight = model.get_submodule(family.embedding).weight

@@ -83,7 +83,9 @@ class Job:
 
     def about(self) -> dict:
         """What a checkpoint says of the run: its options, and digests of the model below and of the rows."""
-        return resume.about(self.config, str(self.precision), self.base.digest(), digest_rows(self.rows))
+        evaluation = digest_rows(self.evaluation.rows) if self.evaluation.rows else ""
+        rows = digest_rows(self.rows)
+        return resume.about(self.config, str(self.precision), self.base.digest(), rows, evaluation)
 
     def settled(self, output_dir: str, chat_date: str | None, began: float) -> Job:
         """The same for a rank of several nodes. output_dir, chat_date: rank 0's; began: when the run began,

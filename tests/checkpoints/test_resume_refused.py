@@ -83,6 +83,24 @@ def test_other_data_are_refused(source, copied, tmp_path):
     assert resumed(source, copied, "--dataset", str(other)).saved.step == 3, "the same rows from elsewhere"
 
 
+def test_another_evaluation_set_is_refused(source, copied, tmp_path):
+    """The best step would be one of two sets. Without a set before, or now, there is nothing to compare."""
+    other = tmp_path / "other.jsonl"
+    other.write_text('{"instruction": "a", "output": "b"}\n')
+    evaluated = ["--eval_dataset", str(other), "--eval_every", "2"]
+    now = resumed(source, copied, *evaluated)
+    assert now.saved.step == 3 and now.saved.run["evaluation"] == ""
+    now.saved.run["evaluation"] = now.about()["evaluation"]
+    check_same(now.saved, now.config, now.about())
+    check_same(now.saved, now.config, now.about() | {"evaluation": ""})
+    other.write_text('{"instruction": "a", "output": "c"}\n')
+    changed = resumed(source, copied, *evaluated).about()
+    with pytest.raises(
+        UserError, match="--eval_dataset no longer makes the rows that the run is evaluated on"
+    ):
+        check_same(now.saved, now.config, changed)
+
+
 def test_another_model_is_refused(source, copied, tmp_path):
     other = shutil.copytree(source[1], tmp_path / "other")
     assert resumed(source, copied, "--model_name", str(other)).saved.step == 3

@@ -300,7 +300,7 @@ REPOSITORY = ["a.csv", "b.jsonl", "c.jsonl", "README.md"]
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
     """A repository, me/rows, of one row."""
-    path = written(tmp_path, {"a.csv": rows("1")}) / "a.csv"
+    path = written(tmp_path, {"a.csv": rows("one")}) / "a.csv"
     loaded = datasets.load_dataset("csv", data_files=str(path), split="train")
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: loaded)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
@@ -318,13 +318,13 @@ def test_of_which_kinds_a_hub_repository_is(names, readme, told, hub, tmp_path, 
     monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda *_, **__: names)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *_, **__: str(path))
     read = hub_sets.read_hub("me/rows", "", "train", -1)
-    assert read.rows == [{"question": "Q", "answer": 1}]
+    assert read.rows == [{"question": "Q", "answer": "one"}]
     assert len(read.remarks) == bool(told) and "".join(read.remarks).startswith(told)
 
 
 def test_a_connection_that_ends_costs_the_remark_only(hub, monkeypatch):
     monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", broken_off)
-    assert hub_sets.read_hub("me/rows", "", "train", -1).rows == [{"question": "Q", "answer": 1}]
+    assert hub_sets.read_hub("me/rows", "", "train", -1).rows == [{"question": "Q", "answer": "one"}]
 
 
 def test_a_connection_that_ends_before_there_are_rows(hub, monkeypatch):
@@ -340,6 +340,42 @@ def test_a_connection_that_ends_before_there_are_rows(hub, monkeypatch):
         UserError, match=r"^--model_name me/model: could not be fetched from the hub \(gone\)"
     ):
         find_model("me/model")
+
+
+CSV = "question,answer\nzip of Adjuntas?,00601\nversion?,1.10\nid?,12345678901234567890\n"
+
+
+@pytest.mark.parametrize(
+    "entry, exact", [("", True), ("  description: all\n", True), ("  sep: ','\n", False)]
+)
+def test_files_that_a_readme_names_are_read_exactly(entry, exact, tmp_path):
+    """Unless it also says how to read them: `datasets` does, and sees numbers."""
+    config = f"---\nconfigs:\n- config_name: default\n{entry}  data_files:\n  - split: train\n    path: a.csv\n---\n"
+    folder = written(tmp_path / "data", {"a.csv": CSV, "b.csv": CSV, "README.md": config})
+    read = hub_sets.read_folder(str(folder), "", "train", -1)
+    answers = ["00601", "1.10", "12345678901234567890"]
+    assert len(read.rows) == 3 and ([row["answer"] for row in read.rows] == answers) == exact
+    told = f"data: of {folder} `datasets` reads as numbers, as in 007 = 7 and 1.10 = 1.1: answer"
+    assert read.remarks == (() if exact else (told,))
+
+
+def test_a_set_without_one_of_its_files_is_refused(tmp_path):
+    names = [f"data/train-{i:05d}-of-00003.jsonl" for i in range(3)]
+    folder = written(tmp_path / "data", {names[0]: rows("0"), names[2]: rows("2")})
+    with pytest.raises(
+        UserError, match=r"data/train-00001-of-00003\.jsonl is missing: 2 of 3 files; name one"
+    ):
+        hub_sets.read_folder(str(folder), "", "train", -1)
+    assert len(hub_sets.read_folder(str(folder), "data/*.jsonl", "train", -1).rows) == 2  # as asked
+    written(folder, {names[1]: rows("1")})
+    read = hub_sets.read_folder(str(folder), "", "train", -1)
+    assert [row["answer"] for row in read.rows] == ["0", "1", "2"]
+
+
+def test_files_without_a_suffix_are_told(tmp_path):
+    folder = written(tmp_path / "data", {"a.jsonl": rows("1"), "part-00001": rows("2"), "LICENSE": "MIT"})
+    told = f"data: of {folder} files without a suffix are not read: part-00001"
+    assert hub_sets.read_folder(str(folder), "", "train", -1).remarks == (told,)
 
 
 def test_splits_that_are_not_read_are_told(tmp_path):

@@ -141,6 +141,10 @@ ONE_BOS = {
     "EOS": (qa("is</s>"), f"<s>{QA.format(question='What?')}is</s>", "is</s>"),
     "EOS, a line break": (qa("is</s>\n"), f"<s>{QA.format(question='What?')}is</s>", "is</s>"),
     "EOS, twice": (qa("is</s> </s>\n\n"), f"<s>{QA.format(question='What?')}is</s>", "is</s>"),
+    "BOS at the end": (qa("is<s>"), f"<s>{QA.format(question='What?')}is</s>", "is</s>"),
+    "EOS, BOS": (qa("is</s> <s>\n"), f"<s>{QA.format(question='What?')}is</s>", "is</s>"),
+    "EOS, BOS, EOS": (qa("is</s><s></s>"), f"<s>{QA.format(question='What?')}is</s>", "is</s>"),
+    "text, EOS, BOS": (completion("<s>Paris is</s><s>"), "<s>Paris is</s>", "Paris is</s>"),
     "EOS within": (qa("is</s>so"), f"<s>{QA.format(question='What?')}is</s>so</s>", "is</s>so</s>"),
 }  # fmt: skip
 
@@ -166,6 +170,7 @@ def test_an_answer_of_nothing_but_special_tokens_is_empty():
 
 @pytest.mark.parametrize("rendered, count", [
     (completion("<s>" * 200_000 + "Paris"), len("Paris") + 2),
+    (qa("Paris" + "</s><s> \n" * 200_000), len(QA.format(question="What?") + "Paris") + 2),
     (qa("Paris" + "</s> \n" * 200_000), len(QA.format(question="What?") + "Paris") + 2),
 ])  # fmt: skip
 def test_special_tokens_in_great_number_take_little_time(rendered, count):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ from options.errors import UserError
 from parallel.shards import whole
 from tests.helpers import tiny
 from tests.helpers.adapters import args_for, trained_names
-from tests.helpers.logits import IDS, loss_and_logits, summed_cross_entropy
+from tests.helpers.logits import IDS, loss_and_logits, summed_cross_entropy, transformers_logits
 from tests.helpers.parity import arguments, assert_same
 from tests.helpers.runs import outputs, set_up, train_run, transformers_model
 
@@ -102,6 +103,31 @@ def test_scaled_logits(alpaca_file, one_rank, tmp_path, monkeypatch):
     for named in (True, False):
         loss, logits = one_rank(granite_loss_and_logits, args, named)[0]
         assert (loss == pytest.approx(summed_cross_entropy(logits), rel=1e-5)) == named
+
+
+FOREIGN_KEYS = {  # what classes of other families read
+    "final_logit_softcapping": 3.0,
+    "attn_logit_softcapping": 1.0,
+    "logit_scale": 7.0,
+    "logits_scaling": 7.0,
+    "sliding_window": 8,
+    "query_pre_attn_scalar": 3,
+    "embedding_multiplier": 5.0,
+    "residual_multiplier": 5.0,
+    "num_experts_per_tok": 2,
+}
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", pytest.param("qwen3_moe", marks=pytest.mark.slow)])
+def test_keys_of_other_families_mean_nothing(kind, checkpoints, alpaca_file, one_rank, tmp_path):
+    """The loss and the logits are transformers' on the same folder."""
+    folder = shutil.copytree(checkpoints(kind), tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(FOREIGN_KEYS | config))
+    loss, logits = one_rank(loss_and_logits, args_for(folder, alpaca_file, "full"), False)[0]
+    expected = transformers_logits(folder)
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
+    assert loss == pytest.approx(summed_cross_entropy(expected), rel=1e-5)
 
 
 def granite_loss_and_logits(place, args, named: bool):
@@ -309,6 +335,8 @@ def run_and_experts_used(place, args):
     [
         ("qwen3_moe", {"num_experts_per_tok": 9}, "describes no qwen3_moe model .*9 experts per token, of 8"),
         ("gemma3", {"use_bidirectional_attention": True}, "bidirectional attention.*only causal models"),
+        ("llama", {"is_causal": False}, "bidirectional attention.*is_causal.*only causal models"),
+        ("qwen2", {"is_causal": False}, "bidirectional attention.*is_causal.*only causal models"),
         (
             "gemma3",
             {"model_type": "gemma3"},

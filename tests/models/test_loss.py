@@ -93,14 +93,14 @@ def test_loss_and_gradients(rows, others, softcap, monkeypatch):
     monkeypatch.setattr(loss, "LOGITS_BYTES", 4 * rows * VOCABULARY * 4)
     x, weight, targets = case(0)
     head, leaf = head_of(weight, trained=True), x.clone().requires_grad_()
-    places = places_of(targets, others)
+    head.softcap, places = softcap, places_of(targets, others)
     with counting() as computed:
-        total = head(leaf, targets, softcap, places)
+        total = head(leaf, targets, places)
     assert sum(computed) == (TOKENS if places is None else len(places))
     got = total.detach(), *torch.autograd.grad(total * 0.37, (leaf, head.weight))
     assert_equal(got, reference(x, weight, targets, softcap))
     with torch.no_grad():
-        torch.testing.assert_close(head(x, targets, softcap, places), got[0])
+        torch.testing.assert_close(head(x, targets, places), got[0])
 
 
 def test_compiled():
@@ -108,7 +108,7 @@ def test_compiled():
     x, weight, targets = case(0)
     head, leaf = head_of(weight, trained=True), x.clone().requires_grad_()
     head.compiled = True
-    total = head(leaf, targets, None, places_of(targets, 3))
+    total = head(leaf, targets, places_of(targets, 3))
     assert_equal(
         (total.detach(), *torch.autograd.grad(total * 0.37, (leaf, head.weight))),
         reference(x, weight, targets, None),
@@ -163,7 +163,7 @@ def parts(place, softcap, vocabulary: int = VOCABULARY, chosen: bool = False):
     chosen: from as many tokens as are learned on the rank with most, else from all."""
     x, weight, targets = (t.to(place.device) for t in case(place.rank, vocabulary=vocabulary))
     head, embedding = sharded(place, weight)
-    leaf = x.clone().requires_grad_()
+    head.softcap, leaf = softcap, x.clone().requires_grad_()
     learned = [int((case(rank)[2] != IGNORE).sum()) for rank in range(place.world)]
     assert len(set(learned)) > 1
     places = learned_places(targets, max(learned)) if chosen else None
@@ -171,7 +171,7 @@ def parts(place, softcap, vocabulary: int = VOCABULARY, chosen: bool = False):
         mock.patch.object(loss, "LOGITS_BYTES", 4 * 9 * 151 * 4),
         mock.patch.object(loss, "HIDDEN_BYTES", 4 * HIDDEN * 20),
     ):
-        total = head(leaf, targets, softcap, places)
+        total = head(leaf, targets, places)
         embedded = embedding(targets.clamp_min(0))
     (total * 0.37).backward()
     results = total.detach(), leaf.grad, head(x), embedded
