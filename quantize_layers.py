@@ -27,7 +27,7 @@ from files.tensors import Stage, read_tensor
 from files.weight_cache import CacheWriter
 from launch.devices import use
 from launch.memory import empty_on_host
-from launch.ranks import Place
+from launch.ranks import RankInfo
 from models.family import Family, clean
 from models.longrope import make_rotary
 from models.loss import FrozenEmbedding
@@ -41,7 +41,7 @@ def load_weights(
     model: PreTrainedModel,
     family: Family,
     files: CheckpointFiles,
-    place: Place,
+    rank_info: RankInfo,
     home: torch.device,
     seed: int,
     workers: int,
@@ -50,15 +50,15 @@ def load_weights(
     """Gives a meta model, sharded by FSDP or not, memory and fills all of it: parameters from the checkpoint
     or by their module (`Packed.initial_values`), buffers from constants and the config.
 
-    home: where the shards of the parameters are kept, place.device or, with --use_cpu_offload, the CPU;
+    home: where the shards of the parameters are kept, rank_info.device or, with --use_cpu_offload, the CPU;
     workers: threads that read and pack; cache: gets what is packed.
 
     Raises UserError, the same on all ranks, if a tensor holds NaN or infinity, or cannot be packed or read as
     packed; AssertionError if anything was left unfilled: it would train on garbage. Collective.
     """
-    _materialize(model, family, place.device, home)
+    _materialize(model, family, rank_info.device, home)
     params = {clean(name): p for name, p in model.named_parameters()}
-    filled = _stream(model, params, files, place, workers, cache)
+    filled = _stream(model, params, files, rank_info, workers, cache)
     for path, module in model.named_modules():
         if isinstance(module, Packed):
             # Seeded by name: the values depend neither on the order of modules nor on the number of ranks.
@@ -95,7 +95,9 @@ def _materialize(model: PreTrainedModel, family: Family, device: torch.device, h
     assert not unknown, f"buffers that nothing fills: {unknown}"
 
 
-def _stream(model: nn.Module, params: dict, files: CheckpointFiles, place: Place, workers: int, cache) -> set:
+def _stream(
+    model: nn.Module, params: dict, files: CheckpointFiles, rank_info: RankInfo, workers: int, cache
+) -> set:
     """Reads every tensor of the checkpoint once on each node, packs it as its module says, and sends every rank
     of the node its shard. Returns the names of the parameters that it filled.
 
@@ -105,17 +107,17 @@ def _stream(model: nn.Module, params: dict, files: CheckpointFiles, place: Place
     """
     names = sorted(files.tensors, key=lambda n: files.tensors[n].file)  # file by file, each in its own order
     modules = {name: model.get_submodule(name.rpartition(".")[0]) for name in names}
-    node, filled, thread, finite = Node(place), set(), threading.local(), FiniteCheck(files)
-    read = partial(_read, finite=finite, device=place.device, turn=threading.Lock(), thread=thread)
-    mine = iter(names[place.local_rank :: place.local_world])
+    node, filled, thread, finite = Node(rank_info), set(), threading.local(), FiniteCheck(files)
+    read = partial(_read, finite=finite, device=rank_info.device, turn=threading.Lock(), thread=thread)
+    mine = iter(names[rank_info.local_rank :: rank_info.local_world])
     with ThreadPoolExecutor(workers) as pool:
         ahead = deque(pool.submit(read, name, modules[name]) for name in islice(mine, workers))
         for i, name in enumerate(names):
             path, _, last = name.rpartition(".")
             targets = {key: params[f"{path}.{key}"] for key in packs(modules[name], last)}
             content: dict[str, Any] = dict.fromkeys(targets)
-            owner = i % place.local_world
-            if owner == place.local_rank:
+            owner = i % rank_info.local_world
+            if owner == rank_info.local_rank:
                 try:
                     source = ahead.popleft().result()
                     if cache and isinstance(source, PackedWeight):
@@ -124,12 +126,12 @@ def _stream(model: nn.Module, params: dict, files: CheckpointFiles, place: Place
                 except UserError as e:
                     finite.failed[name] = str(e)
                     # The node's other ranks wait for their shards, and end with this one when all is loaded.
-                    content |= {key: _zeros(param, place.device) for key, param in targets.items()}
+                    content |= {key: _zeros(param, rank_info.device) for key, param in targets.items()}
                 ahead.extend(pool.submit(read, later, modules[later]) for later in islice(mine, 1))
             for key, param in targets.items():
                 node.share(param, content[key], owner)
                 filled.add(f"{path}.{key}")
-    finite.check(place.world)
+    finite.check(rank_info.world)
     return filled
 
 
@@ -185,27 +187,27 @@ class FiniteCheck:
 class Node:
     """The ranks of this machine, among which the contents of parameters are dealt out."""
 
-    def __init__(self, place: Place):
-        self.place, self.group = place, None  # None: all ranks
-        if place.local_world < place.world:
-            self.group, _ = dist.new_subgroups(place.local_world)
-        self.first = place.rank - place.local_rank
+    def __init__(self, rank_info: RankInfo):
+        self.rank_info, self.group = rank_info, None  # None: all ranks
+        if rank_info.local_world < rank_info.world:
+            self.group, _ = dist.new_subgroups(rank_info.local_world)
+        self.first = rank_info.rank - rank_info.local_rank
 
     def share(self, param: nn.Parameter, full: torch.Tensor | None, owner: int) -> None:
         """Fills this rank's part of a parameter from the full contents, which the node's rank `owner` has."""
-        if self.place.local_world == 1:
+        if self.rank_info.local_world == 1:
             assert full is not None
             fill(param, full)
             return
         local = param.to_local() if isinstance(param, DTensor) else param
         rows = -(-param.shape[0] // shard_count(param))  # of the ranks with most: scatter sends equal parts
-        mine = torch.empty(rows, *param.shape[1:], dtype=param.dtype, device=self.place.device)
+        mine = torch.empty(rows, *param.shape[1:], dtype=param.dtype, device=self.rank_info.device)
         parts = None
-        if owner == self.place.local_rank:
+        if owner == self.rank_info.local_rank:
             assert full is not None
             assert full.shape == param.shape, f"{full.shape} for {param.shape}"
             full = full.to(param.dtype)
-            ranks = range(self.first, self.first + self.place.local_world)
+            ranks = range(self.first, self.first + self.rank_info.local_world)
             parts = [_as_bytes(_padded(part(param, full, rank), rows)) for rank in ranks]
         # As bytes: codes are not numbers.
         dist.scatter(_as_bytes(mine), parts, src=self.first + owner, group=self.group)

@@ -14,12 +14,12 @@ import gc
 import sys
 
 from files.names import OPTIONS
-from launch.program import outlast, parse_or_exit, prepare_environment, quiet_libraries, run_command
+from launch.program import parse_or_exit, prepare_environment, quiet_libraries, run_command, survive_full_disk
 from options.train import parse
 
 if __name__ == "__main__":
     # Before the imports below, which take seconds: --help and wrong options are answered at once.
-    outlast()
+    survive_full_disk()
     PARSED = parse_or_exit(sys.argv[1:], parse)
     prepare_environment()
     gc.disable()  # as in launch/fork_server.py
@@ -39,11 +39,11 @@ from data.batches import StepSampler
 from data.packing import longest_line, make_sampler
 from data.prefetch import ahead
 from files.atomic_writes import write_text
-from files.lock import Alone
+from files.lock import FolderLock
 from files.weight_cache import writing
 from launch import memory, ranks
 from launch.precision import use_deterministic
-from launch.ranks import Place
+from launch.ranks import RankInfo
 from launch.signals import NEVER, NeverStop, Stopping
 from launch.start import start
 from models.adapters import apply_method, peft_targets
@@ -71,19 +71,19 @@ from wrapping import STRATEGIES, WRAP_POLICIES, make_mesh, offload_policy, sync_
 
 
 def set_up(
-    job: Job, place: Place, profiler: NoProfiler = NO_PROFILER
+    job: Job, rank_info: RankInfo, profiler: NoProfiler = NO_PROFILER
 ) -> tuple[PreTrainedModel, memory_model.Share]:
     """The model of the train type, sharded and filled, and what this rank holds of it. Raises AssertionError if that
     is not what it should hold."""
     profiler.phase("wrap")
-    config, family, precision, device = job.config, job.family, job.precision, place.device
+    config, family, precision, device = job.config, job.family, job.precision, rank_info.device
     longest = longest_line(config, job.rows)
     attention = choose_attention(job.model_config, family, precision.matmul, config.packing, longest)
     model = build_on_meta(job.model_config, family, attention)
     # Before anything is changed.
-    expected = memory_model.expect(model, family, config, precision, job.files, place)
+    expected = memory_model.expect(model, family, config, precision, job.files, rank_info)
     apply_method(model, family, config, precision, job.files)
-    mesh = make_mesh(device.type, place.world, config.sharding_strategy, config.hybrid_shard_size)
+    mesh = make_mesh(device.type, rank_info.world, config.sharding_strategy, config.hybrid_shard_size)
     wrap(
         model,
         family,
@@ -98,20 +98,20 @@ def set_up(
     )
     profiler.phase("load")
     home = torch.device("cpu") if config.use_cpu_offload else device
-    workers = ranks.resolve_workers(config.loading_workers, place.processors)
+    workers = ranks.resolve_workers(config.loading_workers, rank_info.processors)
     before = memory.allocated()
-    with writing(job.cache, place) as cache:
-        load_weights(model, family, job.files, place, home, config.seed, workers, cache)
+    with writing(job.cache, rank_info) as cache:
+        load_weights(model, family, job.files, rank_info, home, config.seed, workers, cache)
         memory_model.check_loaded(model, expected, before)
     profiler.phase(BETWEEN)
-    torch.manual_seed(config.seed + place.rank)  # of dropout; adapters and the data order have their own
+    torch.manual_seed(config.seed + rank_info.rank)  # of dropout; adapters and the data order have their own
     return model, expected
 
 
 def train(
     job: Job,
     model: PreTrainedModel,
-    place: Place,
+    rank_info: RankInfo,
     sampler: StepSampler,
     tracker,
     profiler: NoProfiler = NO_PROFILER,
@@ -120,8 +120,8 @@ def train(
     """The loop. Returns the metrics of every step, on rank 0 also of those before a resumed run was stopped."""
     config, precision, total = job.config, job.precision, job.total_steps(sampler)
     keep_best = partial(save_best, job, model)
-    beside = make_companions(job, model, place, total, tracker, profiler, stopping, keep_best)
-    optimizer, scaler, untold, meter = beside.optimizer, beside.scaler, beside.untold, beside.meter
+    beside = make_companions(job, model, rank_info, total, tracker, profiler, stopping, keep_best)
+    optimizer, scaler, deferred, meter = beside.optimizer, beside.scaler, beside.deferred, beside.meter
     guard, evaluator, budget, checkpoints = beside.guard, beside.evaluator, beside.budget, beside.checkpoints
     history, trained = list(tracker.history), [p for p in model.parameters() if p.requires_grad]
     done = checkpoints.load()
@@ -137,18 +137,20 @@ def train(
     model.train()
     evaluator.begin(done)
     todo = range(done + 1, total + 1) if not (evaluator.stop or guard.stop) else ()
-    steps = ahead(sampler.steps(config.num_epochs, done), place.device, memory.can_pin(place.device.type))
+    steps = ahead(
+        sampler.steps(config.num_epochs, done), rank_info.device, memory.can_pin(rank_info.device.type)
+    )
     for index, step in zip(todo, steps, strict=False):
-        loss = torch.zeros((), device=place.device)
+        loss = torch.zeros((), device=rank_info.device)
         for i, batch in enumerate(step.batches, 1):
             profiler.phase("forward")
-            batch = batch.to(place.device)
+            batch = batch.to(rank_info.device)
             sync_gradients(model, i == len(step.batches) or not config.no_sync)
             # Exactly the mean over the step's targets: divided by their number on all ranks and in all
             # micro-batches, while FSDP sums gradients over ranks and backward over micro-batches.
-            with precision.context(place.device.type):
+            with precision.context(rank_info.device.type):
                 share = loss_sum(model, batch) / step.n_targets
-            untold.now()  # of the step before, while the GPU has this forward to do
+            deferred.now()  # of the step before, while the GPU has this forward to do
             profiler.phase("backward")
             scaler.scale(share).backward()
             loss += share.detach()
@@ -161,9 +163,9 @@ def train(
         guard.step(optimizer, reading)
         optimizer.zero_grad(set_to_none=True)
         profiler.phase(BETWEEN)
-        untold.put(partial(tell, reading, meter.lap()))
+        deferred.put(partial(tell, reading, meter.lap()))
         if guard.decides() or budget.decides() or evaluator.due(index):  # what the next step goes by
-            untold.now()
+            deferred.now()
         scaler.update()
         schedule.step()
         if profiler.step():
@@ -171,38 +173,38 @@ def train(
         stop = evaluator.stop or guard.stop
         if checkpoints.after(index, last=index == total or stop) or stop:
             break
-    untold.now()
+    deferred.now()
     checkpoints.finish()
     profiler.finish()
     return history
 
 
 @explained
-def run_rank(place: Place, job: Job) -> None:
+def run_rank(rank_info: RankInfo, job: Job) -> None:
     """What each process does, from loading to the saved result."""
-    with Alone(Path(job.output_dir)) as lock, make_profiler(job.config, place) as profiler:
-        run_profiled(place, job, profiler, lock)
+    with FolderLock(Path(job.output_dir)) as lock, make_profiler(job.config, rank_info) as profiler:
+        run_profiled(rank_info, job, profiler, lock)
 
 
-def run_profiled(place: Place, job: Job, profiler: Profiler, lock: Alone) -> None:
+def run_profiled(rank_info: RankInfo, job: Job, profiler: Profiler, lock: FolderLock) -> None:
     """The same, watched by a profiler."""
     config, began = job.config, time.perf_counter()
     if config.deterministic:
         use_deterministic()
-    sampler = make_sampler(config, job.rows, place.rank, place.world)
+    sampler = make_sampler(config, job.rows, rank_info.rank, rank_info.world)
     total = job.total_steps(sampler)
-    if place.rank == 0:
+    if rank_info.rank == 0:
         data = describe_data(job.rows, sampler, config.context_length)
         print(data + job.evaluation.describe(), flush=True)
-    model, loaded = set_up(job, place, profiler)
+    model, loaded = set_up(job, rank_info, profiler)
     stages = profiler.fullest("wrap", "load")
     ready = f"{loaded.describe()}; ready after {time.perf_counter() - began:.1f} s"
-    facts = describe_run(job.rows, sampler, model, stages) if place.rank == 0 else ""
-    tracker = open_run(job, place, lock, total, facts, ready, stages)
+    facts = describe_run(job.rows, sampler, model, stages) if rank_info.rank == 0 else ""
+    tracker = open_run(job, rank_info, lock, total, facts, ready, stages)
     done = len(tracker.history)
-    stopping = Stopping(place.rank, job.started, config.max_minutes, config.save_minutes)
+    stopping = Stopping(rank_info.rank, job.started, config.max_minutes, config.save_minutes)
     began = time.perf_counter()
-    history = train(job, model, place, sampler, tracker, profiler, stopping)
+    history = train(job, model, rank_info, sampler, tracker, profiler, stopping)
     seconds = time.perf_counter() - began
     no_result = "" if stopping.reason else why_no_result(job, model, history[done:])
     if config.save_model and not stopping.reason and not no_result:
@@ -212,7 +214,7 @@ def run_profiled(place: Place, job: Job, profiler: Profiler, lock: Alone) -> Non
             tracker.finish()
             raise unsaved(job, e) from e
     tracker.finish()
-    close_run(job, place, history, total, done, seconds, stages, stopping.reason, no_result)
+    close_run(job, rank_info, history, total, done, seconds, stages, stopping.reason, no_result)
 
 
 def save_best(job: Job, model: PreTrainedModel, folder: Path) -> None:

@@ -24,7 +24,7 @@ import train
 from benchmarks.make_checkpoint import EMPTY, STD
 from files import model_folder as model_files
 from files.tensors import Stage, Staged, StoredTensor, read_tensor
-from launch.ranks import Place
+from launch.ranks import RankInfo
 from training.job import Job
 
 _run_rank = train.run_rank
@@ -70,13 +70,13 @@ def read_filled(folder: Path, stored: StoredTensor, stage: Stage | None = None) 
         os.close(file)
 
 
-def run_limited(place: Place, job: Job) -> None:
+def run_limited(rank_info: RankInfo, job: Job) -> None:
     """A rank of train.py's, with less of its GPU."""
     model_files.read_tensor = read_filled
-    if place.device.type == "cuda":
-        total = torch.cuda.get_device_properties(place.device).total_memory
+    if rank_info.device.type == "cuda":
+        total = torch.cuda.get_device_properties(rank_info.device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(float(os.environ[GIB]) * 2**30 / total, 1.0))
-    _run_rank(place, job)
+    _run_rank(rank_info, job)
 
 
 if __name__ == "__main__":

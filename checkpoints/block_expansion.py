@@ -94,7 +94,7 @@ def expanded_tensors(files: CheckpointFiles, family: Family, source: list[int]) 
     entries: dict[str, Entry] = {}
     silenced: dict[int, set[str]] = {i: set() for i, layer in enumerate(source) if i != first[layer]}
     for name, entry in copied(files).items():
-        layer, rest = family.place(name)
+        layer, rest = family.locate_layer(name)
         if layer is None:
             entries[name] = entry
             continue

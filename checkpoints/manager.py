@@ -31,9 +31,9 @@ from files.atomic_writes import remove
 from files.finite import not_finite, over_all_ranks
 from launch.devices import use
 from launch.memory import MIB
-from launch.ranks import Place
+from launch.ranks import RankInfo
 from launch.signals import NeverStop
-from monitoring.deferred import Later
+from monitoring.deferred import DeferredCalls
 from options.errors import UserError, describe
 
 
@@ -74,34 +74,36 @@ class Checkpoints:
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         parts: dict[str, Part],
-        place: Place,
+        rank_info: RankInfo,
         *,
         folder: Path,
         every: int,
         at_end: bool,
         keep: int,
         describe_run: Callable[[], dict],
-        untold: Later,
+        deferred: DeferredCalls,
         stopping: NeverStop,
         say: Callable[[str], None],
         saved: Saved | None,
     ):
         # Taken once: within a forward FSDP has others in the place of the sharded parameters.
         self.folder, self.trained, self.optimizer = folder, trained_parameters(model), optimizer
-        self.parts, self.place = parts, place
+        self.parts, self.rank_info = parts, rank_info
         # Whether the loop is ahead of a GPU that has the update still before it.
         self.ahead = any(local_part(p).is_cuda for p in self.trained.values())
         self.every, self.at_end, self.keep, self.stopping, self.saved = every, at_end, keep, stopping, saved
-        self.describe_run, self.untold, self.say = cache(describe_run), untold, say
+        self.describe_run, self.deferred, self.say = cache(describe_run), deferred, say
         # Of its own, and of host memory: collectives of two threads must not meet in one group.
         # Of a rank that is gone others hear from who started them, and one whose disk is slow is to be waited for.
         self.group = dist.new_group(backend="gloo", timeout=timedelta(days=1))
-        self.pool = ThreadPoolExecutor(1, "checkpoint", initializer=use, initargs=(place.device,))
-        self.background = Background(place.device.type == "cuda")  # on a CPU little is launched in a second
+        self.pool = ThreadPoolExecutor(1, "checkpoint", initializer=use, initargs=(rank_info.device,))
+        self.background = Background(
+            rank_info.device.type == "cuda"
+        )  # on a CPU little is launched in a second
         self.planner = CopyPlanner(self.background)
         # Of `no_dist`. Not within the thread that saves: filters are the whole process's.
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        self.copy = HostCopy(place.device)
+        self.copy = HostCopy(rank_info.device)
         optimizer.register_step_pre_hook(lambda *_: self._before_update())
         self.copying: Future[Tensors] | None = None
         self.writing: Future[bool] | None = None
@@ -118,7 +120,7 @@ class Checkpoints:
         """Restores what the run is resumed from. Returns the number of steps that were done."""
         if self.saved is None:
             return 0
-        restore(self.saved, self.trained, self.optimizer, self.place.rank, self.group)
+        restore(self.saved, self.trained, self.optimizer, self.rank_info.rank, self.group)
         for name, part in self.parts.items():
             try:
                 part.load_state_dict(self.saved.run["parts"][name])
@@ -145,7 +147,7 @@ class Checkpoints:
     def _prepare(self) -> None:
         """Has the copies' memory allocated, which takes a second for 2 GiB, and the plan made, while the steps before the
         first checkpoint run; once the optimizer has its states, which a step that is left out does not give it."""
-        layout, local = collect(self.trained, self.optimizer, self.place.rank)
+        layout, local = collect(self.trained, self.optimizer, self.rank_info.rank)
         self.background.prepare()
         # What these raise the first checkpoint does, which tries again.
         self.pool.submit(self.copy.allocate, local)
@@ -165,21 +167,21 @@ class Checkpoints:
         if not self.prepared:
             self.background.prepare()
             self.prepared = True
-        layout, local = collect(self.trained, self.optimizer, self.place.rank)
+        layout, local = collect(self.trained, self.optimizer, self.rank_info.rank)
         self.copy.mark()
         self.step = step
         self.copying = copying = self.pool.submit(self.copy.take, local)
         self.waits.append(time.perf_counter() - began)
-        self.untold.then(lambda: self._begin_write(step, layout, copying))
+        self.deferred.then(lambda: self._begin_write(step, layout, copying))
         # A GPU would have nothing to do from the end of this step to the beginning of the next one. Where a CPU has updated
         # the parameters the step is at its end; the next one's forward may take long, and the run may be killed in it.
         if not self.ahead:
-            self.untold.now()
+            self.deferred.now()
 
     def _begin_write(self, step: int, layout: Tensors, copying: Future[Tensors]) -> None:
         began = time.perf_counter()
         self.taken = self._watch()
-        run = self._run() if self.place.rank == 0 else {}
+        run = self._run() if self.rank_info.rank == 0 else {}
         self.writing = self.pool.submit(self._write, step, layout, copying, run)
         self.waits[-1] += time.perf_counter() - began
 
@@ -209,7 +211,7 @@ class Checkpoints:
         copies = copying.result()
         self.copy.wait()
         if not self._all_finite(copies):
-            if self.place.rank == 0:
+            if self.rank_info.rank == 0:
                 self._warn(step, "a trained weight is NaN or infinite", "training goes on")
             return False
 
@@ -220,21 +222,21 @@ class Checkpoints:
 
         writer = Writer(folder_of(self.folder, step), step, described)
         try:
-            alone = self.place.world == 1  # nothing is pickled, to be sent to nobody
+            alone = self.rank_info.world == 1  # nothing is pickled, to be sent to nobody
             self.planner.hold(layout, copies)
             # Not the layout: torch would ask each tensor whether it has a state of its own.
             dcp.save({}, storage_writer=writer, planner=self.planner, process_group=self.group, no_dist=alone)
         except dcp.CheckpointException as e:
             failures = [error for error, _ in e.failures.values()]
-            if self.place.rank == 0:
+            if self.rank_info.rank == 0:
                 remove(writer.temporary)
             if not all(isinstance(error, OSError) for error in failures):
                 raise Unwritten(f"checkpoint: {describe(failures[0])}") from e  # e is no Exception
-            if self.place.rank == 0:
+            if self.rank_info.rank == 0:
                 self._warn(step, describe(failures[0]), "training goes on")
             return False
         self.seconds = self.taken()
-        if self.place.rank == 0 and self.keep > 0:
+        if self.rank_info.rank == 0 and self.keep > 0:
             prune(self.folder, self.keep)
         return True
 
@@ -245,7 +247,7 @@ class Checkpoints:
         # In one call, which lets the thread that trains run. It is infinite as well where the sum overflows.
         likely = nn.utils.get_total_norm(list(weights.values()), 1.0).isfinite()
         found = [] if likely else not_finite(weights)
-        return not any(over_all_ranks(found, self.place.world, self.group))
+        return not any(over_all_ranks(found, self.rank_info.world, self.group))
 
     def _watch(self) -> Callable[[], float]:
         """Seconds from here on, without rests."""
@@ -275,7 +277,7 @@ class Checkpoints:
         except Unwritten as e:
             if self.stopping.reason:
                 raise
-            if self.place.rank == 0:
+            if self.rank_info.rank == 0:
                 self._warn(self.step, str(e), "the result is saved")
         finally:
             self.background.hurry.set()

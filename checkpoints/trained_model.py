@@ -40,7 +40,7 @@ from options.errors import UserError
 def _trained_blocks(model: PreTrainedModel, family: Family, files: CheckpointFiles) -> dict[str, Entry]:
     """The parameters of the new layers, in the checkpoint's dtypes."""
     new, params = new_layers(model.config), {clean(name): p for name, p in model.named_parameters()}
-    names = [name for name in files.tensors if family.place(name)[0] in new]
+    names = [name for name in files.tensors if family.locate_layer(name)[0] in new]
     assert {n for n, p in params.items() if p.requires_grad} == set(names)
     return {name: gathered(params[name], files.tensors[name].torch_dtype) for name in names}
 
@@ -152,7 +152,7 @@ def open_blocks(
         raise UserError(f"{path}: not a file of new blocks, as `--llama_pro_save blocks` leaves them")
     if held != json.dumps(layers):
         raise UserError(f"{path}: has the new layers {held}, but {files.folder} has {layers}")
-    wanted = {name for name in files.tensors if family.place(name)[0] in layers}
+    wanted = {name for name in files.tensors if family.locate_layer(name)[0] in layers}
     for name in sorted(wanted ^ set(blocks.tensors)):
         what = f"{name} is missing" if name in wanted else f"{name} is in no new layer of {files.folder}"
         raise UserError(f"{path}: {what}")

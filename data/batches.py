@@ -26,7 +26,7 @@ class Batch:
     """A micro-batch of one rank. ids [B, T] int64, targets [B, T] int64: the next token, or IGNORE; lengths
     [B, 1] int64, of packed rows [B, T]: how many tokens the row has that a token is of; only RoPE of type
     longrope goes by it; places [P] int64: where the learned ones are in the batch as one line of B * T
-    tokens, filled up with others (`learned_places`); None: all of it.
+    tokens, filled up with others (`learned_positions`); None: all of it.
 
     Only where rows are packed: positions [B, T] int64, of each token in its row; bounds [N + 1] int32: where
     rows begin and end in the batch as one line; longest: tokens of the longest row.
@@ -35,7 +35,7 @@ class Batch:
     ids: torch.Tensor
     targets: torch.Tensor
     lengths: torch.Tensor | None = None
-    places: torch.Tensor | None = None
+    target_positions: torch.Tensor | None = None
     positions: torch.Tensor | None = None
     bounds: torch.Tensor | None = None
     longest: int | None = None
@@ -170,7 +170,7 @@ def _split(items: Dealt, size: int) -> list[Dealt]:
     return [items[i : i + size] for i in range(0, len(items), size)]
 
 
-def learned_places(targets: torch.Tensor, most: int | None) -> torch.Tensor:
+def learned_positions(targets: torch.Tensor, most: int | None) -> torch.Tensor:
     """The places, in the batch as one line, of targets [B, T] that are not IGNORE, filled up with
     others to `most`, the number of the rank that has most of them: ranks that share a vocabulary bring
     equally many tokens (models/loss.py). None: not filled up."""
@@ -182,7 +182,7 @@ def make_batch(
     rows: TokenizedRows, indices: torch.Tensor, shape: tuple[int, int], most: int | None = None
 ) -> Batch:
     """The rows `indices` in a batch of that shape [B, T]: padded on the right, where causal attention never
-    looks, and with rows of nothing but padding. most: as for `learned_places`."""
+    looks, and with rows of nothing but padding. most: as for `learned_positions`."""
     spans = [(int(rows.starts[i]), int(rows.starts[i + 1])) for i in indices]
     ids, lengths = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape[0], 1, dtype=torch.int64)
     targets = torch.full(shape, IGNORE)
@@ -191,4 +191,4 @@ def make_batch(
         tokens = rows.tokens[start:end].long()
         ids[row, : end - start] = tokens
         targets[row, : end - start - 1] = tokens[1:].masked_fill(~rows.learned[start + 1 : end], IGNORE)
-    return Batch(ids, targets, lengths, learned_places(targets, most))
+    return Batch(ids, targets, lengths, learned_positions(targets, most))

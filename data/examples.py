@@ -63,11 +63,11 @@ def read_examples(
     rows = data.rows
     if recipe.fill:
         rows = [recipe.fill | {"output": recipe.fill["output"] * context_length}] * len(rows)
-    name = _format_of(recipe, Rows(rows, data.places), dataset, dataset_format, preferred)
+    name = _format_of(recipe, Rows(rows, data.origins), dataset, dataset_format, preferred)
     if name == "chat":
         _check_roles(rows, f"--dataset {dataset}")
     context = RenderContext(tokenizer, recipe.markers, day)
-    rendered = _render_all(_Rendering(rows, data.places, name, context))
+    rendered = _render_all(_Rendering(rows, data.origins, name, context))
     remarks = (*data.remarks, *_remarks(recipe, rows, FORMATS[name]))
     if name == "chat":
         last = [one.text[slice(*one.learned[-1])] for one in rendered if one.learned]
@@ -83,7 +83,7 @@ def _format_of(recipe: Recipe, rows: Rows, dataset: str, asked: str, preferred: 
     if recipe.format != "auto":
         found = {format_of(row, recipe.markers, first) for row in rows.rows} - {None}
         return first if first and found == {first} else recipe.format
-    return recognise(rows.rows, rows.places, f"--dataset {dataset}", recipe.markers, first)
+    return recognise(rows.rows, rows.origins, f"--dataset {dataset}", recipe.markers, first)
 
 
 def _check_roles(rows: list[dict], where: str) -> None:
@@ -124,14 +124,14 @@ class _Rendering:
     """Rows to be rendered in the format `name`; called with a range of them, it returns their Rendered."""
 
     rows: list[dict]
-    places: list[str]
+    origins: list[str]
     name: str
     context: RenderContext
 
     def __call__(self, numbers: range) -> list[Rendered]:
         rendered = []
         for i in numbers:
-            where = f"--dataset {self.places[i]}"
+            where = f"--dataset {self.origins[i]}"
             values = checked(self.rows[i], FORMATS[self.name], where)
             with template_errors(where):
                 one = FORMATS[self.name].render(values, self.context)

@@ -66,8 +66,8 @@ def read_hub(source: str, data_files: str, split: str, samples: int, root: str |
         "" if alone else _kinds_remark(source),
         _numbers_remark(source, loaded),
     )
-    places = [f"{source} row {i}" for i in range(1, len(loaded) + 1)]
-    return Rows(rows, places, tuple(filter(None, remarks)))
+    origins = [f"{source} row {i}" for i in range(1, len(loaded) + 1)]
+    return Rows(rows, origins, tuple(filter(None, remarks)))
 
 
 def _numbers_remark(source: str, loaded: Any) -> str:
@@ -199,14 +199,14 @@ def _read_configured(folder: str, configs: list, split: str, samples: int, root:
 
 
 def _joined(paths: list[str], samples: int) -> Rows:
-    rows, places = [], []
+    rows, origins = [], []
     for path in paths:
         read = read_file(Path(path))
         rows += read.rows
-        places += read.places
+        origins += read.origins
         if 0 < samples <= len(rows):
             break
-    return Rows(rows, places)
+    return Rows(rows, origins)
 
 
 def _splits(folder: str, given: list[str]) -> dict[str, list[str]]:

@@ -18,7 +18,7 @@ from itertools import chain
 
 import torch
 
-from data.batches import Batch, Dealt, StepSampler, learned_places
+from data.batches import Batch, Dealt, StepSampler, learned_positions
 from data.rows import IGNORE, TokenizedRows
 from options.config import Config
 
@@ -129,22 +129,22 @@ def make_packed(
     most: int | None = None,
 ) -> Batch:
     """The rows of each pack behind one another, in a batch of that shape [B, T]; lines that are left over are
-    padding. packs: indices of rows; longest, bounds: as in PackSampler; most: as for `learned_places`."""
+    padding. packs: indices of rows; longest, bounds: as in PackSampler; most: as for `learned_positions`."""
     ids, positions, of_row = torch.zeros(3, *shape, dtype=torch.int64)
     targets = torch.full(shape, IGNORE)
     for line, pack in enumerate(packs):
         starts, lengths = rows.starts[pack], rows.starts[pack + 1] - rows.starts[pack]
         stops = lengths.cumsum(0)
-        place = torch.arange(int(stops[-1])) - (stops - lengths).repeat_interleave(lengths)
-        where = starts.repeat_interleave(lengths) + place
+        position = torch.arange(int(stops[-1])) - (stops - lengths).repeat_interleave(lengths)
+        where = starts.repeat_interleave(lengths) + position
         tokens = rows.tokens[where].long()
-        learned = rows.learned[where] & (place > 0)
-        ids[line, : len(tokens)], positions[line, : len(tokens)] = tokens, place
+        learned = rows.learned[where] & (position > 0)
+        ids[line, : len(tokens)], positions[line, : len(tokens)] = tokens, position
         of_row[line, : len(tokens)] = lengths.repeat_interleave(lengths)
         targets[line, : len(tokens) - 1] = tokens.masked_fill(~learned, IGNORE)[1:]
     edges = _bounds([(rows.starts[pack + 1] - rows.starts[pack]).tolist() for pack in packs], shape, longest)
     ends = torch.tensor(edges + edges[-1:] * (bounds - len(edges)), dtype=torch.int32)
-    return Batch(ids, targets, of_row, learned_places(targets, most), positions, ends, longest)
+    return Batch(ids, targets, of_row, learned_positions(targets, most), positions, ends, longest)
 
 
 def _bounds(packs: list[list[int]], shape: tuple[int, int], longest: int) -> list[int]:

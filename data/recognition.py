@@ -13,7 +13,7 @@ RECOGNISED = tuple(name for name, form in FORMATS.items() if not form.named)
 
 def recognise(
     rows: Sequence[Mapping],
-    places: Sequence[str],
+    origins: Sequence[str],
     where: str,
     markers: Sequence[str],
     first: str | None = None,
@@ -35,7 +35,7 @@ def recognise(
         if name is not None:
             numbers.setdefault(name, []).append(i)
     if len(numbers) > 1:
-        kinds = ", ".join(f"{len(of):,} {name} (first {places[of[0]]})" for name, of in numbers.items())
+        kinds = ", ".join(f"{len(of):,} {name} (first {origins[of[0]]})" for name, of in numbers.items())
         raise UserError(
             f"{where}: its rows are of different formats: {kinds}; --dataset_format, or a recipe's format,"
             " reads all as one, or put each kind into a file of its own"

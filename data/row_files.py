@@ -33,7 +33,7 @@ class Rows:
     """Raw rows and where each came from, for messages. remarks: lines to print at start."""
 
     rows: list[dict]
-    places: list[str]
+    origins: list[str]
     remarks: tuple[str, ...] = ()
 
 
@@ -84,14 +84,14 @@ def _lines(path: Path) -> Iterator[str]:
 
 
 def _read_json_lines(path: Path) -> Rows:
-    rows, places = [], []
+    rows, origins = [], []
     for number, line in enumerate(_lines(path), 1):
         if line.strip():
             rows.append(_json(line, path, number))
-            places.append(f"{path}:{number}")
+            origins.append(f"{path}:{number}")
             if not isinstance(rows[-1], dict):
                 raise UserError(f"--dataset {path}:{number}: not a JSON object")
-    return Rows(rows, places)
+    return Rows(rows, origins)
 
 
 def _json(text: str, path: Path, line: int | None):
@@ -144,7 +144,7 @@ def _read_json_list(path: Path) -> Rows:
 def _read_csv(path: Path) -> Rows:
     csv.field_size_limit(2**31 - 1)
     reader = csv.DictReader(_lines(path), strict=True)
-    rows, places = [], []
+    rows, origins = [], []
     try:
         header = reader.fieldnames or []
         if len(set(header)) < len(header):
@@ -155,13 +155,13 @@ def _read_csv(path: Path) -> Rows:
                     f"--dataset {path}:{reader.line_num}: another number of columns than the header"
                 )
             rows.append(row)
-            places.append(f"{path}:{reader.line_num}")
+            origins.append(f"{path}:{reader.line_num}")
     except csv.Error as e:
         line = reader.reader.line_num  # DictReader counts a line only once it was right
         raise UserError(f"--dataset {path}:{line}: not CSV ({e})") from None
     for name in header:
         _mark_no_numbers(rows, name)
-    return Rows(rows, places)
+    return Rows(rows, origins)
 
 
 def _mark_no_numbers(rows: list[dict], column: str) -> None:

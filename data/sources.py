@@ -146,7 +146,7 @@ def load_rows(recipe: Recipe, file: Path | None, samples: int) -> Rows:
     else:
         rows = read_hub(recipe.source, recipe.data_files, recipe.split, samples)
     if samples > 0:
-        rows = Rows(rows.rows[:samples], rows.places[:samples], rows.remarks)
+        rows = Rows(rows.rows[:samples], rows.origins[:samples], rows.remarks)
     if not rows.rows:
         raise UserError(f"--dataset {file or recipe.source}: is empty")
     for theirs in recipe.columns.values():
@@ -156,4 +156,4 @@ def load_rows(recipe: Recipe, file: Path | None, samples: int) -> Rows:
         row | {ours: row[theirs] for ours, theirs in recipe.columns.items() if theirs in row}
         for row in rows.rows
     ]
-    return Rows(renamed, rows.places, rows.remarks)
+    return Rows(renamed, rows.origins, rows.remarks)

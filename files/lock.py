@@ -12,14 +12,14 @@ from options.errors import UserError
 PATIENCE = 10  # seconds for a run that ends to leave its folder
 
 
-class Alone:
+class FolderLock:
     """Keeps other runs out of a folder, from `take` to the end of the context: of two that wrote into it
     neither could be resumed. The lock is the folder's own, and goes with its process."""
 
     def __init__(self, folder: Path):
         self.folder, self.descriptor = folder, -1
 
-    def __enter__(self) -> Alone:
+    def __enter__(self) -> FolderLock:
         return self
 
     def __exit__(self, *_) -> None:

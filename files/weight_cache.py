@@ -33,7 +33,7 @@ from files.digests import digest_rows_of
 from files.disk_room import check_room, check_writable
 from files.model_folder import CheckpointFiles
 from files.tensors import UMASK, list_tensors, read_tensor, save_tensors
-from launch.ranks import Place
+from launch.ranks import RankInfo
 from options.errors import UserError, describe
 from options.limits import INDEX_FILE, read_json
 from quantization.quantizers import PackedWeight, Quantizer
@@ -175,14 +175,14 @@ def new_cache(
 
 
 @contextlib.contextmanager
-def writing(cache: NewCache | None, place: Place) -> Iterator[CacheWriter | None]:
+def writing(cache: NewCache | None, rank_info: RankInfo) -> Iterator[CacheWriter | None]:
     """Around a load: gives what takes the packed weights, if they are to be cached. Collective. The run is as
     good without the cache: what cannot be written is told in a line. After an error of the load nothing is
     left."""
     if cache is None:
         yield None
         return
-    writer = CacheWriter(cache, place.rank, place.rank < place.local_world)
+    writer = CacheWriter(cache, rank_info.rank, rank_info.rank < rank_info.local_world)
     writer.start()
     with contextlib.ExitStack() as unless_loaded:
         unless_loaded.callback(writer.remove)

@@ -25,7 +25,7 @@ from finished.generation import Ending
 from finished.text_scores import TEXT_METRICS, scored_with
 from launch.precision import bf16_gpu, choose_precision
 from launch.program import quiet_libraries, report
-from launch.ranks import Place
+from launch.ranks import RankInfo
 from models.causal_lm import loss_sum
 from models.family import rope_switch
 from models.lora import adapters_off
@@ -144,9 +144,9 @@ def measure(
 ) -> Measured:
     values: dict[str, float | None] = {}
     answers, cut = [], 0
-    place = Place(0, 1, 0, 1, next(model.parameters()).device)
+    rank_info = RankInfo(0, 1, 0, 1, next(model.parameters()).device)
     if asked.rows is not None:
-        loss = mean_loss(model, asked.rows, options.batch_size, loss_sum, place, contextlib.nullcontext)
+        loss = mean_loss(model, asked.rows, options.batch_size, loss_sum, rank_info, contextlib.nullcontext)
         values["perplexity"] = perplexity(loss)
     if asked.prompts:
         marker = asked.prompts[0].marker  # the rows are of one format

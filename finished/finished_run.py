@@ -30,7 +30,7 @@ from files.names import ADAPTER, ADAPTER_CONFIG, BLOCKS, CONFIG, OPTIONS
 from files.tensors import read_header
 from files.tokenizer import read_tokenizer
 from launch.precision import Precision
-from launch.ranks import Place
+from launch.ranks import RankInfo
 from models.adapters import apply_method, check_packing
 from models.family import Family
 from models.llama_pro import new_layers
@@ -266,7 +266,7 @@ def read_adapter(run: Run) -> dict[str, torch.Tensor]:
 def load_model(run: Run, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
     """The trained model in evaluation mode, on one device, unsharded: the base packed as in training,
     computing in dtype, under the adapter; or the whole saved model in dtype."""
-    precision, place = Precision(dtype, dtype), Place(0, 1, 0, 1, device)
+    precision, rank_info = Precision(dtype, dtype), RankInfo(0, 1, 0, 1, device)
     model = build_on_meta(run.model_config, run.family)
     if run.adapter:
         apply_method(
@@ -274,7 +274,7 @@ def load_model(run: Run, device: torch.device, dtype: torch.dtype) -> PreTrained
         )
     else:
         model.to(dtype).requires_grad_(False)  # type: ignore[arg-type]
-    load_weights(model, run.family, run.files, place, device, run.config.seed, workers=1)
+    load_weights(model, run.family, run.files, rank_info, device, run.config.seed, workers=1)
     if run.adapter:
         set_adapter(model, run)
     return model.eval()

@@ -114,7 +114,7 @@ def answer_all(options: Options, voices: Voices, templates: dict[str, Template])
     for name, template in templates.items():
         texts = [template.text(prompt) for prompt in options.asked]
         asked[name] = [
-            (text, template.ids(text, prompt.place))
+            (text, template.ids(text, prompt.origin))
             for text, prompt in zip(texts, options.asked, strict=True)
         ]
     shown = names(voices)

@@ -91,21 +91,23 @@ class Template:
         """The text that training would have up to the answer. Raises UserError for rows without a
         question."""
         given = self.question(prompt.given) if isinstance(prompt.given, str) else prompt.given
-        row = checked(given, self.form, prompt.place, answered=False)
+        row = checked(given, self.form, prompt.origin, answered=False)
         if not row[self.form.asks]:
-            raise UserError(f"{prompt.place}: {self.form.asks} is empty")
-        with template_errors(prompt.place):
+            raise UserError(f"{prompt.origin}: {self.form.asks} is empty")
+        with template_errors(prompt.origin):
             text = self.form.prompt(row, self.context)
             text.encode()
         return text
 
-    def ids(self, text: str, place: str) -> torch.Tensor:
+    def ids(self, text: str, origin: str) -> torch.Tensor:
         """[1, P] int64. Raises UserError if they leave no room for an answer."""
         ids = prompt_ids(text, self.tokenizer, self.form.special)
         if not ids:
-            raise UserError(f"{place}: is empty")
+            raise UserError(f"{origin}: is empty")
         if len(ids) >= self.positions:
-            raise UserError(f"{place}: takes {len(ids):,} tokens; the model has {self.positions:,} positions")
+            raise UserError(
+                f"{origin}: takes {len(ids):,} tokens; the model has {self.positions:,} positions"
+            )
         return torch.tensor([ids])
 
 

@@ -18,7 +18,7 @@ from typing import Protocol, Self, TypeVar
 
 import torch.distributed as dist
 
-from launch.ranks import Place, local_world_size
+from launch.ranks import RankInfo, local_world_size
 from options.config import Config
 from options.errors import UserError, describe, needs_no_traceback
 
@@ -110,12 +110,12 @@ def compare(nodes: list[Finding]) -> None:
                 raise UserError(_disagreement(name, first, i, node))
 
 
-def check_shared(file: Path, place: Place) -> None:
+def check_shared(file: Path, rank_info: RankInfo) -> None:
     """Raises UserError on ranks of other nodes that do not see what the first has just written, as
     checkpoints need. Collective."""
-    if place.local_world == place.world:
+    if rank_info.local_world == rank_info.world:
         return
-    written = [file.read_bytes() if place.rank == 0 else b""]
+    written = [file.read_bytes() if rank_info.rank == 0 else b""]
     dist.broadcast_object_list(written, src=0)
     ends = time.monotonic() + PATIENCE
     while not _holds(file, written[0]):

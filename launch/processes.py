@@ -25,9 +25,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from launch.program import outlast, prepare_environment
+from launch.program import prepare_environment, survive_full_disk
 from launch.ranks import join_group
-from launch.signals import forwarding, hear
+from launch.signals import forwarding_signals, unblock_signals
 from options.errors import DONE, FAILED, REFUSED, UserError, describe, exit_status
 
 
@@ -61,7 +61,7 @@ def start(
     verbose: bool = False,
     preload: Sequence[str] = (),
 ) -> int:
-    """Runs run(place, *args) in `world` new processes and waits. Returns the exit status to end with.
+    """Runs run(rank_info, *args) in `world` new processes and waits. Returns the exit status to end with.
 
     address, port: of rank 0, None = a free one; preload: modules that the ranks import, for the server of forks. If one
     fails, the others are ended at once and its message is printed: `error: rank 1: ...`; above it its traceback, if the
@@ -79,7 +79,7 @@ def start(
         # The signals that end a rank wait until it is one of ours: Python's own answer to SIGINT, while it imports what
         # a rank needs, is a traceback. A server of forks never hears them, and ends when this process and the ranks have.
         try:
-            with forwarding(lambda: _start_ranks(world, given, preload)) as (received, processes):
+            with forwarding_signals(lambda: _start_ranks(world, given, preload)) as (received, processes):
                 failed = _wait(processes)
         except NotStarted as e:
             print(f"error: {e}", file=sys.stderr)
@@ -145,8 +145,8 @@ def _rank_process(
     os.environ.clear()  # of the server, which may be older
     os.environ |= environment
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    outlast()
-    hear()
+    survive_full_disk()
+    unblock_signals()
     status = DONE
     try:
         run(join_group(rank, world, rank), *args)

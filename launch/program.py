@@ -58,7 +58,7 @@ def report(error: Exception, verbose: bool) -> int:
     return REFUSED
 
 
-class Unfailing(io.FileIO):
+class DiskFullTolerant(io.FileIO):
     """Standard output or error. If it is a file on a disk that is full, what is told is lost, and the program goes on."""
 
     def write(self, data) -> int:
@@ -70,7 +70,7 @@ class Unfailing(io.FileIO):
             return memoryview(data).nbytes
 
 
-def outlast() -> None:
+def survive_full_disk() -> None:
     """For a process that is to run for days: a full disk under its output does not end it, nor does SIGUSR1 before
     anybody listens to it. Until then SIGINT ends it as SIGTERM does, at once and without a traceback."""
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
@@ -81,7 +81,7 @@ def outlast() -> None:
         if stream is None:  # closed by whoever started the program
             continue
         stream.flush()
-        raw = Unfailing(stream.fileno(), "w", closefd=False)
+        raw = DiskFullTolerant(stream.fileno(), "w", closefd=False)
         options = {
             "encoding": stream.encoding,
             "errors": stream.errors,

@@ -17,7 +17,7 @@ CPU_RANKS = 16  # on any machine, for trying things out; more only where there a
 
 
 @dataclass(frozen=True)
-class Place:
+class RankInfo:
     """Where a process stands: global rank and number of ranks; the same within its node; its device; its share of the
     processors."""
 
@@ -123,7 +123,7 @@ def number_in_environment(name: str) -> int:
     return int(text)
 
 
-def join_group(rank: int, world: int, local_rank: int, store: dist.Store | None = None) -> Place:
+def join_group(rank: int, world: int, local_rank: int, store: dist.Store | None = None) -> RankInfo:
     """Makes this process one of the group: NCCL on GPUs (gloo beside it for host tensors), else gloo.
 
     The ranks find one another in `store`; without one, at MASTER_ADDR and MASTER_PORT.
@@ -144,4 +144,4 @@ def join_group(rank: int, world: int, local_rank: int, store: dist.Store | None 
         dist.init_process_group("gloo", rank=rank, world_size=world, store=store)
     processors = share_of_processors(local_rank, rank, local_world, world)
     set_threads(processors, local_world)
-    return Place(rank, world, local_rank, local_world, device, processors)
+    return RankInfo(rank, world, local_rank, local_world, device, processors)

@@ -123,7 +123,7 @@ class Stopping(NeverStop):
 
 
 @contextlib.contextmanager
-def unheard_by_children() -> Iterator[None]:
+def signals_blocked_for_children() -> Iterator[None]:
     """Processes that are started within hear nothing of STOPS and SAVE, which may go to a whole process group: helpers
     that a step needs have to live until it is finished. Or nothing until they `hear`. This process hears them again
     afterwards."""
@@ -136,7 +136,7 @@ def unheard_by_children() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def hear() -> None:
+def unblock_signals() -> None:
     """In a process that was started unheard: STOPS and SAVE, also those that came since."""
     signal.pthread_sigmask(signal.SIG_UNBLOCK, (*STOPS, SAVE))
 
@@ -147,7 +147,7 @@ def _end_now(number: signal.Signals) -> None:
 
 
 @contextlib.contextmanager
-def forwarding(start: Callable[[], list]) -> Iterator[tuple[Received, list]]:
+def forwarding_signals(start: Callable[[], list]) -> Iterator[tuple[Received, list]]:
     """In the parent of the ranks, the processes that `start` starts: sends them what it receives, and kills them at the
     second stop. They are started unheard; stops that come meanwhile are answered once they are there."""
     ranks: list = []
@@ -170,7 +170,7 @@ def forwarding(start: Callable[[], list]) -> Iterator[tuple[Received, list]]:
 
     before = {number: signal.signal(number, handle) for number in (*STOPS, SAVE)}
     try:
-        with unheard_by_children():
+        with signals_blocked_for_children():
             ranks += start()
             if received.stop:  # heard by another thread of this process, when there was no rank
                 send(signal.SIGKILL if again else received.stop)

@@ -21,7 +21,7 @@ def start(
     verbose: bool,
     preload: Sequence[str],
 ) -> int:
-    """Checks a run, prints the remarks on its options and its job's, and runs run_rank(place, job) on every
+    """Checks a run, prints the remarks on its options and its job's, and runs run_rank(rank_info, job) on every
     rank: in new processes, or, under torchrun, in this one. Returns the exit status: 0, 2 for something the
     user can put right, 1 for anything else.
 

@@ -27,7 +27,7 @@ PREPARING = timedelta(days=1)  # for checks that download a model
 
 def join(run: Callable, prepare: Callable, verbose: bool = False) -> int:
     """Under torchrun: prepare(rank, world, local_rank, when the run began) on every rank, in a group that touches no
-    GPU, then run(place, what it returned). Returns the exit status. verbose: tracebacks with errors.
+    GPU, then run(rank_info, what it returned). Returns the exit status. verbose: tracebacks with errors.
 
     A UserError of `prepare`, which raises it on all ranks or none, passes through.
     """

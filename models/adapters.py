@@ -121,7 +121,7 @@ def make_quantizer_of(config: Config) -> Quantizer:
 def packed_linears(model: PreTrainedModel, family: Family, config: Config) -> list[str]:
     """The linears that are packed: all of the decoder layers, but not of Llama-Pro's new ones."""
     new = new_layers(model.config) if config.method.expansion else []
-    return [name for name, _ in family.layer_linears(model) if family.place(name)[0] not in new]
+    return [name for name, _ in family.layer_linears(model) if family.locate_layer(name)[0] not in new]
 
 
 def choose_quantizers(names: list[str], config: Config, files: CheckpointFiles) -> dict[str, Quantizer]:

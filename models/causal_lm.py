@@ -25,7 +25,7 @@ class SummedLoss(Base):
         self,
         *args,
         targets: torch.Tensor | None = None,
-        places: torch.Tensor | None = None,
+        target_positions: torch.Tensor | None = None,
         row_lengths: torch.Tensor | None = None,
         **kwargs,
     ):
@@ -38,7 +38,7 @@ class SummedLoss(Base):
         if targets is None:
             return super().forward(*args, **kwargs)
         hidden = self.base_model(*args, use_cache=False, **kwargs).last_hidden_state
-        return self.get_output_embeddings()(hidden, targets, places)
+        return self.get_output_embeddings()(hidden, targets, target_positions)
 
 
 @cache
@@ -61,4 +61,4 @@ def loss_sum(model: nn.Module, batch: Batch) -> torch.Tensor:
     """Cross-entropy summed over the batch's targets, in fp32."""
     # No attention mask: padding is on the right, where causal attention never looks, and has no targets. Packed
     # rows say where they begin and end.
-    return model(**batch.inputs(), targets=batch.targets, places=batch.places)
+    return model(**batch.inputs(), targets=batch.targets, target_positions=batch.target_positions)

@@ -73,7 +73,7 @@ class Family:
             for linear in self.linears_of(layer) if self.linears_of else self.linears:
                 yield f"{self.layers}.{i}.{linear}", layer.get_submodule(linear)
 
-    def place(self, name: str) -> tuple[int | None, str]:
+    def locate_layer(self, name: str) -> tuple[int | None, str]:
         """(layer, name below it) of a parameter or a checkpoint's tensor; (None, name) outside the layers."""
         below = name.removeprefix(f"{self.layers}.")
         number, _, rest = below.partition(".")

@@ -52,7 +52,7 @@ def check_can_leave_silence(
     size lr away from the value that silences a layer (from -1 in bf16, whose neighbours are 0.004 and 0.008 away). No
     gradient passes the zeros behind it, so the layer's other weights would not move either."""
     for name in files.tensors:
-        layer, rest = family.place(name)
+        layer, rest = family.locate_layer(name)
         value = family.silent_value(rest) if layer in new else None
         if value is None or not lr or any(torch.tensor(value + x).to(trained) != value for x in (lr, -lr)):
             continue

@@ -167,7 +167,9 @@ class Head(nn.Linear):
     scale = 1.0  # set by models/causal_lm.py
     softcap: float | None = None  # set by models/causal_lm.py
 
-    def forward(self, x: Tensor, targets: Tensor | None = None, places: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, targets: Tensor | None = None, target_positions: Tensor | None = None
+    ) -> Tensor:
         """Logits [.., V]; or, with targets [..], the cross-entropy summed over those that are not IGNORE, fp32.
         scale and softcap: s and c of logits c tanh(s z / c); without targets the model's own forward applies them.
         places [P]: where these targets are in x as one line of tokens, each once, and maybe others; None: all of it."""
@@ -182,7 +184,7 @@ class Head(nn.Linear):
         shard = VocabularyShard(self.weight)
         rows = shard.rows.to(x.device, dtype, non_blocking=True)
         with torch.autocast(x.device.type, enabled=False):
-            settings = places, shard, self.softcap, self.compiled
+            settings = target_positions, shard, self.softcap, self.compiled
             return _SummedLoss.apply(x.to(dtype), rows, targets.flatten(), *settings)
 
 
@@ -233,23 +235,23 @@ class _SummedLoss(torch.autograd.Function):
     the head is trained, of its weight."""
 
     @staticmethod
-    def forward(ctx, x, rows, targets, places, shard: VocabularyShard, softcap, compiled: bool):
+    def forward(ctx, x, rows, targets, target_positions, shard: VocabularyShard, softcap, compiled: bool):
         of_x, of_rows = ctx.needs_input_grad[:2]
         assert not (of_rows and shard.size > 1), "a head that is trained is gathered"
         statistics, gradient, ctx.scaled = KERNELS[compiled and len(rows) > 0]
         ctx.fp16 = fp16 = x.dtype == torch.float16
-        if places is None:
-            places = torch.arange(len(x), device=x.device)
-        targets = shard.gather(targets[places][None])  # [W, P]
-        losses = torch.zeros(len(places), dtype=torch.float32, device=x.device)
+        if target_positions is None:
+            target_positions = torch.arange(len(x), device=x.device)
+        targets = shard.gather(targets[target_positions][None])  # [W, P]
+        losses = torch.zeros(len(target_positions), dtype=torch.float32, device=x.device)
         grad_x = torch.zeros_like(x) if of_x else None
         grad_rows = torch.zeros_like(rows, dtype=torch.float32) if of_rows else None
         n_bytes = LOGITS_BYTES if compiled else LOGITS_BYTES // 4
         most = n_bytes // (shard.most * x.element_size())  # the same on all ranks, which exchange
         if shard.size > 1:
             most = min(most, HIDDEN_BYTES // (4 * x.shape[1]))
-        for at in shard.slices(len(places), most):
-            states, chunk = shard.gather(x[places[at]]), targets[:, at].flatten()
+        for at in shard.slices(len(target_positions), most):
+            states, chunk = shard.gather(x[target_positions[at]]), targets[:, at].flatten()
             tokens, here = shard.local(chunk)
             mine = here & (known := chunk != IGNORE)
             z = F.linear(states, rows)
@@ -261,7 +263,7 @@ class _SummedLoss(torch.autograd.Function):
                 z = gradient(z, tokens, mine, lse.masked_fill(~known, torch.inf), softcap)
             if grad_x is not None:  # in 16 bits the sum over ranks would be rounded for each
                 part = z @ rows if shard.size == 1 else shard.scatter_sum((z @ rows).float())
-                grad_x[places[at]] = part.to(x.dtype)
+                grad_x[target_positions[at]] = part.to(x.dtype)
             if grad_rows is not None:
                 # A sum over tokens has no such bound, so the factor is taken out before.
                 grad_rows += z.t() @ (states / FP16_FACTOR if fp16 else states)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 
-class Later:
+class DeferredCalls:
     """One deferred call, and those that follow it. The loop makes them once the GPU has work queued."""
 
     def __init__(self):

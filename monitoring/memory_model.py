@@ -23,7 +23,7 @@ from files.model_folder import CheckpointFiles
 from launch import memory
 from launch.memory import size
 from launch.precision import Precision
-from launch.ranks import Place
+from launch.ranks import RankInfo
 from models.adapters import make_quantizer_of, target_linears
 from models.family import Family
 from models.llama_pro import new_layers
@@ -94,7 +94,7 @@ def plan(
     everything = not method.adapter and not method.expansion
     linears = {f"{name}.weight" for name, _ in family.layer_linears(model)}
     for name, stored in files.tensors.items():
-        layer, _ = family.place(name)
+        layer, _ = family.locate_layer(name)
         quantizer = None
         if files.prequantized:  # as its makers chose
             quantizer = files.packed[name].quantizer if name in files.packed else None
@@ -162,16 +162,16 @@ def expect(
     config: Config,
     precision: Precision,
     files: CheckpointFiles,
-    place: Place,
+    rank_info: RankInfo,
 ) -> Share:
     """Of this rank. Arguments as for `plan`, which must come before the model is changed."""
     parts = plan(model, family, config, precision, files)
-    if place.device.type == "cpu" or config.use_cpu_offload:
+    if rank_info.device.type == "cpu" or config.use_cpu_offload:
         on_host = parts
     else:
         on_host = resting_on_host(parts, family, model.config.tie_word_embeddings)
-    shards = STRATEGIES[config.sharding_strategy].shards(place.world, config.hybrid_shard_size)
-    index = place.rank % shards  # ranks of a copy follow one another
+    shards = STRATEGIES[config.sharding_strategy].shards(rank_info.world, config.hybrid_shard_size)
+    index = rank_info.rank % shards  # ranks of a copy follow one another
     total, host = (sum(p.nbytes(shards, index) for p in held) for held in (parts, on_host))
     trained = sum(math.prod(p.shape) for p in parts if p.kind == "trained")
     return Share(weight_bytes(parts), trained, total - host, host, len(parts))
@@ -223,7 +223,7 @@ def measure(
     parts = plan(model, family, config, precision, files)
     layers: Counter[int | None] = Counter()
     for part in parts:
-        layers[family.place(part.name)[0]] += part.nbytes()
+        layers[family.locate_layer(part.name)[0]] += part.nbytes()
     del layers[None]  # what is outside of them
     ends = [p for p in parts if p.name in vocabulary(family)]
     return Shape(

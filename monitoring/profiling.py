@@ -22,7 +22,7 @@ from files.atomic_writes import write_text
 from files.names import split_revision
 from files.output_folder import output_folder
 from launch.memory import GIB, PEAKS, in_use
-from launch.ranks import Place
+from launch.ranks import RankInfo
 from monitoring.memory_history import BETWEEN, History, Recording
 from monitoring.memory_page import write_pages
 from options.config import Config
@@ -114,9 +114,9 @@ class Recorder:
 class MemoryRecorder(Recorder):
     """--profile_memory: from the beginning to the end of the first HISTORY_STEPS steps, or of the run."""
 
-    def __init__(self, place: Place, folder: Path, title: str):
-        self.place, self.folder, self.title = place, folder, title
-        self.history: History | None = History(place.device)
+    def __init__(self, rank_info: RankInfo, folder: Path, title: str):
+        self.rank_info, self.folder, self.title = rank_info, folder, title
+        self.history: History | None = History(rank_info.device)
 
     def phase(self, name: str, step: int) -> None:
         if self.history:
@@ -136,14 +136,14 @@ class MemoryRecorder(Recorder):
         try:
             recording = self._stop()
             if recording.parts:
-                write_pages(self.folder / f"memory_rank{self.place.rank}", [recording], self.title)
+                write_pages(self.folder / f"memory_rank{self.rank_info.rank}", [recording], self.title)
         except OSError as e:  # the failure itself is what must be told
             print(f"--profile_memory: {self.folder}: cannot be written ({e.strerror})", flush=True)
 
     def _write_together(self) -> bool:
         """Rank 0 writes the page and the picture of all ranks; each writes its snapshot. Collective."""
         recording = self._stop()
-        recordings: list[Any] | None = [None] * self.place.world if self.place.rank == 0 else None
+        recordings: list[Any] | None = [None] * self.rank_info.world if self.rank_info.rank == 0 else None
         dist.gather_object(recording, recordings)
         if recordings:
             write_pages(self.folder / "memory", recordings, self.title)
@@ -151,9 +151,9 @@ class MemoryRecorder(Recorder):
 
     def _stop(self) -> Recording:
         self.folder.mkdir(parents=True, exist_ok=True)
-        suffix = f"_rank{self.place.rank}" if self.place.rank else ""
+        suffix = f"_rank{self.rank_info.rank}" if self.rank_info.rank else ""
         assert self.history is not None
-        recording = self.history.stop(self.place.rank, self.folder / f"memory_snapshot{suffix}.pickle")
+        recording = self.history.stop(self.rank_info.rank, self.folder / f"memory_snapshot{suffix}.pickle")
         self.history = None
         return recording
 
@@ -162,16 +162,16 @@ class TraceRecorder(Recorder):
     """--profile: torch.profiler over cycles of the training steps. A cycle's files are in the folder
     iteration_<steps done>, by rank."""
 
-    def __init__(self, config: Config, place: Place, title: str):
-        self.config, self.place, self.title = config, place, title
+    def __init__(self, config: Config, rank_info: RankInfo, title: str):
+        self.config, self.rank_info, self.title = config, rank_info, title
         self.folder = Path(config.profiling_output)
-        if place.local_rank == 0:
+        if rank_info.local_rank == 0:
             for path in self.folder.glob(TRACES):  # of an earlier run; `check_traces` allowed it
                 path.unlink()
         # Said of every cycle but the first. Each is written before the next one begins.
         warnings.filterwarnings("ignore", message=".*Profiler clears events at the end of each cycle")
         activities = [torch.profiler.ProfilerActivity.CPU]
-        if place.device.type == "cuda":
+        if rank_info.device.type == "cuda":
             activities.append(torch.profiler.ProfilerActivity.CUDA)
         wait, warmup, active = cycle(config)
         # Without `verbose` the stacks stay empty: https://github.com/pytorch/pytorch/issues/100253
@@ -217,17 +217,17 @@ class TraceRecorder(Recorder):
             and not self.history
             and self.profiler.current_action in recorded
         ):
-            self.history = History(self.place.device)
+            self.history = History(self.rank_info.device)
 
     def _export(self, profiler: torch.profiler.profile) -> None:
         config, self.wrote = self.config, True
-        start = self.folder / f"iteration_{profiler.step_num}" / f"rank{self.place.rank}"
+        start = self.folder / f"iteration_{profiler.step_num}" / f"rank{self.rank_info.rank}"
         start.parent.mkdir(parents=True, exist_ok=True)
         if self.history:
             self._export_memory(start)
         if config.export_trace:
             _export(start, "trace.json.gz", profiler.export_chrome_trace)
-        sort = "self_cuda_time_total" if self.place.device.type == "cuda" else "self_cpu_time_total"
+        sort = "self_cuda_time_total" if self.rank_info.device.type == "cuda" else "self_cpu_time_total"
         if config.with_stack:
             _export(start, "stacks.txt", lambda path: profiler.export_stacks(path, sort))
         averages = profiler.key_averages(config.with_shapes, 5 if config.with_stack else 0)
@@ -240,7 +240,7 @@ class TraceRecorder(Recorder):
         name = f"{start.name}_memory_timeline"
         assert self.history is not None
         recording = self.history.stop(
-            self.place.rank, start.with_name(f"{start.name}_memory_snapshot.pickle")
+            self.rank_info.rank, start.with_name(f"{start.name}_memory_snapshot.pickle")
         )
         self.history = None
         if recording.parts:
@@ -276,15 +276,15 @@ def check_traces(config: Config, steps: int) -> None:
         )
 
 
-def make_profiler(config: Config, place: Place) -> Profiler:
+def make_profiler(config: Config, rank_info: RankInfo) -> Profiler:
     recorders: list[Recorder] = []
     title = f"{Path(split_revision(config.model_name)[0]).name} · {config.train_type}"
     asked = [name for name in ("profile_memory", "export_memory_timeline") if getattr(config, name)]
-    if asked and place.rank == 0 and place.device.type != "cuda":
+    if asked and rank_info.rank == 0 and rank_info.device.type != "cuda":
         what = "there is no GPU: the resident size of each process is sampled instead"
         print(f"--{asked[0]}: {what}, and there is no memory_snapshot.pickle", flush=True)
     if config.profile_memory:
-        recorders.append(MemoryRecorder(place, output_folder(config), title))
+        recorders.append(MemoryRecorder(rank_info, output_folder(config), title))
     if config.profile:
-        recorders.append(TraceRecorder(config, place, title))
-    return Profiler(place.device, recorders)
+        recorders.append(TraceRecorder(config, rank_info, title))
+    return Profiler(rank_info.device, recorders)

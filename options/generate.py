@@ -36,7 +36,7 @@ class Sampling:
 class Prompt:
     """given: a text, or a row with the fields of the format; place: where it stands, for messages."""
 
-    place: str
+    origin: str
     given: str | dict
 
 
@@ -104,7 +104,7 @@ def parse(argv: list[str]) -> Options:
     asked += read_prompts(options.prompts) if options.prompts else []
     for prompt in asked:
         if isinstance(prompt.given, str) and not prompt.given.strip():
-            raise UserError(f"{prompt.place}: is empty")
+            raise UserError(f"{prompt.origin}: is empty")
     if options.json and not asked:
         raise UserError("--json: needs --prompt or --prompts")
     return replace(options, asked=asked or None)
@@ -139,15 +139,15 @@ def read_prompts(path: Path) -> list[Prompt]:
     if not lines:
         raise UserError(f"--prompts {path}: holds no prompt")
     if suffix not in JSON_LINES:
-        return [Prompt(place, line.rstrip("\r")) for place, line in lines]
-    return [Prompt(place, _row(place, line)) for place, line in lines]
+        return [Prompt(origin, line.rstrip("\r")) for origin, line in lines]
+    return [Prompt(origin, _row(origin, line)) for origin, line in lines]
 
 
-def _row(place: str, line: str) -> str | dict:
+def _row(origin: str, line: str) -> str | dict:
     try:
         row = parse_json(line, exact=True)
     except (ValueError, RecursionError) as e:
-        raise UserError(f"--prompts {place}: not JSON ({getattr(e, 'msg', None) or e})") from None
+        raise UserError(f"--prompts {origin}: not JSON ({getattr(e, 'msg', None) or e})") from None
     if not isinstance(row, dict | str):
-        raise UserError(f"--prompts {place}: neither a JSON object nor a text")
+        raise UserError(f"--prompts {origin}: neither a JSON object nor a text")
     return row

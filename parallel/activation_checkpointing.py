@@ -22,7 +22,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import Activati
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from launch.devices import triton_runs_on
-from launch.signals import unheard_by_children
+from launch.signals import signals_blocked_for_children
 from models.dora import same_operators
 from models.family import Family
 from quantization.layer import Linear4bit
@@ -99,7 +99,7 @@ def start_workers() -> None:
     for ever (torch 2.11 and 2.13)."""
     from torch._inductor.async_compile import AsyncCompile  # takes a second, for what only some runs need
 
-    with unheard_by_children():
+    with signals_blocked_for_children():
         AsyncCompile.warm_pool()
 
 

@@ -47,10 +47,10 @@ def _dequantize(
     zero = tl.load(zeros + block, inside, 0.0).to(tl.float32)
     if HAS_ROW_SCALE:
         scale = scale * tl.load(row_scale + (first + group) // groups_of_row, inside, 0.0)
-    place = tl.arange(0, GROUP)[None, :]
-    code = ((bits[:, None] >> (place * BITS)) & ((1 << BITS) - 1)).to(tl.float32)
+    offset = tl.arange(0, GROUP)[None, :]
+    code = ((bits[:, None] >> (offset * BITS)) & ((1 << BITS) - 1)).to(tl.float32)
     weights = (code - zero[:, None]) * scale[:, None]
-    at = (group * GROUP)[:, None] + place
+    at = (group * GROUP)[:, None] + offset
     if HAS_GAP:
         at += ((first + group) // groups_of_row * gap)[:, None]
     tl.store(out + first * GROUP + at, weights.to(out.dtype.element_ty), inside[:, None])

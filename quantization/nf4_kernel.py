@@ -42,10 +42,10 @@ def _dequantize(
     if HAS_ROW_SCALE:
         scale = scale * tl.load(row_scale + (first + word) // words_of_row, inside, 0.0)
     code = tl.load(codes.to(tl.pointer_type(tl.int32)) + first + word, inside, 0)
-    place = tl.arange(0, WORD)[None, :]
-    index = (code[:, None] >> ((place ^ 1) * 4)) & 15  # the high half of a byte comes first
+    offset = tl.arange(0, WORD)[None, :]
+    index = (code[:, None] >> ((offset ^ 1) * 4)) & 15  # the high half of a byte comes first
     weights = tl.load(values + index) * scale[:, None]
-    at = (word * WORD)[:, None] + place
+    at = (word * WORD)[:, None] + offset
     if HAS_GAP:
         at += ((first + word) // words_of_row * gap)[:, None]
     tl.store(out + first * WORD + at, weights.to(out.dtype.element_ty), inside[:, None])

@@ -18,7 +18,7 @@ from files.atomic_writes import replace_folder, write_text
 from files.disk_room import despite_full_disk
 from files.names import ADAPTER, BEST, BLOCKS, SCORE
 from files.tensors import save_tensors
-from launch.ranks import Place
+from launch.ranks import RankInfo
 from monitoring.messages import kept_in
 from monitoring.tracking import NoTracker
 from options.errors import UserError, needs_no_traceback
@@ -77,10 +77,10 @@ def same_weights(ours: Path, theirs: Path) -> bool:
     return all(a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in b) for a, b in pairs)
 
 
-def attempt(place, argv: list[str], filling: Filling) -> tuple[str, list]:
+def attempt(rank_info, argv: list[str], filling: Filling) -> tuple[str, list]:
     """(what the run printed, or the line that it ended with; what `filling` saw)."""
     try:
-        return run(place, argv, filling), filling.seen
+        return run(rank_info, argv, filling), filling.seen
     except UserError as e:
         return str(e), filling.seen
     finally:
@@ -173,7 +173,7 @@ def test_a_full_disk_does_not_change_when_a_run_stops(full, kept, tmp_path):
         return Evaluator(
             None,
             None,
-            Place(0, 1, 0, 1, torch.device("cpu")),
+            RankInfo(0, 1, 0, 1, torch.device("cpu")),
             total_steps=9,
             eval_every=1,
             patience=2,

@@ -13,10 +13,10 @@ from transformers import PreTrainedModel
 from checkpoints.manager import Checkpoints
 from data.packing import longest_line
 from files.tokenizer import read_tokenizer
-from launch.ranks import Place
+from launch.ranks import RankInfo
 from launch.signals import NeverStop
 from models.causal_lm import loss_sum
-from monitoring.deferred import Later
+from monitoring.deferred import DeferredCalls
 from monitoring.metrics import Meter
 from monitoring.profiling import NoProfiler
 from monitoring.tracking import NoTracker
@@ -38,13 +38,13 @@ class Companions:
     evaluator: Evaluator
     budget: ActivationBudget
     checkpoints: Checkpoints
-    untold: Later
+    deferred: DeferredCalls
 
 
 def make_companions(
     job: Job,
     model: PreTrainedModel,
-    place: Place,
+    rank_info: RankInfo,
     total: int,
     tracker: NoTracker,
     profiler: NoProfiler,
@@ -57,22 +57,22 @@ def make_companions(
     trained = [p for p in model.parameters() if p.requires_grad]
     assert config.lr is not None
     optimizer = make_optimizer(trained, config.optimizer, config.lr, config.wd)
-    scaler = job.precision.scaler("cpu" if config.use_cpu_offload else place.device.type)
-    meter, untold = Meter(place.device, profiler.held), Later()
+    scaler = job.precision.scaler("cpu" if config.use_cpu_offload else rank_info.device.type)
+    meter, deferred = Meter(rank_info.device, profiler.held), DeferredCalls()
     guard = BadSteps(
         done=job.saved.step if job.saved else 0,
         most=config.max_bad_steps,
         rows=job.rows,
         folder=folder,
         scaler=scaler,
-        rank=place.rank,
+        rank=rank_info.rank,
         tracker=tracker,
     )
-    needs_tokenizer = bool(job.evaluation.prompts) and place.rank == 0
+    needs_tokenizer = bool(job.evaluation.prompts) and rank_info.rank == 0
     evaluator = Evaluator(
         job.evaluation,
         model,
-        place,
+        rank_info,
         total_steps=total,
         batch_size=config.batch_size,
         eval_every=config.eval_every,
@@ -82,7 +82,7 @@ def make_companions(
         keep_best=config.keeps_best,
         folder=folder,
         loss_sum=loss_sum,
-        context=partial(job.precision.context, place.device.type),
+        context=partial(job.precision.context, rank_info.device.type),
         save=save_best,
         meter=meter,
         tracker=tracker,
@@ -91,7 +91,7 @@ def make_companions(
     budget = ActivationBudget(
         model,
         job.family,
-        place.device,
+        rank_info.device,
         gib=config.activation_budget,
         tokens=config.batch_size * longest_line(config, job.rows),
         itemsize=job.precision.matmul.itemsize,
@@ -100,13 +100,13 @@ def make_companions(
         model,
         optimizer,
         {"scaler": scaler, "evaluator": evaluator, "tracker": tracker, "guard": guard},
-        place,
+        rank_info,
         folder=folder,
         every=config.save_every,
         at_end=config.save_every > 0 or config.save_minutes > 0,
         keep=config.keep,
         describe_run=job.about,
-        untold=untold,
+        deferred=deferred,
         stopping=stopping,
         say=tracker.say,
         saved=job.saved,
@@ -119,5 +119,5 @@ def make_companions(
         evaluator=evaluator,
         budget=budget,
         checkpoints=checkpoints,
-        untold=untold,
+        deferred=deferred,
     )

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from data.batches import Batch, make_batch
 from data.rows import TokenizedRows
-from launch.ranks import Place
+from launch.ranks import RankInfo
 from models.family import rope_switch
 
 PROMPTS_AT_ONCE = 8
@@ -53,7 +53,7 @@ def mean_loss(
     rows: TokenizedRows,
     batch_size: int,
     loss_sum: LossSum,
-    place: Place,
+    rank_info: RankInfo,
     context: Context,
 ) -> float:
     """Cross-entropy per target of all rows. Collective.
@@ -65,22 +65,22 @@ def mean_loss(
     """
     lengths = rows.lengths()
     parts = grouped(lengths, batch_size, rope_switch(model.config))
-    rounds = [part[i : i + place.world] for part in parts for i in range(0, len(part), place.world)]
+    rounds = [part[i : i + rank_info.world] for part in parts for i in range(0, len(part), rank_info.world)]
     targets = rows.targets()
-    sums, done = torch.zeros(sum(map(len, rounds)), dtype=torch.float64, device=place.device), 0
+    sums, done = torch.zeros(sum(map(len, rounds)), dtype=torch.float64, device=rank_info.device), 0
     with evaluating(model):
         for batches in rounds:
-            own = place.rank < len(batches)
-            indices = batches[place.rank] if own else batches[0][:0]
+            own = rank_info.rank < len(batches)
+            indices = batches[rank_info.rank] if own else batches[0][:0]
             longest = int(lengths[batches[0][0]])
             most = max(int(targets[each].sum()) for each in batches)
-            batch = make_batch(rows, indices, (len(batches[0]), longest), most).to(place.device)
+            batch = make_batch(rows, indices, (len(batches[0]), longest), most).to(rank_info.device)
             with context():
                 total = loss_sum(model, batch)
             if own:
-                sums[done + place.rank] = total
+                sums[done + rank_info.rank] = total
             done += len(batches)
-    if place.world > 1:
+    if rank_info.world > 1:
         dist.all_reduce(sums)
     return sums.sum().item() / int(targets.sum())
 
@@ -104,7 +104,7 @@ def greedy(
     prompts: list[list[int]],
     tokens: int,
     stops: Collection[int],
-    place: Place,
+    rank_info: RankInfo,
     context: Context,
 ) -> list[list[int]]:
     """The likeliest answer of at most `tokens` tokens to each prompt, without the token of `stops` that ended
@@ -125,10 +125,12 @@ def greedy(
             positions, which = (lengths - 1).unique(return_inverse=True)
             with context():
                 logits = model(
-                    input_ids=ids.to(place.device), use_cache=False, logits_to_keep=positions.to(place.device)
+                    input_ids=ids.to(rank_info.device),
+                    use_cache=False,
+                    logits_to_keep=positions.to(rank_info.device),
                 ).logits  # [P, positions, V]
             chosen = logits[torch.arange(len(rows)), which].argmax(-1)  # [P]
-            if place.world > 1:
+            if rank_info.world > 1:
                 dist.broadcast(chosen, 0)
             for i, token in enumerate(chosen.tolist()):
                 if i in waiting:

@@ -24,7 +24,7 @@ from data.evaluation_sets import EvaluationData
 from files.atomic_writes import beside, fresh_folder, remove, replace_folder, write_text
 from files.disk_room import append
 from files.names import BEST, SCORE
-from launch.ranks import Place
+from launch.ranks import RankInfo
 from models.family import rope_switch
 from monitoring.metrics import Meter, Metrics
 from monitoring.tracking import NoTracker
@@ -52,7 +52,7 @@ class Evaluator:
         self,
         data: EvaluationData,
         model: PreTrainedModel,
-        place: Place,
+        rank_info: RankInfo,
         *,
         total_steps: int,
         batch_size: int,
@@ -69,7 +69,13 @@ class Evaluator:
         tracker: NoTracker,
         tokenizer,
     ):
-        self.data, self.model, self.place, self.total, self.folder = data, model, place, total_steps, folder
+        self.data, self.model, self.rank_info, self.total, self.folder = (
+            data,
+            model,
+            rank_info,
+            total_steps,
+            folder,
+        )
         self.batch_size, self.eval_every, self.patience = batch_size, eval_every, patience
         self.sample_every, self.sample_tokens, self.keep_best = sample_every, sample_tokens, keep_best
         self.loss_sum, self.context, self.save = loss_sum, context, save
@@ -128,7 +134,7 @@ class Evaluator:
         return step == self.total or (every > 0 and step % every == 0)
 
     def _loss(self) -> float:
-        options = (self.batch_size, self.loss_sum, self.place, self.context)
+        options = (self.batch_size, self.loss_sum, self.rank_info, self.context)
         assert self.data.rows is not None
         return mean_loss(self.model, self.data.rows, *options)
 
@@ -149,12 +155,12 @@ class Evaluator:
         printed, and False returned, on every rank. Collective."""
         best = self.folder / BEST
         failures: list[OSError] = []
-        if self.place.rank == 0:
+        if self.rank_info.rank == 0:
             with _noting(failures):
                 fresh_folder(best)
         with _noting(failures):
             self.save(beside(best))  # needs all ranks, whatever became of the folder
-            if self.place.rank == 0 and not failures:
+            if self.rank_info.rank == 0 and not failures:
                 score = {"step": step, "eval_loss": loss, "eval_perplexity": perplexity(loss)}
                 write_text(beside(best) / SCORE, json.dumps(score) + "\n")
                 replace_folder(best)
@@ -164,8 +170,8 @@ class Evaluator:
             self.tracker.say(
                 f"WARNING: {best}: step {step} could not be kept ({describe(failures[0])}); {stays}, and training goes on"
             )
-        kept = torch.tensor([not failures], dtype=torch.uint8, device=self.place.device)
-        if self.place.world > 1:
+        kept = torch.tensor([not failures], dtype=torch.uint8, device=self.rank_info.device)
+        if self.rank_info.world > 1:
             dist.broadcast(kept, 0)
         return bool(kept.item())
 
@@ -177,10 +183,10 @@ class Evaluator:
         parts = grouped(lengths, PROMPTS_AT_ONCE, rope_switch(self.model.config), growth=tokens)
         for batch in itertools.chain(*parts):
             chosen = batch.tolist()
-            options = (tokens, self.data.stops, self.place, self.context)
+            options = (tokens, self.data.stops, self.rank_info, self.context)
             made = greedy(self.model, [prompts[i].ids for i in chosen], *options)
             answers |= zip(chosen, made, strict=True)
-        if self.place.rank != 0:
+        if self.rank_info.rank != 0:
             return
         lines = ""
         for i, prompt in enumerate(prompts):

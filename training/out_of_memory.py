@@ -17,7 +17,7 @@ import torch
 
 from data.packing import longest_line
 from launch.memory import PEAKS, size
-from launch.ranks import Place
+from launch.ranks import RankInfo
 from monitoring.memory_model import Shape, estimate, measure
 from options.config import Config
 from options.declaration import shown
@@ -88,14 +88,14 @@ def _typed(change: dict) -> str:
     return " ".join(f"--{name} {shown(value)}" for name, value in change.items())
 
 
-def explained(run: Callable[[Place, Job], None]) -> Callable[[Place, Job], None]:
+def explained(run: Callable[[RankInfo, Job], None]) -> Callable[[RankInfo, Job], None]:
     """run, with `message` as a UserError where the GPU's memory does not suffice."""
 
     @functools.wraps(run)
-    def explaining(place: Place, job: Job) -> None:
+    def explaining(rank_info: RankInfo, job: Job) -> None:
         PEAKS.start()
         try:
-            run(place, job)
+            run(rank_info, job)
         except RuntimeError as e:  # OutOfMemoryError of the allocator; others of the libraries beside it
             if not isinstance(e, torch.OutOfMemoryError) and not re.search(
                 "CUDA.*out of memory|CUBLAS_STATUS_ALLOC", str(e)

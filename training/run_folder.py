@@ -13,11 +13,11 @@ from checkpoints.storage import steps_in
 from checkpoints.training_state import describe_not_finite
 from files.atomic_writes import write_text
 from files.disk_room import despite_full_disk
-from files.lock import Alone
+from files.lock import FolderLock
 from files.names import OPTIONS
 from files.output_folder import clear_output
 from launch.nodes import check_shared
-from launch.ranks import Place
+from launch.ranks import RankInfo
 from monitoring.messages import describe_end, describe_unsaved
 from monitoring.metrics import Metrics
 from monitoring.report import PAGE, write_report
@@ -29,7 +29,13 @@ from training.job import Job
 
 
 def open_run(
-    job: Job, place: Place, lock: Alone, total: int, facts: str, ready: str, stages: dict[str, float]
+    job: Job,
+    rank_info: RankInfo,
+    lock: FolderLock,
+    total: int,
+    facts: str,
+    ready: str,
+    stages: dict[str, float],
 ) -> NoTracker:
     """Makes the folder what the run's first step needs, and returns the rank's tracker. Collective.
 
@@ -44,7 +50,7 @@ def open_run(
     the folder.
     """
     config, folder = job.config, Path(job.output_dir)
-    if place.rank == 0:
+    if rank_info.rank == 0:
         lock.take()
         resume.check_still_so(config, job.saved)
         if job.saved is None:
@@ -54,9 +60,9 @@ def open_run(
         write_text(folder / FACTS, facts)
         print(ready, flush=True)
     if config.save_every or config.save_minutes:
-        check_shared(folder / FACTS, place)
+        check_shared(folder / FACTS, rank_info)
     state = job.saved.run["parts"]["tracker"] if job.saved else {}
-    tracker = make_tracker(config, place.rank, total, state)
+    tracker = make_tracker(config, rank_info.rank, total, state)
     tracker.stages(stages)
     return tracker
 
@@ -69,7 +75,7 @@ def unsaved(job: Job, error: OSError) -> UserError:
 
 def close_run(
     job: Job,
-    place: Place,
+    rank_info: RankInfo,
     history: list[Metrics],
     total: int,
     done: int,
@@ -91,7 +97,7 @@ def close_run(
     Raises UserError on all ranks if bad steps ended the run, or if it has no result.
     """
     config, folder = job.config, Path(job.output_dir)
-    if place.rank == 0:
+    if rank_info.rank == 0:
         with despite_full_disk(folder / PAGE):
             write_report(folder)
         saved, sampled = config.save_model and not no_result, bool(job.evaluation.prompts)

@@ -302,14 +302,14 @@ def test_what_is_silenced_by_whole_segments():
     normed = Family(nn.Module, nn.Module, silent=(("norm.weight", -1.0), ("norm.bias", 0.0)))
     assert [normed.silent_value(f"norm.{part}") for part in ("weight", "bias")] == [-1, 0]
     assert normed.silent_value("self_attn.o_proj.weight") is None
-    assert dense.place("model.layers.30.mlp.down_proj.weight") == (30, "mlp.down_proj.weight")
+    assert dense.locate_layer("model.layers.30.mlp.down_proj.weight") == (30, "mlp.down_proj.weight")
     for name in (
         "model.norm.weight",
         "model.layers_3.weight",
         "model.layers.x.weight",
         "my.model.layers.3.weight",
     ):
-        assert dense.place(name) == (None, name)
+        assert dense.locate_layer(name) == (None, name)
 
 
 @pytest.mark.parametrize(
@@ -343,7 +343,9 @@ def test_memory_stays_below_two_shards(tmp_path):
     folder = tmp_path / "out"
     assert growth(lambda: expand(base, folder, "--new_blocks", 6)) < 2 * largest
     files, layers = CheckpointFiles(folder), described(folder)[NEW_LAYERS]
-    new = {n: e for n, e in model_writer.copied(files).items() if FAMILIES["llama"].place(n)[0] in layers}
+    new = {
+        n: e for n, e in model_writer.copied(files).items() if FAMILIES["llama"].locate_layer(n)[0] in layers
+    }
     metadata = {NEW_LAYERS: json.dumps(layers)}
     model_writer.write_tensors(tmp_path / BLOCKS, new, metadata)
     assert growth(lambda: expand(folder, tmp_path / "whole", "--blocks", tmp_path / BLOCKS)) < 2 * largest

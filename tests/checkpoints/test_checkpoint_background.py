@@ -96,10 +96,10 @@ def told_late(place, folder: str) -> tuple[bool, bool, int]:
     have."""
     run, part = Small(place, folder, every=1), Counting()
     as_on_a_gpu(run.checkpoints).parts = {"counting": part}
-    run.checkpoints.untold.put(lambda: setattr(part, "step", 1))
+    run.checkpoints.deferred.put(lambda: setattr(part, "step", 1))
     run.step()
     at_once = run.checkpoints.writing is not None
-    run.checkpoints.untold.now()
+    run.checkpoints.deferred.now()
     part.step = 2  # while it is written
     run.checkpoints.finish()
     saved = read_checkpoint(folder_of(Path(folder), 1))

@@ -18,7 +18,7 @@ import train
 from checkpoints import storage as checkpoint_files
 from checkpoints.storage import folder_of, steps_in
 from files import lock
-from files.lock import Alone
+from files.lock import FolderLock
 from launch.signals import Stopping
 from monitoring.metrics import Metrics
 from monitoring.tracking import make_tracker
@@ -259,7 +259,7 @@ class Held:
     """Another run in the folder, as long as this one is not over."""
 
     def __init__(self, folder: Path):
-        self.other = Alone(folder)
+        self.other = FolderLock(folder)
 
     def __call__(self, place, argv: list[str]) -> str:
         with self.other, mock.patch.object(lock, "PATIENCE", 0.5):

@@ -102,8 +102,8 @@ def test_a_run_that_saved_a_model(train_type, checkpoints, alpaca_file, one_rank
     saved_run(one_rank, tmp_path / "run", args_for(folder, alpaca_file, train_type))
     ours = said(tmp_path / "run", *ASKED, "--repetition_penalty", PENALTY)[0]
     tokenizer, text = AutoTokenizer.from_pretrained(folder), ALPACA.format(instruction=QUESTION)
-    for name, place in ((str(tmp_path / "run"), tmp_path / "run"), ("base", folder)):
-        model = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32, attn_implementation="eager")
+    for name, origin in ((str(tmp_path / "run"), tmp_path / "run"), ("base", folder)):
+        model = AutoModelForCausalLM.from_pretrained(origin, dtype=torch.float32, attn_implementation="eager")
         assert as_told(ours[name]) == greedy(model.eval(), tokenizer, text)
     alone = said(tmp_path / "run", *ASKED, "--repetition_penalty", PENALTY, "--compare", "false")[0]
     assert alone == {str(tmp_path / "run"): ours[str(tmp_path / "run")]}

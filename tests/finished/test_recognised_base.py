@@ -88,15 +88,15 @@ def test_new_blocks_over_changed_weights(base, alpaca_file, one_rank, tmp_path, 
     capsys.readouterr()
     assert generate.main([str(best), *GENERATE[1:]]) == 0 and not capsys.readouterr().err
     change(folder, "model.layers.0.self_attn.q_proj.bias", 0)
-    for place in (run, best):
+    for origin in (run, best):
         for command, *more in (
             GENERATE,
             [*EVALUATE, alpaca_file],
             [export, "--to", "merged", "--out", out],
         ):
-            assert f"error: {place / BLOCKS}: {OTHER} {folder}" in refused(capsys, command, place, *more)
-        put_back = ["--model_name", folder, "--output_dir", out, "--blocks", place / BLOCKS]
-        assert f"error: --blocks {place / BLOCKS}: {OTHER} {folder}" in refused(
+            assert f"error: {origin / BLOCKS}: {OTHER} {folder}" in refused(capsys, command, origin, *more)
+        put_back = ["--model_name", folder, "--output_dir", out, "--blocks", origin / BLOCKS]
+        assert f"error: --blocks {origin / BLOCKS}: {OTHER} {folder}" in refused(
             capsys, block_expansion, *put_back
         )
     assert not out.exists()

@@ -31,8 +31,8 @@ def named(ids: list[int], tokenizer) -> set[str]:
     return {tokenizer.decode([i]) for i in ids if i != 2}
 
 
-def stops_in_training(place, argv: list) -> list[int]:
-    return [*make_job(place, argv).evaluation.stops]
+def stops_in_training(origin, argv: list) -> list[int]:
+    return [*make_job(origin, argv).evaluation.stops]
 
 
 def test_every_command_knows_them(chat_run, one_rank):

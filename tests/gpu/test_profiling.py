@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from launch.ranks import Place
+from launch.ranks import RankInfo
 from monitoring.memory_history import BETWEEN, GpuEvents
 from monitoring.profiling import HISTORY_STEPS, MemoryRecorder, Profiler
 from tests.helpers import tiny
@@ -25,10 +25,10 @@ STEPS = 5
 
 
 @pytest.fixture
-def here() -> Place:
+def here() -> RankInfo:
     torch.zeros(1, device="cuda:0")  # the allocator must be there
     gc.collect()  # nothing of other tests may be freed meanwhile
-    return Place(0, 1, 0, 1, torch.device("cuda", 0))
+    return RankInfo(0, 1, 0, 1, torch.device("cuda", 0))
 
 
 def take(mib: int) -> torch.Tensor:

@@ -40,12 +40,12 @@ def as_peft(folder, state: dict, ours: dict, use_dora: bool, alpha: float = ALPH
     return model
 
 
-def adapters_of(place, args) -> dict[str, torch.Tensor]:
-    return trained_tensors(set_up(place, args)[1])
+def adapters_of(rank_info, args) -> dict[str, torch.Tensor]:
+    return trained_tensors(set_up(rank_info, args)[1])
 
 
-def trained_names(place, args) -> set[str]:
-    return set(trained_tensors(set_up(place, args)[1]))
+def trained_names(rank_info, args) -> set[str]:
+    return set(trained_tensors(set_up(rank_info, args)[1]))
 
 
 def meta_model(folder, train_type: str):

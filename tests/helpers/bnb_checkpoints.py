@@ -56,17 +56,17 @@ def never(*_):
     raise AssertionError("quantized again")
 
 
-def without_quantizing(place, function, *args):
+def without_quantizing(rank_info, function, *args):
     """function(place, *args) where quantizing anything fails."""
     originals = NF4.quantize, HQQ.quantize
     NF4.quantize = HQQ.quantize = never
     try:
-        return function(place, *args)
+        return function(rank_info, *args)
     finally:
         NF4.quantize, HQQ.quantize = originals
 
 
 def check(folder, alpaca_file, *more) -> train.Job:
     """A run that goes on to its start, of one rank."""
-    place = dataclasses.make_dataclass("Place", ["world"])(1)
-    return make_job(place, ["--model_name", folder, "--dataset", alpaca_file, *more])
+    rank_info = dataclasses.make_dataclass("RankInfo", ["world"])(1)
+    return make_job(rank_info, ["--model_name", folder, "--dataset", alpaca_file, *more])

@@ -26,12 +26,12 @@ def loss_compiled_with(backend: str):
     return mock.patch.dict(KERNELS, {True: kernels})
 
 
-def compiled_run(place, argv: list[str]):
+def compiled_run(rank_info, argv: list[str]):
     """(`train_run`'s results, graphs that were made)."""
     torch.compiler.reset()  # as in a fresh process
     before = counters["stats"]["unique_graphs"]
     with mock.patch.object(train, "compiler", lambda: compiler("aot_eager")), loss_compiled_with("aot_eager"):
-        results = train_run(place, [*argv, "--compile", "true"])
+        results = train_run(rank_info, [*argv, "--compile", "true"])
     return results, counters["stats"]["unique_graphs"] - before
 
 
@@ -43,9 +43,9 @@ def two_steps(model: Path, folder: Path) -> list[str]:
     return arguments(model, data, "bnb_dora", "--num_epochs", "2", "--max_steps", "2")
 
 
-def compiled_on_gpu(place, args) -> tuple:
+def compiled_on_gpu(rank_info, args) -> tuple:
     """The same with the compiler's own code generator."""
     torch.compiler.reset()
     before = counters["stats"]["unique_graphs"]
-    results = train_run(place, [*args, "--compile", "true"])
+    results = train_run(rank_info, [*args, "--compile", "true"])
     return results, counters["stats"]["unique_graphs"] - before

@@ -20,7 +20,7 @@ import torch.multiprocessing as mp
 
 from launch.processes import free_port
 from launch.ranks import join_group
-from launch.signals import hear
+from launch.signals import unblock_signals
 
 TIMEOUT_SECONDS = 240
 
@@ -28,14 +28,14 @@ TIMEOUT_SECONDS = 240
 def _serve(rank: int, world: int, port: int, tasks, results) -> None:
     gc.freeze()  # all that the fork server has imported stays
     gc.enable()
-    hear()  # the server may be one that launch/processes.py has started
+    unblock_signals()  # the server may be one that launch/processes.py has started
     os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
-    place = join_group(rank, world, rank)
+    rank_info = join_group(rank, world, rank)
     torch.set_num_threads(1)  # as conftest.py says
     while (task := tasks.get()) is not None:
         function, args = task
         try:
-            results.put((rank, True, function(place, *args)))
+            results.put((rank, True, function(rank_info, *args)))
         except Exception:
             results.put((rank, False, traceback.format_exc()))
             return  # the group may be out of step: no more work for this process

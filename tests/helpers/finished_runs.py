@@ -20,19 +20,19 @@ from tests.helpers.runs import make_job, randomize, set_up
 from tests.helpers.small_tokenizers import chat_tokenizer
 
 
-def save_and_compute(place, args, folder) -> torch.Tensor:
+def save_and_compute(rank_info, args, folder) -> torch.Tensor:
     """Saves what the run would save; returns the training model's own logits."""
-    return _save(place, *set_up(place, args), folder)
+    return _save(rank_info, *set_up(rank_info, args), folder)
 
 
-def save_job(place, job, folder) -> torch.Tensor:
+def save_job(rank_info, job, folder) -> torch.Tensor:
     """The same of a run that was checked elsewhere."""
-    model, _ = train.set_up(job, place)
+    model, _ = train.set_up(job, rank_info)
     randomize(model)
-    return _save(place, job, model, folder)
+    return _save(rank_info, job, model, folder)
 
 
-def _save(place, job, model, folder) -> torch.Tensor:
+def _save(rank_info, job, model, folder) -> torch.Tensor:
     if job.config.method.saves == "model":
         with torch.no_grad():  # so that what is saved is not what was loaded
             for parameter in model.parameters():
@@ -40,7 +40,7 @@ def _save(place, job, model, folder) -> torch.Tensor:
                     parameter.mul_(1.01)
     train.save(job, model, folder)
     with torch.no_grad():
-        return model.eval()(input_ids=IDS.to(place.device), use_cache=False).logits.cpu()
+        return model.eval()(input_ids=IDS.to(rank_info.device), use_cache=False).logits.cpu()
 
 
 def saved_run(one_rank, folder, args) -> torch.Tensor:
@@ -49,9 +49,9 @@ def saved_run(one_rank, folder, args) -> torch.Tensor:
     return one_rank(save_run, args, folder)[0]
 
 
-def save_run(place, args, folder):
-    (folder / "config.yaml").write_text(options.dump_yaml(make_job(place, args).config))
-    return save_and_compute(place, args, folder)
+def save_run(rank_info, args, folder):
+    (folder / "config.yaml").write_text(options.dump_yaml(make_job(rank_info, args).config))
+    return save_and_compute(rank_info, args, folder)
 
 
 def adapters_of_one_base(one_rank, folder: Path, base: Path, data: Path) -> list[Path]:

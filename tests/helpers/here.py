@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 from launch.precision import choose_precision
-from launch.ranks import Place
+from launch.ranks import RankInfo
 
-HERE = Place(0, 1, 0, 1, torch.device("cpu"))
+HERE = RankInfo(0, 1, 0, 1, torch.device("cpu"))
 PLAIN = choose_precision("fp32", False, False)
 
 

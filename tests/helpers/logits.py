@@ -16,8 +16,8 @@ from tests.helpers.runs import set_up
 IDS = torch.randint(0, 256, (2, 40), generator=torch.Generator().manual_seed(1))
 
 
-def loss_and_logits(place, args, random_adapters: bool = True) -> tuple[float, torch.Tensor]:
-    _, model = set_up(place, args, random_adapters)
+def loss_and_logits(rank_info, args, random_adapters: bool = True) -> tuple[float, torch.Tensor]:
+    _, model = set_up(rank_info, args, random_adapters)
     targets = IDS.roll(-1, 1)
     targets[:, -1] = IGNORE
     with torch.no_grad():

@@ -55,8 +55,8 @@ def by_definition(q, k, v, cu_q, cu_k, max_q, max_k, **options):
         groups = q.shape[1] // k.shape[1]
         one, keys, values = q[start:end], *(t[start:end].repeat_interleave(groups, 1) for t in (k, v))
         scores = torch.einsum("qhd,khd->hqk", one, keys) * options["scale"]
-        place = torch.arange(end - start, device=q.device)
-        distance = place[:, None] - place
+        position = torch.arange(end - start, device=q.device)
+        distance = position[:, None] - position
         hidden = (distance < 0) | ((distance > before) & (before >= 0))
         parts.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden, -math.inf).softmax(-1), values))
     uncovered = torch.full_like(q[bounds[-1] :], math.nan)

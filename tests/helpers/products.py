@@ -14,8 +14,8 @@ def products(*axes: Iterable, always: Iterable[tuple], left_out: Iterable = ()) 
     axes, always, left_out = [list(axis) for axis in axes], list(always), list(left_out)
     cases = list(product(*axes))
     assert set(always) <= set(cases), "no such combination"
-    for place, axis in enumerate(axes):
-        missing = set(axis) - {case[place] for case in always}
+    for i, axis in enumerate(axes):
+        missing = set(axis) - {case[i] for case in always}
         assert missing <= set(left_out), f"in no combination of `make test`: {missing - set(left_out)}"
     values = {value for axis in axes for value in axis}
     met = {value for case in always for value in case}

@@ -38,19 +38,19 @@ CHECK_ROOM = disk_room.check_room
 REPEATED = ("step", "epoch", "lr", "tokens", "trained_tokens", "loss", "grad_norm", "eval_loss")
 
 
-def run(place, argv: list[str], before=None) -> str:
+def run(rank_info, argv: list[str], before=None) -> str:
     """A rank's part of a run of the program; returns what it printed. before(place, step): called in each step."""
-    config, _ = parse([*argv, "--world_size", str(place.world)])
+    config, _ = parse([*argv, "--world_size", str(rank_info.world)])
     read = Meter.read
 
     def reads(self, index, *rest):
         if before:
-            before(place, index)
+            before(rank_info, index)
         return read(self, index, *rest)
 
     Meter.read = reads
     try:
-        return whole_run(place, train.check(config))
+        return whole_run(rank_info, train.check(config))
     finally:
         Meter.read = read
         torch.use_deterministic_algorithms(False)
@@ -62,8 +62,8 @@ class Signals:
     def __init__(self, at: dict[int, int]):
         self.at = at
 
-    def __call__(self, place, step: int) -> None:
-        if place.rank == place.world - 1 and step in self.at:
+    def __call__(self, rank_info, step: int) -> None:
+        if rank_info.rank == rank_info.world - 1 and step in self.at:
             signal.raise_signal(self.at[step])
 
 
@@ -88,8 +88,8 @@ class Filling:
         self.disk, self.fills, self.leaves, self.checked = disk, fills, leaves, checked
         self.seen: list[dict[str, bytes]] = []
 
-    def __call__(self, place, step: int) -> None:
-        if place.rank:
+    def __call__(self, rank_info, step: int) -> None:
+        if rank_info.rank:
             return
         if step in (self.fills, self.leaves):
             self.seen.append(contents(self.disk / "run" / BEST))

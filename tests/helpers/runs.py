@@ -23,9 +23,9 @@ from parallel.shards import fill, gather
 from training import preflight as checks
 
 
-def make_job(place, argv: list[str]) -> train.Job:
+def make_job(rank_info, argv: list[str]) -> train.Job:
     # Not compiled unless asked for, on GPUs either: there it would be most of the tests' time.
-    quiet = ["--world_size", str(place.world), "--output_dir", "/nonexistent/out", "--compile", "false"]
+    quiet = ["--world_size", str(rank_info.world), "--output_dir", "/nonexistent/out", "--compile", "false"]
     config, _ = parse([*quiet, *map(str, argv)])
     original, checks.check_output = checks.check_output, lambda *_: None  # nothing is written here
     try:
@@ -44,10 +44,10 @@ def randomize(model, seed: int = 7) -> None:
                     fill(parameter, torch.randn(parameter.shape, generator=generator) * std)
 
 
-def set_up(place, argv: list[str], random_adapters: bool = True):
+def set_up(rank_info, argv: list[str], random_adapters: bool = True):
     """(job, sharded model with random adapters) of a run."""
-    job = make_job(place, argv)
-    model, _ = train.set_up(job, place)
+    job = make_job(rank_info, argv)
+    model, _ = train.set_up(job, rank_info)
     if random_adapters:
         randomize(model)
     return job, model
@@ -57,33 +57,33 @@ def trained_tensors(model) -> dict[str, torch.Tensor]:
     return {clean(n): gather(p).clone() for n, p in model.named_parameters() if p.requires_grad}
 
 
-def train_run(place, argv: list[str]) -> tuple[list[float], dict[str, torch.Tensor], list[float]]:
+def train_run(rank_info, argv: list[str]) -> tuple[list[float], dict[str, torch.Tensor], list[float]]:
     """(loss of each step, every trained tensor afterwards, gradient norm of each step)."""
-    job, model = set_up(place, argv)
-    sampler = make_sampler(job.config, job.rows, place.rank, place.world)
-    history = train.train(job, model, place, sampler, NoTracker())
+    job, model = set_up(rank_info, argv)
+    sampler = make_sampler(job.config, job.rows, rank_info.rank, rank_info.world)
+    history = train.train(job, model, rank_info, sampler, NoTracker())
     return [m.loss for m in history], trained_tensors(model), [m.grad_norm for m in history]
 
 
-def whole_run(place, job: train.Job) -> str:
+def whole_run(rank_info, job: train.Job) -> str:
     """What a rank does from loading to the saved result; returns all that it printed."""
     shown, root = io.StringIO(), Path(train.__file__).parent
     with contextlib.chdir(root), contextlib.redirect_stdout(shown), contextlib.redirect_stderr(shown):
-        train.run_rank(place, job)
+        train.run_rank(rank_info, job)
     return shown.getvalue()
 
 
-def outputs(place, argv: list[str], ids: torch.Tensor, random_adapters: bool = True):
+def outputs(rank_info, argv: list[str], ids: torch.Tensor, random_adapters: bool = True):
     """(the model's logits in evaluation mode, its `dense_tensors`, its `trained_tensors`)."""
-    _, model = set_up(place, argv, random_adapters)
+    _, model = set_up(rank_info, argv, random_adapters)
     with torch.no_grad():
         logits = model.eval()(input_ids=ids, use_cache=False).logits.clone()
     return logits, dense_tensors(model), trained_tensors(model)
 
 
-def dense_state(place, argv: list[str]) -> dict[str, torch.Tensor]:
+def dense_state(rank_info, argv: list[str]) -> dict[str, torch.Tensor]:
     """The weights that training computes with, by the checkpoint's names: 4-bit ones dequantized."""
-    return dense_tensors(set_up(place, argv)[1])
+    return dense_tensors(set_up(rank_info, argv)[1])
 
 
 def dense_tensors(model) -> dict[str, torch.Tensor]:

@@ -12,7 +12,7 @@ from checkpoints.manager import Checkpoints
 from checkpoints.storage import folder_of, read_checkpoint
 from checkpoints.training_state import Tensors, collect
 from launch.signals import NeverStop
-from monitoring.deferred import Later
+from monitoring.deferred import DeferredCalls
 
 TENSORS = {  # with the bytes of each, in whole ALIGNED
     "half": torch.randn(7).bfloat16(),  # 64
@@ -47,20 +47,20 @@ class Asking(NeverStop):
 class Small:
     """A run of a small model."""
 
-    def __init__(self, place, folder: str, every: int, asked: int = 0):
-        self.model, self.place, self.done = nn.Linear(5, 3).to(place.device), place, 0
+    def __init__(self, rank_info, folder: str, every: int, asked: int = 0):
+        self.model, self.rank_info, self.done = nn.Linear(5, 3).to(rank_info.device), rank_info, 0
         self.optimizer, self.said = torch.optim.AdamW(self.model.parameters()), []
         self.checkpoints = Checkpoints(
             self.model,
             self.optimizer,
             {},
-            place,
+            rank_info,
             folder=Path(folder),
             every=every,
             at_end=every > 0,
             keep=-1,
             describe_run=dict,
-            untold=Later(),
+            deferred=DeferredCalls(),
             stopping=Asking(asked),
             say=self.said.append,
             saved=None,
@@ -69,7 +69,7 @@ class Small:
     def step(self, left_out: bool = False) -> None:
         """left_out: by the optimizer, as a bad step is."""
         self.done += 1
-        self.model(torch.randn(2, 5, device=self.place.device)).sum().backward()
+        self.model(torch.randn(2, 5, device=self.rank_info.device)).sum().backward()
         if not left_out:
             self.optimizer.step()
         self.optimizer.zero_grad()
@@ -80,7 +80,7 @@ class Small:
         return self.checkpoints.copy.buffers
 
     def local(self) -> Tensors:
-        return collect(self.checkpoints.trained, self.optimizer, self.place.rank)[1]
+        return collect(self.checkpoints.trained, self.optimizer, self.rank_info.rank)[1]
 
     def check_saved(self) -> None:
         """That the last step's checkpoint holds what there is now."""

@@ -49,6 +49,6 @@ def assert_places(step) -> None:
     for batches in zip(*(part.batches for part in step), strict=True):
         learned = [(b.targets.flatten() != IGNORE).nonzero()[:, 0].tolist() for b in batches]
         for batch, own in zip(batches, learned, strict=True):
-            places = batch.places.tolist()
-            assert len(places) == len(set(places)) == max(map(len, learned))
-            assert places[: len(own)] == own
+            target_positions = batch.target_positions.tolist()
+            assert len(target_positions) == len(set(target_positions)) == max(map(len, learned))
+            assert target_positions[: len(own)] == own

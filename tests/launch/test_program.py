@@ -127,9 +127,7 @@ def test_a_full_disk_under_the_output_ends_no_rank(small_disk, tmp_path):
     assert status == 0 and 4096 < (small_disk / "log").stat().st_size < 50_000
 
 
-OUTLASTING = (
-    "import os, sys; from launch.program import outlast; outlast(); print('a', end=''); {}; os._exit(0)"
-)
+OUTLASTING = "import os, sys; from launch.program import survive_full_disk; survive_full_disk(); print('a', end=''); {}; os._exit(0)"
 
 
 @pytest.mark.parametrize("unbuffered, told", [("", "b"), ("1", "ab")])

@@ -13,7 +13,7 @@ import pytest
 import torch.distributed as dist
 
 from launch import signals as stopping
-from launch.signals import NEVER, Received, Stopping, forwarding, hear
+from launch.signals import NEVER, Received, Stopping, forwarding_signals, unblock_signals
 from parallel.activation_checkpointing import start_workers
 from tests.helpers.distributed import new_processes
 
@@ -164,7 +164,7 @@ def stubborn():
 def test_the_parent_passes_signals_on_and_kills_at_the_second_stop(stubborn, monkeypatch):
     monkeypatch.setattr(stopping, "APART_SECONDS", 0)
     before = signal.getsignal(signal.SIGTERM)
-    with forwarding(lambda: stubborn) as (received, _):
+    with forwarding_signals(lambda: stubborn) as (received, _):
         signal.raise_signal(signal.SIGUSR1)
         assert [p.stdout.readline() for p in stubborn] == ["saved\n"] * 2
         signal.raise_signal(signal.SIGTERM)
@@ -177,7 +177,7 @@ def test_the_parent_passes_signals_on_and_kills_at_the_second_stop(stubborn, mon
 
 
 def hear_sigterm() -> None:
-    hear()
+    unblock_signals()
     signal.raise_signal(signal.SIGTERM)
 
 
@@ -200,7 +200,7 @@ def test_a_stop_while_ranks_are_started_waits_for_them(meanwhile):
         meanwhile()
         return [rank]
 
-    with forwarding(start) as (received, ranks):
+    with forwarding_signals(start) as (received, ranks):
         assert rank.wait(10) == -signal.SIGTERM and received.stop == signal.SIGTERM and ranks == [rank]
 
 
@@ -213,7 +213,7 @@ def test_a_second_stop_while_ranks_are_started_kills_them(monkeypatch):
         hear_sigterm_elsewhere()
         return [rank]
 
-    with forwarding(start):
+    with forwarding_signals(start):
         assert rank.wait(10) == -signal.SIGKILL
 
 
@@ -221,7 +221,7 @@ def compile_for_a_while(said) -> None:
     from torch._inductor.async_compile import AsyncCompile
 
     os.setsid()
-    hear()
+    unblock_signals()
     heard = []
     signal.signal(signal.SIGTERM, lambda number, frame: heard.append(number))
     start_workers()

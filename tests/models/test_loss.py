@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import train
-from data.batches import learned_places
+from data.batches import learned_positions
 from data.packing import make_sampler
 from data.rows import IGNORE
 from models import loss
@@ -80,9 +80,9 @@ def counting() -> Iterator[list[int]]:
         yield computed
 
 
-def places_of(targets: torch.Tensor, others: int | None) -> torch.Tensor | None:
+def target_positions_of(targets: torch.Tensor, others: int | None) -> torch.Tensor | None:
     """Of the learned tokens and `others`; or None, for all tokens."""
-    return None if others is None else learned_places(targets, int((targets != IGNORE).sum()) + others)
+    return None if others is None else learned_positions(targets, int((targets != IGNORE).sum()) + others)
 
 
 @pytest.mark.parametrize("softcap", [None, 3.0])
@@ -93,14 +93,14 @@ def test_loss_and_gradients(rows, others, softcap, monkeypatch):
     monkeypatch.setattr(loss, "LOGITS_BYTES", 4 * rows * VOCABULARY * 4)
     x, weight, targets = case(0)
     head, leaf = head_of(weight, trained=True), x.clone().requires_grad_()
-    head.softcap, places = softcap, places_of(targets, others)
+    head.softcap, target_positions = softcap, target_positions_of(targets, others)
     with counting() as computed:
-        total = head(leaf, targets, places)
-    assert sum(computed) == (TOKENS if places is None else len(places))
+        total = head(leaf, targets, target_positions)
+    assert sum(computed) == (TOKENS if target_positions is None else len(target_positions))
     got = total.detach(), *torch.autograd.grad(total * 0.37, (leaf, head.weight))
     assert_equal(got, reference(x, weight, targets, softcap))
     with torch.no_grad():
-        torch.testing.assert_close(head(x, targets, places), got[0])
+        torch.testing.assert_close(head(x, targets, target_positions), got[0])
 
 
 def test_compiled():
@@ -108,7 +108,7 @@ def test_compiled():
     x, weight, targets = case(0)
     head, leaf = head_of(weight, trained=True), x.clone().requires_grad_()
     head.compiled = True
-    total = head(leaf, targets, places_of(targets, 3))
+    total = head(leaf, targets, target_positions_of(targets, 3))
     assert_equal(
         (total.detach(), *torch.autograd.grad(total * 0.37, (leaf, head.weight))),
         reference(x, weight, targets, None),
@@ -122,7 +122,7 @@ def rows_of_the_head(place, argv: list) -> tuple[int, int, int]:
     batch = step.batches[0].to(place.device)
     with counting() as computed, torch.no_grad():
         train.loss_sum(model, batch)
-    return sum(computed), len(batch.places), batch.targets.numel()
+    return sum(computed), len(batch.target_positions), batch.targets.numel()
 
 
 def test_a_run_computes_no_logits_of_prompts(checkpoints, alpaca_file, one_rank):
@@ -166,12 +166,12 @@ def parts(place, softcap, vocabulary: int = VOCABULARY, chosen: bool = False):
     head.softcap, leaf = softcap, x.clone().requires_grad_()
     learned = [int((case(rank)[2] != IGNORE).sum()) for rank in range(place.world)]
     assert len(set(learned)) > 1
-    places = learned_places(targets, max(learned)) if chosen else None
+    target_positions = learned_positions(targets, max(learned)) if chosen else None
     with (
         mock.patch.object(loss, "LOGITS_BYTES", 4 * 9 * 151 * 4),
         mock.patch.object(loss, "HIDDEN_BYTES", 4 * HIDDEN * 20),
     ):
-        total = head(leaf, targets, places)
+        total = head(leaf, targets, target_positions)
         embedded = embedding(targets.clamp_min(0))
     (total * 0.37).backward()
     results = total.detach(), leaf.grad, head(x), embedded

@@ -60,10 +60,10 @@ def test_a_resumed_run_tells_of_a_bad_step_once(poisoned, two_ranks, tmp_path):
         assert [m.get("bad_steps") for m in lines(tmp_path)] == [None, 1, 1]
 
 
-def resumed_after_bad_steps(place, argv: list[str], folder: str) -> list[str]:
+def resumed_after_bad_steps(rank_info, argv: list[str], folder: str) -> list[str]:
     """How a run ends that --max_bad_steps 0 has ended before, and what is in the lines of its steps."""
     with pytest.raises(UserError, match="1, more than --max_bad_steps 0"):
-        run(place, argv)
+        run(rank_info, argv)
     return [line.get("bad_steps") for line in lines(Path(folder))]
 
 
@@ -155,16 +155,16 @@ def test_a_fused_step_is_bad_on_all_ranks(two_ranks):
         assert ours["steps"] == [2.0] and all(map(torch.equal, ours["shards"], theirs["shards"]))
 
 
-def shards_after(place, factors: list[float]) -> dict:
+def shards_after(rank_info, factors: list[float]) -> dict:
     """This rank's rows of a layer after steps in which the last rank's loss is multiplied by these factors, and the
     optimizer's count of steps."""
-    mesh = make_mesh(place.device.type, place.world, "full_shard", place.world)
+    mesh = make_mesh(rank_info.device.type, rank_info.world, "full_shard", rank_info.world)
     torch.manual_seed(0)
-    layer = fully_shard(torch.nn.Linear(5, 3, bias=False).to(place.device), mesh=mesh)
+    layer = fully_shard(torch.nn.Linear(5, 3, bias=False).to(rank_info.device), mesh=mesh)
     optimizer = make_optimizer(layer.parameters(), "fused_adamw", 0.1, 0.1)
-    meter, judge, x = Meter(place.device, {}), guard(), torch.ones(2, 5, device=place.device)
+    meter, judge, x = Meter(rank_info.device, {}), guard(), torch.ones(2, 5, device=rank_info.device)
     for factor in factors:
-        loss = layer(x).square().sum() * (factor if place.rank == place.world - 1 else 1)
+        loss = layer(x).square().sum() * (factor if rank_info.rank == rank_info.world - 1 else 1)
         loss.backward()
         norm = torch.nn.utils.get_total_norm([p.grad for p in layer.parameters()]).full_tensor()
         judge.step(optimizer, meter.read(1, STEP, 1e-4, loss.detach(), norm))

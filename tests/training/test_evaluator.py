@@ -46,25 +46,25 @@ class Recorder(NoTracker):
             self.weights[metrics.step] = trained_tensors(self.model)
 
 
-def run(place, args, scripted=None, steps=()):
+def run(rank_info, args, scripted=None, steps=()):
     """(metrics of every step, weights after `steps`, dense weights and weights at the end) of a run from random
     adapters. scripted: losses that the evaluations find instead of their own."""
-    job = make_job(place, args)
-    model, _ = train.set_up(job, place)
+    job = make_job(rank_info, args)
+    model, _ = train.set_up(job, rank_info)
     randomize(model)
     c, recorder = job.config, Recorder(model, steps)
     sampler = StepSampler(
-        job.rows, c.batch_size, c.gradient_accumulation_steps, place.rank, place.world, c.seed
+        job.rows, c.batch_size, c.gradient_accumulation_steps, rank_info.rank, rank_info.world, c.seed
     )
     original, values = evaluation.mean_loss, iter(scripted or ())
     if scripted:
         evaluation.mean_loss = lambda *_: next(values)
     try:
-        history = train.train(job, model, place, sampler, recorder)
+        history = train.train(job, model, rank_info, sampler, recorder)
     finally:
         evaluation.mean_loss = original
     sharded = all(isinstance(p, DTensor) for p in model.parameters())
-    assert sharded or place.world == 1, "something stayed gathered"
+    assert sharded or rank_info.world == 1, "something stayed gathered"
     return (
         [dataclasses.asdict(m) for m in history],
         recorder.weights,
@@ -306,7 +306,7 @@ def test_a_sample_ends_where_the_next_question_begins(monkeypatch, tmp_path):
     monkeypatch.setattr(evaluation, "greedy", lambda *_: made)
     itself = types.SimpleNamespace(
         data=EvaluationData(None, prompts, []), sample_tokens=20, model=types.SimpleNamespace(config=LlamaConfig()),
-        place=HERE, context=context, folder=tmp_path, tokenizer=BYTES, tracker=NoTracker())  # fmt: skip
+        rank_info=HERE, context=context, folder=tmp_path, tokenizer=BYTES, tracker=NoTracker())  # fmt: skip
     evaluation.Evaluator._sample(itself, 0)
     lines = [json.loads(line)["text"] for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
     assert lines == [" b", " b### Human: c"]

@@ -140,7 +140,7 @@ def test_savings_are_sorted_and_possible(train_type, job_of):
     ],
 )  # fmt: skip
 def test_a_run_without_memory(error, known, job_of):
-    def run(place, job):
+    def run(rank_info, job):
         raise error
 
     job = job_of("lora")

@@ -26,10 +26,10 @@ def checked(*argv):
     return check(parse([*map(str, argv), "--world_size", "1"])[0])
 
 
-def save_in(place, current: Path, *rest) -> None:
+def save_in(rank_info, current: Path, *rest) -> None:
     """`save_job` in that folder: the pool's processes began in another one."""
     with contextlib.chdir(current):
-        save_job(place, *rest)
+        save_job(rank_info, *rest)
 
 
 @pytest.fixture
