@@ -21,13 +21,13 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from files.finite import NOT_FINITE, fp32_sum, is_finite, over_all_ranks, suspects
+from files.finite import NOT_FINITE, fp32_sum, is_finite, suspects
 from files.model_folder import CheckpointFiles
 from files.tensors import Stage, read_tensor
 from files.weight_cache import CacheWriter
-from launch.devices import use
+from launch.devices import set_current_device
 from launch.memory import empty_on_host
-from launch.ranks import RankInfo
+from launch.ranks import RankInfo, gather_from_ranks
 from models.family import Family, clean
 from models.longrope import make_rotary
 from models.loss import FrozenEmbedding
@@ -143,7 +143,7 @@ def _read(name: str, module: nn.Module, finite: FiniteCheck, device: torch.devic
     """The tensor on the device, packed if its module packs it. One thread at a time is on the device: what
     quantization needs for a moment, several times the tensor, is needed once. Raises UserError."""
     if device.type == "cuda" and not hasattr(thread, "stage"):
-        use(device)
+        set_current_device(device)
         thread.stage = Stage(device.type)
     source = finite.files.read(name, getattr(thread, "stage", None))
     with turn:
@@ -176,7 +176,7 @@ class FiniteCheck:
             if not is_finite(read_tensor(self.files.folder, self.files.tensors[name])):
                 found[name] = f"{self.files.where(name)} {NOT_FINITE}"
         messages: dict[str, str] = {}
-        for each in over_all_ranks(found, world):
+        for each in gather_from_ranks(found, world):
             messages |= each
         if messages:
             first = next(name for name in self.files.tensors if name in messages)

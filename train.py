@@ -14,12 +14,12 @@ import gc
 import sys
 
 from files.names import OPTIONS
-from launch.program import parse_or_exit, prepare_environment, quiet_libraries, run_command, survive_full_disk
+from launch.program import parse_or_exit, prepare_environment, prepare_long_run, quiet_libraries, run_command
 from options.train import parse
 
 if __name__ == "__main__":
     # Before the imports below, which take seconds: --help and wrong options are answered at once.
-    survive_full_disk()
+    prepare_long_run()
     PARSED = parse_or_exit(sys.argv[1:], parse)
     prepare_environment()
     gc.disable()  # as in launch/fork_server.py
@@ -42,9 +42,9 @@ from files.atomic_writes import write_text
 from files.lock import FolderLock
 from files.weight_cache import writing
 from launch import memory, ranks
-from launch.precision import use_deterministic
+from launch.precision import enable_determinism
 from launch.ranks import RankInfo
-from launch.signals import NEVER, NeverStop, Stopping
+from launch.signals import NO_STOP_REQUESTS, NoStopRequests, StopRequests
 from launch.start import start
 from models.adapters import apply_method, peft_targets
 from models.attention import choose_attention
@@ -78,7 +78,7 @@ def set_up(
     profiler.phase("wrap")
     config, family, precision, device = job.config, job.family, job.precision, rank_info.device
     longest = longest_line(config, job.rows)
-    attention = choose_attention(job.model_config, family, precision.matmul, config.packing, longest)
+    attention = choose_attention(job.model_config, family, precision.matmul_dtype, config.packing, longest)
     model = build_on_meta(job.model_config, family, attention)
     # Before anything is changed.
     expected = memory_model.expect(model, family, config, precision, job.files, rank_info)
@@ -90,7 +90,7 @@ def set_up(
         mesh,
         strategy=STRATEGIES[config.sharding_strategy],
         units=WRAP_POLICIES[config.wrap_policy](family),
-        cast=precision.gathered,
+        cast=precision.gather_dtype,
         offload=offload_policy(config.use_cpu_offload, device.type),
         keep=Keep.NOTHING if config.use_gradient_checkpointing else Keep.ALL,
         run=compiler() if compiles(config.compile, device, family) else None,
@@ -98,8 +98,8 @@ def set_up(
     )
     profiler.phase("load")
     home = torch.device("cpu") if config.use_cpu_offload else device
-    workers = ranks.resolve_workers(config.loading_workers, rank_info.processors)
-    before = memory.allocated()
+    workers = ranks.resolve_workers(config.loading_workers, rank_info.cpus)
+    before = memory.gpu_bytes_allocated()
     with writing(job.cache, rank_info) as cache:
         load_weights(model, family, job.files, rank_info, home, config.seed, workers, cache)
         memory_model.check_loaded(model, expected, before)
@@ -115,7 +115,7 @@ def train(
     sampler: StepSampler,
     tracker,
     profiler: NoProfiler = NO_PROFILER,
-    stopping: NeverStop = NEVER,
+    stopping: NoStopRequests = NO_STOP_REQUESTS,
 ) -> list[Metrics]:
     """The loop. Returns the metrics of every step, on rank 0 also of those before a resumed run was stopped."""
     config, precision, total = job.config, job.precision, job.total_steps(sampler)
@@ -190,7 +190,7 @@ def run_profiled(rank_info: RankInfo, job: Job, profiler: Profiler, lock: Folder
     """The same, watched by a profiler."""
     config, began = job.config, time.perf_counter()
     if config.deterministic:
-        use_deterministic()
+        enable_determinism()
     sampler = make_sampler(config, job.rows, rank_info.rank, rank_info.world)
     total = job.total_steps(sampler)
     if rank_info.rank == 0:
@@ -202,7 +202,7 @@ def run_profiled(rank_info: RankInfo, job: Job, profiler: Profiler, lock: Folder
     facts = describe_run(job.rows, sampler, model, stages) if rank_info.rank == 0 else ""
     tracker = open_run(job, rank_info, lock, total, facts, ready, stages)
     done = len(tracker.history)
-    stopping = Stopping(rank_info.rank, job.started, config.max_minutes, config.save_minutes)
+    stopping = StopRequests(rank_info.rank, job.started, config.max_minutes, config.save_minutes)
     began = time.perf_counter()
     history = train(job, model, rank_info, sampler, tracker, profiler, stopping)
     seconds = time.perf_counter() - began

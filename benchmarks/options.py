@@ -84,11 +84,11 @@ class Options:
         " layers' inputs kept on the host)", convert=partial(_names, "checkpointing", CHECKPOINTING))
     precision: tuple[str, ...] = option(("auto",), "Runs", "of ours, as train.py takes it; auto has fp32 adapters, bf16 has"
         " bf16 ones. A peer's is its own", convert=partial(_names, "precision", PRECISIONS))
-    batch_size: int = option(4, "Runs", "rows per GPU and step", least=1)
-    context_length: int = option(2048, "Runs", "tokens of a row", least=1)
-    lora_rank: int = option(64, "Runs", "rank of the adapters, on all seven linears", least=1)
-    steps: int = option(12, "Runs", f"optimizer steps of a run; the first {SETTLING} do not count", least=1)
-    time_limit: int = option(1800, "Runs", "seconds that a run may take", least=1)
+    batch_size: int = option(4, "Runs", "rows per GPU and step", ge=1)
+    context_length: int = option(2048, "Runs", "tokens of a row", ge=1)
+    lora_rank: int = option(64, "Runs", "rank of the adapters, on all seven linears", ge=1)
+    steps: int = option(12, "Runs", f"optimizer steps of a run; the first {SETTLING} do not count", ge=1)
+    time_limit: int = option(1800, "Runs", "seconds that a run may take", ge=1)
     train_options: str = option("", "Runs", "more options for ours, as train.py takes them:"
         " --train_options='--wrap_policy sublayer'")
     peers: tuple[str, ...] = option(PEERS, "Peers", "which; none = ours alone", convert=_peers)

@@ -34,7 +34,7 @@ from benchmarks.shapes import SHAPES
 from benchmarks.systems import OURS, SYSTEMS, Setting, installed
 from benchmarks.table import Row, draw, markdown, measured
 from files.atomic_writes import write_text
-from launch.program import report
+from launch.program import print_error
 from options.errors import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -199,7 +199,7 @@ def main(argv: list[str]) -> int:
         options.out.mkdir(parents=True, exist_ok=True)
         rows = measure_all(options, model)
     except UserError as e:
-        return report(e, verbose=False)
+        return print_error(e, verbose=False)
     print((options.out / "results.md").read_text(), end="")
     drawn = "speed_memory.png, " if any(not row.problem for row in rows) else ""
     if drawn:

@@ -29,7 +29,7 @@ from files.names import CONFIG, GENERATION
 from files.output_folder import check_output, clear_output
 from files.tensors import StoredTensor
 from files.tokenizer import compare_with_files, read_tokenizer
-from launch.program import quiet_libraries, report, typed_command
+from launch.program import print_error, quiet_libraries, shell_command
 from models.family import Family
 from models.llama_pro import NEW_LAYERS, evenly, is_expanded, new_layers, sources
 from models.redundant import UNTIED, as_loaded, corrected_config
@@ -38,7 +38,7 @@ from models.toy import toy_model
 from options.block_expansion import Options
 from options.config import TOY_MODEL
 from options.errors import DONE, UserError
-from options.limits import CONFIG_FILE, LAYERS, read_json, read_text
+from options.limits import MAX_CONFIG_BYTES, MAX_LAYERS, read_json, read_text
 
 # Lists in a config.json that may happen to have as many entries as there are layers, and never one for each.
 OTHER_LISTS = ("architectures", "keys_to_ignore_at_inference", "mlp_only_layers")
@@ -55,9 +55,9 @@ def positions(options: Options, layers: int) -> list[int]:
         count = options.new_blocks
     else:
         assert options.expansion_rate is not None
-        count = max(1, math.floor(min(layers * options.expansion_rate, LAYERS) + 0.5))
-    if layers + count > LAYERS:
-        raise UserError(f"{layers} layers and {count:,} new ones: at most {LAYERS:,} are built")
+        count = max(1, math.floor(min(layers * options.expansion_rate, MAX_LAYERS) + 0.5))
+    if layers + count > MAX_LAYERS:
+        raise UserError(f"{layers} layers and {count:,} new ones: at most {MAX_LAYERS:,} are built")
     return evenly(layers, count) if options.after is None else sorted(options.after)
 
 
@@ -140,7 +140,7 @@ def expand(options: Options) -> str:
     """Writes the expanded model; returns what to tell of it."""
     config, family, files, _ = read_model(options)
     source = sources(config.num_hidden_layers, positions(options, config.num_hidden_layers))
-    raw = read_json(files.folder / CONFIG, CONFIG_FILE)
+    raw = read_json(files.folder / CONFIG, MAX_CONFIG_BYTES)
     new_config = expanded_config(raw, config, source)
     entries = expanded_tensors(files, family, source)
     _check_plan(new_config, entries, config, files, family)
@@ -148,7 +148,7 @@ def expand(options: Options) -> str:
     new = ", ".join(map(str, new_config[NEW_LAYERS]))
     return (
         f"in {options.output_dir}: {len(source)} layers, of which new: {new}\n"
-        f"next: {shlex.join(typed_command('train.py'))} --train_type bnb_llama_pro --model_name {options.output_dir} --dataset ..."
+        f"next: {shlex.join(shell_command('train.py'))} --train_type bnb_llama_pro --model_name {options.output_dir} --dataset ..."
     )
 
 
@@ -207,7 +207,7 @@ def _as_trained(path: Path, config: PretrainedConfig, files: CheckpointFiles) ->
     small_files = corrected_config(files.folder, config)
     learned = path.with_name(GENERATION)  # what the run learned to end its answers with, if the base does not
     if learned.is_file():
-        small_files[GENERATION] = read_text(learned, CONFIG_FILE)
+        small_files[GENERATION] = read_text(learned, MAX_CONFIG_BYTES)
     if any(files.folder.glob("tokenizer*")):
         tokenizer = read_tokenizer(files.folder, f"--model_name {files.folder}")
         small_files |= compare_with_files(files.folder, tokenizer).files
@@ -222,6 +222,6 @@ def run(options: Options) -> int:
         print(put_back(options) if options.blocks else expand(options))
         return DONE
     except UserError as e:
-        return report(e, verbose=False)
+        return print_error(e, verbose=False)
     except OSError as e:  # a full disk
-        return report(UserError(f"{e.filename or options.output_dir}: {e.strerror or e}"), verbose=False)
+        return print_error(UserError(f"{e.filename or options.output_dir}: {e.strerror or e}"), verbose=False)

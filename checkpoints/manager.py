@@ -28,11 +28,11 @@ from checkpoints.planner import CopyPlanner
 from checkpoints.storage import GROWING_FILES, Saved, Writer, folder_of, prune, sync
 from checkpoints.training_state import Tensors, collect, local_part, restore, trained_parameters
 from files.atomic_writes import remove
-from files.finite import not_finite, over_all_ranks
-from launch.devices import use
+from files.finite import not_finite
+from launch.devices import set_current_device
 from launch.memory import MIB
-from launch.ranks import RankInfo
-from launch.signals import NeverStop
+from launch.ranks import RankInfo, gather_from_ranks
+from launch.signals import NoStopRequests
 from monitoring.deferred import DeferredCalls
 from options.errors import UserError, describe
 
@@ -82,7 +82,7 @@ class Checkpoints:
         keep: int,
         describe_run: Callable[[], dict],
         deferred: DeferredCalls,
-        stopping: NeverStop,
+        stopping: NoStopRequests,
         say: Callable[[str], None],
         saved: Saved | None,
     ):
@@ -96,7 +96,9 @@ class Checkpoints:
         # Of its own, and of host memory: collectives of two threads must not meet in one group.
         # Of a rank that is gone others hear from who started them, and one whose disk is slow is to be waited for.
         self.group = dist.new_group(backend="gloo", timeout=timedelta(days=1))
-        self.pool = ThreadPoolExecutor(1, "checkpoint", initializer=use, initargs=(rank_info.device,))
+        self.pool = ThreadPoolExecutor(
+            1, "checkpoint", initializer=set_current_device, initargs=(rank_info.device,)
+        )
         self.background = Background(
             rank_info.device.type == "cuda"
         )  # on a CPU little is launched in a second
@@ -135,7 +137,7 @@ class Checkpoints:
         if self.writing and self.writing.done():
             self._await()
         elif self.writing:
-            self.stopping.saved_in(self.taken(), whole=False)
+            self.stopping.record_save(self.taken(), complete=False)
         stop, wanted = self.stopping.agree(last)
         due = (self.every and step % self.every == 0) or (last and self.at_end)
         if stop or wanted or due:
@@ -247,7 +249,7 @@ class Checkpoints:
         # In one call, which lets the thread that trains run. It is infinite as well where the sum overflows.
         likely = nn.utils.get_total_norm(list(weights.values()), 1.0).isfinite()
         found = [] if likely else not_finite(weights)
-        return not any(over_all_ranks(found, self.rank_info.world, self.group))
+        return not any(gather_from_ranks(found, self.rank_info.world, self.group))
 
     def _watch(self) -> Callable[[], float]:
         """Seconds from here on, without rests."""
@@ -266,7 +268,7 @@ class Checkpoints:
             if whole := self.writing.result():
                 self.newest = self.step
             self.background.hurry.clear()
-            self.stopping.saved_in(self.seconds, whole)
+            self.stopping.record_save(self.seconds, whole)
             self.writing = None
 
     def finish(self) -> None:

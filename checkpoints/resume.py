@@ -28,7 +28,7 @@ from files.names import ADAPTER_CONFIG, BEST, BLOCKS, CONFIG
 from files.output_folder import check_output, holds_run, output_folder
 from monitoring.metrics import read_metrics
 from options.config import CHECKPOINTS, COMPATIBILITY, DAY, FIELDS, Config
-from options.declaration import shown
+from options.declaration import format_value
 from options.errors import UserError
 
 # A resumed run may differ in the options of these groups, which change no result beyond rounding ...
@@ -201,7 +201,7 @@ def check_same(saved: Saved, config: Config, now: dict, without_head: tuple[str,
         before = option_of(run, name)
         if is_fixed(name) and before != getattr(config, name):
             raise UserError(
-                f"{where}: the run has --{name} {shown(before)}, not {shown(getattr(config, name))}; a run goes"
+                f"{where}: the run has --{name} {format_value(before)}, not {format_value(getattr(config, name))}; a run goes"
                 " on with what it began with"
             )
     if run["precision"] != (here := now["precision"]):

@@ -47,7 +47,7 @@ from files.tensors import write_tensors
 from launch.memory import MIB
 from options.config import CHECKPOINTS
 from options.errors import UserError
-from options.limits import MANIFEST_FILE, check_size, read_text
+from options.limits import MAX_MANIFEST_BYTES, check_size, read_text
 
 MANIFEST, VERSION, RANK = "manifest.json", 2, "rank-"
 # Of a RUN, appended to; a resumed run cuts them to the checkpoint. One that was not there then had no lines.
@@ -101,8 +101,8 @@ def read_checkpoint(folder: Path) -> Saved:
         if path.is_symlink():
             raise UserError(f"{path}: is a link; a checkpoint is a folder of files of its own")
     try:
-        check_size(folder / MANIFEST, MANIFEST_FILE)
-        manifest = json.loads(read_text(folder / MANIFEST, MANIFEST_FILE))
+        check_size(folder / MANIFEST, MAX_MANIFEST_BYTES)
+        manifest = json.loads(read_text(folder / MANIFEST, MAX_MANIFEST_BYTES))
         if manifest["version"] != VERSION:
             raise UserError(f"{folder}: made by another version of this program, which can go on with it")
         if manifest.pop("sha256") != _digest(_text(manifest)):
@@ -299,7 +299,7 @@ class Writer(StorageWriter):
         manifest["files"] = [dataclasses.asdict(f) for f in files]
         path, text = self.temporary / MANIFEST, _text(manifest)  # once: it holds the interpreter
         text = f'{text[:-1]}, "sha256": "{_digest(text)}"}}\n'
-        if len(text) > MANIFEST_FILE:
+        if len(text) > MAX_MANIFEST_BYTES:
             raise OSError(errno.EFBIG, f"its {MANIFEST} would be too large to be read")
         path.write_text(text, encoding="utf-8")
         sync(path)

@@ -22,9 +22,9 @@ from data.formats import FORMATS, Rendered
 from data.rows import TokenizedRows
 from data.tokenizing import last_answer, tokenize
 from options.config import Config
-from options.data_files import suffix_of
+from options.data_files import file_suffix
 from options.errors import UserError
-from options.limits import LINE, read_text
+from options.limits import MAX_LINE_BYTES, read_text
 
 DEFAULT_PROMPTS = 3  # rows that samples are made of, unless --sample_prompts says otherwise
 MOST_PROMPTS = 16  # rows of a dataset given as --sample_prompts
@@ -175,7 +175,7 @@ def _reference(rendered: Rendered, tokenizer, stops: Collection[int]) -> str:
 
 def _sample_prompts(config: Config, examples: Examples, rows: list[Rendered], tokenizer) -> list[Prompt]:
     given = config.sample_prompts
-    if given is not None and suffix_of(given) == ".txt":
+    if given is not None and file_suffix(given) == ".txt":
         return _ask(_lines(Path(given).expanduser()), examples, tokenizer, config.context_length)
     if given is not None:
         with named("--sample_prompts"):
@@ -189,7 +189,7 @@ def _sample_prompts(config: Config, examples: Examples, rows: list[Rendered], to
 
 def _lines(path: Path) -> list[str]:
     try:
-        lines = read_text(path, LINE).split("\n")
+        lines = read_text(path, MAX_LINE_BYTES).split("\n")
     except (OSError, ValueError) as e:
         reason = getattr(e, "strerror", None) or "not a UTF-8 text"
         raise UserError(f"--sample_prompts {path}: {reason}") from None

@@ -19,8 +19,8 @@ from data.recognition import format_of, recognise, unread_columns
 from data.row_files import Rows
 from data.sources import Recipe, find_recipe, load_rows
 from data.unshown import unclosed, unshown
-from options.errors import UserError, listed
-from options.limits import ROW
+from options.errors import UserError, join_names
+from options.limits import MAX_ROW_CHARS
 
 FILLED = 10**6  # rows that a recipe makes of its `fill`
 
@@ -57,8 +57,10 @@ def read_examples(
     """
     recipe, file = find_recipe(dataset)
     samples = samples if samples > 0 else recipe.samples
-    if recipe.fill and (context_length > ROW // max(len(recipe.fill["output"]), 1) or samples > FILLED):
-        raise UserError(f"--dataset {dataset}: fills at most {FILLED:,} rows of {ROW:,} characters")
+    if recipe.fill and (
+        context_length > MAX_ROW_CHARS // max(len(recipe.fill["output"]), 1) or samples > FILLED
+    ):
+        raise UserError(f"--dataset {dataset}: fills at most {FILLED:,} rows of {MAX_ROW_CHARS:,} characters")
     data = load_rows(recipe, file, samples)
     rows = data.rows
     if recipe.fill:
@@ -92,7 +94,7 @@ def _check_roles(rows: list[dict], where: str) -> None:
     messages = [m for given in found if isinstance(given, list) for m in given if isinstance(m, dict)]
     roles = dict.fromkeys(str(message.get("role")) for message in messages)
     if roles and "assistant" not in roles:
-        raise UserError(f"{where}: no message has the role assistant, only {listed([*roles])}")
+        raise UserError(f"{where}: no message has the role assistant, only {join_names([*roles])}")
 
 
 def _remarks(recipe: Recipe, rows: list[dict], form: Format) -> tuple[str, ...]:
@@ -137,8 +139,10 @@ class _Rendering:
                 one = FORMATS[self.name].render(values, self.context)
                 one.text.encode()  # JSON can spell half a character, which no tokenizer takes
             rendered.append(dataclasses.replace(one, number=i + 1))
-            if len(one.text) > ROW:
-                raise UserError(f"{where}: a text of {len(one.text):,} characters; at most {ROW:,} are read")
+            if len(one.text) > MAX_ROW_CHARS:
+                raise UserError(
+                    f"{where}: a text of {len(one.text):,} characters; at most {MAX_ROW_CHARS:,} are read"
+                )
         return rendered
 
 

@@ -1,4 +1,4 @@
-"""The files below a folder of data, through links: never in a circle, and at most FOLDER_ENTRIES of them."""
+"""The files below a folder of data, through links: never in a circle, and at most MAX_FOLDER_ENTRIES of them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from files.links import leads_out
 from options.errors import UserError
-from options.limits import FOLDER_ENTRIES
+from options.limits import MAX_FOLDER_ENTRIES
 
 NO_ROWS = ("config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 
@@ -58,9 +58,9 @@ def _walk(folder: str, enters: Callable[[str], bool]) -> Iterator[str]:
     number = 0
     for place, folders, names in os.walk(folder, followlinks=True):
         number += len(folders) + len(names)
-        if number > FOLDER_ENTRIES:
+        if number > MAX_FOLDER_ENTRIES:
             raise UserError(
-                f"--dataset {folder}: more than {FOLDER_ENTRIES:,} files and folders are in it, or where its"
+                f"--dataset {folder}: more than {MAX_FOLDER_ENTRIES:,} files and folders are in it, or where its"
                 " links lead; name a smaller one"
             )
         # Folders before links to them: the order on the disk does not decide which of the two is read.

@@ -16,8 +16,8 @@ from typing import Any
 
 from data.chat import ChatTemplate
 from data.messages import checked_messages, checked_tools
-from options.errors import UserError, listed
-from options.exact_json import text_of
+from options.errors import UserError, join_names
+from options.exact_json import number_text
 
 # Alpaca's prompts as alpaca-lora, axolotl and most later programs write them: the answer begins on a line of
 # its own.
@@ -242,7 +242,7 @@ def checked(row: Mapping, form: Format, where: str, answered: bool = True) -> di
     without `answered` the answer's may be missing."""
     missing = [c for c in form.needs if row.get(c) is None and (answered or c != form.answer)]
     if missing:
-        found = listed([str(column) for column in row if row[column] is not None])
+        found = join_names([str(column) for column in row if row[column] is not None])
         raise UserError(f"{where}: nothing in column {', '.join(missing)}; found: {found}")
     if "messages" in form.needs:
         messages, tools = checked_messages(row["messages"], where), checked_tools(row.get("tools"), where)
@@ -258,5 +258,5 @@ def checked(row: Mapping, form: Format, where: str, answered: bool = True) -> di
             raise UserError(
                 f"{where}: column {column} holds {value} as a number; leave the row out, or write a text"
             )
-        values[column] = value if isinstance(value, str) else text_of(value)
+        values[column] = value if isinstance(value, str) else number_text(value)
     return values

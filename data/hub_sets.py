@@ -25,8 +25,8 @@ from data.folder_files import check_links, files_below, files_matching
 from data.row_files import Rows, read_file, restore_digits, without_fillers
 from files.hub_errors import HUB_ERRORS
 from options.data_files import KINDS, PROSE, kind_in_folder
-from options.errors import UserError, listed
-from options.limits import FOLDER_ENTRIES
+from options.errors import UserError, join_names
+from options.limits import MAX_FOLDER_ENTRIES
 
 # Keys of a configuration in README.md that say which files, not how to read them.
 NAMING_KEYS = {"config_name", "data_files", "data_dir", "default", "description"}
@@ -76,14 +76,16 @@ def _numbers_remark(source: str, loaded: Any) -> str:
         return ""
     schema = loaded.features.arrow_schema
     numbers = [f.name for f in schema if re.match(r"u?int|float|double", str(f.type))]
-    what = f"data: of {source} `datasets` reads as numbers, as in 007 = 7 and 1.10 = 1.1: {listed(numbers)}"
+    what = (
+        f"data: of {source} `datasets` reads as numbers, as in 007 = 7 and 1.10 = 1.1: {join_names(numbers)}"
+    )
     return what if numbers else ""
 
 
 def _unread_splits(source: str, split: str, splits: Iterable[str]) -> str:
     """Return a remark on the splits of a data set beside the one that is read; "" if there are none."""
     others = [name for name in splits if not re.match(rf"{re.escape(name)}(\W|$)", split)]
-    return f"data: of {source} the split {split} is read, not {listed(others)}" if others else ""
+    return f"data: of {source} the split {split} is read, not {join_names(others)}" if others else ""
 
 
 def _check_chosen(folder: str, data_files: str, root: str) -> None:
@@ -164,7 +166,7 @@ def _check_shards(folder: str, paths: list[str]) -> None:
             before, number, of, after = match.groups()
             sets.setdefault((before, of, after), set()).add(int(number))
     for (before, of, after), numbers in sets.items():
-        missing = sorted({*range(int(of))} - numbers) if int(of) <= FOLDER_ENTRIES else [0]
+        missing = sorted({*range(int(of))} - numbers) if int(of) <= MAX_FOLDER_ENTRIES else [0]
         if missing:
             name = os.path.relpath(f"{before}-{missing[0]:05d}-of-{of}{after}", folder)
             raise UserError(
@@ -176,7 +178,9 @@ def _nameless_remark(folder: str, paths: list[str]) -> str:
     """Return a remark on files without a suffix, which may hold rows and are not read; "" if there are none."""
     names = [os.path.basename(path) for path in paths]
     nameless = [name for name in names if not os.path.splitext(name)[1] and name.lower() not in PROSE]
-    return f"data: of {folder} files without a suffix are not read: {listed(nameless)}" if nameless else ""
+    return (
+        f"data: of {folder} files without a suffix are not read: {join_names(nameless)}" if nameless else ""
+    )
 
 
 def _read_configured(folder: str, configs: list, split: str, samples: int, root: str | None) -> Rows:

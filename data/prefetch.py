@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from data.batches import Step
-from launch.devices import use
+from launch.devices import set_current_device
 
 
 def ahead(steps: Iterator[Step], device: torch.device, pin: bool) -> Iterator[Step]:
@@ -22,7 +22,7 @@ def ahead(steps: Iterator[Step], device: torch.device, pin: bool) -> Iterator[St
             return step
         return dataclasses.replace(step, batches=[batch.pinned() for batch in step.batches])
 
-    with ThreadPoolExecutor(1, initializer=use, initargs=(device,)) as worker:
+    with ThreadPoolExecutor(1, initializer=set_current_device, initargs=(device,)) as worker:
         upcoming = worker.submit(make)
         while (step := upcoming.result()) is not None:
             upcoming = worker.submit(make)

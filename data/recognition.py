@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from data.formats import FORMATS, Format
-from options.errors import UserError, listed
+from options.errors import UserError, join_names
 
 RECOGNISED = tuple(name for name, form in FORMATS.items() if not form.named)
 
@@ -76,7 +76,7 @@ def _by_columns(columns: set[str], where: str) -> str:
         if columns >= set(form.needs):
             return name
     needs = "; ".join(f"{name}: {', '.join(form.needs)}" for name, form in known.items())
-    raise UserError(f"{where}: columns {listed(sorted(columns))} fit no format ({needs})")
+    raise UserError(f"{where}: columns {join_names(sorted(columns))} fit no format ({needs})")
 
 
 def unread_columns(rows: Iterable[Mapping], form: Format, renamed: Iterable[str] = ()) -> str:
@@ -84,4 +84,4 @@ def unread_columns(rows: Iterable[Mapping], form: Format, renamed: Iterable[str]
     line; "" if there are none. renamed: columns that are read under another name."""
     read = {*form.needs, *form.optional, *renamed}
     found = dict.fromkeys(column for row in rows for column, value in row.items() if value is not None)
-    return listed([column for column in found if column not in read])
+    return join_names([column for column in found if column not in read])

@@ -18,10 +18,10 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from options.data_files import KINDS, READABLE, advice, suffix_of
+from options.data_files import KINDS, READABLE, conversion_advice, file_suffix
 from options.errors import UserError
 from options.exact_json import parse_json
-from options.limits import LINE, LIST, check_size
+from options.limits import MAX_LINE_BYTES, MAX_LIST_BYTES, check_size
 
 PARQUET_ROWS = 64  # read at once: one value may stand for all of them in the file
 NO_NUMBER = re.compile(r"\s*[+-]?(nan|inf|infinity)\s*", re.IGNORECASE)
@@ -43,7 +43,7 @@ def read_file(path: Path) -> Rows:
     if not os.path.isfile(path):
         raise UserError(f"--dataset {path}: no such file")
     check_kind(path)
-    suffix = suffix_of(path.name)
+    suffix = file_suffix(path.name)
     if suffix == ".parquet":
         return _read_parquet(path)
     try:
@@ -58,10 +58,10 @@ def read_file(path: Path) -> Rows:
 
 def check_kind(path: Path) -> None:
     """Raise UserError for a file of a kind that is not read, with what to do."""
-    suffix = suffix_of(path.name)
+    suffix = file_suffix(path.name)
     if suffix not in KINDS:
         what = f"{suffix} files are not read" if suffix else "no suffix tells what it is"
-        todo = advice(path.name) or "rename or convert it"
+        todo = conversion_advice(path.name) or "rename or convert it"
         raise UserError(f"--dataset {path}: {what} ({READABLE} are); {todo}")
 
 
@@ -70,11 +70,11 @@ def _lines(path: Path) -> Iterator[str]:
     U+2028 and other rare characters. Raises UserError for a line that is no UTF-8, or too long."""
     with path.open("rb") as file:
         for number in count(1):
-            line = file.readline(LINE + 1)
+            line = file.readline(MAX_LINE_BYTES + 1)
             if not line:
                 return
-            if len(line) > LINE:
-                raise UserError(f"--dataset {path}:{number}: a line of more than {LINE:,} bytes")
+            if len(line) > MAX_LINE_BYTES:
+                raise UserError(f"--dataset {path}:{number}: a line of more than {MAX_LINE_BYTES:,} bytes")
             if b"\0" in line:
                 raise UserError(f"--dataset {path}:{number}: holds NULs: not a text, or in UTF-16")
             try:
@@ -123,11 +123,11 @@ def _line_of_fault(rows: str) -> int:
 
 def _is_list(path: Path) -> bool:
     with path.open("rb") as file:
-        return file.read(LINE).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
+        return file.read(MAX_LINE_BYTES).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
 
 
 def _read_json_list(path: Path) -> Rows:
-    check_size(path, LIST)
+    check_size(path, MAX_LIST_BYTES)
     raw = path.read_bytes()
     try:
         text = raw.decode("utf-8-sig")
@@ -189,9 +189,9 @@ def _read_parquet(path: Path) -> Rows:
                 f"--dataset {path}: says {file.metadata.num_rows:,} rows in {path.stat().st_size:,} bytes"
             )
         for batch in file.iter_batches(PARQUET_ROWS):
-            if batch.nbytes > LINE * PARQUET_ROWS // 4:
+            if batch.nbytes > MAX_LINE_BYTES * PARQUET_ROWS // 4:
                 raise UserError(
-                    f"--dataset {path}: {PARQUET_ROWS} rows of {batch.nbytes:,} bytes; at most {LINE:,} each"
+                    f"--dataset {path}: {PARQUET_ROWS} rows of {batch.nbytes:,} bytes; at most {MAX_LINE_BYTES:,} each"
                 )
             rows += [without_fillers(row) for row in batch.to_pylist()]
         restore_digits(rows, file.schema_arrow)

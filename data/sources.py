@@ -14,9 +14,9 @@ from pathlib import Path
 from data.formats import FORMATS, GUANACO_MARKERS
 from data.hub_sets import read_folder, read_hub
 from data.row_files import Rows, check_kind, read_file
-from options.data_files import KINDS, READABLE, advice, suffix_of
+from options.data_files import KINDS, READABLE, conversion_advice, file_suffix
 from options.errors import UserError
-from options.limits import OPTIONS_FILE, check_size, read_text
+from options.limits import MAX_OPTIONS_BYTES, check_size, read_text
 
 RECIPES = Path(__file__).parents[1] / "datasets"
 
@@ -49,12 +49,12 @@ class Recipe:
 def find_recipe(dataset: str) -> tuple[Recipe, Path | None]:
     """(the recipe of --dataset, the local file that it reads or None). Raises UserError for unknown names."""
     local = os.path.expanduser(dataset)  # os.path takes any text, where Path raises for some
-    path = Path(local) if suffix_of(local) == ".toml" else shipped_recipe(dataset)
+    path = Path(local) if file_suffix(local) == ".toml" else shipped_recipe(dataset)
     if path is not None:
         return _at_its_place(_read_recipe(path), path.parent)
     if os.path.isdir(local):
         return Recipe(source=local), None
-    if suffix_of(local) in KINDS:
+    if file_suffix(local) in KINDS:
         return Recipe(source=dataset), Path(local)
     if os.path.isfile(local):
         check_kind(Path(local))
@@ -62,7 +62,7 @@ def find_recipe(dataset: str) -> tuple[Recipe, Path | None]:
         dataset.startswith((".", "/", "~"))
         or dataset.count("/") > 1
         or dataset.endswith("/")
-        or advice(local)
+        or conversion_advice(local)
     ):
         raise UserError(f"--dataset {dataset}: no such file or folder")
     if dataset.count("/") == 1:
@@ -81,7 +81,7 @@ def shipped_recipe(dataset: str) -> Path | None:
 
 def _at_its_place(recipe: Recipe, folder: Path) -> tuple[Recipe, Path | None]:
     """As `find_recipe`, of a recipe that lies in `folder`: its source may be a file or a folder beside it."""
-    if suffix_of(recipe.source) in KINDS:
+    if file_suffix(recipe.source) in KINDS:
         return recipe, folder / recipe.source
     if recipe.source and (folder / recipe.source).is_dir():
         return replace(recipe, source=str(folder / recipe.source), root=str(folder)), None
@@ -90,9 +90,9 @@ def _at_its_place(recipe: Recipe, folder: Path) -> tuple[Recipe, Path | None]:
 
 def _read_recipe(path: Path) -> Recipe:
     where = f"--dataset {path}"
-    check_size(path, OPTIONS_FILE)
+    check_size(path, MAX_OPTIONS_BYTES)
     try:
-        given = tomllib.loads(read_text(path, OPTIONS_FILE))
+        given = tomllib.loads(read_text(path, MAX_OPTIONS_BYTES))
     except OSError as e:
         raise UserError(f"{where}: {e.strerror}") from None
     # ValueError: no TOML, no UTF-8, a number of thousands of digits.
@@ -118,7 +118,7 @@ def _check_source(recipe: Recipe, folder: Path, where: str) -> None:
     """Raises UserError for a recipe that reads anything but the hub, or what lies beside it or below."""
     if not (recipe.source + recipe.data_files).isprintable():  # a NUL
         raise UserError(f"{where}: source {recipe.source!r} is no name of a file")
-    if suffix_of(recipe.source) in KINDS or (recipe.source and (folder / recipe.source).exists()):
+    if file_suffix(recipe.source) in KINDS or (recipe.source and (folder / recipe.source).exists()):
         real = Path(os.path.realpath(folder / recipe.source))
         if os.path.isabs(recipe.source) or not real.is_relative_to(os.path.realpath(folder)):
             raise UserError(f"{where}: source {recipe.source} is not beside the recipe; give it as --dataset")
@@ -126,10 +126,10 @@ def _check_source(recipe: Recipe, folder: Path, where: str) -> None:
         raise UserError(
             f"{where}: source {recipe.source!r} is neither a {READABLE} file, a folder beside it nor a hub id"
         )
-    if advice(recipe.source):
+    if conversion_advice(recipe.source):
         raise UserError(
-            f"{where}: source {recipe.source}: {suffix_of(recipe.source)} files are not read"
-            f" ({READABLE} are); {advice(recipe.source)}"
+            f"{where}: source {recipe.source}: {file_suffix(recipe.source)} files are not read"
+            f" ({READABLE} are); {conversion_advice(recipe.source)}"
         )
     if ".." in recipe.data_files.split("/") or os.path.isabs(recipe.data_files) or "://" in recipe.data_files:
         raise UserError(f"{where}: data_files {recipe.data_files} leads out of the data set")

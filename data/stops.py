@@ -13,7 +13,7 @@ from transformers import PretrainedConfig
 from data.formats import RenderContext
 from files.names import CONFIG, GENERATION
 from options.errors import UserError
-from options.limits import CONFIG_FILE, read_json
+from options.limits import MAX_CONFIG_BYTES, read_json
 
 
 def base_stops(folder: Path, config_eos: Any, tokenizer: Any) -> list[int]:
@@ -25,7 +25,7 @@ def base_stops(folder: Path, config_eos: Any, tokenizer: Any) -> list[int]:
         stops.add(tokenizer.eos_token_id)
     path = folder / GENERATION
     if path.is_file():
-        stops.update(_ids(read_json(path, CONFIG_FILE).get("eos_token_id"), path))
+        stops.update(_ids(read_json(path, MAX_CONFIG_BYTES).get("eos_token_id"), path))
     return sorted(stops)
 
 
@@ -46,7 +46,7 @@ def generation_config(folder: Path, config: PretrainedConfig, stops: Sequence[in
     does."""
     path = folder / GENERATION
     if path.is_file():
-        settings = read_json(path, CONFIG_FILE)
+        settings = read_json(path, MAX_CONFIG_BYTES)
     else:  # transformers takes these out of config.json
         names = ("bos_token_id", "eos_token_id", "pad_token_id")
         settings = {name: i for name in names if (i := getattr(config, name, None)) is not None}

@@ -10,7 +10,7 @@ from typing import Any
 from data.chat import ChatTemplate
 from data.chat_turns import PROBE, TEMPLATE_ERRORS
 from data.messages import FLAGS, REASONING, checked_messages, checked_tools
-from options.errors import listed
+from options.errors import join_names
 
 SAMPLE = 40  # messages of each kind that are looked at, spread over the rows
 THOUGHT = "</think>"
@@ -144,7 +144,7 @@ def _shown_outside(
 def _describe(seen: Counter[str], hidden: Counter[str]) -> list[str]:
     never = sorted(label for label in seen if hidden[label] == seen[label])
     partly = [_counted(label, hidden, seen) for label in sorted(seen) if 0 < hidden[label] < seen[label]]
-    left_out = ([listed(never)] if never else []) + partly
+    left_out = ([join_names(never)] if never else []) + partly
     return [f"data: the chat template does not show {', '.join(left_out)}"] if left_out else []
 
 
@@ -154,7 +154,7 @@ def _describe_outside(seen: Counter[str], outside: Counter[str]) -> list[str]:
 
 
 def _counted(label: str, found: Counter[str], seen: Counter[str]) -> str:
-    return f"{listed([label])} in {found[label]} of {seen[label]} messages looked at"
+    return f"{join_names([label])} in {found[label]} of {seen[label]} messages looked at"
 
 
 def _describe_flags(rows: Sequence[dict]) -> list[str]:
@@ -174,7 +174,7 @@ def _describe_roles(rows: Sequence[dict]) -> list[str]:
     roles = Counter(m["role"] for row in rows for m in row["messages"] if m["role"] not in ROLES)
     if not roles:
         return []
-    names = listed([f"{role} ({count:,})" for role, count in roles.most_common()])
+    names = join_names([f"{role} ({count:,})" for role, count in roles.most_common()])
     return [f"data: messages of the roles {names} are not learned; only the role assistant is"]
 
 

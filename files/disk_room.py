@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from launch.memory import size
+from launch.memory import format_bytes
 from options.errors import FULL_DISK, UserError
 
 
@@ -34,7 +34,9 @@ def check_room(folder: Path, needed: int) -> None:
     would stop everything else that writes."""
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise OSError(errno.ENOSPC, f"No space left: {size(needed)} are needed, {size(free)} free")
+        raise OSError(
+            errno.ENOSPC, f"No space left: {format_bytes(needed)} are needed, {format_bytes(free)} free"
+        )
 
 
 @contextlib.contextmanager

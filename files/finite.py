@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TypeVar
 
 import torch
-import torch.distributed as dist
 
 from options.errors import UserError
 
@@ -14,7 +12,6 @@ PART = 2**22  # elements that are looked at one by one at a time
 NOT_FINITE = (
     "holds NaN or infinity: get the model again, or repair what made it (a merge, a conversion to fp16)"
 )
-Found = TypeVar("Found")
 
 
 @torch.no_grad()
@@ -47,14 +44,6 @@ def not_finite(tensors: Mapping[str, torch.Tensor]) -> list[str]:
     """The names of the tensors that hold NaN or infinity. Waits for a GPU."""
     sums = {name: fp32_sum(tensor) for name, tensor in tensors.items()}
     return [name for name in suspects(sums) if not is_finite(tensors[name])]
-
-
-def over_all_ranks(found: Found, world: int, group: dist.ProcessGroup | None = None) -> list[Found]:
-    """What each of `world` ranks has found, in the order of ranks; group: theirs, None = all. Collective."""
-    per_rank = [found] * world
-    if world > 1:
-        dist.all_gather_object(per_rank, found, group=group)
-    return per_rank
 
 
 def check_finite(where: str, tensor: torch.Tensor) -> None:

@@ -28,7 +28,7 @@ from files.tensors import Stage, Staged, StoredTensor, list_tensors, read_tensor
 from files.weight_sets import Extra, compare_sets
 from options.config import TOY_MODEL
 from options.errors import UserError
-from options.limits import INDEX_FILE, read_json
+from options.limits import MAX_INDEX_BYTES, read_json
 from quantization.quantizers import PackedWeight, Quantizer
 
 
@@ -114,7 +114,7 @@ def _files(folder: Path) -> Mapping[str, set[str] | None]:
     """{file name: the tensors that the index puts there, or None without an index}."""
     if (folder / INDEX).is_file():
         try:
-            weight_map = read_json(folder / INDEX, INDEX_FILE)["weight_map"]
+            weight_map = read_json(folder / INDEX, MAX_INDEX_BYTES)["weight_map"]
             files: dict[str, set[str]] = {}
             for name, file in weight_map.items():
                 files.setdefault(file, set()).add(name)

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer
 
 from files.names import ADDED_TOKENS, SPECIAL_TOKENS, TOKENIZER_CONFIG, TOKENIZER_JSON, VOCABULARY
 from options.errors import UserError
-from options.limits import TOKENIZER_FILE, read_json
+from options.limits import MAX_TOKENIZER_BYTES, read_json
 
 ADDED_DECODER = "added_tokens_decoder"  # of tokenizer_config.json: {id: token}
 
@@ -42,7 +42,7 @@ def _special_tokens(folder: Path) -> dict:
 
 def read_if_there(path: Path) -> dict:
     """The JSON object of one of a tokenizer's files; {} without that file. Raises UserError."""
-    return read_json(path, TOKENIZER_FILE) if path.is_file() else {}
+    return read_json(path, MAX_TOKENIZER_BYTES) if path.is_file() else {}
 
 
 def remarks_on_special_tokens(folder: Path, file: Tokenizer | None, tokenizer) -> list[str]:

@@ -22,7 +22,7 @@ from files.names import (
 )
 from files.special_tokens import check_eos, read_if_there, remarks_on_special_tokens
 from options.errors import UserError, describe
-from options.limits import TOKENIZER_FILE, check_size
+from options.limits import MAX_TOKENIZER_BYTES, check_size
 
 # What two tokenizers are compared on; the shortest that they split differently is shown.
 TEXTS = (
@@ -59,7 +59,7 @@ def read_tokenizer(folder: Path, named: str):
     text or what its EOS is.
     """
     for name in (TOKENIZER_JSON, TOKENIZER_CONFIG, CHAT_TEMPLATE, SPECIAL_TOKENS, ADDED_TOKENS, *VOCABULARY):
-        check_size(folder / name, TOKENIZER_FILE)
+        check_size(folder / name, MAX_TOKENIZER_BYTES)
     missing = _missing(folder)
     if missing:
         raise UserError(f"{named}: no usable tokenizer ({missing}); its files belong beside {CONFIG}")

@@ -35,7 +35,7 @@ from files.model_folder import CheckpointFiles
 from files.tensors import UMASK, list_tensors, read_tensor, save_tensors
 from launch.ranks import RankInfo
 from options.errors import UserError, describe
-from options.limits import INDEX_FILE, read_json
+from options.limits import MAX_INDEX_BYTES, read_json
 from quantization.quantizers import PackedWeight, Quantizer
 
 MANIFEST, VERSION = "manifest.json", 2
@@ -109,7 +109,7 @@ def open_cache(
             f"{where}: holds something else, or half a cache (no {MANIFEST}); choose another folder"
         )
     try:
-        manifest = read_json(folder / MANIFEST, INDEX_FILE)
+        manifest = read_json(folder / MANIFEST, MAX_INDEX_BYTES)
         same_version = manifest["version"] == VERSION
         assert not same_version or _is_sound(manifest)
     except (UserError, LookupError, TypeError, AttributeError, AssertionError):

@@ -23,8 +23,8 @@ from files.disk_room import check_writable
 from finished.finished_run import Run, load_model, load_tokenizer, open_base, open_run, stops_of
 from finished.generation import Ending
 from finished.text_scores import TEXT_METRICS, scored_with
-from launch.precision import bf16_gpu, choose_precision
-from launch.program import quiet_libraries, report
+from launch.precision import choose_precision, has_bf16_gpu
+from launch.program import print_error, quiet_libraries
 from launch.ranks import RankInfo
 from models.causal_lm import loss_sum
 from models.family import rope_switch
@@ -177,7 +177,10 @@ def evaluate(options: Options) -> dict:
     stops = stops_of(run, tokenizer)
     asked = prepare(names, run, rendered, where, tokenizer, stops)
     gpu = torch.cuda.is_available()
-    device, dtype = torch.device("cuda" if gpu else "cpu"), choose_precision("auto", gpu, bf16_gpu()).frozen
+    device, dtype = (
+        torch.device("cuda" if gpu else "cpu"),
+        choose_precision("auto", gpu, has_bf16_gpu()).frozen,
+    )
     rest = (names, asked, options, tokenizer, stops)
     model = load_model(run, device, dtype)
     tuned = measure(model, *rest)
@@ -237,7 +240,7 @@ def run(options: Options) -> int:
     try:
         results = evaluate(options)
     except UserError as e:
-        return report(e, options.verbose)
+        return print_error(e, options.verbose)
     print(f"{results['run']} on {results['rows']:,} rows of {results['dataset']}\n{table(results)}")
     for remark in remarks(results):
         print(remark)
@@ -249,7 +252,7 @@ def run(options: Options) -> int:
                 json.dumps(as_json(results), indent=2, allow_nan=False, ensure_ascii=False) + "\n",
             )
         except OSError as e:
-            return report(
+            return print_error(
                 UserError(f"--out {options.out}: cannot be written ({e.strerror})"), options.verbose
             )
         print(f"results and answers: {options.out}")

@@ -29,12 +29,12 @@ from finished.finished_run import Run, load_tokenizer, open_run, read_adapter, s
 from finished.layerwise import compare, plain_logits, trained_logits
 from finished.merge import merged_entries
 from finished.model_card import card
-from launch.program import quiet_libraries, report
+from launch.program import print_error, quiet_libraries
 from models.redundant import as_loaded
 from models.registry import read_config
 from options.errors import UserError, describe
 from options.export import Options
-from options.limits import CONFIG_FILE, read_json
+from options.limits import MAX_CONFIG_BYTES, read_json
 
 PROMPTS = (
     "The capital of France is",
@@ -116,7 +116,7 @@ def plan_dtypes(options: Options, run: Run) -> Callable[[torch.dtype], torch.dty
 
 def model_config(run: Run, entries: dict[str, Entry]) -> dict:
     """config.json of the merged model: the base's, but of weights that are not packed, in their dtype."""
-    raw = read_json(run.base / CONFIG, CONFIG_FILE)
+    raw = read_json(run.base / CONFIG, MAX_CONFIG_BYTES)
     raw = as_loaded(raw, run.model_config)
     raw.pop("quantization_config", None)
     raw.setdefault("architectures", [run.family.model_class.__name__])
@@ -155,7 +155,7 @@ def write_card(run: Run, options: Options, folder: Path, what: str, library: str
 def write_adapter(run: Run, options: Options, folder: Path, small_files: dict[str, str]) -> None:
     assert run.adapter is not None
     path = run.folder / ADAPTER_CONFIG
-    described = read_json(path, CONFIG_FILE)
+    described = read_json(path, MAX_CONFIG_BYTES)
     try:
         named = described["base_model_name_or_path"], described.get("revision")
     except LookupError as e:
@@ -254,6 +254,6 @@ def run(options: Options) -> int:
         export(options)
         return 0
     except UserError as e:
-        return report(e, verbose=False)
+        return print_error(e, verbose=False)
     except OSError as e:  # a full disk
-        return report(UserError(f"{e.filename or 'writing'}: {e.strerror or e}"), verbose=False)
+        return print_error(UserError(f"{e.filename or 'writing'}: {e.strerror or e}"), verbose=False)

@@ -39,7 +39,7 @@ from models.registry import build_on_meta, open_weights, read_config
 from models.toy import toy_model
 from options.config import FIELDS, TOY_MODEL, Config
 from options.errors import UserError
-from options.limits import CONFIG_FILE, read_json
+from options.limits import MAX_CONFIG_BYTES, read_json
 from options.train import parse
 from options.yaml_file import read_options_file
 from quantize_layers import load_weights
@@ -201,7 +201,7 @@ def _check_description(path: Path, config: Config) -> None:
         "lora_alpha": config.lora_alpha,
         "use_dora": config.method.adapter == "dora",
     }
-    described = read_json(path, CONFIG_FILE)
+    described = read_json(path, MAX_CONFIG_BYTES)
     for name, value in wanted.items():
         if described.get(name) != value:
             found = f"{name} {described.get(name)}"

@@ -14,7 +14,7 @@ import torch
 
 from data.recognition import unread_columns
 from finished.generation import BASE, Answer, Conversation, Stream, Template, Voices, make_template, open_runs
-from launch.program import quiet_libraries, report
+from launch.program import print_error, quiet_libraries
 from options.errors import UserError
 from options.generate import Options, Prompt
 
@@ -109,28 +109,28 @@ def template_of(name: str, templates: dict[str, Template]) -> Template:
 def answer_all(options: Options, voices: Voices, templates: dict[str, Template]) -> None:
     """Each of the voices answers all prompts before the next one is put in place; printed as soon as a prompt
     has all its answers."""
-    assert options.asked is not None
+    assert options.all_prompts is not None
     asked = {}
     for name, template in templates.items():
-        texts = [template.text(prompt) for prompt in options.asked]
+        texts = [template.text(prompt) for prompt in options.all_prompts]
         asked[name] = [
             (text, template.ids(text, prompt.origin))
-            for text, prompt in zip(texts, options.asked, strict=True)
+            for text, prompt in zip(texts, options.all_prompts, strict=True)
         ]
     shown = names(voices)
-    answers: list[dict[str, Answer]] = [{} for _ in options.asked]
+    answers: list[dict[str, Answer]] = [{} for _ in options.all_prompts]
     for name in shown:
         template, own = template_of(name, templates), asked.get(name) or next(iter(asked.values()))
         with voices.speaking(name):
-            for i, prompt in enumerate(options.asked):
+            for i, prompt in enumerate(options.all_prompts):
                 answers[i][name] = voices.answer(template, own[i][1], options.sampling)
                 if len(answers[i]) == len(shown):
-                    print_answers(options, prompt.given, own[i][0], answers[i], shown)
+                    print_answers(options, prompt.content, own[i][0], answers[i], shown)
 
 
 def unread_fields(asked: list[Prompt], templates: dict[str, Template]) -> list[str]:
     """Lines on fields of the prompts' rows that are not read: one that is spelled wrong would be missed."""
-    rows = [prompt.given for prompt in asked if isinstance(prompt.given, dict)]
+    rows = [prompt.content for prompt in asked if isinstance(prompt.content, dict)]
     unread = (unread_columns(rows, template.form) for template in templates.values())
     return [f"--prompts: fields that are not read: {names}" for names in dict.fromkeys(unread) if names]
 
@@ -217,15 +217,15 @@ def run(options: Options) -> int:
         runs = open_runs(options.runs, options.base_model)
         voices = Voices(runs, options.base_model, device, options.precision, options.compare)
         templates = {str(run.folder): make_template(run, options.dataset_format) for run in runs}
-        if options.asked is not None:
-            for line in unread_fields(options.asked, templates):
+        if options.all_prompts is not None:
+            for line in unread_fields(options.all_prompts, templates):
                 print(line, file=sys.stderr)  # stdout has the answers
             answer_all(options, voices, templates)
         else:
             chat(options, voices, templates)
     except UserError as e:
-        return report(e, options.verbose)
+        return print_error(e, options.verbose)
     except KeyboardInterrupt:
         print()
-        return 0 if options.asked is None else 130
+        return 0 if options.all_prompts is None else 130
     return 0

@@ -35,7 +35,7 @@ from launch.precision import Precision, choose_precision
 from models.adapters import exchange_adapters
 from models.dora import fixed_norms
 from models.lora import adapters_off
-from options.data_files import suffix_of
+from options.data_files import file_suffix
 from options.errors import UserError
 from options.generate import Prompt, Sampling
 
@@ -90,7 +90,7 @@ class Template:
     def text(self, prompt: Prompt) -> str:
         """The text that training would have up to the answer. Raises UserError for rows without a
         question."""
-        given = self.question(prompt.given) if isinstance(prompt.given, str) else prompt.given
+        given = self.question(prompt.content) if isinstance(prompt.content, str) else prompt.content
         row = checked(given, self.form, prompt.origin, answered=False)
         if not row[self.form.asks]:
             raise UserError(f"{prompt.origin}: {self.form.asks} is empty")
@@ -119,7 +119,7 @@ def make_template(run: Run, dataset_format: str) -> Template:
     try:
         name, markers = find_format(run.config.dataset, wanted)
     except UserError as e:  # the data are gone; a file has no markers of its own, a recipe may have
-        if wanted == "auto" or (wanted == "guanaco" and suffix_of(run.config.dataset) == ".toml"):
+        if wanted == "auto" or (wanted == "guanaco" and file_suffix(run.config.dataset) == ".toml"):
             raise UserError(f"{run.folder}: its prompt template cannot be told ({e}); --dataset_format"
                             " says it") from None  # fmt: skip
         name, markers = wanted, list(GUANACO_MARKERS)

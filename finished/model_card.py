@@ -17,9 +17,9 @@ import yaml
 from data.sources import find_recipe
 from files.names import METRICS, SCORE, split_revision
 from options.config import FIELDS, TOY_MODEL, Config
-from options.declaration import shown
+from options.declaration import format_value
 from options.errors import UserError
-from options.limits import CONFIG_FILE, read_json
+from options.limits import MAX_CONFIG_BYTES, read_json
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 # What decides the result; the rest says where and how fast it was computed.
@@ -48,7 +48,7 @@ def card(config: Config, run: Path, base: str, title: str, what: str, library: s
         head["datasets"] = [data]
     head |= {"pipeline_tag": "text-generation", "tags": ["fsdp-finetune", config.train_type]}
     rows = [(name, getattr(config, name)) for name in TOLD]
-    table = "\n".join(f"| {name} | {shown(value)} |" for name, value in rows if value is not None)
+    table = "\n".join(f"| {name} | {format_value(value)} |" for name, value in rows if value is not None)
     shown_base = {TOY_MODEL: "a tiny Llama with random weights, made on the spot (`toy`)"}.get(
         base, f"`{base}`" + (f", revision `{revision}`" if revision else "")
     )
@@ -73,7 +73,7 @@ def _loss(run: Path) -> str:
     """The last line of metrics.jsonl in words; of best/, which has none, the evaluation that chose it."""
     try:
         if (run / SCORE).is_file():
-            score = read_json(run / SCORE, CONFIG_FILE)
+            score = read_json(run / SCORE, MAX_CONFIG_BYTES)
             return f"Evaluation loss: {score['eval_loss']:.4f} after {score['step']:,} steps, the best of its run"
         last = json.loads((run / METRICS).read_text(encoding="utf-8").strip().splitlines()[-1])
         return f"Final loss: {last['loss']:.4f} after {last['step']:,} steps ({last['epoch']:.2f} epochs)"

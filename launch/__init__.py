@@ -1,6 +1,6 @@
-"""How a run is started and what it runs on: processes, nodes, signals, devices, precision, memory in use.
+"""Starts a run, and describes its hardware: processes, nodes, signals, devices, precision, memory in use.
 
 May import: options.
-Start in start.py: `start` checks a run and has its ranks run it, in new processes (processes.py) or as
-torchrun's (torchrun.py).
+Start in start.py: `start` checks a run and starts it on every rank, in new processes (processes.py) or as a
+rank that torchrun has started (torchrun.py).
 """

@@ -1,4 +1,4 @@
-"""Whether Triton runs on a device, and which device a thread works on."""
+"""Which devices Triton supports, and a thread's current device."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ def triton_runs_on(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def use(device: torch.device) -> None:
-    """Makes the device this thread's current one. A thread begins with the first GPU: with a stream of
-    another it would open a context on the first one as well, which takes half a GiB there and holds the
-    interpreter for a third of a second."""
+def set_current_device(device: torch.device) -> None:
+    """Make a GPU the current device of this thread; do nothing for a CPU.
+
+    A new thread starts on GPU 0. If it used a stream of another GPU, it would also open a context on GPU 0,
+    which takes 0.5 GiB there and holds the interpreter lock for a third of a second.
+    """
     if device.type == "cuda":
         torch.cuda.set_device(device)

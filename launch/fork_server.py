@@ -1,10 +1,10 @@
-"""Settings of the server that ranks are forks of. It imports this first, and then what ranks need."""
+"""Settings of the server process that ranks are forked from. It imports this module before all others."""
 
 import atexit
 import gc
 import os
 
-# A million objects are made that stay: looking through them again and again takes a fifth of the time. A rank turns the
-# collector on again (launch/processes.py).
+# The imports make a million objects that stay alive; scanning them again and again takes a fifth of the time.
+# Each rank turns the collector on again (launch/processes.py).
 gc.disable()
-atexit.register(os._exit, 0)  # taking the libraries down would take another second
+atexit.register(os._exit, 0)  # an ordinary exit takes a second longer, to unload the libraries

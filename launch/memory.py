@@ -1,6 +1,6 @@
-"""What memory is in use, on the host and on a GPU, and its peaks; memory that is page-locked where there is so much.
+"""Memory in use on the host and on a GPU, its peaks, and page-locked host memory.
 
-What weights should take: monitoring/memory_model.py.
+monitoring/memory_model.py computes the memory that weights are expected to take.
 """
 
 from __future__ import annotations
@@ -17,34 +17,38 @@ GIB, MIB = 2**30, 2**20
 STATM = Path("/proc/self/statm")  # sizes of this process in pages; the second is the resident one (Linux)
 
 
-def size(n_bytes: float) -> str:
+def format_bytes(n_bytes: float) -> str:
+    """Return a number of bytes as text, in GiB or MiB."""
     return f"{n_bytes / GIB:.2f} GiB" if n_bytes > GIB else f"{n_bytes / MIB:.2f} MiB"
 
 
-def host_bytes(model: nn.Module) -> int:
-    """What this rank's weights take of host memory."""
+def host_weight_bytes(model: nn.Module) -> int:
+    """Return the bytes of host memory that this rank's parameters take."""
     local = [p.to_local() if isinstance(p, DTensor) else p for p in model.parameters()]
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in local if t.is_cpu}
     return sum(storages.values())
 
 
-def in_use(device: torch.device) -> int:
-    """Bytes that this process uses now: on a GPU those of its tensors, as torch's allocator counts them on the host,
-    so nothing waits for the GPU; on a CPU its resident size."""
+def bytes_in_use(device: torch.device) -> int:
+    """Return the bytes that this process uses now, without waiting for the GPU.
+
+    On a GPU: the bytes of its tensors, as torch's allocator counts them on the host. On a CPU: the
+    resident size.
+    """
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
     if STATM.is_file():
         return int(STATM.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    return largest_resident()
+    return peak_resident_bytes()
 
 
-def largest_resident() -> int:
-    """Bytes: the process's largest resident size so far."""
+def peak_resident_bytes() -> int:
+    """Return the largest resident size of this process so far, in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
 
 
 def can_pin(device_type: str) -> bool:
-    """Whether there is page-locked host memory for a device of this type."""
+    """Whether page-locked host memory can be allocated for a device of this type."""
     if device_type != "cuda":
         return False
     try:
@@ -55,35 +59,43 @@ def can_pin(device_type: str) -> bool:
 
 
 def empty_on_host(weight: torch.Tensor, device_type: str) -> torch.Tensor:
-    """Like `weight`, a DTensor too, in host memory: pinned for a device of this type, where there is so much of it."""
+    """Return an empty host tensor like `weight`, a DTensor if that is one.
+
+    It is page-locked if device_type is "cuda" and the host allows that much locked memory.
+    """
     try:
         return torch.empty_like(weight, device="cpu", pin_memory=device_type == "cuda")
     except RuntimeError:
         return torch.empty_like(weight, device="cpu")
 
 
-class Peaks:
-    """The highest use of GPU memory in each phase of a run, and in each step. There is one, as there is one allocator
-    with one set of counters in a process. Without a GPU it measures nothing."""
+class PeakMemory:
+    """Peak GPU memory of each phase of a run and of each step. Measures nothing without a GPU.
+
+    Use the one instance PEAK_MEMORY: torch's allocator has one set of counters in a process.
+    """
 
     def __init__(self):
-        self.start()
+        self.reset()
 
-    def start(self) -> None:
+    def reset(self) -> None:
+        """Forget all peaks and begin with the phase "start"."""
         self.phase, self.step = "start", (0, 0)
-        self.by_phase: dict[str, int] = {}
+        self.by_phase: dict[str, int] = {}  # most bytes allocated in each phase
 
-    def enter(self, phase: str) -> None:
-        self._note()
+    def enter_phase(self, phase: str) -> None:
+        """Count peaks from here on for this phase."""
+        self._read_counters()
         self.phase = phase
 
-    def take(self) -> tuple[int, int]:
-        """(allocated, reserved) bytes at the peak since the last call."""
-        self._note()
+    def pop_step_peak(self) -> tuple[int, int]:
+        """Return the peak (allocated, reserved) bytes since the last call."""
+        self._read_counters()
         step, self.step = self.step, (0, 0)
         return step
 
-    def _note(self) -> None:
+    def _read_counters(self) -> None:
+        """Add the allocator's peaks to those of the phase and of the step, and reset its counters."""
         if not torch.cuda.is_initialized():
             return
         now = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
@@ -92,8 +104,9 @@ class Peaks:
         self.by_phase[self.phase] = max(self.by_phase.get(self.phase, 0), now[0])
 
 
-PEAKS = Peaks()
+PEAK_MEMORY = PeakMemory()
 
 
-def allocated() -> int:
+def gpu_bytes_allocated() -> int:
+    """Return the bytes of this process's tensors on the current GPU; 0 without a GPU."""
     return torch.cuda.memory_allocated() if torch.cuda.is_available() else 0

@@ -1,8 +1,7 @@
-"""Several machines: the first rank of each node checks the run by itself, over the files that this node
-reads, and all of them must have found the same.
+"""Checks of a run on several machines: each node checks it over the files that it reads, and all must agree.
 
-A node that has another model, other data or other options than the rest would train something that no one
-asked for, without an error: here it ends the run, on all nodes, before a GPU is touched.
+A node with another model, other data or other options would train something that nobody asked for, without an
+error. Here it ends the run on all nodes, before a GPU is touched.
 """
 
 from __future__ import annotations
@@ -18,28 +17,33 @@ from typing import Protocol, Self, TypeVar
 
 import torch.distributed as dist
 
-from launch.ranks import RankInfo, local_world_size
+from launch.ranks import RankInfo, gather_from_ranks, local_world_size
 from options.config import Config
 from options.errors import UserError, describe, needs_no_traceback
 
-PATIENCE = 90  # seconds: NFS's clients believe for up to 60 that a name is not there
+PATIENCE = 90  # seconds; an NFS client may cache for up to 60 that a file does not exist
 
 
 @dataclass(frozen=True)
-class Finding:
-    """What the first rank of a node found. error: what is wrong with the run there; described: what all nodes
-    must have in common, as texts by name; output_dir, chat_date: their defaults have the time in them, so
-    rank 0's are everybody's."""
+class NodeResult:
+    """Result of the check on the first rank of a node.
+
+    Attributes:
+        host: the node's host name.
+        error: what is wrong with the run there, or "".
+        facts: the facts that must be equal on all nodes, {name: text}.
+        output_dir, chat_date: as options. Their defaults contain the time, so all nodes use rank 0's.
+    """
 
     host: str
     error: str = ""
-    described: dict[str, str] = dataclasses.field(default_factory=dict)
+    facts: dict[str, str] = dataclasses.field(default_factory=dict)
     output_dir: str = ""
     chat_date: str | None = None
 
 
-class Checked(Protocol):
-    """A checked run, as far as nodes look into it."""
+class CheckedJob(Protocol):
+    """The part of a checked run that this module needs (training/job.py)."""
 
     @property
     def config(self) -> Config: ...
@@ -47,97 +51,110 @@ class Checked(Protocol):
     @property
     def output_dir(self) -> str: ...
 
-    def described(self) -> dict[str, str]:
-        """What all nodes must have in common, as texts by name."""
+    def facts_to_compare(self) -> dict[str, str]:
+        """Return the facts that must be equal on all nodes, {name: text}."""
 
     @property
     def remarks(self) -> tuple[str, ...]:
         """Lines to print once."""
 
-    def settled(self, output_dir: str, chat_date: str | None, began: float) -> Self:
-        """The same with rank 0's folder and day, and the time when the run began."""
+    def with_shared_defaults(self, output_dir: str, chat_date: str | None, started: float) -> Self:
+        """Return a copy with rank 0's output folder and chat date, and the time when the run started."""
 
 
-AnyJob = TypeVar("AnyJob", bound=Checked)
+AnyJob = TypeVar("AnyJob", bound=CheckedJob)
 
 
-def prepare(check: Callable[[], AnyJob], rank: int, world: int, local_rank: int, began: float) -> AnyJob:
-    """The checked run, on every rank. check: makes it on the first rank of a node; began: when the run did,
-    as time.time() says it. Collective, over all ranks. Raises UserError on all of them, if it is wrong on any
-    node or if nodes disagree: a node's own error there, which may be the OSError of a full disk, elsewhere
-    with the node's number."""
-    job, failure, finding = None, None, None
+def check_on_nodes(
+    check: Callable[[], AnyJob], rank: int, world: int, local_rank: int, started: float
+) -> AnyJob:
+    """Check the run on the first rank of each node, compare the results, and return the job on every rank.
+
+    Collective, over all ranks. Raises UserError on all ranks if the run is wrong on any node or if nodes
+    disagree. A node raises its own error, which may also be the OSError of a full disk; other nodes name that
+    node.
+
+    Args:
+        check: checks the run and makes the job. Raises UserError for what is wrong with it.
+        rank, world: this rank and the number of ranks.
+        local_rank: this rank within its node.
+        started: time.time() when the run started.
+    """
+    job, failure, result = None, None, None
     if local_rank == 0:
         try:
             job = check()
-            described = job.described() if world > local_world_size(world) else {}
+            facts = job.facts_to_compare() if world > local_world_size(world) else {}
             host, config = socket.gethostname(), job.config
-            finding = Finding(host, "", described, job.output_dir, config.chat_date)
+            result = NodeResult(host, "", facts, job.output_dir, config.chat_date)
         except (UserError, OSError) as e:
             if not needs_no_traceback(e):
                 raise
-            failure, finding = e, Finding(socket.gethostname(), describe(e))
-    everyone: list[Finding | None] = [None] * world
-    dist.all_gather_object(everyone, finding)
+            failure, result = e, NodeResult(socket.gethostname(), describe(e))
+    results = gather_from_ranks(result, world)
     if failure:
         raise failure
-    nodes = {i: found for i, found in enumerate(everyone) if found}
-    compare(list(nodes.values()))
+    nodes = [found for found in results if found]
+    check_agreement(nodes)
     if job:
-        job = job.settled(nodes[0].output_dir, nodes[0].chat_date, began)
-    return _within_node(job, rank - local_rank, len(nodes), world)
+        job = job.with_shared_defaults(nodes[0].output_dir, nodes[0].chat_date, started)
+    return _broadcast_within_node(job, rank - local_rank, len(nodes), world)
 
 
-def _within_node(job: AnyJob | None, first: int, nodes: int, world: int) -> AnyJob:
-    """The Job of the node's first rank, on all ranks of the node."""
+def _broadcast_within_node(job: AnyJob | None, first: int, nodes: int, world: int) -> AnyJob:
+    """Return the job of the node's first rank, whose global rank is `first`, on all ranks of the node."""
     group = dist.new_subgroups(world // nodes)[0] if nodes > 1 else None
-    box = [job]
-    dist.broadcast_object_list(box, src=first, group=group)
-    received = box[0]
+    objects = [job]
+    dist.broadcast_object_list(objects, src=first, group=group)
+    received = objects[0]
     assert received is not None
     return received
 
 
-def compare(nodes: list[Finding]) -> None:
-    """Raises UserError unless all nodes found a run, and the same one."""
+def check_agreement(nodes: list[NodeResult]) -> None:
+    """Raise UserError if the check failed on a node, or if the facts of two nodes differ."""
     for i, node in enumerate(nodes):
         if node.error:
             raise UserError(f"node {i} ({node.host}): {node.error}")
     first = nodes[0]
     for i, node in enumerate(nodes[1:], 1):
-        for name in first.described | node.described:  # other versions of this program have others
-            if node.described.get(name) != first.described.get(name):
-                raise UserError(_disagreement(name, first, i, node))
+        for name in first.facts | node.facts:  # another version of this program may have other facts
+            if node.facts.get(name) != first.facts.get(name):
+                raise UserError(_describe_disagreement(name, first, i, node))
 
 
-def check_shared(file: Path, rank_info: RankInfo) -> None:
-    """Raises UserError on ranks of other nodes that do not see what the first has just written, as
-    checkpoints need. Collective."""
+def check_output_is_shared(file: Path, rank_info: RankInfo) -> None:
+    """Check that every node sees the file that rank 0 has just written, which checkpoints need.
+
+    Raises UserError on the ranks that do not see it within PATIENCE. Collective.
+    """
     if rank_info.local_world == rank_info.world:
         return
     written = [file.read_bytes() if rank_info.rank == 0 else b""]
     dist.broadcast_object_list(written, src=0)
-    ends = time.monotonic() + PATIENCE
-    while not _holds(file, written[0]):
-        if time.monotonic() > ends:
+    deadline = time.monotonic() + PATIENCE
+    while not _has_content(file, written[0]):
+        if time.monotonic() > deadline:
             raise UserError(
-                f"--output_dir {file.parent}: what the first node writes there is not seen here; for checkpoints all nodes"
-                " must share it"
+                f"--output_dir {file.parent}: what the first node writes there is not seen here; for"
+                " checkpoints all nodes must share it"
             )
         time.sleep(0.2)
 
 
-def _holds(file: Path, text: bytes) -> bool:
-    # A network's file system may say that a file is stale that has been replaced.
+def _has_content(file: Path, content: bytes) -> bool:
+    """Whether the file can be read and has this content."""
+    # A network file system may report a replaced file as stale.
     with contextlib.suppress(OSError):
-        return file.read_bytes() == text
+        return file.read_bytes() == content
     return False
 
 
-def _disagreement(name: str, first: Finding, number: int, other: Finding) -> str:
-    values = [node.described.get(name, "unknown") for node in (first, other)]
+def _describe_disagreement(name: str, first: NodeResult, number: int, other: NodeResult) -> str:
+    """Return the error line for a fact that differs between node 0 and node `number`."""
+    values = [node.facts.get(name, "unknown") for node in (first, other)]
     hosts = f"node 0 ({first.host})", f"node {number} ({other.host})"
-    if max(map(len, values)) >= 64:  # digests, which tell nobody anything
+    if max(map(len, values)) >= 64:  # digests say nothing to a reader
         return (
             f"{hosts[0]} and {hosts[1]} disagree on {name}: each reads its own files, which must be the same"
         )

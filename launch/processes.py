@@ -1,6 +1,6 @@
-"""Starts one process per GPU (or CPU rank), and ends all of them when one fails, with that one's message.
+"""Starts one process per rank. When one fails, ends the others and prints the error of the one that failed.
 
-Under torchrun this process is a rank already: launch/torchrun.py. launch/start.py chooses.
+Under torchrun this process already is a rank: launch/torchrun.py. launch/start.py chooses between the two.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from launch.program import prepare_environment, survive_full_disk
-from launch.ranks import join_group
+from launch.program import prepare_environment, prepare_long_run
+from launch.ranks import join_process_group
 from launch.signals import forwarding_signals, unblock_signals
 from options.errors import DONE, FAILED, REFUSED, UserError, describe, exit_status
 
 
 def check_address(address: str, port: int | None) -> None:
-    """Raises UserError unless ranks that are started here could meet at --master_addr and --master_port."""
+    """Raise UserError unless ranks on this machine can meet at --master_addr and --master_port."""
     try:
         found = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)
         for family, kind, protocol, _, where in found[:1]:
             with socket.socket(family, kind, protocol) as s:
                 s.bind((where[0], 0))
-    except (OSError, UnicodeError) as e:  # UnicodeError: no name of a host
+    except (OSError, UnicodeError) as e:  # UnicodeError: not a valid host name
         reason = getattr(e, "strerror", None) or "not a host's name"
         raise UserError(f"--master_addr {address}: is no address of this machine ({reason})") from None
     if port is None:
@@ -61,76 +61,91 @@ def start(
     verbose: bool = False,
     preload: Sequence[str] = (),
 ) -> int:
-    """Runs run(rank_info, *args) in `world` new processes and waits. Returns the exit status to end with.
+    """Run run(rank_info, *args) in `world` new processes, wait for them, and return the exit status.
 
-    address, port: of rank 0, None = a free one; preload: modules that the ranks import, for the server of forks. If one
-    fails, the others are ended at once and its message is printed: `error: rank 1: ...`; above it its traceback, if the
-    message does not say all, or with verbose.
+    If a rank fails, the others are killed and its message is printed: `error: rank 1: ...`. The traceback
+    comes before that line, unless the user can fix the error from the message alone.
+
+    Args:
+        run: the function of a rank; picklable, so at the top level of a module.
+        world: number of ranks.
+        args: picklable arguments of `run`.
+        address, port: of rank 0. port None = a free one.
+        verbose: print the traceback of every error.
+        preload: modules that ranks need; the server that ranks are forked from imports them once.
     """
-    os.environ |= {"MASTER_ADDR": address, "MASTER_PORT": str(port or free_port())}
+    os.environ |= {"MASTER_ADDR": address, "MASTER_PORT": str(port or find_free_port())}
     if address in ("localhost", "127.0.0.1") and Path("/sys/class/net/lo").exists():
         # Otherwise gloo looks up the host's own name, which fails on machines without a DNS entry.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    prepare_environment()  # of a program that has not by itself
-    # A rank that is ended at once cannot put away its locks; the clean-up's warning would follow the error.
+    prepare_environment()  # for programs that have not called it themselves
+    # A killed rank leaves its locks behind. The resource tracker would warn about them after our error line.
     os.environ.setdefault("PYTHONWARNINGS", "ignore::UserWarning:multiprocessing.resource_tracker")
     with tempfile.TemporaryDirectory() as reports:
-        given = (dict(os.environ), run, world, args, reports)
-        # The signals that end a rank wait until it is one of ours: Python's own answer to SIGINT, while it imports what
-        # a rank needs, is a traceback. A server of forks never hears them, and ends when this process and the ranks have.
+        rank_args = (dict(os.environ), run, world, args, reports)
+        # Signals stay blocked in a new process until `_rank_process` unblocks them: Python answers a SIGINT
+        # during imports with a traceback. The fork server never unblocks them; it ends after this process and
+        # the ranks.
         try:
-            with forwarding_signals(lambda: _start_ranks(world, given, preload)) as (received, processes):
-                failed = _wait(processes)
-        except NotStarted as e:
+            with forwarding_signals(lambda: _start_ranks(world, rank_args, preload)) as (received, processes):
+                failed = _wait_for_ranks(processes)
+        except StartError as e:
             print(f"error: {e}", file=sys.stderr)
             return FAILED
-        # Those that it ended have nothing to say; one that failed while it stopped, as it could not save, has.
+        # A rank that the signal killed writes no report. One that failed to save while it stopped does.
         if failed and received.stop and (min(failed.values()) < 0 or not any(Path(reports).iterdir())):
             print(f"ended by {received.stop.name}", file=sys.stderr)
             return 128 + received.stop
-        return _explain(failed, Path(reports), verbose) if failed else 0
+        return _print_first_failure(failed, Path(reports), verbose) if failed else 0
 
 
-class NotStarted(Exception):
-    """Ranks that cannot be started, and why."""
+class StartError(Exception):
+    """The ranks cannot be started. The text is the reason."""
 
 
 def _start_ranks(world: int, args: tuple, preload: Sequence[str] = ()) -> list:
-    """New processes of _rank_process(rank, *args), in order. Without GPUs they are forks of a server that has imported
-    `preload`, which takes seconds. What a GPU's driver has set up does not outlive a fork, nor do Apple's libraries.
-    Raises NotStarted if the server or one of them has ended before it was there, or has no room for the rows."""
-    others = mp.active_children()
+    """Start `world` processes of _rank_process(rank, *args); return them in the order of ranks.
+
+    On Linux without GPUs they are forks of a server that has imported `preload`, which saves seconds.
+    Otherwise they are spawned: neither the state of a GPU's driver nor Apple's libraries survive a fork.
+
+    Raises StartError if the server or a process ends while it starts, or if shared memory is full.
+    """
+    other_children = mp.active_children()
     method = "spawn" if torch.cuda.is_available() or sys.platform != "linux" else "forkserver"
     if method == "forkserver":
         multiprocessing.forkserver.set_forkserver_preload(["launch.fork_server", *preload])
-        with contextlib.chdir(Path(__file__).parents[1]):  # where it finds that
+        with contextlib.chdir(Path(__file__).parents[1]):  # so that the server can import these modules
             multiprocessing.forkserver.ensure_running()
     try:
         context = mp.start_processes(_rank_process, args, nprocs=world, join=False, start_method=method)
     except BaseException as e:
-        for process in set(mp.active_children()).difference(others):  # they would wait for the rest
+        # Ranks that have started would wait for the others.
+        for process in set(mp.active_children()).difference(other_children):
             process.kill()
         if isinstance(e, EOFError | ConnectionError):
-            reason = (
-                "a process ended while it imported what ranks need; out of host memory is the usual cause"
-            )
-            raise NotStarted(reason) from e
+            cause = "out of host memory is the usual cause"
+            raise StartError(f"a process ended while it imported what ranks need; {cause}") from e
         if isinstance(e, RuntimeError) and "shared memory" in str(e):
-            told = "the data goes to the ranks through shared memory, which is full; docker run has --shm-size for it"
-            raise NotStarted(f"{told} ({describe(e)})") from e
+            cause = "the data goes to the ranks through shared memory, which is full"
+            raise StartError(f"{cause}; docker run has --shm-size for it ({describe(e)})") from e
         raise
     return context.processes
 
 
-def free_port() -> int:
+def find_free_port() -> int:
+    """Return a TCP port of localhost that is free now."""
     with socket.socket() as s:
         s.bind(("localhost", 0))
         return s.getsockname()[1]
 
 
-def _end_with_parent() -> None:
-    """torch's own way, a SIGINT when the parent dies, is a request to a rank that trains; and the parent of a fork is its
-    server."""
+def _exit_with_parent() -> None:
+    """Wait until the launching process ends, then end this rank. Runs in a thread.
+
+    torch's own way cannot be used: it sends SIGINT when the parent dies, which a training rank takes for a
+    request to stop, and the parent of a forked rank is the fork server.
+    """
     parent = mp.parent_process()
     assert parent is not None
     parent.join()
@@ -140,37 +155,49 @@ def _end_with_parent() -> None:
 def _rank_process(
     rank: int, environment: dict[str, str], run: Callable, world: int, args: tuple, reports: str
 ) -> None:
+    """Run a rank in this new process: join the group, call `run`, report a failure, and end the process.
+
+    Args:
+        rank, world: this rank and the number of ranks.
+        environment: the launching process's environment.
+        run, args: run(rank_info, *args) is called.
+        reports: folder for <rank>.json, which is written if the rank fails.
+    """
     gc.freeze()
-    gc.enable()  # off in the server of forks
-    os.environ.clear()  # of the server, which may be older
+    gc.enable()  # off in the fork server
+    os.environ.clear()  # the fork server's, which may be older
     os.environ |= environment
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    survive_full_disk()
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+    prepare_long_run()
     unblock_signals()
     status = DONE
     try:
-        run(join_group(rank, world, rank), *args)
+        run(join_process_group(rank, world, rank), *args)
         dist.destroy_process_group()
-    except Exception as e:  # of any kind: the parent tells it, and ends the others
+    except Exception as e:  # any: the launcher prints it and ends the other ranks
         status = exit_status(e)
         report = {"time": time.time(), "rank": rank, "status": status, "message": describe(e)}
         report["traceback"] = traceback.format_exc()
         try:
             (Path(reports) / f"{rank}.tmp").write_text(json.dumps(report))
             (Path(reports) / f"{rank}.tmp").rename(Path(reports) / f"{rank}.json")
-        except OSError:  # the disk that is full is also that of temporary files
+        except OSError:  # temporary files may be on the disk that is full
             print(f"error: rank {rank}: {report['message']}", file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
-    # At once. After a failure an ordinary exit would wait for collectives that cannot end any more. After a success
-    # it takes down the libraries with their threads still running, which has ended in SIGABRT: the parent would take
-    # that for a failure, and end rank 0 while it writes. All that a rank leaves is written and closed by now.
+    # Exit at once. After a failure an ordinary exit waits for collectives that can no longer end. After a
+    # success it unloads libraries while their threads run, which has raised SIGABRT: the launcher would take
+    # that for a failure and kill rank 0 while it writes. All files of this rank are written and closed by
+    # now.
     os._exit(status)
 
 
-def _wait(processes: list) -> dict[int, int]:
-    """Until all have ended; as soon as one has failed, the others are ended as well, by a signal that no rank takes
-    for a request. Returns {rank: exit code} of those that failed by themselves."""
+def _wait_for_ranks(processes: list) -> dict[int, int]:
+    """Wait until all ranks have ended; kill the others as soon as one fails.
+
+    SIGKILL is used because a rank takes other signals for requests. Returns {rank: exit code} of the ranks
+    that failed by themselves.
+    """
     running = {process.sentinel: process for process in processes}
     while running:
         for sentinel in multiprocessing.connection.wait(list(running)):
@@ -184,8 +211,16 @@ def _wait(processes: list) -> dict[int, int]:
     return {}
 
 
-def _explain(failed: dict[int, int], reports: Path, verbose: bool) -> int:
-    """Prints the failure that came first: the others only lost their connection to it."""
+def _print_first_failure(failed: dict[int, int], reports: Path, verbose: bool) -> int:
+    """Print the failure that came first, and return the exit status.
+
+    Later failures are lost connections to the rank that failed first.
+
+    Args:
+        failed: {rank: exit code}.
+        reports: folder of the ranks' reports, <rank>.json.
+        verbose: print the traceback of every error.
+    """
     for rank, exitcode in failed.items():
         if exitcode < 0 and exitcode != -signal.SIGTERM:
             name = signal.Signals(-exitcode).name
@@ -194,7 +229,7 @@ def _explain(failed: dict[int, int], reports: Path, verbose: bool) -> int:
             return FAILED
     failures = [json.loads(p.read_text()) for p in reports.glob("*.json")]
     if not failures:
-        if REFUSED in failed.values():  # which has told it itself
+        if REFUSED in failed.values():  # that rank could not write its report, and printed the error itself
             return REFUSED
         print("error: a process was ended from outside", file=sys.stderr)
         return FAILED

@@ -1,4 +1,4 @@
-"""A command as a process: its environment, its output and signals, its exit status."""
+"""A command as a process: environment, output, signals, exit status."""
 
 from __future__ import annotations
 
@@ -18,48 +18,54 @@ from options.errors import FULL_DISK, REFUSED, UserError, describe
 
 T = TypeVar("T")
 
-# On some CPUs bitsandbytes advises at each import to install a package, which would stand before every line of ours.
-# Said here because every command imports this file before it imports bitsandbytes.
+# On some CPUs each import of bitsandbytes logs advice to install a package, before all of our own output. It
+# is silenced here because every command imports this module before bitsandbytes.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
-# torch's name of the setting, and the older one that users know.
+# torch's name of the setting, and its older name.
 ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 
 
 def prepare_environment() -> None:
-    """What torch reads when it is imported, here and, the environment being passed on, in the ranks; unless the user has
-    chosen otherwise: blocks of GPU memory that grow, so that little is lost between them, and threads that sleep when they
-    have nothing to do. They would spin, and beside any other load each short operation would wait for one that is not
-    scheduled."""
+    """Set environment variables that torch reads at import, unless the user has set them.
+
+    New ranks inherit them.
+
+    - PYTORCH_ALLOC_CONF: GPU memory segments that can grow, which reduces fragmentation.
+    - OMP_WAIT_POLICY: idle threads sleep. Spinning threads would, on a busy machine, make each short
+      operation wait for a thread that is not scheduled.
+    """
     if not any(name in os.environ for name in ALLOCATOR):
         os.environ[ALLOCATOR[0]] = "expandable_segments:True"
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def exit_on_signals() -> None:
-    """From here on Ctrl-C and SIGTERM end the program without a traceback, its `finally` blocks run. Once: pressed
-    again, they would cut these as well."""
+    """Let Ctrl-C and SIGTERM end the program without a traceback, after its `finally` blocks.
 
-    def leave(number: int, _frame) -> None:
+    After the first signal both are ignored, so that a second one does not interrupt the `finally` blocks.
+    """
+
+    def handle(number: int, _frame) -> None:
         for each in (signal.SIGINT, signal.SIGTERM):
             signal.signal(each, signal.SIG_IGN)
         sys.exit(128 + number)
 
     for each in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(each, leave)
+        signal.signal(each, handle)
 
 
-def report(error: Exception, verbose: bool) -> int:
-    """Prints `error: ...`, with verbose below its traceback. Returns the exit status, REFUSED."""
+def print_error(error: Exception, verbose: bool) -> int:
+    """Print `error: ...`, with verbose also the traceback, and return the exit status REFUSED."""
     if verbose:
         traceback.print_exception(error)
-    if not under_torchrun() or os.environ["LOCAL_RANK"] == "0":  # all ranks of a node find the same
+    if not is_under_torchrun() or os.environ["LOCAL_RANK"] == "0":  # all ranks of a node have this error
         print(f"error: {describe(error)}", file=sys.stderr)
     return REFUSED
 
 
-class DiskFullTolerant(io.FileIO):
-    """Standard output or error. If it is a file on a disk that is full, what is told is lost, and the program goes on."""
+class FullDiskTolerantFile(io.FileIO):
+    """Standard output or error that drops what it cannot write because the disk is full."""
 
     def write(self, data) -> int:
         try:
@@ -70,31 +76,34 @@ class DiskFullTolerant(io.FileIO):
             return memoryview(data).nbytes
 
 
-def survive_full_disk() -> None:
-    """For a process that is to run for days: a full disk under its output does not end it, nor does SIGUSR1 before
-    anybody listens to it. Until then SIGINT ends it as SIGTERM does, at once and without a traceback."""
+def prepare_long_run() -> None:
+    """Prepare this process to run for days: a full disk under its output does not end it.
+
+    Until handlers are installed (launch/signals.py), SIGUSR1 is ignored, and SIGINT ends the process as
+    SIGTERM does: at once and without a traceback.
+    """
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where a shell has it ignored
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a shell may have set it to be ignored
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
-        if stream is None:  # closed by whoever started the program
+        if stream is None:  # the program was started with this stream closed
             continue
         stream.flush()
-        raw = DiskFullTolerant(stream.fileno(), "w", closefd=False)
+        raw = FullDiskTolerantFile(stream.fileno(), "w", closefd=False)
         options = {
             "encoding": stream.encoding,
             "errors": stream.errors,
             "line_buffering": stream.line_buffering,
             "write_through": stream.write_through,
         }
-        # Of `python -u` and PYTHONUNBUFFERED, Python itself has no buffer below the text either.
+        # With `python -u` or PYTHONUNBUFFERED there is no buffer below the text layer, as in Python itself.
         buffer = raw if stream.write_through else io.BufferedWriter(raw)
         setattr(sys, name, io.TextIOWrapper(buffer, **options))
 
 
 def quiet_libraries() -> None:
-    """No warnings and progress bars of transformers and the hub: the one line of an error says more. Imports them."""
+    """Import transformers and huggingface_hub, and turn off their warnings and progress bars."""
     from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging as transformers_logging
 
@@ -103,34 +112,40 @@ def quiet_libraries() -> None:
     hub_logging.set_verbosity_error()
 
 
-def under_torchrun() -> bool:
+def is_under_torchrun() -> bool:
+    """Whether torchrun, or another launcher that sets the same variables, started this process as a rank."""
     return all(name in os.environ for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR"))
 
 
 def parse_or_exit(argv: list[str], read: Callable[[list[str]], T]) -> T:
-    """The options that `read` makes of a command line. Ends the program as `report` does for a UserError, also where no
-    folder takes temporary files, which libraries want as soon as they are imported."""
+    """Return read(argv), the options. For a UserError print it and end the program with REFUSED.
+
+    It is also an error if no folder takes temporary files, which libraries write at import.
+    """
     try:
         return _read(argv, read)
     except UserError as e:
-        sys.exit(report(e, verbose="--verbose" in argv))
+        sys.exit(print_error(e, verbose="--verbose" in argv))
 
 
 def run_command(argv: list[str], read: Callable[[list[str]], T], run: Callable[[T], int]) -> int:
-    """A whole command: options in, exit status out.
+    """Read the options of a command, run it, and return the exit status.
 
-    read: makes options of a command line, without importing torch; run: runs them, and may import what takes seconds,
-    as wrong options have been answered by then. `read` may raise UserError; `run` returns the exit
-    status.
+    Args:
+        argv: the command line.
+        read: parses it into options, without importing torch. May raise UserError.
+        run: runs the command with these options and returns the exit status. Slow imports belong here, so
+            that wrong options are reported before them.
     """
     try:
         options = _read(argv, read)
     except UserError as e:
-        return report(e, verbose="--verbose" in argv)
+        return print_error(e, verbose="--verbose" in argv)
     return run(options)
 
 
 def _read(argv: list[str], read: Callable[[list[str]], T]) -> T:
+    """Return read(argv). Raises UserError, also if no folder takes temporary files."""
     options = read(argv)
     try:
         tempfile.gettempdir()
@@ -139,19 +154,22 @@ def _read(argv: list[str], read: Callable[[list[str]], T]) -> T:
     return options
 
 
-def typed_command(script: str) -> list[str]:
-    """[this interpreter, one of our programs] as they can be typed where this process was started: `python` may be
-    another interpreter there, or none."""
+def shell_command(script: str) -> list[str]:
+    """Return [Python, script] as a user can type them in the current folder to run one of our programs.
+
+    `python` is used only if it is this process's interpreter; it may be another one, or missing.
+    """
     path = Path(__file__).parents[1] / script
-    here = os.path.exists(script) and os.path.samefile(script, path)
-    return [_python(), script if here else str(path)]
+    is_here = os.path.exists(script) and os.path.samefile(script, path)
+    return [_python_command(), script if is_here else str(path)]
 
 
-def _python() -> str:
+def _python_command() -> str:
+    """Return the shortest text that starts this process's interpreter from the current folder."""
     if Path.cwd() in Path(sys.executable).parents:
         return os.path.relpath(sys.executable)
     for name in ("python", os.path.basename(sys.executable)):
-        # The folder counts as well: the interpreters of two virtual environments may be links to one file.
+        # Compare the folders too: interpreters of two virtual environments may be links to the same file.
         found = shutil.which(name)
         if found is None or os.path.dirname(found) != os.path.dirname(sys.executable):
             continue

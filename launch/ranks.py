@@ -1,65 +1,80 @@
-"""The ranks of a run: how many there are, how they share a model, and what each one runs on."""
+"""The ranks of a run: their number, how they share a model, and the device and CPUs of each."""
 
 from __future__ import annotations
 
 import math
 import os
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
-from launch.devices import use
-from launch.program import under_torchrun
+from launch.devices import set_current_device
+from launch.program import is_under_torchrun
 from options.errors import UserError
 
-CPU_RANKS = 16  # on any machine, for trying things out; more only where there are processors for them
+MAX_CPU_RANKS = 16  # allowed on any machine, for trying things out; more only with as many CPUs
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class RankInfo:
-    """Where a process stands: global rank and number of ranks; the same within its node; its device; its share of the
-    processors."""
+    """Who this process is among the ranks of a run.
+
+    Attributes:
+        rank, world: global rank and number of ranks.
+        local_rank, local_world: the same within its node.
+        device: the GPU that it computes on, or the CPU.
+        cpus: CPUs available to this rank: its fair share of the node's.
+    """
 
     rank: int
     world: int
     local_rank: int
     local_world: int
     device: torch.device
-    processors: int = 1
+    cpus: int = 1
 
 
-def ranks_on_gpus() -> float:
-    """How many ranks the GPUs here may have: one each, or any number, for trying things out, where NCCL (2.30 and later)
-    is told to let ranks share one."""
+def max_gpu_ranks() -> float:
+    """Return the largest number of ranks that this machine's GPUs can have.
+
+    It is one per GPU; or infinity, for trying things out, if NCCL (2.30 and later) may let ranks share a GPU.
+    """
     gpus = torch.cuda.device_count()
     return math.inf if gpus and os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE") == "1" else gpus
 
 
 def resolve_world_size(wanted: int) -> int:
-    """--world_size, or its default: all GPUs, or two CPU processes. Raises UserError beyond the GPUs."""
+    """Return the number of ranks for --world_size; its default is all GPUs, or two CPU processes.
+
+    Raises UserError for more ranks than the GPUs or CPUs can have, or than torchrun has started.
+    """
     gpus = torch.cuda.device_count()
-    if under_torchrun():
-        world = number_in_environment("WORLD_SIZE")
+    if is_under_torchrun():
+        world = read_env_int("WORLD_SIZE")
         local = local_world_size(world)
         if wanted not in (-1, world):
             raise UserError(
                 f"--world_size {wanted}: torchrun started {world} processes; leave the option out"
             )
-        if gpus and local > ranks_on_gpus():
+        if gpus and local > max_gpu_ranks():
             raise UserError(f"torchrun started {local} processes on a node with {gpus} GPUs")
         return world
-    if gpus and wanted > ranks_on_gpus():
+    if gpus and wanted > max_gpu_ranks():
         raise UserError(f"--world_size {wanted}: this machine has {gpus} GPU{'s' * (gpus > 1)}")
-    if not gpus and wanted > (most := max(CPU_RANKS, os.cpu_count() or 1)):
+    if not gpus and wanted > (most := max(MAX_CPU_RANKS, os.cpu_count() or 1)):
         raise UserError(f"--world_size {wanted}: at most {most} processes without a GPU on this machine")
     return wanted if wanted > 0 else gpus or 2
 
 
 def local_world_size(world: int) -> int:
-    """The number of ranks on this machine: all, unless something else started them and says so. Raises UserError
-    if it does not say so."""
-    if not under_torchrun():
+    """Return the number of ranks on this machine: all, unless torchrun or Slurm started them.
+
+    Raises UserError if the launcher's environment variables do not give the number, or if it cannot be right.
+    """
+    if not is_under_torchrun():
         return world
     text = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("SLURM_NTASKS_PER_NODE", "")
     if not text.isdecimal() or not 0 < int(text) <= world:
@@ -72,15 +87,21 @@ def local_world_size(world: int) -> int:
 
 
 def resolve_strategy(wanted: str, world: int) -> str:
-    """--sharding_strategy, or its default: shards within nodes, whose GPUs are closer to one another than to those
-    of another node, if there are several of both."""
+    """Return --sharding_strategy; for auto, choose by the number of nodes.
+
+    On several nodes with several ranks each, shard within nodes: GPUs of one node have faster links to one
+    another than to those of other nodes.
+    """
     if wanted != "auto":
         return wanted
     return "hybrid_full_shard" if 1 < local_world_size(world) < world else "full_shard"
 
 
 def resolve_group_size(wanted: int, world: int) -> int:
-    """--hybrid_shard_size, or its default: the ranks of one node. Raises UserError if groups would differ."""
+    """Return --hybrid_shard_size; its default is the ranks of one node.
+
+    Raises UserError if the ranks cannot be divided into groups of that size.
+    """
     size = wanted if wanted > 0 else local_world_size(world)
     if world % size:
         raise UserError(
@@ -89,44 +110,63 @@ def resolve_group_size(wanted: int, world: int) -> int:
     return size
 
 
-def resolve_workers(wanted: int, processors: int) -> int:
-    """--loading_workers, or its default: the rank's share of the processors, at most 4."""
-    return wanted if wanted > 0 else min(4, processors)
+def resolve_workers(wanted: int, cpus: int) -> int:
+    """Return --loading_workers; its default is the rank's share of the CPUs, at most 4."""
+    return wanted if wanted > 0 else min(4, cpus)
 
 
-def share_of_processors(local_rank: int, rank: int, local_world: int, world: int) -> int:
-    """How many of those that this rank may run on are left for it, if those on which others of its node may run as well are
-    divided. Collective."""
-    here = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
-    everywhere: list[set[int]] = [set()] * world
-    dist.all_gather_object(everywhere, here)
+def gather_from_ranks(value: T, world: int, group: dist.ProcessGroup | None = None) -> list[T]:
+    """Return the values of all ranks, in the order of ranks. Collective.
+
+    Args:
+        value: this rank's, picklable.
+        world: number of ranks in the group.
+        group: None = all ranks.
+    """
+    values = [value] * world
+    if world > 1:
+        dist.all_gather_object(values, value, group=group)
+    return values
+
+
+def count_cpus_per_rank(local_rank: int, rank: int, local_world: int, world: int) -> int:
+    """Return this rank's fair share of the CPUs that it may run on. Collective, over all ranks.
+
+    They are divided by the number of ranks of the node that may run on any of them.
+    """
+    own = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
     first = rank - local_rank
-    sharing = sum(not here.isdisjoint(others) for others in everywhere[first : first + local_world])
-    return max(1, len(here) // sharing)
+    of_node = gather_from_ranks(own, world)[first : first + local_world]
+    sharing = sum(not own.isdisjoint(others) for others in of_node)
+    return max(1, len(own) // sharing)
 
 
-def set_threads(processors: int, local_world: int) -> None:
-    """Of operations on host tensors, such as the optimizer's with --use_cpu_offload: as many, unless OMP_NUM_THREADS says
-    how many; torchrun says 1 for several ranks where nobody does. torch would start as many in each rank as there are
-    processors; where more run than that, each operation waits for one that is not scheduled, up to a hundred times as long
-    as it takes."""
-    asked = os.environ.get("OMP_NUM_THREADS", "")
-    if not asked or (asked == "1" and local_world > 1 and "TORCHELASTIC_RUN_ID" in os.environ):
-        torch.set_num_threads(processors)
+def set_torch_threads(cpus: int, local_world: int) -> None:
+    """Let torch's CPU operations use `cpus` threads, unless the user has set OMP_NUM_THREADS.
+
+    These operations include the optimizer step with --use_cpu_offload. By default torch starts one thread per
+    CPU of the machine in each rank. With more threads than CPUs each operation waits for a thread that is not
+    scheduled, and takes up to a hundred times as long.
+    """
+    requested = os.environ.get("OMP_NUM_THREADS", "")
+    # torchrun sets 1 for several ranks if the user has set nothing.
+    if not requested or (requested == "1" and local_world > 1 and "TORCHELASTIC_RUN_ID" in os.environ):
+        torch.set_num_threads(cpus)
 
 
-def number_in_environment(name: str) -> int:
-    """A whole number in the environment. Raises UserError."""
+def read_env_int(name: str) -> int:
+    """Return an environment variable as a whole number. Raises UserError if it is missing or not one."""
     text = os.environ.get(name, "")
     if not text.isdecimal():
         raise UserError(f"{name}={text!r} in the environment: not a whole number; torchrun sets it")
     return int(text)
 
 
-def join_group(rank: int, world: int, local_rank: int, store: dist.Store | None = None) -> RankInfo:
-    """Makes this process one of the group: NCCL on GPUs (gloo beside it for host tensors), else gloo.
+def join_process_group(rank: int, world: int, local_rank: int, store: dist.Store | None = None) -> RankInfo:
+    """Join the default process group as one rank, and choose this rank's device and number of threads.
 
-    The ranks find one another in `store`; without one, at MASTER_ADDR and MASTER_PORT.
+    The backend is NCCL for GPU tensors and gloo for host tensors. The ranks find one another through `store`,
+    or at MASTER_ADDR and MASTER_PORT if it is None. Collective. Raises UserError if LOCAL_RANK does not fit.
     """
     local_world = local_world_size(world)
     if rank % local_world != local_rank:
@@ -135,13 +175,13 @@ def join_group(rank: int, world: int, local_rank: int, store: dist.Store | None 
         )
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank % torch.cuda.device_count())
-        use(device)
+        set_current_device(device)
         dist.init_process_group(
             "cpu:gloo,cuda:nccl", rank=rank, world_size=world, store=store, device_id=device
         )
     else:
         device = torch.device("cpu")
         dist.init_process_group("gloo", rank=rank, world_size=world, store=store)
-    processors = share_of_processors(local_rank, rank, local_world, world)
-    set_threads(processors, local_world)
-    return RankInfo(rank, world, local_rank, local_world, device, processors)
+    cpus = count_cpus_per_rank(local_rank, rank, local_world, world)
+    set_torch_threads(cpus, local_world)
+    return RankInfo(rank, world, local_rank, local_world, device, cpus)

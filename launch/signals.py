@@ -1,12 +1,13 @@
-"""Requests that come from outside the training: signals, and limits of time.
+"""Requests from outside the training to stop or to save: signals and time limits.
 
-SIGTERM, SIGINT   once: the step is finished, a checkpoint written, and the run ends with status 0; a second time, a
-                  second or more later: the run ends at once
-SIGUSR1           a checkpoint, and training goes on
+SIGTERM, SIGINT   first: finish the step, write a checkpoint, end the run with status 0;
+                  second, a second or more later: end the run at once
+SIGUSR1           write a checkpoint and go on
 
-Whoever starts the ranks may send each of them the signal that the whole group got already - a terminal's Ctrl-C goes
-to all processes, and so do Slurm's signals - so two within a second count as one. A SIGUSR1 may also reach one rank
-before a step's end and another after it: what comes within a second of the checkpoint that it asked for is the same.
+Two stops within a second count as one: a terminal's Ctrl-C and Slurm's signals go to all processes of a
+group, and the launcher may send its ranks the same signal again. A SIGUSR1 within a second after the
+checkpoint that one asked for counts as the same request: it may reach one rank before the end of a step and
+another rank after it.
 """
 
 from __future__ import annotations
@@ -24,112 +25,133 @@ import torch.distributed as dist
 
 STOPS = (signal.SIGTERM, signal.SIGINT)
 SAVE = signal.SIGUSR1
-APART_SECONDS = 1.0
+SAME_REQUEST_SECONDS = 1.0  # signals that come closer together than this are one request
 
 
-class Received:
-    """The signals that this process got. stop: the first of STOPS, or None; save: whether SAVE came since the last
-    answer to it; again(signal): called by the second stop."""
+class ReceivedSignals:
+    """The signals that this process has received.
 
-    def __init__(self, again):
+    Attributes:
+        stop: the first of STOPS, or None.
+        save: whether SAVE has come since the last checkpoint that it asked for.
+        on_second_stop: on_second_stop(signal) is called for a second stop.
+    """
+
+    def __init__(self, on_second_stop):
         self.stop: signal.Signals | None = None
-        self.save, self.again, self._first = False, again, 0.0
-        self._answered = float("-inf")
+        self.save, self.on_second_stop, self._first_stop = False, on_second_stop, 0.0
+        self._acknowledged = float("-inf")
 
-    def note(self, number: int, _frame=None) -> None:
-        """The handler."""
+    def handle(self, number: int, _frame=None) -> None:
+        """Record a signal. This is the signal handler."""
         if number == SAVE:
-            self.save = time.monotonic() - self._answered >= APART_SECONDS
+            self.save = time.monotonic() - self._acknowledged >= SAME_REQUEST_SECONDS
         elif self.stop is None:
-            self.stop, self._first = signal.Signals(number), time.monotonic()
-        elif time.monotonic() - self._first >= APART_SECONDS:
-            self.again(signal.Signals(number))
+            self.stop, self._first_stop = signal.Signals(number), time.monotonic()
+        elif time.monotonic() - self._first_stop >= SAME_REQUEST_SECONDS:
+            self.on_second_stop(signal.Signals(number))
 
-    def answered(self) -> None:
-        """SAVE is answered, as any rank heard it: this one may hear it later."""
-        self._answered = time.monotonic()
+    def acknowledge_save(self) -> None:
+        """Mark SAVE as answered. Any rank may have received it; this one may still receive it."""
+        self._acknowledged = time.monotonic()
         self.save = False
 
 
-class NeverStop:
-    """Nothing is asked for. reason: why the run is to stop, or ""."""
+class NoStopRequests:
+    """Null object of `StopRequests`: nothing is ever requested. reason: why the run has to stop, or ""."""
 
     reason = ""
 
     def agree(self, last: bool) -> tuple[bool, bool]:
-        """(whether the run is to stop after this step, whether a checkpoint is wanted)."""
+        """Return (whether the run has to stop after this step, whether a checkpoint is requested).
+
+        last: whether the run ends after this step anyway.
+        """
         return False, False
 
     def expect_save(self, seconds: float) -> None:
-        """How long a checkpoint may take, as long as none has been written."""
+        """Set how long a checkpoint is expected to take. It counts until the first one has been written."""
 
-    def saved_in(self, seconds: float, whole: bool = True) -> None:
-        """How long the last checkpoint took, or, not whole, the one that is being written has taken."""
-
-
-NEVER = NeverStop()
+    def record_save(self, seconds: float, complete: bool = True) -> None:
+        """Record how long the last checkpoint took or, if not complete, how long this one has taken."""
 
 
-class Stopping(NeverStop):
-    """Listens to signals and looks at the clock. Every rank has one: they may get different signals at different
-    moments, and must stop after the same step.
+NO_STOP_REQUESTS = NoStopRequests()
 
-    started: time.time() of the run's start; max_minutes, save_minutes: as the options, 0 = none. Both are rank 0's
-    clock.
+
+class StopRequests(NoStopRequests):
+    """Requests to stop or save, from signals and from the clock. It installs this process's signal handlers.
+
+    Every rank has one: ranks may receive different signals at different moments, but must stop after the same
+    step.
+
+    Args:
+        rank: this rank. Only rank 0's clock counts.
+        started: time.time() when the run started.
+        max_minutes, save_minutes: as the options; 0 = none.
     """
 
     def __init__(self, rank: int, started: float, max_minutes: float, save_minutes: float):
         self.rank, self.save_seconds = rank, save_minutes * 60
-        self.ends = started + max_minutes * 60 if max_minutes else float("inf")
+        self.deadline = started + max_minutes * 60 if max_minutes else float("inf")
         self.last_save = self.last_step = time.time()
         self.longest_step = self.longest_save = self.expected_save = 0.0
-        self.received = Received(again=_end_now)
+        self.received = ReceivedSignals(on_second_stop=_exit_now)
         for number in (*STOPS, SAVE):
-            signal.signal(number, self.received.note)
+            signal.signal(number, self.received.handle)
 
     def agree(self, last: bool) -> tuple[bool, bool]:
-        """Collective: what any rank was asked for, or the clock of rank 0 says. A run that ends by itself does not
-        stop."""
-        asked = torch.tensor([self.received.stop or 0, self.received.save, *self._clock()], dtype=torch.int64)
+        """Combine the signals of all ranks and rank 0's clock; see the base class. Collective.
+
+        On the last step it never asks to stop: the run ends by itself.
+        """
+        received = self.received
+        requests = torch.tensor([received.stop or 0, received.save, *self._check_clock()], dtype=torch.int64)
         if dist.get_world_size() > 1:
-            dist.all_reduce(asked, dist.ReduceOp.MAX)
-        stop, save, late, due = asked.tolist()
+            dist.all_reduce(requests, dist.ReduceOp.MAX)
+        stop, save, out_of_time, save_due = requests.tolist()
         if save:
-            self.received.answered()
-        if due:
+            received.acknowledge_save()
+        if save_due:
             self.last_save = time.time()
         if last:
-            return False, bool(save or due)
-        self.reason = signal.Signals(stop).name if stop else "--max_minutes" if late else ""
-        return bool(self.reason), bool(save or due)
+            return False, bool(save or save_due)
+        self.reason = signal.Signals(stop).name if stop else "--max_minutes" if out_of_time else ""
+        return bool(self.reason), bool(save or save_due)
 
     def expect_save(self, seconds: float) -> None:
         self.expected_save = seconds
 
-    def saved_in(self, seconds: float, whole: bool = True) -> None:
+    def record_save(self, seconds: float, complete: bool = True) -> None:
         self.longest_save = max(self.longest_save, seconds)
-        if whole:
+        if complete:
             self.expected_save = 0.0
 
-    def _clock(self) -> tuple[bool, bool]:
-        """(whether another step and its checkpoint would pass --max_minutes, whether --save_minutes are over)."""
+    def _check_clock(self) -> tuple[bool, bool]:
+        """Return (whether another step and its checkpoint would exceed --max_minutes, whether a save is due).
+
+        On ranks other than 0 both are False.
+        """
         now = time.time()
         self.longest_step, self.last_step = max(self.longest_step, now - self.last_step), now
         if self.rank != 0:
             return False, False
-        # The GPU may have most of this step still before it.
+        # Two steps: the GPU may still have to compute most of the current one.
         needed = 2 * self.longest_step + max(self.longest_save, self.expected_save)
-        return now + needed > self.ends, 0 < self.save_seconds <= now - self.last_save
+        return now + needed > self.deadline, 0 < self.save_seconds <= now - self.last_save
 
 
 @contextlib.contextmanager
 def signals_blocked_for_children() -> Iterator[None]:
-    """Processes that are started within hear nothing of STOPS and SAVE, which may go to a whole process group: helpers
-    that a step needs have to live until it is finished. Or nothing until they `hear`. This process hears them again
-    afterwards."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, (SAVE,))  # children begin with their parent's
+    """Block STOPS and SAVE in the processes started within, until they call `unblock_signals`.
+
+    These signals may go to a whole process group, but helper processes have to live until the current step is
+    finished. Afterwards this process receives signals as before, also those that came meanwhile.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (SAVE,))  # a child inherits its parent's mask
     try:
-        resource_tracker.ensure_running()  # multiprocessing would with its first child, and unblock STOPS after that
+        # multiprocessing would start the tracker with its first child, and unblock STOPS after that.
+        resource_tracker.ensure_running()
         signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
         yield
     finally:
@@ -137,43 +159,47 @@ def signals_blocked_for_children() -> Iterator[None]:
 
 
 def unblock_signals() -> None:
-    """In a process that was started unheard: STOPS and SAVE, also those that came since."""
+    """Receive STOPS and SAVE from here on, also those that came while they were blocked."""
     signal.pthread_sigmask(signal.SIG_UNBLOCK, (*STOPS, SAVE))
 
 
-def _end_now(number: signal.Signals) -> None:
+def _exit_now(number: signal.Signals) -> None:
     sys.stdout.flush()
     os._exit(128 + number)
 
 
 @contextlib.contextmanager
-def forwarding_signals(start: Callable[[], list]) -> Iterator[tuple[Received, list]]:
-    """In the parent of the ranks, the processes that `start` starts: sends them what it receives, and kills them at the
-    second stop. They are started unheard; stops that come meanwhile are answered once they are there."""
+def forwarding_signals(start: Callable[[], list]) -> Iterator[tuple[ReceivedSignals, list]]:
+    """Start the ranks, and forward the signals that this process, their parent, receives to them.
+
+    start() starts them and returns their processes. A second stop kills them. Signals are blocked in the
+    ranks until they call `unblock_signals`; stops that come before start() returns are forwarded after it.
+    """
     ranks: list = []
-    again: list[int] = []
+    second_stops: list[int] = []
 
     def send(number: int) -> None:
+        """Send a signal to all ranks that are alive."""
         for rank in ranks:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(rank.pid, number)
 
-    def end(number: int) -> None:
-        again.append(number)
+    def kill(number: int) -> None:
+        second_stops.append(number)
         send(signal.SIGKILL)
 
-    received = Received(again=end)
+    received = ReceivedSignals(on_second_stop=kill)
 
-    def handle(number: int, frame) -> None:
-        received.note(number)
+    def handle(number: int, _frame) -> None:
+        received.handle(number)
         send(number)
 
     before = {number: signal.signal(number, handle) for number in (*STOPS, SAVE)}
     try:
         with signals_blocked_for_children():
             ranks += start()
-            if received.stop:  # heard by another thread of this process, when there was no rank
-                send(signal.SIGKILL if again else received.stop)
+            if received.stop:  # another thread of this process received it before there were ranks
+                send(signal.SIGKILL if second_stops else received.stop)
         yield received, ranks
     finally:
         for number, handler in before.items():

@@ -1,4 +1,4 @@
-"""Checks a run and has its ranks run it: in new processes, or, under torchrun, in this one."""
+"""Checks a run and starts it on every rank: in new processes, or, under torchrun, in this one."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from functools import partial
 
 from launch import nodes, processes, torchrun
 from launch.nodes import AnyJob
-from launch.program import report, under_torchrun
+from launch.program import is_under_torchrun, print_error
 from options.errors import UserError, needs_no_traceback
 
 
@@ -16,35 +16,37 @@ def start(
     run_rank: Callable,
     check: Callable[[], AnyJob],
     remarks: list[str],
-    where: tuple[str, int | None],
+    address: tuple[str, int | None],
     *,
     verbose: bool,
     preload: Sequence[str],
 ) -> int:
-    """Checks a run, prints the remarks on its options and its job's, and runs run_rank(rank_info, job) on every
-    rank: in new processes, or, under torchrun, in this one. Returns the exit status: 0, 2 for something the
-    user can put right, 1 for anything else.
+    """Check a run, print the remarks, and run run_rank(rank_info, job) on every rank. Return the exit status.
+
+    The ranks are new processes; under torchrun this process is one of them. The exit status is 0 for success,
+    2 for an error that the user can fix, and 1 for any other error.
 
     Args:
-        run_rank: what a rank does, a function of a module.
-        check: makes the job. Raises UserError for what is wrong with it.
-        where: address and port of rank 0, for new processes; None = a free port.
-        verbose: tracebacks with errors.
-        preload: modules that ranks import, for the server that they may be forks of.
+        run_rank: the function of a rank, at the top level of a module.
+        check: checks the run and makes the job. Raises UserError for what is wrong with it.
+        remarks: lines to print before those of the job.
+        address: address and port of rank 0, for new processes; port None = a free one.
+        verbose: print tracebacks with errors.
+        preload: modules that ranks need; the server that ranks may be forked from imports them once.
     """
 
-    def checked() -> AnyJob:
+    def check_and_print() -> AnyJob:
         job = check()
-        told = [] if under_torchrun() and os.environ["RANK"] != "0" else [*remarks, *job.remarks]
-        print(*told, sep="\n", end="\n" * bool(told))
+        lines = [] if is_under_torchrun() and os.environ["RANK"] != "0" else [*remarks, *job.remarks]
+        print(*lines, sep="\n", end="\n" * bool(lines))
         return job
 
     try:
-        if under_torchrun():
-            return torchrun.join(run_rank, partial(nodes.prepare, checked), verbose)
-        job = checked()
-        return processes.start(run_rank, job.config.world_size, (job,), *where, verbose, preload)
+        if is_under_torchrun():
+            return torchrun.run_as_rank(run_rank, partial(nodes.check_on_nodes, check_and_print), verbose)
+        job = check_and_print()
+        return processes.start(run_rank, job.config.world_size, (job,), *address, verbose, preload)
     except (UserError, OSError) as e:
         if not needs_no_traceback(e):
             raise
-        return report(e, verbose)
+        return print_error(e, verbose)

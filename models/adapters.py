@@ -148,7 +148,7 @@ def apply_method(
         part.to(precision.trained).requires_grad_(True)
     if method.quantizer:
         names = packed_linears(model, family, config)
-        quantize_linears(model, choose_quantizers(names, config, files), precision.matmul)
+        quantize_linears(model, choose_quantizers(names, config, files), precision.matmul_dtype)
     if method.adapter:
         _put_adapters(model, family, config, precision.trained)
 

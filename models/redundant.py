@@ -22,7 +22,7 @@ from files.weight_sets import Extra, two_sets
 from models.family import ROTARY_TABLE, Family
 from models.longrope import ByRow, make_rotary
 from options.errors import UserError
-from options.limits import CONFIG_FILE, read_json
+from options.limits import MAX_CONFIG_BYTES, read_json
 
 UNTIED = (
     "config.json ties the head to the embedding, but the files hold a head that differs from it: it is used"
@@ -61,7 +61,7 @@ def as_loaded(raw: dict, config: PretrainedConfig) -> dict:
 def corrected_config(folder: Path, config: PretrainedConfig) -> dict[str, str]:
     """{config.json: its text} with what `as_loaded` makes of the one in `folder`; {} if that may be copied as
     it is. Raises UserError."""
-    raw = read_json(folder / CONFIG, CONFIG_FILE)
+    raw = read_json(folder / CONFIG, MAX_CONFIG_BYTES)
     wanted = as_loaded(raw, config)
     return {} if wanted == raw else {CONFIG: json.dumps(wanted, indent=2) + "\n"}
 

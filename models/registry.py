@@ -20,7 +20,7 @@ from models.causal_lm import put_head, with_summed_loss
 from models.family import Family
 from models.redundant import check_extras, check_frequencies, has_own_head, name_embedding
 from options.errors import UserError
-from options.limits import CONFIG_FILE, LAYERS, read_json
+from options.limits import MAX_CONFIG_BYTES, MAX_LAYERS, read_json
 
 FAMILIES: dict[str, Family] = {
     "llama": llama.FAMILY,
@@ -51,7 +51,7 @@ def read_config(folder: Path) -> tuple[PretrainedConfig, Family]:
     """(the model's configuration, its family). Raises UserError for an unknown architecture."""
     known = ", ".join(FAMILIES)
     if (folder / CONFIG).is_file():
-        _check_counts(read_json(folder / CONFIG, CONFIG_FILE), folder)
+        _check_counts(read_json(folder / CONFIG, MAX_CONFIG_BYTES), folder)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except UNUSABLE as e:
@@ -69,8 +69,8 @@ def _check_counts(raw: dict, folder: Path) -> None:
         if isinstance(raw.get(name), int) and raw[name] < 1:
             raise UserError(f"{folder}/{CONFIG}: {name} {raw[name]}: must be positive")
     for name, value in raw.items():
-        if name.startswith("num_") and isinstance(value, int | float) and value > LAYERS:
-            raise UserError(f"{folder}/{CONFIG}: {name} {value}: at most {LAYERS:,} are built")
+        if name.startswith("num_") and isinstance(value, int | float) and value > MAX_LAYERS:
+            raise UserError(f"{folder}/{CONFIG}: {name} {value}: at most {MAX_LAYERS:,} are built")
 
 
 def build_on_meta(config: PretrainedConfig, family: Family, attention: str | None = None) -> PreTrainedModel:

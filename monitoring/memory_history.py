@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from files.atomic_writes import staged
-from launch.memory import GIB, in_use
+from launch.memory import GIB, bytes_in_use
 
 MOST_EVENTS = (
     200_000  # of the allocator, the newest: an 8B model's start and three steps make about half of them
@@ -218,7 +218,7 @@ class HostSamples:
 
     def _sample(self) -> None:
         while True:
-            self.points.append((time.time(), in_use(self.device)))
+            self.points.append((time.time(), bytes_in_use(self.device)))
             if self.ended.wait(SAMPLE_SECONDS):
                 return
 

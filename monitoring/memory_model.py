@@ -21,7 +21,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from files.model_folder import CheckpointFiles
 from launch import memory
-from launch.memory import size
+from launch.memory import format_bytes
 from launch.precision import Precision
 from launch.ranks import RankInfo
 from models.adapters import make_quantizer_of, target_linears
@@ -62,7 +62,7 @@ class WeightBytes:
 
     def __str__(self) -> str:
         parts = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name)}
-        return " + ".join(f"{name} {size(n)}" for name, n in parts.items())
+        return " + ".join(f"{name} {format_bytes(n)}" for name, n in parts.items())
 
 
 @dataclass(frozen=True)
@@ -149,10 +149,10 @@ class Share:
     def describe(self) -> str:
         """The line about the weights: of the whole model by kind, and of this rank."""
         on_gpus = torch.cuda.is_available() and self.on_host
-        where = f", of which {size(self.on_host)} in host memory" if on_gpus else ""
+        where = f", of which {format_bytes(self.on_host)} in host memory" if on_gpus else ""
         return (
-            f"model: {self.trained:,} trained parameters; {self.whole} = {size(self.whole.total)},"
-            f" {size(self.on_gpu + self.on_host)} on this rank{where}"
+            f"model: {self.trained:,} trained parameters; {self.whole} = {format_bytes(self.whole.total)},"
+            f" {format_bytes(self.on_gpu + self.on_host)} on this rank{where}"
         )
 
 
@@ -180,14 +180,14 @@ def expect(
 def check_loaded(model: nn.Module, expected: Share, before: int) -> None:
     """Raises AssertionError unless the rank holds what it should, within TOLERANCE: in host memory by the storage of
     its parameters, on a GPU by all that was allocated since `before`, so that a copy that was not freed shows there."""
-    held = [("host", memory.host_bytes(model), expected.on_host, 0)]
+    held = [("host", memory.host_weight_bytes(model), expected.on_host, 0)]
     if expected.on_gpu:
         rounding = PER_TENSOR * (expected.tensors + sum(1 for _ in model.buffers()))
-        held.append(("GPU", memory.allocated() - before, expected.on_gpu, rounding))
+        held.append(("GPU", memory.gpu_bytes_allocated() - before, expected.on_gpu, rounding))
     for where, found, wanted, rounding in held:
         assert abs(found - wanted) <= TOLERANCE * wanted + rounding, (
-            f"the loaded weights take {size(found)} of {where} memory on this rank; the checkpoint's shapes and the"
-            f" options say {size(wanted)}"
+            f"the loaded weights take {format_bytes(found)} of {where} memory on this rank; the checkpoint's shapes and the"
+            f" options say {format_bytes(wanted)}"
         )
 
 
@@ -257,16 +257,16 @@ def estimate(config: Config, precision: Precision, shape: Shape) -> float:
         gathered = 0  # everything is there
     rows = config.batch_size * shape.tokens
     value = precision.frozen.itemsize
-    inner = LAYER_ACTIVATIONS * rows * shape.hidden * precision.matmul.itemsize
+    inner = LAYER_ACTIVATIONS * rows * shape.hidden * precision.matmul_dtype.itemsize
     inner += 8 * shape.eager * shape.heads * rows * shape.tokens
     if config.use_gradient_checkpointing:
         kept = rows * shape.hidden * value * (2 if config.use_activation_cpu_offload else shape.layers)
     else:
         kept, inner = inner * shape.layers, 0
-    chunk = min(LOGITS_BYTES, rows * shape.vocabulary * precision.matmul.itemsize)
+    chunk = min(LOGITS_BYTES, rows * shape.vocabulary * precision.matmul_dtype.itemsize)
     # A frozen head stays in its shards, and blocks of the hidden states of all its ranks come to each, with their
     # gradient in 16 bits and in fp32; a trained one is gathered.
-    states = 2 * rows * shape.hidden * precision.matmul.itemsize
+    states = 2 * rows * shape.hidden * precision.matmul_dtype.itemsize
     if shards > 1 and not shape.ends:
         states += 2 * min(HIDDEN_BYTES, 4 * rows * shards * shape.hidden)
     loss = LOGITS * chunk + states + 2 * shape.ends

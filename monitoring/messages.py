@@ -12,7 +12,7 @@ from data.packing import PackSampler
 from data.rows import TokenizedRows
 from files.names import BEST, BLOCKS, METRICS, OPTIONS, SCORE
 from files.output_folder import output_folder
-from launch.program import typed_command, under_torchrun
+from launch.program import is_under_torchrun, shell_command
 from monitoring.metrics import Metrics, too_many
 from options.config import TOY_DATASET, TOY_MODEL, TOY_PROMPT, Config
 from options.errors import describe
@@ -66,9 +66,9 @@ def describe_stop(reason: str, history: list[Metrics], total_steps: int, folder:
 
 def going_on(folder: Path) -> str:
     """The command that resumes a run, where it is not torchrun's."""
-    if under_torchrun():  # whose options are not known here
+    if is_under_torchrun():  # whose options are not known here
         return "the command that started it, with --resume auto"
-    return shlex.join([*typed_command("train.py"), "--config", f"{folder}/{OPTIONS}", "--resume", "auto"])
+    return shlex.join([*shell_command("train.py"), "--config", f"{folder}/{OPTIONS}", "--resume", "auto"])
 
 
 def describe_unsaved(error: OSError, folder: Path, step: int | None) -> str:
@@ -112,7 +112,7 @@ def describe_files(config: Config, saved: bool, sampled: bool, folder: Path) -> 
     what += "memory.html, memory.png, " if config.profile_memory else ""
     what += "memory_snapshot.pickle, " if (folder / "memory_snapshot.pickle").exists() else ""
     again = [
-        *typed_command("train.py"),
+        *shell_command("train.py"),
         "--config",
         f"{folder}/{OPTIONS}",
         "--output_dir",
@@ -127,7 +127,7 @@ def describe_files(config: Config, saved: bool, sampled: bool, folder: Path) -> 
     if saved:
         demo = (config.model_name, config.dataset) == (TOY_MODEL, TOY_DATASET)
         question = f' --prompt "{TOY_PROMPT}"' if demo else ""  # without one it is a conversation
-        lines.append(f"try: {shlex.join([*typed_command('generate.py'), str(folder)])}{question}")
+        lines.append(f"try: {shlex.join([*shell_command('generate.py'), str(folder)])}{question}")
     return "\n".join(lines)
 
 

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from data.batches import Step
 from launch import memory
 from options.errors import UserError
-from options.limits import METRICS_LINE
+from options.limits import MAX_METRICS_LINE_BYTES
 
 GIB = 2**30
 
@@ -179,7 +179,7 @@ class Meter:
 
     def _memory(self) -> list[torch.Tensor]:
         gpu = self.device.type == "cuda"
-        peaks = memory.PEAKS.take() if gpu else (memory.largest_resident(),) * 2
+        peaks = memory.PEAK_MEMORY.pop_step_peak() if gpu else (memory.peak_resident_bytes(),) * 2
         sizes = *peaks, *(self.held[p] for _, p in self._phases())
         # Not torch.tensor, which copies from the host and waits until the GPU has come to it.
         return [torch.full((), size, dtype=torch.float64, device=self.device) for size in sizes]
@@ -190,7 +190,7 @@ def read_metrics(path: Path, length: int | None = None) -> list[Metrics]:
     UserError where it holds anything else."""
     found: list[Metrics] = []
     with path.open("rb") as file:
-        while (length is None or file.tell() < length) and (line := file.readline(METRICS_LINE)):
+        while (length is None or file.tell() < length) and (line := file.readline(MAX_METRICS_LINE_BYTES)):
             number = len(found) + 1
             try:
                 values: dict[str, Any] = {

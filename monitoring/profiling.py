@@ -21,7 +21,7 @@ import torch.distributed as dist
 from files.atomic_writes import write_text
 from files.names import split_revision
 from files.output_folder import output_folder
-from launch.memory import GIB, PEAKS, in_use
+from launch.memory import GIB, PEAK_MEMORY, bytes_in_use
 from launch.ranks import RankInfo
 from monitoring.memory_history import BETWEEN, History, Recording
 from monitoring.memory_page import write_pages
@@ -64,8 +64,8 @@ class Profiler(NoProfiler):
         self.current, self.steps, self.in_step = BETWEEN, 0, False
 
     def phase(self, name: str) -> None:
-        self.held[self.current] = in_use(self.device)
-        PEAKS.enter(name)
+        self.held[self.current] = bytes_in_use(self.device)
+        PEAK_MEMORY.enter_phase(name)
         if name == "forward" and not self.in_step:
             self.steps, self.in_step = self.steps + 1, True
         self.current = name

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from files.atomic_writes import write_text
-from launch.program import report
+from launch.program import print_error
 from monitoring.report_page import page
 from monitoring.run_files import read_run
 from options.errors import UserError
@@ -31,7 +31,7 @@ def run(folder: Path) -> int:
     try:
         print(write_report(folder))
     except UserError as e:
-        return report(e, verbose=False)
+        return print_error(e, verbose=False)
     except OSError as e:
-        return report(UserError(f"{folder / PAGE}: cannot be written ({e.strerror})"), verbose=False)
+        return print_error(UserError(f"{folder / PAGE}: cannot be written ({e.strerror})"), verbose=False)
     return 0

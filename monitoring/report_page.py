@@ -17,11 +17,11 @@ from html import escape
 from pathlib import Path
 
 from files.names import ADAPTER, BLOCKS, CONFIG, OPTIONS, split_revision
-from launch.program import typed_command
+from launch.program import shell_command
 from monitoring.report_charts import Series, bars, curves, number, running_mean
 from monitoring.run_files import RunFiles
 from options.config import TOY_DATASET, TOY_MODEL, TOY_PROMPT, Config
-from options.declaration import shown
+from options.declaration import format_value
 from options.resolve import resolve
 
 ASSETS = Path(__file__).parent / "report_assets"
@@ -244,14 +244,14 @@ def _options(config: Config) -> str:
     values = {n: (getattr(config, n), getattr(defaults, n)) for n in fields}
     changed = [n for n in fields if values[n][0] != values[n][1] and n not in TOLD_ABOVE]
     rows = "".join(
-        f"<tr><td><code>{escape(n)}</code></td><td>{escape(shown(values[n][0]))}</td>"
-        f"<td>{escape(shown(values[n][1]))}</td></tr>"
+        f"<tr><td><code>{escape(n)}</code></td><td>{escape(format_value(values[n][0]))}</td>"
+        f"<td>{escape(format_value(values[n][1]))}</td></tr>"
         for n in changed
     )
     head = "<thead><tr><th>Option</th><th>This run</th><th>Default</th></tr></thead>"
     table = f'<div class="card scroll"><table>{head}<tbody>{rows}</tbody></table></div>' if changed else ""
     every = "".join(
-        f"<tr><td><code>{escape(n)}</code></td><td>{escape(shown(v))}</td></tr>"
+        f"<tr><td><code>{escape(n)}</code></td><td>{escape(format_value(v))}</td></tr>"
         for n, (v, _) in values.items()
     )
     details = (
@@ -279,12 +279,12 @@ def commands(run: RunFiles) -> list[tuple[str, list[str]]]:
          ["--to", "merged", "--out", f"{folder}-merged"], part),
     ):  # fmt: skip
         if needs:
-            found.append((what, [*typed_command(script), folder, *more]))
+            found.append((what, [*shell_command(script), folder, *more]))
     if whole:
         found.append(("Serve the model (docs/serving.md)", ["transformers", "serve", folder]))
     again = ["--config", f"{folder}/{OPTIONS}", "--output_dir", f"{folder}-again"]
-    found.append(("Train again with the same options", [*typed_command("train.py"), *again]))
-    found.append(("Make this page again", [*typed_command("report.py"), folder]))
+    found.append(("Train again with the same options", [*shell_command("train.py"), *again]))
+    found.append(("Make this page again", [*shell_command("report.py"), folder]))
     return found
 
 

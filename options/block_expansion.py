@@ -1,5 +1,4 @@
-"""block_expansion.py's options. What is wrong with them is found before torch and transformers are
-imported."""
+"""Options of block_expansion.py. Errors in them are found before torch and transformers are imported."""
 
 from __future__ import annotations
 
@@ -10,35 +9,35 @@ from options.command_line import Command
 from options.declaration import REQUIRED, option
 from options.errors import UserError
 
-WAYS = ("new_blocks", "expansion_rate", "after", "blocks")
+EXCLUSIVE_OPTIONS = ("new_blocks", "expansion_rate", "after", "blocks")
 
 
-def layers(text: str) -> list[int]:
-    """3,7,11 as a list. Raises UserError."""
-    numbers = [number.strip() for number in text.split(",")]
-    found = []
-    for number in numbers:
+def parse_layers(text: str) -> list[int]:
+    """Return the layer numbers in a text such as 3,7,11. Raises UserError if one is not a number."""
+    layers = []
+    for number in map(str.strip, text.split(",")):
         try:
-            found.append(int(number))
+            layers.append(int(number))
         except ValueError:
             raise UserError(f"--after: {number!r} is not the number of a layer") from None
-    return found
+    return layers
 
 
 @dataclass(frozen=True)
 class Options:
-    """What block_expansion.py does. Exactly one of WAYS is given."""
+    """The options of block_expansion.py. Exactly one of EXCLUSIVE_OPTIONS is given."""
 
     # fmt: off
     model_name: str = option(REQUIRED, "Model", "folder or hub id of a safetensors model, or toy")
     output_dir: str = option(REQUIRED, "Model", "folder of the new model")
     overwrite: bool = option(False, "Model", "replace the model that output_dir holds")
-    new_blocks: int | None = option(None, "One of", "number of new blocks, spread evenly", least=1)
-    expansion_rate: float | None = option(None, "One of", "the same as a share of the layers, rounded, at least one:"
-        " 0.25 = 8 for 32", above=0)
-    after: list[int] | None = option(None, "One of", "a new block after each of these layers, counted from 0: 3,7,11;"
-        " twice for two", convert=layers, commas=True)
-    blocks: str | None = option(None, "One of", "file of trained blocks, to be put into the expanded model --model_name")
+    new_blocks: int | None = option(None, "One of", "number of new blocks, spread evenly", ge=1)
+    expansion_rate: float | None = option(None, "One of", "number of new blocks as a share of the layers,"
+        " rounded, at least one: 0.25 = 8 for 32", gt=0)
+    after: list[int] | None = option(None, "One of", "a new block after each of these layers, counted from 0:"
+        " 3,7,11; a number given twice = two blocks", convert=parse_layers, commas=True)
+    blocks: str | None = option(None, "One of", "file of trained blocks to insert into the expanded model"
+        " --model_name")
     # fmt: on
 
 
@@ -52,10 +51,12 @@ COMMAND = Command(
 
 
 def parse(argv: list[str]) -> Options:
-    """Raises UserError; exits 0 on --help."""
+    """Return the options of a command line. Raises UserError; exits 0 on --help."""
     options = Options(**COMMAND.read(argv))
-    if sum(getattr(options, way) is not None for way in WAYS) != 1:
-        raise UserError("give one of " + ", ".join(f"--{way}" for way in WAYS) + "; see --help")
+    if sum(getattr(options, name) is not None for name in EXCLUSIVE_OPTIONS) != 1:
+        raise UserError(
+            "give one of " + ", ".join(f"--{name}" for name in EXCLUSIVE_OPTIONS) + "; see --help"
+        )
     for name in ("model_name", "output_dir"):
         if not getattr(options, name):
             raise UserError(f"--{name} is missing; see --help")

@@ -1,6 +1,6 @@
-"""Command lines and YAML files as options: the same reading, conversion, checks and errors for every command.
+"""Reads options from command lines and YAML files, with the same checks and errors in every command.
 
-Nothing here needs torch or transformers, whose import takes seconds: wrong options and --help are answered at
+Nothing here imports torch or transformers, which takes seconds: wrong options and --help are answered at
 once.
 """
 
@@ -19,12 +19,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from options.declaration import REQUIRED, options_of, shown
+from options.declaration import REQUIRED, format_value, option_fields
 from options.errors import UserError
 from options.methods import NEEDS
 from options.yaml_file import Value, read_options_file
 
-TRUTHS = {
+BOOLEANS = {
     "true": True,
     "1": True,
     "yes": True,
@@ -36,19 +36,20 @@ TRUTHS = {
 }
 NOUNS = {bool: "true or false", int: "a whole number", float: "a number"}
 METAVARS = {bool: "BOOL", int: "N", float: "X", Path: "PATH"}
-LARGEST = 2**31  # of whole numbers without another bound: more than torch's indices hold
+LARGEST_INT = 2**31  # exclusive bound of whole numbers without an upper bound: torch's indices hold no more
 
 
 @dataclass(frozen=True)
 class Command:
-    """A command and what it takes.
+    """A command and the options that it takes.
 
-    Args:
+    Attributes:
         program: its file.
-        usage: what follows `python <program>`.
+        usage: the rest of the usage line, after `python <program>`.
+        description, epilog: texts of --help, before and after the options.
         options: the dataclass that declares its options.
-        known_by_place: options that follow from where the --config file lies, {name: value}, whatever the
-        file says.
+        implied_by_path: implied_by_path(path of the --config file) returns {option: value}. These options
+            follow from the file's folder and override what the file says.
     """
 
     program: str
@@ -56,170 +57,188 @@ class Command:
     description: str
     options: type
     epilog: str = ""
-    known_by_place: Callable[[str], dict[str, str]] = lambda path: {}
+    implied_by_path: Callable[[str], dict[str, str]] = lambda path: {}
 
     @cached_property
     def fields(self) -> dict[str, Field]:
-        return options_of(self.options)
+        """The declarations of its options, by name."""
+        return option_fields(self.options)
 
     @cached_property
     def hints(self) -> dict[str, Any]:
+        """The type hints of its options, by name."""
         return typing.get_type_hints(self.options)
 
     def kind(self, name: str) -> tuple[type, bool]:
-        """(int, float, bool, str or Path; whether None is allowed) of an option; of a list, that of its
-        items."""
+        """Return (int, float, bool, str or Path; whether None is allowed) for an option.
+
+        For a list it is the type of the items.
+        """
         hint, optional = self.hints[name], False
         if isinstance(hint, types.UnionType):
             hint, optional = next(t for t in typing.get_args(hint) if t is not types.NoneType), True
         return typing.get_args(hint)[0] if typing.get_origin(hint) in (list, tuple) else hint, optional
 
     def read(self, argv: list[str]) -> dict[str, Any]:
-        """The options that are given, by name, in their types and ranges; those of --config where the command
-        line does not have them. Raises UserError; exits 0 on --help."""
-        arguments = self._separated(self._underscored(argv))
-        found, rest = _parser(self).parse_known_args(arguments)
+        """Return the options that are given, {name: converted value}. The command line overrides --config.
+
+        Raises UserError for an unknown, wrong or missing option; exits 0 on --help.
+        """
+        arguments = self._complete_switches(self._normalize_dashes(argv))
+        found, rest = _make_parser(self).parse_known_args(arguments)
         if rest:
-            known = suggest(rest[0].split("=")[0], self.fields)
-            one = next(
-                (f.metadata["positional"] for f in self.fields.values() if f.metadata["positional"]), ""
-            )
-            known = f"; give one {one}" if one and not rest[0].startswith("-") else known
-            raise UserError(f"unknown option {rest[0]}{known}")
+            hint = suggest(rest[0].split("=")[0], self.fields)
+            positionals = (field.metadata["positional"] for field in self.fields.values())
+            positional = next(filter(None, positionals), "")
+            hint = f"; give one {positional}" if positional and not rest[0].startswith("-") else hint
+            raise UserError(f"unknown option {rest[0]}{hint}")
         raw = {name: value for name, value in vars(found).items() if value not in (None, [])}
-        written = self._read_yaml(raw.pop("config")) if "config" in raw else {}
-        given = {name: self._convert(name, value, where) for name, (value, where) in written.items()}
+        in_file = self._read_yaml(raw.pop("config")) if "config" in raw else {}
+        given = {name: self._convert(name, value, origin) for name, (value, origin) in in_file.items()}
         for name, value in raw.items():
             positional = self.fields[name].metadata["positional"]
             given[name] = self._convert(name, value, positional or f"--{name}")
-        texts = {name: str(value) for name, (value, _) in written.items()}
+        texts = {name: str(value) for name, (value, _) in in_file.items()}
         self._check(given, texts | {name: str(value) for name, value in raw.items()})
         return given
 
     def _check(self, given: dict[str, Any], texts: dict[str, str]) -> None:
-        """Raises UserError for a number out of range, and for what is required and missing. texts: what is
-        given, as it was written."""
+        """Raise UserError for a number out of range, or a required option that is missing.
+
+        given: {name: converted value}; texts: {name: the value as it was written}.
+        """
         for name, field in self.fields.items():
             if field.default is REQUIRED and not (given.get(name) and texts[name]):
-                what = field.metadata["positional"]
-                missing = f"give a {what}, {field.metadata['help']}" if what else f"--{name} is missing"
+                positional = field.metadata["positional"]
+                missing = (
+                    f"give a {positional}, {field.metadata['help']}" if positional else f"--{name} is missing"
+                )
                 raise UserError(f"{missing}; see --help")
             if name not in given:
                 continue
             value, within = given[name], field.metadata["within"]
             if type(value) not in (int, float):
                 continue
-            if within and not within.holds(value):
-                finite = ", and finite" if type(value) is float and within.is_obvious else ""
+            has_upper_bound = within and within.has_upper_bound
+            if within and not within.contains(value):
+                finite = ", and finite" if type(value) is float and not has_upper_bound else ""
                 raise UserError(f"--{name} {texts[name]}: must be {within}{finite}")
-            bounded = within and (within.most is not None or within.below is not None)
-            if type(value) is int and not bounded and abs(value) >= LARGEST:
+            if type(value) is int and not has_upper_bound and abs(value) >= LARGEST_INT:
                 raise UserError(f"--{name} {value}: must be below 2**31")
 
-    def _convert(self, name: str, value: Value, where: str):
-        """value, a text or list of texts or what else a file gives, as the option's type. Raises UserError
-        that names `where`."""
+    def _convert(self, name: str, value: Value, origin: str):
+        """Return an option's value in the option's type. Raises UserError that names its origin.
+
+        value: a text, a list of texts, or whatever else the --config file holds.
+        """
         meta, (kind, _) = self.fields[name].metadata, self.kind(name)
         noun = meta["noun"]
         if meta["repeat"]:
             values = value if isinstance(value, list) else [value]
-            return [_converted(kind, each, where, noun) for each in values]
+            return [_parse_value(kind, each, origin, noun) for each in values]
         if meta["commas"] and isinstance(value, list):
-            value = ",".join(_item(each, where) for each in value)
+            value = ",".join(_check_item(each, origin) for each in value)
         if meta["convert"] and isinstance(value, str):
             try:
                 result = meta["convert"](value)
             except ValueError:
-                raise UserError(f"{where}: {value!r} is not {noun}") from None
+                raise UserError(f"{origin}: {value!r} is not {noun}") from None
         else:
-            result = _converted(kind, value, where, noun)
+            result = _parse_value(kind, value, origin, noun)
         if meta["choices"] and result not in meta["choices"]:
-            raise UserError(f"{where}: {result!r} is none of {', '.join(map(str, meta['choices']))}")
+            raise UserError(f"{origin}: {result!r} is none of {', '.join(map(str, meta['choices']))}")
         return result
 
-    def _underscored(self, argv: list[str]) -> list[str]:
-        """--train-type=x -> --train_type=x. Values stay as they are, also one that looks like an option,
-        behind an option that takes a text."""
-        texts = {
-            f"--{n}"
-            for n, f in self.fields.items()
-            if not f.metadata["positional"] and self.kind(n)[0] is str
-        }
-        spelled: list[str] = []
-        for each in argv:
-            is_value = bool(spelled) and spelled[-1] in texts and " " in each
-            match = None if is_value else re.match(r"--[a-z][a-z0-9-]*", each)
-            spelled.append("--" + match[0][2:].replace("-", "_") + each[match.end() :] if match else each)
-        return spelled
+    def _normalize_dashes(self, argv: list[str]) -> list[str]:
+        """Replace - by _ in option names: --train-type=x -> --train_type=x. Values are not changed.
 
-    def _separated(self, argv: list[str]) -> list[str]:
-        """--verbose RUN -> --verbose=true RUN: where a folder may stand without a name, a switch does not
-        take it as its value."""
+        A text that looks like an option and holds a space is a value if it follows an option that takes a
+        text.
+        """
+        named = (name for name, field in self.fields.items() if not field.metadata["positional"])
+        takes_text = {f"--{name}" for name in named if self.kind(name)[0] is str}
+        normalized: list[str] = []
+        for each in argv:
+            is_value = bool(normalized) and normalized[-1] in takes_text and " " in each
+            match = None if is_value else re.match(r"--[a-z][a-z0-9-]*", each)
+            normalized.append("--" + match[0][2:].replace("-", "_") + each[match.end() :] if match else each)
+        return normalized
+
+    def _complete_switches(self, argv: list[str]) -> list[str]:
+        """Write --verbose RUN as --verbose=true RUN in commands with positional arguments.
+
+        Otherwise the switch would take an existing folder after it as its value.
+        """
         if not any(field.metadata["positional"] for field in self.fields.values()):
             return argv
         switches = {f"--{name}" for name in self.fields if self.kind(name)[0] is bool}
         return [
             f"{each}=true"
-            if each in switches and after.lower() not in TRUTHS and os.path.exists(after)
+            if each in switches and after.lower() not in BOOLEANS and os.path.exists(after)
             else each
             for each, after in itertools.zip_longest(argv, argv[1:], fillvalue="")
         ]
 
     def _read_yaml(self, path: str) -> dict[str, tuple[Value, str]]:
-        """{option: (its value in the file, where it stands)}."""
+        """Return {option: (value in the --config file, its origin)}. Raises UserError for an unknown one."""
         values: dict[str, tuple[Value, str]] = {}
         for key, value in read_options_file(path).items():
             name = key.replace("-", "_")
             if name not in self.fields:
                 raise UserError(f"--config {path}: unknown option {key}{suggest(key, self.fields)}")
-            if value is not None:  # a null line is an option that was not given
+            if value is not None:  # null means that the option is not given
                 values[name] = value, f"{path}: {name}"
-        return values | {name: (value, path) for name, value in self.known_by_place(path).items()}
+        return values | {name: (value, path) for name, value in self.implied_by_path(path).items()}
 
 
-def _item(value: str | None, where: str) -> str:
-    """One of the values that an option has comma-separated. Raises UserError for one that would be none or
-    several."""
+def _check_item(value: str | None, origin: str) -> str:
+    """Return an item of a list in a file. Raises UserError if it is null, or several values by a comma."""
     if value is None or "," in value:
-        raise UserError(f"{where}: {value!r} is not one value of the list")
+        raise UserError(f"{origin}: {value!r} is not one value of the list")
     return value
 
 
-def _converted(kind: type, value: Value, where: str, noun: str):
+def _parse_value(kind: type, value: Value, origin: str, noun: str):
+    """Return a text as a value of type `kind`. Raises UserError that names its origin and what it must be.
+
+    noun: what the text must be, for the error; "" = as the type says.
+    """
     text = value.strip() if isinstance(value, str) else str(value)
     try:
         if not isinstance(value, str):
             raise ValueError
         if kind is bool:
-            return TRUTHS[text.lower()]
+            return BOOLEANS[text.lower()]
         if kind is float:
             text = re.sub(r"^([-+]?)\.(?=inf$|nan$)", r"\1", text, flags=re.IGNORECASE)  # YAML's spelling
         result = Path(value).expanduser() if kind is Path else value if kind is str else kind(text)
-    except (ValueError, KeyError, RuntimeError):  # RuntimeError: a home that nobody has
-        raise UserError(f"{where}: {text!r} is not {noun or NOUNS.get(kind, 'a text')}") from None
+    except (ValueError, KeyError, RuntimeError):  # RuntimeError: ~ of an unknown user
+        raise UserError(f"{origin}: {text!r} is not {noun or NOUNS.get(kind, 'a text')}") from None
     if kind is Path and not text:
-        raise UserError(f"{where}: needs a path")
+        raise UserError(f"{origin}: needs a path")
     if kind is float and result != result:
-        raise UserError(f"{where}: {text!r} is not {NOUNS[float]}")
+        raise UserError(f"{origin}: {text!r} is not {NOUNS[float]}")
     return result
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with errors as UserErrors."""
+    """argparse's parser, with errors as UserErrors."""
 
     def error(self, message):
         raise UserError(message)
 
     def parse_known_args(self, args=None, namespace=None):
+        """Parse as argparse does, but raise UserError for an empty value that argparse accepts."""
         found, rest = super().parse_known_args(args, namespace)
-        several = {action.dest for action in self._actions if action.nargs == "*"}
+        may_be_empty = {action.dest for action in self._actions if action.nargs == "*"}
         for name, value in vars(found).items():
-            if value == [] and name not in several:  # what argparse makes of `--name=--`
+            if value == [] and name not in may_be_empty:  # argparse returns [] for `--name=--`
                 raise UserError(f"--{name}: expected a value")
         return found, rest
 
 
-def _parser(command: Command) -> Parser:
+def _make_parser(command: Command) -> Parser:
+    """Return the parser of a command's options. It leaves all values as texts."""
     parser = Parser(
         prog=command.program,
         usage=f"python {command.program} {command.usage}",
@@ -239,27 +258,26 @@ def _parser(command: Command) -> Parser:
             continue
         group = groups.get(meta["group"]) or parser.add_argument_group(meta["group"])
         groups[meta["group"]] = group
-        more: dict[str, Any] = {"nargs": "?", "const": "true"} if kind is bool else {}
-        more |= {"action": "append"} if meta["repeat"] else {}
+        kwargs: dict[str, Any] = {"nargs": "?", "const": "true"} if kind is bool else {}
+        kwargs |= {"action": "append"} if meta["repeat"] else {}
         metavar = "NAME" if meta["choices"] else "TEXT" if meta["convert"] else METAVARS.get(kind, "TEXT")
-        group.add_argument(f"--{name}", metavar=metavar, help=help_line(field).replace("%", "%%"), **more)
+        group.add_argument(f"--{name}", metavar=metavar, help=help_line(field).replace("%", "%%"), **kwargs)
     return parser
 
 
 def help_line(field: Field) -> str:
-    """What --help says of an option: its meaning, choices, default, range, and the train types that it is
-    for."""
+    """Return an option's text in --help: its meaning, choices, default, range, and train types."""
     meta = field.metadata
     text = meta["help"]
     if meta["choices"]:
         text += f": {', '.join(map(str, meta['choices']))}"
-    default = "required" if field.default is REQUIRED else shown(field.default)
+    default = "required" if field.default is REQUIRED else format_value(field.default)
     within = meta["within"]
-    text += f" [{default}{'' if within is None or within.is_obvious else f'; {within}'}]"
+    text += f" [{default}{f'; {within}' if within and within.has_upper_bound else ''}]"
     return f"{text} (only for {NEEDS[meta['needs']]})" if meta["needs"] else text
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
-    """The end of an error line about an unknown option."""
+    """Return the end of an error line about an unknown option: the most similar known one, or --help."""
     near = difflib.get_close_matches(name.lstrip("-").replace("-", "_"), known, n=1)
     return f"; did you mean --{near[0]}?" if near else "; see --help"

@@ -1,17 +1,17 @@
-"""What the name of a data file says: which kinds are read, and what to do with the others."""
+"""Kinds of data files by their names: those that can be read, and advice on the others."""
 
 from __future__ import annotations
 
 import os
 
-# Those that are read.
+# Kinds that can be read, by suffix.
 KINDS = {".json": "JSON", ".jsonl": "JSON", ".ndjson": "JSON", ".csv": "CSV", ".parquet": "parquet"}
 JSON_LINES = (".jsonl", ".ndjson")
 READABLE = ", ".join(KINDS)
-PACKED = (".gz", ".bz2", ".xz", ".zst", ".lz4", ".zip", ".tar", ".tgz", ".7z", ".rar")
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".lz4", ".zip", ".tar", ".tgz", ".7z", ".rar")
 # fmt: off
-TODO = {  # what to do: with files of which kinds
-    "unpack it first": PACKED,
+SUFFIXES_BY_ADVICE = {
+    "unpack it first": COMPRESSED,
     "write it as .csv, with commas": (".tsv",),
     'make a .jsonl of it, with lines like {"text": "..."}': (".txt", ".md"),
     "write it as .parquet": (".arrow", ".feather", ".orc", ".avro"),
@@ -23,29 +23,30 @@ TODO = {  # what to do: with files of which kinds
         ".png", ".jpg", ".jpeg", ".webp", ".gif", ".wav", ".mp3", ".flac", ".mp4", ".pdf"),
 }
 # fmt: on
-OTHERS = {suffix: todo for todo, suffixes in TODO.items() for suffix in suffixes}
-# Names of texts that stand beside data and are none.
+ADVICE = {suffix: text for text, suffixes in SUFFIXES_BY_ADVICE.items() for suffix in suffixes}
+# Names of text files that are not data but are often in a folder of data.
 PROSE = ("readme", "license", "licence", "notice", "copying", "changelog", "citation", "requirements")
 
 
-def suffix_of(name: str) -> str:
-    """The suffix in small letters, of a packed file with the one before it: .jsonl.gz."""
+def file_suffix(name: str) -> str:
+    """Return the suffix in lower case; for a compressed file with the suffix before it, as in .jsonl.gz."""
     stem, last = os.path.splitext(os.path.basename(name).lower())
-    return os.path.splitext(stem)[1] + last if last in PACKED else last
+    return os.path.splitext(stem)[1] + last if last in COMPRESSED else last
 
 
-def advice(name: str) -> str | None:
-    """What to do with a file of a kind that is known and not read; None for others."""
-    return OTHERS.get(os.path.splitext(name.lower())[1])
+def conversion_advice(name: str) -> str | None:
+    """Return what to do with a file of a known kind that cannot be read; None for other files."""
+    return ADVICE.get(os.path.splitext(name.lower())[1])
 
 
 def kind_in_folder(name: str) -> str | None:
-    """Return the kind of a data file in a folder, to be told apart from other kinds; None for a file without
-    rows, such as a README or a program."""
+    """Return the kind of a data file in a folder: one of KINDS' values, or the suffix if it cannot be read.
+
+    None for a file without rows, such as a README or a program.
+    """
     stem, _ = os.path.splitext(os.path.basename(name).lower())
-    suffix = suffix_of(name)
+    suffix = file_suffix(name)
     if suffix in KINDS:
         return KINDS[suffix]
-    if advice(name) is None or suffix in (".md", ".yaml", ".yml") or (suffix == ".txt" and stem in PROSE):
-        return None
-    return suffix
+    is_prose = suffix in (".md", ".yaml", ".yml") or (suffix == ".txt" and stem in PROSE)
+    return None if is_prose or conversion_advice(name) is None else suffix

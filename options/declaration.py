@@ -1,4 +1,4 @@
-"""How an option is declared: one field of a frozen dataclass, with all that help, checks and errors need."""
+"""Declaration of an option: one field of a frozen dataclass, with all that help, checks and errors need."""
 
 from __future__ import annotations
 
@@ -13,43 +13,49 @@ REQUIRED = object()  # the default of an option that must be given
 
 @dataclass(frozen=True)
 class Range:
-    """The finite numbers that an option takes, and one beside them with a meaning of its own, such as -1."""
+    """The finite numbers that an option accepts.
 
-    least: float | None = None
-    above: float | None = None
-    most: float | None = None
-    below: float | None = None
-    other: float | None = None
+    Attributes:
+        ge, gt, le, lt: bounds: at least, above, at most, below; None = no bound.
+        sentinel: one number outside of them with a meaning of its own, such as -1.
+    """
 
-    def holds(self, number: float) -> bool:
-        if number == self.other:
+    ge: float | None = None
+    gt: float | None = None
+    le: float | None = None
+    lt: float | None = None
+    sentinel: float | None = None
+
+    def contains(self, number: float) -> bool:
+        """Whether the option accepts this number."""
+        if number == self.sentinel:
             return True
         return (
             math.isfinite(number)
-            and (self.least is None or number >= self.least)
-            and (self.above is None or number > self.above)
-            and (self.most is None or number <= self.most)
-            and (self.below is None or number < self.below)
+            and (self.ge is None or number >= self.ge)
+            and (self.gt is None or number > self.gt)
+            and (self.le is None or number <= self.le)
+            and (self.lt is None or number < self.lt)
         )
 
     def __str__(self) -> str:
-        """As in `must be ...`."""
-        if self.least is not None and self.most is not None:
-            text = f"from {self.least} to {self.most}"
+        """Return the text for `must be ...`."""
+        if self.ge is not None and self.le is not None:
+            text = f"from {self.ge} to {self.le}"
         else:
-            low = "" if self.least is None else f"at least {self.least}"
-            low = low if self.above is None else f"above {self.above}"
-            high = "" if self.most is None else f"at most {self.most}"
-            high = high if self.below is None else f"below {self.below}"
+            low = "" if self.ge is None else f"at least {self.ge}"
+            low = low if self.gt is None else f"above {self.gt}"
+            high = "" if self.le is None else f"at most {self.le}"
+            high = high if self.lt is None else f"below {self.lt}"
             text = " and ".join(filter(None, (low, high)))
-            if not high and self.least is not None:
-                text = "positive" if self.least == 1 else f"{self.least} or more"
-        return text if self.other is None else f"{text}, or {self.other}"
+            if not high and self.ge is not None:
+                text = "positive" if self.ge == 1 else f"{self.ge} or more"
+        return text if self.sentinel is None else f"{text}, or {self.sentinel}"
 
     @property
-    def is_obvious(self) -> bool:
-        """Whether help need not tell it: no upper bound, and nothing below 0."""
-        return self.most is None and self.below is None
+    def has_upper_bound(self) -> bool:
+        """Whether it is limited upwards. Help lines show only such ranges: the others are obvious."""
+        return self.le is not None or self.lt is not None
 
 
 def option(
@@ -59,33 +65,33 @@ def option(
     choices: tuple = (),
     needs: str = "",
     *,
-    least: float | None = None,
-    above: float | None = None,
-    most: float | None = None,
-    below: float | None = None,
-    other: float | None = None,
+    ge: float | None = None,
+    gt: float | None = None,
+    le: float | None = None,
+    lt: float | None = None,
+    sentinel: float | None = None,
     repeat: bool = False,
     commas: bool = False,
     convert: Callable[[str], Any] | None = None,
     noun: str = "",
 ) -> Any:
-    """Declares one option as a field of a dataclass.
+    """Declare one option as a field of a dataclass.
 
     Args:
-        default: its value where it is not given; REQUIRED if it must be.
+        default: its value if it is not given; REQUIRED if it must be given.
         group: its heading in --help.
-        help: the line there: the unit, and the meaning of a sentinel ("-1 = all").
-        choices: the values that it takes; () = any of its type.
-        needs: the attribute of Method without which it has no effect.
-        least, above, most, below, other: its Range, of numbers.
-        repeat: whether it may be given several times: a list of texts.
-        commas: whether it takes several values, comma-separated: in a file they may be a list.
-        convert: makes its value of a text; raises ValueError for one that is not `noun`, or UserError.
+        help: its line in --help: the unit, and the meaning of a sentinel ("-1 = all").
+        choices: the accepted values; () = any of its type.
+        needs: an attribute of Method; the option has no effect with train types that do not have it.
+        ge, gt, le, lt, sentinel: its Range, for numbers.
+        repeat: whether it may be given several times; its value is a list of texts.
+        commas: whether it takes comma-separated values; in a YAML file they may also be a list.
+        convert: turns a text into its value. Raises UserError, or ValueError if the text is not `noun`.
         noun: what a text must be, for errors; "" = as its type says.
     """
-    bounds = (least, above, most, below, other)
+    bounds = (ge, gt, le, lt, sentinel)
     within = None if all(bound is None for bound in bounds) else Range(*bounds)
-    assert not (repeat and (choices or within or convert)), "each of several texts is taken as it is"
+    assert not (repeat and (choices or within or convert)), "each of several texts is taken unchanged"
     meta = {
         "group": group,
         "help": help,
@@ -102,19 +108,18 @@ def option(
 
 
 def argument(name: str, help: str, several: bool = False) -> Any:
-    """Declares what stands on a command line without an option's name. several: any number of them, a
-    list."""
+    """Declare a positional argument of a command line. several: it may be repeated; its value is a list."""
     declared = option(REQUIRED, "", help, repeat=several)
     return dataclasses.field(default=REQUIRED, metadata=dict(declared.metadata) | {"positional": name})
 
 
-def options_of(kind: type) -> dict[str, dataclasses.Field]:
-    """The options that a dataclass declares, by name; its other fields are none."""
+def option_fields(kind: type) -> dict[str, dataclasses.Field]:
+    """Return the fields of a dataclass that are declared as options or arguments, {name: field}."""
     return {field.name: field for field in dataclasses.fields(kind) if "help" in field.metadata}
 
 
-def shown(value) -> str:
-    """A value as users write it."""
+def format_value(value) -> str:
+    """Return an option's value as users write it."""
     if isinstance(value, tuple):
         return ",".join(map(str, value))
     return "unset" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,4 +1,4 @@
-"""evaluate.py's options. What is wrong with them is found before torch and transformers are imported."""
+"""Options of evaluate.py. Errors in them are found before torch and transformers are imported."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ from options.declaration import argument, option
 from options.errors import UserError
 
 METRICS = ("perplexity", "exact_match", "bleu", "rouge")
-PACKAGES = {"bleu": ("sacrebleu", "sacrebleu"), "rouge": ("rouge_score", "rouge-score")}  # module, on PyPI
+PACKAGES = {"bleu": ("sacrebleu", "sacrebleu"), "rouge": ("rouge_score", "rouge-score")}  # (module, on PyPI)
 
 
 def check_metrics(names: str) -> tuple[str, ...]:
-    """--metrics, each once. Raises UserError for an unknown one, and for one whose package is not
-    installed."""
+    """Return the metrics of --metrics, each once.
+
+    Raises UserError for an unknown metric, or one whose package is not installed.
+    """
     chosen = tuple(dict.fromkeys(name.strip() for name in names.split(",")))
     for name in chosen:
         if name not in METRICS:
@@ -30,20 +32,20 @@ def check_metrics(names: str) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Options:
-    """What evaluate.py does. metrics: as `check_metrics` reads them, in the order that was asked for."""
+    """The options of evaluate.py. metrics: in the order in which they were given."""
 
     # fmt: off
     run: str = argument("RUN", "the --output_dir of a run of train.py, or its best/ folder")
     dataset: str | None = option(None, "Data", "as train.py takes it; unset = the run's own evaluation set")
-    dataset_format: str | None = option(None, "Data", "as train.py takes it; unset = the run's, where rows have its"
-        " columns", choices=DATASET_FORMATS)
-    samples: int = option(-1, "Data", "rows used, from the first; -1 = all", least=1, other=-1)
+    dataset_format: str | None = option(None, "Data", "as train.py takes it; unset = the run's, if the rows"
+        " have its columns", choices=DATASET_FORMATS)
+    samples: int = option(-1, "Data", "rows used, from the first; -1 = all", ge=1, sentinel=-1)
     metrics: tuple[str, ...] = option(METRICS, "Measurement", f"comma-separated: {', '.join(METRICS)}",
         convert=check_metrics, commas=True)
-    max_new_tokens: int = option(128, "Measurement", "longest answer, in tokens", least=1)
-    batch_size: int = option(8, "Measurement", "rows computed at once", least=1)
-    base_model: str | None = option(None, "Model", "folder or hub id of the base model, if it is not where the run had"
-        " it")
+    max_new_tokens: int = option(128, "Measurement", "longest answer, in tokens", ge=1)
+    batch_size: int = option(8, "Measurement", "rows in a batch", ge=1)
+    base_model: str | None = option(None, "Model", "folder or hub id of the base model, if it is not where"
+        " the run had it")
     out: Path | None = option(None, "Output", "where to write the results and all answers, as JSON")
     verbose: bool = option(False, "Output", "tracebacks with errors")
     # fmt: on
@@ -52,13 +54,13 @@ class Options:
 COMMAND = Command(
     "evaluate.py",
     "RUN [--dataset TEXT] [--option value ...]",
-    "Measures a finished run on a dataset, its base model beside it.",
+    "Measure a finished run and its base model on a dataset.",
     Options,
 )
 
 
 def parse(argv: list[str]) -> Options:
-    """Raises UserError; exits 0 on --help."""
+    """Return the options of a command line. Raises UserError; exits 0 on --help."""
     options = Options(**COMMAND.read(argv))
     if options.dataset_format is not None and options.dataset is None:
         raise UserError("--dataset_format: has no effect without --dataset")

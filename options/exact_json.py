@@ -1,7 +1,7 @@
-"""JSON that means what it says, and numbers that keep how they were written.
+"""Strict JSON parsing, and numbers that remember how they were written.
 
-Python's reader takes NaN and Infinity, which JSON has not, makes infinity of 1e400, and shows 1.10 as 1.1
-and -0 as 0.
+Python's own parser accepts NaN and Infinity, which are not JSON, turns 1e400 into infinity, and loses the
+difference between 1.10 and 1.1, and between -0 and 0.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from typing import Any
 
 
 class ExactFloat(float):
-    """A number and its text in the file. It computes, compares and shows like the float that it is."""
+    """A float that remembers its text in the file. In all other ways it is an ordinary float."""
 
     __slots__ = ("text",)
     text: str
 
     @classmethod
-    def of(cls, value: float, text: str) -> float:
-        """The number itself where it would be written so anyway."""
+    def make(cls, value: float, text: str) -> float:
+        """Return `value` with its text, or an ordinary float if Python writes it like that anyway."""
         if repr(value) == text:
             return value
         number = cls(value)
@@ -29,7 +29,7 @@ class ExactFloat(float):
 
 
 class MinusZero(int):
-    """The integer -0, the only one that Python writes otherwise than JSON does."""
+    """The integer -0, the only integer whose text Python does not preserve."""
 
     text = "-0"
 
@@ -37,43 +37,50 @@ class MinusZero(int):
 def parse_json(text: str, exact: bool = False) -> Any:
     """Parse a JSON text.
 
-    With `exact`, as rows of data are read, a number that Python would write otherwise is an ExactFloat, or
-    MinusZero, and a key that an object has twice is an error.
+    exact, which rows of data need: numbers that Python would write differently become ExactFloat or
+    MinusZero, and a repeated key of an object is an error.
 
-    Raises json.JSONDecodeError for what is no JSON, ValueError for what it cannot mean, RecursionError.
+    Raises json.JSONDecodeError if the text is not JSON; ValueError for NaN, infinity, a number out of range
+    or a repeated key; RecursionError if it is nested too deeply.
     """
     if exact:
         return json.loads(
-            text, parse_float=_exact, parse_int=_integer, parse_constant=_refuse, object_pairs_hook=_object
+            text,
+            parse_float=_parse_exact_float,
+            parse_int=_parse_int,
+            parse_constant=_reject_constant,
+            object_pairs_hook=_make_object,
         )
-    return json.loads(text, parse_float=_finite, parse_constant=_refuse)
+    return json.loads(text, parse_float=_parse_float, parse_constant=_reject_constant)
 
 
-def text_of(number: float) -> str:
-    """A number as it was written, where that is known."""
+def number_text(number: float) -> str:
+    """Return a number as it was written, if that is known; else as Python writes it."""
     return number.text if isinstance(number, ExactFloat | MinusZero) else str(number)
 
 
-def _finite(text: str) -> float:
+def _parse_float(text: str) -> float:
+    """Return a number. Raises ValueError if it is too large for a float."""
     value = float(text)
     if math.isinf(value):
         raise ValueError(f"{text[:40]} is beyond the range of numbers")
     return value
 
 
-def _exact(text: str) -> float:
-    return ExactFloat.of(_finite(text), text)
+def _parse_exact_float(text: str) -> float:
+    return ExactFloat.make(_parse_float(text), text)
 
 
-def _integer(text: str) -> int:
+def _parse_int(text: str) -> int:
     return MinusZero() if text == MinusZero.text else int(text)
 
 
-def _refuse(name: str):
-    raise ValueError(f"{name} is no value of JSON; write null, or leave it out")
+def _reject_constant(name: str):
+    raise ValueError(f"{name} is not a JSON value; write null, or leave it out")
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _make_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object as a dict. Raises ValueError if it has a key twice."""
     found = dict(pairs)
     if len(found) < len(pairs):
         counts = Counter(name for name, _ in pairs)

@@ -1,4 +1,4 @@
-"""export.py's options. What is wrong with them is found before torch and transformers are imported."""
+"""Options of export.py. Errors in them are found before torch and transformers are imported."""
 
 from __future__ import annotations
 
@@ -15,38 +15,39 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 @dataclass(frozen=True)
 class Options:
-    """What export.py does."""
+    """The options of export.py."""
 
     # fmt: off
     run: str = argument("RUN", "the --output_dir of a run of train.py")
-    to: str = option(REQUIRED, "Result", "what is made: a merged model folder, one for llama.cpp's converter, or PEFT's"
-        " adapter", choices=KINDS)
+    to: str = option(REQUIRED, "Result", "kind of result: a merged model folder, one for llama.cpp's"
+        " converter, or an adapter for PEFT", choices=KINDS)
     out: Path = option(REQUIRED, "Result", "folder to write")
-    base: str | None = option(None, "Result", "merge into the original weights, or into the dequantized ones that"
-        " training computed with; unset = dequantized, original for a Llama-Pro run", choices=("original", "dequantized"))
-    dtype: str | None = option(None, "Result", "of the weights; unset = the checkpoint's, for gguf-ready 16 bits",
-        choices=DTYPES)
+    base: str | None = option(None, "Result", "weights to merge into: the original ones, or the dequantized"
+        " ones that training computed with; unset = dequantized, but original for a Llama-Pro run",
+        choices=("original", "dequantized"))
+    dtype: str | None = option(None, "Result", "dtype of the weights; unset = the checkpoint's, but 16 bits"
+        " for gguf-ready", choices=DTYPES)
     overwrite: bool = option(False, "Result", "replace the model that --out holds")
-    base_model: str | None = option(None, "Model", "folder or hub id of the base, where it is not the one that"
-        " config.yaml names")
-    device: str | None = option(None, "Model", "where to merge; unset = cuda where there is one",
+    base_model: str | None = option(None, "Model", "folder or hub id of the base model, if it is not the one"
+        " in config.yaml")
+    device: str | None = option(None, "Model", "where to merge; unset = cuda if there is a GPU",
         choices=("cpu", "cuda"))
     check: bool = option(True, "Model", "compare the logits with the trained model's")
-    push_to_hub: str | None = option(None, "Upload", "repository that the folder is uploaded to (owner/name), made private"
-        " if it is new")
+    push_to_hub: str | None = option(None, "Upload", "hub repository to upload the folder to (owner/name); a"
+        " new one is made private")
     # fmt: on
 
 
 COMMAND = Command(
     "export.py",
     "RUN --to merged|gguf-ready|adapter --out DIR [--option value ...]",
-    "Make a model folder, or an adapter with a model card, of a finished run.",
+    "Make a model folder, or an adapter with a model card, from a finished run.",
     Options,
 )
 
 
 def parse(argv: list[str]) -> Options:
-    """Raises UserError; exits 0 on --help."""
+    """Return the options of a command line. Raises UserError; exits 0 on --help."""
     given = COMMAND.read(argv)
     if given["to"] == "adapter":
         for name in ("base", "dtype", "device", "check"):

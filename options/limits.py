@@ -1,5 +1,7 @@
-"""How large what a run reads may be. Far above anything in use, and below what would fill the memory of a
-machine: a file that was made to do so, or that is not what its name says, ends the run in one line.
+"""Upper limits on the size of files that a run reads.
+
+They are far above anything in use, but too low to fill a machine's memory. A file that was made to do that,
+or whose name is misleading, ends the run with a one-line error.
 """
 
 from __future__ import annotations
@@ -9,46 +11,50 @@ from pathlib import Path
 from options.errors import UserError
 from options.exact_json import parse_json
 
-OPTIONS_FILE = 2**20  # bytes of a --config file or a recipe
-CONFIG_FILE = 2**22  # bytes of config.json or generation_config.json
-INDEX_FILE = 2**26  # bytes of an index of shards, or of a cache's manifest
-MANIFEST_FILE = 2**25  # bytes of a checkpoint's manifest; 8B, trained in full on 64 GPUs, take a tenth
-METRICS_LINE = 2**14  # bytes of a line of metrics.jsonl; ours take some hundred
-TOKENIZER_FILE = 2**28  # bytes of tokenizer.json; the largest vocabularies take 35 MB
-LAYERS = 10_000  # of a model; and experts of a layer
-LINE = 2**24  # bytes of a line of a .jsonl or .csv file
-FOLDER_ENTRIES = 200_000  # files and folders below a data folder
-LIST = 2**29  # bytes of a .json file that is one list: it can only be read as a whole
-ROW = 2**22  # characters of a row's text: far more than any context, and tokens take a hundred bytes each
+MAX_OPTIONS_BYTES = 2**20  # a --config file or a recipe
+MAX_CONFIG_BYTES = 2**22  # config.json or generation_config.json
+MAX_INDEX_BYTES = 2**26  # an index of shards, or a cache's manifest
+MAX_MANIFEST_BYTES = 2**25  # a checkpoint's manifest; 8B trained in full on 64 GPUs takes a tenth
+MAX_METRICS_LINE_BYTES = 2**14  # a line of metrics.jsonl; ours take some hundred bytes
+MAX_TOKENIZER_BYTES = 2**28  # tokenizer.json; the largest vocabularies take 35 MB
+MAX_LAYERS = 10_000  # layers of a model; also experts of a layer
+MAX_LINE_BYTES = 2**24  # a line of a .jsonl or .csv file
+MAX_FOLDER_ENTRIES = 200_000  # files and folders below a data folder
+MAX_LIST_BYTES = 2**29  # a .json file that is one list, which can only be read as a whole
+MAX_ROW_CHARS = 2**22  # a row's text; longer than any context, and each token takes a hundred bytes
 
 
-def check_size(path: Path, most: int) -> None:
-    """Raises UserError if the file is larger, or no file, such as a device that never ends. One that is not
-    there is for its reader to tell of."""
+def check_size(path: Path, max_bytes: int) -> None:
+    """Raise UserError if the file is too large, or not a regular file (a device may never end).
+
+    A missing file is not an error here: its reader reports it.
+    """
     if path.exists() and not path.is_file():
         raise UserError(f"{path}: is not a file")
-    if path.exists() and path.stat().st_size > most:
-        raise UserError(f"{path}: has {path.stat().st_size:,} bytes; at most {most:,} are read")
+    if path.exists() and path.stat().st_size > max_bytes:
+        raise UserError(f"{path}: has {path.stat().st_size:,} bytes; at most {max_bytes:,} are read")
 
 
-def read_text(path: Path, most: int) -> str:
-    """A UTF-8 text, also out of a pipe. Raises UserError if it is larger; OSError; ValueError if it is no
-    UTF-8."""
+def read_text(path: Path, max_bytes: int) -> str:
+    """Return the text of a UTF-8 file, which may be a pipe.
+
+    Raises UserError if it is too large, OSError if it cannot be read, ValueError if it is not UTF-8.
+    """
     with path.open("rb") as file:
-        raw = file.read(most + 1)
-    if len(raw) > most:
-        raise UserError(f"{path}: has more than {most:,} bytes, which is the most that is read")
+        raw = file.read(max_bytes + 1)
+    if len(raw) > max_bytes:
+        raise UserError(f"{path}: has more than {max_bytes:,} bytes, which is the most that is read")
     return raw.decode("utf-8-sig")
 
 
-def read_json(path: Path, most: int) -> dict:
-    """The JSON object that a file holds. Raises UserError."""
-    check_size(path, most)
+def read_json(path: Path, max_bytes: int) -> dict:
+    """Return the JSON object in a file. Raises UserError if there is none, or the file is too large."""
+    check_size(path, max_bytes)
     try:
-        value = parse_json(read_text(path, most))
+        value = parse_json(read_text(path, max_bytes))
     except OSError as e:
         raise UserError(f"{path}: {e.strerror}") from None
-    except (ValueError, RecursionError) as e:  # ValueError: no JSON, no UTF-8, or NaN
+    except (ValueError, RecursionError) as e:  # ValueError: not JSON, not UTF-8, or NaN
         reason = "nested too deeply" if isinstance(e, RecursionError) else str(e).splitlines()[0]
         raise UserError(f"{path}: not a valid JSON file ({reason})") from None
     if not isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""report.py's command line."""
+"""Options of report.py."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from options.declaration import argument
 
 @dataclass(frozen=True)
 class Options:
-    """What report.py does."""
+    """The options of report.py."""
 
     run: Path = argument("RUN", "the --output_dir of a run of train.py")
 
 
-COMMAND = Command("report.py", "RUN", "Makes RUN/report.html out of a RUN's files.", Options)
+COMMAND = Command("report.py", "RUN", "Make RUN/report.html from the files of a RUN.", Options)
 
 
 def parse(argv: list[str]) -> Path:
-    """The RUN. Raises UserError; exits 0 on --help."""
+    """Return the RUN of a command line. Raises UserError; exits 0 on --help."""
     return Options(**COMMAND.read(argv)).run

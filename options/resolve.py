@@ -1,5 +1,7 @@
-"""From the options that were given to a run's configuration: defaults that depend on other options, and all
-checks that need nothing but the options themselves."""
+"""Turns the given options into a run's configuration.
+
+Fills in defaults that depend on other options, and does all checks that need only the options themselves.
+"""
 
 from __future__ import annotations
 
@@ -14,30 +16,30 @@ from options.methods import METHODS, NEEDS
 
 
 def resolve(given: dict) -> tuple[Config, list[str]]:
-    """(the configuration, remarks to print once) of the options that were given, by name, in their types.
-    Raises UserError for what is wrong with them.
+    """Return (configuration, remarks to print once). Raises UserError if options are wrong together.
 
-    Remarks tell of options that are accepted for older commands but change nothing here.
+    given: the options that were given, {name: converted value}. Remarks are about options that are not read,
+    such as those accepted only for older commands.
     """
-    _refuse(given)
-    config = _resolve(given)
+    _check_train_type(given)
+    config = _fill_in(given)
     _check_values(config)
     return config, _remarks(given)
 
 
-def _refuse(given: dict) -> None:
-    """Options without effect for this train type."""
+def _check_train_type(given: dict) -> None:
+    """Raise UserError for an option that has no effect with the train type."""
     train_type = given.get("train_type", FIELDS["train_type"].default)
     for name in given:
         needs = FIELDS[name].metadata["needs"]
         if needs and not getattr(METHODS[train_type], needs):
-            only = f"it is for {NEEDS[needs]}"
-            raise UserError(f"--{name} has no effect with --train_type {train_type}: {only}; leave it out")
+            reason = f"it is for {NEEDS[needs]}"
+            raise UserError(f"--{name} has no effect with --train_type {train_type}: {reason}; leave it out")
 
 
-def _resolve(given: dict) -> Config:
-    """Fills in what depends on other options, and sets to None what has no effect."""
-    expanded = given.get("llama_pro_path")  # the same model by another option: it goes first
+def _fill_in(given: dict) -> Config:
+    """Return the configuration: defaults that depend on other options, None for options without effect."""
+    expanded = given.get("llama_pro_path")  # another option for the model; it overrides --model_name
     given = given | ({} if expanded is None else {"model_name": expanded})
     values = (TOY_DEFAULTS if given.get("model_name", TOY_MODEL) == TOY_MODEL else {}) | given
     config = Config(**values)
@@ -50,9 +52,9 @@ def _resolve(given: dict) -> Config:
         changes |= {name: value for name, value in defaults.items() if getattr(config, name) is None}
     if config.lr_warmup is None:
         changes["lr_warmup"] = 0.0 if config.lr_scheduler == "constant" else 0.1
-    folder = config.output_dir or _run_of(config.resume)
+    folder = config.output_dir or _run_folder(config.resume)
     folder = folder or f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{config.train_type}"
-    changes["output_dir"] = os.path.expanduser(folder)  # no shell does it in a YAML file
+    changes["output_dir"] = os.path.expanduser(folder)  # in a YAML file no shell expands ~
     if config.quantized_cache:
         changes["quantized_cache"] = os.path.abspath(os.path.expanduser(config.quantized_cache))
     changes |= {
@@ -61,8 +63,8 @@ def _resolve(given: dict) -> Config:
     return dataclasses.replace(config, **changes)
 
 
-def _run_of(resume: str | None) -> str | None:
-    """The RUN that a --resume PATH belongs to; a checkpoint is RUN/checkpoints/step-<number>."""
+def _run_folder(resume: str | None) -> str | None:
+    """Return the RUN that --resume names, as a RUN or as a checkpoint (RUN/checkpoints/step-<number>)."""
     if resume in (None, "auto"):
         return None
     parent = os.path.dirname(os.path.abspath(os.path.expanduser(resume)))
@@ -70,7 +72,7 @@ def _run_of(resume: str | None) -> str | None:
 
 
 def _check_values(config: Config) -> None:
-    """What is wrong with options beside others; what each may be by itself is in its declaration."""
+    """Raise UserError for options that contradict one another. Each option's range is in its declaration."""
     if config.method.expansion and config.model_name == TOY_MODEL:
         raise UserError(
             f"--train_type {config.train_type}: trains the new blocks of an expanded model; make one with"
@@ -94,44 +96,44 @@ def _check_values(config: Config) -> None:
 
 
 def _check_evaluation(config: Config) -> None:
-    """The options of the group Evaluation. One that could have no effect is an error."""
+    """Raise UserError for an option of the group Evaluation that has no effect."""
     if config.eval_share and config.eval_dataset is not None:
         raise UserError("--eval_share: has no effect with --eval_dataset; leave one of them out")
-
     if not config.eval_share and config.eval_dataset is None:
         names = ("eval_every", "eval_samples", "early_stopping_patience")
-        _needs(config, "--eval_share or --eval_dataset", *names)
+        _check_unused(config, "--eval_share or --eval_dataset", *names)
     if not config.eval_every:
-        _needs(config, "--eval_every", "early_stopping_patience")
+        _check_unused(config, "--eval_every", "early_stopping_patience")
     if not config.sample_every:
-        _needs(config, "--sample_every", "sample_prompts", "sample_tokens")
+        _check_unused(config, "--sample_every", "sample_prompts", "sample_tokens")
 
 
-def _needs(config: Config, what: str, *names: str) -> None:
-    """Raises UserError if one of these options was given, which do something with `what` only."""
+def _check_unused(config: Config, requirement: str, *names: str) -> None:
+    """Raise UserError if one of these options, which need `requirement`, does not have its default value."""
     for name in names:
         if getattr(config, name) != FIELDS[name].default:
-            raise UserError(f"--{name}: has no effect without {what}")
+            raise UserError(f"--{name}: has no effect without {requirement}")
 
 
 def _check_profiling(config: Config) -> None:
-    """The options of --profile."""
+    """Raise UserError for wrong options of --profile."""
     if not config.profile:
-        _needs(config, "--profile", "profiling_output", "overwrite_profiling_output", "with_stack",
-               "with_shapes", "export_trace", "export_memory_timeline", "wait_steps", "warmup_steps",
-               "active_steps", "repeat", "profiling_frequency")  # fmt: skip
+        _check_unused(config, "--profile", "profiling_output", "overwrite_profiling_output", "with_stack",
+                      "with_shapes", "export_trace", "export_memory_timeline", "wait_steps", "warmup_steps",
+                      "active_steps", "repeat", "profiling_frequency")  # fmt: skip
     if config.profile_memory and config.export_memory_timeline:
-        one = "torch keeps one record of the memory, and --profile_memory takes it"
-        raise UserError(f"--export_memory_timeline: {one}; leave one of them out")
-    within = config.warmup_steps + config.active_steps
-    if not config.repeat and config.profiling_frequency < within:
+        reason = "torch keeps one record of the memory, and --profile_memory takes it"
+        raise UserError(f"--export_memory_timeline: {reason}; leave one of them out")
+    cycle = config.warmup_steps + config.active_steps
+    if not config.repeat and config.profiling_frequency < cycle:
         raise UserError(
-            f"--profiling_frequency {config.profiling_frequency}: a cycle has {within} steps already"
+            f"--profiling_frequency {config.profiling_frequency}: a cycle has {cycle} steps already"
             f" (--warmup_steps {config.warmup_steps}, --active_steps {config.active_steps})"
         )
 
 
 def _check_checkpoints(config: Config) -> None:
+    """Raise UserError for a wrong --resume."""
     if config.resume == "":
         raise UserError("--resume: needs auto, or the folder of a RUN or of a checkpoint")
     if config.resume is not None and config.overwrite:
@@ -139,6 +141,7 @@ def _check_checkpoints(config: Config) -> None:
 
 
 def _remarks(given: dict) -> list[str]:
+    """Return lines about given options that are not read."""
     remarks = []
     path, name = given.get("llama_pro_path"), given.get("model_name")
     if path is not None and name not in (None, path):
@@ -149,10 +152,9 @@ def _remarks(given: dict) -> list[str]:
         )
     if "low_memory" in given and not given["low_memory"]:
         remarks.append("--low_memory false: loading streams one tensor at a time in any case")
-    other = "profiling_frequency" if given.get("repeat") else "wait_steps"
-    if given.get("profile") and given.get(other, FIELDS[other].default) != FIELDS[other].default:
-        means = "are counted by --wait_steps" if given.get("repeat") else "follow from --profiling_frequency"
-        remarks.append(
-            f"--{other}: not read; with --repeat {given.get('repeat', 0)} the waited steps {means}"
-        )
+    repeat = given.get("repeat", 0)
+    unread = "profiling_frequency" if repeat else "wait_steps"
+    if given.get("profile") and given.get(unread, FIELDS[unread].default) != FIELDS[unread].default:
+        reason = "are counted by --wait_steps" if repeat else "follow from --profiling_frequency"
+        remarks.append(f"--{unread}: not read; with --repeat {repeat} the waited steps {reason}")
     return remarks

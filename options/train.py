@@ -1,4 +1,4 @@
-"""train.py's command line."""
+"""Options of train.py."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ from options.config import Config
 from options.resolve import resolve
 
 
-def _run_of(path: str) -> dict[str, str]:
-    """A RUN's own config.yaml is about the folder that it lies in, wherever that was moved to."""
+def _output_dir_of(path: str) -> dict[str, str]:
+    """Return {"output_dir": its folder} if the --config file is the config.yaml of a RUN, else {}.
+
+    The RUN may have been moved, so its folder overrides the output_dir in the file.
+    """
     folder, name = os.path.split(os.path.abspath(os.path.expanduser(path)))
     is_run = name == "config.yaml" and os.path.isfile(os.path.join(folder, "run.json"))
     return {"output_dir": folder} if is_run else {}
@@ -22,10 +25,10 @@ COMMAND = Command(
     "Fine-tune a language model too big for one GPU. Without options: a small demo run.",
     Config,
     epilog="Options may be written with - for _, and switches without `true`.",
-    known_by_place=_run_of,
+    implied_by_path=_output_dir_of,
 )
 
 
 def parse(argv: list[str]) -> tuple[Config, list[str]]:
-    """(the resolved configuration, remarks to print once). Raises UserError; exits 0 on --help."""
+    """Return (resolved configuration, remarks to print once). Raises UserError; exits 0 on --help."""
     return resolve(COMMAND.read(argv))

@@ -1,8 +1,8 @@
-"""A YAML file of options as texts: what a value means is for the option to say, not for YAML.
+"""Reads a YAML file of options as texts. The option, not YAML, determines the type of a value.
 
-YAML 1.1 makes numbers, dates and booleans of plain texts: `1.10` becomes 1.1, `on` true, `010` 8, `1:30` 90.
-An option of texts would lose what was written. So scalars are read as they stand, and converted like those of
-a command line.
+YAML 1.1 turns plain texts into numbers, dates and booleans: `1.10` becomes 1.1, `on` true, `010` 8, `1:30`
+90. An option that takes a text would lose how it was written. So scalars are read as texts, and converted
+like those of a command line.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from pathlib import Path
 import yaml
 
 from options.errors import UserError
-from options.limits import OPTIONS_FILE, read_text
+from options.limits import MAX_OPTIONS_BYTES, read_text
 
 STANDARD = "tag:yaml.org,2002:"
 NULL = f"{STANDARD}null"
-# Tags that YAML gives to plain scalars by itself. Any other tag was written, and asks for another kind of
-# object.
+# Tags that YAML itself gives to plain scalars. Any other tag is written in the file and asks for another kind
+# of object.
 PLAIN = {
     f"{STANDARD}{kind}" for kind in ("null", "bool", "int", "float", "timestamp", "str", "merge", "value")
 }
@@ -25,19 +25,19 @@ Value = str | None | list[str | None] | dict
 
 
 def read_options_file(path: str) -> dict[str, Value]:
-    """Read a file of `option: value` lines. Return {option: its value}.
+    """Return {option: value} of a file of `option: value` lines.
 
-    A value is a text as it is written there, quotes left out; None for a plain `null`, `~` or nothing; a list
-    of these; or {}, which stands for any mapping, as no option takes one. Raises UserError for a file that is
-    not such lines, or has a key twice.
+    A value is a text as written, without quotes; None for a plain `null`, `~` or nothing; a list of these; or
+    {} for any mapping, since no option takes one. Raises UserError if the file has other lines, or a key
+    twice.
     """
     try:
-        text = read_text(Path(path), OPTIONS_FILE)
+        text = read_text(Path(path), MAX_OPTIONS_BYTES)
         _check_flat(text, path)
         root = yaml.compose(text, yaml.SafeLoader)
     except UnicodeDecodeError:
         raise UserError(f"--config {path}: not a UTF-8 text") from None
-    except (OSError, ValueError) as e:  # ValueError: a NUL in the name, or half a character
+    except (OSError, ValueError) as e:  # ValueError: a NUL or half a character in the name
         reason = getattr(e, "strerror", None) or f"not YAML ({e})"
         raise UserError(f"--config {path}: {reason}") from None
     except yaml.YAMLError as e:
@@ -47,7 +47,7 @@ def read_options_file(path: str) -> dict[str, Value]:
     if not isinstance(root, yaml.MappingNode):
         raise UserError(f"--config {path}: expected lines of `option: value`")
     given: dict[str, Value] = {}
-    seen: set[str] = set()  # keys as an option spells them
+    seen: set[str] = set()  # keys with _ for -
     for key_node, value_node in root.value:
         if not isinstance(key_node, yaml.ScalarNode):
             raise UserError(f"--config {path}: {_line(key_node)}: expected lines of `option: value`")
@@ -55,18 +55,20 @@ def read_options_file(path: str) -> dict[str, Value]:
         if key.replace("-", "_") in seen:
             raise UserError(f"--config {path}: {_line(key_node)}: {key} is given a second time")
         seen.add(key.replace("-", "_"))
-        given[key] = _value(value_node, path)
+        given[key] = _read_value(value_node, path)
     return given
 
 
-def _value(node: yaml.Node, path: str) -> Value:
+def _read_value(node: yaml.Node, path: str) -> Value:
+    """Return the value of an option. Raises UserError as `_read_scalar` does."""
     if isinstance(node, yaml.SequenceNode):
-        return [_scalar(each, path) for each in node.value]
-    return {} if isinstance(node, yaml.MappingNode) else _scalar(node, path)
+        return [_read_scalar(each, path) for each in node.value]
+    return {} if isinstance(node, yaml.MappingNode) else _read_scalar(node, path)
 
 
-def _scalar(node: yaml.Node, path: str) -> str | None:
-    if node.tag not in PLAIN:  # a list or a mapping within a list has one of its own, too
+def _read_scalar(node: yaml.Node, path: str) -> str | None:
+    """Return a scalar as a text, or None for null. Raises UserError for any other kind of object."""
+    if node.tag not in PLAIN:  # lists and mappings within a list have another tag as well
         raise UserError(f"--config {path}: {_line(node)} is not YAML that is read here (the tag {node.tag})")
     return None if node.tag == NULL else node.value
 
@@ -76,8 +78,10 @@ def _line(node: yaml.Node) -> str:
 
 
 def _check_flat(text: str, path: str) -> None:
-    """Raise UserError for more than lines of `option: value` or lists of values: an alias or a merge stands
-    for as much as its writer likes, and depth costs the stack."""
+    """Raise UserError for aliases, and for nesting deeper than lists of values.
+
+    An alias can expand to any size, and deep nesting overflows the stack.
+    """
     depth = 0
     for event in yaml.parse(text, yaml.SafeLoader):
         line = f"line {event.start_mark.line + 1}" if event.start_mark else "a line"

@@ -29,11 +29,11 @@ pytest.register_assert_rewrite("tests.helpers")
 def pytest_collection_modifyitems(items):
     from transformers.utils import logging
 
-    from launch.ranks import ranks_on_gpus
+    from launch.ranks import max_gpu_ranks
 
     logging.disable_progress_bar()  # tests read stderr
     gc.freeze()  # all that was imported stays
-    gpus = ranks_on_gpus()
+    gpus = max_gpu_ranks()
     for item in items:
         for marker, needed in (("gpu", 1), ("two_gpus", 2)):
             if item.get_closest_marker(marker) and gpus < needed:
@@ -81,10 +81,10 @@ def even_rows(tmp_path_factory):
 
 def _ranks(world: int):
     """On a machine with GPUs each rank has one, over NCCL; without, they are CPU processes over gloo."""
-    from launch.ranks import ranks_on_gpus
+    from launch.ranks import max_gpu_ranks
     from tests.helpers.distributed import Ranks
 
-    if 0 < ranks_on_gpus() < world:
+    if 0 < max_gpu_ranks() < world:
         pytest.skip(f"needs {world} GPUs, or none")
     ranks = Ranks(world)
     yield ranks

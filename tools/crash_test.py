@@ -21,7 +21,7 @@ from pathlib import Path
 
 from files.names import ADAPTER, METRICS
 from files.tensors import read_header
-from launch.processes import free_port
+from launch.processes import find_free_port
 from options.config import CHECKPOINTS
 
 WORLD = 2
@@ -56,7 +56,7 @@ class Attempt:
         context.set_forkserver_preload(["train"])
         self.folder, self.log = folder, folder.with_suffix(".log")
         argv = [*OPTIONS, "--max_steps", str(steps), "--output_dir", str(folder)]
-        shared = free_port(), argv, str(self.log)
+        shared = find_free_port(), argv, str(self.log)
         self.ranks = [context.Process(target=rank_process, args=(rank, *shared)) for rank in range(WORLD)]
         self.lines = count_lines(folder)
         for process in self.ranks:

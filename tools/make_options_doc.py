@@ -9,7 +9,7 @@ from pathlib import Path
 
 from launch import precision
 from options.config import FIELDS, TOY_DEFAULTS
-from options.declaration import shown
+from options.declaration import format_value
 from options.methods import METHODS, NEEDS
 
 PAGE = Path(__file__).parent.parent / "docs" / "options.md"
@@ -70,9 +70,9 @@ def table(group: str) -> list[str]:
             continue
         text = meta["help"]
         text += f": {', '.join(map(str, meta['choices']))}" if meta["choices"] else ""
-        text += f" ({meta['within']})" if meta["within"] and not meta["within"].is_obvious else ""
+        text += f" ({meta['within']})" if meta["within"] and meta["within"].has_upper_bound else ""
         text += f" *(only for {NEEDS[meta['needs']]})*" if meta["needs"] else ""
-        lines.append(f"| `{name}` | {shown(field.default)} | {text} |")
+        lines.append(f"| `{name}` | {format_value(field.default)} | {text} |")
     return lines
 
 
@@ -92,7 +92,7 @@ def page() -> str:
         lines.append(f"| {name} | {frozen} | {adapter} | {m.saves} |")
     _, modes, note = precision.__doc__.strip().split("\n\n")
     lines += ["\n## Precisions\n", *[f"    {line}" for line in modes.splitlines()], f"\n{note}"]
-    toy = ", ".join(f"`{k}` {shown(v)}" for k, v in TOY_DEFAULTS.items())
+    toy = ", ".join(f"`{k}` {format_value(v)}" for k, v in TOY_DEFAULTS.items())
     lines.append(f"\nWith the embedded model (`--model_name toy`) other defaults hold: {toy}.")
     return "\n".join(lines) + "\n" + DIFFERENCES
 

@@ -14,7 +14,7 @@ from checkpoints.manager import Checkpoints
 from data.packing import longest_line
 from files.tokenizer import read_tokenizer
 from launch.ranks import RankInfo
-from launch.signals import NeverStop
+from launch.signals import NoStopRequests
 from models.causal_lm import loss_sum
 from monitoring.deferred import DeferredCalls
 from monitoring.metrics import Meter
@@ -48,7 +48,7 @@ def make_companions(
     total: int,
     tracker: NoTracker,
     profiler: NoProfiler,
-    stopping: NeverStop,
+    stopping: NoStopRequests,
     save_best: Callable[[Path], None],
 ) -> Companions:
     """The companions of one rank, whose model is set up. total: optimizer steps of the run; save_best: writes
@@ -94,7 +94,7 @@ def make_companions(
         rank_info.device,
         gib=config.activation_budget,
         tokens=config.batch_size * longest_line(config, job.rows),
-        itemsize=job.precision.matmul.itemsize,
+        itemsize=job.precision.matmul_dtype.itemsize,
     )
     checkpoints = Checkpoints(
         model,

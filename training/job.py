@@ -20,12 +20,12 @@ from files.base_model import BaseModel
 from files.model_folder import CheckpointFiles
 from files.names import GENERATION
 from files.weight_cache import NewCache
-from launch.precision import Precision, precision_here
+from launch.precision import Precision, detect_precision
 from launch.ranks import local_world_size
 from models.family import Family
 from models.registry import FAMILIES
 from options.config import Config, dump_yaml
-from options.declaration import shown
+from options.declaration import format_value
 from training.recorded import CONTENT_OPTIONS
 
 
@@ -54,7 +54,7 @@ class Job:
 
     @cached_property
     def precision(self) -> Precision:
-        return precision_here(self.config.precision)
+        return detect_precision(self.config.precision)
 
     def __getstate__(self) -> dict:
         """Without what was looked up: another process has another GPU, and families hold functions."""
@@ -87,13 +87,13 @@ class Job:
         rows = digest_rows(self.rows)
         return resume.about(self.config, str(self.precision), self.base.digest(), rows, evaluation)
 
-    def settled(self, output_dir: str, chat_date: str | None, began: float) -> Job:
+    def with_shared_defaults(self, output_dir: str, chat_date: str | None, started: float) -> Job:
         """The same for a rank of several nodes. output_dir, chat_date: rank 0's; began: when the run began,
         as time.time() says it."""
         config = dataclasses.replace(self.config, output_dir=output_dir, chat_date=chat_date)
-        return dataclasses.replace(self, config=config, started=began)
+        return dataclasses.replace(self, config=config, started=started)
 
-    def described(self) -> dict[str, str]:
+    def facts_to_compare(self) -> dict[str, str]:
         """What all nodes must have in common, as texts by name."""
         options = dataclasses.asdict(self.config)
         # Rank 0's are everybody's; the rows tell whether a day matters.
@@ -122,4 +122,4 @@ def _in_common(option: str, value) -> str:
     """What nodes must have in common of an option: not where each has the model and the data, whose contents
     are compared."""
     local = option in CONTENT_OPTIONS and value is not None and os.path.isabs(value)
-    return "a path on this node" if local else shown(value)
+    return "a path on this node" if local else format_value(value)

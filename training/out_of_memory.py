@@ -16,11 +16,11 @@ from collections.abc import Callable
 import torch
 
 from data.packing import longest_line
-from launch.memory import PEAKS, size
+from launch.memory import PEAK_MEMORY, format_bytes
 from launch.ranks import RankInfo
 from monitoring.memory_model import Shape, estimate, measure
 from options.config import Config
-from options.declaration import shown
+from options.declaration import format_value
 from options.errors import UserError
 from options.methods import METHODS
 from training.job import Job
@@ -43,8 +43,8 @@ def changes(job: Job) -> list[dict]:
     found += [change for change in wanted if any(getattr(config, k) != v for k, v in change.items())]
     if not config.use_gradient_checkpointing:
         found = [change for change in found if "use_activation_cpu_offload" not in change]
-    if config.method.packed and not job.files.prequantized:
-        found.append({"train_type": config.method.packed})
+    if config.method.quantized_alternative and not job.files.prequantized:
+        found.append({"train_type": config.method.quantized_alternative})
     return [*found, {"context_length": max(longest_line(config, job.rows) // 2, 2)}]
 
 
@@ -78,14 +78,19 @@ def message(error: str, job: Job) -> str:
     numbers = re.findall(
         r"Tried to allocate [\d.]+ \w+|total capacity of [\d.]+ \w+|[\d.]+ \w+ is free", error
     )
-    peaks = ", ".join(f"{phase} {size(peak)}" for phase, peak in PEAKS.by_phase.items()) or "none measured"
-    helps = "; ".join(f"{_typed(change)} (about {size(gain)} less)" for change, gain in savings(job)[:SHOWN])
+    peaks = (
+        ", ".join(f"{phase} {format_bytes(peak)}" for phase, peak in PEAK_MEMORY.by_phase.items())
+        or "none measured"
+    )
+    helps = "; ".join(
+        f"{_typed(change)} (about {format_bytes(gain)} less)" for change, gain in savings(job)[:SHOWN]
+    )
     told = f" ({'; '.join(numbers)})" if numbers else ""
-    return f"CUDA out of memory in the phase: {PEAKS.phase}{told}. Peak by phase: {peaks}. Would help most: {helps}"
+    return f"CUDA out of memory in the phase: {PEAK_MEMORY.phase}{told}. Peak by phase: {peaks}. Would help most: {helps}"
 
 
 def _typed(change: dict) -> str:
-    return " ".join(f"--{name} {shown(value)}" for name, value in change.items())
+    return " ".join(f"--{name} {format_value(value)}" for name, value in change.items())
 
 
 def explained(run: Callable[[RankInfo, Job], None]) -> Callable[[RankInfo, Job], None]:
@@ -93,7 +98,7 @@ def explained(run: Callable[[RankInfo, Job], None]) -> Callable[[RankInfo, Job],
 
     @functools.wraps(run)
     def explaining(rank_info: RankInfo, job: Job) -> None:
-        PEAKS.start()
+        PEAK_MEMORY.reset()
         try:
             run(rank_info, job)
         except RuntimeError as e:  # OutOfMemoryError of the allocator; others of the libraries beside it
@@ -101,7 +106,7 @@ def explained(run: Callable[[RankInfo, Job], None]) -> Callable[[RankInfo, Job],
                 "CUDA.*out of memory|CUBLAS_STATUS_ALLOC", str(e)
             ):
                 raise
-            PEAKS.enter(PEAKS.phase)
+            PEAK_MEMORY.enter_phase(PEAK_MEMORY.phase)
             raise UserError(message(str(e), job)) from None
 
     return explaining

@@ -28,9 +28,9 @@ from files.model_folder import CheckpointFiles, fetch_weights, find_model, recor
 from files.output_folder import check_output, output_folder
 from files.tokenizer import compare_with_files, read_tokenizer
 from files.weight_cache import NewCache, new_cache, open_cache
-from launch.precision import bf16_gpu
+from launch.precision import has_bf16_gpu
 from launch.processes import check_address
-from launch.program import under_torchrun
+from launch.program import is_under_torchrun
 from launch.ranks import resolve_group_size, resolve_strategy, resolve_world_size
 from models.adapters import check_packing, check_rank, make_quantizer_of, packed_linears, target_linears
 from models.family import Family, follows_the_longest, switches_by_layer
@@ -100,7 +100,7 @@ def _check_options(config: Config) -> tuple[Config, Saved | None]:
     """(the options with this machine's and this day's values, the checkpoint to go on from). Raises UserError
     for what is wrong with a run whatever its model and data are."""
     config = _resolve_launch(config)
-    if config.precision.startswith("bf16") and torch.cuda.is_available() and not bf16_gpu():
+    if config.precision.startswith("bf16") and torch.cuda.is_available() and not has_bf16_gpu():
         raise UserError(
             f"--precision {config.precision}: this GPU has no bf16; use auto, fp16_autocast or fp32"
         )
@@ -193,7 +193,7 @@ def _resolve_launch(config: Config) -> Config:
     strategy = resolve_strategy(config.sharding_strategy, world)
     config = dataclasses.replace(config, world_size=world, sharding_strategy=strategy)
     config = resume.resume_after_restart(config)
-    if not under_torchrun():
+    if not is_under_torchrun():
         check_address(config.master_addr, config.master_port)
     if STRATEGIES[config.sharding_strategy].replicas != "groups":
         return config

@@ -16,7 +16,7 @@ from files.disk_room import despite_full_disk
 from files.lock import FolderLock
 from files.names import OPTIONS
 from files.output_folder import clear_output
-from launch.nodes import check_shared
+from launch.nodes import check_output_is_shared
 from launch.ranks import RankInfo
 from monitoring.messages import describe_end, describe_unsaved
 from monitoring.metrics import Metrics
@@ -60,7 +60,7 @@ def open_run(
         write_text(folder / FACTS, facts)
         print(ready, flush=True)
     if config.save_every or config.save_minutes:
-        check_shared(folder / FACTS, rank_info)
+        check_output_is_shared(folder / FACTS, rank_info)
     state = job.saved.run["parts"]["tracker"] if job.saved else {}
     tracker = make_tracker(config, rank_info.rank, total, state)
     tracker.stages(stages)

@@ -18,7 +18,7 @@ from checkpoints.host_copy import HostCopy, host_memory
 from checkpoints.storage import folder_of
 from checkpoints.training_state import Tensors
 from files.tensors import write_tensors
-from launch.devices import use
+from launch.devices import set_current_device
 from tests.helpers.saving import TENSORS, Small
 
 
@@ -188,14 +188,14 @@ def test_memory_that_is_not_page_locked_any_more_will_do(monkeypatch):
 
 def test_the_thread_uses_the_ranks_gpu():
     with mock.patch.object(torch.cuda, "set_device") as set_device:
-        use(torch.device("cpu"))
+        set_current_device(torch.device("cpu"))
         assert not set_device.called
-        use(device := torch.device("cuda", 1))
+        set_current_device(device := torch.device("cuda", 1))
     set_device.assert_called_once_with(device)
 
 
 def device_of_the_thread(place, folder: str) -> bool:
-    with mock.patch.object(checkpoints, "use", wraps=use) as first:
+    with mock.patch.object(checkpoints, "set_current_device", wraps=set_current_device) as first:
         run = Small(place, folder, every=1)
         run.step()
         run.checkpoints.finish()

@@ -19,7 +19,7 @@ from checkpoints import storage as checkpoint_files
 from checkpoints.storage import folder_of, steps_in
 from files import lock
 from files.lock import FolderLock
-from launch.signals import Stopping
+from launch.signals import StopRequests
 from monitoring.metrics import Metrics
 from monitoring.tracking import make_tracker
 from options.errors import UserError
@@ -177,12 +177,12 @@ def test_a_limit_of_time_and_regular_checkpoints(source, one_rank, tmp_path):
 
 def run_and_time(place, argv: list[str]) -> tuple[str, list[float]]:
     """(what the run printed, what --max_minutes was told of its checkpoints)."""
-    seconds, before = [], Stopping.saved_in
-    Stopping.saved_in = lambda _, each, whole=True: seconds.append(each) if whole else None
+    seconds, before = [], StopRequests.record_save
+    StopRequests.record_save = lambda _, each, complete=True: seconds.append(each) if complete else None
     try:
         return run(place, argv), seconds
     finally:
-        Stopping.saved_in = before
+        StopRequests.record_save = before
 
 
 @pytest.mark.parametrize("checked", [True, pytest.param(False, marks=pytest.mark.slow)])

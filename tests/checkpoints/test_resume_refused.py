@@ -56,7 +56,7 @@ def test_another_run_is_refused(option, source, copied):
 def test_another_machines_precision_is_refused(source, copied, monkeypatch):
     """auto is fp16 on GPUs without bf16, and no run of a CPU's fp32 goes on there."""
     assert resumed(source, copied, "--precision", "fp32").saved.step == 3, "what auto is here"
-    monkeypatch.setattr(job, "precision_here", lambda name: choose_precision(name, True, False))
+    monkeypatch.setattr(job, "detect_precision", lambda name: choose_precision(name, True, False))
     with pytest.raises(
         UserError, match="which on this machine is float32 under autocast to float16, not float32"
     ):

@@ -167,7 +167,7 @@ def test_a_recipe_s_folder_does_not_lead_out(tmp_path, case, data_files):
 def test_links_of_a_user_s_own_folder_are_bounded(tmp_path, monkeypatch):
     folder = written(tmp_path / "data", {"a.jsonl": rows("1"), "b/c.jsonl": rows("2")})
     written(tmp_path / "wide", {f"{i}.jsonl": rows("3") for i in range(9)})
-    monkeypatch.setattr(folder_files, "FOLDER_ENTRIES", 4)
+    monkeypatch.setattr(folder_files, "MAX_FOLDER_ENTRIES", 4)
     assert [row["answer"] for row in read(folder)] == ["1", "2"]
     (folder / "x").symlink_to("../wide")
     with pytest.raises(UserError, match=f"^--dataset {folder}: more than 4 files and folders"):
@@ -287,11 +287,11 @@ def test_prompts_of_another_kind(tmp_path, name, words):
 def test_prompts_are_rows_or_lines(tmp_path):
     line = '{"instruction": "Say 1."}\n'
     for name in ("a.jsonl", "A.JSONL", "a.ndjson"):
-        assert [p.given for p in generate.read_prompts(put(tmp_path / name, line))] == [
+        assert [p.content for p in generate.read_prompts(put(tmp_path / name, line))] == [
             {"instruction": "Say 1."}
         ]
     for name in ("a.txt", "A.TXT", "a.md", "a"):
-        assert [p.given for p in generate.read_prompts(put(tmp_path / name, line))] == [line.strip()]
+        assert [p.content for p in generate.read_prompts(put(tmp_path / name, line))] == [line.strip()]
 
 
 REPOSITORY = ["a.csv", "b.jsonl", "c.jsonl", "README.md"]

@@ -12,9 +12,9 @@ import pytest
 from data.examples import read_examples
 from data.hub_sets import read_hub
 from options.errors import UserError
-from options.exact_json import ExactFloat, parse_json, text_of
+from options.exact_json import ExactFloat, number_text, parse_json
 from options.generate import read_prompts
-from options.limits import CONFIG_FILE, read_json
+from options.limits import MAX_CONFIG_BYTES, read_json
 from tests.helpers.data_files import jsonl, put, read, write_parquet
 from tests.helpers.small_tokenizers import BYTES, chat_tokenizer
 
@@ -47,7 +47,7 @@ def test_what_json_cannot_mean_is_refused_with_its_line(tmp_path, place, number)
 def test_nor_is_it_read_from_other_files(tmp_path, number):
     path = put(tmp_path / "config.json", f'{{"rope_theta": {number}}}')
     with pytest.raises(UserError, match=rf"config\.json: not a valid JSON file \({number[:9]}"):
-        read_json(path, CONFIG_FILE)
+        read_json(path, MAX_CONFIG_BYTES)
     path = put(tmp_path / "ask.jsonl", f'{GOOD}\n{{"question": {number}}}\n')
     with pytest.raises(UserError, match=rf"^--prompts .*ask\.jsonl:2: not JSON \({number[:9]}"):
         read_prompts(path)
@@ -154,11 +154,11 @@ def narrowed(kind: pyarrow.DataType) -> pyarrow.DataType:
 
 def test_it_is_a_number_for_everything_else():
     number = parse_json("1.10", exact=True)
-    assert isinstance(number, ExactFloat) and text_of(number) == "1.10"
+    assert isinstance(number, ExactFloat) and number_text(number) == "1.10"
     assert number == 1.1 and str(number) == repr(number) == json.dumps(number) == "1.1" and number + 1 == 2.1
     assert type(parse_json("1.5", exact=True)) is float and parse_json("1.10") == 1.1
     zero = parse_json("-0", exact=True)
-    assert zero == 0 and str(zero) == json.dumps(zero) == "0" and text_of(zero) == "-0"
+    assert zero == 0 and str(zero) == json.dumps(zero) == "0" and number_text(zero) == "-0"
 
 
 def test_a_template_gets_the_numbers_that_transformers_gets(tmp_path):

@@ -99,7 +99,7 @@ def test_prompts_that_are_none(runs, chat_run, refused, tmp_path):
 
 def test_blank_lines_are_no_prompts(tmp_path):
     (tmp_path / "p.txt").write_bytes("\ufeffone\r\n\n two\n".encode())
-    assert [(p.origin.rpartition(":")[2], p.given) for p in read_prompts(tmp_path / "p.txt")] == [
+    assert [(p.origin.rpartition(":")[2], p.content) for p in read_prompts(tmp_path / "p.txt")] == [
         ("1", "one"),
         ("3", " two"),
     ]

@@ -68,7 +68,7 @@ def test_transformers_serve_answers_a_chat_request(served_folder, tmp_path):
     """The docs' command, on a free port; its answer is the one of the folder's own model."""
     command = re.search(r"^ +(transformers serve .*)$", PAGE.read_text(encoding="utf-8"), re.MULTILINE)[1]
     program, *options = shlex.split(command.replace("my-model", str(served_folder)))
-    port, log = launch.free_port(), tmp_path / "log"
+    port, log = launch.find_free_port(), tmp_path / "log"
     assert program == "transformers" and str(served_folder) in options
     if "--port" in options:
         del options[options.index("--port") : options.index("--port") + 2]

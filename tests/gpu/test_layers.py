@@ -286,11 +286,11 @@ def test_gathered_bytes_are_the_loaded_bytes(train_type, tmp_path):
 
 
 def _compare_gathered(model: str, data: str, train_type: str) -> None:
-    from launch.ranks import join_group
+    from launch.ranks import join_process_group
     from parallel.shards import gather
     from tests.helpers.runs import set_up
 
-    place = join_group(*(int(os.environ[k]) for k in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
+    place = join_process_group(*(int(os.environ[k]) for k in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
     _, sharded = set_up(place, ["--model_name", model, "--dataset", data, "--train_type", train_type])
     for layer in sharded.get_submodule("model.layers"):
         random_bytes = {}

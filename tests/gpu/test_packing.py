@@ -9,7 +9,7 @@ import torch
 from data.packing import PackSampler
 from data.prefetch import ahead
 from launch.memory import can_pin
-from launch.precision import precision_here
+from launch.precision import detect_precision
 from models import attention
 from models.attention import VARLEN, attend_within_rows, has_varlen
 from tests.helpers.compiled import compiled_on_gpu
@@ -99,7 +99,9 @@ def losses_and_gradients(place, args) -> tuple:
     leaking = type(packed)(packed.ids, packed.targets)
 
     def once(batch) -> tuple[float, torch.Tensor]:
-        loss, gradients = learn(model, batch, precision_here(job.config.precision).context(place.device.type))
+        loss, gradients = learn(
+            model, batch, detect_precision(job.config.precision).context(place.device.type)
+        )
         return loss, torch.cat([g.flatten() for g in gradients.values()])
 
     ours = once(packed)
@@ -128,7 +130,7 @@ def both_ways(place, args) -> tuple:
     used, found = model.config._attn_implementation, []
     for name in (used, "sdpa"):
         model.set_attn_implementation(name)
-        loss, gradients = learn(model, padded_batch(), precision_here("auto").context(place.device.type))
+        loss, gradients = learn(model, padded_batch(), detect_precision("auto").context(place.device.type))
         found.append((loss, torch.cat([g.flatten() for g in gradients.values()])))
     return used, *found
 

@@ -18,8 +18,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from launch.processes import free_port
-from launch.ranks import join_group
+from launch.processes import find_free_port
+from launch.ranks import join_process_group
 from launch.signals import unblock_signals
 
 TIMEOUT_SECONDS = 240
@@ -30,7 +30,7 @@ def _serve(rank: int, world: int, port: int, tasks, results) -> None:
     gc.enable()
     unblock_signals()  # the server may be one that launch/processes.py has started
     os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
-    rank_info = join_group(rank, world, rank)
+    rank_info = join_process_group(rank, world, rank)
     torch.set_num_threads(1)  # as conftest.py says
     while (task := tasks.get()) is not None:
         function, args = task
@@ -70,7 +70,7 @@ class Ranks:
 
     def _start(self) -> None:
         context = new_processes()
-        self.results, port = context.Queue(), free_port()
+        self.results, port = context.Queue(), find_free_port()
         self.tasks = [context.Queue() for _ in range(self.world)]
         self.processes = [
             context.Process(

@@ -11,7 +11,7 @@ from torch import nn
 from checkpoints.manager import Checkpoints
 from checkpoints.storage import folder_of, read_checkpoint
 from checkpoints.training_state import Tensors, collect
-from launch.signals import NeverStop
+from launch.signals import NoStopRequests
 from monitoring.deferred import DeferredCalls
 
 TENSORS = {  # with the bytes of each, in whole ALIGNED
@@ -26,7 +26,7 @@ TENSORS = {  # with the bytes of each, in whole ALIGNED
 }
 
 
-class Asking(NeverStop):
+class Asking(NoStopRequests):
     """A checkpoint is asked for after one step, as a signal does."""
 
     def __init__(self, at: int):
@@ -40,8 +40,8 @@ class Asking(NeverStop):
     def expect_save(self, seconds):
         self.expected = seconds
 
-    def saved_in(self, seconds, whole=True):
-        self.saves.append((seconds, whole))
+    def record_save(self, seconds, complete=True):
+        self.saves.append((seconds, complete))
 
 
 class Small:

@@ -1,5 +1,4 @@
-"""Several nodes: two torchrun agents with addresses of their own, started by docs/slurm.sbatch, and what happens where
-nodes disagree."""
+"""Several nodes: a run under docs/slurm.sbatch with two torchrun agents, and errors if nodes disagree."""
 
 from __future__ import annotations
 
@@ -29,7 +28,7 @@ from safetensors.torch import load_file, save_file
 from checkpoints.storage import Saved
 from launch import nodes, ranks, torchrun
 from launch import processes as launch
-from launch.nodes import Finding, compare
+from launch.nodes import NodeResult, check_agreement
 from options.errors import UserError
 from options.train import parse
 from tests.helpers.programs import ROOT
@@ -37,7 +36,7 @@ from tests.helpers.runs import train_run
 from training.preflight import check
 
 SRUN = """#!/bin/bash
-# Stands for Slurm's: runs a command on both nodes, each with an address of its own.
+# Replaces Slurm's srun: runs a command on both nodes, each with its own address.
 while [[ $1 == --* ]]; do shift; done
 {first} "$@" & a=$!
 {second} "$@" & b=$!
@@ -47,8 +46,10 @@ wait $a && wait $b
 
 @pytest.fixture
 def hosts(tmp_path):
-    """Two addresses, and for each the words before a command that runs it there: in a network namespace where the
-    machine allows it, else on a loopback address."""
+    """Two (address, command prefix that runs a command on that host).
+
+    A host is a network namespace if the machine allows that, else a loopback address.
+    """
     names = [f"node{i}-{os.getpid()}" for i in range(2)]
     plan = [["netns", "add", name] for name in names]
     plan += [f"link add eth0 netns {names[0]} type veth peer name eth0 netns {names[1]}".split()]
@@ -73,7 +74,7 @@ def hosts(tmp_path):
 def test_two_nodes_train_what_one_process_trains(hosts, checkpoints, alpaca_file, tmp_path, one_rank):
     tools = tmp_path / "bin"
     tools.mkdir()
-    # What torchrun would ask the host's name for, which is the same for both.
+    # torchrun would look these up by the host name, which is the same for both.
     lines = [
         f"{words} PET_LOCAL_ADDR={address} PET_RDZV_CONF=is_host={int(address == hosts[0][0])}"
         for address, words in hosts
@@ -102,12 +103,13 @@ def test_two_nodes_train_what_one_process_trains(hosts, checkpoints, alpaca_file
     torch.testing.assert_close([m["loss"] for m in lines], expected, rtol=1e-5, atol=0)
 
 
-def untouched_run(place, argv):
+def untouched_run(rank_info, argv):
+    """Train with adapters as they are created, and return the losses."""
     import tests.helpers.runs
 
     original, tests.helpers.runs.randomize = tests.helpers.runs.randomize, lambda model: None
     try:
-        return train_run(place, argv)[0]
+        return train_run(rank_info, argv)[0]
     finally:
         tests.helpers.runs.randomize = original
 
@@ -116,10 +118,15 @@ def untouched_run(place, argv):
 
 
 @contextlib.contextmanager
-def as_node(place, folder: Path):
-    """The environment of a node's only rank, in a folder of its own."""
-    variables = {"RANK": place.rank, "WORLD_SIZE": place.world, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1,
-                 "MASTER_ADDR": "localhost"}  # fmt: skip
+def as_node(rank_info, folder: Path):
+    """Environment and current folder of the only rank of a node."""
+    variables = {
+        "RANK": rank_info.rank,
+        "WORLD_SIZE": rank_info.world,
+        "LOCAL_RANK": 0,
+        "LOCAL_WORLD_SIZE": 1,
+        "MASTER_ADDR": "localhost",
+    }
     before = dict(os.environ)
     os.environ.update({name: str(value) for name, value in variables.items()})
     try:
@@ -130,11 +137,13 @@ def as_node(place, folder: Path):
         os.environ.update(before)
 
 
-def prepare_on(place, folders, argvs):
-    """(the Job's folder, output_dir, strategy) of each node, or the error."""
-    with as_node(place, folders[place.rank]):
+def check_on(rank_info, folders, argvs):
+    """Return (model folder, output_dir, strategy) of the job on this node, or the error."""
+    with as_node(rank_info, folders[rank_info.rank]):
         try:
-            job = nodes.prepare(lambda: check(parse(argvs[place.rank])[0]), place.rank, place.world, 0, 7.5)
+            job = nodes.check_on_nodes(
+                lambda: check(parse(argvs[rank_info.rank])[0]), rank_info.rank, rank_info.world, 0, 7.5
+            )
         except UserError as e:
             return str(e)
         assert job.started == 7.5
@@ -143,7 +152,7 @@ def prepare_on(place, folders, argvs):
 
 @pytest.fixture(scope="module")
 def two_nodes(checkpoints, alpaca_file, tmp_path_factory):
-    """A folder for each node, with the same model and data in files of its own."""
+    """A folder for each node, each with its own copy of the same model and data."""
     folders = [tmp_path_factory.mktemp(f"node{i}") for i in range(2)]
     for folder in folders:
         shutil.copytree(checkpoints(), folder / "model")
@@ -156,20 +165,24 @@ def arguments(node: int, *more) -> list[str]:
 
 
 def test_each_node_reads_its_own_files(two_nodes, two_ranks):
-    found = two_ranks(prepare_on, two_nodes, [arguments(i, "--eval_share", "0.2") for i in range(2)])
-    # One rank on each node leaves nothing to shard within it. Rank 0's output folder is everybody's.
+    found = two_ranks(check_on, two_nodes, [arguments(i, "--eval_share", "0.2") for i in range(2)])
+    # With one rank per node nothing can be sharded within it. All nodes use rank 0's output folder.
     assert found == [(str(folder / "model"), "out0", "full_shard") for folder in two_nodes]
 
 
-def days(place, folders, argvs) -> str | None:
-    with as_node(place, folders[place.rank]):
-        job = nodes.prepare(lambda: check(parse(argvs[place.rank])[0]), place.rank, place.world, 0, 7.5)
+def chat_date_on(rank_info, folders, argvs) -> str | None:
+    with as_node(rank_info, folders[rank_info.rank]):
+        job = nodes.check_on_nodes(
+            lambda: check(parse(argvs[rank_info.rank])[0]), rank_info.rank, rank_info.world, 0, 7.5
+        )
         return job.config.chat_date
 
 
 def test_nodes_on_two_sides_of_midnight(two_nodes, two_ranks):
-    """The day is rank 0's; rows that it changes would not be the same."""
-    found = two_ranks(days, two_nodes, [arguments(i, "--chat_date", f"2026-11-{29 + i}") for i in range(2)])
+    """All nodes use rank 0's day. If the rows contained it, they would differ, which is an error."""
+    found = two_ranks(
+        chat_date_on, two_nodes, [arguments(i, "--chat_date", f"2026-11-{29 + i}") for i in range(2)]
+    )
     assert found == ["2026-11-29", "2026-11-29"]
 
 
@@ -205,89 +218,91 @@ def test_nodes_that_disagree(name, two_nodes, two_ranks, tmp_path):
     other = shutil.copytree(two_nodes[1], tmp_path / "other")
     if damage:
         damage(other)
-    errors = two_ranks(prepare_on, [two_nodes[0], other], [arguments(0), arguments(1, *options)])
+    errors = two_ranks(check_on, [two_nodes[0], other], [arguments(0), arguments(1, *options)])
     assert errors[0] == errors[1] and [w for w in words if w not in errors[0]] == []
 
 
 def test_nodes_that_see_other_checkpoints(two_nodes, two_ranks):
-    """Of a folder that they do not share: one would go on, and the other begin, and wait for ever."""
+    """In a folder that they do not share: one would resume, the other start anew, and both wait for ever."""
     found = {"saved": Saved(Path("checkpoints/step-00000003"), 3, {}, {})}
-    errors = two_ranks(prepare_with, two_nodes, [arguments(i) for i in range(2)], found)
+    errors = two_ranks(check_with, two_nodes, [arguments(i) for i in range(2)], found)
     assert errors[0] == errors[1]
     assert errors[0].startswith("the nodes disagree on the checkpoint to go on from: step 3 on node 0 (")
     assert "none on node 1" in errors[0]
 
 
 def test_nodes_that_see_other_caches(two_nodes, two_ranks, tmp_path):
-    """One would read what the other waits for all to write."""
+    """One would read the cache while the other waits for all ranks to write it."""
     options = ["--train_type", "qlora", "--quantized_cache", str(tmp_path / "cache")]
-    errors = two_ranks(prepare_with, two_nodes, [arguments(i, *options) for i in range(2)], {"cache": None})
+    errors = two_ranks(check_with, two_nodes, [arguments(i, *options) for i in range(2)], {"cache": None})
     assert errors[0] == errors[1]
-    told = "the nodes disagree on what --quantized_cache holds: all that is needed on node 0 ("
-    assert errors[0].startswith(told) and "nothing yet on node 1" in errors[0]
+    start = "the nodes disagree on what --quantized_cache holds: all that is needed on node 0 ("
+    assert errors[0].startswith(start) and "nothing yet on node 1" in errors[0]
 
 
-def prepare_with(place, folders, argvs, found):
-    """`prepare_on`, where the first node has found something else."""
-    found = found if place.rank == 0 else {}
-    with as_node(place, folders[place.rank]):
+def check_with(rank_info, folders, argvs, found):
+    """Return the error where the first node has other fields of Job, `found`."""
+    found = found if rank_info.rank == 0 else {}
+    with as_node(rank_info, folders[rank_info.rank]):
         try:
-            nodes.prepare(lambda: replace(check(parse(argvs[place.rank])[0]), **found), place.rank, 2, 0, 7.5)
+            nodes.check_on_nodes(
+                lambda: replace(check(parse(argvs[rank_info.rank])[0]), **found), rank_info.rank, 2, 0, 7.5
+            )
         except UserError as e:
             return str(e)
 
 
-def test_what_is_wrong_on_one_node_is_told_on_all(two_nodes, two_ranks, tmp_path):
+def test_all_nodes_report_the_error_of_one_node(two_nodes, two_ranks, tmp_path):
     other = shutil.copytree(two_nodes[1], tmp_path / "other")
     (other / "model" / "config.json").unlink()
-    first, second = two_ranks(prepare_on, [two_nodes[0], other], [arguments(0), arguments(1)])
+    first, second = two_ranks(check_on, [two_nodes[0], other], [arguments(0), arguments(1)])
     assert second == "--model_name model: no config.json in this folder"
     assert first == f"node 1 ({socket.gethostname()}): {second}"
 
 
-def prepare_on_a_full_disk(place, folders, argvs) -> str:
-    """The error of each node, of which the second cannot write what its check does."""
+def check_on_a_full_disk(rank_info, folders, argvs) -> str:
+    """Return the error of this node; the check of the second node fails because its disk is full."""
 
     def full():
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    with as_node(place, folders[place.rank]):
-        checked = full if place.rank else lambda: check(parse(argvs[place.rank])[0])
-        with pytest.raises(OSError if place.rank else UserError) as e:
-            nodes.prepare(checked, place.rank, place.world, 0, 7.5)
+    with as_node(rank_info, folders[rank_info.rank]):
+        checked = full if rank_info.rank else lambda: check(parse(argvs[rank_info.rank])[0])
+        with pytest.raises(OSError if rank_info.rank else UserError) as e:
+            nodes.check_on_nodes(checked, rank_info.rank, rank_info.world, 0, 7.5)
     return str(e.value)
 
 
-def test_a_full_disk_of_one_node_is_told_on_all(two_nodes, two_ranks):
-    first, second = two_ranks(prepare_on_a_full_disk, two_nodes, [arguments(i) for i in range(2)])
+def test_all_nodes_report_the_full_disk_of_one_node(two_nodes, two_ranks):
+    first, second = two_ranks(check_on_a_full_disk, two_nodes, [arguments(i) for i in range(2)])
     assert second == "[Errno 28] No space left on device"
     assert first == f"node 1 ({socket.gethostname()}): OSError: {second}"
 
 
-def test_nodes_of_another_size_are_told_first():
-    """Their own defaults differ then as well, of which nobody gave one."""
+def test_different_node_sizes_are_reported_first():
+    """Options whose defaults depend on the size differ then as well, but the user gave none of them."""
     found = {"LOCAL_WORLD_SIZE": "2", "--sharding_strategy": "hybrid_full_shard"}
     other = {"LOCAL_WORLD_SIZE": "1", "--sharding_strategy": "full_shard"}
     with pytest.raises(
         UserError, match=r"disagree on LOCAL_WORLD_SIZE: 2 on node 0 \(a\), 1 on node 1 \(b\)"
     ):
-        compare([Finding("a", described=found), Finding("b", described=other)])
+        check_agreement([NodeResult("a", facts=found), NodeResult("b", facts=other)])
     with pytest.raises(UserError, match=r"disagree on --new: unknown on node 0 \(a\), 1 on node 1 \(b\)"):
-        compare([Finding("a", described=found), Finding("b", described=found | {"--new": "1"})])
+        check_agreement([NodeResult("a", facts=found), NodeResult("b", facts=found | {"--new": "1"})])
 
 
-def looks_for_shared(place, folder: str, shared: bool) -> str:
-    """What is said on a node with a rank of its own, whose folder is the other's or not."""
-    place = replace(place, local_rank=0, local_world=1)
-    own = Path(folder, "all" if shared else str(place.rank))
+def check_shared_folder(rank_info, folder: str, shared: bool) -> str:
+    """Return the error on a node with one rank, whose output folder is shared or not; "" without an error."""
+    rank_info = replace(rank_info, local_rank=0, local_world=1)
+    own = Path(folder, "all" if shared else str(rank_info.rank))
     own.mkdir(exist_ok=True)
-    (own / "run.json").write_text("of an earlier run") if place.rank else None
+    (own / "run.json").write_text("of an earlier run") if rank_info.rank else None
     dist.barrier()
-    if place.rank == 0:
+    if rank_info.rank == 0:
         (own / "run.json").write_text("{}")
     try:
         with mock.patch.object(nodes, "PATIENCE", 1):
-            nodes.check_shared(own / "run.json", place)
+            nodes.check_output_is_shared(own / "run.json", rank_info)
     except UserError as e:
         return str(e)
     return ""
@@ -295,7 +310,7 @@ def looks_for_shared(place, folder: str, shared: bool) -> str:
 
 @pytest.mark.parametrize("shared", [True, False])
 def test_a_run_with_checkpoints_needs_a_folder_that_all_nodes_see(shared, two_ranks, tmp_path):
-    first, second = two_ranks(looks_for_shared, str(tmp_path), shared)
+    first, second = two_ranks(check_shared_folder, str(tmp_path), shared)
     assert first == "" and second.startswith(f"--output_dir {tmp_path}/1: what the first") != shared
 
 
@@ -328,34 +343,34 @@ def test_nodes_of_different_sizes(monkeypatch, world, local):
         ranks.local_world_size(world)
 
 
-# Ranks that do not come together
+# Ranks that do not find one another
 
 
 @pytest.fixture
 def soon(monkeypatch):
-    monkeypatch.setattr(torchrun, "MEETING", timedelta(seconds=1))
+    monkeypatch.setattr(torchrun, "RENDEZVOUS_TIMEOUT", timedelta(seconds=1))
 
 
 def test_ranks_that_do_not_come(monkeypatch, soon):
     ranks_of_a_node(monkeypatch, 2, 1)
-    monkeypatch.setenv("MASTER_PORT", str(launch.free_port()))
+    monkeypatch.setenv("MASTER_PORT", str(launch.find_free_port()))
     begun = time.time()
     with pytest.raises(UserError, match=r"^localhost:\d+: the ranks cannot meet here .*1/2 clients joined"):
-        torchrun.meet(0, 2)
+        torchrun.rendezvous(0, 2)
     assert time.time() - begun < 20
 
 
 def test_a_rank_without_the_first(monkeypatch, soon):
     ranks_of_a_node(monkeypatch, 2, 1, rank="1")
-    monkeypatch.setenv("MASTER_PORT", str(launch.free_port()))
+    monkeypatch.setenv("MASTER_PORT", str(launch.find_free_port()))
     with pytest.raises(
         UserError, match=r"^localhost:\d+: the ranks cannot meet here \(MASTER_ADDR, MASTER_PORT"
     ):
-        torchrun.meet(1, 2)
+        torchrun.rendezvous(1, 2)
 
 
 def test_a_node_of_torchrun_that_does_not_come(monkeypatch, soon):
-    """The agents hold the store there, and have come; the ranks of one are missing."""
+    """The agents, which serve the store, are there; the ranks of one agent are missing."""
     ranks_of_a_node(monkeypatch, 2, 1)
     store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     monkeypatch.setenv("MASTER_PORT", str(store.port))
@@ -363,11 +378,11 @@ def test_a_node_of_torchrun_that_does_not_come(monkeypatch, soon):
     with pytest.raises(
         UserError, match="only 1 of 2 ranks came within 1 s; the other nodes' output says why"
     ):
-        torchrun.meet(0, 2)
+        torchrun.rendezvous(0, 2)
 
 
-def test_a_restart_is_no_new_beginning(monkeypatch):
-    """--max_minutes counts from the first start; torchrun gives each start another part of its store."""
+def test_a_restart_keeps_the_start_time(monkeypatch):
+    """--max_minutes counts from the first start; torchrun gives each start another prefix of its store."""
     ranks_of_a_node(monkeypatch, 1, 1)
     store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     monkeypatch.setenv("MASTER_PORT", str(store.port))
@@ -375,12 +390,12 @@ def test_a_restart_is_no_new_beginning(monkeypatch):
     found = []
     for attempt in range(2):
         monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(attempt))
-        found.append(torchrun.meet(0, 1)[1])
+        found.append(torchrun.rendezvous(0, 1)[1])
     assert found[0] == found[1] and 0 <= time.time() - found[0] < 60
 
 
-def test_the_clock_of_rank_0_says_when_a_run_began(monkeypatch):
-    """Also if another rank comes first, from a node whose clock shows another time."""
+def test_the_start_time_is_rank_0s(monkeypatch):
+    """Also if another rank arrives first, from a node whose clock differs."""
     ranks_of_a_node(monkeypatch, 2, 1)
     store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     monkeypatch.setenv("MASTER_PORT", str(store.port))
@@ -391,10 +406,10 @@ def test_the_clock_of_rank_0_says_when_a_run_began(monkeypatch):
     clock = SimpleNamespace(time=lambda: clocks.get(threading.current_thread(), 2000.0))
     monkeypatch.setattr(torchrun, "time", clock)
     with ThreadPoolExecutor() as threads:
-        other = threads.submit(torchrun.meet, 1, 2)
-        while store.add("came", 0) == 0 and not other.done():
+        other = threads.submit(torchrun.rendezvous, 1, 2)
+        while store.add("arrived", 0) == 0 and not other.done():
             time.sleep(0.01)
-        assert torchrun.meet(0, 2)[1] == other.result()[1] == 1000.0
+        assert torchrun.rendezvous(0, 2)[1] == other.result()[1] == 1000.0
 
 
 @pytest.mark.parametrize("verbose", [False, True])
@@ -403,11 +418,11 @@ def test_a_full_disk_under_torchrun_has_a_traceback_if_asked_for(verbose, monkey
         raise OSError(errno.ENOSPC, "No space left on device")
 
     ranks_of_a_node(monkeypatch, 2, 1)
-    monkeypatch.setattr(torchrun, "meet", lambda *_: (dist.HashStore(), 0.0))
+    monkeypatch.setattr(torchrun, "rendezvous", lambda *_: (dist.HashStore(), 0.0))
     monkeypatch.setattr(dist, "init_process_group", lambda *_, **__: None)
     monkeypatch.setattr(os, "_exit", sys.exit)
     with pytest.raises(SystemExit, match="2"):
-        torchrun.join(None, prepare, verbose)
+        torchrun.run_as_rank(None, prepare, verbose)
     err = capsys.readouterr().err
     assert err.endswith("error: rank 0: OSError: [Errno 28] No space left on device\n")
     assert err.startswith("Traceback") == verbose
@@ -419,19 +434,25 @@ def test_a_full_disk_under_torchrun_has_a_traceback_if_asked_for(verbose, monkey
      ("MASTER_PORT", "", "MASTER_PORT='' in the environment: not a whole number"),
      ("RANK", "2", "RANK 2: must be below WORLD_SIZE 2")],
 )  # fmt: skip
-def test_an_environment_that_nobody_meant(monkeypatch, name, value, message):
+def test_wrong_environment_variables(monkeypatch, name, value, message):
     ranks_of_a_node(monkeypatch, 2, 1)
     monkeypatch.setenv("MASTER_PORT", "1")
     monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=message):
-        torchrun.join(None, None)
+        torchrun.run_as_rank(None, None)
 
 
 @pytest.mark.parametrize(
     "address, reason",
-    [("192.0.2.1", "Cannot assign requested address"), ("no.such.host.invalid", ""), ("", ""), ("x" * 300, ""), ("a\0", "")],
-)  # fmt: skip
-def test_addresses_that_are_not_here(address, reason):
+    [
+        ("192.0.2.1", "Cannot assign requested address"),
+        ("no.such.host.invalid", ""),
+        ("", ""),
+        ("x" * 300, ""),
+        ("a\0", ""),
+    ],
+)
+def test_addresses_of_other_machines(address, reason):
     with pytest.raises(UserError, match=rf"^--master_addr .*is no address of this machine \({reason}"):
         launch.check_address(address, None)
 

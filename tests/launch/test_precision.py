@@ -1,4 +1,4 @@
-"""Every --precision follows fp32 within its rounding; fp16's scaling loses no gradient and no rank."""
+"""Every --precision follows fp32 within its rounding; fp16's loss scaling works on all ranks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 import train
 from data.batches import Batch
 from launch import precision
-from launch.precision import Precision, choose_precision, precision_here
+from launch.precision import Precision, choose_precision, detect_precision
 from models.family import clean
 from monitoring.metrics import Metrics
 from monitoring.tracking import Tracker
@@ -26,14 +26,14 @@ MODES = ["fp32", "bf16", "fp16_autocast", "bf16_autocast", "bf16_buffers_autocas
 
 def test_what_each_mode_is():
     assert set(FIELDS["precision"].metadata["choices"]) == {"auto", *MODES}
-    assert choose_precision("auto", gpu=True, bf16_gpu=True) == Precision(BF16, FP32)
-    assert choose_precision("auto", gpu=True, bf16_gpu=False) == choose_precision(
+    assert choose_precision("auto", has_gpu=True, has_bf16_gpu=True) == Precision(BF16, FP32)
+    assert choose_precision("auto", has_gpu=True, has_bf16_gpu=False) == choose_precision(
         "fp16_autocast", True, False
     )
-    assert choose_precision("auto", gpu=False, bf16_gpu=False) == Precision(FP32, FP32)
-    matmuls = {mode: choose_precision(mode, True, True).matmul for mode in MODES}
+    assert choose_precision("auto", has_gpu=False, has_bf16_gpu=False) == Precision(FP32, FP32)
+    matmuls = {mode: choose_precision(mode, True, True).matmul_dtype for mode in MODES}
     assert matmuls == dict(zip(MODES, [FP32, BF16, FP16, BF16, BF16], strict=True))
-    gathered = {mode: choose_precision(mode, True, True).gathered for mode in ["auto", *MODES]}
+    gathered = {mode: choose_precision(mode, True, True).gather_dtype for mode in ["auto", *MODES]}
     assert gathered == {"auto": BF16} | dict.fromkeys(MODES)
     scaled = [mode for mode in MODES if choose_precision(mode, True, True).scaler("cpu").is_enabled()]
     assert scaled == ["fp16_autocast"]
@@ -76,13 +76,13 @@ def test_follows_fp32(train_type, mode, plain, two_ranks):
     assert {t.dtype for t in tensors.values()} == {trained}
 
 
-def train_run_as_on_a_gpu(place, args):
-    """With the choices that a GPU with bf16 gets."""
-    original, precision.bf16_gpu = precision.bf16_gpu, lambda: True
+def train_run_as_on_a_gpu(rank_info, args):
+    """Train with the precision that --precision chooses on a GPU with bf16."""
+    original, precision.has_bf16_gpu = precision.has_bf16_gpu, lambda: True
     try:
-        return train_run(place, args)
+        return train_run(rank_info, args)
     finally:
-        precision.bf16_gpu = original
+        precision.has_bf16_gpu = original
 
 
 @pytest.mark.parametrize("mode", ["fp16_autocast", "bf16_autocast"])
@@ -94,20 +94,20 @@ def test_autocast_reaches_every_linear(mode, checkpoints, short_rows, one_rank):
     assert dtypes["model.norm"] == FP32  # the residual stream is not rounded
 
 
-def dtypes_in_forward(place, args) -> dict[str, torch.dtype]:
-    job, model = set_up(place, args)
+def dtypes_in_forward(rank_info, args) -> dict[str, torch.dtype]:
+    job, model = set_up(rank_info, args)
     seen, names = {}, {}
     for name, module in model.named_modules():
         if name.endswith("_proj") or name in ("lm_head", "model.norm"):
             names[module] = clean(name)
             module.register_forward_hook(lambda m, _, out: seen.__setitem__(names[m], out.dtype))
-    with torch.no_grad(), precision_here(job.config.precision).context("cpu"):
+    with torch.no_grad(), detect_precision(job.config.precision).context("cpu"):
         model(input_ids=torch.ones(1, 8, dtype=torch.long), use_cache=False)
     return seen
 
 
 def test_scaling_keeps_gradients_that_fp16_would_lose(checkpoints, short_rows, one_rank):
-    """A loss a hundred thousand times smaller: its gradients vanish in fp16 unless they are scaled."""
+    """A loss made tiny, whose gradients underflow in fp16 unless they are scaled."""
     args = arguments(checkpoints("llama_bias"), short_rows, "qlora", "--precision")
     expected, scaled = (
         one_rank(norm_of_a_small_loss, [*args, m], True)[0] for m in ("fp32", "fp16_autocast")
@@ -117,9 +117,9 @@ def test_scaling_keeps_gradients_that_fp16_would_lose(checkpoints, short_rows, o
     assert unscaled < 0.5 * expected
 
 
-def norm_of_a_small_loss(place, args, scaling: bool) -> float:
-    job, model = set_up(place, args)
-    chosen = precision_here(job.config.precision)
+def norm_of_a_small_loss(rank_info, args, scaling: bool) -> float:
+    job, model = set_up(rank_info, args)
+    chosen = detect_precision(job.config.precision)
     scaler = chosen.scaler("cpu") if scaling else torch.amp.GradScaler("cpu", enabled=False)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(trained)
@@ -135,24 +135,24 @@ def norm_of_a_small_loss(place, args, scaling: bool) -> float:
     ("strategy", "where"), [("full_shard", "shard"), ("full_shard", "loss"), ("ddp", "loss")]
 )
 def test_overflow_on_one_rank_skips_the_step_on_all(strategy, where, checkpoints, short_rows, two_ranks):
-    """In the loss of one rank, or only in the part of the gradient that one rank holds."""
+    """Overflow in the loss of one rank, or only in one rank's shard of the gradient."""
     args = arguments(checkpoints("llama_bias"), short_rows, "bnb_dora", "--sharding_strategy", strategy)
     first, second = two_ranks(overflow_on_the_second_rank, [*args, "--precision", "fp16_autocast"], where)
     assert first == second == (True, 2.0**15, True)
 
 
-def overflow_on_the_second_rank(place, args, where: str) -> tuple[bool, float, bool]:
-    """(no weight moved in the spoilt step, the scale after it, weights moved in the next step)."""
-    job, model = set_up(place, args)
-    scaler = precision_here(job.config.precision).scaler("cpu")
+def overflow_on_the_second_rank(rank_info, args, where: str) -> tuple[bool, float, bool]:
+    """Return (no weight changed in the step that overflowed, scale after it, weights changed in the next)."""
+    job, model = set_up(rank_info, args)
+    scaler = detect_precision(job.config.precision).scaler("cpu")
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(trained, lr=0.1)
     moved, scales = [], []
     for spoilt in (True, False):
         before = trained_tensors(model)
-        with precision_here(job.config.precision).context("cpu"):
+        with detect_precision(job.config.precision).context("cpu"):
             loss = train.loss_sum(model, Batch(*[torch.arange(16)[None]] * 2)) / 1000
-        spoilt = spoilt and place.rank == 1
+        spoilt = spoilt and rank_info.rank == 1
         scaler.scale(loss * float("inf") if spoilt and where == "loss" else loss).backward()
         if spoilt and where == "shard":
             trained[0].grad.to_local().fill_(float("inf"))
@@ -166,8 +166,7 @@ def overflow_on_the_second_rank(place, args, where: str) -> tuple[bool, float, b
 
 
 def test_clipping_sees_unscaled_gradients(checkpoints, short_rows, one_rank):
-    """With plain SGD the step is lr times the clipped gradient: its length is lr * grad_norm, not 65536 times
-    less."""
+    """With plain SGD a step has the length lr * grad_norm; scaled gradients would divide it by 65536."""
     args = arguments(
         checkpoints("llama_bias"), short_rows, "qlora", "--optimizer", "sgd", "--grad_norm", "0.01"
     )
@@ -177,9 +176,9 @@ def test_clipping_sees_unscaled_gradients(checkpoints, short_rows, one_rank):
     assert length == pytest.approx(1e-3 * 0.01, rel=1e-2)
 
 
-def length_of_first_step(place, args) -> tuple[float, float]:
-    before = trained_tensors(set_up(place, args)[1])
-    _, after, norms = train_run(place, args)
+def length_of_first_step(rank_info, args) -> tuple[float, float]:
+    before = trained_tensors(set_up(rank_info, args)[1])
+    _, after, norms = train_run(rank_info, args)
     return sum((after[k] - v).square().sum().item() for k, v in before.items()) ** 0.5, norms[0]
 
 

@@ -1,4 +1,4 @@
-"""The processes of a run: under torchrun, killed, raising, and asked to stop."""
+"""The processes of a run: under torchrun, killed, failing, and stopped by signals."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ from tests.helpers.runs import whole_run
 
 @pytest.fixture(scope="module")
 def losses_of_two(checkpoints, short_rows, two_ranks, tmp_path_factory) -> list[float]:
-    """Of `small` in two ranks, however they are started."""
+    """Losses of the run `small` in two ranks of the test pool."""
     out = tmp_path_factory.mktemp("two") / "out"
     config, _ = parse(list(map(str, small(checkpoints, short_rows, out, "--world_size", "2"))))
     two_ranks(whole_run, train.check(config))
@@ -53,8 +53,11 @@ def losses_of_two(checkpoints, short_rows, two_ranks, tmp_path_factory) -> list[
 
 @pytest.fixture
 def agent():
-    """agent(argv, folder of logs) -> the exit statuses of train.py in two ranks under torchrun's own agent. They are forks
-    of the tests' server: torchrun itself, and each of its ranks, would import for ten seconds."""
+    """agent(argv, log folder) -> exit statuses of train.py in two ranks under torchrun's own agent.
+
+    The ranks are forks of the tests' server. torchrun, and each of its ranks, would spend ten seconds on
+    imports.
+    """
 
     def run_agent(argv: list[str], logs: Path) -> dict[int, int]:
         new_processes()
@@ -114,15 +117,15 @@ def test_a_killed_rank_ends_the_others_with_its_name(checkpoints, short_rows, tm
     assert len(metrics(tmp_path / "out")) >= 2 and not any(p.is_alive() for p in processes)
 
 
-def on_a_full_disk(place, told: Path) -> None:
-    os.dup2(os.open(told, os.O_WRONLY | os.O_CREAT), 2)
+def fail_on_a_full_disk(rank_info, stderr: Path) -> None:
+    os.dup2(os.open(stderr, os.O_WRONLY | os.O_CREAT), 2)
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-def test_a_report_that_cannot_be_written_is_told_by_the_rank(
+def test_a_rank_prints_its_error_if_it_cannot_write_its_report(
     processes, small_disk, monkeypatch, tmp_path, capfd
 ):
-    """Temporary files are on the disk that is full."""
+    """Temporary files are on the full disk."""
     monkeypatch.setattr(tempfile, "tempdir", str(small_disk))
 
     def start(*args):
@@ -131,33 +134,34 @@ def test_a_report_that_cannot_be_written_is_told_by_the_rank(
 
     start_ranks = launch._start_ranks
     monkeypatch.setattr(launch, "_start_ranks", start)
-    told = tmp_path / "told"
-    assert launch.start(on_a_full_disk, 1, (told,), "localhost", None) == 2 and capfd.readouterr().err == ""
-    assert told.read_text() == "error: rank 0: OSError: [Errno 28] No space left on device\n"
+    stderr = tmp_path / "stderr"
+    status = launch.start(fail_on_a_full_disk, 1, (stderr,), "localhost", None)
+    assert status == 2 and capfd.readouterr().err == ""
+    assert stderr.read_text() == "error: rank 0: OSError: [Errno 28] No space left on device\n"
 
 
-def cannot_save(place, launcher: int) -> None:
+def cannot_save(rank_info, launcher: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     os.kill(launcher, signal.SIGTERM)
     time.sleep(0.5)
     raise UserError("stopped at step 3, which is not saved")
 
 
-def test_a_rank_that_cannot_save_when_it_is_asked_to_stop_is_heard(processes, capfd):
+def test_the_error_of_a_rank_that_stops_but_cannot_save_is_printed(processes, capfd):
     status, err = launch.start(cannot_save, 1, (os.getpid(),), "localhost", None), capfd.readouterr().err
     assert (status, err) == (2, "error: rank 0: stopped at step 3, which is not saved\n")
 
 
-def raises_in_its_third_step(place, job) -> None:
+def raises_in_its_third_step(rank_info, job) -> None:
     original, calls = train.loss_sum, itertools.count(1)
 
     def loss_sum(*args):
-        if next(calls) == 3 and place.rank == 1:
+        if next(calls) == 3 and rank_info.rank == 1:
             raise RuntimeError("the disk of rank 1 is on fire")
         return original(*args)
 
     train.loss_sum = loss_sum
-    train.run_rank(place, job)
+    train.run_rank(rank_info, job)
 
 
 def test_a_rank_that_raises_ends_the_others_with_its_message(
@@ -170,15 +174,18 @@ def test_a_rank_that_raises_ends_the_others_with_its_message(
     err = capsys.readouterr().err
     assert err.splitlines()[-1] == "error: rank 1: RuntimeError: the disk of rank 1 is on fire"
     assert losses(tmp_path / "out") == losses_of_two[:1], (
-        "both ranks were training until then; the second step was not told yet"
+        "both ranks were training until then; the second step was not logged yet"
     )
     assert time.time() - begun < 90 and not any(p.is_alive() for p in processes)
 
 
 @pytest.mark.slow
 def test_ranks_do_not_outlive_a_killed_parent(checkpoints, short_rows, tmp_path):
-    """Started as a shell starts a background job: with SIGINT ignored, which is what torch would send to its ranks. A
-    rank by itself, which no other's end ends, before training, which takes SIGINT for a request."""
+    """One rank, before training, in a background job of a shell.
+
+    torch would send its ranks SIGINT. A background job ignores it, and a training rank takes it for a
+    request. With several ranks the end of one would end the others.
+    """
     args = small(checkpoints, short_rows, tmp_path / "out", "--world_size", "1")
     args += ["--max_steps", "100000", "--num_epochs", "100000"]
     previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -194,8 +201,10 @@ def test_ranks_do_not_outlive_a_killed_parent(checkpoints, short_rows, tmp_path)
 
 
 def test_signals_save_and_stop(checkpoints, short_rows, tmp_path):
-    """SIGUSR1 to the program: a checkpoint, and training goes on. Ctrl-C, which a terminal sends to the whole group:
-    the end, with one more."""
+    """SIGUSR1 to the program: a checkpoint, and training goes on. Then Ctrl-C: a checkpoint, and the end.
+
+    A terminal sends Ctrl-C to the whole process group.
+    """
     out = tmp_path / "out"
     args = small(checkpoints, short_rows, out, "--max_steps", "100000", "--num_epochs", "100000")
     previous = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
@@ -221,20 +230,23 @@ def test_signals_save_and_stop(checkpoints, short_rows, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "while_it, ended",
+    "stage, ended",
     [
         ("checks", (-signal.SIGINT, "")),
         pytest.param("starts its ranks", (128 + signal.SIGINT, "ended by SIGINT\n"), marks=pytest.mark.slow),
     ],
 )
 def test_ctrl_c_before_training_leaves_no_traceback(
-    while_it, ended, checkpoints, short_rows, tmp_path, monkeypatch
+    stage, ended, checkpoints, short_rows, tmp_path, monkeypatch
 ):
-    """From a terminal: to the program and to ranks that may still be importing what they need. While it checks, the
-    signal itself ends it; afterwards it answers, and nothing of it is left."""
+    """Ctrl-C from a terminal goes to the program and to ranks that may still be importing modules.
+
+    During the checks the signal itself ends the program. Later the program ends by itself and leaves nothing
+    behind.
+    """
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     process = start_in_a_terminal(small(checkpoints, short_rows, tmp_path / "out", "--world_size", "1"))
-    if while_it == "checks":  # or imports, after what is needed to read options
+    if stage == "checks":  # or later imports, after those that are needed to read options
         wait_for(lambda: "torch" in Path(f"/proc/{process.pid}/maps").read_text(), process)
     else:
         wait_for(lambda: started_by("forkserver", process) or ranks_of(process), process)
@@ -245,7 +257,7 @@ def test_ctrl_c_before_training_leaves_no_traceback(
 
 
 def wait_for_end_of(group: int, seconds: float = 15) -> None:
-    """Of all processes in it."""
+    """Wait until all processes of a process group have ended; fail if they do not."""
     deadline = time.time() + seconds
     with contextlib.suppress(ProcessLookupError):
         while time.time() < deadline:
@@ -255,7 +267,7 @@ def wait_for_end_of(group: int, seconds: float = 15) -> None:
 
 
 def start_in_a_terminal(args) -> subprocess.Popen:
-    """A process group of its own, in which Ctrl-C is not ignored, as it is in jobs that a shell starts with `&`."""
+    """Start train.py in its own process group, with SIGINT not ignored (a shell's `&` jobs ignore it)."""
     previous = signal.signal(signal.SIGINT, signal.default_int_handler)
     command = [sys.executable, str(ROOT / "train.py"), *map(str, args)]
     try:
@@ -271,7 +283,7 @@ def start_in_a_terminal(args) -> subprocess.Popen:
         signal.signal(signal.SIGINT, previous)
 
 
-def sleeps_in_its_third_step(place, job) -> None:
+def sleeps_in_its_third_step(rank_info, job) -> None:
     original, calls = train.loss_sum, itertools.count(1)
 
     def loss_sum(*args):
@@ -280,13 +292,13 @@ def sleeps_in_its_third_step(place, job) -> None:
         return original(*args)
 
     train.loss_sum = loss_sum
-    train.run_rank(place, job)
+    train.run_rank(rank_info, job)
 
 
 def test_a_second_signal_ends_a_step_that_does_not(
     checkpoints, short_rows, tmp_path, processes, monkeypatch, capfd
 ):
-    """The first waits for the end of the step, which lasts; after the second nothing is left but whole checkpoints."""
+    """The first signal waits for the end of the step, the second ends it. Complete checkpoints are left."""
     out, running, ended = tmp_path / "out", [], []
     args = small(checkpoints, short_rows, out, "--save_every", "1", "--max_steps", "9", "--num_epochs", "9")
     saved = out / "checkpoints" / "step-00000002" / "manifest.json"
@@ -312,23 +324,24 @@ def test_a_second_signal_ends_a_step_that_does_not(
     assert newest_whole(out, pytest.fail).step == 2
 
 
-def agent_of_a_rank(end) -> None:
+def agent_with_one_rank(pipe) -> None:
+    """Act as torchrun's agent: fork a rank, which watches this process, and sleep."""
     if os.fork() == 0:
-        threading.Thread(target=torchrun._end_with_agent, args=(os.getppid(),), daemon=True).start()
-        end.send("there")
+        threading.Thread(target=torchrun._exit_with_agent, args=(os.getppid(),), daemon=True).start()
+        pipe.send("ready")
         time.sleep(100)
         os._exit(0)
-    end.close()
+    pipe.close()
     time.sleep(100)
 
 
 def test_ranks_do_not_outlive_an_agent_that_is_killed():
-    """Of torchrun, started again, they would write into the folder of the new ones."""
+    """If torchrun were started again, they would write into the same folder as the new ranks."""
     ours, theirs = new_processes().Pipe(duplex=False)
-    agent = new_processes().Process(target=agent_of_a_rank, args=(theirs,))
+    agent = new_processes().Process(target=agent_with_one_rank, args=(theirs,))
     agent.start()
     theirs.close()
-    assert ours.recv() == "there"
+    assert ours.recv() == "ready"
     assert not ours.poll(1.5)
     agent.kill()
     assert ours.poll(10)

@@ -1,4 +1,4 @@
-"""export.py, evaluate.py and the others as they are typed: processes of their own, with what they show, and where it goes."""
+"""Commands run as processes: their output, errors, signals and exit status."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from launch.program import typed_command
+from launch.program import shell_command
 from tests.helpers.programs import ROOT
 from tests.helpers.resuming import fill
 
 
 @pytest.mark.parametrize("program", ["train", "export", "generate", "evaluate", "report", "block_expansion"])
 def test_help_shows_nothing_else(program):
-    """No library's advice before it, and none of those whose import takes seconds."""
+    """No library prints anything before it, and no library is imported that takes seconds."""
     command = [sys.executable, "-X", "importtime", f"{program}.py", "--help"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     imported = [line.rpartition("|")[2].strip() for line in done.stderr.splitlines()]
@@ -41,7 +41,7 @@ def test_help_shows_nothing_else(program):
     ],
 )
 def test_an_error_is_the_only_line(program, argv, tmp_path):
-    """Also of a command that imports bitsandbytes, which advises on some CPUs."""
+    """Also for a command that imports bitsandbytes, which logs advice on some CPUs."""
     command = [sys.executable, str(ROOT / f"{program}.py"), *argv]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100)
     assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
@@ -49,12 +49,12 @@ def test_an_error_is_the_only_line(program, argv, tmp_path):
 
 @pytest.mark.parametrize("where", ["the folder of train.py", "another"])
 def test_a_command_that_is_shown_can_be_typed(where, tmp_path):
-    """With an interpreter that nobody finds by its name, and in a shell where that is another one's name."""
+    """Also if the interpreter is not on PATH, and if `python` is another program there."""
     folder = ROOT if where != "another" else tmp_path
     (tmp_path / "python").write_text("#!/bin/sh\nexit 3\n")
     (tmp_path / "python").chmod(0o755)
     environment = os.environ | {"PATH": f"{tmp_path}:/usr/bin:/bin", "PYTHONPATH": str(ROOT)}
-    show = "import shlex; from launch.program import typed_command; print(shlex.join(typed_command('report.py')))"
+    show = "import shlex; from launch.program import shell_command as c; print(shlex.join(c('report.py')))"
     options = {"cwd": folder, "env": environment, "text": True, "timeout": 60}
     typed = subprocess.check_output([sys.executable, "-c", show], **options)
     done = subprocess.run(f"{typed.strip()} --help", shell=True, capture_output=True, **options)
@@ -67,15 +67,15 @@ def test_an_interpreter_is_called_by_the_name_that_finds_it(tmp_path, monkeypatc
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "python3").symlink_to(os.path.realpath(sys.executable))
     monkeypatch.setattr(sys, "executable", str(tmp_path / "one" / "python3"))
-    assert typed_command("report.py") == ["one/python3", str(ROOT / "report.py")]
+    assert shell_command("report.py") == ["one/python3", str(ROOT / "report.py")]
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("PATH", str(tmp_path / "one"))
-    assert typed_command("report.py") == ["python3", "report.py"]
+    assert shell_command("report.py") == ["python3", "report.py"]
     monkeypatch.setenv("PATH", str(tmp_path / "two"))  # another virtual environment over the same Python
-    assert typed_command("report.py") == [sys.executable, "report.py"]
+    assert shell_command("report.py") == [sys.executable, "report.py"]
     (tmp_path / "one" / "python").symlink_to("python3")
     monkeypatch.setenv("PATH", str(tmp_path / "one"))
-    assert typed_command("report.py") == ["python", "report.py"]
+    assert shell_command("report.py") == ["python", "report.py"]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -84,7 +84,7 @@ def test_an_interpreter_is_called_by_the_name_that_finds_it(tmp_path, monkeypatc
     "program", ["export.py --to merged --check false", "evaluate.py --metrics perplexity"]
 )
 def test_stopped_by_a_signal(program, number, runs, alpaca_file, tmp_path):
-    """No traceback, and nothing is written; also where the libraries are still being loaded."""
+    """No traceback, and nothing is written; also while the libraries are still being imported."""
     script, *options = program.split()
     more = ["--dataset", alpaca_file] if script == "evaluate.py" else []
     command = [sys.executable, script, runs[0], *options, *more, "--out", tmp_path / "a" / "out"]
@@ -105,7 +105,7 @@ TALKING = """
 import os, signal, sys
 from launch import processes as launch
 
-def talk(place):
+def talk(rank_info):
     os.kill(os.getpid(), signal.SIGUSR1)
     for _ in range(100):
         print("x" * 1000, flush=True)
@@ -117,7 +117,7 @@ if __name__ == "__main__":
 
 @pytest.mark.slow
 def test_a_full_disk_under_the_output_ends_no_rank(small_disk, tmp_path):
-    """Nor does a SIGUSR1 that comes before the rank listens."""
+    """Nor does a SIGUSR1 that comes before the rank has a handler for it."""
     (tmp_path / "talking.py").write_text(TALKING)
     fill(small_disk, leave=8 * 4096)
     with (small_disk / "log").open("wb") as log:
@@ -127,22 +127,25 @@ def test_a_full_disk_under_the_output_ends_no_rank(small_disk, tmp_path):
     assert status == 0 and 4096 < (small_disk / "log").stat().st_size < 50_000
 
 
-OUTLASTING = "import os, sys; from launch.program import survive_full_disk; survive_full_disk(); print('a', end=''); {}; os._exit(0)"
+PRINTING = (
+    "import os, sys; from launch.program import prepare_long_run; prepare_long_run();"
+    " print('a', end=''); {}; os._exit(0)"
+)
 
 
-@pytest.mark.parametrize("unbuffered, told", [("", "b"), ("1", "ab")])
-def test_output_is_buffered_as_python_was_asked_to(unbuffered, told):
-    """PYTHONUNBUFFERED is set where containers or batch systems show what a program prints."""
-    command = [sys.executable, "-c", OUTLASTING.format("print('b', file=sys.stderr)")]
+@pytest.mark.parametrize("unbuffered, expected", [("", "b"), ("1", "ab")])
+def test_output_is_buffered_as_python_was_asked_to(unbuffered, expected):
+    """Containers and batch systems set PYTHONUNBUFFERED to show output at once."""
+    command = [sys.executable, "-c", PRINTING.format("print('b', file=sys.stderr)")]
     environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
     done = subprocess.run(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=60
     )
-    assert (done.returncode, done.stdout.decode().strip()) == (0, told)
+    assert (done.returncode, done.stdout.decode().strip()) == (0, expected)
 
 
 def test_a_program_without_output_runs():
-    """Closed by a shell's >&-, sys.stdout is None."""
-    command = [sys.executable, "-c", OUTLASTING.format("print('b')")]
+    """A shell's >&- closes it; sys.stdout is None then."""
+    command = [sys.executable, "-c", PRINTING.format("print('b')")]
     closed = ["sh", "-c", '"$@" >&-', "sh", *command]
     assert subprocess.run(closed, cwd=ROOT, timeout=60).returncode == 0

@@ -1,4 +1,4 @@
-"""Signals and clocks: what they ask for, and that all ranks agree on it."""
+"""Signals and clocks: the stops and saves that they request, the same on all ranks."""
 
 from __future__ import annotations
 
@@ -12,8 +12,14 @@ import time
 import pytest
 import torch.distributed as dist
 
-from launch import signals as stopping
-from launch.signals import NEVER, Received, Stopping, forwarding_signals, unblock_signals
+from launch import signals
+from launch.signals import (
+    NO_STOP_REQUESTS,
+    ReceivedSignals,
+    StopRequests,
+    forwarding_signals,
+    unblock_signals,
+)
 from parallel.activation_checkpointing import start_workers
 from tests.helpers.distributed import new_processes
 
@@ -22,7 +28,7 @@ STUBBORN = "trap '' TERM INT; trap 'echo saved' USR1; echo ready; while :; do sl
 
 @pytest.fixture
 def clock(monkeypatch):
-    """Sets the time that both clocks show."""
+    """clock(seconds) sets time.time() and time.monotonic()."""
     now = [1000.0]
     monkeypatch.setattr(time, "time", lambda: now[0])
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
@@ -31,9 +37,9 @@ def clock(monkeypatch):
 
 @pytest.fixture
 def alone(monkeypatch):
-    """A process group of one rank, and the signal handlers as they were before."""
+    """A process group of one rank. Restores the signal handlers afterwards."""
     monkeypatch.setattr(dist, "get_world_size", lambda: 1)
-    before = {number: signal.getsignal(number) for number in (*stopping.STOPS, stopping.SAVE)}
+    before = {number: signal.getsignal(number) for number in (*signals.STOPS, signals.SAVE)}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -41,111 +47,104 @@ def alone(monkeypatch):
 
 def test_the_second_stop_counts_if_it_comes_later(clock):
     again = []
-    received = Received(again.append)
-    received.note(signal.SIGTERM)
-    clock(0.5)  # the launcher passes on what the terminal has sent
-    received.note(signal.SIGINT)
+    received = ReceivedSignals(again.append)
+    received.handle(signal.SIGTERM)
+    clock(0.5)  # the launcher forwards the terminal's signal
+    received.handle(signal.SIGINT)
     assert (received.stop, again) == (signal.SIGTERM, [])
     clock(1.5)
-    received.note(signal.SIGINT)
+    received.handle(signal.SIGINT)
     assert again == [signal.SIGINT]
 
 
 def test_signals_ask_for_a_stop_or_a_checkpoint(alone):
-    asked = Stopping(0, time.time(), max_minutes=0, save_minutes=0)
-    assert asked.agree(last=False) == (False, False)
+    requests = StopRequests(0, time.time(), max_minutes=0, save_minutes=0)
+    assert requests.agree(last=False) == (False, False)
     signal.raise_signal(signal.SIGUSR1)
-    assert asked.agree(last=False) == (False, True)
-    assert asked.agree(last=False) == (False, False)
+    assert requests.agree(last=False) == (False, True)
+    assert requests.agree(last=False) == (False, False)
     signal.raise_signal(signal.SIGINT)
-    assert asked.agree(last=True) == (False, False) and asked.reason == ""  # it ends by itself
-    assert asked.agree(last=False) == (True, False) and asked.reason == "SIGINT"
+    assert requests.agree(last=True) == (False, False) and requests.reason == ""  # it ends by itself
+    assert requests.agree(last=False) == (True, False) and requests.reason == "SIGINT"
 
 
 def test_a_request_that_reaches_the_ranks_in_different_steps_is_one(alone, clock, monkeypatch):
-    """The other rank has heard it first: this one hears it while they agree, or right after."""
-    asked, late = Stopping(1, time.time(), max_minutes=0, save_minutes=0), []
+    """The other rank received it first; this one receives it during `agree`, or right after."""
+    requests, late = StopRequests(1, time.time(), max_minutes=0, save_minutes=0), []
 
     def the_other_asks(tensor, op):
         tensor[1] = 1
         for number in late:
             signal.raise_signal(number)
 
-    monkeypatch.setattr(stopping.dist, "get_world_size", lambda: 2)
-    monkeypatch.setattr(stopping.dist, "all_reduce", the_other_asks)
+    monkeypatch.setattr(signals.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(signals.dist, "all_reduce", the_other_asks)
     late.append(signal.SIGUSR1)
-    assert asked.agree(last=False) == (False, True)
-    monkeypatch.setattr(stopping.dist, "all_reduce", lambda tensor, op: None)
-    assert asked.agree(last=False) == (False, False)
+    assert requests.agree(last=False) == (False, True)
+    monkeypatch.setattr(signals.dist, "all_reduce", lambda tensor, op: None)
+    assert requests.agree(last=False) == (False, False)
     clock(0.5)
     signal.raise_signal(signal.SIGUSR1)
-    assert asked.agree(last=False) == (False, False)
+    assert requests.agree(last=False) == (False, False)
     clock(1.5)  # another request
     signal.raise_signal(signal.SIGUSR1)
-    assert asked.agree(last=False) == (False, True)
+    assert requests.agree(last=False) == (False, True)
 
 
 def test_minutes_between_checkpoints(alone, clock):
-    asked = Stopping(0, time.time(), max_minutes=0, save_minutes=2)
+    requests = StopRequests(0, time.time(), max_minutes=0, save_minutes=2)
     wanted = []
     for seconds in (60, 119, 121, 180, 240, 242):
         clock(seconds)
-        wanted.append(asked.agree(last=False)[1])
+        wanted.append(requests.agree(last=False)[1])
     assert wanted == [False, False, True, False, False, True]
-    assert not Stopping(1, time.time() - 1000, max_minutes=1, save_minutes=1).agree(last=False)[
-        0
-    ]  # not rank 0
+    other_rank = StopRequests(1, time.time() - 1000, max_minutes=1, save_minutes=1)
+    assert not other_rank.agree(last=False)[0], "only rank 0's clock counts"
 
 
 def test_a_run_ends_before_its_limit(alone, clock):
-    asked = Stopping(0, time.time() - 100, max_minutes=5, save_minutes=0)  # 200 seconds are left
+    requests = StopRequests(0, time.time() - 100, max_minutes=5, save_minutes=0)  # 200 seconds are left
     stops = []
-    for seconds in (
-        20,
-        60,
-        95,
-        119,
-        121,
-    ):  # the longest step took 40: another one, and its checkpoint as much
+    for seconds in (20, 60, 95, 119, 121):  # the longest step took 40: 2 * 40 have to be left
         clock(seconds)
-        stops.append(asked.agree(last=False)[0])
+        stops.append(requests.agree(last=False)[0])
     assert stops == [False] * 4 + [True]
-    assert asked.reason == "--max_minutes"
+    assert requests.reason == "--max_minutes"
 
 
 def test_a_first_checkpoint_is_waited_for_as_long_as_one_may_take(alone, clock):
-    asked = Stopping(0, time.time(), max_minutes=5, save_minutes=0)
-    asked.expect_save(100)
-    asked.saved_in(20, whole=False)
+    requests = StopRequests(0, time.time(), max_minutes=5, save_minutes=0)
+    requests.expect_save(100)
+    requests.record_save(20, complete=False)
     stops = []
     for seconds in (10, 180, 190):  # 300 are the limit; the longest step takes 170 from here on
         clock(seconds)
-        stops.append(asked.agree(last=False)[0])
+        stops.append(requests.agree(last=False)[0])
     assert stops == [False, True, True]
-    asked = Stopping(0, time.time() - 190, max_minutes=5, save_minutes=0)
-    asked.expect_save(200)
-    assert asked.agree(last=False)[0]
-    asked.saved_in(20)
-    assert not asked.agree(last=False)[0], "now it is known that it takes 20"
+    requests = StopRequests(0, time.time() - 190, max_minutes=5, save_minutes=0)
+    requests.expect_save(200)
+    assert requests.agree(last=False)[0]
+    requests.record_save(20)
+    assert not requests.agree(last=False)[0], "now it is known that it takes 20"
 
 
 def test_a_checkpoint_that_takes_long_is_waited_for(alone, clock):
-    asked = Stopping(0, time.time(), max_minutes=5, save_minutes=0)
+    requests = StopRequests(0, time.time(), max_minutes=5, save_minutes=0)
     clock(10)
-    assert asked.agree(last=False) == (False, False)
-    asked.saved_in(100)
+    assert requests.agree(last=False) == (False, False)
+    requests.record_save(100)
     clock(20)
-    asked.saved_in(60)
-    assert asked.agree(last=False) == (False, False)
+    requests.record_save(60)
+    assert requests.agree(last=False) == (False, False)
     for seconds in range(30, 181, 10):
         clock(seconds)
-        assert asked.agree(last=False) == (False, False)
+        assert requests.agree(last=False) == (False, False)
     clock(190)  # 300 are the limit: this step, another of 10 and a checkpoint of 100 come too late
-    assert asked.agree(last=False) == (True, False)
+    assert requests.agree(last=False) == (True, False)
 
 
-def test_nothing_is_asked_for_without_a_listener():
-    assert NEVER.agree(last=False) == (False, False) and NEVER.reason == ""
+def test_the_null_object_requests_nothing():
+    assert NO_STOP_REQUESTS.agree(last=False) == (False, False) and NO_STOP_REQUESTS.reason == ""
 
 
 @pytest.fixture
@@ -162,7 +161,7 @@ def stubborn():
 
 
 def test_the_parent_passes_signals_on_and_kills_at_the_second_stop(stubborn, monkeypatch):
-    monkeypatch.setattr(stopping, "APART_SECONDS", 0)
+    monkeypatch.setattr(signals, "SAME_REQUEST_SECONDS", 0)
     before = signal.getsignal(signal.SIGTERM)
     with forwarding_signals(lambda: stubborn) as (received, _):
         signal.raise_signal(signal.SIGUSR1)
@@ -176,24 +175,24 @@ def test_the_parent_passes_signals_on_and_kills_at_the_second_stop(stubborn, mon
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def hear_sigterm() -> None:
+def receive_sigterm() -> None:
     unblock_signals()
     signal.raise_signal(signal.SIGTERM)
 
 
-def hear_sigterm_elsewhere() -> None:
-    thread = threading.Thread(target=hear_sigterm)
+def receive_sigterm_in_another_thread() -> None:
+    thread = threading.Thread(target=receive_sigterm)
     thread.start()
     thread.join()
 
 
 @pytest.mark.parametrize(
     "meanwhile",
-    [lambda: os.kill(os.getpid(), signal.SIGTERM), hear_sigterm_elsewhere],
-    ids=["here", "elsewhere"],
+    [lambda: os.kill(os.getpid(), signal.SIGTERM), receive_sigterm_in_another_thread],
+    ids=["this thread", "another thread"],
 )
 def test_a_stop_while_ranks_are_started_waits_for_them(meanwhile):
-    """Wherever the parent hears it: other threads of it do at once."""
+    """Whichever thread of the parent receives it: signals are blocked in the starting thread only."""
     rank = subprocess.Popen(["sleep", "60"])
 
     def start() -> list:
@@ -205,44 +204,45 @@ def test_a_stop_while_ranks_are_started_waits_for_them(meanwhile):
 
 
 def test_a_second_stop_while_ranks_are_started_kills_them(monkeypatch):
-    monkeypatch.setattr(stopping, "APART_SECONDS", 0)
+    monkeypatch.setattr(signals, "SAME_REQUEST_SECONDS", 0)
     rank = subprocess.Popen(["sh", "-c", "trap : TERM; sleep 60"])
 
     def start() -> list:
-        hear_sigterm_elsewhere()
-        hear_sigterm_elsewhere()
+        receive_sigterm_in_another_thread()
+        receive_sigterm_in_another_thread()
         return [rank]
 
     with forwarding_signals(start):
         assert rank.wait(10) == -signal.SIGKILL
 
 
-def compile_for_a_while(said) -> None:
+def compile_for_a_while(messages) -> None:
+    """Use compile workers in a new process group, and report whether SIGTERM reached only this process."""
     from torch._inductor.async_compile import AsyncCompile
 
     os.setsid()
     unblock_signals()
-    heard = []
-    signal.signal(signal.SIGTERM, lambda number, frame: heard.append(number))
+    received = []
+    signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
     start_workers()
     pool = AsyncCompile.process_pool()
     assert pool.submit(sum, (1, 2)).result() == 3
     working = pool.submit(time.sleep, 3)
-    said.put("ready")
+    messages.put("ready")
     working.result()
-    said.put(heard == [signal.SIGTERM])
+    messages.put(received == [signal.SIGTERM])
 
 
 @pytest.mark.slow
 def test_a_signal_to_the_whole_group_ends_no_compilation():
-    """What compiles goes on, and the process itself has heard it."""
-    said = new_processes().Queue()
-    process = new_processes().Process(target=compile_for_a_while, args=(said,))
+    """The compile workers go on; the process itself receives the signal."""
+    messages = new_processes().Queue()
+    process = new_processes().Process(target=compile_for_a_while, args=(messages,))
     process.start()
     try:
-        assert said.get(timeout=90) == "ready"
+        assert messages.get(timeout=90) == "ready"
         os.killpg(process.pid, signal.SIGTERM)
-        assert said.get(timeout=90) is True
+        assert messages.get(timeout=90) is True
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)

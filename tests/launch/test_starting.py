@@ -1,4 +1,4 @@
-"""How ranks are started: with which environment, on which processors, from which server."""
+"""Start of ranks: their environment, CPUs and threads, and the server that they are forked from."""
 
 from __future__ import annotations
 
@@ -22,22 +22,24 @@ from launch import ranks as launch_ranks
 from tests.helpers.programs import ROOT
 
 
-def writes_its_environment(place, path: Path) -> None:
+def writes_its_environment(rank_info, path: Path) -> None:
     path.write_text(json.dumps(dict(os.environ)))
 
 
 def test_a_rank_has_the_environment_of_its_parent(processes, tmp_path):
-    """Also without what the parent no longer has, but had when the server of the forks began."""
+    """Also without a variable that the parent had when the fork server started, but no longer has."""
     del os.environ["PYTEST_CURRENT_TEST"]
     found = tmp_path / "environment.json"
     assert launch.start(writes_its_environment, 1, (found,), "localhost", None) == 0
     assert json.loads(found.read_text()) == os.environ
 
 
-def share(place, sets: list[set[int]]) -> int:
-    """Of a rank whose node has ranks that may run on these processors."""
-    with mock.patch.object(os, "sched_getaffinity", lambda _: sets[place.rank], create=True):
-        return launch_ranks.share_of_processors(place.local_rank, place.rank, place.local_world, place.world)
+def count_cpus(rank_info, sets: list[set[int]]) -> int:
+    """Return the CPUs of this rank, on a node whose ranks may run on these sets of CPUs."""
+    with mock.patch.object(os, "sched_getaffinity", lambda _: sets[rank_info.rank], create=True):
+        return launch_ranks.count_cpus_per_rank(
+            rank_info.local_rank, rank_info.rank, rank_info.local_world, rank_info.world
+        )
 
 
 @pytest.mark.parametrize(
@@ -50,17 +52,17 @@ def share(place, sets: list[set[int]]) -> int:
         ([range(8), range(4, 24)], [4, 10]),
     ],
 )
-def test_ranks_share_processors(sets, shares, two_ranks):
-    assert two_ranks(share, list(map(set, sets))) == shares
+def test_ranks_share_cpus(sets, shares, two_ranks):
+    assert two_ranks(count_cpus, list(map(set, sets))) == shares
 
 
-def test_other_nodes_share_none(two_ranks):
+def test_ranks_of_other_nodes_take_no_cpus(two_ranks):
     assert two_ranks(alone_on_its_node) == [5, 5]
 
 
-def alone_on_its_node(place) -> int:
+def alone_on_its_node(rank_info) -> int:
     with mock.patch.object(os, "sched_getaffinity", lambda _: set(range(5)), create=True):
-        return launch_ranks.share_of_processors(0, place.rank, 1, place.world)
+        return launch_ranks.count_cpus_per_rank(0, rank_info.rank, 1, rank_info.world)
 
 
 @pytest.mark.parametrize(
@@ -71,12 +73,12 @@ def alone_on_its_node(place) -> int:
         ("5", False, 2, []),
         ("1", False, 2, []),
         ("1", True, 2, [7]),
-        ("1", True, 1, []),  # not torchrun's
+        ("1", True, 1, []),  # one rank: torchrun does not set it
         ("5", True, 2, []),
     ],
 )
-def test_threads_are_a_share_unless_somebody_says_how_many(asked, agent, ranks, threads, monkeypatch):
-    """Where as many run in each rank as there are processors, an optimizer's step takes 80 times as long."""
+def test_threads_equal_cpus_unless_the_user_sets_them(asked, agent, ranks, threads, monkeypatch):
+    """With one thread per CPU in each rank, an optimizer step takes 80 times as long."""
     for name, value in ("OMP_NUM_THREADS", asked), ("TORCHELASTIC_RUN_ID", "1" if agent else None):
         if value is None:
             monkeypatch.delenv(name, raising=False)
@@ -84,28 +86,30 @@ def test_threads_are_a_share_unless_somebody_says_how_many(asked, agent, ranks, 
             monkeypatch.setenv(name, value)
     set_to = []
     monkeypatch.setattr(torch, "set_num_threads", set_to.append)
-    launch_ranks.set_threads(7, ranks)
+    launch_ranks.set_torch_threads(7, ranks)
     assert set_to == threads
 
 
 @pytest.mark.parametrize("gpu", [False, True])
-def test_a_rank_begins_with_its_share(gpu, monkeypatch):
-    """On GPUs as well, beside which host tensors are computed with too (--use_cpu_offload)."""
+def test_a_rank_starts_with_its_share_of_cpus(gpu, monkeypatch):
+    """On GPUs as well: with --use_cpu_offload the optimizer runs on the CPU."""
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)), raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: int(gpu))
-    monkeypatch.setattr(launch_ranks, "use", lambda device: None)
+    monkeypatch.setattr(launch_ranks, "set_current_device", lambda device: None)
     monkeypatch.setattr(dist, "init_process_group", lambda *_, **__: None)
-    monkeypatch.setattr(dist, "all_gather_object", lambda all, own: all.__setitem__(slice(None), [own] * 3))
+    monkeypatch.setattr(
+        dist, "all_gather_object", lambda all, own, group: all.__setitem__(slice(None), [own] * 3)
+    )
     set_to = []
     monkeypatch.setattr(torch, "set_num_threads", set_to.append)
-    place = launch_ranks.join_group(0, 3, 0)
-    assert (set_to, place.processors, place.device.type) == ([2], 2, "cuda" if gpu else "cpu")
+    rank_info = launch_ranks.join_process_group(0, 3, 0)
+    assert (set_to, rank_info.cpus, rank_info.device.type) == ([2], 2, "cuda" if gpu else "cpu")
 
 
-def test_torch_is_imported_with_what_it_reads(tmp_path):
-    """In ranks of torchrun as well, which are this program themselves."""
+def test_torch_is_imported_with_its_environment_variables(tmp_path):
+    """train.py sets them itself: under torchrun it is the rank."""
     names = ("OMP_WAIT_POLICY", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
     (tmp_path / "torch.py").write_text(f"import os\nprint([os.environ.get(n) for n in {names}])\nos._exit(0)")
     environment = {k: v for k, v in os.environ.items() if k not in names} | {"PYTHONPATH": str(tmp_path)}
@@ -114,7 +118,7 @@ def test_torch_is_imported_with_what_it_reads(tmp_path):
     assert shown.stdout == "['PASSIVE', 'expandable_segments:True', None]\n", shown.stderr
 
 
-def writes_its_policy(place, path: Path) -> None:
+def writes_its_policy(rank_info, path: Path) -> None:
     path.write_text(os.environ["OMP_WAIT_POLICY"])
 
 
@@ -129,7 +133,7 @@ def test_idle_threads_of_ranks_sleep(own, processes, tmp_path):
 
 @pytest.fixture
 def new_server(monkeypatch):
-    """Ranks are forks, of a server of their own, not that of the other tests."""
+    """A fork server for one test, apart from the one that other tests use."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     server = multiprocessing.forkserver.ForkServer()
     for name in ("ensure_running", "set_forkserver_preload", "connect_to_new_process"):
@@ -138,33 +142,31 @@ def new_server(monkeypatch):
     server._stop()
 
 
-def test_a_server_that_is_killed_while_it_imports_is_a_line(
+def test_a_fork_server_killed_while_it_imports_is_a_one_line_error(
     new_server, processes, monkeypatch, tmp_path, capfd
 ):
     (tmp_path / "launch").mkdir()
     (tmp_path / "launch/fork_server.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
     monkeypatch.setattr(launch, "__file__", str(tmp_path / "launch/processes.py"))
-    monkeypatch.chdir(tmp_path)  # of a second server, if the first has ended too soon
+    monkeypatch.chdir(tmp_path)  # for a second server, if the first one has already ended
     status, err = launch.start(print, 2, (), "localhost", None), capfd.readouterr().err
-    told = "a process ended while it imported what ranks need; out of host memory is the usual cause"
-    assert (status, err) == (1, f"error: {told}\n")
+    reason = "a process ended while it imported what ranks need; out of host memory is the usual cause"
+    assert (status, err) == (1, f"error: {reason}\n")
 
 
 @pytest.mark.parametrize(
     ("error", "raised", "words"),
     [
-        (BrokenPipeError(), launch.NotStarted, "a process ended while it imported"),
+        (BrokenPipeError(), launch.StartError, "a process ended while it imported"),
         (OSError(errno.EMFILE, "Too many open files"), OSError, "Too many open files"),
         (
             RuntimeError("unable to allocate shared memory(shm): No space left on device (28)"),
-            launch.NotStarted,
+            launch.StartError,
             "shared memory, which is full; docker run has --shm-size",
         ),
     ],
 )
-def test_ranks_that_were_started_before_one_that_failed_are_ended(
-    error, raised, words, new_server, monkeypatch
-):
+def test_ranks_started_before_a_failure_are_killed(error, raised, words, new_server, monkeypatch):
     started = [multiprocessing.get_context("forkserver").Process(target=time.sleep, args=(60,)) for _ in "ab"]
 
     def start_processes(*_, **__):
@@ -177,5 +179,5 @@ def test_ranks_that_were_started_before_one_that_failed_are_ended(
     with pytest.raises(raised, match=words):
         launch._start_ranks(2, ())
     started[1].join(10)
-    assert started[1].exitcode == -signal.SIGKILL and started[0].is_alive(), "which is no rank"
+    assert started[1].exitcode == -signal.SIGKILL and started[0].is_alive(), "it is not a rank"
     started[0].kill()

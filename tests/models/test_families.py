@@ -85,11 +85,11 @@ def test_bf16_is_transformers_own_bf16(kind, checkpoints, alpaca_file, one_rank)
 
 
 def bf16_logits_and_buffers(place, args):
-    original, precision.bf16_gpu = precision.bf16_gpu, lambda: True
+    original, precision.has_bf16_gpu = precision.has_bf16_gpu, lambda: True
     try:
         _, model = set_up(place, args, random_adapters=False)
     finally:
-        precision.bf16_gpu = original
+        precision.has_bf16_gpu = original
     buffers = {clean(name): buffer.clone() for name, buffer in model.named_buffers()}
     with torch.no_grad():
         return model.eval()(input_ids=IDS, use_cache=False).logits.clone(), buffers

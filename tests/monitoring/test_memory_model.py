@@ -86,7 +86,7 @@ def options(given: str, checkpoints, alpaca_file, kind: str | None = None) -> li
 def loaded(place, args) -> tuple[Share, int]:
     """(what the rank should hold, what its parameters take); the check has passed."""
     model, expected = train.set_up(make_job(place, args), place)
-    return expected, memory.host_bytes(model)
+    return expected, memory.host_weight_bytes(model)
 
 
 def same(results) -> None:
@@ -221,7 +221,7 @@ def test_a_gpu_is_measured_by_its_allocator(monkeypatch):
     share = Share(WeightBytes(), 0, on_gpu=100_000, on_host=HELD, tensors=10)
     most = 103_000 + 10 * weight_arithmetic.PER_TENSOR
     for held, good in ((most, True), (most + 100, False), (90_000, True), (80_000, False)):
-        monkeypatch.setattr(memory, "allocated", lambda held=held: held + 5)
+        monkeypatch.setattr(memory, "gpu_bytes_allocated", lambda held=held: held + 5)
         assert passes(share, before=5) == good
 
 

@@ -1,4 +1,4 @@
-"""What all commands have in common: how their options are written, read from YAML, checked and suggested."""
+"""Option handling shared by all commands: spelling, YAML files, checks and suggestions."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from options.errors import UserError
 COMMANDS = {
     each.COMMAND.program: each for each in (block_expansion, evaluate, export, generate, report, train)
 }
-NEEDED = {  # the least that each command takes
+REQUIRED = {  # the required arguments of each command
     "block_expansion.py": ["--model_name", "toy", "--output_dir", "out"],
     "evaluate.py": ["RUN"],
     "export.py": ["RUN", "--to", "merged", "--out", "out"],
@@ -23,23 +23,24 @@ NEEDED = {  # the least that each command takes
     "report.py": ["RUN"],
     "train.py": [],
 }
-MORE = {"evaluate.py": ("samples", 7), "export.py": ("dtype", "float16"), "generate.py": ("top_k", 5),
-        "block_expansion.py": ("new_blocks", 2), "train.py": ("lora_rank", 3)}  # fmt: skip
+OPTIONAL = {"evaluate.py": ("samples", 7), "export.py": ("dtype", "float16"), "generate.py": ("top_k", 5),
+            "block_expansion.py": ("new_blocks", 2), "train.py": ("lora_rank", 3)}  # fmt: skip
 
 
-def refused(program: str, *argv: str) -> str:
+def error_of(program: str, *argv: str) -> str:
+    """Return the error for these arguments after the required ones."""
     with pytest.raises(UserError) as error:
-        COMMANDS[program].COMMAND.read([*NEEDED[program], *argv])
+        COMMANDS[program].COMMAND.read([*REQUIRED[program], *argv])
     return str(error.value)
 
 
-@pytest.mark.parametrize("program", MORE)
+@pytest.mark.parametrize("program", OPTIONAL)
 def test_options_come_from_a_file_too(program, tmp_path):
-    """Those of the command line go first, and what is required may stand in the file."""
-    read, (name, value), file = COMMANDS[program].COMMAND.read, MORE[program], tmp_path / "options.yaml"
+    """The command line overrides the file. Required options may be in the file."""
+    read, (name, value), file = COMMANDS[program].COMMAND.read, OPTIONAL[program], tmp_path / "options.yaml"
     options = dict(
         zip(
-            *[iter(NEEDED[program][program in ("evaluate.py", "export.py", "generate.py") :])] * 2,
+            *[iter(REQUIRED[program][program in ("evaluate.py", "export.py", "generate.py") :])] * 2,
             strict=True,
         )
     )
@@ -47,32 +48,32 @@ def test_options_come_from_a_file_too(program, tmp_path):
     file.write_text("\n".join([*lines, f"{name.replace('_', '-')}: {value}"]))
     runs = {"evaluate.py": ["RUN"], "export.py": ["RUN"], "generate.py": ["RUN"]}.get(program, [])
     given = read([*runs, "--config", str(file)])
-    assert given[name] == value and set(given) == {name, *(key for key in read(NEEDED[program]))}
+    assert given[name] == value and set(given) == {name, *(key for key in read(REQUIRED[program]))}
     other = {"dtype": "float32"}.get(name, "1")
     assert str(read([*runs, "--config", str(file), f"--{name}", other])[name]) == other
 
 
 @pytest.mark.parametrize("program", COMMANDS)
-def test_a_slip_is_told_alike(program, tmp_path):
+def test_typos_have_the_same_error_in_all_commands(program, tmp_path):
     file = tmp_path / "options.yaml"
     file.write_text("no_such_option: 1\n")
-    assert refused(program, "--no_such_option=1").startswith("unknown option --no_such_option=1")
-    assert refused(program, "--config", str(file)).startswith(
+    assert error_of(program, "--no_such_option=1").startswith("unknown option --no_such_option=1")
+    assert error_of(program, "--config", str(file)).startswith(
         f"--config {file}: unknown option no_such_option"
     )
-    if program in MORE:
-        name, slip = MORE[program][0], f"{MORE[program][0]}s"
-        assert refused(program, f"--{slip}", "1") == f"unknown option --{slip}; did you mean --{name}?"
+    if program in OPTIONAL:
+        name, typo = OPTIONAL[program][0], f"{OPTIONAL[program][0]}s"
+        assert error_of(program, f"--{typo}", "1") == f"unknown option --{typo}; did you mean --{name}?"
 
 
 @pytest.mark.parametrize("program", ["evaluate.py", "export.py", "generate.py", "report.py"])
 def test_without_a_run(program):
     with pytest.raises(UserError, match=r"^give a RUN, the --output_dir of a run of train.py.*; see --help$"):
-        COMMANDS[program].COMMAND.read(NEEDED[program][1:])
+        COMMANDS[program].COMMAND.read(REQUIRED[program][1:])
 
 
-def test_a_switch_leaves_the_run_alone(tmp_path, monkeypatch):
-    """Where one stands behind it, it is not taken as its value; true and false are."""
+def test_a_switch_does_not_take_the_run_as_its_value(tmp_path, monkeypatch):
+    """An existing folder after a switch is the RUN; only true and false are its value."""
     read = evaluate.COMMAND.read
     for argv in (
         ["--verbose", str(tmp_path)],
@@ -99,14 +100,14 @@ def test_a_switch_leaves_the_run_alone(tmp_path, monkeypatch):
         ("generate.py", ["--config", "none.yaml"], "give a RUN"),
     ],
 )
-def test_nothing_is_no_value(program, argv, words, tmp_path, monkeypatch):
+def test_empty_values_are_refused(program, argv, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "none.yaml").write_text("runs: []\n")
     with pytest.raises(UserError, match=words):
         COMMANDS[program].COMMAND.read(argv)
 
 
-def test_a_list_in_a_file_is_what_commas_are(tmp_path):
+def test_a_list_in_a_file_equals_comma_separated_values(tmp_path):
     file = tmp_path / "options.yaml"
     file.write_text("run: RUN\nmetrics: [perplexity, exact_match]\n")
     assert evaluate.COMMAND.read(["--config", str(file)])["metrics"] == ("perplexity", "exact_match")
@@ -138,10 +139,10 @@ def test_a_list_elsewhere_is_refused(program, lines, words, tmp_path):
     file = tmp_path / "options.yaml"
     file.write_text(f"{lines}\n")
     with pytest.raises(UserError, match=words):
-        COMMANDS[program].COMMAND.read([*NEEDED[program], "--config", str(file)])
+        COMMANDS[program].COMMAND.read([*REQUIRED[program], "--config", str(file)])
 
 
-def test_what_runs_had_until_now_is_still_read():
+def test_values_in_older_runs_are_still_read():
     assert train.parse(["--grad_norm", "inf"])[0].grad_norm == math.inf
     assert train.parse(["--profile", "--repeat", "2", "--profiling_frequency", "0"])[0].repeat == 2
 
@@ -156,11 +157,11 @@ def test_every_option_is_in_help_with_its_range(program, capsys):
     for name, field in command.fields.items():
         meta = field.metadata
         assert (meta["positional"] or f"--{name} ") in shown
-        if meta["within"] and not meta["within"].is_obvious:
+        if meta["within"] and meta["within"].has_upper_bound:
             assert f"; {meta['within']}]" in shown
 
 
-def test_options_that_change_nothing_stand_last_in_help(capsys):
+def test_options_without_effect_are_last_in_help(capsys):
     with pytest.raises(SystemExit):
         train.parse(["--help"])
     last = capsys.readouterr().out.partition(f"{COMPATIBILITY}:")[2]
@@ -170,21 +171,21 @@ def test_options_that_change_nothing_stand_last_in_help(capsys):
 @pytest.mark.parametrize(
     ("within", "inside", "outside", "text"),
     [
-        (Range(least=1), [1, 9], [0, -1], "positive"),
-        (Range(least=2), [2], [1], "2 or more"),
-        (Range(least=1, other=-1), [1, -1], [0, -2], "positive, or -1"),
-        (Range(above=0), [1e-9], [0, -1, math.inf, math.nan], "above 0"),
-        (Range(least=0, below=1), [0, 0.99], [1, -0.1, math.nan], "at least 0 and below 1"),
-        (Range(least=0, most=1), [0, 1], [1.1, -0.1], "from 0 to 1"),
-        (Range(least=1, most=256, other=-1), [1, 256, -1], [0, 257], "from 1 to 256, or -1"),
-        (Range(above=0, most=1), [1, 0.1], [0, 1.1], "above 0 and at most 1"),
+        (Range(ge=1), [1, 9], [0, -1], "positive"),
+        (Range(ge=2), [2], [1], "2 or more"),
+        (Range(ge=1, sentinel=-1), [1, -1], [0, -2], "positive, or -1"),
+        (Range(gt=0), [1e-9], [0, -1, math.inf, math.nan], "above 0"),
+        (Range(ge=0, lt=1), [0, 0.99], [1, -0.1, math.nan], "at least 0 and below 1"),
+        (Range(ge=0, le=1), [0, 1], [1.1, -0.1], "from 0 to 1"),
+        (Range(ge=1, le=256, sentinel=-1), [1, 256, -1], [0, 257], "from 1 to 256, or -1"),
+        (Range(gt=0, le=1), [1, 0.1], [0, 1.1], "above 0 and at most 1"),
     ],
 )
 def test_ranges(within, inside, outside, text):
-    assert all(map(within.holds, inside)) and not any(map(within.holds, outside))
+    assert all(map(within.contains, inside)) and not any(map(within.contains, outside))
     assert str(within) == text
 
 
-def test_a_path_is_the_users(monkeypatch):
+def test_tilde_in_a_path_is_the_users_home(monkeypatch):
     monkeypatch.setenv("HOME", "/home/someone")
     assert export.parse(["RUN", "--to", "merged", "--out", "~/model"]).out == Path("/home/someone/model")

@@ -1,4 +1,4 @@
-"""Commands written for fsdp_qlora run as they stand: names, choices, data sets, a published command."""
+"""Commands written for fsdp_qlora run unchanged: option names, choices, data sets, a published command."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def test_fsdp_qloras_datasets_are_all_here():
         assert recipe.source or recipe.fill
 
 
-def test_the_public_command_runs_as_it_stands():
+def test_the_published_command_runs_unchanged():
     config, remarks = parse(PUBLIC_COMMAND.split())
     assert (config.train_type, config.dataset_samples, config.batch_size) == ("bnb_dora", 130, 4)
     assert config.output_dir == "../models/Llama-3-70b-ucg-bnb-QDoRA"

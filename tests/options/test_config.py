@@ -1,4 +1,4 @@
-"""Options: spelling, conversion, the YAML file, refusals, defaults. All of it is text in, Config out."""
+"""Options of train.py: spelling, conversion, YAML file, errors, defaults. Texts in, Config out."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ from options.methods import METHODS
 from options.train import COMMAND, parse
 from tests.helpers.fsdp_qlora import CHOICES
 
-REAL = ["--model_name", "some/model"]  # anything but the demo model, which has defaults of its own
+REAL = ["--model_name", "some/model"]  # any model but the demo model, which has its own defaults
 
 
 def resolved(*argv: str) -> Config:
     return parse(list(argv))[0]
 
 
-def refused(*argv: str) -> str:
+def error_of(*argv: str) -> str:
+    """Return the error for these options."""
     with pytest.raises(UserError) as error:
         parse(list(argv))
     return str(error.value)
@@ -56,7 +57,7 @@ def test_spellings_of_an_option(argv):
     assert (resolved(*argv).train_type, resolved(*argv).lora_rank) == ("qlora", 8)
 
 
-def test_only_the_option_is_respelled_not_its_value():
+def test_dashes_are_replaced_in_the_option_not_in_its_value():
     config = resolved("--project-name=a-b_c", "--model-name", "own/some-model", "--name=--x-y")
     assert (config.project_name, config.model_name, config.name) == ("a-b_c", "own/some-model", "--x-y")
 
@@ -104,13 +105,13 @@ def test_no_profile_memory(argv):
     ],
 )
 def test_unknown_option(argument, words):
-    message = refused(argument)
+    message = error_of(argument)
     assert message.startswith("unknown option") and all(word in message for word in words)
 
 
 @pytest.mark.parametrize("name", CHOICES)
 def test_unknown_choice_lists_the_choices(name):
-    message = refused(f"--{name}", "nonsense")
+    message = error_of(f"--{name}", "nonsense")
     assert f"--{name}" in message and "'nonsense'" in message
     assert set(CHOICES[name].split()) <= set(re.findall(r"\w+", message))
 
@@ -130,12 +131,12 @@ def test_unknown_choice_lists_the_choices(name):
     ],
 )
 def test_bad_value(name, text, noun):
-    message = refused(f"--{name}={text}")
+    message = error_of(f"--{name}={text}")
     assert message.startswith(f"--{name}: ") and text in message and noun in message
 
 
 def test_an_option_without_its_value():
-    assert "--lora_rank" in refused("--lora_rank") and "--config" in refused("--config")
+    assert "--lora_rank" in error_of("--lora_rank") and "--config" in error_of("--config")
 
 
 BELOW_ABOVE = {  # option: values just out of range
@@ -173,7 +174,7 @@ WITHIN = {  # option: the outermost values that are allowed
 
 @pytest.mark.parametrize("name, value", [(n, v) for n, values in BELOW_ABOVE.items() for v in values.split()])
 def test_out_of_range(name, value):
-    assert refused(f"--{name}={value}").startswith(f"--{name} ")
+    assert error_of(f"--{name}={value}").startswith(f"--{name} ")
 
 
 @pytest.mark.parametrize("name, value", [(n, v) for n, values in WITHIN.items() for v in values.split()])
@@ -192,12 +193,14 @@ def test_yaml_values(from_file):
     assert config.dataset == FIELDS["dataset"].default  # null: not given
 
 
-# What YAML 1.1 takes for numbers, truths, days or times.
-WRITTEN = ["1e3", "007", "010", "on", "No", "y", "TRUE", "2026-11-29", "2024-13-45", "2026-11-29 10:00:00", "0x10", "0b1",
-           "1_000", "1.10", "+1", "-0", "3.", ".5", "1:30", ".inf", ".NaN", "<<", "=", "9" * 5000]  # fmt: skip
+# Texts that YAML 1.1 reads as numbers, booleans, dates or times.
+YAML_TYPED = [
+    "1e3", "007", "010", "on", "No", "y", "TRUE", "2026-11-29", "2024-13-45", "2026-11-29 10:00:00", "0x10",
+    "0b1", "1_000", "1.10", "+1", "-0", "3.", ".5", "1:30", ".inf", ".NaN", "<<", "=", "9" * 5000,
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("text", WRITTEN)
+@pytest.mark.parametrize("text", YAML_TYPED)
 def test_a_text_option_keeps_its_characters(from_file, text):
     given = f"name: {text}\nmodel_name: {text}\nlora_target_modules: [{text}, q_proj]\n"
     config = resolved(*from_file(given))
@@ -278,18 +281,18 @@ def test_the_command_line_wins(from_file):
 )
 def test_bad_yaml(from_file, content, words):
     argv = from_file(content)
-    message = refused(*argv)
+    message = error_of(*argv)
     assert argv[1] in message and all(word in message for word in words)
 
 
 def test_yaml_file_that_cannot_be_read(tmp_path):
-    assert "No such file" in refused("--config", str(tmp_path / "none.yaml"))
-    assert "directory" in refused("--config", str(tmp_path))
+    assert "No such file" in error_of("--config", str(tmp_path / "none.yaml"))
+    assert "directory" in error_of("--config", str(tmp_path))
 
 
 def test_yaml_options_are_checked_like_the_command_lines(from_file):
-    assert "no effect with --train_type full" in refused(*from_file("train_type: full\nlora_rank: 8\n"))
-    assert "--batch_size 0" in refused(*from_file("batch_size: 0\n"))
+    assert "no effect with --train_type full" in error_of(*from_file("train_type: full\nlora_rank: 8\n"))
+    assert "--batch_size 0" in error_of(*from_file("batch_size: 0\n"))
 
 
 @pytest.mark.parametrize("model", [[], REAL])
@@ -303,13 +306,16 @@ def test_the_saved_config_repeats_the_run(from_file, train_type, model):
         assert parse(from_file(dump_yaml(config))) == (config, [])
 
 
-ODD_TEXTS = [*WRITTEN, "", " ", "null", "~", " a", "a ", "a: b", "a:", "- a", "#c", "a #c", "*a", "&a", "!a", "%a", "@a", "`a",
-             "'", '"', "a\nb", "\n", "a\n\n ", "a\tb", "\\", "\\n", "é", "日本", "🙂", "\x85", "\u2028", "\ufeffa", "\x07", "{a}",
-             "[a", "a, b", "a] b", "--x", "---", "...", "? a", "| a", "> a", "word " * 60, "\udc80"]  # fmt: skip
+ODD_TEXTS = [
+    *YAML_TYPED, "", " ", "null", "~", " a", "a ", "a: b", "a:", "- a", "#c", "a #c", "*a", "&a", "!a", "%a",
+    "@a", "`a", "'", '"', "a\nb", "\n", "a\n\n ", "a\tb", "\\", "\\n", "é", "日本", "🙂", "\x85", "\u2028",
+    "\ufeffa", "\x07", "{a}", "[a", "a, b", "a] b", "--x", "---", "...", "? a", "| a", "> a", "word " * 60,
+    "\udc80",
+]  # fmt: skip
 
 
 def odd_values(name: str) -> list:
-    """Values that an option takes, by what its declaration says."""
+    """Return values that an option accepts according to its declaration, with unusual ones among them."""
     kind, _ = COMMAND.kind(name)
     meta = FIELDS[name].metadata
     if meta["choices"]:
@@ -320,13 +326,13 @@ def odd_values(name: str) -> list:
     numbers += [0.1, 1e-5, 1e-10, 123456.789, 1 / 3, 1e300, float("inf")] if kind is float else []
     values = {str: ODD_TEXTS, bool: [True, False], int: numbers, float: list(map(float, numbers))}[kind]
     within = meta["within"]
-    bounded = within and (within.most is not None or within.below is not None)
-    values = [v for v in values if not within or within.holds(v)]
-    return [v for v in values if kind is not int or bounded or abs(v) < 2**31]
+    has_upper_bound = within and within.has_upper_bound
+    values = [v for v in values if not within or within.contains(v)]
+    return [v for v in values if kind is not int or has_upper_bound or abs(v) < 2**31]
 
 
-def test_what_a_run_writes_is_read_back(from_file):
-    """Every option in each of its values, in its own type; the file holds all of them at once."""
+def test_written_options_are_read_back(from_file):
+    """Every option with each of its values, in its own type. Each file holds all options."""
     values = {name: odd_values(name) for name in FIELDS if name not in ("resume", "overwrite")}
     for turn in range(max(map(len, values.values()))):
         given = {name: of[(turn + i) % len(of)] for i, (name, of) in enumerate(values.items())}
@@ -351,7 +357,7 @@ ADAPTER_ONLY = ("lora_rank", "lora_alpha", "lora_dropout", "lora_target_modules"
 @pytest.mark.parametrize("name", ADAPTER_ONLY)
 def test_option_without_effect(name):
     default = FIELDS[name].default
-    message = refused("--train_type", "full", f"--{name}", str(default))  # even at its default
+    message = error_of("--train_type", "full", f"--{name}", str(default))  # even at its default
     assert f"--{name} has no effect with --train_type full" in message
     assert getattr(resolved("--train_type", "full"), name) is None
     assert getattr(resolved("--train_type", "lora", f"--{name}", str(default)), name) == default
@@ -383,7 +389,7 @@ def test_every_option_may_be_given_at_its_default(name):
     ],
 )
 def test_wrong_options_of_checkpoints(given, words):
-    assert words in refused(*given.split())
+    assert words in error_of(*given.split())
 
 
 def test_a_run_is_resumed_in_its_folder():
@@ -403,7 +409,7 @@ def test_the_saved_config_does_not_say_how_the_run_was_started():
 # Compatibility with fsdp_qlora
 
 
-def test_remarks_tell_only_of_what_changes_nothing():
+def test_remarks_are_only_about_options_without_effect():
     assert parse(["--low_memory", "false"])[1][0].startswith("--low_memory false")
     assert parse(["--low_memory", "true", "--reentrant_checkpointing", "false"])[1] == []
 
@@ -422,14 +428,14 @@ def test_an_expanded_model_by_either_option():
 @pytest.mark.parametrize("model", [[], ["--model_name", "toy"]])
 @pytest.mark.parametrize("train_type", ["llama_pro", "bnb_llama_pro"])
 def test_llama_pro_needs_an_expanded_model(train_type, model):
-    message = refused("--train_type", train_type, *model)
+    message = error_of("--train_type", train_type, *model)
     assert f"--train_type {train_type}" in message and "`python block_expansion.py`" in message
 
 
 @pytest.mark.parametrize("name, value", [("llama_pro_path", "a/b"), ("llama_pro_save", "model")])
 @pytest.mark.parametrize("train_type", ["full", "bnb_dora"])
 def test_llama_pro_options_need_new_blocks(train_type, name, value):
-    message = refused(*REAL, "--train_type", train_type, f"--{name}", value)
+    message = error_of(*REAL, "--train_type", train_type, f"--{name}", value)
     assert (
         f"--{name} has no effect with --train_type {train_type}: it is for the llama_pro train types"
         in message
@@ -473,7 +479,7 @@ def test_toy_defaults_only_for_the_toy_model(from_file):
     for name in TOY_DEFAULTS.keys() - {"lr"}:
         assert real[name] == FIELDS[name].default
     assert resolved(*from_file("model_name: some/model\n")).lora_rank == real["lora_rank"]
-    assert resolved("--lora_rank", "4").lora_rank == 4  # what is given goes first
+    assert resolved("--lora_rank", "4").lora_rank == 4  # a given option overrides the default
 
 
 def test_output_dir(monkeypatch, from_file):

@@ -1,4 +1,4 @@
-"""options/errors.py: one line for an exception, of which a terminal obeys nothing."""
+"""options/errors.py: an exception becomes one line without control characters."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from options.errors import UserError, describe
 
 @pytest.mark.parametrize("error, line", [
     (UserError("a\x1b[2J\nerror: b\x00"), r"a\x1b[2J error: b\x00"),
-    (UserError("folder\u202e/né 日本"), r"folder\u202e/né 日本"),  # which shows what follows from right to left
+    # a right-to-left override
+    (UserError("folder\u202e/né 日本"), r"folder\u202e/né 日本"),
     (KeyError("\udc80"), r"KeyError: '\udc80'"),
     (ValueError(), "ValueError"),
 ])  # fmt: skip

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import train
-from launch.precision import precision_here
+from launch.precision import detect_precision
 from monitoring.memory_model import LAYER_ACTIVATIONS, Shape, WeightBytes, estimate
 from options.errors import UserError
 from tests.helpers.parity import arguments
@@ -93,8 +93,8 @@ def test_what_a_batch_takes():
     smaller = dataclasses.replace(config, batch_size=1)
     expected = 3 * 100 * 64 * 4 * (5 + LAYER_ACTIVATIONS)
     assert (
-        estimate(config, precision_here(config.precision), shape)
-        - estimate(smaller, precision_here(smaller.precision), shape)
+        estimate(config, detect_precision(config.precision), shape)
+        - estimate(smaller, detect_precision(smaller.precision), shape)
         == expected
     )
 
@@ -105,7 +105,7 @@ def test_the_loss_does_not_grow_with_the_ranks():
     weights = WeightBytes()
     shape = Shape(tokens=2**16, hidden=4096, vocabulary=2**17, weights=weights, **sizes)
     given = "--sharding_strategy full_shard --use_gradient_checkpointing true --world_size".split()
-    few, many = (estimate(train.parse([*given, n])[0], precision_here("auto"), shape) for n in ("32", "64"))
+    few, many = (estimate(train.parse([*given, n])[0], detect_precision("auto"), shape) for n in ("32", "64"))
     assert few == many
 
 
