@@ -21,9 +21,9 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from files.finite import NOT_FINITE, fp32_sum, is_finite, suspects
+from files.finite import NONFINITE_MESSAGE, fp32_sum, is_finite, nonfinite_sums
 from files.model_folder import CheckpointFiles
-from files.tensors import Stage, read_tensor
+from files.tensors import PinnedBuffers, read_tensor
 from files.weight_cache import CacheWriter
 from launch.devices import set_current_device
 from launch.memory import empty_on_host
@@ -144,12 +144,14 @@ def _read(name: str, module: nn.Module, finite: FiniteCheck, device: torch.devic
     quantization needs for a moment, several times the tensor, is needed once. Raises UserError."""
     if device.type == "cuda" and not hasattr(thread, "stage"):
         set_current_device(device)
-        thread.stage = Stage(device.type)
+        thread.stage = PinnedBuffers(device.type)
     source = finite.files.read(name, getattr(thread, "stage", None))
     with turn:
         tensor = source.to(device)
         finite.note(name, tensor)
-        return pack_weight(finite.files.where(name), tensor, quantizer_of(module, name.rpartition(".")[2]))
+        return pack_weight(
+            finite.files.tensor_origin(name), tensor, quantizer_of(module, name.rpartition(".")[2])
+        )
 
 
 class FiniteCheck:
@@ -171,10 +173,10 @@ class FiniteCheck:
         """Raises UserError, the same on all ranks, if any rank has failed, or has read NaN or infinity.
         Collective. world: number of ranks."""
         found = dict(self.failed)
-        for name in suspects(self.sums):
+        for name in nonfinite_sums(self.sums):
             # The sum may have overflowed.
             if not is_finite(read_tensor(self.files.folder, self.files.tensors[name])):
-                found[name] = f"{self.files.where(name)} {NOT_FINITE}"
+                found[name] = f"{self.files.tensor_origin(name)} {NONFINITE_MESSAGE}"
         messages: dict[str, str] = {}
         for each in gather_from_ranks(found, world):
             messages |= each

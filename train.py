@@ -40,7 +40,7 @@ from data.packing import longest_line, make_sampler
 from data.prefetch import ahead
 from files.atomic_writes import write_text
 from files.lock import FolderLock
-from files.weight_cache import writing
+from files.weight_cache import open_cache_writer
 from launch import memory, ranks
 from launch.precision import enable_determinism
 from launch.ranks import RankInfo
@@ -100,7 +100,7 @@ def set_up(
     home = torch.device("cpu") if config.use_cpu_offload else device
     workers = ranks.resolve_workers(config.loading_workers, rank_info.cpus)
     before = memory.gpu_bytes_allocated()
-    with writing(job.cache, rank_info) as cache:
+    with open_cache_writer(job.cache, rank_info) as cache:
         load_weights(model, family, job.files, rank_info, home, config.seed, workers, cache)
         memory_model.check_loaded(model, expected, before)
     profiler.phase(BETWEEN)

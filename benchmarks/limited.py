@@ -23,7 +23,7 @@ import torch
 import train
 from benchmarks.make_checkpoint import EMPTY, STD
 from files import model_folder as model_files
-from files.tensors import Stage, Staged, StoredTensor, read_tensor
+from files.tensors import PinnedBuffers, StoredTensor, StreamedTensor, read_tensor
 from launch.ranks import RankInfo
 from training.job import Job
 
@@ -52,11 +52,13 @@ def _fill(file: int, stored: StoredTensor) -> None:
         left, at, begin = left - done, at + done, 0
 
 
-def read_filled(folder: Path, stored: StoredTensor, stage: Stage | None = None) -> torch.Tensor | Staged:
+def read_filled(
+    folder: Path, stored: StoredTensor, buffers: PinnedBuffers | None = None
+) -> torch.Tensor | StreamedTensor:
     """`read_tensor`; of an empty checkpoint after filling it, and whole, as its blocks are given back. Raises
     OSError."""
     if not (folder / EMPTY).exists():
-        return read_tensor(folder, stored, stage)
+        return read_tensor(folder, stored, buffers)
     file = os.open(folder / stored.file, os.O_RDWR)
     try:
         _fill(file, stored)

@@ -12,9 +12,9 @@ from pathlib import Path
 import torch.distributed as dist
 from torch import nn
 
-from files.atomic_writes import staged
+from files.atomic_writes import stage_files
 from files.base_model import BaseModel
-from files.disk_room import check_room
+from files.disk_room import check_free_space
 from files.names import ADAPTER, ADAPTER_CONFIG
 from files.tensors import save_tensors
 from models.family import clean
@@ -47,8 +47,8 @@ def save_adapter(
     if dist.get_rank() != 0:
         return
     description = _describe(config, base, targets)
-    check_room(folder, sum(t.nbytes for t in tensors.values()))
-    with staged(folder) as stage:
+    check_free_space(folder, sum(t.nbytes for t in tensors.values()))
+    with stage_files(folder) as stage:
         save_tensors(tensors, stage(ADAPTER), base.metadata())
         for name, text in beside.items():
             stage(name).write_text(text, encoding="utf-8")

@@ -24,8 +24,8 @@ from checkpoints.model_writer import (
 from checkpoints.trained_model import open_blocks
 from data.examples import toy_texts
 from files.base_model import check_base, tokenizer_remark
-from files.model_folder import CheckpointFiles, fetch_weights, find_model, recorded_name
-from files.names import CONFIG, GENERATION
+from files.model_folder import CheckpointFiles, fetch_weights, find_model, pin_model_name
+from files.names import CONFIG, GENERATION_CONFIG
 from files.output_folder import check_output, clear_output
 from files.tensors import StoredTensor
 from files.tokenizer import compare_with_files, read_tokenizer
@@ -80,7 +80,7 @@ def read_model(options: Options) -> tuple[PretrainedConfig, Family, CheckpointFi
         )
     else:
         positions(options, config.num_hidden_layers)
-    fetch_weights(recorded_name(name, folder), folder)
+    fetch_weights(pin_model_name(name, folder), folder)
     files, _, own_head = open_weights(folder, config, family)
     check_contents(copied(files))
     if own_head:
@@ -205,9 +205,11 @@ def put_back(options: Options) -> str:
 def _as_trained(path: Path, config: PretrainedConfig, files: CheckpointFiles) -> dict[str, str]:
     """Small files in which the whole model differs from its base, as the blocks in `path` were trained."""
     small_files = corrected_config(files.folder, config)
-    learned = path.with_name(GENERATION)  # what the run learned to end its answers with, if the base does not
+    learned = path.with_name(
+        GENERATION_CONFIG
+    )  # what the run learned to end its answers with, if the base does not
     if learned.is_file():
-        small_files[GENERATION] = read_text(learned, MAX_CONFIG_BYTES)
+        small_files[GENERATION_CONFIG] = read_text(learned, MAX_CONFIG_BYTES)
     if any(files.folder.glob("tokenizer*")):
         tokenizer = read_tokenizer(files.folder, f"--model_name {files.folder}")
         small_files |= compare_with_files(files.folder, tokenizer).files

@@ -27,8 +27,8 @@ from checkpoints.host_copy import HostCopy
 from checkpoints.planner import CopyPlanner
 from checkpoints.storage import GROWING_FILES, Saved, Writer, folder_of, prune, sync
 from checkpoints.training_state import Tensors, collect, local_part, restore, trained_parameters
-from files.atomic_writes import remove
-from files.finite import not_finite
+from files.atomic_writes import remove_folder
+from files.finite import find_nonfinite
 from launch.devices import set_current_device
 from launch.memory import MIB
 from launch.ranks import RankInfo, gather_from_ranks
@@ -231,7 +231,7 @@ class Checkpoints:
         except dcp.CheckpointException as e:
             failures = [error for error, _ in e.failures.values()]
             if self.rank_info.rank == 0:
-                remove(writer.temporary)
+                remove_folder(writer.temporary)
             if not all(isinstance(error, OSError) for error in failures):
                 raise Unwritten(f"checkpoint: {describe(failures[0])}") from e  # e is no Exception
             if self.rank_info.rank == 0:
@@ -248,7 +248,7 @@ class Checkpoints:
         weights = {name: copy for name, copy in copies.items() if name.startswith("model.")}
         # In one call, which lets the thread that trains run. It is infinite as well where the sum overflows.
         likely = nn.utils.get_total_norm(list(weights.values()), 1.0).isfinite()
-        found = [] if likely else not_finite(weights)
+        found = [] if likely else find_nonfinite(weights)
         return not any(gather_from_ranks(found, self.rank_info.world, self.group))
 
     def _watch(self) -> Callable[[], float]:

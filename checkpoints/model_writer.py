@@ -18,10 +18,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from files.atomic_writes import staged, write_text
+from files.atomic_writes import stage_files, write_text
 from files.finite import check_finite
 from files.model_folder import CheckpointFiles
-from files.names import COMPANIONS, CONFIG, INDEX, SINGLE
+from files.names import CONFIG, INDEX, SINGLE_FILE, SMALL_MODEL_FILES
 from files.tensors import StoredTensor, read_tensor, write_header
 from parallel.shards import gather
 
@@ -50,7 +50,7 @@ Shards = dict[str, dict[str, Entry]]  # file name -> tensor name -> what to writ
 def copied(files: CheckpointFiles) -> dict[str, Entry]:
     """Every tensor of a checkpoint, as it is in its file. Pieces raise UserError for NaN and infinity."""
     return {
-        name: Entry(t.torch_dtype, t.shape, partial(_file_pieces, files.folder, t, files.where(name)))
+        name: Entry(t.torch_dtype, t.shape, partial(_file_pieces, files.folder, t, files.tensor_origin(name)))
         for name, t in files.tensors.items()
     }
 
@@ -86,7 +86,7 @@ def gathered(param: nn.Parameter, dtype: torch.dtype) -> Entry:
 def _file_pieces(folder: Path, stored: StoredTensor, where: str) -> Iterator:
     step, count = PIECE // stored.torch_dtype.itemsize, math.prod(stored.shape)
     for first in range(0, count, step):
-        numbers = read_tensor(folder, stored.elements(first, min(step, count - first)))
+        numbers = read_tensor(folder, stored.flat_slice(first, min(step, count - first)))
         check_finite(where, numbers)
         yield numbers.view(torch.uint8).numpy().data
 
@@ -120,10 +120,10 @@ def write_model(
     """Writes a model folder: weights, index, and small files as `copy_companions` does. metadata: for the
     header of each weights file. A run that ends in the middle leaves no config.json; a full disk, no weights
     either."""
-    with staged(folder) as stage:
+    with stage_files(folder) as stage:
         for file, entries in shards.items():
             write_tensors(stage(file), entries, metadata)
-        if list(shards) != [SINGLE]:
+        if list(shards) != [SINGLE_FILE]:
             weight_map = {name: file for file, entries in shards.items() for name in entries}
             index = {"metadata": {"total_size": total_bytes(shards)}, "weight_map": weight_map}
             stage(INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
@@ -154,14 +154,14 @@ def with_replaced(files: CheckpointFiles, changed: dict[str, Entry]) -> Shards:
     return shards
 
 
-def companions(source: Path, patterns: tuple[str, ...] = COMPANIONS) -> list[Path]:
+def companions(source: Path, patterns: tuple[str, ...] = SMALL_MODEL_FILES) -> list[Path]:
     """A model folder's small files, config.json last: with it a copy is a model folder."""
     found = sorted({p for pattern in patterns for p in source.glob(pattern) if p.is_file()})
     return sorted(found, key=lambda p: p.name == CONFIG)
 
 
 def copy_companions(
-    source: Path, folder: Path, small_files: Mapping[str, str], patterns: tuple[str, ...] = COMPANIONS
+    source: Path, folder: Path, small_files: Mapping[str, str], patterns: tuple[str, ...] = SMALL_MODEL_FILES
 ) -> None:
     """Copies `companions`. small_files: {name: text} of files that are to be other than source's, or that it
     lacks."""
@@ -170,7 +170,7 @@ def copy_companions(
         if path.name in small_files:
             write_text(folder / path.name, small_files[path.name])
             continue
-        with staged(folder) as stage:
+        with stage_files(folder) as stage:
             shutil.copyfile(path, stage(path.name))
 
 
@@ -181,7 +181,7 @@ def as_text(config: dict) -> str:
 
 def shard_name(number: int, shards: int) -> str:
     """Hugging Face's name of a weights file; number counts from 1."""
-    return f"model-{number:05d}-of-{shards:05d}.safetensors" if shards > 1 else SINGLE
+    return f"model-{number:05d}-of-{shards:05d}.safetensors" if shards > 1 else SINGLE_FILE
 
 
 def plan_shards(sizes: dict[str, int], limit: int) -> list[list[str]]:

@@ -23,7 +23,7 @@ from checkpoints.storage import (
     remove_checkpoints,
     steps_in,
 )
-from files.base_model import head_left_out, is_same_base
+from files.base_model import is_same_base, no_head_message
 from files.names import ADAPTER_CONFIG, BEST, BLOCKS, CONFIG
 from files.output_folder import check_output, holds_run, output_folder
 from monitoring.metrics import read_metrics
@@ -216,7 +216,7 @@ def check_same(saved: Saved, config: Config, now: dict, without_head: tuple[str,
             f" {config.gradient_accumulation_steps} would make it {now['rows_per_step']}"
         )
     if without_head and is_same_base(run["base"], without_head[1]):
-        raise UserError(f"{where}: {head_left_out(without_head[0], config.model_name, '--model_name')}")
+        raise UserError(f"{where}: {no_head_message(without_head[0], config.model_name, '--model_name')}")
     if not is_same_base(run["base"], now["base"]):
         raise UserError(f"{where}: --model_name {config.model_name} is not the model that the run began with")
     if run["data"] != now["data"]:

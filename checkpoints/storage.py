@@ -40,10 +40,10 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, SavePlan
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
-from files.atomic_writes import beside, fresh_folder, remove
-from files.disk_room import check_room
+from files.atomic_writes import make_staging_folder, remove_folder, staging_path
+from files.disk_room import check_free_space
 from files.names import METRICS
-from files.tensors import write_tensors
+from files.tensors import writev_tensors
 from launch.memory import MIB
 from options.config import CHECKPOINTS
 from options.errors import UserError
@@ -187,7 +187,7 @@ def newest_whole(run: Path, tell: Callable[[str], None]) -> Saved | None:
 def remove_checkpoints(run: Path, after: int) -> None:
     """Removes what a run that was cut has left, and the checkpoints of steps beyond `after`. Raises OSError."""
     for left in (run / CHECKPOINTS).glob("step-*.tmp"):
-        remove(left)
+        remove_folder(left)
     for step in steps_in(run):
         if step > after:
             _remove(folder_of(run, step), ignore_errors=False)
@@ -204,7 +204,7 @@ def _remove(folder: Path, ignore_errors: bool) -> None:
     if not folder.is_symlink():
         with contextlib.suppress(OSError):
             (folder / MANIFEST).unlink()
-    remove(folder, ignore_errors)
+    remove_folder(folder, ignore_errors)
 
 
 def _text(manifest: dict) -> str:
@@ -247,7 +247,7 @@ class Writer(StorageWriter):
 
     def __init__(self, folder: Path, step: int, run: Callable[[], dict]):
         self.folder, self.step, self.run = folder, step, run
-        self.temporary = beside(folder)
+        self.temporary = staging_path(folder)
 
     def reset(self, checkpoint_id: str | os.PathLike | None = None) -> None: ...
 
@@ -263,8 +263,8 @@ class Writer(StorageWriter):
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         """Makes the folder, if the disk has room for all ranks."""
         self.folder.parent.mkdir(parents=True, exist_ok=True)
-        check_room(self.folder.parent, SPARE + sum(plan.planner_data.nbytes for plan in plans))
-        fresh_folder(self.folder)
+        check_free_space(self.folder.parent, SPARE + sum(plan.planner_data.nbytes for plan in plans))
+        make_staging_folder(self.folder)
         return [dataclasses.replace(plan, storage_data=file_of(rank)) for rank, plan in enumerate(plans)]
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
@@ -273,7 +273,7 @@ class Writer(StorageWriter):
         if plan.items:
             path = self.temporary / plan.storage_data
             tensors: dict[str, Any] = {i.index.fqn: planner.resolve_data(i) for i in plan.items}
-            write_tensors(tensors, path)
+            writev_tensors(tensors, path)
             sync(path)
             written = _measure(path)
             results = [WriteResult(MetadataIndex(written.name), written.size, written)]

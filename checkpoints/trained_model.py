@@ -26,9 +26,9 @@ from checkpoints.model_writer import (
     write_model,
     write_tensors,
 )
-from files.atomic_writes import staged
+from files.atomic_writes import stage_files
 from files.base_model import BaseModel
-from files.disk_room import check_room
+from files.disk_room import check_free_space
 from files.model_folder import CheckpointFiles
 from files.names import BLOCKS
 from files.tensors import read_header
@@ -98,7 +98,7 @@ def _together(folder: Path, shards: Shards, write: Callable[[Shards], None]) -> 
     failure = None
     if dist.get_rank() == 0:
         try:
-            check_room(folder, total_bytes(shards))
+            check_free_space(folder, total_bytes(shards))
             write({file: {n: noted(n, e) for n, e in entries.items()} for file, entries in shards.items()})
         except OSError as e:  # after another error, as of a rank that is gone, nothing can be made together
             failure = e
@@ -124,7 +124,7 @@ def save_blocks(
     metadata |= {"revision": base.revision} if base.revision else {}
 
     def write(shards: Shards) -> None:
-        with staged(folder) as stage:
+        with stage_files(folder) as stage:
             for name, text in beside.items():
                 stage(name).write_text(text, encoding="utf-8")
             write_tensors(stage(BLOCKS), shards[BLOCKS], metadata)
@@ -145,7 +145,7 @@ def open_blocks(
 ) -> tuple[CheckpointFiles, dict[str, str]]:
     """(the tensors, the header's metadata) of what `save_blocks` wrote, to be put into the expanded model in
     `files` with the new layers `layers`. Raises UserError unless it holds exactly their tensors."""
-    blocks = CheckpointFiles(path.parent, only=path.name)
+    blocks = CheckpointFiles(path.parent, only_file=path.name)
     metadata = read_header(path)[0].get("__metadata__") or {}
     held = metadata.get(NEW_LAYERS)
     if held is None:

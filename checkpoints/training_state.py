@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.tensor import DTensor
 
 from checkpoints.storage import Reader, Saved, dtype_of, rank_of
-from files.finite import is_finite, not_finite
+from files.finite import find_nonfinite, is_finite
 from launch.ranks import gather_from_ranks
 from models.family import clean
 from options.errors import UserError, describe
@@ -38,7 +38,7 @@ def describe_not_finite(model: nn.Module) -> str:
     """Return what to tell of a model whose trained parameters hold NaN or infinity, else "". The same on all
     ranks. Collective; waits for a GPU."""
     shards = {name: local_part(param) for name, param in trained_parameters(model).items()}
-    per_rank = gather_from_ranks(not_finite(shards), dist.get_world_size())
+    per_rank = gather_from_ranks(find_nonfinite(shards), dist.get_world_size())
     names = sorted({name for found in per_rank for name in found})
     if not names:
         return ""

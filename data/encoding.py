@@ -7,7 +7,7 @@ import re
 
 from data.answers import is_empty
 from data.formats import Rendered
-from files.tokenizer import tokenizer_errors
+from files.tokenizer import convert_tokenizer_errors
 from options.errors import UserError
 
 # [begin, end) characters of each token; empty for a token that no text stands for.
@@ -25,7 +25,7 @@ def encode(tokenizer, texts: list[str], special: bool) -> list[tuple[list[int], 
 
     Raises UserError if the tokenizer fails, or makes an id that int32 cannot hold.
     """
-    with tokenizer_errors(tokenizer):
+    with convert_tokenizer_errors(tokenizer):
         encoded = tokenizer(
             texts,
             add_special_tokens=special,

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from files.links import leads_out
+from files.links import points_outside
 from options.errors import UserError
 from options.limits import MAX_FOLDER_ENTRIES
 
@@ -43,7 +43,7 @@ def check_links(folder: str, root: str) -> None:
 
     def stays(path: str) -> bool:
         real = Path(os.path.realpath(path))
-        if leads_out(Path(path)) and not real.is_relative_to(real_root):
+        if points_outside(Path(path)) and not real.is_relative_to(real_root):
             raise UserError(
                 f"--dataset {path}: is a link out of the recipe's folder, to {real}; give that as --dataset"
             )

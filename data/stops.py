@@ -11,7 +11,7 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from data.formats import RenderContext
-from files.names import CONFIG, GENERATION
+from files.names import CONFIG, GENERATION_CONFIG
 from options.errors import UserError
 from options.limits import MAX_CONFIG_BYTES, read_json
 
@@ -23,7 +23,7 @@ def base_stops(folder: Path, config_eos: Any, tokenizer: Any) -> list[int]:
     stops = set(_ids(config_eos, folder / CONFIG))
     if tokenizer.eos_token_id is not None:
         stops.add(tokenizer.eos_token_id)
-    path = folder / GENERATION
+    path = folder / GENERATION_CONFIG
     if path.is_file():
         stops.update(_ids(read_json(path, MAX_CONFIG_BYTES).get("eos_token_id"), path))
     return sorted(stops)
@@ -44,7 +44,7 @@ def generation_config(folder: Path, config: PretrainedConfig, stops: Sequence[in
     """{generation_config.json: its text} of a model that ends its answers with `stops`; {} if that of its
     base, the model in `folder`, says so already, as transformers reads it. Raises UserError as `base_stops`
     does."""
-    path = folder / GENERATION
+    path = folder / GENERATION_CONFIG
     if path.is_file():
         settings = read_json(path, MAX_CONFIG_BYTES)
     else:  # transformers takes these out of config.json
@@ -53,7 +53,7 @@ def generation_config(folder: Path, config: PretrainedConfig, stops: Sequence[in
     if set(_ids(settings.get("eos_token_id"), path)) == set(stops):
         return {}
     settings.pop("_from_model_config", None)  # transformers would take the ids out of config.json again
-    return {GENERATION: json.dumps(settings | {"eos_token_id": [*stops]}, indent=2) + "\n"}
+    return {GENERATION_CONFIG: json.dumps(settings | {"eos_token_id": [*stops]}, indent=2) + "\n"}
 
 
 def _ids(value: Any, path: Path) -> list[int]:

@@ -1,4 +1,4 @@
-"""Files and folders that are whole or not there: written under a temporary name, renamed when whole."""
+"""Atomic writes: files and folders are written under a temporary name and renamed once they are complete."""
 
 from __future__ import annotations
 
@@ -9,36 +9,37 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 
-def beside(folder: Path) -> Path:
-    """Where what is to be `folder` is made."""
+def staging_path(folder: Path) -> Path:
+    """Return the temporary sibling in which the contents of `folder` are written."""
     return folder.with_name(f"{folder.name}.tmp")
 
 
-def fresh_folder(folder: Path) -> None:
-    """Makes an empty folder beside `folder`, to be filled and put in its place by `replace_folder`."""
-    remove(beside(folder))
-    beside(folder).mkdir(parents=True)
+def make_staging_folder(folder: Path) -> None:
+    """Make an empty staging folder for `folder`; `replace_folder` renames it once it is filled."""
+    remove_folder(staging_path(folder))
+    staging_path(folder).mkdir(parents=True)
 
 
 def replace_folder(folder: Path) -> None:
-    """Puts the whole folder beside `folder` in its place. At no time does a half written one have the name;
-    the older one is deleted last (as <name>.old)."""
+    """Replace `folder` by its filled staging folder.
+
+    An incomplete folder never has the name. The older folder becomes <name>.old and is deleted last.
+    """
     old = folder.with_name(f"{folder.name}.old")
-    remove(old)
+    remove_folder(old)
     if folder.exists():
         folder.rename(old)
     try:
-        beside(folder).rename(folder)
+        staging_path(folder).rename(folder)
     except OSError:
         if old.exists():
             old.rename(folder)
         raise
-    remove(old)
+    remove_folder(old)
 
 
-def remove(folder: Path, ignore_errors: bool = True) -> None:
-    """Removes a folder, if it is there and lets itself be; of a link only the link, as what it leads to is
-    not ours."""
+def remove_folder(folder: Path, ignore_errors: bool = True) -> None:
+    """Remove a folder if it exists. If it is a link, remove only the link: its target is not ours."""
     if folder.is_symlink():
         folder.unlink()
     else:
@@ -46,14 +47,18 @@ def remove(folder: Path, ignore_errors: bool = True) -> None:
 
 
 @contextlib.contextmanager
-def staged(folder: Path) -> Iterator[Callable[[str], Path]]:
-    """Gives stage(name): where to write what is to be `name` in the folder. Once all are whole they get their
-    names, in the order of the calls; after an error none of them is left."""
+def stage_files(folder: Path) -> Iterator[Callable[[str], Path]]:
+    """Yield stage(name), which returns the temporary path to write the folder's file `name` to.
+
+    At the end of the context the files get their names, in the order of the calls. After an error all
+    temporary files are removed.
+    """
     paths: dict[str, Path] = {}
 
     def stage(name: str) -> Path:
         paths[name] = folder / f"{name}.tmp"
-        paths[name].unlink(missing_ok=True)  # a cut run's, or a link, which would have another file written
+        # Left by an interrupted run, or a link through which another file would be overwritten.
+        paths[name].unlink(missing_ok=True)
         return paths[name]
 
     try:
@@ -66,19 +71,19 @@ def staged(folder: Path) -> Iterator[Callable[[str], Path]]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Raises OSError that names the file."""
+    """Write a text file atomically. Raises OSError that names the file."""
     try:
-        with staged(path.parent) as stage:
+        with stage_files(path.parent) as stage:
             stage(path.name).write_text(text, encoding="utf-8")
     except OSError as e:
-        e.filename = e.filename or str(path)  # a disk that is full names none
+        e.filename = e.filename or str(path)  # a full disk's error has no file name
         raise
 
 
-def as_json(value):
-    """JSON has no NaN and no infinity: null."""
+def nonfinite_to_null(value):
+    """Replace NaN and infinity in nested dicts and lists by None, since JSON has neither."""
     if isinstance(value, dict):
-        return {name: as_json(each) for name, each in value.items()}
+        return {name: nonfinite_to_null(each) for name, each in value.items()}
     if isinstance(value, list):
-        return [as_json(each) for each in value]
+        return [nonfinite_to_null(each) for each in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

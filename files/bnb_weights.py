@@ -1,9 +1,9 @@
-"""Weights that a checkpoint holds packed by bitsandbytes, as in many `*-bnb-4bit` hub repositories.
+"""Weights that a checkpoint stores packed by bitsandbytes, like many `*-bnb-4bit` hub repositories.
 
-The format is bitsandbytes' QuantState.as_dict, packed: beside `<name>.weight`, the codes, lie
+The format is bitsandbytes' QuantState.as_dict, packed. `<name>.weight` holds the codes. Its other tensors are
 `<name>.weight.absmax`, `.quant_map`, with double quantization `.nested_absmax` and `.nested_quant_map`, and
-`.quant_state.bitsandbytes__nf4`, the UTF-8 bytes of a JSON object with shape, block sizes and offset. These
-are the same numbers that NF4 in quantization/nf4.py stores, in other places: nothing is quantized again.
+`.quant_state.bitsandbytes__nf4`, the UTF-8 bytes of a JSON object with shape, block sizes and offset. NF4 in
+quantization/nf4.py stores the same numbers in another layout, so nothing is quantized again.
 """
 
 from __future__ import annotations
@@ -24,70 +24,79 @@ from options.errors import UserError
 from quantization.nf4 import NF4, SCALE_BLOCK
 from quantization.quantizers import PackedWeight, flat_bytes
 
-STATE = ".quant_state.bitsandbytes__"
-COMPANIONS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
+STATE_MARK = ".quant_state.bitsandbytes__"  # in the name of the JSON object's tensor; quant_type follows
+SUFFIXES = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
 
 
 @dataclass(frozen=True)
 class BnbWeight:
-    """A weight in bitsandbytes' format. parts: by suffix the codes ("") and their companions; state: the JSON
-    object."""
+    """A weight in bitsandbytes' format.
+
+    Attributes:
+        name: name of the weight.
+        folder: the model's folder.
+        tensors: {suffix: stored tensor}; the codes have the suffix "".
+        quant_state: the JSON object.
+    """
 
     name: str
     folder: Path
-    parts: dict[str, StoredTensor]
-    state: dict
+    tensors: dict[str, StoredTensor]
+    quant_state: dict
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return tuple(self.state["shape"])
+        return tuple(self.quant_state["shape"])
 
     @property
-    def double(self) -> bool:
-        return "nested_absmax" in self.parts
+    def is_double_quantized(self) -> bool:
+        return "nested_absmax" in self.tensors
 
     @property
     def quantizer(self) -> NF4:
-        return NF4(double=self.double)
+        return NF4(double=self.is_double_quantized)
 
     def _read(self, suffix: str) -> torch.Tensor:
-        return read_tensor(self.folder, self.parts[suffix])
+        return read_tensor(self.folder, self.tensors[suffix])
 
     def read(self) -> PackedWeight:
-        """The codes and scales in NF4's order. Raises UserError if a scale is NaN or infinite."""
+        """Read the codes and scales in NF4's order. Raises UserError if a scale is NaN or infinite."""
         codes, absmax = self._read(""), self._read("absmax")
-        scales = "nested_absmax" if self.double else "absmax"
-        check_finite(f"{self.folder / self.parts[scales].file}: {self.name}.{scales}", self._read(scales))
-        if not self.double:
+        scales = "nested_absmax" if self.is_double_quantized else "absmax"
+        check_finite(f"{self.folder / self.tensors[scales].file}: {self.name}.{scales}", self._read(scales))
+        if not self.is_double_quantized:
             return PackedWeight(flat_bytes(codes), flat_bytes(absmax))
-        offset = torch.tensor([self.state["nested_offset"]], dtype=torch.float32)
+        offset = torch.tensor([self.quant_state["nested_offset"]], dtype=torch.float32)
         return PackedWeight(flat_bytes(codes), flat_bytes(self._read("nested_absmax"), offset, absmax))
 
     def check(self) -> None:
-        """Raises UserError for anything but NF4 with the block sizes, tables and amounts of bytes that NF4 in
-        quantization/nf4.py has."""
-        where = f"{self.folder / self.parts[''].file}: {self.name}"
-        expected = {"quant_type": "nf4", "blocksize": NF4.block} | (
-            {"nested_blocksize": SCALE_BLOCK} if self.double else {}
-        )
+        """Raise UserError unless block sizes, tables and sizes are those of NF4 in quantization/nf4.py."""
+        double = self.is_double_quantized
+        origin = f"{self.folder / self.tensors[''].file}: {self.name}"
+        expected = {"quant_type": "nf4", "blocksize": NF4.block}
+        if double:
+            expected["nested_blocksize"] = SCALE_BLOCK
         for key, value in expected.items():
-            if self.state.get(key) != value:
-                raise UserError(f"{where}: packed with {key} {self.state.get(key)}; only {value} can be read")
-        for suffix, table in _tables().items():
-            if suffix.startswith("nested") and not self.double:
+            if (found := self.quant_state.get(key)) != value:
+                raise UserError(f"{origin}: packed with {key} {found}; only {value} can be read")
+        for suffix, table in _nf4_tables().items():
+            if suffix.startswith("nested") and not double:
                 continue
-            if not self._holds(suffix, table):
-                raise UserError(f"{where}: its {suffix} is not that of nf4")
+            if not self._has_table(suffix, table):
+                raise UserError(f"{origin}: its {suffix} is not that of nf4")
         codes, scales = self.quantizer.sizes(self.shape)
-        scales -= 4 * self.double  # the offset is in the JSON object
-        held = [_nbytes(self.parts[s]) for s in ("absmax", *["nested_absmax"] * self.double)]
-        if _nbytes(self.parts[""]) != codes or sum(held) != scales:
-            raise UserError(f"{where}: holds too little or too much for a weight of shape {list(self.shape)}")
+        scales -= 4 * double  # the offset is in the JSON object
+        stored_scales = [_nbytes(self.tensors[s]) for s in ("absmax", *["nested_absmax"] * double)]
+        if _nbytes(self.tensors[""]) != codes or sum(stored_scales) != scales:
+            raise UserError(
+                f"{origin}: holds too little or too much for a weight of shape {list(self.shape)}"
+            )
 
-    def _holds(self, suffix: str, table: torch.Tensor) -> bool:
-        stored = self.parts.get(suffix)
+    def _has_table(self, suffix: str, table: torch.Tensor) -> bool:
+        """Return whether the tensor with this suffix is stored and equals `table`."""
+        stored = self.tensors.get(suffix)
         if stored is None or not isinstance(stored.dtype, torch.dtype) or stored.shape != tuple(table.shape):
-            return False  # and is not read: it may be of any size
+            return False  # without reading it, since it may have any size
         return torch.allclose(self._read(suffix).float(), table, atol=1e-6)
 
 
@@ -96,49 +105,54 @@ def _nbytes(stored: StoredTensor) -> int:
 
 
 @cache
-def _tables() -> dict[str, torch.Tensor]:
+def _nf4_tables() -> dict[str, torch.Tensor]:
+    """Return bitsandbytes' tables {suffix: table} that map codes to numbers."""
     return {"quant_map": bnb.get_4bit_type("nf4", device="cpu"), "nested_quant_map": bnb.create_dynamic_map()}
 
 
-def find_bnb(folder: Path, tensors: dict[str, StoredTensor]) -> dict[str, BnbWeight]:
-    """The packed weights among a folder's tensors, by name. In `tensors` each of them becomes one tensor of
-    the shape that it stands for; its companions go."""
-    states = {key.partition(STATE)[0]: key for key in tensors if STATE in key}
+def find_bnb_weights(folder: Path, tensors: dict[str, StoredTensor]) -> dict[str, BnbWeight]:
+    """Find the packed weights among a folder's tensors, by name, and simplify `tensors`.
+
+    In `tensors` each packed weight becomes one tensor of the dense shape; its other tensors are removed.
+    Raises UserError for a weight that is damaged or not NF4.
+    """
+    states = {key.partition(STATE_MARK)[0]: key for key in tensors if STATE_MARK in key}
     if not states:
         return {}
-    parts: dict[str, dict[str, StoredTensor]] = {name: {} for name in states}
+    stored_by_name: dict[str, dict[str, StoredTensor]] = {name: {} for name in states}
     for key in list(tensors):
         name, _, suffix = key.rpartition(".")
-        if name in parts and suffix in COMPANIONS:
-            parts[name][suffix] = tensors.pop(key)
-    found = {}
+        if name in stored_by_name and suffix in SUFFIXES:
+            stored_by_name[name][suffix] = tensors.pop(key)
+    weights = {}
     for name, key in states.items():
         stored = tensors.pop(key)
         try:
-            parts[name][""] = tensors[name]
+            stored_by_name[name][""] = tensors[name]
             state = json.loads(bytes(read_tensor(folder, stored).tolist()))
-            found[name] = BnbWeight(
-                name, folder, parts[name], state | {"quant_type": key.partition(STATE)[2]}
-            )
-            assert all(isinstance(n, int) for n in state["shape"]) and "absmax" in parts[name]
-            offset = state["nested_offset"] if found[name].double else 0.0
-            # A whole number may have any number of digits, and one that fp32 does not hold would make weights
-            # infinite.
+            state |= {"quant_type": key.partition(STATE_MARK)[2]}
+            weight = weights[name] = BnbWeight(name, folder, stored_by_name[name], state)
+            assert all(isinstance(n, int) for n in state["shape"]) and "absmax" in stored_by_name[name]
+            offset = state["nested_offset"] if weight.is_double_quantized else 0.0
+            # JSON integers may have any number of digits. An offset beyond fp32 would make weights infinite.
             assert type(offset) in (int, float) and abs(offset) <= torch.finfo(torch.float32).max
         except (ValueError, LookupError, TypeError, AssertionError, RecursionError):
             raise UserError(f"{folder / stored.file}: {key} does not describe a packed weight") from None
-        found[name].check()
-        tensors[name] = StoredTensor(tensors[name].file, found[name].shape, torch.uint8)
-    return found
+        weight.check()
+        tensors[name] = StoredTensor(tensors[name].file, weight.shape, torch.uint8)
+    return weights
 
 
-def check_stored_quantization(description: dict | None, folder: Path) -> bool:
-    """Whether a model is packed by bitsandbytes. description: config.json's quantization_config. Raises
-    UserError for a kind that cannot be read."""
-    if not description:
+def detect_bnb_packing(quantization_config: dict | None, folder: Path) -> bool:
+    """Return whether config.json says that bitsandbytes packed the model to 4 bits.
+
+    Raises UserError for another kind of quantization, which cannot be read.
+    """
+    if not quantization_config:
         return False
-    method = description.get("quant_method") or ("bitsandbytes" if "load_in_4bit" in description else "?")
-    if method == "bitsandbytes" and description.get("load_in_4bit"):
+    method = quantization_config.get("quant_method")
+    method = method or ("bitsandbytes" if "load_in_4bit" in quantization_config else "?")
+    if method == "bitsandbytes" and quantization_config.get("load_in_4bit"):
         return True
     kind = "bitsandbytes 8 bit" if method == "bitsandbytes" else str(method)
     raise UserError(

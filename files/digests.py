@@ -1,7 +1,7 @@
-"""Digests by which the weights of a model are recognised.
+"""Digests that recognise the weights of a model.
 
-Only a few rows of each weight are read, so that a model of any size takes seconds. They are read as bytes,
-whatever file holds a tensor. A change that touches none of the sampled rows is not seen.
+Only a few rows of each weight are read, so a model of any size takes seconds. They are read as bytes, so the
+split into files does not matter. A change outside the sampled rows is not detected.
 """
 
 from __future__ import annotations
@@ -18,18 +18,19 @@ from files.bnb_weights import BnbWeight
 from files.model_folder import CheckpointFiles
 from files.tensors import StoredTensor
 
-SMALL = 2**20  # bytes of a weight that is read whole where extra rows are read
-SMALL_PART = 2**14  # bytes of a part of a packed weight that is read whole
+SMALL_WEIGHT_BYTES = 2**20  # with extra rows, weights up to this size are read in full
+SMALL_PACKED_BYTES = 2**14  # tensors of a packed weight up to this size are read in full
 
-Reader = Callable[[str, int, int], bytes]  # (file, first byte, bytes) -> the bytes
+Reader = Callable[[str, int, int], bytes]  # (file, first byte, number of bytes) -> the bytes
 
 
 @dataclass(frozen=True)
-class Contents:
+class WeightsDigest:
     """Digests of all weights of a model. Results and checkpoints hold them as one text.
 
-    plain: digest of the weights that are not packed.
-    packed: digest of the codes and scales of those that bitsandbytes packed; None if there are none.
+    Attributes:
+        plain: digest of the weights that are not packed.
+        packed: digest of the codes and scales of weights that bitsandbytes packed; None if there are none.
     """
 
     plain: str
@@ -39,91 +40,96 @@ class Contents:
         return self.plain if self.packed is None else f"{self.plain}-{self.packed}"
 
     @staticmethod
-    def parse(text: str) -> Contents:
-        """The digests in a text that `text` made."""
+    def parse(text: str) -> WeightsDigest:
+        """Parse a result of `text`."""
         plain, dash, packed = text.partition("-")
-        return Contents(plain, packed if dash else None)
+        return WeightsDigest(plain, packed if dash else None)
 
-    def comparable_with(self, other: Contents) -> bool:
-        """Whether both models hold 4-bit weights, or neither does: else even alike weights would differ."""
+    def is_comparable_with(self, other: WeightsDigest) -> bool:
+        """Return whether both models hold 4-bit weights, or neither does; else the digests always differ."""
         return (self.packed is None) == (other.packed is None)
 
 
-def digest_rows_of(files: CheckpointFiles, names: list[str], extra_rows: int = 0) -> str:
-    """Digest of weights that are not packed: name, shape and dtype of each, its first, middle and last row.
+def digest_weight_rows(files: CheckpointFiles, names: list[str], extra_rows: int = 0) -> str:
+    """Return a digest of unpacked weights: name, shape and dtype of each, and its first, middle and last row.
 
-    Checkpoints hold the digest without extra rows, so it must stay as it is.
+    Checkpoints hold the digest without extra rows, so it must not change.
 
     Args:
-        names: of the weights, all in files.tensors.
-        extra_rows: how many more rows of each weight to read, at places that its name decides. Weights of at
-            most SMALL bytes are then read whole.
+        files: the model's folder.
+        names: names of the weights, all in files.tensors.
+        extra_rows: number of further rows of each weight to read, drawn with its name as the seed. Weights of
+            at most SMALL_WEIGHT_BYTES are then read in full.
 
-    Raises OSError for a file that cannot be read.
+    Raises:
+        OSError: a file cannot be read.
     """
     total = hashlib.sha256()
-    with _reading(files.folder) as read:
+    with _open_reader(files.folder) as read:
         for name in sorted(names):
             stored = files.tensors[name]
             total.update(f"{name} {stored.shape} {stored.dtype}".encode())
-            count, row = _rows(stored)
+            count, row_bytes = _row_layout(stored)
             random = hashlib.shake_256(name.encode()).digest(8 * extra_rows)
-            places = {int.from_bytes(random[i : i + 8]) % count for i in range(0, 8 * extra_rows, 8)}
-            row_ranges = [(i, 1) for i in sorted(places | {0, count // 2, count - 1})]
-            if extra_rows and count * row <= SMALL:
+            drawn = {int.from_bytes(random[i : i + 8]) % count for i in range(0, 8 * extra_rows, 8)}
+            row_ranges = [(i, 1) for i in sorted(drawn | {0, count // 2, count - 1})]
+            if extra_rows and count * row_bytes <= SMALL_WEIGHT_BYTES:
                 row_ranges = [(0, count)]
             for first, rows in row_ranges:
-                total.update(read(stored.file, stored.begin + first * row, rows * row))
+                total.update(read(stored.file, stored.begin + first * row_bytes, rows * row_bytes))
     return total.hexdigest()
 
 
-def digest_contents(files: CheckpointFiles) -> Contents:
-    """Digests of all weights of a model: `digest_rows_of` those that are not packed, and the like of those
-    that bitsandbytes packed. Raises OSError."""
+def digest_weights(files: CheckpointFiles) -> WeightsDigest:
+    """Return the digests of all weights of a model, packed by bitsandbytes or not. Raises OSError."""
     packed = {name: weight for name, weight in files.packed.items() if isinstance(weight, BnbWeight)}
-    plain = digest_rows_of(files, [name for name in files.tensors if name not in packed])
-    return Contents(plain, _digest_packed(files.folder, packed) if packed else None)
+    plain = digest_weight_rows(files, [name for name in files.tensors if name not in packed])
+    return WeightsDigest(plain, _digest_packed(files.folder, packed) if packed else None)
 
 
 def _digest_packed(folder: Path, weights: dict[str, BnbWeight]) -> str:
-    """Digest of the shape and offset of each weight, and of bytes of each of its parts: those of the first,
-    middle and last row, or all of a small part."""
+    """Return a digest of weights that bitsandbytes packed.
+
+    It covers the shape and offset of each weight and, of each of its tensors, the bytes that belong to the
+    weight's first, middle and last row, or all bytes if the tensor is small.
+    """
     total = hashlib.sha256()
-    with _reading(folder) as read:
+    with _open_reader(folder) as read:
         for name, weight in sorted(weights.items()):
-            total.update(f"{name} {weight.shape} {weight.state.get('nested_offset')}".encode())
+            total.update(f"{name} {weight.shape} {weight.quant_state.get('nested_offset')}".encode())
             rows = weight.shape[0]
-            for suffix, stored in sorted(weight.parts.items()):
-                nbytes = math.prod(_rows(stored))
+            for suffix, stored in sorted(weight.tensors.items()):
+                nbytes = math.prod(_row_layout(stored))
                 total.update(f"{suffix} {nbytes}".encode())
                 sampled = (0, rows // 2, rows - 1)
                 byte_ranges = [(i * nbytes // rows, -(-(i + 1) * nbytes // rows)) for i in sampled]
-                if nbytes <= SMALL_PART:
+                if nbytes <= SMALL_PACKED_BYTES:
                     byte_ranges = [(0, nbytes)]
                 for begin, end in byte_ranges:
                     total.update(read(stored.file, stored.begin + begin, end - begin))
     return total.hexdigest()
 
 
-def _rows(stored: StoredTensor) -> tuple[int, int]:
-    """(rows, bytes of a row) of a tensor; a number by itself is a row."""
+def _row_layout(stored: StoredTensor) -> tuple[int, int]:
+    """Return (rows, bytes of a row) of a tensor; a scalar is one row."""
     count = stored.shape[0] if stored.shape else 1
     return count, math.prod(stored.shape[1:]) * stored.torch_dtype.itemsize
 
 
 @contextlib.contextmanager
-def _reading(folder: Path) -> Iterator[Reader]:
-    """Gives a Reader that opens each file once: a model has few files, of which many small parts are read."""
+def _open_reader(folder: Path) -> Iterator[Reader]:
+    """Yield a Reader that opens each file once, since a few files hold many small samples."""
     descriptors: dict[str, int] = {}
 
     def read(file: str, begin: int, nbytes: int) -> bytes:
+        """Read bytes of a file. Raises OSError."""
         if file not in descriptors:
             descriptors[file] = os.open(folder / file, os.O_RDONLY)
-            opened.callback(os.close, descriptors[file])
-        found = os.pread(descriptors[file], nbytes, begin)
-        if len(found) < nbytes:
+            stack.callback(os.close, descriptors[file])
+        data = os.pread(descriptors[file], nbytes, begin)
+        if len(data) < nbytes:
             raise OSError(f"{folder / file} was cut while it was read")
-        return found
+        return data
 
-    with contextlib.ExitStack() as opened:
+    with contextlib.ExitStack() as stack:
         yield read

@@ -1,4 +1,4 @@
-"""Checks that a folder is writable and has room, and writes that do not fail a run on a full disk."""
+"""Checks that a folder is writable and has free space, and writes that do not fail a run on a full disk."""
 
 from __future__ import annotations
 
@@ -17,11 +17,13 @@ from options.errors import FULL_DISK, UserError
 
 
 def check_writable(folder: Path, option: str) -> None:
-    """Raises UserError if the folder cannot be made or written to. Creates nothing: other runs may be
-    checking as well."""
+    """Raise UserError if the folder cannot be made or written to.
+
+    Creates no folder, since other runs may be checking the same one.
+    """
     try:
         with contextlib.suppress(FileNotFoundError):
-            os.stat(folder)  # raises, as exists() does not, where a part of the path is a file
+            os.stat(folder)  # unlike exists(), raises if a parent is a file
         existing = next(p for p in [folder.absolute(), *folder.absolute().parents] if p.exists())
         with tempfile.TemporaryFile(dir=existing):
             pass
@@ -29,9 +31,11 @@ def check_writable(folder: Path, option: str) -> None:
         raise UserError(f"{option} {folder}: cannot be written ({getattr(e, 'strerror', e)})") from None
 
 
-def check_room(folder: Path, needed: int) -> None:
-    """Raises OSError if the folder's disk has no room for so many bytes: one that ran full in the middle
-    would stop everything else that writes."""
+def check_free_space(folder: Path, needed: int) -> None:
+    """Raise OSError if the folder's disk has less than `needed` bytes free.
+
+    A disk that fills up in the middle of a write would stop everything else that writes to it.
+    """
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise OSError(
@@ -40,8 +44,8 @@ def check_room(folder: Path, needed: int) -> None:
 
 
 @contextlib.contextmanager
-def despite_full_disk(path: Path) -> Iterator[None]:
-    """Around the writing of something that report.py can make later: without it a run is none the worse."""
+def warn_on_full_disk(path: Path) -> Iterator[None]:
+    """Turn a full disk into a warning while the context writes a file that report.py can make again later."""
     try:
         yield
     except OSError as e:
@@ -50,20 +54,19 @@ def despite_full_disk(path: Path) -> Iterator[None]:
         print(f"WARNING: {path}: {e.strerror}; it is not written", file=sys.stderr, flush=True)
 
 
-def append(path: Path, text: str, say: Callable[[str], None]) -> None:
-    """Adds lines to a file of the RUN, all or, with a warning, if the disk is full, none."""
+def append_lines(path: Path, text: str, log: Callable[[str], None]) -> None:
+    """Append lines to a file of the RUN. If the disk is full, append nothing and log a warning."""
     try:
         with path.open("ab", buffering=0) as file:
             append_bytes(file, text.encode())
     except OSError as e:
         if e.errno not in FULL_DISK:
             raise
-        say(f"WARNING: {path}: {e.strerror}; lines of it are lost, and training goes on")
+        log(f"WARNING: {path}: {e.strerror}; lines of it are lost, and training goes on")
 
 
 def append_bytes(file: io.FileIO, data: bytes) -> None:
-    """Adds to the end of a file, all, or nothing where an error is raised: what reads it finds whole
-    lines."""
+    """Append all bytes to a file, or nothing if OSError is raised, so that its readers find whole lines."""
     end = file.seek(0, os.SEEK_END)
     try:
         while data:

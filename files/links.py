@@ -1,4 +1,4 @@
-"""Links in folders that others made."""
+"""Symbolic links in folders that others made."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 
-def leads_out(path: Path) -> bool:
-    """Whether a link leads out of its folder, and not to where the hub's cache keeps its files."""
+def points_outside(path: Path) -> bool:
+    """Return whether a link points outside its folder, other than to the hub cache's folder `blobs`."""
     real = Path(os.path.realpath(path))
     return not real.is_relative_to(os.path.realpath(path.parent)) and real.parent.name != "blobs"

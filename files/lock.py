@@ -1,4 +1,4 @@
-"""The lock of a folder that one run at a time may write: flock(2) on the folder itself."""
+"""The lock that lets one run at a time write a folder: flock(2) on the folder itself."""
 
 from __future__ import annotations
 
@@ -9,12 +9,15 @@ from pathlib import Path
 
 from options.errors import UserError
 
-PATIENCE = 10  # seconds for a run that ends to leave its folder
+WAIT_SECONDS = 10  # for an ending run to release its folder
 
 
 class FolderLock:
-    """Keeps other runs out of a folder, from `take` to the end of the context: of two that wrote into it
-    neither could be resumed. The lock is the folder's own, and goes with its process."""
+    """A lock that keeps other runs out of a folder, from `acquire` to the end of the context.
+
+    If two runs wrote into one folder, neither could be resumed. The system releases the lock when the process
+    ends.
+    """
 
     def __init__(self, folder: Path):
         self.folder, self.descriptor = folder, -1
@@ -26,16 +29,19 @@ class FolderLock:
         if self.descriptor >= 0:
             os.close(self.descriptor)
 
-    def take(self) -> None:
-        """Raises UserError if another run does not leave it, which the ranks of one that was killed do in a
-        second. A file system without locks is taken as it is."""
+    def acquire(self) -> None:
+        """Make and lock the folder. Raises UserError if another run holds it for WAIT_SECONDS.
+
+        The ranks of a killed run release it within a second. A file system without locks is not locked.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.descriptor, ends = os.open(self.folder, os.O_RDONLY), time.monotonic() + PATIENCE
+        self.descriptor = os.open(self.folder, os.O_RDONLY)
+        deadline = time.monotonic() + WAIT_SECONDS
         while True:
             try:
                 return fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                if time.monotonic() > ends:
+                if time.monotonic() > deadline:
                     raise UserError(f"--output_dir {self.folder}: another run is writing in it") from None
                 time.sleep(0.2)
             except OSError:

@@ -1,8 +1,8 @@
-"""A model's folder: found locally or fetched from the hub, its safetensors headers read and checked.
+"""A model's folder: found locally or downloaded from the hub, its safetensors headers read and checked.
 
-Format: https://huggingface.co/docs/safetensors (8 bytes of length, a JSON header, the raw tensors), one
-file `model.safetensors` or several with `model.safetensors.index.json`, whose "weight_map" says which
-file holds a tensor. Only headers are read here; the weights stay on disk until they are streamed.
+Format: https://huggingface.co/docs/safetensors (8 bytes of length, a JSON header, the raw tensors). There is
+one file `model.safetensors`, or several with `model.safetensors.index.json`, whose "weight_map" names the
+file of each tensor. Only headers are read here; the weights stay on disk until they are streamed.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ import torch
 from safetensors import SafetensorError
 from transformers import PretrainedConfig
 
-from files.bnb_weights import find_bnb
+from files.bnb_weights import find_bnb_weights
 from files.hub_errors import HUB_ERRORS
-from files.links import leads_out
-from files.names import ADAPTER_CONFIG, CONFIG, INDEX, SINGLE, split_revision
-from files.tensors import Stage, Staged, StoredTensor, list_tensors, read_tensor
-from files.weight_sets import Extra, compare_sets
+from files.links import points_outside
+from files.names import ADAPTER_CONFIG, CONFIG, INDEX, SINGLE_FILE, split_revision
+from files.tensors import PinnedBuffers, StoredTensor, StreamedTensor, list_tensors, read_tensor
+from files.weight_sets import compare_weight_sets
 from options.config import TOY_MODEL
 from options.errors import UserError
 from options.limits import MAX_INDEX_BYTES, read_json
 from quantization.quantizers import PackedWeight, Quantizer
 
 
-class StoredPacked(Protocol):
-    """A weight that some file holds packed: BnbWeight in bnb_weights.py, CachedWeight in weight_cache.py."""
+class StoredPackedWeight(Protocol):
+    """A weight that a file stores packed: BnbWeight in bnb_weights.py, CachedWeight in weight_cache.py."""
 
     @property
     def quantizer(self) -> Quantizer: ...
@@ -42,34 +42,39 @@ class StoredPacked(Protocol):
 
 
 class CheckpointFiles:
-    """The tensors of a model folder, by name: `tensors`, and in `packed` those of them that some file holds
-    packed already, bitsandbytes' own or a cache's. `extras`: tensors that only one of two
-    sets of weights holds.
+    """The tensors of a model folder, by name.
 
-    only: the name of one safetensors file in the folder, to read that one and nothing else.
+    Attributes:
+        folder: the folder.
+        tensors: all tensors.
+        packed: those of them that are stored packed, by bitsandbytes or in a cache.
+        unmatched: tensors that only one of two sets of weights holds.
+        prequantized: whether bitsandbytes packed some of them.
     """
 
-    def __init__(self, folder: Path, only: str | None = None):
+    def __init__(self, folder: Path, only_file: str | None = None):
+        """Read and check the headers; only_file: of this safetensors file alone. Raises UserError."""
         self.folder = folder
         self.tensors: dict[str, StoredTensor] = {}
-        self.packed: dict[str, StoredPacked] = {}
-        for file, names in ({only: None} if only else _files(folder)).items():
+        self.packed: dict[str, StoredPackedWeight] = {}
+        for file, names in ({only_file: None} if only_file else _list_weight_files(folder)).items():
             self._read_header(file, names)
-        self.extras: list[Extra] = [] if only else compare_sets(folder, dict(self.tensors))
-        self.packed.update(find_bnb(folder, self.tensors))
+        self.unmatched = [] if only_file else compare_weight_sets(folder, dict(self.tensors))
+        self.packed.update(find_bnb_weights(folder, self.tensors))
         self.prequantized = bool(self.packed)
         for name, tensor in self.tensors.items():
             if name not in self.packed and not (
                 isinstance(tensor.dtype, torch.dtype) and tensor.dtype.is_floating_point
             ):
                 raise UserError(
-                    f"{folder / tensor.file}: tensor {name} is stored as {tensor.dtype}; expected floating-point"
-                    " weights, or bitsandbytes' 4 bits"
+                    f"{folder / tensor.file}: tensor {name} is stored as {tensor.dtype}; expected"
+                    " floating-point weights, or bitsandbytes' 4 bits"
                 )
 
     def _read_header(self, file: str, expected: set[str] | None) -> None:
+        """Add a file's tensors. expected: names that the index assigns to the file. Raises UserError."""
         path = self.folder / file
-        if leads_out(path):
+        if points_outside(path):
             raise UserError(
                 f"{path}: is a link out of the folder, to {os.path.realpath(path)}; put the file here"
             )
@@ -86,32 +91,40 @@ class CheckpointFiles:
         self.tensors |= {name: found[name] for name in sorted(found)}
 
     def overlaid_by(self, other: CheckpointFiles) -> CheckpointFiles:
-        """These tensors, but for those that `other` holds, which are read from its files."""
-        folder = other.folder.absolute()  # a relative one would be below self.folder
-        held = {
-            name: replace(tensor, file=str(folder / tensor.file)) for name, tensor in other.tensors.items()
-        }
-        made = copy.copy(self)
-        made.tensors = self.tensors | held
-        return made
+        """Return a copy in which the tensors of `other` replace those of the same name."""
+        folder = other.folder.absolute()  # a relative path would be resolved below self.folder
+        replacements = {name: replace(t, file=str(folder / t.file)) for name, t in other.tensors.items()}
+        combined = copy.copy(self)
+        combined.tensors = self.tensors | replacements
+        return combined
 
-    def where(self, name: str) -> str:
-        """A tensor's file and its name, for messages."""
+    def tensor_origin(self, name: str) -> str:
+        """Return a tensor's file and name, for messages."""
         return f"{self.folder / self.tensors[name].file}: {name}"
 
     @overload
-    def read(self, name: str, stage: None = None) -> torch.Tensor | PackedWeight: ...
+    def read(self, name: str, buffers: None = None) -> torch.Tensor | PackedWeight: ...
     @overload
-    def read(self, name: str, stage: Stage | None) -> torch.Tensor | PackedWeight | Staged: ...
-    def read(self, name: str, stage: Stage | None = None) -> torch.Tensor | PackedWeight | Staged:
-        """The tensor on the CPU, or with a stage on its way to a GPU; packed, if it is so in a file."""
+    def read(
+        self, name: str, buffers: PinnedBuffers | None
+    ) -> torch.Tensor | PackedWeight | StreamedTensor: ...
+    def read(
+        self, name: str, buffers: PinnedBuffers | None = None
+    ) -> torch.Tensor | PackedWeight | StreamedTensor:
+        """Read a tensor to the CPU, or start to stream it to a GPU if `buffers` are given.
+
+        A weight that is stored packed is returned packed.
+        """
         if name in self.packed:
             return self.packed[name].read()
-        return read_tensor(self.folder, self.tensors[name], stage)
+        return read_tensor(self.folder, self.tensors[name], buffers)
 
 
-def _files(folder: Path) -> Mapping[str, set[str] | None]:
-    """{file name: the tensors that the index puts there, or None without an index}."""
+def _list_weight_files(folder: Path) -> Mapping[str, set[str] | None]:
+    """Return {file name: names of the tensors that the index assigns to it, or None without an index}.
+
+    Raises UserError if there are no weights, or the index is damaged.
+    """
     if (folder / INDEX).is_file():
         try:
             weight_map = read_json(folder / INDEX, MAX_INDEX_BYTES)["weight_map"]
@@ -121,23 +134,25 @@ def _files(folder: Path) -> Mapping[str, set[str] | None]:
         except (KeyError, TypeError, AttributeError):
             raise UserError(f"{folder / INDEX}: not an index with a weight_map") from None
         for file in files:
-            # What cannot be printed cannot be opened either: a NUL, half a character.
+            # A name that cannot be printed (a NUL, half a character) cannot be opened either.
             if not isinstance(file, str) or not file.isprintable() or not file or Path(file).name != file:
                 raise UserError(f"{folder / INDEX}: {file!r} is not a plain file name")
-        # An index without shards is what transformers leaves where it saves a single file over them.
-        if (folder / SINGLE).is_file() and not any((folder / file).is_file() for file in files):
-            return {SINGLE: None}
+        # When transformers saves a single file over shards, it deletes them but not their index.
+        if (folder / SINGLE_FILE).is_file() and not any((folder / file).is_file() for file in files):
+            return {SINGLE_FILE: None}
         return files
-    if (folder / SINGLE).is_file():
-        return {SINGLE: None}
+    if (folder / SINGLE_FILE).is_file():
+        return {SINGLE_FILE: None}
     others = sorted(p.name for p in folder.glob("*.bin")) + sorted(p.name for p in folder.glob("*.pth"))
     hint = f"; {others[0]} is a pickle, which is never loaded: convert it to safetensors" if others else ""
-    raise UserError(f"--model_name {folder}: no weights here ({SINGLE} or {INDEX}){hint}")
+    raise UserError(f"--model_name {folder}: no weights here ({SINGLE_FILE} or {INDEX}){hint}")
 
 
-def recorded_name(name: str, folder: Path) -> str:
-    """A model's name that means the same from any folder and at any time: `owner/name@commit`, or an absolute
-    path. folder: where `find_model` found it."""
+def pin_model_name(name: str, folder: Path) -> str:
+    """Return a model's name that stays valid: `owner/name@commit`, or an absolute path.
+
+    folder: where `find_model` found it.
+    """
     if name == TOY_MODEL:
         return name
     if os.path.isdir(os.path.expanduser(name)):
@@ -146,13 +161,17 @@ def recorded_name(name: str, folder: Path) -> str:
 
 
 def find_model(name: str) -> Path:
-    """The local folder of a model: `name` itself, or the hub's snapshot of that id, still without weights,
-    so that an unknown architecture costs no download of gigabytes. name: a folder, or a hub id, with or
-    without `@revision`: a branch, a tag or a commit.
+    """Return the local folder of a model, downloaded from the hub without weights if `name` is a hub id.
 
-    Raises UserError if it is neither, is not accessible, or holds no config.json.
+    The weights follow by `fetch_weights`, so that an unknown architecture costs no download of gigabytes.
+
+    Args:
+        name: a folder, or a hub id with or without `@revision` (a branch, a tag or a commit).
+
+    Raises:
+        UserError: it is neither, is not accessible, holds no config.json, or holds an adapter too.
     """
-    local = os.path.expanduser(name)  # os.path takes any text, where Path raises for some
+    local = os.path.expanduser(name)  # os.path accepts any text; Path raises for some
     folder = Path(local) if os.path.isdir(local) else _download(name, "*.json", "*.jinja", "*.model", "*.txt")
     if not (folder / CONFIG).is_file():
         raise UserError(f"--model_name {name}: no {CONFIG} in this folder")
@@ -165,13 +184,21 @@ def find_model(name: str) -> Path:
 
 
 def fetch_weights(name: str, folder: Path) -> None:
-    """Completes what `find_model` found with its safetensors files. Nothing to do for a local folder. name:
-    as `recorded_name` gives it, since a branch may have moved on meanwhile."""
+    """Download the safetensors files into the hub snapshot that `find_model` returned.
+
+    Args:
+        name: result of `pin_model_name`, since a branch may have moved since. A local folder needs nothing.
+        folder: the snapshot.
+
+    Raises:
+        UserError: the hub cannot be reached, or refuses.
+    """
     if not os.path.isdir(os.path.expanduser(name)) and name != TOY_MODEL:
         assert _download(name, "*.safetensors") == folder
 
 
 def _download(name: str, *patterns: str) -> Path:
+    """Download files of a hub repository by patterns and return the snapshot. Raises UserError."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         HfHubHTTPError,
@@ -182,13 +209,11 @@ def _download(name: str, *patterns: str) -> Path:
 
     repository, revision = split_revision(name)
     # Subfolders and consolidated*.safetensors hold the same weights in other formats.
-    others = ["*/*", "consolidated*"]
+    ignored = ["*/*", "consolidated*"]
     try:
-        return Path(
-            snapshot_download(
-                repository, revision=revision, allow_patterns=list(patterns), ignore_patterns=others
-            )
-        )
+        return Path(snapshot_download(
+            repository, revision=revision, allow_patterns=list(patterns), ignore_patterns=ignored
+        ))  # fmt: skip
     except HFValidationError:
         raise UserError(f"--model_name {name}: no such folder, and not a hub id (owner/name)") from None
     except LocalEntryNotFoundError:
@@ -203,23 +228,21 @@ def _download(name: str, *patterns: str) -> Path:
             401: "does not exist, or needs `hf auth login`",
             403: "is gated: ask for access on its page",
         }
-        what = reason.get(status, "does not exist" if status == 404 else f"could not be fetched ({status})")
-        raise UserError(f"--model_name {name}: no such folder, and on the hub it {what}") from None
+        problem = reason.get(
+            status, "does not exist" if status == 404 else f"could not be fetched ({status})"
+        )
+        raise UserError(f"--model_name {name}: no such folder, and on the hub it {problem}") from None
     except HUB_ERRORS as e:
         raise UserError(f"--model_name {name}: could not be fetched from the hub ({e})") from None
 
 
-def base_digest(config: PretrainedConfig, files: CheckpointFiles) -> str:
-    """Names the model that an adapter belongs to: its config and the names and shapes of its weights, not the
-    version of transformers that wrote it or the folder where it lies."""
-    ignored = (
-        "_name_or_path",
-        "transformers_version",
-        "dtype",
-        "torch_dtype",
-        "use_cache",
-        "quantization_config",
-    )
-    described = {k: v for k, v in config.to_dict().items() if k not in ignored}
+def digest_structure(config: PretrainedConfig, files: CheckpointFiles) -> str:
+    """Return a digest of a model's config and of the names and shapes of its weights.
+
+    It depends neither on the version of transformers that wrote the model nor on the folder.
+    """
+    ignored = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache",
+               "quantization_config")  # fmt: skip
+    settings = {k: v for k, v in config.to_dict().items() if k not in ignored}
     shapes = {name: stored.shape for name, stored in sorted(files.tensors.items())}
-    return hashlib.sha256(json.dumps([described, shapes], sort_keys=True, default=str).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([settings, shapes], sort_keys=True, default=str).encode()).hexdigest()

@@ -1,31 +1,30 @@
-"""Names of the files in a RUN and in a Hugging Face model folder, some as patterns of Path.glob; names of
-models."""
+"""Names of files in a RUN and in a Hugging Face model folder, some as Path.glob patterns; names of models."""
 
 from __future__ import annotations
 
 import os
 
-OPTIONS, METRICS = "config.yaml", "metrics.jsonl"  # every option of a run; a line for each step
+OPTIONS, METRICS = "config.yaml", "metrics.jsonl"  # all options of a run; one line per step
 ADAPTER, BLOCKS = "adapter_model.safetensors", "new_blocks.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"  # PEFT's description of an adapter
-BEST, SCORE = "best", "evaluation.json"  # the folder of the best step, and the file in it that names the step
+BEST, SCORE = "best", "evaluation.json"  # the folder of the best step, and its file that names the step
 RUN_FILES = (OPTIONS, "run.json", METRICS, "bad_steps.jsonl", "samples.jsonl", "loss.png", "report.html",
              "memory*.html", "memory*.png", "memory_snapshot*.pickle",
              ADAPTER_CONFIG, ADAPTER, BLOCKS)  # fmt: skip
 TOKENIZER_JSON, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 SPECIAL_TOKENS, CHAT_TEMPLATE = "special_tokens_map.json", "chat_template.jinja"
 ADDED_TOKENS = "added_tokens.json"
-VOCABULARY = ("vocab.json", "merges.txt")  # of byte-level BPE, without tokenizer.json
-TOKENIZER = ("tokenizer*", SPECIAL_TOKENS, "vocab.*", "merges.txt", ADDED_TOKENS, "chat_template.*")
-# A model folder's small files that go along with retrained weights, as they are.
-CONFIG, GENERATION = "config.json", "generation_config.json"
-COMPANIONS = (CONFIG, GENERATION, *TOKENIZER)
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
-MODEL_FILES = (CONFIG, GENERATION, INDEX, SINGLE, "model-*.safetensors")
+VOCABULARY = ("vocab.json", "merges.txt")  # byte-level BPE without tokenizer.json
+TOKENIZER_FILES = ("tokenizer*", SPECIAL_TOKENS, "vocab.*", "merges.txt", ADDED_TOKENS, "chat_template.*")
+CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
+# Copied beside retrained weights.
+SMALL_MODEL_FILES = (CONFIG, GENERATION_CONFIG, *TOKENIZER_FILES)
+INDEX, SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"
+MODEL_FILES = (CONFIG, GENERATION_CONFIG, INDEX, SINGLE_FILE, "model-*.safetensors")
 
 
 def split_revision(name: str) -> tuple[str, str | None]:
-    """(hub id, revision) of `owner/name@revision`; (name, None) of a folder, or without a revision."""
+    """Split `owner/name@revision` into (hub id, revision). A folder or a plain id gives (name, None)."""
     repository, _, revision = name.partition("@")
     if not revision or os.path.isabs(name) or os.path.isdir(os.path.expanduser(name)):
         return name, None

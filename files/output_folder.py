@@ -1,4 +1,4 @@
-"""--output_dir before a run writes there: whether it may, and an earlier run's files removed."""
+"""Checks of --output_dir before a run writes there, and removal of an earlier run's files."""
 
 from __future__ import annotations
 
@@ -6,24 +6,28 @@ import contextlib
 from pathlib import Path
 
 from files.disk_room import check_writable
-from files.names import BEST, COMPANIONS, MODEL_FILES, RUN_FILES, SCORE
+from files.names import BEST, MODEL_FILES, RUN_FILES, SCORE, SMALL_MODEL_FILES
 from options.config import CHECKPOINTS, Config
 from options.errors import UserError
 
 
 def output_folder(config: Config) -> Path:
-    """--output_dir, which `resolve` has set."""
+    """Return --output_dir, which `resolve` has set."""
     assert config.output_dir is not None
     return Path(config.output_dir)
 
 
 def holds_run(folder: Path) -> bool:
+    """Return whether a folder holds files of a run or a model."""
     return any(True for pattern in RUN_FILES + MODEL_FILES for _ in folder.glob(pattern))
 
 
 def check_output(folder: Path, overwrite: bool) -> None:
-    """Raises UserError if the folder holds a run and may not be replaced, or cannot be written, or has a link
-    where a run writes and removes files."""
+    """Raise UserError if a run must not write to the folder.
+
+    That is: it holds a run and `overwrite` is False, it is not writable, or one of the subfolders that a run
+    writes and removes is a link.
+    """
     check_writable(folder, "--output_dir")
     for name in (CHECKPOINTS, "wandb"):
         if (folder / name).is_symlink():
@@ -37,16 +41,16 @@ def check_output(folder: Path, overwrite: bool) -> None:
 
 
 def clear_output(folder: Path) -> None:
-    """Makes the folder, and removes from it the files of an earlier run, whole or cut, and nothing else."""
+    """Make the folder, and remove only the files of an earlier run from it, complete or incomplete."""
     folder.mkdir(parents=True, exist_ok=True)
     for pattern in RUN_FILES + MODEL_FILES:
         for path in (*folder.glob(pattern), *folder.glob(f"{pattern}.tmp")):
             path.unlink()
     for name in (BEST, f"{BEST}.tmp", f"{BEST}.old"):
-        if (folder / name).is_symlink():  # what it leads to is not ours
+        if (folder / name).is_symlink():  # its target is not ours
             (folder / name).unlink()
-        for pattern in (*RUN_FILES, *MODEL_FILES, *COMPANIONS, SCORE, "*.tmp"):
+        for pattern in (*RUN_FILES, *MODEL_FILES, *SMALL_MODEL_FILES, SCORE, "*.tmp"):
             for path in (folder / name).glob(pattern):
                 path.unlink()
-        with contextlib.suppress(OSError):  # there is none, or it holds files of others
+        with contextlib.suppress(OSError):  # it does not exist, or holds files of others
             (folder / name).rmdir()

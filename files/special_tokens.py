@@ -1,4 +1,4 @@
-"""Special and added tokens of a tokenizer, compared with what the files of its folder say of them."""
+"""Special and added tokens of a tokenizer, compared with the files of its folder."""
 
 from __future__ import annotations
 
@@ -11,85 +11,99 @@ from files.names import ADDED_TOKENS, SPECIAL_TOKENS, TOKENIZER_CONFIG, TOKENIZE
 from options.errors import UserError
 from options.limits import MAX_TOKENIZER_BYTES, read_json
 
-ADDED_DECODER = "added_tokens_decoder"  # of tokenizer_config.json: {id: token}
+ADDED_DECODER = "added_tokens_decoder"  # key of tokenizer_config.json: {id: token}
 
 
-def check_eos(folder: Path, tokenizer, named: str) -> None:
-    """Raises UserError if no file says what EOS is: every row would end in the default of transformers' class,
-    whatever the model was trained with."""
-    described = _special_tokens(folder)
-    if "eos_token" in described:
+def check_eos(folder: Path, tokenizer, name: str) -> None:
+    """Raise UserError if no file of the folder names the EOS token. name: the folder, for the message.
+
+    Otherwise every row would end in the default of transformers' class, whatever the model was trained with.
+    """
+    settings = _read_special_tokens(folder)
+    if "eos_token" in settings:
         return
     kind, eos = type(tokenizer).__name__, tokenizer.eos_token
     default = f", and transformers' {kind} would take {eos!r}" if eos else ""
-    silent = (
+    problem = (
         f"{TOKENIZER_CONFIG} has no eos_token"
-        if ADDED_DECODER in described
+        if ADDED_DECODER in settings
         else f"eos_token is in neither {TOKENIZER_CONFIG} nor {SPECIAL_TOKENS}"
     )
     raise UserError(
-        f"{named}: no usable tokenizer ({silent}{default}); write the EOS token that the model was trained with"
-        f" into {TOKENIZER_CONFIG}"
+        f"{name}: no usable tokenizer ({problem}{default}); write the EOS token that the model was trained"
+        f" with into {TOKENIZER_CONFIG}"
     )
 
 
-def _special_tokens(folder: Path) -> dict:
-    """What the files say of special tokens. As transformers does, reads special_tokens_map.json only where
-    tokenizer_config.json has no added_tokens_decoder. Raises UserError."""
-    config = read_if_there(folder / TOKENIZER_CONFIG)
-    return config if ADDED_DECODER in config else config | read_if_there(folder / SPECIAL_TOKENS)
+def _read_special_tokens(folder: Path) -> dict:
+    """Return the special tokens and settings in the folder's files. Raises UserError.
+
+    Like transformers, this reads special_tokens_map.json only if tokenizer_config.json has no
+    added_tokens_decoder.
+    """
+    config = read_optional_json(folder / TOKENIZER_CONFIG)
+    return config if ADDED_DECODER in config else config | read_optional_json(folder / SPECIAL_TOKENS)
 
 
-def read_if_there(path: Path) -> dict:
-    """The JSON object of one of a tokenizer's files; {} without that file. Raises UserError."""
+def read_optional_json(path: Path) -> dict:
+    """Read the JSON object of a tokenizer's file; return {} if there is no such file. Raises UserError."""
     return read_json(path, MAX_TOKENIZER_BYTES) if path.is_file() else {}
 
 
 def remarks_on_special_tokens(folder: Path, file: Tokenizer | None, tokenizer) -> list[str]:
-    """Lines on a BOS that no file names, on tokens that tokenizer.json lacks, and on tokens to which no file
-    gives the id that they have. file: tokenizer.json by itself; None if there is none.
+    """Return remarks on special and added tokens that transformers' class adds to those of the files.
 
-    Raises UserError if EOS is one of the last: the model cannot have been trained on it.
+    They cover a BOS that no file names, tokens that tokenizer.json lacks, and tokens whose id is in no file.
+
+    Args:
+        folder: the tokenizer's folder.
+        file: the tokenizer of tokenizer.json alone; None if there is no such file.
+        tokenizer: transformers' tokenizer.
+
+    Raises:
+        UserError: no file gives the EOS token its id, so the model cannot have been trained on it.
     """
-    told = []
-    kind, used = type(tokenizer).__name__, tokenizer.get_added_vocab()
-    if tokenizer.bos_token and "bos_token" not in _special_tokens(folder):
-        told.append(f"tokenizer: no file says bos_token; it is {kind}'s default, {tokenizer.bos_token!r}")
-    written = (
-        {token: file.token_to_id(token) for token in used} if file else read_if_there(folder / VOCABULARY[0])
-    )
-    extra = {token: i for token, i in used.items() if written.get(token) != i}
-    listed = _listed_tokens(folder)
-    invented = {token: i for token, i in extra.items() if listed.get(token) != i}
-    if tokenizer.eos_token in invented:
+    remarks = []
+    kind, ids = type(tokenizer).__name__, tokenizer.get_added_vocab()
+    if tokenizer.bos_token and "bos_token" not in _read_special_tokens(folder):
+        remarks.append(f"tokenizer: no file says bos_token; it is {kind}'s default, {tokenizer.bos_token!r}")
+    if file:
+        ids_in_file = {token: file.token_to_id(token) for token in ids}
+    else:
+        ids_in_file = read_optional_json(folder / VOCABULARY[0])
+    lacking = {token: i for token, i in ids.items() if ids_in_file.get(token) != i}
+    listed = _read_added_tokens(folder)
+    unlisted = {token: i for token, i in lacking.items() if listed.get(token) != i}
+    if tokenizer.eos_token in unlisted:
         raise UserError(
-            f"{tokenizer.name_or_path}: no file of its tokenizer gives the EOS token {tokenizer.eos_token!r} the"
-            f" id {tokenizer.eos_token_id} that {kind} gives it: the model was not trained on it, and every row"
-            f" would end in it; name the model's own in {TOKENIZER_CONFIG}, or put this one into {TOKENIZER_JSON}"
+            f"{tokenizer.name_or_path}: no file of its tokenizer gives the EOS token {tokenizer.eos_token!r}"
+            f" the id {tokenizer.eos_token_id} that {kind} gives it: the model was not trained on it, and"
+            f" every row would end in it; name the model's own in {TOKENIZER_CONFIG}, or put this one into"
+            f" {TOKENIZER_JSON}"
         )
-    if file and (elsewhere := extra.keys() - invented.keys()):
-        told.append(
-            f"tokenizer: {TOKENIZER_JSON} lacks {_listing(elsewhere, tokenizer)}, which {kind} adds as"
+    if file and (elsewhere := lacking.keys() - unlisted.keys()):
+        remarks.append(
+            f"tokenizer: {TOKENIZER_JSON} lacks {_format_tokens(elsewhere, tokenizer)}, which {kind} adds as"
             f" {TOKENIZER_CONFIG} or {ADDED_TOKENS} says"
         )
-    if invented:
-        told.append(
-            f"tokenizer: no file gives {_listing(invented, tokenizer)} this id; {kind} adds such tokens by"
-            " itself, and the model was probably not trained on them"
+    if unlisted:
+        remarks.append(
+            f"tokenizer: no file gives {_format_tokens(unlisted, tokenizer)} this id; {kind} adds such tokens"
+            " by itself, and the model was probably not trained on them"
         )
-    return told
+    return remarks
 
 
-def _listed_tokens(folder: Path) -> dict[str, int]:
-    """{added token: its id} as tokenizer_config.json lists them, or, in its place, added_tokens.json."""
-    config = read_if_there(folder / TOKENIZER_CONFIG)
+def _read_added_tokens(folder: Path) -> dict[str, int]:
+    """Return {added token: id} of tokenizer_config.json or, if it lists none, of added_tokens.json."""
+    config = read_optional_json(folder / TOKENIZER_CONFIG)
     if ADDED_DECODER not in config:
-        return read_if_there(folder / ADDED_TOKENS)
+        return read_optional_json(folder / ADDED_TOKENS)
     return {token["content"]: int(i) for i, token in config[ADDED_DECODER].items()}
 
 
-def _listing(tokens: Collection[str], tokenizer) -> str:
-    """The tokens in the order of their ids, each with its id and what it is."""
+def _format_tokens(tokens: Collection[str], tokenizer) -> str:
+    """Return the tokens in the order of their ids, each with its roles (eos_token, ...) and id."""
     ids, roles = tokenizer.get_added_vocab(), tokenizer.special_tokens_map
     return ", ".join(
         f"{token!r} ({', '.join([*(name for name, t in roles.items() if t == token), f'id {ids[token]}'])})"

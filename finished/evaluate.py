@@ -18,7 +18,7 @@ from data.examples import read_examples
 from data.formats import Rendered
 from data.rows import TokenizedRows
 from data.tokenizing import tokenize
-from files.atomic_writes import as_json, write_text
+from files.atomic_writes import nonfinite_to_null, write_text
 from files.disk_room import check_writable
 from finished.finished_run import Run, load_model, load_tokenizer, open_base, open_run, stops_of
 from finished.generation import Ending
@@ -249,7 +249,7 @@ def run(options: Options) -> int:
             options.out.parent.mkdir(parents=True, exist_ok=True)
             write_text(
                 options.out,
-                json.dumps(as_json(results), indent=2, allow_nan=False, ensure_ascii=False) + "\n",
+                json.dumps(nonfinite_to_null(results), indent=2, allow_nan=False, ensure_ascii=False) + "\n",
             )
         except OSError as e:
             return print_error(

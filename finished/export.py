@@ -21,8 +21,8 @@ from data.tokenizing import prepare
 from files.atomic_writes import write_text
 from files.disk_room import check_writable
 from files.hub_errors import HUB_ERRORS
-from files.model_folder import CheckpointFiles, recorded_name
-from files.names import ADAPTER, ADAPTER_CONFIG, CONFIG, TOKENIZER, split_revision
+from files.model_folder import CheckpointFiles, pin_model_name
+from files.names import ADAPTER, ADAPTER_CONFIG, CONFIG, TOKENIZER_FILES, split_revision
 from files.tokenizer import compare_with_files
 from finished.export_folder import check_space, check_unused, whole_or_nothing
 from finished.finished_run import Run, load_tokenizer, open_run, read_adapter, stops_of
@@ -147,7 +147,7 @@ def write_merged(
 
 
 def write_card(run: Run, options: Options, folder: Path, what: str, library: str) -> None:
-    base = recorded_name(options.base_model, run.base) if options.base_model else run.config.model_name
+    base = pin_model_name(options.base_model, run.base) if options.base_model else run.config.model_name
     text = card(run.config, run.folder, base, options.out.resolve().name, what, library)
     write_text(folder / "README.md", text)
 
@@ -161,11 +161,11 @@ def write_adapter(run: Run, options: Options, folder: Path, small_files: dict[st
     except LookupError as e:
         raise UserError(f"{path}: not an adapter's description ({describe(e)})") from None
     if options.base_model:
-        named = split_revision(recorded_name(options.base_model, run.base))
+        named = split_revision(pin_model_name(options.base_model, run.base))
     described["base_model_name_or_path"], described["revision"] = named
     check_space(options.out, run.adapter.stat().st_size + sum(p.stat().st_size for p in companions(run.base)))
     shutil.copyfile(run.adapter, folder / ADAPTER)
-    copy_companions(run.base, folder, small_files, TOKENIZER)
+    copy_companions(run.base, folder, small_files, TOKENIZER_FILES)
     what = (
         "A LoRA or DoRA adapter in PEFT's format (adapter_config.json, adapter_model.safetensors):"
         " `PeftModel.from_pretrained(base, folder)` puts it over its base model."

@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from files.disk_room import check_room
+from files.disk_room import check_free_space
 from files.names import ADAPTER_CONFIG, CONFIG, OPTIONS
 from files.output_folder import clear_output, holds_run
 from options.errors import UserError
@@ -32,7 +32,7 @@ def check_space(out: Path, nbytes: int) -> None:
     """Raises UserError if the folder's disk has no room for that many bytes."""
     existing = next(p for p in [out.absolute(), *out.absolute().parents] if p.exists())
     try:
-        check_room(existing, nbytes + SPARE)
+        check_free_space(existing, nbytes + SPARE)
     except OSError as e:
         raise UserError(f"--out {out}: {e.strerror}") from None
 

@@ -22,10 +22,16 @@ from checkpoints.trained_model import open_blocks
 from data.examples import toy_texts
 from data.formats import RenderContext
 from data.stops import stop_tokens
-from files.base_model import DESCRIBED, check_base, head_left_out, tokenizer_remark, trained_without_head
-from files.bnb_weights import check_stored_quantization
+from files.base_model import (
+    STRUCTURE_KEY,
+    check_base,
+    no_head_message,
+    tokenizer_remark,
+    trained_without_head,
+)
+from files.bnb_weights import detect_bnb_packing
 from files.finite import is_finite
-from files.model_folder import CheckpointFiles, base_digest, fetch_weights, find_model, recorded_name
+from files.model_folder import CheckpointFiles, digest_structure, fetch_weights, find_model, pin_model_name
 from files.names import ADAPTER, ADAPTER_CONFIG, BLOCKS, CONFIG, OPTIONS
 from files.tensors import read_header
 from files.tokenizer import read_tokenizer
@@ -110,10 +116,10 @@ def open_base(run: Run, base: str | None = None) -> Run:
     weights = run.files.folder / next(iter(run.files.tensors.values())).file
     metadata = read_header(weights)[0].get("__metadata__") or {}
     # An older RUN does not say what its base's config and shapes were: they are its own.
-    metadata = {DESCRIBED: base_digest(run.model_config, run.files)} | metadata
+    metadata = {STRUCTURE_KEY: digest_structure(run.model_config, run.files)} | metadata
     head = opened.own_head
     if head and trained_without_head(metadata, opened.model_config, opened.files, head):
-        print(f"{run.folder}: {head_left_out(head, opened.base)}; here the base has it", file=sys.stderr)
+        print(f"{run.folder}: {no_head_message(head, opened.base)}; here the base has it", file=sys.stderr)
         return dataclasses.replace(opened, recognised=False)
     return _recognised(opened, metadata, run.folder)
 
@@ -141,9 +147,9 @@ def _open_model(folder: Path, config: Config, name: str | None, given: str | Non
     with _naming(name, given):
         base = folder if name is None else toy_model(toy_texts()) if name == TOY_MODEL else find_model(name)
         model_config, family = read_config(base)
-        check_stored_quantization(getattr(model_config, "quantization_config", None), base)
+        detect_bnb_packing(getattr(model_config, "quantization_config", None), base)
         if name is not None:
-            fetch_weights(recorded_name(name, base), base)
+            fetch_weights(pin_model_name(name, base), base)
         files, _, own_head = open_weights(base, model_config, family)
     return Run(folder, config, base, model_config, family, files, None, own_head)
 
@@ -220,7 +226,7 @@ def _read_adapter_header(path: Path) -> tuple[dict[str, str], dict[str, tuple[li
             tensors = {name: (part.get_shape(), part.get_dtype()) for name, part in slices.items()}
     except (SafetensorError, OSError) as e:
         raise UserError(f"{path}: truncated or not a safetensors file ({e})") from None
-    if DESCRIBED not in metadata:
+    if STRUCTURE_KEY not in metadata:
         raise UserError(f"{path}: does not say which model it was trained on, as adapters of train.py do")
     return metadata, tensors
 

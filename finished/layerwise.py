@@ -110,7 +110,7 @@ def _load(
             where, _, last = name.rpartition(".")
             module = model.get_submodule(where)
             tensor = pack_weight(
-                files.where(source), files.read(source).to(device), quantizer_of(module, last)
+                files.tensor_origin(source), files.read(source).to(device), quantizer_of(module, last)
             )
             for key, full in pack(module, last, tensor).items():
                 key = f"{where}.{key}".removeprefix(prefix)

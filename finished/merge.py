@@ -21,7 +21,7 @@ import torch
 from checkpoints.model_writer import PIECE, Entry, copied
 from files.finite import check_finite, is_finite
 from files.model_folder import CheckpointFiles
-from files.tensors import Stage
+from files.tensors import PinnedBuffers
 from finished.finished_run import PREFIX, Run
 from launch.memory import empty_on_host
 from models.adapters import choose_quantizers, packed_linears
@@ -68,12 +68,12 @@ def merged_entries(
     quantizers = packed_in_training(run) if dequantized else {}
     assert not run.files.packed or dequantized
     scaling = run.config.lora_alpha / run.config.lora_rank if adapter else 0.0
-    stage = Stage(device.type) if device.type == "cuda" else None
+    buffers = PinnedBuffers(device.type) if device.type == "cuda" else None
     entries = copied(run.files)
     for name, entry in entries.items():
         dtype, quantizer, tensors = dtype_of(entry.dtype), quantizers.get(name), layers.pop(name, None)
         if quantizer or tensors:
-            make = partial(_weight, run.files, name, quantizer, tensors, scaling, device, stage)
+            make = partial(_weight, run.files, name, quantizer, tensors, scaling, device, buffers)
             entries[name] = Entry(dtype, entry.shape, partial(_pieces, make, name, dtype))
         elif dtype != entry.dtype:
             pieces = partial(_converted, run.files, name, dtype)
@@ -89,13 +89,15 @@ def _weight(
     tensors: dict[str, torch.Tensor] | None,
     scaling: float,
     device: torch.device,
-    stage: Stage | None,
+    buffers: PinnedBuffers | None,
 ) -> torch.Tensor:
     """One weight of the merged model: [O, I] fp32 on the device."""
-    stored = files.read(name, stage).to(device)
+    stored = files.read(name, buffers).to(device)
     if isinstance(stored, torch.Tensor):
-        check_finite(files.where(name), stored)
-    source = pack_weight(files.where(name), stored, quantizer)  # from the stored dtype, as in training
+        check_finite(files.tensor_origin(name), stored)
+    source = pack_weight(
+        files.tensor_origin(name), stored, quantizer
+    )  # from the stored dtype, as in training
     if isinstance(source, PackedWeight):
         assert quantizer is not None
         parts = source.codes, source.scales, quantizer.table(device)
@@ -117,7 +119,7 @@ def _converted(files: CheckpointFiles, name: str, dtype: torch.dtype) -> Iterato
     assert isinstance(tensor, torch.Tensor)
     flat = tensor.view(-1)
     for part in flat.split(PIECE // flat.dtype.itemsize):
-        check_finite(files.where(name), part)
+        check_finite(files.tensor_origin(name), part)
         yield _as_bytes(_fits(part.to(dtype), name))
 
 

@@ -18,7 +18,7 @@ from files.comparison import same_values
 from files.model_folder import CheckpointFiles
 from files.names import CONFIG
 from files.tensors import StoredTensor, read_tensor
-from files.weight_sets import Extra, two_sets
+from files.weight_sets import UnmatchedTensor, two_sets_error
 from models.family import ROTARY_TABLE, Family
 from models.longrope import ByRow, make_rotary
 from options.errors import UserError
@@ -74,7 +74,7 @@ def check_frequencies(config: PretrainedConfig, family: Family, files: Checkpoin
     for name in stored:
         if not _is_one_of(tables, files.folder, files.tensors[name]):
             raise UserError(
-                f"{files.where(name)} holds other rotary frequencies than config.json gives (rope_theta,"
+                f"{files.tensor_origin(name)} holds other rotary frequencies than config.json gives (rope_theta,"
                 " rope_scaling), and could not be used: correct config.json, or delete the tensor"
             )
 
@@ -82,13 +82,13 @@ def check_frequencies(config: PretrainedConfig, family: Family, files: Checkpoin
 def check_extras(config: PretrainedConfig, family: Family, files: CheckpointFiles) -> None:
     """Raises UserError if one of two sets of weights holds a tensor that the other lacks, unless it is
     redundant: a copy of the embedding that is tied to it, or the rotary frequencies that `config` gives."""
-    for extra in files.extras:
+    for extra in files.unmatched:
         if not _is_redundant(extra, config, family, files.folder):
             file = extra.tensors[extra.name].file
-            raise two_sets(files.folder, f"{extra.name} is in {file}, and not in {extra.missing}")
+            raise two_sets_error(files.folder, f"{extra.name} is in {file}, and not in {extra.missing_from}")
 
 
-def _is_redundant(extra: Extra, config: PretrainedConfig, family: Family, folder: Path) -> bool:
+def _is_redundant(extra: UnmatchedTensor, config: PretrainedConfig, family: Family, folder: Path) -> bool:
     stored = extra.tensors[extra.name]
     if not family.ignores(extra.name, config.tie_word_embeddings):
         return False

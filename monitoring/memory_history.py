@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from files.atomic_writes import staged
+from files.atomic_writes import stage_files
 from launch.memory import GIB, bytes_in_use
 
 MOST_EVENTS = (
@@ -202,7 +202,7 @@ class GpuEvents:
         """The curves in bytes. Leaves the snapshot, in the format of https://pytorch.org/memory_viz."""
         snapshot = torch.cuda.memory._snapshot()
         torch.cuda.memory._record_memory_history(enabled=None)
-        with staged(path.parent) as stage, stage(path.name).open("wb") as file:
+        with stage_files(path.parent) as stage, stage(path.name).open("wb") as file:
             pickle.dump(snapshot, file)  # as torch.cuda.memory._dump_snapshot, which would take another one
         return curves_of(snapshot, self.device.index, self.began)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from html import escape
 from pathlib import Path
 
-from files.atomic_writes import staged, write_text
+from files.atomic_writes import stage_files, write_text
 from monitoring.memory_history import Part, Recording
 from monitoring.report_charts import Band, Series, number, plot, tick, time_axis, value_axis
 from monitoring.report_page import document
@@ -139,7 +139,7 @@ def draw(recordings: list[Recording], title: str, path: Path) -> None:
         handles, COLOURS, loc="outside upper right", ncols=len(COLOURS), frameon=False, fontsize="small"
     )
     figure.suptitle(title, x=0.01, ha="left", fontsize="medium")
-    with staged(path.parent) as stage:
+    with stage_files(path.parent) as stage:
         figure.savefig(stage(path.name), dpi=110, format="png")
     plt.close(figure)
 

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from files.atomic_writes import as_json, staged
-from files.disk_room import append_bytes, despite_full_disk
+from files.atomic_writes import nonfinite_to_null, stage_files
+from files.disk_room import append_bytes, warn_on_full_disk
 from files.names import METRICS
 from files.output_folder import output_folder
 from monitoring.metrics import Metrics, read_metrics
@@ -65,7 +65,7 @@ class Tracker(NoTracker):
     def log(self, m: Metrics) -> None:
         self.history.append(m)
         # A skipped step of fp16 has no number as its gradient norm.
-        self.held += json.dumps(as_json(m.fields())).encode() + b"\n"
+        self.held += json.dumps(nonfinite_to_null(m.fields())).encode() + b"\n"
         self._write()
         if m.eval_loss is not None:
             self.evaluated = f", eval {m.eval_loss:.4f}"
@@ -96,7 +96,7 @@ class Tracker(NoTracker):
         self._write()
         self.file.close()
         if self.history:
-            with despite_full_disk(self.folder / "loss.png"):
+            with warn_on_full_disk(self.folder / "loss.png"):
                 draw_loss(self.history, self.folder / "loss.png")
 
 
@@ -177,7 +177,7 @@ def draw_loss(history: list[Metrics], path: Path) -> None:
     lr_axis.plot(steps, [m.lr for m in history], color="#b06a00", linewidth=1, linestyle="--")
     lr_axis.set(ylabel="learning rate (dashed)", ylim=(0, None))
     try:
-        with staged(path.parent) as stage:
+        with stage_files(path.parent) as stage:
             figure.savefig(stage(path.name), dpi=120, format="png")
     finally:
         plt.close(figure)

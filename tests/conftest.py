@@ -82,11 +82,11 @@ def even_rows(tmp_path_factory):
 def _ranks(world: int):
     """On a machine with GPUs each rank has one, over NCCL; without, they are CPU processes over gloo."""
     from launch.ranks import max_gpu_ranks
-    from tests.helpers.distributed import Ranks
+    from tests.helpers.distributed import RankPool
 
     if 0 < max_gpu_ranks() < world:
         pytest.skip(f"needs {world} GPUs, or none")
-    ranks = Ranks(world)
+    ranks = RankPool(world)
     yield ranks
     ranks.close()
 
@@ -112,18 +112,18 @@ def one_rank():
 @pytest.fixture(scope="session")
 def plain_run(one_rank):
     """plain_run(args) -> what `train_run` returns in one rank; computed once for the same arguments."""
-    from tests.helpers.distributed import once
+    from tests.helpers.distributed import cache_results
     from tests.helpers.runs import train_run
 
-    return once(one_rank, train_run)
+    return cache_results(one_rank, train_run)
 
 
 @pytest.fixture(scope="session")
 def runs(checkpoints, alpaca_file, one_rank, tmp_path_factory):
     """RUN folders of three adapters over one base with biases: finished_runs.py."""
-    from tests.helpers.finished_runs import adapters_of_one_base
+    from tests.helpers.finished_runs import write_runs_of_one_base
 
-    return adapters_of_one_base(
+    return write_runs_of_one_base(
         one_rank, tmp_path_factory.mktemp("runs"), checkpoints("llama_bias"), alpaca_file
     )
 
@@ -131,9 +131,9 @@ def runs(checkpoints, alpaca_file, one_rank, tmp_path_factory):
 @pytest.fixture(scope="session")
 def chat_run(checkpoints, one_rank, tmp_path_factory):
     """A RUN trained on conversations."""
-    from tests.helpers.finished_runs import run_in_chat_format
+    from tests.helpers.finished_runs import write_chat_run
 
-    return run_in_chat_format(one_rank, tmp_path_factory.mktemp("chat"), checkpoints())
+    return write_chat_run(one_rank, tmp_path_factory.mktemp("chat"), checkpoints())
 
 
 @pytest.fixture
@@ -184,17 +184,17 @@ def stopped(source, two_ranks, tmp_path_factory):
 @pytest.fixture(scope="session")
 def poisoned(checkpoints, tmp_path_factory):
     """Options of a run one of whose rows is NaN: bad_rows.py."""
-    from tests.helpers.bad_rows import poisoned_options
+    from tests.helpers.bad_rows import write_bad_row_run
 
-    return poisoned_options(checkpoints(), tmp_path_factory.mktemp("poisoned"))
+    return write_bad_row_run(checkpoints(), tmp_path_factory.mktemp("poisoned"))
 
 
 @pytest.fixture(scope="session")
 def ended(poisoned, tmp_path_factory):
     """(folder, exit status, stdout, stderr) of a run that such a row has ended."""
-    from tests.helpers.bad_rows import ended_run
+    from tests.helpers.bad_rows import run_until_bad_row
 
-    return ended_run(poisoned, tmp_path_factory.mktemp("ended") / "out")
+    return run_until_bad_row(poisoned, tmp_path_factory.mktemp("ended") / "out")
 
 
 @pytest.fixture

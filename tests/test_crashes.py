@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from tests.helpers.programs import start, wait_for
-from tests.helpers.resuming import RUN, repeated, run
+from tests.helpers.resuming import RUN, repeatable_metrics, run
 from tools import crash_test as crash_test_module
 from tools.crash_test import Attempt, crash_test
 
@@ -61,4 +61,4 @@ def test_torchrun_restarts_from_the_last_checkpoint(checkpoints, alpaca_file, tw
     shown, err = process.communicate(timeout=200)
     assert process.returncode == 0, shown + err
     assert "20 steps, the last" in shown, "it went on, and did not begin anew"
-    assert repeated(out) == repeated(whole)
+    assert repeatable_metrics(out) == repeatable_metrics(whole)

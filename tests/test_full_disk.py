@@ -15,7 +15,7 @@ from checkpoints import trained_model
 from checkpoints.model_writer import Entry
 from checkpoints.storage import steps_in
 from files.atomic_writes import replace_folder, write_text
-from files.disk_room import despite_full_disk
+from files.disk_room import warn_on_full_disk
 from files.names import ADAPTER, BEST, BLOCKS, SCORE
 from files.tensors import save_tensors
 from launch.ranks import RankInfo
@@ -24,7 +24,16 @@ from monitoring.tracking import NoTracker
 from options.errors import UserError, needs_no_traceback
 from tests.helpers.products import products
 from tests.helpers.programs import small
-from tests.helpers.resuming import CHECK_ROOM, Filling, check_room_by, contents, fill, lines, repeated, run
+from tests.helpers.resuming import (
+    CHECK_FREE_SPACE,
+    DiskFiller,
+    contents,
+    fill,
+    lines,
+    repeatable_metrics,
+    replace_free_space_check,
+    run,
+)
 from training.evaluator import Evaluator
 
 KINDS = {  # (model, options)
@@ -77,14 +86,14 @@ def same_weights(ours: Path, theirs: Path) -> bool:
     return all(a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in b) for a, b in pairs)
 
 
-def attempt(rank_info, argv: list[str], filling: Filling) -> tuple[str, list]:
+def attempt(rank_info, argv: list[str], filling: DiskFiller) -> tuple[str, list]:
     """(what the run printed, or the line that it ended with; what `filling` saw)."""
     try:
         return run(rank_info, argv, filling), filling.seen
     except UserError as e:
         return str(e), filling.seen
     finally:
-        check_room_by(CHECK_ROOM)
+        replace_free_space_check(CHECK_FREE_SPACE)
 
 
 @pytest.mark.parametrize(("kind", "checked"), SOME)
@@ -94,7 +103,7 @@ def test_the_best_step_before_stays(
     """Of steps 3 and 4, each better than the one before, nothing is kept; of the next better one, all is."""
     argv = options(kind, checkpoints, short_rows, *EVALUATING)
     whole, folder = undisturbed(argv), small_disk / "run"
-    filling = Filling(small_disk, 3, 5, checked)
+    filling = DiskFiller(small_disk, 3, 5, checked)
     printed, (before, after) = two_ranks(attempt, [*argv, "--output_dir", str(folder)], filling)[0]
     assert before == after and b'"step": 2' in before["evaluation.json"]
     for step in (3, 4):
@@ -102,7 +111,7 @@ def test_the_best_step_before_stays(
     assert (
         printed.count("No space left") == printed.count("; that of step 2 stays, and training goes on") == 2
     )
-    assert repeated(folder) == repeated(whole)
+    assert repeatable_metrics(folder) == repeatable_metrics(whole)
     found = [line["eval_loss"] for line in lines(folder)]
     best = found.index(min(found)) + 1
     assert best > 4 and f"at step {best}, in {folder / BEST}" in printed
@@ -204,14 +213,14 @@ def test_the_result_is_saved_when_there_is_room_again(
     argv = options(kind, checkpoints, short_rows, "--save_every", "4")
     whole, folder = undisturbed(argv), small_disk / "run"
     argv += ["--output_dir", str(folder)]
-    line = two_ranks(attempt, argv, Filling(small_disk, 6, 7, checked))[0][0]
+    line = two_ranks(attempt, argv, DiskFiller(small_disk, 6, 7, checked))[0][0]
     assert line.startswith(f"--output_dir {folder}: the trained model could not be saved (OSError: "), line
     assert "No space left" in line and line.endswith("which saves it from the checkpoint of step 4")
     assert f"python train.py --config {folder}/config.yaml --resume auto, which" in line
     left = {str(p.relative_to(folder)) for p in folder.rglob("*")}
     assert not left & {ADAPTER, "adapter_config.json", BLOCKS, "config.json"}
     assert not [name for name in left if name.endswith(".tmp") or name.startswith("model")]
-    assert steps_in(folder) == [4] and repeated(folder) == repeated(whole)
+    assert steps_in(folder) == [4] and repeatable_metrics(folder) == repeatable_metrics(whole)
     (small_disk / "others").unlink()
     printed = two_ranks(run, [*argv, "--resume", "auto"])[0]
     assert "6 steps, the last 2 of them" in printed
@@ -271,8 +280,8 @@ def test_a_file_of_tensors_that_does_not_fit_is_known_as_a_full_disk(small_disk)
 def test_a_report_that_does_not_fit_costs_no_more_than_that(small_disk):
     """Nor does the picture of the loss; other errors are not passed over."""
     fill(small_disk)
-    with despite_full_disk(small_disk / "report.html"):
+    with warn_on_full_disk(small_disk / "report.html"):
         write_text(small_disk / "report.html", "x" * 10_000)
     assert [p.name for p in small_disk.iterdir()] == ["others"]
-    with pytest.raises(NotADirectoryError), despite_full_disk(small_disk / "others" / "a"):
+    with pytest.raises(NotADirectoryError), warn_on_full_disk(small_disk / "others" / "a"):
         write_text(small_disk / "others" / "a", "x")

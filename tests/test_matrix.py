@@ -13,7 +13,7 @@ import torch
 from options.config import FIELDS
 from parallel.activation_offload import HostStash, Stashed
 from quantization.layer import Linear4bit
-from tests.helpers.parity import TYPES, arguments, assert_same, biased
+from tests.helpers.parity import TYPES, arguments, assert_same, biased_checkpoint
 from tests.helpers.products import products
 from tests.helpers.runs import set_up, train_run
 from wrapping import STRATEGIES, WRAP_POLICIES
@@ -51,7 +51,7 @@ def plain(checkpoints, short_rows, plain_run):
     """plain(train_type) -> (arguments, results of the plain run)."""
 
     def get(train_type: str):
-        args = arguments(checkpoints(biased(train_type)), short_rows, train_type)
+        args = arguments(checkpoints(biased_checkpoint(train_type)), short_rows, train_type)
         return args, plain_run([*args, *PLAIN])
 
     return get
@@ -245,7 +245,7 @@ def test_activation_offload_keeps_nothing_after_a_step(train_type, checkpoints, 
     """Also where the first layers are frozen, whose inputs backward never asks for."""
     name, *more = train_type.split()
     args = arguments(
-        checkpoints(biased(name)), short_rows, name, *more, "--use_activation_cpu_offload", "true"
+        checkpoints(biased_checkpoint(name)), short_rows, name, *more, "--use_activation_cpu_offload", "true"
     )
     assert one_rank(stashed_after_steps, args)[0] == [0, 0, 0]
 

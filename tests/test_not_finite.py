@@ -15,21 +15,21 @@ from safetensors.torch import load_file, save_file
 import export
 import train
 from checkpoints.storage import newest_whole
-from files.finite import NOT_FINITE
-from files.names import ADAPTER, BEST, BLOCKS, SINGLE
+from files.finite import NONFINITE_MESSAGE
+from files.names import ADAPTER, BEST, BLOCKS, SINGLE_FILE
 from finished.finished_run import load_model, open_run
 from options.errors import UserError
 from tests.helpers.adapters import args_for
 from tests.helpers.bad_rows import EMBEDDING
 from tests.helpers.bnb_checkpoints import pack_like_the_hub
-from tests.helpers.expansion import edit, expand
-from tests.helpers.finished_runs import saved_run
-from tests.helpers.layers import close_together
+from tests.helpers.expansion import edit_config, expand
+from tests.helpers.finished_runs import write_random_run
+from tests.helpers.layers import weights_far_from_zero
 from tests.helpers.programs import small, start
 from tests.helpers.resuming import lines, run
 from tests.helpers.runs import set_up
-from tests.helpers.saving import Small
-from tests.helpers.stored import file_of, put_tensor, stored
+from tests.helpers.saving import SmallRun
+from tests.helpers.stored import find_tensor_file, put_tensor, read_stored_tensor
 from training import evaluator, run_folder
 
 PACKED, NORM = "model.layers.1.mlp.up_proj.weight", "model.layers.2.input_layernorm.weight"
@@ -40,7 +40,7 @@ QUIET = "--log_to stdout --compile false --batch_size 2 --max_steps 3".split()
 
 def spoil(folder: Path, name: str, value: float = math.nan) -> Path:
     """Puts one such number into a tensor of a model, in a row that a base is not recognised by. Returns its file."""
-    tensor = stored(folder, name)
+    tensor = read_stored_tensor(folder, name)
     tensor[min(1, len(tensor) - 1)].view(-1)[-1] = value
     return put_tensor(folder, name, tensor)
 
@@ -79,7 +79,7 @@ def test_it_is_named_on_every_rank(
 ):
     folder = spoilt(checkpoints(kind), tmp_path / "model", name, value)
     errors = two_ranks(caught, set_up, args_for(folder, short_rows, train_type))
-    assert errors == [f"{file_of(folder, name)}: {name} {NOT_FINITE}"] * 2
+    assert errors == [f"{find_tensor_file(folder, name)}: {name} {NONFINITE_MESSAGE}"] * 2
 
 
 @pytest.mark.parametrize("train_type", ["qlora", "hqq_lora"])
@@ -94,19 +94,19 @@ def test_several_are_counted(train_type, checkpoints, short_rows, two_ranks, tmp
 def test_what_hqq_cannot_pack_is_named_on_every_rank(checkpoints, short_rows, two_ranks, tmp_path):
     """Its weights are finite, and a zero point is not."""
     folder = shutil.copytree(checkpoints(), tmp_path / "model")
-    weight = stored(folder, PACKED)
-    weight.view(-1, 64)[2] = close_together(1)[0]
+    weight = read_stored_tensor(folder, PACKED)
+    weight.view(-1, 64)[2] = weights_far_from_zero(1)[0]
     put_tensor(folder, PACKED, weight)
     errors = two_ranks(caught, set_up, args_for(folder, short_rows, "hqq_lora", "--n_bits", "8"))
     assert errors[0] == errors[1]
     assert errors[0].startswith(
-        f"{file_of(folder, PACKED)}: {PACKED} has a block whose weights lie too far from 0"
+        f"{find_tensor_file(folder, PACKED)}: {PACKED} has a block whose weights lie too far from 0"
     )
 
 
 def test_large_numbers_are_loaded(checkpoints, short_rows, one_rank, tmp_path):
     folder = shutil.copytree(checkpoints(), tmp_path / "model")
-    put_tensor(folder, NORM, torch.full_like(stored(folder, NORM), 3e38))
+    put_tensor(folder, NORM, torch.full_like(read_stored_tensor(folder, NORM), 3e38))
     assert one_rank(caught, set_up, args_for(folder, short_rows, "qlora")) == ["nothing was raised"]
 
 
@@ -116,7 +116,7 @@ def test_scales_of_a_packed_base(double, checkpoints, short_rows, two_ranks, tmp
     scales = f"{PACKED}.{'nested_absmax' if double else 'absmax'}"
     path = spoil(tmp_path / "model", scales)
     errors = two_ranks(caught, set_up, args_for(tmp_path / "model", short_rows, "qlora"))
-    assert errors == [f"{path}: {scales} {NOT_FINITE}"] * 2
+    assert errors == [f"{path}: {scales} {NONFINITE_MESSAGE}"] * 2
 
 
 def test_a_run_over_it_ends_in_a_line_and_leaves_nothing(checkpoints, short_rows, tmp_path):
@@ -130,7 +130,9 @@ def test_a_run_over_it_ends_in_a_line_and_leaves_nothing(checkpoints, short_rows
     _, err = process.communicate(timeout=120)
     lines = err.splitlines()
     assert process.returncode == 2 and len(lines) == 1, err
-    assert re.match(rf"error: rank [01]: {file_of(folder, PACKED)}: {PACKED} holds NaN or infinity", lines[0])
+    assert re.match(
+        rf"error: rank [01]: {find_tensor_file(folder, PACKED)}: {PACKED} holds NaN or infinity", lines[0]
+    )
     assert {str(path): path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")} == before
 
 
@@ -141,7 +143,7 @@ def test_a_run_over_it_ends_in_a_line_and_leaves_nothing(checkpoints, short_rows
 @pytest.mark.parametrize("train_type", ["bnb_dora", "full"])
 def test_finished_runs_over_it(train_type, name, checkpoints, alpaca_file, one_rank, tmp_path, capsys):
     base = shutil.copytree(checkpoints(), tmp_path / "base")
-    saved_run(one_rank, tmp_path / "run", args_for(base, alpaca_file, train_type))
+    write_random_run(one_rank, tmp_path / "run", args_for(base, alpaca_file, train_type))
     path = spoil(base if train_type == "bnb_dora" else tmp_path / "run", name)
     with pytest.raises(UserError, match=re.escape(f"{path}: {name} holds NaN or infinity")):
         load_model(open_run(tmp_path / "run"), torch.device("cpu"), torch.float32)
@@ -157,13 +159,13 @@ def test_expansion_of_it(checkpoints, tmp_path, capsys):
     with pytest.raises(AssertionError):
         expand(folder, tmp_path / "out", "--new_blocks", 1)
     error = capsys.readouterr().err
-    assert error.startswith(f"error: {file_of(folder, NORM)}: {NORM} holds NaN or infinity")
+    assert error.startswith(f"error: {find_tensor_file(folder, NORM)}: {NORM} holds NaN or infinity")
     assert error.count("\n") == 1 and not (tmp_path / "out").exists()
 
 
 def test_new_blocks_with_it(checkpoints, alpaca_file, one_rank, tmp_path, capsys):
     base = checkpoints("llama_pro")
-    saved_run(
+    write_random_run(
         one_rank, tmp_path / "run", args_for(base, alpaca_file, "llama_pro", "--llama_pro_save", "blocks")
     )
     with safe_open(tmp_path / "run" / BLOCKS, framework="pt") as file:
@@ -185,7 +187,7 @@ def test_new_blocks_with_it(checkpoints, alpaca_file, one_rank, tmp_path, capsys
 def hopeless(checkpoints, tmp_path_factory) -> Path:
     """A model that is finite and computes NaN for every row: an epsilon that belongs to no weights."""
     folder = shutil.copytree(checkpoints(), tmp_path_factory.mktemp("hopeless") / "model")
-    edit(folder, rms_norm_eps=-1e6)
+    edit_config(folder, rms_norm_eps=-1e6)
     return folder
 
 
@@ -213,7 +215,7 @@ def test_a_run_without_a_good_step_has_no_result(train_type, more, hopeless, sho
     assert "no result is saved" in errors[0] and "--lr" not in errors[0]
     assert ("--precision fp32" in errors[0]) == ("fp16" in more)
     left = {path.name for path in (tmp_path / "run").iterdir()}
-    assert not left & {ADAPTER, "adapter_config.json", "config.json", SINGLE, BEST}
+    assert not left & {ADAPTER, "adapter_config.json", "config.json", SINGLE_FILE, BEST}
     assert {"report.html", "metrics.jsonl", "bad_steps.jsonl"} <= left
     if "--save_every" in more:  # resumed, it is no better
         again = two_ranks(caught, run, [*map(str, argv), "--resume", "auto"])
@@ -224,7 +226,7 @@ def test_nor_has_one_whose_gradients_all_overflow(checkpoints, short_rows, two_r
     """In fp16, where the scaler skips such steps and nobody counts them as bad. The loss and the evaluations are
     finite, and the latter the best so far."""
     model = shutil.copytree(checkpoints(), tmp_path / "model")
-    put_tensor(model, HEAD, stored(model, HEAD) * 1e4)
+    put_tensor(model, HEAD, read_stored_tensor(model, HEAD) * 1e4)
     more = [*QUIET, *"--precision fp16_autocast --eval_share 0.2 --eval_every 1 --save_every 1".split()]
     argv = [*args_for(model, short_rows, "lora", *more), "--output_dir", tmp_path / "run"]
     errors = two_ranks(caught, run, list(map(str, argv)))
@@ -274,7 +276,7 @@ def test_weights_that_diverged_are_no_result(train_type, checkpoints, short_rows
     assert re.match(r"\S+ holds NaN or infinity after training \(\d+ such in all\)", errors[0])
     assert "a lower --lr helps" in errors[0]
     left = {path.name for path in (tmp_path / "run").iterdir()}
-    assert not left & {ADAPTER, "adapter_config.json", "config.json", SINGLE} and "report.html" in left
+    assert not left & {ADAPTER, "adapter_config.json", "config.json", SINGLE_FILE} and "report.html" in left
 
 
 def save_diverged(place, args, folder) -> str:
@@ -297,7 +299,7 @@ def test_neither_is_the_best_step(train_type, checkpoints, short_rows, two_ranks
 def checkpoint_of_infinity(place, folder: str) -> list[str]:
     """The second of three checkpoints; the third is of weights that are finite again, with a sum that is not. Returns
     what was warned of."""
-    small, warned = Small(place, folder, every=1), []
+    small, warned = SmallRun(place, folder, every=1), []
     small.checkpoints._warn = lambda step, reason, then: warned.append(f"{step}: {reason}")
     small.step()
     small.checkpoints._await()

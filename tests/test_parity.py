@@ -8,13 +8,13 @@ import torch
 import torch.distributed as dist
 
 from options.methods import METHODS
-from tests.helpers.parity import PLAIN, TYPES, arguments, assert_same, biased
+from tests.helpers.parity import PLAIN, TYPES, arguments, assert_same, biased_checkpoint
 from tests.helpers.runs import set_up, train_run
 
 
 @pytest.mark.parametrize("train_type", TYPES)
 def test_two_ranks_equal_one(train_type, checkpoints, short_rows, plain_run, two_ranks):
-    args = arguments(checkpoints(biased(train_type)), short_rows, train_type)
+    args = arguments(checkpoints(biased_checkpoint(train_type)), short_rows, train_type)
     plain = plain_run([*args, *PLAIN])
     first, second = two_ranks(train_run, [*args, "--batch_size", "2"])
     assert first[0] == second[0]  # both ranks report the loss of the whole step
@@ -61,7 +61,7 @@ def count_reductions(place, args) -> int:
 
 @pytest.mark.parametrize("train_type", ["full", "lora", "bnb_dora", "bnb_llama_pro"])
 def test_gradient_checkpointing_changes_nothing(train_type, checkpoints, short_rows, one_rank):
-    args = arguments(checkpoints(biased(train_type)), short_rows, train_type, "--batch_size", "2")
+    args = arguments(checkpoints(biased_checkpoint(train_type)), short_rows, train_type, "--batch_size", "2")
     if METHODS[train_type].adapter:
         args += ["--lora_dropout", "0.2"]  # recomputation must draw the same dropout
     on, off = (one_rank(train_run, [*args, "--use_gradient_checkpointing", v])[0] for v in ("true", "false"))

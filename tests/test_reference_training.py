@@ -9,8 +9,8 @@ from transformers import AutoModelForCausalLM
 from data.batches import StepSampler
 from data.rows import IGNORE
 from options.methods import METHODS
-from tests.helpers.adapters import adapters_of, args_for, as_peft
-from tests.helpers.parity import biased
+from tests.helpers.adapters import args_for, build_peft_model, set_up_adapters
+from tests.helpers.parity import biased_checkpoint
 from tests.helpers.runs import dense_state, make_job, set_up, train_run, trained_tensors
 
 STEPS, LR = 5, 2e-3
@@ -57,13 +57,13 @@ def reference_steps(model, batches, optimizer) -> tuple[list[float], list[float]
     ],
 )
 def test_losses_follow_the_reference(train_type, checkpoints, short_rows, one_rank):
-    folder = checkpoints(biased(train_type))
+    folder = checkpoints(biased_checkpoint(train_type))
     more = f"--lr {LR} --max_steps {STEPS} --batch_size 4 --gradient_accumulation_steps 2".split()
     args = args_for(folder, short_rows, train_type, *more)
     ours, _, our_norms = one_rank(train_run, args)[0]
     if METHODS[train_type].adapter:
-        state, adapters = one_rank(dense_state, args)[0], one_rank(adapters_of, args)[0]
-        model = as_peft(folder, state, adapters, METHODS[train_type].adapter == "dora")
+        state, adapters = one_rank(dense_state, args)[0], one_rank(set_up_adapters, args)[0]
+        model = build_peft_model(folder, state, adapters, METHODS[train_type].adapter == "dora")
     else:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         if METHODS[train_type].expansion:

@@ -27,9 +27,9 @@ from monitoring.metrics import Meter
 from options.config import TOY_PROMPT
 from options.train import parse
 from parallel.optimizers import lr_factor
-from tests.helpers.hub_cache import FIRST, publish
+from tests.helpers.hub_cache import FIRST, add_to_hub_cache
 from tests.helpers.programs import ROOT, losses, metrics, run, small, start
-from tests.helpers.runs import train_run, whole_run
+from tests.helpers.runs import full_run, train_run
 from tests.helpers.wandb_files import wandb_records
 from training.evaluator import Evaluator
 
@@ -47,7 +47,7 @@ def run_here(one_rank, two_ranks, monkeypatch, capsys):
     def start(run, world, args, *where):
         if world not in pools:  # a machine with more GPUs
             return started(run, world, args, *where)
-        printed.extend(pools[world](whole_run, *args))
+        printed.extend(pools[world](full_run, *args))
         return 0
 
     def run_here(args) -> str:
@@ -138,7 +138,7 @@ def test_metrics_and_repeating_a_run(checkpoints, alpaca_file, tmp_path, run_her
 
 def test_a_hub_id_from_the_cache(checkpoints, alpaca_file, tmp_path, run_here, monkeypatch):
     """As huggingface_hub lays it out on disk after a download; the adapter then names the id, not a path."""
-    publish(tmp_path / "hub", "someone/tiny", checkpoints(), FIRST, "main")
+    add_to_hub_cache(tmp_path / "hub", "someone/tiny", checkpoints(), FIRST, "main")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     args = small(checkpoints, alpaca_file, tmp_path / "out", "--world_size", "1")
     args[1] = "someone/tiny"
@@ -291,5 +291,5 @@ def order_of_a_run(place, argv: list[str]) -> list[str]:
         before(Evaluator, "_loss", lambda _: "E")
         before(Evaluator, "_sample", lambda _, step: "A")
         before(Checkpoints, "_run", lambda _: "C")
-        whole_run(place, train.check(config))
+        full_run(place, train.check(config))
     return seen

@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from data.batches import Step
 from data.rows import TokenizedRows
-from files.disk_room import append
+from files.disk_room import append_lines
 from monitoring.metrics import Metrics, Reading, too_many
 from monitoring.tracking import NoTracker
 from options.errors import UserError
@@ -128,7 +128,7 @@ class BadSteps:
             "grad_norm": norm,
             "rows": numbers,
         }
-        append(self.file, json.dumps(line) + "\n", self.tracker.say)
+        append_lines(self.file, json.dumps(line) + "\n", self.tracker.say)
         self.tracker.say(
             f"step {metrics.step} skipped: loss {loss}, gradient norm {norm}; its rows: {self.file}"
         )

@@ -21,8 +21,8 @@ from transformers import PreTrainedModel
 
 from data.answers import answer_text
 from data.evaluation_sets import EvaluationData
-from files.atomic_writes import beside, fresh_folder, remove, replace_folder, write_text
-from files.disk_room import append
+from files.atomic_writes import make_staging_folder, remove_folder, replace_folder, staging_path, write_text
+from files.disk_room import append_lines
 from files.names import BEST, SCORE
 from launch.ranks import RankInfo
 from models.family import rope_switch
@@ -157,15 +157,15 @@ class Evaluator:
         failures: list[OSError] = []
         if self.rank_info.rank == 0:
             with _noting(failures):
-                fresh_folder(best)
+                make_staging_folder(best)
         with _noting(failures):
-            self.save(beside(best))  # needs all ranks, whatever became of the folder
+            self.save(staging_path(best))  # needs all ranks, whatever became of the folder
             if self.rank_info.rank == 0 and not failures:
                 score = {"step": step, "eval_loss": loss, "eval_perplexity": perplexity(loss)}
-                write_text(beside(best) / SCORE, json.dumps(score) + "\n")
+                write_text(staging_path(best) / SCORE, json.dumps(score) + "\n")
                 replace_folder(best)
         if failures:
-            remove(beside(best))
+            remove_folder(staging_path(best))
             stays = f"that of step {self.kept_step} stays" if self.kept_step else "there is no other one"
             self.tracker.say(
                 f"WARNING: {best}: step {step} could not be kept ({describe(failures[0])}); {stays}, and training goes on"
@@ -196,7 +196,7 @@ class Evaluator:
             )
             asked = " ".join(prompt.text.split())[-60:]
             self.tracker.say(f"sample, step {step}: {asked!r} -> {text!r}")
-        append(self.folder / "samples.jsonl", lines, self.tracker.say)
+        append_lines(self.folder / "samples.jsonl", lines, self.tracker.say)
 
 
 @contextlib.contextmanager

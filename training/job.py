@@ -18,8 +18,8 @@ from data.evaluation_sets import EvaluationData
 from data.rows import TokenizedRows, digest_rows
 from files.base_model import BaseModel
 from files.model_folder import CheckpointFiles
-from files.names import GENERATION
-from files.weight_cache import NewCache
+from files.names import GENERATION_CONFIG
+from files.weight_cache import CachePlan
 from launch.precision import Precision, detect_precision
 from launch.ranks import local_world_size
 from models.family import Family
@@ -42,7 +42,7 @@ class Job:
     base: BaseModel  # as the weights were before the run
     rows: TokenizedRows
     evaluation: EvaluationData
-    cache: NewCache | None  # if --quantized_cache is still to be written
+    cache: CachePlan | None  # if --quantized_cache is still to be written
     saved: Saved | None  # the checkpoint that the run is resumed from
     started: float
     small_files: dict[str, str] = dataclasses.field(default_factory=dict)
@@ -69,7 +69,7 @@ class Job:
     def generation_settings(self) -> dict[str, str]:
         """generation_config.json of a result that is no model folder, if its base does not stop as the run
         learned to."""
-        return {name: text for name, text in self.small_files.items() if name == GENERATION}
+        return {name: text for name, text in self.small_files.items() if name == GENERATION_CONFIG}
 
     def total_steps(self, sampler: StepSampler) -> int:
         """Optimizer steps of the run."""
@@ -107,8 +107,8 @@ class Job:
                 "the version of torch": torch.__version__,
                 "the version of transformers": transformers.__version__,
                 "the precision of --precision": str(self.precision),
-                "what config.json and the weights' shapes say": self.base.described,
-                "the weights": self.base.contents.text(),
+                "what config.json and the weights' shapes say": self.base.structure_digest,
+                "the weights": self.base.weights_digest.text(),
                 "the rows of the data": " ".join(rows),
                 "the checkpoint to go on from": f"step {self.saved.step}" if self.saved else "none",
                 # One would read it, and the other wait for all to make it.

@@ -22,12 +22,12 @@ from data.packing import make_sampler
 from data.rows import TokenizedRows
 from data.stops import generation_config, stop_tokens
 from files.base_model import BaseModel, digest_without_head, record_base
-from files.bnb_weights import check_stored_quantization
+from files.bnb_weights import detect_bnb_packing
 from files.disk_room import check_writable
-from files.model_folder import CheckpointFiles, fetch_weights, find_model, recorded_name
+from files.model_folder import CheckpointFiles, fetch_weights, find_model, pin_model_name
 from files.output_folder import check_output, output_folder
 from files.tokenizer import compare_with_files, read_tokenizer
-from files.weight_cache import NewCache, new_cache, open_cache
+from files.weight_cache import CachePlan, open_cache, plan_cache
 from launch.precision import has_bf16_gpu
 from launch.processes import check_address
 from launch.program import is_under_torchrun
@@ -122,7 +122,7 @@ def _check_options(config: Config) -> tuple[Config, Saved | None]:
 
 @dataclass(frozen=True)
 class _Model:
-    """The model to train, checked. name: `recorded_name` of --model_name; own_head: as
+    """The model to train, checked. name: `pin_model_name` of --model_name; own_head: as
     `open_weights` returns it; cache: if --quantized_cache is still to be written."""
 
     name: str
@@ -132,7 +132,7 @@ class _Model:
     files: CheckpointFiles
     base: BaseModel
     own_head: str | None
-    cache: NewCache | None
+    cache: CachePlan | None
 
 
 def _check_model(config: Config) -> _Model:
@@ -141,12 +141,12 @@ def _check_model(config: Config) -> _Model:
     if output_folder(config).resolve() == folder.resolve():  # --overwrite would delete the weights to read
         raise UserError(f"--output_dir {folder}: is the folder of --model_name; choose another")
     model_config, family = read_config(folder)
-    if check_stored_quantization(getattr(model_config, "quantization_config", None), folder):
+    if detect_bnb_packing(getattr(model_config, "quantization_config", None), folder):
         if config.method.expansion:
             raise UserError(f"{folder}: is packed by bitsandbytes; new blocks need the original weights")
     elif config.method.expansion:
         new_layers(model_config)
-    name = recorded_name(config.model_name, folder)
+    name = pin_model_name(config.model_name, folder)
     fetch_weights(name, folder)
     files, model, own_head = open_weights(folder, model_config, family)
     base = record_base(name, model_config, files)
@@ -227,7 +227,7 @@ def check_rope(
 
 def find_cache(
     model: PreTrainedModel, family: Family, config: Config, files: CheckpointFiles
-) -> NewCache | None:
+) -> CachePlan | None:
     """Makes `files` read from --quantized_cache, or returns what a new one will be. Raises UserError."""
     assert config.quantized_cache is not None and config.output_dir is not None
     names = [f"{name}.weight" for name in packed_linears(model, family, config)]
@@ -235,6 +235,6 @@ def find_cache(
     asked = (Path(config.quantized_cache), files, names, make_quantizer_of(config), device_type)
     cached = open_cache(*asked)
     if cached is None:
-        return new_cache(*asked, config.output_dir)
+        return plan_cache(*asked, config.output_dir)
     files.packed.update(cached)
     return None

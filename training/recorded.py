@@ -15,7 +15,7 @@ CONTENT_OPTIONS = ("model_name", "llama_pro_path", *DATA_OPTIONS)
 
 
 def as_recorded(config: Config, model: str) -> Config:
-    """The options with absolute paths in the place of local ones. model: `recorded_name` of --model_name."""
+    """The options with absolute paths in the place of local ones. model: `pin_model_name` of --model_name."""
     data: dict[str, Any] = {name: _located(getattr(config, name)) for name in DATA_OPTIONS}
     expanded = None if config.llama_pro_path is None else model
     return dataclasses.replace(config, model_name=model, llama_pro_path=expanded, **data)

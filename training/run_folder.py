@@ -12,7 +12,7 @@ from checkpoints import resume
 from checkpoints.storage import steps_in
 from checkpoints.training_state import describe_not_finite
 from files.atomic_writes import write_text
-from files.disk_room import despite_full_disk
+from files.disk_room import warn_on_full_disk
 from files.lock import FolderLock
 from files.names import OPTIONS
 from files.output_folder import clear_output
@@ -51,7 +51,7 @@ def open_run(
     """
     config, folder = job.config, Path(job.output_dir)
     if rank_info.rank == 0:
-        lock.take()
+        lock.acquire()
         resume.check_still_so(config, job.saved)
         if job.saved is None:
             clear_output(folder)
@@ -98,7 +98,7 @@ def close_run(
     """
     config, folder = job.config, Path(job.output_dir)
     if rank_info.rank == 0:
-        with despite_full_disk(folder / PAGE):
+        with warn_on_full_disk(folder / PAGE):
             write_report(folder)
         saved, sampled = config.save_model and not no_result, bool(job.evaluation.prompts)
         print(

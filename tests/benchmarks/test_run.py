@@ -34,7 +34,7 @@ from options.methods import HQQ_BITS
 from options.train import parse as parse_training
 from quantization.hqq import HQQ
 from quantization.nf4 import NF4
-from tests.helpers.runs import whole_run
+from tests.helpers.runs import full_run
 
 QLORA = Setting(gpus=1, train_type="qlora", checkpointing="full")
 WORK = ["--batch_size", "2", "--context_length", "256", "--lora_rank", "4", "--steps", "4"]
@@ -339,7 +339,7 @@ def limited_run(place, options: list[str]) -> str:
         mock.patch.object(model_files, "read_tensor", model_files.read_tensor),
         mock.patch.dict(os.environ, {GIB: "1"}),
     ):
-        return whole_run(place, train.check(parse_training(options)[0]))
+        return full_run(place, train.check(parse_training(options)[0]))
 
 
 def limited_options(folder) -> list[str]:

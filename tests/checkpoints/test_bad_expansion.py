@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 import block_expansion
 from files.names import BLOCKS
 from models.llama_pro import NEW_LAYERS
-from tests.helpers.expansion import all_tensors, edit, expand
+from tests.helpers.expansion import all_tensors, edit_config, expand
 
 
 @pytest.fixture
@@ -79,11 +79,11 @@ def spoil(change):
     [
         (lambda folder: (folder / "config.json").unlink(), ["no config.json"]),
         (lambda folder: [p.unlink() for p in folder.glob("*safetensors*")], ["no weights"]),
-        (lambda folder: edit(folder, model_type="gpt2"), ["'gpt2' is unknown"]),
-        (lambda folder: edit(folder, num_hidden_layers=4), ["model.layers.3.", "is missing"]),
-        (lambda folder: edit(folder, num_hidden_layers=2), ["model.layers.2.", "has no place"]),
-        (lambda folder: edit(folder, quantization_config={"quant_method": "gptq"}), ["is quantized"]),
-        (lambda folder: edit(folder, llama_pro_new_layers=[1]), ["expanded already", "base model"]),
+        (lambda folder: edit_config(folder, model_type="gpt2"), ["'gpt2' is unknown"]),
+        (lambda folder: edit_config(folder, num_hidden_layers=4), ["model.layers.3.", "is missing"]),
+        (lambda folder: edit_config(folder, num_hidden_layers=2), ["model.layers.2.", "has no place"]),
+        (lambda folder: edit_config(folder, quantization_config={"quant_method": "gptq"}), ["is quantized"]),
+        (lambda folder: edit_config(folder, llama_pro_new_layers=[1]), ["expanded already", "base model"]),
         (spoil(lambda tensors: tensors.update(more=torch.zeros(2))), ["more", "no place"]),
     ],
 )

@@ -34,7 +34,7 @@ from options.train import parse
 from quantization.layer import Linear4bit
 from tests.helpers import tiny
 from tests.helpers.adapters import args_for
-from tests.helpers.expansion import all_tensors, described, edit, expand
+from tests.helpers.expansion import all_tensors, edit_config, expand, read_config_json
 from tests.helpers.logits import IDS, transformers_logits
 from tests.helpers.proc import status
 from tests.helpers.runs import set_up
@@ -65,9 +65,9 @@ def base_logits(checkpoints):
 def test_logits_are_the_base_models(kind, new_blocks, checkpoints, base_logits, tmp_path):
     folder = expand(checkpoints(kind), tmp_path / "out", "--new_blocks", new_blocks)
     assert torch.equal(transformers_logits(folder), base_logits(kind))
-    layers = described(checkpoints(kind))["num_hidden_layers"]
-    assert described(folder)["num_hidden_layers"] == layers + new_blocks
-    assert len(described(folder)[NEW_LAYERS]) == new_blocks
+    layers = read_config_json(checkpoints(kind))["num_hidden_layers"]
+    assert read_config_json(folder)["num_hidden_layers"] == layers + new_blocks
+    assert len(read_config_json(folder)[NEW_LAYERS]) == new_blocks
 
 
 @pytest.mark.parametrize(
@@ -76,7 +76,7 @@ def test_logits_are_the_base_models(kind, new_blocks, checkpoints, base_logits, 
 def test_new_blocks_are_copies_that_add_nothing(kind, silent, checkpoints, tmp_path):
     base = all_tensors(checkpoints(kind))
     folder = expand(checkpoints(kind), tmp_path / "out", "--after", "2, 0,2")
-    expanded, new = all_tensors(folder), described(folder)[NEW_LAYERS]
+    expanded, new = all_tensors(folder), read_config_json(folder)[NEW_LAYERS]
     assert new == [1, 4, 5]
     source = [0, 0, 1, 2, 2, 2]
     wanted, silenced = {n: t for n, t in base.items() if not n.startswith("model.layers.")}, 0
@@ -157,7 +157,7 @@ def test_blocks_are_spread_evenly(layers):
 @pytest.mark.parametrize("rate, new", [(0.1, 1), (0.5, 2), (0.34, 1), (1, 3), (1.6, 5)])
 def test_expansion_rate(rate, new, checkpoints, tmp_path):
     folder = expand(checkpoints(), tmp_path / "out", "--expansion-rate", rate)
-    assert len(described(folder)[NEW_LAYERS]) == new
+    assert len(read_config_json(folder)[NEW_LAYERS]) == new
 
 
 def test_the_rate_of_fsdp_qloras_example(checkpoints):
@@ -177,7 +177,7 @@ def deep(tmp_path_factory):
 def test_layer_3_is_not_layer_30(deep, tmp_path):
     base, folder = all_tensors(deep), expand(deep, tmp_path / "out", "--after", "2,29")
     expanded = all_tensors(folder)
-    assert described(folder)[NEW_LAYERS] == [3, 31]
+    assert read_config_json(folder)[NEW_LAYERS] == [3, 31]
     for name, tensor in base.items():
         if name.startswith("model.layers."):
             _, _, number, rest = name.split(".", 3)
@@ -216,14 +216,16 @@ def test_a_complete_folder(checkpoints, tmp_path):
     ]
     assert data[1] <= data[0]
     changed = {"num_hidden_layers", "layer_types", "max_window_layers", NEW_LAYERS}
-    assert {k: v for k, v in described(folder).items() if k not in changed} == {
-        k: v for k, v in described(base).items() if k not in changed
+    assert {k: v for k, v in read_config_json(folder).items() if k not in changed} == {
+        k: v for k, v in read_config_json(base).items() if k not in changed
     }
 
 
 def test_one_file_stays_one_file(tmp_path):
     base = tiny.save_checkpoint("llama", tmp_path / "base", shard="1GB")
-    edit(base, eos_token_id=[257, 258, 259])  # as many as there are layers, and still no list of layers
+    edit_config(
+        base, eos_token_id=[257, 258, 259]
+    )  # as many as there are layers, and still no list of layers
     tensors = load_file(base / "model.safetensors")
     # Old checkpoints have the rotary frequencies, which are left out.
     frequencies = torch.tensor([10000.0 ** (-i / 8) for i in range(8)])
@@ -233,8 +235,8 @@ def test_one_file_stays_one_file(tmp_path):
     assert (
         len(list(folder.glob("*.safetensors"))) > 1 and (folder / INDEX).exists()
     )  # no file beyond the base's
-    assert described(folder)["eos_token_id"] == [257, 258, 259]
-    assert described(folder)["architectures"] == ["LlamaForCausalLM"]
+    assert read_config_json(folder)["eos_token_id"] == [257, 258, 259]
+    assert read_config_json(folder)["architectures"] == ["LlamaForCausalLM"]
     assert not any("inv_freq" in name for name in all_tensors(folder))
 
 
@@ -257,15 +259,15 @@ def test_kinds_of_attention_go_with_their_layers(kind, written_out, checkpoints,
     base = shutil.copytree(checkpoints(kind), tmp_path / "base")
     kinds = ["full_attention", "sliding_attention", "sliding_attention"]
     window = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}
-    edit(base, **window, layer_types=kinds if written_out else None)
+    edit_config(base, **window, layer_types=kinds if written_out else None)
     expected = transformers_logits(base)
     assert (expected - base_logits(kind)).abs().max() > 0.1
     folder = expand(base, tmp_path / "out", "--after", "0,0,1")
-    assert described(folder)["layer_types"] == [kinds[i] for i in (0, 0, 0, 1, 1, 2)]
-    assert described(folder)["max_window_layers"] == 3
+    assert read_config_json(folder)["layer_types"] == [kinds[i] for i in (0, 0, 0, 1, 1, 2)]
+    assert read_config_json(folder)["max_window_layers"] == 3
     assert torch.equal(transformers_logits(folder), expected)
     without = shutil.copytree(folder, tmp_path / "without")
-    edit(without, layer_types=None)  # max_window_layers says the same
+    edit_config(without, layer_types=None)  # max_window_layers says the same
     assert torch.equal(transformers_logits(without), expected)
 
 
@@ -342,7 +344,7 @@ def test_memory_stays_below_two_shards(tmp_path):
 
     folder = tmp_path / "out"
     assert growth(lambda: expand(base, folder, "--new_blocks", 6)) < 2 * largest
-    files, layers = CheckpointFiles(folder), described(folder)[NEW_LAYERS]
+    files, layers = CheckpointFiles(folder), read_config_json(folder)[NEW_LAYERS]
     new = {
         n: e for n, e in model_writer.copied(files).items() if FAMILIES["llama"].locate_layer(n)[0] in layers
     }

@@ -21,14 +21,14 @@ from data.packing import make_sampler
 from monitoring.tracking import NoTracker
 from tests.helpers.adapters import args_for
 from tests.helpers.runs import set_up
-from tests.helpers.saving import Small
+from tests.helpers.saving import SmallRun
 from training import companions
 
 LONG = 2.0  # seconds
 
 
 @contextlib.contextmanager
-def resting(run: Small, seconds: float):
+def resting(run: SmallRun, seconds: float):
     """The thread rests as beside a GPU, and long."""
     run.checkpoints.background.rests = True
     with mock.patch.object(background, "REST", seconds), mock.patch.object(background, "TURN", 0.0):
@@ -37,7 +37,7 @@ def resting(run: Small, seconds: float):
 
 def rest_and_finish(place, folder: str) -> tuple[bool, float]:
     """Whether a save beside which training goes on is at rest, and how long it takes once it is waited for."""
-    run = Small(place, folder, every=1)
+    run = SmallRun(place, folder, every=1)
     with resting(run, LONG):
         run.step()
         time.sleep(0.5)
@@ -54,10 +54,10 @@ def test_a_save_rests_beside_training_and_not_when_it_is_waited_for(one_rank, tm
 def preparations(place, folder: str, every: int) -> list[tuple[int, int]]:
     """(step of the last checkpoint, calls to prepare for them) after each step of a run that begins, and of one that goes on."""
     seen = []
-    run = Small(place, folder, every)
+    run = SmallRun(place, folder, every)
     for goes_on in (False, True):
         if goes_on:
-            run = Small(place, folder, every)
+            run = SmallRun(place, folder, every)
             run.checkpoints.saved = read_checkpoint(folder_of(Path(folder), 4))
             run.done = run.checkpoints.load()
         told = run.checkpoints.background
@@ -94,7 +94,7 @@ def as_on_a_gpu(saving: Checkpoints) -> Checkpoints:
 def told_late(place, folder: str) -> tuple[bool, bool, int]:
     """Whether a save begins to write at once, whether it does once its step is told, and which step's state its parts then
     have."""
-    run, part = Small(place, folder, every=1), Counting()
+    run, part = SmallRun(place, folder, every=1), Counting()
     as_on_a_gpu(run.checkpoints).parts = {"counting": part}
     run.checkpoints.deferred.put(lambda: setattr(part, "step", 1))
     run.step()
@@ -114,7 +114,7 @@ def ahead(place, folder: str, on_gpu: bool) -> bool:
     """Of a run whose trained parameters are on a GPU, or not."""
     local = SimpleNamespace(is_cuda=on_gpu, nbytes=0)
     with mock.patch.object(checkpoints, "local_part", lambda _: local):
-        run = Small(place, folder, every=0)
+        run = SmallRun(place, folder, every=0)
     run.checkpoints.finish()
     return run.checkpoints.ahead
 
@@ -168,7 +168,7 @@ def test_a_gpu_is_given_the_next_step_before_one_that_is_saved_is_told(
 def plans(place, folder: str) -> list[int]:
     """How often tensors have been described to the other ranks after each of some steps, in the last of which another
     parameter has its first gradient."""
-    run, seen = Small(place, folder, every=2), []
+    run, seen = SmallRun(place, folder, every=2), []
     weight, bias = run.model.parameters()
     with mock.patch.object(
         checkpoint_plan,
@@ -194,7 +194,7 @@ def test_a_plan_is_made_before_the_first_checkpoint_and_again_for_what_is_new(on
 def update_beside_a_plan(place, folder: str) -> tuple[bool, float, bool]:
     """Whether a plan is at rest when a checkpoint is begun, how long the next update then waits, and whether the save
     rests again after it."""
-    run = Small(place, folder, every=2)
+    run = SmallRun(place, folder, every=2)
     with resting(run, LONG):
         run.step()
         time.sleep(0.5)
@@ -214,7 +214,7 @@ def test_a_plan_that_rests_does_not_hold_up_the_update_after_a_save(one_rank, tm
 
 
 def end_beside_a_plan(place, folder: str) -> float:
-    run = Small(place, folder, every=100)
+    run = SmallRun(place, folder, every=100)
     with resting(run, LONG):
         run.step()
         began = time.perf_counter()
@@ -238,7 +238,7 @@ def cannot_plan(place, folder: str, rank: int, times: int) -> list[str]:
             raise failures.pop()
         return plan(*args)
 
-    run = Small(place, folder, every=2)
+    run = SmallRun(place, folder, every=2)
     with mock.patch.object(checkpoint_plan, "create_default_local_save_plan", fails):
         for step in (run.step, run.step, run.buffers, run.step):
             try:

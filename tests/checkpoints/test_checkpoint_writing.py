@@ -18,14 +18,14 @@ from checkpoints import manager as checkpoints
 from checkpoints import planner as checkpoint_plan
 from checkpoints.storage import folder_of, read_checkpoint
 from files import tensors as tensor_files
-from files.tensors import write_tensors
-from tests.helpers.saving import TENSORS, Small
+from files.tensors import writev_tensors
+from tests.helpers.saving import TENSORS, SmallRun
 
 
 @pytest.mark.parametrize("taken", [3, 100, 5000])
 def test_what_the_disk_takes_in_parts_is_whole(taken, tmp_path, monkeypatch):
     """Two tensors in a call, of which it takes some bytes: those before others' end, just these, or more."""
-    monkeypatch.setattr(tensor_files, "MOST_WRITTEN", 2)
+    monkeypatch.setattr(tensor_files, "MAX_BUFFERS_PER_WRITE", 2)
     calls, wrote = [], []
 
     def some(descriptor: int, buffers: list) -> int:
@@ -34,7 +34,7 @@ def test_what_the_disk_takes_in_parts_is_whole(taken, tmp_path, monkeypatch):
         return wrote[-1]
 
     monkeypatch.setattr(os, "writev", some)
-    write_tensors(TENSORS, tmp_path / "copies")
+    writev_tensors(TENSORS, tmp_path / "copies")
     assert max(calls) == 2
     assert sum(wrote) == (tmp_path / "copies").stat().st_size, "the header as well"
     written = load_file(tmp_path / "copies")
@@ -49,13 +49,13 @@ def test_each_tensor_lies_where_its_dtype_can_be_read(tmp_path):
         "number": torch.ones(1),
         "count": torch.ones(1, dtype=torch.int64),
     }
-    write_tensors(odd, tmp_path / "odd")
+    writev_tensors(odd, tmp_path / "odd")
     for name, stored in tensor_files.list_tensors(tmp_path / "odd").items():
         assert stored.begin % odd[name].element_size() == 0, name
 
 
 def counting_by_numbers(place, folder: str) -> None:
-    run = Small(place, folder, every=1)
+    run = SmallRun(place, folder, every=1)
     run.checkpoints.describe_run = lambda: {"counts": {10: "a", 9: "b"}}
     run.step()
     run.checkpoints.finish()
@@ -70,7 +70,7 @@ def test_numbers_that_a_run_counts_by_may_be_keys(one_rank, tmp_path):
 
 def order_of_a_save(place, folder: str) -> list[str]:
     """What is synced, and what gets its name, by its path within the RUN."""
-    run, seen, sync, rename = Small(place, folder, every=1), [], os.fsync, os.rename
+    run, seen, sync, rename = SmallRun(place, folder, every=1), [], os.fsync, os.rename
 
     def note(word: str, path) -> None:
         seen.append(f"{word} {os.path.relpath(path, folder)}")
@@ -101,7 +101,7 @@ def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(one_rank, tmp_path):
 
 def cannot_plan_at_the_end(place, folder: str) -> str:
     """What a run shows whose only checkpoint is that of its end, and cannot be planned."""
-    run, shown = Small(place, folder, every=2), io.StringIO()
+    run, shown = SmallRun(place, folder, every=2), io.StringIO()
     fails = mock.Mock(side_effect=MemoryError("no memory for a plan"))
     with (
         mock.patch.object(checkpoint_plan, "create_default_local_save_plan", fails),
@@ -122,7 +122,7 @@ def test_a_run_that_is_through_saves_its_result_without_a_last_checkpoint(two_ra
 
 def told_of_saves(place, folder: str) -> tuple[float, list[tuple[float, bool]]]:
     """What --max_minutes hears: of the run as it begins, and of a checkpoint that takes half a second beside steps."""
-    run, save = Small(place, folder, every=0, asked=1), checkpoints.dcp.save
+    run, save = SmallRun(place, folder, every=0, asked=1), checkpoints.dcp.save
 
     def slow(*args, **kwargs):
         time.sleep(0.5)
@@ -148,7 +148,7 @@ def test_a_checkpoints_time_is_known_while_it_is_written_and_as_soon_as_it_is(on
 def warnings_of_a_save(place, folder: str) -> list[str]:
     with warnings.catch_warnings(record=True) as given:
         warnings.simplefilter("always")
-        run = Small(place, folder, every=1)
+        run = SmallRun(place, folder, every=1)
         run.step()
         run.check_saved()
         run.checkpoints.finish()

@@ -17,9 +17,9 @@ from checkpoints import manager as checkpoints
 from checkpoints.host_copy import HostCopy, host_memory
 from checkpoints.storage import folder_of
 from checkpoints.training_state import Tensors
-from files.tensors import write_tensors
+from files.tensors import writev_tensors
 from launch.devices import set_current_device
-from tests.helpers.saving import TENSORS, Small
+from tests.helpers.saving import TENSORS, SmallRun
 
 
 class Slow:
@@ -40,7 +40,7 @@ class Slow:
 
 
 def regular(place, folder: str) -> None:
-    run = Small(place, folder, every=3)
+    run = SmallRun(place, folder, every=3)
     run.step()
     there = {name: buffer.data_ptr() for name, buffer in run.buffers().items()}
     assert (
@@ -67,7 +67,7 @@ def test_memory_is_there_before_the_first_checkpoint_is_due(one_rank, tmp_path):
 
 def left_out(place, folder: str) -> None:
     """fp16 begins with steps that are left out, after which the optimizer has no states."""
-    run = Small(place, folder, every=100)
+    run = SmallRun(place, folder, every=100)
     assert run.optimizer.state[run.model.weight] == {}  # as some optimizers have it from the start
     run.step(left_out=True)
     assert not run.buffers()
@@ -81,7 +81,7 @@ def test_memory_is_for_the_optimizers_states_too(one_rank, tmp_path):
 
 
 def none_due(place, folder: str) -> None:
-    run = Small(place, folder, every=0)
+    run = SmallRun(place, folder, every=0)
     for _ in range(3):
         run.step()
     assert not run.buffers()
@@ -94,7 +94,7 @@ def test_a_run_without_checkpoints_allocates_nothing(one_rank, tmp_path):
 
 
 def asked_for(place, folder: str, every: int, at: int) -> set[bool]:
-    run = Small(place, folder, every, at)
+    run = SmallRun(place, folder, every, at)
     with mock.patch.object(host_copy, "host_memory", Slow()) as slow:
         for _ in range(at):
             run.step()
@@ -112,7 +112,7 @@ def test_a_checkpoint_may_be_asked_for_at_any_time(every, at, one_rank, tmp_path
 
 
 def overtaken(place, folder: str) -> None:
-    run, copy = Small(place, folder, every=2), HostCopy._copy
+    run, copy = SmallRun(place, folder, every=2), HostCopy._copy
 
     def late(self, local: Tensors) -> Tensors:
         time.sleep(0.3)
@@ -138,7 +138,7 @@ def test_the_next_step_does_not_change_what_is_still_to_be_copied(one_rank, tmp_
 
 
 def without_memory(place, folder: str) -> None:
-    run = Small(place, folder, every=2)
+    run = SmallRun(place, folder, every=2)
     with mock.patch.object(host_copy, "host_memory", Slow("no memory")):
         run.step()
         run.step()
@@ -164,7 +164,7 @@ def test_copies_lie_together_and_are_written_each_alone(tmp_path, monkeypatch):
     assert sorted(pieces.values()) == [448, 2048, 2048, 4800], (
         "no more than PIECE or a tensor, nor than what is left"
     )
-    write_tensors(copies, tmp_path / "copies")
+    writev_tensors(copies, tmp_path / "copies")
     written = load_file(tmp_path / "copies")
     assert written.keys() == TENSORS.keys()
     for name, tensor in TENSORS.items():
@@ -196,7 +196,7 @@ def test_the_thread_uses_the_ranks_gpu():
 
 def device_of_the_thread(place, folder: str) -> bool:
     with mock.patch.object(checkpoints, "set_current_device", wraps=set_current_device) as first:
-        run = Small(place, folder, every=1)
+        run = SmallRun(place, folder, every=1)
         run.step()
         run.checkpoints.finish()
     return first.call_args_list == [mock.call(place.device)]
@@ -207,7 +207,7 @@ def test_the_thread_is_told_of_the_ranks_device(one_rank, tmp_path):
 
 
 def gpus_in_use(place, folder: str) -> list[bool]:
-    run = Small(place, folder, every=2)
+    run = SmallRun(place, folder, every=2)
     for _ in range(4):
         run.step()
     run.checkpoints.finish()

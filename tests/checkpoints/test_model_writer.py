@@ -18,7 +18,7 @@ from options.errors import UserError
 from tests.helpers import tiny
 from tests.helpers.adapters import args_for
 from tests.helpers.expansion import all_tensors
-from tests.helpers.finished_runs import save_and_compute
+from tests.helpers.finished_runs import save_and_get_logits
 from tests.helpers.layers import ALPHA
 from tests.helpers.logits import IDS
 from tests.helpers.runs import dense_state, transformers_model
@@ -33,7 +33,7 @@ from tests.helpers.runs import dense_state, transformers_model
 def test_peft_loads_the_adapter(train_type, kind, checkpoints, alpaca_file, two_ranks, tmp_path):
     """By PEFT's own from_pretrained, on a base that holds the dequantized weights."""
     args = args_for(checkpoints(kind), alpaca_file, train_type, "--lora_dropout", "0.1")
-    ours = two_ranks(save_and_compute, args, tmp_path)[0]
+    ours = two_ranks(save_and_get_logits, args, tmp_path)[0]
     base = transformers_model(checkpoints(kind), two_ranks(dense_state, args)[0])
     model = peft.PeftModel.from_pretrained(base, tmp_path).eval()
     with torch.no_grad():
@@ -78,7 +78,7 @@ def test_an_adapter_over_a_4_bit_base_is_what_was_trained(
 ):
     base, run = in_blocks(kind), tmp_path / "run"
     run.mkdir()
-    ours = one_rank(save_and_compute, args_for(base, alpaca_file, train_type), run)[0]
+    ours = one_rank(save_and_get_logits, args_for(base, alpaca_file, train_type), run)[0]
     torch.testing.assert_close(over_four_bits(base, run), ours, rtol=1e-4, atol=1e-4)
 
 
@@ -88,7 +88,7 @@ def test_transformers_leaves_routed_experts_in_16_bits(in_blocks, alpaca_file, o
     base, run, other = in_blocks("qwen3_moe"), tmp_path / "run", tmp_path / "other"
     run.mkdir()
     args = args_for(base, alpaca_file, "bnb_dora")
-    ours = one_rank(save_and_compute, args, run)[0]
+    ours = one_rank(save_and_get_logits, args, run)[0]
     assert (over_four_bits(base, run) - ours).abs().max() > 0.1
     dequantized = one_rank(dense_state, args)[0]
     stored = {n: dequantized[n] if ".experts." in n else t for n, t in all_tensors(base).items()}
@@ -102,14 +102,14 @@ def test_an_adapter_of_hqq_over_a_4_bit_base(in_blocks, alpaca_file, one_rank, t
     """Which is NF4, and not what was trained."""
     base, run = in_blocks("llama"), tmp_path / "run"
     run.mkdir()
-    ours = one_rank(save_and_compute, args_for(base, alpaca_file, "hqq_dora"), run)[0]
+    ours = one_rank(save_and_get_logits, args_for(base, alpaca_file, "hqq_dora"), run)[0]
     assert (over_four_bits(base, run) - ours).abs().max() > 0.1
 
 
 def test_adapter_on_some_linears_only(checkpoints, alpaca_file, one_rank, tmp_path):
     """target_modules must name exactly what was trained, or PEFT would build more layers than the file has."""
     args = args_for(checkpoints(), alpaca_file, "bnb_dora", "--lora_target_modules", "o_proj,mlp.up_proj")
-    ours = one_rank(save_and_compute, args, tmp_path)[0]
+    ours = one_rank(save_and_get_logits, args, tmp_path)[0]
     base = transformers_model(checkpoints(), one_rank(dense_state, args)[0])
     model = peft.PeftModel.from_pretrained(base, tmp_path).eval()
     stored = load_file(tmp_path / "adapter_model.safetensors")
@@ -141,7 +141,7 @@ def test_transformers_loads_the_full_model(kind, shard_bytes, checkpoints, alpac
 def save_in_shards(place, args, folder, shard_bytes):
     original, trained_model.SHARD_BYTES = trained_model.SHARD_BYTES, shard_bytes
     try:
-        return save_and_compute(place, args, folder)
+        return save_and_get_logits(place, args, folder)
     finally:
         trained_model.SHARD_BYTES = original
 
@@ -149,7 +149,7 @@ def save_in_shards(place, args, folder, shard_bytes):
 def test_full_model_keeps_the_checkpoints_dtype(alpaca_file, one_rank, tmp_path):
     folder = tiny.save_checkpoint("llama", tmp_path / "bf16", torch.bfloat16)
     (tmp_path / "out").mkdir()
-    one_rank(save_and_compute, args_for(folder, alpaca_file, "full"), tmp_path / "out")
+    one_rank(save_and_get_logits, args_for(folder, alpaca_file, "full"), tmp_path / "out")
     stored = load_file(tmp_path / "out" / "model.safetensors")
     assert {t.dtype for t in stored.values()} == {torch.bfloat16}
 
@@ -172,7 +172,7 @@ def test_output_folder_is_protected(tmp_path):
 
 
 def test_adapter_file_is_in_pefts_names(checkpoints, alpaca_file, one_rank, tmp_path):
-    one_rank(save_and_compute, args_for(checkpoints(), alpaca_file, "bnb_dora"), tmp_path)
+    one_rank(save_and_get_logits, args_for(checkpoints(), alpaca_file, "bnb_dora"), tmp_path)
     names = set(load_file(tmp_path / "adapter_model.safetensors"))
     layer = "base_model.model.model.layers.2.mlp.down_proj."
     assert {n for n in names if n.startswith(layer)} == {

@@ -27,17 +27,17 @@ from options.train import parse
 from tests.helpers.resuming import (
     NOISY,
     QUIET,
-    Filling,
+    DiskFiller,
     Signals,
     adapter,
+    check_resumed_job,
+    edit_copied_manifest,
     fill,
-    lie,
     lines,
-    repeated,
-    resumed,
+    repeatable_metrics,
     run,
 )
-from tests.helpers.runs import whole_run
+from tests.helpers.runs import full_run
 from tests.helpers.wandb_files import wandb_records
 
 
@@ -61,12 +61,12 @@ def test_a_stopped_run_goes_on_to_the_last_bit(source, two_ranks, tmp_path):
         file.write('{"step": 3, "epo')
     assert "stopped at step 4 of 5 (SIGINT)" in two_ranks(run, again, Signals({4: signal.SIGINT}))[0]
     assert "5 steps, the last 1 of them in" in two_ranks(run, again)[0]
-    assert repeated(folder) == repeated(whole) and len(lines(folder)) == 5
+    assert repeatable_metrics(folder) == repeatable_metrics(whole) and len(lines(folder)) == 5
     assert lines(folder)[1]["epoch"] < 1 < lines(folder)[3]["epoch"]
     ours, theirs = adapter(folder), adapter(whole)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     two_ranks(run, again)  # nothing is left to do
-    assert repeated(folder) == repeated(whole)
+    assert repeatable_metrics(folder) == repeatable_metrics(whole)
 
 
 @pytest.mark.slow
@@ -141,8 +141,8 @@ def test_wandb_goes_on_with_its_run(source, one_rank, tmp_path):
     ],
 )
 def test_a_checkpoint_that_is_right_is_accepted(change, source, copied):
-    lie(copied, lambda manifest: change(manifest["run"]["parts"]))
-    assert resumed(source, copied).saved.step == 3
+    edit_copied_manifest(copied, lambda manifest: change(manifest["run"]["parts"]))
+    assert check_resumed_job(source, copied).saved.step == 3
 
 
 def test_evaluation_goes_on(source, two_ranks, tmp_path):
@@ -156,7 +156,7 @@ def test_evaluation_goes_on(source, two_ranks, tmp_path):
     (folder / "best").rename(folder / "best.old")  # as a cut between two renames leaves it
     for _ in range(2):  # the second time nothing is left
         assert "stopped at step 4 of 7: 1 evaluations were no better" in two_ranks(run, again)[0]
-        assert repeated(folder) == repeated(whole) and len(lines(whole)) == 4
+        assert repeatable_metrics(folder) == repeatable_metrics(whole) and len(lines(whole)) == 4
         assert json.loads((folder / "best" / "evaluation.json").read_text())["step"] == 2
         assert (folder / "samples.jsonl").read_text() == (whole / "samples.jsonl").read_text()
     assert steps_in(folder) == [4, 3]
@@ -188,12 +188,12 @@ def run_and_time(place, argv: list[str]) -> tuple[str, list[float]]:
 @pytest.mark.parametrize("checked", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_full_disk_costs_a_checkpoint_and_no_more(checked, source, undisturbed, two_ranks, small_disk):
     argv = [*source, *QUIET, "--output_dir", str(small_disk / "run"), "--save_every", "2", "--keep", "1"]
-    printed = two_ranks(run, argv, Filling(small_disk, 4, 6, checked))[0]
+    printed = two_ranks(run, argv, DiskFiller(small_disk, 4, 6, checked))[0]
     assert "WARNING: the checkpoint of step 4 could not be written" in printed
     assert "No space left" in printed and "the checkpoint of step 2 stays, and training goes on" in printed
     assert steps_in(small_disk / "run") == [7]
     assert not list((small_disk / "run" / "checkpoints").glob("*.tmp"))
-    assert repeated(small_disk / "run") == repeated(undisturbed)
+    assert repeatable_metrics(small_disk / "run") == repeatable_metrics(undisturbed)
 
 
 def test_lines_of_a_full_disk_are_held(small_disk):
@@ -224,10 +224,10 @@ def test_lines_that_were_held_are_there_when_a_run_goes_on(source, copied, undis
         manifest["run"]["files"]["metrics.jsonl"] = len("".join(there))
         manifest["run"]["parts"]["tracker"]["held"] = last
 
-    lie(copied, hold)
+    edit_copied_manifest(copied, hold)
     printed = two_ranks(run, [*source, *QUIET, "--output_dir", str(copied), "--resume", "auto"])[0]
     assert "7 steps, the last 4 of them" in printed
-    assert repeated(copied) == repeated(undisturbed)
+    assert repeatable_metrics(copied) == repeatable_metrics(undisturbed)
 
 
 # Determinism
@@ -239,7 +239,7 @@ def deterministic(place, argv: list[str], folder: str) -> bool:
     again = [*argv, "--output_dir", f"{folder}/run", "--resume", "auto"]
     run(place, again, Signals({1: signal.SIGTERM}))
     run(place, again)
-    return repeated(Path(folder, "whole")) == repeated(Path(folder, "run"))
+    return repeatable_metrics(Path(folder, "whole")) == repeatable_metrics(Path(folder, "run"))
 
 
 def test_one_process_repeats_itself(source, one_rank, tmp_path):
@@ -262,8 +262,8 @@ class Held:
         self.other = FolderLock(folder)
 
     def __call__(self, place, argv: list[str]) -> str:
-        with self.other, mock.patch.object(lock, "PATIENCE", 0.5):
-            self.other.take()
+        with self.other, mock.patch.object(lock, "WAIT_SECONDS", 0.5):
+            self.other.acquire()
             try:
                 return run(place, argv)
             except UserError as e:
@@ -290,7 +290,7 @@ class Meanwhile:
         job = train.check(parse([*argv, "--world_size", "1"])[0])
         self.happens(Path(job.config.output_dir))
         try:
-            return whole_run(place, job)
+            return full_run(place, job)
         except UserError as e:
             return str(e)
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from checkpoints import storage as checkpoint_files
 from checkpoints.storage import folder_of
-from tests.helpers.resuming import QUIET, Signals, adapter, lines, repeated, run
+from tests.helpers.resuming import QUIET, Signals, adapter, lines, repeatable_metrics, run
 
 # On GPUs too, where another number of rows to a matmul rounds otherwise in bf16.
 EXACT = ["--precision", "fp32", "--compile", "false"]
@@ -64,7 +64,7 @@ def test_8_bit_states_go_over_to_other_ranks(source, one_rank, two_ranks, tmp_pa
     kinds = {(name[-1], t["dtype"]) for name, t in states(folder, 2).items()}
     assert kinds == {("0", "uint8"), ("0", "float32"), ("1", "float32")}
     two_ranks(run, again)
-    assert repeated(folder) == repeated(whole)
+    assert repeatable_metrics(folder) == repeatable_metrics(whole)
     again = [*argv, "--output_dir", str(other)]
     one_rank(run, [*again, "--gradient_accumulation_steps", "4"], Signals({4: signal.SIGTERM}))
     assert {name[-1] for name in states(other, 4)} == {"0"}

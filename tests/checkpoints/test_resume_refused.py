@@ -25,9 +25,9 @@ from checkpoints.storage import folder_of, newest_whole
 from launch.precision import choose_precision
 from options.errors import UserError
 from options.train import parse
-from tests.helpers.bnb_checkpoints import QLORA, check, pack_like_the_hub
-from tests.helpers.hostile_checkpoints import Pickled
-from tests.helpers.resuming import QUIET, lie, resumed, run
+from tests.helpers.bnb_checkpoints import QLORA, make_single_rank_job, pack_like_the_hub
+from tests.helpers.hostile_checkpoints import HarmfulPickle
+from tests.helpers.resuming import QUIET, check_resumed_job, edit_copied_manifest, run
 from training import job
 
 OTHERS = {
@@ -49,18 +49,18 @@ OTHERS = {
 @pytest.mark.parametrize("option", OTHERS)
 def test_another_run_is_refused(option, source, copied):
     with pytest.raises(UserError) as refused:
-        resumed(source, copied, *option.split())
+        check_resumed_job(source, copied, *option.split())
     assert OTHERS[option] in str(refused.value)
 
 
 def test_another_machines_precision_is_refused(source, copied, monkeypatch):
     """auto is fp16 on GPUs without bf16, and no run of a CPU's fp32 goes on there."""
-    assert resumed(source, copied, "--precision", "fp32").saved.step == 3, "what auto is here"
+    assert check_resumed_job(source, copied, "--precision", "fp32").saved.step == 3, "what auto is here"
     monkeypatch.setattr(job, "detect_precision", lambda name: choose_precision(name, True, False))
     with pytest.raises(
         UserError, match="which on this machine is float32 under autocast to float16, not float32"
     ):
-        resumed(source, copied)
+        check_resumed_job(source, copied)
 
 
 FREE = "--max_steps 9 --save_every 5 --log_to tqdm --wrap_policy sublayer --use_gradient_checkpointing false"
@@ -69,7 +69,7 @@ FREE = "--max_steps 9 --save_every 5 --log_to tqdm --wrap_policy sublayer --use_
 @pytest.mark.parametrize("where", ["auto", "run", "checkpoint"])
 def test_what_changes_no_result_may_change(where, source, copied):
     paths = {"auto": "auto", "run": str(copied), "checkpoint": str(folder_of(copied, 3))}
-    found = resumed(source, copied, *FREE.split(), "--resume", paths[where])
+    found = check_resumed_job(source, copied, *FREE.split(), "--resume", paths[where])
     assert found.saved.step == 3 and found.saved.folder == folder_of(copied, 3)
     assert "--max_steps 9 instead of 7: the learning rate follows it" in "".join(found.remarks)
 
@@ -78,9 +78,11 @@ def test_other_data_are_refused(source, copied, tmp_path):
     other = tmp_path / "other.jsonl"
     other.write_text(Path(source[3]).read_text().replace("Count from 1 ", "Count from 7 ", 1))
     with pytest.raises(UserError, match="no longer makes the rows that the run began with"):
-        resumed(source, copied, "--dataset", str(other))
+        check_resumed_job(source, copied, "--dataset", str(other))
     other.write_text(Path(source[3]).read_text())
-    assert resumed(source, copied, "--dataset", str(other)).saved.step == 3, "the same rows from elsewhere"
+    assert check_resumed_job(source, copied, "--dataset", str(other)).saved.step == 3, (
+        "the same rows from elsewhere"
+    )
 
 
 def test_another_evaluation_set_is_refused(source, copied, tmp_path):
@@ -88,13 +90,13 @@ def test_another_evaluation_set_is_refused(source, copied, tmp_path):
     other = tmp_path / "other.jsonl"
     other.write_text('{"instruction": "a", "output": "b"}\n')
     evaluated = ["--eval_dataset", str(other), "--eval_every", "2"]
-    now = resumed(source, copied, *evaluated)
+    now = check_resumed_job(source, copied, *evaluated)
     assert now.saved.step == 3 and now.saved.run["evaluation"] == ""
     now.saved.run["evaluation"] = now.about()["evaluation"]
     check_same(now.saved, now.config, now.about())
     check_same(now.saved, now.config, now.about() | {"evaluation": ""})
     other.write_text('{"instruction": "a", "output": "c"}\n')
-    changed = resumed(source, copied, *evaluated).about()
+    changed = check_resumed_job(source, copied, *evaluated).about()
     with pytest.raises(
         UserError, match="--eval_dataset no longer makes the rows that the run is evaluated on"
     ):
@@ -103,19 +105,19 @@ def test_another_evaluation_set_is_refused(source, copied, tmp_path):
 
 def test_another_model_is_refused(source, copied, tmp_path):
     other = shutil.copytree(source[1], tmp_path / "other")
-    assert resumed(source, copied, "--model_name", str(other)).saved.step == 3
+    assert check_resumed_job(source, copied, "--model_name", str(other)).saved.step == 3
     file = sorted(other.glob("*.safetensors"))[0]
     tensors = load_file(file)
     next(iter(tensors.values()))[0] += 1
     save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(UserError, match="is not the model that the run began with"):
-        resumed(source, copied, "--model_name", str(other))
+        check_resumed_job(source, copied, "--model_name", str(other))
 
 
 def test_a_packed_model_is_compared_in_what_is_packed(checkpoints, alpaca_file, copied, tmp_path):
     """Checkpoints of earlier versions hold no digest of that, and go on, which is told."""
     pack_like_the_hub(checkpoints(), tmp_path / "4bit")
-    job = check(tmp_path / "4bit", alpaca_file, *QLORA)
+    job = make_single_rank_job(tmp_path / "4bit", alpaca_file, *QLORA)
     now, saved = job.about(), newest_whole(copied, tell=print)
 
     def refused_for(base: str, reason: str) -> list[str]:
@@ -134,14 +136,14 @@ def test_a_packed_model_is_compared_in_what_is_packed(checkpoints, alpaca_file, 
     change = load_file(tmp_path / "4bit" / "model.safetensors")
     change["model.layers.0.self_attn.q_proj.weight"][-1] ^= 1
     save_file(change, tmp_path / "4bit" / "model.safetensors", metadata={"format": "pt"})
-    assert check(tmp_path / "4bit", alpaca_file, *QLORA).about()["base"] != now["base"]
+    assert make_single_rank_job(tmp_path / "4bit", alpaca_file, *QLORA).about()["base"] != now["base"]
 
 
 def test_a_run_without_its_metrics_is_refused(source, copied):
     path = copied / "metrics.jsonl"
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(UserError, match=r"metrics.jsonl: is missing or cut: it ends before step 3"):
-        resumed(source, copied)
+        check_resumed_job(source, copied)
 
 
 @pytest.mark.parametrize("name", checkpoint_files.GROWING_FILES)
@@ -151,23 +153,23 @@ def test_a_link_among_its_files_is_not_followed(name, source, copied, tmp_path):
     (copied / name).unlink(missing_ok=True)
     (copied / name).symlink_to(other)
     with pytest.raises(UserError, match=f"{name}: is a link"):
-        resumed(source, copied)
+        check_resumed_job(source, copied)
 
 
 def test_a_damaged_checkpoint_is_refused_or_passed_over(source, copied, capsys):
     (folder_of(copied, 3) / "rank-00001.safetensors").unlink()
     for path in (copied, folder_of(copied, 3)):
         with pytest.raises(UserError, match="no whole checkpoint"):
-            resumed(source, copied, "--resume", str(path))
+            check_resumed_job(source, copied, "--resume", str(path))
     with pytest.raises(UserError, match="holds no checkpoint that is whole"):
-        resumed(source, copied)
+        check_resumed_job(source, copied)
     assert "step-00000003: no whole checkpoint (rank-00001.safetensors" in capsys.readouterr().out
     (folder_of(copied, 3) / "manifest.json").unlink()  # as of one whose removal was cut
-    assert resumed(source, copied).saved is None
+    assert check_resumed_job(source, copied).saved is None
     assert "has no checkpoint yet; from the start" in capsys.readouterr().out
     (copied / "adapter_config.json").touch()
     with pytest.raises(UserError, match="holds a finished run without checkpoints"):
-        resumed(source, copied)
+        check_resumed_job(source, copied)
 
 
 A = "model.model.layers.0.self_attn.q_proj.lora_A"
@@ -187,7 +189,7 @@ LIES = {
 @pytest.mark.parametrize("kind", LIES)
 def test_a_checkpoint_that_lies_ends_in_a_line(kind, source, copied, two_ranks):
     change, reason = LIES[kind]
-    lie(copied, change)
+    edit_copied_manifest(copied, change)
     for error in two_ranks(refused, [*source, *QUIET, "--output_dir", str(copied), "--resume", "auto"]):
         assert reason in error and str(folder_of(copied, 3)) in error
 
@@ -204,7 +206,7 @@ def rewrite(folder: Path, change) -> None:
             for name, tensor in tensors.items():
                 manifest["tensors"][name]["dtype"] = str(tensor.dtype).removeprefix("torch.")
 
-    lie(folder, fit)
+    edit_copied_manifest(folder, fit)
 
 
 SPOILT = {
@@ -250,7 +252,7 @@ def refused_by_loading(place, argv: list[str]) -> str:
 
 def test_a_pickle_beside_a_checkpoint_is_not_read(source, copied, two_ranks, tmp_path):
     """The one that torch.distributed.checkpoint's own storage would load, and so do what stands in it."""
-    (folder_of(copied, 3) / ".metadata").write_bytes(pickle.dumps(Pickled(tmp_path / "pwned")))
+    (folder_of(copied, 3) / ".metadata").write_bytes(pickle.dumps(HarmfulPickle(tmp_path / "pwned")))
     argv = [*source, *QUIET, "--output_dir", str(copied), "--resume", str(folder_of(copied, 3))]
     assert "7 steps, the last 4 of them" in two_ranks(run, argv)[0]
     assert not (tmp_path / "pwned").exists()

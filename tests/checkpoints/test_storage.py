@@ -27,7 +27,7 @@ from checkpoints.storage import (
     steps_in,
 )
 from options.errors import UserError
-from tests.helpers.manifests import edit
+from tests.helpers.manifests import edit_manifest
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 TENSORS = {
@@ -80,9 +80,15 @@ DAMAGE = {
         lambda f: (f / MANIFEST).write_text((f / MANIFEST).read_text().replace('"step": 9', '"step": 8')),
         "was changed",
     ),
-    "its step": (lambda f: edit(f, lambda m: m.update(step=8)), "is of step 8"),
-    "a file's name": (lambda f: edit(f, lambda m: m["files"][0].update(name="../../x")), "other files"),
-    "a dtype": (lambda f: edit(f, lambda m: m["tensors"]["half"].update(dtype="nn")), "unknown dtype"),
+    "its step": (lambda f: edit_manifest(f, lambda m: m.update(step=8)), "is of step 8"),
+    "a file's name": (
+        lambda f: edit_manifest(f, lambda m: m["files"][0].update(name="../../x")),
+        "other files",
+    ),
+    "a dtype": (
+        lambda f: edit_manifest(f, lambda m: m["tensors"]["half"].update(dtype="nn")),
+        "unknown dtype",
+    ),
 }
 
 
@@ -116,7 +122,10 @@ def become_large(path: Path) -> None:
 
 
 UNKNOWN = {
-    "another version": (lambda f: edit(f, lambda m: m.update(version=99)), "made by another version"),
+    "another version": (
+        lambda f: edit_manifest(f, lambda m: m.update(version=99)),
+        "made by another version",
+    ),
     "a read error": (lambda f: become_a_loop(f / FILE), f"{FILE}: Too many levels"),
     "no file": (lambda f: become_a_folder(f / MANIFEST), f"{MANIFEST}: is not a file"),
     "a large manifest": (lambda f: become_large(f / MANIFEST), "bytes; at most"),

@@ -18,7 +18,7 @@ from data.stops import learned_stops
 from data.tokenizing import tokenize
 from data.unshown import unclosed
 from tests.helpers import chat_templates as templates
-from tests.helpers.chat_templates import of_trl
+from tests.helpers.chat_templates import trl_template
 from tests.helpers.small_tokenizers import chat_tokenizer
 
 CALL = {"name": "weather", "arguments": {"city": "Oslo"}}
@@ -161,26 +161,26 @@ DEEPSEEK = (
     " <｜tool▁calls▁end｜> <｜tool▁outputs▁begin｜> <｜tool▁outputs▁end｜> <｜tool▁output▁begin｜> <｜tool▁output▁end｜>"
 )
 MODELS = {
-    "llama 3": lambda: Model(of_trl("llama3"), "<|eot_id|>", closed_by("<|eot_id|>"), (LLAMA_HEADER,), LLAMA,
-                             of_trl("llama3_training")),
-    "llama 3.1": lambda: Model(of_trl("llama3_1"), "<|eot_id|>", of_llama31, (LLAMA_HEADER,), LLAMA),
-    "qwen 2.5": lambda: Model(of_trl("qwen2_5"), "<|im_end|>", of_qwen25, (IM_HEADER,), IM, of_trl("qwen2_5_training")),
-    "qwen 3": lambda: Model(of_trl("qwen3"), "<|im_end|>", of_qwen3, (IM_HEADER,), f"{IM} <think> </think> <tool_call> </tool_call>",
-                            of_trl("qwen3_training")),
-    "gemma 2": lambda: Model(of_trl("gemma"), "<eos>", closed_by("<end_of_turn>"), ("<start_of_turn>model\n",),
-                             "<start_of_turn> <end_of_turn>", of_trl("gemma_training")),
-    "gemma 3": lambda: Model(of_trl("gemma3"), "<eos>", closed_by("<end_of_turn>"), ("<start_of_turn>model\n",),
-                             "<start_of_turn> <end_of_turn>", of_trl("gemma3_training")),
+    "llama 3": lambda: Model(trl_template("llama3"), "<|eot_id|>", closed_by("<|eot_id|>"), (LLAMA_HEADER,), LLAMA,
+                             trl_template("llama3_training")),
+    "llama 3.1": lambda: Model(trl_template("llama3_1"), "<|eot_id|>", of_llama31, (LLAMA_HEADER,), LLAMA),
+    "qwen 2.5": lambda: Model(trl_template("qwen2_5"), "<|im_end|>", of_qwen25, (IM_HEADER,), IM, trl_template("qwen2_5_training")),
+    "qwen 3": lambda: Model(trl_template("qwen3"), "<|im_end|>", of_qwen3, (IM_HEADER,), f"{IM} <think> </think> <tool_call> </tool_call>",
+                            trl_template("qwen3_training")),
+    "gemma 2": lambda: Model(trl_template("gemma"), "<eos>", closed_by("<end_of_turn>"), ("<start_of_turn>model\n",),
+                             "<start_of_turn> <end_of_turn>", trl_template("gemma_training")),
+    "gemma 3": lambda: Model(trl_template("gemma3"), "<eos>", closed_by("<end_of_turn>"), ("<start_of_turn>model\n",),
+                             "<start_of_turn> <end_of_turn>", trl_template("gemma3_training")),
     "mistral v3": lambda: Model(templates.MISTRAL_V3, "</s>", of_mistral(" "), INST, MISTRAL_TOKENS),
     "tekken": lambda: Model(templates.TEKKEN, "</s>", of_mistral(""), INST, MISTRAL_TOKENS),
-    "phi 3": lambda: Model(of_trl("phi3"), "<|endoftext|>", of_phi3, ("<|assistant|>\n",), "<|end|> <|user|> <|assistant|> <|system|>",
-                           of_trl("phi3_training")),
+    "phi 3": lambda: Model(trl_template("phi3"), "<|endoftext|>", of_phi3, ("<|assistant|>\n",), "<|end|> <|user|> <|assistant|> <|system|>",
+                           trl_template("phi3_training")),
     "phi 4": lambda: Model(templates.PHI4, "<|im_end|>", closed_by("<|im_end|>"), ("<|im_start|>assistant<|im_sep|>",), f"{IM} <|im_sep|>"),
-    "gpt-oss": lambda: Model(of_trl("gptoss"), "<|return|>", of_gpt_oss, ("<|start|>assistant",), GPT, of_trl("gptoss_training")),
+    "gpt-oss": lambda: Model(trl_template("gptoss"), "<|return|>", of_gpt_oss, ("<|start|>assistant",), GPT, trl_template("gptoss_training")),
     "chatml": lambda: Model(templates.PLAIN_CHATML, "<|endoftext|>", closed_by("<|im_end|>"), (IM_HEADER,), IM),
     "zephyr": lambda: Model(templates.ZEPHYR, "</s>", closed_by("</s>"), ("<|assistant|>\n",), "<|user|> <|assistant|>"),
-    "deepseek": lambda: Model(of_trl("deepseekv3"), "<｜end▁of▁sentence｜>", of_deepseek,
-                              ("<｜Assistant｜>", "<｜tool▁outputs▁end｜>"), DEEPSEEK, of_trl("deepseekv3_training")),
+    "deepseek": lambda: Model(trl_template("deepseekv3"), "<｜end▁of▁sentence｜>", of_deepseek,
+                              ("<｜Assistant｜>", "<｜tool▁outputs▁end｜>"), DEEPSEEK, trl_template("deepseekv3_training")),
 }  # fmt: skip
 
 
@@ -311,7 +311,7 @@ def test_a_template_s_own_markers_are_what_is_learned(model, conversation):
 
 def test_turns_between_markers_that_are_not_learned():
     """An empty one, and one that its row leaves out."""
-    made = dataclasses.replace(MODELS["chatml"](), template=of_trl("qwen2_5_training"))
+    made = dataclasses.replace(MODELS["chatml"](), template=trl_template("qwen2_5_training"))
     tokenizer = tokenizer_of(made)
     messages = [user(), says("No", train=False), user(), says(""), user(), says("Yes")]
     values = checked({"messages": messages}, FORMATS["chat"], "here")
@@ -323,7 +323,7 @@ def test_turns_between_markers_that_are_not_learned():
 @pytest.mark.parametrize("trl", [False, True])
 def test_an_answer_of_nothing_but_special_tokens_is_none(special, trl):
     """Its turn's closing token alone is not learned, as after an empty answer."""
-    template = of_trl("qwen2_5_training") if trl else MODELS["chatml"]().template
+    template = trl_template("qwen2_5_training") if trl else MODELS["chatml"]().template
     tokenizer = chat_tokenizer(template, "</s>")
     tokenizer.add_special_tokens(
         {"bos_token": "<s>", "additional_special_tokens": ["<|im_start|>", "<|im_end|>"]}
@@ -427,7 +427,7 @@ MARKED_APART = (
 
 
 @pytest.mark.parametrize("template, answer", [
-    (MARKED_APART, "<think>h</think>c"), (of_trl("phi3_training"), "c"), (of_trl("qwen2_5_training"), "c"),
+    (MARKED_APART, "<think>h</think>c"), (trl_template("phi3_training"), "c"), (trl_template("qwen2_5_training"), "c"),
 ])  # fmt: skip
 def test_evaluation_asks_without_any_part_of_the_answer(template, answer):
     """Also where the template's markers have several parts for one turn."""

@@ -17,8 +17,8 @@ from data.sources import find_recipe
 from files.model_folder import find_model
 from options import generate
 from options.errors import UserError
-from tests.helpers.data_files import jsonl, put, read, write_csv, write_parquet
-from tests.helpers.hub_cache import broken_off
+from tests.helpers.data_files import read, to_jsonl, write_csv, write_file, write_parquet
+from tests.helpers.hub_cache import raise_connection_error
 
 
 def rows(*answers: str) -> list[dict]:
@@ -33,13 +33,13 @@ def written(folder, files: dict[str, list[dict] | str]):
         if isinstance(content, str):
             path.write_text(content)
         elif name.endswith(".gz"):
-            path.write_bytes(gzip.compress(jsonl(content).encode()))
+            path.write_bytes(gzip.compress(to_jsonl(content).encode()))
         elif name.lower().endswith(".csv"):
             write_csv(path, content)
         elif name.endswith(".parquet"):
             write_parquet(path, content)
         else:
-            put(path, json.dumps(content) if name.endswith(".json") else jsonl(content))
+            write_file(path, json.dumps(content) if name.endswith(".json") else to_jsonl(content))
     return folder
 
 
@@ -137,11 +137,11 @@ LEADS_OUT = {  # how a folder beside a recipe leads out of where it lies, what t
         lambda rows: (written(rows.parent / "more", {"note.md": ""}) / "y").symlink_to("../.."), "rows/more/y: is a link out",
     ),
     "README": (
-        lambda rows: put(rows / "README.md", README.replace("*.csv", str(rows.parents[1] / "mine.jsonl"))),
+        lambda rows: write_file(rows / "README.md", README.replace("*.csv", str(rows.parents[1] / "mine.jsonl"))),
         r"its README\.md names .*mine\.jsonl, which is outside",
     ),
     "README, from above": (
-        lambda rows: put(rows / "README.md", README.replace("*.csv", "../../mine.jsonl")), "README.md names .*mine",
+        lambda rows: write_file(rows / "README.md", README.replace("*.csv", "../../mine.jsonl")), "README.md names .*mine",
     ),
 }  # fmt: skip
 
@@ -150,10 +150,10 @@ LEADS_OUT = {  # how a folder beside a recipe leads out of where it lies, what t
 @pytest.mark.parametrize("case", LEADS_OUT)
 def test_a_recipe_s_folder_does_not_lead_out(tmp_path, case, data_files):
     """What is beside the recipe, it may lead to; a user's own --dataset anywhere."""
-    put(tmp_path / "mine.jsonl", jsonl(rows("mine")))
+    write_file(tmp_path / "mine.jsonl", to_jsonl(rows("mine")))
     folder = written(tmp_path / "recipe" / "rows", {"a.jsonl": rows("1")})
     (folder / "more").symlink_to("../more")
-    recipe = put(folder.parent / "a.toml", f'source = "rows"\ndata_files = "{data_files}"\n')
+    recipe = write_file(folder.parent / "a.toml", f'source = "rows"\ndata_files = "{data_files}"\n')
     assert [row["answer"] for row in read(recipe)] == ["1"]
     lead, words = LEADS_OUT[case]
     lead(folder)
@@ -246,7 +246,7 @@ def as_shown(dataset: str) -> str:
 def test_a_file_of_another_kind_is_told(tmp_path, monkeypatch, name):
     """Wherever a data set may be named, and however its path is written."""
     monkeypatch.chdir(tmp_path)
-    put(tmp_path / "data" / name, "{}\n")
+    write_file(tmp_path / "data" / name, "{}\n")
     for dataset in (f"data/{name}", f"./data/{name}", str(tmp_path / "data" / name)):
         with pytest.raises(UserError, match=f"^--dataset {as_shown(dataset)}: {UNREAD[name]}"):
             find_recipe(dataset)
@@ -254,11 +254,11 @@ def test_a_file_of_another_kind_is_told(tmp_path, monkeypatch, name):
 
 @pytest.mark.parametrize("name", [name for name in UNREAD if not name.startswith("rows")])
 def test_a_recipe_of_such_a_file(tmp_path, name):
-    recipe = put(tmp_path / "mine.toml", f'source = "{name}"\n')
+    recipe = write_file(tmp_path / "mine.toml", f'source = "{name}"\n')
     for _ in range(2):  # without the file, and with it
         with pytest.raises(UserError, match=f"^--dataset {recipe}: source {re.escape(name)}: {UNREAD[name]}"):
             find_recipe(str(recipe))
-        put(tmp_path / name, "{}\n")
+        write_file(tmp_path / name, "{}\n")
 
 
 @pytest.mark.parametrize("dataset", [
@@ -280,18 +280,20 @@ def test_an_absent_path_is_no_hub_id(dataset, monkeypatch):
     ("a.tsv", r"\.tsv files are not read"),
 ])  # fmt: skip
 def test_prompts_of_another_kind(tmp_path, name, words):
-    with pytest.raises(UserError, match=f"^--prompts {re.escape(str(put(tmp_path / name, '[1]')))}: {words}"):
+    with pytest.raises(
+        UserError, match=f"^--prompts {re.escape(str(write_file(tmp_path / name, '[1]')))}: {words}"
+    ):
         generate.read_prompts(tmp_path / name)
 
 
 def test_prompts_are_rows_or_lines(tmp_path):
     line = '{"instruction": "Say 1."}\n'
     for name in ("a.jsonl", "A.JSONL", "a.ndjson"):
-        assert [p.content for p in generate.read_prompts(put(tmp_path / name, line))] == [
+        assert [p.content for p in generate.read_prompts(write_file(tmp_path / name, line))] == [
             {"instruction": "Say 1."}
         ]
     for name in ("a.txt", "A.TXT", "a.md", "a"):
-        assert [p.content for p in generate.read_prompts(put(tmp_path / name, line))] == [line.strip()]
+        assert [p.content for p in generate.read_prompts(write_file(tmp_path / name, line))] == [line.strip()]
 
 
 REPOSITORY = ["a.csv", "b.jsonl", "c.jsonl", "README.md"]
@@ -314,7 +316,7 @@ def hub(tmp_path, monkeypatch):
 ])  # fmt: skip
 def test_of_which_kinds_a_hub_repository_is(names, readme, told, hub, tmp_path, monkeypatch):
     """Its author's part is read, and what is left is told."""
-    path = put(tmp_path / "README.md", readme)
+    path = write_file(tmp_path / "README.md", readme)
     monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda *_, **__: names)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *_, **__: str(path))
     read = hub_sets.read_hub("me/rows", "", "train", -1)
@@ -323,15 +325,15 @@ def test_of_which_kinds_a_hub_repository_is(names, readme, told, hub, tmp_path, 
 
 
 def test_a_connection_that_ends_costs_the_remark_only(hub, monkeypatch):
-    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", broken_off)
+    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", raise_connection_error)
     assert hub_sets.read_hub("me/rows", "", "train", -1).rows == [{"question": "Q", "answer": "one"}]
 
 
 def test_a_connection_that_ends_before_there_are_rows(hub, monkeypatch):
     monkeypatch.undo()
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", broken_off)
-    monkeypatch.setattr(datasets, "load_dataset", broken_off)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", raise_connection_error)
+    monkeypatch.setattr(datasets, "load_dataset", raise_connection_error)
     with pytest.raises(
         UserError, match=r"^--dataset me/rows: could not be loaded \(gone\); nor is there a file"
     ):

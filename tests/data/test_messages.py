@@ -22,7 +22,7 @@ from data.unshown import unshown
 from options.errors import UserError
 from options.train import parse
 from tests.helpers import chat_templates as templates
-from tests.helpers.chat_templates import of_trl
+from tests.helpers.chat_templates import trl_template
 
 TOOL = {"type": "function", "function": {"name": "f", "description": "F.", "parameters": {
     "type": "object", "properties": {"city": {"type": "string"}}}}}  # fmt: skip
@@ -49,7 +49,7 @@ def tokenizer_of(template: str, *tokens: str):
     return tokenizer
 
 
-QWEN = tokenizer_of(of_trl("qwen2_5"))
+QWEN = tokenizer_of(trl_template("qwen2_5"))
 
 
 def write(path, *rows: dict) -> str:
@@ -79,7 +79,9 @@ def test_the_tools_of_a_row_are_shown(given, tmp_path):
 @pytest.mark.parametrize("none", [[], None, "[]", ""])
 def test_no_tools_are_none(none, tmp_path):
     """Llama 3.1's template takes an empty list for tools."""
-    tokenizer = tokenizer_of(of_trl("llama3_1"), "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+    tokenizer = tokenizer_of(
+        trl_template("llama3_1"), "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"
+    )
     dataset = write(tmp_path / "rows.jsonl", {"messages": [user(), says()], "tools": none})
     assert trained_text(dataset, tokenizer) == tokenizer.apply_chat_template([user(), says()], tokenize=False)
 
@@ -94,7 +96,7 @@ def test_tools_that_are_none(tools):
 @pytest.mark.parametrize("arguments", [{"city": "Åre"}, '{"city": "Åre"}'], ids=["object", "text"])
 def test_arguments_of_calls_are_written_once(template, arguments, tmp_path):
     """OpenAI's are JSON text, which most templates would quote again; DeepSeek's takes nothing else."""
-    tokenizer = tokenizer_of(of_trl(template))
+    tokenizer = tokenizer_of(trl_template(template))
     dataset = write(tmp_path / "rows.jsonl", {"messages": [user(), says(None, tool_calls=[call(arguments)])]})
     assert '{"city": "Åre"}' in learned_text(dataset, tokenizer)
 
@@ -102,7 +104,7 @@ def test_arguments_of_calls_are_written_once(template, arguments, tmp_path):
 def test_arguments_keep_their_digits_where_the_template_takes_text(tmp_path):
     """Qwen3's writes a text as it is, as transformers shows it."""
     messages = [user(), says(None, tool_calls=[call('{"price": 1.10}')])]
-    tokenizer = tokenizer_of(of_trl("qwen3"))
+    tokenizer = tokenizer_of(trl_template("qwen3"))
     dataset = write(tmp_path / "rows.jsonl", {"messages": messages})
     assert '"arguments": {"price": 1.10}' in learned_text(dataset, tokenizer)
     assert trained_text(dataset, tokenizer) == tokenizer.apply_chat_template(messages, tokenize=False)
@@ -163,8 +165,10 @@ def test_a_row_with_nothing_to_train_is_dropped(tmp_path):
 def test_reasoning_by_any_name(name, tmp_path):
     """As transformers does it from 5.23 on: each template finds the name that it reads."""
     dataset = write(tmp_path / "rows.jsonl", {"messages": [user(), says(**{name: "Hm."})]})
-    assert learned_text(dataset, tokenizer_of(of_trl("qwen3"))) == "<think>\nHm.\n</think>\n\nYo<|im_end|>"
-    shown = learned_text(dataset, tokenizer_of(of_trl("gptoss")))
+    assert (
+        learned_text(dataset, tokenizer_of(trl_template("qwen3"))) == "<think>\nHm.\n</think>\n\nYo<|im_end|>"
+    )
+    shown = learned_text(dataset, tokenizer_of(trl_template("gptoss")))
     assert shown.startswith("<|channel|>analysis<|message|>Hm.<|end|>")
 
 
@@ -205,8 +209,8 @@ def test_a_null_that_the_data_say_is_trained(tmp_path):
 
 
 DATED = {
-    "gpt-oss": (of_trl("gptoss"), "Current date: 2024-02-29\n"),
-    "llama 3.2": (of_trl("llama3_2"), "Today Date: 29 Feb 2024\n"),
+    "gpt-oss": (trl_template("gptoss"), "Current date: 2024-02-29\n"),
+    "llama 3.2": (trl_template("llama3_2"), "Today Date: 29 Feb 2024\n"),
     "of all parts": (
         "\n  {% set day = strftime_now('%A, %-d %B %Y, %j %% %y-%m-%d %D %_d') %}\n{{ day }}{% for m in messages %}{{ m.content }}"
         "{% endfor %}",
@@ -246,9 +250,11 @@ def test_what_a_template_does_not_show_is_told(tmp_path):
     assert told(rows, templates.PLAIN_CHATML) == [
         "data: the chat template does not show name, reasoning_content, tools"
     ]
-    assert told(rows, of_trl("qwen3")) == ["data: the chat template does not show name"]
+    assert told(rows, trl_template("qwen3")) == ["data: the chat template does not show name"]
     with_results = [{"messages": [user(), says("x"), {"role": "tool", "content": "1"}, says()]}]
-    assert told(with_results, of_trl("phi3")) == ["data: the chat template does not show what role tool says"]
+    assert told(with_results, trl_template("phi3")) == [
+        "data: the chat template does not show what role tool says"
+    ]
     thoughts = [{"messages": [user(), says("<think>a</think>b")]}]
     assert told(thoughts, templates.R1) == ["data: the chat template does not show <think> in content"]
     assert told([{"messages": [user(), says()]}], templates.CHATML) == []
@@ -256,7 +262,7 @@ def test_what_a_template_does_not_show_is_told(tmp_path):
 
 def test_what_a_template_shows_in_part_is_told():
     rows = [{"messages": [user(), says(reasoning_content="a"), user(), says(reasoning_content="b")]}] * 3
-    assert told(rows, of_trl("qwen3")) == [
+    assert told(rows, trl_template("qwen3")) == [
         "data: the chat template does not show reasoning_content of earlier turns"
     ]
 
@@ -308,12 +314,12 @@ RARE = {
 @pytest.mark.parametrize("name", RARE)
 def test_what_is_hidden_in_some_messages_is_told_by_its_own_name(name):
     template, rows, part = RARE[name]
-    assert told(rows, of_trl(template)) == [f"data: the chat template does not show {part}"]
+    assert told(rows, trl_template(template)) == [f"data: the chat template does not show {part}"]
 
 
 def test_thoughts_that_leave_a_line_break_behind_are_hidden_all_the_same():
     rows = [{"messages": [user(), says(reasoning_content="R1"), user(), says(reasoning_content="R2")]}]
-    assert told(rows, of_trl("nemotron_3_nano")) == [
+    assert told(rows, trl_template("nemotron_3_nano")) == [
         "data: the chat template does not show reasoning_content of earlier turns"
     ]
 
@@ -323,12 +329,12 @@ def test_what_is_shown_outside_of_its_turn_is_told():
     result = {"role": "tool", "content": "21"}
     rows = [{"messages": [user(), says("Wait.", tool_calls=[call({"x": 1})]), result, says("Done.")]}]
     markers = ["<|turn>", "<turn|>", "<|tool_call>", "<tool_call|>", "<|tool_response>", "<tool_response|>"]
-    gemma = tokenizer_of(of_trl("gemma4_v5"), *markers)
+    gemma = tokenizer_of(trl_template("gemma4_v5"), *markers)
     assert unshown(ChatTemplate(gemma), rows) == [
         "data: shown outside of the assistant's turn, and not learned: what role assistant says beside"
         " tool_calls in 1 of 1 messages looked at"
     ]
-    assert not any("outside" in remark for remark in told(rows, of_trl("qwen3")))
+    assert not any("outside" in remark for remark in told(rows, trl_template("qwen3")))
 
 
 def test_turns_under_other_names_than_the_assistant_s_are_told():

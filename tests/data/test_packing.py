@@ -17,22 +17,22 @@ from models.longrope import make_rotary
 from models.registry import FAMILIES
 from monitoring.messages import describe_data
 from monitoring.run_facts import describe_run
-from tests.helpers.compiled import BESIDES, compiled_run
+from tests.helpers.compiled import EXTRA_GRAPHS, compiled_run
 from tests.helpers.packing import (
     KERNEL,
     LENGTHS,
-    by_definition,
-    learn,
+    loss_and_gradients,
     packed_batch,
     packing_arguments,
     padded_batch,
+    reference_attention,
     seven_rows,
 )
 from tests.helpers.parity import arguments, assert_same
 from tests.helpers.report_pages import make_run, metrics, page_of
 from tests.helpers.runs import make_job, set_up, train_run
 from tests.helpers.tiny import CONFIGS, LONG_ROPE
-from tests.helpers.token_rows import SIZES, assert_places, expected, some_rows
+from tests.helpers.token_rows import SIZES, assert_target_positions, expected, make_token_rows
 
 SEEN = ("llama", "gemma2", "gemma3", "phi3", "qwen3_moe")
 
@@ -80,7 +80,7 @@ def learned_rows(step: list) -> dict[tuple, tuple]:
 @pytest.mark.parametrize("capacity", [13, 29, 100])
 @pytest.mark.parametrize("size", SIZES)
 def test_an_epoch_has_every_row_once_with_its_targets(size, capacity):
-    rows = some_rows(3 * size[0])
+    rows = make_token_rows(3 * size[0])
     steps = steps_of(rows, size[1:], capacity, epochs=2)
     for epoch in (steps[: len(steps) // 2], steps[len(steps) // 2 :]):
         tables = [learned_rows(step) for step in epoch]
@@ -90,7 +90,7 @@ def test_an_epoch_has_every_row_once_with_its_targets(size, capacity):
         table = learned_rows(step)
         targets = sum(t != IGNORE for values in table.values() for t in values)
         assert {(part.n_tokens, part.n_targets) for part in step} == {(sum(map(len, table)), targets)}
-        assert_places(step)
+        assert_target_positions(step)
         # Collectives need all ranks alike.
         assert len({tuple(b.ids.shape for b in part.batches) for part in step}) == 1
     batches = [b for step in steps for part in step for b in part.batches]
@@ -101,14 +101,14 @@ def test_an_epoch_has_every_row_once_with_its_targets(size, capacity):
 
 
 def test_a_step_has_the_same_rows_however_it_is_split():
-    rows = some_rows(60)
+    rows = make_token_rows(60)
     splits = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2), (4, 1, 2), (1, 2, 4)]
     runs = [[learned_rows(step) for step in steps_of(rows, split, 29, epochs=2)] for split in splits]
     assert all(other == runs[0] for other in runs[1:])
 
 
 def test_packs_follow_from_seed_and_epoch():
-    rows = some_rows(90)
+    rows = make_token_rows(90)
 
     def packs(seed: int) -> list:
         sampler = PackSampler(rows, 4, 1, 0, 1, seed, 29)
@@ -139,7 +139,7 @@ def test_best_fit():
 
 def test_padding_share():
     """As counted in the batches of an epoch whose steps are all full."""
-    sampler = PackSampler(some_rows(90), 1, 1, 0, 1, 42, 29)
+    sampler = PackSampler(make_token_rows(90), 1, 1, 0, 1, 42, 29)
     batches = [b for step in sampler.steps(1) for b in step.batches]
     share = sum(int((b.ids == 0).sum()) for b in batches) / sum(b.ids.numel() for b in batches)
     assert sampler.padding_share() == pytest.approx(share, abs=1e-12)
@@ -151,24 +151,27 @@ def test_padding_share():
 
 def ways(place, args) -> dict[str, tuple[float, dict]]:
     """(loss, {trained parameter: its gradient}) of the seven rows: padded and packed; by the family's own
-    attention and, where that is PyTorch's, by ours, packed rows over `by_definition`."""
+    attention and, where that is PyTorch's, by ours, packed rows over `reference_attention`."""
     job, model = set_up(place, args)
     own = FAMILIES[job.model_config.model_type].attention
     model.set_attn_implementation(own)
     padded, packed = padded_batch(), packed_batch()
     found = {
         "one by one": learn_each(model),
-        "padded": learn(model, padded),
-        "packed": learn(model, packed),
-        "leaking": learn(model, Batch(packed.ids, packed.targets)),
+        "padded": loss_and_gradients(model, padded),
+        "packed": loss_and_gradients(model, packed),
+        "leaking": loss_and_gradients(model, Batch(packed.ids, packed.targets)),
     }
     if own == "sdpa":
         model.set_attn_implementation(CAUSAL)
-        found["padded, causal"] = learn(model, padded)
-        attention.varlen_attn = by_definition
+        found["padded, causal"] = loss_and_gradients(model, padded)
+        attention.varlen_attn = reference_attention
         model.set_attn_implementation(VARLEN)
         try:
-            found |= {"packed, varlen": learn(model, packed), "padded, varlen": learn(model, padded)}
+            found |= {
+                "packed, varlen": loss_and_gradients(model, packed),
+                "padded, varlen": loss_and_gradients(model, padded),
+            }
         finally:
             attention.varlen_attn = KERNEL
     return found
@@ -179,7 +182,7 @@ def learn_each(model) -> tuple[float, dict[str, torch.Tensor]]:
     rows, found = seven_rows(), []
     for i, length in enumerate(LENGTHS):
         batch = make_batch(rows, torch.tensor([i]), (1, length))
-        found.append(learn(model, Batch(batch.ids, batch.targets)))
+        found.append(loss_and_gradients(model, Batch(batch.ids, batch.targets)))
     names = found[0][1]
     return sum(loss for loss, _ in found), {n: sum(gradients[n] for _, gradients in found) for n in names}
 
@@ -252,7 +255,7 @@ def test_compiled_layers_are_compiled_for_one_shape(checkpoints, alpaca_file, on
     args = [*packing_arguments(checkpoints(), alpaca_file, 2), "--batch_size", "4"]
     args += ["--gradient_accumulation_steps", "2"]
     compiled, graphs = one_rank(compiled_run, args)[0]
-    assert graphs == 2 + BESIDES + 2
+    assert graphs == 2 + EXTRA_GRAPHS + 2
     assert_same(one_rank(train_run, args)[0], compiled)
 
 
@@ -268,7 +271,7 @@ def test_two_ranks_equal_one(checkpoints, alpaca_file, one_rank, two_ranks):
 
 
 def test_what_packing_brought_and_would_bring():
-    rows = some_rows(200)
+    rows = make_token_rows(200)
     padded, packed = StepSampler(rows, 8, 1, 0, 1, 42), PackSampler(rows, 8, 1, 0, 1, 42, 64)
     line, remark = describe_data(rows, padded, 64).splitlines()
     assert line.endswith(f"padding {padded.padding_share():.0%} of the batches")
@@ -281,14 +284,14 @@ def test_what_packing_brought_and_would_bring():
 
 
 def test_little_padding_is_no_reason_to_pack():
-    rows = some_rows(200)
+    rows = make_token_rows(200)
     single = StepSampler(rows, 1, 1, 0, 1, 42)
     assert single.padding_share() == 0
     assert "packing" not in describe_data(rows, single, 64)
 
 
 def test_packs_are_in_the_report(tmp_path):
-    rows = some_rows(50)
+    rows = make_token_rows(50)
     run = make_run(tmp_path / "run", [metrics(1)])
     for sampler, shown in (
         (PackSampler(rows, 8, 1, 0, 1, 42, 64), True),

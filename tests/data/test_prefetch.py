@@ -7,14 +7,14 @@ import torch
 
 from data.batches import StepSampler
 from data.prefetch import ahead
-from tests.helpers.token_rows import some_rows
+from tests.helpers.token_rows import make_token_rows
 
 CPU = torch.device("cpu")
 
 
 def test_the_same_steps_in_their_order():
     def steps():
-        return StepSampler(some_rows(17), 2, 2, 0, 1, 42).steps(2)
+        return StepSampler(make_token_rows(17), 2, 2, 0, 1, 42).steps(2)
 
     plain, early = list(steps()), list(ahead(steps(), CPU, pin=False))
     assert [s.epoch for s in early] == [s.epoch for s in plain]
@@ -49,7 +49,7 @@ def test_an_error_comes_where_the_step_would():
 
 def test_a_loop_that_ends_early_ends_the_thread():
     before = threading.active_count()
-    early = ahead(StepSampler(some_rows(17), 2, 2, 0, 1, 42).steps(2), CPU, pin=False)
+    early = ahead(StepSampler(make_token_rows(17), 2, 2, 0, 1, 42).steps(2), CPU, pin=False)
     next(early)
     assert threading.active_count() == before + 1
     early.close()

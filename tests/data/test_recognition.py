@@ -13,7 +13,7 @@ from data.formats import GUANACO_MARKERS
 from data.recognition import recognise
 from options.errors import UserError
 from tests.helpers import chat_templates
-from tests.helpers.data_files import jsonl, put, write_csv, write_parquet
+from tests.helpers.data_files import to_jsonl, write_csv, write_file, write_parquet
 from tests.helpers.small_tokenizers import chat_tokenizer
 
 CHAT = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]}
@@ -70,7 +70,7 @@ def test_unknown_columns_are_named():
 
 
 def test_the_columns_that_were_found_are_few_and_harmless(tmp_path):
-    path = put(tmp_path / "a.jsonl", jsonl([{"\x1b[2J": 1} | {f"c{i:02}": i for i in range(99)}]))
+    path = write_file(tmp_path / "a.jsonl", to_jsonl([{"\x1b[2J": 1} | {f"c{i:02}": i for i in range(99)}]))
     with pytest.raises(UserError, match=r"found: '\\x1b\[2J', c00, .*, c18 and 80 more$"):
         read(path, "qa")
 
@@ -89,7 +89,7 @@ MIXED = {  # rows, what is told of them
 @pytest.mark.parametrize("case", MIXED)
 def test_rows_of_different_formats_are_refused(tmp_path, case):
     rows, told = MIXED[case]
-    path = put(tmp_path / "a.jsonl", jsonl(rows))
+    path = write_file(tmp_path / "a.jsonl", to_jsonl(rows))
     message = f"--dataset {path}: its rows are of different formats: {told.format(path, path)}"
     for reading in (read, lambda path: find_format(str(path), "auto")):
         with pytest.raises(UserError, match=f"^{re.escape(message)}.*--dataset_format"):
@@ -121,14 +121,14 @@ def test_null_messages_in_some_rows(tmp_path):
 def test_optional_columns_may_be_missing_in_some_rows(tmp_path):
     rows = [ALPACA | {"input": "in France"}, ALPACA, ALPACA | {"input": None}]
     for order in (rows, rows[::-1]):
-        examples = read(put(tmp_path / "a.jsonl", jsonl(order)))
+        examples = read(write_file(tmp_path / "a.jsonl", to_jsonl(order)))
         assert examples.format == "alpaca" and learned(examples) == ["Paris"] * 3
         assert sorted("in France" in each.text for each in examples.rendered) == [False, False, True]
 
 
 def test_what_is_asked_for_by_name_is_done(tmp_path):
     """And rows of which nothing is learned are counted in a line."""
-    path = put(tmp_path / "a.jsonl", jsonl([DIALOGUE, PLAIN, DIALOGUE, PLAIN]))
+    path = write_file(tmp_path / "a.jsonl", to_jsonl([DIALOGUE, PLAIN, DIALOGUE, PLAIN]))
     guanaco = read(path, "guanaco")
     assert learned(guanaco) == [" Yo", " Yo"]
     assert guanaco.remarks == (
@@ -136,7 +136,7 @@ def test_what_is_asked_for_by_name_is_done(tmp_path):
     )
     whole = read(path, "completion")
     assert learned(whole) == [DIALOGUE["text"], PLAIN["text"]] * 2 and whole.remarks == ()
-    recipe = put(tmp_path / "mine.toml", 'source = "a.jsonl"\nformat = "guanaco"\n')
+    recipe = write_file(tmp_path / "mine.toml", 'source = "a.jsonl"\nformat = "guanaco"\n')
     assert learned(read(recipe)) == [" Yo", " Yo"] and read(recipe).remarks == guanaco.remarks
 
 
@@ -155,13 +155,13 @@ PREFERRED = {  # rows, the format of the run: the one they are read in
 def test_rows_beside_the_data(tmp_path, case):
     """The run's format goes first where all rows fit it."""
     rows, preferred, expected = PREFERRED[case]
-    path = put(tmp_path / "a.jsonl", jsonl(rows))
+    path = write_file(tmp_path / "a.jsonl", to_jsonl(rows))
     if expected:
         assert read(path, preferred=preferred).format == expected
     else:
         with pytest.raises(UserError, match="its rows are of different formats"):
             read(path, preferred=preferred)
-    recipe = put(tmp_path / "mine.toml", 'source = "a.jsonl"\nformat = "guanaco"\n')
+    recipe = write_file(tmp_path / "mine.toml", 'source = "a.jsonl"\nformat = "guanaco"\n')
     if "text" in rows[0]:  # a recipe has decided
         assert read(recipe, preferred="guanaco").format == read(recipe, preferred="qa").format == "guanaco"
 
@@ -181,12 +181,12 @@ UNREAD = {  # name of the format, rows, the columns that are not read
 def test_columns_that_are_not_read_are_told(tmp_path, case):
     name, rows, told = UNREAD[case]
     expected = (f"data: columns that are not read: {told}",) if told else ()
-    assert read(put(tmp_path / "a.jsonl", jsonl(rows)), name).remarks == expected
+    assert read(write_file(tmp_path / "a.jsonl", to_jsonl(rows)), name).remarks == expected
 
 
 def test_columns_that_a_recipe_names_are_read(tmp_path):
-    put(tmp_path / "a.jsonl", json.dumps({"ask": "Q", "reply": "A", "id": 1}) + "\n")
-    recipe = put(tmp_path / "mine.toml", (
+    write_file(tmp_path / "a.jsonl", json.dumps({"ask": "Q", "reply": "A", "id": 1}) + "\n")
+    recipe = write_file(tmp_path / "mine.toml", (
         'source = "a.jsonl"\ncolumns = { question = "ask", answer = "reply" }\n'
     ))  # fmt: skip
     assert read(recipe).remarks == ("data: columns that are not read: id",)

@@ -15,7 +15,7 @@ from options.errors import UserError
 from options.exact_json import ExactFloat, number_text, parse_json
 from options.generate import read_prompts
 from options.limits import MAX_CONFIG_BYTES, read_json
-from tests.helpers.data_files import jsonl, put, read, write_parquet
+from tests.helpers.data_files import read, to_jsonl, write_file, write_parquet
 from tests.helpers.small_tokenizers import BYTES, chat_tokenizer
 
 NO_JSON = ["NaN", "Infinity", "-Infinity", "1e400", "-1e999", "1" + "0" * 400 + ".5"]
@@ -40,21 +40,21 @@ def test_what_json_cannot_mean_is_refused_with_its_line(tmp_path, place, number)
     }
     for name, text in files.items():
         with pytest.raises(UserError, match=rf"^--dataset .*{name}:3: not usable JSON \({number[:9]}"):
-            read(put(tmp_path / name, text))
+            read(write_file(tmp_path / name, text))
 
 
 @pytest.mark.parametrize("number", NO_JSON)
 def test_nor_is_it_read_from_other_files(tmp_path, number):
-    path = put(tmp_path / "config.json", f'{{"rope_theta": {number}}}')
+    path = write_file(tmp_path / "config.json", f'{{"rope_theta": {number}}}')
     with pytest.raises(UserError, match=rf"config\.json: not a valid JSON file \({number[:9]}"):
         read_json(path, MAX_CONFIG_BYTES)
-    path = put(tmp_path / "ask.jsonl", f'{GOOD}\n{{"question": {number}}}\n')
+    path = write_file(tmp_path / "ask.jsonl", f'{GOOD}\n{{"question": {number}}}\n')
     with pytest.raises(UserError, match=rf"^--prompts .*ask\.jsonl:2: not JSON \({number[:9]}"):
         read_prompts(path)
 
 
 def test_a_key_twice_has_no_value(tmp_path):
-    path = put(tmp_path / "a.jsonl", f'{GOOD}\n{{"question": "Q", "answer": "A", "answer": "B"}}\n')
+    path = write_file(tmp_path / "a.jsonl", f'{GOOD}\n{{"question": "Q", "answer": "A", "answer": "B"}}\n')
     with pytest.raises(UserError, match=r"a\.jsonl:2: not usable JSON \('answer' stands twice"):
         read(path)
 
@@ -66,14 +66,14 @@ NUMBERS = ["1.10", "4.0", "4", "1e5", "1E-7", "0.1", "-0.0", "-0", "-7", "0", "0
 def test_a_number_is_learned_as_it_is_written(tmp_path):
     lines = [f'{{"question": "Q", "answer": {number}}}' for number in NUMBERS]
     for path in (
-        put(tmp_path / "a.jsonl", "\n".join(lines)),
-        put(tmp_path / "a.json", f"[{','.join(lines)}]"),
+        write_file(tmp_path / "a.jsonl", "\n".join(lines)),
+        write_file(tmp_path / "a.json", f"[{','.join(lines)}]"),
     ):
         assert learned(path) == NUMBERS
-    folder = put(tmp_path / "folder" / "a.jsonl", "\n".join(lines)).parent
+    folder = write_file(tmp_path / "folder" / "a.jsonl", "\n".join(lines)).parent
     assert learned(folder) == NUMBERS
     assert (
-        learned(put(tmp_path / "a.csv", "question,answer\n" + "".join(f"Q,{n}\n" for n in NUMBERS)))
+        learned(write_file(tmp_path / "a.csv", "question,answer\n" + "".join(f"Q,{n}\n" for n in NUMBERS)))
         == NUMBERS
     )
 
@@ -167,7 +167,9 @@ def test_a_template_gets_the_numbers_that_transformers_gets(tmp_path):
     tokenizer = chat_tokenizer(
         "{% for m in messages %}{{ m.role }}: {{ m.content }} {{ m.x | tojson if m.x }}{{ m.x }}<|im_end|>\n{% endfor %}"
     )
-    (rendered,) = read_examples(str(put(tmp_path / "a.jsonl", line)), "auto", -1, 1000, tokenizer).rendered
+    (rendered,) = read_examples(
+        str(write_file(tmp_path / "a.jsonl", line)), "auto", -1, 1000, tokenizer
+    ).rendered
     assert "[1.1, 2000.0]" in rendered.text
     assert rendered.text == tokenizer.apply_chat_template(json.loads(line)["messages"], tokenize=False)
 
@@ -189,13 +191,16 @@ def test_no_number_of_a_table_is_learned(tmp_path, value, shown):
 def test_nor_of_a_column_of_numbers_in_csv(tmp_path, cell):
     """In a column of texts it is a word."""
     for others in ("Q,1.50\n", 'Q,"1,000"\n', "Q,$5\n", "Q,12 kg\n", "Q,2026-11-29\n", "Q,1e5\n", "Q,\n"):
-        numbers = put(tmp_path / "a.csv", f"question,answer\n{others}Q,{cell}\nQ,\n")
+        numbers = write_file(tmp_path / "a.csv", f"question,answer\n{others}Q,{cell}\nQ,\n")
         with pytest.raises(UserError, match=r"a\.csv:3: column answer holds -?(nan|inf) as a number"):
             learned(numbers)
-    assert learned(put(tmp_path / "a.csv", f"question,answer,score\nQ,1.50,1\nQ,2,{cell}\n")) == ["1.50", "2"]
-    assert learned(put(tmp_path / "a.csv", f"question,answer\nQ,Otto\nQ,{cell}\nQ,1\n")) == [
+    assert learned(write_file(tmp_path / "a.csv", f"question,answer,score\nQ,1.50,1\nQ,2,{cell}\n")) == [
+        "1.50",
+        "2",
+    ]
+    assert learned(write_file(tmp_path / "a.csv", f"question,answer\nQ,Otto\nQ,{cell}\nQ,1\n")) == [
         "Otto",
         cell,
         "1",
     ]
-    assert learned(put(tmp_path / "a.jsonl", jsonl([{"question": "Q", "answer": cell}]))) == [cell]
+    assert learned(write_file(tmp_path / "a.jsonl", to_jsonl([{"question": "Q", "answer": cell}]))) == [cell]

@@ -16,7 +16,7 @@ from benchmarks.make_checkpoint import byte_tokenizer
 from data.sources import RECIPES, Recipe, find_recipe
 from data.tokenizing import prepare
 from options.errors import UserError
-from tests.helpers.data_files import TRICKY, jsonl, put, read, write_csv, write_parquet
+from tests.helpers.data_files import TRICKY, read, to_jsonl, write_csv, write_file, write_parquet
 from tests.helpers.small_tokenizers import BYTES
 
 REPOSITORY = Path(__file__).parents[2]
@@ -89,7 +89,7 @@ def hub(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", HUB)
 def test_recipes_of_the_hub(hub, name):
     file, rows, learned = HUB[name]
-    put(hub / file, jsonl(rows))
+    write_file(hub / file, to_jsonl(rows))
     # Other files and splits of the repository, which must not be read.
     others = {
         "sql": "train.json",
@@ -97,16 +97,16 @@ def test_recipes_of_the_hub(hub, name):
         "orca_math": "test-00000-of-00001.jsonl",
     }
     other = others.get(name, "test.jsonl")
-    put((hub / file).with_name(other), jsonl([dict.fromkeys(rows[0], "wrong")]))
+    write_file((hub / file).with_name(other), to_jsonl([dict.fromkeys(rows[0], "wrong")]))
     prepared = prepare(name, "auto", -1, 1000, BYTES)
     assert answers(prepared) == learned
     assert prepared.dropped == min(len(rows), 512) - len(learned)
 
 
 def test_a_folder_by_its_path_and_a_hub_id_without_a_recipe(hub, monkeypatch):
-    put(
+    write_file(
         hub / "some" / "data" / "train.jsonl",
-        jsonl([{"question": str(i), "answer": "yes"} for i in range(9)]),
+        to_jsonl([{"question": str(i), "answer": "yes"} for i in range(9)]),
     )
     for dataset in (hub / "some" / "data", "some/data", "~/data"):
         monkeypatch.setenv("HOME", str(hub / "some"))
@@ -130,21 +130,21 @@ def test_an_unreachable_hub_is_said_at_once(hub, monkeypatch, offline):
 
 
 WRITERS = {
-    "a.jsonl": lambda p: put(p, jsonl(TRICKY)),
-    "escaped.jsonl": lambda p: put(p, "\n".join(map(json.dumps, TRICKY))),
-    "blank lines.jsonl": lambda p: put(p, "\n" + jsonl(TRICKY).replace("}\n", "}\r\n\r\n")),
-    "list.json": lambda p: put(p, "\n " + json.dumps(TRICKY, indent=2)),
-    "lines.json": lambda p: put(p, jsonl(TRICKY)),
-    "bom.jsonl": lambda p: put(p, b"\xef\xbb\xbf" + jsonl(TRICKY).encode()),
-    "bom.json": lambda p: put(p, b"\xef\xbb\xbf" + json.dumps(TRICKY).encode()),
+    "a.jsonl": lambda p: write_file(p, to_jsonl(TRICKY)),
+    "escaped.jsonl": lambda p: write_file(p, "\n".join(map(json.dumps, TRICKY))),
+    "blank lines.jsonl": lambda p: write_file(p, "\n" + to_jsonl(TRICKY).replace("}\n", "}\r\n\r\n")),
+    "list.json": lambda p: write_file(p, "\n " + json.dumps(TRICKY, indent=2)),
+    "lines.json": lambda p: write_file(p, to_jsonl(TRICKY)),
+    "bom.jsonl": lambda p: write_file(p, b"\xef\xbb\xbf" + to_jsonl(TRICKY).encode()),
+    "bom.json": lambda p: write_file(p, b"\xef\xbb\xbf" + json.dumps(TRICKY).encode()),
     "a.csv": lambda p: write_csv(p, TRICKY),
-    "bom.csv": lambda p: put(p, b"\xef\xbb\xbf" + write_csv(p, TRICKY).read_bytes()),
+    "bom.csv": lambda p: write_file(p, b"\xef\xbb\xbf" + write_csv(p, TRICKY).read_bytes()),
     "quoted.csv": lambda p: write_csv(p, TRICKY, quoting=csv.QUOTE_ALL, lineterminator="\n"),
     "a.parquet": lambda p: write_parquet(p, TRICKY),
-    "a.ndjson": lambda p: put(p, jsonl(TRICKY)),
-    "A.JSONL": lambda p: put(p, jsonl(TRICKY)),
-    "A.NdJson": lambda p: put(p, jsonl(TRICKY)),
-    "LIST.JSON": lambda p: put(p, json.dumps(TRICKY)),
+    "a.ndjson": lambda p: write_file(p, to_jsonl(TRICKY)),
+    "A.JSONL": lambda p: write_file(p, to_jsonl(TRICKY)),
+    "A.NdJson": lambda p: write_file(p, to_jsonl(TRICKY)),
+    "LIST.JSON": lambda p: write_file(p, json.dumps(TRICKY)),
     "A.CSV": lambda p: write_csv(p, TRICKY),
     "A.Parquet": lambda p: write_parquet(p, TRICKY),
 }
@@ -187,21 +187,21 @@ def test_parquet_holds_conversations(tmp_path):
 ])  # fmt: skip
 def test_malformed_files_are_refused_with_the_line(tmp_path, name, content, message):
     with pytest.raises(UserError, match=f"^--dataset .*{message}"):
-        read(put(tmp_path / name, content))
+        read(write_file(tmp_path / name, content))
 
 
 def test_a_row_s_place_is_the_line_it_is_on(tmp_path):
-    file = put(tmp_path / "a.jsonl", "\n" + jsonl([CITY]) + "\n" + jsonl([{"instruction": "x"}]))
+    file = write_file(tmp_path / "a.jsonl", "\n" + to_jsonl([CITY]) + "\n" + to_jsonl([{"instruction": "x"}]))
     with pytest.raises(UserError, match=r"a\.jsonl:4: nothing in column output"):
         prepare(str(file), "auto", -1, 100, BYTES)
 
 
 def test_a_recipe_of_the_user_s_own(tmp_path):
-    put(
+    write_file(
         tmp_path / "rows.jsonl",
-        jsonl([{"answer": "Q", "reply": "A", "id": 1}, {"answer": "R", "reply": "B"}]),
+        to_jsonl([{"answer": "Q", "reply": "A", "id": 1}, {"answer": "R", "reply": "B"}]),
     )
-    recipe = put(tmp_path / "mine.toml", (
+    recipe = write_file(tmp_path / "mine.toml", (
         'source = "rows.jsonl"\nsamples = 1\ncolumns = { question = "answer", answer = "reply" }\n'
     ))  # fmt: skip
     assert answers(prepare(str(recipe), "auto", -1, 100, BYTES)) == ["A</s>"]  # its own number of samples
@@ -214,8 +214,8 @@ def test_a_recipe_of_the_user_s_own(tmp_path):
 
 def test_a_recipe_names_stanfords_prompt(tmp_path):
     """The option goes before the recipe, and nothing else chooses it."""
-    rows = put(tmp_path / "rows.jsonl", jsonl([CITY]))
-    recipe = put(tmp_path / "mine.toml", 'source = "rows.jsonl"\nformat = "alpaca_stanford"\n')
+    rows = write_file(tmp_path / "rows.jsonl", to_jsonl([CITY]))
+    recipe = write_file(tmp_path / "mine.toml", 'source = "rows.jsonl"\nformat = "alpaca_stanford"\n')
     stanfords = {
         (dataset, name)
         for dataset in (rows, recipe)
@@ -226,8 +226,8 @@ def test_a_recipe_names_stanfords_prompt(tmp_path):
 
 
 def test_a_recipe_s_markers_tell_its_format(tmp_path):
-    put(tmp_path / "rows.jsonl", jsonl([{"text": "<u> Hi <b> Yo"}]))
-    recipe = put(tmp_path / "mine.toml", 'source = "rows.jsonl"\nmarkers = ["<u>", "<b>"]\n')
+    write_file(tmp_path / "rows.jsonl", to_jsonl([{"text": "<u> Hi <b> Yo"}]))
+    recipe = write_file(tmp_path / "mine.toml", 'source = "rows.jsonl"\nmarkers = ["<u>", "<b>"]\n')
     assert answers(prepare(str(recipe), "auto", -1, 100, BYTES)) == [" Yo</s>"]
 
 
@@ -246,9 +246,9 @@ def test_a_recipe_s_markers_tell_its_format(tmp_path):
     ("source = ", r"not a recipe \(Invalid value"),
 ])  # fmt: skip
 def test_malformed_recipes_are_refused(tmp_path, text, message):
-    put(tmp_path / "rows.jsonl", jsonl([CITY]))
+    write_file(tmp_path / "rows.jsonl", to_jsonl([CITY]))
     with pytest.raises(UserError, match=f"^--dataset {tmp_path}.*{message}"):
-        read(put(tmp_path / "mine.toml", text))
+        read(write_file(tmp_path / "mine.toml", text))
 
 
 @pytest.mark.parametrize("dataset", ["alpacka", "", "x" * 300, "a\0b"])

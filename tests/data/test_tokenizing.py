@@ -23,7 +23,7 @@ from data.tokenizing import prepare, tokenize
 from options.errors import UserError
 from tests.helpers import chat_templates, small_tokenizers
 from tests.helpers.small_tokenizers import BYTES
-from tests.helpers.token_rows import SIZES, assert_places, expected, some_rows
+from tests.helpers.token_rows import SIZES, assert_target_positions, expected, make_token_rows
 
 
 def qa(answer: str, question: str = "What?") -> Rendered:
@@ -386,7 +386,7 @@ def real(step) -> dict[tuple, tuple]:
 
 @pytest.mark.parametrize("size", SIZES)
 def test_an_epoch_has_every_row_once_with_its_targets(size):
-    rows = some_rows(size[0])
+    rows = make_token_rows(size[0])
     steps = run(rows, *size[1:])
     tables = [real(step) for step in steps]
     assert sum(map(len, tables)) == size[0]
@@ -424,27 +424,27 @@ def test_lines_of_many_lengths_have_few_widths():
 
 @pytest.mark.parametrize("count", [5, 16, 21])
 def test_a_step_has_the_same_rows_however_it_is_split(count):
-    rows = some_rows(count)
+    rows = make_token_rows(count)
     splits = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2), (4, 1, 2), (1, 2, 4)]
     runs = [run(rows, *split, epochs=2) for split in splits]
     for step in itertools.chain(*runs):
-        assert_places(step)
+        assert_target_positions(step)
     runs = [[real(step) for step in steps] for steps in runs]
     assert all(other == runs[0] for other in runs[1:])
 
 
 def test_a_rank_without_rows_gets_a_batch_without_targets():
-    (step,) = run(some_rows(3), 2, 1, 3)
+    (step,) = run(make_token_rows(3), 2, 1, 3)
     idle = step[2].batches[0]
     assert (idle.targets == IGNORE).all()
     assert idle.ids.numel() > 0
-    assert_places(step)
+    assert_target_positions(step)
     assert step[2].n_targets == step[0].n_targets > 0
 
 
 def test_the_order_follows_from_seed_and_epoch():
     def orders(seed):
-        sampler = StepSampler(some_rows(40), 4, 2, 0, 2, seed)
+        sampler = StepSampler(make_token_rows(40), 4, 2, 0, 2, seed)
         return [torch.cat([step for step, _ in sampler.deal(epoch)]).tolist() for epoch in range(3)]
 
     first = orders(1)
@@ -454,13 +454,13 @@ def test_the_order_follows_from_seed_and_epoch():
 
 
 def test_epochs_are_counted_in_steps():
-    epochs = [step[0].epoch for step in run(some_rows(10), 2, 2, 1, epochs=2)]
+    epochs = [step[0].epoch for step in run(make_token_rows(10), 2, 2, 1, epochs=2)]
     torch.testing.assert_close(epochs, [1 / 3, 2 / 3, 1.0, 4 / 3, 5 / 3, 2.0], rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("size", SIZES)
 def test_padding_share(size):
-    rows = some_rows(size[0])
+    rows = make_token_rows(size[0])
     batches = [b for step in run(rows, *size[1:]) for part in step for b in part.batches]
     batches = [b for b in batches if (b.targets != IGNORE).any()]
     share = sum(int((b.ids == 0).sum()) for b in batches) / sum(b.ids.numel() for b in batches)

@@ -1,4 +1,7 @@
-"""Weights that a checkpoint holds packed by bitsandbytes, and the streaming load. --quantized_cache: tests/files/test_weight_cache.py."""
+"""Weights that a checkpoint stores packed by bitsandbytes, and the streaming load.
+
+--quantized_cache is tested in tests/files/test_weight_cache.py.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,13 @@ from safetensors.torch import load_file, save_file
 
 from files.model_folder import CheckpointFiles
 from options.errors import UserError
-from tests.helpers.bnb_checkpoints import QLORA, check, describe, pack_like_the_hub, without_quantizing
+from tests.helpers.bnb_checkpoints import (
+    QLORA,
+    make_single_rank_job,
+    pack_like_the_hub,
+    set_quantization_config,
+    without_quantizing,
+)
 from tests.helpers.logits import IDS
 from tests.helpers.runs import dense_state, outputs, set_up, transformers_model
 
@@ -25,7 +34,7 @@ from tests.helpers.runs import dense_state, outputs, set_up, transformers_model
 def test_a_bnb_checkpoint_is_not_quantized_again(
     train_type, double, storage, checkpoints, alpaca_file, one_rank, two_ranks, tmp_path
 ):
-    """Bit for bit what bitsandbytes makes of it, and the logits are transformers' on those weights."""
+    """The weights are bitsandbytes' bit for bit; the logits are transformers' on those weights."""
     expected = pack_like_the_hub(checkpoints("llama_bias"), tmp_path / "4bit", double, storage)
     args = ["--model_name", tmp_path / "4bit", "--dataset", alpaca_file, "--train_type", train_type]
     logits, one, _ = one_rank(without_quantizing, outputs, args, IDS, False)[0]
@@ -41,14 +50,14 @@ def test_a_bnb_checkpoint_is_not_quantized_again(
 def test_it_cannot_be_expanded(checkpoints, alpaca_file, tmp_path):
     pack_like_the_hub(checkpoints(), tmp_path / "4bit")
     with pytest.raises(UserError, match="new blocks need the original weights"):
-        check(tmp_path / "4bit", alpaca_file, "--train_type", "bnb_llama_pro")
+        make_single_rank_job(tmp_path / "4bit", alpaca_file, "--train_type", "bnb_llama_pro")
 
 
 @pytest.mark.parametrize("train_type", ["full", "lora", "dora", "hqq_lora"])
 def test_other_train_types_cannot_use_it(train_type, checkpoints, alpaca_file, tmp_path):
     pack_like_the_hub(checkpoints(), tmp_path / "4bit")
     with pytest.raises(UserError, match=f"packed by bitsandbytes already.*{train_type}"):
-        check(tmp_path / "4bit", alpaca_file, "--train_type", train_type)
+        make_single_rank_job(tmp_path / "4bit", alpaca_file, "--train_type", train_type)
 
 
 @pytest.mark.parametrize(
@@ -61,7 +70,7 @@ def test_other_train_types_cannot_use_it(train_type, checkpoints, alpaca_file, t
 def test_other_kinds_of_bnb_weights(quantization, words, checkpoints, alpaca_file, tmp_path):
     pack_like_the_hub(checkpoints(), tmp_path / "4bit", **quantization)
     with pytest.raises(UserError, match=words):
-        check(tmp_path / "4bit", alpaca_file, *QLORA)
+        make_single_rank_job(tmp_path / "4bit", alpaca_file, *QLORA)
 
 
 @pytest.mark.parametrize(
@@ -75,17 +84,17 @@ def test_other_kinds_of_bnb_weights(quantization, words, checkpoints, alpaca_fil
 )
 def test_checkpoints_of_other_quantizers(quantization, kind, checkpoints, alpaca_file, tmp_path):
     folder = shutil.copytree(checkpoints(), tmp_path / "other")
-    describe(folder, **quantization)
+    set_quantization_config(folder, **quantization)
     with pytest.raises(UserError, match=rf"quantized already \({kind}\)"):
-        check(folder, alpaca_file, *QLORA)
+        make_single_rank_job(folder, alpaca_file, *QLORA)
 
 
 @pytest.mark.parametrize("train_type", ["full", "qlora", "dora", "hqq_lora"])
 def test_only_the_config_says_that_weights_are_packed(train_type, checkpoints, alpaca_file, tmp_path):
     folder = shutil.copytree(checkpoints(), tmp_path / "plain")
-    describe(folder, load_in_4bit=True, quant_method="bitsandbytes")
+    set_quantization_config(folder, load_in_4bit=True, quant_method="bitsandbytes")
     with pytest.raises(UserError, match=f"^{folder}/config.json: quantization_config says .* no file"):
-        check(folder, alpaca_file, "--train_type", train_type)
+        make_single_rank_job(folder, alpaca_file, "--train_type", train_type)
 
 
 def test_a_bnb_weight_without_its_scales(checkpoints, alpaca_file, tmp_path):
@@ -94,12 +103,12 @@ def test_a_bnb_weight_without_its_scales(checkpoints, alpaca_file, tmp_path):
     del stored["model.layers.0.self_attn.q_proj.weight.absmax"]
     save_file(stored, tmp_path / "4bit" / "model.safetensors")
     with pytest.raises(UserError, match="does not describe a packed weight"):
-        check(tmp_path / "4bit", alpaca_file, *QLORA)
+        make_single_rank_job(tmp_path / "4bit", alpaca_file, *QLORA)
 
 
-def offset_is(value):
-    """Spoils the description of a packed weight: its scales' offset is another value."""
-    return lambda t: as_bytes(json.dumps(json.loads(bytes(t.tolist())) | {"nested_offset": value}))
+def replace_offset(value):
+    """Return a function that replaces the scales' offset in the description of a packed weight."""
+    return lambda t: to_byte_tensor(json.dumps(json.loads(bytes(t.tolist())) | {"nested_offset": value}))
 
 
 @pytest.mark.parametrize(
@@ -110,12 +119,12 @@ def offset_is(value):
         ("nested_quant_map", lambda t: torch.cat([t, t]), "nested_quant_map is not that of nf4"),
         ("nested_quant_map", lambda t: -t, "nested_quant_map is not that of nf4"),
         ("absmax", lambda t: t[:-1], "holds too little or too much"),
-        ("quant_state.bitsandbytes__nf4", lambda t: as_bytes("[" * 10**5), "does not describe"),
+        ("quant_state.bitsandbytes__nf4", lambda t: to_byte_tensor("[" * 10**5), "does not describe"),
         ("quant_state.bitsandbytes__nf4", lambda t: t[:-1], "does not describe"),
-        ("quant_state.bitsandbytes__nf4", offset_is(math.inf), "does not describe"),
-        ("quant_state.bitsandbytes__nf4", offset_is(1e39), "does not describe"),
-        ("quant_state.bitsandbytes__nf4", offset_is(10**401), "does not describe"),
-        ("quant_state.bitsandbytes__nf4", offset_is(True), "does not describe"),
+        ("quant_state.bitsandbytes__nf4", replace_offset(math.inf), "does not describe"),
+        ("quant_state.bitsandbytes__nf4", replace_offset(1e39), "does not describe"),
+        ("quant_state.bitsandbytes__nf4", replace_offset(10**401), "does not describe"),
+        ("quant_state.bitsandbytes__nf4", replace_offset(True), "does not describe"),
     ],
 )
 def test_damaged_bnb_weights(part, spoil, words, checkpoints, alpaca_file, tmp_path):
@@ -125,17 +134,17 @@ def test_damaged_bnb_weights(part, spoil, words, checkpoints, alpaca_file, tmp_p
     stored[name] = spoil(stored[name]).contiguous()
     save_file(stored, tmp_path / "4bit" / "model.safetensors")
     with pytest.raises(UserError, match=words):
-        check(tmp_path / "4bit", alpaca_file, *QLORA)
+        make_single_rank_job(tmp_path / "4bit", alpaca_file, *QLORA)
 
 
-def as_bytes(text: str) -> torch.Tensor:
+def to_byte_tensor(text: str) -> torch.Tensor:
     return torch.tensor(list(text.encode()), dtype=torch.uint8)
 
 
 def test_a_bnb_checkpoint_needs_no_cache(checkpoints, alpaca_file, tmp_path):
     pack_like_the_hub(checkpoints(), tmp_path / "4bit")
     with pytest.raises(UserError, match=r"--quantized_cache.*packed already"):
-        check(tmp_path / "4bit", alpaca_file, *QLORA, "--quantized_cache", tmp_path / "cache")
+        make_single_rank_job(tmp_path / "4bit", alpaca_file, *QLORA, "--quantized_cache", tmp_path / "cache")
 
 
 # The streaming load
@@ -150,16 +159,16 @@ def test_any_number_of_workers_loads_the_same(checkpoints, alpaca_file, two_rank
 @pytest.mark.parametrize("workers", [1, 3])
 def test_few_full_tensors_are_in_memory(workers, checkpoints, alpaca_file, two_ranks):
     args = ["--model_name", checkpoints(), "--dataset", alpaca_file, *QLORA, "--loading_workers", workers]
-    for most, total in two_ranks(most_tensors_alive, args):
+    for most, total in two_ranks(count_tensors_alive, args):
         assert 1 <= most <= workers + 1 and total > 10
 
 
-def most_tensors_alive(place, args) -> tuple[int, int]:
-    """(most tensors that were read and not yet let go, tensors read)."""
+def count_tensors_alive(rank_info, args) -> tuple[int, int]:
+    """Load; return (maximum number of tensors alive at once, number of tensors read)."""
     alive, most, original = set(), [], CheckpointFiles.read
 
-    def read(self, name, *stage):
-        tensor = original(self, name, *stage)
+    def read(self, name, *buffers):
+        tensor = original(self, name, *buffers)
         alive.add(name)
         weakref.finalize(tensor, alive.discard, name)
         most.append(len(alive))
@@ -167,14 +176,14 @@ def most_tensors_alive(place, args) -> tuple[int, int]:
 
     CheckpointFiles.read = read
     try:
-        set_up(place, args)
+        set_up(rank_info, args)
     finally:
         CheckpointFiles.read = original
     return max(most), len(most)
 
 
 def test_every_node_reads_for_itself(checkpoints, alpaca_file, one_rank, four_ranks):
-    """Four ranks as two machines of two: each machine reads every tensor once, and all hold the same model."""
+    """Four ranks as two nodes of two: each node reads every tensor once, and all hold the same model."""
     args = ["--model_name", checkpoints("llama_bias"), "--dataset", alpaca_file, "--train_type", "bnb_dora"]
     plain = one_rank(dense_state, args)[0]
     results = four_ranks(load_as_two_nodes, args)
@@ -185,11 +194,12 @@ def test_every_node_reads_for_itself(checkpoints, alpaca_file, one_rank, four_ra
     assert first | second == plain.keys()
 
 
-def load_as_two_nodes(place, args):
+def load_as_two_nodes(rank_info, args):
+    """Load as rank of a node of two; return (names of the tensors read, the dense weights)."""
     read, original = [], CheckpointFiles.read
-    CheckpointFiles.read = lambda self, name, *stage: (read.append(name), original(self, name, *stage))[1]
+    CheckpointFiles.read = lambda self, name, *buffers: (read.append(name), original(self, name, *buffers))[1]
     try:
-        place = dataclasses.replace(place, local_rank=place.rank % 2, local_world=2)
-        return read, dense_state(place, args)
+        rank_info = dataclasses.replace(rank_info, local_rank=rank_info.rank % 2, local_world=2)
+        return read, dense_state(rank_info, args)
     finally:
         CheckpointFiles.read = original

@@ -1,4 +1,4 @@
-"""A tokenizer that fails on a text: which folder the message of each command names."""
+"""Tokenizers that fail on a text: the message of each command names the right folder."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from files.tokenizer import compare_with_files, read_tokenizer
 from options.errors import UserError
 from tests.helpers import tiny
 from tests.helpers.adapters import args_for
-from tests.helpers.finished_runs import saved_run
-from tests.helpers.here import HERE
+from tests.helpers.finished_runs import write_random_run
+from tests.helpers.here import SINGLE_RANK
 from tests.helpers.runs import make_job
 
 FAILING = {
@@ -32,26 +32,26 @@ FAILING = {
 }  # fmt: skip
 
 
-def write_failing(folder: Path, kind: str) -> Path:
-    """Gives the folder a tokenizer that knows BOS and EOS only, and has no token for anything else."""
+def write_failing_tokenizer(folder: Path, kind: str) -> Path:
+    """Write a tokenizer into the folder that knows only BOS and EOS, and fails on any other text."""
     parts = dict.fromkeys(
         ("truncation", "padding", "normalizer", "pre_tokenizer", "post_processor", "decoder")
     )
-    said = {"version": "1.0", "added_tokens": [], **parts, "model": FAILING[kind]}
+    tokenizer_json = {"version": "1.0", "added_tokens": [], **parts, "model": FAILING[kind]}
     described = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
-    for name, text in (("tokenizer.json", said), ("tokenizer_config.json", described)):
+    for name, text in (("tokenizer.json", tokenizer_json), ("tokenizer_config.json", described)):
         (folder / name).write_text(json.dumps(text))
     return folder
 
 
 @pytest.mark.parametrize("kind", FAILING)
 def test_the_message_names_the_folder_of_a_tokenizer_that_fails(kind, checkpoints, alpaca_file, tmp_path):
-    folder = write_failing(shutil.copytree(checkpoints(), tmp_path / "model"), kind)
+    folder = write_failing_tokenizer(shutil.copytree(checkpoints(), tmp_path / "model"), kind)
     tokenizer = read_tokenizer(folder, "here")
     for fails in (
         lambda: encode(tokenizer, ["Hi"], special=True),
         lambda: compare_with_files(folder, tokenizer),
-        lambda: make_job(HERE, args_for(folder, alpaca_file, "qlora")),
+        lambda: make_job(SINGLE_RANK, args_for(folder, alpaca_file, "qlora")),
     ):
         with pytest.raises(UserError, match=rf"^{re.escape(str(folder))}: its tokenizer fails \("):
             fails()
@@ -65,9 +65,9 @@ def test_the_message_names_the_folder_of_a_tokenizer_that_cannot_be_used(checkpo
             prepare(str(alpaca_file), "auto", -1, 100, read_tokenizer(folder, "here"))
 
     path = folder / "tokenizer.json"
-    said = json.loads(path.read_text())
-    said["model"]["vocab"]["e"] = 2**31
-    path.write_text(json.dumps(said))
+    tokenizer_json = json.loads(path.read_text())
+    tokenizer_json["model"]["vocab"]["e"] = 2**31
+    path.write_text(json.dumps(tokenizer_json))
     refused(f"makes the id {2**31}$")
     path = folder / "tokenizer_config.json"
     path.write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": None}))
@@ -80,8 +80,10 @@ def test_commands_name_the_folder_of_a_tokenizer_that_fails(
 ):
     """The line names the RUN's base or --base_model, since these commands have no --model_name."""
     folder, run = shutil.copytree(checkpoints(), tmp_path / "base"), tmp_path / "run"
-    saved_run(one_rank, run, args_for(folder, alpaca_file, "qlora"))
-    failing = write_failing(shutil.copytree(checkpoints(), tmp_path / "moved") if moved else folder, "words")
+    write_random_run(one_rank, run, args_for(folder, alpaca_file, "qlora"))
+    failing = write_failing_tokenizer(
+        shutil.copytree(checkpoints(), tmp_path / "moved") if moved else folder, "words"
+    )
     named = ["--base_model", failing] if moved else []
     capsys.readouterr()
     for command, *more in (
@@ -91,8 +93,8 @@ def test_commands_name_the_folder_of_a_tokenizer_that_fails(
         (export, "--to", "adapter", "--out", tmp_path / "out"),
     ):
         assert command.main(list(map(str, [run, *more, *named]))) == 2
-        told, error = capsys.readouterr().err.splitlines()
-        assert "is not that of training" in told  # it was changed since
+        warning, error = capsys.readouterr().err.splitlines()
+        assert "is not that of training" in warning  # the files changed since
         assert error.startswith(f"error: {failing}: its tokenizer fails (")
     assert not (tmp_path / "out").exists()
 
@@ -101,8 +103,10 @@ def test_putting_blocks_back_names_a_tokenizer_that_fails(
     checkpoints, alpaca_file, one_rank, tmp_path, capsys
 ):
     expanded, run = tiny.save_expanded(checkpoints(), tmp_path / "pro"), tmp_path / "run"
-    saved_run(one_rank, run, args_for(expanded, alpaca_file, "llama_pro", "--llama_pro_save", "blocks"))
-    write_failing(expanded, "words")
+    write_random_run(
+        one_rank, run, args_for(expanded, alpaca_file, "llama_pro", "--llama_pro_save", "blocks")
+    )
+    write_failing_tokenizer(expanded, "words")
     capsys.readouterr()
     command = ["--model_name", expanded, "--blocks", run / BLOCKS, "--output_dir", tmp_path / "whole"]
     assert block_expansion.main(list(map(str, command))) == 2

@@ -15,26 +15,28 @@ from data.tokenizing import prepare
 from files.tokenizer import compare_with_files, read_tokenizer
 from options.errors import UserError
 from tests.helpers.adapters import args_for
-from tests.helpers.here import HERE
+from tests.helpers.here import SINGLE_RANK
 from tests.helpers.runs import make_job
 from tests.helpers.small_tokenizers import BYTES
 
 CHATML = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 
 
-def write_with_added(folder: Path, model_type: str, tokens: tuple[str, ...], **files: dict) -> Path:
-    """A folder whose tokenizer.json knows the bytes (but one, <unk> in its place), 0 to 255, and these tokens from
-    256 on. files: objects of JSON, by the names of their files without the ending."""
+def write_tokenizer_folder(folder: Path, model_type: str, tokens: tuple[str, ...], **files: dict) -> Path:
+    """Write a tokenizer folder whose tokenizer.json has ids 0 to 255 for bytes and 256 on for `tokens`.
+
+    <unk> replaces one byte. files: {name of a JSON file without its suffix: object}.
+    """
     folder.mkdir(exist_ok=True)
-    said = json.loads(BYTES.backend_tokenizer.to_str())
-    vocabulary = {token: i for token, i in said["model"]["vocab"].items() if i < 255}
-    said["model"]["vocab"] = vocabulary | {"<unk>": 255}
+    tokenizer_json = json.loads(BYTES.backend_tokenizer.to_str())
+    vocabulary = {token: i for token, i in tokenizer_json["model"]["vocab"].items() if i < 255}
+    tokenizer_json["model"]["vocab"] = vocabulary | {"<unk>": 255}
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    said["added_tokens"] = [
+    tokenizer_json["added_tokens"] = [
         {"id": 256 + i, "content": token, "special": True, **flags} for i, token in enumerate(tokens)
     ]
-    said["post_processor"] = None
-    for name, value in ({"tokenizer": said, "config": {"model_type": model_type}} | files).items():
+    tokenizer_json["post_processor"] = None
+    for name, value in ({"tokenizer": tokenizer_json, "config": {"model_type": model_type}} | files).items():
         (folder / f"{name}.json").write_text(json.dumps(value))
     return folder
 
@@ -42,8 +44,8 @@ def write_with_added(folder: Path, model_type: str, tokens: tuple[str, ...], **f
 @pytest.mark.parametrize("tokenizer_class", [{}, {"tokenizer_class": "Qwen2Tokenizer"}])
 @pytest.mark.parametrize("model_type", ["qwen2", "qwen3", "qwen3_moe"])
 def test_rows_do_not_end_in_a_token_that_no_file_names(model_type, tokenizer_class, tmp_path):
-    """Qwen's class has <|endoftext|> for it; a chat model was trained with <|im_end|>."""
-    folder = write_with_added(tmp_path / "qwen", model_type, CHATML, tokenizer_config=tokenizer_class)
+    """Qwen's class defaults to <|endoftext|>; a chat model was trained with <|im_end|>."""
+    folder = write_tokenizer_folder(tmp_path / "qwen", model_type, CHATML, tokenizer_config=tokenizer_class)
     assert AutoTokenizer.from_pretrained(folder).eos_token_id == 256
     with pytest.raises(UserError, match=r"and transformers' Qwen2Tokenizer would take '<\|endoftext\|>'"):
         read_tokenizer(folder, "here")
@@ -53,27 +55,30 @@ def test_rows_do_not_end_in_a_token_that_no_file_names(model_type, tokenizer_cla
         {"tokenizer_config": tokenizer_class | eos},
         {"tokenizer_config": tokenizer_class, "special_tokens_map": eos},
     ):
-        write_with_added(folder, model_type, CHATML, **files)
+        write_tokenizer_folder(folder, model_type, CHATML, **files)
         tokenizer = read_tokenizer(folder, "here")
         assert prepare(str(rows), "auto", 1, 100, tokenizer).tokens[-1] == 258
         assert not any("this id" in remark for remark in compare_with_files(folder, tokenizer).remarks)
 
 
 LLAMA3 = ("<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>")
-# model_type, tokenizer_config.json: an EOS that tokenizer.json, with Llama 3's tokens, lacks
+# (model_type, tokenizer_config.json), with an EOS that tokenizer.json, with Llama 3's tokens, lacks
 INVENTED = {
     "Qwen's default": ("qwen2", {"eos_token": "<|endoftext|>"}),
-    "Gemma's default": ("gemma2", {"tokenizer_class": "GemmaTokenizer", "eos_token": "<eos>", "pad_token": "<eos>"}),
+    "Gemma's default": (
+        "gemma2", {"tokenizer_class": "GemmaTokenizer", "eos_token": "<eos>", "pad_token": "<eos>"}),
     "a token of one's own": ("llama", {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|end|>"}),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("case", INVENTED)
 def test_an_eos_that_no_file_has(case, tmp_path):
-    """It would be a new id, of which the model has no trained embedding. With tokenizer_config.json's word for
-    the id it is told."""
+    """It is refused, since the model has no trained embedding for its new id.
+
+    If tokenizer_config.json gives it the id, there is only a remark.
+    """
     model_type, config = INVENTED[case]
-    folder = write_with_added(tmp_path / "model", model_type, LLAMA3, tokenizer_config=config)
+    folder = write_tokenizer_folder(tmp_path / "model", model_type, LLAMA3, tokenizer_config=config)
     tokenizer, eos = read_tokenizer(folder, "here"), config["eos_token"]
     number = tokenizer.eos_token_id
     assert Tokenizer.from_file(str(folder / "tokenizer.json")).token_to_id(eos) is None and number > 258
@@ -85,7 +90,7 @@ def test_an_eos_that_no_file_has(case, tmp_path):
 
     def listed_with(i: int) -> PreTrainedTokenizerFast:
         decoder = {"added_tokens_decoder": known | {str(i): listed}}
-        write_with_added(folder, model_type, LLAMA3, tokenizer_config=config | decoder)
+        write_tokenizer_folder(folder, model_type, LLAMA3, tokenizer_config=config | decoder)
         return read_tokenizer(folder, "here")
 
     remarks = compare_with_files(folder, listed_with(259)).remarks
@@ -101,7 +106,7 @@ def test_an_eos_that_no_file_has_is_refused_before_training(checkpoints, alpaca_
     with pytest.raises(
         UserError, match=r"no file of its tokenizer gives the EOS token '<\|end\|>' the id 258"
     ):
-        make_job(HERE, args_for(folder, alpaca_file, "qlora"))
+        make_job(SINGLE_RANK, args_for(folder, alpaca_file, "qlora"))
 
 
 @pytest.mark.parametrize(
@@ -113,31 +118,31 @@ def test_an_eos_that_no_file_has_is_refused_before_training(checkpoints, alpaca_
     ],
 )
 def test_tokens_that_only_transformers_adds_are_named(model_type, config, tmp_path):
-    """Each with its id; a tokenizer.json that has them all leaves nothing to tell."""
+    """Each is named with its id; with a tokenizer.json that has them all there is no remark."""
     config = config | {"eos_token": "<|eot_id|>"}
-    folder = write_with_added(tmp_path / "model", model_type, LLAMA3, tokenizer_config=config)
+    folder = write_tokenizer_folder(tmp_path / "model", model_type, LLAMA3, tokenizer_config=config)
     tokenizer = read_tokenizer(folder, "here")
     file = Tokenizer.from_file(str(folder / "tokenizer.json"))
     new = {token: i for token, i in tokenizer.get_vocab().items() if file.token_to_id(token) is None}
-    use = compare_with_files(folder, tokenizer)
-    (remark,) = (remark for remark in use.remarks if "this id" in remark)
+    differences = compare_with_files(folder, tokenizer)
+    (remark,) = (remark for remark in differences.remarks if "this id" in remark)
     found = re.findall(r"'([^']+)' \([a-z_, ]*id (\d+)\)", remark)
     assert new and {token: int(i) for token, i in found} == new
-    (folder / "tokenizer.json").write_text(use.files["tokenizer.json"])
+    (folder / "tokenizer.json").write_text(differences.files["tokenizer.json"])
     assert not any(
-        "this id" in told for told in compare_with_files(folder, read_tokenizer(folder, "here")).remarks
+        "this id" in remark for remark in compare_with_files(folder, read_tokenizer(folder, "here")).remarks
     )
 
 
-def test_a_bos_that_no_file_names_is_told(tmp_path):
-    for said in ({}, {"bos_token": "<bos>"}):
-        config = {"tokenizer_class": "GemmaTokenizer", "eos_token": "<eos>"} | said
-        folder = write_with_added(
+def test_a_bos_that_no_file_names_gets_a_remark(tmp_path):
+    for bos in ({}, {"bos_token": "<bos>"}):
+        config = {"tokenizer_class": "GemmaTokenizer", "eos_token": "<eos>"} | bos
+        folder = write_tokenizer_folder(
             tmp_path / "model",
             "gemma2",
             ("<pad>", "<eos>", "<bos>", "<unk>", "<mask>"),
             tokenizer_config=config,
         )
         remarks = compare_with_files(folder, read_tokenizer(folder, "here")).remarks
-        told = "tokenizer: no file says bos_token; it is GemmaTokenizer's default, '<bos>'"
-        assert (told in remarks) == (not said)
+        remark = "tokenizer: no file says bos_token; it is GemmaTokenizer's default, '<bos>'"
+        assert (remark in remarks) == (not bos)

@@ -1,4 +1,4 @@
-"""The folder of --quantized_cache: what is written, what a full disk costs, and what is refused."""
+"""The folder of --quantized_cache: its files, a full disk, and folders that are refused."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from safetensors.torch import load_file, save_file
 import train
 from files import weight_cache
 from files.names import ADAPTER
-from files.weight_cache import MANIFEST, NewCache, packers, writing
+from files.weight_cache import MANIFEST, CachePlan, describe_packer, open_cache_writer
 from options.errors import UserError
 from quantization.hqq import HQQ
 from quantization.nf4 import NF4
-from tests.helpers.bnb_checkpoints import DENSE, QLORA, check, without_quantizing
+from tests.helpers.bnb_checkpoints import DENSE, QLORA, make_single_rank_job, without_quantizing
 from tests.helpers.resuming import fill, run
 from tests.helpers.runs import dense_state, make_job, set_up
 
 
 @pytest.fixture
 def cached(checkpoints, alpaca_file, two_ranks, tmp_path):
-    """(arguments, the cache's folder, the weights of the run that made it)."""
+    """make(*options) -> (arguments, the cache's folder, the weights of the run that wrote it)."""
     folder = tmp_path / "below" / "cache"
     args = ["--model_name", checkpoints("llama_bias"), "--dataset", alpaca_file, "--quantized_cache", folder]
 
@@ -53,54 +53,55 @@ def test_later_runs_load_what_the_first_packed(method, cached, one_rank, two_ran
 def test_a_cache_in_several_files(cached, one_rank):
     args, folder, first = cached("--train_type", "qlora")
     shutil.rmtree(folder)
-    one_rank(with_small_files, args)
+    one_rank(load_with_small_files, args)
     assert len(list(folder.glob("packed-*"))) == 3
     later = one_rank(without_quantizing, dense_state, args)[0]
     assert all(torch.equal(later[k], v) for k, v in first.items())
 
 
-def with_small_files(place, args):
+def load_with_small_files(rank_info, args):
+    """Load a model with cache files of about 20 kB."""
     original, weight_cache.FILE_BYTES = weight_cache.FILE_BYTES, 20_000
     try:
-        set_up(place, args)
+        set_up(rank_info, args)
     finally:
         weight_cache.FILE_BYTES = original
 
 
 def test_two_runs_make_one_cache(checkpoints, alpaca_file, one_rank, tmp_path):
-    """Both began before it was there: the slower one's is as good, and goes without a word."""
-    args = caching(checkpoints(), alpaca_file, tmp_path / "c")
-    assert one_rank(write_twice, args) == [""]
+    """Both start before it exists: the slower one discards its own without a warning."""
+    args = cache_args(checkpoints(), alpaca_file, tmp_path / "c")
+    assert one_rank(write_cache_twice, args) == [""]
     assert [p.name for p in tmp_path.iterdir()] == ["c"]
     assert one_rank(without_quantizing, dense_state, args)[0]
 
 
-def caching(model, alpaca_file, folder) -> list:
+def cache_args(model, alpaca_file, folder) -> list:
     return ["--model_name", model, "--dataset", alpaca_file, *QLORA, "--quantized_cache", folder]
 
 
-def write_twice(place, args) -> str:
-    """What is told."""
-    first, second = make_job(place, args), make_job(place, args)
+def write_cache_twice(rank_info, args) -> str:
+    """Load twice with plans made before; return stderr."""
+    first, second = make_job(rank_info, args), make_job(rank_info, args)
     with contextlib.redirect_stderr(io.StringIO()) as told:
-        train.set_up(first, place)
-        train.set_up(second, place)
+        train.set_up(first, rank_info)
+        train.set_up(second, rank_info)
     return told.getvalue()
 
 
-def test_what_cut_runs_have_left(one_rank, tmp_path):
-    """A week ago: it goes at once. A minute ago: it may be written to, until there is a cache."""
+def test_staging_folders_of_interrupted_runs(one_rank, tmp_path):
+    """One from a week ago is removed at once. A fresh one may be in use, until there is a cache."""
     for name, days in ("old", 7), ("fresh", 0):
         (tmp_path / f"c.{name}.partial").mkdir()
         os.utime(tmp_path / f"c.{name}.partial", (time.time() - days * 24 * 3600,) * 2)
-    during = one_rank(write_nothing, tmp_path / "c")[0]
+    during = one_rank(list_while_writing, tmp_path / "c")[0]
     assert "c.fresh.partial" in during and "c.old.partial" not in during and len(during) == 2
     assert [p.name for p in tmp_path.iterdir()] == ["c"]
 
 
-def write_nothing(place, folder, error=None) -> list[str]:
-    """What lies beside the cache meanwhile."""
-    with writing(NewCache(folder, {}, 0), place):
+def list_while_writing(rank_info, folder, error=None) -> list[str]:
+    """Write an empty cache, or raise `error`; return the names in its parent folder while writing."""
+    with open_cache_writer(CachePlan(folder, {}, 0), rank_info):
         if error:
             raise error
         return [p.name for p in folder.parent.iterdir()]
@@ -110,28 +111,28 @@ def test_a_load_that_fails_leaves_nothing(one_rank, tmp_path):
     assert one_rank(fail_while_writing, tmp_path / "c") == [[]]
 
 
-def fail_while_writing(place, folder) -> list[str]:
+def fail_while_writing(rank_info, folder) -> list[str]:
     with pytest.raises(torch.OutOfMemoryError):
-        write_nothing(place, folder, torch.OutOfMemoryError())
+        list_while_writing(rank_info, folder, torch.OutOfMemoryError())
     return [p.name for p in folder.parent.iterdir()]
 
 
-def test_a_link_to_where_the_cache_is_to_be(checkpoints, alpaca_file, one_rank, tmp_path):
+def test_a_link_to_the_folder_of_the_cache(checkpoints, alpaca_file, one_rank, tmp_path):
     (tmp_path / "large disk").mkdir()
     (tmp_path / "c").symlink_to("large disk")
-    one_rank(set_up_only, caching(checkpoints(), alpaca_file, tmp_path / "c"))
+    one_rank(load, cache_args(checkpoints(), alpaca_file, tmp_path / "c"))
     assert (tmp_path / "c").is_symlink() and (tmp_path / "large disk" / MANIFEST).is_file()
     (tmp_path / "d").symlink_to("/proc/none/cache")
     with pytest.raises(UserError, match=r"^--quantized_cache /proc/none: cannot be written"):
-        check(checkpoints(), alpaca_file, *QLORA, "--quantized_cache", tmp_path / "d")
+        make_single_rank_job(checkpoints(), alpaca_file, *QLORA, "--quantized_cache", tmp_path / "d")
 
 
-def test_a_disk_for_the_cache_alone(checkpoints, alpaca_file, small_disk):
-    """It would be made beside it, on another disk, and could not take its place."""
+def test_a_mount_point_is_refused(checkpoints, alpaca_file, small_disk):
+    """The staging folder would be on another disk, so it could not be renamed."""
     with pytest.raises(
         UserError, match=r"^--quantized_cache .*/disk: is a mount point; choose a folder in it"
     ):
-        check(checkpoints(), alpaca_file, *QLORA, "--quantized_cache", small_disk)
+        make_single_rank_job(checkpoints(), alpaca_file, *QLORA, "--quantized_cache", small_disk)
 
 
 @pytest.mark.parametrize(
@@ -146,51 +147,50 @@ def test_a_disk_for_the_cache_alone(checkpoints, alpaca_file, small_disk):
 def test_a_cache_in_the_place_of_a_folder_of_the_run(
     cache, output, what, checkpoints, alpaca_file, tmp_path, monkeypatch
 ):
-    """An empty one, or one that is to be: another would take its place under the run."""
+    """It is refused even if empty or missing: the cache would replace it during the run."""
     (tmp_path / "here").mkdir()
     (tmp_path / "link").symlink_to("here")
     monkeypatch.chdir(tmp_path / "here")
     options = [*QLORA, "--quantized_cache", cache, "--output_dir", output]
     with pytest.raises(UserError, match=f"^--quantized_cache {tmp_path}/.*: is {what}, or above it"):
-        check(checkpoints(), alpaca_file, *options)
+        make_single_rank_job(checkpoints(), alpaca_file, *options)
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["here", "link"]
 
 
-def set_up_only(place, args) -> None:
-    set_up(place, args)
+def load(rank_info, args) -> None:
+    set_up(rank_info, args)
 
 
 @pytest.mark.parametrize("checked", [True, False])
 def test_a_full_disk_costs_the_cache_only(checked, checkpoints, alpaca_file, two_ranks, small_disk, tmp_path):
-    """Known at the start, or, if others fill the disk then, as the first file is written."""
+    """The lack of space is known at the start or, if others fill the disk later, at the first write."""
     fill(small_disk, leave=16 * 1024)
-    args = caching(checkpoints(), alpaca_file, small_disk / "cache")
+    args = cache_args(checkpoints(), alpaca_file, small_disk / "cache")
     args += ["--output_dir", tmp_path / "out", "--max_steps", "2", "--log_to", "stdout"]
     printed = two_ranks(run_on_full_disk, list(map(str, args)), checked)
-    told = [line for text in printed for line in text.splitlines() if "--quantized_cache" in line]
-    assert len(told) == 1 and told[0].startswith(
-        f"WARNING: --quantized_cache {small_disk / 'cache'}: could not be"
-    )
-    assert "No space left" in told[0] and ("MiB are needed" in told[0]) == checked
+    (warning,) = (line for text in printed for line in text.splitlines() if "--quantized_cache" in line)
+    assert warning.startswith(f"WARNING: --quantized_cache {small_disk / 'cache'}: could not be")
+    assert "No space left" in warning and ("MiB are needed" in warning) == checked
     assert [p.name for p in small_disk.iterdir()] == ["others"]
     assert (tmp_path / "out" / ADAPTER).is_file()
 
 
-def run_on_full_disk(place, args, checked) -> str:
-    original = weight_cache.check_room
+def run_on_full_disk(rank_info, args, checked) -> str:
+    """Run the program, with or without a check of free space; return its output."""
+    original = weight_cache.check_free_space
     if not checked:
-        weight_cache.check_room = lambda *_: None
+        weight_cache.check_free_space = lambda *_: None
     try:
-        return run(place, args)
+        return run(rank_info, args)
     finally:
-        weight_cache.check_room = original
+        weight_cache.check_free_space = original
 
 
 def test_a_rank_that_cannot_write_ends_the_cache_on_all(
     checkpoints, alpaca_file, one_rank, two_ranks, tmp_path
 ):
-    """What the other has written goes at once, and it writes no more; both load the whole model."""
-    args = caching(checkpoints(), alpaca_file, tmp_path / "below" / "c")
+    """The files of both ranks are removed at once, and neither writes more; both load the whole model."""
+    args = cache_args(checkpoints(), alpaca_file, tmp_path / "below" / "c")
     plain = one_rank(dense_state, args[:-2])[0]
     (state, told, files), (other, silent, more) = two_ranks(load_where_one_cannot_write, args)
     assert all(torch.equal(state[k], v) and torch.equal(other[k], v) for k, v in plain.items())
@@ -199,35 +199,38 @@ def test_a_rank_that_cannot_write_ends_the_cache_on_all(
     assert not list((tmp_path / "below").iterdir())
 
 
-def load_where_one_cannot_write(place, args) -> tuple[dict, str, int]:
-    """(the weights, what was told, how many files were begun), where the second file of rank 1 does not fit."""
+def load_where_one_cannot_write(rank_info, args) -> tuple[dict, str, int]:
+    """Load while writes of rank 1 fail from its second file on.
+
+    Returns (the weights, stderr, number of files begun).
+    """
     size, save, begun = weight_cache.FILE_BYTES, weight_cache.save_tensors, []
 
-    def saves(tensors, path):
+    def save_or_fail(tensors, path):
         begun.append(path)
-        if place.rank and len(begun) == 2:
+        if rank_info.rank and len(begun) == 2:
             raise OSError(errno.ENOSPC, "No space left on device")
         save(tensors, path)
 
-    weight_cache.FILE_BYTES, weight_cache.save_tensors = 0, saves
+    weight_cache.FILE_BYTES, weight_cache.save_tensors = 0, save_or_fail
     try:
         with contextlib.redirect_stderr(io.StringIO()) as told:
-            return dense_state(place, args), told.getvalue(), len(begun)
+            return dense_state(rank_info, args), told.getvalue(), len(begun)
     finally:
         weight_cache.FILE_BYTES, weight_cache.save_tensors = size, save
 
 
-# What a cache must fit
+# Caches that cannot be used
 
 
 @pytest.mark.parametrize("quantizer", [NF4(), HQQ(4)])
 def test_a_gpus_codes_are_not_a_cpus(quantizer):
-    """HQQ computes in fp16 there; ties of NF4's scales are rounded in another way."""
-    assert packers(quantizer, "cuda") != packers(quantizer, "cpu")
+    """HQQ computes in fp16 on a GPU; ties of NF4's scales are rounded differently."""
+    assert describe_packer(quantizer, "cuda") != describe_packer(quantizer, "cpu")
 
 
-def spoil_model(folder, args, row=32):
-    """One row of one weight is another: a model trained a little further."""
+def change_model(folder, args, row=32):
+    """Change one row of one weight, as in a model that was trained a little further."""
     model = shutil.copytree(args[1], folder.parent / "other model")
     path = next(p for p in model.glob("*.safetensors") if DENSE in load_file(p))
     stored = load_file(path)
@@ -236,14 +239,14 @@ def spoil_model(folder, args, row=32):
     args[1] = model
 
 
-def name_too_long(folder, args):
+def name_long_file(folder, args):
     manifest = json.loads((folder / MANIFEST).read_text())
     manifest["files"][f"packed-0-{'0' * 5000}.safetensors"] = 1
     (folder / MANIFEST).write_text(json.dumps(manifest))
 
 
-def name_elsewhere(name):
-    """A file that lies outside, of the size that the manifest says."""
+def move_file(name):
+    """Return a function that moves a file to `name` and edits the manifest, sizes included."""
 
     def edit(folder, args):
         manifest = json.loads((folder / MANIFEST).read_text())
@@ -258,17 +261,19 @@ def name_elsewhere(name):
     return edit
 
 
-def of_version_1(folder, args):
+def downgrade_manifest(folder, args):
     manifest = json.loads((folder / MANIFEST).read_text()) | {"version": 1}
     del manifest["device"], manifest["library"]
     (folder / MANIFEST).write_text(json.dumps(manifest))
 
 
-def spoil_manifest(folder, args):
+def truncate_manifest(folder, args):
     (folder / MANIFEST).write_text((folder / MANIFEST).read_text()[:-20])
 
 
-def edit_manifest(**values):
+def edit_cache_manifest(**values):
+    """Return a function that sets values in the manifest."""
+
     def edit(folder, args):
         manifest = json.loads((folder / MANIFEST).read_text())
         (folder / MANIFEST).write_text(json.dumps(manifest | values))
@@ -278,42 +283,48 @@ def edit_manifest(**values):
 
 DAMAGED = f"{MANIFEST} is damaged"
 OTHER, OURS = ("a CPU", "a GPU") if torch.cuda.is_available() else ("a GPU", "a CPU")
-SPOILT = {
-    "another model": (spoil_model, "packed weights of another model"),
-    "another row": (lambda folder, args: spoil_model(folder, args, row=5), "packed weights of another model"),
-    "another device": (edit_manifest(device=OTHER), f"packed by {OTHER}, not {OURS}; choose another folder"),
+UNUSABLE = {
+    "another model": (change_model, "packed weights of another model"),
+    "another row": (
+        lambda folder, args: change_model(folder, args, row=5),
+        "packed weights of another model",
+    ),
+    "another device": (
+        edit_cache_manifest(device=OTHER),
+        f"packed by {OTHER}, not {OURS}; choose another folder",
+    ),
     "another hqq": (
-        edit_manifest(library="hqq 0.0.1"),
+        edit_cache_manifest(library="hqq 0.0.1"),
         r"packed by hqq 0\.0\.1, not hqq [\w.]+; choose another",
     ),
-    "another version": (of_version_1, "made by another version; delete the folder"),
+    "another version": (downgrade_manifest, "made by another version; delete the folder"),
     "other settings": (lambda folder, args: args.extend(["--n_bits", "2"]), r"packed by HQQ\(n_bits=4"),
     "half written": (lambda folder, args: (folder / MANIFEST).unlink(), f"no {MANIFEST}"),
-    "manifest cut": (spoil_manifest, DAMAGED),
+    "manifest cut": (truncate_manifest, DAMAGED),
     "manifest too deep": (lambda folder, args: (folder / MANIFEST).write_text("[" * 10**5), DAMAGED),
-    "no sizes": (edit_manifest(files=None), DAMAGED),
-    "no device": (edit_manifest(device=None), DAMAGED),
-    "a name too long": (name_too_long, DAMAGED),
-    "a file above": (name_elsewhere("../x"), DAMAGED),
-    "another file": (name_elsewhere("x"), DAMAGED),
-    "other files": (edit_manifest(files={}), DAMAGED),
+    "no sizes": (edit_cache_manifest(files=None), DAMAGED),
+    "no device": (edit_cache_manifest(device=None), DAMAGED),
+    "a name too long": (name_long_file, DAMAGED),
+    "a file above": (move_file("../x"), DAMAGED),
+    "another file": (move_file("x"), DAMAGED),
+    "other files": (edit_cache_manifest(files={}), DAMAGED),
     "file missing": (lambda folder, args: next(folder.glob("packed-*")).unlink(), "missing or cut"),
-    "file cut": (lambda folder, args: cut(next(folder.glob("packed-*"))), "missing or cut"),
+    "file cut": (lambda folder, args: truncate(next(folder.glob("packed-*"))), "missing or cut"),
 }
 
 
-def cut(path: Path) -> None:
+def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-8])
 
 
-@pytest.mark.parametrize("case", SPOILT)
+@pytest.mark.parametrize("case", UNUSABLE)
 def test_a_cache_that_cannot_be_used(case, cached, alpaca_file):
     args, folder, _ = cached("--train_type", "hqq_lora")
-    spoil, words = SPOILT[case]
+    spoil, words = UNUSABLE[case]
     spoil(folder, args)
     before = sorted((p, p.stat().st_mtime_ns) for p in folder.parent.rglob("*"))
     with pytest.raises(UserError, match=words):
-        check(args[1], alpaca_file, *args[4:])
+        make_single_rank_job(args[1], alpaca_file, *args[4:])
     assert sorted((p, p.stat().st_mtime_ns) for p in folder.parent.rglob("*")) == before
 
 
@@ -323,7 +334,7 @@ def test_a_damaged_byte_ends_the_run_before_it_writes(cached, one_rank, tmp_path
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
-    message = one_rank(error_of_run, [*args, "--output_dir", tmp_path / "out"])[0]
+    message = one_rank(run_and_catch, [*args, "--output_dir", tmp_path / "out"])[0]
     assert message.startswith("--quantized_cache: ") and "damaged" in message
     assert not (tmp_path / "out").exists()
 
@@ -348,7 +359,7 @@ def test_codes_of_another_dtype_or_size(part, spoil, cached, one_rank):
     manifest = json.loads((folder / MANIFEST).read_text())
     manifest["files"][path.name] = path.stat().st_size
     (folder / MANIFEST).write_text(json.dumps(manifest))
-    message = one_rank(error_of_run, args)[0]
+    message = one_rank(run_and_catch, args)[0]
     weight = name.removesuffix(f".{part}")
     assert (
         message
@@ -356,9 +367,10 @@ def test_codes_of_another_dtype_or_size(part, spoil, cached, one_rank):
     )
 
 
-def error_of_run(place, args) -> str:
+def run_and_catch(rank_info, args) -> str:
+    """Run a rank; return the message of its UserError, or ""."""
     try:
-        train.run_rank(place, make_job(place, args))
+        train.run_rank(rank_info, make_job(rank_info, args))
     except UserError as e:
         return str(e)
     return ""

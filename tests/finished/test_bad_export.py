@@ -16,20 +16,20 @@ from safetensors.torch import load_file, save_file
 
 import export
 import finished.export
-from files.digests import digest_contents
+from files.digests import digest_weights
 from files.model_folder import CheckpointFiles
 from files.names import ADAPTER
 from finished import finished_run
 from tests.helpers.adapters import args_for
-from tests.helpers.distributed import new_processes
-from tests.helpers.finished_runs import saved_run, spoil_adapter, trained_on
-from tests.helpers.hub_cache import broken_off
+from tests.helpers.distributed import process_context
+from tests.helpers.finished_runs import damage_adapter, edit_base_metadata, write_random_run
+from tests.helpers.hub_cache import raise_connection_error
 
 
 @pytest.fixture(scope="module")
 def made(checkpoints, alpaca_file, one_rank, tmp_path_factory):
     folder = tmp_path_factory.mktemp("made") / "run"
-    saved_run(one_rank, folder, args_for(checkpoints(), alpaca_file, "qlora"))
+    write_random_run(one_rank, folder, args_for(checkpoints(), alpaca_file, "qlora"))
     return folder
 
 
@@ -117,13 +117,13 @@ def test_a_base_without_a_tokenizer(refused, checkpoints, tmp_path):
 
 @pytest.mark.parametrize("to", ["merged", "adapter"])
 def test_an_adapter_that_does_not_fit(to, refused, run):
-    spoil_adapter(run, "shape")
+    damage_adapter(run, "shape")
     refused("layers.1.mlp.up_proj.lora_B.weight has shape [160, 1]", to=to)
 
 
 @pytest.mark.parametrize("to", ["merged", "adapter"])
 def test_an_adapter_of_no_numbers(to, refused, run):
-    spoil_adapter(run, "nan")
+    damage_adapter(run, "nan")
     refused("layers.1.mlp.up_proj.lora_B.weight holds NaN or infinity", to=to)
 
 
@@ -187,7 +187,7 @@ def test_values_that_a_dtype_cannot_hold(refused, run, checkpoints, tmp_path):
         kept = load_file(base / index[name])
         changed = kept | {name: kept[name] * 1e6}
         save_file(changed, base / index[name], metadata={"format": "pt"})
-        trained_on(run / ADAPTER, base_contents=digest_contents(CheckpointFiles(base)).text())
+        edit_base_metadata(run / ADAPTER, base_contents=digest_weights(CheckpointFiles(base)).text())
         refused(name, "float16 cannot hold", base_model=base, dtype="float16")
         save_file(kept, base / index[name], metadata={"format": "pt"})
 
@@ -202,8 +202,8 @@ def test_what_a_killed_export_left_is_removed_by_the_next(run, tmp_path):
     out, command = tmp_path / "out", [str(run), "--to", "adapter", "--out", str(tmp_path / "out")]
 
     def half_done():
-        written = new_processes().Event()
-        process = new_processes().Process(target=write_half, args=(command, written))
+        written = process_context().Event()
+        process = process_context().Process(target=write_half, args=(command, written))
         process.start()
         assert written.wait(60)
         return process
@@ -271,13 +271,13 @@ def test_upload_without_a_login(refused, hub, monkeypatch):
 
     monkeypatch.setattr(Hub, "whoami", missing, raising=False)
     refused("--push_to_hub", "not logged in", "Token is required", push_to_hub="me/it")
-    monkeypatch.setattr(Hub, "whoami", broken_off)
+    monkeypatch.setattr(Hub, "whoami", raise_connection_error)
     refused("--push_to_hub", "the hub cannot be reached (gone)", push_to_hub="me/it")
 
 
 def test_upload_that_fails(hub, run, tmp_path, monkeypatch, capsys):
     """The folder stays: it need not be made again."""
-    monkeypatch.setattr(Hub, "upload_folder", broken_off, raising=False)
+    monkeypatch.setattr(Hub, "upload_folder", raise_connection_error, raising=False)
     assert (
         export.main([str(run), "--to", "adapter", "--out", str(tmp_path / "out"), "--push_to_hub", "me/it"])
         == 2

@@ -18,7 +18,7 @@ from finished.generation import make_template
 from options.errors import UserError
 from options.generate import Prompt, Sampling, parse, read_prompts
 from tests.helpers.adapters import args_for
-from tests.helpers.finished_runs import saved_run
+from tests.helpers.finished_runs import write_random_run
 
 
 @pytest.fixture
@@ -112,7 +112,7 @@ def test_runs_that_are_none(runs, chat_run, checkpoints, alpaca_file, one_rank, 
     assert "is no run of train.py" in refused(tmp_path, *asked)
     assert "is given twice" in refused(runs[0], runs[0], *asked)
     assert "must have one base" in refused(runs[0], chat_run, *asked)
-    saved_run(one_rank, tmp_path / "dense", args_for(checkpoints("llama_bias"), alpaca_file, "lora"))
+    write_random_run(one_rank, tmp_path / "dense", args_for(checkpoints("llama_bias"), alpaca_file, "lora"))
     line = refused(runs[0], tmp_path / "dense", *asked)
     assert "its base is not packed" in line and "packed by bnb" in line
     assert "trained on another model" in refused(runs[0], *asked, "--base_model", checkpoints("mistral"))

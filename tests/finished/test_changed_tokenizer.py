@@ -15,7 +15,7 @@ import generate
 from files.names import ADAPTER, BLOCKS, CHAT_TEMPLATE, TOKENIZER_CONFIG, TOKENIZER_JSON
 from finished.finished_run import open_run
 from tests.helpers.adapters import args_for
-from tests.helpers.finished_runs import run_in_chat_format, saved_run, trained_on
+from tests.helpers.finished_runs import edit_base_metadata, write_chat_run, write_random_run
 
 GENERATE = [generate, "--prompt", "Hi", "--max_new_tokens", "2", "--json"]
 MERGE = [export, "--to", "merged", "--check", "false", "--out"]
@@ -62,7 +62,7 @@ def stderr_of(capsys):
 
 def test_an_adapter_over_an_edited_tokenizer(checkpoints, one_rank, tmp_path, stderr_of, capsys):
     """Also that of best/. Its weights are still known to be those of training."""
-    run = run_in_chat_format(one_rank, tmp_path, checkpoints())
+    run = write_chat_run(one_rank, tmp_path, checkpoints())
     best, base, kept = shutil.copytree(run, run / "best"), tmp_path / "model", tmp_path / "kept"
     shutil.copytree(base, kept)
     perplexity = ["--metrics", "perplexity", "--samples", "1", "--dataset", tmp_path / "rows.jsonl"]
@@ -92,7 +92,7 @@ def test_an_adapter_over_an_edited_tokenizer(checkpoints, one_rank, tmp_path, st
     assert shown.startswith("error: ") and shown.count("\n") == 1  # that alone
     shutil.copytree(kept, base, dirs_exist_ok=True)
     edit_template(base)
-    trained_on(run / ADAPTER, base_tokenizer=None)  # of an earlier version
+    edit_base_metadata(run / ADAPTER, base_tokenizer=None)  # of an earlier version
     assert stderr_of(generate, run, *GENERATE[1:]) == ""
 
 
@@ -100,8 +100,8 @@ def test_new_blocks_over_an_edited_tokenizer(checkpoints, alpaca_file, one_rank,
     """Also where they are put back into the expanded model. A whole model reads its own tokenizer."""
     base = shutil.copytree(checkpoints("llama_bias_pro"), tmp_path / "base")
     blocks, whole = tmp_path / "blocks", tmp_path / "whole"
-    saved_run(one_rank, blocks, args_for(base, alpaca_file, "llama_pro", "--llama_pro_save", "blocks"))
-    saved_run(one_rank, whole, args_for(base, alpaca_file, "llama_pro"))
+    write_random_run(one_rank, blocks, args_for(base, alpaca_file, "llama_pro", "--llama_pro_save", "blocks"))
+    write_random_run(one_rank, whole, args_for(base, alpaca_file, "llama_pro"))
 
     def shown(where: str) -> list[str]:
         put_back = ["--model_name", base, "--output_dir", tmp_path / where, "--blocks", blocks / BLOCKS]

@@ -26,8 +26,8 @@ from models.lora import adapters_off
 from options.evaluate import Options
 from tests.helpers import chat_templates
 from tests.helpers.adapters import args_for
-from tests.helpers.finished_runs import saved_run
-from tests.helpers.here import HERE, context
+from tests.helpers.finished_runs import write_random_run
+from tests.helpers.here import SINGLE_RANK, context
 from tests.helpers.logits import IDS
 from tests.helpers.resuming import fill
 from tests.helpers.runs import dense_tensors, transformers_model
@@ -55,8 +55,8 @@ def row_by_row(model, rows) -> float:
 def test_adapters_off_is_the_base(train_type, checkpoints, alpaca_file, one_rank, tmp_path):
     """On the weights that training saw, with biases, which DoRA moves."""
     folder = checkpoints("llama_bias")
-    saved_run(one_rank, tmp_path / "run", args_for(folder, alpaca_file, train_type))
-    model = load_model(open_run(tmp_path / "run"), HERE.device, torch.float32)
+    write_random_run(one_rank, tmp_path / "run", args_for(folder, alpaca_file, train_type))
+    model = load_model(open_run(tmp_path / "run"), SINGLE_RANK.device, torch.float32)
     base = transformers_model(folder, dense_tensors(model))
     with torch.no_grad():
         tuned = model(input_ids=IDS).logits
@@ -72,10 +72,10 @@ def test_adapters_off_is_the_base(train_type, checkpoints, alpaca_file, one_rank
 def test_answers_in_batches_are_those_alone(kind, checkpoints, alpaca_file, one_rank, tmp_path):
     """With transformers' cache and padding, against a plain loop without either; one answer is stopped. Phi-3's
     passes the length where the rotation of all rows changes."""
-    saved_run(one_rank, tmp_path / "run", args_for(checkpoints(kind), alpaca_file, "bnb_dora"))
-    model = load_model(open_run(tmp_path / "run"), HERE.device, torch.float32)
+    write_random_run(one_rank, tmp_path / "run", args_for(checkpoints(kind), alpaca_file, "bnb_dora"))
+    model = load_model(open_run(tmp_path / "run"), SINGLE_RANK.device, torch.float32)
     prompts = [[65], list(range(70, 99)), list(range(100, 103))]
-    alone = [greedy(model, [p], 6, [], HERE, context)[0] for p in prompts]
+    alone = [greedy(model, [p], 6, [], SINGLE_RANK, context)[0] for p in prompts]
     assert finished.evaluate.generate_answers(model, prompts, 6, [], 2) == alone
     stop = alone[1][3]
     cut = [a[: a.index(stop)] if stop in a else a for a in alone]
@@ -143,12 +143,12 @@ def test_the_command(train_type, checkpoints, alpaca_file, one_rank, tmp_path, c
     """Perplexities of base and tuned model against transformers, row by row. The references are the tuned model's
     own answers, so it matches all of them; the base matches none."""
     folder = checkpoints()
-    saved_run(one_rank, tmp_path / "run", args_for(folder, alpaca_file, train_type))
+    write_random_run(one_rank, tmp_path / "run", args_for(folder, alpaca_file, train_type))
     run = open_run(tmp_path / "run")
-    model = load_model(run, HERE.device, torch.float32)
+    model = load_model(run, SINGLE_RANK.device, torch.float32)
     questions = ["Say red.", "Say blue now.", "Say nothing at all, and say it slowly."]
     prompts = [ALPACA.format(instruction=q) for q in questions]
-    answers = [greedy(model, [BYTES(p)["input_ids"]], 5, [257], HERE, context)[0] for p in prompts]
+    answers = [greedy(model, [BYTES(p)["input_ids"]], 5, [257], SINGLE_RANK, context)[0] for p in prompts]
     texts = [BYTES.decode(a, skip_special_tokens=True) for a in answers]
     data = tmp_path / "rows.jsonl"
     rows = [{"instruction": q, "output": a} for q, a in zip(questions, texts, strict=True)]
@@ -183,7 +183,7 @@ def test_the_command(train_type, checkpoints, alpaca_file, one_rank, tmp_path, c
 def test_what_is_told_of_the_scores(checkpoints, alpaca_file, one_rank, tmp_path, command):
     """Chinese answers of three characters: BLEU is null, and the tokenizer is Chinese."""
     args = args_for(checkpoints(), alpaca_file, "qlora")
-    saved_run(one_rank, tmp_path / "run", args)
+    write_random_run(one_rank, tmp_path / "run", args)
     data = tmp_path / "rows.jsonl"
     data.write_text('{"instruction": "Say it.", "output": "\u5317\u4eac\u5e02"}\n' * 2)
     results, printed = command(tmp_path / "run", "--dataset", data, "--max_new_tokens", "2")
@@ -197,7 +197,7 @@ def test_what_is_told_of_the_scores(checkpoints, alpaca_file, one_rank, tmp_path
 
 def test_the_runs_own_evaluation_set(checkpoints, alpaca_file, one_rank, tmp_path, command):
     args = args_for(checkpoints(), alpaca_file, "qlora", "--eval_share", "0.2")
-    saved_run(one_rank, tmp_path / "run", args)
+    write_random_run(one_rank, tmp_path / "run", args)
     results, _ = command(tmp_path / "run", "--metrics", "perplexity")
     assert results["rows"] == 8
 
@@ -221,7 +221,7 @@ metric_list: [{metric: acc}]
 def test_lm_evaluation_harness(checkpoints, alpaca_file, one_rank, tmp_path):
     """The command of docs/evaluation.md on an exported folder, on a local task; the share of right answers is
     transformers' own. Not in the repository's folder, where `import evaluate` would find this project's evaluate.py."""
-    saved_run(one_rank, tmp_path / "run", args_for(checkpoints(), alpaca_file, "bnb_dora"))
+    write_random_run(one_rank, tmp_path / "run", args_for(checkpoints(), alpaca_file, "bnb_dora"))
     merged = ["--to", "merged", "--out", str(tmp_path / "model"), "--check", "false"]
     assert export.main([str(tmp_path / "run"), *merged]) == 0
     rows = [{"question": f"{i}:", "choices": ["a", "b"], "answer": i % 2} for i in range(6)]
@@ -259,7 +259,7 @@ def test_lm_evaluation_harness(checkpoints, alpaca_file, one_rank, tmp_path):
 @pytest.fixture(scope="module")
 def good_run(checkpoints, alpaca_file, one_rank, tmp_path_factory):
     folder = tmp_path_factory.mktemp("good") / "run"
-    saved_run(one_rank, folder, args_for(checkpoints(), alpaca_file, "qlora"))
+    write_random_run(one_rank, folder, args_for(checkpoints(), alpaca_file, "qlora"))
     return folder
 
 

@@ -24,10 +24,10 @@ from quantization.nf4 import NF4
 from tests.helpers import tiny
 from tests.helpers.adapters import args_for
 from tests.helpers.bnb_checkpoints import pack_like_the_hub
-from tests.helpers.expansion import all_tensors, described
-from tests.helpers.finished_runs import saved_run
+from tests.helpers.expansion import all_tensors, read_config_json
+from tests.helpers.finished_runs import write_random_run
 from tests.helpers.logits import IDS
-from tests.helpers.parity import biased
+from tests.helpers.parity import biased_checkpoint
 from tests.helpers.proc import status
 
 DIFFERENCE = r"largest logit difference from the trained model: (\S+), of logits up to (\S+) "
@@ -69,7 +69,7 @@ def test_every_family(kind, train_type, checkpoints, alpaca_file, one_rank, tmp_
     """alpha/rank is 2.5, the adapters are random. `dequantized` is the model that was trained, `original` what PEFT
     makes of the adapter over the original base."""
     run = tmp_path / "run"
-    trained = saved_run(one_rank, run, args_for(checkpoints(kind), alpaca_file, train_type))
+    trained = write_random_run(one_rank, run, args_for(checkpoints(kind), alpaca_file, train_type))
     shown = exported(run, tmp_path / "dequantized")
     close(logits(loaded(tmp_path / "dequantized")), trained)
     assert difference(shown) < 1e-4 and "rows of the data" in shown
@@ -85,7 +85,7 @@ def test_every_family(kind, train_type, checkpoints, alpaca_file, one_rank, tmp_
 def test_other_quantizers_and_none(train_type, checkpoints, alpaca_file, one_rank, tmp_path):
     name, *more = train_type.split()
     args = args_for(checkpoints("llama_bias"), alpaca_file, name, "--lora_target_modules", "o_proj", *more)
-    trained = saved_run(one_rank, tmp_path / "run", args)
+    trained = write_random_run(one_rank, tmp_path / "run", args)
     assert difference(exported(tmp_path / "run", tmp_path / "out")) < 1e-4
     close(logits(loaded(tmp_path / "out")), trained)
     if not more:  # nothing was packed: both bases are the files' weights
@@ -99,7 +99,7 @@ def test_other_quantizers_and_none(train_type, checkpoints, alpaca_file, one_ran
 def made(checkpoints, alpaca_file, one_rank, tmp_path_factory):
     """A finished bnb_dora run of llama_bias, not to be changed."""
     folder = tmp_path_factory.mktemp("made") / "run"
-    saved_run(one_rank, folder, args_for(checkpoints("llama_bias"), alpaca_file, "bnb_dora"))
+    write_random_run(one_rank, folder, args_for(checkpoints("llama_bias"), alpaca_file, "bnb_dora"))
     steps = [{"step": i, "epoch": i / 4, "loss": 3.0 - i} for i in (1, 2)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
     return folder
@@ -114,7 +114,7 @@ def run(made, tmp_path):
 def test_what_was_packed_without_an_adapter_is_dequantized(checkpoints, alpaca_file, one_rank, tmp_path):
     base = checkpoints("llama_bias")
     args = args_for(base, alpaca_file, "qlora", "--lora_target_modules", "q_proj")
-    saved_run(one_rank, tmp_path / "run", args)
+    write_random_run(one_rank, tmp_path / "run", args)
     exported(tmp_path / "run", tmp_path / "out", "--check", "false")
     before, after = all_tensors(base), all_tensors(tmp_path / "out")
     assert before.keys() == after.keys()
@@ -131,9 +131,11 @@ def test_what_was_packed_without_an_adapter_is_dequantized(checkpoints, alpaca_f
 @pytest.mark.parametrize("train_type", ["full", "llama_pro", "bnb_llama_pro"])
 def test_whole_models_are_copied(train_type, checkpoints, alpaca_file, one_rank, tmp_path, capsys):
     run, out = tmp_path / "run", tmp_path / "out"
-    trained = saved_run(one_rank, run, args_for(checkpoints(biased(train_type)), alpaca_file, train_type))
+    trained = write_random_run(
+        one_rank, run, args_for(checkpoints(biased_checkpoint(train_type)), alpaca_file, train_type)
+    )
     shown = exported(run, out)
-    assert described(out) == described(run)
+    assert read_config_json(out) == read_config_json(run)
     before, after = all_tensors(run), all_tensors(out)
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
     assert "Base model" in (out / "README.md").read_text()
@@ -151,7 +153,7 @@ def test_whole_models_are_copied(train_type, checkpoints, alpaca_file, one_rank,
 
 def test_new_blocks_are_put_into_their_model(checkpoints, alpaca_file, one_rank, tmp_path, capsys):
     args = args_for(checkpoints("llama_bias_pro"), alpaca_file, "bnb_llama_pro", "--llama_pro_save", "blocks")
-    trained = saved_run(one_rank, tmp_path / "run", args)
+    trained = write_random_run(one_rank, tmp_path / "run", args)
     assert difference(exported(tmp_path / "run", tmp_path / "out")) > 0.01
     blocks, out = all_tensors(tmp_path / "run"), all_tensors(tmp_path / "out")
     expected = all_tensors(checkpoints("llama_bias_pro")) | blocks
@@ -165,11 +167,13 @@ def test_new_blocks_are_put_into_their_model(checkpoints, alpaca_file, one_rank,
 def test_a_base_that_is_packed_already(checkpoints, alpaca_file, one_rank, tmp_path, capsys):
     base = checkpoints("llama_bias")
     pack_like_the_hub(base, tmp_path / "4bit")
-    trained = saved_run(one_rank, tmp_path / "run", args_for(tmp_path / "4bit", alpaca_file, "bnb_dora"))
+    trained = write_random_run(
+        one_rank, tmp_path / "run", args_for(tmp_path / "4bit", alpaca_file, "bnb_dora")
+    )
     shutil.copy(base / "tokenizer.json", tmp_path / "4bit")
     assert difference(exported(tmp_path / "run", tmp_path / "out")) < 1e-4
     close(logits(loaded(tmp_path / "out")), trained)
-    assert "quantization_config" not in described(tmp_path / "out")
+    assert "quantization_config" not in read_config_json(tmp_path / "out")
     assert {t.dtype for t in all_tensors(tmp_path / "out").values()} == {torch.float32}  # config.json's dtype
     arguments = [str(tmp_path / "run"), "--to", "merged", "--out", str(tmp_path / "no"), "--base", "original"]
     assert export.main(arguments) == 2
@@ -191,7 +195,7 @@ def test_the_folder_is_complete(checkpoints, alpaca_file, one_rank, tmp_path, mo
     base = tiny.save_checkpoint("qwen2", tmp_path / "base", torch.bfloat16)
     (base / "chat_template.jinja").write_text("{{ messages[0].content }}")
     (base / "generation_config.json").write_text('{"do_sample": true, "temperature": 0.7}')
-    saved_run(one_rank, tmp_path / "run", args_for(base, alpaca_file, "bnb_dora"))
+    write_random_run(one_rank, tmp_path / "run", args_for(base, alpaca_file, "bnb_dora"))
     monkeypatch.setattr(model_writer, "SHARD_BYTES", 100_000)
     out = tmp_path / "out"
     assert difference(exported(tmp_path / "run", out)) < 0.5  # rounded to bf16
@@ -204,7 +208,7 @@ def test_the_folder_is_complete(checkpoints, alpaca_file, one_rank, tmp_path, mo
         == "abc"
     )
     assert {t.dtype for t in all_tensors(out).values()} == {torch.bfloat16}
-    assert described(out) == described(base)
+    assert read_config_json(out) == read_config_json(base)
     assert "lm_head.weight" not in all_tensors(out)  # it is tied
     index = json.loads((out / INDEX).read_text())
     assert len(weight_files(out)) > 3 and set(weight_files(out)) == set(index["weight_map"].values())
@@ -219,7 +223,7 @@ def test_dtypes(run, tmp_path):
     name = "model.layers.0.self_attn.q_proj.weight"
     exported(run, tmp_path / "fp32", "--check", "false")
     reference = all_tensors(tmp_path / "fp32")
-    assert described(tmp_path / "fp32")["dtype"] == "float32"
+    assert read_config_json(tmp_path / "fp32")["dtype"] == "float32"
     for to, dtype, more in (
         ("gguf-ready", torch.bfloat16, []),
         ("gguf-ready", torch.float16, ["--dtype", "float16"]),
@@ -228,8 +232,8 @@ def test_dtypes(run, tmp_path):
         out = tmp_path / "out"
         exported(run, out, "--overwrite", *more, to=to)
         assert {t.dtype for t in all_tensors(out).values()} == {dtype}
-        assert described(out)["dtype"] == str(dtype).removeprefix("torch.")
-        assert described(out)["architectures"] == ["LlamaForCausalLM"]
+        assert read_config_json(out)["dtype"] == str(dtype).removeprefix("torch.")
+        assert read_config_json(out)["architectures"] == ["LlamaForCausalLM"]
         assert torch.equal(all_tensors(out)[name], reference[name].to(dtype))  # rounded once, after merging
         close(
             all_tensors(out)["model.embed_tokens.weight"].float(),
@@ -323,7 +327,7 @@ def test_memory_stays_below_two_shards(made, alpaca_file, one_rank, tmp_path, mo
     their first call is taken by an export before that."""
     sizes = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 28}
     base = tiny.save_checkpoint("llama", tmp_path / "base", shard="32MB", **sizes)
-    saved_run(one_rank, tmp_path / "run", args_for(base, alpaca_file, "bnb_dora"))
+    write_random_run(one_rank, tmp_path / "run", args_for(base, alpaca_file, "bnb_dora"))
     exported(made, tmp_path / "small", "--check", "false")
     largest = max(path.stat().st_size for path in base.glob("*.safetensors"))
     adapter = (tmp_path / "run" / ADAPTER).stat().st_size

@@ -13,9 +13,9 @@ from files.names import ADAPTER, BLOCKS
 from finished.finished_run import load_model, open_run, read_adapter
 from options.errors import UserError
 from tests.helpers.adapters import args_for
-from tests.helpers.finished_runs import saved_run, spoil_adapter, trained_on
+from tests.helpers.finished_runs import damage_adapter, edit_base_metadata, write_random_run
 from tests.helpers.logits import IDS
-from tests.helpers.parity import biased
+from tests.helpers.parity import biased_checkpoint
 
 CPU = torch.device("cpu")
 
@@ -33,8 +33,8 @@ CPU = torch.device("cpu")
 )
 def test_it_computes_what_training_computed(train_type, kind, checkpoints, alpaca_file, one_rank, tmp_path):
     name, *more = train_type.split()
-    folder = checkpoints(biased(name) if kind == "llama_bias" else kind)
-    logits = saved_run(one_rank, tmp_path / "run", args_for(folder, alpaca_file, name, *more))
+    folder = checkpoints(biased_checkpoint(name) if kind == "llama_bias" else kind)
+    logits = write_random_run(one_rank, tmp_path / "run", args_for(folder, alpaca_file, name, *more))
     model = load_model(open_run(tmp_path / "run"), CPU, torch.float32)
     with torch.no_grad():
         torch.testing.assert_close(model(input_ids=IDS, use_cache=False).logits, logits, rtol=1e-5, atol=1e-5)
@@ -42,7 +42,7 @@ def test_it_computes_what_training_computed(train_type, kind, checkpoints, alpac
 
 @pytest.fixture
 def run(checkpoints, alpaca_file, one_rank, tmp_path):
-    saved_run(one_rank, tmp_path / "run", args_for(checkpoints(), alpaca_file, "bnb_dora"))
+    write_random_run(one_rank, tmp_path / "run", args_for(checkpoints(), alpaca_file, "bnb_dora"))
     return tmp_path / "run"
 
 
@@ -86,7 +86,7 @@ def test_a_model_in_a_folder_called_like_the_demo_s(
     checkpoints, alpaca_file, one_rank, tmp_path, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
-    trained = saved_run(one_rank, tmp_path / "toy", args_for(checkpoints(), alpaca_file, "full"))
+    trained = write_random_run(one_rank, tmp_path / "toy", args_for(checkpoints(), alpaca_file, "full"))
     run = open_run("toy")
     assert run.base == run.files.folder == Path("toy")
     with torch.no_grad():
@@ -99,7 +99,7 @@ def test_a_model_in_a_folder_called_like_the_demo_s(
 
 def test_new_blocks_of_another_model(checkpoints, alpaca_file, one_rank, tmp_path):
     args = args_for(checkpoints("llama_bias_pro"), alpaca_file, "llama_pro", "--llama_pro_save", "blocks")
-    saved_run(one_rank, tmp_path / "run", args)
+    write_random_run(one_rank, tmp_path / "run", args)
     other = shutil.copytree(checkpoints("llama_bias_pro"), tmp_path / "other")
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.5}))
@@ -114,7 +114,7 @@ def test_new_blocks_of_another_model(checkpoints, alpaca_file, one_rank, tmp_pat
 
 @pytest.mark.parametrize("change", ["shape", "dtype", "missing", "surplus"])
 def test_an_adapter_that_does_not_fit(change, run):
-    spoil_adapter(run, change)
+    damage_adapter(run, change)
     words = {
         "shape": r"has shape \[160, 1\], but",
         "dtype": "is stored as I8; expected",
@@ -127,12 +127,12 @@ def test_an_adapter_that_does_not_fit(change, run):
 
 def test_an_adapter_that_does_not_name_its_base(run):
     """As other programs leave it; every version of train.py writes it."""
-    trained_on(run / ADAPTER, base_digest=None, base_contents=None)
+    edit_base_metadata(run / ADAPTER, base_digest=None, base_contents=None)
     with pytest.raises(UserError, match=rf"^{run / ADAPTER}: does not say which model it was trained on"):
         open_run(run)
 
 
 def test_an_adapter_of_no_numbers(run):
-    spoil_adapter(run, "nan")
+    damage_adapter(run, "nan")
     with pytest.raises(UserError, match=r"up_proj\.lora_B\.weight holds NaN or infinity"):
         read_adapter(open_run(run))

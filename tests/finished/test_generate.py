@@ -26,9 +26,9 @@ from quantization.hqq import HQQ
 from quantization.layer import Linear4bit
 from quantization.nf4 import NF4
 from tests.helpers.adapters import args_for
-from tests.helpers.finished_runs import saved_run
+from tests.helpers.finished_runs import write_random_run
 from tests.helpers.fsdp_qlora import PROMPT as STANFORD
-from tests.helpers.layers import ALPHA, I, O, R, dora, filled
+from tests.helpers.layers import ALPHA, I, O, R, dora, fill_layer
 from tests.helpers.runs import dense_state, transformers_model
 
 QUESTION, NEW = "Say red.", 8
@@ -85,7 +85,7 @@ def as_told(answer: dict) -> tuple[str, int]:
 def test_answers_are_those_of_peft(kind, train_type, checkpoints, alpaca_file, one_rank, tmp_path, said):
     """Greedy, with our cache and without theirs, over the dequantized base; adapters off is the base."""
     args = args_for(checkpoints(kind), alpaca_file, train_type)
-    saved_run(one_rank, tmp_path / "run", args)
+    write_random_run(one_rank, tmp_path / "run", args)
     ours = said(tmp_path / "run", *ASKED, "--repetition_penalty", PENALTY)[0]
     base = transformers_model(checkpoints(kind), one_rank(dense_state, args)[0])
     model = peft.PeftModel.from_pretrained(base, tmp_path / "run").eval()
@@ -99,7 +99,7 @@ def test_answers_are_those_of_peft(kind, train_type, checkpoints, alpaca_file, o
 @pytest.mark.parametrize("train_type", ["full", "bnb_llama_pro"])
 def test_a_run_that_saved_a_model(train_type, checkpoints, alpaca_file, one_rank, tmp_path, said):
     folder = checkpoints("llama_bias_pro" if train_type != "full" else "llama")
-    saved_run(one_rank, tmp_path / "run", args_for(folder, alpaca_file, train_type))
+    write_random_run(one_rank, tmp_path / "run", args_for(folder, alpaca_file, train_type))
     ours = said(tmp_path / "run", *ASKED, "--repetition_penalty", PENALTY)[0]
     tokenizer, text = AutoTokenizer.from_pretrained(folder), ALPACA.format(instruction=QUESTION)
     for name, origin in ((str(tmp_path / "run"), tmp_path / "run"), ("base", folder)):
@@ -218,7 +218,7 @@ def test_switched_off_a_layer_is_its_base(kind, quantizer):
     linear = torch.nn.Linear(I, O)
     base = Linear4bit(linear, torch.float32, quantizer) if quantizer else linear
     layer = dora(base) if kind == "dora" else LoRALinear(base, (O, I), R, ALPHA, 0.0, torch.float32)
-    filled(layer, weight, bias)
+    fill_layer(layer, weight, bias)
     dequantized = base.weight.detach().clone()
     expected, tuned = x @ dequantized.T + bias, layer(x)
     with adapters_off(layer):
@@ -229,7 +229,7 @@ def test_switched_off_a_layer_is_its_base(kind, quantizer):
 
 
 def test_the_norm_is_taken_once_while_weights_are_fixed(monkeypatch):
-    layer = filled(
+    layer = fill_layer(
         dora(Linear4bit(torch.nn.Linear(I, O), torch.float32, NF4())), torch.randn(O, I), torch.zeros(O)
     )
     x, taken, original = torch.randn(5, I), [], models.dora.factored_norm

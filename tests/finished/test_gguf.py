@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, GemmaTokenizer, LlamaTokenizer
 import export
 from tests.helpers import tiny
 from tests.helpers.adapters import args_for
-from tests.helpers.finished_runs import saved_run
+from tests.helpers.finished_runs import write_random_run
 from tests.helpers.programs import ROOT
 
 CONVERTER = Path(os.environ.get("LLAMA_CPP", "")) / "convert_hf_to_gguf.py"
@@ -59,7 +59,7 @@ def test_llama_cpp_computes_the_same(kind, alpaca_file, one_rank, tmp_path):
         kind, tmp_path / "base", vocab_size=VOCABULARY, bos_token_id=1, eos_token_id=2, **SUPPORTED[kind]
     )
     sentencepiece_files(base, GemmaTokenizer if kind == "gemma2" else LlamaTokenizer)
-    saved_run(one_rank, tmp_path / "run", args_for(base, alpaca_file, "bnb_dora"))
+    write_random_run(one_rank, tmp_path / "run", args_for(base, alpaca_file, "bnb_dora"))
     out, file = tmp_path / "out", tmp_path / "out.gguf"
     assert export.main([str(tmp_path / "run"), "--to", "gguf-ready", "--out", str(out), "--check=false"]) == 0
     command = [sys.executable, CONVERTER, out, "--outtype", "f32", "--outfile", file]

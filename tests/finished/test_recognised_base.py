@@ -24,8 +24,8 @@ from options.errors import UserError
 from options.train import parse
 from tests.helpers.adapters import args_for
 from tests.helpers.bnb_checkpoints import pack_like_the_hub
-from tests.helpers.finished_runs import save_job, saved_run, trained_on
-from tests.helpers.hub_cache import FIRST, SECOND, publish
+from tests.helpers.finished_runs import edit_base_metadata, save_job, write_random_run
+from tests.helpers.hub_cache import FIRST, SECOND, add_to_hub_cache
 from tests.helpers.logits import IDS
 from training.preflight import check
 
@@ -67,7 +67,7 @@ def test_an_adapter_over_changed_weights(
     train_type, tensor, row, base, alpaca_file, one_rank, tmp_path, capsys
 ):
     folder, run, out = base(), tmp_path / "run", tmp_path / "out"
-    saved_run(one_rank, run, args_for(folder, alpaca_file, train_type))
+    write_random_run(one_rank, run, args_for(folder, alpaca_file, train_type))
     change(folder, tensor, row)
     for command, *more in (
         GENERATE,
@@ -83,7 +83,7 @@ def test_an_adapter_over_changed_weights(
 def test_new_blocks_over_changed_weights(base, alpaca_file, one_rank, tmp_path, capsys):
     """Also those of best/, and where they are put back into the expanded model."""
     folder, run, out = base("llama_bias_pro"), tmp_path / "run", tmp_path / "out"
-    saved_run(one_rank, run, args_for(folder, alpaca_file, "llama_pro", "--llama_pro_save", "blocks"))
+    write_random_run(one_rank, run, args_for(folder, alpaca_file, "llama_pro", "--llama_pro_save", "blocks"))
     best = shutil.copytree(run, run / "best")
     capsys.readouterr()
     assert generate.main([str(best), *GENERATE[1:]]) == 0 and not capsys.readouterr().err
@@ -106,7 +106,7 @@ def test_new_blocks_over_changed_weights(base, alpaca_file, one_rank, tmp_path, 
 def test_a_whole_model_beside_a_changed_base(train_type, kind, base, alpaca_file, one_rank, tmp_path, capsys):
     """Its base's answers would be those of another model; the RUN by itself needs no base."""
     folder, run = base(kind), tmp_path / "run"
-    saved_run(one_rank, run, args_for(folder, alpaca_file, train_type))
+    write_random_run(one_rank, run, args_for(folder, alpaca_file, train_type))
     assert open_base(open_run(run)).recognised
     change(folder, "model.norm.weight", -1)
     for command, *more in (GENERATE, [*EVALUATE, alpaca_file]):
@@ -118,7 +118,7 @@ def test_a_packed_base(base, alpaca_file, one_rank, tmp_path, capsys):
     """The codes of a 4-bit base count as well. The model that it was packed from may take its place, which is told."""
     original, packed, run = base(), tmp_path / "4bit", tmp_path / "run"
     pack_like_the_hub(original, packed)
-    saved_run(one_rank, run, args_for(packed, alpaca_file, "qlora"))
+    write_random_run(one_rank, run, args_for(packed, alpaca_file, "qlora"))
     assert (
         open_run(run).recognised
         and open_run(run, str(shutil.copytree(packed, tmp_path / "moved"))).recognised
@@ -138,7 +138,7 @@ def test_a_packed_base(base, alpaca_file, one_rank, tmp_path, capsys):
 
 def test_a_base_saved_again(checkpoints, alpaca_file, one_rank, tmp_path):
     """In one file in the place of several, by transformers; in 16 bits in the place of 32 it is another."""
-    saved_run(one_rank, tmp_path / "run", args_for(checkpoints(), alpaca_file, "bnb_dora"))
+    write_random_run(one_rank, tmp_path / "run", args_for(checkpoints(), alpaca_file, "bnb_dora"))
     model = AutoModelForCausalLM.from_pretrained(checkpoints())
     model.save_pretrained(tmp_path / "one")
     assert open_run(tmp_path / "run", str(tmp_path / "one")).recognised
@@ -152,9 +152,9 @@ def test_runs_of_earlier_versions(train_type, base, alpaca_file, one_rank, tmp_p
     """Without a digest of weights, which is told beside what programs read; the export does not claim more."""
     name, *more = train_type.split()
     folder, run = base("llama_bias_pro" if more else "llama"), tmp_path / "run"
-    saved_run(one_rank, run, args_for(folder, alpaca_file, name, *more))
+    write_random_run(one_rank, run, args_for(folder, alpaca_file, name, *more))
     for file in run.glob("*.safetensors"):
-        trained_on(file, base_contents=None, **({} if name == "bnb_dora" else {"base_digest": None}))
+        edit_base_metadata(file, base_contents=None, **({} if name == "bnb_dora" else {"base_digest": None}))
     capsys.readouterr()
     assert generate.main([str(run), *GENERATE[1:]]) == 0
     shown = capsys.readouterr()
@@ -182,7 +182,7 @@ def hub(tmp_path, monkeypatch):
 @pytest.fixture
 def from_hub(checkpoints, alpaca_file, hub, one_rank, tmp_path):
     """(a RUN of someone/tiny, its logits), since when the repository has moved on by a commit."""
-    publish(hub, "someone/tiny", checkpoints(), FIRST, "main", "v1")
+    add_to_hub_cache(hub, "someone/tiny", checkpoints(), FIRST, "main", "v1")
     args = args_for(
         "someone/tiny", alpaca_file, "lora", "--world_size", "1", "--output_dir", tmp_path / "run"
     )
@@ -190,7 +190,7 @@ def from_hub(checkpoints, alpaca_file, hub, one_rank, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text(job.options_file())
     logits = one_rank(save_job, job, tmp_path / "run")[0]
-    change(publish(hub, "someone/tiny", checkpoints(), SECOND, "main"), "model.norm.weight", 0)
+    change(add_to_hub_cache(hub, "someone/tiny", checkpoints(), SECOND, "main"), "model.norm.weight", 0)
     return tmp_path / "run", logits
 
 

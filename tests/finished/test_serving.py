@@ -23,7 +23,7 @@ import export
 from launch import processes as launch
 from tests.helpers.adapters import args_for
 from tests.helpers.chat_templates import CHATML
-from tests.helpers.finished_runs import saved_run
+from tests.helpers.finished_runs import write_random_run
 
 MISSING = [
     p
@@ -41,7 +41,7 @@ def served_folder(checkpoints, alpaca_file, one_rank, tmp_path_factory) -> Path:
     base = shutil.copytree(checkpoints(), tmp_path_factory.mktemp("chat") / "base")
     (base / "chat_template.jinja").write_text(CHATML)
     run, folder = base.with_name("run"), base.with_name("merged")
-    saved_run(one_rank, run, args_for(base, alpaca_file, "bnb_dora"))
+    write_random_run(one_rank, run, args_for(base, alpaca_file, "bnb_dora"))
     assert export.main([str(run), "--to", "merged", "--out", str(folder), "--check", "false"]) == 0
     return folder
 

@@ -13,12 +13,12 @@ import block_expansion
 import export
 from data.formats import RenderContext
 from data.stops import generation_config, stop_tokens
-from files.names import BLOCKS, GENERATION
+from files.names import BLOCKS, GENERATION_CONFIG
 from finished.finished_run import load_tokenizer, open_run, stops_of
 from finished.generation import make_template
 from models.registry import read_config
 from tests.helpers.adapters import args_for
-from tests.helpers.finished_runs import saved_run
+from tests.helpers.finished_runs import write_random_run
 from tests.helpers.runs import make_job
 from tests.helpers.small_tokenizers import BYTES
 from tests.helpers.tiny import save_expanded
@@ -49,7 +49,9 @@ def test_every_command_knows_them(chat_run, one_rank):
 def test_they_are_written_into_an_export(to, chat_run, tmp_path):
     run = open_run(chat_run)
     stops = stops_of(run, load_tokenizer(run))
-    assert json.loads((chat_run / GENERATION).read_text())["eos_token_id"] == stops  # beside the adapter, too
+    assert (
+        json.loads((chat_run / GENERATION_CONFIG).read_text())["eos_token_id"] == stops
+    )  # beside the adapter, too
     assert export.main([str(chat_run), "--to", to, "--out", str(tmp_path / "out")]) == 0
     assert GenerationConfig.from_pretrained(tmp_path / "out").eos_token_id == stops
     if to == "merged":
@@ -68,7 +70,7 @@ def chat_base(base: Path, chat_run: Path, folder: Path) -> Path:
 
 def test_they_are_written_into_a_whole_model(chat_run, checkpoints, one_rank, tmp_path):
     base = chat_base(checkpoints(), chat_run, tmp_path / "base")
-    saved_run(one_rank, tmp_path / "run", args_for(base, chat_run.parent / "rows.jsonl", "full"))
+    write_random_run(one_rank, tmp_path / "run", args_for(base, chat_run.parent / "rows.jsonl", "full"))
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "run")
     assert named(model.generation_config.eos_token_id, load_tokenizer(open_run(tmp_path / "run"))) == LEARNED
 
@@ -76,7 +78,9 @@ def test_they_are_written_into_a_whole_model(chat_run, checkpoints, one_rank, tm
 def test_new_blocks_take_them_along(chat_run, checkpoints, one_rank, tmp_path):
     base = save_expanded(chat_base(checkpoints(), chat_run, tmp_path / "base"), tmp_path / "expanded")
     more = ["--llama_pro_save", "blocks"]
-    saved_run(one_rank, tmp_path / "run", args_for(base, chat_run.parent / "rows.jsonl", "llama_pro", *more))
+    write_random_run(
+        one_rank, tmp_path / "run", args_for(base, chat_run.parent / "rows.jsonl", "llama_pro", *more)
+    )
     options = [
         "--model_name",
         base,
@@ -94,10 +98,10 @@ def test_a_base_that_says_them_already_is_copied(checkpoints, tmp_path):
     """Its other settings stay, and those that transformers would take out of config.json are written out."""
     config, _ = read_config(checkpoints())
     stops = stop_tokens(checkpoints(), config.eos_token_id, "alpaca", RenderContext(BYTES))
-    (tmp_path / GENERATION).write_text(json.dumps({"eos_token_id": stops, "temperature": 0.6}))
+    (tmp_path / GENERATION_CONFIG).write_text(json.dumps({"eos_token_id": stops, "temperature": 0.6}))
     assert generation_config(tmp_path, config, stops) == {}
-    made = json.loads(generation_config(tmp_path, config, [*stops, 300])[GENERATION])
+    made = json.loads(generation_config(tmp_path, config, [*stops, 300])[GENERATION_CONFIG])
     assert made == {"eos_token_id": [*stops, 300], "temperature": 0.6}
-    (tmp_path / GENERATION).unlink()
-    made = json.loads(generation_config(tmp_path, config, [7])[GENERATION])
+    (tmp_path / GENERATION_CONFIG).unlink()
+    made = json.loads(generation_config(tmp_path, config, [7])[GENERATION_CONFIG])
     assert made == {"bos_token_id": config.bos_token_id, "eos_token_id": [7]}

@@ -21,11 +21,11 @@ from options.errors import UserError
 from options.train import parse
 from tests.helpers import tiny
 from tests.helpers.adapters import args_for
-from tests.helpers.expansion import edit, expand
-from tests.helpers.finished_runs import saved_run, trained_on
+from tests.helpers.expansion import edit_config, expand
+from tests.helpers.finished_runs import edit_base_metadata, write_random_run
 from tests.helpers.logits import IDS, transformers_logits
 from tests.helpers.resuming import QUIET, run
-from tests.helpers.stored import put_tensor, stored
+from tests.helpers.stored import put_tensor, read_stored_tensor
 
 HEAD = "lm_head.weight"
 LEFT_OUT = f"an earlier version of this program trained without {HEAD}, which"
@@ -37,12 +37,12 @@ def tied_model(kind: str, folder: Path) -> Path:
     """Of Gemma 2 config.json does not repeat that the family's head is tied."""
     tiny.save_checkpoint(kind, folder, tie_word_embeddings=True)
     if kind == "gemma2":
-        edit(folder, tie_word_embeddings=None)
+        edit_config(folder, tie_word_embeddings=None)
     return folder
 
 
 def add_head(folder: Path) -> None:
-    embedding = stored(folder, "model.embed_tokens.weight")
+    embedding = read_stored_tensor(folder, "model.embed_tokens.weight")
     put_tensor(
         folder,
         HEAD,
@@ -53,20 +53,20 @@ def add_head(folder: Path) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_adapter_is_refused(kind, alpaca_file, one_rank, tmp_path):
     folder, run = tied_model(kind, tmp_path / "base"), tmp_path / "run"
-    saved_run(one_rank, run, args_for(folder, alpaca_file, "bnb_dora"))
+    write_random_run(one_rank, run, args_for(folder, alpaca_file, "bnb_dora"))
     without = shutil.copytree(folder, tmp_path / "without")
     add_head(folder)
     with pytest.raises(
         UserError, match="was trained on another model than"
     ):  # by this version, which would use it
         open_run(run)
-    trained_on(run / ADAPTER, base_contents=None)
+    edit_base_metadata(run / ADAPTER, base_contents=None)
     with pytest.raises(
         UserError, match=rf"^{re.escape(str(run / ADAPTER))}: {LEFT_OUT} {folder} holds; {REMEDY}"
     ):
         open_run(run)
     assert open_run(run, str(without)).base == without
-    edit(folder, rms_norm_eps=0.5)
+    edit_config(folder, rms_norm_eps=0.5)
     with pytest.raises(UserError, match="was trained on another model than"):
         open_run(run)
 
@@ -74,8 +74,10 @@ def test_an_adapter_is_refused(kind, alpaca_file, one_rank, tmp_path):
 def test_new_blocks_are_refused(alpaca_file, one_rank, tmp_path, capsys):
     expanded = expand(tied_model("qwen2", tmp_path / "base"), tmp_path / "pro", "--after", "1")
     run = tmp_path / "run"
-    saved_run(one_rank, run, args_for(expanded, alpaca_file, "llama_pro", "--llama_pro_save", "blocks"))
-    trained_on(run / BLOCKS, base_contents=None)
+    write_random_run(
+        one_rank, run, args_for(expanded, alpaca_file, "llama_pro", "--llama_pro_save", "blocks")
+    )
+    edit_base_metadata(run / BLOCKS, base_contents=None)
     add_head(expanded)
     with pytest.raises(UserError, match=f"{LEFT_OUT} {expanded} holds; {REMEDY}: --base_model"):
         open_run(run)
@@ -87,9 +89,9 @@ def test_new_blocks_are_refused(alpaca_file, one_rank, tmp_path, capsys):
 @pytest.mark.parametrize("kind", KINDS)
 def test_beside_a_whole_model_the_base_has_its_head(kind, alpaca_file, one_rank, tmp_path, capsys):
     folder, run = tied_model(kind, tmp_path / "base"), tmp_path / "run"
-    trained = saved_run(one_rank, run, args_for(folder, alpaca_file, "full"))
+    trained = write_random_run(one_rank, run, args_for(folder, alpaca_file, "full"))
     for file in run.glob("*.safetensors"):
-        trained_on(file, base_contents=None, base_digest=None)
+        edit_base_metadata(file, base_contents=None, base_digest=None)
     add_head(folder)
     capsys.readouterr()
     opened = open_run(run)
@@ -118,6 +120,6 @@ def test_a_checkpoint_is_refused(alpaca_file, one_rank, tmp_path):
         UserError, match=f"^--resume auto: {LEFT_OUT} {folder} holds; {REMEDY}: --model_name$"
     ):
         train.check(parse(more)[0])
-    edit(folder, rms_norm_eps=0.5)
+    edit_config(folder, rms_norm_eps=0.5)
     with pytest.raises(UserError, match="is not the model that the run began with"):
         train.check(parse(more)[0])

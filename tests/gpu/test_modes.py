@@ -18,7 +18,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 
 from data.batches import Step
 from files import tensors as tensor_files
-from files.tensors import Stage, list_tensors, read_tensor
+from files.tensors import PinnedBuffers, list_tensors, read_tensor
 from launch.devices import triton_runs_on
 from models.loss import look_up
 from monitoring.metrics import Meter
@@ -27,8 +27,8 @@ from parallel.activation_offload import HostStash, Offloaded
 from quantization.hqq import HQQ
 from tests.helpers.compiled import compiled_on_gpu
 from tests.helpers.layers import quantized_like
-from tests.helpers.parity import arguments, biased
-from tests.helpers.resuming import NOISY, Signals, adapter, lines, repeated, run
+from tests.helpers.parity import arguments, biased_checkpoint
+from tests.helpers.resuming import NOISY, Signals, adapter, lines, repeatable_metrics, run
 from tests.helpers.runs import dense_state, set_up, train_run
 
 
@@ -127,13 +127,13 @@ def embedding_device(place, args) -> tuple[str, bool]:
 @pytest.mark.parametrize("mib", [0.5, 7, 8, 64.5])
 def test_a_tensor_goes_to_the_gpu_in_pieces(mib, tmp_path, monkeypatch):
     """Also larger than the stage, while the GPU is busy with something else: no piece is overwritten too early."""
-    monkeypatch.setattr(tensor_files, "PIECE", 2**20)
+    monkeypatch.setattr(tensor_files, "CHUNK_BYTES", 2**20)
     tensors = {
         name: torch.randint(2**31, (int(mib * 2**18),), dtype=torch.int32).view(torch.bfloat16)
         for name in "ab"
     }
     save_file(tensors, tmp_path / "file")
-    stage, device = Stage("cuda"), torch.device("cuda")
+    stage, device = PinnedBuffers("cuda"), torch.device("cuda")
     for name, stored in list_tensors(tmp_path / "file").items():
         torch.cuda._sleep(10**8)
         found = read_tensor(tmp_path, stored, stage).to(device)
@@ -155,12 +155,12 @@ def test_a_checkpoint_loads_in_pieces(train_type, checkpoints, alpaca_file, one_
 
 
 def loaded_in_pieces(place, args) -> dict[str, torch.Tensor]:
-    whole = tensor_files.PIECE, tensor_files.PIECES
-    tensor_files.PIECE, tensor_files.PIECES = 100, 3
+    whole = tensor_files.CHUNK_BYTES, tensor_files.CHUNK_COUNT
+    tensor_files.CHUNK_BYTES, tensor_files.CHUNK_COUNT = 100, 3
     try:
         return dense_state(place, args)
     finally:
-        tensor_files.PIECE, tensor_files.PIECES = whole
+        tensor_files.CHUNK_BYTES, tensor_files.CHUNK_COUNT = whole
 
 
 class Block(nn.Module):
@@ -288,7 +288,7 @@ def run_on_a_t4(place, args: list) -> tuple:
 def test_a_t4_goes_its_own_ways(train_type, more, checkpoints, alpaca_file, plain_run, one_rank):
     """fp16, the default of --compile, weights expanded by bitsandbytes and plain operations, packed rows without varlen
     attention."""
-    base = checkpoints(biased(train_type))
+    base = checkpoints(biased_checkpoint(train_type))
     args = arguments(base, alpaca_file, train_type, "--batch_size", "4", *more)
     t4 = [*args, "--precision", "fp16_autocast", "--compile", "auto"]
     follows(plain_run(args), one_rank(run_on_a_t4, t4)[0])
@@ -321,6 +321,8 @@ def test_a_compiled_run_goes_on_to_the_last_bit(source, one_rank, tmp_path):
     one_rank(run, [*argv, whole])
     assert "stopped at step 3 of 5" in one_rank(run, [*argv, folder], Signals({3: signal.SIGTERM}))[0]
     one_rank(run, [*argv, folder, "--resume", "auto"])
-    assert repeated(Path(folder)) == repeated(Path(whole)) and len(lines(Path(folder))) == 5
+    assert (
+        repeatable_metrics(Path(folder)) == repeatable_metrics(Path(whole)) and len(lines(Path(folder))) == 5
+    )
     ours, theirs = adapter(Path(folder)), adapter(Path(whole))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)

@@ -13,10 +13,16 @@ from launch.precision import detect_precision
 from models import attention
 from models.attention import VARLEN, attend_within_rows, has_varlen
 from tests.helpers.compiled import compiled_on_gpu
-from tests.helpers.packing import by_definition, learn, packed_batch, packing_arguments, padded_batch
+from tests.helpers.packing import (
+    loss_and_gradients,
+    packed_batch,
+    packing_arguments,
+    padded_batch,
+    reference_attention,
+)
 from tests.helpers.parity import arguments
 from tests.helpers.runs import set_up, train_run
-from tests.helpers.token_rows import some_rows
+from tests.helpers.token_rows import make_token_rows
 
 # Relative error of a whole tensor: about twice what rounding of inputs and probabilities makes of it.
 ROUNDING = {torch.bfloat16: 1.5e-2, torch.float16: 3e-3}
@@ -58,7 +64,7 @@ def test_the_kernel_computes_its_definition(features, window, dtype, kernel, mon
     got, _ = attend_within_rows(module, *inputs, None, cu_seq_lens_q=batch.bounds.cuda(), **given)
     got.backward(upstream)
     exact = [t.detach().double().cpu().requires_grad_() for t in inputs]
-    monkeypatch.setattr(attention, "varlen_attn", by_definition)
+    monkeypatch.setattr(attention, "varlen_attn", reference_attention)
     expected, _ = attend_within_rows(module, *exact, None, cu_seq_lens_q=batch.bounds, **given)
     expected.backward(upstream.double().cpu())
     assert apart(got, expected) < ROUNDING[dtype]
@@ -99,7 +105,7 @@ def losses_and_gradients(place, args) -> tuple:
     leaking = type(packed)(packed.ids, packed.targets)
 
     def once(batch) -> tuple[float, torch.Tensor]:
-        loss, gradients = learn(
+        loss, gradients = loss_and_gradients(
             model, batch, detect_precision(job.config.precision).context(place.device.type)
         )
         return loss, torch.cat([g.flatten() for g in gradients.values()])
@@ -130,7 +136,9 @@ def both_ways(place, args) -> tuple:
     used, found = model.config._attn_implementation, []
     for name in (used, "sdpa"):
         model.set_attn_implementation(name)
-        loss, gradients = learn(model, padded_batch(), detect_precision("auto").context(place.device.type))
+        loss, gradients = loss_and_gradients(
+            model, padded_batch(), detect_precision("auto").context(place.device.type)
+        )
         found.append((loss, torch.cat([g.flatten() for g in gradients.values()])))
     return used, *found
 
@@ -197,8 +205,8 @@ def test_batches_come_in_pinned_memory():
     if not can_pin("cuda"):
         pytest.skip("this system grants no page-locked memory")
     device = torch.device("cuda", 0)
-    steps = list(ahead(PackSampler(some_rows(40), 2, 1, 0, 1, 42, 29).steps(1), device, pin=True))
-    plain = list(PackSampler(some_rows(40), 2, 1, 0, 1, 42, 29).steps(1))
+    steps = list(ahead(PackSampler(make_token_rows(40), 2, 1, 0, 1, 42, 29).steps(1), device, pin=True))
+    plain = list(PackSampler(make_token_rows(40), 2, 1, 0, 1, 42, 29).steps(1))
     for ours, theirs in zip(steps, plain, strict=True):
         for pinned, batch in zip(ours.batches, theirs.batches, strict=True):
             for name in ("ids", "targets", "positions", "bounds"):

@@ -1,4 +1,4 @@
-"""Models as a train type makes them: the options that ask for one, what is trained of it, the same under PEFT."""
+"""Models of a train type: command-line arguments, trained tensors, and the same model under PEFT."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ from tests.helpers.runs import set_up, trained_tensors, transformers_model
 
 
 def args_for(model, data, train_type: str, *more) -> list[str]:
+    """Return arguments of a training run, with rank R and alpha ALPHA if the train type has adapters."""
     adapters = ["--lora_rank", str(R), "--lora_alpha", str(ALPHA)] if METHODS[train_type].adapter else []
     return ["--model_name", model, "--dataset", data, "--train_type", train_type, *adapters, *more]
 
 
-def as_peft(folder, state: dict, ours: dict, use_dora: bool, alpha: float = ALPHA):
-    """transformers' model with the weights that training computed with, under PEFT, with our adapters."""
+def build_peft_model(folder, state: dict, ours: dict, use_dora: bool, alpha: float = ALPHA):
+    """Build transformers' model with the weights `state` under PEFT, with the adapters `ours`."""
     base = transformers_model(folder, state)
     names = sorted({name.split(".")[-2] for name in ours})
     options = {"r": R, "lora_alpha": alpha, "target_modules": names, "use_dora": use_dora}
@@ -40,16 +41,18 @@ def as_peft(folder, state: dict, ours: dict, use_dora: bool, alpha: float = ALPH
     return model
 
 
-def adapters_of(rank_info, args) -> dict[str, torch.Tensor]:
+def set_up_adapters(rank_info, args) -> dict[str, torch.Tensor]:
+    """Set up a run and return its trained tensors."""
     return trained_tensors(set_up(rank_info, args)[1])
 
 
 def trained_names(rank_info, args) -> set[str]:
+    """Set up a run and return the names of its trained tensors."""
     return set(trained_tensors(set_up(rank_info, args)[1]))
 
 
-def meta_model(folder, train_type: str):
-    """Without contents."""
+def build_meta_model(folder, train_type: str):
+    """Build a Llama of a train type on the meta device."""
     config, _ = parse(["--train_type", train_type, "--model_name", str(folder)])
     model_config, family = read_config(folder)
     model = build_on_meta(model_config, family)

@@ -1,4 +1,4 @@
-"""Checkpoints that are packed by bitsandbytes, and loads in which nothing may be quantized."""
+"""Checkpoints packed by bitsandbytes, and loads in which nothing may be quantized."""
 
 from __future__ import annotations
 
@@ -16,15 +16,17 @@ from quantization.hqq import HQQ
 from quantization.nf4 import NF4
 from tests.helpers.runs import make_job
 
-DENSE = "model.layers.1.mlp.down_proj.weight"  # one that the makers of the checkpoint left alone
+DENSE = "model.layers.1.mlp.down_proj.weight"  # the one linear that stays unpacked
 QLORA = ["--train_type", "qlora"]
 
 
 def pack_like_the_hub(
     base: Path, folder: Path, double: bool = True, storage=torch.uint8, **quantization
 ) -> dict:
-    """Writes `base` as `*-bnb-4bit` repositories are: every linear but DENSE by bitsandbytes' own functions, in
-    its own serialization. Returns the weights that it stands for, dequantized by bitsandbytes."""
+    """Write `base` like a `*-bnb-4bit` repository, with every linear but DENSE packed by bitsandbytes.
+
+    Returns the weights dequantized by bitsandbytes.
+    """
     folder.mkdir()
     options = {"blocksize": 64, "quant_type": "nf4"} | quantization
     expected, stored = {}, {}
@@ -43,30 +45,32 @@ def pack_like_the_hub(
     for path in base.glob("*.json"):
         if "index" not in path.name:
             shutil.copy(path, folder)
-    describe(folder, load_in_4bit=True, quant_method="bitsandbytes", bnb_4bit_use_double_quant=double)
+    set_quantization_config(
+        folder, load_in_4bit=True, quant_method="bitsandbytes", bnb_4bit_use_double_quant=double
+    )
     return expected
 
 
-def describe(folder: Path, **quantization) -> None:
+def set_quantization_config(folder: Path, **quantization) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"quantization_config": quantization}))
 
 
-def never(*_):
+def fail_to_quantize(*_):
     raise AssertionError("quantized again")
 
 
 def without_quantizing(rank_info, function, *args):
-    """function(place, *args) where quantizing anything fails."""
+    """Return function(rank_info, *args), called while quantizing anything fails."""
     originals = NF4.quantize, HQQ.quantize
-    NF4.quantize = HQQ.quantize = never
+    NF4.quantize = HQQ.quantize = fail_to_quantize
     try:
         return function(rank_info, *args)
     finally:
         NF4.quantize, HQQ.quantize = originals
 
 
-def check(folder, alpaca_file, *more) -> train.Job:
-    """A run that goes on to its start, of one rank."""
+def make_single_rank_job(folder, alpaca_file, *more) -> train.Job:
+    """Check a run of one rank up to its start."""
     rank_info = dataclasses.make_dataclass("RankInfo", ["world"])(1)
     return make_job(rank_info, ["--model_name", folder, "--dataset", alpaca_file, *more])

@@ -1,4 +1,4 @@
-"""Chat templates in the manner of well-known models, each with the differences that matter to a mask."""
+"""Chat templates like those of well-known models, each with the differences that matter to a loss mask."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-# Qwen2: ChatML, with a system prompt of its own when the conversation has none.
+# Qwen2: ChatML, with a default system prompt if the conversation has none.
 CHATML = (
     "{% for m in messages %}{% if loop.first and m.role != 'system' %}"
     "{{ '<|im_start|>system\nBe kind.<|im_end|>\n' }}{% endif %}"
@@ -25,11 +25,12 @@ LLAMA2 = (
     "{% if messages[0].role == 'system' %}{% set rest = messages[1:] %}"
     "{% set system = '<<SYS>>\n' + messages[0].content + '\n<</SYS>>\n\n' %}"
     "{% else %}{% set rest = messages %}{% set system = '' %}{% endif %}{% for m in rest %}"
-    "{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('Roles must alternate') }}{% endif %}"
+    "{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Roles must alternate') }}{% endif %}"
     "{% if m.role == 'user' %}{{ bos_token + '[INST] ' + (system if loop.first else '') + m.content | trim"
     " + ' [/INST]' }}{% else %}{{ ' ' + m.content | trim + ' ' + eos_token }}{% endif %}{% endfor %}"
 )
-# Mistral: nothing between [/INST] and the answer; knows no system message.
+# Mistral: nothing between [/INST] and the answer; refuses system messages.
 MISTRAL = (
     "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ '[INST] ' + m.content + ' [/INST]' }}"
     "{% elif m.role == 'assistant' %}{{ m.content + eos_token }}"
@@ -45,54 +46,62 @@ GEMMA = (
 # Qwen3: reasoning is shown in the last turn, where it may be empty, and dropped from earlier ones.
 QWEN3 = (
     "{% for m in messages %}{% set content = m.content %}{% set thought = '' %}"
-    "{% if '</think>' in content %}{% set thought = content.split('</think>')[0].split('<think>')[-1].strip('\n') %}"
+    "{% if '</think>' in content %}"
+    "{% set thought = content.split('</think>')[0].split('<think>')[-1].strip('\n') %}"
     "{% set content = content.split('</think>')[-1].lstrip('\n') %}{% endif %}"
     "{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' and loop.last %}"
     "{{ '<think>\n' + thought + '\n</think>\n\n' }}{% endif %}{{ content + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-# DeepSeek R1: asks for an answer with an opened <think>, and shows no turn with one.
+# DeepSeek R1: the generation prompt opens <think>, and no turn shows one.
 R1 = (
     "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ '<|User|>' + m.content }}"
     "{% elif m.role == 'assistant' %}{{ '<|Assistant|>' + m.content.split('</think>')[-1] + eos_token }}"
     "{% else %}{{ m.content }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|Assistant|><think>\n' }}{% endif %}"
 )
-# One that shows nothing of earlier answers.
+# Hides the text of earlier answers.
 FORGETFUL = (
     "{% for m in messages %}"
     "{{ m.role + ': ' + (m.content if loop.last or m.role == 'user' else '...') + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
 )
-# One that shows no answer, and one that shows one twice.
+# DEAF shows no answer; QUOTING shows one twice.
 DEAF = "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"
 QUOTING = (
     "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' * loop.last }}{% endfor %}"
     "{{ 'You said ' + (messages[1] or messages[0]).content }}"
 )
-# Mistral's tokenizers v3: the system prompt and the tools stand before the last question. space: between a marker and
-# what follows it, which SentencePiece's versions have and Tekken's have not.
+# Mistral's tokenizers v3: the system prompt and the tools are in front of the last question. SPACE is a space
+# after a marker in SentencePiece's versions, and nothing in Tekken's.
 _MISTRAL_V3 = (
-    "{% if messages[0].role == 'system' %}{% set system = messages[0].content + '\n\n' %}{% set rest = messages[1:] %}"
+    "{% if messages[0].role == 'system' %}"
+    "{% set system = messages[0].content + '\n\n' %}{% set rest = messages[1:] %}"
     "{% else %}{% set system = '' %}{% set rest = messages %}{% endif %}"
     "{% set asked = rest | selectattr('role', 'equalto', 'user') | list %}"
-    "{% set ns = namespace(index=0) %}{% for m in rest %}{% if m.role != 'tool' and not m.tool_calls is defined %}"
-    "{% if (m.role == 'user') != (ns.index % 2 == 0) %}{{ raise_exception('roles must alternate') }}{% endif %}"
+    "{% set ns = namespace(index=0) %}"
+    "{% for m in rest %}{% if m.role != 'tool' and not m.tool_calls is defined %}"
+    "{% if (m.role == 'user') != (ns.index % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}"
     "{% set ns.index = ns.index + 1 %}{% endif %}{% endfor %}"
     "{{ bos_token }}{% for m in rest %}{% if m.role == 'user' %}"
-    "{% if m == asked[-1] %}{% if tools %}{{ '[AVAILABLE_TOOLS]SPACE' + (tools | tojson) + '[/AVAILABLE_TOOLS]' }}{% endif %}"
-    "{{ '[INST]SPACE' + system + m.content + '[/INST]' }}{% else %}{{ '[INST]SPACE' + m.content + '[/INST]' }}{% endif %}"
+    "{% if m == asked[-1] %}"
+    "{% if tools %}{{ '[AVAILABLE_TOOLS]SPACE' + (tools | tojson) + '[/AVAILABLE_TOOLS]' }}{% endif %}"
+    "{{ '[INST]SPACE' + system + m.content + '[/INST]' }}"
+    "{% else %}{{ '[INST]SPACE' + m.content + '[/INST]' }}{% endif %}"
     "{% elif m.tool_calls is defined %}{{ '[TOOL_CALLS]SPACE[' }}{% for call in m.tool_calls %}"
-    "{{ (call.function | tojson)[:-1] + ', \"id\": \"' + call.id + '\"}' + (']' if loop.last else ', ') }}{% endfor %}{{ eos_token }}"
+    "{{ (call.function | tojson)[:-1] + ', \"id\": \"' + call.id + '\"}' + (']' if loop.last else ', ') }}"
+    "{% endfor %}{{ eos_token }}"
     "{% elif m.role == 'assistant' %}{{ 'SPACE' + m.content + eos_token }}"
     "{% elif m.role == 'tool' %}{{ '[TOOL_RESULTS]SPACE{\"content\": ' + m.content + '}[/TOOL_RESULTS]' }}"
     "{% endif %}{% endfor %}"
 )
 MISTRAL_V3 = _MISTRAL_V3.replace("SPACE", " ")
 TEKKEN = _MISTRAL_V3.replace("SPACE", "")
-# Phi-4: ChatML's markers with a separator of their own, and no line breaks.
+# Phi-4: ChatML's markers with another separator, and no line breaks.
 PHI4 = (
-    "{% for m in messages %}{{ '<|im_start|>' + m.role + '<|im_sep|>' + m.content + '<|im_end|>' }}{% endfor %}"
+    "{% for m in messages %}"
+    "{{ '<|im_start|>' + m.role + '<|im_sep|>' + m.content + '<|im_end|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant<|im_sep|>' }}{% endif %}"
 )
 # Zephyr: turns are closed by the EOS token, under plain role markers.
@@ -100,17 +109,18 @@ ZEPHYR = (
     "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + eos_token + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
 )
-# ChatML alone, as base models are given it.
+# Plain ChatML, as base models get it.
 PLAIN_CHATML = (
-    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% for m in messages %}"
+    "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
 
-def of_trl(name: str) -> str:
-    """A template as TRL ships it: a model's own, or with `_training` behind its name one with generation markers."""
-    found = importlib.util.find_spec("trl")
-    if found is None:  # the GPU tests run where requirements-dev.txt is not installed
+def trl_template(name: str) -> str:
+    """Read a template of TRL: a model's own, or `<model>_training`, which has generation markers."""
+    spec = importlib.util.find_spec("trl")
+    if spec is None:  # the GPU tests run where requirements-dev.txt is not installed
         pytest.skip("needs TRL's chat templates (requirements-dev.txt)", allow_module_level=True)
-    (root,) = found.submodule_search_locations
+    (root,) = spec.submodule_search_locations
     return (Path(root) / "chat_templates" / f"{name}.jinja").read_text(encoding="utf-8")

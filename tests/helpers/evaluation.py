@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 def options(checkpoints, data, *more) -> list[str]:
-    """Of a run on `data` in batches of 5."""
-    own = ["--model_name", checkpoints(), "--dataset", data, "--lora_rank", "8", "--batch_size", "5"]
-    own += ["--context_length", "256"]
-    return [str(a) for a in (*own, "--save_model", "false", *more)]
+    """Return the options of a run on `data` in batches of 5, which saves no model."""
+    common = ["--model_name", checkpoints(), "--dataset", data, "--lora_rank", "8", "--batch_size", "5"]
+    common += ["--context_length", "256"]
+    return [str(a) for a in (*common, "--save_model", "false", *more)]

@@ -1,9 +1,8 @@
-"""What fsdp_qlora takes: options, choices, data sets, and a command from a public write-up; the tokens that it makes of
-an Alpaca row."""
+"""Options, choices and data sets of fsdp_qlora, a command of a public write-up, and its tokens of a row."""
 
 from __future__ import annotations
 
-# fsdp_qlora's options and choices, as DESIGN.md lists them: commands of others must keep working.
+# fsdp_qlora's options and choices, as DESIGN.md lists them, since existing commands must keep working.
 FSDP_QLORA = """
     world_size train_type llama_pro_path batch_size context_length gradient_accumulation_steps
     num_epochs dataset dataset_samples sharding_strategy use_gradient_checkpointing
@@ -21,7 +20,8 @@ CHOICES = {
     " hqq_llama_pro dora llama_pro",
     "sharding_strategy": "auto full_shard shard_grad_op ddp hybrid_full_shard hybrid_shard_grad_op",
     "precision": "auto fp32 bf16 fp16_autocast bf16_autocast bf16_buffers_autocast",
-    "optimizer": "adamw adam sgd adadelta fused_adamw fused_adam adamw_8bit paged_adamw_32bit paged_adamw_8bit",
+    "optimizer": "adamw adam sgd adadelta fused_adamw fused_adam adamw_8bit paged_adamw_32bit"
+    " paged_adamw_8bit",
     "lr_scheduler": "constant linear cosine",
     "log_to": "tqdm wandb stdout",
 }
@@ -38,21 +38,21 @@ PUBLIC_COMMAND = """--train_type bnb_dora --model_name meta-llama/Meta-Llama-3-7
     --save_model true --output_dir ../models/Llama-3-70b-ucg-bnb-QDoRA"""
 
 
-# As in fsdp_qlora's train.py, which has them from Stanford Alpaca's.
+# As in fsdp_qlora's train.py, which copies Stanford Alpaca's.
 PROMPT = (
-    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Response:"
+    "Below is an instruction that describes a task. Write a response that appropriately completes the"
+    " request.\n\n### Instruction:\n{instruction}\n\n### Response:"
 )
 PROMPT_INPUT = (
-    "Below is an instruction that describes a task, paired with an input that provides further context. Write a"
-    " response that appropriately completes the request.\n\n### Instruction:\n{instruction}\n\n"
+    "Below is an instruction that describes a task, paired with an input that provides further context. Write"
+    " a response that appropriately completes the request.\n\n### Instruction:\n{instruction}\n\n"
     "### Input:\n{input}\n\n### Response:"
 )
 
 
 def tokens_and_labels(row: dict, tokenizer) -> tuple[list[int], list[int]]:
-    """(input_ids, labels with -100 for what is not learned) as fsdp_qlora's InstructionDataset makes them."""
+    """Return fsdp_qlora's (input_ids, labels) of an Alpaca row; -100 marks tokens that are not learned."""
     prompt = (PROMPT if row.get("input", "") == "" else PROMPT_INPUT).format_map(row)
     ids = [*tokenizer.encode(prompt + row["output"]), tokenizer.eos_token_id]
-    masked = len(tokenizer.encode(prompt))
-    return ids, [-100] * masked + ids[masked:]
+    prompt_length = len(tokenizer.encode(prompt))
+    return ids, [-100] * prompt_length + ids[prompt_length:]

@@ -1,4 +1,4 @@
-"""This process as the only rank of a run in fp32 on the CPU."""
+"""The current process as the only rank of a run in fp32 on the CPU."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from launch.precision import choose_precision
 from launch.ranks import RankInfo
 
-HERE = RankInfo(0, 1, 0, 1, torch.device("cpu"))
+SINGLE_RANK = RankInfo(0, 1, 0, 1, torch.device("cpu"))
 PLAIN = choose_precision("fp32", False, False)
 
 

@@ -1,8 +1,8 @@
-"""Inputs that were made to do harm, and a process that meets them one after the other: `python -m tests.helpers.hostile FOLDER`
-writes what became of each, as JSON lines. test_hostile_input.py judges them.
+"""Hostile inputs, and a process that runs train.py on one after the other.
 
-A case is a function that writes its files into a folder and returns the options that lead there. Those of
-models and checkpoints: hostile_models.py, hostile_checkpoints.py.
+`python -m tests.helpers.hostile FOLDER` writes the outcome of each as JSON lines; test_hostile_input.py
+checks them. A case is a function that writes its files into a folder and returns the options that use them.
+Cases of models and checkpoints are in hostile_models.py and hostile_checkpoints.py.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from pathlib import Path
 
 Case = Callable[[Path], dict[str, object]]
 GIB = 2**30
-WORLD = ("model", "rows.jsonl", "secret.jsonl", "chat", "run")  # in the folder above each case's
+WORLD = ("model", "rows.jsonl", "secret.jsonl", "chat", "run")  # in the parent of each case's folder
 ROW = '{"instruction": "Say one.", "output": "one"}\n'
-BOMB = "[" + "[]," * 3_000_000 + "[]]"  # 9 MB of text, 24 times that as lists
+BOMB = "[" + "[]," * 3_000_000 + "[]]"  # 9 MB of text, 24 times as much memory as lists
 DEEP = "[" * 200_000
 
 
@@ -30,62 +30,66 @@ def options(**values) -> Case:
     return lambda folder: values
 
 
-def put(path: Path, content: str | bytes) -> Path:
+def write_file(path: Path, content: str | bytes) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     return path
 
 
 def config_file(content: str | bytes) -> Case:
-    return lambda folder: {"config": put(folder / "run.yaml", content)}
+    return lambda folder: {"config": write_file(folder / "run.yaml", content)}
 
 
 def recipe(content: str | bytes) -> Case:
+    """A recipe beside rows and a link out of the folder."""
+
     def write(folder: Path) -> dict:
-        put(folder / "rows.jsonl", ROW)
+        write_file(folder / "rows.jsonl", ROW)
         (folder / "link.jsonl").symlink_to("../secret.jsonl")
-        return {"dataset": put(folder / "mine.toml", content)}
+        return {"dataset": write_file(folder / "mine.toml", content)}
 
     return write
 
 
 def recipe_of_links(name: str, target: str) -> Case:
-    """A recipe of a folder in which a link leads away."""
+    """A recipe of a folder with a link to `target`."""
 
     def write(folder: Path) -> dict:
-        put(folder / "rows" / "a.jsonl", ROW)
+        write_file(folder / "rows" / "a.jsonl", ROW)
         (folder / "rows" / name).symlink_to(target)
-        return {"dataset": put(folder / "mine.toml", 'source = "rows"')}
+        return {"dataset": write_file(folder / "mine.toml", 'source = "rows"')}
 
     return write
 
 
 def data_folder(**files: str) -> Case:
-    """A folder of two kinds of data, and of these files."""
+    """A folder with two kinds of data, and these files."""
 
     def write(folder: Path) -> dict:
         for name, content in ({"a.jsonl": ROW, "b.csv": "text\na\n"} | files).items():
-            put(folder / "rows" / name, content)
+            write_file(folder / "rows" / name, content)
         return {"dataset": folder / "rows"}
 
     return write
 
 
 def data(name: str, content: str | bytes, **more) -> Case:
-    return lambda folder: {"dataset": put(folder / name, content), **more}
+    return lambda folder: {"dataset": write_file(folder / name, content), **more}
 
 
 def sparse(name: str, size: int, start: bytes = b"") -> Case:
-    """A file of NULs that takes no room on the disk."""
+    """A file of NULs after `start` that takes no space on the disk."""
 
     def write(folder: Path) -> dict:
-        os.truncate(put(folder / name, start), size)
+        os.truncate(write_file(folder / name, start), size)
         return {"dataset": folder / name}
 
     return write
 
 
 def link(name: str, target: str, option: str = "dataset") -> Case:
+    """An option that names a link."""
+
     def write(folder: Path) -> dict:
         (folder / name).symlink_to(target)
         return {option: folder / name}
@@ -94,7 +98,7 @@ def link(name: str, target: str, option: str = "dataset") -> Case:
 
 
 def parquet(rows: int, text: str) -> Case:
-    """One value that stands for all rows: a small file however many there are."""
+    """One value in all rows: a small file for any number of rows."""
 
     def write(folder: Path) -> dict:
         import pyarrow as pa
@@ -108,13 +112,13 @@ def parquet(rows: int, text: str) -> Case:
 
 
 def laughs(levels: int) -> str:
-    """Ten times as much on each level, by aliases."""
+    """YAML aliases, ten times as much text on each level (billion laughs)."""
     lines = ["a0: &a0 [lol]"] + [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, levels)]
     return "\n".join(lines)
 
 
 def numbers() -> dict[str, Case]:
-    """Every option that is a number, with numbers that no run has."""
+    """Return cases of every numeric option with impossible numbers."""
     from options.train import COMMAND
 
     cases = {}
@@ -236,45 +240,47 @@ DATA = {
 
 
 def cases() -> dict[str, Case]:
+    """Return all cases by "group: name"."""
     from tests.helpers.hostile_checkpoints import CHECKPOINTS
     from tests.helpers.hostile_models import MODELS, TEMPLATES
 
-    groups = {"option": OPTIONS | numbers(), "yaml": YAML, "recipe": RECIPES, "data": DATA, "template": TEMPLATES,
-              "model": MODELS, "checkpoint": CHECKPOINTS}  # fmt: skip
+    groups = {"option": OPTIONS | numbers(), "yaml": YAML, "recipe": RECIPES, "data": DATA,
+              "template": TEMPLATES, "model": MODELS, "checkpoint": CHECKPOINTS}  # fmt: skip
     return {f"{group}: {name}": case for group, table in groups.items() for name, case in table.items()}
 
 
-def listing(root: Path) -> set[tuple]:
-    """All below a folder, and what would show that a file was written."""
-    found = set()
+def list_files(root: Path) -> set[tuple]:
+    """Return all paths below a folder, files with the size and time that show a write."""
+    entries = set()
     for path in root.rglob("*"):
         stat = path.lstat()
-        found.add((str(path), stat.st_size, stat.st_mtime_ns) if path.is_file() else (str(path),))
-    return found
+        entries.add((str(path), stat.st_size, stat.st_mtime_ns) if path.is_file() else (str(path),))
+    return entries
 
 
-def meet(case: Case, folder: Path, main: Callable[[list[str]], int]) -> dict:
-    """What became of a case."""
+def run_case(case: Case, folder: Path, main: Callable[[list[str]], int]) -> dict:
+    """Run main() on a case; return its outcome."""
     folder.mkdir()
     root = folder.parent
     good = {"model_name": root / "model", "dataset": root / "rows.jsonl", "output_dir": folder / "out"}
     argv = [f"--{name}={value}" for name, value in (good | case(folder)).items()]
-    before, shown, begun = listing(root), io.StringIO(), time.monotonic()
+    before, stderr, start = list_files(root), io.StringIO(), time.monotonic()
     raised = ""
     try:
-        with contextlib.redirect_stderr(shown), contextlib.redirect_stdout(io.StringIO()):
+        with contextlib.redirect_stderr(stderr), contextlib.redirect_stdout(io.StringIO()):
             status = main(argv)
-    except BaseException as e:  # of any kind: it is what is looked for
+    except BaseException as e:  # of any kind: the test looks for them
         status, raised = None, repr(e)[:300]
-    result = {"status": status, "raised": raised, "seconds": time.monotonic() - begun,
-              "lines": [line[:2000] for line in shown.getvalue().splitlines()],
-              "written": sorted(str(x) for x in listing(root) ^ before),
+    result = {"status": status, "raised": raised, "seconds": time.monotonic() - start,
+              "lines": [line[:2000] for line in stderr.getvalue().splitlines()],
+              "written": sorted(str(x) for x in list_files(root) ^ before),
               "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB}  # fmt: skip
     shutil.rmtree(folder, ignore_errors=True)
     return result
 
 
 def run(root: Path) -> None:
+    """Run all cases and write results.jsonl."""
     import train
     from launch import processes as launch
     from tests.helpers.hostile_checkpoints import SOUND, sound
@@ -285,7 +291,7 @@ def run(root: Path) -> None:
     launch.start = start
     with (root / "results.jsonl").open("w") as file:
         for i, (name, case) in enumerate((cases() | {SOUND: sound}).items()):
-            line = {"name": name} | meet(case, root / "world" / str(i), train.main)
+            line = {"name": name} | run_case(case, root / "world" / str(i), train.main)
             file.write(json.dumps(line) + "\n")
             file.flush()
 

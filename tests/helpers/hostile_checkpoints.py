@@ -1,5 +1,4 @@
-"""Checkpoints that were made to do harm, for hostile.py: a RUN of one step, in the folder above each case's, is copied,
-and then changed."""
+"""Hostile checkpoints for hostile.py: damaged copies of a RUN of one step."""
 
 from __future__ import annotations
 
@@ -10,15 +9,18 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.helpers.hostile import DEEP, GIB, Case, put
-from tests.helpers.manifests import edit
+from tests.helpers.hostile import DEEP, GIB, Case, write_file
+from tests.helpers.manifests import edit_manifest
 
 PATH, STEP, RANK = "path", "checkpoints/step-00000001", "rank-00000.safetensors"
-SOUND = "a sound checkpoint"  # which the damaged ones are made of
+SOUND = "a sound checkpoint"  # the original of the damaged ones
 
 
 def checkpoint(damage: Callable[[Path], object], resume: str = PATH) -> Case:
-    """A RUN that was whole. damage(its folder of the only checkpoint); resume: what --resume says, PATH = that folder."""
+    """A damaged copy of the RUN in the parent folder.
+
+    damage(folder) changes the checkpoint. resume: the value of --resume; PATH = the checkpoint's folder.
+    """
 
     def write(folder: Path) -> dict:
         shutil.copytree(folder.parent / "run", folder / "out")
@@ -29,21 +31,20 @@ def checkpoint(damage: Callable[[Path], object], resume: str = PATH) -> Case:
 
 
 def manifest(change: Callable[[dict], object], resume: str = PATH) -> Case:
-    """A manifest that was changed, with the checksum of what it says now."""
-
-    return checkpoint(lambda folder: edit(folder, change), resume)
+    """A changed manifest with a valid checksum."""
+    return checkpoint(lambda folder: edit_manifest(folder, change), resume)
 
 
 def manifest_text(content: str | bytes) -> Case:
-    return checkpoint(lambda folder: put(folder / "manifest.json", content))
+    return checkpoint(lambda folder: write_file(folder / "manifest.json", content))
 
 
 def named(name: str) -> Case:
-    """All tensors lie in a file of this name."""
+    """A manifest in which all tensors are in a file of this name."""
 
-    def change(found: dict) -> None:
-        found["files"][0]["name"] = name
-        for stored in found["tensors"].values():
+    def change(content: dict) -> None:
+        content["files"][0]["name"] = name
+        for stored in content["tensors"].values():
             for chunk in stored["chunks"]:
                 chunk[2] = name
 
@@ -51,21 +52,21 @@ def named(name: str) -> Case:
 
 
 def state(resume: str = "auto", **values) -> Case:
-    """Of the run; a name with __ in it leads deeper."""
+    """A manifest with other values of "run"; `a__b` is the key "b" in the object "a"."""
 
-    def change(found: dict) -> None:
+    def change(content: dict) -> None:
         for name, value in values.items():
             *path, last = name.split("__")
-            inner = found["run"]
-            for part in path:
-                inner = inner[part]
+            inner = content["run"]
+            for key in path:
+                inner = inner[key]
             inner[last] = value
 
     return manifest(change, resume)
 
 
 def first_tensor(**values) -> Case:
-    """What the manifest says of a parameter."""
+    """A manifest with another description of a parameter."""
     return manifest(
         lambda found: next(t for n, t in found["tensors"].items() if n.startswith("model.")).update(values),
         "auto",
@@ -73,34 +74,34 @@ def first_tensor(**values) -> Case:
 
 
 def instead(name: str, target: str, resume: str = "auto", size: int | None = None) -> Case:
-    """A link in the place of a file of the checkpoint, of a size that the manifest agrees with."""
+    """A link instead of a file of the checkpoint; `size` is its size in the manifest."""
 
     def damage(folder: Path) -> None:
         (folder / name).unlink()
         (folder / name).symlink_to(target)
 
-    def both(folder: Path) -> dict:
-        change = manifest(lambda found: found["files"][0].update(size=size)) if size is not None else None
+    def write(folder: Path) -> dict:
+        change = manifest(lambda content: content["files"][0].update(size=size)) if size is not None else None
         options = (change or checkpoint(lambda _: None))(folder)
         damage(folder / "out" / STEP)
         return options | {"resume": resume}
 
-    return both
+    return write
 
 
-def moved(what: str) -> Case:
-    """A folder of the RUN is a link to where it was moved, out of the RUN."""
+def moved(name: str) -> Case:
+    """A folder of the RUN is moved out of it and replaced by a link."""
 
     def damage(folder: Path) -> None:
         out = folder.parents[1]
-        (out / what).rename(out.parent / "elsewhere")
-        (out / what).symlink_to(out.parent / "elsewhere")
+        (out / name).rename(out.parent / "elsewhere")
+        (out / name).symlink_to(out.parent / "elsewhere")
 
     return checkpoint(damage, "auto")
 
 
 def terabyte() -> Case:
-    """Without taking room; the manifest agrees."""
+    """A sparse file of 1 TiB, with that size in the manifest."""
 
     def write(folder: Path) -> dict:
         options = manifest(lambda found: found["files"][0].update(size=2**40), "auto")(folder)
@@ -111,15 +112,15 @@ def terabyte() -> Case:
 
 
 def pipe(folder: Path) -> dict:
-    """That nobody writes to; the manifest agrees."""
+    """A pipe without a writer, with size 0 in the manifest."""
     options = manifest(lambda found: found["files"][0].update(size=0))(folder)
     (folder / "out" / STEP / RANK).unlink()
     os.mkfifo(folder / "out" / STEP / RANK)
     return options
 
 
-class Pickled:
-    """Writes a file when it is unpickled."""
+class HarmfulPickle:
+    """Makes a folder when it is unpickled."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -128,14 +129,14 @@ class Pickled:
         return os.mkdir, (str(self.path),)
 
 
-def torchs_own(folder: Path) -> None:
-    """As torch.distributed.checkpoint's own storage has it: without our manifest, with a pickle that does harm."""
+def use_torch_format(folder: Path) -> None:
+    """Replace the manifest by a harmful pickle, the .metadata of torch.distributed.checkpoint."""
     (folder / "manifest.json").unlink()
-    (folder / ".metadata").write_bytes(pickle.dumps(Pickled(folder / "pwned")))
+    (folder / ".metadata").write_bytes(pickle.dumps(HarmfulPickle(folder / "pwned")))
 
 
 def metrics(content: str | bytes) -> Case:
-    """A metrics.jsonl of another content, of the length that the checkpoint knows."""
+    """A metrics.jsonl with this content, padded to the length that the checkpoint records."""
 
     def damage(folder: Path) -> None:
         path = folder.parents[1] / "metrics.jsonl"
@@ -155,7 +156,7 @@ def sound(folder: Path) -> dict:
     return checkpoint(lambda _: None)(folder)
 
 
-A_THIRD = "[]," * (2**25 // 3 - 20)  # of the largest manifest that is read
+A_THIRD = "[]," * (2**25 // 3 - 20)  # of the largest accepted manifest
 CHECKPOINTS = {
     "manifest nested": manifest_text(DEEP),
     "manifest a bomb of lists": manifest_text("[" + A_THIRD + "[]]"),
@@ -188,11 +189,12 @@ CHECKPOINTS = {
     "file with a bit flipped": checkpoint(lambda folder: flip(folder / RANK)),
     "checkpoints elsewhere": moved("checkpoints"),
     "checkpoint elsewhere": moved(STEP),
-    "a pickle of torch's": checkpoint(torchs_own),
+    "a pickle of torch's": checkpoint(use_torch_format),
     "tensor of another shape": first_tensor(chunks=[[[0, 0], [2**40, 2**40], RANK]]),
     "tensor of another dtype": first_tensor(dtype="float64"),
     "tensor of no dtype": manifest(lambda found: [t.update(dtype="load") for t in found["tensors"].values()]),
-    "chunks of texts": manifest(lambda found: [t.update(chunks=[["a", "b", RANK]]) for t in found["tensors"].values()]),
+    "chunks of texts": manifest(
+        lambda found: [t.update(chunks=[["a", "b", RANK]]) for t in found["tensors"].values()]),
     "run a list": manifest(lambda found: found.update(run=[])),
     "options a list": state(options=[]),
     "world of a text": state(world="2"),

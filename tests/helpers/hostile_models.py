@@ -1,4 +1,4 @@
-"""Folders of models, and chat templates, that were made to do harm, for hostile.py: copies of a whole one that are damaged."""
+"""Hostile model folders and chat templates for hostile.py: damaged copies of a sound model."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ import struct
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.helpers.hostile import BOMB, DEEP, GIB, Case, put
+from tests.helpers.hostile import BOMB, DEEP, GIB, Case, write_file
 
 SHARD = "model-00002-of-00004.safetensors"
 
 
 def model(damage: Callable[[Path], object], of: str = "model", **more) -> Case:
+    """A damaged copy of the folder `of`. damage(the copy); more: further options."""
+
     def write(folder: Path) -> dict:
         shutil.copytree(folder.parent / of, folder / "model")
         damage(folder / "model")
@@ -24,10 +26,12 @@ def model(damage: Callable[[Path], object], of: str = "model", **more) -> Case:
 
 
 def text(name: str, content: str | bytes) -> Case:
-    return model(lambda folder: put(folder / name, content))
+    return model(lambda folder: write_file(folder / name, content))
 
 
 def json_of(name: str, **values) -> Case:
+    """A JSON file of the folder with other values."""
+
     def damage(folder: Path) -> None:
         path = folder / name
         found = json.loads(path.read_text()) if path.exists() else {}
@@ -37,7 +41,7 @@ def json_of(name: str, **values) -> Case:
 
 
 def shard(content: Callable[[dict, bytes], bytes]) -> Case:
-    """content(header, tensors) -> a shard."""
+    """A replaced shard. content(header, bytes of the tensors) -> bytes of the file."""
 
     def damage(folder: Path) -> None:
         raw = (folder / SHARD).read_bytes()
@@ -48,12 +52,13 @@ def shard(content: Callable[[dict, bytes], bytes]) -> Case:
 
 
 def packed(header: dict | bytes, tensors: bytes, length: int | None = None) -> bytes:
+    """Return a safetensors file; length: the claimed length of its header."""
     header = header if isinstance(header, bytes) else json.dumps(header).encode()
     return struct.pack("<Q", len(header) if length is None else length) + header + tensors
 
 
 def lying(**values) -> Case:
-    """A header whose first tensor says something else."""
+    """A shard whose header describes its first tensor by other values."""
 
     def content(header: dict, tensors: bytes) -> bytes:
         name = next(n for n in header if n != "__metadata__")
@@ -63,6 +68,8 @@ def lying(**values) -> Case:
 
 
 def index(file: object) -> Case:
+    """An index that maps its first tensor to `file`."""
+
     def damage(folder: Path) -> None:
         path = folder / "model.safetensors.index.json"
         found = json.loads(path.read_text())
@@ -73,6 +80,8 @@ def index(file: object) -> Case:
 
 
 def shard_link(target: str) -> Case:
+    """A link instead of a shard."""
+
     def damage(folder: Path) -> None:
         (folder / SHARD).unlink()
         (folder / SHARD).symlink_to(target)
@@ -81,21 +90,21 @@ def shard_link(target: str) -> Case:
 
 
 def template(source: str) -> Case:
-    turns = json.dumps(
-        {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]}
-    )
+    """A model with this chat template, and a conversation as data."""
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]
+    turns = json.dumps({"messages": messages})
 
     def damage(folder: Path) -> None:
-        put(folder / "chat_template.jinja", source)
+        write_file(folder / "chat_template.jinja", source)
 
     def write(folder: Path) -> dict:
-        return model(damage)(folder) | {"dataset": put(folder / "chat.jsonl", turns)}
+        return model(damage)(folder) | {"dataset": write_file(folder / "chat.jsonl", turns)}
 
     return write
 
 
 def edit_vocabulary(folder: Path, number: int) -> None:
-    """The letter e gets another number."""
+    """Give the letter e another id."""
     path = folder / "tokenizer.json"
     found = json.loads(path.read_text())
     found["model"]["vocab"]["e"] = number
@@ -144,7 +153,7 @@ MODELS = {
     "shape of less": lying(shape=[1]),
     "no such dtype": lying(dtype="F17"),
     "a path for a tensor's name": shard(lambda header, tensors: packed(
-        {name if name == "__metadata__" else f"../{name}": value for name, value in header.items()}, tensors)),
+        {n if n == "__metadata__" else f"../{n}": value for n, value in header.items()}, tensors)),
     "config of 2**63 layers": json_of("config.json", num_hidden_layers=2**63),
     "config of a million layers": json_of("config.json", num_hidden_layers=10**6),
     "config of 1e18 heads": json_of("config.json", num_attention_heads=10**18, head_dim=64),
@@ -164,7 +173,8 @@ MODELS = {
     "tokenizer nested": text("tokenizer.json", DEEP),
     "tokenizer too large": model(lambda folder: os.truncate(folder / "tokenizer.json", GIB)),
     "tokenizer is a device": model(
-        lambda folder: (folder / "tokenizer.json").unlink() or (folder / "tokenizer.json").symlink_to("/dev/zero")),
+        lambda folder: (folder / "tokenizer.json").unlink()
+        or (folder / "tokenizer.json").symlink_to("/dev/zero")),
     "generation config of nulls": json_of("generation_config.json", eos_token_id=[None]),
     "generation config of a fraction": json_of("generation_config.json", eos_token_id=1.5),
     "generation config nested": text("generation_config.json", DEEP),

@@ -1,4 +1,4 @@
-"""The Hugging Face hub: repositories as they lie on a disk after a download, and a connection that breaks off."""
+"""The Hugging Face hub: downloaded repositories in its cache, and a broken connection."""
 
 from __future__ import annotations
 
@@ -11,9 +11,16 @@ from huggingface_hub.errors import HfHubHTTPError
 FIRST, SECOND = "1" * 40, "2" * 40  # commits
 
 
-def publish(cache: Path, name: str, model: Path, commit: str, *refs: str) -> Path:
-    """Puts a model into the cache as a commit of the repository `owner/name`, to which branches and tags, `refs`, lead from
-    now on. Returns the commit's snapshot."""
+def add_to_hub_cache(cache: Path, name: str, model: Path, commit: str, *refs: str) -> Path:
+    """Add a model to the cache as a commit of a repository; return the commit's snapshot folder.
+
+    Args:
+        cache: the hub's cache.
+        name: the repository, `owner/name`.
+        model: the folder to copy.
+        commit: the commit's hash.
+        refs: branches and tags that point to the commit from now on.
+    """
     repository = cache / f"models--{name.replace('/', '--')}"
     (repository / "refs").mkdir(parents=True, exist_ok=True)
     for ref in refs:
@@ -21,7 +28,7 @@ def publish(cache: Path, name: str, model: Path, commit: str, *refs: str) -> Pat
     return shutil.copytree(model, repository / "snapshots" / commit)
 
 
-def broken_off(*_, **__):
-    """In the place of a call of the hub: raise what its HTTP client, httpx or httpx2, raises without a connection."""
+def raise_connection_error(*_, **__):
+    """Raise the error of the hub's HTTP client, httpx or httpx2, without a connection, in place of a call."""
     client = HfHubHTTPError.__bases__[0].__module__.partition(".")[0]
     raise sys.modules[client].ConnectError("gone")

@@ -1,4 +1,4 @@
-"""Single 4-bit and adapter layers with something in them."""
+"""Single 4-bit and adapter layers with contents."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from quantization.layer import Linear4bit
 from quantization.nf4 import NF4
 
 CPU = torch.device("cpu")
-O, I, R, ALPHA = 48, 64, 8, 20  # of adapter layers  # noqa: E741
+O, I, R, ALPHA = 48, 64, 8, 20  # sizes of adapter layers  # noqa: E741
 
 
 def quantized(weight: torch.Tensor, dtype: torch.dtype, bias=None, quantizer=NF4()) -> Linear4bit:  # noqa: B008
+    """Return a 4-bit layer on the CPU that computes in `dtype`."""
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
     layer = Linear4bit(linear, dtype, quantizer)
     layer.fill_buffers(CPU)
@@ -26,7 +27,7 @@ def quantized(weight: torch.Tensor, dtype: torch.dtype, bias=None, quantizer=NF4
 
 
 def quantized_like(weight: torch.Tensor, quantizer=NF4()) -> Linear4bit:  # noqa: B008
-    """A layer that computes in the weight's dtype, on its device."""
+    """Return a 4-bit layer that computes in the weight's dtype, on its device."""
     with weight.device:
         layer = Linear4bit(nn.Linear(weight.shape[1], weight.shape[0], bias=False), weight.dtype, quantizer)
     layer.fill_buffers(weight.device)
@@ -35,13 +36,13 @@ def quantized_like(weight: torch.Tensor, quantizer=NF4()) -> Linear4bit:  # noqa
     return layer
 
 
-def close_together(n: int) -> torch.Tensor:
-    """[n, 64], far from 0: with 8 bits their zero point is 65,536 and more."""
+def weights_far_from_zero(n: int) -> torch.Tensor:
+    """Return weights [n, 64] far from 0; with 8 bits their zero point is 65,536 or more."""
     return 4.5 + 1e-3 * torch.randn(n, 64)
 
 
-def filled(layer: LoRALinear, weight: torch.Tensor, bias: torch.Tensor, seed: int = 0) -> LoRALinear:
-    """A layer with its base packed from `weight`, and random adapters."""
+def fill_layer(layer: LoRALinear, weight: torch.Tensor, bias: torch.Tensor, seed: int = 0) -> LoRALinear:
+    """Pack `weight` into a layer's base and make its adapters random."""
     generator = torch.Generator().manual_seed(seed)
     for module in layer.modules():
         if hasattr(module, "fill_buffers"):

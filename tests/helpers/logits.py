@@ -1,4 +1,4 @@
-"""A text of token ids, and what models make of it."""
+"""A batch of token ids, and losses and logits of models on it."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ IDS = torch.randint(0, 256, (2, 40), generator=torch.Generator().manual_seed(1))
 
 
 def loss_and_logits(rank_info, args, random_adapters: bool = True) -> tuple[float, torch.Tensor]:
+    """Set up a run; return (its loss sum, its logits) on IDS."""
     _, model = set_up(rank_info, args, random_adapters)
     targets = IDS.roll(-1, 1)
     targets[:, -1] = IGNORE
@@ -26,11 +27,12 @@ def loss_and_logits(rank_info, args, random_adapters: bool = True) -> tuple[floa
 
 
 def summed_cross_entropy(logits: torch.Tensor) -> float:
-    """Of IDS, each token from those before it."""
+    """Return the summed cross-entropy of IDS, each token predicted from those before it."""
     return F.cross_entropy(logits[:, :-1].flatten(0, 1), IDS[:, 1:].flatten(), reduction="sum").item()
 
 
 def transformers_logits(folder: Path) -> torch.Tensor:
+    """Return the logits of transformers' model on IDS; fails if the weights do not fit."""
     model, report = AutoModelForCausalLM.from_pretrained(
         folder, output_loading_info=True, dtype=torch.float32, attn_implementation="eager"
     )

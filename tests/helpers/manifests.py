@@ -1,4 +1,4 @@
-"""Changed manifests of checkpoints."""
+"""Changes to manifests of checkpoints."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 
-def edit(folder: Path, change: Callable[[dict], object]) -> None:
-    """Changes the manifest of a checkpoint, and makes its own checksum fit."""
-    found = json.loads((folder / "manifest.json").read_text())
-    found.pop("sha256")
-    change(found)
-    digest = hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
-    (folder / "manifest.json").write_text(json.dumps(found | {"sha256": digest}))
+def edit_manifest(folder: Path, change: Callable[[dict], object]) -> None:
+    """Change the manifest of a checkpoint, and update its checksum."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest.pop("sha256")
+    change(manifest)
+    digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"sha256": digest}))

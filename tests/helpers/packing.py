@@ -1,4 +1,4 @@
-"""Seven rows, padded and packed, what is learned of them, and attention within rows by its definition."""
+"""Seven rows, padded and packed, gradients of a model on them, and a reference of attention within rows."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ from models.family import clean
 from parallel.shards import whole
 from tests.helpers.parity import arguments
 
-KERNEL = attention.varlen_attn  # torch's own, for its signature
+KERNEL = attention.varlen_attn  # for its signature
 LENGTHS = [40, 9, 25, 33, 2, 60, 17]  # beyond the windows of 16 tokens and Phi-3's short tables of 32
 PACKS = [[0, 1, 2], [3, 4], [5, 6]]  # 74, 35 and 77 tokens
 
 
 def seven_rows() -> TokenizedRows:
+    """Return rows of LENGTHS random tokens, about 70% of them learned."""
     generator = torch.Generator().manual_seed(5)
     lengths = torch.tensor(LENGTHS)
     starts = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
@@ -35,7 +36,7 @@ def seven_rows() -> TokenizedRows:
 
 
 def packed_batch() -> Batch:
-    """77 tokens wide: one line has none to spare, another 42. Two rows of no tokens fill up the bounds."""
+    """Return the rows packed into 77 tokens, of which 3, 42 and 0 stay free. Two empty rows fill bounds."""
     return make_packed(seven_rows(), [torch.tensor(p) for p in PACKS], (3, 77), max(LENGTHS), 12)
 
 
@@ -43,8 +44,8 @@ def padded_batch() -> Batch:
     return make_batch(seven_rows(), torch.arange(len(LENGTHS)), (len(LENGTHS), max(LENGTHS)))
 
 
-def by_definition(q, k, v, cu_q, cu_k, max_q, max_k, **options):
-    """What torch's kernel computes, a row at a time; what no row covers is NaN. [tokens, heads, features]."""
+def reference_attention(q, k, v, cu_q, cu_k, max_q, max_k, **options):
+    """Compute torch's varlen attention [tokens, heads, features] by row. Tokens outside of rows are NaN."""
     inspect.signature(KERNEL).bind(q, k, v, cu_q, cu_k, max_q, max_k, **options)
     assert torch.equal(cu_q, cu_k) and cu_q.dtype == torch.int32 and max_q == max_k
     before, after = options["window_size"]
@@ -63,9 +64,10 @@ def by_definition(q, k, v, cu_q, cu_k, max_q, max_k, **options):
     return torch.cat([*parts, uncovered])
 
 
-def learn(model, batch: Batch, context=nullcontext()) -> tuple[float, dict[str, torch.Tensor]]:  # noqa: B008
+def loss_and_gradients(model, batch: Batch, context=nullcontext()) -> tuple[float, dict[str, torch.Tensor]]:  # noqa: B008
+    """Return (loss sum, full gradients of the trained tensors in fp32 on the CPU) of a batch."""
     model.zero_grad()
-    device = next(p.device for p in model.parameters() if p.requires_grad)  # an embedding may be on the host
+    device = next(p.device for p in model.parameters() if p.requires_grad)  # the embedding may be on the CPU
     with context:
         loss = train.loss_sum(model, batch.to(device))
     loss.backward()
@@ -74,8 +76,6 @@ def learn(model, batch: Batch, context=nullcontext()) -> tuple[float, dict[str, 
 
 
 def packing_arguments(model, data, steps: int) -> list[str]:
-    """12 rows of 150 to 500 tokens, in 8 packs."""
-    more = (
-        f"--dataset_samples 12 --context_length 512 --num_epochs 2 --max_steps {steps} --packing true".split()
-    )
-    return arguments(model, data, "lora", *more)
+    """Return the arguments of a run on 12 rows of 150 to 500 tokens, in 8 packs."""
+    more = f"--dataset_samples 12 --context_length 512 --num_epochs 2 --max_steps {steps} --packing true"
+    return arguments(model, data, "lora", *more.split())

@@ -1,4 +1,4 @@
-"""Runs that must be the same: their options, and how near they must be."""
+"""Runs that must give the same results: their arguments, and the tolerances."""
 
 from __future__ import annotations
 
@@ -13,25 +13,27 @@ PLAIN = ["--batch_size", "4", "--use_gradient_checkpointing", "false"]
 
 
 def arguments(model, data, train_type: str, *more) -> list[str]:
+    """Return the arguments of a run of STEPS steps in fp32."""
     adapters = ["--lora_rank", "8", "--lora_alpha", "12"] if METHODS[train_type].adapter else []
     common = f"--lr 1e-3 --max_steps {STEPS} --context_length 256 --seed 3 --precision fp32".split()
     return ["--model_name", model, "--dataset", data, "--train_type", train_type, *common, *adapters, *more]
 
 
-def biased(train_type: str) -> str:
-    """The checkpoint for a train type: one with biases, expanded where new layers are trained."""
+def biased_checkpoint(train_type: str) -> str:
+    """Return the kind of checkpoint for a train type: with biases, and expanded if it trains new layers."""
     return "llama_bias_pro" if METHODS[train_type].expansion else "llama_bias"
 
 
-# All in fp32, on the CPU or on as many GPUs as there are ranks. Losses must agree to 1e-5 relative, gradient norms to 1e-4
-# (AdamW would not notice a gradient that is wrong by a factor). Trained tensors after five AdamW steps of 1e-3 must agree
-# to 2e-5 where they moved by up to 5e-3: AdamW's first steps are lr * g / |g|, so where a gradient is rounding noise the
-# update is noise too; that is bounded here to a fiftieth of one step, and to a tenth on GPUs, where what is compiled in
-# other pieces rounds otherwise.
+# All in fp32, on the CPU or on one GPU per rank. Losses must agree to 1e-5 relative, gradient norms to 1e-4
+# (AdamW would not notice a gradient that is wrong by a factor). Trained tensors move by up to 5e-3 in five
+# AdamW steps of 1e-3, and must agree to 2e-5. AdamW's first steps are lr * g / |g|: where a gradient is
+# rounding noise, the update is noise too. The tolerance bounds that noise to a fiftieth of one step, and on
+# GPUs, where differently compiled graphs round differently, to a tenth.
 TENSORS = 1e-4 if torch.cuda.is_available() else 2e-5
 
 
 def assert_same(a, b, losses: float = 1e-5, tensors: float = TENSORS) -> None:
+    """Compare two results of `train_run`. losses: relative tolerance; tensors: absolute tolerance."""
     torch.testing.assert_close(torch.tensor(a[0]), torch.tensor(b[0]), rtol=losses, atol=0)
     torch.testing.assert_close(torch.tensor(a[2]), torch.tensor(b[2]), rtol=1e-4, atol=0)
     assert a[0][0] > a[0][-1], "nothing was learned: the comparison would be empty"

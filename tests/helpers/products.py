@@ -1,4 +1,4 @@
-"""Products of options, of which `make test` has a part and `make test-slow` the rest."""
+"""Products of options; `make test` runs a part of them and `make test-slow` the rest."""
 
 from __future__ import annotations
 
@@ -9,8 +9,13 @@ import pytest
 
 
 def products(*axes: Iterable, always: Iterable[tuple], left_out: Iterable = ()) -> list:
-    """All combinations, for parametrize. always: those that `make test` runs; each value of each axis is in one of them,
-    but for those in left_out: something else in `make test` runs their code, which a comment names."""
+    """Return all combinations of the axes, for parametrize; those not in `always` are marked slow.
+
+    Args:
+        axes: the values of each parameter.
+        always: combinations that `make test` runs. Each value of each axis must be in one of them.
+        left_out: values without such a combination. A comment names the other test that runs their code.
+    """
     axes, always, left_out = [list(axis) for axis in axes], list(always), list(left_out)
     cases = list(product(*axes))
     assert set(always) <= set(cases), "no such combination"
@@ -18,6 +23,6 @@ def products(*axes: Iterable, always: Iterable[tuple], left_out: Iterable = ()) 
         missing = set(axis) - {case[i] for case in always}
         assert missing <= set(left_out), f"in no combination of `make test`: {missing - set(left_out)}"
     values = {value for axis in axes for value in axis}
-    met = {value for case in always for value in case}
-    assert set(left_out) <= values - met, "left out and not left out"
+    always_values = {value for case in always for value in case}
+    assert set(left_out) <= values - always_values, "left out and not left out"
     return [pytest.param(*case, marks=() if case in always else pytest.mark.slow) for case in cases]

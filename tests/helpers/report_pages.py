@@ -1,4 +1,4 @@
-"""RUN folders that were never trained, and their pages: parsed, and seen by a browser."""
+"""RUN folders of runs that never trained, and their report.html: parsed, and rendered by a browser."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ HOSTILE = "</script><script>alert(1)</script>\"'><img src=x onerror=alert(2)>"
 
 
 class Page(HTMLParser):
-    """Tags with their attributes, the texts, the JSON of the charts."""
+    """A parsed page: tags with their attributes, texts, and the JSON of the charts."""
 
     def __init__(self, text: str):
         super().__init__()
@@ -47,13 +47,14 @@ class Page(HTMLParser):
 
 
 def metrics(step: int, **more) -> dict:
+    """Return a line of metrics.jsonl."""
     return {"step": step, "epoch": step / 10, "loss": 3.0 / step, "lr": 1e-4 * step, "grad_norm": 0.5 * step,
             "tokens": 1000, "trained_tokens": 400, "step_seconds": 0.5, "tokens_per_second": 2000.0 + step,
             "memory_allocated_gib": 1.25, "memory_reserved_gib": 1.5, **more}  # fmt: skip
 
 
 def small_rows() -> TokenizedRows:
-    """4 rows of 3, 5, 5 and 20 tokens; the last half of each is learned."""
+    """Return 4 rows of 3, 5, 5 and 20 tokens; the last half of each is learned."""
     lengths = torch.tensor([3, 5, 5, 20])
     learned = torch.cat([torch.arange(n) >= n / 2 for n in lengths.tolist()])
     starts = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
@@ -63,6 +64,7 @@ def small_rows() -> TokenizedRows:
 
 
 def make_run(folder: Path, steps: list[dict], *argv: str) -> Path:
+    """Write a RUN with these options and lines of metrics.jsonl."""
     folder.mkdir()
     given = ["--model_name", "some/model", "--dataset", "rows.jsonl", "--output_dir", str(folder), *argv]
     (folder / "config.yaml").write_text(options.dump_yaml(parse(given)[0]))
@@ -74,6 +76,7 @@ def make_run(folder: Path, steps: list[dict], *argv: str) -> Path:
 
 
 def page_of(folder: Path) -> Page:
+    """Write report.html of a RUN and parse it."""
     return Page(monitoring.report.write_report(folder).read_text(encoding="utf-8"))
 
 
@@ -81,11 +84,12 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 
 
 def screenshot(page: Path, folder: Path, scheme: int) -> tuple[Path, str]:
-    """(a picture of the page, its document after the scripts) in a colour scheme: 0 dark, 1 light."""
-    picture = folder / f"{scheme}.png"
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
-             "--disable-component-update", "--disable-sync", "--hide-scrollbars", "--window-size=1000,1400",
+    """Render a page; return (screenshot, document after the scripts). scheme: 0 dark, 1 light."""
+    image = folder / f"{scheme}.png"
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run",
+             "--disable-background-networking", "--disable-component-update", "--disable-sync",
+             "--hide-scrollbars", "--window-size=1000,1400",
              f"--user-data-dir={folder}/profile{scheme}", f"--blink-settings=preferredColorScheme={scheme}",
-             f"--screenshot={picture}", "--dump-dom"]  # fmt: skip
+             f"--screenshot={image}", "--dump-dom"]  # fmt: skip
     done = subprocess.run([CHROMIUM, *flags, page.as_uri()], check=True, capture_output=True, timeout=60)
-    return picture, done.stdout.decode()
+    return image, done.stdout.decode()

@@ -1,5 +1,7 @@
-"""Runs of the real program inside the test's own process group: the same check, set-up and loop as
-train.py's, with adapters made random (a B of zeros would prove nothing)."""
+"""Runs of the program in the test's process group, with the check, set-up and loop of train.py.
+
+The adapters are random, since a B of zeros would prove nothing.
+"""
 
 from __future__ import annotations
 
@@ -24,9 +26,17 @@ from training import preflight as checks
 
 
 def make_job(rank_info, argv: list[str]) -> train.Job:
-    # Not compiled unless asked for, on GPUs either: there it would be most of the tests' time.
-    quiet = ["--world_size", str(rank_info.world), "--output_dir", "/nonexistent/out", "--compile", "false"]
-    config, _ = parse([*quiet, *map(str, argv)])
+    """Check the options of a run that writes nothing."""
+    # Not compiled by default, on GPUs too, where it would take most of the tests' time.
+    defaults = [
+        "--world_size",
+        str(rank_info.world),
+        "--output_dir",
+        "/nonexistent/out",
+        "--compile",
+        "false",
+    ]
+    config, _ = parse([*defaults, *map(str, argv)])
     original, checks.check_output = checks.check_output, lambda *_: None  # nothing is written here
     try:
         return train.check(config)
@@ -35,7 +45,7 @@ def make_job(rank_info, argv: list[str]) -> train.Job:
 
 
 def randomize(model, seed: int = 7) -> None:
-    """Fills B and the change of the magnitude with the same random values on any number of ranks."""
+    """Fill B and magnitude_change with random values, the same on any number of ranks."""
     for path, module in model.named_modules():
         if isinstance(module, LoRALinear):
             generator = torch.Generator().manual_seed(seed + sum(map(ord, clean(path))))
@@ -45,7 +55,7 @@ def randomize(model, seed: int = 7) -> None:
 
 
 def set_up(rank_info, argv: list[str], random_adapters: bool = True):
-    """(job, sharded model with random adapters) of a run."""
+    """Return (job, sharded model with random adapters) of a run."""
     job = make_job(rank_info, argv)
     model, _ = train.set_up(job, rank_info)
     if random_adapters:
@@ -54,27 +64,28 @@ def set_up(rank_info, argv: list[str], random_adapters: bool = True):
 
 
 def trained_tensors(model) -> dict[str, torch.Tensor]:
+    """Gather copies of the trained tensors. Collective."""
     return {clean(n): gather(p).clone() for n, p in model.named_parameters() if p.requires_grad}
 
 
 def train_run(rank_info, argv: list[str]) -> tuple[list[float], dict[str, torch.Tensor], list[float]]:
-    """(loss of each step, every trained tensor afterwards, gradient norm of each step)."""
+    """Train; return (loss of each step, trained tensors afterwards, gradient norm of each step)."""
     job, model = set_up(rank_info, argv)
     sampler = make_sampler(job.config, job.rows, rank_info.rank, rank_info.world)
     history = train.train(job, model, rank_info, sampler, NoTracker())
     return [m.loss for m in history], trained_tensors(model), [m.grad_norm for m in history]
 
 
-def whole_run(rank_info, job: train.Job) -> str:
-    """What a rank does from loading to the saved result; returns all that it printed."""
-    shown, root = io.StringIO(), Path(train.__file__).parent
-    with contextlib.chdir(root), contextlib.redirect_stdout(shown), contextlib.redirect_stderr(shown):
+def full_run(rank_info, job: train.Job) -> str:
+    """Run a rank from loading to the saved result; return all that it printed."""
+    output, root = io.StringIO(), Path(train.__file__).parent
+    with contextlib.chdir(root), contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
         train.run_rank(rank_info, job)
-    return shown.getvalue()
+    return output.getvalue()
 
 
 def outputs(rank_info, argv: list[str], ids: torch.Tensor, random_adapters: bool = True):
-    """(the model's logits in evaluation mode, its `dense_tensors`, its `trained_tensors`)."""
+    """Return (the model's logits in evaluation mode, its `dense_tensors`, its `trained_tensors`)."""
     _, model = set_up(rank_info, argv, random_adapters)
     with torch.no_grad():
         logits = model.eval()(input_ids=ids, use_cache=False).logits.clone()
@@ -82,33 +93,36 @@ def outputs(rank_info, argv: list[str], ids: torch.Tensor, random_adapters: bool
 
 
 def dense_state(rank_info, argv: list[str]) -> dict[str, torch.Tensor]:
-    """The weights that training computes with, by the checkpoint's names: 4-bit ones dequantized."""
+    """Set up a run and return its `dense_tensors`."""
     return dense_tensors(set_up(rank_info, argv)[1])
 
 
 def dense_tensors(model) -> dict[str, torch.Tensor]:
+    """Gather the weights of the base by the checkpoint's names, 4-bit ones dequantized. Collective."""
     state = {}
     for path, module in model.named_modules():
-        own = {n: gather(p) for n, p in module.named_parameters(recurse=False)}
-        if "codes" in own:
+        tensors = {n: gather(p) for n, p in module.named_parameters(recurse=False)}
+        if "codes" in tensors:
             device = "cpu" if module.table is None else module.table.device
-            packed = (own.pop(name).to(device) for name in ("codes", "scales"))
-            own["weight"] = module.unpack(*packed).cpu()
-        for name, value in own.items():
+            packed = (tensors.pop(name).to(device) for name in ("codes", "scales"))
+            tensors["weight"] = module.unpack(*packed).cpu()
+        for name, value in tensors.items():
             if not name.startswith(("lora_", "magnitude", "squared")):
                 state[clean(f"{path}.{name}").replace(".base.", ".")] = value.clone()
     return state
 
 
 def transformers_model(folder: Path, state: dict[str, torch.Tensor]):
-    """transformers' own model of a checkpoint's folder, with the weights `state` in place of the folder's. They
-    go by the files' names and through transformers' own loader, which stacks experts. Attention is eager: the
-    plain arithmetic, of which everything else is an optimization."""
-    with tempfile.TemporaryDirectory() as other:
-        shutil.copy(folder / "config.json", other)
-        save_file({k: v.contiguous() for k, v in state.items()}, Path(other, "model.safetensors"))
+    """Return transformers' model of a checkpoint's folder with the weights `state` instead of the folder's.
+
+    `state` has the files' names and goes through transformers' loader, which stacks experts. Attention is
+    eager, the plain arithmetic that everything else optimizes.
+    """
+    with tempfile.TemporaryDirectory() as copied:
+        shutil.copy(folder / "config.json", copied)
+        save_file({k: v.contiguous() for k, v in state.items()}, Path(copied, "model.safetensors"))
         model, report = AutoModelForCausalLM.from_pretrained(
-            other, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+            copied, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
         )
     assert not any(report.values()), report
     return model.eval()

@@ -1,4 +1,4 @@
-"""A run of a small model, of which checkpoints are written."""
+"""A run of a small model that writes checkpoints."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from checkpoints.training_state import Tensors, collect
 from launch.signals import NoStopRequests
 from monitoring.deferred import DeferredCalls
 
-TENSORS = {  # with the bytes of each, in whole ALIGNED
+TENSORS = {  # comments: bytes of each, rounded up to ALIGNED
     "half": torch.randn(7).bfloat16(),  # 64
     "codes": torch.arange(250, dtype=torch.uint8),  # 256
     "number": torch.tensor(3.0),  # 64
@@ -26,8 +26,8 @@ TENSORS = {  # with the bytes of each, in whole ALIGNED
 }
 
 
-class Asking(NoStopRequests):
-    """A checkpoint is asked for after one step, as a signal does."""
+class SaveRequest(NoStopRequests):
+    """Requests a checkpoint after the step `at`, as a signal does; records the saves."""
 
     def __init__(self, at: int):
         self.at, self.done = at, 0
@@ -44,8 +44,8 @@ class Asking(NoStopRequests):
         self.saves.append((seconds, complete))
 
 
-class Small:
-    """A run of a small model."""
+class SmallRun:
+    """A run of a small model, with checkpoints every `every` steps and after the step `asked`."""
 
     def __init__(self, rank_info, folder: str, every: int, asked: int = 0):
         self.model, self.rank_info, self.done = nn.Linear(5, 3).to(rank_info.device), rank_info, 0
@@ -61,13 +61,13 @@ class Small:
             keep=-1,
             describe_run=dict,
             deferred=DeferredCalls(),
-            stopping=Asking(asked),
+            stopping=SaveRequest(asked),
             say=self.said.append,
             saved=None,
         )
 
     def step(self, left_out: bool = False) -> None:
-        """left_out: by the optimizer, as a bad step is."""
+        """Train one step. left_out: skip the optimizer, as in a bad step."""
         self.done += 1
         self.model(torch.randn(2, 5, device=self.rank_info.device)).sum().backward()
         if not left_out:
@@ -76,14 +76,16 @@ class Small:
         self.checkpoints.after(self.done, last=False)
 
     def buffers(self) -> Tensors:
-        self.checkpoints.pool.submit(int).result()  # after all that was begun
+        """Wait for the background thread and return the host copies."""
+        self.checkpoints.pool.submit(int).result()  # runs after all earlier work
         return self.checkpoints.copy.buffers
 
     def local(self) -> Tensors:
+        """Return the state of this rank."""
         return collect(self.checkpoints.trained, self.optimizer, self.rank_info.rank)[1]
 
     def check_saved(self) -> None:
-        """That the last step's checkpoint holds what there is now."""
+        """Check that the last step's checkpoint holds the current state."""
         self.buffers()
         folder = read_checkpoint(folder_of(self.checkpoints.folder, self.done)).folder
         saved = load_file(folder / "rank-00000.safetensors")

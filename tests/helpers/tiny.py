@@ -1,4 +1,4 @@
-"""Tiny real checkpoints of every family, and small data files, for the tests."""
+"""Tiny real checkpoints of every family, and small data files."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ _LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
-# 96 hidden units: the square root, which scales the embedding, is rounded in bf16, and 4-bit blocks cross rows.
-# Caps and scaling of a size that changes the logits. Layers: sliding, full, sliding.
+# 96 hidden units: their square root, which scales the embedding, is rounded in bf16, and 4-bit blocks cross
+# rows. Caps and scaling are large enough to change the logits.
 _GEMMA = _COMMON | {
     "hidden_size": 96,
     "head_dim": 32,
@@ -95,10 +95,17 @@ CONFIGS = {
 def save_checkpoint(
     kind: str, folder: Path, dtype: torch.dtype = torch.float32, shard: str = "200KB", **changes
 ) -> Path:
-    """A sharded checkpoint with weights of a size that makes attention and rotary positions matter, and
-    random biases and norms: a part that is forgotten or mixed up changes the logits.
+    """Write a sharded checkpoint with random weights, biases and norms.
 
-    kind: of CONFIGS, or one with _pro behind it for an expanded model (save_expanded). changes: to the config.
+    The weights are large enough for attention and rotary positions to matter, so a tensor that is forgotten
+    or mixed up changes the logits.
+
+    Args:
+        kind: a key of CONFIGS, or one with the suffix _pro for an expanded model (`save_expanded`).
+        folder: the folder to write.
+        dtype: dtype of the weights.
+        shard: maximum size of a shard.
+        changes: changes to the config.
     """
     if kind.endswith("_pro"):
         base = save_checkpoint(kind.removesuffix("_pro"), folder.with_name(f"{folder.name}_base"), dtype)
@@ -121,8 +128,10 @@ def save_checkpoint(
 
 
 def save_expanded(base: Path, folder: Path) -> Path:
-    """`base` with new layers after its layers 0 and 2, in which random values take the place of those that would
-    silence them: the new layers matter at once."""
+    """Expand `base` by new layers after its layers 0 and 2.
+
+    Random values replace the zeros that would make the new layers do nothing.
+    """
     arguments = ["--model_name", str(base), "--output_dir", str(folder), "--after", "0,2"]
     assert block_expansion.main(arguments) == 0
     config, family = read_config(folder)
@@ -138,25 +147,8 @@ def save_expanded(base: Path, folder: Path) -> Path:
 
 
 def write_alpaca(path: Path, rows: int = 40) -> Path:
-    """Alpaca rows, with and without input, with answers of 1 to about 60 words."""
-    words = [
-        "red",
-        "green",
-        "blue",
-        "one",
-        "two",
-        "three",
-        "four",
-        "five",
-        "up",
-        "down",
-        "left",
-        "right",
-        "sun",
-        "moon",
-        "star",
-        "tree",
-    ]
+    """Write Alpaca rows with and without input, and with answers of 1 to about 60 words."""
+    words = "red green blue one two three four five up down left right sun moon star tree".split()
     with path.open("w") as file:
         for i in range(rows):
             answer = " ".join(words[(i * 7 + j) % len(words)] for j in range(1 + (i * i) % 61))
@@ -166,9 +158,12 @@ def write_alpaca(path: Path, rows: int = 40) -> Path:
 
 
 def write_questions(path: Path, even: bool, rows: int = 40) -> Path:
-    """Questions with answers of 1 to 13 numbers, or all of one length in tokens. Without Alpaca's long prompts a row has 50
-    to 90 tokens: where rows only have to be learned, that is half the time, and a third in 16 bits, which many CPUs
-    emulate. (None of their gradients is so close to zero that AdamW would make a step of its rounding: parity.py.)"""
+    """Write questions with answers of 1 to 13 numbers; with `even`, all rows have the same number of tokens.
+
+    Without Alpaca's long prompts a row has 50 to 90 tokens. Tests that only need to learn something then take
+    half of the time, or a third in 16 bits, which many CPUs emulate. No gradient is so close to zero that
+    AdamW turns its rounding into a step (see parity.py).
+    """
     with path.open("w") as file:
         for i in range(rows):
             question = f"Count from {i} to {i * 5 % 40}."

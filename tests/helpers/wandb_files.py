@@ -1,4 +1,4 @@
-"""What wandb wrote of a run."""
+"""Records in the files that wandb writes of a run."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def wandb_records(path: Path) -> list:
-    """All records of a finished run's .wandb file. wandb writes it in a process of its own, which may be behind."""
+    """Return the records of a finished run's .wandb file, once wandb's process has written all of them."""
     deadline = time.time() + 30
     while time.time() < deadline:
         records = list(parse_wandb(path)) if path.stat().st_size else []
@@ -19,23 +19,26 @@ def wandb_records(path: Path) -> list:
 
 
 def parse_wandb(path: Path):
-    """The records of a .wandb file: LevelDB's log format (blocks of 32 KiB; crc, length, type, data) behind
-    a 7-byte header, each record a protobuf. wandb 0.31 brings the messages but no reader of its own."""
+    """Yield the records of a .wandb file.
+
+    The format is LevelDB's log (blocks of 32 KiB; crc, length, type, data) after a 7-byte header; each record
+    is a protobuf. wandb 0.31 has the messages but no reader.
+    """
     from wandb.proto.wandb_internal_pb2 import Record
 
-    raw, position, parts = path.read_bytes(), 7, b""
+    raw, position, record_bytes = path.read_bytes(), 7, b""
     assert raw[:4] == b":W&B"
     while position + 7 <= len(raw):
         if 32768 - position % 32768 < 7:  # too short for a header: padding
             position += 32768 - position % 32768
             continue
         _crc, length, kind = struct.unpack_from("<IHB", raw, position)
-        if position + 7 + length > len(raw):  # being written
+        if position + 7 + length > len(raw):  # still being written
             return
-        parts += raw[position + 7 : position + 7 + length]
+        record_bytes += raw[position + 7 : position + 7 + length]
         position += 7 + length
-        if kind in (1, 4):  # a whole record, or its last part
+        if kind in (1, 4):  # a complete record, or the last fragment of one
             record = Record()
-            record.ParseFromString(parts)
-            parts = b""
+            record.ParseFromString(record_bytes)
+            record_bytes = b""
             yield record

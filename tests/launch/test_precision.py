@@ -16,7 +16,7 @@ from monitoring.metrics import Metrics
 from monitoring.tracking import Tracker
 from options.config import FIELDS
 from parallel.shards import whole
-from tests.helpers.parity import arguments, biased
+from tests.helpers.parity import arguments, biased_checkpoint
 from tests.helpers.products import products
 from tests.helpers.runs import set_up, train_run, trained_tensors
 
@@ -44,7 +44,7 @@ def plain(checkpoints, short_rows, plain_run):
     """plain(train_type) -> (arguments, results of the plain run in fp32)."""
 
     def get(train_type: str):
-        args = arguments(checkpoints(biased(train_type)), short_rows, train_type)
+        args = arguments(checkpoints(biased_checkpoint(train_type)), short_rows, train_type)
         return args, plain_run([*args, "--batch_size", "4", "--use_gradient_checkpointing", "false"])
 
     return get

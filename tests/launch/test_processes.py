@@ -25,7 +25,7 @@ from launch import processes as launch
 from launch import torchrun
 from options.errors import UserError
 from options.train import parse
-from tests.helpers.distributed import new_processes
+from tests.helpers.distributed import process_context
 from tests.helpers.programs import (
     ROOT,
     losses,
@@ -39,7 +39,7 @@ from tests.helpers.programs import (
     wait_for_steps,
 )
 from tests.helpers.resuming import fill
-from tests.helpers.runs import whole_run
+from tests.helpers.runs import full_run
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def losses_of_two(checkpoints, short_rows, two_ranks, tmp_path_factory) -> list[
     """Losses of the run `small` in two ranks of the test pool."""
     out = tmp_path_factory.mktemp("two") / "out"
     config, _ = parse(list(map(str, small(checkpoints, short_rows, out, "--world_size", "2"))))
-    two_ranks(whole_run, train.check(config))
+    two_ranks(full_run, train.check(config))
     return losses(out)
 
 
@@ -60,7 +60,7 @@ def agent():
     """
 
     def run_agent(argv: list[str], logs: Path) -> dict[int, int]:
-        new_processes()
+        process_context()
         specs = DefaultLogsSpecs(log_dir=str(logs), redirects=Std.ALL)
         where = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "run_id": "test"}
         config = LaunchConfig(1, 1, 2, **where, logs_specs=specs, max_restarts=0, start_method="forkserver")
@@ -337,8 +337,8 @@ def agent_with_one_rank(pipe) -> None:
 
 def test_ranks_do_not_outlive_an_agent_that_is_killed():
     """If torchrun were started again, they would write into the same folder as the new ranks."""
-    ours, theirs = new_processes().Pipe(duplex=False)
-    agent = new_processes().Process(target=agent_with_one_rank, args=(theirs,))
+    ours, theirs = process_context().Pipe(duplex=False)
+    agent = process_context().Process(target=agent_with_one_rank, args=(theirs,))
     agent.start()
     theirs.close()
     assert ours.recv() == "ready"

@@ -21,7 +21,7 @@ from launch.signals import (
     unblock_signals,
 )
 from parallel.activation_checkpointing import start_workers
-from tests.helpers.distributed import new_processes
+from tests.helpers.distributed import process_context
 
 STUBBORN = "trap '' TERM INT; trap 'echo saved' USR1; echo ready; while :; do sleep 0.05; done"
 
@@ -236,8 +236,8 @@ def compile_for_a_while(messages) -> None:
 @pytest.mark.slow
 def test_a_signal_to_the_whole_group_ends_no_compilation():
     """The compile workers go on; the process itself receives the signal."""
-    messages = new_processes().Queue()
-    process = new_processes().Process(target=compile_for_a_while, args=(messages,))
+    messages = process_context().Queue()
+    process = process_context().Process(target=compile_for_a_while, args=(messages,))
     process.start()
     try:
         assert messages.get(timeout=90) == "ready"

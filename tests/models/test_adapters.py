@@ -18,8 +18,8 @@ from quantization import operators as linear4bit
 from quantization.hqq import HQQ
 from quantization.layer import Linear4bit
 from quantization.nf4 import NF4
-from tests.helpers.adapters import args_for, as_peft, trained_names
-from tests.helpers.layers import ALPHA, I, O, R, dora, filled, quantized
+from tests.helpers.adapters import args_for, build_peft_model, trained_names
+from tests.helpers.layers import ALPHA, I, O, R, dora, fill_layer, quantized
 from tests.helpers.logits import IDS, loss_and_logits, summed_cross_entropy
 from tests.helpers.runs import outputs, transformers_model
 from tests.helpers.tiny import CONFIGS
@@ -44,8 +44,8 @@ def test_qdora_is_dense_dora_is_the_equation(quantizer, wide, monkeypatch):
     monkeypatch.setattr(linear4bit, "_widens", lambda *_: wide)
     weight, bias, x = torch.randn(O, I), torch.randn(O), torch.randn(3, 7, I)
     frozen = quantized(weight, torch.float32, None, quantizer)
-    four_bit = filled(dora(Linear4bit(nn.Linear(I, O), torch.float32, quantizer)), weight, bias)
-    dense = filled(dora(nn.Linear(I, O)), frozen.weight, bias)
+    four_bit = fill_layer(dora(Linear4bit(nn.Linear(I, O), torch.float32, quantizer)), weight, bias)
+    dense = fill_layer(dora(nn.Linear(I, O)), frozen.weight, bias)
     torch.testing.assert_close(four_bit(x), dense(x), rtol=1e-5, atol=1e-5)
     expected = equation(four_bit, frozen.weight, bias, x)
     torch.testing.assert_close(four_bit(x), expected, rtol=1e-5, atol=1e-5)
@@ -59,7 +59,7 @@ def test_qdora_is_dense_dora_is_the_equation(quantizer, wide, monkeypatch):
 
 def test_factored_norm_is_the_norm_of_the_updated_weight():
     weight, bias = torch.randn(O, I), torch.randn(O)
-    layer = filled(dora(nn.Linear(I, O)), weight, bias)
+    layer = fill_layer(dora(nn.Linear(I, O)), weight, bias)
     updated = weight.double() + ALPHA / R * layer.lora_B.double() @ layer.lora_A.double()
     torch.testing.assert_close(
         layer.updated_norm(),
@@ -81,7 +81,7 @@ def test_the_compiler_leaves_the_norm_what_it_is():
 def test_a_row_of_zeros_is_no_nan():
     weight, bias = torch.randn(O, I), torch.randn(O)
     weight[3] = 0
-    layer = filled(dora(nn.Linear(I, O)), weight, bias)
+    layer = fill_layer(dora(nn.Linear(I, O)), weight, bias)
     layer.lora_B.data.zero_()
     layer.magnitude_change.data.zero_()
     x = torch.randn(5, I)
@@ -92,7 +92,7 @@ def test_small_magnitude_changes_survive_bf16():
     """m itself in bf16 would lose a change of 0.1%; m - ||W|| keeps it."""
     weight, bias = torch.randn(O, I), torch.zeros(O)
     layer = DoRALinear(nn.Linear(I, O).bfloat16(), (O, I), R, ALPHA, 0.0, torch.bfloat16)
-    filled(layer, weight.bfloat16(), bias)
+    fill_layer(layer, weight.bfloat16(), bias)
     layer.lora_B.data = torch.zeros(O, R, dtype=torch.bfloat16)
     norm = weight.bfloat16().float().norm(dim=1)
     layer.magnitude_change.data = (0.001 * norm).bfloat16()
@@ -106,10 +106,10 @@ def test_small_magnitude_changes_survive_bf16():
 
 def test_dropout_acts_on_the_low_rank_branch_only():
     weight, bias, x = torch.randn(O, I), torch.randn(O), torch.randn(2000, I)
-    layer = filled(dora(nn.Linear(I, O), dropout=0.5), weight, bias).train()
+    layer = fill_layer(dora(nn.Linear(I, O), dropout=0.5), weight, bias).train()
     layer.lora_B.data.zero_()  # without a low-rank branch nothing is random
     torch.testing.assert_close(layer(x), layer.eval()(x), rtol=0, atol=0)
-    filled(layer, weight, bias)
+    fill_layer(layer, weight, bias)
     assert not torch.equal(layer.train()(x), layer.eval()(x))
 
 
@@ -120,7 +120,7 @@ def test_layers_compile_without_a_graph_break(kind, compiled_as, quantizer):
     weight, bias, x = torch.randn(O, I), torch.randn(O), torch.randn(4, I)
     base = Linear4bit(nn.Linear(I, O), torch.float32, quantizer)
     layer = dora(base) if kind == "dora" else LoRALinear(base, (O, I), R, ALPHA, 0.0, torch.float32)
-    filled(layer, weight, bias)
+    fill_layer(layer, weight, bias)
     call = layer if compiled_as == "eager" else torch.compile(layer, fullgraph=True, backend="aot_eager")
     call(x).square().sum().backward()
     assert all(p.grad is not None and p.grad.any() for p in layer.parameters() if p.requires_grad)
@@ -130,7 +130,7 @@ def test_doras_output_is_let_go_before_the_large_matmul_of_backward():
     """In the compiled graph what reads it, the magnitude's gradient, is an operand of that matmul: it cannot come after
     it."""
     base = Linear4bit(nn.Linear(I, O), torch.float32, NF4())
-    layer, graphs = filled(dora(base), torch.randn(O, I), torch.randn(O)), []
+    layer, graphs = fill_layer(dora(base), torch.randn(O, I), torch.randn(O)), []
 
     def keep(graph, _):
         graphs.append(graph)
@@ -165,7 +165,7 @@ def test_model_equals_peft(train_type, kind, checkpoints, alpaca_file, one_rank)
     folder = checkpoints(kind)
     args = args_for(folder, alpaca_file, train_type)
     ours, state, adapters = one_rank(outputs, args, IDS)[0]
-    model = as_peft(folder, state, adapters, METHODS[train_type].adapter == "dora").eval()
+    model = build_peft_model(folder, state, adapters, METHODS[train_type].adapter == "dora").eval()
     with torch.no_grad():
         theirs = model(input_ids=IDS).logits
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
@@ -222,7 +222,9 @@ def test_target_modules(targets, linears, checkpoints, alpaca_file, one_rank):
 def test_recomputation_takes_the_norm_once_and_never_a_stale_one(monkeypatch):
     taken, original = [], models.dora.project4bit
     monkeypatch.setattr(models.dora, "project4bit", lambda *args: (taken.append(1), original(*args))[1])
-    layer = filled(dora(Linear4bit(nn.Linear(I, O), torch.float32, NF4())), torch.randn(O, I), torch.randn(O))
+    layer = fill_layer(
+        dora(Linear4bit(nn.Linear(I, O), torch.float32, NF4())), torch.randn(O, I), torch.randn(O)
+    )
     x = torch.randn(5, I, requires_grad=True)
     for step in (1, 2):
         expected = torch.autograd.grad(layer(x).square().sum(), layer.lora_A)[0]

@@ -360,23 +360,23 @@ def test_configurations_that_cannot_be_trained(kind, edit, words, checkpoints, t
     ],
 )
 def test_targets_that_get_no_adapter(targets, words, checkpoints):
-    model, family = meta_model(checkpoints("qwen3_moe"))
+    model, family = build_meta_model(checkpoints("qwen3_moe"))
     with pytest.raises(UserError, match=words):
         target_linears(model, family, targets)
 
 
 def test_plain_mlps_among_routed_layers_may_be_named(checkpoints):
-    model, family = meta_model(checkpoints("qwen3_moe"))
+    model, family = build_meta_model(checkpoints("qwen3_moe"))
     assert target_linears(model, family, "mlp.up_proj") == ["model.layers.0.mlp.up_proj"]
 
 
-def meta_model(folder):
+def build_meta_model(folder):
     config, family = read_config(folder)
     return build_on_meta(config, family), family
 
 
 def test_a_misspelt_linear_is_an_error(checkpoints):
-    model, family = meta_model(checkpoints("qwen3_moe"))
+    model, family = build_meta_model(checkpoints("qwen3_moe"))
     for wrong in (
         {"linears": ("mlp.gate_prj",), "linears_of": None},
         {"linears_of": lambda layer: ("mlp.gate_prj",)},

@@ -19,8 +19,8 @@ from options.errors import UserError
 from quantization.layer import Linear4bit
 from tests.helpers import tiny
 from tests.helpers.adapters import args_for
-from tests.helpers.expansion import all_tensors, described, expand
-from tests.helpers.finished_runs import save_and_compute
+from tests.helpers.expansion import all_tensors, expand, read_config_json
+from tests.helpers.finished_runs import save_and_get_logits
 from tests.helpers.logits import transformers_logits
 from tests.helpers.runs import set_up, trained_tensors
 
@@ -50,11 +50,11 @@ def test_the_trained_model_is_saved_whole(option, checkpoints, alpaca_file, two_
     base = checkpoints("llama_bias_pro")
     args = args_for(base, alpaca_file, "llama_pro")
     args[0] = option
-    ours = two_ranks(save_and_compute, args, tmp_path)[0]
+    ours = two_ranks(save_and_get_logits, args, tmp_path)[0]
     torch.testing.assert_close(transformers_logits(tmp_path), ours, rtol=1e-5, atol=1e-5)
     assert (transformers_logits(base) - ours).abs().max() > 1e-3
     assert {p.name for p in tmp_path.iterdir()} == {p.name for p in base.iterdir()}
-    assert described(tmp_path) == described(base)
+    assert read_config_json(tmp_path) == read_config_json(base)
 
 
 def test_quantized_old_blocks_are_saved_as_they_were(alpaca_file, two_ranks, tmp_path):

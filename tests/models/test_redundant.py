@@ -15,7 +15,7 @@ import export
 import finished.export
 import train
 from checkpoints.block_expansion import expanded_config
-from files.model_folder import base_digest
+from files.model_folder import digest_structure
 from files.names import INDEX
 from finished.finished_run import load_model, open_run
 from models.redundant import UNTIED
@@ -25,12 +25,12 @@ from options.train import parse
 from tests.helpers import tiny
 from tests.helpers.adapters import args_for
 from tests.helpers.bnb_checkpoints import pack_like_the_hub
-from tests.helpers.expansion import all_tensors, described, edit, expand
-from tests.helpers.finished_runs import saved_run
+from tests.helpers.expansion import all_tensors, edit_config, expand, read_config_json
+from tests.helpers.finished_runs import write_random_run
 from tests.helpers.logits import IDS, loss_and_logits, summed_cross_entropy, transformers_logits
 from tests.helpers.parity import arguments, assert_same
 from tests.helpers.runs import train_run, transformers_model
-from tests.helpers.stored import file_of, put_tensor, stored
+from tests.helpers.stored import find_tensor_file, put_tensor, read_stored_tensor
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 FREQUENCIES = "model.layers.1.self_attn.rotary_emb.inv_freq"
@@ -41,13 +41,13 @@ TIED = ("qwen2", "gemma2", "phi3")
 def tied_model(kind: str, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
     tiny.save_checkpoint(kind, folder, dtype, tie_word_embeddings=True)
     if kind == "gemma2":
-        edit(folder, tie_word_embeddings=None)
+        edit_config(folder, tie_word_embeddings=None)
     assert HEAD not in all_tensors(folder)
     return folder
 
 
 def other_head(folder: Path) -> torch.Tensor:
-    embedding = stored(folder, EMBEDDING)
+    embedding = read_stored_tensor(folder, EMBEDDING)
     generator = torch.Generator().manual_seed(5)
     return embedding + 0.1 * torch.randn(embedding.shape, generator=generator).to(embedding.dtype)
 
@@ -111,8 +111,8 @@ def test_training_and_expansion_tell_of_it(untied, short_rows, tmp_path, capsys)
 
 @pytest.mark.parametrize("kind", TIED)
 def test_a_saved_model_is_untied(kind, untied, alpaca_file, one_rank, tmp_path):
-    trained = saved_run(one_rank, tmp_path / "run", args_for(untied(kind), alpaca_file, "full"))
-    assert described(tmp_path / "run")["tie_word_embeddings"] is False
+    trained = write_random_run(one_rank, tmp_path / "run", args_for(untied(kind), alpaca_file, "full"))
+    assert read_config_json(tmp_path / "run")["tie_word_embeddings"] is False
     close(transformers_logits(tmp_path / "run"), trained)
     model = load_model(open_run(tmp_path / "run"), torch.device("cpu"), torch.float32)
     with torch.no_grad():
@@ -121,11 +121,11 @@ def test_a_saved_model_is_untied(kind, untied, alpaca_file, one_rank, tmp_path):
 
 @pytest.mark.parametrize("kind", TIED)
 def test_a_merged_model_is_untied(kind, untied, alpaca_file, one_rank, tmp_path, monkeypatch, capsys):
-    trained = saved_run(one_rank, tmp_path / "run", args_for(untied(kind), alpaca_file, "bnb_dora"))
+    trained = write_random_run(one_rank, tmp_path / "run", args_for(untied(kind), alpaca_file, "bnb_dora"))
     arguments = [str(tmp_path / "run"), "--to", "merged", "--out"]
     assert export.main([*arguments, str(tmp_path / "out")]) == 0
     assert difference(capsys.readouterr().out) < 1e-4
-    assert described(tmp_path / "out")["tie_word_embeddings"] is False
+    assert read_config_json(tmp_path / "out")["tie_word_embeddings"] is False
     close(transformers_logits(tmp_path / "out"), trained)
     # The check computes with the config.json that was written.
     monkeypatch.setattr(finished.export, "as_loaded", lambda raw, config: raw)
@@ -136,7 +136,7 @@ def test_a_merged_model_is_untied(kind, untied, alpaca_file, one_rank, tmp_path,
 @pytest.mark.parametrize("kind", TIED)
 def test_an_expanded_model_is_untied(kind, untied, tmp_path):
     expanded = expand(untied(kind), tmp_path / "pro", "--after", "1")
-    assert described(expanded)["tie_word_embeddings"] is False
+    assert read_config_json(expanded)["tie_word_embeddings"] is False
     close(transformers_logits(expanded), transformers_logits(untied(kind)))
 
 
@@ -144,12 +144,14 @@ def test_an_expanded_model_is_untied(kind, untied, tmp_path):
 def test_new_blocks_are_put_into_an_untied_model(kind, untied, alpaca_file, one_rank, tmp_path):
     """Whose config.json an older version of this program left tied."""
     expanded = expand(untied(kind), tmp_path / "pro", "--after", "1")
-    edit(expanded, tie_word_embeddings=True)
+    edit_config(expanded, tie_word_embeddings=True)
     more = ["--llama_pro_save", "blocks"]
-    trained = saved_run(one_rank, tmp_path / "run", args_for(expanded, alpaca_file, "llama_pro", *more))
+    trained = write_random_run(
+        one_rank, tmp_path / "run", args_for(expanded, alpaca_file, "llama_pro", *more)
+    )
     whole = expand(expanded, tmp_path / "whole", "--blocks", tmp_path / "run" / "new_blocks.safetensors")
     close(transformers_logits(whole), trained)
-    assert described(whole)["tie_word_embeddings"] is False
+    assert read_config_json(whole)["tie_word_embeddings"] is False
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -158,18 +160,21 @@ def test_a_copy_of_the_embedding_is_left_out(kind, dtype, tmp_path):
     """In another dtype too; the model's digest, by which its adapters know it, does not change."""
     folder = tied_model(kind, tmp_path / "model", torch.bfloat16)
     config, family = read_config(folder)
-    before = base_digest(config, open_weights(folder, config, family)[0])
-    put_tensor(folder, HEAD, stored(folder, EMBEDDING).to(dtype))
+    before = digest_structure(config, open_weights(folder, config, family)[0])
+    put_tensor(folder, HEAD, read_stored_tensor(folder, EMBEDDING).to(dtype))
     config, family = read_config(folder)
     files, model, untied = open_weights(folder, config, family)
     assert HEAD not in files.tensors and model.config.tie_word_embeddings and not untied
-    assert base_digest(config, files) == before
-    assert expanded_config(described(folder), config, [0, 1, 2, 2]).get("tie_word_embeddings") in (None, True)
+    assert digest_structure(config, files) == before
+    assert expanded_config(read_config_json(folder), config, [0, 1, 2, 2]).get("tie_word_embeddings") in (
+        None,
+        True,
+    )
 
 
 def test_what_16_bits_cannot_hold_is_a_difference(tmp_path):
     folder = tied_model("qwen2", tmp_path / "model", torch.bfloat16)
-    head = stored(folder, EMBEDDING).float()
+    head = read_stored_tensor(folder, EMBEDDING).float()
     head[-1, -1] *= 1 + 2**-12
     put_tensor(folder, HEAD, head)
     config, family = read_config(folder)
@@ -214,7 +219,7 @@ PHI3 = inv_freq(1000.0, 12) / torch.tensor(tiny.LONG_ROPE["long_factor"])
 def test_frequencies_that_the_config_gives_are_left_out(kind, rope, table, checkpoints, tmp_path):
     folder = shutil.copytree(checkpoints(kind), tmp_path / "model")
     if rope:
-        edit(folder, rope_parameters=rope)
+        edit_config(folder, rope_parameters=rope)
     put_tensor(folder, FREQUENCIES, table)
     files, _, _ = open_weights(folder, *read_config(folder))
     assert FREQUENCIES not in files.tensors and len(files.tensors) == len(all_tensors(folder)) - 1
@@ -242,7 +247,7 @@ def test_frequencies_that_it_does_not_give_are_refused(kind, table, checkpoints,
 def test_a_tied_model_that_holds_the_head_alone(alpaca_file, one_rank, tmp_path):
     """transformers finds the embedding under the head's name."""
     folder = tied_model("qwen2", tmp_path / "model")
-    path = file_of(folder, EMBEDDING)
+    path = find_tensor_file(folder, EMBEDDING)
     tensors = load_file(path)
     tensors[HEAD] = tensors.pop(EMBEDDING)
     save_file(tensors, path, metadata={"format": "pt"})
@@ -253,5 +258,5 @@ def test_a_tied_model_that_holds_the_head_alone(alpaca_file, one_rank, tmp_path)
     theirs = transformers_logits(folder)
     close(logits, theirs)
     assert loss == pytest.approx(summed_cross_entropy(theirs), rel=1e-5)
-    saved_run(one_rank, tmp_path / "run", args_for(folder, alpaca_file, "full"))
+    write_random_run(one_rank, tmp_path / "run", args_for(folder, alpaca_file, "full"))
     assert EMBEDDING in all_tensors(tmp_path / "run") and HEAD not in all_tensors(tmp_path / "run")

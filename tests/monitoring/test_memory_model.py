@@ -16,7 +16,7 @@ from monitoring import memory_model as weight_arithmetic
 from monitoring.memory_model import Part, Share, WeightBytes, check_loaded
 from options.methods import METHODS
 from tests.helpers.bnb_checkpoints import pack_like_the_hub
-from tests.helpers.parity import arguments, biased
+from tests.helpers.parity import arguments, biased_checkpoint
 from tests.helpers.runs import make_job
 
 H, M, V, LAYERS, R = 64, 160, 300, 3, 8  # tests/helpers/tiny.py's Llama; rank of `arguments`
@@ -80,7 +80,7 @@ FAMILIES = ["qwen2 full", "qwen2 qlora", "gemma2 bnb_dora", "gemma3 full", "phi3
 
 def options(given: str, checkpoints, alpaca_file, kind: str | None = None) -> list[str]:
     train_type, *more = given.split()
-    return arguments(checkpoints(kind or biased(train_type)), alpaca_file, train_type, *more)
+    return arguments(checkpoints(kind or biased_checkpoint(train_type)), alpaca_file, train_type, *more)
 
 
 def loaded(place, args) -> tuple[Share, int]:

@@ -25,9 +25,9 @@ from monitoring.profiling import (
 )
 from options.errors import UserError
 from options.train import parse
-from tests.helpers.here import HERE
+from tests.helpers.here import SINGLE_RANK
 from tests.helpers.report_pages import Page
-from tests.helpers.runs import whole_run
+from tests.helpers.runs import full_run
 
 STEPS = HISTORY_STEPS + 1
 
@@ -48,7 +48,7 @@ def runs(checkpoints, alpaca_file, two_ranks, tmp_path_factory):
         argv = ["--model_name", checkpoints(), "--dataset", alpaca_file, "--output_dir", root / name, *more,
                 "--max_steps", STEPS, "--gradient_accumulation_steps", "2", "--lora_rank", "8",
                 "--world_size", "2"]  # fmt: skip
-        made[name] = two_ranks(whole_run, train.check(parse(list(map(str, argv)))[0]))[0]
+        made[name] = two_ranks(full_run, train.check(parse(list(map(str, argv)))[0]))[0]
     return SimpleNamespace(root=root, printed=made)
 
 
@@ -127,7 +127,7 @@ def test_cycles_stacks_and_timelines(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     config = profiled("--profiling_output", str(tmp_path), "--profiling_frequency", "3", "--active_steps", "1",
                       "--with_stack", "--export_trace", "false", "--export_memory_timeline")  # fmt: skip
-    profiler = Profiler(HERE.device, [TraceRecorder(config, HERE, "a model")])
+    profiler = Profiler(SINGLE_RANK.device, [TraceRecorder(config, SINGLE_RANK, "a model")])
     assert not old.exists() and (tmp_path / "notes.txt").exists()
     work(profiler, 7)
     profiler.finish()
@@ -152,7 +152,7 @@ def test_a_step_that_wrote_files_says_so(tmp_path):
     """So that their time is not the next step's."""
     config = profiled("--profiling_output", str(tmp_path), "--profiling_frequency", "2", "--active_steps", "1",
                       "--export_trace", "false")  # fmt: skip
-    profiler, wrote = Profiler(HERE.device, [TraceRecorder(config, HERE, "a model")]), []
+    profiler, wrote = Profiler(SINGLE_RANK.device, [TraceRecorder(config, SINGLE_RANK, "a model")]), []
     for _ in range(4):
         profiler.phase("forward")
         wrote.append(profiler.step())
@@ -164,7 +164,7 @@ def test_a_run_that_fails_leaves_its_memory(tmp_path):
     """As one that runs out of it: each rank's own page, up to the failure."""
     with (
         pytest.raises(MemoryError),
-        Profiler(HERE.device, [MemoryRecorder(HERE, tmp_path / "run", "m")]) as p,
+        Profiler(SINGLE_RANK.device, [MemoryRecorder(SINGLE_RANK, tmp_path / "run", "m")]) as p,
     ):
         p.phase("load")
         time.sleep(0.05)
@@ -178,13 +178,16 @@ def test_a_run_that_fails_leaves_its_memory(tmp_path):
 
 def test_a_failure_is_told_even_if_its_memory_cannot_be(tmp_path, capsys):
     (tmp_path / "file").write_text("")
-    with pytest.raises(MemoryError), Profiler(HERE.device, [MemoryRecorder(HERE, tmp_path / "file", "m")]):
+    with (
+        pytest.raises(MemoryError),
+        Profiler(SINGLE_RANK.device, [MemoryRecorder(SINGLE_RANK, tmp_path / "file", "m")]),
+    ):
         raise MemoryError
     assert "cannot be written" in capsys.readouterr().out
 
 
 def test_phases_say_what_was_held_at_their_end():
-    profiler = Profiler(HERE.device, [])
+    profiler = Profiler(SINGLE_RANK.device, [])
     profiler.phase("forward")
     held = torch.ones(64 * 2**20, dtype=torch.uint8)
     profiler.phase("backward")
@@ -192,7 +195,7 @@ def test_phases_say_what_was_held_at_their_end():
     del held
     profiler.phase("optimizer")
     assert before - profiler.held["backward"] == pytest.approx(64 * 2**20, rel=0.05)
-    assert make_profiler(parse([])[0], HERE).recorders == []
+    assert make_profiler(parse([])[0], SINGLE_RANK).recorders == []
 
 
 # Options

@@ -35,7 +35,7 @@ from tests.helpers.report_pages import (
     screenshot,
     small_rows,
 )
-from tests.helpers.runs import whole_run
+from tests.helpers.runs import full_run
 
 
 def test_it_shows_what_the_files_say(tmp_path):
@@ -260,7 +260,7 @@ def test_a_real_run_leaves_the_page(checkpoints, one_rank, tmp_path, monkeypatch
     given = ["--model_name", checkpoints(), "--dataset", data, "--output_dir", tmp_path / "run",
              "--max_steps", "3", "--lora_rank", "8", "--world_size", "1"]  # fmt: skip
     job = train.check(parse(list(map(str, given)))[0])
-    shown = one_rank(whole_run, job)[0]
+    shown = one_rank(full_run, job)[0]
     made = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
     assert "report.html" in shown and f"Rows kept {len(job.rows):,}" in Page(made).text
     (tmp_path / "run" / "report.html").unlink()

@@ -8,7 +8,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from files.disk_room import append
+from files.disk_room import append_lines
 from monitoring.metrics import Meter
 from tests.helpers.resuming import fill
 
@@ -51,9 +51,9 @@ def test_a_step_takes_what_is_between_its_ends(monkeypatch):
 def test_lines_that_a_full_disk_does_not_take_are_lost_as_a_whole(small_disk):
     told = []
     fill(small_disk, leave=4096)
-    append(small_disk / "lines", "first\n", told.append)
-    append(small_disk / "lines", "second" * 1000 + "\n", told.append)
-    append(small_disk / "lines", "third\n", told.append)
+    append_lines(small_disk / "lines", "first\n", told.append)
+    append_lines(small_disk / "lines", "second" * 1000 + "\n", told.append)
+    append_lines(small_disk / "lines", "third\n", told.append)
     assert (small_disk / "lines").read_text() == "first\nthird\n"
     assert [text.partition("(")[0] for text in told] == [
         f"WARNING: {small_disk / 'lines'}: No space left on device; lines of it are lost, and training goes on"

@@ -27,8 +27,8 @@ from parallel.activation_checkpointing import (
     compiler,
 )
 from quantization import operators as linear4bit
-from tests.helpers.compiled import BESIDES, CHECKPOINTED, LAYERS, LINEARS, compiled_run, two_steps
-from tests.helpers.parity import PLAIN, TYPES, arguments, assert_same, biased
+from tests.helpers.compiled import CHECKPOINTED, EXTRA_GRAPHS, LAYERS, LINEARS, compiled_run, two_step_args
+from tests.helpers.parity import PLAIN, TYPES, arguments, assert_same, biased_checkpoint
 from tests.helpers.products import products
 from tests.helpers.runs import set_up, train_run
 from training import companions
@@ -49,13 +49,13 @@ SLOW_FAMILIES = [("gemma2", 2), ("gemma3", 3), ("qwen2", 2)]  # two steps of Gem
     ),
 )
 def test_compiled(train_type, checkpointing, checkpoints, even_rows, plain_run, one_rank):
-    args = arguments(checkpoints(biased(train_type)), even_rows, train_type)
+    args = arguments(checkpoints(biased_checkpoint(train_type)), even_rows, train_type)
     options = ["--batch_size", "4", "--use_gradient_checkpointing", checkpointing]
     results, graphs = one_rank(compiled_run, [*args, *options])[0]
     assert_same(plain_run([*args, *PLAIN]), results)
     # One for each kind of layer, with and without a gradient for its input.
     kinds = 4 if METHODS[train_type].expansion else {"full": 1}.get(train_type, 2)
-    assert graphs == kinds + BESIDES
+    assert graphs == kinds + EXTRA_GRAPHS
 
 
 @pytest.mark.parametrize(
@@ -65,10 +65,10 @@ def test_compiled(train_type, checkpointing, checkpoints, even_rows, plain_run, 
 def test_compiled_families(kind, layers, checkpoints, one_rank, tmp_path):
     """A graph for each kind of layer, and one for the first, whose input has no gradient. Gemma 2's kinds differ in a
     mask, which they are given."""
-    args = two_steps(checkpoints(kind), tmp_path)
+    args = two_step_args(checkpoints(kind), tmp_path)
     results, graphs = one_rank(compiled_run, [*args, *CHECKPOINTED])[0]
     assert_same(one_rank(train_run, [*args, *PLAIN])[0], results)
-    assert graphs == layers + BESIDES
+    assert graphs == layers + EXTRA_GRAPHS
 
 
 @pytest.mark.slow
@@ -77,7 +77,7 @@ def test_other_lengths_of_rows_are_compiled_once_more(checkpoints, short_rows, p
     args = arguments(checkpoints("llama_bias"), short_rows, "lora")
     results, graphs = one_rank(compiled_run, [*args, *PLAIN])[0]
     assert_same(plain_run([*args, *PLAIN]), results)
-    assert graphs == 2 * (2 + BESIDES)
+    assert graphs == 2 * (2 + EXTRA_GRAPHS)
 
 
 # bnb_dora's layers have all of qlora's in them, and its norms.

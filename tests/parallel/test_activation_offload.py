@@ -17,7 +17,7 @@ from models.registry import FAMILIES
 from parallel import activation_offload
 from parallel.activation_checkpointing import Keep, Recomputed
 from parallel.activation_offload import HostStash, Offloaded, Stashed
-from tests.helpers.adapters import meta_model
+from tests.helpers.adapters import build_meta_model
 from tests.helpers.compiled import CHECKPOINTED, LAYERS, compiled_run
 from tests.helpers.parity import PLAIN, arguments, assert_same
 from wrapping import _keep_last_output
@@ -238,7 +238,7 @@ def test_compiled_dora(checkpoints, even_rows, plain_run, one_rank):
 def test_what_dora_keeps(policy, kept, checkpoints):
     """Its last projection's output, but not where host memory is short."""
     family = FAMILIES["llama"]
-    model = meta_model(checkpoints(), "bnb_dora")
+    model = build_meta_model(checkpoints(), "bnb_dora")
     layer = model.get_submodule(family.layers)[0]
     assert _keep_last_output(layer, family, policy) is kept
     assert layer.mlp.down_proj.keeps_output is kept

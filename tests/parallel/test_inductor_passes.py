@@ -32,8 +32,8 @@ from parallel.inductor_passes import (
 )
 from quantization import operators as linear4bit
 from quantization.operators import WITHOUT_GRADIENT
-from tests.helpers.compiled import CHECKPOINTED, loss_compiled_with, two_steps
-from tests.helpers.distributed import once
+from tests.helpers.compiled import CHECKPOINTED, loss_compiled_with, two_step_args
+from tests.helpers.distributed import cache_results
 from tests.helpers.parity import PLAIN, arguments, assert_same
 from tests.helpers.runs import train_run
 
@@ -79,7 +79,7 @@ def rewritten_run(place, argv: list[str]):
 @pytest.fixture(scope="module")
 def rewritten(one_rank):
     """rewritten(args) -> what `rewritten_run` returns; computed once for the same arguments."""
-    return once(one_rank, rewritten_run)
+    return cache_results(one_rank, rewritten_run)
 
 
 def sums_of_shared(graph: torch.fx.Graph) -> int:
@@ -144,7 +144,7 @@ def test_siblings_are_joined(
 @pytest.mark.parametrize(("kind", "linears"), [("phi3", 4), ("gemma2", 7), ("qwen2", 7), ("gemma3", 7)])
 def test_families(kind, linears, checkpoints, one_rank, tmp_path):
     """Biases; fused linears, none of which reads another's x; norms behind the last ones, by which backward reads them."""
-    args = two_steps(checkpoints(kind), tmp_path)
+    args = two_step_args(checkpoints(kind), tmp_path)
     results, counted, _ = one_rank(rewritten_run, [*args, *CHECKPOINTED])[0]
     assert_same(one_rank(train_run, [*args, *PLAIN])[0], results)
     assert {numbers[0] for numbers in counted} == {linears}

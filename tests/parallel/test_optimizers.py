@@ -31,7 +31,7 @@ from parallel.optimizers import (
     make_schedule,
     merged_blocks,
 )
-from tests.helpers.adapters import meta_model
+from tests.helpers.adapters import build_meta_model
 from tests.helpers.runs import train_run
 
 FUSED = {"fused_adamw": torch.optim.AdamW, "fused_adam": torch.optim.Adam}
@@ -294,18 +294,18 @@ def groups_by_name(model, name: str) -> tuple[set[str], set[str]]:
 
 @pytest.mark.parametrize("name", ["adamw", "fused_adamw", "adamw_8bit"])
 def test_norms_biases_and_magnitudes_never_decay(name, checkpoints):
-    decayed, spared = groups_by_name(meta_model(checkpoints("llama_bias"), "bnb_dora"), name)
+    decayed, spared = groups_by_name(build_meta_model(checkpoints("llama_bias"), "bnb_dora"), name)
     assert {n.split(".")[-1] for n in decayed} == {"lora_A", "lora_B"}
     assert {n.split(".")[-1] for n in spared} == {"magnitude_change"}
 
-    full = meta_model(checkpoints("llama_bias"), "full")
+    full = build_meta_model(checkpoints("llama_bias"), "full")
     decayed, spared = groups_by_name(full, name)
     assert {n.split(".")[-1] for n in decayed} == {"weight"} and not any("norm" in n for n in decayed)
     assert {n.split(".")[-1] for n in spared} == {"weight", "bias"}
     assert all("norm" in n.split(".")[-2] for n in spared if n.endswith(".weight"))
     assert sum(n.endswith("layernorm.weight") for n in spared) == 6 and "model.norm.weight" in spared
 
-    expanded = meta_model(checkpoints("llama_bias_pro"), "bnb_llama_pro")
+    expanded = build_meta_model(checkpoints("llama_bias_pro"), "bnb_llama_pro")
     decayed, spared = groups_by_name(expanded, name)
     blocks = [f"model.layers.{i}." for i in expanded.config.llama_pro_new_layers]
     assert {n for n in spared if "bias" not in n} == {

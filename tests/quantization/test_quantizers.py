@@ -15,7 +15,7 @@ from options.errors import UserError
 from options.methods import HQQ_BITS
 from quantization import hqq
 from quantization.hqq import HQQ, pack_bits
-from tests.helpers.layers import close_together, quantized
+from tests.helpers.layers import quantized, weights_far_from_zero
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -57,14 +57,17 @@ def unfit(value: float) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("weight", "why"),
     [
-        (torch.cat((torch.randn(3, 64), close_together(1))), "has a block whose weights lie too far from 0"),
+        (
+            torch.cat((torch.randn(3, 64), weights_far_from_zero(1))),
+            "has a block whose weights lie too far from 0",
+        ),
         (unfit(torch.nan), "holds NaN or infinity"),
         (unfit(torch.inf), "holds NaN or infinity"),
     ],
     ids=["close together", "NaN", "infinity"],
 )
 def test_weights_that_hqq_cannot_pack_are_refused(weight, why):
-    HQQ(4).quantize(close_together(2))
+    HQQ(4).quantize(weights_far_from_zero(2))
     with pytest.raises(ValueError, match=why):
         HQQ(8).quantize(weight)
     files = SimpleNamespace(

@@ -25,10 +25,10 @@ from files.names import ADAPTER
 from finished.finished_run import load_model, open_run
 from monitoring.tracking import NoTracker
 from options.train import parse
-from tests.helpers.adapters import as_peft
+from tests.helpers.adapters import build_peft_model
 from tests.helpers.evaluation import options
-from tests.helpers.here import HERE, context
-from tests.helpers.runs import dense_tensors, make_job, randomize, trained_tensors, whole_run
+from tests.helpers.here import SINGLE_RANK, context
+from tests.helpers.runs import dense_tensors, full_run, make_job, randomize, trained_tensors
 from tests.helpers.small_tokenizers import BYTES
 from tests.helpers.tiny import write_alpaca
 from training import evaluator as evaluation
@@ -80,10 +80,10 @@ def test_the_loss_is_transformers(checkpoints, short_rows, one_rank, two_ranks):
     """12 rows in batches of 5, 5 and 2, of which a second rank has one: the same in one rank, in two, and row by
     row with transformers and PEFT on the dequantized weights."""
     args = options(checkpoints, short_rows, "--eval_share", "0.3", "--max_steps", "1", "--lr", "0")
-    rows = make_job(HERE, args).evaluation.rows
+    rows = make_job(SINGLE_RANK, args).evaluation.rows
     assert len(rows) == 12
     (one, _, dense, adapters), two = one_rank(run, args)[0], two_ranks(run, args)
-    model = as_peft(checkpoints(), dense, adapters, use_dora=True, alpha=16).eval()
+    model = build_peft_model(checkpoints(), dense, adapters, use_dora=True, alpha=16).eval()
     total = torch.zeros((), dtype=torch.float64)
     for i in range(len(rows)):
         batch = make_batch(rows, torch.tensor([i]), (1, int(rows.lengths()[i])))
@@ -107,7 +107,7 @@ def test_the_loss_does_not_depend_on_the_batches(checkpoints):
         logits = model(input_ids=batch.ids).logits
         return nn.functional.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), reduction="sum")
 
-    losses = [mean_loss(model, rows, size, loss_sum, HERE, context) for size in (1, 2)]
+    losses = [mean_loss(model, rows, size, loss_sum, SINGLE_RANK, context) for size in (1, 2)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
@@ -206,7 +206,7 @@ def overfitted(checkpoints, two_ranks, tmp_path_factory):
     more += ["--eval_every", "1", "--early_stopping_patience", "2", "--lr", "5e-2", "--save_model", "true"]
     more += ["--sample_every", "100", "--sample_tokens", "6", "--sample_prompts", root / "ask.txt"]
     args = options(checkpoints, data, *more, "--world_size", "2")
-    return root / "out", two_ranks(whole_run, train.check(parse(args)[0]))[0], args
+    return root / "out", two_ranks(full_run, train.check(parse(args)[0]))[0], args
 
 
 def metrics(folder: Path) -> list[dict]:
@@ -239,10 +239,10 @@ def test_a_run_that_stops_early_ends_as_usual(overfitted):
 def test_the_best_step_is_the_best(overfitted):
     """Opened again as runs, both results compute the losses that metrics.jsonl has for their steps."""
     folder, _, args = overfitted
-    rows, found = make_job(HERE, args).evaluation.rows, [m["eval_loss"] for m in metrics(folder)]
+    rows, found = make_job(SINGLE_RANK, args).evaluation.rows, [m["eval_loss"] for m in metrics(folder)]
     for path, expected in ((folder / "best", min(found)), (folder, found[-1])):
-        model = load_model(open_run(path), HERE.device, torch.float32)
-        loss = mean_loss(model, rows, 3, train.loss_sum, HERE, context)
+        model = load_model(open_run(path), SINGLE_RANK.device, torch.float32)
+        loss = mean_loss(model, rows, 3, train.loss_sum, SINGLE_RANK, context)
         assert loss == pytest.approx(expected, rel=1e-5)
 
 
@@ -253,9 +253,9 @@ def test_the_best_of_an_expanded_model_is_its_new_blocks(checkpoints, alpaca_fil
     weights = one_rank(run, list(map(str, args)))[0][3]
     stored = load_file(tmp_path / "best" / "new_blocks.safetensors")
     assert all(torch.equal(stored[name], weights[name]) for name in weights) and set(stored) == set(weights)
-    model = load_model(open_run(tmp_path / "best"), HERE.device, torch.float32)
-    rows = make_job(HERE, list(map(str, args))).evaluation.rows
-    loss = mean_loss(model, rows, 3, train.loss_sum, HERE, context)
+    model = load_model(open_run(tmp_path / "best"), SINGLE_RANK.device, torch.float32)
+    rows = make_job(SINGLE_RANK, list(map(str, args))).evaluation.rows
+    loss = mean_loss(model, rows, 3, train.loss_sum, SINGLE_RANK, context)
     score = json.loads((tmp_path / "best" / "evaluation.json").read_text())
     assert loss == pytest.approx(score["eval_loss"], rel=1e-5)
 
@@ -266,7 +266,7 @@ def test_the_best_of_an_expanded_model_is_its_new_blocks(checkpoints, alpaca_fil
 def test_samples_in_two_ranks_are_those_of_one(overfitted, one_rank, tmp_path):
     folder, printed, args = overfitted
     alone = [*args, "--output_dir", str(tmp_path / "one"), "--world_size", "1", "--batch_size", "10"]
-    one_rank(whole_run, train.check(parse(alone)[0]))
+    one_rank(full_run, train.check(parse(alone)[0]))
     lines = [(f / "samples.jsonl").read_text().splitlines() for f in (folder, tmp_path / "one")]
     both = [[json.loads(line) for line in part] for part in lines]
     last = len(metrics(folder))
@@ -286,7 +286,7 @@ class Counting(nn.Module):
 
 def test_greedy():
     """Prompts of different lengths; one ends early, one with its first token, one not at all."""
-    answers = greedy(Counting(), [[1, 2], [5], [3, 3, 7], [9, 1, 9, 10]], 4, [6, 9], HERE, context)
+    answers = greedy(Counting(), [[1, 2], [5], [3, 3, 7], [9, 1, 9, 10]], 4, [6, 9], SINGLE_RANK, context)
     assert answers == [[3, 4, 5], [], [8], [11, 12, 13, 14]]
 
 
@@ -296,7 +296,7 @@ def test_greedy_is_transformers_generate(checkpoints, one_rank):
     expected = model.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False)[
         0, len(prompt) :
     ].tolist()
-    assert greedy(model, [[7, 8, 9], prompt], 12, [], HERE, context)[1] == expected
+    assert greedy(model, [[7, 8, 9], prompt], 12, [], SINGLE_RANK, context)[1] == expected
 
 
 def test_a_sample_ends_where_the_next_question_begins(monkeypatch, tmp_path):
@@ -306,7 +306,7 @@ def test_a_sample_ends_where_the_next_question_begins(monkeypatch, tmp_path):
     monkeypatch.setattr(evaluation, "greedy", lambda *_: made)
     itself = types.SimpleNamespace(
         data=EvaluationData(None, prompts, []), sample_tokens=20, model=types.SimpleNamespace(config=LlamaConfig()),
-        rank_info=HERE, context=context, folder=tmp_path, tokenizer=BYTES, tracker=NoTracker())  # fmt: skip
+        rank_info=SINGLE_RANK, context=context, folder=tmp_path, tokenizer=BYTES, tracker=NoTracker())  # fmt: skip
     evaluation.Evaluator._sample(itself, 0)
     lines = [json.loads(line)["text"] for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
     assert lines == [" b", " b### Human: c"]

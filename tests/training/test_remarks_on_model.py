@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 import train
 from options.train import parse
 from tests.helpers.adapters import args_for
-from tests.helpers.expansion import edit
+from tests.helpers.expansion import edit_config
 from tests.helpers.logits import IDS, loss_and_logits, summed_cross_entropy
 
 ROUTER = "config.json: output_router_logits has no effect here: the loss is that of the tokens alone"
@@ -30,7 +30,7 @@ def test_the_auxiliary_loss_of_a_router(kind, train_type, checkpoints, alpaca_fi
         return [remark for remark in job.remarks if "output_router_logits" in remark]
 
     assert told() == []
-    edit(folder, output_router_logits=True, router_aux_loss_coef=0.5)
+    edit_config(folder, output_router_logits=True, router_aux_loss_coef=0.5)
     lines = told()
     assert len(lines) == kind.startswith("qwen3_moe")  # in other models it has no effect anywhere
     assert all(line.startswith(f"{folder}/{ROUTER}") for line in lines)
