@@ -1,7 +1,7 @@
 """The streaming load: fills a sharded model from a checkpoint's files, one tensor at a time.
 
 Each tensor is read and packed by one rank of a node, which sends the node's other ranks their shards. What
-becomes of a tensor is its module's business (`Packed` in quantization/layer.py), so nothing here knows
+becomes of a tensor is its module's business (`ConvertingModule` in quantization/layer.py), so nothing here knows
 adapters.
 """
 
@@ -28,12 +28,12 @@ from files.weight_cache import CacheWriter
 from launch.devices import set_current_device
 from launch.memory import empty_on_host
 from launch.ranks import RankInfo, gather_from_ranks
-from models.family import Family, clean
+from models.family import Family, unwrapped_name
 from models.longrope import make_rotary
 from models.loss import FrozenEmbedding
 from options.errors import UserError
 from parallel.shards import fill, part, shard_count
-from quantization.layer import Packed, pack, packs, quantizer_of
+from quantization.layer import ConvertingModule, convert_tensor, parameters_from, quantizer_for
 from quantization.quantizers import PackedWeight, pack_weight
 
 
@@ -48,7 +48,7 @@ def load_weights(
     cache: CacheWriter | None = None,
 ) -> None:
     """Gives a meta model, sharded by FSDP or not, memory and fills all of it: parameters from the checkpoint
-    or by their module (`Packed.initial_values`), buffers from constants and the config.
+    or by their module (`ConvertingModule.initial_values`), buffers from constants and the config.
 
     home: where the shards of the parameters are kept, rank_info.device or, with --use_cpu_offload, the CPU;
     workers: threads that read and pack; cache: gets what is packed.
@@ -57,15 +57,17 @@ def load_weights(
     packed; AssertionError if anything was left unfilled: it would train on garbage. Collective.
     """
     _materialize(model, family, rank_info.device, home)
-    params = {clean(name): p for name, p in model.named_parameters()}
+    params = {unwrapped_name(name): p for name, p in model.named_parameters()}
     filled = _stream(model, params, files, rank_info, workers, cache)
     for path, module in model.named_modules():
-        if isinstance(module, Packed):
+        if isinstance(module, ConvertingModule):
             # Seeded by name: the values depend neither on the order of modules nor on the number of ranks.
-            generator = torch.Generator().manual_seed((seed << 32) % 2**63 + zlib.crc32(clean(path).encode()))
+            generator = torch.Generator().manual_seed(
+                (seed << 32) % 2**63 + zlib.crc32(unwrapped_name(path).encode())
+            )
             for name, full in module.initial_values(generator).items():
-                fill(params[f"{clean(path)}.{name}"], full)
-                filled.add(f"{clean(path)}.{name}")
+                fill(params[f"{unwrapped_name(path)}.{name}"], full)
+                filled.add(f"{unwrapped_name(path)}.{name}")
     assert filled == set(params), f"not filled: {sorted(set(params) - filled)[:3]}"
 
 
@@ -80,12 +82,15 @@ def _materialize(model: PreTrainedModel, family: Family, device: torch.device, h
         rotary = make_rotary(family, model.config)
     model.set_submodule(family.rotary, rotary)
     for module in model.modules():
-        if isinstance(module, Packed):
+        if isinstance(module, ConvertingModule):
             module.fill_buffers(device)
     filled = {
-        id(b) for m in model.modules() if isinstance(m, Packed) or m is rotary for b in m.buffers(False)
+        id(b)
+        for m in model.modules()
+        if isinstance(m, ConvertingModule) or m is rotary
+        for b in m.buffers(False)
     }
-    for name, content in family.constants(model.config).items():
+    for name, content in family.constant_buffers(model.config).items():
         path, _, last = name.rpartition(".")
         buffer = model.get_buffer(name)
         assert buffer.shape == content.shape, f"{name}: {content.shape} for {buffer.shape}"
@@ -114,7 +119,7 @@ def _stream(
         ahead = deque(pool.submit(read, name, modules[name]) for name in islice(mine, workers))
         for i, name in enumerate(names):
             path, _, last = name.rpartition(".")
-            targets = {key: params[f"{path}.{key}"] for key in packs(modules[name], last)}
+            targets = {key: params[f"{path}.{key}"] for key in parameters_from(modules[name], last)}
             content: dict[str, Any] = dict.fromkeys(targets)
             owner = i % rank_info.local_world
             if owner == rank_info.local_rank:
@@ -122,7 +127,7 @@ def _stream(
                     source = ahead.popleft().result()
                     if cache and isinstance(source, PackedWeight):
                         cache.add(name, source)
-                    content |= pack(modules[name], last, source)
+                    content |= convert_tensor(modules[name], last, source)
                 except UserError as e:
                     finite.failed[name] = str(e)
                     # The node's other ranks wait for their shards, and end with this one when all is loaded.
@@ -150,7 +155,7 @@ def _read(name: str, module: nn.Module, finite: FiniteCheck, device: torch.devic
         tensor = source.to(device)
         finite.note(name, tensor)
         return pack_weight(
-            finite.files.tensor_origin(name), tensor, quantizer_of(module, name.rpartition(".")[2])
+            finite.files.tensor_origin(name), tensor, quantizer_for(module, name.rpartition(".")[2])
         )
 
 

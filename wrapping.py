@@ -30,7 +30,7 @@ from transformers import PreTrainedModel
 from launch.memory import can_pin
 from models.dora import DoRALinear
 from models.family import Family
-from models.loss import Head, freeze, shard_vocabulary
+from models.loss import Head, freeze_embedding, shard_vocabulary
 from parallel.activation_checkpointing import Keep, Recomputed, allow_graphs
 from parallel.activation_offload import HostStash, Offloaded
 from parallel.copy_engines import make_copies
@@ -94,7 +94,7 @@ def _keep_last_output(layer: nn.Module, family: Family, offload: OffloadPolicy) 
     last = layer.get_submodule(family.outputs[-1])
     if not isinstance(last, DoRALinear) or not isinstance(last.base, Linear4bit):
         return False
-    last.keeps_output = True
+    last.saves_output = True
     return True
 
 
@@ -187,7 +187,7 @@ def wrap(
         shard_vocabulary(modules, mesh)
     ignored |= {m.weight for m in frozen if isinstance(m.weight, nn.Parameter)}
     if mesh.device_type == "cuda" and embedding_on_host(model, family):
-        freeze(embedding).on_host = True
+        freeze_embedding(embedding).on_host = True
     if not tied:
         for end in (embedding, head):
             if end not in frozen:

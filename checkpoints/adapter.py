@@ -17,7 +17,7 @@ from files.base_model import BaseModel
 from files.disk_room import check_free_space
 from files.names import ADAPTER, ADAPTER_CONFIG
 from files.tensors import save_tensors
-from models.family import clean
+from models.family import unwrapped_name
 from models.lora import LoRALinear
 from options.config import Config
 from parallel.shards import gather
@@ -43,7 +43,7 @@ def save_adapter(
         if isinstance(module, LoRALinear):
             for name, full in module.peft_tensors(gather).items():
                 if dist.get_rank() == 0:
-                    tensors[f"base_model.model.{clean(path)}.{name}"] = full.contiguous()
+                    tensors[f"base_model.model.{unwrapped_name(path)}.{name}"] = full.contiguous()
     if dist.get_rank() != 0:
         return
     description = _describe(config, base, targets)

@@ -31,10 +31,10 @@ from files.tensors import StoredTensor
 from files.tokenizer import compare_with_files, read_tokenizer
 from launch.program import print_error, quiet_libraries, shell_command
 from models.family import Family
-from models.llama_pro import NEW_LAYERS, evenly, is_expanded, new_layers, sources
-from models.redundant import UNTIED, as_loaded, corrected_config
+from models.llama_pro import NEW_LAYERS, is_expanded, new_layers, source_layers, spread_new_blocks
+from models.redundant import UNTIED, corrected_config, sync_tied_embeddings
 from models.registry import build_on_meta, check_weights, open_weights, read_config
-from models.toy import toy_model
+from models.toy import make_toy_model
 from options.block_expansion import Options
 from options.config import TOY_MODEL
 from options.errors import DONE, UserError
@@ -58,14 +58,14 @@ def positions(options: Options, layers: int) -> list[int]:
         count = max(1, math.floor(min(layers * options.expansion_rate, MAX_LAYERS) + 0.5))
     if layers + count > MAX_LAYERS:
         raise UserError(f"{layers} layers and {count:,} new ones: at most {MAX_LAYERS:,} are built")
-    return evenly(layers, count) if options.after is None else sorted(options.after)
+    return spread_new_blocks(layers, count) if options.after is None else sorted(options.after)
 
 
 def read_model(options: Options) -> tuple[PretrainedConfig, Family, CheckpointFiles, str | None]:
     """The checked model to start from, and the tensor of its head as `open_weights` returns it. Raises
     UserError."""
     name = options.model_name
-    folder = toy_model(toy_texts()) if name == TOY_MODEL else find_model(name)
+    folder = make_toy_model(toy_texts()) if name == TOY_MODEL else find_model(name)
     if Path(options.output_dir).resolve() == folder.resolve():
         raise UserError(f"--output_dir {folder}: is the folder of --model_name; choose another")
     config, family = read_config(folder)
@@ -89,7 +89,7 @@ def read_model(options: Options) -> tuple[PretrainedConfig, Family, CheckpointFi
 
 
 def expanded_tensors(files: CheckpointFiles, family: Family, source: list[int]) -> dict[str, Entry]:
-    """The tensors of the expanded model, each beside the one that it copies. source: as llama_pro.sources."""
+    """The tensors of the expanded model, each beside the one that it copies. source: as llama_pro.source_layers."""
     first = {layer: source.index(layer) for layer in source}
     entries: dict[str, Entry] = {}
     silenced: dict[int, set[str]] = {i: set() for i, layer in enumerate(source) if i != first[layer]}
@@ -99,7 +99,7 @@ def expanded_tensors(files: CheckpointFiles, family: Family, source: list[int]) 
             entries[name] = entry
             continue
         for i in range(first[layer], first[layer] + source.count(layer)):
-            value = family.silent_value(rest) if i in silenced else None
+            value = family.identity_value(rest) if i in silenced else None
             entries[f"{family.layers}.{i}.{rest}"] = entry if value is None else filled(entry, value)
             if value is not None:
                 silenced[i].add(rest.partition(".")[0])
@@ -121,7 +121,7 @@ def expanded_config(raw: dict, config: PretrainedConfig, source: list[int]) -> d
     makes of it, in which lists that follow from a pattern (a kind of attention for each layer) are written
     out."""
     layers, resolved = config.num_hidden_layers, config.to_dict()
-    new = dict(as_loaded(raw, config))
+    new = dict(sync_tied_embeddings(raw, config))
     for key, value in per_layer_lists(raw | resolved, layers).items():
         new[key] = [value[layer] for layer in source]
     if isinstance(raw.get("max_window_layers"), int):  # that many layers, the first ones, have full attention
@@ -139,7 +139,7 @@ def expanded_config(raw: dict, config: PretrainedConfig, source: list[int]) -> d
 def expand(options: Options) -> str:
     """Writes the expanded model; returns what to tell of it."""
     config, family, files, _ = read_model(options)
-    source = sources(config.num_hidden_layers, positions(options, config.num_hidden_layers))
+    source = source_layers(config.num_hidden_layers, positions(options, config.num_hidden_layers))
     raw = read_json(files.folder / CONFIG, MAX_CONFIG_BYTES)
     new_config = expanded_config(raw, config, source)
     entries = expanded_tensors(files, family, source)

@@ -32,14 +32,14 @@ from files.disk_room import check_free_space
 from files.model_folder import CheckpointFiles
 from files.names import BLOCKS
 from files.tensors import read_header
-from models.family import Family, clean
+from models.family import Family, unwrapped_name
 from models.llama_pro import NEW_LAYERS, new_layers
 from options.errors import UserError
 
 
 def _trained_blocks(model: PreTrainedModel, family: Family, files: CheckpointFiles) -> dict[str, Entry]:
     """The parameters of the new layers, in the checkpoint's dtypes."""
-    new, params = new_layers(model.config), {clean(name): p for name, p in model.named_parameters()}
+    new, params = new_layers(model.config), {unwrapped_name(name): p for name, p in model.named_parameters()}
     names = [name for name in files.tensors if family.locate_layer(name)[0] in new]
     assert {n for n, p in params.items() if p.requires_grad} == set(names)
     return {name: gathered(params[name], files.tensors[name].torch_dtype) for name in names}
@@ -54,7 +54,7 @@ def save_model(
 ) -> None:
     """Writes a whole trained model as the base's folder is laid out: same names, dtypes, config and
     tokenizer, but for `small_files`, {name: text}. Collective; rank 0 writes, one tensor at a time."""
-    params = {clean(name): p for name, p in model.named_parameters()}  # a tied head is listed once
+    params = {unwrapped_name(name): p for name, p in model.named_parameters()}  # a tied head is listed once
     entries = {name: gathered(p, files.tensors[name].torch_dtype) for name, p in params.items()}
     _write_together(folder, shards_of(entries, SHARD_BYTES), files, base, small_files)
 

@@ -4,7 +4,7 @@
     optimizer.<key>.<parameter>        the same, or one number; of 8-bit optimizers each rank's own: .<key>@<rank>
     random.cpu@<rank>, random.cuda@<rank>
 
-Names are the checkpoint files' (`clean`), so that neither the way the model is wrapped nor the number of ranks matters.
+Names are the checkpoint files' (`unwrapped_name`), so that neither the way the model is wrapped nor the number of ranks matters.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 from checkpoints.storage import Reader, Saved, dtype_of, rank_of
 from files.finite import find_nonfinite, is_finite
 from launch.ranks import gather_from_ranks
-from models.family import clean
+from models.family import unwrapped_name
 from options.errors import UserError, describe
 from parallel.optimizers import ShardedAdamW, has_blocks, merged_blocks
 from parallel.shards import part
@@ -31,7 +31,7 @@ Tensors = dict[str, torch.Tensor]
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    return {clean(name): p for name, p in model.named_parameters() if p.requires_grad}
+    return {unwrapped_name(name): p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def describe_not_finite(model: nn.Module) -> str:

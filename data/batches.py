@@ -41,7 +41,7 @@ class Batch:
     longest: int | None = None
 
     def inputs(self) -> dict:
-        """What SummedLoss takes. From positions that begin again transformers knows the rows, and confines
+        """What SummedLossMixin takes. From positions that begin again transformers knows the rows, and confines
         its masks to them; models/attention.py knows them from the bounds."""
         own = {"input_ids": self.ids, "row_lengths": self.lengths}
         if self.positions is None:

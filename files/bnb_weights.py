@@ -84,7 +84,7 @@ class BnbWeight:
                 continue
             if not self._has_table(suffix, table):
                 raise UserError(f"{origin}: its {suffix} is not that of nf4")
-        codes, scales = self.quantizer.sizes(self.shape)
+        codes, scales = self.quantizer.packed_sizes(self.shape)
         scales -= 4 * double  # the offset is in the JSON object
         stored_scales = [_nbytes(self.tensors[s]) for s in ("absmax", *["nested_absmax"] * double)]
         if _nbytes(self.tensors[""]) != codes or sum(stored_scales) != scales:

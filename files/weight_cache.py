@@ -62,7 +62,7 @@ class CachedWeight:
         try:
             tensors = list_tensors(self.file)
             codes_and_scales = [tensors[f"{self.name}.{kind}"] for kind in ("codes", "scales")]
-            expected = [(torch.uint8, (n_bytes,)) for n_bytes in self.quantizer.sizes(self.shape)]
+            expected = [(torch.uint8, (n_bytes,)) for n_bytes in self.quantizer.packed_sizes(self.shape)]
             found = [(stored.dtype, stored.shape) for stored in codes_and_scales]
             assert found == expected, f"{self.name}: another dtype or size"
             packed = PackedWeight(*(read_tensor(self.file.parent, stored) for stored in codes_and_scales))
@@ -192,7 +192,7 @@ def plan_cache(
             raise UserError(f"--quantized_cache {folder}: is {name}, or above it; choose a folder of its own")
     check_writable(folder.parent, "--quantized_cache")  # for the staging folder
     header = {"version": VERSION, "model": digest_packed(files, names)}
-    sizes = (sum(quantizer.sizes(files.tensors[name].shape)) for name in names)
+    sizes = (sum(quantizer.packed_sizes(files.tensors[name].shape)) for name in names)
     return CachePlan(folder, header | describe_packer(quantizer, device_type), sum(sizes))
 
 

@@ -27,7 +27,7 @@ from launch.precision import choose_precision, has_bf16_gpu
 from launch.program import print_error, quiet_libraries
 from launch.ranks import RankInfo
 from models.causal_lm import loss_sum
-from models.family import rope_switch
+from models.family import longrope_threshold
 from models.lora import adapters_off
 from options.errors import UserError
 from options.evaluate import Options
@@ -52,7 +52,9 @@ def generate_answers(
     )
     answers: list[list[int]] = [[] for _ in prompts]
     lengths = torch.tensor([len(prompt) for prompt in prompts])
-    for batch in itertools.chain(*grouped(lengths, batch_size, rope_switch(model.config), growth=tokens)):
+    for batch in itertools.chain(
+        *grouped(lengths, batch_size, longrope_threshold(model.config), growth=tokens)
+    ):
         chosen = batch.tolist()
         width = len(prompts[chosen[0]])
         ids = torch.zeros(len(chosen), width, dtype=torch.int64, device=device)

@@ -30,7 +30,7 @@ from finished.layerwise import compare, plain_logits, trained_logits
 from finished.merge import merged_entries
 from finished.model_card import card
 from launch.program import print_error, quiet_libraries
-from models.redundant import as_loaded
+from models.redundant import sync_tied_embeddings
 from models.registry import read_config
 from options.errors import UserError, describe
 from options.export import Options
@@ -117,7 +117,7 @@ def plan_dtypes(options: Options, run: Run) -> Callable[[torch.dtype], torch.dty
 def model_config(run: Run, entries: dict[str, Entry]) -> dict:
     """config.json of the merged model: the base's, but of weights that are not packed, in their dtype."""
     raw = read_json(run.base / CONFIG, MAX_CONFIG_BYTES)
-    raw = as_loaded(raw, run.model_config)
+    raw = sync_tied_embeddings(raw, run.model_config)
     raw.pop("quantization_config", None)
     raw.setdefault("architectures", [run.family.model_class.__name__])
     if any(entry.dtype != run.files.tensors[name].dtype for name, entry in entries.items()):

@@ -37,12 +37,12 @@ from files.tensors import read_header
 from files.tokenizer import read_tokenizer
 from launch.precision import Precision
 from launch.ranks import RankInfo
-from models.adapters import apply_method, check_packing
+from models.adapters import apply_method, check_quantization
 from models.family import Family
 from models.llama_pro import new_layers
 from models.lora import LoRALinear
 from models.registry import build_on_meta, open_weights, read_config
-from models.toy import toy_model
+from models.toy import make_toy_model
 from options.config import FIELDS, TOY_MODEL, Config
 from options.errors import UserError
 from options.limits import MAX_CONFIG_BYTES, read_json
@@ -145,7 +145,9 @@ def _open_model(folder: Path, config: Config, name: str | None, given: str | Non
     """The Run of the model `name` by itself: a hub id, a folder or the demo model; None: of what `folder`
     holds, which may be called like one of these. given: --base_model."""
     with _naming(name, given):
-        base = folder if name is None else toy_model(toy_texts()) if name == TOY_MODEL else find_model(name)
+        base = (
+            folder if name is None else make_toy_model(toy_texts()) if name == TOY_MODEL else find_model(name)
+        )
         model_config, family = read_config(base)
         detect_bnb_packing(getattr(model_config, "quantization_config", None), base)
         if name is not None:
@@ -235,7 +237,7 @@ def _check_adapter(run: Run, found: dict[str, tuple[list[int], str]]) -> None:
     """Raises UserError unless the adapter holds exactly the tensors, by name and shape, of numbers with a
     fraction, that the run's options make of its base. found: as `_read_adapter_header` gives it."""
     path, model = run.adapter, build_on_meta(run.model_config, run.family)
-    check_packing(model, run.family, run.config, run.files)
+    check_quantization(model, run.family, run.config, run.files)
     apply_method(model, run.family, run.config, Precision(torch.float32, torch.float32), run.files)
     wanted = {
         f"{PREFIX}{name}.{part}": list(tensor.shape)

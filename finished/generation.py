@@ -32,8 +32,8 @@ from data.formats import FORMATS, GUANACO_MARKERS, Format, RenderContext, asked,
 from data.stops import stop_tokens
 from finished.finished_run import Run, load_model, load_tokenizer, open_base, open_run, set_adapter
 from launch.precision import Precision, choose_precision
-from models.adapters import exchange_adapters
-from models.dora import fixed_norms
+from models.adapters import replace_adapters
+from models.dora import cached_norms
 from models.lora import adapters_off
 from options.data_files import file_suffix
 from options.errors import UserError
@@ -169,7 +169,7 @@ class Voices:
             return
         if self.loaded and self.model is not None and run.adapter:
             if _adapter_options(self.loaded) != _adapter_options(run):
-                exchange_adapters(self.model, run.family, run.config)
+                replace_adapters(self.model, run.family, run.config)
             set_adapter(self.model, run)
         else:
             self.loaded = self.model = None  # the room of one whole model before the next takes it
@@ -188,7 +188,7 @@ class Voices:
         with contextlib.ExitStack() as stack:
             stack.enter_context(torch.inference_mode())
             stack.enter_context(self._precision(self.loaded).context(self.device.type))
-            stack.enter_context(fixed_norms(self.model))
+            stack.enter_context(cached_norms(self.model))
             if run is None:
                 stack.enter_context(adapters_off(self.model))
             yield

@@ -21,7 +21,7 @@ from models.longrope import make_rotary
 from models.lora import LoRALinear
 from models.registry import build_on_meta
 from parallel.shards import fill
-from quantization.layer import Packed, pack, quantize_linears, quantizer_of
+from quantization.layer import ConvertingModule, convert_tensor, quantize_linears, quantizer_for
 from quantization.quantizers import pack_weight
 
 FP32 = Precision(torch.float32, torch.float32)
@@ -98,9 +98,9 @@ def _load(
     part, prefix = model.get_submodule(path), f"{path}."
     part.to_empty(device=device)
     for module in part.modules():
-        if isinstance(module, Packed):
+        if isinstance(module, ConvertingModule):
             module.fill_buffers(device)
-    for name, content in family.constants(model.config).items():
+    for name, content in family.constant_buffers(model.config).items():
         if name.startswith(prefix):
             model.get_buffer(name).copy_(content)
     params, filled = dict(part.named_parameters()), set()
@@ -110,9 +110,9 @@ def _load(
             where, _, last = name.rpartition(".")
             module = model.get_submodule(where)
             tensor = pack_weight(
-                files.tensor_origin(source), files.read(source).to(device), quantizer_of(module, last)
+                files.tensor_origin(source), files.read(source).to(device), quantizer_for(module, last)
             )
-            for key, full in pack(module, last, tensor).items():
+            for key, full in convert_tensor(module, last, tensor).items():
                 key = f"{where}.{key}".removeprefix(prefix)
                 fill(params[key], full)
                 filled.add(key)

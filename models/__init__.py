@@ -1,5 +1,5 @@
-"""What a model is made of: a small file per family, adapters, the embedding and the head, the loss, attention.
+"""Models: one small file per family, adapters, attention, the embedding and the head, the loss.
 
 May import: options, launch, quantization, files, data.
-Start in registry.py: FAMILIES, and how a model is built on the meta device; family.py says what a family is.
+Start in registry.py, which lists FAMILIES and builds a model on the meta device; family.py defines a family.
 """

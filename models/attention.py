@@ -1,16 +1,18 @@
-"""Which attention a training run computes with, and the two kinds that need no mask.
+"""Choose the attention of a training run, and register the two kinds that need no mask.
 
-`attend_causally`: PyTorch's causal attention, of lines that are one row each. `attend_within_rows`: its
-variable-length kernel, which never computes scores between packed rows, and none beyond a sliding window.
+`attend_causally`: PyTorch's causal attention, for lines that hold one row each. `attend_within_rows`:
+PyTorch's variable-length kernel, which computes no scores between packed rows, and none beyond a sliding
+window.
 
-Everything else - packed rows or a sliding window on a GPU before Ampere, on a CPU or in fp32, a cap on scores,
-dropout of scores - goes by the family's own attention, with transformers' masks: [B, 1, T, T] booleans, made once per
-micro-batch and kind of layer, and shared by the layers. To know whether a mask must keep rows apart transformers
-looks for positions that begin again, and a GPU is waited for, once per kind, before the first layer
-(masking_utils.find_packed_sequence_indices, packed rows or not). It does none of that for an implementation that it
-has no mask function for, as ours.
+All other cases use the family's own attention with transformers' masks: packed rows or a sliding window on a
+GPU before Ampere, on a CPU or in fp32; a cap on scores; dropout of scores. The masks are [B, 1, T, T]
+booleans, made once per micro-batch and kind of layer, and shared by the layers. To decide whether a mask must
+separate rows, transformers looks for positions that start again (masking_utils.find_packed_sequence_indices,
+packed rows or not): the host waits for the GPU once per kind, before the first layer. transformers skips this
+for an implementation that has no mask function, such as the two here.
 
-Shapes: B lines of a batch, T tokens of a line, H query heads, K key and value heads, D features of a head, N rows.
+Shapes: B lines of a batch, T tokens of a line, H query heads, K key and value heads, D features of a head, N
+rows.
 """
 
 from __future__ import annotations
@@ -26,36 +28,44 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from models.family import Family
 
-# The names that transformers knows ours by.
+# Our names in transformers' registry.
 CAUSAL, VARLEN = "causal_lines", "varlen_rows"
-# Up to 2.11 torch takes fewer key and value heads than query heads without being told.
-_GROUPED: dict[str, Any] = (
+# Newer versions of torch need this for fewer key and value heads than query heads; versions up to 2.11 have
+# no flag.
+_VARLEN_OPTIONS: dict[str, Any] = (
     {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 )
 
 
 def choose_attention(
-    config: PretrainedConfig, family: Family, dtype: torch.dtype, packing: bool, longest: int
+    config: PretrainedConfig, family: Family, dtype: torch.dtype, packing: bool, max_tokens: int
 ) -> str:
-    """By transformers' name, what computes attention on this hardware. dtype: of the matmuls; longest: tokens that
-    a line of training has at most."""
+    """Return the name, in transformers' registry, of the attention to compute with on this hardware.
+
+    Args:
+        config: the model's configuration.
+        family: the model's family.
+        dtype: of the matmuls.
+        packing: whether a line may hold several rows.
+        max_tokens: of a line of training.
+    """
     if family.attention != "sdpa":
         return family.attention
     window = getattr(config, "sliding_window", None)
-    if not packing and (window is None or longest <= window):
+    if not packing and (window is None or max_tokens <= window):
         return CAUSAL
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     suits = (
         not config.attention_dropout
         and dtype in (torch.float16, torch.bfloat16)
-        and head % 8 == 0
-        and (head <= 192 or head == 256)  # between them its backward does not run on every GPU
+        and head_dim % 8 == 0
+        and (head_dim <= 192 or head_dim == 256)  # between them its backward does not run on every GPU
     )
     return VARLEN if suits and has_varlen() else family.attention
 
 
 def has_varlen() -> bool:
-    """Whether this process computes on GPUs that the kernel runs on: Ampere and newer."""
+    """Return whether this process computes on GPUs that run the kernel: Ampere and newer."""
     built = torch.cuda.is_available() and torch.backends.cuda.is_flash_attention_available()
     return built and torch.cuda.get_device_capability() >= (8, 0)
 
@@ -69,13 +79,25 @@ def attend_causally(
     sliding_window: int | None = None,
     **others,
 ) -> tuple[torch.Tensor, None]:
-    """Causal attention of whole lines, no padding on their left and no cache: (result [B, T, H, D], None). query:
-    [B, H, T, D], key and value: [B, K, T, D]; the arguments are transformers' (AttentionInterface)."""
+    """Compute causal attention of whole lines, without padding on the left and without a cache.
+
+    The arguments are transformers' (AttentionInterface).
+
+    Args:
+        query: [B, H, T, D].
+        key, value: [B, K, T, D].
+        attention_mask: must be None.
+        sliding_window: number of last tokens that a token sees, itself included.
+
+    Returns:
+        (result [B, T, H, D], None).
+    """
     assert attention_mask is None
     length = query.shape[2]
-    if sliding_window is not None and length > sliding_window:  # longer than training's, so rare
-        at = torch.arange(length, device=query.device)
-        attention_mask = ((at <= at[:, None]) & (at > at[:, None] - sliding_window))[None, None]
+    if sliding_window is not None and length > sliding_window:  # rare: a line longer than those of training
+        positions = torch.arange(length, device=query.device)
+        age = positions[:, None] - positions
+        attention_mask = ((age >= 0) & (age < sliding_window))[None, None]
     return sdpa_attention_forward(module, query, key, value, attention_mask, **others)
 
 
@@ -93,26 +115,37 @@ def attend_within_rows(
     max_length_q: int | None = None,
     **others,
 ) -> tuple[torch.Tensor, None]:
-    """Causal attention within rows: (result [B, T, H, D], None). query: [B, H, T, D], key and value: [B, K, T, D].
+    """Compute causal attention within each row of packed lines.
 
-    The arguments are transformers' (AttentionInterface), `others` those of other implementations. cu_seq_lens_q
-    [N + 1] int32: where rows begin and end in the batch as one line of B * T tokens, to the last of them;
-    max_length_q: of the longest. Rows of no tokens are allowed. Without them each line is a row. sliding_window:
-    the last tokens that a token sees, itself included.
+    The arguments are transformers' (AttentionInterface).
+
+    Args:
+        query: [B, H, T, D].
+        key, value: [B, K, T, D].
+        attention_mask, softcap: must be None.
+        dropout: must be 0.
+        sliding_window: number of last tokens that a token sees, itself included.
+        cu_seq_lens_q: [N + 1] int32, bounds of the rows in the batch as one line of B * T tokens; the last is
+            B * T. Rows without tokens are allowed. None: each line is a row.
+        max_length_q: tokens of the longest row.
+        others: arguments for other implementations; not used.
+
+    Returns:
+        (result [B, T, H, D], None).
     """
-    # transformers makes no masks for an implementation that it has no mask function for.
+    # transformers makes no masks for an implementation that has no mask function.
     assert attention_mask is None and not dropout and softcap is None
     batch, heads, length, features = query.shape
     if cu_seq_lens_q is None:
-        ends = (batch + 1) * length
-        cu_seq_lens_q = torch.arange(0, ends, length, dtype=torch.int32, device=query.device)
+        end = (batch + 1) * length
+        cu_seq_lens_q = torch.arange(0, end, length, dtype=torch.int32, device=query.device)
         max_length_q = length
-    # Under autocast rotary tables in fp32 make queries and keys fp32; values are as the linears computed them.
+    # Under autocast, fp32 rotary tables make queries and keys fp32; values have the linears' dtype.
     q, k, v = (x.to(value.dtype).transpose(1, 2).flatten(0, 1).contiguous() for x in (query, key, value))
-    window = (-1 if sliding_window is None else sliding_window - 1, 0)  # tokens before and after its own
+    window = (-1 if sliding_window is None else sliding_window - 1, 0)  # tokens before and after the token
     assert max_length_q is not None
     bounds = (cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q)
-    result = varlen_attn(q, k, v, *bounds, scale=scaling, window_size=window, **_GROUPED)
+    result = varlen_attn(q, k, v, *bounds, scale=scaling, window_size=window, **_VARLEN_OPTIONS)
     return result.view(batch, length, heads, features), None  # type: ignore[union-attr] # a tensor: no aux
 
 

@@ -1,4 +1,7 @@
-"""transformers' ForCausalLM classes with a forward that returns the loss instead of the logits (models/loss.py)."""
+"""transformers' ForCausalLM classes with a forward that returns the loss (models/loss.py), not the logits.
+
+Shapes: B lines of a batch, T tokens of a line.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +18,11 @@ from models.loss import Head
 if TYPE_CHECKING:
     Base = PreTrainedModel
 else:
-    Base = object  # `with_summed_loss` adds the model
+    Base = object  # `summed_loss_class` adds the model's class
 
 
-class SummedLoss(Base):
-    """Comes before a ForCausalLM class among the bases. Its head is one that `put_head` put there."""
+class SummedLossMixin(Base):
+    """A mixin for a ForCausalLM class. Its head must be one of `replace_head`."""
 
     def forward(
         self,
@@ -29,9 +32,15 @@ class SummedLoss(Base):
         row_lengths: torch.Tensor | None = None,
         **kwargs,
     ):
-        """As the class's own; or with targets [B, T], the cross-entropy summed over those that are not IGNORE,
-        all of which are at `places`. places, row_lengths: as Batch.places and Batch.lengths, the latter for a rotary
-        embedding that goes by them (models/longrope.py)."""
+        """Return the model's own output, or with targets the summed loss (fp32).
+
+        Args:
+            args, kwargs: the model's own arguments.
+            targets: [B, T]. The cross-entropy is summed over targets that are not IGNORE; all of these are at
+                `target_positions`.
+            target_positions: Batch.target_positions.
+            row_lengths: Batch.lengths, for a rotary embedding that depends on them (models/longrope.py).
+        """
         rotary: Any = getattr(self.base_model, "rotary_emb", None)
         if hasattr(rotary, "row_lengths"):
             rotary.row_lengths = row_lengths
@@ -42,13 +51,16 @@ class SummedLoss(Base):
 
 
 @cache
-def with_summed_loss(model_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
-    return type(model_class.__name__, (SummedLoss, model_class), {})
+def summed_loss_class(model_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """Return a class of the same name whose forward is SummedLossMixin's."""
+    return type(model_class.__name__, (SummedLossMixin, model_class), {})
 
 
-def put_head(model: nn.Module, name: str, scale: float, cap: float | None) -> None:
-    """Puts a Head in the place of the linear of that dotted name; its weight stays the same parameter. scale, cap:
-    as Family.logit_scale and logit_cap."""
+def replace_head(model: nn.Module, name: str, scale: float, cap: float | None) -> None:
+    """Replace the linear of that dotted name by a Head with the same weight parameter.
+
+    scale, cap: values of Family.logit_scale and Family.logit_cap.
+    """
     linear = model.get_submodule(name)
     assert isinstance(linear, nn.Linear)
     with torch.device("meta"):
@@ -58,7 +70,7 @@ def put_head(model: nn.Module, name: str, scale: float, cap: float | None) -> No
 
 
 def loss_sum(model: nn.Module, batch: Batch) -> torch.Tensor:
-    """Cross-entropy summed over the batch's targets, in fp32."""
-    # No attention mask: padding is on the right, where causal attention never looks, and has no targets. Packed
-    # rows say where they begin and end.
+    """Return the cross-entropy summed over the batch's targets, in fp32."""
+    # No attention mask: padding is on the right, where causal attention never looks, and has no targets.
+    # Batches of packed rows hold the rows' bounds.
     return model(**batch.inputs(), targets=batch.targets, target_positions=batch.target_positions)

@@ -1,7 +1,9 @@
-"""Rows of a table in page-locked host memory, read by the GPU itself in one Triton kernel: nothing is copied but the
-rows that are asked for, and the host does not wait to be told which.
+"""Gather rows of a table in page-locked host memory: the GPU reads them itself in one Triton kernel.
 
+Only the requested rows are transferred, and the host does not wait for the indices.
 Imported only where there is a GPU that Triton supports.
+
+Shapes: N tokens, S rows of the table, H hidden features.
 """
 
 from __future__ import annotations
@@ -14,22 +16,27 @@ BLOCK = 1024  # features of a program
 
 
 @triton.jit
-def _gather(rows, index, here, out, features, HAS_HERE: tl.constexpr, BLOCK: tl.constexpr):
+def _gather(table, index, mask, out, features, HAS_MASK: tl.constexpr, BLOCK: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
-    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    wanted = at < features
-    if HAS_HERE:
-        wanted = wanted & tl.load(here + token)
-    row = tl.load(rows + tl.load(index + token) * features + at, wanted, 0.0)
-    tl.store(out + token * features + at, row, at < features)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    wanted = columns < features
+    if HAS_MASK:
+        wanted = wanted & tl.load(mask + token)
+    row = tl.load(table + tl.load(index + token) * features + columns, wanted, 0.0)
+    tl.store(out + token * features + columns, row, columns < features)
 
 
-def gather(rows: torch.Tensor, index: torch.Tensor, here: torch.Tensor | None) -> torch.Tensor:
-    """[N, H] on the GPU of `index`, [N] int64: rows[index], zeros where not `here` [N] bool (None: everywhere). rows
-    [S, H]: pinned."""
-    out = torch.empty(len(index), rows.shape[1], dtype=rows.dtype, device=index.device)
+def gather_rows(table: torch.Tensor, index: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Return table[index], with zeros where the mask is False: [N, H] on the GPU of `index`.
+
+    Args:
+        table: [S, H] in pinned host memory.
+        index: [N] int64.
+        mask: [N] bool; None: all True.
+    """
+    out = torch.empty(len(index), table.shape[1], dtype=table.dtype, device=index.device)
     if len(index):
-        grid = (len(index), triton.cdiv(rows.shape[1], BLOCK))
-        flags = index if here is None else here
-        _gather[grid](rows, index, flags, out, rows.shape[1], HAS_HERE=here is not None, BLOCK=BLOCK)
+        grid = (len(index), triton.cdiv(table.shape[1], BLOCK))
+        mask_or_any = index if mask is None else mask  # the kernel needs a pointer, and does not read it
+        _gather[grid](table, index, mask_or_any, out, table.shape[1], HAS_MASK=mask is not None, BLOCK=BLOCK)
     return out

@@ -1,8 +1,8 @@
 """Gemma 2: sliding and full attention in turn, soft caps on attention scores and logits, a scaled embedding.
 
 Attention is transformers' eager one, the only one that applies the cap on scores: PyTorch's fused kernels
-cannot, and transformers up to 5.17 drops the cap without a word where they are asked for. The price is the
-[B, heads, T, T] scores of one layer in memory: in bf16, 8 bytes each until backward.
+cannot, and transformers up to 5.17 silently drops the cap for them. The price is the [B, heads, T, T] scores
+of one layer in memory: in bf16, 8 bytes each until backward.
 """
 
 import torch
@@ -12,24 +12,24 @@ from transformers.models.gemma2.modeling_gemma2 import Gemma2ForCausalLM, Gemma2
 from models.family import Family
 
 # The norms after attention and MLP; Gemma's multiply by 1 + weight.
-SILENT = (("post_attention_layernorm", -1.0), ("post_feedforward_layernorm", -1.0))
+IDENTITY_INIT = (("post_attention_layernorm", -1.0), ("post_feedforward_layernorm", -1.0))
 
 
-def constants(config: Gemma2Config) -> dict[str, torch.Tensor]:
-    """What the embedding is multiplied with. transformers rounds it to the embedding's dtype, and so do we."""
+def constant_buffers(config: Gemma2Config) -> dict[str, torch.Tensor]:
+    """Return the embedding's scale. The load rounds it to the embedding's dtype, as transformers does."""
     return {"model.embed_tokens.embed_scale": torch.tensor(config.hidden_size**0.5)}
 
 
 def logit_cap(config) -> float | None:
-    """Of Gemma 2 and 3; other families' classes compute nothing with this value of a config."""
+    """Return the cap of Gemma 2 and 3. Classes of other families ignore this value of a config."""
     return config.final_logit_softcapping
 
 
 FAMILY = Family(
     model_class=Gemma2ForCausalLM,
     rotary_class=Gemma2RotaryEmbedding,
-    silent=SILENT,
+    identity_init=IDENTITY_INIT,
     attention="eager",
-    constants=constants,
+    constant_buffers=constant_buffers,
     logit_cap=logit_cap,
 )

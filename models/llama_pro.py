@@ -1,12 +1,14 @@
-"""Llama-Pro (Wu et al., arXiv 2401.02415, section 3.2): copies of decoder layers are put between the layers of
-a trained model, and only they are trained. A copy starts as the identity: its output projections - attention's
-and the MLP's, weights and biases - are zero, so both branches add nothing to the hidden states.
+"""Llama-Pro (Wu et al., arXiv 2401.02415, section 3.2): train copies of decoder layers between frozen layers.
 
-Where a norm follows them (Gemma 2 and 3), a branch is silenced by the norm's weight instead, and its projections stay
-copies. Zeros before an RMSNorm are the identity too, but one that the first update ends: there the norm multiplies
-gradients by 1 / sqrt(eps), a thousand, and whatever small outputs the update leaves it makes as large as any branch's.
+A copy starts as the identity. Its output projections (attention's and the MLP's, weights and biases) are
+zero, so both branches add nothing to the hidden states.
 
-block_expansion.py writes the expanded model, and config.json says which of its layers are new.
+Where a norm follows the projections (Gemma 2 and 3), the norm's weight makes the branch zero instead, and the
+projections stay copies. Zeros before an RMSNorm would be the identity too, but only until the first update:
+there the norm multiplies gradients by 1 / sqrt(eps), a thousand, and makes the update's small outputs as
+large as those of any branch.
+
+block_expansion.py writes the expanded model; its config.json lists the new layers.
 """
 
 from __future__ import annotations
@@ -23,55 +25,74 @@ NEW_LAYERS = "llama_pro_new_layers"  # in config.json: indices in the expanded m
 
 
 def is_expanded(config: PretrainedConfig) -> bool:
+    """Return whether the config is of a model that block_expansion.py wrote."""
     return getattr(config, NEW_LAYERS, None) is not None
 
 
 def new_layers(config: PretrainedConfig) -> list[int]:
-    """The indices of an expanded model's new layers. Raises UserError for any other model, and for a list that
-    cannot be true: there is no layer before the first one that it could be a copy of."""
-    where, count = f"{config.name_or_path}/{CONFIG}", config.num_hidden_layers
+    """Return the indices of an expanded model's new layers.
+
+    Raises UserError for any other model, and for a list that cannot be true. Layer 0 is never new: there is
+    no layer before it to copy.
+    """
+    path, count = f"{config.name_or_path}/{CONFIG}", config.num_hidden_layers
     layers = getattr(config, NEW_LAYERS, None)
     if layers is None:
         raise UserError(
-            f"{where}: has no {NEW_LAYERS}, so this is no expanded model; make one with"
+            f"{path}: has no {NEW_LAYERS}, so this is no expanded model; make one with"
             f" `python block_expansion.py --model_name {config.name_or_path} --new_blocks N --output_dir ...`"
         )
-    good = isinstance(layers, list) and layers and all(type(i) is int and 0 < i < count for i in layers)
-    if not good or layers != sorted(set(layers)):
+    valid = isinstance(layers, list) and layers and all(type(i) is int and 0 < i < count for i in layers)
+    if not valid or layers != sorted(set(layers)):
         raise UserError(
-            f"{where}: {NEW_LAYERS} {layers} does not fit num_hidden_layers {count}; expected ascending"
+            f"{path}: {NEW_LAYERS} {layers} does not fit num_hidden_layers {count}; expected ascending"
             f" indices from 1 to {count - 1}"
         )
     return layers
 
 
-def check_can_leave_silence(
+def check_can_leave_identity(
     files: CheckpointFiles, family: Family, new: list[int], trained: torch.dtype, lr: float
 ) -> None:
-    """Raises UserError if new layers would stay the identity: where the dtype of trained weights rounds updates of the
-    size lr away from the value that silences a layer (from -1 in bf16, whose neighbours are 0.004 and 0.008 away). No
-    gradient passes the zeros behind it, so the layer's other weights would not move either."""
+    """Raise UserError if updates could not move the new layers away from the identity.
+
+    That is so if the dtype of trained weights rounds away an update of size lr to the identity's value. An
+    example is -1 in bf16, whose neighbours are 0.004 and 0.008 away. The layer's other weights would not move
+    either: no gradient passes the zeros.
+
+    Args:
+        files: the expanded model's tensors.
+        family: its family.
+        new: indices of its new layers.
+        trained: dtype of trained weights.
+        lr: the learning rate.
+    """
     for name in files.tensors:
-        layer, rest = family.locate_layer(name)
-        value = family.silent_value(rest) if layer in new else None
+        layer, below = family.locate_layer(name)
+        value = family.identity_value(below) if layer in new else None
         if value is None or not lr or any(torch.tensor(value + x).to(trained) != value for x in (lr, -lr)):
             continue
         stored = files.read(name)
-        # A layer that was trained before, or that an older version made, holds other values.
+        # Layers that were trained before, or that an older version made, hold other values.
         if isinstance(stored, torch.Tensor) and (stored == value).all():
             raise UserError(
                 f"{files.folder}: {name} is {value:g}, which makes a new layer add nothing, and in"
-                f" {str(trained).removeprefix('torch.')} an update of --lr {lr:g} is rounded away: nothing would be"
-                " learned; use --precision auto"
+                f" {str(trained).removeprefix('torch.')} an update of --lr {lr:g} is rounded away: nothing"
+                " would be learned; use --precision auto"
             )
 
 
-def evenly(layers: int, new: int) -> list[int]:
-    """After which of `layers` layers, counted from 0, each of `new` blocks goes: the last one after the last
-    layer, and of two stretches between them none longer than the other by more than one."""
+def spread_new_blocks(layers: int, new: int) -> list[int]:
+    """Return the layer, from 0, after which each of `new` blocks goes, spread evenly over `layers` layers.
+
+    The last block goes after the last layer. The numbers of layers between blocks differ by at most one.
+    """
     return [-(-(block + 1) * layers // new) - 1 for block in range(new)]
 
 
-def sources(layers: int, after: list[int]) -> list[int]:
-    """For each layer of the expanded model the layer that it is, or is a copy of. A layer's copies follow it."""
+def source_layers(layers: int, after: list[int]) -> list[int]:
+    """Return, for each layer of the expanded model, the index of the original layer that it is or copies.
+
+    A layer's copies follow it. after: the original layer before each new block.
+    """
     return [layer for layer in range(layers) for _ in range(1 + after.count(layer))]

@@ -1,7 +1,9 @@
 """LoRA (Hu et al., arXiv 2106.09685, section 4.1): y = W x + s B A dropout(x), s = lora_alpha / R.
 
-Shapes: O output features, I input features, R rank. A [R, I] starts Kaiming-uniform with a = sqrt(5), as
-in PEFT, which is uniform within 1 / sqrt(I); B [O, R] starts at zero, so step 0 is the base model.
+A [R, I] starts Kaiming-uniform with a = sqrt(5), as in PEFT, which is uniform within 1 / sqrt(I). B [O, R]
+starts at zero, so step 0 is the base model.
+
+Shapes: O output features, I input features, R rank, T tokens.
 """
 
 from __future__ import annotations
@@ -14,15 +16,22 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from quantization.layer import Linear4bit, Packed, pack, packs, quantizer_of
+from quantization.layer import ConvertingModule, Linear4bit, convert_tensor, parameters_from, quantizer_for
 from quantization.quantizers import PackedWeight, Quantizer
 
 
-class LoRALinear(Packed):
+class LoRALinear(ConvertingModule):
     """A frozen linear layer, dense or 4-bit, with a trained low-rank branch: [T, I] -> [T, O].
 
-    base: the frozen layer, whose checkpoint names it keeps; dtype: of A and B as the optimizer sees them -
-    forward rounds them to x's. Made on base's device.
+    Its parameters are made on base's device.
+
+    Args:
+        base: the frozen layer; its parameters keep their checkpoint names.
+        features: (O, I).
+        rank: R.
+        alpha: lora_alpha of the scaling s.
+        dropout: probability, on the low-rank branch.
+        dtype: of A and B for the optimizer; forward rounds them to x's dtype.
     """
 
     def __init__(
@@ -38,69 +47,79 @@ class LoRALinear(Packed):
         (out_features, in_features), device = features, next(base.parameters()).device
         self.base, self.scaling, self.dropout = base, alpha / rank, dropout
         self.active = True  # switched by `adapters_off`
-        self.keeps_output = False  # set by wrapping.py
+        self.saves_output = False  # for backward instead of a recompute; set by wrapping.py
         self.lora_A = nn.Parameter(torch.empty(rank, in_features, dtype=dtype, device=device))
         self.lora_B = nn.Parameter(torch.empty(out_features, rank, dtype=dtype, device=device))
 
-    def plain(self, x: torch.Tensor) -> torch.Tensor:
-        """What the base layer computes, with its bias."""
+    def base_output(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the base layer's result, with its bias."""
         return self.base(x)
 
-    def released(self) -> nn.Module:
-        """The base layer as it was before this adapter was put around it."""
+    def unwrap_base(self) -> nn.Module:
+        """Return the base layer as it was before this adapter wrapped it."""
         return self.base
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.active:
-            return self.plain(x)
-        return self.adapted(x, self.lora_B * self.scaling)
+            return self.base_output(x)
+        return self.adapted_output(x, self.lora_B * self.scaling)
 
-    def adapted(
+    def adapted_output(
         self, x: torch.Tensor, b: torch.Tensor, row_scale: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """g * (W x) + bias + b A dropout(x): [T, I] -> [T, O]. b [O, R]: B, scaled; row_scale: g [O] fp32, or
-        None for ones."""
+        """Return g * (W x) + bias + b A dropout(x): [T, I] -> [T, O].
+
+        b [O, R]: B, scaled. row_scale: g [O] fp32, or None for ones.
+        """
         dropout = self.dropout if self.training else 0.0
-        if isinstance(self.base, Linear4bit) and (row_scale is None or self.base.takes_row_scale):
-            return self.base(x, row_scale, self.lora_A, b, dropout, self.keeps_output)
-        y = self.base(x, keep=self.keeps_output) if isinstance(self.base, Linear4bit) else self.base(x)
+        if isinstance(self.base, Linear4bit) and (row_scale is None or self.base.supports_row_scale):
+            return self.base(x, row_scale, self.lora_A, b, dropout, self.saves_output)
+        y = self.base(x, save_output=self.saves_output) if isinstance(self.base, Linear4bit) else self.base(x)
         if row_scale is not None:  # y * g, written as y + y * (g - 1): g is near 1, where bf16 is coarse
             y = torch.addcmul(y, y, (row_scale - 1).to(y.dtype))
         h = F.linear(F.dropout(x, dropout), self.lora_A.to(x.dtype))
         return y + F.linear(h, b.to(x.dtype))
 
-    def packs(self, name: str) -> tuple[str, ...]:
-        return tuple(f"base.{key}" for key in packs(self.base, name))
+    def parameters_from(self, name: str) -> tuple[str, ...]:
+        return tuple(f"base.{key}" for key in parameters_from(self.base, name))
 
-    def pack(self, name: str, tensor: torch.Tensor | PackedWeight) -> dict[str, torch.Tensor]:
-        return {f"base.{key}": value for key, value in pack(self.base, name, tensor).items()}
+    def convert_tensor(self, name: str, tensor: torch.Tensor | PackedWeight) -> dict[str, torch.Tensor]:
+        return {f"base.{key}": value for key, value in convert_tensor(self.base, name, tensor).items()}
 
-    def quantizer_of(self, name: str) -> Quantizer | None:
-        return quantizer_of(self.base, name)
+    def quantizer_for(self, name: str) -> Quantizer | None:
+        return quantizer_for(self.base, name)
 
     def initial_values(self, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        """Return a Kaiming-uniform A and a B of zeros."""
         bound = 1 / math.sqrt(self.lora_A.shape[1])
         a = torch.empty(self.lora_A.shape).uniform_(-bound, bound, generator=generator)
         return {"lora_A": a, "lora_B": torch.zeros(self.lora_B.shape)}
 
     def peft_tensors(self, gather: Callable[[nn.Parameter], torch.Tensor]) -> dict[str, torch.Tensor]:
-        """{PEFT's name below the layer: full tensor}. `gather` makes a full tensor of a sharded parameter
-        and is collective: every rank must call this."""
+        """Return {PEFT's name below the layer: full tensor}. Collective: every rank must call it.
+
+        gather: makes a full tensor of a sharded parameter.
+        """
         return {"lora_A.weight": gather(self.lora_A), "lora_B.weight": gather(self.lora_B)}
 
     @torch.no_grad()
     def set_peft_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Takes over what `peft_tensors` gave; only of a layer that is not sharded. Raises KeyError for a name
-        that is missing or not known, RuntimeError for another shape."""
-        self.lora_A.copy_(_exactly(tensors.pop("lora_A.weight"), self.lora_A))
-        self.lora_B.copy_(_exactly(tensors.pop("lora_B.weight"), self.lora_B))
+        """Load the tensors of `peft_tensors` into a layer that is not sharded. Empties `tensors`.
+
+        Raises KeyError for a name that is missing or not known, RuntimeError for another shape.
+        """
+        for name, parameter in (("lora_A.weight", self.lora_A), ("lora_B.weight", self.lora_B)):
+            tensor = tensors.pop(name)
+            if tensor.shape != parameter.shape:  # copy_ would broadcast
+                raise RuntimeError(f"shape {list(tensor.shape)}, expected {list(parameter.shape)}")
+            parameter.copy_(tensor)
         if tensors:
             raise KeyError(next(iter(tensors)))
 
 
 @contextlib.contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
-    """Within, the model computes what its base does."""
+    """Within this context the model computes what its base does."""
     layers = [m for m in model.modules() if isinstance(m, LoRALinear)]
     try:
         for layer in layers:
@@ -109,9 +128,3 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.active = True
-
-
-def _exactly(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    if tensor.shape != like.shape:  # copy_ would broadcast
-        raise RuntimeError(f"shape {list(tensor.shape)}, expected {list(like.shape)}")
-    return tensor

@@ -1,17 +1,19 @@
-"""The training loss without the logits: the head's matmul and the cross-entropy in chunks of tokens, and the
-gradient of both at once, while a chunk's logits are there.
+"""The training loss without full logits: head and cross-entropy in chunks of tokens, and their gradients.
 
-Where the head is frozen, its shards stay where they are: each rank computes the logits of its own part of the
-vocabulary for the tokens of all ranks, and the softmax is put together from the parts. What travels is hidden
-states, not the head (2 GiB for a vocabulary of 128k and 8,192 hidden units), and only those of a chunk are gathered
-at a time: the same slice of every rank's tokens. All ranks that share a head must therefore bring equally many tokens
-(data/batches.py). The embedding is looked up likewise.
+The gradient of a chunk is formed together with its loss, while the chunk's logits are in memory.
 
-Only tokens that are learned take part: the others, a prompt's and padding, have no loss, and the head would compute
-as much for each as for a learned one.
+If the head is frozen, its shards are not gathered. Each rank computes the logits of its own part of the
+vocabulary for the tokens of all ranks, and the softmax is combined from the parts. Hidden states travel
+instead of the head (2 GiB for a vocabulary of 128k and 8,192 hidden features), and only those of one chunk at
+a time: the same slice of every rank's tokens. So all ranks that share a head must bring equally many tokens
+(data/batches.py). The embedding lookup works the same way.
 
-Shapes: N tokens of this rank, P of these that take part, W ranks that share the vocabulary, V vocabulary, S rows of it
-on this rank (maybe none), H hidden features, C tokens of a chunk, of all ranks.
+Only learned tokens take part. The others, prompts and padding, have no loss, and would cost the head as much
+as learned ones.
+
+Shapes: B lines of a batch, T tokens of a line, N tokens of this rank, P of these that take part, W ranks that
+share the vocabulary, V vocabulary, S rows of it on this rank (maybe none), H hidden features, C tokens of a
+chunk, of all ranks.
 """
 
 from __future__ import annotations
@@ -29,78 +31,94 @@ from data.rows import IGNORE
 from launch.devices import triton_runs_on
 from quantization.operators import compute_dtype
 
-# torch 2.13 has new names for them, and warns of the old ones.
+# torch 2.13 has new names for them, and warns about the old ones.
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
-# Of a chunk: large enough for the matmuls' full speed, small beside anything else. Not compiled, there are copies in
-# fp32 as well, and the chunk is a quarter of it.
+# Bytes of a chunk's logits: enough for the matmuls' full speed, and little compared with everything else.
+# Code that is not compiled also makes fp32 copies, so its chunk is a quarter of this.
 LOGITS_BYTES = 2**28
 
-# Of the hidden states in fp32, which more than one rank exchange at a time, however many ranks they are.
+# Bytes of the hidden states in fp32 that several ranks exchange at a time, for any number of ranks.
 HIDDEN_BYTES = 2**26
 
-# By which fp16's gradients by the logits, at most 1, are formed larger: the loss's scale is not known before backward,
-# and what is below 6e-8 would be lost. Those of a token by its logits sum up to 2 at most, so that by its hidden state
-# the gradient overflows only with a weight of the head above 127.
+# fp16's gradients of the logits, at most 1, are multiplied by this, because the loss's scale is not known
+# before backward, and values below 6e-8 would be lost. The absolute gradients of a token's logits sum up to
+# at most 2, so the gradient of its hidden state overflows only if a weight of the head is above 127.
 FP16_FACTOR = 2.0**8
 
-
-# Tokens that matmuls compute together: a chunk of whole ones wastes nothing.
+# Tokens that matmuls compute together: a chunk of whole tiles wastes nothing.
 TILE = 128
 
 
-def ranks_of_a_copy(mesh: DeviceMesh) -> DeviceMesh:
-    """Of a mesh of wrapping.make_mesh: the ranks that this one shares a copy of the model with, 1-D."""
+def shard_mesh(mesh: DeviceMesh) -> DeviceMesh:
+    """Return the 1-D mesh of the ranks that share one copy of the model. mesh: of wrapping.make_mesh."""
     return mesh if mesh.ndim == 1 else mesh["shard"]
 
 
 class VocabularyShard:
-    """The rows [first, first + S) of a vocabulary, and the ranks that hold the others. size: W."""
+    """This rank's rows of a vocabulary, [first_row, first_row + S), and the ranks that hold the others.
+
+    Attributes:
+        rows: [S, H], this rank's rows.
+        first_row: index of the first of them.
+        max_rows: S of the ranks that have most rows.
+        group, rank, n_ranks: the process group, this rank in it, and W.
+    """
 
     def __init__(self, weight: Tensor):
-        """weight: a whole [V, H], or a DTensor whose rows are dealt out as FSDP does."""
-        self.group, self.rank, self.size, self.rows = None, 0, 1, weight
+        """weight: a full [V, H], or a DTensor whose rows are sharded as FSDP does."""
+        self.group, self.rank, self.n_ranks, self.rows = None, 0, 1, weight
         if isinstance(weight, DTensor):
-            shards = ranks_of_a_copy(weight.device_mesh)
-            self.group, self.rank, self.size = shards.get_group(), shards.get_local_rank(), shards.size()
+            mesh = shard_mesh(weight.device_mesh)
+            self.group, self.rank, self.n_ranks = mesh.get_group(), mesh.get_local_rank(), mesh.size()
             self.rows = weight.to_local()
-        self.most = -(-weight.shape[0] // self.size)  # rows of the ranks that have most
-        self.first = self.most * self.rank
+        self.max_rows = -(-weight.shape[0] // self.n_ranks)
+        self.first_row = self.max_rows * self.rank
 
-    def gather(self, x: Tensor) -> Tensor:
-        """[N, ...] of every rank -> [W N, ...]."""
-        if self.size == 1:
+    def all_gather(self, x: Tensor) -> Tensor:
+        """Gather the [N, ...] of every rank: [W N, ...]. Collective."""
+        if self.n_ranks == 1:
             return x
-        out = x.new_empty(self.size * x.shape[0], *x.shape[1:])
+        out = x.new_empty(self.n_ranks * x.shape[0], *x.shape[1:])
         all_gather(out, x.contiguous(), group=self.group)
         return out
 
-    def scatter_sum(self, x: Tensor) -> Tensor:
-        """[W N, ...], partial sums for the tokens of every rank -> [N, ...], the whole sums for this one's."""
-        if self.size == 1:
+    def reduce_scatter(self, x: Tensor) -> Tensor:
+        """Sum the ranks' [W N, ...], partial sums for all tokens; return this rank's tokens: [N, ...].
+
+        Collective.
+        """
+        if self.n_ranks == 1:
             return x
-        out = x.new_empty(x.shape[0] // self.size, *x.shape[1:])
+        out = x.new_empty(x.shape[0] // self.n_ranks, *x.shape[1:])
         reduce_scatter(out, x, group=self.group)
         return out
 
-    def slices(self, n: int, most: int) -> Iterator[slice]:
-        """Of N = n tokens of every rank, the same on all: each holds at most `most` tokens of all ranks together, or
-        one of each."""
-        size = max(most // self.size, 1)
-        size -= size % TILE if size > TILE else 0
-        return (slice(i, i + size) for i in range(0, n, size))
+    def chunk_slices(self, n_tokens: int, max_tokens: int) -> Iterator[slice]:
+        """Yield the slices that cut N tokens into chunks, the same on all ranks.
 
-    def local(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """(row of each token here, whether it is here). The row of others is some row."""
-        index = tokens - self.first
-        here = (index >= 0) & (index < len(self.rows))
-        return index.clamp(0, max(len(self.rows) - 1, 0)), here
+        A chunk holds at most `max_tokens` tokens of all ranks together, or one token of each rank.
+        """
+        size = max(max_tokens // self.n_ranks, 1)
+        size -= size % TILE if size > TILE else 0
+        return (slice(i, i + size) for i in range(0, n_tokens, size))
+
+    def find_rows(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (index of each token's row in `rows`, whether this rank has it).
+
+        Without it the index is arbitrary, but valid.
+        """
+        index = tokens - self.first_row
+        is_local = (index >= 0) & (index < len(self.rows))
+        return index.clamp(0, max(len(self.rows) - 1, 0)), is_local
 
 
 def shard_vocabulary(modules: Sequence[nn.Embedding | Head], mesh: DeviceMesh) -> None:
-    """Deals out the rows of the one frozen weight [V, H], on meta, that the modules share, or that the one module
-    has: FSDP's layout, but never gathered for a forward."""
+    """Shard the rows of the one frozen weight [V, H], on meta, that the modules share.
+
+    The layout is FSDP's, but the weight is never gathered for a forward.
+    """
     weight, count = modules[0].weight, mesh.size(mesh.ndim - 1)
     rows = -(-weight.shape[0] // count)
     first = min(rows * mesh.get_local_rank(mesh.ndim - 1), weight.shape[0])
@@ -113,55 +131,64 @@ def shard_vocabulary(modules: Sequence[nn.Embedding | Head], mesh: DeviceMesh) -
     for module in modules:
         module.weight = parameter
         if isinstance(module, nn.Embedding):
-            freeze(module)
+            freeze_embedding(module)
 
 
-def freeze(embedding: nn.Embedding) -> FrozenEmbedding:
-    """The same module as a FrozenEmbedding. A class before nn.Embedding, as fully_shard does it: what the module's own
-    class adds, stays (Gemma scales what is looked up)."""
-    own = type(embedding)
+def freeze_embedding(embedding: nn.Embedding) -> FrozenEmbedding:
+    """Change the class of the embedding, in place, to one that is a FrozenEmbedding too, and return it.
+
+    The module's own class comes first, as with fully_shard, so its additions stay (Gemma scales its
+    embeddings).
+    """
+    cls = type(embedding)
     if not isinstance(embedding, FrozenEmbedding):
-        bases = (FrozenEmbedding,) if own is nn.Embedding else (own, FrozenEmbedding)
-        embedding.__class__ = type(own.__name__, bases, {})
+        bases = (FrozenEmbedding,) if cls is nn.Embedding else (cls, FrozenEmbedding)
+        embedding.__class__ = type(cls.__name__, bases, {})
     assert isinstance(embedding, FrozenEmbedding)
     return embedding
 
 
 class FrozenEmbedding(nn.Embedding):
-    """An embedding that is not trained. Its weight may be dealt out by `shard_vocabulary`: then every rank looks all
-    tokens up in its own rows. And these may lie in host memory, where a GPU reads just what it looks up."""
+    """An embedding that is not trained, and may be sharded by `shard_vocabulary`.
+
+    With shards, every rank looks up the tokens of all ranks in its own rows. The rows may be in host memory,
+    where a GPU reads only the rows that it needs.
+    """
 
     on_host = False  # set by wrapping.py, for the load
 
     def forward(self, ids: Tensor) -> Tensor:
         """[B, T] -> [B, T, H], on the device of ids."""
         shard = VocabularyShard(self.weight)
-        if shard.size == 1:
-            return look_up(shard.rows, ids.flatten()).view(*ids.shape, -1)
-        index, here = shard.local(shard.gather(ids.flatten()[None]))  # [W, N]
+        if shard.n_ranks == 1:
+            return look_up_rows(shard.rows, ids.flatten()).view(*ids.shape, -1)
+        index, is_local = shard.find_rows(shard.all_gather(ids.flatten()[None]))  # [W, N]
         width = self.weight.shape[1]
         embedded = torch.empty(ids.numel(), width, dtype=self.weight.dtype, device=ids.device)
-        for at in shard.slices(len(embedded), HIDDEN_BYTES // (4 * width)):
+        for chunk in shard.chunk_slices(len(embedded), HIDDEN_BYTES // (4 * width)):
             # Exact in any dtype: all ranks but one add zeros.
-            found = look_up(shard.rows, index[:, at].flatten(), here[:, at].flatten())
-            embedded[at] = shard.scatter_sum(found)
+            found = look_up_rows(shard.rows, index[:, chunk].flatten(), is_local[:, chunk].flatten())
+            embedded[chunk] = shard.reduce_scatter(found)
         return embedded.view(*ids.shape, -1)
 
 
-def look_up(rows: Tensor, index: Tensor, here: Tensor | None = None) -> Tensor:
-    """rows[index], with zeros where not `here`: [N, H] on index's device, wherever the rows [S, H] are."""
+def look_up_rows(rows: Tensor, index: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Return rows[index], with zeros where the mask is False: [N, H] on index's device.
+
+    The rows [S, H] may be on any device.
+    """
     if not len(rows):
         return torch.zeros(len(index), rows.shape[1], dtype=rows.dtype, device=index.device)
     if not rows.is_cuda and triton_runs_on(index.device) and rows.is_pinned():
-        from models.gather_kernel import gather  # Triton comes with torch's CUDA builds only
+        from models.gather_kernel import gather_rows  # Triton comes with torch's CUDA builds only
 
-        return gather(rows, index, here)
+        return gather_rows(rows, index, mask)
     found = F.embedding(index.to(rows.device), rows).to(index.device)
-    return found if here is None else found.masked_fill_(~here[:, None], 0)
+    return found if mask is None else found.masked_fill_(~mask[:, None], 0)
 
 
 class Head(nn.Linear):
-    """The output projection. With targets it gives the loss instead of the logits."""
+    """The output projection. With targets it returns the loss instead of the logits."""
 
     compiled = False  # set by wrapping.py
     scale = 1.0  # set by models/causal_lm.py
@@ -170,9 +197,17 @@ class Head(nn.Linear):
     def forward(
         self, x: Tensor, targets: Tensor | None = None, target_positions: Tensor | None = None
     ) -> Tensor:
-        """Logits [.., V]; or, with targets [..], the cross-entropy summed over those that are not IGNORE, fp32.
-        scale and softcap: s and c of logits c tanh(s z / c); without targets the model's own forward applies them.
-        places [P]: where these targets are in x as one line of tokens, each once, and maybe others; None: all of it."""
+        """Return the logits [.., V], or with targets the summed cross-entropy, fp32.
+
+        The loss's logits are c tanh(s z / c) with the head's scale s and the softcap c. Without targets
+        neither is applied: the model's own forward does it.
+
+        Args:
+            x: [.., H].
+            targets: [..]. The loss is summed over targets that are not IGNORE.
+            target_positions: [P], positions of these targets in x as one line of tokens, each once, and maybe
+                other positions. None: all.
+        """
         if targets is None:
             weight = self.weight.full_tensor() if isinstance(self.weight, DTensor) else self.weight
             return F.linear(x, weight.to(x.device), self.bias)
@@ -188,27 +223,33 @@ class Head(nn.Linear):
             return _SummedLoss.apply(x.to(dtype), rows, targets.flatten(), *settings)
 
 
-def _logits(z: Tensor, softcap: float | None) -> Tensor:
+def _capped_logits(z: Tensor, softcap: float | None) -> Tensor:
     return z.float() if softcap is None else softcap * torch.tanh(z.float() / softcap)
 
 
-def _statistics(z: Tensor, index: Tensor, here: Tensor, softcap: float | None) -> Tensor:
-    """Of the logits [C, S] of some rows of the vocabulary: their largest, the sum of the exponentials relative to it,
-    and the target's logit where it is here, else 0: [C, 3] fp32."""
+def _softmax_statistics(z: Tensor, index: Tensor, is_local: Tensor, softcap: float | None) -> Tensor:
+    """Return the softmax statistics of this rank's logits [C, S]: [C, 3] fp32.
+
+    The columns: the largest logit; the sum of exponentials relative to it; the target's logit if this rank
+    has it, else 0.
+    """
     if not z.shape[1]:
         return torch.tensor([-torch.inf, 0, 0], device=z.device).expand(len(z), 3)
-    logits = _logits(z, softcap)
+    logits = _capped_logits(z, softcap)
     largest = logits.amax(1)
     total = (logits - largest[:, None]).exp().sum(1)
-    return torch.stack([largest, total, logits.gather(1, index[:, None])[:, 0] * here], 1)
+    return torch.stack([largest, total, logits.gather(1, index[:, None])[:, 0] * is_local], 1)
 
 
-def _gradient(z: Tensor, index: Tensor, here: Tensor, lse: Tensor, softcap: float | None) -> Tensor:
-    """The derivative of the loss of learned tokens by z: softmax - one-hot, and the cap's. [C, S] in z's dtype, in
-    fp16 times FP16_FACTOR. lse [C]: the logarithm of the softmax's denominator; infinite where nothing is learned."""
-    logits = _logits(z, softcap)
+def _logit_gradient(z: Tensor, index: Tensor, is_local: Tensor, lse: Tensor, softcap: float | None) -> Tensor:
+    """Return the loss's gradient of z, (softmax - one-hot) times the cap's: [C, S] in z's dtype.
+
+    In fp16 it is multiplied by FP16_FACTOR. lse [C]: logarithm of the softmax's denominator; infinite for
+    tokens without a target.
+    """
+    logits = _capped_logits(z, softcap)
     columns = torch.arange(z.shape[1], device=z.device)
-    one_hot = (columns == index[:, None]) & here[:, None]
+    one_hot = (columns == index[:, None]) & is_local[:, None]
     gradient = (logits - lse[:, None]).exp() - one_hot.float()
     if softcap is not None:
         gradient = gradient * (1 - (logits / softcap).square())
@@ -217,65 +258,76 @@ def _gradient(z: Tensor, index: Tensor, here: Tensor, lse: Tensor, softcap: floa
     return gradient.to(z.dtype)
 
 
-def _scaled(gradient: Tensor, factor: Tensor) -> Tensor:
-    """Rounded once to gradient's dtype. factor: fp32, without a dimension."""
+def _scale(gradient: Tensor, factor: Tensor) -> Tensor:
+    """Return gradient * factor, rounded once to gradient's dtype. factor: an fp32 scalar."""
     return (gradient.float() * factor).to(gradient.dtype)
 
 
-# By whether they are compiled: then each is one pass over the logits, instead of several in fp32. The number of tokens
-# becomes a variable when it first changes; that of columns, by which each element's place is divided, never does.
+# Keys: whether the kernels are compiled. Compiled, each is one pass over the logits instead of several in
+# fp32. The number of tokens becomes a variable when it first changes. The number of columns, which divides
+# each element's offset, never does.
 KERNELS = {
-    False: (_statistics, _gradient, _scaled),
-    True: (torch.compile(_statistics), torch.compile(_gradient), torch.compile(_scaled)),
+    False: (_softmax_statistics, _logit_gradient, _scale),
+    True: (torch.compile(_softmax_statistics), torch.compile(_logit_gradient), torch.compile(_scale)),
 }
 
 
 class _SummedLoss(torch.autograd.Function):
-    """(x [N, H], rows [S, H], targets [N], ...) -> the sum over this rank's targets; the gradients of x and, where
-    the head is trained, of its weight."""
+    """(x [N, H], rows [S, H], targets [N], ...) -> the loss, summed over this rank's targets.
+
+    Differentiable with respect to x and, if the head is trained, to its weight.
+    """
 
     @staticmethod
     def forward(ctx, x, rows, targets, target_positions, shard: VocabularyShard, softcap, compiled: bool):
-        of_x, of_rows = ctx.needs_input_grad[:2]
-        assert not (of_rows and shard.size > 1), "a head that is trained is gathered"
-        statistics, gradient, ctx.scaled = KERNELS[compiled and len(rows) > 0]
+        """Compute the loss and the gradients for backward, in chunks. Collective if the head is sharded."""
+        needs_grad_x, needs_grad_rows = ctx.needs_input_grad[:2]
+        assert not (needs_grad_rows and shard.n_ranks > 1), "a head that is trained is gathered"
+        statistics, gradient, ctx.scale = KERNELS[compiled and len(rows) > 0]
         ctx.fp16 = fp16 = x.dtype == torch.float16
         if target_positions is None:
             target_positions = torch.arange(len(x), device=x.device)
-        targets = shard.gather(targets[target_positions][None])  # [W, P]
+        targets = shard.all_gather(targets[target_positions][None])  # [W, P]
         losses = torch.zeros(len(target_positions), dtype=torch.float32, device=x.device)
-        grad_x = torch.zeros_like(x) if of_x else None
-        grad_rows = torch.zeros_like(rows, dtype=torch.float32) if of_rows else None
+        grad_x = torch.zeros_like(x) if needs_grad_x else None
+        grad_rows = torch.zeros_like(rows, dtype=torch.float32) if needs_grad_rows else None
         n_bytes = LOGITS_BYTES if compiled else LOGITS_BYTES // 4
-        most = n_bytes // (shard.most * x.element_size())  # the same on all ranks, which exchange
-        if shard.size > 1:
-            most = min(most, HIDDEN_BYTES // (4 * x.shape[1]))
-        for at in shard.slices(len(target_positions), most):
-            states, chunk = shard.gather(x[target_positions[at]]), targets[:, at].flatten()
-            tokens, here = shard.local(chunk)
-            mine = here & (known := chunk != IGNORE)
-            z = F.linear(states, rows)
-            largest, total, picked = shard.gather(statistics(z, tokens, mine, softcap)[None]).unbind(2)
+        max_tokens = n_bytes // (
+            shard.max_rows * x.element_size()
+        )  # equal on all ranks: each chunk is collective
+        if shard.n_ranks > 1:
+            max_tokens = min(max_tokens, HIDDEN_BYTES // (4 * x.shape[1]))
+        for chunk in shard.chunk_slices(len(target_positions), max_tokens):
+            states = shard.all_gather(x[target_positions[chunk]])  # [C, H]
+            chunk_targets = targets[:, chunk].flatten()  # [C]
+            index, is_local = shard.find_rows(chunk_targets)
+            is_learned = chunk_targets != IGNORE
+            has_target = is_local & is_learned
+            z = F.linear(states, rows)  # [C, S]
+            all_statistics = shard.all_gather(statistics(z, index, has_target, softcap)[None])  # [W, C, 3]
+            largest, total, target_logit = all_statistics.unbind(2)
             top = largest.amax(0)
             lse = top + (total * (largest - top).exp()).sum(0).log()
-            losses[at] = torch.where(known, lse - picked.sum(0), 0).view(shard.size, -1)[shard.rank]
-            if of_x or of_rows:
-                z = gradient(z, tokens, mine, lse.masked_fill(~known, torch.inf), softcap)
+            chunk_losses = torch.where(is_learned, lse - target_logit.sum(0), 0)
+            losses[chunk] = chunk_losses.view(shard.n_ranks, -1)[shard.rank]
+            if needs_grad_x or needs_grad_rows:
+                z = gradient(z, index, has_target, lse.masked_fill(~is_learned, torch.inf), softcap)
             if grad_x is not None:  # in 16 bits the sum over ranks would be rounded for each
-                part = z @ rows if shard.size == 1 else shard.scatter_sum((z @ rows).float())
-                grad_x[target_positions[at]] = part.to(x.dtype)
+                part = z @ rows if shard.n_ranks == 1 else shard.reduce_scatter((z @ rows).float())
+                grad_x[target_positions[chunk]] = part.to(x.dtype)
             if grad_rows is not None:
-                # A sum over tokens has no such bound, so the factor is taken out before.
+                # A sum over tokens has no bound like that of FP16_FACTOR, so the factor is divided out first.
                 grad_rows += z.t() @ (states / FP16_FACTOR if fp16 else states)
         ctx.save_for_backward(grad_x, grad_rows)
         return losses.sum()
 
     @staticmethod
     def backward(ctx, grad):
-        of_x, of_rows = ctx.saved_tensors
-        share = grad / FP16_FACTOR if ctx.fp16 else grad
+        """Scale the gradients of forward. grad: of the loss, an fp32 scalar."""
+        grad_x, grad_rows = ctx.saved_tensors
+        factor = grad / FP16_FACTOR if ctx.fp16 else grad
         return (
-            None if of_x is None else ctx.scaled(of_x, share),
-            None if of_rows is None else of_rows * grad,
+            None if grad_x is None else ctx.scale(grad_x, factor),
+            None if grad_rows is None else grad_rows * grad,
             *[None] * 5,
         )

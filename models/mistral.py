@@ -1,4 +1,4 @@
-"""Mistral 7B and its kin; a sliding window, where the config has one, is a matter of models/attention.py."""
+"""Mistral 7B and similar models. models/attention.py handles a sliding window of the config."""
 
 from transformers.models.mistral.modeling_mistral import MistralForCausalLM, MistralRotaryEmbedding
 

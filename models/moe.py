@@ -1,8 +1,8 @@
 """Routed experts as a list of plain MLPs, as the checkpoint's files hold them.
 
-transformers 5 keeps the experts of a layer as 3-D parameters, which it stacks from the files' one tensor per
-expert and linear. As a list their names are the files' names, and each linear is quantized, streamed, checked
-and saved like any other.
+transformers 5 holds a layer's experts as 3-D parameters, stacked from the files' tensors, one per expert and
+linear. In a list the parameters have the files' names, and each linear is quantized, streamed, checked and
+saved like any other.
 
 Shapes: T tokens, K experts per token, H hidden features.
 """
@@ -16,35 +16,38 @@ from torch import nn
 
 
 class Experts(nn.ModuleList):
-    """Takes the place of a transformers module of experts; same arguments, same result.
+    """Replaces a transformers module of experts; same arguments, same result.
 
-    make: builds one expert [rows, H] -> [rows, H]; top_k: experts per token, only checked. Raises ValueError if
-    there are fewer experts.
+    make_expert: builds one expert [rows, H] -> [rows, H]; top_k: experts per token, only checked. Raises
+    ValueError if there are fewer experts than top_k.
     """
 
-    def __init__(self, make: Callable[[], nn.Module], count: int, top_k: int):
+    def __init__(self, make_expert: Callable[[], nn.Module], count: int, top_k: int):
         if not 1 <= top_k <= count:
             raise ValueError(f"{top_k} experts per token, of {count}")
-        super().__init__(make() for _ in range(count))
+        super().__init__(make_expert() for _ in range(count))
 
     def forward(self, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """The weighted sum of each token's experts: [T, H]. x: [T, H]; index, weights: [T, K]."""
-        order = index.flatten().argsort(stable=True)  # [T K]: the first expert's rows, the second's, ...
+        """Return the weighted sum of each token's experts: [T, H]. x: [T, H]; index, weights: [T, K]."""
+        order = index.flatten().argsort(stable=True)  # [T * K]: the first expert's rows, the second's, ...
         counts = index.flatten().bincount(minlength=len(self)).tolist()
         rows = x[order // index.shape[1]].split(counts)
-        y = torch.cat([e(r) for e, r in zip(self, rows, strict=True) if len(r) or _trained(e)])
-        y = y[order.argsort()].unflatten(0, index.shape)  # [T, K, H], in the tokens' order again
-        # A sum over K adds in the same order each time; index_add_ into [T, H] would not on a GPU.
+        y = torch.cat([e(r) for e, r in zip(self, rows, strict=True) if len(r) or _is_trained(e)])
+        y = y[order.argsort()].unflatten(0, index.shape)  # [T, K, H], in the tokens' order
+        # A sum over K always adds in the same order; on a GPU, index_add_ into [T, H] would not.
         return (y * weights[..., None]).sum(1)
 
 
-def _trained(expert: nn.Module) -> bool:
-    """A trained expert runs with no rows too: then its gradient is zero, not missing. FSDP reduces what has a
-    gradient, and that must be the same parameters on every rank."""
+def _is_trained(expert: nn.Module) -> bool:
+    """Return whether an expert is trained, and so must run even without rows.
+
+    Then its gradient is zero, not missing. FSDP reduces the parameters that have a gradient, and these must
+    be the same on every rank.
+    """
     return any(p.requires_grad for p in expert.parameters())
 
 
-def within_experts(model: nn.Module, name: str) -> bool:
-    """Whether the module of that dotted name lies within an Experts."""
+def is_in_experts(model: nn.Module, name: str) -> bool:
+    """Return whether the module of that dotted name is inside an Experts."""
     path = name.split(".")
     return any(isinstance(model.get_submodule(".".join(path[:i])), Experts) for i in range(1, len(path)))

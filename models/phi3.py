@@ -1,7 +1,7 @@
 """Phi-3, Phi-3.5 and Phi-4: query, key and value in one linear, gate and up in another.
 
-An adapter spans all parts of a fused linear, as PEFT's does. PEFT has no default for this family; ours is the
-linear that holds queries and values. The 128k models have RoPE of type longrope (models/longrope.py).
+An adapter covers a whole fused linear, as PEFT's does. PEFT has no default targets for this family; ours is
+the linear that holds queries and values. The 128k models have RoPE of type longrope (models/longrope.py).
 """
 
 from transformers.models.phi3.modeling_phi3 import Phi3ForCausalLM, Phi3RotaryEmbedding

@@ -1,4 +1,4 @@
-"""Qwen3 (dense): a norm on each head's queries and keys, which stays unquantized; no biases."""
+"""Qwen3 (dense): norms on each head's queries and keys, which are not quantized; no biases."""
 
 from transformers.models.qwen3.modeling_qwen3 import Qwen3ForCausalLM, Qwen3RotaryEmbedding
 

@@ -1,8 +1,8 @@
-"""Tensors that config.json calls redundant, compared with what they repeat before they are left out.
+"""Compare the tensors that config.json calls redundant with what they repeat, before they are skipped.
 
 There are two kinds: a head that is tied to the embedding, and the rotary frequencies that old Llama files
-carry. A head that differs from the embedding is no copy (merges after added tokens leave such files): the
-model is then untied, as transformers 5 does, and each config.json that is written says so.
+hold. A head that differs from the embedding is no copy (merges after added tokens leave such files). Then the
+model is untied, as in transformers 5, and each config.json that is written says so.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from files.names import CONFIG
 from files.tensors import StoredTensor, read_tensor
 from files.weight_sets import UnmatchedTensor, two_sets_error
 from models.family import ROTARY_TABLE, Family
-from models.longrope import ByRow, make_rotary
+from models.longrope import PerRowLongRope, make_rotary
 from options.errors import UserError
 from options.limits import MAX_CONFIG_BYTES, read_json
 
@@ -28,60 +28,69 @@ UNTIED = (
     "config.json ties the head to the embedding, but the files hold a head that differs from it: it is used"
     " as it is, untied"
 )
-PRECISION = 1e-6  # relative, of frequencies that another library or device computed in fp32
+TOLERANCE = 1e-6  # relative, for frequencies that another library or device computed in fp32
 
 
-def has_own_head(config: PretrainedConfig, family: Family, files: CheckpointFiles) -> bool:
-    """Whether the files hold a head that differs from the embedding that `config` ties it to. Reads both.
-    Raises OSError."""
+def has_untied_head(config: PretrainedConfig, family: Family, files: CheckpointFiles) -> bool:
+    """Return whether the files hold a head that differs from the embedding that `config` ties it to.
+
+    Reads both. Raises OSError.
+    """
     head, embedding = f"{family.head}.weight", f"{family.embedding}.weight"
     if not config.tie_word_embeddings or not {head, embedding} <= files.tensors.keys():
         return False
-    if {head, embedding} & files.packed.keys():  # one that is packed has been rounded: it repeats nothing
+    if {head, embedding} & files.packed.keys():  # a packed weight was rounded, so it repeats nothing
         return True
     return not same_values((files.folder, files.tensors[head]), (files.folder, files.tensors[embedding]))
 
 
-def name_embedding(config: PretrainedConfig, family: Family, files: CheckpointFiles) -> None:
-    """Gives the embedding its name where a tied model's files hold it under the head's name alone, as transformers
-    reads it."""
+def rename_tied_head(config: PretrainedConfig, family: Family, files: CheckpointFiles) -> None:
+    """Rename the head to the embedding if a tied model's files hold the head only, as transformers does."""
     head, embedding = f"{family.head}.weight", f"{family.embedding}.weight"
     if config.tie_word_embeddings and head in files.tensors and embedding not in files.tensors:
         files.tensors[embedding] = files.tensors.pop(head)
 
 
-def as_loaded(raw: dict, config: PretrainedConfig) -> dict:
-    """Return `raw`, with tie_word_embeddings as loaded. raw: of a folder's config.json; config: what was
-    loaded from there, which may have been untied."""
+def sync_tied_embeddings(raw: dict, config: PretrainedConfig) -> dict:
+    """Return `raw` with the tie_word_embeddings of the loaded model.
+
+    raw: the contents of a folder's config.json; config: loaded from there, and maybe untied since.
+    """
     if type(config).from_dict(copy.deepcopy(raw)).tie_word_embeddings == config.tie_word_embeddings:
         return raw
     return raw | {"tie_word_embeddings": config.tie_word_embeddings}
 
 
 def corrected_config(folder: Path, config: PretrainedConfig) -> dict[str, str]:
-    """{config.json: its text} with what `as_loaded` makes of the one in `folder`; {} if that may be copied as
-    it is. Raises UserError."""
+    """Return {config.json: its text with the loaded tie_word_embeddings}; {} if the folder's can be copied.
+
+    Raises UserError.
+    """
     raw = read_json(folder / CONFIG, MAX_CONFIG_BYTES)
-    wanted = as_loaded(raw, config)
-    return {} if wanted == raw else {CONFIG: json.dumps(wanted, indent=2) + "\n"}
+    corrected = sync_tied_embeddings(raw, config)
+    return {} if corrected == raw else {CONFIG: json.dumps(corrected, indent=2) + "\n"}
 
 
-def check_frequencies(config: PretrainedConfig, family: Family, files: CheckpointFiles) -> None:
-    """Raises UserError if the files hold rotary frequencies other than those that `config` gives: the model
-    is computed with the latter, by this program as by transformers."""
+def check_rotary_frequencies(config: PretrainedConfig, family: Family, files: CheckpointFiles) -> None:
+    """Raise UserError if the files hold rotary frequencies other than those of `config`.
+
+    The model is computed with those of `config`, here and in transformers.
+    """
     stored = [name for name in files.tensors if name.endswith(ROTARY_TABLE)]
-    tables = _tables(config, family) if stored else []
+    tables = _rotary_tables(config, family) if stored else []
     for name in stored:
-        if not _is_one_of(tables, files.folder, files.tensors[name]):
+        if not _repeats_any(tables, files.folder, files.tensors[name]):
             raise UserError(
                 f"{files.tensor_origin(name)} holds other rotary frequencies than config.json gives (rope_theta,"
                 " rope_scaling), and could not be used: correct config.json, or delete the tensor"
             )
 
 
-def check_extras(config: PretrainedConfig, family: Family, files: CheckpointFiles) -> None:
-    """Raises UserError if one of two sets of weights holds a tensor that the other lacks, unless it is
-    redundant: a copy of the embedding that is tied to it, or the rotary frequencies that `config` gives."""
+def check_extra_tensors(config: PretrainedConfig, family: Family, files: CheckpointFiles) -> None:
+    """Raise UserError if one of two sets of weights holds a tensor that the other lacks and that is needed.
+
+    Not needed are a copy of the embedding that is tied to it, and the rotary frequencies of `config`.
+    """
     for extra in files.unmatched:
         if not _is_redundant(extra, config, family, files.folder):
             file = extra.tensors[extra.name].file
@@ -89,39 +98,42 @@ def check_extras(config: PretrainedConfig, family: Family, files: CheckpointFile
 
 
 def _is_redundant(extra: UnmatchedTensor, config: PretrainedConfig, family: Family, folder: Path) -> bool:
+    """Return whether an extra tensor repeats the embedding or the rotary frequencies of `config`."""
     stored = extra.tensors[extra.name]
-    if not family.ignores(extra.name, config.tie_word_embeddings):
+    if not family.is_redundant(extra.name, config.tie_word_embeddings):
         return False
     if extra.name.endswith(ROTARY_TABLE):
-        return stored.torch_dtype.is_floating_point and _is_one_of(_tables(config, family), folder, stored)
+        is_float = stored.torch_dtype.is_floating_point
+        return is_float and _repeats_any(_rotary_tables(config, family), folder, stored)
     embedding = extra.tensors.get(f"{family.embedding}.weight")
     return embedding is not None and same_values((folder, stored), (folder, embedding))
 
 
-def _is_one_of(tables: list[torch.Tensor], folder: Path, stored: StoredTensor) -> bool:
-    fitting = [table for table in tables if table.shape == stored.shape]
-    return bool(fitting) and any(_repeats(read_tensor(folder, stored), table) for table in fitting)
+def _repeats_any(tables: list[torch.Tensor], folder: Path, stored: StoredTensor) -> bool:
+    """Return whether a stored tensor repeats one of the tables. Reads it only if a table has its shape."""
+    candidates = [table for table in tables if table.shape == stored.shape]
+    return bool(candidates) and any(_repeats(read_tensor(folder, stored), table) for table in candidates)
 
 
-def _tables(config: PretrainedConfig, family: Family) -> list[torch.Tensor]:
-    """The frequencies that a model of this config has or had, each [rotated features / 2] fp32."""
+def _rotary_tables(config: PretrainedConfig, family: Family) -> list[torch.Tensor]:
+    """Return the frequencies that a model of this config has or had, each [rotated features / 2] fp32."""
     with torch.device("cpu"):
         rotary = make_rotary(family, config)
     tables = [table for name, table in rotary.named_buffers() if name.endswith("inv_freq")]
-    if isinstance(rotary, ByRow):
-        tables.append(rotary.frequencies_of_long)
+    if isinstance(rotary, PerRowLongRope):
+        tables.append(rotary.long_inv_freq)
     rope = config.rope_parameters
-    if rope.get("rope_type") == "linear":  # which transformers 4 applied to positions, not to frequencies
+    if rope.get("rope_type") == "linear":  # transformers 4 divided the positions instead of the frequencies
         tables.append(tables[0] * rope["factor"])
     return tables
 
 
 def _repeats(stored: torch.Tensor, table: torch.Tensor) -> bool:
-    """Whether `stored` is `table` as its dtype rounds it, or a 16-bit one that it was converted from."""
-    held, computed = stored.double(), table.double()
+    """Return whether `stored` is `table`, rounded to its dtype, or to 16 bits and converted back."""
+    values, computed = stored.double(), table.double()
     for dtype in (stored.dtype, torch.float16, torch.bfloat16):
         info = torch.finfo(dtype)
-        near = (held - computed).abs() <= (info.eps + PRECISION) * computed + info.tiny * info.eps
-        if torch.equal(stored.to(dtype).double(), held) and bool(near.all()):
+        is_near = (values - computed).abs() <= (info.eps + TOLERANCE) * computed + info.tiny * info.eps
+        if torch.equal(stored.to(dtype).double(), values) and bool(is_near.all()):
             return True
     return False

@@ -1,7 +1,7 @@
-"""Model families: how each is built on the meta device, and what its parts are called.
+"""The model families, and how a model is built on the meta device.
 
-A family is one small file beside this one, and one line in FAMILIES. The forward pass is transformers'
-own; nothing of it is patched.
+A family is one small file in this folder, and one line in FAMILIES. The forward pass is transformers' own;
+nothing of it is patched.
 """
 
 from __future__ import annotations
@@ -16,9 +16,14 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from files.model_folder import CheckpointFiles
 from files.names import CONFIG
 from models import gemma2, gemma3, llama, mistral, phi3, qwen2, qwen3, qwen3_moe
-from models.causal_lm import put_head, with_summed_loss
+from models.causal_lm import replace_head, summed_loss_class
 from models.family import Family
-from models.redundant import check_extras, check_frequencies, has_own_head, name_embedding
+from models.redundant import (
+    check_extra_tensors,
+    check_rotary_frequencies,
+    has_untied_head,
+    rename_tied_head,
+)
 from options.errors import UserError
 from options.limits import MAX_CONFIG_BYTES, MAX_LAYERS, read_json
 
@@ -33,8 +38,8 @@ FAMILIES: dict[str, Family] = {
     "phi3": phi3.FAMILY,
 }
 
-# What transformers and torch raise for a config.json with values that no model can have.
-UNUSABLE = (
+# Errors of transformers and torch for a config.json with values that no model can have.
+CONFIG_ERRORS = (
     StrictDataclassError,
     OSError,
     ValueError,
@@ -48,13 +53,13 @@ UNUSABLE = (
 
 
 def read_config(folder: Path) -> tuple[PretrainedConfig, Family]:
-    """(the model's configuration, its family). Raises UserError for an unknown architecture."""
+    """Return (a model's configuration, its family). Raises UserError for an unknown architecture."""
     known = ", ".join(FAMILIES)
     if (folder / CONFIG).is_file():
         _check_counts(read_json(folder / CONFIG, MAX_CONFIG_BYTES), folder)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except UNUSABLE as e:
+    except CONFIG_ERRORS as e:
         raise UserError(
             f"{folder}/{CONFIG}: not readable ({_reason(e)}); known architectures: {known}"
         ) from None
@@ -64,7 +69,7 @@ def read_config(folder: Path) -> tuple[PretrainedConfig, Family]:
 
 
 def _check_counts(raw: dict, folder: Path) -> None:
-    """Raises UserError for numbers that no model has. Each layer is an object, also on the meta device."""
+    """Raise UserError for sizes below 1, and for too many layers: each is an object, on meta too."""
     for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size"):
         if isinstance(raw.get(name), int) and raw[name] < 1:
             raise UserError(f"{folder}/{CONFIG}: {name} {raw[name]}: must be positive")
@@ -74,25 +79,27 @@ def _check_counts(raw: dict, folder: Path) -> None:
 
 
 def build_on_meta(config: PretrainedConfig, family: Family, attention: str | None = None) -> PreTrainedModel:
-    """transformers' model of this family with every tensor on the meta device: shapes, no memory. Its parameters
-    are the files' tensors. attention: by transformers' name, instead of the family's own.
+    """Build transformers' model of this family on the meta device: tensors with shapes, without memory.
+
+    The names and shapes of its parameters are those of the files' tensors. attention: name in transformers'
+    registry; None: the family's own.
 
     Raises UserError if the configuration describes no model, or none that predicts the next token.
     """
     config._attn_implementation = attention or family.attention
     try:
         with torch.device("meta"), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of sizes that are zero; check_weights says it
-            model = with_summed_loss(family.model_class)(config)  # type: ignore[arg-type]
-            family.as_stored(model)
-            put_head(model, family.head, family.logit_scale(config), family.logit_cap(config))
-    except UNUSABLE as e:
+            warnings.simplefilter("ignore")  # about sizes of zero; check_weights reports them
+            model = summed_loss_class(family.model_class)(config)  # type: ignore[arg-type]
+            family.match_checkpoint(model)
+            replace_head(model, family.head, family.logit_scale(config), family.logit_cap(config))
+    except CONFIG_ERRORS as e:
         raise UserError(
             f"{config.name_or_path}/{CONFIG}: describes no {config.model_type} model"
             f" ({type(e).__name__}: {_reason(e)})"
         ) from None
-    # Embedding models: they would see the tokens that they are to predict, and the padding. transformers asks
-    # the modules, and when it makes masks the config: `is_causal` of any model.
+    # Embedding models would see the tokens that they must predict, and the padding. transformers reads
+    # `is_causal` of modules, and of any model's config when it makes masks.
     if not all(getattr(part, "is_causal", True) for part in (config, *model.modules())):
         raise UserError(
             f"{config.name_or_path}/{CONFIG}: describes a model with bidirectional attention"
@@ -104,7 +111,10 @@ def build_on_meta(config: PretrainedConfig, family: Family, attention: str | Non
 
 
 def _reason(e: Exception) -> str:
-    """The line of transformers' message that says what is wrong: the first, below a validator's title."""
+    """Return the line of transformers' message that names the error.
+
+    It is the last line of a validator's message, which begins with a title, and the first line of others.
+    """
     lines = str(e).strip().splitlines() or [type(e).__name__]
     return lines[-1 if isinstance(e, StrictDataclassError) else 0].strip()
 
@@ -112,28 +122,34 @@ def _reason(e: Exception) -> str:
 def open_weights(
     folder: Path, config: PretrainedConfig, family: Family
 ) -> tuple[CheckpointFiles, PreTrainedModel, str | None]:
-    """(the tensors of a model folder, the model on meta that they fill, the tensor of its head if that was
-    untied). Where the files hold a head that differs from the embedding, `config`, which `read_config` gave,
-    is set to have no tied one (models/redundant.py). Raises UserError unless the files hold what the model
-    needs, and nothing else that differs from what it computes with."""
+    """Return (a folder's tensors, the meta model that they fill, the name of an untied head or None).
+
+    If the files hold a head that differs from the embedding, tie_word_embeddings of `config` is set to False
+    (models/redundant.py). Raises UserError unless the files hold everything that the model needs, and no
+    other tensors than redundant ones.
+
+    Args:
+        folder: the model folder.
+        config, family: from `read_config`.
+    """
     files = CheckpointFiles(folder)
-    name_embedding(config, family, files)
-    own_head = f"{family.head}.weight" if has_own_head(config, family, files) else None
-    if own_head:
+    rename_tied_head(config, family, files)
+    untied_head = f"{family.head}.weight" if has_untied_head(config, family, files) else None
+    if untied_head:
         config.tie_word_embeddings = False
     model = build_on_meta(config, family)
-    check_extras(config, family, files)
+    check_extra_tensors(config, family, files)
     check_weights(model, files, family)
-    return files, model, own_head
+    return files, model, untied_head
 
 
 def check_weights(model: PreTrainedModel, files: CheckpointFiles, family: Family) -> None:
-    """Every parameter has one tensor of its shape, and every tensor a parameter. Raises UserError.
+    """Raise UserError unless each parameter has a tensor of its shape, and each tensor a parameter.
 
-    Drops from `files` the tensors that nothing needs, so that what is left is what will be streamed.
+    Removes redundant tensors from `files`; the load streams the others.
     """
-    wanted = {name: tuple(p.shape) for name, p in model.named_parameters()}  # a tied head is listed once
-    for name, shape in wanted.items():
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}  # a tied head is listed once
+    for name, shape in shapes.items():
         if name not in files.tensors:
             raise UserError(f"{files.folder}: tensor {name} is missing from the weights")
         stored = files.tensors[name]
@@ -142,10 +158,11 @@ def check_weights(model: PreTrainedModel, files: CheckpointFiles, family: Family
                 f"{files.folder}/{stored.file}: {name} has shape {list(stored.shape)},"
                 f" but config.json says {list(shape)}"
             )
-    check_frequencies(model.config, family, files)
+    check_rotary_frequencies(model.config, family, files)
     tied = model.config.tie_word_embeddings
     for name in list(files.tensors):
-        if name not in wanted and not family.ignores(name, tied):
+        if name in shapes:
+            continue
+        if not family.is_redundant(name, tied):
             raise UserError(f"{files.folder}/{files.tensors[name].file}: {name} has no place in this model")
-        if name not in wanted:
-            del files.tensors[name]
+        del files.tensors[name]

@@ -1,8 +1,8 @@
-"""The embedded demo model: a tiny Llama made on the spot - real config, tokenizer, sharded safetensors.
+"""The demo model: a tiny Llama, made at the first use, with a real config, tokenizer and sharded safetensors.
 
-Random weights know nothing, so all that a demo run learns, it learned from its data. The tokenizer is a
-byte-level BPE trained on the demo data; the embedding and head, which adapters leave frozen, are drawn
-wide enough that the layers can pick any token.
+Its weights are random, so a demo run learns everything from its data. The tokenizer is a byte-level BPE
+trained on the demo data. The embedding and the head, which adapters keep frozen, get a standard deviation
+large enough that the layers can select any token.
 """
 
 from __future__ import annotations
@@ -19,43 +19,47 @@ from files.names import CONFIG
 from options.config import user_cache
 from options.errors import UserError, describe
 
-VERSION = "3"  # part of the folder's name: raise it when what is made here changes
+VERSION = "3"  # part of the folder's name; raise it when the model or the tokenizer changes
 VOCABULARY, HIDDEN, LAYERS = 1024, 128, 3
+INIT_STD = {"embed_tokens": 1.0, "lm_head": 4.0 / HIDDEN**0.5}  # of the other matrices: 1 / sqrt(inputs)
 
 
-def toy_model(texts: list[str]) -> Path:
-    """The folder of the demo model in the user's cache folder, made at the first call (about a second). Raises UserError
-    if it cannot be written.
+def make_toy_model(texts: list[str]) -> Path:
+    """Return the folder of the demo model in the user's cache folder; make it at the first call.
 
-    texts: what its tokenizer is trained on.
+    That takes about a second. texts: train its tokenizer. Raises UserError if the folder cannot be written.
     """
     cache = user_cache()
     folder = cache / f"toy-llama-{VERSION}"
     if not (folder / CONFIG).is_file():
-        temporary = cache / f"{folder.name}.{os.getpid()}.tmp"
-        _write(temporary, *_make(texts))
+        staging = cache / f"{folder.name}.{os.getpid()}.tmp"
+        _write(staging, *_make_model(texts))
         try:
-            temporary.rename(folder)
+            staging.rename(folder)
         except OSError:  # another process was faster
-            shutil.rmtree(temporary)
+            shutil.rmtree(staging)
     return folder
 
 
 def _write(folder: Path, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Save model and tokenizer. Removes the folder and raises UserError if that fails for the file system."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         model.save_pretrained(folder, max_shard_size="500KB")
         tokenizer.save_pretrained(folder)
-    except Exception as e:  # tokenizers has no narrower one, and safetensors' is none of the system's
+    except Exception as e:  # tokenizers raises no narrower class, and safetensors' error is no OSError
         shutil.rmtree(folder, ignore_errors=True)
         if not isinstance(e, OSError) and "os error" not in str(e):
             raise
-        told = f"{folder.parent}: the demo's model cannot be written there ({describe(e)})"
-        raise UserError(f"{told}; set XDG_CACHE_HOME to another folder") from e
+        raise UserError(
+            f"{folder.parent}: the demo's model cannot be written there ({describe(e)});"
+            " set XDG_CACHE_HOME to another folder"
+        ) from e
 
 
-def _make(texts: list[str]) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
-    tokenizer = _tokenizer(texts)
+def _make_model(texts: list[str]) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
+    """Return (a model with random weights, its tokenizer)."""
+    tokenizer = _train_tokenizer(texts)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=HIDDEN,
@@ -73,18 +77,13 @@ def _make(texts: list[str]) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
         model = LlamaForCausalLM(config).to(torch.bfloat16)  # type: ignore[arg-type]
         for name, parameter in model.named_parameters():
             if parameter.dim() == 2:
-                std = (
-                    1.0
-                    if "embed_tokens" in name
-                    else 4.0 / HIDDEN**0.5
-                    if "lm_head" in name
-                    else parameter.shape[1] ** -0.5
-                )
+                std = INIT_STD.get(name.split(".")[-2], parameter.shape[1] ** -0.5)
                 torch.nn.init.normal_(parameter, std=std)
     return model, tokenizer
 
 
-def _tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
+def _train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE tokenizer that puts <s> before each text."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()

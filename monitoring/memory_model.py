@@ -24,7 +24,7 @@ from launch import memory
 from launch.memory import format_bytes
 from launch.precision import Precision
 from launch.ranks import RankInfo
-from models.adapters import make_quantizer_of, target_linears
+from models.adapters import quantizer_from_config, target_linears
 from models.family import Family
 from models.llama_pro import new_layers
 from models.loss import HIDDEN_BYTES, LOGITS_BYTES
@@ -99,9 +99,9 @@ def plan(
         if files.prequantized:  # as its makers chose
             quantizer = files.packed[name].quantizer if name in files.packed else None
         elif method.quantizer and name in linears and layer not in new:
-            quantizer = make_quantizer_of(config)
+            quantizer = quantizer_from_config(config)
         if quantizer:
-            for kind, n_bytes in zip(("codes", "scales"), quantizer.sizes(stored.shape), strict=True):
+            for kind, n_bytes in zip(("codes", "scales"), quantizer.packed_sizes(stored.shape), strict=True):
                 parts.append(Part(name, kind, (-(-n_bytes // STORAGE.itemsize),), STORAGE.itemsize))
         elif everything or layer in new:
             parts.append(Part(name, "trained", stored.shape, precision.trained.itemsize))

@@ -23,7 +23,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from launch.devices import triton_runs_on
 from launch.signals import signals_blocked_for_children
-from models.dora import same_operators
+from models.dora import without_norm_reuse
 from models.family import Family
 from quantization.layer import Linear4bit
 
@@ -57,7 +57,7 @@ def _contexts(kept: frozenset):
 
 def _contexts_not_compiled(kept: frozenset):
     first, second = _contexts(kept)
-    return first, _Both(second, same_operators())
+    return first, _Both(second, without_norm_reuse())
 
 
 class _Both(contextlib.ExitStack):

@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from models.loss import all_gather, ranks_of_a_copy, reduce_scatter
+from models.loss import all_gather, reduce_scatter, shard_mesh
 from options.errors import UserError
 
 # Bytes of a unit's gradients. More, as of whole layers that are trained, would be held for good: NCCL sums those.
@@ -174,7 +174,7 @@ class CopiedReduceScatter:
 
 def make_copies(mesh: DeviceMesh) -> tuple[CopiedAllGather, CopiedReduceScatter] | None:
     """For the ranks that share one copy of the model; None where NCCL is to do it. Collective."""
-    shards = ranks_of_a_copy(mesh)
+    shards = shard_mesh(mesh)
     if mesh.device_type != "cuda" or shards.size() == 1:
         return None
     return _tried(shards.get_group())

@@ -1,4 +1,4 @@
-"""4-bit weights: what the packed bytes mean, the matmul over them and its gradient, and their kernels.
+"""4-bit weights: the formats of the packed bytes, the matmul over them with its gradient, and their kernels.
 
 May import: options, launch.
 Start in quantizers.py: `Quantizer` is the interface of NF4 (nf4.py) and HQQ (hqq.py). layer.py is the linear

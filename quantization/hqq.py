@@ -1,7 +1,7 @@
 """HQQ, half-quadratic quantization with 8, 4, 3 or 2 bits, and its codes as a stream of bits.
 
-The hqq library computes the codes. A Triton kernel (quantization/hqq_kernel.py) makes weights of them on GPUs
-that Triton supports; elsewhere plain operations do, with the same result.
+The hqq library computes the codes. On GPUs that Triton supports, a Triton kernel (quantization/hqq_kernel.py)
+dequantizes them; elsewhere plain operations do, with the same result.
 
 Shapes: a weight [O, I], flattened, is `blocks` blocks of `block` weights; each has one scale and one zero
 point.
@@ -16,19 +16,20 @@ from typing import ClassVar
 import torch
 
 from launch.devices import triton_runs_on
-from quantization.quantizers import flat_bytes, put
+from quantization.quantizers import copy_into, flat_bytes
 
-EXPANDED = 2**22  # weights that plain operations expand at a time
+CHUNK_WEIGHTS = 2**22  # weights that plain operations dequantize at a time
 
 
 @dataclass(frozen=True)
 class HQQ:
-    """Half-quadratic quantization (https://mobiusml.github.io/hqq_blog), by the hqq library's Quantizer along
-    the rows (axis 1): W = (code - zero) * scale, per block one fp16 scale and one fp16 zero point.
+    """Half-quadratic quantization (https://mobiusml.github.io/hqq_blog), by the hqq library's Quantizer.
 
-    codes: a stream of `n_bits` each, the first weight in the lowest bits: three bits are eight weights in three
-    bytes, where hqq's own packing takes 3.2. scales: all scales, then all zero points. What hqq computes in
-    fp16 on a GPU is kept as it is; dequantization computes in fp32 and rounds once.
+    Along the rows (axis 1): W = (code - zero) * scale, with one fp16 scale and one fp16 zero point per block.
+
+    codes: a stream of `n_bits` each, the first weight in the lowest bits. With 3 bits, eight weights take
+    three bytes; in hqq's own packing they take 3.2. scales: all scales, then all zero points. Both are stored
+    in fp16, as hqq computes them on a GPU; dequantization computes in fp32 and rounds once.
     """
 
     n_bits: int
@@ -41,17 +42,18 @@ class HQQ:
         torch.float64,
     )
 
-    def fits(self, shape: tuple[int, ...]) -> bool:
+    def can_pack(self, shape: tuple[int, ...]) -> bool:
         return math.prod(shape) % self.block == 0
 
-    def sizes(self, shape: tuple[int, ...]) -> tuple[int, int]:
+    def packed_sizes(self, shape: tuple[int, ...]) -> tuple[int, int]:
         return math.prod(shape) * self.n_bits // 8, math.prod(shape) // self.block * 4
 
     def table(self, device: torch.device) -> None:
         return None
 
     def quantize(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        from hqq.core.quantize import Quantizer as Library  # only these train types pay for its import
+        """Pack a weight by hqq. Raises ValueError if it, a scale or a zero point is not finite in fp16."""
+        from hqq.core.quantize import Quantizer as Library  # a slow import, which only some train types need
 
         codes, meta = Library.quantize(
             weight, nbits=self.n_bits, group_size=self.block, axis=1, bitpack=False, device=str(weight.device)
@@ -60,13 +62,14 @@ class HQQ:
         if not (scale.isfinite() & zero.isfinite()).all():
             if not weight.isfinite().all():
                 raise ValueError("holds NaN or infinity")
-            # As of weights around 4.5 that differ by a thousandth.
+            # For example weights near 4.5 that differ by a thousandth.
             why = "lie too far from 0, and too close together, for HQQ's fp16 zero points"
             raise ValueError(f"has a block whose weights {why}")
         return pack_bits(codes, self.n_bits), flat_bytes(scale, zero)
 
     def dequantize(self, codes, scales, table, shape, dtype, row_scale=None, out=None) -> torch.Tensor:
-        code_bytes, scale_bytes = self.sizes(shape)
+        """Dequantize by the Triton kernel if it runs here, else by plain operations."""
+        code_bytes, scale_bytes = self.packed_sizes(shape)
         codes, (scale, zero) = codes[:code_bytes], scales[:scale_bytes].view(torch.float16).chunk(2)
         if triton_runs_on(codes.device):
             from quantization.hqq_kernel import dequantize  # Triton comes with torch's CUDA builds only
@@ -76,17 +79,18 @@ class HQQ:
         scale, zero = scale.float(), zero.float()
         if row_scale is not None:
             scale = (scale.view(shape[0], -1) * row_scale[:, None]).view(-1)
-        return put(_expand(codes, scale, zero, self.n_bits, self.block, dtype).view(shape), out)
+        weight = _dequantize(codes, scale, zero, self.n_bits, self.block, dtype)
+        return copy_into(out, weight.view(shape))
 
 
 def _word(n_bits: int) -> tuple[int, int]:
-    """The smallest run of whole bytes that holds whole codes: (codes, bytes)."""
+    """Return (codes, bytes) of the smallest run of whole bytes that holds whole codes."""
     codes = 8 // math.gcd(n_bits, 8)
     return codes, codes * n_bits // 8
 
 
 def pack_bits(codes: torch.Tensor, n_bits: int) -> torch.Tensor:
-    """Whole numbers 0 to 2^n_bits - 1, in any dtype, as a stream of n_bits each: uint8, 1-D."""
+    """Pack integers from 0 to 2^n_bits - 1, in any dtype, into a stream of n_bits each: uint8, 1-D."""
     per_word, word_bytes = _word(n_bits)
     shifts = torch.arange(per_word, device=codes.device) * n_bits
     words = (codes.reshape(-1, per_word).to(torch.int32) << shifts).sum(1, dtype=torch.int32)
@@ -94,21 +98,29 @@ def pack_bits(codes: torch.Tensor, n_bits: int) -> torch.Tensor:
     return (parts & 255).to(torch.uint8).view(-1)
 
 
-def _expand(codes, scale, zero, n_bits: int, block: int, dtype: torch.dtype) -> torch.Tensor:
-    """(code - zero) * scale of every weight, [blocks, block]. codes: uint8, 1-D; scale, zero [blocks] fp32. Some at a time:
-    on the way each takes up to 12 bytes, of a large weight as a whole most of a GiB."""
+def _dequantize(codes, scale, zero, n_bits: int, block: int, dtype: torch.dtype) -> torch.Tensor:
+    """Return (code - zero) * scale of every weight, [blocks, block], in plain operations.
+
+    In chunks: the intermediate results take up to 12 bytes per weight, most of a GiB for a large weight.
+
+    Args:
+        codes: uint8, 1-D, without padding.
+        scale, zero: [blocks] fp32.
+        n_bits, block: as in HQQ.
+        dtype: of the result.
+    """
     weight = torch.empty(len(scale), block, dtype=dtype, device=codes.device)
-    step = max(EXPANDED // block, 1)  # blocks
+    step = max(CHUNK_WEIGHTS // block, 1)  # blocks
     for first in range(0, len(weight), step):
         blocks = slice(first, first + step)
-        some = codes[first * block * n_bits // 8 : (first + step) * block * n_bits // 8]
-        values = _values(some, n_bits).view(-1, block).float()
+        chunk = codes[first * block * n_bits // 8 : (first + step) * block * n_bits // 8]
+        values = _unpack_bits(chunk, n_bits).view(-1, block).float()
         weight[blocks] = values.sub_(zero[blocks, None]).mul_(scale[blocks, None])
     return weight
 
 
-def _values(codes: torch.Tensor, n_bits: int) -> torch.Tensor:
-    """The whole numbers of `pack_bits`: [bytes / word bytes, codes of a word] int32."""
+def _unpack_bits(codes: torch.Tensor, n_bits: int) -> torch.Tensor:
+    """Return the integers of `pack_bits`: [words, codes of a word] int32."""
     per_word, word_bytes = _word(n_bits)
     words = codes.view(-1, word_bytes).to(torch.int32)
     word = words[:, 0]

@@ -1,7 +1,9 @@
-"""HQQ's codes -> weights in one Triton kernel, for any number of bits. The result is that of the plain
-operations in quantization/hqq.py, bit for bit (tests/gpu/test_modes.py).
+"""Dequantize HQQ's codes in one Triton kernel, for any number of bits.
 
+The result equals that of the plain operations in quantization/hqq.py, bit for bit (tests/gpu/test_modes.py).
 Imported only where there is a GPU that Triton supports.
+
+Shapes: O output features, I input features.
 """
 
 from __future__ import annotations
@@ -10,13 +12,14 @@ import torch
 import triton
 import triton.language as tl
 
-GROUP = tl.constexpr(8)  # weights that a thread takes at once: as many bytes of codes as a code has bits
-GROUPS = 256  # of a program
+GROUP = tl.constexpr(8)  # weights that a thread computes at once; their codes are n_bits bytes
+GROUPS = 256  # groups of a program
 
-# By bits of a code: what a group's bytes are loaded as, and its bits.
+# Bits of a code -> (type that a group's codes are loaded in, bits of that type).
 LOADED = {8: (tl.uint32, 32), 4: (tl.uint32, 32), 3: (tl.uint8, 8), 2: (tl.uint16, 16)}
 
 
+# As `dequantize`, with n_groups of the weight, groups_of_row, and gap: elements between the rows of out.
 @triton.jit
 def _dequantize(
     codes,
@@ -42,7 +45,7 @@ def _dequantize(
     bits = tl.zeros((GROUPS,), tl.int64 if BITS == 8 else tl.int32)
     for i in tl.static_range(LOADS):
         bits |= tl.load(parts + group * LOADS + i, inside, 0).to(bits.dtype) << (WIDTH * i)
-    block = (first + group) // (BLOCK // GROUP)  # a block is whole groups
+    block = (first + group) // (BLOCK // GROUP)  # a block has whole groups
     scale = tl.load(scales + block, inside, 0.0).to(tl.float32)
     zero = tl.load(zeros + block, inside, 0.0).to(tl.float32)
     if HAS_ROW_SCALE:
@@ -50,10 +53,10 @@ def _dequantize(
     offset = tl.arange(0, GROUP)[None, :]
     code = ((bits[:, None] >> (offset * BITS)) & ((1 << BITS) - 1)).to(tl.float32)
     weights = (code - zero[:, None]) * scale[:, None]
-    at = (group * GROUP)[:, None] + offset
+    position = (group * GROUP)[:, None] + offset
     if HAS_GAP:
-        at += ((first + group) // groups_of_row * gap)[:, None]
-    tl.store(out + first * GROUP + at, weights.to(out.dtype.element_ty), inside[:, None])
+        position += ((first + group) // groups_of_row * gap)[:, None]
+    tl.store(out + first * GROUP + position, weights.to(out.dtype.element_ty), inside[:, None])
 
 
 def dequantize(
@@ -65,9 +68,18 @@ def dequantize(
     row_scale: torch.Tensor | None,
     out: torch.Tensor,
 ) -> torch.Tensor:
-    """Fills out, the [O, I] weight, and returns it. codes: uint8, n_bits of each weight in a stream, lowest bits first,
-    aligned to four bytes; block: a multiple of 8; scales, zeros [O I / block] fp16; row_scale [O] fp32 or None (row_scale,
-    and rows that lie apart: I a multiple of 8)."""
+    """Fill `out` with the dequantized weight and return it.
+
+    row_scale, and gaps between the rows of `out`, need I to be a multiple of 8.
+
+    Args:
+        codes: uint8, a stream of n_bits per weight, lowest bits first, aligned to four bytes.
+        scales, zeros: [O I / block] fp16.
+        n_bits: 8, 4, 3 or 2.
+        block: a multiple of 8.
+        row_scale: [O] fp32, or None.
+        out: [O, I].
+    """
     n_groups = out.numel() // 8
     loaded, width = LOADED[n_bits]
     _dequantize[(triton.cdiv(n_groups, GROUPS),)](

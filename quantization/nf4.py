@@ -1,7 +1,7 @@
 """NF4 with double quantization, the 4-bit format of QLoRA, as bitsandbytes packs it.
 
-bitsandbytes computes the codes. A Triton kernel (quantization/nf4_kernel.py) makes weights of them on GPUs
-that Triton supports; elsewhere bitsandbytes' own operations do, with the same result.
+bitsandbytes computes the codes. On GPUs that Triton supports, a Triton kernel (quantization/nf4_kernel.py)
+dequantizes them; elsewhere bitsandbytes' own operations do, with the same result.
 
 Shapes: a weight [O, I], flattened, is `blocks` blocks of 64 weights; each has one scale, its absolute
 maximum.
@@ -18,14 +18,14 @@ import bitsandbytes.functional as bnb
 import torch
 
 from launch.devices import triton_runs_on
-from quantization.quantizers import flat_bytes, put
+from quantization.quantizers import copy_into, flat_bytes
 
 SCALE_BLOCK = 256  # NF4 scales that share a second-level scale: bitsandbytes' default
 
 
 @cache
 def _dynamic_map(device: torch.device) -> torch.Tensor:
-    """The 256 values of an 8-bit scale code, fp32."""
+    """Return the 256 values of an 8-bit scale code, fp32."""
     return bnb.create_dynamic_map().to(device)
 
 
@@ -33,9 +33,10 @@ def _dynamic_map(device: torch.device) -> torch.Tensor:
 class NF4:
     """QLoRA's NormalFloat-4 with double quantization (arXiv 2305.14314, section 3), by bitsandbytes.
 
-    codes: two a byte. scales: per 256 blocks one fp32 scale, one fp32 offset for the whole tensor, and per
-    block one 8-bit code of its absolute maximum; without double quantization the absolute maxima themselves, in
-    fp32 (some checkpoints are so packed; we never do). Dequantized weights are bitsandbytes' own, bit for bit.
+    codes: two per byte. scales: one fp32 scale per 256 blocks, one fp32 offset for the whole tensor, and one
+    8-bit code per block for its absolute maximum. Without double quantization, scales are the absolute maxima
+    in fp32; some checkpoints are packed like this, and `quantize` never does it. Dequantized weights equal
+    bitsandbytes' own, bit for bit.
     """
 
     block: ClassVar[int] = 64
@@ -43,10 +44,11 @@ class NF4:
     dtypes: ClassVar[tuple[torch.dtype, ...]] = (torch.float32, torch.float16, torch.bfloat16)
     double: bool = True
 
-    def fits(self, shape: tuple[int, ...]) -> bool:
-        return True  # the last block may be part of one
+    def can_pack(self, shape: tuple[int, ...]) -> bool:
+        return True  # the last block may be a part of one
 
-    def sizes(self, shape: tuple[int, ...]) -> tuple[int, int]:
+    def packed_sizes(self, shape: tuple[int, ...]) -> tuple[int, int]:
+        """Return (bytes of codes, bytes of scales); see the class for the layout."""
         blocks = -(-math.prod(shape) // self.block)
         scales = 4 * -(-blocks // SCALE_BLOCK) + 4 + blocks if self.double else 4 * blocks
         return -(-math.prod(shape) // 2), scales
@@ -55,6 +57,7 @@ class NF4:
         return _dynamic_map(device)
 
     def quantize(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Pack a weight by bitsandbytes; only with double quantization."""
         assert self.double
         codes, state = bnb.quantize_4bit(
             weight.contiguous(), blocksize=self.block, compress_statistics=True, quant_type="nf4"
@@ -63,6 +66,7 @@ class NF4:
         return flat_bytes(codes), flat_bytes(state.state2.absmax, state.offset.view(1), state.absmax)
 
     def dequantize(self, codes, scales, table, shape, dtype, row_scale=None, out=None) -> torch.Tensor:
+        """Dequantize by the Triton kernel if it supports the weight, else by bitsandbytes."""
         if self.double and math.prod(shape) % self.block == 0 and triton_runs_on(codes.device):
             from quantization.nf4_kernel import dequantize  # Triton comes with torch's CUDA builds only
 
@@ -72,23 +76,26 @@ class NF4:
         if row_scale is not None:
             absmax = (absmax.view(shape[0], -1) * row_scale[:, None]).view(-1)
         packed = codes[: -(-shape[0] * shape[1] // 2)].view(-1, 1)
-        # Blocks that cross rows: bitsandbytes' kernel for CPUs with AVX-512 begins a new one with each row, so it gets
-        # a single row there.
+        # If blocks cross rows, pass a single row: bitsandbytes' kernel for CPUs with AVX-512 begins a new
+        # block with each row.
         rows = shape if shape[1] % self.block == 0 else (1, shape[0] * shape[1])
         weight = torch.ops.bitsandbytes.dequantize_4bit(packed, absmax, self.block, "nf4", rows, dtype)
-        return put(weight.view(shape), out)
+        return copy_into(out, weight.view(shape))
 
     def _absmax(self, scales: torch.Tensor, table: torch.Tensor, blocks: int) -> torch.Tensor:
-        """The blocks' absolute maxima: [blocks] fp32."""
+        """Return the blocks' absolute maxima: [blocks] fp32."""
         if not self.double:
             return scales[: 4 * blocks].view(torch.float32)
-        codes, group_scales, offset = self._parts(scales, blocks)
+        codes, group_scales, offset = self._split_scales(scales, blocks)
         return offset + torch.ops.bitsandbytes.dequantize_blockwise(
             codes, group_scales, table, SCALE_BLOCK, torch.float32
         )
 
-    def _parts(self, scales: torch.Tensor, blocks: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Of double quantization: (the blocks' 8-bit codes, their groups' scales, the offset)."""
+    def _split_scales(
+        self, scales: torch.Tensor, blocks: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Split doubly quantized scales: (the blocks' 8-bit codes, their groups' scales, the offset)."""
         groups = -(-blocks // SCALE_BLOCK)
-        group_scales, offset = scales[: 4 * groups + 4].view(torch.float32).split([groups, 1])
-        return scales[4 * groups + 4 : 4 * groups + 4 + blocks], group_scales, offset
+        header = 4 * (groups + 1)  # bytes before the codes
+        group_scales, offset = scales[:header].view(torch.float32).split([groups, 1])
+        return scales[header : header + blocks], group_scales, offset

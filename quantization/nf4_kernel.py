@@ -1,7 +1,10 @@
-"""NF4 with double quantization -> weights in one Triton kernel. bitsandbytes takes three (the scales' codes,
-their offset, the weights) and twice the time; the result is the same, bit for bit (tests/gpu/test_layers.py).
+"""Dequantize NF4 with double quantization in one Triton kernel.
 
-Imported only where there is a GPU that Triton supports.
+bitsandbytes runs three kernels (the scales' codes, their offset, the weights) and takes twice the time; the
+result is the same, bit for bit (tests/gpu/test_layers.py). Imported only where there is a GPU that Triton
+supports.
+
+Shapes: O output features, I input features.
 """
 
 from __future__ import annotations
@@ -11,12 +14,14 @@ import torch
 import triton
 import triton.language as tl
 
-WORD = tl.constexpr(8)  # weights of four bytes of codes, which a thread takes at once: 16 bytes of results
+WORD = tl.constexpr(8)  # weights that a thread computes at once: 4 bytes of codes, 16 bytes of 16-bit results
 BLOCK = tl.constexpr(64 // 8)  # words that share a scale
 GROUP = tl.constexpr(256 * 64 // 8)  # words whose scales share a second-level scale
-WORDS = 256  # of a program: part of one group
+WORDS = 256  # words of a program, a part of one group
 
 
+# As `dequantize`, with the values of codes, n_words of the weight, words_of_row, and gap: elements between
+# the rows of out.
 @triton.jit
 def _dequantize(
     codes,
@@ -43,19 +48,19 @@ def _dequantize(
         scale = scale * tl.load(row_scale + (first + word) // words_of_row, inside, 0.0)
     code = tl.load(codes.to(tl.pointer_type(tl.int32)) + first + word, inside, 0)
     offset = tl.arange(0, WORD)[None, :]
-    index = (code[:, None] >> ((offset ^ 1) * 4)) & 15  # the high half of a byte comes first
+    index = (code[:, None] >> ((offset ^ 1) * 4)) & 15  # the high half of a byte is the first
     weights = tl.load(values + index) * scale[:, None]
-    at = (word * WORD)[:, None] + offset
+    position = (word * WORD)[:, None] + offset
     if HAS_GAP:
-        at += ((first + word) // words_of_row * gap)[:, None]
-    tl.store(out + first * WORD + at, weights.to(out.dtype.element_ty), inside[:, None])
+        position += ((first + word) // words_of_row * gap)[:, None]
+    tl.store(out + first * WORD + position, weights.to(out.dtype.element_ty), inside[:, None])
 
 
 _VALUES: dict[torch.device, torch.Tensor] = {}
 
 
 def _values(device: torch.device) -> torch.Tensor:
-    """The 16 values of a code, fp32."""
+    """Return the weights of the 16 codes before scaling, fp32."""
     if device not in _VALUES:
         _VALUES[device] = bnb.get_4bit_type("nf4", device=device)
     return _VALUES[device]
@@ -68,11 +73,18 @@ def dequantize(
     row_scale: torch.Tensor | None,
     out: torch.Tensor,
 ) -> torch.Tensor:
-    """Fills out, the [O, I] weight, for O I a multiple of 64, and returns it. codes [O I / 2 or more], aligned to four
-    bytes, and scales uint8, as NF4 in nf4.py has them; scale_values [256], row_scale [O] fp32 (row_scale, and
-    rows that lie apart: I a multiple of 64).
+    """Fill `out` with the dequantized weight and return it. O I must be a multiple of 64.
 
-    The kernel takes the scales apart by itself: views of them, made in Python, cost the host half as much as the launch."""
+    row_scale, and gaps between the rows of `out`, need I to be a multiple of 64. The kernel splits `scales`
+    itself: views of it, made in Python, would cost the host half as much as the launch.
+
+    Args:
+        codes: [O I / 2 or more] uint8, aligned to four bytes.
+        scales: uint8, in the layout of NF4 (nf4.py).
+        scale_values: [256] fp32, the values of the scales' 8-bit codes.
+        row_scale: [O] fp32, or None.
+        out: [O, I].
+    """
     n_words = out.numel() // 8
     # No fused multiply-add: bitsandbytes rounds the product before it adds the offset.
     _dequantize[(triton.cdiv(n_words, WORDS),)](

@@ -1,9 +1,9 @@
-"""The 4-bit matmul and its gradient as operators that torch.compile takes whole.
+"""The 4-bit matmul and its gradient, as operators that are opaque to torch.compile.
 
-Opaque to the compiler on purpose: it would merge the backward's dequantization with the forward's, and keep
-16-bit weights in between. As operators they can be named by a checkpointing policy
-(parallel/activation_checkpointing.py), and each takes its low-rank branch into the big matmul, or adds it to
-the result in place.
+They are opaque on purpose: the compiler would merge the backward's dequantization with the forward's, and
+hold 16-bit weights in between. A checkpointing policy can name operators
+(parallel/activation_checkpointing.py). Each operator either computes its low-rank branch in the large matmul,
+or adds it to the result in place.
 
 Shapes: O output features, I input features, R rank, T tokens (all leading dimensions of x).
 """
@@ -22,18 +22,21 @@ from quantization.quantizers import Quantizer
 
 TINY = torch.finfo(torch.float32).tiny
 
-# Operators take numbers, strings and tensors; a quantizer goes by its name.
+# Operators take numbers, strings and tensors, so a quantizer is passed by name.
 _QUANTIZERS: dict[str, Quantizer] = {}
 
 
-def name_of(quantizer: Quantizer) -> str:
-    """What the operators below call it. Equal quantizers have one name."""
+def register_quantizer(quantizer: Quantizer) -> str:
+    """Return the quantizer's name for the operators below. Equal quantizers have one name."""
     _QUANTIZERS[str(quantizer)] = quantizer
     return str(quantizer)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """In which a linear computes: autocast's, within it, else x's own. For what autocast does not look into."""
+    """Return the dtype that a linear computes in: autocast's within autocast, else x's.
+
+    For operators that autocast does not handle.
+    """
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
@@ -41,32 +44,36 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 def dequantize(
     packed: tuple, quantizer: str, shape: Sequence[int], dtype, row_scale=None, out=None
 ) -> Tensor:
-    """`Quantizer.dequantize` of (codes, scales, table) with codes and scales in float storage."""
+    """Call `Quantizer.dequantize` for (codes, scales, table) with codes and scales in float storage."""
     codes, scales, table = packed
     raw = codes.view(torch.uint8), scales.view(torch.uint8)
     return _QUANTIZERS[quantizer].dequantize(*raw, table, tuple(shape), dtype, row_scale, out)
 
 
-def _widens(x: Tensor, quantizer: str, shape: list[int], rank: int) -> bool:
-    """Whether the low-rank branch goes through the large matmul, as columns beside the weight's and x's: where the
-    output is several times x it costs less to copy x than to write the output once more."""
-    whole_rows = shape[1] % _QUANTIZERS[quantizer].block == 0
+def _concatenates_branch(x: Tensor, quantizer: str, shape: Sequence[int], rank: int) -> bool:
+    """Return whether the large matmul computes the low-rank branch too, as columns of the weight and of x.
+
+    If the output is several times as wide as x, copying x costs less than writing the output a second time.
+    """
+    whole_blocks = shape[1] % _QUANTIZERS[quantizer].block == 0
     aligned = (shape[1] + rank) % 8 == 0  # to 16 bytes, which fast matmuls need
-    return x.is_cuda and shape[0] >= 2 * shape[1] and whole_rows and aligned
+    return x.is_cuda and shape[0] >= 2 * shape[1] and whole_blocks and aligned
 
 
 _LIBRARY = torch.library.Library("fsdp_finetune", "FRAGMENT")
 
-# Of each operator the same without a gradient, for graphs that are compiled and not differentiated any more: the dispatcher
-# goes through Python for the gradient as well, whether there is one or not, which is 70 of a call's 263 us of the host.
+# Autograd-free twins of the operators, for compiled graphs that are not differentiated any more. The
+# dispatcher calls Python for the gradient too, even without one: 70 of a call's 263 us on the host.
 WITHOUT_GRADIENT: dict[OpOverload, OpOverload] = {}
 
 
 def _operator(schema: str, fake: Callable) -> Callable[[Callable], CustomOpDef]:
-    """Makes an operator, and its twin without a gradient, out of what computes it. fake: the same for tensors that have
-    no contents."""
+    """Return a decorator that registers a function as an operator, and its twin without a gradient.
 
-    def make(compute: Callable) -> CustomOpDef:
+    fake: computes the result's shape and dtype, for tensors without contents.
+    """
+
+    def register(compute: Callable) -> CustomOpDef:
         name = f"fsdp_finetune::{compute.__name__}"
         operator = torch.library.custom_op(name, compute, mutates_args=(), schema=schema)
         operator.register_fake(fake)
@@ -78,160 +85,187 @@ def _operator(schema: str, fake: Callable) -> Callable[[Callable], CustomOpDef]:
         WITHOUT_GRADIENT[getattr(ops, compute.__name__).default] = getattr(ops, twin).default
         return operator
 
-    return make
+    return register
 
 
 _PACKED = "Tensor codes, Tensor scales, Tensor? table, str quantizer, int[] shape, Tensor? row_scale"
 
 
-def _fake_linear4bit(x, codes, scales, table, quantizer, shape, row_scale, bias, h, a, b, keep):
+def _fake_linear4bit(x, codes, scales, table, quantizer, shape, row_scale, bias, h, a, b, save_output):
     return x.new_empty(*x.shape[:-1], shape[0])
 
 
 @_operator(
-    f"(Tensor x, {_PACKED}, Tensor? bias, Tensor? h, Tensor? a, Tensor? b, bool keep) -> Tensor",
+    f"(Tensor x, {_PACKED}, Tensor? bias, Tensor? h, Tensor? a, Tensor? b, bool save_output) -> Tensor",
     _fake_linear4bit,
 )
-def linear4bit(x, codes, scales, table, quantizer, shape, row_scale, bias, h, a, b, keep):
-    """x (diag(g) W)^T + bias + h b^T: [T, O] in x's dtype, for a frozen packed W [O, I].
+def linear4bit(x, codes, scales, table, quantizer, shape, row_scale, bias, h, a, b, save_output):
+    """Return x (diag(g) W)^T + bias + h b^T: [T, O] in x's dtype, for a frozen packed W [O, I].
 
-    row_scale: g [O] fp32, or None for ones. h [T, R] and b [O, R], both in x's dtype: the low-rank branch, or None.
-    a [R, I]: says that h is x a^T, made outside of autograd; the gradients of x and a by way of h are then formed
-    here, where they can be added in place. Without a, h gets a gradient of its own. keep: says to a checkpointing
-    policy that the result is not to be computed again.
+    Saves the packed weight for backward, not the dequantized one: FSDP frees the gathered storage after
+    forward and fills it again before backward.
 
-    Saves the packed weight, not the dequantized one: FSDP frees the gathered storage after forward and fills it
-    again before backward.
+    Args:
+        x: [T, I].
+        codes, scales, table, quantizer: the packed W and its format, as for `dequantize`.
+        shape: (O, I).
+        row_scale: g [O] fp32, or None for ones.
+        bias: [O], or None.
+        h, b: the low-rank branch, [T, R] and [O, R] in x's dtype, or None.
+        a: [R, I] if h is x a^T, made outside of autograd. Then backward forms the gradients of x and a that
+            go through h, and adds them in place. Without a, h has a gradient of its own.
+        save_output: asks a checkpointing policy to save the result instead of a recompute.
     """
     packed = (codes, scales, table), quantizer, shape, x.dtype, row_scale
     if h is None:
         return F.linear(x, dequantize(*packed), bias)
-    if _widens(x, quantizer, shape, h.shape[-1]):
-        both = x.new_empty(shape[0], shape[1] + h.shape[-1])
-        dequantize(*packed, out=both[:, : shape[1]])
-        both[:, shape[1] :] = b
-        # h may be a part of several linears' (parallel/inductor_passes.py); unless all is contiguous torch copies five times
-        # as slowly.
-        return F.linear(torch.cat((x, h.contiguous()), -1), both, bias)
+    if _concatenates_branch(x, quantizer, shape, h.shape[-1]):
+        weight_and_b = x.new_empty(shape[0], shape[1] + h.shape[-1])
+        dequantize(*packed, out=weight_and_b[:, : shape[1]])
+        weight_and_b[:, shape[1] :] = b
+        # h may be a slice of several linears' h (parallel/inductor_passes.py). Unless both are contiguous,
+        # torch's copy takes five times as long.
+        return F.linear(torch.cat((x, h.contiguous()), -1), weight_and_b, bias)
     weight = dequantize(*packed)
-    # The large matmul adds into the small one's result: it has time to read it, which a small one has not.
+    # The large matmul adds to the small one's result: it has time to read that, and the small one has not.
     y = F.linear(h, b, bias)
     y.view(-1, shape[0]).addmm_(x.flatten(0, -2), weight.t())
     return y
 
 
-# The two operators of backward take any number of linears that have one x: the compiler's graphs are rewritten so
-# (parallel/inductor_passes.py), and what each of them did alone with x and its gradient is done once.
+# The two operators of backward take any number of linears that have the same x. The compiler's graphs are
+# rewritten to use this (parallel/inductor_passes.py): work on x and its gradient is done once for all.
 
 
 def _fake_adapter_backward(grads, x, h, a, b):
     rank = sum(each.shape[1] for each in b)
-    of_a = x.new_empty(rank, x.shape[-1]) if a else h[0].new_empty(0)
-    return [h[0].new_empty(*h[0].shape[:-1], rank), of_a, *(torch.empty_like(each) for each in b)]
+    grad_a = x.new_empty(rank, x.shape[-1]) if a else h[0].new_empty(0)
+    return [h[0].new_empty(*h[0].shape[:-1], rank), grad_a, *(torch.empty_like(each) for each in b)]
 
 
 @_operator(
     "(Tensor[] grads, Tensor? x, Tensor[] h, Tensor[] a, Tensor[] b) -> Tensor[]", _fake_adapter_backward
 )
 def adapter_backward(grads, x, h, a, b):
-    """[The gradient of all h, side by side [T, sum of R]; of all a, one below the other [sum of R, I], empty without
-    a; of each b [O, R]]. grads: [T, O] each.
+    """Return the gradients of the low-rank branches of linears with the same x: [grad_h, grad_a, *grad_b].
 
-    An operator of its own, before that of the big matmuls, which needs the first of them: x, which may be an activation
-    of a quarter of a GiB, is let go before its gradient is made.
+    grad_h [T, sum of R]: of all h, concatenated. grad_a [sum of R, I]: of all a, concatenated, or empty.
+    grad_b: of each b, [O, R].
+
+    It is an operator of its own, and runs before that of the large matmuls, which needs grad_h: x, maybe an
+    activation of a quarter of a GiB, is freed before its gradient is made.
+
+    Args:
+        grads: gradients of the linears' results, [T, O] each.
+        x: [T, I]; None without a.
+        h, b: as for `linear4bit`, one of each linear.
+        a: one of each linear, or an empty list.
     """
     ranks = [each.shape[1] for each in b]
-    of_h = h[0].new_empty(*h[0].shape[:-1], sum(ranks))
-    for grad, each, part in zip(grads, b, of_h.flatten(0, -2).split(ranks, 1), strict=True):
-        torch.mm(grad.flatten(0, -2), each, out=part)
-    of_a = of_h.flatten(0, -2).t() @ x.flatten(0, -2) if a else of_h.new_empty(0)
-    return [
-        of_h,
-        of_a,
-        *(g.flatten(0, -2).t() @ each.flatten(0, -2) for g, each in zip(grads, h, strict=True)),
-    ]
+    grad_h = h[0].new_empty(*h[0].shape[:-1], sum(ranks))
+    for grad, each, out in zip(grads, b, grad_h.flatten(0, -2).split(ranks, 1), strict=True):
+        torch.mm(grad.flatten(0, -2), each, out=out)
+    grad_a = grad_h.flatten(0, -2).t() @ x.flatten(0, -2) if a else grad_h.new_empty(0)
+    grad_b = (grad.flatten(0, -2).t() @ each.flatten(0, -2) for grad, each in zip(grads, h, strict=True))
+    return [grad_h, grad_a, *grad_b]
 
 
-def _fake_linear4bit_backward(grads, codes, scales, tables, quantizers, shapes, row_scales, of_h, a, after):
+def _fake_linear4bit_backward(
+    grads, codes, scales, tables, quantizers, shapes, row_scales, grad_h, a, dependencies
+):
     return grads[0].new_empty(*grads[0].shape[:-1], shapes[1])
 
 
 @_operator(
     "(Tensor[] grads, Tensor[] codes, Tensor[] scales, Tensor?[] tables, str[] quantizers, int[] shapes,"
-    " Tensor?[] row_scales, Tensor? of_h, Tensor[] a, Tensor[] after) -> Tensor",
+    " Tensor?[] row_scales, Tensor? grad_h, Tensor[] a, Tensor[] dependencies) -> Tensor",
     _fake_linear4bit_backward,
 )
-def linear4bit_backward(grads, codes, scales, tables, quantizers, shapes, row_scales, of_h, a, after):
-    """The gradient of x [T, I]. grads: [T, O] each; shapes: O, I, O, I, ...; of_h [T, sum of R] and a [R, I] each: what
-    comes by way of h, unless there is no a.
+def linear4bit_backward(
+    grads, codes, scales, tables, quantizers, shapes, row_scales, grad_h, a, dependencies
+):
+    """Return the gradient of x [T, I] through linears with the same x and, if there is an a, their branches.
 
-    after: is not looked at. It is what a compiler has to have computed before, and not when it likes: what that needs
-    could otherwise stay in memory while the layers below are gone through.
+    Args:
+        grads: gradients of the linears' results, [T, O] each.
+        codes, scales, tables, quantizers, row_scales: as for `linear4bit`, one of each linear.
+        shapes: O, I, O, I, ...
+        grad_h: [T, sum of R], of `adapter_backward`.
+        a: [R, I], one of each linear, or an empty list.
+        dependencies: not read. A compiler must compute them before this operator; later, their inputs could
+            stay in memory through the backward of the layers below.
     """
-    of_x = of_h.flatten(0, -2) @ (a[0] if len(a) == 1 else torch.cat(a)) if a else None
+    grad_x = grad_h.flatten(0, -2) @ (a[0] if len(a) == 1 else torch.cat(a)) if a else None
     each = zip(codes, scales, tables, strict=True), quantizers, zip(shapes[::2], shapes[1::2], strict=True)
     for grad, packed, quantizer, shape, row_scale in zip(grads, *each, row_scales, strict=True):
         weight, rows = dequantize(packed, quantizer, shape, grad.dtype, row_scale), grad.flatten(0, -2)
-        of_x = rows @ weight if of_x is None else of_x.addmm_(rows, weight)
+        grad_x = rows @ weight if grad_x is None else grad_x.addmm_(rows, weight)
         del weight  # before the next one is made
-    assert of_x is not None
-    return of_x.view(*grads[0].shape[:-1], shapes[1])
+    assert grad_x is not None
+    return grad_x.view(*grads[0].shape[:-1], shapes[1])
 
 
-def _setup(ctx, inputs, output) -> None:
+def _setup_context(ctx, inputs, output) -> None:
+    """Save the inputs of `linear4bit` for backward; x only for the gradient of a, y only for that of g."""
     x, codes, scales, table, ctx.quantizer, ctx.shape, row_scale, _, h, a, b, _ = inputs
     y = None if row_scale is None else output
     ctx.save_for_backward(x if a is not None else None, codes, scales, table, row_scale, h, a, b, y)
 
 
 def _backward(ctx, grad):
+    """Return the gradients of `linear4bit`: of x, row_scale, h or a, and b. grad: [T, O]."""
     x, codes, scales, table, row_scale, h, a, b, y = ctx.saved_tensors
     packed = [codes], [scales], [table], [ctx.quantizer], ctx.shape, [row_scale]
-    of_h = of_a = of_b = of_x = of_scale = None
-    low_rank = [] if a is None else [a]
+    grad_h = grad_a = grad_b = grad_x = grad_scale = None
+    a_list = [] if a is None else [a]
     if h is not None:
-        of_h, of_a, of_b = adapter_backward([grad], x, [h], low_rank, [b])
+        grad_h, grad_a, grad_b = adapter_backward([grad], x, [h], a_list, [b])
     if row_scale is not None:  # the derivative by g is W x = (y - h b^T) / g
         rows = grad.flatten(0, -2)
-        if grad.dtype == torch.float16:  # scaled gradients times outputs may pass its largest number
+        if grad.dtype == torch.float16:  # scaled gradients times outputs may exceed its largest number
             rows = rows.float()
-        of_scale = (rows * y.flatten(0, -2)).sum(0, dtype=torch.float32)
-        if of_b is not None:
-            of_scale = of_scale - (of_b.float() * b.float()).sum(1)
-        of_scale = of_scale / row_scale
-    if ctx.needs_input_grad[0]:  # last: before it x and y are let go, which may be the widest activations
-        after = [] if of_scale is None else [of_scale]
-        of_x = linear4bit_backward([grad], *packed, of_h, low_rank, after)
-    through_h = h is not None and a is None
+        grad_scale = (rows * y.flatten(0, -2)).sum(0, dtype=torch.float32)
+        if grad_b is not None:
+            grad_scale = grad_scale - (grad_b.float() * b.float()).sum(1)
+        grad_scale = grad_scale / row_scale
+    if ctx.needs_input_grad[0]:  # last: x and y, maybe the widest activations, are freed before it
+        dependencies = [] if grad_scale is None else [grad_scale]
+        grad_x = linear4bit_backward([grad], *packed, grad_h, a_list, dependencies)
+    h_has_gradient = h is not None and a is None
     return (
-        of_x,
+        grad_x,
         *(None, None, None, None, None),
-        of_scale,
+        grad_scale,
         None,
-        of_h if through_h else None,
-        None if through_h else of_a,
-        of_b,
+        grad_h if h_has_gradient else None,
+        None if h_has_gradient else grad_a,
+        grad_b,
         None,
     )
 
 
-linear4bit.register_autograd(_backward, setup_context=_setup)
+linear4bit.register_autograd(_backward, setup_context=_setup_context)
 
 
 def factored_norm(projected: Tensor, a: Tensor, b: Tensor, scaling: float, squared_norm: Tensor) -> Tensor:
-    """||W + s B A|| of each row: [O], fp32, without a gradient; never of a materialised W + s B A, which would
-    round it to W's dtype:
+    """Return ||W + s B A|| of each row: [O], fp32, without a gradient.
+
+    W + s B A is never materialised, which would round it to W's dtype:
 
         ||W + s B A||^2 = ||W||^2 + 2 s rowsum((W A^T) * B) + s^2 rowsum((B A A^T) * B)
 
-    projected: W A^T [O, R]; a [R, I] and b [O, R] as they are trained; squared_norm: ||W||^2, [O] fp32.
+    Args:
+        projected: W A^T [O, R].
+        a, b: A [R, I] and B [O, R], in the dtype that they are trained in.
+        scaling: s.
+        squared_norm: ||W||^2 of each row, [O] fp32.
     """
     exact_a, b = a.float(), b.float()
-    # W A^T + s/2 B A A^T: [O, R]. The sum is fp32: where the dtypes differ, torch promotes. s/2 is no alpha of the sum:
-    # on a CPU the compiler makes an addmm of that and drops it (of the kind of pytorch#167313).
+    # W A^T + s/2 B A A^T: [O, R]. The sum is fp32: where the dtypes differ, torch promotes. s/2 is not the
+    # sum's alpha: on a CPU the compiler would make an addmm of that and drop s/2 (similar to pytorch#167313).
     half = projected + b @ (exact_a @ exact_a.t() * (scaling / 2))
     norm = torch.add(squared_norm, (half * b).sum(1), alpha=2 * scaling)
-    return norm.clamp_min(TINY).sqrt()  # rounding may leave less than 0 where W = -s B A
+    return norm.clamp_min(TINY).sqrt()  # rounding may give less than 0 where W = -s B A
 
 
 def _fake_project4bit(codes, scales, table, quantizer, shape, a):
@@ -243,11 +277,11 @@ def _fake_project4bit(codes, scales, table, quantizer, shape, a):
     _fake_project4bit,
 )
 def project4bit(codes, scales, table, quantizer, shape, a):
-    """W a^T for a packed W: [O, R] from a [R, I], in its dtype. Without a gradient."""
+    """Return W a^T for a packed W: [O, R] from a [R, I], in its dtype. Without a gradient."""
     return F.linear(dequantize((codes, scales, table), quantizer, shape, a.dtype), a)
 
 
 @_operator("(Tensor x) -> Tensor", torch.empty_like)
 def kept(x):
-    """x, by a name that a checkpointing policy knows: not to be computed again. Without a gradient."""
+    """Return a copy of x, marked by this operator for a checkpointing policy to save. Without a gradient."""
     return x.clone()

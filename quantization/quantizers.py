@@ -1,8 +1,8 @@
-"""What all quantizers have in common: the interface `Quantizer`, and a checkpoint's tensor packed by one.
+"""The interface of all quantizers, `Quantizer`, and a weight that one has packed, `PackedWeight`.
 
-A quantizer turns a weight into codes and scales, flat bytes, and back. The layer that stores the bytes
-(quantization/layer.py) and the load (quantize_layers.py) do not know which quantizer it is. There are two:
-NF4 (quantization/nf4.py) and HQQ (quantization/hqq.py).
+A quantizer converts a weight to codes and scales, flat bytes, and back. The layer that stores the bytes
+(quantization/layer.py) and the load (quantize_layers.py) work with any quantizer. There are two: NF4
+(quantization/nf4.py) and HQQ (quantization/hqq.py).
 
 Shapes: O output features, I input features; a block is `block` consecutive weights of the flattened [O, I]
 that share a scale.
@@ -19,31 +19,34 @@ from options.errors import UserError
 
 
 class Quantizer(Protocol):
-    """A frozen value: equal ones pack equal weights into equal bytes."""
+    """A frozen value; equal quantizers pack equal weights into equal bytes."""
 
     @property
-    def block(self) -> int: ...
+    def block(self) -> int:
+        """Weights that share a scale."""
 
     @property
     def library(self) -> str:
-        """The package that packs."""
+        """Name of the package that packs."""
 
     @property
     def dtypes(self) -> tuple[torch.dtype, ...]:
-        """Of weights that it packs."""
+        """Dtypes of weights that it packs."""
 
-    def fits(self, shape: tuple[int, ...]) -> bool:
-        """Whether a weight of this shape can be packed."""
+    def can_pack(self, shape: tuple[int, ...]) -> bool:
+        """Return whether a weight of this shape can be packed."""
 
-    def sizes(self, shape: tuple[int, ...]) -> tuple[int, int]:
-        """(bytes of codes, bytes of scales)."""
+    def packed_sizes(self, shape: tuple[int, ...]) -> tuple[int, int]:
+        """Return (bytes of codes, bytes of scales)."""
 
     def table(self, device: torch.device) -> torch.Tensor | None:
-        """The constant that `dequantize` reads, one per device for all layers."""
+        """Return the constant that `dequantize` reads; all layers on a device share it."""
 
     def quantize(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(codes, scales), uint8, 1-D, of a weight [O, I] of one of `dtypes`, on the device where it is. Raises ValueError
-        for what cannot be packed."""
+        """Pack a weight [O, I] of one of `dtypes`, on its device: (codes, scales), each uint8, 1-D.
+
+        Raises ValueError for contents that cannot be packed.
+        """
 
     def dequantize(
         self,
@@ -55,14 +58,23 @@ class Quantizer(Protocol):
         row_scale: torch.Tensor | None = None,
         out: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """The [O, I] weight in `dtype`. row_scale [O] fp32 multiplies each row, by way of its blocks' scales:
-        no extra pass over the weight. out: where it is put, of that shape and dtype, whose rows may lie apart. Both
-        need whole blocks in a row: I a multiple of `block`."""
+        """Return the [O, I] weight in `dtype`.
+
+        row_scale and out need whole blocks in each row: I a multiple of `block`.
+
+        Args:
+            codes, scales: uint8, 1-D, maybe with padding at the end.
+            table: of `table`, on their device.
+            shape: (O, I).
+            dtype: of the result.
+            row_scale: [O] fp32, multiplied into each row by way of its blocks' scales, without an extra pass.
+            out: [O, I] in `dtype`, filled and returned. There may be gaps between its rows.
+        """
 
 
 @dataclass(frozen=True)
 class PackedWeight:
-    """What a quantizer made of a weight: codes and scales, uint8, 1-D."""
+    """A quantizer's result for a weight: codes and scales, uint8, 1-D."""
 
     codes: torch.Tensor
     scales: torch.Tensor
@@ -72,21 +84,25 @@ class PackedWeight:
 
 
 def pack_weight(
-    where: str, tensor: torch.Tensor | PackedWeight, quantizer: Quantizer | None
+    origin: str, tensor: torch.Tensor | PackedWeight, quantizer: Quantizer | None
 ) -> torch.Tensor | PackedWeight:
-    """A checkpoint's tensor, packed if it is to be and is not yet. where: its file and its name. Raises UserError."""
+    """Return a checkpoint's tensor, packed if there is a quantizer and it is not packed yet.
+
+    origin: the tensor's file and name, for messages. Raises UserError for contents that cannot be packed.
+    """
     if quantizer is None or isinstance(tensor, PackedWeight):
         return tensor
     try:
         return PackedWeight(*quantizer.quantize(tensor))
     except ValueError as e:
-        raise UserError(f"{where} {e}") from None
+        raise UserError(f"{origin} {e}") from None
 
 
 def flat_bytes(*tensors: torch.Tensor) -> torch.Tensor:
-    """The tensors' bytes one after another: uint8, 1-D."""
+    """Return the concatenated bytes of the tensors: uint8, 1-D."""
     return torch.cat([t.contiguous().view(-1).view(torch.uint8) for t in tensors])
 
 
-def put(weight: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
+def copy_into(out: torch.Tensor | None, weight: torch.Tensor) -> torch.Tensor:
+    """Copy the weight into `out` and return that; without `out`, return the weight."""
     return weight if out is None else out.copy_(weight)

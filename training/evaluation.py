@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from data.batches import Batch, make_batch
 from data.rows import TokenizedRows
 from launch.ranks import RankInfo
-from models.family import rope_switch
+from models.family import longrope_threshold
 
 PROMPTS_AT_ONCE = 8
 
@@ -64,7 +64,7 @@ def mean_loss(
     nothing but padding.
     """
     lengths = rows.lengths()
-    parts = grouped(lengths, batch_size, rope_switch(model.config))
+    parts = grouped(lengths, batch_size, longrope_threshold(model.config))
     rounds = [part[i : i + rank_info.world] for part in parts for i in range(0, len(part), rank_info.world)]
     targets = rows.targets()
     sums, done = torch.zeros(sum(map(len, rounds)), dtype=torch.float64, device=rank_info.device), 0
@@ -87,7 +87,7 @@ def mean_loss(
 
 def grouped(lengths: torch.Tensor, size: int, switch: float, growth: int = 0) -> list[list[torch.Tensor]]:
     """Numbers of the rows [R] that are computed together, at most `size`, the longest first, so that each
-    gives what it gives alone: in parts that the model's `rope_switch` keeps apart, the rows above it, those
+    gives what it gives alone: in parts that the model's `longrope_threshold` keeps apart, the rows above it, those
     that may pass it while they grow by `growth` tokens, each by itself, and those that stay below."""
     order = lengths.argsort(descending=True, stable=True)
     before, after = lengths[order], lengths[order] + growth

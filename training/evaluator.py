@@ -25,7 +25,7 @@ from files.atomic_writes import make_staging_folder, remove_folder, replace_fold
 from files.disk_room import append_lines
 from files.names import BEST, SCORE
 from launch.ranks import RankInfo
-from models.family import rope_switch
+from models.family import longrope_threshold
 from monitoring.metrics import Meter, Metrics
 from monitoring.tracking import NoTracker
 from options.errors import describe
@@ -180,7 +180,7 @@ class Evaluator:
         prompts, tokens = self.data.prompts, self.sample_tokens
         lengths = torch.tensor([len(prompt.ids) for prompt in prompts])
         answers: dict[int, list[int]] = {}
-        parts = grouped(lengths, PROMPTS_AT_ONCE, rope_switch(self.model.config), growth=tokens)
+        parts = grouped(lengths, PROMPTS_AT_ONCE, longrope_threshold(self.model.config), growth=tokens)
         for batch in itertools.chain(*parts):
             chosen = batch.tolist()
             options = (tokens, self.data.stops, self.rank_info, self.context)

@@ -32,12 +32,18 @@ from launch.precision import has_bf16_gpu
 from launch.processes import check_address
 from launch.program import is_under_torchrun
 from launch.ranks import resolve_group_size, resolve_strategy, resolve_world_size
-from models.adapters import check_packing, check_rank, make_quantizer_of, packed_linears, target_linears
-from models.family import Family, follows_the_longest, switches_by_layer
-from models.llama_pro import check_can_leave_silence, new_layers
+from models.adapters import (
+    check_quantization,
+    check_rank,
+    packed_linears,
+    quantizer_from_config,
+    target_linears,
+)
+from models.family import Family, has_longrope_by_layer, uses_dynamic_rope
+from models.llama_pro import check_can_leave_identity, new_layers
 from models.redundant import UNTIED, corrected_config
 from models.registry import open_weights, read_config
-from models.toy import toy_model
+from models.toy import make_toy_model
 from monitoring.profiling import check_traces
 from monitoring.tracking import check_wandb
 from options.config import TOY_MODEL, Config
@@ -84,7 +90,7 @@ def _check(config: Config) -> Job:
     if config.method.expansion:
         assert config.lr is not None
         new = new_layers(model.config)
-        check_can_leave_silence(model.files, model.family, new, job.precision.trained, config.lr)
+        check_can_leave_identity(model.files, model.family, new, job.precision.trained, config.lr)
     if config.profile:
         check_traces(config, job.total_steps(make_sampler(config, rows, 0, config.world_size)))
     if not saved:
@@ -137,7 +143,7 @@ class _Model:
 
 def _check_model(config: Config) -> _Model:
     """Raises UserError for a model that cannot be trained as the options say."""
-    folder = toy_model(toy_texts()) if config.model_name == TOY_MODEL else find_model(config.model_name)
+    folder = make_toy_model(toy_texts()) if config.model_name == TOY_MODEL else find_model(config.model_name)
     if output_folder(config).resolve() == folder.resolve():  # --overwrite would delete the weights to read
         raise UserError(f"--output_dir {folder}: is the folder of --model_name; choose another")
     model_config, family = read_config(folder)
@@ -150,7 +156,7 @@ def _check_model(config: Config) -> _Model:
     fetch_weights(name, folder)
     files, model, own_head = open_weights(folder, model_config, family)
     base = record_base(name, model_config, files)
-    check_packing(model, family, config, files)
+    check_quantization(model, family, config, files)
     cache = find_cache(model, family, config, files) if config.quantized_cache else None
     if config.method.adapter:
         check_rank(model, target_linears(model, family, config.lora_target_modules), config.lora_rank)
@@ -206,12 +212,12 @@ def check_rope(
 ) -> None:
     """Raises UserError if a line would change how those beside it, or later ones, are computed: evaluation
     would change training, and a resumed run would be another one."""
-    if switches_by_layer(model_config):
+    if has_longrope_by_layer(model_config):
         raise UserError(
             f"--model_name {config.model_name}: its RoPE is of type longrope for some kinds of layers, which is not"
             " supported"
         )
-    if not follows_the_longest(model_config):
+    if not uses_dynamic_rope(model_config):
         return
     most = model_config.max_position_embeddings
     sets = [rows, evaluation.rows] if evaluation.rows else [rows]
@@ -232,7 +238,7 @@ def find_cache(
     assert config.quantized_cache is not None and config.output_dir is not None
     names = [f"{name}.weight" for name in packed_linears(model, family, config)]
     device_type = "cuda" if torch.cuda.is_available() else "cpu"  # as launch/processes.py's ranks
-    asked = (Path(config.quantized_cache), files, names, make_quantizer_of(config), device_type)
+    asked = (Path(config.quantized_cache), files, names, quantizer_from_config(config), device_type)
     cached = open_cache(*asked)
     if cached is None:
         return plan_cache(*asked, config.output_dir)

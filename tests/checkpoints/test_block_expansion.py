@@ -27,7 +27,7 @@ from files.tensors import list_tensors
 from launch.precision import Precision
 from models.adapters import apply_method
 from models.family import Family
-from models.llama_pro import NEW_LAYERS, evenly, sources
+from models.llama_pro import NEW_LAYERS, source_layers, spread_new_blocks
 from models.registry import FAMILIES, build_on_meta, read_config
 from monitoring.tracking import NoTracker
 from options.train import parse
@@ -71,9 +71,9 @@ def test_logits_are_the_base_models(kind, new_blocks, checkpoints, base_logits, 
 
 
 @pytest.mark.parametrize(
-    "kind, silent", [("llama_bias", OUTPUTS), ("qwen2", OUTPUTS), ("gemma2", NORMS), ("gemma3", NORMS)]
+    "kind, identity_init", [("llama_bias", OUTPUTS), ("qwen2", OUTPUTS), ("gemma2", NORMS), ("gemma3", NORMS)]
 )
-def test_new_blocks_are_copies_that_add_nothing(kind, silent, checkpoints, tmp_path):
+def test_new_blocks_are_copies_that_add_nothing(kind, identity_init, checkpoints, tmp_path):
     base = all_tensors(checkpoints(kind))
     folder = expand(checkpoints(kind), tmp_path / "out", "--after", "2, 0,2")
     expanded, new = all_tensors(folder), read_config_json(folder)[NEW_LAYERS]
@@ -84,7 +84,7 @@ def test_new_blocks_are_copies_that_add_nothing(kind, silent, checkpoints, tmp_p
         for name, tensor in base.items():
             if name.startswith(f"model.layers.{layer}."):
                 rest = name.removeprefix(f"model.layers.{layer}.")
-                value = silent.get(rest.rpartition(".")[0]) if i in new else None
+                value = identity_init.get(rest.rpartition(".")[0]) if i in new else None
                 silenced += value is not None
                 wanted[f"model.layers.{i}.{rest}"] = (
                     tensor if value is None else torch.full_like(tensor, value)
@@ -126,7 +126,7 @@ def test_zeros_before_a_norm_end_with_the_first_update(
 ):
     """What a family gets that does not say which norms follow its outputs: the same logits, for one step."""
     name = read_config(checkpoints(kind))[0].model_type
-    monkeypatch.setitem(FAMILIES, name, dataclasses.replace(FAMILIES[name], silent=()))
+    monkeypatch.setitem(FAMILIES, name, dataclasses.replace(FAMILIES[name], identity_init=()))
     folder = expand(checkpoints(kind), tmp_path / "out", "--new_blocks", 2)
     norm, share = first_update(folder, alpaca_file, one_rank)
     assert share > 0.1 and norm > 100
@@ -143,15 +143,15 @@ def test_the_new_blocks_matter_once_they_are_not_silent(kind, checkpoints):
 @pytest.mark.parametrize("layers", range(1, 40))
 def test_blocks_are_spread_evenly(layers):
     for new in range(1, 2 * layers + 2):
-        after = evenly(layers, new)
+        after = spread_new_blocks(layers, new)
         assert len(after) == new and after == sorted(after) and after[-1] == layers - 1
         if new <= layers:
             stretches = [b - a for a, b in zip([-1, *after], after, strict=False)]
             assert sum(stretches) == layers and max(stretches) - min(stretches) <= 1
-        source = sources(layers, after)
+        source = source_layers(layers, after)
         assert list(dict.fromkeys(source)) == list(range(layers)) and source == sorted(source)
         assert len(source) == layers + new and set(after) <= set(range(layers))
-    assert evenly(32, 8) == list(range(3, 32, 4))  # the paper's: one after every fourth layer
+    assert spread_new_blocks(32, 8) == list(range(3, 32, 4))  # the paper's: one after every fourth layer
 
 
 @pytest.mark.parametrize("rate, new", [(0.1, 1), (0.5, 2), (0.34, 1), (1, 3), (1.6, 5)])
@@ -275,7 +275,7 @@ def test_kinds_of_attention_go_with_their_layers(kind, written_out, checkpoints,
 def test_layers_with_experts_keep_them(only, step):
     config = Qwen3MoeConfig(num_hidden_layers=5, mlp_only_layers=only, decoder_sparse_step=step)
     raw = json.loads(config.to_json_string())
-    source = sources(5, [0, 2, 2, 4])
+    source = source_layers(5, [0, 2, 2, 4])
     new = Qwen3MoeConfig.from_dict(expanded_config(raw, config, source))
 
     def experts(c, layer):  # Qwen3MoeDecoderLayer's rule
@@ -296,14 +296,14 @@ def test_what_is_silenced_by_whole_segments():
         "cross.self_attn.o_proj.weight": None,
         "mlp.experts.7.down_proj.weight": None,
     }.items():
-        assert dense.silent_value(rest) == value, rest
+        assert dense.identity_value(rest) == value, rest
     experts = Family(nn.Module, nn.Module, outputs=("self_attn.o_proj", "mlp.experts.*.down_proj"))
-    assert experts.silent_value("mlp.experts.7.down_proj.weight") == 0
-    assert experts.silent_value("mlp.experts.7.up_proj.weight") is None
-    assert experts.silent_value("mlp.experts.7.8.down_proj.weight") is None
-    normed = Family(nn.Module, nn.Module, silent=(("norm.weight", -1.0), ("norm.bias", 0.0)))
-    assert [normed.silent_value(f"norm.{part}") for part in ("weight", "bias")] == [-1, 0]
-    assert normed.silent_value("self_attn.o_proj.weight") is None
+    assert experts.identity_value("mlp.experts.7.down_proj.weight") == 0
+    assert experts.identity_value("mlp.experts.7.up_proj.weight") is None
+    assert experts.identity_value("mlp.experts.7.8.down_proj.weight") is None
+    normed = Family(nn.Module, nn.Module, identity_init=(("norm.weight", -1.0), ("norm.bias", 0.0)))
+    assert [normed.identity_value(f"norm.{part}") for part in ("weight", "bias")] == [-1, 0]
+    assert normed.identity_value("self_attn.o_proj.weight") is None
     assert dense.locate_layer("model.layers.30.mlp.down_proj.weight") == (30, "mlp.down_proj.weight")
     for name in (
         "model.norm.weight",
@@ -318,14 +318,14 @@ def test_what_is_silenced_by_whole_segments():
     "wrong",
     [
         {"outputs": ("self_attn.o_proj", "mlp.w2")},
-        {"silent": (("post_attention_layernorm", 0.0), ("norm", 0.0))},
+        {"identity_init": (("post_attention_layernorm", 0.0), ("norm", 0.0))},
     ],
 )
 def test_a_block_that_would_not_be_silent_is_a_bug(wrong, checkpoints):
     """A family whose output projections, or the norms after them, are not named right must not come through."""
     family = Family(nn.Module, nn.Module, **wrong)
     with pytest.raises(AssertionError, match="adds nothing"):
-        expanded_tensors(CheckpointFiles(checkpoints()), family, sources(3, [1]))
+        expanded_tensors(CheckpointFiles(checkpoints()), family, source_layers(3, [1]))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

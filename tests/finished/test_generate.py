@@ -19,7 +19,7 @@ from data.formats import ALPACA
 from finished import generation
 from finished.finished_run import open_base, open_run
 from finished.generation import Answer, Conversation, Stream, make_template
-from models.dora import DoRALinear, fixed_norms
+from models.dora import DoRALinear, cached_norms
 from models.lora import LoRALinear, adapters_off
 from options.errors import UserError
 from quantization.hqq import HQQ
@@ -225,7 +225,7 @@ def test_switched_off_a_layer_is_its_base(kind, quantizer):
         torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
     assert (tuned - expected).abs().max() > 0.1
     assert torch.equal(layer(x), tuned)
-    torch.testing.assert_close(layer.released()(x), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(layer.unwrap_base()(x), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_the_norm_is_taken_once_while_weights_are_fixed(monkeypatch):
@@ -235,7 +235,7 @@ def test_the_norm_is_taken_once_while_weights_are_fixed(monkeypatch):
     x, taken, original = torch.randn(5, I), [], models.dora.factored_norm
     expected = layer(x)
     monkeypatch.setattr(models.dora, "factored_norm", lambda *a: (taken.append(1), original(*a))[1])
-    with torch.inference_mode(), fixed_norms(layer):
+    with torch.inference_mode(), cached_norms(layer):
         assert all(torch.equal(layer(x), expected) for _ in range(3)) and len(taken) == 1
     layer.lora_B.data = layer.lora_B.data * 2
     assert isinstance(layer, DoRALinear) and layer.last_norm is None

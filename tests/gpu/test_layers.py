@@ -18,7 +18,7 @@ from torch import nn
 import train
 from data.batches import StepSampler
 from models.dora import DoRALinear
-from models.family import clean
+from models.family import unwrapped_name
 from models.lora import LoRALinear
 from monitoring.profiling import Profiler
 from monitoring.tracking import NoTracker
@@ -295,7 +295,7 @@ def _compare_gathered(model: str, data: str, train_type: str) -> None:
     for layer in sharded.get_submodule("model.layers"):
         random_bytes = {}
         for name, param in layer.named_parameters():
-            if clean(name).endswith(("codes", "scales")):  # every bit pattern, NaNs of all types too
+            if unwrapped_name(name).endswith(("codes", "scales")):  # every bit pattern, NaNs of all types too
                 noise = torch.randint(
                     0,
                     256,

@@ -20,7 +20,7 @@ from data.batches import Step
 from files import tensors as tensor_files
 from files.tensors import PinnedBuffers, list_tensors, read_tensor
 from launch.devices import triton_runs_on
-from models.loss import look_up
+from models.loss import look_up_rows
 from monitoring.metrics import Meter
 from options.methods import HQQ_BITS
 from parallel.activation_offload import HostStash, Offloaded
@@ -55,8 +55,8 @@ def test_a_gpu_looks_up_rows_in_host_memory(features):
     here = torch.rand(3001, device="cuda") > 0.5
     expected = rows.cuda()[index]
     for where in (rows, rows.pin_memory()):
-        assert torch.equal(look_up(where, index), expected)
-        assert torch.equal(look_up(where, index, here), expected * here[:, None])
+        assert torch.equal(look_up_rows(where, index), expected)
+        assert torch.equal(look_up_rows(where, index, here), expected * here[:, None])
 
 
 @pytest.mark.gpu

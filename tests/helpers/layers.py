@@ -19,7 +19,7 @@ def quantized(weight: torch.Tensor, dtype: torch.dtype, bias=None, quantizer=NF4
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
     layer = Linear4bit(linear, dtype, quantizer)
     layer.fill_buffers(CPU)
-    for name, content in layer.pack("weight", weight).items():
+    for name, content in layer.convert_tensor("weight", weight).items():
         getattr(layer, name).data.copy_(content)
     if bias is not None:
         layer.bias = nn.Parameter(bias.to(dtype), requires_grad=False)
@@ -31,7 +31,7 @@ def quantized_like(weight: torch.Tensor, quantizer=NF4()) -> Linear4bit:  # noqa
     with weight.device:
         layer = Linear4bit(nn.Linear(weight.shape[1], weight.shape[0], bias=False), weight.dtype, quantizer)
     layer.fill_buffers(weight.device)
-    for name, content in layer.pack("weight", weight).items():
+    for name, content in layer.convert_tensor("weight", weight).items():
         getattr(layer, name).data.copy_(content)
     return layer
 
@@ -48,7 +48,7 @@ def fill_layer(layer: LoRALinear, weight: torch.Tensor, bias: torch.Tensor, seed
         if hasattr(module, "fill_buffers"):
             module.fill_buffers(CPU)
     params = dict(layer.named_parameters())
-    contents = layer.pack("weight", weight) | layer.pack("bias", bias)
+    contents = layer.convert_tensor("weight", weight) | layer.convert_tensor("bias", bias)
     for name, content in contents.items():
         params[name].data.copy_(content)
     for name in ("lora_A", "lora_B", "magnitude_change"):

@@ -14,7 +14,7 @@ from data.batches import Batch, make_batch
 from data.packing import make_packed
 from data.rows import TokenizedRows
 from models import attention
-from models.family import clean
+from models.family import unwrapped_name
 from parallel.shards import whole
 from tests.helpers.parity import arguments
 
@@ -71,7 +71,7 @@ def loss_and_gradients(model, batch: Batch, context=nullcontext()) -> tuple[floa
     with context:
         loss = train.loss_sum(model, batch.to(device))
     loss.backward()
-    trained = {clean(n): p.grad for n, p in model.named_parameters() if p.requires_grad}
+    trained = {unwrapped_name(n): p.grad for n, p in model.named_parameters() if p.requires_grad}
     return loss.item(), {name: whole(gradient).float().cpu() for name, gradient in trained.items()}
 
 

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 import train
 from data.packing import make_sampler
-from models.family import clean
+from models.family import unwrapped_name
 from models.lora import LoRALinear
 from monitoring.tracking import NoTracker
 from options.train import parse
@@ -48,7 +48,7 @@ def randomize(model, seed: int = 7) -> None:
     """Fill B and magnitude_change with random values, the same on any number of ranks."""
     for path, module in model.named_modules():
         if isinstance(module, LoRALinear):
-            generator = torch.Generator().manual_seed(seed + sum(map(ord, clean(path))))
+            generator = torch.Generator().manual_seed(seed + sum(map(ord, unwrapped_name(path))))
             for parameter, std in ((module.lora_B, 0.05), (getattr(module, "magnitude_change", None), 0.2)):
                 if parameter is not None:
                     fill(parameter, torch.randn(parameter.shape, generator=generator) * std)
@@ -65,7 +65,7 @@ def set_up(rank_info, argv: list[str], random_adapters: bool = True):
 
 def trained_tensors(model) -> dict[str, torch.Tensor]:
     """Gather copies of the trained tensors. Collective."""
-    return {clean(n): gather(p).clone() for n, p in model.named_parameters() if p.requires_grad}
+    return {unwrapped_name(n): gather(p).clone() for n, p in model.named_parameters() if p.requires_grad}
 
 
 def train_run(rank_info, argv: list[str]) -> tuple[list[float], dict[str, torch.Tensor], list[float]]:
@@ -105,10 +105,10 @@ def dense_tensors(model) -> dict[str, torch.Tensor]:
         if "codes" in tensors:
             device = "cpu" if module.table is None else module.table.device
             packed = (tensors.pop(name).to(device) for name in ("codes", "scales"))
-            tensors["weight"] = module.unpack(*packed).cpu()
+            tensors["weight"] = module.dequantize(*packed).cpu()
         for name, value in tensors.items():
             if not name.startswith(("lora_", "magnitude", "squared")):
-                state[clean(f"{path}.{name}").replace(".base.", ".")] = value.clone()
+                state[unwrapped_name(f"{path}.{name}").replace(".base.", ".")] = value.clone()
     return state
 
 

@@ -140,7 +140,7 @@ def save_expanded(base: Path, folder: Path) -> Path:
         tensors = load_file(path)
         for name, tensor in tensors.items():
             layer, rest = family.locate_layer(name)
-            if layer in new_layers(config) and family.silent_value(rest) is not None:
+            if layer in new_layers(config) and family.identity_value(rest) is not None:
                 tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.1)
         save_file(tensors, path, metadata={"format": "pt"})
     return folder

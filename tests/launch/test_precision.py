@@ -11,7 +11,7 @@ import train
 from data.batches import Batch
 from launch import precision
 from launch.precision import Precision, choose_precision, detect_precision
-from models.family import clean
+from models.family import unwrapped_name
 from monitoring.metrics import Metrics
 from monitoring.tracking import Tracker
 from options.config import FIELDS
@@ -99,7 +99,7 @@ def dtypes_in_forward(rank_info, args) -> dict[str, torch.dtype]:
     seen, names = {}, {}
     for name, module in model.named_modules():
         if name.endswith("_proj") or name in ("lm_head", "model.norm"):
-            names[module] = clean(name)
+            names[module] = unwrapped_name(name)
             module.register_forward_hook(lambda m, _, out: seen.__setitem__(names[m], out.dtype))
     with torch.no_grad(), detect_precision(job.config.precision).context("cpu"):
         model(input_ids=torch.ones(1, 8, dtype=torch.long), use_cache=False)

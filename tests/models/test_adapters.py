@@ -14,7 +14,7 @@ import models.dora
 from models.dora import DoRALinear
 from models.lora import LoRALinear
 from options.methods import METHODS
-from quantization import operators as linear4bit
+from quantization import operators
 from quantization.hqq import HQQ
 from quantization.layer import Linear4bit
 from quantization.nf4 import NF4
@@ -25,11 +25,13 @@ from tests.helpers.runs import outputs, transformers_model
 from tests.helpers.tiny import CONFIGS
 
 QUANTIZERS = [NF4(), HQQ(8), HQQ(4), HQQ(2), HQQ(3, 48)]  # 48: groups cross rows, no row scales
-LINEARS = "self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.o_proj mlp.gate_proj mlp.up_proj mlp.down_proj"
+LINEARS = [f"self_attn.{x}_proj" for x in "qkvo"] + [f"mlp.{x}_proj" for x in ("gate", "up", "down")]
 
 
-def equation(layer: DoRALinear, weight: torch.Tensor, bias: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """DoRA as its paper writes it, in float64 and with the updated weight materialised."""
+def dora_equation(
+    layer: DoRALinear, weight: torch.Tensor, bias: torch.Tensor, x: torch.Tensor
+) -> torch.Tensor:
+    """Compute DoRA as in its paper, in float64 and with a materialised updated weight."""
     a, b = layer.lora_A.double(), layer.lora_B.double()
     updated = weight.double() + ALPHA / R * b @ a
     magnitude = weight.double().norm(dim=1) + layer.magnitude_change.double()
@@ -37,17 +39,17 @@ def equation(layer: DoRALinear, weight: torch.Tensor, bias: torch.Tensor, x: tor
     return (x.double() @ (magnitude[:, None] * direction).T + bias.double()).float()
 
 
-@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("concatenates", [False, True])
 @pytest.mark.parametrize("quantizer", QUANTIZERS, ids=str)
-def test_qdora_is_dense_dora_is_the_equation(quantizer, wide, monkeypatch):
-    """wide: as a GPU computes a projection to a wider output, with the low-rank branch in the large matmul."""
-    monkeypatch.setattr(linear4bit, "_widens", lambda *_: wide)
+def test_qdora_is_dense_dora_is_the_equation(quantizer, concatenates, monkeypatch):
+    """concatenates: compute the low-rank branch in the large matmul, as a GPU does for wide outputs."""
+    monkeypatch.setattr(operators, "_concatenates_branch", lambda *_: concatenates)
     weight, bias, x = torch.randn(O, I), torch.randn(O), torch.randn(3, 7, I)
     frozen = quantized(weight, torch.float32, None, quantizer)
     four_bit = fill_layer(dora(Linear4bit(nn.Linear(I, O), torch.float32, quantizer)), weight, bias)
     dense = fill_layer(dora(nn.Linear(I, O)), frozen.weight, bias)
     torch.testing.assert_close(four_bit(x), dense(x), rtol=1e-5, atol=1e-5)
-    expected = equation(four_bit, frozen.weight, bias, x)
+    expected = dora_equation(four_bit, frozen.weight, bias, x)
     torch.testing.assert_close(four_bit(x), expected, rtol=1e-5, atol=1e-5)
     gradients = []
     for output in (four_bit(x), expected):
@@ -61,20 +63,15 @@ def test_factored_norm_is_the_norm_of_the_updated_weight():
     weight, bias = torch.randn(O, I), torch.randn(O)
     layer = fill_layer(dora(nn.Linear(I, O)), weight, bias)
     updated = weight.double() + ALPHA / R * layer.lora_B.double() @ layer.lora_A.double()
-    torch.testing.assert_close(
-        layer.updated_norm(),
-        updated.norm(dim=1).float(),
-        rtol=1e-6,
-        atol=0,
-    )
+    torch.testing.assert_close(layer.updated_norm(), updated.norm(dim=1).float(), rtol=1e-6, atol=0)
     assert not layer.updated_norm().requires_grad
 
 
-def test_the_compiler_leaves_the_norm_what_it_is():
-    """In fp32: the real one once dropped s/2, and the graphs that other tests compare are not lowered."""
+def test_compiled_norm_is_the_eager_norm():
+    """In fp32, by Inductor, which once dropped s/2. Other tests compare graphs that are not lowered."""
     a, b, projected = torch.randn(R, I) * 0.1, torch.randn(O, R) * 0.1, torch.randn(O, R)
     operands = projected, a, b, ALPHA / R, torch.full((O,), 64.0)
-    expected, compiled = linear4bit.factored_norm(*operands), torch.compile(linear4bit.factored_norm)
+    expected, compiled = operators.factored_norm(*operands), torch.compile(operators.factored_norm)
     torch.testing.assert_close(compiled(*operands), expected, rtol=1e-6, atol=0)
 
 
@@ -89,19 +86,15 @@ def test_a_row_of_zeros_is_no_nan():
 
 
 def test_small_magnitude_changes_survive_bf16():
-    """m itself in bf16 would lose a change of 0.1%; m - ||W|| keeps it."""
+    """m in bf16 would lose a change of 0.1%; m - ||W|| does not."""
     weight, bias = torch.randn(O, I), torch.zeros(O)
     layer = DoRALinear(nn.Linear(I, O).bfloat16(), (O, I), R, ALPHA, 0.0, torch.bfloat16)
     fill_layer(layer, weight.bfloat16(), bias)
     layer.lora_B.data = torch.zeros(O, R, dtype=torch.bfloat16)
     norm = weight.bfloat16().float().norm(dim=1)
     layer.magnitude_change.data = (0.001 * norm).bfloat16()
-    torch.testing.assert_close(
-        layer.magnitude() / layer.updated_norm(),
-        torch.full((O,), 1.001),
-        rtol=1e-5,
-        atol=0,
-    )
+    g = layer.magnitude() / layer.updated_norm()
+    torch.testing.assert_close(g, torch.full((O,), 1.001), rtol=1e-5, atol=0)
 
 
 def test_dropout_acts_on_the_low_rank_branch_only():
@@ -126,22 +119,21 @@ def test_layers_compile_without_a_graph_break(kind, compiled_as, quantizer):
     assert all(p.grad is not None and p.grad.any() for p in layer.parameters() if p.requires_grad)
 
 
-def test_doras_output_is_let_go_before_the_large_matmul_of_backward():
-    """In the compiled graph what reads it, the magnitude's gradient, is an operand of that matmul: it cannot come after
-    it."""
+def test_doras_output_is_freed_before_the_large_matmul_of_backward():
+    """Its only reader, the magnitude's gradient, is an operand of that matmul in the compiled graph."""
     base = Linear4bit(nn.Linear(I, O), torch.float32, NF4())
     layer, graphs = fill_layer(dora(base), torch.randn(O, I), torch.randn(O)), []
 
-    def keep(graph, _):
+    def record(graph, _):
         graphs.append(graph)
         return make_boxed_func(graph)
 
     x = torch.randn(4, I, requires_grad=True)
-    backend = aot_autograd(fw_compiler=keep, bw_compiler=keep)
+    backend = aot_autograd(fw_compiler=record, bw_compiler=record)
     torch.compile(layer, fullgraph=True, backend=backend)(x).square().sum().backward()
     nodes = {n.name: n for n in graphs[-1].graph.nodes}
     before = nodes["linear4bit_backward"].all_input_nodes
-    for node in before:  # also those that are found on the way
+    for node in before:  # the loop also reaches the nodes that it appends
         before.extend(n for n in node.all_input_nodes if n not in before)
     outputs = [n for n in nodes.values() if n.op == "placeholder" and n.meta["val"].shape == (4, O)]
     (y,) = (n for n in outputs if n.name != "tangents_1")
@@ -161,7 +153,7 @@ def test_doras_output_is_let_go_before_the_large_matmul_of_backward():
     ],
 )
 def test_model_equals_peft(train_type, kind, checkpoints, alpaca_file, one_rank):
-    """The whole model, alpha / rank = 2.5, biases, on the same (dequantized) weights."""
+    """The full model with alpha / rank = 2.5 and biases, on the same (dequantized) weights."""
     folder = checkpoints(kind)
     args = args_for(folder, alpaca_file, train_type)
     ours, state, adapters = one_rank(outputs, args, IDS)[0]
@@ -169,7 +161,7 @@ def test_model_equals_peft(train_type, kind, checkpoints, alpaca_file, one_rank)
     with torch.no_grad():
         theirs = model(input_ids=IDS).logits
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
-    with torch.no_grad(), model.disable_adapter():  # the adapters matter: without them it is another model
+    with torch.no_grad(), model.disable_adapter():  # without adapters the logits must differ
         assert (model(input_ids=IDS).logits - ours).abs().max() > 0.1
 
 
@@ -187,7 +179,7 @@ def test_step_zero_is_the_base_model(kind, train_type, checkpoints, alpaca_file,
 
 @pytest.mark.parametrize("kind", list(CONFIGS))
 def test_the_loss_is_that_of_the_logits(kind, checkpoints, alpaca_file, one_rank):
-    """It is formed without transformers' forward, and must hold what that does between the head and the logits."""
+    """It does not use transformers' forward, and must repeat its work between the head and the logits."""
     loss, logits = one_rank(loss_and_logits, args_for(checkpoints(kind), alpaca_file, "bnb_dora"))[0]
     assert loss == pytest.approx(summed_cross_entropy(logits), rel=1e-5)
 
@@ -197,14 +189,13 @@ def test_the_loss_is_that_of_the_logits(kind, checkpoints, alpaca_file, one_rank
 )
 def test_exact_set_of_trained_names(train_type, checkpoints, alpaca_file, one_rank):
     names = one_rank(trained_names, args_for(checkpoints("llama_bias"), alpaca_file, train_type))[0]
-    parts = {"lora": ["lora_A", "lora_B"], "dora": ["lora_A", "lora_B", "magnitude_change"]}
+    trained = {"lora": ["lora_A", "lora_B"], "dora": ["lora_A", "lora_B", "magnitude_change"]}
     if METHODS[train_type].adapter:
-        layers = [f"model.layers.{i}.{linear}" for i in range(3) for linear in LINEARS.split()]
-        expected = {f"{layer}.{part}" for layer in layers for part in parts[METHODS[train_type].adapter]}
+        layers = [f"model.layers.{i}.{linear}" for i in range(3) for linear in LINEARS]
+        expected = {f"{layer}.{name}" for layer in layers for name in trained[METHODS[train_type].adapter]}
     else:
-        expected = set(
-            dict(AutoModelForCausalLM.from_pretrained(checkpoints("llama_bias")).named_parameters())
-        )
+        model = AutoModelForCausalLM.from_pretrained(checkpoints("llama_bias"))
+        expected = {name for name, _ in model.named_parameters()}
     assert names == expected
 
 
@@ -219,17 +210,17 @@ def test_target_modules(targets, linears, checkpoints, alpaca_file, one_rank):
     assert len(names) == 3 * 2 * 2
 
 
-def test_recomputation_takes_the_norm_once_and_never_a_stale_one(monkeypatch):
-    taken, original = [], models.dora.project4bit
-    monkeypatch.setattr(models.dora, "project4bit", lambda *args: (taken.append(1), original(*args))[1])
+def test_recompute_reuses_the_norm_and_never_a_stale_one(monkeypatch):
+    calls, original = [], models.dora.project4bit
+    monkeypatch.setattr(models.dora, "project4bit", lambda *args: (calls.append(1), original(*args))[1])
     layer = fill_layer(
         dora(Linear4bit(nn.Linear(I, O), torch.float32, NF4())), torch.randn(O, I), torch.randn(O)
     )
     x = torch.randn(5, I, requires_grad=True)
     for step in (1, 2):
         expected = torch.autograd.grad(layer(x).square().sum(), layer.lora_A)[0]
-        before = len(taken)
+        before = len(calls)
         checkpoint(layer, x, use_reentrant=False).square().sum().backward()
-        assert len(taken) == before + 1, "one norm for forward and recomputation together"
+        assert len(calls) == before + 1, "one norm for forward and recompute together"
         torch.testing.assert_close(layer.lora_A.grad, expected, rtol=0, atol=0)
         layer.lora_A.data, layer.lora_A.grad = layer.lora_A.data + step, None

@@ -1,5 +1,7 @@
-"""What sets one model family apart from Llama: caps, scales, tables, fused linears, routed experts. The step-zero
-and PEFT comparisons of all families are in tests/models/test_adapters.py."""
+"""The differences of each model family from Llama: caps, scales, tables, fused linears, routed experts.
+
+tests/models/test_adapters.py compares all families with PEFT, and at step zero with transformers.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,7 @@ from data.rows import IGNORE
 from launch import precision
 from models import gemma2
 from models.adapters import target_linears
-from models.family import Family, clean
+from models.family import Family, unwrapped_name
 from models.moe import Experts
 from models.registry import FAMILIES, build_on_meta, read_config
 from options.errors import UserError
@@ -53,8 +55,8 @@ ATTENTION = {f"self_attn.{x}_proj" for x in "qkvo"}
         ("qwen3_moe", {"num_experts_per_tok": 3}),
     ],
 )
-def test_the_tiny_models_show_what_their_family_adds(kind, changed, checkpoints):
-    """Or the comparisons with transformers' forward would pass without it."""
+def test_tiny_models_depend_on_what_their_family_adds(kind, changed, checkpoints):
+    """Otherwise the comparisons with transformers' forward would pass without it."""
     load = AutoModelForCausalLM.from_pretrained
     with torch.no_grad():
         true, other = (
@@ -66,8 +68,10 @@ def test_the_tiny_models_show_what_their_family_adds(kind, changed, checkpoints)
 
 @pytest.mark.parametrize("kind", ["gemma2", "gemma3", "phi3", "qwen3_moe"])
 def test_bf16_is_transformers_own_bf16(kind, checkpoints, alpaca_file, one_rank):
-    """As on a GPU: logits, and the dtype and contents of every buffer. Scale and tables are rounded, or kept in
-    fp32, exactly where transformers does it."""
+    """Compare the logits, and the dtype and contents of each buffer, as on a GPU.
+
+    Scale and tables are rounded, or stay fp32, exactly where transformers does it.
+    """
     args = args_for(checkpoints(kind), alpaca_file, "lora")
     ours, buffers = one_rank(bf16_logits_and_buffers, args)[0]
     attention = FAMILIES[read_config(checkpoints(kind))[0].model_type].attention
@@ -80,29 +84,30 @@ def test_bf16_is_transformers_own_bf16(kind, checkpoints, alpaca_file, one_rank)
         torch.testing.assert_close(content, expected[name], rtol=0, atol=0)
     with torch.no_grad():
         theirs = model.eval()(input_ids=IDS).logits
-    # Only the experts' sum is in another order.
+    # The experts' sum has another order; everything else is exact.
     torch.testing.assert_close(ours, theirs, rtol=0, atol=0.05 if kind == "qwen3_moe" else 0)
 
 
-def bf16_logits_and_buffers(place, args):
+def bf16_logits_and_buffers(rank_info, args):
+    """Return (logits, {name: buffer}) of a model in the dtypes of a GPU with bf16."""
     original, precision.has_bf16_gpu = precision.has_bf16_gpu, lambda: True
     try:
-        _, model = set_up(place, args, random_adapters=False)
+        _, model = set_up(rank_info, args, random_adapters=False)
     finally:
         precision.has_bf16_gpu = original
-    buffers = {clean(name): buffer.clone() for name, buffer in model.named_buffers()}
+    buffers = {unwrapped_name(name): buffer.clone() for name, buffer in model.named_buffers()}
     with torch.no_grad():
         return model.eval()(input_ids=IDS, use_cache=False).logits.clone(), buffers
 
 
 def test_scaled_logits(alpaca_file, one_rank, tmp_path, monkeypatch):
-    """Granite divides its logits, and its family has to say so: the loss is formed without transformers' forward."""
+    """Granite divides its logits. Its family must do so too: the loss does not use transformers' forward."""
     config = GraniteConfig(**tiny._COMMON, logits_scaling=4.0)
     monkeypatch.setitem(tiny.CONFIGS, "granite", lambda: config)
     args = args_for(tiny.save_checkpoint("granite", tmp_path), alpaca_file, "bnb_dora")
-    for named in (True, False):
-        loss, logits = one_rank(granite_loss_and_logits, args, named)[0]
-        assert (loss == pytest.approx(summed_cross_entropy(logits), rel=1e-5)) == named
+    for scaled in (True, False):
+        loss, logits = one_rank(granite_loss_and_logits, args, scaled)[0]
+        assert (loss == pytest.approx(summed_cross_entropy(logits), rel=1e-5)) == scaled
 
 
 FOREIGN_KEYS = {  # what classes of other families read
@@ -130,27 +135,27 @@ def test_keys_of_other_families_mean_nothing(kind, checkpoints, alpaca_file, one
     assert loss == pytest.approx(summed_cross_entropy(expected), rel=1e-5)
 
 
-def granite_loss_and_logits(place, args, named: bool):
-    scale = {"logit_scale": lambda config: 1 / config.logits_scaling} if named else {}
+def granite_loss_and_logits(rank_info, args, scaled: bool):
+    """Return (loss, logits) of Granite. scaled: its family has a logit_scale."""
+    scale = {"logit_scale": lambda config: 1 / config.logits_scaling} if scaled else {}
     FAMILIES["granite"] = Family(GraniteForCausalLM, GraniteRotaryEmbedding, **scale)
     try:
-        return loss_and_logits(place, args)
+        return loss_and_logits(rank_info, args)
     finally:
         del FAMILIES["granite"]
 
 
-def test_a_buffer_that_no_one_fills_is_an_error(checkpoints, alpaca_file, one_rank):
+def test_a_buffer_that_nothing_fills_is_an_error(checkpoints, alpaca_file, one_rank):
     args = args_for(checkpoints("gemma2"), alpaca_file, "qlora")
-    assert (
-        one_rank(failure_without_constants, args)[0]
-        == "buffers that nothing fills: ['model.embed_tokens.embed_scale']"
-    )
+    error = one_rank(error_without_constant_buffers, args)[0]
+    assert error == "buffers that nothing fills: ['model.embed_tokens.embed_scale']"
 
 
-def failure_without_constants(place, args) -> str:
-    FAMILIES["gemma2"] = dataclasses.replace(gemma2.FAMILY, constants=lambda config: {})
+def error_without_constant_buffers(rank_info, args) -> str:
+    """Return the message of the load of a Gemma 2 family without constant_buffers."""
+    FAMILIES["gemma2"] = dataclasses.replace(gemma2.FAMILY, constant_buffers=lambda config: {})
     try:
-        set_up(place, args)
+        set_up(rank_info, args)
     except AssertionError as e:
         return str(e)
     finally:
@@ -158,8 +163,8 @@ def failure_without_constants(place, args) -> str:
     return ""
 
 
-def test_gemma3_in_the_hubs_spelling(checkpoints, tmp_path):
-    """google/gemma-3-1b-it names its tables and its pattern of layers in the way of transformers 4."""
+def test_gemma3_with_the_keys_of_the_hub(checkpoints, tmp_path):
+    """google/gemma-3-1b-it uses transformers 4's keys for its tables and its pattern of layers."""
     new = json.loads((checkpoints("gemma3") / "config.json").read_text())
     old = {
         k: v for k, v in new.items() if k not in ("rope_parameters", "layer_types", "_sliding_window_pattern")
@@ -207,12 +212,12 @@ def test_every_expert_is_quantized_and_the_router_is_not(checkpoints, alpaca_fil
     }
 
 
-def parameter_names(place, args) -> set[str]:
-    return {clean(name) for name, _ in set_up(place, args)[1].named_parameters()}
+def parameter_names(rank_info, args) -> set[str]:
+    return {unwrapped_name(name) for name, _ in set_up(rank_info, args)[1].named_parameters()}
 
 
 def stacked(experts: Experts) -> dict[str, list[torch.Tensor]]:
-    """The experts' parameters as transformers stacks them: [E, 2 I, H] and [E, H, I]."""
+    """Stack the experts' parameters as transformers does: [E, 2 I, H] and [E, H, I]."""
     return {
         "gate_up_proj": torch.stack([torch.cat([e.gate_proj.weight, e.up_proj.weight]) for e in experts]),
         "down_proj": torch.stack([e.down_proj.weight for e in experts]),
@@ -221,7 +226,7 @@ def stacked(experts: Experts) -> dict[str, list[torch.Tensor]]:
 
 @pytest.fixture
 def routed():
-    """(ours, transformers' own with the same weights, arguments of both). Expert 5 gets no token."""
+    """Return (our module, transformers' with the same weights, arguments of both). Expert 5 gets no token."""
     config = tiny.CONFIGS["qwen3_moe"]()
     config._experts_implementation = "eager"
     generator = torch.Generator().manual_seed(0)
@@ -235,7 +240,7 @@ def routed():
 
 
 def test_experts_are_transformers_own(routed):
-    """Output, and the gradients of inputs, routing weights and every expert: the idle one's is zero, not None."""
+    """Compare output, and gradients of inputs, routing weights and experts: the idle one's is 0, not None."""
     ours, theirs, (x, index, weights) = routed
     results = []
     for module in (ours, theirs):
@@ -264,8 +269,10 @@ def test_an_idle_expert_runs_only_if_it_is_trained(routed):
 
 
 def test_gradients_of_trained_experts_are_transformers_own(checkpoints, alpaca_file, two_ranks):
-    """Through the whole model, sharded: router, experts, everything. The files' names go through transformers'
-    own conversion in the reference."""
+    """Compare all gradients of the full sharded model, router and experts included.
+
+    The reference converts the files' names as transformers does.
+    """
     args = args_for(checkpoints("qwen3_moe"), alpaca_file, "full")
     ours, state = two_ranks(gradients, args)[0]
     model = transformers_model(checkpoints("qwen3_moe"), state)
@@ -292,21 +299,21 @@ def targets() -> torch.Tensor:
     return IDS.roll(-1, 1).masked_fill(torch.arange(IDS.shape[1]) == IDS.shape[1] - 1, IGNORE)
 
 
-def gradients(place, args):
-    """({parameter: full gradient}, weights) of the loss of IDS, a row to each rank."""
-    _, state, _ = outputs(place, args, IDS)
-    _, model = set_up(place, args)
-    own = slice(place.rank, None, place.world)
-    train.loss_sum(model, Batch(IDS[own], targets()[own])).backward()
-    return {clean(n): whole(p.grad) for n, p in model.named_parameters()}, state
+def gradients(rank_info, args):
+    """Return ({parameter: full gradient}, weights) for the loss of IDS, with one row on each rank."""
+    _, state, _ = outputs(rank_info, args, IDS)
+    _, model = set_up(rank_info, args)
+    rows = slice(rank_info.rank, None, rank_info.world)
+    train.loss_sum(model, Batch(IDS[rows], targets()[rows])).backward()
+    return {unwrapped_name(n): whole(p.grad) for n, p in model.named_parameters()}, state
 
 
 @pytest.mark.parametrize("train_type", ["full", "bnb_dora"])
 def test_experts_that_are_idle_on_one_rank(train_type, checkpoints, one_rank, two_ranks, tmp_path):
-    """Rows of four tokens reach few of the eight experts, and not the same ones on both ranks."""
+    """Rows of four tokens reach few of the eight experts, and others on each rank."""
     data = tmp_path / "short.jsonl"
     data.write_text("".join(json.dumps({"text": t}) + "\n" for t in ["ab", "ef"] * 8))
-    # SGD: where a gradient is zero but for rounding, AdamW's first steps would be of full size.
+    # SGD: if a gradient is zero except for rounding, AdamW's first steps would have full size.
     args = [*arguments(checkpoints("qwen3_moe"), data, train_type), "--optimizer", "sgd", "--lr", "0.1"]
     plain, _ = one_rank(run_and_experts_used, [*args, "--batch_size", "2"])[0]
     (first, used), (_, used_by_other) = two_ranks(run_and_experts_used, [*args, "--batch_size", "1"])
@@ -314,15 +321,15 @@ def test_experts_that_are_idle_on_one_rank(train_type, checkpoints, one_rank, tw
     assert_same(plain, first)
 
 
-def run_and_experts_used(place, args):
-    """(train_run's result, the experts that got tokens in each forward of a routed layer)."""
+def run_and_experts_used(rank_info, args):
+    """Return (train_run's result, the experts with tokens in each forward of a routed layer)."""
     used, original = [], Experts.forward
     Experts.forward = lambda self, x, index, weights: (
         used.append(set(index.unique().tolist())),
         original(self, x, index, weights),
     )[1]
     try:
-        return train_run(place, args), used
+        return train_run(rank_info, args), used
     finally:
         Experts.forward = original
 
@@ -337,11 +344,8 @@ def run_and_experts_used(place, args):
         ("gemma3", {"use_bidirectional_attention": True}, "bidirectional attention.*only causal models"),
         ("llama", {"is_causal": False}, "bidirectional attention.*is_causal.*only causal models"),
         ("qwen2", {"is_causal": False}, "bidirectional attention.*is_causal.*only causal models"),
-        (
-            "gemma3",
-            {"model_type": "gemma3"},
-            "'gemma3' is unknown; known: .*gemma3_text",
-        ),  # with images: not yet
+        # with images: not yet
+        ("gemma3", {"model_type": "gemma3"}, "'gemma3' is unknown; known: .*gemma3_text"),
     ],
 )
 def test_configurations_that_cannot_be_trained(kind, edit, words, checkpoints, tmp_path):
@@ -378,8 +382,8 @@ def build_meta_model(folder):
 def test_a_misspelt_linear_is_an_error(checkpoints):
     model, family = build_meta_model(checkpoints("qwen3_moe"))
     for wrong in (
-        {"linears": ("mlp.gate_prj",), "linears_of": None},
-        {"linears_of": lambda layer: ("mlp.gate_prj",)},
+        {"linears": ("mlp.gate_prj",), "select_linears": None},
+        {"select_linears": lambda layer: ("mlp.gate_prj",)},
     ):
         with pytest.raises(AttributeError, match="gate_prj"):
             list(dataclasses.replace(family, **wrong).layer_linears(model))

@@ -1,5 +1,7 @@
-"""Llama-Pro: what is trained, what is quantized, and what a run saves. How it trains: test_parity.py,
-test_reference_training.py."""
+"""Llama-Pro: trained and quantized layers, and the files of a run.
+
+The training itself: test_parity.py, test_reference_training.py.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +14,8 @@ from safetensors.torch import load_file, safe_open
 import train
 from files.model_folder import CheckpointFiles
 from files.names import BLOCKS
-from models.family import clean
-from models.llama_pro import NEW_LAYERS, check_can_leave_silence, new_layers
+from models.family import unwrapped_name
+from models.llama_pro import NEW_LAYERS, check_can_leave_identity, new_layers
 from models.registry import FAMILIES, read_config
 from options.errors import UserError
 from quantization.layer import Linear4bit
@@ -27,7 +29,7 @@ from tests.helpers.runs import set_up, trained_tensors
 
 @pytest.mark.parametrize("train_type", ["llama_pro", "bnb_llama_pro"])
 def test_exactly_the_new_layers_are_trained(train_type, checkpoints, alpaca_file, one_rank):
-    """And before the first step the model is the base, as it stands or quantized."""
+    """Before the first step the model is the base, dense or quantized."""
     args = args_for(checkpoints("llama_bias_pro"), alpaca_file, train_type)
     stored = all_tensors(checkpoints("llama_bias_pro"))
     trained, quantized = one_rank(trained_and_quantized, args)[0]
@@ -38,15 +40,16 @@ def test_exactly_the_new_layers_are_trained(train_type, checkpoints, alpaca_file
     assert quantized == (linears if train_type == "bnb_llama_pro" else set())
 
 
-def trained_and_quantized(place, args):
-    model = set_up(place, args)[1]
-    quantized = {clean(n) for n, m in model.named_modules() if isinstance(m, Linear4bit)}
+def trained_and_quantized(rank_info, args):
+    """Return ({name: trained tensor}, names of the quantized linears)."""
+    model = set_up(rank_info, args)[1]
+    quantized = {unwrapped_name(n) for n, m in model.named_modules() if isinstance(m, Linear4bit)}
     return trained_tensors(model), quantized
 
 
 @pytest.mark.parametrize("option", ["--model_name", "--llama_pro_path"])
-def test_the_trained_model_is_saved_whole(option, checkpoints, alpaca_file, two_ranks, tmp_path):
-    """In the layout of the folder that was trained from; transformers computes what training computed."""
+def test_the_full_trained_model_is_saved(option, checkpoints, alpaca_file, two_ranks, tmp_path):
+    """In the layout of the base's folder; transformers computes the logits of training."""
     base = checkpoints("llama_bias_pro")
     args = args_for(base, alpaca_file, "llama_pro")
     args[0] = option
@@ -57,8 +60,8 @@ def test_the_trained_model_is_saved_whole(option, checkpoints, alpaca_file, two_
     assert read_config_json(tmp_path) == read_config_json(base)
 
 
-def test_quantized_old_blocks_are_saved_as_they_were(alpaca_file, two_ranks, tmp_path):
-    """And the new ones as they are trained; saved alone and put back they make the same folder."""
+def test_quantized_old_blocks_are_saved_unchanged(alpaca_file, two_ranks, tmp_path):
+    """New blocks are saved as trained. Saved alone and expanded again, they make the same folder."""
     base = tiny.save_checkpoint("qwen2_pro", tmp_path / "base", torch.bfloat16)
     args = args_for(base, alpaca_file, "bnb_llama_pro")
     for name, more in (("whole", []), ("alone", ["--llama_pro_save", "blocks"])):
@@ -82,39 +85,42 @@ def test_quantized_old_blocks_are_saved_as_they_were(alpaca_file, two_ranks, tmp
     folder = expand(base, tmp_path / "together", "--blocks", blocks)
     names = {p.name for p in folder.iterdir()}
     assert names == {p.name for p in (tmp_path / "whole").iterdir()}
-    for name in names - {p.name for p in folder.glob("*.safetensors")}:  # whose headers name the run's base
+    for name in names - {p.name for p in folder.glob("*.safetensors")}:  # their headers name the run's base
         assert (folder / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
     together = all_tensors(folder)
     assert together.keys() == saved.keys() and all(torch.equal(together[n], saved[n]) for n in saved)
 
 
-def test_silence_that_updates_cannot_leave(checkpoints, tmp_path, monkeypatch):
-    """-1 in bf16. New layers that were trained, or that an older version made, with zeros before their norms, are
-    not held up by it."""
+def test_identity_that_updates_cannot_leave(checkpoints, tmp_path, monkeypatch):
+    """-1 in bf16 is refused; new layers that were trained, or have zeros before their norms, are accepted.
+
+    An older version wrote the zeros.
+    """
     base, bf16 = checkpoints("gemma2"), torch.bfloat16
     folder = expand(base, tmp_path / "new", "--new_blocks", 2)
     config, family = read_config(folder)
 
     def check(folder, trained, lr):
-        check_can_leave_silence(CheckpointFiles(folder), family, new_layers(config), trained, lr)
+        check_can_leave_identity(CheckpointFiles(folder), family, new_layers(config), trained, lr)
 
     for lr in (1e-5, 2e-4, 1.9e-3):
         with pytest.raises(UserError, match=r"layernorm\.weight is -1, .* bfloat16 .*--precision auto"):
             check(folder, bf16, lr)
         check(folder, torch.float32, lr)
     check(folder, bf16, 2e-3)
-    check(folder, bf16, 0.0)  # asked for
+    check(folder, bf16, 0.0)  # no update is wanted
     check(checkpoints("gemma2_pro"), bf16, 2e-4)
-    monkeypatch.setitem(FAMILIES, "gemma2", dataclasses.replace(family, silent=()))
+    monkeypatch.setitem(FAMILIES, "gemma2", dataclasses.replace(family, identity_init=()))
     check(expand(base, tmp_path / "old", "--new_blocks", 2), bf16, 2e-4)
-    check_can_leave_silence(CheckpointFiles(folder), FAMILIES["llama"], new_layers(config), bf16, 1e-8)
+    check_can_leave_identity(CheckpointFiles(folder), FAMILIES["llama"], new_layers(config), bf16, 1e-8)
 
 
-def save_and_return_trained(place, args, folder):
-    job, model = set_up(place, args)
+def save_and_return_trained(rank_info, args, folder):
+    """Change all trained parameters, save the model, and return them."""
+    job, model = set_up(rank_info, args)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
-                parameter.add_(0.125)  # so that no zero stays what it was
+                parameter.add_(0.125)  # so that no zero stays zero
     train.save(job, model, folder)
     return trained_tensors(model)

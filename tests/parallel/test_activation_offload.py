@@ -241,7 +241,7 @@ def test_what_dora_keeps(policy, kept, checkpoints):
     model = build_meta_model(checkpoints(), "bnb_dora")
     layer = model.get_submodule(family.layers)[0]
     assert _keep_last_output(layer, family, policy) is kept
-    assert layer.mlp.down_proj.keeps_output is kept
+    assert layer.mlp.down_proj.saves_output is kept
 
 
 @pytest.mark.slow

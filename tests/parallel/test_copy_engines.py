@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import wrapping
-from models.loss import all_gather, ranks_of_a_copy, reduce_scatter
+from models.loss import all_gather, reduce_scatter, shard_mesh
 from options.errors import UserError
 from parallel import copy_engines
 from parallel.copy_engines import Buffers, CopiedAllGather, CopiedReduceScatter, Trial, make_copies
@@ -59,7 +59,7 @@ class Files:
 
 def made_of_files(folder: Path, mesh, used: list | None = None):
     """As `make_copies`."""
-    shards = ranks_of_a_copy(mesh)
+    shards = shard_mesh(mesh)
     if shards.size() == 1:
         return None
     group = shards.get_group()

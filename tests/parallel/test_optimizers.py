@@ -19,7 +19,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
 
 import train
-from models.family import clean
+from models.family import unwrapped_name
 from options.config import FIELDS
 from options.errors import UserError
 from options.train import parse
@@ -285,7 +285,7 @@ def test_on_a_cpu_nothing_warns_of_paging(name):
 def groups_by_name(model, name: str) -> tuple[set[str], set[str]]:
     """(names that decay, names that do not)."""
     optimizer = make_optimizer(model.parameters(), name, LR, DECAY)
-    names = {p: clean(n) for n, p in model.named_parameters()}
+    names = {p: unwrapped_name(n) for n, p in model.named_parameters()}
     assert {g["weight_decay"] for g in optimizer.param_groups} == {0.0, DECAY}
     found = [(names[p], g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]]
     assert len(found) == len(set(found)) == sum(p.requires_grad for p in model.parameters())

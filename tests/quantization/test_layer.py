@@ -1,4 +1,4 @@
-"""The 4-bit linear layer: it computes what its dequantized weight would, and keeps only what is packed."""
+"""The 4-bit linear layer: it computes with its dequantized weight, and saves only the packed one."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from quantization.hqq import HQQ
-from quantization.layer import STORAGE, as_storage
+from quantization.layer import STORAGE, to_storage
 from quantization.nf4 import NF4
 from tests.helpers.layers import quantized
 
@@ -30,13 +30,13 @@ def test_forward_and_gradient_are_those_of_the_dequantized_weight(dtype, quantiz
 
 @pytest.mark.parametrize("quantizer", [NF4(), HQQ(4)], ids=str)
 def test_only_packed_weights_are_saved_for_backward(quantizer):
-    """Saving the dequantized weight would hold 16 bits per weight from forward to backward."""
-    layer, kept = quantized(torch.randn(256, 256), torch.float32, None, quantizer), []
+    """The dequantized weight would take 16 bits per weight from forward to backward."""
+    layer, saved = quantized(torch.randn(256, 256), torch.float32, None, quantizer), []
     x = torch.randn(4, 256, requires_grad=True)
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t.nbytes), t)[1], lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t.nbytes), t)[1], lambda t: t):
         layer(x).sum()
     # Codes 32 KiB, scales 1 to 4 KiB, the table 1 KiB; a dense weight is 256 KiB.
-    assert sum(kept) < 256 * 256
+    assert sum(saved) < 256 * 256
 
 
 @pytest.mark.parametrize("quantizer", [NF4(), HQQ(4), HQQ(3)], ids=str)
@@ -52,6 +52,6 @@ def test_forward_and_backward_compile_without_a_graph_break(quantizer):
 
 def test_storage_holds_any_bytes():
     raw = torch.cat([torch.full((4,), 255), torch.randint(0, 256, (1019,))]).to(torch.uint8)
-    stored = as_storage(raw)  # not a whole element: padded with a zero byte
+    stored = to_storage(raw)  # a part of an element: padded with a zero byte
     assert stored.dtype == STORAGE and stored[0].isnan()
     assert torch.equal(stored.view(torch.uint8), torch.cat([raw, torch.zeros(1, dtype=torch.uint8)]))

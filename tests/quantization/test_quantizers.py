@@ -1,4 +1,4 @@
-"""The quantizers against bitsandbytes and hqq themselves, and what they refuse."""
+"""The quantizers against bitsandbytes and hqq, and the weights that they refuse."""
 
 from __future__ import annotations
 
@@ -21,8 +21,10 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def reference(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """bitsandbytes' own round trip, with its own state object, of the weight as a single row: its kernel for CPUs with
-    AVX-512 is wrong where blocks cross rows."""
+    """Return the weight after bitsandbytes' own round trip, with its own state object.
+
+    As a single row: bitsandbytes' kernel for CPUs with AVX-512 is wrong where blocks cross rows.
+    """
     codes, state = bnb.quantize_4bit(weight, blocksize=64, compress_statistics=True, quant_type="nf4")
     state.dtype, state.shape = dtype, torch.Size([1, weight.numel()])
     return bnb.dequantize_4bit(codes, state).view(weight.shape)
@@ -32,7 +34,7 @@ def reference(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(128, 256), (96, 96), (300, 1000), (7, 12)])
 def test_dequantized_weight_is_bitsandbytes_own(shape, stored, dtype):
-    """Also where blocks cross rows, the last block is not full, and bytes do not fill a storage element."""
+    """Also if blocks cross rows, the last block is not full, and bytes do not fill a storage element."""
     weight = torch.randn(shape, dtype=stored)
     found = quantized(weight, dtype).weight
     assert torch.equal(found, reference(weight, dtype))
@@ -40,17 +42,17 @@ def test_dequantized_weight_is_bitsandbytes_own(shape, stored, dtype):
 
 
 @pytest.mark.parametrize("n_bits", HQQ_BITS)
-def test_plain_operations_expand_some_blocks_at_a_time(n_bits, monkeypatch):
+def test_plain_operations_dequantize_in_chunks(n_bits, monkeypatch):
     quantizer, shape = HQQ(n_bits), (19, 64)
     packed = (*quantizer.quantize(torch.randn(shape)), None, shape, torch.float32)
-    whole = quantizer.dequantize(*packed)
-    monkeypatch.setattr(hqq, "EXPANDED", 8 * 64)
-    with mock.patch.object(hqq, "_values", wraps=hqq._values) as values:
-        assert torch.equal(quantizer.dequantize(*packed), whole)
+    expected = quantizer.dequantize(*packed)
+    monkeypatch.setattr(hqq, "CHUNK_WEIGHTS", 8 * 64)
+    with mock.patch.object(hqq, "_unpack_bits", wraps=hqq._unpack_bits) as values:
+        assert torch.equal(quantizer.dequantize(*packed), expected)
     assert [len(call.args[0]) for call in values.mock_calls] == [64 * n_bits, 64 * n_bits, 24 * n_bits]
 
 
-def unfit(value: float) -> torch.Tensor:
+def weight_with(value: float) -> torch.Tensor:
     return torch.randn(2, 64).index_put((torch.tensor(1), torch.tensor(5)), torch.tensor(value))
 
 
@@ -61,8 +63,8 @@ def unfit(value: float) -> torch.Tensor:
             torch.cat((torch.randn(3, 64), weights_far_from_zero(1))),
             "has a block whose weights lie too far from 0",
         ),
-        (unfit(torch.nan), "holds NaN or infinity"),
-        (unfit(torch.inf), "holds NaN or infinity"),
+        (weight_with(torch.nan), "holds NaN or infinity"),
+        (weight_with(torch.inf), "holds NaN or infinity"),
     ],
     ids=["close together", "NaN", "infinity"],
 )
@@ -73,7 +75,7 @@ def test_weights_that_hqq_cannot_pack_are_refused(weight, why):
     files = SimpleNamespace(
         read=lambda *_: weight, tensors={"a.weight": weight}, where=lambda name: f"file: {name}"
     )
-    # Of a merge; of a load: tests/test_quantize_layers.py.
+    # In a merge. In a load: tests/test_quantize_layers.py.
     with pytest.raises(UserError, match=f"file: a.weight:? {why}"):
         merge._weight(files, "a.weight", HQQ(8), None, 0.0, torch.device("cpu"), None)
 
@@ -84,8 +86,10 @@ def test_weights_that_hqq_cannot_pack_are_refused(weight, why):
     ("shape", "block"), [((48, 64), 64), ((96, 96), 64), ((40, 60), 8), ((64, 128), 128)]
 )
 def test_dequantized_weight_is_hqqs_own(shape, block, stored, n_bits):
-    """hqq's own round trip with its own packing, its scales and zero points rounded to fp16 as hqq itself has
-    them on a GPU. Also where groups cross rows."""
+    """Compare with hqq's own round trip and packing, with scales and zero points in fp16 as on a GPU.
+
+    Also if groups cross rows.
+    """
     weight = torch.randn(shape, dtype=stored) * 0.05
     codes, meta = Quantizer.quantize(weight, nbits=n_bits, group_size=block, axis=1, device="cpu")
     meta |= {name: meta[name].half().float() for name in ("scale", "zero")} | {"compute_dtype": torch.float32}

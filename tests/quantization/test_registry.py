@@ -1,4 +1,4 @@
-"""Quantizers and adapters are looked up by name, and a name that is not there is an error."""
+"""Quantizers and adapters are looked up by name, and an unknown name is an error."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from quantization.nf4 import NF4
 from quantization.registry import QUANTIZERS, make_quantizer
 
 
-def test_methods_name_what_is_registered():
+def test_methods_name_registered_quantizers_and_adapters():
     assert {m.quantizer for m in METHODS.values()} - {None} == set(QUANTIZERS)
     assert {m.adapter for m in METHODS.values()} - {None} == set(ADAPTERS)
 
@@ -22,6 +22,6 @@ def test_quantizers_by_name():
 
 
 @pytest.mark.parametrize("name", ["nf4", "bnb ", "", "gptq"])
-def test_an_unknown_quantizer_is_none(name):
+def test_an_unknown_quantizer_is_an_error(name):
     with pytest.raises(KeyError):
         make_quantizer(name, None, None)
