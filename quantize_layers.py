@@ -32,7 +32,7 @@ from models.family import Family, unwrapped_name
 from models.longrope import make_rotary
 from models.loss import FrozenEmbedding
 from options.errors import UserError
-from parallel.shards import fill, part, shard_count
+from parallel.shards import fill_shard, local_shard, shard_count
 from quantization.layer import ConvertingModule, convert_tensor, parameters_from, quantizer_for
 from quantization.quantizers import PackedWeight, pack_weight
 
@@ -66,7 +66,7 @@ def load_weights(
                 (seed << 32) % 2**63 + zlib.crc32(unwrapped_name(path).encode())
             )
             for name, full in module.initial_values(generator).items():
-                fill(params[f"{unwrapped_name(path)}.{name}"], full)
+                fill_shard(params[f"{unwrapped_name(path)}.{name}"], full)
                 filled.add(f"{unwrapped_name(path)}.{name}")
     assert filled == set(params), f"not filled: {sorted(set(params) - filled)[:3]}"
 
@@ -204,7 +204,7 @@ class Node:
         """Fills this rank's part of a parameter from the full contents, which the node's rank `owner` has."""
         if self.rank_info.local_world == 1:
             assert full is not None
-            fill(param, full)
+            fill_shard(param, full)
             return
         local = param.to_local() if isinstance(param, DTensor) else param
         rows = -(-param.shape[0] // shard_count(param))  # of the ranks with most: scatter sends equal parts
@@ -215,7 +215,7 @@ class Node:
             assert full.shape == param.shape, f"{full.shape} for {param.shape}"
             full = full.to(param.dtype)
             ranks = range(self.first, self.first + self.rank_info.local_world)
-            parts = [_as_bytes(_padded(part(param, full, rank), rows)) for rank in ranks]
+            parts = [_as_bytes(_padded(local_shard(param, full, rank), rows)) for rank in ranks]
         # As bytes: codes are not numbers.
         dist.scatter(_as_bytes(mine), parts, src=self.first + owner, group=self.group)
         with torch.no_grad():
@@ -226,7 +226,9 @@ def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.contiguous().view(-1).view(torch.uint8)
 
 
-def _padded(part: torch.Tensor, rows: int) -> torch.Tensor:
-    if part.shape[0] == rows:
-        return part
-    return torch.cat([part, part.new_zeros(rows - part.shape[0], *part.shape[1:])])
+def _padded(local_shard: torch.Tensor, rows: int) -> torch.Tensor:
+    if local_shard.shape[0] == rows:
+        return local_shard
+    return torch.cat(
+        [local_shard, local_shard.new_zeros(rows - local_shard.shape[0], *local_shard.shape[1:])]
+    )

@@ -58,15 +58,15 @@ from monitoring.profiling import NO_PROFILER, NoProfiler, Profiler, make_profile
 from monitoring.run_facts import describe_run
 from options.config import Config
 from options.errors import UserError
-from parallel.activation_checkpointing import Keep, compiler, compiles
+from parallel.activation_checkpointing import SavedActivations, compile_run_layer, should_compile
 from parallel.optimizers import make_schedule
-from parallel.shards import whole
+from parallel.shards import full_tensor
 from quantize_layers import load_weights
-from training.companions import make_companions
 from training.job import Job
-from training.out_of_memory import explained
-from training.preflight import check
-from training.run_folder import close_run, open_run, unsaved, why_no_result
+from training.loop_components import make_loop_components
+from training.out_of_memory import explain_out_of_memory
+from training.preflight import check_run
+from training.run_folder import describe_no_result, finish_run, start_run_folder, unsaved_error
 from wrapping import STRATEGIES, WRAP_POLICIES, make_mesh, offload_policy, sync_gradients, wrap
 
 
@@ -92,8 +92,8 @@ def set_up(
         units=WRAP_POLICIES[config.wrap_policy](family),
         cast=precision.gather_dtype,
         offload=offload_policy(config.use_cpu_offload, device.type),
-        keep=Keep.NOTHING if config.use_gradient_checkpointing else Keep.ALL,
-        run=compiler() if compiles(config.compile, device, family) else None,
+        keep=SavedActivations.INPUT if config.use_gradient_checkpointing else SavedActivations.ALL,
+        run=compile_run_layer() if should_compile(config.compile, device, family) else None,
         offload_activations=config.use_activation_cpu_offload,
     )
     profiler.phase("load")
@@ -120,23 +120,23 @@ def train(
     """The loop. Returns the metrics of every step, on rank 0 also of those before a resumed run was stopped."""
     config, precision, total = job.config, job.precision, job.total_steps(sampler)
     keep_best = partial(save_best, job, model)
-    beside = make_companions(job, model, rank_info, total, tracker, profiler, stopping, keep_best)
-    optimizer, scaler, deferred, meter = beside.optimizer, beside.scaler, beside.deferred, beside.meter
-    guard, evaluator, budget, checkpoints = beside.guard, beside.evaluator, beside.budget, beside.checkpoints
+    loop = make_loop_components(job, model, rank_info, total, tracker, profiler, stopping, keep_best)
+    optimizer, scaler, deferred, meter = loop.optimizer, loop.scaler, loop.deferred, loop.meter
+    guard, evaluator, budget, checkpoints = loop.guard, loop.evaluator, loop.budget, loop.checkpoints
     history, trained = list(tracker.history), [p for p in model.parameters() if p.requires_grad]
     done = checkpoints.load()
     assert config.lr_warmup is not None  # resolved
     schedule = make_schedule(optimizer, total, config.lr_warmup, config.lr_scheduler, done)
 
     def tell(reading: Reading, lap: Lap) -> None:
-        metrics = guard.judge(meter.measure(reading, lap), reading.step)
+        metrics = guard.check_step(meter.measure(reading, lap), reading.step)
         budget.after_step(metrics.memory_allocated_gib)
         history.append(evaluator.after(metrics))
         tracker.log(history[-1])
 
     model.train()
-    evaluator.begin(done)
-    todo = range(done + 1, total + 1) if not (evaluator.stop or guard.stop) else ()
+    evaluator.before_first_step(done)
+    todo = range(done + 1, total + 1) if not (evaluator.should_stop or guard.should_stop) else ()
     steps = ahead(
         sampler.steps(config.num_epochs, done), rank_info.device, memory.can_pin(rank_info.device.type)
     )
@@ -156,7 +156,7 @@ def train(
             loss += share.detach()
         profiler.phase("optimizer")
         scaler.unscale_(optimizer)
-        norm = whole(nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None]))
+        norm = full_tensor(nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None]))
         if config.apply_gradient_clipping:
             nn.utils.clip_grads_with_norm_(trained, config.grad_norm, norm)
         reading = meter.read(index, step, float(schedule.get_last_lr()[0]), loss, norm)
@@ -164,13 +164,15 @@ def train(
         optimizer.zero_grad(set_to_none=True)
         profiler.phase(BETWEEN)
         deferred.put(partial(tell, reading, meter.lap()))
-        if guard.decides() or budget.decides() or evaluator.due(index):  # what the next step goes by
+        if (
+            guard.needs_metrics() or budget.needs_metrics() or evaluator.is_due(index)
+        ):  # what the next step goes by
             deferred.now()
         scaler.update()
         schedule.step()
         if profiler.step():
             meter.restart()
-        stop = evaluator.stop or guard.stop
+        stop = evaluator.should_stop or guard.should_stop
         if checkpoints.after(index, last=index == total or stop) or stop:
             break
     deferred.now()
@@ -179,7 +181,7 @@ def train(
     return history
 
 
-@explained
+@explain_out_of_memory
 def run_rank(rank_info: RankInfo, job: Job) -> None:
     """What each process does, from loading to the saved result."""
     with FolderLock(Path(job.output_dir)) as lock, make_profiler(job.config, rank_info) as profiler:
@@ -200,21 +202,21 @@ def run_profiled(rank_info: RankInfo, job: Job, profiler: Profiler, lock: Folder
     stages = profiler.fullest("wrap", "load")
     ready = f"{loaded.describe()}; ready after {time.perf_counter() - began:.1f} s"
     facts = describe_run(job.rows, sampler, model, stages) if rank_info.rank == 0 else ""
-    tracker = open_run(job, rank_info, lock, total, facts, ready, stages)
+    tracker = start_run_folder(job, rank_info, lock, total, facts, ready, stages)
     done = len(tracker.history)
     stopping = StopRequests(rank_info.rank, job.started, config.max_minutes, config.save_minutes)
     began = time.perf_counter()
     history = train(job, model, rank_info, sampler, tracker, profiler, stopping)
     seconds = time.perf_counter() - began
-    no_result = "" if stopping.reason else why_no_result(job, model, history[done:])
+    no_result = "" if stopping.reason else describe_no_result(job, model, history[done:])
     if config.save_model and not stopping.reason and not no_result:
         try:
             save(job, model, Path(job.output_dir))
         except OSError as e:
             tracker.finish()
-            raise unsaved(job, e) from e
+            raise unsaved_error(job, e) from e
     tracker.finish()
-    close_run(job, rank_info, history, total, done, seconds, stages, stopping.reason, no_result)
+    finish_run(job, rank_info, history, total, done, seconds, stages, stopping.reason, no_result)
 
 
 def save_best(job: Job, model: PreTrainedModel, folder: Path) -> None:
@@ -249,7 +251,9 @@ def run(config: Config, remarks: list[str]) -> int:
     if not config.verbose:
         quiet_libraries()
     where = (config.master_addr, config.master_port)
-    return start(run_rank, partial(check, config), remarks, where, verbose=config.verbose, preload=["train"])
+    return start(
+        run_rank, partial(check_run, config), remarks, where, verbose=config.verbose, preload=["train"]
+    )
 
 
 def main(argv: list[str]) -> int:

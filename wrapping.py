@@ -31,8 +31,8 @@ from launch.memory import can_pin
 from models.dora import DoRALinear
 from models.family import Family
 from models.loss import Head, freeze_embedding, shard_vocabulary
-from parallel.activation_checkpointing import Keep, Recomputed, allow_graphs
-from parallel.activation_offload import HostStash, Offloaded
+from parallel.activation_checkpointing import CheckpointedModule, SavedActivations, raise_graph_limit
+from parallel.activation_offload import HostActivations, OffloadedLayer
 from parallel.copy_engines import make_copies
 from quantization.layer import Linear4bit
 
@@ -120,7 +120,7 @@ def wrap(
     units: tuple[str, ...],
     cast: torch.dtype | None,
     offload: OffloadPolicy,
-    keep: Keep,
+    keep: SavedActivations,
     run: Callable | None,
     offload_activations: bool,
 ) -> None:
@@ -132,7 +132,7 @@ def wrap(
     the rest is recomputed there (non-reentrant). run: compiles a layer (`compiler`), or None.
     offload_activations: the layers' inputs, which recomputation needs, are kept on the host.
     """
-    stash = HostStash()
+    host_activations = HostActivations()
     # Of units within a layer, whose results are views. The warning is about in-place changes of them, which no
     # model of transformers makes, and tests/test_matrix.py would show.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
@@ -163,21 +163,34 @@ def wrap(
     for i, layer in enumerate(layers):
         for name in units:
             if run:  # FSDP's hooks lie between units, and would break the graph of a whole layer
-                layer.set_submodule(name, Recomputed(layer.get_submodule(name), Keep.ALL, run))
+                layer.set_submodule(
+                    name, CheckpointedModule(layer.get_submodule(name), SavedActivations.ALL, run)
+                )
             shard(layer.get_submodule(name))
         # The wrapper goes inside the unit: recomputation must find the layer gathered, not gather again.
-        layers[i] = recomputed = Recomputed(layer, keep, None if units else run)
-        kept = bool(run) and not units and keep is Keep.NOTHING and _keep_last_output(layer, family, offload)
+        layers[i] = recomputed = CheckpointedModule(layer, keep, None if units else run)
+        kept = (
+            bool(run)
+            and not units
+            and keep is SavedActivations.INPUT
+            and _keep_last_output(layer, family, offload)
+        )
         if offload_activations or kept:
             ends = {"first": i == 0, "last": i == len(layers) - 1}
-            layers[i] = Offloaded(recomputed, stash, inputs=offload_activations, results=kept, **ends)
+            layers[i] = OffloadedLayer(
+                recomputed,
+                host_activations,
+                offload_input=offload_activations,
+                offload_last_output=kept,
+                **ends,
+            )
         shard(layers[i])
     # Looked up in any case: a family with another name for it would fail only where it is compiled, on GPUs. Not compiled it
     # would go through the hidden states in fp32, a dozen times in backward.
     norm = model.get_submodule(family.norm)
     if run:
-        model.set_submodule(family.norm, Recomputed(norm, Keep.ALL, run))
-        allow_graphs([m for m in model.modules() if isinstance(m, Recomputed)])
+        model.set_submodule(family.norm, CheckpointedModule(norm, SavedActivations.ALL, run))
+        raise_graph_limit([m for m in model.modules() if isinstance(m, CheckpointedModule)])
     head, embedding = model.get_submodule(family.head), model.get_submodule(family.embedding)
     assert isinstance(head, Head) and isinstance(embedding, nn.Embedding)
     head.compiled = run is not None

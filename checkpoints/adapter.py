@@ -20,7 +20,7 @@ from files.tensors import save_tensors
 from models.family import unwrapped_name
 from models.lora import LoRALinear
 from options.config import Config
-from parallel.shards import gather
+from parallel.shards import gather_to_cpu
 
 
 def save_adapter(
@@ -41,7 +41,7 @@ def save_adapter(
     tensors = {}
     for path, module in model.named_modules():
         if isinstance(module, LoRALinear):
-            for name, full in module.peft_tensors(gather).items():
+            for name, full in module.peft_tensors(gather_to_cpu).items():
                 if dist.get_rank() == 0:
                     tensors[f"base_model.model.{unwrapped_name(path)}.{name}"] = full.contiguous()
     if dist.get_rank() != 0:

@@ -23,7 +23,7 @@ from files.finite import check_finite
 from files.model_folder import CheckpointFiles
 from files.names import CONFIG, INDEX, SINGLE_FILE, SMALL_MODEL_FILES
 from files.tensors import StoredTensor, read_tensor, write_header
-from parallel.shards import gather
+from parallel.shards import gather_to_cpu
 
 PIECE = 2**24  # bytes
 SHARD_BYTES = 5 * 10**9
@@ -77,7 +77,7 @@ def gathered(param: nn.Parameter, dtype: torch.dtype) -> Entry:
     """A parameter, sharded or not, as dtype."""
 
     def pieces():
-        full = gather(param).to(dtype).contiguous()
+        full = gather_to_cpu(param).to(dtype).contiguous()
         yield full.view(-1).view(torch.uint8).numpy().data
 
     return Entry(dtype, tuple(param.shape), pieces, collective=True)

@@ -24,8 +24,8 @@ from files.finite import find_nonfinite, is_finite
 from launch.ranks import gather_from_ranks
 from models.family import unwrapped_name
 from options.errors import UserError, describe
-from parallel.optimizers import ShardedAdamW, has_blocks, merged_blocks
-from parallel.shards import part
+from parallel.optimizers import ShardedAdamW, has_8bit_state, merge_8bit_states
+from parallel.shards import local_shard
 
 Tensors = dict[str, torch.Tensor]
 
@@ -59,7 +59,7 @@ def collect(
     for name, param in trained.items():
         layout[f"model.{name}"], local[f"model.{name}"] = param, local_part(param)
         for key, value in optimizer.state.get(param, {}).items():
-            suffix, placed = _layout(value, param, rank, has_blocks(optimizer))
+            suffix, placed = _layout(value, param, rank, has_8bit_state(optimizer))
             stored = f"optimizer.{key}{suffix}.{name}"
             layout[stored], local[stored] = placed, placed if _is_number(value) else local_part(value)
     return layout, local
@@ -156,7 +156,7 @@ def _empty(saved: Saved, name: str) -> torch.Tensor:
 def _sources(saved: Saved, name: str, param: nn.Parameter, rank: int) -> dict[int, slice]:
     """{rank of the saved run: which of its rows} that make up this rank's rows of a parameter, in their order; a
     single one where a rank had the very same."""
-    mine = part(param, torch.arange(param.shape[0]), rank).tolist()
+    mine = local_shard(param, torch.arange(param.shape[0]), rank).tolist()
     found = {}
     for (start, *_), (length, *_), file in sorted(saved.tensors[f"model.{name}"]["chunks"]) if mine else ():
         first, end = max(start, mine[0]), min(start + length, mine[-1] + 1)
@@ -194,7 +194,7 @@ def _of_shard(state: Tensors, sources: dict[int, slice]) -> dict[str, torch.Tens
         ({key.partition("@")[0]: value for key, value in state.items() if key.endswith(f"@{rank}")}, rows)
         for rank, rows in sources.items()
     ]
-    return whole | (merged_blocks(parts) if parts[0][0] else {})
+    return whole | (merge_8bit_states(parts) if parts[0][0] else {})
 
 
 def _fill_optimizer(optimizer: torch.optim.Optimizer, states: dict[nn.Parameter, dict]) -> None:

@@ -31,7 +31,7 @@ from models.family import longrope_threshold
 from models.lora import adapters_off
 from options.errors import UserError
 from options.evaluate import Options
-from training.evaluation import grouped, mean_loss, perplexity
+from training.evaluation import group_rows, mean_loss, perplexity
 
 
 @torch.no_grad()
@@ -53,7 +53,7 @@ def generate_answers(
     answers: list[list[int]] = [[] for _ in prompts]
     lengths = torch.tensor([len(prompt) for prompt in prompts])
     for batch in itertools.chain(
-        *grouped(lengths, batch_size, longrope_threshold(model.config), growth=tokens)
+        *group_rows(lengths, batch_size, longrope_threshold(model.config), growth=tokens)
     ):
         chosen = batch.tolist()
         width = len(prompts[chosen[0]])

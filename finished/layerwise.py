@@ -20,7 +20,7 @@ from models.family import Family
 from models.longrope import make_rotary
 from models.lora import LoRALinear
 from models.registry import build_on_meta
-from parallel.shards import fill
+from parallel.shards import fill_shard
 from quantization.layer import ConvertingModule, convert_tensor, quantize_linears, quantizer_for
 from quantization.quantizers import pack_weight
 
@@ -114,7 +114,7 @@ def _load(
             )
             for key, full in convert_tensor(module, last, tensor).items():
                 key = f"{where}.{key}".removeprefix(prefix)
-                fill(params[key], full)
+                fill_shard(params[key], full)
                 filled.add(key)
     for name, module in part.named_modules(prefix=path):
         if isinstance(module, LoRALinear):

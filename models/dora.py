@@ -22,7 +22,7 @@ from torch import nn
 
 from models.lora import LoRALinear
 from quantization.layer import Linear4bit
-from quantization.operators import TINY, factored_norm, kept, project4bit
+from quantization.operators import TINY, factored_norm, mark_saved, project4bit
 from quantization.quantizers import PackedWeight
 
 _reuses_norms = True  # switched by `without_norm_reuse`
@@ -83,7 +83,9 @@ class DoRALinear(LoRALinear):
         update = self.lora_A, self.lora_B, self.scaling, self.squared_norm
         with torch.autocast(self.lora_A.device.type, enabled=False):  # fp32 must stay fp32 here
             norm = factored_norm(self.project_base(self.lora_A), *update)
-        norm = kept(norm)  # marks it for the checkpointing policy (parallel/activation_checkpointing.py)
+        norm = mark_saved(
+            norm
+        )  # marks it for the checkpointing policy (parallel/activation_checkpointing.py)
         if not compiling:
             self.last_norm = norm
         return norm

@@ -1,9 +1,9 @@
-"""What a decoder layer keeps from its forward for its backward, and its compilation.
+"""Activation checkpointing of a decoder layer, and its compilation.
 
-Three degrees: nothing but the layer's input (gradient checkpointing: the forward is run again in backward), also
-what is dear to compute (the results of matmuls and attention; the cheap rest is run again), or everything.
-Compiled, a layer is one graph without breaks, and only that part of its forward is run again whose results the
-backward reads: not the last projection, a quarter of a layer.
+Three choices of what a layer's forward saves for its backward (`SavedActivations`): only the layer's input
+(backward recomputes the forward), also the results of matmuls and attention (backward recomputes the cheap
+rest), or everything. A compiled layer is one graph without breaks. There backward recomputes only the results
+that it reads: not the last projection, a quarter of a layer.
 """
 
 from __future__ import annotations
@@ -28,40 +28,54 @@ from models.family import Family
 from quantization.layer import Linear4bit
 
 ops = torch.ops
-MARKED = {ops.fsdp_finetune.kept.default}
+ALWAYS_SAVED = {ops.fsdp_finetune.mark_saved.default}
 ATTENTION = {
     ops.aten._scaled_dot_product_flash_attention.default,
     ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
     ops.aten._scaled_dot_product_efficient_attention.default,
     ops.aten._scaled_dot_product_cudnn_attention.default,
-    ops.torch_attn._varlen_attn.default,  # of packed rows, and of windows shorter than a line
+    ops.torch_attn._varlen_attn.default,  # for packed rows, and for windows shorter than a row
 }
 LINEAR = ops.fsdp_finetune.linear4bit.default
 MATMULS = {LINEAR, ops.fsdp_finetune.project4bit.default, ops.aten.mm.default, ops.aten.addmm.default}
 
 
-class Keep(enum.Enum):
-    NOTHING = "nothing"
-    RESULTS = "results"
-    ALL = "all"
+class SavedActivations(enum.Enum):
+    """What a layer saves for backward, which recomputes the rest."""
+
+    INPUT = "input"  # the layer's input
+    MATMULS = "matmuls"  # also the results of matmuls and attention
+    ALL = "all"  # everything: no checkpointing
 
 
-def _policy(kept: frozenset, ctx, op, *args, **kwargs) -> CheckpointPolicy:
-    asked = op is LINEAR and args[-1]  # `linear4bit`'s keep
-    return CheckpointPolicy.MUST_SAVE if asked or op in kept else CheckpointPolicy.PREFER_RECOMPUTE
+# `mark_saved` marks small tensors, DoRA's norms, as always saved. Without compilation, DoRALinear stores its
+# norm itself. So INPUT needs no policy there: plain checkpointing inspects no operator and costs less.
+_SAVED_OPERATORS = {
+    SavedActivations.INPUT: frozenset(ALWAYS_SAVED),
+    SavedActivations.MATMULS: frozenset(ALWAYS_SAVED | ATTENTION | MATMULS),
+}
 
 
-def _contexts(kept: frozenset):
-    return create_selective_checkpoint_contexts(partial(_policy, kept))
+def _checkpoint_policy(saved_operators: frozenset, ctx, op, *args, **kwargs) -> CheckpointPolicy:
+    """Choose for one operator between saving and recomputing its result."""
+    requested = op is LINEAR and args[-1]  # `linear4bit`'s last parameter asks for its output to be saved
+    is_saved = requested or op in saved_operators
+    return CheckpointPolicy.MUST_SAVE if is_saved else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def _contexts_not_compiled(kept: frozenset):
-    first, second = _contexts(kept)
-    return first, _Both(second, without_norm_reuse())
+def _checkpoint_contexts(saved_operators: frozenset):
+    """Return selective checkpointing's contexts, for forward and for recomputation."""
+    return create_selective_checkpoint_contexts(partial(_checkpoint_policy, saved_operators))
 
 
-class _Both(contextlib.ExitStack):
-    """Two contexts as one."""
+def _eager_checkpoint_contexts(saved_operators: frozenset):
+    """Return the contexts of a layer that is not compiled: its recomputation runs the same operators."""
+    forward, recomputation = _checkpoint_contexts(saved_operators)
+    return forward, _CombinedContext(recomputation, without_norm_reuse())
+
+
+class _CombinedContext(contextlib.ExitStack):
+    """Several contexts, entered together."""
 
     def __init__(self, *contexts):
         super().__init__()
@@ -73,106 +87,115 @@ class _Both(contextlib.ExitStack):
         return self
 
 
-# What is marked is small (DoRA's norms) and kept always. Not compiled, DoRALinear itself sees to that, and plain
-# checkpointing, which looks at no operator, costs less.
-_KEPT = {Keep.NOTHING: frozenset(MARKED), Keep.RESULTS: frozenset(MARKED | ATTENTION | MATMULS)}
-
-
-def _run(layer: nn.Module, keep: Keep, *args, **kwargs):
-    if keep is Keep.ALL:
+def run_layer(layer: nn.Module, saved: SavedActivations, *args, **kwargs):
+    """Run a layer's forward so that it saves only the `saved` activations for backward."""
+    if saved is SavedActivations.ALL:
         return layer(*args, **kwargs)
     compiling = torch.compiler.is_compiling()
-    if keep is Keep.NOTHING and not compiling:
+    if saved is SavedActivations.INPUT and not compiling:
         return checkpoint(layer, *args, use_reentrant=False, **kwargs)
-    contexts = partial(_contexts if compiling else _contexts_not_compiled, _KEPT[keep])
+    make_contexts = _checkpoint_contexts if compiling else _eager_checkpoint_contexts
+    contexts = partial(make_contexts, _SAVED_OPERATORS[saved])
     return checkpoint(layer, *args, use_reentrant=False, context_fn=contexts, **kwargs)
 
 
-def compiles(wanted: str, device: torch.device, family: Family) -> bool:
-    """Whether the layers are compiled, of --compile."""
-    return wanted == "true" or (wanted == "auto" and triton_runs_on(device) and family.compiles)
+def should_compile(option: str, device: torch.device, family: Family) -> bool:
+    """Return whether the layers are compiled. option: --compile."""
+    return option == "true" or (option == "auto" and triton_runs_on(device) and family.compiles)
 
 
-def start_workers() -> None:
-    """Starts the processes that compile for a GPU, which torch does at the first compilation. There a SIGTERM that the
-    whole process group gets, as timeout(1) and Slurm send it, would end them, and the step would wait for their results
-    for ever (torch 2.11 and 2.13)."""
-    from torch._inductor.async_compile import AsyncCompile  # takes a second, for what only some runs need
+def start_compile_workers() -> None:
+    """Start the processes that compile for a GPU, with SIGTERM blocked.
+
+    torch starts them at the first compilation. A SIGTERM to the whole process group, as timeout(1) and Slurm
+    send it, would then end them, and the step would wait for their results forever (torch 2.11 and 2.13).
+    """
+    from torch._inductor.async_compile import AsyncCompile  # takes a second, and only some runs need it
 
     with signals_blocked_for_children():
         AsyncCompile.warm_pool()
 
 
-def compiler(backend: str = "inductor") -> Callable:
-    """What compiles the layers of a model: those that are alike share a compilation."""
+def compile_run_layer(backend: str = "inductor") -> Callable:
+    """Return `run_layer` compiled. Layers that are alike share a compilation."""
     if backend != "inductor":
-        return torch.compile(_run, fullgraph=True, backend=backend)
-    from parallel.inductor_passes import (  # takes a second, for what only some runs need
-        DividedGraphs,
-        LayerGraphs,
-    )
+        return torch.compile(run_layer, fullgraph=True, backend=backend)
+    # Takes a second, and only some runs need it.
+    from parallel.inductor_passes import JointGraphPass, PartitionedGraphPass
 
     if torch.cuda.is_available():
-        start_workers()
-    # What is not used any more goes back to the allocator at once. Inductor would keep it for a later result of the same
-    # shape: of an MLP's widest activations one more would be there at the moment that needs most memory.
+        start_compile_workers()
+    # Without reuse, a buffer returns to the allocator after its last use. Inductor would hold it for a later
+    # result of the same shape: one more of an MLP's widest activations at the moment of the peak.
     options: dict[str, Any] = {
         "allow_buffer_reuse": False,
-        "joint_custom_post_pass": LayerGraphs(),
-        "post_grad_custom_pre_pass": DividedGraphs(),
+        "joint_custom_post_pass": JointGraphPass(),
+        "post_grad_custom_pre_pass": PartitionedGraphPass(),
     }
-    return torch.compile(_run, fullgraph=True, backend=backend, options=options)
+    return torch.compile(run_layer, fullgraph=True, backend=backend, options=options)
 
 
-# Of one kind of layer: by degree, input with and without a gradient, fixed or variable length and number of rows, a
-# single row, and what layers differ in beside their parameters (some families alternate). More than it should need.
-GRAPHS = 32
+# One kind of layer is compiled anew for other saved activations, an input with or without a gradient, a fixed
+# or variable length and number of rows, a single row, and attributes in which layers differ beside their
+# parameters (some families alternate). The limit is higher than any of them should need.
+MAX_GRAPHS_PER_KIND = 32
 
 
-def allow_graphs(layers: list[Recomputed]) -> None:
-    """Lets the compiler make GRAPHS of each kind of layer. Kinds differ in their parameters: --lora_target_modules may
-    name other linears in each layer."""
+def raise_graph_limit(layers: list[CheckpointedModule]) -> None:
+    """Let the compiler make MAX_GRAPHS_PER_KIND graphs of each kind of layer.
+
+    Kinds differ in their parameters: --lora_target_modules may name other linears in each layer.
+    """
     kinds = {
         tuple((name, p.shape, p.dtype, p.requires_grad) for name, p in layer.named_parameters())
         for layer in layers
     }
-    config, most = torch._dynamo.config, GRAPHS * len(kinds)
-    config.recompile_limit = max(config.recompile_limit, most)
-    config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, most)
+    config, limit = torch._dynamo.config, MAX_GRAPHS_PER_KIND * len(kinds)
+    config.recompile_limit = max(config.recompile_limit, limit)
+    config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, limit)
 
 
-class Recomputed(ActivationWrapper):
-    """Around a decoder layer, a part of it, or the norm after the layers. keep: may be changed between steps; run:
-    `compiler()`'s result, or None."""
+class CheckpointedModule(ActivationWrapper):
+    """A decoder layer, a submodule of it, or the norm after the layers, with a choice of saved activations.
 
-    def __init__(self, layer: nn.Module, keep: Keep, run: Callable | None = None):
+    Args:
+        layer: the wrapped module.
+        saved: what forward saves for backward; may change between steps.
+        run: the result of `compile_run_layer`, or None to run without compilation.
+    """
+
+    def __init__(self, layer: nn.Module, saved: SavedActivations, run: Callable | None = None):
         super().__init__(layer)
-        self.keep, self.run = keep, run or _run
-        self.trained = any(p.requires_grad for p in layer.parameters())
+        self.saved, self.run = saved, run or run_layer
+        self.is_trained = any(p.requires_grad for p in layer.parameters())
 
     def forward(self, *args, **kwargs):
+        """Run the layer, with checkpointing where backward will reach it."""
         layer = self._checkpoint_wrapped_module
-        if not torch.is_grad_enabled():  # evaluation, in whatever shapes: not worth a compilation
+        if not torch.is_grad_enabled():  # evaluation has too many shapes: not worth a compilation
             return layer(*args, **kwargs)
-        keep = self.keep
-        if keep is not Keep.ALL and not self.trained and not args[0].requires_grad:
-            keep = Keep.ALL  # backward never comes to frozen layers below the first trained one
+        saved = self.saved
+        if saved is not SavedActivations.ALL and not self.is_trained and not args[0].requires_grad:
+            saved = SavedActivations.ALL  # backward never reaches frozen layers below the first trained one
         try:
-            return self.run(layer, keep, *args, **kwargs)
+            return self.run(layer, saved, *args, **kwargs)
         except torch._dynamo.exc.FailOnRecompileLimitHit:  # before anything was computed
             limit = torch._dynamo.config.recompile_limit
-            told = f"after {limit} compilations no more are made (--compile): some layers run as they are"
-            warnings.warn(told, stacklevel=2)
-            self.run = _run
-            return _run(layer, keep, *args, **kwargs)
+            message = f"after {limit} compilations no more are made (--compile): some layers run uncompiled"
+            warnings.warn(message, stacklevel=2)
+            self.run = run_layer
+            return run_layer(layer, saved, *args, **kwargs)
 
 
 class ActivationBudget:
-    """Chooses the layers that keep RESULTS, so that these take no more than a given memory: the last ones, whose
-    activations backward frees first.
+    """Chooses the layers that save MATMULS, so that their results fit into a given amount of memory.
 
-    gib: of this rank, or -1 for what is free after the second step, less a tenth of the GPU. tokens: of the largest
-    micro-batch; itemsize: of what matmuls result in.
+    The last layers are chosen first: backward frees their activations first.
+
+    Args:
+        gib: memory of this rank, or -1 for what is free after the second step, less a tenth of the GPU.
+        tokens: tokens of the largest micro-batch.
+        itemsize: bytes of an element of a matmul's result.
     """
 
     def __init__(
@@ -185,40 +208,40 @@ class ActivationBudget:
         tokens: int,
         itemsize: int,
     ):
-        layers = [m for m in model.modules() if isinstance(m, Recomputed)]
-        self.layers = [m for m in layers if m.keep is Keep.NOTHING]
-        self.bytes = [tokens * itemsize * _result_features(m, family) for m in self.layers]
+        modules = [m for m in model.modules() if isinstance(m, CheckpointedModule)]
+        self.layers = [m for m in modules if m.saved is SavedActivations.INPUT]
+        self.layer_bytes = [tokens * itemsize * _saved_elements(m, family) for m in self.layers]
         self.device, self.automatic, self.steps = device, gib == -1, 0
         if gib > 0:
-            self._spend(int(gib * 2**30))
+            self._assign(int(gib * 2**30))
 
-    def decides(self) -> bool:
-        """Whether the step that is done is the one that shows what is free."""
+    def needs_metrics(self) -> bool:
+        """Return whether the metrics of the finished step decide the budget."""
         return self.automatic and self.steps == 1
 
     def after_step(self, peak_gib: float) -> None:
-        """To be called after every step with the most that was allocated in it. The second one, with the optimizer's
-        states, shows what is free."""
-        if self.decides() and self.device.type == "cuda":
+        """Count a step, and set an automatic budget after the second one. Call it after every step.
+
+        The second step is the first with the optimizer's states in memory. peak_gib: most memory that was
+        allocated in the step.
+        """
+        if self.needs_metrics() and self.device.type == "cuda":
             free, total = torch.cuda.mem_get_info(self.device)
-            ours = free + torch.cuda.memory_reserved(self.device)
-            self._spend(int(ours - peak_gib * 2**30 - total / 10))
+            available = free + torch.cuda.memory_reserved(self.device)
+            self._assign(int(available - peak_gib * 2**30 - total / 10))
         self.steps += 1
 
-    def _spend(self, budget: int) -> None:
-        for layer, n_bytes in zip(reversed(self.layers), reversed(self.bytes), strict=True):
-            budget -= n_bytes
-            if budget < 0:
+    def _assign(self, budget_bytes: int) -> None:
+        """Let the last layers save MATMULS, as many of them as fit into the budget."""
+        for layer, n_bytes in zip(reversed(self.layers), reversed(self.layer_bytes), strict=True):
+            budget_bytes -= n_bytes
+            if budget_bytes < 0:
                 break
-            layer.keep = Keep.RESULTS
-
-    def describe(self) -> str:
-        kept = [n for layer, n in zip(self.layers, self.bytes, strict=True) if layer.keep is Keep.RESULTS]
-        return f"{len(kept)} of {len(self.layers)} layers keep their results: at most {sum(kept) / 2**30:.2f} GiB"
+            layer.saved = SavedActivations.MATMULS
 
 
-def _result_features(layer: nn.Module, family: Family) -> int:
-    """What one token's results of the layer's linears and of its attention take, in elements."""
+def _saved_elements(layer: nn.Module, family: Family) -> int:
+    """Return the elements of the results of a layer's linears and attention, for one token."""
     linears = [m for m in layer.modules() if isinstance(m, (nn.Linear, Linear4bit))]
     attention = next(m for m in layer.get_submodule(family.outputs[0]).modules() if m in linears)
     return sum(m.out_features for m in linears) + attention.in_features

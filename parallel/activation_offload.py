@@ -1,13 +1,13 @@
-"""Keeps what checkpointed layers save in host memory, copied while the GPU computes.
+"""Offload of the activations that checkpointed layers save, to host memory, overlapped with computation.
 
-With activation checkpointing all that stays of a layer between its forward and its backward is its input,
-[B, T, hidden]. Here that input is copied to the host on a stream of its own during forward; in backward each
-layer's input is fetched while the layer after it is computed, so that neither direction is waited for unless
-the bus is slower than a layer. So is the output of the last projection, which DoRA's magnitude needs in backward
-and nothing else does: to compute it again would be a quarter of a layer's forward.
+With activation checkpointing, all that a layer saves between its forward and its backward is its input,
+[B, T, hidden]. In forward, that input is copied to the host on a separate stream. In backward, the input is
+fetched while the layer after it is computed. So neither direction waits, unless the bus is slower than a
+layer. The output of the last projection is offloaded too: DoRA's magnitude needs it in backward, and nothing
+else does, and recomputing it would cost a quarter of a layer's forward.
 
-In which order backward asks for the tensors of one layer is its own business (a compiled layer: all at once). What
-is fetched together, and ahead, is therefore a layer's.
+The order in which backward unpacks the tensors of one layer varies (a compiled layer unpacks all at once). So
+tensors are fetched and prefetched a whole layer at a time.
 """
 
 from __future__ import annotations
@@ -19,57 +19,58 @@ from dataclasses import dataclass, field
 import torch
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import ActivationWrapper
 
-from parallel.activation_checkpointing import Keep, Recomputed
+from parallel.activation_checkpointing import CheckpointedModule, SavedActivations
 
-SMALLEST = 2**16  # bytes: below it a copy costs more than it saves
-
-
-@dataclass(eq=False)
-class Layer:
-    """What one layer has on the host. tensors: those that backward has not had yet, as far as autograd still holds
-    them; before: the layer whose tensors will be wanted next; ready: when all that was fetched is there."""
-
-    before: Layer | None
-    tensors: list[weakref.ref[Stashed]] = field(default_factory=list)
-    ready: torch.cuda.Event | None = None
+MIN_OFFLOAD_BYTES = 2**16  # copying a smaller tensor costs more than it saves
 
 
 @dataclass(eq=False)
-class Stashed:
+class LayerTensors:
+    """The tensors of one layer that are on the host."""
+
+    previous: LayerTensors | None  # those of the layer before, which backward needs next
+    # Tensors that backward has not unpacked yet. They are gone once autograd drops them.
+    tensors: list[weakref.ref[HostTensor]] = field(default_factory=list)
+    fetched: torch.cuda.Event | None = None  # recorded after the last copy back to the GPU
+
+
+@dataclass(eq=False)
+class HostTensor:
     """One tensor on the host."""
 
     host: torch.Tensor
-    device: torch.device
-    layer: Layer
-    fetched: torch.Tensor | None = None
+    device: torch.device  # where it came from, and returns to
+    layer: LayerTensors
+    on_device: torch.Tensor | None = None  # the copy back, once it is fetched
 
 
-class HostStash:
-    """The tensors of one model that are on the host, by layer, in the order in which forward came to them."""
+class HostActivations:
+    """The offloaded tensors of one model, by layer, in the order of forward."""
 
     def __init__(self):
-        self.last: Layer | None = None
+        self.current_layer: LayerTensors | None = None
         self.stream: torch.cuda.Stream | None = None
-        # What is on its way to the host: (the layer that it is of, itself, when it is there).
-        self.leaving: deque[tuple[Layer, torch.Tensor, torch.cuda.Event]] = deque()
+        # Copies to the host that may not have finished: (layer, tensor on the GPU, recorded after the copy).
+        self.pending_copies: deque[tuple[LayerTensors, torch.Tensor, torch.cuda.Event]] = deque()
 
-    def begin(self, first: bool) -> None:
-        """To be called where a layer begins. first: the model's first one."""
-        if first:
-            self.last = None
-        self._let_go(self.last)  # of which the copies have this layer's time
-        if self.last is None or self.last.tensors:  # a layer that stashed nothing is passed over
-            self.last = Layer(self.last)
+    def begin_layer(self, is_first: bool) -> None:
+        """Start a layer's list of tensors; called where a layer begins. is_first: the model's first one."""
+        if is_first:
+            self.current_layer = None
+        self._wait_for_copies(except_layer=self.current_layer)  # those may overlap with this layer
+        if self.current_layer is None or self.current_layer.tensors:  # skip a layer that offloaded nothing
+            self.current_layer = LayerTensors(self.current_layer)
 
-    def end(self) -> None:
-        """To be called where the last layer ends: the head and the loss need memory of their own."""
-        self._let_go(self.last)
+    def end_layers(self) -> None:
+        """Wait for older copies; called where the last layer ends, as head and loss need memory."""
+        self._wait_for_copies(except_layer=self.current_layer)
 
-    # What torch calls for a tensor that is saved for backward, and when backward wants it.
-    def pack(self, tensor: torch.Tensor) -> torch.Tensor | Stashed:
-        if tensor.nbytes < SMALLEST:
+    # The hooks of torch.autograd.graph.saved_tensors_hooks.
+    def pack(self, tensor: torch.Tensor) -> torch.Tensor | HostTensor:
+        """Start to copy a saved tensor to the host. A small one is returned itself."""
+        if tensor.nbytes < MIN_OFFLOAD_BYTES:
             return tensor
-        assert self.last is not None
+        assert self.current_layer is not None
         if not tensor.is_cuda:  # nothing to overlap: the same bookkeeping with plain copies
             host = tensor.clone()
         else:
@@ -78,92 +79,113 @@ class HostStash:
             self.stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self.stream):
                 host.copy_(tensor, non_blocking=True)
-                self.leaving.append((self.last, tensor, self.stream.record_event()))
-        kept = Stashed(host, tensor.device, self.last)
-        self.last.tensors.append(weakref.ref(kept))
-        return kept
+                self.pending_copies.append((self.current_layer, tensor, self.stream.record_event()))
+        packed = HostTensor(host, tensor.device, self.current_layer)
+        self.current_layer.tensors.append(weakref.ref(packed))
+        return packed
 
-    def unpack(self, kept: torch.Tensor | Stashed) -> torch.Tensor:
-        if isinstance(kept, torch.Tensor):
-            return kept
-        layer = kept.layer
-        self._let_go()
-        self._fetch(layer, kept)
-        tensor, kept.fetched = kept.fetched, None
+    def unpack(self, packed: torch.Tensor | HostTensor) -> torch.Tensor:
+        """Return a saved tensor on its device, and start to prefetch those of the layer before."""
+        if isinstance(packed, torch.Tensor):
+            return packed
+        layer = packed.layer
+        self._wait_for_copies()
+        self._fetch(layer, packed)
+        tensor, packed.on_device = packed.on_device, None
         assert tensor is not None
-        layer.tensors = [ref for ref in layer.tensors if ref() not in (None, kept)]
+        layer.tensors = [ref for ref in layer.tensors if ref() not in (None, packed)]
         if self.stream:
-            # Not for the stream, which may have begun with the layer before.
-            assert layer.ready is not None
-            torch.cuda.current_stream().wait_event(layer.ready)
-        if layer.before:
-            self._fetch(layer.before)  # while this layer is computed
+            # Wait for this layer's event only: the stream may be copying the layer before already.
+            assert layer.fetched is not None
+            torch.cuda.current_stream().wait_event(layer.fetched)
+        if layer.previous:
+            self._fetch(layer.previous)  # while this layer is computed
         return tensor
 
-    def _let_go(self, but: Layer | None = None) -> None:
-        """Has the GPU wait until what is leaving has left, and frees that; not what is of the layer `but`. Where the bus is
-        slower than the layers forward waits for it, and does not fill the memory with what waits for the bus."""
-        while self.leaving and (but is None or self.leaving[0][0] is not but):
-            torch.cuda.current_stream().wait_event(self.leaving.popleft()[2])
+    def _wait_for_copies(self, except_layer: LayerTensors | None = None) -> None:
+        """Let the GPU wait for pending copies to the host, then free their tensors.
 
-    def _fetch(self, layer: Layer, also: Stashed | None = None) -> None:
-        """Begins to copy back what is not there of a layer's tensors. also: one of them that backward may have had
-        before (retain_graph)."""
-        wanted = [kept for ref in layer.tensors if (kept := ref())]
-        missing = [kept for kept in wanted if kept.fetched is None]
-        if also and also not in wanted:
-            missing.append(also)
+        Where the bus is slower than the layers, forward waits for it: tensors that wait for the bus do not
+        fill the memory. except_layer: its copies may go on; they are the newest.
+        """
+        while self.pending_copies and (except_layer is None or self.pending_copies[0][0] is not except_layer):
+            torch.cuda.current_stream().wait_event(self.pending_copies.popleft()[2])
+
+    def _fetch(self, layer: LayerTensors, packed: HostTensor | None = None) -> None:
+        """Start to copy a layer's missing tensors back to the GPU.
+
+        packed: a tensor to fetch in any case; backward may have unpacked it before (retain_graph).
+        """
+        expected = [each for ref in layer.tensors if (each := ref())]
+        missing = [each for each in expected if each.on_device is None]
+        if packed and packed not in expected:
+            missing.append(packed)
         if not missing:
             return
-        for kept in missing:
-            # The current stream's memory, to which it comes back when the layer lets go of it. That stream may be using
-            # it for something else yet.
-            kept.fetched = torch.empty_like(kept.host, device=kept.device)
+        for each in missing:
+            # Allocated on the current stream, which frees it after the layer. That stream may still be using
+            # the memory for another tensor: the copies wait for it.
+            each.on_device = torch.empty_like(each.host, device=each.device)
         if self.stream:
             self.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.stream):  # of None: no more than a block
-            for kept in missing:
-                self._copy(kept)
+        with torch.cuda.stream(self.stream):  # no effect with None
+            for each in missing:
+                self._copy_to_device(each)
             if self.stream:
-                layer.ready = self.stream.record_event()
+                layer.fetched = self.stream.record_event()
 
-    def _copy(self, kept: Stashed) -> None:
-        assert kept.fetched is not None
-        kept.fetched.copy_(kept.host, non_blocking=True)
+    def _copy_to_device(self, packed: HostTensor) -> None:
+        assert packed.on_device is not None
+        packed.on_device.copy_(packed.host, non_blocking=True)
 
 
-class Offloaded(ActivationWrapper):
-    """Around a decoder layer that is checkpointed: what autograd saves of it in hidden states' shape goes to the
-    host: with `inputs`, the layer's input; with `results`, what a layer that keeps NOTHING else keeps nevertheless. The
-    tensors that live only within the layer's forward or its recomputation are not seen here.
+class OffloadedLayer(ActivationWrapper):
+    """A checkpointed decoder layer whose saved tensors in the shape of hidden states go to the host.
 
-    first, last: whether it is the model's first layer, where a forward begins, or its last.
+    Tensors that live only within the layer's forward or its recomputation never reach the hooks here.
+
+    Args:
+        layer: the checkpointed layer.
+        host_activations: the model's store of offloaded tensors.
+        offload_input: offload the layer's input.
+        offload_last_output: offload what the layer saves beside its input: the last projection's output. Only
+            while the layer saves INPUT; otherwise there is memory for it.
+        first: whether it is the model's first layer, where a forward begins.
+        last: whether it is the model's last layer.
     """
 
     def __init__(
-        self, layer: Recomputed, stash: HostStash, *, inputs: bool, results: bool, first: bool, last: bool
+        self,
+        layer: CheckpointedModule,
+        host_activations: HostActivations,
+        *,
+        offload_input: bool,
+        offload_last_output: bool,
+        first: bool,
+        last: bool,
     ):
         super().__init__(layer)
-        self.stash, self.inputs, self.results = stash, inputs, results
-        self.first, self.last = first, last
+        self.host_activations, self.first, self.last = host_activations, first, last
+        self.offload_input, self.offload_last_output = offload_input, offload_last_output
 
     def forward(self, x: torch.Tensor, *args, **kwargs):
+        """Run the layer on x [B, T, hidden], and offload what it saves."""
         layer = self._checkpoint_wrapped_module
-        self.stash.begin(self.first)
-        # Backward never comes to frozen layers below the first trained one, and would never fetch their inputs.
+        self.host_activations.begin_layer(self.first)
+        # Backward never reaches frozen layers below the first trained one: nothing would fetch their inputs.
         if not x.requires_grad and not any(p.requires_grad for p in layer.parameters()):
             return layer(x, *args, **kwargs)
 
-        results = self.results and layer.keep is Keep.NOTHING  # else there is memory for them
-        address, shape = x.data_ptr(), x.shape  # not x itself, which autograd would keep with the function
+        offload_output = self.offload_last_output and layer.saved is SavedActivations.INPUT
+        address, shape = x.data_ptr(), x.shape  # not x itself, which autograd would hold with the closure
 
-        def pack(tensor: torch.Tensor) -> torch.Tensor | Stashed:
-            wanted = self.inputs if tensor.data_ptr() == address else results
-            like_x = tensor.shape == shape and tensor.is_floating_point()
-            return self.stash.pack(tensor) if wanted and like_x else tensor
+        def pack(tensor: torch.Tensor) -> torch.Tensor | HostTensor:
+            offload = self.offload_input if tensor.data_ptr() == address else offload_output
+            is_like_x = tensor.shape == shape and tensor.is_floating_point()
+            return self.host_activations.pack(tensor) if offload and is_like_x else tensor
 
-        with torch.autograd.graph.saved_tensors_hooks(pack, self.stash.unpack):
+        with torch.autograd.graph.saved_tensors_hooks(pack, self.host_activations.unpack):
             y = layer(x, *args, **kwargs)
         if self.last:
-            self.stash.end()
+            self.host_activations.end_layers()
         return y

@@ -12,28 +12,32 @@ from torch.distributed.tensor import DTensor
 
 from options.errors import UserError
 
-BLOCK, LEAST_8BIT = 256, 4096  # bitsandbytes': elements that share a scale; below it moments have 32 bits
+# As in bitsandbytes: elements that share a scale, and the least elements of a shard with 8-bit moments.
+BLOCK_SIZE, MIN_8BIT_ELEMENTS = 256, 4096
 
 
 class ShardedAdamW(torch.optim.Optimizer):
     """bitsandbytes' AdamW on parameters that may be DTensors: each rank updates its own shards.
 
-    bitsandbytes' kernels take plain tensors. So param_groups and state are keyed by the model's parameters, as
-    schedules, gradient scalers and saved states expect, while bitsandbytes' optimizer, kept inside, sees one
+    param_groups and state are keyed by the model's parameters: schedules, gradient scalers and saved states
+    expect that. bitsandbytes' kernels take plain tensors. So the inner optimizer, bitsandbytes' own, has one
     plain tensor per parameter that shares the shard's memory. Decay is decoupled; betas and eps are torch's.
 
-    bits: 32, or 8: both moments as 8-bit codes with one fp32 scale per 256 elements of the shard. As in
-    bitsandbytes, a shard of fewer than 4,096 elements keeps 32-bit moments. Blocks and that limit go by
-    shards, so the number of ranks changes a result by the 8-bit rounding.
-    paged: moments of shards of 100,000 elements or more in CUDA managed memory, which moves to the host when
-    the GPU is full. Of parameters on the CPU they are in host memory anyway.
+    Args:
+        params: parameters or parameter groups, as for any torch optimizer.
+        lr: peak learning rate.
+        bits: 32, or 8: both moments as 8-bit codes with one fp32 scale per 256 elements of the shard. As in
+            bitsandbytes, a shard of fewer than 4,096 elements has 32-bit moments. Blocks and that limit
+            depend on shards, so the number of ranks changes a result by the 8-bit rounding.
+        paged: store moments of shards of 100,000 elements or more in CUDA managed memory, which moves to the
+            host when the GPU is full. Moments of parameters on the CPU are in host memory anyway.
     """
 
     def __init__(self, params: Iterable, lr: float, bits: int, paged: bool):
         from bitsandbytes import optim
 
         super().__init__(params, {"lr": lr, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0})
-        self.bits, self.shards = bits, {p: _shard(p) for g in self.param_groups for p in g["params"]}
+        self.bits, self.shards = bits, {p: _local_shard(p) for g in self.param_groups for p in g["params"]}
         groups = [{**g, "params": [self.shards[p] for p in g["params"]]} for g in self.param_groups]
         paged = paged and all(s.is_cuda for s in self.shards.values())
         self.inner = {8: optim.AdamW8bit, 32: optim.AdamW32bit}[bits](groups, is_paged=paged)
@@ -42,63 +46,74 @@ class ShardedAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override] # without a closure
-        self._follow()
+        """Update this rank's shards, with bitsandbytes' step."""
+        self._sync_inner()
         for p, shard in self.shards.items():
-            # Kernels cannot be launched on nothing: a rank without rows of p has nothing to do.
-            shard.grad = _shard(p.grad) if p.grad is not None and shard.numel() else None
+            # Kernels cannot run on no elements: a rank without rows of p has nothing to do.
+            shard.grad = _local_shard(p.grad) if p.grad is not None and shard.numel() else None
         self.inner.step()
         for shard in self.shards.values():
             shard.grad = None  # or zero_grad would free nothing
 
-    def _follow(self) -> None:
-        """Takes over what may have changed outside: learning rates, and the memory of the shards, which FSDP
-        allocates anew at the first forward where it pads or pins them."""
-        for ours, theirs in zip(self.param_groups, self.inner.param_groups, strict=True):
-            theirs.update({k: v for k, v in ours.items() if k != "params"})
+    def _sync_inner(self) -> None:
+        """Update the inner optimizer after changes outside: learning rates, and the memory of the shards.
+
+        FSDP allocates a shard anew at the first forward if it pads or pins it.
+        """
+        for group, inner_group in zip(self.param_groups, self.inner.param_groups, strict=True):
+            inner_group.update({k: v for k, v in group.items() if k != "params"})
         for p, shard in self.shards.items():
-            shard.data = _shard(p)
+            shard.data = _local_shard(p)
             assert shard.is_contiguous(), "bitsandbytes would update a copy"
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict) -> None:
-        """Takes back what state_dict() gave on this rank. Raises ValueError for the state of other shards (of
-        another number of ranks) or of another optimizer."""
+        """Restore what state_dict() returned on this rank.
+
+        Raises ValueError for the state of other shards (of another number of ranks) or of another optimizer.
+        """
         # torch's own would turn 8-bit codes into numbers of the parameter's dtype, and bitsandbytes' would
         # move paged moments to the GPU.
-        self._follow()
-        saved = state_dict["param_groups"]
-        if [len(g["params"]) for g in saved] != [len(g["params"]) for g in self.param_groups]:
+        self._sync_inner()
+        saved_groups = state_dict["param_groups"]
+        if [len(g["params"]) for g in saved_groups] != [len(g["params"]) for g in self.param_groups]:
             raise ValueError("the saved optimizer state has other parameter groups")
-        for g, (ours, theirs) in enumerate(zip(self.param_groups, saved, strict=True)):
-            for i, (p, key) in enumerate(zip(ours["params"], theirs["params"], strict=True)):
-                self._load(p, g, i, state_dict["state"].get(key, {}))
-            ours.update({k: v for k, v in theirs.items() if k != "params"})
+        for g, (group, saved_group) in enumerate(zip(self.param_groups, saved_groups, strict=True)):
+            for i, (p, key) in enumerate(zip(group["params"], saved_group["params"], strict=True)):
+                self._load_param_state(p, g, i, state_dict["state"].get(key, {}))
+            group.update({k: v for k, v in saved_group.items() if k != "params"})
 
-    def _load(self, p: nn.Parameter, group: int, index: int, saved: dict) -> None:
-        own, shard = self.state[p], self.shards[p]
+    def _load_param_state(self, p: nn.Parameter, group: int, index: int, saved: dict) -> None:
+        """Copy a parameter's saved state into its state. group, index: its position in param_groups."""
+        state, shard = self.state[p], self.shards[p]
         if not saved:  # no step was taken, or the shard is empty
-            own.clear()
+            state.clear()
             return
-        if not own and shard.numel():
+        if not state and shard.numel():
             self.inner.init_state(self.inner.param_groups[group], shard, group, index)
-        if _layout(own) != _layout(saved):
+        if _state_layout(state) != _state_layout(saved):
             raise ValueError("the saved optimizer state is of other shards or of another optimizer")
         for key, value in saved.items():
             if torch.is_tensor(value):
-                own[key].copy_(value)
+                state[key].copy_(value)
             else:
-                own[key] = value
+                state[key] = value
 
 
-def has_blocks(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether its state may be of 8-bit blocks, which depend on the shards."""
+def has_8bit_state(optimizer: torch.optim.Optimizer) -> bool:
+    """Return whether the optimizer's state may have 8-bit blocks, which depend on the shards."""
     return isinstance(optimizer, ShardedAdamW) and optimizer.bits == 8
 
 
-def merged_blocks(parts: list[tuple[dict[str, torch.Tensor], slice]]) -> dict[str, torch.Tensor]:
-    """The tensors of an 8-bit optimizer's state for a shard that is made up of rows of others. parts: (the tensors of
-    a shard on the CPU, which of its rows), in order. One whole shard stays as it is, bit for bit; anything else is
-    rounded to 8 bits once more, in blocks of its own."""
+def merge_8bit_states(parts: list[tuple[dict[str, torch.Tensor], slice]]) -> dict[str, torch.Tensor]:
+    """Return the state tensors of an 8-bit optimizer for a shard that consists of rows of other shards.
+
+    A single shard with all its rows is returned unchanged. Anything else is rounded to 8 bits once more, in
+    new blocks.
+
+    Args:
+        parts: in order: the state tensors of a shard, on the CPU, and its rows.
+    """
     from bitsandbytes import functional as bnb
 
     state, rows = parts[0]
@@ -106,36 +121,36 @@ def merged_blocks(parts: list[tuple[dict[str, torch.Tensor], slice]]) -> dict[st
         return state
     merged = {}
     for key in "12":
-        moment = torch.cat([_moment(state, key)[rows] for state, rows in parts])
+        moment = torch.cat([_dequantize_moment(state, key)[rows] for state, rows in parts])
         merged[f"state{key}"] = moment
-        if moment.numel() >= LEAST_8BIT:
+        if moment.numel() >= MIN_8BIT_ELEMENTS:
             table = bnb.create_dynamic_map(signed=key == "1")
-            merged[f"state{key}"], blocks = bnb.quantize_blockwise(moment, table, blocksize=BLOCK)
+            merged[f"state{key}"], blocks = bnb.quantize_blockwise(moment, table, blocksize=BLOCK_SIZE)
             merged |= {f"absmax{key}": blocks.absmax, f"qmap{key}": table}
     return merged
 
 
-def _moment(state: dict[str, torch.Tensor], key: str) -> torch.Tensor:
-    """In fp32."""
+def _dequantize_moment(state: dict[str, torch.Tensor], key: str) -> torch.Tensor:
+    """Return a moment in fp32. key: "1" or "2"."""
     from bitsandbytes import functional as bnb
 
     codes = state[f"state{key}"]
     if codes.dtype != torch.uint8:
         return codes
     scales, table = state[f"absmax{key}"], state[f"qmap{key}"]
-    return bnb.dequantize_blockwise(codes, absmax=scales, code=table, blocksize=BLOCK)
+    return bnb.dequantize_blockwise(codes, absmax=scales, code=table, blocksize=BLOCK_SIZE)
 
 
-def _shard(tensor: torch.Tensor) -> torch.Tensor:
-    """This rank's part of a DTensor; of a plain tensor all. A new object that shares the memory."""
+def _local_shard(tensor: torch.Tensor) -> torch.Tensor:
+    """Return this rank's shard of a DTensor, or a plain tensor, as a new object that shares the memory."""
     return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
 
 
-def _layout(state: dict) -> dict:
+def _state_layout(state: dict) -> dict:
     return {k: (v.shape, v.dtype) if torch.is_tensor(v) else type(v) for k, v in state.items()}
 
 
-# In one kernel, on a CPU as well: one pass over the states instead of one for each operation.
+# Fused, on a CPU as well: one pass over the states instead of one for each operation.
 _ADAMW, _ADAM = partial(torch.optim.AdamW, fused=True), partial(torch.optim.Adam, fused=True)
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
@@ -153,20 +168,25 @@ UNPAGED = {"paged_adamw_32bit": "adamw", "paged_adamw_8bit": "adamw_8bit"}
 
 
 def check_optimizer(name: str, cpu_offload: bool) -> None:
-    """Raises UserError for an optimizer that means nothing with the other options. (Each of them runs on CPU
-    tensors and on CUDA tensors.)"""
+    """Raise UserError for an optimizer that has no effect with the other options.
+
+    All optimizers run on CPU tensors and on CUDA tensors.
+    """
     if cpu_offload and name in UNPAGED:
         raise UserError(
-            f"--optimizer {name} has no effect with --use_cpu_offload true, which keeps all optimizer states in"
-            f" host memory; use --optimizer {UNPAGED[name]}, or leave out --use_cpu_offload"
+            f"--optimizer {name} has no effect with --use_cpu_offload true, which keeps all optimizer states"
+            f" in host memory; use --optimizer {UNPAGED[name]}, or leave out --use_cpu_offload"
         )
 
 
 def make_optimizer(
     params: Iterable[nn.Parameter], name: str, lr: float, weight_decay: float
 ) -> torch.optim.Optimizer:
-    """An optimizer with torch's defaults over the trained parameters. Weight decay acts on matrices only:
-    vectors are norms, biases and DoRA magnitudes, which have nothing to gain from being small."""
+    """Return an optimizer with torch's defaults over the trained parameters.
+
+    Weight decay acts on matrices only: vectors are norms, biases and DoRA magnitudes, which have nothing to
+    gain from being small.
+    """
     params = [p for p in params if p.requires_grad]
     groups = [
         {"params": [p for p in params if p.dim() >= 2], "weight_decay": weight_decay},
@@ -176,19 +196,26 @@ def make_optimizer(
 
 
 def lr_factor(step: int, total: int, warmup: float, kind: str) -> float:
-    """The share of the peak learning rate at a step (from 0): a linear rise over the first
-    round(warmup * total) steps, then constant, linear to 0, or a half cosine to a tenth."""
-    rise = round(warmup * total)
-    if step < rise:
-        return (step + 1) / rise
-    done = (step - rise) / max(total - rise, 1)  # 0 at the peak, 1 after the last step
-    return {"constant": 1.0, "linear": 1 - done, "cosine": 0.55 + 0.45 * math.cos(math.pi * done)}[kind]
+    """Return the learning rate at a step (from 0), relative to the peak.
+
+    It rises linearly over the first round(warmup * total) steps. Then it is constant, falls linearly to 0, or
+    falls by a half cosine to a tenth.
+    """
+    warmup_steps = round(warmup * total)
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    progress = (step - warmup_steps) / max(total - warmup_steps, 1)  # 0 at the peak, 1 after the last step
+    return {
+        "constant": 1.0,
+        "linear": 1 - progress,
+        "cosine": 0.55 + 0.45 * math.cos(math.pi * progress),
+    }[kind]
 
 
 def make_schedule(
     optimizer: torch.optim.Optimizer, total: int, warmup: float, kind: str, done: int = 0
 ) -> torch.optim.lr_scheduler.LRScheduler:
-    """`lr_factor` as a scheduler of torch's: step() after each optimizer step, of which `done` were before."""
+    """Return `lr_factor` as a torch scheduler. done: optimizer steps that a resumed run has made."""
     for group in optimizer.param_groups:
         group.setdefault("initial_lr", group["lr"])
     return torch.optim.lr_scheduler.LambdaLR(

@@ -1,4 +1,4 @@
-"""Between a parameter's full contents and its shards: gather, fill, and which part a rank holds."""
+"""Conversion between a parameter's full tensor and its shards: gather, fill, and the shard of a rank."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 
-def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """The full contents of a DTensor (collective), or a plain tensor as it is."""
+def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the gathered contents of a DTensor (collective), or a plain tensor itself."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def gather(param: nn.Parameter) -> torch.Tensor:
-    """The full contents of a parameter, sharded or not, on the CPU. Collective."""
-    return whole(param).detach().cpu()
+def gather_to_cpu(param: nn.Parameter) -> torch.Tensor:
+    """Return the full tensor of a parameter, sharded or not, on the CPU. Collective."""
+    return full_tensor(param).detach().cpu()
 
 
 def shard_count(param: nn.Parameter) -> int:
-    """Into how many parts FSDP cuts a parameter along dimension 0."""
+    """Return the number of shards into which FSDP splits a parameter along dimension 0."""
     if not isinstance(param, DTensor):
         return 1
     sizes = [param.device_mesh.size(i) for i, p in enumerate(param.placements) if p.is_shard()]
@@ -27,19 +27,19 @@ def shard_count(param: nn.Parameter) -> int:
     return sizes[0]
 
 
-def part(param: nn.Parameter, full: torch.Tensor, rank: int) -> torch.Tensor:
-    """The part of a parameter's full contents that global rank `rank` holds."""
+def local_shard(param: nn.Parameter, full: torch.Tensor, rank: int) -> torch.Tensor:
+    """Return the shard of `full`, a parameter's full tensor, that global rank `rank` holds."""
     if not isinstance(param, DTensor):
         return full
-    where = (param.device_mesh.mesh == rank).nonzero()[0].tolist()
-    place = next(where[i] for i, placement in enumerate(param.placements) if placement.is_shard())
-    parts = full.chunk(shard_count(param))  # FSDP2's split: the last ranks may get less, or nothing
-    return parts[place] if place < len(parts) else full[:0]
+    coordinates = (param.device_mesh.mesh == rank).nonzero()[0].tolist()
+    index = next(coordinates[i] for i, placement in enumerate(param.placements) if placement.is_shard())
+    shards = full.chunk(shard_count(param))  # FSDP2's split: the last ranks may get less, or nothing
+    return shards[index] if index < len(shards) else full[:0]
 
 
 @torch.no_grad()
-def fill(param: nn.Parameter, full: torch.Tensor) -> None:
-    """Copies this rank's part of `full`, which every rank has, into a parameter, sharded by FSDP or whole."""
+def fill_shard(param: nn.Parameter, full: torch.Tensor) -> None:
+    """Copy this rank's shard of `full`, which every rank has, into a parameter, sharded by FSDP or not."""
     local = param.to_local() if isinstance(param, DTensor) else param
     assert full.shape == param.shape, f"{full.shape} for {param.shape}"
-    local.copy_(part(param, full, dist.get_rank() if dist.is_initialized() else 0))
+    local.copy_(local_shard(param, full, dist.get_rank() if dist.is_initialized() else 0))

@@ -282,6 +282,6 @@ def project4bit(codes, scales, table, quantizer, shape, a):
 
 
 @_operator("(Tensor x) -> Tensor", torch.empty_like)
-def kept(x):
+def mark_saved(x):
     """Return a copy of x, marked by this operator for a checkpointing policy to save. Without a gradient."""
     return x.clone()

@@ -196,10 +196,10 @@ def test_a_full_disk_does_not_change_when_a_run_stops(full, kept, tmp_path):
 
     judging = evaluator()
     for step, loss in enumerate([3.0, 2.0, 2.5, 2.2], 1):
-        judging._judge(step, loss, trained=True)
+        judging._update_best(step, loss, trained=True)
         state, judging = json.loads(json.dumps(judging.state_dict())), evaluator()
         judging.load_state_dict(state)
-        assert judging.stop == (step == 4)
+        assert judging.should_stop == (step == 4)
     assert (saved, judging.best_step, judging.kept_step) == (kept, 2, max(kept, default=0))
     del state["kept_step"], state["kept_loss"]  # as of a run that could only go on with its best kept
     judging.load_state_dict(state)
@@ -261,10 +261,10 @@ def test_a_disk_without_room_for_the_demos_model_is_a_line(small_disk, monkeypat
 
 @pytest.mark.parametrize("more", [[], ["--verbose"]])
 def test_a_disk_that_is_full_for_the_checks_is_a_line(more, monkeypatch, capsys):
-    def check(config):
+    def check_run(config):
         raise OSError(errno.ENOSPC, "No space left on device", "rows.arrow")
 
-    monkeypatch.setattr(train, "check", check)
+    monkeypatch.setattr(train, "check_run", check_run)
     status, err = train.main(more), capsys.readouterr().err
     assert status == 2 and ("Traceback" in err) == bool(more)
     assert err.splitlines()[-1] == "error: OSError: [Errno 28] No space left on device: 'rows.arrow'"

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from options.config import FIELDS
-from parallel.activation_offload import HostStash, Stashed
+from parallel.activation_offload import HostActivations, HostTensor
 from quantization.layer import Linear4bit
 from tests.helpers.parity import TYPES, arguments, assert_same, biased_checkpoint
 from tests.helpers.products import products
@@ -221,20 +221,20 @@ def test_activation_offload_moves_the_layers_inputs_only(checkpoints, short_rows
 def moved_shapes(place, args) -> list[tuple[int, ...]]:
     from parallel import activation_offload
 
-    moved, original, smallest = [], HostStash.pack, activation_offload.SMALLEST
+    moved, original, smallest = [], HostActivations.pack, activation_offload.MIN_OFFLOAD_BYTES
 
     def pack(self, tensor):
         kept = original(self, tensor)
-        moved.extend([tuple(tensor.shape)] * isinstance(kept, Stashed))
+        moved.extend([tuple(tensor.shape)] * isinstance(kept, HostTensor))
         return kept
 
-    HostStash.pack, activation_offload.SMALLEST = pack, 0
+    HostActivations.pack, activation_offload.MIN_OFFLOAD_BYTES = pack, 0
     try:
         _, model = set_up(place, args)
         ids = torch.ones(2, 20, dtype=torch.long, device=place.device)
         model.train()(input_ids=ids, use_cache=False).logits.sum().backward()
     finally:
-        HostStash.pack, activation_offload.SMALLEST = original, smallest
+        HostActivations.pack, activation_offload.MIN_OFFLOAD_BYTES = original, smallest
     return moved
 
 
@@ -256,7 +256,7 @@ def stashed_after_steps(place, args) -> list[int]:
 
     from parallel import activation_offload
 
-    smallest, activation_offload.SMALLEST = activation_offload.SMALLEST, 0
+    smallest, activation_offload.MIN_OFFLOAD_BYTES = activation_offload.MIN_OFFLOAD_BYTES, 0
     try:
         _, model = set_up(place, args)
         held = []
@@ -264,7 +264,7 @@ def stashed_after_steps(place, args) -> list[int]:
             ids = torch.ones(2, 20, dtype=torch.long, device=place.device)
             model.train()(input_ids=ids, use_cache=False).logits.sum().backward()
             gc.collect()
-            held.append(sum(isinstance(o, Stashed) for o in gc.get_objects()))
+            held.append(sum(isinstance(o, HostTensor) for o in gc.get_objects()))
         return held
     finally:
-        activation_offload.SMALLEST = smallest
+        activation_offload.MIN_OFFLOAD_BYTES = smallest

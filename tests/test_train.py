@@ -288,8 +288,8 @@ def order_of_a_run(place, argv: list[str]) -> list[str]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "loss_sum", loss_sum)
         before(Meter, "measure", lambda _, reading, lap: f"T{reading.index}")
-        before(Evaluator, "_loss", lambda _: "E")
-        before(Evaluator, "_sample", lambda _, step: "A")
+        before(Evaluator, "_compute_loss", lambda _: "E")
+        before(Evaluator, "_write_samples", lambda _, step: "A")
         before(Checkpoints, "_run", lambda _: "C")
-        full_run(place, train.check(config))
+        full_run(place, train.check_run(config))
     return seen

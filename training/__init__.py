@@ -1,6 +1,6 @@
-"""What stands around the loop: the checks before it, evaluation, bad steps, advice when memory runs out.
+"""Everything around the loop: the checks before it, evaluation, bad steps, advice when memory runs out.
 
 May import: options, launch, quantization, files, data, models, parallel, monitoring, checkpoints, and the
-root's quantize_layers.py and wrapping.py. Start in preflight.py: `check` finds what is wrong with a run
+root's quantize_layers.py and wrapping.py. Start in preflight.py: `check_run` finds what is wrong with a run
 before a GPU is touched or a file written.
 """

@@ -1,9 +1,9 @@
-"""Steps whose loss or gradient is NaN or infinite: they do not reach the weights, are counted, and end the
-run when there are too many.
+"""Bad steps: those whose loss or gradient is NaN or infinite.
 
-What decides is the same on every rank, so all of them skip together. Of fp16, whose loss scale begins too
-high on purpose, an overflow of the scaled gradient is no fault: the scaler skips such a step itself, and
-lowers the scale.
+They do not change the weights, are counted, and end the run when there are too many. The criterion is the
+same on every rank, so all ranks skip a step together. With fp16, the loss scale is too high at first on
+purpose. An overflow of the scaled gradient is then no bad step: the scaler skips the step itself, and lowers
+the scale.
 """
 
 from __future__ import annotations
@@ -28,75 +28,87 @@ from options.errors import UserError
 BAD_STEPS = "bad_steps.jsonl"
 
 
-class Resumed(NamedTuple):
-    """What a run had behind it when it was resumed: optimizer steps, how many of them were bad, and how many
-    changed the weights."""
+class ResumedProgress(NamedTuple):
+    """The progress of a run before it was resumed."""
 
-    steps: int = 0
-    bad: int = 0
-    applied: int = 0
+    steps: int = 0  # optimizer steps
+    bad: int = 0  # bad steps among them
+    applied: int = 0  # steps that changed the weights
 
 
-def resumed_from(step: int, state: dict) -> Resumed:
-    """step: of a checkpoint; state: of `BadSteps` in it."""
+def resumed_from(step: int, state: dict) -> ResumedProgress:
+    """Return the progress at a checkpoint. state: the checkpoint's state of `BadStepGuard`."""
     bad = state["count"]
-    return Resumed(step, bad, state.get("applied", step - bad))  # an older checkpoint has only the bad ones
+    return ResumedProgress(step, bad, state.get("applied", step - bad))  # older checkpoints have no "applied"
 
 
-class BadSteps:
-    """Judges every step. count: of those that were skipped as bad; applied: of those that changed the
-    weights, as steps that fp16's scaler skips by itself do not; stop: more than `most` were bad.
+class BadStepGuard:
+    """Checks every step, and skips the bad ones.
+
+    Attributes:
+        count: bad steps so far, all skipped.
+        applied: steps that changed the weights. Steps that fp16's scaler skips itself did not.
+        should_stop: more than max_bad_steps steps were bad.
 
     Args:
-        done: steps that a resumed run has behind it.
-        most: steps that may be skipped (--max_bad_steps); -1 = any number.
-        rows: those of the run, for their numbers in --dataset.
+        done: optimizer steps of a resumed run before it was resumed.
+        max_bad_steps: bad steps before the run ends (--max_bad_steps); -1 = any number.
+        rows: the run's rows, for their numbers in --dataset.
         folder: the RUN.
-        scaler: the loop's; what it skips by itself while it scales is no bad step.
+        scaler: the loop's gradient scaler. A step that it skips because of its scale is no bad step.
         rank: rank 0 writes bad_steps.jsonl.
-        tracker: shows a line for each.
+        tracker: prints a line for each bad step.
     """
 
     def __init__(
         self,
         *,
         done: int,
-        most: int,
+        max_bad_steps: int,
         rows: TokenizedRows,
         folder: Path,
         scaler: torch.amp.GradScaler,
         rank: int,
         tracker: NoTracker,
     ):
-        self.done, self.most, self.rows, self.scaler, self.tracker = done, most, rows, scaler, tracker
+        self.done, self.max_bad_steps, self.rows = done, max_bad_steps, rows
+        self.scaler, self.tracker = scaler, tracker
         self.file = folder / BAD_STEPS if rank == 0 else None
-        self.count, self.applied, self.stop = 0, 0, False
+        self.count, self.applied, self.should_stop = 0, 0, False
         # The schedule counts a skipped step too, also the first, which fp16 often skips.
         warnings.filterwarnings("ignore", message=r"Detected call of `lr_scheduler.step\(\)` before")
 
     def step(self, optimizer: torch.optim.Optimizer, reading: Reading) -> None:
-        """The optimizer's step, if this one's gradient may be used. A fused optimizer is told so on the GPU,
-        and the host goes on; before another's, it waits for the reading."""
-        fused = getattr(optimizer, "_step_supports_amp_scaling", False) and not self.scaler.is_enabled()
-        # Parameters on the host (--use_cpu_offload): torch would fetch the answer without waiting for it.
-        if fused and optimizer.param_groups[0]["params"][0].device.type == reading.finite.device.type:
-            # As GradScaler says it to fused optimizers.
+        """Call the optimizer's step, unless this step is bad.
+
+        A fused optimizer gets the decision on the GPU, and the host does not wait. Any other optimizer waits
+        for the reading.
+        """
+        is_fused = getattr(optimizer, "_step_supports_amp_scaling", False) and not self.scaler.is_enabled()
+        # With parameters on the host (--use_cpu_offload), torch would fetch found_inf without waiting for it.
+        if is_fused and optimizer.param_groups[0]["params"][0].device.type == reading.finite.device.type:
+            # GradScaler sets the same attribute for fused optimizers.
             optimizer.found_inf = 1 - reading.finite.float()  # type: ignore[attr-defined]
             optimizer.step()
-        elif self._usable(reading.loss(), reading.grad_norm()):
+        elif self._is_good(reading.loss(), reading.grad_norm()):
             self.scaler.step(optimizer)
 
-    def decides(self) -> bool:
-        """Whether this step's numbers have to be judged before the next step begins: they may end the run, or
-        the scaler goes by them."""
-        return self.scaler.is_enabled() or too_many(self.count + 1, self.most)
+    def needs_metrics(self) -> bool:
+        """Return whether `check_step` must run before the next step begins.
 
-    def judge(self, metrics: Metrics, step: Step) -> Metrics:
-        """After the optimizer's step, before the scaler's update. Returns the metrics with the counts."""
-        if not self._usable(metrics.loss, metrics.grad_norm):
+        The metrics may end the run, or the scaler depends on them.
+        """
+        return self.scaler.is_enabled() or too_many(self.count + 1, self.max_bad_steps)
+
+    def check_step(self, metrics: Metrics, step: Step) -> Metrics:
+        """Count a step, and report it if it is bad. Return the metrics with the counts.
+
+        Call it after the optimizer's step, before the scaler's update.
+        """
+        if not self._is_good(metrics.loss, metrics.grad_norm):
             self.count += 1
-            self.stop = too_many(self.count, self.most)
-            self._tell(metrics, step)
+            self.should_stop = too_many(self.count, self.max_bad_steps)
+            self._report(metrics, step)
         self.applied += math.isfinite(metrics.loss) and math.isfinite(metrics.grad_norm)
         return dataclasses.replace(metrics, bad_steps=self.count or None, applied_steps=self.applied)
 
@@ -105,28 +117,29 @@ class BadSteps:
 
     def load_state_dict(self, state: dict) -> None:
         _, self.count, self.applied = resumed_from(self.done, state)
-        self.stop = too_many(self.count, self.most)
+        self.should_stop = too_many(self.count, self.max_bad_steps)
 
-    def _usable(self, loss: float, grad_norm: float) -> bool:
-        return math.isfinite(loss) and (math.isfinite(grad_norm) or self._scaling())
+    def _is_good(self, loss: float, grad_norm: float) -> bool:
+        return math.isfinite(loss) and (math.isfinite(grad_norm) or self._is_scaling())
 
-    def _scaling(self) -> bool:
-        """Whether the gradient may have overflowed only because it was scaled."""
+    def _is_scaling(self) -> bool:
+        """Return whether the gradient may have overflowed only because it was scaled."""
         return self.scaler.is_enabled() and self.scaler.get_scale() > 1
 
-    def _tell(self, metrics: Metrics, step: Step) -> None:
-        """A line for the user, and one in bad_steps.jsonl with the rows of the step: their numbers in
-        --dataset, from 1. JSON has no NaN, so loss and norm are texts."""
+    def _report(self, metrics: Metrics, step: Step) -> None:
+        """Print a line, and append one to bad_steps.jsonl with the step's rows.
+
+        Rows are numbers in --dataset, from 1. JSON has no NaN, so loss and norm are strings.
+        """
         if not self.file:
             return
-        numbers = sorted(self.rows.numbers[step.rows].tolist())
         loss, norm = f"{metrics.loss:.6g}", f"{metrics.grad_norm:.6g}"
         line = {
             "step": metrics.step,
             "epoch": metrics.epoch,
             "loss": loss,
             "grad_norm": norm,
-            "rows": numbers,
+            "rows": sorted(self.rows.numbers[step.rows].tolist()),
         }
         append_lines(self.file, json.dumps(line) + "\n", self.tracker.say)
         self.tracker.say(
@@ -134,13 +147,15 @@ class BadSteps:
         )
 
 
-def no_good_step(history: list[Metrics], resumed: Resumed, scaled: bool, folder: Path) -> str:
-    """Return what to tell of a run in which no step changed a weight, else "". The same on all ranks.
+def describe_no_good_step(
+    history: list[Metrics], resumed: ResumedProgress, is_scaled: bool, folder: Path
+) -> str:
+    """Return the error of a run in which no step changed a weight, else "". The same on all ranks.
 
     Args:
-        history: the steps that were made.
-        resumed: what a resumed run had before them.
-        scaled: whether the loss is scaled, for fp16.
+        history: metrics of the steps after the run was resumed.
+        resumed: its progress before that.
+        is_scaled: whether the loss is scaled, for fp16.
         folder: the RUN.
     """
     if history[-1].applied_steps if history else resumed.applied:
@@ -157,42 +172,45 @@ def no_good_step(history: list[Metrics], resumed: Resumed, scaled: bool, folder:
     )
     return (
         f"none of {steps} steps had a finite loss and gradient{last}: nothing was trained, and no result"
-        f" is saved; {fp16 if scaled else other}. Rows of bad steps: {folder / BAD_STEPS}"
+        f" is saved; {fp16 if is_scaled else other}. Rows of bad steps: {folder / BAD_STEPS}"
     )
 
 
-def conclude(history: list[Metrics], before: int, most: int, folder: Path, no_result: str) -> None:
-    """The last thing of a run. Raises UserError, on all ranks, if there is nothing to save of it, or if bad
-    steps ended it and what was trained until then is saved. Collective.
+def raise_if_failed(
+    history: list[Metrics], resumed_bad: int, max_bad_steps: int, folder: Path, no_result: str
+) -> None:
+    """Raise UserError on all ranks if a run has no result, or if bad steps ended it. Collective.
+
+    It is the last call of a run: the weights of a run that bad steps ended are saved by then.
 
     Args:
-        history: the steps that were made.
-        before: the bad steps of a run that is resumed.
-        most: --max_bad_steps.
+        history: metrics of the steps after the run was resumed.
+        resumed_bad: bad steps before that.
+        max_bad_steps: --max_bad_steps.
         folder: the RUN.
         no_result: why there is no result, or "".
     """
-    count = history[-1].bad_steps if history else before
-    if no_result or too_many(count, most):
+    count = history[-1].bad_steps if history else resumed_bad
+    if no_result or too_many(count, max_bad_steps):
         dist.barrier()  # the first rank to fail ends the others: rank 0 must have written everything
     if no_result:
         raise UserError(no_result)
-    if too_many(count, most):
+    if too_many(count, max_bad_steps):
         raise UserError(
-            f"steps with a NaN or infinite loss or gradient: {count}, more than --max_bad_steps {most}; their rows are"
-            f" in {folder / BAD_STEPS}. {_last_weights(history, before)}. A lower --lr helps where a run"
-            " diverges"
+            "steps with a NaN or infinite loss or gradient:"
+            f" {count}, more than --max_bad_steps {max_bad_steps}; their rows are in {folder / BAD_STEPS}."
+            f" {_describe_last_weights(history, resumed_bad)}. A lower --lr helps where a run diverges"
         )
 
 
-def _last_weights(history: list[Metrics], before: int) -> str:
-    """Say which weights a run ends with, and how many steps were bad with them. Args: as for `conclude`."""
+def _describe_last_weights(history: list[Metrics], resumed_bad: int) -> str:
+    """Return which step made a run's last weights, and how many bad steps followed it."""
     good = [m for m in history if math.isfinite(m.loss) and math.isfinite(m.grad_norm)]
-    known = (good[-1].bad_steps or 0) if good else before  # bad steps that came before these weights
-    failed = ((history[-1].bad_steps or 0) if history else before) - known
+    bad_before = (good[-1].bad_steps or 0) if good else resumed_bad
+    bad_after = ((history[-1].bad_steps or 0) if history else resumed_bad) - bad_before
     which = f"step {good[-1].step}, the last good one" if good else "the last good step"
     ended = f"The weights at the end are those after {which}"
-    if not failed:
+    if not bad_after:
         return ended
-    steps = "step" if failed == 1 else "steps"
-    return f"{ended}; with them {failed} more {steps} gave NaN or infinity, so test them before use"
+    steps = "step" if bad_after == 1 else "steps"
+    return f"{ended}; with them {bad_after} more {steps} gave NaN or infinity, so test them before use"

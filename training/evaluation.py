@@ -1,7 +1,7 @@
-"""Validation loss and greedy answers of a model that is being trained, sharded or not.
+"""Validation loss and greedy answers of a model during training, sharded or not.
 
-Every rank goes through the same forward passes: FSDP's collectives need all ranks. Afterwards the model is as
-it was, and no random generator has been drawn from.
+Every rank runs the same forward passes: FSDP's collectives need all ranks. The model is unchanged afterwards,
+and no random numbers are drawn.
 
 Shapes: R rows, P prompts, V vocabulary.
 """
@@ -23,19 +23,18 @@ from data.rows import TokenizedRows
 from launch.ranks import RankInfo
 from models.family import longrope_threshold
 
-PROMPTS_AT_ONCE = 8
-
+PROMPT_BATCH_SIZE = 8
 
 LossSum = Callable[[nn.Module, Batch], torch.Tensor]
-
-
 Context = Callable[[], contextlib.AbstractContextManager]
 
 
 @contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; afterwards the model is as it was: in its mode, and sharded, where a
-    strategy would have kept it gathered for a backward that does not come."""
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Put a model into evaluation mode without gradients, then restore its mode and its sharding.
+
+    Some strategies leave units gathered after forward, for a backward that does not come here.
+    """
     training = model.training
     model.eval()
     try:
@@ -56,50 +55,74 @@ def mean_loss(
     rank_info: RankInfo,
     context: Context,
 ) -> float:
-    """Cross-entropy per target of all rows. Collective.
+    """Return the cross-entropy per target over all rows. Collective.
 
-    The batches are the same on any number of ranks, which take turns, and their sums meet each in a place of
-    its own: the result depends on the number of ranks only as far as the kernels do. The longest come first,
-    so that what does not fit into memory shows at once; a rank that is left without a batch takes one of
-    nothing but padding.
+    The batches are the same for any number of ranks, which take turns. Each batch's sum has its own element
+    of the reduced tensor, so the result depends on the number of ranks only as far as the kernels do. The
+    longest rows come first, so that a lack of memory shows at once. A rank without a batch in a round
+    computes a batch of padding.
+
+    Args:
+        model: the model, sharded or not.
+        rows: the rows to evaluate on.
+        batch_size: rows of a rank's batch.
+        loss_sum: loss_sum(model, batch) returns the summed cross-entropy.
+        rank_info: this process.
+        context: context() is entered around every forward.
     """
     lengths = rows.lengths()
-    parts = grouped(lengths, batch_size, longrope_threshold(model.config))
-    rounds = [part[i : i + rank_info.world] for part in parts for i in range(0, len(part), rank_info.world)]
+    groups = group_rows(lengths, batch_size, longrope_threshold(model.config))
+    world = rank_info.world
+    rounds = [group[i : i + world] for group in groups for i in range(0, len(group), world)]
     targets = rows.targets()
     sums, done = torch.zeros(sum(map(len, rounds)), dtype=torch.float64, device=rank_info.device), 0
-    with evaluating(model):
+    with eval_mode(model):
         for batches in rounds:
-            own = rank_info.rank < len(batches)
-            indices = batches[rank_info.rank] if own else batches[0][:0]
+            has_batch = rank_info.rank < len(batches)
+            indices = batches[rank_info.rank] if has_batch else batches[0][:0]
             longest = int(lengths[batches[0][0]])
-            most = max(int(targets[each].sum()) for each in batches)
-            batch = make_batch(rows, indices, (len(batches[0]), longest), most).to(rank_info.device)
+            max_targets = max(int(targets[each].sum()) for each in batches)
+            batch = make_batch(rows, indices, (len(batches[0]), longest), max_targets).to(rank_info.device)
             with context():
                 total = loss_sum(model, batch)
-            if own:
+            if has_batch:
                 sums[done + rank_info.rank] = total
             done += len(batches)
-    if rank_info.world > 1:
+    if world > 1:
         dist.all_reduce(sums)
     return sums.sum().item() / int(targets.sum())
 
 
-def grouped(lengths: torch.Tensor, size: int, switch: float, growth: int = 0) -> list[list[torch.Tensor]]:
-    """Numbers of the rows [R] that are computed together, at most `size`, the longest first, so that each
-    gives what it gives alone: in parts that the model's `longrope_threshold` keeps apart, the rows above it, those
-    that may pass it while they grow by `growth` tokens, each by itself, and those that stay below."""
+def group_rows(
+    lengths: torch.Tensor, batch_size: int, switch: float, growth: int = 0
+) -> list[list[torch.Tensor]]:
+    """Return groups of batches of row indices, so that each row gets the same result as alone.
+
+    The groups are: rows above `switch`; rows that may pass it while they grow, one a batch; rows that stay
+    below. The longest rows come first.
+
+    Args:
+        lengths: [R] tokens of each row.
+        batch_size: most rows of a batch.
+        switch: the model's `longrope_threshold`: a row of more tokens changes the rotation of its whole batch.
+        growth: tokens by which a row may grow.
+    """
     order = lengths.argsort(descending=True, stable=True)
     before, after = lengths[order], lengths[order] + growth
-    parts = (before > switch, size), ((before <= switch) & (after > switch), 1), (after <= switch, size)
-    return [list(order[rows].split(most)) for rows, most in parts if rows.any()]
+    groups = (
+        (before > switch, batch_size),
+        ((before <= switch) & (after > switch), 1),
+        (after <= switch, batch_size),
+    )
+    return [list(order[mask].split(rows_at_once)) for mask, rows_at_once in groups if mask.any()]
 
 
 def perplexity(loss: float) -> float:
+    """Return the exponential of a loss, without overflow."""
     return math.exp(loss) if loss < 700 else math.inf if loss == loss else math.nan
 
 
-def greedy(
+def generate_greedily(
     model: nn.Module,
     prompts: list[list[int]],
     tokens: int,
@@ -107,16 +130,23 @@ def greedy(
     rank_info: RankInfo,
     context: Context,
 ) -> list[list[int]]:
-    """The likeliest answer of at most `tokens` tokens to each prompt, without the token of `stops` that ended
-    it. Collective.
+    """Return the most likely answer to each prompt, without the stop token that ended it. Collective.
 
-    Each forward computes all prompts from their start, padded on the right: without a cache, because what
-    costs time under FSDP is to gather the weights, once per token either way. Every rank computes the same;
-    rank 0's choice counts, so that all of them end together even if their GPUs should round differently.
+    Each forward computes all prompts from their start, padded on the right. It uses no cache: under FSDP the
+    cost is gathering the weights, once per token either way. Every rank computes the same. Rank 0's choice
+    counts, so that all ranks end together even if their GPUs round differently.
+
+    Args:
+        model: the model, sharded or not.
+        prompts: token ids of each prompt.
+        tokens: most tokens of an answer.
+        stops: token ids that end an answer.
+        rank_info: this process.
+        context: context() is entered around every forward.
     """
     rows = [list(p) for p in prompts]
-    waiting = set(range(len(rows)))
-    with evaluating(model):
+    unfinished = set(range(len(rows)))
+    with eval_mode(model):
         for _ in range(tokens):
             lengths = torch.tensor([len(r) for r in rows])
             ids = torch.zeros(len(rows), int(lengths.max()), dtype=torch.int64)
@@ -133,11 +163,11 @@ def greedy(
             if rank_info.world > 1:
                 dist.broadcast(chosen, 0)
             for i, token in enumerate(chosen.tolist()):
-                if i in waiting:
+                if i in unfinished:
                     rows[i].append(token)
                     if token in stops:
-                        waiting.discard(i)
-            if not waiting:
+                        unfinished.discard(i)
+            if not unfinished:
                 break
     answers = [row[len(prompt) :] for row, prompt in zip(rows, prompts, strict=True)]
     return [a[:-1] if a and a[-1] in stops else a for a in answers]

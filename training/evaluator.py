@@ -1,8 +1,8 @@
-"""Evaluation while a run trains: validation loss, the best step kept, early stopping, samples.
+"""Evaluation while a run trains: validation loss, the best step's weights, early stopping, samples.
 
-The loop calls `begin` once, `due` and `after` once per step, on every rank; what is due is decided here.
-Losses and answers come from training/evaluation.py, which leaves nothing behind in the model and draws no
-random numbers, so a run with evaluation trains exactly as one without.
+The loop calls `before_first_step` once, and `is_due` and `after` once per step, on every rank. The evaluator
+decides at which steps it evaluates. Losses and answers come from training/evaluation.py, which leaves the
+model unchanged and draws no random numbers. So a run with evaluation trains exactly like one without.
 """
 
 from __future__ import annotations
@@ -29,23 +29,45 @@ from models.family import longrope_threshold
 from monitoring.metrics import Meter, Metrics
 from monitoring.tracking import NoTracker
 from options.errors import describe
-from training.evaluation import PROMPTS_AT_ONCE, Context, LossSum, greedy, grouped, mean_loss, perplexity
+from training.evaluation import (
+    PROMPT_BATCH_SIZE,
+    Context,
+    LossSum,
+    generate_greedily,
+    group_rows,
+    mean_loss,
+    perplexity,
+)
 
 
 class Evaluator:
-    """What hangs on the loop. stop: the loop is to end (--early_stopping_patience); best_step, best_loss: of
-    the best evaluation so far; worse: evaluations since then; kept_step, kept_loss: of that in best/, which
-    is an older or a later one where the disk did not take the best.
+    """Evaluates, samples and stores the best weights, at the steps that the options name.
+
+    Attributes:
+        should_stop: the loop has to end (--early_stopping_patience).
+        best_step, best_loss: the best evaluation so far.
+        worse: evaluations since the best one.
+        kept_step, kept_loss: the evaluation whose weights are in best/: not the best one if the disk was full
+            at that step.
 
     Args:
         data: rows to evaluate on and prompts to answer; either may be missing.
+        model: the model, sharded or not.
+        rank_info: this process.
         total_steps: optimizer steps of the run; the last one evaluates and samples in any case.
         batch_size: rows of a rank's batch.
-        eval_every, sample_every: optimizer steps between evaluations, and between samples; 0 = only at the
-        end. sample_tokens: longest sample, in tokens. patience: evaluations in a row that may be no better
-        than the best; 0 = any number. keep_best: whether the best step is kept in folder/best. folder: the
-        RUN. loss_sum: loss_sum(model, batch), as the loop's. context: context(), around every forward. save:
-        save(folder) saves what is trained, collectively. tokenizer: rank 0's, if there are prompts.
+        eval_every: optimizer steps between evaluations; 0 = only at the end.
+        sample_every: optimizer steps between samples; 0 = only at the end.
+        sample_tokens: most tokens of a sample.
+        patience: evaluations in a row without a new best that end the run; 0 = any number.
+        keep_best: whether the best step's weights are stored in folder/best.
+        folder: the RUN.
+        loss_sum: loss_sum(model, batch), as in the loop.
+        context: context() is entered around every forward.
+        save: save(folder) writes what is trained, collectively.
+        meter: restarted after an evaluation, whose time is no step's.
+        tracker: prints lines.
+        tokenizer: rank 0's, if there are prompts.
     """
 
     def __init__(
@@ -69,18 +91,13 @@ class Evaluator:
         tracker: NoTracker,
         tokenizer,
     ):
-        self.data, self.model, self.rank_info, self.total, self.folder = (
-            data,
-            model,
-            rank_info,
-            total_steps,
-            folder,
-        )
-        self.batch_size, self.eval_every, self.patience = batch_size, eval_every, patience
-        self.sample_every, self.sample_tokens, self.keep_best = sample_every, sample_tokens, keep_best
+        self.data, self.model, self.rank_info = data, model, rank_info
+        self.total_steps, self.folder, self.batch_size = total_steps, folder, batch_size
+        self.eval_every, self.patience, self.keep_best = eval_every, patience, keep_best
+        self.sample_every, self.sample_tokens = sample_every, sample_tokens
         self.loss_sum, self.context, self.save = loss_sum, context, save
         self.meter, self.tracker, self.tokenizer = meter, tracker, tokenizer
-        self.stop, self.best_step, self.best_loss, self.worse = False, 0, math.inf, 0
+        self.should_stop, self.best_step, self.best_loss, self.worse = False, 0, math.inf, 0
         self.kept_step, self.kept_loss = 0, math.inf
 
     def state_dict(self) -> dict:
@@ -88,78 +105,82 @@ class Evaluator:
             "best_step": self.best_step,
             "best_loss": self.best_loss,
             "worse": self.worse,
-            "stop": self.stop,
+            "stop": self.should_stop,
             "kept_step": self.kept_step,
             "kept_loss": self.kept_loss,
         }
 
     def load_state_dict(self, state: dict) -> None:
         self.best_step, self.best_loss = state["best_step"], state["best_loss"]
-        self.worse, self.stop = state["worse"], state["stop"]
-        # A checkpoint that is older than these two is of a run that had kept its best.
+        self.worse, self.should_stop = state["worse"], state["stop"]
+        # Older checkpoints do not have these two: their runs ended if the best could not be stored.
         self.kept_step = state.get("kept_step", self.best_step)
         self.kept_loss = state.get("kept_loss", self.best_loss)
 
-    def begin(self, done: int) -> None:
-        """Before the first step: samples of the base model, if no steps are done."""
+    def before_first_step(self, done: int) -> None:
+        """Sample from the base model, unless steps are done already. done: steps of a resumed run."""
         if self.data.prompts and not done:
-            self._sample(0)
+            self._write_samples(0)
             self.meter.restart()
 
     def after(self, metrics: Metrics) -> Metrics:
-        """After each step: what is due at it. Returns its metrics, with the evaluation's if there was one."""
-        evaluates = self._evaluates(metrics.step)
+        """Evaluate and sample after a step, if due. Return its metrics, with an evaluation's results."""
+        evaluates = self._is_eval_step(metrics.step)
         if evaluates:
-            loss = self._loss()
+            loss = self._compute_loss()
             metrics = dataclasses.replace(metrics, eval_loss=loss, eval_perplexity=perplexity(loss))
-            self._judge(metrics.step, loss, trained=bool(metrics.applied_steps))
-        samples = self._samples(metrics.step) or (bool(self.data.prompts) and self.stop)
+            self._update_best(metrics.step, loss, trained=bool(metrics.applied_steps))
+        samples = self._is_sample_step(metrics.step) or (bool(self.data.prompts) and self.should_stop)
         if samples:
-            self._sample(metrics.step)
+            self._write_samples(metrics.step)
         if evaluates or samples:
             self.meter.restart()
         return metrics
 
-    def due(self, step: int) -> bool:
-        """Whether `after` evaluates or samples at this step, between it and the next one."""
-        return self._evaluates(step) or self._samples(step)
+    def is_due(self, step: int) -> bool:
+        """Return whether `after` evaluates or samples at this step, before the next one begins."""
+        return self._is_eval_step(step) or self._is_sample_step(step)
 
-    def _evaluates(self, step: int) -> bool:
-        return self.data.rows is not None and self._due(self.eval_every, step)
+    def _is_eval_step(self, step: int) -> bool:
+        return self.data.rows is not None and self._is_nth_or_last(step, self.eval_every)
 
-    def _samples(self, step: int) -> bool:
-        return bool(self.data.prompts) and self._due(self.sample_every, step)
+    def _is_sample_step(self, step: int) -> bool:
+        return bool(self.data.prompts) and self._is_nth_or_last(step, self.sample_every)
 
-    def _due(self, every: int, step: int) -> bool:
-        return step == self.total or (every > 0 and step % every == 0)
+    def _is_nth_or_last(self, step: int, every: int) -> bool:
+        return step == self.total_steps or (every > 0 and step % every == 0)
 
-    def _loss(self) -> float:
+    def _compute_loss(self) -> float:
         options = (self.batch_size, self.loss_sum, self.rank_info, self.context)
         assert self.data.rows is not None
         return mean_loss(self.model, self.data.rows, *options)
 
-    def _judge(self, step: int, loss: float, trained: bool) -> None:
-        """Keeps and counts. Every rank has the same loss, so all of them keep and stop together, and when
-        they stop does not depend on what could be kept. trained: whether any step so far changed the weights;
-        before, there is no result to keep."""
-        if loss < self.best_loss:  # never of a NaN
+    def _update_best(self, step: int, loss: float, trained: bool) -> None:
+        """Update the best evaluation and early stopping, and store the weights of a new best one.
+
+        Every rank has the same loss, so all of them store and stop together. A full disk does not change when
+        they stop. trained: whether any step so far changed the weights; else there is nothing to store.
+        """
+        if loss < self.best_loss:  # never true of a NaN
             self.best_step, self.best_loss, self.worse = step, loss, 0
         else:
             self.worse += 1
-        self.stop = 0 < self.patience <= self.worse
-        if self.keep_best and trained and loss < self.kept_loss and self._keep(step, loss):
+        self.should_stop = 0 < self.patience <= self.worse
+        if self.keep_best and trained and loss < self.kept_loss and self._save_best(step, loss):
             self.kept_step, self.kept_loss = step, loss
 
-    def _keep(self, step: int, loss: float) -> bool:
-        """Puts what is trained into best/. If the disk does not take it, what is there stays, a warning is
-        printed, and False returned, on every rank. Collective."""
+    def _save_best(self, step: int, loss: float) -> bool:
+        """Write what is trained into best/, and return whether that succeeded, on every rank. Collective.
+
+        After a disk error, best/ is unchanged and a warning is printed.
+        """
         best = self.folder / BEST
         failures: list[OSError] = []
         if self.rank_info.rank == 0:
-            with _noting(failures):
+            with _collect_os_errors(failures):
                 make_staging_folder(best)
-        with _noting(failures):
-            self.save(staging_path(best))  # needs all ranks, whatever became of the folder
+        with _collect_os_errors(failures):
+            self.save(staging_path(best))  # needs all ranks, even if rank 0 could not make the folder
             if self.rank_info.rank == 0 and not failures:
                 score = {"step": step, "eval_loss": loss, "eval_perplexity": perplexity(loss)}
                 write_text(staging_path(best) / SCORE, json.dumps(score) + "\n")
@@ -168,39 +189,40 @@ class Evaluator:
             remove_folder(staging_path(best))
             stays = f"that of step {self.kept_step} stays" if self.kept_step else "there is no other one"
             self.tracker.say(
-                f"WARNING: {best}: step {step} could not be kept ({describe(failures[0])}); {stays}, and training goes on"
+                f"WARNING: {best}: step {step} could not be kept ({describe(failures[0])}); {stays}, and"
+                " training goes on"
             )
-        kept = torch.tensor([not failures], dtype=torch.uint8, device=self.rank_info.device)
+        succeeded = torch.tensor([not failures], dtype=torch.uint8, device=self.rank_info.device)
         if self.rank_info.world > 1:
-            dist.broadcast(kept, 0)
-        return bool(kept.item())
+            dist.broadcast(succeeded, 0)
+        return bool(succeeded.item())
 
-    def _sample(self, step: int) -> None:
-        """Writes lines of step, prompt and text to samples.jsonl, and shows them."""
+    def _write_samples(self, step: int) -> None:
+        """Write a line of step, prompt and text for each prompt to samples.jsonl, and print it."""
         prompts, tokens = self.data.prompts, self.sample_tokens
         lengths = torch.tensor([len(prompt.ids) for prompt in prompts])
         answers: dict[int, list[int]] = {}
-        parts = grouped(lengths, PROMPTS_AT_ONCE, longrope_threshold(self.model.config), growth=tokens)
-        for batch in itertools.chain(*parts):
-            chosen = batch.tolist()
+        groups = group_rows(lengths, PROMPT_BATCH_SIZE, longrope_threshold(self.model.config), growth=tokens)
+        for batch in itertools.chain(*groups):
+            indices = batch.tolist()
             options = (tokens, self.data.stops, self.rank_info, self.context)
-            made = greedy(self.model, [prompts[i].ids for i in chosen], *options)
-            answers |= zip(chosen, made, strict=True)
+            generated = generate_greedily(self.model, [prompts[i].ids for i in indices], *options)
+            answers |= zip(indices, generated, strict=True)
         if self.rank_info.rank != 0:
             return
         lines = ""
         for i, prompt in enumerate(prompts):
             text = answer_text(answers[i], self.tokenizer, self.data.stops, prompt.marker)
-            lines += (
-                json.dumps({"step": step, "prompt": prompt.text, "text": text}, ensure_ascii=False) + "\n"
-            )
-            asked = " ".join(prompt.text.split())[-60:]
-            self.tracker.say(f"sample, step {step}: {asked!r} -> {text!r}")
+            line = {"step": step, "prompt": prompt.text, "text": text}
+            lines += json.dumps(line, ensure_ascii=False) + "\n"
+            question = " ".join(prompt.text.split())[-60:]
+            self.tracker.say(f"sample, step {step}: {question!r} -> {text!r}")
         append_lines(self.folder / "samples.jsonl", lines, self.tracker.say)
 
 
 @contextlib.contextmanager
-def _noting(failures: list[OSError]) -> Iterator[None]:
+def _collect_os_errors(failures: list[OSError]) -> Iterator[None]:
+    """Append an OSError that is raised within to `failures`."""
     try:
         yield
     except OSError as e:

@@ -1,4 +1,4 @@
-"""All that can be wrong with a run, found before a GPU is touched or a file written."""
+"""The checks of a run, before a GPU is touched or a file is written."""
 
 from __future__ import annotations
 
@@ -50,42 +50,40 @@ from options.config import TOY_MODEL, Config
 from options.errors import UserError
 from parallel.optimizers import check_optimizer
 from training.job import Job
-from training.recorded import as_recorded
+from training.recorded import make_paths_absolute
 from wrapping import STRATEGIES
 
 
-def check(config: Config) -> Job:
-    """All that can be wrong with a run, found without touching a GPU or writing a file. Raises UserError."""
+def check_run(config: Config) -> Job:
+    """Check a run without touching a GPU or writing a file, and return it as a Job. Raises UserError."""
     if config.llama_pro_path is None:
-        return _check(config)
+        return _make_job(config)
     with named("--llama_pro_path", "--model_name"):  # the same model by another option
-        return _check(config)
+        return _make_job(config)
 
 
-def _check(config: Config) -> Job:
+def _make_job(config: Config) -> Job:
+    """Run the checks in order: options, model, data, and what combines them. Raises UserError."""
     started = time.time()
     config, saved = _check_options(config)
     model = _check_model(config)
     config, rows, evaluation, tokenizer = _check_data(config, model)
-    # In threads of the library: after the processes that render rows were forked.
-    use = compare_with_files(model.folder, tokenizer)
+    # Runs in the library's threads, so it comes after the fork of the processes that render rows.
+    tokenizer_use = compare_with_files(model.folder, tokenizer)
     learned = generation_config(model.folder, model.config, evaluation.stops)
+    model_remarks = remarks_on_model(model.config, model.folder, was_untied=bool(model.own_head))
     job = Job(
-        as_recorded(config, model.name),
-        model.config,
-        model.files,
-        model.base,
-        rows,
-        evaluation,
-        model.cache,
-        saved,
-        started,
-        use.files | corrected_config(model.folder, model.config) | learned,
-        (
-            *use.remarks,
-            *evaluation.remarks,
-            *remarks_on_model(model.config, model.folder, bool(model.own_head)),
-        ),
+        config=make_paths_absolute(config, model.name),
+        model_config=model.config,
+        files=model.files,
+        base=model.base,
+        rows=rows,
+        evaluation=evaluation,
+        cache=model.cache,
+        saved=saved,
+        started=started,
+        small_files=tokenizer_use.files | corrected_config(model.folder, model.config) | learned,
+        remarks=(*tokenizer_use.remarks, *evaluation.remarks, *model_remarks),
     )
     if config.method.expansion:
         assert config.lr is not None
@@ -98,13 +96,15 @@ def _check(config: Config) -> Job:
     head = model.own_head
     without_head = (head, digest_without_head(model.config, model.files, head)) if head else None
     resume.check_same(saved, config, job.about(), without_head)
-    told = resume.remarks(saved, config, model.base.digest())
-    return dataclasses.replace(job, remarks=(*job.remarks, *told))
+    resume_remarks = resume.remarks(saved, config, model.base.digest())
+    return dataclasses.replace(job, remarks=(*job.remarks, *resume_remarks))
 
 
 def _check_options(config: Config) -> tuple[Config, Saved | None]:
-    """(the options with this machine's and this day's values, the checkpoint to go on from). Raises UserError
-    for what is wrong with a run whatever its model and data are."""
+    """Return the options with this machine's and this day's values, and the checkpoint to resume from.
+
+    Raises UserError for what is wrong with a run whatever its model and data are.
+    """
     config = _resolve_launch(config)
     if config.precision.startswith("bf16") and torch.cuda.is_available() and not has_bf16_gpu():
         raise UserError(
@@ -128,21 +128,20 @@ def _check_options(config: Config) -> tuple[Config, Saved | None]:
 
 @dataclass(frozen=True)
 class _Model:
-    """The model to train, checked. name: `pin_model_name` of --model_name; own_head: as
-    `open_weights` returns it; cache: if --quantized_cache is still to be written."""
+    """The model to train, checked."""
 
-    name: str
+    name: str  # `pin_model_name` of --model_name
     folder: Path
     config: PretrainedConfig
     family: Family
     files: CheckpointFiles
     base: BaseModel
-    own_head: str | None
-    cache: CachePlan | None
+    own_head: str | None  # as `open_weights` returns it
+    cache: CachePlan | None  # if --quantized_cache is still to be written
 
 
 def _check_model(config: Config) -> _Model:
-    """Raises UserError for a model that cannot be trained as the options say."""
+    """Find and open the model. Raises UserError if it cannot be trained as the options say."""
     folder = make_toy_model(toy_texts()) if config.model_name == TOY_MODEL else find_model(config.model_name)
     if output_folder(config).resolve() == folder.resolve():  # --overwrite would delete the weights to read
         raise UserError(f"--output_dir {folder}: is the folder of --model_name; choose another")
@@ -164,7 +163,7 @@ def _check_model(config: Config) -> _Model:
 
 
 def _check_data(config: Config, model: _Model) -> tuple[Config, TokenizedRows, EvaluationData, Any]:
-    """What `prepare_sets` makes for this model, with stops, and its tokenizer. Raises UserError."""
+    """Return `prepare_sets`' result for this model, with stops, and its tokenizer. Raises UserError."""
     folder = model.folder
     tokenizer = read_tokenizer(folder, f"--model_name {folder}")
     config, rows, evaluation = prepare_sets(config, tokenizer)
@@ -178,23 +177,22 @@ def _check_data(config: Config, model: _Model) -> tuple[Config, TokenizedRows, E
     return config, rows, dataclasses.replace(evaluation, stops=tuple(stops)), tokenizer
 
 
-def remarks_on_model(model_config: PretrainedConfig, folder: Path, untied: bool) -> list[str]:
-    """What a user should know of how the model in `folder` is trained. untied: whether its head was."""
-    told = []
-    if untied:
-        told.append(f"{folder}: {UNTIED}")
+def remarks_on_model(model_config: PretrainedConfig, folder: Path, was_untied: bool) -> list[str]:
+    """Return remarks on how the model in `folder` is trained. was_untied: its head got weights of its own."""
+    remarks = []
+    if was_untied:
+        remarks.append(f"{folder}: {UNTIED}")
     routed = getattr(model_config, "num_experts", 0) or getattr(model_config, "num_local_experts", 0)
     if routed and getattr(model_config, "output_router_logits", False):
-        told.append(
-            f"{folder}/config.json: output_router_logits has no effect here: the loss is that of the tokens alone,"
-            " without the auxiliary loss of the router"
+        remarks.append(
+            f"{folder}/config.json: output_router_logits has no effect here: the loss is that of the tokens"
+            " alone, without the auxiliary loss of the router"
         )
-    return told
+    return remarks
 
 
 def _resolve_launch(config: Config) -> Config:
-    """The options whose defaults are this machine's: how many ranks there are, and how they share the model.
-    Raises UserError."""
+    """Fill in the options whose defaults depend on this machine: ranks, and sharding. Raises UserError."""
     world = resolve_world_size(config.world_size)
     strategy = resolve_strategy(config.sharding_strategy, world)
     config = dataclasses.replace(config, world_size=world, sharding_strategy=strategy)
@@ -210,37 +208,40 @@ def _resolve_launch(config: Config) -> Config:
 def check_rope(
     config: Config, model_config: PretrainedConfig, rows: TokenizedRows, evaluation: EvaluationData
 ) -> None:
-    """Raises UserError if a line would change how those beside it, or later ones, are computed: evaluation
-    would change training, and a resumed run would be another one."""
+    """Raise UserError if a row would change how the other rows of its batch, or later ones, are computed.
+
+    Otherwise evaluation would change training, and a resumed run would differ.
+    """
     if has_longrope_by_layer(model_config):
         raise UserError(
-            f"--model_name {config.model_name}: its RoPE is of type longrope for some kinds of layers, which is not"
-            " supported"
+            f"--model_name {config.model_name}: its RoPE is of type longrope for some kinds of layers, which"
+            " is not supported"
         )
     if not uses_dynamic_rope(model_config):
         return
-    most = model_config.max_position_embeddings
+    limit = model_config.max_position_embeddings
     sets = [rows, evaluation.rows] if evaluation.rows else [rows]
     lengths = [int(s.lengths().max()) for s in sets]
     longest = max(lengths + [len(prompt.ids) + config.sample_tokens for prompt in evaluation.prompts])
-    if longest > most:
+    if longest > limit:
         shorter = "--context_length" if longest in lengths else "--context_length or --sample_tokens"
         raise UserError(
-            f"--model_name {config.model_name}: its RoPE is of type dynamic, by which a line of more than {most} tokens"
-            f" (max_position_embeddings) changes all later ones; here they have up to {longest}: lower {shorter}"
+            f"--model_name {config.model_name}: its RoPE is of type dynamic, where a row of more than {limit}"
+            f" tokens (max_position_embeddings) changes all later ones; here rows have up to {longest}: lower"
+            f" {shorter}"
         )
 
 
 def find_cache(
     model: PreTrainedModel, family: Family, config: Config, files: CheckpointFiles
 ) -> CachePlan | None:
-    """Makes `files` read from --quantized_cache, or returns what a new one will be. Raises UserError."""
+    """Let `files` read from --quantized_cache, or return the cache to write. Raises UserError."""
     assert config.quantized_cache is not None and config.output_dir is not None
     names = [f"{name}.weight" for name in packed_linears(model, family, config)]
-    device_type = "cuda" if torch.cuda.is_available() else "cpu"  # as launch/processes.py's ranks
-    asked = (Path(config.quantized_cache), files, names, quantizer_from_config(config), device_type)
-    cached = open_cache(*asked)
+    device_type = "cuda" if torch.cuda.is_available() else "cpu"  # like the ranks of launch/processes.py
+    cache_key = (Path(config.quantized_cache), files, names, quantizer_from_config(config), device_type)
+    cached = open_cache(*cache_key)
     if cached is None:
-        return plan_cache(*asked, config.output_dir)
+        return plan_cache(*cache_key, config.output_dir)
     files.packed.update(cached)
     return None

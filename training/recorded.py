@@ -1,4 +1,4 @@
-"""A run's options as they are kept: what they name is the same from any folder, at any time."""
+"""A run's options as config.yaml records them: their paths and names mean the same from any folder."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ DATA_OPTIONS = ("dataset", "eval_dataset", "sample_prompts")
 CONTENT_OPTIONS = ("model_name", "llama_pro_path", *DATA_OPTIONS)
 
 
-def as_recorded(config: Config, model: str) -> Config:
-    """The options with absolute paths in the place of local ones. model: `pin_model_name` of --model_name."""
-    data: dict[str, Any] = {name: _located(getattr(config, name)) for name in DATA_OPTIONS}
-    expanded = None if config.llama_pro_path is None else model
-    return dataclasses.replace(config, model_name=model, llama_pro_path=expanded, **data)
+def make_paths_absolute(config: Config, model_name: str) -> Config:
+    """Return the options with absolute local paths. model_name: the `pin_model_name` of --model_name."""
+    data: dict[str, Any] = {name: _absolute_path(getattr(config, name)) for name in DATA_OPTIONS}
+    expanded = None if config.llama_pro_path is None else model_name
+    return dataclasses.replace(config, model_name=model_name, llama_pro_path=expanded, **data)
 
 
-def _located(data: str | None) -> str | None:
-    """The absolute path of a local file or folder of data; the name of a recipe or of a hub id as it is."""
+def _absolute_path(data: str | None) -> str | None:
+    """Return the absolute path of a local data file or folder; a recipe's name or a hub id unchanged."""
     if data is None or shipped_recipe(data):
         return data
     local = os.path.expanduser(data)

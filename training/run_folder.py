@@ -1,5 +1,4 @@
-"""The RUN's folder: cleared or cut to a checkpoint when training starts, its page and last lines when it
-ends."""
+"""The RUN's folder: cleared or rolled back when training starts, with a report when it ends."""
 
 from __future__ import annotations
 
@@ -24,11 +23,11 @@ from monitoring.report import PAGE, write_report
 from monitoring.run_facts import FACTS
 from monitoring.tracking import NoTracker, make_tracker
 from options.errors import UserError
-from training.bad_steps import Resumed, conclude, no_good_step, resumed_from
+from training.bad_steps import ResumedProgress, describe_no_good_step, raise_if_failed, resumed_from
 from training.job import Job
 
 
-def open_run(
+def start_run_folder(
     job: Job,
     rank_info: RankInfo,
     lock: FolderLock,
@@ -37,17 +36,19 @@ def open_run(
     ready: str,
     stages: dict[str, float],
 ) -> NoTracker:
-    """Makes the folder what the run's first step needs, and returns the rank's tracker. Collective.
-
-    Args:
-        lock: held by rank 0 from here on.
-        total: optimizer steps of the run.
-        facts: what run.json says, of rank 0.
-        ready: the line to print once the folder is the run's.
-        stages: GiB of the fullest rank after wrapping and loading, by name.
+    """Lock and prepare the folder for the run's first step, and return the rank's tracker. Collective.
 
     Raises UserError if another run writes there, or has done so since the checks, or if a node does not see
     the folder.
+
+    Args:
+        job: the checked run.
+        rank_info: this process.
+        lock: the folder's lock, which rank 0 acquires.
+        total: optimizer steps of the run.
+        facts: rank 0's text for run.json.
+        ready: the line to print once the folder is locked and prepared.
+        stages: GiB of the fullest rank after each stage (wrap, load).
     """
     config, folder = job.config, Path(job.output_dir)
     if rank_info.rank == 0:
@@ -67,13 +68,13 @@ def open_run(
     return tracker
 
 
-def unsaved(job: Job, error: OSError) -> UserError:
-    """What to tell of a result that could not be written: where it can be saved from."""
+def unsaved_error(job: Job, error: OSError) -> UserError:
+    """Return the error of a result that could not be written, with the checkpoint that still has it."""
     folder = Path(job.output_dir)
     return UserError(describe_unsaved(error, folder, next(iter(steps_in(folder)), None)))
 
 
-def close_run(
+def finish_run(
     job: Job,
     rank_info: RankInfo,
     history: list[Metrics],
@@ -84,36 +85,43 @@ def close_run(
     stopped: str,
     no_result: str,
 ) -> None:
-    """Makes the run's page, and tells how it went. Collective.
-
-    Args:
-        history: metrics of every step, on rank 0 also of those before the run was resumed.
-        total: optimizer steps of the run.
-        done: steps before it was resumed; seconds: of the steps after them.
-        stages: as for `open_run`.
-        stopped: why the run was asked to stop, or "".
-        no_result: why nothing was saved of what was to be saved, or "".
+    """Write the run's report, and print the last lines. Collective.
 
     Raises UserError on all ranks if bad steps ended the run, or if it has no result.
+
+    Args:
+        job: the checked run.
+        rank_info: this process.
+        history: metrics of every step, on rank 0 also of those before the run was resumed.
+        total: optimizer steps of the run.
+        done: steps before the run was resumed.
+        seconds: time of the steps after that.
+        stages: as for `start_run_folder`.
+        stopped: why the run was asked to stop, or "".
+        no_result: why the run has no result to save, or "".
     """
     config, folder = job.config, Path(job.output_dir)
     if rank_info.rank == 0:
         with warn_on_full_disk(folder / PAGE):
             write_report(folder)
         saved, sampled = config.save_model and not no_result, bool(job.evaluation.prompts)
-        print(
-            describe_end(config, history, total, done, seconds, stages, stopped, saved, sampled), flush=True
-        )
-    conclude(history[done:], _resumed(job).bad, config.max_bad_steps, folder, no_result)
+        lines = describe_end(config, history, total, done, seconds, stages, stopped, saved, sampled)
+        print(lines, flush=True)
+    raise_if_failed(history[done:], _resumed_progress(job).bad, config.max_bad_steps, folder, no_result)
 
 
-def why_no_result(job: Job, model: nn.Module, history: list[Metrics]) -> str:
-    """Return why a finished run has no result (no good step, or non-finite weights), else "". history: the
-    steps that were made. Collective."""
-    scaled = job.precision.autocast == torch.float16
-    untrained = no_good_step(history, _resumed(job), scaled, Path(job.output_dir))
+def describe_no_result(job: Job, model: nn.Module, history: list[Metrics]) -> str:
+    """Return why a finished run has no result, else "". Collective.
+
+    The reason is that no step was good, or that weights are not finite. history: metrics of the steps after
+    the run was resumed.
+    """
+    is_scaled = job.precision.autocast == torch.float16
+    untrained = describe_no_good_step(history, _resumed_progress(job), is_scaled, Path(job.output_dir))
     return untrained or describe_not_finite(model)
 
 
-def _resumed(job: Job) -> Resumed:
-    return resumed_from(job.saved.step, job.saved.run["parts"]["guard"]) if job.saved else Resumed()
+def _resumed_progress(job: Job) -> ResumedProgress:
+    if not job.saved:
+        return ResumedProgress()
+    return resumed_from(job.saved.step, job.saved.run["parts"]["guard"])

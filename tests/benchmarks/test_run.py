@@ -339,7 +339,7 @@ def limited_run(place, options: list[str]) -> str:
         mock.patch.object(model_files, "read_tensor", model_files.read_tensor),
         mock.patch.dict(os.environ, {GIB: "1"}),
     ):
-        return full_run(place, train.check(parse_training(options)[0]))
+        return full_run(place, train.check_run(parse_training(options)[0]))
 
 
 def limited_options(folder) -> list[str]:

@@ -22,7 +22,7 @@ from monitoring.tracking import NoTracker
 from tests.helpers.adapters import args_for
 from tests.helpers.runs import set_up
 from tests.helpers.saving import SmallRun
-from training import companions
+from training import loop_components
 
 LONG = 2.0  # seconds
 
@@ -145,7 +145,7 @@ def order_of_steps(place, argv: list[str], gpu: bool) -> list[str]:
 
     with (
         mock.patch.object(train, "loss_sum", forward),
-        mock.patch.object(companions, "Checkpoints", make),
+        mock.patch.object(loop_components, "Checkpoints", make),
     ):
         train.train(job, model, place, sampler, Told())
     return seen

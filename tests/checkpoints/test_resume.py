@@ -287,7 +287,7 @@ class Meanwhile:
         self.happens = happens
 
     def __call__(self, place, argv: list[str]) -> str:
-        job = train.check(parse([*argv, "--world_size", "1"])[0])
+        job = train.check_run(parse([*argv, "--world_size", "1"])[0])
         self.happens(Path(job.config.output_dir))
         try:
             return full_run(place, job)
@@ -330,11 +330,11 @@ def test_a_restart_goes_on(source, copied, monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     config, _ = parse([*source, *QUIET, "--output_dir", str(copied), "--world_size", "2", "--overwrite"])
-    assert train.check(config).saved.step == 3
+    assert train.check_run(config).saved.step == 3
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
     with pytest.raises(UserError, match=r"--overwrite: .* has checkpoints, which a restart by torchrun"):
-        train.check(config)
+        train.check_run(config)
     shutil.rmtree(copied / "checkpoints")
-    assert train.check(config).saved is None
+    assert train.check_run(config).saved is None
     with pytest.raises(UserError, match="--output_dir: is needed under torchrun --max-restarts"):
-        train.check(parse([*source, *QUIET, "--world_size", "2"])[0])
+        train.check_run(parse([*source, *QUIET, "--world_size", "2"])[0])

@@ -282,12 +282,13 @@ def test_a_template_that_writes_the_day_goes_on_the_next(one_rank, checkpoints, 
     one_rank(run, [*options, "--chat_date", "2024-02-29"])
     config = yaml.safe_load((tmp_path / "run/config.yaml").read_text())
     assert config["chat_date"] == "2024-02-29"
-    job = train.check(parse([*options, "--resume", "auto"])[0])
+    job = train.check_run(parse([*options, "--resume", "auto"])[0])
     text = byte_tokenizer().decode(job.rows.tokens[: job.rows.starts[1]])
     assert job.config.chat_date == "2024-02-29" and text.startswith("2024-02-29user: Hi")
     with pytest.raises(UserError, match="the run has --chat_date 2024-02-29, not 2024-03-01"):
-        train.check(parse([*options, "--resume", "auto", "--chat_date", "2024-03-01"])[0])
+        train.check_run(parse([*options, "--resume", "auto", "--chat_date", "2024-03-01"])[0])
     today = datetime.date.today().isoformat()
     assert (
-        train.check(parse([*options, "--output_dir", str(tmp_path / "other")])[0]).config.chat_date == today
+        train.check_run(parse([*options, "--output_dir", str(tmp_path / "other")])[0]).config.chat_date
+        == today
     )

@@ -32,7 +32,7 @@ from tests.helpers.logits import IDS
 from tests.helpers.resuming import fill
 from tests.helpers.runs import dense_tensors, transformers_model
 from tests.helpers.small_tokenizers import BYTES, chat_tokenizer
-from training.evaluation import greedy
+from training.evaluation import generate_greedily
 
 
 def row_by_row(model, rows) -> float:
@@ -75,7 +75,7 @@ def test_answers_in_batches_are_those_alone(kind, checkpoints, alpaca_file, one_
     write_random_run(one_rank, tmp_path / "run", args_for(checkpoints(kind), alpaca_file, "bnb_dora"))
     model = load_model(open_run(tmp_path / "run"), SINGLE_RANK.device, torch.float32)
     prompts = [[65], list(range(70, 99)), list(range(100, 103))]
-    alone = [greedy(model, [p], 6, [], SINGLE_RANK, context)[0] for p in prompts]
+    alone = [generate_greedily(model, [p], 6, [], SINGLE_RANK, context)[0] for p in prompts]
     assert finished.evaluate.generate_answers(model, prompts, 6, [], 2) == alone
     stop = alone[1][3]
     cut = [a[: a.index(stop)] if stop in a else a for a in alone]
@@ -148,7 +148,9 @@ def test_the_command(train_type, checkpoints, alpaca_file, one_rank, tmp_path, c
     model = load_model(run, SINGLE_RANK.device, torch.float32)
     questions = ["Say red.", "Say blue now.", "Say nothing at all, and say it slowly."]
     prompts = [ALPACA.format(instruction=q) for q in questions]
-    answers = [greedy(model, [BYTES(p)["input_ids"]], 5, [257], SINGLE_RANK, context)[0] for p in prompts]
+    answers = [
+        generate_greedily(model, [BYTES(p)["input_ids"]], 5, [257], SINGLE_RANK, context)[0] for p in prompts
+    ]
     texts = [BYTES.decode(a, skip_special_tokens=True) for a in answers]
     data = tmp_path / "rows.jsonl"
     rows = [{"instruction": q, "output": a} for q, a in zip(questions, texts, strict=True)]

@@ -27,7 +27,7 @@ from tests.helpers.bnb_checkpoints import pack_like_the_hub
 from tests.helpers.finished_runs import edit_base_metadata, save_job, write_random_run
 from tests.helpers.hub_cache import FIRST, SECOND, add_to_hub_cache
 from tests.helpers.logits import IDS
-from training.preflight import check
+from training.preflight import check_run
 
 OTHER = "was trained on other weights than those in"
 BY_SHAPES = "only the config and tensor shapes could be checked"
@@ -186,7 +186,7 @@ def from_hub(checkpoints, alpaca_file, hub, one_rank, tmp_path):
     args = args_for(
         "someone/tiny", alpaca_file, "lora", "--world_size", "1", "--output_dir", tmp_path / "run"
     )
-    job = check(parse(list(map(str, args)))[0])
+    job = check_run(parse(list(map(str, args)))[0])
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text(job.options_file())
     logits = one_rank(save_job, job, tmp_path / "run")[0]
@@ -217,7 +217,9 @@ def test_a_repository_that_moved_on(from_hub, hub, tmp_path, capsys):
     for name in ("someone/tiny", "someone/tiny@main", f"someone/tiny@{SECOND}"):
         line = refused(capsys, generate, run, *GENERATE[1:], "--base_model", name)
         assert f"{OTHER} {hub / 'models--someone--tiny' / 'snapshots' / SECOND}" in line
-    repeated = check(parse(["--config", str(run / "config.yaml"), "--output_dir", str(tmp_path / "new")])[0])
+    repeated = check_run(
+        parse(["--config", str(run / "config.yaml"), "--output_dir", str(tmp_path / "new")])[0]
+    )
     assert repeated.files.folder.name == FIRST
 
 
@@ -241,6 +243,6 @@ def test_a_base_by_its_revision(from_hub, tmp_path, capsys):
 def test_training_from_a_revision(revision, commit, from_hub, alpaca_file, tmp_path):
     name = f"someone/tiny{revision}"
     args = args_for(name, alpaca_file, "lora", "--world_size", "1", "--output_dir", tmp_path / "new")
-    job = check(parse(list(map(str, args)))[0])
+    job = check_run(parse(list(map(str, args)))[0])
     assert job.files.folder.name == commit and job.config.model_name == f"someone/tiny@{commit}"
     assert (job.base.name, job.base.revision) == ("someone/tiny", commit)

@@ -114,12 +114,12 @@ def test_a_checkpoint_is_refused(alpaca_file, one_rank, tmp_path):
                "--world_size", "1", "--output_dir", str(tmp_path / "run")]  # fmt: skip
     one_rank(run, options)
     more = [*options, "--resume", "auto", "--max_steps", "2"]
-    assert train.check(parse(more)[0]).saved.step == 1
+    assert train.check_run(parse(more)[0]).saved.step == 1
     add_head(folder)
     with pytest.raises(
         UserError, match=f"^--resume auto: {LEFT_OUT} {folder} holds; {REMEDY}: --model_name$"
     ):
-        train.check(parse(more)[0])
+        train.check_run(parse(more)[0])
     edit_config(folder, rms_norm_eps=0.5)
     with pytest.raises(UserError, match="is not the model that the run began with"):
-        train.check(parse(more)[0])
+        train.check_run(parse(more)[0])

@@ -24,7 +24,7 @@ from monitoring.profiling import Profiler
 from monitoring.tracking import NoTracker
 from options.errors import UserError
 from parallel.optimizers import make_optimizer
-from parallel.shards import fill
+from parallel.shards import fill_shard
 from quantization.hqq import HQQ
 from quantization.layer import STORAGE
 from quantization.nf4 import NF4
@@ -32,7 +32,7 @@ from tests.helpers import tiny
 from tests.helpers.layers import quantized_like
 from tests.helpers.programs import ROOT, run_and_read
 from tests.helpers.runs import make_job
-from training.out_of_memory import explained
+from training.out_of_memory import explain_out_of_memory
 
 
 @pytest.mark.gpu
@@ -287,7 +287,7 @@ def test_gathered_bytes_are_the_loaded_bytes(train_type, tmp_path):
 
 def _compare_gathered(model: str, data: str, train_type: str) -> None:
     from launch.ranks import join_process_group
-    from parallel.shards import gather
+    from parallel.shards import gather_to_cpu
     from tests.helpers.runs import set_up
 
     place = join_process_group(*(int(os.environ[k]) for k in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
@@ -303,8 +303,8 @@ def _compare_gathered(model: str, data: str, train_type: str) -> None:
                     dtype=torch.uint8,
                     generator=torch.Generator().manual_seed(1),
                 )
-                fill(param, noise.view(STORAGE).to(place.device))
-            random_bytes[name] = gather(param)
+                fill_shard(param, noise.view(STORAGE).to(place.device))
+            random_bytes[name] = gather_to_cpu(param)
         layer.unshard()
         for name, param in layer.named_parameters():
             assert torch.equal(param.cpu().view(torch.uint8), random_bytes[name].view(torch.uint8)), name
@@ -341,7 +341,7 @@ def run_in_little_memory(place, argv) -> str:
     torch.cuda.empty_cache()
     torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 2**26) / whole)
     try:
-        explained(start_of_a_run)(place, job)
+        explain_out_of_memory(start_of_a_run)(place, job)
     except UserError as e:
         return str(e)
     finally:

@@ -23,7 +23,7 @@ from launch.devices import triton_runs_on
 from models.loss import look_up_rows
 from monitoring.metrics import Meter
 from options.methods import HQQ_BITS
-from parallel.activation_offload import HostStash, Offloaded
+from parallel.activation_offload import HostActivations, OffloadedLayer
 from quantization.hqq import HQQ
 from tests.helpers.compiled import compiled_on_gpu
 from tests.helpers.layers import quantized_like
@@ -174,10 +174,17 @@ class Block(nn.Module):
         return x
 
 
-def offloaded(blocks: list[nn.Module]) -> list[Offloaded]:
-    stash, last = HostStash(), len(blocks) - 1
+def offloaded(blocks: list[nn.Module]) -> list[OffloadedLayer]:
+    host_activations, last = HostActivations(), len(blocks) - 1
     return [
-        Offloaded(block, stash, inputs=True, results=False, first=i == 0, last=i == last)
+        OffloadedLayer(
+            block,
+            host_activations,
+            offload_input=True,
+            offload_last_output=False,
+            first=i == 0,
+            last=i == last,
+        )
         for i, block in enumerate(blocks)
     ]
 

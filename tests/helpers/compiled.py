@@ -11,7 +11,7 @@ from torch._dynamo.utils import counters
 
 import train
 from models.loss import KERNELS
-from parallel.activation_checkpointing import compiler
+from parallel.activation_checkpointing import compile_run_layer
 from tests.helpers.parity import arguments
 from tests.helpers.runs import train_run
 
@@ -30,7 +30,10 @@ def compiled_run(rank_info, argv: list[str]):
     """Return (`train_run`'s results, number of graphs compiled), with the backend aot_eager."""
     torch.compiler.reset()  # as in a fresh process
     before = counters["stats"]["unique_graphs"]
-    with mock.patch.object(train, "compiler", lambda: compiler("aot_eager")), loss_compiled_with("aot_eager"):
+    with (
+        mock.patch.object(train, "compile_run_layer", lambda: compile_run_layer("aot_eager")),
+        loss_compiled_with("aot_eager"),
+    ):
         results = train_run(rank_info, [*argv, "--compile", "true"])
     return results, counters["stats"]["unique_graphs"] - before
 

@@ -15,7 +15,7 @@ from data.packing import make_packed
 from data.rows import TokenizedRows
 from models import attention
 from models.family import unwrapped_name
-from parallel.shards import whole
+from parallel.shards import full_tensor
 from tests.helpers.parity import arguments
 
 KERNEL = attention.varlen_attn  # for its signature
@@ -72,7 +72,7 @@ def loss_and_gradients(model, batch: Batch, context=nullcontext()) -> tuple[floa
         loss = train.loss_sum(model, batch.to(device))
     loss.backward()
     trained = {unwrapped_name(n): p.grad for n, p in model.named_parameters() if p.requires_grad}
-    return loss.item(), {name: whole(gradient).float().cpu() for name, gradient in trained.items()}
+    return loss.item(), {name: full_tensor(gradient).float().cpu() for name, gradient in trained.items()}
 
 
 def packing_arguments(model, data, steps: int) -> list[str]:

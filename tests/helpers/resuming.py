@@ -51,7 +51,7 @@ def run(rank_info, argv: list[str], before=None) -> str:
 
     Meter.read = read
     try:
-        return full_run(rank_info, train.check(config))
+        return full_run(rank_info, train.check_run(config))
     finally:
         Meter.read = original
         torch.use_deterministic_algorithms(False)
@@ -133,7 +133,7 @@ def check_resumed_job(source, folder: Path, *more: str):
     config, _ = parse(
         [*source, *QUIET, "--output_dir", str(folder), "--world_size", "2", "--resume", "auto", *more]
     )
-    return train.check(config)
+    return train.check_run(config)
 
 
 def edit_copied_manifest(folder: Path, change) -> None:

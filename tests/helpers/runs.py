@@ -21,7 +21,7 @@ from models.family import unwrapped_name
 from models.lora import LoRALinear
 from monitoring.tracking import NoTracker
 from options.train import parse
-from parallel.shards import fill, gather
+from parallel.shards import fill_shard, gather_to_cpu
 from training import preflight as checks
 
 
@@ -39,7 +39,7 @@ def make_job(rank_info, argv: list[str]) -> train.Job:
     config, _ = parse([*defaults, *map(str, argv)])
     original, checks.check_output = checks.check_output, lambda *_: None  # nothing is written here
     try:
-        return train.check(config)
+        return train.check_run(config)
     finally:
         checks.check_output = original
 
@@ -51,7 +51,7 @@ def randomize(model, seed: int = 7) -> None:
             generator = torch.Generator().manual_seed(seed + sum(map(ord, unwrapped_name(path))))
             for parameter, std in ((module.lora_B, 0.05), (getattr(module, "magnitude_change", None), 0.2)):
                 if parameter is not None:
-                    fill(parameter, torch.randn(parameter.shape, generator=generator) * std)
+                    fill_shard(parameter, torch.randn(parameter.shape, generator=generator) * std)
 
 
 def set_up(rank_info, argv: list[str], random_adapters: bool = True):
@@ -65,7 +65,9 @@ def set_up(rank_info, argv: list[str], random_adapters: bool = True):
 
 def trained_tensors(model) -> dict[str, torch.Tensor]:
     """Gather copies of the trained tensors. Collective."""
-    return {unwrapped_name(n): gather(p).clone() for n, p in model.named_parameters() if p.requires_grad}
+    return {
+        unwrapped_name(n): gather_to_cpu(p).clone() for n, p in model.named_parameters() if p.requires_grad
+    }
 
 
 def train_run(rank_info, argv: list[str]) -> tuple[list[float], dict[str, torch.Tensor], list[float]]:
@@ -101,7 +103,7 @@ def dense_tensors(model) -> dict[str, torch.Tensor]:
     """Gather the weights of the base by the checkpoint's names, 4-bit ones dequantized. Collective."""
     state = {}
     for path, module in model.named_modules():
-        tensors = {n: gather(p) for n, p in module.named_parameters(recurse=False)}
+        tensors = {n: gather_to_cpu(p) for n, p in module.named_parameters(recurse=False)}
         if "codes" in tensors:
             device = "cpu" if module.table is None else module.table.device
             packed = (tensors.pop(name).to(device) for name in ("codes", "scales"))

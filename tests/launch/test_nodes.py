@@ -33,7 +33,7 @@ from options.errors import UserError
 from options.train import parse
 from tests.helpers.programs import ROOT
 from tests.helpers.runs import train_run
-from training.preflight import check
+from training.preflight import check_run
 
 SRUN = """#!/bin/bash
 # Replaces Slurm's srun: runs a command on both nodes, each with its own address.
@@ -142,7 +142,7 @@ def check_on(rank_info, folders, argvs):
     with as_node(rank_info, folders[rank_info.rank]):
         try:
             job = nodes.check_on_nodes(
-                lambda: check(parse(argvs[rank_info.rank])[0]), rank_info.rank, rank_info.world, 0, 7.5
+                lambda: check_run(parse(argvs[rank_info.rank])[0]), rank_info.rank, rank_info.world, 0, 7.5
             )
         except UserError as e:
             return str(e)
@@ -173,7 +173,7 @@ def test_each_node_reads_its_own_files(two_nodes, two_ranks):
 def chat_date_on(rank_info, folders, argvs) -> str | None:
     with as_node(rank_info, folders[rank_info.rank]):
         job = nodes.check_on_nodes(
-            lambda: check(parse(argvs[rank_info.rank])[0]), rank_info.rank, rank_info.world, 0, 7.5
+            lambda: check_run(parse(argvs[rank_info.rank])[0]), rank_info.rank, rank_info.world, 0, 7.5
         )
         return job.config.chat_date
 
@@ -246,7 +246,11 @@ def check_with(rank_info, folders, argvs, found):
     with as_node(rank_info, folders[rank_info.rank]):
         try:
             nodes.check_on_nodes(
-                lambda: replace(check(parse(argvs[rank_info.rank])[0]), **found), rank_info.rank, 2, 0, 7.5
+                lambda: replace(check_run(parse(argvs[rank_info.rank])[0]), **found),
+                rank_info.rank,
+                2,
+                0,
+                7.5,
             )
         except UserError as e:
             return str(e)
@@ -267,7 +271,7 @@ def check_on_a_full_disk(rank_info, folders, argvs) -> str:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with as_node(rank_info, folders[rank_info.rank]):
-        checked = full if rank_info.rank else lambda: check(parse(argvs[rank_info.rank])[0])
+        checked = full if rank_info.rank else lambda: check_run(parse(argvs[rank_info.rank])[0])
         with pytest.raises(OSError if rank_info.rank else UserError) as e:
             nodes.check_on_nodes(checked, rank_info.rank, rank_info.world, 0, 7.5)
     return str(e.value)

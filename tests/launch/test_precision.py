@@ -15,7 +15,7 @@ from models.family import unwrapped_name
 from monitoring.metrics import Metrics
 from monitoring.tracking import Tracker
 from options.config import FIELDS
-from parallel.shards import whole
+from parallel.shards import full_tensor
 from tests.helpers.parity import arguments, biased_checkpoint
 from tests.helpers.products import products
 from tests.helpers.runs import set_up, train_run, trained_tensors
@@ -128,7 +128,7 @@ def norm_of_a_small_loss(rank_info, args, scaling: bool) -> float:
         loss = train.loss_sum(model, Batch(ids, ids)) * 1e-9
     scaler.scale(loss).backward()
     scaler.unscale_(optimizer)
-    return whole(torch.nn.utils.get_total_norm([p.grad for p in trained])).item()
+    return full_tensor(torch.nn.utils.get_total_norm([p.grad for p in trained])).item()
 
 
 @pytest.mark.parametrize(

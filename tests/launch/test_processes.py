@@ -47,7 +47,7 @@ def losses_of_two(checkpoints, short_rows, two_ranks, tmp_path_factory) -> list[
     """Losses of the run `small` in two ranks of the test pool."""
     out = tmp_path_factory.mktemp("two") / "out"
     config, _ = parse(list(map(str, small(checkpoints, short_rows, out, "--world_size", "2"))))
-    two_ranks(full_run, train.check(config))
+    two_ranks(full_run, train.check_run(config))
     return losses(out)
 
 

@@ -20,7 +20,7 @@ from launch.signals import (
     forwarding_signals,
     unblock_signals,
 )
-from parallel.activation_checkpointing import start_workers
+from parallel.activation_checkpointing import start_compile_workers
 from tests.helpers.distributed import process_context
 
 STUBBORN = "trap '' TERM INT; trap 'echo saved' USR1; echo ready; while :; do sleep 0.05; done"
@@ -224,7 +224,7 @@ def compile_for_a_while(messages) -> None:
     unblock_signals()
     received = []
     signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
-    start_workers()
+    start_compile_workers()
     pool = AsyncCompile.process_pool()
     assert pool.submit(sum, (1, 2)).result() == 3
     working = pool.submit(time.sleep, 3)

@@ -26,7 +26,7 @@ from models.family import Family, unwrapped_name
 from models.moe import Experts
 from models.registry import FAMILIES, build_on_meta, read_config
 from options.errors import UserError
-from parallel.shards import whole
+from parallel.shards import full_tensor
 from tests.helpers import tiny
 from tests.helpers.adapters import args_for, trained_names
 from tests.helpers.logits import IDS, loss_and_logits, summed_cross_entropy, transformers_logits
@@ -305,7 +305,7 @@ def gradients(rank_info, args):
     _, model = set_up(rank_info, args)
     rows = slice(rank_info.rank, None, rank_info.world)
     train.loss_sum(model, Batch(IDS[rows], targets()[rows])).backward()
-    return {unwrapped_name(n): whole(p.grad) for n, p in model.named_parameters()}, state
+    return {unwrapped_name(n): full_tensor(p.grad) for n, p in model.named_parameters()}, state
 
 
 @pytest.mark.parametrize("train_type", ["full", "bnb_dora"])

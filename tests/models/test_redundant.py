@@ -106,7 +106,7 @@ def test_an_untied_model_trains_the_same_on_two_ranks(train_type, untied, short_
 
 def test_training_and_expansion_report_an_untied_head(untied, short_rows, tmp_path, capsys):
     remark = f"{untied('qwen2')}: {UNTIED}"
-    job = train.check(parse(["--model_name", str(untied("qwen2")), "--dataset", str(short_rows)])[0])
+    job = train.check_run(parse(["--model_name", str(untied("qwen2")), "--dataset", str(short_rows)])[0])
     assert remark in job.remarks
     expand(untied("qwen2"), tmp_path / "pro", "--after", "1")
     assert f"{remark}\n" in capsys.readouterr().out

@@ -48,7 +48,7 @@ def runs(checkpoints, alpaca_file, two_ranks, tmp_path_factory):
         argv = ["--model_name", checkpoints(), "--dataset", alpaca_file, "--output_dir", root / name, *more,
                 "--max_steps", STEPS, "--gradient_accumulation_steps", "2", "--lora_rank", "8",
                 "--world_size", "2"]  # fmt: skip
-        made[name] = two_ranks(full_run, train.check(parse(list(map(str, argv)))[0]))[0]
+        made[name] = two_ranks(full_run, train.check_run(parse(list(map(str, argv)))[0]))[0]
     return SimpleNamespace(root=root, printed=made)
 
 
@@ -254,7 +254,7 @@ def test_a_run_without_a_cycle_is_refused(checkpoints, short_rows, tmp_path):
     for more, how in ((["--max_steps", "9"], "10 steps, and the run has 9; lower --profiling_frequency"),
                       (["--max_steps", "3", "--repeat", "1"], "4 steps, and the run has 3; give fewer --wait")):  # fmt: skip
         with pytest.raises(UserError, match=how):
-            train.check(profiled(*map(str, [*argv, *more])))
+            train.check_run(profiled(*map(str, [*argv, *more])))
     with pytest.raises(UserError, match=r"--profiling_output .*cannot be written"):
-        train.check(profiled(*map(str, [*argv, "--profiling_output", short_rows / "x"])))
+        train.check_run(profiled(*map(str, [*argv, "--profiling_output", short_rows / "x"])))
     assert not list(tmp_path.iterdir())

@@ -259,7 +259,7 @@ def test_a_real_run_leaves_the_page(checkpoints, one_rank, tmp_path, monkeypatch
     data = tiny.write_alpaca(tmp_path / "some rows.jsonl", rows=3)
     given = ["--model_name", checkpoints(), "--dataset", data, "--output_dir", tmp_path / "run",
              "--max_steps", "3", "--lora_rank", "8", "--world_size", "1"]  # fmt: skip
-    job = train.check(parse(list(map(str, given)))[0])
+    job = train.check_run(parse(list(map(str, given)))[0])
     shown = one_rank(full_run, job)[0]
     made = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
     assert "report.html" in shown and f"Rows kept {len(job.rows):,}" in Page(made).text
@@ -281,7 +281,7 @@ def run_typed(python: str, script: str, *options: str) -> str:
     """A command that was shown, in this process; of train.py, up to the start of its processes."""
     name = script.removesuffix(".py")
     if name == "train":
-        train.check(parse(list(options))[0])
+        train.check_run(parse(list(options))[0])
     else:
         assert importlib.import_module(name).main(list(options)) == 0
     return name

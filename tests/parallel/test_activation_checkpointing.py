@@ -1,8 +1,8 @@
-"""Compiled layers, and what layers keep for backward, change nothing but speed and memory; tolerances:
-tests/helpers/parity.py, which says why.
+"""Compilation and activation checkpointing change nothing but speed and memory.
 
-The compiler's own code generator needs a C++ compiler or a GPU; here all comes before it: tracing whole layers
-without a break, the graphs of forward and backward, and what is run again. tests/gpu/test_modes.py has the rest.
+tests/helpers/parity.py explains the tolerances. The compiler's own code generator needs a C++ compiler or a
+GPU. The tests here cover what comes before it: tracing whole layers without a break, the graphs of forward
+and backward, and recomputation. tests/gpu/test_modes.py has the rest.
 """
 
 from __future__ import annotations
@@ -16,23 +16,22 @@ from torch._dynamo.utils import counters
 
 import train
 from options.methods import METHODS
-from parallel import activation_checkpointing as recompute
-from parallel import activation_offload
+from parallel import activation_checkpointing, activation_offload
 from parallel.activation_checkpointing import (
-    GRAPHS,
+    MAX_GRAPHS_PER_KIND,
     ActivationBudget,
-    Keep,
-    Recomputed,
-    allow_graphs,
-    compiler,
+    CheckpointedModule,
+    SavedActivations,
+    compile_run_layer,
+    raise_graph_limit,
 )
 from quantization import operators as linear4bit
 from tests.helpers.compiled import CHECKPOINTED, EXTRA_GRAPHS, LAYERS, LINEARS, compiled_run, two_step_args
 from tests.helpers.parity import PLAIN, TYPES, arguments, assert_same, biased_checkpoint
 from tests.helpers.products import products
 from tests.helpers.runs import set_up, train_run
-from training import companions
-from training.bad_steps import BadSteps
+from training import loop_components
+from training.bad_steps import BadStepGuard
 
 SLOW_FAMILIES = [("gemma2", 2), ("gemma3", 3), ("qwen2", 2)]  # two steps of Gemma 3's take 20 s
 
@@ -43,8 +42,9 @@ SLOW_FAMILIES = [("gemma2", 2), ("gemma3", 3), ("qwen2", 2)]  # two steps of Gem
         TYPES,
         ["true", "false"],
         always=[("full", "false"), ("lora", "true"), ("bnb_dora", "true"), ("hqq_llama_pro", "true")],
-        # hqq_dora is compiled in test_what_is_computed_again, qlora in tests/parallel/test_inductor_passes.py. The others are of the same
-        # parts: DoRA as in bnb_dora, dense weights as in lora, HQQ's and expanded models as in hqq_llama_pro.
+        # hqq_dora is compiled in test_recomputation, qlora in tests/parallel/test_inductor_passes.py. The
+        # others combine the same parts: DoRA as in bnb_dora, dense weights as in lora, HQQ and expansion as
+        # in hqq_llama_pro.
         left_out=["dora", "qlora", "hqq_lora", "hqq_dora", "llama_pro", "bnb_llama_pro"],
     ),
 )
@@ -63,8 +63,10 @@ def test_compiled(train_type, checkpointing, checkpoints, even_rows, plain_run, 
     [("phi3", 2), *(pytest.param(k, n, marks=pytest.mark.slow) for k, n in SLOW_FAMILIES)],
 )
 def test_compiled_families(kind, layers, checkpoints, one_rank, tmp_path):
-    """A graph for each kind of layer, and one for the first, whose input has no gradient. Gemma 2's kinds differ in a
-    mask, which they are given."""
+    """Each kind of layer is one graph, and the first layer, whose input has no gradient, another.
+
+    Gemma 2's kinds differ in a mask, which is an argument.
+    """
     args = two_step_args(checkpoints(kind), tmp_path)
     results, graphs = one_rank(compiled_run, [*args, *CHECKPOINTED])[0]
     assert_same(one_rank(train_run, [*args, *PLAIN])[0], results)
@@ -73,14 +75,14 @@ def test_compiled_families(kind, layers, checkpoints, one_rank, tmp_path):
 
 @pytest.mark.slow
 def test_other_lengths_of_rows_are_compiled_once_more(checkpoints, short_rows, plain_run, one_rank):
-    """Then for any number of tokens: in five steps, which have different ones, each graph is made twice."""
+    """The second graph is for any number of tokens: in five steps of other lengths, each is made twice."""
     args = arguments(checkpoints("llama_bias"), short_rows, "lora")
     results, graphs = one_rank(compiled_run, [*args, *PLAIN])[0]
     assert_same(plain_run([*args, *PLAIN]), results)
     assert graphs == 2 * (2 + EXTRA_GRAPHS)
 
 
-# bnb_dora's layers have all of qlora's in them, and its norms.
+# bnb_dora's layers have everything that qlora's have, and norms.
 @pytest.mark.parametrize(
     "train_type", products(["qlora", "bnb_dora"], always=[("bnb_dora",)], left_out=["qlora"])
 )
@@ -92,45 +94,48 @@ def test_compiled_units_within_layers_in_two_ranks(train_type, checkpoints, even
     assert graphs
 
 
-def counted_run(place, argv: list[str], compiled: bool, keeping: int):
-    """(`train_run`'s results, degrees of the layers, weights dequantized in each step, tensors sent to the host in
-    each step). keeping: layers that keep their results."""
-    counts, original = {"weights": 0, "stashed": 0}, linear4bit.dequantize
-    pack, step = activation_offload.HostStash.pack, BadSteps.step
+def counted_run(rank_info, argv: list[str], compiled: bool, n_matmuls: int):
+    """(`train_run`'s results, SavedActivations of the layers, counts of each step).
+
+    The counts are of dequantized weights, and of tensors sent to the host. n_matmuls: layers that save
+    MATMULS.
+    """
+    counts, original = {"weights": 0, "offloaded": 0}, linear4bit.dequantize
+    pack, step = activation_offload.HostActivations.pack, BadStepGuard.step
     budgets, per_step = [], []
 
     def dequantize(*args, **kwargs):
         counts["weights"] += 1
         return original(*args, **kwargs)
 
-    def stash(self, tensor):
-        counts["stashed"] += 1
+    def counted_pack(self, tensor):
+        counts["offloaded"] += 1
         return pack(self, tensor)
 
-    def spending(*args, **options):
+    def make_budget(*args, **options):
         budget = ActivationBudget(*args, **options)
-        budget._spend(sum(budget.bytes[LAYERS - keeping :]) + 1)
+        budget._assign(sum(budget.layer_bytes[LAYERS - n_matmuls :]) + 1)
         budgets.append(budget)
         return budget
 
-    def stepped(self, *rest):
+    def counted_step(self, *rest):
         per_step.append(dict(counts))
-        counts.update(weights=0, stashed=0)
+        counts.update(weights=0, offloaded=0)
         return step(self, *rest)
 
     with (
         mock.patch.object(linear4bit, "dequantize", dequantize),
-        mock.patch.object(activation_offload.HostStash, "pack", stash),
-        mock.patch.object(activation_offload, "SMALLEST", 0),
-        mock.patch.object(companions, "ActivationBudget", spending),
-        mock.patch.object(BadSteps, "step", stepped),
+        mock.patch.object(activation_offload.HostActivations, "pack", counted_pack),
+        mock.patch.object(activation_offload, "MIN_OFFLOAD_BYTES", 0),
+        mock.patch.object(loop_components, "ActivationBudget", make_budget),
+        mock.patch.object(BadStepGuard, "step", counted_step),
     ):
-        results = compiled_run(place, argv)[0] if compiled else train_run(place, argv)
-    return results, [layer.keep for layer in budgets[0].layers], per_step[1:]
+        results = compiled_run(rank_info, argv)[0] if compiled else train_run(rank_info, argv)
+    return results, [layer.saved for layer in budgets[0].layers], per_step[1:]
 
 
 @pytest.mark.parametrize(
-    ("train_type", "compiled", "keeping"),
+    ("train_type", "compiled", "n_matmuls"),
     products(
         ["qlora", "hqq_dora"],
         [False, True],
@@ -138,23 +143,24 @@ def counted_run(place, argv: list[str], compiled: bool, keeping: int):
         always=[("qlora", False, 0), ("hqq_dora", True, 2)],
     ),
 )
-def test_what_is_computed_again(train_type, compiled, keeping, checkpoints, even_rows, plain_run, one_rank):
-    """Each weight is dequantized in forward and in backward, for its recomputation where its result was not kept, and
-    for DoRA's norm. What only a compiled layer knows: nothing needs LoRA's last projection again; DoRA's is on the
-    host."""
+def test_recomputation(train_type, compiled, n_matmuls, checkpoints, even_rows, plain_run, one_rank):
+    """Each weight is dequantized in forward, in backward, in recomputation unless its result was saved, and
+    for DoRA's norm. A compiled layer does not recompute the last projection: LoRA does not need it, and
+    DoRA's output is on the host."""
     args = arguments(checkpoints("llama_bias"), even_rows, train_type)
-    results, kept, steps = one_rank(counted_run, [*args, *CHECKPOINTED], compiled, keeping)[0]
+    results, saved, steps = one_rank(counted_run, [*args, *CHECKPOINTED], compiled, n_matmuls)[0]
     assert_same(plain_run([*args, *PLAIN]), results)
-    assert kept == [Keep.NOTHING] * (LAYERS - keeping) + [Keep.RESULTS] * keeping
-    dora = METHODS[train_type].adapter == "dora"
-    again = (LAYERS - keeping) * (LINEARS - compiled)
-    # The first layer's input needs no gradient: three weights of its attention are not wanted in backward.
-    weights = LAYERS * LINEARS * (3 if dora else 2) - 3 + again
-    stashed = LAYERS - keeping if dora and compiled else 0
-    assert steps == [{"weights": weights, "stashed": stashed}] * len(steps)
+    n_input = LAYERS - n_matmuls
+    assert saved == [SavedActivations.INPUT] * n_input + [SavedActivations.MATMULS] * n_matmuls
+    is_dora = METHODS[train_type].adapter == "dora"
+    recomputed = n_input * (LINEARS - compiled)
+    # The first layer's input needs no gradient: backward does not use three weights of its attention.
+    weights = LAYERS * LINEARS * (3 if is_dora else 2) - 3 + recomputed
+    offloaded = n_input if is_dora and compiled else 0
+    assert steps == [{"weights": weights, "offloaded": offloaded}] * len(steps)
 
 
-def test_full_training_keeps_results_too(checkpoints, short_rows, plain_run, one_rank):
+def test_full_training_saves_matmuls_too(checkpoints, short_rows, plain_run, one_rank):
     args = arguments(checkpoints("llama_bias"), short_rows, "full")
     results = one_rank(train_run, [*args, *CHECKPOINTED, "--activation_budget", "1"])[0]
     assert_same(plain_run([*args, *PLAIN]), results)
@@ -169,8 +175,8 @@ def test_compiled_under_autocast(checkpoints, even_rows, plain_run, one_rank):
 
 
 @pytest.fixture
-def as_imported():
-    """The compiler and its limits as in a fresh process."""
+def fresh_compiler():
+    """The compiler and its limits, as in a new process."""
     torch.compiler.reset()
     with torch._dynamo.config.patch(recompile_limit=8, accumulated_recompile_limit=8):
         yield
@@ -180,8 +186,8 @@ def as_imported():
 def all_different(n: int) -> tuple[nn.Module, nn.Module]:
     """(n layers of different widths, the same layers compiled)."""
     plain = nn.Sequential(*[nn.Sequential(nn.Linear(4, 5 + i), nn.Linear(5 + i, 4)) for i in range(n)])
-    run = compiler("aot_eager")
-    return plain, nn.Sequential(*[Recomputed(layer, Keep.NOTHING, run) for layer in plain])
+    run = compile_run_layer("aot_eager")
+    return plain, nn.Sequential(*[CheckpointedModule(layer, SavedActivations.INPUT, run) for layer in plain])
 
 
 def gradients(model: nn.Module) -> list[torch.Tensor]:
@@ -189,18 +195,18 @@ def gradients(model: nn.Module) -> list[torch.Tensor]:
     return torch.autograd.grad(model(x).square().sum(), [x, *model.parameters()])
 
 
-def test_as_many_graphs_as_there_are_kinds_of_layers(as_imported, recwarn, monkeypatch):
-    """More than torch's limit, and than what one kind may have."""
-    monkeypatch.setattr(recompute, "GRAPHS", 10)
+def test_as_many_graphs_as_there_are_kinds_of_layers(fresh_compiler, recwarn, monkeypatch):
+    """The number of graphs may exceed torch's limit, and the limit of one kind."""
+    monkeypatch.setattr(activation_checkpointing, "MAX_GRAPHS_PER_KIND", 10)
     plain, compiled = all_different(n := 12)
-    allow_graphs(list(compiled))
+    raise_graph_limit(list(compiled))
     before = counters["stats"]["unique_graphs"]
     torch.testing.assert_close(gradients(compiled), gradients(plain))
     assert counters["stats"]["unique_graphs"] - before == n
     assert not [w for w in recwarn if "compilations" in str(w.message)]
 
 
-def test_beyond_the_limit_layers_run_as_they_are(as_imported):
+def test_beyond_the_limit_layers_run_uncompiled(fresh_compiler):
     plain, compiled = all_different(12)
     before = counters["stats"]["unique_graphs"]
     with pytest.warns(UserWarning, match="after 8 compilations"):
@@ -212,13 +218,14 @@ def test_beyond_the_limit_layers_run_as_they_are(as_imported):
 @pytest.mark.parametrize(("targets", "kinds"), [("all", 1), ("layers.1.mlp.up_proj,q_proj", 2)])
 def test_kinds_of_layers_in_a_run(targets, kinds, checkpoints, short_rows, one_rank):
     args = arguments(checkpoints(), short_rows, "qlora", "--lora_target_modules", targets)
-    assert one_rank(limit_in_a_run, args)[0] == GRAPHS * (kinds + 1)  # the norm after the layers is one
+    kinds += 1  # the norm after the layers
+    assert one_rank(limit_in_a_run, args)[0] == MAX_GRAPHS_PER_KIND * kinds
 
 
-def limit_in_a_run(place, args) -> int:
+def limit_in_a_run(rank_info, args) -> int:
     with (
         torch._dynamo.config.patch(recompile_limit=8),
-        mock.patch.object(train, "compiler", lambda: compiler("aot_eager")),
+        mock.patch.object(train, "compile_run_layer", lambda: compile_run_layer("aot_eager")),
     ):
-        set_up(place, [*args, "--compile", "true"])
+        set_up(rank_info, [*args, "--compile", "true"])
         return torch._dynamo.config.recompile_limit

@@ -1,5 +1,7 @@
-"""What layers leave on the host comes back once, a layer ahead, in whichever order backward asks for a layer's tensors.
-On the CPU: the same bookkeeping with plain copies. That memory is freed: tests/gpu/test_modes.py."""
+"""Offloaded tensors are fetched once, one layer ahead, in whatever order backward unpacks a layer's tensors.
+
+Here on the CPU: the same bookkeeping with plain copies. tests/gpu/test_modes.py shows that memory is freed.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +17,8 @@ from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy
 
 from models.registry import FAMILIES
 from parallel import activation_offload
-from parallel.activation_checkpointing import Keep, Recomputed
-from parallel.activation_offload import HostStash, Offloaded, Stashed
+from parallel.activation_checkpointing import CheckpointedModule, SavedActivations
+from parallel.activation_offload import HostActivations, HostTensor, OffloadedLayer
 from tests.helpers.adapters import build_meta_model
 from tests.helpers.compiled import CHECKPOINTED, LAYERS, compiled_run
 from tests.helpers.parity import PLAIN, arguments, assert_same
@@ -26,7 +28,7 @@ DEEP = 4
 
 
 class Saving(torch.autograd.Function):
-    """x + 1, with what is given saved for backward, which asks for all of it at once, the first one first."""
+    """x + 1. It saves the given tensors (None: its output); backward unpacks all of them, in order."""
 
     @staticmethod
     def forward(ctx, x, *saved):
@@ -43,89 +45,88 @@ class Saving(torch.autograd.Function):
 class AsCompiled(nn.Module):
     """One node, which saves its input and its output."""
 
-    keep = Keep.NOTHING
+    saved = SavedActivations.INPUT
 
     def forward(self, x):
         return Saving.apply(x, x, None)
 
 
 class AsEager(nn.Module):
-    """Two nodes, of which backward comes to the second one first."""
+    """Two nodes; backward runs the second one first."""
 
-    keep = Keep.NOTHING
+    saved = SavedActivations.INPUT
 
     def forward(self, x):
         return Saving.apply(Saving.apply(x, x), None)
 
 
-class Log(HostStash):
-    """Notes when a tensor is asked for and when it is fetched, by (number of the layer, which of its tensors)."""
+class LoggedActivations(HostActivations):
+    """Logs when a tensor is unpacked and when it is fetched, by (index of the layer, index in the layer)."""
 
     def __init__(self):
         super().__init__()
         self.names, self.events, self.counts = {}, [], []
 
-    def begin(self, first):
-        super().begin(first)
-        self.counts = [0] if first else [*self.counts, 0]
+    def begin_layer(self, is_first):
+        super().begin_layer(is_first)
+        self.counts = [0] if is_first else [*self.counts, 0]
 
     def pack(self, tensor):
-        kept = super().pack(tensor)
-        assert torch.equal(kept.host, tensor)
-        self.names[id(kept)] = len(self.counts) - 1, self.counts[-1]
+        packed = super().pack(tensor)
+        assert torch.equal(packed.host, tensor)
+        self.names[id(packed)] = len(self.counts) - 1, self.counts[-1]
         self.counts[-1] += 1
-        return kept
+        return packed
 
-    def unpack(self, kept):
-        if isinstance(kept, Stashed):
-            self.events.append(("ask", *self.names[id(kept)]))
-        return super().unpack(kept)
+    def unpack(self, packed):
+        if isinstance(packed, HostTensor):
+            self.events.append(("unpack", *self.names[id(packed)]))
+        return super().unpack(packed)
 
-    def _copy(self, kept):
-        self.events.append(("fetch", *self.names[id(kept)]))
-        return super()._copy(kept)
+    def _copy_to_device(self, packed):
+        self.events.append(("fetch", *self.names[id(packed)]))
+        return super()._copy_to_device(packed)
 
 
 @pytest.fixture
-def small(monkeypatch):
+def any_size(monkeypatch):
     """Tensors of any size go to the host."""
-    monkeypatch.setattr(activation_offload, "SMALLEST", 0)
+    monkeypatch.setattr(activation_offload, "MIN_OFFLOAD_BYTES", 0)
 
 
-def offloaded(kind: Callable[[], nn.Module], stash: HostStash, inputs: bool = True) -> nn.Module:
-    layers = [kind() for _ in range(DEEP)]
-    return nn.Sequential(
-        *[
-            Offloaded(layer, stash, inputs=inputs, results=True, first=i == 0, last=i == DEEP - 1)
-            for i, layer in enumerate(layers)
-        ]
-    )
+def offloaded(
+    kind: Callable[[], nn.Module], host_activations: HostActivations, offload_input: bool = True
+) -> nn.Module:
+    """A model of DEEP offloaded layers."""
+    options = {"offload_input": offload_input, "offload_last_output": True}
+    layers = [
+        OffloadedLayer(kind(), host_activations, **options, first=i == 0, last=i == DEEP - 1)
+        for i in range(DEEP)
+    ]
+    return nn.Sequential(*layers)
 
 
 @pytest.mark.parametrize(("kind", "order"), [(AsCompiled, (0, 1)), (AsEager, (1, 0))])
-def test_each_tensor_comes_back_once_and_a_layer_ahead(kind, order, small):
-    stash = Log()
-    model = offloaded(kind, stash)
+def test_each_tensor_comes_back_once_and_a_layer_ahead(kind, order, any_size):
+    log = LoggedActivations()
+    model = offloaded(kind, log)
     first, second = order
     expected = [("fetch", DEEP - 1, 0), ("fetch", DEEP - 1, 1)]
     for layer in reversed(range(DEEP)):
-        asked = [("ask", layer, first), ("ask", layer, second)]
-        ahead = [("fetch", layer - 1, 0), ("fetch", layer - 1, 1)] if layer else []
-        expected += [asked[0], *ahead, asked[1]]
-    expected[:3] = [
-        expected[2],
-        *expected[:2],
-    ]  # nobody asked before the last layer, which fetches for itself
+        unpacked = [("unpack", layer, first), ("unpack", layer, second)]
+        prefetched = [("fetch", layer - 1, 0), ("fetch", layer - 1, 1)] if layer else []
+        expected += [unpacked[0], *prefetched, unpacked[1]]
+    # No layer prefetches the tensors of the last one, which fetches them itself.
+    expected[:3] = [expected[2], *expected[:2]]
     for _ in range(3):
-        stash.events.clear()
+        log.events.clear()
         model(torch.ones(2, 3, requires_grad=True)).sum().backward()
-        assert stash.events == expected
+        assert log.events == expected
 
 
-def test_nothing_is_held_after_a_step(small):
-    """Also without the garbage collector, and where backward does not come to every layer or does not come at all."""
-    stash = HostStash()
-    model = offloaded(AsCompiled, stash)
+def test_nothing_is_held_after_a_step(any_size):
+    """That needs no garbage collector, and no backward."""
+    model = offloaded(AsCompiled, HostActivations())
     gc.collect()
     gc.disable()
     try:
@@ -142,7 +143,7 @@ def test_nothing_is_held_after_a_step(small):
 
 
 class Block(nn.Module):
-    """Of the elementwise operations and the matmul autograd would keep inputs and results."""
+    """A layer whose inputs and results autograd would save, without checkpointing."""
 
     def __init__(self):
         super().__init__()
@@ -152,11 +153,11 @@ class Block(nn.Module):
         return x + torch.tanh(self.linear(x))
 
 
-def test_layers_inputs_do_not_stay_where_they_were(small):
-    """Between forward and backward nothing holds what is on the host: neither autograd's graph nor the functions that it
-    keeps."""
-    stash, outputs, counts = HostStash(), [], []
-    model = offloaded(lambda: Recomputed(Block(), Keep.NOTHING), stash)
+def test_layers_inputs_are_freed_on_the_device(any_size):
+    """Between forward and backward nothing holds the original of an offloaded tensor: neither autograd's
+    graph nor its closures."""
+    outputs, counts = [], []
+    model = offloaded(lambda: CheckpointedModule(Block(), SavedActivations.INPUT), HostActivations())
 
     def count(layer, args, output):
         outputs.append(weakref.ref(output))
@@ -170,84 +171,84 @@ def test_layers_inputs_do_not_stay_where_they_were(small):
     finally:
         gc.enable()
     assert alive() == DEEP, "the inputs, on the host"
-    assert counts == [1] + [2] * (DEEP - 1), "a layer's output and its input, which is the one before's"
+    assert counts == [1] + [2] * (DEEP - 1), "a layer's output and its input, the previous output"
     assert [ref() is not None for ref in outputs] == [False] * (DEEP - 1) + [True]
     y.sum().backward()
 
 
 def alive() -> int:
-    return sum(isinstance(o, Stashed) for o in gc.get_objects())
+    return sum(isinstance(o, HostTensor) for o in gc.get_objects())
 
 
-def test_a_second_backward_gets_them_again(small):
-    stash = Log()
+def test_a_second_backward_gets_them_again(any_size):
+    log = LoggedActivations()
     leaf = torch.ones(2, 3, requires_grad=True)
-    y = offloaded(AsCompiled, stash)(leaf).sum()
+    y = offloaded(AsCompiled, log)(leaf).sum()
     y.backward(retain_graph=True)
     y.backward()
     assert torch.equal(leaf.grad, torch.full_like(leaf, 2))
-    assert sum(kind == "fetch" for kind, *_ in stash.events) == 2 * 2 * DEEP
+    assert sum(kind == "fetch" for kind, *_ in log.events) == 2 * 2 * DEEP
 
 
-def test_layers_that_stash_nothing_are_passed_over(small):
-    """Those that keep their results, where only results are offloaded: the layer before them is fetched ahead."""
-    stash = Log()
-    model = offloaded(AsCompiled, stash, inputs=False)
-    model[1]._checkpoint_wrapped_module.keep = Keep.RESULTS
+def test_layers_that_offload_nothing_are_skipped(any_size):
+    """A layer that saves MATMULS offloads no output. The layer before it is prefetched."""
+    log = LoggedActivations()
+    model = offloaded(AsCompiled, log, offload_input=False)
+    model[1]._checkpoint_wrapped_module.saved = SavedActivations.MATMULS
     leaf = torch.ones(2, 3, requires_grad=True)
     model(leaf).sum().backward()
-    layers = [(kind, layer) for kind, layer, _ in stash.events]
-    assert layers == [("ask", 3), ("fetch", 3), ("fetch", 2), ("ask", 2), ("fetch", 0), ("ask", 0)]
+    layers = [(kind, layer) for kind, layer, _ in log.events]
+    assert layers == [("unpack", 3), ("fetch", 3), ("fetch", 2), ("unpack", 2), ("fetch", 0), ("unpack", 0)]
 
 
-def offloading_run(place, argv: list[str]):
+def offloading_run(rank_info, argv: list[str]):
     """(a compiled run's results, tensors sent to the host, fetched from it, and still there)."""
-    counts = {"stashed": 0, "fetched": 0}
-    pack, copy = HostStash.pack, HostStash._copy
+    counts = {"sent": 0, "fetched": 0}
+    pack, copy = HostActivations.pack, HostActivations._copy_to_device
 
-    def counting_pack(self, tensor):
-        counts["stashed"] += 1
+    def counted_pack(self, tensor):
+        counts["sent"] += 1
         return pack(self, tensor)
 
-    def counting_copy(self, kept):
+    def counted_copy(self, packed):
         counts["fetched"] += 1
-        return copy(self, kept)
+        return copy(self, packed)
 
     with (
-        mock.patch.object(activation_offload, "SMALLEST", 0),
-        mock.patch.object(HostStash, "pack", counting_pack),
-        mock.patch.object(HostStash, "_copy", counting_copy),
+        mock.patch.object(activation_offload, "MIN_OFFLOAD_BYTES", 0),
+        mock.patch.object(HostActivations, "pack", counted_pack),
+        mock.patch.object(HostActivations, "_copy_to_device", counted_copy),
     ):
-        results, _ = compiled_run(place, argv)
+        results, _ = compiled_run(rank_info, argv)
     gc.collect()
-    return results, counts["stashed"], counts["fetched"], alive()
+    return results, counts["sent"], counts["fetched"], alive()
 
 
 def test_compiled_dora(checkpoints, even_rows, plain_run, one_rank):
-    """The layers' inputs and the last projections' outputs."""
+    """It offloads the layers' inputs and the last projections' outputs."""
     args = arguments(checkpoints("llama_bias"), even_rows, "hqq_dora")
-    results, stashed, fetched, held = one_rank(
+    results, sent, fetched, held = one_rank(
         offloading_run, [*args, *CHECKPOINTED, "--use_activation_cpu_offload", "true"]
     )[0]
     assert_same(plain_run([*args, *PLAIN]), results)
-    assert stashed == fetched == 2 * LAYERS * len(results[0])
+    assert sent == fetched == 2 * LAYERS * len(results[0])
     assert held == 0
 
 
-@pytest.mark.parametrize(("policy", "kept"), [(OffloadPolicy(), True), (CPUOffloadPolicy(), False)])
-def test_what_dora_keeps(policy, kept, checkpoints):
-    """Its last projection's output, but not where host memory is short."""
+@pytest.mark.parametrize(("policy", "saves"), [(OffloadPolicy(), True), (CPUOffloadPolicy(), False)])
+def test_dora_saves_its_last_output(policy, saves, checkpoints):
+    """It does not where parameters are in host memory."""
     family = FAMILIES["llama"]
     model = build_meta_model(checkpoints(), "bnb_dora")
     layer = model.get_submodule(family.layers)[0]
-    assert _keep_last_output(layer, family, policy) is kept
-    assert layer.mlp.down_proj.saves_output is kept
+    assert _keep_last_output(layer, family, policy) is saves
+    assert layer.mlp.down_proj.saves_output is saves
 
 
 @pytest.mark.slow
-def test_parameters_in_host_memory_leave_no_room_for_results(checkpoints, even_rows, plain_run, one_rank):
-    """Of DoRA's last projection: it is computed again."""
+def test_with_parameters_in_host_memory_no_output_is_offloaded(checkpoints, even_rows, plain_run, one_rank):
+    """DoRA's last projection is recomputed."""
     args = arguments(checkpoints("llama_bias"), even_rows, "bnb_dora")
-    results, stashed, *_ = one_rank(offloading_run, [*args, *CHECKPOINTED, "--use_cpu_offload", "true"])[0]
+    results, sent, *_ = one_rank(offloading_run, [*args, *CHECKPOINTED, "--use_cpu_offload", "true"])[0]
     assert_same(plain_run([*args, *PLAIN]), results)
-    assert stashed == 0
+    assert sent == 0

@@ -1,5 +1,7 @@
-"""All-gathers and reduce-scatters by copy engines. What FSDP2 does with them is shown without GPUs as well, in buffers
-that files stand for; the engines' own part on two GPUs."""
+"""All-gathers and reduce-scatters by copy engines.
+
+Without GPUs, files replace the buffers, to show what FSDP2 does with them. The engines need two GPUs.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,7 @@ from tests.helpers.parity import arguments, assert_same
 from tests.helpers.products import products
 from tests.helpers.runs import train_run
 
-CASES = [  # elements of a rank, dtype: buffers are made, met again, and too small
+CASES = [  # elements of a rank, dtype: buffers are made, reused, and too small
     (1000, torch.float32),
     (1000, torch.float32),
     (24, torch.bfloat16),
@@ -33,14 +35,14 @@ CASES = [  # elements of a rank, dtype: buffers are made, met again, and too sma
     (3, torch.float16),
 ]
 
-on_cpus = pytest.mark.skipif(torch.cuda.is_available(), reason="of ranks on CPUs")
+on_cpus = pytest.mark.skipif(torch.cuda.is_available(), reason="for ranks on CPUs")
 
 
-class Files:
+class FileBuffer:
     """A Buffer on a CPU: every rank's part is a file that all map."""
 
     def __init__(self, folder: Path, world: int, n: int, device: torch.device):
-        self.folder, self.n, self.taken = folder, n, lambda: None
+        self.folder, self.n, self.user = folder, n, lambda: None
 
     def map(self, group: dist.ProcessGroup) -> None:
         self.group, self.rank, folder, n = group, group.rank(), self.folder, self.n
@@ -51,25 +53,25 @@ class Files:
         dist.barrier(group)
         self.parts = [torch.from_file(str(p), shared=True, size=size, dtype=torch.uint8)[:n] for p in paths]
 
-    others = copy_engines.Buffer.others
+    other_ranks = copy_engines.Buffer.other_ranks
 
     def meet(self) -> None:
         dist.barrier(self.group)
 
 
-def made_of_files(folder: Path, mesh, used: list | None = None):
-    """As `make_copies`."""
+def make_file_copies(folder: Path, mesh, used: list | None = None):
+    """`make_copies` over files. used: a list to append the Buffers to."""
     shards = shard_mesh(mesh)
     if shards.size() == 1:
         return None
     group = shards.get_group()
-    own = folder / str(dist.get_process_group_ranks(group)[0])
-    places = [own / "gathered", own / "summed"]
-    for place in places:
-        place.mkdir(parents=True, exist_ok=True)
+    group_folder = folder / str(dist.get_process_group_ranks(group)[0])
+    folders = [group_folder / "gathered", group_folder / "summed"]
+    for each in folders:
+        each.mkdir(parents=True, exist_ok=True)
     gathered, summed = (
-        Buffers(group, functools.partial(Files, place), waste)
-        for place, waste in zip(places, (copy_engines.WASTE, math.inf), strict=True)
+        Buffers(group, functools.partial(FileBuffer, each), max_waste)
+        for each, max_waste in zip(folders, (copy_engines.MAX_WASTE, math.inf), strict=True)
     )
     if used is not None:
         used += [gathered, summed]
@@ -77,6 +79,7 @@ def made_of_files(folder: Path, mesh, used: list | None = None):
 
 
 def compare(device: torch.device, copies, group: dist.ProcessGroup) -> None:
+    """Assert that the copies' results are those of the group's own collectives."""
     gather, scatter = copies
     rank, world = group.rank(), group.size()
     generator = torch.Generator().manual_seed(rank)
@@ -84,11 +87,11 @@ def compare(device: torch.device, copies, group: dist.ProcessGroup) -> None:
         given = torch.randint(64, (world, n), generator=generator).to(device, dtype)
         expected = torch.empty_like(given).flatten()
         all_gather(expected, given[rank].clone(), group=group)
-        whole = gather.allocate((world * n,), dtype=dtype, device=device)
-        part = whole[rank * n : (rank + 1) * n]
+        gathered = gather.allocate((world * n,), dtype=dtype, device=device)
+        part = gathered[rank * n : (rank + 1) * n]
         part.copy_(given[rank])
-        assert gather(whole, part, group) is None
-        assert torch.equal(whole, expected)
+        assert gather(gathered, part, group) is None
+        assert torch.equal(gathered, expected)
         if dtype == torch.float32:
             expected, result = torch.empty_like(given[0]), torch.empty_like(given[0])
             reduce_scatter(expected, given.flatten(), group=group)
@@ -96,37 +99,38 @@ def compare(device: torch.device, copies, group: dist.ProcessGroup) -> None:
             assert torch.equal(result, expected)
 
 
-def compare_files(place, folder: str) -> None:
-    mesh = init_device_mesh("cpu", (place.world,))
-    compare(place.device, made_of_files(Path(folder), mesh), mesh.get_group())
+def compare_files(rank_info, folder: str) -> None:
+    mesh = init_device_mesh("cpu", (rank_info.world,))
+    compare(rank_info.device, make_file_copies(Path(folder), mesh), mesh.get_group())
 
 
 @on_cpus
 @pytest.mark.parametrize("pool", ["two_ranks", "four_ranks"])
-def test_every_rank_has_what_the_others_had(pool, request, tmp_path):
+def test_every_rank_gets_the_others_data(pool, request, tmp_path):
     request.getfixturevalue(pool)(compare_files, str(tmp_path))
 
 
-def run_with(make, place, args: list) -> tuple:
-    """train_run's, with another `make_copies`."""
-    original, wrapping.make_copies = wrapping.make_copies, make
+def run_with(make_copies, rank_info, args: list) -> tuple:
+    """`train_run`'s results, with another `make_copies`."""
+    original, wrapping.make_copies = wrapping.make_copies, make_copies
     try:
-        return train_run(place, args)
+        return train_run(rank_info, args)
     finally:
         wrapping.make_copies = original
 
 
-def run_with_files(place, folder: str, args: list) -> tuple:
-    """(train_run's, how many buffers it took)."""
+def run_with_files(rank_info, folder: str, args: list) -> tuple:
+    """(`train_run`'s results, number of buffers that it made for each purpose)."""
     used: list[Buffers] = []
-    result = run_with(lambda mesh: made_of_files(Path(folder), mesh, used), place, args)
+    result = run_with(lambda mesh: make_file_copies(Path(folder), mesh, used), rank_info, args)
     return result, [len(buffers.all) for buffers in used]
 
 
 OPTIONS = [
     "--use_gradient_checkpointing true",
     "--use_gradient_checkpointing true --wrap_policy sublayer --use_cpu_offload",
-    "--use_gradient_checkpointing false --sharding_strategy shard_grad_op --gradient_accumulation_steps 2 --no_sync",
+    "--use_gradient_checkpointing false --sharding_strategy shard_grad_op --gradient_accumulation_steps 2"
+    " --no_sync",
 ]
 
 
@@ -140,7 +144,7 @@ OPTIONS = [
     ),
 )
 def test_fsdp_trains_the_same_with_them(train_type, options, checkpoints, short_rows, two_ranks, tmp_path):
-    """To the last bit, as two ranks' sums have no order; in few buffers."""
+    """Bit for bit, as the sum of two ranks has no order; with few buffers."""
     args = [*arguments(checkpoints(), short_rows, train_type), "--batch_size", "2", *options.split()]
     expected = two_ranks(train_run, args)[0]
     with tempfile.TemporaryDirectory(dir=tmp_path) as folder:
@@ -162,24 +166,24 @@ def test_groups_of_ranks_have_buffers_of_their_own(checkpoints, short_rows, four
     assert_same(expected, four_ranks(run_with_files, str(tmp_path), args)[0][0])
 
 
-def test_sums_too_large_to_hold_are_left_to_the_group(monkeypatch):
+def test_sums_too_large_for_a_buffer_use_the_group(monkeypatch):
     taken = []
     monkeypatch.setattr(Buffers, "take", lambda *_: taken.append(1))
-    monkeypatch.setattr(copy_engines, "MOST_SUMMED", 8)
-    asked = []
-    monkeypatch.setattr(copy_engines, "reduce_scatter", lambda out, given, **how: asked.append(how))
+    monkeypatch.setattr(copy_engines, "MAX_SUMMED_BYTES", 8)
+    calls = []
+    monkeypatch.setattr(copy_engines, "reduce_scatter", lambda out, given, **kwargs: calls.append(kwargs))
     CopiedReduceScatter(Buffers(None))(torch.empty(2), torch.empty(4), None, dist.ReduceOp.SUM)
-    assert asked == [{"op": dist.ReduceOp.SUM, "group": None}]
+    assert calls == [{"op": dist.ReduceOp.SUM, "group": None}]
     assert not taken
 
 
-def test_another_operation_than_a_sum_is_none_of_ours():
+def test_operations_other_than_sums_are_refused():
     with pytest.raises(AssertionError):
         CopiedReduceScatter(Buffers(None))(torch.empty(2), torch.empty(4), None, dist.ReduceOp.AVG)
 
 
-def without_gpus(place) -> bool:
-    return make_copies(init_device_mesh("cpu", (place.world,))) is None
+def without_gpus(rank_info) -> bool:
+    return make_copies(init_device_mesh("cpu", (rank_info.world,))) is None
 
 
 @on_cpus
@@ -190,24 +194,24 @@ def test_there_are_none_without_gpus(two_ranks):
 # On GPUs
 
 
-def compare_on_gpus(place) -> int:
-    mesh = init_device_mesh("cuda", (place.world,))
+def compare_on_gpus(rank_info) -> int:
+    mesh = init_device_mesh("cuda", (rank_info.world,))
     copies = make_copies(mesh)
     assert copies is not None and make_copies(mesh) is copies
     for _ in range(50):
-        compare(place.device, copies, mesh.get_group())
+        compare(rank_info.device, copies, mesh.get_group())
     before = torch.cuda.memory_allocated()
-    compare(place.device, copies, mesh.get_group())
+    compare(rank_info.device, copies, mesh.get_group())
     return torch.cuda.memory_allocated() - before
 
 
 @pytest.mark.two_gpus
-def test_gpus_fetch_what_nccl_brings(two_ranks):
-    assert two_ranks(compare_on_gpus) == [0, 0]  # no buffer is made that is there
+def test_results_equal_nccls(two_ranks):
+    assert two_ranks(compare_on_gpus) == [0, 0]  # buffers are reused
 
 
-def with_nccl(place, args) -> tuple:
-    return run_with(lambda mesh: None, place, args)
+def with_nccl(rank_info, args) -> tuple:
+    return run_with(lambda mesh: None, rank_info, args)
 
 
 @pytest.mark.two_gpus
@@ -229,15 +233,15 @@ def test_two_gpus_train_as_with_nccl(train_type, options, checkpoints, short_row
         assert torch.equal(got[1][name], tensor), name
 
 
-def tried(place, stage: str, replaced) -> bool:
-    """Whether copies are made, of a group of its own, where a stage of the trial is something else on rank 1."""
-    group = dist.new_group(list(range(place.world)))
+def try_with(rank_info, stage: str, replacement) -> bool:
+    """Whether copies are made in a new group, with a stage of the trial replaced on rank 1."""
+    group = dist.new_group(list(range(rank_info.world)))
     mesh = DeviceMesh.from_group(group, "cuda")
-    with mock.patch.object(Trial, stage, replaced) if place.rank == 1 else contextlib.nullcontext():
+    with mock.patch.object(Trial, stage, replacement) if rank_info.rank == 1 else contextlib.nullcontext():
         return make_copies(mesh) is not None
 
 
-def unreached(trial) -> bool:
+def without_access(trial) -> bool:
     with mock.patch.object(torch.cuda, "can_device_access_peer", lambda *_: False):
         return REACH(trial)
 
@@ -258,24 +262,26 @@ REACH, EXCHANGE = Trial.reach_each_other, Trial.exchange
 
 @pytest.mark.two_gpus
 @pytest.mark.parametrize(
-    ("stage", "replaced"),
-    [("reach_each_other", unreached), ("allocate", forbidden), ("exchange", misread)],
+    ("stage", "replacement"),
+    [("reach_each_other", without_access), ("allocate", forbidden), ("exchange", misread)],
 )
-def test_one_rank_that_cannot_leaves_all_to_nccl(stage, replaced, two_ranks):
-    assert two_ranks(tried, stage, replaced) == [False, False]
+def test_if_one_rank_fails_all_use_nccl(stage, replacement, two_ranks):
+    assert two_ranks(try_with, stage, replacement) == [False, False]
 
 
 STAGES = "name", "reach_each_other", "allocate", "map", "exchange"
 
 
-def come_to(place, failing: str, how: str) -> tuple[list[str], bool]:
-    """(the stages that this rank comes to, whether copies are made), where rank 1 fails in one. All others are
-    collective."""
-    came = []
+def entered_stages(rank_info, failing: str, how: str) -> tuple[list[str], bool]:
+    """(the stages that this rank enters, whether copies are made), if rank 1 fails in one.
+
+    All other stages are collective.
+    """
+    entered = []
 
     def stage(trial, name: str) -> bool:
-        came.append(name)
-        if name == failing and place.rank == 1:
+        entered.append(name)
+        if name == failing and rank_info.rank == 1:
             if how == "raises":
                 raise RuntimeError
             return False
@@ -287,53 +293,53 @@ def come_to(place, failing: str, how: str) -> tuple[list[str], bool]:
         "", (), {name: functools.partialmethod(stage, name) for name in STAGES} | {"copies": "copies"}
     )
     with mock.patch.object(copy_engines, "Trial", lambda group: trial()):
-        return came, copy_engines._tried.__wrapped__(dist.group.WORLD) is not None
+        return entered, copy_engines._try_copies.__wrapped__(dist.group.WORLD) is not None
 
 
 @on_cpus
-@pytest.mark.parametrize("how", ["raises", "says so"])
+@pytest.mark.parametrize("how", ["raises", "returns"])
 @pytest.mark.parametrize("failing", [*STAGES, "none"])
 def test_ranks_leave_the_trial_together(failing, how, two_ranks):
-    came = list(STAGES) if failing == "none" else list(STAGES[: STAGES.index(failing) + 1])
-    assert two_ranks(come_to, failing, how) == [(came, failing == "none")] * 2
+    entered = list(STAGES) if failing == "none" else list(STAGES[: STAGES.index(failing) + 1])
+    assert two_ranks(entered_stages, failing, how) == [(entered, failing == "none")] * 2
 
 
-class Mapped:
+class SingleBuffer:
     """A Buffer of one rank."""
 
     def __init__(self, world: int, n: int, device: torch.device):
-        self.n, self.rank, self.taken, self.parts = n, 0, lambda: None, [torch.empty(n, dtype=torch.uint8)]
+        self.n, self.rank, self.user, self.parts = n, 0, lambda: None, [torch.empty(n, dtype=torch.uint8)]
 
     def map(self, group) -> None: ...
 
 
 def test_a_layer_is_not_gathered_in_the_heads_buffer():
-    """The head would take a second one then, and there would be two as large for good."""
+    """Otherwise the head would make a second one, and two of that size would remain."""
 
     def take(n: int):
         return buffers.take((n,), torch.uint8, torch.device("cpu"))[1]
 
-    buffers = Buffers(mock.Mock(size=lambda: 1), Mapped, copy_engines.WASTE)
+    buffers = Buffers(mock.Mock(size=lambda: 1), SingleBuffer, copy_engines.MAX_WASTE)
     head = take(1000)
     del head
     first, second = take(400), take(450)
     head = take(1000)
     assert [b.n for b in buffers.all] == [1000, 400, 450]
     del first, second
-    kept = [take(420), take(300)]
+    layers = [take(420), take(300)]
     assert [b.n for b in buffers.all] == [1000, 400, 450]
-    assert buffers.of(kept[0]).n == 450 and buffers.of(kept[1]).n == 400 and buffers.of(head).n == 1000
+    assert [buffers.find(tensor).n for tensor in (*layers, head)] == [450, 400, 1000]
 
 
-class Never:
+class PendingEvent:
     def query(self) -> bool:
         return False
 
 
-def test_what_never_comes_is_a_line(monkeypatch):
-    monkeypatch.setattr(copy_engines, "PATIENCE_SECONDS", 0.01)
+def test_an_event_that_never_comes_is_an_error_line(monkeypatch):
+    monkeypatch.setattr(copy_engines, "TIMEOUT_SECONDS", 0.01)
     with pytest.raises(UserError, match="NCCL_P2P_DISABLE=1"):
-        copy_engines._await(Never())
+        copy_engines._wait_for_event(PendingEvent())
 
 
 @pytest.mark.parametrize(
@@ -347,19 +353,19 @@ def test_what_never_comes_is_a_line(monkeypatch):
         ("NCCL_P2P_LEVEL", "SYS", False),
     ],
 )
-def test_nccls_settings_hold_for_them(variable, value, expected, monkeypatch):
+def test_nccls_settings_apply(variable, value, expected, monkeypatch):
     for name in ("NCCL_P2P_DISABLE", "NCCL_P2P_LEVEL"):
         monkeypatch.delenv(name, raising=False)
-    assert not copy_engines._forbidden()
+    assert not copy_engines._is_forbidden()
     monkeypatch.setenv(variable, value)
-    assert copy_engines._forbidden() is expected
+    assert copy_engines._is_forbidden() is expected
 
 
-def told_otherwise(place) -> bool:
+def name_with_p2p_disabled(rank_info) -> bool:
     with mock.patch.dict(os.environ, NCCL_P2P_DISABLE="1"):
         return Trial(dist.group.WORLD).name()
 
 
 @pytest.mark.two_gpus
-def test_a_rank_that_is_told_otherwise_does_not_reach_others(two_ranks):
-    assert two_ranks(told_otherwise) == [False, False]
+def test_p2p_disabled_forbids_access(two_ranks):
+    assert two_ranks(name_with_p2p_disabled) == [False, False]

@@ -1,4 +1,4 @@
-"""The optimizers, against torch's and bitsandbytes' own on whole plain tensors, and the learning-rate schedule."""
+"""The optimizers, against torch's and bitsandbytes' own on full plain tensors, and the schedule."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from parallel.optimizers import (
     lr_factor,
     make_optimizer,
     make_schedule,
-    merged_blocks,
+    merge_8bit_states,
 )
 from tests.helpers.adapters import build_meta_model
 from tests.helpers.runs import train_run
@@ -40,14 +40,14 @@ BITSANDBYTES = {
     "paged_adamw_32bit": bitsandbytes.optim.PagedAdamW32bit,
     "paged_adamw_8bit": bitsandbytes.optim.PagedAdamW8bit,
 }
-# Over two ranks no 256-element block is cut, and a shard has 4,096 elements or more where the whole has: both
-# have the same 8-bit blocks. Of 3 rows rank 1 has one, of 1 row and of 1 element none.
+# Two ranks split no 256-element block, and a shard has 4,096 elements or more where the full tensor has: both
+# have the same 8-bit blocks. Rank 1 has one of 3 rows, and nothing of 1 row or of 1 element.
 SHAPES = [(64, 128), (3, 4096), (1, 4096), (8, 64), (512,), (1,)]
 LR, DECAY, STEPS = 1e-2, 0.1, 6
 
 
 def values(step: int, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
-    """Parameters (step 0) or the gradients of a step, of very different sizes."""
+    """Parameters (step 0) or the gradients of a step, of very different magnitudes."""
     generator = torch.Generator().manual_seed(step)
     sizes = [10.0 ** -(i % 3) for i in range(len(SHAPES))]
     return [
@@ -56,46 +56,47 @@ def values(step: int, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
     ]
 
 
-def steps_of(optimizer, params, steps, place=lambda t: t, dtype=torch.float32) -> None:
-    """Steps with given gradients, under a schedule that ends at a tenth of the rate."""
+def run_steps(optimizer, params, steps, shard=lambda t: t, dtype=torch.float32) -> None:
+    """Take steps with the gradients of `values`, under a schedule that ends at a tenth of the rate."""
     schedule = make_schedule(optimizer, STEPS, 0.3, "cosine")
     for step in range(1, STEPS + 1):
         if step in steps:
             for p, gradient in zip(params, values(step, dtype), strict=True):
-                p.grad = place(gradient)
+                p.grad = shard(gradient)
             optimizer.step()
             optimizer.zero_grad()
         schedule.step()
 
 
-def plain(kind, steps=range(1, STEPS + 1), dtype=torch.float32, **options) -> list[torch.Tensor]:
-    """Whole tensors under somebody else's optimizer; the groups written out."""
+def run_plain(kind, steps=range(1, STEPS + 1), dtype=torch.float32, **options) -> list[torch.Tensor]:
+    """Full tensors after steps of another library's optimizer, with the groups written out."""
     params = [nn.Parameter(v) for v in values(0, dtype)]
     groups = [{"params": params[:4], "weight_decay": DECAY}, {"params": params[4:], "weight_decay": 0.0}]
-    steps_of(kind(groups, lr=LR, **options), params, steps, dtype=dtype)
+    run_steps(kind(groups, lr=LR, **options), params, steps, dtype=dtype)
     return [p.detach() for p in params]
 
 
-def sharder(place):
-    mesh = init_device_mesh("cpu", (place.world,))
+def make_shard(rank_info):
+    """shard(tensor) -> the DTensor of it."""
+    mesh = init_device_mesh("cpu", (rank_info.world,))
     return lambda t: distribute_tensor(t, mesh, [Shard(0)])
 
 
-def sharded(place, name: str, dtype: torch.dtype = torch.float32):
-    """(whole tensors after STEPS steps of ours over DTensors, layout of this rank's state)."""
-    shard = sharder(place)
+def run_sharded(rank_info, name: str, dtype: torch.dtype = torch.float32):
+    """(full tensors after STEPS steps over DTensors, dtypes of this rank's state)."""
+    shard = make_shard(rank_info)
     params = [nn.Parameter(shard(v)) for v in values(0, dtype)]
     optimizer = make_optimizer(params, name, LR, DECAY)
-    steps_of(optimizer, params, range(1, STEPS + 1), shard, dtype)
+    run_steps(optimizer, params, range(1, STEPS + 1), shard, dtype)
     states = [{k: v.dtype for k, v in optimizer.state[p].items() if torch.is_tensor(v)} for p in params]
     return [p.detach().full_tensor() for p in params], states
 
 
 @pytest.mark.parametrize("name", FUSED)
 def test_fused_is_unfused(name, one_rank, two_ranks):
-    expected, before = plain(FUSED[name], fused=False, foreach=False), values(0)
+    expected, before = run_plain(FUSED[name], fused=False, foreach=False), values(0)
     for ranks in (one_rank, two_ranks):
-        for got, _ in ranks(sharded, name):
+        for got, _ in ranks(run_sharded, name):
             for a, b, start in zip(got, expected, before, strict=True):
                 torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
                 assert (a - start).norm() > 1e-3, "the parameter did not move"
@@ -104,86 +105,90 @@ def test_fused_is_unfused(name, one_rank, two_ranks):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", BITSANDBYTES)
 def test_sharded_is_bitsandbytes_own(name, dtype, one_rank, two_ranks):
-    expected, before = plain(BITSANDBYTES[name], dtype=dtype), values(0, dtype)
+    expected, before = run_plain(BITSANDBYTES[name], dtype=dtype), values(0, dtype)
     for ranks in (one_rank, two_ranks):
-        for got, _ in ranks(sharded, name, dtype):
+        for got, _ in ranks(run_sharded, name, dtype):
             for a, b, start in zip(got, expected, before, strict=True):
                 assert torch.equal(a, b) and not torch.equal(a, start)
 
 
 @pytest.mark.parametrize("name", BITSANDBYTES)
 def test_sharded_follows_torch(name, two_ranks):
-    """32-bit moments to rounding; 8-bit ones within 3% of the way that the parameters went."""
-    expected, before = plain(torch.optim.AdamW), values(0)
-    got, states = two_ranks(sharded, name)[0]
+    """32-bit moments to rounding; 8-bit ones within 3% of the parameters' change."""
+    expected, before = run_plain(torch.optim.AdamW), values(0)
+    got, states = two_ranks(run_sharded, name)[0]
     for a, b, start, state in zip(got, expected, before, states, strict=True):
-        eight = name.endswith("8bit") and a.numel() >= 4096
-        assert state["state1"] == state["state2"] == (torch.uint8 if eight else torch.float32)
+        is_8bit = name.endswith("8bit") and a.numel() >= 4096
+        assert state["state1"] == state["state2"] == (torch.uint8 if is_8bit else torch.float32)
         error = (a - b).norm() / (b - start).norm()
-        assert (1e-5 < error < 0.03) if eight else error < 1e-5
+        assert (1e-5 < error < 0.03) if is_8bit else error < 1e-5
 
 
 def test_a_rank_without_rows_keeps_no_state(two_ranks):
-    states = [states for _, states in two_ranks(sharded, "adamw_8bit")]
+    states = [states for _, states in two_ranks(run_sharded, "adamw_8bit")]
     assert [bool(s) for s in states[0]] == [True] * 6
     assert [bool(s) for s in states[1]] == [True, True, False, True, True, False]
 
 
-def uneven_unit(place, name: str) -> torch.Tensor:
-    """A real FSDP unit of 3 rows whose weight was put in anew: at the first forward, when the optimizer is
-    there already, FSDP pads the shard of the rank with one row, in new memory again."""
+def run_uneven_unit(rank_info, name: str) -> torch.Tensor:
+    """The weight of an FSDP unit of 3 rows after 4 steps.
+
+    Its weight is replaced before the optimizer is made. At the first forward, FSDP pads the shard of the rank
+    with one row, in new memory again.
+    """
     torch.manual_seed(0)
     unit = nn.Linear(4096, 3, bias=False)
-    fully_shard(unit, mesh=init_device_mesh("cpu", (place.world,)))
+    fully_shard(unit, mesh=init_device_mesh("cpu", (rank_info.world,)))
     unit.set_gradient_divide_factor(1.0)
     unit.set_force_sum_reduction_for_comms(True)
     unit.weight = nn.Parameter(unit.weight.detach().clone())
     optimizer, before = make_optimizer(unit.parameters(), name, LR, DECAY), unit.weight.to_local().data_ptr()
     for x in torch.randn(4, 4096, generator=torch.Generator().manual_seed(1)):
-        (unit(x).square().sum() / place.world).backward()
+        (unit(x).square().sum() / rank_info.world).backward()
         optimizer.step()
         optimizer.zero_grad()
-    assert (unit.weight.to_local().data_ptr() != before) == (place.rank == 1), "the case is gone"
+    assert (unit.weight.to_local().data_ptr() != before) == (rank_info.rank == 1), "FSDP does not pad now"
     return unit.weight.detach().full_tensor()
 
 
 @pytest.mark.parametrize("name", ["adamw_8bit", "paged_adamw_32bit"])
 def test_updates_reach_the_weights_that_fsdp_gathers(name, two_ranks):
     torch.manual_seed(0)
-    whole = nn.Linear(4096, 3, bias=False)
-    optimizer = BITSANDBYTES[name](whole.parameters(), lr=LR, weight_decay=DECAY)
+    layer = nn.Linear(4096, 3, bias=False)
+    optimizer = BITSANDBYTES[name](layer.parameters(), lr=LR, weight_decay=DECAY)
     for x in torch.randn(4, 4096, generator=torch.Generator().manual_seed(1)):
-        whole(x).square().sum().backward()
+        layer(x).square().sum().backward()
         optimizer.step()
         optimizer.zero_grad()
-    for got in two_ranks(uneven_unit, name):
-        torch.testing.assert_close(got, whole.weight.detach(), rtol=0, atol=1e-6)
+    for got in two_ranks(run_uneven_unit, name):
+        torch.testing.assert_close(got, layer.weight.detach(), rtol=0, atol=1e-6)
 
 
-def resumed(place, name: str) -> list[torch.Tensor]:
-    """Three steps, the state through a file, three more with a new optimizer over new parameters."""
-    shard, file = sharder(place), io.BytesIO()
+def run_resumed(rank_info, name: str) -> list[torch.Tensor]:
+    """Take three steps, save and load the state, take three more with a new optimizer over new parameters."""
+    shard, file = make_shard(rank_info), io.BytesIO()
     params = [nn.Parameter(shard(v)) for v in values(0)]
     optimizer = make_optimizer(params, name, LR, DECAY)
-    steps_of(optimizer, params, range(1, 4), shard)
+    run_steps(optimizer, params, range(1, 4), shard)
     saved = optimizer.state_dict()
     assert [g["params"] for g in saved["param_groups"]] == [[0, 1, 2, 3], [4, 5]]  # as in torch's
     torch.save(saved, file)
     params = [nn.Parameter(p.detach().clone()) for p in params]
     optimizer = make_optimizer(params, name, 7 * LR, 0.5)  # the rate and the decay are in the state
     optimizer.load_state_dict(torch.load(io.BytesIO(file.getvalue()), weights_only=True))
-    steps_of(optimizer, params, range(4, STEPS + 1), shard)
+    run_steps(optimizer, params, range(4, STEPS + 1), shard)
     return [p.detach().full_tensor() for p in params]
 
 
 @pytest.mark.parametrize("name", BITSANDBYTES)
-def test_state_goes_round(name, two_ranks):
-    expected = plain(BITSANDBYTES[name])
-    for got in two_ranks(resumed, name):
+def test_state_is_saved_and_loaded(name, two_ranks):
+    expected = run_plain(BITSANDBYTES[name])
+    for got in two_ranks(run_resumed, name):
         assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
-def stepped(shape, name: str = "adamw_8bit"):
+def after_one_step(shape, name: str = "adamw_8bit"):
+    """An optimizer of one parameter, after one step."""
     p = nn.Parameter(torch.ones(shape))
     optimizer = make_optimizer([p], name, LR, 0.0)
     p.grad = torch.ones(shape)
@@ -195,62 +200,63 @@ def stepped(shape, name: str = "adamw_8bit"):
     "shape, name", [((32, 128), "adamw_8bit"), ((64, 128), "paged_adamw_32bit"), ((64, 128), "adamw")]
 )
 def test_state_of_other_shards_or_optimizers_is_refused(shape, name):
-    optimizer = stepped((64, 128))
+    optimizer = after_one_step((64, 128))
     with pytest.raises(ValueError, match="other shards or of another optimizer"):
-        optimizer.load_state_dict(stepped(shape, name).state_dict())
+        optimizer.load_state_dict(after_one_step(shape, name).state_dict())
     two = make_optimizer([nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(2))], "adamw_8bit", LR, 0.0)
     with pytest.raises(ValueError, match="other parameter groups"):
         optimizer.load_state_dict(two.state_dict())
 
 
-def blocks(moments: list[torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Two moments as bitsandbytes would have them."""
-    made = {}
+def quantize_moments(moments: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """bitsandbytes' state tensors of two moments."""
+    state = {}
     for key, moment in zip("12", moments, strict=True):
-        made[f"state{key}"] = moment
+        state[f"state{key}"] = moment
         if moment.numel() >= 4096:
-            made[f"qmap{key}"] = table = functional.create_dynamic_map(signed=key == "1")
-            made[f"state{key}"], state = functional.quantize_blockwise(moment, table, blocksize=256)
-            made[f"absmax{key}"] = state.absmax
-    return made
+            state[f"qmap{key}"] = table = functional.create_dynamic_map(signed=key == "1")
+            state[f"state{key}"], blocks = functional.quantize_blockwise(moment, table, blocksize=256)
+            state[f"absmax{key}"] = blocks.absmax
+    return state
 
 
-@pytest.mark.parametrize("rows, eight", [(slice(1, 60), True), (slice(40, 50), False)])
-def test_8_bit_moments_of_other_rows(rows, eight):
-    """Rows of a shard of 48 rows, in 8 bits, and of one of 16, in 32 bits; of very different sizes."""
+@pytest.mark.parametrize("rows, is_8bit", [(slice(1, 60), True), (slice(40, 50), False)])
+def test_8_bit_moments_of_other_rows(rows, is_8bit):
+    """Rows of very different magnitudes, from a shard of 48 rows in 8 bits and from one of 16 in 32 bits."""
     first = torch.randn(64, 100) * torch.logspace(-2, 0, 64)[:, None]
-    whole = [first, first.square()]
-    parts = [(blocks([m[:48] for m in whole]), slice(rows.start, 48)),
-             (blocks([m[48:] for m in whole]), slice(0, rows.stop - 48))]  # fmt: skip
-    merged = merged_blocks(parts)
-    assert set(merged) == {
-        f"{name}{i}" for name in ("state", "absmax", "qmap")[: 3 if eight else 1] for i in "12"
-    }
-    for key, moment in zip("12", whole, strict=True):
+    moments = [first, first.square()]
+    parts = [
+        (quantize_moments([m[:48] for m in moments]), slice(rows.start, 48)),
+        (quantize_moments([m[48:] for m in moments]), slice(0, rows.stop - 48)),
+    ]
+    merged = merge_8bit_states(parts)
+    names = ("state", "absmax", "qmap") if is_8bit else ("state",)
+    assert set(merged) == {f"{name}{i}" for name in names for i in "12"}
+    for key, moment in zip("12", moments, strict=True):
         got = merged[f"state{key}"]
-        assert got.dtype == (torch.uint8 if eight else torch.float32) and got.shape == moment[rows].shape
-        if eight:
+        assert got.dtype == (torch.uint8 if is_8bit else torch.float32) and got.shape == moment[rows].shape
+        if is_8bit:
             scales = {"absmax": merged[f"absmax{key}"], "code": merged[f"qmap{key}"]}
             got = functional.dequantize_blockwise(got, **scales, blocksize=256)
         assert 1e-3 < (got - moment[rows]).norm() / moment[rows].norm() < 0.02
 
 
-def test_8_bit_moments_of_the_same_rows_stay():
-    state = blocks([torch.randn(64, 100), torch.rand(64, 100)])
-    assert merged_blocks([(state, slice(0, 64))]) is state
+def test_8_bit_moments_of_the_same_rows_are_unchanged():
+    state = quantize_moments([torch.randn(64, 100), torch.rand(64, 100)])
+    assert merge_8bit_states([(state, slice(0, 64))]) is state
 
 
-def test_state_before_the_first_step_goes_round():
+def test_state_before_the_first_step_is_saved_and_loaded():
     fresh = make_optimizer([nn.Parameter(torch.ones(64, 128))], "adamw_8bit", LR, 0.0)
     fresh.load_state_dict(fresh.state_dict())
-    used = stepped((64, 128))
+    used = after_one_step((64, 128))
     used.load_state_dict(fresh.state_dict())
     assert used.state_dict()["state"] == {0: {}}
 
 
-def scaled(place, name: str, scale: float) -> torch.Tensor:
-    """Three steps under torch's gradient scaler, of which the second overflowed and must be skipped."""
-    shard = sharder(place)
+def run_scaled(rank_info, name: str, scale: float) -> torch.Tensor:
+    """A parameter after three steps under torch's gradient scaler; the second overflows and is skipped."""
+    shard = make_shard(rank_info)
     p = nn.Parameter(shard(values(0)[0]))
     optimizer = make_optimizer([p], name, LR, DECAY)
     scaler = torch.amp.GradScaler("cpu", init_scale=scale)
@@ -267,19 +273,19 @@ def scaled(place, name: str, scale: float) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", [*FUSED, *BITSANDBYTES])
 def test_gradient_scaler(name, two_ranks):
-    for a, b in zip(two_ranks(scaled, name, 1.0), two_ranks(scaled, name, 1024.0), strict=True):
+    for a, b in zip(two_ranks(run_scaled, name, 1.0), two_ranks(run_scaled, name, 1024.0), strict=True):
         assert torch.equal(a, b)  # a power of two changes no bit
         assert (a - values(0)[0]).norm() > 0.01
 
 
 @pytest.mark.parametrize("name", BITSANDBYTES)
-def test_on_a_cpu_nothing_warns_of_paging(name):
+def test_paging_does_not_warn_on_a_cpu(name):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert stepped((400, 256), name).state_dict()["state"][0]["step"] == 1
+        assert after_one_step((400, 256), name).state_dict()["state"][0]["step"] == 1
 
 
-# Which parameters decay
+# Weight decay
 
 
 def groups_by_name(model, name: str) -> tuple[set[str], set[str]]:
@@ -294,60 +300,60 @@ def groups_by_name(model, name: str) -> tuple[set[str], set[str]]:
 
 @pytest.mark.parametrize("name", ["adamw", "fused_adamw", "adamw_8bit"])
 def test_norms_biases_and_magnitudes_never_decay(name, checkpoints):
-    decayed, spared = groups_by_name(build_meta_model(checkpoints("llama_bias"), "bnb_dora"), name)
+    decayed, excluded = groups_by_name(build_meta_model(checkpoints("llama_bias"), "bnb_dora"), name)
     assert {n.split(".")[-1] for n in decayed} == {"lora_A", "lora_B"}
-    assert {n.split(".")[-1] for n in spared} == {"magnitude_change"}
+    assert {n.split(".")[-1] for n in excluded} == {"magnitude_change"}
 
     full = build_meta_model(checkpoints("llama_bias"), "full")
-    decayed, spared = groups_by_name(full, name)
+    decayed, excluded = groups_by_name(full, name)
     assert {n.split(".")[-1] for n in decayed} == {"weight"} and not any("norm" in n for n in decayed)
-    assert {n.split(".")[-1] for n in spared} == {"weight", "bias"}
-    assert all("norm" in n.split(".")[-2] for n in spared if n.endswith(".weight"))
-    assert sum(n.endswith("layernorm.weight") for n in spared) == 6 and "model.norm.weight" in spared
+    assert {n.split(".")[-1] for n in excluded} == {"weight", "bias"}
+    assert all("norm" in n.split(".")[-2] for n in excluded if n.endswith(".weight"))
+    assert sum(n.endswith("layernorm.weight") for n in excluded) == 6 and "model.norm.weight" in excluded
 
     expanded = build_meta_model(checkpoints("llama_bias_pro"), "bnb_llama_pro")
-    decayed, spared = groups_by_name(expanded, name)
+    decayed, excluded = groups_by_name(expanded, name)
     blocks = [f"model.layers.{i}." for i in expanded.config.llama_pro_new_layers]
-    assert {n for n in spared if "bias" not in n} == {
+    assert {n for n in excluded if "bias" not in n} == {
         f"{block}{norm}.weight"
         for block in blocks
         for norm in ("input_layernorm", "post_attention_layernorm")
     }
-    assert len(decayed) == 7 * len(blocks) and all(n.startswith(tuple(blocks)) for n in decayed | spared)
+    assert len(decayed) == 7 * len(blocks) and all(n.startswith(tuple(blocks)) for n in decayed | excluded)
 
 
-def test_the_table_is_the_option():
+def test_the_table_has_every_choice_of_the_option():
     assert set(OPTIMIZERS) == set(FIELDS["optimizer"].metadata["choices"])
 
 
-# Through the program
+# Whole runs
 
 
-def run_of(model, data, name: str) -> list:
+def run_args(model, data, name: str) -> list:
     common = "--train_type full --lr 1e-3 --wd 0.1 --max_steps 4 --lr_scheduler linear --batch_size 2".split()
     return ["--model_name", model, "--dataset", data, *common, "--optimizer", name]
 
 
-def plain_loop_run(place, argv: list):
+def plain_loop_run(rank_info, argv: list):
+    """`train_run` with torch's optimizers that loop over parameters."""
     plain = {
         "adam": partial(torch.optim.Adam, fused=False, foreach=False),
         "adamw": partial(torch.optim.AdamW, fused=False, foreach=False),
     }
     with mock.patch.dict(OPTIMIZERS, plain):
-        return train_run(place, argv)
+        return train_run(rank_info, argv)
 
 
-# fused_adam is adam by another name, and fused_adamw adamw.
+# fused_adam is another name of adam, and fused_adamw of adamw.
 @pytest.mark.parametrize(
     "like, names",
     [("adam", []), ("adamw", BITSANDBYTES)],
     ids=["adam", "adamw"],
 )
 def test_runs_in_two_ranks_follow_torch(like, names, checkpoints, short_rows, two_ranks):
-    """Its plain loop over tensors."""
-    expected = two_ranks(plain_loop_run, run_of(checkpoints(), short_rows, like))[0]
+    expected = two_ranks(plain_loop_run, run_args(checkpoints(), short_rows, like))[0]
     for name in [like, *names]:
-        losses, tensors, norms = two_ranks(train_run, run_of(checkpoints(), short_rows, name))[0]
+        losses, tensors, norms = two_ranks(train_run, run_args(checkpoints(), short_rows, name))[0]
         tolerance = 5e-3 if name.endswith("8bit") else 1e-5
         for got, wanted in ((losses, expected[0]), (norms, expected[2])):
             torch.testing.assert_close(torch.tensor(got), torch.tensor(wanted), rtol=tolerance, atol=0)
@@ -357,7 +363,7 @@ def test_runs_in_two_ranks_follow_torch(like, names, checkpoints, short_rows, tw
 @pytest.mark.parametrize(
     "name, instead", [("paged_adamw_32bit", "adamw"), ("paged_adamw_8bit", "adamw_8bit")]
 )
-def test_paging_of_what_is_in_host_memory_is_refused(name, instead):
+def test_paging_of_states_in_host_memory_is_refused(name, instead):
     with pytest.raises(UserError) as error:
         check_optimizer(name, cpu_offload=True)
     assert f"--optimizer {name} " in str(error.value) and "--use_cpu_offload" in str(error.value)
@@ -366,7 +372,7 @@ def test_paging_of_what_is_in_host_memory_is_refused(name, instead):
     check_optimizer(instead, cpu_offload=True)
     config, _ = parse(["--optimizer", name])
     with pytest.raises(UserError, match=f"--optimizer {name} has no effect"):
-        train.check(dataclasses.replace(config, use_cpu_offload=True))
+        train.check_run(dataclasses.replace(config, use_cpu_offload=True))
 
 
 # The schedule

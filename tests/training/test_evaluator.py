@@ -1,4 +1,4 @@
-"""Evaluation while training: its loss against other ways to compute it, and that training does not notice it."""
+"""Evaluation while training: its loss is correct, and training is the same with and without it."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ from tests.helpers.runs import dense_tensors, full_run, make_job, randomize, tra
 from tests.helpers.small_tokenizers import BYTES
 from tests.helpers.tiny import write_alpaca
 from training import evaluator as evaluation
-from training.evaluation import greedy, grouped, mean_loss, perplexity
+from training.evaluation import generate_greedily, group_rows, mean_loss, perplexity
 
 
 class Recorder(NoTracker):
-    """Keeps the weights of some steps; on every rank."""
+    """Records the weights of some steps, on every rank."""
 
     def __init__(self, model, steps):
         self.model, self.steps, self.weights = model, steps, {}
@@ -47,8 +47,10 @@ class Recorder(NoTracker):
 
 
 def run(rank_info, args, scripted=None, steps=()):
-    """(metrics of every step, weights after `steps`, dense weights and weights at the end) of a run from random
-    adapters. scripted: losses that the evaluations find instead of their own."""
+    """(metrics of every step, weights after `steps`, dense weights and weights at the end) of a run.
+
+    It begins with random adapters. scripted: losses of the evaluations, instead of their own.
+    """
     job = make_job(rank_info, args)
     model, _ = train.set_up(job, rank_info)
     randomize(model)
@@ -64,7 +66,7 @@ def run(rank_info, args, scripted=None, steps=()):
     finally:
         evaluation.mean_loss = original
     sharded = all(isinstance(p, DTensor) for p in model.parameters())
-    assert sharded or rank_info.world == 1, "something stayed gathered"
+    assert sharded or rank_info.world == 1, "a parameter is still gathered"
     return (
         [dataclasses.asdict(m) for m in history],
         recorder.weights,
@@ -76,9 +78,9 @@ def run(rank_info, args, scripted=None, steps=()):
 # The loss
 
 
-def test_the_loss_is_transformers(checkpoints, short_rows, one_rank, two_ranks):
-    """12 rows in batches of 5, 5 and 2, of which a second rank has one: the same in one rank, in two, and row by
-    row with transformers and PEFT on the dequantized weights."""
+def test_the_loss_equals_transformers(checkpoints, short_rows, one_rank, two_ranks):
+    """12 rows in batches of 5, 5 and 2: the same on one rank, on two, and row by row with transformers and
+    PEFT on the dequantized weights."""
     args = options(checkpoints, short_rows, "--eval_share", "0.3", "--max_steps", "1", "--lr", "0")
     rows = make_job(SINGLE_RANK, args).evaluation.rows
     assert len(rows) == 12
@@ -89,8 +91,8 @@ def test_the_loss_is_transformers(checkpoints, short_rows, one_rank, two_ranks):
         batch = make_batch(rows, torch.tensor([i]), (1, int(rows.lengths()[i])))
         with torch.no_grad():
             logits = model(input_ids=batch.ids).logits[0].double()
-        kept = batch.targets[0] != IGNORE
-        total -= logits.log_softmax(-1)[kept].gather(1, batch.targets[0][kept, None]).sum()
+        learned = batch.targets[0] != IGNORE
+        total -= logits.log_softmax(-1)[learned].gather(1, batch.targets[0][learned, None]).sum()
     expected = total.item() / int(rows.targets().sum())
     assert one[0]["eval_loss"] == pytest.approx(expected, rel=1e-5)
     assert [t[0][0]["eval_loss"] for t in two] == [pytest.approx(one[0]["eval_loss"], rel=1e-6)] * 2
@@ -98,7 +100,7 @@ def test_the_loss_is_transformers(checkpoints, short_rows, one_rank, two_ranks):
 
 
 def test_the_loss_does_not_depend_on_the_batches(checkpoints):
-    """Of Phi-3: above 32 tokens other frequencies rotate all rows of a batch."""
+    """Phi-3 rotates all rows of a batch by other frequencies if one has more than 32 tokens."""
     model = AutoModelForCausalLM.from_pretrained(checkpoints("phi3")).eval()
     texts = [FORMATS["completion"].render({"text": "abc" * n}) for n in (4, 8, 9, 10, 11, 12, 20)]
     rows = tokenize(texts, BYTES, 100, "here")
@@ -111,23 +113,23 @@ def test_the_loss_does_not_depend_on_the_batches(checkpoints):
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
-def test_rows_that_are_computed_together():
-    """Longest first; apart where the rotation changes between them, alone where it may change on the way."""
+def test_groups_of_rows():
+    """Longest first; in other groups where the rotation differs, alone where growth may change it."""
     lengths = torch.tensor([3, 9, 5, 6, 8, 1])
 
-    def parts(switch, growth=0):
-        return [[b.tolist() for b in part] for part in grouped(lengths, 4, switch, growth)]
+    def groups(switch, growth=0):
+        return [[b.tolist() for b in group] for group in group_rows(lengths, 4, switch, growth)]
 
-    assert parts(math.inf) == [[[1, 4, 3, 2], [0, 5]]]
-    assert parts(6) == [[[1, 4]], [[3, 2, 0, 5]]]
-    assert parts(6, growth=2) == [[[1, 4]], [[3], [2]], [[0, 5]]]
+    assert groups(math.inf) == [[[1, 4, 3, 2], [0, 5]]]
+    assert groups(6) == [[[1, 4]], [[3, 2, 0, 5]]]
+    assert groups(6, growth=2) == [[[1, 4]], [[3], [2]], [[0, 5]]]
 
 
 def test_perplexity():
     assert perplexity(0.0) == 1 and perplexity(1e4) == math.inf and math.isnan(perplexity(math.nan))
 
 
-# Training does not notice
+# Training is the same with evaluation
 
 VARIANTS = {
     "shard_grad_op": ["--sharding_strategy", "shard_grad_op", "--use_gradient_checkpointing", "false"],
@@ -137,12 +139,12 @@ VARIANTS = {
 }
 
 
-# Slow: what is gathered anew each time, as with offload, or not at all.
+# Slow: strategies that gather each time, like offload, or never.
 @pytest.mark.parametrize(
     "variant",
     ["shard_grad_op", "offload", *(pytest.param(v, marks=pytest.mark.slow) for v in ("full_shard", "ddp"))],
 )
-def test_training_does_not_notice(variant, checkpoints, short_rows, two_ranks, tmp_path):
+def test_training_is_the_same_with_evaluation(variant, checkpoints, short_rows, two_ranks, tmp_path):
     """The same losses and weights, bit for bit, with dropout, which draws random numbers."""
     out = [
         "--output_dir",
@@ -159,8 +161,8 @@ def test_training_does_not_notice(variant, checkpoints, short_rows, two_ranks, t
     evaluated = ["--eval_dataset", short_rows, "--eval_samples", "6", "--eval_every", "1"]
     sampled = ["--sample_every", "1", "--sample_tokens", "2"]
     plain = two_ranks(run, args)
-    noticed = two_ranks(run, [*args, *map(str, evaluated), *sampled])
-    for (before, *_, weights), (after, *_, same) in zip(plain, noticed, strict=True):
+    with_evaluation = two_ranks(run, [*args, *map(str, evaluated), *sampled])
+    for (before, *_, weights), (after, *_, same) in zip(plain, with_evaluation, strict=True):
         assert [m["loss"] for m in after] == [m["loss"] for m in before]
         assert [m["grad_norm"] for m in after] == [m["grad_norm"] for m in before]
         assert all(torch.equal(same[name], weights[name]) for name in weights)
@@ -173,9 +175,9 @@ def test_training_does_not_notice(variant, checkpoints, short_rows, two_ranks, t
 
 
 def test_early_stopping_and_the_best_step(checkpoints, short_rows, two_ranks, tmp_path):
-    """Scripted losses at steps 2, 4, ...: a NaN and an equal value are no improvement. What is kept are the
-    weights of the step, not those of the end."""
-    (tmp_path / "best").mkdir()  # of an earlier evaluation
+    """Scripted losses at steps 2, 4, ...: a NaN and an equal value are no improvement. best/ has the weights
+    of the best step, not of the last."""
+    (tmp_path / "best").mkdir()  # from an earlier evaluation
     (tmp_path / "best" / "old.txt").write_text("old")
     script = [3.0, 2.0, 2.5, 1.9, math.nan, 1.9, 1.0, 1.0]
     more = ["--output_dir", tmp_path, "--max_steps", "20", "--num_epochs", "20", "--eval_share", "0.2"]
@@ -187,7 +189,7 @@ def test_early_stopping_and_the_best_step(checkpoints, short_rows, two_ranks, tm
         assert found[1::2] == pytest.approx(script[:6], nan_ok=True) and found[::2] == [None] * 6
     score = json.loads((tmp_path / "best" / "evaluation.json").read_text())
     assert score == {"step": 8, "eval_loss": 1.9, "eval_perplexity": math.exp(1.9)}
-    assert {p.name for p in tmp_path.iterdir()} == {"best"}, "no folder half written, none of an older best"
+    assert {p.name for p in tmp_path.iterdir()} == {"best"}, "no incomplete or older folder"
     files = {"adapter_config.json", ADAPTER, "config.yaml", "evaluation.json"}
     assert {p.name for p in (tmp_path / "best").iterdir()} == files
     stored, weights = load_file(tmp_path / "best" / ADAPTER), done[0][1]
@@ -198,7 +200,7 @@ def test_early_stopping_and_the_best_step(checkpoints, short_rows, two_ranks, tm
 
 @pytest.fixture(scope="module")
 def overfitted(checkpoints, two_ranks, tmp_path_factory):
-    """A whole run, in two ranks, that learns a few rows by heart until others get worse: (RUN, what it printed)."""
+    """(RUN, output, arguments) of a run on two ranks that overfits a few rows until others get worse."""
     root = tmp_path_factory.mktemp("overfitted")
     data = write_alpaca(root / "rows.jsonl", rows=24)
     (root / "ask.txt").write_text("Say red.\n\nSay something else, please.\n")
@@ -206,7 +208,7 @@ def overfitted(checkpoints, two_ranks, tmp_path_factory):
     more += ["--eval_every", "1", "--early_stopping_patience", "2", "--lr", "5e-2", "--save_model", "true"]
     more += ["--sample_every", "100", "--sample_tokens", "6", "--sample_prompts", root / "ask.txt"]
     args = options(checkpoints, data, *more, "--world_size", "2")
-    return root / "out", two_ranks(full_run, train.check(parse(args)[0]))[0], args
+    return root / "out", two_ranks(full_run, train.check_run(parse(args)[0]))[0], args
 
 
 def metrics(folder: Path) -> list[dict]:
@@ -236,8 +238,8 @@ def test_a_run_that_stops_early_ends_as_usual(overfitted):
     assert {p.name for p in folder.iterdir()} == names
 
 
-def test_the_best_step_is_the_best(overfitted):
-    """Opened again as runs, both results compute the losses that metrics.jsonl has for their steps."""
+def test_best_has_the_weights_of_the_best_step(overfitted):
+    """Opened as runs, best/ and the RUN give the losses that metrics.jsonl has for their steps."""
     folder, _, args = overfitted
     rows, found = make_job(SINGLE_RANK, args).evaluation.rows, [m["eval_loss"] for m in metrics(folder)]
     for path, expected in ((folder / "best", min(found)), (folder, found[-1])):
@@ -246,8 +248,8 @@ def test_the_best_step_is_the_best(overfitted):
         assert loss == pytest.approx(expected, rel=1e-5)
 
 
-def test_the_best_of_an_expanded_model_is_its_new_blocks(checkpoints, alpaca_file, one_rank, tmp_path):
-    """Not gigabytes of old ones; opened as a run, it is the model that was evaluated."""
+def test_best_has_only_the_new_blocks_of_an_expanded_model(checkpoints, alpaca_file, one_rank, tmp_path):
+    """The old blocks are gigabytes. Opened as a run, best/ is the model that was evaluated."""
     args = ["--model_name", checkpoints("llama_pro"), "--dataset", alpaca_file, "--train_type", "llama_pro"]
     args += ["--output_dir", tmp_path, "--max_steps", "1", "--eval_share", "0.2", "--eval_every", "1"]
     weights = one_rank(run, list(map(str, args)))[0][3]
@@ -263,12 +265,12 @@ def test_the_best_of_an_expanded_model_is_its_new_blocks(checkpoints, alpaca_fil
 # Samples
 
 
-def test_samples_in_two_ranks_are_those_of_one(overfitted, one_rank, tmp_path):
+def test_samples_of_two_ranks_equal_those_of_one(overfitted, one_rank, tmp_path):
     folder, printed, args = overfitted
     alone = [*args, "--output_dir", str(tmp_path / "one"), "--world_size", "1", "--batch_size", "10"]
-    one_rank(full_run, train.check(parse(alone)[0]))
+    one_rank(full_run, train.check_run(parse(alone)[0]))
     lines = [(f / "samples.jsonl").read_text().splitlines() for f in (folder, tmp_path / "one")]
-    both = [[json.loads(line) for line in part] for part in lines]
+    both = [[json.loads(line) for line in file_lines] for file_lines in lines]
     last = len(metrics(folder))
     assert both[0] == both[1] and [s["step"] for s in both[0]] == [0, 0, last, last]
     assert all(list(s) == ["step", "prompt", "text"] and s["text"] for s in both[0])
@@ -277,37 +279,40 @@ def test_samples_in_two_ranks_are_those_of_one(overfitted, one_rank, tmp_path):
 
 
 class Counting(nn.Module):
-    """The likeliest token after i is i + 1."""
+    """The most likely token after i is i + 1."""
 
     def forward(self, input_ids, use_cache, logits_to_keep):
         following = (input_ids[:, logits_to_keep] + 1) % 16
         return types.SimpleNamespace(logits=nn.functional.one_hot(following, 16).float())
 
 
-def test_greedy():
+def test_generate_greedily():
     """Prompts of different lengths; one ends early, one with its first token, one not at all."""
-    answers = greedy(Counting(), [[1, 2], [5], [3, 3, 7], [9, 1, 9, 10]], 4, [6, 9], SINGLE_RANK, context)
+    answers = generate_greedily(
+        Counting(), [[1, 2], [5], [3, 3, 7], [9, 1, 9, 10]], 4, [6, 9], SINGLE_RANK, context
+    )
     assert answers == [[3, 4, 5], [], [8], [11, 12, 13, 14]]
 
 
-def test_greedy_is_transformers_generate(checkpoints, one_rank):
+def test_greedy_answers_equal_transformers(checkpoints, one_rank):
     model = AutoModelForCausalLM.from_pretrained(checkpoints()).eval()
     prompt = list(range(40, 60))
     expected = model.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False)[
         0, len(prompt) :
     ].tolist()
-    assert greedy(model, [[7, 8, 9], prompt], 12, [], SINGLE_RANK, context)[1] == expected
+    assert generate_greedily(model, [[7, 8, 9], prompt], 12, [], SINGLE_RANK, context)[1] == expected
 
 
 def test_a_sample_ends_where_the_next_question_begins(monkeypatch, tmp_path):
-    """In a dialogue no token ends an answer; a prompt of another format has no marker."""
+    """In a dialogue a marker ends an answer, not a token. Prompts of other formats have no marker."""
     prompts = [Prompt("### Human: a### Assistant:", [1], marker="### Human:"), Prompt("a", [2])]
-    made = [BYTES(" b### Human: c", add_special_tokens=False)["input_ids"]] * 2
-    monkeypatch.setattr(evaluation, "greedy", lambda *_: made)
-    itself = types.SimpleNamespace(
-        data=EvaluationData(None, prompts, []), sample_tokens=20, model=types.SimpleNamespace(config=LlamaConfig()),
+    answers = [BYTES(" b### Human: c", add_special_tokens=False)["input_ids"]] * 2
+    monkeypatch.setattr(evaluation, "generate_greedily", lambda *_: answers)
+    evaluator = types.SimpleNamespace(
+        data=EvaluationData(None, prompts, []), sample_tokens=20,
+        model=types.SimpleNamespace(config=LlamaConfig()),
         rank_info=SINGLE_RANK, context=context, folder=tmp_path, tokenizer=BYTES, tracker=NoTracker())  # fmt: skip
-    evaluation.Evaluator._sample(itself, 0)
+    evaluation.Evaluator._write_samples(evaluator, 0)
     lines = [json.loads(line)["text"] for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
     assert lines == [" b", " b### Human: c"]
 

@@ -1,5 +1,7 @@
-"""Bad input ends a run before it starts: status 2, one line on stderr that says what is wrong, where and
-what would be right, and nothing written (DESIGN.md, "Bad input")."""
+"""Bad input ends a run before it starts (DESIGN.md, "Bad input").
+
+The status is 2, one line on stderr names the error, its location and the remedy, and nothing is written.
+"""
 
 from __future__ import annotations
 
@@ -32,8 +34,10 @@ def folder(checkpoints, tmp_path):
 
 @pytest.fixture
 def refused(checkpoints, alpaca_file, tmp_path, monkeypatch, capsys):
-    """refused(*words, option=value ...) -> the error line of a run that is otherwise good, which must hold
-    the words. Fails if the run starts, says anything else, or leaves anything behind."""
+    """refused(*words, option=value ...) -> the error line of a run with these options, otherwise good.
+
+    Fails if the line lacks a word, or if the run starts, prints anything else, or writes anything.
+    """
     monkeypatch.chdir(tmp_path)
     good = {"model_name": checkpoints(), "dataset": alpaca_file, "output_dir": tmp_path / "out"}
 
@@ -60,12 +64,12 @@ def no_start(monkeypatch):
 
 
 def _listing(folder) -> dict:
-    """Everything below folder, with size and time of what is a file."""
+    """Everything below a folder, with size and time of files."""
     found = ((p.relative_to(folder), p.is_file() and p.stat()) for p in folder.rglob("*"))
     return {str(path): stat and (stat.st_size, stat.st_mtime_ns) for path, stat in found}
 
 
-def test_the_run_that_these_cases_spoil_is_good(refused):
+def test_without_bad_input_the_run_starts(refused):
     with pytest.raises(AssertionError, match="the run was started"):
         refused()
 
@@ -112,7 +116,7 @@ def test_more_ranks_than_gpus(refused, monkeypatch):
     refused("--world_size 2", "1 GPU", world_size=2)
 
 
-def test_ranks_share_a_gpu_where_nccl_is_told_so(monkeypatch):
+def test_ranks_share_a_gpu_if_nccl_allows_it(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setenv("NCCL_MULTI_RANK_GPU_ENABLE", "1")
     assert [ranks.resolve_world_size(wanted) for wanted in (-1, 1, 4)] == [1, 1, 4]
@@ -128,7 +132,7 @@ def test_bf16_on_hardware_without_it(refused, monkeypatch):
 
 @pytest.fixture
 def no_wandb_login(monkeypatch, tmp_path_factory):
-    """wandb as on a machine that it never saw. Its session is one per process, so it is ended here."""
+    """wandb without a login. It has one session per process, which ends here."""
     import wandb
 
     wandb.teardown()
@@ -183,7 +187,7 @@ def write(name, content):
 
 
 def edit(**values):
-    """Sets values in config.json."""
+    """Set values in config.json."""
 
     def damage(folder):
         path = folder / "config.json"
@@ -193,7 +197,7 @@ def edit(**values):
 
 
 def reshard(change, tensor=TENSOR):
-    """change(tensors, weight_map) of the shard that holds `tensor`, and of the index."""
+    """Call change(tensors, weight_map) on the shard that has `tensor`, and on the index."""
 
     def damage(folder):
         index = json.loads((folder / INDEX).read_text())
@@ -206,8 +210,8 @@ def reshard(change, tensor=TENSOR):
     return damage
 
 
-def put(tensor, value, beside=TENSOR):
-    return reshard(lambda tensors, _: tensors.update({tensor: value}), beside)
+def put(tensor, value, in_shard_of=TENSOR):
+    return reshard(lambda tensors, _: tensors.update({tensor: value}), in_shard_of)
 
 
 def reindex(file):
@@ -269,7 +273,7 @@ def test_model(refused, folder, name):
 
 
 def test_a_weight_of_64_bits(refused, folder):
-    """bitsandbytes packs none; hqq does, and nothing is packed of a norm."""
+    """bitsandbytes does not pack it, hqq does. A norm is never packed."""
     put(TENSOR, torch.zeros(160, 64).double())(folder)
     norm = "model.layers.1.input_layernorm.weight"
     put(norm, torch.ones(64).double(), norm)(folder)
@@ -327,17 +331,17 @@ def test_llama_pro_path_that_is_no_model(refused, path):
 
 
 @pytest.mark.parametrize("damage", [remove("*"), remove("*.safetensors", INDEX), remove("tokenizer*")])
-def test_llama_pro_path_is_blamed_itself(refused, checkpoints, tmp_path, damage):
-    """Not --model_name, which is not read beside it."""
+def test_errors_name_llama_pro_path(refused, checkpoints, tmp_path, damage):
+    """They do not name --model_name, which is not read with it."""
     folder = shutil.copytree(checkpoints("llama_pro"), tmp_path / "expanded")
     damage(folder)
     line = refused(train_type="llama_pro", llama_pro_path=folder)
     assert line.startswith(f"error: --llama_pro_path {folder}: ") and "--model_name" not in line
 
 
-def test_libraries_are_silent_beside_the_error(refused, folder, caplog, monkeypatch):
-    """Their handlers hold an older stderr than the test's, so the records are what can be watched."""
-    edit(pad_token_id=5001)(folder)  # a value of its own: the same warning comes only once
+def test_libraries_print_nothing_with_the_error(refused, folder, caplog, monkeypatch):
+    """Their handlers have an older stderr than the test's, so the test reads the records."""
+    edit(pad_token_id=5001)(folder)  # a new value: the same warning comes only once
     monkeypatch.setattr(logging.getLogger("transformers"), "handlers", [caplog.handler])
     refused(model_name=folder)
     assert caplog.records == []
@@ -355,8 +359,9 @@ DEFAULT = {"rope_type": "default", "rope_theta": 1e4}
         ("gemma3", {"rope_parameters": {"sliding_attention": DEFAULT, "full_attention": DYNAMIC}}),
     ],
 )
-def test_frequencies_of_the_longest_line_so_far(refused, checkpoints, alpaca_file, tmp_path, kind, rope):
-    """Of training, of evaluation, of samples. Where there is none the run is good, and so it is by other frequencies."""
+def test_rope_that_depends_on_the_longest_row(refused, checkpoints, alpaca_file, tmp_path, kind, rope):
+    """A row of training, of evaluation or of samples may be too long. With shorter rows or another RoPE type
+    the run starts."""
     folder = shutil.copytree(checkpoints(kind), tmp_path / "model")
     (tmp_path / "short.jsonl").write_text(ROW)
     edit(max_position_embeddings=400, **{"rope_parameters": None} | rope)(folder)
@@ -376,9 +381,9 @@ def test_frequencies_of_the_longest_line_so_far(refused, checkpoints, alpaca_fil
 
 @pytest.mark.parametrize("flat", [False, True])
 def test_longrope_of_some_layers(refused, checkpoints, tmp_path, flat):
-    """Which transformers makes of a rope_scaling as well. Of all layers: tests/data/test_packing.py."""
+    """Also from a single rope_scaling. tests/data/test_packing.py has longrope for all layers."""
     folder = shutil.copytree(checkpoints("gemma3"), tmp_path / "model")
-    factors = {f"{of}_factor": [1.0] * 16 for of in ("short", "long")}
+    factors = {f"{kind}_factor": [1.0] * 16 for kind in ("short", "long")}
     rope = (
         DEFAULT | factors | {"rope_type": "longrope", "original_max_position_embeddings": 32, "factor": 2.0}
     )
@@ -423,7 +428,7 @@ def test_dataset(refused, tmp_path, name):
     refused(f"--dataset {tmp_path / name}", *words, dataset=tmp_path / name, **options)
 
 
-def test_columns_that_are_not_read_are_told_once(refused, tmp_path, capsys):
+def test_columns_that_are_not_read_are_printed_once(refused, tmp_path, capsys):
     (tmp_path / "rows.jsonl").write_text('{"instruction": "a", "output": "b", "id": 1, "source": "c"}\n' * 3)
     with pytest.raises(AssertionError, match="the run was started"):
         refused(dataset=tmp_path / "rows.jsonl")

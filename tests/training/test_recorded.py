@@ -1,4 +1,4 @@
-"""A RUN made with relative paths is opened, measured, exported and repeated from any folder."""
+"""A RUN made with relative paths is opened, evaluated, exported and repeated from any folder."""
 
 from __future__ import annotations
 
@@ -17,25 +17,27 @@ import generate
 from options.train import parse
 from tests.helpers.adapters import args_for
 from tests.helpers.finished_runs import save_job
-from training.preflight import check
+from training.preflight import check_run
 
 RECIPE = 'source = "rows.jsonl"\nformat = "alpaca"\n'
 
 
-def checked(*argv):
-    return check(parse([*map(str, argv), "--world_size", "1"])[0])
+def check_args(*argv):
+    return check_run(parse([*map(str, argv), "--world_size", "1"])[0])
 
 
 def save_in(rank_info, current: Path, *rest) -> None:
-    """`save_job` in that folder: the pool's processes began in another one."""
+    """Call `save_job` with another current folder than the pool's processes have."""
     with contextlib.chdir(current):
         save_job(rank_info, *rest)
 
 
 @pytest.fixture
-def made_there(checkpoints, alpaca_file, one_rank, tmp_path, monkeypatch):
-    """made_there(*options) -> the Job of a RUN, "run", that was made in the folder of its model and data; the current
-    folder is another one."""
+def make_run(checkpoints, alpaca_file, one_rank, tmp_path, monkeypatch):
+    """make_run(*options) -> the Job of the RUN "run", made in the folder of its model and data.
+
+    The current folder is another one afterwards.
+    """
     there, elsewhere = tmp_path / "there", tmp_path / "elsewhere"
     elsewhere.mkdir()
     shutil.copytree(checkpoints(), there / "models" / "tiny")
@@ -45,35 +47,26 @@ def made_there(checkpoints, alpaca_file, one_rank, tmp_path, monkeypatch):
     (there / "ask.txt").write_text("Say one.\n")
     monkeypatch.setenv("HOME", str(there))
 
-    def made_there(*argv):
+    def make_run(*argv):
         monkeypatch.chdir(there)
-        job = checked(*argv, "--output_dir", "run")
+        job = check_args(*argv, "--output_dir", "run")
         (there / "run").mkdir()
         (there / "run" / "config.yaml").write_text(job.options_file())
         one_rank(save_in, there, job, there / "run")
         monkeypatch.chdir(elsewhere)
         return job
 
-    return made_there
+    return make_run
 
 
 @pytest.mark.parametrize("model, data", [("models/tiny", "rows.jsonl"), ("~/models/tiny", "./mine.toml")])
-def test_a_run_from_another_folder(model, data, made_there, tmp_path, capsys):
+def test_a_run_from_another_folder(model, data, make_run, tmp_path, capsys):
     there = tmp_path / "there"
-    more = [
-        "--eval_dataset",
-        "rows.jsonl",
-        "--eval_samples",
-        2,
-        "--sample_every",
-        9,
-        "--sample_prompts",
-        "ask.txt",
-    ]
-    job = made_there(*args_for(model, data, "bnb_dora", *more))
+    more = "--eval_dataset rows.jsonl --eval_samples 2 --sample_every 9 --sample_prompts ask.txt".split()
+    job = make_run(*args_for(model, data, "bnb_dora", *more))
     written = yaml.safe_load((there / "run" / "config.yaml").read_text())
-    named = {n: written[n] for n in ("model_name", "dataset", "eval_dataset", "sample_prompts", "output_dir")}
-    assert named == {
+    names = ("model_name", "dataset", "eval_dataset", "sample_prompts", "output_dir")
+    assert {name: written[name] for name in names} == {
         "model_name": str(there / "models" / "tiny"),
         "dataset": str(there / Path(data).name),
         "eval_dataset": str(there / "rows.jsonl"),
@@ -89,27 +82,27 @@ def test_a_run_from_another_folder(model, data, made_there, tmp_path, capsys):
     assert export.main([run, "--to", "merged", "--out", "merged"]) == 0
     assert "rows of the data" in capsys.readouterr().out
     assert parse(["--config", f"{run}/config.yaml", "--resume", "auto"])[0].output_dir == str(there / "run")
-    again = checked("--config", f"{run}/config.yaml", "--output_dir", "again")
+    again = check_args("--config", f"{run}/config.yaml", "--output_dir", "again")
     assert again.base == job.base and again.rows.tokens.equal(job.rows.tokens)
     assert again.evaluation.prompts == job.evaluation.prompts
     assert again.config.model_name == job.config.model_name
 
 
-def test_a_run_that_was_moved_goes_on_where_it_is(tmp_path):
-    """Its config.yaml names the folder that it was made in."""
+def test_a_moved_run_resumes_in_its_new_folder(tmp_path):
+    """Its config.yaml names the old folder."""
     (tmp_path / "moved").mkdir()
     (tmp_path / "moved/config.yaml").write_text(f"output_dir: {tmp_path}/made\n")
     given = ["--config", str(tmp_path / "moved/config.yaml")]
-    assert parse(given)[0].output_dir == f"{tmp_path}/made"  # options that somebody copied
+    assert parse(given)[0].output_dir == f"{tmp_path}/made"  # a copied file of options
     (tmp_path / "moved/run.json").write_text("{}")
     assert parse([*given, "--resume", "auto"])[0].output_dir == f"{tmp_path}/moved"
     assert parse([*given, "--output_dir", "other"])[0].output_dir == "other"
 
 
-def test_an_expanded_model_from_another_folder(made_there, tmp_path):
+def test_an_expanded_model_from_another_folder(make_run, tmp_path):
     there = tmp_path / "there"
-    how = ["--train_type", "llama_pro", "--llama_pro_path", "models/pro", "--llama_pro_save", "blocks"]
-    made_there(*how, "--dataset", "rows.jsonl")
+    options = ["--train_type", "llama_pro", "--llama_pro_path", "models/pro", "--llama_pro_save", "blocks"]
+    make_run(*options, "--dataset", "rows.jsonl")
     written = yaml.safe_load((there / "run" / "config.yaml").read_text())
     assert written["model_name"] == written["llama_pro_path"] == str(there / "models" / "pro")
     assert generate.main(["../there/run", "--prompt", "Hi", "--max_new_tokens", "2"]) == 0
@@ -118,16 +111,16 @@ def test_an_expanded_model_from_another_folder(made_there, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["toy", "dummy"])
-def test_names_of_recipes_stay(name, checkpoints, tmp_path, monkeypatch):
-    """Also where a folder is called like one."""
+def test_names_of_recipes_are_unchanged(name, checkpoints, tmp_path, monkeypatch):
+    """Also if a folder has the same name."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / name).mkdir()
-    job = checked(*args_for(checkpoints(), name, "lora", "--dataset_samples", "4"))
+    job = check_args(*args_for(checkpoints(), name, "lora", "--dataset_samples", "4"))
     assert job.config.dataset == name
     assert re.search(rf"^dataset: {name}$", job.options_file(), re.MULTILINE)
 
 
 def test_the_demo_model_keeps_its_name(alpaca_file, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    job = checked("--dataset", alpaca_file)
+    job = check_args("--dataset", alpaca_file)
     assert job.config.model_name == "toy" and job.base.name == str(job.files.folder.resolve())

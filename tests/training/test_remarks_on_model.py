@@ -1,4 +1,4 @@
-"""What config.json asks for and training does not do is told at start."""
+"""Settings of config.json that training ignores are reported at start."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ def test_the_auxiliary_loss_of_a_router(kind, train_type, checkpoints, alpaca_fi
     folder = shutil.copytree(checkpoints(kind), tmp_path / "model")
     args = args_for(folder, alpaca_file, train_type)
 
-    def told() -> list[str]:
-        job = train.check(parse([*map(str, args), "--output_dir", str(tmp_path / "out")])[0])
+    def router_remarks() -> list[str]:
+        job = train.check_run(parse([*map(str, args), "--output_dir", str(tmp_path / "out")])[0])
         return [remark for remark in job.remarks if "output_router_logits" in remark]
 
-    assert told() == []
+    assert router_remarks() == []
     edit_config(folder, output_router_logits=True, router_aux_loss_coef=0.5)
-    lines = told()
+    lines = router_remarks()
     assert len(lines) == kind.startswith("qwen3_moe")  # in other models it has no effect anywhere
     assert all(line.startswith(f"{folder}/{ROUTER}") for line in lines)
     loss, _ = one_rank(loss_and_logits, args, False)[0]

@@ -1,4 +1,4 @@
-"""Makes what the loop calls beside the model: optimizer, meter, evaluator, checkpoints and others."""
+"""The objects that the loop calls beside the model: optimizer, meter, evaluator, checkpoints and others."""
 
 from __future__ import annotations
 
@@ -22,26 +22,26 @@ from monitoring.profiling import NoProfiler
 from monitoring.tracking import NoTracker
 from parallel.activation_checkpointing import ActivationBudget
 from parallel.optimizers import make_optimizer
-from training.bad_steps import BadSteps
+from training.bad_steps import BadStepGuard
 from training.evaluator import Evaluator
 from training.job import Job
 
 
 @dataclass(frozen=True)
-class Companions:
-    """What the loop calls beside the model, each in single lines."""
+class LoopComponents:
+    """The objects that the loop calls beside the model, each in single lines."""
 
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     meter: Meter
-    guard: BadSteps
+    guard: BadStepGuard
     evaluator: Evaluator
     budget: ActivationBudget
     checkpoints: Checkpoints
     deferred: DeferredCalls
 
 
-def make_companions(
+def make_loop_components(
     job: Job,
     model: PreTrainedModel,
     rank_info: RankInfo,
@@ -50,18 +50,28 @@ def make_companions(
     profiler: NoProfiler,
     stopping: NoStopRequests,
     save_best: Callable[[Path], None],
-) -> Companions:
-    """The companions of one rank, whose model is set up. total: optimizer steps of the run; save_best: writes
-    what is trained into a folder, collectively. Collective."""
+) -> LoopComponents:
+    """Return the components of one rank. Collective.
+
+    Args:
+        job: the checked run.
+        model: the model, set up.
+        rank_info: this process.
+        total: optimizer steps of the run.
+        tracker: logs metrics and prints lines.
+        profiler: measures memory of the phases.
+        stopping: why and when the run is asked to stop.
+        save_best: writes what is trained into a folder, collectively.
+    """
     config, folder, base = job.config, Path(job.output_dir), job.files.folder
     trained = [p for p in model.parameters() if p.requires_grad]
     assert config.lr is not None
     optimizer = make_optimizer(trained, config.optimizer, config.lr, config.wd)
     scaler = job.precision.scaler("cpu" if config.use_cpu_offload else rank_info.device.type)
     meter, deferred = Meter(rank_info.device, profiler.held), DeferredCalls()
-    guard = BadSteps(
+    guard = BadStepGuard(
         done=job.saved.step if job.saved else 0,
-        most=config.max_bad_steps,
+        max_bad_steps=config.max_bad_steps,
         rows=job.rows,
         folder=folder,
         scaler=scaler,
@@ -111,7 +121,7 @@ def make_companions(
         say=tracker.say,
         saved=job.saved,
     )
-    return Companions(
+    return LoopComponents(
         optimizer=optimizer,
         scaler=scaler,
         meter=meter,
