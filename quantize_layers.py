@@ -1,8 +1,7 @@
-"""The streaming load: fills a sharded model from a checkpoint's files, one tensor at a time.
+"""Streaming load: fills a sharded model from a checkpoint's files, one tensor at a time.
 
-Each tensor is read and packed by one rank of a node, which sends the node's other ranks their shards. What
-becomes of a tensor is its module's business (`ConvertingModule` in quantization/layer.py), so nothing here knows
-adapters.
+One rank of each node reads and packs a tensor, and sends the node's other ranks their shards. The tensor's
+module decides how it is packed (`ConvertingModule` in quantization/layer.py), so nothing here knows adapters.
 """
 
 from __future__ import annotations
@@ -42,43 +41,52 @@ def load_weights(
     family: Family,
     files: CheckpointFiles,
     rank_info: RankInfo,
-    home: torch.device,
+    param_device: torch.device,
     seed: int,
     workers: int,
     cache: CacheWriter | None = None,
 ) -> None:
-    """Gives a meta model, sharded by FSDP or not, memory and fills all of it: parameters from the checkpoint
-    or by their module (`ConvertingModule.initial_values`), buffers from constants and the config.
+    """Allocate and fill a meta model, sharded by FSDP or not. Collective.
 
-    home: where the shards of the parameters are kept, rank_info.device or, with --use_cpu_offload, the CPU;
-    workers: threads that read and pack; cache: gets what is packed.
+    Parameters come from the checkpoint or from their module (`ConvertingModule.initial_values`),
+    buffers from constants and the config.
 
-    Raises UserError, the same on all ranks, if a tensor holds NaN or infinity, or cannot be packed or read as
-    packed; AssertionError if anything was left unfilled: it would train on garbage. Collective.
+    Args:
+        param_device: Where sharded parameters live: rank_info.device, or the CPU with --use_cpu_offload.
+        seed: For the modules' initial values.
+        workers: Number of threads that read and pack.
+        cache: Receives the packed weights.
+
+    Raises:
+        UserError: A tensor holds NaN or infinity, or cannot be read or packed. The same on all ranks.
+        AssertionError: A parameter or buffer was not filled: the model would train on garbage.
     """
-    _materialize(model, family, rank_info.device, home)
+    _allocate(model, family, rank_info.device, param_device)
     params = {unwrapped_name(name): p for name, p in model.named_parameters()}
-    filled = _stream(model, params, files, rank_info, workers, cache)
+    filled = _stream_tensors(model, params, files, rank_info, workers, cache)
     for path, module in model.named_modules():
         if isinstance(module, ConvertingModule):
-            # Seeded by name: the values depend neither on the order of modules nor on the number of ranks.
-            generator = torch.Generator().manual_seed(
-                (seed << 32) % 2**63 + zlib.crc32(unwrapped_name(path).encode())
-            )
+            # Seeded by name: values depend neither on the order of modules nor on the number of ranks.
+            path = unwrapped_name(path)
+            generator = torch.Generator().manual_seed((seed << 32) % 2**63 + zlib.crc32(path.encode()))
             for name, full in module.initial_values(generator).items():
-                fill_shard(params[f"{unwrapped_name(path)}.{name}"], full)
-                filled.add(f"{unwrapped_name(path)}.{name}")
+                fill_shard(params[f"{path}.{name}"], full)
+                filled.add(f"{path}.{name}")
     assert filled == set(params), f"not filled: {sorted(set(params) - filled)[:3]}"
 
 
-def _materialize(model: PreTrainedModel, family: Family, device: torch.device, home: torch.device) -> None:
-    model.to_empty(device=home)
+def _allocate(
+    model: PreTrainedModel, family: Family, device: torch.device, param_device: torch.device
+) -> None:
+    """Allocate a meta model, and fill its buffers. Raises AssertionError for a buffer that nothing fills."""
+    model.to_empty(device=param_device)
     for module in model.modules():
         if isinstance(module, FrozenEmbedding) and module.on_host:
             module.weight = nn.Parameter(empty_on_host(module.weight, device.type), requires_grad=False)
-    if model.config.tie_word_embeddings:  # to_empty makes new parameters, one for each of the two names
+    if model.config.tie_word_embeddings:  # to_empty makes two parameters of the tied one
         model.get_submodule(family.head).weight = model.get_submodule(family.embedding).weight
-    with device:  # no checkpoint holds its tables; only the config argument is stable between versions
+    # Made anew: no checkpoint holds its tables, and only its config argument is stable between versions.
+    with device:
         rotary = make_rotary(family, model.config)
     model.set_submodule(family.rotary, rotary)
     for module in model.modules():
@@ -100,43 +108,52 @@ def _materialize(model: PreTrainedModel, family: Family, device: torch.device, h
     assert not unknown, f"buffers that nothing fills: {unknown}"
 
 
-def _stream(
-    model: nn.Module, params: dict, files: CheckpointFiles, rank_info: RankInfo, workers: int, cache
-) -> set:
-    """Reads every tensor of the checkpoint once on each node, packs it as its module says, and sends every rank
-    of the node its shard. Returns the names of the parameters that it filled.
+def _stream_tensors(
+    model: nn.Module,
+    params: dict[str, nn.Parameter],
+    files: CheckpointFiles,
+    rank_info: RankInfo,
+    workers: int,
+    cache: CacheWriter | None,
+) -> set[str]:
+    """Read and pack each tensor once per node, and send every rank its shard.
 
-    Tensors go round the node's ranks, so the contents are the same for any number of ranks. Each rank's threads
-    work ahead on its own tensors while others are sent: at most `workers` of them are read and not yet sent.
-    A rank whose tensor cannot be used sends zeros instead. Raises UserError as `load_weights`.
+    Returns the names of the filled parameters.
+
+    The node's ranks take tensors in turn, so the contents are the same for any number of ranks. Each rank's
+    threads prefetch its own tensors while others are sent: at most `workers` tensors are read and not yet
+    sent. A rank whose tensor cannot be used sends zeros instead. Raises UserError like `load_weights`.
     """
-    names = sorted(files.tensors, key=lambda n: files.tensors[n].file)  # file by file, each in its own order
+    # File by file, in each file's own order.
+    names = sorted(files.tensors, key=lambda n: files.tensors[n].file)
     modules = {name: model.get_submodule(name.rpartition(".")[0]) for name in names}
-    node, filled, thread, finite = Node(rank_info), set(), threading.local(), FiniteCheck(files)
-    read = partial(_read, finite=finite, device=rank_info.device, turn=threading.Lock(), thread=thread)
-    mine = iter(names[rank_info.local_rank :: rank_info.local_world])
+    node, filled, thread, finite_check = NodeRanks(rank_info), set(), threading.local(), FiniteCheck(files)
+    read = partial(
+        _read, finite_check=finite_check, device=rank_info.device, device_lock=threading.Lock(), thread=thread
+    )
+    own_names = iter(names[rank_info.local_rank :: rank_info.local_world])
     with ThreadPoolExecutor(workers) as pool:
-        ahead = deque(pool.submit(read, name, modules[name]) for name in islice(mine, workers))
+        prefetched = deque(pool.submit(read, name, modules[name]) for name in islice(own_names, workers))
         for i, name in enumerate(names):
-            path, _, last = name.rpartition(".")
-            targets = {key: params[f"{path}.{key}"] for key in parameters_from(modules[name], last)}
+            path, _, attribute = name.rpartition(".")
+            targets = {key: params[f"{path}.{key}"] for key in parameters_from(modules[name], attribute)}
             content: dict[str, Any] = dict.fromkeys(targets)
             owner = i % rank_info.local_world
             if owner == rank_info.local_rank:
                 try:
-                    source = ahead.popleft().result()
+                    source = prefetched.popleft().result()
                     if cache and isinstance(source, PackedWeight):
                         cache.add(name, source)
-                    content |= convert_tensor(modules[name], last, source)
+                    content |= convert_tensor(modules[name], attribute, source)
                 except UserError as e:
-                    finite.failed[name] = str(e)
-                    # The node's other ranks wait for their shards, and end with this one when all is loaded.
+                    finite_check.failed[name] = str(e)
+                    # The other ranks wait for their shards. All ranks fail together, after the last tensor.
                     content |= {key: _zeros(param, rank_info.device) for key, param in targets.items()}
-                ahead.extend(pool.submit(read, later, modules[later]) for later in islice(mine, 1))
+                prefetched.extend(pool.submit(read, n, modules[n]) for n in islice(own_names, 1))
             for key, param in targets.items():
-                node.share(param, content[key], owner)
+                node.scatter(param, content[key], owner)
                 filled.add(f"{path}.{key}")
-    finite.check(rank_info.world)
+    finite_check.check(rank_info.world)
     return filled
 
 
@@ -144,91 +161,109 @@ def _zeros(param: nn.Parameter, device: torch.device) -> torch.Tensor:
     return torch.zeros(param.shape, dtype=param.dtype, device=device)
 
 
-def _read(name: str, module: nn.Module, finite: FiniteCheck, device: torch.device, turn, thread):
-    """The tensor on the device, packed if its module packs it. One thread at a time is on the device: what
-    quantization needs for a moment, several times the tensor, is needed once. Raises UserError."""
+def _read(
+    name: str,
+    module: nn.Module,
+    finite_check: FiniteCheck,
+    device: torch.device,
+    device_lock: threading.Lock,
+    thread: threading.local,
+) -> torch.Tensor | PackedWeight:
+    """Return a tensor on the device, packed if its module packs it. Raises UserError.
+
+    Threads use the device one at a time: quantization briefly needs several times the tensor's memory, and so
+    needs it only once.
+    """
     if device.type == "cuda" and not hasattr(thread, "stage"):
         set_current_device(device)
         thread.stage = PinnedBuffers(device.type)
-    source = finite.files.read(name, getattr(thread, "stage", None))
-    with turn:
+    source = finite_check.files.read(name, getattr(thread, "stage", None))
+    with device_lock:
         tensor = source.to(device)
-        finite.note(name, tensor)
-        return pack_weight(
-            finite.files.tensor_origin(name), tensor, quantizer_for(module, name.rpartition(".")[2])
-        )
+        finite_check.add(name, tensor)
+        quantizer = quantizer_for(module, name.rpartition(".")[2])
+        return pack_weight(finite_check.files.tensor_origin(name), tensor, quantizer)
 
 
 class FiniteCheck:
-    """Finds NaN and infinity in what this rank reads, by the sum of each tensor. The sums are read once, at
-    the end: a GPU would have to be waited for at each tensor. failed: {tensor: message} of those that could
-    not be read or packed."""
+    """Finds NaN and infinity in the tensors that this rank reads, by the sum of each tensor.
+
+    The sums are read once, at the end: reading each one would wait for the GPU.
+
+    Attributes:
+        failed: {tensor: message} for tensors that could not be read or packed.
+    """
 
     def __init__(self, files: CheckpointFiles):
         self.files = files
         self.sums: dict[str, torch.Tensor] = {}
         self.failed: dict[str, str] = {}
 
-    def note(self, name: str, tensor: torch.Tensor | PackedWeight) -> None:
-        """Adds a tensor; one that was packed in its file was checked there."""
+    def add(self, name: str, tensor: torch.Tensor | PackedWeight) -> None:
+        """Add a tensor. A tensor that was packed in its file was checked there."""
         if isinstance(tensor, torch.Tensor):
             self.sums[name] = fp32_sum(tensor)
 
     def check(self, world: int) -> None:
-        """Raises UserError, the same on all ranks, if any rank has failed, or has read NaN or infinity.
-        Collective. world: number of ranks."""
+        """Raise UserError, the same on all ranks, if a rank failed or read NaN or infinity. Collective.
+
+        world: Number of ranks.
+        """
         found = dict(self.failed)
         for name in nonfinite_sums(self.sums):
-            # The sum may have overflowed.
+            # The sum of finite numbers may have overflowed.
             if not is_finite(read_tensor(self.files.folder, self.files.tensors[name])):
                 found[name] = f"{self.files.tensor_origin(name)} {NONFINITE_MESSAGE}"
         messages: dict[str, str] = {}
-        for each in gather_from_ranks(found, world):
-            messages |= each
+        for rank_messages in gather_from_ranks(found, world):
+            messages |= rank_messages
         if messages:
             first = next(name for name in self.files.tensors if name in messages)
             others = f"; {len(messages) - 1} more of its tensors cannot be used" if len(messages) > 1 else ""
             raise UserError(messages[first] + others)
 
 
-class Node:
-    """The ranks of this machine, among which the contents of parameters are dealt out."""
+class NodeRanks:
+    """The ranks of this machine, to which parameters' contents are scattered."""
 
     def __init__(self, rank_info: RankInfo):
         self.rank_info, self.group = rank_info, None  # None: all ranks
         if rank_info.local_world < rank_info.world:
             self.group, _ = dist.new_subgroups(rank_info.local_world)
-        self.first = rank_info.rank - rank_info.local_rank
+        self.first_rank = rank_info.rank - rank_info.local_rank
 
-    def share(self, param: nn.Parameter, full: torch.Tensor | None, owner: int) -> None:
-        """Fills this rank's part of a parameter from the full contents, which the node's rank `owner` has."""
+    def scatter(self, param: nn.Parameter, full: torch.Tensor | None, owner: int) -> None:
+        """Fill this rank's shard of a parameter. Collective in the node.
+
+        full: The full contents, on the node's local rank `owner`.
+        """
         if self.rank_info.local_world == 1:
             assert full is not None
             fill_shard(param, full)
             return
         local = param.to_local() if isinstance(param, DTensor) else param
-        rows = -(-param.shape[0] // shard_count(param))  # of the ranks with most: scatter sends equal parts
-        mine = torch.empty(rows, *param.shape[1:], dtype=param.dtype, device=self.rank_info.device)
-        parts = None
+        # Rows of the largest shard: scatter sends equal sizes.
+        rows = -(-param.shape[0] // shard_count(param))
+        received = torch.empty(rows, *param.shape[1:], dtype=param.dtype, device=self.rank_info.device)
+        shards = None
         if owner == self.rank_info.local_rank:
             assert full is not None
             assert full.shape == param.shape, f"{full.shape} for {param.shape}"
             full = full.to(param.dtype)
-            ranks = range(self.first, self.first + self.rank_info.local_world)
-            parts = [_as_bytes(_padded(local_shard(param, full, rank), rows)) for rank in ranks]
-        # As bytes: codes are not numbers.
-        dist.scatter(_as_bytes(mine), parts, src=self.first + owner, group=self.group)
+            ranks = range(self.first_rank, self.first_rank + self.rank_info.local_world)
+            shards = [_view_as_bytes(_pad_rows(local_shard(param, full, rank), rows)) for rank in ranks]
+        # As bytes, because codes are not numbers.
+        dist.scatter(_view_as_bytes(received), shards, src=self.first_rank + owner, group=self.group)
         with torch.no_grad():
-            local.copy_(mine[: local.shape[0]])
+            local.copy_(received[: local.shape[0]])
 
 
-def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
+def _view_as_bytes(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.contiguous().view(-1).view(torch.uint8)
 
 
-def _padded(local_shard: torch.Tensor, rows: int) -> torch.Tensor:
-    if local_shard.shape[0] == rows:
-        return local_shard
-    return torch.cat(
-        [local_shard, local_shard.new_zeros(rows - local_shard.shape[0], *local_shard.shape[1:])]
-    )
+def _pad_rows(shard: torch.Tensor, rows: int) -> torch.Tensor:
+    """Append rows of zeros to a shard until it has `rows` rows."""
+    if shard.shape[0] == rows:
+        return shard
+    return torch.cat([shard, shard.new_zeros(rows - shard.shape[0], *shard.shape[1:])])

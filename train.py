@@ -4,8 +4,8 @@
     python train.py --train_type bnb_dora --model_name meta-llama/Meta-Llama-3-8B --dataset alpaca
     torchrun --nproc_per_node 8 train.py ...          the same program, started by torchrun
 
-The way of a run: options -> checks, without a GPU -> one process per GPU -> load and quantize -> adapters
--> wrap -> the loop -> save. docs/architecture.md has the map.
+A run's stages: parse options -> check them without a GPU -> start one process per GPU -> build the model on
+meta -> add adapters -> wrap -> load and quantize -> training loop -> save. docs/architecture.md has the map.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from launch.program import parse_or_exit, prepare_environment, prepare_long_run,
 from options.train import parse
 
 if __name__ == "__main__":
-    # Before the imports below, which take seconds: --help and wrong options are answered at once.
+    # The imports below take seconds; --help and wrong options are answered before them.
     prepare_long_run()
     PARSED = parse_or_exit(sys.argv[1:], parse)
     prepare_environment()
@@ -67,20 +67,25 @@ from training.loop_components import make_loop_components
 from training.out_of_memory import explain_out_of_memory
 from training.preflight import check_run
 from training.run_folder import describe_no_result, finish_run, start_run_folder, unsaved_error
-from wrapping import STRATEGIES, WRAP_POLICIES, make_mesh, offload_policy, sync_gradients, wrap
+from wrapping import STRATEGIES, WRAP_POLICIES, make_mesh, make_offload_policy, set_gradient_sync, wrap
 
 
 def set_up(
     job: Job, rank_info: RankInfo, profiler: NoProfiler = NO_PROFILER
 ) -> tuple[PreTrainedModel, memory_model.Share]:
-    """The model of the train type, sharded and filled, and what this rank holds of it. Raises AssertionError if that
-    is not what it should hold."""
+    """Build, shard and load the model of the train type.
+
+    Returns:
+        (the model, the memory that its weights should take on this rank).
+
+    Raises AssertionError if the loaded weights take another amount of memory.
+    """
     profiler.phase("wrap")
     config, family, precision, device = job.config, job.family, job.precision, rank_info.device
-    longest = longest_line(config, job.rows)
-    attention = choose_attention(job.model_config, family, precision.matmul_dtype, config.packing, longest)
+    max_tokens = longest_line(config, job.rows)
+    attention = choose_attention(job.model_config, family, precision.matmul_dtype, config.packing, max_tokens)
     model = build_on_meta(job.model_config, family, attention)
-    # Before anything is changed.
+    # Computed from the unchanged model, before any method is applied.
     expected = memory_model.expect(model, family, config, precision, job.files, rank_info)
     apply_method(model, family, config, precision, job.files)
     mesh = make_mesh(device.type, rank_info.world, config.sharding_strategy, config.hybrid_shard_size)
@@ -90,21 +95,24 @@ def set_up(
         mesh,
         strategy=STRATEGIES[config.sharding_strategy],
         units=WRAP_POLICIES[config.wrap_policy](family),
-        cast=precision.gather_dtype,
-        offload=offload_policy(config.use_cpu_offload, device.type),
-        keep=SavedActivations.INPUT if config.use_gradient_checkpointing else SavedActivations.ALL,
-        run=compile_run_layer() if should_compile(config.compile, device, family) else None,
+        gather_dtype=precision.gather_dtype,
+        offload=make_offload_policy(config.use_cpu_offload, device.type),
+        saved_activations=SavedActivations.INPUT
+        if config.use_gradient_checkpointing
+        else SavedActivations.ALL,
+        compiled_run=compile_run_layer() if should_compile(config.compile, device, family) else None,
         offload_activations=config.use_activation_cpu_offload,
     )
     profiler.phase("load")
-    home = torch.device("cpu") if config.use_cpu_offload else device
+    param_device = torch.device("cpu") if config.use_cpu_offload else device
     workers = ranks.resolve_workers(config.loading_workers, rank_info.cpus)
-    before = memory.gpu_bytes_allocated()
+    allocated_before = memory.gpu_bytes_allocated()
     with open_cache_writer(job.cache, rank_info) as cache:
-        load_weights(model, family, job.files, rank_info, home, config.seed, workers, cache)
-        memory_model.check_loaded(model, expected, before)
+        load_weights(model, family, job.files, rank_info, param_device, config.seed, workers, cache)
+        memory_model.check_loaded(model, expected, allocated_before)
     profiler.phase(BETWEEN)
-    torch.manual_seed(config.seed + rank_info.rank)  # of dropout; adapters and the data order have their own
+    # This seed is dropout's; adapters and the data order have their own generators.
+    torch.manual_seed(config.seed + rank_info.rank)
     return model, expected
 
 
@@ -117,63 +125,65 @@ def train(
     profiler: NoProfiler = NO_PROFILER,
     stopping: NoStopRequests = NO_STOP_REQUESTS,
 ) -> list[Metrics]:
-    """The loop. Returns the metrics of every step, on rank 0 also of those before a resumed run was stopped."""
-    config, precision, total = job.config, job.precision, job.total_steps(sampler)
-    keep_best = partial(save_best, job, model)
-    loop = make_loop_components(job, model, rank_info, total, tracker, profiler, stopping, keep_best)
+    """Run the training loop. Return the metrics of every step, on rank 0 with those before a resume."""
+    config, precision, total_steps = job.config, job.precision, job.total_steps(sampler)
+    save_best_to = partial(save_best, job, model)
+    loop = make_loop_components(job, model, rank_info, total_steps, tracker, profiler, stopping, save_best_to)
     optimizer, scaler, deferred, meter = loop.optimizer, loop.scaler, loop.deferred, loop.meter
     guard, evaluator, budget, checkpoints = loop.guard, loop.evaluator, loop.budget, loop.checkpoints
-    history, trained = list(tracker.history), [p for p in model.parameters() if p.requires_grad]
-    done = checkpoints.load()
+    history, trained_params = list(tracker.history), [p for p in model.parameters() if p.requires_grad]
+    steps_done = checkpoints.restore()
     assert config.lr_warmup is not None  # resolved
-    schedule = make_schedule(optimizer, total, config.lr_warmup, config.lr_scheduler, done)
+    schedule = make_schedule(optimizer, total_steps, config.lr_warmup, config.lr_scheduler, steps_done)
 
-    def tell(reading: Reading, lap: Lap) -> None:
+    def log_step(reading: Reading, lap: Lap) -> None:
         metrics = guard.check_step(meter.measure(reading, lap), reading.step)
         budget.after_step(metrics.memory_allocated_gib)
-        history.append(evaluator.after(metrics))
+        history.append(evaluator.evaluate_if_due(metrics))
         tracker.log(history[-1])
 
     model.train()
-    evaluator.before_first_step(done)
-    todo = range(done + 1, total + 1) if not (evaluator.should_stop or guard.should_stop) else ()
-    steps = ahead(
-        sampler.steps(config.num_epochs, done), rank_info.device, memory.can_pin(rank_info.device.type)
+    evaluator.before_first_step(steps_done)
+    step_numbers = (
+        () if evaluator.should_stop or guard.should_stop else range(steps_done + 1, total_steps + 1)
     )
-    for index, step in zip(todo, steps, strict=False):
+    pin = memory.can_pin(rank_info.device.type)
+    steps = ahead(sampler.steps(config.num_epochs, steps_done), rank_info.device, pin)
+    for index, step in zip(step_numbers, steps, strict=False):
         loss = torch.zeros((), device=rank_info.device)
         for i, batch in enumerate(step.batches, 1):
             profiler.phase("forward")
             batch = batch.to(rank_info.device)
-            sync_gradients(model, i == len(step.batches) or not config.no_sync)
-            # Exactly the mean over the step's targets: divided by their number on all ranks and in all
-            # micro-batches, while FSDP sums gradients over ranks and backward over micro-batches.
+            set_gradient_sync(model, i == len(step.batches) or not config.no_sync)
+            # The sum over micro-batches and ranks is exactly the mean over the step's targets: each
+            # micro-batch is divided by their number on all ranks; backward and FSDP only sum gradients.
             with precision.context(rank_info.device.type):
-                share = loss_sum(model, batch) / step.n_targets
-            deferred.now()  # of the step before, while the GPU has this forward to do
+                micro_loss = loss_sum(model, batch) / step.n_targets
+            deferred.now()  # log the previous step, while the GPU computes this forward
             profiler.phase("backward")
-            scaler.scale(share).backward()
-            loss += share.detach()
+            scaler.scale(micro_loss).backward()
+            loss += micro_loss.detach()
         profiler.phase("optimizer")
         scaler.unscale_(optimizer)
-        norm = full_tensor(nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None]))
+        gradients = [p.grad for p in trained_params if p.grad is not None]
+        grad_norm = full_tensor(nn.utils.get_total_norm(gradients))
         if config.apply_gradient_clipping:
-            nn.utils.clip_grads_with_norm_(trained, config.grad_norm, norm)
-        reading = meter.read(index, step, float(schedule.get_last_lr()[0]), loss, norm)
+            nn.utils.clip_grads_with_norm_(trained_params, config.grad_norm, grad_norm)
+        reading = meter.read(index, step, float(schedule.get_last_lr()[0]), loss, grad_norm)
         guard.step(optimizer, reading)
         optimizer.zero_grad(set_to_none=True)
         profiler.phase(BETWEEN)
-        deferred.put(partial(tell, reading, meter.lap()))
-        if (
-            guard.needs_metrics() or budget.needs_metrics() or evaluator.is_due(index)
-        ):  # what the next step goes by
+        deferred.put(partial(log_step, reading, meter.lap()))
+        # The next step depends on these metrics; otherwise they wait for its forward.
+        if guard.needs_metrics() or budget.needs_metrics() or evaluator.is_due(index):
             deferred.now()
         scaler.update()
         schedule.step()
         if profiler.step():
             meter.restart()
-        stop = evaluator.should_stop or guard.should_stop
-        if checkpoints.after(index, last=index == total or stop) or stop:
+        finished = evaluator.should_stop or guard.should_stop
+        interrupted = checkpoints.save_if_due(index, last=index == total_steps or finished)
+        if finished or interrupted:
             break
     deferred.now()
     checkpoints.finish()
@@ -183,18 +193,18 @@ def train(
 
 @explain_out_of_memory
 def run_rank(rank_info: RankInfo, job: Job) -> None:
-    """What each process does, from loading to the saved result."""
+    """Run one process of the training, from loading to the saved result."""
     with FolderLock(Path(job.output_dir)) as lock, make_profiler(job.config, rank_info) as profiler:
         run_profiled(rank_info, job, profiler, lock)
 
 
 def run_profiled(rank_info: RankInfo, job: Job, profiler: Profiler, lock: FolderLock) -> None:
-    """The same, watched by a profiler."""
+    """Set up, train and save in one process, recorded by the profiler."""
     config, began = job.config, time.perf_counter()
     if config.deterministic:
         enable_determinism()
     sampler = make_sampler(config, job.rows, rank_info.rank, rank_info.world)
-    total = job.total_steps(sampler)
+    total_steps = job.total_steps(sampler)
     if rank_info.rank == 0:
         data = describe_data(job.rows, sampler, config.context_length)
         print(data + job.evaluation.describe(), flush=True)
@@ -202,13 +212,13 @@ def run_profiled(rank_info: RankInfo, job: Job, profiler: Profiler, lock: Folder
     stages = profiler.fullest("wrap", "load")
     ready = f"{loaded.describe()}; ready after {time.perf_counter() - began:.1f} s"
     facts = describe_run(job.rows, sampler, model, stages) if rank_info.rank == 0 else ""
-    tracker = start_run_folder(job, rank_info, lock, total, facts, ready, stages)
-    done = len(tracker.history)
+    tracker = start_run_folder(job, rank_info, lock, total_steps, facts, ready, stages)
+    steps_done = len(tracker.history)
     stopping = StopRequests(rank_info.rank, job.started, config.max_minutes, config.save_minutes)
     began = time.perf_counter()
     history = train(job, model, rank_info, sampler, tracker, profiler, stopping)
     seconds = time.perf_counter() - began
-    no_result = "" if stopping.reason else describe_no_result(job, model, history[done:])
+    no_result = "" if stopping.reason else describe_no_result(job, model, history[steps_done:])
     if config.save_model and not stopping.reason and not no_result:
         try:
             save(job, model, Path(job.output_dir))
@@ -216,24 +226,29 @@ def run_profiled(rank_info: RankInfo, job: Job, profiler: Profiler, lock: Folder
             tracker.finish()
             raise unsaved_error(job, e) from e
     tracker.finish()
-    finish_run(job, rank_info, history, total, done, seconds, stages, stopping.reason, no_result)
+    finish_run(job, rank_info, history, total_steps, steps_done, seconds, stages, stopping.reason, no_result)
 
 
 def save_best(job: Job, model: PreTrainedModel, folder: Path) -> None:
-    """Writes what was trained into best/. Raises UserError, on all ranks and before anything is written, if
-    it holds NaN or infinity. Collective."""
-    if flaw := describe_not_finite(model):
-        raise UserError(flaw)
+    """Write the trained weights into best/. Collective.
+
+    Raises UserError, on all ranks and before anything is written, if they hold NaN or infinity.
+    """
+    if error := describe_not_finite(model):
+        raise UserError(error)
     save(job, model, folder, best=True)
 
 
 def save(job: Job, model: PreTrainedModel, folder: Path, best: bool = False) -> None:
-    """Writes what was trained, which the caller has found to be finite. best: with its options, and of an
-    expanded model the new blocks alone, as the rest is gigabytes that do not change from step to step.
-    Collective."""
+    """Write the trained weights, which the caller has found to be finite. Collective.
+
+    Args:
+        best: Write the run's options too, and of an expanded model only the new blocks: the other layers are
+            gigabytes that do not change from step to step.
+    """
     config, files, family, base = job.config, job.files, job.family, job.base
-    saved = "blocks" if best and config.method.expansion else config.llama_pro_save
-    if saved == "blocks":
+    llama_pro_save = "blocks" if best and config.method.expansion else config.llama_pro_save
+    if llama_pro_save == "blocks":
         trained_model.save_blocks(model, family, folder, files, base, job.generation_settings)
     elif config.method.expansion:
         trained_model.save_expanded(model, family, folder, files, base, job.small_files)
@@ -243,21 +258,21 @@ def save(job: Job, model: PreTrainedModel, folder: Path, best: bool = False) -> 
     else:
         trained_model.save_model(model, folder, files, base, job.small_files)
     if best and dist.get_rank() == 0:
-        write_text(folder / OPTIONS, job.options_file(llama_pro_save=saved))
+        write_text(folder / OPTIONS, job.options_file(llama_pro_save=llama_pro_save))
 
 
 def run(config: Config, remarks: list[str]) -> int:
-    """Checks and starts a run. Returns the exit status: 0, 2 for something the user can put right, 1 for anything else."""
+    """Check and start a run. Return its exit status: 0, 2 for an error of the user's, 1 for any other."""
     if not config.verbose:
         quiet_libraries()
-    where = (config.master_addr, config.master_port)
+    address = (config.master_addr, config.master_port)
     return start(
-        run_rank, partial(check_run, config), remarks, where, verbose=config.verbose, preload=["train"]
+        run_rank, partial(check_run, config), remarks, address, verbose=config.verbose, preload=["train"]
     )
 
 
 def main(argv: list[str]) -> int:
-    """Options in, exit status out."""
+    """Parse options and run. Return the exit status."""
     return run_command(argv, parse, lambda parsed: run(*parsed))
 
 

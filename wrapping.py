@@ -1,12 +1,15 @@
-"""How the model is spread over the GPUs: activation checkpointing and offload, units, shards - in that order,
-here only.
+"""Spreads the model over the GPUs: activation checkpointing and offload, then units, then shards.
 
-A *unit* is what FSDP2 gathers for one forward or backward and frees again. By default a decoder layer is one:
-its 4-bit codes, scales, norms and adapters travel in a single all-gather. A frozen embedding and a frozen head are
-no units: they are dealt out by rows of the vocabulary and never gathered (models/loss.py). Where they are trained they
-are units of their own; left in the root they would stay gathered from forward to the end of backward (2 GiB
-each for a 128k vocabulary and 8,192 hidden units). Tied and trained, they are one parameter that is needed at both
-ends, and stay in the root.
+No other file does this, so the order is fixed here.
+
+A *unit* is what FSDP2 gathers for one forward or backward and frees again. By default each decoder layer is a
+unit: one all-gather carries its 4-bit codes, scales, norms and adapters. The embedding and the head depend on
+training:
+
+    frozen             no unit; sharded by rows of the vocabulary and never gathered (models/loss.py)
+    trained            a unit each; as parts of the root unit they would stay gathered from forward to the end
+                       of backward (2 GiB each for a 128k vocabulary and 8,192 hidden units)
+    trained and tied   in the root unit: one parameter, needed at both ends of the model
 """
 
 from __future__ import annotations
@@ -39,28 +42,38 @@ from quantization.layer import Linear4bit
 
 @dataclass(frozen=True)
 class Strategy:
-    """A --sharding_strategy. replicas: who holds a copy of the whole model - "one" (all ranks together),
-    "groups" (each group of --hybrid_shard_size ranks) or "ranks" (each); keep: parameters stay gathered from
-    forward to backward, which saves an all-gather and costs the memory of the whole model."""
+    """A --sharding_strategy.
+
+    Attributes:
+        replicas: Who holds a copy of the model: "one" (all ranks together), "groups" (each group of
+            --hybrid_shard_size ranks) or "ranks" (each rank).
+        reshard_after_forward: Free the gathered parameters between forward and backward. Otherwise they stay:
+            one all-gather less, for the memory of the whole model.
+    """
 
     replicas: str
-    keep: bool
+    reshard_after_forward: bool
 
-    def shards(self, world: int, group_size: int) -> int:
-        """Ranks that share one copy. group_size: --hybrid_shard_size."""
+    @property
+    def keeps_gathered(self) -> bool:
+        return not self.reshard_after_forward
+
+    def ranks_per_copy(self, world: int, group_size: int) -> int:
+        """Return the number of ranks that share one copy. group_size: --hybrid_shard_size."""
         return {"one": world, "groups": group_size, "ranks": 1}[self.replicas]
 
 
 STRATEGIES = {
-    "full_shard": Strategy("one", keep=False),
-    "shard_grad_op": Strategy("one", keep=True),
-    "hybrid_full_shard": Strategy("groups", keep=False),
-    "hybrid_shard_grad_op": Strategy("groups", keep=True),
-    "ddp": Strategy("ranks", keep=False),  # nothing is sharded: "gathering" copies one unit at a time
+    "full_shard": Strategy("one", reshard_after_forward=True),
+    "shard_grad_op": Strategy("one", reshard_after_forward=False),
+    "hybrid_full_shard": Strategy("groups", reshard_after_forward=True),
+    "hybrid_shard_grad_op": Strategy("groups", reshard_after_forward=False),
+    # Nothing is sharded: "gathering" copies one unit at a time.
+    "ddp": Strategy("ranks", reshard_after_forward=True),
 }
 
-# --wrap_policy: the modules inside a decoder layer that are units of their own, by dotted name; what is left of
-# the layer (norms) stays the layer's unit. More units: less memory gathered at a time, more and smaller
+# --wrap_policy: the dotted names of the modules inside a decoder layer that are units. The rest of the layer
+# (its norms) stays in the layer's unit. More units: less memory gathered at a time, but more and smaller
 # all-gathers.
 WRAP_POLICIES: dict[str, Callable[[Family], tuple[str, ...]]] = {
     "layer": lambda family: (),
@@ -69,26 +82,35 @@ WRAP_POLICIES: dict[str, Callable[[Family], tuple[str, ...]]] = {
 
 
 def make_mesh(device_type: str, world: int, strategy: str, group_size: int) -> DeviceMesh:
-    """1-D, of the ranks that share one copy; or 2-D, [copies, ranks of a copy], gradients being summed over
-    the first and scattered over the second. group_size: ranks of a copy, for the hybrid strategies."""
-    size = STRATEGIES[strategy].shards(world, group_size)
+    """Return the device mesh of a --sharding_strategy.
+
+    1-D [ranks] if all ranks share one copy; otherwise 2-D [copies, ranks of a copy]: gradients are summed
+    over the first dimension and scattered over the second. group_size: ranks of a copy, for the hybrid
+    strategies.
+    """
+    size = STRATEGIES[strategy].ranks_per_copy(world, group_size)
     assert world % size == 0
     if size == world:
         return init_device_mesh(device_type, (world,), mesh_dim_names=("shard",))
     return init_device_mesh(device_type, (world // size, size), mesh_dim_names=("replicate", "shard"))
 
 
-def offload_policy(wanted: bool, device_type: str) -> OffloadPolicy:
-    """Of --use_cpu_offload. Pinned host memory, which copies can overlap with, where the system grants it."""
-    if not wanted:
+def make_offload_policy(enabled: bool, device_type: str) -> OffloadPolicy:
+    """Return FSDP's policy for --use_cpu_offload, with pinned host memory where the system grants it.
+
+    Copies from pinned memory overlap with computation.
+    """
+    if not enabled:
         return OffloadPolicy()
     return CPUOffloadPolicy(pin_memory=can_pin(device_type))
 
 
 def _keep_last_output(layer: nn.Module, family: Family, offload: OffloadPolicy) -> bool:
-    """Has the layer's last projection keep its output, if it is one of DoRA's and 4-bit: its magnitude's gradient
-    needs it, while nothing else would compute it again. Not where parameters are in host memory, which is what runs short
-    then; the GPU, which waits for them, has time to compute."""
+    """Let the layer's last projection keep its output, if it is 4-bit DoRA. Return whether it does.
+
+    The gradient of its magnitude needs the output, and nothing else recomputes it. Not with parameters in
+    host memory: then host memory is scarce, and the GPU, which waits for parameters, has time to recompute.
+    """
     if isinstance(offload, CPUOffloadPolicy):
         return False
     last = layer.get_submodule(family.outputs[-1])
@@ -98,13 +120,15 @@ def _keep_last_output(layer: nn.Module, family: Family, offload: OffloadPolicy) 
     return True
 
 
-def _wholly_trained(module: nn.Module) -> bool:
+def _is_fully_trained(module: nn.Module) -> bool:
     return all(p.requires_grad for p in module.parameters())
 
 
-def embedding_on_host(model: PreTrainedModel, family: Family) -> bool:
-    """Whether the embedding may stay in host memory: nothing but look-ups needs it. It is a GiB, and a micro-batch needs
-    some rows."""
+def can_keep_embedding_on_host(model: PreTrainedModel, family: Family) -> bool:
+    """Return whether the embedding may stay in host memory: only look-ups need it.
+
+    It takes about a GiB, and a micro-batch needs few of its rows.
+    """
     return (
         not model.config.tie_word_embeddings
         and not model.get_submodule(family.embedding).weight.requires_grad
@@ -118,36 +142,41 @@ def wrap(
     *,
     strategy: Strategy,
     units: tuple[str, ...],
-    cast: torch.dtype | None,
+    gather_dtype: torch.dtype | None,
     offload: OffloadPolicy,
-    keep: SavedActivations,
-    run: Callable | None,
+    saved_activations: SavedActivations,
+    compiled_run: Callable | None,
     offload_activations: bool,
 ) -> None:
-    """Shards a meta model in place. Its parameters become DTensors, still on meta.
+    """Shard a meta model in place. Its parameters become DTensors, still on meta.
 
-    units: names inside a layer, as WRAP_POLICIES gives them. cast: the dtype in which units are gathered
-    whose parameters are all trained, in another dtype; all other units are gathered bit by bit as they are,
-    which packed weights need (adapters cast themselves). keep: what each decoder layer keeps for backward;
-    the rest is recomputed there (non-reentrant). run: compiles a layer (`compiler`), or None.
-    offload_activations: the layers' inputs, which recomputation needs, are kept on the host.
+    Args:
+        strategy: One of STRATEGIES.
+        units: Names of modules inside a layer, from WRAP_POLICIES.
+        gather_dtype: The dtype in which fully trained units are gathered, if it is not their own. All other
+            units are gathered bit by bit, which packed weights need; adapters cast themselves.
+        offload: The result of `make_offload_policy`.
+        saved_activations: What each decoder layer saves for backward; the rest is recomputed (non-reentrant).
+        compiled_run: Runs a layer compiled (made in parallel/activation_checkpointing.py); None: not
+            compiled.
+        offload_activations: Keep the layers' inputs, which recomputation needs, in host memory.
     """
     host_activations = HostActivations()
-    # Of units within a layer, whose results are views. The warning is about in-place changes of them, which no
-    # model of transformers makes, and tests/test_matrix.py would show.
+    # Units inside a layer return views. The warning is about changing them in place, which no transformers
+    # model does; tests/test_matrix.py would show it.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
 
     layers = family.decoder_layers(model)
     ignored: set[nn.Parameter] = set()
-    # One GPU needs no FSDP, whose gathering would be copying, unless it casts or offloads.
-    casts = cast is not None and any(_wholly_trained(layer) for layer in layers)
+    # One GPU needs FSDP only to cast or to offload; otherwise its gathering would only copy.
+    casts = gather_dtype is not None and any(map(_is_fully_trained, layers))
     sharded = mesh.size() > 1 or casts or isinstance(offload, CPUOffloadPolicy)
 
     def shard(module: nn.Module) -> None:
         if not sharded:
             return
         policy = MixedPrecisionPolicy(
-            param_dtype=cast if _wholly_trained(module) else None,
+            param_dtype=gather_dtype if _is_fully_trained(module) else None,
             reduce_dtype=torch.float32,
             cast_forward_inputs=False,
         )
@@ -156,69 +185,71 @@ def wrap(
             mesh=mesh,
             mp_policy=policy,
             offload_policy=offload,
-            reshard_after_forward=not strategy.keep,
+            reshard_after_forward=strategy.reshard_after_forward,
             ignored_params=ignored,
         )
 
     for i, layer in enumerate(layers):
         for name in units:
-            if run:  # FSDP's hooks lie between units, and would break the graph of a whole layer
+            if compiled_run:  # unit by unit: FSDP's hooks between units would break the graph of a layer
                 layer.set_submodule(
-                    name, CheckpointedModule(layer.get_submodule(name), SavedActivations.ALL, run)
+                    name, CheckpointedModule(layer.get_submodule(name), SavedActivations.ALL, compiled_run)
                 )
             shard(layer.get_submodule(name))
-        # The wrapper goes inside the unit: recomputation must find the layer gathered, not gather again.
-        layers[i] = recomputed = CheckpointedModule(layer, keep, None if units else run)
-        kept = (
-            bool(run)
-            and not units
-            and keep is SavedActivations.INPUT
-            and _keep_last_output(layer, family, offload)
-        )
-        if offload_activations or kept:
+        # The wrapper is inside the unit: recomputation must find the layer gathered, not gather it again.
+        layer_run = None if units else compiled_run
+        layers[i] = recomputed = CheckpointedModule(layer, saved_activations, layer_run)
+        recomputes_all = saved_activations is SavedActivations.INPUT
+        saves_output = bool(layer_run) and recomputes_all and _keep_last_output(layer, family, offload)
+        if offload_activations or saves_output:
             ends = {"first": i == 0, "last": i == len(layers) - 1}
             layers[i] = OffloadedLayer(
                 recomputed,
                 host_activations,
                 offload_input=offload_activations,
-                offload_last_output=kept,
+                offload_last_output=saves_output,
                 **ends,
             )
         shard(layers[i])
-    # Looked up in any case: a family with another name for it would fail only where it is compiled, on GPUs. Not compiled it
-    # would go through the hidden states in fp32, a dozen times in backward.
+    # Looked up even if it is not compiled, so that a wrong name in a family fails without a GPU too. Not
+    # compiled, the norm would read the hidden states in fp32 a dozen times in backward.
     norm = model.get_submodule(family.norm)
-    if run:
-        model.set_submodule(family.norm, CheckpointedModule(norm, SavedActivations.ALL, run))
+    if compiled_run:
+        model.set_submodule(family.norm, CheckpointedModule(norm, SavedActivations.ALL, compiled_run))
         raise_graph_limit([m for m in model.modules() if isinstance(m, CheckpointedModule)])
     head, embedding = model.get_submodule(family.head), model.get_submodule(family.embedding)
     assert isinstance(head, Head) and isinstance(embedding, nn.Embedding)
-    head.compiled = run is not None
+    head.compiled = compiled_run is not None
     frozen = [m for m in (embedding, head) if not m.weight.requires_grad and sharded]
     tied = model.config.tie_word_embeddings
     for modules in [frozen] if tied and frozen else [[m] for m in frozen]:
         shard_vocabulary(modules, mesh)
     ignored |= {m.weight for m in frozen if isinstance(m.weight, nn.Parameter)}
-    if mesh.device_type == "cuda" and embedding_on_host(model, family):
+    if mesh.device_type == "cuda" and can_keep_embedding_on_host(model, family):
         freeze_embedding(embedding).on_host = True
     if not tied:
         for end in (embedding, head):
             if end not in frozen:
                 shard(end)
     shard(model)
+    _configure_communication(model, mesh)
+
+
+def _configure_communication(model: nn.Module, mesh: DeviceMesh) -> None:
+    """Let FSDP units use the GPUs' copy engines where possible, and sum gradients, not average them."""
     copies = make_copies(mesh)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             if copies:
-                # They have the methods of torch's classes, which are private.
+                # Typed as torch's private classes, whose methods they have.
                 module.set_custom_all_gather(copies[0])  # type: ignore[arg-type]
                 module.set_custom_reduce_scatter(copies[1])  # type: ignore[arg-type]
-            # The loss is already divided by the step's tokens over all ranks: gradients are summed.
+            # The loss is already divided by the step's tokens on all ranks.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
 
 
-def sync_gradients(model: nn.Module, wanted: bool) -> None:
-    """Whether the next backward reduces gradients over the ranks (--no_sync)."""
+def set_gradient_sync(model: nn.Module, enabled: bool) -> None:
+    """Set whether the next backward reduces gradients over the ranks (--no_sync)."""
     if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(wanted)
+        model.set_requires_gradient_sync(enabled)

@@ -1,6 +1,6 @@
-"""What a run saves: adapters and model folders, and the checkpoints that a stopped run goes on from.
+"""Saves results and checkpoints: adapters, model folders, and the state from which a stopped run resumes.
 
 May import: options, launch, quantization, files, data, models, parallel, monitoring, and the root's
 quantize_layers.py.
-Start in manager.py: `Checkpoints` hangs on the loop and says when what is saved.
+Start in manager.py: `CheckpointManager` decides in the training loop when a checkpoint is saved.
 """

@@ -29,14 +29,14 @@ def save_adapter(
     config: Config,
     base: BaseModel,
     targets: list[str],
-    beside: Mapping[str, str],
+    extra_files: Mapping[str, str],
 ) -> None:
-    """Writes PEFT's two files. Collective; rank 0 writes, and raises OSError when the others are done.
+    """Write PEFT's two files. Collective; rank 0 writes, and raises OSError when the others are done.
 
     Args:
-        base: the model below.
-        targets: the names in PEFT's target_modules.
-        beside: {name: text} of more files to write.
+        base: The base model.
+        targets: The names in PEFT's target_modules.
+        extra_files: {name: text} of more files to write.
     """
     tensors = {}
     for path, module in model.named_modules():
@@ -46,17 +46,18 @@ def save_adapter(
                     tensors[f"base_model.model.{unwrapped_name(path)}.{name}"] = full.contiguous()
     if dist.get_rank() != 0:
         return
-    description = _describe(config, base, targets)
     check_free_space(folder, sum(t.nbytes for t in tensors.values()))
     with stage_files(folder) as stage:
         save_tensors(tensors, stage(ADAPTER), base.metadata())
-        for name, text in beside.items():
+        for name, text in extra_files.items():
             stage(name).write_text(text, encoding="utf-8")
-        stage(ADAPTER_CONFIG).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+        stage(ADAPTER_CONFIG).write_text(
+            json.dumps(_adapter_config(config, base, targets), indent=2) + "\n", encoding="utf-8"
+        )
 
 
-def _describe(config: Config, base: BaseModel, targets: list[str]) -> dict:
-    """adapter_config.json."""
+def _adapter_config(config: Config, base: BaseModel, targets: list[str]) -> dict:
+    """Return the contents of adapter_config.json."""
     alpha = config.lora_alpha
     return {
         "peft_type": "LORA",

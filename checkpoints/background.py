@@ -1,8 +1,9 @@
-"""Work of a thread beside the one that trains, which needs the interpreter for each kernel that it launches.
+"""Pauses a background thread, so that the training thread gets Python's interpreter for its kernel launches.
 
-Python lets one thread at a time run, takes turns after 5 ms, and gives the next turn at once where a thread lets go by
-itself, as torch does for each operation. So one that launches kernels comes to a tenth of its launches beside another
-that computes in Python, and the GPU runs out of work in a quarter of a second. Here the other one rests most of the time.
+Python runs one thread at a time. It switches after 5 ms, or at once where a thread releases the interpreter,
+which torch does in each operation. A thread that launches kernels therefore manages a tenth of its launches
+while another computes in Python, and within a quarter of a second the GPU runs out of work. So the background
+thread pauses most of the time.
 """
 
 from __future__ import annotations
@@ -12,54 +13,67 @@ import threading
 import time
 from collections.abc import ItemsView, Iterator
 
-# Seconds. The turns cost training a sixth of the interpreter, which it can spare where it waits for a GPU; shorter ones
-# cost no less, as each begins with what the processor has forgotten meanwhile.
-TURN, REST = 0.002, 0.01
+# Seconds. Work costs training a sixth of the interpreter, which it can spare while it waits for a GPU.
+# Shorter turns cost no less: each begins with cold processor caches.
+WORK_SECONDS, PAUSE_SECONDS = 0.002, 0.01
 
 
-class Background:
-    """rests: whether it is to rest at all; hurry: set while somebody waits for the work; rested: seconds in all; began:
-    when the last rest ended."""
+class BackgroundThrottle:
+    """Makes a background thread pause between short turns of work.
 
-    def __init__(self, rests: bool):
-        self.rests, self.hurry, self.rested, self.began = rests, threading.Event(), 0.0, 0.0
+    Attributes:
+        enabled: Whether to pause at all.
+        hurry: Set while another thread waits for the work; then there are no pauses.
+        paused_seconds: The sum of all pauses.
+        turn_began: time.perf_counter() at the end of the last pause.
+    """
 
-    def prepare(self) -> None:
-        """To be called before the first work, when all is there that stays: what the work makes would have Python's
-        collector look through a million objects, for which all threads wait half a second."""
-        if self.rests:
+    def __init__(self, enabled: bool):
+        self.enabled, self.hurry, self.paused_seconds, self.turn_began = enabled, threading.Event(), 0.0, 0.0
+
+    def freeze_gc(self) -> None:
+        """Exclude all current objects from garbage collection. Call before the first background work.
+
+        The work's allocations trigger collections, which would scan a million lasting objects and block all
+        threads for half a second.
+        """
+        if self.enabled:
             gc.collect()
             gc.freeze()
 
-    def finish(self) -> None:
-        """The collector looks through everything again."""
-        if self.rests:
+    def unfreeze_gc(self) -> None:
+        """Include all objects in garbage collection again."""
+        if self.enabled:
             gc.unfreeze()
 
-    def rest(self) -> None:
-        """To be called often within the work: rests if a TURN is over, unless there is a hurry."""
-        if self.rests and (now := time.perf_counter()) - self.began > TURN:
-            self.hurry.wait(REST)
-            self.began = time.perf_counter()
-            self.rested += self.began - now
+    def pause_if_due(self) -> None:
+        """Pause if WORK_SECONDS are over and nobody waits. Call often within the work."""
+        if self.enabled and (now := time.perf_counter()) - self.turn_began > WORK_SECONDS:
+            self.hurry.wait(PAUSE_SECONDS)
+            self.turn_began = time.perf_counter()
+            self.paused_seconds += self.turn_began - now
 
 
-class Resting(dict):
-    """A dict for other people's loops: whoever goes through its items rests between them. (A profiler, which could
-    interrupt any code, slows all threads from Python 3.12 on.)"""
+class ThrottledDict(dict):
+    """A dict whose items() pauses between items, for loops in other people's code.
 
-    def __init__(self, items: dict, background: Background):
+    A profiler could interrupt any code, but slows down all threads from Python 3.12 on.
+    """
+
+    def __init__(self, items: dict, throttle: BackgroundThrottle):
         super().__init__(items)
-        self.background = background
+        self.throttle = throttle
 
     def items(self) -> ItemsView:  # type: ignore[override] # as in other mappings
-        return RestingItems(self)
+        return ThrottledItems(self)
 
 
-class RestingItems(ItemsView):
-    _mapping: Resting  # which ItemsView sets
+class ThrottledItems(ItemsView):
+    """The items of a ThrottledDict."""
+
+    _mapping: ThrottledDict  # set by ItemsView
 
     def __iter__(self) -> Iterator[tuple]:
         for item in dict.items(self._mapping):
-            self._mapping.background.rest()
+            self._mapping.throttle.pause_if_due()
             yield item

@@ -1,4 +1,4 @@
-"""block_expansion.py: new layers in a model (Llama-Pro, arXiv 2401.02415), and trained ones put back."""
+"""block_expansion.py: adds new layers to a model (Llama-Pro, arXiv 2401.02415), or inserts trained ones."""
 
 from __future__ import annotations
 
@@ -6,19 +6,20 @@ import copy
 import math
 import shlex
 import sys
+from collections import Counter
 from pathlib import Path
 
 from transformers import PretrainedConfig
 
 from checkpoints.model_writer import (
-    Entry,
-    Shards,
-    as_text,
-    check_contents,
-    copied,
-    filled,
-    shards_of,
-    with_replaced,
+    TensorEntry,
+    WeightFiles,
+    check_entries_finite,
+    constant_entry,
+    file_entries,
+    replace_entries,
+    split_into_files,
+    to_json_text,
     write_model,
 )
 from checkpoints.trained_model import open_blocks
@@ -40,12 +41,15 @@ from options.config import TOY_MODEL
 from options.errors import DONE, UserError
 from options.limits import MAX_CONFIG_BYTES, MAX_LAYERS, read_json, read_text
 
-# Lists in a config.json that may happen to have as many entries as there are layers, and never one for each.
+# Lists in config.json that never have one entry per layer, even if their length is the number of layers.
 OTHER_LISTS = ("architectures", "keys_to_ignore_at_inference", "mlp_only_layers")
 
 
-def positions(options: Options, layers: int) -> list[int]:
-    """The layers, from 0, after which the new blocks go: one entry per block, ascending. UserErrors."""
+def insertion_points(options: Options, layers: int) -> list[int]:
+    """Return the layers, from 0, after which new blocks go: one entry per block, ascending. Raises UserError.
+
+    layers: Number of layers of the model.
+    """
     if options.after is not None:
         for layer in options.after:
             if not 0 <= layer < layers:
@@ -62,8 +66,11 @@ def positions(options: Options, layers: int) -> list[int]:
 
 
 def read_model(options: Options) -> tuple[PretrainedConfig, Family, CheckpointFiles, str | None]:
-    """The checked model to start from, and the tensor of its head as `open_weights` returns it. Raises
-    UserError."""
+    """Read and check the model of --model_name.
+
+    Returns (config, family, files, the tensor of the model's own head as `open_weights` returns it). Raises
+    UserError.
+    """
     name = options.model_name
     folder = make_toy_model(toy_texts()) if name == TOY_MODEL else find_model(name)
     if Path(options.output_dir).resolve() == folder.resolve():
@@ -75,58 +82,67 @@ def read_model(options: Options) -> tuple[PretrainedConfig, Family, CheckpointFi
         new_layers(config)
     elif is_expanded(config):
         raise UserError(
-            f"--model_name {folder}: is expanded already ({NEW_LAYERS} in config.json); expand its base model,"
-            " with all new blocks at once"
+            f"--model_name {folder}: is expanded already ({NEW_LAYERS} in config.json);"
+            " expand its base model, with all new blocks at once"
         )
     else:
-        positions(options, config.num_hidden_layers)
+        insertion_points(options, config.num_hidden_layers)
     fetch_weights(pin_model_name(name, folder), folder)
     files, _, own_head = open_weights(folder, config, family)
-    check_contents(copied(files))
+    check_entries_finite(file_entries(files))
     if own_head:
         print(f"{folder}: {UNTIED}")
     return config, family, files, own_head
 
 
-def expanded_tensors(files: CheckpointFiles, family: Family, source: list[int]) -> dict[str, Entry]:
-    """The tensors of the expanded model, each beside the one that it copies. source: as llama_pro.source_layers."""
+def expanded_tensors(files: CheckpointFiles, family: Family, source: list[int]) -> dict[str, TensorEntry]:
+    """Return the tensors of the expanded model, in an order with each copy next to its original.
+
+    source: The layer that each layer of the expanded model copies (`source_layers` in models/llama_pro.py).
+    """
     first = {layer: source.index(layer) for layer in source}
-    entries: dict[str, Entry] = {}
+    entries: dict[str, TensorEntry] = {}
+    # {new layer: its modules that add nothing}
     silenced: dict[int, set[str]] = {i: set() for i, layer in enumerate(source) if i != first[layer]}
-    for name, entry in copied(files).items():
+    for name, entry in file_entries(files).items():
         layer, rest = family.locate_layer(name)
         if layer is None:
             entries[name] = entry
             continue
         for i in range(first[layer], first[layer] + source.count(layer)):
             value = family.identity_value(rest) if i in silenced else None
-            entries[f"{family.layers}.{i}.{rest}"] = entry if value is None else filled(entry, value)
+            entries[f"{family.layers}.{i}.{rest}"] = entry if value is None else constant_entry(entry, value)
             if value is not None:
                 silenced[i].add(rest.partition(".")[0])
-    assert all(len(parts) > 1 for parts in silenced.values()), (
+    assert all(len(modules) > 1 for modules in silenced.values()), (
         "a new block adds nothing: attention and MLP are silenced"
     )
     return entries
 
 
 def per_layer_lists(values: dict, layers: int) -> dict[str, list]:
-    """The lists of a config with an entry for each layer."""
+    """Return the lists of a config that have one entry per layer."""
     lists = {key: value for key, value in values.items() if isinstance(value, list) and len(value) == layers}
     other = {key for key in lists if key in OTHER_LISTS or key.endswith(("_id", "_ids", "_tokens"))}
     return {key: value for key, value in lists.items() if key not in other}
 
 
 def expanded_config(raw: dict, config: PretrainedConfig, source: list[int]) -> dict:
-    """config.json of the expanded model. raw: the base's, as it is in its file; config: what transformers
-    makes of it, in which lists that follow from a pattern (a kind of attention for each layer) are written
-    out."""
+    """Return config.json of the expanded model.
+
+    Args:
+        raw: The base's config.json.
+        config: The base's config as transformers reads it, with lists that follow from a pattern (such as a
+            kind of attention per layer) written out.
+        source: The layer that each layer of the expanded model copies.
+    """
     layers, resolved = config.num_hidden_layers, config.to_dict()
     new = dict(sync_tied_embeddings(raw, config))
     for key, value in per_layer_lists(raw | resolved, layers).items():
         new[key] = [value[layer] for layer in source]
-    if isinstance(raw.get("max_window_layers"), int):  # that many layers, the first ones, have full attention
+    if isinstance(raw.get("max_window_layers"), int):  # the number of first layers with full attention
         new["max_window_layers"] = sum(layer < raw["max_window_layers"] for layer in source)
-    if "mlp_only_layers" in resolved:  # and every decoder_sparse_step-th of the others has experts
+    if "mlp_only_layers" in resolved:  # of the other layers, every decoder_sparse_step-th has experts
         step, dense = resolved.get("decoder_sparse_step", 1), resolved["mlp_only_layers"] or []
         dense = [layer for layer in range(layers) if layer in dense or (layer + 1) % step]
         new["mlp_only_layers"] = [i for i, layer in enumerate(source) if layer in dense]
@@ -137,23 +153,31 @@ def expanded_config(raw: dict, config: PretrainedConfig, source: list[int]) -> d
 
 
 def expand(options: Options) -> str:
-    """Writes the expanded model; returns what to tell of it."""
+    """Write the expanded model. Return the lines to print."""
     config, family, files, _ = read_model(options)
-    source = source_layers(config.num_hidden_layers, positions(options, config.num_hidden_layers))
+    source = source_layers(config.num_hidden_layers, insertion_points(options, config.num_hidden_layers))
     raw = read_json(files.folder / CONFIG, MAX_CONFIG_BYTES)
     new_config = expanded_config(raw, config, source)
     entries = expanded_tensors(files, family, source)
     _check_plan(new_config, entries, config, files, family)
-    _write(options, _shards(entries, files), files, {CONFIG: as_text(new_config)})
+    weight_files = _split_like_base(entries, files)
+    _write(options, weight_files, files, {CONFIG: to_json_text(new_config)})
     new = ", ".join(map(str, new_config[NEW_LAYERS]))
     return (
         f"in {options.output_dir}: {len(source)} layers, of which new: {new}\n"
-        f"next: {shlex.join(shell_command('train.py'))} --train_type bnb_llama_pro --model_name {options.output_dir} --dataset ..."
+        f"next: {shlex.join(shell_command('train.py'))} --train_type bnb_llama_pro"
+        f" --model_name {options.output_dir} --dataset ..."
     )
 
 
-def _check_plan(new_config: dict, entries: dict, config, files: CheckpointFiles, family: Family) -> None:
-    """The planned tensors are those of the model that transformers would build from the planned config."""
+def _check_plan(
+    new_config: dict,
+    entries: dict[str, TensorEntry],
+    config: PretrainedConfig,
+    files: CheckpointFiles,
+    family: Family,
+) -> None:
+    """Check the planned tensors against the model that transformers builds from the planned config."""
     planned = copy.copy(files)
     planned.tensors = {name: StoredTensor("", entry.shape, entry.dtype) for name, entry in entries.items()}
     expanded = type(config).from_dict(new_config)
@@ -162,24 +186,25 @@ def _check_plan(new_config: dict, entries: dict, config, files: CheckpointFiles,
         assert value == new_config[key], f"{key}: transformers reads {value}"
 
 
-def _write(options: Options, shards: Shards, files: CheckpointFiles, small_files: dict[str, str]) -> None:
+def _write(
+    options: Options, weight_files: WeightFiles, files: CheckpointFiles, small_files: dict[str, str]
+) -> None:
     clear_output(Path(options.output_dir))
-    write_model(Path(options.output_dir), shards, files.folder, small_files)
+    write_model(Path(options.output_dir), weight_files, files.folder, small_files)
     if not any(files.folder.glob("tokenizer*")):
         print(f"no tokenizer in {files.folder}: training needs its files beside config.json")
 
 
-def _shards(entries: dict[str, Entry], files: CheckpointFiles) -> Shards:
-    """Files no larger than the base's largest."""
-    sizes: dict[str, int] = {}
-    for name, entry in copied(files).items():
-        file = files.tensors[name].file
-        sizes[file] = sizes.get(file, 0) + entry.nbytes
-    return shards_of(entries, max(sizes.values()))
+def _split_like_base(entries: dict[str, TensorEntry], files: CheckpointFiles) -> WeightFiles:
+    """Split tensors into files no larger than the base's largest file."""
+    sizes: Counter[str] = Counter()
+    for name, entry in file_entries(files).items():
+        sizes[files.tensors[name].file] += entry.nbytes
+    return split_into_files(entries, max(sizes.values()))
 
 
-def put_back(options: Options) -> str:
-    """Writes the expanded model with trained blocks in it; returns what to tell of it."""
+def insert_blocks(options: Options) -> str:
+    """Write the expanded model with trained blocks inserted. Return the line to print."""
     config, family, files, own_head = read_model(options)
     assert options.blocks is not None
     path = Path(options.blocks).expanduser()
@@ -187,29 +212,29 @@ def put_back(options: Options) -> str:
         raise UserError(f"--blocks {path}: no such file")
     try:
         blocks, metadata = open_blocks(path, files, family, new_layers(config))
-        check_contents(copied(blocks))
+        check_entries_finite(file_entries(blocks))
         remark = check_base(metadata, config, files, str(path), "--model_name", own_head)
     except UserError as e:
         raise UserError(f"--blocks {e}") from None
     if remark:
         print(f"--blocks {remark}", file=sys.stderr, flush=True)
-    small_files = _as_trained(path, config, files)
+    small_files = _trained_small_files(path, config, files)
     remark = tokenizer_remark(metadata, files.folder)
     if remark:
         print(remark, file=sys.stderr, flush=True)
-    _write(options, with_replaced(files, copied(blocks)), files, small_files)
+    _write(options, replace_entries(files, file_entries(blocks)), files, small_files)
     layers, count = config.num_hidden_layers, len(blocks.tensors)
     return f"in {options.output_dir}: {layers} layers, {count} tensors from {options.blocks}"
 
 
-def _as_trained(path: Path, config: PretrainedConfig, files: CheckpointFiles) -> dict[str, str]:
-    """Small files in which the whole model differs from its base, as the blocks in `path` were trained."""
+def _trained_small_files(path: Path, config: PretrainedConfig, files: CheckpointFiles) -> dict[str, str]:
+    """Return {name: text} of small files that training the blocks in `path` made differ from the base's."""
     small_files = corrected_config(files.folder, config)
-    learned = path.with_name(
+    generation = path.with_name(
         GENERATION_CONFIG
-    )  # what the run learned to end its answers with, if the base does not
-    if learned.is_file():
-        small_files[GENERATION_CONFIG] = read_text(learned, MAX_CONFIG_BYTES)
+    )  # has the stop tokens that the run learned, if the base has others
+    if generation.is_file():
+        small_files[GENERATION_CONFIG] = read_text(generation, MAX_CONFIG_BYTES)
     if any(files.folder.glob("tokenizer*")):
         tokenizer = read_tokenizer(files.folder, f"--model_name {files.folder}")
         small_files |= compare_with_files(files.folder, tokenizer).files
@@ -217,11 +242,11 @@ def _as_trained(path: Path, config: PretrainedConfig, files: CheckpointFiles) ->
 
 
 def run(options: Options) -> int:
-    """Returns the exit status: DONE, or REFUSED for something the user can put right."""
+    """Run the command. Return its exit status: DONE, or REFUSED for an error that the user can fix."""
     quiet_libraries()
     try:
         check_output(Path(options.output_dir), options.overwrite)
-        print(put_back(options) if options.blocks else expand(options))
+        print(insert_blocks(options) if options.blocks else expand(options))
         return DONE
     except UserError as e:
         return print_error(e, verbose=False)

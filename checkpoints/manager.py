@@ -1,8 +1,8 @@
-"""Checkpoints while a run trains: what is due, and the write behind the training's back.
+"""Saves checkpoints while a run trains: decides when one is due, and writes it in a background thread.
 
-The loop calls `load` once, `after` once per step, `finish` at the end; every rank does. What a checkpoint
-holds is in checkpoints/training_state.py, its copies in host memory in checkpoints/host_copy.py, its files in
-checkpoints/storage.py.
+The loop calls `restore` once, `save_if_due` after each step and `finish` at the end, on every rank. A
+checkpoint's contents are in checkpoints/training_state.py, their copies in host memory in
+checkpoints/host_copy.py, the files in checkpoints/storage.py.
 """
 
 from __future__ import annotations
@@ -15,18 +15,31 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
-from typing import Protocol
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.stateful import Stateful
 
-from checkpoints.background import Background
+from checkpoints.background import BackgroundThrottle
 from checkpoints.host_copy import HostCopy
-from checkpoints.planner import CopyPlanner
-from checkpoints.storage import GROWING_FILES, Saved, Writer, folder_of, prune, sync
-from checkpoints.training_state import Tensors, collect, local_part, restore, trained_parameters
+from checkpoints.planner import CheckpointPlanner
+from checkpoints.storage import (
+    GROWING_FILES,
+    Checkpoint,
+    CheckpointWriter,
+    checkpoint_folder,
+    prune_checkpoints,
+    sync,
+)
+from checkpoints.training_state import (
+    Tensors,
+    collect_tensors,
+    local_tensor,
+    restore_tensors,
+    trained_parameters,
+)
 from files.atomic_writes import remove_folder
 from files.finite import find_nonfinite
 from launch.devices import set_current_device
@@ -36,262 +49,277 @@ from launch.signals import NoStopRequests
 from monitoring.deferred import DeferredCalls
 from options.errors import UserError, describe
 
-
-class Part(Protocol):
-    """Something of the loop whose state is a few numbers, as JSON holds them."""
-
-    def state_dict(self) -> dict: ...
-
-    def load_state_dict(self, state: dict) -> None: ...
+# Bytes per second. The speed of a slow disk, assumed until the first checkpoint is written.
+SLOW_DISK_SPEED = 250 * MIB
 
 
-SLOW = 250 * MIB  # in a second, for a disk of which nothing is known yet
+class CheckpointNotWritten(RuntimeError):
+    """A checkpoint could not be written, for another reason than its disk. All ranks raise it."""
 
 
-class Unwritten(RuntimeError):
-    """A checkpoint that could not be written, for another reason than its disk. All ranks raise it."""
-
-
-class Checkpoints:
-    """What hangs on the loop.
+class CheckpointManager:
+    """Saves checkpoints of a run, and restores the one that it resumes from.
 
     Args:
-        parts: the loop's other state, by name.
-        folder: the RUN.
-        every: optimizer steps between checkpoints; 0 = only those that `stopping` asks for.
-        at_end: whether there is to be one at the end.
-        keep: how many stay; -1 = all.
-        describe_run: describe_run(), what the manifest says of options, model and data, asked of rank 0 at the first
-            checkpoint.
-        untold: what brings the parts up to the step that is to be saved.
-        stopping: says when to save and stop.
-        say: shows a line.
-        saved: what the run is resumed from.
+        stateful: The loop's other state, by name: objects whose state_dict is a few numbers that JSON can
+            hold.
+        folder: The RUN.
+        save_every: Optimizer steps between checkpoints; 0: save only when `stopping` asks.
+        save_at_end: Save after the last step too.
+        keep: Number of checkpoints to keep; -1: all.
+        describe_run: Returns what the manifest says of options, model and data. Called once, on rank 0, at
+            the first checkpoint.
+        deferred: Calls that bring `stateful` up to date with the last step.
+        stopping: Says when to save and when to stop.
+        print_line: Prints a line for the user.
+        checkpoint: The checkpoint to resume from.
     """
 
     def __init__(
         self,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
-        parts: dict[str, Part],
+        stateful: dict[str, Stateful],
         rank_info: RankInfo,
         *,
         folder: Path,
-        every: int,
-        at_end: bool,
+        save_every: int,
+        save_at_end: bool,
         keep: int,
         describe_run: Callable[[], dict],
         deferred: DeferredCalls,
         stopping: NoStopRequests,
-        say: Callable[[str], None],
-        saved: Saved | None,
+        print_line: Callable[[str], None],
+        checkpoint: Checkpoint | None,
     ):
-        # Taken once: within a forward FSDP has others in the place of the sharded parameters.
+        # The parameters are looked up once: during a forward FSDP replaces the sharded ones.
         self.folder, self.trained, self.optimizer = folder, trained_parameters(model), optimizer
-        self.parts, self.rank_info = parts, rank_info
-        # Whether the loop is ahead of a GPU that has the update still before it.
-        self.ahead = any(local_part(p).is_cuda for p in self.trained.values())
-        self.every, self.at_end, self.keep, self.stopping, self.saved = every, at_end, keep, stopping, saved
-        self.describe_run, self.deferred, self.say = cache(describe_run), deferred, say
-        # Of its own, and of host memory: collectives of two threads must not meet in one group.
-        # Of a rank that is gone others hear from who started them, and one whose disk is slow is to be waited for.
+        self.stateful, self.rank_info, self.checkpoint = stateful, rank_info, checkpoint
+        # If so, the host runs ahead: a step's update may still be queued on the GPU when the step ends.
+        self.updates_on_gpu = any(local_tensor(p).is_cuda for p in self.trained.values())
+        self.save_every, self.save_at_end, self.keep, self.stopping = save_every, save_at_end, keep, stopping
+        self.describe_run, self.deferred, self.print_line = cache(describe_run), deferred, print_line
+        # A group of its own, on the CPU: two threads must not run collectives in one group. The launcher
+        # reports dead ranks, so the timeout only covers slow disks.
         self.group = dist.new_group(backend="gloo", timeout=timedelta(days=1))
         self.pool = ThreadPoolExecutor(
             1, "checkpoint", initializer=set_current_device, initargs=(rank_info.device,)
         )
-        self.background = Background(
-            rank_info.device.type == "cuda"
-        )  # on a CPU little is launched in a second
-        self.planner = CopyPlanner(self.background)
-        # Of `no_dist`. Not within the thread that saves: filters are the whole process's.
+        # On a CPU training launches few kernels a second, so the thread need not pause for it.
+        self.throttle = BackgroundThrottle(enabled=rank_info.device.type == "cuda")
+        self.planner = CheckpointPlanner(self.throttle)
+        # Caused by `no_dist`. Set here, not in the thread that saves: filters apply to the whole process.
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        self.copy = HostCopy(rank_info.device)
+        self.host_copy = HostCopy(rank_info.device)
         optimizer.register_step_pre_hook(lambda *_: self._before_update())
-        self.copying: Future[Tensors] | None = None
-        self.writing: Future[bool] | None = None
-        # Whether the optimizer has its states; whether what checkpoints need is ready.
-        self.updated = self.prepared = False
-        self.step = self.newest = 0  # of the last checkpoint that was begun; of the last that is whole
-        self.taken: Callable[[], float] = lambda: 0.0  # how long the write that is going on has taken
-        self.seconds = 0.0  # that the last whole one took to write, without rests
-        states = 3 * sum(local_part(p).nbytes for p in self.trained.values())  # with Adam's moments
-        stopping.expect_save(states / SLOW)
-        self.waits: list[float] = []  # seconds that training stood still for a checkpoint
+        self.copy_future: Future[Tensors] | None = None
+        self.write_future: Future[bool] | None = None
+        self.has_optimizer_state = False
+        self.is_prepared = False  # buffers and plan for the first checkpoint are requested
+        self.last_started = self.last_written = 0  # steps of checkpoints
+        self.elapsed: Callable[[], float] = lambda: 0.0  # seconds of the current write, without pauses
+        self.write_seconds = 0.0  # of the last complete write, without pauses
+        state_bytes = 3 * sum(local_tensor(p).nbytes for p in self.trained.values())  # with Adam's moments
+        stopping.expect_save(state_bytes / SLOW_DISK_SPEED)
+        self.stalls: list[float] = []  # seconds that each checkpoint blocked training
 
-    def load(self) -> int:
-        """Restores what the run is resumed from. Returns the number of steps that were done."""
-        if self.saved is None:
+    def restore(self) -> int:
+        """Restore the checkpoint to resume from, if any. Return the number of completed steps."""
+        if self.checkpoint is None:
             return 0
-        restore(self.saved, self.trained, self.optimizer, self.rank_info.rank, self.group)
-        for name, part in self.parts.items():
+        restore_tensors(self.checkpoint, self.trained, self.optimizer, self.rank_info.rank, self.group)
+        for name, stateful in self.stateful.items():
             try:
-                part.load_state_dict(self.saved.run["parts"][name])
+                stateful.load_state_dict(self.checkpoint.run["parts"][name])
             except (RuntimeError, LookupError, TypeError, ValueError) as e:
-                raise UserError(f"{self.saved.folder}: cannot be loaded ({name}: {describe(e)})") from None
-        self.step = self.newest = self.saved.step
-        return self.step
+                message = f"{self.checkpoint.folder}: cannot be loaded ({name}: {describe(e)})"
+                raise UserError(message) from None
+        self.last_started = self.last_written = self.checkpoint.step
+        return self.checkpoint.step
 
-    def after(self, step: int, last: bool) -> bool:
-        """After each step: saves if it is due. last: the run ends with this step. Returns whether it is to stop
-        before its end."""
-        if self.writing and self.writing.done():
-            self._await()
-        elif self.writing:
-            self.stopping.record_save(self.taken(), complete=False)
-        stop, wanted = self.stopping.agree(last)
-        due = (self.every and step % self.every == 0) or (last and self.at_end)
-        if stop or wanted or due:
+    def save_if_due(self, step: int, last: bool) -> bool:
+        """Save after a step if it is due. Return whether the run must stop early. Collective.
+
+        last: The run ends with this step.
+        """
+        if self.write_future and self.write_future.done():
+            self._wait_for_write()
+        elif self.write_future:
+            self.stopping.record_save(self.elapsed(), complete=False)
+        must_stop, is_requested = self.stopping.agree(last)
+        is_due = (self.save_every and step % self.save_every == 0) or (last and self.save_at_end)
+        if must_stop or is_requested or is_due:
             self.save(step)
-        elif (self.every or self.at_end) and not self.prepared and self.updated:
+        elif (self.save_every or self.save_at_end) and not self.is_prepared and self.has_optimizer_state:
             self._prepare()
-        return stop
+        return must_stop
 
     def _prepare(self) -> None:
-        """Has the copies' memory allocated, which takes a second for 2 GiB, and the plan made, while the steps before the
-        first checkpoint run; once the optimizer has its states, which a step that is left out does not give it."""
-        layout, local = collect(self.trained, self.optimizer, self.rank_info.rank)
-        self.background.prepare()
-        # What these raise the first checkpoint does, which tries again.
-        self.pool.submit(self.copy.allocate, local)
+        """Allocate host buffers and plan the first checkpoint in the background, while training goes on.
+
+        Allocation takes a second for 2 GiB. Called once the optimizer has state; a skipped step does not
+        create it.
+        """
+        layout, local = collect_tensors(self.trained, self.optimizer, self.rank_info.rank)
+        self.throttle.freeze_gc()
+        # Errors here resurface when the first checkpoint retries.
+        self.pool.submit(self.host_copy.allocate, local)
         self.pool.submit(self._plan, layout, local)
-        self.prepared = True
+        self.is_prepared = True
 
     def _plan(self, layout: Tensors, local: Tensors) -> None:
-        self.planner.hold(layout, local)
-        self.planner.agree(self.group)
+        self.planner.set_tensors(layout, local)
+        self.planner.exchange_plans(self.group)
 
     def save(self, step: int) -> None:
-        """Begins a checkpoint, once the one before it is written."""
-        if step == self.step:
+        """Start a checkpoint, after the previous one is written."""
+        if step == self.last_started:
             return
         began = time.perf_counter()
-        self._await()
-        if not self.prepared:
-            self.background.prepare()
-            self.prepared = True
-        layout, local = collect(self.trained, self.optimizer, self.rank_info.rank)
-        self.copy.mark()
-        self.step = step
-        self.copying = copying = self.pool.submit(self.copy.take, local)
-        self.waits.append(time.perf_counter() - began)
-        self.deferred.then(lambda: self._begin_write(step, layout, copying))
-        # A GPU would have nothing to do from the end of this step to the beginning of the next one. Where a CPU has updated
-        # the parameters the step is at its end; the next one's forward may take long, and the run may be killed in it.
-        if not self.ahead:
+        self._wait_for_write()
+        if not self.is_prepared:
+            self.throttle.freeze_gc()
+            self.is_prepared = True
+        layout, local = collect_tensors(self.trained, self.optimizer, self.rank_info.rank)
+        self.host_copy.mark_ready()
+        self.last_started = step
+        self.copy_future = copy_future = self.pool.submit(self.host_copy.start, local)
+        self.stalls.append(time.perf_counter() - began)
+        self.deferred.then(lambda: self._start_write(step, layout, copy_future))
+        # On a GPU the deferred calls wait for the next forward; otherwise the GPU would idle between steps.
+        # On a CPU the update is complete now, and the next forward may take long: a run killed in it should
+        # have its checkpoint.
+        if not self.updates_on_gpu:
             self.deferred.now()
 
-    def _begin_write(self, step: int, layout: Tensors, copying: Future[Tensors]) -> None:
+    def _start_write(self, step: int, layout: Tensors, copy_future: Future[Tensors]) -> None:
         began = time.perf_counter()
-        self.taken = self._watch()
-        run = self._run() if self.rank_info.rank == 0 else {}
-        self.writing = self.pool.submit(self._write, step, layout, copying, run)
-        self.waits[-1] += time.perf_counter() - began
+        self.elapsed = self._start_timer()
+        run_state = self._collect_state() if self.rank_info.rank == 0 else {}
+        self.write_future = self.pool.submit(self._write, step, layout, copy_future, run_state)
+        self.stalls[-1] += time.perf_counter() - began
 
     def _before_update(self) -> None:
-        """Before each step of the optimizer, which changes what is copied. Raises what the copying raised."""
-        self.updated = True
-        if self.copying:
+        """Wait for the copies before the optimizer changes their originals. Raise the copying's error."""
+        self.has_optimizer_state = True
+        if self.copy_future:
             began = time.perf_counter()
-            self.background.hurry.set()  # the plan may still be in its way
-            self.copying.result()
-            self.background.hurry.clear()
-            self.copying = None
-            self.copy.originals_may_change()
-            self.waits[-1] += time.perf_counter() - began
+            self.throttle.hurry.set()  # the thread may still be planning, before it copies
+            self.copy_future.result()
+            self.throttle.hurry.clear()
+            self.copy_future = None
+            self.host_copy.hold_gpu_until_copied()
+            self.stalls[-1] += time.perf_counter() - began
 
-    def _run(self) -> dict:
-        """The state that is no tensor; on rank 0, which writes it."""
+    def _collect_state(self) -> dict:
+        """Return the state that is not in tensors, for rank 0 to write."""
         growing = [self.folder / name for name in GROWING_FILES]
         return {
-            "parts": {name: part.state_dict() for name, part in self.parts.items()},
+            "parts": {name: stateful.state_dict() for name, stateful in self.stateful.items()},
             "files": {path.name: path.stat().st_size for path in growing if path.is_file()},
         }
 
-    def _write(self, step: int, layout: Tensors, copying: Future[Tensors], run: dict) -> bool:
-        """In the thread, after the copying. Returns whether the checkpoint is whole; a disk that takes no more is told,
-        and the run goes on with the checkpoint before."""
-        copies = copying.result()
-        self.copy.wait()
+    def _write(self, step: int, layout: Tensors, copy_future: Future[Tensors], run_state: dict) -> bool:
+        """Write a checkpoint, in the background thread. Return whether it is complete. Collective.
+
+        A disk error is only printed: the run goes on with the previous checkpoint. Raises
+        CheckpointNotWritten for any other error.
+        """
+        copies = copy_future.result()
+        self.host_copy.wait()
         if not self._all_finite(copies):
             if self.rank_info.rank == 0:
                 self._warn(step, "a trained weight is NaN or infinite", "training goes on")
             return False
 
-        def described() -> dict:
-            for name in run["files"]:  # they are on the disk up to here before the checkpoint is
+        def describe_with_state() -> dict:
+            for name in run_state["files"]:  # on disk up to this length, before the checkpoint is
                 sync(self.folder / name)
-            return self.describe_run() | run
+            return self.describe_run() | run_state
 
-        writer = Writer(folder_of(self.folder, step), step, described)
+        writer = CheckpointWriter(checkpoint_folder(self.folder, step), step, describe_with_state)
         try:
-            alone = self.rank_info.world == 1  # nothing is pickled, to be sent to nobody
-            self.planner.hold(layout, copies)
-            # Not the layout: torch would ask each tensor whether it has a state of its own.
-            dcp.save({}, storage_writer=writer, planner=self.planner, process_group=self.group, no_dist=alone)
+            no_dist = self.rank_info.world == 1  # then plans need not be pickled and sent
+            self.planner.set_tensors(layout, copies)
+            # An empty state_dict, not the layout: torch would ask each tensor whether it is a Stateful.
+            dcp.save(
+                {}, storage_writer=writer, planner=self.planner, process_group=self.group, no_dist=no_dist
+            )
         except dcp.CheckpointException as e:
             failures = [error for error, _ in e.failures.values()]
             if self.rank_info.rank == 0:
-                remove_folder(writer.temporary)
+                remove_folder(writer.staging_folder)
             if not all(isinstance(error, OSError) for error in failures):
-                raise Unwritten(f"checkpoint: {describe(failures[0])}") from e  # e is no Exception
+                # Converted, since CheckpointException is no Exception and handlers would miss it.
+                raise CheckpointNotWritten(f"checkpoint: {describe(failures[0])}") from e
             if self.rank_info.rank == 0:
                 self._warn(step, describe(failures[0]), "training goes on")
             return False
-        self.seconds = self.taken()
+        self.write_seconds = self.elapsed()
         if self.rank_info.rank == 0 and self.keep > 0:
-            prune(self.folder, self.keep)
+            prune_checkpoints(self.folder, self.keep)
         return True
 
     def _all_finite(self, copies: Tensors) -> bool:
-        """Whether the trained weights are finite on all ranks. Otherwise the checkpoint is useless, and would
-        take the place of one that is not. In the thread. Collective."""
+        """Return whether the trained weights are finite on all ranks. In the background thread. Collective.
+
+        A checkpoint with NaN is useless, and must not replace a good one.
+        """
         weights = {name: copy for name, copy in copies.items() if name.startswith("model.")}
-        # In one call, which lets the thread that trains run. It is infinite as well where the sum overflows.
-        likely = nn.utils.get_total_norm(list(weights.values()), 1.0).isfinite()
-        found = [] if likely else find_nonfinite(weights)
+        # One call, during which the training thread can run. The sum of finite numbers may overflow too.
+        sum_is_finite = nn.utils.get_total_norm(list(weights.values()), 1.0).isfinite()
+        found = [] if sum_is_finite else find_nonfinite(weights)
         return not any(gather_from_ranks(found, self.rank_info.world, self.group))
 
-    def _watch(self) -> Callable[[], float]:
-        """Seconds from here on, without rests."""
-        began, rested = time.perf_counter(), self.background.rested
-        return lambda: time.perf_counter() - began - (self.background.rested - rested)
+    def _start_timer(self) -> Callable[[], float]:
+        """Return a function that returns the seconds since now, without pauses."""
+        began, paused = time.perf_counter(), self.throttle.paused_seconds
+        return lambda: time.perf_counter() - began - (self.throttle.paused_seconds - paused)
 
     def _warn(self, step: int, reason: str, then: str) -> None:
-        stays = f"the checkpoint of step {self.newest} stays" if self.newest else "there is no other one"
-        told = f"the checkpoint of step {step} could not be written ({reason}); {stays}, and {then}"
-        print(f"\nWARNING: {told}", file=sys.stderr, flush=True)
+        if self.last_written:
+            remaining = f"the checkpoint of step {self.last_written} stays"
+        else:
+            remaining = "there is no other one"
+        message = f"the checkpoint of step {step} could not be written ({reason}); {remaining}, and {then}"
+        print(f"\nWARNING: {message}", file=sys.stderr, flush=True)
 
-    def _await(self) -> None:
-        """Until the write that is going on has ended. Raises what it raised."""
-        if self.writing:
-            self.background.hurry.set()
-            if whole := self.writing.result():
-                self.newest = self.step
-            self.background.hurry.clear()
-            self.stopping.record_save(self.seconds, whole)
-            self.writing = None
+    def _wait_for_write(self) -> None:
+        """Wait until the current write has ended. Raise its error."""
+        if self.write_future:
+            self.throttle.hurry.set()
+            if is_complete := self.write_future.result():
+                self.last_written = self.last_started
+            self.throttle.hurry.clear()
+            self.stopping.record_save(self.write_seconds, is_complete)
+            self.write_future = None
 
     def finish(self) -> None:
-        """Waits for the last write: a process must not end before. Raises RuntimeError if the run is to stop and its
-        last step could not be saved. One that ends by itself is told, and goes on to save its result."""
+        """Wait for the last write; the process must not end before it.
+
+        Raises RuntimeError if the run was asked to stop and its last step could not be saved. A run that ends
+        by itself only prints the error, so that its result is still saved.
+        """
         try:
-            self._await()
-        except Unwritten as e:
+            self._wait_for_write()
+        except CheckpointNotWritten as e:
             if self.stopping.reason:
                 raise
             if self.rank_info.rank == 0:
-                self._warn(self.step, str(e), "the result is saved")
+                self._warn(self.last_started, str(e), "the result is saved")
         finally:
-            self.background.hurry.set()
+            self.throttle.hurry.set()
             self.pool.shutdown()
-            self.background.finish()
+            self.throttle.unfreeze_gc()
         dist.destroy_process_group(self.group)
-        if self.waits:
-            mean, longest = sum(self.waits) / len(self.waits), max(self.waits)
-            self.say(
-                f"checkpoints: {len(self.waits)}; training stood still for {mean:.3f} s for each, {longest:.3f} s at most"
+        if self.stalls:
+            mean, longest = sum(self.stalls) / len(self.stalls), max(self.stalls)
+            self.print_line(
+                f"checkpoints: {len(self.stalls)}; training stood still for {mean:.3f} s for each,"
+                f" {longest:.3f} s at most"
             )
-        if self.stopping.reason and self.newest != self.step:
+        if self.stopping.reason and self.last_written != self.last_started:
             raise RuntimeError(
-                f"stopped at step {self.step}, which is not saved; --resume goes on from {self.newest}"
+                f"stopped at step {self.last_started}, which is not saved; --resume goes on from"
+                f" {self.last_written}"
             )

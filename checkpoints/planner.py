@@ -1,9 +1,9 @@
-"""Which rank writes which part of a checkpoint, agreed upon through torch.distributed.checkpoint.
+"""Plans which rank writes which chunk of a checkpoint, through torch.distributed.checkpoint.
 
-torch's own planner sends a dozen objects for each tensor, back and forth between each rank and the first, in
-pickles that hold the interpreter: for some thousand tensors of eight ranks more than a second, in which the
-first one's training comes to few of its launches. Here a tuple goes one way, once in a run, and rests are
-taken between tensors (checkpoints/background.py).
+torch's own planner sends a dozen objects for each tensor back and forth between each rank and the first one,
+in pickles that hold the interpreter. For some thousand tensors on eight ranks that takes more than a second,
+during which rank 0's training thread can launch few kernels. Here a tuple is sent one way, once in a run,
+with pauses between tensors (checkpoints/background.py).
 """
 
 from __future__ import annotations
@@ -22,79 +22,91 @@ from torch.distributed.checkpoint.default_planner import create_default_local_sa
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
 
-from checkpoints.background import Background, Resting
+from checkpoints.background import BackgroundThrottle, ThrottledDict
 
 
-class Piece(NamedTuple):
-    """A part of a tensor, or the whole of one. shape: the tensor's; offsets, sizes: where in it the part lies."""
+class TensorChunk(NamedTuple):
+    """A chunk of a tensor, or the full tensor."""
 
     name: str
     dtype: torch.dtype
-    shape: tuple[int, ...]
-    offsets: tuple[int, ...]
-    sizes: tuple[int, ...]
+    shape: tuple[int, ...]  # of the full tensor
+    offsets: tuple[int, ...]  # of the chunk in the tensor
+    sizes: tuple[int, ...]  # of the chunk
 
     @property
     def nbytes(self) -> int:
         return math.prod(self.sizes) * self.dtype.itemsize
 
 
-def piece_of(item: WriteItem) -> Piece:
+def _chunk_of(item: WriteItem) -> TensorChunk:
     data = item.tensor_data
     assert data is not None
-    part = data.chunk
-    return Piece(
-        item.index.fqn, data.properties.dtype, tuple(data.size), tuple(part.offsets), tuple(part.sizes)
+    chunk = data.chunk
+    return TensorChunk(
+        item.index.fqn, data.properties.dtype, tuple(data.size), tuple(chunk.offsets), tuple(chunk.sizes)
     )
 
 
 @dataclass
-class Share:
-    """What a rank is to write: nbytes of it; others_write: which of its pieces, by their place in its list, others have as
-    well, and write."""
+class WriteAssignment:
+    """What a rank has to write.
+
+    Attributes:
+        nbytes: The size of its chunks.
+        written_elsewhere: Indices into the rank's list of chunks: those that another rank has too, and
+            writes.
+    """
 
     nbytes: int = 0
-    others_write: set[int] = field(default_factory=set)
+    written_elsewhere: set[int] = field(default_factory=set)
 
 
-class CopyPlanner(SavePlanner):
-    """Plans by the live tensors, which know how they are sharded, and writes their copies: by name, on one rank. One for
-    all checkpoints of a run: what a rank holds is described again only when it is something else than the last time.
+class CheckpointPlanner(SavePlanner):
+    """Plans from the live tensors, whose sharding is known, and writes their copies, each chunk on one rank.
 
-    A plan's planner_data: on the way to the first rank the rank's Pieces, or None for those of the last time; on the way
-    back its Share. The metadata's: what the manifest says of each tensor, with ranks for their files."""
+    One planner serves all checkpoints of a run. A rank describes its tensors again only when they have
+    changed.
 
-    def __init__(self, background: Background):
-        self.background = background
+    A plan's planner_data is, on the way to the first rank, the rank's TensorChunks (None: the same as the
+    last time); on the way back, its WriteAssignment. The metadata's planner_data is the manifest's entry of
+    each tensor, with ranks in place of their files.
+    """
+
+    def __init__(self, throttle: BackgroundThrottle):
+        self.throttle = throttle
         self.layout: dict[str, torch.Tensor] = {}
         self.local: dict[str, torch.Tensor] = {}
-        self.described: list[tuple] = []  # what `items` are of
-        self.items: dict[Piece, WriteItem] = {}
-        # Of the first rank: each rank's Pieces, and what follows from them.
-        self.pieces: dict[int, list[Piece]] = {}
-        self.shares: list[Share] = []
-        self.tensors: dict[str, dict] = {}
+        self.described: list[tuple] = []  # name, shape and dtype of the tensors that `items` describe
+        self.items: dict[TensorChunk, WriteItem] = {}
+        # On the first rank: each rank's chunks, and the plan that follows from them.
+        self.chunks: dict[int, list[TensorChunk]] = {}
+        self.assignments: list[WriteAssignment] = []
+        self.manifest_entries: dict[str, dict] = {}
 
-    def hold(self, layout: dict[str, torch.Tensor], local: dict[str, torch.Tensor]) -> None:
-        """What the next plan is of, as `collect` in training_state.py gives it; local: or copies of that."""
+    def set_tensors(self, layout: dict[str, torch.Tensor], local: dict[str, torch.Tensor]) -> None:
+        """Set the tensors of the next plan, as `collect_tensors` returns them; local may be copies."""
         self.layout, self.local = layout, local
 
-    def agree(self, group: dist.ProcessGroup) -> None:
-        """Plans before there is anything to be written. Collective. A rank that cannot comes to the gather all the same,
-        for the others would wait there, and raises at the first checkpoint, where torch tells all ranks."""
-        own, world = None, dist.get_world_size(group)
+    def exchange_plans(self, group: dist.ProcessGroup) -> None:
+        """Plan before there is anything to write. Collective.
+
+        A rank that fails still joins the gather, where the other ranks wait for it. It raises at the first
+        checkpoint, where torch reports the error to all ranks.
+        """
+        own_plan, world = None, dist.get_world_size(group)
         plans: list[SavePlan | None] = [None] * world
         with contextlib.suppress(Exception):
-            own = self.create_local_plan()
+            own_plan = self.create_local_plan()
         if world > 1:
-            dist.gather_object(own, plans if dist.get_rank(group) == 0 else None, group=group)
+            dist.gather_object(own_plan, plans if dist.get_rank(group) == 0 else None, group=group)
         else:
-            plans = [own]
-        made = [plan for plan in plans if plan is not None]
-        if len(made) < world:
-            self._keep(plans)
+            plans = [own_plan]
+        created = [plan for plan in plans if plan is not None]
+        if len(created) < world:
+            self._store_chunks(plans)
         else:
-            self.create_global_plan(made)
+            self.create_global_plan(created)
 
     def set_up_planner(
         self,
@@ -108,73 +120,76 @@ class CopyPlanner(SavePlanner):
         if described == self.described:
             return SavePlan([])
         items = {}
-        for item in create_default_local_save_plan(Resting(self.layout, self.background), False).items:
-            self.background.rest()
-            items[piece_of(item)] = item
+        for item in create_default_local_save_plan(ThrottledDict(self.layout, self.throttle), False).items:
+            self.throttle.pause_if_due()
+            items[_chunk_of(item)] = item
         self.items, self.described = items, described
         return SavePlan([], planner_data=list(self.items))
 
     def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
-        """Raises ValueError if pieces do not make up their tensor."""
-        self._keep(all_plans)
-        if not self.tensors:
-            self.shares, self.tensors = self._deal(len(all_plans))
-        return [SavePlan([], planner_data=share) for share in self.shares], Metadata(
-            {}, planner_data=self.tensors
-        )
+        """Raises ValueError if the chunks of a tensor do not cover it."""
+        self._store_chunks(all_plans)
+        if not self.manifest_entries:
+            self.assignments, self.manifest_entries = self._assign_writers(len(all_plans))
+        plans = [SavePlan([], planner_data=assignment) for assignment in self.assignments]
+        return plans, Metadata({}, planner_data=self.manifest_entries)
 
-    def _keep(self, plans: Sequence[SavePlan | None]) -> None:
-        """A rank describes its pieces once: they are kept also where no plan comes of them."""
+    def _store_chunks(self, plans: Sequence[SavePlan | None]) -> None:
+        """Store the chunks that ranks describe, even if no plan follows: each rank sends them only once."""
         changed = {rank: p.planner_data for rank, p in enumerate(plans) if p and p.planner_data is not None}
         if changed:
-            self.pieces |= changed
-            self.tensors = {}
+            self.chunks |= changed
+            self.manifest_entries = {}
 
-    def _deal(self, world: int) -> tuple[list[Share], dict[str, dict]]:
-        """Of a piece that several ranks have, the one with the least so far writes it."""
-        holders: dict[str, dict[Piece, dict[int, int]]] = defaultdict(lambda: defaultdict(dict))
-        for rank, pieces in self.pieces.items():
-            for place, piece in enumerate(pieces):
-                self.background.rest()
-                holders[piece.name][piece][rank] = place
-        shares, tensors = [Share() for _ in range(world)], {}
-        for name, held in holders.items():
-            self.background.rest()
-            tensors[name] = described = _described(name, list(held))
-            for piece, places in held.items():
-                writer = min(places, key=lambda rank: shares[rank].nbytes)
-                shares[writer].nbytes += piece.nbytes
-                for rank, place in places.items():
+    def _assign_writers(self, world: int) -> tuple[list[WriteAssignment], dict[str, dict]]:
+        """Assign each chunk to a writer: of the ranks that have it, the one with the fewest bytes so far.
+
+        Returns (each rank's assignment, the manifest's entry of each tensor).
+        """
+        holders: dict[str, dict[TensorChunk, dict[int, int]]] = defaultdict(lambda: defaultdict(dict))
+        for rank, chunks in self.chunks.items():
+            for index, chunk in enumerate(chunks):
+                self.throttle.pause_if_due()
+                holders[chunk.name][chunk][rank] = index
+        assignments, entries = [WriteAssignment() for _ in range(world)], {}
+        for name, tensor_chunks in holders.items():
+            self.throttle.pause_if_due()
+            entries[name] = entry = _manifest_entry(name, list(tensor_chunks))
+            for chunk, index_of_rank in tensor_chunks.items():
+                writer = min(index_of_rank, key=lambda rank: assignments[rank].nbytes)
+                assignments[writer].nbytes += chunk.nbytes
+                for rank, index in index_of_rank.items():
                     if rank != writer:
-                        shares[rank].others_write.add(place)
-                described["chunks"].append([list(piece.offsets), list(piece.sizes), writer])
-        return shares, tensors
+                        assignments[rank].written_elsewhere.add(index)
+                entry["chunks"].append([list(chunk.offsets), list(chunk.sizes), writer])
+        return assignments, entries
 
     def finish_plan(self, new_plan: SavePlan) -> SavePlan:
-        others = new_plan.planner_data.others_write
-        items = [item for place, item in enumerate(self.items.values()) if place not in others]
+        skipped = new_plan.planner_data.written_elsewhere
+        items = [item for index, item in enumerate(self.items.values()) if index not in skipped]
         return dataclasses.replace(new_plan, items=items)
 
     def resolve_data(self, write_item: WriteItem) -> torch.Tensor:
-        self.background.rest()
+        self.throttle.pause_if_due()
         return self.local[write_item.index.fqn]
 
 
-def _described(name: str, pieces: list[Piece]) -> dict:
-    dtype, shape = pieces[0].dtype, pieces[0].shape
-    same = all((p.dtype, p.shape) == (dtype, shape) for p in pieces)
-    if not same or not _fill(pieces, shape):
+def _manifest_entry(name: str, chunks: list[TensorChunk]) -> dict:
+    """Return a tensor's manifest entry, still without chunks. Raises ValueError if they do not cover it."""
+    dtype, shape = chunks[0].dtype, chunks[0].shape
+    same = all((c.dtype, c.shape) == (dtype, shape) for c in chunks)
+    if not same or not _cover(chunks, shape):
         raise ValueError(f"{name}: its parts on all ranks do not make up the tensor")
     return {"dtype": str(dtype).removeprefix("torch."), "shape": list(shape), "chunks": []}
 
 
-def _fill(pieces: list[Piece], shape: tuple[int, ...]) -> bool:
-    """Whether they are all rows of a tensor, each once; empty ones may be anywhere."""
+def _cover(chunks: list[TensorChunk], shape: tuple[int, ...]) -> bool:
+    """Return whether the chunks are all rows of a tensor, each once. Empty chunks may be anywhere."""
     if not shape:
-        return len(pieces) == 1
+        return len(chunks) == 1
     row = 0
-    for piece in sorted((p for p in pieces if p.nbytes), key=lambda p: p.offsets):
-        if piece.offsets != (row, *[0] * (len(shape) - 1)) or piece.sizes[1:] != shape[1:]:
+    for chunk in sorted((c for c in chunks if c.nbytes), key=lambda c: c.offsets):
+        if chunk.offsets != (row, *[0] * (len(shape) - 1)) or chunk.sizes[1:] != shape[1:]:
             return False
-        row += piece.sizes[0]
+        row += chunk.sizes[0]
     return row == shape[0] or math.prod(shape) == 0

@@ -1,7 +1,8 @@
-"""--resume: which checkpoint a run goes on from, and whether the run is still the same one.
+"""--resume: finds the checkpoint to resume from, and checks that the run is still the same.
 
-Frozen weights and data are in no checkpoint. What fixed them is: the options, and digests of the model and of the
-rows. Options that change speed, memory or what is told may differ; all others must be what they were.
+Frozen weights and data are in no checkpoint. Options, and digests of the model and of the rows, show that
+they are unchanged. Options that change only speed, memory or output may differ; all others must have their
+old values.
 """
 
 from __future__ import annotations
@@ -15,23 +16,24 @@ from pathlib import Path
 from checkpoints.storage import (
     GROWING_FILES,
     MANIFEST,
-    Damaged,
-    Saved,
-    folder_of,
-    newest_whole,
+    Checkpoint,
+    DamagedCheckpoint,
+    checkpoint_folder,
+    checkpoint_steps,
+    find_newest_checkpoint,
     read_checkpoint,
     remove_checkpoints,
-    steps_in,
 )
 from files.base_model import is_same_base, no_head_message
-from files.names import ADAPTER_CONFIG, BEST, BLOCKS, CONFIG
+from files.names import ADAPTER_CONFIG, BEST, BLOCKS, CONFIG, METRICS
 from files.output_folder import check_output, holds_run, output_folder
 from monitoring.metrics import read_metrics
 from options.config import CHECKPOINTS, COMPATIBILITY, DAY, FIELDS, Config
 from options.declaration import format_value
 from options.errors import UserError
 
-# A resumed run may differ in the options of these groups, which change no result beyond rounding ...
+# A resumed run may have other values of the options in these groups, which change no result beyond rounding
+# ...
 FREE_GROUPS = (
     "Memory and speed",
     "Launch",
@@ -41,173 +43,192 @@ FREE_GROUPS = (
     "Evaluation",
     COMPATIBILITY,
 )
-# ... but for these; and in these of the others. The names of model and data: their contents are compared, and so is
-# what --precision comes to, which goes by the GPU.
+# ... except for FIXED, and of the options in FREE. Model and data are compared by contents instead of names,
+# and --precision by what it means on this GPU.
 FIXED = ("eval_share",)
-FREE = ("model_name", "dataset", "llama_pro_path", "llama_pro_save", "batch_size", "gradient_accumulation_steps",
-        "num_epochs", "max_steps", "max_bad_steps", "deterministic")  # fmt: skip
+FREE = ("model_name", "dataset", "llama_pro_path", "llama_pro_save", "batch_size",
+        "gradient_accumulation_steps", "num_epochs", "max_steps", "max_bad_steps",
+        "deterministic")  # fmt: skip
 
 
-# What a checkpoint says of a run, by name: numbers of int are not negative, no float is NaN. ?: not of every run, or
-# not of those that older versions of this program made.
+# The form of a manifest's `run`. Values of int are not negative; no float is NaN. A name that ends with ? may
+# be missing: not all runs, or not all older versions of this program, write it.
 STATE = {
-    "options": {}, "rows_per_step": int, "base": str, "data": str, "evaluation?": str, "world": int, "precision": str,
+    "options": {}, "rows_per_step": int, "base": str, "data": str, "evaluation?": str, "world": int,
+    "precision": str,
     "files": {},
     "parts": {
         "scaler": {},
-        "evaluator": {"best_step": int, "best_loss": float, "worse": int, "stop": bool, "kept_step?": int,
-                      "kept_loss?": float},
+        "evaluator": {"best_step": int, "best_loss": float, "worse": int, "stop": bool,
+                      "kept_step?": int, "kept_loss?": float},
         "tracker": {"held": str, "wandb?": str},
         "guard": {"count": int, "applied?": int},
     },
 }  # fmt: skip
 
 
-def is_state(run: dict) -> bool:
-    """Whether a manifest's `run` has the form of STATE, and the values that have no fixed names are what they can be."""
+def is_run_state(run: dict) -> bool:
+    """Return whether a manifest's `run` has the form of STATE, and no impossible names or values."""
     return (
-        _fits(run, STATE)
-        and all(name in GROWING_FILES and _fits(length, int) for name, length in run["files"].items())
-        and all(_fits(number, float) and 0 <= number < math.inf for number in run["parts"]["scaler"].values())
+        _matches(run, STATE)
+        and all(name in GROWING_FILES and _matches(length, int) for name, length in run["files"].items())
+        and all(_matches(n, float) and 0 <= n < math.inf for n in run["parts"]["scaler"].values())
         and run["parts"]["tracker"]["held"].isascii()
-        and _is_name(run["parts"]["tracker"].get("wandb", "none"))
+        and _is_wandb_run(run["parts"]["tracker"].get("wandb", "none"))
     )
 
 
-def _fits(value, form: type | dict) -> bool:
+def _matches(value, form: type | dict) -> bool:
+    """Return whether a value has a type, or a dict has the names and values of a form like STATE."""
     if isinstance(form, dict):
         return isinstance(value, dict) and all(
-            _fits(value[name], inner) if (name := key.removesuffix("?")) in value else name != key
+            _matches(value[name], inner) if (name := key.removesuffix("?")) in value else name != key
             for key, inner in form.items()
         )
     if form is float:
-        return (type(value) is float and value == value) or _fits(value, int)
+        return (type(value) is float and value == value) or _matches(value, int)
     if form is int:
         return type(value) is int and 0 <= value < 2**63
     return type(value) is form
 
 
-def _is_name(wandb: str) -> bool:
-    """Whether it may be a run of wandb's, which becomes part of a file's name: WANDB_RUN_ID may have dots and spaces."""
-    return 0 < len(wandb) <= 128 and wandb.isprintable() and not {*wandb} & {*"/\\"}
+def _is_wandb_run(name: str) -> bool:
+    """Return whether a text may be wandb's name of a run, which becomes part of a file name.
+
+    WANDB_RUN_ID may have dots and spaces.
+    """
+    return 0 < len(name) <= 128 and name.isprintable() and not {*name} & {*"/\\"}
 
 
 def is_fixed(name: str) -> bool:
-    """Whether a resumed run must have the same value of an option."""
+    """Return whether a resumed run must have the same value of an option."""
     return name in FIXED or (FIELDS[name].metadata["group"] not in FREE_GROUPS and name not in FREE)
 
 
 def resume_after_restart(config: Config) -> Config:
-    """`config`, with --resume auto if torchrun --max-restarts has started the run anew after a failure. Raises
-    UserError where a restart would not find what this start is going to leave."""
-    attempt, most = (int(os.environ.get(f"TORCHELASTIC_{n}", "0")) for n in ("RESTART_COUNT", "MAX_RESTARTS"))
-    assert config.output_dir is not None
-    by_time = (
-        re.fullmatch(r"runs/\d{8}-\d{6}-\w+", config.output_dir) and not Path(config.output_dir).exists()
+    """Return the config, with --resume auto if torchrun --max-restarts has restarted the run after a failure.
+
+    Raises UserError if a restart could not find the checkpoints of this start.
+    """
+    attempt, max_restarts = (
+        int(os.environ.get(f"TORCHELASTIC_{n}", "0")) for n in ("RESTART_COUNT", "MAX_RESTARTS")
     )
-    if most and by_time:
+    assert config.output_dir is not None
+    folder = Path(config.output_dir)
+    is_default_name = re.fullmatch(r"runs/\d{8}-\d{6}-\w+", config.output_dir) and not folder.exists()
+    if max_restarts and is_default_name:
         raise UserError(
-            "--output_dir: is needed under torchrun --max-restarts: a restart goes on with the run in it"
+            "--output_dir: is needed under torchrun --max-restarts: a restart resumes the run in this folder"
         )
-    if most and not attempt and config.overwrite and steps_in(Path(config.output_dir)):
+    if max_restarts and not attempt and config.overwrite and checkpoint_steps(folder):
         raise UserError(
-            f"--overwrite: {config.output_dir} has checkpoints, which a restart by torchrun could not tell from this run's;"
-            " remove it, or choose another --output_dir"
+            f"--overwrite: {config.output_dir} has checkpoints, which a restart by torchrun could not tell"
+            " from this run's; remove it, or choose another --output_dir"
         )
     if attempt:
         return dataclasses.replace(config, resume=config.resume or "auto", overwrite=False)
     return config
 
 
-def _check_may_begin_anew(run: Path) -> None:
-    """Raises UserError where more would be lost of a run without a whole checkpoint than its first steps."""
-    why = None
+def _check_may_start_over(run: Path) -> None:
+    """Raise UserError if starting a RUN without a complete checkpoint over loses more than a few steps."""
+    contents = None
     if any((run / name).exists() for name in (ADAPTER_CONFIG, CONFIG, BLOCKS)):
-        why = "a finished run without checkpoints"
-    elif any((folder_of(run, step) / MANIFEST).exists() for step in steps_in(run)):
-        why = "no checkpoint that is whole"
-    if why:
-        raise UserError(f"--resume auto: {run} holds {why}; choose another --output_dir")
+        contents = "a finished run without checkpoints"
+    elif any((checkpoint_folder(run, step) / MANIFEST).exists() for step in checkpoint_steps(run)):
+        contents = "no checkpoint that is whole"
+    if contents:
+        raise UserError(f"--resume auto: {run} holds {contents}; choose another --output_dir")
 
 
-def find_checkpoint(config: Config) -> Saved | None:
-    """What --resume means; None: start from the beginning. Raises UserError."""
+def find_checkpoint(config: Config) -> Checkpoint | None:
+    """Return the checkpoint that --resume means; None: start from the beginning. Raises UserError."""
     run = output_folder(config)
     if config.resume is None:
         return None
     if config.resume == "auto":
-        saved = newest_whole(run, tell=print)
-        if saved is None:
+        checkpoint = find_newest_checkpoint(run, warn=print)
+        if checkpoint is None:
             if holds_run(run):
-                _check_may_begin_anew(run)
+                _check_may_start_over(run)
             print(f"--resume auto: {run} has no checkpoint yet; from the start")
-        return saved
+        return checkpoint
     path = Path(config.resume).expanduser()
     if not path.is_dir():
         raise UserError(f"--resume {config.resume}: no such folder")
-    single = (path / MANIFEST).is_file() or path.parent.name == CHECKPOINTS
-    if (path.parent.parent if single else path).resolve() != run.resolve():
+    is_checkpoint = (path / MANIFEST).is_file() or path.parent.name == CHECKPOINTS
+    if (path.parent.parent if is_checkpoint else path).resolve() != run.resolve():
         raise UserError(
             f"--resume {config.resume}: is not in --output_dir {run}; a run goes on in its own folder"
         )
     try:
-        saved = read_checkpoint(path) if single else newest_whole(path, tell=print)
-    except Damaged as e:
+        checkpoint = read_checkpoint(path) if is_checkpoint else find_newest_checkpoint(path, warn=print)
+    except DamagedCheckpoint as e:
         raise UserError(f"--resume {config.resume}: no whole checkpoint ({e})") from None
-    if saved is None:
+    if checkpoint is None:
         raise UserError(f"--resume {config.resume}: holds no whole checkpoint")
-    return saved
+    return checkpoint
 
 
-def about(config: Config, precision: str, base: str, data: str, evaluation: str) -> dict:
-    """What a checkpoint says of the run and `check_same` compares.
+def run_identity(config: Config, precision: str, base: str, data: str, evaluation: str) -> dict:
+    """Return the facts about a run that a checkpoint holds and `check_same_run` compares.
 
     Args:
-        precision: what --precision means on this machine.
-        base: a digest of the model below, as `BaseModel.digest` makes it.
-        data, evaluation: digests of the rows of the two sets; evaluation "" = there is none.
+        precision: The meaning of --precision on this machine.
+        base: The digest of the base model (`BaseModel.digest`).
+        data: The digest of the rows.
+        evaluation: The digest of the rows of the evaluation; "" without any.
     """
-    return {"options": dataclasses.asdict(config), "rows_per_step": rows_per_step(config), "base": base, "data": data,
-            "evaluation": evaluation, "world": config.world_size, "precision": precision}  # fmt: skip
+    return {
+        "options": dataclasses.asdict(config),
+        "rows_per_step": rows_per_step(config),
+        "base": base,
+        "data": data,
+        "evaluation": evaluation,
+        "world": config.world_size,
+        "precision": precision,
+    }
 
 
 def rows_per_step(config: Config) -> int:
     return config.world_size * config.batch_size * config.gradient_accumulation_steps
 
 
-def option_of(run: dict, name: str):
-    """An option's value in the run of a checkpoint; its default, if that run's program did not have the option."""
+def recorded_option(run: dict, name: str):
+    """Return an option's value in a checkpoint's run; its default, if an older version lacked the option."""
     return run["options"].get(name, FIELDS[name].default)
 
 
-def first_day(saved: Saved) -> str | None:
-    """--chat_date of the run's first start; None where an older version of this program began it."""
-    day = option_of(saved.run, "chat_date") if is_state(saved.run) else None
-    return day if isinstance(day, str) and re.fullmatch(DAY, day) else None
+def recorded_chat_date(checkpoint: Checkpoint) -> str | None:
+    """Return --chat_date of the run's first start; None if an older version of this program started it."""
+    date = recorded_option(checkpoint.run, "chat_date") if is_run_state(checkpoint.run) else None
+    return date if isinstance(date, str) and re.fullmatch(DAY, date) else None
 
 
-def check_same(saved: Saved, config: Config, now: dict, without_head: tuple[str, str] | None = None) -> None:
-    """Raises UserError unless `config` goes on with the run of the checkpoint, over the same model and rows.
+def check_same_run(
+    checkpoint: Checkpoint, config: Config, now: dict, without_head: tuple[str, str] | None = None
+) -> None:
+    """Raise UserError unless `config` continues the run of the checkpoint, with the same model and rows.
 
     Args:
-        now: the run that is to go on, as `about` tells of it.
-        without_head: (the tensor of the model's own head, the model's digest without it), as in checkpoints of
-            earlier versions, which left the head out; None if the model has no such head.
+        now: The `run_identity` of the resumed run.
+        without_head: (the tensor of the model's own head, the model's digest without it), for checkpoints of
+            older versions, which ignored the head; None if the model has no such head.
     """
-    where, run = f"--resume {config.resume}", saved.run
-    if not is_state(run):
-        raise UserError(f"{where}: {saved.folder} is no checkpoint of this program")
+    where, run = f"--resume {config.resume}", checkpoint.run
+    if not is_run_state(run):
+        raise UserError(f"{where}: {checkpoint.folder} is no checkpoint of this program")
     for name in FIELDS:
-        before = option_of(run, name)
-        if is_fixed(name) and before != getattr(config, name):
+        before, value = recorded_option(run, name), getattr(config, name)
+        if is_fixed(name) and before != value:
             raise UserError(
-                f"{where}: the run has --{name} {format_value(before)}, not {format_value(getattr(config, name))}; a run goes"
-                " on with what it began with"
+                f"{where}: the run has --{name} {format_value(before)}, not {format_value(value)};"
+                " a run goes on with what it began with"
             )
     if run["precision"] != (here := now["precision"]):
         raise UserError(
-            f"{where}: the run has --precision {option_of(run, 'precision')}, not {config.precision}, which on this"
-            f" machine is {here}, not {run['precision']}"
+            f"{where}: the run has --precision {recorded_option(run, 'precision')}, not {config.precision},"
+            f" which on this machine is {here}, not {run['precision']}"
         )
     if run["rows_per_step"] != now["rows_per_step"]:
         raise UserError(
@@ -223,81 +244,84 @@ def check_same(saved: Saved, config: Config, now: dict, without_head: tuple[str,
         raise UserError(
             f"{where}: --dataset {config.dataset} no longer makes the rows that the run began with"
         )
-    # A run without evaluation may begin to evaluate, and another one cease to.
+    # A run may begin to evaluate, or cease to, when it is resumed.
     before = run.get("evaluation")
     if before and now["evaluation"] and before != now["evaluation"]:
+        option = "eval_dataset" if config.eval_dataset else "dataset"
         raise UserError(
-            f"{where}: --{'eval_dataset' if config.eval_dataset else 'dataset'} no longer makes the rows that the run"
-            " is evaluated on; the best step would be chosen by losses of two sets"
+            f"{where}: --{option} no longer makes the rows that the run is evaluated on; the best step would be"
+            " chosen by losses of two sets"
         )
-    check_files(saved, output_folder(config))
+    _check_growing_files(checkpoint, output_folder(config))
 
 
-def check_still_so(config: Config, saved: Saved | None) -> None:
-    """Raises UserError if another run has written in the folder since it was checked, while this one loaded. To be asked
-    when no other can write there any more."""
+def check_folder_unchanged(config: Config, checkpoint: Checkpoint | None) -> None:
+    """Raise UserError if another run wrote in the folder after the first check, while this one loaded.
+
+    Call it once no other run can write there any more.
+    """
     run = output_folder(config)
-    if saved is None:
+    if checkpoint is None:
         check_output(run, config.overwrite or config.resume is not None)
         if config.resume:
-            _check_may_begin_anew(run)
-    elif not (saved.folder / MANIFEST).exists():
+            _check_may_start_over(run)
+    elif not (checkpoint.folder / MANIFEST).exists():
         raise UserError(f"--output_dir {run}: another run has gone on there meanwhile; start again")
 
 
-def check_files(saved: Saved, folder: Path) -> None:
-    """Raises UserError if the RUN's files end before the checkpoint's step, or are links, which would have another
-    file cut."""
+def _check_growing_files(checkpoint: Checkpoint, folder: Path) -> None:
+    """Raise UserError if a growing file of the RUN ends before the checkpoint's step, or is a link.
+
+    Resuming cuts these files; through a link it would cut another file.
+    """
+    lengths, step = checkpoint.run["files"], checkpoint.step
     for name in GROWING_FILES:
-        path, length = folder / name, saved.run["files"].get(name, 0)
+        path, length = folder / name, lengths.get(name, 0)
         if path.is_symlink():
             raise UserError(f"{path}: is a link; a run goes on in files of its own")
         if length and (not path.is_file() or path.stat().st_size < length):
-            raise UserError(f"{path}: is missing or cut: it ends before step {saved.step} of the checkpoint")
-    path, held = folder / GROWING_FILES[0], saved.run["parts"]["tracker"]["held"]
-    length = saved.run["files"].get(path.name, 0)
-    steps = len(read_metrics(path, length)) if length else 0
-    if steps + held.count("\n") != saved.step:
-        raise UserError(
-            f"{path}: has {steps} lines, which are not those of step {saved.step} of the checkpoint"
-        )
+            raise UserError(f"{path}: is missing or cut: it ends before step {step} of the checkpoint")
+    path, held = folder / METRICS, checkpoint.run["parts"]["tracker"]["held"]
+    length = lengths.get(METRICS, 0)
+    n_lines = len(read_metrics(path, length)) if length else 0
+    if n_lines + held.count("\n") != step:
+        raise UserError(f"{path}: has {n_lines} lines, which are not those of step {step} of the checkpoint")
 
 
-def tidy(folder: Path, saved: Saved | None) -> None:
-    """Makes a RUN what it was at the checkpoint's step: what comes after it will be made again. Without a
-    checkpoint no other one stays."""
-    remove_checkpoints(folder, after=saved.step if saved else 0)
-    if saved is None:
+def roll_back_run(folder: Path, checkpoint: Checkpoint | None) -> None:
+    """Return a RUN to its state at the checkpoint's step. Without a checkpoint, remove all checkpoints."""
+    remove_checkpoints(folder, after=checkpoint.step if checkpoint else 0)
+    if checkpoint is None:
         return
     for name in GROWING_FILES:
-        if length := saved.run["files"].get(name, 0):
+        if length := checkpoint.run["files"].get(name, 0):
             os.truncate(folder / name, length)
         else:
             (folder / name).unlink(missing_ok=True)
-    with (folder / GROWING_FILES[0]).open("a", encoding="utf-8") as file:
-        file.write(saved.run["parts"]["tracker"]["held"])  # what a full disk had kept out of it
+    with (folder / METRICS).open("a", encoding="utf-8") as file:
+        file.write(checkpoint.run["parts"]["tracker"]["held"])  # lines that a full disk had kept out of it
     if not (folder / BEST).exists() and (folder / f"{BEST}.old").exists():
-        (folder / f"{BEST}.old").rename(folder / BEST)  # cut between the two renames of replace_folder
+        # The run was interrupted between the two renames of replace_folder.
+        (folder / f"{BEST}.old").rename(folder / BEST)
 
 
-def remarks(saved: Saved, config: Config, base: str) -> list[str]:
-    """What a user should know about going on with other options than before. base: as for `about`."""
-    told = []
-    if saved.run["base"] != base:
-        told.append(
-            f"--resume: an earlier version of this program made {saved.folder}, without a digest of 4-bit"
-            " weights; the model is recognised by its other weights"
+def remarks(checkpoint: Checkpoint, config: Config, base: str) -> list[str]:
+    """Return lines for the user about effects of the options that changed. base: as for `run_identity`."""
+    run, lines = checkpoint.run, []
+    if run["base"] != base:
+        lines.append(
+            f"--resume: an earlier version of this program made {checkpoint.folder}, without a digest of"
+            " 4-bit weights; the model is recognised by its other weights"
         )
-    if saved.run["world"] != config.world_size and config.lora_dropout:
-        told.append(
-            f"--resume: {config.world_size} processes instead of {saved.run['world']} draw other random numbers for"
+    if run["world"] != config.world_size and config.lora_dropout:
+        lines.append(
+            f"--resume: {config.world_size} processes instead of {run['world']} draw other random numbers for"
             " --lora_dropout"
         )
     for name in ("num_epochs", "max_steps"):
-        before = option_of(saved.run, name)
-        if before != getattr(config, name) and (config.lr_scheduler != "constant" or config.lr_warmup):
-            told.append(
-                f"--resume: --{name} {getattr(config, name)} instead of {before}: the learning rate follows it"
-                " from here on"
+        before, value = recorded_option(run, name), getattr(config, name)
+        if before != value and (config.lr_scheduler != "constant" or config.lr_warmup):
+            lines.append(
+                f"--resume: --{name} {value} instead of {before}: the learning rate follows it from here on"
             )
-    return told
+    return lines

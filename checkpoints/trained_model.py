@@ -1,6 +1,6 @@
-"""What a run without adapters saves: the whole trained model, or Llama-Pro's new blocks alone.
+"""Saves runs without adapters: the full trained model, or only Llama-Pro's new blocks.
 
-Rank 0 writes, in the format of checkpoints/model_writer.py; all ranks take part in gathering each tensor.
+Rank 0 writes, in the format of checkpoints/model_writer.py. All ranks take part in gathering each tensor.
 `open_blocks` reads blocks that were saved alone.
 """
 
@@ -16,13 +16,13 @@ from transformers import PreTrainedModel
 
 from checkpoints.model_writer import (
     SHARD_BYTES,
-    Entry,
-    Shards,
-    gathered,
-    in_order,
-    shards_of,
+    TensorEntry,
+    WeightFiles,
+    gathered_entry,
+    replace_entries,
+    sort_for_file,
+    split_into_files,
     total_bytes,
-    with_replaced,
     write_model,
     write_tensors,
 )
@@ -37,12 +37,12 @@ from models.llama_pro import NEW_LAYERS, new_layers
 from options.errors import UserError
 
 
-def _trained_blocks(model: PreTrainedModel, family: Family, files: CheckpointFiles) -> dict[str, Entry]:
-    """The parameters of the new layers, in the checkpoint's dtypes."""
+def _trained_blocks(model: PreTrainedModel, family: Family, files: CheckpointFiles) -> dict[str, TensorEntry]:
+    """Return the new layers' parameters, in the dtypes of the model's files. Only they may be trained."""
     new, params = new_layers(model.config), {unwrapped_name(name): p for name, p in model.named_parameters()}
     names = [name for name in files.tensors if family.locate_layer(name)[0] in new]
     assert {n for n, p in params.items() if p.requires_grad} == set(names)
-    return {name: gathered(params[name], files.tensors[name].torch_dtype) for name in names}
+    return {name: gathered_entry(params[name], files.tensors[name].torch_dtype) for name in names}
 
 
 def save_model(
@@ -52,11 +52,17 @@ def save_model(
     base: BaseModel,
     small_files: Mapping[str, str],
 ) -> None:
-    """Writes a whole trained model as the base's folder is laid out: same names, dtypes, config and
-    tokenizer, but for `small_files`, {name: text}. Collective; rank 0 writes, one tensor at a time."""
+    """Write the full trained model, with the base's tensor names, dtypes, config and tokenizer.
+
+    Collective; rank 0 writes, one tensor at a time. Raises OSError.
+
+    Args:
+        files: The base's files.
+        small_files: {name: text} of small files that differ from the base's, or that it lacks.
+    """
     params = {unwrapped_name(name): p for name, p in model.named_parameters()}  # a tied head is listed once
-    entries = {name: gathered(p, files.tensors[name].torch_dtype) for name, p in params.items()}
-    _write_together(folder, shards_of(entries, SHARD_BYTES), files, base, small_files)
+    entries = {name: gathered_entry(p, files.tensors[name].torch_dtype) for name, p in params.items()}
+    _write_model_collectively(folder, split_into_files(entries, SHARD_BYTES), files, base, small_files)
 
 
 def save_expanded(
@@ -67,43 +73,61 @@ def save_expanded(
     base: BaseModel,
     small_files: Mapping[str, str],
 ) -> None:
-    """Writes the folder that was trained from, with its new blocks as they are now: same file names, dtypes,
-    config and tokenizer, but for `small_files`, {name: text}. The old blocks are the files', not the
-    quantized ones. Collective; rank 0 writes."""
-    shards = with_replaced(files, _trained_blocks(model, family, files))
-    _write_together(folder, shards, files, base, small_files)
+    """Write the expanded model with its trained new blocks, like the folder that it was trained from.
+
+    The other blocks are copied from the files, not from the quantized model. Collective; rank 0 writes.
+    Raises OSError.
+
+    Args:
+        files: The expanded model's files: the result has the same file names and dtypes.
+        small_files: {name: text} of small files that differ from that folder's, or that it lacks.
+    """
+    weight_files = replace_entries(files, _trained_blocks(model, family, files))
+    _write_model_collectively(folder, weight_files, files, base, small_files)
 
 
-def _write_together(
-    folder: Path, shards: Shards, files: CheckpointFiles, base: BaseModel, small_files: Mapping[str, str]
+def _write_model_collectively(
+    folder: Path,
+    weight_files: WeightFiles,
+    files: CheckpointFiles,
+    base: BaseModel,
+    small_files: Mapping[str, str],
 ) -> None:
-    def write(noted: Shards) -> None:
-        write_model(folder, noted, files.folder, small_files, base.metadata())
+    def write(tracked: WeightFiles) -> None:
+        write_model(folder, tracked, files.folder, small_files, base.metadata())
 
-    _together(folder, shards, write)
+    _write_collectively(folder, weight_files, write)
 
 
-def _together(folder: Path, shards: Shards, write: Callable[[Shards], None]) -> None:
-    """Rank 0 writes, the other ranks take part in making the tensors. If it cannot write, which they do not
-    know, it takes part in what is left as they do, and raises OSError then. Collective."""
+def _write_collectively(
+    folder: Path, weight_files: WeightFiles, write: Callable[[WeightFiles], None]
+) -> None:
+    """Let rank 0 call `write` while the other ranks take part in gathering the tensors. Collective.
+
+    If rank 0 cannot write, the other ranks do not know it: it joins the remaining collectives, and raises
+    OSError then.
+    """
     begun: set[str] = set()
 
-    def noted(name: str, entry: Entry) -> Entry:
-        def pieces():
+    def track(name: str, entry: TensorEntry) -> TensorEntry:
+        def chunks():
             begun.add(name)
-            yield from entry.pieces()
+            yield from entry.chunks()
 
-        return dataclasses.replace(entry, pieces=pieces)
+        return dataclasses.replace(entry, chunks=chunks)
 
     failure = None
     if dist.get_rank() == 0:
+        tracked = {
+            file: {n: track(n, e) for n, e in entries.items()} for file, entries in weight_files.items()
+        }
         try:
-            check_free_space(folder, total_bytes(shards))
-            write({file: {n: noted(n, e) for n, e in entries.items()} for file, entries in shards.items()})
-        except OSError as e:  # after another error, as of a rank that is gone, nothing can be made together
+            check_free_space(folder, total_bytes(weight_files))
+            write(tracked)
+        except OSError as e:  # after other errors, such as a dead rank, no collective can be completed
             failure = e
-    for entries in shards.values():
-        _take_part({name: entry for name, entry in entries.items() if name not in begun})
+    for entries in weight_files.values():
+        _run_collectives({name: entry for name, entry in entries.items() if name not in begun})
     if failure:
         raise failure
 
@@ -114,48 +138,61 @@ def save_blocks(
     folder: Path,
     files: CheckpointFiles,
     base: BaseModel,
-    beside: Mapping[str, str],
+    extra_files: Mapping[str, str],
 ) -> None:
-    """Writes the new blocks alone, under the expanded model's names. The header's metadata has their layers,
-    and names the expanded model, `base`. beside: {name: text} of more files to write. Collective; rank 0
-    writes."""
+    """Write only the new blocks, with the expanded model's tensor names. Collective; rank 0 writes.
+
+    The header's metadata has the numbers of their layers, and names the expanded model. Raises OSError.
+
+    Args:
+        files: The expanded model's files.
+        base: The expanded model.
+        extra_files: {name: text} of more files to write.
+    """
     entries, layers = _trained_blocks(model, family, files), json.dumps(new_layers(model.config))
     metadata = {"base_model_name_or_path": base.name, NEW_LAYERS: layers} | base.metadata()
     metadata |= {"revision": base.revision} if base.revision else {}
 
-    def write(shards: Shards) -> None:
+    def write(tracked: WeightFiles) -> None:
         with stage_files(folder) as stage:
-            for name, text in beside.items():
+            for name, text in extra_files.items():
                 stage(name).write_text(text, encoding="utf-8")
-            write_tensors(stage(BLOCKS), shards[BLOCKS], metadata)
+            write_tensors(stage(BLOCKS), tracked[BLOCKS], metadata)
 
-    _together(folder, {BLOCKS: entries}, write)
+    _write_collectively(folder, {BLOCKS: entries}, write)
 
 
-def _take_part(entries: dict[str, Entry]) -> None:
-    """Makes what needs all ranks of `entries`, in the order in which they are written, for another rank."""
-    for entry in in_order(entries).values():
+def _run_collectives(entries: dict[str, TensorEntry]) -> None:
+    """Take part in gathering tensors that another rank writes, in the order in which it writes them."""
+    for entry in sort_for_file(entries).values():
         if entry.collective:
-            for _ in entry.pieces():
+            for _ in entry.chunks():
                 pass
 
 
 def open_blocks(
     path: Path, files: CheckpointFiles, family: Family, layers: list[int]
 ) -> tuple[CheckpointFiles, dict[str, str]]:
-    """(the tensors, the header's metadata) of what `save_blocks` wrote, to be put into the expanded model in
-    `files` with the new layers `layers`. Raises UserError unless it holds exactly their tensors."""
+    """Open a file of `save_blocks`. Return (its tensors, the header's metadata).
+
+    Args:
+        files: The expanded model that the blocks belong to.
+        layers: The numbers of its new layers.
+
+    Raises UserError unless the file holds exactly the tensors of these layers.
+    """
     blocks = CheckpointFiles(path.parent, only_file=path.name)
     metadata = read_header(path)[0].get("__metadata__") or {}
-    held = metadata.get(NEW_LAYERS)
-    if held is None:
-        raise UserError(f"{path}: not a file of new blocks, as `--llama_pro_save blocks` leaves them")
-    if held != json.dumps(layers):
-        raise UserError(f"{path}: has the new layers {held}, but {files.folder} has {layers}")
-    wanted = {name for name in files.tensors if family.locate_layer(name)[0] in layers}
-    for name in sorted(wanted ^ set(blocks.tensors)):
-        what = f"{name} is missing" if name in wanted else f"{name} is in no new layer of {files.folder}"
-        raise UserError(f"{path}: {what}")
+    stored_layers = metadata.get(NEW_LAYERS)
+    if stored_layers is None:
+        raise UserError(f"{path}: not a file of new blocks, which `--llama_pro_save blocks` writes")
+    if stored_layers != json.dumps(layers):
+        raise UserError(f"{path}: has the new layers {stored_layers}, but {files.folder} has {layers}")
+    expected = {name for name in files.tensors if family.locate_layer(name)[0] in layers}
+    for name in sorted(expected ^ set(blocks.tensors)):
+        is_missing = name in expected
+        error = f"{name} is missing" if is_missing else f"{name} is in no new layer of {files.folder}"
+        raise UserError(f"{path}: {error}")
     for name, stored in blocks.tensors.items():
         if stored.shape != files.tensors[name].shape:
             raise UserError(

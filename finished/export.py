@@ -14,7 +14,13 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from checkpoints import model_writer
-from checkpoints.model_writer import Entry, as_text, companions, copy_companions, write_model
+from checkpoints.model_writer import (
+    TensorEntry,
+    copy_small_files,
+    list_small_files,
+    to_json_text,
+    write_model,
+)
 from data.sources import find_recipe
 from data.stops import generation_config
 from data.tokenizing import prepare
@@ -114,7 +120,7 @@ def plan_dtypes(options: Options, run: Run) -> Callable[[torch.dtype], torch.dty
     return dtype_of
 
 
-def model_config(run: Run, entries: dict[str, Entry]) -> dict:
+def model_config(run: Run, entries: dict[str, TensorEntry]) -> dict:
     """config.json of the merged model: the base's, but of weights that are not packed, in their dtype."""
     raw = read_json(run.base / CONFIG, MAX_CONFIG_BYTES)
     raw = sync_tied_embeddings(raw, run.model_config)
@@ -136,10 +142,12 @@ def write_merged(
     adapter = read_adapter(run) if run.adapter else {}
     base = merged_base(run, options)
     entries = merged_entries(run, adapter, base == "dequantized", plan_dtypes(options, run), device)
-    size = sum(e.nbytes for e in entries.values()) + sum(p.stat().st_size for p in companions(run.base))
+    size = sum(e.nbytes for e in entries.values()) + sum(p.stat().st_size for p in list_small_files(run.base))
     check_space(options.out, size)
-    small_files = small_files | {CONFIG: as_text(model_config(run, entries))}
-    write_model(folder, model_writer.shards_of(entries, model_writer.SHARD_BYTES), run.base, small_files)
+    small_files = small_files | {CONFIG: to_json_text(model_config(run, entries))}
+    write_model(
+        folder, model_writer.split_into_files(entries, model_writer.SHARD_BYTES), run.base, small_files
+    )
     what = "A complete model folder: `AutoModelForCausalLM.from_pretrained` loads it."
     if run.adapter:
         what += f" The adapter is merged into the {base} weights."
@@ -163,9 +171,11 @@ def write_adapter(run: Run, options: Options, folder: Path, small_files: dict[st
     if options.base_model:
         named = split_revision(pin_model_name(options.base_model, run.base))
     described["base_model_name_or_path"], described["revision"] = named
-    check_space(options.out, run.adapter.stat().st_size + sum(p.stat().st_size for p in companions(run.base)))
+    check_space(
+        options.out, run.adapter.stat().st_size + sum(p.stat().st_size for p in list_small_files(run.base))
+    )
     shutil.copyfile(run.adapter, folder / ADAPTER)
-    copy_companions(run.base, folder, small_files, TOKENIZER_FILES)
+    copy_small_files(run.base, folder, small_files, TOKENIZER_FILES)
     what = (
         "A LoRA or DoRA adapter in PEFT's format (adapter_config.json, adapter_model.safetensors):"
         " `PeftModel.from_pretrained(base, folder)` puts it over its base model."

@@ -18,7 +18,7 @@ from functools import partial
 
 import torch
 
-from checkpoints.model_writer import PIECE, Entry, copied
+from checkpoints.model_writer import CHUNK_BYTES, TensorEntry, file_entries
 from files.finite import check_finite, is_finite
 from files.model_folder import CheckpointFiles
 from files.tensors import PinnedBuffers
@@ -57,7 +57,7 @@ def merged_entries(
     dequantized: bool,
     dtype_of: Callable[[torch.dtype], torch.dtype],
     device: torch.device,
-) -> dict[str, Entry]:
+) -> dict[str, TensorEntry]:
     """Every tensor of the merged model, in the files' order. adapter: as `read_adapter` gives it, or empty;
     dtype_of: the dtype to write what is stored in the given one (uint8: packed in its file); device: where the
     weights are merged."""
@@ -69,15 +69,15 @@ def merged_entries(
     assert not run.files.packed or dequantized
     scaling = run.config.lora_alpha / run.config.lora_rank if adapter else 0.0
     buffers = PinnedBuffers(device.type) if device.type == "cuda" else None
-    entries = copied(run.files)
+    entries = file_entries(run.files)
     for name, entry in entries.items():
         dtype, quantizer, tensors = dtype_of(entry.dtype), quantizers.get(name), layers.pop(name, None)
         if quantizer or tensors:
             make = partial(_weight, run.files, name, quantizer, tensors, scaling, device, buffers)
-            entries[name] = Entry(dtype, entry.shape, partial(_pieces, make, name, dtype))
+            entries[name] = TensorEntry(dtype, entry.shape, partial(_pieces, make, name, dtype))
         elif dtype != entry.dtype:
             pieces = partial(_converted, run.files, name, dtype)
-            entries[name] = dataclasses.replace(entry, dtype=dtype, pieces=pieces)
+            entries[name] = dataclasses.replace(entry, dtype=dtype, chunks=pieces)
     assert not layers, f"without a weight: {next(iter(layers))}"
     return entries
 
@@ -118,7 +118,7 @@ def _converted(files: CheckpointFiles, name: str, dtype: torch.dtype) -> Iterato
     tensor = files.read(name)
     assert isinstance(tensor, torch.Tensor)
     flat = tensor.view(-1)
-    for part in flat.split(PIECE // flat.dtype.itemsize):
+    for part in flat.split(CHUNK_BYTES // flat.dtype.itemsize):
         check_finite(files.tensor_origin(name), part)
         yield _as_bytes(_fits(part.to(dtype), name))
 

@@ -170,7 +170,7 @@ def expect(
         on_host = parts
     else:
         on_host = resting_on_host(parts, family, model.config.tie_word_embeddings)
-    shards = STRATEGIES[config.sharding_strategy].shards(rank_info.world, config.hybrid_shard_size)
+    shards = STRATEGIES[config.sharding_strategy].ranks_per_copy(rank_info.world, config.hybrid_shard_size)
     index = rank_info.rank % shards  # ranks of a copy follow one another
     total, host = (sum(p.nbytes(shards, index) for p in held) for held in (parts, on_host))
     trained = sum(math.prod(p.shape) for p in parts if p.kind == "trained")
@@ -243,7 +243,7 @@ def measure(
 def estimate(config: Config, precision: Precision, shape: Shape) -> float:
     """Bytes that a GPU holds at the peak of a step. config: resolved, with its world_size."""
     strategy = STRATEGIES[config.sharding_strategy]
-    shards = strategy.shards(config.world_size, config.hybrid_shard_size)
+    shards = strategy.ranks_per_copy(config.world_size, config.hybrid_shard_size)
     trained, everything = shape.weights.trained, shape.weights.total - shape.on_host
     if config.optimizer == "adamw_8bit":
         states = STATE_BYTES_8BIT * trained / precision.trained.itemsize
@@ -252,7 +252,11 @@ def estimate(config: Config, precision: Precision, shape: Shape) -> float:
     resident = 0 if config.use_cpu_offload else (everything + trained + states) / shards
     if config.no_sync and config.gradient_accumulation_steps > 1:
         resident += trained  # gradients that are not yet reduced
-    gathered = everything if strategy.keep else shape.layer * (1 if config.wrap_policy == "sublayer" else 2)
+    gathered = (
+        everything
+        if strategy.keeps_gathered
+        else shape.layer * (1 if config.wrap_policy == "sublayer" else 2)
+    )
     if shards == config.world_size == 1 and not config.use_cpu_offload:
         gathered = 0  # everything is there
     rows = config.batch_size * shape.tokens
@@ -270,4 +274,4 @@ def estimate(config: Config, precision: Precision, shape: Shape) -> float:
     if shards > 1 and not shape.ends:
         states += 2 * min(HIDDEN_BYTES, 4 * rows * shards * shape.hidden)
     loss = LOGITS * chunk + states + 2 * shape.ends
-    return resident + kept + max(gathered + inner, loss + strategy.keep * gathered)
+    return resident + kept + max(gathered + inner, loss + strategy.keeps_gathered * gathered)

@@ -34,7 +34,7 @@ class NoTracker:
         return {}
 
     def load_state_dict(self, state: dict) -> None:
-        """Nothing: `tidy` in checkpoints/resume.py has made the file whole before the tracker opened it."""
+        """Nothing: `roll_back_run` in checkpoints/resume.py has made the file whole before the tracker opened it."""
 
     def log(self, metrics: Metrics) -> None: ...
 

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 
 import train
 from checkpoints import trained_model
-from checkpoints.model_writer import Entry
-from checkpoints.storage import steps_in
+from checkpoints.model_writer import TensorEntry
+from checkpoints.storage import checkpoint_steps
 from files.atomic_writes import replace_folder, write_text
 from files.disk_room import warn_on_full_disk
 from files.names import ADAPTER, BEST, BLOCKS, SCORE
@@ -138,19 +138,19 @@ def test_only_what_a_disk_does_not_take_is_made_all_the_same(error, made, monkey
     monkeypatch.setattr(trained_model.dist, "get_rank", lambda: 0)
     found = []
 
-    def entry(name: str) -> Entry:
+    def entry(name: str) -> TensorEntry:
         def pieces():
             found.append(name)
             yield b""
 
-        return Entry(torch.float32, (0,), pieces, collective=True)
+        return TensorEntry(torch.float32, (0,), pieces, collective=True)
 
     def write(shards) -> None:
-        list(shards["one"]["a"].pieces())
+        list(shards["one"]["a"].chunks())
         raise error
 
     with pytest.raises(error):
-        trained_model._together(
+        trained_model._write_collectively(
             tmp_path, {"one": {"a": entry("a"), "b": entry("b")}, "two": {"c": entry("c")}}, write
         )
     assert found == ["a", *made]
@@ -220,7 +220,7 @@ def test_the_result_is_saved_when_there_is_room_again(
     left = {str(p.relative_to(folder)) for p in folder.rglob("*")}
     assert not left & {ADAPTER, "adapter_config.json", BLOCKS, "config.json"}
     assert not [name for name in left if name.endswith(".tmp") or name.startswith("model")]
-    assert steps_in(folder) == [4] and repeatable_metrics(folder) == repeatable_metrics(whole)
+    assert checkpoint_steps(folder) == [4] and repeatable_metrics(folder) == repeatable_metrics(whole)
     (small_disk / "others").unlink()
     printed = two_ranks(run, [*argv, "--resume", "auto"])[0]
     assert "6 steps, the last 2 of them" in printed

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import export
 import train
-from checkpoints.storage import newest_whole
+from checkpoints.storage import find_newest_checkpoint
 from files.finite import NONFINITE_MESSAGE
 from files.names import ADAPTER, BEST, BLOCKS, SINGLE_FILE
 from finished.finished_run import load_model, open_run
@@ -302,21 +302,21 @@ def checkpoint_of_infinity(place, folder: str) -> list[str]:
     small, warned = SmallRun(place, folder, every=1), []
     small.checkpoints._warn = lambda step, reason, then: warned.append(f"{step}: {reason}")
     small.step()
-    small.checkpoints._await()
+    small.checkpoints._wait_for_write()
     weight = small.model.weight
     with torch.no_grad():
         before = weight[0, 0].item()
         if place.rank == place.world - 1:
             weight[0, 0] = math.inf
     small.checkpoints.save(2)
-    small.checkpoints._await()
-    warned.append(f"whole: {small.checkpoints.newest}")
+    small.checkpoints._wait_for_write()
+    warned.append(f"whole: {small.checkpoints.last_written}")
     with torch.no_grad():
         weight[0, 0] = before
         weight[1:] = torch.finfo(weight.dtype).max
     small.checkpoints.save(3)
     small.checkpoints.finish()
-    return [*warned, f"whole: {small.checkpoints.newest}"]
+    return [*warned, f"whole: {small.checkpoints.last_written}"]
 
 
 def test_a_checkpoint_of_it_does_not_take_the_place_of_a_good_one(two_ranks, tmp_path):
@@ -325,4 +325,4 @@ def test_a_checkpoint_of_it_does_not_take_the_place_of_a_good_one(two_ranks, tmp
         ["2: a trained weight is NaN or infinite", "whole: 1", "whole: 3"],
         ["whole: 1", "whole: 3"],
     ]
-    assert newest_whole(tmp_path, tell=print).step == 3
+    assert find_newest_checkpoint(tmp_path, warn=print).step == 3

@@ -20,7 +20,7 @@ import yaml
 from safetensors.torch import load_file
 
 import train
-from checkpoints.manager import Checkpoints
+from checkpoints.manager import CheckpointManager
 from launch import processes as launch
 from launch.program import parse_or_exit
 from monitoring.metrics import Meter
@@ -290,6 +290,6 @@ def order_of_a_run(place, argv: list[str]) -> list[str]:
         before(Meter, "measure", lambda _, reading, lap: f"T{reading.index}")
         before(Evaluator, "_compute_loss", lambda _: "E")
         before(Evaluator, "_write_samples", lambda _, step: "A")
-        before(Checkpoints, "_run", lambda _: "C")
+        before(CheckpointManager, "_collect_state", lambda _: "C")
         full_run(place, train.check_run(config))
     return seen

@@ -123,7 +123,7 @@ class Evaluator:
             self._write_samples(0)
             self.meter.restart()
 
-    def after(self, metrics: Metrics) -> Metrics:
+    def evaluate_if_due(self, metrics: Metrics) -> Metrics:
         """Evaluate and sample after a step, if due. Return its metrics, with an evaluation's results."""
         evaluates = self._is_eval_step(metrics.step)
         if evaluates:

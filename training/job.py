@@ -12,7 +12,7 @@ import transformers
 from transformers import PretrainedConfig
 
 from checkpoints import resume
-from checkpoints.storage import Saved
+from checkpoints.storage import Checkpoint
 from data.batches import StepSampler
 from data.evaluation_sets import EvaluationData
 from data.rows import TokenizedRows, digest_rows
@@ -40,7 +40,7 @@ class Job:
     rows: TokenizedRows
     evaluation: EvaluationData
     cache: CachePlan | None  # if --quantized_cache is still to be written
-    saved: Saved | None  # the checkpoint that the run is resumed from
+    saved: Checkpoint | None  # the checkpoint that the run is resumed from
     started: float  # when the run began, as time.time() returns it
     # {name: text} of the files of a model folder in which a result differs from its base: an untied config,
     # the tokenizer in use, the stops that were learned.
@@ -84,11 +84,11 @@ class Job:
         """Return the run's config.yaml, with absolute paths. replaced: other values, as for `dump_yaml`."""
         return dump_yaml(self.config, output_dir=os.path.abspath(self.output_dir), **replaced)
 
-    def about(self) -> dict:
+    def run_identity(self) -> dict:
         """Return the run's identity for checkpoints: options, and digests of the base and of the rows."""
         evaluation = digest_rows(self.evaluation.rows) if self.evaluation.rows else ""
         rows = digest_rows(self.rows)
-        return resume.about(self.config, str(self.precision), self.base.digest(), rows, evaluation)
+        return resume.run_identity(self.config, str(self.precision), self.base.digest(), rows, evaluation)
 
     def with_shared_defaults(self, output_dir: str, chat_date: str | None, started: float) -> Job:
         """Return the job with rank 0's values where those of nodes differ."""

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from checkpoints.manager import Checkpoints
+from checkpoints.manager import CheckpointManager
 from data.packing import longest_line
 from files.tokenizer import read_tokenizer
 from launch.ranks import RankInfo
@@ -37,7 +37,7 @@ class LoopComponents:
     guard: BadStepGuard
     evaluator: Evaluator
     budget: ActivationBudget
-    checkpoints: Checkpoints
+    checkpoints: CheckpointManager
     deferred: DeferredCalls
 
 
@@ -106,20 +106,20 @@ def make_loop_components(
         tokens=config.batch_size * longest_line(config, job.rows),
         itemsize=job.precision.matmul_dtype.itemsize,
     )
-    checkpoints = Checkpoints(
+    checkpoints = CheckpointManager(
         model,
         optimizer,
         {"scaler": scaler, "evaluator": evaluator, "tracker": tracker, "guard": guard},
         rank_info,
         folder=folder,
-        every=config.save_every,
-        at_end=config.save_every > 0 or config.save_minutes > 0,
+        save_every=config.save_every,
+        save_at_end=config.save_every > 0 or config.save_minutes > 0,
         keep=config.keep,
-        describe_run=job.about,
+        describe_run=job.run_identity,
         deferred=deferred,
         stopping=stopping,
-        say=tracker.say,
-        saved=job.saved,
+        print_line=tracker.say,
+        checkpoint=job.saved,
     )
     return LoopComponents(
         optimizer=optimizer,

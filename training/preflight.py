@@ -14,7 +14,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from checkpoints import resume
-from checkpoints.storage import Saved
+from checkpoints.storage import Checkpoint
 from data.evaluation_sets import EvaluationData, named, prepare_sets
 from data.examples import toy_texts
 from data.formats import RenderContext
@@ -95,12 +95,12 @@ def _make_job(config: Config) -> Job:
         return job
     head = model.own_head
     without_head = (head, digest_without_head(model.config, model.files, head)) if head else None
-    resume.check_same(saved, config, job.about(), without_head)
+    resume.check_same_run(saved, config, job.run_identity(), without_head)
     resume_remarks = resume.remarks(saved, config, model.base.digest())
     return dataclasses.replace(job, remarks=(*job.remarks, *resume_remarks))
 
 
-def _check_options(config: Config) -> tuple[Config, Saved | None]:
+def _check_options(config: Config) -> tuple[Config, Checkpoint | None]:
     """Return the options with this machine's and this day's values, and the checkpoint to resume from.
 
     Raises UserError for what is wrong with a run whatever its model and data are.
@@ -117,7 +117,7 @@ def _check_options(config: Config) -> tuple[Config, Saved | None]:
     saved = resume.find_checkpoint(config)
     if config.chat_date is None:
         today = datetime.date.today().isoformat()
-        config = dataclasses.replace(config, chat_date=resume.first_day(saved) if saved else today)
+        config = dataclasses.replace(config, chat_date=resume.recorded_chat_date(saved) if saved else today)
     if config.profile:
         check_writable(Path(config.profiling_output), "--profiling_output")
     path = config.llama_pro_path

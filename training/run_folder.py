@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from checkpoints import resume
-from checkpoints.storage import steps_in
+from checkpoints.storage import checkpoint_steps
 from checkpoints.training_state import describe_not_finite
 from files.atomic_writes import write_text
 from files.disk_room import warn_on_full_disk
@@ -53,10 +53,10 @@ def start_run_folder(
     config, folder = job.config, Path(job.output_dir)
     if rank_info.rank == 0:
         lock.acquire()
-        resume.check_still_so(config, job.saved)
+        resume.check_folder_unchanged(config, job.saved)
         if job.saved is None:
             clear_output(folder)
-        resume.tidy(folder, job.saved)
+        resume.roll_back_run(folder, job.saved)
         write_text(folder / OPTIONS, job.options_file())
         write_text(folder / FACTS, facts)
         print(ready, flush=True)
@@ -71,7 +71,7 @@ def start_run_folder(
 def unsaved_error(job: Job, error: OSError) -> UserError:
     """Return the error of a result that could not be written, with the checkpoint that still has it."""
     folder = Path(job.output_dir)
-    return UserError(describe_unsaved(error, folder, next(iter(steps_in(folder)), None)))
+    return UserError(describe_unsaved(error, folder, next(iter(checkpoint_steps(folder)), None)))
 
 
 def finish_run(

@@ -1,4 +1,4 @@
-"""A thread beside the one that trains rests, and is not held up when somebody waits for it."""
+"""The background thread pauses next to the training thread, but not while another thread waits for it."""
 
 from __future__ import annotations
 
@@ -12,71 +12,79 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from checkpoints import background
-from checkpoints.background import Background, Resting
-from checkpoints.planner import CopyPlanner
-from checkpoints.storage import Writer, folder_of
+from checkpoints.background import BackgroundThrottle, ThrottledDict
+from checkpoints.planner import CheckpointPlanner
+from checkpoints.storage import CheckpointWriter, checkpoint_folder
 
 
-def work(behind: Background, seconds: float) -> float:
-    """Computes in Python for so long by the thread's own clock. Returns how long that took."""
+def work(throttle: BackgroundThrottle, seconds: float) -> float:
+    """Compute in Python for `seconds` of the thread's CPU time. Return the elapsed seconds."""
     began, ends = time.perf_counter(), time.thread_time() + seconds
     while time.thread_time() < ends:
-        behind.rest()
+        throttle.pause_if_due()
     return time.perf_counter() - began
 
 
-def test_it_rests_most_of_the_time():
-    behind = Background(rests=True)
-    took = work(behind, 0.1)
-    assert behind.rested > 0.3 and took > 0.4, "50 turns of 2 ms, and 10 ms after each"
+def test_it_pauses_most_of_the_time():
+    throttle = BackgroundThrottle(enabled=True)
+    took = work(throttle, 0.1)
+    assert throttle.paused_seconds > 0.3 and took > 0.4, "50 turns of 2 ms, and 10 ms after each"
 
 
-def test_it_rests_only_where_it_is_to():
-    behind = Background(rests=False)
-    work(behind, 0.02)
-    assert behind.rested == 0
+def test_it_pauses_only_if_enabled():
+    throttle = BackgroundThrottle(enabled=False)
+    work(throttle, 0.02)
+    assert throttle.paused_seconds == 0
 
 
-def test_it_does_not_rest_while_somebody_waits(monkeypatch):
-    monkeypatch.setattr(background, "REST", 60.0)
-    behind = Background(rests=True)
-    behind.hurry.set()
-    assert work(behind, 0.1) < 30
-    assert behind.rested < 30
+def test_it_does_not_pause_while_another_thread_waits(monkeypatch):
+    monkeypatch.setattr(background, "PAUSE_SECONDS", 60.0)
+    throttle = BackgroundThrottle(enabled=True)
+    throttle.hurry.set()
+    assert work(throttle, 0.1) < 30
+    assert throttle.paused_seconds < 30
 
 
-def test_the_collector_passes_over_what_is_there():
+def test_garbage_collection_skips_existing_objects():
     before = gc.get_freeze_count()
-    Background(rests=False).prepare()
+    BackgroundThrottle(enabled=False).freeze_gc()
     assert gc.get_freeze_count() == before
-    behind = Background(rests=True)
-    behind.prepare()
+    throttle = BackgroundThrottle(enabled=True)
+    throttle.freeze_gc()
     frozen, rest = gc.get_freeze_count(), gc.get_objects(generation=2)
-    behind.finish()
+    throttle.unfreeze_gc()
     after = gc.get_freeze_count()
     gc.freeze()  # as conftest.py had it
     assert frozen > before and not rest and after == 0
 
 
-def test_items_come_with_rests_between_them():
-    behind, items = Background(rests=True), {"a": 1, "b": 2, "c": 3}
-    with mock.patch.object(behind, "rest") as rest:
-        resting = Resting(items, behind)
-        assert resting == items and list(resting.items()) == list(items.items()) and len(resting.items()) == 3
-    assert rest.call_count == 3
+def test_a_throttled_dict_pauses_between_items():
+    throttle, items = BackgroundThrottle(enabled=True), {"a": 1, "b": 2, "c": 3}
+    with mock.patch.object(throttle, "pause_if_due") as pause:
+        throttled = ThrottledDict(items, throttle)
+        assert (
+            throttled == items
+            and list(throttled.items()) == list(items.items())
+            and len(throttled.items()) == 3
+        )
+    assert pause.call_count == 3
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-def test_a_checkpoint_rests_at_each_tensor_and_is_watched_by_nothing(tmp_path):
-    """In torch's loop, and in ours; fewer times where the plan is there. A profiler would slow the thread that trains as
-    well, from Python 3.12 on."""
+def test_a_save_pauses_at_each_tensor_without_a_profiler(tmp_path):
+    """In torch's loop and in ours; less often once there is a plan.
+
+    A profiler would slow down the training thread too, from Python 3.12 on.
+    """
     state = {f"weight.{i}": torch.full((3,), float(i)) for i in range(5)}
-    behind, watching = Background(rests=True), []
-    planner = CopyPlanner(behind)
-    with mock.patch.object(behind, "rest", side_effect=lambda: watching.append(sys.getprofile())):
-        for step, rests in ((1, 25), (2, 5)):
-            writer = Writer(folder_of(tmp_path, step), step, lambda: {"parts": {}, "files": {}})
-            planner.hold(state, state)
+    throttle, profilers = BackgroundThrottle(enabled=True), []
+    planner = CheckpointPlanner(throttle)
+    with mock.patch.object(throttle, "pause_if_due", side_effect=lambda: profilers.append(sys.getprofile())):
+        for step, pauses in ((1, 25), (2, 5)):
+            writer = CheckpointWriter(
+                checkpoint_folder(tmp_path, step), step, lambda: {"parts": {}, "files": {}}
+            )
+            planner.set_tensors(state, state)
             dcp.save({}, storage_writer=writer, planner=planner, no_dist=True)
-            assert watching == [sys.getprofile()] * rests
-            watching.clear()
+            assert profilers == [sys.getprofile()] * pauses
+            profilers.clear()

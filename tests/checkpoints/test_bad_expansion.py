@@ -1,4 +1,4 @@
-"""What block_expansion.py refuses: status 2, one line on stderr, nothing written."""
+"""Errors of block_expansion.py: status 2, one line on stderr, nothing written."""
 
 from __future__ import annotations
 
@@ -18,8 +18,7 @@ from tests.helpers.expansion import all_tensors, edit_config, expand
 
 @pytest.fixture
 def refused(checkpoints, tmp_path, capsys):
-    """refused(*words, **options) -> nothing; block_expansion.py must end with one line that holds the words, and
-    write nothing."""
+    """refused(*words, **options): block_expansion.py prints one line with the words and writes nothing."""
 
     def run(*words: str, **options) -> None:
         good = {"model_name": checkpoints(), "output_dir": tmp_path / "out"}
@@ -100,7 +99,7 @@ def test_bad_output_folders(refused, checkpoints, tmp_path):
     refused("cannot be written", new_blocks=1, output_dir=tmp_path / "file" / "below")
 
 
-def test_without_a_tokenizer_it_is_said(checkpoints, tmp_path, capsys):
+def test_a_missing_tokenizer_is_reported(checkpoints, tmp_path, capsys):
     base = shutil.copytree(checkpoints(), tmp_path / "base", ignore=shutil.ignore_patterns("tokenizer*"))
     expand(base, tmp_path / "out", "--new_blocks", 1)
     assert f"no tokenizer in {base}" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""Expanded models: they are the base model before training, and complete folders."""
+"""Expanded models equal the base model before training, and are complete folders."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from transformers import AutoTokenizer, Qwen3MoeConfig
 import block_expansion
 import train
 from checkpoints import model_writer
-from checkpoints.block_expansion import expanded_config, expanded_tensors, positions
+from checkpoints.block_expansion import expanded_config, expanded_tensors, insertion_points
 from data.packing import make_sampler
 from files.model_folder import CheckpointFiles
 from files.names import BLOCKS, INDEX
@@ -95,14 +95,14 @@ def test_new_blocks_are_copies_that_add_nothing(kind, identity_init, checkpoints
         assert expanded[name].dtype == tensor.dtype and torch.equal(expanded[name], tensor), name
 
 
-def one_step(place, args) -> tuple[float, float]:
-    """(gradient norm, change of the logits as a share of their norm) of the first update."""
-    job, model = set_up(place, args)
+def one_step(rank_info, args) -> tuple[float, float]:
+    """Return (gradient norm, relative change of the logits) of the first update."""
+    job, model = set_up(rank_info, args)
     with torch.no_grad():
         before = model(input_ids=IDS, use_cache=False).logits.clone()
-        sampler = make_sampler(job.config, job.rows, place.rank, place.world)
+        sampler = make_sampler(job.config, job.rows, rank_info.rank, rank_info.world)
         with torch.enable_grad():
-            history = train.train(job, model, place, sampler, NoTracker())
+            history = train.train(job, model, rank_info, sampler, NoTracker())
         after = model.eval()(input_ids=IDS, use_cache=False).logits
     return history[0].grad_norm, ((after - before).norm() / before.norm()).item()
 
@@ -114,27 +114,27 @@ def first_update(folder: Path, alpaca_file, one_rank) -> tuple[float, float]:
 
 @pytest.mark.parametrize("kind", tiny.CONFIGS)
 def test_the_first_update_hardly_moves_the_model(kind, checkpoints, alpaca_file, one_rank, tmp_path):
-    """At the default learning rate. The new blocks are the identity, and close to it after an update as well."""
+    """At the default learning rate: the new blocks are the identity, and stay close to it."""
     folder = expand(checkpoints(kind), tmp_path / "out", "--new_blocks", 2)
-    norm, share = first_update(folder, alpaca_file, one_rank)
-    assert 0 < share < 0.01 and 0 < norm < 10
+    norm, change = first_update(folder, alpaca_file, one_rank)
+    assert 0 < change < 0.01 and 0 < norm < 10
 
 
 @pytest.mark.parametrize("kind", ["gemma2", "gemma3"])
-def test_zeros_before_a_norm_end_with_the_first_update(
+def test_zeroed_outputs_before_a_norm_last_only_one_step(
     kind, checkpoints, alpaca_file, one_rank, tmp_path, monkeypatch
 ):
-    """What a family gets that does not say which norms follow its outputs: the same logits, for one step."""
+    """If a family does not name the norms after its outputs, the logits differ after one step."""
     name = read_config(checkpoints(kind))[0].model_type
     monkeypatch.setitem(FAMILIES, name, dataclasses.replace(FAMILIES[name], identity_init=()))
     folder = expand(checkpoints(kind), tmp_path / "out", "--new_blocks", 2)
-    norm, share = first_update(folder, alpaca_file, one_rank)
-    assert share > 0.1 and norm > 100
+    norm, change = first_update(folder, alpaca_file, one_rank)
+    assert change > 0.1 and norm > 100
 
 
 @pytest.mark.parametrize("kind", ["llama_bias", "gemma2"])
-def test_the_new_blocks_matter_once_they_are_not_silent(kind, checkpoints):
-    """tiny.save_expanded's random values: other logits, so the equalities above say something."""
+def test_new_blocks_with_random_values_change_the_logits(kind, checkpoints):
+    """tiny.save_expanded makes random blocks: the equalities above would fail for them."""
     folder = checkpoints(f"{kind}_pro")
     base = folder.with_name(f"{folder.name}_base")
     assert (transformers_logits(folder) - transformers_logits(base)).abs().max() > 0.1
@@ -160,9 +160,9 @@ def test_expansion_rate(rate, new, checkpoints, tmp_path):
     assert len(read_config_json(folder)[NEW_LAYERS]) == new
 
 
-def test_the_rate_of_fsdp_qloras_example(checkpoints):
+def test_the_expansion_rate_of_fsdp_qloras_example(checkpoints):
     options = block_expansion.parse("--model_name a --output_dir b --expansion_rate 0.1".split())
-    assert len(positions(options, 32)) == 3  # its blk_exp-32-35
+    assert len(insertion_points(options, 32)) == 3  # its blk_exp-32-35
 
 
 @pytest.fixture(scope="module")
@@ -197,7 +197,7 @@ def test_layer_3_is_not_layer_30(deep, tmp_path):
 
 
 def test_a_complete_folder(checkpoints, tmp_path):
-    """Small files are copied, shards are no larger than the base's, the index counts right, bf16 stays bf16."""
+    """Small files are copied, shards no larger than the base's, the index is right, bf16 stays bf16."""
     base = tiny.save_checkpoint("qwen2", tmp_path / "base", torch.bfloat16, shard="100KB")
     (base / "chat_template.jinja").write_text("{{ messages }}")
     (base / "notes.txt").write_text("mine")
@@ -211,8 +211,8 @@ def test_a_complete_folder(checkpoints, tmp_path):
     assert index["metadata"]["total_size"] == sum(t.nbytes for t in tensors.values())
     assert index["weight_map"].keys() == tensors.keys()
     data = [
-        max(sum(t.nbytes for t in load_file(path).values()) for path in place.glob("model-*.safetensors"))
-        for place in (base, folder)
+        max(sum(t.nbytes for t in load_file(path).values()) for path in model.glob("model-*.safetensors"))
+        for model in (base, folder)
     ]
     assert data[1] <= data[0]
     changed = {"num_hidden_layers", "layer_types", "max_window_layers", NEW_LAYERS}
@@ -221,30 +221,27 @@ def test_a_complete_folder(checkpoints, tmp_path):
     }
 
 
-def test_one_file_stays_one_file(tmp_path):
+def test_a_single_file_becomes_several(tmp_path):
     base = tiny.save_checkpoint("llama", tmp_path / "base", shard="1GB")
-    edit_config(
-        base, eos_token_id=[257, 258, 259]
-    )  # as many as there are layers, and still no list of layers
+    edit_config(base, eos_token_id=[257, 258, 259])  # as long as a list of layers
     tensors = load_file(base / "model.safetensors")
-    # Old checkpoints have the rotary frequencies, which are left out.
+    # Old checkpoints have the rotary frequencies, which are not copied.
     frequencies = torch.tensor([10000.0 ** (-i / 8) for i in range(8)])
     tensors["model.layers.1.self_attn.rotary_emb.inv_freq"] = frequencies
     save_file(tensors, base / "model.safetensors")
     folder = expand(base, tmp_path / "out", "--new_blocks", 2)
-    assert (
-        len(list(folder.glob("*.safetensors"))) > 1 and (folder / INDEX).exists()
-    )  # no file beyond the base's
+    # No file is larger than the base's.
+    assert len(list(folder.glob("*.safetensors"))) > 1 and (folder / INDEX).exists()
     assert read_config_json(folder)["eos_token_id"] == [257, 258, 259]
     assert read_config_json(folder)["architectures"] == ["LlamaForCausalLM"]
     assert not any("inv_freq" in name for name in all_tensors(folder))
 
 
 def test_mixed_dtypes_are_aligned(tmp_path):
-    """A model with fp32 norms among bf16 matrices of odd sizes: no number may lie across its own boundary."""
+    """fp32 norms among bf16 matrices of odd sizes: each element must be aligned to its size."""
     tensors = {"a": torch.randn(3).bfloat16(), "b": torch.randn(5), "c": torch.randn(1, 7).half()}
     save_file(tensors, tmp_path / "model.safetensors")
-    entries = model_writer.copied(CheckpointFiles(tmp_path))
+    entries = model_writer.file_entries(CheckpointFiles(tmp_path))
     model_writer.write_tensors(tmp_path / "again.safetensors", dict(sorted(entries.items())))
     again = load_file(tmp_path / "again.safetensors")
     assert all(t.dtype == again[n].dtype and torch.equal(t, again[n]) for n, t in tensors.items())
@@ -254,8 +251,10 @@ def test_mixed_dtypes_are_aligned(tmp_path):
 
 @pytest.mark.parametrize("kind, written_out", [("qwen2", False), ("qwen3", True)], ids=["pattern", "list"])
 def test_kinds_of_attention_go_with_their_layers(kind, written_out, checkpoints, base_logits, tmp_path):
-    """Layer 0 sees everything, 1 and 2 a window that is shorter than the text. Configs of older versions say so
-    by max_window_layers alone."""
+    """Layer 0 has full attention, 1 and 2 a window shorter than the text.
+
+    Configs of older versions say so by max_window_layers alone.
+    """
     base = shutil.copytree(checkpoints(kind), tmp_path / "base")
     kinds = ["full_attention", "sliding_attention", "sliding_attention"]
     window = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}
@@ -285,7 +284,7 @@ def test_layers_with_experts_keep_them(only, step):
     assert new.num_hidden_layers == 9
 
 
-def test_what_is_silenced_by_whole_segments():
+def test_modules_are_silenced_by_dotted_segments():
     dense = Family(nn.Module, nn.Module)
     for rest, value in {
         "self_attn.o_proj.weight": 0,
@@ -321,8 +320,8 @@ def test_what_is_silenced_by_whole_segments():
         {"identity_init": (("post_attention_layernorm", 0.0), ("norm", 0.0))},
     ],
 )
-def test_a_block_that_would_not_be_silent_is_a_bug(wrong, checkpoints):
-    """A family whose output projections, or the norms after them, are not named right must not come through."""
+def test_a_new_block_that_is_not_the_identity_is_an_error(wrong, checkpoints):
+    """A family with wrong names of output projections, or of the norms after them, is an error."""
     family = Family(nn.Module, nn.Module, **wrong)
     with pytest.raises(AssertionError, match="adds nothing"):
         expanded_tensors(CheckpointFiles(checkpoints()), family, source_layers(3, [1]))
@@ -330,14 +329,14 @@ def test_a_block_that_would_not_be_silent_is_a_bug(wrong, checkpoints):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_stays_below_two_shards(tmp_path):
-    """190 MB of weights in files of 32 MB; both commands. The peak is the process's own, reset before each."""
+    """190 MB of weights in files of 32 MB; both commands. The process's peak is reset before each."""
     sizes = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12}
     base = tiny.save_checkpoint("llama", tmp_path / "base", shard="32MB", **sizes)
     largest = max(path.stat().st_size for path in base.glob("*.safetensors"))
     assert sum(path.stat().st_size for path in base.glob("*.safetensors")) > 5 * largest
 
     def growth(command) -> int:
-        Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
+        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
         before = status("VmRSS")
         command()
         return status("VmHWM") - before
@@ -346,7 +345,9 @@ def test_memory_stays_below_two_shards(tmp_path):
     assert growth(lambda: expand(base, folder, "--new_blocks", 6)) < 2 * largest
     files, layers = CheckpointFiles(folder), read_config_json(folder)[NEW_LAYERS]
     new = {
-        n: e for n, e in model_writer.copied(files).items() if FAMILIES["llama"].locate_layer(n)[0] in layers
+        n: e
+        for n, e in model_writer.file_entries(files).items()
+        if FAMILIES["llama"].locate_layer(n)[0] in layers
     }
     metadata = {NEW_LAYERS: json.dumps(layers)}
     model_writer.write_tensors(tmp_path / BLOCKS, new, metadata)
@@ -354,7 +355,7 @@ def test_memory_stays_below_two_shards(tmp_path):
     shutil.rmtree(tmp_path)
 
 
-# A cut in the middle
+# Interruptions
 
 
 def test_a_full_disk_leaves_nothing(checkpoints, tmp_path, monkeypatch, capsys):
@@ -372,11 +373,11 @@ def test_a_full_disk_leaves_nothing(checkpoints, tmp_path, monkeypatch, capsys):
     assert not list((tmp_path / "out").iterdir())
 
 
-def test_a_run_cut_before_its_end_is_no_model(checkpoints, base_logits, tmp_path, monkeypatch, capsys):
-    """Ended from outside between the weights and config.json; the next run takes its place."""
+def test_an_interrupted_run_leaves_no_model(checkpoints, base_logits, tmp_path, monkeypatch, capsys):
+    """Interrupted between the weights and config.json; the next run replaces it."""
     command = ["--model_name", str(checkpoints()), "--output_dir", str(tmp_path / "out"), "--new_blocks", "2"]
     with monkeypatch.context() as patch:
-        patch.setattr(model_writer, "copy_companions", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(model_writer, "copy_small_files", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             block_expansion.main(command)
     (tmp_path / "out" / "model-00001-of-00099.safetensors.tmp").write_text("of a run that was killed")

@@ -1,4 +1,4 @@
-"""What a run leaves can be loaded by others: PEFT for adapters, transformers for whole models."""
+"""A run's results can be loaded by other programs: adapters by PEFT, full models by transformers."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from tests.helpers.runs import dense_state, transformers_model
     + [("qwen3_moe", "bnb_dora")],
 )
 def test_peft_loads_the_adapter(train_type, kind, checkpoints, alpaca_file, two_ranks, tmp_path):
-    """By PEFT's own from_pretrained, on a base that holds the dequantized weights."""
+    """With PEFT's from_pretrained, on a base with the dequantized weights."""
     args = args_for(checkpoints(kind), alpaca_file, train_type, "--lora_dropout", "0.1")
     ours = two_ranks(save_and_get_logits, args, tmp_path)[0]
     base = transformers_model(checkpoints(kind), two_ranks(dense_state, args)[0])
@@ -63,8 +63,10 @@ def over_four_bits(base, adapter) -> torch.Tensor:
 
 @pytest.fixture
 def in_blocks(tmp_path):
-    """in_blocks(kind) -> a checkpoint whose linears have whole blocks in a row; of others bitsandbytes computes another
-    thing on a CPU."""
+    """in_blocks(kind) -> a checkpoint whose rows are multiples of a quantization block.
+
+    With other rows bitsandbytes computes something else on a CPU.
+    """
     return lambda kind: tiny.save_checkpoint(
         kind, tmp_path / "model", intermediate_size=128, hidden_size=128 if kind == "gemma2" else 64
     )
@@ -73,7 +75,7 @@ def in_blocks(tmp_path):
 @pytest.mark.parametrize(
     "kind, train_type", [("llama_bias", "bnb_dora"), ("gemma2", "bnb_dora"), ("phi3", "qlora")]
 )
-def test_an_adapter_over_a_4_bit_base_is_what_was_trained(
+def test_an_adapter_over_a_4_bit_base_gives_the_trained_logits(
     kind, train_type, in_blocks, alpaca_file, one_rank, tmp_path
 ):
     base, run = in_blocks(kind), tmp_path / "run"
@@ -83,8 +85,10 @@ def test_an_adapter_over_a_4_bit_base_is_what_was_trained(
 
 
 def test_transformers_leaves_routed_experts_in_16_bits(in_blocks, alpaca_file, one_rank, tmp_path):
-    """So over its 4-bit base an adapter is what was trained only where the files' experts are the dequantized ones. What
-    export.py merges is (test_every_family in tests/finished/test_export.py)."""
+    """An adapter then needs files with dequantized experts to give the trained logits.
+
+    For export.py's merge see test_every_family in tests/finished/test_export.py.
+    """
     base, run, other = in_blocks("qwen3_moe"), tmp_path / "run", tmp_path / "other"
     run.mkdir()
     args = args_for(base, alpaca_file, "bnb_dora")
@@ -99,7 +103,7 @@ def test_transformers_leaves_routed_experts_in_16_bits(in_blocks, alpaca_file, o
 
 
 def test_an_adapter_of_hqq_over_a_4_bit_base(in_blocks, alpaca_file, one_rank, tmp_path):
-    """Which is NF4, and not what was trained."""
+    """The 4-bit base is NF4, so the logits are not the trained ones."""
     base, run = in_blocks("llama"), tmp_path / "run"
     run.mkdir()
     ours = one_rank(save_and_get_logits, args_for(base, alpaca_file, "hqq_dora"), run)[0]
@@ -107,7 +111,7 @@ def test_an_adapter_of_hqq_over_a_4_bit_base(in_blocks, alpaca_file, one_rank, t
 
 
 def test_adapter_on_some_linears_only(checkpoints, alpaca_file, one_rank, tmp_path):
-    """target_modules must name exactly what was trained, or PEFT would build more layers than the file has."""
+    """target_modules must name exactly the trained linears; otherwise PEFT builds too many layers."""
     args = args_for(checkpoints(), alpaca_file, "bnb_dora", "--lora_target_modules", "o_proj,mlp.up_proj")
     ours = one_rank(save_and_get_logits, args, tmp_path)[0]
     base = transformers_model(checkpoints(), one_rank(dense_state, args)[0])
@@ -138,10 +142,10 @@ def test_transformers_loads_the_full_model(kind, shard_bytes, checkpoints, alpac
     assert not list(tmp_path.glob("*.tmp"))
 
 
-def save_in_shards(place, args, folder, shard_bytes):
+def save_in_shards(rank_info, args, folder, shard_bytes):
     original, trained_model.SHARD_BYTES = trained_model.SHARD_BYTES, shard_bytes
     try:
-        return save_and_get_logits(place, args, folder)
+        return save_and_get_logits(rank_info, args, folder)
     finally:
         trained_model.SHARD_BYTES = original
 

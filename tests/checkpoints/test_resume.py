@@ -1,4 +1,4 @@
-"""A run that was stopped goes on as the run that was not: the same losses and weights."""
+"""A resumed run has the same losses and weights as an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch
 
 import train
 from checkpoints import storage as checkpoint_files
-from checkpoints.storage import folder_of, steps_in
+from checkpoints.storage import checkpoint_folder, checkpoint_steps
 from files import lock
 from files.lock import FolderLock
 from launch.signals import StopRequests
@@ -48,15 +48,17 @@ def undisturbed(source, two_ranks, tmp_path_factory):
     return folder
 
 
-def test_a_stopped_run_goes_on_to_the_last_bit(source, two_ranks, tmp_path):
-    """With packing, dropout, fp16's scaler and accumulation; stopped within both epochs, and cut
-    within a line of metrics.jsonl."""
+def test_a_resumed_run_is_bitwise_equal(source, two_ranks, tmp_path):
+    """With packing, dropout, fp16's scaler and accumulation.
+
+    The run is stopped within both epochs, and metrics.jsonl is cut within a line.
+    """
     whole, folder = tmp_path / "whole", tmp_path / "run"
     two_ranks(run, [*source, *NOISY, "--output_dir", str(whole)])
     again = [*source, *NOISY, "--output_dir", str(folder), "--resume", "auto"]
     printed = two_ranks(run, again, Signals({1: signal.SIGUSR1, 2: signal.SIGTERM}))[0]
     assert "stopped at step 2 of 5 (SIGTERM); go on with:" in printed
-    assert steps_in(folder) == [2, 1] and not (folder / "adapter_model.safetensors").exists()
+    assert checkpoint_steps(folder) == [2, 1] and not (folder / "adapter_model.safetensors").exists()
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"step": 3, "epo')
     assert "stopped at step 4 of 5 (SIGINT)" in two_ranks(run, again, Signals({4: signal.SIGINT}))[0]
@@ -71,8 +73,10 @@ def test_a_stopped_run_goes_on_to_the_last_bit(source, two_ranks, tmp_path):
 
 @pytest.mark.slow
 def test_another_number_of_ranks_changes_rounding_only(source, one_rank, two_ranks, four_ranks, tmp_path):
-    """From 2 ranks to 1 and to 4, of which the last has no row of an adapter's A; from there to 2. In fp32 on GPUs
-    too."""
+    """From 2 ranks to 1 or 4 ranks, and back to 2; in fp32 on GPUs too.
+
+    The last of 4 ranks has no row of an adapter's A.
+    """
     argv, whole, stopped = [*source, *QUIET, "--precision", "fp32"], tmp_path / "whole", tmp_path / "stopped"
     two_ranks(run, [*argv, "--output_dir", str(whole)])
     two_ranks(run, [*argv, "--output_dir", str(stopped)], Signals({3: signal.SIGTERM}))
@@ -80,9 +84,9 @@ def test_another_number_of_ranks_changes_rounding_only(source, one_rank, two_ran
         folder = tmp_path / f"on {ranks.world}"
         shutil.copytree(stopped, folder)
         others = ["--sharding_strategy", "shard_grad_op", "--gradient_accumulation_steps", str(accumulation)]
-        goes_on = [*argv, "--output_dir", str(folder), "--resume"]
-        ranks(run, [*goes_on, str(folder), *others], Signals({5: signal.SIGTERM}))
-        two_ranks(run, [*goes_on, "auto"])
+        resume = [*argv, "--output_dir", str(folder), "--resume"]
+        ranks(run, [*resume, str(folder), *others], Signals({5: signal.SIGTERM}))
+        two_ranks(run, [*resume, "auto"])
         for name in ("loss", "grad_norm"):
             ours, theirs = ([line[name] for line in lines(f)] for f in (folder, whole))
             torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), rtol=2e-4, atol=1e-5)
@@ -90,10 +94,10 @@ def test_another_number_of_ranks_changes_rounding_only(source, one_rank, two_ran
 
 
 @pytest.mark.slow
-def test_packed_rows_under_fp16s_scaler_go_on_in_another_number_of_ranks(
+def test_packed_rows_with_fp16s_scaler_resume_on_another_number_of_ranks(
     source, one_rank, two_ranks, tmp_path
 ):
-    """But for dropout, whose random numbers belong to a rank. From 2 ranks to 1 and back, within an epoch."""
+    """From 2 ranks to 1 and back, within an epoch. No dropout: its random numbers depend on the rank."""
     argv, whole, folder = [*source, *NOISY, "--lora_dropout", "0"], tmp_path / "whole", tmp_path / "run"
     two_ranks(run, [*argv, "--output_dir", str(whole)])
     again = [*argv, "--output_dir", str(folder), "--resume", "auto"]
@@ -108,13 +112,13 @@ def test_packed_rows_under_fp16s_scaler_go_on_in_another_number_of_ranks(
 
 
 def test_a_checkpoint_holds_no_frozen_weights(stopped):
-    tensors = checkpoint_files.read_checkpoint(folder_of(stopped, 3)).tensors
+    tensors = checkpoint_files.read_checkpoint(checkpoint_folder(stopped, 3)).tensors
     kinds = {name.rpartition(".")[2] for name in tensors if not name.startswith("random.")}
     assert kinds == {"lora_A", "lora_B", "magnitude_change"}
     assert {name.partition("@")[0] for name in tensors if name.startswith("random.")} >= {"random.cpu"}
 
 
-def test_wandb_goes_on_with_its_run(source, one_rank, tmp_path):
+def test_wandb_continues_its_run(source, one_rank, tmp_path):
     argv = [*source, *QUIET, "--max_steps", "4", "--output_dir", str(tmp_path), "--resume", "auto"]
     argv += ["--log_to", "wandb"]
     one_rank(run, argv, Signals({2: signal.SIGTERM}))
@@ -140,29 +144,29 @@ def test_wandb_goes_on_with_its_run(source, one_rank, tmp_path):
         lambda parts: parts["guard"].pop("applied"),
     ],
 )
-def test_a_checkpoint_that_is_right_is_accepted(change, source, copied):
+def test_unusual_but_valid_checkpoints_are_accepted(change, source, copied):
     edit_copied_manifest(copied, lambda manifest: change(manifest["run"]["parts"]))
     assert check_resumed_job(source, copied).saved.step == 3
 
 
-def test_evaluation_goes_on(source, two_ranks, tmp_path):
-    """At a rate of 0 no evaluation is better than the first, which is the best; after one more the run stops early."""
+def test_evaluation_is_resumed(source, two_ranks, tmp_path):
+    """At a learning rate of 0 no evaluation beats the first; after one more the run stops early."""
     argv = [*source, *QUIET, "--lr", "0", "--eval_share", "0.2", "--eval_every", "2", "--sample_every", "4"]
     argv += ["--early_stopping_patience", "1", "--sample_tokens", "2"]
     whole, folder = tmp_path / "whole", tmp_path / "run"
     two_ranks(run, [*argv, "--output_dir", str(whole)])
     again = [*argv, "--output_dir", str(folder), "--resume", "auto", "--save_every", "3"]
     two_ranks(run, again, Signals({3: signal.SIGTERM}))
-    (folder / "best").rename(folder / "best.old")  # as a cut between two renames leaves it
-    for _ in range(2):  # the second time nothing is left
+    (folder / "best").rename(folder / "best.old")  # interrupted between two renames
+    for _ in range(2):  # the second time nothing is left to do
         assert "stopped at step 4 of 7: 1 evaluations were no better" in two_ranks(run, again)[0]
         assert repeatable_metrics(folder) == repeatable_metrics(whole) and len(lines(whole)) == 4
         assert json.loads((folder / "best" / "evaluation.json").read_text())["step"] == 2
         assert (folder / "samples.jsonl").read_text() == (whole / "samples.jsonl").read_text()
-    assert steps_in(folder) == [4, 3]
+    assert checkpoint_steps(folder) == [4, 3]
 
 
-def test_a_limit_of_time_and_regular_checkpoints(source, one_rank, tmp_path):
+def test_a_time_limit_and_regular_checkpoints(source, one_rank, tmp_path):
     argv = [*source, *QUIET, "--output_dir", str(tmp_path / "run"), "--resume", "auto", "--save_every", "2"]
     argv += ["--keep", "3"]
     printed = one_rank(run, [*argv, "--max_minutes", "0.0001"])[0]
@@ -172,56 +176,55 @@ def test_a_limit_of_time_and_regular_checkpoints(source, one_rank, tmp_path):
         r"checkpoints: 4; training stood still for 0\.\d+ s for each, 0\.\d+ s at most\n", printed
     )
     assert len(seconds) == 4 and min(seconds) > 0
-    assert steps_in(tmp_path / "run") == [7, 6, 4]
+    assert checkpoint_steps(tmp_path / "run") == [7, 6, 4]
 
 
-def run_and_time(place, argv: list[str]) -> tuple[str, list[float]]:
-    """(what the run printed, what --max_minutes was told of its checkpoints)."""
+def run_and_time(rank_info, argv: list[str]) -> tuple[str, list[float]]:
+    """Return (what the run printed, the seconds of its saves that --max_minutes got)."""
     seconds, before = [], StopRequests.record_save
     StopRequests.record_save = lambda _, each, complete=True: seconds.append(each) if complete else None
     try:
-        return run(place, argv), seconds
+        return run(rank_info, argv), seconds
     finally:
         StopRequests.record_save = before
 
 
 @pytest.mark.parametrize("checked", [True, pytest.param(False, marks=pytest.mark.slow)])
-def test_a_full_disk_costs_a_checkpoint_and_no_more(checked, source, undisturbed, two_ranks, small_disk):
+def test_a_full_disk_costs_only_one_checkpoint(checked, source, undisturbed, two_ranks, small_disk):
     argv = [*source, *QUIET, "--output_dir", str(small_disk / "run"), "--save_every", "2", "--keep", "1"]
     printed = two_ranks(run, argv, DiskFiller(small_disk, 4, 6, checked))[0]
     assert "WARNING: the checkpoint of step 4 could not be written" in printed
     assert "No space left" in printed and "the checkpoint of step 2 stays, and training goes on" in printed
-    assert steps_in(small_disk / "run") == [7]
+    assert checkpoint_steps(small_disk / "run") == [7]
     assert not list((small_disk / "run" / "checkpoints").glob("*.tmp"))
     assert repeatable_metrics(small_disk / "run") == repeatable_metrics(undisturbed)
 
 
-def test_lines_of_a_full_disk_are_held(small_disk):
+def test_lines_are_held_while_the_disk_is_full(small_disk):
     config, _ = parse(["--output_dir", str(small_disk), "--log_to", "stdout"])
     tracker = make_tracker(config, 0, 3, {})
     step = dict.fromkeys(("epoch", "loss", "lr", "grad_norm", "step_seconds", "tokens_per_second"), 1.0)
     step |= dict.fromkeys(("tokens", "trained_tokens", "memory_allocated_gib", "memory_reserved_gib"), 1)
     tracker.log(Metrics(**step, step=1))
     fill(small_disk)
-    for number in range(2, 40):  # the first still fit into the page of the file's end
+    for number in range(2, 40):  # the first ones still fit into the file's last page
         tracker.log(Metrics(**step, step=number))
     held = tracker.state_dict()["held"]
     assert held.endswith("\n") and '"step": 39' in held
-    there = [
-        line["step"] for line in lines(small_disk)
-    ]  # whole lines, as a resumed run and report.py read them
-    assert there + [json.loads(line)["step"] for line in held.splitlines()] == list(range(1, 40))
+    # Complete lines, since a resumed run and report.py read them.
+    written = [line["step"] for line in lines(small_disk)]
+    assert written + [json.loads(line)["step"] for line in held.splitlines()] == list(range(1, 40))
     (small_disk / "others").unlink()
     tracker.log(Metrics(**step, step=40))
     assert [line["step"] for line in lines(small_disk)] == list(range(1, 41))
 
 
-def test_lines_that_were_held_are_there_when_a_run_goes_on(source, copied, undisturbed, two_ranks):
-    """In its file and in what is told at its end."""
-    *there, last = (copied / "metrics.jsonl").read_text().splitlines(keepends=True)[:3]
+def test_held_lines_are_restored_when_a_run_resumes(source, copied, undisturbed, two_ranks):
+    """In the file, and in the count that is printed at the end."""
+    *written, last = (copied / "metrics.jsonl").read_text().splitlines(keepends=True)[:3]
 
     def hold(manifest: dict) -> None:
-        manifest["run"]["files"]["metrics.jsonl"] = len("".join(there))
+        manifest["run"]["files"]["metrics.jsonl"] = len("".join(written))
         manifest["run"]["parts"]["tracker"]["held"] = last
 
     edit_copied_manifest(copied, hold)
@@ -233,12 +236,12 @@ def test_lines_that_were_held_are_there_when_a_run_goes_on(source, copied, undis
 # Determinism
 
 
-def deterministic(place, argv: list[str], folder: str) -> bool:
-    """Whether a run that was stopped repeats one that was not, in a process that may be the only one of a GPU."""
-    run(place, [*argv, "--output_dir", f"{folder}/whole"])
+def deterministic(rank_info, argv: list[str], folder: str) -> bool:
+    """Return whether a resumed run equals an uninterrupted one, in one process."""
+    run(rank_info, [*argv, "--output_dir", f"{folder}/whole"])
     again = [*argv, "--output_dir", f"{folder}/run", "--resume", "auto"]
-    run(place, again, Signals({1: signal.SIGTERM}))
-    run(place, again)
+    run(rank_info, again, Signals({1: signal.SIGTERM}))
+    run(rank_info, again)
     return repeatable_metrics(Path(folder, "whole")) == repeatable_metrics(Path(folder, "run"))
 
 
@@ -246,87 +249,92 @@ def test_one_process_repeats_itself(source, one_rank, tmp_path):
     assert one_rank(deterministic, [*source, *NOISY, "--max_steps", "3"], str(tmp_path)) == [True]
 
 
-def test_the_option_refuses_what_does_not_repeat(source, one_rank, tmp_path):
+def test_the_option_refuses_nondeterministic_operations(source, one_rank, tmp_path):
     argv = [*source, *QUIET, "--max_steps", "1", "--output_dir", str(tmp_path / "run")]
     one_rank(run, argv, expect_deterministic)
 
 
-def expect_deterministic(place, step: int) -> None:
+def expect_deterministic(rank_info, step: int) -> None:
     assert torch.are_deterministic_algorithms_enabled() and os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
 
 
-class Held:
-    """Another run in the folder, as long as this one is not over."""
+class RunWhileLocked:
+    """A run in a folder that another run has locked."""
 
     def __init__(self, folder: Path):
         self.other = FolderLock(folder)
 
-    def __call__(self, place, argv: list[str]) -> str:
+    def __call__(self, rank_info, argv: list[str]) -> str:
         with self.other, mock.patch.object(lock, "WAIT_SECONDS", 0.5):
             self.other.acquire()
             try:
-                return run(place, argv)
+                return run(rank_info, argv)
             except UserError as e:
                 return str(e)
 
 
-def test_a_second_run_does_not_write_where_one_is_writing(source, copied, one_rank):
+def test_a_second_run_does_not_write_in_a_locked_folder(source, copied, one_rank):
     argv = [*source, *QUIET, "--output_dir", str(copied), "--gradient_accumulation_steps", "4"]
     before = {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()}
     for how in (["--overwrite"], ["--resume", "auto"]):
-        told = one_rank(Held(copied), [*argv, *how])
-        assert told == [f"--output_dir {copied}: another run is writing in it"]
+        errors = one_rank(RunWhileLocked(copied), [*argv, *how])
+        assert errors == [f"--output_dir {copied}: another run is writing in it"]
     assert {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()} == before
     one_rank(run, [*argv, "--resume", "auto"])
 
 
-class Meanwhile:
-    """Something happens in the folder after the check, while the model is loaded."""
+class RunAfterChange:
+    """A run whose folder another run changes after the check, before it is opened."""
 
-    def __init__(self, happens):
-        self.happens = happens
+    def __init__(self, change):
+        self.change = change
 
-    def __call__(self, place, argv: list[str]) -> str:
+    def __call__(self, rank_info, argv: list[str]) -> str:
         job = train.check_run(parse([*argv, "--world_size", "1"])[0])
-        self.happens(Path(job.config.output_dir))
+        self.change(Path(job.config.output_dir))
         try:
-            return full_run(place, job)
+            return full_run(rank_info, job)
         except UserError as e:
             return str(e)
 
 
-def finishes(folder: Path) -> None:
+def finish_other_run(folder: Path) -> None:
     folder.mkdir(exist_ok=True)
     (folder / "adapter_config.json").write_text("of another")
 
 
-def prunes(folder: Path) -> None:
-    (folder_of(folder, 3) / "manifest.json").unlink()
+def prune_by_other_run(folder: Path) -> None:
+    (checkpoint_folder(folder, 3) / "manifest.json").unlink()
     (folder / "adapter_config.json").write_text("of another")
 
 
 @pytest.mark.parametrize(
-    ("there", "options", "happens", "words"),
+    ("is_resumed", "options", "change", "words"),
     [
-        (False, [], finishes, "holds a run already"),
-        (False, ["--resume", "auto"], finishes, "holds a finished run without checkpoints"),
-        (True, ["--resume", "auto"], prunes, "another run has gone on there meanwhile; start again"),
+        (False, [], finish_other_run, "holds a run already"),
+        (False, ["--resume", "auto"], finish_other_run, "holds a finished run without checkpoints"),
+        (
+            True,
+            ["--resume", "auto"],
+            prune_by_other_run,
+            "another run has gone on there meanwhile; start again",
+        ),
     ],
     ids=["new", "from the start", "resumed"],
 )
-def test_what_another_run_left_meanwhile_stays(
-    there, options, happens, words, source, copied, one_rank, tmp_path
+def test_files_of_another_run_since_the_check_stay(
+    is_resumed, options, change, words, source, copied, one_rank, tmp_path
 ):
-    folder = copied if there else tmp_path / "new"
+    folder = copied if is_resumed else tmp_path / "new"
     argv = [*source, *QUIET, "--output_dir", str(folder), "--gradient_accumulation_steps", "4", *options]
-    assert words in one_rank(Meanwhile(happens), argv)[0]
+    assert words in one_rank(RunAfterChange(change), argv)[0]
     assert (folder / "adapter_config.json").read_text() == "of another"
 
 
 # torchrun --max-restarts
 
 
-def test_a_restart_goes_on(source, copied, monkeypatch):
+def test_a_restart_resumes(source, copied, monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     config, _ = parse([*source, *QUIET, "--output_dir", str(copied), "--world_size", "2", "--overwrite"])

@@ -1,4 +1,4 @@
-"""A run that was stopped goes on in another number of processes."""
+"""A run is resumed with another number of processes."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file
 
 from checkpoints import storage as checkpoint_files
-from checkpoints.storage import folder_of
+from checkpoints.storage import checkpoint_folder
 from tests.helpers.resuming import QUIET, Signals, adapter, lines, repeatable_metrics, run
 
-# On GPUs too, where another number of rows to a matmul rounds otherwise in bf16.
+# On GPUs too, where bf16 matmuls of other numbers of rows round differently.
 EXACT = ["--precision", "fp32", "--compile", "false"]
 KINDS = {
     "bnb_dora": ["--train_type", "bnb_dora", "--lora_rank", "6", "--lr", "1e-2"],
@@ -23,11 +23,11 @@ KINDS = {
 }
 
 
-# Slow: bnb_dora has matrices and vectors, whole and cut unevenly.
+# The others are slow, and bnb_dora has all kinds: matrices and vectors, on one rank and sharded unevenly.
 @pytest.mark.parametrize(
     "kind", ["bnb_dora", *(pytest.param(k, marks=pytest.mark.slow) for k in ("dora", "full"))]
 )
-def test_a_run_of_one_rank_goes_on_in_two(kind, source, one_rank, two_ranks, tmp_path):
+def test_a_run_of_one_rank_resumes_on_two(kind, source, one_rank, two_ranks, tmp_path):
     argv = [*source, *KINDS[kind], *"--batch_size 1 --num_epochs 2 --max_steps 5 --log_to stdout".split()]
     argv += ["--lr_scheduler", "cosine", "--context_length", "256", *EXACT]
     whole, folder = tmp_path / "whole", tmp_path / "run"
@@ -42,19 +42,20 @@ def test_a_run_of_one_rank_goes_on_in_two(kind, source, one_rank, two_ranks, tmp
         torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), rtol=2e-4, atol=1e-5)
     ours, theirs = weights(folder), weights(whole)
     assert ours.keys() == theirs.keys() and ours
-    for name in theirs:  # Adam's first steps go by the sign of a gradient, also of one that is all rounding
+    # Adam's first steps follow the gradient's sign, even if the gradient is only rounding.
+    for name in theirs:
         error = (ours[name].float() - theirs[name].float()).norm() / theirs[name].float().norm()
         assert error < 1e-3, name
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    """Of the result of a RUN."""
+    """Return the tensors of a RUN's result."""
     return {name: t for path in folder.glob("*.safetensors") for name, t in load_file(path).items()}
 
 
 @pytest.mark.slow
-def test_8_bit_states_go_over_to_other_ranks(source, one_rank, two_ranks, tmp_path):
-    """Of 51 x 160 weights one rank has more than the 4,096 that take 8 bits, and the other less."""
+def test_8_bit_states_move_to_other_ranks(source, one_rank, two_ranks, tmp_path):
+    """Of 51 x 160 weights one rank has more than 4,096, so its state is 8-bit; the other has fewer."""
     argv = [*source, *QUIET, *EXACT, "--optimizer", "adamw_8bit", "--lora_rank", "51", "--resume", "auto"]
     whole, folder, other = (tmp_path / name for name in ("whole", "run", "other"))
     two_ranks(run, [*argv, "--output_dir", str(whole)])
@@ -77,8 +78,8 @@ def test_8_bit_states_go_over_to_other_ranks(source, one_rank, two_ranks, tmp_pa
 
 
 def states(folder: Path, step: int) -> dict[str, dict]:
-    """The first moments of a checkpoint, {parameter@rank: tensor}."""
-    tensors = checkpoint_files.read_checkpoint(folder_of(folder, step)).tensors
+    """Return the first moments in a checkpoint: {parameter@rank: manifest entry}."""
+    tensors = checkpoint_files.read_checkpoint(checkpoint_folder(folder, step)).tensors
     return {
         n.split(".", 2)[2] + n.split(".", 2)[1]: t
         for n, t in tensors.items()

@@ -1,4 +1,4 @@
-"""What is not the same run, or not a sound checkpoint, does not go on: one line says why."""
+"""Another run or a damaged checkpoint is not resumed; one line says why."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ import train
 from benchmarks.make_checkpoint import byte_tokenizer
 from checkpoints import manager
 from checkpoints import storage as checkpoint_files
-from checkpoints.resume import check_same, remarks
-from checkpoints.storage import folder_of, newest_whole
+from checkpoints.resume import check_same_run, remarks
+from checkpoints.storage import checkpoint_folder, find_newest_checkpoint
 from launch.precision import choose_precision
 from options.errors import UserError
 from options.train import parse
@@ -39,7 +39,8 @@ OTHERS = {
     "--optimizer adam": "--optimizer adamw, not adam",
     "--eval_share 0.5": "--eval_share 0.0, not 0.5",
     "--context_length 200": "--context_length 256, not 200",
-    "--batch_size 2": "has 4 rows; 2 processes x --batch_size 2 x --gradient_accumulation_steps 2 would make it 8",
+    "--batch_size 2": "has 4 rows; 2 processes x --batch_size 2 x --gradient_accumulation_steps 2 would make"
+    " it 8",
     "--world_size 1": "has 4 rows; 1 processes",
     "--resume /nonexistent": "/nonexistent: no such folder",
     "--resume .": "a run goes on in its own folder",
@@ -54,7 +55,7 @@ def test_another_run_is_refused(option, source, copied):
 
 
 def test_another_machines_precision_is_refused(source, copied, monkeypatch):
-    """auto is fp16 on GPUs without bf16, and no run of a CPU's fp32 goes on there."""
+    """auto is fp16 on GPUs without bf16, where a run in a CPU's fp32 must not be resumed."""
     assert check_resumed_job(source, copied, "--precision", "fp32").saved.step == 3, "what auto is here"
     monkeypatch.setattr(job, "detect_precision", lambda name: choose_precision(name, True, False))
     with pytest.raises(
@@ -67,10 +68,10 @@ FREE = "--max_steps 9 --save_every 5 --log_to tqdm --wrap_policy sublayer --use_
 
 
 @pytest.mark.parametrize("where", ["auto", "run", "checkpoint"])
-def test_what_changes_no_result_may_change(where, source, copied):
-    paths = {"auto": "auto", "run": str(copied), "checkpoint": str(folder_of(copied, 3))}
+def test_options_that_change_no_result_may_differ(where, source, copied):
+    paths = {"auto": "auto", "run": str(copied), "checkpoint": str(checkpoint_folder(copied, 3))}
     found = check_resumed_job(source, copied, *FREE.split(), "--resume", paths[where])
-    assert found.saved.step == 3 and found.saved.folder == folder_of(copied, 3)
+    assert found.saved.step == 3 and found.saved.folder == checkpoint_folder(copied, 3)
     assert "--max_steps 9 instead of 7: the learning rate follows it" in "".join(found.remarks)
 
 
@@ -92,15 +93,15 @@ def test_another_evaluation_set_is_refused(source, copied, tmp_path):
     evaluated = ["--eval_dataset", str(other), "--eval_every", "2"]
     now = check_resumed_job(source, copied, *evaluated)
     assert now.saved.step == 3 and now.saved.run["evaluation"] == ""
-    now.saved.run["evaluation"] = now.about()["evaluation"]
-    check_same(now.saved, now.config, now.about())
-    check_same(now.saved, now.config, now.about() | {"evaluation": ""})
+    now.saved.run["evaluation"] = now.run_identity()["evaluation"]
+    check_same_run(now.saved, now.config, now.run_identity())
+    check_same_run(now.saved, now.config, now.run_identity() | {"evaluation": ""})
     other.write_text('{"instruction": "a", "output": "c"}\n')
-    changed = check_resumed_job(source, copied, *evaluated).about()
+    changed = check_resumed_job(source, copied, *evaluated).run_identity()
     with pytest.raises(
         UserError, match="--eval_dataset no longer makes the rows that the run is evaluated on"
     ):
-        check_same(now.saved, now.config, changed)
+        check_same_run(now.saved, now.config, changed)
 
 
 def test_another_model_is_refused(source, copied, tmp_path):
@@ -114,16 +115,16 @@ def test_another_model_is_refused(source, copied, tmp_path):
         check_resumed_job(source, copied, "--model_name", str(other))
 
 
-def test_a_packed_model_is_compared_in_what_is_packed(checkpoints, alpaca_file, copied, tmp_path):
-    """Checkpoints of earlier versions hold no digest of that, and go on, which is told."""
+def test_a_packed_model_is_compared_by_its_packed_weights(checkpoints, alpaca_file, copied, tmp_path):
+    """Checkpoints of older versions hold no digest of them; they are resumed with a remark."""
     pack_like_the_hub(checkpoints(), tmp_path / "4bit")
     job = make_single_rank_job(tmp_path / "4bit", alpaca_file, *QLORA)
-    now, saved = job.about(), newest_whole(copied, tell=print)
+    now, saved = job.run_identity(), find_newest_checkpoint(copied, warn=print)
 
     def refused_for(base: str, reason: str) -> list[str]:
         before = dataclasses.replace(saved, run=saved.run | now | {"base": base, "data": "others"})
         with pytest.raises(UserError, match=reason):
-            check_same(before, job.config, now)
+            check_same_run(before, job.config, now)
         return remarks(before, job.config, now["base"])
 
     rows = "no longer makes the rows"  # are compared after the model
@@ -136,7 +137,7 @@ def test_a_packed_model_is_compared_in_what_is_packed(checkpoints, alpaca_file, 
     change = load_file(tmp_path / "4bit" / "model.safetensors")
     change["model.layers.0.self_attn.q_proj.weight"][-1] ^= 1
     save_file(change, tmp_path / "4bit" / "model.safetensors", metadata={"format": "pt"})
-    assert make_single_rank_job(tmp_path / "4bit", alpaca_file, *QLORA).about()["base"] != now["base"]
+    assert make_single_rank_job(tmp_path / "4bit", alpaca_file, *QLORA).run_identity()["base"] != now["base"]
 
 
 def test_a_run_without_its_metrics_is_refused(source, copied):
@@ -156,15 +157,15 @@ def test_a_link_among_its_files_is_not_followed(name, source, copied, tmp_path):
         check_resumed_job(source, copied)
 
 
-def test_a_damaged_checkpoint_is_refused_or_passed_over(source, copied, capsys):
-    (folder_of(copied, 3) / "rank-00001.safetensors").unlink()
-    for path in (copied, folder_of(copied, 3)):
+def test_a_damaged_checkpoint_is_refused_or_skipped(source, copied, capsys):
+    (checkpoint_folder(copied, 3) / "rank-00001.safetensors").unlink()
+    for path in (copied, checkpoint_folder(copied, 3)):
         with pytest.raises(UserError, match="no whole checkpoint"):
             check_resumed_job(source, copied, "--resume", str(path))
     with pytest.raises(UserError, match="holds no checkpoint that is whole"):
         check_resumed_job(source, copied)
     assert "step-00000003: no whole checkpoint (rank-00001.safetensors" in capsys.readouterr().out
-    (folder_of(copied, 3) / "manifest.json").unlink()  # as of one whose removal was cut
+    (checkpoint_folder(copied, 3) / "manifest.json").unlink()  # an interrupted removal
     assert check_resumed_job(source, copied).saved is None
     assert "has no checkpoint yet; from the start" in capsys.readouterr().out
     (copied / "adapter_config.json").touch()
@@ -173,7 +174,7 @@ def test_a_damaged_checkpoint_is_refused_or_passed_over(source, copied, capsys):
 
 
 A = "model.model.layers.0.self_attn.q_proj.lora_A"
-LIES = {
+FALSE_MANIFESTS = {
     "nothing of the run": (lambda m: m["run"].clear(), "is no checkpoint of this program"),
     "a parameter more": (lambda m: m["tensors"].update({A + "x": m["tensors"][A]}), "holds other parameters"),
     "a parameter less": (lambda m: m["tensors"].pop(A), "holds other parameters"),
@@ -186,19 +187,19 @@ LIES = {
 }
 
 
-@pytest.mark.parametrize("kind", LIES)
-def test_a_checkpoint_that_lies_ends_in_a_line(kind, source, copied, two_ranks):
-    change, reason = LIES[kind]
+@pytest.mark.parametrize("kind", FALSE_MANIFESTS)
+def test_a_false_manifest_ends_in_one_line(kind, source, copied, two_ranks):
+    change, reason = FALSE_MANIFESTS[kind]
     edit_copied_manifest(copied, change)
     for error in two_ranks(refused, [*source, *QUIET, "--output_dir", str(copied), "--resume", "auto"]):
-        assert reason in error and str(folder_of(copied, 3)) in error
+        assert reason in error and str(checkpoint_folder(copied, 3)) in error
 
 
 def rewrite(folder: Path, change) -> None:
-    """Changes the tensors of each file of the copy's checkpoint, which is whole all the same."""
+    """Change the tensors in each file of the copied checkpoint, and fit the manifest."""
 
     def fit(manifest: dict) -> None:
-        for i, path in enumerate(sorted(folder_of(folder, 3).glob("rank-*"))):
+        for i, path in enumerate(sorted(checkpoint_folder(folder, 3).glob("rank-*"))):
             tensors = load_file(path)
             change(tensors)
             save_file(tensors, path, metadata={"format": "pt"})
@@ -209,7 +210,7 @@ def rewrite(folder: Path, change) -> None:
     edit_copied_manifest(folder, fit)
 
 
-SPOILT = {
+IMPOSSIBLE_TENSORS = {
     "NaN": (lambda t: t[A].view(-1)[3].fill_(math.nan), "holds NaN"),
     "infinity": (lambda t: t[A].view(-1)[3].fill_(-math.inf), "holds NaN or infinity"),
     "NaN in a moment": (lambda t: t[A.replace("model", "optimizer.exp_avg", 1)].fill_(math.nan), "holds NaN"),
@@ -221,64 +222,68 @@ SPOILT = {
 }
 
 
-@pytest.mark.parametrize("kind", SPOILT)
-def test_tensors_that_no_run_has_end_in_a_line(kind, source, copied, two_ranks):
-    change, reason = SPOILT[kind]
+@pytest.mark.parametrize("kind", IMPOSSIBLE_TENSORS)
+def test_impossible_tensors_end_in_one_line(kind, source, copied, two_ranks):
+    change, reason = IMPOSSIBLE_TENSORS[kind]
     rewrite(copied, change)
     argv = [*source, *QUIET, "--output_dir", str(copied), "--resume", "auto"]
     error = two_ranks(refused_by_loading, argv)[0]
-    assert error and reason in error and str(folder_of(copied, 3)) in error
+    assert error and reason in error and str(checkpoint_folder(copied, 3)) in error
 
 
-def refused_by_loading(place, argv: list[str]) -> str:
-    """`refused`, but before a rank trains, while which it would wait for one that was refused."""
-    restore = manager.restore
+def refused_by_loading(rank_info, argv: list[str]) -> str:
+    """Return the error like `refused`, but end all ranks before training, where accepted ones would wait."""
+    restore_tensors = manager.restore_tensors
 
-    def stopped(saved, model, optimizer, rank, group) -> None:
+    def restore_and_stop(*args) -> None:
         try:
-            restore(saved, model, optimizer, rank, group)
+            restore_tensors(*args)
         except UserError as e:
             error = str(e)
         else:
             error = ""
         raise UserError(error)
 
-    manager.restore = stopped
+    manager.restore_tensors = restore_and_stop
     try:
-        return refused(place, argv)
+        return refused(rank_info, argv)
     finally:
-        manager.restore = restore
+        manager.restore_tensors = restore_tensors
 
 
 def test_a_pickle_beside_a_checkpoint_is_not_read(source, copied, two_ranks, tmp_path):
-    """The one that torch.distributed.checkpoint's own storage would load, and so do what stands in it."""
-    (folder_of(copied, 3) / ".metadata").write_bytes(pickle.dumps(HarmfulPickle(tmp_path / "pwned")))
-    argv = [*source, *QUIET, "--output_dir", str(copied), "--resume", str(folder_of(copied, 3))]
+    """torch.distributed.checkpoint's own storage would load this file, and so run its code."""
+    (checkpoint_folder(copied, 3) / ".metadata").write_bytes(pickle.dumps(HarmfulPickle(tmp_path / "pwned")))
+    argv = [*source, *QUIET, "--output_dir", str(copied), "--resume", str(checkpoint_folder(copied, 3))]
     assert "7 steps, the last 4 of them" in two_ranks(run, argv)[0]
     assert not (tmp_path / "pwned").exists()
     with contextlib.suppress(Exception):
-        dcp.FileSystemReader(folder_of(copied, 3)).read_metadata()
-    assert (tmp_path / "pwned").exists(), "or it would be no trap"
+        dcp.FileSystemReader(checkpoint_folder(copied, 3)).read_metadata()
+    assert (tmp_path / "pwned").exists(), "the pickle does nothing"
 
 
-def refused(place, argv: list[str]) -> str:
+def refused(rank_info, argv: list[str]) -> str:
     try:
-        run(place, argv)
+        run(rank_info, argv)
     except UserError as e:
         return str(e)
 
 
-DATED = "{{ strftime_now('%Y-%m-%d') }}{% for m in messages %}{{ m.role + ': ' + m.content + eos_token }}{% endfor %}"
+DATED = (
+    "{{ strftime_now('%Y-%m-%d') }}"
+    "{% for m in messages %}{{ m.role + ': ' + m.content + eos_token }}{% endfor %}"
+)
 
 
-def test_a_template_that_writes_the_day_goes_on_the_next(one_rank, checkpoints, tmp_path):
-    """The day is that of the first start, here one long ago; another one makes other rows."""
+def test_a_run_whose_template_writes_the_date_resumes_on_another_day(one_rank, checkpoints, tmp_path):
+    """The date stays that of the first start; another date makes other rows."""
     base = shutil.copytree(checkpoints(), tmp_path / "base")
     (base / "chat_template.jinja").write_text(DATED)
     turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]
     (tmp_path / "rows.jsonl").write_text((json.dumps({"messages": turns}) + "\n") * 4)
-    options = ["--model_name", str(base), "--dataset", str(tmp_path / "rows.jsonl"), "--output_dir", str(tmp_path / "run"),
-               *"--train_type qlora --max_steps 1 --save_every 1 --world_size 1 --log_to stdout --compile false".split()]  # fmt: skip
+    options = ["--model_name", str(base), "--dataset", str(tmp_path / "rows.jsonl")]
+    options += ["--output_dir", str(tmp_path / "run"), "--train_type", "qlora", "--max_steps", "1"]
+    options += "--save_every 1 --world_size 1 --log_to stdout --compile false".split()
     one_rank(run, [*options, "--chat_date", "2024-02-29"])
     config = yaml.safe_load((tmp_path / "run/config.yaml").read_text())
     assert config["chat_date"] == "2024-02-29"

@@ -372,7 +372,7 @@ def test_a_cut_in_the_middle_leaves_nothing(failure, overwrite, run, tmp_path, m
     def failing(*args):
         entries = original(*args)
         last = list(entries)[-3]
-        entries[last] = finished.export.Entry(
+        entries[last] = finished.export.TensorEntry(
             entries[last].dtype, entries[last].shape, lambda: (_ for _ in ()).throw(failure)
         )
         return entries

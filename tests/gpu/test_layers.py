@@ -1,5 +1,4 @@
-"""What only a GPU can show: bf16, NCCL, paged memory. Run with `pytest tests/gpu/test_layers.py` on a machine that
-has them."""
+"""Layers, optimizers and runs on GPUs: bf16, NCCL, paged memory."""
 
 from __future__ import annotations
 
@@ -37,7 +36,7 @@ from training.out_of_memory import explain_out_of_memory
 
 @pytest.mark.gpu
 def test_storage_survives_the_copy_that_fsdp_makes():
-    """The reason for fp32 storage: of 16-bit types the same copy loses every NaN pattern."""
+    """Packed weights are stored as fp32, because this copy changes NaN patterns of 16-bit types."""
     bits = torch.arange(2**16, device="cuda").to(torch.uint16)
     for dtype, safe in ((STORAGE, True), (torch.bfloat16, False)):
         source = bits.view(dtype)
@@ -59,8 +58,10 @@ def test_dequantized_weight_is_bitsandbytes_own(dtype):
 @pytest.mark.parametrize("o, i, r", [(256, 512, 16), (1024, 256, 16), (1024, 256, 12)])
 @pytest.mark.parametrize("kind", [LoRALinear, DoRALinear])
 def test_bf16_layers_follow_their_equation(kind, o, i, r, quantizer):
-    """Forward and gradients against float64 on the dequantized weight; bf16 rounds by up to 2^-9. The second shape's
-    low-rank branch goes through the large matmul."""
+    """Forward and gradients against float64 on the dequantized weight; bf16 rounds by up to 2^-9.
+
+    The second shape's low-rank branch goes through the large matmul.
+    """
     torch.manual_seed(0)
     x = torch.randn(64, i, device="cuda")
     base = quantized_like(torch.randn(o, i, device="cuda", dtype=torch.bfloat16), quantizer)
@@ -101,7 +102,7 @@ SHAPES = [(512, 512), (32, 64), (8192,)]
 
 
 def gpu_values(step: int, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
-    """Parameters (step 0), or the gradients of a step."""
+    """Return parameters (step 0), or the gradients of a step."""
     generator = torch.Generator().manual_seed(step)
     return [(torch.randn(s, generator=generator) + 0.2).to("cuda", dtype) for s in SHAPES]
 
@@ -116,14 +117,14 @@ def gpu_steps(optimizer, params, steps) -> list[torch.Tensor]:
 
 
 def torch_adamw(params) -> torch.optim.Optimizer:
-    """bitsandbytes' CUDA kernels decay after the update, where torch decays before: the product's two factors."""
+    """Return torch's AdamW with weight decay after the update, as in bitsandbytes' CUDA kernels."""
     optimizer = torch.optim.AdamW(params, lr=1e-2, weight_decay=0.0, fused=False, foreach=False)
     optimizer.register_step_post_hook(lambda *_: torch._foreach_mul_([p.data for p in params[:2]], 1 - 1e-3))
     return optimizer
 
 
 def assert_follow(got, expected, before, tolerances: list[float]) -> None:
-    """Errors as a share of the way that each parameter went."""
+    """Compare parameters; errors are relative to how far each parameter has moved."""
     for a, b, start, tolerance in zip(got, expected, before, tolerances, strict=True):
         error = (a - b).float().norm() / (b - start).float().norm()
         assert error < tolerance, error
@@ -148,7 +149,7 @@ def test_8bit_and_paged_adamw_follow_torch(name):
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", BITSANDBYTES)
 def test_bf16_parameters_under_8bit_and_paged_adamw(name):
-    """--precision bf16: against torch's in fp32 on parameters that are rounded to bf16 after each step."""
+    """--precision bf16 against torch in fp32, with parameters rounded to bf16 after each step."""
     eight, _ = BITSANDBYTES[name]
     before = gpu_values(0, torch.bfloat16)
     reference = [nn.Parameter(v.float()) for v in before]
@@ -162,14 +163,14 @@ def test_bf16_parameters_under_8bit_and_paged_adamw(name):
     params = [nn.Parameter(v) for v in before]
     got = gpu_steps(make_optimizer(params, name, 1e-2, 0.0), params, range(1, 11))
     assert all(p.dtype == torch.bfloat16 for p in got)
-    large = 0.08 if eight else 5e-3  # a rounding that goes the other way is 4e-3 of the value
+    large = 0.08 if eight else 5e-3  # rounding in the other direction changes a value by 4e-3
     assert_follow(got, [p.detach() for p in reference], gpu_values(0, torch.bfloat16), [large, 5e-3, large])
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", BITSANDBYTES)
-def test_state_goes_round_and_stays_paged(name):
-    """Five steps, the state through a file, five more: the same as ten, and paged where it was."""
+def test_state_is_restored_and_stays_paged(name):
+    """Five steps, save and load, five more: the same as ten, and paged where it was."""
     _, paged = BITSANDBYTES[name]
     params = [nn.Parameter(v) for v in gpu_values(0)]
     expected = gpu_steps(make_optimizer(params, name, 1e-2, 0.1), params, range(1, 11))
@@ -200,7 +201,7 @@ def test_fused_is_unfused(name, kind):
 
 
 def optimizer_run(tmp_path: Path, name: str, world_size: int, batch_size: int) -> list[dict]:
-    """Six fp32 steps of `full` through train.py: its 160 x 64 matrices and its embedding have 8-bit moments."""
+    """Run six fp32 steps of `full`; its 160 x 64 matrices and its embedding have 8-bit moments."""
     model = tmp_path / "model"
     if not model.exists():
         tiny.save_checkpoint("llama", model, torch.bfloat16)
@@ -215,7 +216,7 @@ def optimizer_run(tmp_path: Path, name: str, world_size: int, batch_size: int) -
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", BITSANDBYTES)
 def test_runs_follow_torch(name, tmp_path):
-    """Whose own AdamW and Adam are fused, by either name (above)."""
+    """torch's AdamW is the fused one."""
     tolerance = 5e-3 if name.endswith("8bit") else 1e-4
     got, expected = (optimizer_run(tmp_path, n, 1, 4) for n in (name, "adamw"))
     for a, b in zip(got, expected, strict=True):
@@ -226,7 +227,7 @@ def test_runs_follow_torch(name, tmp_path):
 @pytest.mark.two_gpus
 @pytest.mark.parametrize("name", ["fused_adamw", *BITSANDBYTES])
 def test_two_gpus_equal_one_under(name, tmp_path):
-    """8-bit blocks go by shards: two GPUs equal one to the 8-bit rounding."""
+    """8-bit blocks are per shard, so two GPUs equal one up to 8-bit rounding."""
     tolerance = 5e-3 if name.endswith("8bit") else 1e-4
     one, two = (optimizer_run(tmp_path, name, world, 4 // world) for world in (1, 2))
     for a, b in zip(one, two, strict=True):
@@ -242,7 +243,7 @@ def test_two_gpus_equal_one_under(name, tmp_path):
     ],
 )
 def test_two_gpus_equal_one(train_type, precision, tmp_path):
-    """Five steps. In fp32 to 1e-4; in bf16 the micro-batches' padded shapes round differently: 2%."""
+    """Five steps. fp32 to 1e-4; bf16 to 2%, since micro-batches of other padded shapes round differently."""
     kind = "llama_pro" if train_type.endswith("llama_pro") else "llama"
     model = tiny.save_checkpoint(kind, tmp_path / "model", torch.bfloat16)
     data = tiny.write_alpaca(tmp_path / "data.jsonl")
@@ -261,7 +262,7 @@ def test_two_gpus_equal_one(train_type, precision, tmp_path):
 @pytest.mark.two_gpus
 @pytest.mark.parametrize("train_type", ["dora", "bnb_dora"])
 def test_gathered_bytes_are_the_loaded_bytes(train_type, tmp_path):
-    """Inside a gathered unit every parameter holds, bit for bit, what was loaded - in bf16 as well."""
+    """Every parameter of a gathered unit is bitwise equal to the loaded one, in bf16 too."""
     model = tiny.save_checkpoint("llama", tmp_path / "model", torch.bfloat16)
     data = tiny.write_alpaca(tmp_path / "data.jsonl")
     script = [__file__, str(model), str(data), train_type]
@@ -290,8 +291,8 @@ def _compare_gathered(model: str, data: str, train_type: str) -> None:
     from parallel.shards import gather_to_cpu
     from tests.helpers.runs import set_up
 
-    place = join_process_group(*(int(os.environ[k]) for k in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
-    _, sharded = set_up(place, ["--model_name", model, "--dataset", data, "--train_type", train_type])
+    rank_info = join_process_group(*(int(os.environ[k]) for k in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
+    _, sharded = set_up(rank_info, ["--model_name", model, "--dataset", data, "--train_type", train_type])
     for layer in sharded.get_submodule("model.layers"):
         random_bytes = {}
         for name, param in layer.named_parameters():
@@ -303,7 +304,7 @@ def _compare_gathered(model: str, data: str, train_type: str) -> None:
                     dtype=torch.uint8,
                     generator=torch.Generator().manual_seed(1),
                 )
-                fill_shard(param, noise.view(STORAGE).to(place.device))
+                fill_shard(param, noise.view(STORAGE).to(rank_info.device))
             random_bytes[name] = gather_to_cpu(param)
         layer.unshard()
         for name, param in layer.named_parameters():
@@ -317,7 +318,7 @@ if __name__ == "__main__":
 
 @pytest.mark.gpu
 def test_out_of_memory_is_explained(checkpoints, alpaca_file, one_rank):
-    """Of a real GPU, of which the process may have little: less than the batch's activations take."""
+    """The process may use less of a real GPU's memory than the batch's activations need."""
     options = [
         "--model_name",
         checkpoints(),
@@ -335,13 +336,13 @@ def test_out_of_memory_is_explained(checkpoints, alpaca_file, one_rank):
     assert text.count(" less)") == 3 and "--batch_size 1 --gradient_accumulation_steps 40" in text
 
 
-def run_in_little_memory(place, argv) -> str:
-    job = make_job(place, argv)
-    whole = torch.cuda.get_device_properties(place.device).total_memory
+def run_in_little_memory(rank_info, argv) -> str:
+    job = make_job(rank_info, argv)
+    whole = torch.cuda.get_device_properties(rank_info.device).total_memory
     torch.cuda.empty_cache()
     torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 2**26) / whole)
     try:
-        explain_out_of_memory(start_of_a_run)(place, job)
+        explain_out_of_memory(start_of_a_run)(rank_info, job)
     except UserError as e:
         return str(e)
     finally:
@@ -349,16 +350,16 @@ def run_in_little_memory(place, argv) -> str:
     return "the memory sufficed"
 
 
-def start_of_a_run(place, job) -> None:
-    profiler = Profiler(place.device, [])
+def start_of_a_run(rank_info, job) -> None:
+    profiler = Profiler(rank_info.device, [])
     config = job.config
     dealt = (
         job.rows,
         config.batch_size,
         config.gradient_accumulation_steps,
-        place.rank,
-        place.world,
+        rank_info.rank,
+        rank_info.world,
         config.seed,
     )
-    model, _ = train.set_up(job, place, profiler)
-    train.train(job, model, place, StepSampler(*dealt), NoTracker(), profiler)
+    model, _ = train.set_up(job, rank_info, profiler)
+    train.train(job, model, rank_info, StepSampler(*dealt), NoTracker(), profiler)

@@ -1,5 +1,7 @@
-"""HQQ, offload and fp16 on a GPU. tests/test_matrix.py, run where there are GPUs, compares every train type and
-option there over NCCL; here is what it does not show: kernels, and that offload frees memory."""
+"""HQQ, offload and fp16 on a GPU: kernels, and that offload frees memory.
+
+tests/test_matrix.py compares every train type and option on GPUs too, over NCCL.
+"""
 
 from __future__ import annotations
 
@@ -36,8 +38,8 @@ from tests.helpers.runs import dense_state, set_up, train_run
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("n_bits", HQQ_BITS)
 @pytest.mark.parametrize(("shape", "block"), [((96, 128), 64), ((5, 24), 8), ((70, 1000), 200)])
-def test_hqq_is_expanded_as_on_the_cpu(n_bits, dtype, shape, block):
-    """One kernel there, plain operations here, equal to the last bit; also with row scales."""
+def test_hqq_is_dequantized_as_on_the_cpu(n_bits, dtype, shape, block):
+    """The GPU's kernel is bitwise equal to the CPU's plain operations, with row scales too."""
     quantizer = HQQ(n_bits, block)
     codes, scales = quantizer.quantize(torch.randn(shape) * 0.05)
     for rows in (None, torch.rand(shape[0]) + 0.5):
@@ -50,7 +52,7 @@ def test_hqq_is_expanded_as_on_the_cpu(n_bits, dtype, shape, block):
 @pytest.mark.gpu
 @pytest.mark.parametrize("features", [64, 1000, 4096])
 def test_a_gpu_looks_up_rows_in_host_memory(features):
-    """By the kernel where the memory is pinned, by the host where it is not: the rows themselves."""
+    """By a kernel if the memory is pinned, otherwise by the host; bitwise equal rows."""
     rows, index = torch.randn(50, features).bfloat16(), torch.randint(0, 50, (3001,), device="cuda")
     here = torch.rand(3001, device="cuda") > 0.5
     expected = rows.cuda()[index]
@@ -61,17 +63,17 @@ def test_a_gpu_looks_up_rows_in_host_memory(features):
 
 @pytest.mark.gpu
 def test_a_reading_waits_for_nothing(one_rank):
-    """The host queues the fused optimizer's step while the gradient is computed."""
+    """The host queues the fused optimizer's step while the GPU computes the gradient."""
     one_rank(read_without_waiting)
 
 
-def read_without_waiting(place) -> None:
+def read_without_waiting(rank_info) -> None:
     step, numbers = (
         Step(0.1, [], 1, 1, torch.zeros(0)),
-        [torch.ones((), device=place.device) for _ in range(2)],
+        [torch.ones((), device=rank_info.device) for _ in range(2)],
     )
-    meter = Meter(place.device, {"forward": 5, "backward": 6})
-    meter.read(1, step, 1e-4, *numbers)  # the communicator and the pinned memory are made once
+    meter = Meter(rank_info.device, {"forward": 5, "backward": 6})
+    meter.read(1, step, 1e-4, *numbers)  # creates the communicator and the pinned memory
     torch.cuda.set_sync_debug_mode("error")
     try:
         began = time.perf_counter()
@@ -87,22 +89,22 @@ def read_without_waiting(place) -> None:
 
 
 @pytest.mark.gpu
-def test_the_loop_waits_for_nothing_but_a_reading(checkpoints, alpaca_file, one_rank, tmp_path):
-    """Nor between one step and the next. What it waits for is an event, which torch does not complain of."""
+def test_the_loop_waits_only_for_a_reading(checkpoints, alpaca_file, one_rank, tmp_path):
+    """Between steps too. It waits for an event, which torch's sync debug mode does not report."""
     options = ["--max_steps", "5", "--precision", "auto", "--output_dir", str(tmp_path)]
     one_rank(steps_without_waiting, [*arguments(checkpoints("llama"), alpaca_file, "bnb_dora"), *options])
 
 
-def steps_without_waiting(place, argv: list[str]) -> None:
-    """The first two steps allocate, compile and make the optimizer's states."""
+def steps_without_waiting(rank_info, argv: list[str]) -> None:
+    """Raise in synchronizing calls, except in the first two steps, which allocate and compile."""
 
-    def told(self, reading, lap):
+    def measure_and_set_mode(self, reading, lap):
         torch.cuda.set_sync_debug_mode("error" if 2 <= reading.index < 5 else "default")
         return measure(self, reading, lap)
 
-    measure, Meter.measure = Meter.measure, told
+    measure, Meter.measure = Meter.measure, measure_and_set_mode
     try:
-        train_run(place, argv)
+        train_run(rank_info, argv)
     finally:
         Meter.measure = measure
         torch.cuda.set_sync_debug_mode("default")
@@ -113,20 +115,20 @@ def steps_without_waiting(place, argv: list[str]) -> None:
 def test_only_an_embedding_that_nothing_else_needs_is_on_the_host(
     kind, on_host, checkpoints, alpaca_file, one_rank
 ):
-    """qwen2's is its head as well."""
+    """qwen2's embedding is also its head."""
     args = arguments(checkpoints(kind), alpaca_file, "qlora")
     assert one_rank(embedding_device, args)[0] == ("cpu" if on_host else "cuda", on_host)
 
 
-def embedding_device(place, args) -> tuple[str, bool]:
-    weight = set_up(place, args)[1].get_submodule("model.embed_tokens").weight
+def embedding_device(rank_info, args) -> tuple[str, bool]:
+    weight = set_up(rank_info, args)[1].get_submodule("model.embed_tokens").weight
     return weight.device.type, weight.is_pinned()
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("mib", [0.5, 7, 8, 64.5])
-def test_a_tensor_goes_to_the_gpu_in_pieces(mib, tmp_path, monkeypatch):
-    """Also larger than the stage, while the GPU is busy with something else: no piece is overwritten too early."""
+def test_a_tensor_is_copied_to_the_gpu_in_chunks(mib, tmp_path, monkeypatch):
+    """Even a tensor larger than the buffers, while the GPU is busy: no chunk is overwritten too early."""
     monkeypatch.setattr(tensor_files, "CHUNK_BYTES", 2**20)
     tensors = {
         name: torch.randint(2**31, (int(mib * 2**18),), dtype=torch.int32).view(torch.bfloat16)
@@ -142,10 +144,10 @@ def test_a_tensor_goes_to_the_gpu_in_pieces(mib, tmp_path, monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("train_type", ["full", "qlora"])
-def test_a_checkpoint_loads_in_pieces(train_type, checkpoints, alpaca_file, one_rank):
-    """Of every tensor many, by several threads."""
+def test_a_checkpoint_loads_in_chunks(train_type, checkpoints, alpaca_file, one_rank):
+    """Many chunks of every tensor, by several threads."""
     folder = checkpoints("llama_bias")
-    found = one_rank(loaded_in_pieces, arguments(folder, alpaca_file, train_type))[0]
+    found = one_rank(loaded_in_chunks, arguments(folder, alpaca_file, train_type))[0]
     stored = {k: v for file in folder.glob("*.safetensors") for k, v in load_file(file).items()}
     assert found.keys() == stored.keys()
     for name, tensor in stored.items():
@@ -154,13 +156,13 @@ def test_a_checkpoint_loads_in_pieces(train_type, checkpoints, alpaca_file, one_
         assert torch.equal(found[name].cpu(), expected), name
 
 
-def loaded_in_pieces(place, args) -> dict[str, torch.Tensor]:
-    whole = tensor_files.CHUNK_BYTES, tensor_files.CHUNK_COUNT
+def loaded_in_chunks(rank_info, args) -> dict[str, torch.Tensor]:
+    original = tensor_files.CHUNK_BYTES, tensor_files.CHUNK_COUNT
     tensor_files.CHUNK_BYTES, tensor_files.CHUNK_COUNT = 100, 3
     try:
-        return dense_state(place, args)
+        return dense_state(rank_info, args)
     finally:
-        tensor_files.CHUNK_BYTES, tensor_files.CHUNK_COUNT = whole
+        tensor_files.CHUNK_BYTES, tensor_files.CHUNK_COUNT = original
 
 
 class Block(nn.Module):
@@ -190,11 +192,11 @@ def offloaded(blocks: list[nn.Module]) -> list[OffloadedLayer]:
 
 
 def run_blocks(offload: bool) -> tuple[torch.Tensor, list[torch.Tensor], int]:
-    """(output, gradients, peak bytes) of 32 checkpointed blocks whose inputs take 8 MiB each."""
+    """Return (output, gradients, peak bytes) of 32 checkpointed blocks with inputs of 8 MiB each."""
     torch.manual_seed(0)
     blocks = [checkpoint_wrapper(Block().cuda()) for _ in range(32)]
     model = nn.Sequential(*(offloaded(blocks) if offload else blocks))
-    for _ in range(2):  # the second time pinned memory and streams are there
+    for _ in range(2):  # the second time, pinned memory and streams exist
         model.zero_grad()
         x = torch.randn(8192, 256, device="cuda", generator=torch.Generator("cuda").manual_seed(1))
         torch.cuda.reset_peak_memory_stats()
@@ -216,12 +218,14 @@ def test_activation_offload_changes_memory_only():
 
 @pytest.mark.gpu
 def test_activation_offload_copies_while_the_gpu_computes(tmp_path):
-    """Blocks that take the GPU longer than the bus takes for their inputs, 128 MiB each. Each way the
-    first one begins when nothing is computed yet. To be run alone: kernels take turns with those of other processes, while
-    copies go on."""
+    """Each block computes longer than the bus copies its input of 128 MiB.
+
+    In each direction the first copy begins before any computation. Run this test alone: kernels of other
+    processes take turns with these, while copies go on.
+    """
     model = nn.Sequential(*offloaded([checkpoint_wrapper(Block(8).cuda()) for _ in range(8)]))
     x = torch.randn(2**17, 256, device="cuda", requires_grad=True)
-    for _ in range(2):  # the second time pinned memory and streams are there
+    for _ in range(2):  # the second time, pinned memory and streams exist
         model(x).square().mean().backward()
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
@@ -238,8 +242,8 @@ def test_activation_offload_copies_while_the_gpu_computes(tmp_path):
         )
         assert len(copies) == 8
         for begin, end in copies[1:]:
-            beside = sum(max(0, min(end, stop) - max(begin, start)) for start, stop in kernels)
-            assert beside > 0.8 * (end - begin), direction
+            overlap = sum(max(0, min(end, stop) - max(begin, start)) for start, stop in kernels)
+            assert overlap > 0.8 * (end - begin), direction
 
 
 @pytest.mark.gpu
@@ -252,9 +256,9 @@ def test_cpu_offload_leaves_the_gpu_empty(train_type, checkpoints, alpaca_file, 
     assert offloaded < 0.1 * on_gpu
 
 
-def allocated_after_load(place, args) -> int:
+def allocated_after_load(rank_info, args) -> int:
     before = torch.cuda.memory_allocated()
-    model = set_up(place, args)[1]
+    model = set_up(rank_info, args)[1]
     held = torch.cuda.memory_allocated() - before
     del model
     return held
@@ -271,20 +275,20 @@ def test_precision_follows_fp32(train_type, mode, more, checkpoints, alpaca_file
 
 
 def follows(expected: tuple, got: tuple) -> None:
-    """Whether losses and norms of gradients of `train_run` are the same but for 16 bits' rounding."""
+    """Compare losses and gradient norms of `train_run`, up to 16-bit rounding."""
     (losses, _, norms), tensor = got, torch.tensor
     torch.testing.assert_close(tensor(losses), tensor(expected[0]), rtol=2e-2, atol=0)
     torch.testing.assert_close(tensor(norms), tensor(expected[2]), rtol=1e-1, atol=0)
 
 
-def run_on_a_t4(place, args: list) -> tuple:
-    """`train_run` on a GPU that says it is one, where whoever imports a kernel of Triton's fails."""
+def run_on_a_t4(rank_info, args: list) -> tuple:
+    """Run `train_run` on a GPU that reports to be a T4; importing a Triton kernel fails."""
     kernels = dict.fromkeys(["quantization.nf4_kernel", "quantization.hqq_kernel", "models.gather_kernel"])
     turing = mock.patch.object(torch.cuda, "get_device_capability", return_value=(7, 5))
     triton_runs_on.cache_clear()
     try:
         with turing, mock.patch.dict(sys.modules, kernels):
-            return train_run(place, args)
+            return train_run(rank_info, args)
     finally:
         triton_runs_on.cache_clear()
 
@@ -292,9 +296,11 @@ def run_on_a_t4(place, args: list) -> tuple:
 @pytest.mark.gpu
 @pytest.mark.parametrize("more", [[], ["--packing", "true"]], ids=["", "packed"])
 @pytest.mark.parametrize("train_type", ["bnb_dora", "hqq_dora", "hqq_llama_pro"])
-def test_a_t4_goes_its_own_ways(train_type, more, checkpoints, alpaca_file, plain_run, one_rank):
-    """fp16, the default of --compile, weights expanded by bitsandbytes and plain operations, packed rows without varlen
-    attention."""
+def test_a_t4_needs_no_triton(train_type, more, checkpoints, alpaca_file, plain_run, one_rank):
+    """fp16 with --compile auto.
+
+    bitsandbytes and plain operations dequantize, and packed rows have no variable-length attention.
+    """
     base = checkpoints(biased_checkpoint(train_type))
     args = arguments(base, alpaca_file, train_type, "--batch_size", "4", *more)
     t4 = [*args, "--precision", "fp16_autocast", "--compile", "auto"]
@@ -304,7 +310,7 @@ def test_a_t4_goes_its_own_ways(train_type, more, checkpoints, alpaca_file, plai
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["qwen2", "phi3", "gemma2", "gemma3"])
 def test_compiled_families(kind, checkpoints, alpaca_file, one_rank):
-    """Where the code generator runs, which it does not in tests/parallel/test_activation_checkpointing.py; rows of many lengths."""
+    """With the code generator, which tests/parallel/test_activation_checkpointing.py skips; many lengths."""
     args = arguments(checkpoints(kind), alpaca_file, "bnb_dora", "--batch_size", "4", "--precision", "auto")
     plain = one_rank(train_run, [*args, "--compile", "false"])[0]
     compiled, graphs = one_rank(compiled_on_gpu, args)[0]
@@ -314,15 +320,15 @@ def test_compiled_families(kind, checkpoints, alpaca_file, one_rank):
 
 @pytest.mark.gpu
 def test_dropout_of_rows_of_many_lengths(checkpoints, alpaca_file, one_rank):
-    """Compiled, where the compiler makes the random numbers."""
+    """Compiled: the compiler generates the random numbers."""
     args = arguments(checkpoints(), alpaca_file, "bnb_dora", "--lora_dropout", "0.1", "--batch_size", "1")
-    # Not in fp32: up to 2.11 at least torch's Triton cannot compile dropout of rows as narrow as this model's in it.
+    # Not in fp32: at least up to torch 2.11, Triton cannot compile dropout of such narrow rows in it.
     losses = one_rank(train_run, [*args, "--compile", "true", "--precision", "auto"])[0][0]
     assert losses[-1] < losses[0]
 
 
 @pytest.mark.gpu
-def test_a_compiled_run_goes_on_to_the_last_bit(source, one_rank, tmp_path):
+def test_a_resumed_compiled_run_is_bitwise_equal(source, one_rank, tmp_path):
     argv = [*source, *NOISY, "--compile", "true", "--precision", "auto", "--max_steps", "5", "--output_dir"]
     whole, folder = str(tmp_path / "whole"), str(tmp_path / "run")
     one_rank(run, [*argv, whole])

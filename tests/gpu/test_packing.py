@@ -1,5 +1,7 @@
-"""torch's variable-length kernel: against its definition, against the fallback, compiled, and in whole runs. The
-fallback itself, and where rows lie in a batch, are in tests/data/test_packing.py."""
+"""torch's variable-length attention: against its definition and the fallback, compiled, and in full runs.
+
+tests/data/test_packing.py tests the fallback itself, and the positions of rows in a batch.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,7 @@ HEADS, GROUPS = 4, 2
 
 @pytest.fixture
 def kernel():
-    """Skips what needs it, on GPUs before Ampere."""
+    """Skip a test on GPUs before Ampere, which lack variable-length attention."""
     if not has_varlen():
         pytest.skip("needs a GPU that has variable-length attention")
 
@@ -42,7 +44,7 @@ def apart(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def heads_of(features: int, dtype: torch.dtype, seed: int) -> list[torch.Tensor]:
-    """Query, key, value as transformers hands them over, [B, heads, T, D], and a gradient [B, T, heads, D]."""
+    """Return query, key, value like transformers, [B, heads, T, D], and a gradient [B, T, heads, D]."""
     lines, length = packed_batch().ids.shape
     generator = torch.Generator("cuda").manual_seed(seed)
     options = {"device": "cuda", "dtype": dtype, "generator": generator}
@@ -56,7 +58,7 @@ def heads_of(features: int, dtype: torch.dtype, seed: int) -> list[torch.Tensor]
 @pytest.mark.parametrize("dtype", ROUNDING)
 @pytest.mark.parametrize("features, window", [(16, None), (64, 16), (128, None), (128, 16), (256, 16)])
 def test_the_kernel_computes_its_definition(features, window, dtype, kernel, monkeypatch):
-    """Forward and gradients, in float64; padding in pieces and rows of no tokens included."""
+    """Forward and gradients in float64, with padding and empty rows."""
     batch = packed_batch()
     *inputs, upstream = heads_of(features, dtype, seed=0)
     given = {"scaling": features**-0.5, "sliding_window": window, "max_length_q": batch.longest}
@@ -74,7 +76,7 @@ def test_the_kernel_computes_its_definition(features, window, dtype, kernel, mon
 
 @pytest.mark.gpu
 def test_lines_that_are_not_packed_are_rows(kernel):
-    """As in evaluation: against PyTorch's own causal attention."""
+    """In evaluation: against PyTorch's causal attention."""
     *inputs, _ = heads_of(64, torch.bfloat16, seed=1)
     got, _ = attend_within_rows(torch.nn.Identity(), *inputs, None, scaling=0.125)
     q, k, v = (t.float() for t in inputs)
@@ -87,7 +89,7 @@ def test_lines_that_are_not_packed_are_rows(kernel):
 @pytest.mark.parametrize("precision", ["auto", "bf16", "fp16_autocast"])
 @pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3", "gemma3", "phi3"])
 def test_models_follow_the_fallback(kind, precision, checkpoints, alpaca_file, one_rank, kernel):
-    """Loss and gradients. Of the families with routed experts none: rounding sends tokens to other experts."""
+    """Loss and gradients. No families with routed experts: rounding sends tokens to other experts."""
     args = arguments(checkpoints(kind), alpaca_file, "bnb_dora", "--packing", "true")
     args += ["--precision", precision, "--compile", "false"]
     used, ours, fallback, leaking = one_rank(losses_and_gradients, args)[0]
@@ -97,16 +99,18 @@ def test_models_follow_the_fallback(kind, precision, checkpoints, alpaca_file, o
     assert apart(leaking[1], fallback[1]) > 0.5, "rows that see one another would not show"
 
 
-def losses_and_gradients(place, args) -> tuple:
-    """(the attention that a packed run uses; (loss, all gradients) by it, by the fallback, and by causal attention
-    that knows nothing of rows)."""
-    job, model = set_up(place, args)
+def losses_and_gradients(rank_info, args) -> tuple:
+    """Return the attention that a packed run uses, and (loss, all gradients) by three kinds of attention.
+
+    These are the run's own attention, the fallback, and causal attention that ignores rows.
+    """
+    job, model = set_up(rank_info, args)
     used, packed = model.config._attn_implementation, packed_batch()
     leaking = type(packed)(packed.ids, packed.targets)
 
     def once(batch) -> tuple[float, torch.Tensor]:
         loss, gradients = loss_and_gradients(
-            model, batch, detect_precision(job.config.precision).context(place.device.type)
+            model, batch, detect_precision(job.config.precision).context(rank_info.device.type)
         )
         return loss, torch.cat([g.flatten() for g in gradients.values()])
 
@@ -118,7 +122,7 @@ def losses_and_gradients(place, args) -> tuple:
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["mistral", "gemma3"])
 def test_lines_beyond_a_window_follow_the_masks(kind, checkpoints, alpaca_file, one_rank, kernel):
-    """Not packed: loss and gradients; and a compiled run over lines of several lengths learns what another learns."""
+    """Not packed: loss and gradients; a compiled run with lines of several lengths equals a plain one."""
     args = [*arguments(checkpoints(kind), alpaca_file, "bnb_dora"), "--precision", "auto"]
     used, ours, masked = one_rank(both_ways, [*args, "--compile", "false"])[0]
     assert used == VARLEN
@@ -130,14 +134,14 @@ def test_lines_beyond_a_window_follow_the_masks(kind, checkpoints, alpaca_file, 
     torch.testing.assert_close(torch.tensor(compiled[2]), torch.tensor(plain[2]), rtol=1e-1, atol=0)
 
 
-def both_ways(place, args) -> tuple:
-    """(the attention that a run uses; (loss, all gradients) of lines by it, and by transformers' masks)."""
-    _, model = set_up(place, args)
+def both_ways(rank_info, args) -> tuple:
+    """Return the attention that a run uses, and (loss, all gradients) by it and by transformers' masks."""
+    _, model = set_up(rank_info, args)
     used, found = model.config._attn_implementation, []
     for name in (used, "sdpa"):
         model.set_attn_implementation(name)
         loss, gradients = loss_and_gradients(
-            model, padded_batch(), detect_precision("auto").context(place.device.type)
+            model, padded_batch(), detect_precision("auto").context(rank_info.device.type)
         )
         found.append((loss, torch.cat([g.flatten() for g in gradients.values()])))
     return used, *found
@@ -177,7 +181,7 @@ def test_it_compiles_once_and_never_waits_for_the_gpu(kernel):
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["auto", "fp16_autocast"])
 def test_a_run_learns_what_it_learns_unpacked(precision, checkpoints, alpaca_file, one_rank):
-    """Steps of a whole epoch: the same rows in each. On GPUs before Ampere this is the fallback."""
+    """All steps of an epoch have the same rows. GPUs before Ampere use the fallback."""
     args = [*packing_arguments(checkpoints(), alpaca_file, 2), "--gradient_accumulation_steps", "2"]
     args += ["--precision", precision, "--compile", "false"]
     packed = one_rank(train_run, [*args, "--batch_size", "4"])[0]
@@ -188,8 +192,7 @@ def test_a_run_learns_what_it_learns_unpacked(precision, checkpoints, alpaca_fil
 
 @pytest.mark.gpu
 def test_compiled_layers_are_compiled_for_one_shape(checkpoints, alpaca_file, one_rank, kernel):
-    """The second step's micro-batches, of other packs, compile nothing, and the result is that of layers that are
-    not compiled."""
+    """The second step, with other packs, compiles nothing. The result equals that of plain layers."""
     args = [*packing_arguments(checkpoints(), alpaca_file, 2), "--precision", "auto", "--batch_size", "4"]
     args += ["--gradient_accumulation_steps", "2"]
     _, after_one = one_rank(compiled_on_gpu, [*args, "--max_steps", "1"])[0]

@@ -1,5 +1,7 @@
-"""--profile_memory and --profile on a GPU: torch's own record of its allocations, and kernels in the traces. What
-needs no GPU is in tests/monitoring/test_memory_history.py and tests/monitoring/test_profiling.py."""
+"""--profile_memory and --profile on a GPU: torch's record of its allocations, and kernels in the traces.
+
+Tests without a GPU: tests/monitoring/test_memory_history.py and tests/monitoring/test_profiling.py.
+"""
 
 from __future__ import annotations
 
@@ -63,7 +65,7 @@ def test_the_curves_are_the_allocators(here, tmp_path):
 
 @pytest.mark.gpu
 def test_nothing_waits_for_the_gpu(here, tmp_path):
-    """Phases are marked while a kernel is running that was started before."""
+    """Phases are marked while an earlier kernel is running."""
     profiler = Profiler(here.device, [MemoryRecorder(here, tmp_path, "a model")])
     profiler.phase("load")
     done = torch.cuda.Event()
@@ -105,7 +107,7 @@ def profiled_run(tmp_path: Path, world: int) -> tuple[list[dict], Path]:
 
 @pytest.mark.gpu
 def test_a_run_leaves_page_snapshot_and_trace(tmp_path):
-    """The page's peak of a step is the one that metrics.jsonl has from the allocator's counter, to its rounding."""
+    """A step's peak on the page equals the allocator's in metrics.jsonl, up to rounding."""
     metrics, folder = profiled_run(tmp_path, 1)
     names = {p.name for p in folder.glob("memory*")}
     assert names == {"memory.html", "memory.png", "memory_snapshot.pickle"}
@@ -121,7 +123,8 @@ def test_a_run_leaves_page_snapshot_and_trace(tmp_path):
     for m in metrics:
         after = m["memory_after_forward_gib"], m["memory_after_backward_gib"]
         assert 0 < min(after) <= max(after) <= m["memory_allocated_gib"]
-        # The activations are gone; the first backward brings its thread's cuBLAS workspace instead, of 32 MiB on Hopper.
+        # The activations are freed; the first backward allocates its thread's cuBLAS workspace, 32 MiB on
+        # Hopper.
         assert after[0] > after[1] or m["step"] == 1
     stages = json.loads((folder / "run.json").read_text())["memory"]
     assert stages["after_wrap_gib"] < 0.001 <= stages["after_load_gib"] + 0.001

@@ -16,7 +16,7 @@ import train
 from checkpoints import adapter as adapter_files
 from checkpoints import storage as checkpoint_files
 from checkpoints import trained_model
-from checkpoints.storage import folder_of
+from checkpoints.storage import checkpoint_folder
 from files import disk_room
 from files.names import BEST
 from monitoring.metrics import Meter
@@ -138,4 +138,4 @@ def check_resumed_job(source, folder: Path, *more: str):
 
 def edit_copied_manifest(folder: Path, change) -> None:
     """Change the manifest of a copied run's checkpoint of step 3, with a valid checksum."""
-    edit_manifest(folder_of(folder, 3), change)
+    edit_manifest(checkpoint_folder(folder, 3), change)

@@ -8,13 +8,13 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from checkpoints.manager import Checkpoints
-from checkpoints.storage import folder_of, read_checkpoint
-from checkpoints.training_state import Tensors, collect
+from checkpoints.manager import CheckpointManager
+from checkpoints.storage import checkpoint_folder, read_checkpoint
+from checkpoints.training_state import Tensors, collect_tensors
 from launch.signals import NoStopRequests
 from monitoring.deferred import DeferredCalls
 
-TENSORS = {  # comments: bytes of each, rounded up to ALIGNED
+TENSORS = {  # comments: bytes of each, rounded up to ALIGNMENT
     "half": torch.randn(7).bfloat16(),  # 64
     "codes": torch.arange(250, dtype=torch.uint8),  # 256
     "number": torch.tensor(3.0),  # 64
@@ -50,20 +50,20 @@ class SmallRun:
     def __init__(self, rank_info, folder: str, every: int, asked: int = 0):
         self.model, self.rank_info, self.done = nn.Linear(5, 3).to(rank_info.device), rank_info, 0
         self.optimizer, self.said = torch.optim.AdamW(self.model.parameters()), []
-        self.checkpoints = Checkpoints(
+        self.checkpoints = CheckpointManager(
             self.model,
             self.optimizer,
             {},
             rank_info,
             folder=Path(folder),
-            every=every,
-            at_end=every > 0,
+            save_every=every,
+            save_at_end=every > 0,
             keep=-1,
             describe_run=dict,
             deferred=DeferredCalls(),
             stopping=SaveRequest(asked),
-            say=self.said.append,
-            saved=None,
+            print_line=self.said.append,
+            checkpoint=None,
         )
 
     def step(self, left_out: bool = False) -> None:
@@ -73,21 +73,21 @@ class SmallRun:
         if not left_out:
             self.optimizer.step()
         self.optimizer.zero_grad()
-        self.checkpoints.after(self.done, last=False)
+        self.checkpoints.save_if_due(self.done, last=False)
 
     def buffers(self) -> Tensors:
         """Wait for the background thread and return the host copies."""
         self.checkpoints.pool.submit(int).result()  # runs after all earlier work
-        return self.checkpoints.copy.buffers
+        return self.checkpoints.host_copy.buffers
 
     def local(self) -> Tensors:
         """Return the state of this rank."""
-        return collect(self.checkpoints.trained, self.optimizer, self.rank_info.rank)[1]
+        return collect_tensors(self.checkpoints.trained, self.optimizer, self.rank_info.rank)[1]
 
     def check_saved(self) -> None:
         """Check that the last step's checkpoint holds the current state."""
         self.buffers()
-        folder = read_checkpoint(folder_of(self.checkpoints.folder, self.done)).folder
+        folder = read_checkpoint(checkpoint_folder(self.checkpoints.folder, self.done)).folder
         saved = load_file(folder / "rank-00000.safetensors")
         assert saved.keys() == self.local().keys()
         assert all(torch.equal(saved[name], tensor.cpu()) for name, tensor in self.local().items())

@@ -25,7 +25,7 @@ import torch.distributed as dist
 import yaml
 from safetensors.torch import load_file, save_file
 
-from checkpoints.storage import Saved
+from checkpoints.storage import Checkpoint
 from launch import nodes, ranks, torchrun
 from launch import processes as launch
 from launch.nodes import NodeResult, check_agreement
@@ -224,7 +224,7 @@ def test_nodes_that_disagree(name, two_nodes, two_ranks, tmp_path):
 
 def test_nodes_that_see_other_checkpoints(two_nodes, two_ranks):
     """In a folder that they do not share: one would resume, the other start anew, and both wait for ever."""
-    found = {"saved": Saved(Path("checkpoints/step-00000003"), 3, {}, {})}
+    found = {"saved": Checkpoint(Path("checkpoints/step-00000003"), 3, {}, {})}
     errors = two_ranks(check_with, two_nodes, [arguments(i) for i in range(2)], found)
     assert errors[0] == errors[1]
     assert errors[0].startswith("the nodes disagree on the checkpoint to go on from: step 3 on node 0 (")

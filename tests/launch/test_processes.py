@@ -20,7 +20,7 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 import train
-from checkpoints.storage import newest_whole
+from checkpoints.storage import find_newest_checkpoint
 from launch import processes as launch
 from launch import torchrun
 from options.errors import UserError
@@ -321,7 +321,7 @@ def test_a_second_signal_ends_a_step_that_does_not(
     assert running == [True, True], "they wait for the step"
     assert time.time() - ended[0] < 20 and not any(p.is_alive() for p in processes)
     assert status == 128 + signal.SIGTERM and capfd.readouterr().err.endswith("ended by SIGTERM\n")
-    assert newest_whole(out, pytest.fail).step == 2
+    assert find_newest_checkpoint(out, pytest.fail).step == 2
 
 
 def agent_with_one_rank(pipe) -> None:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch.distributed.fsdp import fully_shard
 
 from benchmarks.make_checkpoint import byte_tokenizer
-from checkpoints.storage import folder_of
+from checkpoints.storage import checkpoint_folder
 from data.batches import Step, StepSampler
 from data.tokenizing import prepare
 from monitoring.metrics import HostMoment, Meter, Metrics, Reading
@@ -55,7 +55,7 @@ def test_a_resumed_run_reports_a_bad_step_once(poisoned, two_ranks, tmp_path):
     reported = (tmp_path / BAD_STEPS).read_text()
     assert [json.loads(line)["step"] for line in reported.splitlines()] == [2]
     for step in (2, 1):
-        two_ranks(run, [*argv, "--resume", str(folder_of(tmp_path, step))])
+        two_ranks(run, [*argv, "--resume", str(checkpoint_folder(tmp_path, step))])
         assert (tmp_path / BAD_STEPS).read_text() == reported
         assert [m.get("bad_steps") for m in lines(tmp_path)] == [None, 1, 1]
 
