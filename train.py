@@ -51,11 +51,11 @@ from models.attention import choose_attention
 from models.causal_lm import loss_sum
 from models.registry import build_on_meta
 from monitoring import memory_model
-from monitoring.memory_history import BETWEEN
+from monitoring.memory_history import BETWEEN_STEPS
 from monitoring.messages import describe_data
 from monitoring.metrics import Lap, Metrics, Reading
 from monitoring.profiling import NO_PROFILER, NoProfiler, Profiler, make_profiler
-from monitoring.run_facts import describe_run
+from monitoring.run_facts import run_facts_json
 from options.config import Config
 from options.errors import UserError
 from parallel.activation_checkpointing import SavedActivations, compile_run_layer, should_compile
@@ -72,7 +72,7 @@ from wrapping import STRATEGIES, WRAP_POLICIES, make_mesh, make_offload_policy, 
 
 def set_up(
     job: Job, rank_info: RankInfo, profiler: NoProfiler = NO_PROFILER
-) -> tuple[PreTrainedModel, memory_model.Share]:
+) -> tuple[PreTrainedModel, memory_model.ExpectedMemory]:
     """Build, shard and load the model of the train type.
 
     Returns:
@@ -80,13 +80,13 @@ def set_up(
 
     Raises AssertionError if the loaded weights take another amount of memory.
     """
-    profiler.phase("wrap")
+    profiler.start_phase("wrap")
     config, family, precision, device = job.config, job.family, job.precision, rank_info.device
     max_tokens = longest_line(config, job.rows)
     attention = choose_attention(job.model_config, family, precision.matmul_dtype, config.packing, max_tokens)
     model = build_on_meta(job.model_config, family, attention)
     # Computed from the unchanged model, before any method is applied.
-    expected = memory_model.expect(model, family, config, precision, job.files, rank_info)
+    expected = memory_model.expected_memory(model, family, config, precision, job.files, rank_info)
     apply_method(model, family, config, precision, job.files)
     mesh = make_mesh(device.type, rank_info.world, config.sharding_strategy, config.hybrid_shard_size)
     wrap(
@@ -103,14 +103,14 @@ def set_up(
         compiled_run=compile_run_layer() if should_compile(config.compile, device, family) else None,
         offload_activations=config.use_activation_cpu_offload,
     )
-    profiler.phase("load")
+    profiler.start_phase("load")
     param_device = torch.device("cpu") if config.use_cpu_offload else device
     workers = ranks.resolve_workers(config.loading_workers, rank_info.cpus)
     allocated_before = memory.gpu_bytes_allocated()
     with open_cache_writer(job.cache, rank_info) as cache:
         load_weights(model, family, job.files, rank_info, param_device, config.seed, workers, cache)
         memory_model.check_loaded(model, expected, allocated_before)
-    profiler.phase(BETWEEN)
+    profiler.start_phase(BETWEEN_STEPS)
     # This seed is dropout's; adapters and the data order have their own generators.
     torch.manual_seed(config.seed + rank_info.rank)
     return model, expected
@@ -152,18 +152,18 @@ def train(
     for index, step in zip(step_numbers, steps, strict=False):
         loss = torch.zeros((), device=rank_info.device)
         for i, batch in enumerate(step.batches, 1):
-            profiler.phase("forward")
+            profiler.start_phase("forward")
             batch = batch.to(rank_info.device)
             set_gradient_sync(model, i == len(step.batches) or not config.no_sync)
             # The sum over micro-batches and ranks is exactly the mean over the step's targets: each
             # micro-batch is divided by their number on all ranks; backward and FSDP only sum gradients.
             with precision.context(rank_info.device.type):
                 micro_loss = loss_sum(model, batch) / step.n_targets
-            deferred.now()  # log the previous step, while the GPU computes this forward
-            profiler.phase("backward")
+            deferred.run_all()  # log the previous step, while the GPU computes this forward
+            profiler.start_phase("backward")
             scaler.scale(micro_loss).backward()
             loss += micro_loss.detach()
-        profiler.phase("optimizer")
+        profiler.start_phase("optimizer")
         scaler.unscale_(optimizer)
         gradients = [p.grad for p in trained_params if p.grad is not None]
         grad_norm = full_tensor(nn.utils.get_total_norm(gradients))
@@ -172,11 +172,11 @@ def train(
         reading = meter.read(index, step, float(schedule.get_last_lr()[0]), loss, grad_norm)
         guard.step(optimizer, reading)
         optimizer.zero_grad(set_to_none=True)
-        profiler.phase(BETWEEN)
-        deferred.put(partial(log_step, reading, meter.lap()))
+        profiler.start_phase(BETWEEN_STEPS)
+        deferred.defer(partial(log_step, reading, meter.lap()))
         # The next step depends on these metrics; otherwise they wait for its forward.
         if guard.needs_metrics() or budget.needs_metrics() or evaluator.is_due(index):
-            deferred.now()
+            deferred.run_all()
         scaler.update()
         schedule.step()
         if profiler.step():
@@ -185,7 +185,7 @@ def train(
         interrupted = checkpoints.save_if_due(index, last=index == total_steps or finished)
         if finished or interrupted:
             break
-    deferred.now()
+    deferred.run_all()
     checkpoints.finish()
     profiler.finish()
     return history
@@ -209,9 +209,9 @@ def run_profiled(rank_info: RankInfo, job: Job, profiler: Profiler, lock: Folder
         data = describe_data(job.rows, sampler, config.context_length)
         print(data + job.evaluation.describe(), flush=True)
     model, loaded = set_up(job, rank_info, profiler)
-    stages = profiler.fullest("wrap", "load")
+    stages = profiler.max_phase_gib("wrap", "load")
     ready = f"{loaded.describe()}; ready after {time.perf_counter() - began:.1f} s"
-    facts = describe_run(job.rows, sampler, model, stages) if rank_info.rank == 0 else ""
+    facts = run_facts_json(job.rows, sampler, model, stages) if rank_info.rank == 0 else ""
     tracker = start_run_folder(job, rank_info, lock, total_steps, facts, ready, stages)
     steps_done = len(tracker.history)
     stopping = StopRequests(rank_info.rank, job.started, config.max_minutes, config.save_minutes)

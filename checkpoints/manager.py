@@ -185,12 +185,12 @@ class CheckpointManager:
         self.last_started = step
         self.copy_future = copy_future = self.pool.submit(self.host_copy.start, local)
         self.stalls.append(time.perf_counter() - began)
-        self.deferred.then(lambda: self._start_write(step, layout, copy_future))
+        self.deferred.run_after(lambda: self._start_write(step, layout, copy_future))
         # On a GPU the deferred calls wait for the next forward; otherwise the GPU would idle between steps.
         # On a CPU the update is complete now, and the next forward may take long: a run killed in it should
         # have its checkpoint.
         if not self.updates_on_gpu:
-            self.deferred.now()
+            self.deferred.run_all()
 
     def _start_write(self, step: int, layout: Tensors, copy_future: Future[Tensors]) -> None:
         began = time.perf_counter()

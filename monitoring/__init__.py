@@ -1,5 +1,5 @@
-"""What a run tells of itself: metrics, progress, profiles, the report, and the model of its memory.
+"""Observation of a run: metrics, progress, profiles, the report, and the model of its memory.
 
 May import: options, launch, quantization, files, data, models, parallel, and the root's wrapping.py.
-Start in metrics.py: `Metrics` is a line of metrics.jsonl. tracking.py shows and writes it.
+Start in metrics.py: `Metrics` is a line of metrics.jsonl. tracking.py prints and writes it.
 """

@@ -6,24 +6,25 @@ from collections.abc import Callable
 
 
 class DeferredCalls:
-    """One deferred call, and those that follow it. The loop makes them once the GPU has work queued."""
+    """A deferred call and the calls that must follow it; the loop runs them once the GPU has work queued."""
 
     def __init__(self):
         self.calls: list[Callable[[], None]] = []
 
-    def put(self, call: Callable[[], None]) -> None:
+    def defer(self, call: Callable[[], None]) -> None:
+        """Queue the first call; the queue must be empty."""
         assert not self.calls
         self.calls.append(call)
 
-    def then(self, call: Callable[[], None]) -> None:
-        """Has a call follow the one that waits; makes it at once where none does."""
+    def run_after(self, call: Callable[[], None]) -> None:
+        """Queue a call after the deferred ones; run it at once if there are none."""
         if self.calls:
             self.calls.append(call)
         else:
             call()
 
-    def now(self) -> None:
-        """Makes the calls, if there are any."""
+    def run_all(self) -> None:
+        """Run the queued calls, if any."""
         calls, self.calls = self.calls, []
         for call in calls:
             call()

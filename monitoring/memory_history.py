@@ -1,11 +1,14 @@
-"""Memory over time: the start of a run and its first steps (--profile_memory), or the recorded steps of a cycle of
---profile (--export_memory_timeline).
+"""Memory over time, by phase, for --profile_memory and --export_memory_timeline.
 
-On a GPU torch's allocator records its events, and the curve is counted out of them: no peak between two samples
-is missed. On a CPU a thread samples the process's resident size. Marks tell when a phase began (wrap, load, forward,
-backward, optimizer). All times are the system's clock in seconds: torch's `time_us` is that clock in microseconds,
-and the allocator's events happen where the host allocates, so they lie in the phase that asked for the memory,
-however far behind the GPU is.
+The first one covers a run's start and first steps, the second one the recorded steps of a cycle of --profile.
+
+On a GPU, torch's allocator records its events, and the curve is computed from them: no peak between two
+samples is missed. On a CPU, a thread samples the process's resident size. The loop marks the start of each
+phase (wrap, load, forward, backward, optimizer).
+
+All times are the system's clock in seconds; torch's `time_us` is the same clock in microseconds. The
+allocator records an event when the host allocates, so it belongs to the phase that requested the memory,
+however late the GPU is.
 """
 
 from __future__ import annotations
@@ -22,24 +25,30 @@ import torch
 from files.atomic_writes import stage_files
 from launch.memory import GIB, bytes_in_use
 
-MOST_EVENTS = (
-    200_000  # of the allocator, the newest: an 8B model's start and three steps make about half of them
-)
+# torch keeps the newest ones. The start and three steps of an 8B model make about half as many.
+MAX_EVENTS = 200_000
 SAMPLE_SECONDS = 0.01
-BETWEEN = "between steps"  # not a phase: data, logging, evaluation
-BUCKETS = 120  # a curve of at most 4 * BUCKETS + 2 points
+BETWEEN_STEPS = "between steps"  # not a phase: data, logging, evaluation
+BUCKETS = 120  # a curve has at most 4 * BUCKETS + 2 points
 
-# What torch calls an event of its allocator -> what it does to the bytes of tensors, and to those that torch holds
-# (`segment_map`: with expandable segments). A free counts when asked for, as in torch.cuda.memory_allocated().
-OF_TENSORS = {"alloc": 1, "free_requested": -1}
-OF_SEGMENTS = {"segment_alloc": 1, "segment_map": 1, "segment_free": -1, "segment_unmap": -1}
+# Name of an allocator event -> its sign in the bytes of tensors, and in the bytes that torch reserves on the
+# GPU (`segment_map`: with expandable segments). A free counts when requested, as in
+# torch.cuda.memory_allocated().
+TENSOR_EVENTS = {"alloc": 1, "free_requested": -1}
+SEGMENT_EVENTS = {"segment_alloc": 1, "segment_map": 1, "segment_free": -1, "segment_unmap": -1}
 
-Points = list[tuple[float, float]]
+Points = list[tuple[float, float]]  # (seconds, value), in order
 
 
 @dataclass(frozen=True)
-class Mark:
-    """A phase began. seconds: the system's clock; step: of the run, from 1; 0 before the first."""
+class PhaseStart:
+    """The start of a phase, or of the time between two steps.
+
+    Attributes:
+        seconds: the system's clock.
+        step: the run's step, from 1; 0 before the first.
+        name: the phase's name, or BETWEEN_STEPS.
+    """
 
     seconds: float
     step: int
@@ -47,9 +56,14 @@ class Mark:
 
 
 @dataclass(frozen=True)
-class Span:
-    """A phase. start, end: seconds from the beginning of its part; peak, last: GiB, the highest in it and at its
-    end."""
+class RecordedPhase:
+    """A phase. Saved as JSON by field name.
+
+    Attributes:
+        start, end: seconds since the start of its step.
+        peak: its highest memory in GiB.
+        last: the memory at its end in GiB.
+    """
 
     name: str
     start: float
@@ -59,13 +73,18 @@ class Span:
 
 
 @dataclass(frozen=True)
-class Part:
-    """The start of a run (step 0) or a step. curves: by name, (seconds from its beginning, GiB); the first is the
-    memory in use."""
+class RecordedStep:
+    """The start of a run (step 0) or an optimizer step. Saved as JSON by field name.
+
+    Attributes:
+        seconds: its duration.
+        spans: its phases.
+        curves: name -> (seconds since its start, GiB). The first curve is the memory in use.
+    """
 
     step: int
     seconds: float
-    spans: list[Span]
+    spans: list[RecordedPhase]
     curves: dict[str, Points]
 
     @property
@@ -73,115 +92,143 @@ class Part:
         return f"step {self.step}" if self.step else "start"
 
     @property
-    def peak(self) -> Span:
+    def peak(self) -> RecordedPhase:
+        """The phase with the highest peak."""
         return max(self.spans, key=lambda s: s.peak)
 
 
 @dataclass(frozen=True)
 class Recording:
-    """Of one rank. device: its name; parts: at least one, unless nothing was recorded."""
+    """The memory of one rank. Saved as JSON by field name.
+
+    Attributes:
+        device: the device's name.
+        parts: the start and the steps; empty if nothing was recorded.
+    """
 
     rank: int
     device: str
-    parts: list[Part]
+    parts: list[RecordedStep]
 
 
-def count_back(events: list[dict], end: int, signs: dict[str, int], began: float) -> Points:
-    """(seconds, bytes) from each event on, counted back from what there was at the end: what existed before the
-    first event, or was forgotten with older ones, is in all of them. Before the first event it is known from
-    `began` on if none was forgotten."""
+def curve_from_events(events: list[dict], end_bytes: int, signs: dict[str, int], start_time: float) -> Points:
+    """Return (seconds, bytes) after each event, computed backwards from the bytes at the end.
+
+    So the curve includes what was allocated before the first event, or by events that torch dropped.
+
+    Args:
+        events: one device's events, oldest first.
+        end_bytes: the bytes after the last event.
+        signs: TENSOR_EVENTS or SEGMENT_EVENTS.
+        start_time: start of the recording. The curve begins then, or at the first event if torch dropped any.
+    """
     points: Points = []
-    value = end
+    value = end_bytes
     for event in reversed(events):
         if sign := signs.get(event["action"]):
             points.append((event["time_us"] / 1e6, value))
             value -= sign * event["size"]
-    forgotten = len(events) >= MOST_EVENTS
-    points.append((events[0]["time_us"] / 1e6 if forgotten else began, value))
+    has_dropped_events = len(events) >= MAX_EVENTS
+    points.append((events[0]["time_us"] / 1e6 if has_dropped_events else start_time, value))
     return points[::-1]
 
 
-def curves_of(snapshot: dict, device: int, began: float) -> dict[str, Points]:
-    """Those of one GPU out of torch.cuda.memory._snapshot(): "allocated" counts the bytes that were asked for, which
-    torch rounds up to 512 each in memory_allocated(); "reserved", what torch took from the GPU."""
+def curves_from_snapshot(snapshot: dict, device: int, start_time: float) -> dict[str, Points]:
+    """Return one GPU's curves in bytes from torch.cuda.memory._snapshot().
+
+    "allocated" counts the requested bytes; memory_allocated() rounds each tensor up to a multiple of 512.
+    "reserved" counts what torch took from the GPU.
+    """
     segments = [s for s in snapshot["segments"] if s["device"] == device]
-    tensors = sum(
-        b["requested_size"] for s in segments for b in s["blocks"] if b["state"] == "active_allocated"
-    )
+    blocks = [b for s in segments for b in s["blocks"] if b["state"] == "active_allocated"]
     events = snapshot["device_traces"][device]
+    allocated, reserved = sum(b["requested_size"] for b in blocks), sum(s["total_size"] for s in segments)
     return {
-        "allocated": count_back(events, tensors, OF_TENSORS, began),
-        "reserved": count_back(events, sum(s["total_size"] for s in segments), OF_SEGMENTS, began),
+        "allocated": curve_from_events(events, allocated, TENSOR_EVENTS, start_time),
+        "reserved": curve_from_events(events, reserved, SEGMENT_EVENTS, start_time),
     }
 
 
-def stretch(points: Points, start: float, end: float) -> Points:
-    """A step function between two times as a line: (seconds from start, value), with both corners of each step.
-    Empty if it is not known by then."""
+def clip_curve(points: Points, start: float, end: float) -> Points:
+    """Return a step function between two times as a line: (seconds since start, value), two corners a step.
+
+    The line is empty if the function begins after `end`.
+    """
     first = bisect_right(points, start, key=lambda p: p[0]) - 1
     last = bisect_right(points, end, key=lambda p: p[0])
     line = [(0.0, points[first][1])] if first >= 0 else []
-    for at, value in points[first + 1 : last]:
+    for seconds, value in points[first + 1 : last]:
         if line:
-            line.append((at - start, line[-1][1]))
-        line.append((at - start, value))
+            line.append((seconds - start, line[-1][1]))
+        line.append((seconds - start, value))
     return [*line, (end - start, line[-1][1])] if line else []
 
 
-def thin(line: Points) -> Points:
-    """Of each of BUCKETS spans of time the first, the lowest, the highest and the last point, in their order."""
+def thin_out(line: Points) -> Points:
+    """Return the first, lowest, highest and last point of each of BUCKETS equal intervals, in order."""
     if len(line) <= 4 * BUCKETS:
         return line
-    kept = {0, len(line) - 1}
+    chosen = {0, len(line) - 1}
     buckets: dict[int, list[int]] = {}
-    for i, (at, _) in enumerate(line):
-        buckets.setdefault(min(int(at / line[-1][0] * BUCKETS), BUCKETS - 1), []).append(i)
+    for i, (seconds, _) in enumerate(line):
+        buckets.setdefault(min(int(seconds / line[-1][0] * BUCKETS), BUCKETS - 1), []).append(i)
     for bucket in buckets.values():
         by_value = sorted(bucket, key=lambda i: line[i][1])
-        kept |= {bucket[0], by_value[0], by_value[-1], bucket[-1]}
-    return [line[i] for i in sorted(kept)]
+        chosen |= {bucket[0], by_value[0], by_value[-1], bucket[-1]}
+    return [line[i] for i in sorted(chosen)]
 
 
-def parts_of(marks: list[Mark], curves: dict[str, Points], end: float) -> list[Part]:
-    """Of the marks, in their order, and the curves in bytes. A part ends with its last phase; one of which nothing
-    is known is left out."""
+def split_into_steps(starts: list[PhaseStart], curves: dict[str, Points], end: float) -> list[RecordedStep]:
+    """Return the recorded steps; a step ends with its last phase.
+
+    Phases and steps that end before the first known value are dropped.
+
+    Args:
+        starts: the phases' starts, in order.
+        curves: name -> (seconds, bytes); the first is the memory in use.
+        end: when recording stopped.
+    """
     curves = {name: [(t, b / GIB) for t, b in points] for name, points in curves.items()}
-    used, parts = next(iter(curves.values())), []
-    ends = [m.seconds for m in marks[1:]] + [end]
-    phases = [(m, e) for m, e in zip(marks, ends, strict=True) if m.name != BETWEEN and e > m.seconds]
-    for step in dict.fromkeys(m.step for m, _ in phases):
-        mine = [(m, e) for m, e in phases if m.step == step]
-        start, stop = mine[0][0].seconds, mine[-1][1]
+    used, steps = next(iter(curves.values())), []
+    ends = [s.seconds for s in starts[1:]] + [end]
+    phases = [(s, e) for s, e in zip(starts, ends, strict=True) if s.name != BETWEEN_STEPS and e > s.seconds]
+    for step in dict.fromkeys(s.step for s, _ in phases):
+        of_step = [(s, e) for s, e in phases if s.step == step]
+        start, stop = of_step[0][0].seconds, of_step[-1][1]
         spans = []
-        for mark, until in mine:
-            if line := stretch(used, mark.seconds, until):
+        for phase, until in of_step:
+            if line := clip_curve(used, phase.seconds, until):
                 peak = max(value for _, value in line)
-                spans.append(Span(mark.name, mark.seconds - start, until - start, peak, line[-1][1]))
+                times = phase.seconds - start, until - start
+                spans.append(RecordedPhase(phase.name, *times, peak, line[-1][1]))
         if spans:
-            lines = {name: thin(stretch(points, start, stop)) for name, points in curves.items()}
-            parts.append(Part(step, stop - start, spans, {n: line for n, line in lines.items() if line}))
-    return parts
+            lines = {name: thin_out(clip_curve(points, start, stop)) for name, points in curves.items()}
+            known = {name: line for name, line in lines.items() if line}
+            steps.append(RecordedStep(step, stop - start, spans, known))
+    return steps
 
 
-class History:
-    """Of one rank, from now on, until `stop`; one at a time in a process."""
+class MemoryHistory:
+    """Records one rank's memory from its creation until `stop`; a process has at most one at a time."""
 
     def __init__(self, device: torch.device):
         self.device = device
-        self.marks: list[Mark] = []
+        self.starts: list[PhaseStart] = []
         self.source = (GpuEvents if device.type == "cuda" else HostSamples)(device)
 
-    def phase(self, name: str, step: int) -> None:
-        self.marks.append(Mark(time.time(), step, name))
+    def start_phase(self, name: str, step: int) -> None:
+        """Mark the start of a phase, and the end of the one before it."""
+        self.starts.append(PhaseStart(time.time(), step, name))
 
     def stop(self, rank: int, snapshot: Path) -> Recording:
-        """snapshot: the file for torch's snapshot, which there is of a GPU only."""
+        """Stop and return the recording. snapshot: the file for torch's snapshot, which only a GPU has."""
         end = time.time()
         curves = self.source.stop(snapshot)
-        return Recording(rank, _name(self.device), parts_of(self.marks, curves, end))
+        return Recording(rank, _device_name(self.device), split_into_steps(self.starts, curves, end))
 
 
-def _name(device: torch.device) -> str:
+def _device_name(device: torch.device) -> str:
+    """Return the GPU's name and memory, or a text for a CPU."""
     if device.type != "cuda":
         return "process on the CPU"
     gib = torch.cuda.get_device_properties(device).total_memory / GIB
@@ -189,41 +236,43 @@ def _name(device: torch.device) -> str:
 
 
 class GpuEvents:
-    """torch's own record of a GPU's allocations."""
+    """torch's record of a GPU's allocations."""
 
     def __init__(self, device: torch.device):
-        self.device, self.began = device, time.time()
+        self.device, self.start_time = device, time.time()
         # Stacks of Python only, and only of allocations: looking up C++ ones takes minutes.
         torch.cuda.memory._record_memory_history(
-            context="alloc", stacks="python", max_entries=MOST_EVENTS, clear_history=True
+            context="alloc", stacks="python", max_entries=MAX_EVENTS, clear_history=True
         )
 
     def stop(self, path: Path) -> dict[str, Points]:
-        """The curves in bytes. Leaves the snapshot, in the format of https://pytorch.org/memory_viz."""
+        """Return the curves in bytes. Write the snapshot, in the format of https://pytorch.org/memory_viz."""
         snapshot = torch.cuda.memory._snapshot()
         torch.cuda.memory._record_memory_history(enabled=None)
         with stage_files(path.parent) as stage, stage(path.name).open("wb") as file:
-            pickle.dump(snapshot, file)  # as torch.cuda.memory._dump_snapshot, which would take another one
-        return curves_of(snapshot, self.device.index, self.began)
+            # torch.cuda.memory._dump_snapshot would take another snapshot.
+            pickle.dump(snapshot, file)
+        return curves_from_snapshot(snapshot, self.device.index, self.start_time)
 
 
 class HostSamples:
-    """Samples of this process's resident size."""
+    """Samples of this process's resident size, taken by a thread."""
 
     def __init__(self, device: torch.device):
-        self.device, self.ended = device, threading.Event()
+        self.device, self.stopped = device, threading.Event()
         self.points: Points = []
         self.thread = threading.Thread(target=self._sample, daemon=True)
         self.thread.start()
 
     def _sample(self) -> None:
+        """Append a sample every SAMPLE_SECONDS until `stop`."""
         while True:
             self.points.append((time.time(), bytes_in_use(self.device)))
-            if self.ended.wait(SAMPLE_SECONDS):
+            if self.stopped.wait(SAMPLE_SECONDS):
                 return
 
     def stop(self, _: Path) -> dict[str, Points]:
-        """The curve in bytes."""
-        self.ended.set()
+        """Return the curve in bytes."""
+        self.stopped.set()
         self.thread.join()
         return {"resident": self.points}

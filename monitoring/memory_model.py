@@ -1,9 +1,10 @@
-"""The one model of memory: what weights take, checked after every load, and what a step takes at its peak.
+"""The model of memory: the bytes of the weights, checked after every load, and of a training step's peak.
 
-Advice when memory runs out (training/out_of_memory.py) is the difference of two of its estimates. The weights' figure
-comes from the shapes in the checkpoint's headers, the train type, the quantizer, the precision and the
-number of ranks. No parameter of the model that was made and loaded is asked, so that an error in making or loading it
-is none of the arithmetic's: a weight that is not sharded or not packed, or has another dtype, shows as a difference.
+The advice when memory runs out (training/out_of_memory.py) is the difference of two estimates. The weights'
+bytes follow from the shapes in the checkpoint's headers, the train type, the quantizer, the precision and the
+number of ranks. The arithmetic does not look at the parameters of the loaded model, so it does not share an
+error in making or loading them: a weight that is not sharded, not packed, or of another dtype shows as a
+difference.
 
 T tokens of the longest row.
 """
@@ -34,22 +35,26 @@ from quantization.layer import STORAGE
 from wrapping import STRATEGIES
 
 TOLERANCE = 0.03
-PER_TENSOR = 1024  # bytes: what a GPU's allocator may round one tensor up by
-LAYER_ACTIVATIONS = (
-    34  # values of a decoder layer, per token and hidden unit, while backward needs all of them
-)
-LOGITS = (
-    7  # times the bytes of a chunk of logits, which come in fp32 as well, as exponentials and as gradients
-)
-# Bytes of an optimizer's states for each byte (4 for fp32) or, of 8-bit ones, for each trained weight.
+ROUNDING_PER_TENSOR = 1024  # bytes: a GPU's allocator may round a tensor up by this much
+# Values per token and hidden unit of a decoder layer's activations, while backward needs all of them.
+LAYER_ACTIVATIONS = 34
+# Bytes of the loss per byte of a chunk of logits, which exist in fp32, as exponentials and as gradients too.
+LOGITS = 7
+# Optimizer states: bytes per byte of trained weights; 2 (two states in the weights' dtype) for all others.
 STATES = {"sgd": 0.0, "paged_adamw_32bit": 0.0, "paged_adamw_8bit": 0.0}
-STATE_BYTES_8BIT = 2.03
+STATE_BYTES_8BIT = 2.03  # per trained weight
 
 
 @dataclass(frozen=True)
 class WeightBytes:
-    """Of a whole model, by kind. unquantized: embedding, head, norms and what else is neither packed nor
-    trained; trained: adapters, new blocks, or everything."""
+    """Bytes of a whole model's weights, by kind.
+
+    Attributes:
+        codes: packed weights.
+        scales: the quantizer's scales.
+        unquantized: embedding, head, norms and all else that is neither packed nor trained.
+        trained: adapters, new blocks, or everything.
+    """
 
     codes: int = 0
     scales: int = 0
@@ -66,136 +71,170 @@ class WeightBytes:
 
 
 @dataclass(frozen=True)
-class Part:
-    """A parameter as it should be. name: of the checkpoint's tensor that it comes from, or belongs to; kind: of
-    WeightBytes; shape: over all ranks; itemsize: bytes of an element; padded: whether FSDP shards it, or models/loss.py."""
+class PlannedParameter:
+    """A parameter that the loaded model should have.
+
+    Attributes:
+        name: the checkpoint's tensor that it comes from, or that it adapts.
+        kind: a field of WeightBytes.
+        shape: the full tensor's.
+        itemsize: bytes of an element.
+        is_padded: whether FSDP shards it, with padding; models/loss.py shards the vocabulary without.
+    """
 
     name: str
     kind: str
     shape: tuple[int, ...]
     itemsize: int
-    padded: bool = True
+    is_padded: bool = True
 
     def nbytes(self, shards: int = 1, index: int = 0) -> int:
-        """Of rank `index` of the `shards` that share a copy. FSDP's rule: dimension 0 in equal parts, rounded up, so
-        that the last ranks may have less, or nothing, but room for as much."""
+        """Return the bytes of rank `index` of the `shards` ranks that share a copy.
+
+        FSDP cuts dimension 0 into equal shards, rounded up. The last ranks may have fewer rows, or none, but
+        allocate as many.
+        """
         rows = -(-self.shape[0] // shards)
-        mine = rows if self.padded else min(rows, max(self.shape[0] - rows * index, 0))
-        return mine * math.prod(self.shape[1:]) * self.itemsize
+        local_rows = rows if self.is_padded else min(rows, max(self.shape[0] - rows * index, 0))
+        return local_rows * math.prod(self.shape[1:]) * self.itemsize
 
 
-def plan(
+def plan_parameters(
     model: PreTrainedModel, family: Family, config: Config, precision: Precision, files: CheckpointFiles
-) -> list[Part]:
-    """Every parameter of the train type; a tied weight once. model: as build_on_meta makes it, before any method; only
-    the names of its linears are read."""
-    method, parts = config.method, []
-    new = new_layers(model.config) if method.expansion else []
-    everything = not method.adapter and not method.expansion
+) -> list[PlannedParameter]:
+    """Return every parameter of the train type; a tied weight once.
+
+    model: from build_on_meta, before a method changes it; only the names of its linears are read.
+    """
+    method = config.method
+    planned: list[PlannedParameter] = []
+    added = new_layers(model.config) if method.expansion else []
+    trains_all = not method.adapter and not method.expansion
     linears = {f"{name}.weight" for name, _ in family.layer_linears(model)}
     for name, stored in files.tensors.items():
         layer, _ = family.locate_layer(name)
         quantizer = None
-        if files.prequantized:  # as its makers chose
+        if files.prequantized:  # the checkpoint's makers chose
             quantizer = files.packed[name].quantizer if name in files.packed else None
-        elif method.quantizer and name in linears and layer not in new:
+        elif method.quantizer and name in linears and layer not in added:
             quantizer = quantizer_from_config(config)
         if quantizer:
             for kind, n_bytes in zip(("codes", "scales"), quantizer.packed_sizes(stored.shape), strict=True):
-                parts.append(Part(name, kind, (-(-n_bytes // STORAGE.itemsize),), STORAGE.itemsize))
-        elif everything or layer in new:
-            parts.append(Part(name, "trained", stored.shape, precision.trained.itemsize))
+                shape = (-(-n_bytes // STORAGE.itemsize),)
+                planned.append(PlannedParameter(name, kind, shape, STORAGE.itemsize))
+        elif trains_all or layer in added:
+            planned.append(PlannedParameter(name, "trained", stored.shape, precision.trained.itemsize))
         else:
-            padded = name not in vocabulary(family)
-            parts.append(Part(name, "unquantized", stored.shape, precision.frozen.itemsize, padded))
+            is_padded = name not in vocabulary_weights(family)
+            itemsize = precision.frozen.itemsize
+            planned.append(PlannedParameter(name, "unquantized", stored.shape, itemsize, is_padded))
     for linear in target_linears(model, family, config.lora_target_modules) if method.adapter else ():
         name, rank = f"{linear}.weight", config.lora_rank
         rows, columns = files.tensors[name].shape
         shapes = [(rank, columns), (rows, rank), *[(rows,)] * (method.adapter == "dora")]
-        parts += [Part(name, "trained", shape, precision.trained.itemsize) for shape in shapes]
+        planned += [PlannedParameter(name, "trained", shape, precision.trained.itemsize) for shape in shapes]
         if method.adapter == "dora":
-            parts.append(Part(name, "unquantized", (rows,), 4))  # the squared norms, fp32 always
-    return parts
+            # The squared norms are always fp32.
+            planned.append(PlannedParameter(name, "unquantized", (rows,), itemsize=4))
+    return planned
 
 
-def vocabulary(family: Family) -> tuple[str, str]:
-    """The names of the weights that have a row for each token."""
+def vocabulary_weights(family: Family) -> tuple[str, str]:
+    """Return the names of the weights that have a row for each token of the vocabulary."""
     return f"{family.embedding}.weight", f"{family.head}.weight"
 
 
-def weight_bytes(parts: Iterable[Part]) -> WeightBytes:
+def weight_bytes(planned: Iterable[PlannedParameter]) -> WeightBytes:
+    """Return the bytes of full parameters, by kind."""
     sizes = dict.fromkeys((f.name for f in fields(WeightBytes)), 0)
-    for part in parts:
-        sizes[part.kind] += part.nbytes()
+    for parameter in planned:
+        sizes[parameter.kind] += parameter.nbytes()
     return WeightBytes(**sizes)
 
 
-def resting_on_host(parts: Iterable[Part], family: Family, tied: bool) -> list[Part]:
-    """What a GPU leaves in host memory: an embedding that is neither trained nor the head's."""
-    return [p for p in parts if p.name == f"{family.embedding}.weight" and p.kind != "trained" and not tied]
+def host_parameters(
+    planned: Iterable[PlannedParameter], family: Family, tied: bool
+) -> list[PlannedParameter]:
+    """Return the parameters that a GPU rank keeps in host memory: an embedding, neither trained nor tied."""
+    return [p for p in planned if p.name == f"{family.embedding}.weight" and p.kind != "trained" and not tied]
 
 
 @dataclass(frozen=True)
-class Share:
-    """What one rank should hold. whole: the model, of which it is a part; trained: parameters of the whole model that
-    are trained; on_gpu, on_host: bytes of this rank; tensors: how many these are."""
+class ExpectedMemory:
+    """The memory that one rank's loaded weights should take.
 
-    whole: WeightBytes
+    Attributes:
+        total_weights: bytes of the whole model.
+        trained: trained parameters of the whole model.
+        on_gpu, on_host: bytes of this rank.
+        n_tensors: parameters of this rank.
+    """
+
+    total_weights: WeightBytes
     trained: int
     on_gpu: int
     on_host: int
-    tensors: int
+    n_tensors: int
 
     def describe(self) -> str:
-        """The line about the weights: of the whole model by kind, and of this rank."""
-        on_gpus = torch.cuda.is_available() and self.on_host
-        where = f", of which {format_bytes(self.on_host)} in host memory" if on_gpus else ""
-        return (
-            f"model: {self.trained:,} trained parameters; {self.whole} = {format_bytes(self.whole.total)},"
-            f" {format_bytes(self.on_gpu + self.on_host)} on this rank{where}"
-        )
+        """Return the line about the weights: the whole model by kind, and this rank's bytes."""
+        has_both = torch.cuda.is_available() and self.on_host
+        on_host = f", of which {format_bytes(self.on_host)} in host memory" if has_both else ""
+        weights, local = self.total_weights, format_bytes(self.on_gpu + self.on_host)
+        total = f"{weights} = {format_bytes(weights.total)}"
+        return f"model: {self.trained:,} trained parameters; {total}, {local} on this rank{on_host}"
 
 
-def expect(
+def expected_memory(
     model: PreTrainedModel,
     family: Family,
     config: Config,
     precision: Precision,
     files: CheckpointFiles,
     rank_info: RankInfo,
-) -> Share:
-    """Of this rank. Arguments as for `plan`, which must come before the model is changed."""
-    parts = plan(model, family, config, precision, files)
+) -> ExpectedMemory:
+    """Return the expected memory of this rank. Call it before the model is changed: see `plan_parameters`."""
+    planned = plan_parameters(model, family, config, precision, files)
     if rank_info.device.type == "cpu" or config.use_cpu_offload:
-        on_host = parts
+        on_host = planned
     else:
-        on_host = resting_on_host(parts, family, model.config.tie_word_embeddings)
+        on_host = host_parameters(planned, family, model.config.tie_word_embeddings)
     shards = STRATEGIES[config.sharding_strategy].ranks_per_copy(rank_info.world, config.hybrid_shard_size)
-    index = rank_info.rank % shards  # ranks of a copy follow one another
-    total, host = (sum(p.nbytes(shards, index) for p in held) for held in (parts, on_host))
-    trained = sum(math.prod(p.shape) for p in parts if p.kind == "trained")
-    return Share(weight_bytes(parts), trained, total - host, host, len(parts))
+    index = rank_info.rank % shards  # the ranks of a copy are consecutive
+    total, host = (sum(p.nbytes(shards, index) for p in group) for group in (planned, on_host))
+    trained = sum(math.prod(p.shape) for p in planned if p.kind == "trained")
+    return ExpectedMemory(weight_bytes(planned), trained, total - host, host, len(planned))
 
 
-def check_loaded(model: nn.Module, expected: Share, before: int) -> None:
-    """Raises AssertionError unless the rank holds what it should, within TOLERANCE: in host memory by the storage of
-    its parameters, on a GPU by all that was allocated since `before`, so that a copy that was not freed shows there."""
+def check_loaded(model: nn.Module, expected: ExpectedMemory, before: int) -> None:
+    """Raise AssertionError unless the rank's weights take the expected memory, within TOLERANCE.
+
+    In host memory the parameters' storages count. On a GPU all that was allocated since `before` (bytes)
+    counts, so that a copy that was not freed shows.
+    """
     held = [("host", memory.host_weight_bytes(model), expected.on_host, 0)]
     if expected.on_gpu:
-        rounding = PER_TENSOR * (expected.tensors + sum(1 for _ in model.buffers()))
+        rounding = ROUNDING_PER_TENSOR * (expected.n_tensors + sum(1 for _ in model.buffers()))
         held.append(("GPU", memory.gpu_bytes_allocated() - before, expected.on_gpu, rounding))
     for where, found, wanted, rounding in held:
         assert abs(found - wanted) <= TOLERANCE * wanted + rounding, (
-            f"the loaded weights take {format_bytes(found)} of {where} memory on this rank; the checkpoint's shapes and the"
-            f" options say {format_bytes(wanted)}"
+            f"the loaded weights take {format_bytes(found)} of {where} memory on this rank;"
+            f" the checkpoint's shapes and the options say {format_bytes(wanted)}"
         )
 
 
 @dataclass(frozen=True)
-class Shape:
-    """What of a run decides on its memory, besides its options. tokens: T; layer: bytes of the largest decoder layer,
-    with what is trained in it; ends: of the embedding or the head where they are trained, else 0; on_host: of the
-    embedding where it lies in host memory."""
+class RunSizes:
+    """The sizes of a run's model and data; with the options they determine its memory.
+
+    Attributes:
+        tokens: T.
+        eager: whether attention is eager, which keeps its scores.
+        weights: bytes of the whole model.
+        layer: bytes of the largest decoder layer, with its trained parameters.
+        vocabulary_bytes: bytes of the embedding or the head if they are trained, else 0.
+        on_host: bytes of the embedding if it is in host memory, else 0.
+    """
 
     tokens: int
     hidden: int
@@ -205,73 +244,74 @@ class Shape:
     eager: bool
     weights: WeightBytes
     layer: int
-    ends: int
+    vocabulary_bytes: int
     on_host: int = 0
 
 
-def measure(
-    described: PretrainedConfig,
+def run_sizes(
+    model_config: PretrainedConfig,
     family: Family,
     config: Config,
     precision: Precision,
     files: CheckpointFiles,
     tokens: int,
-) -> Shape:
-    """The Shape of a model and data under the options `config`. described: the model's config; tokens: of the longest
-    row. No memory is taken."""
-    model = build_on_meta(described, family)
-    parts = plan(model, family, config, precision, files)
-    layers: Counter[int | None] = Counter()
-    for part in parts:
-        layers[family.locate_layer(part.name)[0]] += part.nbytes()
-    del layers[None]  # what is outside of them
-    ends = [p for p in parts if p.name in vocabulary(family)]
-    return Shape(
+) -> RunSizes:
+    """Return the sizes of a model and its data under the options `config`; takes no memory.
+
+    tokens: of the longest row.
+    """
+    model = build_on_meta(model_config, family)
+    planned = plan_parameters(model, family, config, precision, files)
+    layer_bytes: Counter[int | None] = Counter()
+    for p in planned:
+        layer_bytes[family.locate_layer(p.name)[0]] += p.nbytes()
+    del layer_bytes[None]  # parameters outside of the layers
+    vocabulary = [p for p in planned if p.name in vocabulary_weights(family)]
+    return RunSizes(
         tokens=tokens,
-        hidden=described.hidden_size,
-        vocabulary=described.vocab_size,
-        layers=len(layers),
-        heads=described.num_attention_heads,
+        hidden=model_config.hidden_size,
+        vocabulary=model_config.vocab_size,
+        layers=len(layer_bytes),
+        heads=model_config.num_attention_heads,
         eager=family.attention == "eager",
-        weights=weight_bytes(parts),
-        layer=max(layers.values()),
-        ends=max(p.nbytes() * (p.kind == "trained") for p in ends),
-        on_host=sum(p.nbytes() for p in resting_on_host(parts, family, described.tie_word_embeddings)),
+        weights=weight_bytes(planned),
+        layer=max(layer_bytes.values()),
+        vocabulary_bytes=max(p.nbytes() * (p.kind == "trained") for p in vocabulary),
+        on_host=sum(p.nbytes() for p in host_parameters(planned, family, model_config.tie_word_embeddings)),
     )
 
 
-def estimate(config: Config, precision: Precision, shape: Shape) -> float:
-    """Bytes that a GPU holds at the peak of a step. config: resolved, with its world_size."""
+def estimate_peak(config: Config, precision: Precision, sizes: RunSizes) -> float:
+    """Return the bytes that a GPU holds at the peak of a step. config: resolved, with its world_size."""
     strategy = STRATEGIES[config.sharding_strategy]
     shards = strategy.ranks_per_copy(config.world_size, config.hybrid_shard_size)
-    trained, everything = shape.weights.trained, shape.weights.total - shape.on_host
+    trained, weights = sizes.weights.trained, sizes.weights.total - sizes.on_host
     if config.optimizer == "adamw_8bit":
-        states = STATE_BYTES_8BIT * trained / precision.trained.itemsize
+        optimizer_states = STATE_BYTES_8BIT * trained / precision.trained.itemsize
     else:
-        states = STATES.get(config.optimizer, 2.0) * trained
-    resident = 0 if config.use_cpu_offload else (everything + trained + states) / shards
+        optimizer_states = STATES.get(config.optimizer, 2.0) * trained
+    resident = 0 if config.use_cpu_offload else (weights + trained + optimizer_states) / shards
     if config.no_sync and config.gradient_accumulation_steps > 1:
-        resident += trained  # gradients that are not yet reduced
+        resident += trained  # gradients that are not reduced yet
     gathered = (
-        everything
-        if strategy.keeps_gathered
-        else shape.layer * (1 if config.wrap_policy == "sublayer" else 2)
+        weights if strategy.keeps_gathered else sizes.layer * (1 if config.wrap_policy == "sublayer" else 2)
     )
     if shards == config.world_size == 1 and not config.use_cpu_offload:
-        gathered = 0  # everything is there
-    rows = config.batch_size * shape.tokens
-    value = precision.frozen.itemsize
-    inner = LAYER_ACTIVATIONS * rows * shape.hidden * precision.matmul_dtype.itemsize
-    inner += 8 * shape.eager * shape.heads * rows * shape.tokens
+        gathered = 0  # nothing is sharded
+    rows = config.batch_size * sizes.tokens
+    matmul_bytes = precision.matmul_dtype.itemsize
+    activations = LAYER_ACTIVATIONS * rows * sizes.hidden * matmul_bytes
+    activations += 8 * sizes.eager * sizes.heads * rows * sizes.tokens
     if config.use_gradient_checkpointing:
-        kept = rows * shape.hidden * value * (2 if config.use_activation_cpu_offload else shape.layers)
+        saved_layers = 2 if config.use_activation_cpu_offload else sizes.layers
+        saved = rows * sizes.hidden * precision.frozen.itemsize * saved_layers
     else:
-        kept, inner = inner * shape.layers, 0
-    chunk = min(LOGITS_BYTES, rows * shape.vocabulary * precision.matmul_dtype.itemsize)
-    # A frozen head stays in its shards, and blocks of the hidden states of all its ranks come to each, with their
-    # gradient in 16 bits and in fp32; a trained one is gathered.
-    states = 2 * rows * shape.hidden * precision.matmul_dtype.itemsize
-    if shards > 1 and not shape.ends:
-        states += 2 * min(HIDDEN_BYTES, 4 * rows * shards * shape.hidden)
-    loss = LOGITS * chunk + states + 2 * shape.ends
-    return resident + kept + max(gathered + inner, loss + strategy.keeps_gathered * gathered)
+        saved, activations = activations * sizes.layers, 0
+    logits_chunk = min(LOGITS_BYTES, rows * sizes.vocabulary * matmul_bytes)
+    # A frozen head stays sharded: each rank gets all ranks' hidden states, a block at a time, with their
+    # gradients in 16 bits and in fp32. A trained head is gathered.
+    hidden_states = 2 * rows * sizes.hidden * matmul_bytes
+    if shards > 1 and not sizes.vocabulary_bytes:
+        hidden_states += 2 * min(HIDDEN_BYTES, 4 * rows * shards * sizes.hidden)
+    loss = LOGITS * logits_chunk + hidden_states + 2 * sizes.vocabulary_bytes
+    return resident + saved + max(gathered + activations, loss + strategy.keeps_gathered * gathered)

@@ -1,8 +1,8 @@
-"""Metrics of each optimizer step, over all ranks: measured by `Meter`, and read back from metrics.jsonl.
+"""Metrics of each optimizer step over all ranks: measured by `Meter`, and read back from metrics.jsonl.
 
-Each rank's numbers of a step become a row of a table [ranks, columns]. Its columns: the rank's share of the
-loss, the gradient's norm, bytes allocated and reserved at the step's peak, and bytes in use after forward and
-after backward where these were measured. The table is on its way to the host while the GPU goes on.
+Each rank's numbers of a step are a row of a table [ranks, columns]. Its columns: the rank's share of the
+loss, the gradient's norm, bytes allocated and reserved at the step's peak, and, if they were measured, bytes
+in use after forward and after backward. The table is copied to the host while the GPU goes on.
 """
 
 from __future__ import annotations
@@ -20,20 +20,28 @@ import torch.distributed as dist
 
 from data.batches import Step
 from launch import memory
+from launch.memory import GIB
 from options.errors import UserError
 from options.limits import MAX_METRICS_LINE_BYTES
-
-GIB = 2**30
 
 
 @dataclass(frozen=True)
 class Metrics:
-    """One optimizer step, over all ranks. tokens: real ones, padding not counted; trained_tokens: the
-    targets among them; memory: of the rank that has most, GPU peak of this step (on CPU, the process's
-    largest resident size so far), and what was in use when the last forward and the last backward of the step
-    ended. eval_loss: mean over the targets of the evaluation set, after this step, and
-    eval_perplexity its exponential, where the step was evaluated. bad_steps: steps skipped so far, if any;
-    applied_steps: steps so far that changed the weights, which is not in metrics.jsonl."""
+    """One optimizer step over all ranks: a line of metrics.jsonl, by field name.
+
+    Memory is that of the rank that has most.
+
+    Attributes:
+        tokens: without padding.
+        trained_tokens: the targets among them.
+        memory_allocated_gib, memory_reserved_gib: the GPU's peak in this step; on a CPU, the process's
+            largest resident size so far.
+        memory_after_forward_gib, memory_after_backward_gib: in use when the last one of the step ended.
+        eval_loss: mean over the targets of the evaluation set after this step, if it was evaluated.
+        eval_perplexity: its exponential.
+        bad_steps: steps skipped so far, if any.
+        applied_steps: steps so far that changed the weights; not in metrics.jsonl.
+    """
 
     step: int
     epoch: float
@@ -54,32 +62,32 @@ class Metrics:
     applied_steps: int | None = None
 
     def fields(self) -> dict[str, int | float]:
-        """What metrics.jsonl says of the step, by name; without what the step does not have."""
+        """Return the values for metrics.jsonl, by name, without those that the step does not have."""
         fields = dataclasses.asdict(self)
         del fields["applied_steps"]
         return {k: v for k, v in fields.items() if v is not None}
 
 
-class HostMoment:
-    """What a torch.cuda.Event is to a GPU's work, of the host's, which is done when it is there."""
+class HostEvent:
+    """A torch.cuda.Event's counterpart for the host's work, which is done when the event is created."""
 
     def __init__(self):
-        self.at = time.perf_counter()
+        self.seconds = time.perf_counter()
 
     def synchronize(self) -> None: ...
 
-    def elapsed_time(self, later: HostMoment) -> float:
-        """In milliseconds."""
-        return (later.at - self.at) * 1000
+    def elapsed_time(self, later: HostEvent) -> float:
+        """Return milliseconds."""
+        return (later.seconds - self.seconds) * 1000
 
 
-Moment = torch.cuda.Event | HostMoment
+Event = torch.cuda.Event | HostEvent
 
 
-def moment(device: torch.device) -> Moment:
-    """When the device is through with what is queued now."""
+def record_event(device: torch.device) -> Event:
+    """Return an event that is complete when the device has finished all work queued so far."""
     if device.type != "cuda":
-        return HostMoment()
+        return HostEvent()
     event = torch.cuda.Event(enable_timing=True)
     event.record()
     return event
@@ -87,69 +95,83 @@ def moment(device: torch.device) -> Moment:
 
 @dataclass(frozen=True)
 class Reading:
-    """What all ranks read of an optimizer step, the index-th from 1, on its way to the host. table: [ranks, columns] fp64
-    on the host, filled at the moment `copied`; finite: whether the loss and the gradient's norm are, a scalar on the
-    device."""
+    """The numbers of an optimizer step over all ranks, being copied to the host.
+
+    Attributes:
+        index: the optimizer step, from 1.
+        table: [ranks, columns] fp64 on the host; complete at the event `copied`.
+        finite: whether the loss and the gradient's norm are finite; a scalar on the device.
+    """
 
     index: int
     step: Step
     lr: float
     table: torch.Tensor
-    copied: Moment
+    copied: Event
     finite: torch.Tensor
 
     def wait(self) -> torch.Tensor:
-        """The table. Waits for the GPU."""
+        """Return the table. Waits for the GPU."""
         self.copied.synchronize()
         return self.table
 
     def loss(self) -> float:
+        """Return the step's mean loss. Waits for the GPU."""
         return self.wait()[:, 0].sum().item()
 
     def grad_norm(self) -> float:
+        """Return the gradient's norm. Waits for the GPU."""
         return self.wait()[0, 1].item()
 
 
 @dataclass(frozen=True)
 class Lap:
-    """From the end of a step, or of what `Meter.restart` leaves out, to the end of the next step."""
+    """The time from the end of a step, or from `Meter.restart`, to the end of the next step."""
 
-    began: Moment
-    ended: Moment
+    start: Event
+    end: Event
 
     def seconds(self) -> float:
-        """Waits for the GPU."""
-        self.ended.synchronize()
-        return self.began.elapsed_time(self.ended) / 1000  # type: ignore[arg-type] # both are of one device
+        """Return the duration. Waits for the GPU."""
+        self.end.synchronize()
+        return self.start.elapsed_time(self.end) / 1000  # type: ignore[arg-type] # both are of one device
 
 
 class Meter:
     """Measures steps on every rank."""
 
-    def __init__(self, device: torch.device, held: dict[str, int]):
-        """held: bytes in use after each phase, kept up to date by a Profiler."""
-        self.device, self.held = device, held
+    def __init__(self, device: torch.device, phase_bytes: dict[str, int]):
+        """phase_bytes: bytes in use after each phase; a Profiler updates it."""
+        self.device, self.phase_bytes = device, phase_bytes
         self.restart()
 
     def read(self, index: int, step: Step, lr: float, loss: torch.Tensor, grad_norm: torch.Tensor) -> Reading:
-        """loss: this rank's share of the step's mean loss. Collective. Waits for nothing."""
+        """Start the copy of a step's numbers to the host. Collective. Waits for nothing.
+
+        Args:
+            index: the optimizer step, from 1.
+            step: its batches.
+            lr: its learning rate.
+            loss: this rank's share of the step's mean loss.
+            grad_norm: of all ranks.
+        """
         # With --use_cpu_offload the norm is on the CPU.
-        mine = torch.stack([loss.double(), grad_norm.to(self.device).double(), *self._memory()])
-        ranks = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-        dist.all_gather(ranks, mine)
+        local = torch.stack([loss.double(), grad_norm.to(self.device).double(), *self._memory()])
+        ranks = [torch.empty_like(local) for _ in range(dist.get_world_size())]
+        dist.all_gather(ranks, local)
         table = torch.stack(ranks)
         finite = (table[:, 0].sum() + table[0, 1]).isfinite()
         host = table.to("cpu", non_blocking=True)
-        return Reading(index, step, lr, host, moment(self.device), finite)
+        return Reading(index, step, lr, host, record_event(self.device), finite)
 
     def lap(self) -> Lap:
-        """The step's time, once the optimizer's step is queued. Waits for nothing."""
-        began = self.last
+        """Return the step's time; call it once the optimizer's step is queued. Waits for nothing."""
+        start = self.last
         self.restart()
-        return Lap(began, self.last)
+        return Lap(start, self.last)
 
     def measure(self, reading: Reading, lap: Lap) -> Metrics:
-        """The loop's one wait for the GPU. What is queued behind the two goes on meanwhile."""
+        """Return the step's metrics. The loop's only wait for the GPU; work queued later goes on."""
         table, seconds, step = reading.wait(), lap.seconds(), reading.step
         phases: dict[str, Any] = {
             f"memory_after_{p}_gib": table[:, i].max().item() / GIB for i, p in self._phases()
@@ -170,24 +192,30 @@ class Meter:
         )
 
     def _phases(self) -> list[tuple[int, str]]:
-        """(its column, its name) of the phases that were measured."""
-        return list(enumerate((p for p in ("forward", "backward") if p in self.held), start=4))
+        """Return (column, name) of the phases that were measured."""
+        return list(enumerate((p for p in ("forward", "backward") if p in self.phase_bytes), start=4))
 
     def restart(self) -> None:
-        """Leaves out of the next step's time what was done since the last one; its memory still counts."""
-        self.last = moment(self.device)
+        """Exclude the time since the last step from the next step's time; its memory still counts."""
+        self.last = record_event(self.device)
 
     def _memory(self) -> list[torch.Tensor]:
-        gpu = self.device.type == "cuda"
-        peaks = memory.PEAK_MEMORY.pop_step_peak() if gpu else (memory.peak_resident_bytes(),) * 2
-        sizes = *peaks, *(self.held[p] for _, p in self._phases())
-        # Not torch.tensor, which copies from the host and waits until the GPU has come to it.
+        """Return the table's columns of memory, as fp64 scalars on the device."""
+        peaks = (
+            memory.PEAK_MEMORY.pop_step_peak()
+            if self.device.type == "cuda"
+            else (memory.peak_resident_bytes(),) * 2
+        )
+        sizes = *peaks, *(self.phase_bytes[p] for _, p in self._phases())
+        # torch.tensor would copy from the host, and wait until the GPU reaches the copy.
         return [torch.full((), size, dtype=torch.float64, device=self.device) for size in sizes]
 
 
 def read_metrics(path: Path, length: int | None = None) -> list[Metrics]:
-    """The lines of metrics.jsonl, one for each step so far; length: bytes of it that are read, None = all. Raises
-    UserError where it holds anything else."""
+    """Return the lines of metrics.jsonl, one for each step so far.
+
+    length: the bytes to read, None = all. Raises UserError if a line is not as a run writes it.
+    """
     found: list[Metrics] = []
     with path.open("rb") as file:
         while (length is None or file.tell() < length) and (line := file.readline(MAX_METRICS_LINE_BYTES)):
@@ -197,14 +225,14 @@ def read_metrics(path: Path, length: int | None = None) -> list[Metrics]:
                     k: math.nan if v is None else v for k, v in json.loads(line).items()
                 }
                 found.append(Metrics(**values))
-                right = found[-1].step == number and all(type(v) in (int, float) for v in values.values())
+                is_valid = found[-1].step == number and all(type(v) in (int, float) for v in values.values())
             except (ValueError, TypeError, AttributeError, RecursionError):
-                right = False
-            if not right:
+                is_valid = False
+            if not is_valid:
                 raise UserError(f"{path}: line {number} is not as a run writes it")
     return found
 
 
-def too_many(count: int | None, most: int) -> bool:
-    """Whether --max_bad_steps ends a run with so many skipped steps."""
-    return 0 <= most < (count or 0)
+def exceeds_bad_steps(count: int | None, max_bad_steps: int) -> bool:
+    """Return whether --max_bad_steps ends a run that skipped `count` steps."""
+    return 0 <= max_bad_steps < (count or 0)

@@ -1,6 +1,6 @@
-"""Writes the page about a run, <output_dir>/report.html: train.py at the end of a run, report.py again.
+"""Writes <output_dir>/report.html: called by train.py at the end of a run, and by report.py at any time.
 
-All that it shows is in the RUN: config.yaml, metrics.jsonl, samples.jsonl where there is one, and run.json.
+The report shows files of the RUN: config.yaml, metrics.jsonl, run.json, and samples.jsonl if it exists.
 monitoring/run_files.py reads them, monitoring/report_page.py makes the page.
 """
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from files.atomic_writes import write_text
 from launch.program import print_error
-from monitoring.report_page import page
+from monitoring.report_page import render_report
 from monitoring.run_files import read_run
 from options.errors import UserError
 
@@ -18,16 +18,15 @@ PAGE = "report.html"
 
 
 def write_report(folder: Path) -> Path:
-    """Makes folder/report.html. Raises UserError as `read_run` does."""
-    run = read_run(folder)
-    # A name may hold bytes that are no text; in the page they are question marks.
-    text = page(run).encode("utf-8", "replace").decode("utf-8")
-    write_text(folder / PAGE, text)
+    """Write folder/report.html and return its path. Raises UserError as `read_run` does."""
+    page = render_report(read_run(folder))
+    # A file name may hold bytes that are not text; the page shows them as question marks.
+    write_text(folder / PAGE, page.encode("utf-8", "replace").decode("utf-8"))
     return folder / PAGE
 
 
 def run(folder: Path) -> int:
-    """Returns the exit status: 0, or 2 for something the user can put right."""
+    """Write the report of a RUN and return the exit status: 0, or 2 for an error that the user can fix."""
     try:
         print(write_report(folder))
     except UserError as e:

@@ -1,128 +1,218 @@
-"""The curves and bars of report.html and memory.html: plain SVG, made here.
-
-A chart must keep its text readable on a telephone and on a wide screen. So nothing is scaled but the curve: its
-SVG is stretched (preserveAspectRatio="none", strokes keep their width), while ticks and labels stand beside it
-at positions in per cent and in pixels. Colours and fonts are classes, which page.css fills in.
-
-Coordinates inside a curve: x 0 to 1000 from the first to the last step (or from 0 to the last second), y in
-pixels from the top.
-"""
+"""Data and axes of the charts in report.html and memory.html, which templates/charts.html.j2 draws as SVG."""
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from html import escape
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
 
-WIDE, LABELS = 1000, 62  # width of a curve in its own units; width of the labels of the y axis in pixels
-LEGEND = 20  # pixels of a legend's line
-TOP, BOTTOM = 8, 24  # pixels above the highest value; pixels below the lowest, for the labels of the x axis
+LEGEND_HEIGHT = 20  # pixels of a legend's line
+TOP = 8  # pixels above the highest value
+
+Points = list[tuple[float, float]]
 
 
 @dataclass(frozen=True)
 class Series:
-    """One curve. points: (step or seconds, value) in their order, null values left out; style: its class, one of
-    "main", "faint", "second"; dots: a mark on each point, where there are few."""
+    """One curve.
+
+    Attributes:
+        points: (step or seconds, value), in order; only finite values.
+        style: its class in page.css: "main", "faint" or "second".
+        has_dots: whether each point gets a mark.
+    """
 
     name: str
-    points: list[tuple[float, float]]
+    points: Points
     style: str = "main"
-    dots: bool = False
+    has_dots: bool = False
 
 
 @dataclass(frozen=True)
 class Band:
-    """A stretch of the x axis, in its units. style: its class; note: what a browser shows when pointed at it."""
+    """A coloured interval of the x axis, in its units; page.css has a class for each name."""
 
     name: str
     start: float
     end: float
-    style: str
-    note: str
+    note: str  # a browser shows it when the band is pointed at
 
 
 @dataclass(frozen=True)
 class Axis:
-    """low, high: the values at bottom and top; ticks: the values that have a line; log: a logarithmic scale."""
+    """A scale from the value `low` to the value `high`.
+
+    Attributes:
+        ticks: the values that get a grid line and a label.
+        labels: a text for each tick.
+        is_log: whether the scale is logarithmic.
+    """
 
     low: float
     high: float
     ticks: list[float] = field(default_factory=list)
-    log: bool = False
+    labels: list[str] = field(default_factory=list)
+    is_log: bool = False
 
     def share(self, value: float) -> float:
-        """Where the value lies: 0 at the bottom, 1 at the top."""
-        at, low, high = (math.log10(v) if self.log else v for v in (value, self.low, self.high))
-        return (at - low) / (high - low)
+        """Return the position of a value: 0 at the low end, 1 at the high end."""
+        position, low, high = (math.log10(v) if self.is_log else v for v in (value, self.low, self.high))
+        return (position - low) / (high - low)
+
+    @property
+    def labelled_ticks(self) -> list[tuple[float, str]]:
+        """(share of the axis, label) of each tick."""
+        return [(self.share(v), label) for v, label in zip(self.ticks, self.labels, strict=True)]
 
 
-def downsample(points: list, buckets: int = 250) -> list:
-    """At most 2 * buckets + 2 points: the lowest and the highest of each of equal spans of steps, in order, and the
-    first and the last point. What stands out, up or down, stays."""
+@dataclass(frozen=True)
+class Chart:
+    """A figure with curves over bands, or with bars.
+
+    Attributes:
+        series: the curves; each has a point.
+        bars: counts[i] of the values in (i * bar_width, (i + 1) * bar_width].
+        height: pixels of the plot and its legend.
+        group: charts of a group show their crosshairs together.
+        pointer_label: names a position on the x axis; {} is its value.
+    """
+
+    title: str
+    unit: str
+    x: Axis
+    y: Axis
+    series: Sequence[Series] = ()
+    bands: Sequence[Band] = ()
+    bars: Sequence[int] = ()
+    bar_width: int = 0
+    height: int = 150
+    group: str = "steps"
+    pointer_label: str = "step {}"
+
+    @property
+    def values(self) -> list[float]:
+        """The values of all curves."""
+        return [value for s in self.series for _, value in s.points]
+
+    @property
+    def plot_height(self) -> int:
+        """Pixels of the plot; less with a legend, so that cards side by side are equally tall."""
+        return self.height - LEGEND_HEIGHT * (len(self.series) > 1)
+
+    def y_pixel(self, share: float) -> float:
+        """Return the pixels from the top of a share of the y axis."""
+        return round(TOP + (1 - share) * (self.plot_height - TOP), 1)
+
+    @property
+    def summary(self) -> str:
+        """The picture in words."""
+        ends = (f"{s.name} {number(s.points[0][1])} to {number(s.points[-1][1])}" for s in self.series)
+        return ", ".join(ends) or "histogram"
+
+    @property
+    def data(self) -> dict:
+        """The JSON that page.js reads. A point: [x, value, pixels from the top]."""
+
+        def row(x: float, value: float) -> list[float]:
+            # One pixel above the grid: a curve at the very bottom keeps its whole stroke.
+            return [x, float(f"{value:.5g}"), round(self.y_pixel(self.y.share(value)) - 1, 1)]
+
+        return {
+            "from": self.x.low,
+            "to": self.x.high,
+            "group": self.group,
+            "label": self.pointer_label,
+            "series": [
+                {"name": s.name, "style": s.style, "points": [row(*point) for point in downsample(s.points)]}
+                for s in self.series
+            ],
+        }
+
+
+def downsample(points: Points, buckets: int = 250) -> Points:
+    """Return at most 2 * buckets + 2 points: the first, the last, and each bucket's lowest and highest.
+
+    The buckets are equal intervals of x. Outliers in both directions stay.
+    """
     if len(points) <= 2 * buckets:
         return points
     first, last = points[0][0], points[-1][0]
-    spans: list[list] = [[] for _ in range(buckets)]
+    intervals: list[Points] = [[] for _ in range(buckets)]
     for point in points:
-        spans[min(int((point[0] - first) / (last - first) * buckets), buckets - 1)].append(point)
-    kept = {points[0], points[-1]}
-    for span in filter(None, spans):
-        kept |= {min(span, key=lambda p: p[1]), max(span, key=lambda p: p[1])}
-    return sorted(kept)
+        intervals[min(int((point[0] - first) / (last - first) * buckets), buckets - 1)].append(point)
+    chosen = {points[0], points[-1]}
+    for interval in filter(None, intervals):
+        chosen |= {min(interval, key=lambda p: p[1]), max(interval, key=lambda p: p[1])}
+    return sorted(chosen)
 
 
-def running_mean(points: list, window: int) -> list:
-    """The mean of the last `window` points, at each point; of those there are, at the beginning."""
-    sums, total = [0.0], 0.0
-    for _, value in points:
-        total += value
-        sums.append(total)
+def running_mean(points: Points, window: int) -> Points:
+    """Return the mean of the last `window` points (fewer at the beginning) at each point."""
+    sums = [*accumulate((value for _, value in points), initial=0.0)]
     return [(x, (sums[i] - sums[max(0, i - window)]) / min(i, window)) for i, (x, _) in enumerate(points, 1)]
 
 
-def nice_step(span: float, most: int) -> float:
-    """The smallest of 1, 2, 2.5, 5 times a power of ten that divides span into at most `most` parts."""
-    power = 10.0 ** math.floor(math.log10(span / most))
-    return next(m * power for m in (1, 2, 2.5, 5, 10, 20) if span <= most * m * power * (1 + 1e-9))
+def nice_step(span: float, max_intervals: int) -> float:
+    """Return the smallest 1, 2, 2.5 or 5 times 10**n that cuts span into at most max_intervals."""
+    power = 10.0 ** math.floor(math.log10(span / max_intervals))
+    return next(m * power for m in (1, 2, 2.5, 5, 10, 20) if span <= max_intervals * m * power * (1 + 1e-9))
 
 
-def value_axis(values: list[float], most: int = 4, zero: bool = True) -> Axis:
-    """Round numbers around the values, and 0 with `zero`; logarithmic where a few lie so far above the others that
-    nothing else would show."""
+def needs_log(values: list[float]) -> bool:
+    """Return whether a few values are so far above the others that a linear scale shows nothing else."""
+    return min(values) > 0 and max(values) > 50 * sorted(values)[len(values) // 2]
+
+
+def value_axis(values: list[float], max_intervals: int = 4, zero: bool = True) -> Axis:
+    """Return an axis around the values with about max_intervals ticks, logarithmic if they need it."""
+    return log_axis(values, max_intervals) if needs_log(values) else linear_axis(values, max_intervals, zero)
+
+
+def log_axis(values: list[float], max_intervals: int = 4) -> Axis:
+    """Return a logarithmic axis around positive values; its ends are 1, 2 or 5 times a power of ten."""
+    bottom, top = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)))
+    levels = [m * 10.0**e for e in range(bottom - 1, top + 1) for m in (1, 2, 5)]
+    low = max(v for v in levels if v <= min(values))
+    high = min((v for v in levels if v > low and v >= max(values)), default=2 * 10.0**top)
+    ticks = [v for v in levels if low <= v <= high]
+    if len(ticks) > 2 * max_intervals:  # whole powers of ten
+        ticks = [10.0**e for e in range(bottom, top + 1, max(1, math.ceil((top - bottom) / max_intervals)))]
+        low, high = 10.0**bottom, 10.0**top
+    return Axis(low, high, ticks, [tick_label(v, v) for v in ticks], is_log=True)
+
+
+def linear_axis(values: list[float], max_intervals: int = 4, zero: bool = True) -> Axis:
+    """Return a linear axis with round numbers around the values, and around 0 if `zero`."""
     low, high = min(values), max(values)
-    middle = sorted(values)[len(values) // 2]
-    if low > 0 and high > 50 * middle:
-        bottom, top = math.floor(math.log10(low)), math.ceil(math.log10(high))
-        every = max(1, math.ceil((top - bottom) / most))
-        return Axis(10.0**bottom, 10.0**top, [10.0**e for e in range(bottom, top + 1, every)], log=True)
     if zero or low == high:
         low, high = min(low, 0.0), max(high, 0.0)
     if low == high:
         high = 1.0
-    step = nice_step(high - low, most)
+    step = nice_step(high - low, max_intervals)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return Axis(first * step, last * step, [i * step for i in range(first, last + 1)])
+    ticks = [i * step for i in range(first, last + 1)]
+    return Axis(first * step, last * step, ticks, [tick_label(v, step) for v in ticks])
 
 
-def step_axis(first: int, last: int, most: int = 4) -> Axis:
-    """From the first to the last step; ticks at round steps, and none beside another one."""
+def step_axis(first: int, last: int, max_intervals: int = 4) -> Axis:
+    """Return an axis between two steps, with ticks at both and at round steps that do not overlap them."""
     if first == last:
-        return Axis(first - 1, last + 1, [first])
-    step = max(1, int(nice_step(last - first, most)))
-    inner = [s for s in range(0, last, step) if min(s - first, last - s) > step / 2]
-    return Axis(first, last, [first, *inner, last])
+        return Axis(first - 1, last + 1, [first], [f"{first:,}"])
+    step = max(1, int(nice_step(last - first, max_intervals)))
+    ticks = [first, *(s for s in range(0, last, step) if min(s - first, last - s) > step / 2), last]
+    return Axis(first, last, [*ticks], [f"{s:,}" for s in ticks])
 
 
-def time_axis(seconds: float, most: int = 4) -> Axis:
-    """From 0 to exactly so many seconds; ticks at round numbers of them."""
-    step = nice_step(seconds, most)
-    return Axis(0.0, seconds, [i * step for i in range(int(seconds / step + 1e-9) + 1)])
+def time_axis(seconds: float, max_intervals: int = 4) -> Axis:
+    """Return an axis from 0 to `seconds`, with ticks at round numbers of seconds."""
+    step = nice_step(seconds, max_intervals)
+    ticks = [i * step for i in range(int(seconds / step + 1e-9) + 1)]
+    return Axis(0.0, seconds, ticks, [f"{tick_label(v, step)} s" for v in ticks])
 
 
 def number(value: float) -> str:
-    """A value with about four digits: 12.96, 5,677, 3.00e-4."""
+    """Return a value with about four digits: 12.96, 5,677, 3.00e-4."""
     if value == 0:
         return "0"
     size = abs(value)
@@ -131,11 +221,15 @@ def number(value: float) -> str:
     return f"{value:,.0f}" if size >= 1000 else f"{value:.4g}"
 
 
-def tick(value: float, axis: Axis) -> str:
-    """A tick's label: as many decimals as tell the ticks apart."""
+def short_duration(seconds: float) -> str:
+    """Return 1.2 s, 350 ms."""
+    return f"{seconds:.1f} s" if seconds >= 1 else f"{seconds * 1000:.0f} ms"
+
+
+def tick_label(value: float, step: float) -> str:
+    """Return a tick's label with the decimals that distinguish ticks `step` apart."""
     if value == 0:
         return "0"
-    step = axis.ticks[1] - axis.ticks[0] if len(axis.ticks) > 1 and not axis.log else abs(value)
     if abs(value) >= 1e6 or step < 1e-3:
         mantissa, _, exponent = f"{value:.2e}".partition("e")
         return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
@@ -143,131 +237,25 @@ def tick(value: float, axis: Axis) -> str:
     return f"{value:,.{decimals}f}"
 
 
-def _frame(
-    x: Axis, y: Axis, height: int, curve: str, label: str, x_labels: list[str], bands: Sequence[Band] = ()
-) -> str:
-    """Axes, grid, bands and labels around the inner SVG `curve`. label: the picture in words."""
-
-    def level(value: float) -> str:
-        return f"{TOP + (1 - y.share(value)) * (height - TOP):.1f}"
-
-    names = "".join(
-        f'<text x="{LABELS - 8}" y="{level(v)}" dy="4" text-anchor="end">{tick(v, y)}</text>' for v in y.ticks
-    )
-    grid = "".join(
-        f'<line class="{"base" if v == y.low else "grid"}" x1="0" x2="100%" y1="{level(v)}" y2="{level(v)}"/>'
-        for v in y.ticks
-    )
-    below = ""
-    for value, text in zip(x.ticks, x_labels, strict=True):
-        at = x.share(value)
-        anchor = "start" if at < 0.03 else "end" if at > 0.97 else "middle"
-        below += f'<text x="{100 * at:.2f}%" y="{height + 18}" text-anchor="{anchor}">{text}</text>'
-
-    def stretched(inner: str) -> str:
-        size = f'viewBox="0 0 {WIDE} {height}" preserveAspectRatio="none" width="100%" height="{height}"'
-        return f"<svg {size}>{inner}</svg>" if inner else ""
-
-    under = stretched("".join(_band(b, x, height) for b in bands))  # so that the grid is seen
-    return (
-        f'<div class="plot"><svg class="labels" width="{LABELS}" height="{height + BOTTOM}" aria-hidden="true">'
-        f'{names}</svg><svg class="area" width="100%" height="{height + BOTTOM}" role="img"'
-        f' aria-label="{escape(label)}">{under}{grid}{stretched(curve)}{_band_names(bands, x)}{below}</svg></div>'
-    )
-
-
-def curves(
-    title: str, unit: str, series: list[Series], steps: tuple[int, int], height: int = 150, zero: bool = True
-) -> str:
-    """A figure with curves over the optimizer steps, from steps[0] to steps[1]; empty text without a point.
-    zero: the y axis has 0."""
+def step_chart(
+    title: str, unit: str, series: list[Series], steps: tuple[int, int], height: int = 150
+) -> list[Chart]:
+    """Return one chart of curves over the steps steps[0] to steps[1]; none if no curve has a point."""
     series = [s for s in series if s.points]
     if not series:
-        return ""
-    x, y = step_axis(*steps), value_axis([value for s in series for _, value in s.points], zero=zero)
-    return plot(title, unit, series, (x, y), [f"{int(v):,}" for v in x.ticks], ("steps", "step {}"), height)
+        return []
+    y = value_axis([value for s in series for _, value in s.points])
+    return [Chart(title, unit, step_axis(*steps), y, series, height=height)]
 
 
-def plot(
-    title: str,
-    unit: str,
-    series: list[Series],
-    axes: tuple[Axis, Axis],
-    x_labels: list[str],
-    pointed: tuple[str, str],
-    height: int,
-    bands: Sequence[Band] = (),
-) -> str:
-    """A figure with curves, each of which has a point, over `bands`. axes: x, y; x_labels: of x's ticks; pointed:
-    the group of figures whose crosshairs move together, and how a place on their x axis is told."""
-    x, y = axes
-    height -= LEGEND if len(series) > 1 else 0  # so that cards side by side are equally tall
-
-    def place(point: tuple[float, float]) -> str:
-        # A curve at the very top or bottom keeps its whole width: TOP pixels are left, and 1 below.
-        return f"{x.share(point[0]) * WIDE:.1f},{TOP + (1 - y.share(point[1])) * (height - TOP) - 1:.1f}"
-
-    drawn, data = "", []
-    for s in series:
-        points = downsample(s.points)
-        path = "M" + "L".join(map(place, points)) + ("h0" if len(points) == 1 else "")
-        drawn += f'<path class="line {s.style}" d="{path}"/>'
-        if s.dots and len(points) <= 40:
-            drawn += f'<path class="dots {s.style}" d="{"".join(f"M{place(p)}h0" for p in points)}"/>'
-        heights = [round(TOP + (1 - y.share(v)) * (height - TOP) - 1, 1) for _, v in points]
-        rows = [[at, float(f"{v:.5g}"), h] for (at, v), h in zip(points, heights, strict=True)]
-        data.append({"name": s.name, "style": s.style, "points": rows})
-    ends = ", ".join(f"{s.name} {number(s.points[0][1])} to {number(s.points[-1][1])}" for s in series)
-    chart = _frame(x, y, height, drawn, f"{title}: {ends}", x_labels, bands)
-    legend = "".join(f'<span><i class="key {s.style}"></i>{escape(s.name)}</span>' for s in series)
-    group, label = pointed
-    values = {"from": x.low, "to": x.high, "group": group, "label": label, "series": data}
-    scale = ", log scale" if y.log else ""
-    legend = f'<span class="legend">{legend}</span>' if len(series) > 1 else ""
-    return (
-        f'<figure class="card chart" data-height="{height}"><figcaption><h3>{escape(title)}</h3>'
-        f'<span class="unit">{escape(unit)}{scale}</span><output>last {number(series[0].points[-1][1])}</output>{legend}</figcaption>'
-        f'{chart}<script type="application/json">{embedded(json.dumps(values, separators=(",", ":")))}</script></figure>'
-    )
+def loss_charts(chart: Chart) -> list[Chart]:
+    """Return a chart with a linear y axis without 0, and, if all values are positive, one with a log axis."""
+    axes = [linear_axis(chart.values, zero=False)]
+    axes += [log_axis(chart.values)] if min(chart.values) > 0 else []
+    return [replace(chart, y=y) for y in axes]
 
 
-def _band(band: Band, x: Axis, height: int) -> str:
-    left, right = (WIDE * x.share(v) for v in (band.start, band.end))
-    return (
-        f'<rect class="band {band.style}" x="{left:.1f}" width="{right - left:.1f}" y="0" height="{height}">'
-        f"<title>{escape(band.note)}</title></rect>"
-    )
-
-
-def _band_names(bands: Sequence[Band], x: Axis) -> str:
-    """Above the curve, in bands that are wide enough for them."""
-    shares = [(b, x.share(b.start), x.share(b.end)) for b in bands]
-    return "".join(
-        f'<text class="phase" x="{50 * (left + right):.2f}%" y="{TOP + 4}" text-anchor="middle">{escape(b.name)}</text>'
-        for b, left, right in shares
-        if right - left > 0.16
-    )
-
-
-def bars(title: str, unit: str, width: int, counts: list[int], height: int = 150) -> str:
-    """A figure with a histogram: counts[i] of the values in (i * width, (i + 1) * width]."""
-    x = step_axis(0, width * len(counts))
-    y = value_axis([0, *counts])
-    drawn = ""
-    for i, count in enumerate(counts):
-        tall = y.share(count) * (height - TOP)
-        left, right = (WIDE * j / len(counts) for j in (i, i + 1))
-        drawn += (
-            f'<rect class="bar" x="{left:.1f}" width="{right - left:.1f}" y="{height - tall:.1f}"'
-            f' height="{tall:.1f}"><title>{i * width + 1:,} to {(i + 1) * width:,} tokens: {count:,} rows</title></rect>'
-        )
-    chart = _frame(x, y, height, drawn, f"{title}: histogram", [f"{int(v):,}" for v in x.ticks])
-    return (
-        f'<figure class="card chart"><figcaption><h3>{escape(title)}</h3><span class="unit">{escape(unit)}</span>'
-        f"</figcaption>{chart}</figure>"
-    )
-
-
-def embedded(text: str) -> str:
-    """JSON that cannot end the <script> it stands in."""
-    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+def histogram(title: str, unit: str, width: int, counts: list[int], height: int = 150) -> Chart:
+    """Return a chart of bars: counts[i] of the values in (i * width, (i + 1) * width]."""
+    axes = step_axis(0, width * len(counts)), value_axis([0, *counts])
+    return Chart(title, unit, *axes, bars=counts, bar_width=width, height=height)

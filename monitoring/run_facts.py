@@ -1,6 +1,6 @@
-"""run.json: what no other file of a RUN holds, about its data, model, machine and versions.
+"""run.json: facts about a RUN's data, model, machine and versions that no other file of it holds.
 
-`describe_run` makes it when training starts; `check_facts` checks it when the report reads it.
+train.py writes `run_facts_json` when training starts. The report checks it with `check_facts`.
 """
 
 from __future__ import annotations
@@ -19,16 +19,15 @@ from torch import nn
 from data.batches import StepSampler
 from data.packing import PackSampler
 from data.rows import TokenizedRows
+from launch.memory import GIB
 from options.errors import UserError
 
 FACTS = "run.json"
+MAX_BARS = 40  # of the histogram of row lengths
+PACKAGES = ("torch", "transformers", "bitsandbytes", "hqq", "safetensors")
 
-
-MOST_BARS = 40
-
-
-# What the page shows of run.json, beside versions.
-DESCRIBED = {
+# The values of run.json that the report shows, besides versions, and the kind of each.
+FACT_KINDS = {
     "data": dict.fromkeys(("rows_dropped", "rows_cut", "tokens_learned"), "count")
     | dict.fromkeys(("rows_kept", "tokens", "steps_per_epoch", "length_width"), "positive")
     | dict.fromkeys(("length_median", "length_p95", "length_longest"), "positive")
@@ -38,39 +37,39 @@ DESCRIBED = {
 }
 
 
-def describe_run(
+def run_facts_json(
     rows: TokenizedRows, sampler: StepSampler, model: nn.Module, stages: dict[str, float]
 ) -> str:
-    """run.json, when training starts. stages: GiB of the fullest rank after wrapping and after loading."""
-    gpus = torch.cuda.is_available()
+    """Return run.json as text. stages: GiB of the fullest rank after wrapping and after loading."""
+    has_gpu = torch.cuda.is_available()
+    if has_gpu:
+        memory_bytes = torch.cuda.get_device_properties().total_memory
+    else:
+        memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     facts = {
-        "data": _data(rows, sampler),
-        "model": {
-            "parameters_trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        },
+        "data": _data_facts(rows, sampler),
+        "model": {"parameters_trained": sum(p.numel() for p in model.parameters() if p.requires_grad)},
         "memory": {name: round(gib, 3) for name, gib in stages.items()},
         "hardware": {
             "ranks": sampler.world,
-            "device": torch.cuda.get_device_name() if gpus else _processor(),
-            "kind": "GPU" if gpus else "CPU",
-            "memory_gib": round(torch.cuda.get_device_properties().total_memory / 2**30, 1)
-            if gpus
-            else round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+            "device": torch.cuda.get_device_name() if has_gpu else _processor_name(),
+            "kind": "GPU" if has_gpu else "CPU",
+            "memory_gib": round(memory_bytes / GIB, 1),
             "processors": os.cpu_count(),
         },
         "versions": {"python": platform.python_version()}
-        | {name: _version(name) for name in ("torch", "transformers", "bitsandbytes", "hqq", "safetensors")}
-        | ({"CUDA": torch.version.cuda} if gpus else {}),
+        | {name: _installed_version(name) for name in PACKAGES}
+        | ({"CUDA": torch.version.cuda} if has_gpu else {}),
     }
     return json.dumps(facts, indent=2) + "\n"
 
 
-def _data(rows: TokenizedRows, sampler: StepSampler) -> dict:
+def _data_facts(rows: TokenizedRows, sampler: StepSampler) -> dict:
+    """Return the counts of rows and tokens, and the histogram of row lengths."""
     lengths = rows.lengths()
     longest = int(lengths.max())
-    width = next(
-        m * p for p in (1, 10, 100, 1000, 10**4, 10**5) for m in (1, 2, 5) if m * p * MOST_BARS >= longest
-    )
+    bar_widths = (m * p for p in (1, 10, 100, 1000, 10**4, 10**5) for m in (1, 2, 5))
+    width = next(w for w in bar_widths if w * MAX_BARS >= longest)
     ordered = lengths.sort().values
     return {
         "rows_kept": len(rows),
@@ -90,46 +89,43 @@ def _data(rows: TokenizedRows, sampler: StepSampler) -> dict:
     }
 
 
-def _version(package: str) -> str:
+def _installed_version(package: str) -> str:
+    """Return a package's version, or "not installed"."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
 
 
-def _processor() -> str:
-    """The processor's name where Linux tells it, else its architecture."""
+def _processor_name() -> str:
+    """Return the processor's name if /proc/cpuinfo has it, else its architecture."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8", errors="replace").splitlines() if info.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return next((n for n in names if n and n != "unknown"), platform.machine())
 
 
-def check_facts(facts: dict, where: str) -> None:
-    """Raises UserError unless what there is of run.json is as `describe_run` writes it."""
-
-    def number(value) -> bool:
-        return type(value) in (int, float) and 0 <= value < math.inf
-
-    for part, kinds in DESCRIBED.items():
-        found: Any = facts.get(part)
-        good = not found or (isinstance(found, dict) and kinds.keys() <= found.keys())
-        for name, kind in kinds.items() if good and found else ():
-            value = found[name]
-            good = (
-                good
-                and {
-                    "count": type(value) is int and value >= 0,
-                    "positive": number(value) and value > 0,
-                    "share": number(value),
-                    "text": isinstance(value, str),
-                    "counts": isinstance(value, list)
-                    and value != []
-                    and all(type(n) is int and n >= 0 for n in value),
-                }[kind]
-            )
-        if not good:
-            raise UserError(f"{where}: {part} is not as a run writes it")
+def check_facts(facts: dict, origin: str) -> None:
+    """Raise UserError unless run.json, or what an earlier version wrote of it, is as a run writes it."""
+    for section, kinds in FACT_KINDS.items():
+        found: Any = facts.get(section)
+        if found and not (
+            isinstance(found, dict)
+            and kinds.keys() <= found.keys()
+            and all(_is_kind(found[name], kind) for name, kind in kinds.items())
+        ):
+            raise UserError(f"{origin}: {section} is not as a run writes it")
     versions = facts.get("versions") or {}
     if not isinstance(versions, dict) or not all(isinstance(v, str) for v in versions.values()):
-        raise UserError(f"{where}: versions is not as a run writes it")
+        raise UserError(f"{origin}: versions is not as a run writes it")
+
+
+def _is_kind(value: Any, kind: str) -> bool:
+    """Return whether a value of run.json is of a kind of FACT_KINDS."""
+    if kind == "text":
+        return isinstance(value, str)
+    if kind == "counts":
+        return isinstance(value, list) and value != [] and all(_is_kind(n, "count") for n in value)
+    if type(value) not in ((int,) if kind == "count" else (int, float)):
+        return False
+    return 0 < value < math.inf if kind == "positive" else 0 <= value < math.inf

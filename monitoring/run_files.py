@@ -1,4 +1,4 @@
-"""Reads and checks the files of a RUN that report.html is made of."""
+"""Reads and checks the files of a RUN that report.html shows."""
 
 from __future__ import annotations
 
@@ -12,11 +12,22 @@ from options.config import Config
 from options.errors import UserError
 from options.train import parse
 
+# Types of the values that the report reads from metrics.jsonl and samples.jsonl.
+LINE_TYPES: dict[str, type | tuple[type, ...]] = {
+    "step": int, "loss": (int, float, type(None)), "prompt": str, "text": str
+}  # fmt: skip
+
 
 @dataclass(frozen=True)
 class RunFiles:
-    """What a RUN's files say. steps: the lines of metrics.jsonl, at least one; samples: those of samples.jsonl
-    (step, prompt, text); facts: run.json, {} in a RUN of an earlier version; names: the RUN's files."""
+    """The contents of a RUN's files.
+
+    Attributes:
+        steps: the lines of metrics.jsonl, at least one.
+        samples: the lines of samples.jsonl (step, prompt, text).
+        facts: run.json; {} in a RUN of an earlier version.
+        names: the names of all files of the RUN.
+    """
 
     folder: Path
     config: Config
@@ -27,11 +38,11 @@ class RunFiles:
 
 
 def read_run(folder: Path) -> RunFiles:
-    """Raises UserError if the folder is no RUN of train.py, has no step yet, or has a file that is damaged."""
+    """Read a RUN. Raises UserError if it is not one of train.py, has no step yet, or has a damaged file."""
     if not (folder / OPTIONS).is_file():
         raise UserError(f"{folder}: is no run of train.py (no {OPTIONS})")
     config, _ = parse(["--config", str(folder / OPTIONS)])
-    steps = sorted(_lines(folder / METRICS, ("step", "loss")), key=lambda s: s["step"])
+    steps = sorted(_read_json_lines(folder / METRICS, ("step", "loss")), key=lambda s: s["step"])
     if not steps and (folder / SCORE).is_file():
         raise UserError(
             f"{folder}: is the best step of a run; the page is of the whole one: {folder.absolute().parent}"
@@ -40,39 +51,42 @@ def read_run(folder: Path) -> RunFiles:
         raise UserError(f"{folder}: its metrics.jsonl has no step yet")
     facts = {}
     if (folder / FACTS).is_file():
-        facts = _json(_text(folder / FACTS), f"{folder / FACTS}")
+        facts = _parse_object(_read_text(folder / FACTS), f"{folder / FACTS}")
         check_facts(facts, f"{folder / FACTS}")
-    samples = _lines(folder / "samples.jsonl", ("step", "prompt", "text"))
+    samples = _read_json_lines(folder / "samples.jsonl", ("step", "prompt", "text"))
     return RunFiles(folder, config, steps, samples, facts, {p.name for p in folder.iterdir()})
 
 
-def _text(path: Path) -> str:
+def _read_text(path: Path) -> str:
+    """Read a UTF-8 file. Raises UserError if it is not readable."""
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as e:
         raise UserError(f"{path}: {getattr(e, 'strerror', None) or 'not a UTF-8 text'}") from None
 
 
-def _json(text: str, where: str) -> dict:
+def _parse_object(text: str, origin: str) -> dict:
+    """Parse a JSON object. Raises UserError that names its origin if it is anything else."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):
-        raise UserError(f"{where}: is not a JSON object")
+        raise UserError(f"{origin}: is not a JSON object")
     return value
 
 
-def _lines(path: Path, needed: tuple[str, ...]) -> list[dict]:
-    """The objects of a .jsonl file, which need not be there. A last line without its end is left out: the run is
-    writing it, or was stopped as it did."""
+def _read_json_lines(path: Path, names: tuple[str, ...]) -> list[dict]:
+    """Read a .jsonl file of objects that all have these names; return [] if the file does not exist.
+
+    A last line without a line end is skipped: the run is writing it, or was stopped while it did.
+    """
     if not path.is_file():
         return []
-    *lines, _ = _text(path).split("\n")
-    rows = [_json(line, f"{path} line {i}") for i, line in enumerate(lines, 1) if line.strip()]
+    *lines, _ = _read_text(path).split("\n")
+    rows = [_parse_object(line, f"{path} line {i}") for i, line in enumerate(lines, 1) if line.strip()]
     for i, row in enumerate(rows, 1):
-        for name in needed:
-            kind = str if name in ("prompt", "text") else int if name == "step" else (int, float, type(None))
-            if name not in row or not isinstance(row[name], kind):
+        for name in names:
+            if name not in row or not isinstance(row[name], LINE_TYPES[name]):
                 raise UserError(f"{path} line {i}: has no {name}, or one that is none")
     return rows

@@ -1,7 +1,6 @@
-"""Shows and writes a run's metrics while it trains: metrics.jsonl, a progress bar or lines, wandb, loss.png.
+"""Prints and writes a run's metrics while it trains: metrics.jsonl, a progress bar or lines, wandb, loss.png.
 
-Everything here hangs on the loop in single calls. Only rank 0 writes; the other ranks hold a tracker that
-drops what it gets.
+The loop makes single calls. Only rank 0 writes; the other ranks have a tracker that does nothing.
 """
 
 from __future__ import annotations
@@ -24,26 +23,32 @@ from options.errors import FULL_DISK, UserError
 
 
 class NoTracker:
-    """Of every rank but the first. history: the metrics of the steps so far, also of those before a resumed run was
-    stopped."""
+    """The tracker of every rank but the first; does nothing.
+
+    Attributes:
+        history: the metrics of all steps so far, those before a resumed run was stopped included.
+    """
 
     history: Sequence[Metrics] = ()
 
     def state_dict(self) -> dict:
-        """What a checkpoint keeps of it, beside the length of its file."""
+        """Return what a checkpoint saves of the tracker, besides the length of metrics.jsonl."""
         return {}
 
     def load_state_dict(self, state: dict) -> None:
-        """Nothing: `roll_back_run` in checkpoints/resume.py has made the file whole before the tracker opened it."""
+        """Do nothing: `roll_back_run` in checkpoints/resume.py restored the file before the tracker opened it."""
 
-    def log(self, metrics: Metrics) -> None: ...
+    def log(self, metrics: Metrics) -> None:
+        """Add a step to the history, write and show it."""
 
-    def say(self, text: str) -> None: ...
+    def print_line(self, text: str) -> None:
+        """Print a line without damaging the progress bar."""
 
-    def stages(self, gib: dict[str, float]) -> None:
-        """What of the memory is known before the first step, by its name in run.json."""
+    def log_stages(self, gib: dict[str, float]) -> None:
+        """Log the memory that is known before the first step. gib: by its name in run.json."""
 
-    def finish(self) -> None: ...
+    def finish(self) -> None:
+        """Write what is pending, close the file and draw loss.png."""
 
 
 class Tracker(NoTracker):
@@ -52,46 +57,49 @@ class Tracker(NoTracker):
     history: list[Metrics]
 
     def __init__(self, folder: Path, total_steps: int, quiet: bool):
-        self.folder, self.total, self.evaluated = folder, total_steps, ""
+        """Open metrics.jsonl to append. quiet: print a line per step instead of a progress bar."""
+        self.folder, self.total, self.eval_text = folder, total_steps, ""
         path = folder / METRICS
         self.history = read_metrics(path) if path.exists() else []
-        self.file, self.held = path.open("ab", buffering=0), b""
+        self.file, self.pending = path.open("ab", buffering=0), b""
         done = len(self.history)
         self.bar = tqdm(total=total_steps, initial=done, unit="step", disable=quiet, dynamic_ncols=True)
 
-    def say(self, text: str) -> None:
+    def print_line(self, text: str) -> None:
         self.bar.write(text)
 
     def log(self, m: Metrics) -> None:
+        """Add a step to the history and to metrics.jsonl, and show it."""
         self.history.append(m)
-        # A skipped step of fp16 has no number as its gradient norm.
-        self.held += json.dumps(nonfinite_to_null(m.fields())).encode() + b"\n"
+        # The gradient norm of a step that fp16 skipped is not a number.
+        self.pending += json.dumps(nonfinite_to_null(m.fields())).encode() + b"\n"
         self._write()
         if m.eval_loss is not None:
-            self.evaluated = f", eval {m.eval_loss:.4f}"
-        rest = f"lr {m.lr:.2e}, {m.tokens_per_second:,.0f} tok/s, {m.memory_allocated_gib:.2f} GiB"
-        shown = f"loss {m.loss:.4f}{self.evaluated}, {rest}"
-        self.bar.set_postfix_str(shown, refresh=False)
+            self.eval_text = f", eval {m.eval_loss:.4f}"
+        details = f"lr {m.lr:.2e}, {m.tokens_per_second:,.0f} tok/s, {m.memory_allocated_gib:.2f} GiB"
+        line = f"loss {m.loss:.4f}{self.eval_text}, {details}"
+        self.bar.set_postfix_str(line, refresh=False)
         self.bar.update()
         if self.bar.disable:
-            print(f"step {m.step}/{self.total}: {shown}", flush=True)
+            print(f"step {m.step}/{self.total}: {line}", flush=True)
 
     def _write(self) -> None:
-        """A disk that is full ends no training: the lines are held until it takes them."""
+        """Append the pending lines; keep them if the disk is full, which does not end the training."""
         try:
-            append_bytes(self.file, self.held)
-            self.held = b""
+            append_bytes(self.file, self.pending)
+            self.pending = b""
         except OSError as e:
             if e.errno not in FULL_DISK:
                 raise
-            self.say(
+            self.print_line(
                 f"WARNING: {self.file.name}: {e.strerror}; its lines are held in memory until there is room"
             )
 
     def state_dict(self) -> dict:
-        return {"held": self.held.decode()}
+        return {"held": self.pending.decode()}
 
     def finish(self) -> None:
+        """Write what is pending, close the file and draw loss.png."""
         self.bar.close()
         self._write()
         self.file.close()
@@ -101,7 +109,7 @@ class Tracker(NoTracker):
 
 
 class WandbTracker(Tracker):
-    """The same, and every step to Weights & Biases."""
+    """A Tracker that also logs every step to Weights & Biases."""
 
     def __init__(self, folder: Path, total_steps: int, config: Config, run_id: str | None):
         super().__init__(folder, total_steps, quiet=False)
@@ -109,7 +117,7 @@ class WandbTracker(Tracker):
 
         self.run = wandb.init(
             id=run_id,
-            resume="allow",  # of an id that is not there, a new run
+            resume="allow",  # an unknown id starts a new run
             project=config.project_name,
             name=config.name,
             group=config.group,
@@ -121,7 +129,7 @@ class WandbTracker(Tracker):
     def state_dict(self) -> dict:
         return super().state_dict() | {"wandb": self.run.id}
 
-    def stages(self, gib: dict[str, float]) -> None:
+    def log_stages(self, gib: dict[str, float]) -> None:
         self.run.summary.update({f"memory_{name}": value for name, value in gib.items()})
 
     def log(self, m: Metrics) -> None:
@@ -134,7 +142,10 @@ class WandbTracker(Tracker):
 
 
 def make_tracker(config: Config, rank: int, total_steps: int, state: dict) -> NoTracker:
-    """state: `state_dict` of the tracker of the run that is resumed, or {}; what metrics.jsonl holds was before."""
+    """Return the tracker of a rank.
+
+    state: the `state_dict` of the resumed run's tracker, or {}. Steps in metrics.jsonl become the history.
+    """
     if rank:
         return NoTracker()
     folder = output_folder(config)
@@ -144,7 +155,7 @@ def make_tracker(config: Config, rank: int, total_steps: int, state: dict) -> No
 
 
 def check_wandb() -> None:
-    """Raises UserError if wandb could not log: neither logged in nor told to stay offline."""
+    """Raise UserError if wandb cannot log: neither logged in nor set to offline."""
     import wandb
 
     if os.environ.get("WANDB_MODE", "online") in ("offline", "dryrun", "disabled"):
@@ -158,7 +169,7 @@ def check_wandb() -> None:
 
 
 def draw_loss(history: list[Metrics], path: Path) -> None:
-    """Loss, that of the evaluations, and learning rate over the steps, as a PNG."""
+    """Write a PNG of the loss, the evaluation loss and the learning rate over the steps."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -19,7 +19,7 @@ from files.disk_room import warn_on_full_disk
 from files.names import ADAPTER, BEST, BLOCKS, SCORE
 from files.tensors import save_tensors
 from launch.ranks import RankInfo
-from monitoring.messages import kept_in
+from monitoring.messages import describe_best
 from monitoring.tracking import NoTracker
 from options.errors import UserError, needs_no_traceback
 from tests.helpers.products import products
@@ -123,11 +123,11 @@ def test_the_best_step_before_stays(
 def test_a_best_step_that_was_not_kept_is_told(tmp_path):
     """The last lines of a run do not call an older step the best."""
     best = tmp_path / BEST
-    assert kept_in(best, 7) == ", which could not be kept"
+    assert describe_best(best, 7) == ", which could not be kept"
     best.mkdir()
     write_text(best / SCORE, '{"step": 6}')
-    assert kept_in(best, 6) == f", in {best}"
-    assert kept_in(best, 7) == f", which could not be kept; {best} has step 6"
+    assert describe_best(best, 6) == f", in {best}"
+    assert describe_best(best, 7) == f", which could not be kept; {best} has step 6"
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from data.batches import Step
 from data.rows import TokenizedRows
 from files.disk_room import append_lines
-from monitoring.metrics import Metrics, Reading, too_many
+from monitoring.metrics import Metrics, Reading, exceeds_bad_steps
 from monitoring.tracking import NoTracker
 from options.errors import UserError
 
@@ -98,7 +98,7 @@ class BadStepGuard:
 
         The metrics may end the run, or the scaler depends on them.
         """
-        return self.scaler.is_enabled() or too_many(self.count + 1, self.max_bad_steps)
+        return self.scaler.is_enabled() or exceeds_bad_steps(self.count + 1, self.max_bad_steps)
 
     def check_step(self, metrics: Metrics, step: Step) -> Metrics:
         """Count a step, and report it if it is bad. Return the metrics with the counts.
@@ -107,7 +107,7 @@ class BadStepGuard:
         """
         if not self._is_good(metrics.loss, metrics.grad_norm):
             self.count += 1
-            self.should_stop = too_many(self.count, self.max_bad_steps)
+            self.should_stop = exceeds_bad_steps(self.count, self.max_bad_steps)
             self._report(metrics, step)
         self.applied += math.isfinite(metrics.loss) and math.isfinite(metrics.grad_norm)
         return dataclasses.replace(metrics, bad_steps=self.count or None, applied_steps=self.applied)
@@ -117,7 +117,7 @@ class BadStepGuard:
 
     def load_state_dict(self, state: dict) -> None:
         _, self.count, self.applied = resumed_from(self.done, state)
-        self.should_stop = too_many(self.count, self.max_bad_steps)
+        self.should_stop = exceeds_bad_steps(self.count, self.max_bad_steps)
 
     def _is_good(self, loss: float, grad_norm: float) -> bool:
         return math.isfinite(loss) and (math.isfinite(grad_norm) or self._is_scaling())
@@ -141,8 +141,8 @@ class BadStepGuard:
             "grad_norm": norm,
             "rows": sorted(self.rows.numbers[step.rows].tolist()),
         }
-        append_lines(self.file, json.dumps(line) + "\n", self.tracker.say)
-        self.tracker.say(
+        append_lines(self.file, json.dumps(line) + "\n", self.tracker.print_line)
+        self.tracker.print_line(
             f"step {metrics.step} skipped: loss {loss}, gradient norm {norm}; its rows: {self.file}"
         )
 
@@ -191,11 +191,11 @@ def raise_if_failed(
         no_result: why there is no result, or "".
     """
     count = history[-1].bad_steps if history else resumed_bad
-    if no_result or too_many(count, max_bad_steps):
+    if no_result or exceeds_bad_steps(count, max_bad_steps):
         dist.barrier()  # the first rank to fail ends the others: rank 0 must have written everything
     if no_result:
         raise UserError(no_result)
-    if too_many(count, max_bad_steps):
+    if exceeds_bad_steps(count, max_bad_steps):
         raise UserError(
             "steps with a NaN or infinite loss or gradient:"
             f" {count}, more than --max_bad_steps {max_bad_steps}; their rows are in {folder / BAD_STEPS}."

@@ -188,7 +188,7 @@ class Evaluator:
         if failures:
             remove_folder(staging_path(best))
             stays = f"that of step {self.kept_step} stays" if self.kept_step else "there is no other one"
-            self.tracker.say(
+            self.tracker.print_line(
                 f"WARNING: {best}: step {step} could not be kept ({describe(failures[0])}); {stays}, and"
                 " training goes on"
             )
@@ -216,8 +216,8 @@ class Evaluator:
             line = {"step": step, "prompt": prompt.text, "text": text}
             lines += json.dumps(line, ensure_ascii=False) + "\n"
             question = " ".join(prompt.text.split())[-60:]
-            self.tracker.say(f"sample, step {step}: {question!r} -> {text!r}")
-        append_lines(self.folder / "samples.jsonl", lines, self.tracker.say)
+            self.tracker.print_line(f"sample, step {step}: {question!r} -> {text!r}")
+        append_lines(self.folder / "samples.jsonl", lines, self.tracker.print_line)
 
 
 @contextlib.contextmanager

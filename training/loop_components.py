@@ -68,7 +68,7 @@ def make_loop_components(
     assert config.lr is not None
     optimizer = make_optimizer(trained, config.optimizer, config.lr, config.wd)
     scaler = job.precision.scaler("cpu" if config.use_cpu_offload else rank_info.device.type)
-    meter, deferred = Meter(rank_info.device, profiler.held), DeferredCalls()
+    meter, deferred = Meter(rank_info.device, profiler.phase_bytes), DeferredCalls()
     guard = BadStepGuard(
         done=job.saved.step if job.saved else 0,
         max_bad_steps=config.max_bad_steps,
@@ -118,7 +118,7 @@ def make_loop_components(
         describe_run=job.run_identity,
         deferred=deferred,
         stopping=stopping,
-        print_line=tracker.say,
+        print_line=tracker.print_line,
         checkpoint=job.saved,
     )
     return LoopComponents(

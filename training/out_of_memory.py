@@ -17,7 +17,7 @@ import torch
 from data.packing import longest_line
 from launch.memory import PEAK_MEMORY, format_bytes
 from launch.ranks import RankInfo
-from monitoring.memory_model import Shape, estimate, measure
+from monitoring.memory_model import RunSizes, estimate_peak, run_sizes
 from options.config import Config
 from options.declaration import format_value
 from options.errors import UserError
@@ -64,15 +64,15 @@ def estimate_savings(job: Job) -> list[tuple[dict, float]]:
     return sorted((f for f in found if f[1] > 0), key=lambda f: -f[1])
 
 
-def measure_job_sizes(job: Job, config: Config) -> Shape:
+def measure_job_sizes(job: Job, config: Config) -> RunSizes:
     """Return the sizes of a job's model and data that decide on memory, under other options."""
     tokens = longest_line(config, job.rows)
-    return measure(job.model_config, job.family, config, job.precision, job.files, tokens)
+    return run_sizes(job.model_config, job.family, config, job.precision, job.files, tokens)
 
 
 def estimate_job_peak(job: Job, config: Config) -> float:
     """Return the bytes that a GPU holds at the peak of a step with these options."""
-    return estimate(config, job.precision, measure_job_sizes(job, config))
+    return estimate_peak(config, job.precision, measure_job_sizes(job, config))
 
 
 def describe_out_of_memory(error: str, job: Job) -> str:

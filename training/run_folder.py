@@ -64,7 +64,7 @@ def start_run_folder(
         check_output_is_shared(folder / FACTS, rank_info)
     state = job.saved.run["parts"]["tracker"] if job.saved else {}
     tracker = make_tracker(config, rank_info.rank, total, state)
-    tracker.stages(stages)
+    tracker.log_stages(stages)
     return tracker
 
 

@@ -101,10 +101,10 @@ def write_after_deferred_calls(rank_info, folder: str) -> tuple[bool, bool, int]
     """Return (whether a save writes at once, whether after the deferred calls, the step of its state)."""
     run, counting = SmallRun(rank_info, folder, every=1), Counting()
     as_on_a_gpu(run.checkpoints).stateful = {"counting": counting}
-    run.checkpoints.deferred.put(lambda: setattr(counting, "step", 1))
+    run.checkpoints.deferred.defer(lambda: setattr(counting, "step", 1))
     run.step()
     at_once = run.checkpoints.write_future is not None
-    run.checkpoints.deferred.now()
+    run.checkpoints.deferred.run_all()
     counting.step = 2  # while it is written
     run.checkpoints.finish()
     saved = read_checkpoint(checkpoint_folder(Path(folder), 1))

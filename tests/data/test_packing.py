@@ -16,7 +16,7 @@ from models.attention import CAUSAL, VARLEN
 from models.longrope import make_rotary
 from models.registry import FAMILIES
 from monitoring.messages import describe_data
-from monitoring.run_facts import describe_run
+from monitoring.run_facts import run_facts_json
 from tests.helpers.compiled import EXTRA_GRAPHS, compiled_run
 from tests.helpers.packing import (
     KERNEL,
@@ -297,7 +297,7 @@ def test_packs_are_in_the_report(tmp_path):
         (PackSampler(rows, 8, 1, 0, 1, 42, 64), True),
         (StepSampler(rows, 8, 1, 0, 1, 42), False),
     ):
-        (run / "run.json").write_text(describe_run(rows, sampler, torch.nn.Linear(3, 2), {}))
+        (run / "run.json").write_text(run_facts_json(rows, sampler, torch.nn.Linear(3, 2), {}))
         assert (f"Packs {sampler.count()} " in page_of(run).text) == shown
 
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from launch.ranks import RankInfo
-from monitoring.memory_history import BETWEEN, GpuEvents
+from monitoring.memory_history import BETWEEN_STEPS, GpuEvents
 from monitoring.profiling import HISTORY_STEPS, MemoryRecorder, Profiler
 from tests.helpers import tiny
 from tests.helpers.programs import run_and_read
@@ -67,12 +67,12 @@ def test_the_curves_are_the_allocators(here, tmp_path):
 def test_nothing_waits_for_the_gpu(here, tmp_path):
     """Phases are marked while an earlier kernel is running."""
     profiler = Profiler(here.device, [MemoryRecorder(here, tmp_path, "a model")])
-    profiler.phase("load")
+    profiler.start_phase("load")
     done = torch.cuda.Event()
     torch.cuda._sleep(4 * 10**9)  # cycles: seconds
     done.record()
-    for name in ("forward", "backward", "optimizer", BETWEEN):
-        profiler.phase(name)
+    for name in ("forward", "backward", "optimizer", BETWEEN_STEPS):
+        profiler.start_phase(name)
     profiler.step()
     assert not done.query()
     done.synchronize()
@@ -83,9 +83,9 @@ def test_nothing_waits_for_the_gpu(here, tmp_path):
 def test_running_out_of_memory_leaves_the_record(here, tmp_path):
     recorders = [MemoryRecorder(here, tmp_path, "a model")]
     with pytest.raises(torch.OutOfMemoryError), Profiler(here.device, recorders) as profiler:
-        profiler.phase("load")
+        profiler.start_phase("load")
         held = take(64)
-        profiler.phase("forward")
+        profiler.start_phase("forward")
         take(2**25)
     del held
     files = {"memory_rank0.html", "memory_rank0.png", "memory_snapshot.pickle"}

@@ -13,7 +13,7 @@ import torch
 import monitoring.report
 from data.batches import StepSampler
 from data.rows import TokenizedRows
-from monitoring.run_facts import describe_run
+from monitoring.run_facts import run_facts_json
 from options import config as options
 from options.train import parse
 
@@ -69,7 +69,7 @@ def make_run(folder: Path, steps: list[dict], *argv: str) -> Path:
     given = ["--model_name", "some/model", "--dataset", "rows.jsonl", "--output_dir", str(folder), *argv]
     (folder / "config.yaml").write_text(options.dump_yaml(parse(given)[0]))
     rows = small_rows()
-    facts = describe_run(rows, StepSampler(rows, 2, 1, 0, 1, 0), torch.nn.Linear(3, 2), {})
+    facts = run_facts_json(rows, StepSampler(rows, 2, 1, 0, 1, 0), torch.nn.Linear(3, 2), {})
     (folder / "run.json").write_text(facts)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(s) + "\n" for s in steps))
     return folder

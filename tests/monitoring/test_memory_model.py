@@ -1,4 +1,4 @@
-"""The arithmetic of the weights, and the check that it holds after every load."""
+"""The computed bytes of the weights, and their check after every load."""
 
 from __future__ import annotations
 
@@ -12,8 +12,13 @@ from torch import nn
 
 import train
 from launch import memory
-from monitoring import memory_model as weight_arithmetic
-from monitoring.memory_model import Part, Share, WeightBytes, check_loaded
+from monitoring.memory_model import (
+    ROUNDING_PER_TENSOR,
+    ExpectedMemory,
+    PlannedParameter,
+    WeightBytes,
+    check_loaded,
+)
 from options.methods import METHODS
 from tests.helpers.bnb_checkpoints import pack_like_the_hub
 from tests.helpers.parity import arguments, biased_checkpoint
@@ -34,28 +39,29 @@ INPUTS_AND_OUTPUTS = LAYERS * (2 * (H + H) + 2 * (H + H // 2) + 3 * (H + M))
     ],
 )
 def test_arithmetic(train_type, expected, checkpoints, alpaca_file, one_rank):
-    share, _ = one_rank(loaded, arguments(checkpoints(), alpaca_file, train_type))[0]
-    assert share.whole == expected and share.on_gpu + share.on_host == expected.total
+    memory_of_rank, _ = one_rank(load, arguments(checkpoints(), alpaca_file, train_type))[0]
+    assert memory_of_rank.total_weights == expected
+    assert memory_of_rank.on_gpu + memory_of_rank.on_host == expected.total
 
 
 def test_double_quantized_scales_take_an_eighth_of_a_bit(checkpoints, alpaca_file, one_rank):
-    weights = one_rank(loaded, arguments(checkpoints(), alpaca_file, "qlora"))[0][0].whole
+    weights = one_rank(load, arguments(checkpoints(), alpaca_file, "qlora"))[0][0].total_weights
     assert weights.codes == WEIGHTS // 2
     per_linear = 7 * LAYERS * 12  # the offset, one second-level scale or a part of it, and the padding
     assert WEIGHTS // 64 < weights.scales <= WEIGHTS // 64 + WEIGHTS // 64 // 64 + per_linear
 
 
-def test_rows_are_dealt_out_as_fsdp_does():
-    """7 rows over 4 ranks: 2, 2, 2 and 1; over 6 of them 2, 2, 2, 1, and then nothing."""
-    padded, dealt = (Part("weight", "unquantized", (7, 5), 2, padded) for padded in (True, False))
+def test_rows_are_sharded_as_by_fsdp():
+    """7 rows over 4 ranks: 2, 2, 2, 1; over 6 ranks: 2, 2, 2, 1, 0, 0."""
+    padded, exact = (PlannedParameter("weight", "unquantized", (7, 5), 2, p) for p in (True, False))
     for shards in (1, 4, 6):
         rows = [len(rows) for rows in torch.empty(7, 5).chunk(shards)]
         rows += [0] * (shards - len(rows))
-        assert [dealt.nbytes(shards, i) for i in range(shards)] == [10 * n for n in rows]
+        assert [exact.nbytes(shards, i) for i in range(shards)] == [10 * n for n in rows]
         assert [padded.nbytes(shards, i) for i in range(shards)] == [10 * rows[0]] * shards
 
 
-# That it is what real loads take. On a CPU to the byte, where no allocator rounds.
+# Real loads take these bytes: exactly, on a CPU, where no allocator rounds.
 
 ON_ONE = [
     "full",
@@ -83,60 +89,60 @@ def options(given: str, checkpoints, alpaca_file, kind: str | None = None) -> li
     return arguments(checkpoints(kind or biased_checkpoint(train_type)), alpaca_file, train_type, *more)
 
 
-def loaded(place, args) -> tuple[Share, int]:
-    """(what the rank should hold, what its parameters take); the check has passed."""
-    model, expected = train.set_up(make_job(place, args), place)
+def load(rank_info, args) -> tuple[ExpectedMemory, int]:
+    """Load a model with the check; return (the rank's expected memory, the bytes of its parameters)."""
+    model, expected = train.set_up(make_job(rank_info, args), rank_info)
     return expected, memory.host_weight_bytes(model)
 
 
-def same(results) -> None:
+def assert_as_expected(results) -> None:
     for expected, held in results:
         assert expected.on_gpu + expected.on_host == held
 
 
 @pytest.mark.parametrize("given", ON_ONE)
 def test_one_rank(given, checkpoints, alpaca_file, one_rank):
-    same(one_rank(loaded, options(given, checkpoints, alpaca_file)))
+    assert_as_expected(one_rank(load, options(given, checkpoints, alpaca_file)))
 
 
 @pytest.mark.parametrize("given", ON_TWO)
 def test_two_ranks(given, checkpoints, alpaca_file, two_ranks):
-    same(two_ranks(loaded, options(given, checkpoints, alpaca_file)))
+    assert_as_expected(two_ranks(load, options(given, checkpoints, alpaca_file)))
 
 
 @pytest.mark.parametrize("given", FAMILIES)
 def test_families(given, checkpoints, alpaca_file, two_ranks):
-    """Tied embeddings, blocks that cross rows, fused linears, experts."""
+    """Tied embeddings, quantization blocks that cross rows, fused linears, experts."""
     kind, train_type = given.split()
-    same(two_ranks(loaded, options(train_type, checkpoints, alpaca_file, kind)))
+    assert_as_expected(two_ranks(load, options(train_type, checkpoints, alpaca_file, kind)))
 
 
 def test_groups(checkpoints, alpaca_file, four_ranks):
-    """Each group holds a copy; rows of A and of the vocabulary and words of scales divide unevenly."""
+    """Each group has a copy; rows of A, rows of the vocabulary and words of scales divide unevenly."""
     args = options("bnb_dora --lora_rank 6 --sharding_strategy", checkpoints, alpaca_file)
-    results = four_ranks(loaded, [*args, "hybrid_full_shard", "--hybrid_shard_size", "2"])
-    same(results)
-    assert sum(held for _, held in results) == pytest.approx(2 * results[0][0].whole.total, rel=1e-3)
-    same(four_ranks(loaded, [*args, "full_shard"]))
+    results = four_ranks(load, [*args, "hybrid_full_shard", "--hybrid_shard_size", "2"])
+    assert_as_expected(results)
+    assert sum(held for _, held in results) == pytest.approx(2 * results[0][0].total_weights.total, rel=1e-3)
+    assert_as_expected(four_ranks(load, [*args, "full_shard"]))
 
 
 @pytest.mark.parametrize("double", [True, False])
 def test_weights_that_are_packed_already(double, checkpoints, alpaca_file, two_ranks, tmp_path):
     pack_like_the_hub(checkpoints("llama_bias"), tmp_path / "4bit", double)
     args = arguments(tmp_path / "4bit", alpaca_file, "bnb_dora")
-    same(two_ranks(loaded, args))
+    assert_as_expected(two_ranks(load, args))
 
 
-# That it is not what faulty loads take. A fault is a twin of the function that it is in.
+# Faulty loads do not take these bytes. A fault wraps the function that it is in.
 
 
 def unsharded(wrap: Callable) -> Callable:
-    """The head stays whole."""
+    """The head is not sharded."""
 
     def faulty(model, *rest, **options):
         wrap(model, *rest, **options)
-        whole = torch.empty(model.lm_head.weight.shape, dtype=model.lm_head.weight.dtype, device="meta")
-        model.lm_head.weight = nn.Parameter(whole, requires_grad=False)
+        full = torch.empty(model.lm_head.weight.shape, dtype=model.lm_head.weight.dtype, device="meta")
+        model.lm_head.weight = nn.Parameter(full, requires_grad=False)
 
     return faulty
 
@@ -162,16 +168,16 @@ def unpacked(quantize_linears: Callable) -> Callable:
 
 
 def without_adapters(target_linears: Callable) -> Callable:
-    """One of three layers has none."""
+    """One of three layers has no adapters."""
     return lambda *given: [name for name in target_linears(*given) if ".layers.0." not in name]
 
 
-def error_of_load(place, args, where: str, fault: Callable) -> str:
-    job = make_job(place, args)
+def error_of_load(rank_info, args, where: str, fault: Callable) -> str:
+    job = make_job(rank_info, args)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(where, fault(pkgutil.resolve_name(where)))
         try:
-            train.set_up(job, place)
+            train.set_up(job, rank_info)
         except AssertionError as e:
             return str(e)
     return "loaded"
@@ -199,34 +205,35 @@ def test_a_faulty_load_ends_the_run(where, fault, given, ranks, checkpoints, alp
         assert re.fullmatch(rf"{held}; the checkpoint's shapes and the options say [\d.]+ MiB", error)
 
 
-HELD = 4 * (1000 * 1000 + 1000)  # bytes of the layer below
+HELD = 4 * (1000 * 1000 + 1000)  # bytes of the layer in `passes`
 
 
 @pytest.mark.parametrize(("factor", "good"), [(0.96, False), (0.972, True), (1.029, True), (1.04, False)])
 def test_the_tolerance(factor, good):
-    share = Share(WeightBytes(), 0, on_gpu=0, on_host=int(HELD / factor), tensors=2)
-    assert passes(share) == good
+    expected = ExpectedMemory(WeightBytes(), 0, on_gpu=0, on_host=int(HELD / factor), n_tensors=2)
+    assert passes(expected) == good
 
 
-def passes(share: Share, before: int = 0) -> bool:
+def passes(expected: ExpectedMemory, before: int = 0) -> bool:
+    """Return whether a layer of HELD bytes passes the check."""
     try:
-        check_loaded(nn.Linear(1000, 1000), share, before)
+        check_loaded(nn.Linear(1000, 1000), expected, before)
     except AssertionError:
         return False
     return True
 
 
 def test_a_gpu_is_measured_by_its_allocator(monkeypatch):
-    """By all that it holds more than before, of which each tensor may be rounded up."""
-    share = Share(WeightBytes(), 0, on_gpu=100_000, on_host=HELD, tensors=10)
-    most = 103_000 + 10 * weight_arithmetic.PER_TENSOR
+    """All bytes allocated since `before` count; each tensor may be rounded up."""
+    expected = ExpectedMemory(WeightBytes(), 0, on_gpu=100_000, on_host=HELD, n_tensors=10)
+    most = 103_000 + 10 * ROUNDING_PER_TENSOR
     for held, good in ((most, True), (most + 100, False), (90_000, True), (80_000, False)):
         monkeypatch.setattr(memory, "gpu_bytes_allocated", lambda held=held: held + 5)
-        assert passes(share, before=5) == good
+        assert passes(expected, before=5) == good
 
 
-def test_host_memory_that_cannot_be_pinned_is_plain():
-    """Without a GPU none can."""
+def test_host_memory_that_cannot_be_pinned_is_pageable():
+    """Without a GPU, no memory can be pinned."""
     weight = torch.empty(3, 4, dtype=torch.bfloat16, device="meta")
     host = memory.empty_on_host(weight, "cuda")
     assert (host.device.type, host.shape, host.dtype) == ("cpu", weight.shape, weight.dtype)

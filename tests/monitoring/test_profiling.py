@@ -1,4 +1,4 @@
-"""--profile_memory and --profile on a run of two ranks: what they write, and that they change nothing."""
+"""--profile_memory and --profile on a run of two ranks: they write their files and change nothing."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ import pytest
 import torch
 
 import train
-from monitoring.memory_history import BETWEEN
+from monitoring.memory_history import BETWEEN_STEPS
 from monitoring.profiling import (
     HISTORY_STEPS,
     MemoryRecorder,
     Profiler,
     TraceRecorder,
     check_traces,
-    cycle,
+    cycle_steps,
     make_profiler,
 )
 from options.errors import UserError
@@ -32,54 +32,56 @@ from tests.helpers.runs import full_run
 STEPS = HISTORY_STEPS + 1
 
 
-def profiled(*argv: str):
+def profile_config(*argv: str):
     return parse(["--profile", *argv])[0]
 
 
 @pytest.fixture(scope="module")
 def runs(checkpoints, alpaca_file, two_ranks, tmp_path_factory):
-    """The same run twice, watched and not, with two micro-batches: their folders, what was printed, the traces. Of rows
-    long enough that the tensors' operations are most of a step."""
+    """Run the same training with and without profiles; return the root folder and the printed lines by run.
+
+    Two micro-batches. The rows are so long that the tensors' operations are most of a step.
+    """
     root = tmp_path_factory.mktemp("profiled")
-    watched = ["--profile_memory", "--profile", "--repeat", "1", "--active_steps", "1", "--with_shapes",
+    options = ["--profile_memory", "--profile", "--repeat", "1", "--active_steps", "1", "--with_shapes",
                "--profiling_output", root / "traces"]  # fmt: skip
-    made = {}
-    for name, more in (("plain", []), ("watched", watched)):
+    printed = {}
+    for name, more in (("plain", []), ("profiled", options)):
         argv = ["--model_name", checkpoints(), "--dataset", alpaca_file, "--output_dir", root / name, *more,
                 "--max_steps", STEPS, "--gradient_accumulation_steps", "2", "--lora_rank", "8",
                 "--world_size", "2"]  # fmt: skip
-        made[name] = two_ranks(full_run, train.check_run(parse(list(map(str, argv)))[0]))[0]
-    return SimpleNamespace(root=root, printed=made)
+        printed[name] = two_ranks(full_run, train.check_run(parse(list(map(str, argv)))[0]))[0]
+    return SimpleNamespace(root=root, printed=printed)
 
 
 def lines(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_watching_changes_nothing(runs):
-    plain, watched = (lines(runs.root / name) for name in ("plain", "watched"))
-    assert [m["loss"] for m in plain] == [m["loss"] for m in watched] and len(plain) == STEPS
+def test_profiling_changes_nothing(runs):
+    plain, with_profiles = (lines(runs.root / name) for name in ("plain", "profiled"))
+    assert [m["loss"] for m in plain] == [m["loss"] for m in with_profiles] and len(plain) == STEPS
     assert not list((runs.root / "plain").glob("memory*"))
 
 
-def test_memory_at_each_stage_is_told(runs):
-    """In metrics.jsonl, in run.json and in the summary, of a run that records nothing as well."""
+def test_memory_after_each_stage_is_reported(runs):
+    """In metrics.jsonl, in run.json and in the lines at the end, without any profile too."""
     metrics = lines(runs.root / "plain")
     stages = json.loads((runs.root / "plain" / "run.json").read_text())["memory"]
     after = {p: max(m[f"memory_after_{p}_gib"] for m in metrics) for p in ("forward", "backward")}
     peak = max(m["memory_allocated_gib"] for m in metrics)
     assert 0.05 < stages["after_wrap_gib"] <= stages["after_load_gib"] <= peak * 1.05
     assert stages["after_load_gib"] * 0.5 < min(after.values()) and max(after.values()) <= peak * 1.05
-    told = re.search(
+    line = re.search(
         r"memory of the fullest rank: ([\d.]+) GiB after wrap, ([\d.]+) GiB after load, ([\d.]+) GiB after"
         r" forward, ([\d.]+) GiB after backward, peak ([\d.]+) GiB\n", runs.printed["plain"])  # fmt: skip
     expected = [stages["after_wrap_gib"], stages["after_load_gib"], after["forward"], after["backward"], peak]
-    assert [float(v) for v in told.groups()] == pytest.approx(expected, abs=0.006)
+    assert [float(v) for v in line.groups()] == pytest.approx(expected, abs=0.006)
 
 
 def test_one_page_shows_all_ranks(runs):
-    """On a CPU a line tells that it is host memory, and there is no snapshot. The fourth step is not in it."""
-    folder, printed = runs.root / "watched", runs.printed["watched"]
+    """A CPU run prints that it is host memory, and has no snapshot. The fourth step is not recorded."""
+    folder, printed = runs.root / "profiled", runs.printed["profiled"]
     if not torch.cuda.is_available():
         assert printed.count("--profile_memory: there is no GPU: the resident size") == 1
         assert {p.name for p in folder.glob("memory*")} == {"memory.html", "memory.png"}
@@ -91,8 +93,8 @@ def test_one_page_shows_all_ranks(runs):
     assert names == (["wrap", "load"] + step * HISTORY_STEPS) * 2
 
 
-def test_each_rank_leaves_a_trace_of_the_asked_steps(runs):
-    """One cycle: a step waited, one warmed up, the third recorded."""
+def test_each_rank_writes_a_trace_of_the_recorded_steps(runs):
+    """One cycle: the first step is waited, the second warms up, the third is recorded."""
     assert {p.name for p in (runs.root / "traces").iterdir()} == {"iteration_3"}
     files = {p.name for p in (runs.root / "traces" / "iteration_3").iterdir()}
     assert files == {f"rank{r}_{n}" for r in (0, 1) for n in ("trace.json.gz", "key_averages.txt")}
@@ -107,26 +109,26 @@ def test_each_rank_leaves_a_trace_of_the_asked_steps(runs):
         assert "aten::" in table and "Input Shapes" in table
 
 
-# The recorders by themselves
+# The recorders without a run
 
 
 def work(profiler: Profiler, steps: int) -> None:
-    """Steps as train.train marks them."""
+    """Run steps with the phases of train.train."""
     for _ in range(steps):
-        for phase in ("forward", "backward", "optimizer", BETWEEN):
-            profiler.phase(phase)
+        for phase in ("forward", "backward", "optimizer", BETWEEN_STEPS):
+            profiler.start_phase(phase)
             torch.ones(4, 4) @ torch.ones(4, 4)
         profiler.step()
 
 
 def test_cycles_stacks_and_timelines(tmp_path):
-    """Every third step until the end, over what an earlier run left. A record of the memory is of these steps."""
+    """Every third step is recorded, its memory too; the files of an earlier run are replaced."""
     old = tmp_path / "iteration_99" / "rank1_trace.json.gz"
     old.parent.mkdir()
     old.write_bytes(b"old")
     (tmp_path / "notes.txt").write_text("mine")
-    config = profiled("--profiling_output", str(tmp_path), "--profiling_frequency", "3", "--active_steps", "1",
-                      "--with_stack", "--export_trace", "false", "--export_memory_timeline")  # fmt: skip
+    argv = ["--profiling_output", str(tmp_path), "--profiling_frequency", "3", "--active_steps", "1"]
+    config = profile_config(*argv, "--with_stack", "--export_trace", "false", "--export_memory_timeline")
     profiler = Profiler(SINGLE_RANK.device, [TraceRecorder(config, SINGLE_RANK, "a model")])
     assert not old.exists() and (tmp_path / "notes.txt").exists()
     work(profiler, 7)
@@ -148,27 +150,27 @@ def test_cycles_stacks_and_timelines(tmp_path):
     assert {p.name for p in tmp_path.glob("iteration_*")} == {"iteration_3", "iteration_6", "iteration_99"}
 
 
-def test_a_step_that_wrote_files_says_so(tmp_path):
-    """So that their time is not the next step's."""
-    config = profiled("--profiling_output", str(tmp_path), "--profiling_frequency", "2", "--active_steps", "1",
-                      "--export_trace", "false")  # fmt: skip
+def test_a_step_that_wrote_files_returns_true(tmp_path):
+    """So the time of writing does not count as the next step's."""
+    argv = ["--profiling_output", str(tmp_path), "--profiling_frequency", "2", "--active_steps", "1"]
+    config = profile_config(*argv, "--export_trace", "false")
     profiler, wrote = Profiler(SINGLE_RANK.device, [TraceRecorder(config, SINGLE_RANK, "a model")]), []
     for _ in range(4):
-        profiler.phase("forward")
+        profiler.start_phase("forward")
         wrote.append(profiler.step())
     profiler.finish()
     assert wrote == [False, True, False, True]
 
 
-def test_a_run_that_fails_leaves_its_memory(tmp_path):
-    """As one that runs out of it: each rank's own page, up to the failure."""
+def test_a_run_that_fails_writes_its_memory(tmp_path):
+    """Each rank writes its own page, up to the failure, for example for lack of memory."""
     with (
         pytest.raises(MemoryError),
         Profiler(SINGLE_RANK.device, [MemoryRecorder(SINGLE_RANK, tmp_path / "run", "m")]) as p,
     ):
-        p.phase("load")
+        p.start_phase("load")
         time.sleep(0.05)
-        p.phase("forward")
+        p.start_phase("forward")
         time.sleep(0.05)
         raise MemoryError
     assert {f.name for f in (tmp_path / "run").iterdir()} == {"memory_rank0.html", "memory_rank0.png"}
@@ -176,7 +178,7 @@ def test_a_run_that_fails_leaves_its_memory(tmp_path):
     assert [c["group"] for c in shown.charts] == ["start", "step 1"]
 
 
-def test_a_failure_is_told_even_if_its_memory_cannot_be(tmp_path, capsys):
+def test_a_failure_is_raised_even_if_its_memory_cannot_be_written(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     with (
         pytest.raises(MemoryError),
@@ -186,15 +188,15 @@ def test_a_failure_is_told_even_if_its_memory_cannot_be(tmp_path, capsys):
     assert "cannot be written" in capsys.readouterr().out
 
 
-def test_phases_say_what_was_held_at_their_end():
+def test_memory_is_measured_at_the_end_of_a_phase():
     profiler = Profiler(SINGLE_RANK.device, [])
-    profiler.phase("forward")
-    held = torch.ones(64 * 2**20, dtype=torch.uint8)
-    profiler.phase("backward")
-    before = profiler.held["forward"]
-    del held
-    profiler.phase("optimizer")
-    assert before - profiler.held["backward"] == pytest.approx(64 * 2**20, rel=0.05)
+    profiler.start_phase("forward")
+    tensor = torch.ones(64 * 2**20, dtype=torch.uint8)
+    profiler.start_phase("backward")
+    before = profiler.phase_bytes["forward"]
+    del tensor
+    profiler.start_phase("optimizer")
+    assert before - profiler.phase_bytes["backward"] == pytest.approx(64 * 2**20, rel=0.05)
     assert make_profiler(parse([])[0], SINGLE_RANK).recorders == []
 
 
@@ -202,14 +204,16 @@ def test_phases_say_what_was_held_at_their_end():
 
 
 def test_the_schedule_is_fsdp_qloras():
-    """With repeat 0 the waited steps fill up profiling_frequency; else they are wait_steps."""
-    assert cycle(profiled()) == (7, 1, 2)
-    assert cycle(profiled("--warmup_steps", "4", "--active_steps", "1", "--profiling_frequency", "5")) == (
+    """With --repeat 0 the waited steps fill up --profiling_frequency; else they are --wait_steps."""
+    assert cycle_steps(profile_config()) == (7, 1, 2)
+    assert cycle_steps(
+        profile_config("--warmup_steps", "4", "--active_steps", "1", "--profiling_frequency", "5")
+    ) == (
         0,
         4,
         1,
     )
-    assert cycle(profiled("--repeat", "2", "--active_steps", "5")) == (1, 1, 5)
+    assert cycle_steps(profile_config("--repeat", "2", "--active_steps", "5")) == (1, 1, 5)
     for argv, words in (
         (["--wait_steps", "3"], "--wait_steps: not read; with --repeat 0 the waited steps follow from"),
         (["--repeat", "1", "--profiling_frequency", "3"], "--profiling_frequency: not read; with --repeat 1"),
@@ -227,34 +231,36 @@ def test_the_schedule_is_fsdp_qloras():
         (["--profile", "--active_steps", "0"], "--active_steps 0: must be positive"),
         (["--profile", "--warmup_steps", "-1"], "--warmup_steps -1: must be 0 or more"),
         (["--profile", "--profiling_frequency", "2"], "--profiling_frequency 2: a cycle has 3 steps already"),
-        (["--profile", "--profile_memory", "--export_memory_timeline"], "--export_memory_timeline: torch keeps one"),
+        (["--profile", "--profile_memory", "--export_memory_timeline"],
+         "--export_memory_timeline: torch keeps one"),
     ],
 )  # fmt: skip
-def test_options_that_cannot_be(argv, words):
+def test_invalid_options(argv, words):
     with pytest.raises(UserError) as error:
         parse(argv)
     assert str(error.value).startswith(words)
 
 
-def test_traces_are_kept_if_asked(tmp_path):
+def test_traces_are_not_overwritten_on_request(tmp_path):
     argv = ["--profiling_output", str(tmp_path), "--overwrite_profiling_output", "false"]
     (tmp_path / "notes.txt").write_text("")
-    check_traces(profiled(*argv), 10)
+    check_traces(profile_config(*argv), 10)
     (tmp_path / "iteration_10").mkdir()
     (tmp_path / "iteration_10" / "rank0_key_averages.txt").write_text("")
-    check_traces(profiled(*argv[:2]), 10)
+    check_traces(profile_config(*argv[:2]), 10)
     with pytest.raises(UserError, match="holds traces already"):
-        check_traces(profiled(*argv), 10)
+        check_traces(profile_config(*argv), 10)
 
 
-def test_a_run_without_a_cycle_is_refused(checkpoints, short_rows, tmp_path):
-    """Before anything is written."""
+def test_a_run_shorter_than_a_cycle_is_refused(checkpoints, short_rows, tmp_path):
+    """The check writes nothing."""
     argv = ["--model_name", checkpoints(), "--dataset", short_rows, "--output_dir", tmp_path / "out",
             "--profiling_output", tmp_path / "traces", "--world_size", "1"]  # fmt: skip
-    for more, how in ((["--max_steps", "9"], "10 steps, and the run has 9; lower --profiling_frequency"),
-                      (["--max_steps", "3", "--repeat", "1"], "4 steps, and the run has 3; give fewer --wait")):  # fmt: skip
-        with pytest.raises(UserError, match=how):
-            train.check_run(profiled(*map(str, [*argv, *more])))
+    long_cycle = (["--max_steps", "9"], "10 steps, and the run has 9; lower --profiling_frequency")
+    many_waits = (["--max_steps", "3", "--repeat", "1"], "4 steps, and the run has 3; give fewer --wait")
+    for more, words in (long_cycle, many_waits):
+        with pytest.raises(UserError, match=words):
+            train.check_run(profile_config(*map(str, [*argv, *more])))
     with pytest.raises(UserError, match=r"--profiling_output .*cannot be written"):
-        train.check_run(profiled(*map(str, [*argv, "--profiling_output", short_rows / "x"])))
+        train.check_run(profile_config(*map(str, [*argv, "--profiling_output", short_rows / "x"])))
     assert not list(tmp_path.iterdir())

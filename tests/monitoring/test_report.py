@@ -1,4 +1,4 @@
-"""report.html says what the RUN's files say, runs nothing that a name in them says, and can be seen."""
+"""report.html shows the values of the RUN's files, runs no code of their names, renders in a browser."""
 
 from __future__ import annotations
 
@@ -15,12 +15,14 @@ import sys
 
 import pytest
 import torch
+from jinja2 import UndefinedError
 
 import monitoring.report
 import report
 import train
 from files.output_folder import clear_output
-from monitoring.report_charts import downsample, number, running_mean, step_axis, value_axis
+from monitoring.report_charts import downsample, log_axis, number, running_mean, step_axis, value_axis
+from monitoring.report_page import TEMPLATE_FOLDER, TEMPLATES, render
 from options import config as options
 from options.errors import UserError
 from options.train import parse
@@ -38,16 +40,19 @@ from tests.helpers.report_pages import (
 from tests.helpers.runs import full_run
 
 
-def test_it_shows_what_the_files_say(tmp_path):
+def test_the_page_shows_the_values_of_the_files(tmp_path):
     steps = [metrics(i) for i in range(1, 11)]
-    steps[3]["eval_loss"], steps[9]["eval_loss"] = 0.75, 0.9
+    steps[3] |= {"eval_loss": 0.75, "eval_perplexity": 2.117}
+    steps[9]["eval_loss"] = 0.9
     run = make_run(tmp_path / "run", steps, "--lr", "0.007", "--context_length", "20")
     page = page_of(run)
-    for expected in ("Last loss 0.3000 3.0000 at the first step", "Validation loss 0.9000 best 0.7500 at step 4",
+    for expected in ("Last loss 0.3000 3.0000 at the first step",
+                     "Best validation loss 0.7500 perplexity 2.117, at step 4; last 0.9000",
                      "Training time 5.0 s 10 optimizer steps", "Speed 2,006", "Peak memory 1.25 GiB",
                      "Tokens 10,000 8 parameters trained", "Rows kept 4 ", "Rows dropped 7 ",
                      "Rows cut 1 (25.0%) at 20 tokens", "median 5, 95% up to 20, longest 20 tokens",
-                     "lr 0.007 0.0002", "context_length 20 512", f"torch {torch.__version__.split('+')[0]}"):  # fmt: skip
+                     "lr 0.007 0.0002", "context_length 20 512",
+                     f"torch {torch.__version__.split('+')[0]}"):  # fmt: skip
         assert expected in page.text, expected
     rows = small_rows()
     assert f"Learned tokens {rows.targets().sum()} (" in page.text
@@ -65,7 +70,7 @@ def test_it_shows_what_the_files_say(tmp_path):
     heights = [float(a["height"]) for tag, a in page.tags if tag == "rect"]
     assert len(heights) == 20 and heights[4] == 2 * heights[2] == 2 * heights[19] > 0
     assert sum(h > 0 for h in heights) == 3
-    # Options that have their default stand among all options only; what the header says, nowhere else.
+    # The table of changed options has neither defaults nor options that the header shows.
     changed = page.text.partition("All options")[0].partition("Option This run Default")[2].split()
     assert [w for w in changed if w in options.FIELDS] == ["context_length", "lr"]
 
@@ -81,9 +86,30 @@ def test_the_curve_is_drawn_where_the_values_are(tmp_path):
     assert points[1][1] == pytest.approx((points[0][1] + points[2][1]) / 2, abs=0.06)
 
 
+@pytest.mark.parametrize(
+    ("losses", "expected"),
+    [((100, 10, 1, 1), "linear"), ((1000, 1, 1, 1), "log"), ((4, 2, 0, 1), "none")],
+)
+def test_the_loss_has_a_log_scale_too(losses, expected, tmp_path):
+    """The checkbox selects one of two figures; it is checked if a linear scale would show one value only."""
+    page = page_of(make_run(tmp_path / "run", [metrics(i, loss=float(v)) for i, v in enumerate(losses, 1)]))
+    boxes = [a for tag, a in page.tags if tag == "input"]
+    figures = [c["series"][0]["points"] for c in page.charts if c["series"][0]["name"] == "training"]
+    if expected == "none":  # 0 has no logarithm
+        assert not boxes and len(figures) == 1
+        return
+    assert [("checked" in a, a["type"]) for a in boxes] == [(expected == "log", "checkbox")]
+    ((_, _, top), (_, _, middle), (_, _, bottom), _), linear = figures[1], figures[0]
+    assert [p[:2] for p in figures[1]] == [p[:2] for p in linear] and page.text.count("log scale") == 1
+    if expected == "linear":
+        assert middle - top == pytest.approx(bottom - middle, abs=0.11) and linear[2][2] - linear[1][2] < 30
+
+
 def test_skipped_steps_and_odd_runs(tmp_path):
-    """fp16's skipped steps have no norm; a loss may be no number; one step is a run as well; the run may still
-    be writing; an older one has no run.json."""
+    """Steps that fp16 skipped have no norm, a loss may be NaN, a run may have one step or be writing a line.
+
+    An older run has no run.json.
+    """
     steps = [metrics(i) for i in range(1, 5)]
     steps[1]["grad_norm"], steps[3]["loss"] = None, None
     steps[1]["bad_steps"] = steps[2]["bad_steps"] = 1
@@ -103,7 +129,7 @@ def test_skipped_steps_and_odd_runs(tmp_path):
         assert page_of(make_run(tmp_path / name, lines)).charts
 
 
-def test_thousands_of_steps_stay_small_and_keep_what_stands_out(tmp_path):
+def test_the_page_of_thousands_of_steps_is_small_and_keeps_outliers(tmp_path):
     steps = [metrics(i, grad_norm=9.0 if i == 7777 else 1.0 + i % 7 / 10) for i in range(1, 20_001)]
     run = make_run(tmp_path / "run", steps)
     page = page_of(run)
@@ -134,7 +160,7 @@ def test_samples_before_and_after(tmp_path):
 
 def test_hostile_names_stay_text(tmp_path):
     run = make_run(tmp_path / "<u>run&", [metrics(1)])
-    given = [
+    argv = [
         "--model_name",
         HOSTILE,
         "--dataset",
@@ -144,18 +170,27 @@ def test_hostile_names_stay_text(tmp_path):
         "--name",
         HOSTILE,
     ]
-    (run / "config.yaml").write_text(options.dump_yaml(parse(given)[0]))
+    (run / "config.yaml").write_text(options.dump_yaml(parse(argv)[0]))
     (run / "samples.jsonl").write_text(json.dumps({"step": 0, "prompt": HOSTILE, "text": HOSTILE}) + "\n")
     facts = json.loads((run / "run.json").read_text())
-    facts["hardware"]["device"] = facts["versions"]["torch"] = HOSTILE
+    facts["hardware"]["device"] = facts["versions"]["torch"] = facts["versions"][HOSTILE] = HOSTILE
     (run / "run.json").write_text(json.dumps(facts))
     page = page_of(run)
     tags = [tag for tag, _ in page.tags]
     assert not {"img", "u"} & set(tags) and page.text.count(HOSTILE) >= 8
-    assert [a.get("type") for tag, a in page.tags if tag == "script"] == ["application/json"] * 5 + [None]
+    assert [a.get("type") for tag, a in page.tags if tag == "script"] == ["application/json"] * 6 + [None]
     assert not [
         a for _, a in page.tags for name in a if name.startswith("on") or name in ("style", "src", "href")
     ]
+
+
+def test_templates_escape_every_value_and_require_it():
+    """A missing value is an error; only the page's own style sheet and script are not escaped."""
+    with pytest.raises(UndefinedError, match="'title' is undefined"):
+        render("page.html.j2")
+    assert "&lt;b&gt;" in TEMPLATES.from_string("{{ name }}").render(name="<b>")
+    for name in TEMPLATES.list_templates(extensions=["j2"]):
+        assert not re.search(r"\|\s*safe|autoescape", (TEMPLATE_FOLDER / name).read_text(encoding="utf-8"))
 
 
 def test_the_policy_allows_the_page_itself_and_nothing_else(tmp_path):
@@ -171,7 +206,7 @@ def test_the_policy_allows_the_page_itself_and_nothing_else(tmp_path):
     assert "http" not in text.replace("http-equiv", "").replace("http://www.w3.org/2000/svg", "")
 
 
-def test_the_next_measurement_is_not_of_what_was_learned(tmp_path):
+def test_the_next_evaluation_uses_held_out_rows_if_there_are_any(tmp_path):
     for name, *more in (["all"], ["split", "--eval_share", "0.1"]):
         run = make_run(tmp_path / name, [metrics(1)], "--train_type", "full", *more)
         (run / "config.json").write_text("{}")
@@ -197,17 +232,18 @@ def test_the_next_commands(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "part, name, value",
-    [("data", "lengths", [1, None]), ("data", "lengths", []), ("data", "rows_kept", 0), ("data", "tokens", "9"),
-     ("data", "length_width", [5]), ("data", "padding_share", math.inf), ("hardware", "device", {}),
-     ("hardware", "ranks", None), ("versions", "torch", 2), ("model", "parameters_trained", -1)],
+    "section, name, value",
+    [("data", "lengths", [1, None]), ("data", "lengths", []), ("data", "rows_kept", 0),
+     ("data", "tokens", "9"), ("data", "length_width", [5]), ("data", "padding_share", math.inf),
+     ("hardware", "device", {}), ("hardware", "ranks", None), ("versions", "torch", 2),
+     ("model", "parameters_trained", -1)],
 )  # fmt: skip
-def test_facts_that_no_run_writes(tmp_path, part, name, value):
+def test_facts_that_no_run_writes(tmp_path, section, name, value):
     run = make_run(tmp_path / "run", [metrics(1)])
     facts = json.loads((run / "run.json").read_text())
-    for changed in ({part: facts[part] | {name: value}}, {part: [facts[part]]}):
+    for changed in ({section: facts[section] | {name: value}}, {section: [facts[section]]}):
         (run / "run.json").write_text(json.dumps(facts | changed))
-        with pytest.raises(UserError, match=rf"run\.json: {part} is not as a run writes it"):
+        with pytest.raises(UserError, match=rf"run\.json: {section} is not as a run writes it"):
             monitoring.report.write_report(run)
 
 
@@ -217,8 +253,8 @@ def test_folders_that_have_no_page(tmp_path, capsys):
     run = make_run(tmp_path / "run", [])
     with pytest.raises(UserError, match="no step yet"):
         monitoring.report.write_report(run)
-    for line, problem in (("[]", "line 2: is not a JSON object"), ("{", "line 2: is not a"), ('{"step": 2}', "no loss"),
-                          ('{"step": "2", "loss": 1}', "no step")):  # fmt: skip
+    for line, problem in (("[]", "line 2: is not a JSON object"), ("{", "line 2: is not a"),
+                          ('{"step": 2}', "no loss"), ('{"step": "2", "loss": 1}', "no step")):  # fmt: skip
         (run / "metrics.jsonl").write_text(f"{json.dumps(metrics(1))}\n{line}\n")
         with pytest.raises(UserError, match=problem):
             monitoring.report.write_report(run)
@@ -231,7 +267,7 @@ def test_folders_that_have_no_page(tmp_path, capsys):
         monitoring.report.write_report(run)
     (run / "run.json").unlink()
     (run / "metrics.jsonl").unlink()
-    (run / "evaluation.json").write_text("{}")  # best/ of a run, which holds no curves
+    (run / "evaluation.json").write_text("{}")  # as in best/ of a run, which has no metrics.jsonl
     with pytest.raises(UserError, match=f"best step of a run; .* whole one: {re.escape(str(tmp_path))}$"):
         monitoring.report.write_report(run)
     assert not list(run.glob("report*"))
@@ -247,38 +283,39 @@ def test_the_arithmetic_of_the_charts():
     assert value_axis([1.1, 1.2], zero=False).ticks == pytest.approx([1.1, 1.125, 1.15, 1.175, 1.2])
     assert value_axis([0.0]).ticks[0] == 0 and value_axis([-3.0, 1.0]).low <= -3
     wide = value_axis([1.0] * 50 + [1e6])
-    assert wide.log and wide.low == 1 and wide.high == 1e6 and wide.share(1e3) == pytest.approx(0.5)
+    assert wide.is_log and wide.low == 1 and wide.high == 1e6 and wide.share(1e3) == pytest.approx(0.5)
+    assert log_axis([0.07, 3.0]).ticks == pytest.approx([0.05, 0.1, 0.2, 0.5, 1, 2, 5])
+    assert [(a.low, a.high) for a in (log_axis([1.0]), log_axis([7.0]))] == [(1, 2), (5, 10)]
     assert step_axis(1, 285).ticks == [1, 100, 200, 285] and step_axis(7, 7).share(7) == 0.5
     assert step_axis(1, 2).ticks == [1, 2]
     assert [number(v) for v in (12.9641, 5677.2, 3e-4, 0)] == ["12.96", "5,677", "3.00e-4", "0"]
 
 
-def test_a_real_run_leaves_the_page(checkpoints, one_rank, tmp_path, monkeypatch, capsys):
-    """run_rank itself: run.json from the start, the page at the end, and the same page from the command. All
-    commands on it, and in the lines at the end of the run, work as they stand."""
+def test_a_real_run_writes_the_page(checkpoints, one_rank, tmp_path, monkeypatch, capsys):
+    """The command makes the same page as the run. All commands on it and at the end of the run work."""
     data = tiny.write_alpaca(tmp_path / "some rows.jsonl", rows=3)
-    given = ["--model_name", checkpoints(), "--dataset", data, "--output_dir", tmp_path / "run",
+    argv = ["--model_name", checkpoints(), "--dataset", data, "--output_dir", tmp_path / "run",
              "--max_steps", "3", "--lora_rank", "8", "--world_size", "1"]  # fmt: skip
-    job = train.check_run(parse(list(map(str, given)))[0])
-    shown = one_rank(full_run, job)[0]
-    made = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
-    assert "report.html" in shown and f"Rows kept {len(job.rows):,}" in Page(made).text
+    job = train.check_run(parse(list(map(str, argv)))[0])
+    printed = one_rank(full_run, job)[0]
+    page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert "report.html" in printed and f"Rows kept {len(job.rows):,}" in Page(page).text
     (tmp_path / "run" / "report.html").unlink()
     assert report.main([str(tmp_path / "run")]) == 0
-    assert (tmp_path / "run" / "report.html").read_text(encoding="utf-8") == made
+    assert (tmp_path / "run" / "report.html").read_text(encoding="utf-8") == page
     assert {p.name for p in (tmp_path / "run").glob("*.tmp")} == set()
-    typed = [shlex.split(c) for c in re.findall(r"<pre>(.*?)</pre>", html.unescape(made))]
-    typed += [shlex.split(c) for c in re.findall(r"^(?:next|try): (.*)$", shown, re.MULTILINE)]
+    commands = [shlex.split(c) for c in re.findall(r"<pre>(.*?)</pre>", html.unescape(page))]
+    commands += [shlex.split(c) for c in re.findall(r"^(?:next|try): (.*)$", printed, re.MULTILINE)]
     monkeypatch.setattr(sys, "stdin", io.StringIO("Say red.\n"))
-    done = [run_typed(*command) for command in typed]
-    assert done == ["generate", "evaluate", "export", "train", "report", "train", "generate"]
+    names = [run_command(*command) for command in commands]
+    assert names == ["generate", "evaluate", "export", "train", "report", "train", "generate"]
     assert "perplexity" in capsys.readouterr().out
     clear_output(tmp_path / "run")
     assert not list((tmp_path / "run").iterdir())
 
 
-def run_typed(python: str, script: str, *options: str) -> str:
-    """A command that was shown, in this process; of train.py, up to the start of its processes."""
+def run_command(python: str, script: str, *options: str) -> str:
+    """Run a command in this process and return its name; train.py only until it would start processes."""
     name = script.removesuffix(".py")
     if name == "train":
         train.check_run(parse(list(options))[0])
@@ -289,16 +326,16 @@ def run_typed(python: str, script: str, *options: str) -> str:
 
 @pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")
-def test_it_can_be_seen_in_a_browser_light_and_dark(tmp_path):
-    """Each scheme's own background and colour of curves, which only a style sheet that the policy lets pass gives."""
+def test_a_browser_shows_the_page_light_and_dark(tmp_path):
+    """Each scheme has its own colours, which the browser only uses if the policy allows the style sheet."""
     from matplotlib.image import imread
 
     run = make_run(tmp_path / "run", [metrics(i) for i in range(1, 60)])
     monitoring.report.write_report(run)
-    shown = [screenshot(run / "report.html", tmp_path, scheme) for scheme in (1, 0)]
-    light, dark = (imread(picture)[..., :3] for picture, _ in shown)
-    for _, document in shown:  # the script ran, too: each of the five charts got its crosshair
-        assert document.count('class="cross"') == 5
+    screenshots = [screenshot(run / "report.html", tmp_path, scheme) for scheme in (1, 0)]
+    light, dark = (imread(picture)[..., :3] for picture, _ in screenshots)
+    for _, document in screenshots:  # the script ran: each of the six charts has its crosshair
+        assert document.count('class="cross"') == 6
     assert light.shape == dark.shape == (1400, 1000, 3)
     assert light.mean() > 0.85 and dark.mean() < 0.2
     for picture, line in ((light, (0x25, 0x63, 0xC4)), (dark, (0x6E, 0xA8, 0xFF))):

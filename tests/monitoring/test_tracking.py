@@ -1,4 +1,4 @@
-"""What a run tells of its steps: numbers that nothing waits for, times, lines."""
+"""A step's metrics are read without waiting, its time has the right ends; a full disk loses whole lines."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.helpers.resuming import fill
 
 
 class Copies(TorchDispatchMode):
-    """Whether tensors were copied from one device to another."""
+    """Records whether tensors were copied from one device to another."""
 
     seen = False
 
@@ -25,16 +25,16 @@ class Copies(TorchDispatchMode):
 
 
 def test_a_reading_waits_for_nothing():
-    """Numbers of the host get onto a GPU, here a fake, without a copy. All of a reading: tests/gpu/test_modes.py."""
+    """Numbers of the host reach a GPU, here a fake, without a copy. The rest: tests/gpu/test_modes.py."""
     with FakeTensorMode(), Copies() as copies:
         meter = Meter(torch.device("cpu"), {"forward": 5, "backward": 6})
         meter.device = torch.device("cuda", 0)
-        told = meter._memory()
-    assert [t.device.type for t in told] == ["cuda"] * 4 and not copies.seen
+        columns = meter._memory()
+    assert [t.device.type for t in columns] == ["cuda"] * 4 and not copies.seen
 
 
-def test_a_step_takes_what_is_between_its_ends(monkeypatch):
-    """Its optimizer's step too, and nothing of what was left out."""
+def test_a_lap_is_the_time_between_the_ends_of_steps(monkeypatch):
+    """It includes the optimizer's step, and excludes what comes before `restart`."""
     now = [0.0]
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
     meter, laps = Meter(torch.device("cpu"), {}), []
@@ -49,12 +49,11 @@ def test_a_step_takes_what_is_between_its_ends(monkeypatch):
 
 
 def test_lines_that_a_full_disk_does_not_take_are_lost_as_a_whole(small_disk):
-    told = []
+    printed = []
     fill(small_disk, leave=4096)
-    append_lines(small_disk / "lines", "first\n", told.append)
-    append_lines(small_disk / "lines", "second" * 1000 + "\n", told.append)
-    append_lines(small_disk / "lines", "third\n", told.append)
+    append_lines(small_disk / "lines", "first\n", printed.append)
+    append_lines(small_disk / "lines", "second" * 1000 + "\n", printed.append)
+    append_lines(small_disk / "lines", "third\n", printed.append)
     assert (small_disk / "lines").read_text() == "first\nthird\n"
-    assert [text.partition("(")[0] for text in told] == [
-        f"WARNING: {small_disk / 'lines'}: No space left on device; lines of it are lost, and training goes on"
-    ]
+    problem = "No space left on device; lines of it are lost, and training goes on"
+    assert [text.partition("(")[0] for text in printed] == [f"WARNING: {small_disk / 'lines'}: {problem}"]

@@ -16,7 +16,7 @@ from benchmarks.make_checkpoint import byte_tokenizer
 from checkpoints.storage import checkpoint_folder
 from data.batches import Step, StepSampler
 from data.tokenizing import prepare
-from monitoring.metrics import HostMoment, Meter, Metrics, Reading
+from monitoring.metrics import HostEvent, Meter, Metrics, Reading
 from monitoring.tracking import NoTracker
 from options.errors import UserError
 from parallel.optimizers import make_optimizer
@@ -191,7 +191,7 @@ def test_a_fused_step_on_the_host_waits_for_the_gpus_answer(loss, steps):
 
 def reading(loss: float, norm: float) -> Reading:
     table = torch.tensor([[loss, norm]], dtype=torch.float64)
-    return Reading(1, STEP, 1e-4, table, HostMoment(), table.sum().isfinite())
+    return Reading(1, STEP, 1e-4, table, HostEvent(), table.sum().isfinite())
 
 
 def test_the_next_step_waits_for_metrics_that_the_scaler_needs():

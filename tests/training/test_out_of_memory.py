@@ -11,7 +11,7 @@ import torch
 
 import train
 from launch.precision import detect_precision
-from monitoring.memory_model import LAYER_ACTIVATIONS, Shape, WeightBytes, estimate
+from monitoring.memory_model import LAYER_ACTIVATIONS, RunSizes, WeightBytes, estimate_peak
 from options.errors import UserError
 from tests.helpers.parity import arguments
 from tests.helpers.runs import make_job
@@ -42,9 +42,10 @@ def test_the_shape_of_a_job(job_of):
     assert dataclasses.astuple(shape)[:6] == (longest, H, V, LAYERS, 4, False)
     assert shape.weights.total == LAYERS * shape.layer + 4 * (2 * V * H + H)  # embedding, head, the last norm
     full = job_of("full")
-    assert (shape.ends, measure_job_sizes(full, full.config).ends) == (0, 4 * V * H), (
-        "gathered where it is trained"
-    )
+    assert (shape.vocabulary_bytes, measure_job_sizes(full, full.config).vocabulary_bytes) == (
+        0,
+        4 * V * H,
+    ), "gathered where it is trained"
 
 
 def bytes_less(job, **change) -> float:
@@ -78,8 +79,16 @@ def test_an_embedding_in_host_memory_takes_no_gpu_memory(job_of):
 def test_memory_of_a_batch():
     """With checkpointing: the layers' inputs, and all activations of one layer."""
     weights = WeightBytes(trained=1000)
-    shape = Shape(
-        tokens=100, hidden=64, vocabulary=10, layers=5, heads=1, eager=False, weights=weights, layer=1, ends=0
+    shape = RunSizes(
+        tokens=100,
+        hidden=64,
+        vocabulary=10,
+        layers=5,
+        heads=1,
+        eager=False,
+        weights=weights,
+        layer=1,
+        vocabulary_bytes=0,
     )
     given = [
         "--batch_size",
@@ -95,19 +104,21 @@ def test_memory_of_a_batch():
     smaller = dataclasses.replace(config, batch_size=1)
     expected = 3 * 100 * 64 * 4 * (5 + LAYER_ACTIVATIONS)
     assert (
-        estimate(config, detect_precision(config.precision), shape)
-        - estimate(smaller, detect_precision(smaller.precision), shape)
+        estimate_peak(config, detect_precision(config.precision), shape)
+        - estimate_peak(smaller, detect_precision(smaller.precision), shape)
         == expected
     )
 
 
 def test_the_loss_does_not_grow_with_the_ranks():
     """Ranks that share a frozen head gather their hidden states one block at a time."""
-    sizes = dict.fromkeys(("layers", "heads", "layer", "ends", "eager"), 0)
+    sizes = dict.fromkeys(("layers", "heads", "layer", "vocabulary_bytes", "eager"), 0)
     weights = WeightBytes()
-    shape = Shape(tokens=2**16, hidden=4096, vocabulary=2**17, weights=weights, **sizes)
+    shape = RunSizes(tokens=2**16, hidden=4096, vocabulary=2**17, weights=weights, **sizes)
     given = "--sharding_strategy full_shard --use_gradient_checkpointing true --world_size".split()
-    few, many = (estimate(train.parse([*given, n])[0], detect_precision("auto"), shape) for n in ("32", "64"))
+    few, many = (
+        estimate_peak(train.parse([*given, n])[0], detect_precision("auto"), shape) for n in ("32", "64")
+    )
     assert few == many
 
 

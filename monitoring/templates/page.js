@@ -1,5 +1,5 @@
-// One crosshair for all curves of a group: pointing at a step shows that step's values in every chart's heading,
-// in the order of its legend.
+// One crosshair for all charts of a group: pointing at a step shows its values in the heading of every chart, in the
+// order of the legend.
 "use strict";
 (() => {
   const SVG = "http://www.w3.org/2000/svg";
@@ -19,10 +19,10 @@
     line.setAttribute("y2", height);
     const marks = data.series.map((s) => make("circle", `mark ${s.style}`));
     marks.forEach((m) => m.setAttribute("r", 4));
-    return { figure, area, output, data, line, marks, rest: output.textContent };
+    return { figure, area, output, data, line, marks, initialText: output.textContent };
   });
 
-  const shown = (value) => {
+  const formatValue = (value) => {
     const size = Math.abs(value);
     if (size && (size < 1e-3 || size >= 1e7)) return value.toExponential(2);
     return value.toLocaleString("en", { maximumSignificantDigits: size >= 1000 ? 6 : 4 });
@@ -39,29 +39,29 @@
 
   const show = (step, group) => charts.filter((c) => c.data.group === group).forEach(({ figure, output, data, line, marks }) => {
     const percent = (s) => `${(100 * (s - data.from)) / (data.to - data.from)}%`;
-    const at = nearest(data.series[0].points, step)[0];
-    line.setAttribute("x1", percent(at));
-    line.setAttribute("x2", percent(at));
+    const nearestStep = nearest(data.series[0].points, step)[0];
+    line.setAttribute("x1", percent(nearestStep));
+    line.setAttribute("x2", percent(nearestStep));
     const values = data.series.map((s, i) => {
-      const [x, value, y] = nearest(s.points, at);
+      const [x, value, y] = nearest(s.points, nearestStep);
       marks[i].setAttribute("cx", percent(x));
       marks[i].setAttribute("cy", y);
-      return shown(value);
+      return formatValue(value);
     });
-    output.textContent = `${data.label.replace("{}", at.toLocaleString("en"))}: ${values.join(" · ")}`;
+    output.textContent = `${data.label.replace("{}", nearestStep.toLocaleString("en"))}: ${values.join(" · ")}`;
     figure.classList.add("pointed");
   });
 
-  const hide = () => charts.forEach(({ figure, output, rest }) => {
-    output.textContent = rest;
+  const hide = () => charts.forEach(({ figure, output, initialText }) => {
+    output.textContent = initialText;
     figure.classList.remove("pointed");
   });
 
   charts.forEach(({ area, data }) => {
     area.addEventListener("pointermove", (event) => {
       const box = area.getBoundingClientRect();
-      const share = Math.min(1, Math.max(0, (event.clientX - box.left) / box.width));
-      show(data.from + share * (data.to - data.from), data.group);
+      const fraction = Math.min(1, Math.max(0, (event.clientX - box.left) / box.width));
+      show(data.from + fraction * (data.to - data.from), data.group);
     });
     area.addEventListener("pointerleave", hide);
   });
