@@ -1,11 +1,11 @@
-"""Measures a finished run on a dataset, its base model beside it.
+"""Score a finished run and its base model on a dataset.
 
     python evaluate.py runs/my-run --dataset test.jsonl
-    python evaluate.py runs/my-run --dataset test.jsonl --samples 200 --metrics perplexity,rouge --out results.json
+    python evaluate.py runs/my-run --dataset test.jsonl --samples 200 --metrics rouge --out results.json
 
-Answers are generated greedily to the prompt of each row, which is what comes before its last answer. The base is
-the same model with its adapters off; where training saved a whole model, the model that it started from.
-docs/evaluation.md says what the metrics are.
+The prompt of each row is the text before its last answer; answers are generated greedily. The base is the
+same model with its adapters off, or, where training saved a whole model, the model that training started
+from. docs/evaluation.md defines the metrics.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from options.evaluate import Options, parse
 
 
 def run(options: Options) -> int:
-    """Returns the exit status: 0, or 2 for something the user can put right."""
-    from finished.evaluate import run  # takes seconds: wrong options and --help are answered by now
+    """Run the command. Return the exit status: 0, or 2 for an error that the user can fix."""
+    from finished.evaluate import run  # takes seconds, so after the options are parsed
 
     return run(options)
 
 
 def main(argv: list[str]) -> int:
-    """Options in, exit status out."""
+    """Parse the options and run the command. Return the exit status."""
     return run_command(argv, parse, run)
 
 

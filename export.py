@@ -1,10 +1,10 @@
-"""From a finished run to a model that others load: a merged model folder, or the adapter with a model card.
+"""Export a finished run for other programs: a merged model folder, or the adapter with a model card.
 
     python export.py runs/x --to merged --out my-model
     python export.py runs/x --to gguf-ready --out my-model
     python export.py runs/x --to adapter --out my-adapter --push_to_hub me/my-adapter
 
-Weights are read, merged and written one at a time. docs/export.md says which base to merge into.
+Weights are read, merged and written one at a time. docs/export.md explains which base to merge into.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from options.export import Options, parse
 
 
 def run(options: Options) -> int:
-    """Returns the exit status: 0, or 2 for something the user can put right."""
-    from finished.export import run  # takes seconds: wrong options and --help are answered by now
+    """Run the command. Return the exit status: 0, or 2 for an error that the user can fix."""
+    from finished.export import run  # takes seconds, so after the options are parsed
 
     return run(options)
 
 
 def main(argv: list[str]) -> int:
-    """Options in, exit status out."""
+    """Parse the options and run the command. Return the exit status."""
     return run_command(argv, parse, run)
 
 

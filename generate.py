@@ -1,10 +1,10 @@
-"""Ask a finished run and its base the same, and see both answers.
+"""Ask a finished run and its base the same prompts and print both answers.
 
     python generate.py runs/my-run --prompt "Name three colours."       base and tuned, side by side
     python generate.py runs/one runs/two --prompts questions.txt        several adapters over one loaded base
     python generate.py runs/my-run                                      a conversation at the terminal
 
-Prompts go through the template of the run's own training. docs/architecture.md has the map.
+Prompts use the template of the run's training. docs/architecture.md has the map.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from options.generate import Options, parse
 
 
 def run(options: Options) -> int:
-    """Returns the exit status: 0, or 2 for something the user can put right."""
-    from finished.generate import run  # takes seconds: wrong options and --help are answered by now
+    """Run the command. Return the exit status: 0, or 2 for an error that the user can fix."""
+    from finished.generate import run  # takes seconds, so after the options are parsed
 
     return run(options)
 
 
 def main(argv: list[str]) -> int:
-    """Options in, exit status out."""
+    """Parse the options and run the command. Return the exit status."""
     return run_command(argv, parse, run)
 
 

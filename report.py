@@ -1,8 +1,8 @@
-"""Makes the page about a run, <output_dir>/report.html, again out of the RUN's files, also while it is training.
+"""Write a run's report again from the RUN's files: <output_dir>/report.html.
 
     python report.py RUN
 
-train.py makes it at the end.
+train.py writes it at the end. This also works while the run is training.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from options.report import parse
 
 
 def run(folder: Path) -> int:
-    """Returns the exit status: 0, or 2 for something the user can put right."""
-    from monitoring.report import run  # takes seconds: wrong options and --help are answered by now
+    """Run the command. Return the exit status: 0, or 2 for an error that the user can fix."""
+    from monitoring.report import run  # takes seconds, so after the options are parsed
 
     return run(folder)
 
 
 def main(argv: list[str]) -> int:
-    """Options in, exit status out."""
+    """Parse the options and run the command. Return the exit status."""
     return run_command(argv, parse, run)
 
 

@@ -1,12 +1,14 @@
-"""Writes rows with Alpaca's length distribution, for measuring packing without a download.
+"""Write rows with Alpaca's length distribution, to measure packing without a download.
 
-    python -m benchmarks.alpaca_lengths FILE.jsonl [ROWS]     # 52,000 unless said otherwise
+    python -m benchmarks.alpaca_lengths FILE.jsonl [ROWS]     # default: 52,000
 
-A row has 36 + x tokens, x log-normal with median 74 and sigma 0.7, at most 1,304 tokens: a fit to what is published
-of the cleaned Alpaca in its prompt template, not to its rows. LitGPT's tutorials (oom.md, prepare_dataset.md) give a
-median of 110 tokens and 256 as a length that cuts few rows; here 94% are no longer, and of 52,000 the longest has
-about 1,300. With benchmarks.make_checkpoint's tokenizer, of which a token is a byte, rows have exactly these lengths.
-The first 36 tokens, but for EOS, are the prompt.
+A row has 36 + x tokens, x log-normal with median 74 and sigma 0.7, at most 1,304 tokens. This fits what is
+published about the cleaned Alpaca in its prompt template, not its rows: LitGPT's tutorials (oom.md,
+prepare_dataset.md) give a median of 110 tokens, and 256 as a length that cuts few rows. Here 94% of the rows
+have at most 256 tokens, and the longest of 52,000 has about 1,300.
+
+Rows have exactly these lengths with benchmarks.make_checkpoint's tokenizer, whose tokens are bytes. The first
+36 tokens, without EOS, are the prompt.
 """
 
 from __future__ import annotations
@@ -21,21 +23,22 @@ import torch
 from data.formats import QA
 
 ROWS = 52_000
-PROMPT, MEDIAN, SIGMA, LONGEST = 36, 74, 0.7, 1304  # tokens; PROMPT counts BOS and EOS
+PROMPT_TOKENS, MEDIAN_TOKENS, SIGMA, MAX_TOKENS = 36, 74, 0.7, 1304  # PROMPT_TOKENS counts BOS and EOS
 
 
-def lengths(rows: int) -> torch.Tensor:
-    """Tokens of each row: [rows] int64, the same in every call."""
+def draw_lengths(rows: int) -> torch.Tensor:
+    """Draw the tokens of each row: [rows] int64, the same in every call."""
     normal = torch.randn(rows, generator=torch.Generator().manual_seed(0))
-    answers = (math.log(MEDIAN) + SIGMA * normal).exp().round().long()
-    return (PROMPT + answers.clamp(min=1)).clamp(max=LONGEST)
+    answers = (math.log(MEDIAN_TOKENS) + SIGMA * normal).exp().round().long()
+    return (PROMPT_TOKENS + answers.clamp(min=1)).clamp(max=MAX_TOKENS)
 
 
 def write_rows(path: Path, rows: int) -> None:
-    question = "q" * (PROMPT - 2 - len(QA.format(question="")))
+    """Write the rows as questions and answers."""
+    question = "q" * (PROMPT_TOKENS - 2 - len(QA.format(question="")))
     with path.open("w", encoding="utf-8") as file:
-        for length in lengths(rows).tolist():
-            row = {"question": question, "answer": "a" * (length - PROMPT)}
+        for length in draw_lengths(rows).tolist():
+            row = {"question": question, "answer": "a" * (length - PROMPT_TOKENS)}
             file.write(json.dumps(row) + "\n")
 
 

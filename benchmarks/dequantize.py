@@ -1,8 +1,8 @@
-"""How long the 4-bit weights of one linear take to become 16-bit ones, by each quantizer.
+"""Measure how long each quantizer takes to dequantize the 4-bit weight of one linear to bf16.
 
-    python -m benchmarks.dequantize [O I]      # 14336 4096, an MLP's of the 8B shape, without
+    python -m benchmarks.dequantize [O I]      # default: 14336 4096, an MLP's of the 8B shape
 
-On a GPU that Triton supports by our kernels and by plain operations, elsewhere by those only. bf16, one weight, median.
+Prints the median by our Triton kernels, on GPUs that Triton supports, and by plain operations.
 """
 
 from __future__ import annotations
@@ -22,43 +22,44 @@ from quantization.hqq import HQQ
 from quantization.nf4 import NF4
 from quantization.quantizers import Quantizer
 
-TIMES = 50
+REPEATS = 50
 
 
-def milliseconds(compute: Callable[[], object], device: torch.device) -> float:
-    """The median, on a GPU by Triton's do_bench, which empties the cache between."""
+def measure_milliseconds(compute: Callable[[], object], device: torch.device) -> float:
+    """Return the median time of a call. On a GPU, Triton's do_bench empties the cache between calls."""
     if triton_runs_on(device):
         from triton.testing import do_bench
 
         return do_bench(compute, return_mode="median")
-    taken = []
-    for _ in range(TIMES):
-        began = time.perf_counter()
+    times = []
+    for _ in range(REPEATS):
+        start = time.perf_counter()
         compute()
-        taken.append(1000 * (time.perf_counter() - began))
-    return median(taken)
+        times.append(1000 * (time.perf_counter() - start))
+    return median(times)
 
 
-def times(quantizer: Quantizer, shape: tuple[int, int], device: torch.device) -> list[float]:
-    """Milliseconds: by the kernel, where there is one, and by plain operations."""
+def measure_quantizer(quantizer: Quantizer, shape: tuple[int, int], device: torch.device) -> list[float]:
+    """Return milliseconds by the kernel, where there is one, and by plain operations."""
     weight = torch.randn(shape, device=device, dtype=torch.bfloat16) * 0.02
     packed = *quantizer.quantize(weight), quantizer.table(device)
 
-    def expand() -> torch.Tensor:
+    def dequantize() -> torch.Tensor:
         return quantizer.dequantize(*packed, shape, torch.bfloat16)
 
-    ours = [milliseconds(expand, device)] if triton_runs_on(device) else []
-    by_plain = {"triton_runs_on": lambda _: False}
-    with mock.patch.multiple(nf4, **by_plain), mock.patch.multiple(hqq, **by_plain):
-        return [*ours, milliseconds(expand, device)]
+    kernel_time = [measure_milliseconds(dequantize, device)] if triton_runs_on(device) else []
+    no_kernels = {"triton_runs_on": lambda _: False}
+    with mock.patch.multiple(nf4, **no_kernels), mock.patch.multiple(hqq, **no_kernels):
+        return [*kernel_time, measure_milliseconds(dequantize, device)]
 
 
 def main(argv: list[str]) -> None:
+    """Print one line for each quantizer."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     shape = (int(argv[0]), int(argv[1])) if argv else (14336, 4096)
     for quantizer in (NF4(), *map(HQQ, HQQ_BITS)):
-        taken = ", ".join(f"{t:.3f} ms" for t in times(quantizer, shape, device))
-        print(f"{quantizer} {shape[0]} x {shape[1]}: {taken}", flush=True)
+        times = ", ".join(f"{t:.3f} ms" for t in measure_quantizer(quantizer, shape, device))
+        print(f"{quantizer} {shape[0]} x {shape[1]}: {times}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""train.py as if each GPU had less memory, and on models that are too big for the disk at hand: what fits?
+"""Run train.py as if each GPU had less memory, and on models that are larger than the disk.
 
     python -m benchmarks.make_checkpoint /tmp/70b 70b empty
     python -m benchmarks.limited 24 --model_name /tmp/70b --dataset dummy --train_type bnb_dora ...
 
-The first number is GiB per GPU; without GPUs it limits nothing. Of a checkpoint that was made `empty` each tensor is
-written into its file just before train.py's own loading reads it there, and its blocks are given back afterwards.
-Linux only.
+The first number is GiB per GPU; without GPUs it limits nothing. The files of an `empty` checkpoint are
+sparse: each tensor is written into its file just before train.py reads it, and its disk blocks are freed
+afterwards. Linux only.
 """
 
 from __future__ import annotations
@@ -28,44 +28,49 @@ from launch.ranks import RankInfo
 from training.job import Job
 
 _run_rank = train.run_rank
-GIB = "LIMITED_TO_GIB"  # in the environment, for the ranks
-PUNCH_HOLE = 0x02 | 0x01  # fallocate(2): give the blocks back, keep the size
+GIB = "LIMITED_TO_GIB"  # environment variable that passes the limit to the ranks
+PUNCH_HOLE = 0x02 | 0x01  # fallocate(2): free the blocks, keep the size
 
 
 @cache
-def _sample() -> memoryview:
-    """128 MiB of weights, as bytes."""
+def _sample_bytes() -> memoryview:
+    """Return 128 MiB of random bf16 weights, as bytes."""
     generator = torch.Generator().manual_seed(0)
     values = torch.empty(2**26, dtype=torch.bfloat16).normal_(0, STD, generator=generator)
     return memoryview(values.view(torch.uint8).numpy())
 
 
-def _fill(file: int, stored: StoredTensor) -> None:
-    """Norms are ones; of other tensors each has another part of the sample first, by where it stands."""
-    left, at = 2 * math.prod(stored.shape), stored.begin
+def _fill_tensor(file: int, stored: StoredTensor) -> None:
+    """Write a tensor into its file: ones for a norm, otherwise the sample.
+
+    The sample's start depends on the tensor's offset, so that tensors differ.
+    """
+    remaining, offset = 2 * math.prod(stored.shape), stored.begin
     if len(stored.shape) == 1:
-        os.pwrite(file, torch.ones(stored.shape, dtype=torch.bfloat16).view(torch.uint8).numpy(), at)
+        os.pwrite(file, torch.ones(stored.shape, dtype=torch.bfloat16).view(torch.uint8).numpy(), offset)
         return
     begin = 2 * (zlib.crc32(f"{stored.file}:{stored.begin}".encode()) % 2**25)
-    while left:
-        done = os.pwrite(file, _sample()[begin : begin + left], at)
-        left, at, begin = left - done, at + done, 0
+    while remaining:
+        written = os.pwrite(file, _sample_bytes()[begin : begin + remaining], offset)
+        remaining, offset, begin = remaining - written, offset + written, 0
 
 
 def read_filled(
     folder: Path, stored: StoredTensor, buffers: PinnedBuffers | None = None
 ) -> torch.Tensor | StreamedTensor:
-    """`read_tensor`; of an empty checkpoint after filling it, and whole, as its blocks are given back. Raises
-    OSError."""
+    """Call `read_tensor`; in an empty checkpoint fill the tensor first and free its blocks afterwards.
+
+    Raises OSError. An empty checkpoint's tensor is read at once and not staged, since its blocks are freed.
+    """
     if not (folder / EMPTY).exists():
         return read_tensor(folder, stored, buffers)
     file = os.open(folder / stored.file, os.O_RDWR)
     try:
-        _fill(file, stored)
+        _fill_tensor(file, stored)
         tensor = read_tensor(folder, stored)
         libc = ctypes.CDLL(None, use_errno=True)
-        where = ctypes.c_long(stored.begin), ctypes.c_long(tensor.nbytes)
-        if libc.fallocate(file, PUNCH_HOLE, *where):
+        extent = ctypes.c_long(stored.begin), ctypes.c_long(tensor.nbytes)
+        if libc.fallocate(file, PUNCH_HOLE, *extent):
             raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(folder / stored.file))
         return tensor
     finally:
@@ -73,7 +78,7 @@ def read_filled(
 
 
 def run_limited(rank_info: RankInfo, job: Job) -> None:
-    """A rank of train.py's, with less of its GPU."""
+    """Run train.py's rank with part of its GPU's memory."""
     model_files.read_tensor = read_filled
     if rank_info.device.type == "cuda":
         total = torch.cuda.get_device_properties(rank_info.device).total_memory

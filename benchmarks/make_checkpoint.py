@@ -1,9 +1,9 @@
-"""Makes a random-weight Llama checkpoint of a named shape, for measuring speed and memory without a download.
+"""Make a random-weight Llama checkpoint of a named shape, to measure speed and memory without a download.
 
     python -m benchmarks.make_checkpoint FOLDER [SHAPE]     # tiny, 1b, 8b (16 GB, default) or 70b (141 GB)
-    python -m benchmarks.make_checkpoint FOLDER SHAPE empty # the same files, sparse: benchmarks.limited fills them
+    python -m benchmarks.make_checkpoint FOLDER SHAPE empty # sparse files, which benchmarks.limited fills
 
-Weights are normal(0, 0.02), drawn on the GPU if there is one, written in shards of eight layers' size; the
+Weights are normal(0, 0.02), drawn on the GPU if there is one, and written in shards of about 4 GB. The
 tokenizer knows the 256 bytes, BOS and EOS.
 """
 
@@ -25,10 +25,11 @@ from files.tensors import write_header
 
 SHARD_BYTES = 4 * 10**9
 STD = 0.02
-EMPTY = "empty"  # a file that says that the shards beside it are holes
+EMPTY = "empty"  # a file that marks the folder's shards as sparse
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """Make a tokenizer of the 256 bytes, BOS (256) and EOS (257)."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: i for i, token in enumerate([*alphabet, "<s>", "</s>"])}
     backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
@@ -38,26 +39,28 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
 
 
-def _shards(shapes: dict[str, torch.Size]) -> Iterator[dict[str, torch.Size]]:
-    part = {}
+def _split_into_shards(shapes: dict[str, torch.Size]) -> Iterator[dict[str, torch.Size]]:
+    """Yield {name: shape} of one shard after the other, each just above SHARD_BYTES."""
+    shard = {}
     for name, dims in shapes.items():
-        part[name] = dims
-        if sum(2 * d.numel() for d in part.values()) > SHARD_BYTES:
-            yield part
-            part = {}
-    if part:
-        yield part
+        shard[name] = dims
+        if sum(2 * d.numel() for d in shard.values()) > SHARD_BYTES:
+            yield shard
+            shard = {}
+    if shard:
+        yield shard
 
 
-def _write_empty(path: Path, part: dict[str, torch.Size]) -> None:
-    """A safetensors file of bf16 tensors whose bytes are a hole: it has its size, and takes no room on the disk."""
-    tensors = {name: torch.empty(dims, dtype=torch.bfloat16, device="meta") for name, dims in part.items()}
+def _write_empty(path: Path, shard: dict[str, torch.Size]) -> None:
+    """Write a safetensors file of bf16 tensors whose bytes are a hole: it takes no room on the disk."""
+    tensors = {name: torch.empty(dims, dtype=torch.bfloat16, device="meta") for name, dims in shard.items()}
     with path.open("wb") as file:
         n_bytes = write_header(file, tensors)
         file.truncate(file.tell() + n_bytes)
 
 
 def make_checkpoint(folder: Path, shape: str, empty: bool = False) -> None:
+    """Write the checkpoint; empty: with sparse shards."""
     size = SHAPES[shape]
     config = LlamaConfig(
         hidden_size=size.hidden,
@@ -78,14 +81,14 @@ def make_checkpoint(folder: Path, shape: str, empty: bool = False) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     generator, weight_map = torch.Generator(device).manual_seed(0), {}
-    for number, part in enumerate(_shards(shapes), 1):
+    for number, shard in enumerate(_split_into_shards(shapes), 1):
         file = f"model-{number:05d}.safetensors"
-        weight_map |= dict.fromkeys(part, file)
+        weight_map |= dict.fromkeys(shard, file)
         if empty:
-            _write_empty(folder / file, part)
+            _write_empty(folder / file, shard)
             continue
         tensors = {}
-        for name, dims in part.items():
+        for name, dims in shard.items():
             values = torch.ones(dims, device=device, dtype=torch.bfloat16)
             if len(dims) == 2:
                 values.normal_(0, STD, generator=generator)

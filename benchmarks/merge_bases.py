@@ -1,9 +1,9 @@
-"""What merging into each base costs: the loss on the run's data of the model that was trained, of what export.py
-makes of it with either --base, and of those packed again to 4 bits.
+"""Measure what merging into each base costs, as the loss on the run's data.
 
     python -m benchmarks.merge_bases RUN [ROWS]
 
-ROWS: rows of the data, from the first (64). The run's data must be a local file or a recipe of one.
+Compares the trained model, export.py's result with either --base, and those results quantized again to 4
+bits. ROWS: rows of the data, from the first (64). The run's data must be a local file or a recipe of one.
 """
 
 from __future__ import annotations
@@ -26,32 +26,36 @@ from finished.layerwise import packed_logits, plain_logits, trained_logits
 
 
 def measure(folder: str, count: int) -> None:
+    """Print the loss of each model and how far its logits are from the trained model's."""
     run = open_run(folder)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     c = run.config
     rows = prepare(c.dataset, c.dataset_format, count, c.context_length, load_tokenizer(run), c.chat_date)
     batch = next(StepSampler(rows, len(rows), 1, 0, 1, 0).steps(1)).batches[0]
 
-    def tell(name: str, logits: torch.Tensor) -> None:
+    def print_line(name: str, logits: torch.Tensor) -> None:
+        """Print one model's loss and its difference from the trained logits."""
         loss = F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), ignore_index=IGNORE).item()
         learned = batch.targets != IGNORE
-        away = (logits - trained)[learned].abs()
+        differences = (logits - trained)[learned].abs()
         print(
-            f"{name:38} loss {loss:.4f}, logits differ by up to {away.max().item():.4f}, on average"
-            f" {away.mean().item():.4f}"
+            f"{name:38} loss {loss:.4f}, logits differ by up to {differences.max().item():.4f}, on average"
+            f" {differences.mean().item():.4f}"
         )
 
     trained = trained_logits(run, read_adapter(run), batch.ids, device)
-    tell("trained", trained)
+    print_line("trained", trained)
     with tempfile.TemporaryDirectory() as scratch:
         for name in ("dequantized", "original"):
             out = Path(scratch, name)
             options = ["--to", "merged", "--out", str(out), "--base", name, "--check", "false"]
             assert export.main([folder, *options]) == 0
             files = CheckpointFiles(out)
-            tell(f"merged into {name}", plain_logits(run.model_config, run.family, files, batch.ids, device))
-            again = dataclasses.replace(run, files=files)
-            tell(f"merged into {name}, packed again", packed_logits(again, batch.ids, device))
+            print_line(
+                f"merged into {name}", plain_logits(run.model_config, run.family, files, batch.ids, device)
+            )
+            merged_run = dataclasses.replace(run, files=files)
+            print_line(f"merged into {name}, packed again", packed_logits(merged_run, batch.ids, device))
 
 
 if __name__ == "__main__":

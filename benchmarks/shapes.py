@@ -1,4 +1,4 @@
-"""The named shapes of benchmark models, all of Llama's architecture."""
+"""Named shapes of benchmark models, all of Llama's architecture."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Shape:
+    """Sizes of one model."""
+
     hidden: int
     mlp: int
     layers: int
@@ -15,7 +17,7 @@ class Shape:
     vocabulary: int
 
     def parameters(self) -> int:
-        """How many weights: embedding and head apart, two norms per layer and one behind them."""
+        """Count the weights: untied embedding and head, two norms per layer and a final norm."""
         kv = self.hidden // self.heads * self.kv_heads
         layer = 2 * self.hidden * (self.hidden + kv) + 3 * self.hidden * self.mlp + 2 * self.hidden
         return self.layers * layer + 2 * self.vocabulary * self.hidden + self.hidden

@@ -1,5 +1,8 @@
-"""What is measured: ours and its peers. Each is a script in peers/ that prints one line of JSON (peers/work.py says
-what is in it), run by an interpreter that has the system's packages."""
+"""The systems to measure: ours and its peers.
+
+Each is a script in peers/ that prints one line of JSON (format: peers/work.py). An interpreter that has the
+system's packages runs it.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ TRAIN_TYPES = ("qlora", "bnb_dora")
 
 @dataclass(frozen=True)
 class Setting:
-    """What one run trains: gpus: processes, each with a GPU if there are any."""
+    """Work of one run. gpus: number of processes, each with a GPU if there are any."""
 
     gpus: int
     train_type: str
@@ -30,33 +33,41 @@ class Setting:
 
 @dataclass(frozen=True)
 class System:
-    """script: in peers/; needs: packages without which it cannot run; beside: others whose versions matter;
-    launcher: how several processes are started ("" - by the script itself); most_gpus, most_processes: that it can
-    use, with GPUs and without; checkpointing: the kinds it has."""
+    """A system and its limits.
+
+    Attributes:
+        script: file in peers/.
+        required_packages: packages without which it cannot run.
+        other_packages: further packages whose versions matter.
+        launcher: key of LAUNCHERS that starts several processes; "" if the script starts them.
+        max_gpus: most GPUs that it can use.
+        max_processes: most processes that it can use without GPUs.
+        checkpointing: kinds of activation checkpointing that it has.
+    """
 
     script: str
-    needs: tuple[str, ...]
-    beside: tuple[str, ...] = ()
+    required_packages: tuple[str, ...]
+    other_packages: tuple[str, ...] = ()
     launcher: str = ""
-    most_gpus: float = math.inf
-    most_processes: float = math.inf
+    max_gpus: float = math.inf
+    max_processes: float = math.inf
     checkpointing: tuple[str, ...] = ("full", "none")
 
-    def refusal(self, setting: Setting, on_gpus: bool) -> str:
-        """Why it cannot run the setting here; "" if it can."""
-        most = self.most_gpus if on_gpus else self.most_processes
-        if not most:
+    def find_obstacle(self, setting: Setting, on_gpus: bool) -> str:
+        """Return why the system cannot run the setting here, "" if it can."""
+        limit = self.max_gpus if on_gpus else self.max_processes
+        if not limit:
             return "needs a GPU"
-        if setting.gpus > most:
-            return f"runs on {most} {'GPU' if on_gpus else 'CPU process'} only"
+        if setting.gpus > limit:
+            return f"runs on {limit} {'GPU' if on_gpus else 'CPU process'} only"
         if setting.checkpointing not in self.checkpointing:
             return f"has no {setting.checkpointing} checkpointing"
         return ""
 
     def command(self, python: str, gpus: int) -> list[str]:
-        """What starts the script on so many processes, before its options."""
-        start = LAUNCHERS[self.launcher](gpus) if gpus > 1 else []
-        return [python, *start, str(PEERS / self.script)]
+        """Return the command that starts the script on `gpus` processes, without its options."""
+        launcher = LAUNCHERS[self.launcher](gpus) if gpus > 1 else []
+        return [python, *launcher, str(PEERS / self.script)]
 
 
 def _torchrun(processes: int) -> list[str]:
@@ -64,6 +75,7 @@ def _torchrun(processes: int) -> list[str]:
 
 
 def _accelerate(processes: int) -> list[str]:
+    """Return the arguments that start processes under accelerate with FSDP 1."""
     options = {
         "num_processes": processes,
         "num_machines": 1,
@@ -95,34 +107,34 @@ SYSTEMS = {
         ("trl", "peft", "bitsandbytes"),
         ("torch", "transformers", "accelerate", "liger-kernel"),
         launcher="accelerate",
-        most_processes=1,
+        max_processes=1,
     ),
     "unsloth": System(
         "unsloth_sft.py",
         ("unsloth", "trl"),
         ("torch", "transformers", "xformers", "flash-attn"),
-        most_gpus=1,
-        most_processes=0,
+        max_gpus=1,
+        max_processes=0,
         checkpointing=CHECKPOINTING,
     ),
     "torchtune": System(
         "torchtune_step.py",
         ("torchtune", "torchao", "transformers"),
         ("torch",),
-        most_gpus=1,
-        most_processes=1,
+        max_gpus=1,
+        max_processes=1,
     ),
     "fsdp_qlora": System(
         "fsdp_qlora.py",
         ("torch", "transformers", "bitsandbytes", "fastcore"),
-        most_processes=0,
+        max_processes=0,
         checkpointing=CHECKPOINTING,
     ),
 }
 
 
-def installed(system: System, python: str) -> dict[str, str | None]:
-    """{package: version} of what the system needs and of what else matters, under `python`; None: not installed."""
-    names = dict.fromkeys((*system.needs, *system.beside))
-    asked = [python, str(PEERS / "packages.py"), *names]
-    return json.loads(subprocess.run(asked, check=True, capture_output=True, text=True).stdout)
+def find_versions(system: System, python: str) -> dict[str, str | None]:
+    """Return {package: version} of the system's packages under `python`; None if not installed."""
+    names = dict.fromkeys((*system.required_packages, *system.other_packages))
+    command = [python, str(PEERS / "packages.py"), *names]
+    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)

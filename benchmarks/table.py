@@ -1,4 +1,4 @@
-"""The results as a table and as a picture."""
+"""The results as a table and as a chart."""
 
 from __future__ import annotations
 
@@ -8,13 +8,23 @@ from pathlib import Path
 
 from benchmarks.systems import OURS, SYSTEMS, Setting
 
-SETTLING = 3  # first steps that do not count: compilation, the allocator, clocks
+WARMUP_STEPS = 3  # first steps that are not measured: compilation, the allocator, clocks
 
 
 @dataclass(frozen=True)
 class Row:
-    """One run. step_seconds: median of the steps after the first SETTLING; peak_gib: on the rank with most;
-    adapters: the trained weights' dtype. problem: why there is no result, in which case these are None."""
+    """Result of one run; the figures are None if there is a problem.
+
+    Attributes:
+        setting: the work.
+        system: name of the system.
+        label: name in the table.
+        step_seconds: median of the steps after WARMUP_STEPS.
+        tokens_per_second_per_gpu: speed.
+        peak_gib: memory of the rank with the most.
+        adapters: dtype of the trained weights.
+        problem: why there is no result, or "".
+    """
 
     setting: Setting
     system: str
@@ -26,55 +36,67 @@ class Row:
     problem: str = ""
 
 
-def measured(setting: Setting, system: str, label: str, result: dict, tokens: int, steps: int) -> Row:
-    """The row of what a script printed (peers/work.py). tokens: that a step of all ranks must have had. Raises
-    ValueError if it had others: speeds would not compare."""
+def make_row(setting: Setting, system: str, label: str, result: dict, tokens: int, steps: int) -> Row:
+    """Make the row of a script's printed result (peers/work.py).
+
+    Args:
+        setting: the work.
+        system: name of the system.
+        label: name in the table.
+        result: the printed result.
+        tokens: expected tokens per step of all ranks. Raises ValueError if the result has others: speeds
+            would not compare.
+        steps: number of steps.
+    """
     if result["tokens"] != tokens:
         raise ValueError(f"took {result['tokens']:g} tokens per step, not {tokens}")
-    seconds = statistics.median(result["step_seconds"][SETTLING - steps :])
+    seconds = statistics.median(result["step_seconds"][WARMUP_STEPS - steps :])
     speed = tokens / seconds / setting.gpus
     return Row(setting, system, label, seconds, speed, result["peak_gib"], result["adapters"])
 
 
-def ratio(row: Row, rows: list[Row], name: str) -> float | None:
-    """Of a figure of the row to the same figure of ours: the first row of ours with the same setting. None if either
-    is missing."""
+def ratio_to_ours(row: Row, rows: list[Row], name: str) -> float | None:
+    """Divide the row's figure `name` by that of ours: the first row of ours with the same setting.
+
+    Returns None if one of them is missing.
+    """
     ours = next((r for r in rows if r.setting == row.setting and r.system == OURS), None)
     if ours is None or row.problem or ours.problem:
         return None
     return getattr(row, name) / getattr(ours, name)
 
 
-def markdown(rows: list[Row]) -> str:
+def format_markdown(rows: list[Row]) -> str:
+    """Format the rows as a Markdown table."""
     lines = [
         "| setting | system | tokens/s per GPU | x ours | step | peak allocated | x ours | adapters |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    before = None
+    previous = None
     for row in rows:
-        cells = [str(row.setting) if row.setting != before else "", row.label]
+        cells = [str(row.setting) if row.setting != previous else "", row.label]
         if row.problem:
             cells += [row.problem.replace("|", "\\|"), "", "", "", "", ""]
         else:
             cells += [
                 f"{row.tokens_per_second_per_gpu:,.0f}",
-                _shown(ratio(row, rows, "tokens_per_second_per_gpu")),
+                _format_ratio(ratio_to_ours(row, rows, "tokens_per_second_per_gpu")),
                 f"{row.step_seconds:.3f} s",
                 f"{row.peak_gib:.2f} GiB",
-                _shown(ratio(row, rows, "peak_gib")),
+                _format_ratio(ratio_to_ours(row, rows, "peak_gib")),
                 row.adapters,
             ]
         lines.append(f"| {' | '.join(cells)} |")
-        before = row.setting
+        previous = row.setting
     return "\n".join(lines) + "\n"
 
 
-def _shown(value: float | None) -> str:
+def _format_ratio(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}"
 
 
-def draw(rows: list[Row], title: str, path: Path) -> None:
-    """Speed against memory, as a PNG: a colour for each system, a marker for each setting."""
+def draw_chart(rows: list[Row], title: str, path: Path) -> None:
+    """Draw speed against memory as a PNG: a colour for each system, a marker for each setting."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -84,16 +106,16 @@ def draw(rows: list[Row], title: str, path: Path) -> None:
     colours = dict(zip(SYSTEMS, plt.get_cmap("tab10").colors, strict=False))
     markers = dict(zip(dict.fromkeys(row.setting for row in rows), "osD^vP*Xd<>ph8" * 9, strict=False))
     figure, axes = plt.subplots(figsize=(9, 5.5), layout="constrained")
-    good = [row for row in rows if not row.problem]
-    for row in good:
-        at = (row.peak_gib, row.tokens_per_second_per_gpu)
-        axes.plot(*at, markers[row.setting], color=colours[row.system], markersize=8)
-        axes.annotate(row.label, at, (6, 4), textcoords="offset points", fontsize=8)
+    measured = [row for row in rows if not row.problem]
+    for row in measured:
+        point = (row.peak_gib, row.tokens_per_second_per_gpu)
+        axes.plot(*point, markers[row.setting], color=colours[row.system], markersize=8)
+        axes.annotate(row.label, point, (6, 4), textcoords="offset points", fontsize=8)
     axes.set(xlabel="peak memory, GiB", ylabel="tokens/s per GPU", title=title)
-    axes.set_xlim(0, 1.3 * max(row.peak_gib for row in good))  # room for the labels
-    axes.set_ylim(0, 1.1 * max(row.tokens_per_second_per_gpu for row in good))
+    axes.set_xlim(0, 1.3 * max(row.peak_gib for row in measured))  # room for the labels
+    axes.set_ylim(0, 1.1 * max(row.tokens_per_second_per_gpu for row in measured))
     axes.grid(alpha=0.25)
-    kinds = {row.setting: markers[row.setting] for row in good}
+    kinds = {row.setting: markers[row.setting] for row in measured}
     axes.legend(
         [Line2D([], [], color="grey", marker=m, linestyle="") for m in kinds.values()],
         [str(setting) for setting in kinds],

@@ -1,4 +1,4 @@
-"""evaluate.py: scores of a finished run and of its base model, on the same rows."""
+"""evaluate.py: score a finished run and its base model on the same rows."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from data.rows import TokenizedRows
 from data.tokenizing import tokenize
 from files.atomic_writes import nonfinite_to_null, write_text
 from files.disk_room import check_writable
-from finished.finished_run import Run, load_model, load_tokenizer, open_base, open_run, stops_of
-from finished.generation import Ending
+from finished.finished_run import Run, find_stop_ids, load_model, load_tokenizer, open_base, open_run
+from finished.generation import MarkerCriterion
 from finished.text_scores import TEXT_METRICS, scored_with
 from launch.precision import choose_precision, has_bf16_gpu
 from launch.program import print_error, quiet_libraries
@@ -38,46 +38,60 @@ from training.evaluation import group_rows, mean_loss, perplexity
 def generate_answers(
     model: PreTrainedModel,
     prompts: list[list[int]],
-    tokens: int,
-    stops: list[int],
+    max_new_tokens: int,
+    stop_ids: list[int],
     batch_size: int,
-    ending: Callable[[int], StoppingCriteria] | None = None,
+    make_criterion: Callable[[int], StoppingCriteria] | None = None,
 ) -> list[list[int]]:
-    """The likeliest answer of at most `tokens` tokens to each prompt, by transformers' generate with its
-    cache, without the token of `stops` that ended it. Prompts of similar length go together, padded on the
-    left. ending(start): what else ends the answers that begin at this position."""
+    """Generate the greedy answer to each prompt, without the stop token that ends it.
+
+    Uses transformers' generate with its cache. Prompts of similar length share a batch, padded on the left.
+
+    Args:
+        model: the model; its generation config is not used.
+        prompts: token ids of each prompt.
+        max_new_tokens: limit for each answer.
+        stop_ids: tokens that end an answer.
+        batch_size: prompts per batch.
+        make_criterion: maps the position where a batch's answers start to one more stopping criterion.
+    """
     device = next(model.parameters()).device
     options = GenerationConfig(
-        max_new_tokens=tokens, do_sample=False, num_beams=1, eos_token_id=stops or None, pad_token_id=0
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        num_beams=1,
+        eos_token_id=stop_ids or None,
+        pad_token_id=0,
     )
     answers: list[list[int]] = [[] for _ in prompts]
     lengths = torch.tensor([len(prompt) for prompt in prompts])
     for batch in itertools.chain(
-        *group_rows(lengths, batch_size, longrope_threshold(model.config), growth=tokens)
+        *group_rows(lengths, batch_size, longrope_threshold(model.config), growth=max_new_tokens)
     ):
-        chosen = batch.tolist()
-        width = len(prompts[chosen[0]])
-        ids = torch.zeros(len(chosen), width, dtype=torch.int64, device=device)
+        row_indices = batch.tolist()
+        width = len(prompts[row_indices[0]])
+        ids = torch.zeros(len(row_indices), width, dtype=torch.int64, device=device)
         mask = torch.zeros_like(ids)
-        for row, i in enumerate(chosen):
+        for row, i in enumerate(row_indices):
             ids[row, width - len(prompts[i]) :] = torch.tensor(prompts[i])
             mask[row, width - len(prompts[i]) :] = 1
-        # The classes of families have transformers' GenerationMixin, the base class has not.
-        made = model.generate(  # type: ignore[operator]
+        # PreTrainedModel has no generate(); the concrete classes inherit it from GenerationMixin.
+        output = model.generate(  # type: ignore[operator]
             ids,
             attention_mask=mask,
             generation_config=options,
-            stopping_criteria=StoppingCriteriaList([ending(width)] if ending else []),
+            stopping_criteria=StoppingCriteriaList([make_criterion(width)] if make_criterion else []),
         )
-        for i, answer in zip(chosen, made[:, width:].tolist(), strict=True):
-            ends = [at for at, token in enumerate(answer) if token in stops]
-            answers[i] = answer[: ends[0]] if ends else answer
+        for i, answer in zip(row_indices, output[:, width:].tolist(), strict=True):
+            answers[i] = list(itertools.takewhile(lambda token: token not in stop_ids, answer))
     return answers
 
 
 def read_rows(run: Run, options: Options, tokenizer) -> tuple[str, list[Rendered], tuple[str, ...]]:
-    """(what was read, its rows as texts, remarks on them as training has of its own). Raises UserError for
-    anything wrong with the data."""
+    """Read the rows to score. Return (name of the data, rendered rows, remarks to print).
+
+    Without --dataset, reads the run's own evaluation set. Raises UserError for unusable data.
+    """
     config = run.config
     if options.dataset is None:
         rows, remarks = held_rows(config, tokenizer)
@@ -93,8 +107,8 @@ def read_rows(run: Run, options: Options, tokenizer) -> tuple[str, list[Rendered
     return options.dataset, examples.rendered, examples.remarks
 
 
-def check(options: Options) -> Run:
-    """The opened run. Raises UserError for what is wrong with the options."""
+def check_options(options: Options) -> Run:
+    """Check the options and open the RUN. Raises UserError."""
     if options.out is not None:
         if options.out.is_dir():
             raise UserError(f"--out {options.out}: is a folder; name a file")
@@ -103,148 +117,168 @@ def check(options: Options) -> Run:
 
 
 @dataclasses.dataclass(frozen=True)
-class Questions:
-    """What both models are asked: rows to take the loss of (None: not wanted), prompts to answer."""
+class EvaluationInputs:
+    """Inputs that both models are scored on.
+
+    Attributes:
+        rows: rows for the loss; None if perplexity is not requested.
+        prompts: prompts to answer, with their references.
+    """
 
     rows: TokenizedRows | None
     prompts: list[Prompt]
 
 
-def prepare(
-    names: Sequence[str], run: Run, rendered: list[Rendered], where: str, tokenizer, stops: list[int]
-) -> Questions:
-    """Raises UserError if there is nothing that a metric could be taken of."""
+def prepare_inputs(
+    names: Sequence[str], run: Run, rendered: list[Rendered], dataset: str, tokenizer, stop_ids: list[int]
+) -> EvaluationInputs:
+    """Tokenize the rows and make the prompts that the metrics `names` need.
+
+    Raises UserError if a text metric finds no row with a question and an answer.
+    """
     length = run.config.context_length
-    rows = tokenize(rendered, tokenizer, length, f"--dataset {where}") if "perplexity" in names else None
+    rows = tokenize(rendered, tokenizer, length, f"--dataset {dataset}") if "perplexity" in names else None
     if tuple(names) == ("perplexity",):
-        return Questions(rows, [])
-    made = (prompt_of(r, tokenizer, length, stops) for r in rendered)
-    prompts = [p for p in made if p and p.answer]
+        return EvaluationInputs(rows, [])
+    candidates = (prompt_of(r, tokenizer, length, stop_ids) for r in rendered)
+    prompts = [p for p in candidates if p and p.answer]
     if not prompts:
         raise UserError(
-            f"--dataset {where}: its rows have no question and answer, as text metrics need; use --metrics perplexity"
+            f"--dataset {dataset}: its rows have no question and answer, as text metrics need;"
+            " use --metrics perplexity"
         )
-    return Questions(rows, prompts)
+    return EvaluationInputs(rows, prompts)
 
 
 @dataclasses.dataclass(frozen=True)
-class Measured:
-    """One model's {metric: value}, None if undefined; its answers; how many --max_new_tokens cut."""
+class ModelScores:
+    """Scores of one model.
+
+    Attributes:
+        values: {metric: value}, None if undefined.
+        answers: text of each answer, as it is compared.
+        truncated: number of answers cut at --max_new_tokens.
+    """
 
     values: dict[str, float | None]
     answers: list[str]
-    cut: int
+    truncated: int
 
 
-def measure(
+def score_model(
     model: PreTrainedModel,
     names: Sequence[str],
-    asked: Questions,
+    inputs: EvaluationInputs,
     options: Options,
     tokenizer,
-    stops: list[int],
-) -> Measured:
+    stop_ids: list[int],
+) -> ModelScores:
+    """Compute the metrics `names` of one model on the inputs."""
     values: dict[str, float | None] = {}
-    answers, cut = [], 0
+    answers, truncated = [], 0
     rank_info = RankInfo(0, 1, 0, 1, next(model.parameters()).device)
-    if asked.rows is not None:
-        loss = mean_loss(model, asked.rows, options.batch_size, loss_sum, rank_info, contextlib.nullcontext)
+    if inputs.rows is not None:
+        loss = mean_loss(model, inputs.rows, options.batch_size, loss_sum, rank_info, contextlib.nullcontext)
         values["perplexity"] = perplexity(loss)
-    if asked.prompts:
-        marker = asked.prompts[0].marker  # the rows are of one format
-        ending = partial(Ending, tokenizer, marker) if marker else None
-        lengths = (options.max_new_tokens, stops, options.batch_size)
-        made = generate_answers(model, [p.ids for p in asked.prompts], *lengths, ending)
-        answers = [comparable(answer_text(ids, tokenizer, stops, marker)) for ids in made]
-        cut = sum(_is_cut(ids, options.max_new_tokens, tokenizer, marker) for ids in made)
+    if inputs.prompts:
+        marker = inputs.prompts[0].marker  # all rows have one format
+        make_criterion = partial(MarkerCriterion, tokenizer, marker) if marker else None
+        lengths = (options.max_new_tokens, stop_ids, options.batch_size)
+        generated = generate_answers(model, [p.ids for p in inputs.prompts], *lengths, make_criterion)
+        answers = [comparable(answer_text(ids, tokenizer, stop_ids, marker)) for ids in generated]
+        truncated = sum(_is_truncated(ids, options.max_new_tokens, tokenizer, marker) for ids in generated)
         for name in names:
             if name in TEXT_METRICS:
-                values |= TEXT_METRICS[name](answers, [p.answer for p in asked.prompts])
-    return Measured(values, answers, cut)
+                values |= TEXT_METRICS[name](answers, [p.answer for p in inputs.prompts])
+    return ModelScores(values, answers, truncated)
 
 
-def _is_cut(ids: list[int], tokens: int, tokenizer, marker: str | None) -> bool:
-    """Whether an answer of at most `tokens` tokens, without the one that ended it, had not ended there."""
-    return len(ids) == tokens and not (marker and marker in tokenizer.decode(ids, skip_special_tokens=True))
+def _is_truncated(ids: list[int], max_new_tokens: int, tokenizer, marker: str | None) -> bool:
+    """Whether an answer (without its stop token) ended at the limit and not by itself."""
+    return len(ids) == max_new_tokens and not (
+        marker and marker in tokenizer.decode(ids, skip_special_tokens=True)
+    )
 
 
 def evaluate(options: Options) -> dict:
-    """The whole command but for showing its results, which it returns."""
-    names, run = options.metrics, check(options)
+    """Run the command and return its results, as --out stores them."""
+    names, run = options.metrics, check_options(options)
     base = None if run.adapter else open_base(run, options.base_model)
     tokenizer = load_tokenizer(run)
-    where, rendered, told = read_rows(run, options, tokenizer)
-    for remark in told:
+    dataset, rendered, remarks = read_rows(run, options, tokenizer)
+    for remark in remarks:
         print(remark, flush=True)
-    stops = stops_of(run, tokenizer)
-    asked = prepare(names, run, rendered, where, tokenizer, stops)
+    stop_ids = find_stop_ids(run, tokenizer)
+    inputs = prepare_inputs(names, run, rendered, dataset, tokenizer, stop_ids)
     gpu = torch.cuda.is_available()
     device, dtype = (
         torch.device("cuda" if gpu else "cpu"),
         choose_precision("auto", gpu, has_bf16_gpu()).frozen,
     )
-    rest = (names, asked, options, tokenizer, stops)
+    arguments = (names, inputs, options, tokenizer, stop_ids)
     model = load_model(run, device, dtype)
-    tuned = measure(model, *rest)
+    tuned_scores = score_model(model, *arguments)
     if base is None:
         with adapters_off(model):
-            untrained = measure(model, *rest)
+            base_scores = score_model(model, *arguments)
     else:
-        del model  # one at a time in memory
-        untrained = measure(load_model(base, device, dtype), *rest)
-    answers = zip(asked.prompts, untrained.answers, tuned.answers, strict=True)
+        del model  # so that only one model is in memory
+        base_scores = score_model(load_model(base, device, dtype), *arguments)
+    answers = zip(inputs.prompts, base_scores.answers, tuned_scores.answers, strict=True)
     return {
         "run": str(run.folder),
         "base": str((base or run).base),
-        "dataset": where,
+        "dataset": dataset,
         "rows": len(rendered),
-        "answered": len(asked.prompts),
+        "answered": len(inputs.prompts),
         "max_new_tokens": options.max_new_tokens,
-        "cut": {"base": untrained.cut, "tuned": tuned.cut},
+        "cut": {"base": base_scores.truncated, "tuned": tuned_scores.truncated},
         "dtype": str(dtype).removeprefix("torch."),
-        "scored_with": scored_with(names, [p.answer for p in asked.prompts]),
+        "scored_with": scored_with(names, [p.answer for p in inputs.prompts]),
         "metrics": {
-            name: {"base": untrained.values[name], "tuned": value} for name, value in tuned.values.items()
+            name: {"base": base_scores.values[name], "tuned": value}
+            for name, value in tuned_scores.values.items()
         },
         "answers": [{"prompt": p.text, "reference": p.answer, "base": b, "tuned": t} for p, b, t in answers],
     }
 
 
-def table(results: dict) -> str:
+def format_table(results: dict) -> str:
+    """Format the metrics of base and tuned model as a table."""
     lines = [f"{'':12} {'base':>12} {'tuned':>12}"]
     for name, values in results["metrics"].items():
-        lines.append(f"{name:12} {_shown(values['base'])} {_shown(values['tuned'])}")
+        lines.append(f"{name:12} {_format_score(values['base'])} {_format_score(values['tuned'])}")
     return "\n".join(lines)
 
 
-def _shown(value: float | None) -> str:
+def _format_score(value: float | None) -> str:
     return f"{'undefined':>12}" if value is None else f"{value:12,.2f}"
 
 
-def remarks(results: dict) -> list[str]:
-    """Lines on how the table came about."""
+def describe_scoring_details(results: dict) -> list[str]:
+    """Return lines that explain the table: scorers, undefined values, truncated answers."""
     lines = [f"{name}: {how}" for name, how in results["scored_with"].items()]
     if None in results["metrics"].get("bleu", {}).values():
         lines.append("bleu is undefined where no answer, or no reference, has four tokens")
-    base, tuned = results["cut"]["base"], results["cut"]["tuned"]
-    if base or tuned:
+    base_cut, tuned_cut = results["cut"]["base"], results["cut"]["tuned"]
+    if base_cut or tuned_cut:
         lines.append(
-            f"of {results['answered']:,} answers {base:,} of the base and {tuned:,} of the tuned model were"
-            f" cut at --max_new_tokens {results['max_new_tokens']}"
+            f"of {results['answered']:,} answers {base_cut:,} of the base and {tuned_cut:,} of the tuned"
+            f" model were cut at --max_new_tokens {results['max_new_tokens']}"
         )
     return lines
 
 
 def run(options: Options) -> int:
-    """Returns the exit status: 0, or 2 for something the user can put right."""
+    """Run the command. Return the exit status: 0, or 2 for an error that the user can fix."""
     if not options.verbose:
         quiet_libraries()
     try:
         results = evaluate(options)
     except UserError as e:
         return print_error(e, options.verbose)
-    print(f"{results['run']} on {results['rows']:,} rows of {results['dataset']}\n{table(results)}")
-    for remark in remarks(results):
+    print(f"{results['run']} on {results['rows']:,} rows of {results['dataset']}\n{format_table(results)}")
+    for remark in describe_scoring_details(results):
         print(remark)
     if options.out is not None:
         try:

@@ -1,7 +1,7 @@
-"""A finished run, opened again: what was trained, on which base, and the model as training had it.
+"""Open a finished run: its options, its base model and its trained model.
 
-For the commands that come after training. A RUN is the --output_dir of train.py; its config.yaml says how it
-was made, and the adapter's metadata which base it belongs to.
+The commands after training use it. A RUN is the --output_dir of train.py: config.yaml has its options, and
+the adapter's metadata identifies its base model.
 """
 
 from __future__ import annotations
@@ -50,22 +50,33 @@ from options.train import parse
 from options.yaml_file import read_options_file
 from quantize_layers import load_weights
 
-PREFIX = "base_model.model."  # of PEFT's names
+PEFT_PREFIX = "base_model.model."  # PEFT's tensor names start with it
 ADAPTER_DTYPES = ("F32", "BF16", "F16", "F64")  # safetensors' names
-# What makes the model and its prompts. A run writes every option, so a config.yaml without one of these is damaged.
-NEEDED = (
+# Options that determine the model and its prompts. A run writes every option, so a config.yaml without one of
+# these is damaged.
+REQUIRED_OPTIONS = (
     "train_type", "lora_rank", "lora_alpha", "lora_target_modules", "n_bits", "group_size", "llama_pro_save",
     "model_name", "dataset", "dataset_format", "context_length", "precision",
 )  # fmt: skip
-assert set(NEEDED) <= FIELDS.keys()
+assert set(REQUIRED_OPTIONS) <= FIELDS.keys()
 
 
 @dataclass(frozen=True)
 class Run:
-    """folder: the RUN; base: the folder of the model it was trained from, or, where the run saved a whole
-    model, the RUN itself; files: the weights in base, with a RUN's new blocks in the place of theirs;
-    adapter: its safetensors file, or None; own_head: as `open_weights` returns it for the files; recognised:
-    whether the weights of the base are known to be those that it was trained on."""
+    """A RUN that was opened and checked.
+
+    Attributes:
+        folder: the RUN's folder.
+        config: its options.
+        base: folder of the model it was trained from; the RUN itself if it saved a whole model.
+        model_config: config of the model in `base`.
+        family: family of that model.
+        files: weights in `base`, with the RUN's new blocks in place of the base's.
+        adapter: the adapter's safetensors file, or None.
+        own_head: name of the head's tensor if config.json ties a head that the files hold (`open_weights`),
+            or None.
+        is_base_verified: whether the base is known to hold the weights that the RUN was trained on.
+    """
 
     folder: Path
     config: Config
@@ -75,76 +86,86 @@ class Run:
     files: CheckpointFiles
     adapter: Path | None
     own_head: str | None = None
-    recognised: bool = True
+    is_base_verified: bool = True
 
 
-def open_run(folder: str | Path, base: str | None = None) -> Run:
-    """Reads and checks a RUN. base: a folder or hub id to be used instead of the base that config.yaml names,
-    for one that was moved. Raises UserError if it is no RUN, is half written, or belongs to another base."""
+def open_run(folder: str | Path, base_model: str | None = None) -> Run:
+    """Open and check a RUN.
+
+    base_model: folder or hub id to use in place of the base that config.yaml names, for one that was moved.
+    Raises UserError if the folder is no RUN, is half written, or belongs to another base.
+    """
     folder = Path(folder).expanduser()
     if not (folder / OPTIONS).is_file():
         raise UserError(f"{folder}: is no run of train.py (no {OPTIONS})")
     config = _read_options(folder / OPTIONS)
     blocks = config.llama_pro_save == "blocks"
-    whole = config.method.saves == "model" and not blocks
-    saved = folder / (CONFIG if whole else BLOCKS if blocks else ADAPTER_CONFIG)
+    saves_model = config.method.saves == "model" and not blocks
+    saved = folder / (CONFIG if saves_model else BLOCKS if blocks else ADAPTER_CONFIG)
     if not saved.is_file():
         raise UserError(
             f"{folder}: holds no result ({saved.name}): the run was cut, or ran with --save_model false"
         )
-    run = _open_model(folder, config, None if whole else base or config.model_name, base)
-    if whole:
+    run = _open_model(folder, config, None if saves_model else base_model or config.model_name, base_model)
+    if saves_model:
         return run
     if blocks:
-        return _with_blocks(run)
+        return _overlay_new_blocks(run)
     path = folder / ADAPTER
     metadata, tensors = _read_adapter_header(path)
-    run = _recognised(dataclasses.replace(run, adapter=path), metadata, path)
-    _check_adapter(run, tensors)
-    _check_description(saved, config)
-    _tell_of_tokenizer(run, metadata)
+    run = _verify_base(dataclasses.replace(run, adapter=path), metadata, path)
+    _check_adapter_tensors(run, tensors)
+    _check_adapter_config(saved, config)
+    _print_tokenizer_remark(run, metadata)
     return run
 
 
-def open_base(run: Run, base: str | None = None) -> Run:
-    """The model that a run which saved a whole model, or new blocks, was trained from, with nothing on it.
-    base: as for `open_run`. Raises UserError, also for another model; tells if an earlier version trained the
-    whole model without the base's head."""
-    opened = _open_model(run.folder, run.config, base or run.config.model_name, base)
-    if run.base != run.folder:  # new blocks, of which `open_run` has compared it
-        return dataclasses.replace(opened, recognised=run.recognised)
+def open_base(run: Run, base_model: str | None = None) -> Run:
+    """Open the base model of a RUN that saved a whole model or new blocks, without the trained weights.
+
+    base_model: as for `open_run`. Raises UserError, also if it is another model. Prints a remark if an
+    earlier version trained the whole model without the base's head.
+    """
+    opened = _open_model(run.folder, run.config, base_model or run.config.model_name, base_model)
+    if run.base != run.folder:  # new blocks: `open_run` has verified their base
+        return dataclasses.replace(opened, is_base_verified=run.is_base_verified)
     weights = run.files.folder / next(iter(run.files.tensors.values())).file
     metadata = read_header(weights)[0].get("__metadata__") or {}
-    # An older RUN does not say what its base's config and shapes were: they are its own.
+    # An older RUN does not record its base's config and shapes: they equal its own.
     metadata = {STRUCTURE_KEY: digest_structure(run.model_config, run.files)} | metadata
     head = opened.own_head
     if head and trained_without_head(metadata, opened.model_config, opened.files, head):
         print(f"{run.folder}: {no_head_message(head, opened.base)}; here the base has it", file=sys.stderr)
-        return dataclasses.replace(opened, recognised=False)
-    return _recognised(opened, metadata, run.folder)
+        return dataclasses.replace(opened, is_base_verified=False)
+    return _verify_base(opened, metadata, run.folder)
 
 
-def _recognised(run: Run, metadata: dict[str, str], result: Path) -> Run:
-    """`run`, whose base is compared with what the header of its result says; tells what could not be
-    compared. Raises UserError for another base."""
+def _verify_base(run: Run, metadata: dict[str, str], result: Path) -> Run:
+    """Compare the run's base with the metadata of its result; return the run with `is_base_verified` set.
+
+    Prints a remark on parts that could not be compared. Raises UserError for another base.
+    """
     remark = check_base(metadata, run.model_config, run.files, str(result), "--base_model", run.own_head)
     if remark:
         print(remark, file=sys.stderr, flush=True)
-    return dataclasses.replace(run, recognised=not remark)
+    return dataclasses.replace(run, is_base_verified=not remark)
 
 
-def _tell_of_tokenizer(run: Run, metadata: dict[str, str]) -> None:
-    """Prints `tokenizer_remark`, unless the tokenizer cannot be read: what needs it says that."""
+def _print_tokenizer_remark(run: Run, metadata: dict[str, str]) -> None:
+    """Print `tokenizer_remark`, unless the tokenizer is unreadable: the code that needs it reports that."""
     if remark := tokenizer_remark(metadata, run.base):
         with contextlib.suppress(UserError):
             load_tokenizer(run)
             print(remark, file=sys.stderr, flush=True)
 
 
-def _open_model(folder: Path, config: Config, name: str | None, given: str | None) -> Run:
-    """The Run of the model `name` by itself: a hub id, a folder or the demo model; None: of what `folder`
-    holds, which may be called like one of these. given: --base_model."""
-    with _naming(name, given):
+def _open_model(folder: Path, config: Config, name: str | None, base_model: str | None) -> Run:
+    """Open the model `name`: a hub id, a folder or the demo model. None means the model saved in `folder`.
+
+    `folder` itself cannot be the name: it may equal a hub id or the demo model's name. base_model:
+    --base_model.
+    """
+    with _name_base_model_in_errors(name, base_model):
         base = (
             folder if name is None else make_toy_model(toy_texts()) if name == TOY_MODEL else find_model(name)
         )
@@ -157,75 +178,80 @@ def _open_model(folder: Path, config: Config, name: str | None, given: str | Non
 
 
 @contextlib.contextmanager
-def _naming(name: str | None, given: str | None) -> Iterator[None]:
-    """Puts --base_model into errors of finding a model in the place of --model_name, which no command on a
-    RUN has. name, given: as for `_open_model`."""
+def _name_base_model_in_errors(name: str | None, base_model: str | None) -> Iterator[None]:
+    """Replace --model_name by --base_model in errors of finding a model.
+
+    Commands on a RUN have no --model_name. Args: as for `_open_model`.
+    """
     try:
         yield
     except UserError as e:
         text = str(e)
         if not text.startswith("--model_name"):
             raise
-        rest = text.removeprefix("--model_name")
-        if name is None or given:
-            raise UserError(rest.lstrip() if name is None else f"--base_model{rest}") from None
-        raise UserError(f"base model{rest}; if it was moved, name its folder: --base_model") from None
+        detail = text.removeprefix("--model_name")
+        if name is None or base_model:
+            raise UserError(detail.lstrip() if name is None else f"--base_model{detail}") from None
+        raise UserError(f"base model{detail}; if it was moved, name its folder: --base_model") from None
 
 
-def _with_blocks(run: Run) -> Run:
-    """`run` with the tensors of its new blocks in the place of the expanded model's. Raises UserError unless
-    the blocks are this model's."""
+def _overlay_new_blocks(run: Run) -> Run:
+    """Replace tensors of the expanded model by the run's new blocks.
+
+    Raises UserError if the blocks belong to another model.
+    """
     path = run.folder / BLOCKS
     blocks, metadata = open_blocks(path, run.files, run.family, new_layers(run.model_config))
-    run = _recognised(run, metadata, path)
-    _tell_of_tokenizer(run, metadata)
+    run = _verify_base(run, metadata, path)
+    _print_tokenizer_remark(run, metadata)
     return dataclasses.replace(run, files=run.files.overlaid_by(blocks))
 
 
 def _read_options(path: Path) -> Config:
-    """Raises UserError that names the file."""
+    """Read config.yaml. Raises UserError that names the file."""
     try:
         config, _ = parse(["--config", str(path)])
     except UserError as e:
         text = str(e).removeprefix("--config ")
         raise UserError(text if text.startswith(str(path)) else f"{path}: {text}") from None
-    _check_lost(path)
+    _check_required_options(path)
     return config
 
 
-def _check_lost(path: Path) -> None:
-    """Raises UserError where config.yaml, which is YAML, has lost an option: its default may be another."""
-    given = read_options_file(str(path))
-    lost = next((name for name in NEEDED if name not in given), None)
-    if lost:
-        raise UserError(f"{path}: has no {lost}, which a run writes: the file is damaged")
+def _check_required_options(path: Path) -> None:
+    """Raise UserError if config.yaml has lost an option: the default may differ from the run's value."""
+    written = read_options_file(str(path))
+    missing = next((name for name in REQUIRED_OPTIONS if name not in written), None)
+    if missing:
+        raise UserError(f"{path}: has no {missing}, which a run writes: the file is damaged")
 
 
-def _check_description(path: Path, config: Config) -> None:
-    """Raises UserError where config.yaml says another thing of the adapter than its own description: one of
-    them is damaged."""
-    wanted = {
+def _check_adapter_config(path: Path, config: Config) -> None:
+    """Raise UserError if config.yaml and adapter_config.json disagree: one of them is damaged."""
+    expected = {
         "r": config.lora_rank,
         "lora_alpha": config.lora_alpha,
         "use_dora": config.method.adapter == "dora",
     }
-    described = read_json(path, MAX_CONFIG_BYTES)
-    for name, value in wanted.items():
-        if described.get(name) != value:
-            found = f"{name} {described.get(name)}"
+    adapter_config = read_json(path, MAX_CONFIG_BYTES)
+    for name, value in expected.items():
+        if adapter_config.get(name) != value:
+            found = f"{name} {adapter_config.get(name)}"
             raise UserError(f"{path}: {found}, but {OPTIONS} makes it {value}: one of them is damaged")
 
 
 def _read_adapter_header(path: Path) -> tuple[dict[str, str], dict[str, tuple[list[int], str]]]:
-    """(metadata, {tensor: (shape, safetensors' name of its dtype)}) of an adapter's file. Raises UserError
-    unless the file is whole and says which model it was trained on."""
+    """Return (metadata, {tensor: (shape, safetensors' dtype name)}) of an adapter's file.
+
+    Raises UserError if the file is missing, truncated, or does not identify its base model.
+    """
     if not path.is_file():
         raise UserError(f"{path}: is missing: the run is half written")
     try:
         with safe_open(path, framework="pt") as f:
             metadata = f.metadata() or {}
             slices = {name: f.get_slice(name) for name in f.keys()}  # noqa: SIM118
-            tensors = {name: (part.get_shape(), part.get_dtype()) for name, part in slices.items()}
+            tensors = {name: (view.get_shape(), view.get_dtype()) for name, view in slices.items()}
     except (SafetensorError, OSError) as e:
         raise UserError(f"{path}: truncated or not a safetensors file ({e})") from None
     if STRUCTURE_KEY not in metadata:
@@ -233,36 +259,39 @@ def _read_adapter_header(path: Path) -> tuple[dict[str, str], dict[str, tuple[li
     return metadata, tensors
 
 
-def _check_adapter(run: Run, found: dict[str, tuple[list[int], str]]) -> None:
-    """Raises UserError unless the adapter holds exactly the tensors, by name and shape, of numbers with a
-    fraction, that the run's options make of its base. found: as `_read_adapter_header` gives it."""
+def _check_adapter_tensors(run: Run, found: dict[str, tuple[list[int], str]]) -> None:
+    """Raise UserError unless the adapter holds exactly the tensors that the run's options create on its base.
+
+    Compares names and shapes, and requires floating-point dtypes. found: as `_read_adapter_header` returns
+    it.
+    """
     path, model = run.adapter, build_on_meta(run.model_config, run.family)
     check_quantization(model, run.family, run.config, run.files)
     apply_method(model, run.family, run.config, Precision(torch.float32, torch.float32), run.files)
-    wanted = {
-        f"{PREFIX}{name}.{part}": list(tensor.shape)
+    expected = {
+        f"{PEFT_PREFIX}{name}.{suffix}": list(tensor.shape)
         for name, module in model.named_modules()
         if isinstance(module, LoRALinear)
-        for part, tensor in module.peft_tensors(lambda parameter: parameter.detach()).items()
+        for suffix, tensor in module.peft_tensors(lambda parameter: parameter.detach()).items()
     }
-    for name in sorted(wanted.keys() | found.keys()):
-        if name not in wanted:
+    for name in sorted(expected.keys() | found.keys()):
+        if name not in expected:
             raise UserError(f"{path}: {name} has no place in {run.base} with the options of {OPTIONS}")
         if name not in found:
             raise UserError(f"{path}: {name} is missing")
         shape, dtype = found[name]
-        if shape != wanted[name]:
+        if shape != expected[name]:
             raise UserError(
-                f"{path}: {name} has shape {shape}, but {run.base} and {OPTIONS} ask for {wanted[name]}"
+                f"{path}: {name} has shape {shape}, but {run.base} and {OPTIONS} ask for {expected[name]}"
             )
-        if dtype not in ADAPTER_DTYPES:  # whole numbers would be taken for weights
+        if dtype not in ADAPTER_DTYPES:  # integers would load as weights
             raise UserError(
                 f"{path}: {name} is stored as {dtype}; expected one of {', '.join(ADAPTER_DTYPES)}"
             )
 
 
 def read_adapter(run: Run) -> dict[str, torch.Tensor]:
-    """{PEFT's name: tensor} of the run's adapter. Raises UserError if it holds what no training leaves."""
+    """Read the run's adapter as {PEFT's name: tensor}. Raises UserError if it holds NaN or infinity."""
     with safe_open(run.adapter, framework="pt") as f:
         tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
     for name, tensor in tensors.items():
@@ -272,8 +301,11 @@ def read_adapter(run: Run) -> dict[str, torch.Tensor]:
 
 
 def load_model(run: Run, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
-    """The trained model in evaluation mode, on one device, unsharded: the base packed as in training,
-    computing in dtype, under the adapter; or the whole saved model in dtype."""
+    """Load the trained model in evaluation mode, unsharded, on one device.
+
+    With an adapter the base is packed as in training and computes in `dtype`; otherwise the saved model is in
+    `dtype`.
+    """
     precision, rank_info = Precision(dtype, dtype), RankInfo(0, 1, 0, 1, device)
     model = build_on_meta(run.model_config, run.family)
     if run.adapter:
@@ -290,26 +322,25 @@ def load_model(run: Run, device: torch.device, dtype: torch.dtype) -> PreTrained
 
 @torch.no_grad()
 def set_adapter(model: nn.Module, run: Run) -> None:
-    """Puts the run's adapter in the place of the one that `model`, of another run of the same base and the
-    same options of the adapter, has."""
+    """Load the run's adapter into `model`, which has an adapter of the same base and adapter options."""
     tensors = read_adapter(run)
     for name, module in model.named_modules():
         if isinstance(module, LoRALinear):
-            module.set_peft_tensors(tensors_of(name, tensors))
+            module.set_peft_tensors(select_module_tensors(name, tensors))
 
 
-def tensors_of(module: str, adapter: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """{PEFT's name below the layer: tensor} of one linear, out of what `read_adapter` gave."""
-    prefix = f"{PREFIX}{module}."
+def select_module_tensors(module: str, adapter: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Select one linear's tensors from `read_adapter`'s: {PEFT's name below the module: tensor}."""
+    prefix = f"{PEFT_PREFIX}{module}."
     return {name.removeprefix(prefix): t for name, t in adapter.items() if name.startswith(prefix)}
 
 
-def stops_of(run: Run, tokenizer) -> list[int]:
-    """Ids of the tokens that the run learned to end an answer with, and its base's own."""
+def find_stop_ids(run: Run, tokenizer) -> list[int]:
+    """Return the ids of the tokens that end an answer: those the run learned, and the base's own."""
     context = RenderContext(tokenizer, day=run.config.chat_date)
     return stop_tokens(run.base, run.model_config.eos_token_id, run.config.dataset_format, context)
 
 
 def load_tokenizer(run: Run):
-    """Raises UserError for one that is missing or damaged."""
+    """Load the base's tokenizer. Raises UserError if it is missing or damaged."""
     return read_tokenizer(run.base, str(run.base))

@@ -1,8 +1,7 @@
-"""Answers of a trained model and of its base, in the prompt template that the run was trained with.
+"""Generate answers of trained models and of their base, in the prompt template of the run's training.
 
-The base's answers come from the same loaded model with its adapters switched off; another run's adapter takes
-the place of the one before. Runs that saved a model, or new blocks, hold no adapter: of them and their bases
-one is loaded at a time.
+The base is the loaded model with its adapters switched off. Another run's adapter replaces the one before.
+Runs that saved a model or new blocks have no adapter: they and their bases are loaded one at a time.
 
 Shapes: P tokens of a prompt.
 """
@@ -43,7 +42,7 @@ BASE = "base"
 
 
 def open_runs(folders: list[str], base_model: str | None) -> list[Run]:
-    """The runs, checked, and checked to be able to share one base. Raises UserError."""
+    """Open the runs and check that they can share one base. Raises UserError."""
     runs = [open_run(folder, base_model) for folder in folders]
     for run in runs if len(runs) > 1 else []:
         if not run.adapter:
@@ -53,15 +52,16 @@ def open_runs(folders: list[str], base_model: str | None) -> list[Run]:
                 f"{run.folder}: was trained on {run.base}, but {runs[0].folder} on {runs[0].base}; runs given"
                 " together must have one base"
             )
-        if _packing(run) != _packing(runs[0]):
+        if _describe_packing(run) != _describe_packing(runs[0]):
             raise UserError(
-                f"{run.folder}: its base is {_packing(run)}, that of {runs[0].folder} {_packing(runs[0])}; runs"
-                " given together must have one base"
+                f"{run.folder}: its base is {_describe_packing(run)}, that of {runs[0].folder}"
+                f" {_describe_packing(runs[0])}; runs given together must have one base"
             )
     return runs
 
 
-def _packing(run: Run) -> str:
+def _describe_packing(run: Run) -> str:
+    """Describe how training packed the base."""
     config = run.config
     if config.method.quantizer is None:
         return "not packed"
@@ -70,93 +70,124 @@ def _packing(run: Run) -> str:
 
 
 @dataclass(frozen=True)
-class Template:
-    """How a run's training wrote its prompts. stops: tokens that end an answer; marker: a text that does."""
+class PromptTemplate:
+    """How a run's training wrote its prompts.
 
-    form: Format
+    Attributes:
+        format: format of the run's rows.
+        context: the tokenizer and what else rendering needs.
+        max_positions: tokens that the model can attend to.
+        stop_ids: tokens that end an answer.
+        marker: text that ends an answer, or None.
+    """
+
+    format: Format
     context: RenderContext
-    positions: int
-    stops: frozenset[int]
+    max_positions: int
+    stop_ids: frozenset[int]
     marker: str | None
 
     @property
     def tokenizer(self) -> Any:
         return self.context.tokenizer
 
-    def question(self, text: str) -> dict:
-        """A bare prompt as the row that it would be."""
-        return self.form.asking(text, self.context.markers)
+    def make_row(self, text: str) -> dict:
+        """Make the row of this format that asks a bare question."""
+        return self.format.asking(text, self.context.markers)
 
-    def text(self, prompt: Prompt) -> str:
-        """The text that training would have up to the answer. Raises UserError for rows without a
-        question."""
-        given = self.question(prompt.content) if isinstance(prompt.content, str) else prompt.content
-        row = checked(given, self.form, prompt.origin, answered=False)
-        if not row[self.form.asks]:
-            raise UserError(f"{prompt.origin}: {self.form.asks} is empty")
+    def render(self, prompt: Prompt) -> str:
+        """Render the prompt's text up to the answer, as in training.
+
+        Raises UserError for a row without a question.
+        """
+        given = self.make_row(prompt.content) if isinstance(prompt.content, str) else prompt.content
+        row = checked(given, self.format, prompt.origin, answered=False)
+        if not row[self.format.asks]:
+            raise UserError(f"{prompt.origin}: {self.format.asks} is empty")
         with template_errors(prompt.origin):
-            text = self.form.prompt(row, self.context)
+            text = self.format.prompt(row, self.context)
             text.encode()
         return text
 
-    def ids(self, text: str, origin: str) -> torch.Tensor:
-        """[1, P] int64. Raises UserError if they leave no room for an answer."""
-        ids = prompt_ids(text, self.tokenizer, self.form.special)
+    def encode(self, text: str, origin: str) -> torch.Tensor:
+        """Tokenize a prompt's text: [1, P] int64. Raises UserError if it leaves no room for an answer."""
+        ids = prompt_ids(text, self.tokenizer, self.format.special)
         if not ids:
             raise UserError(f"{origin}: is empty")
-        if len(ids) >= self.positions:
+        if len(ids) >= self.max_positions:
             raise UserError(
-                f"{origin}: takes {len(ids):,} tokens; the model has {self.positions:,} positions"
+                f"{origin}: takes {len(ids):,} tokens; the model has {self.max_positions:,} positions"
             )
         return torch.tensor([ids])
 
 
-def make_template(run: Run, dataset_format: str) -> Template:
-    """dataset_format: instead of the run's own, unless "auto". Raises UserError if nothing tells the
-    format."""
+def make_template(run: Run, dataset_format: str) -> PromptTemplate:
+    """Make the prompt template of a run. Raises UserError if its format is unknown.
+
+    dataset_format: replaces the run's own format, unless "auto".
+    """
     tokenizer = load_tokenizer(run)
     wanted = dataset_format if dataset_format != "auto" else run.config.dataset_format
     try:
         name, markers = find_format(run.config.dataset, wanted)
-    except UserError as e:  # the data are gone; a file has no markers of its own, a recipe may have
+    except UserError as e:  # the data is gone; a file has no markers of its own, but a recipe may have
         if wanted == "auto" or (wanted == "guanaco" and file_suffix(run.config.dataset) == ".toml"):
-            raise UserError(f"{run.folder}: its prompt template cannot be told ({e}); --dataset_format"
-                            " says it") from None  # fmt: skip
+            raise UserError(
+                f"{run.folder}: its prompt template is unknown ({e}); name it with --dataset_format"
+            ) from None
         name, markers = wanted, list(GUANACO_MARKERS)
     context = RenderContext(tokenizer, markers, run.config.chat_date)
-    stops = stop_tokens(run.base, run.model_config.eos_token_id, name, context)
+    stop_ids = stop_tokens(run.base, run.model_config.eos_token_id, name, context)
     marker = FORMATS[name].marker(context)
-    positions = run.model_config.max_position_embeddings
-    return Template(FORMATS[name], context, positions, frozenset(stops), marker)
+    max_positions = run.model_config.max_position_embeddings
+    return PromptTemplate(FORMATS[name], context, max_positions, frozenset(stop_ids), marker)
 
 
 @dataclass(frozen=True)
 class Answer:
-    """tokens: how many were generated; ended: by the model itself, not by max_new_tokens."""
+    """A generated answer.
+
+    Attributes:
+        text: its text.
+        tokens: number of generated tokens.
+        ended: whether the model ended it, rather than max_new_tokens.
+    """
 
     text: str
     tokens: int
     ended: bool
 
 
-class Voices:
-    """Who can answer: with `compare` the base, and each run by the name of its folder; one of them at a
-    time."""
+class AnsweringModels:
+    """Models that answer prompts: each run, and with `compare` the base. One is active at a time.
+
+    Attributes:
+        runs: {name: run}; a run's name is its folder.
+        names: names of all models, BASE first.
+        first_run: the run whose base answers as BASE.
+        base_run: the base of a run without an adapter, or None.
+        loaded_run: the run whose weights `model` has, or None.
+        model: the loaded model, or None.
+    """
 
     def __init__(
         self, runs: list[Run], base_model: str | None, device: torch.device, precision: str, compare: bool
     ):
         self.runs = {str(run.folder): run for run in runs}
         self.names = [BASE] * compare + list(self.runs)
-        self.first, self.device, self.precision = runs[0], device, precision
-        self.base = open_base(self.first, base_model) if compare and not self.first.adapter else None
-        if self.base and self.base.files.prequantized:
-            raise UserError(f"{self.base.base}: is packed, and cannot be asked by itself; --compare false")
-        self.loaded: Run | None = None
+        self.first_run, self.device, self.precision = runs[0], device, precision
+        self.base_run = (
+            open_base(self.first_run, base_model) if compare and not self.first_run.adapter else None
+        )
+        if self.base_run and self.base_run.files.prequantized:
+            raise UserError(
+                f"{self.base_run.base}: is packed, and cannot be asked by itself; --compare false"
+            )
+        self.loaded_run: Run | None = None
         self.model: PreTrainedModel | None = None
 
     def _precision(self, run: Run) -> Precision:
-        """What training computed in, or would on this device; or what --precision says."""
+        """Return the precision of --precision, or that of training as far as this device supports it."""
         dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
         if self.precision in dtypes:
             return Precision(*[dtypes[self.precision]] * 2)
@@ -165,53 +196,65 @@ class Voices:
         return choose_precision(run.config.precision, gpu, bf16)
 
     def _load(self, run: Run) -> None:
-        if self.loaded is run:
+        """Load a run's model, or only its adapter if the base is loaded."""
+        if self.loaded_run is run:
             return
-        if self.loaded and self.model is not None and run.adapter:
-            if _adapter_options(self.loaded) != _adapter_options(run):
+        if self.loaded_run and self.model is not None and run.adapter:
+            if _adapter_options(self.loaded_run) != _adapter_options(run):
                 replace_adapters(self.model, run.family, run.config)
             set_adapter(self.model, run)
         else:
-            self.loaded = self.model = None  # the room of one whole model before the next takes it
+            self.loaded_run = self.model = None  # free one model's memory before the next is loaded
             gc.collect()
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
             self.model = load_model(run, self.device, self._precision(run).frozen)
-        self.loaded = run
+        self.loaded_run = run
 
     @contextlib.contextmanager
-    def speaking(self, name: str) -> Iterator[None]:
-        """Within, `answer` is that of `name`, BASE or a run's."""
+    def activate(self, name: str) -> Iterator[None]:
+        """Let `generate_answer` use the model `name` (BASE or a run's) within the context."""
         run = self.runs.get(name)
-        self._load(run or self.base or self.loaded or self.first)
-        assert self.loaded is not None and self.model is not None
+        self._load(run or self.base_run or self.loaded_run or self.first_run)
+        assert self.loaded_run is not None and self.model is not None
         with contextlib.ExitStack() as stack:
             stack.enter_context(torch.inference_mode())
-            stack.enter_context(self._precision(self.loaded).context(self.device.type))
+            stack.enter_context(self._precision(self.loaded_run).context(self.device.type))
             stack.enter_context(cached_norms(self.model))
             if run is None:
                 stack.enter_context(adapters_off(self.model))
             yield
 
-    def answer(
-        self, template: Template, ids: torch.Tensor, sampling: Sampling, stream: Stream | None = None
+    def generate_answer(
+        self,
+        template: PromptTemplate,
+        ids: torch.Tensor,
+        sampling: Sampling,
+        stream: AnswerStreamer | None = None,
     ) -> Answer:
-        """Goes on behind the prompt ids [1, P]. Seeded for each answer by itself."""
-        room = template.positions - ids.shape[1]
+        """Generate the answer to the prompt with the active model. The seed is set for each answer.
+
+        Args:
+            template: template that the prompt was written with.
+            ids: the prompt, [1, P].
+            sampling: sampling options.
+            stream: receives the answer's tokens as they are generated.
+        """
+        max_tokens = template.max_positions - ids.shape[1]
         ids, start = ids.to(self.device), ids.shape[1]
         torch.manual_seed(sampling.seed)
-        stopping = [Ending(template.tokenizer, template.marker, start)] if template.marker else []
+        stopping = [MarkerCriterion(template.tokenizer, template.marker, start)] if template.marker else []
         assert self.model is not None
-        # The classes of families have transformers' GenerationMixin, the base class has not.
+        # PreTrainedModel has no generate(); the concrete classes inherit it from GenerationMixin.
         out = self.model.generate(  # type: ignore[operator]
             ids,
             attention_mask=torch.ones_like(ids),
-            generation_config=_as_generation_config(sampling, room, template.stops),
+            generation_config=_make_generation_config(sampling, max_tokens, template.stop_ids),
             stopping_criteria=StoppingCriteriaList(stopping),
             streamer=stream,
         )[0, start:].tolist()
-        ended = out[-1] in template.stops
-        text = answer_text(out, template.tokenizer, template.stops)
+        ended = out[-1] in template.stop_ids
+        text = answer_text(out, template.tokenizer, template.stop_ids)
         if template.marker and template.marker in text:
             text, ended = text.partition(template.marker)[0], True
         return Answer(text, len(out), ended)
@@ -222,82 +265,99 @@ def _adapter_options(run: Run) -> tuple:
     return c.method.adapter, c.lora_rank, c.lora_alpha, c.lora_target_modules
 
 
-def _as_generation_config(sampling: Sampling, room: int, stops: frozenset[int]) -> GenerationConfig:
+def _make_generation_config(
+    sampling: Sampling, max_tokens: int, stop_ids: frozenset[int]
+) -> GenerationConfig:
+    """Make transformers' config; temperature 0 means greedy."""
     config = GenerationConfig(
-        max_new_tokens=min(sampling.max_new_tokens, room),
+        max_new_tokens=min(sampling.max_new_tokens, max_tokens),
         repetition_penalty=sampling.repetition_penalty,
-        eos_token_id=sorted(stops) or None,
-        pad_token_id=min(stops, default=0),  # a single prompt has no padding; unset is a warning
+        eos_token_id=sorted(stop_ids) or None,
+        pad_token_id=min(stop_ids, default=0),  # unused with a single prompt; unset, transformers warns
     )
     if sampling.temperature:
-        picks = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
-        config.update(do_sample=True, **picks)
+        options = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
+        config.update(do_sample=True, **options)
     return config
 
 
-class Ending(StoppingCriteria):
-    """An answer ends where the next question's marker begins: in a dialogue training had no EOS there. start:
-    the position where the answers of all lines begin."""
+class MarkerCriterion(StoppingCriteria):
+    """Stop an answer where the next question's marker begins: training dialogues have no EOS there.
+
+    start: position where the answers of all rows begin.
+    """
 
     def __init__(self, tokenizer, marker: str, start: int):
         self.tokenizer, self.marker, self.start = tokenizer, marker, start
 
     def __call__(self, ids: torch.Tensor, _scores, **_) -> torch.Tensor:
         last = ids[:, max(self.start, ids.shape[1] - 2 * len(self.marker)) :]
-        found = [self.marker in self.tokenizer.decode(line) for line in last]
+        found = [self.marker in self.tokenizer.decode(row) for row in last]
         return torch.tensor(found, device=ids.device)
 
 
-class Stream(TextStreamer):
-    """Hands on an answer's text as it is generated, up to what ends it. write: gets each piece."""
+class AnswerStreamer(TextStreamer):
+    """Pass on an answer's text as it is generated, up to the stop token or marker.
 
-    def __init__(self, template: Template, write):
+    write: called with each chunk of text.
+    """
+
+    def __init__(self, template: PromptTemplate, write):
         super().__init__(template.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.template, self.write, self.held, self.over = template, write, "", False
+        self.template, self.write, self.pending, self.is_finished = template, write, "", False
 
     def put(self, value: torch.Tensor) -> None:
-        if self.next_tokens_are_prompt or int(value) not in self.template.stops:
+        """Take the next token of the answer; skip stop tokens."""
+        if self.next_tokens_are_prompt or int(value) not in self.template.stop_ids:
             super().put(value)
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Write the text up to the marker; hold back what may be the marker's beginning."""
         marker = self.template.marker
-        self.held += text
-        if marker and marker in self.held:
-            self.held, self.over = "" if self.over else self.held.partition(marker)[0], True
+        self.pending += text
+        if marker and marker in self.pending:
+            self.pending, self.is_finished = (
+                "" if self.is_finished else self.pending.partition(marker)[0],
+                True,
+            )
             stream_end = True
-        elif self.over:
-            self.held = ""
-        keep = 0 if stream_end or not marker else _begun(self.held, marker)
-        self.write(self.held[: len(self.held) - keep])
-        self.held = self.held[len(self.held) - keep :]
+        elif self.is_finished:
+            self.pending = ""
+        keep = 0 if stream_end or not marker else _count_marker_start(self.pending, marker)
+        self.write(self.pending[: len(self.pending) - keep])
+        self.pending = self.pending[len(self.pending) - keep :]
 
 
-def _begun(text: str, marker: str) -> int:
-    """How many characters at the end of text could be the beginning of marker."""
+def _count_marker_start(text: str, marker: str) -> int:
+    """Count the characters at the end of `text` that may be the beginning of the marker."""
     return next(n for n in range(min(len(text), len(marker)), -1, -1) if text.endswith(marker[:n]))
 
 
 @dataclass
 class Conversation:
-    """What was said so far. Formats without turns begin anew with each question."""
+    """The turns so far. Formats without turns start anew with each question."""
 
-    template: Template
+    template: PromptTemplate
     row: dict = field(default_factory=dict)
 
-    def ask(self, question: str) -> tuple[dict, str]:
-        """(the row with the question, its prompt). Takes nothing down: `answered` does."""
-        form = self.template.form
-        row = self.template.question(question)
-        if form is FORMATS["chat"]:
+    def make_prompt(self, question: str) -> tuple[dict, str]:
+        """Return (row with the question, its prompt).
+
+        Does not change the conversation: `record_answer` does.
+        """
+        row_format = self.template.format
+        row = self.template.make_row(question)
+        if row_format is FORMATS["chat"]:
             row = {"messages": [*self.row.get("messages", []), *row["messages"]]}
-        elif form is FORMATS["guanaco"] and self.row:
+        elif row_format is FORMATS["guanaco"] and self.row:
             row = {
                 "text": asked(question, self.row["text"], self.row["answer"], self.template.context.markers)
             }
-        return row, self.template.text(Prompt("the question", row))
+        return row, self.template.render(Prompt("the question", row))
 
-    def answered(self, row: dict, answer: str) -> None:
-        if self.template.form is FORMATS["chat"]:
+    def record_answer(self, row: dict, answer: str) -> None:
+        """Append the answered row to the conversation."""
+        if self.template.format is FORMATS["chat"]:
             self.row = {"messages": [*row["messages"], {"role": "assistant", "content": answer.strip()}]}
-        elif self.template.form is FORMATS["guanaco"]:
+        elif self.template.format is FORMATS["guanaco"]:
             self.row = row | {"answer": answer}

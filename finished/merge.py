@@ -1,11 +1,10 @@
-"""The weights of a trained model, one at a time: each read from its file, merged in fp32, and given to the writer.
+"""Merge the adapter into the weights: read each from its file, merge it in fp32, and pass it to the writer.
 
-LoRA:  W' = W + s B A
-DoRA:  W' = m * (W + s B A) / ||W + s B A||_row, m as the adapter's file has it
+LoRA:  W' = W + s B A DoRA:  W' = m * (W + s B A) / ||W + s B A||_row, m as in the adapter's file
 
-s = lora_alpha / R. Two bases W: the weights of the files (`original`), or what training computed with, packed
-and unpacked again (`dequantized`). DoRA's norm is of the base that is merged into, as in PEFT: over the original
-base m stays the length of each row, and only the direction has the quantization error in it.
+s = lora_alpha / R. W is the weight of the files (`original`), or the weight that training computed with:
+packed and dequantized (`dequantized`). DoRA's norm is that of the base merged into, as in PEFT: over the
+original base m is still the length of each row, and only the direction has the quantization error.
 
 Shapes: O output features, I input features, R rank.
 """
@@ -22,7 +21,7 @@ from checkpoints.model_writer import CHUNK_BYTES, TensorEntry, file_entries
 from files.finite import check_finite, is_finite
 from files.model_folder import CheckpointFiles
 from files.tensors import PinnedBuffers
-from finished.finished_run import PREFIX, Run
+from finished.finished_run import PEFT_PREFIX, Run
 from launch.memory import empty_on_host
 from models.adapters import choose_quantizers, packed_linears
 from models.registry import build_on_meta
@@ -31,19 +30,25 @@ from quantization.operators import TINY
 from quantization.quantizers import PackedWeight, Quantizer, pack_weight
 
 
-def merged_weight(weight: torch.Tensor, tensors: dict[str, torch.Tensor], scaling: float) -> torch.Tensor:
-    """W' [O, I] fp32. weight: W [O, I] fp32, which is overwritten; tensors: the layer's, by PEFT's names below it."""
+def merge_adapter(weight: torch.Tensor, tensors: dict[str, torch.Tensor], scaling: float) -> torch.Tensor:
+    """Merge one linear's adapter: W' [O, I] fp32.
+
+    Args:
+        weight: W [O, I] fp32; it is overwritten.
+        tensors: the adapter's tensors, by PEFT's names below the module.
+        scaling: s.
+    """
     a, b = (tensors[name].to(weight.device, torch.float32) for name in ("lora_A.weight", "lora_B.weight"))
     weight.addmm_(b, a, alpha=scaling)
     if "lora_magnitude_vector" in tensors:
-        # The floor is training's: a row of zeros stays one.
+        # The same floor as in training: a row of zeros remains zero.
         norm = torch.linalg.vector_norm(weight, dim=1).square_().clamp_min_(TINY).sqrt_()
         weight *= (tensors["lora_magnitude_vector"].to(weight.device, torch.float32) / norm)[:, None]
     return weight
 
 
-def packed_in_training(run: Run) -> dict[str, Quantizer]:
-    """{weight: how training packed it} of every tensor that training did not compute with as it is in its file."""
+def find_training_quantizers(run: Run) -> dict[str, Quantizer]:
+    """Return {weight: its quantizer} of the weights that training packed."""
     if not run.config.method.quantizer:
         return {}
     names = packed_linears(build_on_meta(run.model_config, run.family), run.family, run.config)
@@ -51,38 +56,44 @@ def packed_in_training(run: Run) -> dict[str, Quantizer]:
     return {f"{name}.weight": quantizer for name, quantizer in quantizers.items()}
 
 
-def merged_entries(
+def make_merged_entries(
     run: Run,
     adapter: dict[str, torch.Tensor],
     dequantized: bool,
     dtype_of: Callable[[torch.dtype], torch.dtype],
     device: torch.device,
 ) -> dict[str, TensorEntry]:
-    """Every tensor of the merged model, in the files' order. adapter: as `read_adapter` gives it, or empty;
-    dtype_of: the dtype to write what is stored in the given one (uint8: packed in its file); device: where the
-    weights are merged."""
-    layers: dict[str, dict[str, torch.Tensor]] = {}
+    """Make an entry for every tensor of the merged model, in the files' order.
+
+    Args:
+        run: the opened RUN.
+        adapter: as `read_adapter` returns it, or empty.
+        dequantized: whether to merge into the weights that training computed with.
+        dtype_of: maps a stored dtype (uint8: packed in its file) to the dtype to write.
+        device: device that merges the weights.
+    """
+    adapters: dict[str, dict[str, torch.Tensor]] = {}
     for name, tensor in adapter.items():
-        path, _, part = name.removeprefix(PREFIX).rpartition(".lora_")
-        layers.setdefault(f"{path}.weight", {})[f"lora_{part}"] = tensor
-    quantizers = packed_in_training(run) if dequantized else {}
+        path, _, suffix = name.removeprefix(PEFT_PREFIX).rpartition(".lora_")
+        adapters.setdefault(f"{path}.weight", {})[f"lora_{suffix}"] = tensor
+    quantizers = find_training_quantizers(run) if dequantized else {}
     assert not run.files.packed or dequantized
     scaling = run.config.lora_alpha / run.config.lora_rank if adapter else 0.0
     buffers = PinnedBuffers(device.type) if device.type == "cuda" else None
     entries = file_entries(run.files)
     for name, entry in entries.items():
-        dtype, quantizer, tensors = dtype_of(entry.dtype), quantizers.get(name), layers.pop(name, None)
+        dtype, quantizer, tensors = dtype_of(entry.dtype), quantizers.get(name), adapters.pop(name, None)
         if quantizer or tensors:
-            make = partial(_weight, run.files, name, quantizer, tensors, scaling, device, buffers)
-            entries[name] = TensorEntry(dtype, entry.shape, partial(_pieces, make, name, dtype))
+            make = partial(_read_merged_weight, run.files, name, quantizer, tensors, scaling, device, buffers)
+            entries[name] = TensorEntry(dtype, entry.shape, partial(_yield_merged_chunk, make, name, dtype))
         elif dtype != entry.dtype:
-            pieces = partial(_converted, run.files, name, dtype)
+            pieces = partial(_yield_converted_chunks, run.files, name, dtype)
             entries[name] = dataclasses.replace(entry, dtype=dtype, chunks=pieces)
-    assert not layers, f"without a weight: {next(iter(layers))}"
+    assert not adapters, f"without a weight: {next(iter(adapters))}"
     return entries
 
 
-def _weight(
+def _read_merged_weight(
     files: CheckpointFiles,
     name: str,
     quantizer: Quantizer | None,
@@ -91,7 +102,17 @@ def _weight(
     device: torch.device,
     buffers: PinnedBuffers | None,
 ) -> torch.Tensor:
-    """One weight of the merged model: [O, I] fp32 on the device."""
+    """Read one weight, dequantize it if training packed it, and merge its adapter: [O, I] fp32 on the device.
+
+    Args:
+        files: files of the base.
+        name: name of the weight.
+        quantizer: how training packed it, or None.
+        tensors: its adapter's tensors, or None.
+        scaling: s.
+        device: device that computes.
+        stage: page-locked buffers for reading, or None.
+    """
     stored = files.read(name, buffers).to(device)
     if isinstance(stored, torch.Tensor):
         check_finite(files.tensor_origin(name), stored)
@@ -100,40 +121,39 @@ def _weight(
     )  # from the stored dtype, as in training
     if isinstance(source, PackedWeight):
         assert quantizer is not None
-        parts = source.codes, source.scales, quantizer.table(device)
-        weight = quantizer.dequantize(*parts, files.tensors[name].shape, torch.float32)
+        packed = source.codes, source.scales, quantizer.table(device)
+        weight = quantizer.dequantize(*packed, files.tensors[name].shape, torch.float32)
     else:
         weight = source.to(torch.float32)
-    return merged_weight(weight, tensors, scaling) if tensors else weight
+    return merge_adapter(weight, tensors, scaling) if tensors else weight
 
 
 @torch.no_grad()
-def _pieces(make: Callable[[], torch.Tensor], name: str, dtype: torch.dtype) -> Iterator:
-    yield _as_bytes(_fits(make().to(dtype), name))
+def _yield_merged_chunk(make: Callable[[], torch.Tensor], name: str, dtype: torch.dtype) -> Iterator:
+    yield _as_bytes(_check_range(make().to(dtype), name))
 
 
 @torch.no_grad()
-def _converted(files: CheckpointFiles, name: str, dtype: torch.dtype) -> Iterator:
-    """A tensor that is only stored in another dtype: row by row, since an embedding is larger than any linear."""
+def _yield_converted_chunks(files: CheckpointFiles, name: str, dtype: torch.dtype) -> Iterator:
+    """Convert a tensor to `dtype` in chunks, since an embedding is larger than any linear."""
     tensor = files.read(name)
     assert isinstance(tensor, torch.Tensor)
     flat = tensor.view(-1)
-    for part in flat.split(CHUNK_BYTES // flat.dtype.itemsize):
-        check_finite(files.tensor_origin(name), part)
-        yield _as_bytes(_fits(part.to(dtype), name))
+    for chunk in flat.split(CHUNK_BYTES // flat.dtype.itemsize):
+        check_finite(files.tensor_origin(name), chunk)
+        yield _as_bytes(_check_range(chunk.to(dtype), name))
 
 
 def _as_bytes(tensor: torch.Tensor):
-    if tensor.is_cuda:  # into page-locked memory, which torch uses again for the next one
+    if tensor.is_cuda:  # copy to page-locked memory, which torch reuses for the next tensor
         tensor = empty_on_host(tensor, "cuda").copy_(tensor)
     return tensor.contiguous().view(-1).view(torch.uint8).numpy().data
 
 
-def _fits(tensor: torch.Tensor, name: str) -> torch.Tensor:
-    """Raises UserError for what the dtype cannot hold."""
+def _check_range(tensor: torch.Tensor, name: str) -> torch.Tensor:
+    """Return the tensor. Raises UserError if its dtype could not hold the values."""
     if not is_finite(tensor):
-        how = "; choose bfloat16 or float32" if tensor.dtype == torch.float16 else ""
-        raise UserError(
-            f"{name}: has values that {str(tensor.dtype).removeprefix('torch.')} cannot hold{how}"
-        )
+        remedy = "; choose bfloat16 or float32" if tensor.dtype == torch.float16 else ""
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        raise UserError(f"{name}: has values that {dtype} cannot hold{remedy}")
     return tensor

@@ -1,7 +1,7 @@
-"""README.md of what export.py writes: base model, data, the options that matter, the final loss.
+"""README.md that export.py writes: base model, data, the options that decide the result, the final loss.
 
 Format: https://huggingface.co/docs/hub/model-cards (YAML between two lines of ---, then Markdown). The hub
-refuses a base_model or a data set there that is no id of its own, so local paths stand in the text only.
+refuses a base_model or a dataset that is not one of its ids, so local paths appear only in the text.
 """
 
 from __future__ import annotations
@@ -22,59 +22,69 @@ from options.errors import UserError
 from options.limits import MAX_CONFIG_BYTES, read_json
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-# What decides the result; the rest says where and how fast it was computed.
-TOLD = (
+# Options that decide the result. The others say where and how fast it was computed.
+CARD_OPTIONS = (
     "train_type", "n_bits", "group_size", "lora_rank", "lora_alpha", "lora_dropout", "lora_target_modules",
     "dataset_format", "dataset_samples", "context_length", "num_epochs", "max_steps", "batch_size",
     "gradient_accumulation_steps", "world_size", "optimizer", "lr", "lr_scheduler", "lr_warmup", "wd",
     "apply_gradient_clipping", "grad_norm", "precision", "seed",
 )  # fmt: skip
-assert set(TOLD) <= FIELDS.keys()
+assert set(CARD_OPTIONS) <= FIELDS.keys()
 
 
 def is_hub_id(name: str) -> bool:
+    """Whether `name` has the form owner/name and is no local path."""
     return bool(HUB_ID.fullmatch(name)) and not os.path.exists(os.path.expanduser(name))
 
 
-def card(config: Config, run: Path, base: str, title: str, what: str, library: str) -> str:
-    """The whole README.md. base: the base model's name, with its revision; title: a heading; what: a
-    paragraph on the files; library: what loads them, by the hub's name."""
-    head: dict[str, Any] = {"library_name": library}
+def render_card(config: Config, run: Path, base: str, title: str, description: str, library: str) -> str:
+    """Render the whole README.md.
+
+    Args:
+        config: the run's options.
+        run: the RUN's folder.
+        base: the base model's name, with its revision.
+        title: heading of the card.
+        description: paragraph on the exported files.
+        library: the hub's name of the library that loads them.
+    """
+    metadata: dict[str, Any] = {"library_name": library}
     base, revision = split_revision(base)
     if is_hub_id(base):
-        head["base_model"] = base
-    data = _hub_data(config)
+        metadata["base_model"] = base
+    data = _find_hub_dataset(config)
     if data:
-        head["datasets"] = [data]
-    head |= {"pipeline_tag": "text-generation", "tags": ["fsdp-finetune", config.train_type]}
-    rows = [(name, getattr(config, name)) for name in TOLD]
+        metadata["datasets"] = [data]
+    metadata |= {"pipeline_tag": "text-generation", "tags": ["fsdp-finetune", config.train_type]}
+    rows = [(name, getattr(config, name)) for name in CARD_OPTIONS]
     table = "\n".join(f"| {name} | {format_value(value)} |" for name, value in rows if value is not None)
     shown_base = {TOY_MODEL: "a tiny Llama with random weights, made on the spot (`toy`)"}.get(
         base, f"`{base}`" + (f", revision `{revision}`" if revision else "")
     )
     from_hub = f" ({data})" if data else ""
     return (
-        f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n\n# {title}\n\n{what}\n\n"
-        f"- Base model: {shown_base}\n- Data: `{config.dataset}`{from_hub}\n- {_loss(run)}\n\n"
+        f"---\n{yaml.safe_dump(metadata, sort_keys=False)}---\n\n# {title}\n\n{description}\n\n"
+        f"- Base model: {shown_base}\n- Data: `{config.dataset}`{from_hub}\n- {_describe_loss(run)}\n\n"
         f"Trained by `train.py` of fsdp-finetune with:\n\n| option | value |\n|---|---|\n{table}\n"
     )
 
 
-def _hub_data(config: Config) -> str | None:
-    """The data set's id on the hub, if it has one."""
+def _find_hub_dataset(config: Config) -> str | None:
+    """Return the dataset's id on the hub, or None."""
     try:
         recipe, file = find_recipe(config.dataset)
-    except UserError:  # a recipe that was moved since
+    except UserError:  # the recipe was moved since
         return None
     return recipe.source if file is None and is_hub_id(recipe.source) else None
 
 
-def _loss(run: Path) -> str:
-    """The last line of metrics.jsonl in words; of best/, which has none, the evaluation that chose it."""
+def _describe_loss(run: Path) -> str:
+    """Describe the last line of metrics.jsonl. best/ has none: describe the evaluation that chose it."""
     try:
         if (run / SCORE).is_file():
             score = read_json(run / SCORE, MAX_CONFIG_BYTES)
-            return f"Evaluation loss: {score['eval_loss']:.4f} after {score['step']:,} steps, the best of its run"
+            loss, step = score["eval_loss"], score["step"]
+            return f"Evaluation loss: {loss:.4f} after {step:,} steps, the best of its run"
         last = json.loads((run / METRICS).read_text(encoding="utf-8").strip().splitlines()[-1])
         return f"Final loss: {last['loss']:.4f} after {last['step']:,} steps ({last['epoch']:.2f} epochs)"
     except (OSError, ValueError, LookupError, TypeError, UserError):

@@ -1,4 +1,4 @@
-"""Scores of answers against references, as texts in any script: exact match, BLEU and ROUGE."""
+"""Scores of answers against references in any script: exact match, BLEU and ROUGE."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import unicodedata
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 
-# Scripts without spaces between words, by the first word of their characters' Unicode names.
+# Scripts without spaces between words: the first word of their characters' Unicode names.
 HAN = ("CJK", "IDEOGRAPHIC")
 SPACELESS = (*HAN, "HIRAGANA", "KATAKANA", "BOPOMOFO", "HALFWIDTH", "THAI", "LAO", "KHMER",
              "MYANMAR", "TIBETAN", "YI", "TAI", "BALINESE", "JAVANESE")  # fmt: skip
-LONG = 4  # tokens of BLEU's longest n-grams
-MANY = 0.2  # share of characters of such scripts among the words, from which BLEU counts characters
-MOSTLY = 0.9  # share of Han among these, from which the text is Chinese
-ROUGE = {"rouge1": 1, "rouge2": 2, "rougeL": 1}  # words that a reference must have
+BLEU_ORDER = 4  # tokens of BLEU's longest n-grams
+SPACELESS_SHARE = 0.2  # BLEU counts characters if more than this share of the words is SPACELESS
+HAN_SHARE = 0.9  # such a text is Chinese if at least this share of its SPACELESS words is Han
+ROUGE_MIN_WORDS = {"rouge1": 1, "rouge2": 2, "rougeL": 1}  # words that a reference must have
 
 
 @lru_cache(maxsize=2**16)
@@ -22,78 +22,87 @@ def _script(char: str) -> str:
     return unicodedata.name(char, "").partition(" ")[0].split("-")[0]
 
 
-def words(text: str) -> list[str]:
-    """The words of a text, in lower case: runs of letters, marks and digits. In scripts without spaces
-    between words each letter, with the marks on it, is a word. Of ASCII texts these are rouge-score's own
-    words."""
+def split_words(text: str) -> list[str]:
+    """Split a text into lower-case words: runs of letters, marks and digits.
+
+    In scripts without spaces each letter, with its marks, is a word. For ASCII texts the words are those of
+    rouge-score.
+    """
     found: list[str] = []
-    joins = marks = False  # whether a letter, and whether a mark, belongs to the last word
+    joins = marks = False  # whether the next letter, and whether the next mark, belongs to the last word
     for char in unicodedata.normalize("NFC", text).lower():
         category = unicodedata.category(char)
         if category[0] in "LN":
-            alone = category[0] == "L" and _script(char) in SPACELESS
-            if joins and not alone:
+            spaceless = category[0] == "L" and _script(char) in SPACELESS
+            if joins and not spaceless:
                 found[-1] += char
             else:
                 found.append(char)
-            joins, marks = not alone, True
+            joins, marks = not spaceless, True
         elif category[0] == "M" and marks:
             found[-1] += char
-        elif category != "Cf":  # a joiner, as within words of Hindi and Persian, separates nothing
+        elif category != "Cf":  # Cf: joiners inside words of Hindi and Persian; they separate nothing
             joins = marks = False
     return found
 
 
-class Words:
-    """rouge-score's interface of tokenizers, over `words`."""
+class RougeTokenizer:
+    """Tokenizer interface of rouge-score over `split_words`."""
 
     def tokenize(self, text: str) -> list[str]:
-        return words(text)
+        return split_words(text)
 
 
-def bleu_tokenizer(references: Sequence[str]) -> str:
-    """sacrebleu's name of the tokenizer that suits the references: `13a` for texts with spaces between words,
-    `zh` for Chinese, `char` for Japanese, Thai and other scripts without spaces."""
-    found = [word for reference in references for word in words(reference)]
-    alone = [script for script in (_script(word[0]) for word in found) if script in SPACELESS]
-    if len(alone) <= MANY * len(found):
+def choose_bleu_tokenizer(references: Sequence[str]) -> str:
+    """Return sacrebleu's name of the tokenizer that suits the references.
+
+    `13a` for scripts with spaces, `zh` for Chinese, `char` for Japanese, Thai and other scripts without
+    spaces.
+    """
+    found = [word for reference in references for word in split_words(reference)]
+    spaceless = [script for script in (_script(word[0]) for word in found) if script in SPACELESS]
+    if len(spaceless) <= SPACELESS_SHARE * len(found):
         return "13a"
-    return "zh" if sum(script in HAN for script in alone) >= MOSTLY * len(alone) else "char"
+    return "zh" if sum(script in HAN for script in spaceless) >= HAN_SHARE * len(spaceless) else "char"
 
 
-def _bleu(references: Sequence[str]):
+def _make_bleu(references: Sequence[str]):
     from sacrebleu.metrics import BLEU
 
-    return BLEU(tokenize=bleu_tokenizer(references), references=[list(references)])
+    return BLEU(tokenize=choose_bleu_tokenizer(references), references=[list(references)])
 
 
 def exact_match(answers: Sequence[str], references: Sequence[str]) -> dict[str, float | None]:
+    """Compute the percentage of answers that equal their reference, apart from outer white space."""
     same = sum(a.strip() == r.strip() for a, r in zip(answers, references, strict=True))
     return {"exact_match": 100 * same / len(answers)}
 
 
 def bleu(answers: Sequence[str], references: Sequence[str]) -> dict[str, float | None]:
-    """Undefined (None) where no answer, or no reference, has four tokens: there is no 4-gram to compare."""
-    metric = _bleu(references)
+    """Compute corpus BLEU.
+
+    None if no answer, or no reference, has four tokens: there is no 4-gram to compare.
+    """
+    metric = _make_bleu(references)
     score = metric.corpus_score(list(answers), None)
     longest = max(len(metric.tokenizer(reference).split()) for reference in references)
-    return {"bleu": score.score if score.totals[LONG - 1] and longest >= LONG else None}
+    return {"bleu": score.score if score.totals[BLEU_ORDER - 1] and longest >= BLEU_ORDER else None}
 
 
 def rouge(answers: Sequence[str], references: Sequence[str]) -> dict[str, float | None]:
-    """Means over rows whose reference has a word (two for rouge2); None where there are no such rows."""
+    """Compute mean ROUGE F1 over the rows whose reference has ROUGE_MIN_WORDS words, or None."""
     from rouge_score.rouge_scorer import RougeScorer
 
-    scorer = RougeScorer(list(ROUGE), tokenizer=Words())
+    scorer = RougeScorer(list(ROUGE_MIN_WORDS), tokenizer=RougeTokenizer())
     scores = [scorer.score(r, a) for a, r in zip(answers, references, strict=True)]
-    lengths, means = [len(words(r)) for r in references], {}
-    for kind, least in ROUGE.items():
-        values = [s[kind].fmeasure for s, length in zip(scores, lengths, strict=True) if length >= least]
+    lengths, means = [len(split_words(r)) for r in references], {}
+    for kind, min_words in ROUGE_MIN_WORDS.items():
+        values = [s[kind].fmeasure for s, length in zip(scores, lengths, strict=True) if length >= min_words]
         means[kind] = 100 * sum(values) / len(values) if values else None
     return means
 
 
-# Name -> (answers, references) -> {what the table calls it: value}. perplexity is of tokens.
+# {name: (answers, references) -> {row of the table: value}}. Perplexity is not here: it needs tokens.
 TEXT_METRICS: dict[str, Callable[[Sequence[str], Sequence[str]], dict[str, float | None]]] = {
     "exact_match": exact_match,
     "bleu": bleu,
@@ -102,15 +111,15 @@ TEXT_METRICS: dict[str, Callable[[Sequence[str], Sequence[str]], dict[str, float
 
 
 def scored_with(names: Sequence[str], references: Sequence[str]) -> dict[str, str]:
-    """What BLEU and ROUGE of these references were computed with, and which rows are left out."""
+    """Describe how BLEU and ROUGE were computed for these references, and which rows they leave out."""
     found = {}
     if "bleu" in names and references:
-        found["bleu"] = str(_bleu(references).get_signature())
+        found["bleu"] = str(_make_bleu(references).get_signature())
     if "rouge" in names and references:
         found["rouge"] = f"rouge-score {importlib.metadata.version('rouge-score')} over words of any script"
-        lengths = [len(words(reference)) for reference in references]
-        for kind, least in ROUGE.items():
-            short = sum(length < least for length in lengths)
+        lengths = [len(split_words(reference)) for reference in references]
+        for kind, min_words in ROUGE_MIN_WORDS.items():
+            short = sum(length < min_words for length in lengths)
             if short:
-                found["rouge"] += f"; {kind} leaves out {short:,}, whose reference has no {least} words"
+                found["rouge"] += f"; {kind} leaves out {short:,}, whose reference has no {min_words} words"
     return found

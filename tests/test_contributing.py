@@ -1,4 +1,4 @@
-"""The habits that CONTRIBUTING.md asks for: what it names exists, and the hooks do what it says."""
+"""CONTRIBUTING.md: the files that it names exist, and the hooks do what it says."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The docs say what the code does."""
+"""The docs agree with the code."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from tests.helpers.expansion import expand
 from tests.helpers.logits import IDS, transformers_logits
 from tests.helpers.programs import ROOT
 from tests.helpers.runs import outputs, transformers_model
-from tools.make_options_doc import PAGE, page
+from tools.make_options_doc import PAGE, make_page
 
 
 def test_the_options_page_is_config_py():
-    assert PAGE.read_text(encoding="utf-8") == page(), "run: python -m tools.make_options_doc"
+    assert PAGE.read_text(encoding="utf-8") == make_page(), "run: python -m tools.make_options_doc"
 
 
 def test_files_that_the_docs_name_exist():
@@ -29,7 +29,7 @@ def test_files_that_the_docs_name_exist():
 
 
 def test_rows_of_tables_are_in_a_table():
-    """A blank line ends one, and rows after it are no table."""
+    """A blank line ends a table: rows after it are plain text."""
     for doc in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
         for block in doc.read_text(encoding="utf-8").split("\n\n"):
             first, second = ([line for line in block.splitlines() if line.startswith("|")] + ["", ""])[:2]
@@ -42,8 +42,10 @@ def test_datasets_holds_no_python():
 
 
 def test_the_example_of_a_new_family_works(alpaca_file, one_rank, tmp_path, monkeypatch):
-    """The file, the name and the tiny config, as they stand in the docs: step 0 of its 4-bit model, with layers that are
-    to be compiled, as on GPUs; and an expanded one."""
+    """The file, the name and the tiny config, as in the docs: step 0 of its 4-bit model, and an expanded one.
+
+    Layers are marked for compilation, as on GPUs.
+    """
     page = (
         (ROOT / "docs" / "architecture.md")
         .read_text(encoding="utf-8")
@@ -76,11 +78,11 @@ def test_the_example_of_a_new_family_works(alpaca_file, one_rank, tmp_path, monk
     assert torch.equal(transformers_logits(expanded), transformers_logits(folder))
 
 
-def step_zero_of_a_new_family(place, name, source, args):
+def step_zero_of_a_new_family(rank_info, name, source, args):
     exec(source, module := {})
     FAMILIES[name] = module["FAMILY"]
     try:
-        return outputs(place, args, IDS, False)
+        return outputs(rank_info, args, IDS, False)
     finally:
         del FAMILIES[name]
 

@@ -1,4 +1,7 @@
-"""A disk that is full while best/ or the result is written. While a checkpoint is: tests/checkpoints/test_resume.py."""
+"""A disk that is full while best/ or the result is written.
+
+tests/checkpoints/test_resume.py tests a disk that is full while a checkpoint is written.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +47,7 @@ KINDS = {  # (model, options)
     "full": ("llama", "--train_type full --lr 1e-3"),
     "bnb_llama_pro": ("llama_pro", "--train_type bnb_llama_pro --lr 1e-3"),
 }
-# full's model is written tensor by tensor, as the expanded one is.
+# The model of `full` is written tensor by tensor, as the expanded one is.
 SOME = products(
     KINDS, [True, False], always=[("bnb_dora", True), ("bnb_llama_pro", False)], left_out=["full"]
 )
@@ -87,7 +90,7 @@ def same_weights(ours: Path, theirs: Path) -> bool:
 
 
 def attempt(rank_info, argv: list[str], filling: DiskFiller) -> tuple[str, list]:
-    """(what the run printed, or the line that it ended with; what `filling` saw)."""
+    """Run; return (output, or the error line that ended it; what `filling` saw)."""
     try:
         return run(rank_info, argv, filling), filling.seen
     except UserError as e:
@@ -100,7 +103,7 @@ def attempt(rank_info, argv: list[str], filling: DiskFiller) -> tuple[str, list]
 def test_the_best_step_before_stays(
     kind, checked, checkpoints, short_rows, two_ranks, undisturbed, small_disk
 ):
-    """Of steps 3 and 4, each better than the one before, nothing is kept; of the next better one, all is."""
+    """Steps 3 and 4, each the best so far, are not kept; the next better step is kept completely."""
     argv = options(kind, checkpoints, short_rows, *EVALUATING)
     whole, folder = undisturbed(argv), small_disk / "run"
     filling = DiskFiller(small_disk, 3, 5, checked)
@@ -134,7 +137,10 @@ def test_a_best_step_that_was_not_kept_is_told(tmp_path):
     ("error", "made"), [(OSError, ["b", "c"]), (RuntimeError, []), (KeyboardInterrupt, [])]
 )
 def test_only_what_a_disk_does_not_take_is_made_all_the_same(error, made, monkeypatch, tmp_path):
-    """In the order in which the other ranks make it, but for what was made before."""
+    """After an OSError the remaining entries are made, in the other ranks' order.
+
+    Their collectives need every rank.
+    """
     monkeypatch.setattr(trained_model.dist, "get_rank", lambda: 0)
     found = []
 
@@ -167,8 +173,10 @@ def test_what_cannot_take_the_place_of_a_folder_leaves_it(tmp_path):
 
 @pytest.mark.parametrize(("full", "kept"), [({2}, [1, 3, 4]), ({1, 2, 3, 4}, [])])
 def test_a_full_disk_does_not_change_when_a_run_stops(full, kept, tmp_path):
-    """Nor does a resumed run that goes on after the second evaluation. The losses after the best, which is not kept, are
-    no better, but better than that in best/."""
+    """The same holds for a run that resumes after the second evaluation.
+
+    The losses after the best, which is not kept, are worse than it, but better than the one in best/.
+    """
     saved = []
 
     def save(folder: Path) -> None:
@@ -228,7 +236,7 @@ def test_the_result_is_saved_when_there_is_room_again(
 
 
 def test_without_a_checkpoint_the_line_says_so(checkpoints, short_rows, small_disk, processes, capfd):
-    """The status and the one line; the metrics are whole."""
+    """Exit status and error line; the metrics are complete."""
     fill(small_disk, leave=160 * 1024)
     out = small_disk / "out"
     args = small(checkpoints, short_rows, out, "--world_size", "2", "--lora_rank", "64")
@@ -246,16 +254,18 @@ def test_a_disk_that_is_full_from_the_start_is_a_line(checkpoints, short_rows, s
     args = small(checkpoints, short_rows, small_disk / "out", "--world_size", "1", "--verbose")
     status, err = train.main(list(map(str, args))), capfd.readouterr().err
     assert status == 2 and "Traceback" in err, "which --verbose asked for"
-    told = f"error: rank 0: OSError: [Errno 28] No space left on device: '{small_disk}/out/config.yaml'"
-    assert err.splitlines()[-1] == told
+    expected = f"error: rank 0: OSError: [Errno 28] No space left on device: '{small_disk}/out/config.yaml'"
+    assert err.splitlines()[-1] == expected
 
 
 def test_a_disk_without_room_for_the_demos_model_is_a_line(small_disk, monkeypatch, tmp_path, capsys):
     fill(small_disk, leave=64 * 1024)
     monkeypatch.setenv("XDG_CACHE_HOME", str(small_disk))
     status, err = train.main(["--output_dir", str(tmp_path / "out")]), capsys.readouterr().err
-    told = f"error: {small_disk}/fsdp-finetune: the demo's model cannot be written there (SafetensorError: "
-    assert status == 2 and err.splitlines()[-1].startswith(told) and "No space left on device" in err
+    expected = (
+        f"error: {small_disk}/fsdp-finetune: the demo's model cannot be written there (SafetensorError: "
+    )
+    assert status == 2 and err.splitlines()[-1].startswith(expected) and "No space left on device" in err
     assert "Traceback" not in err and not list((small_disk / "fsdp-finetune").iterdir())
 
 
@@ -278,7 +288,7 @@ def test_a_file_of_tensors_that_does_not_fit_is_known_as_a_full_disk(small_disk)
 
 
 def test_a_report_that_does_not_fit_costs_no_more_than_that(small_disk):
-    """Nor does the picture of the loss; other errors are not passed over."""
+    """The same holds for the chart of the loss; other errors are raised."""
     fill(small_disk)
     with warn_on_full_disk(small_disk / "report.html"):
         write_text(small_disk / "report.html", "x" * 10_000)

@@ -1,5 +1,7 @@
-"""Whatever a run is given that was made to do harm: exit status 2, one line, nothing written, no memory filled, no
-wait. The cases, and the process that meets them: hostile.py."""
+"""Input that was made to do harm: exit status 2, one line, nothing written, no memory filled, no wait.
+
+hostile.py has the cases and the process that runs them.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,7 @@ NAMES = list(hostile.cases())
 
 @pytest.fixture(scope="module")
 def results(checkpoints, alpaca_file, one_rank, tmp_path_factory) -> dict[str, dict]:
-    """{name of the case: what became of it}, of one process that met all of them."""
+    """{name of the case: its outcome}, of one process that runs all cases."""
     root = tmp_path_factory.mktemp("hostile")
     world = root / "world"
     shutil.copytree(checkpoints(), world / "model")
@@ -37,7 +39,7 @@ def results(checkpoints, alpaca_file, one_rank, tmp_path_factory) -> dict[str, d
     folders = {name: world / name.lower() for name in ("HOME", "TMPDIR")}
     for folder in folders.values():
         folder.mkdir()
-    # Memory that is really in use is measured; the limit only keeps a failure from taking the machine along.
+    # The tests measure memory in use; the limit only protects the machine from a failure.
     limited = f"ulimit -v {ADDRESSES_GIB * 2**20}; exec {sys.executable} -m tests.helpers.hostile {root}"
     environment = (
         os.environ | {name: str(folder) for name, folder in folders.items()} | {"PYTHONPATH": str(ROOT)}
@@ -51,7 +53,7 @@ def results(checkpoints, alpaca_file, one_rank, tmp_path_factory) -> dict[str, d
 
 
 def test_what_is_damaged_was_sound(results):
-    """Or each case would be refused for what all of them have in common."""
+    """Otherwise each case could be refused for a fault that all share."""
     assert "the run was started" in results[SOUND]["raised"]
 
 
@@ -70,13 +72,13 @@ def test_is_refused_in_one_line(name, results):
 
 
 def test_none_takes_much_memory(results):
-    """The highest use ever, of the process that met all of them."""
+    """The highest memory use of the process that runs all cases."""
     peaks = [(found["peak_gib"], name) for name, found in results.items()]
     assert max(peaks)[0] < MOST_GIB, next(x for x in peaks if x[0] >= MOST_GIB)
 
 
 def test_a_link_in_an_old_run_is_not_followed(tmp_path):
-    """--overwrite removes an earlier run's best/, not what stands in its place."""
+    """--overwrite removes an earlier run's best/, not the target of a link in its place."""
     other = tmp_path / "other"
     other.mkdir()
     for name in ("config.json", "model.safetensors", "adapter_config.json"):

@@ -1,4 +1,4 @@
-"""Which package may import which, and that no file imports itself by way of others."""
+"""Which package may import which, and no cycles of imports."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import pytest
 
 from tests.helpers.programs import ROOT
 
-# Each may import those before it. The two in the middle are files of the root; commands may import everything.
-ORDER = ("options", "launch", "quantization", "files", "data", "models", "parallel", "quantize_layers", "wrapping",
-         "monitoring", "checkpoints", "training", "finished")  # fmt: skip
+# Each may import those before it. The two in the middle are files of the root; commands may import all.
+ORDER = ("options", "launch", "quantization", "files", "data", "models", "parallel", "quantize_layers",
+         "wrapping", "monitoring", "checkpoints", "training", "finished")  # fmt: skip
 COMMANDS = {"train", "generate", "evaluate", "export", "block_expansion", "report"}
 LONGEST = 12  # files in a chain of imports
 
@@ -31,7 +31,7 @@ FILES = {
 
 @cache
 def imported(module: str) -> frozenset[str]:
-    """Modules of this program that a module imports, also within its functions."""
+    """Return the modules of this program that a module imports, also within its functions."""
     found = set()
     for node in ast.walk(ast.parse(FILES[module].read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -42,22 +42,22 @@ def imported(module: str) -> frozenset[str]:
 
 
 def chain(module: str, above: tuple[str, ...] = ()) -> tuple[str, ...]:
-    """The longest chain of imports that begins with this module."""
+    """Return the longest chain of imports that begins with this module."""
     assert module not in above, f"a circle: {' -> '.join((*above, module))}"
     below = (chain(each, (*above, module)) for each in sorted(imported(module)))
     return (module, *max(below, key=len, default=()))
 
 
 def test_packages_import_those_before_them():
-    place = {name: i for i, name in enumerate(ORDER)}
+    order = {name: i for i, name in enumerate(ORDER)}
     packages = {module: module.partition(".")[0] for module in FILES}
     wrong = [
         f"{module} imports {each}"
         for module, package in packages.items()
         for each in imported(module)
-        if package in place
+        if package in order
         and packages[each] != package
-        and place.get(packages[each], len(ORDER)) > place[package]
+        and order.get(packages[each], len(ORDER)) > order[package]
     ]
     assert wrong == []
 

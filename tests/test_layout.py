@@ -1,4 +1,4 @@
-"""What several test files need lies in tests/helpers: no test file is imported, so each can be read and changed alone."""
+"""Shared code of tests is in tests/helpers: no test file is imported, so each can be changed alone."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.helpers.programs import ROOT
 
 
 def imported_tests(source: str, package: str) -> list[str]:
-    """What a file of the package imports that is a test file or lies in one, by whole names."""
+    """Return the full names of test files, and of names in them, that a file of the package imports."""
     names = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):

@@ -1,8 +1,10 @@
-"""Every train type under every way of sharding, offloading, recomputing and wrapping equals the plain run: one
-process, nothing recomputed, nothing offloaded. Tolerances: tests/helpers/parity.py, which says why.
+"""Every train type with every way of sharding, offloading, recomputing and wrapping equals the plain run.
 
-Not every product of options is in `make test`: there each variant meets some train types and each train type some variant.
-`make test-slow` has the rest.
+The plain run is one process without recomputation and offloading. tests/helpers/parity.py explains the
+tolerances.
+
+`make test` does not run every product of options: each variant meets some train types, and each train type
+some variant. `make test-slow` runs the rest.
 """
 
 from __future__ import annotations
@@ -22,10 +24,12 @@ CHECKPOINTED = "--use_gradient_checkpointing true"
 VARIANTS = {
     "checkpointing, sublayer units, activation offload": f"{CHECKPOINTED} --wrap_policy sublayer"
     " --use_activation_cpu_offload",
-    "shard_grad_op, offload": "--use_gradient_checkpointing false --sharding_strategy shard_grad_op --use_cpu_offload",
-    "ddp, sublayer units": "--use_gradient_checkpointing false --sharding_strategy ddp --wrap_policy sublayer",
+    "shard_grad_op, offload": "--use_gradient_checkpointing false --sharding_strategy shard_grad_op"
+    " --use_cpu_offload",
+    "ddp, sublayer units": "--use_gradient_checkpointing false --sharding_strategy ddp"
+    " --wrap_policy sublayer",
 }
-# Hybrid strategies differ from these only in the mesh; they are met by one train type of each kind, in two and
+# Hybrid strategies differ from these only in the mesh: one train type of each kind tests them, in two and
 # four ranks.
 ON_TWO = {
     "shard_grad_op, all else": f"{CHECKPOINTED} --sharding_strategy shard_grad_op --wrap_policy sublayer"
@@ -38,10 +42,10 @@ ON_TWO = {
 }
 ON_FOUR = {
     "hybrid 2x2": "--sharding_strategy hybrid_full_shard --hybrid_shard_size 2",
-    "hybrid 2x2, kept, sublayer units, offload": "--sharding_strategy hybrid_shard_grad_op --hybrid_shard_size 2"
-    " --wrap_policy sublayer --use_cpu_offload",
-    "hybrid 2x2, accumulation without reductions": "--sharding_strategy hybrid_full_shard --hybrid_shard_size 2"
-    " --gradient_accumulation_steps 2 --no_sync --dataset_samples 40",
+    "hybrid 2x2, kept, sublayer units, offload": "--sharding_strategy hybrid_shard_grad_op"
+    " --hybrid_shard_size 2 --wrap_policy sublayer --use_cpu_offload",
+    "hybrid 2x2, accumulation without reductions": "--sharding_strategy hybrid_full_shard"
+    " --hybrid_shard_size 2 --gradient_accumulation_steps 2 --no_sync --dataset_samples 40",
 }
 PLAIN = ["--batch_size", "4", "--use_gradient_checkpointing", "false"]
 
@@ -76,7 +80,7 @@ MORE = list(zip(["bnb_dora", "hqq_dora", "qlora", "full", "hqq_llama_pro"], ON_T
 
 @pytest.mark.parametrize(
     ("train_type", "variant"),
-    # The others meet variants of the same parts above.
+    # The other types meet variants of the same options above.
     products(TYPES, ON_TWO, always=MORE, left_out=["lora", "dora", "hqq_lora", "llama_pro", "bnb_llama_pro"]),
 )
 def test_two_ranks_more(train_type, variant, plain, two_ranks):
@@ -84,13 +88,13 @@ def test_two_ranks_more(train_type, variant, plain, two_ranks):
     assert_same(expected, two_ranks(train_run, [*args, "--batch_size", "2", *ON_TWO[variant].split()])[0])
 
 
-# Slow: what Qwen 2 and Gemma 2 add, biases and caps, is nothing that moves or is recomputed in another way.
+# Slow: Qwen 2's biases and Gemma 2's caps do not change how anything is moved or recomputed.
 @pytest.mark.parametrize(
     "kind",
     ["gemma3", "phi3", "qwen3_moe", *(pytest.param(k, marks=pytest.mark.slow) for k in ("qwen2", "gemma2"))],
 )
 def test_other_families(kind, checkpoints, alpaca_file, plain_run, two_ranks):
-    """Tied embeddings, caps, fused linears, experts: under all that moves or recomputes parameters at once."""
+    """Tied embeddings, caps, fused linears and experts, under all options that move parameters."""
     args = arguments(checkpoints(kind), alpaca_file, "bnb_dora", "--max_steps", "3")
     expected = plain_run([*args, *PLAIN])
     variant = ON_TWO["shard_grad_op, all else"].split()
@@ -106,7 +110,7 @@ GROUPS, KEPT_IN_GROUPS, ADDED_UP = ON_FOUR
         TYPES,
         ON_FOUR,
         always=[("hqq_dora", GROUPS), ("full", ADDED_UP)],
-        # They meet everything but this mesh in two ranks, above, and so does what is kept.
+        # They meet everything except this mesh in two ranks, above, and so does `KEPT_IN_GROUPS`.
         left_out=[*(t for t in TYPES if t not in ("hqq_dora", "full")), KEPT_IN_GROUPS],
     ),
 )
@@ -133,7 +137,7 @@ def test_one_rank(train_type, variant, plain, one_rank):
     assert_same(expected, one_rank(train_run, [*args, "--batch_size", "4", *VARIANTS[variant].split()])[0])
 
 
-# That the options do what they say, not only no harm
+# The options have their effect, rather than none
 
 
 def test_the_tables_are_the_options():
@@ -158,9 +162,9 @@ def test_what_a_rank_holds(strategy, shape, shares, checkpoints, short_rows, fou
         assert held == pytest.approx(total / shares, rel=0.03)
 
 
-def held_bytes(place, args) -> tuple[tuple, int, int]:
-    """(shape of the mesh, bytes on this rank, bytes of the whole model)."""
-    _, model = set_up(place, args)
+def held_bytes(rank_info, args) -> tuple[tuple, int, int]:
+    """Return (shape of the mesh, bytes on this rank, bytes of the model)."""
+    _, model = set_up(rank_info, args)
     params = list(model.parameters())
     held = sum(p.to_local().nbytes for p in params)
     return tuple(params[0].device_mesh.shape), held, sum(p.numel() * p.element_size() for p in params)
@@ -172,8 +176,9 @@ def test_what_stays_gathered_after_forward(strategy, gathered, checkpoints, shor
     assert two_ranks(gathered_layers, args)[0] == gathered
 
 
-def gathered_layers(place, args) -> int:
-    _, model = set_up(place, args)
+def gathered_layers(rank_info, args) -> int:
+    """Count the linears whose codes are still gathered after a forward."""
+    _, model = set_up(rank_info, args)
     model(input_ids=torch.ones(1, 8, dtype=torch.long), use_cache=False)
     linears = [m for m in model.modules() if isinstance(m, Linear4bit)]
     return sum(type(m.codes.data) is torch.Tensor and m.codes.numel() * 8 == m.in_features * m.out_features
@@ -182,17 +187,16 @@ def gathered_layers(place, args) -> int:
 
 @pytest.mark.parametrize(("policy", "largest"), [("layer", "all"), ("sublayer", "mlp")])
 def test_units(policy, largest, checkpoints, short_rows, two_ranks):
-    """The largest unit: a layer, or its MLP. With the unit after it, which is gathered ahead, that makes two
-    layers, or one."""
+    """The largest unit is a layer, or its MLP. With the prefetched unit, two layers or one are gathered."""
     args = arguments(checkpoints(), short_rows, "full", "--wrap_policy", policy)
     units, layer, mlp = two_ranks(unit_sizes, args)[0]
     assert max(units) == {"all": layer, "mlp": mlp}[largest]
     assert mlp < layer
 
 
-def unit_sizes(place, args) -> tuple[list[int], int, int]:
-    """(parameters in each FSDP unit of the layers, in a whole layer, in its MLP)."""
-    _, model = set_up(place, args)
+def unit_sizes(rank_info, args) -> tuple[list[int], int, int]:
+    """Return (parameters in each FSDP unit of a layer, in the layer, in its MLP)."""
+    _, model = set_up(rank_info, args)
     layer = model.get_submodule("model.layers.1")
     units = [m for m in layer.modules() if hasattr(m, "_get_fsdp_state")]
     groups = [m._get_fsdp_state()._fsdp_param_group for m in units]
@@ -207,8 +211,9 @@ def test_every_unit_gets_the_offload_policy(checkpoints, short_rows, two_ranks):
     assert two_ranks(offload_policies, args[:-2])[0] == {"OffloadPolicy"}
 
 
-def offload_policies(place, args) -> set[str]:
-    _, model = set_up(place, args)
+def offload_policies(rank_info, args) -> set[str]:
+    """Return the names of the FSDP units' offload policies."""
+    _, model = set_up(rank_info, args)
     states = [m._get_fsdp_state() for m in model.modules() if hasattr(m, "_get_fsdp_state")]
     return {type(s._fsdp_param_group.offload_policy).__name__ for s in states if s._fsdp_param_group}
 
@@ -218,7 +223,8 @@ def test_activation_offload_moves_the_layers_inputs_only(checkpoints, short_rows
     assert one_rank(moved_shapes, args)[0] == [(2, 20, 64)] * 3  # of three layers
 
 
-def moved_shapes(place, args) -> list[tuple[int, ...]]:
+def moved_shapes(rank_info, args) -> list[tuple[int, ...]]:
+    """Return the shapes of the tensors that activation offload moves in one step."""
     from parallel import activation_offload
 
     moved, original, smallest = [], HostActivations.pack, activation_offload.MIN_OFFLOAD_BYTES
@@ -230,8 +236,8 @@ def moved_shapes(place, args) -> list[tuple[int, ...]]:
 
     HostActivations.pack, activation_offload.MIN_OFFLOAD_BYTES = pack, 0
     try:
-        _, model = set_up(place, args)
-        ids = torch.ones(2, 20, dtype=torch.long, device=place.device)
+        _, model = set_up(rank_info, args)
+        ids = torch.ones(2, 20, dtype=torch.long, device=rank_info.device)
         model.train()(input_ids=ids, use_cache=False).logits.sum().backward()
     finally:
         HostActivations.pack, activation_offload.MIN_OFFLOAD_BYTES = original, smallest
@@ -242,7 +248,7 @@ def moved_shapes(place, args) -> list[tuple[int, ...]]:
     "train_type", ["bnb_dora", "llama_pro", "qlora --lora_target_modules layers.2.self_attn.q_proj"]
 )
 def test_activation_offload_keeps_nothing_after_a_step(train_type, checkpoints, short_rows, one_rank):
-    """Also where the first layers are frozen, whose inputs backward never asks for."""
+    """The same where the first layers are frozen, whose inputs backward never reads."""
     name, *more = train_type.split()
     args = arguments(
         checkpoints(biased_checkpoint(name)), short_rows, name, *more, "--use_activation_cpu_offload", "true"
@@ -250,18 +256,18 @@ def test_activation_offload_keeps_nothing_after_a_step(train_type, checkpoints, 
     assert one_rank(stashed_after_steps, args)[0] == [0, 0, 0]
 
 
-def stashed_after_steps(place, args) -> list[int]:
-    """How many of the layers' inputs are still held after each of three steps."""
+def stashed_after_steps(rank_info, args) -> list[int]:
+    """Count the layers' inputs that are still held after each of three steps."""
     import gc
 
     from parallel import activation_offload
 
     smallest, activation_offload.MIN_OFFLOAD_BYTES = activation_offload.MIN_OFFLOAD_BYTES, 0
     try:
-        _, model = set_up(place, args)
+        _, model = set_up(rank_info, args)
         held = []
         for _ in range(3):
-            ids = torch.ones(2, 20, dtype=torch.long, device=place.device)
+            ids = torch.ones(2, 20, dtype=torch.long, device=rank_info.device)
             model.train()(input_ids=ids, use_cache=False).logits.sum().backward()
             gc.collect()
             held.append(sum(isinstance(o, HostTensor) for o in gc.get_objects()))

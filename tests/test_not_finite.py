@@ -1,4 +1,7 @@
-"""NaN and infinity in a base model are named before training; a run that trains nothing, or NaN, has no result."""
+"""NaN and infinity: an error before training if in the base model, and never a result.
+
+A run that trains nothing, or NaN, has no result.
+"""
 
 from __future__ import annotations
 
@@ -39,21 +42,26 @@ QUIET = "--log_to stdout --compile false --batch_size 2 --max_steps 3".split()
 
 
 def spoil(folder: Path, name: str, value: float = math.nan) -> Path:
-    """Puts one such number into a tensor of a model, in a row that a base is not recognised by. Returns its file."""
+    """Put `value` into a tensor of a model, in a row that the base's digest does not read.
+
+    Return its file.
+    """
     tensor = read_stored_tensor(folder, name)
     tensor[min(1, len(tensor) - 1)].view(-1)[-1] = value
     return put_tensor(folder, name, tensor)
 
 
 def spoilt(base: Path, folder: Path, name: str, value: float = math.nan) -> Path:
+    """Copy a model and spoil one of its tensors."""
     shutil.copytree(base, folder)
     spoil(folder, name, value)
     return folder
 
 
-def caught(place, function, *args) -> str:
+def caught(rank_info, function, *args) -> str:
+    """Return the text of the UserError that `function` raises."""
     try:
-        function(place, *args)
+        function(rank_info, *args)
     except UserError as e:
         return str(e)
     return "nothing was raised"
@@ -92,7 +100,7 @@ def test_several_are_counted(train_type, checkpoints, short_rows, two_ranks, tmp
 
 
 def test_what_hqq_cannot_pack_is_named_on_every_rank(checkpoints, short_rows, two_ranks, tmp_path):
-    """Its weights are finite, and a zero point is not."""
+    """The weights are finite, but a zero point is not."""
     folder = shutil.copytree(checkpoints(), tmp_path / "model")
     weight = read_stored_tensor(folder, PACKED)
     weight.view(-1, 64)[2] = weights_far_from_zero(1)[0]
@@ -120,7 +128,7 @@ def test_scales_of_a_packed_base(double, checkpoints, short_rows, two_ranks, tmp
 
 
 def test_a_run_over_it_ends_in_a_line_and_leaves_nothing(checkpoints, short_rows, tmp_path):
-    """An earlier run in the folder, which --overwrite would replace, and a cache that would be made."""
+    """The earlier run, which --overwrite would replace, stays, and no cache is made."""
     folder = spoilt(checkpoints(), tmp_path / "model", PACKED)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / ADAPTER).write_text("of an earlier run")
@@ -185,7 +193,7 @@ def test_new_blocks_with_it(checkpoints, alpaca_file, one_rank, tmp_path, capsys
 
 @pytest.fixture(scope="module")
 def hopeless(checkpoints, tmp_path_factory) -> Path:
-    """A model that is finite and computes NaN for every row: an epsilon that belongs to no weights."""
+    """A finite model that computes NaN for every row: its epsilon fits no weights."""
     folder = shutil.copytree(checkpoints(), tmp_path_factory.mktemp("hopeless") / "model")
     edit_config(folder, rms_norm_eps=-1e6)
     return folder
@@ -217,14 +225,16 @@ def test_a_run_without_a_good_step_has_no_result(train_type, more, hopeless, sho
     left = {path.name for path in (tmp_path / "run").iterdir()}
     assert not left & {ADAPTER, "adapter_config.json", "config.json", SINGLE_FILE, BEST}
     assert {"report.html", "metrics.jsonl", "bad_steps.jsonl"} <= left
-    if "--save_every" in more:  # resumed, it is no better
+    if "--save_every" in more:  # resuming does not help
         again = two_ranks(caught, run, [*map(str, argv), "--resume", "auto"])
         assert again[0].startswith("none of 3 steps had a finite loss and gradient: nothing was trained")
 
 
 def test_nor_has_one_whose_gradients_all_overflow(checkpoints, short_rows, two_ranks, tmp_path):
-    """In fp16, where the scaler skips such steps and nobody counts them as bad. The loss and the evaluations are
-    finite, and the latter the best so far."""
+    """In fp16 the scaler skips such steps, and they do not count as bad.
+
+    The loss and the evaluations are finite, and the evaluation is the best so far.
+    """
     model = shutil.copytree(checkpoints(), tmp_path / "model")
     put_tensor(model, HEAD, read_stored_tensor(model, HEAD) * 1e4)
     more = [*QUIET, *"--precision fp16_autocast --eval_share 0.2 --eval_every 1 --save_every 1".split()]
@@ -247,13 +257,13 @@ def test_nor_has_one_whose_gradients_all_overflow(checkpoints, short_rows, two_r
     assert again[0].startswith("none of 3 steps had a finite loss and gradient: nothing was trained")
 
 
-def evaluated_well(place, argv) -> list[str]:
-    """The error of a run whose evaluations find finite losses, and what it tells at its end."""
-    told, describe, mean_loss = [], run_folder.describe_end, evaluator.mean_loss
-    run_folder.describe_end = lambda *args: told.append(describe(*args)) or told[0]
+def evaluated_well(rank_info, argv) -> list[str]:
+    """Run with finite evaluation losses; return the error, and the summary printed at the end."""
+    printed, describe, mean_loss = [], run_folder.describe_end, evaluator.mean_loss
+    run_folder.describe_end = lambda *args: printed.append(describe(*args)) or printed[0]
     evaluator.mean_loss = lambda *_: 3.0
     try:
-        return [caught(place, run, argv), *told]
+        return [caught(rank_info, run, argv), *printed]
     finally:
         run_folder.describe_end, evaluator.mean_loss = describe, mean_loss
 
@@ -261,14 +271,14 @@ def evaluated_well(place, argv) -> list[str]:
 def test_nor_a_best_step_nor_does_it_tell_of_one(hopeless, short_rows, one_rank, tmp_path):
     more = ["--eval_share", "0.2", "--eval_every", "1", "--output_dir", tmp_path / "run"]
     argv = list(map(str, args_for(hopeless, short_rows, "bnb_dora", *QUIET, *more)))
-    error, told = one_rank(evaluated_well, argv)[0]
+    error, printed = one_rank(evaluated_well, argv)[0]
     assert error.startswith("none of 3 steps") and not (tmp_path / "run" / BEST).exists()
-    assert ADAPTER not in told and "generate.py" not in told and "loss nan" in told
+    assert ADAPTER not in printed and "generate.py" not in printed and "loss nan" in printed
 
 
 @pytest.mark.parametrize("train_type", ["bnb_dora", "full", "llama_pro"])
 def test_weights_that_diverged_are_no_result(train_type, checkpoints, short_rows, two_ranks, tmp_path):
-    """The loss and the gradient of the only step are finite, and its update is not."""
+    """The loss and the gradient of the only step are finite, but its update is not."""
     model = checkpoints("llama_pro" if train_type == "llama_pro" else "llama")
     more = ["--max_steps", "1", "--lr", "1e39", "--precision", "fp32", "--output_dir", tmp_path / "run"]
     errors = two_ranks(caught, run, list(map(str, args_for(model, short_rows, train_type, *QUIET, *more))))
@@ -279,14 +289,14 @@ def test_weights_that_diverged_are_no_result(train_type, checkpoints, short_rows
     assert not left & {ADAPTER, "adapter_config.json", "config.json", SINGLE_FILE} and "report.html" in left
 
 
-def save_diverged(place, args, folder) -> str:
-    """As the best step; one weight of the last rank's part is infinite."""
-    job, model = set_up(place, args)
+def save_diverged(rank_info, args, folder) -> str:
+    """Save the best step with one infinite weight in the last rank's shard; return the error."""
+    job, model = set_up(rank_info, args)
     trained = [p for p in model.parameters() if p.requires_grad]
-    if place.rank == place.world - 1:
+    if rank_info.rank == rank_info.world - 1:
         part = trained[-1].data
         (part.to_local() if hasattr(part, "to_local") else part).view(-1)[-1] = math.inf
-    return caught(place, lambda _: train.save_best(job, model, folder))
+    return caught(rank_info, lambda _: train.save_best(job, model, folder))
 
 
 @pytest.mark.parametrize("train_type", ["bnb_dora", "full"])
@@ -296,17 +306,19 @@ def test_neither_is_the_best_step(train_type, checkpoints, short_rows, two_ranks
     assert list(tmp_path.iterdir()) == []
 
 
-def checkpoint_of_infinity(place, folder: str) -> list[str]:
-    """The second of three checkpoints; the third is of weights that are finite again, with a sum that is not. Returns
-    what was warned of."""
-    small, warned = SmallRun(place, folder, every=1), []
+def checkpoint_of_infinity(rank_info, folder: str) -> list[str]:
+    """Write three checkpoints, the second with an infinite weight; return the warnings.
+
+    The third has finite weights whose sum is infinite.
+    """
+    small, warned = SmallRun(rank_info, folder, every=1), []
     small.checkpoints._warn = lambda step, reason, then: warned.append(f"{step}: {reason}")
     small.step()
     small.checkpoints._wait_for_write()
     weight = small.model.weight
     with torch.no_grad():
         before = weight[0, 0].item()
-        if place.rank == place.world - 1:
+        if rank_info.rank == rank_info.world - 1:
             weight[0, 0] = math.inf
     small.checkpoints.save(2)
     small.checkpoints._wait_for_write()
@@ -320,8 +332,8 @@ def checkpoint_of_infinity(place, folder: str) -> list[str]:
 
 
 def test_a_checkpoint_of_it_does_not_take_the_place_of_a_good_one(two_ranks, tmp_path):
-    told = two_ranks(checkpoint_of_infinity, str(tmp_path))
-    assert told == [
+    warnings = two_ranks(checkpoint_of_infinity, str(tmp_path))
+    assert warnings == [
         ["2: a trained weight is NaN or infinite", "whole: 1", "whole: 3"],
         ["whole: 1", "whole: 3"],
     ]

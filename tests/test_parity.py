@@ -1,5 +1,7 @@
-"""Sharding, accumulation, checkpointing and the number of ranks change nothing but speed and memory.
-How near runs must be, and why: tests/helpers/parity.py."""
+"""Sharding, accumulation, checkpointing and the number of ranks change only speed and memory.
+
+tests/helpers/parity.py has the tolerances and their reasons.
+"""
 
 from __future__ import annotations
 
@@ -28,10 +30,10 @@ def test_tied_embeddings_in_two_ranks(train_type, checkpoints, short_rows, one_r
     assert_same(plain, two_ranks(train_run, [*args, "--batch_size", "2"])[0])
 
 
-# Slow: test_matrix.py has runs with --no_sync, too.
+# Slow: test_matrix.py also runs --no_sync.
 @pytest.mark.parametrize("no_sync", ["false", pytest.param("true", marks=pytest.mark.slow)])
 def test_accumulation_equals_one_big_batch(no_sync, checkpoints, short_rows, one_rank, two_ranks, plain_run):
-    """Answers of 1 to 13 numbers: a mean of micro-batch means would be far off."""
+    """Answers have 1 to 13 numbers: a mean of micro-batch means would be far off."""
     args = arguments(checkpoints(), short_rows, "bnb_dora")
     plain = plain_run([*args, *PLAIN])
     small = ["--batch_size", "1", "--gradient_accumulation_steps"]
@@ -48,12 +50,13 @@ def test_no_sync_reduces_once_per_step(checkpoints, short_rows, two_ranks):
     assert often == 4 * once == 4 * 3  # three layers have gradients
 
 
-def count_reductions(place, args) -> int:
+def count_reductions(rank_info, args) -> int:
+    """Count the gradient reductions of a run."""
     name = "reduce_scatter_single" if hasattr(dist, "reduce_scatter_single") else "reduce_scatter_tensor"
     calls, original = [], getattr(dist, name)
     setattr(dist, name, lambda *a, **k: (calls.append(1), original(*a, **k))[1])
     try:
-        train_run(place, args)
+        train_run(rank_info, args)
     finally:
         setattr(dist, name, original)
     return len(calls)
@@ -85,6 +88,6 @@ def test_dropout_is_drawn_apart_on_each_rank_and_repeats(checkpoints, short_rows
     assert not torch.equal(drawn, others)
 
 
-def draw_after_set_up(place, args) -> torch.Tensor:
-    set_up(place, args)
+def draw_after_set_up(rank_info, args) -> torch.Tensor:
+    set_up(rank_info, args)
     return torch.rand(8)

@@ -1,4 +1,4 @@
-"""products() marks what only `make test-slow` runs, and refuses to leave a value to it unnoticed."""
+"""products() marks the cases that only `make test-slow` runs, and leaves no value to it unnoticed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def test_all_combinations_of_which_some_are_slow():
 
 
 @pytest.mark.parametrize(
-    ("always", "left_out", "told"),
+    ("always", "left_out", "error"),
     [
         ([("a", 1), ("a", 2)], [], "in no combination of `make test`: {'b'}"),
         ([("a", 1), ("b", 1)], ["b"], "in no combination of `make test`: {2}"),
@@ -29,7 +29,7 @@ def test_all_combinations_of_which_some_are_slow():
         ([("a", 1), ("b", 3)], [], "no such combination"),
     ],
 )
-def test_each_value_is_met_or_named(always, left_out, told):
-    with pytest.raises(AssertionError, match=re.escape(told)):
+def test_each_value_is_met_or_named(always, left_out, error):
+    with pytest.raises(AssertionError, match=re.escape(error)):
         products("ab", [1, 2], always=always, left_out=left_out)
     assert products("ab", [1, 2], always=[("a", 1), ("a", 2)], left_out=["b"])

@@ -1,4 +1,4 @@
-"""The streaming load: every tensor quantized as its quantizer does it, read once, the same on any number of ranks."""
+"""The streaming load: each tensor is quantized by its quantizer and read once, on any number of ranks."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.helpers.runs import dense_state, set_up, trained_tensors
 def test_loaded_weights_are_the_checkpoint_quantized(
     train_type, quantizer, checkpoints, alpaca_file, one_rank, two_ranks
 ):
-    """One rank and two hold the same contents, and they are what the quantizer makes of each tensor."""
+    """One rank and two have the same weights, equal to the quantizer's result for each tensor."""
     folder = checkpoints("llama_bias")
     args = ["--model_name", folder, "--dataset", alpaca_file, "--train_type", *train_type.split()]
     one, two = one_rank(dense_state, args)[0], two_ranks(dense_state, args)[1]
@@ -39,7 +39,7 @@ def test_a_single_file_loads_like_shards(checkpoints, alpaca_file, one_rank, tmp
     for path in checkpoints().glob("*.json"):
         if "index" not in path.name:
             shutil.copy(path, tmp_path)
-    # Early Llama files carry the frequencies of heads of 16.
+    # Early Llama files hold the rotary frequencies, here for a head size of 16.
     frequencies = torch.tensor([10000.0 ** (-i / 8) for i in range(8)])
     old_rotary = {"model.layers.0.self_attn.rotary_emb.inv_freq": frequencies}
     save_file(stored | old_rotary, tmp_path / "model.safetensors")
@@ -60,8 +60,8 @@ def test_adapters_start_equal_on_any_number_of_ranks(checkpoints, alpaca_file, o
     assert all(not v.any() for k, v in one.items() if not k.endswith("lora_A"))
 
 
-def initial_adapters(place, args):
-    return trained_tensors(set_up(place, args, random_adapters=False)[1])
+def initial_adapters(rank_info, args):
+    return trained_tensors(set_up(rank_info, args, random_adapters=False)[1])
 
 
 def test_no_rank_reads_a_tensor_that_another_reads(checkpoints, alpaca_file, two_ranks):
@@ -72,11 +72,12 @@ def test_no_rank_reads_a_tensor_that_another_reads(checkpoints, alpaca_file, two
     assert len(first) == len(set(first))
 
 
-def tensors_read(place, args) -> list[str]:
+def tensors_read(rank_info, args) -> list[str]:
+    """Return the names of the tensors that this rank reads."""
     read, original = [], CheckpointFiles.read
     CheckpointFiles.read = lambda self, name, *stage: (read.append(name), original(self, name, *stage))[1]
     try:
-        set_up(place, args)
+        set_up(rank_info, args)
     finally:
         CheckpointFiles.read = original
     return read

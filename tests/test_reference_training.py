@@ -16,9 +16,9 @@ from tests.helpers.runs import dense_state, make_job, set_up, train_run, trained
 STEPS, LR = 5, 2e-3
 
 
-def batches_of(place, args) -> list:
-    """The very batches of the run, as plain tensors: [(ids, targets) of each micro-batch] of each step."""
-    job = make_job(place, args)
+def batches_of(rank_info, args) -> list:
+    """Return the run's own batches as plain tensors: [(ids, targets) of each micro-batch] of each step."""
+    job = make_job(rank_info, args)
     c = job.config
     sampler = StepSampler(job.rows, c.batch_size, c.gradient_accumulation_steps, 0, 1, c.seed)
     steps = zip(range(STEPS), sampler.steps(1), strict=False)
@@ -26,8 +26,10 @@ def batches_of(place, args) -> list:
 
 
 def reference_steps(model, batches, optimizer) -> tuple[list[float], list[float]]:
-    """(losses, gradient norms) of the textbook loop, with padding masked from attention: the mean over the
-    step's targets."""
+    """Run the textbook loop; return (losses, gradient norms), as means over each step's targets.
+
+    Padding is masked from attention.
+    """
     losses, norms = [], []
     for step in batches:
         count = sum(int((targets != IGNORE).sum()) for _, targets in step)
@@ -79,7 +81,7 @@ def test_losses_follow_the_reference(train_type, checkpoints, short_rows, one_ra
 
 
 def test_weight_decay_spares_vectors(checkpoints, short_rows, one_rank):
-    """With a learning rate and a decay that would erase everything, only matrices shrink."""
+    """A learning rate and a decay that would erase everything: only matrices shrink."""
     common = args_for(
         checkpoints("llama_bias"), short_rows, "bnb_dora", "--optimizer", "sgd", "--max_steps", "1"
     )
@@ -90,5 +92,5 @@ def test_weight_decay_spares_vectors(checkpoints, short_rows, one_rank):
         torch.testing.assert_close(tensor, share * before[name], rtol=1e-3, atol=1e-4)
 
 
-def tensors_before(place, args):
-    return trained_tensors(set_up(place, args)[1])
+def tensors_before(rank_info, args):
+    return trained_tensors(set_up(rank_info, args)[1])

@@ -1,6 +1,8 @@
-"""What no file of this program does, read from its source: nothing is unpickled, no code of a model is run, nothing is
-evaluated. (Ranks of one run send one another objects through torch, which pickles them: that comes from nowhere else.)
-And what no file of a run holds: secrets of its environment."""
+"""Read from its source what this program never does: unpickle, run a model's code, evaluate text.
+
+Ranks of one run exchange objects through torch, which pickles them; those objects have no other source. Files
+of a run hold no secrets of its environment.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,7 @@ from checkpoints.storage import MANIFEST
 from tests.helpers.bad_rows import SECRETS
 from tests.helpers.programs import ROOT
 
-PEERS = ROOT / "benchmarks" / "peers"  # other programs' own loops, to be measured as their users run them
+PEERS = ROOT / "benchmarks" / "peers"  # other programs' own loops, as their users run them
 SOURCES = sorted(
     p
     for p in ROOT.rglob("*.py")
@@ -20,19 +22,19 @@ SOURCES = sorted(
     and PEERS not in p.parents
 )
 UNPICKLERS = {"cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
-KNOWN = {"torch", "torch.serialization", "pickle", "yaml", "os", "subprocess"}  # by these names
+KNOWN = {"torch", "torch.serialization", "pickle", "yaml", "os", "subprocess"}  # recognized by these names
 EVALUATORS = {"eval", "exec", "compile", "__import__"}
 
 
 def name_of(node: ast.AST) -> str:
-    """a.b.c of a name or an attribute; "" of anything else."""
+    """Return a.b.c for a name or an attribute, "" for anything else."""
     if isinstance(node, ast.Attribute):
         return f"{name_of(node.value)}.{node.attr}"
     return node.id if isinstance(node, ast.Name) else ""
 
 
 def renamed(node: ast.Import | ast.ImportFrom) -> list[str]:
-    """What it imports so that a call of it would not be known below."""
+    """Return imports that rename a module or a function, so that `faults` would not recognize its calls."""
     if isinstance(node, ast.ImportFrom):
         module = node.module or ""
         loads = module.partition(".")[0] in ("torch", "numpy") and any(a.name == "load" for a in node.names)
@@ -41,7 +43,7 @@ def renamed(node: ast.Import | ast.ImportFrom) -> list[str]:
 
 
 def faults(source: str) -> list[str]:
-    """What a file does that it must not, with the line."""
+    """Return the forbidden imports and calls of a file, with their lines."""
     found = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import | ast.ImportFrom):
@@ -68,7 +70,7 @@ def faults(source: str) -> list[str]:
                 called.startswith("pickle.") and called != "pickle.dump"
             )  # torch's memory snapshots are pickles
         )
-        # transformers and datasets would take it from a file or the environment if it were left out
+        # If it is missing, transformers and datasets take it from a file or the environment.
         wrong = wrong or (
             called.startswith("Auto")
             and called.endswith(".from_pretrained")

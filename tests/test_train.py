@@ -1,5 +1,8 @@
-"""Whole runs: what they leave, how they repeat, how they fail. Those about processes are started as a user starts
-them; in the others the pool's ranks stand for the processes that a run would start, which take seconds each."""
+"""Whole runs: their files, repetition and failures.
+
+Tests about processes start them as a user does. In the others the pool's ranks replace the processes of a
+run, which take seconds each.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +44,7 @@ METRICS = (
 
 @pytest.fixture
 def run_here(one_rank, two_ranks, monkeypatch, capsys):
-    """run_here(args) -> output of a run that must succeed: all of the program but the start of processes."""
+    """run_here(args) -> output of a run that must succeed: the whole program except starting processes."""
     pools, started, printed = {1: one_rank, 2: two_ranks}, launch.start, []
 
     def start(run, world, args, *where):
@@ -63,8 +66,10 @@ def run_here(one_rank, two_ranks, monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_the_embedded_default_learns(tmp_path):
-    """No options but a shorter run: two processes, 4-bit DoRA, a loss below 60% of its first value. The command in
-    its last line, typed as it stands, shows the data's answer beside the base's noise."""
+    """A shorter run without options: two processes, 4-bit DoRA, a loss below 60% of its first value.
+
+    The command in its last line, run unchanged, prints the data's answer next to the base's noise.
+    """
     cache = {"XDG_CACHE_HOME": str(tmp_path / "cache")}
     out = run(["--output_dir", tmp_path / "out", "--max_steps", "120"], **cache)
     losses = [m["loss"] for m in metrics(tmp_path / "out")]
@@ -88,7 +93,7 @@ def test_the_embedded_default_learns(tmp_path):
 
 
 def test_the_command_of_the_write_up(checkpoints, alpaca_file, tmp_path, run_here):
-    """DESIGN.md's command, word for word but for the model, the data and where it is written."""
+    """DESIGN.md's command, unchanged except for the model, the data and the output folder."""
     command = f"""--train_type bnb_dora --model_name {checkpoints()}
       --dataset {alpaca_file} --dataset_samples 130 --batch_size 4
       --context_length 2048 --gradient_accumulation_steps 2 --sharding_strategy full_shard
@@ -112,7 +117,7 @@ def test_the_command_of_the_write_up(checkpoints, alpaca_file, tmp_path, run_her
 
 
 def test_metrics_and_repeating_a_run(checkpoints, alpaca_file, tmp_path, run_here, processes):
-    """The command that a run prints as the next one repeats it, in processes of its own."""
+    """The next command that a run prints repeats it, in its own processes."""
     first = tmp_path / "a run"
     more = ["--lr_scheduler", "cosine", "--lora_dropout", "0.1", "--world_size", "1"]
     out = run_here(small(checkpoints, alpaca_file, first, *more))
@@ -137,7 +142,7 @@ def test_metrics_and_repeating_a_run(checkpoints, alpaca_file, tmp_path, run_her
 
 
 def test_a_hub_id_from_the_cache(checkpoints, alpaca_file, tmp_path, run_here, monkeypatch):
-    """As huggingface_hub lays it out on disk after a download; the adapter then names the id, not a path."""
+    """A folder as huggingface_hub writes it after a download; the adapter names the id, not a path."""
     add_to_hub_cache(tmp_path / "hub", "someone/tiny", checkpoints(), FIRST, "main")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     args = small(checkpoints, alpaca_file, tmp_path / "out", "--world_size", "1")
@@ -170,7 +175,7 @@ def test_torchrun_reports_a_wrong_option_once(tmp_path, capsys, monkeypatch):
     ],
 )
 def test_options_are_answered_at_once(args, status, out, err):
-    """The program's own exit status and only line, before torch is imported, which takes seconds."""
+    """The program's own exit status and only line, before it imports torch, which takes seconds."""
     process = start(args, "-X", "importtime")
     shown, imported = process.communicate(timeout=60)
     imports = [line for line in imported.splitlines(keepends=True) if line.startswith("import time:")]
@@ -181,13 +186,13 @@ def test_options_are_answered_at_once(args, status, out, err):
 
 
 def test_without_room_for_temporary_files_there_is_a_line(monkeypatch, capsys):
-    """Libraries ask for it when they are imported."""
+    """Libraries ask for a temporary folder when they are imported."""
     why = "No usable temporary directory found in ['/tmp']"
     monkeypatch.setattr(tempfile, "gettempdir", mock.Mock(side_effect=FileNotFoundError(errno.ENOENT, why)))
     with pytest.raises(SystemExit) as e:
         parse_or_exit([], parse)
-    told = f"error: {why}; the disk is full, or TMPDIR should name another folder\n"
-    assert e.value.code == 2 and capsys.readouterr().err == told
+    expected = f"error: {why}; the disk is full, or TMPDIR should name another folder\n"
+    assert e.value.code == 2 and capsys.readouterr().err == expected
 
 
 def test_overwrite_replaces_a_run(checkpoints, alpaca_file, tmp_path, run_here, capsys):
@@ -202,7 +207,7 @@ def test_overwrite_replaces_a_run(checkpoints, alpaca_file, tmp_path, run_here, 
 
 
 def test_wandb_offline_holds_every_step(checkpoints, alpaca_file, tmp_path, run_here):
-    """Read back from the file that wandb itself wrote."""
+    """Read back from wandb's own file."""
     names = ["--project_name", "p", "--name", "n", "--group", "g", "--world_size", "1"]
     names += ["--eval_share", "0.2", "--eval_every", "2"]
     run_here(small(checkpoints, alpaca_file, tmp_path / "out", "--log_to", "wandb", *names))
@@ -219,9 +224,9 @@ def test_wandb_offline_holds_every_step(checkpoints, alpaca_file, tmp_path, run_
     assert sum("eval_loss" in h for h in history) >= 2
     assert set(METRICS) - {"step"} <= set(history[0])
     known = json.loads((tmp_path / "out" / "run.json").read_text())["memory"]
-    told = {u.key: json.loads(u.value_json) for r in records for u in r.summary.update}
+    summary = {u.key: json.loads(u.value_json) for r in records for u in r.summary.update}
     for name, gib in known.items():
-        assert told[f"memory_{name}"] == pytest.approx(gib, abs=1e-3)
+        assert summary[f"memory_{name}"] == pytest.approx(gib, abs=1e-3)
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "sgd", "adadelta"])
@@ -257,16 +262,19 @@ def test_optimizers_learn(optimizer, checkpoints, short_rows, one_rank):
 def test_a_step_is_told_while_the_next_one_computes(
     options, order, checkpoints, short_rows, one_rank, tmp_path
 ):
-    """Unless something goes by what it came to, or may not happen in the middle of a forward."""
+    """The exceptions need the step's result, or may not run in the middle of a forward."""
     args = small(checkpoints, short_rows, tmp_path / "out", "--max_steps", "6", *options.split())
-    told = one_rank(order_of_a_run, [*map(str, args), "--log_to", "stdout", "--world_size", "1"])[0]
-    assert told == order.split()
+    events = one_rank(order_of_a_run, [*map(str, args), "--log_to", "stdout", "--world_size", "1"])[0]
+    assert events == order.split()
     steps = [m["step"] for m in metrics(tmp_path / "out")]
-    assert steps == list(range(1, 1 + sum(s[0] == "T" for s in told)))
+    assert steps == list(range(1, 1 + sum(s[0] == "T" for s in events)))
 
 
-def order_of_a_run(place, argv: list[str]) -> list[str]:
-    """F: a forward of the training, T: what a step came to, E: an evaluation, A: samples, C: what a checkpoint says."""
+def order_of_a_run(rank_info, argv: list[str]) -> list[str]:
+    """Return the events of a run in order.
+
+    F: a training forward; T: report of a step; E: an evaluation; A: samples; C: a checkpoint.
+    """
     config, _ = parse(argv)
     seen = []
 
@@ -291,5 +299,5 @@ def order_of_a_run(place, argv: list[str]) -> list[str]:
         before(Evaluator, "_compute_loss", lambda _: "E")
         before(Evaluator, "_write_samples", lambda _, step: "A")
         before(CheckpointManager, "_collect_state", lambda _: "C")
-        full_run(place, train.check_run(config))
+        full_run(rank_info, train.check_run(config))
     return seen

@@ -1,4 +1,4 @@
-"""Writes docs/options.md from options/config.py, so that the page and the program cannot disagree.
+"""Write docs/options.md from options/config.py, so that the page and the program agree.
 
 python -m tools.make_options_doc
 """
@@ -14,14 +14,14 @@ from options.methods import METHODS, NEEDS
 
 PAGE = Path(__file__).parent.parent / "docs" / "options.md"
 
-HEAD = """# Options
+INTRODUCTION = """# Options
 
 Made by `python -m tools.make_options_doc` from options/config.py; `python train.py --help` shows the same.
 
 Options may be written with `-` for `_`, and switches without `true`. `--config run.yaml` reads them from a
-file (`option: value` lines; the command line wins); every run writes its own as `<output_dir>/config.yaml`. There a
-value means what it means on the command line, whatever YAML would make of it: `name: 007` is the text 007. A plain
-`null` or `~` leaves an option unset, and a list may stand where values are comma-separated.
+file (`option: value` lines; the command line wins); every run writes its own as `<output_dir>/config.yaml`.
+There a value means what it means on the command line, whatever YAML would make of it: `name: 007` is the text
+007. A plain `null` or `~` leaves an option unset, and a list may stand where values are comma-separated.
 An option that has no effect with the chosen train type is an error.
 """
 
@@ -32,7 +32,8 @@ Names, choices and meanings are fsdp_qlora's. These defaults are not:
 
 | option | fsdp_qlora | here | why |
 |---|---|---|---|
-| train_type | qlora | bnb_dora | its paper finds it ahead of LoRA at equal rank; what it costs here: [benchmarks](benchmarks.md) |
+| train_type | qlora | bnb_dora | its paper finds it ahead of LoRA at equal rank; what it costs here: \
+[benchmarks](benchmarks.md) |
 | model_name, dataset | Llama-2-7b, alpaca_sample | toy, toy | a first run needs no download |
 | lr | 1e-5 | 2e-4, 1e-5 for full | 1e-5 hardly moves an adapter |
 | lora_dropout | 0.1 | 0 | |
@@ -45,14 +46,16 @@ Names, choices and meanings are fsdp_qlora's. These defaults are not:
 | output_dir | output | runs/&lt;date-time&gt;-&lt;train_type&gt; | a run never replaces another |
 | log_to | tqdm | tqdm | metrics.jsonl is written always |
 | master_port | 12355 | a free one | two runs on one machine do not collide |
-| dataset_format | Alpaca's answer right behind "### Response:" | on the next line | as most later programs; theirs is [`alpaca_stanford`](data.md#the-two-prompts-of-alpaca) |
+| dataset_format | Alpaca's answer right behind "### Response:" | on the next line | as most later programs; \
+theirs is [`alpaca_stanford`](data.md#the-two-prompts-of-alpaca) |
 | dataset_samples | 512 | all rows; 512 for alpaca_sample and dummy | it limits any dataset |
 | max_steps | per epoch | of the whole run | |
 | AdamW | betas 0.9, 0.95, eps 1e-5 | torch's: 0.9, 0.999, 1e-8 | |
 
-`--llama_pro_path` is the folder that `python block_expansion.py` writes. Which of its layers are new is read from
-its config.json (fsdp_qlora: from the folder's name); weights and config come from there, and `--model_name` may
-be left out, or name that folder in its place. `--expansion_rate` is rounded to the nearest number of layers.
+`--llama_pro_path` is the folder that `python block_expansion.py` writes. Which of its layers are new is read
+from its config.json (fsdp_qlora: from the folder's name); weights and config come from there, and
+`--model_name` may be left out, or name that folder in its place. `--expansion_rate` is rounded to the nearest
+number of layers.
 
 `lora` and `custom_lora` are the same here, and so are `qlora` and `custom_qlora`: one implementation, ours.
 
@@ -62,7 +65,8 @@ optimizer step.
 """
 
 
-def table(group: str) -> list[str]:
+def make_table(group: str) -> list[str]:
+    """Return the lines of one group's table."""
     lines = [f"\n## {group}\n", "| option | default | |", "|---|---|---|"]
     for name, field in FIELDS.items():
         meta = field.metadata
@@ -76,10 +80,11 @@ def table(group: str) -> list[str]:
     return lines
 
 
-def page() -> str:
-    lines = [HEAD]
+def make_page() -> str:
+    """Return the text of the page."""
+    lines = [INTRODUCTION]
     for group in dict.fromkeys(f.metadata["group"] for f in FIELDS.values()):
-        lines += table(group)
+        lines += make_table(group)
     lines += [
         "\n## Train types\n",
         "| train_type | frozen linears | adapter | what is saved |",
@@ -98,4 +103,4 @@ def page() -> str:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(page(), encoding="utf-8")
+    PAGE.write_text(make_page(), encoding="utf-8")

@@ -1,7 +1,7 @@
-"""Peer: answer.ai's fsdp_qlora, from a checkout of it, by its own train.py.
+"""Peer: answer.ai's fsdp_qlora, by its own train.py from a checkout.
 
-It prints no times: a step's end is when its progress bar moves on, which it does after it has waited for the step's
-loss. It fills the context of its --dataset dummy as we do ours.
+It prints no times. A step ends when its progress bar advances, which happens after it has waited for the
+step's loss. Its --dataset dummy fills the context as ours does.
 """
 
 import importlib.metadata
@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 
-from work import LORA_ALPHA, read_work, tell
+from work import LORA_ALPHA, print_result, read_work
 
 work = read_work("fsdp_qlora")
 TRAIN_TYPES = {"qlora": "custom_qlora", "bnb_dora": "bnb_dora"}
@@ -34,13 +34,13 @@ options = {
     "use_cpu_offload": False,
     "low_memory": True,
     "log_to": "tqdm",
-    "verbose": True,  # every rank tells its memory
+    "verbose": True,  # every rank prints its memory
 }
-dash = int(importlib.metadata.version("fastcore").partition(".")[0]) >= 2  # how it spells options since then
+has_dashes = int(importlib.metadata.version("fastcore").partition(".")[0]) >= 2  # in names of options
 argv = [
     text
     for name, value in options.items()
-    for text in (f"--{name.replace('_', '-') if dash else name}", str(value))
+    for text in (f"--{name.replace('_', '-') if has_dashes else name}", str(value))
 ]
 process = subprocess.Popen(
     [sys.executable, "train.py", *argv],
@@ -49,19 +49,19 @@ process = subprocess.Popen(
     stderr=subprocess.STDOUT,
     env=os.environ | {"PYTHONUNBUFFERED": "1"},
 )
-ends, shown = {}, b""
+ends, output = {}, b""
 while chunk := process.stdout.read1():
     sys.stdout.buffer.write(chunk)
     sys.stdout.flush()
-    shown += chunk
-    for bar in re.findall(rb"(\d+)/%d \[" % work.steps, shown):
+    output += chunk
+    for bar in re.findall(rb"(\d+)/%d \[" % work.steps, output):
         ends.setdefault(int(bar), time.perf_counter())
 status = process.wait()
 if status:
     sys.exit(status)
 times = [ends[i] for i in range(1, work.steps + 1)]
-peaks = re.findall(rb"Peak allocated memory: ([\d.]+) GiB", shown)
-tell(
+peaks = re.findall(rb"Peak allocated memory: ([\d.]+) GiB", output)
+print_result(
     step_seconds=[b - a for a, b in itertools.pairwise(times)],
     tokens=work.batch_size * work.gpus * work.context_length,
     peak_gib=max(map(float, peaks)),

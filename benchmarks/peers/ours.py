@@ -1,4 +1,4 @@
-"""Ours, as its users run it: train.py, and what it leaves in metrics.jsonl and run.json."""
+"""Ours, as users run it: train.py, and its metrics.jsonl and run.json."""
 
 import json
 import shlex
@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from work import LORA_ALPHA, read_work, tell
+from work import LORA_ALPHA, print_result, read_work
 
 ROOT = Path(__file__).parents[2]
 CHECKPOINTING = {
@@ -20,7 +20,7 @@ options = {
     "model_name": work.model_name,
     "train_type": work.train_type,
     "dataset": "dummy",
-    "dataset_samples": work.batch_size * work.gpus * work.steps,  # one epoch, all of whose steps are whole
+    "dataset_samples": work.batch_size * work.gpus * work.steps,  # one epoch of full steps
     "world_size": work.gpus,
     "batch_size": work.batch_size,
     "context_length": work.context_length,
@@ -45,7 +45,7 @@ if padding:
     sys.exit(
         f"error: {padding:.0%} of the positions are padding, which counts as no token but takes its time"
     )
-tell(
+print_result(
     step_seconds=[step["step_seconds"] for step in steps],
     tokens=sum(step["tokens"] for step in steps) / len(steps),
     peak_gib=max(step["memory_allocated_gib"] for step in steps),

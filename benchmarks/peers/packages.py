@@ -1,5 +1,7 @@
-"""The versions of the packages that are named on the command line, and of Python, as one line of JSON; null where one
-is not installed. Run by a peer's own interpreter."""
+"""Print versions of Python and of the packages on the command line as JSON; null if not installed.
+
+A peer's own interpreter runs this.
+"""
 
 import importlib.metadata
 import json

@@ -1,19 +1,19 @@
 """Peer: transformers + PEFT + bitsandbytes in a plain loop, on several ranks under DistributedDataParallel.
 
-As PEFT's guide to quantized training has it, but for prepare_model_for_kbit_training: that copies embedding and head
-to fp32, which costs gigabytes and time and is not needed with autocast.
+Follows PEFT's guide to quantized training without prepare_model_for_kbit_training: that copies embedding and
+head to fp32, which costs gigabytes and time and is not needed with autocast.
 """
 
 import torch
 import torch.distributed as dist
 from peft import LoraConfig, get_peft_model
-from stopwatch import Stopwatch, device, token_ids
+from stopwatch import Stopwatch, select_device, token_ids
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from work import LINEARS, LORA_ALPHA, RANKS, read_work
 
-work, place = read_work(), device()
-gpu = place.type == "cuda"
+work, device = read_work(), select_device()
+gpu = device.type == "cuda"
 if RANKS > 1:
     dist.init_process_group("nccl" if gpu else "gloo")
 dtype = torch.bfloat16 if gpu else torch.float32
@@ -27,7 +27,7 @@ model = AutoModelForCausalLM.from_pretrained(
     work.model_name,
     quantization_config=four_bits,
     dtype=dtype,
-    device_map={"": place},
+    device_map={"": device},
     attn_implementation="sdpa",
 )
 if work.checkpointing == "full":
@@ -45,18 +45,18 @@ model.train()
 trained = [p for p in model.parameters() if p.requires_grad]
 optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
 watch = Stopwatch(model)
-whole = DistributedDataParallel(model, device_ids=[place] if gpu else None) if RANKS > 1 else model
+ddp_model = DistributedDataParallel(model, device_ids=[device] if gpu else None) if RANKS > 1 else model
 row = token_ids(AutoTokenizer.from_pretrained(work.model_name), work.context_length)
-ids = torch.tensor([row] * work.batch_size, device=place)
+ids = torch.tensor([row] * work.batch_size, device=device)
 for _ in range(work.steps):
-    with torch.autocast(place.type, dtype=torch.bfloat16, enabled=gpu):
-        loss = whole(input_ids=ids, labels=ids, use_cache=False).loss
+    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=gpu):
+        loss = ddp_model(input_ids=ids, labels=ids, use_cache=False).loss
     loss.backward()
     torch.nn.utils.clip_grad_norm_(trained, 1.0)
     optimizer.step()
     optimizer.zero_grad()
     loss.item()
-    watch.lap()
-watch.tell()
+    watch.end_step()
+watch.print_result()
 if RANKS > 1:
     dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""What the scripts that train in their own process share: the rows, the device, the clock."""
+"""Shared by the scripts that train in their own process: rows, device, clock."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import time
 import torch
 import torch.distributed as dist
 from torch import nn
-from work import RANKS, tell
+from work import RANKS, print_result
 
 
 def token_ids(tokenizer, context_length: int) -> list[int]:
-    """One row that fills the context: the words of our --dataset dummy."""
+    """Return one row that fills the context: the words of our --dataset dummy."""
     return tokenizer("output " * context_length)["input_ids"][:context_length]
 
 
-def device() -> torch.device:
-    """Of this rank."""
+def select_device() -> torch.device:
+    """Set and return this rank's device."""
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         return torch.device("cuda", torch.cuda.current_device())
@@ -27,7 +27,7 @@ def device() -> torch.device:
 
 
 class Stopwatch:
-    """Times the steps of a model and counts the tokens that go into it."""
+    """Times the steps of a model and counts its input tokens."""
 
     def __init__(self, model: nn.Module):
         self.model, self.ends, self.tokens = model, [], 0
@@ -36,26 +36,22 @@ class Stopwatch:
     def _count(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         self.tokens += (kwargs["input_ids"] if "input_ids" in kwargs else args[0]).numel()
 
-    def lap(self) -> None:
-        """At the end of each step."""
+    def end_step(self) -> None:
+        """Record the end of a step."""
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self.ends.append(time.perf_counter())
 
-    def tell(self) -> None:
-        """Prints the result. Collective."""
+    def print_result(self) -> None:
+        """Print the result. Collective."""
         gpu = torch.cuda.is_available()
-        # Linux counts in KiB.
-        peak = (
-            torch.cuda.max_memory_allocated()
-            if gpu
-            else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        )
+        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
+        peak = torch.cuda.max_memory_allocated() if gpu else resident
         peaks = [peak] * RANKS
         if RANKS > 1:
             dist.all_gather_object(peaks, peak)
         trained = {str(p.dtype).removeprefix("torch.") for p in self.model.parameters() if p.requires_grad}
-        tell(
+        print_result(
             step_seconds=[b - a for a, b in itertools.pairwise(self.ends)],
             tokens=self.tokens / len(self.ends) * RANKS,
             peak_gib=max(peaks) / 2**30,

@@ -1,11 +1,13 @@
-"""Peer: torchtune's QLoRA model, compiled, in a plain loop on one device. Its weights are random: it does not read
-the checkpoint's, only its shape."""
+"""Peer: torchtune's QLoRA model, compiled, in a plain loop on one device.
+
+Its weights are random: it reads only the checkpoint's shape.
+"""
 
 import json
 from pathlib import Path
 
 import torch
-from stopwatch import Stopwatch, device, token_ids
+from stopwatch import Stopwatch, select_device, token_ids
 from torchtune import training
 from torchtune.models.llama3_1 import lora_llama3_1
 from torchtune.modules import TransformerSelfAttentionLayer
@@ -14,9 +16,9 @@ from torchtune.modules.peft import get_adapter_params, set_trainable_params
 from transformers import AutoTokenizer
 from work import LORA_ALPHA, read_work
 
-work, place = read_work(), device()
+work, device = read_work(), select_device()
 shape = json.loads(Path(work.model_name, "config.json").read_text())
-with place, training.set_default_dtype(torch.bfloat16):
+with device, training.set_default_dtype(torch.bfloat16):
     model = lora_llama3_1(
         lora_attn_modules=["q_proj", "k_proj", "v_proj", "output_proj"],
         apply_lora_to_mlp=True,
@@ -39,18 +41,18 @@ set_trainable_params(model, get_adapter_params(model))
 training.compile_model(model)
 if work.checkpointing == "full":
     training.set_activation_checkpointing(model, auto_wrap_policy={TransformerSelfAttentionLayer})
-loss_of = CEWithChunkedOutputLoss()
-model.set_num_output_chunks(loss_of.num_output_chunks)
-training.compile_loss(loss_of)
+compute_loss = CEWithChunkedOutputLoss()
+model.set_num_output_chunks(compute_loss.num_output_chunks)
+training.compile_loss(compute_loss)
 optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
 watch = Stopwatch(model)
 row = token_ids(AutoTokenizer.from_pretrained(work.model_name), work.context_length)
-ids = torch.tensor([row] * work.batch_size, device=place)
+ids = torch.tensor([row] * work.batch_size, device=device)
 for _ in range(work.steps):
-    loss = loss_of(model(ids), ids.roll(-1, 1))
+    loss = compute_loss(model(ids), ids.roll(-1, 1))
     loss.backward()
     optimizer.step()
     optimizer.zero_grad()
     loss.item()
-    watch.lap()
-watch.tell()
+    watch.end_step()
+watch.print_result()

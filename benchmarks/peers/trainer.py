@@ -1,4 +1,4 @@
-"""What the peers that train through TRL's SFTTrainer share."""
+"""Shared by the peers that train through TRL's SFTTrainer."""
 
 import importlib.util
 import tempfile
@@ -12,7 +12,7 @@ from work import RANKS
 
 
 def make_config(work, **more) -> SFTConfig:
-    """With Liger's kernels where they are installed, unless `more` says otherwise."""
+    """Make the trainer's options, with Liger's kernels if installed; `more` overrides that."""
     liger = importlib.util.find_spec("liger_kernel") is not None
     options = {"use_liger_kernel": liger} | more
     return SFTConfig(
@@ -33,24 +33,26 @@ def make_config(work, **more) -> SFTConfig:
     )
 
 
-class Laps(TrainerCallback):
+class StepTimer(TrainerCallback):
+    """Callback that ends a step of the stopwatch."""
+
     watch: Stopwatch
 
     def on_step_end(self, *args, **kwargs):
-        self.watch.lap()
+        self.watch.end_step()
 
 
 def train(work, model, tokenizer, config: SFTConfig, columns: tuple[str, ...], **more) -> None:
-    """Trains for work.steps steps and prints the result. columns: of the rows; more: for SFTTrainer."""
+    """Train for work.steps steps and print the result. columns: of the rows; more: for SFTTrainer."""
     row = token_ids(tokenizer, work.context_length)
     tokenizer.pad_token = tokenizer.eos_token
-    known = {"input_ids": row, "labels": row, "attention_mask": [1] * len(row)}
+    column_values = {"input_ids": row, "labels": row, "attention_mask": [1] * len(row)}
     count = work.batch_size * RANKS * work.steps
-    rows = Dataset.from_dict({name: [known[name]] * count for name in columns})
-    laps = Laps()
+    rows = Dataset.from_dict({name: [column_values[name]] * count for name in columns})
+    timer = StepTimer()
     trainer = SFTTrainer(
-        model=model, args=config, train_dataset=rows, processing_class=tokenizer, callbacks=[laps], **more
+        model=model, args=config, train_dataset=rows, processing_class=tokenizer, callbacks=[timer], **more
     )
-    laps.watch = Stopwatch(trainer.model)
+    timer.watch = Stopwatch(trainer.model)
     trainer.train()
-    laps.watch.tell()
+    timer.watch.print_result()

@@ -1,10 +1,12 @@
-"""Peer: unsloth on one GPU. checkpointing full: PyTorch's; offload: its own, which keeps the layers' inputs on the
-host."""
+"""Peer: unsloth on one GPU.
+
+checkpointing full is PyTorch's; offload is unsloth's own, which keeps the layers' inputs in host memory.
+"""
 
 import os
 
 os.environ["UNSLOTH_DISABLE_STATISTICS"] = "1"
-from unsloth import FastLanguageModel  # isort: skip  (it changes what the others import)
+from unsloth import FastLanguageModel  # isort: skip  (first: it patches the modules imported below)
 
 import torch
 from trainer import make_config, train
@@ -28,5 +30,5 @@ model = FastLanguageModel.get_peft_model(
     use_gradient_checkpointing={"full": True, "none": False, "offload": "unsloth"}[work.checkpointing],
     **({"use_dora": True} if work.train_type == "bnb_dora" else {}),
 )
-config = make_config(work, use_liger_kernel=False)  # it has kernels of its own
+config = make_config(work, use_liger_kernel=False)  # unsloth has its own kernels
 train(work, model, tokenizer, config, ("input_ids", "labels", "attention_mask"))

@@ -1,13 +1,14 @@
-"""What the measured scripts share: their options and the one line that they print.
+"""Shared by the measured scripts: their options and the one line that they print.
 
     RESULT {"step_seconds": [...], "tokens": ..., "peak_gib": ..., "adapters": "float32"}
 
-step_seconds: of the steps, in order, from the end of one to the end of the next; tokens: those that went into a step
-of all ranks, as counted in front of the model; peak_gib: most that was allocated on a GPU, loading included, of the
-rank with most (on a CPU: the largest resident size of a process); adapters: the dtype of the trained weights.
+step_seconds: times of the steps in order, from the end of one to the end of the next. tokens: tokens per step
+of all ranks, counted at the model's input. peak_gib: largest memory allocated on a GPU, loading included, of
+the rank with the most (on a CPU: the largest resident size of a process). adapters: dtype of the trained
+weights.
 
-The scripts run in the environment of the peer, which need not be ours: nothing here imports from the rest of this
-repository.
+A script runs in the environment of its peer, which may differ from ours: nothing here imports from the rest
+of this repository.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 
 def read_work(*more: str) -> argparse.Namespace:
-    """The command line of a script. more: names of options that only this one has."""
+    """Parse a script's command line. more: names of options that only this script has."""
     parser = argparse.ArgumentParser()
     for name in ("model_name", "train_type", "checkpointing", *more):
         parser.add_argument(f"--{name}", required=True)
@@ -31,7 +32,7 @@ def read_work(*more: str) -> argparse.Namespace:
     return parser.parse_args()
 
 
-def tell(**result) -> None:
-    """Prints the line, once for all ranks."""
+def print_result(**result) -> None:
+    """Print the result line, once for all ranks."""
     if RANK == 0:
         print("RESULT", json.dumps(result), flush=True)

@@ -1,4 +1,4 @@
-"""benchmarks.run: one whole run on a CPU, what a system that misbehaves becomes, the arithmetic, and bad input."""
+"""benchmarks.run: a whole run on a CPU, systems that misbehave, the arithmetic, and bad input."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from benchmarks.make_checkpoint import make_checkpoint
 from benchmarks.options import parse
 from benchmarks.shapes import SHAPES
 from benchmarks.systems import PEERS, SYSTEMS, Setting, System
-from benchmarks.table import Row, markdown, measured, ratio
+from benchmarks.table import Row, format_markdown, make_row, ratio_to_ours
 from files import model_folder as model_files
 from files.model_folder import CheckpointFiles
 from options.methods import HQQ_BITS
@@ -43,16 +43,16 @@ RESULT = {"step_seconds": [9.0, 9.0, 9.0, 0.5], "tokens": 512, "peak_gib": 3.0, 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """Where the tiny shape's checkpoint is."""
+    """The folder of the tiny shape's checkpoint."""
     folder = tmp_path_factory.mktemp("models")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run.subprocess, "run", make_here)
-        run.make_once("tiny", folder)
+        run.ensure_checkpoint("tiny", folder)
     return folder
 
 
 def make_here(command: list, cwd) -> subprocess.CompletedProcess:
-    """In place of a process that would import torch and transformers again."""
+    """Make the checkpoint in this process: a child would import torch and transformers again."""
     assert command[1:3] == ["-m", "benchmarks.make_checkpoint"]
     make_checkpoint(*command[3:])
     return subprocess.CompletedProcess(command, 0)
@@ -86,7 +86,7 @@ def test_a_whole_run(outcome):
 
 @pytest.mark.slow
 def test_ours_counts_the_tokens_that_the_peers_count(outcome):
-    """Rows that fill the context, none of it padding."""
+    """Rows fill the context, without padding."""
     folder = outcome / "ours-1-qlora-full-auto"
     data = json.loads((folder / "run.json").read_text())["data"]
     assert data["tokens"] == 256 * data["rows_kept"] == 256 * 2 * 4
@@ -96,7 +96,7 @@ def test_ours_counts_the_tokens_that_the_peers_count(outcome):
 
 def test_a_checkpoint_is_made_once(models, monkeypatch):
     monkeypatch.setattr(run.subprocess, "run", None)
-    folder = run.make_once("tiny", models)
+    folder = run.ensure_checkpoint("tiny", models)
     assert [path.name for path in models.iterdir()] == [folder.name] == ["random-tiny"]
     with torch.device("meta"):
         model = LlamaForCausalLM(AutoConfig.from_pretrained(folder))
@@ -108,26 +108,26 @@ def test_a_checkpoint_is_made_once(models, monkeypatch):
 
 @pytest.fixture
 def row_of(tmp_path, monkeypatch):
-    """row_of(script's text, *options) -> the row of a peer that is this script."""
+    """row_of(text of a script, *options) -> the row of a peer that is this script."""
 
     def measure(text: str, *options: str) -> Row:
         script = tmp_path / "script.py"
         script.write_text(text)
         monkeypatch.setitem(SYSTEMS, "peft", System(str(script), ()))
         (tmp_path / "out").mkdir(exist_ok=True)
-        given = dataclasses.replace(parse([*WORK, *options]), out=tmp_path / "out")
-        return run.measure(given, "peft", QLORA, tmp_path)
+        parsed = dataclasses.replace(parse([*WORK, *options]), out=tmp_path / "out")
+        return run.measure_system(parsed, "peft", QLORA, tmp_path)
 
     return measure
 
 
-def prints(result: dict) -> str:
+def script_that_prints(result: dict) -> str:
     return f"print('RESULT', {json.dumps(json.dumps(result))})"
 
 
 def test_a_peer_that_works(row_of):
-    """Behind what a progress bar leaves without an end of line."""
-    row = row_of("print('50%|##', end='\\r'); print('75%|###', end='');" + prints(RESULT))
+    """The result follows a progress bar that leaves no end of line."""
+    row = row_of("print('50%|##', end='\\r'); print('75%|###', end='');" + script_that_prints(RESULT))
     assert row == Row(QLORA, "peft", "peft", 0.5, 1024.0, 3.0, "float32")
 
 
@@ -137,13 +137,14 @@ def test_a_peer_that_works(row_of):
         ("raise ValueError('no such kernel')", "failed: ValueError: no such kernel"),
         ("import sys; print('error: out of luck'); print('bye'); sys.exit(2)", "failed: error: out of luck"),
         (
-            "print('[rank1]: torch.OutOfMemoryError: CUDA out of memory'); raise RuntimeError('ChildFailedError')",
+            "print('[rank1]: torch.OutOfMemoryError: CUDA out of memory');"
+            " raise RuntimeError('ChildFailedError')",
             "failed: [rank1]: torch.OutOfMemoryError: CUDA out of memory",
         ),
         ("import sys; sys.exit('it is over')", "failed: it is over"),
         ("import os; os.kill(os.getpid(), 9)", "failed: exit status -9"),
         ("print('done')", "printed no result"),
-        (prints(RESULT | {"tokens": 480}), "took 480 tokens per step, not 512"),
+        (script_that_prints(RESULT | {"tokens": 480}), "took 480 tokens per step, not 512"),
         ("print('RESULT {broken}')", "Expecting property name"),
     ],
 )
@@ -166,24 +167,24 @@ def test_a_run_that_takes_too_long_is_ended_with_all_its_processes(row_of, tmp_p
 
 def test_a_peer_that_is_not_there(monkeypatch):
     monkeypatch.setitem(SYSTEMS, "trl", System("none.py", ("torch", "no-such-package")))
-    assert run.absent(parse([]), "trl") == "not installed: no-such-package"
-    assert "--fsdp_qlora" in run.absent(parse([]), "fsdp_qlora")
-    assert not run.absent(parse([]), "peft")
+    assert run.find_missing(parse([]), "trl") == "not installed: no-such-package"
+    assert "--fsdp_qlora" in run.find_missing(parse([]), "fsdp_qlora")
+    assert not run.find_missing(parse([]), "peft")
 
 
 def test_what_a_system_cannot_do():
     two = dataclasses.replace(QLORA, gpus=2)
-    assert SYSTEMS["unsloth"].refusal(QLORA, on_gpus=False) == "needs a GPU"
-    assert SYSTEMS["unsloth"].refusal(two, on_gpus=True) == "runs on 1 GPU only"
-    assert SYSTEMS["trl"].refusal(two, on_gpus=False) == "runs on 1 CPU process only"
+    assert SYSTEMS["unsloth"].find_obstacle(QLORA, on_gpus=False) == "needs a GPU"
+    assert SYSTEMS["unsloth"].find_obstacle(two, on_gpus=True) == "runs on 1 GPU only"
+    assert SYSTEMS["trl"].find_obstacle(two, on_gpus=False) == "runs on 1 CPU process only"
     offload = dataclasses.replace(QLORA, checkpointing="offload")
-    assert SYSTEMS["peft"].refusal(offload, on_gpus=True) == "has no offload checkpointing"
+    assert SYSTEMS["peft"].find_obstacle(offload, on_gpus=True) == "has no offload checkpointing"
     for name in ("ours", "peft", "trl", "fsdp_qlora"):
-        assert not SYSTEMS[name].refusal(two, on_gpus=True)
+        assert not SYSTEMS[name].find_obstacle(two, on_gpus=True)
 
 
 def test_how_several_processes_are_started():
-    """accelerate and torchrun take the command lines; the script is what they run."""
+    """accelerate and torchrun accept the command lines and would run the script."""
     *started, script = SYSTEMS["trl"].command("python", 2)[3:]
     given = launch_command_parser().parse_args([*started, script])
     assert (given.num_processes, given.fsdp_version, given.fsdp_use_orig_params) == (2, "1", "false")
@@ -196,11 +197,11 @@ def test_how_several_processes_are_started():
 def test_one_process_sees_only_its_gpus(tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5,7")
     show = "import os; print(os.environ['CUDA_VISIBLE_DEVICES'])"
-    assert run.execute([sys.executable, "-c", show], tmp_path / "log", 60, gpus=2) == ""
+    assert run.run_process([sys.executable, "-c", show], tmp_path / "log", 60, gpus=2) == ""
     assert (tmp_path / "log").read_text() == "3,5\n"
 
 
-# In the place of fsdp_qlora's train.py: its options as fastcore spells them, its bar and its memory lines.
+# Replaces fsdp_qlora's train.py: options as fastcore spells them, its progress bar and its memory lines.
 CHECKOUT = """
 import sys, time
 given = dict(zip(sys.argv[1::2], sys.argv[2::2]))
@@ -233,10 +234,10 @@ def test_the_times_and_memory_of_fsdp_qlora(tmp_path):
 
 
 def test_the_step_is_the_median_of_the_later_ones():
-    """A script that times from end to end has one time less; the same steps count."""
+    """A script that times from step end to step end has one time less; the same steps count."""
     for first in ([50.0, 50.0, 50.0], [50.0, 50.0]):
         result = RESULT | {"step_seconds": [*first, 1.0, 2.0, 4.0], "tokens": 4096}
-        row = measured(dataclasses.replace(QLORA, gpus=2), "peft", "peft", result, 4096, steps=6)
+        row = make_row(dataclasses.replace(QLORA, gpus=2), "peft", "peft", result, 4096, steps=6)
         assert (row.step_seconds, row.tokens_per_second_per_gpu) == (2.0, 1024.0)
 
 
@@ -249,9 +250,15 @@ def test_ratios_are_to_the_first_row_of_ours_with_the_same_setting():
         Row(dora, "ours", "ours --precision auto", problem="failed: a | b"),
         Row(dora, "trl", "trl", 4.0, 2000.0, 15.0, "bfloat16"),
     ]
-    assert [ratio(row, rows, "tokens_per_second_per_gpu") for row in rows] == [1, 1.25, 0.5, None, None]
-    assert [ratio(row, rows, "peak_gib") for row in rows] == [1, 0.9, 1.2, None, None]
-    lines = markdown(rows).splitlines()
+    assert [ratio_to_ours(row, rows, "tokens_per_second_per_gpu") for row in rows] == [
+        1,
+        1.25,
+        0.5,
+        None,
+        None,
+    ]
+    assert [ratio_to_ours(row, rows, "peak_gib") for row in rows] == [1, 0.9, 1.2, None, None]
+    lines = format_markdown(rows).splitlines()
     assert lines[4] == "|  | trl | 4,000 | 0.50 | 2.000 s | 12.00 GiB | 1.20 | bfloat16 |"
     assert lines[5].startswith(
         "| bnb_dora, 1 GPU, full checkpointing | ours --precision auto | failed: a \\| b |"
@@ -314,7 +321,10 @@ def test_more_gpus_than_there_are(monkeypatch, tmp_path, capsys):
 
 
 def test_an_empty_checkpoint_is_filled_as_it_is_read(tmp_path, monkeypatch):
-    """And takes no room before or after: the files and tensors of the real one, in train.py's own reading."""
+    """The checkpoint takes no disk room before or after reading.
+
+    train.py's own reading finds the files and tensors of a real checkpoint.
+    """
     for folder, empty in (("real", False), ("empty", True)):
         make_checkpoint(tmp_path / folder, "tiny", empty)
     monkeypatch.setattr(model_files, "read_tensor", read_filled)
@@ -328,18 +338,18 @@ def test_an_empty_checkpoint_is_filled_as_it_is_read(tmp_path, monkeypatch):
     assert not torch.equal(files.read("model.layers.0.mlp.up_proj.weight"), first)
     assert torch.equal(files.read(norm), torch.ones(64, dtype=torch.bfloat16))
     sizes = [path.stat() for path in (tmp_path / "empty").glob("*.safetensors")]
-    # A hole is whole blocks: what is left of one tensor's first and last belongs to others too.
+    # A hole consists of complete blocks: a tensor's first and last block also belong to its neighbours.
     assert sum(s.st_blocks * 512 for s in sizes) < 2**15 < sum(s.st_size for s in sizes)
 
 
-def limited_run(place, options: list[str]) -> str:
-    """A rank of such a run; returns what it printed."""
+def limited_run(rank_info, options: list[str]) -> str:
+    """Run one rank of a limited run; return its output."""
     with (
         mock.patch.object(train, "run_rank", run_limited),
         mock.patch.object(model_files, "read_tensor", model_files.read_tensor),
         mock.patch.dict(os.environ, {GIB: "1"}),
     ):
-        return full_run(place, train.check_run(parse_training(options)[0]))
+        return full_run(rank_info, train.check_run(parse_training(options)[0]))
 
 
 def limited_options(folder) -> list[str]:
@@ -361,7 +371,7 @@ def test_the_command_limits_a_run(tmp_path, capfd):
 
 
 def test_each_quantizer_is_timed(monkeypatch, capsys):
-    monkeypatch.setattr(dequantize, "TIMES", 2)
+    monkeypatch.setattr(dequantize, "REPEATS", 2)
     dequantize.main(["64", "128"])
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(" 64 x 128: ")[0] for line in lines] == [str(q) for q in (NF4(), *map(HQQ, HQQ_BITS))]

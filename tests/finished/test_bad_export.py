@@ -1,5 +1,4 @@
-"""What export.py refuses: status 2, one line on stderr, nothing written; and the upload, which is never done
-without being asked for."""
+"""Errors of export.py: status 2, one line on stderr, nothing written. Uploads happen only on request."""
 
 from __future__ import annotations
 
@@ -40,8 +39,10 @@ def run(made, tmp_path):
 
 @pytest.fixture
 def refused(run, tmp_path, capsys):
-    """refused(*words, run=, **options) -> nothing; export.py must end with one line that holds the words, and
-    write nothing."""
+    """refused(*words, run=, **options): export.py must fail with one line that holds the words.
+
+    It must write nothing.
+    """
 
     def attempt(*words: str, **options) -> None:
         given = {"run": run, "to": "merged", "out": tmp_path / "out"} | options
@@ -142,7 +143,7 @@ def test_output_folders(refused, run, checkpoints, tmp_path):
 
 
 def test_files_of_others_stay(refused, run, monkeypatch, tmp_path):
-    """Also those that come while the model is made."""
+    """Files that appear while the model is made stay, too."""
     out = tmp_path / "out"
     out.mkdir()
     (out / "tokenizer_config.json").write_text("mine")
@@ -160,9 +161,9 @@ def test_files_of_others_stay(refused, run, monkeypatch, tmp_path):
 
 
 def test_a_config_that_lost_options(refused, run):
-    """What is left of it is a config.yaml too, but of another base (n_bits), prompt or scaling."""
+    """A truncated config.yaml is valid YAML, but describes another base (n_bits), prompt or scaling."""
     lines = (run / "config.yaml").read_text().splitlines(keepends=True)
-    for name in finished_run.NEEDED:
+    for name in finished_run.REQUIRED_OPTIONS:
         kept = "".join(line for line in lines if not line.startswith(f"{name}:"))
         (run / "config.yaml").write_text(kept)
         refused(f"{run}/config.yaml: has no {name}", "damaged")
@@ -198,7 +199,7 @@ def write_half(command: list[str], written) -> None:
 
 
 def test_what_a_killed_export_left_is_removed_by_the_next(run, tmp_path):
-    """Which leaves alone what another one still writes."""
+    """The folder of an export that is still writing is not touched."""
     out, command = tmp_path / "out", [str(run), "--to", "adapter", "--out", str(tmp_path / "out")]
 
     def half_done():
@@ -223,7 +224,7 @@ def test_what_a_killed_export_left_is_removed_by_the_next(run, tmp_path):
 
 
 def test_what_cannot_be_opened_is_left_alone(run, tmp_path):
-    """As a folder that another export has just removed, or another user's."""
+    """A folder that another export has just removed, or that belongs to another user."""
     out = tmp_path / "out"
     out.mkdir()
     (out / ".export-1.tmp").symlink_to(tmp_path / "gone")
@@ -235,7 +236,7 @@ def test_what_cannot_be_opened_is_left_alone(run, tmp_path):
 
 
 class Hub:
-    """In HfApi's place: notes what it is asked for."""
+    """Replaces HfApi: records the calls."""
 
     calls: ClassVar[list] = []
 
@@ -276,7 +277,7 @@ def test_upload_without_a_login(refused, hub, monkeypatch):
 
 
 def test_upload_that_fails(hub, run, tmp_path, monkeypatch, capsys):
-    """The folder stays: it need not be made again."""
+    """The folder stays, so that the export need not run again."""
     monkeypatch.setattr(Hub, "upload_folder", raise_connection_error, raising=False)
     assert (
         export.main([str(run), "--to", "adapter", "--out", str(tmp_path / "out"), "--push_to_hub", "me/it"])

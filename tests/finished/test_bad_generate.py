@@ -1,4 +1,4 @@
-"""What is wrong with a command line of generate.py ends it with status 2 and one line, before weights are loaded."""
+"""Errors on generate.py's command line: exit status 2 and one line, before weights are loaded."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.helpers.finished_runs import write_random_run
 
 @pytest.fixture
 def refused(capsys, monkeypatch):
-    """refused(*argv) -> the error line of a command that must load no weights."""
+    """refused(*argv) -> the error line of a command that must not load weights."""
     monkeypatch.setattr(generation, "load_model", None)
 
     def refused(*argv) -> str:
@@ -58,7 +58,7 @@ def test_wrong_options(options, words, runs, refused):
 
 
 def test_options_are_read_before_torch():
-    """By the modules that say what is wrong with them."""
+    """The modules that check options import neither torch nor transformers."""
     modules = "sys, options.generate, options.evaluate, options.export, options.block_expansion"
     code = f"import {modules}; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
@@ -134,8 +134,9 @@ def test_runs_that_are_none(runs, chat_run, checkpoints, alpaca_file, one_rank, 
     ("{{ messages[7].content + 'a' }}", "list object has no element 7"),
 ])  # fmt: skip
 def test_what_a_chat_template_raises_is_one_line(template, reason, chat_run, monkeypatch):
-    """As at the start of training."""
-    asked = make_template(open_run(chat_run), "auto")
-    monkeypatch.setattr(asked.tokenizer, "chat_template", template)
+    """The error is the same as at the start of training."""
+    run_template = make_template(open_run(chat_run), "auto")
+    monkeypatch.setattr(run_template.tokenizer, "chat_template", template)
     with pytest.raises(UserError, match=f"^--prompt 1: {reason}$"):
-        dataclasses.replace(asked, context=RenderContext(asked.tokenizer)).text(Prompt("--prompt 1", "Hi"))
+        context = RenderContext(run_template.tokenizer)
+        dataclasses.replace(run_template, context=context).render(Prompt("--prompt 1", "Hi"))

@@ -1,4 +1,4 @@
-"""A base whose tokenizer or chat template was edited after training: each command that reads it says so once."""
+"""A base whose tokenizer or chat template was edited after training: each command warns once."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ GENERATE = [generate, "--prompt", "Hi", "--max_new_tokens", "2", "--json"]
 MERGE = [export, "--to", "merged", "--check", "false", "--out"]
 
 
-def told(folder: Path) -> str:
-    """The line for a base in `folder`."""
+def warning(folder: Path) -> str:
+    """The warning for a base in `folder`."""
     return (
         f"{folder}: its tokenizer or chat template is not that of training (files changed since): prompts,"
         " tokens and stops may be others than were trained\n"
@@ -48,7 +48,7 @@ EDITS = {
 
 @pytest.fixture
 def stderr_of(capsys):
-    """stderr_of(command, *argv) -> what a command that goes well prints there; --json's stdout is JSON alone."""
+    """stderr_of(command, *argv) -> stderr of a command that succeeds; with --json its stdout is only JSON."""
 
     def run(command, *argv) -> str:
         capsys.readouterr()
@@ -61,14 +61,14 @@ def stderr_of(capsys):
 
 
 def test_an_adapter_over_an_edited_tokenizer(checkpoints, one_rank, tmp_path, stderr_of, capsys):
-    """Also that of best/. Its weights are still known to be those of training."""
+    """The same for best/. The weights are still verified to be those of training."""
     run = write_chat_run(one_rank, tmp_path, checkpoints())
     best, base, kept = shutil.copytree(run, run / "best"), tmp_path / "model", tmp_path / "kept"
     shutil.copytree(base, kept)
     perplexity = ["--metrics", "perplexity", "--samples", "1", "--dataset", tmp_path / "rows.jsonl"]
 
-    def lines(where: str) -> set[str]:
-        out = tmp_path / where
+    def lines(name: str) -> set[str]:
+        out = tmp_path / name
         commands = (
             GENERATE,
             [evaluate, *perplexity],
@@ -82,22 +82,22 @@ def test_an_adapter_over_an_edited_tokenizer(checkpoints, one_rank, tmp_path, st
     assert lines("untouched") == {""}
     for name, edit in EDITS.items():
         edit(base)
-        assert lines(name) == {told(base)}, name
-        assert open_run(run).recognised
+        assert lines(name) == {warning(base)}, name
+        assert open_run(run).is_base_verified
         assert stderr_of(generate, run, *GENERATE[1:], "--base_model", kept) == ""  # the base as it was
         shutil.copytree(kept, base, dirs_exist_ok=True)
     (base / TOKENIZER_JSON).write_text("{")
     assert generate.main([str(run), *GENERATE[1:]]) == 2
     shown = capsys.readouterr().err
-    assert shown.startswith("error: ") and shown.count("\n") == 1  # that alone
+    assert shown.startswith("error: ") and shown.count("\n") == 1  # the error without the warning
     shutil.copytree(kept, base, dirs_exist_ok=True)
     edit_template(base)
-    edit_base_metadata(run / ADAPTER, base_tokenizer=None)  # of an earlier version
+    edit_base_metadata(run / ADAPTER, base_tokenizer=None)  # as an earlier version wrote it
     assert stderr_of(generate, run, *GENERATE[1:]) == ""
 
 
 def test_new_blocks_over_an_edited_tokenizer(checkpoints, alpaca_file, one_rank, tmp_path, stderr_of):
-    """Also where they are put back into the expanded model. A whole model reads its own tokenizer."""
+    """The same when blocks are put back into the expanded model. A whole model reads its own tokenizer."""
     base = shutil.copytree(checkpoints("llama_bias_pro"), tmp_path / "base")
     blocks, whole = tmp_path / "blocks", tmp_path / "whole"
     write_random_run(one_rank, blocks, args_for(base, alpaca_file, "llama_pro", "--llama_pro_save", "blocks"))
@@ -115,4 +115,4 @@ def test_new_blocks_over_an_edited_tokenizer(checkpoints, alpaca_file, one_rank,
 
     assert shown("before") == [""] * 4
     EDITS["tokenizer.json"](base)
-    assert shown("after") == [told(base)] * 3 + [""]
+    assert shown("after") == [warning(base)] * 3 + [""]

@@ -21,7 +21,7 @@ import finished.evaluate
 from data.formats import ALPACA, FORMATS, RenderContext
 from data.tokenizing import prepare
 from finished.finished_run import load_model, open_run
-from finished.generation import Ending
+from finished.generation import MarkerCriterion
 from models.lora import adapters_off
 from options.evaluate import Options
 from tests.helpers import chat_templates
@@ -36,11 +36,11 @@ from training.evaluation import generate_greedily
 
 
 def row_by_row(model, rows) -> float:
-    """Perplexity, one row at a time, in float64."""
+    """Compute the perplexity one row at a time, in float64."""
     total = torch.zeros((), dtype=torch.float64)
     for i in range(len(rows)):
-        part = slice(int(rows.starts[i]), int(rows.starts[i + 1]))
-        ids, learned = rows.tokens[part].long(), rows.learned[part].clone()
+        span = slice(int(rows.starts[i]), int(rows.starts[i + 1]))
+        ids, learned = rows.tokens[span].long(), rows.learned[span].clone()
         learned[0] = False
         with torch.no_grad():
             logits = model(input_ids=ids[None]).logits[0].double().log_softmax(-1)
@@ -53,7 +53,7 @@ def row_by_row(model, rows) -> float:
 
 @pytest.mark.parametrize("train_type", ["lora", "bnb_dora"])
 def test_adapters_off_is_the_base(train_type, checkpoints, alpaca_file, one_rank, tmp_path):
-    """On the weights that training saw, with biases, which DoRA moves."""
+    """The base has the weights that training used, with biases, which DoRA moves."""
     folder = checkpoints("llama_bias")
     write_random_run(one_rank, tmp_path / "run", args_for(folder, alpaca_file, train_type))
     model = load_model(open_run(tmp_path / "run"), SINGLE_RANK.device, torch.float32)
@@ -70,8 +70,10 @@ def test_adapters_off_is_the_base(train_type, checkpoints, alpaca_file, one_rank
 
 @pytest.mark.parametrize("kind", ["llama", "gemma2", "phi3"])
 def test_answers_in_batches_are_those_alone(kind, checkpoints, alpaca_file, one_rank, tmp_path):
-    """With transformers' cache and padding, against a plain loop without either; one answer is stopped. Phi-3's
-    passes the length where the rotation of all rows changes."""
+    """Cache and padding against a plain loop without either; one answer hits a stop token.
+
+    Phi-3's passes the length where the rotation of all rows changes.
+    """
     write_random_run(one_rank, tmp_path / "run", args_for(checkpoints(kind), alpaca_file, "bnb_dora"))
     model = load_model(open_run(tmp_path / "run"), SINGLE_RANK.device, torch.float32)
     prompts = [[65], list(range(70, 99)), list(range(100, 103))]
@@ -82,29 +84,33 @@ def test_answers_in_batches_are_those_alone(kind, checkpoints, alpaca_file, one_
     assert finished.evaluate.generate_answers(model, prompts, 6, [stop], 2) == cut != alone
     cut = [a[: a.index(stop) + 1] if stop in a else a for a in alone]
     spelled = SimpleNamespace(decode=lambda ids: "".join(f"<{i}>" for i in ids.tolist()))
-    ending = partial(Ending, spelled, f"<{stop}>")
-    made = finished.evaluate.generate_answers(model, prompts, 6, [], 3, ending)
+    make_criterion = partial(MarkerCriterion, spelled, f"<{stop}>")
+    made = finished.evaluate.generate_answers(model, prompts, 6, [], 3, make_criterion)
     assert [m[: len(c)] for m, c in zip(made, cut, strict=True)] == cut != alone
     assert all(set(m[len(c) :]) <= {0} for m, c in zip(made, cut, strict=True))  # padding
 
 
 def test_a_marker_ends_the_answer_that_has_it():
-    """Not where the prompt has it."""
+    """A marker in the prompt does not count."""
     ids = torch.tensor(
         [BYTES(text, add_special_tokens=False)["input_ids"] for text in ("q##a##", "##ab #", "q#a# #")]
     )
-    assert Ending(BYTES, "##", 2)(ids, None).tolist() == [True, False, False]
+    assert MarkerCriterion(BYTES, "##", 2)(ids, None).tolist() == [True, False, False]
 
 
 def test_a_model_that_says_what_the_data_say(monkeypatch):
-    """Qwen3's template: an end of turn, and an empty thought, on both sides. Wrong answers have no word in common with the
-    right ones. One was cut."""
+    """Qwen3's template has an end of turn and an empty thought, in answers and references. One answer is cut.
+
+    Wrong answers share no word with the right ones.
+    """
     tokenizer = chat_tokenizer(chat_templates.QWEN3, "<|im_end|>")
     said = ["Paris is the capital.", "It is four, not 5.", "No, never."]
     turns = [[{"role": "user", "content": "So?"}, {"role": "assistant", "content": text}] for text in said]
     rendered = [FORMATS["chat"].render({"messages": m}, RenderContext(tokenizer)) for m in turns]
     names, run = ("exact_match", "bleu", "rouge"), SimpleNamespace(config=SimpleNamespace(context_length=999))
-    asked = finished.evaluate.prepare(names, run, rendered, "here", tokenizer, [tokenizer.eos_token_id])
+    asked = finished.evaluate.prepare_inputs(
+        names, run, rendered, "here", tokenizer, [tokenizer.eos_token_id]
+    )
     assert [p.answer for p in asked.prompts] == said
 
     def scores(*answers):
@@ -113,13 +119,13 @@ def test_a_model_that_says_what_the_data_say(monkeypatch):
         ]
         monkeypatch.setattr(finished.evaluate, "generate_answers", lambda *_: made)
         options = Options("RUN", max_new_tokens=len(made[0]))
-        return finished.evaluate.measure(
+        return finished.evaluate.score_model(
             torch.nn.Linear(1, 1), names, asked, options, tokenizer, [tokenizer.eos_token_id]
         )
 
     right = scores(*said)
     assert right.values == pytest.approx(dict.fromkeys(right.values, 100.0)) and len(right.values) == 5
-    assert right.cut == 1 and right.answers == said
+    assert right.truncated == 1 and right.answers == said
     assert scores("No.", *said[1:]).values["exact_match"] == pytest.approx(100 * 2 / 3)
     wrong = scores("Rome", "Seven", "Yes")
     assert wrong.values["exact_match"] == wrong.values["rouge1"] == 0
@@ -127,7 +133,7 @@ def test_a_model_that_says_what_the_data_say(monkeypatch):
 
 @pytest.fixture
 def command(monkeypatch, tmp_path, capsys):
-    """command(*argv) -> (the results in --out, what was printed)."""
+    """command(*argv) -> (the results in --out, stdout)."""
 
     def run(*argv):
         out = tmp_path / "results" / "a.json"
@@ -140,8 +146,10 @@ def command(monkeypatch, tmp_path, capsys):
 
 @pytest.mark.parametrize("train_type", ["bnb_dora", "full"])
 def test_the_command(train_type, checkpoints, alpaca_file, one_rank, tmp_path, command):
-    """Perplexities of base and tuned model against transformers, row by row. The references are the tuned model's
-    own answers, so it matches all of them; the base matches none."""
+    """Perplexities of base and tuned model against transformers, row by row.
+
+    The references are the tuned model's own answers: it matches all of them, and the base matches none.
+    """
     folder = checkpoints()
     write_random_run(one_rank, tmp_path / "run", args_for(folder, alpaca_file, train_type))
     run = open_run(tmp_path / "run")
@@ -183,7 +191,7 @@ def test_the_command(train_type, checkpoints, alpaca_file, one_rank, tmp_path, c
 
 
 def test_what_is_told_of_the_scores(checkpoints, alpaca_file, one_rank, tmp_path, command):
-    """Chinese answers of three characters: BLEU is null, and the tokenizer is Chinese."""
+    """Chinese answers of three characters: BLEU is null, and its tokenizer is Chinese."""
     args = args_for(checkpoints(), alpaca_file, "qlora")
     write_random_run(one_rank, tmp_path / "run", args)
     data = tmp_path / "rows.jsonl"
@@ -221,8 +229,10 @@ metric_list: [{metric: acc}]
 @pytest.mark.slow
 @pytest.mark.skipif(not importlib.util.find_spec("lm_eval"), reason="lm_eval is not installed")
 def test_lm_evaluation_harness(checkpoints, alpaca_file, one_rank, tmp_path):
-    """The command of docs/evaluation.md on an exported folder, on a local task; the share of right answers is
-    transformers' own. Not in the repository's folder, where `import evaluate` would find this project's evaluate.py."""
+    """The command of docs/evaluation.md on an exported folder and a local task: accuracy is transformers'.
+
+    It runs outside of the repository's folder, where `import evaluate` would find this project's evaluate.py.
+    """
     write_random_run(one_rank, tmp_path / "run", args_for(checkpoints(), alpaca_file, "bnb_dora"))
     merged = ["--to", "merged", "--out", str(tmp_path / "model"), "--check", "false"]
     assert export.main([str(tmp_path / "run"), *merged]) == 0

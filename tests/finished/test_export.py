@@ -1,4 +1,4 @@
-"""export.py: a merged model computes what training computed, or what PEFT makes of the original base."""
+"""export.py: a merged model computes what training computed, or what PEFT merges over the original base."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ DIFFERENCE = r"largest logit difference from the trained model: (\S+), of logits
 
 
 def exported(run: Path, out: Path, *more, to: str = "merged") -> str:
-    """What export.py prints."""
+    """Export a run; return what export.py prints."""
     shown = io.StringIO()
     with contextlib.redirect_stdout(shown):
         assert export.main([str(run), "--to", to, "--out", str(out), *map(str, more)]) == 0
@@ -66,8 +66,10 @@ def close(a, b) -> None:
 @pytest.mark.parametrize("train_type", [pytest.param("qlora", marks=pytest.mark.slow), "bnb_dora"])
 @pytest.mark.parametrize("kind", tiny.CONFIGS)
 def test_every_family(kind, train_type, checkpoints, alpaca_file, one_rank, tmp_path):
-    """alpha/rank is 2.5, the adapters are random. `dequantized` is the model that was trained, `original` what PEFT
-    makes of the adapter over the original base."""
+    """`dequantized` is the trained model; `original` is what PEFT merges over the original base.
+
+    alpha/rank is 2.5, and the adapters are random.
+    """
     run = tmp_path / "run"
     trained = write_random_run(one_rank, run, args_for(checkpoints(kind), alpaca_file, train_type))
     shown = exported(run, tmp_path / "dequantized")
@@ -97,7 +99,7 @@ def test_other_quantizers_and_none(train_type, checkpoints, alpaca_file, one_ran
 
 @pytest.fixture(scope="module")
 def made(checkpoints, alpaca_file, one_rank, tmp_path_factory):
-    """A finished bnb_dora run of llama_bias, not to be changed."""
+    """A finished bnb_dora run of llama_bias; read-only."""
     folder = tmp_path_factory.mktemp("made") / "run"
     write_random_run(one_rank, folder, args_for(checkpoints("llama_bias"), alpaca_file, "bnb_dora"))
     steps = [{"step": i, "epoch": i / 4, "loss": 3.0 - i} for i in (1, 2)]
@@ -107,7 +109,7 @@ def made(checkpoints, alpaca_file, one_rank, tmp_path_factory):
 
 @pytest.fixture
 def run(made, tmp_path):
-    """A copy of it."""
+    """A copy of `made`."""
     return shutil.copytree(made, tmp_path / "run")
 
 
@@ -183,7 +185,7 @@ def test_a_base_that_is_packed_already(checkpoints, alpaca_file, one_rank, tmp_p
     close(logits(loaded(tmp_path / "original")), logits(theirs))
 
 
-# What lies beside the weights, and their dtypes
+# Files next to the weights, and dtypes
 
 
 def weight_files(folder: Path) -> list[str]:
@@ -191,7 +193,7 @@ def weight_files(folder: Path) -> list[str]:
 
 
 def test_the_folder_is_complete(checkpoints, alpaca_file, one_rank, tmp_path, monkeypatch):
-    """Shards and index, generation config, tokenizer and chat template; the base's dtype; nothing else."""
+    """Shards and index, generation config, tokenizer and chat template, in the base's dtype; nothing else."""
     base = tiny.save_checkpoint("qwen2", tmp_path / "base", torch.bfloat16)
     (base / "chat_template.jinja").write_text("{{ messages[0].content }}")
     (base / "generation_config.json").write_text('{"do_sample": true, "temperature": 0.7}')
@@ -213,13 +215,13 @@ def test_the_folder_is_complete(checkpoints, alpaca_file, one_rank, tmp_path, mo
     index = json.loads((out / INDEX).read_text())
     assert len(weight_files(out)) > 3 and set(weight_files(out)) == set(index["weight_map"].values())
     assert {p.name for p in out.iterdir()} == {
-        *weight_files(out), INDEX, "README.md", "config.json", "generation_config.json", "chat_template.jinja",
-        *(p.name for p in base.glob("tokenizer*")),
+        *weight_files(out), INDEX, "README.md", "config.json", "generation_config.json",
+        "chat_template.jinja", *(p.name for p in base.glob("tokenizer*")),
     }  # fmt: skip
 
 
 def test_dtypes(run, tmp_path):
-    """gguf-ready is in 16 bits whatever the base is, and names its class; merged is what --dtype says."""
+    """gguf-ready has 16 bits for any base and names its class; merged has --dtype."""
     name = "model.layers.0.self_attn.q_proj.weight"
     exported(run, tmp_path / "fp32", "--check", "false")
     reference = all_tensors(tmp_path / "fp32")
@@ -278,10 +280,10 @@ def test_the_card_names_what_is_on_the_hub(made, tmp_path):
     import dataclasses
 
     from finished.finished_run import open_run
-    from finished.model_card import card
+    from finished.model_card import render_card
 
     config = dataclasses.replace(open_run(made).config, dataset="alpaca")
-    text = card(config, tmp_path, "meta-llama/Llama-2-7b-hf", "t", "w", "peft")
+    text = render_card(config, tmp_path, "meta-llama/Llama-2-7b-hf", "t", "w", "peft")
     assert "\nbase_model: meta-llama/Llama-2-7b-hf\ndatasets:\n- yahma/alpaca-cleaned\n" in text
     assert "Final loss: not known" in text
 
@@ -289,7 +291,7 @@ def test_the_card_names_what_is_on_the_hub(made, tmp_path):
 @pytest.mark.gpu
 @pytest.mark.parametrize("base", ["original", "dequantized"])
 def test_a_merge_on_a_gpu_is_the_cpus(base, made, tmp_path, monkeypatch):
-    # By one of bitsandbytes' two quantizers, whose 8-bit codes of a block's scale differ where it lies in the middle.
+    # bitsandbytes' CPU and GPU quantizers round some 8-bit codes of scales differently: use one for both.
     quantize = NF4.quantize
     monkeypatch.setattr(
         NF4, "quantize", lambda self, w: tuple(t.to(w.device) for t in quantize(self, w.cpu()))
@@ -302,8 +304,11 @@ def test_a_merge_on_a_gpu_is_the_cpus(base, made, tmp_path, monkeypatch):
 
 
 def test_merged_then_quantized_again(made, checkpoints, tmp_path):
-    """NF4 of the merged weights is not NF4 of the base plus the adapter: the error that is added is about NF4's
-    own, whichever base was merged into. docs/export.md has the numbers of a larger model."""
+    """Quantizing the merged weights again adds an error of about NF4's own, whichever base was merged into.
+
+    NF4 of the merged weights is not NF4 of the base plus the adapter. docs/export.md has the numbers of a
+    larger model.
+    """
     errors = {}
     for base in ("dequantized", "original"):
         exported(made, tmp_path / base, "--base", base, "--check", "false")
@@ -323,8 +328,10 @@ def test_merged_then_quantized_again(made, checkpoints, tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_stays_below_two_shards(made, alpaca_file, one_rank, tmp_path, monkeypatch):
-    """140 MB of weights in files of 14 MB. The peak is the process's own, reset before; what the libraries take at
-    their first call is taken by an export before that."""
+    """140 MB of weights in files of 14 MB: the peak memory of the process stays below two files.
+
+    An export before the measurement takes what the libraries allocate at their first call.
+    """
     sizes = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 28}
     base = tiny.save_checkpoint("llama", tmp_path / "base", shard="32MB", **sizes)
     write_random_run(one_rank, tmp_path / "run", args_for(base, alpaca_file, "bnb_dora"))
@@ -333,7 +340,7 @@ def test_memory_stays_below_two_shards(made, alpaca_file, one_rank, tmp_path, mo
     adapter = (tmp_path / "run" / ADAPTER).stat().st_size
     monkeypatch.setattr(model_writer, "SHARD_BYTES", largest)
     assert sum(path.stat().st_size for path in base.glob("*.safetensors")) > 8 * largest
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
+    Path("/proc/self/clear_refs").write_text("5")  # reset VmHWM
     before = status("VmRSS")
     exported(tmp_path / "run", tmp_path / "out", "--check", "false")
     grown = status("VmHWM") - before
@@ -343,31 +350,31 @@ def test_memory_stays_below_two_shards(made, alpaca_file, one_rank, tmp_path, mo
 
 
 def test_the_check_holds_one_part_at_a_time(made, tmp_path, monkeypatch):
-    """Of both models, a decoder layer or the embedding; every part comes once."""
-    held, parts, original = [], [], layerwise._load
+    """Only one submodule of a model is in memory at a time, and each is loaded once."""
+    held, loaded_paths, original = [], [], layerwise._load_submodule
 
     def watched(model, path, *args):
         original(model, path, *args)
         real = {n: p.nbytes for n, p in model.named_parameters(remove_duplicate=False) if not p.is_meta}
-        parts.append(path)
+        loaded_paths.append(path)
         held.append({n: b for n, b in real.items() if not n.startswith(f"{path}.")})
 
-    monkeypatch.setattr(layerwise, "_load", watched)
+    monkeypatch.setattr(layerwise, "_load_submodule", watched)
     exported(made, tmp_path / "out")
     assert not any(held)
     wanted = ["model.embed_tokens", *(f"model.layers.{i}" for i in range(3)), "model.norm", "lm_head"]
-    assert parts == 2 * wanted
+    assert loaded_paths == 2 * wanted
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
 @pytest.mark.parametrize("failure", [OSError(28, "No space left on device"), KeyboardInterrupt()])
 def test_a_cut_in_the_middle_leaves_nothing(failure, overwrite, run, tmp_path, monkeypatch, capsys):
-    """Neither half a model nor the folders made for it; a model that was to be replaced is still there."""
+    """Neither half a model nor its new folders remain; a model that would be replaced is still there."""
     out = tmp_path / "a" / "out"
     if overwrite:
         exported(run, out, to="adapter")
     before = sorted(tmp_path.rglob("*"))
-    original = finished.export.merged_entries
+    original = finished.export.make_merged_entries
 
     def failing(*args):
         entries = original(*args)
@@ -377,7 +384,7 @@ def test_a_cut_in_the_middle_leaves_nothing(failure, overwrite, run, tmp_path, m
         )
         return entries
 
-    monkeypatch.setattr(finished.export, "merged_entries", failing)
+    monkeypatch.setattr(finished.export, "make_merged_entries", failing)
     command = [str(run), "--to", "merged", "--out", str(out), f"--overwrite={str(overwrite).lower()}"]
     if isinstance(failure, OSError):
         assert export.main(command) == 2

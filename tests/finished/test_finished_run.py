@@ -50,7 +50,7 @@ def test_folders_that_are_no_run(run, checkpoints, tmp_path):
     with pytest.raises(UserError, match=r"no config\.yaml"):
         open_run(tmp_path)
     with pytest.raises(UserError, match="trained on another model"):
-        open_run(run, base=str(checkpoints("mistral")))
+        open_run(run, base_model=str(checkpoints("mistral")))
     (run / ADAPTER).write_bytes((run / ADAPTER).read_bytes()[:-9])
     with pytest.raises(UserError, match="truncated"):
         open_run(run)
@@ -64,11 +64,11 @@ def test_folders_that_are_no_run(run, checkpoints, tmp_path):
 
 def test_a_base_that_was_moved(run, checkpoints, tmp_path):
     moved = shutil.copytree(checkpoints(), tmp_path / "moved")
-    assert open_run(run, base=str(moved)).base == moved
+    assert open_run(run, base_model=str(moved)).base == moved
 
 
 def test_a_base_that_is_gone_is_told_without_options_of_training(run, checkpoints):
-    """Which generate.py, evaluate.py and export.py do not have."""
+    """generate.py, evaluate.py and export.py do not have those options."""
     config = (run / "config.yaml").read_text()
     (run / "config.yaml").write_text(
         config.replace(f"model_name: {checkpoints()}", "model_name: /gone/model")
@@ -126,7 +126,7 @@ def test_an_adapter_that_does_not_fit(change, run):
 
 
 def test_an_adapter_that_does_not_name_its_base(run):
-    """As other programs leave it; every version of train.py writes it."""
+    """Other programs write such adapters; every version of train.py names the base."""
     edit_base_metadata(run / ADAPTER, base_digest=None, base_contents=None)
     with pytest.raises(UserError, match=rf"^{run / ADAPTER}: does not say which model it was trained on"):
         open_run(run)

@@ -18,7 +18,7 @@ import models.dora
 from data.formats import ALPACA
 from finished import generation
 from finished.finished_run import open_base, open_run
-from finished.generation import Answer, Conversation, Stream, make_template
+from finished.generation import Answer, AnswerStreamer, Conversation, make_template
 from models.dora import DoRALinear, cached_norms
 from models.lora import LoRALinear, adapters_off
 from options.errors import UserError
@@ -38,7 +38,7 @@ ASKED = ["--prompt", QUESTION, "--max_new_tokens", NEW]
 
 @pytest.fixture
 def said(capsys):
-    """said(*argv) -> what --json says, {model: answer} for each prompt."""
+    """said(*argv) -> the answers that --json prints: {model: answer} for each prompt."""
 
     def said(*argv) -> list[dict[str, dict]]:
         capsys.readouterr()  # of making a checkpoint
@@ -51,8 +51,10 @@ def said(capsys):
 
 
 def greedy(model, tokenizer, text: str) -> tuple[str, int]:
-    """(text, tokens) of transformers' own greedy answer without a cache. The penalty keeps tiny models from saying
-    one token for ever, whatever their adapter."""
+    """Generate transformers' greedy answer without a cache. Return (text, number of tokens).
+
+    The penalty keeps tiny models from repeating one token for ever, whatever their adapter.
+    """
     ids = tokenizer(text, return_tensors="pt").input_ids
     with torch.no_grad():
         out = model.generate(
@@ -67,7 +69,7 @@ def greedy(model, tokenizer, text: str) -> tuple[str, int]:
     return tokenizer.decode(out, skip_special_tokens=True), len(out)
 
 
-def as_told(answer: dict) -> tuple[str, int]:
+def text_and_tokens(answer: dict) -> tuple[str, int]:
     return answer["text"], answer["tokens"]
 
 
@@ -90,9 +92,9 @@ def test_answers_are_those_of_peft(kind, train_type, checkpoints, alpaca_file, o
     base = transformers_model(checkpoints(kind), one_rank(dense_state, args)[0])
     model = peft.PeftModel.from_pretrained(base, tmp_path / "run").eval()
     tokenizer, text = AutoTokenizer.from_pretrained(checkpoints(kind)), ALPACA.format(instruction=QUESTION)
-    assert as_told(ours[str(tmp_path / "run")]) == greedy(model, tokenizer, text)
+    assert text_and_tokens(ours[str(tmp_path / "run")]) == greedy(model, tokenizer, text)
     with model.disable_adapter():
-        assert as_told(ours["base"]) == greedy(model, tokenizer, text)
+        assert text_and_tokens(ours["base"]) == greedy(model, tokenizer, text)
     assert ours["base"]["text"] != ours[str(tmp_path / "run")]["text"]
 
 
@@ -104,7 +106,7 @@ def test_a_run_that_saved_a_model(train_type, checkpoints, alpaca_file, one_rank
     tokenizer, text = AutoTokenizer.from_pretrained(folder), ALPACA.format(instruction=QUESTION)
     for name, origin in ((str(tmp_path / "run"), tmp_path / "run"), ("base", folder)):
         model = AutoModelForCausalLM.from_pretrained(origin, dtype=torch.float32, attn_implementation="eager")
-        assert as_told(ours[name]) == greedy(model.eval(), tokenizer, text)
+        assert text_and_tokens(ours[name]) == greedy(model.eval(), tokenizer, text)
     alone = said(tmp_path / "run", *ASKED, "--repetition_penalty", PENALTY, "--compare", "false")[0]
     assert alone == {str(tmp_path / "run"): ours[str(tmp_path / "run")]}
     with pytest.raises(UserError, match="was trained on another model than"):
@@ -112,7 +114,7 @@ def test_a_run_that_saved_a_model(train_type, checkpoints, alpaca_file, one_rank
 
 
 def test_adapters_are_switched_over_one_base(runs, said, monkeypatch, tmp_path):
-    """Each answers as it does alone, in any order, and the base is loaded once."""
+    """Each adapter answers as it does alone, in any order, and the base is loaded once."""
     (tmp_path / "p.txt").write_text(f"{QUESTION}\nSay nothing.\n")
     asked = ["--prompts", tmp_path / "p.txt", "--max_new_tokens", NEW, "--repetition_penalty", PENALTY]
     alone = {}
@@ -143,7 +145,7 @@ def test_seeds_repeat(runs, said):
 
 
 def test_a_repetition_penalty_and_a_full_context(runs, said):
-    """Below 1 it makes what was there the likeliest. The answer ends where the model's positions do."""
+    """A penalty below 1 favours repetition. The answer ends at the model's last position."""
     plain, other = (said(runs[0], *ASKED, "--repetition_penalty", p)[0]["base"]["text"] for p in (1, 0.1))
     there = set(ALPACA.format(instruction=QUESTION))
     assert set(other) <= there and not set(plain) <= there
@@ -159,7 +161,7 @@ def test_a_base_that_was_moved(runs, checkpoints, tmp_path, said):
 
 @pytest.mark.parametrize("kept", [True, False])
 def test_the_data_is_not_needed(kept, runs, tmp_path, said, alpaca_file):
-    """config.yaml keeps the format; where it does not, the command line says it."""
+    """config.yaml keeps the format; if it does not, --dataset_format gives it."""
     copy = shutil.copytree(runs[0], tmp_path / "copy")
     text = (copy / "config.yaml").read_text().replace(str(alpaca_file), str(tmp_path / "gone.jsonl"))
     assert "dataset_format: alpaca" in text
@@ -171,7 +173,7 @@ def test_the_data_is_not_needed(kept, runs, tmp_path, said, alpaca_file):
 
 
 def test_fields_of_prompts_that_are_not_read_are_told(runs, tmp_path, capsys):
-    """On stderr: stdout is for programs."""
+    """The warning is on stderr: programs read stdout."""
     file = tmp_path / "ask.jsonl"
     file.write_text(
         '{"instruction": "Say 1.", "inputs": "2", "output": "1"}\n{"instruction": "Say 1.", "id": 7}\n'
@@ -195,7 +197,7 @@ def test_a_run_of_stanfords_prompt_is_asked_with_it(runs, tmp_path, capsys):
 
 @pytest.mark.parametrize("precision", ["bf16", "bf16_autocast"])
 def test_other_precisions(precision, runs, tmp_path, said):
-    """As the run was trained, or as asked; only rounding is another."""
+    """The precision is that of training, or --precision; only rounding differs."""
     copy = shutil.copytree(runs[0], tmp_path / "copy")
     text = (copy / "config.yaml").read_text()
     assert "precision: auto" in text
@@ -213,7 +215,7 @@ def test_other_precisions(precision, runs, tmp_path, said):
 @pytest.mark.parametrize("quantizer", [None, NF4(), HQQ(4)], ids=str)
 @pytest.mark.parametrize("kind", ["lora", "dora"])
 def test_switched_off_a_layer_is_its_base(kind, quantizer):
-    """Also released, with the bias that DoRA had taken from it."""
+    """The same for a released layer, with the bias that DoRA moved."""
     weight, bias, x = torch.randn(O, I), torch.randn(O), torch.randn(5, I)
     linear = torch.nn.Linear(I, O)
     base = Linear4bit(linear, torch.float32, quantizer) if quantizer else linear
@@ -239,7 +241,7 @@ def test_the_norm_is_taken_once_while_weights_are_fixed(monkeypatch):
         assert all(torch.equal(layer(x), expected) for _ in range(3)) and len(taken) == 1
     layer.lora_B.data = layer.lora_B.data * 2
     assert isinstance(layer, DoRALinear) and layer.last_norm is None
-    assert not torch.equal(layer(x), expected), "outside, it is taken anew"
+    assert not torch.equal(layer(x), expected), "outside of cached_norms it is computed again"
 
 
 # templates
@@ -247,8 +249,10 @@ def test_the_norm_is_taken_once_while_weights_are_fixed(monkeypatch):
 
 @pytest.fixture
 def dialogue(monkeypatch, capsys):
-    """dialogue(run, lines, *argv) -> (exit status, what was printed, the prompts that the model was given), with
-    answers " Yo1", " Yo2" ... in the place of the model's."""
+    """dialogue(run, lines, *argv) -> (exit status, stdout, the prompts that the model got).
+
+    Answers are " Yo1", " Yo2" ... instead of the model's.
+    """
 
     def dialogue(run, typed: list[str], *argv):
         given = []
@@ -257,7 +261,7 @@ def dialogue(monkeypatch, capsys):
             given.append(template.tokenizer.decode(ids[0]))
             return Answer(f" Yo{len(given)}", 3, True)
 
-        monkeypatch.setattr(generation.Voices, "answer", answer)
+        monkeypatch.setattr(generation.AnsweringModels, "generate_answer", answer)
         monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in typed)))
         status = generate.main([str(run), *map(str, argv)])
         return status, capsys.readouterr().out, given
@@ -284,7 +288,7 @@ def test_a_conversation_in_the_chat_template(chat_run, dialogue):
 
 def test_the_template_s_end_of_a_turn_ends_an_answer(chat_run):
     template = make_template(open_run(chat_run), "auto")
-    assert {template.tokenizer.decode([t]) for t in template.stops} == {"</s>", "<|im_end|>"}
+    assert {template.tokenizer.decode([t]) for t in template.stop_ids} == {"</s>", "<|im_end|>"}
 
 
 def test_a_conversation_between_markers(runs, dialogue):
@@ -331,14 +335,14 @@ def test_what_is_streamed_is_the_answer(runs, said, monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdin", io.StringIO(QUESTION + "\n"))
     assert generate.main([str(runs[0]), "--max_new_tokens", str(NEW)]) == 0
     out = capsys.readouterr().out
-    assert f"> {finished.generate.printable(plain)} ...\n> \n" in out
+    assert f"> {finished.generate.make_printable(plain)} ...\n> \n" in out
 
 
 @pytest.mark.parametrize("text", ["Yo### Human: what", "Yo ### Hum", "Yo", "### Human:", "Yo###"])
 def test_a_stream_ends_before_the_next_question(text, runs):
     tokenizer = AutoTokenizer.from_pretrained(open_run(runs[0]).base)
     template, pieces = make_template(open_run(runs[0]), "guanaco"), []
-    stream = Stream(template, pieces.append)
+    stream = AnswerStreamer(template, pieces.append)
     stream.put(torch.tensor([[1, 2]]))  # the prompt
     for token in [*tokenizer(text, add_special_tokens=False).input_ids, tokenizer.eos_token_id]:
         stream.put(torch.tensor([token]))
@@ -354,7 +358,7 @@ def test_ctrl_c_leaves(where, runs, monkeypatch, capsys):
     if where == "at the prompt":
         monkeypatch.setattr("builtins.input", interrupted)
     else:
-        monkeypatch.setattr(generation.Voices, "answer", interrupted)
+        monkeypatch.setattr(generation.AnsweringModels, "generate_answer", interrupted)
         monkeypatch.setattr(sys, "stdin", io.StringIO("Hi\n"))
     assert generate.main([str(runs[0])]) == 0
     assert "Traceback" not in capsys.readouterr().err
@@ -364,7 +368,7 @@ def test_ctrl_c_leaves(where, runs, monkeypatch, capsys):
 
 def test_columns():
     texts = {"base": "one two three four five", "tuned": "日本語日本語 x\n\nabcdefghijklm"}
-    assert finished.generate.side_by_side(texts, 23).splitlines() == [
+    assert finished.generate.format_columns(texts, 23).splitlines() == [
         "base       | tuned",
         "---------- | ----------",
         "one two    | 日本語日本",
@@ -382,7 +386,7 @@ def test_columns_need_room(tty, columns, beside, monkeypatch):
     monkeypatch.setattr(sys, "stdout", io.StringIO())
     monkeypatch.setattr(sys.stdout, "isatty", lambda: tty, raising=False)
     monkeypatch.setenv("COLUMNS", str(columns))
-    shown = finished.generate.show("Q?", {"base": "a", "tuned": "b\nc\x1b[2J"})
+    shown = finished.generate.format_answers("Q?", {"base": "a", "tuned": "b\nc\x1b[2J"})
     assert (
         ("a" in shown.splitlines()[3]) if beside else shown == "prompt: Q?\nbase: a\ntuned: b\n    c\ufffd[2J"
     )
@@ -390,5 +394,5 @@ def test_columns_need_room(tty, columns, beside, monkeypatch):
 
 def test_a_conversation_takes_nothing_down_before_the_answer(chat_run):
     conversation = Conversation(make_template(open_run(chat_run), "auto"))
-    _, first = conversation.ask("Hi")
-    assert conversation.ask("Hi")[1] == first
+    _, first = conversation.make_prompt("Hi")
+    assert conversation.make_prompt("Hi")[1] == first

@@ -1,7 +1,8 @@
-"""A gguf-ready folder through llama.cpp's own converter, and the file under llama.cpp: its logits are those of the
-folder in transformers. docs/export.md says what else was compared.
+"""A gguf-ready folder through llama.cpp's converter: llama.cpp's logits equal those of transformers.
 
-Needs LLAMA_CPP, a folder with llama.cpp's source, and the packages llama-cpp-python and sentencepiece."""
+docs/export.md lists further comparisons. Needs LLAMA_CPP, a folder with llama.cpp's source, and the packages
+llama-cpp-python and sentencepiece.
+"""
 
 from __future__ import annotations
 
@@ -28,8 +29,9 @@ MISSING = [p for p in ("llama_cpp", "sentencepiece") if importlib.util.find_spec
 pytestmark = pytest.mark.skipif(
     not CONVERTER.is_file() or bool(MISSING), reason="LLAMA_CPP is not set, or its packages are missing"
 )
-VOCABULARY = 640  # the pieces, and what Gemma's tokenizer adds
-# What llama.cpp has as constants, or only as published models have it. The sliding window is longer than IDS.
+VOCABULARY = 640  # sentencepiece's pieces, and the tokens that Gemma's tokenizer adds
+# Values that llama.cpp has as constants, or supports only as in published models. The sliding window is
+# longer than IDS.
 SUPPORTED = {
     "llama": {},
     "gemma2": {"query_pre_attn_scalar": 32, "sliding_window": 512},
@@ -37,7 +39,7 @@ SUPPORTED = {
 
 
 def sentencepiece_files(folder: Path, tokenizer) -> None:
-    """tokenizer.model, which is what the converter reads, and the same for transformers."""
+    """Write tokenizer.model, which the converter reads, and the same tokenizer for transformers."""
     import sentencepiece
 
     rows = [json.loads(line) for line in (ROOT / "datasets" / "toy.jsonl").read_text().splitlines()]

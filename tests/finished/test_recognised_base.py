@@ -1,4 +1,4 @@
-"""A RUN's base model is recognised by its weights: every command that opens the RUN refuses one that was changed."""
+"""A RUN's base model is verified by its weights: every command that opens the RUN refuses a changed base."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ EVALUATE = [evaluate, "--metrics", "perplexity", "--samples", "2", "--dataset"]
 
 
 def change(folder: Path, tensor: str, row: int) -> None:
-    """One row of one tensor, in place: shapes and files stay."""
+    """Change one row of one tensor in place: shapes and files stay."""
     path = next(p for p in folder.glob("*.safetensors") if tensor in load_file(p))
     tensors = load_file(path)
     tensors[tensor][row] += 1
@@ -81,7 +81,7 @@ def test_an_adapter_over_changed_weights(
 
 
 def test_new_blocks_over_changed_weights(base, alpaca_file, one_rank, tmp_path, capsys):
-    """Also those of best/, and where they are put back into the expanded model."""
+    """The same for best/, and for putting the blocks back into the expanded model."""
     folder, run, out = base("llama_bias_pro"), tmp_path / "run", tmp_path / "out"
     write_random_run(one_rank, run, args_for(folder, alpaca_file, "llama_pro", "--llama_pro_save", "blocks"))
     best = shutil.copytree(run, run / "best")
@@ -104,10 +104,10 @@ def test_new_blocks_over_changed_weights(base, alpaca_file, one_rank, tmp_path, 
 
 @pytest.mark.parametrize("train_type, kind", [("full", "llama"), ("llama_pro", "llama_bias_pro")])
 def test_a_whole_model_beside_a_changed_base(train_type, kind, base, alpaca_file, one_rank, tmp_path, capsys):
-    """Its base's answers would be those of another model; the RUN by itself needs no base."""
+    """The base's answers would be those of another model; the RUN by itself needs no base."""
     folder, run = base(kind), tmp_path / "run"
     write_random_run(one_rank, run, args_for(folder, alpaca_file, train_type))
-    assert open_base(open_run(run)).recognised
+    assert open_base(open_run(run)).is_base_verified
     change(folder, "model.norm.weight", -1)
     for command, *more in (GENERATE, [*EVALUATE, alpaca_file]):
         assert f"error: {run}: {OTHER} {folder}" in refused(capsys, command, run, *more)
@@ -115,13 +115,16 @@ def test_a_whole_model_beside_a_changed_base(train_type, kind, base, alpaca_file
 
 
 def test_a_packed_base(base, alpaca_file, one_rank, tmp_path, capsys):
-    """The codes of a 4-bit base count as well. The model that it was packed from may take its place, which is told."""
+    """The codes of a 4-bit base are compared, too.
+
+    Its original model is accepted in its place, with a remark.
+    """
     original, packed, run = base(), tmp_path / "4bit", tmp_path / "run"
     pack_like_the_hub(original, packed)
     write_random_run(one_rank, run, args_for(packed, alpaca_file, "qlora"))
     assert (
-        open_run(run).recognised
-        and open_run(run, str(shutil.copytree(packed, tmp_path / "moved"))).recognised
+        open_run(run).is_base_verified
+        and open_run(run, str(shutil.copytree(packed, tmp_path / "moved"))).is_base_verified
     )
     capsys.readouterr()
     more = ["--to", "merged", "--out", tmp_path / "out", "--base", "original", "--base_model", original]
@@ -137,11 +140,11 @@ def test_a_packed_base(base, alpaca_file, one_rank, tmp_path, capsys):
 
 
 def test_a_base_saved_again(checkpoints, alpaca_file, one_rank, tmp_path):
-    """In one file in the place of several, by transformers; in 16 bits in the place of 32 it is another."""
+    """One file instead of several is the same base; 16 bits instead of 32 is another."""
     write_random_run(one_rank, tmp_path / "run", args_for(checkpoints(), alpaca_file, "bnb_dora"))
     model = AutoModelForCausalLM.from_pretrained(checkpoints())
     model.save_pretrained(tmp_path / "one")
-    assert open_run(tmp_path / "run", str(tmp_path / "one")).recognised
+    assert open_run(tmp_path / "run", str(tmp_path / "one")).is_base_verified
     model.bfloat16().save_pretrained(tmp_path / "bf16")
     with pytest.raises(UserError, match=OTHER):
         open_run(tmp_path / "run", str(tmp_path / "bf16"))
@@ -149,7 +152,10 @@ def test_a_base_saved_again(checkpoints, alpaca_file, one_rank, tmp_path):
 
 @pytest.mark.parametrize("train_type", ["bnb_dora", "full", "llama_pro --llama_pro_save blocks"])
 def test_runs_of_earlier_versions(train_type, base, alpaca_file, one_rank, tmp_path, capsys):
-    """Without a digest of weights, which is told beside what programs read; the export does not claim more."""
+    """Without a digest of weights, a remark on stderr says that only shapes were checked.
+
+    The export claims no more either.
+    """
     name, *more = train_type.split()
     folder, run = base("llama_bias_pro" if more else "llama"), tmp_path / "run"
     write_random_run(one_rank, run, args_for(folder, alpaca_file, name, *more))
@@ -174,14 +180,14 @@ def test_runs_of_earlier_versions(train_type, base, alpaca_file, one_rank, tmp_p
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """The folder of a cache of the hub, which is not reached."""
+    """The folder of a cache of the hub; the hub itself is not reached."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     return tmp_path / "hub"
 
 
 @pytest.fixture
 def from_hub(checkpoints, alpaca_file, hub, one_rank, tmp_path):
-    """(a RUN of someone/tiny, its logits), since when the repository has moved on by a commit."""
+    """(a RUN of someone/tiny, its logits); the repository has a newer commit since."""
     add_to_hub_cache(hub, "someone/tiny", checkpoints(), FIRST, "main", "v1")
     args = args_for(
         "someone/tiny", alpaca_file, "lora", "--world_size", "1", "--output_dir", tmp_path / "run"
@@ -195,13 +201,13 @@ def from_hub(checkpoints, alpaca_file, hub, one_rank, tmp_path):
 
 
 def test_a_repository_that_moved_on(from_hub, hub, tmp_path, capsys):
-    """The RUN has its own commit, by which PEFT loads the same base as we do."""
+    """The RUN records its commit, so that PEFT and this program load the same base."""
     run, logits = from_hub
     described = json.loads((run / "adapter_config.json").read_text())
     assert (described["base_model_name_or_path"], described["revision"]) == ("someone/tiny", FIRST)
     assert re.search(rf"^model_name: someone/tiny@{FIRST}$", (run / "config.yaml").read_text(), re.MULTILINE)
     opened = open_run(run)
-    assert opened.base.name == FIRST and opened.recognised
+    assert opened.base.name == FIRST and opened.is_base_verified
     loaded = [
         load_model(opened, torch.device("cpu"), torch.float32),
         peft.AutoPeftModelForCausalLM.from_pretrained(run).eval(),
@@ -226,7 +232,7 @@ def test_a_repository_that_moved_on(from_hub, hub, tmp_path, capsys):
 def test_a_base_by_its_revision(from_hub, tmp_path, capsys):
     run, _ = from_hub
     for name in ("someone/tiny@v1", f"someone/tiny@{FIRST}"):
-        assert open_run(run, name).recognised
+        assert open_run(run, name).is_base_verified
         out = tmp_path / name.replace("/", "-")
         assert export.main([str(run), "--to", "adapter", "--out", str(out), "--base_model", name]) == 0
         described = json.loads((out / "adapter_config.json").read_text())

@@ -1,5 +1,7 @@
-"""A merged model folder behind transformers' own server: docs/serving.md. (PEFT loads the adapter folders in
-tests/checkpoints/test_model_writer.py and tests/finished/test_export.py.)"""
+"""A merged model folder behind transformers' own server: docs/serving.md.
+
+tests/checkpoints/test_model_writer.py and tests/finished/test_export.py load the adapter folders with PEFT.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,7 @@ SECONDS = 90  # for the server to load its libraries and the model
 
 @pytest.fixture(scope="module")
 def served_folder(checkpoints, alpaca_file, one_rank, tmp_path_factory) -> Path:
-    """What export.py merges of a run over a 4-bit base with a chat template, with a random adapter."""
+    """A merged folder of a run over a base with a chat template, packed to 4 bits, with a random adapter."""
     base = shutil.copytree(checkpoints(), tmp_path_factory.mktemp("chat") / "base")
     (base / "chat_template.jinja").write_text(CHATML)
     run, folder = base.with_name("run"), base.with_name("merged")
@@ -47,7 +49,7 @@ def served_folder(checkpoints, alpaca_file, one_rank, tmp_path_factory) -> Path:
 
 
 def greedy(folder: Path, tokens: int) -> str:
-    """transformers' own answer to QUESTION, without a server."""
+    """Generate transformers' own answer to QUESTION, without a server."""
     tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
     asked = tokenizer.apply_chat_template(
         QUESTION, add_generation_prompt=True, return_tensors="pt", return_dict=True
@@ -65,7 +67,7 @@ def test_the_folder_carries_its_chat_template(served_folder):
 @pytest.mark.slow
 @pytest.mark.skipif(bool(MISSING), reason=f"transformers[serving] is not installed ({', '.join(MISSING)})")
 def test_transformers_serve_answers_a_chat_request(served_folder, tmp_path):
-    """The docs' command, on a free port; its answer is the one of the folder's own model."""
+    """The docs' command, on a free port, gives the answer of the folder's own model."""
     command = re.search(r"^ +(transformers serve .*)$", PAGE.read_text(encoding="utf-8"), re.MULTILINE)[1]
     program, *options = shlex.split(command.replace("my-model", str(served_folder)))
     port, log = launch.find_free_port(), tmp_path / "log"
@@ -87,10 +89,8 @@ def test_transformers_serve_answers_a_chat_request(served_folder, tmp_path):
 
 
 def ask(address: str, server: subprocess.Popen, log: Path, model: str) -> dict:
-    """The answer to an OpenAI-style request, as soon as the server listens."""
-    opener = urllib.request.build_opener(
-        urllib.request.ProxyHandler({})
-    )  # the loopback, whatever proxies are set
+    """Return the answer to an OpenAI-style request, as soon as the server listens."""
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # no proxy for the loopback
     body = {"model": model, "messages": QUESTION, "max_tokens": 12, "temperature": 0, "stream": False}
     request = urllib.request.Request(
         f"{address}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}

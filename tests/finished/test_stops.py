@@ -1,4 +1,4 @@
-"""What ends an answer: a base model whose EOS is no turn's end learns ChatML's, and every command and result knows it."""
+"""Tokens that end an answer: a base learns ChatML's end of turn, and every command and result knows it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import export
 from data.formats import RenderContext
 from data.stops import generation_config, stop_tokens
 from files.names import BLOCKS, GENERATION_CONFIG
-from finished.finished_run import load_tokenizer, open_run, stops_of
+from finished.finished_run import find_stop_ids, load_tokenizer, open_run
 from finished.generation import make_template
 from models.registry import read_config
 from tests.helpers.adapters import args_for
@@ -27,7 +27,7 @@ LEARNED = {"</s>", "<|im_end|>"}
 
 
 def named(ids: list[int], tokenizer) -> set[str]:
-    """The tokens, but for the tiny config's own EOS, 2, which is a byte of its tokenizer."""
+    """Return the tokens without the tiny config's own EOS, 2, which is a byte of its tokenizer."""
     return {tokenizer.decode([i]) for i in ids if i != 2}
 
 
@@ -39,16 +39,16 @@ def test_every_command_knows_them(chat_run, one_rank):
     """Training's samples, generate.py, evaluate.py and export.py."""
     run = open_run(chat_run)
     tokenizer = load_tokenizer(run)
-    assert named(stops_of(run, tokenizer), tokenizer) == LEARNED
-    assert sorted(make_template(run, "auto").stops) == stops_of(run, tokenizer)
+    assert named(find_stop_ids(run, tokenizer), tokenizer) == LEARNED
+    assert sorted(make_template(run, "auto").stop_ids) == find_stop_ids(run, tokenizer)
     argv = args_for(run.base, chat_run.parent / "rows.jsonl", "bnb_dora")
-    assert one_rank(stops_in_training, argv) == [stops_of(run, tokenizer)]
+    assert one_rank(stops_in_training, argv) == [find_stop_ids(run, tokenizer)]
 
 
 @pytest.mark.parametrize("to", ["merged", "adapter"])
 def test_they_are_written_into_an_export(to, chat_run, tmp_path):
     run = open_run(chat_run)
-    stops = stops_of(run, load_tokenizer(run))
+    stops = find_stop_ids(run, load_tokenizer(run))
     assert (
         json.loads((chat_run / GENERATION_CONFIG).read_text())["eos_token_id"] == stops
     )  # beside the adapter, too
@@ -60,7 +60,7 @@ def test_they_are_written_into_an_export(to, chat_run, tmp_path):
 
 
 def chat_base(base: Path, chat_run: Path, folder: Path) -> Path:
-    """A copy of a model, with the tokenizer of `chat_run`'s base."""
+    """Copy a model and give it the tokenizer of `chat_run`'s base."""
     copy = shutil.copytree(base, folder)
     for path in (chat_run.parent / "model").iterdir():
         if path.name.startswith(("tokenizer", "chat_template")):
@@ -95,7 +95,10 @@ def test_new_blocks_take_them_along(chat_run, checkpoints, one_rank, tmp_path):
 
 
 def test_a_base_that_says_them_already_is_copied(checkpoints, tmp_path):
-    """Its other settings stay, and those that transformers would take out of config.json are written out."""
+    """Other settings of generation_config.json stay.
+
+    Settings that transformers would derive from config.json are written.
+    """
     config, _ = read_config(checkpoints())
     stops = stop_tokens(checkpoints(), config.eos_token_id, "alpaca", RenderContext(BYTES))
     (tmp_path / GENERATION_CONFIG).write_text(json.dumps({"eos_token_id": stops, "temperature": 0.6}))

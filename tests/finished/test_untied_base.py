@@ -1,6 +1,7 @@
-"""RUNs of versions that left out a head that differs from the embedding: what is told over a base that holds one.
+"""RUNs of versions that left out an untied head, over a base that holds one.
 
-Such a version trained what this one trains without the head. So here the head comes into the files after training.
+Such a version trained what this one trains without the head. So the tests add the head to the files after
+training.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ KINDS = ("qwen2", "gemma2", "phi3")
 
 
 def tied_model(kind: str, folder: Path) -> Path:
-    """Of Gemma 2 config.json does not repeat that the family's head is tied."""
+    """Save a model with a tied head. Gemma 2's config.json does not say so: the family's default is tied."""
     tiny.save_checkpoint(kind, folder, tie_word_embeddings=True)
     if kind == "gemma2":
         edit_config(folder, tie_word_embeddings=None)
@@ -96,8 +97,8 @@ def test_beside_a_whole_model_the_base_has_its_head(kind, alpaca_file, one_rank,
     capsys.readouterr()
     opened = open_run(run)
     base = open_base(opened)
-    told = f"{run}: {LEFT_OUT} {folder} holds; here the base has it\n"
-    assert capsys.readouterr().err == told and not base.recognised
+    remark = f"{run}: {LEFT_OUT} {folder} holds; here the base has it\n"
+    assert capsys.readouterr().err == remark and not base.is_base_verified
     for model, expected in ((opened, trained), (base, transformers_logits(folder))):
         with torch.no_grad():
             ours = load_model(model, torch.device("cpu"), torch.float32)(
@@ -105,13 +106,13 @@ def test_beside_a_whole_model_the_base_has_its_head(kind, alpaca_file, one_rank,
             ).logits
         torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
     asked = ["--dataset", str(alpaca_file), "--samples", "2", "--metrics", "perplexity"]
-    assert evaluate.main([str(run), *asked]) == 0 and told in capsys.readouterr().err
+    assert evaluate.main([str(run), *asked]) == 0 and remark in capsys.readouterr().err
 
 
 def test_a_checkpoint_is_refused(alpaca_file, one_rank, tmp_path):
     folder = tied_model("qwen2", tmp_path / "base")
-    options = [*args_for(str(folder), str(alpaca_file), "qlora"), *QUIET, "--max_steps", "1", "--save_every", "1",
-               "--world_size", "1", "--output_dir", str(tmp_path / "run")]  # fmt: skip
+    options = [*args_for(str(folder), str(alpaca_file), "qlora"), *QUIET, "--max_steps", "1"]
+    options += ["--save_every", "1", "--world_size", "1", "--output_dir", str(tmp_path / "run")]
     one_rank(run, options)
     more = [*options, "--resume", "auto", "--max_steps", "2"]
     assert train.check_run(parse(more)[0]).saved.step == 1

@@ -77,7 +77,7 @@ def test_weights_that_hqq_cannot_pack_are_refused(weight, why):
     )
     # In a merge. In a load: tests/test_quantize_layers.py.
     with pytest.raises(UserError, match=f"file: a.weight:? {why}"):
-        merge._weight(files, "a.weight", HQQ(8), None, 0.0, torch.device("cpu"), None)
+        merge._read_merged_weight(files, "a.weight", HQQ(8), None, 0.0, torch.device("cpu"), None)
 
 
 @pytest.mark.parametrize("n_bits", HQQ_BITS)
