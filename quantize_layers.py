@@ -174,10 +174,10 @@ def _read(
     Threads use the device one at a time: quantization briefly needs several times the tensor's memory, and so
     needs it only once.
     """
-    if device.type == "cuda" and not hasattr(thread, "stage"):
+    if device.type == "cuda" and not hasattr(thread, "buffers"):
         set_current_device(device)
-        thread.stage = PinnedBuffers(device.type)
-    source = finite_check.files.read(name, getattr(thread, "stage", None))
+        thread.buffers = PinnedBuffers(device.type)
+    source = finite_check.files.read(name, getattr(thread, "buffers", None))
     with device_lock:
         tensor = source.to(device)
         finite_check.add(name, tensor)

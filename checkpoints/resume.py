@@ -249,8 +249,8 @@ def check_same_run(
     if before and now["evaluation"] and before != now["evaluation"]:
         option = "eval_dataset" if config.eval_dataset else "dataset"
         raise UserError(
-            f"{where}: --{option} no longer makes the rows that the run is evaluated on; the best step would be"
-            " chosen by losses of two sets"
+            f"{where}: --{option} no longer makes the rows that the run is evaluated on; the best step would"
+            " be chosen by losses of two sets"
         )
     _check_growing_files(checkpoint, output_folder(config))
 

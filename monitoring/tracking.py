@@ -36,7 +36,7 @@ class NoTracker:
         return {}
 
     def load_state_dict(self, state: dict) -> None:
-        """Do nothing: `roll_back_run` in checkpoints/resume.py restored the file before the tracker opened it."""
+        """Do nothing: `roll_back_run` (checkpoints/resume.py) restored the file before it was opened."""
 
     def log(self, metrics: Metrics) -> None:
         """Add a step to the history, write and show it."""

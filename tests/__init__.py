@@ -1,5 +1,7 @@
-"""Python's collector looks through the libraries' million objects again and again while they are made: a tenth of the
-tests' time. It does so less often here, in the tests' processes and in the ranks' (whose fork server imports this)."""
+"""Run Python's garbage collector less often in the tests and in their ranks, whose fork server imports this.
+
+It would search the million objects of the libraries again and again: a tenth of the tests' time.
+"""
 
 import gc
 

@@ -1,7 +1,7 @@
 """Fixtures: tiny real checkpoints made with transformers, and a pool of two gloo ranks.
 
-torch is imported by the fixtures: the process that only hands the tests to its workers needs none of it, and they start
-when it has read this file.
+torch is imported by the fixtures: the process that only hands tests to its workers does not need it, and they
+start when it has read this file.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ import subprocess
 os.environ.update(
     HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", WANDB_MODE="offline", TOKENIZERS_PARALLELISM="false"
 )
-# One thread for each process: a tiny tensor's threads cost more than they bring, and other tests run beside it.
+# One thread per process: for tiny tensors more threads cost time, and other tests run at the same time.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# Threads that have nothing to do sleep. They spin otherwise, and as soon as anything else runs on the machine, each
-# short operation waits for one that is not scheduled: up to a hundred times longer. Read when torch is imported.
+# Idle threads sleep instead of spinning. With spinning threads and any other load on the machine, each short
+# operation waits for a thread that is not scheduled: up to a hundred times longer. Read when torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
@@ -65,7 +65,7 @@ def alpaca_file(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def short_rows(tmp_path_factory):
-    """A .jsonl of rows of a few words, of different lengths: what is trained on where it does not matter what is learned."""
+    """A .jsonl of short rows of different lengths, for tests where it does not matter what is learned."""
     from tests.helpers import tiny
 
     return tiny.write_questions(tmp_path_factory.mktemp("data") / "short.jsonl", even=False)
@@ -93,7 +93,7 @@ def _ranks(world: int):
 
 @pytest.fixture(scope="session")
 def two_ranks():
-    """two_ranks(function, *args) -> [result of rank 0, result of rank 1]; function(place, *args), importable."""
+    """two_ranks(function, *args) -> [result of rank 0, result of rank 1]; function(rank_info, *args), importable."""
     yield from _ranks(2)
 
 
@@ -150,8 +150,10 @@ def small_disk(tmp_path):
 
 @pytest.fixture
 def processes(monkeypatch):
-    """The rank processes that launch/processes.py starts in this test, in order. Where they are forks, they are those of the server
-    of tests/helpers/distributed.py."""
+    """The rank processes that launch/processes.py starts in this test, in order.
+
+    Where ranks are forks, they are forks of the server of tests/helpers/distributed.py.
+    """
     from launch import processes as launch
 
     started, start_ranks = [], launch._start_ranks

@@ -104,7 +104,7 @@ def group_rows(
     Args:
         lengths: [R] tokens of each row.
         batch_size: most rows of a batch.
-        switch: the model's `longrope_threshold`: a row of more tokens changes the rotation of its whole batch.
+        switch: the model's `longrope_threshold`: a longer row changes the rotation of its whole batch.
         growth: tokens by which a row may grow.
     """
     order = lengths.argsort(descending=True, stable=True)

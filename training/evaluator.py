@@ -1,6 +1,6 @@
 """Evaluation while a run trains: validation loss, the best step's weights, early stopping, samples.
 
-The loop calls `before_first_step` once, and `is_due` and `after` once per step, on every rank. The evaluator
+The loop calls `before_first_step` once, and `is_due` and `evaluate_if_due` once per step, on every rank. The evaluator
 decides at which steps it evaluates. Losses and answers come from training/evaluation.py, which leaves the
 model unchanged and draws no random numbers. So a run with evaluation trains exactly like one without.
 """
@@ -138,7 +138,7 @@ class Evaluator:
         return metrics
 
     def is_due(self, step: int) -> bool:
-        """Return whether `after` evaluates or samples at this step, before the next one begins."""
+        """Return whether `evaluate_if_due` evaluates or samples at this step, before the next one begins."""
         return self._is_eval_step(step) or self._is_sample_step(step)
 
     def _is_eval_step(self, step: int) -> bool:

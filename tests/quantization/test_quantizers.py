@@ -73,9 +73,9 @@ def test_weights_that_hqq_cannot_pack_are_refused(weight, why):
     with pytest.raises(ValueError, match=why):
         HQQ(8).quantize(weight)
     files = SimpleNamespace(
-        read=lambda *_: weight, tensors={"a.weight": weight}, where=lambda name: f"file: {name}"
+        read=lambda *_: weight, tensors={"a.weight": weight}, tensor_origin=lambda name: f"file: {name}"
     )
-    # In a merge. In a load: tests/test_quantize_layers.py.
+    # By a merge; by a load: tests/test_quantize_layers.py.
     with pytest.raises(UserError, match=f"file: a.weight:? {why}"):
         merge._read_merged_weight(files, "a.weight", HQQ(8), None, 0.0, torch.device("cpu"), None)
 

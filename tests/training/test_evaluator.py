@@ -309,9 +309,15 @@ def test_a_sample_ends_where_the_next_question_begins(monkeypatch, tmp_path):
     answers = [BYTES(" b### Human: c", add_special_tokens=False)["input_ids"]] * 2
     monkeypatch.setattr(evaluation, "generate_greedily", lambda *_: answers)
     evaluator = types.SimpleNamespace(
-        data=EvaluationData(None, prompts, []), sample_tokens=20,
+        data=EvaluationData(None, prompts, []),
+        sample_tokens=20,
         model=types.SimpleNamespace(config=LlamaConfig()),
-        rank_info=SINGLE_RANK, context=context, folder=tmp_path, tokenizer=BYTES, tracker=NoTracker())  # fmt: skip
+        rank_info=SINGLE_RANK,
+        context=context,
+        folder=tmp_path,
+        tokenizer=BYTES,
+        tracker=NoTracker(),
+    )
     evaluation.Evaluator._write_samples(evaluator, 0)
     lines = [json.loads(line)["text"] for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
     assert lines == [" b", " b### Human: c"]
