@@ -82,7 +82,8 @@ def check_rotary_frequencies(config: PretrainedConfig, family: Family, files: Ch
         if not _repeats_any(tables, files.folder, files.tensors[name]):
             raise UserError(
                 f"{files.tensor_origin(name)} holds other rotary frequencies than config.json gives"
-                " (rope_theta, rope_scaling), and could not be used: correct config.json, or delete the tensor"
+                " (rope_theta, rope_scaling), and could not be used: correct config.json, or delete the"
+                " tensor"
             )
 
 

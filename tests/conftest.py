@@ -18,7 +18,7 @@ os.environ.update(
 # One thread per process: for tiny tensors more threads cost time, and other tests run at the same time.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Idle threads sleep instead of spinning. With spinning threads and any other load on the machine, each short
-# operation waits for a thread that is not scheduled: up to a hundred times longer. Read when torch is imported.
+# operation waits for a thread that is not scheduled: up to a hundred times longer. torch reads it on import.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
@@ -93,7 +93,7 @@ def _ranks(world: int):
 
 @pytest.fixture(scope="session")
 def two_ranks():
-    """two_ranks(function, *args) -> [result of rank 0, result of rank 1]; function(rank_info, *args), importable."""
+    """two_ranks(function, *args) -> [results by rank]; function(rank_info, *args) is importable."""
     yield from _ranks(2)
 
 

@@ -1,8 +1,8 @@
 """Evaluation while a run trains: validation loss, the best step's weights, early stopping, samples.
 
-The loop calls `before_first_step` once, and `is_due` and `evaluate_if_due` once per step, on every rank. The evaluator
-decides at which steps it evaluates. Losses and answers come from training/evaluation.py, which leaves the
-model unchanged and draws no random numbers. So a run with evaluation trains exactly like one without.
+The loop calls `before_first_step` once, and `is_due` and `evaluate_if_due` once per step, on every rank. The
+evaluator decides at which steps it evaluates. Losses and answers come from training/evaluation.py, which leaves
+the model unchanged and draws no random numbers. So a run with evaluation trains exactly like one without.
 """
 
 from __future__ import annotations
