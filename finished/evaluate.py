@@ -231,6 +231,7 @@ def evaluate(options: Options) -> dict:
         "dataset": dataset,
         "rows": len(rendered),
         "answered": len(inputs.prompts),
+        "unscored": inputs.rows.dropped if inputs.rows else 0,
         "max_new_tokens": options.max_new_tokens,
         "cut": {"base": base_scores.truncated, "tuned": tuned_scores.truncated},
         "dtype": str(dtype).removeprefix("torch."),
@@ -260,6 +261,15 @@ def describe_scoring_details(results: dict) -> list[str]:
     lines = [f"{name}: {how}" for name, how in results["scored_with"].items()]
     if None in results["metrics"].get("bleu", {}).values():
         lines.append("bleu is undefined where no answer, or no reference, has four tokens")
+    unanswered = results["rows"] - results["answered"] if results["answers"] else 0
+    if unanswered:
+        text_metrics = ", ".join(name for name in results["metrics"] if name != "perplexity")
+        lines.append(
+            f"{text_metrics}: of {results['rows']:,} rows {unanswered:,} are left out, without a question or an"
+            " answer to compare with"
+        )
+    if results["unscored"]:
+        lines.append(f"perplexity: {results['unscored']:,} rows without a learned token are left out")
     base_cut, tuned_cut = results["cut"]["base"], results["cut"]["tuned"]
     if base_cut or tuned_cut:
         lines.append(

@@ -59,6 +59,12 @@ REQUIRED_OPTIONS = (
     "model_name", "dataset", "dataset_format", "context_length", "precision",
 )  # fmt: skip
 assert set(REQUIRED_OPTIONS) <= FIELDS.keys()
+# Settings of PEFT's LoraConfig that change what the adapter computes. A run leaves them unset.
+FOREIGN_ADAPTER_KEYS = (
+    "use_rslora", "rank_pattern", "alpha_pattern", "layers_to_transform", "layer_replication", "modules_to_save",
+    "lora_bias", "fan_in_fan_out", "trainable_token_indices", "target_parameters",
+)  # fmt: skip
+UNSET: tuple = (None, False, [], {})
 
 
 @dataclass(frozen=True)
@@ -238,6 +244,9 @@ def _check_adapter_config(path: Path, config: Config) -> None:
         if adapter_config.get(name) != value:
             found = f"{name} {adapter_config.get(name)}"
             raise UserError(f"{path}: {found}, but {OPTIONS} makes it {value}: one of them is damaged")
+    changed = next((name for name in FOREIGN_ADAPTER_KEYS if adapter_config.get(name) not in UNSET), None)
+    if changed:
+        raise UserError(f"{path}: {changed} {adapter_config[changed]}: no run of this program writes that")
 
 
 def _read_adapter_header(path: Path) -> tuple[dict[str, str], dict[str, tuple[list[int], str]]]:

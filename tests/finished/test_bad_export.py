@@ -172,6 +172,19 @@ def test_a_config_that_lost_options(refused, run):
     refused("adapter_config.json: lora_alpha", "but config.yaml makes it 3.0", "damaged")
 
 
+@pytest.mark.parametrize(
+    "change", [{"use_rslora": True}, {"rank_pattern": {"q_proj": 2}}, {"modules_to_save": ["x"]}]
+)
+def test_an_adapter_with_settings_that_no_run_writes(change, refused, run):
+    """PEFT would compute something else with them. With its defaults written out it is the same adapter."""
+    path = run / "adapter_config.json"
+    written = json.loads(path.read_text())
+    path.write_text(json.dumps(written | change))
+    refused(f"{path}: {next(iter(change))} ", "no run of this program writes that")
+    path.write_text(json.dumps(written | {"use_rslora": False, "rank_pattern": {}, "modules_to_save": None}))
+    finished_run.open_run(run)
+
+
 @pytest.mark.parametrize("to", ["merged", "gguf-ready", "adapter"])
 def test_a_full_disk_is_seen_before_writing(to, refused, monkeypatch, tmp_path):
     usage = namedtuple("usage", "total used free")

@@ -205,6 +205,22 @@ def test_what_is_told_of_the_scores(checkpoints, alpaca_file, one_rank, tmp_path
     assert "of 2 answers 2 of the base and 2 of the tuned model were cut at --max_new_tokens 2\n" in printed
 
 
+def test_rows_without_an_answer_are_counted(checkpoints, alpaca_file, one_rank, tmp_path, command):
+    """No metric has them: SQuAD 2's unanswerable questions, for example."""
+    args = args_for(checkpoints(), alpaca_file, "qlora")
+    write_random_run(one_rank, tmp_path / "run", args)
+    data = tmp_path / "rows.jsonl"
+    answers = ("yes", "", "  ", "")
+    data.write_text("".join(json.dumps({"instruction": "Say it.", "output": a}) + "\n" for a in answers))
+    results, printed = command(tmp_path / "run", "--dataset", data, "--max_new_tokens", "2")
+    assert (results["rows"], results["answered"], results["unscored"]) == (4, 1, 3)
+    assert (
+        "exact_match, bleu, rouge1, rouge2, rougeL: of 4 rows 3 are left out, without a question or an answer to compare with\n"
+        in printed
+    )
+    assert "perplexity: 3 rows without a learned token are left out\n" in printed
+
+
 def test_the_runs_own_evaluation_set(checkpoints, alpaca_file, one_rank, tmp_path, command):
     args = args_for(checkpoints(), alpaca_file, "qlora", "--eval_share", "0.2")
     write_random_run(one_rank, tmp_path / "run", args)
@@ -328,7 +344,7 @@ def test_results_that_cannot_be_written(small_disk, monkeypatch, capsys):
     """Also the older ones stay whole; what is no number is null there, which JSON has."""
     metrics = {"perplexity": {"base": math.inf, "tuned": math.nan}}
     results = {"run": "r", "rows": 1, "dataset": "d", "metrics": metrics, "answers": []}
-    results |= {"cut": {"base": 0, "tuned": 0}, "scored_with": {}}
+    results |= {"cut": {"base": 0, "tuned": 0}, "scored_with": {}, "answered": 1, "unscored": 0, "answers": []}
     monkeypatch.setattr(finished.evaluate, "evaluate", lambda options: results)
     out = small_disk / "e.json"
     assert evaluate.main(["some/run", "--out", str(out)]) == 0
