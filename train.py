@@ -36,8 +36,8 @@ from transformers import PreTrainedModel
 from checkpoints import adapter, trained_model
 from checkpoints.training_state import describe_not_finite
 from data.batches import StepSampler
-from data.packing import longest_line, make_sampler
-from data.prefetch import ahead
+from data.packing import make_sampler, max_line_tokens
+from data.prefetch import prefetch_steps
 from files.atomic_writes import write_text
 from files.lock import FolderLock
 from files.weight_cache import open_cache_writer
@@ -82,7 +82,7 @@ def set_up(
     """
     profiler.start_phase("wrap")
     config, family, precision, device = job.config, job.family, job.precision, rank_info.device
-    max_tokens = longest_line(config, job.rows)
+    max_tokens = max_line_tokens(config, job.rows)
     attention = choose_attention(job.model_config, family, precision.matmul_dtype, config.packing, max_tokens)
     model = build_on_meta(job.model_config, family, attention)
     # Computed from the unchanged model, before any method is applied.
@@ -148,7 +148,7 @@ def train(
         () if evaluator.should_stop or guard.should_stop else range(steps_done + 1, total_steps + 1)
     )
     pin = memory.can_pin(rank_info.device.type)
-    steps = ahead(sampler.steps(config.num_epochs, steps_done), rank_info.device, pin)
+    steps = prefetch_steps(sampler.steps(config.num_epochs, steps_done), rank_info.device, pin)
     for index, step in zip(step_numbers, steps, strict=False):
         loss = torch.zeros((), device=rank_info.device)
         for i, batch in enumerate(step.batches, 1):

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 import export
 from data.batches import StepSampler
 from data.rows import IGNORE
-from data.tokenizing import prepare
+from data.tokenizing import tokenize_dataset
 from files.model_folder import CheckpointFiles
 from finished.finished_run import load_tokenizer, open_run, read_adapter
 from finished.layerwise import packed_logits, plain_logits, trained_logits
@@ -30,7 +30,9 @@ def measure(folder: str, count: int) -> None:
     run = open_run(folder)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     c = run.config
-    rows = prepare(c.dataset, c.dataset_format, count, c.context_length, load_tokenizer(run), c.chat_date)
+    rows = tokenize_dataset(
+        c.dataset, c.dataset_format, count, c.context_length, load_tokenizer(run), c.chat_date
+    )
     batch = next(StepSampler(rows, len(rows), 1, 0, 1, 0).steps(1)).batches[0]
 
     def print_line(name: str, logits: torch.Tensor) -> None:

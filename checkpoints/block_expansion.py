@@ -23,7 +23,7 @@ from checkpoints.model_writer import (
     write_model,
 )
 from checkpoints.trained_model import open_blocks
-from data.examples import toy_texts
+from data.examples import read_toy_texts
 from files.base_model import check_base, tokenizer_remark
 from files.model_folder import CheckpointFiles, fetch_weights, find_model, pin_model_name
 from files.names import CONFIG, GENERATION_CONFIG
@@ -72,7 +72,7 @@ def read_model(options: Options) -> tuple[PretrainedConfig, Family, CheckpointFi
     UserError.
     """
     name = options.model_name
-    folder = make_toy_model(toy_texts()) if name == TOY_MODEL else find_model(name)
+    folder = make_toy_model(read_toy_texts()) if name == TOY_MODEL else find_model(name)
     if Path(options.output_dir).resolve() == folder.resolve():
         raise UserError(f"--output_dir {folder}: is the folder of --model_name; choose another")
     config, family = read_config(folder)

@@ -1,4 +1,4 @@
-"""From where rows lie to the batches of a step: sources, formats, tokens, packs, batches.
+"""Read data sets and make the batches of each step: sources, formats, tokens, packs, batches.
 
 May import: options, launch, files.
 Start in sources.py (recipe -> rows) and follow examples.py and formats.py (row -> text), tokenizing.py (text

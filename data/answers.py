@@ -1,5 +1,4 @@
-"""Token ids of an answer -> its text, by one function for generated answers and for those of the data; and
-whether an answer has any text."""
+"""Decode answers, generated ones and those of the data, and bring their texts into one form."""
 
 from __future__ import annotations
 
@@ -7,33 +6,38 @@ import re
 import unicodedata
 from collections.abc import Collection, Iterable
 
-# What Qwen3 and its template write before an answer without a thought; prompts of some models open it.
+# Qwen3 and its template write it before an answer without a thought. Prompts of some models already open it.
 EMPTY_THOUGHT = re.compile(r"\s*(<think>)?\s*</think>")
 
 
-def answer_text(ids: list[int], tokenizer, stops: Collection[int], marker: str | None = None) -> str:
-    """The text of an answer up to what ends it.
+def decode_answer(ids: list[int], tokenizer, stop_ids: Collection[int], marker: str | None = None) -> str:
+    """Return the text of an answer up to the token or the text that ends it.
 
     Args:
-        ids: generated, or of a row of the data.
-        stops: token ids that end an answer.
-        marker: a text that ends one as well, such as the next question's in a dialogue; None = there is none.
+        ids: token ids, generated or of a row of the data.
+        tokenizer: decodes them.
+        stop_ids: token ids that end an answer.
+        marker: a text that also ends an answer, such as the marker of the next question; None = none.
     """
-    end = next((i for i, token in enumerate(ids) if token in stops), len(ids))
+    end = next((i for i, token in enumerate(ids) if token in stop_ids), len(ids))
     text = tokenizer.decode(ids[:end], skip_special_tokens=True)
     return text.partition(marker)[0] if marker else text
 
 
-def is_empty(answer: str, markers: Iterable[str | None]) -> bool:
-    """Whether an answer has no text beside whitespace and the tokens `markers`, BOS and EOS; None = there is
-    none."""
-    for written in markers:
-        answer = answer.replace(written, "") if written else answer
+def is_empty_answer(answer: str, special_texts: Iterable[str | None]) -> bool:
+    """Return whether an answer has only whitespace and special tokens.
+
+    special_texts: BOS and EOS as texts write them; None = there is none.
+    """
+    for special in special_texts:
+        answer = answer.replace(special, "") if special else answer
     return not answer.strip()
 
 
-def comparable(text: str) -> str:
-    """An answer as scores compare it: in Unicode's NFC, without whitespace around it, and without an empty
-    thought before it, whose tags would count as words that two answers have in common."""
+def normalize_answer(text: str) -> str:
+    """Return an answer in the form that scores compare: in Unicode's NFC, without whitespace around it.
+
+    An empty thought before it is removed, as its tags would count as words that two answers have in common.
+    """
     thought = EMPTY_THOUGHT.match(text)
     return unicodedata.normalize("NFC", text[thought.end() if thought else 0 :]).strip()

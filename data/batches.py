@@ -1,10 +1,10 @@
-"""Batches of padded rows, and which rows make up an optimizer step. Packed rows: data/packing.py.
+"""Choose the rows of each optimizer step, and make batches of padded rows. Packed rows: data/packing.py.
 
-Which rows a step takes is decided for all ranks at once, so every rank knows the step's token counts without
-asking the others.
+Every rank computes the rows of a step for all ranks, so it knows the step's token counts without
+communication.
 
-Shapes: B lines of a micro-batch on one rank, T tokens of a line, P learned tokens of the batch, filled up
-with others, N rows of a packed batch. A line is one row, or with --packing several.
+Shapes: B lines of a micro-batch on one rank, T tokens of a line, P target positions of the batch, N rows of a
+packed batch. A line is one row, or several with --packing.
 """
 
 from __future__ import annotations
@@ -18,18 +18,23 @@ import torch
 
 from data.rows import IGNORE, TokenizedRows
 
-Dealt = torch.Tensor | list[torch.Tensor]  # indices of rows; with packing, of each pack's rows
+RowIndices = torch.Tensor | list[torch.Tensor]  # indices of rows; with packing, a tensor per pack
 
 
 @dataclass(frozen=True)
 class Batch:
-    """A micro-batch of one rank. ids [B, T] int64, targets [B, T] int64: the next token, or IGNORE; lengths
-    [B, 1] int64, of packed rows [B, T]: how many tokens the row has that a token is of; only RoPE of type
-    longrope goes by it; places [P] int64: where the learned ones are in the batch as one line of B * T
-    tokens, filled up with others (`learned_positions`); None: all of it.
+    """A micro-batch of one rank.
 
-    Only where rows are packed: positions [B, T] int64, of each token in its row; bounds [N + 1] int32: where
-    rows begin and end in the batch as one line; longest: tokens of the longest row.
+    Attributes:
+        ids: [B, T] int64.
+        targets: [B, T] int64; the next token, or IGNORE.
+        lengths: [B, 1] int64, or [B, T] if rows are packed; number of tokens in the row of each token. Only
+            RoPE of type longrope uses it.
+        target_positions: [P] int64; indices of the learned targets in the batch as one line of B * T tokens,
+            filled up with others by `learned_positions`. None = all positions.
+        positions: [B, T] int64; of each token in its row. None if rows are not packed, like the next two.
+        bounds: [N + 1] int32; where rows begin and end in the batch as one line.
+        longest: number of tokens of the longest row.
     """
 
     ids: torch.Tensor
@@ -40,25 +45,29 @@ class Batch:
     bounds: torch.Tensor | None = None
     longest: int | None = None
 
-    def inputs(self) -> dict:
-        """What SummedLossMixin takes. From positions that begin again transformers knows the rows, and confines
-        its masks to them; models/attention.py knows them from the bounds."""
-        own = {"input_ids": self.ids, "row_lengths": self.lengths}
+    def model_inputs(self) -> dict:
+        """Return the arguments of a model with SummedLossMixin.
+
+        transformers finds packed rows by positions that begin again, and confines its masks to them;
+        models/attention.py finds them by the bounds.
+        """
+        inputs = {"input_ids": self.ids, "row_lengths": self.lengths}
         if self.positions is None:
-            return own
-        bounds = {f"cu_seq_lens_{x}": self.bounds for x in "qk"} | {
-            f"max_length_{x}": self.longest for x in "qk"
-        }
-        return own | {"position_ids": self.positions} | bounds
+            return inputs
+        bounds = {f"cu_seq_lens_{x}": self.bounds for x in "qk"}
+        lengths = {f"max_length_{x}": self.longest for x in "qk"}
+        return inputs | {"position_ids": self.positions} | bounds | lengths
 
     def to(self, device: torch.device) -> Batch:
-        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+        """Copy the batch to a device; asynchronously from page-locked memory."""
+        return self._map_tensors(lambda tensor: tensor.to(device, non_blocking=True))
 
-    def pinned(self) -> Batch:
-        """In page-locked memory, from which a GPU copies while the program goes on."""
-        return self._each(torch.Tensor.pin_memory)
+    def pin_memory(self) -> Batch:
+        """Copy the batch to page-locked memory, from which copies to a GPU are asynchronous."""
+        return self._map_tensors(torch.Tensor.pin_memory)
 
-    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
+    def _map_tensors(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
+        """Return a copy with each tensor replaced by change(tensor)."""
         changed: dict[str, Any] = {
             name: change(v) for name, v in vars(self).items() if isinstance(v, torch.Tensor)
         }
@@ -67,8 +76,15 @@ class Batch:
 
 @dataclass(frozen=True)
 class Step:
-    """What one rank does for one optimizer step; of all ranks and micro-batches: n_tokens, n_targets, rows
-    (indices into the TokenizedRows)."""
+    """The data of one optimizer step on one rank.
+
+    Attributes:
+        epoch: number of epochs, with a fraction, that are done after the step.
+        batches: this rank's micro-batches.
+        n_tokens: tokens of all ranks and micro-batches, without padding.
+        n_targets: learned tokens of all ranks and micro-batches.
+        rows: indices into the TokenizedRows, of all ranks and micro-batches.
+    """
 
     epoch: float
     batches: list[Batch]
@@ -80,9 +96,9 @@ class Step:
 class StepSampler:
     """Deals the rows of an epoch to steps, micro-batches and ranks.
 
-    The order is a permutation made from (seed, epoch) alone. A step takes the next
-    world * accumulation * batch_size rows, so how they are split changes nothing about the step; every row
-    comes once per epoch, and the last step of an epoch is simply smaller.
+    The order is a permutation that depends on (seed, epoch) alone. A step takes the next
+    world * accumulation * batch_size rows, so the split into ranks and micro-batches does not change its
+    rows. Every row comes once per epoch; the last step of an epoch may be smaller.
     """
 
     def __init__(
@@ -93,96 +109,112 @@ class StepSampler:
         self._lengths, self._targets = rows.lengths(), rows.targets()
         self._longest = int(self._lengths.max())
 
-    def count(self) -> int:
-        """What an epoch deals: rows. batch_size counts the same."""
+    def items_per_epoch(self) -> int:
+        """Return the number of items, here rows, that an epoch deals. batch_size counts the same items."""
         return len(self.rows)
 
     def steps_per_epoch(self) -> int:
-        return -(-self.count() // (self.batch_size * self.accumulation * self.world))
+        return -(-self.items_per_epoch() // (self.batch_size * self.accumulation * self.world))
 
-    def deal(self, epoch: int) -> Iterator[tuple[Dealt, list[Dealt]]]:
-        """Per step (all that it takes, [each micro-batch, of all ranks]): indices of rows."""
+    def deal(self, epoch: int) -> Iterator[tuple[RowIndices, list[RowIndices]]]:
+        """Yield (row indices of a step, [row indices of each of its micro-batches, of all ranks])."""
         order = self._order(epoch)
         for step in _split(order, self.batch_size * self.world * self.accumulation):
             yield step, _split(step, self.batch_size * self.world)
 
-    def _order(self, epoch: int) -> Dealt:
+    def _order(self, epoch: int) -> RowIndices:
         return torch.randperm(len(self.rows), generator=self._generator(epoch))
 
     def _generator(self, epoch: int) -> torch.Generator:
         return torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**63)
 
-    def positions(self) -> int:
-        """Of the first epoch's batches, of all ranks, padding included."""
+    def count_positions(self) -> int:
+        """Return the number of positions in the first epoch's batches of all ranks, padding included."""
         size, total = self.batch_size, 0
-        for micro in _split(self._order(0), size * self.world):
-            total += -(-len(micro) // size) * min(size, len(micro)) * self._width(micro)
+        for micro_batch in _split(self._order(0), size * self.world):
+            total += (
+                -(-len(micro_batch) // size) * min(size, len(micro_batch)) * self._line_length(micro_batch)
+            )
         return total
 
     def padding_share(self) -> float:
-        """Padding among all positions of the first epoch."""
-        return 1 - int(self._lengths.sum()) / self.positions()
+        """Return the share of padding among all positions of the first epoch, from 0 to 1."""
+        return 1 - int(self._lengths.sum()) / self.count_positions()
 
-    def steps(self, num_epochs: int, done: int = 0) -> Iterator[Step]:
-        """The steps of the whole run, in order, after the first `done`. Where a run stands in its data is no
-        more than that number."""
-        first, skipped = divmod(done, self.steps_per_epoch())
+    def steps(self, num_epochs: int, steps_done: int = 0) -> Iterator[Step]:
+        """Yield the steps of the whole run, in order, after the first `steps_done`.
+
+        That number alone says how far a run is in its data.
+        """
+        first, skipped = divmod(steps_done, self.steps_per_epoch())
         for epoch in range(first, num_epochs):
-            for i, (step, micros) in enumerate(self.deal(epoch)):
+            for i, (step, micro_batches) in enumerate(self.deal(epoch)):
                 if epoch == first and i < skipped:
                     continue
-                batches = [self._batch(m) for m in micros]
+                batches = [self._batch(one) for one in micro_batches]
                 epochs, rows = epoch + (i + 1) / self.steps_per_epoch(), self._rows(step)
                 counts = int(self._lengths[rows].sum()), int(self._targets[rows].sum())
                 yield Step(epochs, batches, *counts, rows)
 
-    def _batch(self, micro: Dealt) -> Batch:
-        """This rank's part of a micro-batch of all ranks, in the shape of the largest part: ranks that share
-        a vocabulary exchange equally many tokens (models/loss.py), and FSDP waits for the slowest anyway. At
-        an epoch's end a rank may be left without rows."""
-        own = micro[self.rank * self.batch_size :][: self.batch_size]
-        most = max(int(self._targets[self._rows(part)].sum()) for part in _split(micro, self.batch_size))
-        return self._collate(own, (min(self.batch_size, len(micro)), self._width(micro)), most)
+    def _batch(self, micro_batch: RowIndices) -> Batch:
+        """Return this rank's part of a micro-batch of all ranks, in the shape of the largest part.
 
-    def _rows(self, step: Dealt) -> torch.Tensor:
-        """Indices of all rows of a step, or of a part of one."""
+        Ranks that share a vocabulary exchange the same number of tokens (models/loss.py), and FSDP waits for
+        the slowest rank anyway. At an epoch's end a rank may have no rows.
+        """
+        part = micro_batch[self.rank * self.batch_size :][: self.batch_size]
+        n_positions = max(
+            int(self._targets[self._rows(one)].sum()) for one in _split(micro_batch, self.batch_size)
+        )
+        return self._collate(
+            part, (min(self.batch_size, len(micro_batch)), self._line_length(micro_batch)), n_positions
+        )
+
+    def _rows(self, step: RowIndices) -> torch.Tensor:
+        """Return the indices of all rows of a step, or of a part of one, as one tensor."""
         assert isinstance(step, torch.Tensor)
         return step
 
-    def _width(self, micro: Dealt) -> int:
-        """Tokens of the longest line of a micro-batch of all ranks, rounded up, but not beyond the longest of
-        all."""
-        return min(rounded(int(self._lengths[self._rows(micro)].max())), self._longest)
+    def _line_length(self, micro_batch: RowIndices) -> int:
+        """Return T of a micro-batch of all ranks: its longest line, rounded up to at most the longest one."""
+        return min(round_length(int(self._lengths[self._rows(micro_batch)].max())), self._longest)
 
-    def _collate(self, own: Dealt, shape: tuple[int, int], most: int) -> Batch:
-        return make_batch(self.rows, self._rows(own), shape, most)
+    def _collate(self, part: RowIndices, shape: tuple[int, int], n_positions: int) -> Batch:
+        return make_batch(self.rows, self._rows(part), shape, n_positions)
 
 
-def rounded(length: int) -> int:
-    """Up to a number of five binary digits and zeros: at most a sixteenth more, and 16 lengths from one power
-    of two to the next. A GPU's attention may plan anew for each length that it meets: cuDNN's, as torch 2.11
-    calls it, takes 0.15 s on an H200."""
+def round_length(length: int) -> int:
+    """Round a length up to five significant binary digits: by at most 1/16.
+
+    That leaves 16 lengths between one power of two and the next. A GPU's attention may plan anew for each new
+    length: cuDNN's, as torch 2.11 calls it, takes 0.15 s on an H200.
+    """
     step = 1 << max(length.bit_length() - 5, 0)
     return -(-length // step) * step
 
 
-def _split(items: Dealt, size: int) -> list[Dealt]:
+def _split(items: RowIndices, size: int) -> list[RowIndices]:
     return [items[i : i + size] for i in range(0, len(items), size)]
 
 
-def learned_positions(targets: torch.Tensor, most: int | None) -> torch.Tensor:
-    """The places, in the batch as one line, of targets [B, T] that are not IGNORE, filled up with
-    others to `most`, the number of the rank that has most of them: ranks that share a vocabulary bring
-    equally many tokens (models/loss.py). None: not filled up."""
+def learned_positions(targets: torch.Tensor, n_positions: int | None) -> torch.Tensor:
+    """Return the indices [P] of the targets [B, T] that are not IGNORE, in the batch as one line.
+
+    They are filled up with other indices to `n_positions`, the maximum over the ranks: ranks that share a
+    vocabulary need the same number of tokens (models/loss.py). None = not filled up.
+    """
     ignored = targets.flatten() == IGNORE
-    return ignored.sort(stable=True).indices[: int((~ignored).sum()) if most is None else most]
+    return ignored.sort(stable=True).indices[: int((~ignored).sum()) if n_positions is None else n_positions]
 
 
 def make_batch(
-    rows: TokenizedRows, indices: torch.Tensor, shape: tuple[int, int], most: int | None = None
+    rows: TokenizedRows, indices: torch.Tensor, shape: tuple[int, int], n_positions: int | None = None
 ) -> Batch:
-    """The rows `indices` in a batch of that shape [B, T]: padded on the right, where causal attention never
-    looks, and with rows of nothing but padding. most: as for `learned_positions`."""
+    """Return the rows `indices` as a batch of the shape [B, T].
+
+    Rows are padded on the right, where causal attention never looks. Further rows are all padding.
+    n_positions: as for `learned_positions`.
+    """
     spans = [(int(rows.starts[i]), int(rows.starts[i + 1])) for i in indices]
     ids, lengths = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape[0], 1, dtype=torch.int64)
     targets = torch.full(shape, IGNORE)
@@ -191,4 +223,4 @@ def make_batch(
         tokens = rows.tokens[start:end].long()
         ids[row, : end - start] = tokens
         targets[row, : end - start - 1] = tokens[1:].masked_fill(~rows.learned[start + 1 : end], IGNORE)
-    return Batch(ids, targets, lengths, learned_positions(targets, most))
+    return Batch(ids, targets, lengths, learned_positions(targets, n_positions))

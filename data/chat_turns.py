@@ -1,7 +1,7 @@
-"""Where the turns of a conversation lie in the text that a chat template writes of it.
+"""Locate the turns of a conversation in the text that a chat template writes of it.
 
 A turn begins where the template, given the messages before it, asks for the answer. It ends with its own text
-and the token that closes it. Templates are programs, and nothing tells what they did with a message, so turns
+and the token that ends it. Templates are programs, and nothing reports what they did with a message, so turns
 are located by comparing the text of the whole conversation with the texts of parts and variants of it.
 """
 
@@ -14,198 +14,227 @@ from functools import partial
 
 import jinja2
 
-from data.answers import is_empty
+from data.answers import is_empty_answer
 
 # What a chat template can raise for a row: it is a program, in a sandbox.
 TEMPLATE_ERRORS = (jinja2.TemplateError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError,
                    AssertionError, RecursionError, MemoryError)  # fmt: skip
-PROBE = "\uf8ffprobe\uf8ff"  # stands for an answer; a private character, so in no template or text
-# What looks like a token that the tokenizer may not know: <|end|>, <end_of_turn>, [/INST]
+# Placeholders for an answer and a question. Their private character is in no template or text.
+PROBE = "\uf8ffprobe\uf8ff"
+QUESTION_PROBE = "\uf8ffasked\uf8ff"
+# Texts that look like a token that the tokenizer may not know: <|end|>, <end_of_turn>, [/INST]
 TOKEN_LIKE = re.compile(r"<[^<>\s]{1,40}>|\[/?[A-Z_]{2,20}\]")
-ASKED = "\uf8ffasked\uf8ff"  # stands for a question
-_HELLO = {"role": "user", "content": "Hi"}
+TOKEN_RADIUS = 100  # characters around an index within which such a token can be
+HELLO = {"role": "user", "content": "Hi"}
 # Ways for a conversation to begin: some templates need a system message, or more than one turn.
 OPENINGS = (
-    [_HELLO],
-    [{"role": "system", "content": "Be kind."}, _HELLO],
-    [_HELLO, {"role": "assistant", "content": "Yo"}, _HELLO],
+    [HELLO],
+    [{"role": "system", "content": "Be kind."}, HELLO],
+    [HELLO, {"role": "assistant", "content": "Yo"}, HELLO],
 )
-NEAR = 100  # characters around a place in which such a token may lie
 
 Span = tuple[int, int]  # [start, end) in characters
-Show = Callable[..., str]  # ChatTemplate.show for the tools of one conversation
+ApplyTemplate = Callable[..., str]  # ChatTemplate.apply with the tools of one conversation
 
 
 @dataclass(frozen=True)
-class Closings:
-    """What a template writes behind messages.
+class TurnEndings:
+    """Texts that a template writes after messages.
 
-    Args:
-        last: behind the last answer of a conversation.
-        user: behind a user's message that nothing follows.
-        between: between an answer and the header of a user's message that follows it.
-        tokens: the tokenizer's added tokens, which are never split.
+    Attributes:
+        after_answer: after the last answer of a conversation.
+        after_user: after a user's message that nothing follows.
+        between_turns: between an answer and the header of the user's message that follows it.
+        added_tokens: the tokenizer's added tokens, which are never split.
     """
 
-    last: str
-    user: str
-    between: str
-    tokens: tuple[str, ...]
+    after_answer: str
+    after_user: str
+    between_turns: str
+    added_tokens: tuple[str, ...]
 
-    def closed(self, tail: str, closing: str) -> str:
-        """The beginning of `tail`, the text behind a turn, that closes the turn.
+    def find_ending(self, tail: str, last_ending: str) -> str:
+        """Return the beginning of `tail` that ends a turn. tail: the text after the turn.
 
-        closing: what would close it as the last turn. Where that is not in `tail`, earlier turns are closed
-        as a user's message is (gpt-oss), or by what stands before the next header.
+        last_ending: the text that would end it as the last turn. If that is not in `tail`, earlier turns end
+        like a user's message (gpt-oss), or with the text before the next header.
         """
-        candidates = (self.shared(tail, text) for text in (closing, self.user, self.between))
+        endings = (last_ending, self.after_user, self.between_turns)
+        candidates = (self.common_prefix(tail, text) for text in endings)
         return next((text for text in candidates if text.strip()), "")
 
-    def shared(self, a: str, b: str) -> str:
-        """The common beginning of two texts. A token in which they first differ is left out."""
-        end = common_length(a, b)
+    def common_prefix(self, a: str, b: str) -> str:
+        """Return the common prefix of two texts, without a token in which they first differ."""
+        end = common_prefix_length(a, b)
         if end == len(b):
             return a[:end]
         for text in (a, b):
-            inside = [begin for begin, stop in self._tokens_near(text, end) if begin < end < stop]
-            end = min([end, *inside])
+            split_tokens = [start for start, stop in self._tokens_near(text, end) if start < end < stop]
+            end = min([end, *split_tokens])
         return a[:end]
 
-    def shared_end(self, a: str, b: str) -> str:
-        """The common end of two texts. A token in which they last differ is left out."""
-        length = common_length(a[::-1], b[::-1])
+    def common_suffix(self, a: str, b: str) -> str:
+        """Return the common suffix of two texts, without a token in which they last differ."""
+        length = common_prefix_length(a[::-1], b[::-1])
         for text in (a, b):
             begin = len(text) - length
-            inside = [stop for start, stop in self._tokens_near(text, begin) if start < begin < stop]
-            length = min([length, *(len(text) - stop for stop in inside)])
+            split_tokens = [stop for start, stop in self._tokens_near(text, begin) if start < begin < stop]
+            length = min([length, *(len(text) - stop for stop in split_tokens)])
         return a[len(a) - length :]
 
-    def _tokens_near(self, text: str, place: int) -> Iterator[Span]:
-        for token in self.tokens:
-            at = text.find(token, max(place - len(token), 0), place + len(token))
-            if at >= 0:
-                yield at, at + len(token)
-        for match in TOKEN_LIKE.finditer(text, max(place - NEAR, 0), place + NEAR):
+    def _tokens_near(self, text: str, index: int) -> Iterator[Span]:
+        """Yield the spans of tokens, and of texts that look like one, around an index of the text."""
+        for token in self.added_tokens:
+            start = text.find(token, max(index - len(token), 0), index + len(token))
+            if start >= 0:
+                yield start, start + len(token)
+        for match in TOKEN_LIKE.finditer(text, max(index - TOKEN_RADIUS, 0), index + TOKEN_RADIUS):
             yield match.span()
 
 
 @dataclass(frozen=True)
 class Turns:
-    """Locates the turns of one conversation. text: what `show` makes of all its messages; special: the
-    tokenizer's BOS and EOS, as texts write them."""
+    """Locates the turns of one conversation.
+
+    Attributes:
+        messages: of the conversation.
+        text: the text that `apply` returns for all its messages.
+        apply: ChatTemplate.apply with the conversation's tools.
+        endings: texts that the template writes after messages.
+        special_texts: the tokenizer's BOS and EOS as texts write them; None = it has none.
+    """
 
     messages: list[dict]
     text: str
-    show: Show
-    closings: Closings
-    special: tuple[str | None, ...]
+    apply: ApplyTemplate
+    endings: TurnEndings
+    special_texts: tuple[str | None, ...]
 
-    def shows_nothing(self, i: int) -> bool:
-        """Whether turn i is empty: no content but BOS and EOS, and the template shows nothing else of it."""
+    def is_empty_turn(self, i: int) -> bool:
+        """Return whether turn i has no content but BOS and EOS, and the template shows nothing else of it."""
         content = self.messages[i].get("content", "")
-        if not is_empty(content, self.special):
+        if not is_empty_answer(content, self.special_texts):
             return False
-        bare = answer(content)
-        return self.messages[i] == bare or attempt(self.show, self._with(i, bare)) == self.text
+        bare = make_answer(content)
+        return self.messages[i] == bare or try_apply(self.apply, self._replace_message(i, bare)) == self.text
 
-    def span(self, i: int) -> Span:
-        """Where the assistant's turn i lies, with what closes it. Raises ValueError for a turn that the
-        template does not show as it is."""
-        before = attempt(self.show, self.messages[:i], add_generation_prompt=True) if i else None
+    def find_span(self, i: int) -> Span:
+        """Return the span of the assistant's turn i, with the token that ends it.
+
+        Raises ValueError for a turn that the template does not show unchanged.
+        """
+        before = try_apply(self.apply, self.messages[:i], add_generation_prompt=True) if i else None
         if before is None or not self.text.startswith(before):
-            return self._by_probe(i, None)
-        last = i + 1 == len(self.messages)
-        until = self.text if last else attempt(self.show, self.messages[: i + 1]) or ""
-        # Calls may be closed by a token of their own, as in gpt-oss.
-        own = not until.endswith(self.closings.last)
-        end = len(until) if own else len(until) - len(self.closings.last)
+            return self._find_span_by_probe(i, None)
+        is_last = i + 1 == len(self.messages)
+        until = self.text if is_last else try_apply(self.apply, self.messages[: i + 1]) or ""
+        # Calls may end with a token of their own, as in gpt-oss.
+        has_own_ending = not until.endswith(self.endings.after_answer)
+        end = len(until) if has_own_ending else len(until) - len(self.endings.after_answer)
         if end < len(before) or not self.text.startswith(until[:end]):
-            return self._by_probe(i, len(before))
-        closed = "" if own else self.closings.closed(self.text[end:], self.closings.last)
-        return len(before), end + len(closed)
+            return self._find_span_by_probe(i, len(before))
+        ending = (
+            "" if has_own_ending else self.endings.find_ending(self.text[end:], self.endings.after_answer)
+        )
+        return len(before), end + len(ending)
 
-    def _by_probe(self, i: int, start: int | None) -> Span:
-        """Locates turn i by a probe in its place. For templates that rewrite earlier turns when others
-        follow: Qwen3 drops old reasoning, Mistral moves the tools. start: of the turn, if it is known."""
-        for variant, name in _variants(self.messages[i]):
-            found = around_probe(self.show, self._with(i, variant), name)
-            if found is None or not self.text.endswith(found[1]):
+    def _find_span_by_probe(self, i: int, start: int | None) -> Span:
+        """Return the span of turn i, located by a probe in its place.
+
+        Some templates rewrite earlier turns when others follow: Qwen3's drops old reasoning, Mistral's moves
+        the tools. start: of the turn, if it is known.
+        """
+        for variant, name in _probe_variants(self.messages[i]):
+            split = split_at_probe(self.apply, self._replace_message(i, variant), name)
+            if split is None or not self.text.endswith(split[1]):
                 continue
-            head, tail = found
-            _, closing = around_probe(self.show, [*self.messages[:i], variant], name) or ("", "")
+            head, tail = split
+            _, last_ending = split_at_probe(self.apply, [*self.messages[:i], variant], name) or ("", "")
             if start is None:
-                start = self._start(i)
+                start = self._find_start(i)
             if start is None:
-                start = common_length(self.text, head)
-            return start, len(self.text) - len(tail) + len(self.closings.closed(tail, closing))
+                start = common_prefix_length(self.text, head)
+            return start, len(self.text) - len(tail) + len(self.endings.find_ending(tail, last_ending))
         raise ValueError("the chat template does not show the assistant's text as it is")
 
-    def _start(self, i: int) -> int | None:
-        """Where turn i begins, told by a probe in the message before it. None if the template alters that
-        message."""
+    def _find_start(self, i: int) -> int | None:
+        """Return where turn i begins, located by a probe in the message before it.
+
+        Returns None if the template alters that message.
+        """
         if not i:
             return None
         probed = [*self.messages[: i - 1], self.messages[i - 1] | {"content": PROBE}]
-        found = around_probe(self.show, [*probed, *self.messages[i:]])
-        asked = around_probe(partial(self.show, add_generation_prompt=True), probed)
-        if found is None or asked is None or not self.text.endswith(found[1]):
+        split = split_at_probe(self.apply, [*probed, *self.messages[i:]])
+        prompt = split_at_probe(partial(self.apply, add_generation_prompt=True), probed)
+        if split is None or prompt is None or not self.text.endswith(split[1]):
             return None
-        return len(self.text) - len(found[1]) + len(self.closings.shared(found[1], asked[1]))
+        return len(self.text) - len(split[1]) + len(self.endings.common_prefix(split[1], prompt[1]))
 
-    def _with(self, i: int, message: dict) -> list[dict]:
+    def _replace_message(self, i: int, message: dict) -> list[dict]:
         return [*self.messages[:i], message, *self.messages[i + 1 :]]
 
 
-def find_closings(show: Show, tokens: tuple[str, ...]) -> Closings:
-    """What a template writes behind messages, found out on short conversations. show: ChatTemplate.show;
-    tokens: as in Closings."""
-    for before in OPENINGS:
-        last = around_probe(show, [*before, answer(PROBE)])
-        if last is not None:
+def find_endings(apply: ApplyTemplate, added_tokens: tuple[str, ...]) -> TurnEndings:
+    """Return the texts that a template writes after messages, found out on short conversations.
+
+    apply: ChatTemplate.apply. added_tokens: as in TurnEndings.
+    """
+    for opening in OPENINGS:
+        answer = split_at_probe(apply, [*opening, make_answer(PROBE)])
+        if answer is not None:
             break
     else:
-        return Closings("", "", "", tokens)
-    of_user = around_probe(show, [*before[:-1], before[-1] | {"content": PROBE}]) or ("", "")
-    closings = Closings(last[1], of_user[1], "", tokens)
-    asked = [*before, answer(PROBE), before[-1] | {"content": ASKED}, answer("Yo")]
-    _, tail = around_probe(show, asked) or ("", "")
-    segment, found, _ = tail.partition(ASKED)
+        return TurnEndings("", "", "", added_tokens)
+    user = split_at_probe(apply, [*opening[:-1], opening[-1] | {"content": PROBE}]) or ("", "")
+    endings = TurnEndings(answer[1], user[1], "", added_tokens)
+    question = opening[-1] | {"content": QUESTION_PROBE}
+    _, tail = split_at_probe(apply, [*opening, make_answer(PROBE), question, make_answer("Yo")]) or ("", "")
+    segment, found, _ = tail.partition(QUESTION_PROBE)
     if not found:
-        return closings
-    return replace(closings, between=segment.removesuffix(closings.shared_end(of_user[0], segment)))
+        return endings
+    return replace(endings, between_turns=segment.removesuffix(endings.common_suffix(user[0], segment)))
 
 
-def answer(content: str) -> dict:
-    """An assistant's message."""
+def make_answer(content: str) -> dict:
+    """Return an assistant's message."""
     return {"role": "assistant", "content": content}
 
 
-def _variants(message: dict) -> Iterator[tuple[dict, str]]:
-    """(a variant of an assistant's message that has PROBE in it, what it stands for); the likeliest first."""
+def _probe_variants(message: dict) -> Iterator[tuple[dict, str]]:
+    """Yield (a variant of an assistant's message with PROBE in it, the text that PROBE replaces).
+
+    The likeliest variant comes first.
+    """
     calls = message.get("tool_calls")
     if calls:
         function = calls[-1].get("function")
-        named = calls[-1] | ({"function": function | {"name": PROBE}} if function else {"name": PROBE})
-        yield message | {"tool_calls": [*calls[:-1], named]}, (function or calls[-1]).get("name", "")
-    yield answer(PROBE), ""
+        probed = calls[-1] | ({"function": function | {"name": PROBE}} if function else {"name": PROBE})
+        yield message | {"tool_calls": [*calls[:-1], probed]}, (function or calls[-1]).get("name", "")
+    yield make_answer(PROBE), ""
     yield message | {"content": PROBE}, ""
 
 
-def around_probe(show: Show, messages: list[dict], name: str = "") -> tuple[str, str] | None:
-    """(the text before the probe, the text behind it); None if the template does not show it. name: what the
-    probe stands for, in case the text repeats it."""
-    head, found, tail = (attempt(show, messages) or "").partition(PROBE)
+def split_at_probe(apply: ApplyTemplate, messages: list[dict], name: str = "") -> tuple[str, str] | None:
+    """Return (the text before the probe, the text after it); None if the template does not show the probe.
+
+    name: the text that the probe replaces, in case the template repeats it.
+    """
+    head, found, tail = (try_apply(apply, messages) or "").partition(PROBE)
     return (head, tail.replace(PROBE, name) if name else tail) if found else None
 
 
-def common_length(a: str, b: str) -> int:
-    """Length of the common prefix."""
+def common_prefix_length(a: str, b: str) -> int:
+    """Return the length of the common prefix."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
-def attempt(show: Show, messages: list[dict], **options) -> str | None:
-    """The text of messages; None if the template refuses them, as a part of a conversation that it takes."""
+def try_apply(apply: ApplyTemplate, messages: list[dict], **options) -> str | None:
+    """Return the text of messages; None if the template refuses them.
+
+    A template may refuse a part of a conversation that it takes as a whole.
+    """
     try:
-        return show(messages, **options)
+        return apply(messages, **options)
     except TEMPLATE_ERRORS:
         return None

@@ -1,34 +1,35 @@
-"""Texts -> token ids: one BOS at the beginning, and prompts without the EOS that a tokenizer may add."""
+"""Encode texts as token ids, with one BOS at the beginning, and prompts without the EOS of the tokenizer."""
 
 from __future__ import annotations
 
 import dataclasses
 import re
 
-from data.answers import is_empty
+from data.answers import is_empty_answer
 from data.formats import Rendered
 from files.tokenizer import convert_tokenizer_errors
 from options.errors import UserError
 
-# [begin, end) characters of each token; empty for a token that no text stands for.
+# [start, end) characters of each token; empty for a token without a text.
 Offsets = list[tuple[int, int]]
 
 
-def encode(tokenizer, texts: list[str], special: bool) -> list[tuple[list[int], Offsets]]:
-    """Tokenize texts. Return the token ids of each, and where they lie in it.
+def encode(tokenizer, texts: list[str], add_special_tokens: bool) -> list[tuple[list[int], Offsets]]:
+    """Tokenize texts. Return the token ids of each, and the characters of each token.
 
-    A text that begins with BOS keeps one: the tokenizer's own and whitespace before the written one are cut.
+    A text that begins with BOS keeps one BOS: the tokenizer's own, and whitespace before the text's, are cut.
 
     Args:
-        tokenizer: one with offsets (is_fast).
-        special: the tokenizer adds its own BOS and the like.
+        tokenizer: one that returns offsets (is_fast).
+        texts: of any number of rows.
+        add_special_tokens: whether the tokenizer adds its own BOS and the like.
 
-    Raises UserError if the tokenizer fails, or makes an id that int32 cannot hold.
+    Raises UserError if the tokenizer fails, or returns an id that int32 cannot hold.
     """
     with convert_tokenizer_errors(tokenizer):
         encoded = tokenizer(
             texts,
-            add_special_tokens=special,
+            add_special_tokens=add_special_tokens,
             return_attention_mask=False,
             return_token_type_ids=False,
             return_offsets_mapping=True,
@@ -37,75 +38,82 @@ def encode(tokenizer, texts: list[str], special: bool) -> list[tuple[list[int], 
     largest = max((max(ids) for ids in encoded["input_ids"] if ids), default=0)
     if largest >= 2**31:
         raise UserError(f"{tokenizer.name_or_path}: its tokenizer makes the id {largest}")
-    bos, written = tokenizer.bos_token_id, tokenizer.bos_token
+    bos, bos_text = tokenizer.bos_token_id, tokenizer.bos_token
     rows = zip(texts, encoded["input_ids"], encoded["offset_mapping"], strict=True)
-    return [_with_one_bos(text, ids, offsets, bos, written) for text, ids, offsets in rows]
+    return [_keep_one_bos(text, ids, offsets, bos, bos_text) for text, ids, offsets in rows]
 
 
-def _with_one_bos(
-    text: str, ids: list[int], offsets: Offsets, bos: int | None, written: str | None
+def _keep_one_bos(
+    text: str, ids: list[int], offsets: Offsets, bos: int | None, bos_text: str | None
 ) -> tuple[list[int], Offsets]:
-    if written is None or not ids or ids[0] != bos or not text.lstrip().startswith(written):
+    """Return the ids and offsets without the BOS tokens, and whitespace, before the last BOS at the start."""
+    if bos_text is None or not ids or ids[0] != bos or not text.lstrip().startswith(bos_text):
         return ids, offsets
-    last = 0  # of the BOS tokens that only whitespace stands between
+    last = 0  # the last BOS token that only whitespace and BOS precede
     for i, token in enumerate(ids):
         if token == bos:
-            if text[offsets[last][1] : offsets[i][0]].replace(written, "").strip():
+            if text[offsets[last][1] : offsets[i][0]].replace(bos_text, "").strip():
                 break
             last = i
     return ids[last:], offsets[last:]
 
 
-def without_empty_answers(example: Rendered, tokenizer) -> Rendered:
-    """Remove BOS at the start of an answer and at the end of a row, and learned ranges of nothing but BOS,
-    EOS and whitespace.
+def drop_empty_answers(example: Rendered, tokenizer) -> Rendered:
+    """Remove BOS from the start of an answer and the end of a row, and learned ranges without any text.
 
-    The row already begins with a BOS, and at inference none follows the prompt. Elsewhere a BOS stays, as
-    between the turns of a text. In a conversation a range may be the EOS that closes a turn: it stays, too.
+    Such ranges have only BOS, EOS and whitespace. The row already begins with a BOS, and at inference none
+    follows the prompt. Elsewhere a BOS stays, such as between the turns of a text. In a conversation a range
+    may be the EOS that ends a turn: it stays, too.
     """
-    found = _without_answer_bos(example, tokenizer)
-    if found is example and not example.special:
-        return example  # what is empty in a conversation, its template has said
-    markers = (tokenizer.bos_token, tokenizer.eos_token if example.special else None)
-    left = [span for span in found.learned if not is_empty(found.text[slice(*span)], markers)]
-    ends = found.ends and left[-1:] == found.learned[-1:]  # nothing ends an answer that is none
-    return dataclasses.replace(found, learned=left, ends=ends)
+    result = _drop_answer_bos(example, tokenizer)
+    if result is example and not example.add_special_tokens:
+        return example  # `ChatTemplate.render` has left out the empty answers of a conversation
+    special_texts = (tokenizer.bos_token, tokenizer.eos_token if example.add_special_tokens else None)
+    learned = [
+        span for span in result.learned if not is_empty_answer(result.text[slice(*span)], special_texts)
+    ]
+    needs_eos = result.needs_eos and learned[-1:] == result.learned[-1:]  # an empty answer gets no EOS
+    return dataclasses.replace(result, learned=learned, needs_eos=needs_eos)
 
 
-def _without_answer_bos(example: Rendered, tokenizer) -> Rendered:
-    written = tokenizer.bos_token
-    if written is None or written == tokenizer.eos_token or written not in example.text:
+def _drop_answer_bos(example: Rendered, tokenizer) -> Rendered:
+    """Return the example without BOS at the start of its answers and at its end; unchanged if it has none."""
+    bos_text = tokenizer.bos_token
+    if bos_text is None or bos_text == tokenizer.eos_token or bos_text not in example.text:
         return example
-    repeated = re.compile(rf"(?:\s*{re.escape(written)})+")
-    text, learned, read = "", [], 0  # read: characters of example.text that `text` stands for
+    leading_bos = re.compile(rf"(?:\s*{re.escape(bos_text)})+")
+    text, learned, read = "", [], 0  # read: number of characters of example.text that `text` covers
     for start, end in example.learned:
-        found = repeated.match(example.text, start, end) if start else None
+        match = leading_bos.match(example.text, start, end) if start else None
         text += example.text[read:start]
-        begin, read = len(text), start
-        if found:
-            text, read = text + found.group().replace(written, ""), found.end()
+        new_start, read = len(text), start
+        if match:
+            text, read = text + match.group().replace(bos_text, ""), match.end()
         text, read = text + example.text[read:end], end
-        if example.ends and end == example.learned[-1][1]:
-            kept = _last_character(text, (written, tokenizer.eos_token))
-            text = text[:kept] + text[kept:].replace(written, "")
-        learned.append((begin, len(text)))
+        if example.needs_eos and end == example.learned[-1][1]:
+            content_end = _find_content_end(text, (bos_text, tokenizer.eos_token))
+            text = text[:content_end] + text[content_end:].replace(bos_text, "")
+        learned.append((new_start, len(text)))
     return dataclasses.replace(example, text=text + example.text[read:], learned=learned)
 
 
-def _last_character(text: str, markers: tuple[str | None, ...]) -> int:
-    """Return where whitespace and markers begin that end the text."""
-    end = len(text)
-    while True:
-        stripped = len(text[:end].rstrip()) if text[end - 1 : end].isspace() else end
-        found = [m for m in markers if m and text.endswith(m, 0, stripped)]
-        if stripped == end and not found:
-            return end
-        end = stripped - len(found[0]) if found else stripped
+def _find_content_end(text: str, special_texts: tuple[str | None, ...]) -> int:
+    """Return the index where the whitespace and special tokens at the end of a text begin."""
+    end, last_end = len(text), -1
+    while end != last_end:
+        last_end = end
+        while end and text[end - 1].isspace():  # rstrip would copy a long text many times
+            end -= 1
+        specials = (special for special in special_texts if special and text.endswith(special, 0, end))
+        end -= len(next(specials, ""))
+    return end
 
 
-def prompt_ids(text: str, tokenizer, special: bool) -> list[int]:
-    """Tokenize a prompt. An EOS that the tokenizer puts behind every text is left out: training had it behind
-    the answer."""
-    ((ids, offsets),) = encode(tokenizer, [text], special)
-    added = bool(ids) and ids[-1] == tokenizer.eos_token_id and offsets[-1][0] == offsets[-1][1]
-    return ids[:-1] if added else ids
+def encode_prompt(text: str, tokenizer, add_special_tokens: bool) -> list[int]:
+    """Return the token ids of a prompt, without the EOS that the tokenizer may add to every text.
+
+    In training that EOS was after the answer.
+    """
+    ((ids, offsets),) = encode(tokenizer, [text], add_special_tokens)
+    has_added_eos = bool(ids) and ids[-1] == tokenizer.eos_token_id and offsets[-1][0] == offsets[-1][1]
+    return ids[:-1] if has_added_eos else ids

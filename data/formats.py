@@ -1,26 +1,26 @@
-"""How a row of a dataset becomes one text, and which parts of that text are learned.
+"""Render a row of a dataset as one text, and say which parts of that text are learned.
 
-A format is a function from a row to a Rendered; FORMATS lists them with the columns that they need, by which
-data/recognition.py tells the format of a user's own file. Beside it stands the function that writes the same
-text up to the answer: what a trained model is asked with.
+A format is a function from a row to a Rendered. FORMATS lists the formats with the columns that they require,
+by which data/recognition.py recognises the format of a user's own file. Each format also has the function
+that writes the same text up to the answer, which is the prompt of a trained model.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from data.chat import ChatTemplate
-from data.messages import checked_messages, checked_tools
+from data.messages import check_messages, check_tools
 from options.errors import UserError, join_names
 from options.exact_json import number_text
 
-# Alpaca's prompts as alpaca-lora, axolotl and most later programs write them: the answer begins on a line of
-# its own.
+# Alpaca's prompts as alpaca-lora, axolotl and most later programs write them: the answer begins on a new
+# line.
 ALPACA = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the"
     " request.\n\n### Instruction:\n{instruction}\n\n### Response:\n"
@@ -30,7 +30,7 @@ ALPACA_INPUT = (
     " Write a response that appropriately completes the request.\n\n### Instruction:\n{instruction}\n\n"
     "### Input:\n{input}\n\n### Response:\n"
 )
-# As Stanford's own train.py and fsdp_qlora write them: the answer follows the colon.
+# Alpaca's prompts as Stanford's train.py and fsdp_qlora write them. The answer follows the colon.
 STANFORD, STANFORD_INPUT = ALPACA.removesuffix("\n"), ALPACA_INPUT.removesuffix("\n")
 GUANACO_MARKERS = ("### Human:", "### Assistant:")
 QA = "### Question:\n{question}\n\n### Answer:\n"
@@ -39,33 +39,43 @@ QA_CONTEXT = "### Context:\n{context}\n\n### Question:\n{question}\n\n### Answer
 
 @dataclass(frozen=True)
 class Rendered:
-    """text; learned: [start, end) character ranges whose tokens are targets; ends: the last range reaches
-    the end of the text and an EOS token follows; special: the tokenizer adds its own BOS and the like;
-    number: of the row in its dataset, from 1; marker: a text that ends an answer where no token does; last:
-    the range that the last answer begins with."""
+    """A row as one text.
+
+    Attributes:
+        text: the text of the row.
+        learned: [start, end) character ranges whose tokens are targets.
+        needs_eos: whether the last range reaches the end of the text and an EOS token follows.
+        add_special_tokens: whether the tokenizer adds its own BOS and the like.
+        row_number: the number of the row in its dataset, from 1.
+        marker: a text that ends an answer where no token does.
+        last_answer_index: index of the learned range that the last answer begins with.
+    """
 
     text: str
     learned: list[tuple[int, int]]
-    ends: bool = True
-    special: bool = True
-    number: int = 0
+    needs_eos: bool = True
+    add_special_tokens: bool = True
+    row_number: int = 0
     marker: str | None = None
-    last: int = -1
+    last_answer_index: int = -1
 
     @property
-    def last_answer(self) -> tuple[int, int]:
-        """Its range, which may be several of the learned ones with text of the template's between them."""
-        return self.learned[max(self.last, -len(self.learned))][0], self.learned[-1][1]
+    def last_answer_range(self) -> tuple[int, int]:
+        """The range of the last answer, from its first learned range to its last one.
+
+        The template may write text between them.
+        """
+        return self.learned[max(self.last_answer_index, -len(self.learned))][0], self.learned[-1][1]
 
 
 @dataclass(frozen=True)
 class RenderContext:
-    """What a format renders rows with.
+    """What all rows of a dataset are rendered with.
 
-    Args:
-        tokenizer: its chat template is the `chat` format's; other formats need none.
-        markers: of the two speakers in a guanaco text.
-        day: YYYY-MM-DD, what a chat template that writes today's date gets; None = today.
+    Attributes:
+        tokenizer: provides the chat template of the `chat` format; other formats need none.
+        markers: texts that begin the turns of the two speakers in a guanaco text.
+        day: YYYY-MM-DD, the date for chat templates that write today's; None = today.
     """
 
     tokenizer: Any = None
@@ -79,184 +89,228 @@ class RenderContext:
 
 @dataclass(frozen=True)
 class Format:
-    """render(row, context); needs: columns without which a row is refused; optional: others
-    that it reads; prompt(row, context): the text up to the last answer, which the row may lack; answer:
-    the column that holds nothing else; turns: a conversation, which goes on after an answer; question(text,
-    markers): what the column `asks` holds where nothing but that text is asked; special: as in Rendered;
-    marked: its text has markers; marker(context): the text that ends an answer, where no token does; named:
-    it is used only where it is asked for by name, never recognised."""
+    """A way to render rows.
+
+    Attributes:
+        render: render(row, context) returns a Rendered.
+        prompt: prompt(row, context) returns the text up to the last answer, which the row may lack.
+        required: columns without which a row is refused.
+        optional: other columns that are read.
+        answer_column: the column that holds the answer and nothing else.
+        is_conversation: whether more turns can follow an answer.
+        make_question: make_question(text, markers) returns the value of `prompt_column` for a bare question.
+        add_special_tokens: as in Rendered.
+        has_markers: whether its text has the markers of two speakers.
+        marker: marker(context) returns the text that ends an answer where no token does, or None.
+        only_by_name: whether it is used only if the user names it, and never recognised.
+    """
 
     render: Callable[..., Rendered]
     prompt: Callable[..., str]
-    needs: tuple[str, ...]
+    required: tuple[str, ...]
     optional: tuple[str, ...] = ()
-    answer: str | None = None
-    turns: bool = False
-    question: Callable[..., str | list] = lambda text, _markers: text
-    special: bool = True
-    marked: bool = False
+    answer_column: str | None = None
+    is_conversation: bool = False
+    make_question: Callable[..., str | list] = lambda text, _markers: text
+    add_special_tokens: bool = True
+    has_markers: bool = False
     marker: Callable[[RenderContext], str | None] = lambda context: None
-    named: bool = False
+    only_by_name: bool = False
 
     @property
-    def asks(self) -> str:
-        """The column that a bare prompt goes into."""
-        return self.needs[0]
+    def prompt_column(self) -> str:
+        """The column that holds a bare question."""
+        return self.required[0]
 
-    def asking(self, text: str, markers: Sequence[str]) -> dict:
-        """The row that a bare prompt is, without an answer."""
-        return {self.asks: self.question(text, markers)}
+    def make_prompt_row(self, text: str, markers: Sequence[str]) -> dict:
+        """Return the row of a bare question, without an answer."""
+        return {self.prompt_column: self.make_question(text, markers)}
 
 
-def _prompted(prompt: str, response: str) -> Rendered:
+def _render_answer(prompt: str, response: str) -> Rendered:
+    """Render a prompt and its learned answer. An empty answer teaches nothing, so its row is dropped."""
     if not response.strip():
-        return Rendered(prompt, [], ends=False)  # an empty answer teaches nothing: dropped and counted
+        return Rendered(prompt, [], needs_eos=False)
     text = prompt + response
     return Rendered(text, [(len(prompt), len(text))])
 
 
-def _alpaca_prompt(row: Mapping[str, str], _context: RenderContext | None = None) -> str:
+def _write_alpaca_prompt(row: Mapping[str, str], _context: RenderContext | None = None) -> str:
     return (ALPACA_INPUT if row.get("input", "").strip() else ALPACA).format_map(row)
 
 
-def _alpaca(row: Mapping[str, str], _context: RenderContext | None = None) -> Rendered:
-    return _prompted(_alpaca_prompt(row), row["output"])
+def _render_alpaca(row: Mapping[str, str], _context: RenderContext | None = None) -> Rendered:
+    return _render_answer(_write_alpaca_prompt(row), row["output"])
 
 
-def _stanford_prompt(row: Mapping[str, str], _context: RenderContext | None = None) -> str:
-    return (STANFORD_INPUT if row.get("input", "") else STANFORD).format_map(row)  # an input of spaces is one
+def _write_stanford_prompt(row: Mapping[str, str], _context: RenderContext | None = None) -> str:
+    return (STANFORD_INPUT if row.get("input", "") else STANFORD).format_map(row)  # spaces count as an input
 
 
-def _stanford(row: Mapping[str, str], _context: RenderContext | None = None) -> Rendered:
-    return _prompted(_stanford_prompt(row), row["output"])
+def _render_stanford(row: Mapping[str, str], _context: RenderContext | None = None) -> Rendered:
+    return _render_answer(_write_stanford_prompt(row), row["output"])
 
 
-def _qa_prompt(row: Mapping[str, str], _context: RenderContext | None = None) -> str:
+def _write_qa_prompt(row: Mapping[str, str], _context: RenderContext | None = None) -> str:
     return (QA_CONTEXT if row.get("context", "").strip() else QA).format_map(row)
 
 
-def _qa(row: Mapping[str, str], _context: RenderContext | None = None) -> Rendered:
-    return _prompted(_qa_prompt(row), row["answer"])
+def _render_qa(row: Mapping[str, str], _context: RenderContext | None = None) -> Rendered:
+    return _render_answer(_write_qa_prompt(row), row["answer"])
 
 
-def _completion(row: Mapping[str, str], _context: RenderContext | None = None) -> Rendered:
+def _render_completion(row: Mapping[str, str], _context: RenderContext | None = None) -> Rendered:
     text = row["text"]
     return Rendered(text, [(0, len(text))] if text.strip() else [])
 
 
-def _completion_prompt(row: Mapping[str, str], _context: RenderContext | None = None) -> str:
+def _write_completion_prompt(row: Mapping[str, str], _context: RenderContext | None = None) -> str:
     return row["text"]
 
 
-def _guanaco(row: Mapping[str, str], context: RenderContext) -> Rendered:
-    """A dialogue in one text. Turns begin with a marker anywhere: OpenAssistant's have no line breaks."""
+def _render_guanaco(row: Mapping[str, str], context: RenderContext) -> Rendered:
+    """Render a dialogue in one text. Markers may be anywhere: OpenAssistant's turns have no line breaks."""
     text = row["text"].rstrip()
     markers = context.markers
-    turns = _guanaco_turns(text, markers)
-    learned, last = [], False
+    turns = _find_markers(text, markers)
+    learned, ends_with_answer = [], False
     ends = [turn.start() for turn in turns[1:]] + [len(text)]
     for turn, end in zip(turns, ends, strict=False):  # without a marker there is nothing to learn
         start = turn.end()
-        answer = text[start:end].rstrip()  # a line break before the next marker is no part of the answer
-        last = turn[1] == markers[1] and bool(answer)
-        if last:
+        answer = text[start:end].rstrip()  # the line break before a marker is not learned
+        ends_with_answer = turn[1] == markers[1] and bool(answer)
+        if ends_with_answer:
             learned.append((start, start + len(answer)))
-    return Rendered(text, learned, ends=last, marker=markers[0])
+    return Rendered(text, learned, needs_eos=ends_with_answer, marker=markers[0])
 
 
-def _guanaco_turns(text: str, markers: Sequence[str]) -> list[re.Match]:
+def _find_markers(text: str, markers: Sequence[str]) -> list[re.Match]:
     return list(re.finditer(f"({re.escape(markers[0])}|{re.escape(markers[1])})", text))
 
 
-def _guanaco_prompt(row: Mapping[str, str], context: RenderContext) -> str:
-    """Up to the marker of the last turn, if that is an answer; else with the marker of the answer to come,
-    behind a line break if that is how the human's last turn begins."""
+def _write_guanaco_prompt(row: Mapping[str, str], context: RenderContext) -> str:
+    """Return the text up to the last answer, which may be still to come, with the marker of that answer.
+
+    The marker of an answer to come follows a line break if the human's last turn does.
+    """
     text = row["text"].rstrip()
     markers = context.markers
-    turns = _guanaco_turns(text, markers)
+    turns = _find_markers(text, markers)
     if turns and turns[-1][1] == markers[1]:
         return text[: turns[-1].end()]
-    broken = bool(turns) and text[: turns[-1].start()].endswith("\n")
-    return text + "\n" * broken + markers[1]
+    has_line_break = bool(turns) and text[: turns[-1].start()].endswith("\n")
+    return text + "\n" * has_line_break + markers[1]
 
 
-def asked(question: str, before: str, answer: str | None, markers: Sequence[str]) -> str:
-    """A guanaco dialogue that goes on with a question. before, answer: the text so far, up to its last
-    answer's marker, and that answer; "" and None for a new one. Turns follow each other without a line break,
-    as in OpenAssistant's, except with markers of another kind, whose data (chip2) has one."""
-    between = "" if markers[0] == GUANACO_MARKERS[0] else "\n"
-    said = f"{before}{answer.rstrip()}{between}" if before and answer is not None else ""
-    return f"{said}{markers[0]} {question}{between}{markers[1]}"
+def continue_dialogue(question: str, before: str, answer: str | None, markers: Sequence[str]) -> str:
+    """Return a guanaco dialogue, continued with a question.
+
+    No line break separates the turns, as in OpenAssistant's data. One does for other markers than
+    GUANACO_MARKERS, as in the data that has them (chip2).
+
+    Args:
+        question: the text to ask.
+        before: the dialogue up to the marker of its last answer; "" for a new dialogue.
+        answer: that answer; None for a new dialogue.
+        markers: texts that begin the turns of the two speakers.
+    """
+    separator = "" if markers[0] == GUANACO_MARKERS[0] else "\n"
+    dialogue = f"{before}{answer.rstrip()}{separator}" if before and answer is not None else ""
+    return f"{dialogue}{markers[0]} {question}{separator}{markers[1]}"
 
 
-def _first_question(text: str, markers: Sequence[str]) -> str:
-    return asked(text, "", None, markers)
+def _begin_dialogue(text: str, markers: Sequence[str]) -> str:
+    return continue_dialogue(text, "", None, markers)
 
 
-def _user_message(text: str, _markers) -> list[dict]:
+def _make_user_messages(text: str, _markers) -> list[dict]:
     return [{"role": "user", "content": text}]
 
 
-def _chat(row: Mapping, context: RenderContext) -> Rendered:
-    """Through the tokenizer's chat template; every assistant turn is learned, with its end-of-turn token."""
+def _render_chat(row: Mapping, context: RenderContext) -> Rendered:
+    """Render messages by the tokenizer's chat template. Assistant turns are learned, with the token after."""
     chat = context.chat
-    shown = chat.render(row["messages"], row.get("tools"))
-    return Rendered(shown.text, shown.learned, ends=False, special=False, marker=chat.marker, last=shown.last)
+    rendered = chat.render(row["messages"], row.get("tools"))
+    return Rendered(
+        rendered.text,
+        rendered.learned,
+        needs_eos=False,
+        add_special_tokens=False,
+        marker=chat.marker,
+        last_answer_index=rendered.last_answer_index,
+    )
 
 
-def _chat_prompt(row: Mapping, context: RenderContext) -> str:
-    return context.chat.prompt(row["messages"], row.get("tools"))
+def _write_chat_prompt(row: Mapping, context: RenderContext) -> str:
+    return context.chat.render_prompt(row["messages"], row.get("tools"))
 
 
 FORMATS = {
     "chat": Format(
-        _chat,
-        _chat_prompt,
+        _render_chat,
+        _write_chat_prompt,
         ("messages",),
         ("tools",),
-        turns=True,
-        question=_user_message,
-        special=False,
+        is_conversation=True,
+        make_question=_make_user_messages,
+        add_special_tokens=False,
         marker=lambda context: context.chat.marker,
     ),
-    "alpaca": Format(_alpaca, _alpaca_prompt, ("instruction", "output"), ("input",), answer="output"),
-    "alpaca_stanford": Format(
-        _stanford, _stanford_prompt, ("instruction", "output"), ("input",), answer="output", named=True
+    "alpaca": Format(
+        _render_alpaca, _write_alpaca_prompt, ("instruction", "output"), ("input",), answer_column="output"
     ),
-    "qa": Format(_qa, _qa_prompt, ("question", "answer"), ("context",), answer="answer"),
+    "alpaca_stanford": Format(
+        _render_stanford,
+        _write_stanford_prompt,
+        ("instruction", "output"),
+        ("input",),
+        answer_column="output",
+        only_by_name=True,
+    ),
+    "qa": Format(_render_qa, _write_qa_prompt, ("question", "answer"), ("context",), answer_column="answer"),
     "guanaco": Format(
-        _guanaco,
-        _guanaco_prompt,
+        _render_guanaco,
+        _write_guanaco_prompt,
         ("text",),
-        turns=True,
-        question=_first_question,
-        marked=True,
+        is_conversation=True,
+        make_question=_begin_dialogue,
+        has_markers=True,
         marker=lambda context: context.markers[0],
     ),
-    "completion": Format(_completion, _completion_prompt, ("text",)),
+    "completion": Format(_render_completion, _write_completion_prompt, ("text",)),
 }
 
 
-def checked(row: Mapping, form: Format, where: str, answered: bool = True) -> dict:
-    """The row's columns that the format reads, as text. Raises UserError for missing or unusable ones;
-    without `answered` the answer's may be missing."""
-    missing = [c for c in form.needs if row.get(c) is None and (answered or c != form.answer)]
+def check_row(row: Mapping, form: Format, error_prefix: str, needs_answer: bool = True) -> dict:
+    """Return the columns of a row that the format reads, as text.
+
+    needs_answer: whether the column of the answer must have a value. Raises UserError for columns that are
+    missing or unusable.
+    """
+    missing = [c for c in form.required if row.get(c) is None and (needs_answer or c != form.answer_column)]
     if missing:
-        found = join_names([str(column) for column in row if row[column] is not None])
-        raise UserError(f"{where}: nothing in column {', '.join(missing)}; found: {found}")
-    if "messages" in form.needs:
-        messages, tools = checked_messages(row["messages"], where), checked_tools(row.get("tools"), where)
+        found = join_columns([str(column) for column in row if row[column] is not None])
+        raise UserError(f"{error_prefix}: nothing in column {', '.join(missing)}; found: {found}")
+    if "messages" in form.required:
+        messages = check_messages(row["messages"], error_prefix)
+        tools = check_tools(row.get("tools"), error_prefix)
         return {"messages": messages} | ({"tools": tools} if tools else {})
     values = {}
-    for column in (*form.needs, *form.optional):
+    for column in (*form.required, *form.optional):
         value = row.get(column)
         if value is None:
             value = ""  # an optional column
         if not isinstance(value, str | int | float) or isinstance(value, bool):
-            raise UserError(f"{where}: column {column} holds a {type(value).__name__}, not a text")
+            raise UserError(f"{error_prefix}: column {column} holds a {type(value).__name__}, not a text")
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(
-                f"{where}: column {column} holds {value} as a number; leave the row out, or write a text"
+                f"{error_prefix}: column {column} holds {value} as a number; leave the row out, or write"
+                " a text"
             )
         values[column] = value if isinstance(value, str) else number_text(value)
     return values
+
+
+def join_columns(columns: Iterable[str]) -> str:
+    """Join the names of columns for a message. The index that pandas writes has no name."""
+    return join_names([column or "a column without a name" for column in columns])

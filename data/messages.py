@@ -1,5 +1,4 @@
-"""Messages and tools of a conversation, checked and brought into one form before a chat template sees
-them."""
+"""Check the messages and tools of a conversation, and bring them into one form for chat templates."""
 
 from __future__ import annotations
 
@@ -8,115 +7,155 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from options.errors import UserError
+from options.errors import UserError, join_names
 from options.exact_json import parse_json
 
-# A message's reasoning, by the names that data and templates have for it (Qwen3's, gpt-oss's, OpenRouter's).
+# Names that data and templates have for a message's reasoning: Qwen3's, gpt-oss's, OpenRouter's.
 REASONING = ("reasoning_content", "thinking", "reasoning")
-FLAGS = ("train", "weight")  # whether a message is learned: TRL's and axolotl's name, and OpenAI's
-FORM = "messages must be a list of objects with a role and a content, both texts"
+# Keys that say whether a message is learned: TRL's and axolotl's, and OpenAI's.
+FLAGS = ("train", "weight")
+EXPECTED = "messages must be a list of objects with a role and a content, both texts"
 
 
-def checked_messages(messages: Any, where: str) -> list[dict]:
-    """Returns the messages of a row without keys that hold nothing, as transformers gives them to templates.
-    A message that must not be learned gets `train: False`. Raises UserError for unusable ones."""
-    if not isinstance(messages, list) or not messages:
-        raise UserError(f"{where}: {FORM}")
-    return [_checked_message(message, where) for message in messages]
+def check_messages(messages: Any, error_prefix: str) -> list[dict]:
+    """Return the messages of a row without keys that are null, as transformers gives them to templates.
+
+    A message that must not be learned gets `train: False`. Raises UserError for messages that are unusable.
+    """
+    if not isinstance(messages, list):
+        raise UserError(f"{error_prefix}: messages is {_describe_type(messages)}; {EXPECTED}")
+    if not messages:
+        raise UserError(f"{error_prefix}: messages is empty; {EXPECTED}")
+    return [_check_message(message, f"{error_prefix}: message {i}") for i, message in enumerate(messages, 1)]
 
 
-def _checked_message(message: Any, where: str) -> dict:
-    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-        raise UserError(f"{where}: {FORM}")
-    made = {key: value for key, value in message.items() if value is not None and key not in FLAGS}
-    if not all(_flag(message, name, where) for name in FLAGS):
-        made["train"] = False
-    thought = next((made[name] for name in REASONING if name in made), None)
+def _check_message(message: Any, error_prefix: str) -> dict:
+    """Return one message as `check_messages` does. Raises UserError if it is unusable."""
+    if not isinstance(message, Mapping):
+        raise UserError(f"{error_prefix} is {_describe_type(message)}; {EXPECTED}")
+    checked = {key: value for key, value in message.items() if value is not None and key not in FLAGS}
+    if not isinstance(checked.get("role"), str):
+        raise _wrong_key_error(checked, "role", error_prefix)
+    if not all(_is_flag_set(message, name, error_prefix) for name in FLAGS):
+        checked["train"] = False
+    thought = next((checked[name] for name in REASONING if name in checked), None)
     if thought is not None and not isinstance(thought, str):
-        raise UserError(f"{where}: a message's reasoning must be a text")
-    assistant = made["role"] == "assistant"
-    if assistant and thought is not None:
-        made |= {name: thought for name in REASONING if name not in made}
-    if "tool_calls" in made:
-        made["tool_calls"] = _checked_calls(made["tool_calls"], where)
-    if assistant and "content" not in made and not made.get("tool_calls") and thought is None:
-        made["content"] = ""  # an answer of nothing
-    if not isinstance(made.get("content", "" if assistant else None), str):
-        raise UserError(f"{where}: {FORM}")
-    return made
+        raise UserError(f"{error_prefix}: a message's reasoning must be a text")
+    is_assistant = checked["role"] == "assistant"
+    if is_assistant and thought is not None:
+        checked |= {name: thought for name in REASONING if name not in checked}
+    if "tool_calls" in checked:
+        checked["tool_calls"] = _check_tool_calls(checked["tool_calls"], error_prefix)
+    if is_assistant and "content" not in checked and not checked.get("tool_calls") and thought is None:
+        checked["content"] = ""  # an empty answer
+    if not isinstance(checked.get("content", "" if is_assistant else None), str):
+        raise _wrong_key_error(checked, "content", error_prefix)
+    return checked
 
 
-def _flag(message: Mapping, name: str, where: str) -> bool:
-    """Whether the message is learned as far as this flag says."""
+def _wrong_key_error(message: Mapping, key: str, error_prefix: str) -> UserError:
+    """Return the error for a message whose role or content is missing or not a text."""
+    if key not in message:
+        keys = join_names([str(name) for name in message])
+        return UserError(f"{error_prefix} has no {key}{f', only {keys}' if keys else ''}; {EXPECTED}")
+    value, remedy = message[key], ""
+    if key == "content" and isinstance(value, list):
+        remedy = " (join the texts of its parts)"
+    elif key == "content" and isinstance(value, Mapping):
+        remedy = " (write it as JSON text)"
+    return UserError(f"{error_prefix}: its {key} is {_describe_type(value)}{remedy}; {EXPECTED}")
+
+
+def _describe_type(value: Any) -> str:
+    """Return the type of a value of JSON, for a message."""
+    if isinstance(value, str):
+        return "the JSON text of a list" if isinstance(_try_parse_json(value), list) else "a text"
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    return "a list" if isinstance(value, list) else "an object" if isinstance(value, Mapping) else "a number"
+
+
+def _is_flag_set(message: Mapping, name: str, error_prefix: str) -> bool:
+    """Return whether this flag lets the message be learned; True without the flag."""
     value = message.get(name)
     if value is not None and value not in (0, 1):
-        raise UserError(f"{where}: {name} of a message is {value!r}; expected true or false, 1 or 0")
+        raise UserError(f"{error_prefix}: {name} of a message is {value!r}; expected true or false, 1 or 0")
     return value is None or bool(value)
 
 
-def _checked_calls(calls: Any, where: str) -> list[dict]:
-    calls = _from_json(calls)
+def _check_tool_calls(calls: Any, error_prefix: str) -> list[dict]:
+    """Return the tool calls of a message, parsed if they are JSON text. Raises UserError if unusable."""
+    calls = _try_parse_json(calls)
     if not isinstance(calls, list) or not all(isinstance(call, Mapping) for call in calls):
-        raise UserError(f"{where}: tool_calls must be a list of objects")
+        raise UserError(f"{error_prefix}: tool_calls must be a list of objects")
     for call in calls:
         function = call.get("function", call)
         if not isinstance(function, Mapping):
-            raise UserError(f"{where}: the function of a tool call must be an object")
-        if not isinstance(_from_json(function.get("arguments", {})), Mapping):
-            raise UserError(f"{where}: arguments of a tool call must be an object, or the JSON text of one")
-    _check_numbers(calls, where)
+            raise UserError(f"{error_prefix}: the function of a tool call must be an object")
+        if not isinstance(_try_parse_json(function.get("arguments", {})), Mapping):
+            raise UserError(
+                f"{error_prefix}: arguments of a tool call must be an object, or the JSON text of one"
+            )
+    _check_numbers(calls, error_prefix)
     return [dict(call) for call in calls]
 
 
-def checked_tools(tools: Any, where: str) -> list[dict] | None:
-    """A row's tools: a list of objects, or JSON text of it. None for an empty one: templates ask whether
-    there are tools by different tests, and an empty list passes some. Raises UserError for unusable ones."""
-    tools = _from_json(tools) if tools else None
-    tools = [_from_json(tool) for tool in tools] if isinstance(tools, list) else tools
+def check_tools(tools: Any, error_prefix: str) -> list[dict] | None:
+    """Return the tools of a row, which are a list of objects or its JSON text; None if it has none.
+
+    An empty list becomes None: templates test for tools in different ways, and an empty list passes some.
+    Raises UserError for unusable ones.
+    """
+    tools = _try_parse_json(tools) if tools else None
+    tools = [_try_parse_json(tool) for tool in tools] if isinstance(tools, list) else tools
     if tools and not (isinstance(tools, list) and all(isinstance(tool, Mapping) for tool in tools)):
-        raise UserError(f"{where}: tools must be a list of objects, or the JSON text of one")
-    _check_numbers(tools, where)
+        raise UserError(f"{error_prefix}: tools must be a list of objects, or the JSON text of one")
+    _check_numbers(tools, error_prefix)
     return [dict(tool) for tool in tools] if tools else None
 
 
-def _check_numbers(value: Any, where: str) -> None:
-    """Raises UserError for NaN and infinity, which tables can hold and JSON cannot."""
+def _check_numbers(value: Any, error_prefix: str) -> None:
+    """Raise UserError for NaN and infinity at any depth: tables can hold them and JSON cannot."""
     if isinstance(value, float) and not math.isfinite(value):
-        raise UserError(f"{where}: a tool or its call holds {value} as a number, which JSON has not")
+        raise UserError(f"{error_prefix}: a tool or its call holds {value} as a number, which JSON has not")
     parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
     for part in parts:
-        _check_numbers(part, where)
+        _check_numbers(part, error_prefix)
 
 
-def plain(messages: list[dict]) -> list[dict]:
-    """Returns the messages without `train`, for a template."""
+def drop_train_flags(messages: list[dict]) -> list[dict]:
+    """Return the messages without `train`, for a template."""
     return [{key: value for key, value in message.items() if key != "train"} for message in messages]
 
 
-def with_arguments(messages: list[dict], takes_objects: bool, takes_text: bool) -> list[dict]:
-    """Returns the messages with the arguments of tool calls as they are where a template takes them so, else
-    as objects or as JSON text. A call without arguments gets none: {}."""
+def convert_arguments(messages: list[dict], takes_objects: bool, takes_text: bool) -> list[dict]:
+    """Return the messages with the arguments of their tool calls in a form that the template takes.
 
-    def fitted(call: dict) -> dict:
+    Arguments stay as they are if the template takes them so; else they become objects or JSON text. A call
+    without arguments gets {}.
+    """
+
+    def convert_call(call: dict) -> dict:
+        """Return one tool call with its arguments converted."""
         function = call.get("function", call)
         arguments = function.get("arguments", {})
         if isinstance(arguments, str) and not takes_text:
-            arguments = _from_json(arguments)
+            arguments = _try_parse_json(arguments)
         elif not isinstance(arguments, str) and not takes_objects:
             arguments = json.dumps(arguments, ensure_ascii=False)
-        made = dict(function) | {"arguments": arguments}
-        return call | {"function": made} if "function" in call else made
+        converted = dict(function) | {"arguments": arguments}
+        return call | {"function": converted} if "function" in call else converted
 
     return [
-        message | {"tool_calls": [fitted(call) for call in message["tool_calls"]]}
+        message | {"tool_calls": [convert_call(call) for call in message["tool_calls"]]}
         if "tool_calls" in message
         else message
         for message in messages
     ]
 
 
-def _from_json(value: Any) -> Any:
-    """What a JSON text says; a value that is none as it is."""
+def _try_parse_json(value: Any) -> Any:
+    """Return the value of a JSON text; any other value unchanged."""
     if not isinstance(value, str):
         return value
     try:

@@ -1,4 +1,4 @@
-"""The next step's batches are made while the current one computes."""
+"""Make the next step's batches while the current step computes."""
 
 from __future__ import annotations
 
@@ -12,18 +12,20 @@ from data.batches import Step
 from launch.devices import set_current_device
 
 
-def ahead(steps: Iterator[Step], device: torch.device, pin: bool) -> Iterator[Step]:
-    """The same steps, each made by a thread while the one before it is in use. pin: batches in page-locked
-    memory, from which copies to `device`, a GPU, wait for nothing."""
+def prefetch_steps(steps: Iterator[Step], device: torch.device, pin: bool) -> Iterator[Step]:
+    """Yield the same steps; a thread makes each while the one before it is in use.
 
-    def make() -> Step | None:
+    pin: put batches into page-locked memory, from which copies to `device`, a GPU, are asynchronous.
+    """
+
+    def make_next() -> Step | None:
         step = next(steps, None)
         if step is None or not pin:
             return step
-        return dataclasses.replace(step, batches=[batch.pinned() for batch in step.batches])
+        return dataclasses.replace(step, batches=[batch.pin_memory() for batch in step.batches])
 
     with ThreadPoolExecutor(1, initializer=set_current_device, initargs=(device,)) as worker:
-        upcoming = worker.submit(make)
-        while (step := upcoming.result()) is not None:
-            upcoming = worker.submit(make)
+        next_step = worker.submit(make_next)
+        while (step := next_step.result()) is not None:
+            next_step = worker.submit(make_next)
             yield step

@@ -1,87 +1,100 @@
-"""Which format the rows of a data set have, recognised from all of them, and which columns it does not
-read."""
+"""Recognise the format of a data set from all its rows, and find the columns that are not read."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from data.formats import FORMATS, Format
-from options.errors import UserError, join_names
+from data.formats import FORMATS, Format, join_columns
+from options.errors import UserError
 
-RECOGNISED = tuple(name for name, form in FORMATS.items() if not form.named)
+RECOGNISED_FORMATS = tuple(name for name, form in FORMATS.items() if not form.only_by_name)
 
 
-def recognise(
+def recognise_format(
     rows: Sequence[Mapping],
     origins: Sequence[str],
-    where: str,
+    error_prefix: str,
     markers: Sequence[str],
-    first: str | None = None,
+    preferred: str | None = None,
 ) -> str:
-    """Return the one format that all rows have, as far as they hold anything.
+    """Return the name of the one format that fits all rows. Rows without content fit any.
 
     Args:
-        places: where each row came from.
-        where: what errors begin with.
-        markers: of the two speakers in a guanaco text.
-        first: a format that goes before all others, where rows have its columns.
+        rows: {column: value} of each.
+        origins: the file and line of each row, for messages.
+        error_prefix: begins each error.
+        markers: texts that begin the turns of the two speakers in a guanaco text.
+        preferred: a format that is tried before all others.
 
-    Raises UserError where rows fit different formats, as one of them would learn prompts, or drop rows, of
-    another; and where none fits.
+    Raises UserError if rows fit different formats, since one format would learn the prompts of another or
+    drop its rows, and if no format fits.
     """
-    numbers: dict[str, list[int]] = {}
+    row_indices: dict[str, list[int]] = {}  # by format
     for i, row in enumerate(rows):
-        name = format_of(row, markers, first)
+        name = find_row_format(row, markers, preferred)
         if name is not None:
-            numbers.setdefault(name, []).append(i)
-    if len(numbers) > 1:
-        kinds = ", ".join(f"{len(of):,} {name} (first {origins[of[0]]})" for name, of in numbers.items())
+            row_indices.setdefault(name, []).append(i)
+    if len(row_indices) > 1:
+        kinds = ", ".join(
+            f"{len(indices):,} {name} (first {origins[indices[0]]})" for name, indices in row_indices.items()
+        )
         raise UserError(
-            f"{where}: its rows are of different formats: {kinds}; --dataset_format, or a recipe's format,"
-            " reads all as one, or put each kind into a file of its own"
+            f"{error_prefix}: its rows are of different formats: {kinds}; --dataset_format, or a recipe's"
+            " format, reads all as one, or put each kind into a file of its own"
         )
     columns = {column for row in rows for column, value in row.items() if value is not None}
-    return next(iter(numbers), None) or _by_columns(
-        columns or {column for row in rows for column in row}, where
+    return next(iter(row_indices), None) or _match_columns(
+        columns or {column for row in rows for column in row}, error_prefix
     )
 
 
-def format_of(row: Mapping, markers: Sequence[str], first: str | None = None) -> str | None:
-    """Return the first format that a row fits; None if it fits none, or holds too little."""
-    for name in (first, *RECOGNISED) if first else RECOGNISED:
-        if fits(row, FORMATS[name], markers):
-            return name
-    return None
+def find_row_format(row: Mapping, markers: Sequence[str], preferred: str | None = None) -> str | None:
+    """Return the first format that fits a row; None if none does, or the row has too little content."""
+    names = (preferred, *RECOGNISED_FORMATS) if preferred else RECOGNISED_FORMATS
+    return next((name for name in names if fits_format(row, FORMATS[name], markers)), None)
 
 
-def fits(row: Mapping, form: Format, markers: Sequence[str]) -> bool:
-    """Whether the columns that the format needs hold something; the answer's may be empty. Tables give each
-    row all columns, so it is not enough that they are there."""
-    for column in form.needs:
-        if column not in row or (column != form.answer and not _holds(row[column])):
+def fits_format(row: Mapping, form: Format, markers: Sequence[str]) -> bool:
+    """Return whether the columns that the format requires have content; the answer may be empty.
+
+    It is not enough that the columns are there: tables give every row all columns.
+    """
+    for column in form.required:
+        if column not in row or (column != form.answer_column and not _has_content(row[column])):
             return False
-    return not form.marked or markers[1] in str(row["text"])
+    return not form.has_markers or markers[1] in str(row["text"])
 
 
-def _holds(value) -> bool:
+def _has_content(value) -> bool:
     if isinstance(value, str):
         return bool(value.strip())
     return value is not None and value != [] and value != {}
 
 
-def _by_columns(columns: set[str], where: str) -> str:
-    """The format of rows that hold nothing to tell it by: `checked` says what they lack."""
-    known = {name: FORMATS[name] for name in RECOGNISED if not FORMATS[name].marked}
-    for name, form in known.items():
-        if columns >= set(form.needs):
+def _match_columns(columns: set[str], error_prefix: str) -> str:
+    """Return the format of rows without content, by their columns alone; `check_row` reports what they lack.
+
+    Raises UserError if no format fits.
+    """
+    formats = {name: FORMATS[name] for name in RECOGNISED_FORMATS if not FORMATS[name].has_markers}
+    for name, form in formats.items():
+        if columns >= set(form.required):
             return name
-    needs = "; ".join(f"{name}: {', '.join(form.needs)}" for name, form in known.items())
-    raise UserError(f"{where}: columns {join_names(sorted(columns))} fit no format ({needs})")
+    required = "; ".join(f"{name}: {', '.join(form.required)}" for name, form in formats.items())
+    sharegpt = "conversations" in columns
+    raise UserError(
+        f"{error_prefix}: columns {join_columns(sorted(columns))} fit no format ({required}); a recipe's"
+        " `columns` says which of them to read as these"
+        + "; conversations must hold messages with role and content (ShareGPT's have from and value)"
+        * sharegpt
+    )
 
 
-def unread_columns(rows: Iterable[Mapping], form: Format, renamed: Iterable[str] = ()) -> str:
-    """Return the names of the columns that hold something and that the format does not read, as a list for a
-    line; "" if there are none. renamed: columns that are read under another name."""
-    read = {*form.needs, *form.optional, *renamed}
+def describe_unread_columns(rows: Iterable[Mapping], form: Format, renamed: Iterable[str] = ()) -> str:
+    """Return the names of the columns that have content and that the format does not read, joined to a text.
+
+    renamed: columns that are read under another name. Returns "" if there are none.
+    """
+    read = {*form.required, *form.optional, *renamed}
     found = dict.fromkeys(column for row in rows for column, value in row.items() if value is not None)
-    return join_names([column for column in found if column not in read])
+    return join_columns([column for column in found if column not in read])

@@ -1,7 +1,7 @@
-"""Rows of a file: JSON lines, a JSON list, CSV or parquet, each row with the place that messages name.
+"""Read the rows of a file: JSON lines, a JSON list, CSV or parquet.
 
-Texts and numbers stay as the file has them. What is malformed, or made to fill the memory, is refused with
-its place.
+Each row has an origin, which messages name. Texts and numbers stay as the file writes them. Files that are
+malformed, or made to fill the memory, are refused.
 """
 
 from __future__ import annotations
@@ -23,14 +23,21 @@ from options.errors import UserError
 from options.exact_json import parse_json
 from options.limits import MAX_LINE_BYTES, MAX_LIST_BYTES, check_size
 
-PARQUET_ROWS = 64  # read at once: one value may stand for all of them in the file
-NO_NUMBER = re.compile(r"\s*[+-]?(nan|inf|infinity)\s*", re.IGNORECASE)
-WORD = re.compile(r"[^\W\d_]{5}")  # longer than units, currencies and exponents: 5 mmol, EUR 1,000, 1e5
+PARQUET_BATCH_ROWS = 64  # rows read at once; few, as a file may store one large value for all of them
+NAN_OR_INF = re.compile(r"\s*[+-]?(nan|inf|infinity)\s*", re.IGNORECASE)
+# Longer than units, currencies and exponents: 5 mmol, EUR 1,000, 1e5.
+LONG_WORD = re.compile(r"[^\W\d_]{5}")
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Raw rows and where each came from, for messages. remarks: lines to print at start."""
+    """Rows as they were read.
+
+    Attributes:
+        rows: {column: value} of each row.
+        origins: the file and line, or the like, of each row, for messages.
+        remarks: lines to print at start.
+    """
 
     rows: list[dict]
     origins: list[str]
@@ -38,36 +45,38 @@ class Rows:
 
 
 def read_file(path: Path) -> Rows:
-    """Read the rows of a file whose suffix is one of KINDS. Raises UserError if it is missing or
-    malformed."""
+    """Read the rows of a file. Raises UserError if it is missing, malformed or of a kind not in KINDS."""
     if not os.path.isfile(path):
         raise UserError(f"--dataset {path}: no such file")
-    check_kind(path)
+    check_file_type(path)
     suffix = file_suffix(path.name)
     if suffix == ".parquet":
         return _read_parquet(path)
     try:
         if suffix == ".csv":
             return _read_csv(path)
-        if suffix == ".json" and _is_list(path):
+        if suffix == ".json" and _starts_with_list(path):
             return _read_json_list(path)
         return _read_json_lines(path)
     except OSError as e:
         raise UserError(f"--dataset {path}: {e.strerror}") from None
 
 
-def check_kind(path: Path) -> None:
-    """Raise UserError for a file of a kind that is not read, with what to do."""
+def check_file_type(path: Path) -> None:
+    """Raise UserError, with a remedy, for a file of a kind that is not read."""
     suffix = file_suffix(path.name)
     if suffix not in KINDS:
-        what = f"{suffix} files are not read" if suffix else "no suffix tells what it is"
-        todo = conversion_advice(path.name) or "rename or convert it"
-        raise UserError(f"--dataset {path}: {what} ({READABLE} are); {todo}")
+        problem = f"{suffix} files are not read" if suffix else "it has no suffix"
+        remedy = conversion_advice(path.name) or "rename or convert it"
+        raise UserError(f"--dataset {path}: {problem} ({READABLE} are); {remedy}")
 
 
-def _lines(path: Path) -> Iterator[str]:
-    """Yield the lines of a text with their ends. These are \\n only: splitlines would also break a row at
-    U+2028 and other rare characters. Raises UserError for a line that is no UTF-8, or too long."""
+def _read_lines(path: Path) -> Iterator[str]:
+    """Yield the lines of a text file, with their line breaks.
+
+    Only \\n ends a line: splitlines would also break a row at U+2028 and other rare characters. Raises
+    UserError for a line that is not UTF-8, or too long.
+    """
     with path.open("rb") as file:
         for number in count(1):
             line = file.readline(MAX_LINE_BYTES + 1)
@@ -84,29 +93,35 @@ def _lines(path: Path) -> Iterator[str]:
 
 
 def _read_json_lines(path: Path) -> Rows:
+    """Read a file with one JSON object per line. Raises UserError with the line if it is malformed."""
     rows, origins = [], []
-    for number, line in enumerate(_lines(path), 1):
+    for number, line in enumerate(_read_lines(path), 1):
         if line.strip():
-            rows.append(_json(line, path, number))
+            rows.append(_parse_json(line, path, number))
             origins.append(f"{path}:{number}")
             if not isinstance(rows[-1], dict):
                 raise UserError(f"--dataset {path}:{number}: not a JSON object")
     return Rows(rows, origins)
 
 
-def _json(text: str, path: Path, line: int | None):
+def _parse_json(text: str, path: Path, line: int | None):
+    """Parse JSON, the given line of the file or with None the whole file. Raises UserError with the line."""
+    suffix = file_suffix(path.name)
+    remedy = f"; a {suffix} file has one object per line" + ", or is one list" * (suffix == ".json")
     try:
         return parse_json(text, exact=True)
     except json.JSONDecodeError as e:
-        raise UserError(f"--dataset {path}:{line or e.lineno}: not JSON ({e.msg})") from None
-    except ValueError as e:  # a number that none can mean, or of thousands of digits
-        raise UserError(f"--dataset {path}:{line or _line_of_fault(text)}: not usable JSON ({e})") from None
+        raise UserError(
+            f"--dataset {path}:{line or e.lineno}: not JSON ({e.msg}){remedy if line else ''}"
+        ) from None
+    except ValueError as e:  # a number that is out of range, or has thousands of digits
+        raise UserError(f"--dataset {path}:{line or _find_bad_line(text)}: not usable JSON ({e})") from None
     except RecursionError:
         raise UserError(f"--dataset {path}:{line or 1}: JSON nested too deeply") from None
 
 
-def _line_of_fault(rows: str) -> int:
-    """Return the line on which the first unusable entry of a JSON list begins."""
+def _find_bad_line(rows: str) -> int:
+    """Return the line, from 1, on which the first unusable entry of a JSON list begins."""
     decoder, start = json.JSONDecoder(), 0
     while start < len(rows):
         if rows[start] in " \t\r\n,[]":
@@ -121,12 +136,14 @@ def _line_of_fault(rows: str) -> int:
     return 1
 
 
-def _is_list(path: Path) -> bool:
+def _starts_with_list(path: Path) -> bool:
+    """Return whether the file begins with a JSON list. Other .json files hold one object per line."""
     with path.open("rb") as file:
         return file.read(MAX_LINE_BYTES).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
 
 
 def _read_json_list(path: Path) -> Rows:
+    """Read a file that is one JSON list of objects. Raises UserError if it is malformed or too large."""
     check_size(path, MAX_LIST_BYTES)
     raw = path.read_bytes()
     try:
@@ -134,7 +151,7 @@ def _read_json_list(path: Path) -> Rows:
     except UnicodeDecodeError as e:
         line = raw[: e.start].count(b"\n") + 1
         raise UserError(f"--dataset {path}:{line}: not UTF-8") from None
-    rows = _json(text, path, None)
+    rows = _parse_json(text, path, None)
     for i, row in enumerate(rows, 1):
         if not isinstance(row, dict):
             raise UserError(f"--dataset {path}: entry {i} is not a JSON object")
@@ -142,8 +159,9 @@ def _read_json_list(path: Path) -> Rows:
 
 
 def _read_csv(path: Path) -> Rows:
+    """Read a CSV file with a header. Raises UserError, which names the line, if it is malformed."""
     csv.field_size_limit(2**31 - 1)
-    reader = csv.DictReader(_lines(path), strict=True)
+    reader = csv.DictReader(_read_lines(path), strict=True)
     rows, origins = [], []
     try:
         header = reader.fieldnames or []
@@ -157,89 +175,100 @@ def _read_csv(path: Path) -> Rows:
             rows.append(row)
             origins.append(f"{path}:{reader.line_num}")
     except csv.Error as e:
-        line = reader.reader.line_num  # DictReader counts a line only once it was right
+        line = reader.reader.line_num  # DictReader counts a line only after it was parsed
         raise UserError(f"--dataset {path}:{line}: not CSV ({e})") from None
     for name in header:
-        _mark_no_numbers(rows, name)
+        _convert_nan_cells(rows, name)
     return Rows(rows, origins)
 
 
-def _mark_no_numbers(rows: list[dict], column: str) -> None:
-    """Make floats of the cells `nan` and `inf` of a column of numbers: `checked` refuses them where a format
-    reads the column. Columns that also hold words are left alone."""
-    marked = [row for row in rows if NO_NUMBER.fullmatch(row[column])]
-    if marked and all(_is_number(row[column]) for row in rows if not NO_NUMBER.fullmatch(row[column])):
-        for row in marked:
+def _convert_nan_cells(rows: list[dict], column: str) -> None:
+    """Convert the cells `nan` and `inf` of a column of numbers to floats.
+
+    `check_row` refuses such floats if a format reads the column. Columns that also hold words stay unchanged.
+    """
+    matches = [row for row in rows if NAN_OR_INF.fullmatch(row[column])]
+    if matches and all(_is_number(row[column]) for row in rows if not NAN_OR_INF.fullmatch(row[column])):
+        for row in matches:
             row[column] = float(row[column])
 
 
 def _is_number(cell: str) -> bool:
-    """Whether a cell is a number as people write them, such as 1,000 or $5 or 12 kg, or is empty."""
-    return not cell.strip() or (bool(re.search(r"\d", cell)) and not WORD.search(cell))
+    """Return whether a cell is empty, or a number as people write it: 1,000 or $5 or 12 kg."""
+    return not cell.strip() or (bool(re.search(r"\d", cell)) and not LONG_WORD.search(cell))
 
 
 def _read_parquet(path: Path) -> Rows:
+    """Read a parquet file. Raises UserError if it is malformed, or has rows larger than a line may be."""
     import pyarrow
     import pyarrow.parquet
 
     try:
         file, rows = pyarrow.parquet.ParquetFile(path), []
-        if file.metadata.num_rows > path.stat().st_size:  # a bit per row is more than a page's header takes
+        if file.metadata.num_rows > path.stat().st_size:  # forged: rows take a bit at least
             raise UserError(
                 f"--dataset {path}: says {file.metadata.num_rows:,} rows in {path.stat().st_size:,} bytes"
             )
-        for batch in file.iter_batches(PARQUET_ROWS):
-            if batch.nbytes > MAX_LINE_BYTES * PARQUET_ROWS // 4:
+        for batch in file.iter_batches(PARQUET_BATCH_ROWS):
+            if batch.nbytes > MAX_LINE_BYTES * PARQUET_BATCH_ROWS // 4:
                 raise UserError(
-                    f"--dataset {path}: {PARQUET_ROWS} rows of {batch.nbytes:,} bytes; at most {MAX_LINE_BYTES:,} each"
+                    f"--dataset {path}: {PARQUET_BATCH_ROWS} rows of {batch.nbytes:,} bytes; at"
+                    f" most {MAX_LINE_BYTES:,} each"
                 )
-            rows += [without_fillers(row) for row in batch.to_pylist()]
+            rows += [drop_schema_nulls(row) for row in batch.to_pylist()]
         restore_digits(rows, file.schema_arrow)
-    # ValueError: no UTF-8, or no such date.
+    # ValueError: not UTF-8, or a date that does not exist.
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as e:
         reason = (str(e) or type(e).__name__).splitlines()[0]
         raise UserError(f"--dataset {path}: not a parquet file ({reason})") from None
     return Rows(rows, [f"{path} row {i}" for i in range(1, len(rows) + 1)])
 
 
-def without_fillers(row: dict) -> dict:
-    """Remove the nulls within a row's columns, which a table's schema puts there: all objects of a column
-    have the keys of all rows. Nulls in lists, and whole columns, are the data's own."""
-    return {column: _without_fillers(value) for column, value in row.items()}
+def drop_schema_nulls(row: dict) -> dict:
+    """Return a row without the nulls that a table's schema adds to the objects in its columns.
+
+    In a table, every object of a column has the keys of all of them. Nulls in lists, and columns that are
+    null, belong to the data and stay.
+    """
+    return {column: _drop_nulls(value) for column, value in row.items()}
 
 
-def _without_fillers(value: Any) -> Any:
+def _drop_nulls(value: Any) -> Any:
+    """Return a value without the nulls in its objects, at every depth; maps as objects."""
     if isinstance(value, dict):
-        return {key: _without_fillers(part) for key, part in value.items() if part is not None}
+        return {key: _drop_nulls(part) for key, part in value.items() if part is not None}
     if not isinstance(value, list):
         return value
-    if value and all(isinstance(part, tuple) for part in value):  # what pyarrow makes of a map
-        return {key: _without_fillers(part) for key, part in value}
-    return [_without_fillers(part) for part in value]
+    if value and all(isinstance(part, tuple) for part in value):  # pyarrow reads a map as tuples
+        return {key: _drop_nulls(part) for key, part in value}
+    return [_drop_nulls(part) for part in value]
 
 
 def restore_digits(rows: list[dict], schema) -> None:
-    """Replace fractions of 16 and 32 bits, at every depth, by the float of 64 bits with the fewest digits
-    that tell them apart: 0.1 instead of 0.10000000149011612. schema: pyarrow's, of the rows' table."""
-    for name, kind in zip(schema.names, schema.types, strict=True):
-        # Which spells float32 and float16, also within lists and structs, but not float64.
-        for row in rows if "float" in str(kind) else ():
-            row[name] = _with_digits(row[name], kind)
+    """Replace narrow floats in the rows by those with the fewest digits: 0.1 for 0.10000000149011612.
+
+    These are the 64-bit floats of the shortest texts that mean the same 16 or 32-bit number. Floats within
+    lists and structs are replaced, too. schema: pyarrow's, of the rows' table.
+    """
+    for name, arrow_type in zip(schema.names, schema.types, strict=True):
+        # The type's text names float16 and float32 so, also within lists and structs, but float64 `double`.
+        for row in rows if "float" in str(arrow_type) else ():
+            row[name] = _restore_digits(row[name], arrow_type)
 
 
-def _with_digits(value: Any, kind) -> Any:
-    """kind: the value's type in pyarrow."""
+def _restore_digits(value: Any, arrow_type) -> Any:
+    """Return a value with the digits restored, as in `restore_digits`."""
     import numpy
     import pyarrow
 
     types, narrow = pyarrow.types, {pyarrow.float16(): numpy.float16, pyarrow.float32(): numpy.float32}
-    if kind in narrow and isinstance(value, float) and math.isfinite(value):
+    if arrow_type in narrow and isinstance(value, float) and math.isfinite(value):
         whole = value.is_integer() and abs(value) < 1e16  # beyond, Python writes an exponent as well
-        return value if whole else float(str(narrow[kind](value)))
-    if types.is_struct(kind) and isinstance(value, dict):
-        return {key: _with_digits(part, kind.field(key).type) for key, part in value.items()}
-    if types.is_map(kind) and isinstance(value, dict):
-        return {key: _with_digits(part, kind.item_type) for key, part in value.items()}
-    if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
-        return value and [_with_digits(part, kind.value_type) for part in value]
+        return value if whole else float(str(narrow[arrow_type](value)))
+    if types.is_struct(arrow_type) and isinstance(value, dict):
+        return {key: _restore_digits(part, arrow_type.field(key).type) for key, part in value.items()}
+    if types.is_map(arrow_type) and isinstance(value, dict):
+        return {key: _restore_digits(part, arrow_type.item_type) for key, part in value.items()}
+    if types.is_list(arrow_type) or types.is_large_list(arrow_type) or types.is_fixed_size_list(arrow_type):
+        return value and [_restore_digits(part, arrow_type.value_type) for part in value]
     return value

@@ -12,8 +12,8 @@ from functools import partial
 import torch
 from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
-from data.answers import answer_text, comparable
-from data.evaluation_sets import Prompt, held_rows, prompt_of, read_beside
+from data.answers import decode_answer, normalize_answer
+from data.evaluation_sets import Prompt, make_row_prompt, read_evaluation_rows, read_in_trained_format
 from data.examples import read_examples
 from data.formats import Rendered
 from data.rows import TokenizedRows
@@ -94,13 +94,13 @@ def read_rows(run: Run, options: Options, tokenizer) -> tuple[str, list[Rendered
     """
     config = run.config
     if options.dataset is None:
-        rows, remarks = held_rows(config, tokenizer)
+        rows, remarks = read_evaluation_rows(config, tokenizer)
         if rows is None:
             raise UserError(f"--dataset: is needed; {run.folder} had no evaluation set of its own")
         rows = rows[: options.samples] if options.samples > 0 else rows
         return config.eval_dataset or f"{config.eval_share:g} of {config.dataset}", rows, remarks
     if options.dataset_format is None:
-        examples = read_beside(config, options.dataset, options.samples, tokenizer)
+        examples = read_in_trained_format(config, options.dataset, options.samples, tokenizer)
     else:
         reading = (options.dataset_format, options.samples, config.context_length)
         examples = read_examples(options.dataset, *reading, tokenizer, config.chat_date)
@@ -140,7 +140,7 @@ def prepare_inputs(
     rows = tokenize(rendered, tokenizer, length, f"--dataset {dataset}") if "perplexity" in names else None
     if tuple(names) == ("perplexity",):
         return EvaluationInputs(rows, [])
-    candidates = (prompt_of(r, tokenizer, length, stop_ids) for r in rendered)
+    candidates = (make_row_prompt(r, tokenizer, length, stop_ids) for r in rendered)
     prompts = [p for p in candidates if p and p.answer]
     if not prompts:
         raise UserError(
@@ -185,7 +185,7 @@ def score_model(
         make_criterion = partial(MarkerCriterion, tokenizer, marker) if marker else None
         lengths = (options.max_new_tokens, stop_ids, options.batch_size)
         generated = generate_answers(model, [p.ids for p in inputs.prompts], *lengths, make_criterion)
-        answers = [comparable(answer_text(ids, tokenizer, stop_ids, marker)) for ids in generated]
+        answers = [normalize_answer(decode_answer(ids, tokenizer, stop_ids, marker)) for ids in generated]
         truncated = sum(_is_truncated(ids, options.max_new_tokens, tokenizer, marker) for ids in generated)
         for name in names:
             if name in TEXT_METRICS:
@@ -265,8 +265,8 @@ def describe_scoring_details(results: dict) -> list[str]:
     if unanswered:
         text_metrics = ", ".join(name for name in results["metrics"] if name != "perplexity")
         lines.append(
-            f"{text_metrics}: of {results['rows']:,} rows {unanswered:,} are left out, without a question or an"
-            " answer to compare with"
+            f"{text_metrics}: of {results['rows']:,} rows {unanswered:,} are left out, without a question or"
+            " an answer to compare with"
         )
     if results["unscored"]:
         lines.append(f"perplexity: {results['unscored']:,} rows without a learned token are left out")

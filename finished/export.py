@@ -22,8 +22,8 @@ from checkpoints.model_writer import (
     write_model,
 )
 from data.sources import find_recipe
-from data.stops import generation_config
-from data.tokenizing import prepare
+from data.stop_ids import make_generation_config
+from data.tokenizing import tokenize_dataset
 from files.atomic_writes import write_text
 from files.disk_room import check_writable
 from files.hub_errors import HUB_ERRORS
@@ -215,7 +215,9 @@ def read_comparison_rows(run: Run) -> tuple[list[list[int]], str]:
         recipe, file = find_recipe(config.dataset)
         if file or recipe.fill:
             length = min(config.context_length, 256)
-            rows = prepare(config.dataset, config.dataset_format, 4, length, tokenizer, config.chat_date)
+            rows = tokenize_dataset(
+                config.dataset, config.dataset_format, 4, length, tokenizer, config.chat_date
+            )
             return [row.tolist() for row in rows.tokens.split(rows.lengths().tolist())], "rows of the data"
     return [ids for ids in tokenizer(list(FIXED_PROMPTS))["input_ids"] if ids], "fixed prompts"
 
@@ -265,7 +267,7 @@ def export(options: Options) -> None:
     tokenizer_use = compare_with_files(run.base, tokenizer)
     for remark in tokenizer_use.remarks:
         print(remark)
-    generation_files = generation_config(run.base, run.model_config, find_stop_ids(run, tokenizer))
+    generation_files = make_generation_config(run.base, run.model_config, find_stop_ids(run, tokenizer))
     small_files = tokenizer_use.files | generation_files
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     with staging_folder(options.out, options.overwrite) as folder:

@@ -19,9 +19,9 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from checkpoints.trained_model import open_blocks
-from data.examples import toy_texts
+from data.examples import read_toy_texts
 from data.formats import RenderContext
-from data.stops import stop_tokens
+from data.stop_ids import collect_stop_ids
 from files.base_model import (
     STRUCTURE_KEY,
     check_base,
@@ -61,8 +61,8 @@ REQUIRED_OPTIONS = (
 assert set(REQUIRED_OPTIONS) <= FIELDS.keys()
 # Settings of PEFT's LoraConfig that change what the adapter computes. A run leaves them unset.
 FOREIGN_ADAPTER_KEYS = (
-    "use_rslora", "rank_pattern", "alpha_pattern", "layers_to_transform", "layer_replication", "modules_to_save",
-    "lora_bias", "fan_in_fan_out", "trainable_token_indices", "target_parameters",
+    "use_rslora", "rank_pattern", "alpha_pattern", "layers_to_transform", "layer_replication",
+    "modules_to_save", "lora_bias", "fan_in_fan_out", "trainable_token_indices", "target_parameters",
 )  # fmt: skip
 UNSET: tuple = (None, False, [], {})
 
@@ -173,7 +173,11 @@ def _open_model(folder: Path, config: Config, name: str | None, base_model: str 
     """
     with _name_base_model_in_errors(name, base_model):
         base = (
-            folder if name is None else make_toy_model(toy_texts()) if name == TOY_MODEL else find_model(name)
+            folder
+            if name is None
+            else make_toy_model(read_toy_texts())
+            if name == TOY_MODEL
+            else find_model(name)
         )
         model_config, family = read_config(base)
         detect_bnb_packing(getattr(model_config, "quantization_config", None), base)
@@ -347,7 +351,7 @@ def select_module_tensors(module: str, adapter: dict[str, torch.Tensor]) -> dict
 def find_stop_ids(run: Run, tokenizer) -> list[int]:
     """Return the ids of the tokens that end an answer: those the run learned, and the base's own."""
     context = RenderContext(tokenizer, day=run.config.chat_date)
-    return stop_tokens(run.base, run.model_config.eos_token_id, run.config.dataset_format, context)
+    return collect_stop_ids(run.base, run.model_config.eos_token_id, run.config.dataset_format, context)
 
 
 def load_tokenizer(run: Run):

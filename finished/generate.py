@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import torch
 
-from data.recognition import unread_columns
+from data.recognition import describe_unread_columns
 from finished.generation import (
     BASE,
     Answer,
@@ -148,7 +148,7 @@ def answer_prompts(options: Options, models: AnsweringModels, templates: dict[st
 def describe_unread_fields(asked: list[Prompt], templates: dict[str, PromptTemplate]) -> list[str]:
     """Return a line for each set of fields that no template reads, so that a misspelt field is noticed."""
     rows = [prompt.content for prompt in asked if isinstance(prompt.content, dict)]
-    unread = (unread_columns(rows, template.format) for template in templates.values())
+    unread = (describe_unread_columns(rows, template.format) for template in templates.values())
     return [f"--prompts: fields that are not read: {names}" for names in dict.fromkeys(unread) if names]
 
 
@@ -193,7 +193,7 @@ def chat(options: Options, models: AnsweringModels, templates: dict[str, PromptT
     model_name, choices = next(iter(models.runs)), models.names
     template = choose_template(model_name, templates)
     conversation = Conversation(template)
-    turns = "a conversation" if template.format.turns else "each question by itself"
+    turns = "a conversation" if template.format.is_conversation else "each question by itself"
     numbered = ", ".join(f"{i} {name}" for i, name in enumerate(choices))
     print(f"{model_name}: {turns}. /use N: another answers ({numbered})")
     print("/new: begin anew; /quit or Ctrl-D: leave", flush=True)
@@ -225,9 +225,9 @@ def print_reply(
     template = conversation.template
     try:
         row, text = conversation.make_prompt(question)
-        ids = template.encode(text, "the conversation" if template.format.turns else "the question")
+        ids = template.encode(text, "the conversation" if template.format.is_conversation else "the question")
     except UserError as e:
-        print(f"{e}{'; /new begins another' if template.format.turns else ''}", flush=True)
+        print(f"{e}{'; /new begins another' if template.format.is_conversation else ''}", flush=True)
         return
     stream = AnswerStreamer(template, lambda piece: print(make_printable(piece), end="", flush=True))
     with models.activate(model_name):

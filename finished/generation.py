@@ -23,12 +23,12 @@ from transformers import (
     TextStreamer,
 )
 
-from data.answers import answer_text
-from data.chat import template_errors
-from data.encoding import prompt_ids
+from data.answers import decode_answer
+from data.chat import convert_template_errors
+from data.encoding import encode_prompt
 from data.examples import find_format
-from data.formats import FORMATS, GUANACO_MARKERS, Format, RenderContext, asked, checked
-from data.stops import stop_tokens
+from data.formats import FORMATS, GUANACO_MARKERS, Format, RenderContext, check_row, continue_dialogue
+from data.stop_ids import collect_stop_ids
 from finished.finished_run import Run, load_model, load_tokenizer, open_base, open_run, set_adapter
 from launch.precision import Precision, choose_precision
 from models.adapters import replace_adapters
@@ -93,7 +93,7 @@ class PromptTemplate:
 
     def make_row(self, text: str) -> dict:
         """Make the row of this format that asks a bare question."""
-        return self.format.asking(text, self.context.markers)
+        return self.format.make_prompt_row(text, self.context.markers)
 
     def render(self, prompt: Prompt) -> str:
         """Render the prompt's text up to the answer, as in training.
@@ -101,17 +101,17 @@ class PromptTemplate:
         Raises UserError for a row without a question.
         """
         given = self.make_row(prompt.content) if isinstance(prompt.content, str) else prompt.content
-        row = checked(given, self.format, prompt.origin, answered=False)
-        if not row[self.format.asks]:
-            raise UserError(f"{prompt.origin}: {self.format.asks} is empty")
-        with template_errors(prompt.origin):
+        row = check_row(given, self.format, prompt.origin, needs_answer=False)
+        if not row[self.format.prompt_column]:
+            raise UserError(f"{prompt.origin}: {self.format.prompt_column} is empty")
+        with convert_template_errors(prompt.origin):
             text = self.format.prompt(row, self.context)
             text.encode()
         return text
 
     def encode(self, text: str, origin: str) -> torch.Tensor:
         """Tokenize a prompt's text: [1, P] int64. Raises UserError if it leaves no room for an answer."""
-        ids = prompt_ids(text, self.tokenizer, self.format.special)
+        ids = encode_prompt(text, self.tokenizer, self.format.add_special_tokens)
         if not ids:
             raise UserError(f"{origin}: is empty")
         if len(ids) >= self.max_positions:
@@ -137,7 +137,7 @@ def make_template(run: Run, dataset_format: str) -> PromptTemplate:
             ) from None
         name, markers = wanted, list(GUANACO_MARKERS)
     context = RenderContext(tokenizer, markers, run.config.chat_date)
-    stop_ids = stop_tokens(run.base, run.model_config.eos_token_id, name, context)
+    stop_ids = collect_stop_ids(run.base, run.model_config.eos_token_id, name, context)
     marker = FORMATS[name].marker(context)
     max_positions = run.model_config.max_position_embeddings
     return PromptTemplate(FORMATS[name], context, max_positions, frozenset(stop_ids), marker)
@@ -254,7 +254,7 @@ class AnsweringModels:
             streamer=stream,
         )[0, start:].tolist()
         ended = out[-1] in template.stop_ids
-        text = answer_text(out, template.tokenizer, template.stop_ids)
+        text = decode_answer(out, template.tokenizer, template.stop_ids)
         if template.marker and template.marker in text:
             text, ended = text.partition(template.marker)[0], True
         return Answer(text, len(out), ended)
@@ -351,7 +351,9 @@ class Conversation:
             row = {"messages": [*self.row.get("messages", []), *row["messages"]]}
         elif row_format is FORMATS["guanaco"] and self.row:
             row = {
-                "text": asked(question, self.row["text"], self.row["answer"], self.template.context.markers)
+                "text": continue_dialogue(
+                    question, self.row["text"], self.row["answer"], self.template.context.markers
+                )
             }
         return row, self.template.render(Prompt("the question", row))
 

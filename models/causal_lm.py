@@ -73,4 +73,4 @@ def loss_sum(model: nn.Module, batch: Batch) -> torch.Tensor:
     """Return the cross-entropy summed over the batch's targets, in fp32."""
     # No attention mask: padding is on the right, where causal attention never looks, and has no targets.
     # Batches of packed rows hold the rows' bounds.
-    return model(**batch.inputs(), targets=batch.targets, target_positions=batch.target_positions)
+    return model(**batch.model_inputs(), targets=batch.targets, target_positions=batch.target_positions)

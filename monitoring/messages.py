@@ -31,11 +31,11 @@ def describe_data(rows: TokenizedRows, sampler: StepSampler, context_length: int
     sampling = (rows, sampler.batch_size, sampler.accumulation, sampler.rank, sampler.world, sampler.seed)
     if isinstance(sampler, PackSampler):
         unpacked = StepSampler(*sampling).padding_share()
-        packs = f"{sampler.count():,} packs of up to {sampler.width:,} tokens"
+        packs = f"{sampler.items_per_epoch():,} packs of up to {sampler.width:,} tokens"
         return f"{line} ({unpacked:.0%} without --packing); {packs}"
     if padding <= HIGH_PADDING:
         return line
-    speedup = sampler.positions() / PackSampler(*sampling, context_length).positions()
+    speedup = sampler.count_positions() / PackSampler(*sampling, context_length).count_positions()
     return (
         f"{line}\n--packing true would train these rows about {speedup:.1f} times as fast: as full lines of"
         f" {context_length:,} tokens, which --batch_size then counts"

@@ -79,7 +79,7 @@ def _data_facts(rows: TokenizedRows, sampler: StepSampler) -> dict:
         "tokens_learned": int(rows.targets().sum()),
         "padding_share": round(sampler.padding_share(), 4),
         "steps_per_epoch": sampler.steps_per_epoch(),
-        "packs": sampler.count() if isinstance(sampler, PackSampler) else None,
+        "packs": sampler.items_per_epoch() if isinstance(sampler, PackSampler) else None,
         "length_median": int(ordered[len(ordered) // 2]),
         "length_p95": int(ordered[math.ceil(0.95 * len(ordered)) - 1]),
         "length_longest": longest,

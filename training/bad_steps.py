@@ -139,7 +139,7 @@ class BadStepGuard:
             "epoch": metrics.epoch,
             "loss": loss,
             "grad_norm": norm,
-            "rows": sorted(self.rows.numbers[step.rows].tolist()),
+            "rows": sorted(self.rows.row_numbers[step.rows].tolist()),
         }
         append_lines(self.file, json.dumps(line) + "\n", self.tracker.print_line)
         self.tracker.print_line(

@@ -1,8 +1,9 @@
 """Evaluation while a run trains: validation loss, the best step's weights, early stopping, samples.
 
 The loop calls `before_first_step` once, and `is_due` and `evaluate_if_due` once per step, on every rank. The
-evaluator decides at which steps it evaluates. Losses and answers come from training/evaluation.py, which leaves
-the model unchanged and draws no random numbers. So a run with evaluation trains exactly like one without.
+evaluator decides at which steps it evaluates. Losses and answers come from training/evaluation.py, which
+leaves the model unchanged and draws no random numbers. So a run with evaluation trains exactly like one
+without.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import torch
 import torch.distributed as dist
 from transformers import PreTrainedModel
 
-from data.answers import answer_text
+from data.answers import decode_answer
 from data.evaluation_sets import EvaluationData
 from files.atomic_writes import make_staging_folder, remove_folder, replace_folder, staging_path, write_text
 from files.disk_room import append_lines
@@ -205,14 +206,14 @@ class Evaluator:
         groups = group_rows(lengths, PROMPT_BATCH_SIZE, longrope_threshold(self.model.config), growth=tokens)
         for batch in itertools.chain(*groups):
             indices = batch.tolist()
-            options = (tokens, self.data.stops, self.rank_info, self.context)
+            options = (tokens, self.data.stop_ids, self.rank_info, self.context)
             generated = generate_greedily(self.model, [prompts[i].ids for i in indices], *options)
             answers |= zip(indices, generated, strict=True)
         if self.rank_info.rank != 0:
             return
         lines = ""
         for i, prompt in enumerate(prompts):
-            text = answer_text(answers[i], self.tokenizer, self.data.stops, prompt.marker)
+            text = decode_answer(answers[i], self.tokenizer, self.data.stop_ids, prompt.marker)
             line = {"step": step, "prompt": prompt.text, "text": text}
             lines += json.dumps(line, ensure_ascii=False) + "\n"
             question = " ".join(prompt.text.split())[-60:]

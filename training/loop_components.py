@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from checkpoints.manager import CheckpointManager
-from data.packing import longest_line
+from data.packing import max_line_tokens
 from files.tokenizer import read_tokenizer
 from launch.ranks import RankInfo
 from launch.signals import NoStopRequests
@@ -103,7 +103,7 @@ def make_loop_components(
         job.family,
         rank_info.device,
         gib=config.activation_budget,
-        tokens=config.batch_size * longest_line(config, job.rows),
+        tokens=config.batch_size * max_line_tokens(config, job.rows),
         itemsize=job.precision.matmul_dtype.itemsize,
     )
     checkpoints = CheckpointManager(

@@ -15,12 +15,12 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from checkpoints import resume
 from checkpoints.storage import Checkpoint
-from data.evaluation_sets import EvaluationData, named, prepare_sets
-from data.examples import toy_texts
+from data.evaluation_sets import EvaluationData, prepare_sets, rename_option_in_errors
+from data.examples import read_toy_texts
 from data.formats import RenderContext
 from data.packing import make_sampler
 from data.rows import TokenizedRows
-from data.stops import generation_config, stop_tokens
+from data.stop_ids import collect_stop_ids, make_generation_config
 from files.base_model import BaseModel, digest_without_head, record_base
 from files.bnb_weights import detect_bnb_packing
 from files.disk_room import check_writable
@@ -58,7 +58,7 @@ def check_run(config: Config) -> Job:
     """Check a run without touching a GPU or writing a file, and return it as a Job. Raises UserError."""
     if config.llama_pro_path is None:
         return _make_job(config)
-    with named("--llama_pro_path", "--model_name"):  # the same model by another option
+    with rename_option_in_errors("--llama_pro_path", "--model_name"):  # the same model by another option
         return _make_job(config)
 
 
@@ -70,7 +70,7 @@ def _make_job(config: Config) -> Job:
     config, rows, evaluation, tokenizer = _check_data(config, model)
     # Runs in the library's threads, so it comes after the fork of the processes that render rows.
     tokenizer_use = compare_with_files(model.folder, tokenizer)
-    learned = generation_config(model.folder, model.config, evaluation.stops)
+    learned = make_generation_config(model.folder, model.config, evaluation.stop_ids)
     model_remarks = remarks_on_model(model.config, model.folder, was_untied=bool(model.own_head))
     job = Job(
         config=make_paths_absolute(config, model.name),
@@ -142,7 +142,9 @@ class _Model:
 
 def _check_model(config: Config) -> _Model:
     """Find and open the model. Raises UserError if it cannot be trained as the options say."""
-    folder = make_toy_model(toy_texts()) if config.model_name == TOY_MODEL else find_model(config.model_name)
+    folder = (
+        make_toy_model(read_toy_texts()) if config.model_name == TOY_MODEL else find_model(config.model_name)
+    )
     if output_folder(config).resolve() == folder.resolve():  # --overwrite would delete the weights to read
         raise UserError(f"--output_dir {folder}: is the folder of --model_name; choose another")
     model_config, family = read_config(folder)
@@ -173,8 +175,8 @@ def _check_data(config: Config, model: _Model) -> tuple[Config, TokenizedRows, E
         )
     check_rope(config, model.config, rows, evaluation)
     context = RenderContext(tokenizer, day=config.chat_date)
-    stops = stop_tokens(folder, model.config.eos_token_id, config.dataset_format, context)
-    return config, rows, dataclasses.replace(evaluation, stops=tuple(stops)), tokenizer
+    stop_ids = collect_stop_ids(folder, model.config.eos_token_id, config.dataset_format, context)
+    return config, rows, dataclasses.replace(evaluation, stop_ids=tuple(stop_ids)), tokenizer
 
 
 def remarks_on_model(model_config: PretrainedConfig, folder: Path, was_untied: bool) -> list[str]:

@@ -6,7 +6,7 @@ import dataclasses
 import os
 from typing import Any
 
-from data.sources import shipped_recipe
+from data.sources import find_shipped_recipe
 from options.config import Config
 
 DATA_OPTIONS = ("dataset", "eval_dataset", "sample_prompts")
@@ -23,7 +23,7 @@ def make_paths_absolute(config: Config, model_name: str) -> Config:
 
 def _absolute_path(data: str | None) -> str | None:
     """Return the absolute path of a local data file or folder; a recipe's name or a hub id unchanged."""
-    if data is None or shipped_recipe(data):
+    if data is None or find_shipped_recipe(data):
         return data
     local = os.path.expanduser(data)
     return os.path.abspath(local) if os.path.exists(local) else data

@@ -6,8 +6,8 @@ import unicodedata
 
 import pytest
 
-from data.answers import answer_text, comparable
-from data.evaluation_sets import prompt_of
+from data.answers import decode_answer, normalize_answer
+from data.evaluation_sets import make_row_prompt
 from data.formats import ALPACA, FORMATS, GUANACO_MARKERS, RenderContext, Rendered
 from tests.helpers import chat_templates, small_tokenizers
 from tests.helpers.small_tokenizers import BYTES, chat_tokenizer
@@ -28,30 +28,30 @@ TEMPLATES = {
 
 
 def tokenizer_of(name: str):
-    template, eos, special, stops = TEMPLATES[name]
+    template, eos, special, stop_ids = TEMPLATES[name]
     tokenizer = chat_tokenizer(template, eos)
     tokenizer.add_special_tokens({"additional_special_tokens": special})
     tokenizer.add_tokens(["<think>", "</think>"])  # not special, as Qwen3's are not
-    return tokenizer, tokenizer.convert_tokens_to_ids(stops)
+    return tokenizer, tokenizer.convert_tokens_to_ids(stop_ids)
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
 @pytest.mark.parametrize("turns", [1, 2])
 def test_the_answer_of_a_conversation(name, turns):
-    """A model that generates what transformers' template shows behind its prompt, and goes on, gives the reference."""
-    tokenizer, stops = tokenizer_of(name)
+    """A model that generates the text of transformers' template after its prompt gives the reference."""
+    tokenizer, stop_ids = tokenizer_of(name)
     messages = [{"role": "user", "content": "Where?"}, {"role": "assistant", "content": ANSWER}] * turns
-    prompt = prompt_of(
-        FORMATS["chat"].render({"messages": messages}, RenderContext(tokenizer)), tokenizer, 999, stops
+    prompt = make_row_prompt(
+        FORMATS["chat"].render({"messages": messages}, RenderContext(tokenizer)), tokenizer, 999, stop_ids
     )
     assert prompt.answer == ANSWER
     asked = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True)["input_ids"]
     shown = tokenizer.apply_chat_template(messages)["input_ids"]
     assert prompt.ids == asked == shown[: len(asked)]
     made = shown[len(asked) :] + tokenizer("and so on", add_special_tokens=False)["input_ids"]
-    assert comparable(answer_text(made, tokenizer, stops)) == ANSWER
+    assert normalize_answer(decode_answer(made, tokenizer, stop_ids)) == ANSWER
     cut = shown[len(asked) :][:-9]
-    assert comparable(answer_text(cut, tokenizer, stops)) == comparable(
+    assert normalize_answer(decode_answer(cut, tokenizer, stop_ids)) == normalize_answer(
         tokenizer.decode(cut, skip_special_tokens=True)
     )
 
@@ -68,7 +68,7 @@ def test_the_answer_of_a_conversation(name, turns):
     ],
 )
 def test_an_empty_thought_is_no_part_of_an_answer(text, shown):
-    assert comparable(text) == shown
+    assert normalize_answer(text) == shown
 
 
 def dialogue(text: str, markers=GUANACO_MARKERS) -> Rendered:
@@ -77,16 +77,20 @@ def dialogue(text: str, markers=GUANACO_MARKERS) -> Rendered:
 
 # tokenizer, the row, what a model that learned it generates behind its prompt, the answer
 ROWS = {
-    "EOS": (BYTES, FORMATS["alpaca"].render({"instruction": "Do.", "output": " Paris is "}), "Paris is</s>", "Paris is"),
+    "EOS": (BYTES, FORMATS["alpaca"].render({"instruction": "Do.", "output": " Paris is "}), "Paris is</s>",
+        "Paris is"),
     "EOS in the data": (BYTES, FORMATS["qa"].render({"question": "A", "answer": "is</s>\n"}), "is</s>", "is"),
     "BOS in the data": (BYTES, FORMATS["qa"].render({"question": "A", "answer": "<s>is"}), "is</s>", "is"),
     "SentencePiece": (
-        small_tokenizers.unigram(), FORMATS["qa"].render({"question": "A", "answer": "Paris"}), "Paris</s>", "Paris"),
+        small_tokenizers.unigram(), FORMATS["qa"].render({"question": "A", "answer": "Paris"}), "Paris</s>",
+            "Paris"),
     "dialogue": (BYTES, dialogue("### Human: a### Assistant: b c"), " b c</s>", "b c"),
     "dialogue that goes on": (
-        BYTES, dialogue("### Human: a### Assistant: b c### Human: d"), " b c### Human: e### Assistant: f", "b c"),
+        BYTES, dialogue("### Human: a### Assistant: b c### Human: d"), " b c### Human: e### Assistant: f",
+            "b c"),
     "the answer's last token holds the next marker": (
-        small_tokenizers.byte_fallback(), dialogue("Bot: arisHuman: no", ("isHuman:", "Bot:")), " arisHuman: x", "ar"),
+        small_tokenizers.byte_fallback(), dialogue("Bot: arisHuman: no", ("isHuman:", "Bot:")),
+            " arisHuman: x", "ar"),
     "the answer's first token holds the marker's colon": (
         small_tokenizers.colon(), dialogue("Me: a Bot:Paris", ("Me:", "Bot:")), "Paris</s>", "Paris"),
 }  # fmt: skip
@@ -95,10 +99,12 @@ ROWS = {
 @pytest.mark.parametrize("case", ROWS)
 def test_the_answer_of_a_row(case):
     tokenizer, rendered, generated, answer = ROWS[case]
-    stops = [tokenizer.eos_token_id]
-    prompt = prompt_of(rendered, tokenizer, 999, stops)
+    stop_ids = [tokenizer.eos_token_id]
+    prompt = make_row_prompt(rendered, tokenizer, 999, stop_ids)
     made = tokenizer(generated, add_special_tokens=False)["input_ids"]
-    assert prompt.answer == comparable(answer_text(made, tokenizer, stops, prompt.marker)) == answer
+    assert (
+        prompt.answer == normalize_answer(decode_answer(made, tokenizer, stop_ids, prompt.marker)) == answer
+    )
 
 
 def test_a_decoded_answer_is_transformers_own():
@@ -108,7 +114,7 @@ def test_a_decoded_answer_is_transformers_own():
         "instruction": "Do.",
         "output": "Caf\u0065\u0301 \u65e5\u672c \u0928\u092e\u0938\u094d\u0924\u0947",
     }
-    prompt = prompt_of(FORMATS["alpaca"].render(row), tokenizer, 999, [tokenizer.eos_token_id])
+    prompt = make_row_prompt(FORMATS["alpaca"].render(row), tokenizer, 999, [tokenizer.eos_token_id])
     ids = tokenizer(ALPACA.format(instruction="Do.") + row["output"], add_special_tokens=False)["input_ids"]
     whole = tokenizer.decode(ids, skip_special_tokens=True)
     assert whole.partition("### Response:\n")[2] == row["output"]

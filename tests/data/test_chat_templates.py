@@ -1,5 +1,8 @@
-"""data/chat.py on the templates of twelve models: what is learned of a conversation, compared with what each format's
-description says, and with transformers' generation markers where TRL has the template with them."""
+"""data/chat.py on the templates of twelve models: which parts of a conversation are learned.
+
+They are compared with the description of each format, and with transformers' generation markers where TRL has
+the template with them.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +14,12 @@ from dataclasses import dataclass
 import pytest
 
 from benchmarks.make_checkpoint import byte_tokenizer
+from data.chat_remarks import describe_missing_endings
 from data.chat_turns import TEMPLATE_ERRORS
-from data.evaluation_sets import prompt_of
-from data.formats import FORMATS, RenderContext, checked
-from data.stops import learned_stops
+from data.evaluation_sets import make_row_prompt
+from data.formats import FORMATS, RenderContext, check_row
+from data.stop_ids import learned_stop_ids
 from data.tokenizing import tokenize
-from data.unshown import unclosed
 from tests.helpers import chat_templates as templates
 from tests.helpers.chat_templates import trl_template
 from tests.helpers.small_tokenizers import chat_tokenizer
@@ -44,9 +47,11 @@ CONVERSATIONS = {
     "empty answer": [user(), says(""), user("And?"), says("Ciao")],
     "null answer": [user(), says(None), user("And?"), says("Ciao")],
     "call without content": [user(), says(None, **CALLS), RESULT, says("21 degrees")],
-    "call with content": [user(), says("Wait.", **CALLS), RESULT, says("21 degrees"), user("And?"), says("Ciao")],
+    "call with content": [user(), says("Wait.", **CALLS), RESULT, says("21 degrees"), user("And?"),
+        says("Ciao")],
     "call at the end": [user(), says(), user("Oslo?"), says(None, **CALLS)],
-    "thinking": [user(), says("Yo", reasoning_content="Greet."), user("And?"), says("Ciao", reasoning_content="Part.")],
+    "thinking": [user(), says("Yo", reasoning_content="Greet."), user("And?"),
+        says("Ciao", reasoning_content="Part.")],
     "thinking alone": [user(), says("", reasoning_content="Hm.")],
     "two answers in a row": [user(), says(), says("Again"), user("And?"), says("Ciao")],
 }  # fmt: skip
@@ -92,7 +97,8 @@ def of_gpt_oss(messages: list[dict], i: int) -> str:
             if m["content"] and not more
             else ""
         )
-        return f"{thought} to=functions.weather<|channel|>commentary json<|message|>{json.dumps(CALL['arguments'])}<|call|>"
+        header = " to=functions.weather<|channel|>commentary json<|message|>"
+        return f"{thought}{header}{json.dumps(CALL['arguments'])}<|call|>"
     thought = m.get("reasoning_content") if last else None
     if not m["content"] and not thought:
         return ""
@@ -137,8 +143,16 @@ def of_phi3(messages: list[dict], i: int) -> str:
 
 @dataclass(frozen=True)
 class Model:
-    """template; eos: the tokenizer's; learned(messages, i): what is learned of turn i, "" if nothing; header: what stands before it;
-    tokens: that the tokenizer has of its own; marked: the same template with generation markers."""
+    """A chat template and what is expected of it.
+
+    Attributes:
+        template: of the model.
+        eos: the tokenizer's.
+        learned: learned(messages, i) returns the learned text of turn i; "" if nothing is learned.
+        headers: texts before a learned turn.
+        tokens: the tokenizer's added tokens.
+        marked: the same template with generation markers.
+    """
 
     template: str
     eos: str
@@ -157,30 +171,42 @@ MISTRAL_TOKENS = (
 )
 GPT = "<|start|> <|end|> <|message|> <|channel|> <|call|> <|return|>"
 DEEPSEEK = (
-    "<｜User｜> <｜Assistant｜> <｜tool▁calls▁begin｜> <｜tool▁call▁begin｜> <｜tool▁sep｜> <｜tool▁call▁end｜>"
-    " <｜tool▁calls▁end｜> <｜tool▁outputs▁begin｜> <｜tool▁outputs▁end｜> <｜tool▁output▁begin｜> <｜tool▁output▁end｜>"
+    "<｜User｜> <｜Assistant｜> <｜tool▁calls▁begin｜> <｜tool▁call▁begin｜> <｜tool▁sep｜>"
+    " <｜tool▁call▁end｜>"
+    " <｜tool▁calls▁end｜> <｜tool▁outputs▁begin｜> <｜tool▁outputs▁end｜> <｜tool▁output▁begin｜>"
+    " <｜tool▁output▁end｜>"
 )
 MODELS = {
-    "llama 3": lambda: Model(trl_template("llama3"), "<|eot_id|>", closed_by("<|eot_id|>"), (LLAMA_HEADER,), LLAMA,
-                             trl_template("llama3_training")),
+    "llama 3": lambda: Model(trl_template("llama3"), "<|eot_id|>", closed_by("<|eot_id|>"), (LLAMA_HEADER,),
+                             LLAMA, trl_template("llama3_training")),
     "llama 3.1": lambda: Model(trl_template("llama3_1"), "<|eot_id|>", of_llama31, (LLAMA_HEADER,), LLAMA),
-    "qwen 2.5": lambda: Model(trl_template("qwen2_5"), "<|im_end|>", of_qwen25, (IM_HEADER,), IM, trl_template("qwen2_5_training")),
-    "qwen 3": lambda: Model(trl_template("qwen3"), "<|im_end|>", of_qwen3, (IM_HEADER,), f"{IM} <think> </think> <tool_call> </tool_call>",
+    "qwen 2.5": lambda: Model(trl_template("qwen2_5"), "<|im_end|>", of_qwen25, (IM_HEADER,), IM,
+        trl_template("qwen2_5_training")),
+    "qwen 3": lambda: Model(trl_template("qwen3"), "<|im_end|>", of_qwen3, (IM_HEADER,),
+        f"{IM} <think> </think> <tool_call> </tool_call>",
                             trl_template("qwen3_training")),
-    "gemma 2": lambda: Model(trl_template("gemma"), "<eos>", closed_by("<end_of_turn>"), ("<start_of_turn>model\n",),
+    "gemma 2": lambda: Model(trl_template("gemma"), "<eos>", closed_by("<end_of_turn>"),
+        ("<start_of_turn>model\n",),
                              "<start_of_turn> <end_of_turn>", trl_template("gemma_training")),
-    "gemma 3": lambda: Model(trl_template("gemma3"), "<eos>", closed_by("<end_of_turn>"), ("<start_of_turn>model\n",),
+    "gemma 3": lambda: Model(trl_template("gemma3"), "<eos>", closed_by("<end_of_turn>"),
+        ("<start_of_turn>model\n",),
                              "<start_of_turn> <end_of_turn>", trl_template("gemma3_training")),
     "mistral v3": lambda: Model(templates.MISTRAL_V3, "</s>", of_mistral(" "), INST, MISTRAL_TOKENS),
     "tekken": lambda: Model(templates.TEKKEN, "</s>", of_mistral(""), INST, MISTRAL_TOKENS),
-    "phi 3": lambda: Model(trl_template("phi3"), "<|endoftext|>", of_phi3, ("<|assistant|>\n",), "<|end|> <|user|> <|assistant|> <|system|>",
+    "phi 3": lambda: Model(trl_template("phi3"), "<|endoftext|>", of_phi3, ("<|assistant|>\n",),
+        "<|end|> <|user|> <|assistant|> <|system|>",
                            trl_template("phi3_training")),
-    "phi 4": lambda: Model(templates.PHI4, "<|im_end|>", closed_by("<|im_end|>"), ("<|im_start|>assistant<|im_sep|>",), f"{IM} <|im_sep|>"),
-    "gpt-oss": lambda: Model(trl_template("gptoss"), "<|return|>", of_gpt_oss, ("<|start|>assistant",), GPT, trl_template("gptoss_training")),
-    "chatml": lambda: Model(templates.PLAIN_CHATML, "<|endoftext|>", closed_by("<|im_end|>"), (IM_HEADER,), IM),
-    "zephyr": lambda: Model(templates.ZEPHYR, "</s>", closed_by("</s>"), ("<|assistant|>\n",), "<|user|> <|assistant|>"),
+    "phi 4": lambda: Model(templates.PHI4, "<|im_end|>", closed_by("<|im_end|>"),
+        ("<|im_start|>assistant<|im_sep|>",), f"{IM} <|im_sep|>"),
+    "gpt-oss": lambda: Model(trl_template("gptoss"), "<|return|>", of_gpt_oss, ("<|start|>assistant",), GPT,
+        trl_template("gptoss_training")),
+    "chatml": lambda: Model(templates.PLAIN_CHATML, "<|endoftext|>", closed_by("<|im_end|>"), (IM_HEADER,),
+        IM),
+    "zephyr": lambda: Model(templates.ZEPHYR, "</s>", closed_by("</s>"), ("<|assistant|>\n",),
+        "<|user|> <|assistant|>"),
     "deepseek": lambda: Model(trl_template("deepseekv3"), "<｜end▁of▁sentence｜>", of_deepseek,
-                              ("<｜Assistant｜>", "<｜tool▁outputs▁end｜>"), DEEPSEEK, trl_template("deepseekv3_training")),
+                              ("<｜Assistant｜>", "<｜tool▁outputs▁end｜>"), DEEPSEEK,
+                                  trl_template("deepseekv3_training")),
 }  # fmt: skip
 
 
@@ -197,8 +223,10 @@ def row_of(name: str) -> dict:
 
 
 def by_hand(name: str) -> list[dict]:
-    """The conversation as transformers 5.17 takes it: no nulls, an empty content in their place, a thought under both
-    names that these templates have."""
+    """Return the conversation as transformers 5.17 takes it.
+
+    It has no nulls, but an empty content in their place, and a thought under both names that templates have.
+    """
     made = []
     for message in CONVERSATIONS[name]:
         thought = message.get("reasoning_content")
@@ -211,7 +239,7 @@ def by_hand(name: str) -> list[dict]:
 def render(model: Model, name: str):
     """(the tokenizer, what training sees of the conversation), None where the template refuses it."""
     tokenizer = tokenizer_of(model)
-    values = checked(row_of(name), FORMATS["chat"], "here")
+    values = check_row(row_of(name), FORMATS["chat"], "here")
     try:
         return tokenizer, FORMATS["chat"].render(values, RenderContext(tokenizer))
     except TEMPLATE_ERRORS:
@@ -231,7 +259,7 @@ REFUSED = {
 @pytest.mark.parametrize("conversation", CONVERSATIONS)
 @pytest.mark.parametrize("model", MODELS)
 def test_what_is_learned(model, conversation):
-    """What the model's format says of each turn is learned, behind the header that asks for it, and nothing else."""
+    """Of each turn, the text by the model's format is learned, after its header, and nothing else."""
     made = MODELS[model]()
     _, rendered = render(made, conversation)
     assert (rendered is None) == (conversation in REFUSED.get(model, ()))
@@ -297,7 +325,8 @@ def test_of_a_template_without_markers_what_its_markers_would_say(model, convers
 
 @pytest.mark.parametrize("model, conversation", [
     *((model, "three turns") for model in MARKED),
-    *((model, conversation) for model in SHOWS_CALLS for conversation in ("call without content", "thinking")),
+    *((model, conversation) for model in SHOWS_CALLS for conversation in ("call without content",
+        "thinking")),
 ])  # fmt: skip
 def test_a_template_s_own_markers_are_what_is_learned(model, conversation):
     """Token for token."""
@@ -314,7 +343,7 @@ def test_turns_between_markers_that_are_not_learned():
     made = dataclasses.replace(MODELS["chatml"](), template=trl_template("qwen2_5_training"))
     tokenizer = tokenizer_of(made)
     messages = [user(), says("No", train=False), user(), says(""), user(), says("Yes")]
-    values = checked({"messages": messages}, FORMATS["chat"], "here")
+    values = check_row({"messages": messages}, FORMATS["chat"], "here")
     rendered = FORMATS["chat"].render(values, RenderContext(tokenizer))
     assert [rendered.text[s:e] for s, e in rendered.learned] == ["\nYes<|im_end|>\n"]
 
@@ -335,7 +364,7 @@ def test_an_answer_of_nothing_but_special_tokens_is_none(special, trl):
             [user(), says(content), user(), says("Yes")],
             [user(), says("Yes"), user(), says(content)],
         ]
-        values = [checked({"messages": m}, FORMATS["chat"], "here") for m in conversations]
+        values = [check_row({"messages": m}, FORMATS["chat"], "here") for m in conversations]
         rendered = [FORMATS["chat"].render(v, RenderContext(tokenizer)) for v in values]
         return tokenize(rendered, tokenizer, 10_000, "here")
 
@@ -345,24 +374,27 @@ def test_an_answer_of_nothing_but_special_tokens_is_none(special, trl):
     assert tokenizer.decode(rows.tokens[rows.learned]).count("Yes<|im_end|>") == 2
 
 
-@pytest.mark.parametrize("model, stops", [
-    ("llama 3.1", "<|eot_id|>"), ("qwen 2.5", "<|im_end|>"), ("qwen 3", "<|im_end|>"), ("gemma 3", "<end_of_turn>"),
-    ("mistral v3", "</s>"), ("phi 3", "<|end|>"), ("gpt-oss", "<|return|> <|call|>"), ("chatml", "<|im_end|>"),
+@pytest.mark.parametrize("model, stop_ids", [
+    ("llama 3.1", "<|eot_id|>"), ("qwen 2.5", "<|im_end|>"), ("qwen 3", "<|im_end|>"),
+        ("gemma 3", "<end_of_turn>"),
+    ("mistral v3", "</s>"), ("phi 3", "<|end|>"), ("gpt-oss", "<|return|> <|call|>"),
+        ("chatml", "<|im_end|>"),
     ("zephyr", "</s>"), ("deepseek", "<｜end▁of▁sentence｜>"),
 ])  # fmt: skip
-def test_the_tokens_that_a_model_learns_to_stop_with(model, stops):
+def test_the_tokens_that_a_model_learns_to_stop_with(model, stop_ids):
     tokenizer = tokenizer_of(MODELS[model]())
-    assert learned_stops("chat", RenderContext(tokenizer)) == sorted(
-        tokenizer.convert_tokens_to_ids(stops.split())
+    assert learned_stop_ids("chat", RenderContext(tokenizer)) == sorted(
+        tokenizer.convert_tokens_to_ids(stop_ids.split())
     )
-    assert learned_stops("alpaca", RenderContext(tokenizer)) == []
+    assert learned_stop_ids("alpaca", RenderContext(tokenizer)) == []
 
 
 # Templates that close turns in other ways. Shown is what is learned of "a", then of "c".
 
 
 BEFORE_NEXT = (  # the closing of a turn is written with the next header
-    "{% for m in messages %}{{ ('<|im_end|>\n' if not loop.first else '') + '<|im_start|>' + m.role + '\n' + m.content }}"
+    "{% for m in messages %}{{ ('<|im_end|>\n' if not loop.first else '') + '<|im_start|>' + m.role + '\n'"
+    " + m.content }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_end|>\n<|im_start|>assistant\n' }}{% endif %}"
 )
 NEEDS_SYSTEM = (
@@ -373,15 +405,19 @@ NEEDS_TWO_TURNS = (
     "{% if messages | length < 3 %}{{ raise_exception('too short') }}{% endif %}" + templates.PLAIN_CHATML
 )
 VICUNA = (
-    "{% for m in messages %}{{ ('USER: ' if m.role == 'user' else 'ASSISTANT: ') + m.content + ' ' }}{% endfor %}"
+    "{% for m in messages %}{{ ('USER: ' if m.role == 'user' else 'ASSISTANT: ') + m.content + ' ' }}"
+    "{% endfor %}"
     "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 )
-UNMARKED_END = "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}" \
-    "{% else %}{{ '<|im_start|>' + m.content }}{% endif %}{{ '<|im_end|>' }}{% endfor %}"  # fmt: skip
+UNMARKED_END = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}"
+    "{% else %}{{ '<|im_start|>' + m.content }}{% endif %}{{ '<|im_end|>' }}{% endfor %}"
+)
 CLOSED = {
     "with the next header": (BEFORE_NEXT, ["a<|im_end|>", "c"], True),
     "with the next header, and an EOS at the end": (
-        BEFORE_NEXT + "{% if not add_generation_prompt %}{{ eos_token }}{% endif %}", ["a<|im_end|>", "c</s>"], False),
+        BEFORE_NEXT + "{% if not add_generation_prompt %}{{ eos_token }}{% endif %}",
+            ["a<|im_end|>", "c</s>"], False),
     "after a system message": (NEEDS_SYSTEM, ["a<|im_end|>", "c<|im_end|>"], False),
     "from the second turn on": (NEEDS_TWO_TURNS, ["a<|im_end|>", "c<|im_end|>"], False),
     "by nothing": (VICUNA, [" a", " c"], True),
@@ -395,39 +431,42 @@ def test_turns_that_are_closed_otherwise(name):
     template, learned, told = CLOSED[name]
     tokenizer = tokenizer_of(Model(template, "</s>", closed_by(""), (), IM))
     messages = [{"role": "system", "content": "s"}, user("q"), says("a"), user("r"), says("c")]
-    values = checked({"messages": messages}, FORMATS["chat"], "here")
+    values = check_row({"messages": messages}, FORMATS["chat"], "here")
     context = RenderContext(tokenizer)
     rendered = FORMATS["chat"].render(values, context)
     assert [rendered.text[start:end] for start, end in rendered.learned] == learned
     assert rendered.text == tokenizer.apply_chat_template(messages, tokenize=False)
-    remarks = unclosed(context.chat, [rendered.text[slice(*rendered.learned[-1])]])
+    remarks = describe_missing_endings(context.chat, [rendered.text[slice(*rendered.learned[-1])]])
     assert bool(remarks) == told and all("is not taught to stop" in remark for remark in remarks)
 
 
 def test_a_closing_that_is_no_token():
-    """ChatML over a tokenizer without its tokens: its letters are learned, and end an answer wherever one is read."""
+    """ChatML for a tokenizer without its tokens: their letters are learned, and end an answer as text."""
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = templates.PLAIN_CHATML
     context = RenderContext(tokenizer)
     rendered = FORMATS["chat"].render({"messages": [user(), says()]}, context)
     assert rendered.marker == FORMATS["chat"].marker(context) == "<|im_end|>"
-    prompt = prompt_of(rendered, tokenizer, 999, learned_stops("chat", context))
+    prompt = make_row_prompt(rendered, tokenizer, 999, learned_stop_ids("chat", context))
     assert (prompt.answer, prompt.marker) == ("Yo", "<|im_end|>")
-    (remark,) = unclosed(context.chat, ["Yo<|im_end|>"])
+    (remark,) = describe_missing_endings(context.chat, ["Yo<|im_end|>"])
     assert "'<|im_end|>', for which the tokenizer has no token" in remark
     assert FORMATS["chat"].marker(RenderContext(tokenizer_of(MODELS["qwen 3"]()))) is None
 
 
 MARKED_APART = (
-    "{% for m in messages %}{% if m.role == 'assistant' %}{{ '<|im_start|>assistant\n' }}{% generation %}{{ '<think>' +"
+    "{% for m in messages %}{% if m.role == 'assistant' %}{{ '<|im_start|>assistant\n' }}{% generation %}"
+    "{{ '<think>' +"
     " m.reasoning_content }}{% endgeneration %}{{ '</think>' }}{% generation %}{{ m.content + '<|im_end|>' }}"
-    "{% endgeneration %}{% else %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' }}{% endif %}{% endfor %}"
+    "{% endgeneration %}{% else %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' }}"
+    "{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
 
 @pytest.mark.parametrize("template, answer", [
-    (MARKED_APART, "<think>h</think>c"), (trl_template("phi3_training"), "c"), (trl_template("qwen2_5_training"), "c"),
+    (MARKED_APART, "<think>h</think>c"),
+    (trl_template("phi3_training"), "c"), (trl_template("qwen2_5_training"), "c"),
 ])  # fmt: skip
 def test_evaluation_asks_without_any_part_of_the_answer(template, answer):
     """Also where the template's markers have several parts for one turn."""
@@ -435,8 +474,8 @@ def test_evaluation_asks_without_any_part_of_the_answer(template, answer):
     tokenizer = tokenizer_of(made)
     messages = [user("q"), says("a", reasoning_content="g"), user("r"), says("c", reasoning_content="h")]
     context = RenderContext(tokenizer)
-    rendered = FORMATS["chat"].render(checked({"messages": messages}, FORMATS["chat"], "here"), context)
-    prompt = prompt_of(rendered, tokenizer, 999, learned_stops("chat", context))
+    rendered = FORMATS["chat"].render(check_row({"messages": messages}, FORMATS["chat"], "here"), context)
+    prompt = make_row_prompt(rendered, tokenizer, 999, learned_stop_ids("chat", context))
     asked = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
     assert asked.startswith(prompt.text) and asked.removeprefix(prompt.text) in ("", "\n")
     assert prompt.answer == answer

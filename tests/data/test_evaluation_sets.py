@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from itertools import pairwise
 
-from data.evaluation_sets import held_rows, prepare_sets, prompt_of
+from data.evaluation_sets import make_row_prompt, prepare_sets, read_evaluation_rows
 from data.formats import ALPACA, FORMATS, QA
 from options.train import parse
 from tests.helpers.evaluation import options
@@ -35,8 +35,7 @@ def texts(rows) -> list[str]:
 
 
 def test_other_rows_are_put_as_the_data_is(checkpoints, alpaca_file, tmp_path):
-    """In the format that was recognised for the data, which the options keep; rows without its columns in their
-    own."""
+    """They have the data's format, which the options keep; rows without its columns have their own format."""
     both = {"question": "Why?", "answer": "So.", "instruction": "Do it.", "output": "Done."}
     (tmp_path / "both.jsonl").write_text(json.dumps(both) + "\n")
     (tmp_path / "qa.jsonl").write_text('{"question": "Who?", "answer": "I."}\n' * 3)
@@ -50,7 +49,7 @@ def test_other_rows_are_put_as_the_data_is(checkpoints, alpaca_file, tmp_path):
 
     config, prompt, held = sets(tmp_path / "qa.jsonl", "--eval_dataset", tmp_path / "both.jsonl")
     assert (config.dataset_format, prompt, held) == ("qa", why, [f"<s>{why}So.</s>"])
-    assert held_rows(config, BYTES)[0][0].text == f"{why}So."  # evaluate.py, later
+    assert read_evaluation_rows(config, BYTES)[0][0].text == f"{why}So."  # evaluate.py, later
     config, prompt, _ = sets(alpaca_file, "--eval_dataset", tmp_path / "both.jsonl")
     assert (config.dataset_format, prompt) == ("alpaca", ALPACA.format(instruction="Do it."))
     for asked in ("ask.txt", "both.jsonl"):
@@ -78,9 +77,9 @@ def test_columns_that_are_not_read_are_told_of_both_sets(checkpoints, tmp_path):
 
 def test_the_prompt_of_a_row(checkpoints):
     rendered = FORMATS["alpaca"].render({"instruction": "Add.", "output": " 3 "})
-    made = prompt_of(rendered, BYTES, 1000)
+    made = make_row_prompt(rendered, BYTES, 1000)
     assert made.text.endswith("Add.\n\n### Response:\n") and made.answer == "3"
     assert made.ids == BYTES(made.text)["input_ids"]
-    assert prompt_of(rendered, BYTES, 7).ids == made.ids[-7:]
-    plain = prompt_of(FORMATS["completion"].render({"text": "a b c d e f g h i j"}), BYTES, 1000)
+    assert make_row_prompt(rendered, BYTES, 7).ids == made.ids[-7:]
+    plain = make_row_prompt(FORMATS["completion"].render({"text": "a b c d e f g h i j"}), BYTES, 1000)
     assert (plain.text, plain.answer) == ("a b c d e f g h", "")

@@ -7,8 +7,8 @@ import pytest
 
 from benchmarks.make_checkpoint import byte_tokenizer
 from data.chat import ChatTemplate
-from data.encoding import prompt_ids
-from data.formats import FORMATS, GUANACO_MARKERS, RenderContext, asked, checked
+from data.encoding import encode_prompt
+from data.formats import FORMATS, GUANACO_MARKERS, RenderContext, check_row, continue_dialogue
 from data.tokenizing import tokenize
 from options.config import DATASET_FORMATS
 from options.errors import UserError
@@ -21,7 +21,7 @@ TOKENIZER = byte_tokenizer()
 
 
 def render(name: str, row: dict, tokenizer=TOKENIZER, markers=GUANACO_MARKERS):
-    return FORMATS[name].render(checked(row, FORMATS[name], "here"), RenderContext(tokenizer, markers))
+    return FORMATS[name].render(check_row(row, FORMATS[name], "here"), RenderContext(tokenizer, markers))
 
 
 def learned(rendered) -> list[str]:
@@ -44,12 +44,15 @@ def talk(*contents: str, system: str | None = None) -> dict:
 
 
 ALPACA = (
-    "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+    "Below is an instruction that describes a task. Write a response that appropriately completes the"
+    " request."
     "\n\n### Instruction:\nName a {city}.\n\n### Response:\nParis {{}}"
 )
 ALPACA_INPUT = (
-    "Below is an instruction that describes a task, paired with an input that provides further context. Write a"
-    " response that appropriately completes the request.\n\n### Instruction:\nName a {city}.\n\n### Input:\nin"
+    "Below is an instruction that describes a task, paired with an input that provides further context."
+    " Write a"
+    " response that appropriately completes the request.\n\n### Instruction:\nName a {city}."
+    "\n\n### Input:\nin"
     " France\n\n### Response:\nParis {{}}"
 )
 CITY = {"instruction": "Name a {city}.", "output": "Paris {{}}"}
@@ -113,7 +116,7 @@ def test_stanfords_prompt_gives_fsdp_qloras_tokens_and_labels(kind, row):
 
 def prompt(name: str, row: dict, tokenizer=TOKENIZER, markers=GUANACO_MARKERS) -> str:
     context = RenderContext(tokenizer, markers)
-    return FORMATS[name].prompt(checked(row, FORMATS[name], "here", answered=False), context)
+    return FORMATS[name].prompt(check_row(row, FORMATS[name], "here", needs_answer=False), context)
 
 
 @pytest.mark.parametrize("case", EXACT)
@@ -123,7 +126,7 @@ def test_a_prompt_is_the_text_before_the_answer(case):
     rendered = render(name, row)
     before = rendered.text if name == "completion" else rendered.text[: rendered.learned[0][0]]
     assert prompt(name, row) == before
-    assert prompt(name, {k: v for k, v in row.items() if k != FORMATS[name].answer}) == before
+    assert prompt(name, {k: v for k, v in row.items() if k != FORMATS[name].answer_column}) == before
     assert name == "completion" or before + answer == rendered.text
 
 
@@ -138,18 +141,18 @@ def test_a_prompt_is_the_text_before_the_answer(case):
 def test_a_bare_question_is_put_as_the_data_puts_it(name, answered, markers):
     form, tokenizer = FORMATS[name], chat_tokenizer(templates.CHATML)
     rendered = render(name, answered, tokenizer, markers)
-    text = form.prompt(form.asking("Why?", markers), RenderContext(tokenizer, markers))
+    text = form.prompt(form.make_prompt_row("Why?", markers), RenderContext(tokenizer, markers))
     assert text == rendered.text[: rendered.learned[0][0]]
-    assert form.special == rendered.special
+    assert form.add_special_tokens == rendered.add_special_tokens
 
 
 def test_the_tokens_of_a_prompt():
     """Without the EOS that a tokenizer adds by itself, but with one that the text has."""
     ending, plain = small_tokenizers.ending(), TOKENIZER
     assert ending("ab")["input_ids"][-1] == ending.eos_token_id
-    assert prompt_ids("ab", ending, special=True) == ending("ab")["input_ids"][:-1]
-    assert prompt_ids("ab</s>", plain, special=True) == plain("ab</s>")["input_ids"]
-    assert prompt_ids("ab", plain, special=False) == plain("ab")["input_ids"][1:]
+    assert encode_prompt("ab", ending, add_special_tokens=True) == ending("ab")["input_ids"][:-1]
+    assert encode_prompt("ab</s>", plain, add_special_tokens=True) == plain("ab</s>")["input_ids"]
+    assert encode_prompt("ab", plain, add_special_tokens=False) == plain("ab")["input_ids"][1:]
 
 
 @pytest.mark.parametrize("name, row", [
@@ -165,11 +168,13 @@ def test_a_blank_answer_is_not_learned(name, row):
 
 # text, what is learned, whether EOS follows
 GUANACO = {
-    "no line breaks": ("### Human: Hi### Assistant: Yo!### Human: Bye### Assistant: Ciao", [" Yo!", " Ciao"], True),
+    "no line breaks": ("### Human: Hi### Assistant: Yo!### Human: Bye### Assistant: Ciao", [" Yo!", " Ciao"],
+        True),
     "line breaks": ("### Human: Hi\n### Assistant: Yo\n\n!\n### Human: Bye\n### Assistant: Ciao \n",
                     [" Yo\n\n!", " Ciao"], True),
     "ends with the human": ("### Human: Hi### Assistant: Yo### Human: Bye", [" Yo"], False),
-    "ends with an empty answer": ("### Human: Hi### Assistant: Yo### Human: Bye### Assistant:", [" Yo"], False),
+    "ends with an empty answer": ("### Human: Hi### Assistant: Yo### Human: Bye### Assistant:", [" Yo"],
+        False),
     "two answers in a row": ("### Assistant: Yo### Assistant: Ciao", [" Yo", " Ciao"], True),
     "preamble": ("A chat.\n### Human: Hi\n### Assistant: Yo", [" Yo"], True),
 }  # fmt: skip
@@ -202,9 +207,15 @@ def test_a_dialogue_that_goes_on_is_one_of_the_data(markers):
     text = between.join(f"{markers[i % 2]} {said}" for i, said in enumerate(["Hi", "Yo", "Bye", "Ciao"]))
     rendered = render("guanaco", {"text": text}, markers=markers)
     first, second = (text[:start] for start, _ in rendered.learned)
-    assert asked("Hi", "", None, markers) == prompt("guanaco", {"text": first}, markers=markers) == first
     assert (
-        asked("Bye", first, " Yo", markers) == prompt("guanaco", {"text": second}, markers=markers) == second
+        continue_dialogue("Hi", "", None, markers)
+        == prompt("guanaco", {"text": first}, markers=markers)
+        == first
+    )
+    assert (
+        continue_dialogue("Bye", first, " Yo", markers)
+        == prompt("guanaco", {"text": second}, markers=markers)
+        == second
     )
 
 
@@ -225,23 +236,29 @@ CHATS = {
                             ["Yo<|im_end|>", "Ciao<|im_end|>"]),
     "chatml, ends with the user": (templates.CHATML, QWEN2, talk("Hi", "Yo", "Bye"), ["Yo<|im_end|>"]),
     "chatml, one empty answer": (templates.CHATML, QWEN2, talk("Hi", "", "Bye", "Ciao"), ["Ciao<|im_end|>"]),
-    "chatml, EOS in the answer": (templates.CHATML, QWEN2, talk("Hi", "a<|im_end|>b"), ["a<|im_end|>b<|im_end|>"]),
+    "chatml, EOS in the answer": (templates.CHATML, QWEN2, talk("Hi", "a<|im_end|>b"),
+        ["a<|im_end|>b<|im_end|>"]),
     "llama 3": (templates.LLAMA3, LLAMA3_END, talk("Hi", "\n Yo ", "Bye", "Ciao", system="S"),
                 ["Yo<|eot_id|>", "Ciao<|eot_id|>"]),
     "llama 3, another EOS": (templates.LLAMA3, "</s>", talk("Hi", "Yo", "Bye", "Ciao"),
                              ["Yo<|eot_id|>", "Ciao<|eot_id|>"]),
-    "llama 2": (templates.LLAMA2, "</s>", talk("Hi", "Yo ", "Bye", "Ciao", system="S"), [" Yo </s>", " Ciao </s>"]),
+    "llama 2": (templates.LLAMA2, "</s>", talk("Hi", "Yo ", "Bye", "Ciao", system="S"),
+        [" Yo </s>", " Ciao </s>"]),
     "mistral": (templates.MISTRAL, "</s>", talk("Hi", " Yo", "Bye", "Ciao"), [" Yo</s>", "Ciao</s>"]),
-    "gemma": (templates.GEMMA, "<eos>", talk("Hi", "Yo", "Bye", "Ciao "), ["Yo<end_of_turn>", "Ciao<end_of_turn>"]),
+    "gemma": (templates.GEMMA, "<eos>", talk("Hi", "Yo", "Bye", "Ciao "),
+        ["Yo<end_of_turn>", "Ciao<end_of_turn>"]),
     "qwen 3": (templates.QWEN3, QWEN2, talk("Hi", "Yo", "Bye", "Ciao"),
                ["Yo<|im_end|>", THINK.format("", "Ciao<|im_end|>")]),
-    "qwen 3, reasoning": (templates.QWEN3, QWEN2, talk("Hi", THINK.format("h", "Yo"), "Bye", THINK.format("b", "Ciao")),
+    "qwen 3, reasoning": (templates.QWEN3, QWEN2,
+        talk("Hi", THINK.format("h", "Yo"), "Bye", THINK.format("b", "Ciao")),
                           ["Yo<|im_end|>", THINK.format("b", "Ciao<|im_end|>")]),
     "qwen 3, another EOS": (templates.QWEN3, "</s>", talk("Hi", "Yo", "Bye", "Ciao"),
                             ["Yo<|im_end|>", THINK.format("", "Ciao<|im_end|>")]),
-    "no generation prompt": (templates.QWEN3.partition("{% if add_gen")[0], QWEN2, talk("Hi", "Yo", "Bye", "Ciao"),
+    "no generation prompt": (templates.QWEN3.partition("{% if add_gen")[0], QWEN2,
+        talk("Hi", "Yo", "Bye", "Ciao"),
                              [ASKED + "Yo<|im_end|>", ASKED + THINK.format("", "Ciao<|im_end|>")]),
-    "deepseek r1": (templates.R1, "</s>", talk("Hi", "<think>h</think>Yo", "Bye", "Ciao"), ["Yo</s>", "Ciao</s>"]),
+    "deepseek r1": (templates.R1, "</s>", talk("Hi", "<think>h</think>Yo", "Bye", "Ciao"),
+        ["Yo</s>", "Ciao</s>"]),
 }  # fmt: skip
 
 
@@ -262,7 +279,7 @@ def test_chat(case):
 
 @pytest.mark.parametrize("case", CHATS)
 def test_a_prompt_of_a_conversation(case):
-    """The prompt ends where training begins to learn; with the generation prompt where the template has one."""
+    """It ends where the learned text begins, with the generation prompt if the template has one."""
     template, eos, row, _ = CHATS[case]
     tokenizer = chat_tokenizer(template, eos)
     messages = row["messages"]
@@ -289,10 +306,11 @@ def test_what_a_prompt_cannot_be_made_of():
 
 
 @pytest.mark.parametrize("template, ending", [
-    ("CHATML", "<|im_end|>\n"), ("LLAMA3", "<|eot_id|>"), ("LLAMA2", " </s>"), ("MISTRAL", "</s>"), ("DEAF", ""),
+    ("CHATML", "<|im_end|>\n"), ("LLAMA3", "<|eot_id|>"), ("LLAMA2", " </s>"), ("MISTRAL", "</s>"),
+        ("DEAF", ""),
 ])  # fmt: skip
 def test_what_a_template_ends_a_turn_with(template, ending):
-    assert ChatTemplate(chat_tokenizer(getattr(templates, template), "</s>")).closings.last == ending
+    assert ChatTemplate(chat_tokenizer(getattr(templates, template), "</s>")).endings.after_answer == ending
 
 
 @pytest.mark.parametrize("template", ["CHATML", "LLAMA3", "LLAMA2", "MISTRAL", "GEMMA", "QWEN3", "R1"])
@@ -324,7 +342,8 @@ def test_a_conversation_that_the_assistant_begins():
 @pytest.mark.parametrize("template, row, error, message", [
     (templates.MISTRAL, talk("Hi", "Yo", system="S"), jinja2.TemplateError, "Only user and assistant"),
     (templates.GEMMA, talk("Hi", "Yo", system="S"), jinja2.TemplateError, "System role not supported"),
-    (templates.LLAMA2, {"messages": talk("Hi", "Yo")["messages"][1:]}, jinja2.TemplateError, "must alternate"),
+    (templates.LLAMA2, {"messages": talk("Hi", "Yo")["messages"][1:]}, jinja2.TemplateError,
+        "must alternate"),
     (templates.FORGETFUL, talk("Hi", "Yo", "Bye", "Ciao"), ValueError, "does not show"),
     (templates.DEAF, talk("Hi", "Yo"), ValueError, "does not show"),
     (templates.QUOTING, talk("Hi", "Yo", "Bye", "Ciao"), ValueError, "as it is"),
@@ -339,7 +358,7 @@ def test_absent_keys_of_a_message_stay_absent():
     """Parquet gives every message every key; Llama 3.1's template asks whether tool_calls is there."""
     template = "{% for m in messages %}{{ 'TOOLS' if 'tool_calls' in m else m.content }}{% endfor %}"
     row = {"messages": [{"role": "user", "content": "Hi", "tool_calls": None, "name": "Ann"}]}
-    assert checked(row, FORMATS["chat"], "here")["messages"] == [
+    assert check_row(row, FORMATS["chat"], "here")["messages"] == [
         {"role": "user", "content": "Hi", "name": "Ann"}
     ]
     assert render("chat", row, chat_tokenizer(template)).text == "Hi"
@@ -358,12 +377,12 @@ def test_absent_keys_of_a_message_stay_absent():
 ])  # fmt: skip
 def test_unusable_rows(name, row, message):
     with pytest.raises(UserError, match=f"^here: .*{message}"):
-        checked(row, FORMATS[name], "here")
+        check_row(row, FORMATS[name], "here")
 
 
 def test_a_dialogue_without_markers_is_dropped_not_an_error():
     row = FORMATS["guanaco"].render({"text": "plain text here"}, RenderContext())
-    assert row.learned == [] and not row.ends
+    assert row.learned == [] and not row.needs_eos
 
 
 def test_each_name_that_options_take_is_a_format():

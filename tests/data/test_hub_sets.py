@@ -48,7 +48,8 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
-NOT_DATA = {"README.md": "# Rows", "NOTES.md": "a\n", "LICENSE.txt": "MIT\n", "make.py": "", "config.json": "{}",
+NOT_DATA = {"README.md": "# Rows", "NOTES.md": "a\n", "LICENSE.txt": "MIT\n", "make.py": "",
+    "config.json": "{}",
             ".hidden.csv": "a\n1\n", ".git/a.csv": "a\n1\n", "__pycache__/b.csv": "a\n1\n"}  # fmt: skip
 README = "---\nlicense: mit\nconfigs:\n- config_name: default\n  data_files: '*.csv'\n---\n# Rows\n"
 WHOLE = {  # files, the answers that are read
@@ -56,13 +57,17 @@ WHOLE = {  # files, the answers that are read
     "several, by name": ({"b.jsonl": rows("3"), "a.jsonl": rows("1", "2"), "c/a.jsonl": rows("4")}, "1234"),
     "JSON in three spellings": ({"a.json": rows("1"), "B.JSONL": rows("2"), "c.ndjson": rows("3")}, "213"),
     "splits": ({"train.jsonl": rows("1"), "test.jsonl": rows("2"), "dev.jsonl": rows("3")}, "1"),
-    "splits in folders": ({"train/a.csv": rows("1"), "train/b.csv": rows("2"), "test/a.csv": rows("3")}, "12"),
+    "splits in folders": ({"train/a.csv": rows("1"), "train/b.csv": rows("2"), "test/a.csv": rows("3")},
+        "12"),
     "shards": ({f"data/train-0000{i}-of-00002.parquet": rows(str(i)) for i in (0, 1)}, "01"),
     "beside what is no data": ({"a.csv": rows("1")} | NOT_DATA, "1"),
-    "two kinds, of which README chooses": ({"a.csv": rows("1"), "b.jsonl": rows("2"), "README.md": README}, "1"),
-    "beside programs and logs": ({"rows.jsonl": rows("1"), "train.py": "", "train.log": "", "test.sh": ""}, "1"),
+    "two kinds, of which README chooses": ({"a.csv": rows("1"), "b.jsonl": rows("2"), "README.md": README},
+        "1"),
+    "beside programs and logs": ({"rows.jsonl": rows("1"), "train.py": "", "train.log": "", "test.sh": ""},
+        "1"),
     "packed": ({"a.jsonl.gz": rows("1", "2")}, "12"),  # by datasets
-    "a README that begins late": ({"a.csv": rows("1"), "b.jsonl": rows("2"), "README.md": "\n" + README}, "1"),
+    "a README that begins late": ({"a.csv": rows("1"), "b.jsonl": rows("2"), "README.md": "\n" + README},
+        "1"),
 }  # fmt: skip
 
 
@@ -76,15 +81,19 @@ def test_a_folder_is_read_whole(tmp_path, case):
 
 PART = {  # files, the words of the refusal
     "JSON and CSV": ({"a.jsonl": rows("1"), "b.csv": rows("2")}, "several kinds .*1 JSON.*1 CSV"),
-    "most of one kind": ({"a.jsonl": rows("1"), "b.json": rows("2"), "c.CSV": rows("3")}, r"\(2 JSON, 1 CSV\)"),
+    "most of one kind": ({"a.jsonl": rows("1"), "b.json": rows("2"), "c.CSV": rows("3")},
+        r"\(2 JSON, 1 CSV\)"),
     "parquet": ({"a.json": rows("1"), "b.parquet": rows("2")}, "1 JSON, 1 parquet"),
     "in folders": ({"x/a.jsonl": rows("1"), "y/b.csv": rows("2")}, "1 JSON, 1 CSV"),
     "in splits": ({"train.jsonl": rows("1"), "test.csv": rows("2")}, "1 JSON.*1 CSV|1 CSV.*1 JSON"),
     "packed and not": ({"a.jsonl": rows("1"), "a.jsonl.gz": rows("1")}, r"1 JSON, 1 \.jsonl\.gz"),
     "more texts than rows": ({"a.jsonl": rows("1"), "b.txt": "b\n", "c.txt": "c\n"}, r"2 \.txt, 1 JSON"),
-    "beside the splits": ({"train.jsonl": rows("1"), "more.jsonl": rows("2")}, r"1 of its 2 .* more\.jsonl, belong"),
-    "beside their folder": ({"train/a.csv": rows("1"), "b.csv": rows("2")}, r"b\.csv, belong to no split \(train\)"),
-    "beside shards": ({"data/train-00000-of-00001.parquet": rows("1"), "old.parquet": rows("2")}, "old.parquet, belong"),
+    "beside the splits": ({"train.jsonl": rows("1"), "more.jsonl": rows("2")},
+        r"1 of its 2 .* more\.jsonl, belong"),
+    "beside their folder": ({"train/a.csv": rows("1"), "b.csv": rows("2")},
+        r"b\.csv, belong to no split \(train\)"),
+    "beside shards": ({"data/train-00000-of-00001.parquet": rows("1"), "old.parquet": rows("2")},
+        "old.parquet, belong"),
     "another split": ({"test.jsonl": rows("1")}, "has no split train, only test"),
 }  # fmt: skip
 
@@ -131,17 +140,23 @@ def test_a_recipe_chooses(tmp_path):
 
 
 LEADS_OUT = {  # how a folder beside a recipe leads out of where it lies, what the refusal says
-    "a folder": (lambda rows: (rows / "x").symlink_to("/"), "rows/x: is a link out of the recipe's folder, to /;"),
-    "a file": (lambda rows: (rows / "b.jsonl").symlink_to("../../mine.jsonl"), r"rows/b\.jsonl: is a link out"),
+    "a folder": (lambda rows: (rows / "x").symlink_to("/"),
+        "rows/x: is a link out of the recipe's folder, to /;"),
+    "a file": (lambda rows: (rows / "b.jsonl").symlink_to("../../mine.jsonl"),
+        r"rows/b\.jsonl: is a link out"),
     "by way of a folder that does not": (
-        lambda rows: (written(rows.parent / "more", {"note.md": ""}) / "y").symlink_to("../.."), "rows/more/y: is a link out",
+        lambda rows: (written(rows.parent / "more", {"note.md": ""}) / "y").symlink_to("../.."),
+            "rows/more/y: is a link out",
     ),
     "README": (
-        lambda rows: write_file(rows / "README.md", README.replace("*.csv", str(rows.parents[1] / "mine.jsonl"))),
+        lambda rows: write_file(
+            rows / "README.md", README.replace("*.csv", str(rows.parents[1] / "mine.jsonl"))
+        ),
         r"its README\.md names .*mine\.jsonl, which is outside",
     ),
     "README, from above": (
-        lambda rows: write_file(rows / "README.md", README.replace("*.csv", "../../mine.jsonl")), "README.md names .*mine",
+        lambda rows: write_file(rows / "README.md", README.replace("*.csv", "../../mine.jsonl")),
+            "README.md names .*mine",
     ),
 }  # fmt: skip
 
@@ -174,8 +189,10 @@ def test_links_of_a_user_s_own_folder_are_bounded(tmp_path, monkeypatch):
         read(folder)
 
 
-PATTERNS = ["*", "**", "**/*", "*.csv", "**/*.csv", "x/*", "x/**", "**/x/*", "**/**/c.csv", "*/*.csv", "x/[cd].csv",
-            "?.csv", ".h/*", "**/.h/*", "x/.d.csv", "./x//c.csv", "z/*.csv", "absent", "X/*", "**/y/**/*.csv"]  # fmt: skip
+PATTERNS = ["*", "**", "**/*", "*.csv", "**/*.csv", "x/*", "x/**", "**/x/*", "**/**/c.csv", "*/*.csv",
+    "x/[cd].csv",
+            "?.csv", ".h/*", "**/.h/*", "x/.d.csv", "./x//c.csv", "z/*.csv", "absent", "X/*",
+                "**/y/**/*.csv"]  # fmt: skip
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
@@ -186,10 +203,10 @@ def test_a_pattern_means_what_glob_says(tmp_path, pattern):
     (folder / "z").symlink_to("x")
     found = glob.glob(os.path.join(glob.escape(str(folder)), pattern), recursive=True)
     expected = sorted({os.path.normpath(path) for path in found if os.path.isfile(path)})
-    assert folder_files.files_matching(str(folder), pattern) == expected
+    assert folder_files.glob_data_files(str(folder), pattern) == expected
     for name in ("circle", "x/one", "x/two"):  # in which glob goes round, and takes twice as long with each
         (folder / name).symlink_to(folder)
-    found = folder_files.files_matching(str(folder), pattern)
+    found = folder_files.glob_data_files(str(folder), pattern)
     assert found == expected
 
 
@@ -200,7 +217,8 @@ def test_texts_in_a_folder_stay_texts(tmp_path):
         folder = written(tmp_path / name[2:], {name: rows(*texts)})
         assert [row["answer"] for row in read(folder)] == texts
     place = find_place(tmp_path / "jsonl", '{"question": "Q", "answer": "A"}\n{"question": }\n')
-    assert place == f"--dataset {tmp_path}/jsonl/a.jsonl:2: not JSON (Expecting value)"
+    error = "not JSON (Expecting value); a .jsonl file has one object per line"
+    assert place == f"--dataset {tmp_path}/jsonl/a.jsonl:2: {error}"
 
 
 def find_place(folder, text: str) -> str:
@@ -232,7 +250,7 @@ UNREAD = {  # name: what to do
     "a.arrow": r"\.arrow files .*as \.parquet",
     "a.xlsx": r"\.xlsx files .*as \.csv",
     "a.pkl": r"\.pkl files .*nothing is unpickled",
-    "rows": "no suffix tells what it is",
+    "rows": "it has no suffix",
     "rows.mine": r"\.mine files are not read",
 }
 
@@ -262,8 +280,10 @@ def test_a_recipe_of_such_a_file(tmp_path, name):
 
 
 @pytest.mark.parametrize("dataset", [
-    "absent.jsonl", "absent.ndjson", "ABSENT.CSV", "absent/a.csv", "absent.toml", "absent.parquet", "./absent/x.jsonl",
-    "absent/x.jsonl.gz", "absent/x.tsv", "absent.jsonl.zst", "./absent", "../absent/x", "/absent/x", "~/absent", "~nobody", "a/b/c", "absent/",
+    "absent.jsonl", "absent.ndjson", "ABSENT.CSV", "absent/a.csv", "absent.toml", "absent.parquet",
+        "./absent/x.jsonl",
+    "absent/x.jsonl.gz", "absent/x.tsv", "absent.jsonl.zst", "./absent", "../absent/x", "/absent/x",
+        "~/absent", "~nobody", "a/b/c", "absent/",
     "https://example.invalid/a",
 ])  # fmt: skip
 def test_an_absent_path_is_no_hub_id(dataset, monkeypatch):
@@ -306,11 +326,12 @@ def hub(tmp_path, monkeypatch):
     loaded = datasets.load_dataset("csv", data_files=str(path), split="train")
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: loaded)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(hub_sets, "_reachable", lambda _: True)
+    monkeypatch.setattr(hub_sets, "_is_reachable", lambda _: True)
 
 
 @pytest.mark.parametrize("names, readme, told", [
-    (REPOSITORY, "# Rows", "data: me/rows has data files of several kinds (2 JSON, 1 CSV), of which one is read; write a recipe"),
+    (REPOSITORY, "# Rows", "data: me/rows has data files of several kinds (2 JSON, 1 CSV), of which one is"
+        " read; write a recipe"),
     (REPOSITORY, README, ""),
     (["a.csv", "README.md", "pictures.txt.md"], "# Rows", ""),
 ])  # fmt: skip
@@ -352,7 +373,8 @@ CSV = "question,answer\nzip of Adjuntas?,00601\nversion?,1.10\nid?,1234567890123
 )
 def test_files_that_a_readme_names_are_read_exactly(entry, exact, tmp_path):
     """Unless it also says how to read them: `datasets` does, and sees numbers."""
-    config = f"---\nconfigs:\n- config_name: default\n{entry}  data_files:\n  - split: train\n    path: a.csv\n---\n"
+    files = "  data_files:\n  - split: train\n    path: a.csv\n"
+    config = f"---\nconfigs:\n- config_name: default\n{entry}{files}---\n"
     folder = written(tmp_path / "data", {"a.csv": CSV, "b.csv": CSV, "README.md": config})
     read = hub_sets.read_folder(str(folder), "", "train", -1)
     answers = ["00601", "1.10", "12345678901234567890"]

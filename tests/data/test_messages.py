@@ -1,5 +1,7 @@
-"""What a conversation's rows bring along: tools, calls, reasoning, flags, the day; each compared with the text that
-transformers' own rendering of the cleaned conversation has."""
+"""Tools, calls, reasoning, flags and the day of conversations.
+
+Each is compared with transformers' own rendering of the cleaned conversation.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +14,13 @@ import pytest
 
 from benchmarks.make_checkpoint import byte_tokenizer
 from data.chat import ChatTemplate
+from data.chat_remarks import describe_hidden_parts
 from data.evaluation_sets import prepare_sets
 from data.examples import read_examples
-from data.messages import checked_messages, checked_tools
-from data.stops import base_stops
-from data.template_date import with_day
-from data.tokenizing import prepare
-from data.unshown import unshown
+from data.messages import check_messages, check_tools
+from data.stop_ids import read_base_stop_ids
+from data.template_date import set_template_date
+from data.tokenizing import tokenize_dataset
 from options.errors import UserError
 from options.train import parse
 from tests.helpers import chat_templates as templates
@@ -58,11 +60,11 @@ def write(path, *rows: dict) -> str:
 
 
 def trained_text(dataset: str, tokenizer) -> str:
-    return tokenizer.decode(prepare(dataset, "auto", -1, 10_000, tokenizer).tokens)
+    return tokenizer.decode(tokenize_dataset(dataset, "auto", -1, 10_000, tokenizer).tokens)
 
 
 def learned_text(dataset: str, tokenizer) -> str:
-    rows = prepare(dataset, "auto", -1, 10_000, tokenizer)
+    rows = tokenize_dataset(dataset, "auto", -1, 10_000, tokenizer)
     return tokenizer.decode(rows.tokens[rows.learned])
 
 
@@ -89,7 +91,7 @@ def test_no_tools_are_none(none, tmp_path):
 @pytest.mark.parametrize("tools", ["not JSON", {"a": 1}, [1], "[1]"])
 def test_tools_that_are_none(tools):
     with pytest.raises(UserError, match=r"^row 3: tools must be a list of objects"):
-        checked_tools(tools, "row 3")
+        check_tools(tools, "row 3")
 
 
 @pytest.mark.parametrize("template", ["qwen2_5", "deepseekv3"])
@@ -128,15 +130,34 @@ SPOILED = [
     (says(tool_calls=[call('{"x": 1e400}')]), "arguments of a tool call"),
     (says(tool_calls=[call({"x": [float("nan")]})]), "a tool or its call holds nan as a number"),
     (says(reasoning_content=["x"]), "reasoning must be a text"),
-    (says(content=[{"type": "text", "text": "x"}]), "a role and a content, both texts"),
-    ({"role": "tool", "content": None}, "a role and a content, both texts"),
+    (says(content=[{"type": "text"}]), r"message 1: its content is a list \(join the texts of its parts\)"),
+    ({"role": "tool", "content": {"x": 1}}, r"message 1: its content is an object \(write it as JSON text\)"),
+    ({"role": "tool", "content": 7}, "message 1: its content is a number"),
+    ({"role": "tool", "content": None}, "message 1 has no content, only role"),
+    ({"role": 1, "content": "x"}, "message 1: its role is a number"),
+    ({"from": "gpt", "value": "x"}, "message 1 has no role, only from, value"),
+    ({}, "message 1 has no role; messages must"),
+    (json.dumps(user()), "message 1 is a text"),
+    (None, "message 1 is null"),
 ]
 
 
 @pytest.mark.parametrize("message, error", SPOILED)
 def test_unusable_messages(message, error):
     with pytest.raises(UserError, match=f"^row 3: .*{error}"):
-        checked_messages([message], "row 3")
+        check_messages([message], "row 3")
+
+
+@pytest.mark.parametrize("messages, problem", [
+    (json.dumps([user(), says()]), "messages is the JSON text of a list"),
+    (user(), "messages is an object"),
+    ([], "messages is empty"),
+    ([user(), says(), user(), says(weight=2)], "message 4: weight of a message is 2"),
+    ([user(), says(content=["x"])], "message 2: its content is a list"),
+])  # fmt: skip
+def test_errors_of_messages_name_the_message_and_the_problem(messages, problem):
+    with pytest.raises(UserError, match=f"^row 3: {problem}"):
+        check_messages(messages, "row 3")
 
 
 @pytest.mark.parametrize("flag", [{"train": False}, {"weight": 0}, {"train": True, "weight": 0.0}])
@@ -157,7 +178,7 @@ def test_a_turn_that_its_row_leaves_out(flag, tmp_path):
 
 def test_a_row_with_nothing_to_train_is_dropped(tmp_path):
     rows = [{"messages": [user(), says("No", weight=0)]}, {"messages": [user(), says()]}]
-    made = prepare(write(tmp_path / "rows.jsonl", *rows), "auto", -1, 1000, QWEN)
+    made = tokenize_dataset(write(tmp_path / "rows.jsonl", *rows), "auto", -1, 1000, QWEN)
     assert made.dropped == 1 and len(made) == 1
 
 
@@ -212,12 +233,14 @@ DATED = {
     "gpt-oss": (trl_template("gptoss"), "Current date: 2024-02-29\n"),
     "llama 3.2": (trl_template("llama3_2"), "Today Date: 29 Feb 2024\n"),
     "of all parts": (
-        "\n  {% set day = strftime_now('%A, %-d %B %Y, %j %% %y-%m-%d %D %_d') %}\n{{ day }}{% for m in messages %}{{ m.content }}"
+        "\n  {% set day = strftime_now('%A, %-d %B %Y, %j %% %y-%m-%d %D %_d') %}\n{{ day }}{% for m in"
+        " messages %}{{ m.content }}"
         "{% endfor %}",
         "Thursday, 29 February 2024, 060 % 24-02-29 02/29/24 29",
     ),
     "in a macro": (
-        "{% macro today() %}{{ strftime_now(format='%d.%m.%Y') }}{% endmacro %}{{ today() }}{{ messages[0].content }}",
+        "{% macro today() %}{{ strftime_now(format='%d.%m.%Y') }}{% endmacro %}{{ today() }}"
+        "{{ messages[0].content }}",
         "29.02.2024",
     ),
 }
@@ -227,22 +250,22 @@ DATED = {
 def test_a_template_tells_the_day_of_the_run(name):
     template, told = DATED[name]
     tokenizer, messages = tokenizer_of(template), [user(), says()]
-    shown = ChatTemplate(tokenizer, "2024-02-29").show(messages)
+    shown = ChatTemplate(tokenizer, "2024-02-29").apply(messages)
     assert told in shown
-    today = ChatTemplate(tokenizer).show(messages)
+    today = ChatTemplate(tokenizer).apply(messages)
     assert today == tokenizer.apply_chat_template(messages, tokenize=False) != shown
-    assert today == ChatTemplate(tokenizer, datetime.date.today().isoformat()).show(messages)
+    assert today == ChatTemplate(tokenizer, datetime.date.today().isoformat()).apply(messages)
 
 
 def test_a_template_without_a_day_stays_as_it_is():
-    assert with_day(templates.CHATML, "2024-02-29") is templates.CHATML
+    assert set_template_date(templates.CHATML, "2024-02-29") is templates.CHATML
 
 
 # What is told
 
 
 def told(rows: list[dict], template: str) -> list[str]:
-    return unshown(ChatTemplate(tokenizer_of(template)), rows)
+    return describe_hidden_parts(ChatTemplate(tokenizer_of(template)), rows)
 
 
 def test_what_a_template_does_not_show_is_told(tmp_path):
@@ -279,7 +302,8 @@ ESCAPE = "\x1b[2J\nerror: no such file"
 ])  # fmt: skip
 def test_names_of_the_data_stay_harmless_and_few(rows, names):
     only_turns = (
-        "{% for m in messages %}{% if m.role in ('user', 'assistant') %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+        "{% for m in messages %}{% if m.role in ('user', 'assistant') %}<|im_start|>{{ m.role }}\n"
+        "{{ m.content }}"
         "<|im_end|>\n{% endif %}{% endfor %}"
     )
     remarks = told(rows, only_turns)
@@ -330,7 +354,7 @@ def test_what_is_shown_outside_of_its_turn_is_told():
     rows = [{"messages": [user(), says("Wait.", tool_calls=[call({"x": 1})]), result, says("Done.")]}]
     markers = ["<|turn>", "<turn|>", "<|tool_call>", "<tool_call|>", "<|tool_response>", "<tool_response|>"]
     gemma = tokenizer_of(trl_template("gemma4_v5"), *markers)
-    assert unshown(ChatTemplate(gemma), rows) == [
+    assert describe_hidden_parts(ChatTemplate(gemma), rows) == [
         "data: shown outside of the assistant's turn, and not learned: what role assistant says beside"
         " tool_calls in 1 of 1 messages looked at"
     ]
@@ -356,7 +380,7 @@ def test_turns_under_other_names_than_the_assistant_s_are_told():
 def test_a_conversation_without_an_assistant_is_refused_by_its_roles(tmp_path):
     rows = {"messages": [{"role": "human", "content": "Hi"}, {"role": "gpt", "content": "Yo"}]}
     with pytest.raises(UserError, match=r"rows.jsonl: no message has the role assistant, only human, gpt$"):
-        prepare(write(tmp_path / "rows.jsonl", rows), "auto", -1, 1000, QWEN)
+        tokenize_dataset(write(tmp_path / "rows.jsonl", rows), "auto", -1, 1000, QWEN)
 
 
 def test_tokens_that_the_tokenizer_splits_are_none():
@@ -365,7 +389,7 @@ def test_tokens_that_the_tokenizer_splits_are_none():
     assert ChatTemplate(tokenizer).marker is None
     tokenizer.split_special_tokens = True
     chat = ChatTemplate(tokenizer)
-    assert chat.marker == "<|im_end|>" and chat.stops() == []
+    assert chat.marker == "<|im_end|>" and chat.find_stop_ids() == []
 
 
 def test_arguments_in_a_table_s_map(tmp_path):
@@ -373,9 +397,11 @@ def test_arguments_in_a_table_s_map(tmp_path):
     messages = [user(), says(None, tool_calls=[call({"city": "Oslo"})])]
     table = pyarrow.Table.from_pylist([{"messages": messages}])
     kind = pyarrow.list_(pyarrow.struct([
-        ("role", pyarrow.string()), ("content", pyarrow.string()), ("tool_calls", pyarrow.list_(pyarrow.struct([
+        ("role", pyarrow.string()), ("content", pyarrow.string()),
+            ("tool_calls", pyarrow.list_(pyarrow.struct([
             ("id", pyarrow.string()), ("type", pyarrow.string()), ("function", pyarrow.struct([
-                ("name", pyarrow.string()), ("arguments", pyarrow.map_(pyarrow.string(), pyarrow.string()))]))])))]))  # fmt: skip
+                ("name", pyarrow.string()),
+                    ("arguments", pyarrow.map_(pyarrow.string(), pyarrow.string()))]))])))]))  # fmt: skip
     mapped = [messages[0], messages[1] | {"tool_calls": [call([("city", "Oslo")])]}]
     table = pyarrow.Table.from_arrays([pyarrow.array([mapped], kind)], ["messages"])
     pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
@@ -412,10 +438,10 @@ def test_remarks_reach_the_checks(tmp_path):
 
 def test_the_stops_of_a_base(tmp_path):
     tokenizer = byte_tokenizer()
-    assert base_stops(tmp_path, None, tokenizer) == [tokenizer.eos_token_id]
-    assert base_stops(tmp_path, [7, 8], tokenizer) == [7, 8, tokenizer.eos_token_id]
+    assert read_base_stop_ids(tmp_path, None, tokenizer) == [tokenizer.eos_token_id]
+    assert read_base_stop_ids(tmp_path, [7, 8], tokenizer) == [7, 8, tokenizer.eos_token_id]
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [3, 4]}')
-    assert base_stops(tmp_path, 7, tokenizer) == [3, 4, 7, tokenizer.eos_token_id]
+    assert read_base_stop_ids(tmp_path, 7, tokenizer) == [3, 4, 7, tokenizer.eos_token_id]
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": "</s>"}')
     with pytest.raises(UserError, match=r"generation_config.json: eos_token_id must be a token's number"):
-        base_stops(tmp_path, None, tokenizer)
+        read_base_stop_ids(tmp_path, None, tokenizer)

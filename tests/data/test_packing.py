@@ -1,5 +1,7 @@
-"""Packed rows are learned as rows one by one are: every family, both ways to attend within rows, on any number of
-ranks; and each row comes once per epoch, wherever it is put."""
+"""Packed rows are learned like rows one by one, and each row comes once per epoch.
+
+Tested for every family, for both ways to attend within rows, and for several numbers of ranks.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,7 @@ import pytest
 import torch
 
 from data.batches import Batch, StepSampler, make_batch
-from data.packing import PackSampler, best_fit, make_sampler
+from data.packing import PackSampler, make_sampler, pack_best_fit
 from data.rows import IGNORE, TokenizedRows
 from models import attention
 from models.attention import CAUSAL, VARLEN
@@ -38,7 +40,7 @@ SEEN = ("llama", "gemma2", "gemma3", "phi3", "qwen3_moe")
 
 
 def rows_of(batch: Batch) -> dict[tuple, tuple]:
-    """{tokens: targets} of a packed batch's rows, found by its positions; its bounds must say the same."""
+    """Return {tokens: targets} of a packed batch's rows, found by its positions; its bounds must match."""
     table, edges, line = {}, set(), batch.ids.shape[1]
     for at, (ids, targets, positions) in enumerate(
         zip(batch.ids.tolist(), batch.targets.tolist(), batch.positions.tolist(), strict=True)
@@ -61,7 +63,7 @@ def rows_of(batch: Batch) -> dict[tuple, tuple]:
 
 
 def steps_of(rows: TokenizedRows, size: tuple, capacity: int, epochs: int = 1) -> list[list]:
-    """[[the step of each rank] for each step]; size: batch_size, accumulation, world."""
+    """Return [[the step of each rank] for each step]. size: batch_size, accumulation, world."""
     batch_size, accumulation, world = size
     samplers = [PackSampler(rows, batch_size, accumulation, r, world, 42, capacity) for r in range(world)]
     steps = list(zip(*(s.steps(epochs) for s in samplers), strict=True))
@@ -70,6 +72,7 @@ def steps_of(rows: TokenizedRows, size: tuple, capacity: int, epochs: int = 1) -
 
 
 def learned_rows(step: list) -> dict[tuple, tuple]:
+    """Return {tokens: targets} of all ranks' rows in a step, each once, but of batches without targets."""
     batches = [b for part in step for b in part.batches if (b.targets != IGNORE).any()]
     tables = [rows_of(b) for b in batches]
     merged = {ids: targets for table in tables for ids, targets in table.items()}
@@ -122,14 +125,17 @@ def test_packs_follow_from_seed_and_epoch():
 
 
 def test_best_fit():
-    assert best_fit([6, 5, 4, 3, 2], 10) == [[0, 2], [1, 3, 4]]
-    assert best_fit([6, 8, 2], 10) == [[0], [1, 2]]  # where least room is left, not where some is found first
+    assert pack_best_fit([6, 5, 4, 3, 2], 10) == [[0, 2], [1, 3, 4]]
+    assert pack_best_fit([6, 8, 2], 10) == [
+        [0],
+        [1, 2],
+    ]  # where least room is left, not where some is found first
     generator = torch.Generator().manual_seed(0)
     for capacity in (16, 100, 1000):
         for _ in range(20):
             count = int(torch.randint(1, 300, (), generator=generator))
             lengths = torch.randint(1, capacity + 1, (count,), generator=generator).tolist()
-            packs = best_fit(lengths, capacity)
+            packs = pack_best_fit(lengths, capacity)
             assert sorted(i for pack in packs for i in pack) == list(range(count))
             filled = sorted(sum(lengths[i] for i in pack) for pack in packs)
             assert filled[-1] <= capacity
@@ -146,12 +152,12 @@ def test_padding_share():
     assert 0 < sampler.padding_share() < 0.1
 
 
-# --- the loss and its gradients -------------------------------------------------------------------------------
+def learn_all_ways(place, args) -> dict[str, tuple[float, dict]]:
+    """Return {way: (loss, {trained parameter: its gradient})} of the seven rows, padded and packed.
 
-
-def ways(place, args) -> dict[str, tuple[float, dict]]:
-    """(loss, {trained parameter: its gradient}) of the seven rows: padded and packed; by the family's own
-    attention and, where that is PyTorch's, by ours, packed rows over `reference_attention`."""
+    The ways use the family's own attention. If that is PyTorch's, they also use ours, with
+    `reference_attention` in the place of the kernel for packed rows.
+    """
     job, model = set_up(place, args)
     own = FAMILIES[job.model_config.model_type].attention
     model.set_attn_implementation(own)
@@ -178,7 +184,7 @@ def ways(place, args) -> dict[str, tuple[float, dict]]:
 
 
 def learn_each(model) -> tuple[float, dict[str, torch.Tensor]]:
-    """Row by row, in transformers' own way: nothing but the row."""
+    """Return the same of each row by itself, as transformers does it, summed."""
     rows, found = seven_rows(), []
     for i, length in enumerate(LENGTHS):
         batch = make_batch(rows, torch.tensor([i]), (1, length))
@@ -203,7 +209,7 @@ def assert_equal(got: tuple[float, dict], expected: tuple[float, dict]) -> None:
 )
 def test_packed_rows_are_learned_as_rows_one_by_one(kind, checkpoints, alpaca_file, one_rank):
     """Every family, all of its parameters, in fp32."""
-    found = one_rank(ways, arguments(checkpoints(kind), alpaca_file, "full"))[0]
+    found = one_rank(learn_all_ways, arguments(checkpoints(kind), alpaca_file, "full"))[0]
     expected, leaking = found.pop("one by one"), found.pop("leaking")
     assert abs(leaking[0] / expected[0] - 1) > 1e-3, "rows that see one another would not show"
     assert len(found) == (2 if kind == "gemma2" else 5)
@@ -214,7 +220,7 @@ def test_packed_rows_are_learned_as_rows_one_by_one(kind, checkpoints, alpaca_fi
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["phi3", "llama", "qwen2", "gemma2"])
 def test_longrope_rotates_each_row_as_transformers_does_alone(kind, dtype):
-    """In any family whose config asks for it: rows on both sides of 32 tokens and of as many, padded and packed."""
+    """In any family whose config has it: rows below, at and above 32 tokens, padded and packed."""
     config = CONFIGS[kind]()
     if kind != "phi3":
         half = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -250,8 +256,11 @@ def test_a_run_learns_what_it_learns_unpacked(checkpoints, alpaca_file, one_rank
 
 @pytest.mark.slow
 def test_compiled_layers_are_compiled_for_one_shape(checkpoints, alpaca_file, one_rank):
-    """Four micro-batches of different packs, with masks: a graph for the first layer, whose input has no gradient, and one
-    for the others. Packs have different numbers of learned tokens: two of the loss's kernels are compiled for any."""
+    """Four micro-batches of different packs, with masks, need two graphs: for the first layer and for others.
+
+    The first layer's input has no gradient. Packs differ in their numbers of learned tokens: two kernels of
+    the loss are compiled for any number.
+    """
     args = [*packing_arguments(checkpoints(), alpaca_file, 2), "--batch_size", "4"]
     args += ["--gradient_accumulation_steps", "2"]
     compiled, graphs = one_rank(compiled_run, args)[0]
@@ -267,9 +276,6 @@ def test_two_ranks_equal_one(checkpoints, alpaca_file, one_rank, two_ranks):
     assert_same(plain, two_ranks(train_run, [*args, "--batch_size", "3"])[0])
 
 
-# --- what a run says ------------------------------------------------------------------------------------------
-
-
 def test_what_packing_brought_and_would_bring():
     rows = make_token_rows(200)
     padded, packed = StepSampler(rows, 8, 1, 0, 1, 42), PackSampler(rows, 8, 1, 0, 1, 42, 64)
@@ -279,8 +285,9 @@ def test_what_packing_brought_and_would_bring():
     assert faster > 1.4
     assert remark.startswith(f"--packing true would train these rows about {faster:.1f} times as fast")
     (line,) = describe_data(rows, packed, 64).splitlines()
-    shares = f"padding {packed.padding_share():.0%} of the batches ({padded.padding_share():.0%} without --packing)"
-    assert line.endswith(f"{shares}; {packed.count()} packs of up to 64 tokens")
+    shares = f"padding {packed.padding_share():.0%} of the batches"
+    unpacked = f"({padded.padding_share():.0%} without --packing)"
+    assert line.endswith(f"{shares} {unpacked}; {packed.items_per_epoch()} packs of up to 64 tokens")
 
 
 def test_little_padding_is_no_reason_to_pack():
@@ -298,7 +305,7 @@ def test_packs_are_in_the_report(tmp_path):
         (StepSampler(rows, 8, 1, 0, 1, 42), False),
     ):
         (run / "run.json").write_text(run_facts_json(rows, sampler, torch.nn.Linear(3, 2), {}))
-        assert (f"Packs {sampler.count()} " in page_of(run).text) == shown
+        assert (f"Packs {sampler.items_per_epoch()} " in page_of(run).text) == shown
 
 
 def test_a_job_is_dealt_as_its_options_say(checkpoints, alpaca_file, one_rank):
@@ -313,4 +320,4 @@ def test_a_job_is_dealt_as_its_options_say(checkpoints, alpaca_file, one_rank):
 def sampler_of(place, args) -> tuple[str, int]:
     job = make_job(place, args)
     sampler = make_sampler(job.config, job.rows, place.rank, place.world)
-    return type(sampler).__name__, sampler.count()
+    return type(sampler).__name__, sampler.items_per_epoch()

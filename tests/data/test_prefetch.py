@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from data.batches import StepSampler
-from data.prefetch import ahead
+from data.prefetch import prefetch_steps
 from tests.helpers.token_rows import make_token_rows
 
 CPU = torch.device("cpu")
@@ -16,7 +16,7 @@ def test_the_same_steps_in_their_order():
     def steps():
         return StepSampler(make_token_rows(17), 2, 2, 0, 1, 42).steps(2)
 
-    plain, early = list(steps()), list(ahead(steps(), CPU, pin=False))
+    plain, early = list(steps()), list(prefetch_steps(steps(), CPU, pin=False))
     assert [s.epoch for s in early] == [s.epoch for s in plain]
     for a, b in zip(plain, early, strict=True):
         assert all(torch.equal(x.ids, y.ids) for x, y in zip(a.batches, b.batches, strict=True))
@@ -30,7 +30,7 @@ def test_a_step_is_made_while_the_one_before_is_in_use():
         second.set()
         yield "second"
 
-    early = ahead(steps(), CPU, pin=False)
+    early = prefetch_steps(steps(), CPU, pin=False)
     assert next(early) == "first"
     assert second.wait(timeout=30)
     assert list(early) == ["second"]
@@ -41,7 +41,7 @@ def test_an_error_comes_where_the_step_would():
         yield "first"
         raise OSError("the disk is gone")
 
-    early = ahead(steps(), CPU, pin=False)
+    early = prefetch_steps(steps(), CPU, pin=False)
     assert next(early) == "first"
     with pytest.raises(OSError, match="the disk is gone"):
         next(early)
@@ -49,7 +49,7 @@ def test_an_error_comes_where_the_step_would():
 
 def test_a_loop_that_ends_early_ends_the_thread():
     before = threading.active_count()
-    early = ahead(StepSampler(make_token_rows(17), 2, 2, 0, 1, 42).steps(2), CPU, pin=False)
+    early = prefetch_steps(StepSampler(make_token_rows(17), 2, 2, 0, 1, 42).steps(2), CPU, pin=False)
     next(early)
     assert threading.active_count() == before + 1
     early.close()
@@ -63,7 +63,7 @@ def test_a_thread_that_makes_batches_and_fails_is_told():
         yield from ("first", "second")
         raise OSError("the disk is gone")
 
-    made = ahead(steps(), torch.device("cpu"), pin=False)
+    made = prefetch_steps(steps(), torch.device("cpu"), pin=False)
     assert [next(made), next(made)] == ["first", "second"]
     with pytest.raises(OSError, match="the disk is gone"):
         next(made)

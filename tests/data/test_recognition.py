@@ -10,7 +10,7 @@ import pytest
 from benchmarks.make_checkpoint import byte_tokenizer
 from data.examples import find_format, read_examples
 from data.formats import GUANACO_MARKERS
-from data.recognition import recognise
+from data.recognition import recognise_format
 from options.errors import UserError
 from tests.helpers import chat_templates
 from tests.helpers.data_files import to_jsonl, write_csv, write_file, write_parquet
@@ -52,13 +52,13 @@ def test_rows_of_one_format(row, name):
         ("messages", "instruction", "input", "output", "question", "answer", "context", "text")
     )
     for rows in ([row], [row, row], [row, dict.fromkeys(row)], [empty | row, row], [{}, row]):
-        assert recognise(rows, ["here"] * len(rows), "", GUANACO_MARKERS) == name
+        assert recognise_format(rows, ["here"] * len(rows), "", GUANACO_MARKERS) == name
 
 
 def test_the_recipe_s_own_markers():
     rows = [{"text": "<human>: a<bot>: b"}]
-    assert recognise(rows, ["here"], "", ("<human>:", "<bot>:")) == "guanaco"
-    assert recognise(rows, ["here"], "", GUANACO_MARKERS) == "completion"
+    assert recognise_format(rows, ["here"], "", ("<human>:", "<bot>:")) == "guanaco"
+    assert recognise_format(rows, ["here"], "", GUANACO_MARKERS) == "completion"
 
 
 def test_unknown_columns_are_named():
@@ -66,7 +66,30 @@ def test_unknown_columns_are_named():
     with pytest.raises(
         UserError, match=r"^here: columns '\\x1b\[2J', a, b fit no format .*alpaca: instruction, output"
     ):
-        recognise(rows, ["1", "2"], "here", GUANACO_MARKERS)
+        recognise_format(rows, ["1", "2"], "here", GUANACO_MARKERS)
+
+
+@pytest.mark.parametrize("column, more", [
+    ("ask", ""),
+    ("conversations",
+        r"; conversations must hold messages with role and content \(ShareGPT's have from .*\)"),
+])  # fmt: skip
+def test_rows_that_fit_no_format_get_a_remedy(column, more):
+    error = rf"columns {column} fit no format .*; a recipe's `columns` says which .* to read as these{more}$"
+    with pytest.raises(UserError, match=error):
+        recognise_format([{column: "x"}], ["1"], "here", GUANACO_MARKERS)
+
+
+def test_sharegpt_messages_name_the_keys_that_they_have(tmp_path):
+    turns = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yo"}]
+    write_file(tmp_path / "a.jsonl", to_jsonl([{"conversations": turns}]))
+    recipe = write_file(
+        tmp_path / "mine.toml", 'source = "a.jsonl"\ncolumns = { messages = "conversations" }\n'
+    )
+    with pytest.raises(
+        UserError, match=r"a\.jsonl:1: message 1 has no role, only from, value; messages must"
+    ):
+        read(recipe)
 
 
 def test_the_columns_that_were_found_are_few_and_harmless(tmp_path):
@@ -79,9 +102,12 @@ MIXED = {  # rows, what is told of them
     "chat and alpaca": ([CHAT, CHAT, ALPACA], "2 chat (first {}:1), 1 alpaca (first {}:3)"),
     "alpaca, then chat": ([ALPACA, CHAT], "1 alpaca (first {}:1), 1 chat (first {}:2)"),
     "alpaca and qa": ([QA, ALPACA, QA], "2 qa (first {}:1), 1 alpaca (first {}:2)"),
-    "dialogues after a plain text": ([PLAIN, DIALOGUE, DIALOGUE], "1 completion (first {}:1), 2 guanaco (first {}:2)"),
-    "a plain text among dialogues": ([DIALOGUE, PLAIN, DIALOGUE], "2 guanaco (first {}:1), 1 completion (first {}:2)"),
-    "a question without its answer's marker": ([DIALOGUE, {"text": "### Human: Hi"}], "1 guanaco (first {}:1), 1 completion"),
+    "dialogues after a plain text": ([PLAIN, DIALOGUE, DIALOGUE],
+        "1 completion (first {}:1), 2 guanaco (first {}:2)"),
+    "a plain text among dialogues": ([DIALOGUE, PLAIN, DIALOGUE],
+        "2 guanaco (first {}:1), 1 completion (first {}:2)"),
+    "a question without its answer's marker": ([DIALOGUE, {"text": "### Human: Hi"}],
+        "1 guanaco (first {}:1), 1 completion"),
     "late": ([ALPACA] * 3000 + [PLAIN], "3,000 alpaca (first {}:1), 1 completion (first {}:3001)"),
 }  # fmt: skip
 
@@ -98,7 +124,7 @@ def test_rows_of_different_formats_are_refused(tmp_path, case):
 
 @pytest.mark.parametrize("write, place", [(write_csv, ":3"), (write_parquet, " row 2")])
 def test_a_table_in_which_each_row_fills_other_columns(tmp_path, write, place):
-    """Each has all columns, with nothing in some: an instruction of nothing would be learned to be answered."""
+    """Each row has all columns, some without content: else answers to empty instructions would be learned."""
     nothing = "" if write is write_csv else None
     columns = dict.fromkeys((*ALPACA, *QA), nothing)
     path = write(tmp_path / f"a.{write.__name__[6:]}", [columns | ALPACA, columns | QA])
@@ -172,8 +198,10 @@ UNREAD = {  # name of the format, rows, the columns that are not read
     "nothing in it": ("auto", [ALPACA | {"id": None}], ""),
     "by another format": ("qa", [QA | ALPACA], "instruction, output"),
     "chat": ("auto", [CHAT | {"prompt": "Hi"}], "prompt"),
-    "odd names": ("auto", [QA | {"a\nb": 1, "": 2, "\x1b[2J": 3}], r"'a\nb', '', '\x1b[2J'"),
-    "many": ("auto", [QA | {f"c{i}": i for i in range(30)}], ", ".join(f"c{i}" for i in range(20)) + " and 10 more"),
+    "odd names": ("auto", [QA | {"a\nb": 1, "\x1b[2J": 3}], r"'a\nb', '\x1b[2J'"),
+    "pandas' index": ("auto", [QA | {"": 2}], "a column without a name"),
+    "many": ("auto", [QA | {f"c{i}": i for i in range(30)}],
+        ", ".join(f"c{i}" for i in range(20)) + " and 10 more"),
 }  # fmt: skip
 
 

@@ -53,13 +53,29 @@ def test_nor_is_it_read_from_other_files(tmp_path, number):
         read_prompts(path)
 
 
+@pytest.mark.parametrize(
+    "text, line", [(json.dumps(json.loads(GOOD), indent=2), 1), (f"{GOOD}\n{GOOD * 2}", 2)]
+)
+def test_json_that_is_not_one_object_per_line_says_so(tmp_path, text, line):
+    """Pretty-printed and concatenated objects."""
+    for name, more in (("a.jsonl", ""), ("a.json", ", or is one list")):
+        (tmp_path / name).write_text(text)
+        error = rf"{name}:{line}: not JSON \(.*\); a \{name[1:]} file has one object per line{more}$"
+        with pytest.raises(UserError, match=error):
+            read(tmp_path / name)
+    (tmp_path / "a.json").write_text(f"[{GOOD},]")
+    with pytest.raises(UserError, match=r"a\.json:1: not JSON \([^)]*\)$"):
+        read(tmp_path / "a.json")
+
+
 def test_a_key_twice_has_no_value(tmp_path):
     path = write_file(tmp_path / "a.jsonl", f'{GOOD}\n{{"question": "Q", "answer": "A", "answer": "B"}}\n')
     with pytest.raises(UserError, match=r"a\.jsonl:2: not usable JSON \('answer' stands twice"):
         read(path)
 
 
-NUMBERS = ["1.10", "4.0", "4", "1e5", "1E-7", "0.1", "-0.0", "-0", "-7", "0", "0.30000000000000004", "3.141592653589793238462643",
+NUMBERS = ["1.10", "4.0", "4", "1e5", "1E-7", "0.1", "-0.0", "-0", "-7", "0", "0.30000000000000004",
+    "3.141592653589793238462643",
            "12345678901234567890123", "100000000000000000000000.0"]  # fmt: skip
 
 
@@ -79,12 +95,16 @@ def test_a_number_is_learned_as_it_is_written(tmp_path):
 
 
 @pytest.mark.parametrize("kind, value, text", [
-    (pyarrow.float32(), 0.1, "0.1"), (pyarrow.float32(), 1e10, "10000000000.0"), (pyarrow.float16(), 0.1, "0.1"),
-    (pyarrow.float16(), 1500, "1500.0"), (pyarrow.float16(), 65504, "65504.0"), (pyarrow.float16(), -0.0, "-0.0"),
+    (pyarrow.float32(), 0.1, "0.1"), (pyarrow.float32(), 1e10, "10000000000.0"),
+        (pyarrow.float16(), 0.1, "0.1"),
+    (pyarrow.float16(), 1500, "1500.0"), (pyarrow.float16(), 65504, "65504.0"),
+        (pyarrow.float16(), -0.0, "-0.0"),
     (pyarrow.float16(), 10008, "10008.0"), (pyarrow.float32(), 123456792.0, "123456792.0"),
     (pyarrow.float32(), 2**24, "16777216.0"), (pyarrow.float32(), -1234567.5, "-1234567.5"),
-    (pyarrow.float32(), 1e-5, "1e-05"), (pyarrow.float32(), 3e38, "3e+38"), (pyarrow.float64(), 1500, "1500.0"),
-    (pyarrow.float64(), 0.1, "0.1"), (pyarrow.int64(), 2**63 - 1, str(2**63 - 1)), (pyarrow.string(), "1.10", "1.10"),
+    (pyarrow.float32(), 1e-5, "1e-05"), (pyarrow.float32(), 3e38, "3e+38"),
+        (pyarrow.float64(), 1500, "1500.0"),
+    (pyarrow.float64(), 0.1, "0.1"), (pyarrow.int64(), 2**63 - 1, str(2**63 - 1)),
+        (pyarrow.string(), "1.10", "1.10"),
 ])  # fmt: skip
 def test_a_number_of_a_table_has_its_own_digits(tmp_path, kind, value, text):
     if kind == pyarrow.float16():
@@ -125,7 +145,8 @@ def test_a_call_of_a_table_shows_its_own_digits(tmp_path):
         "messages": [
             {"role": "user", "content": "Hi", "tool_calls": None},
             {"role": "assistant", "content": "Yo", "tool_calls": [
-                {"type": "function", "function": {"name": "heat", "arguments": {"to": 21.7, "by": [0.1, None]}}}]},
+                {"type": "function",
+                    "function": {"name": "heat", "arguments": {"to": 21.7, "by": [0.1, None]}}}]},
         ],
         "tools": [{"type": "function", "function": {"name": "heat", "parameters": {"default": 0.3}}}],
     }]  # fmt: skip
@@ -133,7 +154,8 @@ def test_a_call_of_a_table_shows_its_own_digits(tmp_path):
     narrow = table.cast(pyarrow.schema([(f.name, narrowed(f.type)) for f in table.schema]))
     assert "21.700000762939453" in str(narrow.to_pylist())
     tokenizer = chat_tokenizer(
-        "{{ tools | tojson }}{% for m in messages %}{{ m.role }}: {{ m.content }}{{ m.tool_calls | tojson if m.tool_calls }}"
+        "{{ tools | tojson }}{% for m in messages %}{{ m.role }}: {{ m.content }}{{ m.tool_calls | tojson"
+        " if m.tool_calls }}"
         "<|im_end|>\n{% endfor %}"
     )
     path = write_parquet(tmp_path / "a.parquet", narrow)
@@ -163,9 +185,11 @@ def test_it_is_a_number_for_everything_else():
 
 def test_a_template_gets_the_numbers_that_transformers_gets(tmp_path):
     """Within messages they are values, not texts."""
-    line = '{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo", "x": [1.10, 2e3]}]}'
+    answer = '{"role": "assistant", "content": "Yo", "x": [1.10, 2e3]}'
+    line = f'{{"messages": [{{"role": "user", "content": "Hi"}}, {answer}]}}'
     tokenizer = chat_tokenizer(
-        "{% for m in messages %}{{ m.role }}: {{ m.content }} {{ m.x | tojson if m.x }}{{ m.x }}<|im_end|>\n{% endfor %}"
+        "{% for m in messages %}{{ m.role }}: {{ m.content }} {{ m.x | tojson if m.x }}{{ m.x"
+        " }}<|im_end|>\n{% endfor %}"
     )
     (rendered,) = read_examples(
         str(write_file(tmp_path / "a.jsonl", line)), "auto", -1, 1000, tokenizer

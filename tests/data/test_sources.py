@@ -13,8 +13,8 @@ import datasets
 import pytest
 
 from benchmarks.make_checkpoint import byte_tokenizer
-from data.sources import RECIPES, Recipe, find_recipe
-from data.tokenizing import prepare
+from data.sources import RECIPE_FOLDER, Recipe, find_recipe
+from data.tokenizing import tokenize_dataset
 from options.errors import UserError
 from tests.helpers.data_files import TRICKY, read, to_jsonl, write_csv, write_file, write_parquet
 from tests.helpers.small_tokenizers import BYTES
@@ -34,19 +34,26 @@ DOCUMENTED = {
     "toy": Recipe("toy.jsonl", format="alpaca"),
     "alpaca": Recipe("yahma/alpaca-cleaned", format="alpaca"),
     "alpaca_sample": Recipe("yahma/alpaca-cleaned", format="alpaca", samples=512),
-    "dummy": Recipe(format="alpaca", samples=512, fill={"instruction": "instruction", "input": "input", "output": "output "}),
+    "dummy": Recipe(format="alpaca", samples=512,
+        fill={"instruction": "instruction", "input": "input", "output": "output "}),
     "guanaco": Recipe("timdettmers/openassistant-guanaco", format="guanaco"),
     "sql": Recipe("knowrohit07/know_sql", "validation", format="qa"),
     "orca_math": Recipe("microsoft/orca-math-word-problems-200k", format="qa"),
     "uganda_clinical_guidelines": Recipe("silvaKenpachi/uganda_clinical_guidelines", format="alpaca"),
-    "oig_chip2": Recipe("laion/OIG", data_files="unified_chip2.jsonl", format="guanaco", markers=["<human>:", "<bot>:"]),
+    "oig_chip2": Recipe("laion/OIG", data_files="unified_chip2.jsonl", format="guanaco",
+        markers=["<human>:", "<bot>:"]),
 }  # fmt: skip
 
 
 def test_the_recipes_are_those_of_the_documentation():
-    found = {path.stem: find_recipe(path.stem)[0] for path in RECIPES.iterdir() if path.suffix == ".toml"}
+    found = {
+        path.stem: find_recipe(path.stem)[0] for path in RECIPE_FOLDER.iterdir() if path.suffix == ".toml"
+    }
     assert found == DOCUMENTED
-    assert {path.suffix for path in RECIPES.iterdir()} == {".toml", ".jsonl"}  # never a .py: see the design
+    assert {path.suffix for path in RECIPE_FOLDER.iterdir()} == {
+        ".toml",
+        ".jsonl",
+    }  # never a .py: see the design
 
 
 def test_toy_is_what_its_tool_writes(tmp_path):
@@ -54,7 +61,7 @@ def test_toy_is_what_its_tool_writes(tmp_path):
     subprocess.run(
         [sys.executable, tool, tmp_path / "toy.jsonl"], check=True, capture_output=True, timeout=60
     )
-    assert (tmp_path / "toy.jsonl").read_bytes() == (RECIPES / "toy.jsonl").read_bytes()
+    assert (tmp_path / "toy.jsonl").read_bytes() == (RECIPE_FOLDER / "toy.jsonl").read_bytes()
     rows = read("toy")
     assert len(rows) >= 500
     assert len({tuple(row.values()) for row in rows}) == len(rows)
@@ -67,9 +74,11 @@ HUB = {
     "alpaca": ("yahma/alpaca-cleaned/train.jsonl", [CITY, CITY | {"output": ""}], ["Paris</s>"]),
     "alpaca_sample": ("yahma/alpaca-cleaned/train.jsonl", [CITY] * 600, ["Paris</s>"] * 512),
     "guanaco": ("timdettmers/openassistant-guanaco/openassistant_best_replies_train.jsonl",
-                [{"text": "### Human: Hi### Assistant: Yo### Human: Bye### Assistant: Ciao"}], [" Yo Ciao</s>"]),
+                [{"text": "### Human: Hi### Assistant: Yo### Human: Bye### Assistant: Ciao"}],
+                    [" Yo Ciao</s>"]),
     "sql": ("knowrohit07/know_sql/validation.json",
-            [{"context": "CREATE TABLE t (x INT)", "question": "How many?", "answer": "SELECT 1"}], ["SELECT 1</s>"]),
+            [{"context": "CREATE TABLE t (x INT)", "question": "How many?", "answer": "SELECT 1"}],
+                ["SELECT 1</s>"]),
     "orca_math": ("microsoft/orca-math-word-problems-200k/data/train-00000-of-00001.jsonl",
                   [{"question": "2+2?", "answer": "4."}], ["4.</s>"]),
     "uganda_clinical_guidelines": ("silvaKenpachi/uganda_clinical_guidelines/train.jsonl",
@@ -98,7 +107,7 @@ def test_recipes_of_the_hub(hub, name):
     }
     other = others.get(name, "test.jsonl")
     write_file((hub / file).with_name(other), to_jsonl([dict.fromkeys(rows[0], "wrong")]))
-    prepared = prepare(name, "auto", -1, 1000, BYTES)
+    prepared = tokenize_dataset(name, "auto", -1, 1000, BYTES)
     assert answers(prepared) == learned
     assert prepared.dropped == min(len(rows), 512) - len(learned)
 
@@ -111,7 +120,7 @@ def test_a_folder_by_its_path_and_a_hub_id_without_a_recipe(hub, monkeypatch):
     for dataset in (hub / "some" / "data", "some/data", "~/data"):
         monkeypatch.setenv("HOME", str(hub / "some"))
         assert [row["question"] for row in read(dataset, 3)] == ["0", "1", "2"]
-        assert answers(prepare(str(dataset), "auto", 2, 1000, BYTES)) == ["yes</s>"] * 2
+        assert answers(tokenize_dataset(str(dataset), "auto", 2, 1000, BYTES)) == ["yes</s>"] * 2
 
 
 @pytest.mark.parametrize("offline", [True, False])
@@ -121,7 +130,8 @@ def test_an_unreachable_hub_is_said_at_once(hub, monkeypatch, offline):
     start = time.perf_counter()
     with pytest.raises(
         UserError,
-        match=r"^--dataset nobody/nothing: could not be loaded .*Couldn't reach.* on the Hub.*; nor is there a file or"
+        match=r"^--dataset nobody/nothing: could not be loaded .*Couldn't reach.* on the Hub.*; nor is"
+        r" there a file or"
         " folder of that name$",
     ):
         read("nobody/nothing")
@@ -163,10 +173,10 @@ def test_parquet_holds_conversations(tmp_path):
     write_parquet(tmp_path / "a.parquet", [{"messages": messages}])
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = "{% for m in messages %}{{ m.role + ': ' + m.content + eos_token }}{% endfor %}"
-    rows = prepare(str(tmp_path / "a.parquet"), "auto", -1, 100, tokenizer)
+    rows = tokenize_dataset(str(tmp_path / "a.parquet"), "auto", -1, 100, tokenizer)
     assert tokenizer.decode(rows.tokens[rows.learned]) == "assistant: Yo</s>"  # it has no generation prompt
     with pytest.raises(UserError, match=r"a\.parquet row 1: the tokenizer has no chat template"):
-        prepare(str(tmp_path / "a.parquet"), "auto", -1, 100, BYTES)
+        tokenize_dataset(str(tmp_path / "a.parquet"), "auto", -1, 100, BYTES)
 
 
 @pytest.mark.parametrize("name, content, message", [
@@ -193,7 +203,7 @@ def test_malformed_files_are_refused_with_the_line(tmp_path, name, content, mess
 def test_a_row_s_place_is_the_line_it_is_on(tmp_path):
     file = write_file(tmp_path / "a.jsonl", "\n" + to_jsonl([CITY]) + "\n" + to_jsonl([{"instruction": "x"}]))
     with pytest.raises(UserError, match=r"a\.jsonl:4: nothing in column output"):
-        prepare(str(file), "auto", -1, 100, BYTES)
+        tokenize_dataset(str(file), "auto", -1, 100, BYTES)
 
 
 def test_a_recipe_of_the_user_s_own(tmp_path):
@@ -204,8 +214,10 @@ def test_a_recipe_of_the_user_s_own(tmp_path):
     recipe = write_file(tmp_path / "mine.toml", (
         'source = "rows.jsonl"\nsamples = 1\ncolumns = { question = "answer", answer = "reply" }\n'
     ))  # fmt: skip
-    assert answers(prepare(str(recipe), "auto", -1, 100, BYTES)) == ["A</s>"]  # its own number of samples
-    assert answers(prepare(str(recipe), "auto", 2, 100, BYTES)) == ["A</s>", "B</s>"]
+    assert answers(tokenize_dataset(str(recipe), "auto", -1, 100, BYTES)) == [
+        "A</s>"
+    ]  # its own number of samples
+    assert answers(tokenize_dataset(str(recipe), "auto", 2, 100, BYTES)) == ["A</s>", "B</s>"]
     assert [row["question"] for row in read(recipe)] == [
         "Q",
         "R",
@@ -220,7 +232,7 @@ def test_a_recipe_names_stanfords_prompt(tmp_path):
         (dataset, name)
         for dataset in (rows, recipe)
         for name in ("auto", "alpaca", "alpaca_stanford")
-        if "### Response:Paris" in BYTES.decode(prepare(str(dataset), name, -1, 1000, BYTES).tokens)
+        if "### Response:Paris" in BYTES.decode(tokenize_dataset(str(dataset), name, -1, 1000, BYTES).tokens)
     }
     assert stanfords == {(recipe, "auto"), (recipe, "alpaca_stanford"), (rows, "alpaca_stanford")}
 
@@ -228,7 +240,7 @@ def test_a_recipe_names_stanfords_prompt(tmp_path):
 def test_a_recipe_s_markers_tell_its_format(tmp_path):
     write_file(tmp_path / "rows.jsonl", to_jsonl([{"text": "<u> Hi <b> Yo"}]))
     recipe = write_file(tmp_path / "mine.toml", 'source = "rows.jsonl"\nmarkers = ["<u>", "<b>"]\n')
-    assert answers(prepare(str(recipe), "auto", -1, 100, BYTES)) == [" Yo</s>"]
+    assert answers(tokenize_dataset(str(recipe), "auto", -1, 100, BYTES)) == [" Yo</s>"]
 
 
 @pytest.mark.parametrize("text, message", [

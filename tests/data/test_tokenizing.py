@@ -1,29 +1,20 @@
-"""data/tokenizing.py: which tokens are targets (exactness rule 6 of the design), and how rows are dealt to steps."""
+"""data/tokenizing.py: which tokens are targets (exactness rule 6 of the design)."""
 
 from __future__ import annotations
 
-import itertools
-import json
-import os
-import signal
 import time
 from itertools import pairwise
 
 import pytest
-import torch
 from transformers import PreTrainedTokenizerFast
 
 from benchmarks.make_checkpoint import byte_tokenizer
-from data import examples
-from data.batches import StepSampler, rounded
-from data.encoding import prompt_ids
+from data.encoding import encode_prompt
 from data.formats import FORMATS, GUANACO_MARKERS, QA, RenderContext, Rendered
-from data.rows import IGNORE, TokenizedRows
-from data.tokenizing import prepare, tokenize
+from data.tokenizing import tokenize
 from options.errors import UserError
-from tests.helpers import chat_templates, small_tokenizers
+from tests.helpers import small_tokenizers
 from tests.helpers.small_tokenizers import BYTES
-from tests.helpers.token_rows import SIZES, assert_target_positions, expected, make_token_rows
 
 
 def qa(answer: str, question: str = "What?") -> Rendered:
@@ -135,9 +126,11 @@ ONE_BOS = {
         guanaco("### Human: a### Assistant:<s>b### Human: c### Assistant:<s>d"),
         "<s>### Human: a### Assistant:b### Human: c### Assistant:d</s>", "bd</s>"),
     "conversation": (
-        Rendered("<s>user a model b</s>", [(15, 21)], ends=False, special=False), "<s>user a model b</s>", " b</s>"),
+        Rendered("<s>user a model b</s>", [(15, 21)], needs_eos=False, add_special_tokens=False),
+            "<s>user a model b</s>", " b</s>"),
     "conversation, written twice": (
-        Rendered("<s><s>user a model b</s>", [(18, 24)], ends=False, special=False), "<s>user a model b</s>", " b</s>"),
+        Rendered("<s><s>user a model b</s>", [(18, 24)], needs_eos=False, add_special_tokens=False),
+            "<s>user a model b</s>", " b</s>"),
     "EOS": (qa("is</s>"), f"<s>{QA.format(question='What?')}is</s>", "is</s>"),
     "EOS, a line break": (qa("is</s>\n"), f"<s>{QA.format(question='What?')}is</s>", "is</s>"),
     "EOS, twice": (qa("is</s> </s>\n\n"), f"<s>{QA.format(question='What?')}is</s>", "is</s>"),
@@ -164,7 +157,7 @@ def test_special_tokens_in_the_data(case, kind):
 
 def test_an_answer_of_nothing_but_special_tokens_is_empty():
     rendered = [qa("<s>"), qa("</s>"), qa("<s> </s>\n"), qa("is")]
-    assert tokenize(rendered, BYTES, 100, "here").numbers.tolist() == [0]
+    assert tokenize(rendered, BYTES, 100, "here").row_numbers.tolist() == [0]
     assert tokenize(rendered, BYTES, 100, "here").dropped == 3
 
 
@@ -190,14 +183,15 @@ def test_a_text_of_nothing_but_special_tokens_is_dropped(text):
 
 @pytest.mark.parametrize("empty", ["<s>", "</s>", "<s></s>"])
 def test_an_earlier_answer_of_nothing_but_special_tokens_is_not_learned(empty):
-    assert learned_pieces(guanaco(f"### Human: a### Assistant:{empty}### Human: c### Assistant:d"), BYTES) == [
+    assert learned_pieces(guanaco(f"### Human: a### Assistant:{empty}### Human: c### Assistant:d"),
+        BYTES) == [
         "d", "</s>"]  # fmt: skip
     rows = tokenize([guanaco(f"### Human: a### Assistant:{empty}### Human: c"), qa("is")], BYTES, 100, "here")
     assert rows.dropped == 1
 
 
 def test_one_token_for_bos_and_eos():
-    """As GPT-2 has it: it is learned where it closes an answer or a document, though never as a row's first."""
+    """As in GPT-2: it is learned at the end of an answer or a document, but never as a row's first token."""
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=small_tokenizers.ending().backend_tokenizer, bos_token="</s>", eos_token="</s>"
     )
@@ -216,7 +210,7 @@ def test_a_prompt_has_the_tokens_of_training(kind):
     tokenizer = BYTES if kind == "bytes" else getattr(small_tokenizers, kind)()
     for text in ("<s>a b is", " <s>a b is", "a b is", "<s>a</s><s>b is", "a b</s>is"):
         trained = tokenize([completion(text)], tokenizer, 100, "here").tokens.tolist()
-        asked = prompt_ids(text.removesuffix(" is"), tokenizer, special=True)
+        asked = encode_prompt(text.removesuffix(" is"), tokenizer, add_special_tokens=True)
         assert (
             asked == trained[: len(asked)]
             and asked.count(tokenizer.bos_token_id) == text.strip()[1:].count("<s>") + 1
@@ -249,10 +243,10 @@ def test_examples_without_a_target_are_dropped_and_counted():
 
 def test_a_first_token_is_no_target():
     """Nothing predicts it: without BOS, a completion of one token that is cut there teaches nothing."""
-    one = Rendered("ab", [(0, 1)], ends=False, special=False)
+    one = Rendered("ab", [(0, 1)], needs_eos=False, add_special_tokens=False)
     with pytest.raises(UserError, match="none of the 1 rows"):
         tokenize([one], BYTES, 100, "here")
-    rows = tokenize([one, Rendered("abc", [(0, 3)], special=False)], BYTES, 100, "here")
+    rows = tokenize([one, Rendered("abc", [(0, 3)], add_special_tokens=False)], BYTES, 100, "here")
     assert (len(rows), rows.dropped) == (1, 1)
     assert rows.learned.tolist() == [True] * 4
     assert rows.targets().tolist() == [3]
@@ -270,201 +264,3 @@ def test_tokenizers_that_cannot_be_used():
 
     with pytest.raises(UserError, match=r"no tokenizer\.json"):
         tokenize([qa("x")], Slow(), 100, "here")
-
-
-def write(path, rows) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
-
-def test_prepare_names_the_row_that_no_tokenizer_takes(tmp_path):
-    file = write(tmp_path / "a.jsonl", [{"text": "fine"}, {"text": "half a smile: \ud83d"}])
-    with pytest.raises(UserError, match=r"a\.jsonl:2: .*surrogates not allowed"):
-        prepare(file, "auto", -1, 100, BYTES)
-
-
-def test_prepare_takes_the_format_that_the_user_names(tmp_path):
-    file = write(tmp_path / "a.jsonl", [{"text": "### Human: a### Assistant: b"}])
-    for name, learned in (("auto", " b</s>"), ("completion", "### Human: a### Assistant: b</s>")):
-        rows = prepare(file, name, -1, 100, BYTES)
-        assert BYTES.decode(rows.tokens[rows.learned]) == learned
-    with pytest.raises(UserError, match=r"a\.jsonl:1: nothing in column instruction, output"):
-        prepare(file, "alpaca", -1, 100, BYTES)
-
-
-def test_row_numbers_are_the_datasets_own(tmp_path):
-    """Rows that are dropped are counted."""
-    rows = [{"question": "a", "answer": text} for text in ("b", "", "c", " ", "d")]
-    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    prepared = prepare(str(tmp_path / "rows.jsonl"), "auto", -1, 100, byte_tokenizer())
-    assert prepared.dropped == 2 and prepared.numbers.tolist() == [1, 3, 5]
-
-
-def test_dummy_fills_the_context_to_the_last_token():
-    rows = prepare("dummy", "auto", 3, 333, BYTES)
-    assert rows.lengths().tolist() == [333] * 3
-    assert rows.cut == 3
-
-
-def test_a_large_chat_file_is_rendered_by_several_processes(tmp_path, monkeypatch):
-    tokenizer = byte_tokenizer()
-    tokenizer.chat_template = chat_templates.QWEN3
-    turns = [("user", "Hi"), ("assistant", "Yo"), ("user", "Bye"), ("assistant", "Ciao")]
-    rows = [{"messages": [{"role": r, "content": f"{t} {i}"} for r, t in turns]} for i in range(2001)]
-    file = write(tmp_path / "a.jsonl", rows)
-    results = set()
-    monkeypatch.setattr(examples._Rendering, "__call__", _recorded(examples._Rendering.__call__, tmp_path))
-    for cores in (3, 1):
-        monkeypatch.setattr(os, "cpu_count", lambda cores=cores: cores)
-        results.add(prepare(file, "auto", -1, 512, tokenizer).tokens.numpy().tobytes())
-    assert len(results) == 1  # the same rows in the same order
-    assert len(list(tmp_path.glob("worker-*"))) > 2  # several, and this process with one core
-
-    rows[1500]["messages"][0] = {"role": "user", "content": None}
-    monkeypatch.setattr(os, "cpu_count", lambda: 3)
-    with pytest.raises(UserError, match=r"a\.jsonl:1501: messages must be"):
-        prepare(write(tmp_path / "a.jsonl", rows), "auto", -1, 512, tokenizer)
-
-
-def _recorded(render, folder):
-    def recording(self, numbers):
-        (folder / f"worker-{os.getpid()}").touch()
-        return render(self, numbers)
-
-    return recording
-
-
-def dying(numbers: range):
-    if 400 in numbers:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return examples._held(numbers)
-
-
-def test_a_data_worker_that_is_killed(tmp_path, monkeypatch):
-    tokenizer = byte_tokenizer()
-    tokenizer.chat_template = "{% for m in messages %}{{ m.role + ': ' + m.content + eos_token }}{% endfor %}"
-    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]
-    (tmp_path / "rows.jsonl").write_text((json.dumps({"messages": turns}) + "\n") * 2000)
-    monkeypatch.setattr(examples, "_render_held", dying)
-    monkeypatch.setattr(os, "cpu_count", lambda: 2)
-    with pytest.raises(
-        UserError, match="one of 2 processes that render its rows was killed; out of host memory"
-    ):
-        prepare(str(tmp_path / "rows.jsonl"), "auto", -1, 100, tokenizer)
-
-
-def unpadded(batch) -> dict[tuple, tuple]:
-    """{tokens: targets} of a batch's rows, which must be padded on the right only. Rows of nothing else are not
-    rows."""
-    table = {}
-    lengths = (batch.ids != 0).sum(1).tolist()
-    assert batch.ids.shape == batch.targets.shape
-    for ids, targets, length in zip(batch.ids.tolist(), batch.targets.tolist(), lengths, strict=True):
-        assert ids[length:] == [0] * (len(ids) - length)
-        assert targets[length:] == [IGNORE] * (len(ids) - length)
-        if length:
-            table[tuple(ids[:length])] = tuple(targets[:length])
-    return table
-
-
-def run(rows, batch_size, accumulation, world, seed=42, epochs=1):
-    """[[the step of each rank] for each step]."""
-    samplers = [StepSampler(rows, batch_size, accumulation, r, world, seed) for r in range(world)]
-    steps = list(zip(*(s.steps(epochs) for s in samplers), strict=True))
-    assert len(steps) == epochs * samplers[0].steps_per_epoch()
-    return steps
-
-
-def real(step) -> dict[tuple, tuple]:
-    """{tokens: targets} of all ranks' rows in a step, each once; batches without targets left out."""
-    batches = [b for part in step for b in part.batches if (b.targets != IGNORE).any()]
-    tables = [unpadded(b) for b in batches]
-    merged = {ids: targets for table in tables for ids, targets in table.items()}
-    assert len(merged) == sum(map(len, tables))
-    return merged
-
-
-@pytest.mark.parametrize("size", SIZES)
-def test_an_epoch_has_every_row_once_with_its_targets(size):
-    rows = make_token_rows(size[0])
-    steps = run(rows, *size[1:])
-    tables = [real(step) for step in steps]
-    assert sum(map(len, tables)) == size[0]
-    assert {ids: targets for table in tables for ids, targets in table.items()} == expected(rows)
-    for step, table in zip(steps, tables, strict=True):
-        tokens = sum(map(len, table))
-        targets = sum(t != IGNORE for values in table.values() for t in values)
-        assert {(part.n_tokens, part.n_targets) for part in step} == {(tokens, targets)}
-        for batches in zip(*(part.batches for part in step), strict=True):  # the parts of a micro-batch
-            (shape,) = {b.ids.shape for b in batches}  # collectives need all ranks alike
-            longest = max(len(ids) for b in batches for ids in unpadded(b))
-            assert shape == (max(len(unpadded(b)) for b in batches), longest)
-        assert all(len(b.ids) <= size[1] for part in step for b in part.batches)
-
-
-def test_lines_of_many_lengths_have_few_widths():
-    """None shorter than its rows, none more than a sixteenth longer, none beyond the longest row."""
-    assert [rounded(n) for n in (1, 31, 32, 33, 135, 136, 137, 2047, 2049)] == [
-        *(1, 31, 32, 34, 136, 136, 144),
-        *(2048, 2176),
-    ]
-    lengths = range(100, 2000, 7)
-    rows = TokenizedRows(
-        torch.arange(1, sum(lengths) + 1, dtype=torch.int32),
-        torch.ones(sum(lengths), dtype=torch.bool),
-        torch.tensor([0, *itertools.accumulate(lengths)]),
-        *(0, 0),
-        torch.arange(1, len(lengths) + 1),
-    )
-    widths = [step[0].batches[0].ids.shape[1] for step in run(rows, 1, 1, 1)]
-    assert len(lengths) == len(widths) == 272 and len(set(widths)) <= 72
-    for width, length in zip(sorted(widths), lengths, strict=True):
-        assert length <= width <= min(length * 17 / 16, lengths[-1])
-
-
-@pytest.mark.parametrize("count", [5, 16, 21])
-def test_a_step_has_the_same_rows_however_it_is_split(count):
-    rows = make_token_rows(count)
-    splits = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2), (4, 1, 2), (1, 2, 4)]
-    runs = [run(rows, *split, epochs=2) for split in splits]
-    for step in itertools.chain(*runs):
-        assert_target_positions(step)
-    runs = [[real(step) for step in steps] for steps in runs]
-    assert all(other == runs[0] for other in runs[1:])
-
-
-def test_a_rank_without_rows_gets_a_batch_without_targets():
-    (step,) = run(make_token_rows(3), 2, 1, 3)
-    idle = step[2].batches[0]
-    assert (idle.targets == IGNORE).all()
-    assert idle.ids.numel() > 0
-    assert_target_positions(step)
-    assert step[2].n_targets == step[0].n_targets > 0
-
-
-def test_the_order_follows_from_seed_and_epoch():
-    def orders(seed):
-        sampler = StepSampler(make_token_rows(40), 4, 2, 0, 2, seed)
-        return [torch.cat([step for step, _ in sampler.deal(epoch)]).tolist() for epoch in range(3)]
-
-    first = orders(1)
-    assert first == orders(1)
-    assert len({tuple(order) for order in first + orders(2)}) == 6
-    assert all(sorted(order) == list(range(40)) for order in first)
-
-
-def test_epochs_are_counted_in_steps():
-    epochs = [step[0].epoch for step in run(make_token_rows(10), 2, 2, 1, epochs=2)]
-    torch.testing.assert_close(epochs, [1 / 3, 2 / 3, 1.0, 4 / 3, 5 / 3, 2.0], rtol=0, atol=1e-12)
-
-
-@pytest.mark.parametrize("size", SIZES)
-def test_padding_share(size):
-    rows = make_token_rows(size[0])
-    batches = [b for step in run(rows, *size[1:]) for part in step for b in part.batches]
-    batches = [b for b in batches if (b.targets != IGNORE).any()]
-    share = sum(int((b.ids == 0).sum()) for b in batches) / sum(b.ids.numel() for b in batches)
-    for rank in range(size[3]):
-        assert StepSampler(rows, *size[1:3], rank, size[3], 42).padding_share() == pytest.approx(
-            share, abs=1e-12
-        )

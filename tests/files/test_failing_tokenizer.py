@@ -14,7 +14,7 @@ import evaluate
 import export
 import generate
 from data.encoding import encode
-from data.tokenizing import prepare
+from data.tokenizing import tokenize_dataset
 from files.names import BLOCKS
 from files.tokenizer import compare_with_files, read_tokenizer
 from options.errors import UserError
@@ -49,7 +49,7 @@ def test_the_message_names_the_folder_of_a_tokenizer_that_fails(kind, checkpoint
     folder = write_failing_tokenizer(shutil.copytree(checkpoints(), tmp_path / "model"), kind)
     tokenizer = read_tokenizer(folder, "here")
     for fails in (
-        lambda: encode(tokenizer, ["Hi"], special=True),
+        lambda: encode(tokenizer, ["Hi"], add_special_tokens=True),
         lambda: compare_with_files(folder, tokenizer),
         lambda: make_job(SINGLE_RANK, args_for(folder, alpaca_file, "qlora")),
     ):
@@ -62,7 +62,7 @@ def test_the_message_names_the_folder_of_a_tokenizer_that_cannot_be_used(checkpo
 
     def refused(words: str) -> None:
         with pytest.raises(UserError, match=rf"^{re.escape(str(folder))}: its tokenizer {words}"):
-            prepare(str(alpaca_file), "auto", -1, 100, read_tokenizer(folder, "here"))
+            tokenize_dataset(str(alpaca_file), "auto", -1, 100, read_tokenizer(folder, "here"))
 
     path = folder / "tokenizer.json"
     tokenizer_json = json.loads(path.read_text())

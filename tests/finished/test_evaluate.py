@@ -19,7 +19,7 @@ import evaluate
 import export
 import finished.evaluate
 from data.formats import ALPACA, FORMATS, RenderContext
-from data.tokenizing import prepare
+from data.tokenizing import tokenize_dataset
 from finished.finished_run import load_model, open_run
 from finished.generation import MarkerCriterion
 from models.lora import adapters_off
@@ -166,7 +166,7 @@ def test_the_command(train_type, checkpoints, alpaca_file, one_rank, tmp_path, c
 
     wanted = ["--metrics", "perplexity,exact_match", "--max_new_tokens", "5", "--batch_size", "2"]
     results, printed = command(tmp_path / "run", "--dataset", data, *wanted)
-    tokens = prepare(str(data), "auto", -1, 512, BYTES)
+    tokens = tokenize_dataset(str(data), "auto", -1, 512, BYTES)
     if run.adapter:
         base = transformers_model(folder, dense_tensors(model))
     else:
@@ -185,7 +185,7 @@ def test_the_command(train_type, checkpoints, alpaca_file, one_rank, tmp_path, c
     assert results["scored_with"] == {}
 
     less, _ = command(tmp_path / "run", "--dataset", data, "--samples", "1", "--metrics", "perplexity")
-    first = row_by_row(model, prepare(str(data), "auto", 1, 512, BYTES))
+    first = row_by_row(model, tokenize_dataset(str(data), "auto", 1, 512, BYTES))
     assert less["metrics"]["perplexity"]["tuned"] == pytest.approx(first, rel=1e-4)
     assert less["answers"] == [] and list(less["metrics"]) == ["perplexity"]
 
@@ -214,10 +214,8 @@ def test_rows_without_an_answer_are_counted(checkpoints, alpaca_file, one_rank, 
     data.write_text("".join(json.dumps({"instruction": "Say it.", "output": a}) + "\n" for a in answers))
     results, printed = command(tmp_path / "run", "--dataset", data, "--max_new_tokens", "2")
     assert (results["rows"], results["answered"], results["unscored"]) == (4, 1, 3)
-    assert (
-        "exact_match, bleu, rouge1, rouge2, rougeL: of 4 rows 3 are left out, without a question or an answer to compare with\n"
-        in printed
-    )
+    left_out = "of 4 rows 3 are left out, without a question or an answer to compare with\n"
+    assert f"exact_match, bleu, rouge1, rouge2, rougeL: {left_out}" in printed
     assert "perplexity: 3 rows without a learned token are left out\n" in printed
 
 
@@ -344,7 +342,13 @@ def test_results_that_cannot_be_written(small_disk, monkeypatch, capsys):
     """Also the older ones stay whole; what is no number is null there, which JSON has."""
     metrics = {"perplexity": {"base": math.inf, "tuned": math.nan}}
     results = {"run": "r", "rows": 1, "dataset": "d", "metrics": metrics, "answers": []}
-    results |= {"cut": {"base": 0, "tuned": 0}, "scored_with": {}, "answered": 1, "unscored": 0, "answers": []}
+    results |= {
+        "cut": {"base": 0, "tuned": 0},
+        "scored_with": {},
+        "answered": 1,
+        "unscored": 0,
+        "answers": [],
+    }
     monkeypatch.setattr(finished.evaluate, "evaluate", lambda options: results)
     out = small_disk / "e.json"
     assert evaluate.main(["some/run", "--out", str(out)]) == 0

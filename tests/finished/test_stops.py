@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 import block_expansion
 import export
 from data.formats import RenderContext
-from data.stops import generation_config, stop_tokens
+from data.stop_ids import collect_stop_ids, make_generation_config
 from files.names import BLOCKS, GENERATION_CONFIG
 from finished.finished_run import find_stop_ids, load_tokenizer, open_run
 from finished.generation import make_template
@@ -32,7 +32,7 @@ def named(ids: list[int], tokenizer) -> set[str]:
 
 
 def stops_in_training(origin, argv: list) -> list[int]:
-    return [*make_job(origin, argv).evaluation.stops]
+    return [*make_job(origin, argv).evaluation.stop_ids]
 
 
 def test_every_command_knows_them(chat_run, one_rank):
@@ -48,15 +48,15 @@ def test_every_command_knows_them(chat_run, one_rank):
 @pytest.mark.parametrize("to", ["merged", "adapter"])
 def test_they_are_written_into_an_export(to, chat_run, tmp_path):
     run = open_run(chat_run)
-    stops = find_stop_ids(run, load_tokenizer(run))
+    stop_ids = find_stop_ids(run, load_tokenizer(run))
     assert (
-        json.loads((chat_run / GENERATION_CONFIG).read_text())["eos_token_id"] == stops
+        json.loads((chat_run / GENERATION_CONFIG).read_text())["eos_token_id"] == stop_ids
     )  # beside the adapter, too
     assert export.main([str(chat_run), "--to", to, "--out", str(tmp_path / "out")]) == 0
-    assert GenerationConfig.from_pretrained(tmp_path / "out").eos_token_id == stops
+    assert GenerationConfig.from_pretrained(tmp_path / "out").eos_token_id == stop_ids
     if to == "merged":
         model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-        assert model.generation_config.eos_token_id == stops
+        assert model.generation_config.eos_token_id == stop_ids
 
 
 def chat_base(base: Path, chat_run: Path, folder: Path) -> Path:
@@ -100,11 +100,11 @@ def test_a_base_that_says_them_already_is_copied(checkpoints, tmp_path):
     Settings that transformers would derive from config.json are written.
     """
     config, _ = read_config(checkpoints())
-    stops = stop_tokens(checkpoints(), config.eos_token_id, "alpaca", RenderContext(BYTES))
-    (tmp_path / GENERATION_CONFIG).write_text(json.dumps({"eos_token_id": stops, "temperature": 0.6}))
-    assert generation_config(tmp_path, config, stops) == {}
-    made = json.loads(generation_config(tmp_path, config, [*stops, 300])[GENERATION_CONFIG])
-    assert made == {"eos_token_id": [*stops, 300], "temperature": 0.6}
+    stop_ids = collect_stop_ids(checkpoints(), config.eos_token_id, "alpaca", RenderContext(BYTES))
+    (tmp_path / GENERATION_CONFIG).write_text(json.dumps({"eos_token_id": stop_ids, "temperature": 0.6}))
+    assert make_generation_config(tmp_path, config, stop_ids) == {}
+    made = json.loads(make_generation_config(tmp_path, config, [*stop_ids, 300])[GENERATION_CONFIG])
+    assert made == {"eos_token_id": [*stop_ids, 300], "temperature": 0.6}
     (tmp_path / GENERATION_CONFIG).unlink()
-    made = json.loads(generation_config(tmp_path, config, [7])[GENERATION_CONFIG])
+    made = json.loads(make_generation_config(tmp_path, config, [7])[GENERATION_CONFIG])
     assert made == {"bos_token_id": config.bos_token_id, "eos_token_id": [7]}

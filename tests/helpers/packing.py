@@ -11,7 +11,7 @@ import torch
 
 import train
 from data.batches import Batch, make_batch
-from data.packing import make_packed
+from data.packing import make_packed_batch
 from data.rows import TokenizedRows
 from models import attention
 from models.family import unwrapped_name
@@ -37,7 +37,7 @@ def seven_rows() -> TokenizedRows:
 
 def packed_batch() -> Batch:
     """Return the rows packed into 77 tokens, of which 3, 42 and 0 stay free. Two empty rows fill bounds."""
-    return make_packed(seven_rows(), [torch.tensor(p) for p in PACKS], (3, 77), max(LENGTHS), 12)
+    return make_packed_batch(seven_rows(), [torch.tensor(p) for p in PACKS], (3, 77), max(LENGTHS), 12)
 
 
 def padded_batch() -> Batch:
