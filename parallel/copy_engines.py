@@ -1,8 +1,8 @@
 """FSDP2's all-gather and reduce-scatter on copy engines, where GPUs can read each other's memory.
 
 NCCL's kernels wait on multiprocessors for the other GPUs. A large matmul beside them has a block for each
-multiprocessor, and all blocks wait for the few that find none (docs/benchmarks.md, "8B shape, one and two
-H100"). Here nothing waits on a multiprocessor. A rank's data is in a buffer that the others have mapped
+multiprocessor, and all blocks wait for the few that find none (docs/design/collectives.md has measurements).
+Here nothing waits on a multiprocessor. A rank's data is in a buffer that the others have mapped
 (torch.distributed._symmetric_memory), and their copy engines fetch it. Counters order the streams: a stream
 writes them into the other ranks' memory, and waits for theirs (CUDA driver API, "Stream Memory Operations").
 

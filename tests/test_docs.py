@@ -17,6 +17,8 @@ from tests.helpers.programs import ROOT
 from tests.helpers.runs import outputs, transformers_model
 from tools.make_options_doc import PAGE, make_page
 
+DESIGN = ROOT / "docs" / "design"
+
 
 def test_the_options_page_is_config_py():
     assert PAGE.read_text(encoding="utf-8") == make_page(), "run: python -m tools.make_options_doc"
@@ -46,11 +48,7 @@ def test_the_example_of_a_new_family_works(alpaca_file, one_rank, tmp_path, monk
 
     Layers are marked for compilation, as on GPUs.
     """
-    page = (
-        (ROOT / "docs" / "architecture.md")
-        .read_text(encoding="utf-8")
-        .partition("## Adding a model family")[2]
-    )
+    page = (DESIGN / "adding.md").read_text(encoding="utf-8").partition("## Adding a model family")[2]
     source = textwrap.dedent(re.search(r"```python\n(.*?)```", page, re.DOTALL)[1])
     name, config = re.search(r'`"(\w+)": lambda: (.*),`', page).groups()
     assert f'`"{name}": {name}.FAMILY,`' in page
@@ -88,6 +86,6 @@ def step_zero_of_a_new_family(rank_info, name, source, args):
 
 
 def test_the_docs_name_every_family():
-    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
-    listed = re.search(r"Known are \(config.json's `model_type`\): (.*?)\. ", page, re.DOTALL)[1]
+    page = (DESIGN / "adding.md").read_text(encoding="utf-8")
+    listed = re.search(r"Known values of `model_type` in config.json: (.*?)\. ", page, re.DOTALL)[1]
     assert re.findall(r"`(\w+)`", listed) == list(FAMILIES)
