@@ -17,22 +17,76 @@ from tests.helpers.programs import ROOT
 from tests.helpers.runs import outputs, transformers_model
 from tools.make_options_doc import PAGE, make_page
 
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 DESIGN = ROOT / "docs" / "design"
+# The pages whose names of files and of things in the code are checked.
+DESIGN_PAGES = [ROOT / "docs" / "architecture.md", *sorted(DESIGN.glob("*.md"))]
+PACKAGES = {path.parent.name for path in ROOT.glob("*/__init__.py")} - {"tests"}
+FILE_NAME = r"(?<![\w<./-])(?:[\w.]+/)+(?:[\w-]+\.(?:py|toml|md))?(?![\w<])|(?<![\w<./-])[\w-]+\.py\b"
+# Names of libraries, in backticks, that are not in this code.
+FOREIGN = {"AutoPeftModel", "TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING"}
 
 
 def test_the_options_page_is_config_py():
     assert PAGE.read_text(encoding="utf-8") == make_page(), "run: python -m tools.make_options_doc"
 
 
-def test_files_that_the_docs_name_exist():
-    for doc in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
-        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", doc.read_text(encoding="utf-8")):
-            assert (doc.parent / target).exists(), f"{doc.name} links to {target}"
+def test_links_lead_to_files_and_headings():
+    for doc in PAGES:
+        for target, anchor in re.findall(r"\]\(([^)#:]*)(?:#([^)]*))?\)", doc.read_text(encoding="utf-8")):
+            path = doc.parent / target if target else doc
+            assert path.exists(), f"{doc.name} links to {target}"
+            found = anchors(path.read_text(encoding="utf-8")) if anchor else {""}
+            assert anchor in found, f"{doc.name} links to {target}#{anchor}"
+
+
+def anchors(page: str) -> set[str]:
+    """Return the anchors that GitHub makes of a page's headings."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", page, flags=re.DOTALL), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_a_page_is_linked_from_the_map():
+    linked = re.findall(r"\]\((design/\w+\.md)", DESIGN_PAGES[0].read_text(encoding="utf-8"))
+    assert {f"design/{page.name}" for page in DESIGN.glob("*.md")} == set(linked)
+
+
+def test_files_that_the_design_pages_name_exist():
+    for doc in DESIGN_PAGES:
+        text = re.sub(r"\]\([^)]*\)", "]", doc.read_text(encoding="utf-8"))
+        named = [name.rstrip(".") for name in re.findall(FILE_NAME, text)]
+        folders = ROOT, doc.parent, ROOT / "models"  # adding.md has names of files in models/
+        missing = {name for name in named if not any((folder / name).exists() for folder in folders)}
+        assert missing <= {"models/starcoder2.py"}, (doc.name, missing)
+
+
+def test_names_that_the_design_pages_quote_are_in_the_code():
+    paths = [
+        *ROOT.glob("*.py"),
+        *(p for folder in (*PACKAGES, "tests", "tools") for p in (ROOT / folder).rglob("*.py")),
+    ]
+    code = "\n".join(path.read_text(encoding="utf-8") for path in paths)
+    known = {*re.findall(r"\w+", code), *(path.stem for path in paths), *FOREIGN}
+    for doc in DESIGN_PAGES:
+        text = re.sub(r"```.*?```", "", doc.read_text(encoding="utf-8"), flags=re.DOTALL)
+        quoted = set(re.findall(r"[A-Za-z_]\w+", " ".join(re.findall(r"`([^`\n]+)`", text))))
+        assert quoted <= known, (doc.name, quoted - known)
+
+
+def test_the_list_of_files_is_complete():
+    page = (DESIGN / "files.md").read_text(encoding="utf-8")
+    listed = {name for cell in re.findall(r"^\| ([^|]+) \|", page, re.MULTILINE) for name in cell.split(", ")}
+    paths = [
+        *ROOT.glob("*.py"),
+        *(p for folder in (*PACKAGES, "tools") for p in (ROOT / folder).glob("*.py")),
+    ]
+    written = {path.relative_to(ROOT).as_posix() for path in paths if path.name != "__init__.py"}
+    assert listed - {"file"} == written | {"monitoring/templates/", "benchmarks/peers/"}
 
 
 def test_rows_of_tables_are_in_a_table():
     """A blank line ends a table: rows after it are plain text."""
-    for doc in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+    for doc in PAGES:
         for block in doc.read_text(encoding="utf-8").split("\n\n"):
             first, second = ([line for line in block.splitlines() if line.startswith("|")] + ["", ""])[:2]
             assert not first or re.fullmatch(r"[|-]+", second), f"{doc.name}: {first}"
