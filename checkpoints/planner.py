@@ -4,6 +4,11 @@ torch's own planner sends a dozen objects for each tensor back and forth between
 in pickles that hold the interpreter. For some thousand tensors on eight ranks that takes more than a second,
 during which rank 0's training thread can launch few kernels. Here a tuple is sent one way, once in a run,
 with pauses between tensors (checkpoints/background.py).
+
+torch's plan caching does not replace it: with torch 2.13 and the 4,481 tensors of a 70B LoRA run on two CPU
+ranks (measured on 2026-11-30), each later checkpoint costs rank 0 0.20 s of CPU time against 0.006 s here,
+because all tensors are described again and the metadata is sent to all ranks. It also misses a changed dtype,
+and after a checkpoint that failed on a full disk the next one lacks new tensors, or fails with a KeyError.
 """
 
 from __future__ import annotations
