@@ -1,4 +1,4 @@
-"""README.md and the commands of all pages: options exist, figures stand where their links lead."""
+"""README.md, and commands and links of all pages: options, headings and figures exist."""
 
 from __future__ import annotations
 
@@ -56,6 +56,14 @@ def test_commands_name_options_that_exist(page):
             parse_train_options(argv)
         else:
             importlib.import_module(f"options.{name}").COMMAND.read(argv)
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=lambda path: path.name)
+def test_anchors_are_headings(page):
+    for file, anchor in re.findall(r"\]\(([^)#:]*)#([^)]+)\)", page.read_text(encoding="utf-8")):
+        text = (page.parent / file if file else page).read_text(encoding="utf-8")
+        headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+        assert anchor in {re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings}, anchor
 
 
 def test_the_readme_has_commands_to_check():
