@@ -36,22 +36,23 @@ class System:
     """The runs of one program.
 
     Attributes:
-        same_session: False draws the points hollow: they were measured in another session.
+        earlier: whether they were measured earlier, on other machines; such points are hollow.
     """
 
     colour: str
     points: tuple[Point, ...]
-    same_session: bool = True
+    earlier: bool = False
 
 
-# docs/benchmarks.md, section "8B shape, one H200": QLoRA of rank 64 on all linears, 4 rows of 2,048 tokens.
+# docs/benchmarks.md, results of the 8B shape on one H200, 2026-11-25: QLoRA of rank 64 on all linears, 4 rows
+# of 2,048 tokens. The comments name the rows.
 SYSTEMS = (
     System(
         "#1a56b0",
         (
-            # Second table, machine C: "qlora, `--use_cpu_offload`, linears joined".
+            # "qlora, `--use_cpu_offload`", machine C.
             Point(3.78, 6377, "fsdp-finetune, CPU offload\n", (10, -10)),
-            # First table: "qlora, gradient checkpointing" and "no checkpointing", "ours, `--precision auto`".
+            # "qlora" with and without gradient checkpointing, beside TRL; ours, `--precision auto`.
             Point(9.57, 12296, "fsdp-finetune\n", (-9, 9)),
             Point(41.52, 16358, "fsdp-finetune, no checkpointing\n", (-9, 5)),
         ),
@@ -59,19 +60,19 @@ SYSTEMS = (
     System(
         "#b3430a",
         (
-            # First table: the two rows "TRL + PEFT + Liger".
+            # The same work, "TRL + PEFT + Liger".
             Point(9.84, 9421, "TRL with PEFT and Liger\n", (9, -10)),
             Point(41.08, 13447, "TRL, no checkpointing\n", (-9, 5)),
         ),
     ),
-    # Last paragraph: "Measured earlier by others' own scripts". It has no peak of these peers without
-    # checkpointing, so those two runs are not drawn.
-    System("#23703a", (Point(9.99, 11084, "unsloth ", (9, 6)),), same_session=False),
-    System("#7a2f8f", (Point(10.96, 10704, "torchtune ", (9, -3)),), same_session=False),
+    # unsloth and torchtune, measured by scripts of their own before benchmarks.run existed. Their peaks without
+    # checkpointing are not in the docs, so those runs are not drawn.
+    System("#23703a", (Point(9.99, 11084, "unsloth ", (9, 6)),), earlier=True),
+    System("#7a2f8f", (Point(10.96, 10704, "torchtune ", (9, -3)),), earlier=True),
 )
 
 TITLE = "QLoRA of an 8B model on one H200: higher is faster, left is smaller"
-HOLLOW = "hollow: measured earlier, in another session"
+HOLLOW = "hollow: measured earlier, on other machines of this kind"
 TICKS = (4, 8, 16, 24, 32, 48)  # GiB
 
 
@@ -91,7 +92,7 @@ def draw(path: Path) -> None:
                 color=system.colour,
                 marker="o",
                 markersize=8,
-                markerfacecolor=system.colour if system.same_session else "white",
+                markerfacecolor="white" if system.earlier else system.colour,
                 linestyle="",
             )
             for point in system.points:
