@@ -65,8 +65,8 @@ SYSTEMS = (
             Point(41.08, 13447, "TRL, no checkpointing\n", (-9, 5)),
         ),
     ),
-    # unsloth and torchtune, measured by scripts of their own before benchmarks.run existed. Their peaks without
-    # checkpointing are not in the docs, so those runs are not drawn.
+    # unsloth and torchtune, measured by scripts of their own before benchmarks.run existed. The docs have no
+    # peaks of them without checkpointing, so those runs are not drawn.
     System("#23703a", (Point(9.99, 11084, "unsloth ", (9, 6)),), earlier=True),
     System("#7a2f8f", (Point(10.96, 10704, "torchtune ", (9, -3)),), earlier=True),
 )
