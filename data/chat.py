@@ -176,6 +176,10 @@ class ChatTemplate:
             collect_stop_ids += [token for token in added if call_ending.endswith(token)]
         return sorted({added[token] for token in collect_stop_ids})
 
+    def ending_tokens(self) -> list[str]:
+        """Return the tokens of `find_stop_ids`, and EOS if the tokenizer has one."""
+        return [*self.tokenizer.convert_ids_to_tokens(self.find_stop_ids()), self.tokenizer.eos_token or ""]
+
     @cached_property
     def endings(self) -> TurnEndings:
         """The texts that the template writes after messages."""

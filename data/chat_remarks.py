@@ -18,6 +18,12 @@ SAMPLE_SIZE = 40  # messages of each kind that are examined, spread over the row
 THOUGHT_END = "</think>"
 ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
 MORE_CALLS = "further tool_calls"
+TOOL_PROBE = "zqx_probe_xqz"  # ASCII: some templates write tools as Python does, with escapes
+TOOL_PROBES: dict[str, Any] = {  # values for the keys of a tool
+    "name": TOOL_PROBE,
+    "description": TOOL_PROBE,
+    "parameters": {"type": "object", "properties": {TOOL_PROBE: {"type": "string", "description": "-"}}},
+}
 # A part of a row that a template may show: (its label, the index of its message; None = it is the row's).
 Part = tuple[str, int | None]
 
@@ -50,6 +56,7 @@ def describe_hidden_parts(chat: ChatTemplate, rows: Sequence[dict]) -> list[str]
         *_describe_outside(examined, outside),
         *_describe_flags(rows),
         *_describe_roles(rows),
+        *_describe_repeated_endings(chat, rows),
     ]
 
 
@@ -57,6 +64,8 @@ def _list_parts(row: dict) -> Iterator[Part]:
     """Yield each part of a row that a template may show, with a label for its kind."""
     if _has_content(row.get("tools")):
         yield "tools", None
+        function = _tool_function((check_tools(row["tools"], "") or [{}])[0])
+        yield from ((f"{key} of tools", None) for key in TOOL_PROBES if _has_content(function.get(key)))
     messages = row["messages"]
     last_question = max((i for i, m in enumerate(messages) if m["role"] == "user"), default=-1)
     for i, message in enumerate(messages):
@@ -88,8 +97,12 @@ def _is_hidden(
     """Return whether a part has no effect: the text is the same without it, or lacks a probe in its place."""
     label, i = part
     try:
-        if i is None:
+        if label == "tools":
             return chat.apply(messages, None) == text
+        if i is None:
+            return TOOL_PROBE not in chat.apply(
+                messages, _put_tool_probe(tools, label.removesuffix(" of tools"))
+            )
         if label.startswith("what role"):
             return PROBE not in chat.apply(_put_probe(messages, i, ("content",)), tools)
         keys = _part_keys(label)
@@ -125,6 +138,17 @@ def _put_probe(messages: list[dict], i: int, keys: tuple[str, ...]) -> list[dict
     return [*messages[:i], messages[i] | dict.fromkeys(keys, PROBE), *messages[i + 1 :]]
 
 
+def _tool_function(tool: dict) -> dict:
+    """Return the description of a tool, which most rows hold under the key `function`."""
+    return tool["function"] if isinstance(tool.get("function"), dict) else tool
+
+
+def _put_tool_probe(tools: list[dict] | None, key: str) -> list[dict]:
+    """Return the tools with a probe in their name, description or parameters."""
+    probed = ((tool, _tool_function(tool) | {key: TOOL_PROBES[key]}) for tool in tools or ())
+    return [tool | {"function": function} if "function" in tool else function for tool, function in probed]
+
+
 def _find_outside_turns(
     chat: ChatTemplate, messages: list[dict], tools: list[dict] | None, parts: Sequence[Part]
 ) -> list[str]:
@@ -154,6 +178,8 @@ def _describe_hidden(examined: Counter[str], hidden: Counter[str]) -> list[str]:
     """Return a remark on the parts that the template never shows, or shows only in some of the messages."""
     always = [label for label in sorted(examined) if hidden[label] == examined[label]]
     partly = [label for label in sorted(examined) if 0 < hidden[label] < examined[label]]
+    if "tools" in always:
+        always = [label for label in always if not label.endswith(" of tools")]
     parts = [join_names(always)] * bool(always) + [_format_count(label, hidden, examined) for label in partly]
     return [f"data: the chat template does not show {', '.join(parts)}"] if parts else []
 
@@ -192,6 +218,19 @@ def _describe_roles(rows: Sequence[dict]) -> list[str]:
     return [f"data: messages of the roles {names} are not learned; only the role assistant is"]
 
 
+def _describe_repeated_endings(chat: ChatTemplate, rows: Sequence[dict]) -> list[str]:
+    """Return a remark on answers whose content ends with a token that the template writes after it."""
+    endings = tuple(token for token in chat.ending_tokens() if token and token in chat.endings.after_answer)
+    answers = [m.get("content") for row in rows for m in row["messages"] if m["role"] == "assistant"]
+    repeated = sum(isinstance(text, str) and text.rstrip().endswith(endings) for text in answers)
+    if not endings or not repeated:
+        return []
+    return [
+        f"data: {repeated:,} answers end with {join_names(endings)}, which the chat template writes again: both"
+        " are learned"
+    ]
+
+
 def describe_missing_endings(chat: ChatTemplate, learned: Sequence[str]) -> list[str]:
     """Return a remark if answers are learned without a token that ends them.
 
@@ -202,10 +241,9 @@ def describe_missing_endings(chat: ChatTemplate, learned: Sequence[str]) -> list
             f"data: the chat template ends answers with {chat.marker!r}, for which the tokenizer has no"
             " token: it is learned as letters"
         ]
-    tokenizer = chat.tokenizer
-    collect_stop_ids = [*tokenizer.convert_ids_to_tokens(chat.find_stop_ids()), tokenizer.eos_token]
+    endings = tuple(filter(None, chat.ending_tokens()))
     sample = learned[:: -(-len(learned) // SAMPLE_SIZE) or 1]
-    missing = sum(not text.rstrip().endswith(tuple(filter(None, collect_stop_ids))) for text in sample)
+    missing = sum(not text.rstrip().endswith(endings) for text in sample)
     if not missing:
         return []
     return [

@@ -45,6 +45,8 @@ class TurnEndings:
         after_answer: after the last answer of a conversation.
         after_user: after a user's message that nothing follows.
         between_turns: between an answer and the header of the user's message that follows it.
+        next_header: the header of the next answer, if the template writes it after each conversation, whatever
+            add_generation_prompt is. It is not part of after_answer.
         added_tokens: the tokenizer's added tokens, which are never split.
     """
 
@@ -52,6 +54,7 @@ class TurnEndings:
     after_user: str
     between_turns: str
     added_tokens: tuple[str, ...]
+    next_header: str = ""
 
     def find_ending(self, tail: str, last_ending: str) -> str:
         """Return the beginning of `tail` that ends a turn. tail: the text after the turn.
@@ -128,6 +131,7 @@ class Turns:
             return self._find_span_by_probe(i, None)
         is_last = i + 1 == len(self.messages)
         until = self.text if is_last else try_apply(self.apply, self.messages[: i + 1]) or ""
+        until = until.removesuffix(self.endings.next_header)
         # Calls may end with a token of their own, as in gpt-oss.
         has_own_ending = not until.endswith(self.endings.after_answer)
         end = len(until) if has_own_ending else len(until) - len(self.endings.after_answer)
@@ -150,6 +154,7 @@ class Turns:
                 continue
             head, tail = split
             _, last_ending = split_at_probe(self.apply, [*self.messages[:i], variant], name) or ("", "")
+            last_ending = last_ending.removesuffix(self.endings.next_header)
             if start is None:
                 start = self._find_start(i)
             if start is None:
@@ -193,7 +198,25 @@ def find_endings(apply: ApplyTemplate, added_tokens: tuple[str, ...]) -> TurnEnd
     segment, found, _ = tail.partition(QUESTION_PROBE)
     if not found:
         return endings
-    return replace(endings, between_turns=segment.removesuffix(endings.common_suffix(user[0], segment)))
+    endings = replace(endings, between_turns=segment.removesuffix(endings.common_suffix(user[0], segment)))
+    return _split_next_header(endings, apply, opening)
+
+
+def _split_next_header(endings: TurnEndings, apply: ApplyTemplate, opening: list[dict]) -> TurnEndings:
+    """Return the endings with the next answer's header apart, if the template always writes one.
+
+    opening: messages that the template accepts, a user's last.
+    """
+    conversation = [*opening, make_answer(PROBE)]
+    if try_apply(apply, conversation) != try_apply(apply, conversation, add_generation_prompt=True):
+        return endings  # the template follows add_generation_prompt
+    ending = endings.common_prefix(endings.after_answer, endings.between_turns)
+    header = endings.after_answer[len(ending) :]
+    user = [*opening[:-1], opening[-1] | {"content": PROBE}]
+    _, tail = split_at_probe(apply, [*user, make_answer(QUESTION_PROBE)]) or ("", "")
+    if not ending.strip() or not header.strip() or not tail.partition(QUESTION_PROBE)[0].endswith(header):
+        return endings
+    return replace(endings, after_answer=ending, next_header=header)
 
 
 def make_answer(content: str) -> dict:

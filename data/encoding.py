@@ -39,8 +39,26 @@ def encode(tokenizer, texts: list[str], add_special_tokens: bool) -> list[tuple[
     if largest >= 2**31:
         raise UserError(f"{tokenizer.name_or_path}: its tokenizer makes the id {largest}")
     bos, bos_text = tokenizer.bos_token_id, tokenizer.bos_token
-    rows = zip(texts, encoded["input_ids"], encoded["offset_mapping"], strict=True)
-    return [_keep_one_bos(text, ids, offsets, bos, bos_text) for text, ids, offsets in rows]
+    stripping = {i for i, t in tokenizer.added_tokens_decoder.items() if t.lstrip or t.rstrip}
+    rows = []
+    for text, ids, offsets in zip(texts, encoded["input_ids"], encoded["offset_mapping"], strict=True):
+        if stripping:
+            offsets = _strip_offsets(text, ids, offsets, stripping)
+        rows.append(_keep_one_bos(text, ids, offsets, bos, bos_text))
+    return rows
+
+
+def _strip_offsets(text: str, ids: list[int], offsets: Offsets, stripping: set[int]) -> Offsets:
+    """Return the offsets with those of added tokens without the whitespace that they swallow.
+
+    Phi-3's <|assistant|> swallows the whitespace at the start of an answer, and is no part of the answer.
+    """
+    return [
+        (end - len(text[start:end].lstrip()), start + len(text[start:end].rstrip()))
+        if i in stripping
+        else (start, end)
+        for i, (start, end) in zip(ids, offsets, strict=True)
+    ]
 
 
 def _keep_one_bos(

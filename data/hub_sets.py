@@ -63,10 +63,10 @@ def read_hub(source: str, data_files: str, split: str, samples: int, root: str |
         loaded = loaded.select(range(samples))
     rows = [drop_schema_nulls(row) for row in loaded.to_list()]
     restore_digits(rows, loaded.features.arrow_schema)
-    skip_kinds = local or data_files or datasets.config.HF_HUB_OFFLINE
+    skip_repository = local or data_files or datasets.config.HF_HUB_OFFLINE
     remarks = (
         _unread_splits_remark(source, split, loaded.info.splits or ()),
-        "" if skip_kinds else _kinds_remark(source),
+        "" if skip_repository else _repository_remark(source, loaded.info.config_name or ""),
         _numbers_remark(source, loaded),
     )
     origins = [f"{source} row {i}" for i in range(1, len(loaded) + 1)]
@@ -85,6 +85,16 @@ def _numbers_remark(source: str, loaded: Any) -> str:
     return f"data: of {source} `datasets` reads as numbers, as in 007 = 7 and 1.10 = 1.1: {names}"
 
 
+def _unread_configs_remark(source: str, config: str, configs: list[dict]) -> str:
+    """Return a remark on the configurations beside the one that is read; "" if there are none.
+
+    configs: from `_read_configs`.
+    """
+    names = (str(each.get("config_name", "default")) for each in configs)
+    others = [name for name in names if name != config]
+    return f"data: of {source} the configuration {config} is read, not {join_names(others)}" if others else ""
+
+
 def _unread_splits_remark(source: str, split: str, splits: Iterable[str]) -> str:
     """Return a remark on the splits of a data set that are not read; "" if there are none."""
     others = [name for name in splits if not re.match(rf"{re.escape(name)}(\W|$)", split)]
@@ -101,9 +111,10 @@ def _check_files_inside(folder: str, data_files: str, root: str) -> None:
             )
 
 
-def _kinds_remark(hub_id: str) -> str:
-    """Return a remark if a repository has data files of several kinds and its README chooses none; else "".
+def _repository_remark(hub_id: str, config: str) -> str:
+    """Return a remark on the data of a repository that are not read; "" if there are none.
 
+    They are other configurations than `config`, or, if its README.md has none, data files of other kinds:
     `datasets` reads one kind. Users cannot clean up a repository of the hub, so it is not refused.
     """
     from huggingface_hub import HfApi, hf_hub_download
@@ -111,12 +122,12 @@ def _kinds_remark(hub_id: str) -> str:
     try:
         names = HfApi().list_repo_files(hub_id, repo_type="dataset")
         kinds = Counter(kind for name in names if (kind := kind_in_folder(name)))
-        if len(kinds) < 2:
-            return ""
         readme = hf_hub_download(hub_id, "README.md", repo_type="dataset") if "README.md" in names else ""
     except HUB_ERRORS:  # the rows were already read, so a missing remark does not matter
         return ""
-    if readme and _read_configs(os.path.dirname(readme)):
+    if readme and (configs := _read_configs(os.path.dirname(readme))):
+        return _unread_configs_remark(hub_id, config, configs)
+    if len(kinds) < 2:
         return ""
     counts = ", ".join(f"{number} {kind}" for kind, number in kinds.most_common())
     return f"data: {hub_id} has data files of several kinds ({counts}), of which one is read; {RECIPE_HINT}"
@@ -201,8 +212,11 @@ def _read_configured_folder(folder: str, configs: list, split: str, samples: int
     kinds = {kind_in_folder(path) for path in paths}
     if not paths or not set(chosen) <= NAMING_KEYS or len(kinds) > 1 or not kinds <= set(KINDS.values()):
         return read_hub(folder, "", split, samples, root)
-    unread = _unread_splits_remark(folder, split, map(str, files))
-    return replace(_read_files(paths, samples), remarks=tuple(filter(None, [unread])))
+    remarks = (
+        _unread_splits_remark(folder, split, map(str, files)),
+        _unread_configs_remark(folder, config.name, configs),
+    )
+    return replace(_read_files(paths, samples), remarks=tuple(filter(None, remarks)))
 
 
 def _read_files(paths: list[str], samples: int) -> Rows:

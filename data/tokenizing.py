@@ -77,6 +77,20 @@ def tokenize(rendered: list[Rendered], tokenizer, context_length: int, error_pre
     return TokenizedRows(all_tokens, all_learned, torch.from_numpy(starts), dropped, cut, row_numbers)
 
 
+def describe_unknown_tokens(tokens: torch.Tensor, tokenizer) -> list[str]:
+    """Return a remark if characters of the data became the unknown token. tokens: [N]."""
+    unknown = tokenizer.unk_token_id
+    if unknown is None or unknown in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+        return []  # as in GPT-2, whose tokenizer knows every byte
+    count = int((tokens == unknown).sum())
+    if not count:
+        return []
+    return [
+        f"data: {count:,} of {len(tokens):,} tokens are {tokenizer.unk_token}: the tokenizer has none for some of"
+        " the characters, which the model neither sees nor learns to write"
+    ]
+
+
 @dataclass(frozen=True)
 class LearnedAnswer:
     """The learned tokens of an answer, which may hold characters before and after it.

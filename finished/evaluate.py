@@ -13,11 +13,12 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
 from data.answers import decode_answer, normalize_answer
+from data.encoding import encode
 from data.evaluation_sets import Prompt, make_row_prompt, read_evaluation_rows, read_in_trained_format
 from data.examples import read_examples
 from data.formats import Rendered
 from data.rows import TokenizedRows
-from data.tokenizing import tokenize
+from data.tokenizing import describe_unknown_tokens, tokenize
 from files.atomic_writes import nonfinite_to_null, write_text
 from files.disk_room import check_writable
 from finished.finished_run import Run, find_stop_ids, load_model, load_tokenizer, open_base, open_run
@@ -206,7 +207,10 @@ def evaluate(options: Options) -> dict:
     base = None if run.adapter else open_base(run, options.base_model)
     tokenizer = load_tokenizer(run)
     dataset, rendered, remarks = read_rows(run, options, tokenizer)
-    for remark in remarks:
+    add_special_tokens = bool(rendered) and rendered[0].add_special_tokens
+    encoded = encode(tokenizer, [row.text for row in rendered], add_special_tokens)
+    tokens = torch.tensor([token for ids, _ in encoded for token in ids])
+    for remark in (*remarks, *describe_unknown_tokens(tokens, tokenizer)):
         print(remark, flush=True)
     stop_ids = find_stop_ids(run, tokenizer)
     inputs = prepare_inputs(names, run, rendered, dataset, tokenizer, stop_ids)

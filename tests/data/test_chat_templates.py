@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
+from tokenizers import AddedToken
 
 from benchmarks.make_checkpoint import byte_tokenizer
 from data.chat_remarks import describe_missing_endings
@@ -413,7 +414,12 @@ UNMARKED_END = (
     "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}"
     "{% else %}{{ '<|im_start|>' + m.content }}{% endif %}{{ '<|im_end|>' }}{% endfor %}"
 )
+ALWAYS_OPEN = (  # the next answer is opened whatever add_generation_prompt is
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+    "{{ '<|im_start|>assistant\n' }}"
+)
 CLOSED = {
+    "before a header that always follows": (ALWAYS_OPEN, ["a<|im_end|>", "c<|im_end|>"], False),
     "with the next header": (BEFORE_NEXT, ["a<|im_end|>", "c"], True),
     "with the next header, and an EOS at the end": (
         BEFORE_NEXT + "{% if not add_generation_prompt %}{{ eos_token }}{% endif %}",
@@ -438,6 +444,23 @@ def test_turns_that_are_closed_otherwise(name):
     assert rendered.text == tokenizer.apply_chat_template(messages, tokenize=False)
     remarks = describe_missing_endings(context.chat, [rendered.text[slice(*rendered.learned[-1])]])
     assert bool(remarks) == told and all("is not taught to stop" in remark for remark in remarks)
+
+
+@pytest.mark.parametrize("space", ["", " ", "\n", " \n "])
+def test_a_header_that_swallows_whitespace_is_not_learned(space):
+    """Phi-3's added tokens have rstrip. The tokens are the same with and without the space, and so are the
+    learned ones."""
+    learned = []
+    for content in ("Yo", f"{space}Yo"):
+        tokenizer = tokenizer_of(
+            Model(trl_template("phi3"), "</s>", closed_by("<|end|>"), (), "<|end|> <|user|>")
+        )
+        tokenizer.add_tokens([AddedToken("<|assistant|>", rstrip=True, special=True, normalized=False)])
+        row = FORMATS["chat"].render({"messages": [user("q"), says(content)]}, RenderContext(tokenizer))
+        rows = tokenize([row], tokenizer, 100, "here")
+        assert "<|assistant|>" in tokenizer.convert_ids_to_tokens(rows.tokens.tolist())
+        learned.append(tokenizer.convert_ids_to_tokens(rows.tokens[rows.learned].tolist()))
+    assert learned[0] == learned[1] and learned[0][:2] == ["Y", "o"]
 
 
 def test_a_closing_that_is_no_token():

@@ -333,6 +333,8 @@ def hub(tmp_path, monkeypatch):
     (REPOSITORY, "# Rows", "data: me/rows has data files of several kinds (2 JSON, 1 CSV), of which one is"
         " read; write a recipe"),
     (REPOSITORY, README, ""),
+    (["a.csv", "b.csv", "README.md"], README.replace("---\n# Rows", "- config_name: more\n  data_files: b.csv\n---\n"),
+     "data: of me/rows the configuration default is read, not more"),
     (["a.csv", "README.md", "pictures.txt.md"], "# Rows", ""),
 ])  # fmt: skip
 def test_of_which_kinds_a_hub_repository_is(names, readme, told, hub, tmp_path, monkeypatch):
@@ -381,6 +383,16 @@ def test_files_that_a_readme_names_are_read_exactly(entry, exact, tmp_path):
     assert len(read.rows) == 3 and ([row["answer"] for row in read.rows] == answers) == exact
     told = f"data: of {folder} `datasets` reads as numbers, as in 007 = 7 and 1.10 = 1.1: answer"
     assert read.remarks == (() if exact else (told,))
+
+
+@pytest.mark.parametrize("default", ["", "  default: true\n"])
+def test_other_configurations_are_told(default, tmp_path):
+    readme = f"---\nconfigs:\n- config_name: default\n{default}  data_files: en.jsonl\n"
+    readme += "- config_name: german\n  data_files: de.jsonl\n---\n"
+    folder = written(tmp_path / "data", {"en.jsonl": rows("1"), "de.jsonl": rows("2"), "README.md": readme})
+    read = hub_sets.read_folder(str(folder), "", "train", -1)
+    assert [row["answer"] for row in read.rows] == ["1"]
+    assert read.remarks == (f"data: of {folder} the configuration default is read, not german",)
 
 
 def test_a_set_without_one_of_its_files_is_refused(tmp_path):

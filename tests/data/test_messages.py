@@ -283,6 +283,45 @@ def test_what_a_template_does_not_show_is_told(tmp_path):
     assert told([{"messages": [user(), says()]}], templates.CHATML) == []
 
 
+def tools_shown(shown: str) -> str:
+    """A template that writes `shown` for each tool t, under a header."""
+    return (
+        "{% if tools %}TOOLS:{% for t in tools %}"
+        + shown
+        + "{% endfor %}{% endif %}"
+        + templates.PLAIN_CHATML
+    )
+
+
+BARE_TOOL = TOOL["function"] | {"description": "d", "parameters": {"type": "object", "properties": {"x": {}}}}
+
+
+@pytest.mark.parametrize("shown, wrapped, hidden", [
+    ("{% if t.function is defined %}{{ t | tojson }}{% endif %}", False,
+     "description of tools, name of tools, parameters of tools"),
+    ("{{ t.name }}: {{ t.description }}", True, "description of tools, name of tools, parameters of tools"),
+    ("{{ t.function.name }}: {{ t.function.description }}", True, "parameters of tools"),
+    ("{% for p in t.function.parameters.properties %}{{ p }}{% endfor %}", True,
+     "description of tools, name of tools"),
+    ("{{ t | tojson }}", True, ""), ("{{ t | tojson }}", False, ""), ("{{ t }}", True, ""),
+])  # fmt: skip
+def test_parts_of_tools_that_a_template_does_not_show_are_told(shown, wrapped, hidden):
+    tool = {"type": "function", "function": BARE_TOOL} if wrapped else BARE_TOOL
+    rows = [{"messages": [user(), says()], "tools": [tool]}, {"messages": [user(), says()]}]
+    line = f"data: the chat template does not show {hidden}"
+    assert told(rows, tools_shown(shown)) == ([line] if hidden else [])
+
+
+def test_answers_that_hold_the_ending_already_are_told():
+    rows = [
+        {"messages": [user(), says("Yo<|im_end|>\n")]},
+        {"messages": [user("<|im_end|>"), says("a<|im_end|>b")]},
+    ]
+    assert told(rows, templates.PLAIN_CHATML) == [
+        "data: 1 answers end with <|im_end|>, which the chat template writes again: both are learned"
+    ]
+
+
 def test_what_a_template_shows_in_part_is_told():
     rows = [{"messages": [user(), says(reasoning_content="a"), user(), says(reasoning_content="b")]}] * 3
     assert told(rows, trl_template("qwen3")) == [

@@ -6,12 +6,13 @@ import time
 from itertools import pairwise
 
 import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from benchmarks.make_checkpoint import byte_tokenizer
 from data.encoding import encode_prompt
 from data.formats import FORMATS, GUANACO_MARKERS, QA, RenderContext, Rendered
-from data.tokenizing import tokenize
+from data.tokenizing import describe_unknown_tokens, tokenize
 from options.errors import UserError
 from tests.helpers import small_tokenizers
 from tests.helpers.small_tokenizers import BYTES
@@ -108,6 +109,24 @@ def test_an_eos_that_the_tokenizer_writes_is_learned_once_and_only_after_an_answ
     assert tokenizer.decode(rows.tokens[answer][rows.learned[answer]]) == "x</s>"
     assert tokenizer.decode(rows.tokens[dialogue][rows.learned[dialogue]]) == " x"
     assert rows.tokens[dialogue][-1] == tokenizer.eos_token_id
+
+
+def test_unknown_characters_are_told():
+    """A tokenizer without bytes for them: the line counts what transformers makes <unk>."""
+    known = Tokenizer(models.WordLevel({"<unk>": 0, "it": 1, "is": 2, "ok": 3}, unk_token="<unk>"))
+    known.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=known, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    )
+    for text, count in (("it is ok", 0), ("it is 東京", 1), ("北京 is 東京 ok", 2)):
+        rows = tokenize([completion(text)], tokenizer, 100, "here")
+        ids = tokenizer(text)["input_ids"]
+        assert rows.tokens[:-1].tolist() == ids and ids.count(0) == count
+        remarks = describe_unknown_tokens(rows.tokens, tokenizer)
+        assert len(remarks) == bool(count)
+        assert all(f"data: {count} of {len(ids) + 1} tokens are <unk>: " in remark for remark in remarks)
+    tokenizer.unk_token = tokenizer.eos_token  # as GPT-2's, which knows every byte
+    assert describe_unknown_tokens(rows.tokens, tokenizer) == []
 
 
 INST = "[INST] a [/INST] b</s><s>[INST] c [/INST] d"
