@@ -150,6 +150,7 @@ def write_model(
 
 
 def total_bytes(weight_files: WeightFiles) -> int:
+    """Return the bytes of all tensors."""
     return sum(entry.nbytes for entries in weight_files.values() for entry in entries.values())
 
 

@@ -132,7 +132,7 @@ class CheckpointPlanner(SavePlanner):
         return SavePlan([], planner_data=list(self.items))
 
     def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
-        """Raises ValueError if the chunks of a tensor do not cover it."""
+        """Assign each chunk to the rank that writes it. Raises ValueError if chunks do not cover a tensor."""
         self._store_chunks(all_plans)
         if not self.manifest_entries:
             self.assignments, self.manifest_entries = self._assign_writers(len(all_plans))

@@ -191,6 +191,7 @@ def run_identity(config: Config, precision: str, base: str, data: str, evaluatio
 
 
 def rows_per_step(config: Config) -> int:
+    """Return the rows, or packs of rows, of an optimizer step on all ranks."""
     return config.world_size * config.batch_size * config.gradient_accumulation_steps
 
 

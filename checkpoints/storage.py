@@ -95,6 +95,7 @@ class WrittenFile:
 
 
 def checkpoint_folder(run: Path, step: int) -> Path:
+    """Return the folder of the checkpoint after this step."""
     return run / CHECKPOINTS / f"step-{step:08d}"
 
 
@@ -256,6 +257,7 @@ def sync(path: Path) -> None:
 
 
 def rank_file_name(rank: int) -> str:
+    """Return the name of the file that a rank writes in a checkpoint."""
     return f"{RANK_PREFIX}{rank:05d}.safetensors"
 
 

@@ -226,8 +226,8 @@ def _describe_repeated_endings(chat: ChatTemplate, rows: Sequence[dict]) -> list
     if not endings or not repeated:
         return []
     return [
-        f"data: {repeated:,} answers end with {join_names(endings)}, which the chat template writes again: both"
-        " are learned"
+        f"data: {repeated:,} answers end with {join_names(endings)}, which the chat template writes again:"
+        " both are learned"
     ]
 
 

@@ -45,8 +45,8 @@ class TurnEndings:
         after_answer: after the last answer of a conversation.
         after_user: after a user's message that nothing follows.
         between_turns: between an answer and the header of the user's message that follows it.
-        next_header: the header of the next answer, if the template writes it after each conversation, whatever
-            add_generation_prompt is. It is not part of after_answer.
+        next_header: the header of the next answer, if the template writes it after each conversation,
+            whatever add_generation_prompt is. It is not part of after_answer.
         added_tokens: the tokenizer's added tokens, which are never split.
     """
 

@@ -333,7 +333,8 @@ def hub(tmp_path, monkeypatch):
     (REPOSITORY, "# Rows", "data: me/rows has data files of several kinds (2 JSON, 1 CSV), of which one is"
         " read; write a recipe"),
     (REPOSITORY, README, ""),
-    (["a.csv", "b.csv", "README.md"], README.replace("---\n# Rows", "- config_name: more\n  data_files: b.csv\n---\n"),
+    (["a.csv", "b.csv", "README.md"],
+     README.replace("---\n# Rows", "- config_name: more\n  data_files: b.csv\n---\n"),
      "data: of me/rows the configuration default is read, not more"),
     (["a.csv", "README.md", "pictures.txt.md"], "# Rows", ""),
 ])  # fmt: skip
