@@ -86,8 +86,8 @@ def describe_unknown_tokens(tokens: torch.Tensor, tokenizer) -> list[str]:
     if not count:
         return []
     return [
-        f"data: {count:,} of {len(tokens):,} tokens are {tokenizer.unk_token}: the tokenizer has none for some"
-        " of the characters, which the model neither sees nor learns to write"
+        f"data: {count:,} of {len(tokens):,} tokens are {tokenizer.unk_token}: the tokenizer has none for"
+        " some characters, which the model neither sees nor learns to write"
     ]
 
 
