@@ -54,7 +54,7 @@ SYSTEMS = (
             Point(3.78, 6377, "fsdp-finetune, CPU offload\n", (10, -10)),
             # "qlora" with and without gradient checkpointing, beside TRL; ours, `--precision auto`.
             Point(9.57, 12296, "fsdp-finetune\n", (-9, 9)),
-            Point(41.52, 16358, "fsdp-finetune, no checkpointing\n", (-9, 5)),
+            Point(41.52, 16358, "fsdp-finetune, no gradient checkpointing\n", (-9, 5)),
         ),
     ),
     System(
@@ -62,7 +62,7 @@ SYSTEMS = (
         (
             # The same work, "TRL + PEFT + Liger".
             Point(9.84, 9421, "TRL with PEFT and Liger\n", (9, -10)),
-            Point(41.08, 13447, "TRL, no checkpointing\n", (-9, 5)),
+            Point(41.08, 13447, "TRL with PEFT and Liger, no gradient checkpointing\n", (-9, 5)),
         ),
     ),
     # unsloth (its own checkpointing, and none) and torchtune, measured by scripts of their own before
@@ -71,15 +71,15 @@ SYSTEMS = (
         "#23703a",
         (
             Point(9.99, 11032, "unsloth ", (9, 6)),
-            Point(38.2, 15680, "unsloth, no checkpointing ", (-9, -4)),
+            Point(38.2, 15680, "unsloth, no gradient checkpointing ", (-9, -4)),
         ),
         earlier=True,
     ),
     System("#7a2f8f", (Point(10.96, 10704, "torchtune ", (9, -3)),), earlier=True),
 )
 
-TITLE = "QLoRA of an 8B model on one H200: higher is faster, left is smaller"
-HOLLOW = "hollow: measured earlier, on other machines of this kind"
+TITLE = "QLoRA of an 8B model on one H200: up is faster, left needs less memory"
+HOLLOW = "hollow points: measured earlier, on other machines of this kind"
 TICKS = (4, 8, 16, 24, 32, 48)  # GiB
 
 
@@ -117,8 +117,8 @@ def draw(path: Path) -> None:
         axes.set_xscale("log", base=2)
         axes.set_xticks(TICKS, [str(tick) for tick in TICKS])
         axes.minorticks_off()
-        axes.set(xlim=(3.2, 52), ylim=(4000, 18500), title=TITLE)
-        axes.set(xlabel="peak GPU memory, GiB", ylabel="tokens/s per GPU")
+        axes.set(xlim=(3.2, 52), ylim=(0, 18500), title=TITLE)
+        axes.set(xlabel="peak GPU memory, GiB (log scale)", ylabel="tokens/s per GPU")
         axes.yaxis.set_major_formatter("{x:,.0f}")
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
