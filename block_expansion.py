@@ -17,7 +17,7 @@ from options.block_expansion import Options, parse
 
 
 def run(options: Options) -> int:
-    """Run the command. Return the exit status: 0, or 2 for an error that the user can fix."""
+    """Write an expanded model to --output_dir. Return 0, or 2 for an error that the user can fix."""
     from checkpoints.block_expansion import run  # takes seconds, so after the options are parsed
 
     return run(options)

@@ -17,7 +17,7 @@ from options.evaluate import Options, parse
 
 
 def run(options: Options) -> int:
-    """Run the command. Return the exit status: 0, or 2 for an error that the user can fix."""
+    """Score a run and its base, and print a table. Return 0, or 2 for an error that the user can fix."""
     from finished.evaluate import run  # takes seconds, so after the options are parsed
 
     return run(options)

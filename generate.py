@@ -16,7 +16,7 @@ from options.generate import Options, parse
 
 
 def run(options: Options) -> int:
-    """Run the command. Return the exit status: 0, or 2 for an error that the user can fix."""
+    """Print the answers of the base and the runs. Return 0, or 2 for an error that the user can fix."""
     from finished.generate import run  # takes seconds, so after the options are parsed
 
     return run(options)

@@ -78,7 +78,10 @@ def load_weights(
 def _allocate(
     model: PreTrainedModel, family: Family, device: torch.device, param_device: torch.device
 ) -> None:
-    """Allocate a meta model, and fill its buffers. Raises AssertionError for a buffer that nothing fills."""
+    """Allocate a meta model: parameters, uninitialized, on `param_device`; buffers, filled, on `device`.
+
+    A frozen embedding may be in host memory. Raises AssertionError for a buffer that nothing fills.
+    """
     model.to_empty(device=param_device)
     for module in model.modules():
         if isinstance(module, FrozenEmbedding) and module.on_host:
@@ -116,7 +119,7 @@ def _stream_tensors(
     workers: int,
     cache: CacheWriter | None,
 ) -> set[str]:
-    """Read and pack each tensor once per node, and send every rank its shard.
+    """Read and pack each tensor once per node, and fill every rank's shards. Collective.
 
     Returns the names of the filled parameters.
 
@@ -169,7 +172,9 @@ def _read(
     device_lock: threading.Lock,
     thread: threading.local,
 ) -> torch.Tensor | PackedWeight:
-    """Return a tensor on the device, packed if its module packs it. Raises UserError.
+    """Read a file's tensor to the device, packed if its module packs it. Raises UserError.
+
+    The tensor's sum is added to `finite_check`; `thread` keeps the thread's page-locked buffers.
 
     Threads use the device one at a time: quantization briefly needs several times the tensor's memory, and so
     needs it only once.
@@ -200,7 +205,7 @@ class FiniteCheck:
         self.failed: dict[str, str] = {}
 
     def add(self, name: str, tensor: torch.Tensor | PackedWeight) -> None:
-        """Add a tensor. A tensor that was packed in its file was checked there."""
+        """Store the sum of a tensor, unless it was packed in its file: then it was checked there."""
         if isinstance(tensor, torch.Tensor):
             self.sums[name] = fp32_sum(tensor)
 
@@ -224,7 +229,7 @@ class FiniteCheck:
 
 
 class NodeRanks:
-    """The ranks of this machine, to which parameters' contents are scattered."""
+    """The ranks of this machine, to which parameters' contents are scattered. Made by all ranks together."""
 
     def __init__(self, rank_info: RankInfo):
         self.rank_info, self.group = rank_info, None  # None: all ranks
@@ -235,7 +240,7 @@ class NodeRanks:
     def scatter(self, param: nn.Parameter, full: torch.Tensor | None, owner: int) -> None:
         """Fill this rank's shard of a parameter. Collective in the node.
 
-        full: The full contents, on the node's local rank `owner`.
+        full: The full contents, on the node's local rank `owner`; other ranks may pass None.
         """
         if self.rank_info.local_world == 1:
             assert full is not None

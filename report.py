@@ -15,7 +15,7 @@ from options.report import parse
 
 
 def run(folder: Path) -> int:
-    """Run the command. Return the exit status: 0, or 2 for an error that the user can fix."""
+    """Write report.html of the RUN in `folder`. Return 0, or 2 for an error that the user can fix."""
     from monitoring.report import run  # takes seconds, so after the options are parsed
 
     return run(folder)

@@ -73,12 +73,13 @@ from wrapping import STRATEGIES, WRAP_POLICIES, make_mesh, make_offload_policy, 
 def set_up(
     job: Job, rank_info: RankInfo, profiler: NoProfiler = NO_PROFILER
 ) -> tuple[PreTrainedModel, memory_model.ExpectedMemory]:
-    """Build, shard and load the model of the train type.
+    """Build, shard and load the model of the train type. Collective.
 
     Returns:
         (the model, the memory that its weights should take on this rank).
 
-    Raises AssertionError if the loaded weights take another amount of memory.
+    Raises UserError for weights that cannot be used, and AssertionError if they take another amount of
+    memory.
     """
     profiler.start_phase("wrap")
     config, family, precision, device = job.config, job.family, job.precision, rank_info.device
@@ -125,7 +126,10 @@ def train(
     profiler: NoProfiler = NO_PROFILER,
     stopping: NoStopRequests = NO_STOP_REQUESTS,
 ) -> list[Metrics]:
-    """Run the training loop. Return the metrics of every step, on rank 0 with those before a resume."""
+    """Run the training loop. Return the metrics of every step, on rank 0 with those before a resume.
+
+    Collective. Saves checkpoints and the best step's weights, but not the result.
+    """
     config, precision, total_steps = job.config, job.precision, job.total_steps(sampler)
     save_best_to = partial(save_best, job, model)
     loop = make_loop_components(job, model, rank_info, total_steps, tracker, profiler, stopping, save_best_to)
@@ -137,6 +141,7 @@ def train(
     schedule = make_schedule(optimizer, total_steps, config.lr_warmup, config.lr_scheduler, steps_done)
 
     def log_step(reading: Reading, lap: Lap) -> None:
+        """Measure, check and log a completed step, and evaluate after it if that is due."""
         metrics = guard.check_step(meter.measure(reading, lap), reading.step)
         budget.after_step(metrics.memory_allocated_gib)
         history.append(evaluator.evaluate_if_due(metrics))
@@ -193,13 +198,16 @@ def train(
 
 @explain_out_of_memory
 def run_rank(rank_info: RankInfo, job: Job) -> None:
-    """Run one process of the training, from loading to the saved result."""
+    """Run one rank of the training, from loading to the saved result. Collective."""
     with FolderLock(Path(job.output_dir)) as lock, make_profiler(job.config, rank_info) as profiler:
         run_profiled(rank_info, job, profiler, lock)
 
 
 def run_profiled(rank_info: RankInfo, job: Job, profiler: Profiler, lock: FolderLock) -> None:
-    """Set up, train and save in one process, recorded by the profiler."""
+    """Load, train, and save the result, on one rank; the profiler records it. Collective.
+
+    lock: The RUN's, still to be acquired. Raises UserError if the result cannot be written, or there is none.
+    """
     config, began = job.config, time.perf_counter()
     if config.deterministic:
         enable_determinism()
@@ -230,7 +238,7 @@ def run_profiled(rank_info: RankInfo, job: Job, profiler: Profiler, lock: Folder
 
 
 def save_best(job: Job, model: PreTrainedModel, folder: Path) -> None:
-    """Write the trained weights into best/. Collective.
+    """Write the trained weights and the options into `folder`, which becomes best/. Collective.
 
     Raises UserError, on all ranks and before anything is written, if they hold NaN or infinity.
     """
@@ -240,7 +248,9 @@ def save_best(job: Job, model: PreTrainedModel, folder: Path) -> None:
 
 
 def save(job: Job, model: PreTrainedModel, folder: Path, best: bool = False) -> None:
-    """Write the trained weights, which the caller has found to be finite. Collective.
+    """Write the adapter, the new blocks or the full model into `folder`. Collective; rank 0 raises OSError.
+
+    Does not check that the weights are finite.
 
     Args:
         best: Write the run's options too, and of an expanded model only the new blocks: the other layers are

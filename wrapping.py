@@ -96,7 +96,7 @@ def make_mesh(device_type: str, world: int, strategy: str, group_size: int) -> D
 
 
 def make_offload_policy(enabled: bool, device_type: str) -> OffloadPolicy:
-    """Return FSDP's policy for --use_cpu_offload, with pinned host memory where the system grants it.
+    """Return FSDP's policy for --use_cpu_offload, `enabled` or not; pins host memory where possible.
 
     Copies from pinned memory overlap with computation.
     """
@@ -106,7 +106,7 @@ def make_offload_policy(enabled: bool, device_type: str) -> OffloadPolicy:
 
 
 def _keep_last_output(layer: nn.Module, family: Family, offload: OffloadPolicy) -> bool:
-    """Let the layer's last projection keep its output, if it is 4-bit DoRA. Return whether it does.
+    """Let a layer's last projection, if 4-bit DoRA, keep its output for backward. Return whether it does.
 
     The gradient of its magnitude needs the output, and nothing else recomputes it. Not with parameters in
     host memory: then host memory is scarce, and the GPU, which waits for parameters, has time to recompute.
@@ -125,7 +125,7 @@ def _is_fully_trained(module: nn.Module) -> bool:
 
 
 def can_keep_embedding_on_host(model: PreTrainedModel, family: Family) -> bool:
-    """Return whether the embedding may stay in host memory: only look-ups need it.
+    """Return whether the embedding may stay in host memory: it is neither trained nor tied to the head.
 
     It takes about a GiB, and a micro-batch needs few of its rows.
     """
@@ -148,7 +148,9 @@ def wrap(
     compiled_run: Callable | None,
     offload_activations: bool,
 ) -> None:
-    """Shard a meta model in place. Its parameters become DTensors, still on meta.
+    """Add recomputation, offload and FSDP units to a meta model, in place. It stays on meta.
+
+    Its parameters become DTensors, unless one GPU has nothing to cast or to offload.
 
     Args:
         strategy: One of STRATEGIES.
@@ -173,6 +175,7 @@ def wrap(
     sharded = mesh.size() > 1 or casts or isinstance(offload, CPUOffloadPolicy)
 
     def shard(module: nn.Module) -> None:
+        """Make a module an FSDP unit if the model is sharded."""
         if not sharded:
             return
         policy = MixedPrecisionPolicy(
@@ -250,6 +253,6 @@ def _configure_communication(model: nn.Module, mesh: DeviceMesh) -> None:
 
 
 def set_gradient_sync(model: nn.Module, enabled: bool) -> None:
-    """Set whether the next backward reduces gradients over the ranks (--no_sync)."""
+    """Set whether backward, from the next one on, reduces gradients over the ranks (--no_sync)."""
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(enabled)

@@ -28,14 +28,16 @@ def save_adapter(
     folder: Path,
     config: Config,
     base: BaseModel,
-    targets: list[str],
+    target_modules: list[str],
     extra_files: Mapping[str, str],
 ) -> None:
-    """Write PEFT's two files. Collective; rank 0 writes, and raises OSError when the others are done.
+    """Write adapter_model.safetensors, adapter_config.json and extra_files. Collective; rank 0 writes.
+
+    Raises OSError on rank 0, after the last collective.
 
     Args:
         base: The base model.
-        targets: The names in PEFT's target_modules.
+        target_modules: The names for adapter_config.json.
         extra_files: {name: text} of more files to write.
     """
     tensors = {}
@@ -52,11 +54,11 @@ def save_adapter(
         for name, text in extra_files.items():
             stage(name).write_text(text, encoding="utf-8")
         stage(ADAPTER_CONFIG).write_text(
-            json.dumps(_adapter_config(config, base, targets), indent=2) + "\n", encoding="utf-8"
+            json.dumps(_adapter_config(config, base, target_modules), indent=2) + "\n", encoding="utf-8"
         )
 
 
-def _adapter_config(config: Config, base: BaseModel, targets: list[str]) -> dict:
+def _adapter_config(config: Config, base: BaseModel, target_modules: list[str]) -> dict:
     """Return the contents of adapter_config.json."""
     alpha = config.lora_alpha
     return {
@@ -67,7 +69,7 @@ def _adapter_config(config: Config, base: BaseModel, targets: list[str]) -> dict
         "r": config.lora_rank,
         "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
         "lora_dropout": config.lora_dropout,
-        "target_modules": targets,
+        "target_modules": target_modules,
         "use_dora": config.method.adapter == "dora",
         "bias": "none",
         "fan_in_fan_out": False,

@@ -32,22 +32,25 @@ class BackgroundThrottle:
         self.enabled, self.hurry, self.paused_seconds, self.turn_began = enabled, threading.Event(), 0.0, 0.0
 
     def freeze_gc(self) -> None:
-        """Exclude all current objects from garbage collection. Call before the first background work.
+        """If enabled, collect garbage now and exclude all objects that survive from later collections.
 
-        The work's allocations trigger collections, which would scan a million lasting objects and block all
-        threads for half a second.
+        Call before the first background work: its allocations trigger collections, which would scan a million
+        lasting objects and block all threads for half a second.
         """
         if self.enabled:
             gc.collect()
             gc.freeze()
 
     def unfreeze_gc(self) -> None:
-        """Include all objects in garbage collection again."""
+        """If enabled, let garbage collections include all objects again."""
         if self.enabled:
             gc.unfreeze()
 
     def pause_if_due(self) -> None:
-        """Pause if WORK_SECONDS are over and nobody waits. Call often within the work."""
+        """If enabled and WORK_SECONDS after the last pause, wait PAUSE_SECONDS, or only until `hurry` is set.
+
+        Call often within the work.
+        """
         if self.enabled and (now := time.perf_counter()) - self.turn_began > WORK_SECONDS:
             self.hurry.wait(PAUSE_SECONDS)
             self.turn_began = time.perf_counter()

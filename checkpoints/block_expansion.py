@@ -45,31 +45,35 @@ from options.limits import MAX_CONFIG_BYTES, MAX_LAYERS, read_json, read_text
 OTHER_LISTS = ("architectures", "keys_to_ignore_at_inference", "mlp_only_layers")
 
 
-def insertion_points(options: Options, layers: int) -> list[int]:
-    """Return the layers, from 0, after which new blocks go: one entry per block, ascending. Raises UserError.
+def insertion_points(options: Options, num_layers: int) -> list[int]:
+    """Return the 0-based index of the layer before each new block, in ascending order.
 
-    layers: Number of layers of the model.
+    An index occurs once for each block after that layer. Raises UserError for an index in --after that the
+    model of `num_layers` layers lacks, and for more than MAX_LAYERS layers with the new ones.
     """
     if options.after is not None:
         for layer in options.after:
-            if not 0 <= layer < layers:
-                raise UserError(f"--after {layer}: this model has the layers 0 to {layers - 1}")
+            if not 0 <= layer < num_layers:
+                raise UserError(f"--after {layer}: this model has the layers 0 to {num_layers - 1}")
         count = len(options.after)
     elif options.new_blocks is not None:
         count = options.new_blocks
     else:
         assert options.expansion_rate is not None
-        count = max(1, math.floor(min(layers * options.expansion_rate, MAX_LAYERS) + 0.5))
-    if layers + count > MAX_LAYERS:
-        raise UserError(f"{layers} layers and {count:,} new ones: at most {MAX_LAYERS:,} are built")
-    return spread_new_blocks(layers, count) if options.after is None else sorted(options.after)
+        count = max(1, math.floor(min(num_layers * options.expansion_rate, MAX_LAYERS) + 0.5))
+    if num_layers + count > MAX_LAYERS:
+        raise UserError(f"{num_layers} layers and {count:,} new ones: at most {MAX_LAYERS:,} are built")
+    return spread_new_blocks(num_layers, count) if options.after is None else sorted(options.after)
 
 
 def read_model(options: Options) -> tuple[PretrainedConfig, Family, CheckpointFiles, str | None]:
-    """Read and check the model of --model_name.
+    """Fetch and open the model of --model_name, and read all its weights once to check them.
 
-    Returns (config, family, files, the tensor of the model's own head as `open_weights` returns it). Raises
-    UserError.
+    Returns (config, family, files, name of the head's tensor if it differs from the embedding that
+    config.json ties it to, else None). Prints a line about such a head.
+
+    Raises UserError if the model is quantized, lies in --output_dir or holds NaN; with --blocks unless it is
+    expanded; without --blocks if it is expanded, or cannot get the new blocks.
     """
     name = options.model_name
     folder = make_toy_model(read_toy_texts()) if name == TOY_MODEL else find_model(name)
@@ -95,21 +99,22 @@ def read_model(options: Options) -> tuple[PretrainedConfig, Family, CheckpointFi
     return config, family, files, own_head
 
 
-def expanded_tensors(files: CheckpointFiles, family: Family, source: list[int]) -> dict[str, TensorEntry]:
-    """Return the tensors of the expanded model, in an order with each copy next to its original.
+def expanded_tensors(files: CheckpointFiles, family: Family, originals: list[int]) -> dict[str, TensorEntry]:
+    """Return {tensor name: entry} of the expanded model, with each copy next to its original.
 
-    source: The layer that each layer of the expanded model copies (`source_layers` in models/llama_pro.py).
+    originals: For each layer of the expanded model, the index of the base's layer that it is or copies
+        (`source_layers` in models/llama_pro.py).
     """
-    first = {layer: source.index(layer) for layer in source}
+    first = {layer: originals.index(layer) for layer in originals}
     entries: dict[str, TensorEntry] = {}
     # {new layer: its modules that add nothing}
-    silenced: dict[int, set[str]] = {i: set() for i, layer in enumerate(source) if i != first[layer]}
+    silenced: dict[int, set[str]] = {i: set() for i, layer in enumerate(originals) if i != first[layer]}
     for name, entry in file_entries(files).items():
         layer, rest = family.locate_layer(name)
         if layer is None:
             entries[name] = entry
             continue
-        for i in range(first[layer], first[layer] + source.count(layer)):
+        for i in range(first[layer], first[layer] + originals.count(layer)):
             value = family.identity_value(rest) if i in silenced else None
             entries[f"{family.layers}.{i}.{rest}"] = entry if value is None else constant_entry(entry, value)
             if value is not None:
@@ -120,51 +125,59 @@ def expanded_tensors(files: CheckpointFiles, family: Family, source: list[int]) 
     return entries
 
 
-def per_layer_lists(values: dict, layers: int) -> dict[str, list]:
-    """Return the lists of a config that have one entry per layer."""
-    lists = {key: value for key, value in values.items() if isinstance(value, list) and len(value) == layers}
+def per_layer_lists(config: dict, num_layers: int) -> dict[str, list]:
+    """Return {key: list} of the lists in a config that have `num_layers` entries, one per layer.
+
+    OTHER_LISTS and lists of token ids are left out, whatever their length.
+    """
+    lists = {
+        key: value for key, value in config.items() if isinstance(value, list) and len(value) == num_layers
+    }
     other = {key for key in lists if key in OTHER_LISTS or key.endswith(("_id", "_ids", "_tokens"))}
     return {key: value for key, value in lists.items() if key not in other}
 
 
-def expanded_config(raw: dict, config: PretrainedConfig, source: list[int]) -> dict:
-    """Return config.json of the expanded model.
+def expanded_config(raw: dict, config: PretrainedConfig, originals: list[int]) -> dict:
+    """Return the contents of the expanded model's config.json.
 
     Args:
-        raw: The base's config.json.
+        raw: The contents of the base's config.json.
         config: The base's config as transformers reads it, with lists that follow from a pattern (such as a
             kind of attention per layer) written out.
-        source: The layer that each layer of the expanded model copies.
+        originals: As for `expanded_tensors`.
     """
     layers, resolved = config.num_hidden_layers, config.to_dict()
     new = dict(sync_tied_embeddings(raw, config))
     for key, value in per_layer_lists(raw | resolved, layers).items():
-        new[key] = [value[layer] for layer in source]
+        new[key] = [value[layer] for layer in originals]
     if isinstance(raw.get("max_window_layers"), int):  # the number of first layers with full attention
-        new["max_window_layers"] = sum(layer < raw["max_window_layers"] for layer in source)
+        new["max_window_layers"] = sum(layer < raw["max_window_layers"] for layer in originals)
     if "mlp_only_layers" in resolved:  # of the other layers, every decoder_sparse_step-th has experts
         step, dense = resolved.get("decoder_sparse_step", 1), resolved["mlp_only_layers"] or []
         dense = [layer for layer in range(layers) if layer in dense or (layer + 1) % step]
-        new["mlp_only_layers"] = [i for i, layer in enumerate(source) if layer in dense]
+        new["mlp_only_layers"] = [i for i, layer in enumerate(originals) if layer in dense]
         new["decoder_sparse_step"] = 1
-    new["num_hidden_layers"] = len(source)
-    new[NEW_LAYERS] = [i for i, layer in enumerate(source) if i != source.index(layer)]
+    new["num_hidden_layers"] = len(originals)
+    new[NEW_LAYERS] = [i for i, layer in enumerate(originals) if i != originals.index(layer)]
     return new
 
 
 def expand(options: Options) -> str:
-    """Write the expanded model. Return the lines to print."""
+    """Write --model_name with new untrained blocks to --output_dir. Return the lines to print.
+
+    Raises UserError and OSError.
+    """
     config, family, files, _ = read_model(options)
-    source = source_layers(config.num_hidden_layers, insertion_points(options, config.num_hidden_layers))
+    originals = source_layers(config.num_hidden_layers, insertion_points(options, config.num_hidden_layers))
     raw = read_json(files.folder / CONFIG, MAX_CONFIG_BYTES)
-    new_config = expanded_config(raw, config, source)
-    entries = expanded_tensors(files, family, source)
+    new_config = expanded_config(raw, config, originals)
+    entries = expanded_tensors(files, family, originals)
     _check_plan(new_config, entries, config, files, family)
     weight_files = _split_like_base(entries, files)
     _write(options, weight_files, files, {CONFIG: to_json_text(new_config)})
     new = ", ".join(map(str, new_config[NEW_LAYERS]))
     return (
-        f"in {options.output_dir}: {len(source)} layers, of which new: {new}\n"
+        f"in {options.output_dir}: {len(originals)} layers, of which new: {new}\n"
         f"next: {shlex.join(shell_command('train.py'))} --train_type bnb_llama_pro"
         f" --model_name {options.output_dir} --dataset ..."
     )
@@ -177,7 +190,10 @@ def _check_plan(
     files: CheckpointFiles,
     family: Family,
 ) -> None:
-    """Check the planned tensors against the model that transformers builds from the planned config."""
+    """Raise unless `entries` are the tensors of the model that transformers builds from `new_config`.
+
+    Raises UserError for the tensors, and AssertionError if transformers reads other lists from the config.
+    """
     planned = copy.copy(files)
     planned.tensors = {name: StoredTensor("", entry.shape, entry.dtype) for name, entry in entries.items()}
     expanded = type(config).from_dict(new_config)
@@ -189,6 +205,7 @@ def _check_plan(
 def _write(
     options: Options, weight_files: WeightFiles, files: CheckpointFiles, small_files: dict[str, str]
 ) -> None:
+    """Clear --output_dir and write the model folder there. Print a line if the base has no tokenizer."""
     clear_output(Path(options.output_dir))
     write_model(Path(options.output_dir), weight_files, files.folder, small_files)
     if not any(files.folder.glob("tokenizer*")):
@@ -196,7 +213,7 @@ def _write(
 
 
 def _split_like_base(entries: dict[str, TensorEntry], files: CheckpointFiles) -> WeightFiles:
-    """Split tensors into files no larger than the base's largest file."""
+    """Return `entries` split into files no larger than the base's largest file."""
     sizes: Counter[str] = Counter()
     for name, entry in file_entries(files).items():
         sizes[files.tensors[name].file] += entry.nbytes
@@ -204,7 +221,10 @@ def _split_like_base(entries: dict[str, TensorEntry], files: CheckpointFiles) ->
 
 
 def insert_blocks(options: Options) -> str:
-    """Write the expanded model with trained blocks inserted. Return the line to print."""
+    """Write --model_name, an expanded model, with the trained blocks of --blocks. Return the line to print.
+
+    Raises UserError, which names --blocks if they do not fit the model, and OSError.
+    """
     config, family, files, own_head = read_model(options)
     assert options.blocks is not None
     path = Path(options.blocks).expanduser()
@@ -218,7 +238,7 @@ def insert_blocks(options: Options) -> str:
         raise UserError(f"--blocks {e}") from None
     if remark:
         print(f"--blocks {remark}", file=sys.stderr, flush=True)
-    small_files = _trained_small_files(path, config, files)
+    small_files = _changed_small_files(path, config, files)
     remark = tokenizer_remark(metadata, files.folder)
     if remark:
         print(remark, file=sys.stderr, flush=True)
@@ -227,12 +247,16 @@ def insert_blocks(options: Options) -> str:
     return f"in {options.output_dir}: {layers} layers, {count} tensors from {options.blocks}"
 
 
-def _trained_small_files(path: Path, config: PretrainedConfig, files: CheckpointFiles) -> dict[str, str]:
-    """Return {name: text} of small files that training the blocks in `path` made differ from the base's."""
+def _changed_small_files(
+    blocks_path: Path, config: PretrainedConfig, files: CheckpointFiles
+) -> dict[str, str]:
+    """Return {name: text} of the small files that must not be copied from the model's folder as they are.
+
+    These are config.json if it ties a head that differs, generation_config.json if one is beside the blocks
+    (with the stop tokens that the run learned), and tokenizer files that disagree with transformers.
+    """
     small_files = corrected_config(files.folder, config)
-    generation = path.with_name(
-        GENERATION_CONFIG
-    )  # has the stop tokens that the run learned, if the base has others
+    generation = blocks_path.with_name(GENERATION_CONFIG)
     if generation.is_file():
         small_files[GENERATION_CONFIG] = read_text(generation, MAX_CONFIG_BYTES)
     if any(files.folder.glob("tokenizer*")):
@@ -242,7 +266,7 @@ def _trained_small_files(path: Path, config: PretrainedConfig, files: Checkpoint
 
 
 def run(options: Options) -> int:
-    """Run the command. Return its exit status: DONE, or REFUSED for an error that the user can fix."""
+    """Expand --model_name, or insert --blocks into it. Return DONE, or REFUSED if the user can fix it."""
     quiet_libraries()
     try:
         check_output(Path(options.output_dir), options.overwrite)

@@ -17,7 +17,7 @@ ALIGNMENT = 64  # bytes, a multiple of every element's size
 
 
 def allocate_host_buffers(tensors: Tensors, pin: bool) -> Tensors:
-    """Return a buffer for each tensor, by name, cut out of few large allocations.
+    """Return {name: uninitialized host tensor with the same shape and dtype}, cut out of few allocations.
 
     pin: Page-lock them, where the system allows it.
     """
@@ -32,6 +32,7 @@ def allocate_host_buffers(tensors: Tensors, pin: bool) -> Tensors:
 
 
 def _allocate_chunk(n_bytes: int, pin: bool) -> torch.Tensor:
+    """Return `n_bytes` of host memory as uint8, page-locked if `pin` and the system allows it."""
     if pin:
         # Memory that the system refuses to page-lock only makes copies slower; that should not end a run.
         with contextlib.suppress(RuntimeError):
@@ -55,28 +56,28 @@ class HostCopy:
         self.pin = can_pin(device.type)
 
     def mark_ready(self) -> None:
-        """Mark the point in the GPU's queue after which the originals can be copied."""
+        """Mark the point in the GPU's queue after which the originals can be copied; no-op without a GPU."""
         if self.ready_event:
             self.ready_event.record()
 
     def hold_gpu_until_copied(self) -> None:
-        """Make later work in the GPU's queue wait for the copies."""
+        """Let later work in the GPU's queue, not the caller, wait for the copies; no-op without a GPU."""
         if self.copied_event:
             torch.cuda.current_stream().wait_event(self.copied_event)
 
     def allocate(self, local: Tensors) -> None:
-        """Allocate missing buffers for these tensors, whose values are not read."""
+        """Allocate buffers for the tensors that have none of their shape and dtype. Values are not read."""
         missing = {name: tensor for name, tensor in local.items() if not self._has_buffer(name, tensor)}
         for from_gpu in (False, True):  # copies of host tensors need no page-locked memory
             tensors = {name: tensor for name, tensor in missing.items() if tensor.is_cuda == from_gpu}
             self.buffers |= allocate_host_buffers(tensors, self.pin and from_gpu)
 
-    def _has_buffer(self, name: str, local: torch.Tensor) -> bool:
+    def _has_buffer(self, name: str, tensor: torch.Tensor) -> bool:
         buffer = self.buffers.get(name)
-        return buffer is not None and (buffer.shape, buffer.dtype) == (local.shape, local.dtype)
+        return buffer is not None and (buffer.shape, buffer.dtype) == (tensor.shape, tensor.dtype)
 
     def start(self, local: Tensors) -> Tensors:
-        """Start copying. Return the copies, which are complete after `wait`."""
+        """Start copying tensors to the host. Return {name: copy}; the copies are complete after `wait`."""
         self.allocate(local)
         if not self.stream:
             return self._copy(local)
@@ -88,12 +89,13 @@ class HostCopy:
         return copies
 
     def _copy(self, local: Tensors) -> Tensors:
+        """Return {name: buffer}. Copies from a GPU are only queued on the current stream."""
         copies = {name: self.buffers[name] for name in local}
         # One call, during which the training thread has the interpreter.
         torch._foreach_copy_(list(copies.values()), list(local.values()), non_blocking=True)
         return copies
 
     def wait(self) -> None:
-        """Wait until the copies are complete."""
+        """Block the caller until the copies of the last `start` are complete."""
         if self.copied_event:
             self.copied_event.synchronize()

@@ -124,7 +124,10 @@ class CheckpointManager:
         self.stalls: list[float] = []  # seconds that each checkpoint blocked training
 
     def restore(self) -> int:
-        """Restore the checkpoint to resume from, if any. Return the number of completed steps."""
+        """Load the checkpoint to resume from. Return its step; 0 if there is none. Collective.
+
+        Raises UserError if the checkpoint cannot be loaded.
+        """
         if self.checkpoint is None:
             return 0
         restore_tensors(self.checkpoint, self.trained, self.optimizer, self.rank_info.rank, self.group)
@@ -138,9 +141,13 @@ class CheckpointManager:
         return self.checkpoint.step
 
     def save_if_due(self, step: int, last: bool) -> bool:
-        """Save after a step if it is due. Return whether the run must stop early. Collective.
+        """Start a checkpoint if one is due or requested. Return whether the run must stop now. Collective.
 
-        last: The run ends with this step.
+        Raises CheckpointNotWritten if the one before failed.
+
+        Args:
+            step: Optimizer steps that are completed.
+            last: The run ends with this step anyway; then it is never asked to stop.
         """
         if self.write_future and self.write_future.done():
             self._wait_for_write()
@@ -155,7 +162,7 @@ class CheckpointManager:
         return must_stop
 
     def _prepare(self) -> None:
-        """Allocate host buffers and plan the first checkpoint in the background, while training goes on.
+        """Allocate host buffers and plan the first checkpoint, in the background thread. Collective.
 
         Allocation takes a second for 2 GiB. Called once the optimizer has state; a skipped step does not
         create it.
@@ -172,7 +179,10 @@ class CheckpointManager:
         self.planner.exchange_plans(self.group)
 
     def save(self, step: int) -> None:
-        """Start a checkpoint, after the previous one is written."""
+        """Start the checkpoint of `step`, if that is not done, once the previous one is written. Collective.
+
+        Raises CheckpointNotWritten if the previous one failed.
+        """
         if step == self.last_started:
             return
         began = time.perf_counter()
@@ -193,6 +203,7 @@ class CheckpointManager:
             self.deferred.run_all()
 
     def _start_write(self, step: int, layout: Tensors, copy_future: Future[Tensors]) -> None:
+        """Let the background thread write the checkpoint. Call when `stateful` is up to date with `step`."""
         began = time.perf_counter()
         self.elapsed = self._start_timer()
         run_state = self._collect_state() if self.rank_info.rank == 0 else {}
@@ -200,7 +211,7 @@ class CheckpointManager:
         self.stalls[-1] += time.perf_counter() - began
 
     def _before_update(self) -> None:
-        """Wait for the copies before the optimizer changes their originals. Raise the copying's error."""
+        """Let the optimizer's update wait until its tensors are copied. Raises the copying's error."""
         self.has_optimizer_state = True
         if self.copy_future:
             began = time.perf_counter()
@@ -212,7 +223,7 @@ class CheckpointManager:
             self.stalls[-1] += time.perf_counter() - began
 
     def _collect_state(self) -> dict:
-        """Return the state that is not in tensors, for rank 0 to write."""
+        """Return {"parts": {name: state of `stateful`}, "files": {name in GROWING_FILES: bytes}}."""
         growing = [self.folder / name for name in GROWING_FILES]
         return {
             "parts": {name: stateful.state_dict() for name, stateful in self.stateful.items()},
@@ -222,8 +233,8 @@ class CheckpointManager:
     def _write(self, step: int, layout: Tensors, copy_future: Future[Tensors], run_state: dict) -> bool:
         """Write a checkpoint, in the background thread. Return whether it is complete. Collective.
 
-        A disk error is only printed: the run goes on with the previous checkpoint. Raises
-        CheckpointNotWritten for any other error.
+        A disk error, or NaN in the weights, is only printed: the run goes on with the previous checkpoint.
+        Raises CheckpointNotWritten for any other error.
         """
         copies = copy_future.result()
         self.host_copy.wait()
@@ -261,7 +272,7 @@ class CheckpointManager:
         return True
 
     def _all_finite(self, copies: Tensors) -> bool:
-        """Return whether the trained weights are finite on all ranks. In the background thread. Collective.
+        """Return, on every rank, whether the trained weights of all ranks are finite. Collective.
 
         A checkpoint with NaN is useless, and must not replace a good one.
         """
@@ -272,20 +283,23 @@ class CheckpointManager:
         return not any(gather_from_ranks(found, self.rank_info.world, self.group))
 
     def _start_timer(self) -> Callable[[], float]:
-        """Return a function that returns the seconds since now, without pauses."""
+        """Return a function that returns the seconds since this call, without the throttle's pauses."""
         began, paused = time.perf_counter(), self.throttle.paused_seconds
         return lambda: time.perf_counter() - began - (self.throttle.paused_seconds - paused)
 
-    def _warn(self, step: int, reason: str, then: str) -> None:
+    def _warn(self, step: int, reason: str, consequence: str) -> None:
+        """Print to stderr why a checkpoint could not be written, which one remains, and what happens next."""
         if self.last_written:
             remaining = f"the checkpoint of step {self.last_written} stays"
         else:
             remaining = "there is no other one"
-        message = f"the checkpoint of step {step} could not be written ({reason}); {remaining}, and {then}"
+        message = (
+            f"the checkpoint of step {step} could not be written ({reason}); {remaining}, and {consequence}"
+        )
         print(f"\nWARNING: {message}", file=sys.stderr, flush=True)
 
     def _wait_for_write(self) -> None:
-        """Wait until the current write has ended. Raise its error."""
+        """Wait for the write in progress, if any, and record how it ended. Raises CheckpointNotWritten."""
         if self.write_future:
             self.throttle.hurry.set()
             if is_complete := self.write_future.result():
@@ -295,7 +309,9 @@ class CheckpointManager:
             self.write_future = None
 
     def finish(self) -> None:
-        """Wait for the last write; the process must not end before it.
+        """Wait for the last write, end the background thread, and print how long training stood still.
+
+        The process must not end before.
 
         Raises RuntimeError if the run was asked to stop and its last step could not be saved. A run that ends
         by itself only prints the error, so that its result is still saved.

@@ -52,7 +52,10 @@ WeightFiles = dict[str, dict[str, TensorEntry]]  # file name -> tensor name -> w
 
 
 def file_entries(files: CheckpointFiles) -> dict[str, TensorEntry]:
-    """Return entries that copy all tensors of a model's files, and raise UserError for NaN and infinity."""
+    """Return {name: entry} that copies each tensor of a model's files.
+
+    Reading an entry raises UserError if its tensor holds NaN or infinity.
+    """
     return {
         name: TensorEntry(
             t.torch_dtype, t.shape, partial(_read_chunks, files.folder, t, files.tensor_origin(name))
@@ -62,14 +65,14 @@ def file_entries(files: CheckpointFiles) -> dict[str, TensorEntry]:
 
 
 def check_entries_finite(entries: dict[str, TensorEntry]) -> None:
-    """Read copied tensors once, before anything is written. Raises UserError for NaN and infinity."""
+    """Raise UserError if an entry of `file_entries` holds NaN or infinity. Reads all of them."""
     for entry in entries.values():
         for _ in entry.chunks():
             pass
 
 
 def constant_entry(like: TensorEntry, value: float) -> TensorEntry:
-    """Return a tensor with the dtype and shape of another, filled with one value."""
+    """Return an entry with the dtype and shape of another, filled with one value."""
     number = torch.tensor([value], dtype=like.dtype).view(torch.uint8).numpy().tobytes()
 
     def chunks():
@@ -80,7 +83,7 @@ def constant_entry(like: TensorEntry, value: float) -> TensorEntry:
 
 
 def gathered_entry(param: nn.Parameter, dtype: torch.dtype) -> TensorEntry:
-    """Return the full contents of a parameter, sharded or not, in a dtype."""
+    """Return a collective entry: a parameter's full contents, sharded or not, converted to `dtype`."""
 
     def chunks():
         full = gather_to_cpu(param).to(dtype).contiguous()
@@ -99,14 +102,14 @@ def _read_chunks(folder: Path, stored: StoredTensor, origin: str) -> Iterator:
 
 
 def sort_for_file(entries: dict[str, TensorEntry]) -> dict[str, TensorEntry]:
-    """Sort tensors as a file has them: wider dtypes first, so that each element is aligned to its size."""
+    """Return entries in the order in which they are written: wider dtypes first, so elements are aligned."""
     return dict(sorted(entries.items(), key=lambda item: -item[1].dtype.itemsize))
 
 
 def write_tensors(
     path: Path, entries: dict[str, TensorEntry], metadata: dict[str, str] | None = None
 ) -> None:
-    """Write one safetensors file."""
+    """Write one safetensors file, in place. Collective if an entry is: see `TensorEntry`."""
     entries = sort_for_file(entries)
     with path.open("wb") as out:
         write_header(out, entries, metadata)
@@ -150,18 +153,21 @@ def write_model(
 
 
 def total_bytes(weight_files: WeightFiles) -> int:
-    """Return the bytes of all tensors."""
+    """Return the number of bytes of all tensors together."""
     return sum(entry.nbytes for entries in weight_files.values() for entry in entries.values())
 
 
-def split_into_files(entries: dict[str, TensorEntry], limit: int) -> WeightFiles:
-    """Split tensors into files of at most `limit` bytes, or one larger tensor, with Hugging Face's names."""
-    plan = plan_shards({name: entry.nbytes for name, entry in entries.items()}, limit)
+def split_into_files(entries: dict[str, TensorEntry], max_bytes: int) -> WeightFiles:
+    """Return entries split, in order, into files of at most `max_bytes`, with Hugging Face's file names.
+
+    A larger tensor gets its own file.
+    """
+    plan = plan_shards({name: entry.nbytes for name, entry in entries.items()}, max_bytes)
     return {shard_name(i, len(plan)): {n: entries[n] for n in names} for i, names in enumerate(plan, 1)}
 
 
 def replace_entries(files: CheckpointFiles, changed: dict[str, TensorEntry]) -> WeightFiles:
-    """Return a model's files as they are, except for the tensors in `changed`."""
+    """Return entries that copy a model's files, under the same names, except for the tensors in `changed`."""
     weight_files: WeightFiles = {}
     for name, entry in file_entries(files).items():
         weight_files.setdefault(files.tensors[name].file, {})[name] = changed.get(name, entry)
@@ -169,7 +175,7 @@ def replace_entries(files: CheckpointFiles, changed: dict[str, TensorEntry]) -> 
 
 
 def list_small_files(source: Path, patterns: tuple[str, ...] = SMALL_MODEL_FILES) -> list[Path]:
-    """Return a model folder's small files, config.json last: it makes a copy a model folder."""
+    """Return the files in a model folder that match `patterns`, config.json last."""
     found = sorted({p for pattern in patterns for p in source.glob(pattern) if p.is_file()})
     return sorted(found, key=lambda p: p.name == CONFIG)
 
@@ -177,9 +183,9 @@ def list_small_files(source: Path, patterns: tuple[str, ...] = SMALL_MODEL_FILES
 def copy_small_files(
     source: Path, folder: Path, small_files: Mapping[str, str], patterns: tuple[str, ...] = SMALL_MODEL_FILES
 ) -> None:
-    """Copy a model folder's small files, config.json last.
+    """Copy the files of `source` that match `patterns`, and write `small_files`; config.json last.
 
-    small_files: {name: text} of files that differ from source's, or that it lacks.
+    small_files: {name: text} of files that differ from source's, or that it lacks. Raises OSError.
     """
     unchanged = [path for path in list_small_files(source, patterns) if path.name not in small_files]
     for path in sorted([*unchanged, *map(Path, small_files)], key=lambda path: path.name == CONFIG):
@@ -191,24 +197,24 @@ def copy_small_files(
 
 
 def to_json_text(config: dict) -> str:
-    """Return the text of a JSON file in a model folder."""
+    """Return the text of a config.json with these contents."""
     return json.dumps(config, indent=2) + "\n"
 
 
 def shard_name(number: int, count: int) -> str:
-    """Return Hugging Face's name of the number-th of `count` weights files; number counts from 1."""
+    """Return Hugging Face's name of weights file `number` of `count`; number counts from 1."""
     return f"model-{number:05d}-of-{count:05d}.safetensors" if count > 1 else SINGLE_FILE
 
 
-def plan_shards(sizes: dict[str, int], limit: int) -> list[list[str]]:
-    """Group names, in order, into files of at most `limit` bytes. A larger tensor gets its own file.
+def plan_shards(sizes: dict[str, int], max_bytes: int) -> list[list[str]]:
+    """Return the tensor names of each file, in order, with at most `max_bytes` of tensors in a file.
 
-    sizes: {name: bytes}.
+    A larger tensor gets its own file. sizes: {tensor name: bytes}.
     """
     shards: list[list[str]] = [[]]
     used = 0
     for name, nbytes in sizes.items():
-        if shards[-1] and used + nbytes > limit:
+        if shards[-1] and used + nbytes > max_bytes:
             shards.append([])
             used = 0
         shards[-1].append(name)

@@ -45,6 +45,7 @@ class TensorChunk(NamedTuple):
 
 
 def _chunk_of(item: WriteItem) -> TensorChunk:
+    """Return the chunk that torch's WriteItem describes."""
     data = item.tensor_data
     assert data is not None
     chunk = data.chunk
@@ -90,11 +91,11 @@ class CheckpointPlanner(SavePlanner):
         self.manifest_entries: dict[str, dict] = {}
 
     def set_tensors(self, layout: dict[str, torch.Tensor], local: dict[str, torch.Tensor]) -> None:
-        """Set the tensors of the next plan, as `collect_tensors` returns them; local may be copies."""
+        """Set the next plan's tensors, as `collect_tensors` returns them; `local` may hold copies of them."""
         self.layout, self.local = layout, local
 
     def exchange_plans(self, group: dist.ProcessGroup) -> None:
-        """Plan before there is anything to write. Collective.
+        """Plan the first checkpoint before there is anything to write, and raise nothing. Collective.
 
         A rank that fails still joins the gather, where the other ranks wait for it. It raises at the first
         checkpoint, where torch reports the error to all ranks.
@@ -121,6 +122,7 @@ class CheckpointPlanner(SavePlanner):
     ) -> None: ...
 
     def create_local_plan(self) -> SavePlan:
+        """Return a plan with this rank's chunks; without, if they are the same as the last time."""
         described = [(name, tensor.shape, tensor.dtype) for name, tensor in self.local.items()]
         if described == self.described:
             return SavePlan([])
@@ -132,7 +134,10 @@ class CheckpointPlanner(SavePlanner):
         return SavePlan([], planner_data=list(self.items))
 
     def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
-        """Assign each chunk to the rank that writes it. Raises ValueError if chunks do not cover a tensor."""
+        """Return (each rank's plan, the metadata), on the first rank: one rank writes each chunk.
+
+        Raises ValueError if chunks do not cover a tensor.
+        """
         self._store_chunks(all_plans)
         if not self.manifest_entries:
             self.assignments, self.manifest_entries = self._assign_writers(len(all_plans))
@@ -140,7 +145,10 @@ class CheckpointPlanner(SavePlanner):
         return plans, Metadata({}, planner_data=self.manifest_entries)
 
     def _store_chunks(self, plans: Sequence[SavePlan | None]) -> None:
-        """Store the chunks that ranks describe, even if no plan follows: each rank sends them only once."""
+        """Store the chunks that ranks describe, and drop the assignment of older ones.
+
+        Also if a rank failed: each rank sends its chunks only once.
+        """
         changed = {rank: p.planner_data for rank, p in enumerate(plans) if p and p.planner_data is not None}
         if changed:
             self.chunks |= changed
@@ -170,6 +178,7 @@ class CheckpointPlanner(SavePlanner):
         return assignments, entries
 
     def finish_plan(self, new_plan: SavePlan) -> SavePlan:
+        """Return the plan with the WriteItems of the chunks that this rank writes."""
         skipped = new_plan.planner_data.written_elsewhere
         items = [item for index, item in enumerate(self.items.values()) if index not in skipped]
         return dataclasses.replace(new_plan, items=items)
@@ -180,7 +189,10 @@ class CheckpointPlanner(SavePlanner):
 
 
 def _manifest_entry(name: str, chunks: list[TensorChunk]) -> dict:
-    """Return a tensor's manifest entry, still without chunks. Raises ValueError if they do not cover it."""
+    """Return a tensor's manifest entry with an empty list of chunks.
+
+    Raises ValueError unless `chunks`, those of all ranks, make up the tensor.
+    """
     dtype, shape = chunks[0].dtype, chunks[0].shape
     same = all((c.dtype, c.shape) == (dtype, shape) for c in chunks)
     if not same or not _cover(chunks, shape):

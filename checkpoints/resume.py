@@ -79,7 +79,7 @@ def is_run_state(run: dict) -> bool:
 
 
 def _matches(value, form: type | dict) -> bool:
-    """Return whether a value has a type, or a dict has the names and values of a form like STATE."""
+    """Return whether a value has a form: a type, or a dict with the names and values of one like STATE."""
     if isinstance(form, dict):
         return isinstance(value, dict) and all(
             _matches(value[name], inner) if (name := key.removesuffix("?")) in value else name != key
@@ -100,15 +100,16 @@ def _is_wandb_run(name: str) -> bool:
     return 0 < len(name) <= 128 and name.isprintable() and not {*name} & {*"/\\"}
 
 
-def is_fixed(name: str) -> bool:
+def is_fixed(option: str) -> bool:
     """Return whether a resumed run must have the same value of an option."""
-    return name in FIXED or (FIELDS[name].metadata["group"] not in FREE_GROUPS and name not in FREE)
+    return option in FIXED or (FIELDS[option].metadata["group"] not in FREE_GROUPS and option not in FREE)
 
 
 def resume_after_restart(config: Config) -> Config:
-    """Return the config, with --resume auto if torchrun --max-restarts has restarted the run after a failure.
+    """Return the config; after a restart by torchrun with --resume auto, and without --overwrite.
 
-    Raises UserError if a restart could not find the checkpoints of this start.
+    A --resume that the user gave stays. Raises UserError if --max-restarts is given, but not --output_dir, or
+    --overwrite for a folder with checkpoints: a restart could not find those of this start.
     """
     attempt, max_restarts = (
         int(os.environ.get(f"TORCHELASTIC_{n}", "0")) for n in ("RESTART_COUNT", "MAX_RESTARTS")
@@ -131,7 +132,7 @@ def resume_after_restart(config: Config) -> Config:
 
 
 def _check_may_start_over(run: Path) -> None:
-    """Raise UserError if starting a RUN without a complete checkpoint over loses more than a few steps."""
+    """Raise UserError if a RUN without a complete checkpoint holds a result or a damaged checkpoint."""
     contents = None
     if any((run / name).exists() for name in (ADAPTER_CONFIG, CONFIG, BLOCKS)):
         contents = "a finished run without checkpoints"
@@ -142,7 +143,11 @@ def _check_may_start_over(run: Path) -> None:
 
 
 def find_checkpoint(config: Config) -> Checkpoint | None:
-    """Return the checkpoint that --resume means; None: start from the beginning. Raises UserError."""
+    """Return the verified checkpoint that --resume names; None without --resume, or if `auto` finds none.
+
+    Raises UserError if a folder given as --resume holds no complete checkpoint or is not in --output_dir, and
+    if `auto` finds none in a RUN with a result or a damaged checkpoint.
+    """
     run = output_folder(config)
     if config.resume is None:
         return None
@@ -170,49 +175,56 @@ def find_checkpoint(config: Config) -> Checkpoint | None:
     return checkpoint
 
 
-def run_identity(config: Config, precision: str, base: str, data: str, evaluation: str) -> dict:
-    """Return the facts about a run that a checkpoint holds and `check_same_run` compares.
+def run_identity(
+    config: Config, precision: str, base_digest: str, data_digest: str, evaluation_digest: str
+) -> dict:
+    """Return a run's options and digests, which checkpoints hold and `check_same_run` compares.
+
+    The keys are those of STATE, without "files" and "parts".
 
     Args:
         precision: The meaning of --precision on this machine.
-        base: The digest of the base model (`BaseModel.digest`).
-        data: The digest of the rows.
-        evaluation: The digest of the rows of the evaluation; "" without any.
+        base_digest: Of the base model (`BaseModel.digest`).
+        data_digest: Of the rows.
+        evaluation_digest: Of the rows of the evaluation; "" without any.
     """
     return {
         "options": dataclasses.asdict(config),
         "rows_per_step": rows_per_step(config),
-        "base": base,
-        "data": data,
-        "evaluation": evaluation,
+        "base": base_digest,
+        "data": data_digest,
+        "evaluation": evaluation_digest,
         "world": config.world_size,
         "precision": precision,
     }
 
 
 def rows_per_step(config: Config) -> int:
-    """Return the rows, or packs of rows, of an optimizer step on all ranks."""
+    """Return the number of rows, or packs of rows, of an optimizer step on all ranks together."""
     return config.world_size * config.batch_size * config.gradient_accumulation_steps
 
 
-def recorded_option(run: dict, name: str):
-    """Return an option's value in a checkpoint's run; its default, if an older version lacked the option."""
-    return run["options"].get(name, FIELDS[name].default)
+def recorded_option(run: dict, option: str):
+    """Return an option's value in `Checkpoint.run`; its default, if an older version lacked the option."""
+    return run["options"].get(option, FIELDS[option].default)
 
 
 def recorded_chat_date(checkpoint: Checkpoint) -> str | None:
-    """Return --chat_date of the run's first start; None if an older version of this program started it."""
+    """Return --chat_date of the run's first start; None if the checkpoint has none, or no valid one."""
     date = recorded_option(checkpoint.run, "chat_date") if is_run_state(checkpoint.run) else None
     return date if isinstance(date, str) and re.fullmatch(DAY, date) else None
 
 
 def check_same_run(
-    checkpoint: Checkpoint, config: Config, now: dict, without_head: tuple[str, str] | None = None
+    checkpoint: Checkpoint, config: Config, identity: dict, without_head: tuple[str, str] | None = None
 ) -> None:
-    """Raise UserError unless `config` continues the run of the checkpoint, with the same model and rows.
+    """Raise UserError unless the checkpoint's run has the fixed options, model and rows of this run.
+
+    Raises it too if the RUN's files do not reach the checkpoint's step.
 
     Args:
-        now: The `run_identity` of the resumed run.
+        config: The options of the resumed run.
+        identity: Its `run_identity`.
         without_head: (the tensor of the model's own head, the model's digest without it), for checkpoints of
             older versions, which ignored the head; None if the model has no such head.
     """
@@ -226,28 +238,28 @@ def check_same_run(
                 f"{where}: the run has --{name} {format_value(before)}, not {format_value(value)};"
                 " a run goes on with what it began with"
             )
-    if run["precision"] != (here := now["precision"]):
+    if run["precision"] != (here := identity["precision"]):
         raise UserError(
             f"{where}: the run has --precision {recorded_option(run, 'precision')}, not {config.precision},"
             f" which on this machine is {here}, not {run['precision']}"
         )
-    if run["rows_per_step"] != now["rows_per_step"]:
+    if run["rows_per_step"] != identity["rows_per_step"]:
         raise UserError(
             f"{where}: a step of the run has {run['rows_per_step']} rows; {config.world_size} processes x"
             f" --batch_size {config.batch_size} x --gradient_accumulation_steps"
-            f" {config.gradient_accumulation_steps} would make it {now['rows_per_step']}"
+            f" {config.gradient_accumulation_steps} would make it {identity['rows_per_step']}"
         )
     if without_head and is_same_base(run["base"], without_head[1]):
         raise UserError(f"{where}: {no_head_message(without_head[0], config.model_name, '--model_name')}")
-    if not is_same_base(run["base"], now["base"]):
+    if not is_same_base(run["base"], identity["base"]):
         raise UserError(f"{where}: --model_name {config.model_name} is not the model that the run began with")
-    if run["data"] != now["data"]:
+    if run["data"] != identity["data"]:
         raise UserError(
             f"{where}: --dataset {config.dataset} no longer makes the rows that the run began with"
         )
     # A run may begin to evaluate, or cease to, when it is resumed.
     before = run.get("evaluation")
-    if before and now["evaluation"] and before != now["evaluation"]:
+    if before and identity["evaluation"] and before != identity["evaluation"]:
         option = "eval_dataset" if config.eval_dataset else "dataset"
         raise UserError(
             f"{where}: --{option} no longer makes the rows that the run is evaluated on; the best step would"
@@ -257,9 +269,9 @@ def check_same_run(
 
 
 def check_folder_unchanged(config: Config, checkpoint: Checkpoint | None) -> None:
-    """Raise UserError if another run wrote in the folder after the first check, while this one loaded.
+    """Raise UserError if another run has written in --output_dir since `checkpoint` was looked for.
 
-    Call it once no other run can write there any more.
+    Call it once no other run can write there any more. checkpoint: The one to resume from, if any.
     """
     run = output_folder(config)
     if checkpoint is None:
@@ -271,9 +283,9 @@ def check_folder_unchanged(config: Config, checkpoint: Checkpoint | None) -> Non
 
 
 def _check_growing_files(checkpoint: Checkpoint, folder: Path) -> None:
-    """Raise UserError if a growing file of the RUN ends before the checkpoint's step, or is a link.
+    """Raise UserError if a file in GROWING_FILES is a link, or does not reach the checkpoint's step.
 
-    Resuming cuts these files; through a link it would cut another file.
+    Resuming cuts these files; through a link it would cut another file. folder: The RUN.
     """
     lengths, step = checkpoint.run["files"], checkpoint.step
     for name in GROWING_FILES:
@@ -290,7 +302,10 @@ def _check_growing_files(checkpoint: Checkpoint, folder: Path) -> None:
 
 
 def roll_back_run(folder: Path, checkpoint: Checkpoint | None) -> None:
-    """Return a RUN to its state at the checkpoint's step. Without a checkpoint, remove all checkpoints."""
+    """Undo what a RUN wrote after the checkpoint; without one, only remove all checkpoints. Raises OSError.
+
+    Removes later checkpoints, cuts GROWING_FILES, and brings back a best/ whose replacement was interrupted.
+    """
     remove_checkpoints(folder, after=checkpoint.step if checkpoint else 0)
     if checkpoint is None:
         return
@@ -306,10 +321,13 @@ def roll_back_run(folder: Path, checkpoint: Checkpoint | None) -> None:
         (folder / f"{BEST}.old").rename(folder / BEST)
 
 
-def remarks(checkpoint: Checkpoint, config: Config, base: str) -> list[str]:
-    """Return lines for the user about effects of the options that changed. base: as for `run_identity`."""
+def remarks(checkpoint: Checkpoint, config: Config, base_digest: str) -> list[str]:
+    """Return lines that tell the user what differs from the saved run and affects this one; [] if nothing.
+
+    base_digest: As for `run_identity`.
+    """
     run, lines = checkpoint.run, []
-    if run["base"] != base:
+    if run["base"] != base_digest:
         lines.append(
             f"--resume: an earlier version of this program made {checkpoint.folder}, without a digest of"
             " 4-bit weights; the model is recognised by its other weights"

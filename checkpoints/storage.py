@@ -1,9 +1,9 @@
 """The files of a checkpoint, and how torch.distributed.checkpoint writes and reads them.
 
-    RUN/checkpoints/step-00000120/rank-00000.safetensors ...   each rank's shards
-                                  manifest.json                which file has which chunk of a tensor; the
-                                  run's
-                                                               state; size and SHA-256 of every file
+    RUN/checkpoints/step-00000120/
+        rank-00000.safetensors ...   each rank's shards
+        manifest.json                which file has which chunk of a tensor; the run's state; size and SHA-256
+                                     of every file
 
 A checkpoint exists completely or not at all. Everything is written and synced in `step-<number>.tmp`, which
 is renamed last. If a manifest does not match its files, the folder is no checkpoint, and the previous one is
@@ -95,18 +95,18 @@ class WrittenFile:
 
 
 def checkpoint_folder(run: Path, step: int) -> Path:
-    """Return the folder of the checkpoint after this step."""
+    """Return the folder of the checkpoint after this step, whether it exists or not."""
     return run / CHECKPOINTS / f"step-{step:08d}"
 
 
 def checkpoint_steps(run: Path) -> list[int]:
-    """Return the steps of a RUN's checkpoints, complete or damaged, the last one first."""
+    """Return the steps of a RUN's checkpoints, complete or damaged, in descending order."""
     names = (FOLDER_NAME.fullmatch(p.name) for p in (run / CHECKPOINTS).glob("step-*"))
     return sorted((int(m[1]) for m in names if m), reverse=True)
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
-    """Read and verify a checkpoint's manifest and files.
+    """Return what a checkpoint's manifest says, after verifying all files by size, SHA-256 and header.
 
     Raises DamagedCheckpoint unless all files have the size and the contents that the manifest says. Raises
     UserError if that cannot be decided, or only by another version of this program: a checkpoint that may be
@@ -155,7 +155,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
 
 
 def _tensor_specs(checkpoint: Checkpoint, file: str) -> TensorSpecs:
-    """Return the tensors that a file holds, by the manifest."""
+    """Return {name: (dtype, shape of the chunk)} of the tensors that the manifest says are in a file."""
     return {
         name: (stored_dtype(entry), tuple(map(operator.index, sizes)))
         for name, entry in checkpoint.tensors.items()
@@ -165,7 +165,7 @@ def _tensor_specs(checkpoint: Checkpoint, file: str) -> TensorSpecs:
 
 
 def _check_regular_file(path: Path, specs: TensorSpecs) -> None:
-    """Raise UserError unless a file is regular, and no larger than its tensors need."""
+    """Raise UserError unless a file is regular, and no larger than its header and tensors may be."""
     if path.is_symlink() or not path.is_file():
         raise UserError(f"{path}: is a link, or no file; a checkpoint is a folder of files of its own")
     nbytes = sum(math.prod(shape) * dtype.itemsize for dtype, shape in specs.values())
@@ -174,7 +174,10 @@ def _check_regular_file(path: Path, specs: TensorSpecs) -> None:
 
 
 def _check_tensors(path: Path, specs: TensorSpecs) -> None:
-    """Raise UserError if a file's tensors are not the manifest's. Their values are not read."""
+    """Raise UserError if a file is unreadable, or a tensor in it has another dtype or shape than in `specs`.
+
+    Values are not read.
+    """
     try:
         with safe_open(path, framework="pt") as file:
             for name in specs.keys() & set(file.keys()):
@@ -186,7 +189,10 @@ def _check_tensors(path: Path, specs: TensorSpecs) -> None:
 
 
 def _read_error(path: Path, error: OSError) -> Exception:
-    """Return DamagedCheckpoint for a missing file, UserError otherwise: a disk or a network may come back."""
+    """Return the exception to raise for an OSError: DamagedCheckpoint if `path` is missing, else UserError.
+
+    After other errors a disk or a network may come back.
+    """
     missing = isinstance(error, FileNotFoundError | NotADirectoryError)
     return (DamagedCheckpoint if missing else UserError)(
         f"{path.name if missing else path}: {error.strerror}"
@@ -194,7 +200,7 @@ def _read_error(path: Path, error: OSError) -> Exception:
 
 
 def find_newest_checkpoint(run: Path, warn: Callable[[str], None]) -> Checkpoint | None:
-    """Return the last complete checkpoint of a RUN. Raises UserError.
+    """Return the newest complete checkpoint of a RUN, or None. Raises UserError like `read_checkpoint`.
 
     warn: Receives a line for each newer checkpoint that is damaged.
     """
@@ -248,7 +254,7 @@ def _measure(path: Path) -> WrittenFile:
 
 
 def sync(path: Path) -> None:
-    """Wait until a file, or a folder's entries, would survive a power cut."""
+    """Call fsync: wait until a file, or a folder's list of names, would survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -289,7 +295,7 @@ class CheckpointWriter(StorageWriter):
         return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        """Make the staging folder, if the disk has room for all ranks. Raises OSError."""
+        """Make the staging folder, and name each rank's file. Raises OSError, also if the disk lacks room."""
         self.folder.parent.mkdir(parents=True, exist_ok=True)
         check_free_space(self.folder.parent, SPARE_BYTES + sum(plan.planner_data.nbytes for plan in plans))
         make_staging_folder(self.folder)
@@ -298,6 +304,10 @@ class CheckpointWriter(StorageWriter):
         ]
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """Write and sync this rank's file, unless it has no items. Return a finished future.
+
+        Raises OSError.
+        """
         done: Future[list[WriteResult]] = Future()
         results = []
         if plan.items:
@@ -311,7 +321,10 @@ class CheckpointWriter(StorageWriter):
         return done
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        """Write the manifest and give the folder its name: on rank 0, after all ranks have written."""
+        """Write the manifest and give the folder its name: on rank 0, after all ranks have written.
+
+        Raises OSError, also if a rank's file is not seen here or the manifest is too large.
+        """
         files = [result.storage_data for rank in results for result in rank]
         for file in files:
             path = self.staging_folder / file.name
@@ -353,6 +366,7 @@ class CheckpointReader(StorageReader):
         return False
 
     def read_metadata(self) -> Metadata:
+        """Return the manifest's tensors as torch describes them; storage_data is {chunk: file name}."""
         tensors: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
         files: dict[MetadataIndex, str] = {}
         for name, entry in self.checkpoint.tensors.items():
@@ -372,6 +386,7 @@ class CheckpointReader(StorageReader):
         return plans
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        """Copy the plan's slices from the files into the planner's tensors. Return a finished future."""
         by_file = defaultdict(list)
         for item in plan.items:
             by_file[self.files[item.storage_index]].append(item)

@@ -38,7 +38,10 @@ from options.errors import UserError
 
 
 def _trained_blocks(model: PreTrainedModel, family: Family, files: CheckpointFiles) -> dict[str, TensorEntry]:
-    """Return the new layers' parameters, in the dtypes of the model's files. Only they may be trained."""
+    """Return {name: gathered entry} of the new layers' parameters, in the dtypes of the model's files.
+
+    Raises AssertionError unless exactly they are trained.
+    """
     new, params = new_layers(model.config), {unwrapped_name(name): p for name, p in model.named_parameters()}
     names = [name for name in files.tensors if family.locate_layer(name)[0] in new]
     assert {n for n, p in params.items() if p.requires_grad} == set(names)
@@ -54,7 +57,7 @@ def save_model(
 ) -> None:
     """Write the full trained model, with the base's tensor names, dtypes, config and tokenizer.
 
-    Collective; rank 0 writes, one tensor at a time. Raises OSError.
+    Collective; rank 0 writes, one tensor at a time, and raises OSError.
 
     Args:
         files: The base's files.
@@ -73,14 +76,14 @@ def save_expanded(
     base: BaseModel,
     small_files: Mapping[str, str],
 ) -> None:
-    """Write the expanded model with its trained new blocks, like the folder that it was trained from.
+    """Write the full expanded model: trained new blocks, and the other tensors of `files`. Collective.
 
-    The other blocks are copied from the files, not from the quantized model. Collective; rank 0 writes.
-    Raises OSError.
+    The other tensors are copied from the files, not from the quantized model. Rank 0 writes, and raises
+    OSError.
 
     Args:
         files: The expanded model's files: the result has the same file names and dtypes.
-        small_files: {name: text} of small files that differ from that folder's, or that it lacks.
+        small_files: {name: text} of small files that differ from the expanded model's, or that it lacks.
     """
     weight_files = replace_entries(files, _trained_blocks(model, family, files))
     _write_model_collectively(folder, weight_files, files, base, small_files)
@@ -93,6 +96,8 @@ def _write_model_collectively(
     base: BaseModel,
     small_files: Mapping[str, str],
 ) -> None:
+    """Write a model folder on rank 0, which raises OSError. Collective."""
+
     def write(tracked: WeightFiles) -> None:
         write_model(folder, tracked, files.folder, small_files, base.metadata())
 
@@ -102,7 +107,7 @@ def _write_model_collectively(
 def _write_collectively(
     folder: Path, weight_files: WeightFiles, write: Callable[[WeightFiles], None]
 ) -> None:
-    """Let rank 0 call `write` while the other ranks take part in gathering the tensors. Collective.
+    """Let rank 0 call write(weight_files) while the other ranks take part in gathering. Collective.
 
     If rank 0 cannot write, the other ranks do not know it: it joins the remaining collectives, and raises
     OSError then.
@@ -110,6 +115,8 @@ def _write_collectively(
     begun: set[str] = set()
 
     def track(name: str, entry: TensorEntry) -> TensorEntry:
+        """Return an entry that adds its name to `begun` when its chunks are asked for."""
+
         def chunks():
             begun.add(name)
             yield from entry.chunks()
@@ -142,7 +149,8 @@ def save_blocks(
 ) -> None:
     """Write only the new blocks, with the expanded model's tensor names. Collective; rank 0 writes.
 
-    The header's metadata has the numbers of their layers, and names the expanded model. Raises OSError.
+    The header's metadata has the indices of their layers, and names the expanded model. Rank 0 raises
+    OSError.
 
     Args:
         files: The expanded model's files.
@@ -173,13 +181,13 @@ def _run_collectives(entries: dict[str, TensorEntry]) -> None:
 def open_blocks(
     path: Path, files: CheckpointFiles, family: Family, layers: list[int]
 ) -> tuple[CheckpointFiles, dict[str, str]]:
-    """Open a file of `save_blocks`. Return (its tensors, the header's metadata).
+    """Open a file of `save_blocks`. Return (its tensors, the metadata in its header).
 
     Args:
         files: The expanded model that the blocks belong to.
-        layers: The numbers of its new layers.
+        layers: The indices of its new layers.
 
-    Raises UserError unless the file holds exactly the tensors of these layers.
+    Raises UserError unless the file holds exactly the tensors of these layers, with their shapes.
     """
     blocks = CheckpointFiles(path.parent, only_file=path.name)
     metadata = read_header(path)[0].get("__metadata__") or {}

@@ -58,14 +58,14 @@ def describe_not_finite(model: nn.Module) -> str:
 def collect_tensors(
     trained: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, rank: int
 ) -> tuple[Tensors, Tensors]:
-    """Collect the tensors that this rank saves, by name, without copying them.
+    """Return (layout, local): the sharded tensors of a checkpoint, and this rank's part of each; no copies.
 
     Args:
         trained: The trained parameters, by name.
 
     Returns:
-        (layout, local). layout shows how each tensor is sharded: DTensors, and plain tensors that are the
-        same on all ranks or belong to one rank. local has this rank's part of each.
+        (layout, local), both by name. layout shows how each tensor is sharded: DTensors, and plain tensors
+        that are the same on all ranks or belong to one rank. local has this rank's part of each.
     """
     local = _random_states(rank)
     layout = dict(local)
@@ -89,6 +89,7 @@ def _is_number(value) -> bool:
 
 
 def _random_states(rank: int) -> Tensors:
+    """Return {name in a checkpoint: state} of this process's generators on the CPU and, if any, the GPU."""
     states = {f"random.cpu@{rank}": torch.get_rng_state()}
     if torch.cuda.is_available():
         states[f"random.cuda@{rank}"] = torch.cuda.get_rng_state()
@@ -96,10 +97,10 @@ def _random_states(rank: int) -> Tensors:
 
 
 def _state_layout(value, param: nn.Parameter, rank: int, is_8bit: bool) -> tuple[str, torch.Tensor]:
-    """Return (suffix of the key, layout) for a value of the optimizer's state.
+    """Return (suffix of the key, tensor that shows the sharding) for a value of the optimizer's state.
 
-    bitsandbytes has numbers and plain tensors; its 32-bit tensors have the shape of the shard. is_8bit: some
-    ranks may have 8-bit codes for the parameter.
+    The suffix is @<rank> for one rank's own state, else "". bitsandbytes has numbers and plain tensors; its
+    32-bit tensors have the shape of the shard. is_8bit: some ranks may have 8-bit codes for the parameter.
     """
     if _is_number(value):
         return "", torch.tensor(value)
@@ -117,15 +118,16 @@ def restore_tensors(
     rank: int,
     group: dist.ProcessGroup,
 ) -> None:
-    """Load a checkpoint's tensors into parameters and a new optimizer, on any number of ranks. Collective.
+    """Load a checkpoint into parameters, a new optimizer and the random generators. Collective.
 
-    Random states are per rank; ranks that the checkpoint lacks keep theirs. 8-bit moments are unchanged if a
-    rank of the saved run had the same rows, and are assembled anew otherwise.
+    The number of ranks may have changed. Random states are per rank; ranks that the checkpoint lacks keep
+    theirs. 8-bit moments are unchanged if a rank of the saved run had the same rows, and are assembled anew
+    otherwise.
 
     Args:
         params: The trained parameters, by name.
 
-    Raises UserError if the checkpoint has other parameters, or cannot be loaded.
+    Raises UserError if the checkpoint has other parameters, holds NaN, or cannot be loaded.
     """
     _check_names(checkpoint, params)
     sources = {name: _find_sources(checkpoint, name, param, rank) for name, param in params.items()}
@@ -159,7 +161,7 @@ def restore_tensors(
 
 
 def _is_unusable(name: str, tensor: torch.Tensor) -> bool:
-    """Return whether training cannot continue with a tensor.
+    """Return whether a tensor holds NaN, or, if `name` is a parameter's (model.*), infinity.
 
     An infinite second moment is harmless: its update is zero.
     """
@@ -178,9 +180,10 @@ def _check_names(checkpoint: Checkpoint, params: dict[str, nn.Parameter]) -> Non
 
 
 def _find_sources(checkpoint: Checkpoint, name: str, param: nn.Parameter, rank: int) -> dict[int, slice]:
-    """Return {rank of the saved run: its rows} that make up this rank's rows of a parameter, in order.
+    """Return {rank of the saved run: slice of its rows} that make up this rank's rows of a parameter.
 
-    There is a single entry if a rank of the saved run had exactly these rows.
+    They are in the order of rows, and a slice counts from the first row of its rank's shard. There is a
+    single entry if a rank of the saved run had exactly these rows.
     """
     rows = local_shard(param, torch.arange(param.shape[0]), rank).tolist()
     sources = {}
