@@ -35,9 +35,9 @@ def is_empty_answer(answer: str, special_texts: Iterable[str | None]) -> bool:
 
 
 def normalize_answer(text: str) -> str:
-    """Return an answer in the form that scores compare: in Unicode's NFC, without whitespace around it.
+    """Return an answer as scores compare it: in Unicode's NFC, stripped, without an empty thought before it.
 
-    An empty thought before it is removed, as its tags would count as words that two answers have in common.
+    The tags of an empty thought would count as words that two answers have in common.
     """
     thought = EMPTY_THOUGHT.match(text)
     return unicodedata.normalize("NFC", text[thought.end() if thought else 0 :]).strip()

@@ -46,7 +46,7 @@ class Batch:
     longest: int | None = None
 
     def model_inputs(self) -> dict:
-        """Return the arguments of a model with SummedLossMixin.
+        """Return the keyword arguments of a model's forward: tokens, row lengths and bounds of packed rows.
 
         transformers finds packed rows by positions that begin again, and confines its masks to them;
         models/attention.py finds them by the bounds.
@@ -110,14 +110,15 @@ class StepSampler:
         self._longest = int(self._lengths.max())
 
     def items_per_epoch(self) -> int:
-        """Return the number of items, here rows, that an epoch deals. batch_size counts the same items."""
+        """Return the number of rows (PackSampler: packs) that an epoch deals to all ranks."""
         return len(self.rows)
 
     def steps_per_epoch(self) -> int:
+        """Return the number of optimizer steps of an epoch."""
         return -(-self.items_per_epoch() // (self.batch_size * self.accumulation * self.world))
 
     def deal(self, epoch: int) -> Iterator[tuple[RowIndices, list[RowIndices]]]:
-        """Yield (row indices of a step, [row indices of each of its micro-batches, of all ranks])."""
+        """Yield (row indices of a step, the same split into its micro-batches), both of all ranks."""
         order = self._order(epoch)
         for step in _split(order, self.batch_size * self.world * self.accumulation):
             yield step, _split(step, self.batch_size * self.world)
@@ -142,9 +143,9 @@ class StepSampler:
         return 1 - int(self._lengths.sum()) / self.count_positions()
 
     def steps(self, num_epochs: int, steps_done: int = 0) -> Iterator[Step]:
-        """Yield the steps of the whole run, in order, after the first `steps_done`.
+        """Yield the optimizer steps of `num_epochs` epochs after the first `steps_done`, for this rank.
 
-        That number alone says how far a run is in its data.
+        `steps_done` alone says how far a run is in its data.
         """
         first, skipped = divmod(steps_done, self.steps_per_epoch())
         for epoch in range(first, num_epochs):
@@ -157,7 +158,7 @@ class StepSampler:
                 yield Step(epochs, batches, *counts, rows)
 
     def _batch(self, micro_batch: RowIndices) -> Batch:
-        """Return this rank's part of a micro-batch of all ranks, in the shape of the largest part.
+        """Return this rank's part of a micro-batch of all ranks, padded to the shape of the largest part.
 
         Ranks that share a vocabulary exchange the same number of tokens (models/loss.py), and FSDP waits for
         the slowest rank anyway. At an epoch's end a rank may have no rows.
@@ -176,7 +177,7 @@ class StepSampler:
         return step
 
     def _line_length(self, micro_batch: RowIndices) -> int:
-        """Return T of a micro-batch of all ranks: its longest line, rounded up to at most the longest one."""
+        """Return T of a micro-batch of all ranks: its longest row, rounded up, at most the longest of all."""
         return min(round_length(int(self._lengths[self._rows(micro_batch)].max())), self._longest)
 
     def _collate(self, part: RowIndices, shape: tuple[int, int], n_positions: int) -> Batch:
@@ -198,7 +199,7 @@ def _split(items: RowIndices, size: int) -> list[RowIndices]:
 
 
 def learned_positions(targets: torch.Tensor, n_positions: int | None) -> torch.Tensor:
-    """Return the indices [P] of the targets [B, T] that are not IGNORE, in the batch as one line.
+    """Return the indices [P], in the flattened batch, of the targets [B, T] that are not IGNORE.
 
     They are filled up with other indices to `n_positions`, the maximum over the ranks: ranks that share a
     vocabulary need the same number of tokens (models/loss.py). None = not filled up.

@@ -79,7 +79,7 @@ class ChatTemplate:
     def apply(
         self, messages: list[dict], tools: list[dict] | None = None, add_generation_prompt: bool = False
     ) -> str:
-        """Return the text of a conversation, as transformers renders it."""
+        """Return the text of a conversation, as transformers renders it. Raises one of TEMPLATE_ERRORS."""
         return self.tokenizer.apply_chat_template(
             messages,
             tools=tools,
@@ -89,7 +89,7 @@ class ChatTemplate:
         )
 
     def render(self, messages: list[dict], tools: list[dict] | None = None) -> RenderedChat:
-        """Render a conversation, with the ranges that are learned.
+        """Return the text of a conversation, and the character ranges of its turns that are learned.
 
         messages, tools: from `check_messages` and `check_tools`. Raises one of TEMPLATE_ERRORS if the
         template fails, or ValueError if it does not show a turn that is to be learned.
@@ -118,7 +118,7 @@ class ChatTemplate:
     ) -> RenderedChat:
         """Return the text with the spans between the template's generation markers as the learned ranges.
 
-        Spans of turns that are not among `learned_turns` are left out.
+        Spans of turns that are not among `learned_turns` are left out. Raises one of TEMPLATE_ERRORS.
         """
         rendered: Any = render_jinja_template(  # transformers annotates it as a text
             conversations=[turns.messages],
@@ -141,10 +141,11 @@ class ChatTemplate:
         return RenderedChat(turns.text, learned, last_answer_index)
 
     def render_prompt(self, messages: list[dict], tools: list[dict] | None = None) -> str:
-        """Render the prompt for the next answer.
+        """Return the text that asks for the last answer; the assistant's messages at the end are left out.
 
         It ends with the generation prompt, or earlier if the template never writes an answer after all of
-        that (DeepSeek R1's opens a thought). Raises ValueError if there is no message to answer.
+        that (DeepSeek R1's opens a thought). Raises ValueError if there is no message to answer, else
+        one of TEMPLATE_ERRORS if the template fails.
         """
         messages, apply = self.fit_messages(messages), partial(self.apply, tools=tools)
         while messages and messages[-1]["role"] == "assistant":
@@ -168,17 +169,16 @@ class ChatTemplate:
         """
         added = {token: self.tokenizer.convert_tokens_to_ids(token) for token in self.endings.added_tokens}
         ending = self.endings.after_answer.lstrip() or self.endings.between_turns.lstrip()
-        collect_stop_ids = [token for token in added if ending.startswith(token)]
+        stops = [token for token in added if ending.startswith(token)]
         call_ending = self._tool_call_form.example.rpartition("}")[2].rstrip()
-        if not any(
-            token in call_ending for token in collect_stop_ids
-        ):  # gpt-oss ends calls by their own token
-            collect_stop_ids += [token for token in added if call_ending.endswith(token)]
-        return sorted({added[token] for token in collect_stop_ids})
+        if not any(token in call_ending for token in stops):  # gpt-oss ends calls by their own token
+            stops += [token for token in added if call_ending.endswith(token)]
+        return sorted({added[token] for token in stops})
 
     def ending_tokens(self) -> list[str]:
         """Return the tokens of `find_stop_ids`, and EOS if the tokenizer has one."""
-        return [*self.tokenizer.convert_ids_to_tokens(self.find_stop_ids()), self.tokenizer.eos_token or ""]
+        tokens = self.tokenizer.convert_ids_to_tokens(self.find_stop_ids())
+        return [token for token in (*tokens, self.tokenizer.eos_token) if token]
 
     @cached_property
     def endings(self) -> TurnEndings:
@@ -211,12 +211,15 @@ class ChatTemplate:
         return ToolCallForm(True, False, False, "")
 
     def _apply_to_call(self, arguments: dict | str, content: dict) -> str:
-        """Return the text of a tool call; "" if the template refuses it. content: {} or {"content": text}."""
+        """Return the text of a conversation with a tool call; "" if the template refuses it.
+
+        content: {} or {"content": text}, of the message with the call.
+        """
         call = {"id": "call00001", "type": "function", "function": {"name": "f", "arguments": arguments}}
         return try_apply(self.apply, [HELLO, {"role": "assistant", "tool_calls": [call]} | content]) or ""
 
     def _get_template(self, tools: list[dict] | None) -> str:
-        """Return the template for conversations with or without tools, with the day of the run."""
+        """Return the template for conversations with or without tools, with `self.day` as its date."""
         if bool(tools) not in self._templates:
             template = self.tokenizer.get_chat_template(tools=tools)
             self._templates[bool(tools)] = set_template_date(template, self.day)
@@ -230,7 +233,7 @@ def _overlaps(span: Span, others: list[Span]) -> bool:
 
 @contextlib.contextmanager
 def convert_template_errors(error_prefix: str) -> Iterator[None]:
-    """Convert the errors of a chat template to UserErrors. error_prefix: names the row or prompt."""
+    """Within the context, turn TEMPLATE_ERRORS into UserErrors. error_prefix: names the row or prompt."""
     try:
         yield
     except TEMPLATE_ERRORS as e:

@@ -29,7 +29,7 @@ Part = tuple[str, int | None]
 
 
 def describe_hidden_parts(chat: ChatTemplate, rows: Sequence[dict]) -> list[str]:
-    """Return remarks on parts of the rows that the template does not show, and on flags without an effect.
+    """Return remarks on parts of the rows that are hidden, moved, repeated or, despite flags, not learned.
 
     rows: as they were read; the template can render each.
     """
@@ -61,7 +61,7 @@ def describe_hidden_parts(chat: ChatTemplate, rows: Sequence[dict]) -> list[str]
 
 
 def _list_parts(row: dict) -> Iterator[Part]:
-    """Yield each part of a row that a template may show, with a label for its kind."""
+    """Yield (label, index of the message or None) of each part of a row that a template may show."""
     if _has_content(row.get("tools")):
         yield "tools", None
         function = _tool_function((check_tools(row["tools"], "") or [{}])[0])
@@ -116,9 +116,9 @@ def _is_hidden(
 
 
 def _remove_part(message: dict, label: str) -> list[dict]:
-    """Return the message without a part.
+    """Return [the message without a part]; of a thought in the content, two variants without it.
 
-    A thought is removed in two ways, since some templates keep the line breaks after it and others do not.
+    That thought is removed in two ways, since some templates keep the line breaks after it and others do not.
     """
     if label.startswith("<think>"):
         rest = message["content"].rpartition(THOUGHT_END)[2]
@@ -129,7 +129,7 @@ def _remove_part(message: dict, label: str) -> list[dict]:
 
 
 def _part_keys(label: str) -> tuple[str, ...]:
-    """Return the keys of a message that hold a part; a thought is under each of its names."""
+    """Return the keys of a message that hold a part; reasoning is under each of its names."""
     key = label.removesuffix(" of earlier turns")
     return REASONING if key in REASONING else (key,)
 
@@ -175,7 +175,7 @@ def _find_outside_turns(
 
 
 def _describe_hidden(examined: Counter[str], hidden: Counter[str]) -> list[str]:
-    """Return a remark on the parts that the template never shows, or shows only in some of the messages."""
+    """Return [a remark] on parts that the template hides in some or all messages; [] if there are none."""
     always = [label for label in sorted(examined) if hidden[label] == examined[label]]
     partly = [label for label in sorted(examined) if 0 < hidden[label] < examined[label]]
     if "tools" in always:
@@ -185,7 +185,7 @@ def _describe_hidden(examined: Counter[str], hidden: Counter[str]) -> list[str]:
 
 
 def _describe_outside(examined: Counter[str], outside: Counter[str]) -> list[str]:
-    """Return a remark on the assistant's text that the template shows outside of its turn."""
+    """Return [a remark] on assistant's text that is shown outside of its turn; [] if there is none."""
     parts = ", ".join(_format_count(label, outside, examined) for label in sorted(outside))
     return [f"data: shown outside of the assistant's turn, and not learned: {parts}"] if parts else []
 
@@ -195,7 +195,7 @@ def _format_count(label: str, counts: Counter[str], examined: Counter[str]) -> s
 
 
 def _describe_flags(rows: Sequence[dict]) -> list[str]:
-    """Return a remark on flags that ask to learn messages of other roles than the assistant."""
+    """Return [a remark] on flags that ask to learn other roles than the assistant; [] if there are none."""
     flagged = sum(
         any(m.get(flag) and m["role"] != "assistant" for m in row["messages"] for flag in FLAGS)
         for row in rows
@@ -210,7 +210,7 @@ def _describe_flags(rows: Sequence[dict]) -> list[str]:
 
 
 def _describe_roles(rows: Sequence[dict]) -> list[str]:
-    """Return a remark on roles that are not among ROLES: they may be misspelt."""
+    """Return [a remark] on roles that are not among ROLES and may be misspelt; [] if there are none."""
     roles = Counter(m["role"] for row in rows for m in row["messages"] if m["role"] not in ROLES)
     if not roles:
         return []
@@ -219,8 +219,8 @@ def _describe_roles(rows: Sequence[dict]) -> list[str]:
 
 
 def _describe_repeated_endings(chat: ChatTemplate, rows: Sequence[dict]) -> list[str]:
-    """Return a remark on answers whose content ends with a token that the template writes after it."""
-    endings = tuple(token for token in chat.ending_tokens() if token and token in chat.endings.after_answer)
+    """Return [a remark] on answers whose content ends with a token that the template writes again; or []."""
+    endings = tuple(token for token in chat.ending_tokens() if token in chat.endings.after_answer)
     answers = [m.get("content") for row in rows for m in row["messages"] if m["role"] == "assistant"]
     repeated = sum(isinstance(text, str) and text.rstrip().endswith(endings) for text in answers)
     if not endings or not repeated:
@@ -232,7 +232,7 @@ def _describe_repeated_endings(chat: ChatTemplate, rows: Sequence[dict]) -> list
 
 
 def describe_missing_endings(chat: ChatTemplate, learned: Sequence[str]) -> list[str]:
-    """Return a remark if answers are learned without a token that ends them.
+    """Return [a remark] if answers are learned without a token that ends them, else [].
 
     learned: the text of the last learned range of each row.
     """
@@ -241,7 +241,7 @@ def describe_missing_endings(chat: ChatTemplate, learned: Sequence[str]) -> list
             f"data: the chat template ends answers with {chat.marker!r}, for which the tokenizer has no"
             " token: it is learned as letters"
         ]
-    endings = tuple(filter(None, chat.ending_tokens()))
+    endings = tuple(chat.ending_tokens())
     sample = learned[:: -(-len(learned) // SAMPLE_SIZE) or 1]
     missing = sum(not text.rstrip().endswith(endings) for text in sample)
     if not missing:

@@ -57,7 +57,7 @@ class TurnEndings:
     next_header: str = ""
 
     def find_ending(self, tail: str, last_ending: str) -> str:
-        """Return the beginning of `tail` that ends a turn. tail: the text after the turn.
+        """Return the beginning of `tail`, the text after a turn, that ends the turn; "" if none does.
 
         last_ending: the text that would end it as the last turn. If that is not in `tail`, earlier turns end
         like a user's message (gpt-oss), or with the text before the next header.
@@ -86,7 +86,7 @@ class TurnEndings:
         return a[len(a) - length :]
 
     def _tokens_near(self, text: str, index: int) -> Iterator[Span]:
-        """Yield the spans of tokens, and of texts that look like one, around an index of the text."""
+        """Yield the spans of tokens, and of texts that look like one, near an index of the text."""
         for token in self.added_tokens:
             start = text.find(token, max(index - len(token), 0), index + len(token))
             if start >= 0:
@@ -146,7 +146,7 @@ class Turns:
         """Return the span of turn i, located by a probe in its place.
 
         Some templates rewrite earlier turns when others follow: Qwen3's drops old reasoning, Mistral's moves
-        the tools. start: of the turn, if it is known.
+        the tools. start: of the turn, if it is known. Raises ValueError if the text is not shown unchanged.
         """
         for variant, name in _probe_variants(self.messages[i]):
             split = split_at_probe(self.apply, self._replace_message(i, variant), name)
@@ -238,22 +238,24 @@ def _probe_variants(message: dict) -> Iterator[tuple[dict, str]]:
     yield message | {"content": PROBE}, ""
 
 
-def split_at_probe(apply: ApplyTemplate, messages: list[dict], name: str = "") -> tuple[str, str] | None:
-    """Return (the text before the probe, the text after it); None if the template does not show the probe.
+def split_at_probe(
+    apply: ApplyTemplate, messages: list[dict], replaced_text: str = ""
+) -> tuple[str, str] | None:
+    """Return (the text before PROBE, the text after it); None if the template does not show PROBE.
 
-    name: the text that the probe replaces, in case the template repeats it.
+    replaced_text: what PROBE stands for in the messages. After the first PROBE it is put back.
     """
     head, found, tail = (try_apply(apply, messages) or "").partition(PROBE)
-    return (head, tail.replace(PROBE, name) if name else tail) if found else None
+    return (head, tail.replace(PROBE, replaced_text) if replaced_text else tail) if found else None
 
 
 def common_prefix_length(a: str, b: str) -> int:
-    """Return the length of the common prefix."""
+    """Return the length of the common prefix of two texts."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def try_apply(apply: ApplyTemplate, messages: list[dict], **options) -> str | None:
-    """Return the text of messages; None if the template refuses them.
+    """Return apply(messages, **options); None if that raises one of TEMPLATE_ERRORS.
 
     A template may refuse a part of a conversation that it takes as a whole.
     """

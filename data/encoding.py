@@ -15,7 +15,7 @@ Offsets = list[tuple[int, int]]
 
 
 def encode(tokenizer, texts: list[str], add_special_tokens: bool) -> list[tuple[list[int], Offsets]]:
-    """Tokenize texts. Return the token ids of each, and the characters of each token.
+    """Return (token ids, character range of each token) of each text. BOS is at most once at its start.
 
     A text that begins with BOS keeps one BOS: the tokenizer's own, and whitespace before the text's, are cut.
 
@@ -49,7 +49,7 @@ def encode(tokenizer, texts: list[str], add_special_tokens: bool) -> list[tuple[
 
 
 def _strip_offsets(text: str, ids: list[int], offsets: Offsets, stripping: set[int]) -> Offsets:
-    """Return the offsets with those of added tokens without the whitespace that they swallow.
+    """Return the offsets without the whitespace that tokens with an id of `stripping` swallow.
 
     Phi-3's <|assistant|> swallows the whitespace at the start of an answer, and is no part of the answer.
     """
@@ -77,7 +77,7 @@ def _keep_one_bos(
 
 
 def drop_empty_answers(example: Rendered, tokenizer) -> Rendered:
-    """Remove BOS from the start of an answer and the end of a row, and learned ranges without any text.
+    """Return the example without empty learned ranges, and without BOS at starts of answers and the end.
 
     Such ranges have only BOS, EOS and whitespace. The row already begins with a BOS, and at inference none
     follows the prompt. Elsewhere a BOS stays, such as between the turns of a text. In a conversation a range

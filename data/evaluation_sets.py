@@ -78,10 +78,10 @@ class EvaluationData:
 
 
 def prepare_sets(config: Config, tokenizer) -> tuple[Config, TokenizedRows, EvaluationData]:
-    """Read and tokenize the data of a run's options.
+    """Read and tokenize a run's data. Return (changed options, training rows, evaluation data).
 
-    Returns (the options with the data's format instead of auto, the training rows, the evaluation data, still
-    without stop_ids). Raises UserError for anything wrong with the data, and if a set would be empty.
+    In the options the data's format replaces auto; the evaluation data is still without stop_ids. Raises
+    UserError for anything wrong with the data, and if a set would be empty.
     """
     arguments = (config.context_length, tokenizer, config.chat_date)
     examples = read_examples(config.dataset, config.dataset_format, config.dataset_samples, *arguments)
@@ -102,7 +102,7 @@ def prepare_sets(config: Config, tokenizer) -> tuple[Config, TokenizedRows, Eval
 
 
 def read_in_trained_format(config: Config, dataset: str, samples: int, tokenizer) -> Examples:
-    """Read rows to evaluate a model that was trained with the options `config`.
+    """Read and render rows of `dataset`, to evaluate a model trained with the options `config`.
 
     They are rendered in the format of its training if that fits all of them, else in their own format. Raises
     UserError for unusable data.
@@ -126,7 +126,10 @@ def read_evaluation_rows(config: Config, tokenizer) -> tuple[list[Rendered] | No
 def _select_rows(
     config: Config, rendered: list[Rendered], tokenizer
 ) -> tuple[list[Rendered], list[Rendered] | None, tuple[str, ...]]:
-    """Return (training rows, evaluation rows or None, remarks on the latter). rendered: rows of --dataset."""
+    """Return (training rows, evaluation rows or None, remarks on the latter). Raises UserError.
+
+    rendered: the rows of --dataset.
+    """
     if config.eval_share:
         training, evaluation_rows = _split_rows(rendered, config.eval_share, config.seed)
         samples = config.eval_samples if config.eval_samples > 0 else None
@@ -139,18 +142,18 @@ def _select_rows(
 
 
 def _name_evaluation_option(config: Config) -> str:
-    """Return the option, with its value, that evaluation rows come from."""
+    """Return "--eval_dataset VALUE" if that is given, else "--eval_share VALUE"."""
     share, dataset = config.eval_share, config.eval_dataset
     return f"--eval_share {share}" if dataset is None else f"--eval_dataset {dataset}"
 
 
 @contextlib.contextmanager
-def rename_option_in_errors(option: str, instead: str = "--dataset") -> Iterator[None]:
-    """Make UserErrors that begin with the option `instead` name `option`, which gave the dataset or model."""
+def rename_option_in_errors(new: str, old: str = "--dataset") -> Iterator[None]:
+    """Within the context, make UserErrors that begin with the option `old` begin with `new` instead."""
     try:
         yield
     except UserError as e:
-        raise UserError(re.sub(rf"^{instead}(?=[ :])", option, str(e))) from None
+        raise UserError(re.sub(rf"^{old}(?=[ :])", new, str(e))) from None
 
 
 def _split_rows(rendered: list[Rendered], share: float, seed: int) -> tuple[list[Rendered], list[Rendered]]:
@@ -173,7 +176,8 @@ def make_row_prompt(
 ) -> Prompt | None:
     """Return the prompt of an example, which is the text before its last answer; None if it has no answer.
 
-    A plain text, all of which is learned, has no question: its first words are the prompt, without an answer.
+    Of its tokens, the last context_length are kept. A plain text, all of which is learned, has no question:
+    its first words are the prompt, without an answer.
     The answer is the text of its learned tokens up to the first of `stop_ids`, like that of a generated
     answer.
     """
@@ -199,7 +203,8 @@ def _decode_reference(rendered: Rendered, tokenizer, stop_ids: Collection[int]) 
 def _make_sample_prompts(config: Config, examples: Examples, rows: list[Rendered], tokenizer) -> list[Prompt]:
     """Return the prompts of a run's samples: of --sample_prompts, else of the first of `rows`.
 
-    examples: the training data, for the form of questions in a text file. Raises UserError if there is none.
+    examples: the training data, for the form of questions in a text file. Raises UserError if there is no
+    prompt, or --sample_prompts cannot be used.
     """
     source = config.sample_prompts
     if source is not None and file_suffix(source) == ".txt":
@@ -231,7 +236,10 @@ def _read_questions(path: Path) -> list[str]:
 def _make_question_prompts(
     questions: list[str], examples: Examples, tokenizer, context_length: int
 ) -> list[Prompt]:
-    """Return questions as prompts in the format of the training data."""
+    """Return questions as prompts, of at most context_length tokens, in the format of the training data.
+
+    Raises UserError if the chat template refuses one.
+    """
     form, prompts = FORMATS[examples.format], []
     for question in questions:
         row = form.make_prompt_row(question, examples.context.markers)

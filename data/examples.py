@@ -54,7 +54,7 @@ def read_examples(
     day: str | None = None,
     preferred: str = "auto",
 ) -> Examples:
-    """Read and render --dataset.
+    """Read the rows of --dataset, and render each as a text of one format.
 
     Args:
         dataset: a recipe, file, folder or hub id.
@@ -95,7 +95,10 @@ def read_examples(
 def _resolve_format(
     recipe: Recipe, rows: Rows, dataset: str, dataset_format: str, preferred: str = "auto"
 ) -> str:
-    """Return the name of the format that rows are rendered in. Arguments as in `read_examples`."""
+    """Return the name of the format that rows are rendered in. Raises UserError if none fits all of them.
+
+    Arguments as in `read_examples`.
+    """
     if dataset_format != "auto":
         return dataset_format
     choice = None if preferred == "auto" else preferred
@@ -106,7 +109,7 @@ def _resolve_format(
 
 
 def _check_roles(rows: list[dict], error_prefix: str) -> None:
-    """Raise UserError if no message has the role assistant, so that nothing could be learned."""
+    """Raise UserError if messages have roles, but none is assistant: nothing could be learned."""
     conversations = (row.get("messages") for row in rows)
     messages = [m for c in conversations if isinstance(c, list) for m in c if isinstance(m, dict)]
     # `check_messages` reports messages without a role.

@@ -19,10 +19,10 @@ METADATA_FILES = ("config.json", "dataset_info.json", "dataset_infos.json", "dat
 
 
 def list_data_files(folder: str) -> list[str]:
-    """Return the sorted paths of the files that may hold rows.
+    """Return the sorted paths, each beginning with `folder`, of all files below it that may hold rows.
 
     Hidden files, METADATA_FILES and folders such as __pycache__ are left out. A folder that links also lead
-    to is read once.
+    to is read once. Raises UserError for more than MAX_FOLDER_ENTRIES.
     """
     is_new = _make_first_visit_check(folder)
     paths = _walk(folder, lambda path: not os.path.basename(path).startswith((".", "__")) and is_new(path))
@@ -31,9 +31,11 @@ def list_data_files(folder: str) -> list[str]:
 
 
 def glob_data_files(folder: str, pattern: str) -> list[str]:
-    """Return the sorted paths of the files that match a pattern.
+    """Return the sorted paths, each beginning with `folder`, of the files below it that match; [] if none.
 
-    `*`, `?`, `[]` and `**` mean the same as in `glob.glob`. Unlike there, links in a circle are not followed.
+    pattern: relative to the folder. `*`, `?`, `[]` and `**`, any number of folders, mean the same as in
+    `glob.glob(..., recursive=True)`. Unlike there, links in a circle are not followed. Raises UserError for
+    more than MAX_FOLDER_ENTRIES.
     """
     parts = [part for part in pattern.split("/") if part not in ("", ".")]
 
@@ -47,7 +49,10 @@ def glob_data_files(folder: str, pattern: str) -> list[str]:
 
 
 def check_links(folder: str, root: str) -> None:
-    """Raise UserError for a link in or below the folder that leads out of `root`, the folder of a recipe."""
+    """Raise UserError for a link in or below the folder that leads out of `root`, the folder of a recipe.
+
+    Raises it for more than MAX_FOLDER_ENTRIES, too.
+    """
     real_root, is_new = os.path.realpath(root), _make_first_visit_check(folder)
 
     def check_link(path: str) -> bool:
@@ -64,7 +69,10 @@ def check_links(folder: str, root: str) -> None:
 
 
 def _walk(folder: str, should_enter: Callable[[str], bool]) -> Iterator[str]:
-    """Yield the files in the folder, and in the folders below it for which should_enter(path) is true."""
+    """Yield the files in the folder, and in the folders below it for which should_enter(path) is true.
+
+    Raises UserError for more than MAX_FOLDER_ENTRIES.
+    """
     count = 0
     for parent, folders, names in os.walk(folder, followlinks=True):
         count += len(folders) + len(names)
@@ -104,7 +112,7 @@ def _links_to_ancestor(path: str, folder: str) -> bool:
 
 
 def _count_matched_parts(parts: list[str], names: list[str]) -> set[int]:
-    """Return how many leading parts of a pattern may match all names of a path: every possible number."""
+    """Return each k for which the first k parts of a pattern match all names of a path: several with `**`."""
     matched = _skip_double_stars(parts, {0})
     for name in names:
         fitting = [i for i in matched if i < len(parts) and _name_matches(name, parts[i])]
@@ -113,7 +121,7 @@ def _count_matched_parts(parts: list[str], names: list[str]) -> set[int]:
 
 
 def _skip_double_stars(parts: list[str], matched: set[int]) -> set[int]:
-    """Add the numbers that follow if a `**` matches no folder."""
+    """Add k + 1 to `matched` for each k in it whose parts[k] is `**`, which may match nothing; return it."""
     for i, part in enumerate(parts):
         if i in matched and part == "**":
             matched.add(i + 1)

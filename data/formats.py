@@ -203,7 +203,7 @@ def _write_guanaco_prompt(row: Mapping[str, str], context: RenderContext) -> str
 
 
 def continue_dialogue(question: str, before: str, answer: str | None, markers: Sequence[str]) -> str:
-    """Return a guanaco dialogue, continued with a question.
+    """Return a guanaco dialogue, continued with a question and the marker of the answer to come.
 
     No line break separates the turns, as in OpenAssistant's data. One does for other markers than
     GUANACO_MARKERS, as in the data that has them (chip2).
@@ -282,7 +282,7 @@ FORMATS = {
 
 
 def check_row(row: Mapping, form: Format, error_prefix: str, needs_answer: bool = True) -> dict:
-    """Return the columns of a row that the format reads, as text.
+    """Return the columns of a row that the format reads, as texts or (chat) as checked messages and tools.
 
     needs_answer: whether the column of the answer must have a value. Raises UserError for columns that are
     missing or unusable.
@@ -312,5 +312,5 @@ def check_row(row: Mapping, form: Format, error_prefix: str, needs_answer: bool 
 
 
 def join_columns(columns: Iterable[str]) -> str:
-    """Join the names of columns for a message. The index that pandas writes has no name."""
+    """Return the names of columns as one text for a message, with words for that of pandas' index, ""."""
     return join_names([column or "a column without a name" for column in columns])

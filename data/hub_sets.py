@@ -7,6 +7,7 @@ files to splits; the files are read here, like a file that is named by itself.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import re
 import uuid
@@ -15,6 +16,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from itertools import chain, takewhile
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import fsspec  # type: ignore[import-untyped]  # of datasets
@@ -33,7 +35,8 @@ from options.limits import MAX_FOLDER_ENTRIES
 NAMING_KEYS = {"config_name", "data_files", "data_dir", "default", "description"}
 SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})(.*)")  # train-00000-of-00002.parquet
 # Errors that `datasets` raises for folders and files that hold no data set, in addition to its own.
-UNREADABLE = (*HUB_ERRORS, ValueError, RuntimeError, LookupError, TypeError, AttributeError)
+# ArithmeticError: a date that does not exist.
+UNREADABLE = (*HUB_ERRORS, ValueError, RuntimeError, LookupError, TypeError, AttributeError, ArithmeticError)
 # Errors of a request to the hub, whether it answers or not.
 REQUEST_ERRORS: tuple[type[Exception], ...] = (*HUB_ERRORS, HFValidationError)
 RECIPE_HINT = "write a recipe with data_files (docs/data.md)"
@@ -59,9 +62,9 @@ def read_hub(source: str, data_files: str, split: str, samples: int, root: str |
         if root:
             _check_files_inside(source, data_files, root)
         loaded = datasets.load_dataset(source, data_files=data_files or None, split=split)
-    if 0 < samples < len(loaded):
-        loaded = loaded.select(range(samples))
-    rows = [drop_schema_nulls(row) for row in loaded.to_list()]
+        if 0 < samples < len(loaded):
+            loaded = loaded.select(range(samples))
+        rows = [drop_schema_nulls(row) for row in loaded.to_list()]
     restore_digits(rows, loaded.features.arrow_schema)
     skip_repository = local or data_files or datasets.config.HF_HUB_OFFLINE
     remarks = (
@@ -88,7 +91,7 @@ def _numbers_remark(source: str, loaded: Any) -> str:
 def _unread_configs_remark(source: str, config: str, configs: list[dict]) -> str:
     """Return a remark on the configurations beside the one that is read; "" if there are none.
 
-    configs: from `_read_configs`.
+    config: name of the one that is read. configs: from `_read_configs`.
     """
     names = (str(each.get("config_name", "default")) for each in configs)
     others = [name for name in names if name != config]
@@ -102,7 +105,10 @@ def _unread_splits_remark(source: str, split: str, splits: Iterable[str]) -> str
 
 
 def _check_files_inside(folder: str, data_files: str, root: str) -> None:
-    """Raise UserError if `datasets` would read a file outside of root, as the folder's README.md may say."""
+    """Raise UserError if `datasets` would read a file outside of root, as the folder's README.md may say.
+
+    Call it within `_convert_library_errors`.
+    """
     builder = _import_datasets(folder).load_dataset_builder(folder, data_files=data_files or None)
     for path in chain.from_iterable((builder.config.data_files or {}).values()):
         if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root)):
@@ -190,7 +196,7 @@ def _check_shards(folder: str, paths: list[str]) -> None:
 
 
 def _no_suffix_remark(folder: str, paths: list[str]) -> str:
-    """Return a remark on files without a suffix: they are not read, though they may hold rows; or ""."""
+    """Return a remark on files without a suffix, which are not read; "" if there are none."""
     names = [os.path.basename(path) for path in paths]
     unread = [name for name in names if not os.path.splitext(name)[1] and name.lower() not in PROSE]
     return f"data: of {folder} files without a suffix are not read: {join_names(unread)}" if unread else ""
@@ -202,9 +208,9 @@ def _read_configured_folder(folder: str, configs: list, split: str, samples: int
     `datasets` chooses the files. They are read here, unless the README also says how to read them.
     Arguments as in `read_folder`; configs: from `_read_configs`.
     """
-    if root:
-        _check_files_inside(folder, "", root)
     with _convert_library_errors(folder):
+        if root:
+            _check_files_inside(folder, "", root)
         config = _import_datasets(folder).load_dataset_builder(folder).config
     chosen: dict = next((each for each in configs if each.get("config_name", "default") == config.name), {})
     files = config.data_files or {}
@@ -220,7 +226,7 @@ def _read_configured_folder(folder: str, configs: list, split: str, samples: int
 
 
 def _read_files(paths: list[str], samples: int) -> Rows:
-    """Return the rows of several files, read until there are `samples`; -1 = all."""
+    """Return all rows of the first files that have `samples` rows together, or more; -1 = of all files."""
     rows, origins = [], []
     for path in paths:
         file_rows = read_file(Path(path))
@@ -235,7 +241,7 @@ def _find_splits(folder: str, data_paths: list[str]) -> dict[str, list[str]]:
     """Return {split: the paths that belong to it}.
 
     As in `datasets`, names of files and folders tell the split: train.jsonl, test/a.jsonl,
-    data/train-00000-of-00001.parquet. If no name does, there is one split, train.
+    data/train-00000-of-00001.parquet. If no name does, there is one split, train. Raises UserError.
     """
     datasets = _import_datasets(folder)
     # The library uses all files in a folder, so train.py would be a split. It gets only the data files, in
@@ -284,33 +290,38 @@ def _read_configs(folder: str) -> list[dict]:
     return [config if isinstance(config, dict) else {"unreadable": True} for config in configs]
 
 
-def _import_datasets(source: str) -> Any:
-    """Return the module `datasets`, made silent. Raises UserError, which names the source, without it."""
-    import datasets
+def _import_datasets(source: str) -> ModuleType:
+    """Return the package `datasets`, with its output silenced in the process. Raises UserError without it.
 
-    if not hasattr(datasets, "load_dataset"):  # it is our folder datasets/, as an empty package
-        raise UserError(f"--dataset {source}: needs the package `datasets` (pip install datasets)")
-    datasets.utils.logging.disable_progress_bar()
-    datasets.utils.logging.set_verbosity(datasets.utils.logging.CRITICAL)  # its errors say the same
-    return datasets
+    source: for the message.
+    """
+    with contextlib.suppress(ImportError):
+        datasets = importlib.import_module("datasets")
+        if hasattr(datasets, "load_dataset"):  # else it is our folder datasets/, as an empty package
+            datasets.utils.logging.disable_progress_bar()
+            datasets.utils.logging.set_verbosity(datasets.utils.logging.CRITICAL)  # its errors say the same
+            return datasets
+    raise UserError(f"--dataset {source}: needs the package `datasets` (pip install datasets)")
 
 
 @contextlib.contextmanager
-def _convert_library_errors(source: str, more: str = "") -> Iterator[None]:
-    """Convert the errors of `datasets` to UserErrors of one line. more: the end of that line."""
-    import datasets
+def _convert_library_errors(source: str, line_end: str = "") -> Iterator[None]:
+    """Within the context, turn the errors of `datasets` into UserErrors of one line, with `line_end` last.
 
+    Raises UserError without that package.
+    """
+    datasets = _import_datasets(source)
     try:
         yield
     except (*UNREADABLE, datasets.exceptions.DatasetsError) as e:
         if isinstance(e, datasets.exceptions.DatasetGenerationError):  # says nothing itself
             e = e.__cause__ or e
         reason = " ".join(str(e).split()) or type(e).__name__  # often many lines, the first saying little
-        raise UserError(f"--dataset {source}: could not be loaded ({reason[:300]}){more}") from None
+        raise UserError(f"--dataset {source}: could not be loaded ({reason[:300]}){line_end}") from None
 
 
 def _is_reachable(hub_id: str) -> bool:
-    """Return whether the hub answers. `load_dataset` then reports what is wrong with the id or connection."""
+    """Return whether the hub answers, be it with an error, which `load_dataset` then reports."""
     from huggingface_hub import snapshot_download
 
     try:

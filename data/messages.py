@@ -18,9 +18,10 @@ EXPECTED = "messages must be a list of objects with a role and a content, both t
 
 
 def check_messages(messages: Any, error_prefix: str) -> list[dict]:
-    """Return the messages of a row without keys that are null, as transformers gives them to templates.
+    """Return a row's messages, checked and in one form for chat templates. Raises UserError.
 
-    A message that must not be learned gets `train: False`. Raises UserError for messages that are unusable.
+    Keys that are null are left out, a message that must not be learned gets `train: False` instead of FLAGS,
+    reasoning is under each name of REASONING, tool calls are parsed, and an empty answer has the content "".
     """
     if not isinstance(messages, list):
         raise UserError(f"{error_prefix}: messages is {_describe_type(messages)}; {EXPECTED}")
@@ -36,7 +37,7 @@ def _check_message(message: Any, error_prefix: str) -> dict:
     checked = {key: value for key, value in message.items() if value is not None and key not in FLAGS}
     if not isinstance(checked.get("role"), str):
         raise _wrong_key_error(checked, "role", error_prefix)
-    if not all(_is_flag_set(message, name, error_prefix) for name in FLAGS):
+    if not all(_is_flag_set(message, flag, error_prefix) for flag in FLAGS):
         checked["train"] = False
     thought = next((checked[name] for name in REASONING if name in checked), None)
     if thought is not None and not isinstance(thought, str):
@@ -67,7 +68,7 @@ def _wrong_key_error(message: Mapping, key: str, error_prefix: str) -> UserError
 
 
 def _describe_type(value: Any) -> str:
-    """Return the type of a value of JSON, for a message."""
+    """Return the type of a value of JSON in words, such as "a list", for a message."""
     if isinstance(value, str):
         return "the JSON text of a list" if isinstance(_try_parse_json(value), list) else "a text"
     if value is None or isinstance(value, bool):
@@ -75,11 +76,11 @@ def _describe_type(value: Any) -> str:
     return "a list" if isinstance(value, list) else "an object" if isinstance(value, Mapping) else "a number"
 
 
-def _is_flag_set(message: Mapping, name: str, error_prefix: str) -> bool:
-    """Return whether this flag lets the message be learned; True without the flag."""
-    value = message.get(name)
+def _is_flag_set(message: Mapping, flag: str, error_prefix: str) -> bool:
+    """Return whether a flag lets the message be learned; True without the flag. Raises UserError."""
+    value = message.get(flag)
     if value is not None and value not in (0, 1):
-        raise UserError(f"{error_prefix}: {name} of a message is {value!r}; expected true or false, 1 or 0")
+        raise UserError(f"{error_prefix}: {flag} of a message is {value!r}; expected true or false, 1 or 0")
     return value is None or bool(value)
 
 
@@ -155,7 +156,7 @@ def convert_arguments(messages: list[dict], takes_objects: bool, takes_text: boo
 
 
 def _try_parse_json(value: Any) -> Any:
-    """Return the value of a JSON text; any other value unchanged."""
+    """Return the parsed value of a JSON text; any other text or value unchanged."""
     if not isinstance(value, str):
         return value
     try:

@@ -63,7 +63,7 @@ class PackSampler(StepSampler):
     Attributes:
         width: T, number of tokens of the longest pack.
         longest: number of tokens of the longest row.
-        bounds: N + 1, number of bounds in every batch.
+        n_bounds: N + 1, number of bounds in every batch.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class PackSampler(StepSampler):
         filled = torch.cat([filled, torch.zeros(batch_size, dtype=torch.int64)])
         padding = (self.width - filled + self.longest - 1) // self.longest
         n_rows = padding + torch.tensor(sizes + [0] * batch_size)
-        self.bounds = int(n_rows.sort(descending=True).values[:batch_size].sum()) + 1
+        self.n_bounds = int(n_rows.sort(descending=True).values[:batch_size].sum()) + 1
 
     def items_per_epoch(self) -> int:
         return len(self._packs)
@@ -111,11 +111,11 @@ class PackSampler(StepSampler):
 
     def _collate(self, part: RowIndices, shape: tuple[int, int], n_positions: int) -> Batch:
         assert isinstance(part, list)
-        return make_packed_batch(self.rows, part, shape, self.longest, self.bounds, n_positions)
+        return make_packed_batch(self.rows, part, shape, self.longest, self.n_bounds, n_positions)
 
 
 def max_line_tokens(config: Config, rows: TokenizedRows) -> int:
-    """Return the maximum number of tokens in a line of a training batch."""
+    """Return an upper limit of the tokens in one line of a training batch, which is a row or a pack."""
     return config.context_length if config.packing else min(int(rows.lengths().max()), config.context_length)
 
 
@@ -130,7 +130,7 @@ def make_packed_batch(
     packs: Sequence[torch.Tensor],
     shape: tuple[int, int],
     longest: int,
-    bounds: int,
+    n_bounds: int,
     n_positions: int | None = None,
 ) -> Batch:
     """Return a batch whose lines are packs: the rows of each, one after another.
@@ -140,15 +140,15 @@ def make_packed_batch(
         packs: indices of the rows of each pack.
         shape: [B, T]; lines after the last pack are padding.
         longest: as in PackSampler.
-        bounds: as in PackSampler.
+        n_bounds: as in PackSampler.
         n_positions: as for `learned_positions`.
     """
     ids, positions, row_lengths = torch.zeros(3, *shape, dtype=torch.int64)
     targets = torch.full(shape, IGNORE)
     for line, pack in enumerate(packs):
         starts, lengths = rows.starts[pack], rows.starts[pack + 1] - rows.starts[pack]
-        stop_ids = lengths.cumsum(0)
-        position = torch.arange(int(stop_ids[-1])) - (stop_ids - lengths).repeat_interleave(lengths)
+        row_ends = lengths.cumsum(0)
+        position = torch.arange(int(row_ends[-1])) - (row_ends - lengths).repeat_interleave(lengths)
         indices = starts.repeat_interleave(lengths) + position
         tokens = rows.tokens[indices].long()
         learned = rows.learned[indices] & (position > 0)
@@ -156,12 +156,12 @@ def make_packed_batch(
         row_lengths[line, : len(tokens)] = lengths.repeat_interleave(lengths)
         targets[line, : len(tokens) - 1] = tokens.masked_fill(~learned, IGNORE)[1:]
     edges = _bounds([(rows.starts[pack + 1] - rows.starts[pack]).tolist() for pack in packs], shape, longest)
-    ends = torch.tensor(edges + edges[-1:] * (bounds - len(edges)), dtype=torch.int32)
+    ends = torch.tensor(edges + edges[-1:] * (n_bounds - len(edges)), dtype=torch.int32)
     return Batch(ids, targets, row_lengths, learned_positions(targets, n_positions), positions, ends, longest)
 
 
 def _bounds(packs: list[list[int]], shape: tuple[int, int], longest: int) -> list[int]:
-    """Return where rows begin and end in the batch as one line.
+    """Return the offsets, from 0, at which rows begin and end in the batch as one line, padding included.
 
     Padding attends only to itself, in chunks no longer than the longest row, which kernels rely on. packs:
     the lengths of the rows of each pack. shape: [B, T].

@@ -49,15 +49,16 @@ def recognise_format(
 
 
 def find_row_format(row: Mapping, markers: Sequence[str], preferred: str | None = None) -> str | None:
-    """Return the first format that fits a row; None if none does, or the row has too little content."""
+    """Return the name of the first format that fits a row, `preferred` before others; None if none does."""
     names = (preferred, *RECOGNISED_FORMATS) if preferred else RECOGNISED_FORMATS
     return next((name for name in names if fits_format(row, FORMATS[name], markers)), None)
 
 
 def fits_format(row: Mapping, form: Format, markers: Sequence[str]) -> bool:
-    """Return whether the columns that the format requires have content; the answer may be empty.
+    """Return whether a row has content in the columns that a format requires, and the answer's marker.
 
-    It is not enough that the columns are there: tables give every row all columns.
+    The answer may be empty, and only formats with markers need one. It is not enough that the columns are
+    there: tables give every row all columns.
     """
     for column in form.required:
         if column not in row or (column != form.answer_column and not _has_content(row[column])):
@@ -91,9 +92,9 @@ def _match_columns(columns: set[str], error_prefix: str) -> str:
 
 
 def describe_unread_columns(rows: Iterable[Mapping], form: Format, renamed: Iterable[str] = ()) -> str:
-    """Return the names of the columns that have content and that the format does not read, joined to a text.
+    """Return one text of the names of columns with a value that the format does not read; "" if none.
 
-    renamed: columns that are read under another name. Returns "" if there are none.
+    renamed: columns that are read under another name.
     """
     read = {*form.required, *form.optional, *renamed}
     found = dict.fromkeys(column for row in rows for column, value in row.items() if value is not None)

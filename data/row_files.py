@@ -105,7 +105,7 @@ def _read_json_lines(path: Path) -> Rows:
 
 
 def _parse_json(text: str, path: Path, line: int | None):
-    """Parse JSON, the given line of the file or with None the whole file. Raises UserError with the line."""
+    """Return the value of a JSON text: one line of the file or, with None, all of it. Raises UserError."""
     suffix = file_suffix(path.name)
     remedy = f"; a {suffix} file has one object per line" + ", or is one list" * (suffix == ".json")
     try:
@@ -117,11 +117,11 @@ def _parse_json(text: str, path: Path, line: int | None):
     except ValueError as e:  # a number that is out of range, or has thousands of digits
         raise UserError(f"--dataset {path}:{line or _find_bad_line(text)}: not usable JSON ({e})") from None
     except RecursionError:
-        raise UserError(f"--dataset {path}:{line or 1}: JSON nested too deeply") from None
+        raise UserError(f"--dataset {path}:{line or _find_bad_line(text)}: JSON nested too deeply") from None
 
 
 def _find_bad_line(rows: str) -> int:
-    """Return the line, from 1, on which the first unusable entry of a JSON list begins."""
+    """Return the line, from 1, on which the first unusable entry of a JSON list begins; 1 if none is."""
     decoder, start = json.JSONDecoder(), 0
     while start < len(rows):
         if rows[start] in " \t\r\n,[]":
@@ -130,7 +130,7 @@ def _find_bad_line(rows: str) -> int:
         try:
             _, end = decoder.raw_decode(rows, start)
             parse_json(rows[start:end], exact=True)
-        except ValueError:
+        except (ValueError, RecursionError):
             return rows.count("\n", 0, start) + 1
         start = end
     return 1
@@ -183,7 +183,7 @@ def _read_csv(path: Path) -> Rows:
 
 
 def _convert_nan_cells(rows: list[dict], column: str) -> None:
-    """Convert the cells `nan` and `inf` of a column of numbers to floats.
+    """Replace, in place, the cells `nan` and `inf` of a column of numbers by floats.
 
     `check_row` refuses such floats if a format reads the column. Columns that also hold words stay unchanged.
     """
@@ -245,7 +245,7 @@ def _drop_nulls(value: Any) -> Any:
 
 
 def restore_digits(rows: list[dict], schema) -> None:
-    """Replace narrow floats in the rows by those with the fewest digits: 0.1 for 0.10000000149011612.
+    """Replace 16 and 32-bit floats in the rows by those with the fewest digits: 0.1 for 0.10000000149011612.
 
     These are the 64-bit floats of the shortest texts that mean the same 16 or 32-bit number. Floats within
     lists and structs are replaced, too. schema: pyarrow's, of the rows' table.

@@ -41,13 +41,13 @@ class TokenizedRows:
         return self.starts.diff()
 
     def targets(self) -> torch.Tensor:
-        """Return the number of targets of each example: [R]. No token predicts its first one."""
+        """Return the number of targets of each example: [R]. Its first token is never one."""
         sums = torch.cat([torch.zeros(1, dtype=torch.int64), self.learned.long().cumsum(0)])
         return sums[self.starts[1:]] - sums[self.starts[:-1] + 1]
 
 
 def digest_rows(rows: TokenizedRows) -> str:
-    """Return a digest of the tokens, targets and bounds of the rows."""
+    """Return the SHA-256 hex digest of the rows' `tokens`, `learned` and `starts`, in order."""
     digest = hashlib.sha256()
     for tensor in (rows.tokens, rows.learned, rows.starts):
         digest.update(tensor.contiguous().view(torch.uint8).numpy().data)

@@ -87,7 +87,10 @@ def find_shipped_recipe(dataset: str) -> Path | None:
 
 
 def _locate_source(recipe: Recipe, folder: Path) -> tuple[Recipe, Path | None]:
-    """Return what `find_recipe` does, for a recipe in `folder`: its source may be a file or folder there."""
+    """Return (recipe, the file it reads or None), with a source that is a folder beside it as a full path.
+
+    folder: of the recipe.
+    """
     if file_suffix(recipe.source) in KINDS:
         return recipe, folder / recipe.source
     if recipe.source and (folder / recipe.source).is_dir():

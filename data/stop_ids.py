@@ -31,7 +31,7 @@ def read_base_stop_ids(folder: Path, config_eos: Any, tokenizer: Any) -> list[in
 
 
 def learned_stop_ids(format_name: str, context: RenderContext) -> list[int]:
-    """Return the ids of tokens other than EOS that rows of this format teach to end answers with."""
+    """Return the ids of the tokens with which the chat template ends answers; [] for other formats."""
     return context.chat.find_stop_ids() if format_name == "chat" else []
 
 
@@ -63,7 +63,7 @@ def make_generation_config(folder: Path, config: PretrainedConfig, stop_ids: Seq
 
 
 def _check_ids(value: Any, path: Path) -> list[int]:
-    """Return an `eos_token_id` of a model's file as a list. Raises UserError if it holds anything but ids."""
+    """Return an `eos_token_id` as a list; [] for None. Raises UserError, which names `path`, for others."""
     ids = [] if value is None else value if isinstance(value, list) else [value]
     if not all(type(i) is int for i in ids):
         raise UserError(f"{path}: eos_token_id must be a token's number, or a list of them")

@@ -15,7 +15,7 @@ DIRECTIVE = re.compile(r"%[-_0^#]?[A-Za-z]")  # of strftime, with glibc's flags
 
 
 def set_template_date(template: str, day: str | None) -> str:
-    """Return the template with `strftime_now` at midnight of a day, YYYY-MM-DD; None = unchanged."""
+    """Return the template with a `strftime_now` fixed at midnight of `day`, YYYY-MM-DD; None = unchanged."""
     if day is None or CLOCK not in template:
         return template
     moment = datetime.datetime.fromisoformat(day)

@@ -78,7 +78,7 @@ def tokenize(rendered: list[Rendered], tokenizer, context_length: int, error_pre
 
 
 def describe_unknown_tokens(tokens: torch.Tensor, tokenizer) -> list[str]:
-    """Return a remark if characters of the data became the unknown token. tokens: [N]."""
+    """Return [a remark] if some of the tokens [N] are the tokenizer's unknown token, else []."""
     unknown = tokenizer.unk_token_id
     if unknown is None or unknown in (tokenizer.bos_token_id, tokenizer.eos_token_id):
         return []  # as in GPT-2, whose tokenizer knows every byte
@@ -133,7 +133,7 @@ class SpecialTokens:
 def _targets(
     example: Rendered, ids: list[int], offsets: Offsets, special: SpecialTokens
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return (tokens [L] int32, which are targets [L] bool), with the EOS token if the row needs it."""
+    """Return (tokens int32, whether each is a target), both [L], with an EOS if the row needs one."""
     starts, ends = np.fromiter(chain.from_iterable(offsets), np.int64, 2 * len(ids)).reshape(-1, 2).T
     # Tokenizers with trim_offsets (Llama 3) report a token of spaces as empty, at its end. Its start is the
     # end of the token before it.

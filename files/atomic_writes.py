@@ -10,20 +10,21 @@ from pathlib import Path
 
 
 def staging_path(folder: Path) -> Path:
-    """Return the temporary sibling in which the contents of `folder` are written."""
+    """Return the path of the sibling <folder>.tmp, in which the contents of `folder` are written first."""
     return folder.with_name(f"{folder.name}.tmp")
 
 
 def make_staging_folder(folder: Path) -> None:
-    """Make an empty staging folder for `folder`; `replace_folder` renames it once it is filled."""
+    """Make `staging_path(folder)`, without what an interrupted run left in it, for `replace_folder`."""
     remove_folder(staging_path(folder))
     staging_path(folder).mkdir(parents=True)
 
 
 def replace_folder(folder: Path) -> None:
-    """Replace `folder` by its filled staging folder.
+    """Rename `staging_path(folder)` to `folder`, and delete the folder that had this name. Raises OSError.
 
-    An incomplete folder never has the name. The older folder becomes <name>.old and is deleted last.
+    An incomplete folder never has the name. The older folder becomes <name>.old and is deleted last. If the
+    renaming fails, it gets its name back.
     """
     old = folder.with_name(f"{folder.name}.old")
     remove_folder(old)
@@ -39,7 +40,10 @@ def replace_folder(folder: Path) -> None:
 
 
 def remove_folder(folder: Path, ignore_errors: bool = True) -> None:
-    """Remove a folder if it exists. If it is a link, remove only the link: its target is not ours."""
+    """Remove a folder with its contents; of a link only the link, since its target is not ours.
+
+    ignore_errors: raise no OSError if the folder is missing or something in it cannot be removed.
+    """
     if folder.is_symlink():
         folder.unlink()
     else:
@@ -81,7 +85,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def nonfinite_to_null(value):
-    """Replace NaN and infinity in nested dicts and lists by None, since JSON has neither."""
+    """Return a copy of nested dicts and lists with None for NaN and infinity, since JSON has neither."""
     if isinstance(value, dict):
         return {name: nonfinite_to_null(each) for name, each in value.items()}
     if isinstance(value, list):

@@ -56,7 +56,7 @@ class BaseModel:
 
 
 def is_same_base(recorded: str, digest: str) -> bool:
-    """Return whether a checkpoint belongs to the base model of a run.
+    """Return whether a checkpoint's `BaseModel.digest` and that of a run mean the same base model.
 
     Checkpoints of earlier versions hold no digest of packed weights; these are then not compared.
 
@@ -76,7 +76,7 @@ def _parse(digest: str) -> tuple[WeightsDigest, str]:
 
 
 def record_base(pinned_name: str, config: PretrainedConfig, files: CheckpointFiles) -> BaseModel:
-    """Return the record of a model whose weights were checked. Raises OSError.
+    """Return the `BaseModel` of a run: its model's name, commit and digests. Raises OSError.
 
     Args:
         pinned_name: result of `pin_model_name`.
@@ -91,7 +91,7 @@ def record_base(pinned_name: str, config: PretrainedConfig, files: CheckpointFil
 
 
 def digest_tokenizer(folder: Path) -> str:
-    """Return a digest of the names and bytes of a folder's tokenizer files, with its chat template.
+    """Return a digest of the names and bytes of a folder's tokenizer and chat template files.
 
     Raises OSError.
     """
@@ -122,7 +122,7 @@ def tokenizer_remark(metadata: Mapping[str, str], folder: Path) -> str:
 
 
 def digest_without_head(config: PretrainedConfig, files: CheckpointFiles, untied_head: str) -> str:
-    """Return the `BaseModel.digest` of earlier versions, which tied the head even if the files hold one.
+    """Return the `BaseModel.digest` that earlier versions made of a model: as if its files held no head.
 
     Raises OSError.
 
@@ -138,7 +138,7 @@ def digest_without_head(config: PretrainedConfig, files: CheckpointFiles, untied
 def trained_without_head(
     metadata: Mapping[str, str], config: PretrainedConfig, files: CheckpointFiles, untied_head: str
 ) -> bool:
-    """Return whether an earlier version trained a result on this model without its head.
+    """Return whether a result was trained on this model by an earlier version, which ignored its head.
 
     Args:
         metadata: metadata of the result's safetensors file.
@@ -151,15 +151,15 @@ def trained_without_head(
     return metadata.get(STRUCTURE_KEY) == digest_structure(*_remove_head(config, files, untied_head))
 
 
-def no_head_message(untied_head: str, name: str | Path, option: str | None = None) -> str:
-    """Return the message about a result of an earlier version, trained without the model's head.
+def no_head_message(untied_head: str, model: str | Path, option: str | None = None) -> str:
+    """Return the message that an earlier version trained a result without the model's head.
 
     Args:
         untied_head: name of the head's tensor.
-        name: the model that holds it.
+        model: name or folder of the model that holds it.
         option: if the result is refused, the option that names another model.
     """
-    problem = f"an earlier version of this program trained without {untied_head}, which {name} holds"
+    problem = f"an earlier version of this program trained without {untied_head}, which {model} holds"
     remedy = "train again, or name a copy of the model without that tensor"
     return f"{problem}; {remedy}: {option}" if option else problem
 
@@ -183,7 +183,7 @@ def check_base(
     option: str,
     untied_head: str | None,
 ) -> str:
-    """Check that a result was trained on the model in `files`.
+    """Raise UserError unless a result was trained on the model in `files`; return a remark if unsure, or "".
 
     Args:
         metadata: metadata of the result's safetensors file. If an earlier version of this program wrote no
@@ -192,13 +192,14 @@ def check_base(
         files: the folder of the supposed base.
         result: name of the result, for messages.
         option: the option that names another base.
-        untied_head: the model's head, as `open_weights` returns it.
+        untied_head: name of the head's tensor in `files`; None if the head is tied.
 
     Returns:
         A remark if the weights cannot be compared, else "".
 
     Raises:
         UserError: it is another model, or its weights differ.
+        OSError: a file of weights cannot be read.
     """
     if untied_head and trained_without_head(metadata, config, files, untied_head):
         raise UserError(f"{result}: {no_head_message(untied_head, files.folder, option)}")

@@ -60,7 +60,10 @@ class BnbWeight:
         return read_tensor(self.folder, self.tensors[suffix])
 
     def read(self) -> PackedWeight:
-        """Read the codes and scales in NF4's order. Raises UserError if a scale is NaN or infinite."""
+        """Return the codes and scales in the layout of `NF4`. Raises UserError if a scale is NaN or infinite.
+
+        Raises OSError if a file cannot be read.
+        """
         codes, absmax = self._read(""), self._read("absmax")
         scales = "nested_absmax" if self.is_double_quantized else "absmax"
         check_finite(f"{self.folder / self.tensors[scales].file}: {self.name}.{scales}", self._read(scales))
@@ -101,20 +104,21 @@ class BnbWeight:
 
 
 def _nbytes(stored: StoredTensor) -> int:
+    """Return the size of a tensor in bytes; -1 if its dtype is none of DTYPES."""
     return math.prod(stored.shape) * stored.dtype.itemsize if isinstance(stored.dtype, torch.dtype) else -1
 
 
 @cache
 def _nf4_tables() -> dict[str, torch.Tensor]:
-    """Return bitsandbytes' tables {suffix: table} that map codes to numbers."""
+    """Return {suffix: table} of bitsandbytes' two tables, which map codes and quantized scales to numbers."""
     return {"quant_map": bnb.get_4bit_type("nf4", device="cpu"), "nested_quant_map": bnb.create_dynamic_map()}
 
 
 def find_bnb_weights(folder: Path, tensors: dict[str, StoredTensor]) -> dict[str, BnbWeight]:
-    """Find the packed weights among a folder's tensors, by name, and simplify `tensors`.
+    """Return {name: weight} of the weights that bitsandbytes packed; each becomes one tensor in `tensors`.
 
-    In `tensors` each packed weight becomes one tensor of the dense shape; its other tensors are removed.
-    Raises UserError for a weight that is damaged or not NF4.
+    That tensor has the dense shape; the other tensors of the weight are removed from `tensors`. Raises
+    UserError for a weight that is damaged or not NF4, OSError if a file cannot be read.
     """
     states = {key.partition(STATE_MARK)[0]: key for key in tensors if STATE_MARK in key}
     if not states:

@@ -10,25 +10,27 @@ import torch
 
 from files.tensors import CHUNK_BYTES, StoredTensor, read_tensor
 
-START_ELEMENTS = 4096  # compared with start_only
 Located = tuple[Path, StoredTensor]  # a tensor and its folder
 
 
-def same_values(a: Located, b: Located, start_only: bool = False) -> bool:
-    """Return whether two tensors hold the same numbers, in any dtypes. NaN equals nothing. Raises OSError.
+def same_values(a: Located, b: Located, max_elements: int | None = None) -> bool:
+    """Return whether two tensors have one shape and equal (first `max_elements`) numbers, in any dtypes.
 
-    start_only: compare only the first START_ELEMENTS elements, where most tensors that differ already do.
+    max_elements: None = compare all. NaN equals nothing. Raises OSError.
     """
     return a[1].shape == b[1].shape and all(
-        torch.equal(*_promote(x, y)) for x, y in _read_chunks(a, b, start_only)
+        torch.equal(*_promote(x, y)) for x, y in _read_chunks(a, b, max_elements)
     )
 
 
-def same_bytes(a: Located, b: Located, start_only: bool = False) -> bool:
-    """Return whether two tensors are equal bit for bit. start_only: as for `same_values`. Raises OSError."""
+def same_bytes(a: Located, b: Located, max_elements: int | None = None) -> bool:
+    """Return whether two tensors have one shape, one dtype and equal bits of (the first) elements.
+
+    max_elements: None = compare all. Raises OSError.
+    """
     if a[1].dtype != b[1].dtype or a[1].shape != b[1].shape:
         return False
-    chunks = _read_chunks(a, b, start_only)
+    chunks = _read_chunks(a, b, max_elements)
     return all(torch.equal(x.view(torch.uint8), y.view(torch.uint8)) for x, y in chunks)
 
 
@@ -37,11 +39,13 @@ def _promote(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
     return x.to(dtype), y.to(dtype)
 
 
-def _read_chunks(a: Located, b: Located, start_only: bool) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield the elements of both tensors in 1-D chunks of the same length."""
+def _read_chunks(
+    a: Located, b: Located, max_elements: int | None
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield pairs of 1-D chunks, equal in length, of two tensors' (first `max_elements`) elements."""
     count = math.prod(a[1].shape)
-    if start_only:
-        count = min(count, START_ELEMENTS)
+    if max_elements is not None:
+        count = min(count, max_elements)
     step = CHUNK_BYTES // max(stored.torch_dtype.itemsize for _, stored in (a, b))
     for first in range(0, count, step):
         chunk = first, min(step, count - first)

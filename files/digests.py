@@ -37,11 +37,12 @@ class WeightsDigest:
     packed: str | None = None
 
     def text(self) -> str:
+        """Return both digests as one text, for `parse`."""
         return self.plain if self.packed is None else f"{self.plain}-{self.packed}"
 
     @staticmethod
     def parse(text: str) -> WeightsDigest:
-        """Parse a result of `text`."""
+        """Return the WeightsDigest whose `text()` this is."""
         plain, dash, packed = text.partition("-")
         return WeightsDigest(plain, packed if dash else None)
 
@@ -51,7 +52,7 @@ class WeightsDigest:
 
 
 def digest_weight_rows(files: CheckpointFiles, names: list[str], extra_rows: int = 0) -> str:
-    """Return a digest of unpacked weights: name, shape and dtype of each, and its first, middle and last row.
+    """Return a digest of unpacked weights: names, shapes, dtypes, first, middle, last and `extra_rows` rows.
 
     Checkpoints hold the digest without extra rows, so it must not change.
 
@@ -81,14 +82,14 @@ def digest_weight_rows(files: CheckpointFiles, names: list[str], extra_rows: int
 
 
 def digest_weights(files: CheckpointFiles) -> WeightsDigest:
-    """Return the digests of all weights of a model, packed by bitsandbytes or not. Raises OSError."""
+    """Return digests of a few rows of each weight of a model, packed or not. Raises OSError."""
     packed = {name: weight for name, weight in files.packed.items() if isinstance(weight, BnbWeight)}
     plain = digest_weight_rows(files, [name for name in files.tensors if name not in packed])
     return WeightsDigest(plain, _digest_packed(files.folder, packed) if packed else None)
 
 
 def _digest_packed(folder: Path, weights: dict[str, BnbWeight]) -> str:
-    """Return a digest of weights that bitsandbytes packed.
+    """Return a digest of a few rows of each weight that bitsandbytes packed. Raises OSError.
 
     It covers the shape and offset of each weight and, of each of its tensors, the bytes that belong to the
     weight's first, middle and last row, or all bytes if the tensor is small.
@@ -118,7 +119,7 @@ def _row_layout(stored: StoredTensor) -> tuple[int, int]:
 
 @contextlib.contextmanager
 def _open_reader(folder: Path) -> Iterator[Reader]:
-    """Yield a Reader that opens each file once, since a few files hold many small samples."""
+    """Yield read(file, begin, nbytes) for files of the folder, each opened once for many small samples."""
     descriptors: dict[str, int] = {}
 
     def read(file: str, begin: int, nbytes: int) -> bytes:

@@ -45,7 +45,10 @@ def check_free_space(folder: Path, needed: int) -> None:
 
 @contextlib.contextmanager
 def warn_on_full_disk(path: Path) -> Iterator[None]:
-    """Turn a full disk into a warning while the context writes a file that report.py can make again later."""
+    """Within the context, turn the OSError of a full disk into a printed warning that `path` is not written.
+
+    For files that report.py can make again later.
+    """
     try:
         yield
     except OSError as e:
@@ -55,7 +58,7 @@ def warn_on_full_disk(path: Path) -> Iterator[None]:
 
 
 def append_lines(path: Path, text: str, log: Callable[[str], None]) -> None:
-    """Append lines to a file of the RUN. If the disk is full, append nothing and log a warning."""
+    """Append lines to a file. If the disk is full, append nothing and log a warning. Else raises OSError."""
     try:
         with path.open("ab", buffering=0) as file:
             append_bytes(file, text.encode())

@@ -7,6 +7,6 @@ from pathlib import Path
 
 
 def points_outside(path: Path) -> bool:
-    """Return whether a link points outside its folder, other than to the hub cache's folder `blobs`."""
+    """Return whether a path is a link out of its own folder, other than into a hub cache's folder `blobs`."""
     real = Path(os.path.realpath(path))
     return not real.is_relative_to(os.path.realpath(path.parent)) and real.parent.name != "blobs"

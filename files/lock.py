@@ -30,9 +30,10 @@ class FolderLock:
             os.close(self.descriptor)
 
     def acquire(self) -> None:
-        """Make and lock the folder. Raises UserError if another run holds it for WAIT_SECONDS.
+        """Make and lock the folder. Raises UserError if another run holds it for WAIT_SECONDS, and OSError.
 
-        The ranks of a killed run release it within a second. A file system without locks is not locked.
+        The ranks of a killed run release it within a second. Without an error the folder stays unlocked if
+        its file system has no locks.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         self.descriptor = os.open(self.folder, os.O_RDONLY)

@@ -33,7 +33,7 @@ from quantization.quantizers import PackedWeight, Quantizer
 
 
 class StoredPackedWeight(Protocol):
-    """A weight that a file stores packed: BnbWeight in bnb_weights.py, CachedWeight in weight_cache.py."""
+    """Interface of packed weights in files: BnbWeight, bnb_weights.py, and CachedWeight, weight_cache.py."""
 
     @property
     def quantizer(self) -> Quantizer: ...
@@ -53,7 +53,10 @@ class CheckpointFiles:
     """
 
     def __init__(self, folder: Path, only_file: str | None = None):
-        """Read and check the headers; only_file: of this safetensors file alone. Raises UserError."""
+        """Read and check the headers of a folder's weight files, or of `only_file` alone. Raises UserError.
+
+        Raises OSError if weights cannot be read to compare two sets of them, or to describe packed ones.
+        """
         self.folder = folder
         self.tensors: dict[str, StoredTensor] = {}
         self.packed: dict[str, StoredPackedWeight] = {}
@@ -72,7 +75,10 @@ class CheckpointFiles:
                 )
 
     def _read_header(self, file: str, expected: set[str] | None) -> None:
-        """Add a file's tensors. expected: names that the index assigns to the file. Raises UserError."""
+        """Add the tensors in a file's header to `self.tensors`. Raises UserError for a file of no use.
+
+        expected: names that the index assigns to the file; UserError for those that it lacks.
+        """
         path = self.folder / file
         if points_outside(path):
             raise UserError(
@@ -91,7 +97,7 @@ class CheckpointFiles:
         self.tensors |= {name: found[name] for name in sorted(found)}
 
     def overlaid_by(self, other: CheckpointFiles) -> CheckpointFiles:
-        """Return a copy in which the tensors of `other` replace those of the same name."""
+        """Return a copy with the tensors of `other` added, in place of those of the same name."""
         folder = other.folder.absolute()  # a relative path would be resolved below self.folder
         replacements = {name: replace(t, file=str(folder / t.file)) for name, t in other.tensors.items()}
         combined = copy.copy(self)
@@ -113,7 +119,8 @@ class CheckpointFiles:
     ) -> torch.Tensor | PackedWeight | StreamedTensor:
         """Read a tensor to the CPU, or start to stream it to a GPU if `buffers` are given.
 
-        A weight that is stored packed is returned packed.
+        A weight that is stored packed is returned packed, on the CPU. Raises OSError, and UserError for a
+        damaged packed weight.
         """
         if name in self.packed:
             return self.packed[name].read()
@@ -149,7 +156,7 @@ def _list_weight_files(folder: Path) -> Mapping[str, set[str] | None]:
 
 
 def pin_model_name(name: str, folder: Path) -> str:
-    """Return a model's name that stays valid: `owner/name@commit`, or an absolute path.
+    """Return a model's name that stays valid: `owner/name@commit`, an absolute path, or TOY_MODEL itself.
 
     folder: where `find_model` found it.
     """
@@ -184,11 +191,11 @@ def find_model(name: str) -> Path:
 
 
 def fetch_weights(name: str, folder: Path) -> None:
-    """Download the safetensors files into the hub snapshot that `find_model` returned.
+    """Download a hub model's safetensors files into its snapshot; do nothing for a local folder.
 
     Args:
-        name: result of `pin_model_name`, since a branch may have moved since. A local folder needs nothing.
-        folder: the snapshot.
+        name: result of `pin_model_name`, since a branch may have moved since.
+        folder: the snapshot that `find_model` returned.
 
     Raises:
         UserError: the hub cannot be reached, or refuses.
@@ -198,7 +205,7 @@ def fetch_weights(name: str, folder: Path) -> None:
 
 
 def _download(name: str, *patterns: str) -> Path:
-    """Download files of a hub repository by patterns and return the snapshot. Raises UserError."""
+    """Download a hub model's files that match a pattern, and return their folder. Raises UserError."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         HfHubHTTPError,

@@ -12,21 +12,20 @@ from options.errors import UserError
 
 
 def output_folder(config: Config) -> Path:
-    """Return --output_dir, which `resolve` has set."""
+    """Return --output_dir as a Path. `resolve` must have set it."""
     assert config.output_dir is not None
     return Path(config.output_dir)
 
 
 def holds_run(folder: Path) -> bool:
-    """Return whether a folder holds files of a run or a model."""
+    """Return whether a folder holds files named like those of a run or a model."""
     return any(True for pattern in RUN_FILES + MODEL_FILES for _ in folder.glob(pattern))
 
 
 def check_output(folder: Path, overwrite: bool) -> None:
-    """Raise UserError if a run must not write to the folder.
+    """Raise UserError if a folder is not writable, has a link as subfolder or, unless `overwrite`, a run.
 
-    That is: it holds a run and `overwrite` is False, it is not writable, or one of the subfolders that a run
-    writes and removes is a link.
+    The subfolders are those that a run writes and removes.
     """
     check_writable(folder, "--output_dir")
     for name in (CHECKPOINTS, "wandb"):
@@ -41,7 +40,10 @@ def check_output(folder: Path, overwrite: bool) -> None:
 
 
 def clear_output(folder: Path) -> None:
-    """Make the folder, and remove only the files of an earlier run from it, complete or incomplete."""
+    """Make the folder, and remove an earlier run's files and folder `best` from it, but not its checkpoints.
+
+    Incomplete files are removed as well; files of others stay.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for pattern in RUN_FILES + MODEL_FILES:
         for path in (*folder.glob(pattern), *folder.glob(f"{pattern}.tmp")):

@@ -14,8 +14,8 @@ from options.limits import MAX_TOKENIZER_BYTES, read_json
 ADDED_DECODER = "added_tokens_decoder"  # key of tokenizer_config.json: {id: token}
 
 
-def check_eos(folder: Path, tokenizer, name: str) -> None:
-    """Raise UserError if no file of the folder names the EOS token. name: the folder, for the message.
+def check_eos(folder: Path, tokenizer, folder_name: str) -> None:
+    """Raise UserError, which begins with `folder_name`, if no file of the folder names the EOS token.
 
     Otherwise every row would end in the default of transformers' class, whatever the model was trained with.
     """
@@ -30,13 +30,13 @@ def check_eos(folder: Path, tokenizer, name: str) -> None:
         else f"eos_token is in neither {TOKENIZER_CONFIG} nor {SPECIAL_TOKENS}"
     )
     raise UserError(
-        f"{name}: no usable tokenizer ({problem}{default}); write the EOS token that the model was trained"
-        f" with into {TOKENIZER_CONFIG}"
+        f"{folder_name}: no usable tokenizer ({problem}{default}); write the EOS token that the model was"
+        f" trained with into {TOKENIZER_CONFIG}"
     )
 
 
 def _read_special_tokens(folder: Path) -> dict:
-    """Return the special tokens and settings in the folder's files. Raises UserError.
+    """Return the merged keys of tokenizer_config.json and special_tokens_map.json. Raises UserError.
 
     Like transformers, this reads special_tokens_map.json only if tokenizer_config.json has no
     added_tokens_decoder.
@@ -50,14 +50,14 @@ def read_optional_json(path: Path) -> dict:
     return read_json(path, MAX_TOKENIZER_BYTES) if path.is_file() else {}
 
 
-def remarks_on_special_tokens(folder: Path, file: Tokenizer | None, tokenizer) -> list[str]:
+def remarks_on_special_tokens(folder: Path, json_tokenizer: Tokenizer | None, tokenizer) -> list[str]:
     """Return remarks on special and added tokens that transformers' class adds to those of the files.
 
     They cover a BOS that no file names, tokens that tokenizer.json lacks, and tokens whose id is in no file.
 
     Args:
         folder: the tokenizer's folder.
-        file: the tokenizer of tokenizer.json alone; None if there is no such file.
+        json_tokenizer: the tokenizer of tokenizer.json alone; None if there is no such file.
         tokenizer: transformers' tokenizer.
 
     Raises:
@@ -67,8 +67,8 @@ def remarks_on_special_tokens(folder: Path, file: Tokenizer | None, tokenizer) -
     kind, ids = type(tokenizer).__name__, tokenizer.get_added_vocab()
     if tokenizer.bos_token and "bos_token" not in _read_special_tokens(folder):
         remarks.append(f"tokenizer: no file says bos_token; it is {kind}'s default, {tokenizer.bos_token!r}")
-    if file:
-        ids_in_file = {token: file.token_to_id(token) for token in ids}
+    if json_tokenizer:
+        ids_in_file = {token: json_tokenizer.token_to_id(token) for token in ids}
     else:
         ids_in_file = read_optional_json(folder / VOCABULARY[0])
     lacking = {token: i for token, i in ids.items() if ids_in_file.get(token) != i}
@@ -81,7 +81,7 @@ def remarks_on_special_tokens(folder: Path, file: Tokenizer | None, tokenizer) -
             f" every row would end in it; name the model's own in {TOKENIZER_CONFIG}, or put this one into"
             f" {TOKENIZER_JSON}"
         )
-    if file and (elsewhere := lacking.keys() - unlisted.keys()):
+    if json_tokenizer and (elsewhere := lacking.keys() - unlisted.keys()):
         remarks.append(
             f"tokenizer: {TOKENIZER_JSON} lacks {_format_tokens(elsewhere, tokenizer)}, which {kind} adds as"
             f" {TOKENIZER_CONFIG} or {ADDED_TOKENS} says"
@@ -103,7 +103,7 @@ def _read_added_tokens(folder: Path) -> dict[str, int]:
 
 
 def _format_tokens(tokens: Collection[str], tokenizer) -> str:
-    """Return the tokens in the order of their ids, each with its roles (eos_token, ...) and id."""
+    """Return one text of added tokens, sorted by id, each with its roles (eos_token, ...) and id."""
     ids, roles = tokenizer.get_added_vocab(), tokenizer.special_tokens_map
     return ", ".join(
         f"{token!r} ({', '.join([*(name for name, t in roles.items() if t == token), f'id {ids[token]}'])})"

@@ -27,10 +27,7 @@ from launch.memory import empty_on_host
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
           "U8": torch.uint8}  # fmt: skip
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()} | {torch.int64: "I64"}  # int64: never weights
-CHUNK_BYTES, CHUNK_COUNT = (
-    16 * 2**20,
-    8,
-)  # size and number of the pinned chunks that are prefetched
+CHUNK_BYTES, CHUNK_COUNT = 16 * 2**20, 8  # size and number of the pinned chunks
 CHUNKS_PER_BLOCK = 4  # allocated at once: 64 MiB, which torch reuses for the host copies of checkpoints
 MAX_BUFFERS_PER_WRITE = os.sysconf("SC_IOV_MAX")
 # The umask can only be read by setting it, which is not thread-safe. So it is read once, at import.
@@ -77,7 +74,7 @@ class StoredTensor:
 
 
 def read_header(path: Path) -> tuple[dict, int]:
-    """Return (a file's header, the offset of its data in bytes)."""
+    """Return (the header of a safetensors file, unchecked; the offset of its data in bytes)."""
     with path.open("rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
         return json.loads(file.read(length)), 8 + length
@@ -86,9 +83,9 @@ def read_header(path: Path) -> tuple[dict, int]:
 def write_header(
     out: BinaryIO, tensors: Mapping[str, HasShape], metadata: dict[str, str] | None = None
 ) -> int:
-    """Write the header of a file in which these tensors follow in this order.
+    """Write the header of a safetensors file in which these tensors follow in this order.
 
-    Returns the number of bytes of the tensors.
+    Returns the number of bytes that the tensors take.
     """
     header: dict[str, dict] = {"__metadata__": {"format": "pt"} | (metadata or {})}
     end = 0
@@ -145,7 +142,7 @@ class StreamedTensor:
         self.prefetched = list(islice(self.chunks, CHUNK_COUNT))
 
     def to(self, device: torch.device) -> torch.Tensor:
-        """Copy the tensor to a device, on the current stream, while the rest is read. Raises OSError."""
+        """Return the tensor on a device; the current stream copies while the rest is read. Raises OSError."""
         tensor = torch.empty(self.stored.shape, dtype=self.stored.torch_dtype, device=device)
         for begin, chunk, copied in chain(self.prefetched, self.chunks):
             _as_bytes(tensor)[begin : begin + CHUNK_BYTES].copy_(chunk, non_blocking=True)
@@ -153,7 +150,9 @@ class StreamedTensor:
         return tensor
 
 
-def _read_chunks(folder: Path, stored: StoredTensor, buffers: PinnedBuffers) -> Iterator[tuple]:
+def _read_chunks(
+    folder: Path, stored: StoredTensor, buffers: PinnedBuffers
+) -> Iterator[tuple[int, torch.Tensor, torch.cuda.Event]]:
     """Yield (offset in the tensor, bytes, event to record after their copy) of each chunk in turn."""
     size = math.prod(stored.shape) * stored.torch_dtype.itemsize
     with (folder / stored.file).open("rb", buffering=0) as file:
@@ -204,7 +203,10 @@ def _read_into(memory: torch.Tensor, file: FileIO) -> None:
 def save_tensors(
     tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None
 ) -> None:
-    """Write a file that others can read; safetensors makes it readable by its owner only. Raises OSError."""
+    """Write tensors to a safetensors file, with the permissions that the umask leaves. Raises OSError.
+
+    The safetensors library would make it readable by its owner only.
+    """
     try:
         save_file(tensors, path, metadata={"format": "pt"} | (metadata or {}))
     except SafetensorError as e:  # raised for every failure to write
@@ -214,11 +216,11 @@ def save_tensors(
 
 
 def writev_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    """Write CPU tensors to a file in a background thread, with the GIL released during the writes.
+    """Write CPU tensors to a safetensors file, without the GIL during the writes. Raises OSError.
 
-    writev(2) takes hundreds of tensors per call. The safetensors library would hold the GIL for a tenth of a
-    second to inspect some thousand tensors. Releasing it for each tensor would wake the training thread as
-    often.
+    For a background thread. writev(2) takes hundreds of tensors per call. The safetensors library would hold
+    the GIL for a tenth of a second to inspect some thousand tensors. Releasing it for each tensor would wake
+    the training thread as often.
     """
     # Widest dtype first, so that each tensor is aligned for its dtype.
     ordered = dict(sorted(tensors.items(), key=lambda item: -item[1].element_size()))

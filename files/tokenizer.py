@@ -125,9 +125,7 @@ class TokenizerDifferences:
 
 
 def compare_with_files(folder: Path, tokenizer) -> TokenizerDifferences:
-    """Compare transformers' tokenizer with the files that it was read from, on TEXTS and its added tokens.
-
-    The remarks include special and added tokens that the files lack.
+    """Return how transformers' tokenizer differs from its files, on TEXTS, added and special tokens, flags.
 
     Some of transformers' classes (Llama's, Qwen2's, Gemma's) read only vocabulary and merges from
     tokenizer.json, and define the normalizer and pre-tokenizer themselves. Training uses transformers'
@@ -145,20 +143,20 @@ def compare_with_files(folder: Path, tokenizer) -> TokenizerDifferences:
         differences.remarks.append(
             f"tokenizer: no {TOKENIZER_CONFIG}; BOS and EOS are those of {SPECIAL_TOKENS}{template}"
         )
-    file = _read_tokenizer_json(folder / TOKENIZER_JSON, tokenizer)
-    if file is None:
+    json_tokenizer = _read_tokenizer_json(folder / TOKENIZER_JSON, tokenizer)
+    if json_tokenizer is None:
         differences.remarks.append(
             f"tokenizer: no {TOKENIZER_JSON}; transformers builds {kind} out of {' and '.join(VOCABULARY)}."
             f" Saved and exported models get its {TOKENIZER_JSON}"
         )
         differences.files[TOKENIZER_JSON] = tokenizer.backend_tokenizer.to_str(pretty=True)
-    elif example := _describe_difference(file, tokenizer):
+    elif example := _describe_difference(json_tokenizer, tokenizer):
         differences.remarks.append(
             f"tokenizer: transformers' {kind} splits text otherwise than {TOKENIZER_JSON} says {example}."
             f" Training uses transformers'; saved and exported models get a {TOKENIZER_JSON} that says so"
         )
         differences.files[TOKENIZER_JSON] = tokenizer.backend_tokenizer.to_str(pretty=True)
-    differences.remarks += remarks_on_special_tokens(folder, file, tokenizer)
+    differences.remarks += remarks_on_special_tokens(folder, json_tokenizer, tokenizer)
     _compare_flags(folder / TOKENIZER_CONFIG, tokenizer, differences)
     return differences
 
@@ -166,7 +164,7 @@ def compare_with_files(folder: Path, tokenizer) -> TokenizerDifferences:
 def _read_tokenizer_json(path: Path, tokenizer) -> Tokenizer | None:
     """Return the tokenizer of tokenizer.json alone, without transformers; None if there is no file.
 
-    Raises UserError.
+    tokenizer: of the same folder, which UserError names if the file cannot be used.
     """
     if not path.is_file():
         return None
@@ -177,37 +175,38 @@ def _read_tokenizer_json(path: Path, tokenizer) -> Tokenizer | None:
     return file
 
 
-def _describe_difference(file: Tokenizer, tokenizer) -> str:
+def _describe_difference(json_tokenizer: Tokenizer, tokenizer) -> str:
     """Return the settings in which two tokenizers differ, with an example; "" if their tokens are equal."""
     with convert_tokenizer_errors(tokenizer):
         added = {
             *tokenizer.get_added_vocab(),
-            *(token.content for token in file.get_added_tokens_decoder().values()),
+            *(token.content for token in json_tokenizer.get_added_tokens_decoder().values()),
         }
         texts = [*TEXTS, *(f"a{token}b {token} c\n{token}" for token in sorted(added))]
         ids_in_use = tokenizer(texts, verbose=False)["input_ids"]
-        ids_of_file = [encoding.ids for encoding in file.encode_batch(texts)]
+        ids_of_file = [encoding.ids for encoding in json_tokenizer.encode_batch(texts)]
         differing = [(t, a, b) for t, a, b in zip(texts, ids_in_use, ids_of_file, strict=True) if a != b]
         if not differing:
             return ""
         text, ours, theirs = min(differing, key=lambda each: len(each[0]))
-        used, written = (json.loads(each.to_str()) for each in (tokenizer.backend_tokenizer, file))
+        used, written = (json.loads(each.to_str()) for each in (tokenizer.backend_tokenizer, json_tokenizer))
         keys = ("normalizer", "pre_tokenizer", "model", "post_processor", "added_tokens")
         settings = ", ".join(key for key in keys if used[key] != written[key])
         pairs = zip([*ours, None], [*theirs, None], strict=False)
         first = next(i for i, (our_id, their_id) in enumerate(pairs) if our_id != their_id)
         tokens = [
             " ".join(repr(each.id_to_token(i)) for i in ids[first : first + 3]) or "nothing"
-            for each, ids in ((tokenizer.backend_tokenizer, ours), (file, theirs))
+            for each, ids in ((tokenizer.backend_tokenizer, ours), (json_tokenizer, theirs))
         ]
     settings = settings or "split_special_tokens, or another setting of tokenizer_config.json"
     return f"({settings}): {text!r} is {tokens[0]} instead of {tokens[1]}"
 
 
 def _compare_flags(path: Path, tokenizer, differences: TokenizerDifferences) -> None:
-    """Correct add_bos_token and add_eos_token of tokenizer_config.json if the tokenizer does otherwise.
+    """Add to `differences` a remark and a corrected text if add_bos_token or add_eos_token is wrong.
 
-    transformers ignores these flags and uses tokenizer.json; llama.cpp's converter uses the flags.
+    path: of tokenizer_config.json. transformers ignores its flags and uses tokenizer.json;
+    llama.cpp's converter uses the flags.
     """
     config = read_optional_json(path)
     with convert_tokenizer_errors(tokenizer):

@@ -58,7 +58,7 @@ class CachedWeight:
     shape: tuple[int, ...]
 
     def read(self) -> PackedWeight:
-        """Read the codes and scales. Raises UserError if they are not those that were written."""
+        """Return the codes and scales. Raises UserError if the file is unreadable or damaged."""
         try:
             tensors = list_tensors(self.file)
             codes_and_scales = [tensors[f"{self.name}.{kind}"] for kind in ("codes", "scales")]
@@ -79,8 +79,8 @@ def compute_crc(packed: PackedWeight) -> int:
     return zlib.crc32(packed.scales.numpy().data, zlib.crc32(packed.codes.numpy().data))
 
 
-def digest_packed(files: CheckpointFiles, names: list[str]) -> str:
-    """Return the digest of the dense weights that a cache holds packed. Raises OSError."""
+def digest_dense_weights(files: CheckpointFiles, names: list[str]) -> str:
+    """Return the digest of the dense weights `names`, of which a cache holds packed ones. Raises OSError."""
     return digest_weight_rows(files, names, max(1, min(EXTRA_ROWS, MAX_EXTRA_ROWS // len(names))))
 
 
@@ -101,7 +101,7 @@ def describe_packer(quantizer: Quantizer, device_type: str) -> dict[str, str]:
 def open_cache(
     folder: Path, files: CheckpointFiles, names: list[str], quantizer: Quantizer, device_type: str
 ) -> dict[str, CachedWeight] | None:
-    """Return the packed weights of the tensors `names`, or None if there is no cache yet.
+    """Return {name: packed weight} of the tensors `names` in the cache, or None if there is no cache yet.
 
     Args:
         folder: --quantized_cache.
@@ -134,7 +134,7 @@ def open_cache(
         if manifest[name] != ours:
             raise UserError(f"{origin}: packed by {manifest[name]}, not {ours}; choose another folder")
     tensors = manifest["tensors"]
-    if tensors.keys() != set(names) or manifest["model"] != digest_packed(files, names):
+    if tensors.keys() != set(names) or manifest["model"] != digest_dense_weights(files, names):
         raise UserError(f"{origin}: holds the packed weights of another model; choose another folder")
     for file, size in manifest["files"].items():
         if not os.path.isfile(folder / file) or os.path.getsize(folder / file) != size:
@@ -146,7 +146,10 @@ def open_cache(
 
 
 def _is_valid(manifest: dict) -> bool:
-    """Return whether a manifest has the right form and names only files that this program writes."""
+    """Return whether a manifest names only files that this program writes, and its values have their types.
+
+    Raises LookupError, TypeError or AttributeError for some manifests that are not valid.
+    """
     files, tensors = manifest["files"], manifest["tensors"].values()
     return (
         all(manifest[name].isprintable() for name in ("model", "quantizer", "library", "device"))
@@ -178,10 +181,10 @@ def plan_cache(
     device_type: str,
     output_dir: str,
 ) -> CachePlan:
-    """Plan a cache of the tensors `names`; the other arguments are those of `open_cache`.
+    """Return the plan of a cache of the packed tensors `names`, without writing it.
 
-    Raises UserError if the folder is not writable, is a mount point, or is or contains the current folder or
-    `output_dir`.
+    Arguments as in `open_cache`, and --output_dir. Raises UserError if the folder is not writable, is a mount
+    point, or is or contains the current folder or `output_dir`.
     """
     check_writable(folder, "--quantized_cache")
     folder = Path(os.path.realpath(folder))  # a folder cannot be renamed to a link
@@ -191,7 +194,7 @@ def plan_cache(
         if Path(os.path.realpath(used)).is_relative_to(folder):
             raise UserError(f"--quantized_cache {folder}: is {name}, or above it; choose a folder of its own")
     check_writable(folder.parent, "--quantized_cache")  # for the staging folder
-    header = {"version": VERSION, "model": digest_packed(files, names)}
+    header = {"version": VERSION, "model": digest_dense_weights(files, names)}
     sizes = (sum(quantizer.packed_sizes(files.tensors[name].shape)) for name in names)
     return CachePlan(folder, header | describe_packer(quantizer, device_type), sum(sizes))
 
@@ -220,6 +223,8 @@ class CacheWriter:
 
     Every rank has a writer; only those of the first node write. Several runs may write the same cache at
     once: each has its own staging folder until one is complete.
+
+    writes: whether this rank is on the first node.
     """
 
     def __init__(self, plan: CachePlan, rank: int, writes: bool):
@@ -244,7 +249,7 @@ class CacheWriter:
         self.staging = box[0]
 
     def _make_staging_folder(self) -> None:
-        """Make the staging folder, and remove abandoned ones. Raises OSError."""
+        """Make this writer's staging folder, and remove those of interrupted runs. Raises OSError."""
         self.folder.parent.mkdir(parents=True, exist_ok=True)
         for path in self._list_staging_folders():
             with contextlib.suppress(FileNotFoundError):  # another run removes it as well
@@ -259,7 +264,7 @@ class CacheWriter:
         return list(self.folder.parent.glob(f"{glob.escape(self.folder.name)}.*.partial"))
 
     def add(self, name: str, packed: PackedWeight) -> None:
-        """Add the packed weight of the checkpoint's tensor `name`."""
+        """Collect the packed weight of the tensor `name`; write a file once FILE_BYTES are collected."""
         if not self.writes or self.staging is None or self.error:
             return
         packed = packed.to(torch.device("cpu"))
@@ -269,11 +274,11 @@ class CacheWriter:
             self._flush()
 
     def _file_name(self) -> str:
-        """Return the name of the next file."""
+        """Return the name of the next file of this rank."""
         return f"packed-{self.rank}-{len(self.files)}.safetensors"
 
     def _flush(self) -> None:
-        """Write the buffered weights to a file. After an error nothing more is written."""
+        """Write the collected weights to a file. `self.error` keeps an OSError; then none is written."""
         if self.buffered:
             assert self.staging is not None
             file = self._file_name()
@@ -286,7 +291,7 @@ class CacheWriter:
             self.buffered = {}
 
     def finish(self) -> None:
-        """Write the manifest and rename the staging folder, unless a rank failed. Collective."""
+        """Complete the cache, or remove it and print a warning if a rank could not write. Collective."""
         if self.staging is None:
             return
         self._flush()
@@ -306,7 +311,10 @@ class CacheWriter:
         dist.barrier()
 
     def _publish(self, ranks: list[tuple[dict, dict, OSError | None]]) -> None:
-        """Write the manifest and rename the staging folder. Raises OSError, also that of another rank."""
+        """Write the manifest and rename the staging folder. Raises OSError, also that of another rank.
+
+        ranks: (files, tensors, error) of each rank's writer.
+        """
         errors = [error for _, _, error in ranks if error]
         if errors:  # prefer the cause to its consequence, ENOENT: a rank with an error removes the folder
             raise min(errors, key=lambda e: e.errno == errno.ENOENT)

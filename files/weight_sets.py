@@ -21,6 +21,7 @@ from files.tensors import StoredTensor, list_tensors
 from options.errors import UserError
 
 WEIGHT_PATTERNS = (SINGLE_FILE, "model-*-of-*.safetensors", "consolidated*.safetensors")
+START_ELEMENTS = 4096  # of each tensor, compared first: most tensors that differ already do there
 
 
 class UnmatchedTensor(NamedTuple):
@@ -38,9 +39,9 @@ class UnmatchedTensor(NamedTuple):
 
 
 def compare_weight_sets(folder: Path, tensors: Mapping[str, StoredTensor]) -> list[UnmatchedTensor]:
-    """Compare the tensors to be read with those of the same names in the folder's other files.
+    """Raise UserError if other weight files of the folder hold these tensors with other values or dtypes.
 
-    Compares the first elements of every tensor, then every tensor in full, bit for bit.
+    Compares the first START_ELEMENTS of every tensor, then every tensor in full, bit for bit.
 
     Args:
         folder: the model's folder.
@@ -59,14 +60,13 @@ def compare_weight_sets(folder: Path, tensors: Mapping[str, StoredTensor]) -> li
         for found in others.values()
         for name in sorted(found.keys() & tensors.keys())
     ]
-    for start_only in (True, False):
+    for max_elements in (START_ELEMENTS, None):
         for name, mine, theirs in shared:
-            if not _is_same_tensor(folder, mine, theirs, start_only):
+            if not _is_same_tensor(folder, mine, theirs, max_elements):
                 raise two_sets_error(folder, f"{name} is another in {mine.file} than in {theirs.file}")
     for name, mine, theirs in shared:
-        if (
-            mine.dtype != theirs.dtype
-        ):  # the set that is read decides the dtype of computation and saved files
+        if mine.dtype != theirs.dtype:
+            # The set that is read decides the dtype of computation and saved files.
             dtypes = [f"in {each.file} {str(each.dtype).removeprefix('torch.')}" for each in (mine, theirs)]
             problem = f"the same numbers, but of {name} the dtype is {dtypes[0]}, and {dtypes[1]}"
             raise two_sets_error(folder, problem)
@@ -81,11 +81,11 @@ def compare_weight_sets(folder: Path, tensors: Mapping[str, StoredTensor]) -> li
     ]
 
 
-def _is_same_tensor(folder: Path, mine: StoredTensor, theirs: StoredTensor, start_only: bool) -> bool:
-    """Return whether two tensors are the same bit for bit or, in two dtypes, number for number."""
+def _is_same_tensor(folder: Path, mine: StoredTensor, theirs: StoredTensor, max_elements: int | None) -> bool:
+    """Return whether two tensors' (first) elements are the same bits or, in two dtypes, the same numbers."""
     if mine.dtype == theirs.dtype:
-        return same_bytes((folder, mine), (folder, theirs), start_only)
-    return not isinstance(mine.dtype, str) and same_values((folder, mine), (folder, theirs), start_only)
+        return same_bytes((folder, mine), (folder, theirs), max_elements)
+    return not isinstance(mine.dtype, str) and same_values((folder, mine), (folder, theirs), max_elements)
 
 
 def _list_other_files(folder: Path, read: set[str]) -> dict[Path, dict[str, StoredTensor]]:

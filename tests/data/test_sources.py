@@ -183,6 +183,7 @@ def test_parquet_holds_conversations(tmp_path):
     ("a.jsonl", '{"a": 1}\n\n{"a": }\n', r"a\.jsonl:3: not JSON"),
     ("a.jsonl", '{"a": 1}\n[1]\n', r"a\.jsonl:2: not a JSON object"),
     ("a.jsonl", "[" * 100_000, r"a\.jsonl:1: JSON nested too deeply"),
+    ("a.json", '[{"a": 1},\n' + '{"a":' * 100_000, r"a\.json:2: JSON nested too deeply"),
     ("a.jsonl", b'{"a": 1}\n{"a": "\xe9"}\n', r"a\.jsonl:2: not UTF-8"),
     ("a.jsonl", "\n", r"a\.jsonl: is empty"),
     ("a.json", "[]", r"a\.json: is empty"),

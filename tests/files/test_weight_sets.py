@@ -63,7 +63,7 @@ def change_number(name: str) -> Callable[[Tensors], Tensors]:
 
 
 SHARD = "model-00002-of-00003.safetensors"  # of another save
-EMBEDDING = "model.embed_tokens.weight"  # more than START_ELEMENTS of files/comparison.py
+EMBEDDING = "model.embed_tokens.weight"  # more than START_ELEMENTS of files/weight_sets.py
 DIFFERENT = {
     "a number": (
         SINGLE_FILE,
