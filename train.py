@@ -275,9 +275,14 @@ def run(config: Config, remarks: list[str]) -> int:
     """Check and start a run. Return its exit status: 0, 2 for an error of the user's, 1 for any other."""
     if not config.verbose:
         quiet_libraries()
-    address = (config.master_addr, config.master_port)
     return start(
-        run_rank, partial(check_run, config), remarks, address, verbose=config.verbose, preload=["train"]
+        run_rank,
+        partial(check_run, config),
+        remarks,
+        master_addr=config.master_addr,
+        master_port=config.master_port,
+        verbose=config.verbose,
+        preload=["train"],
     )
 
 

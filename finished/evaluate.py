@@ -67,7 +67,7 @@ def generate_answers(
     answers: list[list[int]] = [[] for _ in prompts]
     lengths = torch.tensor([len(prompt) for prompt in prompts])
     for batch in itertools.chain(
-        *group_rows(lengths, batch_size, longrope_threshold(model.config), growth=max_new_tokens)
+        *group_rows(lengths, batch_size, longrope_threshold(model.config), max_growth=max_new_tokens)
     ):
         row_indices = batch.tolist()
         width = len(prompts[row_indices[0]])

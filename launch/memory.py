@@ -18,22 +18,21 @@ STATM = Path("/proc/self/statm")  # sizes of this process in pages; the second i
 
 
 def format_bytes(n_bytes: float) -> str:
-    """Return a number of bytes as text, in GiB or MiB."""
+    """Return a number of bytes as text with two decimals: in GiB if above one, else in MiB."""
     return f"{n_bytes / GIB:.2f} GiB" if n_bytes > GIB else f"{n_bytes / MIB:.2f} MiB"
 
 
 def host_weight_bytes(model: nn.Module) -> int:
-    """Return the bytes of host memory that this rank's parameters take."""
+    """Return the bytes of host memory that this rank's shards of the parameters take, shared ones once."""
     local = [p.to_local() if isinstance(p, DTensor) else p for p in model.parameters()]
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in local if t.is_cpu}
     return sum(storages.values())
 
 
 def bytes_in_use(device: torch.device) -> int:
-    """Return the bytes that this process uses now, without waiting for the GPU.
+    """Return the bytes of this process's tensors on a GPU; for a CPU, the resident size of the process.
 
-    On a GPU: the bytes of its tensors, as torch's allocator counts them on the host. On a CPU: the
-    resident size.
+    It does not wait for the GPU: torch's allocator counts on the host.
     """
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
@@ -48,7 +47,7 @@ def peak_resident_bytes() -> int:
 
 
 def can_pin(device_type: str) -> bool:
-    """Whether page-locked host memory can be allocated for a device of this type."""
+    """Whether `device_type` is "cuda" and this process may allocate page-locked host memory (tries it)."""
     if device_type != "cuda":
         return False
     try:
@@ -59,7 +58,7 @@ def can_pin(device_type: str) -> bool:
 
 
 def empty_on_host(weight: torch.Tensor, device_type: str) -> torch.Tensor:
-    """Return an empty host tensor like `weight`, a DTensor if that is one.
+    """Return an uninitialized host tensor of the shape and dtype of `weight`, and a DTensor if that is one.
 
     It is page-locked if device_type is "cuda" and the host allows that much locked memory.
     """
@@ -79,7 +78,7 @@ class PeakMemory:
         self.reset()
 
     def reset(self) -> None:
-        """Forget all peaks and begin with the phase "start"."""
+        """Forget the recorded peaks, and count from here on for the phase "start"."""
         self.phase, self.step = "start", (0, 0)
         self.by_phase: dict[str, int] = {}  # most bytes allocated in each phase
 
@@ -89,7 +88,7 @@ class PeakMemory:
         self.phase = phase
 
     def pop_step_peak(self) -> tuple[int, int]:
-        """Return the peak (allocated, reserved) bytes since the last call."""
+        """Return the peak (allocated, reserved) bytes since the last call; (0, 0) without a GPU."""
         self._read_counters()
         step, self.step = self.step, (0, 0)
         return step

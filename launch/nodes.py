@@ -43,7 +43,7 @@ class NodeResult:
 
 
 class CheckedJob(Protocol):
-    """The part of a checked run that this module needs (training/job.py)."""
+    """Interface: the part of a checked run that this module needs (training/job.py)."""
 
     @property
     def config(self) -> Config: ...
@@ -52,14 +52,14 @@ class CheckedJob(Protocol):
     def output_dir(self) -> str: ...
 
     def facts_to_compare(self) -> dict[str, str]:
-        """Return the facts that must be equal on all nodes, {name: text}."""
+        """Return the facts that must be equal on all nodes, {name: text}. Abstract."""
 
     @property
     def remarks(self) -> tuple[str, ...]:
-        """Lines to print once."""
+        """Lines to print once. Abstract."""
 
     def with_shared_defaults(self, output_dir: str, chat_date: str | None, started: float) -> Self:
-        """Return a copy with rank 0's output folder and chat date, and the time when the run started."""
+        """Return a copy with these values, which are rank 0's, in place of this node's. Abstract."""
 
 
 AnyJob = TypeVar("AnyJob", bound=CheckedJob)
@@ -68,11 +68,10 @@ AnyJob = TypeVar("AnyJob", bound=CheckedJob)
 def check_on_nodes(
     check: Callable[[], AnyJob], rank: int, world: int, local_rank: int, started: float
 ) -> AnyJob:
-    """Check the run on the first rank of each node, compare the results, and return the job on every rank.
+    """Call check() on each node's first rank, compare the nodes' jobs, return the job everywhere. Collective.
 
-    Collective, over all ranks. Raises UserError on all ranks if the run is wrong on any node or if nodes
-    disagree. A node raises its own error, which may also be the OSError of a full disk; other nodes name that
-    node.
+    Raises UserError on all ranks if the run is wrong on any node or if nodes disagree. The rank that found an
+    error raises it as it is, which may also be the OSError of a full disk; the others name its node.
 
     Args:
         check: checks the run and makes the job. Raises UserError for what is wrong with it.
@@ -101,11 +100,17 @@ def check_on_nodes(
     return _broadcast_within_node(job, rank - local_rank, len(nodes), world)
 
 
-def _broadcast_within_node(job: AnyJob | None, first: int, nodes: int, world: int) -> AnyJob:
-    """Return the job of the node's first rank, whose global rank is `first`, on all ranks of the node."""
-    group = dist.new_subgroups(world // nodes)[0] if nodes > 1 else None
+def _broadcast_within_node(job: AnyJob | None, first_rank: int, n_nodes: int, world: int) -> AnyJob:
+    """Return the job of the node's first rank on all ranks of the node. Collective.
+
+    Args:
+        job: the job on that rank; None on the others.
+        first_rank: its global rank.
+        n_nodes, world: number of nodes and of ranks.
+    """
+    group = dist.new_subgroups(world // n_nodes)[0] if n_nodes > 1 else None
     objects = [job]
-    dist.broadcast_object_list(objects, src=first, group=group)
+    dist.broadcast_object_list(objects, src=first_rank, group=group)
     received = objects[0]
     assert received is not None
     return received
@@ -124,9 +129,9 @@ def check_agreement(nodes: list[NodeResult]) -> None:
 
 
 def check_output_is_shared(file: Path, rank_info: RankInfo) -> None:
-    """Check that every node sees the file that rank 0 has just written, which checkpoints need.
+    """Raise UserError on ranks that do not see what rank 0 has just written into this file. Collective.
 
-    Raises UserError on the ranks that do not see it within PATIENCE. Collective.
+    They wait for it up to PATIENCE. On a single node nothing is checked.
     """
     if rank_info.local_world == rank_info.world:
         return
@@ -143,7 +148,7 @@ def check_output_is_shared(file: Path, rank_info: RankInfo) -> None:
 
 
 def _has_content(file: Path, content: bytes) -> bool:
-    """Whether the file can be read and has this content."""
+    """Whether the file can be read and holds exactly this content."""
     # A network file system may report a replaced file as stale.
     with contextlib.suppress(OSError):
         return file.read_bytes() == content

@@ -75,20 +75,20 @@ class Precision:
         return scaler
 
 
-def choose_precision(name: str, has_gpu: bool, has_bf16_gpu: bool) -> Precision:
-    """Return the meaning of `--precision name` on this kind of hardware."""
+def choose_precision(mode: str, has_gpu: bool, has_bf16_gpu: bool) -> Precision:
+    """Return the dtypes of `--precision mode` (auto, fp32, bf16, ...) on a machine with such a GPU."""
     fp32, bf16, fp16 = torch.float32, torch.bfloat16, torch.float16
-    if name == "auto" and has_bf16_gpu:
+    if mode == "auto" and has_bf16_gpu:
         return Precision(bf16, fp32)
-    if name == "auto":
-        name = "fp16_autocast" if has_gpu else "fp32"
+    if mode == "auto":
+        mode = "fp16_autocast" if has_gpu else "fp32"
     return {
         "fp32": Precision(fp32, fp32),
         "bf16": Precision(bf16, bf16),
         "fp16_autocast": Precision(fp32, fp32, autocast=fp16),
         "bf16_autocast": Precision(fp32, fp32, autocast=bf16),
         "bf16_buffers_autocast": Precision(bf16, bf16, autocast=bf16),
-    }[name]
+    }[mode]
 
 
 def has_bf16_gpu() -> bool:
@@ -96,9 +96,9 @@ def has_bf16_gpu() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
-def detect_precision(name: str) -> Precision:
-    """Return the meaning of `--precision name` on this machine's hardware."""
-    return choose_precision(name, torch.cuda.is_available(), has_bf16_gpu())
+def detect_precision(mode: str) -> Precision:
+    """Return the dtypes of `--precision mode` (auto, fp32, bf16, ...) on this machine's hardware."""
+    return choose_precision(mode, torch.cuda.is_available(), has_bf16_gpu())
 
 
 def enable_determinism() -> None:

@@ -73,6 +73,9 @@ def start(
         address, port: of rank 0. port None = a free one.
         verbose: print the traceback of every error.
         preload: modules that ranks need; the server that ranks are forked from imports them once.
+
+    Returns:
+        0; 2 for an error that the user can fix, 1 for any other; 128 + a signal that ended the run.
     """
     os.environ |= {"MASTER_ADDR": address, "MASTER_PORT": str(port or find_free_port())}
     if address in ("localhost", "127.0.0.1") and Path("/sys/class/net/lo").exists():
@@ -104,7 +107,7 @@ class StartError(Exception):
 
 
 def _start_ranks(world: int, args: tuple, preload: Sequence[str] = ()) -> list:
-    """Start `world` processes of _rank_process(rank, *args); return them in the order of ranks.
+    """Start `world` processes that run _rank_process(rank, *args), and return them in the order of ranks.
 
     On Linux without GPUs they are forks of a server that has imported `preload`, which saves seconds.
     Otherwise they are spawned: neither the state of a GPU's driver nor Apple's libraries survive a fork.
@@ -141,7 +144,7 @@ def find_free_port() -> int:
 
 
 def _exit_with_parent() -> None:
-    """Wait until the launching process ends, then end this rank. Runs in a thread.
+    """Wait until the launching process ends, then end this process with status FAILED. Runs in a thread.
 
     torch's own way cannot be used: it sends SIGINT when the parent dies, which a training rank takes for a
     request to stop, and the parent of a forked rank is the fork server.
@@ -155,7 +158,9 @@ def _exit_with_parent() -> None:
 def _rank_process(
     rank: int, environment: dict[str, str], run: Callable, world: int, args: tuple, reports: str
 ) -> None:
-    """Run a rank in this new process: join the group, call `run`, report a failure, and end the process.
+    """Run a rank in this new process: join the group, call `run`, report a failure, end the process.
+
+    It does not return.
 
     Args:
         rank, world: this rank and the number of ranks.
@@ -193,10 +198,9 @@ def _rank_process(
 
 
 def _wait_for_ranks(processes: list) -> dict[int, int]:
-    """Wait until all ranks have ended; kill the others as soon as one fails.
+    """Wait for all ranks, and kill the others once some fail; return {rank: exit code} of those that failed.
 
-    SIGKILL is used because a rank takes other signals for requests. Returns {rank: exit code} of the ranks
-    that failed by themselves.
+    SIGKILL is used because a rank takes other signals for requests. The ranks killed here are not returned.
     """
     running = {process.sentinel: process for process in processes}
     while running:
@@ -212,9 +216,9 @@ def _wait_for_ranks(processes: list) -> dict[int, int]:
 
 
 def _print_first_failure(failed: dict[int, int], reports: Path, verbose: bool) -> int:
-    """Print the failure that came first, and return the exit status.
+    """Print one failure: a rank ended by a signal, else the earliest report. Return the exit status, 1 or 2.
 
-    Later failures are lost connections to the rank that failed first.
+    Later reports are of lost connections to the rank that failed first.
 
     Args:
         failed: {rank: exit code}.

@@ -56,7 +56,10 @@ def exit_on_signals() -> None:
 
 
 def print_error(error: Exception, verbose: bool) -> int:
-    """Print `error: ...`, with verbose also the traceback, and return the exit status REFUSED."""
+    """Print `error: ...` (under torchrun once per node), and return the exit status REFUSED, 2.
+
+    verbose: print the traceback before it, on every rank.
+    """
     if verbose:
         traceback.print_exception(error)
     if not is_under_torchrun() or os.environ["LOCAL_RANK"] == "0":  # all ranks of a node have this error
@@ -68,6 +71,7 @@ class FullDiskTolerantFile(io.FileIO):
     """Standard output or error that drops what it cannot write because the disk is full."""
 
     def write(self, data) -> int:
+        """Write the data, or drop it if the disk is full. Return how many bytes were written or dropped."""
         try:
             return super().write(data)
         except OSError as e:
@@ -117,36 +121,36 @@ def is_under_torchrun() -> bool:
     return all(name in os.environ for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR"))
 
 
-def parse_or_exit(argv: list[str], read: Callable[[list[str]], T]) -> T:
-    """Return read(argv), the options. For a UserError print it and end the program with REFUSED.
+def parse_or_exit(argv: list[str], parse: Callable[[list[str]], T]) -> T:
+    """Return parse(argv), the options. If it raises UserError, print that and exit with REFUSED, 2.
 
     It is also an error if no folder takes temporary files, which libraries write at import.
     """
     try:
-        return _read(argv, read)
+        return _parse(argv, parse)
     except UserError as e:
         sys.exit(print_error(e, verbose="--verbose" in argv))
 
 
-def run_command(argv: list[str], read: Callable[[list[str]], T], run: Callable[[T], int]) -> int:
-    """Read the options of a command, run it, and return the exit status.
+def run_command(argv: list[str], parse: Callable[[list[str]], T], run: Callable[[T], int]) -> int:
+    """Return run(parse(argv)), an exit status. If parse raises UserError, print that and return REFUSED, 2.
 
     Args:
         argv: the command line.
-        read: parses it into options, without importing torch. May raise UserError.
-        run: runs the command with these options and returns the exit status. Slow imports belong here, so
-            that wrong options are reported before them.
+        parse: parses it into options, without importing torch. May raise UserError.
+        run: runs the command with these options and returns the exit status. Its errors pass through. Slow
+            imports belong here, so that wrong options are reported before them.
     """
     try:
-        options = _read(argv, read)
+        options = _parse(argv, parse)
     except UserError as e:
         return print_error(e, verbose="--verbose" in argv)
     return run(options)
 
 
-def _read(argv: list[str], read: Callable[[list[str]], T]) -> T:
-    """Return read(argv). Raises UserError, also if no folder takes temporary files."""
-    options = read(argv)
+def _parse(argv: list[str], parse: Callable[[list[str]], T]) -> T:
+    """Return parse(argv). Raises its UserError, or one if no folder takes temporary files."""
+    options = parse(argv)
     try:
         tempfile.gettempdir()
     except OSError as e:
@@ -155,8 +159,9 @@ def _read(argv: list[str], read: Callable[[list[str]], T]) -> T:
 
 
 def shell_command(script: str) -> list[str]:
-    """Return [Python, script] as a user can type them in the current folder to run one of our programs.
+    """Return [Python, path] as a user can type them in the current folder to run a script of this project.
 
+    script: its path from the project's root, such as "train.py".
     `python` is used only if it is this process's interpreter; it may be another one, or missing.
     """
     path = Path(__file__).parents[1] / script

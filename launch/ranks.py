@@ -38,18 +38,19 @@ class RankInfo:
 
 
 def max_gpu_ranks() -> float:
-    """Return the largest number of ranks that this machine's GPUs can have.
+    """Return how many ranks this machine's GPUs can have: their number, or infinity if ranks may share them.
 
-    It is one per GPU; or infinity, for trying things out, if NCCL (2.30 and later) may let ranks share a GPU.
+    They may, for trying things out, where the user has told NCCL (2.30 and later) to allow it.
     """
     gpus = torch.cuda.device_count()
     return math.inf if gpus and os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE") == "1" else gpus
 
 
 def resolve_world_size(wanted: int) -> int:
-    """Return the number of ranks for --world_size; its default is all GPUs, or two CPU processes.
+    """Return the number of ranks: torchrun's, else `wanted`, where -1 = all GPUs, or two CPU processes.
 
-    Raises UserError for more ranks than the GPUs or CPUs can have, or than torchrun has started.
+    wanted: --world_size. Raises UserError if GPUs or CPUs cannot have so many, or torchrun has started
+    another number.
     """
     gpus = torch.cuda.device_count()
     if is_under_torchrun():
@@ -87,10 +88,10 @@ def local_world_size(world: int) -> int:
 
 
 def resolve_strategy(wanted: str, world: int) -> str:
-    """Return --sharding_strategy; for auto, choose by the number of nodes.
+    """Return `wanted`; for auto, hybrid_full_shard on several nodes of several ranks each, else full_shard.
 
-    On several nodes with several ranks each, shard within nodes: GPUs of one node have faster links to one
-    another than to those of other nodes.
+    wanted: --sharding_strategy. Hybrid strategies shard within nodes: GPUs of one node have faster links to
+    one another than to those of other nodes.
     """
     if wanted != "auto":
         return wanted
@@ -98,9 +99,9 @@ def resolve_strategy(wanted: str, world: int) -> str:
 
 
 def resolve_group_size(wanted: int, world: int) -> int:
-    """Return --hybrid_shard_size; its default is the ranks of one node.
+    """Return the number of ranks of a sharding group: `wanted`, where -1 = the ranks of one node.
 
-    Raises UserError if the ranks cannot be divided into groups of that size.
+    wanted: --hybrid_shard_size. Raises UserError if `world` ranks cannot be divided into such groups.
     """
     size = wanted if wanted > 0 else local_world_size(world)
     if world % size:
@@ -111,7 +112,7 @@ def resolve_group_size(wanted: int, world: int) -> int:
 
 
 def resolve_workers(wanted: int, cpus: int) -> int:
-    """Return --loading_workers; its default is the rank's share of the CPUs, at most 4."""
+    """Return the number of threads for --loading_workers `wanted`, where -1 = `cpus`, at most 4."""
     return wanted if wanted > 0 else min(4, cpus)
 
 
@@ -130,7 +131,7 @@ def gather_from_ranks(value: T, world: int, group: dist.ProcessGroup | None = No
 
 
 def count_cpus_per_rank(local_rank: int, rank: int, local_world: int, world: int) -> int:
-    """Return this rank's fair share of the CPUs that it may run on. Collective, over all ranks.
+    """Return how many of the CPUs that this rank may run on are its fair share. Collective, over all ranks.
 
     They are divided by the number of ranks of the node that may run on any of them.
     """
@@ -163,10 +164,10 @@ def read_env_int(name: str) -> int:
 
 
 def join_process_group(rank: int, world: int, local_rank: int, store: dist.Store | None = None) -> RankInfo:
-    """Join the default process group as one rank, and choose this rank's device and number of threads.
+    """Join the default process group, set this rank's device and threads, return its RankInfo. Collective.
 
     The backend is NCCL for GPU tensors and gloo for host tensors. The ranks find one another through `store`,
-    or at MASTER_ADDR and MASTER_PORT if it is None. Collective. Raises UserError if LOCAL_RANK does not fit.
+    or at MASTER_ADDR and MASTER_PORT if it is None. Raises UserError if LOCAL_RANK does not fit.
     """
     local_world = local_world_size(world)
     if rank % local_world != local_rank:

@@ -43,7 +43,7 @@ class ReceivedSignals:
         self._acknowledged = float("-inf")
 
     def handle(self, number: int, _frame=None) -> None:
-        """Record a signal. This is the signal handler."""
+        """Record a signal, as its handler; a second stop calls on_second_stop instead."""
         if number == SAVE:
             self.save = time.monotonic() - self._acknowledged >= SAME_REQUEST_SECONDS
         elif self.stop is None:
@@ -52,7 +52,7 @@ class ReceivedSignals:
             self.on_second_stop(signal.Signals(number))
 
     def acknowledge_save(self) -> None:
-        """Mark SAVE as answered. Any rank may have received it; this one may still receive it."""
+        """Mark SAVE as answered, also one that reaches this rank within the next second."""
         self._acknowledged = time.monotonic()
         self.save = False
 
@@ -63,7 +63,7 @@ class NoStopRequests:
     reason = ""
 
     def agree(self, last: bool) -> tuple[bool, bool]:
-        """Return (whether the run has to stop after this step, whether a checkpoint is requested).
+        """Return (whether the run has to stop after this step, whether to save one): (False, False) here.
 
         last: whether the run ends after this step anyway.
         """
@@ -73,7 +73,7 @@ class NoStopRequests:
         """Set how long a checkpoint is expected to take. It counts until the first one has been written."""
 
     def record_save(self, seconds: float, complete: bool = True) -> None:
-        """Record how long the last checkpoint took or, if not complete, how long this one has taken."""
+        """Record how long a checkpoint took to write or, if not complete, how long it has taken so far."""
 
 
 NO_STOP_REQUESTS = NoStopRequests()
@@ -101,7 +101,7 @@ class StopRequests(NoStopRequests):
             signal.signal(number, self.received.handle)
 
     def agree(self, last: bool) -> tuple[bool, bool]:
-        """Combine the signals of all ranks and rank 0's clock; see the base class. Collective.
+        """Return (whether to stop, whether to save), from all ranks' signals and rank 0's clock. Collective.
 
         On the last step it never asks to stop: the run ends by itself.
         """
@@ -128,9 +128,9 @@ class StopRequests(NoStopRequests):
             self.expected_save = 0.0
 
     def _check_clock(self) -> tuple[bool, bool]:
-        """Return (whether another step and its checkpoint would exceed --max_minutes, whether a save is due).
+        """Time the step. Return (whether --max_minutes ends before another one could, whether a save is due).
 
-        On ranks other than 0 both are False.
+        Another one includes its checkpoint. On ranks other than 0 both are False.
         """
         now = time.time()
         self.longest_step, self.last_step = max(self.longest_step, now - self.last_step), now
@@ -170,10 +170,10 @@ def _exit_now(number: signal.Signals) -> None:
 
 @contextlib.contextmanager
 def forwarding_signals(start: Callable[[], list]) -> Iterator[tuple[ReceivedSignals, list]]:
-    """Start the ranks, and forward the signals that this process, their parent, receives to them.
+    """Call start(), then forward STOPS and SAVE to the ranks that it started; yield (signals, ranks).
 
-    start() starts them and returns their processes. A second stop kills them. Signals are blocked in the
-    ranks until they call `unblock_signals`; stops that come before start() returns are forwarded after it.
+    start() returns the ranks' processes. A second stop kills them. Signals are blocked in the ranks until
+    they call `unblock_signals`; stops that come before start() returns are forwarded after it.
     """
     ranks: list = []
     second_stops: list[int] = []

@@ -16,23 +16,26 @@ def start(
     run_rank: Callable,
     check: Callable[[], AnyJob],
     remarks: list[str],
-    address: tuple[str, int | None],
     *,
+    master_addr: str,
+    master_port: int | None,
     verbose: bool,
     preload: Sequence[str],
 ) -> int:
-    """Check a run, print the remarks, and run run_rank(rank_info, job) on every rank. Return the exit status.
-
-    The ranks are new processes; under torchrun this process is one of them. The exit status is 0 for success,
-    2 for an error that the user can fix, and 1 for any other error.
+    """Check a run, then run run_rank(rank_info, job) in new processes, or under torchrun as this one rank.
 
     Args:
         run_rank: the function of a rank, at the top level of a module.
-        check: checks the run and makes the job. Raises UserError for what is wrong with it.
-        remarks: lines to print before those of the job.
-        address: address and port of rank 0, for new processes; port None = a free one.
+        check: checks the run and returns the job. Raises UserError for what is wrong with it.
+        remarks: lines to print after the check, once, before the job's own remarks.
+        master_addr, master_port: where new processes find rank 0; port None = a free one. torchrun has its
+            own.
         verbose: print tracebacks with errors.
         preload: modules that ranks need; the server that ranks may be forked from imports them once.
+
+    Returns:
+        The exit status: 0 for success, 2 for an error that the user can fix, 1 for any other, 128 + the
+        number of a signal that ended the run. Under torchrun an error while it trains ends this process instead.
     """
 
     def check_and_print() -> AnyJob:
@@ -45,7 +48,8 @@ def start(
         if is_under_torchrun():
             return torchrun.run_as_rank(run_rank, partial(nodes.check_on_nodes, check_and_print), verbose)
         job = check_and_print()
-        return processes.start(run_rank, job.config.world_size, (job,), *address, verbose, preload)
+        world = job.config.world_size
+        return processes.start(run_rank, world, (job,), master_addr, master_port, verbose, preload)
     except (UserError, OSError) as e:
         if not needs_no_traceback(e):
             raise

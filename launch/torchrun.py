@@ -24,12 +24,14 @@ CHECK_TIMEOUT = timedelta(days=1)  # for checks that download a model
 
 
 def run_as_rank(run: Callable, check: Callable, verbose: bool = False) -> int:
-    """Check the run on all ranks, then run it as the rank that torchrun started. Return the exit status.
+    """Check the run with all ranks, then run it as this rank; return 0. Collective.
+
+    An error of the check that is a UserError is raised; any other error is printed and ends the process.
 
     Args:
         run: run(rank_info, job) trains; it is called in the run's process group.
         check: check(rank, world, local_rank, start time) returns the job, in a group that uses no GPU. It
-            raises UserError on all ranks or on none; that error passes through.
+            raises UserError on all ranks or on none.
         verbose: print the traceback of every error.
     """
     rank, world, local_rank = (read_env_int(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
@@ -58,9 +60,9 @@ def run_as_rank(run: Callable, check: Callable, verbose: bool = False) -> int:
 
 
 def rendezvous(rank: int, world: int) -> tuple[dist.Store, float]:
-    """Wait for all ranks at MASTER_ADDR and MASTER_PORT. Return (their store, time when the run started).
+    """Wait for all ranks at MASTER_ADDR and MASTER_PORT; return (their store, the run's start). Collective.
 
-    The time is rank 0's time.time() at the first start of the run; restarts do not change it. Raises
+    The start is rank 0's time.time() at the first start of the run; restarts do not change it. Raises
     UserError if not all ranks arrive within RENDEZVOUS_TIMEOUT.
     """
     address = f"{os.environ['MASTER_ADDR']}:{read_env_int('MASTER_PORT')}"
@@ -88,9 +90,9 @@ def rendezvous(rank: int, world: int) -> tuple[dist.Store, float]:
 
 
 def unwrap_store(shared: dist.Store) -> dist.Store:
-    """Return torchrun's own store, without the prefix of the current start of the ranks.
+    """Return the store under the key prefixes of `shared`: torchrun's own, the same after a restart.
 
-    It survives the restarts of --max-restarts, and so keeps the time that --max_minutes counts from.
+    So it keeps the time that --max_minutes counts from over the restarts of --max-restarts.
     """
     while isinstance(shared, dist.PrefixStore):
         shared = shared.underlying_store
@@ -98,7 +100,7 @@ def unwrap_store(shared: dist.Store) -> dist.Store:
 
 
 def own_store(shared: dist.Store, rank: int) -> dist.Store:
-    """Return a store that only this start of the ranks uses.
+    """Return a store that holds nothing of an earlier start of the ranks. Collective.
 
     torchrun's own store, `shared`, may survive a restart (--max-restarts) and then still holds the addresses
     of the ranks that are gone. So rank 0 serves a new store, and the others try the port written in `shared`
@@ -123,12 +125,12 @@ def own_store(shared: dist.Store, rank: int) -> dist.Store:
             time.sleep(0.1)
 
 
-def _exit_with_agent(agent: int) -> None:
-    """Wait until torchrun's agent, the parent process, ends; then end this rank. Runs in a thread.
+def _exit_with_agent(agent_pid: int) -> None:
+    """Wait until torchrun's agent, the parent process, ends; then end this process. Runs in a thread.
 
     A killed agent cannot end its ranks. If it were started again, new ranks would write into the same folder.
     """
-    while os.getppid() == agent:
+    while os.getppid() == agent_pid:
         time.sleep(0.5)
     print("error: torchrun has ended, and this rank with it", file=sys.stderr, flush=True)
     os._exit(FAILED)

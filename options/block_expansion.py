@@ -13,7 +13,7 @@ EXCLUSIVE_OPTIONS = ("new_blocks", "expansion_rate", "after", "blocks")
 
 
 def parse_layers(text: str) -> list[int]:
-    """Return the layer numbers in a text such as 3,7,11. Raises UserError if one is not a number."""
+    """Return the layer numbers in a text such as 3,7,11. Raises UserError if one is no whole number."""
     layers = []
     for number in map(str.strip, text.split(",")):
         try:
@@ -51,7 +51,10 @@ COMMAND = Command(
 
 
 def parse(argv: list[str]) -> Options:
-    """Return the options of a command line. Raises UserError; exits 0 on --help."""
+    """Return the options in `argv`. Raises UserError if they are wrong or do not go together.
+
+    Exits with status 0 on --help.
+    """
     options = Options(**COMMAND.read(argv))
     if sum(getattr(options, name) is not None for name in EXCLUSIVE_OPTIONS) != 1:
         raise UserError(

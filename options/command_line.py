@@ -69,10 +69,10 @@ class Command:
         """The type hints of its options, by name."""
         return typing.get_type_hints(self.options)
 
-    def kind(self, name: str) -> tuple[type, bool]:
-        """Return (int, float, bool, str or Path; whether None is allowed) for an option.
+    def value_type(self, name: str) -> tuple[type, bool]:
+        """Return (the type of an option's value or list items, whether it may be None).
 
-        For a list it is the type of the items.
+        The type is int, float, bool, str or Path.
         """
         hint, optional = self.hints[name], False
         if isinstance(hint, types.UnionType):
@@ -80,7 +80,7 @@ class Command:
         return typing.get_args(hint)[0] if typing.get_origin(hint) in (list, tuple) else hint, optional
 
     def read(self, argv: list[str]) -> dict[str, Any]:
-        """Return the options that are given, {name: converted value}. The command line overrides --config.
+        """Return the options given in `argv` or its --config file, {name: converted value}; `argv` wins.
 
         Raises UserError for an unknown, wrong or missing option; exits 0 on --help.
         """
@@ -99,10 +99,10 @@ class Command:
             positional = self.fields[name].metadata["positional"]
             given[name] = self._convert(name, value, positional or f"--{name}")
         texts = {name: str(value) for name, (value, _) in in_file.items()}
-        self._check(given, texts | {name: str(value) for name, value in raw.items()})
+        self._check_ranges_and_required(given, texts | {name: str(value) for name, value in raw.items()})
         return given
 
-    def _check(self, given: dict[str, Any], texts: dict[str, str]) -> None:
+    def _check_ranges_and_required(self, given: dict[str, Any], texts: dict[str, str]) -> None:
         """Raise UserError for a number out of range, or a required option that is missing.
 
         given: {name: converted value}; texts: {name: the value as it was written}.
@@ -127,11 +127,14 @@ class Command:
                 raise UserError(f"--{name} {value}: must be below 2**31")
 
     def _convert(self, name: str, value: Value, origin: str):
-        """Return an option's value in the option's type. Raises UserError that names its origin.
+        """Return an option's value in the option's type. Raises UserError if it is not of it, or no choice.
 
-        value: a text, a list of texts, or whatever else the --config file holds.
+        Args:
+            name: the option.
+            value: a text, a list of texts, or whatever else the --config file holds.
+            origin: where the value was given, for the error.
         """
-        meta, (kind, _) = self.fields[name].metadata, self.kind(name)
+        meta, (kind, _) = self.fields[name].metadata, self.value_type(name)
         noun = meta["noun"]
         if meta["repeat"]:
             values = value if isinstance(value, list) else [value]
@@ -156,7 +159,7 @@ class Command:
         text.
         """
         named = (name for name, field in self.fields.items() if not field.metadata["positional"])
-        takes_text = {f"--{name}" for name in named if self.kind(name)[0] is str}
+        takes_text = {f"--{name}" for name in named if self.value_type(name)[0] is str}
         normalized: list[str] = []
         for each in argv:
             is_value = bool(normalized) and normalized[-1] in takes_text and " " in each
@@ -165,13 +168,13 @@ class Command:
         return normalized
 
     def _complete_switches(self, argv: list[str]) -> list[str]:
-        """Write --verbose RUN as --verbose=true RUN in commands with positional arguments.
+        """Return `argv` with --verbose RUN as --verbose=true RUN, in commands with positional arguments.
 
-        Otherwise the switch would take an existing folder after it as its value.
+        Otherwise a switch would take an existing file or folder after it as its value.
         """
         if not any(field.metadata["positional"] for field in self.fields.values()):
             return argv
-        switches = {f"--{name}" for name in self.fields if self.kind(name)[0] is bool}
+        switches = {f"--{name}" for name in self.fields if self.value_type(name)[0] is bool}
         return [
             f"{each}=true"
             if each in switches and after.lower() not in BOOLEANS and os.path.exists(after)
@@ -180,7 +183,10 @@ class Command:
         ]
 
     def _read_yaml(self, path: str) -> dict[str, tuple[Value, str]]:
-        """Return {option: (value in the --config file, its origin)}. Raises UserError for an unknown one."""
+        """Return {option: (value, its origin for errors)} of the --config file, without nulls.
+
+        `implied_by_path` overrides it. Raises UserError for an unknown option.
+        """
         values: dict[str, tuple[Value, str]] = {}
         for key, value in read_options_file(path).items():
             name = key.replace("-", "_")
@@ -192,16 +198,20 @@ class Command:
 
 
 def _check_item(value: str | None, origin: str) -> str:
-    """Return an item of a list in a file. Raises UserError if it is null, or several values by a comma."""
+    """Return an item of a list in a --config file as it is. Raises UserError if it is null or has a comma."""
     if value is None or "," in value:
         raise UserError(f"{origin}: {value!r} is not one value of the list")
     return value
 
 
 def _parse_value(kind: type, value: Value, origin: str, noun: str):
-    """Return a text as a value of type `kind`. Raises UserError that names its origin and what it must be.
+    """Return a text as a value of type `kind`. Raises UserError if it is none, or not a text.
 
-    noun: what the text must be, for the error; "" = as the type says.
+    Args:
+        kind: int, float, bool, str or Path.
+        value: the text, or whatever else the --config file holds.
+        origin: where it was given, for the error.
+        noun: what it must be, for the error; "" = as the type says.
     """
     text = value.strip() if isinstance(value, str) else str(value)
     try:
@@ -251,7 +261,7 @@ def _make_parser(command: Command) -> Parser:
     parser.add_argument("--config", metavar="YAML", help="read options from this file; the command line wins")
     groups: dict[str, Any] = {}
     for name, field in command.fields.items():
-        meta, (kind, _) = field.metadata, command.kind(name)
+        meta, (kind, _) = field.metadata, command.value_type(name)
         if meta["positional"]:
             nargs = "*" if meta["repeat"] else "?"
             parser.add_argument(name, metavar=meta["positional"], nargs=nargs, help=meta["help"])
@@ -278,6 +288,6 @@ def help_line(field: Field) -> str:
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
-    """Return the end of an error line about an unknown option: the most similar known one, or --help."""
+    """Return the end of an error line about an unknown option: "; did you mean --lr?" or "; see --help"."""
     near = difflib.get_close_matches(name.lstrip("-").replace("-", "_"), known, n=1)
     return f"; did you mean --{near[0]}?" if near else "; see --help"

@@ -45,7 +45,7 @@ DAY = r"\d{4}-\d\d-\d\d"
 
 
 def _parse_day(text: str) -> str:
-    """Return a day as YYYY-MM-DD. Raises ValueError for any other text."""
+    """Return the text if it is a day, written YYYY-MM-DD. Raises ValueError if not."""
     if not re.fullmatch(DAY, text):
         raise ValueError(text)
     return datetime.date.fromisoformat(text).isoformat()
@@ -222,7 +222,7 @@ class Config:
 
     @property
     def method(self) -> Method:
-        """Meaning of the train type."""
+        """What --train_type quantizes, trains and saves."""
         return METHODS[self.train_type]
 
     @property
@@ -243,7 +243,7 @@ def user_cache() -> Path:
 
 
 def dump_yaml(config: Config, **overrides) -> str:
-    """Return all resolved options as YAML that --config reads back, without --resume and --overwrite.
+    """Return all options as a YAML text that --config reads back, but resume and overwrite as if not given.
 
     overrides: options that have another value there.
     """

@@ -29,7 +29,7 @@ PROSE = ("readme", "license", "licence", "notice", "copying", "changelog", "cita
 
 
 def file_suffix(name: str) -> str:
-    """Return the suffix in lower case; for a compressed file with the suffix before it, as in .jsonl.gz."""
+    """Return a file's suffix in lower case; of a compressed file the last two, such as .jsonl.gz."""
     stem, last = os.path.splitext(os.path.basename(name).lower())
     return os.path.splitext(stem)[1] + last if last in COMPRESSED else last
 
@@ -40,9 +40,9 @@ def conversion_advice(name: str) -> str | None:
 
 
 def kind_in_folder(name: str) -> str | None:
-    """Return the kind of a data file in a folder: one of KINDS' values, or the suffix if it cannot be read.
+    """Return a file's value in KINDS; its suffix if its rows cannot be read; None if it has no rows.
 
-    None for a file without rows, such as a README or a program.
+    The name decides. A README or a program has no rows.
     """
     stem, _ = os.path.splitext(os.path.basename(name).lower())
     suffix = file_suffix(name)

@@ -108,18 +108,24 @@ def option(
 
 
 def argument(name: str, help: str, several: bool = False) -> Any:
-    """Declare a positional argument of a command line. several: it may be repeated; its value is a list."""
+    """Declare a positional argument as a field of a dataclass.
+
+    Args:
+        name: what --help calls it, such as RUN.
+        help: its line in --help.
+        several: whether it may be repeated; its value is then a list.
+    """
     declared = option(REQUIRED, "", help, repeat=several)
     return dataclasses.field(default=REQUIRED, metadata=dict(declared.metadata) | {"positional": name})
 
 
-def option_fields(kind: type) -> dict[str, dataclasses.Field]:
-    """Return the fields of a dataclass that are declared as options or arguments, {name: field}."""
-    return {field.name: field for field in dataclasses.fields(kind) if "help" in field.metadata}
+def option_fields(options: type) -> dict[str, dataclasses.Field]:
+    """Return the fields of a dataclass that `option` or `argument` declared, {name: field}."""
+    return {field.name: field for field in dataclasses.fields(options) if "help" in field.metadata}
 
 
 def format_value(value) -> str:
-    """Return an option's value as users write it."""
+    """Return an option's value as users write it: true, or 1,2 for a tuple; unset for None."""
     if isinstance(value, tuple):
         return ",".join(map(str, value))
     return "unset" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

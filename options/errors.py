@@ -29,7 +29,7 @@ def needs_no_traceback(e: BaseException) -> bool:
 
 
 def describe(e: BaseException) -> str:
-    """Return an exception as one line: its text, after its type unless it is a UserError.
+    """Return an exception as one line: "Type: text", or only the text of a UserError.
 
     Control characters are escaped: messages contain names out of untrusted files.
     """
@@ -45,5 +45,6 @@ def join_names(names: Sequence[str]) -> str:
 
 
 def _escape_name(name: str) -> str:
+    """Return a name cut to MAX_NAME_LENGTH, as a Python literal if it is empty or not printable."""
     name = name if len(name) <= MAX_NAME_LENGTH else name[:MAX_NAME_LENGTH] + "..."
     return name if name.isprintable() and name else ascii(name)

@@ -15,8 +15,8 @@ METRICS = ("perplexity", "exact_match", "bleu", "rouge")
 PACKAGES = {"bleu": ("sacrebleu", "sacrebleu"), "rouge": ("rouge_score", "rouge-score")}  # (module, on PyPI)
 
 
-def check_metrics(names: str) -> tuple[str, ...]:
-    """Return the metrics of --metrics, each once.
+def parse_metrics(names: str) -> tuple[str, ...]:
+    """Return the metrics named in a comma-separated text, each once, in the order of the text.
 
     Raises UserError for an unknown metric, or one whose package is not installed.
     """
@@ -41,7 +41,7 @@ class Options:
         " have its columns", choices=DATASET_FORMATS)
     samples: int = option(-1, "Data", "rows used, from the first; -1 = all", ge=1, sentinel=-1)
     metrics: tuple[str, ...] = option(METRICS, "Measurement", f"comma-separated: {', '.join(METRICS)}",
-        convert=check_metrics, commas=True)
+        convert=parse_metrics, commas=True)
     max_new_tokens: int = option(128, "Measurement", "longest answer, in tokens", ge=1)
     batch_size: int = option(8, "Measurement", "rows in a batch", ge=1)
     base_model: str | None = option(None, "Model", "folder or hub id of the base model, if it is not where"
@@ -60,7 +60,10 @@ COMMAND = Command(
 
 
 def parse(argv: list[str]) -> Options:
-    """Return the options of a command line. Raises UserError; exits 0 on --help."""
+    """Return the options in `argv`. Raises UserError if they are wrong or do not go together.
+
+    Exits with status 0 on --help.
+    """
     options = Options(**COMMAND.read(argv))
     if options.dataset_format is not None and options.dataset is None:
         raise UserError("--dataset_format: has no effect without --dataset")

@@ -47,7 +47,10 @@ COMMAND = Command(
 
 
 def parse(argv: list[str]) -> Options:
-    """Return the options of a command line. Raises UserError; exits 0 on --help."""
+    """Return the options in `argv`. Raises UserError if they are wrong or do not go together.
+
+    Exits with status 0 on --help.
+    """
     given = COMMAND.read(argv)
     if given["to"] == "adapter":
         for name in ("base", "dtype", "device", "check"):

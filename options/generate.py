@@ -39,6 +39,7 @@ class Prompt:
 
 
 def _parse_device(text: str) -> str:
+    """Return the text if it is cpu, cuda or cuda:N. Raises ValueError if not."""
     if not re.fullmatch(r"cpu|cuda(:\d+)?", text):
         raise ValueError
     return text
@@ -97,7 +98,10 @@ COMMAND = Command(
 
 
 def parse(argv: list[str]) -> Options:
-    """Return the options of a command line, with all prompts read. Raises UserError; exits 0 on --help."""
+    """Return the options in `argv`, with all prompts read. Raises UserError if options or prompts are wrong.
+
+    Exits with status 0 on --help.
+    """
     given = COMMAND.read(argv)
     options = Options(**given | {"runs": _check_runs(given["runs"])})
     for name in ("top_p", "top_k", "seed"):
@@ -115,7 +119,7 @@ def parse(argv: list[str]) -> Options:
 
 
 def _check_runs(runs: list[str]) -> list[str]:
-    """Return the folders with ~ expanded. Raises UserError if one is not a RUN or is given twice."""
+    """Return the folders with ~ expanded. Raises UserError if one has no config.yaml or is given twice."""
     folders = [os.path.expanduser(run) for run in runs]
     for i, folder in enumerate(folders):
         if not os.path.isdir(folder):
@@ -128,7 +132,10 @@ def _check_runs(runs: list[str]) -> list[str]:
 
 
 def read_prompts(path: Path) -> list[Prompt]:
-    """Return the prompts of a file, without blank lines. Raises UserError if they cannot be read."""
+    """Return a prompt for each line of a file that is not blank; lines of .jsonl and .ndjson are rows.
+
+    Raises UserError if the file cannot be read or has no prompt.
+    """
     suffix = file_suffix(path.name)
     if suffix not in (*JSON_LINES, ".txt", ".md") and (suffix in KINDS or conversion_advice(path.name)):
         raise UserError(
@@ -149,7 +156,7 @@ def read_prompts(path: Path) -> list[Prompt]:
 
 
 def _parse_row(origin: str, line: str) -> str | dict:
-    """Return a line of a .jsonl file as a row or a text. Raises UserError if it is neither."""
+    """Return the JSON object or string in a line of a .jsonl file. Raises UserError if it is neither."""
     try:
         row = parse_json(line, exact=True)
     except (ValueError, RecursionError) as e:

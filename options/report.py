@@ -20,5 +20,5 @@ COMMAND = Command("report.py", "RUN", "Make RUN/report.html from the files of a 
 
 
 def parse(argv: list[str]) -> Path:
-    """Return the RUN of a command line. Raises UserError; exits 0 on --help."""
+    """Return the RUN in `argv`. Raises UserError if it is missing or more is given; exits 0 on --help."""
     return Options(**COMMAND.read(argv)).run

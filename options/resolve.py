@@ -16,15 +16,15 @@ from options.methods import METHODS, NEEDS
 
 
 def resolve(given: dict) -> tuple[Config, list[str]]:
-    """Return (configuration, remarks to print once). Raises UserError if options are wrong together.
+    """Return (Config, remarks to print on options that are not read). Raises UserError for contradictions.
 
-    given: the options that were given, {name: converted value}. Remarks are about options that are not read,
-    such as those accepted only for older commands.
+    given: the options that were given, {name: converted value}. Options that are not read are, for instance,
+    those accepted only for older commands.
     """
     _check_train_type(given)
     config = _fill_in(given)
     _check_values(config)
-    return config, _remarks(given)
+    return config, _describe_unread(given)
 
 
 def _check_train_type(given: dict) -> None:
@@ -38,7 +38,7 @@ def _check_train_type(given: dict) -> None:
 
 
 def _fill_in(given: dict) -> Config:
-    """Return the configuration: defaults that depend on other options, None for options without effect."""
+    """Return the Config: all defaults filled in, and None for options that the train type does not use."""
     expanded = given.get("llama_pro_path")  # another option for the model; it overrides --model_name
     given = given | ({} if expanded is None else {"model_name": expanded})
     values = (TOY_DEFAULTS if given.get("model_name", TOY_MODEL) == TOY_MODEL else {}) | given
@@ -64,7 +64,10 @@ def _fill_in(given: dict) -> Config:
 
 
 def _run_folder(resume: str | None) -> str | None:
-    """Return the RUN that --resume names, as a RUN or as a checkpoint (RUN/checkpoints/step-<number>)."""
+    """Return the folder of the RUN that --resume names; None if it is auto or not given.
+
+    resume: a RUN, or one of its checkpoints, RUN/checkpoints/step-<number>.
+    """
     if resume in (None, "auto"):
         return None
     parent = os.path.dirname(os.path.abspath(os.path.expanduser(resume)))
@@ -72,7 +75,10 @@ def _run_folder(resume: str | None) -> str | None:
 
 
 def _check_values(config: Config) -> None:
-    """Raise UserError for options that contradict one another. Each option's range is in its declaration."""
+    """Raise UserError for options that contradict one another or have no effect beside the others.
+
+    Also for two single options, whose rules a declaration cannot express.
+    """
     if config.method.expansion and config.model_name == TOY_MODEL:
         raise UserError(
             f"--train_type {config.train_type}: trains the new blocks of an expanded model; make one with"
@@ -91,12 +97,12 @@ def _check_values(config: Config) -> None:
     if config.quantized_cache == "":
         raise UserError("--quantized_cache: needs a folder")
     _check_evaluation(config)
-    _check_checkpoints(config)
+    _check_resume_options(config)
     _check_profiling(config)
 
 
 def _check_evaluation(config: Config) -> None:
-    """Raise UserError for an option of the group Evaluation that has no effect."""
+    """Raise UserError for an option of the group Evaluation that has no effect beside the others."""
     if config.eval_share and config.eval_dataset is not None:
         raise UserError("--eval_share: has no effect with --eval_dataset; leave one of them out")
     if not config.eval_share and config.eval_dataset is None:
@@ -116,7 +122,7 @@ def _check_unused(config: Config, requirement: str, *names: str) -> None:
 
 
 def _check_profiling(config: Config) -> None:
-    """Raise UserError for wrong options of --profile."""
+    """Raise UserError for profiling options without effect, or a cycle above --profiling_frequency."""
     if not config.profile:
         _check_unused(config, "--profile", "profiling_output", "overwrite_profiling_output", "with_stack",
                       "with_shapes", "export_trace", "export_memory_timeline", "wait_steps", "warmup_steps",
@@ -132,16 +138,16 @@ def _check_profiling(config: Config) -> None:
         )
 
 
-def _check_checkpoints(config: Config) -> None:
-    """Raise UserError for a wrong --resume."""
+def _check_resume_options(config: Config) -> None:
+    """Raise UserError if --resume is empty, or is given together with --overwrite."""
     if config.resume == "":
         raise UserError("--resume: needs auto, or the folder of a RUN or of a checkpoint")
     if config.resume is not None and config.overwrite:
         raise UserError("--overwrite: contradicts --resume; leave one of them out")
 
 
-def _remarks(given: dict) -> list[str]:
-    """Return lines about given options that are not read."""
+def _describe_unread(given: dict) -> list[str]:
+    """Return a line for each given option that is accepted but not read."""
     remarks = []
     path, name = given.get("llama_pro_path"), given.get("model_name")
     if path is not None and name not in (None, path):

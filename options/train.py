@@ -30,5 +30,8 @@ COMMAND = Command(
 
 
 def parse(argv: list[str]) -> tuple[Config, list[str]]:
-    """Return (resolved configuration, remarks to print once). Raises UserError; exits 0 on --help."""
+    """Return (Config with all defaults filled in, remarks to print once) for the options in `argv`.
+
+    Raises UserError if they are wrong or do not go together; exits with status 0 on --help.
+    """
     return resolve(COMMAND.read(argv))

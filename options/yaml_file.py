@@ -60,7 +60,7 @@ def read_options_file(path: str) -> dict[str, Value]:
 
 
 def _read_value(node: yaml.Node, path: str) -> Value:
-    """Return the value of an option. Raises UserError as `_read_scalar` does."""
+    """Return a text, None for null, a list of these, or {} for any mapping. Raises UserError for others."""
     if isinstance(node, yaml.SequenceNode):
         return [_read_scalar(each, path) for each in node.value]
     return {} if isinstance(node, yaml.MappingNode) else _read_scalar(node, path)
@@ -78,7 +78,7 @@ def _line(node: yaml.Node) -> str:
 
 
 def _check_flat(text: str, path: str) -> None:
-    """Raise UserError for aliases, and for nesting deeper than lists of values.
+    """Raise UserError for aliases and for nesting deeper than lists of values; YAMLError if it is not YAML.
 
     An alias can expand to any size, and deep nesting overflows the stack.
     """

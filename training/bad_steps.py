@@ -37,7 +37,7 @@ class ResumedProgress(NamedTuple):
 
 
 def resumed_from(step: int, state: dict) -> ResumedProgress:
-    """Return the progress at a checkpoint. state: the checkpoint's state of `BadStepGuard`."""
+    """Return the progress at a checkpoint of optimizer step `step`. state: its state of `BadStepGuard`."""
     bad = state["count"]
     return ResumedProgress(step, bad, state.get("applied", step - bad))  # older checkpoints have no "applied"
 
@@ -79,7 +79,7 @@ class BadStepGuard:
         warnings.filterwarnings("ignore", message=r"Detected call of `lr_scheduler.step\(\)` before")
 
     def step(self, optimizer: torch.optim.Optimizer, reading: Reading) -> None:
-        """Call the optimizer's step, unless this step is bad.
+        """Call the optimizer's step, or skip it if this step's loss or gradient is NaN or infinite.
 
         A fused optimizer gets the decision on the GPU, and the host does not wait. Any other optimizer waits
         for the reading.
@@ -101,7 +101,7 @@ class BadStepGuard:
         return self.scaler.is_enabled() or exceeds_bad_steps(self.count + 1, self.max_bad_steps)
 
     def check_step(self, metrics: Metrics, step: Step) -> Metrics:
-        """Count a step, and report it if it is bad. Return the metrics with the counts.
+        """Count a step; if it is bad, print and record it. Return the metrics with the counts.
 
         Call it after the optimizer's step, before the scaler's update.
         """
@@ -127,7 +127,7 @@ class BadStepGuard:
         return self.scaler.is_enabled() and self.scaler.get_scale() > 1
 
     def _report(self, metrics: Metrics, step: Step) -> None:
-        """Print a line, and append one to bad_steps.jsonl with the step's rows.
+        """On rank 0, print a line on a bad step, and append one to bad_steps.jsonl with the step's rows.
 
         Rows are numbers in --dataset, from 1. JSON has no NaN, so loss and norm are strings.
         """
@@ -150,7 +150,7 @@ class BadStepGuard:
 def describe_no_good_step(
     history: list[Metrics], resumed: ResumedProgress, is_scaled: bool, folder: Path
 ) -> str:
-    """Return the error of a run in which no step changed a weight, else "". The same on all ranks.
+    """Return an error line if no step of the run changed a weight, else "". The same on all ranks.
 
     Args:
         history: metrics of the steps after the run was resumed.
@@ -179,7 +179,7 @@ def describe_no_good_step(
 def raise_if_failed(
     history: list[Metrics], resumed_bad: int, max_bad_steps: int, folder: Path, no_result: str
 ) -> None:
-    """Raise UserError on all ranks if a run has no result, or if bad steps ended it. Collective.
+    """Raise UserError on all ranks if `no_result`, or if bad steps ended the run. Collective.
 
     It is the last call of a run: the weights of a run that bad steps ended are saved by then.
 

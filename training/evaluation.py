@@ -31,7 +31,7 @@ Context = Callable[[], contextlib.AbstractContextManager]
 
 @contextlib.contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Put a model into evaluation mode without gradients, then restore its mode and its sharding.
+    """Run the block in evaluation mode without gradients, then restore the model's mode and sharding.
 
     Some strategies leave units gathered after forward, for a backward that does not come here.
     """
@@ -55,7 +55,7 @@ def mean_loss(
     rank_info: RankInfo,
     context: Context,
 ) -> float:
-    """Return the cross-entropy per target over all rows. Collective.
+    """Return the mean cross-entropy per target over all rows, the same on all ranks. Collective.
 
     The batches are the same for any number of ranks, which take turns. Each batch's sum has its own element
     of the reduced tensor, so the result depends on the number of ranks only as far as the kernels do. The
@@ -94,43 +94,44 @@ def mean_loss(
 
 
 def group_rows(
-    lengths: torch.Tensor, batch_size: int, switch: float, growth: int = 0
+    lengths: torch.Tensor, batch_size: int, rope_threshold: float, max_growth: int = 0
 ) -> list[list[torch.Tensor]]:
-    """Return groups of batches of row indices, so that each row gets the same result as alone.
+    """Return batches of row indices, in up to 3 groups by length, so that a batch changes no row's result.
 
-    The groups are: rows above `switch`; rows that may pass it while they grow, one a batch; rows that stay
-    below. The longest rows come first.
+    The groups are: rows above `rope_threshold`; rows that may pass it while they grow, one a batch; rows that
+    stay below. The longest rows come first.
 
     Args:
         lengths: [R] tokens of each row.
         batch_size: most rows of a batch.
-        switch: the model's `longrope_threshold`: a longer row changes the rotation of its whole batch.
-        growth: tokens by which a row may grow.
+        rope_threshold: the model's `longrope_threshold`: a longer row changes the rotation of its whole
+            batch.
+        max_growth: tokens by which a row may grow.
     """
     order = lengths.argsort(descending=True, stable=True)
-    before, after = lengths[order], lengths[order] + growth
+    before, after = lengths[order], lengths[order] + max_growth
     groups = (
-        (before > switch, batch_size),
-        ((before <= switch) & (after > switch), 1),
-        (after <= switch, batch_size),
+        (before > rope_threshold, batch_size),
+        ((before <= rope_threshold) & (after > rope_threshold), 1),
+        (after <= rope_threshold, batch_size),
     )
     return [list(order[mask].split(rows_at_once)) for mask, rows_at_once in groups if mask.any()]
 
 
 def perplexity(loss: float) -> float:
-    """Return the exponential of a loss, without overflow."""
+    """Return exp(loss); infinity where that may overflow, NaN for NaN."""
     return math.exp(loss) if loss < 700 else math.inf if loss == loss else math.nan
 
 
 def generate_greedily(
     model: nn.Module,
     prompts: list[list[int]],
-    tokens: int,
-    stops: Collection[int],
+    max_tokens: int,
+    stop_ids: Collection[int],
     rank_info: RankInfo,
     context: Context,
 ) -> list[list[int]]:
-    """Return the most likely answer to each prompt, without the stop token that ended it. Collective.
+    """Return the token ids of a greedy answer to each prompt, without the stop token. Collective.
 
     Each forward computes all prompts from their start, padded on the right. It uses no cache: under FSDP the
     cost is gathering the weights, once per token either way. Every rank computes the same. Rank 0's choice
@@ -139,15 +140,15 @@ def generate_greedily(
     Args:
         model: the model, sharded or not.
         prompts: token ids of each prompt.
-        tokens: most tokens of an answer.
-        stops: token ids that end an answer.
+        max_tokens: most tokens of an answer.
+        stop_ids: token ids that end an answer.
         rank_info: this process.
         context: context() is entered around every forward.
     """
     rows = [list(p) for p in prompts]
     unfinished = set(range(len(rows)))
     with eval_mode(model):
-        for _ in range(tokens):
+        for _ in range(max_tokens):
             lengths = torch.tensor([len(r) for r in rows])
             ids = torch.zeros(len(rows), int(lengths.max()), dtype=torch.int64)
             for i, row in enumerate(rows):
@@ -165,9 +166,9 @@ def generate_greedily(
             for i, token in enumerate(chosen.tolist()):
                 if i in unfinished:
                     rows[i].append(token)
-                    if token in stops:
+                    if token in stop_ids:
                         unfinished.discard(i)
             if not unfinished:
                 break
     answers = [row[len(prompt) :] for row, prompt in zip(rows, prompts, strict=True)]
-    return [a[:-1] if a and a[-1] in stops else a for a in answers]
+    return [a[:-1] if a and a[-1] in stop_ids else a for a in answers]

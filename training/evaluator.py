@@ -118,14 +118,14 @@ class Evaluator:
         self.kept_step = state.get("kept_step", self.best_step)
         self.kept_loss = state.get("kept_loss", self.best_loss)
 
-    def before_first_step(self, done: int) -> None:
-        """Sample from the base model, unless steps are done already. done: steps of a resumed run."""
-        if self.data.prompts and not done:
+    def before_first_step(self, steps_done: int) -> None:
+        """Write samples of the untrained model, unless a resumed run has steps done already. Collective."""
+        if self.data.prompts and not steps_done:
             self._write_samples(0)
             self.meter.restart()
 
     def evaluate_if_due(self, metrics: Metrics) -> Metrics:
-        """Evaluate and sample after a step, if due. Return its metrics, with an evaluation's results."""
+        """Evaluate and write samples if due at this step. Return its metrics with the results. Collective."""
         evaluates = self._is_eval_step(metrics.step)
         if evaluates:
             loss = self._compute_loss()
@@ -139,7 +139,7 @@ class Evaluator:
         return metrics
 
     def is_due(self, step: int) -> bool:
-        """Return whether `evaluate_if_due` evaluates or samples at this step, before the next one begins."""
+        """Return whether `evaluate_if_due` evaluates or samples at this optimizer step."""
         return self._is_eval_step(step) or self._is_sample_step(step)
 
     def _is_eval_step(self, step: int) -> bool:
@@ -152,12 +152,13 @@ class Evaluator:
         return step == self.total_steps or (every > 0 and step % every == 0)
 
     def _compute_loss(self) -> float:
+        """Return the mean loss over the evaluation rows, the same on all ranks. Collective."""
         options = (self.batch_size, self.loss_sum, self.rank_info, self.context)
         assert self.data.rows is not None
         return mean_loss(self.model, self.data.rows, *options)
 
     def _update_best(self, step: int, loss: float, trained: bool) -> None:
-        """Update the best evaluation and early stopping, and store the weights of a new best one.
+        """Update the best evaluation and early stopping, and store a new best one's weights. Collective.
 
         Every rank has the same loss, so all of them store and stop together. A full disk does not change when
         they stop. trained: whether any step so far changed the weights; else there is nothing to store.
@@ -199,11 +200,13 @@ class Evaluator:
         return bool(succeeded.item())
 
     def _write_samples(self, step: int) -> None:
-        """Write a line of step, prompt and text for each prompt to samples.jsonl, and print it."""
+        """Answer every prompt; rank 0 appends the answers to samples.jsonl and prints them. Collective."""
         prompts, tokens = self.data.prompts, self.sample_tokens
         lengths = torch.tensor([len(prompt.ids) for prompt in prompts])
         answers: dict[int, list[int]] = {}
-        groups = group_rows(lengths, PROMPT_BATCH_SIZE, longrope_threshold(self.model.config), growth=tokens)
+        groups = group_rows(
+            lengths, PROMPT_BATCH_SIZE, longrope_threshold(self.model.config), max_growth=tokens
+        )
         for batch in itertools.chain(*groups):
             indices = batch.tolist()
             options = (tokens, self.data.stop_ids, self.rank_info, self.context)

@@ -81,22 +81,22 @@ class Job:
         return steps if self.config.max_steps < 0 else min(steps, self.config.max_steps)
 
     def options_file(self, **replaced) -> str:
-        """Return the run's config.yaml, with absolute paths. replaced: other values, as for `dump_yaml`."""
+        """Return the text of config.yaml, with output_dir absolute. replaced: options with other values."""
         return dump_yaml(self.config, output_dir=os.path.abspath(self.output_dir), **replaced)
 
     def run_identity(self) -> dict:
-        """Return the run's identity for checkpoints: options, and digests of the base and of the rows."""
+        """Return what a resumed run must share with its checkpoints: options, digests of base and rows."""
         evaluation = digest_rows(self.evaluation.rows) if self.evaluation.rows else ""
         rows = digest_rows(self.rows)
         return resume.run_identity(self.config, str(self.precision), self.base.digest(), rows, evaluation)
 
     def with_shared_defaults(self, output_dir: str, chat_date: str | None, started: float) -> Job:
-        """Return the job with rank 0's values where those of nodes differ."""
+        """Return a copy with these values, which are rank 0's, in place of this node's."""
         config = dataclasses.replace(self.config, output_dir=output_dir, chat_date=chat_date)
         return dataclasses.replace(self, config=config, started=started)
 
     def facts_to_compare(self) -> dict[str, str]:
-        """Return the facts in which all nodes must agree, {name: text}."""
+        """Return the options, versions, digests and others in which all nodes must agree, {name: text}."""
         options = dataclasses.asdict(self.config)
         # All nodes get rank 0's. If the date matters, the rows differ.
         del options["output_dir"], options["chat_date"]
@@ -121,7 +121,7 @@ class Job:
 
 
 def _comparable_value(option: str, value) -> str:
-    """Return an option's value for the comparison of nodes.
+    """Return an option's value as a text to compare between nodes, the same for all local paths.
 
     Paths of the model and the data may differ: their contents are compared instead.
     """

@@ -32,7 +32,7 @@ class LoopComponents:
     """The objects that the loop calls beside the model, each in single lines."""
 
     optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
+    scaler: torch.amp.GradScaler  # of the loss, for fp16
     meter: Meter
     guard: BadStepGuard
     evaluator: Evaluator
@@ -45,19 +45,19 @@ def make_loop_components(
     job: Job,
     model: PreTrainedModel,
     rank_info: RankInfo,
-    total: int,
+    total_steps: int,
     tracker: NoTracker,
     profiler: NoProfiler,
     stopping: NoStopRequests,
     save_best: Callable[[Path], None],
 ) -> LoopComponents:
-    """Return the components of one rank. Collective.
+    """Build this rank's optimizer, scaler, meter, guard, evaluator, budget, checkpoint manager. Collective.
 
     Args:
         job: the checked run.
         model: the model, set up.
         rank_info: this process.
-        total: optimizer steps of the run.
+        total_steps: optimizer steps of the run.
         tracker: logs metrics and prints lines.
         profiler: measures memory of the phases.
         stopping: why and when the run is asked to stop.
@@ -83,7 +83,7 @@ def make_loop_components(
         job.evaluation,
         model,
         rank_info,
-        total_steps=total,
+        total_steps=total_steps,
         batch_size=config.batch_size,
         eval_every=config.eval_every,
         sample_every=config.sample_every,

@@ -28,9 +28,9 @@ MAX_SUGGESTIONS = 3
 
 
 def list_changes(job: Job) -> list[dict]:
-    """Return changes of options, {name: value}, that could save memory and are not in use.
+    """Return a list of {option: value}: option changes that could save memory, each alone.
 
-    A change has all options that must change together.
+    A change has all options that must change together, and at least one is not in use.
     """
     config = job.config
     found: list[dict] = []
@@ -51,7 +51,7 @@ def list_changes(job: Job) -> list[dict]:
 
 
 def estimate_savings(job: Job) -> list[tuple[dict, float]]:
-    """Return [(change, bytes saved on the fullest GPU)], the largest first, only those that save any."""
+    """Return [({option: value}, bytes saved on the fullest GPU)], the largest saving first, none without."""
     now = estimate_job_peak(job, job.config)
     found = []
     for change in list_changes(job):
@@ -65,18 +65,21 @@ def estimate_savings(job: Job) -> list[tuple[dict, float]]:
 
 
 def measure_job_sizes(job: Job, config: Config) -> RunSizes:
-    """Return the sizes of a job's model and data that decide on memory, under other options."""
+    """Return the sizes of the job's model and data that its memory depends on, under other options."""
     tokens = max_line_tokens(config, job.rows)
     return run_sizes(job.model_config, job.family, config, job.precision, job.files, tokens)
 
 
 def estimate_job_peak(job: Job, config: Config) -> float:
-    """Return the bytes that a GPU holds at the peak of a step with these options."""
+    """Return an estimate of the bytes that a GPU holds at the peak of a step with these options."""
     return estimate_peak(config, job.precision, measure_job_sizes(job, config))
 
 
 def describe_out_of_memory(error: str, job: Job) -> str:
-    """Return the error line. error: torch's message, whose numbers it repeats."""
+    """Return the error line for CUDA out of memory: phase, peaks, and the options that would help most.
+
+    error: torch's message, whose numbers the line repeats.
+    """
     numbers = re.findall(
         r"Tried to allocate [\d.]+ \w+|total capacity of [\d.]+ \w+|[\d.]+ \w+ is free", error
     )
@@ -96,7 +99,7 @@ def describe_out_of_memory(error: str, job: Job) -> str:
 
 
 def _as_arguments(change: dict) -> str:
-    """Return a change as it is typed on the command line."""
+    """Return {option: value} as it is typed on the command line."""
     return " ".join(f"--{name} {format_value(value)}" for name, value in change.items())
 
 

@@ -55,7 +55,10 @@ from wrapping import STRATEGIES
 
 
 def check_run(config: Config) -> Job:
-    """Check a run without touching a GPU or writing a file, and return it as a Job. Raises UserError."""
+    """Return a run as a Job. Raises UserError if anything is wrong with its options, model or data.
+
+    It uses no GPU and writes no file of the run, but downloads models and data into their caches.
+    """
     if config.llama_pro_path is None:
         return _make_job(config)
     with rename_option_in_errors("--llama_pro_path", "--model_name"):  # the same model by another option
@@ -63,7 +66,7 @@ def check_run(config: Config) -> Job:
 
 
 def _make_job(config: Config) -> Job:
-    """Run the checks in order: options, model, data, and what combines them. Raises UserError."""
+    """Check the options, the model, the data and what combines them; return the Job. Raises UserError."""
     started = time.time()
     config, saved = _check_options(config)
     model = _check_model(config)
@@ -101,7 +104,7 @@ def _make_job(config: Config) -> Job:
 
 
 def _check_options(config: Config) -> tuple[Config, Checkpoint | None]:
-    """Return the options with this machine's and this day's values, and the checkpoint to resume from.
+    """Return (options with this machine's ranks and this day's chat_date, the checkpoint to resume or None).
 
     Raises UserError for what is wrong with a run whatever its model and data are.
     """
@@ -141,7 +144,7 @@ class _Model:
 
 
 def _check_model(config: Config) -> _Model:
-    """Find and open the model. Raises UserError if it cannot be trained as the options say."""
+    """Find, download and open the model. Raises UserError if it cannot be trained as the options say."""
     folder = (
         make_toy_model(read_toy_texts()) if config.model_name == TOY_MODEL else find_model(config.model_name)
     )
@@ -165,7 +168,7 @@ def _check_model(config: Config) -> _Model:
 
 
 def _check_data(config: Config, model: _Model) -> tuple[Config, TokenizedRows, EvaluationData, Any]:
-    """Return `prepare_sets`' result for this model, with stops, and its tokenizer. Raises UserError."""
+    """Return (config with the data's format, training rows, evaluation data, tokenizer). Raises UserError."""
     folder = model.folder
     tokenizer = read_tokenizer(folder, f"--model_name {folder}")
     config, rows, evaluation = prepare_sets(config, tokenizer)
@@ -180,7 +183,7 @@ def _check_data(config: Config, model: _Model) -> tuple[Config, TokenizedRows, E
 
 
 def remarks_on_model(model_config: PretrainedConfig, folder: Path, was_untied: bool) -> list[str]:
-    """Return remarks on how the model in `folder` is trained. was_untied: its head got weights of its own."""
+    """Return lines on what differs from config.json in training. was_untied: the head got its own weights."""
     remarks = []
     if was_untied:
         remarks.append(f"{folder}: {UNTIED}")
@@ -194,7 +197,10 @@ def remarks_on_model(model_config: PretrainedConfig, folder: Path, was_untied: b
 
 
 def _resolve_launch(config: Config) -> Config:
-    """Fill in the options whose defaults depend on this machine: ranks, and sharding. Raises UserError."""
+    """Return the options with this machine's ranks and sharding, and after a restart with --resume auto.
+
+    Raises UserError if this machine cannot have such ranks, or they cannot meet at --master_addr.
+    """
     world = resolve_world_size(config.world_size)
     strategy = resolve_strategy(config.sharding_strategy, world)
     config = dataclasses.replace(config, world_size=world, sharding_strategy=strategy)
@@ -210,7 +216,7 @@ def _resolve_launch(config: Config) -> Config:
 def check_rope(
     config: Config, model_config: PretrainedConfig, rows: TokenizedRows, evaluation: EvaluationData
 ) -> None:
-    """Raise UserError if a row would change how the other rows of its batch, or later ones, are computed.
+    """Raise UserError if RoPE would compute rows otherwise beside, or after, one of the run's longer rows.
 
     Otherwise evaluation would change training, and a resumed run would differ.
     """
@@ -237,7 +243,10 @@ def check_rope(
 def find_cache(
     model: PreTrainedModel, family: Family, config: Config, files: CheckpointFiles
 ) -> CachePlan | None:
-    """Let `files` read from --quantized_cache, or return the cache to write. Raises UserError."""
+    """Return the cache that is still to be written; or add an existing one to `files`, and return None.
+
+    The cache is that of --quantized_cache. Raises UserError if it cannot be used.
+    """
     assert config.quantized_cache is not None and config.output_dir is not None
     names = [f"{name}.weight" for name in packed_linears(model, family, config)]
     device_type = "cuda" if torch.cuda.is_available() else "cpu"  # like the ranks of launch/processes.py

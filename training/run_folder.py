@@ -31,12 +31,12 @@ def start_run_folder(
     job: Job,
     rank_info: RankInfo,
     lock: FolderLock,
-    total: int,
-    facts: str,
-    ready: str,
-    stages: dict[str, float],
+    total_steps: int,
+    facts_json: str,
+    ready_line: str,
+    stage_gib: dict[str, float],
 ) -> NoTracker:
-    """Lock and prepare the folder for the run's first step, and return the rank's tracker. Collective.
+    """Lock the folder, clear it or roll it back, write the options; return this rank's tracker. Collective.
 
     Raises UserError if another run writes there, or has done so since the checks, or if a node does not see
     the folder.
@@ -45,10 +45,10 @@ def start_run_folder(
         job: the checked run.
         rank_info: this process.
         lock: the folder's lock, which rank 0 acquires.
-        total: optimizer steps of the run.
-        facts: rank 0's text for run.json.
-        ready: the line to print once the folder is locked and prepared.
-        stages: GiB of the fullest rank after each stage (wrap, load).
+        total_steps: optimizer steps of the run.
+        facts_json: rank 0's text for run.json.
+        ready_line: the line to print once the folder is locked and prepared.
+        stage_gib: GiB of the fullest rank in each stage (wrap, load).
     """
     config, folder = job.config, Path(job.output_dir)
     if rank_info.rank == 0:
@@ -58,18 +58,18 @@ def start_run_folder(
             clear_output(folder)
         resume.roll_back_run(folder, job.saved)
         write_text(folder / OPTIONS, job.options_file())
-        write_text(folder / FACTS, facts)
-        print(ready, flush=True)
+        write_text(folder / FACTS, facts_json)
+        print(ready_line, flush=True)
     if config.save_every or config.save_minutes:
         check_output_is_shared(folder / FACTS, rank_info)
     state = job.saved.run["parts"]["tracker"] if job.saved else {}
-    tracker = make_tracker(config, rank_info.rank, total, state)
-    tracker.log_stages(stages)
+    tracker = make_tracker(config, rank_info.rank, total_steps, state)
+    tracker.log_stages(stage_gib)
     return tracker
 
 
 def unsaved_error(job: Job, error: OSError) -> UserError:
-    """Return the error of a result that could not be written, with the checkpoint that still has it."""
+    """Return a UserError for a result that could not be written; it names the newest checkpoint, if any."""
     folder = Path(job.output_dir)
     return UserError(describe_unsaved(error, folder, next(iter(checkpoint_steps(folder)), None)))
 
@@ -78,26 +78,26 @@ def finish_run(
     job: Job,
     rank_info: RankInfo,
     history: list[Metrics],
-    total: int,
-    done: int,
+    total_steps: int,
+    steps_done: int,
     seconds: float,
-    stages: dict[str, float],
-    stopped: str,
+    stage_gib: dict[str, float],
+    stop_reason: str,
     no_result: str,
 ) -> None:
-    """Write the run's report, and print the last lines. Collective.
+    """Write the run's report and print its last lines; then raise UserError if the run failed. Collective.
 
-    Raises UserError on all ranks if bad steps ended the run, or if it has no result.
+    It failed if bad steps ended it, or if it has no result.
 
     Args:
         job: the checked run.
         rank_info: this process.
         history: metrics of every step, on rank 0 also of those before the run was resumed.
-        total: optimizer steps of the run.
-        done: steps before the run was resumed.
+        total_steps: optimizer steps of the run.
+        steps_done: steps before the run was resumed.
         seconds: time of the steps after that.
-        stages: as for `start_run_folder`.
-        stopped: why the run was asked to stop, or "".
+        stage_gib: as for `start_run_folder`.
+        stop_reason: why the run was asked to stop, or "".
         no_result: why the run has no result to save, or "".
     """
     config, folder = job.config, Path(job.output_dir)
@@ -105,16 +105,17 @@ def finish_run(
         with warn_on_full_disk(folder / PAGE):
             write_report(folder)
         saved, sampled = config.save_model and not no_result, bool(job.evaluation.prompts)
-        lines = describe_end(config, history, total, done, seconds, stages, stopped, saved, sampled)
+        lines = describe_end(
+            config, history, total_steps, steps_done, seconds, stage_gib, stop_reason, saved, sampled
+        )
         print(lines, flush=True)
-    raise_if_failed(history[done:], _resumed_progress(job).bad, config.max_bad_steps, folder, no_result)
+    raise_if_failed(history[steps_done:], _resumed_progress(job).bad, config.max_bad_steps, folder, no_result)
 
 
 def describe_no_result(job: Job, model: nn.Module, history: list[Metrics]) -> str:
-    """Return why a finished run has no result, else "". Collective.
+    """Return an error line if no step was good or a trained weight is not finite, else "". Collective.
 
-    The reason is that no step was good, or that weights are not finite. history: metrics of the steps after
-    the run was resumed.
+    history: metrics of the steps after the run was resumed.
     """
     is_scaled = job.precision.autocast == torch.float16
     untrained = describe_no_good_step(history, _resumed_progress(job), is_scaled, Path(job.output_dir))

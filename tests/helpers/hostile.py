@@ -123,7 +123,7 @@ def numbers() -> dict[str, Case]:
 
     cases = {}
     for name in COMMAND.fields:
-        kind = COMMAND.kind(name)[0]
+        kind = COMMAND.value_type(name)[0]
         if kind not in (int, float):
             continue
         values = {int: ("9" * 5000, "1e3"), float: ("nan", "-1e400")}[kind]

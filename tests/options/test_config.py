@@ -316,7 +316,7 @@ ODD_TEXTS = [
 
 def odd_values(name: str) -> list:
     """Return values that an option accepts according to its declaration, with unusual ones among them."""
-    kind, _ = COMMAND.kind(name)
+    kind, _ = COMMAND.value_type(name)
     meta = FIELDS[name].metadata
     if meta["choices"]:
         return list(meta["choices"])
