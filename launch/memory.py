@@ -94,7 +94,7 @@ class PeakMemory:
         return step
 
     def _read_counters(self) -> None:
-        """Add the allocator's peaks to those of the phase and of the step, and reset its counters."""
+        """Raise the peaks of the phase and of the step to the allocator's, and reset the allocator's."""
         if not torch.cuda.is_initialized():
             return
         now = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()

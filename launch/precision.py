@@ -76,7 +76,7 @@ class Precision:
 
 
 def choose_precision(mode: str, has_gpu: bool, has_bf16_gpu: bool) -> Precision:
-    """Return the dtypes of `--precision mode` (auto, fp32, bf16, ...) on a machine with such a GPU."""
+    """Return the dtypes of `--precision mode`; only those of auto depend on the GPU."""
     fp32, bf16, fp16 = torch.float32, torch.bfloat16, torch.float16
     if mode == "auto" and has_bf16_gpu:
         return Precision(bf16, fp32)
@@ -97,7 +97,7 @@ def has_bf16_gpu() -> bool:
 
 
 def detect_precision(mode: str) -> Precision:
-    """Return the dtypes of `--precision mode` (auto, fp32, bf16, ...) on this machine's hardware."""
+    """Return the dtypes of `--precision mode`; those of auto depend on this machine's GPU."""
     return choose_precision(mode, torch.cuda.is_available(), has_bf16_gpu())
 
 

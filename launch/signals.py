@@ -63,7 +63,7 @@ class NoStopRequests:
     reason = ""
 
     def agree(self, last: bool) -> tuple[bool, bool]:
-        """Return (whether the run has to stop after this step, whether to save one): (False, False) here.
+        """Return (whether to stop after this step, whether to save a checkpoint): (False, False) here.
 
         last: whether the run ends after this step anyway.
         """

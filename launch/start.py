@@ -35,7 +35,8 @@ def start(
 
     Returns:
         The exit status: 0 for success, 2 for an error that the user can fix, 1 for any other, 128 + the
-        number of a signal that ended the run. Under torchrun an error while it trains ends this process instead.
+        number of a signal that ended the run. Under torchrun an error while it trains ends this process
+        instead.
     """
 
     def check_and_print() -> AnyJob:

@@ -127,7 +127,7 @@ class Command:
                 raise UserError(f"--{name} {value}: must be below 2**31")
 
     def _convert(self, name: str, value: Value, origin: str):
-        """Return an option's value in the option's type. Raises UserError if it is not of it, or no choice.
+        """Return a value in the option's type. Raises UserError if it does not fit or is no choice.
 
         Args:
             name: the option.
@@ -205,7 +205,7 @@ def _check_item(value: str | None, origin: str) -> str:
 
 
 def _parse_value(kind: type, value: Value, origin: str, noun: str):
-    """Return a text as a value of type `kind`. Raises UserError if it is none, or not a text.
+    """Return a text as a value of type `kind`. Raises UserError if it does not fit.
 
     Args:
         kind: int, float, bool, str or Path.

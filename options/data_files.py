@@ -40,7 +40,7 @@ def conversion_advice(name: str) -> str | None:
 
 
 def kind_in_folder(name: str) -> str | None:
-    """Return a file's value in KINDS; its suffix if its rows cannot be read; None if it has no rows.
+    """Return "JSON", "CSV" or "parquet"; the suffix if the file cannot be read; None if it has no rows.
 
     The name decides. A README or a program has no rows.
     """

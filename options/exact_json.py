@@ -35,7 +35,7 @@ class MinusZero(int):
 
 
 def parse_json(text: str, exact: bool = False) -> Any:
-    """Parse a JSON text.
+    """Return the value of a strict JSON text; with `exact`, its numbers know how they were written.
 
     exact, which rows of data need: numbers that Python would write differently become ExactFloat or
     MinusZero, and a repeated key of an object is an error.

@@ -204,7 +204,7 @@ def raise_if_failed(
 
 
 def _describe_last_weights(history: list[Metrics], resumed_bad: int) -> str:
-    """Return which step made a run's last weights, and how many bad steps followed it."""
+    """Return a sentence on which step made a run's last weights, and how many bad steps followed it."""
     good = [m for m in history if math.isfinite(m.loss) and math.isfinite(m.grad_norm)]
     bad_before = (good[-1].bad_steps or 0) if good else resumed_bad
     bad_after = ((history[-1].bad_steps or 0) if history else resumed_bad) - bad_before

@@ -69,9 +69,9 @@ class Job:
 
     @property
     def generation_settings(self) -> dict[str, str]:
-        """generation_config.json of a result that is no model folder, if the run learned other stops.
+        """{"generation_config.json": text} for a result that is no model folder; {} if no stops were learned.
 
-        Empty if the base stops at the same tokens.
+        They are learned if the base does not stop at the same tokens.
         """
         return {name: text for name, text in self.small_files.items() if name == GENERATION_CONFIG}
 

@@ -51,7 +51,7 @@ def list_changes(job: Job) -> list[dict]:
 
 
 def estimate_savings(job: Job) -> list[tuple[dict, float]]:
-    """Return [({option: value}, bytes saved on the fullest GPU)], the largest saving first, none without."""
+    """Return [({option: value}, bytes saved on the fullest GPU)], the largest first, only those that save."""
     now = estimate_job_peak(job, job.config)
     found = []
     for change in list_changes(job):
