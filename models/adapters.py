@@ -30,10 +30,10 @@ ADAPTERS: dict[str, type[LoRALinear]] = {"lora": LoRALinear, "dora": DoRALinear}
 
 
 def target_linears(model: nn.Module, family: Family, target_modules: str) -> list[str]:
-    """Return the absolute names of the linears that get an adapter. target_modules: --lora_target_modules.
+    """Return full names of the linears that --lora_target_modules selects; UserError if a pattern fits none.
 
     A pattern matches whole dotted segments at the end of a name: q_proj, self_attn.q_proj. Raises UserError
-    if a pattern matches nothing, or a linear of a routed expert.
+    if a pattern matches nothing, or a linear of a routed expert. target_modules: the option's value.
     """
     names = [name for name, _ in family.layer_linears(model)]
     matched = set()
@@ -54,7 +54,7 @@ def target_linears(model: nn.Module, family: Family, target_modules: str) -> lis
 
 
 def check_rank(model: nn.Module, names: list[str], rank: int) -> None:
-    """Raise UserError if the rank is larger than the width of every linear that gets an adapter."""
+    """Raise UserError if --lora_rank exceeds both in_features and out_features of every named linear."""
     linears = dict(_dense_linears(model, names))
     widest = max(max(linear.in_features, linear.out_features) for linear in linears.values())
     if rank > widest:
@@ -62,7 +62,7 @@ def check_rank(model: nn.Module, names: list[str], rank: int) -> None:
 
 
 def _dense_linears(model: nn.Module, names: Iterable[str]) -> Iterator[tuple[str, nn.Linear]]:
-    """Yield (name, module) of the named linears of a model that `apply_method` has not changed."""
+    """Yield (name, module) for each name: plain nn.Linear, in a model that `apply_method` did not change."""
     for name in names:
         linear = model.get_submodule(name)
         assert isinstance(linear, nn.Linear)
@@ -70,7 +70,7 @@ def _dense_linears(model: nn.Module, names: Iterable[str]) -> Iterator[tuple[str
 
 
 def peft_targets(family: Family, target_modules: str) -> list[str]:
-    """Return --lora_target_modules as the list of names for PEFT's target_modules."""
+    """Return --lora_target_modules as PEFT's list of name endings; `all`, `default`: the family's names."""
     if target_modules == "all":
         return [linear.rpartition(".")[2] for linear in family.linears]
     if target_modules == "default":
@@ -81,7 +81,7 @@ def peft_targets(family: Family, target_modules: str) -> list[str]:
 def check_quantization(
     model: PreTrainedModel, family: Family, config: Config, files: CheckpointFiles
 ) -> None:
-    """Raise UserError if the checkpoint cannot be quantized, or its packed weights cannot be used."""
+    """Raise UserError if the train type cannot pack the files' weights, or use those packed already."""
     linears = dict(family.layer_linears(model))
     if getattr(model.config, "quantization_config", None) and not files.prequantized:
         # A trained model saved with such a config.json could not be computed by transformers.
@@ -116,7 +116,7 @@ def check_quantization(
 
 
 def quantizer_from_config(config: Config) -> Quantizer:
-    """Return the quantizer of a --train_type that has one, with --n_bits and --group_size."""
+    """Return the quantizer of --train_type, which must have one, made with --n_bits and --group_size."""
     name = config.method.quantizer
     assert name is not None
     return make_quantizer(name, config.n_bits, config.group_size)
@@ -129,9 +129,9 @@ def packed_linears(model: PreTrainedModel, family: Family, config: Config) -> li
 
 
 def choose_quantizers(names: list[str], config: Config, files: CheckpointFiles) -> dict[str, Quantizer]:
-    """Return {name: quantizer} of the linears that are packed; linears without an entry stay dense.
+    """Return {linear's name: its quantizer}, for the given names; linears without an entry stay dense.
 
-    In a checkpoint that is packed already, the checkpoint decides.
+    All get the train type's quantizer. In a checkpoint that is packed already, each packed one gets its own.
     """
     if files.prequantized:
         packed = {name: files.packed.get(f"{name}.weight") for name in names}
@@ -142,7 +142,7 @@ def choose_quantizers(names: list[str], config: Config, files: CheckpointFiles) 
 def apply_method(
     model: PreTrainedModel, family: Family, config: Config, precision: Precision, files: CheckpointFiles
 ) -> None:
-    """Change transformers' meta model into what the train type trains.
+    """Cast, freeze and quantize a meta model in place, and add its adapters, as the train type says.
 
     Afterwards exactly the trained parameters have requires_grad, and all have the dtypes of `precision`.
     """
@@ -162,7 +162,7 @@ def apply_method(
 
 
 def _add_adapters(model: nn.Module, family: Family, config: Config, dtype: torch.dtype) -> None:
-    """Wrap each target linear in an adapter whose trained parameters have `dtype`."""
+    """Wrap the linears of --lora_target_modules in the train type's adapters; `dtype`: of A, B, magnitude."""
     name = config.method.adapter
     assert name is not None
     for path in target_linears(model, family, config.lora_target_modules):
@@ -175,9 +175,9 @@ def _add_adapters(model: nn.Module, family: Family, config: Config, dtype: torch
 
 @torch.no_grad()
 def replace_adapters(model: nn.Module, family: Family, config: Config) -> None:
-    """Replace a loaded model's adapters by new ones with the options of `config`; the base stays loaded.
+    """Replace the adapters of a loaded, unsharded model by new ones of `config`'s options, not filled yet.
 
-    The model must not be sharded. The new adapters' A, B and magnitudes are not filled yet.
+    The base stays loaded. The caller must set the new A, B and magnitudes.
     """
     for name, module in list(model.named_modules()):
         if isinstance(module, LoRALinear):

@@ -38,21 +38,21 @@ _VARLEN_OPTIONS: dict[str, Any] = (
 
 
 def choose_attention(
-    config: PretrainedConfig, family: Family, dtype: torch.dtype, packing: bool, max_tokens: int
+    config: PretrainedConfig, family: Family, dtype: torch.dtype, packing: bool, max_line_tokens: int
 ) -> str:
-    """Return the name, in transformers' registry, of the attention to compute with on this hardware.
+    """Return the attention for this hardware, by its name in transformers: CAUSAL, VARLEN or the family's.
 
     Args:
         config: the model's configuration.
         family: the model's family.
         dtype: of the matmuls.
         packing: whether a line may hold several rows.
-        max_tokens: of a line of training.
+        max_line_tokens: most tokens of a line in training.
     """
     if family.attention != "sdpa":
         return family.attention
     window = getattr(config, "sliding_window", None)
-    if not packing and (window is None or max_tokens <= window):
+    if not packing and (window is None or max_line_tokens <= window):
         return CAUSAL
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     suits = (
@@ -65,7 +65,7 @@ def choose_attention(
 
 
 def has_varlen() -> bool:
-    """Return whether this process computes on GPUs that run the kernel: Ampere and newer."""
+    """Return whether PyTorch's variable-length attention runs on this process's GPU: Ampere or newer."""
     built = torch.cuda.is_available() and torch.backends.cuda.is_flash_attention_available()
     return built and torch.cuda.get_device_capability() >= (8, 0)
 
@@ -79,7 +79,7 @@ def attend_causally(
     sliding_window: int | None = None,
     **others,
 ) -> tuple[torch.Tensor, None]:
-    """Compute causal attention of whole lines, without padding on the left and without a cache.
+    """Return (causal attention over whole lines, None), for lines without left padding and without a cache.
 
     The arguments are transformers' (AttentionInterface).
 
@@ -115,7 +115,7 @@ def attend_within_rows(
     max_length_q: int | None = None,
     **others,
 ) -> tuple[torch.Tensor, None]:
-    """Compute causal attention within each row of packed lines.
+    """Return (causal attention, None), in which a token of a packed line sees only its own row.
 
     The arguments are transformers' (AttentionInterface).
 

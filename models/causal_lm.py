@@ -32,7 +32,7 @@ class SummedLossMixin(Base):
         row_lengths: torch.Tensor | None = None,
         **kwargs,
     ):
-        """Return the model's own output, or with targets the summed loss (fp32).
+        """Return the model's own output, or with targets this rank's summed cross-entropy (fp32 scalar).
 
         Args:
             args, kwargs: the model's own arguments.
@@ -52,12 +52,12 @@ class SummedLossMixin(Base):
 
 @cache
 def summed_loss_class(model_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
-    """Return a class of the same name whose forward is SummedLossMixin's."""
+    """Return a subclass of the same name whose forward returns the summed loss if it gets targets."""
     return type(model_class.__name__, (SummedLossMixin, model_class), {})
 
 
 def replace_head(model: nn.Module, name: str, scale: float, cap: float | None) -> None:
-    """Replace the linear of that dotted name by a Head with the same weight parameter.
+    """Replace the nn.Linear at the dotted path `name` by a Head with the same weight and bias parameters.
 
     scale, cap: values of Family.logit_scale and Family.logit_cap.
     """
@@ -70,7 +70,7 @@ def replace_head(model: nn.Module, name: str, scale: float, cap: float | None) -
 
 
 def loss_sum(model: nn.Module, batch: Batch) -> torch.Tensor:
-    """Return the cross-entropy summed over the batch's targets, in fp32."""
+    """Return the cross-entropy summed over this rank's batch, an fp32 scalar. Collective if sharded."""
     # No attention mask: padding is on the right, where causal attention never looks, and has no targets.
     # Batches of packed rows hold the rows' bounds.
     return model(**batch.model_inputs(), targets=batch.targets, target_positions=batch.target_positions)

@@ -28,8 +28,8 @@ from quantization.quantizers import PackedWeight
 _reuses_norms = True  # switched by `without_norm_reuse`
 
 
-def _is_recomputing() -> bool:
-    """Return whether this forward is activation checkpointing's recompute, which may reuse the first norm.
+def _may_reuse_norm() -> bool:
+    """Return whether this runs in a recompute within backward, outside of `without_norm_reuse`.
 
     A forward within backward is a recompute. Its weights are the first forward's, so the norm is the same.
     """
@@ -38,9 +38,10 @@ def _is_recomputing() -> bool:
 
 @contextlib.contextmanager
 def without_norm_reuse() -> Iterator[None]:
-    """Within this context a recompute runs exactly the operators of the first forward.
+    """Context in which a recomputed DoRA layer computes its norm anew instead of reusing the first forward's.
 
-    A selective checkpointing policy needs this: it finds saved results by counting operators.
+    A selective checkpointing policy needs the same operators as in the first forward: it finds saved results
+    by counting them.
     """
     global _reuses_norms
     _reuses_norms = False
@@ -63,7 +64,7 @@ class DoRALinear(LoRALinear):
         rank: int,
         alpha: float,
         dropout: float,
-        dtype,
+        dtype: torch.dtype,
     ):
         super().__init__(base, features, rank, alpha, dropout, dtype)
         self.bias = base.bias
@@ -76,9 +77,9 @@ class DoRALinear(LoRALinear):
 
     @torch.no_grad()
     def updated_norm(self) -> torch.Tensor:
-        """Return ||W + s B A|| of each row: [O], fp32, detached."""
+        """Return ||W + s B A|| of each row: [O], fp32, detached. Maybe the result of an earlier call."""
         compiling = torch.compiler.is_compiling()
-        if not compiling and self.last_norm is not None and (self.caches_norm or _is_recomputing()):
+        if not compiling and self.last_norm is not None and (self.caches_norm or _may_reuse_norm()):
             return self.last_norm
         update = self.lora_A, self.lora_B, self.scaling, self.squared_norm
         with torch.autocast(self.lora_A.device.type, enabled=False):  # fp32 must stay fp32 here
@@ -98,7 +99,7 @@ class DoRALinear(LoRALinear):
         return F.linear(self.base.weight, a.to(self.base.weight.dtype))
 
     def magnitude(self) -> torch.Tensor:
-        """Return m: [O], fp32."""
+        """Return DoRA's magnitude of each row, m = ||W|| + magnitude_change: [O], fp32."""
         return self.squared_norm.sqrt() + self.magnitude_change.float()
 
     def base_output(self, x: torch.Tensor) -> torch.Tensor:
@@ -109,6 +110,7 @@ class DoRALinear(LoRALinear):
         return self.base
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return m / norm * (W x + s B A dropout(x)) + bias; within `adapters_off`, W x + bias."""
         if not self.active:
             return self.base_output(x)
         g = self.magnitude() / self.updated_norm()
@@ -118,7 +120,7 @@ class DoRALinear(LoRALinear):
         return y if self.bias is None else y + self.bias.to(y.dtype)  # the bias is fp32 under autocast
 
     def compute_squared_norm(self, weight: torch.Tensor) -> torch.Tensor:
-        """Return the value of `squared_norm` for a base weight [O, I]: [O], fp32."""
+        """Return ||row||^2, at least TINY, of each row of a weight [O, I]: [O], fp32."""
         norm = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32)
         # A row of zeros has no direction. With the floor its scale is 1 and its output 0, instead of 0 / 0.
         return norm.square().clamp_min(TINY)
@@ -127,7 +129,7 @@ class DoRALinear(LoRALinear):
         return ("bias",) if name == "bias" else (*super().parameters_from(name), "squared_norm")
 
     def convert_tensor(self, name: str, tensor: torch.Tensor | PackedWeight) -> dict[str, torch.Tensor]:
-        """Convert the base's tensor; the squared norm is that of the weight as the layer computes with it."""
+        """Return {parameter: contents} of the base's tensor `name`; for the weight also `squared_norm`."""
         if name == "bias":
             assert isinstance(tensor, torch.Tensor)
             return {"bias": tensor}
@@ -148,7 +150,7 @@ class DoRALinear(LoRALinear):
 
     @torch.no_grad()
     def set_peft_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Load PEFT's magnitude m as m - ||W||, then A and B."""
+        """Load A, B and the magnitude from PEFT's tensors, as LoRALinear does; also empties `tensors`."""
         magnitude = tensors.pop("lora_magnitude_vector")
         if magnitude.shape != self.squared_norm.shape:
             raise RuntimeError(f"magnitude of shape {list(magnitude.shape)}")
@@ -158,7 +160,7 @@ class DoRALinear(LoRALinear):
 
 @contextlib.contextmanager
 def cached_norms(model: nn.Module) -> Iterator[None]:
-    """Within this context, in which no weight may change, each DoRA layer computes its norm only once.
+    """Context in which each DoRA layer of the model computes its norm only once: no weight may change.
 
     Without it each generated token would cost the work of R tokens more.
     """

@@ -79,7 +79,7 @@ class Family:
         return layers
 
     def layer_linears(self, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-        """Yield (absolute dotted name, module) of each linear to quantize, layer by layer.
+        """Yield (full dotted name, module) of each decoder linear that is quantized, layer by layer.
 
         Raises AttributeError for a name that a layer does not have.
         """
@@ -88,26 +88,26 @@ class Family:
                 yield f"{self.layers}.{i}.{linear}", layer.get_submodule(linear)
 
     def locate_layer(self, name: str) -> tuple[int | None, str]:
-        """Split a tensor's name into (layer, name below it); (None, name) if it is outside of the layers."""
+        """Split a tensor's name into (layer's index, name within it); (None, name) outside of the layers."""
         below = name.removeprefix(f"{self.layers}.")
         number, _, rest = below.partition(".")
         return (int(number), rest) if below != name and number.isdecimal() else (None, name)
 
-    def identity_value(self, name: str) -> float | None:
-        """Return the value that fills a tensor of a new block; None if the tensor is copied.
+    def identity_value(self, name_in_layer: str) -> float | None:
+        """Return the number that fills this tensor of Llama-Pro's new layers; None if the tensor is copied.
 
-        name: relative to the layer. `identity_init` and `outputs` name such a tensor, or its module.
+        `identity_init` and `outputs` name such a tensor, or its module.
         """
-        segments = name.split(".")
+        segments = name_in_layer.split(".")
         for pattern, value in self.identity_init or [(output, 0.0) for output in self.outputs]:
             if any(_matches(pattern.split("."), found) for found in (segments, segments[:-1])):
                 return value
         return None
 
     def is_redundant(self, tensor: str, tied: bool) -> bool:
-        """Return whether the tensor of this name is a rotary table or a tied head, which no parameter needs.
+        """Return whether the tensor's name is that of a rotary table or, if `tied`, of the head's weight.
 
-        models/redundant.py compares its contents with what they should repeat.
+        No parameter needs such a tensor. models/redundant.py compares it with what it should repeat.
         """
         return tensor.endswith(ROTARY_TABLE) or (tied and tensor == f"{self.head}.weight")
 
@@ -128,16 +128,16 @@ def longrope_threshold(config: PretrainedConfig) -> float:
 
 
 def uses_dynamic_rope(config: PretrainedConfig) -> bool:
-    """Return whether a line beyond max_position_embeddings changes the frequencies of later lines.
+    """Return whether any layer has RoPE of type dynamic: a long line changes the frequencies of later ones.
 
-    With RoPE of type dynamic, transformers keeps the frequencies of the longest line so far.
+    transformers keeps the frequencies of the longest line so far beyond max_position_embeddings.
     """
     ropes = [_rope_parameters(config), *_ropes_by_layer(config)]
     return any("dynamic" in str(rope.get("rope_type")) for rope in ropes)
 
 
 def has_longrope_by_layer(config: PretrainedConfig) -> bool:
-    """Return whether only some kinds of layers have longrope; `longrope_threshold` does not detect these."""
+    """Return whether a kind of layer has longrope of its own (which `longrope_threshold` does not detect)."""
     return any(rope.get("rope_type") == "longrope" for rope in _ropes_by_layer(config))
 
 
@@ -146,7 +146,7 @@ def _rope_parameters(config: PretrainedConfig) -> dict:
 
 
 def _ropes_by_layer(config: PretrainedConfig) -> list[dict]:
-    """Return the parameters of each kind of layer (Gemma 3)."""
+    """Return the RoPE parameters of each kind of layer; [] if all layers share one (all but Gemma 3)."""
     return [rope for rope in _rope_parameters(config).values() if isinstance(rope, dict)]
 
 

@@ -15,6 +15,7 @@ import triton.language as tl
 BLOCK = 1024  # features of a program
 
 
+# Copies up to BLOCK features of one token's row to out, or zeros; arguments as for `gather_rows`.
 @triton.jit
 def _gather(table, index, mask, out, features, HAS_MASK: tl.constexpr, BLOCK: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)

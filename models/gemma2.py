@@ -16,12 +16,18 @@ IDENTITY_INIT = (("post_attention_layernorm", -1.0), ("post_feedforward_layernor
 
 
 def constant_buffers(config: Gemma2Config) -> dict[str, torch.Tensor]:
-    """Return the embedding's scale. The load rounds it to the embedding's dtype, as transformers does."""
+    """Return {the buffer's name: sqrt(hidden_size) in fp32}, the factor of the embeddings.
+
+    The load rounds it to the embedding's dtype, as transformers does.
+    """
     return {"model.embed_tokens.embed_scale": torch.tensor(config.hidden_size**0.5)}
 
 
 def logit_cap(config) -> float | None:
-    """Return the cap of Gemma 2 and 3. Classes of other families ignore this value of a config."""
+    """Return c of Gemma 2's and 3's logits c tanh(z / c), or None without a cap.
+
+    Classes of other families ignore this value of a config.
+    """
     return config.final_logit_softcapping
 
 

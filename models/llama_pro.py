@@ -25,15 +25,14 @@ NEW_LAYERS = "llama_pro_new_layers"  # in config.json: indices in the expanded m
 
 
 def is_expanded(config: PretrainedConfig) -> bool:
-    """Return whether the config is of a model that block_expansion.py wrote."""
+    """Return whether the config has llama_pro_new_layers, as block_expansion.py writes it."""
     return getattr(config, NEW_LAYERS, None) is not None
 
 
 def new_layers(config: PretrainedConfig) -> list[int]:
-    """Return the indices of an expanded model's new layers.
+    """Return the indices of an expanded model's new layers; UserError for other models or a wrong list.
 
-    Raises UserError for any other model, and for a list that cannot be true. Layer 0 is never new: there is
-    no layer before it to copy.
+    Layer 0 is never new: there is no layer before it to copy.
     """
     path, count = f"{config.name_or_path}/{CONFIG}", config.num_hidden_layers
     layers = getattr(config, NEW_LAYERS, None)
@@ -52,47 +51,46 @@ def new_layers(config: PretrainedConfig) -> list[int]:
 
 
 def check_can_leave_identity(
-    files: CheckpointFiles, family: Family, new: list[int], trained: torch.dtype, lr: float
+    files: CheckpointFiles, family: Family, new: list[int], dtype: torch.dtype, lr: float
 ) -> None:
-    """Raise UserError if updates could not move the new layers away from the identity.
+    """Raise UserError if new layers are the identity and `dtype` rounds away updates of size `lr`.
 
-    That is so if the dtype of trained weights rounds away an update of size lr to the identity's value. An
-    example is -1 in bf16, whose neighbours are 0.004 and 0.008 away. The layer's other weights would not move
-    either: no gradient passes the zeros.
+    An example is -1 in bf16, whose neighbours are 0.004 and 0.008 away. The layer's other weights would not
+    move either: no gradient passes the zeros.
 
     Args:
         files: the expanded model's tensors.
         family: its family.
         new: indices of its new layers.
-        trained: dtype of trained weights.
+        dtype: of trained weights.
         lr: the learning rate.
     """
     for name in files.tensors:
         layer, below = family.locate_layer(name)
         value = family.identity_value(below) if layer in new else None
-        if value is None or not lr or any(torch.tensor(value + x).to(trained) != value for x in (lr, -lr)):
+        if value is None or not lr or any(torch.tensor(value + x).to(dtype) != value for x in (lr, -lr)):
             continue
         stored = files.read(name)
         # Layers that were trained before, or that an older version made, hold other values.
         if isinstance(stored, torch.Tensor) and (stored == value).all():
             raise UserError(
                 f"{files.folder}: {name} is {value:g}, which makes a new layer add nothing, and in"
-                f" {str(trained).removeprefix('torch.')} an update of --lr {lr:g} is rounded away: nothing"
+                f" {str(dtype).removeprefix('torch.')} an update of --lr {lr:g} is rounded away: nothing"
                 " would be learned; use --precision auto"
             )
 
 
-def spread_new_blocks(layers: int, new: int) -> list[int]:
-    """Return the layer, from 0, after which each of `new` blocks goes, spread evenly over `layers` layers.
+def spread_new_blocks(n_layers: int, n_new: int) -> list[int]:
+    """Return, for each of n_new blocks, the layer (from 0) to insert it after: spread evenly over n_layers.
 
     The last block goes after the last layer. The numbers of layers between blocks differ by at most one.
     """
-    return [-(-(block + 1) * layers // new) - 1 for block in range(new)]
+    return [-(-(block + 1) * n_layers // n_new) - 1 for block in range(n_new)]
 
 
-def source_layers(layers: int, after: list[int]) -> list[int]:
+def source_layers(n_layers: int, copied_layers: list[int]) -> list[int]:
     """Return, for each layer of the expanded model, the index of the original layer that it is or copies.
 
-    A layer's copies follow it. after: the original layer before each new block.
+    A layer's copies follow it. copied_layers: for each new layer, the original layer that it copies.
     """
-    return [layer for layer in range(layers) for _ in range(1 + after.count(layer))]
+    return [layer for layer in range(n_layers) for _ in range(1 + copied_layers.count(layer))]

@@ -62,7 +62,7 @@ def _per_row_class(rotary_class: type[nn.Module]) -> type[nn.Module]:
 
 
 def make_rotary(family: Family, config: PretrainedConfig) -> nn.Module:
-    """Build the family's rotary embedding on the current device."""
+    """Build the model's rotary embedding on torch's default device; with longrope, a PerRowLongRope."""
     cls = family.rotary_class
     if longrope_threshold(config) < math.inf:
         cls = _per_row_class(cls)  # type: ignore[arg-type]

@@ -41,7 +41,7 @@ class LoRALinear(ConvertingModule):
         rank: int,
         alpha: float,
         dropout: float,
-        dtype,
+        dtype: torch.dtype,
     ):
         super().__init__()
         (out_features, in_features), device = features, next(base.parameters()).device
@@ -52,7 +52,7 @@ class LoRALinear(ConvertingModule):
         self.lora_B = nn.Parameter(torch.empty(out_features, rank, dtype=dtype, device=device))
 
     def base_output(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the base layer's result, with its bias."""
+        """Return the result without the adapter: W x + bias."""
         return self.base(x)
 
     def unwrap_base(self) -> nn.Module:
@@ -60,6 +60,7 @@ class LoRALinear(ConvertingModule):
         return self.base
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return W x + bias + s B A dropout(x); within `adapters_off`, W x + bias."""
         if not self.active:
             return self.base_output(x)
         return self.adapted_output(x, self.lora_B * self.scaling)
@@ -67,7 +68,7 @@ class LoRALinear(ConvertingModule):
     def adapted_output(
         self, x: torch.Tensor, b: torch.Tensor, row_scale: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Return g * (W x) + bias + b A dropout(x): [T, I] -> [T, O].
+        """Return g * (W x) + b A dropout(x), plus the base's bias, if any: [T, I] -> [T, O].
 
         b [O, R]: B, scaled. row_scale: g [O] fp32, or None for ones.
         """
@@ -90,7 +91,7 @@ class LoRALinear(ConvertingModule):
         return quantizer_for(self.base, name)
 
     def initial_values(self, generator: torch.Generator) -> dict[str, torch.Tensor]:
-        """Return a Kaiming-uniform A and a B of zeros."""
+        """Return {lora_A: Kaiming-uniform values, lora_B: zeros}, both on the CPU."""
         bound = 1 / math.sqrt(self.lora_A.shape[1])
         a = torch.empty(self.lora_A.shape).uniform_(-bound, bound, generator=generator)
         return {"lora_A": a, "lora_B": torch.zeros(self.lora_B.shape)}
@@ -104,7 +105,7 @@ class LoRALinear(ConvertingModule):
 
     @torch.no_grad()
     def set_peft_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Load the tensors of `peft_tensors` into a layer that is not sharded. Empties `tensors`.
+        """Copy the tensors of `peft_tensors` into this layer, which must not be sharded, and empty the dict.
 
         Raises KeyError for a name that is missing or not known, RuntimeError for another shape.
         """
@@ -119,7 +120,7 @@ class LoRALinear(ConvertingModule):
 
 @contextlib.contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
-    """Within this context the model computes what its base does."""
+    """Context in which all LoRA and DoRA layers of the model compute only what their base layer does."""
     layers = [m for m in model.modules() if isinstance(m, LoRALinear)]
     try:
         for layer in layers:

@@ -52,7 +52,7 @@ TILE = 128
 
 
 def shard_mesh(mesh: DeviceMesh) -> DeviceMesh:
-    """Return the 1-D mesh of the ranks that share one copy of the model. mesh: of wrapping.make_mesh."""
+    """Return the 1-D mesh of the ranks that share one copy of the model: `mesh`, or its dimension "shard"."""
     return mesh if mesh.ndim == 1 else mesh["shard"]
 
 
@@ -77,7 +77,7 @@ class VocabularyShard:
         self.first_row = self.max_rows * self.rank
 
     def all_gather(self, x: Tensor) -> Tensor:
-        """Gather the [N, ...] of every rank: [W N, ...]. Collective."""
+        """Return every rank's x [N, ...], concatenated in the order of ranks: [W N, ...]. Collective."""
         if self.n_ranks == 1:
             return x
         out = x.new_empty(self.n_ranks * x.shape[0], *x.shape[1:])
@@ -85,37 +85,34 @@ class VocabularyShard:
         return out
 
     def reduce_scatter(self, x: Tensor) -> Tensor:
-        """Sum the ranks' [W N, ...], partial sums for all tokens; return this rank's tokens: [N, ...].
-
-        Collective.
-        """
+        """Return this rank's part [N, ...] of the sum over ranks of their x [W N, ...]. Collective."""
         if self.n_ranks == 1:
             return x
         out = x.new_empty(x.shape[0] // self.n_ranks, *x.shape[1:])
         reduce_scatter(out, x, group=self.group)
         return out
 
-    def chunk_slices(self, n_tokens: int, max_tokens: int) -> Iterator[slice]:
-        """Yield the slices that cut N tokens into chunks, the same on all ranks.
+    def chunk_slices(self, n_tokens: int, max_chunk_tokens: int) -> Iterator[slice]:
+        """Return slices that cut this rank's n_tokens into chunks, the same on all ranks.
 
-        A chunk holds at most `max_tokens` tokens of all ranks together, or one token of each rank.
+        A chunk holds at most `max_chunk_tokens` tokens of all ranks together, or one token of each rank.
         """
-        size = max(max_tokens // self.n_ranks, 1)
+        size = max(max_chunk_tokens // self.n_ranks, 1)
         size -= size % TILE if size > TILE else 0
         return (slice(i, i + size) for i in range(0, n_tokens, size))
 
-    def find_rows(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Return (index of each token's row in `rows`, whether this rank has it).
+    def find_rows(self, token_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (index in `rows` of each token's row, bool tensor: whether this rank has that row).
 
         Without it the index is arbitrary, but valid.
         """
-        index = tokens - self.first_row
+        index = token_ids - self.first_row
         is_local = (index >= 0) & (index < len(self.rows))
         return index.clamp(0, max(len(self.rows) - 1, 0)), is_local
 
 
 def shard_vocabulary(modules: Sequence[nn.Embedding | Head], mesh: DeviceMesh) -> None:
-    """Shard the rows of the one frozen weight [V, H], on meta, that the modules share.
+    """Shard the modules' shared frozen meta weight [V, H] by rows, in place; embeddings: FrozenEmbedding.
 
     The layout is FSDP's, but the weight is never gathered for a forward.
     """
@@ -135,7 +132,7 @@ def shard_vocabulary(modules: Sequence[nn.Embedding | Head], mesh: DeviceMesh) -
 
 
 def freeze_embedding(embedding: nn.Embedding) -> FrozenEmbedding:
-    """Change the class of the embedding, in place, to one that is a FrozenEmbedding too, and return it.
+    """Make the embedding a FrozenEmbedding, in place, and return it; its weight and requires_grad stay.
 
     The module's own class comes first, as with fully_shard, so its additions stay (Gemma scales its
     embeddings).
@@ -158,7 +155,7 @@ class FrozenEmbedding(nn.Embedding):
     on_host = False  # set by wrapping.py, for the load
 
     def forward(self, ids: Tensor) -> Tensor:
-        """[B, T] -> [B, T, H], on the device of ids."""
+        """Return the embeddings [B, T, H] of ids [B, T], on their device. Collective if sharded."""
         shard = VocabularyShard(self.weight)
         if shard.n_ranks == 1:
             return look_up_rows(shard.rows, ids.flatten()).view(*ids.shape, -1)
@@ -197,7 +194,9 @@ class Head(nn.Linear):
     def forward(
         self, x: Tensor, targets: Tensor | None = None, target_positions: Tensor | None = None
     ) -> Tensor:
-        """Return the logits [.., V], or with targets the summed cross-entropy, fp32.
+        """Return the logits [.., V], or with targets this rank's summed cross-entropy in fp32.
+
+        Collective if the weight is sharded.
 
         The loss's logits are c tanh(s z / c) with the head's scale s and the softcap c. Without targets
         neither is applied: the model's own forward does it.
@@ -228,10 +227,9 @@ def _capped_logits(z: Tensor, softcap: float | None) -> Tensor:
 
 
 def _softmax_statistics(z: Tensor, index: Tensor, is_local: Tensor, softcap: float | None) -> Tensor:
-    """Return the softmax statistics of this rank's logits [C, S]: [C, 3] fp32.
+    """Return [C, 3] fp32 of this rank's z [C, S]: largest logit, sum of exp(logit - largest), target's logit.
 
-    The columns: the largest logit; the sum of exponentials relative to it; the target's logit if this rank
-    has it, else 0.
+    The target's logit is 0 if this rank does not have it.
     """
     if not z.shape[1]:
         return torch.tensor([-torch.inf, 0, 0], device=z.device).expand(len(z), 3)
@@ -242,9 +240,9 @@ def _softmax_statistics(z: Tensor, index: Tensor, is_local: Tensor, softcap: flo
 
 
 def _logit_gradient(z: Tensor, index: Tensor, is_local: Tensor, lse: Tensor, softcap: float | None) -> Tensor:
-    """Return the loss's gradient of z, (softmax - one-hot) times the cap's: [C, S] in z's dtype.
+    """Return the loss's gradient of z, in fp16 times FP16_FACTOR: [C, S] in z's dtype.
 
-    In fp16 it is multiplied by FP16_FACTOR. lse [C]: logarithm of the softmax's denominator; infinite for
+    It is (softmax - one-hot) times the cap's. lse [C]: logarithm of the softmax's denominator; infinite for
     tokens without a target.
     """
     logits = _capped_logits(z, softcap)
@@ -280,7 +278,7 @@ class _SummedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, rows, targets, target_positions, shard: VocabularyShard, softcap, compiled: bool):
-        """Compute the loss and the gradients for backward, in chunks. Collective if the head is sharded."""
+        """Return the loss, and save its gradients for backward. Collective if the head is sharded."""
         needs_grad_x, needs_grad_rows = ctx.needs_input_grad[:2]
         assert not (needs_grad_rows and shard.n_ranks > 1), "a head that is trained is gathered"
         statistics, gradient, ctx.scale = KERNELS[compiled and len(rows) > 0]
@@ -323,7 +321,7 @@ class _SummedLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        """Scale the gradients of forward. grad: of the loss, an fp32 scalar."""
+        """Return forward's gradients of x and rows, times `grad`, the fp32 scalar gradient of the loss."""
         grad_x, grad_rows = ctx.saved_tensors
         factor = grad / FP16_FACTOR if ctx.fp16 else grad
         return (

@@ -28,7 +28,10 @@ class Experts(nn.ModuleList):
         super().__init__(make_expert() for _ in range(count))
 
     def forward(self, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """Return the weighted sum of each token's experts: [T, H]. x: [T, H]; index, weights: [T, K]."""
+        """Return the weighted sum of the results of each token's experts: [T, H].
+
+        x: [T, H]; index: the numbers of each token's experts, [T, K]; weights: of these, [T, K].
+        """
         order = index.flatten().argsort(stable=True)  # [T * K]: the first expert's rows, the second's, ...
         counts = index.flatten().bincount(minlength=len(self)).tolist()
         rows = x[order // index.shape[1]].split(counts)
@@ -48,6 +51,6 @@ def _is_trained(expert: nn.Module) -> bool:
 
 
 def is_in_experts(model: nn.Module, name: str) -> bool:
-    """Return whether the module of that dotted name is inside an Experts."""
+    """Return whether the module of that dotted name is a routed expert or inside one."""
     path = name.split(".")
     return any(isinstance(model.get_submodule(".".join(path[:i])), Experts) for i in range(1, len(path)))

@@ -32,7 +32,7 @@ TOLERANCE = 1e-6  # relative, for frequencies that another library or device com
 
 
 def has_untied_head(config: PretrainedConfig, family: Family, files: CheckpointFiles) -> bool:
-    """Return whether the files hold a head that differs from the embedding that `config` ties it to.
+    """Return whether `config` ties head and embedding, but the files hold both, and they differ.
 
     Reads both. Raises OSError.
     """
@@ -45,16 +45,16 @@ def has_untied_head(config: PretrainedConfig, family: Family, files: CheckpointF
 
 
 def rename_tied_head(config: PretrainedConfig, family: Family, files: CheckpointFiles) -> None:
-    """Rename the head to the embedding if a tied model's files hold the head only, as transformers does."""
+    """Rename the head to the embedding in files.tensors if `config` ties them and only the head is there."""
     head, embedding = f"{family.head}.weight", f"{family.embedding}.weight"
     if config.tie_word_embeddings and head in files.tensors and embedding not in files.tensors:
         files.tensors[embedding] = files.tensors.pop(head)
 
 
 def sync_tied_embeddings(raw: dict, config: PretrainedConfig) -> dict:
-    """Return `raw` with the tie_word_embeddings of the loaded model.
+    """Return `raw`, the contents of a config.json, with the tie_word_embeddings of `config`.
 
-    raw: the contents of a folder's config.json; config: loaded from there, and maybe untied since.
+    It is `raw` itself if they agree. config: loaded from there, and maybe untied since.
     """
     if type(config).from_dict(copy.deepcopy(raw)).tie_word_embeddings == config.tie_word_embeddings:
         return raw
@@ -62,9 +62,9 @@ def sync_tied_embeddings(raw: dict, config: PretrainedConfig) -> dict:
 
 
 def corrected_config(folder: Path, config: PretrainedConfig) -> dict[str, str]:
-    """Return {config.json: its text with the loaded tie_word_embeddings}; {} if the folder's can be copied.
+    """Return {"config.json": its text with config's tie_word_embeddings}; {} if the folder's file agrees.
 
-    Raises UserError.
+    Raises UserError if that file cannot be read.
     """
     raw = read_json(folder / CONFIG, MAX_CONFIG_BYTES)
     corrected = sync_tied_embeddings(raw, config)
@@ -88,7 +88,7 @@ def check_rotary_frequencies(config: PretrainedConfig, family: Family, files: Ch
 
 
 def check_extra_tensors(config: PretrainedConfig, family: Family, files: CheckpointFiles) -> None:
-    """Raise UserError if one of two sets of weights holds a tensor that the other lacks and that is needed.
+    """Raise UserError if a folder has two sets of weights, and a needed tensor is in only one of them.
 
     Not needed are a copy of the embedding that is tied to it, and the rotary frequencies of `config`.
     """
@@ -111,13 +111,13 @@ def _is_redundant(extra: UnmatchedTensor, config: PretrainedConfig, family: Fami
 
 
 def _repeats_any(tables: list[torch.Tensor], folder: Path, stored: StoredTensor) -> bool:
-    """Return whether a stored tensor repeats one of the tables. Reads it only if a table has its shape."""
+    """Return whether a stored tensor equals a table up to rounding; reads it only if a shape matches."""
     candidates = [table for table in tables if table.shape == stored.shape]
     return bool(candidates) and any(_repeats(read_tensor(folder, stored), table) for table in candidates)
 
 
 def _rotary_tables(config: PretrainedConfig, family: Family) -> list[torch.Tensor]:
-    """Return the frequencies that a model of this config has or had, each [rotated features / 2] fp32."""
+    """Return all rotary tables that files of this config may hold: [rotated features / 2] fp32 each."""
     with torch.device("cpu"):
         rotary = make_rotary(family, config)
     tables = [table for name, table in rotary.named_buffers() if name.endswith("inv_freq")]
@@ -130,7 +130,7 @@ def _rotary_tables(config: PretrainedConfig, family: Family) -> list[torch.Tenso
 
 
 def _repeats(stored: torch.Tensor, table: torch.Tensor) -> bool:
-    """Return whether `stored` is `table`, rounded to its dtype, or to 16 bits and converted back."""
+    """Return whether `stored` equals `table` up to rounding to stored's dtype, fp16 or bf16."""
     values, computed = stored.double(), table.double()
     for dtype in (stored.dtype, torch.float16, torch.bfloat16):
         info = torch.finfo(dtype)

@@ -53,7 +53,7 @@ CONFIG_ERRORS = (
 
 
 def read_config(folder: Path) -> tuple[PretrainedConfig, Family]:
-    """Return (a model's configuration, its family). Raises UserError for an unknown architecture."""
+    """Return (a model folder's configuration, its family); UserError if unreadable or not in FAMILIES."""
     known = ", ".join(FAMILIES)
     if (folder / CONFIG).is_file():
         _check_counts(read_json(folder / CONFIG, MAX_CONFIG_BYTES), folder)
@@ -69,7 +69,10 @@ def read_config(folder: Path) -> tuple[PretrainedConfig, Family]:
 
 
 def _check_counts(raw: dict, folder: Path) -> None:
-    """Raise UserError for sizes below 1, and for too many layers: each is an object, on meta too."""
+    """Raise UserError if config.json (`raw`) has a size below 1, or a num_* value above MAX_LAYERS.
+
+    Each layer is an object, on meta too.
+    """
     for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size"):
         if isinstance(raw.get(name), int) and raw[name] < 1:
             raise UserError(f"{folder}/{CONFIG}: {name} {raw[name]}: must be positive")
@@ -79,7 +82,7 @@ def _check_counts(raw: dict, folder: Path) -> None:
 
 
 def build_on_meta(config: PretrainedConfig, family: Family, attention: str | None = None) -> PreTrainedModel:
-    """Build transformers' model of this family on the meta device: tensors with shapes, without memory.
+    """Return transformers' model of this config on the meta device, in eval mode, with a Head as its head.
 
     The names and shapes of its parameters are those of the files' tensors. attention: name in transformers'
     registry; None: the family's own.
@@ -111,7 +114,7 @@ def build_on_meta(config: PretrainedConfig, family: Family, attention: str | Non
 
 
 def _reason(e: Exception) -> str:
-    """Return the line of transformers' message that names the error.
+    """Return the one line of an exception's message that names the error.
 
     It is the last line of a validator's message, which begins with a title, and the first line of others.
     """
@@ -122,7 +125,7 @@ def _reason(e: Exception) -> str:
 def open_weights(
     folder: Path, config: PretrainedConfig, family: Family
 ) -> tuple[CheckpointFiles, PreTrainedModel, str | None]:
-    """Return (a folder's tensors, the meta model that they fill, the name of an untied head or None).
+    """Return (a folder's tensors, the meta model that they fill, the untied head's tensor name or None).
 
     If the files hold a head that differs from the embedding, tie_word_embeddings of `config` is set to False
     (models/redundant.py). Raises UserError unless the files hold everything that the model needs, and no
@@ -144,9 +147,9 @@ def open_weights(
 
 
 def check_weights(model: PreTrainedModel, files: CheckpointFiles, family: Family) -> None:
-    """Raise UserError unless each parameter has a tensor of its shape, and each tensor a parameter.
+    """Remove redundant tensors from `files`; UserError unless the others match the parameters one to one.
 
-    Removes redundant tensors from `files`; the load streams the others.
+    Names and shapes must match. The load streams what is left.
     """
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}  # a tied head is listed once
     for name, shape in shapes.items():

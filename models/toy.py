@@ -42,7 +42,7 @@ def make_toy_model(texts: list[str]) -> Path:
 
 
 def _write(folder: Path, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Save model and tokenizer. Removes the folder and raises UserError if that fails for the file system."""
+    """Save model and tokenizer in `folder`; if the file system refuses, remove it and raise UserError."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         model.save_pretrained(folder, max_shard_size="500KB")
@@ -58,7 +58,7 @@ def _write(folder: Path, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizer
 
 
 def _make_model(texts: list[str]) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
-    """Return (a model with random weights, its tokenizer)."""
+    """Return (a tiny Llama, its random weights always the same; a tokenizer trained on `texts`)."""
     tokenizer = _train_tokenizer(texts)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -83,7 +83,7 @@ def _make_model(texts: list[str]) -> tuple[LlamaForCausalLM, PreTrainedTokenizer
 
 
 def _train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE tokenizer that puts <s> before each text."""
+    """Return a byte-level BPE tokenizer, trained on `texts`, that puts <s> before each text."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()

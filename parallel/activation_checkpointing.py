@@ -57,25 +57,25 @@ _SAVED_OPERATORS = {
 
 
 def _checkpoint_policy(saved_operators: frozenset, ctx, op, *args, **kwargs) -> CheckpointPolicy:
-    """Choose for one operator between saving and recomputing its result."""
+    """Return MUST_SAVE for `saved_operators` and a `linear4bit` that asks for it, else PREFER_RECOMPUTE."""
     requested = op is LINEAR and args[-1]  # `linear4bit`'s last parameter asks for its output to be saved
     is_saved = requested or op in saved_operators
     return CheckpointPolicy.MUST_SAVE if is_saved else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def _checkpoint_contexts(saved_operators: frozenset):
-    """Return selective checkpointing's contexts, for forward and for recomputation."""
+    """Return contexts of (forward, recomputation), with which only `saved_operators`' results are saved."""
     return create_selective_checkpoint_contexts(partial(_checkpoint_policy, saved_operators))
 
 
 def _eager_checkpoint_contexts(saved_operators: frozenset):
-    """Return the contexts of a layer that is not compiled: its recomputation runs the same operators."""
+    """Return `_checkpoint_contexts` for an uncompiled layer, whose recomputation then reuses no DoRA norm."""
     forward, recomputation = _checkpoint_contexts(saved_operators)
     return forward, _CombinedContext(recomputation, without_norm_reuse())
 
 
 class _CombinedContext(contextlib.ExitStack):
-    """Several contexts, entered together."""
+    """A context that enters all of the given contexts, in order."""
 
     def __init__(self, *contexts):
         super().__init__()
@@ -88,7 +88,7 @@ class _CombinedContext(contextlib.ExitStack):
 
 
 def run_layer(layer: nn.Module, saved: SavedActivations, *args, **kwargs):
-    """Run a layer's forward so that it saves only the `saved` activations for backward."""
+    """Return layer(*args, **kwargs), run so that it saves only the `saved` activations for backward."""
     if saved is SavedActivations.ALL:
         return layer(*args, **kwargs)
     compiling = torch.compiler.is_compiling()
@@ -100,7 +100,7 @@ def run_layer(layer: nn.Module, saved: SavedActivations, *args, **kwargs):
 
 
 def should_compile(option: str, device: torch.device, family: Family) -> bool:
-    """Return whether the layers are compiled. option: --compile."""
+    """Return whether to compile the layers. option: --compile, of which auto asks device and family."""
     return option == "true" or (option == "auto" and triton_runs_on(device) and family.compiles)
 
 
@@ -117,7 +117,10 @@ def start_compile_workers() -> None:
 
 
 def compile_run_layer(backend: str = "inductor") -> Callable:
-    """Return `run_layer` compiled. Layers that are alike share a compilation."""
+    """Return `run_layer` as a function that compiles at its first call. Layers that are alike share that.
+
+    With GPUs, starts Inductor's processes.
+    """
     if backend != "inductor":
         return torch.compile(run_layer, fullgraph=True, backend=backend)
     # Takes a second, and only some runs need it.
@@ -142,7 +145,7 @@ MAX_GRAPHS_PER_KIND = 32
 
 
 def raise_graph_limit(layers: list[CheckpointedModule]) -> None:
-    """Let the compiler make MAX_GRAPHS_PER_KIND graphs of each kind of layer.
+    """Let torch's compiler, in this process, make MAX_GRAPHS_PER_KIND graphs of each kind of these layers.
 
     Kinds differ in their parameters: --lora_target_modules may name other linears in each layer.
     """
@@ -170,7 +173,7 @@ class CheckpointedModule(ActivationWrapper):
         self.is_trained = any(p.requires_grad for p in layer.parameters())
 
     def forward(self, *args, **kwargs):
-        """Run the layer, with checkpointing where backward will reach it."""
+        """Run the layer, checkpointed if backward will reach it. Warns when no more graphs are compiled."""
         layer = self._checkpoint_wrapped_module
         if not torch.is_grad_enabled():  # evaluation has too many shapes: not worth a compilation
             return layer(*args, **kwargs)
@@ -216,7 +219,7 @@ class ActivationBudget:
             self._assign(int(gib * 2**30))
 
     def needs_metrics(self) -> bool:
-        """Return whether the metrics of the finished step decide the budget."""
+        """Return whether the next `after_step` sets the budget, and so needs the step's true peak_gib."""
         return self.automatic and self.steps == 1
 
     def after_step(self, peak_gib: float) -> None:
@@ -241,7 +244,7 @@ class ActivationBudget:
 
 
 def _saved_elements(layer: nn.Module, family: Family) -> int:
-    """Return the elements of the results of a layer's linears and attention, for one token."""
+    """Return how many elements per token the results of a layer's linears and attention have."""
     linears = [m for m in layer.modules() if isinstance(m, (nn.Linear, Linear4bit))]
     attention = next(m for m in layer.get_submodule(family.outputs[0]).modules() if m in linears)
     return sum(m.out_features for m in linears) + attention.in_features

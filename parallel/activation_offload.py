@@ -54,7 +54,10 @@ class HostActivations:
         self.pending_copies: deque[tuple[LayerTensors, torch.Tensor, torch.cuda.Event]] = deque()
 
     def begin_layer(self, is_first: bool) -> None:
-        """Start a layer's list of tensors; called where a layer begins. is_first: the model's first one."""
+        """Let later tensors belong to a new layer; the GPU waits for copies to the host of older layers.
+
+        Those of the layer just before may go on. is_first: whether it is the model's first layer.
+        """
         if is_first:
             self.current_layer = None
         self._wait_for_copies(except_layer=self.current_layer)  # those may overlap with this layer
@@ -62,12 +65,15 @@ class HostActivations:
             self.current_layer = LayerTensors(self.current_layer)
 
     def end_layers(self) -> None:
-        """Wait for older copies; called where the last layer ends, as head and loss need memory."""
+        """Let the GPU wait for the copies to the host of all layers but the last, and free their tensors.
+
+        Called where the last layer ends: head and loss need memory.
+        """
         self._wait_for_copies(except_layer=self.current_layer)
 
     # The hooks of torch.autograd.graph.saved_tensors_hooks.
     def pack(self, tensor: torch.Tensor) -> torch.Tensor | HostTensor:
-        """Start to copy a saved tensor to the host. A small one is returned itself."""
+        """Start to copy a saved tensor to the host, and return the copy. A small one is returned itself."""
         if tensor.nbytes < MIN_OFFLOAD_BYTES:
             return tensor
         assert self.current_layer is not None
@@ -85,7 +91,7 @@ class HostActivations:
         return packed
 
     def unpack(self, packed: torch.Tensor | HostTensor) -> torch.Tensor:
-        """Return a saved tensor on its device, and start to prefetch those of the layer before."""
+        """Return a packed tensor on its device, and start to prefetch those of the layer before its own."""
         if isinstance(packed, torch.Tensor):
             return packed
         layer = packed.layer
@@ -169,7 +175,7 @@ class OffloadedLayer(ActivationWrapper):
         self.offload_input, self.offload_last_output = offload_input, offload_last_output
 
     def forward(self, x: torch.Tensor, *args, **kwargs):
-        """Run the layer on x [B, T, hidden], and offload what it saves."""
+        """Return the layer's result for x [B, T, hidden]; what it saves in x's shape goes to the host."""
         layer = self._checkpoint_wrapped_module
         self.host_activations.begin_layer(self.first)
         # Backward never reaches frozen layers below the first trained one: nothing would fetch their inputs.

@@ -39,33 +39,33 @@ TIMEOUT_SECONDS = 60.0
 
 
 class Buffer:
-    """A buffer of n bytes on each of W ranks, which every rank maps.
+    """A buffer of n_bytes on each of n_ranks ranks, which every rank maps.
 
     Attributes:
-        parts: W tensors [n] uint8, one of each rank, after `map`.
+        parts: n_ranks tensors [n_bytes] uint8, one of each rank, after `map`.
         user: a weak reference to the tensor for which this rank uses the buffer.
     """
 
-    def __init__(self, world: int, n: int, device: torch.device):
+    def __init__(self, n_ranks: int, n_bytes: int, device: torch.device):
         from cuda.bindings import driver  # comes with torch's CUDA builds
         from torch.distributed import _symmetric_memory as symmetric
 
-        self.driver, self.symmetric, self.n, self.meetings = driver, symmetric, n, 0
+        self.driver, self.symmetric, self.n_bytes, self.meetings = driver, symmetric, n_bytes, 0
         self.user: Callable[[], Tensor | None] = lambda: None
-        self.end = -(-n // ALIGNMENT) * ALIGNMENT  # offset of the counters, one of each rank
+        self.end = -(-n_bytes // ALIGNMENT) * ALIGNMENT  # offset of the counters, one of each rank
         # In a pool of torch's own allocator, so that its statistics, and a limit, include the buffer.
         with torch.cuda.use_mem_pool(symmetric.get_mem_pool(device)):
-            self.local = torch.zeros(self.end + 4 * world, dtype=torch.uint8, device=device)
+            self.local = torch.zeros(self.end + 4 * n_ranks, dtype=torch.uint8, device=device)
 
     def map(self, group: dist.ProcessGroup) -> None:
-        """Map the buffers of all ranks. Collective; waits for the GPU."""
+        """Map this buffer's memory of all ranks, as `parts`. Collective; waits for the GPU."""
         self.rank = group.rank()
         handle = self.symmetric.rendezvous(self.local, group)
         mapped = [
             self.local if r == self.rank else handle.get_buffer(r, self.local.shape, self.local.dtype)
             for r in range(group.size())
         ]
-        self.parts = [m[: self.n] for m in mapped]
+        self.parts = [m[: self.n_bytes] for m in mapped]
         self.counter_addresses = [m.data_ptr() + self.end for m in mapped]
         torch.cuda.synchronize()
         dist.barrier(group)  # all counters are 0 before any rank counts
@@ -76,7 +76,10 @@ class Buffer:
         return [(self.rank + i) % world for i in range(1, world)]
 
     def meet(self) -> None:
-        """Let the current streams of all ranks wait for each other. Earlier writes are visible afterwards."""
+        """Let the current streams of all ranks wait for each other; the hosts do not wait. Collective.
+
+        Earlier writes are visible afterwards.
+        """
         self.meetings += 1
         stream = torch.cuda.current_stream().cuda_stream
         after_all_before_it, at_least = 0, self.driver.CUstreamWaitValue_flags.CU_STREAM_WAIT_VALUE_GEQ.value
@@ -91,7 +94,7 @@ class Buffer:
 
 
 def _raise_on_error(result: tuple) -> None:
-    """Raise RuntimeError for an error that a function of cuda.bindings returned."""
+    """Raise RuntimeError unless (status, ...), returned by a function of cuda.bindings, is a success."""
     if result[0].value:
         raise RuntimeError(f"CUDA driver: {result[0].name}")
 
@@ -111,19 +114,20 @@ class Buffers:
         self.group, self.make, self.max_waste = group, make, max_waste
         self.all: list[Buffer] = []
 
-    def add(self, n: int, device: torch.device) -> Buffer:
-        """Return a new buffer, not mapped yet."""
-        self.all.append(buffer := self.make(self.group.size(), n, device))
+    def add(self, n_bytes: int, device: torch.device) -> Buffer:
+        """Make a buffer, not mapped yet, add it to `all` and return it."""
+        self.all.append(buffer := self.make(self.group.size(), n_bytes, device))
         return buffer
 
     def take(self, size: Sequence[int], dtype: torch.dtype, device: torch.device) -> tuple[Buffer, Tensor]:
-        """Return a buffer and this rank's part of it, a tensor that reserves the buffer while it lives."""
-        n = math.prod(size) * dtype.itemsize
-        free = [b for b in self.all if n <= b.n <= self.max_waste * n and b.user() is None]
-        if not (buffer := min(free, key=lambda b: b.n, default=None)):
-            buffer = self.add(n, device)
+        """Return (a mapped buffer, a tensor in this rank's part that reserves it while alive). Collective."""
+        n_bytes = math.prod(size) * dtype.itemsize
+        fitting = [b for b in self.all if n_bytes <= b.n_bytes <= self.max_waste * n_bytes]
+        free = [b for b in fitting if b.user() is None]
+        if not (buffer := min(free, key=lambda b: b.n_bytes, default=None)):
+            buffer = self.add(n_bytes, device)
             buffer.map(self.group)
-        tensor = buffer.parts[buffer.rank][:n].view(dtype).view(size)
+        tensor = buffer.parts[buffer.rank][:n_bytes].view(dtype).view(size)
         buffer.user = weakref.ref(tensor)
         return buffer, tensor
 
@@ -139,13 +143,13 @@ class CopiedAllGather:
         self.buffers = buffers
 
     def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Return this rank's part of a buffer, for the output."""
+        """Return an uninitialized tensor in this rank's part of a buffer, for the output. Collective."""
         return self.buffers.take(size, dtype, device)[1]
 
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
     ) -> None:
-        """Fetch the other ranks' parts of output_tensor [W n].
+        """Fill output_tensor [W n] with every rank's input_tensor [n]; the host does not wait. Collective.
 
         output_tensor comes from `allocate`, and has this rank's input_tensor [n] in its position already.
         """
@@ -167,7 +171,7 @@ class CopiedReduceScatter:
         self.buffers = buffers
 
     def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Return an ordinary tensor: inputs are copied into a buffer."""
+        """Return an ordinary uninitialized tensor: inputs are copied into a buffer."""
         return torch.empty(size, dtype=dtype, device=device)
 
     def __call__(
@@ -178,7 +182,10 @@ class CopiedReduceScatter:
         op: dist.ReduceOp | dist.ReduceOp.RedOpType,
         async_op: bool = False,
     ) -> None:
-        """Sum this rank's row of all input_tensor [W n], which is overwritten, into output_tensor [n]."""
+        """Set output_tensor [n] to the sum of this rank's row of all ranks' input_tensor [W n]. Collective.
+
+        input_tensor may be overwritten.
+        """
         assert op == dist.ReduceOp.SUM
         if input_tensor.nbytes > MAX_SUMMED_BYTES:
             reduce_scatter(output_tensor, input_tensor, op=op, group=group)
@@ -195,7 +202,7 @@ class CopiedReduceScatter:
 
 
 def make_copies(mesh: DeviceMesh) -> tuple[CopiedAllGather, CopiedReduceScatter] | None:
-    """Return the collectives for the ranks of one copy of the model, or None to use NCCL. Collective."""
+    """Return these collectives for the ranks that share a copy of the model; None: use NCCL. Collective."""
     shards = shard_mesh(mesh)
     if mesh.device_type != "cuda" or shards.size() == 1:
         return None
@@ -204,18 +211,18 @@ def make_copies(mesh: DeviceMesh) -> tuple[CopiedAllGather, CopiedReduceScatter]
 
 @cache  # never freed: made again, the buffers of ranks could have different offsets
 def _try_copies(group: dist.ProcessGroup) -> tuple[CopiedAllGather, CopiedReduceScatter] | None:
-    """Run the trial, and return the collectives if it succeeds on all ranks. Collective."""
+    """Try the collectives, and return them if they work on all ranks, else None (cached). Collective."""
     # Multicast is not used here, and what its failure leaves behind can stop the other GPUs of a machine.
     os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
     trial = Trial(group)
-    stages = trial.name, trial.reach_each_other, trial.allocate, trial.map, trial.exchange
+    stages = trial.list_gpus, trial.reach_each_other, trial.allocate, trial.map, trial.exchange
     # After each stage the ranks compare, so that none waits in a collective for a rank that failed alone.
     # Only torch's own collective within `map` is not covered.
     return trial.copies if all(_on_all_ranks(_succeeds(stage), group) for stage in stages) else None
 
 
 def _succeeds(stage: Callable[[], bool]) -> bool:
-    """Return a stage's result; False if it raises an error of a machine that lacks support."""
+    """Return stage(); False if it raises ImportError, AttributeError or RuntimeError: no support here."""
     try:
         return stage()
     # There are no bindings, torch has another version, or a container forbids it.
@@ -239,7 +246,7 @@ def _is_forbidden() -> bool:
 class Trial:
     """A trial of the collectives, in stages that all ranks enter together.
 
-    Each stage returns whether it succeeded on this rank.
+    A stage is a method without arguments. It returns whether it succeeded on this rank.
     """
 
     def __init__(self, group: dist.ProcessGroup):
@@ -248,14 +255,14 @@ class Trial:
         self.gathered, self.summed = Buffers(group, max_waste=MAX_WASTE), Buffers(group)
         self.copies = CopiedAllGather(self.gathered), CopiedReduceScatter(self.summed)
 
-    def name(self) -> bool:
-        """List the UUIDs of this process's GPUs. Fail if NCCL's settings forbid access between GPUs."""
+    def list_gpus(self) -> bool:
+        """Keep the UUIDs of this process's GPUs; return whether NCCL's settings allow access between GPUs."""
         gpus = range(torch.cuda.device_count())
         self.names = [str(torch.cuda.get_device_properties(i).uuid) for i in gpus]
         return not _is_forbidden()
 
     def reach_each_other(self) -> bool:
-        """Check that each rank has a GPU of its own that this one can read."""
+        """Return whether each rank has a GPU of its own that this rank's GPU can read. Collective."""
         own_gpu, ranks = self.device.index, [""] * self.group.size()
         dist.all_gather_object(ranks, self.names[own_gpu], group=self.group)
         here = {name: i for i, name in enumerate(self.names)}
@@ -265,7 +272,7 @@ class Trial:
         )
 
     def allocate(self) -> bool:
-        """Allocate the buffers and the tensors of the trial."""
+        """Allocate two buffers and the tensors of `exchange`. Always True, as a stage's result."""
         world = self.group.size()
         for buffers in self.gathered, self.summed:
             buffers.add(TRIAL_ELEMENTS * world * torch.float32.itemsize, self.device)
@@ -278,13 +285,16 @@ class Trial:
         return True
 
     def map(self) -> bool:
-        """Map the buffers of all ranks."""
+        """Map all ranks' memory of `allocate`'s two buffers. Always True, as a stage's result. Collective."""
         for buffers in self.gathered, self.summed:
             buffers.all[0].map(self.group)
         return True
 
     def exchange(self) -> bool:
-        """Check that the results equal NCCL's. On some machines GPUs read wrong values from each other."""
+        """Return whether both collectives give NCCL's results. Collective. UserError if no data arrives.
+
+        On some machines GPUs read wrong values from each other.
+        """
         start, (gather, scatter) = self.group.rank() * TRIAL_ELEMENTS, self.copies
         own_part = slice(start, start + TRIAL_ELEMENTS)
         all_gather(self.expected.flatten(), self.row, group=self.group)
@@ -300,7 +310,10 @@ class Trial:
 
 
 def _wait_for_event(event: torch.cuda.Event) -> None:
-    """Wait for an event. Raises UserError after TIMEOUT_SECONDS: a stream that waits cannot be cancelled."""
+    """Let the host wait for an event. Raises UserError after TIMEOUT_SECONDS.
+
+    A stream that waits cannot be cancelled.
+    """
     deadline = time.monotonic() + TIMEOUT_SECONDS
     while not event.query():
         if time.monotonic() > deadline:

@@ -45,11 +45,12 @@ class JointGraphPass(CustomGraphPass):
     """The pass over the joint graph of a layer's forward and backward, before it is partitioned."""
 
     def __call__(self, graph: Graph) -> None:
+        """Rewrite the graph in place: merge casts, projections and gradients of linears that read one x."""
         unmark_inputs(graph)
         merge_casts(graph)
-        for linears in _group_by_input(graph, LINEAR, x=0, a=9):
+        for linears in _group_by_input(graph, LINEAR, x_argument=0, a_argument=9):
             merge_projections(graph, linears)
-        for adapters in _group_by_input(graph, ADAPTER_BACKWARD, x=1, a=3):
+        for adapters in _group_by_input(graph, ADAPTER_BACKWARD, x_argument=1, a_argument=3):
             merge_gradients(graph, adapters)
 
     def uuid(self) -> bytes:
@@ -61,6 +62,7 @@ class PartitionedGraphPass(CustomGraphPass):
     """The pass over the graph of forward, and over that of backward."""
 
     def __call__(self, graph: Graph) -> None:
+        """Rewrite the graph in place: hoist sums, drop `mark_saved`, use operators without a gradient."""
         for total in graph.find_nodes(op="call_function", target=SUM):
             if total.args[1] == [0] and _operand(total, 0).target is MULTIPLY:
                 hoist_sum(graph, total)
@@ -135,7 +137,7 @@ def unmark_inputs(graph: Graph) -> None:
 
 
 def merge_casts(graph: Graph) -> None:
-    """Merge equal casts of one x. Under autocast each linear rounds the fp32 x for itself."""
+    """Merge equal casts of one x that `linear4bit` reads. Under autocast each linear casts x for itself."""
     casts: dict[tuple, Node] = {}
     for linear in graph.find_nodes(op="call_function", target=LINEAR):
         if (x := _operand(linear, 0)).target in CASTS:
@@ -145,7 +147,7 @@ def merge_casts(graph: Graph) -> None:
 
 
 def merge_projections(graph: Graph, linears: list[Node]) -> None:
-    """Merge h = x A^T of several linears into one matmul."""
+    """Merge h = x A^T of several linears into one matmul, if each h is made by a matmul."""
     matmuls = [matmul for linear in linears if (matmul := _find_projection(linear))]
     if len(matmuls) < len(linears):
         return
@@ -165,7 +167,7 @@ def merge_gradients(graph: Graph, adapters: list[Node]) -> None:
     """Merge the gradients of several linears' A's and B's into one operator, those of their x into another.
 
     The gradients of x stay apart if their sum contains others: from a linear between them that has no A, or
-    where each linear rounded x for itself.
+    where each linear rounded x for itself. adapters: `adapter_backward` operators that have one x.
     """
     grads, h_list, a_list, b_list = ([_operand(node, i)[0] for node in adapters] for i in (0, 2, 3, 4))
     results = [{n.args[1]: n for n in node.users} for node in adapters]
@@ -192,15 +194,15 @@ def merge_gradients(graph: Graph, adapters: list[Node]) -> None:
     total.replace_all_uses_with(x_grad)
 
 
-def _group_by_input(graph: Graph, target, x: int, a: int) -> list[list[Node]]:
+def _group_by_input(graph: Graph, target, x_argument: int, a_argument: int) -> list[list[Node]]:
     """Return the groups of two or more operators of one kind that have the same x, and an A.
 
-    x, a: the indices of these two arguments.
+    x_argument, a_argument: the indices of these two among the operator's arguments.
     """
     groups = defaultdict(list)
     for node in graph.find_nodes(op="call_function", target=target):
-        if node.args[a]:
-            groups[node.args[x]].append(node)
+        if node.args[a_argument]:
+            groups[node.args[x_argument]].append(node)
     return [group for group in groups.values() if len(group) > 1]
 
 
@@ -235,13 +237,13 @@ def _lora_ranks(a_list: list[Node]) -> list[int]:
 
 
 def _split(graph: Graph, node: Node, dim: int, sizes: list[int]) -> list[Node]:
-    """Insert slices of a node's result along a dimension."""
+    """Insert, and return, nodes that slice a node's result along a dimension into these sizes."""
     bounds = pairwise(accumulate(sizes, initial=0))
     return [_insert_like(graph, node, ops.aten.slice.Tensor, node, dim, *bound) for bound in bounds]
 
 
 def _insert_like(graph: Graph, like: Node, target, *args) -> Node:
-    """Insert a node with the marks of another: forward or backward, saved or recomputed."""
+    """Insert a call of target(*args) marked as `like` is: forward or backward, saved or recomputed."""
     node = graph.call_function(target, args)
     node.meta = dict(like.meta)
     _update_meta(node)
@@ -249,7 +251,7 @@ def _insert_like(graph: Graph, like: Node, target, *args) -> Node:
 
 
 def _update_reader_meta(node: Node) -> None:
-    """Update the meta of nodes that depend on the strides of this node's result."""
+    """Update the meta of views and `linear4bit` nodes that depend on the strides of this node's result."""
     for user in node.users:
         if user.target in VIEWS:
             _update_meta(user)
@@ -259,7 +261,7 @@ def _update_reader_meta(node: Node) -> None:
 
 
 def _update_meta(node: Node) -> None:
-    """Set a node's meta anew from its operands."""
+    """Set a node's meta (fake result, strides) anew, by running its target on its operands' fake values."""
     operands = map_arg(node.args, lambda n: n.meta["val"])
     assert callable(node.target)
     node.meta["val"] = node.target(*operands)

@@ -106,7 +106,7 @@ def has_8bit_state(optimizer: torch.optim.Optimizer) -> bool:
 
 
 def merge_8bit_states(parts: list[tuple[dict[str, torch.Tensor], slice]]) -> dict[str, torch.Tensor]:
-    """Return the state tensors of an 8-bit optimizer for a shard that consists of rows of other shards.
+    """Return the 8-bit optimizer's state tensors for a shard that consists of rows of other shards.
 
     A single shard with all its rows is returned unchanged. Anything else is rounded to 8 bits once more, in
     new blocks.
@@ -131,7 +131,7 @@ def merge_8bit_states(parts: list[tuple[dict[str, torch.Tensor], slice]]) -> dic
 
 
 def _dequantize_moment(state: dict[str, torch.Tensor], key: str) -> torch.Tensor:
-    """Return a moment in fp32. key: "1" or "2"."""
+    """Return a shard's first (key "1") or second (key "2") moment in fp32."""
     from bitsandbytes import functional as bnb
 
     codes = state[f"state{key}"]
@@ -168,7 +168,7 @@ UNPAGED = {"paged_adamw_32bit": "adamw", "paged_adamw_8bit": "adamw_8bit"}
 
 
 def check_optimizer(name: str, cpu_offload: bool) -> None:
-    """Raise UserError for an optimizer that has no effect with the other options.
+    """Raise UserError for a paged optimizer (`name`) if `cpu_offload`, where paging has no effect.
 
     All optimizers run on CPU tensors and on CUDA tensors.
     """
@@ -182,9 +182,9 @@ def check_optimizer(name: str, cpu_offload: bool) -> None:
 def make_optimizer(
     params: Iterable[nn.Parameter], name: str, lr: float, weight_decay: float
 ) -> torch.optim.Optimizer:
-    """Return an optimizer with torch's defaults over the trained parameters.
+    """Return the optimizer of --optimizer `name` for the params that require gradients; only matrices decay.
 
-    Weight decay acts on matrices only: vectors are norms, biases and DoRA magnitudes, which have nothing to
+    Other settings are torch's defaults. Vectors are norms, biases and DoRA magnitudes, which have nothing to
     gain from being small.
     """
     params = [p for p in params if p.requires_grad]
@@ -195,29 +195,37 @@ def make_optimizer(
     return OPTIMIZERS[name]([g for g in groups if g["params"]], lr=lr)
 
 
-def lr_factor(step: int, total: int, warmup: float, kind: str) -> float:
-    """Return the learning rate at a step (from 0), relative to the peak.
+def lr_factor(step: int, total_steps: int, warmup_fraction: float, schedule: str) -> float:
+    """Return the learning rate at an optimizer step (from 0), relative to the peak.
 
-    It rises linearly over the first round(warmup * total) steps. Then it is constant, falls linearly to 0, or
-    falls by a half cosine to a tenth.
+    It rises linearly over the first round(warmup_fraction * total_steps) steps. Then, by `schedule`, it is
+    constant, falls linearly to 0, or falls by a half cosine to a tenth.
     """
-    warmup_steps = round(warmup * total)
+    warmup_steps = round(warmup_fraction * total_steps)
     if step < warmup_steps:
         return (step + 1) / warmup_steps
-    progress = (step - warmup_steps) / max(total - warmup_steps, 1)  # 0 at the peak, 1 after the last step
+    progress = (step - warmup_steps) / max(
+        total_steps - warmup_steps, 1
+    )  # 0 at the peak, 1 after the last step
     return {
         "constant": 1.0,
         "linear": 1 - progress,
         "cosine": 0.55 + 0.45 * math.cos(math.pi * progress),
-    }[kind]
+    }[schedule]
 
 
 def make_schedule(
-    optimizer: torch.optim.Optimizer, total: int, warmup: float, kind: str, done: int = 0
+    optimizer: torch.optim.Optimizer,
+    total_steps: int,
+    warmup_fraction: float,
+    schedule: str,
+    steps_done: int = 0,
 ) -> torch.optim.lr_scheduler.LRScheduler:
-    """Return `lr_factor` as a torch scheduler. done: optimizer steps that a resumed run has made."""
+    """Return `lr_factor` as a torch scheduler. steps_done: optimizer steps that a resumed run has made."""
     for group in optimizer.param_groups:
         group.setdefault("initial_lr", group["lr"])
     return torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: lr_factor(step, total, warmup, kind), last_epoch=done - 1
+        optimizer,
+        lambda step: lr_factor(step, total_steps, warmup_fraction, schedule),
+        last_epoch=steps_done - 1,
     )

@@ -28,7 +28,7 @@ def shard_count(param: nn.Parameter) -> int:
 
 
 def local_shard(param: nn.Parameter, full: torch.Tensor, rank: int) -> torch.Tensor:
-    """Return the shard of `full`, a parameter's full tensor, that global rank `rank` holds."""
+    """Return the part of `full`, a parameter's full tensor, that global rank `rank` holds; not collective."""
     if not isinstance(param, DTensor):
         return full
     coordinates = (param.device_mesh.mesh == rank).nonzero()[0].tolist()

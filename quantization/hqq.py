@@ -52,7 +52,7 @@ class HQQ:
         return None
 
     def quantize(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Pack a weight by hqq. Raises ValueError if it, a scale or a zero point is not finite in fp16."""
+        """Return (codes, scales) by hqq. ValueError: NaN, infinity, a scale or zero point beyond fp16."""
         from hqq.core.quantize import Quantizer as Library  # a slow import, which only some train types need
 
         codes, meta = Library.quantize(
@@ -68,7 +68,7 @@ class HQQ:
         return pack_bits(codes, self.n_bits), flat_bytes(scale, zero)
 
     def dequantize(self, codes, scales, table, shape, dtype, row_scale=None, out=None) -> torch.Tensor:
-        """Dequantize by the Triton kernel if it runs here, else by plain operations."""
+        """Return the weight as `Quantizer` says, by the Triton kernel if it runs here, or in plain torch."""
         code_bytes, scale_bytes = self.packed_sizes(shape)
         codes, (scale, zero) = codes[:code_bytes], scales[:scale_bytes].view(torch.float16).chunk(2)
         if triton_runs_on(codes.device):
@@ -83,15 +83,18 @@ class HQQ:
         return copy_into(out, weight.view(shape))
 
 
-def _word(n_bits: int) -> tuple[int, int]:
-    """Return (codes, bytes) of the smallest run of whole bytes that holds whole codes."""
+def _word_size(n_bits: int) -> tuple[int, int]:
+    """Return (number of codes, number of bytes) of a word: the shortest run of bytes with whole codes."""
     codes = 8 // math.gcd(n_bits, 8)
     return codes, codes * n_bits // 8
 
 
 def pack_bits(codes: torch.Tensor, n_bits: int) -> torch.Tensor:
-    """Pack integers from 0 to 2^n_bits - 1, in any dtype, into a stream of n_bits each: uint8, 1-D."""
-    per_word, word_bytes = _word(n_bits)
+    """Pack integers from 0 to 2^n_bits - 1, in any dtype, into a stream of n_bits each: uint8, 1-D.
+
+    Their number must be a multiple of the codes of a word.
+    """
+    per_word, word_bytes = _word_size(n_bits)
     shifts = torch.arange(per_word, device=codes.device) * n_bits
     words = (codes.reshape(-1, per_word).to(torch.int32) << shifts).sum(1, dtype=torch.int32)
     parts = words[:, None] >> (8 * torch.arange(word_bytes, device=codes.device))
@@ -119,12 +122,12 @@ def _dequantize(codes, scale, zero, n_bits: int, block: int, dtype: torch.dtype)
     return weight
 
 
-def _unpack_bits(codes: torch.Tensor, n_bits: int) -> torch.Tensor:
-    """Return the integers of `pack_bits`: [words, codes of a word] int32."""
-    per_word, word_bytes = _word(n_bits)
-    words = codes.view(-1, word_bytes).to(torch.int32)
+def _unpack_bits(stream: torch.Tensor, n_bits: int) -> torch.Tensor:
+    """Return the integers that `pack_bits` packed into `stream`: int32, [words, codes of a word]."""
+    per_word, word_bytes = _word_size(n_bits)
+    words = stream.view(-1, word_bytes).to(torch.int32)
     word = words[:, 0]
     for i in range(1, word_bytes):
         word = word | words[:, i] << 8 * i
-    shifts = torch.arange(per_word, device=codes.device, dtype=torch.int32) * n_bits
+    shifts = torch.arange(per_word, device=stream.device, dtype=torch.int32) * n_bits
     return (word[:, None] >> shifts) & (2**n_bits - 1)

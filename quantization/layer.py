@@ -61,18 +61,24 @@ class ConvertingModule(nn.Module):
         return {}
 
     def fill_buffers(self, device: torch.device) -> None:
-        """Set the buffers, which are neither in a checkpoint nor trained."""
+        """Set this module's buffers, which no checkpoint holds, on the device. By default there are none."""
 
 
 def parameters_from(module: nn.Module, name: str) -> tuple[str, ...]:
-    """Call `ConvertingModule.parameters_from`, or its default for a plain module."""
+    """Return the names of the parameters that the checkpoint's tensor `name` fills, for any module.
+
+    A plain module's is (name,).
+    """
     return module.parameters_from(name) if isinstance(module, ConvertingModule) else (name,)
 
 
 def convert_tensor(
     module: nn.Module, name: str, tensor: torch.Tensor | PackedWeight
 ) -> dict[str, torch.Tensor]:
-    """Call `ConvertingModule.convert_tensor`, or its default for a plain module."""
+    """Return {parameter: full contents} from the full tensor `name`, for any module.
+
+    A plain module's is {name: tensor}; its tensor must not be packed.
+    """
     if isinstance(module, ConvertingModule):
         return module.convert_tensor(name, tensor)
     assert isinstance(tensor, torch.Tensor)
@@ -80,7 +86,7 @@ def convert_tensor(
 
 
 def quantizer_for(module: nn.Module, name: str) -> Quantizer | None:
-    """Call `ConvertingModule.quantizer_for`, or its default for a plain module."""
+    """Return the quantizer that packs the checkpoint's tensor `name`; None for a plain module."""
     return module.quantizer_for(name) if isinstance(module, ConvertingModule) else None
 
 
@@ -155,7 +161,7 @@ class Linear4bit(ConvertingModule):
         return self.quantizer if name == "weight" else None
 
     def convert_tensor(self, name: str, tensor: torch.Tensor | PackedWeight) -> dict[str, torch.Tensor]:
-        """Quantize a weight [O, I] from its stored dtype, on its device."""
+        """Return {codes, scales} of a weight [O, I], packed unless it is already; a bias stays as it is."""
         if name != "weight":
             return super().convert_tensor(name, tensor)
         packed = pack_weight(name, tensor, self.quantizer)
@@ -163,7 +169,7 @@ class Linear4bit(ConvertingModule):
         return {"codes": to_storage(packed.codes), "scales": to_storage(packed.scales)}
 
     def dequantize(self, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-        """Return the [O, I] weight of the results of `convert_tensor`, in the layer's dtype."""
+        """Return the [O, I] weight, in the layer's dtype, of full codes and scales as in `convert_tensor`."""
         return dequantize((codes, scales, self.table), self.quantizer_name, self.shape, self.dtype)
 
     def fill_buffers(self, device: torch.device) -> None:
@@ -177,7 +183,7 @@ class Linear4bit(ConvertingModule):
 
 
 def quantize_linears(model: nn.Module, quantizers: dict[str, Quantizer], dtype: torch.dtype) -> None:
-    """Replace each named linear of a meta model by a Linear4bit that computes in `dtype`."""
+    """Replace each linear {name: quantizer} of a meta model by a Linear4bit that dequantizes to `dtype`."""
     for name, quantizer in quantizers.items():
         linear = model.get_submodule(name)
         assert isinstance(linear, nn.Linear)

@@ -25,7 +25,7 @@ SCALE_BLOCK = 256  # NF4 scales that share a second-level scale: bitsandbytes' d
 
 @cache
 def _dynamic_map(device: torch.device) -> torch.Tensor:
-    """Return the 256 values of an 8-bit scale code, fp32."""
+    """Return the fp32 values of the 256 8-bit codes that scales have (cached)."""
     return bnb.create_dynamic_map().to(device)
 
 
@@ -57,7 +57,7 @@ class NF4:
         return _dynamic_map(device)
 
     def quantize(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Pack a weight by bitsandbytes; only with double quantization."""
+        """Return (codes, scales) by bitsandbytes, for any contents. Asserts double quantization."""
         assert self.double
         codes, state = bnb.quantize_4bit(
             weight.contiguous(), blocksize=self.block, compress_statistics=True, quant_type="nf4"
@@ -66,7 +66,7 @@ class NF4:
         return flat_bytes(codes), flat_bytes(state.state2.absmax, state.offset.view(1), state.absmax)
 
     def dequantize(self, codes, scales, table, shape, dtype, row_scale=None, out=None) -> torch.Tensor:
-        """Dequantize by the Triton kernel if it supports the weight, else by bitsandbytes."""
+        """Return the weight as `Quantizer` says, by the Triton kernel if it supports it, or bitsandbytes."""
         if self.double and math.prod(shape) % self.block == 0 and triton_runs_on(codes.device):
             from quantization.nf4_kernel import dequantize  # Triton comes with torch's CUDA builds only
 
@@ -94,7 +94,7 @@ class NF4:
     def _split_scales(
         self, scales: torch.Tensor, blocks: int
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Split doubly quantized scales: (the blocks' 8-bit codes, their groups' scales, the offset)."""
+        """Split doubly quantized scales: (8-bit codes of blocks, fp32 scales of groups, fp32 offset [1])."""
         groups = -(-blocks // SCALE_BLOCK)
         header = 4 * (groups + 1)  # bytes before the codes
         group_scales, offset = scales[:header].view(torch.float32).split([groups, 1])

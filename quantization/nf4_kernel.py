@@ -60,7 +60,7 @@ _VALUES: dict[torch.device, torch.Tensor] = {}
 
 
 def _values(device: torch.device) -> torch.Tensor:
-    """Return the weights of the 16 codes before scaling, fp32."""
+    """Return the 16 weights that the 4-bit codes stand for before scaling: fp32, on the device (cached)."""
     if device not in _VALUES:
         _VALUES[device] = bnb.get_4bit_type("nf4", device=device)
     return _VALUES[device]

@@ -27,7 +27,7 @@ _QUANTIZERS: dict[str, Quantizer] = {}
 
 
 def register_quantizer(quantizer: Quantizer) -> str:
-    """Return the quantizer's name for the operators below. Equal quantizers have one name."""
+    """Register a quantizer for this module's operators; return its name there, one for equal quantizers."""
     _QUANTIZERS[str(quantizer)] = quantizer
     return str(quantizer)
 
@@ -42,9 +42,17 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 
 def dequantize(
-    packed: tuple, quantizer: str, shape: Sequence[int], dtype, row_scale=None, out=None
+    packed: tuple[Tensor, Tensor, Tensor | None],
+    quantizer: str,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    row_scale: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """Call `Quantizer.dequantize` for (codes, scales, table) with codes and scales in float storage."""
+    """Return the weight of packed (codes, scales, table), whose codes and scales are in float storage.
+
+    quantizer: its registered name; the others are as for `Quantizer.dequantize`.
+    """
     codes, scales, table = packed
     raw = codes.view(torch.uint8), scales.view(torch.uint8)
     return _QUANTIZERS[quantizer].dequantize(*raw, table, tuple(shape), dtype, row_scale, out)
@@ -70,7 +78,8 @@ WITHOUT_GRADIENT: dict[OpOverload, OpOverload] = {}
 def _operator(schema: str, fake: Callable) -> Callable[[Callable], CustomOpDef]:
     """Return a decorator that registers a function as an operator, and its twin without a gradient.
 
-    fake: computes the result's shape and dtype, for tensors without contents.
+    schema: of arguments and result, in torch's notation. fake: computes the result's shape and dtype, for
+    tensors without contents.
     """
 
     def register(compute: Callable) -> CustomOpDef:
@@ -213,7 +222,7 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, grad):
-    """Return the gradients of `linear4bit`: of x, row_scale, h or a, and b. grad: [T, O]."""
+    """Return one gradient per input of `linear4bit`: x, row_scale, h or a, and b; else None. grad: [T, O]."""
     x, codes, scales, table, row_scale, h, a, b, y = ctx.saved_tensors
     packed = [codes], [scales], [table], [ctx.quantizer], ctx.shape, [row_scale]
     grad_h = grad_a = grad_b = grad_x = grad_scale = None

@@ -19,11 +19,11 @@ from options.errors import UserError
 
 
 class Quantizer(Protocol):
-    """A frozen value; equal quantizers pack equal weights into equal bytes."""
+    """The abstract interface: a frozen value. Equal quantizers pack equal weights into equal bytes."""
 
     @property
     def block(self) -> int:
-        """Weights that share a scale."""
+        """Number of consecutive weights that share a scale."""
 
     @property
     def library(self) -> str:
@@ -31,21 +31,22 @@ class Quantizer(Protocol):
 
     @property
     def dtypes(self) -> tuple[torch.dtype, ...]:
-        """Dtypes of weights that it packs."""
+        """Dtypes of the weights that `quantize` takes."""
 
     def can_pack(self, shape: tuple[int, ...]) -> bool:
-        """Return whether a weight of this shape can be packed."""
+        """Abstract. Return whether a weight of this shape can be packed."""
 
     def packed_sizes(self, shape: tuple[int, ...]) -> tuple[int, int]:
-        """Return (bytes of codes, bytes of scales)."""
+        """Abstract. Return (number of bytes of codes, of scales) for a weight of this shape."""
 
     def table(self, device: torch.device) -> torch.Tensor | None:
-        """Return the constant that `dequantize` reads; all layers on a device share it."""
+        """Abstract. Return `dequantize`'s constant table, one for all layers; None if it needs none (HQQ)."""
 
     def quantize(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Pack a weight [O, I] of one of `dtypes`, on its device: (codes, scales), each uint8, 1-D.
+        """Abstract. Pack a weight [O, I] into (codes, scales), flat uint8. ValueError (HQQ) beyond fp16.
 
-        Raises ValueError for contents that cannot be packed.
+        On the weight's device; its dtype is one of `dtypes`. HQQ raises ValueError for NaN, infinity, and a
+        scale or zero point beyond fp16; NF4 packs anything.
         """
 
     def dequantize(
@@ -58,7 +59,7 @@ class Quantizer(Protocol):
         row_scale: torch.Tensor | None = None,
         out: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Return the [O, I] weight in `dtype`.
+        """Abstract. Return the weight [O, I] of codes and scales, flat uint8 bytes, in `dtype`.
 
         row_scale and out need whole blocks in each row: I a multiple of `block`.
 
@@ -86,9 +87,9 @@ class PackedWeight:
 def pack_weight(
     origin: str, tensor: torch.Tensor | PackedWeight, quantizer: Quantizer | None
 ) -> torch.Tensor | PackedWeight:
-    """Return a checkpoint's tensor, packed if there is a quantizer and it is not packed yet.
+    """Return the tensor packed by `quantizer`, or unchanged if that is None or the tensor is packed already.
 
-    origin: the tensor's file and name, for messages. Raises UserError for contents that cannot be packed.
+    origin: the tensor's file and name, for messages. Raises UserError if `quantize` raises ValueError.
     """
     if quantizer is None or isinstance(tensor, PackedWeight):
         return tensor

@@ -15,9 +15,9 @@ QUANTIZERS: dict[str, Callable[..., Quantizer]] = {
 }
 
 
-def make_quantizer(name: str, n_bits: int | None, block: int | None) -> Quantizer:
-    """Make the quantizer of that name. Raises KeyError for a name that is not registered.
+def make_quantizer(name: str, n_bits: int | None, group_size: int | None) -> Quantizer:
+    """Return the quantizer of that name in QUANTIZERS. Raises KeyError for any other name.
 
-    n_bits, block: --n_bits and --group_size; None if it has no such options.
+    n_bits, group_size: --n_bits and --group_size; None if it has no such options.
     """
-    return QUANTIZERS[name](n_bits, block)
+    return QUANTIZERS[name](n_bits, group_size)

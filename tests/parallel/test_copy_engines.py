@@ -41,11 +41,11 @@ on_cpus = pytest.mark.skipif(torch.cuda.is_available(), reason="for ranks on CPU
 class FileBuffer:
     """A Buffer on a CPU: every rank's part is a file that all map."""
 
-    def __init__(self, folder: Path, world: int, n: int, device: torch.device):
-        self.folder, self.n, self.user = folder, n, lambda: None
+    def __init__(self, folder: Path, n_ranks: int, n_bytes: int, device: torch.device):
+        self.folder, self.n_bytes, self.user = folder, n_bytes, lambda: None
 
     def map(self, group: dist.ProcessGroup) -> None:
-        self.group, self.rank, folder, n = group, group.rank(), self.folder, self.n
+        self.group, self.rank, folder, n = group, group.rank(), self.folder, self.n_bytes
         number, size = len(list(folder.glob(f"*-{self.rank}"))), max(n, 1)
         dist.barrier(group)
         paths = [folder / f"{number}-{rank}" for rank in range(group.size())]
@@ -269,7 +269,7 @@ def test_if_one_rank_fails_all_use_nccl(stage, replacement, two_ranks):
     assert two_ranks(try_with, stage, replacement) == [False, False]
 
 
-STAGES = "name", "reach_each_other", "allocate", "map", "exchange"
+STAGES = "list_gpus", "reach_each_other", "allocate", "map", "exchange"
 
 
 def entered_stages(rank_info, failing: str, how: str) -> tuple[list[str], bool]:
@@ -307,8 +307,9 @@ def test_ranks_leave_the_trial_together(failing, how, two_ranks):
 class SingleBuffer:
     """A Buffer of one rank."""
 
-    def __init__(self, world: int, n: int, device: torch.device):
-        self.n, self.rank, self.user, self.parts = n, 0, lambda: None, [torch.empty(n, dtype=torch.uint8)]
+    def __init__(self, n_ranks: int, n_bytes: int, device: torch.device):
+        self.n_bytes, self.rank, self.user = n_bytes, 0, lambda: None
+        self.parts = [torch.empty(n_bytes, dtype=torch.uint8)]
 
     def map(self, group) -> None: ...
 
@@ -324,11 +325,11 @@ def test_a_layer_is_not_gathered_in_the_heads_buffer():
     del head
     first, second = take(400), take(450)
     head = take(1000)
-    assert [b.n for b in buffers.all] == [1000, 400, 450]
+    assert [b.n_bytes for b in buffers.all] == [1000, 400, 450]
     del first, second
     layers = [take(420), take(300)]
-    assert [b.n for b in buffers.all] == [1000, 400, 450]
-    assert [buffers.find(tensor).n for tensor in (*layers, head)] == [450, 400, 1000]
+    assert [b.n_bytes for b in buffers.all] == [1000, 400, 450]
+    assert [buffers.find(tensor).n_bytes for tensor in (*layers, head)] == [450, 400, 1000]
 
 
 class PendingEvent:
@@ -363,7 +364,7 @@ def test_nccls_settings_apply(variable, value, expected, monkeypatch):
 
 def name_with_p2p_disabled(rank_info) -> bool:
     with mock.patch.dict(os.environ, NCCL_P2P_DISABLE="1"):
-        return Trial(dist.group.WORLD).name()
+        return Trial(dist.group.WORLD).list_gpus()
 
 
 @pytest.mark.two_gpus
