@@ -34,7 +34,7 @@ def draw_lengths(rows: int) -> torch.Tensor:
 
 
 def write_rows(path: Path, rows: int) -> None:
-    """Write the rows as questions and answers."""
+    """Write `rows` questions and answers, of the lengths of `draw_lengths`, as a .jsonl file."""
     question = "q" * (PROMPT_TOKENS - 2 - len(QA.format(question="")))
     with path.open("w", encoding="utf-8") as file:
         for length in draw_lengths(rows).tolist():

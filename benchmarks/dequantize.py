@@ -26,7 +26,7 @@ REPEATS = 50
 
 
 def measure_milliseconds(compute: Callable[[], object], device: torch.device) -> float:
-    """Return the median time of a call. On a GPU, Triton's do_bench empties the cache between calls."""
+    """Return the median milliseconds of a call. On a GPU, do_bench empties the cache between calls."""
     if triton_runs_on(device):
         from triton.testing import do_bench
 
@@ -40,7 +40,7 @@ def measure_milliseconds(compute: Callable[[], object], device: torch.device) ->
 
 
 def measure_quantizer(quantizer: Quantizer, shape: tuple[int, int], device: torch.device) -> list[float]:
-    """Return milliseconds by the kernel, where there is one, and by plain operations."""
+    """Return [milliseconds by the Triton kernel, by plain operations], or only the latter on a CPU."""
     weight = torch.randn(shape, device=device, dtype=torch.bfloat16) * 0.02
     packed = *quantizer.quantize(weight), quantizer.table(device)
 

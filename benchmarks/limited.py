@@ -40,18 +40,20 @@ def _sample_bytes() -> memoryview:
     return memoryview(values.view(torch.uint8).numpy())
 
 
-def _fill_tensor(file: int, stored: StoredTensor) -> None:
-    """Write a tensor into its file: ones for a norm, otherwise the sample.
+def _fill_tensor(descriptor: int, stored: StoredTensor) -> None:
+    """Write values for a tensor into its open file: ones for a norm, otherwise a part of the sample.
 
     The sample's start depends on the tensor's offset, so that tensors differ.
     """
     remaining, offset = 2 * math.prod(stored.shape), stored.begin
     if len(stored.shape) == 1:
-        os.pwrite(file, torch.ones(stored.shape, dtype=torch.bfloat16).view(torch.uint8).numpy(), offset)
+        os.pwrite(
+            descriptor, torch.ones(stored.shape, dtype=torch.bfloat16).view(torch.uint8).numpy(), offset
+        )
         return
     begin = 2 * (zlib.crc32(f"{stored.file}:{stored.begin}".encode()) % 2**25)
     while remaining:
-        written = os.pwrite(file, _sample_bytes()[begin : begin + remaining], offset)
+        written = os.pwrite(descriptor, _sample_bytes()[begin : begin + remaining], offset)
         remaining, offset, begin = remaining - written, offset + written, 0
 
 
@@ -78,7 +80,7 @@ def read_filled(
 
 
 def run_limited(rank_info: RankInfo, job: Job) -> None:
-    """Run train.py's rank with part of its GPU's memory."""
+    """Run a rank of train.py with LIMITED_TO_GIB of its GPU's memory, reading weights by `read_filled`."""
     model_files.read_tensor = read_filled
     if rank_info.device.type == "cuda":
         total = torch.cuda.get_device_properties(rank_info.device).total_memory

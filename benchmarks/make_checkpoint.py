@@ -60,7 +60,7 @@ def _write_empty(path: Path, shard: dict[str, torch.Size]) -> None:
 
 
 def make_checkpoint(folder: Path, shape: str, empty: bool = False) -> None:
-    """Write the checkpoint; empty: with sparse shards."""
+    """Write a checkpoint of SHAPES[shape] with random weights; empty: sparse files in their place."""
     size = SHAPES[shape]
     config = LlamaConfig(
         hidden_size=size.hidden,

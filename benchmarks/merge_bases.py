@@ -25,13 +25,13 @@ from finished.finished_run import load_tokenizer, open_run, read_adapter
 from finished.layerwise import packed_logits, plain_logits, trained_logits
 
 
-def measure(folder: str, count: int) -> None:
-    """Print the loss of each model and how far its logits are from the trained model's."""
+def measure(folder: str, n_rows: int) -> None:
+    """Print the loss of the RUN's model and of merged ones, and how far their logits are from the RUN's."""
     run = open_run(folder)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     c = run.config
     rows = tokenize_dataset(
-        c.dataset, c.dataset_format, count, c.context_length, load_tokenizer(run), c.chat_date
+        c.dataset, c.dataset_format, n_rows, c.context_length, load_tokenizer(run), c.chat_date
     )
     batch = next(StepSampler(rows, len(rows), 1, 0, 1, 0).steps(1)).batches[0]
 

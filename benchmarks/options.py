@@ -24,14 +24,14 @@ PEERS = tuple(name for name in SYSTEMS if name != OURS)
 PRECISIONS = FIELDS["precision"].metadata["choices"]
 
 
-def _parse_names(name: str, known: Iterable[str], text: str) -> tuple[str, ...]:
-    """Parse a comma-separated option; every name must be one of `known`. Raises UserError."""
+def _parse_names(option_name: str, known: Iterable[str], text: str) -> tuple[str, ...]:
+    """Parse comma-separated names. Raises UserError if one is not in `known`, or is there twice."""
     names = tuple(text.split(","))
     for i, value in enumerate(names):
         if value not in known:
-            raise UserError(f"--{name}: {value!r} is none of {', '.join(known)}")
+            raise UserError(f"--{option_name}: {value!r} is none of {', '.join(known)}")
         if value in names[:i]:
-            raise UserError(f"--{name}: {value} is named twice")
+            raise UserError(f"--{option_name}: {value} is named twice")
     return names
 
 
@@ -40,7 +40,7 @@ def _parse_peers(text: str) -> tuple[str, ...]:
 
 
 def _parse_gpus(text: str) -> tuple[int, ...]:
-    """Parse comma-separated, different positive numbers. Raises UserError."""
+    """Parse comma-separated integers. Raises UserError if one is not positive, or is there twice."""
     names = text.split(",")
     if not all(name.isdecimal() and int(name) for name in names) or len(set(names)) < len(names):
         raise UserError(f"--gpus {text}: one or more different numbers from 1 on, comma-separated")
@@ -48,7 +48,7 @@ def _parse_gpus(text: str) -> tuple[int, ...]:
 
 
 def _parse_checkout(text: str) -> Path:
-    """Return the folder of a checkout of fsdp_qlora. Raises UserError."""
+    """Return the absolute folder of a checkout of fsdp_qlora. Raises UserError if it has no train.py."""
     folder = Path(text).expanduser().absolute()
     if not (folder / "train.py").is_file():
         raise UserError(f"--fsdp_qlora {text}: is no checkout of fsdp_qlora (no train.py)")
@@ -56,7 +56,7 @@ def _parse_checkout(text: str) -> Path:
 
 
 def _parse_pythons(text: str) -> dict[str, str]:
-    """Parse <peer>=<interpreter>,... and check that each runs. Raises UserError."""
+    """Parse <peer>=<interpreter>,... into {peer: absolute path}. Raises UserError if one does not run."""
     pythons = {}
     for item in text.split(","):
         name, equals, path = item.partition("=")
@@ -120,7 +120,7 @@ COMMAND = Command("-m benchmarks.run", "[--option value ...]", "Ours beside its 
 
 
 def parse(argv: list[str]) -> Options:
-    """Parse and check the command line. Raises UserError; exits with status 0 on --help."""
+    """Parse and check the command line and its folders. Raises UserError; exits with status 0 on --help."""
     options = Options(**COMMAND.read(argv), argv=argv)
     if options.steps <= WARMUP_STEPS:
         raise UserError(f"--steps {options.steps}: the first {WARMUP_STEPS} do not count; use more")

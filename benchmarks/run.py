@@ -45,7 +45,7 @@ ROOT = Path(__file__).parent.parent
 def ensure_checkpoint(shape: str, root: Path) -> Path:
     """Return the folder of the shape's checkpoint below `root`, making it at the first call.
 
-    Raises UserError.
+    Raises UserError if the disk has no room, or if it cannot be made.
     """
     folder = root / f"random-{shape}"
     if folder.is_dir():
@@ -64,13 +64,13 @@ def ensure_checkpoint(shape: str, root: Path) -> Path:
     return folder
 
 
-def run_process(command: list[str], log: Path, limit: float, gpus: int) -> str:
-    """Run a command in a scratch folder and kill all its processes. Return an error text, "" on success.
+def run_process(command: list[str], log: Path, limit_seconds: float, gpus: int) -> str:
+    """Run a command in a scratch folder, then kill what it left running. Return an error text, or "".
 
     Args:
         command: the command line.
         log: file for its output.
-        limit: seconds that it may take.
+        limit_seconds: seconds that it may take.
         gpus: number of GPUs that it may see.
     """
     devices = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
@@ -86,9 +86,9 @@ def run_process(command: list[str], log: Path, limit: float, gpus: int) -> str:
             start_new_session=True,
         )
         try:
-            status = process.wait(limit)
+            status = process.wait(limit_seconds)
         except subprocess.TimeoutExpired:
-            return f"took longer than {limit:g} s"
+            return f"took longer than {limit_seconds:g} s"
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
@@ -97,7 +97,7 @@ def run_process(command: list[str], log: Path, limit: float, gpus: int) -> str:
 
 
 def find_error_line(text: str, status: int) -> str:
-    """Return the most informative line of a failed run's output."""
+    """Return the last error line in a failed run's output, else its last line, cut at 200 characters."""
     lines = [line.strip() for line in re.split(r"[\r\n]+", text) if line.strip()]
     errors = [
         line for line in lines if re.match(r"(\[rank\d+\]: )?(error: |[\w.]*(Error|Exception)\b)", line)
@@ -108,7 +108,9 @@ def find_error_line(text: str, status: int) -> str:
 
 
 def measure_system(options: Options, name: str, setting: Setting, model: Path, precision: str = "") -> Row:
-    """Run one system and return its row. Only ours uses `precision`; peers choose their own.
+    """Run one system and return its row; if it cannot run or fails, the row says why.
+
+    Only ours uses `precision`; peers choose their own.
 
     Args:
         options: options of the benchmark.
@@ -151,7 +153,7 @@ def measure_system(options: Options, name: str, setting: Setting, model: Path, p
 
 
 def find_missing(options: Options, name: str) -> str:
-    """Return which packages or options the system lacks here, "" if it can run."""
+    """Return a text on the packages or the option that the system lacks here, or "" if it lacks none."""
     if name == "fsdp_qlora" and options.fsdp_qlora is None:
         return "not given: --fsdp_qlora PATH"
     versions = find_versions(SYSTEMS[name], options.python(name))
@@ -160,7 +162,7 @@ def find_missing(options: Options, name: str) -> str:
 
 
 def measure_all(options: Options, model: Path) -> list[Row]:
-    """Measure all systems in all settings; write the results after each run."""
+    """Measure all systems in all settings and return their rows; write the results after each run."""
     rows, about = [], describe_setup(options)
     for setting in itertools.starmap(
         Setting, itertools.product(options.gpus, options.train_types, options.checkpointing)
@@ -204,7 +206,7 @@ def describe_setup(options: Options) -> list[str]:
 
 
 def write_results(folder: Path, about: list[str], rows: list[Row]) -> None:
-    """Write results.md and results.json."""
+    """Write results.md and results.json into `folder`. about: the lines above the table."""
     write_text(folder / "results.md", "\n".join(about) + "\n" + format_markdown(rows))
     results = {"about": about, "rows": [dataclasses.asdict(row) for row in rows]}
     write_text(folder / "results.json", json.dumps(results, indent=2) + "\n")

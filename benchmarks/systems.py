@@ -54,7 +54,7 @@ class System:
     checkpointing: tuple[str, ...] = ("full", "none")
 
     def find_obstacle(self, setting: Setting, on_gpus: bool) -> str:
-        """Return why the system cannot run the setting here, "" if it can."""
+        """Return why the system cannot run the setting, "" if it can. Looks at no installed package."""
         limit = self.max_gpus if on_gpus else self.max_processes
         if not limit:
             return "needs a GPU"
@@ -65,7 +65,7 @@ class System:
         return ""
 
     def command(self, python: str, gpus: int) -> list[str]:
-        """Return the command that starts the script on `gpus` processes, without its options."""
+        """Return the command, without options, by which the interpreter `python` starts `gpus` processes."""
         launcher = LAUNCHERS[self.launcher](gpus) if gpus > 1 else []
         return [python, *launcher, str(PEERS / self.script)]
 
@@ -75,7 +75,7 @@ def _torchrun(processes: int) -> list[str]:
 
 
 def _accelerate(processes: int) -> list[str]:
-    """Return the arguments that start processes under accelerate with FSDP 1."""
+    """Return the interpreter's arguments that start a script in several processes under FSDP 1."""
     options = {
         "num_processes": processes,
         "num_machines": 1,
@@ -134,7 +134,7 @@ SYSTEMS = {
 
 
 def find_versions(system: System, python: str) -> dict[str, str | None]:
-    """Return {package: version} of the system's packages under `python`; None if not installed."""
+    """Return {package: version or None} of the system's packages in the interpreter `python`, and its own."""
     names = dict.fromkeys((*system.required_packages, *system.other_packages))
     command = [python, str(PEERS / "packages.py"), *names]
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)

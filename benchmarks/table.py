@@ -37,16 +37,15 @@ class Row:
 
 
 def make_row(setting: Setting, system: str, label: str, result: dict, tokens: int, steps: int) -> Row:
-    """Make the row of a script's printed result (peers/work.py).
+    """Make the Row of a printed result. Raises ValueError if it took other than `tokens` tokens per step.
 
     Args:
         setting: the work.
         system: name of the system.
         label: name in the table.
-        result: the printed result.
-        tokens: expected tokens per step of all ranks. Raises ValueError if the result has others: speeds
-            would not compare.
-        steps: number of steps.
+        result: what the script printed (peers/work.py).
+        tokens: expected tokens per step of all ranks; with others, speeds would not compare.
+        steps: number of steps, warm-up included.
     """
     if result["tokens"] != tokens:
         raise ValueError(f"took {result['tokens']:g} tokens per step, not {tokens}")
@@ -55,15 +54,15 @@ def make_row(setting: Setting, system: str, label: str, result: dict, tokens: in
     return Row(setting, system, label, seconds, speed, result["peak_gib"], result["adapters"])
 
 
-def ratio_to_ours(row: Row, rows: list[Row], name: str) -> float | None:
-    """Divide the row's figure `name` by that of ours: the first row of ours with the same setting.
+def ratio_to_ours(row: Row, rows: list[Row], figure: str) -> float | None:
+    """Divide a figure of `row` by that of the first row of ours with the same setting.
 
-    Returns None if one of them is missing.
+    Returns None if one of the two has no result. figure: a field of Row.
     """
     ours = next((r for r in rows if r.setting == row.setting and r.system == OURS), None)
     if ours is None or row.problem or ours.problem:
         return None
-    return getattr(row, name) / getattr(ours, name)
+    return getattr(row, figure) / getattr(ours, figure)
 
 
 def format_markdown(rows: list[Row]) -> str:
@@ -96,7 +95,10 @@ def _format_ratio(value: float | None) -> str:
 
 
 def draw_chart(rows: list[Row], title: str, path: Path) -> None:
-    """Draw speed against memory as a PNG: a colour for each system, a marker for each setting."""
+    """Draw speed against memory as a PNG: a colour for each system, a marker for each setting.
+
+    Raises ValueError if every row has a problem.
+    """
     import matplotlib
 
     matplotlib.use("Agg")

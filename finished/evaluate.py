@@ -44,7 +44,7 @@ def generate_answers(
     batch_size: int,
     make_criterion: Callable[[int], StoppingCriteria] | None = None,
 ) -> list[list[int]]:
-    """Generate the greedy answer to each prompt, without the stop token that ends it.
+    """Return the token ids of the greedy answer to each prompt, without the stop token that ends it.
 
     Uses transformers' generate with its cache. Prompts of similar length share a batch, padded on the left.
 
@@ -109,7 +109,7 @@ def read_rows(run: Run, options: Options, tokenizer) -> tuple[str, list[Rendered
 
 
 def check_options(options: Options) -> Run:
-    """Check the options and open the RUN. Raises UserError."""
+    """Return the opened RUN. Raises UserError if --out cannot be written, or as `open_run` does."""
     if options.out is not None:
         if options.out.is_dir():
             raise UserError(f"--out {options.out}: is a folder; name a file")
@@ -131,15 +131,15 @@ class EvaluationInputs:
 
 
 def prepare_inputs(
-    names: Sequence[str], run: Run, rendered: list[Rendered], dataset: str, tokenizer, stop_ids: list[int]
+    metrics: Sequence[str], run: Run, rendered: list[Rendered], dataset: str, tokenizer, stop_ids: list[int]
 ) -> EvaluationInputs:
-    """Tokenize the rows and make the prompts that the metrics `names` need.
+    """Tokenize the rows for perplexity, and make prompts for text metrics, if they are in `metrics`.
 
     Raises UserError if a text metric finds no row with a question and an answer.
     """
     length = run.config.context_length
-    rows = tokenize(rendered, tokenizer, length, f"--dataset {dataset}") if "perplexity" in names else None
-    if tuple(names) == ("perplexity",):
+    rows = tokenize(rendered, tokenizer, length, f"--dataset {dataset}") if "perplexity" in metrics else None
+    if tuple(metrics) == ("perplexity",):
         return EvaluationInputs(rows, [])
     candidates = (make_row_prompt(r, tokenizer, length, stop_ids) for r in rendered)
     prompts = [p for p in candidates if p and p.answer]
@@ -168,13 +168,13 @@ class ModelScores:
 
 def score_model(
     model: PreTrainedModel,
-    names: Sequence[str],
+    metrics: Sequence[str],
     inputs: EvaluationInputs,
     options: Options,
     tokenizer,
     stop_ids: list[int],
 ) -> ModelScores:
-    """Compute the metrics `names` of one model on the inputs."""
+    """Compute the named metrics of one model; generates the answers if a text metric is among them."""
     values: dict[str, float | None] = {}
     answers, truncated = [], 0
     rank_info = RankInfo(0, 1, 0, 1, next(model.parameters()).device)
@@ -188,21 +188,21 @@ def score_model(
         generated = generate_answers(model, [p.ids for p in inputs.prompts], *lengths, make_criterion)
         answers = [normalize_answer(decode_answer(ids, tokenizer, stop_ids, marker)) for ids in generated]
         truncated = sum(_is_truncated(ids, options.max_new_tokens, tokenizer, marker) for ids in generated)
-        for name in names:
+        for name in metrics:
             if name in TEXT_METRICS:
                 values |= TEXT_METRICS[name](answers, [p.answer for p in inputs.prompts])
     return ModelScores(values, answers, truncated)
 
 
 def _is_truncated(ids: list[int], max_new_tokens: int, tokenizer, marker: str | None) -> bool:
-    """Whether an answer (without its stop token) ended at the limit and not by itself."""
+    """Return whether an answer (without its stop token) ended at max_new_tokens, not by itself."""
     return len(ids) == max_new_tokens and not (
         marker and marker in tokenizer.decode(ids, skip_special_tokens=True)
     )
 
 
 def evaluate(options: Options) -> dict:
-    """Run the command and return its results, as --out stores them."""
+    """Score the RUN and its base, print remarks, and return what --out stores. Raises UserError."""
     names, run = options.metrics, check_options(options)
     base = None if run.adapter else open_base(run, options.base_model)
     tokenizer = load_tokenizer(run)
@@ -249,7 +249,7 @@ def evaluate(options: Options) -> dict:
 
 
 def format_table(results: dict) -> str:
-    """Format the metrics of base and tuned model as a table."""
+    """Format the metrics of base and tuned model as a table. results: `evaluate`'s."""
     lines = [f"{'':12} {'base':>12} {'tuned':>12}"]
     for name, values in results["metrics"].items():
         lines.append(f"{name:12} {_format_score(values['base'])} {_format_score(values['tuned'])}")

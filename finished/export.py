@@ -51,7 +51,7 @@ FIXED_PROMPTS = (
 
 
 def check_options(options: Options) -> Run:
-    """Check the options and open the RUN before anything is written. Raises UserError."""
+    """Return the opened RUN. Raises UserError for options that cannot be used with it; writes nothing."""
     out = options.out
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: there is no GPU here; use cpu")
@@ -77,7 +77,7 @@ def check_options(options: Options) -> Run:
 
 
 def _check_adapterless_options(options: Options, run: Run) -> None:
-    """Check the options for a RUN that saved a whole model or new blocks. Raises UserError."""
+    """Raise UserError for a --to, --base or --base_model that a RUN without an adapter cannot use."""
     is_full_model = run.base == run.folder
     content = "is a whole model" if is_full_model else "holds new blocks"
     if options.to == "adapter":
@@ -92,7 +92,7 @@ def _check_adapterless_options(options: Options, run: Run) -> None:
 
 
 def _check_hub_access(repo: str) -> None:
-    """Check the repository's name and the login. Raises UserError."""
+    """Raise UserError if `repo` is not owner/name, or if the hub does not accept the login."""
     try:
         validate_repo_id(repo)
         assert repo.count("/") == 1
@@ -168,7 +168,15 @@ def write_merged(
 
 
 def write_card(run: Run, options: Options, folder: Path, description: str, library: str) -> None:
-    """Write README.md, the model card."""
+    """Write README.md, the model card, into `folder`.
+
+    Args:
+        run: the opened RUN.
+        options: options of the command.
+        folder: staging folder to write into.
+        description: paragraph on the exported files.
+        library: the hub's name of the library that loads them.
+    """
     base = pin_model_name(options.base_model, run.base) if options.base_model else run.config.model_name
     text = render_card(run.config, run.folder, base, options.out.resolve().name, description, library)
     write_text(folder / "README.md", text)
@@ -177,7 +185,8 @@ def write_card(run: Run, options: Options, folder: Path, description: str, libra
 def write_adapter(run: Run, options: Options, folder: Path, small_files: dict[str, str]) -> None:
     """Write the adapter, its config and the tokenizer into `folder`.
 
-    adapter_config.json names the base of --base_model if that is given. Raises UserError.
+    adapter_config.json names the base of --base_model if that is given. small_files: as for `write_merged`.
+    Raises UserError if the adapter's config is damaged or the disk has no room.
     """
     assert run.adapter is not None
     path = run.folder / ADAPTER_CONFIG
@@ -206,10 +215,7 @@ def write_adapter(run: Run, options: Options, folder: Path, small_files: dict[st
 
 
 def read_comparison_rows(run: Run) -> tuple[list[list[int]], str]:
-    """Return (token ids of a few rows, their description): rows of the run's data if that is a local file.
-
-    Otherwise returns fixed prompts.
-    """
+    """Return (token ids of a few texts, their description): rows of local data, else FIXED_PROMPTS."""
     tokenizer, config = load_tokenizer(run), run.config
     with contextlib.suppress(UserError):  # the data was moved or changed since the run
         recipe, file = find_recipe(config.dataset)
@@ -249,7 +255,7 @@ def describe_logit_difference(run: Run, out: Path, device: torch.device) -> str:
 
 
 def upload_to_hub(repo: str, out: Path, names: list[str]) -> str:
-    """Upload the files `names` of folder `out` to a private repository. Return a text with its address."""
+    """Upload the files `names` of `out` to a private repository; return "at <address>". Raises UserError."""
     api = HfApi()
     try:
         api.create_repo(repo, private=True, exist_ok=True)
@@ -261,7 +267,7 @@ def upload_to_hub(repo: str, out: Path, names: list[str]) -> str:
 
 
 def export(options: Options) -> None:
-    """Run the command: check, write into a staging folder, compare logits, upload. Raises UserError."""
+    """Check the options, write into a staging folder, compare logits, upload. Raises UserError."""
     run = check_options(options)
     tokenizer = load_tokenizer(run)
     tokenizer_use = compare_with_files(run.base, tokenizer)

@@ -32,9 +32,9 @@ def check_output_folder(out: Path, overwrite: bool, names: Iterable[str] = ()) -
 
 
 def check_space(out: Path, nbytes: int) -> None:
-    """Raise UserError if the folder's disk has no room for `nbytes`."""
-    existing = next(p for p in [out.absolute(), *out.absolute().parents] if p.exists())
+    """Raise UserError if the disk has no room for `nbytes` and SPARE_BYTES. `out` need not exist."""
     try:
+        existing = next(p for p in [out.absolute(), *out.absolute().parents] if p.exists())
         check_free_space(existing, nbytes + SPARE_BYTES)
     except OSError as e:
         raise UserError(f"--out {out}: {e.strerror}") from None

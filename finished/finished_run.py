@@ -158,7 +158,10 @@ def _verify_base(run: Run, metadata: dict[str, str], result: Path) -> Run:
 
 
 def _print_tokenizer_remark(run: Run, metadata: dict[str, str]) -> None:
-    """Print `tokenizer_remark`, unless the tokenizer is unreadable: the code that needs it reports that."""
+    """Print a remark if the base's tokenizer files changed since training.
+
+    Not if they are unreadable: the code that needs them reports that.
+    """
     if remark := tokenizer_remark(metadata, run.base):
         with contextlib.suppress(UserError):
             load_tokenizer(run)
@@ -189,7 +192,7 @@ def _open_model(folder: Path, config: Config, name: str | None, base_model: str 
 
 @contextlib.contextmanager
 def _name_base_model_in_errors(name: str | None, base_model: str | None) -> Iterator[None]:
-    """Replace --model_name by --base_model in errors of finding a model.
+    """Rewrite a UserError about --model_name to name --base_model.
 
     Commands on a RUN have no --model_name. Args: as for `_open_model`.
     """
@@ -206,7 +209,7 @@ def _name_base_model_in_errors(name: str | None, base_model: str | None) -> Iter
 
 
 def _overlay_new_blocks(run: Run) -> Run:
-    """Replace tensors of the expanded model by the run's new blocks.
+    """Return the run with its trained blocks in place of the base's in `files`, and its base verified.
 
     Raises UserError if the blocks belong to another model.
     """
@@ -218,7 +221,7 @@ def _overlay_new_blocks(run: Run) -> Run:
 
 
 def _read_options(path: Path) -> Config:
-    """Read config.yaml. Raises UserError that names the file."""
+    """Read config.yaml. Raises UserError, which names the file, also without one of REQUIRED_OPTIONS."""
     try:
         config, _ = parse(["--config", str(path)])
     except UserError as e:
@@ -229,7 +232,7 @@ def _read_options(path: Path) -> Config:
 
 
 def _check_required_options(path: Path) -> None:
-    """Raise UserError if config.yaml has lost an option: the default may differ from the run's value."""
+    """Raise UserError if config.yaml lacks one of REQUIRED_OPTIONS: the defaults may not be the run's."""
     written = read_options_file(str(path))
     missing = next((name for name in REQUIRED_OPTIONS if name not in written), None)
     if missing:
@@ -237,7 +240,10 @@ def _check_required_options(path: Path) -> None:
 
 
 def _check_adapter_config(path: Path, config: Config) -> None:
-    """Raise UserError if config.yaml and adapter_config.json disagree: one of them is damaged."""
+    """Raise UserError if adapter_config.json contradicts config.yaml, or sets a key of FOREIGN_ADAPTER_KEYS.
+
+    path: adapter_config.json.
+    """
     expected = {
         "r": config.lora_rank,
         "lora_alpha": config.lora_alpha,

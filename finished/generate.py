@@ -20,6 +20,7 @@ from finished.generation import (
     AnswerStreamer,
     Conversation,
     PromptTemplate,
+    has_bf16,
     make_template,
     open_runs,
 )
@@ -42,13 +43,9 @@ def choose_device(name: str | None) -> torch.device:
     return device
 
 
-def check_precision(name: str, device: torch.device) -> None:
-    """Raise UserError if the GPU cannot compute in --precision."""
-    if (
-        name == "bf16"
-        and device.type == "cuda"
-        and not torch.cuda.is_bf16_supported(including_emulation=False)
-    ):
+def check_precision(precision: str, device: torch.device) -> None:
+    """Raise UserError for bf16 on a GPU that computes in it only by emulation, or not at all."""
+    if precision == "bf16" and device.type == "cuda" and not has_bf16(device):
         raise UserError("--precision bf16: this GPU has no bf16; use auto, fp16 or fp32")
 
 
@@ -84,7 +81,7 @@ def wrap_text(text: str, width: int) -> list[str]:
 
 
 def format_columns(texts: dict[str, str], width: int) -> str:
-    """Format texts side by side, each below its name."""
+    """Format texts side by side on `width` columns, each below its name."""
     each = (width - 3 * (len(texts) - 1)) // len(texts)
     columns = [[*wrap_text(name, each), "-" * each, *wrap_text(text, each)] for name, text in texts.items()]
     height = max(map(len, columns))
@@ -109,13 +106,13 @@ def format_answers(question: str, texts: dict[str, str]) -> str:
 
 
 def choose_display_names(models: AnsweringModels) -> dict[str, str]:
-    """Map each model's name to the name to print: a single run is "tuned"."""
+    """Return {model name: name to print}: a single run is "tuned"."""
     single = len(models.runs) == 1
     return {name: "tuned" if single and name != BASE else name for name in models.names}
 
 
 def choose_template(name: str, templates: dict[str, PromptTemplate]) -> PromptTemplate:
-    """Return a model's template; the base uses the first run's."""
+    """Return the template of the model `name`; BASE has the first run's."""
     return templates.get(name) or next(iter(templates.values()))
 
 
@@ -145,17 +142,17 @@ def answer_prompts(options: Options, models: AnsweringModels, templates: dict[st
                     print_answers(options, prompt.content, text, answers[i], display_names)
 
 
-def describe_unread_fields(asked: list[Prompt], templates: dict[str, PromptTemplate]) -> list[str]:
-    """Return a line for each set of fields that no template reads, so that a misspelt field is noticed."""
-    rows = [prompt.content for prompt in asked if isinstance(prompt.content, dict)]
+def describe_unread_fields(prompts: list[Prompt], templates: dict[str, PromptTemplate]) -> list[str]:
+    """Return lines with the fields of prompts that a template does not read, so that a misspelt one shows."""
+    rows = [prompt.content for prompt in prompts if isinstance(prompt.content, dict)]
     unread = (describe_unread_columns(rows, template.format) for template in templates.values())
     return [f"--prompts: fields that are not read: {names}" for names in dict.fromkeys(unread) if names]
 
 
 def print_answers(
-    options: Options, given: str | dict, text: str, answers: dict, display_names: dict[str, str]
+    options: Options, given: str | dict, text: str, answers: dict[str, Answer], display_names: dict[str, str]
 ) -> None:
-    """Print one prompt and its answers, as text or as a line of JSON.
+    """Print one prompt and its answers: with --json as a line of JSON, otherwise as text.
 
     Args:
         options: options of the command.
@@ -176,7 +173,7 @@ def print_answers(
 
 
 def read_lines() -> Iterator[str]:
-    """Yield the lines that are typed, until Ctrl-D."""
+    """Yield the lines that the user types, without outer white space, until Ctrl-D."""
     if sys.stdin.isatty():
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401 - arrow keys and a history for input()
@@ -237,7 +234,10 @@ def print_reply(
 
 
 def run(options: Options) -> int:
-    """Run the command. Return the exit status: 0, or 2 for an error that the user can fix."""
+    """Run the command. Return the exit status: 0, 2 for an error that the user can fix, 130 for Ctrl-C.
+
+    Ctrl-C in a conversation is its end: 0.
+    """
     if not options.verbose:
         quiet_libraries()
     for stream in (sys.stdin, sys.stdout):

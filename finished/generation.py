@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -61,7 +61,7 @@ def open_runs(folders: list[str], base_model: str | None) -> list[Run]:
 
 
 def _describe_packing(run: Run) -> str:
-    """Describe how training packed the base."""
+    """Return words on how training packed the base: "not packed", "packed by hqq in 4 bits, groups of 64"."""
     config = run.config
     if config.method.quantizer is None:
         return "not packed"
@@ -92,7 +92,7 @@ class PromptTemplate:
         return self.context.tokenizer
 
     def make_row(self, text: str) -> dict:
-        """Make the row of this format that asks a bare question."""
+        """Make a row of this format from a question alone."""
         return self.format.make_prompt_row(text, self.context.markers)
 
     def render(self, prompt: Prompt) -> str:
@@ -158,6 +158,14 @@ class Answer:
     ended: bool
 
 
+def has_bf16(device: torch.device) -> bool:
+    """Return whether the device is a GPU that supports bf16 in hardware."""
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):  # torch looks at the current GPU
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+
+
 class AnsweringModels:
     """Models that answer prompts: each run, and with `compare` the base. One is active at a time.
 
@@ -173,6 +181,7 @@ class AnsweringModels:
     def __init__(
         self, runs: list[Run], base_model: str | None, device: torch.device, precision: str, compare: bool
     ):
+        """Load nothing yet. Raises UserError if the base is to be asked by itself and cannot be."""
         self.runs = {str(run.folder): run for run in runs}
         self.names = [BASE] * compare + list(self.runs)
         self.first_run, self.device, self.precision = runs[0], device, precision
@@ -187,16 +196,14 @@ class AnsweringModels:
         self.model: PreTrainedModel | None = None
 
     def _precision(self, run: Run) -> Precision:
-        """Return the precision of --precision, or that of training as far as this device supports it."""
+        """Return --precision, or with auto the precision of training as far as this device supports it."""
         dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
         if self.precision in dtypes:
             return Precision(*[dtypes[self.precision]] * 2)
-        gpu = self.device.type == "cuda"
-        bf16 = gpu and torch.cuda.is_bf16_supported(including_emulation=False)
-        return choose_precision(run.config.precision, gpu, bf16)
+        return choose_precision(run.config.precision, self.device.type == "cuda", has_bf16(self.device))
 
     def _load(self, run: Run) -> None:
-        """Load a run's model, or only its adapter if the base is loaded."""
+        """Make `model` the run's: load all of it, or only its adapter if its base is loaded already."""
         if self.loaded_run is run:
             return
         if self.loaded_run and self.model is not None and run.adapter:
@@ -240,7 +247,7 @@ class AnsweringModels:
             sampling: sampling options.
             stream: receives the answer's tokens as they are generated.
         """
-        max_tokens = template.max_positions - ids.shape[1]
+        token_limit = template.max_positions - ids.shape[1]
         ids, start = ids.to(self.device), ids.shape[1]
         torch.manual_seed(sampling.seed)
         stopping = [MarkerCriterion(template.tokenizer, template.marker, start)] if template.marker else []
@@ -249,7 +256,7 @@ class AnsweringModels:
         out = self.model.generate(  # type: ignore[operator]
             ids,
             attention_mask=torch.ones_like(ids),
-            generation_config=_make_generation_config(sampling, max_tokens, template.stop_ids),
+            generation_config=_make_generation_config(sampling, token_limit, template.stop_ids),
             stopping_criteria=StoppingCriteriaList(stopping),
             streamer=stream,
         )[0, start:].tolist()
@@ -266,18 +273,19 @@ def _adapter_options(run: Run) -> tuple:
 
 
 def _make_generation_config(
-    sampling: Sampling, max_tokens: int, stop_ids: frozenset[int]
+    sampling: Sampling, token_limit: int, stop_ids: frozenset[int]
 ) -> GenerationConfig:
-    """Make transformers' config; temperature 0 means greedy."""
+    """Make transformers' config, for at most token_limit new tokens; temperature 0 means greedy."""
     config = GenerationConfig(
-        max_new_tokens=min(sampling.max_new_tokens, max_tokens),
+        max_new_tokens=min(sampling.max_new_tokens, token_limit),
+        do_sample=bool(sampling.temperature),
         repetition_penalty=sampling.repetition_penalty,
         eos_token_id=sorted(stop_ids) or None,
         pad_token_id=min(stop_ids, default=0),  # unused with a single prompt; unset, transformers warns
     )
     if sampling.temperature:
         options = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
-        config.update(do_sample=True, **options)
+        config.update(**options)
     return config
 
 
@@ -302,7 +310,7 @@ class AnswerStreamer(TextStreamer):
     write: called with each chunk of text.
     """
 
-    def __init__(self, template: PromptTemplate, write):
+    def __init__(self, template: PromptTemplate, write: Callable[[str], None]):
         super().__init__(template.tokenizer, skip_prompt=True, skip_special_tokens=True)
         self.template, self.write, self.pending, self.is_finished = template, write, "", False
 
@@ -341,7 +349,7 @@ class Conversation:
     row: dict = field(default_factory=dict)
 
     def make_prompt(self, question: str) -> tuple[dict, str]:
-        """Return (row with the question, its prompt).
+        """Return (row with the turns so far and the question, its prompt's text). Raises UserError.
 
         Does not change the conversation: `record_answer` does.
         """
@@ -358,7 +366,7 @@ class Conversation:
         return row, self.template.render(Prompt("the question", row))
 
     def record_answer(self, row: dict, answer: str) -> None:
-        """Append the answered row to the conversation."""
+        """Make the row and its answer the turns so far; formats without turns keep none."""
         if self.template.format is FORMATS["chat"]:
             self.row = {"messages": [*row["messages"], {"role": "assistant", "content": answer.strip()}]}
         elif self.template.format is FORMATS["guanaco"]:

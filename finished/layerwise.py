@@ -30,10 +30,12 @@ from quantization.quantizers import pack_weight
 FP32_PRECISION = Precision(torch.float32, torch.float32)
 
 
-def trained_logits(run: Run, adapter: dict[str, torch.Tensor], ids: torch.Tensor, device: torch.device):
-    """Compute the logits of the trained model, packed as in training.
+def trained_logits(
+    run: Run, adapter: dict[str, torch.Tensor], ids: torch.Tensor, device: torch.device
+) -> torch.Tensor:
+    """Compute the logits of the base, packed as in training, with its adapter.
 
-    ids: [B, T]. Returns [B, T, V] fp32 on the CPU.
+    adapter: as `read_adapter` returns it, or empty. ids: [B, T]. Returns [B, T, V] fp32 on the CPU.
     """
     model = build_on_meta(run.model_config, run.family)
     apply_method(model, run.family, run.config, FP32_PRECISION, run.files)
@@ -46,14 +48,14 @@ def plain_logits(
     files: CheckpointFiles,
     ids: torch.Tensor,
     device: torch.device,
-):
-    """Compute the logits of a model whose files hold all its weights, as `trained_logits` returns them."""
+) -> torch.Tensor:
+    """Compute the logits of a model without packing or adapter, as `trained_logits` returns them."""
     model = build_on_meta(config, family).to(torch.float32)  # type: ignore[arg-type]
     return _compute_logits(model, family, files, {}, ids, device)
 
 
-def packed_logits(run: Run, ids: torch.Tensor, device: torch.device):
-    """Compute the logits of `run.files` alone, packed as training packed its base.
+def packed_logits(run: Run, ids: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Compute the logits of `run.files` without an adapter, packed as training packed its base.
 
     This is a merged model that is quantized again. Returns logits as `trained_logits` does.
     """
@@ -64,15 +66,22 @@ def packed_logits(run: Run, ids: torch.Tensor, device: torch.device):
 
 
 def compare_logits(a: torch.Tensor, b: torch.Tensor, lengths: list[int]) -> tuple[float, float]:
-    """Return (largest difference, largest logit of a) over the first `lengths` positions of each row."""
+    """Return (largest |a - b|, largest |a|) of logits over the first lengths[i] positions of each row i."""
     rows = [(x[:n], y[:n]) for x, y, n in zip(a, b, lengths, strict=True)]
     difference = max((x - y).abs().max().item() for x, y in rows)
     return difference, max(x.abs().max().item() for x, _ in rows)
 
 
 @torch.no_grad()
-def _compute_logits(model: PreTrainedModel, family: Family, files, adapter, ids, device) -> torch.Tensor:
-    """Run the model on meta with hooks that load and unload its submodules."""
+def _compute_logits(
+    model: PreTrainedModel,
+    family: Family,
+    files: CheckpointFiles,
+    adapter: dict[str, torch.Tensor],
+    ids: torch.Tensor,
+    device: torch.device,
+) -> torch.Tensor:
+    """Run a model of the meta device; hooks load each submodule before it runs and drop it afterwards."""
     model.requires_grad_(False).eval()
     with device:
         model.set_submodule(family.rotary, make_rotary(family, model.config))
@@ -101,9 +110,18 @@ def _submodule_paths(model: nn.Module, family: Family) -> list[str]:
 
 
 def _load_submodule(
-    model, path: str, family: Family, files, adapter, device: torch.device, tied: dict[str, str]
+    model: PreTrainedModel,
+    path: str,
+    family: Family,
+    files: CheckpointFiles,
+    adapter: dict[str, torch.Tensor],
+    device: torch.device,
+    tied: dict[str, str],
 ) -> None:
-    """Fill one submodule with its constants, its weights from the files, and its adapter."""
+    """Move the submodule `path` to the device; fill it with constants, the files' weights and the adapter.
+
+    tied: {weight that is not in the files: the weight whose tensor it shares}.
+    """
     submodule, prefix = model.get_submodule(path), f"{path}."
     submodule.to_empty(device=device)
     for module in submodule.modules():

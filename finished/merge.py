@@ -31,12 +31,12 @@ from quantization.quantizers import PackedWeight, Quantizer, pack_weight
 
 
 def merge_adapter(weight: torch.Tensor, tensors: dict[str, torch.Tensor], scaling: float) -> torch.Tensor:
-    """Merge one linear's adapter: W' [O, I] fp32.
+    """Merge a linear's LoRA or DoRA adapter into its weight, in place; return the merged weight.
 
     Args:
         weight: W [O, I] fp32; it is overwritten.
         tensors: the adapter's tensors, by PEFT's names below the module.
-        scaling: s.
+        scaling: lora_alpha / R.
     """
     a, b = (tensors[name].to(weight.device, torch.float32) for name in ("lora_A.weight", "lora_B.weight"))
     weight.addmm_(b, a, alpha=scaling)
@@ -48,7 +48,7 @@ def merge_adapter(weight: torch.Tensor, tensors: dict[str, torch.Tensor], scalin
 
 
 def find_training_quantizers(run: Run) -> dict[str, Quantizer]:
-    """Return {weight: its quantizer} of the weights that training packed."""
+    """Return {name of a weight that training packed: its quantizer}; {} if training packed none."""
     if not run.config.method.quantizer:
         return {}
     names = packed_linears(build_on_meta(run.model_config, run.family), run.family, run.config)
@@ -63,7 +63,7 @@ def make_merged_entries(
     dtype_of: Callable[[torch.dtype], torch.dtype],
     device: torch.device,
 ) -> dict[str, TensorEntry]:
-    """Make an entry for every tensor of the merged model, in the files' order.
+    """Return {name: TensorEntry} of the merged model in the files' order. Tensors are merged when written.
 
     Args:
         run: the opened RUN.
@@ -102,16 +102,16 @@ def _read_merged_weight(
     device: torch.device,
     buffers: PinnedBuffers | None,
 ) -> torch.Tensor:
-    """Read one weight, dequantize it if training packed it, and merge its adapter: [O, I] fp32 on the device.
+    """Return a weight in fp32 on the device: read, dequantized if training packed it, its adapter merged.
 
     Args:
         files: files of the base.
         name: name of the weight.
         quantizer: how training packed it, or None.
         tensors: its adapter's tensors, or None.
-        scaling: s.
+        scaling: lora_alpha / R.
         device: device that computes.
-        stage: page-locked buffers for reading, or None.
+        buffers: page-locked buffers for reading, or None.
     """
     stored = files.read(name, buffers).to(device)
     if isinstance(stored, torch.Tensor):
@@ -151,7 +151,7 @@ def _as_bytes(tensor: torch.Tensor):
 
 
 def _check_range(tensor: torch.Tensor, name: str) -> torch.Tensor:
-    """Return the tensor. Raises UserError if its dtype could not hold the values."""
+    """Return the tensor. Raises UserError if it holds NaN or infinity: its dtype could not hold a value."""
     if not is_finite(tensor):
         remedy = "; choose bfloat16 or float32" if tensor.dtype == torch.float16 else ""
         dtype = str(tensor.dtype).removeprefix("torch.")

@@ -33,7 +33,7 @@ assert set(CARD_OPTIONS) <= FIELDS.keys()
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether `name` has the form owner/name and is no local path."""
+    """Return whether `name` has the form owner/name and is no local path."""
     return bool(HUB_ID.fullmatch(name)) and not os.path.exists(os.path.expanduser(name))
 
 
@@ -70,7 +70,7 @@ def render_card(config: Config, run: Path, base: str, title: str, description: s
 
 
 def _find_hub_dataset(config: Config) -> str | None:
-    """Return the dataset's id on the hub, or None."""
+    """Return the dataset's id on the hub; None if it is not from there or its recipe was moved."""
     try:
         recipe, file = find_recipe(config.dataset)
     except UserError:  # the recipe was moved since
@@ -79,7 +79,7 @@ def _find_hub_dataset(config: Config) -> str | None:
 
 
 def _describe_loss(run: Path) -> str:
-    """Describe the last line of metrics.jsonl. best/ has none: describe the evaluation that chose it."""
+    """Return a line with the last loss in metrics.jsonl, or, in best/, the evaluation loss that chose it."""
     try:
         if (run / SCORE).is_file():
             score = read_json(run / SCORE, MAX_CONFIG_BYTES)

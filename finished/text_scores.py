@@ -73,13 +73,13 @@ def _make_bleu(references: Sequence[str]):
 
 
 def exact_match(answers: Sequence[str], references: Sequence[str]) -> dict[str, float | None]:
-    """Compute the percentage of answers that equal their reference, apart from outer white space."""
+    """Return {"exact_match": percentage of answers that equal their reference but for outer white space}."""
     same = sum(a.strip() == r.strip() for a, r in zip(answers, references, strict=True))
     return {"exact_match": 100 * same / len(answers)}
 
 
 def bleu(answers: Sequence[str], references: Sequence[str]) -> dict[str, float | None]:
-    """Compute corpus BLEU.
+    """Return {"bleu": corpus BLEU, 0 to 100, or None}.
 
     None if no answer, or no reference, has four tokens: there is no 4-gram to compare.
     """
@@ -90,7 +90,7 @@ def bleu(answers: Sequence[str], references: Sequence[str]) -> dict[str, float |
 
 
 def rouge(answers: Sequence[str], references: Sequence[str]) -> dict[str, float | None]:
-    """Compute mean ROUGE F1 over the rows whose reference has ROUGE_MIN_WORDS words, or None."""
+    """Return mean F1, 0 to 100, of rouge1, rouge2 and rougeL over references of ROUGE_MIN_WORDS, or None."""
     from rouge_score.rouge_scorer import RougeScorer
 
     scorer = RougeScorer(list(ROUGE_MIN_WORDS), tokenizer=RougeTokenizer())
@@ -110,12 +110,12 @@ TEXT_METRICS: dict[str, Callable[[Sequence[str], Sequence[str]], dict[str, float
 }
 
 
-def scored_with(names: Sequence[str], references: Sequence[str]) -> dict[str, str]:
-    """Describe how BLEU and ROUGE were computed for these references, and which rows they leave out."""
+def scored_with(metrics: Sequence[str], references: Sequence[str]) -> dict[str, str]:
+    """Return {"bleu", "rouge": how it was computed, which rows it leaves out}, for those in `metrics`."""
     found = {}
-    if "bleu" in names and references:
+    if "bleu" in metrics and references:
         found["bleu"] = str(_make_bleu(references).get_signature())
-    if "rouge" in names and references:
+    if "rouge" in metrics and references:
         found["rouge"] = f"rouge-score {importlib.metadata.version('rouge-score')} over words of any script"
         lengths = [len(split_words(reference)) for reference in references]
         for kind, min_words in ROUGE_MIN_WORDS.items():

@@ -12,7 +12,7 @@ class DeferredCalls:
         self.calls: list[Callable[[], None]] = []
 
     def defer(self, call: Callable[[], None]) -> None:
-        """Queue the first call; the queue must be empty."""
+        """Queue the first call. Raises AssertionError if the queue is not empty."""
         assert not self.calls
         self.calls.append(call)
 
@@ -24,7 +24,7 @@ class DeferredCalls:
             call()
 
     def run_all(self) -> None:
-        """Run the queued calls, if any."""
+        """Run the queued calls in order, if any, and empty the queue."""
         calls, self.calls = self.calls, []
         for call in calls:
             call()

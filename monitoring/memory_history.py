@@ -112,7 +112,7 @@ class Recording:
 
 
 def curve_from_events(events: list[dict], end_bytes: int, signs: dict[str, int], start_time: float) -> Points:
-    """Return (seconds, bytes) after each event, computed backwards from the bytes at the end.
+    """Return (seconds, bytes) at the start and after each event of `signs`, computed backwards from the end.
 
     So the curve includes what was allocated before the first event, or by events that torch dropped.
 
@@ -134,10 +134,10 @@ def curve_from_events(events: list[dict], end_bytes: int, signs: dict[str, int],
 
 
 def curves_from_snapshot(snapshot: dict, device: int, start_time: float) -> dict[str, Points]:
-    """Return one GPU's curves in bytes from torch.cuda.memory._snapshot().
+    """Return one GPU's curves {"allocated", "reserved": (seconds, bytes)}.
 
     "allocated" counts the requested bytes; memory_allocated() rounds each tensor up to a multiple of 512.
-    "reserved" counts what torch took from the GPU.
+    "reserved" counts what torch took from the GPU. snapshot: torch.cuda.memory._snapshot() of all GPUs.
     """
     segments = [s for s in snapshot["segments"] if s["device"] == device]
     blocks = [b for s in segments for b in s["blocks"] if b["state"] == "active_allocated"]
@@ -150,9 +150,10 @@ def curves_from_snapshot(snapshot: dict, device: int, start_time: float) -> dict
 
 
 def clip_curve(points: Points, start: float, end: float) -> Points:
-    """Return a step function between two times as a line: (seconds since start, value), two corners a step.
+    """Return the curve from `start` to `end` as a line to draw: (seconds since `start`, value).
 
-    The line is empty if the function begins after `end`.
+    A value holds until the next point, so the line has two points for each change. It is empty if the curve
+    begins after `end`.
     """
     first = bisect_right(points, start, key=lambda p: p[0]) - 1
     last = bisect_right(points, end, key=lambda p: p[0])
@@ -165,7 +166,10 @@ def clip_curve(points: Points, start: float, end: float) -> Points:
 
 
 def thin_out(line: Points) -> Points:
-    """Return the first, lowest, highest and last point of each of BUCKETS equal intervals, in order."""
+    """Thin out a long line: keep the first, lowest, highest and last point in each of BUCKETS intervals.
+
+    The intervals are equally long. A line of at most 4 * BUCKETS points is returned as it is.
+    """
     if len(line) <= 4 * BUCKETS:
         return line
     chosen = {0, len(line) - 1}
@@ -179,7 +183,7 @@ def thin_out(line: Points) -> Points:
 
 
 def split_into_steps(starts: list[PhaseStart], curves: dict[str, Points], end: float) -> list[RecordedStep]:
-    """Return the recorded steps; a step ends with its last phase.
+    """Turn phase starts and curves in bytes into RecordedSteps in GiB; a step ends with its last phase.
 
     Phases and steps that end before the first known value are dropped.
 
@@ -221,14 +225,14 @@ class MemoryHistory:
         self.starts.append(PhaseStart(time.time(), step, name))
 
     def stop(self, rank: int, snapshot: Path) -> Recording:
-        """Stop and return the recording. snapshot: the file for torch's snapshot, which only a GPU has."""
+        """Stop and return this rank's Recording; on a GPU, also write torch's snapshot to `snapshot`."""
         end = time.time()
         curves = self.source.stop(snapshot)
         return Recording(rank, _device_name(self.device), split_into_steps(self.starts, curves, end))
 
 
 def _device_name(device: torch.device) -> str:
-    """Return the GPU's name and memory, or a text for a CPU."""
+    """Return a GPU's name and memory (NVIDIA H200, 139.8 GiB), or "process on the CPU"."""
     if device.type != "cuda":
         return "process on the CPU"
     gib = torch.cuda.get_device_properties(device).total_memory / GIB
@@ -236,7 +240,7 @@ def _device_name(device: torch.device) -> str:
 
 
 class GpuEvents:
-    """torch's record of a GPU's allocations."""
+    """torch's record of a GPU's allocations, from its creation until `stop`."""
 
     def __init__(self, device: torch.device):
         self.device, self.start_time = device, time.time()
@@ -246,7 +250,10 @@ class GpuEvents:
         )
 
     def stop(self, path: Path) -> dict[str, Points]:
-        """Return the curves in bytes. Write the snapshot, in the format of https://pytorch.org/memory_viz."""
+        """Stop the record, write torch's snapshot to `path`, and return `curves_from_snapshot`.
+
+        https://pytorch.org/memory_viz shows the snapshot.
+        """
         snapshot = torch.cuda.memory._snapshot()
         torch.cuda.memory._record_memory_history(enabled=None)
         with stage_files(path.parent) as stage, stage(path.name).open("wb") as file:
@@ -256,7 +263,7 @@ class GpuEvents:
 
 
 class HostSamples:
-    """Samples of this process's resident size, taken by a thread."""
+    """Samples of this process's resident size, taken by a thread until `stop`."""
 
     def __init__(self, device: torch.device):
         self.device, self.stopped = device, threading.Event()
@@ -272,7 +279,7 @@ class HostSamples:
                 return
 
     def stop(self, _: Path) -> dict[str, Points]:
-        """Return the curve in bytes."""
+        """Stop sampling and return {"resident": (seconds, bytes)}; writes no file."""
         self.stopped.set()
         self.thread.join()
         return {"resident": self.points}

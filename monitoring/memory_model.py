@@ -89,7 +89,7 @@ class PlannedParameter:
     is_padded: bool = True
 
     def nbytes(self, shards: int = 1, index: int = 0) -> int:
-        """Return the bytes of rank `index` of the `shards` ranks that share a copy.
+        """Return the bytes that rank `index` allocates if `shards` ranks share it; by default, of all of it.
 
         FSDP cuts dimension 0 into equal shards, rounded up. The last ranks may have fewer rows, or none, but
         allocate as many.
@@ -102,7 +102,7 @@ class PlannedParameter:
 def plan_parameters(
     model: PreTrainedModel, family: Family, config: Config, precision: Precision, files: CheckpointFiles
 ) -> list[PlannedParameter]:
-    """Return every parameter of the train type; a tied weight once.
+    """Return the parameters that the model must have once loaded, unsharded; a tied weight once.
 
     model: from build_on_meta, before a method changes it; only the names of its linears are read.
     """
@@ -140,12 +140,12 @@ def plan_parameters(
 
 
 def vocabulary_weights(family: Family) -> tuple[str, str]:
-    """Return the names of the weights that have a row for each token of the vocabulary."""
+    """Return the tensor names of the embedding and of the head: they have a row for each known token."""
     return f"{family.embedding}.weight", f"{family.head}.weight"
 
 
 def weight_bytes(planned: Iterable[PlannedParameter]) -> WeightBytes:
-    """Return the bytes of full parameters, by kind."""
+    """Add up the bytes of the unsharded parameters by kind."""
     sizes = dict.fromkeys((f.name for f in fields(WeightBytes)), 0)
     for parameter in planned:
         sizes[parameter.kind] += parameter.nbytes()
@@ -155,7 +155,7 @@ def weight_bytes(planned: Iterable[PlannedParameter]) -> WeightBytes:
 def host_parameters(
     planned: Iterable[PlannedParameter], family: Family, tied: bool
 ) -> list[PlannedParameter]:
-    """Return the parameters that a GPU rank keeps in host memory: an embedding, neither trained nor tied."""
+    """Return what a GPU rank keeps in host memory: the embedding if it is neither trained nor tied, or []."""
     return [p for p in planned if p.name == f"{family.embedding}.weight" and p.kind != "trained" and not tied]
 
 
@@ -193,7 +193,10 @@ def expected_memory(
     files: CheckpointFiles,
     rank_info: RankInfo,
 ) -> ExpectedMemory:
-    """Return the expected memory of this rank. Call it before the model is changed: see `plan_parameters`."""
+    """Return the memory that this rank's weights should take by the files' shapes and the options.
+
+    Call it before the model is changed: see `plan_parameters`.
+    """
     planned = plan_parameters(model, family, config, precision, files)
     if rank_info.device.type == "cpu" or config.use_cpu_offload:
         on_host = planned
@@ -206,16 +209,16 @@ def expected_memory(
     return ExpectedMemory(weight_bytes(planned), trained, total - host, host, len(planned))
 
 
-def check_loaded(model: nn.Module, expected: ExpectedMemory, before: int) -> None:
-    """Raise AssertionError unless the rank's weights take the expected memory, within TOLERANCE.
+def check_loaded(model: nn.Module, expected: ExpectedMemory, gpu_bytes_before: int) -> None:
+    """Raise AssertionError unless this rank's weights take the expected memory, within TOLERANCE.
 
-    In host memory the parameters' storages count. On a GPU all that was allocated since `before` (bytes)
-    counts, so that a copy that was not freed shows.
+    In host memory the parameters' storages count. On a GPU all that was allocated since loading began counts,
+    so that a copy that was not freed shows. gpu_bytes_before: bytes allocated on the GPU then.
     """
     held = [("host", memory.host_weight_bytes(model), expected.on_host, 0)]
     if expected.on_gpu:
         rounding = ROUNDING_PER_TENSOR * (expected.n_tensors + sum(1 for _ in model.buffers()))
-        held.append(("GPU", memory.gpu_bytes_allocated() - before, expected.on_gpu, rounding))
+        held.append(("GPU", memory.gpu_bytes_allocated() - gpu_bytes_before, expected.on_gpu, rounding))
     for where, found, wanted, rounding in held:
         assert abs(found - wanted) <= TOLERANCE * wanted + rounding, (
             f"the loaded weights take {format_bytes(found)} of {where} memory on this rank;"
@@ -256,9 +259,9 @@ def run_sizes(
     files: CheckpointFiles,
     tokens: int,
 ) -> RunSizes:
-    """Return the sizes of a model and its data under the options `config`; takes no memory.
+    """Return the sizes that determine the memory of a run with the options `config`; loads no weights.
 
-    tokens: of the longest row.
+    tokens: tokens of the longest row.
     """
     model = build_on_meta(model_config, family)
     planned = plan_parameters(model, family, config, precision, files)
@@ -282,7 +285,10 @@ def run_sizes(
 
 
 def estimate_peak(config: Config, precision: Precision, sizes: RunSizes) -> float:
-    """Return the bytes that a GPU holds at the peak of a step. config: resolved, with its world_size."""
+    """Estimate the bytes that each GPU holds at the peak of a training step.
+
+    config: resolved, with its world_size.
+    """
     strategy = STRATEGIES[config.sharding_strategy]
     shards = strategy.ranks_per_copy(config.world_size, config.hybrid_shard_size)
     trained, weights = sizes.weights.trained, sizes.weights.total - sizes.on_host

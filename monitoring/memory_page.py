@@ -42,7 +42,7 @@ def render_memory_page(recordings: list[Recording], title: str) -> str:
 
 
 def _headline(recordings: list[Recording]) -> list[tuple[str, str, str]]:
-    """Return (name, value, note) of each tile: the highest peak; that rank's memory after each phase."""
+    """Return tiles (name, value, note): the highest peak; that rank's memory after each phase."""
     fullest, step = max(((r, s) for r in recordings for s in r.parts), key=lambda pair: pair[1].peak.peak)
     rank = f"rank {fullest.rank}"
     tiles = [("Peak", step.peak.peak, f"in the {step.peak.name} of {step.name}, {rank}")]
@@ -67,13 +67,13 @@ def _chart(step: RecordedStep, top: float) -> Chart:
 
 
 def write_pages(path: Path, recordings: list[Recording], title: str) -> None:
-    """Write <path>.html and <path>.png. Raises OSError."""
+    """Write the recordings as a page <path>.html and a picture <path>.png. Raises OSError."""
     write_text(path.with_name(f"{path.name}.html"), render_memory_page(recordings, title))
     draw_picture(recordings, title, path.with_name(f"{path.name}.png"))
 
 
 def draw_picture(recordings: list[Recording], title: str, path: Path) -> None:
-    """Write the same curves as a PNG: a row for each rank, a column for the start and for each step."""
+    """Write the memory curves as a PNG: a row for each rank, a column for the start and for each step."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -100,7 +100,7 @@ def draw_picture(recordings: list[Recording], title: str, path: Path) -> None:
 
 
 def _draw_step(axis, step: RecordedStep) -> None:
-    """Draw a step: its phases as coloured grounds, and its curves."""
+    """Draw a step on a matplotlib axis: its phases as coloured grounds, and its curves."""
     for span in step.spans:
         axis.axvspan(span.start, span.end, color=COLOURS[span.name], linewidth=0)
     for (_, line), colour in zip(step.curves.items(), LINES.values(), strict=False):

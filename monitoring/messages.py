@@ -73,20 +73,23 @@ def describe_training(
 
 
 def describe_stop(reason: str, history: list[Metrics], total_steps: int, folder: Path) -> str:
-    """Return the line about a run that was asked to stop."""
+    """Return the line about a run that was asked to stop: why, at which step, and how to resume it."""
     step = f"step {history[-1].step} of {total_steps}"
     return f"stopped at {step} ({reason}); go on with: {resume_command(folder)}"
 
 
 def resume_command(folder: Path) -> str:
-    """Return the command that resumes a run, or a text about it under torchrun."""
+    """Return the command that resumes the run in `folder`; under torchrun, words that describe it."""
     if is_under_torchrun():  # its options are not known here
         return "the command that started it, with --resume auto"
     return shlex.join([*shell_command("train.py"), "--config", f"{folder}/{OPTIONS}", "--resume", "auto"])
 
 
 def describe_unsaved(error: OSError, folder: Path, step: int | None) -> str:
-    """Return the line about a result that could not be written. step: of the last complete checkpoint."""
+    """Return the line about a trained model that could not be written, and how to save it.
+
+    step: that of the last complete checkpoint; None or 0 if there is none.
+    """
     remedy = (
         f"make room there, then: {resume_command(folder)}, which saves it from the checkpoint of step {step}"
         if step
@@ -107,7 +110,7 @@ def describe_end(
     saved: bool,
     sampled: bool,
 ) -> str:
-    """Return the lines at the end of a run.
+    """Return the lines that a run ends with: its speed, memory, loss and files, or why it was stopped.
 
     Args:
         history: all steps of the run.
@@ -116,7 +119,7 @@ def describe_end(
         seconds: the time of the steps after them.
         stages: memory by stage, as in run.json.
         stopped: why the run was asked to stop, or "".
-        saved: whether there is a result.
+        saved: whether the trained weights were saved.
         sampled: whether samples were requested.
     """
     folder = output_folder(config)
@@ -128,11 +131,11 @@ def describe_end(
 
 
 def describe_files(config: Config, saved: bool, sampled: bool, folder: Path) -> str:
-    """Return lines about the run's files and the commands that can follow.
+    """Return lines that name the run's files and the commands that can follow.
 
     Args:
         config: of the run.
-        saved: whether there is a result.
+        saved: whether the trained weights were saved.
         sampled: whether samples were requested.
         folder: the RUN.
     """
@@ -156,7 +159,7 @@ def describe_files(config: Config, saved: bool, sampled: bool, folder: Path) -> 
 
 
 def describe_best(folder: Path, step: int) -> str:
-    """Return the end of a line: whether the best step, `step`, is in the folder best/."""
+    """Return the end of a line on the best step: ", in <folder>" if best/ holds it, else that it does not."""
     try:
         saved_step = json.loads((folder / SCORE).read_text(encoding="utf-8"))["step"]
     except FileNotFoundError:
@@ -175,7 +178,7 @@ def _comparable_loss(metrics: Metrics) -> float:
 
 
 def describe_evaluations(history: list[Metrics], total_steps: int, config: Config) -> list[str]:
-    """Return lines about the evaluations and about early stopping, if there was any."""
+    """Return the line about the evaluations, and one about early stopping if it happened; [] without any."""
     evaluated = [m for m in history if m.eval_loss is not None]
     if not evaluated:
         return []

@@ -77,7 +77,7 @@ class HostEvent:
     def synchronize(self) -> None: ...
 
     def elapsed_time(self, later: HostEvent) -> float:
-        """Return milliseconds."""
+        """Return the milliseconds from this event to the later one."""
         return (later.seconds - self.seconds) * 1000
 
 
@@ -116,7 +116,7 @@ class Reading:
         return self.table
 
     def loss(self) -> float:
-        """Return the step's mean loss. Waits for the GPU."""
+        """Return the step's mean loss over all ranks. Waits for the GPU."""
         return self.wait()[:, 0].sum().item()
 
     def grad_norm(self) -> float:
@@ -145,18 +145,22 @@ class Meter:
         self.device, self.phase_bytes = device, phase_bytes
         self.restart()
 
-    def read(self, index: int, step: Step, lr: float, loss: torch.Tensor, grad_norm: torch.Tensor) -> Reading:
-        """Start the copy of a step's numbers to the host. Collective. Waits for nothing.
+    def read(
+        self, index: int, step: Step, lr: float, local_loss: torch.Tensor, grad_norm: torch.Tensor
+    ) -> Reading:
+        """Gather a step's numbers of all ranks and start copying them to the host. Collective.
+
+        Waits for nothing.
 
         Args:
             index: the optimizer step, from 1.
-            step: its batches.
+            step: this optimizer step's batches.
             lr: its learning rate.
-            loss: this rank's share of the step's mean loss.
-            grad_norm: of all ranks.
+            local_loss: this rank's share of the step's mean loss; the shares add up to it.
+            grad_norm: the norm of the whole gradient, equal on all ranks.
         """
         # With --use_cpu_offload the norm is on the CPU.
-        local = torch.stack([loss.double(), grad_norm.to(self.device).double(), *self._memory()])
+        local = torch.stack([local_loss.double(), grad_norm.to(self.device).double(), *self._memory()])
         ranks = [torch.empty_like(local) for _ in range(dist.get_world_size())]
         dist.all_gather(ranks, local)
         table = torch.stack(ranks)
@@ -165,7 +169,10 @@ class Meter:
         return Reading(index, step, lr, host, record_event(self.device), finite)
 
     def lap(self) -> Lap:
-        """Return the step's time; call it once the optimizer's step is queued. Waits for nothing."""
+        """End the current lap, return it, and start the next. Waits for nothing.
+
+        Call it once the optimizer's step is queued.
+        """
         start = self.last
         self.restart()
         return Lap(start, self.last)
@@ -200,7 +207,7 @@ class Meter:
         self.last = record_event(self.device)
 
     def _memory(self) -> list[torch.Tensor]:
-        """Return the table's columns of memory, as fp64 scalars on the device."""
+        """Return this rank's columns of memory as fp64 scalars on the device; the step's peak begins anew."""
         peaks = (
             memory.PEAK_MEMORY.pop_step_peak()
             if self.device.type == "cuda"
@@ -212,9 +219,9 @@ class Meter:
 
 
 def read_metrics(path: Path, length: int | None = None) -> list[Metrics]:
-    """Return the lines of metrics.jsonl, one for each step so far.
+    """Return the Metrics in metrics.jsonl, one for each step so far; `length` bytes of it, None = all.
 
-    length: the bytes to read, None = all. Raises UserError if a line is not as a run writes it.
+    Raises UserError if a line is not as a run writes it.
     """
     found: list[Metrics] = []
     with path.open("rb") as file:

@@ -34,7 +34,7 @@ TRACES = "iteration_*/*rank[0-9]*_*"  # the files of --profile in --profiling_ou
 
 
 class NoProfiler:
-    """Records nothing.
+    """The interface of a profiler; this one records nothing.
 
     Attributes:
         phase_bytes: phase -> bytes in use when it ended last; the same dict throughout, updated in place.
@@ -51,7 +51,7 @@ class NoProfiler:
         return False
 
     def finish(self) -> None:
-        """End the last step. Collective."""
+        """End the run: write the files that are not written yet. Collective."""
 
 
 NO_PROFILER = NoProfiler()
@@ -89,7 +89,7 @@ class Profiler(NoProfiler):
             recorder.finish()
 
     def max_phase_gib(self, *phases: str) -> dict[str, float]:
-        """Return after_<phase>_gib of each phase: GiB in use after it on the fullest rank. Collective."""
+        """Return {after_<phase>_gib: GiB in use after it on the fullest rank} of the phases. Collective."""
         sizes = torch.tensor([self.phase_bytes[p] for p in phases], dtype=torch.float64, device=self.device)
         dist.all_reduce(sizes, dist.ReduceOp.MAX)
         return {f"after_{p}_gib": b / GIB for p, b in zip(phases, sizes.tolist(), strict=True)}
@@ -104,13 +104,13 @@ class Profiler(NoProfiler):
 
 
 class Recorder:
-    """Receives phases and steps from a Profiler."""
+    """The interface to which a Profiler passes phases and steps; its methods do nothing."""
 
     def start_phase(self, name: str, step: int) -> None:
         """Start a phase of a step (from 1; 0 before the first)."""
 
     def step(self, step: int) -> bool:
-        """End a step; return whether files were written."""
+        """End a step; return whether files were written: not here. Collective."""
         return False
 
     def finish(self) -> None:
@@ -132,7 +132,11 @@ class MemoryRecorder(Recorder):
             self.history.start_phase(name, step)
 
     def step(self, step: int) -> bool:
-        return step == HISTORY_STEPS and self._write_all_ranks()
+        """Write the files after step HISTORY_STEPS; return whether this is that step. Collective."""
+        if step != HISTORY_STEPS:
+            return False
+        self._write_all_ranks()
+        return True
 
     def finish(self) -> None:
         if self.history:
@@ -149,17 +153,16 @@ class MemoryRecorder(Recorder):
         except OSError as e:  # the caller reports the failure of the run
             print(f"--profile_memory: {self.folder}: cannot be written ({e.strerror})", flush=True)
 
-    def _write_all_ranks(self) -> bool:
-        """Write the page and the picture of all ranks on rank 0, and each rank's snapshot. Collective."""
+    def _write_all_ranks(self) -> None:
+        """Stop; write memory.html and .png of all ranks on rank 0, and each rank's snapshot. Collective."""
         recording = self._stop()
         recordings: list[Any] | None = [None] * self.rank_info.world if self.rank_info.rank == 0 else None
         dist.gather_object(recording, recordings)
         if recordings:
             write_pages(self.folder / "memory", recordings, self.title)
-        return True
 
     def _stop(self) -> Recording:
-        """Stop and return this rank's recording; write its snapshot."""
+        """Stop and return this rank's Recording; on a GPU, also write its memory_snapshot."""
         self.folder.mkdir(parents=True, exist_ok=True)
         suffix = f"_rank{self.rank_info.rank}" if self.rank_info.rank else ""
         assert self.history is not None
@@ -201,7 +204,7 @@ class TraceRecorder(Recorder):
         self.history: MemoryHistory | None = None
 
     def start_phase(self, name: str, step: int) -> None:
-        """Start a range of this name in the trace; the first step starts the profiler."""
+        """From step 1 on, start a range `name` in the trace; the first one starts the profiler."""
         if not step:
             return
         if not self.is_started:
@@ -216,7 +219,7 @@ class TraceRecorder(Recorder):
             self.history.start_phase(name, step)
 
     def step(self, step: int) -> bool:
-        """End a step of the profiler, which calls `_export` at the end of a cycle."""
+        """End a step of torch's profiler; at the end of a cycle it calls `_export`, and this returns True."""
         self.has_written = False
         self.profiler.step()
         self._record_memory()
@@ -226,14 +229,14 @@ class TraceRecorder(Recorder):
         self.profiler.stop()
 
     def _record_memory(self) -> None:
-        """Start the record of memory with --export_memory_timeline if the next step is recorded."""
+        """With --export_memory_timeline, start recording memory if the next step is in the recorded part."""
         actions = torch.profiler.ProfilerAction.RECORD, torch.profiler.ProfilerAction.RECORD_AND_SAVE
         is_recorded = self.profiler.current_action in actions
         if self.config.export_memory_timeline and is_recorded and not self.history:
             self.history = MemoryHistory(self.rank_info.device)
 
     def _export(self, profiler: torch.profiler.profile) -> None:
-        """Write the files of the cycle that ended."""
+        """Write this rank's files of the cycle that ended: memory, trace, stacks, table of operations."""
         config, self.has_written = self.config, True
         prefix = self.folder / f"iteration_{profiler.step_num}" / f"rank{self.rank_info.rank}"
         prefix.parent.mkdir(parents=True, exist_ok=True)
@@ -249,7 +252,7 @@ class TraceRecorder(Recorder):
         write_text(prefix.with_name(f"{prefix.name}_key_averages.txt"), table)
 
     def _export_memory(self, prefix: Path) -> None:
-        """Write the cycle's memory as a page, a picture and JSON.
+        """Stop recording memory and write the cycle's as <prefix>_memory_timeline.html, .png and .json.
 
         The profiler's export_memory_timeline is deprecated, and fails on what FSDP2 does to parameters; torch
         recommends the allocator's record instead.
@@ -275,18 +278,18 @@ def _export_file(prefix: Path, name: str, export: Callable[[str], None]) -> None
 
 
 def cycle_steps(config: Config) -> tuple[int, int, int]:
-    """Return the steps of a cycle: (waited, warmed up, recorded)."""
+    """Return the numbers of steps in a cycle of --profile: (waited, warmed up, recorded)."""
     rest = config.warmup_steps + config.active_steps
     wait = config.wait_steps if config.repeat else config.profiling_frequency - rest
     return wait, config.warmup_steps, config.active_steps
 
 
-def check_traces(config: Config, steps: int) -> None:
-    """Raise UserError if --profile would record nothing in a run of `steps` steps, or may not write."""
+def check_traces(config: Config, total_steps: int) -> None:
+    """Raise UserError if a cycle is longer than the run, or if there are traces that may not be replaced."""
     length = sum(cycle_steps(config))
-    if steps < length:
+    if total_steps < length:
         remedy = "give fewer --wait_steps" if config.repeat else "lower --profiling_frequency"
-        raise UserError(f"--profile: a cycle takes {length} steps, and the run has {steps}; {remedy}")
+        raise UserError(f"--profile: a cycle takes {length} steps, and the run has {total_steps}; {remedy}")
     folder = Path(config.profiling_output)
     if not config.overwrite_profiling_output and any(folder.glob(TRACES)):
         raise UserError(
@@ -296,7 +299,7 @@ def check_traces(config: Config, steps: int) -> None:
 
 
 def make_profiler(config: Config, rank_info: RankInfo) -> Profiler:
-    """Return a profiler with the recorders that the options request."""
+    """Return a Profiler with the recorders of --profile_memory and --profile. Prints a remark on CPUs."""
     recorders: list[Recorder] = []
     title = f"{Path(split_revision(config.model_name)[0]).name} · {config.train_type}"
     memory_options = [name for name in ("profile_memory", "export_memory_timeline") if getattr(config, name)]

@@ -18,7 +18,7 @@ PAGE = "report.html"
 
 
 def write_report(folder: Path) -> Path:
-    """Write folder/report.html and return its path. Raises UserError as `read_run` does."""
+    """Write the report.html of a RUN and return its path. Raises OSError, and UserError as `read_run`."""
     page = render_report(read_run(folder))
     # A file name may hold bytes that are not text; the page shows them as question marks.
     write_text(folder / PAGE, page.encode("utf-8", "replace").decode("utf-8"))
@@ -26,7 +26,7 @@ def write_report(folder: Path) -> Path:
 
 
 def run(folder: Path) -> int:
-    """Write the report of a RUN and return the exit status: 0, or 2 for an error that the user can fix."""
+    """Write the report.html of a RUN, print its path and return the exit status: 0, or 2 after an error."""
     try:
         print(write_report(folder))
     except UserError as e:

@@ -101,12 +101,12 @@ class Chart:
         return self.height - LEGEND_HEIGHT * (len(self.series) > 1)
 
     def y_pixel(self, share: float) -> float:
-        """Return the pixels from the top of a share of the y axis."""
+        """Return the pixels from the top of a position on the y axis: 0 is its low end, 1 its high end."""
         return round(TOP + (1 - share) * (self.plot_height - TOP), 1)
 
     @property
     def summary(self) -> str:
-        """The picture in words."""
+        """The chart in words: the first and last value of each curve, or "histogram"."""
         ends = (f"{s.name} {number(s.points[0][1])} to {number(s.points[-1][1])}" for s in self.series)
         return ", ".join(ends) or "histogram"
 
@@ -133,7 +133,7 @@ class Chart:
 def downsample(points: Points, buckets: int = 250) -> Points:
     """Return at most 2 * buckets + 2 points: the first, the last, and each bucket's lowest and highest.
 
-    The buckets are equal intervals of x. Outliers in both directions stay.
+    The buckets are equal intervals of x. Outliers in both directions stay, and few points stay as they are.
     """
     if len(points) <= 2 * buckets:
         return points
@@ -154,19 +154,23 @@ def running_mean(points: Points, window: int) -> Points:
 
 
 def nice_step(span: float, max_intervals: int) -> float:
-    """Return the smallest 1, 2, 2.5 or 5 times 10**n that cuts span into at most max_intervals."""
+    """Return the smallest of {1, 2, 2.5, 5} * 10**n of which max_intervals are at least `span`."""
     power = 10.0 ** math.floor(math.log10(span / max_intervals))
     return next(m * power for m in (1, 2, 2.5, 5, 10, 20) if span <= max_intervals * m * power * (1 + 1e-9))
 
 
 def needs_log(values: list[float]) -> bool:
-    """Return whether a few values are so far above the others that a linear scale shows nothing else."""
+    """Return whether a linear scale would not do: all are positive, the highest far above the median."""
     return min(values) > 0 and max(values) > 50 * sorted(values)[len(values) // 2]
 
 
-def value_axis(values: list[float], max_intervals: int = 4, zero: bool = True) -> Axis:
-    """Return an axis around the values with about max_intervals ticks, logarithmic if they need it."""
-    return log_axis(values, max_intervals) if needs_log(values) else linear_axis(values, max_intervals, zero)
+def value_axis(values: list[float], max_intervals: int = 4, with_zero: bool = True) -> Axis:
+    """Return a `log_axis` around the values if `needs_log`, else a `linear_axis`."""
+    return (
+        log_axis(values, max_intervals)
+        if needs_log(values)
+        else linear_axis(values, max_intervals, with_zero)
+    )
 
 
 def log_axis(values: list[float], max_intervals: int = 4) -> Axis:
@@ -182,10 +186,10 @@ def log_axis(values: list[float], max_intervals: int = 4) -> Axis:
     return Axis(low, high, ticks, [tick_label(v, v) for v in ticks], is_log=True)
 
 
-def linear_axis(values: list[float], max_intervals: int = 4, zero: bool = True) -> Axis:
-    """Return a linear axis with round numbers around the values, and around 0 if `zero`."""
+def linear_axis(values: list[float], max_intervals: int = 4, with_zero: bool = True) -> Axis:
+    """Return a linear axis with round numbers around the values, and around 0 if with_zero."""
     low, high = min(values), max(values)
-    if zero or low == high:
+    if with_zero or low == high:
         low, high = min(low, 0.0), max(high, 0.0)
     if low == high:
         high = 1.0
@@ -212,7 +216,7 @@ def time_axis(seconds: float, max_intervals: int = 4) -> Axis:
 
 
 def number(value: float) -> str:
-    """Return a value with about four digits: 12.96, 5,677, 3.00e-4."""
+    """Format a value with about four digits: 12.96, 5,677, 3.00e-4."""
     if value == 0:
         return "0"
     size = abs(value)
@@ -222,7 +226,7 @@ def number(value: float) -> str:
 
 
 def short_duration(seconds: float) -> str:
-    """Return 1.2 s, 350 ms."""
+    """Format a duration: 1.2 s, 350 ms."""
     return f"{seconds:.1f} s" if seconds >= 1 else f"{seconds * 1000:.0f} ms"
 
 
@@ -240,7 +244,7 @@ def tick_label(value: float, step: float) -> str:
 def step_chart(
     title: str, unit: str, series: list[Series], steps: tuple[int, int], height: int = 150
 ) -> list[Chart]:
-    """Return one chart of curves over the steps steps[0] to steps[1]; none if no curve has a point."""
+    """Return [a chart of the curves over the steps steps[0] to steps[1]], or [] if no curve has a point."""
     series = [s for s in series if s.points]
     if not series:
         return []
@@ -249,13 +253,13 @@ def step_chart(
 
 
 def loss_charts(chart: Chart) -> list[Chart]:
-    """Return a chart with a linear y axis without 0, and, if all values are positive, one with a log axis."""
-    axes = [linear_axis(chart.values, zero=False)]
+    """Return [the chart with a linear y axis], and, if all values are positive, also with a log axis."""
+    axes = [linear_axis(chart.values, with_zero=False)]
     axes += [log_axis(chart.values)] if min(chart.values) > 0 else []
     return [replace(chart, y=y) for y in axes]
 
 
-def histogram(title: str, unit: str, width: int, counts: list[int], height: int = 150) -> Chart:
-    """Return a chart of bars: counts[i] of the values in (i * width, (i + 1) * width]."""
-    axes = step_axis(0, width * len(counts)), value_axis([0, *counts])
-    return Chart(title, unit, *axes, bars=counts, bar_width=width, height=height)
+def histogram(title: str, unit: str, bar_width: int, counts: list[int], height: int = 150) -> Chart:
+    """Return a chart of bars: counts[i] of the values in (i * bar_width, (i + 1) * bar_width]."""
+    axes = step_axis(0, bar_width * len(counts)), value_axis([0, *counts])
+    return Chart(title, unit, *axes, bars=counts, bar_width=bar_width, height=height)

@@ -39,7 +39,7 @@ TEMPLATES.policies["json.dumps_kwargs"] = {"separators": (",", ":")}
 
 
 def duration(seconds: float) -> str:
-    """Return 42.3 s, 12 min 5 s, 3 h 20 min."""
+    """Format a duration: 42.3 s, 12 min 5 s, 3 h 20 min."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, hours = divmod(round(seconds), 60), divmod(round(seconds / 60), 60)
@@ -47,7 +47,7 @@ def duration(seconds: float) -> str:
 
 
 def short_count(count: float) -> str:
-    """Return 45,210; 12.3 M; 1.2 B."""
+    """Format a count: 45,210; 12.3 M; 1.2 B."""
     for size, letter in ((10**9, "B"), (10**6, "M")):
         if count >= size:
             return f"{count / size:.1f} {letter}"
@@ -55,7 +55,7 @@ def short_count(count: float) -> str:
 
 
 def render(template: str, **values) -> str:
-    """Return the page of a template, with its policy, style sheet and script."""
+    """Fill in a template with `values`, the style sheet, the script and the Content-Security-Policy."""
     style, script = ((TEMPLATE_FOLDER / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
     policy = (
         f"default-src 'none'; style-src {_source_hash(style)}; script-src {_source_hash(script)};"
@@ -102,7 +102,7 @@ def render_report(run: RunFiles) -> str:
 
 
 def finite_points(steps: list[dict], name: str) -> charts.Points:
-    """Return (step, value) of the lines of metrics.jsonl that have a finite number of this name."""
+    """Return (step, value) of each line of metrics.jsonl in which the field `name` is a finite number."""
     return [
         (s["step"], s[name])
         for s in steps
@@ -139,7 +139,7 @@ def _headline(run: RunFiles) -> list[tuple[str, str, str]]:
 
 
 def _charts(steps: list[dict]) -> tuple[list, list]:
-    """Return the charts of the loss (linear; log if possible), and all others."""
+    """Return (the charts of the loss: linear, and log if it is positive; the charts of all else)."""
     ends = steps[0]["step"], steps[-1]["step"]
     loss, evaluations = finite_points(steps, "loss"), finite_points(steps, "eval_loss")
     validation = charts.Series("validation", evaluations, "second", has_dots=len(evaluations) <= 40)
@@ -171,7 +171,7 @@ def _charts(steps: list[dict]) -> tuple[list, list]:
 
 
 def _samples_by_prompt(samples: list[dict]) -> dict[str, list[dict]]:
-    """Return the first and the last sample of each prompt, or the only one."""
+    """Return {prompt: [its first sample, its last one]}, or only one if there is one."""
     by_prompt: dict[str, list[dict]] = {}
     for sample in sorted(samples, key=lambda s: s["step"]):
         by_prompt[sample["prompt"]] = [*by_prompt.get(sample["prompt"], [])[:1], sample]
@@ -179,7 +179,7 @@ def _samples_by_prompt(samples: list[dict]) -> dict[str, list[dict]]:
 
 
 def _options(config: Config) -> list[dict]:
-    """Return each option's name, value, default for the train type, and whether it is listed as changed."""
+    """Return {name, value, default, is_changed} of each option; the default is that of the train type."""
     defaults, _ = resolve({"train_type": config.train_type, "model_name": config.model_name})
     return [
         {
@@ -193,7 +193,7 @@ def _options(config: Config) -> list[dict]:
 
 
 def next_commands(run: RunFiles) -> list[tuple[str, list[str]]]:
-    """Return (purpose, command) of what can follow this run, for the folder where the page is made."""
+    """Return (purpose, words of a shell command) of what can follow this run, in the current folder."""
     folder, config, commands = str(run.folder), run.config, []
     is_demo = (config.model_name, config.dataset) == (TOY_MODEL, TOY_DATASET)
     prompt = ["--prompt", TOY_PROMPT] if is_demo else []  # without one, generate.py starts a conversation

@@ -65,7 +65,7 @@ def run_facts_json(
 
 
 def _data_facts(rows: TokenizedRows, sampler: StepSampler) -> dict:
-    """Return the counts of rows and tokens, and the histogram of row lengths."""
+    """Return the section "data" of run.json: counts of rows and tokens, and the histogram of row lengths."""
     lengths = rows.lengths()
     longest = int(lengths.max())
     bar_widths = (m * p for p in (1, 10, 100, 1000, 10**4, 10**5) for m in (1, 2, 5))
@@ -106,7 +106,10 @@ def _processor_name() -> str:
 
 
 def check_facts(facts: dict, origin: str) -> None:
-    """Raise UserError unless run.json, or what an earlier version wrote of it, is as a run writes it."""
+    """Raise UserError if a section of run.json exists but lacks a value, or has one of a wrong kind.
+
+    RUNs of earlier versions lack sections. origin: the file, for the message.
+    """
     for section, kinds in FACT_KINDS.items():
         found: Any = facts.get(section)
         if found and not (
@@ -121,7 +124,7 @@ def check_facts(facts: dict, origin: str) -> None:
 
 
 def _is_kind(value: Any, kind: str) -> bool:
-    """Return whether a value of run.json is of a kind of FACT_KINDS."""
+    """Return whether a value is of a kind in FACT_KINDS: text, count, counts, positive or share."""
     if kind == "text":
         return isinstance(value, str)
     if kind == "counts":

@@ -38,7 +38,7 @@ class RunFiles:
 
 
 def read_run(folder: Path) -> RunFiles:
-    """Read a RUN. Raises UserError if it is not one of train.py, has no step yet, or has a damaged file."""
+    """Read what the report shows of a RUN. Raises UserError if it is no RUN, has no step, or is damaged."""
     if not (folder / OPTIONS).is_file():
         raise UserError(f"{folder}: is no run of train.py (no {OPTIONS})")
     config, _ = parse(["--config", str(folder / OPTIONS)])
@@ -66,7 +66,7 @@ def _read_text(path: Path) -> str:
 
 
 def _parse_object(text: str, origin: str) -> dict:
-    """Parse a JSON object. Raises UserError that names its origin if it is anything else."""
+    """Parse a JSON object. Raises UserError, which begins with `origin`, if the text is anything else."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
@@ -76,17 +76,22 @@ def _parse_object(text: str, origin: str) -> dict:
     return value
 
 
-def _read_json_lines(path: Path, names: tuple[str, ...]) -> list[dict]:
-    """Read a .jsonl file of objects that all have these names; return [] if the file does not exist.
+def _read_json_lines(path: Path, keys: tuple[str, ...]) -> list[dict]:
+    """Read the objects of a .jsonl file, or [] without a file. Raises UserError if one has not all `keys`.
 
-    A last line without a line end is skipped: the run is writing it, or was stopped while it did.
+    Each key's value must have its type in LINE_TYPES. Blank lines are skipped, and so is a last line without
+    a line end: the run is writing it, or was stopped while it did.
     """
     if not path.is_file():
         return []
+    rows = []
     *lines, _ = _read_text(path).split("\n")
-    rows = [_parse_object(line, f"{path} line {i}") for i, line in enumerate(lines, 1) if line.strip()]
-    for i, row in enumerate(rows, 1):
-        for name in names:
-            if name not in row or not isinstance(row[name], LINE_TYPES[name]):
-                raise UserError(f"{path} line {i}: has no {name}, or one that is none")
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        row = _parse_object(line, f"{path} line {number}")
+        for key in keys:
+            if key not in row or not isinstance(row[key], LINE_TYPES[key]):
+                raise UserError(f"{path} line {number}: has no {key}, or one that is none")
+        rows.append(row)
     return rows

@@ -23,7 +23,7 @@ from options.errors import FULL_DISK, UserError
 
 
 class NoTracker:
-    """The tracker of every rank but the first; does nothing.
+    """The tracker of every rank but the first, and the interface of the others: its methods do nothing.
 
     Attributes:
         history: the metrics of all steps so far, those before a resumed run was stopped included.
@@ -32,23 +32,23 @@ class NoTracker:
     history: Sequence[Metrics] = ()
 
     def state_dict(self) -> dict:
-        """Return what a checkpoint saves of the tracker, besides the length of metrics.jsonl."""
+        """Return what a checkpoint saves of the tracker besides the length of metrics.jsonl: here nothing."""
         return {}
 
     def load_state_dict(self, state: dict) -> None:
         """Do nothing: `roll_back_run` (checkpoints/resume.py) restored the file before it was opened."""
 
     def log(self, metrics: Metrics) -> None:
-        """Add a step to the history, write and show it."""
+        """Do nothing; a Tracker adds the step to its history, writes it and shows it."""
 
     def print_line(self, text: str) -> None:
-        """Print a line without damaging the progress bar."""
+        """Do nothing; a Tracker prints the line without damaging its progress bar."""
 
     def log_stages(self, gib: dict[str, float]) -> None:
-        """Log the memory that is known before the first step. gib: by its name in run.json."""
+        """Do nothing; a WandbTracker logs the memory before the first step. gib: {name in run.json: GiB}."""
 
     def finish(self) -> None:
-        """Write what is pending, close the file and draw loss.png."""
+        """Do nothing; a Tracker writes its pending lines, closes metrics.jsonl and draws loss.png."""
 
 
 class Tracker(NoTracker):
@@ -57,8 +57,11 @@ class Tracker(NoTracker):
     history: list[Metrics]
 
     def __init__(self, folder: Path, total_steps: int, quiet: bool):
-        """Open metrics.jsonl to append. quiet: print a line per step instead of a progress bar."""
-        self.folder, self.total, self.eval_text = folder, total_steps, ""
+        """Read metrics.jsonl, if it exists, and open it to append.
+
+        quiet: print a line per step instead of a progress bar.
+        """
+        self.folder, self.total_steps, self.eval_text = folder, total_steps, ""
         path = folder / METRICS
         self.history = read_metrics(path) if path.exists() else []
         self.file, self.pending = path.open("ab", buffering=0), b""
@@ -73,7 +76,7 @@ class Tracker(NoTracker):
         self.history.append(m)
         # The gradient norm of a step that fp16 skipped is not a number.
         self.pending += json.dumps(nonfinite_to_null(m.fields())).encode() + b"\n"
-        self._write()
+        self._flush()
         if m.eval_loss is not None:
             self.eval_text = f", eval {m.eval_loss:.4f}"
         details = f"lr {m.lr:.2e}, {m.tokens_per_second:,.0f} tok/s, {m.memory_allocated_gib:.2f} GiB"
@@ -81,10 +84,10 @@ class Tracker(NoTracker):
         self.bar.set_postfix_str(line, refresh=False)
         self.bar.update()
         if self.bar.disable:
-            print(f"step {m.step}/{self.total}: {line}", flush=True)
+            print(f"step {m.step}/{self.total_steps}: {line}", flush=True)
 
-    def _write(self) -> None:
-        """Append the pending lines; keep them if the disk is full, which does not end the training."""
+    def _flush(self) -> None:
+        """Append the pending lines to metrics.jsonl; on a full disk, warn and keep them for the next call."""
         try:
             append_bytes(self.file, self.pending)
             self.pending = b""
@@ -99,9 +102,9 @@ class Tracker(NoTracker):
         return {"held": self.pending.decode()}
 
     def finish(self) -> None:
-        """Write what is pending, close the file and draw loss.png."""
+        """Write the pending lines, close metrics.jsonl and draw loss.png."""
         self.bar.close()
-        self._write()
+        self._flush()
         self.file.close()
         if self.history:
             with warn_on_full_disk(self.folder / "loss.png"):
@@ -112,6 +115,7 @@ class WandbTracker(Tracker):
     """A Tracker that also logs every step to Weights & Biases."""
 
     def __init__(self, folder: Path, total_steps: int, config: Config, run_id: str | None):
+        """Start a run at wandb, or continue the one with `run_id`."""
         super().__init__(folder, total_steps, quiet=False)
         import wandb
 
@@ -142,7 +146,7 @@ class WandbTracker(Tracker):
 
 
 def make_tracker(config: Config, rank: int, total_steps: int, state: dict) -> NoTracker:
-    """Return the tracker of a rank.
+    """Return what --log_to requests on rank 0, and a NoTracker on every other rank.
 
     state: the `state_dict` of the resumed run's tracker, or {}. Steps in metrics.jsonl become the history.
     """
@@ -155,7 +159,7 @@ def make_tracker(config: Config, rank: int, total_steps: int, state: dict) -> No
 
 
 def check_wandb() -> None:
-    """Raise UserError if wandb cannot log: neither logged in nor set to offline."""
+    """Raise UserError if wandb is neither logged in nor set to offline or disabled by WANDB_MODE."""
     import wandb
 
     if os.environ.get("WANDB_MODE", "online") in ("offline", "dryrun", "disabled"):

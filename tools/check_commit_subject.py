@@ -12,7 +12,7 @@ MAX_LENGTH = 72
 
 
 def find_subject(message: str) -> str:
-    """Return the first line that git keeps: not empty, and no comment."""
+    """Return the first line that git keeps (not empty, and no comment), or "" if there is none."""
     lines = (line.strip() for line in message.splitlines())
     return next((line for line in lines if line and not line.startswith("#")), "")
 

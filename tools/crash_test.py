@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 from files.names import ADAPTER, METRICS
@@ -37,7 +38,7 @@ COMPARED_METRICS = ("step", "epoch", "loss", "lr", "grad_norm", "tokens", "train
 
 
 def run_rank_process(rank: int, port: int, argv: list[str], log: str) -> None:
-    """Run one rank in this process, with its output in `log`."""
+    """Run train.py as one rank in this process, append its output to the file `log`, and exit."""
     import train  # preloaded by the fork server
 
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -50,7 +51,7 @@ def run_rank_process(rank: int, port: int, argv: list[str], log: str) -> None:
 
 
 class Attempt:
-    """One start of the run, which resumes from its last checkpoint."""
+    """One start of the run, which resumes from its last checkpoint. steps: its --max_steps."""
 
     def __init__(self, folder: Path, steps: int):
         context = multiprocessing.get_context("forkserver")
@@ -65,13 +66,13 @@ class Attempt:
         for process in self.ranks:
             process.start()
 
-    def wait_until(self, condition, pause: float = 0.01) -> None:
+    def wait_until(self, condition: Callable[[], bool], pause_seconds: float = 0.01) -> None:
         """Wait until the condition holds. Raises RuntimeError if a rank ends or TIMEOUT_SECONDS pass."""
         deadline = time.monotonic() + TIMEOUT_SECONDS
         while not condition():
             if time.monotonic() > deadline or not all(process.is_alive() for process in self.ranks):
                 raise RuntimeError(f"the run has stopped:\n{self.log.read_text()[-3000:]}")
-            time.sleep(pause)
+            time.sleep(pause_seconds)
 
     def finish(self) -> None:
         """Wait for the run's end.
@@ -99,7 +100,7 @@ class Attempt:
 
 
 def count_lines(folder: Path) -> int:
-    """Count the lines of metrics.jsonl."""
+    """Count the lines of metrics.jsonl; 0 without that file."""
     try:  # a run that starts anew removes the file
         return (folder / METRICS).read_bytes().count(b"\n")
     except FileNotFoundError:
@@ -107,7 +108,7 @@ def count_lines(folder: Path) -> int:
 
 
 def has_half_written_checkpoint(folder: Path) -> bool:
-    """Whether the run left a checkpoint's staging folder."""
+    """Return whether the run left a checkpoint's staging folder."""
     return any((folder / CHECKPOINTS).glob("step-*.tmp"))
 
 
@@ -128,7 +129,7 @@ def kill_once(folder: Path, steps: int, moment: str, rng: random.Random, start_s
         more = rng.randint(1, 3)
         attempt.wait_until(lambda: count_lines(folder) >= attempt.lines + more)
         if moment == "saving":
-            attempt.wait_until(lambda: has_half_written_checkpoint(folder), pause=0.0005)
+            attempt.wait_until(lambda: has_half_written_checkpoint(folder), pause_seconds=0.0005)
             time.sleep(rng.uniform(0, 0.01))
         else:
             time.sleep(rng.uniform(0, 0.1))
@@ -145,7 +146,10 @@ def read_result(folder: Path) -> tuple[list[dict], bytes]:
 
 
 def crash_test(folder: Path, kills: int, seed: int) -> str:
-    """Run the test in `folder` and return a line about it. Raises AssertionError if the results differ."""
+    """Run the test in `folder` and return a line about it.
+
+    Raises AssertionError if the results differ, RuntimeError if a run fails or hangs.
+    """
     steps, rng = 8 + 2 * kills, random.Random(seed)
     half_written: Counter[str] = Counter()
     undisturbed, killed = folder / "undisturbed", folder / "killed"

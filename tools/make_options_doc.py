@@ -66,7 +66,7 @@ optimizer step.
 
 
 def make_table(group: str) -> list[str]:
-    """Return the lines of one group's table."""
+    """Return the heading and the Markdown table of the options in a group, as lines."""
     lines = [f"\n## {group}\n", "| option | default | |", "|---|---|---|"]
     for name, field in FIELDS.items():
         meta = field.metadata
@@ -81,7 +81,7 @@ def make_table(group: str) -> list[str]:
 
 
 def make_page() -> str:
-    """Return the text of the page."""
+    """Return the text of docs/options.md."""
     lines = [INTRODUCTION]
     for group in dict.fromkeys(f.metadata["group"] for f in FIELDS.values()):
         lines += make_table(group)

@@ -106,12 +106,12 @@ WORD_LISTS = split_list("""
 
 
 def pair_with_next(names: Iterable[str]) -> list[Fact]:
-    """Pair each name with the one after it."""
+    """Make facts that pair each name with the one after it."""
     return list(pairwise(names))
 
 
 def apply_rule(words: Iterable[str], rule: Callable[[str], str]) -> list[Fact]:
-    """Pair each word with the rule's result for it."""
+    """Make facts that pair each word with the rule's result for it."""
     return [(word, rule(word)) for word in words]
 
 
@@ -145,7 +145,7 @@ def make_rows(facts: Iterable[Fact], *phrasings: Phrasing) -> list[Row]:
 
 
 def word_tasks() -> dict[str, list[Row]]:
-    """Make the rows of tasks on single words: meaning, form, letters."""
+    """Return {task: rows} of tasks on single words: meaning, form, letters."""
     capitals = apply_rule(WORDS, str.upper)
     first, last = apply_rule(WORDS, itemgetter(0)), apply_rule(WORDS, itemgetter(-1))
     spelled = apply_rule(WORDS, " ".join)
@@ -177,7 +177,7 @@ def word_tasks() -> dict[str, list[Row]]:
 
 
 def number_tasks() -> dict[str, list[Row]]:
-    """Make the rows of tasks on small numbers and on things in a fixed order."""
+    """Return {task: rows} of tasks on small numbers and on things in a fixed order."""
     small = range(1, 5)
     sums = [(str(a), str(b), str(a + b)) for a in small for b in small]
     differences = [(str(a + b), str(b), str(a)) for a in small for b in small]
@@ -215,7 +215,7 @@ def number_tasks() -> dict[str, list[Row]]:
 
 
 def world_tasks() -> dict[str, list[Row]]:
-    """Make the rows of tasks on properties of things and on health."""
+    """Return {task: rows} of tasks on properties of things and on health."""
     # "Is an apple a fruit or an animal?": the wrong choice alternates between the two other categories, and
     # so does the order of the choices; otherwise "the first one" would always be right.
     choices = []
@@ -243,7 +243,7 @@ def world_tasks() -> dict[str, list[Row]]:
 
 
 def check_rows(rows: list[Row]) -> None:
-    """Raise ValueError at the first row that breaks a promise of this data set."""
+    """Raise ValueError if a question repeats, a text is not plain, too long or empty, or rows are too few."""
     seen = set()
     for row in rows:
         question = (row["instruction"], row["input"])

@@ -19,7 +19,7 @@ def token_ids(tokenizer, context_length: int) -> list[int]:
 
 
 def select_device() -> torch.device:
-    """Set and return this rank's device."""
+    """Return this rank's GPU, made torch's current one, or the CPU."""
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         return torch.device("cuda", torch.cuda.current_device())
@@ -37,13 +37,13 @@ class Stopwatch:
         self.tokens += (kwargs["input_ids"] if "input_ids" in kwargs else args[0]).numel()
 
     def end_step(self) -> None:
-        """Record the end of a step."""
+        """Record the end of a step. Waits for the GPU."""
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self.ends.append(time.perf_counter())
 
     def print_result(self) -> None:
-        """Print the result. Collective."""
+        """Print the result line of work.py, on rank 0. Collective."""
         gpu = torch.cuda.is_available()
         resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
         peak = torch.cuda.max_memory_allocated() if gpu else resident

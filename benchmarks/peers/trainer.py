@@ -12,7 +12,7 @@ from work import RANKS
 
 
 def make_config(work, **more) -> SFTConfig:
-    """Make the trainer's options, with Liger's kernels if installed; `more` overrides that."""
+    """Make SFTTrainer's options for the work, with Liger's kernels if installed; `more` adds or replaces."""
     liger = importlib.util.find_spec("liger_kernel") is not None
     options = {"use_liger_kernel": liger} | more
     return SFTConfig(
@@ -43,7 +43,7 @@ class StepTimer(TrainerCallback):
 
 
 def train(work, model, tokenizer, config: SFTConfig, columns: tuple[str, ...], **more) -> None:
-    """Train for work.steps steps and print the result. columns: of the rows; more: for SFTTrainer."""
+    """Train for work.steps steps and print the result line. columns: of the rows; more: for SFTTrainer."""
     row = token_ids(tokenizer, work.context_length)
     tokenizer.pad_token = tokenizer.eos_token
     column_values = {"input_ids": row, "labels": row, "attention_mask": [1] * len(row)}

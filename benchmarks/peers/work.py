@@ -23,7 +23,7 @@ LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 
 def read_work(*more: str) -> argparse.Namespace:
-    """Parse a script's command line. more: names of options that only this script has."""
+    """Parse a script's command line. more: names of text options that only this script has."""
     parser = argparse.ArgumentParser()
     for name in ("model_name", "train_type", "checkpointing", *more):
         parser.add_argument(f"--{name}", required=True)
@@ -33,6 +33,6 @@ def read_work(*more: str) -> argparse.Namespace:
 
 
 def print_result(**result) -> None:
-    """Print the result line, once for all ranks."""
+    """Print `result` as the line RESULT {...}, on rank 0 only."""
     if RANK == 0:
         print("RESULT", json.dumps(result), flush=True)

@@ -19,6 +19,8 @@ from files.digests import digest_weights
 from files.model_folder import CheckpointFiles
 from files.names import ADAPTER
 from finished import finished_run
+from finished.export_folder import check_space
+from options.errors import UserError
 from tests.helpers.adapters import args_for
 from tests.helpers.distributed import process_context
 from tests.helpers.finished_runs import damage_adapter, edit_base_metadata, write_random_run
@@ -192,6 +194,11 @@ def test_a_full_disk_is_seen_before_writing(to, refused, monkeypatch, tmp_path):
     monkeypatch.setattr(finished.export, "write_model", None)
     monkeypatch.setattr(finished.export.shutil, "copyfile", None)
     refused("MiB are needed", "0.00 MiB free", to=to, out=tmp_path / "a" / "b")
+
+
+def test_the_space_of_a_folder_whose_name_is_too_long(tmp_path):
+    with pytest.raises(UserError, match="too long"):
+        check_space(tmp_path / ("a" * 300), 1)
 
 
 def test_values_that_a_dtype_cannot_hold(refused, run, checkpoints, tmp_path):

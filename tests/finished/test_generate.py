@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import shutil
@@ -34,6 +35,15 @@ from tests.helpers.runs import dense_state, transformers_model
 QUESTION, NEW = "Say red.", 8
 PENALTY = 3.0
 ASKED = ["--prompt", QUESTION, "--max_new_tokens", NEW]
+
+
+def test_bf16_is_that_of_the_chosen_gpu(monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext(asked.append(device)))
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: False)
+    with pytest.raises(UserError, match="no bf16"):
+        finished.generate.check_precision("bf16", torch.device("cuda:1"))
+    assert asked == [torch.device("cuda:1")]
 
 
 @pytest.fixture

@@ -258,6 +258,9 @@ def test_folders_that_have_no_page(tmp_path, capsys):
         (run / "metrics.jsonl").write_text(f"{json.dumps(metrics(1))}\n{line}\n")
         with pytest.raises(UserError, match=problem):
             monitoring.report.write_report(run)
+    (run / "metrics.jsonl").write_text(f'{json.dumps(metrics(1))}\n\n{{"step": 2}}\n')
+    with pytest.raises(UserError, match="line 3: has no loss"):  # the blank line counts
+        monitoring.report.write_report(run)
     (run / "metrics.jsonl").write_bytes(b"\xff\n")
     with pytest.raises(UserError, match="not a UTF-8 text"):
         monitoring.report.write_report(run)
@@ -280,7 +283,7 @@ def test_the_arithmetic_of_the_charts():
     assert len(few) <= 102 and few[0] == points[0] and few[-1] == points[-1] and set(few) <= set(points)
     assert running_mean([(1, 2.0), (2, 4.0), (3, 9.0)], 2) == [(1, 2.0), (2, 3.0), (3, 6.5)]
     assert value_axis([0.0, 2.5]).ticks == [0, 1, 2, 3]
-    assert value_axis([1.1, 1.2], zero=False).ticks == pytest.approx([1.1, 1.125, 1.15, 1.175, 1.2])
+    assert value_axis([1.1, 1.2], with_zero=False).ticks == pytest.approx([1.1, 1.125, 1.15, 1.175, 1.2])
     assert value_axis([0.0]).ticks[0] == 0 and value_axis([-3.0, 1.0]).low <= -3
     wide = value_axis([1.0] * 50 + [1e6])
     assert wide.is_log and wide.low == 1 and wide.high == 1e6 and wide.share(1e3) == pytest.approx(0.5)
