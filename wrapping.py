@@ -105,8 +105,8 @@ def make_offload_policy(enabled: bool, device_type: str) -> OffloadPolicy:
     return CPUOffloadPolicy(pin_memory=can_pin(device_type))
 
 
-def _keep_last_output(layer: nn.Module, family: Family, offload: OffloadPolicy) -> bool:
-    """Let a layer's last projection, if 4-bit DoRA, keep its output for backward. Return whether it does.
+def _save_last_output(layer: nn.Module, family: Family, offload: OffloadPolicy) -> bool:
+    """Let a 4-bit DoRA last projection save its output, unless parameters are offloaded. Return if it does.
 
     The gradient of its magnitude needs the output, and nothing else recomputes it. Not with parameters in
     host memory: then host memory is scarce, and the GPU, which waits for parameters, has time to recompute.
@@ -203,7 +203,7 @@ def wrap(
         layer_run = None if units else compiled_run
         layers[i] = recomputed = CheckpointedModule(layer, saved_activations, layer_run)
         recomputes_all = saved_activations is SavedActivations.INPUT
-        saves_output = bool(layer_run) and recomputes_all and _keep_last_output(layer, family, offload)
+        saves_output = bool(layer_run) and recomputes_all and _save_last_output(layer, family, offload)
         if offload_activations or saves_output:
             ends = {"first": i == 0, "last": i == len(layers) - 1}
             layers[i] = OffloadedLayer(

@@ -36,21 +36,23 @@ class Row:
     problem: str = ""
 
 
-def make_row(setting: Setting, system: str, label: str, result: dict, tokens: int, steps: int) -> Row:
-    """Make the Row of a printed result. Raises ValueError if it took other than `tokens` tokens per step.
+def make_row(
+    setting: Setting, system: str, label: str, result: dict, expected_tokens: int, total_steps: int
+) -> Row:
+    """Make the row of what a script printed. Raises ValueError for other than `expected_tokens` per step.
 
     Args:
         setting: the work.
         system: name of the system.
         label: name in the table.
         result: what the script printed (peers/work.py).
-        tokens: expected tokens per step of all ranks; with others, speeds would not compare.
-        steps: number of steps, warm-up included.
+        expected_tokens: tokens per step of all ranks; with others, speeds would not compare.
+        total_steps: number of steps, warm-up included.
     """
-    if result["tokens"] != tokens:
-        raise ValueError(f"took {result['tokens']:g} tokens per step, not {tokens}")
-    seconds = statistics.median(result["step_seconds"][WARMUP_STEPS - steps :])
-    speed = tokens / seconds / setting.gpus
+    if result["tokens"] != expected_tokens:
+        raise ValueError(f"took {result['tokens']:g} tokens per step, not {expected_tokens}")
+    seconds = statistics.median(result["step_seconds"][WARMUP_STEPS - total_steps :])
+    speed = expected_tokens / seconds / setting.gpus
     return Row(setting, system, label, seconds, speed, result["peak_gib"], result["adapters"])
 
 

@@ -192,8 +192,10 @@ def copy_small_files(
         if path.name in small_files:
             write_text(folder / path.name, small_files[path.name])
             continue
-        with stage_files(folder) as stage:
-            shutil.copyfile(path, stage(path.name))
+        target = folder / path.relative_to(source)
+        target.parent.mkdir(exist_ok=True)
+        with stage_files(target.parent) as stage:
+            shutil.copyfile(path, stage(target.name))
 
 
 def to_json_text(config: dict) -> str:

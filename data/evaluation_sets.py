@@ -74,7 +74,10 @@ class EvaluationData:
         """Return a line on the evaluation set, after a line break; "" if there is none."""
         if not self.rows:
             return ""
-        return f"\nevaluation: {len(self.rows):,} rows, {int(self.rows.targets().sum()):,} learned tokens"
+        rows = self.rows
+        counts = ((rows.dropped, "dropped"), (rows.cut, "cut at the context length"))
+        left_out = "".join(f", {count:,} {what}" for count, what in counts if count)
+        return f"\nevaluation: {len(rows):,} rows{left_out}, {int(rows.targets().sum()):,} learned tokens"
 
 
 def prepare_sets(config: Config, tokenizer) -> tuple[Config, TokenizedRows, EvaluationData]:

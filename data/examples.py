@@ -9,6 +9,8 @@ import dataclasses
 import json
 import os
 import re
+from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from itertools import chain
@@ -23,6 +25,9 @@ from data.row_files import Rows
 from data.sources import Recipe, find_recipe, load_rows
 from options.errors import UserError, join_names
 from options.limits import MAX_ROW_CHARS
+
+# A line that begins a turn in dialogues of one text: ### User:
+HEADER = re.compile(r"^[ \t]*(###[ \t]*[A-Z][\w \t]{0,30}:)", re.MULTILINE)
 
 MAX_FILLED_ROWS = 10**6  # rows that a recipe's `fill` is repeated for
 SURROGATE = re.compile("[\ud800-\udfff]")
@@ -83,12 +88,16 @@ def read_examples(
     if name == "chat":
         _check_roles(rows, f"--dataset {dataset}")
     context = RenderContext(tokenizer, recipe.markers, day)
+    if FORMATS[name].has_markers:
+        _check_markers(rows, data.origins, recipe.markers)
     rendered = _render_all(_RowRenderer(rows, data.origins, name, context))
     remarks = [*data.remarks, *_describe_unread(recipe, rows, FORMATS[name])]
     if name == "chat":
         last_answers = [one.text[slice(*one.learned[-1])] for one in rendered if one.learned]
         remarks += describe_hidden_parts(context.chat, rows)
         remarks += describe_missing_endings(context.chat, last_answers)
+    if FORMATS[name].has_markers:
+        remarks += _describe_learned_headers(rendered)
     return Examples(rendered, name, context, tuple(remarks))
 
 
@@ -116,6 +125,31 @@ def _check_roles(rows: list[dict], error_prefix: str) -> None:
     roles = dict.fromkeys(m["role"] for m in messages if isinstance(m.get("role"), str))
     if roles and "assistant" not in roles:
         raise UserError(f"{error_prefix}: no message has the role assistant, only {join_names([*roles])}")
+
+
+def _check_markers(rows: list[dict], origins: Sequence[str], markers: Sequence[str]) -> None:
+    """Raise UserError for a dialogue whose questions begin with another header than the format's marker.
+
+    The questions would be learned as parts of the answers.
+    """
+    question, answer = markers
+    for row, origin in zip(rows, origins, strict=True):
+        text = str(row.get("text"))
+        if answer in text and question not in text and (header := HEADER.search(text.replace(answer, ""))):
+            raise UserError(
+                f"--dataset {origin}: has {header[1]!r} where the format has {question!r}; write a recipe"
+                f" with markers = [{header[1]!r}, {answer!r}] (docs/data.md)"
+            )
+
+
+def _describe_learned_headers(rendered: Sequence[Rendered]) -> list[str]:
+    """Return a remark on headers that are learned as parts of answers: they may be turns of a third role."""
+    headers = [HEADER.findall("".join(row.text[slice(*span)] for span in row.learned)) for row in rendered]
+    counts = Counter(header for found in headers for header in {*found})
+    if not counts:
+        return []
+    names = join_names([f"{header} ({count:,})" for header, count in counts.most_common()])
+    return [f"data: rows whose answers hold headers, which are learned as text of the answer: {names}"]
 
 
 def _describe_unread(recipe: Recipe, rows: list[dict], form: Format) -> tuple[str, ...]:

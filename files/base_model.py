@@ -99,7 +99,7 @@ def digest_tokenizer(folder: Path) -> str:
     digests = {}
     for path in sorted(paths):
         with path.open("rb") as file:
-            digests[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+            digests[path.relative_to(folder).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
     return hashlib.sha256(json.dumps(digests).encode()).hexdigest()
 
 

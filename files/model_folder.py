@@ -215,11 +215,16 @@ def _download(name: str, *patterns: str) -> Path:
     )
 
     repository, revision = split_revision(name)
-    # Subfolders and consolidated*.safetensors hold the same weights in other formats.
-    ignored = ["*/*", "consolidated*"]
+    nested = [pattern for pattern in patterns if "/" in pattern]
     try:
+        if nested:
+            snapshot_download(repository, revision=revision, allow_patterns=nested)
+        # Other subfolders and consolidated*.safetensors hold the same weights in other formats.
         return Path(snapshot_download(
-            repository, revision=revision, allow_patterns=list(patterns), ignore_patterns=ignored
+            repository,
+            revision=revision,
+            allow_patterns=[pattern for pattern in patterns if pattern not in nested],
+            ignore_patterns=["*/*", "consolidated*"],
         ))  # fmt: skip
     except HFValidationError:
         raise UserError(f"--model_name {name}: no such folder, and not a hub id (owner/name)") from None

@@ -15,7 +15,10 @@ TOKENIZER_JSON, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 SPECIAL_TOKENS, CHAT_TEMPLATE = "special_tokens_map.json", "chat_template.jinja"
 ADDED_TOKENS = "added_tokens.json"
 VOCABULARY = ("vocab.json", "merges.txt")  # byte-level BPE without tokenizer.json
-TOKENIZER_FILES = ("tokenizer*", SPECIAL_TOKENS, "vocab.*", "merges.txt", ADDED_TOKENS, "chat_template.*")
+TOKENIZER_FILES = (
+    "tokenizer*", SPECIAL_TOKENS, "vocab.*", "merges.txt", ADDED_TOKENS, "chat_template.*",
+    "additional_chat_templates/*.jinja",  # such as tool_use.jinja, for rows with tools
+)  # fmt: skip
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 # Copied beside retrained weights.
 SMALL_MODEL_FILES = (CONFIG, GENERATION_CONFIG, *TOKENIZER_FILES)

@@ -17,10 +17,11 @@ from data.encoding import encode
 from data.evaluation_sets import Prompt, make_row_prompt, read_evaluation_rows, read_in_trained_format
 from data.examples import read_examples
 from data.formats import Rendered
-from data.rows import TokenizedRows
+from data.rows import TokenizedRows, digest_rows
 from data.tokenizing import describe_unknown_tokens, tokenize
 from files.atomic_writes import nonfinite_to_null, write_text
 from files.disk_room import check_writable
+from files.names import BEST
 from finished.finished_run import Run, find_stop_ids, load_model, load_tokenizer, open_base, open_run
 from finished.generation import MarkerCriterion
 from finished.text_scores import TEXT_METRICS, scored_with
@@ -30,8 +31,10 @@ from launch.ranks import RankInfo
 from models.causal_lm import loss_sum
 from models.family import longrope_threshold
 from models.lora import adapters_off
+from monitoring.run_facts import EVALUATION, FACTS
 from options.errors import UserError
 from options.evaluate import Options
+from options.limits import MAX_CONFIG_BYTES, read_json
 from training.evaluation import group_rows, mean_loss, perplexity
 
 
@@ -98,6 +101,7 @@ def read_rows(run: Run, options: Options, tokenizer) -> tuple[str, list[Rendered
         rows, remarks = read_evaluation_rows(config, tokenizer)
         if rows is None:
             raise UserError(f"--dataset: is needed; {run.folder} had no evaluation set of its own")
+        remarks = (*remarks, *_check_same_rows(run, rows, tokenizer))
         rows = rows[: options.samples] if options.samples > 0 else rows
         return config.eval_dataset or f"{config.eval_share:g} of {config.dataset}", rows, remarks
     if options.dataset_format is None:
@@ -106,6 +110,27 @@ def read_rows(run: Run, options: Options, tokenizer) -> tuple[str, list[Rendered
         reading = (options.dataset_format, options.samples, config.context_length)
         examples = read_examples(options.dataset, *reading, tokenizer, config.chat_date)
     return options.dataset, examples.rendered, examples.remarks
+
+
+def _check_same_rows(run: Run, rows: list[Rendered], tokenizer) -> list[str]:
+    """Raise UserError unless the rows are those that the run was evaluated on.
+
+    Otherwise rows of its training could be among them. Returns a remark if the RUN, of an earlier version of
+    this program, does not say which rows they were.
+    """
+    folder = run.folder.parent if run.folder.name == BEST else run.folder
+    path = folder / FACTS
+    data = read_json(path, MAX_CONFIG_BYTES).get("data") if path.is_file() else None
+    recorded = data.get(EVALUATION) if isinstance(data, dict) else None
+    if not recorded:
+        return [f"data: {path} does not record the rows that the run was evaluated on; they may have changed"]
+    config = run.config
+    if digest_rows(tokenize(rows, tokenizer, config.context_length, "--dataset")) != recorded:
+        source = config.eval_dataset or config.dataset
+        raise UserError(
+            f"--dataset: is needed; {source} no longer makes the rows that {run.folder} was evaluated on"
+        )
+    return []
 
 
 def check_options(options: Options) -> Run:
@@ -236,7 +261,9 @@ def evaluate(options: Options) -> dict:
         "rows": len(rendered),
         "answered": len(inputs.prompts),
         "unscored": inputs.rows.dropped if inputs.rows else 0,
+        "cut_rows": inputs.rows.cut if inputs.rows else 0,
         "max_new_tokens": options.max_new_tokens,
+        "context_length": run.config.context_length,
         "cut": {"base": base_scores.truncated, "tuned": tuned_scores.truncated},
         "dtype": str(dtype).removeprefix("torch."),
         "scored_with": scored_with(names, [p.answer for p in inputs.prompts]),
@@ -274,6 +301,11 @@ def describe_scoring_details(results: dict) -> list[str]:
         )
     if results["unscored"]:
         lines.append(f"perplexity: {results['unscored']:,} rows without a learned token are left out")
+    if results["cut_rows"]:
+        lines.append(
+            f"perplexity: {results['cut_rows']:,} rows are cut at the run's context_length of"
+            f" {results['context_length']:,} tokens"
+        )
     base_cut, tuned_cut = results["cut"]["base"], results["cut"]["tuned"]
     if base_cut or tuned_cut:
         lines.append(

@@ -88,9 +88,10 @@ def spread_new_blocks(n_layers: int, n_new: int) -> list[int]:
     return [-(-(block + 1) * n_layers // n_new) - 1 for block in range(n_new)]
 
 
-def source_layers(n_layers: int, copied_layers: list[int]) -> list[int]:
-    """Return, for each layer of the expanded model, the index of the original layer that it is or copies.
+def source_layers(n_original: int, copied_layers: list[int]) -> list[int]:
+    """Return, for each layer of the expanded model, the original layer that it is or that it copies.
 
-    A layer's copies follow it. copied_layers: for each new layer, the original layer that it copies.
+    Copies follow the original. n_original: number of original layers. copied_layers: for each new layer, the
+    original layer that it copies.
     """
-    return [layer for layer in range(n_layers) for _ in range(1 + copied_layers.count(layer))]
+    return [layer for layer in range(n_original) for _ in range(1 + copied_layers.count(layer))]

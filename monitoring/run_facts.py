@@ -18,11 +18,12 @@ from torch import nn
 
 from data.batches import StepSampler
 from data.packing import PackSampler
-from data.rows import TokenizedRows
+from data.rows import TokenizedRows, digest_rows
 from launch.memory import GIB
 from options.errors import UserError
 
 FACTS = "run.json"
+EVALUATION = "evaluation_digest"  # the key of a digest of the evaluation set
 MAX_BARS = 40  # of the histogram of row lengths
 PACKAGES = ("torch", "transformers", "bitsandbytes", "hqq", "safetensors")
 
@@ -38,16 +39,28 @@ FACT_KINDS = {
 
 
 def run_facts_json(
-    rows: TokenizedRows, sampler: StepSampler, model: nn.Module, stages: dict[str, float]
+    rows: TokenizedRows,
+    sampler: StepSampler,
+    model: nn.Module,
+    stages: dict[str, float],
+    evaluation: TokenizedRows | None = None,
 ) -> str:
-    """Return run.json as text. stages: GiB of the fullest rank after wrapping and after loading."""
+    """Return run.json as text: data, model, memory, hardware, versions.
+
+    Args:
+        rows: the training rows.
+        sampler: of these rows.
+        model: the model to train.
+        stages: GiB of the fullest rank after wrapping and after loading.
+        evaluation: the evaluation set; None = there is none.
+    """
     has_gpu = torch.cuda.is_available()
     if has_gpu:
         memory_bytes = torch.cuda.get_device_properties().total_memory
     else:
         memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     facts = {
-        "data": _data_facts(rows, sampler),
+        "data": _data_facts(rows, sampler) | ({EVALUATION: digest_rows(evaluation)} if evaluation else {}),
         "model": {"parameters_trained": sum(p.numel() for p in model.parameters() if p.requires_grad)},
         "memory": {name: round(gib, 3) for name, gib in stages.items()},
         "hardware": {

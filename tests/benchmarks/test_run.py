@@ -237,7 +237,7 @@ def test_the_step_is_the_median_of_the_later_ones():
     """A script that times from step end to step end has one time less; the same steps count."""
     for first in ([50.0, 50.0, 50.0], [50.0, 50.0]):
         result = RESULT | {"step_seconds": [*first, 1.0, 2.0, 4.0], "tokens": 4096}
-        row = make_row(dataclasses.replace(QLORA, gpus=2), "peft", "peft", result, 4096, steps=6)
+        row = make_row(dataclasses.replace(QLORA, gpus=2), "peft", "peft", result, 4096, total_steps=6)
         assert (row.step_seconds, row.tokens_per_second_per_gpu) == (2.0, 1024.0)
 
 

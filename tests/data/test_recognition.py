@@ -166,6 +166,34 @@ def test_what_is_asked_for_by_name_is_done(tmp_path):
     assert learned(read(recipe)) == [" Yo", " Yo"] and read(recipe).remarks == guanaco.remarks
 
 
+SOLAR = "### User:\nWhat?\n\n### Assistant:\nYo\n\n### User:\nAnd?\n\n### Assistant:\nYo"
+
+
+@pytest.mark.parametrize(
+    "text", [SOLAR, SOLAR.replace("User", "Instruction"), "### Input: a ### Assistant: b"]
+)
+@pytest.mark.parametrize("name", ["auto", "guanaco"])
+def test_dialogues_with_other_headers_are_refused(name, text, tmp_path):
+    """Their questions would be learned as answers. A recipe names the markers."""
+    header = text[: text.index(":") + 1]
+    path = write_file(tmp_path / "a.jsonl", to_jsonl([{"text": text}]))
+    words = rf"a\.jsonl:1: has '{header}' where the format has '### Human:'; .* markers = \['{header}'"
+    with pytest.raises(UserError, match=words):
+        read(path, name)
+    recipe = f'source = "a.jsonl"\nformat = "guanaco"\nmarkers = ["{header}", "### Assistant:"]\n'
+    spans = learned(read(write_file(tmp_path / "mine.toml", recipe)))
+    assert all("?" not in span and "a" not in span for span in spans) and spans
+
+
+def test_headers_within_answers_are_told(tmp_path):
+    rows = [{"text": "### Human: a### Assistant: b\n### System: c"}, {"text": "### Human: a### Assistant: b"}]
+    examples = read(write_file(tmp_path / "a.jsonl", to_jsonl(rows)))
+    assert learned(examples) == [" b\n### System: c", " b"]
+    assert examples.remarks == (
+        "data: rows whose answers hold headers, which are learned as text of the answer: ### System: (1)",
+    )
+
+
 PREFERRED = {  # rows, the format of the run: the one they are read in
     "the run's": ([QA | ALPACA] * 2, "qa", "qa"),
     "the run's, by name": ([ALPACA] * 2, "alpaca_stanford", "alpaca_stanford"),

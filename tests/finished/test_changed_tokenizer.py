@@ -39,10 +39,16 @@ def edit_json(folder: Path, name: str, **changed) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changed))
 
 
+def add_tool_template(folder: Path) -> None:
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tool_use.jinja").write_text("{{ tools }}")
+
+
 EDITS = {
     "chat template": edit_template,
     "eos_token": lambda folder: edit_json(folder, TOKENIZER_CONFIG, eos_token="<|im_end|>"),
     "tokenizer.json": lambda folder: edit_json(folder, TOKENIZER_JSON, normalizer={"type": "Lowercase"}),
+    "a template of its own for tools": add_tool_template,  # the last one, as it remains
 }
 
 
@@ -90,7 +96,8 @@ def test_an_adapter_over_an_edited_tokenizer(checkpoints, one_rank, tmp_path, st
     assert generate.main([str(run), *GENERATE[1:]]) == 2
     shown = capsys.readouterr().err
     assert shown.startswith("error: ") and shown.count("\n") == 1  # the error without the warning
-    shutil.copytree(kept, base, dirs_exist_ok=True)
+    shutil.rmtree(base)
+    shutil.copytree(kept, base)
     edit_template(base)
     edit_base_metadata(run / ADAPTER, base_tokenizer=None)  # as an earlier version wrote it
     assert stderr_of(generate, run, *GENERATE[1:]) == ""

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from functools import partial
@@ -18,6 +19,7 @@ from transformers import AutoModelForCausalLM
 import evaluate
 import export
 import finished.evaluate
+import train
 from data.formats import ALPACA, FORMATS, RenderContext
 from data.tokenizing import tokenize_dataset
 from finished.finished_run import load_model, open_run
@@ -222,8 +224,38 @@ def test_rows_without_an_answer_are_counted(checkpoints, alpaca_file, one_rank, 
 def test_the_runs_own_evaluation_set(checkpoints, alpaca_file, one_rank, tmp_path, command):
     args = args_for(checkpoints(), alpaca_file, "qlora", "--eval_share", "0.2")
     write_random_run(one_rank, tmp_path / "run", args)
-    results, _ = command(tmp_path / "run", "--metrics", "perplexity")
-    assert results["rows"] == 8
+    results, printed = command(tmp_path / "run", "--metrics", "perplexity")
+    assert results["rows"] == 8 and "does not record the rows" in printed
+
+
+def test_the_runs_own_rows_are_those_of_training(alpaca_file, tmp_path, command, capsys):
+    """A file that has grown is split otherwise: rows of the training would be scored as held out."""
+    data = shutil.copy(alpaca_file, tmp_path / "rows.jsonl")
+    run = tmp_path / "run"
+    argv = ["--dataset", data, "--eval_share", "0.2", "--max_steps", "1", "--world_size", "1"]
+    assert train.main([str(a) for a in (*argv, "--eval_every", "1", "--output_dir", run)]) == 0
+    for folder in (run, run / "best"):
+        results, printed = command(folder, "--metrics", "perplexity")
+        assert results["rows"] == 8 and "data: " not in printed
+    with data.open("a") as file:
+        file.write('{"instruction": "a", "output": "b"}\n' * 10)
+    for folder in (run, run / "best"):
+        assert evaluate.main([str(folder), "--metrics", "perplexity"]) == 2
+        error = capsys.readouterr().err
+        assert error == (
+            f"error: --dataset: is needed; {data} no longer makes the rows that {folder} was evaluated on\n"
+        )
+
+
+def test_rows_that_are_cut_are_counted(checkpoints, alpaca_file, one_rank, tmp_path, command):
+    args = args_for(checkpoints(), alpaca_file, "qlora")
+    write_random_run(one_rank, tmp_path / "run", args)
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps({"instruction": "a", "output": "b" * n}) + "\n" for n in (9, 9999)))
+    results, printed = command(tmp_path / "run", "--dataset", data, "--metrics", "perplexity")
+    length = results["context_length"]
+    assert results["cut_rows"] == 1
+    assert f"perplexity: 1 rows are cut at the run's context_length of {length:,} tokens\n" in printed
 
 
 # lm-evaluation-harness
@@ -347,6 +379,7 @@ def test_results_that_cannot_be_written(small_disk, monkeypatch, capsys):
         "scored_with": {},
         "answered": 1,
         "unscored": 0,
+        "cut_rows": 0,
         "answers": [],
     }
     monkeypatch.setattr(finished.evaluate, "evaluate", lambda options: results)

@@ -196,6 +196,8 @@ def test_the_folder_is_complete(checkpoints, alpaca_file, one_rank, tmp_path, mo
     """Shards and index, generation config, tokenizer and chat template, in the base's dtype; nothing else."""
     base = tiny.save_checkpoint("qwen2", tmp_path / "base", torch.bfloat16)
     (base / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    (base / "additional_chat_templates").mkdir()
+    (base / "additional_chat_templates" / "tool_use.jinja").write_text("{{ tools[0].name }}")
     (base / "generation_config.json").write_text('{"do_sample": true, "temperature": 0.7}')
     write_random_run(one_rank, tmp_path / "run", args_for(base, alpaca_file, "bnb_dora"))
     monkeypatch.setattr(model_writer, "SHARD_BYTES", 100_000)
@@ -203,12 +205,10 @@ def test_the_folder_is_complete(checkpoints, alpaca_file, one_rank, tmp_path, mo
     assert difference(exported(tmp_path / "run", out)) < 0.5  # rounded to bf16
     model = loaded(out)
     assert model.generation_config.temperature == 0.7
-    assert (
-        AutoTokenizer.from_pretrained(out).apply_chat_template(
-            [{"role": "user", "content": "abc"}], tokenize=False
-        )
-        == "abc"
-    )
+    tokenizer, messages = AutoTokenizer.from_pretrained(out), [{"role": "user", "content": "abc"}]
+    assert tokenizer.apply_chat_template(messages, tokenize=False) == "abc"
+    # Tools have a template of their own.
+    assert tokenizer.apply_chat_template(messages, tools=[{"name": "f"}], tokenize=False) == "f"
     assert {t.dtype for t in all_tensors(out).values()} == {torch.bfloat16}
     assert read_config_json(out) == read_config_json(base)
     assert "lm_head.weight" not in all_tensors(out)  # it is tied
@@ -216,7 +216,7 @@ def test_the_folder_is_complete(checkpoints, alpaca_file, one_rank, tmp_path, mo
     assert len(weight_files(out)) > 3 and set(weight_files(out)) == set(index["weight_map"].values())
     assert {p.name for p in out.iterdir()} == {
         *weight_files(out), INDEX, "README.md", "config.json", "generation_config.json",
-        "chat_template.jinja", *(p.name for p in base.glob("tokenizer*")),
+        "chat_template.jinja", "additional_chat_templates", *(p.name for p in base.glob("tokenizer*")),
     }  # fmt: skip
 
 

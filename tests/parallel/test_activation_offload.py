@@ -22,7 +22,7 @@ from parallel.activation_offload import HostActivations, HostTensor, OffloadedLa
 from tests.helpers.adapters import build_meta_model
 from tests.helpers.compiled import CHECKPOINTED, LAYERS, compiled_run
 from tests.helpers.parity import PLAIN, arguments, assert_same
-from wrapping import _keep_last_output
+from wrapping import _save_last_output
 
 DEEP = 4
 
@@ -241,7 +241,7 @@ def test_dora_saves_its_last_output(policy, saves, checkpoints):
     family = FAMILIES["llama"]
     model = build_meta_model(checkpoints(), "bnb_dora")
     layer = model.get_submodule(family.layers)[0]
-    assert _keep_last_output(layer, family, policy) is saves
+    assert _save_last_output(layer, family, policy) is saves
     assert layer.mlp.down_proj.saves_output is saves
 
 
