@@ -266,7 +266,9 @@ def save(job: Job, model: PreTrainedModel, folder: Path, best: bool = False) -> 
         trained_model.save_expanded(model, family, folder, files, base, job.small_files)
     elif config.method.saves == "adapter":
         targets = peft_targets(family, config.lora_target_modules)
-        adapter.save_adapter(model, folder, config, base, targets, job.generation_settings)
+        remark = adapter.save_adapter(model, folder, config, base, targets, job.generation_settings)
+        if remark and not best:
+            print(remark, flush=True)
     else:
         trained_model.save_model(model, folder, files, base, job.small_files)
     if best and dist.get_rank() == 0:

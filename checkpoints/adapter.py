@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from files.atomic_writes import stage_files
 from files.base_model import BaseModel
@@ -21,6 +21,9 @@ from models.family import unwrapped_name
 from models.lora import LoRALinear
 from options.config import Config
 from parallel.shards import gather_to_cpu
+from quantization.operators import TINY
+
+MAGNITUDE = "lora_magnitude_vector"  # the end of a tensor's name
 
 
 def save_adapter(
@@ -30,10 +33,10 @@ def save_adapter(
     base: BaseModel,
     target_modules: list[str],
     extra_files: Mapping[str, str],
-) -> None:
+) -> str:
     """Write adapter_model.safetensors, adapter_config.json and extra_files. Collective; rank 0 writes.
 
-    Raises OSError on rank 0, after the last collective.
+    Returns `zero_rows_remark` on rank 0, "" on others. Raises OSError on rank 0, after the last collective.
 
     Args:
         base: The base model.
@@ -47,7 +50,7 @@ def save_adapter(
                 if dist.get_rank() == 0:
                     tensors[f"base_model.model.{unwrapped_name(path)}.{name}"] = full.contiguous()
     if dist.get_rank() != 0:
-        return
+        return ""
     check_free_space(folder, sum(t.nbytes for t in tensors.values()))
     with stage_files(folder) as stage:
         save_tensors(tensors, stage(ADAPTER), base.metadata())
@@ -56,6 +59,26 @@ def save_adapter(
         stage(ADAPTER_CONFIG).write_text(
             json.dumps(_adapter_config(config, base, target_modules), indent=2) + "\n", encoding="utf-8"
         )
+    return zero_rows_remark(tensors)
+
+
+def zero_rows_remark(tensors: Mapping[str, Tensor]) -> str:
+    """Return a remark if a DoRA adapter belongs to weights with rows of zeros, else "".
+
+    The norm of such a row is 0. Here it has a floor (models/dora.py); PEFT divides 0 by 0.
+    tensors: the adapter's, by PEFT's names.
+    """
+    rows = 0
+    for name, magnitude in tensors.items():
+        if name.endswith(MAGNITUDE):
+            b = tensors[name.removesuffix(MAGNITUDE) + "lora_B.weight"]
+            rows += int(((magnitude.square() <= 2 * TINY) & (b == 0).all(1)).sum())
+    if not rows:
+        return ""
+    return (
+        f"adapter: {rows:,} rows of the base's weights are zeros; PEFT's DoRA gives NaN over them."
+        " generate.py and `export.py --to merged` compute what was trained"
+    )
 
 
 def _adapter_config(config: Config, base: BaseModel, target_modules: list[str]) -> dict:

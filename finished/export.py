@@ -12,8 +12,10 @@ import torch
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
+from safetensors.torch import load_file
 
 from checkpoints import model_writer
+from checkpoints.adapter import zero_rows_remark
 from checkpoints.model_writer import (
     TensorEntry,
     copy_small_files,
@@ -203,9 +205,12 @@ def write_adapter(run: Run, options: Options, folder: Path, small_files: dict[st
     )
     shutil.copyfile(run.adapter, folder / ADAPTER)
     copy_small_files(run.base, folder, small_files, TOKENIZER_FILES)
+    if remark := zero_rows_remark(load_file(run.adapter)):
+        print(remark, flush=True)
     description = (
         "A LoRA or DoRA adapter in PEFT's format (adapter_config.json, adapter_model.safetensors):"
         " `PeftModel.from_pretrained(base, folder)` puts it over its base model."
+        + (f" {remark}." if remark else "")
     )
     write_card(run, options, folder, description, "peft")
     write_text(folder / ADAPTER_CONFIG, json.dumps(adapter_config, indent=2) + "\n")

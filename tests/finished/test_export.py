@@ -13,10 +13,12 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import export
 import finished.export
+import train
 from checkpoints import model_writer
 from files.names import ADAPTER, INDEX
 from finished import layerwise
@@ -218,6 +220,27 @@ def test_the_folder_is_complete(checkpoints, alpaca_file, one_rank, tmp_path, mo
         *weight_files(out), INDEX, "README.md", "config.json", "generation_config.json",
         "chat_template.jinja", "additional_chat_templates", *(p.name for p in base.glob("tokenizer*")),
     }  # fmt: skip
+
+
+def test_rows_of_zeros_are_told(checkpoints, alpaca_file, tmp_path, capfd):
+    """A pruned base: PEFT's DoRA divides 0 by 0 there; the merged model computes what was trained."""
+    base = shutil.copytree(checkpoints(), tmp_path / "base")
+    for path in base.glob("*.safetensors"):
+        tensors = load_file(path)
+        for name in {f"model.layers.0.mlp.{x}_proj.weight" for x in ("gate", "up")} & tensors.keys():
+            tensors[name][:3] = 0
+        save_file(tensors, path, metadata={"format": "pt"})
+    run = tmp_path / "run"
+    argv = ["--model_name", base, "--dataset", alpaca_file, "--train_type", "dora", "--max_steps", "1"]
+    assert train.main([str(a) for a in (*argv, "--world_size", "1", "--output_dir", run)]) == 0
+    line = "adapter: 6 rows of the base's weights are zeros; PEFT's DoRA gives NaN over them"
+    assert line in capfd.readouterr().out
+    assert logits(peft.PeftModel.from_pretrained(loaded(base), run).eval()).isnan().any()
+    assert export.main([str(run), "--to", "adapter", "--out", str(tmp_path / "adapter")]) == 0
+    assert line in capfd.readouterr().out and line in (tmp_path / "adapter" / "README.md").read_text()
+    exported(run, tmp_path / "merged")
+    assert logits(loaded(tmp_path / "merged")).isfinite().all()
+    assert line not in capfd.readouterr().out
 
 
 def test_dtypes(run, tmp_path):
