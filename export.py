@@ -16,7 +16,7 @@ from options.export import Options, parse
 
 
 def run(options: Options) -> int:
-    """Export a run to --out, maybe to the hub. Return 0, or 2 for an error that the user can fix."""
+    """Export a run to --out and, on request, upload it. Return 0, or 2 for an error that the user can fix."""
     from finished.export import run  # takes seconds, so after the options are parsed
 
     return run(options)

@@ -36,7 +36,7 @@ from models.family import Family
 from models.loss import Head, freeze_embedding, shard_vocabulary
 from parallel.activation_checkpointing import CheckpointedModule, SavedActivations, raise_graph_limit
 from parallel.activation_offload import HostActivations, OffloadedLayer
-from parallel.copy_engines import make_copies
+from parallel.copy_engines import make_copy_collectives
 from quantization.layer import Linear4bit
 
 
@@ -53,10 +53,6 @@ class Strategy:
 
     replicas: str
     reshard_after_forward: bool
-
-    @property
-    def keeps_gathered(self) -> bool:
-        return not self.reshard_after_forward
 
     def ranks_per_copy(self, world: int, group_size: int) -> int:
         """Return the number of ranks that share one copy. group_size: --hybrid_shard_size."""
@@ -240,7 +236,7 @@ def wrap(
 
 def _configure_communication(model: nn.Module, mesh: DeviceMesh) -> None:
     """Let FSDP units use the GPUs' copy engines where possible, and sum gradients, not average them."""
-    copies = make_copies(mesh)
+    copies = make_copy_collectives(mesh)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             if copies:

@@ -27,7 +27,7 @@ PROMPT_TOKENS, MEDIAN_TOKENS, SIGMA, MAX_TOKENS = 36, 74, 0.7, 1304  # PROMPT_TO
 
 
 def draw_lengths(rows: int) -> torch.Tensor:
-    """Draw the tokens of each row: [rows] int64, the same in every call."""
+    """Draw the number of tokens of each row, spread like Alpaca's: [rows] int64, the same in every call."""
     normal = torch.randn(rows, generator=torch.Generator().manual_seed(0))
     answers = (math.log(MEDIAN_TOKENS) + SIGMA * normal).exp().round().long()
     return (PROMPT_TOKENS + answers.clamp(min=1)).clamp(max=MAX_TOKENS)

@@ -92,11 +92,11 @@ def read_model(options: Options) -> tuple[PretrainedConfig, Family, CheckpointFi
     else:
         insertion_points(options, config.num_hidden_layers)
     fetch_weights(pin_model_name(name, folder), folder)
-    files, _, own_head = open_weights(folder, config, family)
+    files, _, untied_head = open_weights(folder, config, family)
     check_entries_finite(file_entries(files))
-    if own_head:
+    if untied_head:
         print(f"{folder}: {UNTIED}")
-    return config, family, files, own_head
+    return config, family, files, untied_head
 
 
 def expanded_tensors(files: CheckpointFiles, family: Family, originals: list[int]) -> dict[str, TensorEntry]:
@@ -225,7 +225,7 @@ def insert_blocks(options: Options) -> str:
 
     Raises UserError, which names --blocks if they do not fit the model, and OSError.
     """
-    config, family, files, own_head = read_model(options)
+    config, family, files, untied_head = read_model(options)
     assert options.blocks is not None
     path = Path(options.blocks).expanduser()
     if not path.is_file():
@@ -233,7 +233,7 @@ def insert_blocks(options: Options) -> str:
     try:
         blocks, metadata = open_blocks(path, files, family, new_layers(config))
         check_entries_finite(file_entries(blocks))
-        remark = check_base(metadata, config, files, str(path), "--model_name", own_head)
+        remark = check_base(metadata, config, files, str(path), "--model_name", untied_head)
     except UserError as e:
         raise UserError(f"--blocks {e}") from None
     if remark:

@@ -153,7 +153,7 @@ class CheckpointManager:
             self._wait_for_write()
         elif self.write_future:
             self.stopping.record_save(self.elapsed(), complete=False)
-        must_stop, is_requested = self.stopping.agree(last)
+        must_stop, is_requested = self.stopping.poll_all_ranks(last)
         is_due = (self.save_every and step % self.save_every == 0) or (last and self.save_at_end)
         if must_stop or is_requested or is_due:
             self.save(step)
@@ -179,9 +179,9 @@ class CheckpointManager:
         self.planner.exchange_plans(self.group)
 
     def save(self, step: int) -> None:
-        """Start the checkpoint of `step`, if that is not done, once the previous one is written. Collective.
+        """Start the checkpoint of `step` after the previous one is written; do nothing if it has started.
 
-        Raises CheckpointNotWritten if the previous one failed.
+        Collective. Raises CheckpointNotWritten if the previous one failed.
         """
         if step == self.last_started:
             return

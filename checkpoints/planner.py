@@ -122,7 +122,7 @@ class CheckpointPlanner(SavePlanner):
     ) -> None: ...
 
     def create_local_plan(self) -> SavePlan:
-        """Return a plan with this rank's chunks; without, if they are the same as the last time."""
+        """Return this rank's plan. It has the chunks only if they changed since the last plan."""
         described = [(name, tensor.shape, tensor.dtype) for name, tensor in self.local.items()]
         if described == self.described:
             return SavePlan([])

@@ -43,17 +43,17 @@ FREE_GROUPS = (
     "Evaluation",
     COMPATIBILITY,
 )
-# ... except for FIXED, and of the options in FREE. Model and data are compared by contents instead of names,
-# and --precision by what it means on this GPU.
-FIXED = ("eval_share",)
-FREE = ("model_name", "dataset", "llama_pro_path", "llama_pro_save", "batch_size",
-        "gradient_accumulation_steps", "num_epochs", "max_steps", "max_bad_steps",
-        "deterministic")  # fmt: skip
+# ... except for FIXED_OPTIONS, and of the options in FREE_OPTIONS. Model and data are compared by contents
+# instead of names, and --precision by what it means on this GPU.
+FIXED_OPTIONS = ("eval_share",)
+FREE_OPTIONS = ("model_name", "dataset", "llama_pro_path", "llama_pro_save", "batch_size",
+                "gradient_accumulation_steps", "num_epochs", "max_steps", "max_bad_steps",
+                "deterministic")  # fmt: skip
 
 
 # The form of a manifest's `run`. Values of int are not negative; no float is NaN. A name that ends with ? may
 # be missing: not all runs, or not all older versions of this program, write it.
-STATE = {
+RUN_STATE_FORM = {
     "options": {}, "rows_per_step": int, "base": str, "data": str, "evaluation?": str, "world": int,
     "precision": str,
     "files": {},
@@ -68,9 +68,9 @@ STATE = {
 
 
 def is_run_state(run: dict) -> bool:
-    """Return whether a manifest's `run` has the form of STATE, and no impossible names or values."""
+    """Return whether a manifest's `run` has the form of RUN_STATE_FORM, and no impossible names or values."""
     return (
-        _matches(run, STATE)
+        _matches(run, RUN_STATE_FORM)
         and all(name in GROWING_FILES and _matches(length, int) for name, length in run["files"].items())
         and all(_matches(n, float) and 0 <= n < math.inf for n in run["parts"]["scaler"].values())
         and run["parts"]["tracker"]["held"].isascii()
@@ -79,7 +79,7 @@ def is_run_state(run: dict) -> bool:
 
 
 def _matches(value, form: type | dict) -> bool:
-    """Return whether a value has a form: a type, or a dict with the names and values of one like STATE."""
+    """Return whether a value has a form: a type, or a dict of names and forms, as RUN_STATE_FORM is."""
     if isinstance(form, dict):
         return isinstance(value, dict) and all(
             _matches(value[name], inner) if (name := key.removesuffix("?")) in value else name != key
@@ -102,11 +102,13 @@ def _is_wandb_run(name: str) -> bool:
 
 def is_fixed(option: str) -> bool:
     """Return whether a resumed run must have the same value of an option."""
-    return option in FIXED or (FIELDS[option].metadata["group"] not in FREE_GROUPS and option not in FREE)
+    return option in FIXED_OPTIONS or (
+        FIELDS[option].metadata["group"] not in FREE_GROUPS and option not in FREE_OPTIONS
+    )
 
 
 def resume_after_restart(config: Config) -> Config:
-    """Return the config; after a restart by torchrun with --resume auto, and without --overwrite.
+    """Return the config, with --resume auto and without --overwrite if torchrun has restarted the run.
 
     A --resume that the user gave stays. Raises UserError if --max-restarts is given, but not --output_dir, or
     --overwrite for a folder with checkpoints: a restart could not find those of this start.
@@ -180,7 +182,7 @@ def run_identity(
 ) -> dict:
     """Return a run's options and digests, which checkpoints hold and `check_same_run` compares.
 
-    The keys are those of STATE, without "files" and "parts".
+    The keys are those of RUN_STATE_FORM, without "files" and "parts".
 
     Args:
         precision: The meaning of --precision on this machine.
@@ -321,7 +323,7 @@ def roll_back_run(folder: Path, checkpoint: Checkpoint | None) -> None:
         (folder / f"{BEST}.old").rename(folder / BEST)
 
 
-def remarks(checkpoint: Checkpoint, config: Config, base_digest: str) -> list[str]:
+def describe_changes(checkpoint: Checkpoint, config: Config, base_digest: str) -> list[str]:
     """Return lines that tell the user what differs from the saved run and affects this one; [] if nothing.
 
     base_digest: As for `run_identity`.

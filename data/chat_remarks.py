@@ -25,7 +25,7 @@ TOOL_PROBES: dict[str, Any] = {  # values for the keys of a tool
     "parameters": {"type": "object", "properties": {TOOL_PROBE: {"type": "string", "description": "-"}}},
 }
 # A part of a row that a template may show: (its label, the index of its message; None = it is the row's).
-Part = tuple[str, int | None]
+RowPart = tuple[str, int | None]
 
 
 def describe_hidden_parts(chat: ChatTemplate, rows: Sequence[dict]) -> list[str]:
@@ -60,7 +60,7 @@ def describe_hidden_parts(chat: ChatTemplate, rows: Sequence[dict]) -> list[str]
     ]
 
 
-def _list_parts(row: dict) -> Iterator[Part]:
+def _list_parts(row: dict) -> Iterator[RowPart]:
     """Yield (label, index of the message or None) of each part of a row that a template may show."""
     if _has_content(row.get("tools")):
         yield "tools", None
@@ -92,7 +92,7 @@ def _has_content(value: Any) -> bool:
 
 
 def _is_hidden(
-    chat: ChatTemplate, messages: list[dict], tools: list[dict] | None, text: str, part: Part
+    chat: ChatTemplate, messages: list[dict], tools: list[dict] | None, text: str, part: RowPart
 ) -> bool:
     """Return whether a part has no effect: the text is the same without it, or lacks a probe in its place."""
     label, i = part
@@ -150,7 +150,7 @@ def _put_tool_probe(tools: list[dict] | None, key: str) -> list[dict]:
 
 
 def _find_outside_turns(
-    chat: ChatTemplate, messages: list[dict], tools: list[dict] | None, parts: Sequence[Part]
+    chat: ChatTemplate, messages: list[dict], tools: list[dict] | None, parts: Sequence[RowPart]
 ) -> list[str]:
     """Return the labels of the assistant's texts, among `parts`, that are shown outside of its turn.
 
@@ -175,7 +175,7 @@ def _find_outside_turns(
 
 
 def _describe_hidden(examined: Counter[str], hidden: Counter[str]) -> list[str]:
-    """Return [a remark] on parts that the template hides in some or all messages; [] if there are none."""
+    """Return a list with one remark on what the template hides in some or all messages, or an empty list."""
     always = [label for label in sorted(examined) if hidden[label] == examined[label]]
     partly = [label for label in sorted(examined) if 0 < hidden[label] < examined[label]]
     if "tools" in always:
@@ -185,7 +185,7 @@ def _describe_hidden(examined: Counter[str], hidden: Counter[str]) -> list[str]:
 
 
 def _describe_outside(examined: Counter[str], outside: Counter[str]) -> list[str]:
-    """Return [a remark] on assistant's text that is shown outside of its turn; [] if there is none."""
+    """Return a list with one remark on assistant's text shown outside of its turn, or an empty list."""
     parts = ", ".join(_format_count(label, outside, examined) for label in sorted(outside))
     return [f"data: shown outside of the assistant's turn, and not learned: {parts}"] if parts else []
 
@@ -195,7 +195,7 @@ def _format_count(label: str, counts: Counter[str], examined: Counter[str]) -> s
 
 
 def _describe_flags(rows: Sequence[dict]) -> list[str]:
-    """Return [a remark] on flags that ask to learn other roles than the assistant; [] if there are none."""
+    """Return a list with one remark on flags to learn other roles than the assistant, or an empty list."""
     flagged = sum(
         any(m.get(flag) and m["role"] != "assistant" for m in row["messages"] for flag in FLAGS)
         for row in rows
@@ -210,7 +210,7 @@ def _describe_flags(rows: Sequence[dict]) -> list[str]:
 
 
 def _describe_roles(rows: Sequence[dict]) -> list[str]:
-    """Return [a remark] on roles that are not among ROLES and may be misspelt; [] if there are none."""
+    """Return a list with one remark on roles not among ROLES, which may be misspelt, or an empty list."""
     roles = Counter(m["role"] for row in rows for m in row["messages"] if m["role"] not in ROLES)
     if not roles:
         return []
@@ -219,7 +219,7 @@ def _describe_roles(rows: Sequence[dict]) -> list[str]:
 
 
 def _describe_repeated_endings(chat: ChatTemplate, rows: Sequence[dict]) -> list[str]:
-    """Return [a remark] on answers whose content ends with a token that the template writes again; or []."""
+    """Return a list with one remark on answers whose last token the template repeats, or an empty list."""
     endings = tuple(token for token in chat.ending_tokens() if token in chat.endings.after_answer)
     answers = [m.get("content") for row in rows for m in row["messages"] if m["role"] == "assistant"]
     repeated = sum(isinstance(text, str) and text.rstrip().endswith(endings) for text in answers)
@@ -232,7 +232,7 @@ def _describe_repeated_endings(chat: ChatTemplate, rows: Sequence[dict]) -> list
 
 
 def describe_missing_endings(chat: ChatTemplate, learned: Sequence[str]) -> list[str]:
-    """Return [a remark] if answers are learned without a token that ends them, else [].
+    """Return a list with one remark on answers learned without a token that ends them, or an empty list.
 
     learned: the text of the last learned range of each row.
     """

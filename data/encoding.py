@@ -15,7 +15,7 @@ Offsets = list[tuple[int, int]]
 
 
 def encode(tokenizer, texts: list[str], add_special_tokens: bool) -> list[tuple[list[int], Offsets]]:
-    """Return (token ids, character range of each token) of each text. BOS is at most once at its start.
+    """Return (token ids, character range of each token) of each text. At most one BOS stays at the start.
 
     A text that begins with BOS keeps one BOS: the tokenizer's own, and whitespace before the text's, are cut.
 
@@ -77,7 +77,7 @@ def _keep_one_bos(
 
 
 def drop_empty_answers(example: Rendered, tokenizer) -> Rendered:
-    """Return the example without empty learned ranges, and without BOS at starts of answers and the end.
+    """Remove empty learned ranges, and BOS at the start of each answer and at the end of the row.
 
     Such ranges have only BOS, EOS and whitespace. The row already begins with a BOS, and at inference none
     follows the prompt. Elsewhere a BOS stays, such as between the turns of a text. In a conversation a range

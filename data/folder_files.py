@@ -121,7 +121,7 @@ def _count_matched_parts(parts: list[str], names: list[str]) -> set[int]:
 
 
 def _skip_double_stars(parts: list[str], matched: set[int]) -> set[int]:
-    """Add k + 1 to `matched` for each k in it whose parts[k] is `**`, which may match nothing; return it."""
+    """Add to `matched` each k + 1 whose parts[k] is `**`, which may match no folder; return it."""
     for i, part in enumerate(parts):
         if i in matched and part == "**":
             matched.add(i + 1)

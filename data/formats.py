@@ -312,5 +312,5 @@ def check_row(row: Mapping, form: Format, error_prefix: str, needs_answer: bool 
 
 
 def join_columns(columns: Iterable[str]) -> str:
-    """Return the names of columns as one text for a message, with words for that of pandas' index, ""."""
+    """Join the names of columns for a message; the empty name, of pandas' index, is written in words."""
     return join_names([column or "a column without a name" for column in columns])

@@ -226,7 +226,7 @@ def _read_configured_folder(folder: str, configs: list, split: str, samples: int
 
 
 def _read_files(paths: list[str], samples: int) -> Rows:
-    """Return all rows of the first files that have `samples` rows together, or more; -1 = of all files."""
+    """Read files in order until they hold `samples` rows; return all rows of these files. -1 = all files."""
     rows, origins = [], []
     for path in paths:
         file_rows = read_file(Path(path))
@@ -321,7 +321,7 @@ def _convert_library_errors(source: str, line_end: str = "") -> Iterator[None]:
 
 
 def _is_reachable(hub_id: str) -> bool:
-    """Return whether the hub answers, be it with an error, which `load_dataset` then reports."""
+    """Return whether the hub answers at all, even with an error (`load_dataset` reports it)."""
     from huggingface_hub import snapshot_download
 
     try:

@@ -12,10 +12,12 @@ from data.batches import Step
 from launch.devices import set_current_device
 
 
-def prefetch_steps(steps: Iterator[Step], device: torch.device, pin: bool) -> Iterator[Step]:
-    """Yield the same steps; a thread makes each while the one before it is in use.
+def prefetch_steps(steps: Iterator[Step], thread_device: torch.device, pin: bool) -> Iterator[Step]:
+    """Yield the steps, still on the CPU; a thread makes (and pins) each while the one before it is in use.
 
-    pin: put batches into page-locked memory, from which copies to `device`, a GPU, are asynchronous.
+    Args:
+        thread_device: the thread's current device; nothing is copied there.
+        pin: put batches into page-locked memory, from which copies to a GPU are asynchronous.
     """
 
     def make_next() -> Step | None:
@@ -24,7 +26,7 @@ def prefetch_steps(steps: Iterator[Step], device: torch.device, pin: bool) -> It
             return step
         return dataclasses.replace(step, batches=[batch.pin_memory() for batch in step.batches])
 
-    with ThreadPoolExecutor(1, initializer=set_current_device, initargs=(device,)) as worker:
+    with ThreadPoolExecutor(1, initializer=set_current_device, initargs=(thread_device,)) as worker:
         next_step = worker.submit(make_next)
         while (step := next_step.result()) is not None:
             next_step = worker.submit(make_next)

@@ -78,7 +78,7 @@ def tokenize(rendered: list[Rendered], tokenizer, context_length: int, error_pre
 
 
 def describe_unknown_tokens(tokens: torch.Tensor, tokenizer) -> list[str]:
-    """Return [a remark] if some of the tokens [N] are the tokenizer's unknown token, else []."""
+    """Return a list with one remark on tokens [N] that are the tokenizer's unknown one, or an empty list."""
     unknown = tokenizer.unk_token_id
     if unknown is None or unknown in (tokenizer.bos_token_id, tokenizer.eos_token_id):
         return []  # as in GPT-2, whose tokenizer knows every byte

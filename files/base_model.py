@@ -183,7 +183,9 @@ def check_base(
     option: str,
     untied_head: str | None,
 ) -> str:
-    """Raise UserError unless a result was trained on the model in `files`; return a remark if unsure, or "".
+    """Raise UserError unless a result was trained on the model in `files`.
+
+    Return a remark if weights could not be compared, else "".
 
     Args:
         metadata: metadata of the result's safetensors file. If an earlier version of this program wrote no
@@ -193,9 +195,6 @@ def check_base(
         result: name of the result, for messages.
         option: the option that names another base.
         untied_head: name of the head's tensor in `files`; None if the head is tied.
-
-    Returns:
-        A remark if the weights cannot be compared, else "".
 
     Raises:
         UserError: it is another model, or its weights differ.

@@ -24,9 +24,9 @@ def same_values(a: Located, b: Located, max_elements: int | None = None) -> bool
 
 
 def same_bytes(a: Located, b: Located, max_elements: int | None = None) -> bool:
-    """Return whether two tensors have one shape, one dtype and equal bits of (the first) elements.
+    """Return whether two tensors have the same shape, dtype and bytes.
 
-    max_elements: None = compare all. Raises OSError.
+    max_elements: compare only the first ones; None = all. Raises OSError.
     """
     if a[1].dtype != b[1].dtype or a[1].shape != b[1].shape:
         return False

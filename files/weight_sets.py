@@ -82,7 +82,10 @@ def compare_weight_sets(folder: Path, tensors: Mapping[str, StoredTensor]) -> li
 
 
 def _is_same_tensor(folder: Path, mine: StoredTensor, theirs: StoredTensor, max_elements: int | None) -> bool:
-    """Return whether two tensors' (first) elements are the same bits or, in two dtypes, the same numbers."""
+    """Return whether two tensors have equal bits or, if their dtypes differ, equal numbers.
+
+    max_elements: compare only the first ones; None = all.
+    """
     if mine.dtype == theirs.dtype:
         return same_bytes((folder, mine), (folder, theirs), max_elements)
     return not isinstance(mine.dtype, str) and same_values((folder, mine), (folder, theirs), max_elements)

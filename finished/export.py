@@ -112,8 +112,8 @@ def _check_hub_access(repo: str) -> None:
 
 def make_dtype_rule(options: Options, run: Run) -> Callable[[torch.dtype], torch.dtype]:
     """Return the function that maps a stored dtype (uint8: packed in its file) to the dtype to write."""
-    wanted = getattr(run.model_config, "dtype", None)
-    unpacked = wanted if wanted in (torch.float32, torch.float16) else torch.bfloat16
+    config_dtype = getattr(run.model_config, "dtype", None)
+    unpacked = config_dtype if config_dtype in (torch.float32, torch.float16) else torch.bfloat16
 
     def dtype_of(stored: torch.dtype) -> torch.dtype:
         """Return the dtype to write for a stored dtype."""

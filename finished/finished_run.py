@@ -79,8 +79,8 @@ class Run:
         family: family of that model.
         files: weights in `base`, with the RUN's new blocks in place of the base's.
         adapter: the adapter's safetensors file, or None.
-        own_head: name of the head's tensor if config.json ties a head that the files hold (`open_weights`),
-            or None.
+        untied_head: name of the head's tensor if config.json ties a head that the files hold
+            (`open_weights`), or None.
         is_base_verified: whether the base is known to hold the weights that the RUN was trained on.
     """
 
@@ -91,7 +91,7 @@ class Run:
     family: Family
     files: CheckpointFiles
     adapter: Path | None
-    own_head: str | None = None
+    untied_head: str | None = None
     is_base_verified: bool = True
 
 
@@ -139,7 +139,7 @@ def open_base(run: Run, base_model: str | None = None) -> Run:
     metadata = read_header(weights)[0].get("__metadata__") or {}
     # An older RUN does not record its base's config and shapes: they equal its own.
     metadata = {STRUCTURE_KEY: digest_structure(run.model_config, run.files)} | metadata
-    head = opened.own_head
+    head = opened.untied_head
     if head and trained_without_head(metadata, opened.model_config, opened.files, head):
         print(f"{run.folder}: {no_head_message(head, opened.base)}; here the base has it", file=sys.stderr)
         return dataclasses.replace(opened, is_base_verified=False)
@@ -151,7 +151,7 @@ def _verify_base(run: Run, metadata: dict[str, str], result: Path) -> Run:
 
     Prints a remark on parts that could not be compared. Raises UserError for another base.
     """
-    remark = check_base(metadata, run.model_config, run.files, str(result), "--base_model", run.own_head)
+    remark = check_base(metadata, run.model_config, run.files, str(result), "--base_model", run.untied_head)
     if remark:
         print(remark, file=sys.stderr, flush=True)
     return dataclasses.replace(run, is_base_verified=not remark)
@@ -186,8 +186,8 @@ def _open_model(folder: Path, config: Config, name: str | None, base_model: str 
         detect_bnb_packing(getattr(model_config, "quantization_config", None), base)
         if name is not None:
             fetch_weights(pin_model_name(name, base), base)
-        files, _, own_head = open_weights(base, model_config, family)
-    return Run(folder, config, base, model_config, family, files, None, own_head)
+        files, _, untied_head = open_weights(base, model_config, family)
+    return Run(folder, config, base, model_config, family, files, None, untied_head)
 
 
 @contextlib.contextmanager

@@ -127,15 +127,15 @@ def make_template(run: Run, dataset_format: str) -> PromptTemplate:
     dataset_format: replaces the run's own format, unless "auto".
     """
     tokenizer = load_tokenizer(run)
-    wanted = dataset_format if dataset_format != "auto" else run.config.dataset_format
+    format_name = dataset_format if dataset_format != "auto" else run.config.dataset_format
     try:
-        name, markers = find_format(run.config.dataset, wanted)
+        name, markers = find_format(run.config.dataset, format_name)
     except UserError as e:  # the data is gone; a file has no markers of its own, but a recipe may have
-        if wanted == "auto" or (wanted == "guanaco" and file_suffix(run.config.dataset) == ".toml"):
+        if format_name == "auto" or (format_name == "guanaco" and file_suffix(run.config.dataset) == ".toml"):
             raise UserError(
                 f"{run.folder}: its prompt template is unknown ({e}); name it with --dataset_format"
             ) from None
-        name, markers = wanted, list(GUANACO_MARKERS)
+        name, markers = format_name, list(GUANACO_MARKERS)
     context = RenderContext(tokenizer, markers, run.config.chat_date)
     stop_ids = collect_stop_ids(run.base, run.model_config.eos_token_id, name, context)
     marker = FORMATS[name].marker(context)
@@ -181,7 +181,7 @@ class AnsweringModels:
     def __init__(
         self, runs: list[Run], base_model: str | None, device: torch.device, precision: str, compare: bool
     ):
-        """Load nothing yet. Raises UserError if the base is to be asked by itself and cannot be."""
+        """Load nothing yet. Raises UserError if the base must be loaded alone but is packed."""
         self.runs = {str(run.folder): run for run in runs}
         self.names = [BASE] * compare + list(self.runs)
         self.first_run, self.device, self.precision = runs[0], device, precision
@@ -331,9 +331,9 @@ class AnswerStreamer(TextStreamer):
             stream_end = True
         elif self.is_finished:
             self.pending = ""
-        keep = 0 if stream_end or not marker else _count_marker_start(self.pending, marker)
-        self.write(self.pending[: len(self.pending) - keep])
-        self.pending = self.pending[len(self.pending) - keep :]
+        n_held_back = 0 if stream_end or not marker else _count_marker_start(self.pending, marker)
+        self.write(self.pending[: len(self.pending) - n_held_back])
+        self.pending = self.pending[len(self.pending) - n_held_back :]
 
 
 def _count_marker_start(text: str, marker: str) -> int:

@@ -73,7 +73,7 @@ def _make_bleu(references: Sequence[str]):
 
 
 def exact_match(answers: Sequence[str], references: Sequence[str]) -> dict[str, float | None]:
-    """Return {"exact_match": percentage of answers that equal their reference but for outer white space}."""
+    """Return {"exact_match": % of answers that equal their reference, apart from outer white space}."""
     same = sum(a.strip() == r.strip() for a, r in zip(answers, references, strict=True))
     return {"exact_match": 100 * same / len(answers)}
 

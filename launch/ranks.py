@@ -46,28 +46,28 @@ def max_gpu_ranks() -> float:
     return math.inf if gpus and os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE") == "1" else gpus
 
 
-def resolve_world_size(wanted: int) -> int:
-    """Return the number of ranks: torchrun's, else `wanted`, where -1 = all GPUs, or two CPU processes.
+def resolve_world_size(option: int) -> int:
+    """Return the number of ranks: torchrun's, else `option`, where -1 = all GPUs, or two CPU processes.
 
-    wanted: --world_size. Raises UserError if GPUs or CPUs cannot have so many, or torchrun has started
+    option: --world_size. Raises UserError if GPUs or CPUs cannot have so many, or torchrun has started
     another number.
     """
     gpus = torch.cuda.device_count()
     if is_under_torchrun():
         world = read_env_int("WORLD_SIZE")
         local = local_world_size(world)
-        if wanted not in (-1, world):
+        if option not in (-1, world):
             raise UserError(
-                f"--world_size {wanted}: torchrun started {world} processes; leave the option out"
+                f"--world_size {option}: torchrun started {world} processes; leave the option out"
             )
         if gpus and local > max_gpu_ranks():
             raise UserError(f"torchrun started {local} processes on a node with {gpus} GPUs")
         return world
-    if gpus and wanted > max_gpu_ranks():
-        raise UserError(f"--world_size {wanted}: this machine has {gpus} GPU{'s' * (gpus > 1)}")
-    if not gpus and wanted > (most := max(MAX_CPU_RANKS, os.cpu_count() or 1)):
-        raise UserError(f"--world_size {wanted}: at most {most} processes without a GPU on this machine")
-    return wanted if wanted > 0 else gpus or 2
+    if gpus and option > max_gpu_ranks():
+        raise UserError(f"--world_size {option}: this machine has {gpus} GPU{'s' * (gpus > 1)}")
+    if not gpus and option > (most := max(MAX_CPU_RANKS, os.cpu_count() or 1)):
+        raise UserError(f"--world_size {option}: at most {most} processes without a GPU on this machine")
+    return option if option > 0 else gpus or 2
 
 
 def local_world_size(world: int) -> int:
@@ -87,23 +87,23 @@ def local_world_size(world: int) -> int:
     return int(text)
 
 
-def resolve_strategy(wanted: str, world: int) -> str:
-    """Return `wanted`; for auto, hybrid_full_shard on several nodes of several ranks each, else full_shard.
+def resolve_strategy(option: str, world: int) -> str:
+    """Return `option`; for auto, hybrid_full_shard on several nodes of several ranks each, else full_shard.
 
-    wanted: --sharding_strategy. Hybrid strategies shard within nodes: GPUs of one node have faster links to
+    option: --sharding_strategy. Hybrid strategies shard within nodes: GPUs of one node have faster links to
     one another than to those of other nodes.
     """
-    if wanted != "auto":
-        return wanted
+    if option != "auto":
+        return option
     return "hybrid_full_shard" if 1 < local_world_size(world) < world else "full_shard"
 
 
-def resolve_group_size(wanted: int, world: int) -> int:
-    """Return the number of ranks of a sharding group: `wanted`, where -1 = the ranks of one node.
+def resolve_group_size(option: int, world: int) -> int:
+    """Return the number of ranks of a sharding group: `option`, where -1 = the ranks of one node.
 
-    wanted: --hybrid_shard_size. Raises UserError if `world` ranks cannot be divided into such groups.
+    option: --hybrid_shard_size. Raises UserError if `world` ranks cannot be divided into such groups.
     """
-    size = wanted if wanted > 0 else local_world_size(world)
+    size = option if option > 0 else local_world_size(world)
     if world % size:
         raise UserError(
             f"--hybrid_shard_size {size}: {world} processes cannot be divided into groups of {size}"
@@ -111,9 +111,9 @@ def resolve_group_size(wanted: int, world: int) -> int:
     return size
 
 
-def resolve_workers(wanted: int, cpus: int) -> int:
-    """Return the number of threads for --loading_workers `wanted`, where -1 = `cpus`, at most 4."""
-    return wanted if wanted > 0 else min(4, cpus)
+def resolve_workers(option: int, cpus: int) -> int:
+    """Return the number of threads for --loading_workers `option`, where -1 = `cpus`, at most 4."""
+    return option if option > 0 else min(4, cpus)
 
 
 def gather_from_ranks(value: T, world: int, group: dist.ProcessGroup | None = None) -> list[T]:

@@ -62,7 +62,7 @@ class NoStopRequests:
 
     reason = ""
 
-    def agree(self, last: bool) -> tuple[bool, bool]:
+    def poll_all_ranks(self, last: bool) -> tuple[bool, bool]:
         """Return (whether to stop after this step, whether to save a checkpoint): (False, False) here.
 
         last: whether the run ends after this step anyway.
@@ -100,7 +100,7 @@ class StopRequests(NoStopRequests):
         for number in (*STOPS, SAVE):
             signal.signal(number, self.received.handle)
 
-    def agree(self, last: bool) -> tuple[bool, bool]:
+    def poll_all_ranks(self, last: bool) -> tuple[bool, bool]:
         """Return (whether to stop, whether to save), from all ranks' signals and rank 0's clock. Collective.
 
         On the last step it never asks to stop: the run ends by itself.
@@ -128,9 +128,9 @@ class StopRequests(NoStopRequests):
             self.expected_save = 0.0
 
     def _check_clock(self) -> tuple[bool, bool]:
-        """Time the step. Return (whether --max_minutes ends before another one could, whether a save is due).
+        """Return (whether --max_minutes ends before another step and save could, whether a save is due).
 
-        Another one includes its checkpoint. On ranks other than 0 both are False.
+        Also measures the step. On ranks other than 0 both are False.
         """
         now = time.time()
         self.longest_step, self.last_step = max(self.longest_step, now - self.last_step), now

@@ -22,10 +22,10 @@ def start(
     verbose: bool,
     preload: Sequence[str],
 ) -> int:
-    """Check a run, then run run_rank(rank_info, job) in new processes, or under torchrun as this one rank.
+    """Check a run, then run its ranks: new processes, or under torchrun this one; return the exit status.
 
     Args:
-        run_rank: the function of a rank, at the top level of a module.
+        run_rank: the function of a rank, called as run_rank(rank_info, job); at the top level of a module.
         check: checks the run and returns the job. Raises UserError for what is wrong with it.
         remarks: lines to print after the check, once, before the job's own remarks.
         master_addr, master_port: where new processes find rank 0; port None = a free one. torchrun has its

@@ -30,7 +30,7 @@ class Experts(nn.ModuleList):
     def forward(self, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """Return the weighted sum of the results of each token's experts: [T, H].
 
-        x: [T, H]; index: the numbers of each token's experts, [T, K]; weights: of these, [T, K].
+        x: [T, H]; index [T, K]: each token's experts; weights [T, K]: the weight of each.
         """
         order = index.flatten().argsort(stable=True)  # [T * K]: the first expert's rows, the second's, ...
         counts = index.flatten().bincount(minlength=len(self)).tolist()

@@ -24,7 +24,7 @@ class DeferredCalls:
             call()
 
     def run_all(self) -> None:
-        """Run the queued calls in order, if any, and empty the queue."""
+        """Empty the queue and run the calls that were in it, in order."""
         calls, self.calls = self.calls, []
         for call in calls:
             call()

@@ -39,9 +39,9 @@ ROUNDING_PER_TENSOR = 1024  # bytes: a GPU's allocator may round a tensor up by 
 # Values per token and hidden unit of a decoder layer's activations, while backward needs all of them.
 LAYER_ACTIVATIONS = 34
 # Bytes of the loss per byte of a chunk of logits, which exist in fp32, as exponentials and as gradients too.
-LOGITS = 7
+BYTES_PER_LOGITS_BYTE = 7
 # Optimizer states: bytes per byte of trained weights; 2 (two states in the weights' dtype) for all others.
-STATES = {"sgd": 0.0, "paged_adamw_32bit": 0.0, "paged_adamw_8bit": 0.0}
+OPTIMIZER_STATE_RATIOS = {"sgd": 0.0, "paged_adamw_32bit": 0.0, "paged_adamw_8bit": 0.0}
 STATE_BYTES_8BIT = 2.03  # per trained weight
 
 
@@ -295,13 +295,14 @@ def estimate_peak(config: Config, precision: Precision, sizes: RunSizes) -> floa
     if config.optimizer == "adamw_8bit":
         optimizer_states = STATE_BYTES_8BIT * trained / precision.trained.itemsize
     else:
-        optimizer_states = STATES.get(config.optimizer, 2.0) * trained
+        optimizer_states = OPTIMIZER_STATE_RATIOS.get(config.optimizer, 2.0) * trained
     resident = 0 if config.use_cpu_offload else (weights + trained + optimizer_states) / shards
     if config.no_sync and config.gradient_accumulation_steps > 1:
         resident += trained  # gradients that are not reduced yet
-    gathered = (
-        weights if strategy.keeps_gathered else sizes.layer * (1 if config.wrap_policy == "sublayer" else 2)
-    )
+    if strategy.reshard_after_forward:
+        gathered = sizes.layer * (1 if config.wrap_policy == "sublayer" else 2)
+    else:
+        gathered = weights
     if shards == config.world_size == 1 and not config.use_cpu_offload:
         gathered = 0  # nothing is sharded
     rows = config.batch_size * sizes.tokens
@@ -319,5 +320,6 @@ def estimate_peak(config: Config, precision: Precision, sizes: RunSizes) -> floa
     hidden_states = 2 * rows * sizes.hidden * matmul_bytes
     if shards > 1 and not sizes.vocabulary_bytes:
         hidden_states += 2 * min(HIDDEN_BYTES, 4 * rows * shards * sizes.hidden)
-    loss = LOGITS * logits_chunk + hidden_states + 2 * sizes.vocabulary_bytes
-    return resident + saved + max(gathered + activations, loss + strategy.keeps_gathered * gathered)
+    loss = BYTES_PER_LOGITS_BYTE * logits_chunk + hidden_states + 2 * sizes.vocabulary_bytes
+    gathered_in_loss = 0 if strategy.reshard_after_forward else gathered
+    return resident + saved + max(gathered + activations, loss + gathered_in_loss)

@@ -110,7 +110,7 @@ class Recorder:
         """Start a phase of a step (from 1; 0 before the first)."""
 
     def step(self, step: int) -> bool:
-        """End a step; return whether files were written: not here. Collective."""
+        """End a step; return False, since nothing is written. Collective."""
         return False
 
     def finish(self) -> None:

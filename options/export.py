@@ -9,7 +9,7 @@ from options.command_line import Command
 from options.declaration import REQUIRED, argument, option
 from options.errors import UserError
 
-KINDS = ("merged", "gguf-ready", "adapter")
+EXPORT_KINDS = ("merged", "gguf-ready", "adapter")
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -20,7 +20,7 @@ class Options:
     # fmt: off
     run: str = argument("RUN", "the --output_dir of a run of train.py")
     to: str = option(REQUIRED, "Result", "kind of result: a merged model folder, one for llama.cpp's"
-        " converter, or an adapter for PEFT", choices=KINDS)
+        " converter, or an adapter for PEFT", choices=EXPORT_KINDS)
     out: Path = option(REQUIRED, "Result", "folder to write")
     base: str | None = option(None, "Result", "weights to merge into: the original ones, or the dequantized"
         " ones that training computed with; unset = dequantized, but original for a Llama-Pro run",

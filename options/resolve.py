@@ -77,7 +77,7 @@ def _run_folder(resume: str | None) -> str | None:
 def _check_values(config: Config) -> None:
     """Raise UserError for options that contradict one another or have no effect beside the others.
 
-    Also for two single options, whose rules a declaration cannot express.
+    Also checks two options whose rules `option()` cannot express.
     """
     if config.method.expansion and config.model_name == TOY_MODEL:
         raise UserError(

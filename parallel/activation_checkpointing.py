@@ -105,7 +105,7 @@ def should_compile(option: str, device: torch.device, family: Family) -> bool:
 
 
 def start_compile_workers() -> None:
-    """Start the processes that compile for a GPU, with SIGTERM blocked.
+    """Start the processes that compile for a GPU, with SIGTERM, SIGINT and SIGUSR1 blocked.
 
     torch starts them at the first compilation. A SIGTERM to the whole process group, as timeout(1) and Slurm
     send it, would then end them, and the step would wait for their results forever (torch 2.11 and 2.13).

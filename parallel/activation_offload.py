@@ -54,9 +54,10 @@ class HostActivations:
         self.pending_copies: deque[tuple[LayerTensors, torch.Tensor, torch.cuda.Event]] = deque()
 
     def begin_layer(self, is_first: bool) -> None:
-        """Let later tensors belong to a new layer; the GPU waits for copies to the host of older layers.
+        """Begin a layer: tensors packed from here on belong to it.
 
-        Those of the layer just before may go on. is_first: whether it is the model's first layer.
+        The GPU waits for copies of older layers, except the newest one. is_first: whether it is the model's
+        first layer.
         """
         if is_first:
             self.current_layer = None

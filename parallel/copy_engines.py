@@ -5,9 +5,10 @@ multiprocessor, and all blocks wait for the few that find none (docs/design/coll
 Here nothing waits on a multiprocessor. A rank's data is in a buffer that the others have mapped
 (torch.distributed._symmetric_memory), and their copy engines fetch it. Counters order the streams: a stream
 writes them into the other ranks' memory, and waits for theirs (CUDA driver API, "Stream Memory Operations").
+torch's own symmetric-memory collectives are as fast, but gave wrong losses (docs/design/collectives.md).
 
-Symmetric memory is not a stable part of torch, and not every machine allows it. So `make_copies` tries
-everything that is needed before a run relies on it. If that fails, NCCL remains.
+Symmetric memory is not a stable part of torch, and not every machine allows it. So `make_copy_collectives`
+tries everything that is needed before a run relies on it. If that fails, NCCL remains.
 
 Shapes: W ranks of a group, n bytes.
 """
@@ -50,7 +51,7 @@ class Buffer:
         from cuda.bindings import driver  # comes with torch's CUDA builds
         from torch.distributed import _symmetric_memory as symmetric
 
-        self.driver, self.symmetric, self.n_bytes, self.meetings = driver, symmetric, n_bytes, 0
+        self.driver, self.symmetric, self.n_bytes, self.n_barriers = driver, symmetric, n_bytes, 0
         self.user: Callable[[], Tensor | None] = lambda: None
         self.end = -(-n_bytes // ALIGNMENT) * ALIGNMENT  # offset of the counters, one of each rank
         # In a pool of torch's own allocator, so that its statistics, and a limit, include the buffer.
@@ -75,22 +76,22 @@ class Buffer:
         world = len(self.parts)
         return [(self.rank + i) % world for i in range(1, world)]
 
-    def meet(self) -> None:
+    def barrier(self) -> None:
         """Let the current streams of all ranks wait for each other; the hosts do not wait. Collective.
 
         Earlier writes are visible afterwards.
         """
-        self.meetings += 1
+        self.n_barriers += 1
         stream = torch.cuda.current_stream().cuda_stream
         after_all_before_it, at_least = 0, self.driver.CUstreamWaitValue_flags.CU_STREAM_WAIT_VALUE_GEQ.value
         for other in self.other_ranks():
             address = self.counter_addresses[other] + 4 * self.rank
             _raise_on_error(
-                self.driver.cuStreamWriteValue32(stream, address, self.meetings, after_all_before_it)
+                self.driver.cuStreamWriteValue32(stream, address, self.n_barriers, after_all_before_it)
             )
         for other in self.other_ranks():
             address = self.counter_addresses[self.rank] + 4 * other
-            _raise_on_error(self.driver.cuStreamWaitValue32(stream, address, self.meetings, at_least))
+            _raise_on_error(self.driver.cuStreamWaitValue32(stream, address, self.n_barriers, at_least))
 
 
 def _raise_on_error(result: tuple) -> None:
@@ -102,7 +103,7 @@ def _raise_on_error(result: tuple) -> None:
 class Buffers:
     """The buffers of one purpose, reused in the order of one stream.
 
-    All ranks must take them in the same order. They do if all ranks release them in the same order.
+    All ranks must acquire them in the same order. They do if all ranks release them in the same order.
 
     Args:
         group: the ranks that map the buffers.
@@ -119,7 +120,7 @@ class Buffers:
         self.all.append(buffer := self.make(self.group.size(), n_bytes, device))
         return buffer
 
-    def take(self, size: Sequence[int], dtype: torch.dtype, device: torch.device) -> tuple[Buffer, Tensor]:
+    def acquire(self, size: Sequence[int], dtype: torch.dtype, device: torch.device) -> tuple[Buffer, Tensor]:
         """Return (a mapped buffer, a tensor in this rank's part that reserves it while alive). Collective."""
         n_bytes = math.prod(size) * dtype.itemsize
         fitting = [b for b in self.all if n_bytes <= b.n_bytes <= self.max_waste * n_bytes]
@@ -131,8 +132,8 @@ class Buffers:
         buffer.user = weakref.ref(tensor)
         return buffer, tensor
 
-    def find(self, tensor: Tensor) -> Buffer:
-        """Return the buffer that `take` returned with this tensor."""
+    def buffer_of(self, tensor: Tensor) -> Buffer:
+        """Return the buffer that `acquire` returned with this tensor."""
         return next(b for b in self.all if b.parts[b.rank].data_ptr() == tensor.data_ptr())
 
 
@@ -144,7 +145,7 @@ class CopiedAllGather:
 
     def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Return an uninitialized tensor in this rank's part of a buffer, for the output. Collective."""
-        return self.buffers.take(size, dtype, device)[1]
+        return self.buffers.acquire(size, dtype, device)[1]
 
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
@@ -153,12 +154,12 @@ class CopiedAllGather:
 
         output_tensor comes from `allocate`, and has this rank's input_tensor [n] in its position already.
         """
-        buffer, n = self.buffers.find(output_tensor), input_tensor.nbytes
-        buffer.meet()
+        buffer, n = self.buffers.buffer_of(output_tensor), input_tensor.nbytes
+        buffer.barrier()
         for other in buffer.other_ranks():
             part = slice(other * n, (other + 1) * n)
             buffer.parts[buffer.rank][part].copy_(buffer.parts[other][part], non_blocking=True)
-        buffer.meet()  # before any rank overwrites its input
+        buffer.barrier()  # before any rank overwrites its input
 
 
 class CopiedReduceScatter:
@@ -190,18 +191,18 @@ class CopiedReduceScatter:
         if input_tensor.nbytes > MAX_SUMMED_BYTES:
             reduce_scatter(output_tensor, input_tensor, op=op, group=group)
             return
-        buffer, local = self.buffers.take(input_tensor.shape, input_tensor.dtype, input_tensor.device)
+        buffer, local = self.buffers.acquire(input_tensor.shape, input_tensor.dtype, input_tensor.device)
         local.copy_(input_tensor)
         rows, n = input_tensor.view(group.size(), -1), output_tensor.nbytes
         own_row = slice(buffer.rank * n, (buffer.rank + 1) * n)
-        buffer.meet()
+        buffer.barrier()
         for other in buffer.other_ranks():
             rows[other].copy_(buffer.parts[other][own_row].view(input_tensor.dtype), non_blocking=True)
-        buffer.meet()
+        buffer.barrier()
         torch.sum(rows, 0, out=output_tensor)
 
 
-def make_copies(mesh: DeviceMesh) -> tuple[CopiedAllGather, CopiedReduceScatter] | None:
+def make_copy_collectives(mesh: DeviceMesh) -> tuple[CopiedAllGather, CopiedReduceScatter] | None:
     """Return these collectives for the ranks that share a copy of the model; None: use NCCL. Collective."""
     shards = shard_mesh(mesh)
     if mesh.device_type != "cuda" or shards.size() == 1:
@@ -215,7 +216,7 @@ def _try_copies(group: dist.ProcessGroup) -> tuple[CopiedAllGather, CopiedReduce
     # Multicast is not used here, and what its failure leaves behind can stop the other GPUs of a machine.
     os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
     trial = Trial(group)
-    stages = trial.list_gpus, trial.reach_each_other, trial.allocate, trial.map, trial.exchange
+    stages = trial.list_gpus, trial.check_peer_access, trial.allocate, trial.map, trial.exchange
     # After each stage the ranks compare, so that none waits in a collective for a rank that failed alone.
     # Only torch's own collective within `map` is not covered.
     return trial.copies if all(_on_all_ranks(_succeeds(stage), group) for stage in stages) else None
@@ -261,7 +262,7 @@ class Trial:
         self.names = [str(torch.cuda.get_device_properties(i).uuid) for i in gpus]
         return not _is_forbidden()
 
-    def reach_each_other(self) -> bool:
+    def check_peer_access(self) -> bool:
         """Return whether each rank has a GPU of its own that this rank's GPU can read. Collective."""
         own_gpu, ranks = self.device.index, [""] * self.group.size()
         dist.all_gather_object(ranks, self.names[own_gpu], group=self.group)

@@ -50,8 +50,8 @@ class JointGraphPass(CustomGraphPass):
         merge_casts(graph)
         for linears in _group_by_input(graph, LINEAR, x_argument=0, a_argument=9):
             merge_projections(graph, linears)
-        for adapters in _group_by_input(graph, ADAPTER_BACKWARD, x_argument=1, a_argument=3):
-            merge_gradients(graph, adapters)
+        for backwards in _group_by_input(graph, ADAPTER_BACKWARD, x_argument=1, a_argument=3):
+            merge_adapter_backwards(graph, backwards)
 
     def uuid(self) -> bytes:
         # The operators' file too: a cached graph has its operators' gradients, as they were then.
@@ -163,18 +163,18 @@ def merge_projections(graph: Graph, linears: list[Node]) -> None:
         _update_reader_meta(own_h)
 
 
-def merge_gradients(graph: Graph, adapters: list[Node]) -> None:
-    """Merge the gradients of several linears' A's and B's into one operator, those of their x into another.
+def merge_adapter_backwards(graph: Graph, backwards: list[Node]) -> None:
+    """Replace the adapter_backward nodes of linears of one x by one, and if possible their x gradients too.
 
     The gradients of x stay apart if their sum contains others: from a linear between them that has no A, or
-    where each linear rounded x for itself. adapters: `adapter_backward` operators that have one x.
+    where each linear rounded x for itself. backwards: the nodes.
     """
-    grads, h_list, a_list, b_list = ([_operand(node, i)[0] for node in adapters] for i in (0, 2, 3, 4))
-    results = [{n.args[1]: n for n in node.users} for node in adapters]
+    grads, h_list, a_list, b_list = ([_operand(node, i)[0] for node in backwards] for i in (0, 2, 3, 4))
+    results = [{n.args[1]: n for n in node.users} for node in backwards]
     ranks = _lora_ranks(a_list)
-    with graph.inserting_before(adapters[-1]):
-        x = adapters[0].args[1]
-        merged = _insert_like(graph, adapters[-1], ADAPTER_BACKWARD, grads, x, h_list, a_list, b_list)
+    with graph.inserting_before(backwards[-1]):
+        x = backwards[0].args[1]
+        merged = _insert_like(graph, backwards[-1], ADAPTER_BACKWARD, grads, x, h_list, a_list, b_list)
         outputs = [_insert_like(graph, merged, operator.getitem, merged, i) for i in range(2 + len(b_list))]
         h_grad, a_grad, *b_grads = outputs
         a_grads = _split(graph, a_grad, 0, ranks)
@@ -185,7 +185,7 @@ def merge_gradients(graph: Graph, adapters: list[Node]) -> None:
                 result[i].replace_all_uses_with(node)
     matmuls = [n for gradient in h_grads for n in gradient.users if n.target is LINEAR_BACKWARD]
     total = _find_sum(matmuls)
-    if len(matmuls) != len(adapters) or total is None:
+    if len(matmuls) != len(backwards) or total is None:
         return
     lists = ([value for n in matmuls for value in _operand(n, i)] for i in range(7))
     after = [value for n in matmuls for value in _operand(n, 9)]

@@ -72,7 +72,7 @@ class NF4:
 
             out = torch.empty(shape, dtype=dtype, device=codes.device) if out is None else out
             return dequantize(codes, scales, table, row_scale, out)
-        absmax = self._absmax(scales, table, -(-shape[0] * shape[1] // self.block))
+        absmax = self._decode_absmax(scales, table, -(-shape[0] * shape[1] // self.block))
         if row_scale is not None:
             absmax = (absmax.view(shape[0], -1) * row_scale[:, None]).view(-1)
         packed = codes[: -(-shape[0] * shape[1] // 2)].view(-1, 1)
@@ -82,8 +82,11 @@ class NF4:
         weight = torch.ops.bitsandbytes.dequantize_4bit(packed, absmax, self.block, "nf4", rows, dtype)
         return copy_into(out, weight.view(shape))
 
-    def _absmax(self, scales: torch.Tensor, table: torch.Tensor, blocks: int) -> torch.Tensor:
-        """Return the blocks' absolute maxima: [blocks] fp32."""
+    def _decode_absmax(self, scales: torch.Tensor, table: torch.Tensor, blocks: int) -> torch.Tensor:
+        """Return the blocks' absolute maxima, [blocks] fp32, from the bytes `scales`.
+
+        scales: fp32, or codes if double. table: the codes' values; used only if double.
+        """
         if not self.double:
             return scales[: 4 * blocks].view(torch.float32)
         codes, group_scales, offset = self._split_scales(scales, blocks)

@@ -84,7 +84,7 @@ TICKS = (4, 8, 16, 24, 32, 48)  # GiB
 
 
 def draw(path: Path) -> None:
-    """Write the picture as an SVG, whose text stays text."""
+    """Write the README's plot of tokens/s against peak GPU memory as an SVG, with its text kept as text."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -74,7 +74,7 @@ def _make_job(config: Config) -> Job:
     # Runs in the library's threads, so it comes after the fork of the processes that render rows.
     tokenizer_use = compare_with_files(model.folder, tokenizer)
     learned = make_generation_config(model.folder, model.config, evaluation.stop_ids)
-    model_remarks = remarks_on_model(model.config, model.folder, was_untied=bool(model.own_head))
+    model_remarks = remarks_on_model(model.config, model.folder, was_untied=bool(model.untied_head))
     job = Job(
         config=make_paths_absolute(config, model.name),
         model_config=model.config,
@@ -96,10 +96,10 @@ def _make_job(config: Config) -> Job:
         check_traces(config, job.total_steps(make_sampler(config, rows, 0, config.world_size)))
     if not saved:
         return job
-    head = model.own_head
+    head = model.untied_head
     without_head = (head, digest_without_head(model.config, model.files, head)) if head else None
     resume.check_same_run(saved, config, job.run_identity(), without_head)
-    resume_remarks = resume.remarks(saved, config, model.base.digest())
+    resume_remarks = resume.describe_changes(saved, config, model.base.digest())
     return dataclasses.replace(job, remarks=(*job.remarks, *resume_remarks))
 
 
@@ -139,7 +139,7 @@ class _Model:
     family: Family
     files: CheckpointFiles
     base: BaseModel
-    own_head: str | None  # as `open_weights` returns it
+    untied_head: str | None  # as `open_weights` returns it
     cache: CachePlan | None  # if --quantized_cache is still to be written
 
 
@@ -158,13 +158,13 @@ def _check_model(config: Config) -> _Model:
         new_layers(model_config)
     name = pin_model_name(config.model_name, folder)
     fetch_weights(name, folder)
-    files, model, own_head = open_weights(folder, model_config, family)
+    files, model, untied_head = open_weights(folder, model_config, family)
     base = record_base(name, model_config, files)
     check_quantization(model, family, config, files)
     cache = find_cache(model, family, config, files) if config.quantized_cache else None
     if config.method.adapter:
         check_rank(model, target_linears(model, family, config.lora_target_modules), config.lora_rank)
-    return _Model(name, folder, model_config, family, files, base, own_head, cache)
+    return _Model(name, folder, model_config, family, files, base, untied_head, cache)
 
 
 def _check_data(config: Config, model: _Model) -> tuple[Config, TokenizedRows, EvaluationData, Any]:

@@ -61,7 +61,7 @@ def regular(rank_info, folder: str) -> None:
             run.check_saved()
     assert {name: buffer.data_ptr() for name, buffer in run.buffers().items()} == addresses
     run.checkpoints.finish()
-    (line,) = run.said
+    (line,) = run.printed
     assert re.fullmatch(r"checkpoints: 2; training stood still for 0\.\d+ s for each, 0\.\d+ s at most", line)
 
 
@@ -90,7 +90,7 @@ def none_due(rank_info, folder: str) -> None:
         run.step()
     assert not run.buffers()
     run.checkpoints.finish()
-    assert not run.said
+    assert not run.printed
 
 
 def test_a_run_without_checkpoints_allocates_nothing(one_rank, tmp_path):
@@ -130,7 +130,7 @@ def update_during_copy(rank_info, folder: str) -> None:
         expected = {name: tensor.clone() for name, tensor in run.local().items() if "random" not in name}
         run.step()
     run.checkpoints.finish()
-    assert float(re.search(r"stood still for (\S+) s", run.said[0])[1]) > 0.2, "the third step waited"
+    assert float(re.search(r"stood still for (\S+) s", run.printed[0])[1]) > 0.2, "the third step waited"
     saved = load_file(checkpoint_folder(Path(folder), 2) / "rank-00000.safetensors")
     assert len(expected) == 2 * 4
     assert all(torch.equal(saved[name], tensor.cpu()) for name, tensor in expected.items())

@@ -20,7 +20,7 @@ import train
 from benchmarks.make_checkpoint import byte_tokenizer
 from checkpoints import manager
 from checkpoints import storage as checkpoint_files
-from checkpoints.resume import check_same_run, remarks
+from checkpoints.resume import check_same_run, describe_changes
 from checkpoints.storage import checkpoint_folder, find_newest_checkpoint
 from launch.precision import choose_precision
 from options.errors import UserError
@@ -125,7 +125,7 @@ def test_a_packed_model_is_compared_by_its_packed_weights(checkpoints, alpaca_fi
         before = dataclasses.replace(saved, run=saved.run | now | {"base": base, "data": "others"})
         with pytest.raises(UserError, match=reason):
             check_same_run(before, job.config, now)
-        return remarks(before, job.config, now["base"])
+        return describe_changes(before, job.config, now["base"])
 
     rows = "no longer makes the rows"  # are compared after the model
     assert refused_for(now["base"], rows) == []

@@ -216,12 +216,12 @@ def test_texts_in_a_folder_stay_texts(tmp_path):
     for name in ("a.csv", "a.jsonl"):
         folder = written(tmp_path / name[2:], {name: rows(*texts)})
         assert [row["answer"] for row in read(folder)] == texts
-    place = find_place(tmp_path / "jsonl", '{"question": "Q", "answer": "A"}\n{"question": }\n')
+    message = read_error(tmp_path / "jsonl", '{"question": "Q", "answer": "A"}\n{"question": }\n')
     error = "not JSON (Expecting value); a .jsonl file has one object per line"
-    assert place == f"--dataset {tmp_path}/jsonl/a.jsonl:2: {error}"
+    assert message == f"--dataset {tmp_path}/jsonl/a.jsonl:2: {error}"
 
 
-def find_place(folder, text: str) -> str:
+def read_error(folder, text: str) -> str:
     (folder / "a.jsonl").write_text(text)
     with pytest.raises(UserError) as error:
         read(folder)

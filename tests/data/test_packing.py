@@ -152,13 +152,13 @@ def test_padding_share():
     assert 0 < sampler.padding_share() < 0.1
 
 
-def learn_all_ways(place, args) -> dict[str, tuple[float, dict]]:
+def learn_all_ways(rank_info, args) -> dict[str, tuple[float, dict]]:
     """Return {way: (loss, {trained parameter: its gradient})} of the seven rows, padded and packed.
 
     The ways use the family's own attention. If that is PyTorch's, they also use ours, with
     `reference_attention` in the place of the kernel for packed rows.
     """
-    job, model = set_up(place, args)
+    job, model = set_up(rank_info, args)
     own = FAMILIES[job.model_config.model_type].attention
     model.set_attn_implementation(own)
     padded, packed = padded_batch(), packed_batch()
@@ -317,7 +317,7 @@ def test_a_job_is_dealt_as_its_options_say(checkpoints, alpaca_file, one_rank):
     assert name == "PackSampler" and count == 8
 
 
-def sampler_of(place, args) -> tuple[str, int]:
-    job = make_job(place, args)
-    sampler = make_sampler(job.config, job.rows, place.rank, place.world)
+def sampler_of(rank_info, args) -> tuple[str, int]:
+    job = make_job(rank_info, args)
+    sampler = make_sampler(job.config, job.rows, rank_info.rank, rank_info.world)
     return type(sampler).__name__, sampler.items_per_epoch()

@@ -47,17 +47,17 @@ def test_bf16_is_that_of_the_chosen_gpu(monkeypatch):
 
 
 @pytest.fixture
-def said(capsys):
-    """said(*argv) -> the answers that --json prints: {model: answer} for each prompt."""
+def answers_of(capsys):
+    """answers_of(*argv) -> the answers that --json prints: {model: answer} for each prompt."""
 
-    def said(*argv) -> list[dict[str, dict]]:
+    def answers_of(*argv) -> list[dict[str, dict]]:
         capsys.readouterr()  # of making a checkpoint
         status = generate.main([*map(str, argv), "--json"])
         shown = capsys.readouterr()
         assert status == 0, shown.err
         return [{a["model"]: a for a in json.loads(line)["answers"]} for line in shown.out.splitlines()]
 
-    return said
+    return answers_of
 
 
 def greedy(model, tokenizer, text: str) -> tuple[str, int]:
@@ -94,11 +94,13 @@ def text_and_tokens(answer: dict) -> tuple[str, int]:
         ("qwen3_moe", "bnb_dora"),
     ],
 )
-def test_answers_are_those_of_peft(kind, train_type, checkpoints, alpaca_file, one_rank, tmp_path, said):
+def test_answers_are_those_of_peft(
+    kind, train_type, checkpoints, alpaca_file, one_rank, tmp_path, answers_of
+):
     """Greedy, with our cache and without theirs, over the dequantized base; adapters off is the base."""
     args = args_for(checkpoints(kind), alpaca_file, train_type)
     write_random_run(one_rank, tmp_path / "run", args)
-    ours = said(tmp_path / "run", *ASKED, "--repetition_penalty", PENALTY)[0]
+    ours = answers_of(tmp_path / "run", *ASKED, "--repetition_penalty", PENALTY)[0]
     base = transformers_model(checkpoints(kind), one_rank(dense_state, args)[0])
     model = peft.PeftModel.from_pretrained(base, tmp_path / "run").eval()
     tokenizer, text = AutoTokenizer.from_pretrained(checkpoints(kind)), ALPACA.format(instruction=QUESTION)
@@ -109,68 +111,72 @@ def test_answers_are_those_of_peft(kind, train_type, checkpoints, alpaca_file, o
 
 
 @pytest.mark.parametrize("train_type", ["full", "bnb_llama_pro"])
-def test_a_run_that_saved_a_model(train_type, checkpoints, alpaca_file, one_rank, tmp_path, said):
+def test_a_run_that_saved_a_model(train_type, checkpoints, alpaca_file, one_rank, tmp_path, answers_of):
     folder = checkpoints("llama_bias_pro" if train_type != "full" else "llama")
     write_random_run(one_rank, tmp_path / "run", args_for(folder, alpaca_file, train_type))
-    ours = said(tmp_path / "run", *ASKED, "--repetition_penalty", PENALTY)[0]
+    ours = answers_of(tmp_path / "run", *ASKED, "--repetition_penalty", PENALTY)[0]
     tokenizer, text = AutoTokenizer.from_pretrained(folder), ALPACA.format(instruction=QUESTION)
     for name, origin in ((str(tmp_path / "run"), tmp_path / "run"), ("base", folder)):
         model = AutoModelForCausalLM.from_pretrained(origin, dtype=torch.float32, attn_implementation="eager")
         assert text_and_tokens(ours[name]) == greedy(model.eval(), tokenizer, text)
-    alone = said(tmp_path / "run", *ASKED, "--repetition_penalty", PENALTY, "--compare", "false")[0]
+    alone = answers_of(tmp_path / "run", *ASKED, "--repetition_penalty", PENALTY, "--compare", "false")[0]
     assert alone == {str(tmp_path / "run"): ours[str(tmp_path / "run")]}
     with pytest.raises(UserError, match="was trained on another model than"):
         open_base(open_run(tmp_path / "run"), str(checkpoints("mistral")))
 
 
-def test_adapters_are_switched_over_one_base(runs, said, monkeypatch, tmp_path):
+def test_adapters_are_switched_over_one_base(runs, answers_of, monkeypatch, tmp_path):
     """Each adapter answers as it does alone, in any order, and the base is loaded once."""
     (tmp_path / "p.txt").write_text(f"{QUESTION}\nSay nothing.\n")
     asked = ["--prompts", tmp_path / "p.txt", "--max_new_tokens", NEW, "--repetition_penalty", PENALTY]
     alone = {}
     for run in runs:
-        for i, answers in enumerate(said(run, *asked)):
+        for i, answers in enumerate(answers_of(run, *asked)):
             alone.update({(i, name): answer for name, answer in answers.items()})
     assert len({alone[0, str(run)]["text"] for run in runs} | {alone[0, "base"]["text"]}) == 4
     loads, original = [], generation.load_model
     monkeypatch.setattr(generation, "load_model", lambda *a: (loads.append(a), original(*a))[1])
     one, two, three = runs
     for order in ([three, one, two], [one, three]):
-        together = {(i, n): a for i, answers in enumerate(said(*order, *asked)) for n, a in answers.items()}
+        together = {
+            (i, n): a for i, answers in enumerate(answers_of(*order, *asked)) for n, a in answers.items()
+        }
         assert together == {key: alone[key] for key in together} and len(together) == 2 * (1 + len(order))
     assert len(loads) == 2
 
 
-def test_seeds_repeat(runs, said):
+def test_seeds_repeat(runs, answers_of):
     def texts(seed: int) -> list[str]:
         sampling = ["--temperature", "1.5", "--top_p", "0.95", "--top_k", "50", "--seed", seed]
         more = [*ASKED, "--prompt", QUESTION, "--compare", "false"]
-        return [a["text"] for answers in said(runs[0], *more, *sampling) for a in answers.values()]
+        return [a["text"] for answers in answers_of(runs[0], *more, *sampling) for a in answers.values()]
 
     first = texts(1)
     assert first[0] == first[1], "each answer is seeded by itself"
     assert texts(1) == first
-    greedy = said(runs[0], *ASKED, "--compare", "false")[0][str(runs[0])]["text"]
+    greedy = answers_of(runs[0], *ASKED, "--compare", "false")[0][str(runs[0])]["text"]
     assert len({first[0], texts(2)[0], greedy}) == 3
 
 
-def test_a_repetition_penalty_and_a_full_context(runs, said):
+def test_a_repetition_penalty_and_a_full_context(runs, answers_of):
     """A penalty below 1 favours repetition. The answer ends at the model's last position."""
-    plain, other = (said(runs[0], *ASKED, "--repetition_penalty", p)[0]["base"]["text"] for p in (1, 0.1))
+    plain, other = (
+        answers_of(runs[0], *ASKED, "--repetition_penalty", p)[0]["base"]["text"] for p in (1, 0.1)
+    )
     there = set(ALPACA.format(instruction=QUESTION))
     assert set(other) <= there and not set(plain) <= there
     long = "x" * (512 - 5 - len(ALPACA.format(instruction="")) - 1)
-    answer = said(runs[0], "--prompt", long, "--compare", "false")[0][str(runs[0])]
+    answer = answers_of(runs[0], "--prompt", long, "--compare", "false")[0][str(runs[0])]
     assert answer["tokens"] == 5 and not answer["ended"]
 
 
-def test_a_base_that_was_moved(runs, checkpoints, tmp_path, said):
+def test_a_base_that_was_moved(runs, checkpoints, tmp_path, answers_of):
     moved = shutil.copytree(checkpoints("llama_bias"), tmp_path / "moved")
-    assert said(runs[0], *ASKED, "--base_model", moved) == said(runs[0], *ASKED)
+    assert answers_of(runs[0], *ASKED, "--base_model", moved) == answers_of(runs[0], *ASKED)
 
 
 @pytest.mark.parametrize("kept", [True, False])
-def test_the_data_is_not_needed(kept, runs, tmp_path, said, alpaca_file):
+def test_the_data_is_not_needed(kept, runs, tmp_path, answers_of, alpaca_file):
     """config.yaml keeps the format; if it does not, --dataset_format gives it."""
     copy = shutil.copytree(runs[0], tmp_path / "copy")
     text = (copy / "config.yaml").read_text().replace(str(alpaca_file), str(tmp_path / "gone.jsonl"))
@@ -178,8 +184,8 @@ def test_the_data_is_not_needed(kept, runs, tmp_path, said, alpaca_file):
     text = text if kept else text.replace("dataset_format: alpaca", "dataset_format: auto")
     (copy / "config.yaml").write_text(text)
     asked = [*ASKED, "--compare", "false"]
-    ours = said(copy, *asked, *[] if kept else ["--dataset_format", "alpaca"])[0][str(copy)]
-    assert ours == said(runs[0], *asked)[0][str(runs[0])] | {"model": str(copy)}
+    ours = answers_of(copy, *asked, *[] if kept else ["--dataset_format", "alpaca"])[0][str(copy)]
+    assert ours == answers_of(runs[0], *asked)[0][str(runs[0])] | {"model": str(copy)}
 
 
 def test_fields_of_prompts_that_are_not_read_are_told(runs, tmp_path, capsys):
@@ -206,17 +212,19 @@ def test_a_run_of_stanfords_prompt_is_asked_with_it(runs, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("precision", ["bf16", "bf16_autocast"])
-def test_other_precisions(precision, runs, tmp_path, said):
+def test_other_precisions(precision, runs, tmp_path, answers_of):
     """The precision is that of training, or --precision; only rounding differs."""
     copy = shutil.copytree(runs[0], tmp_path / "copy")
     text = (copy / "config.yaml").read_text()
     assert "precision: auto" in text
     (copy / "config.yaml").write_text(text.replace("precision: auto", f"precision: {precision}"))
-    auto = said(copy, *ASKED)[0]
+    auto = answers_of(copy, *ASKED)[0]
     assert {a["tokens"] for a in auto.values()} == {NEW}
     if precision == "bf16":
-        assert said(runs[0], *ASKED, "--precision", "bf16")[0]["base"] == auto["base"]
-    assert said(copy, *ASKED, "--precision", "fp32")[0]["base"] == said(runs[0], *ASKED)[0]["base"]
+        assert answers_of(runs[0], *ASKED, "--precision", "bf16")[0]["base"] == auto["base"]
+    assert (
+        answers_of(copy, *ASKED, "--precision", "fp32")[0]["base"] == answers_of(runs[0], *ASKED)[0]["base"]
+    )
 
 
 # layers
@@ -340,8 +348,8 @@ def test_rows_of_the_data_as_prompts(runs, chat_run, tmp_path, capsys):
 # streaming and the terminal
 
 
-def test_what_is_streamed_is_the_answer(runs, said, monkeypatch, capsys):
-    plain = said(runs[0], *ASKED)[0][str(runs[0])]["text"]
+def test_what_is_streamed_is_the_answer(runs, answers_of, monkeypatch, capsys):
+    plain = answers_of(runs[0], *ASKED)[0][str(runs[0])]["text"]
     monkeypatch.setattr(sys, "stdin", io.StringIO(QUESTION + "\n"))
     assert generate.main([str(runs[0]), "--max_new_tokens", str(NEW)]) == 0
     out = capsys.readouterr().out

@@ -33,7 +33,7 @@ class SaveRequest(NoStopRequests):
         self.at, self.done = at, 0
         self.expected, self.saves = 0.0, []
 
-    def agree(self, last):
+    def poll_all_ranks(self, last):
         self.done += 1
         return False, self.done == self.at
 
@@ -49,7 +49,7 @@ class SmallRun:
 
     def __init__(self, rank_info, folder: str, every: int, asked: int = 0):
         self.model, self.rank_info, self.done = nn.Linear(5, 3).to(rank_info.device), rank_info, 0
-        self.optimizer, self.said = torch.optim.AdamW(self.model.parameters()), []
+        self.optimizer, self.printed = torch.optim.AdamW(self.model.parameters()), []
         self.checkpoints = CheckpointManager(
             self.model,
             self.optimizer,
@@ -62,7 +62,7 @@ class SmallRun:
             describe_run=dict,
             deferred=DeferredCalls(),
             stopping=SaveRequest(asked),
-            print_line=self.said.append,
+            print_line=self.printed.append,
             checkpoint=None,
         )
 

@@ -59,17 +59,17 @@ def test_the_second_stop_counts_if_it_comes_later(clock):
 
 def test_signals_ask_for_a_stop_or_a_checkpoint(alone):
     requests = StopRequests(0, time.time(), max_minutes=0, save_minutes=0)
-    assert requests.agree(last=False) == (False, False)
+    assert requests.poll_all_ranks(last=False) == (False, False)
     signal.raise_signal(signal.SIGUSR1)
-    assert requests.agree(last=False) == (False, True)
-    assert requests.agree(last=False) == (False, False)
+    assert requests.poll_all_ranks(last=False) == (False, True)
+    assert requests.poll_all_ranks(last=False) == (False, False)
     signal.raise_signal(signal.SIGINT)
-    assert requests.agree(last=True) == (False, False) and requests.reason == ""  # it ends by itself
-    assert requests.agree(last=False) == (True, False) and requests.reason == "SIGINT"
+    assert requests.poll_all_ranks(last=True) == (False, False) and requests.reason == ""  # it ends by itself
+    assert requests.poll_all_ranks(last=False) == (True, False) and requests.reason == "SIGINT"
 
 
 def test_a_request_that_reaches_the_ranks_in_different_steps_is_one(alone, clock, monkeypatch):
-    """The other rank received it first; this one receives it during `agree`, or right after."""
+    """The other rank received it first; this one receives it during `poll_all_ranks`, or right after."""
     requests, late = StopRequests(1, time.time(), max_minutes=0, save_minutes=0), []
 
     def the_other_asks(tensor, op):
@@ -80,15 +80,15 @@ def test_a_request_that_reaches_the_ranks_in_different_steps_is_one(alone, clock
     monkeypatch.setattr(signals.dist, "get_world_size", lambda: 2)
     monkeypatch.setattr(signals.dist, "all_reduce", the_other_asks)
     late.append(signal.SIGUSR1)
-    assert requests.agree(last=False) == (False, True)
+    assert requests.poll_all_ranks(last=False) == (False, True)
     monkeypatch.setattr(signals.dist, "all_reduce", lambda tensor, op: None)
-    assert requests.agree(last=False) == (False, False)
+    assert requests.poll_all_ranks(last=False) == (False, False)
     clock(0.5)
     signal.raise_signal(signal.SIGUSR1)
-    assert requests.agree(last=False) == (False, False)
+    assert requests.poll_all_ranks(last=False) == (False, False)
     clock(1.5)  # another request
     signal.raise_signal(signal.SIGUSR1)
-    assert requests.agree(last=False) == (False, True)
+    assert requests.poll_all_ranks(last=False) == (False, True)
 
 
 def test_minutes_between_checkpoints(alone, clock):
@@ -96,10 +96,10 @@ def test_minutes_between_checkpoints(alone, clock):
     wanted = []
     for seconds in (60, 119, 121, 180, 240, 242):
         clock(seconds)
-        wanted.append(requests.agree(last=False)[1])
+        wanted.append(requests.poll_all_ranks(last=False)[1])
     assert wanted == [False, False, True, False, False, True]
     other_rank = StopRequests(1, time.time() - 1000, max_minutes=1, save_minutes=1)
-    assert not other_rank.agree(last=False)[0], "only rank 0's clock counts"
+    assert not other_rank.poll_all_ranks(last=False)[0], "only rank 0's clock counts"
 
 
 def test_a_run_ends_before_its_limit(alone, clock):
@@ -107,7 +107,7 @@ def test_a_run_ends_before_its_limit(alone, clock):
     stops = []
     for seconds in (20, 60, 95, 119, 121):  # the longest step took 40: 2 * 40 have to be left
         clock(seconds)
-        stops.append(requests.agree(last=False)[0])
+        stops.append(requests.poll_all_ranks(last=False)[0])
     assert stops == [False] * 4 + [True]
     assert requests.reason == "--max_minutes"
 
@@ -119,32 +119,32 @@ def test_a_first_checkpoint_is_waited_for_as_long_as_one_may_take(alone, clock):
     stops = []
     for seconds in (10, 180, 190):  # 300 are the limit; the longest step takes 170 from here on
         clock(seconds)
-        stops.append(requests.agree(last=False)[0])
+        stops.append(requests.poll_all_ranks(last=False)[0])
     assert stops == [False, True, True]
     requests = StopRequests(0, time.time() - 190, max_minutes=5, save_minutes=0)
     requests.expect_save(200)
-    assert requests.agree(last=False)[0]
+    assert requests.poll_all_ranks(last=False)[0]
     requests.record_save(20)
-    assert not requests.agree(last=False)[0], "now it is known that it takes 20"
+    assert not requests.poll_all_ranks(last=False)[0], "now it is known that it takes 20"
 
 
 def test_a_checkpoint_that_takes_long_is_waited_for(alone, clock):
     requests = StopRequests(0, time.time(), max_minutes=5, save_minutes=0)
     clock(10)
-    assert requests.agree(last=False) == (False, False)
+    assert requests.poll_all_ranks(last=False) == (False, False)
     requests.record_save(100)
     clock(20)
     requests.record_save(60)
-    assert requests.agree(last=False) == (False, False)
+    assert requests.poll_all_ranks(last=False) == (False, False)
     for seconds in range(30, 181, 10):
         clock(seconds)
-        assert requests.agree(last=False) == (False, False)
+        assert requests.poll_all_ranks(last=False) == (False, False)
     clock(190)  # 300 are the limit: this step, another of 10 and a checkpoint of 100 come too late
-    assert requests.agree(last=False) == (True, False)
+    assert requests.poll_all_ranks(last=False) == (True, False)
 
 
 def test_the_null_object_requests_nothing():
-    assert NO_STOP_REQUESTS.agree(last=False) == (False, False) and NO_STOP_REQUESTS.reason == ""
+    assert NO_STOP_REQUESTS.poll_all_ranks(last=False) == (False, False) and NO_STOP_REQUESTS.reason == ""
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ import wrapping
 from models.loss import all_gather, reduce_scatter, shard_mesh
 from options.errors import UserError
 from parallel import copy_engines
-from parallel.copy_engines import Buffers, CopiedAllGather, CopiedReduceScatter, Trial, make_copies
+from parallel.copy_engines import Buffers, CopiedAllGather, CopiedReduceScatter, Trial, make_copy_collectives
 from tests.helpers.parity import arguments, assert_same
 from tests.helpers.products import products
 from tests.helpers.runs import train_run
@@ -55,12 +55,12 @@ class FileBuffer:
 
     other_ranks = copy_engines.Buffer.other_ranks
 
-    def meet(self) -> None:
+    def barrier(self) -> None:
         dist.barrier(self.group)
 
 
 def make_file_copies(folder: Path, mesh, used: list | None = None):
-    """`make_copies` over files. used: a list to append the Buffers to."""
+    """`make_copy_collectives` over files. used: a list to append the Buffers to."""
     shards = shard_mesh(mesh)
     if shards.size() == 1:
         return None
@@ -110,13 +110,13 @@ def test_every_rank_gets_the_others_data(pool, request, tmp_path):
     request.getfixturevalue(pool)(compare_files, str(tmp_path))
 
 
-def run_with(make_copies, rank_info, args: list) -> tuple:
-    """`train_run`'s results, with another `make_copies`."""
-    original, wrapping.make_copies = wrapping.make_copies, make_copies
+def run_with(replacement, rank_info, args: list) -> tuple:
+    """`train_run`'s results, with another `make_copy_collectives`."""
+    original, wrapping.make_copy_collectives = wrapping.make_copy_collectives, replacement
     try:
         return train_run(rank_info, args)
     finally:
-        wrapping.make_copies = original
+        wrapping.make_copy_collectives = original
 
 
 def run_with_files(rank_info, folder: str, args: list) -> tuple:
@@ -168,7 +168,7 @@ def test_groups_of_ranks_have_buffers_of_their_own(checkpoints, short_rows, four
 
 def test_sums_too_large_for_a_buffer_use_the_group(monkeypatch):
     taken = []
-    monkeypatch.setattr(Buffers, "take", lambda *_: taken.append(1))
+    monkeypatch.setattr(Buffers, "acquire", lambda *_: taken.append(1))
     monkeypatch.setattr(copy_engines, "MAX_SUMMED_BYTES", 8)
     calls = []
     monkeypatch.setattr(copy_engines, "reduce_scatter", lambda out, given, **kwargs: calls.append(kwargs))
@@ -183,7 +183,7 @@ def test_operations_other_than_sums_are_refused():
 
 
 def without_gpus(rank_info) -> bool:
-    return make_copies(init_device_mesh("cpu", (rank_info.world,))) is None
+    return make_copy_collectives(init_device_mesh("cpu", (rank_info.world,))) is None
 
 
 @on_cpus
@@ -196,8 +196,8 @@ def test_there_are_none_without_gpus(two_ranks):
 
 def compare_on_gpus(rank_info) -> int:
     mesh = init_device_mesh("cuda", (rank_info.world,))
-    copies = make_copies(mesh)
-    assert copies is not None and make_copies(mesh) is copies
+    copies = make_copy_collectives(mesh)
+    assert copies is not None and make_copy_collectives(mesh) is copies
     for _ in range(50):
         compare(rank_info.device, copies, mesh.get_group())
     before = torch.cuda.memory_allocated()
@@ -238,7 +238,7 @@ def try_with(rank_info, stage: str, replacement) -> bool:
     group = dist.new_group(list(range(rank_info.world)))
     mesh = DeviceMesh.from_group(group, "cuda")
     with mock.patch.object(Trial, stage, replacement) if rank_info.rank == 1 else contextlib.nullcontext():
-        return make_copies(mesh) is not None
+        return make_copy_collectives(mesh) is not None
 
 
 def without_access(trial) -> bool:
@@ -257,19 +257,19 @@ def forbidden(trial) -> bool:
     raise RuntimeError("by a container")
 
 
-REACH, EXCHANGE = Trial.reach_each_other, Trial.exchange
+REACH, EXCHANGE = Trial.check_peer_access, Trial.exchange
 
 
 @pytest.mark.two_gpus
 @pytest.mark.parametrize(
     ("stage", "replacement"),
-    [("reach_each_other", without_access), ("allocate", forbidden), ("exchange", misread)],
+    [("check_peer_access", without_access), ("allocate", forbidden), ("exchange", misread)],
 )
 def test_if_one_rank_fails_all_use_nccl(stage, replacement, two_ranks):
     assert two_ranks(try_with, stage, replacement) == [False, False]
 
 
-STAGES = "list_gpus", "reach_each_other", "allocate", "map", "exchange"
+STAGES = "list_gpus", "check_peer_access", "allocate", "map", "exchange"
 
 
 def entered_stages(rank_info, failing: str, how: str) -> tuple[list[str], bool]:
@@ -317,19 +317,19 @@ class SingleBuffer:
 def test_a_layer_is_not_gathered_in_the_heads_buffer():
     """Otherwise the head would make a second one, and two of that size would remain."""
 
-    def take(n: int):
-        return buffers.take((n,), torch.uint8, torch.device("cpu"))[1]
+    def acquire(n: int):
+        return buffers.acquire((n,), torch.uint8, torch.device("cpu"))[1]
 
     buffers = Buffers(mock.Mock(size=lambda: 1), SingleBuffer, copy_engines.MAX_WASTE)
-    head = take(1000)
+    head = acquire(1000)
     del head
-    first, second = take(400), take(450)
-    head = take(1000)
+    first, second = acquire(400), acquire(450)
+    head = acquire(1000)
     assert [b.n_bytes for b in buffers.all] == [1000, 400, 450]
     del first, second
-    layers = [take(420), take(300)]
+    layers = [acquire(420), acquire(300)]
     assert [b.n_bytes for b in buffers.all] == [1000, 400, 450]
-    assert [buffers.find(tensor).n_bytes for tensor in (*layers, head)] == [450, 400, 1000]
+    assert [buffers.buffer_of(tensor).n_bytes for tensor in (*layers, head)] == [450, 400, 1000]
 
 
 class PendingEvent:
