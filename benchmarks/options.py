@@ -29,7 +29,7 @@ def _parse_names(option_name: str, known: Iterable[str], text: str) -> tuple[str
     names = tuple(text.split(","))
     for i, value in enumerate(names):
         if value not in known:
-            raise UserError(f"--{option_name}: {value!r} is none of {', '.join(known)}")
+            raise UserError(f"--{option_name}: {value!r}: must be one of {', '.join(known)}")
         if value in names[:i]:
             raise UserError(f"--{option_name}: {value} is named twice")
     return names

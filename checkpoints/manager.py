@@ -309,7 +309,7 @@ class CheckpointManager:
             self.write_future = None
 
     def finish(self) -> None:
-        """Wait for the last write, end the background thread, and print how long training stood still.
+        """Wait for the last write, end the background thread, and print how long training paused.
 
         The process must not end before.
 
@@ -331,11 +331,11 @@ class CheckpointManager:
         if self.stalls:
             mean, longest = sum(self.stalls) / len(self.stalls), max(self.stalls)
             self.print_line(
-                f"checkpoints: {len(self.stalls)}; training stood still for {mean:.3f} s for each,"
+                f"checkpoints: {len(self.stalls)}; training paused for {mean:.3f} s for each,"
                 f" {longest:.3f} s at most"
             )
         if self.stopping.reason and self.last_written != self.last_started:
             raise RuntimeError(
-                f"stopped at step {self.last_started}, which is not saved; --resume goes on from"
+                f"stopped at step {self.last_started}, which is not saved; --resume continues from"
                 f" {self.last_written}"
             )

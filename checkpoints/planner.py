@@ -196,7 +196,7 @@ def _manifest_entry(name: str, chunks: list[TensorChunk]) -> dict:
     dtype, shape = chunks[0].dtype, chunks[0].shape
     same = all((c.dtype, c.shape) == (dtype, shape) for c in chunks)
     if not same or not _cover(chunks, shape):
-        raise ValueError(f"{name}: its parts on all ranks do not make up the tensor")
+        raise ValueError(f"{name}: the ranks' chunks do not cover the tensor")
     return {"dtype": str(dtype).removeprefix("torch."), "shape": list(shape), "chunks": []}
 
 

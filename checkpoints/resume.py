@@ -139,7 +139,7 @@ def _check_may_start_over(run: Path) -> None:
     if any((run / name).exists() for name in (ADAPTER_CONFIG, CONFIG, BLOCKS)):
         contents = "a finished run without checkpoints"
     elif any((checkpoint_folder(run, step) / MANIFEST).exists() for step in checkpoint_steps(run)):
-        contents = "no checkpoint that is whole"
+        contents = "no complete checkpoint"
     if contents:
         raise UserError(f"--resume auto: {run} holds {contents}; choose another --output_dir")
 
@@ -158,7 +158,7 @@ def find_checkpoint(config: Config) -> Checkpoint | None:
         if checkpoint is None:
             if holds_run(run):
                 _check_may_start_over(run)
-            print(f"--resume auto: {run} has no checkpoint yet; from the start")
+            print(f"--resume auto: {run} has no checkpoint yet; starting from the beginning")
         return checkpoint
     path = Path(config.resume).expanduser()
     if not path.is_dir():
@@ -166,14 +166,15 @@ def find_checkpoint(config: Config) -> Checkpoint | None:
     is_checkpoint = (path / MANIFEST).is_file() or path.parent.name == CHECKPOINTS
     if (path.parent.parent if is_checkpoint else path).resolve() != run.resolve():
         raise UserError(
-            f"--resume {config.resume}: is not in --output_dir {run}; a run goes on in its own folder"
+            f"--resume {config.resume}: is not in --output_dir {run}; a run can only be resumed in its own"
+            " folder"
         )
     try:
         checkpoint = read_checkpoint(path) if is_checkpoint else find_newest_checkpoint(path, warn=print)
     except DamagedCheckpoint as e:
-        raise UserError(f"--resume {config.resume}: no whole checkpoint ({e})") from None
+        raise UserError(f"--resume {config.resume}: no complete checkpoint ({e})") from None
     if checkpoint is None:
-        raise UserError(f"--resume {config.resume}: holds no whole checkpoint")
+        raise UserError(f"--resume {config.resume}: holds no complete checkpoint")
     return checkpoint
 
 
@@ -238,7 +239,7 @@ def check_same_run(
         if is_fixed(name) and before != value:
             raise UserError(
                 f"{where}: the run has --{name} {format_value(before)}, not {format_value(value)};"
-                " a run goes on with what it began with"
+                " resume a run with its original options"
             )
     if run["precision"] != (here := identity["precision"]):
         raise UserError(
@@ -254,18 +255,20 @@ def check_same_run(
     if without_head and is_same_base(run["base"], without_head[1]):
         raise UserError(f"{where}: {no_head_message(without_head[0], config.model_name, '--model_name')}")
     if not is_same_base(run["base"], identity["base"]):
-        raise UserError(f"{where}: --model_name {config.model_name} is not the model that the run began with")
+        raise UserError(
+            f"{where}: --model_name {config.model_name} is not the model that the run was started with"
+        )
     if run["data"] != identity["data"]:
         raise UserError(
-            f"{where}: --dataset {config.dataset} no longer makes the rows that the run began with"
+            f"{where}: --dataset {config.dataset} no longer gives the rows that the run was started with"
         )
     # A run may begin to evaluate, or cease to, when it is resumed.
     before = run.get("evaluation")
     if before and identity["evaluation"] and before != identity["evaluation"]:
         option = "eval_dataset" if config.eval_dataset else "dataset"
         raise UserError(
-            f"{where}: --{option} no longer makes the rows that the run is evaluated on; the best step would"
-            " be chosen by losses of two sets"
+            f"{where}: --{option} no longer gives the rows that the run is evaluated on; best/ would be"
+            " chosen by comparing losses on two different sets"
         )
     _check_growing_files(checkpoint, output_folder(config))
 
@@ -281,7 +284,7 @@ def check_folder_unchanged(config: Config, checkpoint: Checkpoint | None) -> Non
         if config.resume:
             _check_may_start_over(run)
     elif not (checkpoint.folder / MANIFEST).exists():
-        raise UserError(f"--output_dir {run}: another run has gone on there meanwhile; start again")
+        raise UserError(f"--output_dir {run}: another run wrote there in the meantime; run the command again")
 
 
 def _check_growing_files(checkpoint: Checkpoint, folder: Path) -> None:
@@ -293,9 +296,9 @@ def _check_growing_files(checkpoint: Checkpoint, folder: Path) -> None:
     for name in GROWING_FILES:
         path, length = folder / name, lengths.get(name, 0)
         if path.is_symlink():
-            raise UserError(f"{path}: is a link; a run goes on in files of its own")
+            raise UserError(f"{path}: is a symbolic link; only regular files and folders are used")
         if length and (not path.is_file() or path.stat().st_size < length):
-            raise UserError(f"{path}: is missing or cut: it ends before step {step} of the checkpoint")
+            raise UserError(f"{path}: is missing or truncated: it ends before step {step} of the checkpoint")
     path, held = folder / METRICS, checkpoint.run["parts"]["tracker"]["held"]
     length = lengths.get(METRICS, 0)
     n_lines = len(read_metrics(path, length)) if length else 0

@@ -114,12 +114,12 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     """
     for path in (folder, folder / MANIFEST):
         if path.is_symlink():
-            raise UserError(f"{path}: is a link; a checkpoint is a folder of files of its own")
+            raise UserError(f"{path}: is a symbolic link; only regular files and folders are used")
     try:
         check_size(folder / MANIFEST, MAX_MANIFEST_BYTES)
         manifest = json.loads(read_text(folder / MANIFEST, MAX_MANIFEST_BYTES))
         if manifest["version"] != VERSION:
-            raise UserError(f"{folder}: made by another version of this program, which can go on with it")
+            raise UserError(f"{folder}: made by another version of this program; resume it with that version")
         if manifest.pop("sha256") != _digest(_text(manifest)):
             raise DamagedCheckpoint(f"{MANIFEST} was changed")
         files = [WrittenFile(**entry) for entry in manifest["files"]]
@@ -141,7 +141,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         raise DamagedCheckpoint(f"{MANIFEST} is damaged") from None
     for file in files:
         path = folder / file.name
-        changed = DamagedCheckpoint(f"{file.name} is not as it was written")
+        changed = DamagedCheckpoint(f"{file.name} does not match its size or checksum in the manifest")
         try:
             if path.stat().st_size != file.size:
                 raise changed
@@ -167,7 +167,9 @@ def _tensor_specs(checkpoint: Checkpoint, file: str) -> TensorSpecs:
 def _check_regular_file(path: Path, specs: TensorSpecs) -> None:
     """Raise UserError unless a file is regular, and no larger than its header and tensors may be."""
     if path.is_symlink() or not path.is_file():
-        raise UserError(f"{path}: is a link, or no file; a checkpoint is a folder of files of its own")
+        raise UserError(
+            f"{path}: is a symbolic link, or no regular file; only regular files and folders are used"
+        )
     nbytes = sum(math.prod(shape) * dtype.itemsize for dtype, shape in specs.values())
     if path.stat().st_size > MAX_HEADER_BYTES + nbytes:
         raise UserError(f"{path}: is larger than the tensors that it should hold")
@@ -208,7 +210,7 @@ def find_newest_checkpoint(run: Path, warn: Callable[[str], None]) -> Checkpoint
         try:
             return read_checkpoint(checkpoint_folder(run, step))
         except DamagedCheckpoint as e:
-            warn(f"{checkpoint_folder(run, step)}: no whole checkpoint ({e}); the one before it is used")
+            warn(f"{checkpoint_folder(run, step)}: no complete checkpoint ({e}); the one before it is used")
     return None
 
 

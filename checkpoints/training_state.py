@@ -47,9 +47,10 @@ def describe_not_finite(model: nn.Module) -> str:
     names = sorted({name for found in per_rank for name in found})
     if not names:
         return ""
+    tensors = "tensor" if len(names) == 1 else "tensors"
     return (
-        f"{names[0]} holds NaN or infinity after training ({len(names)} such in all), so no result is saved:"
-        " the run has diverged; a lower --lr helps, and --save_every keeps earlier checkpoints"
+        f"{names[0]} holds NaN or infinity after training ({len(names)} such {tensors}), so no result is"
+        " saved: the run has diverged; a lower --lr helps, and --save_every keeps earlier checkpoints"
     )
 
 

@@ -109,7 +109,7 @@ class ChatTemplate:
             if start >= end:
                 raise ValueError("the chat template does not show the assistant's text")
             if spans and start < spans[-1][1]:
-                raise ValueError("the chat template does not keep the assistant's turns apart")
+                raise ValueError("the chat template does not separate the assistant's turns")
             spans.append((start, end))
         return RenderedChat(turns.text, spans)
 
@@ -129,7 +129,7 @@ class ChatTemplate:
         )
         (text,), (spans,) = rendered
         if text != turns.text:
-            raise ValueError("the chat template shows a conversation otherwise each time")
+            raise ValueError("the chat template renders the same conversation differently each time")
         answers = [i for i, message in enumerate(turns.messages) if message["role"] == "assistant"]
         unlearned = [turns.find_span(i) for i in answers if i not in learned_turns]
         learned = [span for span in spans if span[0] < span[1] and not _overlaps(span, unlearned)]

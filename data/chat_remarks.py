@@ -204,8 +204,8 @@ def _describe_flags(rows: Sequence[dict]) -> list[str]:
         return []
     names = " or ".join(FLAGS)
     return [
-        f"data: {flagged:,} rows set {names} for other roles than the assistant, whose turns alone are"
-        " learned"
+        f"data: {flagged:,} rows set {names} for roles other than the assistant; only the assistant's turns"
+        " are learned"
     ]
 
 

@@ -37,7 +37,9 @@ def encode(tokenizer, texts: list[str], add_special_tokens: bool) -> list[tuple[
         )
     largest = max((max(ids) for ids in encoded["input_ids"] if ids), default=0)
     if largest >= 2**31:
-        raise UserError(f"{tokenizer.name_or_path}: its tokenizer makes the id {largest}")
+        raise UserError(
+            f"{tokenizer.name_or_path}: its tokenizer returns the token id {largest}, which is too large"
+        )
     bos, bos_text = tokenizer.bos_token_id, tokenizer.bos_token
     stripping = {i for i, t in tokenizer.added_tokens_decoder.items() if t.lstrip or t.rstrip}
     rows = []

@@ -290,7 +290,8 @@ def check_row(row: Mapping, form: Format, error_prefix: str, needs_answer: bool 
     missing = [c for c in form.required if row.get(c) is None and (needs_answer or c != form.answer_column)]
     if missing:
         found = join_columns([str(column) for column in row if row[column] is not None])
-        raise UserError(f"{error_prefix}: nothing in column {', '.join(missing)}; found: {found}")
+        columns = f"columns {', '.join(missing)} are" if len(missing) > 1 else f"column {missing[0]} is"
+        raise UserError(f"{error_prefix}: {columns} missing or empty; columns with content: {found}")
     if "messages" in form.required:
         messages = check_messages(row["messages"], error_prefix)
         tools = check_tools(row.get("tools"), error_prefix)

@@ -85,7 +85,10 @@ def _numbers_remark(source: str, loaded: Any) -> str:
     if not columns:
         return ""
     names = join_columns(columns)
-    return f"data: of {source} `datasets` reads as numbers, as in 007 = 7 and 1.10 = 1.1: {names}"
+    return (
+        f"data: `datasets` reads these columns of {source} as numbers (007 becomes 7, 1.10 becomes 1.1):"
+        f" {names}"
+    )
 
 
 def _unread_configs_remark(source: str, config: str, configs: list[dict]) -> str:
@@ -95,13 +98,15 @@ def _unread_configs_remark(source: str, config: str, configs: list[dict]) -> str
     """
     names = (str(each.get("config_name", "default")) for each in configs)
     others = [name for name in names if name != config]
-    return f"data: of {source} the configuration {config} is read, not {join_names(others)}" if others else ""
+    if not others:
+        return ""
+    return f"data: only the configuration {config} of {source} is read, not {join_names(others)}"
 
 
 def _unread_splits_remark(source: str, split: str, splits: Iterable[str]) -> str:
     """Return a remark on the splits of a data set that are not read; "" if there are none."""
     others = [name for name in splits if not re.match(rf"{re.escape(name)}(\W|$)", split)]
-    return f"data: of {source} the split {split} is read, not {join_names(others)}" if others else ""
+    return f"data: only the split {split} of {source} is read, not {join_names(others)}" if others else ""
 
 
 def _check_files_inside(folder: str, data_files: str, root: str) -> None:

@@ -118,7 +118,9 @@ def check_tools(tools: Any, error_prefix: str) -> list[dict] | None:
 def _check_numbers(value: Any, error_prefix: str) -> None:
     """Raise UserError for NaN and infinity at any depth: tables can hold them and JSON cannot."""
     if isinstance(value, float) and not math.isfinite(value):
-        raise UserError(f"{error_prefix}: a tool or its call holds {value} as a number, which JSON has not")
+        raise UserError(
+            f"{error_prefix}: a tool or its call holds the number {value}, which JSON cannot express"
+        )
     parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
     for part in parts:
         _check_numbers(part, error_prefix)

@@ -116,8 +116,8 @@ def tokenizer_remark(metadata: Mapping[str, str], folder: Path) -> str:
     if metadata.get(TOKENIZER_KEY) in (None, digest_tokenizer(folder)):
         return ""
     return (
-        f"{folder}: its tokenizer or chat template is not that of training (files changed since): prompts,"
-        " tokens and stops may be others than were trained"
+        f"{folder}: its tokenizer or chat template has changed since training: prompts, tokens and stop"
+        " tokens may differ from those of training"
     )
 
 
@@ -215,7 +215,7 @@ def check_base(
         return f"{result}: was trained on weights stored {kinds[0]}, not {kinds[1]}; {by_shapes}"
     if recorded != found:
         raise UserError(
-            f"{result}: was trained on other weights than those in {files.folder}, which were changed since"
-            f" or are another model's; name the model as it was: {option}"
+            f"{result}: was trained on other weights than those in {files.folder}, which have changed or"
+            f" belong to another model; name the original model with {option}"
         )
     return ""

@@ -31,7 +31,8 @@ def check_output(folder: Path, overwrite: bool) -> None:
     for name in (CHECKPOINTS, "wandb"):
         if (folder / name).is_symlink():
             raise UserError(
-                f"--output_dir {folder}: its {name} is a link; a run writes in folders of its own"
+                f"--output_dir {folder}: its {name} is a symbolic link; only regular files and folders are"
+                " used"
             )
     if holds_run(folder) and not overwrite:
         raise UserError(

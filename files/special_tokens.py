@@ -76,10 +76,10 @@ def remarks_on_special_tokens(folder: Path, json_tokenizer: Tokenizer | None, to
     unlisted = {token: i for token, i in lacking.items() if listed.get(token) != i}
     if tokenizer.eos_token in unlisted:
         raise UserError(
-            f"{tokenizer.name_or_path}: no file of its tokenizer gives the EOS token {tokenizer.eos_token!r}"
-            f" the id {tokenizer.eos_token_id} that {kind} gives it: the model was not trained on it, and"
-            f" every row would end in it; name the model's own in {TOKENIZER_CONFIG}, or put this one into"
-            f" {TOKENIZER_JSON}"
+            f"{tokenizer.name_or_path}: the EOS token {tokenizer.eos_token!r} has the id"
+            f" {tokenizer.eos_token_id} only in transformers' {kind}, in no file of the tokenizer. The model"
+            " was not trained on it, and every row would end in it. Name the model's own EOS token in"
+            f" {TOKENIZER_CONFIG}, or add this one to {TOKENIZER_JSON}"
         )
     if json_tokenizer and (elsewhere := lacking.keys() - unlisted.keys()):
         remarks.append(

@@ -152,8 +152,8 @@ def compare_with_files(folder: Path, tokenizer) -> TokenizerDifferences:
         differences.files[TOKENIZER_JSON] = tokenizer.backend_tokenizer.to_str(pretty=True)
     elif example := _describe_difference(json_tokenizer, tokenizer):
         differences.remarks.append(
-            f"tokenizer: transformers' {kind} splits text otherwise than {TOKENIZER_JSON} says {example}."
-            f" Training uses transformers'; saved and exported models get a {TOKENIZER_JSON} that says so"
+            f"tokenizer: transformers' {kind} splits text differently from {TOKENIZER_JSON} {example}."
+            f" Training uses transformers'; saved and exported models get a matching {TOKENIZER_JSON}"
         )
         differences.files[TOKENIZER_JSON] = tokenizer.backend_tokenizer.to_str(pretty=True)
     differences.remarks += remarks_on_special_tokens(folder, json_tokenizer, tokenizer)
@@ -223,7 +223,7 @@ def _compare_flags(path: Path, tokenizer, differences: TokenizerDifferences) -> 
         adds = token if added[name] else f"no {token}"
         differences.remarks.append(
             f"tokenizer: {TOKENIZER_CONFIG} says {name}: {str(config[name]).lower()}, but the tokenizer adds"
-            f" {adds}, as in training. Saved and exported models get a {TOKENIZER_CONFIG} that says so"
+            f" {adds}, as in training. Saved and exported models get a matching {TOKENIZER_CONFIG}"
         )
     if wrong:
         corrected = config | {name: added[name] for name in wrong}

@@ -138,7 +138,7 @@ def open_cache(
         raise UserError(f"{origin}: holds the packed weights of another model; choose another folder")
     for file, size in manifest["files"].items():
         if not os.path.isfile(folder / file) or os.path.getsize(folder / file) != size:
-            raise UserError(f"{origin}: {file} is missing or cut; delete the folder")
+            raise UserError(f"{origin}: {file} is missing or truncated; delete the folder")
     return {
         name: CachedWeight(name, folder / t["file"], t["crc"], quantizer, files.tensors[name].shape)
         for name, t in tensors.items()

@@ -63,12 +63,12 @@ def compare_weight_sets(folder: Path, tensors: Mapping[str, StoredTensor]) -> li
     for max_elements in (START_ELEMENTS, None):
         for name, mine, theirs in shared:
             if not _is_same_tensor(folder, mine, theirs, max_elements):
-                raise two_sets_error(folder, f"{name} is another in {mine.file} than in {theirs.file}")
+                raise two_sets_error(folder, f"{name} differs between {mine.file} and {theirs.file}")
     for name, mine, theirs in shared:
         if mine.dtype != theirs.dtype:
             # The set that is read decides the dtype of computation and saved files.
             dtypes = [f"in {each.file} {str(each.dtype).removeprefix('torch.')}" for each in (mine, theirs)]
-            problem = f"the same numbers, but of {name} the dtype is {dtypes[0]}, and {dtypes[1]}"
+            problem = f"{name} has the same numbers in two dtypes: {dtypes[0]}, {dtypes[1]}"
             raise two_sets_error(folder, problem)
     single = others.get(folder / SINGLE_FILE)
     if single is None:

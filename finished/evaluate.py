@@ -128,7 +128,7 @@ def _check_same_rows(run: Run, rows: list[Rendered], tokenizer) -> list[str]:
     if digest_rows(tokenize(rows, tokenizer, config.context_length, "--dataset")) != recorded:
         source = config.eval_dataset or config.dataset
         raise UserError(
-            f"--dataset: is needed; {source} no longer makes the rows that {run.folder} was evaluated on"
+            f"--dataset: is needed; {source} no longer gives the rows that {run.folder} was evaluated on"
         )
     return []
 

@@ -267,7 +267,7 @@ def upload_to_hub(repo: str, out: Path, names: list[str]) -> str:
         api.upload_folder(repo_id=repo, folder_path=out, allow_patterns=names)
     except HUB_ERRORS as e:
         reason = str(e).strip().partition("\n")[0]
-        raise UserError(f"--push_to_hub {repo}: failed ({reason}); the folder is whole in {out}") from None
+        raise UserError(f"--push_to_hub {repo}: failed ({reason}); the complete folder is in {out}") from None
     return f"at https://huggingface.co/{repo}"
 
 

@@ -110,7 +110,8 @@ def open_run(folder: str | Path, base_model: str | None = None) -> Run:
     saved = folder / (CONFIG if saves_model else BLOCKS if blocks else ADAPTER_CONFIG)
     if not saved.is_file():
         raise UserError(
-            f"{folder}: holds no result ({saved.name}): the run was cut, or ran with --save_model false"
+            f"{folder}: holds no result ({saved.name}): the run was interrupted, or ran with"
+            " --save_model false"
         )
     run = _open_model(folder, config, None if saves_model else base_model or config.model_name, base_model)
     if saves_model:
@@ -295,13 +296,15 @@ def _check_adapter_tensors(run: Run, found: dict[str, tuple[list[int], str]]) ->
     }
     for name in sorted(expected.keys() | found.keys()):
         if name not in expected:
-            raise UserError(f"{path}: {name} has no place in {run.base} with the options of {OPTIONS}")
+            raise UserError(
+                f"{path}: {name} belongs to no adapter of {run.base} with the options of {OPTIONS}"
+            )
         if name not in found:
             raise UserError(f"{path}: {name} is missing")
         shape, dtype = found[name]
         if shape != expected[name]:
             raise UserError(
-                f"{path}: {name} has shape {shape}, but {run.base} and {OPTIONS} ask for {expected[name]}"
+                f"{path}: {name} has shape {shape}, but {run.base} and {OPTIONS} require {expected[name]}"
             )
         if dtype not in ADAPTER_DTYPES:  # integers would load as weights
             raise UserError(

@@ -190,7 +190,7 @@ class AnsweringModels:
         )
         if self.base_run and self.base_run.files.prequantized:
             raise UserError(
-                f"{self.base_run.base}: is packed, and cannot be asked by itself; --compare false"
+                f"{self.base_run.base}: is packed, so it cannot answer alone; add --compare false"
             )
         self.loaded_run: Run | None = None
         self.model: PreTrainedModel | None = None

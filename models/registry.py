@@ -167,5 +167,7 @@ def check_weights(model: PreTrainedModel, files: CheckpointFiles, family: Family
         if name in shapes:
             continue
         if not family.is_redundant(name, tied):
-            raise UserError(f"{files.folder}/{files.tensors[name].file}: {name} has no place in this model")
+            raise UserError(
+                f"{files.folder}/{files.tensors[name].file}: {name} belongs to no parameter of this model"
+            )
         del files.tensors[name]

@@ -75,7 +75,7 @@ def describe_training(
 def describe_stop(reason: str, history: list[Metrics], total_steps: int, folder: Path) -> str:
     """Return the line about a run that was asked to stop: why, at which step, and how to resume it."""
     step = f"step {history[-1].step} of {total_steps}"
-    return f"stopped at {step} ({reason}); go on with: {resume_command(folder)}"
+    return f"stopped at {step} ({reason}); resume with: {resume_command(folder)}"
 
 
 def resume_command(folder: Path) -> str:
@@ -163,11 +163,11 @@ def describe_best(folder: Path, step: int) -> str:
     try:
         saved_step = json.loads((folder / SCORE).read_text(encoding="utf-8"))["step"]
     except FileNotFoundError:
-        return ", which could not be kept"
+        return ", which could not be saved"
     return (
         f", in {folder}"
         if saved_step == step
-        else f", which could not be kept; {folder} has step {saved_step}"
+        else f", which could not be saved; {folder} has step {saved_step}"
     )
 
 

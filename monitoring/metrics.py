@@ -236,7 +236,7 @@ def read_metrics(path: Path, length: int | None = None) -> list[Metrics]:
             except (ValueError, TypeError, AttributeError, RecursionError):
                 is_valid = False
             if not is_valid:
-                raise UserError(f"{path}: line {number} is not as a run writes it")
+                raise UserError(f"{path}: line {number} is damaged: no run writes it so")
     return found
 
 

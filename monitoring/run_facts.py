@@ -130,10 +130,10 @@ def check_facts(facts: dict, origin: str) -> None:
             and kinds.keys() <= found.keys()
             and all(_is_kind(found[name], kind) for name, kind in kinds.items())
         ):
-            raise UserError(f"{origin}: {section} is not as a run writes it")
+            raise UserError(f"{origin}: {section} is damaged: no run writes it so")
     versions = facts.get("versions") or {}
     if not isinstance(versions, dict) or not all(isinstance(v, str) for v in versions.values()):
-        raise UserError(f"{origin}: versions is not as a run writes it")
+        raise UserError(f"{origin}: versions is damaged: no run writes it so")
 
 
 def _is_kind(value: Any, kind: str) -> bool:

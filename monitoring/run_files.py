@@ -45,7 +45,8 @@ def read_run(folder: Path) -> RunFiles:
     steps = sorted(_read_json_lines(folder / METRICS, ("step", "loss")), key=lambda s: s["step"])
     if not steps and (folder / SCORE).is_file():
         raise UserError(
-            f"{folder}: is the best step of a run; the page is of the whole one: {folder.absolute().parent}"
+            f"{folder}: is a run's best/ folder; make the report of the run itself:"
+            f" {folder.absolute().parent}"
         )
     if not steps:
         raise UserError(f"{folder}: its metrics.jsonl has no step yet")
@@ -92,6 +93,6 @@ def _read_json_lines(path: Path, keys: tuple[str, ...]) -> list[dict]:
         row = _parse_object(line, f"{path} line {number}")
         for key in keys:
             if key not in row or not isinstance(row[key], LINE_TYPES[key]):
-                raise UserError(f"{path} line {number}: has no {key}, or one that is none")
+                raise UserError(f"{path} line {number}: {key} is missing or has the wrong type")
         rows.append(row)
     return rows

@@ -149,7 +149,7 @@ class Command:
         else:
             result = _parse_value(kind, value, origin, noun)
         if meta["choices"] and result not in meta["choices"]:
-            raise UserError(f"{origin}: {result!r} is none of {', '.join(map(str, meta['choices']))}")
+            raise UserError(f"{origin}: {result!r}: must be one of {', '.join(map(str, meta['choices']))}")
         return result
 
     def _normalize_dashes(self, argv: list[str]) -> list[str]:

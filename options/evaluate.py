@@ -23,7 +23,7 @@ def parse_metrics(names: str) -> tuple[str, ...]:
     chosen = tuple(dict.fromkeys(name.strip() for name in names.split(",")))
     for name in chosen:
         if name not in METRICS:
-            raise UserError(f"--metrics: {name!r} is none of {', '.join(METRICS)}")
+            raise UserError(f"--metrics: {name!r}: must be one of {', '.join(METRICS)}")
         module, package = PACKAGES.get(name, ("", ""))
         if module and importlib.util.find_spec(module) is None:
             raise UserError(f"--metrics {name}: needs the package {package}: pip install {package}")

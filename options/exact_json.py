@@ -85,5 +85,5 @@ def _make_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         counts = Counter(name for name, _ in pairs)
         twice = next(name for name, count in counts.items() if count > 1)
-        raise ValueError(f"{twice[:40]!r} stands twice in an object")
+        raise ValueError(f"the key {twice[:40]!r} is repeated in an object")
     return found

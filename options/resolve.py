@@ -88,7 +88,8 @@ def _check_values(config: Config) -> None:
         raise UserError("--use_activation_cpu_offload: needs --use_gradient_checkpointing true")
     if config.activation_budget and not config.use_gradient_checkpointing:
         raise UserError(
-            "--activation_budget: has no effect without --use_gradient_checkpointing true, everything is kept"
+            "--activation_budget: has no effect without --use_gradient_checkpointing true: all activations"
+            " are saved then"
         )
     if config.hybrid_shard_size != -1 and not config.sharding_strategy.startswith("hybrid_"):
         raise UserError("--hybrid_shard_size: has no effect without a hybrid --sharding_strategy")
@@ -151,7 +152,7 @@ def _describe_unread(given: dict) -> list[str]:
     remarks = []
     path, name = given.get("llama_pro_path"), given.get("model_name")
     if path is not None and name not in (None, path):
-        remarks.append(f"--model_name {name}: not read; --llama_pro_path has weights and config")
+        remarks.append(f"--model_name {name}: ignored: weights and config come from --llama_pro_path")
     if given.get("reentrant_checkpointing"):
         remarks.append(
             "--reentrant_checkpointing: non-reentrant checkpointing is used; it needs no more memory here"

@@ -110,7 +110,7 @@ def test_the_best_step_before_stays(
     printed, (before, after) = two_ranks(attempt, [*argv, "--output_dir", str(folder)], filling)[0]
     assert before == after and b'"step": 2' in before["evaluation.json"]
     for step in (3, 4):
-        assert f"WARNING: {folder / BEST}: step {step} could not be kept (OSError: " in printed, printed
+        assert f"WARNING: {folder / BEST}: step {step} could not be saved (OSError: " in printed, printed
     assert (
         printed.count("No space left") == printed.count("; that of step 2 stays, and training goes on") == 2
     )
@@ -126,11 +126,11 @@ def test_the_best_step_before_stays(
 def test_a_best_step_that_was_not_kept_is_told(tmp_path):
     """The last lines of a run do not call an older step the best."""
     best = tmp_path / BEST
-    assert describe_best(best, 7) == ", which could not be kept"
+    assert describe_best(best, 7) == ", which could not be saved"
     best.mkdir()
     write_text(best / SCORE, '{"step": 6}')
     assert describe_best(best, 6) == f", in {best}"
-    assert describe_best(best, 7) == f", which could not be kept; {best} has step 6"
+    assert describe_best(best, 7) == f", which could not be saved; {best} has step 6"
 
 
 @pytest.mark.parametrize(

@@ -212,5 +212,5 @@ def _describe_last_weights(history: list[Metrics], resumed_bad: int) -> str:
     ended = f"The weights at the end are those after {which}"
     if not bad_after:
         return ended
-    steps = "step" if bad_after == 1 else "steps"
-    return f"{ended}; with them {bad_after} more {steps} gave NaN or infinity, so test them before use"
+    steps = "step" if bad_after == 1 else f"{bad_after} steps"
+    return f"{ended}; the {steps} after it gave NaN or infinity, so test the result before use"

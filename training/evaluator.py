@@ -191,7 +191,7 @@ class Evaluator:
             remove_folder(staging_path(best))
             stays = f"that of step {self.kept_step} stays" if self.kept_step else "there is no other one"
             self.tracker.print_line(
-                f"WARNING: {best}: step {step} could not be kept ({describe(failures[0])}); {stays}, and"
+                f"WARNING: {best}: step {step} could not be saved ({describe(failures[0])}); {stays}, and"
                 " training goes on"
             )
         succeeded = torch.tensor([not failures], dtype=torch.uint8, device=self.rank_info.device)

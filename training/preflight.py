@@ -174,7 +174,8 @@ def _check_data(config: Config, model: _Model) -> tuple[Config, TokenizedRows, E
     config, rows, evaluation = prepare_sets(config, tokenizer)
     if max(int(rows.tokens.max()), evaluation.largest_id()) >= model.config.vocab_size:
         raise UserError(
-            f"--model_name {folder}: the tokenizer makes ids beyond vocab_size {model.config.vocab_size}"
+            f"--model_name {folder}: the tokenizer returns ids of vocab_size"
+            f" {model.config.vocab_size} or more"
         )
     check_rope(config, model.config, rows, evaluation)
     context = RenderContext(tokenizer, day=config.chat_date)

@@ -80,10 +80,13 @@ def spoil(change):
         (lambda folder: [p.unlink() for p in folder.glob("*safetensors*")], ["no weights"]),
         (lambda folder: edit_config(folder, model_type="gpt2"), ["'gpt2' is unknown"]),
         (lambda folder: edit_config(folder, num_hidden_layers=4), ["model.layers.3.", "is missing"]),
-        (lambda folder: edit_config(folder, num_hidden_layers=2), ["model.layers.2.", "has no place"]),
+        (
+            lambda folder: edit_config(folder, num_hidden_layers=2),
+            ["model.layers.2.", "belongs to no parameter of this model"],
+        ),
         (lambda folder: edit_config(folder, quantization_config={"quant_method": "gptq"}), ["is quantized"]),
         (lambda folder: edit_config(folder, llama_pro_new_layers=[1]), ["expanded already", "base model"]),
-        (spoil(lambda tensors: tensors.update(more=torch.zeros(2))), ["more", "no place"]),
+        (spoil(lambda tensors: tensors.update(more=torch.zeros(2))), ["more", "belongs to no parameter of"]),
     ],
 )
 def test_bad_models(refused, checkpoints, tmp_path, damage, words):

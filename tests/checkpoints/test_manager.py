@@ -62,7 +62,7 @@ def regular(rank_info, folder: str) -> None:
     assert {name: buffer.data_ptr() for name, buffer in run.buffers().items()} == addresses
     run.checkpoints.finish()
     (line,) = run.printed
-    assert re.fullmatch(r"checkpoints: 2; training stood still for 0\.\d+ s for each, 0\.\d+ s at most", line)
+    assert re.fullmatch(r"checkpoints: 2; training paused for 0\.\d+ s for each, 0\.\d+ s at most", line)
 
 
 def test_buffers_are_allocated_before_the_first_checkpoint_is_due(one_rank, tmp_path):
@@ -130,7 +130,7 @@ def update_during_copy(rank_info, folder: str) -> None:
         expected = {name: tensor.clone() for name, tensor in run.local().items() if "random" not in name}
         run.step()
     run.checkpoints.finish()
-    assert float(re.search(r"stood still for (\S+) s", run.printed[0])[1]) > 0.2, "the third step waited"
+    assert float(re.search(r"paused for (\S+) s", run.printed[0])[1]) > 0.2, "the third step waited"
     saved = load_file(checkpoint_folder(Path(folder), 2) / "rank-00000.safetensors")
     assert len(expected) == 2 * 4
     assert all(torch.equal(saved[name], tensor.cpu()) for name, tensor in expected.items())

@@ -95,7 +95,7 @@ def test_ranks_without_a_row_have_one_empty_part_together():
     ],
 )
 def test_parts_that_make_up_no_tensor_are_no_checkpoint(other):
-    with pytest.raises(ValueError, match="w: its parts on all ranks do not make up the tensor"):
+    with pytest.raises(ValueError, match="w: the ranks' chunks do not cover the tensor"):
         assign([chunk("w", (4,), 0, 2)], [other])
 
 
@@ -158,7 +158,7 @@ def test_a_changed_rank_is_planned_again_with_the_other_ranks_stored_chunks():
     assert metadata.planner_data["w"]["chunks"] == [[[0], [2], 0], [[2], [2], 1]]
     assert metadata.planner_data["v"]["chunks"] == [[[0], [4], 0]]
     for _ in range(2):  # a failed plan is not reused
-        with pytest.raises(ValueError, match="w: its parts"):
+        with pytest.raises(ValueError, match="w: the ranks' chunks do not cover"):
             planner.create_global_plan([SavePlan([], planner_data=[full]), SavePlan([])])
-    with pytest.raises(ValueError, match="w: its parts"):
+    with pytest.raises(ValueError, match="w: the ranks' chunks do not cover"):
         planner.create_global_plan([SavePlan([]), SavePlan([])])

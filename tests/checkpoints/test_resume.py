@@ -57,7 +57,7 @@ def test_a_resumed_run_is_bitwise_equal(source, two_ranks, tmp_path):
     two_ranks(run, [*source, *NOISY, "--output_dir", str(whole)])
     again = [*source, *NOISY, "--output_dir", str(folder), "--resume", "auto"]
     printed = two_ranks(run, again, Signals({1: signal.SIGUSR1, 2: signal.SIGTERM}))[0]
-    assert "stopped at step 2 of 5 (SIGTERM); go on with:" in printed
+    assert "stopped at step 2 of 5 (SIGTERM); resume with:" in printed
     assert checkpoint_steps(folder) == [2, 1] and not (folder / "adapter_model.safetensors").exists()
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"step": 3, "epo')
@@ -172,9 +172,7 @@ def test_a_time_limit_and_regular_checkpoints(source, one_rank, tmp_path):
     printed = one_rank(run, [*argv, "--max_minutes", "0.0001"])[0]
     assert "stopped at step 1 of 7 (--max_minutes)" in printed and "python train.py --config" in printed
     ((printed, seconds),) = one_rank(run_and_time, argv)
-    assert re.search(
-        r"checkpoints: 4; training stood still for 0\.\d+ s for each, 0\.\d+ s at most\n", printed
-    )
+    assert re.search(r"checkpoints: 4; training paused for 0\.\d+ s for each, 0\.\d+ s at most\n", printed)
     assert len(seconds) == 4 and min(seconds) > 0
     assert checkpoint_steps(tmp_path / "run") == [7, 6, 4]
 
@@ -317,7 +315,7 @@ def prune_by_other_run(folder: Path) -> None:
             True,
             ["--resume", "auto"],
             prune_by_other_run,
-            "another run has gone on there meanwhile; start again",
+            "another run wrote there in the meantime; run the command again",
         ),
     ],
     ids=["new", "from the start", "resumed"],

@@ -43,7 +43,7 @@ OTHERS = {
     " it 8",
     "--world_size 1": "has 4 rows; 1 processes",
     "--resume /nonexistent": "/nonexistent: no such folder",
-    "--resume .": "a run goes on in its own folder",
+    "--resume .": "a run can only be resumed in its own folder",
 }
 
 
@@ -78,7 +78,7 @@ def test_options_that_change_no_result_may_differ(where, source, copied):
 def test_other_data_are_refused(source, copied, tmp_path):
     other = tmp_path / "other.jsonl"
     other.write_text(Path(source[3]).read_text().replace("Count from 1 ", "Count from 7 ", 1))
-    with pytest.raises(UserError, match="no longer makes the rows that the run began with"):
+    with pytest.raises(UserError, match="no longer gives the rows that the run was started with"):
         check_resumed_job(source, copied, "--dataset", str(other))
     other.write_text(Path(source[3]).read_text())
     assert check_resumed_job(source, copied, "--dataset", str(other)).saved.step == 3, (
@@ -99,7 +99,7 @@ def test_another_evaluation_set_is_refused(source, copied, tmp_path):
     other.write_text('{"instruction": "a", "output": "c"}\n')
     changed = check_resumed_job(source, copied, *evaluated).run_identity()
     with pytest.raises(
-        UserError, match="--eval_dataset no longer makes the rows that the run is evaluated on"
+        UserError, match="--eval_dataset no longer gives the rows that the run is evaluated on"
     ):
         check_same_run(now.saved, now.config, changed)
 
@@ -111,7 +111,7 @@ def test_another_model_is_refused(source, copied, tmp_path):
     tensors = load_file(file)
     next(iter(tensors.values()))[0] += 1
     save_file(tensors, file, metadata={"format": "pt"})
-    with pytest.raises(UserError, match="is not the model that the run began with"):
+    with pytest.raises(UserError, match="is not the model that the run was started with"):
         check_resumed_job(source, copied, "--model_name", str(other))
 
 
@@ -127,13 +127,13 @@ def test_a_packed_model_is_compared_by_its_packed_weights(checkpoints, alpaca_fi
             check_same_run(before, job.config, now)
         return describe_changes(before, job.config, now["base"])
 
-    rows = "no longer makes the rows"  # are compared after the model
+    rows = "no longer gives the rows"  # are compared after the model
     assert refused_for(now["base"], rows) == []
     described, plain, packed = now["base"].split("-")
     (line,) = refused_for(f"{described}-{plain}", rows)
     assert "without a digest of 4-bit weights" in line
     for other in (f"{described}-{plain}-{plain}", f"{described}-{packed}", f"{described}-{plain[:-1]}"):
-        refused_for(other, "is not the model that the run began with")
+        refused_for(other, "is not the model that the run was started with")
     change = load_file(tmp_path / "4bit" / "model.safetensors")
     change["model.layers.0.self_attn.q_proj.weight"][-1] ^= 1
     save_file(change, tmp_path / "4bit" / "model.safetensors", metadata={"format": "pt"})
@@ -143,7 +143,7 @@ def test_a_packed_model_is_compared_by_its_packed_weights(checkpoints, alpaca_fi
 def test_a_run_without_its_metrics_is_refused(source, copied):
     path = copied / "metrics.jsonl"
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(UserError, match=r"metrics.jsonl: is missing or cut: it ends before step 3"):
+    with pytest.raises(UserError, match=r"metrics.jsonl: is missing or truncated: it ends before step 3"):
         check_resumed_job(source, copied)
 
 
@@ -153,21 +153,21 @@ def test_a_link_among_its_files_is_not_followed(name, source, copied, tmp_path):
     other.write_bytes(bytes(10**6))
     (copied / name).unlink(missing_ok=True)
     (copied / name).symlink_to(other)
-    with pytest.raises(UserError, match=f"{name}: is a link"):
+    with pytest.raises(UserError, match=f"{name}: is a symbolic link"):
         check_resumed_job(source, copied)
 
 
 def test_a_damaged_checkpoint_is_refused_or_skipped(source, copied, capsys):
     (checkpoint_folder(copied, 3) / "rank-00001.safetensors").unlink()
     for path in (copied, checkpoint_folder(copied, 3)):
-        with pytest.raises(UserError, match="no whole checkpoint"):
+        with pytest.raises(UserError, match="no complete checkpoint"):
             check_resumed_job(source, copied, "--resume", str(path))
-    with pytest.raises(UserError, match="holds no checkpoint that is whole"):
+    with pytest.raises(UserError, match="holds no complete checkpoint"):
         check_resumed_job(source, copied)
-    assert "step-00000003: no whole checkpoint (rank-00001.safetensors" in capsys.readouterr().out
+    assert "step-00000003: no complete checkpoint (rank-00001.safetensors" in capsys.readouterr().out
     (checkpoint_folder(copied, 3) / "manifest.json").unlink()  # an interrupted removal
     assert check_resumed_job(source, copied).saved is None
-    assert "has no checkpoint yet; from the start" in capsys.readouterr().out
+    assert "has no checkpoint yet; starting from the beginning" in capsys.readouterr().out
     (copied / "adapter_config.json").touch()
     with pytest.raises(UserError, match="holds a finished run without checkpoints"):
         check_resumed_job(source, copied)

@@ -68,8 +68,11 @@ def flip(path: Path, position: int = -5) -> None:
 
 FILE = "rank-00000.safetensors"
 DAMAGE = {
-    "a bit of a file": (lambda f: flip(f / FILE), "not as it was written"),
-    "the end of a file": (lambda f: (f / FILE).write_bytes((f / FILE).read_bytes()[:-1]), "not as it was"),
+    "a bit of a file": (lambda f: flip(f / FILE), "does not match its size or checksum"),
+    "the end of a file": (
+        lambda f: (f / FILE).write_bytes((f / FILE).read_bytes()[:-1]),
+        "does not match its size",
+    ),
     "a file": (lambda f: (f / FILE).unlink(), "No such file"),
     "the manifest": (lambda f: (f / MANIFEST).unlink(), "No such file"),
     "the manifest's end": (

@@ -42,7 +42,7 @@ def test_the_user_can_name_the_format(tmp_path):
     for name, learned in (("auto", " b</s>"), ("completion", "### Human: a### Assistant: b</s>")):
         rows = tokenize_dataset(file, name, -1, 100, BYTES)
         assert BYTES.decode(rows.tokens[rows.learned]) == learned
-    with pytest.raises(UserError, match=r"a\.jsonl:1: nothing in column instruction, output"):
+    with pytest.raises(UserError, match=r"a\.jsonl:1: columns instruction, output are missing or empty"):
         tokenize_dataset(file, "alpaca", -1, 100, BYTES)
 
 

@@ -301,7 +301,7 @@ def test_what_a_prompt_cannot_be_made_of():
     tokenizer = chat_tokenizer(templates.CHATML)
     with pytest.raises(ValueError, match="no message to be answered"):
         prompt("chat", {"messages": [{"role": "assistant", "content": "Yo"}]}, tokenizer)
-    with pytest.raises(UserError, match="nothing in column instruction"):
+    with pytest.raises(UserError, match="column instruction is missing or empty"):
         prompt("alpaca", {"output": "x"})
 
 
@@ -365,8 +365,10 @@ def test_absent_keys_of_a_message_stay_absent():
 
 
 @pytest.mark.parametrize("name, row, message", [
-    ("alpaca", {"instruction": "x"}, r"nothing in column output; found: instruction$"),
-    ("qa", {"question": "x", "answer": None}, r"nothing in column answer; found: question$"),
+    ("alpaca", {"instruction": "x"},
+     r"column output is missing or empty; columns with content: instruction$"),
+    ("qa", {"question": "x", "answer": None},
+     r"column answer is missing or empty; columns with content: question$"),
     ("alpaca", {"instruction": ["x"], "output": "y"}, r"column instruction holds a list"),
     ("qa", {"question": "x", "answer": "y", "context": {}}, r"column context holds a dict"),
     ("chat", {"messages": "Hi"}, r"must be a list of objects with a role and a content"),

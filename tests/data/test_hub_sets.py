@@ -335,7 +335,7 @@ def hub(tmp_path, monkeypatch):
     (REPOSITORY, README, ""),
     (["a.csv", "b.csv", "README.md"],
      README.replace("---\n# Rows", "- config_name: more\n  data_files: b.csv\n---\n"),
-     "data: of me/rows the configuration default is read, not more"),
+     "data: only the configuration default of me/rows is read, not more"),
     (["a.csv", "README.md", "pictures.txt.md"], "# Rows", ""),
 ])  # fmt: skip
 def test_of_which_kinds_a_hub_repository_is(names, readme, told, hub, tmp_path, monkeypatch):
@@ -382,7 +382,8 @@ def test_files_that_a_readme_names_are_read_exactly(entry, exact, tmp_path):
     read = hub_sets.read_folder(str(folder), "", "train", -1)
     answers = ["00601", "1.10", "12345678901234567890"]
     assert len(read.rows) == 3 and ([row["answer"] for row in read.rows] == answers) == exact
-    told = f"data: of {folder} `datasets` reads as numbers, as in 007 = 7 and 1.10 = 1.1: answer"
+    becomes = "as numbers (007 becomes 7, 1.10 becomes 1.1): answer"
+    told = f"data: `datasets` reads these columns of {folder} {becomes}"
     assert read.remarks == (() if exact else (told,))
 
 
@@ -393,7 +394,7 @@ def test_other_configurations_are_told(default, tmp_path):
     folder = written(tmp_path / "data", {"en.jsonl": rows("1"), "de.jsonl": rows("2"), "README.md": readme})
     read = hub_sets.read_folder(str(folder), "", "train", -1)
     assert [row["answer"] for row in read.rows] == ["1"]
-    assert read.remarks == (f"data: of {folder} the configuration default is read, not german",)
+    assert read.remarks == (f"data: only the configuration default of {folder} is read, not german",)
 
 
 def test_a_set_without_one_of_its_files_is_refused(tmp_path):
@@ -417,7 +418,7 @@ def test_files_without_a_suffix_are_told(tmp_path):
 
 def test_splits_that_are_not_read_are_told(tmp_path):
     folder = written(tmp_path / "data", {"train.jsonl": rows("1"), "test.jsonl": rows("2")})
-    told = f"data: of {folder} the split train is read, not test"
+    told = f"data: only the split train of {folder} is read, not test"
     assert hub_sets.read_folder(str(folder), "", "train", -1).remarks == (told,)
     (folder / "README.md").write_text("---\nconfigs:\n- config_name: default\n  data_files: '*.jsonl'\n---\n")
     assert hub_sets.read_folder(str(folder), "", "train", -1).remarks == ()  # one split, as its author says
@@ -426,5 +427,5 @@ def test_splits_that_are_not_read_are_told(tmp_path):
         "  - split: test\n    path: test.jsonl\n---\n"
     )
     assert hub_sets.read_folder(str(folder), "", "train[:1]", -1).remarks == (
-        f"data: of {folder} the split train[:1] is read, not test",
+        f"data: only the split train[:1] of {folder} is read, not test",
     )

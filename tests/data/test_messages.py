@@ -128,7 +128,10 @@ SPOILED = [
     (says(tool_calls=[{"function": "f"}]), "the function of a tool call"),
     (says(tool_calls=[call("{'x': 1}")]), "arguments of a tool call"),
     (says(tool_calls=[call('{"x": 1e400}')]), "arguments of a tool call"),
-    (says(tool_calls=[call({"x": [float("nan")]})]), "a tool or its call holds nan as a number"),
+    (
+        says(tool_calls=[call({"x": [float("nan")]})]),
+        "a tool or its call holds the number nan, which JSON cannot express",
+    ),
     (says(reasoning_content=["x"]), "reasoning must be a text"),
     (says(content=[{"type": "text"}]), r"message 1: its content is a list \(join the texts of its parts\)"),
     ({"role": "tool", "content": {"x": 1}}, r"message 1: its content is an object \(write it as JSON text\)"),
@@ -456,7 +459,8 @@ def test_what_is_empty_is_not_told_of():
 def test_flags_without_effect_are_told():
     rows = [{"messages": [user() | {"train": True}, says()]}] * 2
     assert told(rows, templates.CHATML) == [
-        "data: 2 rows set train or weight for other roles than the assistant, whose turns alone are learned"
+        "data: 2 rows set train or weight for roles other than the assistant; only the assistant's turns"
+        " are learned"
     ]
 
 

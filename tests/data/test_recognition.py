@@ -94,7 +94,7 @@ def test_sharegpt_messages_name_the_keys_that_they_have(tmp_path):
 
 def test_the_columns_that_were_found_are_few_and_harmless(tmp_path):
     path = write_file(tmp_path / "a.jsonl", to_jsonl([{"\x1b[2J": 1} | {f"c{i:02}": i for i in range(99)}]))
-    with pytest.raises(UserError, match=r"found: '\\x1b\[2J', c00, .*, c18 and 80 more$"):
+    with pytest.raises(UserError, match=r"columns with content: '\\x1b\[2J', c00, .*, c18 and 80 more$"):
         read(path, "qa")
 
 
@@ -140,7 +140,9 @@ def test_null_messages_in_some_rows(tmp_path):
     with pytest.raises(UserError, match=r"1 chat .*1 alpaca"):
         read(path)
     rows[1] |= dict.fromkeys(ALPACA)
-    with pytest.raises(UserError, match=r"a\.parquet row 2: nothing in column messages; found: $"):
+    with pytest.raises(
+        UserError, match=r"a\.parquet row 2: column messages is missing or empty; columns with content: $"
+    ):
         read(write_parquet(tmp_path / "a.parquet", rows))
 
 

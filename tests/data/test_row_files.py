@@ -70,7 +70,9 @@ def test_json_that_is_not_one_object_per_line_says_so(tmp_path, text, line):
 
 def test_a_key_twice_has_no_value(tmp_path):
     path = write_file(tmp_path / "a.jsonl", f'{GOOD}\n{{"question": "Q", "answer": "A", "answer": "B"}}\n')
-    with pytest.raises(UserError, match=r"a\.jsonl:2: not usable JSON \('answer' stands twice"):
+    with pytest.raises(
+        UserError, match=r"a\.jsonl:2: not usable JSON \(the key 'answer' is repeated in an object"
+    ):
         read(path)
 
 

@@ -203,7 +203,7 @@ def test_malformed_files_are_refused_with_the_line(tmp_path, name, content, mess
 
 def test_a_row_s_place_is_the_line_it_is_on(tmp_path):
     file = write_file(tmp_path / "a.jsonl", "\n" + to_jsonl([CITY]) + "\n" + to_jsonl([{"instruction": "x"}]))
-    with pytest.raises(UserError, match=r"a\.jsonl:4: nothing in column output"):
+    with pytest.raises(UserError, match=r"a\.jsonl:4: column output is missing or empty"):
         tokenize_dataset(str(file), "auto", -1, 100, BYTES)
 
 

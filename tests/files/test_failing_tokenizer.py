@@ -68,7 +68,7 @@ def test_the_message_names_the_folder_of_a_tokenizer_that_cannot_be_used(checkpo
     tokenizer_json = json.loads(path.read_text())
     tokenizer_json["model"]["vocab"]["e"] = 2**31
     path.write_text(json.dumps(tokenizer_json))
-    refused(f"makes the id {2**31}$")
+    refused(f"returns the token id {2**31}, which is too large$")
     path = folder / "tokenizer_config.json"
     path.write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": None}))
     refused("has no EOS token")
@@ -94,7 +94,7 @@ def test_commands_name_the_folder_of_a_tokenizer_that_fails(
     ):
         assert command.main(list(map(str, [run, *more, *named]))) == 2
         warning, error = capsys.readouterr().err.splitlines()
-        assert "is not that of training" in warning  # the files changed since
+        assert "has changed since training" in warning  # the files changed since
         assert error.startswith(f"error: {failing}: its tokenizer fails (")
     assert not (tmp_path / "out").exists()
 

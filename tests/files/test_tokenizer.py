@@ -64,24 +64,24 @@ ADDED = {"added_tokens_decoder": {"265": {"content": "<|user|>", "special": True
 DIFFERENT = {
     "Llama 2": (
         small_tokenizers.byte_fallback, ("llama", "LlamaTokenizerFast"), {},
-        "LlamaTokenizer splits text otherwise than tokenizer.json says (normalizer, pre_tokenizer, ",
+        "LlamaTokenizer splits text differently from tokenizer.json (normalizer, pre_tokenizer, ",
         "' ' is nothing instead of '▁'."),
     "Unigram under Llama's class": (
         small_tokenizers.unigram, ("llama", "LlamaTokenizer"), {},
-        "LlamaTokenizer splits text otherwise", "'b' '▁' '<s>' instead of '▁' 'b' '▁'."),
+        "LlamaTokenizer splits text differently", "'b' '▁' '<s>' instead of '▁' 'b' '▁'."),
     "normalized by Qwen's class": (
         small_tokenizers.crossing, ("qwen3", "Qwen2Tokenizer"), {},
-        "Qwen2Tokenizer splits text otherwise than tokenizer.json says (normalizer, pre_tokenizer, ",
+        "Qwen2Tokenizer splits text differently from tokenizer.json (normalizer, pre_tokenizer, ",
         "'Ã' '©' instead of 'e' 'Ì' 'ģ'."),
     "digits under Qwen's class": (
         three_digit_tokenizer, ("qwen2", "Qwen2Tokenizer"), {},
-        "Qwen2Tokenizer splits text otherwise than tokenizer.json says (normalizer, pre_tokenizer, "),
+        "Qwen2Tokenizer splits text differently from tokenizer.json (normalizer, pre_tokenizer, "),
     "Gemma's class": (
         small_tokenizers.byte_fallback, ("gemma2", "GemmaTokenizer"), {},
-        "GemmaTokenizer splits text otherwise", "'a' is 'a' instead of '▁' 'a'."),
+        "GemmaTokenizer splits text differently", "'a' is 'a' instead of '▁' 'a'."),
     "a token that only tokenizer_config.json has": (
         small_tokenizers.trimming, ("mistral", "PreTrainedTokenizerFast"), ADDED,
-        "splits text otherwise than tokenizer.json says (added_tokens): ",
+        "splits text differently from tokenizer.json (added_tokens): ",
         "'<|user|>' 'b' 'Ġ' instead of '<' '|' 'u'."),
 }  # fmt: skip
 
@@ -309,7 +309,7 @@ def assert_tokens_of_training(folder: Path, base: Path, rows: Path) -> None:
 
 
 def test_training_starts_with_a_remark(base, rows, checkpoints, capsys):
-    expected = "tokenizer: transformers' LlamaTokenizer splits text otherwise than tokenizer.json says"
+    expected = "tokenizer: transformers' LlamaTokenizer splits text differently from tokenizer.json"
     job = make_job(SINGLE_RANK, args_for(base, rows, "qlora"))
     assert sum(expected in remark for remark in job.remarks) == 1 and "tokenizer.json" in job.small_files
     remarks = make_job(SINGLE_RANK, args_for(checkpoints(), rows, "qlora")).remarks
@@ -333,7 +333,7 @@ def test_an_exported_folder_has_the_tokenizer_of_training(to, base, rows, one_ra
     capsys.readouterr()
     assert export.main([str(tmp_path / "run"), "--to", to, "--out", str(tmp_path / "out")]) == 0
     assert_tokens_of_training(tmp_path / "out", base, rows)
-    assert capsys.readouterr().out.count("LlamaTokenizer splits text otherwise than tokenizer.json says") == 1
+    assert capsys.readouterr().out.count("LlamaTokenizer splits text differently from tokenizer.json") == 1
 
 
 def test_trained_blocks_in_place_have_the_tokenizer_of_training(base, rows, one_rank, tmp_path):

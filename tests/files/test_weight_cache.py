@@ -308,8 +308,8 @@ UNUSABLE = {
     "a file above": (move_file("../x"), DAMAGED),
     "another file": (move_file("x"), DAMAGED),
     "other files": (edit_cache_manifest(files={}), DAMAGED),
-    "file missing": (lambda folder, args: next(folder.glob("packed-*")).unlink(), "missing or cut"),
-    "file cut": (lambda folder, args: truncate(next(folder.glob("packed-*"))), "missing or cut"),
+    "file missing": (lambda folder, args: next(folder.glob("packed-*")).unlink(), "missing or truncated"),
+    "file cut": (lambda folder, args: truncate(next(folder.glob("packed-*"))), "missing or truncated"),
 }
 
 

@@ -68,12 +68,12 @@ DIFFERENT = {
     "a number": (
         SINGLE_FILE,
         change_number(EMBEDDING),
-        [EMBEDDING, "another in model-0000", f"than in {SINGLE_FILE}"],
+        [EMBEDDING, "differs between model-0000", f"and {SINGLE_FILE}"],
     ),
     "rounded to another dtype": (
         SINGLE_FILE,
         lambda t: {n: x.bfloat16() for n, x in t.items()},
-        ["another in", SINGLE_FILE],
+        ["differs between", SINGLE_FILE],
     ),
     "a tensor less": (SINGLE_FILE, without(LAST), [f"{LAST} is in model-0000", f"not in {SINGLE_FILE}"]),
     "a tensor more": (
@@ -85,17 +85,17 @@ DIFFERENT = {
     "consolidated": (
         "consolidated.safetensors",
         change_number(LAST),
-        [LAST, "than in consolidated.safetensors"],
+        [LAST, "and consolidated.safetensors"],
     ),
     "consolidated in shards": (
         "consolidated-00001-of-00002.safetensors",
         lambda t: change_number(LAST)({LAST: t[LAST]}),
-        [LAST, "than in consolidated-00001"],
+        [LAST, "and consolidated-00001"],
     ),
     "a shard of another save": (
         SHARD,
         lambda t: change_number(LAST)({LAST: t[LAST]}),
-        [LAST, f"than in {SHARD}"],
+        [LAST, f"and {SHARD}"],
     ),
 }
 SAME = {
@@ -138,14 +138,12 @@ def test_sets_of_the_same_numbers_in_two_dtypes(dtypes, file, tmp_path):
     tensors = {n: t.to(wide) for n, t in all_tensors(folder).items()}
     put(folder / file, tensors)
     names = [str(dtype).removeprefix("torch.") for dtype in dtypes]
-    message = (
-        rf"the same numbers, but of (\S+) the dtype is in model-\S+ {names[0]}, and in {file} {names[1]};"
-    )
+    message = rf"(\S+) has the same numbers in two dtypes: in model-\S+ {names[0]}, in {file} {names[1]};"
     with pytest.raises(UserError, match=message):
         CheckpointFiles(folder)
     tensors[LAST][-1] += 2.0**-20
     put(folder / file, tensors)
-    with pytest.raises(UserError, match=f"two sets of weights: {LAST} is another in"):
+    with pytest.raises(UserError, match=f"two sets of weights: {LAST} differs between"):
         CheckpointFiles(folder)
 
 
@@ -260,7 +258,7 @@ def test_shards_beside_a_single_file(folder):
     assert {t.file for t in CheckpointFiles(folder).tensors.values()} == {SINGLE_FILE}
     first = folder / shard_name(1, 4)
     put(first, {n: t + 1 for n, t in load_file(first).items()})
-    with pytest.raises(UserError, match=f"another in {SINGLE_FILE} than in {first.name}"):
+    with pytest.raises(UserError, match=f"differs between {SINGLE_FILE} and {first.name}"):
         CheckpointFiles(folder)
 
 

@@ -46,10 +46,10 @@ def refused(capsys, monkeypatch):
     ("--max_new_tokens 0", "--max_new_tokens 0: must be positive"),
     ("--max-new-tokens many", "'many' is not a whole number"),
     ("--repetition_penalty 0", "--repetition_penalty 0: must be above 0"),
-    ("--precision int8", "is none of auto, fp32, bf16, fp16"),
+    ("--precision int8", "'int8': must be one of auto, fp32, bf16, fp16"),
     ("--device tpu", "is not one of cpu, cuda"),
     ("--device cuda:99", "--device cuda:99: this machine has"),
-    ("--dataset_format xml", "is none of auto, alpaca"),
+    ("--dataset_format xml", "'xml': must be one of auto, alpaca"),
     ("--tempreature 1", "did you mean --temperature?"),
     ("--json maybe", "is not true or false"),
 ])  # fmt: skip
@@ -83,7 +83,7 @@ def test_prompts_that_are_none(runs, chat_run, refused, tmp_path):
         ("", "holds no prompt"),
         ("{", "rows.jsonl:1: not JSON"),
         ("\n[1]", "rows.jsonl:2: neither a JSON object nor a text"),
-        ('{"output": "x"}', "rows.jsonl:1: nothing in column instruction"),
+        ('{"output": "x"}', "rows.jsonl:1: column instruction is missing or empty"),
         ('{"instruction": ""}', "rows.jsonl:1: instruction is empty"),
         ('{"instruction": ["x"]}', "rows.jsonl:1: column instruction holds a list"),
     ):

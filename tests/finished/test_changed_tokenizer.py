@@ -24,8 +24,8 @@ MERGE = [export, "--to", "merged", "--check", "false", "--out"]
 def warning(folder: Path) -> str:
     """The warning for a base in `folder`."""
     return (
-        f"{folder}: its tokenizer or chat template is not that of training (files changed since): prompts,"
-        " tokens and stops may be others than were trained\n"
+        f"{folder}: its tokenizer or chat template has changed since training: prompts, tokens and stop"
+        " tokens may differ from those of training\n"
     )
 
 

@@ -243,7 +243,7 @@ def test_the_runs_own_rows_are_those_of_training(alpaca_file, tmp_path, command,
         assert evaluate.main([str(folder), "--metrics", "perplexity"]) == 2
         error = capsys.readouterr().err
         assert error == (
-            f"error: --dataset: is needed; {data} no longer makes the rows that {folder} was evaluated on\n"
+            f"error: --dataset: is needed; {data} no longer gives the rows that {folder} was evaluated on\n"
         )
 
 
@@ -328,9 +328,9 @@ def good_run(checkpoints, alpaca_file, one_rank, tmp_path_factory):
         (["nowhere", "--dataset", "toy", "--metrics", "perplexity"], "nowhere: is no run of train.py"),
         (
             ["RUN", "--dataset", "toy", "--metrics", "perplexity,blue"],
-            "--metrics: 'blue' is none of perplexity,",
+            "--metrics: 'blue': must be one of perplexity,",
         ),
-        (["RUN", "--dataset", "toy", "--metrics", ""], "--metrics: '' is none of"),
+        (["RUN", "--dataset", "toy", "--metrics", ""], "--metrics: '': must be one of"),
         (
             ["RUN", "--dataset", "toy", "--metrics", "bleu"],
             "--metrics bleu: needs the package sacrebleu: pip",

@@ -18,7 +18,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import export
 import finished.export
-import train
 from checkpoints import model_writer
 from files.names import ADAPTER, INDEX
 from finished import layerwise
@@ -31,6 +30,7 @@ from tests.helpers.finished_runs import write_random_run
 from tests.helpers.logits import IDS
 from tests.helpers.parity import biased_checkpoint
 from tests.helpers.proc import status
+from tests.helpers.resuming import run as train_here
 
 DIFFERENCE = r"largest logit difference from the trained model: (\S+), of logits up to (\S+) "
 
@@ -222,7 +222,7 @@ def test_the_folder_is_complete(checkpoints, alpaca_file, one_rank, tmp_path, mo
     }  # fmt: skip
 
 
-def test_rows_of_zeros_are_told(checkpoints, alpaca_file, tmp_path, capfd):
+def test_rows_of_zeros_are_told(checkpoints, alpaca_file, one_rank, tmp_path, capsys):
     """A pruned base: PEFT's DoRA divides 0 by 0 there; the merged model computes what was trained."""
     base = shutil.copytree(checkpoints(), tmp_path / "base")
     for path in base.glob("*.safetensors"):
@@ -232,15 +232,15 @@ def test_rows_of_zeros_are_told(checkpoints, alpaca_file, tmp_path, capfd):
         save_file(tensors, path, metadata={"format": "pt"})
     run = tmp_path / "run"
     argv = ["--model_name", base, "--dataset", alpaca_file, "--train_type", "dora", "--max_steps", "1"]
-    assert train.main([str(a) for a in (*argv, "--world_size", "1", "--output_dir", run)]) == 0
+    printed = one_rank(train_here, [str(a) for a in (*argv, "--output_dir", run)])[0]
     line = "adapter: 6 rows of the base's weights are zeros; PEFT's DoRA gives NaN over them"
-    assert line in capfd.readouterr().out
+    assert line in printed
     assert logits(peft.PeftModel.from_pretrained(loaded(base), run).eval()).isnan().any()
     assert export.main([str(run), "--to", "adapter", "--out", str(tmp_path / "adapter")]) == 0
-    assert line in capfd.readouterr().out and line in (tmp_path / "adapter" / "README.md").read_text()
+    assert line in capsys.readouterr().out and line in (tmp_path / "adapter" / "README.md").read_text()
     exported(run, tmp_path / "merged")
     assert logits(loaded(tmp_path / "merged")).isfinite().all()
-    assert line not in capfd.readouterr().out
+    assert line not in capsys.readouterr().out
 
 
 def test_dtypes(run, tmp_path):

@@ -119,7 +119,7 @@ def test_an_adapter_that_does_not_fit(change, run):
         "shape": r"has shape \[160, 1\], but",
         "dtype": "is stored as I8; expected",
         "missing": "is missing",
-        "surplus": "has no place in",
+        "surplus": "belongs to no adapter of",
     }
     with pytest.raises(UserError, match=rf"layers\.\d\.mlp\.up_proj.* {words[change]}"):
         open_run(run)

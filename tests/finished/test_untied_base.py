@@ -122,5 +122,5 @@ def test_a_checkpoint_is_refused(alpaca_file, one_rank, tmp_path):
     ):
         train.check_run(parse(more)[0])
     edit_config(folder, rms_norm_eps=0.5)
-    with pytest.raises(UserError, match="is not the model that the run began with"):
+    with pytest.raises(UserError, match="is not the model that the run was started with"):
         train.check_run(parse(more)[0])

@@ -224,7 +224,7 @@ def test_signals_save_and_stop(checkpoints, short_rows, tmp_path):
     timer.cancel()
     assert process.returncode == 0 and "Traceback" not in err
     step = len(losses(out))
-    assert f"stopped at step {step} of 100000 (SIGINT); go on with:" in shown
+    assert f"stopped at step {step} of 100000 (SIGINT); resume with:" in shown
     assert {p.name for p in out.glob("checkpoints/*")} == {saved.parent.name, f"step-{step:08d}"}
     assert not any(r.is_running() and r.status() != psutil.STATUS_ZOMBIE for r in ranks)
 

@@ -243,7 +243,7 @@ def test_facts_that_no_run_writes(tmp_path, section, name, value):
     facts = json.loads((run / "run.json").read_text())
     for changed in ({section: facts[section] | {name: value}}, {section: [facts[section]]}):
         (run / "run.json").write_text(json.dumps(facts | changed))
-        with pytest.raises(UserError, match=rf"run\.json: {section} is not as a run writes it"):
+        with pytest.raises(UserError, match=rf"run\.json: {section} is damaged: no run writes it so"):
             monitoring.report.write_report(run)
 
 
@@ -254,12 +254,15 @@ def test_folders_that_have_no_page(tmp_path, capsys):
     with pytest.raises(UserError, match="no step yet"):
         monitoring.report.write_report(run)
     for line, problem in (("[]", "line 2: is not a JSON object"), ("{", "line 2: is not a"),
-                          ('{"step": 2}', "no loss"), ('{"step": "2", "loss": 1}', "no step")):  # fmt: skip
+                          ('{"step": 2}', "loss is missing or has the wrong type"),
+                          ('{"step": "2", "loss": 1}', "step is missing or has the wrong type")):  # fmt: skip
         (run / "metrics.jsonl").write_text(f"{json.dumps(metrics(1))}\n{line}\n")
         with pytest.raises(UserError, match=problem):
             monitoring.report.write_report(run)
     (run / "metrics.jsonl").write_text(f'{json.dumps(metrics(1))}\n\n{{"step": 2}}\n')
-    with pytest.raises(UserError, match="line 3: has no loss"):  # the blank line counts
+    with pytest.raises(
+        UserError, match="line 3: loss is missing or has the wrong type"
+    ):  # the blank line counts
         monitoring.report.write_report(run)
     (run / "metrics.jsonl").write_bytes(b"\xff\n")
     with pytest.raises(UserError, match="not a UTF-8 text"):
@@ -271,7 +274,9 @@ def test_folders_that_have_no_page(tmp_path, capsys):
     (run / "run.json").unlink()
     (run / "metrics.jsonl").unlink()
     (run / "evaluation.json").write_text("{}")  # as in best/ of a run, which has no metrics.jsonl
-    with pytest.raises(UserError, match=f"best step of a run; .* whole one: {re.escape(str(tmp_path))}$"):
+    with pytest.raises(
+        UserError, match=f"is a run's best/ folder; .* the run itself: {re.escape(str(tmp_path))}$"
+    ):
         monitoring.report.write_report(run)
     assert not list(run.glob("report*"))
 

@@ -131,7 +131,7 @@ def test_a_list_in_a_file_equals_comma_separated_values(tmp_path):
         ("export.py", "base_model: [a]", "base_model: .* is not a text"),
         ("evaluate.py", "samples: [3]", "samples: .* is not a whole number"),
         ("evaluate.py", "metrics: [perplexity, ~]", "metrics: None is not one value of the list"),
-        ("evaluate.py", "metrics: [bleu, 1e3]", "--metrics: '1e3' is none of"),
+        ("evaluate.py", "metrics: [bleu, 1e3]", "--metrics: '1e3': must be one of"),
         ("block_expansion.py", "after: [1:30]", "--after: '1:30' is not the number of a layer"),
     ],
 )

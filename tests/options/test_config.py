@@ -421,7 +421,7 @@ def test_an_expanded_model_by_either_option():
         assert (config.model_name, config.batch_size, remarks) == ("a/b", 1, [])  # without the toy's defaults
     config, remarks = parse([*pro, "--llama_pro_path", "a/b", "--model_name", "base"])
     assert config.model_name == "a/b" and len(remarks) == 1
-    assert remarks[0].startswith("--model_name base: not read")
+    assert remarks[0].startswith("--model_name base: ignored: weights and config come from")
     assert resolved(*pro, "--model_name", "a/b").llama_pro_path is None
 
 

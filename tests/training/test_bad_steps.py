@@ -214,9 +214,9 @@ def test_too_many_bad_steps_end_a_run(max_bad_steps, stops):
 
 @pytest.mark.parametrize("losses, resumed_bad, described", [
     ([1.0] + [math.nan] * 11, 0,
-     "after step 1, the last good one; with them 11 more steps gave NaN or infinity"),
-    ([1.0, math.nan, 1.0, math.inf], 0, "after step 3, the last good one; with them 1 more step gave"),
-    ([math.nan] * 2, 7, "after the last good step; with them 2 more steps gave"),  # in a resumed run
+     "after step 1, the last good one; the 11 steps after it gave NaN or infinity"),
+    ([1.0, math.nan, 1.0, math.inf], 0, "after step 3, the last good one; the step after it gave"),
+    ([math.nan] * 2, 7, "after the last good step; the 2 steps after it gave"),  # in a resumed run
     ([], 7, "after the last good step."),
 ])  # fmt: skip
 def test_the_last_weights_are_described(losses, resumed_bad, described, monkeypatch):
@@ -240,7 +240,7 @@ def test_too_many_bad_steps_end_a_run_which_is_saved(ended):
     assert errors.splitlines()[-1].startswith(
         "error: rank 0: steps with a NaN or infinite loss or gradient: 1, more than --max_bad_steps 0; their"
         f" rows are in {out / BAD_STEPS}. The weights at the end are those after step {steps[-2]['step']},"
-        " the last good one; with them 1 more step gave NaN or infinity"
+        " the last good one; the step after it gave NaN or infinity"
     )
     assert steps[-1]["loss"] is steps[-1]["grad_norm"] is None and steps[-1]["bad_steps"] == 1
     assert "bad_steps" not in steps[0] and "1 skipped as NaN or infinite" in shown

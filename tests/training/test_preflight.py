@@ -251,7 +251,10 @@ MODELS = {
     "another shape": (put(TENSOR, torch.zeros(159, 64)), [TENSOR, "shape [159, 64]", "json says [160, 64]"]),
     "tensor nowhere": (reshard(pop), [f"tensor {TENSOR} is missing from the weights"]),
     "tensor only in the index": (reshard(lambda t, _: pop(t)), [f"{TENSOR} is missing; {INDEX} says"]),
-    "tensor too many": (put("model.gate", torch.zeros(2)), [".safetensors", "model.gate has no place in"]),
+    "tensor too many": (
+        put("model.gate", torch.zeros(2)),
+        [".safetensors", "model.gate belongs to no parameter of"],
+    ),
     "tensor in two shards": (put(TENSOR, torch.zeros(160, 64), ELSEWHERE), [TENSOR, "as well"]),
     "tensor is quantized": (put(TENSOR, torch.zeros(2).char()), [TENSOR, "as I8", "expected floating-point"]),
     "index leads outside": (reindex("../model.safetensors"), [INDEX, "'../model.safetensors'", "plain file"]),
