@@ -10,7 +10,15 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from data.chat import ChatTemplate
-from data.chat_turns import PROBE, TEMPLATE_ERRORS
+from data.chat_turns import (
+    OPENINGS,
+    PROBE,
+    TEMPLATE_ERRORS,
+    common_prefix_length,
+    make_answer,
+    split_at_probe,
+    try_apply,
+)
 from data.messages import FLAGS, REASONING, check_messages, check_tools
 from options.errors import join_names
 
@@ -57,6 +65,7 @@ def describe_hidden_parts(chat: ChatTemplate, rows: Sequence[dict]) -> list[str]
         *_describe_flags(rows),
         *_describe_roles(rows),
         *_describe_repeated_endings(chat, rows),
+        *_describe_generation_prompt(chat),
     ]
 
 
@@ -228,6 +237,28 @@ def _describe_repeated_endings(chat: ChatTemplate, rows: Sequence[dict]) -> list
     return [
         f"data: {repeated:,} answers end with {join_names(endings)}, which the chat template writes again:"
         " both are learned"
+    ]
+
+
+def _describe_generation_prompt(chat: ChatTemplate) -> list[str]:
+    """Return a list with one remark if answers do not follow the generation prompt, or an empty list.
+
+    DeepSeek R1's generation prompt opens a thought that the template leaves out of answers.
+    """
+    for opening in OPENINGS:
+        prompt = try_apply(chat.apply, opening, add_generation_prompt=True)
+        answered = split_at_probe(chat.apply, [*opening, make_answer(PROBE)])
+        if prompt is not None and answered is not None:
+            break
+    else:
+        return []
+    before = answered[0]
+    if before.startswith(prompt):
+        return []
+    common = common_prefix_length(before, prompt)
+    return [
+        f"data: the chat template asks for an answer with {prompt[max(common - 20, 0) :]!r}, but shows"
+        " answers otherwise: the model does not learn to answer after that text, with which servers ask"
     ]
 
 

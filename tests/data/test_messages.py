@@ -267,8 +267,29 @@ def test_a_template_without_a_day_stays_as_it_is():
 # What is told
 
 
+ASKS = "data: the chat template asks for an answer with "
+
+
 def told(rows: list[dict], template: str) -> list[str]:
-    return describe_hidden_parts(ChatTemplate(tokenizer_of(template)), rows)
+    """Return the remarks, but for the one on the generation prompt."""
+    remarks = describe_hidden_parts(ChatTemplate(tokenizer_of(template)), rows)
+    return [remark for remark in remarks if not remark.startswith(ASKS)]
+
+
+@pytest.mark.parametrize("template, asked", [
+    (templates.R1, "<|Assistant|><think>\\n"), (trl_template("nemotron_3_nano"), "assistant\\n<think>\\n"),
+    (templates.CHATML, None), (templates.LLAMA2, None), (trl_template("qwen3"), None),
+    (trl_template("gptoss"), None),
+])  # fmt: skip
+def test_answers_that_do_not_follow_the_generation_prompt_are_told(template, asked):
+    """Against transformers' own prompt, which servers write."""
+    tokenizer, messages = tokenizer_of(template), [user()]
+    prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    shown = tokenizer.apply_chat_template([*messages, says("Yo")], tokenize=False)
+    remarks = describe_hidden_parts(ChatTemplate(tokenizer), [{"messages": [user(), says()]}])
+    found = [remark for remark in remarks if remark.startswith(ASKS)]
+    assert bool(found) == (not shown.startswith(prompt)) == (asked is not None)
+    assert all(asked in remark for remark in found)
 
 
 def test_what_a_template_does_not_show_is_told(tmp_path):
