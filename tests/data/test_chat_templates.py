@@ -260,7 +260,7 @@ REFUSED = {
 @pytest.mark.parametrize("conversation", CONVERSATIONS)
 @pytest.mark.parametrize("model", MODELS)
 def test_what_is_learned(model, conversation):
-    """Of each turn, the text by the model's format is learned, after its header, and nothing else."""
+    """Each turn's text in the model's format, after its header, is learned, and nothing else."""
     made = MODELS[model]()
     _, rendered = render(made, conversation)
     assert (rendered is None) == (conversation in REFUSED.get(model, ()))

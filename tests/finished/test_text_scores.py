@@ -35,7 +35,7 @@ def test_bleu():
 
 
 def test_rouge():
-    """Of 6 words each, 5 are common, 3 of 5 pairs, and 5 in order.
+    """Both texts have 6 words: 5 are common, 3 of 5 pairs, and 5 in order.
 
     The second row is equal, and has no pairs.
     """
