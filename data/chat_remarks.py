@@ -10,15 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from data.chat import ChatTemplate
-from data.chat_turns import (
-    OPENINGS,
-    PROBE,
-    TEMPLATE_ERRORS,
-    common_prefix_length,
-    make_answer,
-    split_at_probe,
-    try_apply,
-)
+from data.chat_turns import OPENINGS, PROBE, TEMPLATE_ERRORS
 from data.messages import FLAGS, REASONING, check_messages, check_tools
 from options.errors import join_names
 
@@ -246,20 +238,21 @@ def _describe_generation_prompt(chat: ChatTemplate) -> list[str]:
     DeepSeek R1's generation prompt opens a thought that the template leaves out of answers.
     """
     for opening in OPENINGS:
-        prompt = try_apply(chat.apply, opening, add_generation_prompt=True)
-        answered = split_at_probe(chat.apply, [*opening, make_answer(PROBE)])
-        if prompt is not None and answered is not None:
-            break
-    else:
-        return []
-    before = answered[0]
-    if before.startswith(prompt):
-        return []
-    common = common_prefix_length(before, prompt)
-    return [
-        f"data: the chat template asks for an answer with {prompt[max(common - 20, 0) :]!r}, but shows"
-        " answers otherwise: the model does not learn to answer after that text, with which servers ask"
-    ]
+        try:
+            prompt, learned_prompt = (
+                chat.apply(opening, add_generation_prompt=True),
+                chat.render_prompt(opening),
+            )
+        except TEMPLATE_ERRORS:  # the template needs another opening
+            continue
+        if prompt == learned_prompt:
+            return []
+        differing = prompt[max(len(learned_prompt) - 20, 0) :]
+        return [
+            f"data: the chat template asks for an answer with {differing!r}, but shows answers otherwise: the"
+            " model does not learn to answer after that text, with which servers ask"
+        ]
+    return []
 
 
 def describe_missing_endings(chat: ChatTemplate, learned: Sequence[str]) -> list[str]:
