@@ -256,21 +256,22 @@ def _describe_generation_prompt(chat: ChatTemplate) -> list[str]:
 
 
 def describe_missing_endings(chat: ChatTemplate, learned: Sequence[str]) -> list[str]:
-    """Return a list with one remark on answers learned without a token that ends them, or an empty list.
+    """Return remarks on an ending of answers that is no token, and on answers learned without an ending.
 
     learned: the text of the last learned range of each row.
     """
+    remarks, endings = [], tuple(chat.ending_tokens())
     if chat.marker:
-        return [
+        remarks.append(
             f"data: the chat template ends answers with {chat.marker!r}, for which the tokenizer has no"
             " token: it is learned as letters"
-        ]
-    endings = tuple(chat.ending_tokens())
+        )
+        endings = (*endings, chat.marker)
     sample = learned[:: -(-len(learned) // SAMPLE_SIZE) or 1]
     missing = sum(not text.rstrip().endswith(endings) for text in sample)
-    if not missing:
-        return []
-    return [
-        f"data: {missing} of {len(sample)} last answers looked at are learned without a token that ends them:"
-        " the chat template shows none there, and the model is not taught to stop"
-    ]
+    if missing:
+        remarks.append(
+            f"data: {missing} of {len(sample)} last answers looked at are learned without an ending: the chat"
+            " template shows none there, and the model is not taught to stop"
+        )
+    return remarks

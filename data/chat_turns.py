@@ -24,6 +24,7 @@ PROBE = "\uf8ffprobe\uf8ff"
 QUESTION_PROBE = "\uf8ffasked\uf8ff"
 # Texts that look like a token that the tokenizer may not know: <|end|>, <end_of_turn>, [/INST]
 TOKEN_LIKE = re.compile(r"<[^<>\s]{1,40}>|\[/?[A-Z_]{2,20}\]")
+DIGIT = re.compile(r"\d")
 TOKEN_RADIUS = 100  # characters around an index within which such a token can be
 HELLO = {"role": "user", "content": "Hi"}
 # Ways for a conversation to begin: some templates need a system message, or more than one turn.
@@ -76,14 +77,19 @@ class TurnEndings:
             end = min([end, *split_tokens])
         return a[:end]
 
-    def common_suffix(self, a: str, b: str) -> str:
-        """Return the common suffix of two texts, without a token in which they last differ."""
+    def find_header(self, first: str, later: str) -> str:
+        """Return the end of `later` that is the same in `first`, without a token in which they last differ.
+
+        first, later: the texts before the first and before a later question, which end with its header. All
+        digits count as equal, since ChatGLM's header numbers the questions: `[Round 2]`.
+        """
+        a, b = (DIGIT.sub("0", text) for text in (first, later))
         length = common_prefix_length(a[::-1], b[::-1])
-        for text in (a, b):
+        for text in (first, later):
             begin = len(text) - length
             split_tokens = [stop for start, stop in self._tokens_near(text, begin) if start < begin < stop]
             length = min([length, *(len(text) - stop for stop in split_tokens)])
-        return a[len(a) - length :]
+        return later[len(later) - length :]
 
     def _tokens_near(self, text: str, index: int) -> Iterator[Span]:
         """Yield the spans of tokens, and of texts that look like one, near an index of the text."""
@@ -198,7 +204,7 @@ def find_endings(apply: ApplyTemplate, added_tokens: tuple[str, ...]) -> TurnEnd
     segment, found, _ = tail.partition(QUESTION_PROBE)
     if not found:
         return endings
-    endings = replace(endings, between_turns=segment.removesuffix(endings.common_suffix(user[0], segment)))
+    endings = replace(endings, between_turns=segment.removesuffix(endings.find_header(user[0], segment)))
     return _split_next_header(endings, apply, opening)
 
 

@@ -21,7 +21,12 @@ from data.encoding import drop_empty_answers, encode_prompt
 from data.examples import Examples, read_examples
 from data.formats import FORMATS, Rendered
 from data.rows import TokenizedRows
-from data.tokenizing import describe_unknown_tokens, tokenize, tokenize_last_answer
+from data.tokenizing import (
+    describe_joined_prompts,
+    describe_unknown_tokens,
+    tokenize,
+    tokenize_last_answer,
+)
 from options.config import Config
 from options.data_files import file_suffix
 from options.errors import UserError
@@ -97,11 +102,16 @@ def prepare_sets(config: Config, tokenizer) -> tuple[Config, TokenizedRows, Eval
         evaluation = tokenize(evaluation_rows, tokenizer, config.context_length, option)
     if config.sample_every:
         prompts = _make_sample_prompts(config, examples, evaluation_rows or training, tokenizer)
-    remarks = [*examples.remarks, *describe_unknown_tokens(rows.tokens, tokenizer)]
-    if evaluation:
-        eval_remarks = (*eval_remarks, *describe_unknown_tokens(evaluation.tokens, tokenizer))
+    remarks = [*examples.remarks, *_describe_tokens(rows, training, tokenizer)]
+    if evaluation and evaluation_rows:
+        eval_remarks = (*eval_remarks, *_describe_tokens(evaluation, evaluation_rows, tokenizer))
     remarks += [f"evaluation {remark}" for remark in eval_remarks if remark not in remarks]
     return config, rows, EvaluationData(evaluation, prompts, remarks=tuple(remarks))
+
+
+def _describe_tokens(rows: TokenizedRows, rendered: list[Rendered], tokenizer) -> list[str]:
+    """Return remarks on the tokens of a set. rendered: its rows as texts."""
+    return [*describe_unknown_tokens(rows.tokens, tokenizer), *describe_joined_prompts(rendered, tokenizer)]
 
 
 def read_in_trained_format(config: Config, dataset: str, samples: int, tokenizer) -> Examples:

@@ -6,17 +6,20 @@ Shapes: L tokens of one example.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 
 import numpy as np
 import torch
 
-from data.encoding import Offsets, drop_empty_answers, encode
+from data.encoding import Offsets, drop_empty_answers, encode, encode_prompt
 from data.examples import read_examples
 from data.formats import Rendered
 from data.rows import TokenizedRows
 from options.errors import UserError
+
+SAMPLE_SIZE = 40  # rows whose prompts are examined, spread over all
 
 
 def tokenize_dataset(
@@ -89,6 +92,36 @@ def describe_unknown_tokens(tokens: torch.Tensor, tokenizer) -> list[str]:
         f"data: {count:,} of {len(tokens):,} tokens are {tokenizer.unk_token}: the tokenizer has none for"
         " some characters, which the model neither sees nor learns to write"
     ]
+
+
+def describe_joined_prompts(rendered: Sequence[Rendered], tokenizer) -> list[str]:
+    """Return a list with one remark on prompts that end in other tokens when asked alone, or an empty list.
+
+    A tokenizer may join the end of a prompt with the beginning of its answer: the space of `A: ` becomes part
+    of the answer's first word. Whoever asks has no answer, and so asks with other tokens than the learned.
+    """
+    answered = [r for r in rendered if r.learned and r.last_answer_range[0]]
+    sample = answered[:: -(-len(answered) // SAMPLE_SIZE) or 1]
+    ends = [end for one in sample if (end := _find_joined_end(drop_empty_answers(one, tokenizer), tokenizer))]
+    if not ends:
+        return []
+    return [
+        f"data: in {len(ends)} of {len(sample)} rows looked at, the tokenizer joins the end of the prompt,"
+        f" {ends[0][0]!r}, with the beginning of the answer to {ends[0][1]!r}: asked without the answer, the"
+        " model gets other tokens than it learned with"
+    ]
+
+
+def _find_joined_end(example: Rendered, tokenizer) -> tuple[str, str] | None:
+    """Return (the prompt's last token, the token of training that stands there); None if they are equal."""
+    if not example.learned:
+        return None
+    prompt = encode_prompt(
+        example.text[: example.last_answer_range[0]], tokenizer, example.add_special_tokens
+    )
+    ((ids, _),) = encode(tokenizer, [example.text], example.add_special_tokens)
+    i = next((i for i, (a, b) in enumerate(zip(prompt, ids, strict=False)) if a != b), None)
+    return None if i is None else (tokenizer.decode(prompt[i:]), tokenizer.decode(ids[i]))
 
 
 @dataclass(frozen=True)

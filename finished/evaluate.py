@@ -18,7 +18,7 @@ from data.evaluation_sets import Prompt, make_row_prompt, read_evaluation_rows, 
 from data.examples import read_examples
 from data.formats import Rendered
 from data.rows import TokenizedRows, digest_rows
-from data.tokenizing import describe_unknown_tokens, tokenize
+from data.tokenizing import describe_joined_prompts, describe_unknown_tokens, tokenize
 from files.atomic_writes import nonfinite_to_null, write_text
 from files.disk_room import check_writable
 from files.names import BEST
@@ -235,7 +235,8 @@ def evaluate(options: Options) -> dict:
     add_special_tokens = bool(rendered) and rendered[0].add_special_tokens
     encoded = encode(tokenizer, [row.text for row in rendered], add_special_tokens)
     tokens = torch.tensor([token for ids, _ in encoded for token in ids])
-    for remark in (*remarks, *describe_unknown_tokens(tokens, tokenizer)):
+    remarks = (*remarks, *describe_unknown_tokens(tokens, tokenizer))
+    for remark in (*remarks, *describe_joined_prompts(rendered, tokenizer)):
         print(remark, flush=True)
     stop_ids = find_stop_ids(run, tokenizer)
     inputs = prepare_inputs(names, run, rendered, dataset, tokenizer, stop_ids)

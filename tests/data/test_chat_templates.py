@@ -410,6 +410,11 @@ VICUNA = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 )
+ROUNDS = (  # as ChatGLM2's; no token closes a turn
+    "{% for m in messages %}{% if m.role == 'user' %}{{ '[Round ' ~ (loop.index0 // 2 + 1) ~ '] Q: ' }}"
+    "{{ m.content + ' A: ' }}{% elif m.role == 'assistant' %}"
+    "{{ m.content }}{{ '' if loop.last else '\n\n' }}{% endif %}{% endfor %}"
+)
 UNMARKED_END = (
     "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}"
     "{% else %}{{ '<|im_start|>' + m.content }}{% endif %}{{ '<|im_end|>' }}{% endfor %}"
@@ -427,6 +432,10 @@ CLOSED = {
     "after a system message": (NEEDS_SYSTEM, ["a<|im_end|>", "c<|im_end|>"], False),
     "from the second turn on": (NEEDS_TWO_TURNS, ["a<|im_end|>", "c<|im_end|>"], False),
     "by nothing": (VICUNA, [" a", " c"], True),
+    "by a numbered header": (ROUNDS, ["a", "c"], True),
+    "by letters, before the next": (ROUNDS.replace("'\n\n'", "' (over)\n'"), ["a (over)", "c"], True),
+    "by letters": (
+        ROUNDS.replace("{{ m.content }}", "{{ m.content + ' (over)' }}"), ["a (over)", "c (over)"], False),
     "outside of the markers": (UNMARKED_END, ["a", "c"], True),
 }  # fmt: skip
 
@@ -443,7 +452,9 @@ def test_turns_that_are_closed_otherwise(name):
     assert [rendered.text[start:end] for start, end in rendered.learned] == learned
     assert rendered.text == tokenizer.apply_chat_template(messages, tokenize=False)
     remarks = describe_missing_endings(context.chat, [rendered.text[slice(*rendered.learned[-1])]])
-    assert bool(remarks) == told and all("is not taught to stop" in remark for remark in remarks)
+    assert sum("is not taught to stop" in remark for remark in remarks) == told
+    assert sum("is learned as letters" in remark for remark in remarks) == ("letters" in name)
+    assert len(remarks) == told + ("letters" in name)
 
 
 @pytest.mark.parametrize("space", ["", " ", "\n", " \n "])

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from benchmarks.make_checkpoint import byte_tokenizer
 from data.encoding import encode_prompt
 from data.formats import FORMATS, GUANACO_MARKERS, QA, RenderContext, Rendered
-from data.tokenizing import describe_unknown_tokens, tokenize
+from data.tokenizing import describe_joined_prompts, describe_unknown_tokens, tokenize
 from options.errors import UserError
 from tests.helpers import small_tokenizers
 from tests.helpers.small_tokenizers import BYTES
@@ -127,6 +127,22 @@ def test_unknown_characters_are_told():
         assert all(f"data: {count} of {len(ids) + 1} tokens are <unk>: " in remark for remark in remarks)
     tokenizer.unk_token = tokenizer.eos_token  # as GPT-2's, which knows every byte
     assert describe_unknown_tokens(rows.tokens, tokenizer) == []
+
+
+def test_a_prompt_that_the_tokenizer_joins_with_the_answer_is_told():
+    """Counted are the rows whose prompt, tokenized alone, is not how their tokens begin."""
+    tokenizer = small_tokenizers.crossing()
+    separate, joined = Rendered("Q: x A:", [(6, 7)]), Rendered("Q: x A: Paris", [(8, 13)])
+    for rows in ([separate], [joined], [separate, joined, joined, Rendered("plain", [(0, 5)])]):
+        count = 0
+        for row in rows:
+            prompt = tokenizer(row.text[: row.learned[0][0]])["input_ids"]
+            count += tokenizer(row.text)["input_ids"][: len(prompt)] != prompt
+        remarks = describe_joined_prompts(rows, tokenizer)
+        assert len(remarks) == bool(count) == (joined in rows)
+        asked = [r for r in rows if r.learned[0][0]]
+        assert all(f"in {count} of {len(asked)} rows looked at" in remark for remark in remarks)
+        assert all("' ', with the beginning of the answer to ' P'" in remark for remark in remarks)
 
 
 INST = "[INST] a [/INST] b</s><s>[INST] c [/INST] d"
