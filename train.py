@@ -36,7 +36,7 @@ from transformers import PreTrainedModel
 from checkpoints import adapter, trained_model
 from checkpoints.training_state import describe_not_finite
 from data.batches import StepSampler
-from data.packing import make_sampler, max_line_tokens
+from data.packing import make_sampler, max_sequence_length
 from data.prefetch import prefetch_steps
 from files.atomic_writes import write_text
 from files.lock import FolderLock
@@ -83,7 +83,7 @@ def set_up(
     """
     profiler.start_phase("wrap")
     config, family, precision, device = job.config, job.family, job.precision, rank_info.device
-    max_tokens = max_line_tokens(config, job.rows)
+    max_tokens = max_sequence_length(config, job.rows)
     attention = choose_attention(job.model_config, family, precision.matmul_dtype, config.packing, max_tokens)
     model = build_on_meta(job.model_config, family, attention)
     # Computed from the unchanged model, before any method is applied.

@@ -3,8 +3,8 @@
 Every rank computes the rows of a step for all ranks, so it knows the step's token counts without
 communication.
 
-Shapes: B lines of a micro-batch on one rank, T tokens of a line, P target positions of the batch, N rows of a
-packed batch. A line is one row, or several with --packing.
+Shapes: B sequences of a micro-batch on one rank, T tokens of a sequence, P target positions of the batch, N
+rows of a packed batch. A sequence is one row, or several with --packing.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ class Batch:
         targets: [B, T] int64; the next token, or IGNORE.
         lengths: [B, 1] int64, or [B, T] if rows are packed; number of tokens in the row of each token. Only
             RoPE of type longrope uses it.
-        target_positions: [P] int64; indices of the learned targets in the batch as one line of B * T tokens,
+        target_positions: [P] int64; indices of the learned targets in the flattened batch of B * T tokens,
             filled up with others by `learned_positions`. None = all positions.
         positions: [B, T] int64; of each token in its row. None if rows are not packed, like the next two.
-        bounds: [N + 1] int32; where rows begin and end in the batch as one line.
+        bounds: [N + 1] int32; where rows begin and end in the flattened batch.
         longest: number of tokens of the longest row.
     """
 
@@ -133,9 +133,8 @@ class StepSampler:
         """Return the number of positions in the first epoch's batches of all ranks, padding included."""
         size, total = self.batch_size, 0
         for micro_batch in _split(self._order(0), size * self.world):
-            total += (
-                -(-len(micro_batch) // size) * min(size, len(micro_batch)) * self._line_length(micro_batch)
-            )
+            n_sequences = -(-len(micro_batch) // size) * min(size, len(micro_batch))
+            total += n_sequences * self._sequence_length(micro_batch)
         return total
 
     def padding_share(self) -> float:
@@ -168,7 +167,7 @@ class StepSampler:
             int(self._targets[self._rows(one)].sum()) for one in _split(micro_batch, self.batch_size)
         )
         return self._collate(
-            part, (min(self.batch_size, len(micro_batch)), self._line_length(micro_batch)), n_positions
+            part, (min(self.batch_size, len(micro_batch)), self._sequence_length(micro_batch)), n_positions
         )
 
     def _rows(self, step: RowIndices) -> torch.Tensor:
@@ -176,7 +175,7 @@ class StepSampler:
         assert isinstance(step, torch.Tensor)
         return step
 
-    def _line_length(self, micro_batch: RowIndices) -> int:
+    def _sequence_length(self, micro_batch: RowIndices) -> int:
         """Return T of a micro-batch of all ranks: its longest row, rounded up, at most the longest of all."""
         return min(round_length(int(self._lengths[self._rows(micro_batch)].max())), self._longest)
 

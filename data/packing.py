@@ -1,10 +1,10 @@
-"""Packing (--packing): several rows one after another in one line of a batch, instead of padding.
+"""Packing (--packing): several rows one after another in one sequence of a batch, instead of padding.
 
 A row attends only to itself, its positions begin at 0, and its first token is no target, so the loss is that
-of the same rows one by one. Padding remains only at the end of a line.
+of the same rows one by one. Padding remains only at the end of a sequence.
 
-All shapes that layers see are the same in every batch of a run, so layers are compiled once: lines have the
-length of the longest pack, and the bounds of rows are filled up with empty rows.
+All shapes that layers see are the same in every batch of a run, so layers are compiled once: sequences have
+the length of the longest pack, and the bounds of rows are filled up with empty rows.
 
 Shapes: B packs of a micro-batch, T tokens of the longest pack, N rows.
 """
@@ -85,7 +85,7 @@ class PackSampler(StepSampler):
         self._packs = torch.tensor(list(chain.from_iterable(packs))).split(sizes)
         filled = torch.stack([lengths[pack].sum() for pack in self._packs])
         self.width, self.longest = int(filled.max()), int(lengths.max())
-        # Padding is also cut into rows, none longer than the longest row. A line may be all padding.
+        # Padding is also cut into rows, none longer than the longest row. A sequence may be all padding.
         filled = torch.cat([filled, torch.zeros(batch_size, dtype=torch.int64)])
         padding = (self.width - filled + self.longest - 1) // self.longest
         n_rows = padding + torch.tensor(sizes + [0] * batch_size)
@@ -106,7 +106,7 @@ class PackSampler(StepSampler):
         assert isinstance(step, list)
         return torch.cat(step)
 
-    def _line_length(self, micro_batch: RowIndices) -> int:
+    def _sequence_length(self, micro_batch: RowIndices) -> int:
         return self.width
 
     def _collate(self, part: RowIndices, shape: tuple[int, int], n_positions: int) -> Batch:
@@ -114,8 +114,8 @@ class PackSampler(StepSampler):
         return make_packed_batch(self.rows, part, shape, self.longest, self.n_bounds, n_positions)
 
 
-def max_line_tokens(config: Config, rows: TokenizedRows) -> int:
-    """Return an upper limit of the tokens in one line of a training batch, which is a row or a pack."""
+def max_sequence_length(config: Config, rows: TokenizedRows) -> int:
+    """Return an upper limit of the tokens in one sequence of a training batch, which is a row or a pack."""
     return config.context_length if config.packing else min(int(rows.lengths().max()), config.context_length)
 
 
@@ -133,44 +133,44 @@ def make_packed_batch(
     n_bounds: int,
     n_positions: int | None = None,
 ) -> Batch:
-    """Return a batch whose lines are packs: the rows of each, one after another.
+    """Return a batch whose sequences are packs: the rows of each, one after another.
 
     Args:
         rows: all examples.
         packs: indices of the rows of each pack.
-        shape: [B, T]; lines after the last pack are padding.
+        shape: [B, T]; sequences after the last pack are padding.
         longest: as in PackSampler.
         n_bounds: as in PackSampler.
         n_positions: as for `learned_positions`.
     """
     ids, positions, row_lengths = torch.zeros(3, *shape, dtype=torch.int64)
     targets = torch.full(shape, IGNORE)
-    for line, pack in enumerate(packs):
+    for i, pack in enumerate(packs):
         starts, lengths = rows.starts[pack], rows.starts[pack + 1] - rows.starts[pack]
         row_ends = lengths.cumsum(0)
         position = torch.arange(int(row_ends[-1])) - (row_ends - lengths).repeat_interleave(lengths)
         indices = starts.repeat_interleave(lengths) + position
         tokens = rows.tokens[indices].long()
         learned = rows.learned[indices] & (position > 0)
-        ids[line, : len(tokens)], positions[line, : len(tokens)] = tokens, position
-        row_lengths[line, : len(tokens)] = lengths.repeat_interleave(lengths)
-        targets[line, : len(tokens) - 1] = tokens.masked_fill(~learned, IGNORE)[1:]
+        ids[i, : len(tokens)], positions[i, : len(tokens)] = tokens, position
+        row_lengths[i, : len(tokens)] = lengths.repeat_interleave(lengths)
+        targets[i, : len(tokens) - 1] = tokens.masked_fill(~learned, IGNORE)[1:]
     edges = _bounds([(rows.starts[pack + 1] - rows.starts[pack]).tolist() for pack in packs], shape, longest)
     ends = torch.tensor(edges + edges[-1:] * (n_bounds - len(edges)), dtype=torch.int32)
     return Batch(ids, targets, row_lengths, learned_positions(targets, n_positions), positions, ends, longest)
 
 
 def _bounds(packs: list[list[int]], shape: tuple[int, int], longest: int) -> list[int]:
-    """Return the offsets, from 0, at which rows begin and end in the batch as one line, padding included.
+    """Return the offsets, from 0, at which rows begin and end in the flattened batch, padding included.
 
     Padding attends only to itself, in chunks no longer than the longest row, which kernels rely on. packs:
     the lengths of the rows of each pack. shape: [B, T].
     """
-    lines, width = shape
+    n_sequences, width = shape
     ends = [0]
-    for line in range(lines):
-        for length in packs[line] if line < len(packs) else ():
+    for i in range(n_sequences):
+        for length in packs[i] if i < len(packs) else ():
             ends.append(ends[-1] + length)
-        while ends[-1] < (line + 1) * width:
-            ends.append(min(ends[-1] + longest, (line + 1) * width))
+        while ends[-1] < (i + 1) * width:
+            ends.append(min(ends[-1] + longest, (i + 1) * width))
     return ends

@@ -1,6 +1,6 @@
 """Choose the attention of a training run, and register the two kinds that need no mask.
 
-`attend_causally`: PyTorch's causal attention, for lines that hold one row each. `attend_within_rows`:
+`attend_causally`: PyTorch's causal attention, for sequences that hold one row each. `attend_within_rows`:
 PyTorch's variable-length kernel, which computes no scores between packed rows, and none beyond a sliding
 window.
 
@@ -11,8 +11,8 @@ separate rows, transformers looks for positions that start again (masking_utils.
 packed rows or not): the host waits for the GPU once per kind, before the first layer. transformers skips this
 for an implementation that has no mask function, such as the two here.
 
-Shapes: B lines of a batch, T tokens of a line, H query heads, K key and value heads, D features of a head, N
-rows.
+Shapes: B sequences of a batch, T tokens of a sequence, H query heads, K key and value heads, D features of a
+head, N rows.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _VARLEN_OPTIONS: dict[str, Any] = (
 
 
 def choose_attention(
-    config: PretrainedConfig, family: Family, dtype: torch.dtype, packing: bool, max_line_tokens: int
+    config: PretrainedConfig, family: Family, dtype: torch.dtype, packing: bool, max_sequence_length: int
 ) -> str:
     """Return the attention for this hardware, by its name in transformers: CAUSAL, VARLEN or the family's.
 
@@ -46,13 +46,13 @@ def choose_attention(
         config: the model's configuration.
         family: the model's family.
         dtype: of the matmuls.
-        packing: whether a line may hold several rows.
-        max_line_tokens: most tokens of a line in training.
+        packing: whether a sequence may hold several rows.
+        max_sequence_length: most tokens of a sequence in training.
     """
     if family.attention != "sdpa":
         return family.attention
     window = getattr(config, "sliding_window", None)
-    if not packing and (window is None or max_line_tokens <= window):
+    if not packing and (window is None or max_sequence_length <= window):
         return CAUSAL
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     suits = (
@@ -79,7 +79,7 @@ def attend_causally(
     sliding_window: int | None = None,
     **others,
 ) -> tuple[torch.Tensor, None]:
-    """Return (causal attention over whole lines, None), for lines without left padding and without a cache.
+    """Return (causal attention over whole sequences, None), without left padding and without a cache.
 
     The arguments are transformers' (AttentionInterface).
 
@@ -94,7 +94,7 @@ def attend_causally(
     """
     assert attention_mask is None
     length = query.shape[2]
-    if sliding_window is not None and length > sliding_window:  # rare: a line longer than those of training
+    if sliding_window is not None and length > sliding_window:  # rare: longer than those of training
         positions = torch.arange(length, device=query.device)
         age = positions[:, None] - positions
         attention_mask = ((age >= 0) & (age < sliding_window))[None, None]
@@ -115,7 +115,7 @@ def attend_within_rows(
     max_length_q: int | None = None,
     **others,
 ) -> tuple[torch.Tensor, None]:
-    """Return (causal attention, None), in which a token of a packed line sees only its own row.
+    """Return (causal attention, None), in which a token of a packed sequence sees only its own row.
 
     The arguments are transformers' (AttentionInterface).
 
@@ -125,8 +125,8 @@ def attend_within_rows(
         attention_mask, softcap: must be None.
         dropout: must be 0.
         sliding_window: number of last tokens that a token sees, itself included.
-        cu_seq_lens_q: [N + 1] int32, bounds of the rows in the batch as one line of B * T tokens; the last is
-            B * T. Rows without tokens are allowed. None: each line is a row.
+        cu_seq_lens_q: [N + 1] int32, bounds of the rows in the flattened batch of B * T tokens; the last is
+            B * T. Rows without tokens are allowed. None: each sequence is a row.
         max_length_q: tokens of the longest row.
         others: arguments for other implementations; not used.
 

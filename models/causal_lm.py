@@ -1,6 +1,6 @@
 """transformers' ForCausalLM classes with a forward that returns the loss (models/loss.py), not the logits.
 
-Shapes: B lines of a batch, T tokens of a line.
+Shapes: B sequences of a batch, T tokens of a sequence.
 """
 
 from __future__ import annotations

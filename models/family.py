@@ -128,9 +128,9 @@ def longrope_threshold(config: PretrainedConfig) -> float:
 
 
 def uses_dynamic_rope(config: PretrainedConfig) -> bool:
-    """Return whether any layer has RoPE of type dynamic: a long line changes the frequencies of later ones.
+    """Return whether any layer has RoPE of type dynamic: a long sequence changes later ones' frequencies.
 
-    transformers keeps the frequencies of the longest line so far beyond max_position_embeddings.
+    transformers keeps the frequencies of the longest sequence so far beyond max_position_embeddings.
     """
     ropes = [_rope_parameters(config), *_ropes_by_layer(config)]
     return any("dynamic" in str(rope.get("rope_type")) for rope in ropes)

@@ -4,7 +4,7 @@ A row of more than original_max_position_embeddings tokens (4,096) is rotated by
 transformers decides by the longest row of a batch, for all its rows. Here each row is rotated as it would be
 alone, so the result does not depend on the rows that share a batch.
 
-Shapes: B lines of a batch, T tokens of a line.
+Shapes: B sequences of a batch, T tokens of a sequence.
 """
 
 from __future__ import annotations

@@ -11,9 +11,9 @@ a time: the same slice of every rank's tokens. So all ranks that share a head mu
 Only learned tokens take part. The others, prompts and padding, have no loss, and would cost the head as much
 as learned ones.
 
-Shapes: B lines of a batch, T tokens of a line, N tokens of this rank, P of these that take part, W ranks that
-share the vocabulary, V vocabulary, S rows of it on this rank (maybe none), H hidden features, C tokens of a
-chunk, of all ranks.
+Shapes: B sequences of a batch, T tokens of a sequence, N tokens of this rank, P of these that take part, W
+ranks that share the vocabulary, V vocabulary, S rows of it on this rank (maybe none), H hidden features, C
+tokens of a chunk, of all ranks.
 """
 
 from __future__ import annotations
@@ -204,7 +204,7 @@ class Head(nn.Linear):
         Args:
             x: [.., H].
             targets: [..]. The loss is summed over targets that are not IGNORE.
-            target_positions: [P], positions of these targets in x as one line of tokens, each once, and maybe
+            target_positions: [P], positions of these targets in the flattened x, each once, and maybe
                 other positions. None: all.
         """
         if targets is None:

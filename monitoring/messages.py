@@ -187,7 +187,7 @@ def describe_evaluations(history: list[Metrics], total_steps: int, config: Confi
         f"evaluation loss {last.eval_loss:.4f} (perplexity {last.eval_perplexity:,.2f}) at step {last.step}"
     )
     if len(evaluated) > 1:
-        where = describe_best(output_folder(config) / BEST, best.step) if config.keeps_best else ""
+        where = describe_best(output_folder(config) / BEST, best.step) if config.saves_best else ""
         line += f"; best {best.eval_loss:.4f} at step {best.step}{where}"
     if len(history) == total_steps or exceeds_bad_steps(history[-1].bad_steps, config.max_bad_steps):
         return [line]

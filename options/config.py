@@ -226,7 +226,7 @@ class Config:
         return METHODS[self.train_type]
 
     @property
-    def keeps_best(self) -> bool:
+    def saves_best(self) -> bool:
         """Whether the trained weights of the best evaluation are kept in best/.
 
         With a single evaluation, at the end, the result itself is the best.

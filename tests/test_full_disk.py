@@ -194,7 +194,7 @@ def test_a_full_disk_does_not_change_when_a_run_stops(full, kept, tmp_path):
             total_steps=9,
             eval_every=1,
             patience=2,
-            keep_best=True,
+            save_best=True,
             folder=tmp_path,
             save=save,
             tracker=NoTracker(),
@@ -208,10 +208,10 @@ def test_a_full_disk_does_not_change_when_a_run_stops(full, kept, tmp_path):
         state, judging = json.loads(json.dumps(judging.state_dict())), evaluator()
         judging.load_state_dict(state)
         assert judging.should_stop == (step == 4)
-    assert (saved, judging.best_step, judging.kept_step) == (kept, 2, max(kept, default=0))
+    assert (saved, judging.best_step, judging.saved_step) == (kept, 2, max(kept, default=0))
     del state["kept_step"], state["kept_loss"]  # as of a run that could only go on with its best kept
     judging.load_state_dict(state)
-    assert (judging.kept_step, judging.kept_loss) == (2, 2.0)
+    assert (judging.saved_step, judging.saved_loss) == (2, 2.0)
 
 
 @pytest.mark.parametrize(("kind", "checked"), SOME)

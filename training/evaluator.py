@@ -47,9 +47,9 @@ class Evaluator:
     Attributes:
         should_stop: the loop has to end (--early_stopping_patience).
         best_step, best_loss: the best evaluation so far.
-        worse: evaluations since the best one.
-        kept_step, kept_loss: the evaluation whose weights are in best/: not the best one if the disk was full
-            at that step.
+        evals_since_best: evaluations since the best one.
+        saved_step, saved_loss: the evaluation whose weights are in best/: not the best one if the disk was
+            full at that step.
 
     Args:
         data: rows to evaluate on and prompts to answer; either may be missing.
@@ -61,7 +61,7 @@ class Evaluator:
         sample_every: optimizer steps between samples; 0 = only at the end.
         sample_tokens: most tokens of a sample.
         patience: evaluations in a row without a new best that end the run; 0 = any number.
-        keep_best: whether the best step's weights are stored in folder/best.
+        save_best: whether the best step's weights are stored in folder/best.
         folder: the RUN.
         loss_sum: loss_sum(model, batch), as in the loop.
         context: context() is entered around every forward.
@@ -83,7 +83,7 @@ class Evaluator:
         sample_every: int,
         sample_tokens: int,
         patience: int,
-        keep_best: bool,
+        save_best: bool,
         folder: Path,
         loss_sum: LossSum,
         context: Context,
@@ -94,29 +94,29 @@ class Evaluator:
     ):
         self.data, self.model, self.rank_info = data, model, rank_info
         self.total_steps, self.folder, self.batch_size = total_steps, folder, batch_size
-        self.eval_every, self.patience, self.keep_best = eval_every, patience, keep_best
+        self.eval_every, self.patience, self.save_best = eval_every, patience, save_best
         self.sample_every, self.sample_tokens = sample_every, sample_tokens
         self.loss_sum, self.context, self.save = loss_sum, context, save
         self.meter, self.tracker, self.tokenizer = meter, tracker, tokenizer
-        self.should_stop, self.best_step, self.best_loss, self.worse = False, 0, math.inf, 0
-        self.kept_step, self.kept_loss = 0, math.inf
+        self.should_stop, self.best_step, self.best_loss, self.evals_since_best = False, 0, math.inf, 0
+        self.saved_step, self.saved_loss = 0, math.inf
 
     def state_dict(self) -> dict:
         return {
             "best_step": self.best_step,
             "best_loss": self.best_loss,
-            "worse": self.worse,
+            "worse": self.evals_since_best,
             "stop": self.should_stop,
-            "kept_step": self.kept_step,
-            "kept_loss": self.kept_loss,
+            "kept_step": self.saved_step,
+            "kept_loss": self.saved_loss,
         }
 
     def load_state_dict(self, state: dict) -> None:
         self.best_step, self.best_loss = state["best_step"], state["best_loss"]
-        self.worse, self.should_stop = state["worse"], state["stop"]
+        self.evals_since_best, self.should_stop = state["worse"], state["stop"]
         # Older checkpoints do not have these two: their runs ended if the best could not be stored.
-        self.kept_step = state.get("kept_step", self.best_step)
-        self.kept_loss = state.get("kept_loss", self.best_loss)
+        self.saved_step = state.get("kept_step", self.best_step)
+        self.saved_loss = state.get("kept_loss", self.best_loss)
 
     def before_first_step(self, steps_done: int) -> None:
         """Write samples of the untrained model, unless a resumed run has steps done already. Collective."""
@@ -164,12 +164,12 @@ class Evaluator:
         they stop. trained: whether any step so far changed the weights; else there is nothing to store.
         """
         if loss < self.best_loss:  # never true of a NaN
-            self.best_step, self.best_loss, self.worse = step, loss, 0
+            self.best_step, self.best_loss, self.evals_since_best = step, loss, 0
         else:
-            self.worse += 1
-        self.should_stop = 0 < self.patience <= self.worse
-        if self.keep_best and trained and loss < self.kept_loss and self._save_best(step, loss):
-            self.kept_step, self.kept_loss = step, loss
+            self.evals_since_best += 1
+        self.should_stop = 0 < self.patience <= self.evals_since_best
+        if self.save_best and trained and loss < self.saved_loss and self._save_best(step, loss):
+            self.saved_step, self.saved_loss = step, loss
 
     def _save_best(self, step: int, loss: float) -> bool:
         """Write what is trained into best/, and return whether that succeeded, on every rank. Collective.
@@ -189,7 +189,7 @@ class Evaluator:
                 replace_folder(best)
         if failures:
             remove_folder(staging_path(best))
-            stays = f"that of step {self.kept_step} stays" if self.kept_step else "there is no other one"
+            stays = f"that of step {self.saved_step} stays" if self.saved_step else "there is no other one"
             self.tracker.print_line(
                 f"WARNING: {best}: step {step} could not be saved ({describe(failures[0])}); {stays}, and"
                 " training goes on"

@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from checkpoints.manager import CheckpointManager
-from data.packing import max_line_tokens
+from data.packing import max_sequence_length
 from files.tokenizer import read_tokenizer
 from launch.ranks import RankInfo
 from launch.signals import NoStopRequests
@@ -89,7 +89,7 @@ def make_loop_components(
         sample_every=config.sample_every,
         sample_tokens=config.sample_tokens,
         patience=config.early_stopping_patience,
-        keep_best=config.keeps_best,
+        save_best=config.saves_best,
         folder=folder,
         loss_sum=loss_sum,
         context=partial(job.precision.context, rank_info.device.type),
@@ -103,7 +103,7 @@ def make_loop_components(
         job.family,
         rank_info.device,
         gib=config.activation_budget,
-        tokens=config.batch_size * max_line_tokens(config, job.rows),
+        tokens=config.batch_size * max_sequence_length(config, job.rows),
         itemsize=job.precision.matmul_dtype.itemsize,
     )
     checkpoints = CheckpointManager(

@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 import torch
 
-from data.packing import max_line_tokens
+from data.packing import max_sequence_length
 from launch.memory import PEAK_MEMORY, format_bytes
 from launch.ranks import RankInfo
 from monitoring.memory_model import RunSizes, estimate_peak, run_sizes
@@ -47,7 +47,7 @@ def list_changes(job: Job) -> list[dict]:
         found = [change for change in found if "use_activation_cpu_offload" not in change]
     if config.method.quantized_alternative and not job.files.prequantized:
         found.append({"train_type": config.method.quantized_alternative})
-    return [*found, {"context_length": max(max_line_tokens(config, job.rows) // 2, 2)}]
+    return [*found, {"context_length": max(max_sequence_length(config, job.rows) // 2, 2)}]
 
 
 def estimate_savings(job: Job) -> list[tuple[dict, float]]:
@@ -66,7 +66,7 @@ def estimate_savings(job: Job) -> list[tuple[dict, float]]:
 
 def measure_job_sizes(job: Job, config: Config) -> RunSizes:
     """Return the sizes of the job's model and data that its memory depends on, under other options."""
-    tokens = max_line_tokens(config, job.rows)
+    tokens = max_sequence_length(config, job.rows)
     return run_sizes(job.model_config, job.family, config, job.precision, job.files, tokens)
 
 

@@ -490,9 +490,9 @@ def test_output_dir(monkeypatch, from_file):
 
 def test_when_the_best_step_is_kept():
     evaluated = ["--eval_share", "0.1", "--eval_every", "2"]
-    assert resolved(*evaluated).keeps_best
-    assert not resolved("--eval_share", "0.1").keeps_best  # with one evaluation, the result is the best
-    assert not resolved(*evaluated, "--save_model", "false").keeps_best
+    assert resolved(*evaluated).saves_best
+    assert not resolved("--eval_share", "0.1").saves_best  # with one evaluation, the result is the best
+    assert not resolved(*evaluated, "--save_model", "false").saves_best
 
 
 def test_a_config_does_not_change():
