@@ -185,7 +185,13 @@ def copy_small_files(
 ) -> None:
     """Copy the files of `source` that match `patterns`, and write `small_files`; config.json last.
 
-    small_files: {name: text} of files that differ from source's, or that it lacks. Raises OSError.
+    Args:
+        source: the model folder to copy from.
+        folder: the folder to write into.
+        small_files: {name: text} of files that differ from source's, or that it lacks.
+        patterns: glob patterns, relative to `source`, of the files to copy.
+
+    Raises OSError.
     """
     unchanged = [path for path in list_small_files(source, patterns) if path.name not in small_files]
     for path in sorted([*unchanged, *map(Path, small_files)], key=lambda path: path.name == CONFIG):
