@@ -99,6 +99,14 @@ class StepSampler:
     The order is a permutation that depends on (seed, epoch) alone. A step takes the next
     world * accumulation * batch_size rows, so the split into ranks and micro-batches does not change its
     rows. Every row comes once per epoch; the last step of an epoch may be smaller.
+
+    Args:
+        rows: the examples to deal.
+        batch_size: rows of a micro-batch on one rank.
+        accumulation: micro-batches of an optimizer step.
+        rank: the rank whose batches `steps` yields.
+        world: number of ranks.
+        seed: of the permutations.
     """
 
     def __init__(
@@ -212,8 +220,13 @@ def make_batch(
 ) -> Batch:
     """Return the rows `indices` as a batch of the shape [B, T].
 
-    Rows are padded on the right, where causal attention never looks. Further rows are all padding.
-    n_positions: as for `learned_positions`.
+    Rows are padded on the right, where causal attention never looks.
+
+    Args:
+        rows: all examples.
+        indices: 1-D int64, at most B, maybe none; sequences after the last row are all padding.
+        shape: (B, T); T is at least the length of the longest of these rows.
+        n_positions: as for `learned_positions`.
     """
     spans = [(int(rows.starts[i]), int(rows.starts[i + 1])) for i in indices]
     ids, lengths = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape[0], 1, dtype=torch.int64)

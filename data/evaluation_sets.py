@@ -117,8 +117,15 @@ def _describe_tokens(rows: TokenizedRows, rendered: list[Rendered], tokenizer) -
 def read_in_trained_format(config: Config, dataset: str, samples: int, tokenizer) -> Examples:
     """Read and render rows of `dataset`, to evaluate a model trained with the options `config`.
 
-    They are rendered in the format of its training if that fits all of them, else in their own format. Raises
-    UserError for unusable data.
+    They are rendered in the format of its training if that fits all of them, else in their own format.
+
+    Args:
+        config: the options, with the format that the training data was rendered in.
+        dataset: a recipe, file, folder or hub id.
+        samples: number of rows to use; -1 = as the recipe says.
+        tokenizer: provides the chat template.
+
+    Raises UserError for unusable data.
     """
     arguments = (samples, config.context_length, tokenizer, config.chat_date)
     return read_examples(dataset, "auto", *arguments, preferred=config.dataset_format)
@@ -189,10 +196,14 @@ def make_row_prompt(
 ) -> Prompt | None:
     """Return the prompt of an example, which is the text before its last answer; None if it has no answer.
 
-    Of its tokens, the last context_length are kept. A plain text, all of which is learned, has no question:
-    its first words are the prompt, without an answer.
-    The answer is the text of its learned tokens up to the first of `stop_ids`, like that of a generated
-    answer.
+    A plain text, all of which is learned, has no question: its first words are the prompt, without an answer.
+    The answer is the text of its learned tokens, decoded like a generated answer.
+
+    Args:
+        rendered: the example.
+        tokenizer: encodes the prompt and decodes the answer; one that returns offsets (is_fast).
+        context_length: maximum number of tokens of the prompt; the last ones are kept.
+        stop_ids: token ids that end the answer; it is cut before the first of them.
     """
     rendered = drop_empty_answers(rendered, tokenizer)
     if not rendered.learned:

@@ -284,8 +284,13 @@ FORMATS = {
 def check_row(row: Mapping, form: Format, error_prefix: str, needs_answer: bool = True) -> dict:
     """Return the columns of a row that the format reads, as texts or (chat) as checked messages and tools.
 
-    needs_answer: whether the column of the answer must have a value. Raises UserError for columns that are
-    missing or unusable.
+    Args:
+        row: {column: value}.
+        form: the format.
+        error_prefix: begins each error.
+        needs_answer: whether the column of the answer must have a value.
+
+    Raises UserError for columns that are missing or unusable.
     """
     missing = [c for c in form.required if row.get(c) is None and (needs_answer or c != form.answer_column)]
     if missing:

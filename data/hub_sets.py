@@ -147,9 +147,16 @@ def _repository_remark(hub_id: str, config: str) -> str:
 def read_folder(folder: str, data_files: str, split: str, samples: int, root: str | None = None) -> Rows:
     """Read the files of a local folder that belong to the split, or match data_files, sorted by name.
 
-    Arguments as in `read_hub`. If the folder's README.md says which files are its data set, `datasets`
-    chooses them. Raises UserError for a folder of which only a part would be read, with files of several
-    kinds or of no split, and for links that lead out of `root`.
+    If the folder's README.md says which files are its data set, `datasets` chooses them.
+
+    Args:
+        folder: the folder.
+        data_files: a pattern, relative to the folder; "" = the files of the split.
+        split, samples: as for `read_hub`.
+        root: the folder of the recipe that names `folder`; all files must be inside it. None = not checked.
+
+    Raises UserError for a folder of which only a part would be read, with files of several kinds or of no
+    split, and for links that lead out of `root`.
     """
     if root:
         check_links(folder, root)

@@ -60,6 +60,13 @@ class PackSampler(StepSampler):
     The lengths in each pack depend on the rows' lengths, context_length and the seed, so every epoch has the
     same number of packs. The rows of these lengths, and the order of the packs, are drawn from (seed, epoch).
 
+    Args:
+        rows: the examples to pack, none longer than context_length.
+        batch_size: packs of a micro-batch on one rank.
+        accumulation, rank, world: as in StepSampler.
+        seed: of the lengths in each pack, and of the rows and the order of each epoch.
+        context_length: maximum number of tokens of a pack.
+
     Attributes:
         width: T, number of tokens of the longest pack.
         longest: number of tokens of the longest row.
@@ -120,7 +127,14 @@ def max_sequence_length(config: Config, rows: TokenizedRows) -> int:
 
 
 def make_sampler(config: Config, rows: TokenizedRows, rank: int, world: int) -> StepSampler:
-    """Return the sampler that deals a run's rows to one of its ranks."""
+    """Return the sampler that deals a run's rows to one of its ranks.
+
+    Args:
+        config: the run's options: batch size, accumulation, seed, packing and context length.
+        rows: the training rows.
+        rank: the rank whose batches the sampler yields.
+        world: number of ranks.
+    """
     arguments = (rows, config.batch_size, config.gradient_accumulation_steps, rank, world, config.seed)
     return PackSampler(*arguments, config.context_length) if config.packing else StepSampler(*arguments)
 

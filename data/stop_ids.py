@@ -38,6 +38,12 @@ def learned_stop_ids(format_name: str, context: RenderContext) -> list[int]:
 def collect_stop_ids(folder: Path, config_eos: Any, format_name: str, context: RenderContext) -> list[int]:
     """Return the ids of the tokens that end an answer of a model of `folder`, trained on rows of this format.
 
+    Args:
+        folder: the model's folder, whose generation_config.json is read if there is one.
+        config_eos: `eos_token_id` of its config.json: an id, a list of ids or None.
+        format_name: the format of the rows, a key of FORMATS.
+        context: the tokenizer, and the chat template of the `chat` format.
+
     Raises UserError as `read_base_stop_ids` does.
     """
     base_ids = read_base_stop_ids(folder, config_eos, context.tokenizer)

@@ -27,8 +27,12 @@ def tokenize_dataset(
 ) -> TokenizedRows:
     """Read, render and tokenize --dataset, and cut its rows to context_length tokens.
 
-    Arguments as in `read_examples`. Raises UserError for anything wrong with the data, and if no example has
-    a token to learn from.
+    Args:
+        dataset, dataset_format, samples, day: as for `read_examples`.
+        context_length: maximum number of tokens of a row, and the number that a recipe's `fill` must fill.
+        tokenizer: provides the chat template and encodes the texts; one that returns offsets (is_fast).
+
+    Raises UserError for anything wrong with the data, and if no example has a token to learn from.
     """
     examples = read_examples(dataset, dataset_format, samples, context_length, tokenizer, day)
     return tokenize(examples.rendered, tokenizer, context_length, f"--dataset {dataset}")
@@ -38,8 +42,16 @@ def tokenize(rendered: list[Rendered], tokenizer, context_length: int, error_pre
     """Tokenize rendered rows, with their targets, and cut them to context_length tokens.
 
     A token is a target if it has a character of a learned range of the text that was tokenized. Examples
-    without a target are dropped and counted. Raises UserError, which begins with `error_prefix`, if none is
-    left, and if the tokenizer has no offsets or lacks an EOS that the rows need.
+    without a target are dropped and counted.
+
+    Args:
+        rendered: the rows, all of one format.
+        tokenizer: encodes the texts; one that returns offsets (is_fast).
+        context_length: maximum number of tokens of a row.
+        error_prefix: begins the error if no example is left.
+
+    Raises UserError if no example is left, and if the tokenizer has no offsets or lacks an EOS that the rows
+    need.
     """
     if not tokenizer.is_fast:
         raise UserError(
