@@ -183,8 +183,12 @@ def plan_cache(
 ) -> CachePlan:
     """Return the plan of a cache of the packed tensors `names`, without writing it.
 
-    Arguments as in `open_cache`, and --output_dir. Raises UserError if the folder is not writable, is a mount
-    point, or is or contains the current folder or `output_dir`.
+    Args:
+        folder, files, names, quantizer, device_type: as for `open_cache`.
+        output_dir: --output_dir.
+
+    Raises UserError if the folder is not writable, is a mount point, or is or contains the current folder or
+    `output_dir`.
     """
     check_writable(folder, "--quantized_cache")
     folder = Path(os.path.realpath(folder))  # a folder cannot be renamed to a link
