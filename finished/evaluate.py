@@ -160,6 +160,14 @@ def prepare_inputs(
 ) -> EvaluationInputs:
     """Tokenize the rows for perplexity, and make prompts for text metrics, if they are in `metrics`.
 
+    Args:
+        metrics: names of the requested metrics.
+        run: the opened RUN; its context_length limits rows and prompts.
+        rendered: the rows to score.
+        dataset: name of the data, for messages.
+        tokenizer: the run's tokenizer.
+        stop_ids: tokens that end an answer.
+
     Raises UserError if a text metric finds no row with a question and an answer.
     """
     length = run.config.context_length
@@ -199,7 +207,16 @@ def score_model(
     tokenizer,
     stop_ids: list[int],
 ) -> ModelScores:
-    """Compute the named metrics of one model; generates the answers if a text metric is among them."""
+    """Compute the named metrics of one model; generates the answers if a text metric is among them.
+
+    Args:
+        model: the loaded model, which computes on the device of its parameters.
+        metrics: names of the requested metrics.
+        inputs: from `prepare_inputs`, for the same metrics.
+        options: options of the command: batch size and longest answer.
+        tokenizer: decodes the answers.
+        stop_ids: tokens that end an answer.
+    """
     values: dict[str, float | None] = {}
     answers, truncated = [], 0
     rank_info = RankInfo(0, 1, 0, 1, next(model.parameters()).device)

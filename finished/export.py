@@ -187,7 +187,14 @@ def write_card(run: Run, options: Options, folder: Path, description: str, libra
 def write_adapter(run: Run, options: Options, folder: Path, small_files: dict[str, str]) -> None:
     """Write the adapter, its config and the tokenizer into `folder`.
 
-    adapter_config.json names the base of --base_model if that is given. small_files: as for `write_merged`.
+    adapter_config.json names the base of --base_model if that is given.
+
+    Args:
+        run: the opened RUN, which has an adapter.
+        options: options of the command.
+        folder: staging folder to write into.
+        small_files: as for `write_merged`.
+
     Raises UserError if the adapter's config is damaged or the disk has no room.
     """
     assert run.adapter is not None

@@ -218,6 +218,13 @@ def print_reply(
     """Print one model's streamed reply to a question and record it.
 
     Prints an error for an unusable question.
+
+    Args:
+        options: options of the command, for its sampling options.
+        models: the models that can answer.
+        model_name: the model that answers: BASE or a run's name.
+        conversation: the turns so far, to which the question and its answer are added.
+        question: the text that the user typed.
     """
     template = conversation.template
     try:

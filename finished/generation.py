@@ -181,7 +181,17 @@ class AnsweringModels:
     def __init__(
         self, runs: list[Run], base_model: str | None, device: torch.device, precision: str, compare: bool
     ):
-        """Load nothing yet. Raises UserError if the base must be loaded alone but is packed."""
+        """Load nothing yet.
+
+        Args:
+            runs: the opened runs; if there are several, each has an adapter of the same base.
+            base_model: --base_model; None = the base that the run's options name.
+            device: device that the models compute on.
+            precision: --precision; "auto" = as in training, as far as the device supports it.
+            compare: whether the base answers too.
+
+        Raises UserError if the base must be loaded alone but is packed.
+        """
         self.runs = {str(run.folder): run for run in runs}
         self.names = [BASE] * compare + list(self.runs)
         self.first_run, self.device, self.precision = runs[0], device, precision

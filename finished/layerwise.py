@@ -35,7 +35,13 @@ def trained_logits(
 ) -> torch.Tensor:
     """Compute the logits of the base, packed as in training, with its adapter.
 
-    adapter: as `read_adapter` returns it, or empty. ids: [B, T]. Returns [B, T, V] fp32 on the CPU.
+    Returns [B, T, V] fp32 on the CPU.
+
+    Args:
+        run: the opened RUN.
+        adapter: as `read_adapter` returns it; {} for a run without an adapter.
+        ids: [B, T] int64, padded on the right.
+        device: device to compute on.
     """
     model = build_on_meta(run.model_config, run.family)
     apply_method(model, run.family, run.config, FP32_PRECISION, run.files)
@@ -49,7 +55,15 @@ def plain_logits(
     ids: torch.Tensor,
     device: torch.device,
 ) -> torch.Tensor:
-    """Compute the logits of a model without packing or adapter, as `trained_logits` returns them."""
+    """Compute the logits of a model without packing or adapter, as `trained_logits` returns them.
+
+    Args:
+        config: the model's config.
+        family: its family.
+        files: its weights.
+        ids: [B, T] int64, padded on the right.
+        device: device to compute on.
+    """
     model = build_on_meta(config, family).to(torch.float32)  # type: ignore[arg-type]
     return _compute_logits(model, family, files, {}, ids, device)
 
