@@ -134,6 +134,12 @@ def count_cpus_per_rank(local_rank: int, rank: int, local_world: int, world: int
     """Return how many of the CPUs that this rank may run on are its fair share. Collective, over all ranks.
 
     They are divided by the number of ranks of the node that may run on any of them.
+
+    Args:
+        local_rank: this rank within its node.
+        rank: this rank among all ranks; the ranks of a node are consecutive.
+        local_world: number of ranks on the node.
+        world: number of all ranks.
     """
     own = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
     first = rank - local_rank
@@ -166,8 +172,15 @@ def read_env_int(name: str) -> int:
 def join_process_group(rank: int, world: int, local_rank: int, store: dist.Store | None = None) -> RankInfo:
     """Join the default process group, set this rank's device and threads, return its RankInfo. Collective.
 
-    The backend is NCCL for GPU tensors and gloo for host tensors. The ranks find one another through `store`,
-    or at MASTER_ADDR and MASTER_PORT if it is None. Raises UserError if LOCAL_RANK does not fit.
+    The backend is NCCL for GPU tensors and gloo for host tensors.
+
+    Args:
+        rank: this rank among all ranks.
+        world: number of all ranks.
+        local_rank: this rank within its node, which selects its GPU.
+        store: where the ranks find one another; None = at MASTER_ADDR and MASTER_PORT.
+
+    Raises UserError if LOCAL_RANK does not fit.
     """
     local_world = local_world_size(world)
     if rank % local_world != local_rank:
