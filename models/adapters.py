@@ -81,7 +81,14 @@ def peft_targets(family: Family, target_modules: str) -> list[str]:
 def check_quantization(
     model: PreTrainedModel, family: Family, config: Config, files: CheckpointFiles
 ) -> None:
-    """Raise UserError if the train type cannot pack the files' weights, or use those packed already."""
+    """Raise UserError if the train type cannot pack the files' weights, or use those packed already.
+
+    Args:
+        model: from `build_on_meta`, before `apply_method` changes it.
+        family: the model's family.
+        config: the run's options: train type, quantizer settings and --quantized_cache.
+        files: the model's weights, of which only names and dtypes are read.
+    """
     linears = dict(family.layer_linears(model))
     if getattr(model.config, "quantization_config", None) and not files.prequantized:
         # A trained model saved with such a config.json could not be computed by transformers.
@@ -145,6 +152,13 @@ def apply_method(
     """Cast, freeze and quantize a meta model in place, and add its adapters, as the train type says.
 
     Afterwards exactly the trained parameters have requires_grad, and all have the dtypes of `precision`.
+
+    Args:
+        model: from `build_on_meta`; changed in place.
+        family: the model's family.
+        config: the run's options: train type, quantizer and adapter settings.
+        precision: dtypes of frozen and trained weights, and of matmuls.
+        files: the model's weights; if they are packed already, each packed linear keeps its own quantizer.
     """
     method = config.method
     new = new_layers(model.config) if method.expansion else []

@@ -59,7 +59,11 @@ def summed_loss_class(model_class: type[PreTrainedModel]) -> type[PreTrainedMode
 def replace_head(model: nn.Module, name: str, scale: float, cap: float | None) -> None:
     """Replace the nn.Linear at the dotted path `name` by a Head with the same weight and bias parameters.
 
-    scale, cap: values of Family.logit_scale and Family.logit_cap.
+    Args:
+        model: the model, changed in place.
+        name: path of the head, such as lm_head.
+        scale: value of Family.logit_scale: the factor of the logits.
+        cap: value of Family.logit_cap: c of the logits c tanh(z / c); None = no cap.
     """
     linear = model.get_submodule(name)
     assert isinstance(linear, nn.Linear)

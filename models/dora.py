@@ -54,7 +54,10 @@ def without_norm_reuse() -> Iterator[None]:
 class DoRALinear(LoRALinear):
     """A frozen linear layer, dense or 4-bit, with a trained low-rank update and row magnitudes.
 
-    Arguments as for LoRALinear. The base's bias, if any, moves here, because it is not rescaled.
+    Args:
+        base: as for LoRALinear; its bias, if any, moves here, because it is not rescaled.
+        features, rank, alpha, dropout: as for LoRALinear.
+        dtype: of A, B and the magnitudes for the optimizer.
     """
 
     def __init__(

@@ -278,7 +278,17 @@ class _SummedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, rows, targets, target_positions, shard: VocabularyShard, softcap, compiled: bool):
-        """Return the loss, and save its gradients for backward. Collective if the head is sharded."""
+        """Return the loss, and save its gradients for backward. Collective if the head is sharded.
+
+        Args:
+            x: [N, H], in the compute dtype.
+            rows: [S, H], this rank's rows of the head's weight, on x's device and in its dtype.
+            targets: [N] int64, IGNORE for tokens that are not learned.
+            target_positions: [P], as for `Head.forward`; None: all.
+            shard: the ranks that hold the other rows of the head.
+            softcap: c of the logits c tanh(z / c); None without a cap.
+            compiled: whether to use the compiled KERNELS.
+        """
         needs_grad_x, needs_grad_rows = ctx.needs_input_grad[:2]
         assert not (needs_grad_rows and shard.n_ranks > 1), "a head that is trained is gathered"
         statistics, gradient, ctx.scale = KERNELS[compiled and len(rows) > 0]
