@@ -104,7 +104,12 @@ def plan_parameters(
 ) -> list[PlannedParameter]:
     """Return the parameters that the model must have once loaded, unsharded; a tied weight once.
 
-    model: from build_on_meta, before a method changes it; only the names of its linears are read.
+    Args:
+        model: from build_on_meta, before a method changes it; its parameters are not read.
+        family: the model's family.
+        config: the run's options: train type, quantizer and adapter settings.
+        precision: dtypes of frozen and trained weights.
+        files: shapes of the weights, and which of them are packed already.
     """
     method = config.method
     planned: list[PlannedParameter] = []
@@ -195,7 +200,11 @@ def expected_memory(
 ) -> ExpectedMemory:
     """Return the memory that this rank's weights should take by the files' shapes and the options.
 
-    Call it before the model is changed: see `plan_parameters`.
+    Args:
+        model, family: as for `plan_parameters`.
+        config: the run's options: those that `plan_parameters` reads, sharding and CPU offload.
+        precision, files: as for `plan_parameters`.
+        rank_info: this process.
     """
     planned = plan_parameters(model, family, config, precision, files)
     if rank_info.device.type == "cpu" or config.use_cpu_offload:
@@ -261,7 +270,13 @@ def run_sizes(
 ) -> RunSizes:
     """Return the sizes that determine the memory of a run with the options `config`; loads no weights.
 
-    tokens: tokens of the longest row.
+    Args:
+        model_config: the model's config.
+        family: the model's family.
+        config: the run's options, as for `plan_parameters`.
+        precision: dtypes of frozen and trained weights.
+        files: shapes of the weights, and which of them are packed already.
+        tokens: T, tokens of the longest sequence: a row or, with --packing, a pack.
     """
     model = build_on_meta(model_config, family)
     planned = plan_parameters(model, family, config, precision, files)

@@ -73,7 +73,14 @@ def describe_training(
 
 
 def describe_stop(reason: str, history: list[Metrics], total_steps: int, folder: Path) -> str:
-    """Return the line about a run that was asked to stop: why, at which step, and how to resume it."""
+    """Return the line about a run that was asked to stop: why, at which step, and how to resume it.
+
+    Args:
+        reason: a signal's name or an option, as in StopRequests.
+        history: all steps of the run; at least one.
+        total_steps: the steps that were planned.
+        folder: the RUN.
+    """
     step = f"step {history[-1].step} of {total_steps}"
     return f"stopped at {step} ({reason}); resume with: {resume_command(folder)}"
 

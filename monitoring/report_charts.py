@@ -244,7 +244,15 @@ def tick_label(value: float, step: float) -> str:
 def step_chart(
     title: str, unit: str, series: list[Series], steps: tuple[int, int], height: int = 150
 ) -> list[Chart]:
-    """Return [a chart of the curves over the steps steps[0] to steps[1]], or [] if no curve has a point."""
+    """Return [a chart of the curves over the steps steps[0] to steps[1]], or [] if no curve has a point.
+
+    Args:
+        title: heading of the chart.
+        unit: unit of the values, or a remark on them, to show beside the title; may be "".
+        series: the curves; those without a point are left out.
+        steps: the ends of the x axis, in optimizer steps.
+        height: pixels of the plot and its legend.
+    """
     series = [s for s in series if s.points]
     if not series:
         return []
@@ -260,6 +268,14 @@ def loss_charts(chart: Chart) -> list[Chart]:
 
 
 def histogram(title: str, unit: str, bar_width: int, counts: list[int], height: int = 150) -> Chart:
-    """Return a chart of bars: counts[i] of the values in (i * bar_width, (i + 1) * bar_width]."""
+    """Return a chart of bars: counts[i] of the values in (i * bar_width, (i + 1) * bar_width].
+
+    Args:
+        title: heading of the chart.
+        unit: what is counted, by which value, to show beside the title: "rows by tokens".
+        bar_width: width of a bar, in the unit of the values.
+        counts: number of values in each bar; the first bar begins at 0.
+        height: pixels of the plot.
+    """
     axes = step_axis(0, bar_width * len(counts)), value_axis([0, *counts])
     return Chart(title, unit, *axes, bars=counts, bar_width=bar_width, height=height)

@@ -115,7 +115,14 @@ class WandbTracker(Tracker):
     """A Tracker that also logs every step to Weights & Biases."""
 
     def __init__(self, folder: Path, total_steps: int, config: Config, run_id: str | None):
-        """Start a run at wandb, or continue the one with `run_id`."""
+        """Start a run at wandb, or continue the one with `run_id`.
+
+        Args:
+            folder: the RUN, which holds metrics.jsonl; wandb writes its own files there too.
+            total_steps: optimizer steps of the run, for the progress bar.
+            config: the run's options: wandb's project, name, group and entity, and all of them as its config.
+            run_id: wandb's id of the resumed run; None = a new run.
+        """
         super().__init__(folder, total_steps, quiet=False)
         import wandb
 
@@ -148,7 +155,13 @@ class WandbTracker(Tracker):
 def make_tracker(config: Config, rank: int, total_steps: int, state: dict) -> NoTracker:
     """Return what --log_to requests on rank 0, and a NoTracker on every other rank.
 
-    state: the `state_dict` of the resumed run's tracker, or {}. Steps in metrics.jsonl become the history.
+    Steps in metrics.jsonl become the history.
+
+    Args:
+        config: the run's options.
+        rank: this rank among all ranks.
+        total_steps: optimizer steps of the run, for the progress bar and the lines.
+        state: the `state_dict` of the resumed run's tracker; {} for a new run.
     """
     if rank:
         return NoTracker()
