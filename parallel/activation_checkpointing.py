@@ -88,7 +88,13 @@ class _CombinedContext(contextlib.ExitStack):
 
 
 def run_layer(layer: nn.Module, saved: SavedActivations, *args, **kwargs):
-    """Return layer(*args, **kwargs), run so that it saves only the `saved` activations for backward."""
+    """Return layer(*args, **kwargs), run so that it saves only the `saved` activations for backward.
+
+    Args:
+        layer: a decoder layer, or another module that CheckpointedModule wraps.
+        saved: what forward saves; backward recomputes the rest.
+        args, kwargs: the layer's own arguments.
+    """
     if saved is SavedActivations.ALL:
         return layer(*args, **kwargs)
     compiling = torch.compiler.is_compiling()

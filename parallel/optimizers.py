@@ -186,6 +186,12 @@ def make_optimizer(
 
     Other settings are torch's defaults. Vectors are norms, biases and DoRA magnitudes, which have nothing to
     gain from being small.
+
+    Args:
+        params: parameters of the model; those without requires_grad are left out.
+        name: a key of OPTIMIZERS.
+        lr: peak learning rate.
+        weight_decay: of parameters with two or more dimensions.
     """
     params = [p for p in params if p.requires_grad]
     groups = [
@@ -198,8 +204,14 @@ def make_optimizer(
 def lr_factor(step: int, total_steps: int, warmup_fraction: float, schedule: str) -> float:
     """Return the learning rate at an optimizer step (from 0), relative to the peak.
 
-    It rises linearly over the first round(warmup_fraction * total_steps) steps. Then, by `schedule`, it is
-    constant, falls linearly to 0, or falls by a half cosine to a tenth.
+    It rises linearly over the warm-up. Then, by `schedule`, it is constant, falls linearly to 0, or falls by
+    a half cosine to a tenth.
+
+    Args:
+        step: number of optimizer steps before this one.
+        total_steps: optimizer steps of the run.
+        warmup_fraction: from 0 to 1; the warm-up has round(warmup_fraction * total_steps) steps.
+        schedule: "constant", "linear" or "cosine".
     """
     warmup_steps = round(warmup_fraction * total_steps)
     if step < warmup_steps:
@@ -221,7 +233,13 @@ def make_schedule(
     schedule: str,
     steps_done: int = 0,
 ) -> torch.optim.lr_scheduler.LRScheduler:
-    """Return `lr_factor` as a torch scheduler. steps_done: optimizer steps that a resumed run has made."""
+    """Return `lr_factor` as a torch scheduler.
+
+    Args:
+        optimizer: its groups' `initial_lr` is the peak, or their `lr` if they have none yet.
+        total_steps, warmup_fraction, schedule: as for `lr_factor`.
+        steps_done: optimizer steps that a resumed run has made.
+    """
     for group in optimizer.param_groups:
         group.setdefault("initial_lr", group["lr"])
     return torch.optim.lr_scheduler.LambdaLR(
