@@ -68,7 +68,13 @@ class HQQ:
         return pack_bits(codes, self.n_bits), flat_bytes(scale, zero)
 
     def dequantize(self, codes, scales, table, shape, dtype, row_scale=None, out=None) -> torch.Tensor:
-        """Return the weight as `Quantizer` says, by the Triton kernel if it runs here, or in plain torch."""
+        """Return the weight as `Quantizer` says, by the Triton kernel if it runs here, or in plain torch.
+
+        Args:
+            codes, scales: uint8, 1-D, maybe with padding at the end; see the class for the layout.
+            table: not used.
+            shape, dtype, row_scale, out: as for `Quantizer.dequantize`.
+        """
         code_bytes, scale_bytes = self.packed_sizes(shape)
         codes, (scale, zero) = codes[:code_bytes], scales[:scale_bytes].view(torch.float16).chunk(2)
         if triton_runs_on(codes.device):

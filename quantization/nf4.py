@@ -66,7 +66,13 @@ class NF4:
         return flat_bytes(codes), flat_bytes(state.state2.absmax, state.offset.view(1), state.absmax)
 
     def dequantize(self, codes, scales, table, shape, dtype, row_scale=None, out=None) -> torch.Tensor:
-        """Return the weight as `Quantizer` says, by the Triton kernel if it supports it, or bitsandbytes."""
+        """Return the weight as `Quantizer` says, by the Triton kernel if it supports it, or bitsandbytes.
+
+        Args:
+            codes, scales: uint8, 1-D, maybe with padding at the end; see the class for the layout.
+            table: [256] fp32, the values of the 8-bit codes in doubly quantized scales.
+            shape, dtype, row_scale, out: as for `Quantizer.dequantize`.
+        """
         if self.double and math.prod(shape) % self.block == 0 and triton_runs_on(codes.device):
             from quantization.nf4_kernel import dequantize  # Triton comes with torch's CUDA builds only
 

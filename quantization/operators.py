@@ -51,7 +51,10 @@ def dequantize(
 ) -> Tensor:
     """Return the weight of packed (codes, scales, table), whose codes and scales are in float storage.
 
-    quantizer: its registered name; the others are as for `Quantizer.dequantize`.
+    Args:
+        packed: the codes, scales and table that `Quantizer.dequantize` takes; the first two viewed as floats.
+        quantizer: its registered name, from `register_quantizer`.
+        shape, dtype, row_scale, out: as for `Quantizer.dequantize`.
     """
     codes, scales, table = packed
     raw = codes.view(torch.uint8), scales.view(torch.uint8)
@@ -286,7 +289,13 @@ def _fake_project4bit(codes, scales, table, quantizer, shape, a):
     _fake_project4bit,
 )
 def project4bit(codes, scales, table, quantizer, shape, a):
-    """Return W a^T for a packed W: [O, R] from a [R, I], in its dtype. Without a gradient."""
+    """Return W a^T for a packed W: [O, R] in a's dtype. Without a gradient.
+
+    Args:
+        codes, scales, table, quantizer: the packed W and its format, as for `dequantize`.
+        shape: (O, I).
+        a: [R, I].
+    """
     return F.linear(dequantize((codes, scales, table), quantizer, shape, a.dtype), a)
 
 
