@@ -220,6 +220,12 @@ def check_rope(
     """Raise UserError if RoPE would compute rows otherwise beside, or after, one of the run's longer rows.
 
     Otherwise evaluation would change training, and a resumed run would differ.
+
+    Args:
+        config: the run's options, for messages and the number of tokens that a sample adds to its prompt.
+        model_config: the model's config.
+        rows: the training rows.
+        evaluation: the evaluation set and the prompts of samples.
     """
     if has_longrope_by_layer(model_config):
         raise UserError(
@@ -246,7 +252,15 @@ def find_cache(
 ) -> CachePlan | None:
     """Return the cache that is still to be written; or add an existing one to `files`, and return None.
 
-    The cache is that of --quantized_cache. Raises UserError if it cannot be used.
+    The cache is that of --quantized_cache.
+
+    Args:
+        model: from build_on_meta, before `apply_method` changes it.
+        family: the model's family.
+        config: the run's options, with --quantized_cache and an --output_dir.
+        files: the model's weights, not packed; packed weights of an existing cache are added.
+
+    Raises UserError if the cache cannot be used.
     """
     assert config.quantized_cache is not None and config.output_dir is not None
     names = [f"{name}.weight" for name in packed_linears(model, family, config)]
