@@ -38,7 +38,14 @@ COMPARED_METRICS = ("step", "epoch", "loss", "lr", "grad_norm", "tokens", "train
 
 
 def run_rank_process(rank: int, port: int, argv: list[str], log: str) -> None:
-    """Run train.py as one rank in this process, append its output to the file `log`, and exit."""
+    """Run train.py as one rank in this process, append its output to the file `log`, and exit.
+
+    Args:
+        rank: this rank, of WORLD_SIZE on this machine.
+        port: MASTER_PORT, where the ranks meet.
+        argv: options of train.py.
+        log: path of the file that gets stdout and stderr of all ranks.
+    """
     import train  # preloaded by the fork server
 
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
