@@ -129,6 +129,15 @@ def train(
     """Run the training loop. Return the metrics of every step, on rank 0 with those before a resume.
 
     Collective. Saves checkpoints and the best step's weights, but not the result.
+
+    Args:
+        job: the checked run.
+        model: the model, from `set_up`.
+        rank_info: this process.
+        sampler: deals the training rows to this rank.
+        tracker: a NoTracker or Tracker, which logs the metrics; its history has the steps before a resume.
+        profiler: measures the memory of each phase.
+        stopping: why and when the run is asked to stop or to save.
     """
     config, precision, total_steps = job.config, job.precision, job.total_steps(sampler)
     save_best_to = partial(save_best, job, model)
@@ -206,7 +215,13 @@ def run_rank(rank_info: RankInfo, job: Job) -> None:
 def run_profiled(rank_info: RankInfo, job: Job, profiler: Profiler, lock: FolderLock) -> None:
     """Load, train, and save the result, on one rank; the profiler records it. Collective.
 
-    lock: The RUN's, still to be acquired. Raises UserError if the result cannot be written, or there is none.
+    Args:
+        rank_info: this process.
+        job: the checked run.
+        profiler: measures the memory of each phase, and writes the profiles that were requested.
+        lock: the RUN's lock, still to be acquired.
+
+    Raises UserError if the result cannot be written, or there is none.
     """
     config, began = job.config, time.perf_counter()
     if config.deterministic:

@@ -81,8 +81,13 @@ def make_mesh(device_type: str, world: int, strategy: str, group_size: int) -> D
     """Return the device mesh of a --sharding_strategy.
 
     1-D [ranks] if all ranks share one copy; otherwise 2-D [copies, ranks of a copy]: gradients are summed
-    over the first dimension and scattered over the second. group_size: ranks of a copy, for the hybrid
-    strategies.
+    over the first dimension and scattered over the second.
+
+    Args:
+        device_type: "cuda" or "cpu".
+        world: number of ranks.
+        strategy: a key of STRATEGIES.
+        group_size: ranks of a copy, a divisor of `world`; only the hybrid strategies use it.
     """
     size = STRATEGIES[strategy].ranks_per_copy(world, group_size)
     assert world % size == 0
