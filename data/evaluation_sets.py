@@ -194,7 +194,7 @@ def _split_rows(rendered: list[Rendered], share: float, seed: int) -> tuple[list
 def make_row_prompt(
     rendered: Rendered, tokenizer, context_length: int, stop_ids: Collection[int] = ()
 ) -> Prompt | None:
-    """Return the prompt of an example, which is the text before its last answer; None if it has no answer.
+    """Return the prompt of an example, the text before its last answer; None if it has no answer or no token.
 
     A plain text, all of which is learned, has no question: its first words are the prompt, without an answer.
     The answer is the text of its learned tokens, decoded like a generated answer.

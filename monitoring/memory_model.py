@@ -6,7 +6,7 @@ number of ranks. The arithmetic does not look at the parameters of the loaded mo
 error in making or loading them: a weight that is not sharded, not packed, or of another dtype shows as a
 difference.
 
-T tokens of the longest row.
+T tokens of the longest sequence.
 """
 
 from __future__ import annotations
