@@ -25,7 +25,7 @@ PRECISIONS = FIELDS["precision"].metadata["choices"]
 
 
 def _parse_names(option_name: str, known: Iterable[str], text: str) -> tuple[str, ...]:
-    """Parse comma-separated names. Raises UserError if one is not in `known`, or is there twice."""
+    """Parse comma-separated names. Raises UserError if one is not in `known`, or is repeated."""
     names = tuple(text.split(","))
     for i, value in enumerate(names):
         if value not in known:

@@ -70,12 +70,12 @@ class System:
         return [python, *launcher, str(PEERS / self.script)]
 
 
-def _torchrun(processes: int) -> list[str]:
+def _torchrun_arguments(processes: int) -> list[str]:
     return ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
 
 
-def _accelerate(processes: int) -> list[str]:
-    """Return the interpreter's arguments that start a script in several processes under FSDP 1."""
+def _accelerate_arguments(processes: int) -> list[str]:
+    """Return the arguments of Python that run a script by `accelerate launch`, in bf16 with FSDP 1."""
     options = {
         "num_processes": processes,
         "num_machines": 1,
@@ -94,7 +94,7 @@ def _accelerate(processes: int) -> list[str]:
     ]
 
 
-LAUNCHERS = {"": lambda processes: [], "torchrun": _torchrun, "accelerate": _accelerate}
+LAUNCHERS = {"": lambda processes: [], "torchrun": _torchrun_arguments, "accelerate": _accelerate_arguments}
 
 OURS = "ours"
 SYSTEMS = {

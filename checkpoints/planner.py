@@ -178,7 +178,7 @@ class CheckpointPlanner(SavePlanner):
         return assignments, entries
 
     def finish_plan(self, new_plan: SavePlan) -> SavePlan:
-        """Return the plan with the WriteItems of the chunks that this rank writes."""
+        """Return the plan with only those WriteItems whose chunks this rank writes, not another one."""
         skipped = new_plan.planner_data.written_elsewhere
         items = [item for index, item in enumerate(self.items.values()) if index not in skipped]
         return dataclasses.replace(new_plan, items=items)

@@ -40,7 +40,7 @@ def glob_data_files(folder: str, pattern: str) -> list[str]:
     parts = [part for part in pattern.split("/") if part not in ("", ".")]
 
     def matched(path: str) -> set[int]:
-        return _count_matched_parts(parts, os.path.relpath(path, folder).split(os.sep))
+        return _find_matching_lengths(parts, os.path.relpath(path, folder).split(os.sep))
 
     def should_enter(path: str) -> bool:
         return min(matched(path), default=len(parts)) < len(parts) and not _links_to_ancestor(path, folder)
@@ -111,8 +111,8 @@ def _links_to_ancestor(path: str, folder: str) -> bool:
     return True
 
 
-def _count_matched_parts(parts: list[str], names: list[str]) -> set[int]:
-    """Return each k for which the first k parts of a pattern match all names of a path: several with `**`."""
+def _find_matching_lengths(parts: list[str], names: list[str]) -> set[int]:
+    """Return every k such that the first k parts of a pattern match a whole path; `**` can give several."""
     matched = _skip_double_stars(parts, {0})
     for name in names:
         fitting = [i for i in matched if i < len(parts) and _name_matches(name, parts[i])]

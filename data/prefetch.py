@@ -13,7 +13,7 @@ from launch.devices import set_current_device
 
 
 def prefetch_steps(steps: Iterator[Step], thread_device: torch.device, pin: bool) -> Iterator[Step]:
-    """Yield the steps, still on the CPU; a thread makes (and pins) each while the one before it is in use.
+    """Yield the steps, on the CPU. A thread makes each, and pins it, while the one before it is in use.
 
     Args:
         thread_device: the thread's current device; nothing is copied there.

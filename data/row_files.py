@@ -234,7 +234,7 @@ def drop_schema_nulls(row: dict) -> dict:
 
 
 def _drop_nulls(value: Any) -> Any:
-    """Return a value without the nulls in its objects, at every depth; maps as objects."""
+    """Return a value without null fields in its objects, at every depth. Maps of pyarrow become objects."""
     if isinstance(value, dict):
         return {key: _drop_nulls(part) for key, part in value.items() if part is not None}
     if not isinstance(value, list):

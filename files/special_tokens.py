@@ -50,8 +50,8 @@ def read_optional_json(path: Path) -> dict:
     return read_json(path, MAX_TOKENIZER_BYTES) if path.is_file() else {}
 
 
-def remarks_on_special_tokens(folder: Path, json_tokenizer: Tokenizer | None, tokenizer) -> list[str]:
-    """Return remarks on special and added tokens that transformers' class adds to those of the files.
+def check_special_tokens(folder: Path, json_tokenizer: Tokenizer | None, tokenizer) -> list[str]:
+    """Return remarks on added tokens that the tokenizer has and its files lack; UserError for such an EOS.
 
     They cover a BOS that no file names, tokens that tokenizer.json lacks, and tokens whose id is in no file.
 

@@ -20,7 +20,7 @@ from files.names import (
     TOKENIZER_JSON,
     VOCABULARY,
 )
-from files.special_tokens import check_eos, read_optional_json, remarks_on_special_tokens
+from files.special_tokens import check_eos, check_special_tokens, read_optional_json
 from options.errors import UserError, describe
 from options.limits import MAX_TOKENIZER_BYTES, check_size
 
@@ -156,7 +156,7 @@ def compare_with_files(folder: Path, tokenizer) -> TokenizerDifferences:
             f" Training uses transformers'; saved and exported models get a matching {TOKENIZER_JSON}"
         )
         differences.files[TOKENIZER_JSON] = tokenizer.backend_tokenizer.to_str(pretty=True)
-    differences.remarks += remarks_on_special_tokens(folder, json_tokenizer, tokenizer)
+    differences.remarks += check_special_tokens(folder, json_tokenizer, tokenizer)
     _compare_flags(folder / TOKENIZER_CONFIG, tokenizer, differences)
     return differences
 

@@ -136,7 +136,7 @@ def packed_linears(model: PreTrainedModel, family: Family, config: Config) -> li
 
 
 def choose_quantizers(names: list[str], config: Config, files: CheckpointFiles) -> dict[str, Quantizer]:
-    """Return {linear's name: its quantizer}, for the given names; linears without an entry stay dense.
+    """Return {linear's name: its quantizer}, for the given names; linears without an entry stay unquantized.
 
     All get the train type's quantizer. In a checkpoint that is packed already, each packed one gets its own.
     """

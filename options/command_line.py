@@ -127,7 +127,9 @@ class Command:
                 raise UserError(f"--{name} {value}: must be below 2**31")
 
     def _convert(self, name: str, value: Value, origin: str):
-        """Return a value in the option's type. Raises UserError if it does not fit or is no choice.
+        """Return a value in the option's type, or a list of such values if the option may be repeated.
+
+        Raises UserError if the value does not fit the type or is not one of the choices.
 
         Args:
             name: the option.

@@ -216,7 +216,7 @@ def _try_copies(group: dist.ProcessGroup) -> tuple[CopiedAllGather, CopiedReduce
     # Multicast is not used here, and what its failure leaves behind can stop the other GPUs of a machine.
     os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
     trial = Trial(group)
-    stages = trial.list_gpus, trial.check_peer_access, trial.allocate, trial.map, trial.exchange
+    stages = trial.list_gpus, trial.check_peer_access, trial.allocate, trial.map, trial.matches_nccl
     # After each stage the ranks compare, so that none waits in a collective for a rank that failed alone.
     # Only torch's own collective within `map` is not covered.
     return trial.copies if all(_on_all_ranks(_succeeds(stage), group) for stage in stages) else None
@@ -273,7 +273,7 @@ class Trial:
         )
 
     def allocate(self) -> bool:
-        """Allocate two buffers and the tensors of `exchange`. Always True, as a stage's result."""
+        """Allocate two buffers and the tensors of `matches_nccl`. Always True, as a stage's result."""
         world = self.group.size()
         for buffers in self.gathered, self.summed:
             buffers.add(TRIAL_ELEMENTS * world * torch.float32.itemsize, self.device)
@@ -291,8 +291,8 @@ class Trial:
             buffers.all[0].map(self.group)
         return True
 
-    def exchange(self) -> bool:
-        """Return whether both collectives give NCCL's results. Collective. UserError if no data arrives.
+    def matches_nccl(self) -> bool:
+        """Return whether both collectives give this rank NCCL's results. Collective; UserError if none arrive.
 
         On some machines GPUs read wrong values from each other.
         """

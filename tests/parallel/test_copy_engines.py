@@ -257,19 +257,19 @@ def forbidden(trial) -> bool:
     raise RuntimeError("by a container")
 
 
-REACH, EXCHANGE = Trial.check_peer_access, Trial.exchange
+REACH, EXCHANGE = Trial.check_peer_access, Trial.matches_nccl
 
 
 @pytest.mark.two_gpus
 @pytest.mark.parametrize(
     ("stage", "replacement"),
-    [("check_peer_access", without_access), ("allocate", forbidden), ("exchange", misread)],
+    [("check_peer_access", without_access), ("allocate", forbidden), ("matches_nccl", misread)],
 )
 def test_if_one_rank_fails_all_use_nccl(stage, replacement, two_ranks):
     assert two_ranks(try_with, stage, replacement) == [False, False]
 
 
-STAGES = "list_gpus", "check_peer_access", "allocate", "map", "exchange"
+STAGES = "list_gpus", "check_peer_access", "allocate", "map", "matches_nccl"
 
 
 def entered_stages(rank_info, failing: str, how: str) -> tuple[list[str], bool]:
