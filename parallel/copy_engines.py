@@ -292,9 +292,9 @@ class Trial:
         return True
 
     def matches_nccl(self) -> bool:
-        """Return whether both collectives give this rank NCCL's results. Collective; UserError if none arrive.
+        """Return whether both collectives give this rank NCCL's results. Collective. Raises UserError.
 
-        On some machines GPUs read wrong values from each other.
+        On some machines GPUs read wrong values from each other; on some, nothing arrives: UserError.
         """
         start, (gather, scatter) = self.group.rank() * TRIAL_ELEMENTS, self.copies
         own_part = slice(start, start + TRIAL_ELEMENTS)
