@@ -1,15 +1,17 @@
-"""Choose the attention of a training run, and register the two kinds that need no mask.
+"""Choose the attention of a training run, and register three kinds with transformers.
 
-`attend_causally`: PyTorch's causal attention, for sequences that hold one row each. `attend_within_rows`:
+`attend_fused`: PyTorch's scaled_dot_product_attention with transformers' masks, by a fused kernel on any GPU.
+`attend_causally`: the same without masks, for sequences that hold one row each. `attend_within_rows`:
 PyTorch's variable-length kernel, which computes no scores between packed rows, and none beyond a sliding
 window.
 
-All other cases use the family's own attention with transformers' masks: packed rows or a sliding window on a
-GPU before Ampere, on a CPU or in fp32; a cap on scores; dropout of scores. The masks are [B, 1, T, T]
-booleans, made once per micro-batch and kind of layer, and shared by the layers. To decide whether a mask must
-separate rows, transformers looks for positions that start again (masking_utils.find_packed_sequence_indices,
-packed rows or not): the host waits for the GPU once per kind, before the first layer. transformers skips this
-for an implementation that has no mask function, such as the two here.
+All other cases use the family's own attention, `attend_fused` in most, with transformers' masks: packed rows
+or a sliding window on a GPU before Ampere, on a CPU or in fp32; a cap on scores; dropout of scores. The masks
+are [B, 1, T, T] booleans, made once per micro-batch and kind of layer, and shared by the layers. To decide
+whether a mask must separate rows, transformers looks for positions that start again
+(masking_utils.find_packed_sequence_indices, packed rows or not): the host waits for the GPU once per kind,
+before the first layer. transformers skips this for an implementation that has no mask function, such as the
+last two here.
 
 Shapes: B sequences of a batch, T tokens of a sequence, H query heads, K key and value heads, D features of a
 head, N rows.
@@ -18,23 +20,31 @@ head, N rows.
 from __future__ import annotations
 
 import inspect
+from functools import cache
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.attention.varlen import varlen_attn
-from transformers import AttentionInterface, PretrainedConfig
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from torch.backends.cuda import SDPAParams, can_use_cudnn_attention, can_use_flash_attention
+from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
-from models.family import Family
+from models.family import FUSED, Family
 
-# Our names in transformers' registry.
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # torch 2.9
+    varlen_attn = None  # type: ignore[assignment]
+
+# Our names in transformers' registry, beside FUSED.
 CAUSAL, VARLEN = "causal_lines", "varlen_rows"
+_VARLEN_PARAMETERS = () if varlen_attn is None else tuple(inspect.signature(varlen_attn).parameters)
 # Newer versions of torch need this for fewer key and value heads than query heads; versions up to 2.11 have
 # no flag.
-_VARLEN_OPTIONS: dict[str, Any] = (
-    {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
-)
+_VARLEN_OPTIONS: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in _VARLEN_PARAMETERS else {}
+# What transformers' attention reads of a module whose keys and values have as many heads as its queries.
+_UNGROUPED = nn.Module()
 
 
 def choose_attention(
@@ -49,7 +59,7 @@ def choose_attention(
         packing: whether a sequence may hold several rows.
         max_sequence_length: most tokens of a sequence in training.
     """
-    if family.attention != "sdpa":
+    if family.attention != FUSED:
         return family.attention
     window = getattr(config, "sliding_window", None)
     if not packing and (window is None or max_sequence_length <= window):
@@ -65,9 +75,80 @@ def choose_attention(
 
 
 def has_varlen() -> bool:
-    """Return whether PyTorch's variable-length attention runs on this process's GPU: Ampere or newer."""
+    """Return whether PyTorch's variable-length attention runs on this process's GPU: Ampere or newer.
+
+    It takes a scale and a window from torch 2.11 on.
+    """
+    if not {"scale", "window_size"} <= set(_VARLEN_PARAMETERS):
+        return False
     built = torch.cuda.is_available() and torch.backends.cuda.is_flash_attention_available()
     return built and torch.cuda.get_device_capability() >= (8, 0)
+
+
+@cache
+def takes_grouped_heads(device_type: str, dtype: torch.dtype, features: int) -> bool:
+    """Return whether a fused kernel of PyTorch takes fewer key and value heads than query heads.
+
+    On a GPU the memory-efficient kernel does not. It is the only fused one before Ampere, and in fp32.
+
+    Args:
+        device_type: "cuda" for this process's GPU, or another type, whose kernels are not asked.
+        dtype: of queries, keys and values.
+        features: of a head.
+    """
+    if device_type != "cuda":
+        return True
+    query, key = (torch.empty(1, heads, 16, features, dtype=dtype, device="cuda") for heads in (2, 1))
+    params = SDPAParams(query, key, key, None, 0.0, True, True)  # no mask, no dropout, causal, grouped
+    return can_use_flash_attention(params) or can_use_cudnn_attention(params)
+
+
+@torch.compiler.assume_constant_result
+def _takes_grouped_heads(device_type: str, dtype: torch.dtype, features: int) -> bool:
+    """Call `takes_grouped_heads`, which the compiler cannot trace, while it compiles a layer."""
+    return takes_grouped_heads(device_type, dtype, features)
+
+
+def attend_fused(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **others,
+) -> tuple[torch.Tensor, None]:
+    """Return (attention, None): transformers' "sdpa", without scores of all tokens in memory.
+
+    Where no fused kernel takes grouped heads, keys and values are expanded to the number of query heads.
+    PyTorch's choice there is a kernel that writes the scores of all tokens, [B, H, T, T]. transformers itself
+    expands them where there is a mask.
+
+    Args:
+        module: the attention module, for its number of query heads per key head.
+        query: [B, H, T, D].
+        key, value: [B, K, S, D], of S tokens.
+        attention_mask: of transformers; None = causal, and T = S or T = 1.
+        others: further arguments of transformers' implementation.
+
+    Returns:
+        (result [B, T, H, D], None).
+    """
+    batch, heads, length, features = query.shape
+    groups = heads // key.shape[1]
+    fits = groups == 1 or attention_mask is not None
+    if fits or _takes_grouped_heads(query.device.type, value.dtype, features):
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **others)
+    # Under autocast, fp32 rotary tables make queries and keys fp32; values have the linears' dtype.
+    key = key.to(value.dtype)
+    if length > 1:
+        key, value = repeat_kv(key, groups), repeat_kv(value, groups)
+        return sdpa_attention_forward(_UNGROUPED, query, key, value, None, **others)
+    # One token asks, so the queries of a group can stand for as many tokens, and nothing is expanded.
+    queries = query.reshape(batch, heads // groups, groups, features)
+    result, _ = sdpa_attention_forward(
+        _UNGROUPED, queries, key, value, None, **{**others, "is_causal": False}
+    )
+    return result.transpose(1, 2).reshape(batch, 1, heads, features), None
 
 
 def attend_causally(
@@ -98,7 +179,7 @@ def attend_causally(
         positions = torch.arange(length, device=query.device)
         age = positions[:, None] - positions
         attention_mask = ((age >= 0) & (age < sliding_window))[None, None]
-    return sdpa_attention_forward(module, query, key, value, attention_mask, **others)
+    return attend_fused(module, query, key, value, attention_mask, **others)
 
 
 def attend_within_rows(
@@ -149,5 +230,7 @@ def attend_within_rows(
     return result.view(batch, length, heads, features), None  # type: ignore[union-attr] # a tensor: no aux
 
 
+AttentionInterface.register(FUSED, attend_fused)
+AttentionMaskInterface.register(FUSED, sdpa_mask)
 AttentionInterface.register(CAUSAL, attend_causally)
 AttentionInterface.register(VARLEN, attend_within_rows)

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+FUSED = "fused_sdpa"  # attend_fused of models/attention.py, in transformers' registry
 ROTARY_TABLE = ".rotary_emb.inv_freq"  # end of a tensor's name in old Llama files
 ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 GATED_MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
@@ -59,7 +60,7 @@ class Family:
     sublayers: tuple[str, ...] = ("self_attn", "mlp")
     outputs: tuple[str, ...] = ("self_attn.o_proj", "mlp.down_proj")
     identity_init: tuple[tuple[str, float], ...] = ()
-    attention: str = "sdpa"
+    attention: str = FUSED
     select_linears: Callable[[nn.Module], tuple[str, ...]] | None = None
     match_checkpoint: Callable[[PreTrainedModel], None] = lambda model: None
     constant_buffers: Callable[[Any], dict[str, torch.Tensor]] = lambda config: {}

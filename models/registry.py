@@ -13,6 +13,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
+import models.attention  # noqa: F401 # registers the names that families give their attention
 from files.model_folder import CheckpointFiles
 from files.names import CONFIG
 from models import gemma2, gemma3, llama, mistral, phi3, qwen2, qwen3, qwen3_moe

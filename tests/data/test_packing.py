@@ -15,6 +15,7 @@ from data.packing import PackSampler, make_sampler, pack_best_fit
 from data.rows import IGNORE, TokenizedRows
 from models import attention
 from models.attention import CAUSAL, VARLEN
+from models.family import FUSED
 from models.longrope import make_rotary
 from models.registry import FAMILIES
 from monitoring.messages import describe_data
@@ -168,7 +169,7 @@ def learn_all_ways(rank_info, args) -> dict[str, tuple[float, dict]]:
         "packed": loss_and_gradients(model, packed),
         "leaking": loss_and_gradients(model, Batch(packed.ids, packed.targets)),
     }
-    if own == "sdpa":
+    if own == FUSED:
         model.set_attn_implementation(CAUSAL)
         found["padded, causal"] = loss_and_gradients(model, padded)
         attention.varlen_attn = reference_attention

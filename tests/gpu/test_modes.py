@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import json
 import signal
-import sys
 import time
 from pathlib import Path
-from unittest import mock
 
 import pytest
 import torch
@@ -18,10 +16,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
+from benchmarks.turing import as_turing_gpu
 from data.batches import Step
 from files import tensors as tensor_files
 from files.tensors import PinnedBuffers, list_tensors, read_tensor
-from launch.devices import triton_runs_on
 from models.loss import look_up_rows
 from monitoring.metrics import Meter
 from options.methods import HQQ_BITS
@@ -282,15 +280,9 @@ def follows(expected: tuple, got: tuple) -> None:
 
 
 def run_on_a_t4(rank_info, args: list) -> tuple:
-    """Run `train_run` on a GPU that reports to be a T4; importing a Triton kernel fails."""
-    kernels = dict.fromkeys(["quantization.nf4_kernel", "quantization.hqq_kernel", "models.gather_kernel"])
-    turing = mock.patch.object(torch.cuda, "get_device_capability", return_value=(7, 5))
-    triton_runs_on.cache_clear()
-    try:
-        with turing, mock.patch.dict(sys.modules, kernels):
-            return train_run(rank_info, args)
-    finally:
-        triton_runs_on.cache_clear()
+    """Run `train_run` on a GPU that looks like a T4."""
+    with as_turing_gpu():
+        return train_run(rank_info, args)
 
 
 @pytest.mark.gpu

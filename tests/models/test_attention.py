@@ -5,6 +5,7 @@ Its results are tested in tests/data/test_packing.py and tests/gpu/test_packing.
 
 from __future__ import annotations
 
+import math
 import traceback
 
 import pytest
@@ -12,8 +13,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from models import attention
-from models.attention import CAUSAL, VARLEN, choose_attention
+from models.attention import CAUSAL, VARLEN, attend_fused, choose_attention
 from models.causal_lm import loss_sum
+from models.family import FUSED
 from models.registry import FAMILIES, read_config
 from tests.helpers.packing import padded_batch
 from tests.helpers.parity import arguments
@@ -34,15 +36,15 @@ def chosen_attention(
 
 
 def test_attention_of_packed_rows(checkpoints, monkeypatch):
-    assert chosen_attention(checkpoints("llama")) == "sdpa"  # without a GPU; has_varlen is patched below
+    assert chosen_attention(checkpoints("llama")) == FUSED  # without a GPU; has_varlen is patched below
     monkeypatch.setattr(attention, "has_varlen", lambda: True)
     names = {kind: chosen_attention(checkpoints(kind)) for kind in CONFIGS}
     assert names == dict.fromkeys(CONFIGS, VARLEN) | {"gemma2": "eager"}
     llama = checkpoints("llama")
     assert chosen_attention(llama, torch.float16) == VARLEN
-    assert chosen_attention(llama, torch.float32) == "sdpa"
-    assert chosen_attention(llama, attention_dropout=0.1) == "sdpa"
-    sizes = {256: VARLEN, 192: VARLEN, 200: "sdpa", 320: "sdpa", 20: "sdpa"}
+    assert chosen_attention(llama, torch.float32) == FUSED
+    assert chosen_attention(llama, attention_dropout=0.1) == FUSED
+    sizes = {256: VARLEN, 192: VARLEN, 200: FUSED, 320: FUSED, 20: FUSED}
     assert {size: chosen_attention(checkpoints("qwen3"), head_dim=size) for size in sizes} == sizes
 
 
@@ -51,7 +53,7 @@ def test_attention_of_single_rows(has_varlen, checkpoints, monkeypatch):
     """mistral and gemma3 have windows of 16 tokens."""
     monkeypatch.setattr(attention, "has_varlen", lambda: has_varlen)
     names = {kind: chosen_attention(checkpoints(kind), packing=False) for kind in CONFIGS}
-    beyond = VARLEN if has_varlen else "sdpa"
+    beyond = VARLEN if has_varlen else FUSED
     windows = {"mistral": beyond, "gemma3": beyond, "gemma2": "eager"}
     assert names == dict.fromkeys(CONFIGS, CAUSAL) | windows
     mistral = checkpoints("mistral")
@@ -62,13 +64,16 @@ def test_attention_of_single_rows(has_varlen, checkpoints, monkeypatch):
     )
 
 
-@pytest.mark.parametrize(
-    "capability, built, has", [((8, 0), True, True), ((7, 5), True, False), ((9, 0), False, False)]
-)
-def test_gpus_that_run_varlen(capability, built, has, monkeypatch):
+@pytest.mark.parametrize("capability, built, parameters, has", [
+    ((8, 0), True, ("scale", "window_size"), True), ((7, 5), True, ("scale", "window_size"), False),
+    ((9, 0), False, ("scale", "window_size"), False),
+    ((9, 0), True, ("scale",), False), ((9, 0), True, (), False),  # torch 2.10, 2.9
+])  # fmt: skip
+def test_gpus_that_run_varlen(capability, built, parameters, has, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: built)
+    monkeypatch.setattr(attention, "_VARLEN_PARAMETERS", parameters)
     assert attention.has_varlen() == has
 
 
@@ -96,6 +101,34 @@ def test_varlen_attention_compiles_without_a_graph_break(packed):
         result.sum().backward()
         assert result.shape == (2, length, 4, 16) and k.grad.shape == k.shape
     assert len(compiled) == (1 if packed else 2)
+
+
+@pytest.mark.parametrize("length", [64, 1])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_grouped_heads_without_a_kernel_for_them(compiled, length, monkeypatch):
+    """Result and gradients against the definition, for whole rows and for one token after them (a cache)."""
+    asked = []
+
+    def takes_none(*arguments) -> bool:
+        asked.append(arguments)
+        return False
+
+    monkeypatch.setattr(attention, "takes_grouped_heads", takes_none)
+    torch.compiler.reset()
+    attend = torch.compile(attend_fused, backend="eager", fullgraph=True) if compiled else attend_fused
+    sizes = ((6, length), (2, 64), (2, 64))  # heads, tokens
+    q, k, v = inputs = [torch.randn(2, *size, 16, dtype=torch.float64).requires_grad_() for size in sizes]
+    module = torch.nn.Module()
+    module.num_key_value_groups = 3
+    got, _ = attend(module, *inputs, None, scaling=0.3)
+    scores = torch.einsum("bkgtd,bksd->bkgts", q.unflatten(1, (2, 3)), k) * 0.3
+    scores += torch.full((length, 64), -math.inf).triu(65 - length)
+    expected = torch.einsum("bkgts,bksd->bkgtd", scores.softmax(-1), v).flatten(1, 2).transpose(1, 2)
+    assert asked == [("cpu", torch.float64, 16)]
+    torch.testing.assert_close(got, expected)
+    upstream = torch.randn_like(got)
+    mine, theirs = (torch.autograd.grad(x, inputs, upstream) for x in (got, expected))
+    torch.testing.assert_close(mine, theirs)
 
 
 class SyncRecorder(TorchDispatchMode):
