@@ -3,7 +3,7 @@
     python -m benchmarks.make_checkpoint /tmp/8b 8b
     python -m benchmarks.turing --model_name /tmp/8b --dataset dummy --train_type bnb_dora ...
 
-Each rank gets 15 GiB of its GPU. Without GPUs the ranks run as usual.
+Each rank gets 15 GiB of its GPU.
 """
 
 from __future__ import annotations
@@ -33,8 +33,11 @@ def as_turing_gpu() -> Iterator[None]:
     """Let this process's GPUs be as Turing's (T4): no bf16, no Triton, only memory-efficient attention.
 
     The math kernel of PyTorch's attention, which any GPU has, is forbidden: it holds the scores of all
-    tokens. An operation that needs it, or a Triton kernel, raises an error.
+    tokens. An operation that needs it, or a Triton kernel, raises an error. Without GPUs nothing changes.
     """
+    if not torch.cuda.is_available():
+        yield
+        return
     faked = {"get_device_capability": (7, 5), "is_bf16_supported": False}
     with contextlib.ExitStack() as stack:
         for name, result in faked.items():
