@@ -75,14 +75,14 @@ def choose_attention(
 
 
 def has_varlen() -> bool:
-    """Return whether PyTorch's variable-length attention runs on this process's GPU: Ampere or newer.
-
-    It takes a scale and a window from torch 2.11 on.
-    """
-    if not {"scale", "window_size"} <= set(_VARLEN_PARAMETERS):
-        return False
+    """Return whether PyTorch's variable-length attention can be used: from Ampere and torch 2.11 on."""
     built = torch.cuda.is_available() and torch.backends.cuda.is_flash_attention_available()
-    return built and torch.cuda.get_device_capability() >= (8, 0)
+    return built and varlen_takes_window() and torch.cuda.get_device_capability() >= (8, 0)
+
+
+def varlen_takes_window() -> bool:
+    """Return whether PyTorch's variable-length attention takes a scale and a window: from torch 2.11 on."""
+    return {"scale", "window_size"} <= set(_VARLEN_PARAMETERS)
 
 
 @cache

@@ -46,7 +46,8 @@ def padded_batch() -> Batch:
 
 def reference_attention(q, k, v, cu_q, cu_k, max_q, max_k, **options):
     """Compute torch's varlen attention [tokens, heads, features] by row. Tokens outside of rows are NaN."""
-    inspect.signature(KERNEL).bind(q, k, v, cu_q, cu_k, max_q, max_k, **options)
+    if attention.varlen_takes_window():
+        inspect.signature(KERNEL).bind(q, k, v, cu_q, cu_k, max_q, max_k, **options)
     assert torch.equal(cu_q, cu_k) and cu_q.dtype == torch.int32 and max_q == max_k
     before, after = options["window_size"]
     assert after == 0

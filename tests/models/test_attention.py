@@ -77,6 +77,7 @@ def test_gpus_that_run_varlen(capability, built, parameters, has, monkeypatch):
     assert attention.has_varlen() == has
 
 
+@pytest.mark.skipif(not attention.varlen_takes_window(), reason="needs torch 2.11")
 @pytest.mark.parametrize("packed", [True, False])
 def test_varlen_attention_compiles_without_a_graph_break(packed):
     """Other bounds never cause a recompilation; the first other line length, with a row per line, causes one.
@@ -140,8 +141,8 @@ class SyncRecorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func in (ops._local_scalar_dense.default, ops.nonzero.default, ops.equal.default):
-            frames = traceback.extract_stack()[:-2]
-            self.syncs.append([f"{f.filename}:{f.lineno} {f.name}" for f in frames[-6:]])
+            frames = traceback.extract_stack()[-8:]
+            self.syncs.append([f"{f.filename}:{f.lineno} {f.name}" for f in frames])
         return func(*args, **(kwargs or {}))
 
 
