@@ -1,0 +1,323 @@
+"""A session on Kaggle or Colab: its machine, packages, token, and the commands that cells run.
+
+The cells of kaggle_2xT4.ipynb and colab.ipynb call this module and run_folders.py, so that no logic is hidden
+in a notebook's JSON. They insert this folder into sys.path, and then `import session`. Importing needs only
+Python's standard library, because the requirements are installed later. torch is never imported: the
+notebook's own process must hold no GPU memory while train.py runs.
+"""
+
+from __future__ import annotations
+
+import csv
+import importlib.metadata
+import os
+import platform
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+GB = 10**9
+HUB, HUB_PORT = "huggingface.co", 443
+TOKEN = "HF_TOKEN"  # environment variable, and the name of Kaggle's and Colab's secret
+OLDEST_GPU = 7.5  # compute capability: T4
+
+
+class SessionError(Exception):
+    """A problem that the user can solve. The notebook shows its message alone, without a traceback."""
+
+    def _render_traceback_(self) -> list[str]:
+        return [f"{type(self).__name__}: {self}"]
+
+
+class CommandFailed(SessionError):
+    """A command ended with another exit status than 0."""
+
+
+class Interrupted(SessionError):
+    """The user interrupted a cell, and its command has ended."""
+
+
+def on_kaggle() -> bool:
+    """Return whether this is Kaggle."""
+    return "KAGGLE_KERNEL_RUN_TYPE" in os.environ
+
+
+def on_colab() -> bool:
+    """Return whether this is Colab."""
+    return "COLAB_RELEASE_TAG" in os.environ
+
+
+# Commands
+
+
+def run(argv: list) -> None:
+    """Run a command of this repository, such as ["train.py", "--max_steps", 3], and print its lines.
+
+    An interrupt of the cell is sent to the command as SIGINT, and this function waits until the command has
+    ended: train.py finishes its step and saves a checkpoint. A second interrupt ends it at once. The command
+    gets its own process group: Jupyter interrupts the kernel's whole group, and a second SIGINT, if late,
+    would count as a second interrupt. If the kernel dies, the command ends when it prints its next line.
+
+    Raises CommandFailed with the exit status and the command's last error line, and Interrupted.
+    """
+    script, *options = map(str, argv)
+    env = os.environ | {"PYTHONUNBUFFERED": "1"}
+    _stream([sys.executable, str(ROOT / script), *options], script, env)
+
+
+def _stream(command: list[str], name: str, env: dict[str, str] | None = None) -> None:
+    """Run a command as `run` does. name: of the command, for messages."""
+    process = subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env=env,
+        encoding="utf-8",
+        errors="replace",
+        start_new_session=True,
+    )
+    error, interrupts = "", 0
+    while True:
+        try:
+            for line in process.stdout or ():
+                print(line, end="", flush=True)
+                error = line.strip() if line.startswith("error: ") else error
+            status = process.wait()
+            break
+        except KeyboardInterrupt:
+            interrupts += 1
+            process.send_signal(signal.SIGINT)
+            print(f"\ninterrupted: waiting for {name} to end", flush=True)
+    if interrupts:
+        raise Interrupted(f"{name} was interrupted and ended with exit status {status}")
+    if status:
+        raise CommandFailed(f"{name} ended with exit status {status}" + f": {error}" * bool(error))
+
+
+# The machine
+
+
+def list_gpus() -> list[tuple[str, float]]:
+    """Return (name and memory, compute capability) of each NVIDIA GPU, as nvidia-smi reports them."""
+    query = ["nvidia-smi", "--query-gpu=name,memory.total,compute_cap", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):  # no driver
+        return []
+    rows = [[cell.strip() for cell in row] for row in csv.reader(done.stdout.splitlines())]
+    return [(f"{row[0]}, {row[1]}", float(row[2])) for row in rows if len(row) == 3 and not done.returncode]
+
+
+def describe_machine(*folders: str) -> None:
+    """Print Python, torch, GPUs, CPUs, memory, and the room in folders."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    print(f"Python {platform.python_version()}, torch {_installed('torch') or 'not installed'}")
+    print("GPUs:", "; ".join(name for name, _ in list_gpus()) or "none")
+    print(f"{len(os.sched_getaffinity(0))} CPUs, {memory / GB:.1f} GB of memory")
+    for folder in (*folders, "/dev/shm"):
+        if os.path.isdir(folder):
+            usage = shutil.disk_usage(folder)
+            print(f"{folder}: {usage.free / GB:.1f} of {usage.total / GB:.1f} GB free")
+
+
+def choose_world_size(gpus: str | int, wanted: int) -> int:
+    """Return the number of processes: all GPUs for "auto", else the number that is given.
+
+    A line says if there are fewer GPUs than `wanted`. Raises SessionError if "auto" finds no GPU, or one that
+    is older than a T4.
+    """
+    if gpus != "auto":
+        return int(gpus)
+    switch = "Settings > Accelerator > GPU T4 x2"
+    if on_colab():
+        switch = "Runtime > Change runtime type > T4 GPU"
+    found = list_gpus()
+    if not found:
+        raise SessionError(f"this session has no GPU: choose {switch}, and run all cells again")
+    for name, capability in found:
+        if capability < OLDEST_GPU:
+            raise SessionError(f"{name}: is older than a T4; choose {switch}, and run all cells again")
+    if len(found) < wanted:
+        print(
+            f"{len(found)} GPU instead of {wanted} ({found[0][0]}): the run goes on with it. A step keeps its"
+            f" rows, and takes about {wanted / len(found):.0f} times as long."
+        )
+    return len(found)
+
+
+def accumulation_steps(rows_per_step: int, world_size: int, batch_size: int) -> int:
+    """Return --gradient_accumulation_steps for so many rows per optimizer step, on any number of processes.
+
+    Raises SessionError if the rows cannot be shared equally.
+    """
+    steps, rest = divmod(rows_per_step, world_size * batch_size)
+    if rest or not steps:
+        raise SessionError(
+            f"ROWS_PER_STEP = {rows_per_step} is no multiple of {world_size} processes x BATCH_SIZE ="
+            f" {batch_size}"
+        )
+    return steps
+
+
+def minutes_left(started: float, max_minutes: float) -> float:
+    """Return --max_minutes of a command that starts now: what is left of max_minutes since `started`.
+
+    started: time.time() when the notebook started. 0 minutes mean no limit, here and in the result.
+    """
+    if not max_minutes:
+        return 0
+    return max(1.0, round(max_minutes - (time.time() - started) / 60, 1))
+
+
+def check_room(folder: str, needed_gb: float) -> None:
+    """Raise SessionError, which names what takes most, if a folder's disk has less than `needed_gb` free."""
+    place = Path(folder).absolute()
+    while not place.is_dir():
+        place = place.parent
+    free = shutil.disk_usage(place).free / GB
+    if free >= needed_gb:
+        return
+    sizes = sorted(((_folder_bytes(path), path.name) for path in place.iterdir()), reverse=True)
+    largest = ", ".join(f"{name} ({size / GB:.1f} GB)" for size, name in sizes[:3])
+    raise SessionError(
+        f"{place} has {free:.1f} GB free, and {needed_gb:.1f} are needed: remove what you do not need there"
+        f" (largest: {largest or 'nothing'}). Nothing was changed."
+    )
+
+
+def _folder_bytes(path: Path) -> int:
+    """Return the bytes of a file, or of all files in a folder."""
+    return sum(p.lstat().st_size for p in (path, *path.rglob("*")) if not p.is_dir())
+
+
+# Code, hub and token
+
+
+def install_requirements() -> None:
+    """Install what requirements.txt asks for and the session lacks, and never another torch.
+
+    Raises SessionError if that fails, or if torch changed in spite of the constraint.
+    """
+    file, torch = ROOT / "requirements.txt", _installed("torch")
+    missing = _missing_requirements(file)
+    if not missing:
+        print("all requirements are installed")
+        return
+    print("to install:", ", ".join(missing))
+    with tempfile.TemporaryDirectory() as folder:
+        constraint = Path(folder, "constraint.txt")
+        constraint.write_text(f"torch=={torch}\n" if torch else "", encoding="utf-8")
+        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--progress-bar", "off"]
+        try:
+            _stream([*pip, "-r", str(file), "-c", str(constraint)], "pip install")
+        except CommandFailed as e:
+            raise SessionError(f"{e}{_internet_advice()}") from None
+    if torch and _installed("torch") != torch:
+        raise SessionError(
+            f"pip replaced torch {torch} by {_installed('torch')}, which may not fit this machine's driver:"
+            " start a new session"
+        )
+
+
+def _missing_requirements(file: Path) -> list[str]:
+    """Return the lines of a requirements file that no installed package satisfies."""
+    from packaging.requirements import Requirement
+
+    lines = (line.partition("#")[0].strip() for line in file.read_text(encoding="utf-8").splitlines())
+    requirements = [Requirement(line) for line in lines if line]
+    wanted = [r for r in requirements if r.marker is None or r.marker.evaluate()]
+    return [
+        str(r)
+        for r in wanted
+        if (version := _installed(r.name)) is None or not r.specifier.contains(version, prereleases=True)
+    ]
+
+
+def _installed(package: str) -> str | None:
+    """Return the version of an installed package, None without it."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def use_caches(folder: str) -> None:
+    """Keep downloaded models and data in `folder`, because the working folder is small."""
+    os.environ["HF_HOME"] = str(Path(folder, "huggingface"))
+
+
+def is_hub_name(name: str) -> bool:
+    """Return whether a value of MODEL or DATASET is downloaded: no path, and not made on the spot."""
+    return name not in ("toy", "dummy") and not os.path.exists(name)
+
+
+def check_internet(*names: str) -> None:
+    """Raise SessionError, which names the switch, if names need the hub and it cannot be reached.
+
+    names: MODEL and DATASET.
+    """
+    if not any(map(is_hub_name, names)):
+        return
+    try:
+        socket.create_connection((HUB, HUB_PORT), timeout=10).close()
+    except OSError as e:
+        raise SessionError(f"no internet: {HUB} cannot be reached ({e}){_internet_advice()}") from None
+
+
+def _internet_advice() -> str:
+    return "; turn on Settings > Internet, and run all cells again" if on_kaggle() else ""
+
+
+def use_hub_token() -> None:
+    """Set HF_TOKEN from Kaggle's or Colab's secret of that name, unless it is set; never print it."""
+    if not os.environ.get(TOKEN) and (token := _read_secret()):
+        os.environ[TOKEN] = token
+    print(f"{TOKEN}: {'found' if os.environ.get(TOKEN) else 'none; models without a licence need none'}")
+
+
+def _read_secret() -> str | None:
+    """Return Kaggle's or Colab's secret HF_TOKEN, None without it."""
+    try:
+        if on_kaggle():
+            from kaggle_secrets import UserSecretsClient
+
+            return UserSecretsClient().get_secret(TOKEN)
+        if on_colab():
+            from google.colab import userdata
+
+            return userdata.get(TOKEN)
+    # These services' errors have no common base, and other names in other versions. Each of them means that
+    # the secret is missing or not attached, which check_model_access tells if the model needs it.
+    except Exception as e:
+        print(f"secret {TOKEN}: not read ({type(e).__name__})")
+    return None
+
+
+def check_model_access(model: str) -> None:
+    """Raise SessionError, which names the model's page and the secret, if the hub does not give the model."""
+    if not is_hub_name(model):
+        return
+    from huggingface_hub import auth_check
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    repository = model.partition("@")[0]
+    page = f"https://{HUB}/{repository}"
+    menu = "the key symbol at the left" if on_colab() else "Add-ons > Secrets"
+    secret = f"secret {TOKEN} ({menu})"
+    try:
+        auth_check(repository, token=os.environ.get(TOKEN) or None)
+    except GatedRepoError:
+        if os.environ.get(TOKEN):
+            problem = f"accept its licence at {page} with the account of the {secret}"
+        else:
+            problem = f"accept its licence at {page}, and put a token of that account into the {secret}"
+        raise SessionError(f"{model} is gated: {problem}") from None
+    except RepositoryNotFoundError:
+        raise SessionError(f"{model}: {page} does not exist, or is private and needs the {secret}") from None
