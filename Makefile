@@ -1,9 +1,10 @@
-# make demo, make test, make test-slow (whole runs, more combinations), make lint: each sets up .venv first. Python 3.11 or newer; no GPU needed.
+# make demo, make test, make test-slow (whole runs, more combinations), make notebooks (both, whole), make lint: each sets up .venv first.
+# Python 3.11 or newer; no GPU needed.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow lint types clean
+.PHONY: demo test test-slow notebooks lint types clean
 demo: $(VENV)/.run
 	$(BIN)/python train.py
 
@@ -12,6 +13,9 @@ test: $(VENV)/.dev
 
 test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow
+
+notebooks: $(VENV)/.dev
+	$(BIN)/python -m tools.run_notebooks
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -63,7 +63,7 @@ def test_files_that_the_design_pages_name_exist():
 def test_names_that_the_design_pages_quote_are_in_the_code():
     paths = [
         *ROOT.glob("*.py"),
-        *(p for folder in (*PACKAGES, "tests", "tools") for p in (ROOT / folder).rglob("*.py")),
+        *(p for folder in (*PACKAGES, "tests", "tools", "notebooks") for p in (ROOT / folder).rglob("*.py")),
     ]
     code = "\n".join(path.read_text(encoding="utf-8") for path in paths)
     known = {*re.findall(r"\w+", code), *(path.stem for path in paths), *FOREIGN}
@@ -78,7 +78,7 @@ def test_the_list_of_files_is_complete():
     listed = {name for cell in re.findall(r"^\| ([^|]+) \|", page, re.MULTILINE) for name in cell.split(", ")}
     paths = [
         *ROOT.glob("*.py"),
-        *(p for folder in (*PACKAGES, "tools") for p in (ROOT / folder).glob("*.py")),
+        *(p for folder in (*PACKAGES, "tools", "notebooks") for p in (ROOT / folder).glob("*.py")),
     ]
     written = {path.relative_to(ROOT).as_posix() for path in paths if path.name != "__init__.py"}
     assert listed - {"file"} == written | {"monitoring/templates/", "benchmarks/peers/"}

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 FOLDER = Path(__file__).parent.parent / "notebooks"
 KAGGLE, COLAB = "kaggle_2xT4", "colab"  # names of the files
@@ -36,7 +37,7 @@ class Cell:
         return self.text.lstrip().startswith("#")
 
 
-METADATA = {
+METADATA: dict[str, dict[str, Any]] = {
     # The accelerator's name means two T4s.
     KAGGLE: {
         "kaggle": {
@@ -377,13 +378,17 @@ checkpoint. To train for longer than planned, raise `NUM_EPOCHS` or `MAX_STEPS`.
 
 def make_notebook(name: str) -> str:
     """Return the text of a notebook file: nbformat 4.5, without outputs. name: KAGGLE or COLAB."""
-    cells = []
+    cells: list[dict[str, Any]] = []
     for cell in CELLS:
         if cell.only not in (None, name):
             continue
         lines = cell.text.strip().splitlines(keepends=True)
         tags = ["parameters"] if cell.name == "parameters" else []
-        content = {"id": cell.name, "metadata": {"tags": tags} if tags else {}, "source": lines}
+        content: dict[str, Any] = {
+            "id": cell.name,
+            "metadata": {"tags": tags} if tags else {},
+            "source": lines,
+        }
         if cell.is_markdown:
             cells.append({"cell_type": "markdown", **content})
         else:
