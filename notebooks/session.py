@@ -26,6 +26,12 @@ GB = 10**9
 HUB, HUB_PORT = "huggingface.co", 443
 TOKEN = "HF_TOKEN"  # environment variable, and the name of Kaggle's and Colab's secret
 OLDEST_GPU = 7.5  # compute capability: T4
+# Lines come at once. Progress bars would be saved in the notebook, each state of them as a line.
+CHILD_ENVIRONMENT = {
+    "PYTHONUNBUFFERED": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+}
 
 
 class SessionError(Exception):
@@ -67,18 +73,17 @@ def run(argv: list) -> None:
     Raises CommandFailed with the exit status and the command's last error line, and Interrupted.
     """
     script, *options = map(str, argv)
-    env = os.environ | {"PYTHONUNBUFFERED": "1"}
-    _stream([sys.executable, str(ROOT / script), *options], script, env)
+    _stream([sys.executable, str(ROOT / script), *options], script)
 
 
-def _stream(command: list[str], name: str, env: dict[str, str] | None = None) -> None:
+def _stream(command: list[str], name: str) -> None:
     """Run a command as `run` does. name: of the command, for messages."""
     process = subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        env=env,
+        env=os.environ | CHILD_ENVIRONMENT,
         encoding="utf-8",
         errors="replace",
         start_new_session=True,

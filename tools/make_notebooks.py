@@ -217,7 +217,15 @@ WORLD_SIZE = session.choose_world_size(GPUS, wanted=1)
     ),
     Cell("install-title", "## Packages\n\npip installs what is missing, and keeps this session's torch."),
     Cell("install", "session.install_requirements()"),
-    Cell("token-title", "## Token\n\nIt is read from the secret `HF_TOKEN`, and never printed."),
+    Cell(
+        "token-title",
+        """
+## Token
+
+It is read from the secret `HF_TOKEN`, and never printed. The first command below that needs the model
+downloads it, which takes some minutes without a line.
+""",
+    ),
     Cell(
         "token",
         """
@@ -263,8 +271,8 @@ print("rows:", DATASET)
 The same rows are trained on with one GPU, which accumulates gradients, and with all GPUs. Each micro-batch is
 the same, so in step 1 only the order of sums differs. From step 2 on, AdamW has turned rounding of the
 gradients into slightly different weights. `PARITY_TOLERANCE` is four times fp16's rounding (2^-11, relative):
-the losses stay within it, while a step that misses a rank's rows differs by percents. On a CPU, in fp32, 1e-4
-holds.
+the losses stay within it, while a step that misses a rank's rows differs by percents. On a CPU, where the
+tests run this cell, 1e-4 holds.
 """,
         KAGGLE,
     ),
