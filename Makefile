@@ -3,8 +3,12 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+OLDEST := .venv-oldest
+# Exactness, attention, load, checkpoints and resume; the loop and its checks.
+OLDEST_TESTS := tests/models tests/parallel tests/quantization tests/checkpoints tests/training tests/test_matrix.py \
+	tests/test_parity.py tests/test_quantize_layers.py tests/test_reference_training.py tests/data/test_packing.py
 
-.PHONY: demo test test-slow notebooks lint types clean
+.PHONY: demo test test-slow test-oldest notebooks lint types clean
 demo: $(VENV)/.run
 	$(BIN)/python train.py
 
@@ -13,6 +17,10 @@ test: $(VENV)/.dev
 
 test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow
+
+# The oldest versions of requirements.txt, in an environment of their own: gigabytes of downloads, so not in .ci/run.
+test-oldest: $(OLDEST)/.dev
+	$(OLDEST)/bin/python -m pytest -n 2 --dist worksteal -m "not slow" $(OLDEST_TESTS)
 
 notebooks: $(VENV)/.dev
 	$(BIN)/python -m tools.run_notebooks
@@ -26,7 +34,7 @@ types: $(VENV)/.dev
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(OLDEST) .mypy_cache .pytest_cache .ruff_cache
 
 $(VENV)/.run: requirements.txt constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -35,4 +43,10 @@ $(VENV)/.run: requirements.txt constraints.txt
 
 $(VENV)/.dev: $(VENV)/.run requirements-dev.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt -c constraints.txt
+	touch $@
+
+$(OLDEST)/.dev: requirements.txt constraints-oldest.txt
+	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt \
+		pytest pytest-xdist peft psutil -c constraints-oldest.txt
 	touch $@

@@ -262,6 +262,8 @@ def _restore_digits(value: Any, arrow_type) -> Any:
     import pyarrow
 
     types, narrow = pyarrow.types, {pyarrow.float16(): numpy.float16, pyarrow.float32(): numpy.float32}
+    if arrow_type in narrow and isinstance(value, numpy.floating):  # 16 bits, of a pyarrow before 21
+        value = float(value)
     if arrow_type in narrow and isinstance(value, float) and math.isfinite(value):
         whole = value.is_integer() and abs(value) < 1e16  # beyond, Python writes an exponent as well
         return value if whole else float(str(narrow[arrow_type](value)))

@@ -6,6 +6,7 @@ The loop makes single calls. Only rank 0 writes; the other ranks have a tracker 
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import os
 from collections.abc import Sequence
@@ -134,7 +135,7 @@ class WandbTracker(Tracker):
             group=config.group,
             entity=config.entity,
             config=dataclasses.asdict(config),
-            dir=folder,
+            dir=str(folder),
         )
 
     def state_dict(self) -> dict:
@@ -178,7 +179,10 @@ def check_wandb() -> None:
     if os.environ.get("WANDB_MODE", "online") in ("offline", "dryrun", "disabled"):
         return
     try:
-        logged_in = wandb.login(prompt=False)
+        if "prompt" in inspect.signature(wandb.login).parameters:
+            logged_in = wandb.login(prompt=False)
+        else:  # before 0.30 it asks at the terminal if there is no key
+            logged_in = bool(wandb.api.api_key) and wandb.login()
     except wandb.Error as e:
         raise UserError(f"--log_to wandb: the login was not accepted ({' '.join(str(e).split())})") from None
     if not logged_in:
