@@ -20,6 +20,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -28,6 +29,7 @@ import torch.multiprocessing as mp
 from launch.program import prepare_environment, prepare_long_run
 from launch.ranks import join_process_group
 from launch.signals import forwarding_signals, unblock_signals
+from launch.stored_arguments import StoredArguments
 from options.errors import DONE, FAILED, REFUSED, UserError, describe, exit_status
 
 
@@ -69,13 +71,15 @@ def start(
     Args:
         run: the function of a rank; picklable, so at the top level of a module.
         world: number of ranks.
-        args: picklable arguments of `run`.
+        args: picklable arguments of `run`. Their tensors become mappings of a file (StoredArguments).
         address, port: of rank 0. port None = a free one.
         verbose: print the traceback of every error.
         preload: modules that ranks need; the server that ranks are forked from imports them once.
 
     Returns:
         0; 2 for an error that the user can fix, 1 for any other; 128 + a signal that ended the run.
+
+    Raises UserError if the folder of temporary files cannot take the arguments.
     """
     os.environ |= {"MASTER_ADDR": address, "MASTER_PORT": str(port or find_free_port())}
     if address in ("localhost", "127.0.0.1") and Path("/sys/class/net/lo").exists():
@@ -84,8 +88,8 @@ def start(
     prepare_environment()  # for programs that have not called it themselves
     # A killed rank leaves its locks behind. The resource tracker would warn about them after our error line.
     os.environ.setdefault("PYTHONWARNINGS", "ignore::UserWarning:multiprocessing.resource_tracker")
-    with tempfile.TemporaryDirectory() as reports:
-        rank_args = (dict(os.environ), run, world, args, reports)
+    with tempfile.TemporaryDirectory() as reports, StoredArguments(args) as stored:
+        rank_args = (dict(os.environ), run, world, stored, reports)
         # Signals stay blocked in a new process until `_rank_process` unblocks them: Python answers a SIGINT
         # during imports with a traceback. The fork server never unblocks them; it ends after this process and
         # the ranks.
@@ -112,7 +116,7 @@ def _start_ranks(world: int, args: tuple, preload: Sequence[str] = ()) -> list:
     On Linux without GPUs they are forks of a server that has imported `preload`, which saves seconds.
     Otherwise they are spawned: neither the state of a GPU's driver nor Apple's libraries survive a fork.
 
-    Raises StartError if the server or a process ends while it starts, or if shared memory is full.
+    Raises StartError if the server or a process ends while it starts.
     """
     other_children = mp.active_children()
     method = "spawn" if torch.cuda.is_available() or sys.platform != "linux" else "forkserver"
@@ -129,9 +133,6 @@ def _start_ranks(world: int, args: tuple, preload: Sequence[str] = ()) -> list:
         if isinstance(e, EOFError | ConnectionError):
             cause = "out of host memory is the usual cause"
             raise StartError(f"a process ended while it imported what ranks need; {cause}") from e
-        if isinstance(e, RuntimeError) and "shared memory" in str(e):
-            cause = "the data goes to the ranks through shared memory, which is full"
-            raise StartError(f"{cause}; docker run has --shm-size for it ({describe(e)})") from e
         raise
     return context.processes
 
@@ -156,7 +157,7 @@ def _exit_with_parent() -> None:
 
 
 def _rank_process(
-    rank: int, environment: dict[str, str], run: Callable, world: int, args: tuple, reports: str
+    rank: int, environment: dict[str, str], run: Callable, world: int, stored: Any, reports: str
 ) -> None:
     """Run a rank in this new process: join the group, call `run`, report a failure, end the process.
 
@@ -165,7 +166,7 @@ def _rank_process(
     Args:
         rank, world: this rank and the number of ranks.
         environment: the launching process's environment.
-        run, args: run(rank_info, *args) is called.
+        run, stored: run(rank_info, *args) is called with the stored arguments (StoredArguments).
         reports: folder for <rank>.json, which is written if the rank fails.
     """
     gc.freeze()
@@ -177,6 +178,7 @@ def _rank_process(
     unblock_signals()
     status = DONE
     try:
+        args = stored.load()
         run(join_process_group(rank, world, rank), *args)
         dist.destroy_process_group()
     except Exception as e:  # any: the launcher prints it and ends the other ranks

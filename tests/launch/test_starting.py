@@ -159,11 +159,6 @@ def test_a_fork_server_killed_while_it_imports_is_a_one_line_error(
     [
         (BrokenPipeError(), launch.StartError, "a process ended while it imported"),
         (OSError(errno.EMFILE, "Too many open files"), OSError, "Too many open files"),
-        (
-            RuntimeError("unable to allocate shared memory(shm): No space left on device (28)"),
-            launch.StartError,
-            "shared memory, which is full; docker run has --shm-size",
-        ),
     ],
 )
 def test_ranks_started_before_a_failure_are_killed(error, raised, words, new_server, monkeypatch):
