@@ -86,6 +86,8 @@ def prepare_long_run() -> None:
     Until handlers are installed (launch/signals.py), SIGUSR1 is ignored, and SIGINT ends the process as
     SIGTERM does: at once and without a traceback.
     """
+    if sys.platform == "win32":  # which has no SIGUSR1, and which `check_platform` refuses
+        return
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a shell may have set it to be ignored
         signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -124,7 +126,8 @@ def is_under_torchrun() -> bool:
 def parse_or_exit(argv: list[str], parse: Callable[[list[str]], T]) -> T:
     """Return parse(argv), the options. If it raises UserError, print that and exit with REFUSED, 2.
 
-    It is also an error if no folder takes temporary files, which libraries write at import.
+    It is also an error on Windows itself, and if no folder takes temporary files, which libraries write at
+    import.
     """
     try:
         return _parse(argv, parse)
@@ -148,8 +151,15 @@ def run_command(argv: list[str], parse: Callable[[list[str]], T], run: Callable[
     return run(options)
 
 
+def check_platform() -> None:
+    """Raise UserError on native Windows, which lacks signals, file locks and the NCCL that are used here."""
+    if sys.platform == "win32":
+        raise UserError("Windows itself is not supported; install WSL2 (wsl --install) and run this in there")
+
+
 def _parse(argv: list[str], parse: Callable[[list[str]], T]) -> T:
-    """Return parse(argv). Raises its UserError, or one if no folder takes temporary files."""
+    """Return parse(argv). Raises its UserError, or one on Windows, or if no folder takes temporary files."""
+    check_platform()
     options = parse(argv)
     try:
         tempfile.gettempdir()

@@ -47,6 +47,29 @@ def test_an_error_is_the_only_line(program, argv, tmp_path):
     assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
 
 
+ON_WINDOWS = """
+import argparse, logging, runpy, shutil, signal, sys, tempfile, traceback
+import options.train
+sys.platform = "win32"
+del signal.SIGUSR1
+sys.argv = sys.argv[1:]
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+finally:
+    assert "torch" not in sys.modules
+"""
+
+
+@pytest.mark.parametrize("program", ["train", "export", "generate", "evaluate", "report", "block_expansion"])
+def test_windows_is_refused_with_the_way_out(program):
+    """Whatever the options are, and before the slow imports."""
+    command = [sys.executable, "-c", ON_WINDOWS, f"{program}.py", "--nosuch", "option"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: Windows") and "WSL2" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
 @pytest.mark.parametrize("where", ["the folder of train.py", "another"])
 def test_a_command_that_is_shown_can_be_typed(where, tmp_path):
     """Also if the interpreter is not on PATH, and if `python` is another program there."""
