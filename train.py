@@ -97,7 +97,7 @@ def set_up(
         strategy=STRATEGIES[config.sharding_strategy],
         units=WRAP_POLICIES[config.wrap_policy](family),
         gather_dtype=precision.gather_dtype,
-        offload=make_offload_policy(config.use_cpu_offload, device.type),
+        offload=make_offload_policy(config.use_cpu_offload, model, mesh),
         saved_activations=SavedActivations.INPUT
         if config.use_gradient_checkpointing
         else SavedActivations.ALL,
@@ -161,7 +161,7 @@ def train(
     step_numbers = (
         () if evaluator.should_stop or guard.should_stop else range(steps_done + 1, total_steps + 1)
     )
-    pin = memory.can_pin(rank_info.device.type)
+    pin = rank_info.device.type == "cuda"
     steps = prefetch_steps(sampler.steps(config.num_epochs, steps_done), rank_info.device, pin)
     for index, step in zip(step_numbers, steps, strict=False):
         loss = torch.zeros((), device=rank_info.device)

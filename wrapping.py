@@ -30,7 +30,7 @@ from torch.distributed.fsdp import (
 )
 from transformers import PreTrainedModel
 
-from launch.memory import can_pin
+from launch.memory import can_page_lock
 from models.dora import DoRALinear
 from models.family import Family
 from models.loss import Head, freeze_embedding, shard_vocabulary
@@ -96,14 +96,30 @@ def make_mesh(device_type: str, world: int, strategy: str, group_size: int) -> D
     return init_device_mesh(device_type, (world // size, size), mesh_dim_names=("replicate", "shard"))
 
 
-def make_offload_policy(enabled: bool, device_type: str) -> OffloadPolicy:
+def make_offload_policy(enabled: bool, model: nn.Module, mesh: DeviceMesh) -> OffloadPolicy:
     """Return FSDP's policy for --use_cpu_offload, `enabled` or not; pins host memory where possible.
 
-    Copies from pinned memory overlap with computation.
+    Copies from pinned memory overlap with computation. FSDP pins shard by shard in the first forward, and a
+    refusal would end the run there. So the whole amount is tried here.
+
+    Args:
+        enabled: --use_cpu_offload.
+        model: The model before it is sharded; it may be on meta.
+        mesh: The result of `make_mesh`.
     """
     if not enabled:
         return OffloadPolicy()
-    return CPUOffloadPolicy(pin_memory=can_pin(device_type))
+    return CPUOffloadPolicy(mesh.device_type == "cuda" and can_page_lock(_offloaded_sizes(model, mesh)))
+
+
+def _offloaded_sizes(model: nn.Module, mesh: DeviceMesh) -> list[int]:
+    """Return the bytes of each tensor that offload keeps on a rank: shards, and gradients of trained ones."""
+    n_shards, sizes = mesh.size(mesh.ndim - 1), []
+    for parameter in model.parameters():
+        rows = -(-parameter.shape[0] // n_shards)
+        size = rows * (parameter.numel() // parameter.shape[0]) * parameter.itemsize
+        sizes += [size, size] if parameter.requires_grad else [size]
+    return sizes
 
 
 def _save_last_output(layer: nn.Module, family: Family, offload: OffloadPolicy) -> bool:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import torch
 
 from checkpoints.training_state import Tensors
-from launch.memory import MIB, can_pin
+from launch.memory import MIB, empty_on_host
 
 # Bytes of host memory to allocate at once. torch rounds each page-locked allocation up to a power of two, and
 # the driver may delay kernel launches while it locks one.
@@ -33,11 +31,9 @@ def allocate_host_buffers(tensors: Tensors, pin: bool) -> Tensors:
 
 def _allocate_chunk(n_bytes: int, pin: bool) -> torch.Tensor:
     """Return `n_bytes` of host memory as uint8, page-locked if `pin` and the system allows it."""
-    if pin:
-        # Memory that the system refuses to page-lock only makes copies slower; that should not end a run.
-        with contextlib.suppress(RuntimeError):
-            return torch.empty(n_bytes, dtype=torch.uint8, pin_memory=True)
-    return torch.empty(n_bytes, dtype=torch.uint8)
+    # Memory that the system refuses to page-lock only makes copies slower; that should not end a run.
+    chunk = torch.empty(n_bytes, dtype=torch.uint8, device="meta")
+    return empty_on_host(chunk, "cuda" if pin else "cpu")
 
 
 class HostCopy:
@@ -53,7 +49,7 @@ class HostCopy:
         self.buffers: Tensors = {}
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.ready_event, self.copied_event = (torch.cuda.Event() if self.stream else None for _ in range(2))
-        self.pin = can_pin(device.type)
+        self.pin = device.type == "cuda"
 
     def mark_ready(self) -> None:
         """Mark the point in the GPU's queue after which the originals can be copied; no-op without a GPU."""

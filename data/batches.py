@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from data.rows import IGNORE, TokenizedRows
+from launch.memory import page_locked_copy
 
 RowIndices = torch.Tensor | list[torch.Tensor]  # indices of rows; with packing, a tensor per pack
 
@@ -63,8 +64,11 @@ class Batch:
         return self._map_tensors(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> Batch:
-        """Copy the batch to page-locked memory, from which copies to a GPU are asynchronous."""
-        return self._map_tensors(torch.Tensor.pin_memory)
+        """Copy the batch to page-locked memory, from which copies to a GPU are asynchronous.
+
+        Tensors for which the host refuses that stay where they are.
+        """
+        return self._map_tensors(page_locked_copy)
 
     def _map_tensors(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
         """Return a copy with each tensor replaced by change(tensor)."""

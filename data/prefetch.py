@@ -17,14 +17,18 @@ def prefetch_steps(steps: Iterator[Step], thread_device: torch.device, pin: bool
 
     Args:
         thread_device: the thread's current device; nothing is copied there.
-        pin: put batches into page-locked memory, from which copies to a GPU are asynchronous.
+        pin: put batches into page-locked memory, from which copies to a GPU are asynchronous, if the host
+            allows it.
     """
 
     def make_next() -> Step | None:
+        nonlocal pin
         step = next(steps, None)
         if step is None or not pin:
             return step
-        return dataclasses.replace(step, batches=[batch.pin_memory() for batch in step.batches])
+        batches = [batch.pin_memory() for batch in step.batches]
+        pin = all(batch.ids.is_pinned() for batch in batches)  # where it is refused, asking takes time
+        return dataclasses.replace(step, batches=batches)
 
     with ThreadPoolExecutor(1, initializer=set_current_device, initargs=(thread_device,)) as worker:
         next_step = worker.submit(make_next)

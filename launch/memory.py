@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import os
 import resource
+from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
@@ -46,15 +49,31 @@ def peak_resident_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
 
 
-def can_pin(device_type: str) -> bool:
-    """Whether `device_type` is "cuda" and this process may allocate page-locked host memory (tries it)."""
-    if device_type != "cuda":
-        return False
+def can_page_lock(sizes: Iterable[int]) -> bool:
+    """Whether the host allows page-locked buffers of these sizes, in bytes, at the same time (tries it).
+
+    A small trial would not tell: WSL2 and some containers refuse what exceeds a limit. The buffers are freed.
+    """
+    held: list[torch.Tensor] = []
     try:
-        torch.empty(2**20, pin_memory=True)
-    except RuntimeError:  # some containers and hosts limit locked memory
+        held += (torch.empty(size, dtype=torch.uint8, pin_memory=True) for size in sizes)
+    except RuntimeError:
+        report_refusal()
         return False
+    finally:
+        held.clear()
+        _release_page_locked()
     return True
+
+
+def _release_page_locked() -> None:
+    """Give freed page-locked buffers back to the system; torch would keep them for later requests."""
+    # The first is torch's public name for it, the second that of older versions.
+    release = getattr(torch.accelerator, "empty_host_cache", None) or getattr(
+        torch._C, "_host_emptyCache", None
+    )
+    if release and torch.cuda.is_initialized():
+        release()
 
 
 def empty_on_host(weight: torch.Tensor, device_type: str) -> torch.Tensor:
@@ -62,10 +81,40 @@ def empty_on_host(weight: torch.Tensor, device_type: str) -> torch.Tensor:
 
     It is page-locked if device_type is "cuda" and the host allows that much locked memory.
     """
+    if device_type == "cuda":
+        try:
+            return torch.empty_like(weight, device="cpu", pin_memory=True)
+        except RuntimeError:
+            report_refusal()
+    return torch.empty_like(weight, device="cpu")
+
+
+def page_locked_copy(tensor: torch.Tensor) -> torch.Tensor:
+    """Copy a host tensor to page-locked memory; return the tensor itself if the host refuses that."""
     try:
-        return torch.empty_like(weight, device="cpu", pin_memory=device_type == "cuda")
+        return tensor.pin_memory()
     except RuntimeError:
-        return torch.empty_like(weight, device="cpu")
+        report_refusal()
+        return tensor
+
+
+def copy_to_host(tensor: torch.Tensor) -> torch.Tensor:
+    """Start to copy a tensor to the host; from a GPU, asynchronously if page-locked memory is allowed.
+
+    torch's own `to` raises an error if it is not.
+    """
+    return empty_on_host(tensor, tensor.device.type).copy_(tensor, non_blocking=True)
+
+
+@cache
+def report_refusal() -> None:
+    """Print, once and on rank 0, that the host refuses page-locked memory."""
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        print(
+            "memory: the host refuses page-locked memory, all or beyond a limit (WSL2 and some containers"
+            " have one): copies between host and GPU are slower, results are the same",
+            flush=True,
+        )
 
 
 class PeakMemory:

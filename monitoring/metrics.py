@@ -165,7 +165,7 @@ class Meter:
         dist.all_gather(ranks, local)
         table = torch.stack(ranks)
         finite = (table[:, 0].sum() + table[0, 1]).isfinite()
-        host = table.to("cpu", non_blocking=True)
+        host = memory.copy_to_host(table)
         return Reading(index, step, lr, host, record_event(self.device), finite)
 
     def lap(self) -> Lap:

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 import torch
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import ActivationWrapper
 
+from launch.memory import empty_on_host
 from parallel.activation_checkpointing import CheckpointedModule, SavedActivations
 
 MIN_OFFLOAD_BYTES = 2**16  # copying a smaller tensor costs more than it saves
@@ -50,6 +51,7 @@ class HostActivations:
     def __init__(self):
         self.current_layer: LayerTensors | None = None
         self.stream: torch.cuda.Stream | None = None
+        self.page_lock = True  # until the host refuses it; asking for each tensor again would take time
         # Copies to the host that may not have finished: (layer, tensor on the GPU, recorded after the copy).
         self.pending_copies: deque[tuple[LayerTensors, torch.Tensor, torch.cuda.Event]] = deque()
 
@@ -82,7 +84,8 @@ class HostActivations:
             host = tensor.clone()
         else:
             self.stream = self.stream or torch.cuda.Stream(tensor.device)
-            host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            host = empty_on_host(tensor, "cuda" if self.page_lock else "cpu")
+            self.page_lock = self.page_lock and host.is_pinned()
             self.stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self.stream):
                 host.copy_(tensor, non_blocking=True)

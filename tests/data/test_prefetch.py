@@ -67,3 +67,22 @@ def test_a_thread_that_makes_batches_and_fails_is_told():
     assert [next(made), next(made)] == ["first", "second"]
     with pytest.raises(OSError, match="the disk is gone"):
         next(made)
+
+
+def test_batches_stay_where_page_locking_is_refused(monkeypatch):
+    asked = []
+
+    def refuse(tensor):
+        asked.append(tensor)
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", refuse)
+
+    def steps():
+        return StepSampler(make_token_rows(17), 2, 2, 0, 1, 42).steps(2)
+
+    for plain, made in zip(steps(), prefetch_steps(steps(), CPU, pin=True), strict=True):
+        for a, b in zip(plain.batches, made.batches, strict=True):
+            assert torch.equal(a.ids, b.ids) and torch.equal(a.targets, b.targets)
+    tensors_of_a_batch = 4
+    assert len(asked) == tensors_of_a_batch * 2, "for the first step only, which has two batches"

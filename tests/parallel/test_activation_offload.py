@@ -252,3 +252,30 @@ def test_with_parameters_in_host_memory_no_output_is_offloaded(checkpoints, even
     results, sent, *_ = one_rank(offloading_run, [*args, *CHECKPOINTED, "--use_cpu_offload", "true"])[0]
     assert_same(plain_run([*args, *PLAIN]), results)
     assert sent == 0
+
+
+class OnGpu(torch.Tensor):
+    """A tensor that says that it is on a GPU."""
+
+    is_cuda = True
+
+
+def test_activations_go_to_other_memory_where_page_locking_is_refused(any_size, monkeypatch):
+    """The first tensor is asked for, the later ones are not."""
+    asked, empty_like = [], torch.empty_like
+
+    def refuse(tensor, pin_memory=False, **kwargs):
+        if pin_memory:
+            asked.append(tensor)
+            raise RuntimeError("CUDA error: out of memory")
+        return empty_like(tensor, **kwargs)
+
+    monkeypatch.setattr(torch, "empty_like", refuse)
+    for name in ("Stream", "current_stream", "stream"):
+        monkeypatch.setattr(torch.cuda, name, mock.MagicMock())
+    activations = HostActivations()
+    activations.begin_layer(is_first=True)
+    for value in (1.0, 2.0):
+        packed = activations.pack(torch.full((2, 3), value).as_subclass(OnGpu))
+        assert packed.host.tolist() == [[value] * 3] * 2
+    assert len(asked) == 1
