@@ -101,7 +101,9 @@ def set_up(
         saved_activations=SavedActivations.INPUT
         if config.use_gradient_checkpointing
         else SavedActivations.ALL,
-        compiled_run=compile_run_layer() if should_compile(config.compile, device, family) else None,
+        compiled_run=compile_run_layer(cpus=rank_info.cpus)
+        if should_compile(config.compile, device, family)
+        else None,
         offload_activations=config.use_activation_cpu_offload,
     )
     profiler.start_phase("load")

@@ -23,6 +23,7 @@ from data.formats import FORMATS, Format, RenderContext, Rendered, check_row
 from data.recognition import describe_unread_columns, find_row_format, recognise_format
 from data.row_files import Rows
 from data.sources import Recipe, find_recipe, load_rows
+from launch.ranks import count_cpus
 from options.errors import UserError, join_names
 from options.limits import MAX_ROW_CHARS
 
@@ -226,7 +227,7 @@ def _render_all(render: _RowRenderer) -> list[Rendered]:
     The workers are forked, so that rows and tokenizer need no copying. They run only Python code.
     """
     total = len(render.rows)
-    workers = min(os.cpu_count() or 1, 16)
+    workers = min(count_cpus(), 16)
     if render.name != "chat" or total < 2000 or workers == 1 or not hasattr(os, "fork"):
         return render(range(total))
     global _worker_renderer

@@ -26,6 +26,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from launch.nccl import explain_nccl_error
 from launch.program import prepare_environment, prepare_long_run
 from launch.ranks import join_process_group
 from launch.signals import forwarding_signals, unblock_signals
@@ -182,8 +183,9 @@ def _rank_process(
         run(join_process_group(rank, world, rank), *args)
         dist.destroy_process_group()
     except Exception as e:  # any: the launcher prints it and ends the other ranks
-        status = exit_status(e)
-        report = {"time": time.time(), "rank": rank, "status": status, "message": describe(e)}
+        error = explain_nccl_error(e)
+        status = exit_status(error)
+        report = {"time": time.time(), "rank": rank, "status": status, "message": describe(error)}
         report["traceback"] = traceback.format_exc()
         try:
             (Path(reports) / f"{rank}.tmp").write_text(json.dumps(report))

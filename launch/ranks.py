@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
 from launch.devices import set_current_device
+from launch.nccl import reach_gpus, tell_of_silence
 from launch.program import is_under_torchrun
 from options.errors import UserError
 
@@ -130,10 +133,35 @@ def gather_from_ranks(value: T, world: int, group: dist.ProcessGroup | None = No
     return values
 
 
+def count_cpus() -> int:
+    """Return how many CPUs this process may use: those it may run on, up to its container's quota."""
+    return max(1, int(min(len(_cpu_set()), read_cpu_quota())))
+
+
+def _cpu_set() -> set[int]:
+    """Return the numbers of the CPUs that this process may run on."""
+    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+
+
+def read_cpu_quota(folder: Path = Path("/sys/fs/cgroup")) -> float:
+    """Return how many CPUs' time the container may use (docker run --cpus); infinity without a quota.
+
+    folder: where the control groups are mounted, of version 2 or 1.
+    """
+    for files in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):
+        # Missing files, "max", or a quota of -1: no quota.
+        with contextlib.suppress(OSError, ValueError, ZeroDivisionError):
+            quota, period = map(int, " ".join((folder / name).read_text() for name in files).split())
+            if quota > 0:
+                return quota / period
+    return math.inf
+
+
 def count_cpus_per_rank(local_rank: int, rank: int, local_world: int, world: int) -> int:
     """Return how many of the CPUs that this rank may run on are its fair share. Collective, over all ranks.
 
-    They are divided by the number of ranks of the node that may run on any of them.
+    They are divided by the number of ranks of the node that may run on any of them. A container's quota is
+    divided by the number of all ranks of the node.
 
     Args:
         local_rank: this rank within its node.
@@ -141,11 +169,11 @@ def count_cpus_per_rank(local_rank: int, rank: int, local_world: int, world: int
         local_world: number of ranks on the node.
         world: number of all ranks.
     """
-    own = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+    own = _cpu_set()
     first = rank - local_rank
     of_node = gather_from_ranks(own, world)[first : first + local_world]
     sharing = sum(not own.isdisjoint(others) for others in of_node)
-    return max(1, len(own) // sharing)
+    return max(1, int(min(len(own) // sharing, read_cpu_quota() / local_world)))
 
 
 def set_torch_threads(cpus: int, local_world: int) -> None:
@@ -172,7 +200,8 @@ def read_env_int(name: str) -> int:
 def join_process_group(rank: int, world: int, local_rank: int, store: dist.Store | None = None) -> RankInfo:
     """Join the default process group, set this rank's device and threads, return its RankInfo. Collective.
 
-    The backend is NCCL for GPU tensors and gloo for host tensors.
+    The backend is NCCL for GPU tensors and gloo for host tensors. If the GPUs cannot reach one another, this
+    waits, and a line says what may help.
 
     Args:
         rank: this rank among all ranks.
@@ -190,9 +219,11 @@ def join_process_group(rank: int, world: int, local_rank: int, store: dist.Store
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank % torch.cuda.device_count())
         set_current_device(device)
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl", rank=rank, world_size=world, store=store, device_id=device
-        )
+        with tell_of_silence(local_rank, local_world):
+            dist.init_process_group(
+                "cpu:gloo,cuda:nccl", rank=rank, world_size=world, store=store, device_id=device
+            )
+            reach_gpus(device)
     else:
         device = torch.device("cpu")
         dist.init_process_group("gloo", rank=rank, world_size=world, store=store)

@@ -16,6 +16,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
+from launch.nccl import explain_nccl_error
 from launch.ranks import join_process_group, read_env_int
 from options.errors import DONE, FAILED, UserError, describe, exit_status
 
@@ -53,10 +54,11 @@ def run_as_rank(run: Callable, check: Callable, verbose: bool = False) -> int:
     except Exception as e:
         if checking and isinstance(e, UserError):
             raise
-        if exit_status(e) == FAILED or verbose:
+        error = explain_nccl_error(e)
+        if exit_status(error) == FAILED or verbose:
             traceback.print_exc()
-        print(f"error: rank {rank}: {describe(e)}", file=sys.stderr, flush=True)
-        os._exit(exit_status(e))
+        print(f"error: rank {rank}: {describe(error)}", file=sys.stderr, flush=True)
+        os._exit(exit_status(error))
 
 
 def rendezvous(rank: int, world: int) -> tuple[dist.Store, float]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import os
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -110,22 +111,27 @@ def should_compile(option: str, device: torch.device, family: Family) -> bool:
     return option == "true" or (option == "auto" and triton_runs_on(device) and family.compiles)
 
 
-def start_compile_workers() -> None:
-    """Start the processes that compile for a GPU, with SIGTERM, SIGINT and SIGUSR1 blocked.
+def start_compile_workers(cpus: int) -> None:
+    """Start at most `cpus` processes that compile for a GPU, with SIGTERM, SIGINT and SIGUSR1 blocked.
+
+    By default torch starts one for each CPU of the machine, at most 32, in each rank.
 
     torch starts them at the first compilation. A SIGTERM to the whole process group, as timeout(1) and Slurm
     send it, would then end them, and the step would wait for their results forever (torch 2.11 and 2.13).
     """
-    from torch._inductor.async_compile import AsyncCompile  # takes a second, and only some runs need it
+    from torch._inductor import config  # takes a second, and only some runs need it
+    from torch._inductor.async_compile import AsyncCompile
 
+    if "TORCHINDUCTOR_COMPILE_THREADS" not in os.environ:
+        config.compile_threads = min(config.compile_threads or cpus, cpus)
     with signals_blocked_for_children():
         AsyncCompile.warm_pool()
 
 
-def compile_run_layer(backend: str = "inductor") -> Callable:
+def compile_run_layer(backend: str = "inductor", cpus: int = 1) -> Callable:
     """Return `run_layer` as a function that compiles at its first call. Layers that are alike share that.
 
-    With GPUs, starts Inductor's processes.
+    With GPUs, starts Inductor's processes, at most `cpus`.
     """
     if backend != "inductor":
         return torch.compile(run_layer, fullgraph=True, backend=backend)
@@ -133,7 +139,7 @@ def compile_run_layer(backend: str = "inductor") -> Callable:
     from parallel.inductor_passes import JointGraphPass, PartitionedGraphPass
 
     if torch.cuda.is_available():
-        start_compile_workers()
+        start_compile_workers(cpus)
     # Without reuse, a buffer returns to the allocator after its last use. Inductor would hold it for a later
     # result of the same shape: one more of an MLP's widest activations at the moment of the peak.
     options: dict[str, Any] = {

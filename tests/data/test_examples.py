@@ -70,13 +70,13 @@ def test_a_large_chat_file_is_rendered_by_several_processes(tmp_path, monkeypatc
     renderer = examples._RowRenderer
     monkeypatch.setattr(renderer, "__call__", count_workers(renderer.__call__, tmp_path))
     for cores in (3, 1):
-        monkeypatch.setattr(os, "cpu_count", lambda cores=cores: cores)
+        monkeypatch.setattr(examples, "count_cpus", lambda cores=cores: cores)
         results.add(tokenize_dataset(file, "auto", -1, 512, tokenizer).tokens.numpy().tobytes())
     assert len(results) == 1  # the same rows in the same order
     assert len(list(tmp_path.glob("worker-*"))) > 2  # several, and this process with one core
 
     rows[1500]["messages"][0] = {"role": "user", "content": None}
-    monkeypatch.setattr(os, "cpu_count", lambda: 3)
+    monkeypatch.setattr(examples, "count_cpus", lambda: 3)
     with pytest.raises(
         UserError, match=r"a\.jsonl:1501: message 1 has no content, only role; messages must be"
     ):
@@ -105,7 +105,7 @@ def test_a_data_worker_that_is_killed(tmp_path, monkeypatch):
     turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]
     (tmp_path / "rows.jsonl").write_text((json.dumps({"messages": turns}) + "\n") * 2000)
     monkeypatch.setattr(examples, "_render_in_worker", kill_a_worker)
-    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(examples, "count_cpus", lambda: 2)
     with pytest.raises(
         UserError, match="one of 2 processes that render its rows was killed; out of host memory"
     ):

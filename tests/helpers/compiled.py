@@ -31,7 +31,7 @@ def compiled_run(rank_info, argv: list[str]):
     torch.compiler.reset()  # as in a fresh process
     before = counters["stats"]["unique_graphs"]
     with (
-        mock.patch.object(train, "compile_run_layer", lambda: compile_run_layer("aot_eager")),
+        mock.patch.object(train, "compile_run_layer", lambda cpus: compile_run_layer("aot_eager")),
         loss_compiled_with("aot_eager"),
     ):
         results = train_run(rank_info, [*argv, "--compile", "true"])

@@ -224,7 +224,7 @@ def compile_for_a_while(messages) -> None:
     unblock_signals()
     received = []
     signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
-    start_compile_workers()
+    start_compile_workers(2)
     pool = AsyncCompile.process_pool()
     assert pool.submit(sum, (1, 2)).result() == 3
     working = pool.submit(time.sleep, 3)

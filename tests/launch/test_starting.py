@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import multiprocessing.forkserver
 import os
 import signal
@@ -34,26 +35,52 @@ def test_a_rank_has_the_environment_of_its_parent(processes, tmp_path):
     assert json.loads(found.read_text()) == os.environ
 
 
-def count_cpus(rank_info, sets: list[set[int]]) -> int:
+def count_cpus(rank_info, sets: list[set[int]], quota: float) -> int:
     """Return the CPUs of this rank, on a node whose ranks may run on these sets of CPUs."""
-    with mock.patch.object(os, "sched_getaffinity", lambda _: sets[rank_info.rank], create=True):
+    with (
+        mock.patch.object(os, "sched_getaffinity", lambda _: sets[rank_info.rank], create=True),
+        mock.patch.object(launch_ranks, "read_cpu_quota", lambda: quota),
+    ):
         return launch_ranks.count_cpus_per_rank(
             rank_info.local_rank, rank_info.rank, rank_info.local_world, rank_info.world
         )
 
 
 @pytest.mark.parametrize(
-    ("sets", "shares"),
+    ("sets", "quota", "shares"),
     [
-        ([range(0, 64, 2)] * 2, [16, 16]),
-        ([range(12), range(12, 24)], [12, 12]),  # as Slurm and mpirun bind them
-        ([range(3)] * 2, [1, 1]),
-        ([range(1)] * 2, [1, 1]),
-        ([range(8), range(4, 24)], [4, 10]),
+        ([range(0, 64, 2)] * 2, math.inf, [16, 16]),
+        ([range(64)] * 2, 9.5, [4, 4]),  # docker run --cpus 9.5
+        ([range(64)] * 2, 0.5, [1, 1]),
+        ([range(12), range(12, 24)], math.inf, [12, 12]),  # as Slurm and mpirun bind them
+        ([range(3)] * 2, math.inf, [1, 1]),
+        ([range(1)] * 2, math.inf, [1, 1]),
+        ([range(8), range(4, 24)], math.inf, [4, 10]),
     ],
 )
-def test_ranks_share_cpus(sets, shares, two_ranks):
-    assert two_ranks(count_cpus, list(map(set, sets))) == shares
+def test_ranks_share_cpus(sets, quota, shares, two_ranks):
+    assert two_ranks(count_cpus, list(map(set, sets)), quota) == shares
+
+
+@pytest.mark.parametrize(
+    ("files", "quota"),
+    [
+        ({}, math.inf),
+        ({"cpu.max": "max 100000\n"}, math.inf),
+        ({"cpu.max": "400000 100000\n"}, 4),
+        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, math.inf),
+        ({"cpu/cpu.cfs_quota_us": "150000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 1.5),
+    ],
+)
+def test_a_containers_quota_limits_the_cpus(files, quota, tmp_path, monkeypatch):
+    """Its CPUs are all of the machine's; more threads than it may run would wait for one another."""
+    (tmp_path / "cpu").mkdir()
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    assert launch_ranks.read_cpu_quota(tmp_path) == quota
+    monkeypatch.setattr(launch_ranks, "read_cpu_quota", lambda: quota)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)), raising=False)
+    assert launch_ranks.count_cpus() == (64 if quota == math.inf else int(quota))
 
 
 def test_ranks_of_other_nodes_take_no_cpus(two_ranks):
@@ -61,7 +88,10 @@ def test_ranks_of_other_nodes_take_no_cpus(two_ranks):
 
 
 def alone_on_its_node(rank_info) -> int:
-    with mock.patch.object(os, "sched_getaffinity", lambda _: set(range(5)), create=True):
+    with (
+        mock.patch.object(os, "sched_getaffinity", lambda _: set(range(5)), create=True),
+        mock.patch.object(launch_ranks, "read_cpu_quota", lambda: math.inf),
+    ):
         return launch_ranks.count_cpus_per_rank(0, rank_info.rank, 1, rank_info.world)
 
 
@@ -98,6 +128,8 @@ def test_a_rank_starts_with_its_share_of_cpus(gpu, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: int(gpu))
     monkeypatch.setattr(launch_ranks, "set_current_device", lambda device: None)
+    monkeypatch.setattr(launch_ranks, "reach_gpus", lambda device: None)
+    monkeypatch.setattr(launch_ranks, "read_cpu_quota", lambda: math.inf)
     monkeypatch.setattr(dist, "init_process_group", lambda *_, **__: None)
     monkeypatch.setattr(
         dist, "all_gather_object", lambda all, own, group: all.__setitem__(slice(None), [own] * 3)

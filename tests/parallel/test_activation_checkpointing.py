@@ -24,6 +24,7 @@ from parallel.activation_checkpointing import (
     SavedActivations,
     compile_run_layer,
     raise_graph_limit,
+    start_compile_workers,
 )
 from quantization import operators as linear4bit
 from tests.helpers.compiled import CHECKPOINTED, EXTRA_GRAPHS, LAYERS, LINEARS, compiled_run, two_step_args
@@ -225,7 +226,24 @@ def test_kinds_of_layers_in_a_run(targets, kinds, checkpoints, short_rows, one_r
 def limit_in_a_run(rank_info, args) -> int:
     with (
         torch._dynamo.config.patch(recompile_limit=8),
-        mock.patch.object(train, "compile_run_layer", lambda: compile_run_layer("aot_eager")),
+        mock.patch.object(train, "compile_run_layer", lambda cpus: compile_run_layer("aot_eager")),
     ):
         set_up(rank_info, [*args, "--compile", "true"])
         return torch._dynamo.config.recompile_limit
+
+
+def test_compile_workers_are_the_ranks_share_of_the_cpus(monkeypatch):
+    """Unless the user asks for another number."""
+    from torch._inductor import config
+    from torch._inductor.async_compile import AsyncCompile
+
+    started = []
+    monkeypatch.setattr(AsyncCompile, "warm_pool", lambda: started.append(config.compile_threads))
+    monkeypatch.delenv("TORCHINDUCTOR_COMPILE_THREADS", raising=False)
+    for cpus in (64, 3):
+        monkeypatch.setattr(config, "compile_threads", 32)
+        start_compile_workers(cpus)
+    monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "8")
+    monkeypatch.setattr(config, "compile_threads", 8)
+    start_compile_workers(3)
+    assert started == [32, 3, 8]
