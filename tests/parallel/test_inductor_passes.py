@@ -77,7 +77,7 @@ def rewritten_run(rank_info, argv: list[str]):
         decompositions=select_decomp_table,
     )
     run = torch.compile(activation_checkpointing.run_layer, fullgraph=True, backend=backend)
-    with mock.patch.object(train, "compile_run_layer", lambda: run), loss_compiled_with("aot_eager"):
+    with mock.patch.object(train, "compile_run_layer", lambda cpus: run), loss_compiled_with("aot_eager"):
         return train_run(rank_info, [*argv, "--compile", "true"]), counted, sums
 
 
