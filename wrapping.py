@@ -30,7 +30,8 @@ from torch.distributed.fsdp import (
 )
 from transformers import PreTrainedModel
 
-from launch.memory import can_page_lock
+from launch.memory import try_page_locking
+from launch.ranks import gather_from_ranks
 from models.dora import DoRALinear
 from models.family import Family
 from models.loss import Head, freeze_embedding, shard_vocabulary
@@ -99,8 +100,9 @@ def make_mesh(device_type: str, world: int, strategy: str, group_size: int) -> D
 def make_offload_policy(enabled: bool, model: nn.Module, mesh: DeviceMesh) -> OffloadPolicy:
     """Return FSDP's policy for --use_cpu_offload, `enabled` or not; pins host memory where possible.
 
-    Copies from pinned memory overlap with computation. FSDP pins shard by shard in the first forward, and a
-    refusal would end the run there. So the whole amount is tried here.
+    Collective. Copies from pinned memory overlap with computation. FSDP pins shard by shard in the first
+    forward, and a refusal would end the run there. So the whole amount is tried here, on all ranks at the
+    same time: those of one host share its limit.
 
     Args:
         enabled: --use_cpu_offload.
@@ -109,7 +111,10 @@ def make_offload_policy(enabled: bool, model: nn.Module, mesh: DeviceMesh) -> Of
     """
     if not enabled:
         return OffloadPolicy()
-    return CPUOffloadPolicy(mesh.device_type == "cuda" and can_page_lock(_offloaded_sizes(model, mesh)))
+    if mesh.device_type != "cuda":
+        return CPUOffloadPolicy(pin_memory=False)
+    with try_page_locking(_offloaded_sizes(model, mesh)) as allowed:
+        return CPUOffloadPolicy(pin_memory=all(gather_from_ranks(allowed, mesh.size())))
 
 
 def _offloaded_sizes(model: nn.Module, mesh: DeviceMesh) -> list[int]:

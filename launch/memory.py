@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import os
 import resource
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -49,21 +50,25 @@ def peak_resident_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
 
 
-def can_page_lock(sizes: Iterable[int]) -> bool:
-    """Whether the host allows page-locked buffers of these sizes, in bytes, at the same time (tries it).
+@contextmanager
+def try_page_locking(sizes: Iterable[int]) -> Iterator[bool]:
+    """Yield whether the host allows page-locked buffers of these sizes, in bytes, at the same time.
 
-    A small trial would not tell: WSL2 and some containers refuse what exceeds a limit. The buffers are freed.
+    They are held within the context, and freed after it. A small trial would not tell: WSL2 and some
+    containers refuse what exceeds a limit.
     """
     held: list[torch.Tensor] = []
     try:
         held += (torch.empty(size, dtype=torch.uint8, pin_memory=True) for size in sizes)
+        allowed = True
     except RuntimeError:
         report_refusal()
-        return False
+        allowed = False
+    try:
+        yield allowed
     finally:
         held.clear()
         _release_page_locked()
-    return True
 
 
 def _release_page_locked() -> None:

@@ -10,7 +10,7 @@ import torch
 
 from data.packing import PackSampler
 from data.prefetch import prefetch_steps
-from launch.memory import can_page_lock
+from launch.memory import try_page_locking
 from launch.precision import detect_precision
 from models import attention
 from models.attention import VARLEN, attend_within_rows, has_varlen
@@ -205,7 +205,9 @@ def test_compiled_layers_are_compiled_for_one_shape(checkpoints, alpaca_file, on
 
 @pytest.mark.gpu
 def test_batches_come_in_pinned_memory():
-    if not can_page_lock([2**20]):
+    with try_page_locking([2**20]) as allowed:
+        pass
+    if not allowed:
         pytest.skip("this system grants no page-locked memory")
     device = torch.device("cuda", 0)
     steps = list(

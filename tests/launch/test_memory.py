@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from types import SimpleNamespace
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+import wrapping
 from launch import memory
 from wrapping import make_offload_policy
 
@@ -39,7 +41,8 @@ def limit(monkeypatch):
 
 def test_a_refusal_is_told_once(limit, capsys):
     weight = torch.arange(6, dtype=torch.bfloat16).view(2, 3)
-    assert not memory.can_page_lock([2**20])
+    with memory.try_page_locking([2**20]) as allowed:
+        assert not allowed
     for copy in (memory.page_locked_copy(weight), memory.empty_on_host(weight, "cuda").copy_(weight)):
         assert torch.equal(copy, weight)
     assert memory.copy_to_host(weight).tolist() == weight.tolist()
@@ -50,19 +53,27 @@ def test_a_refusal_is_told_once(limit, capsys):
 def test_the_sum_of_the_buffers_is_tried(limit, capsys):
     """A buffer of any of these sizes is allowed; two of them are not."""
     limit(500)
-    assert memory.can_page_lock([100, 400]) and memory.can_page_lock([500])
-    assert capsys.readouterr().out == ""
-    assert not memory.can_page_lock([100, 401])
+    for sizes in ([100, 400], [500]):  # the second finds the memory of the first free
+        with memory.try_page_locking(sizes) as allowed:
+            assert allowed and capsys.readouterr().out == ""
+    with memory.try_page_locking([100, 401]) as allowed:
+        assert not allowed
 
 
 @pytest.mark.parametrize(("shape", "ranks"), [((4,), 4), ((3, 2), 2)])
-def test_shards_and_gradients_are_tried_before_fsdp_pins_them(shape, ranks, limit):
-    """FSDP would pin them one by one in the first forward, and a refusal there would end the run."""
+def test_shards_and_gradients_are_tried_before_fsdp_pins_them(shape, ranks, limit, monkeypatch):
+    """FSDP would pin them one by one in the first forward, and a refusal there would end the run.
+
+    A refusal of another rank counts: the host's limit may be theirs together.
+    """
     model = nn.Sequential(nn.Linear(6, 10, bias=False), nn.Linear(10, 9)).to("meta")
     model[0].requires_grad_(False)
-    mesh = SimpleNamespace(device_type="cuda", ndim=len(shape), size=shape.__getitem__)
+    mesh = SimpleNamespace(device_type="cuda", ndim=len(shape))
+    mesh.size = lambda i=None: math.prod(shape) if i is None else shape[i]
+    others = [True]
+    monkeypatch.setattr(wrapping, "gather_from_ranks", lambda value, world: [value, *others])
     needed = {4: 3 * 6 + 2 * (3 * 10 + 3), 2: 5 * 6 + 2 * (5 * 10 + 5)}[ranks] * 4
-    for allowed, pins in ((needed, True), (needed - 1, False)):
+    for allowed, others[0], pins in ((needed, True, True), (needed - 1, True, False), (needed, False, False)):
         limit(allowed)
         assert make_offload_policy(True, model, mesh).pin_memory is pins
     mesh.device_type = "cpu"
