@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import textwrap
 
+import pytest
 import torch
 from transformers import Starcoder2Config
 
@@ -15,6 +16,7 @@ from tests.helpers.expansion import expand
 from tests.helpers.logits import IDS, transformers_logits
 from tests.helpers.programs import ROOT
 from tests.helpers.runs import outputs, transformers_model
+from tools import make_hardware_table
 from tools.make_options_doc import PAGE, make_page
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -71,6 +73,13 @@ def test_names_that_the_design_pages_quote_are_in_the_code():
         text = re.sub(r"```.*?```", "", doc.read_text(encoding="utf-8"), flags=re.DOTALL)
         quoted = set(re.findall(r"[A-Za-z_]\w+", " ".join(re.findall(r"`([^`\n]+)`", text))))
         assert quoted <= known, (doc.name, quoted - known)
+
+
+@pytest.mark.slow
+def test_the_hardware_page_has_what_is_computed(tmp_path):
+    page = make_hardware_table.PAGE.read_text(encoding="utf-8")
+    expected = make_hardware_table.replace_tables(page, make_hardware_table.make_tables(tmp_path))
+    assert page == expected, "run: python -m tools.make_hardware_table"
 
 
 def test_the_list_of_files_is_complete():
