@@ -80,7 +80,8 @@ def make_checkpoint(folder: Path, shape: str, empty: bool = False) -> None:
         shapes = {name: p.shape for name, p in LlamaForCausalLM(config).named_parameters()}
     folder.mkdir(parents=True, exist_ok=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    generator, weight_map = torch.Generator(device).manual_seed(0), {}
+    generator = torch.Generator(device).manual_seed(0)
+    weight_map: dict[str, str] = {}
     for number, shard in enumerate(_split_into_shards(shapes), 1):
         file = f"model-{number:05d}.safetensors"
         weight_map |= dict.fromkeys(shard, file)
