@@ -26,20 +26,16 @@ from typing import Any
 import torch
 from torch import nn
 from torch.backends.cuda import SDPAParams, can_use_cudnn_attention, can_use_flash_attention
+from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from models.family import FUSED, Family
 
-try:
-    from torch.nn.attention.varlen import varlen_attn
-except ImportError:  # torch 2.9
-    varlen_attn = None  # type: ignore[assignment]
-
 # Our names in transformers' registry, beside FUSED.
 CAUSAL, VARLEN = "causal_lines", "varlen_rows"
-_VARLEN_PARAMETERS = () if varlen_attn is None else tuple(inspect.signature(varlen_attn).parameters)
+_VARLEN_PARAMETERS = tuple(inspect.signature(varlen_attn).parameters)
 # Newer versions of torch need this for fewer key and value heads than query heads; versions up to 2.11 have
 # no flag.
 _VARLEN_OPTIONS: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in _VARLEN_PARAMETERS else {}

@@ -67,7 +67,7 @@ def test_attention_of_single_rows(has_varlen, checkpoints, monkeypatch):
 @pytest.mark.parametrize("capability, built, parameters, has", [
     ((8, 0), True, ("scale", "window_size"), True), ((7, 5), True, ("scale", "window_size"), False),
     ((9, 0), False, ("scale", "window_size"), False),
-    ((9, 0), True, ("scale",), False), ((9, 0), True, (), False),  # torch 2.10, 2.9
+    ((9, 0), True, ("scale",), False), ((9, 0), True, (), False),  # as torch 2.10
 ])  # fmt: skip
 def test_gpus_that_run_varlen(capability, built, parameters, has, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
