@@ -90,6 +90,8 @@ def set_up(
     expected = memory_model.expected_memory(model, family, config, precision, job.files, rank_info)
     apply_method(model, family, config, precision, job.files)
     mesh = make_mesh(device.type, rank_info.world, config.sharding_strategy, config.hybrid_shard_size)
+    layer_input = memory_model.layer_input_bytes(config, precision, max_tokens, job.model_config.hidden_size)
+    on_host = config.use_activation_cpu_offload * job.model_config.num_hidden_layers * layer_input
     wrap(
         model,
         family,
@@ -97,7 +99,7 @@ def set_up(
         strategy=STRATEGIES[config.sharding_strategy],
         units=WRAP_POLICIES[config.wrap_policy](family),
         gather_dtype=precision.gather_dtype,
-        offload=make_offload_policy(config.use_cpu_offload, model, mesh),
+        offload=make_offload_policy(config.use_cpu_offload, model, mesh, on_host),
         saved_activations=SavedActivations.INPUT
         if config.use_gradient_checkpointing
         else SavedActivations.ALL,
@@ -113,6 +115,8 @@ def set_up(
     with open_cache_writer(job.cache, rank_info) as cache:
         load_weights(model, family, job.files, rank_info, param_device, config.seed, workers, cache)
         memory_model.check_loaded(model, expected, allocated_before)
+    if config.use_cpu_offload:
+        memory.release_page_locked()  # of the load: where a limit holds, FSDP needs it for the weights
     profiler.start_phase(BETWEEN_STEPS)
     # This seed is dropout's; adapters and the data order have their own generators.
     torch.manual_seed(config.seed + rank_info.rank)

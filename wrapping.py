@@ -97,33 +97,42 @@ def make_mesh(device_type: str, world: int, strategy: str, group_size: int) -> D
     return init_device_mesh(device_type, (world // size, size), mesh_dim_names=("replicate", "shard"))
 
 
-def make_offload_policy(enabled: bool, model: nn.Module, mesh: DeviceMesh) -> OffloadPolicy:
+def make_offload_policy(
+    enabled: bool, model: nn.Module, mesh: DeviceMesh, other_bytes: int = 0
+) -> OffloadPolicy:
     """Return FSDP's policy for --use_cpu_offload, `enabled` or not; pins host memory where possible.
 
     Collective. Copies from pinned memory overlap with computation. FSDP pins shard by shard in the first
     forward, and a refusal would end the run there. So the whole amount is tried here, on all ranks at the
-    same time: those of one host share its limit.
+    same time: those of one host share its limit. FSDP pins gradients in each backward, so what else may hold
+    pinned memory then counts, too.
 
     Args:
         enabled: --use_cpu_offload.
         model: The model before it is sharded; it may be on meta.
         mesh: The result of `make_mesh`.
+        other_bytes: Pinned bytes that the run will ask for elsewhere on this rank.
     """
     if not enabled:
         return OffloadPolicy()
     if mesh.device_type != "cuda":
         return CPUOffloadPolicy(pin_memory=False)
-    with try_page_locking(_offloaded_sizes(model, mesh)) as allowed:
+    sizes = [*_offloaded_sizes(model, mesh), *([other_bytes] if other_bytes else [])]
+    with try_page_locking(sizes) as allowed:
         return CPUOffloadPolicy(pin_memory=all(gather_from_ranks(allowed, mesh.size())))
 
 
 def _offloaded_sizes(model: nn.Module, mesh: DeviceMesh) -> list[int]:
-    """Return the bytes of each tensor that offload keeps on a rank: shards, and gradients of trained ones."""
+    """Return the bytes of each tensor that offload may pin on a rank.
+
+    These are the shards and, for each trained one, its gradient and a checkpoint's copies of it and of Adam's
+    two moments.
+    """
     n_shards, sizes = mesh.size(mesh.ndim - 1), []
     for parameter in model.parameters():
         rows = -(-parameter.shape[0] // n_shards)
         size = rows * (parameter.numel() // parameter.shape[0]) * parameter.itemsize
-        sizes += [size, size] if parameter.requires_grad else [size]
+        sizes += [size] * (5 if parameter.requires_grad else 1)
     return sizes
 
 

@@ -68,11 +68,11 @@ def try_page_locking(sizes: Iterable[int]) -> Iterator[bool]:
         yield allowed
     finally:
         held.clear()
-        _release_page_locked()
+        release_page_locked()
 
 
-def _release_page_locked() -> None:
-    """Give freed page-locked buffers back to the system; torch would keep them for later requests."""
+def release_page_locked() -> None:
+    """Give freed page-locked memory back to the system; torch would keep it for later requests of its own."""
     # The first is torch's public name for it, the second that of older versions.
     release = getattr(torch.accelerator, "empty_host_cache", None) or getattr(
         torch._C, "_host_emptyCache", None

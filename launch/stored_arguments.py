@@ -34,8 +34,9 @@ class StoredArguments:
     """
 
     def __init__(self, args: tuple):
-        self.file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 # `close` closes it
+        self.file: Any = None
         try:
+            self.file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 # `close` closes it
             pickler = _Pickler(self.file)
             pickler.dump(args)
             self.pickled = pickler.write(pickler.stream.getbuffer()), pickler.stream.tell()
@@ -47,7 +48,7 @@ class StoredArguments:
             ) from e
         if pickler.tensors:
             mapping = _map(self.file.fileno())
-            for tensor, location in pickler.tensors:
+            for tensor, location in pickler.tensors.values():
                 tensor.data = _mapped_tensor(mapping, location)
 
     def __enter__(self) -> Self:
@@ -58,7 +59,8 @@ class StoredArguments:
 
     def close(self) -> None:
         """Close the file in this process. Its mappings, and those of other processes, stay valid."""
-        self.file.close()
+        if self.file:
+            self.file.close()
 
     def __reduce__(self) -> tuple:
         """Pickle for a process that multiprocessing is starting: it inherits the open file."""
@@ -82,24 +84,22 @@ class _Pickler(pickle.Pickler):
     """Pickles into `stream`, and writes tensors into a file instead.
 
     Attributes:
-        tensors: the tensors in the file, and where each lies.
+        tensors: {id of a tensor: (the tensor, where it lies in the file)}.
     """
 
     def __init__(self, file):
         self.file, self.end, self.stream = file, 0, BytesIO()
-        self.tensors: list[tuple[torch.Tensor, Location]] = []
+        self.tensors: dict[int, tuple[torch.Tensor, Location]] = {}
         super().__init__(self.stream, pickle.HIGHEST_PROTOCOL)
 
     def persistent_id(self, obj) -> Location | None:
         """Write a tensor into the file and return where it lies; return None to pickle the object itself."""
         if type(obj) is not torch.Tensor or not obj.is_cpu or not obj.numel():
             return None
-        known = next((location for tensor, location in self.tensors if tensor is obj), None)
-        if known:
-            return known
-        offset = self.write(obj.detach().contiguous().view(-1).view(torch.uint8).numpy().data)
-        self.tensors.append((obj, (offset, obj.shape, obj.dtype)))
-        return self.tensors[-1][1]
+        if id(obj) not in self.tensors:
+            offset = self.write(obj.detach().contiguous().view(-1).view(torch.uint8).numpy().data)
+            self.tensors[id(obj)] = obj, (offset, obj.shape, obj.dtype)
+        return self.tensors[id(obj)][1]
 
     def write(self, data: memoryview) -> int:
         """Append bytes to the file, at a multiple of ALIGNMENT; return where they begin. Raises OSError."""

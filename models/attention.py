@@ -94,7 +94,9 @@ def takes_grouped_heads(device_type: str, dtype: torch.dtype, features: int) -> 
     """
     if device_type != "cuda":
         return True
-    query, key = (torch.empty(1, heads, 16, features, dtype=dtype, device="cuda") for heads in (2, 1))
+    # With gradients: flash attention of some head sizes has a forward only, on some GPUs.
+    options: dict[str, Any] = {"dtype": dtype, "device": "cuda", "requires_grad": True}
+    query, key = (torch.empty(1, heads, 16, features, **options) for heads in (2, 1))
     params = SDPAParams(query, key, key, None, 0.0, True, True)  # no mask, no dropout, causal, grouped
     return can_use_flash_attention(params) or can_use_cudnn_attention(params)
 
@@ -138,6 +140,7 @@ def attend_fused(
     key = key.to(value.dtype)
     if length > 1:
         key, value = repeat_kv(key, groups), repeat_kv(value, groups)
+        others = {"is_causal": getattr(module, "is_causal", True), **others}
         return sdpa_attention_forward(_UNGROUPED, query, key, value, None, **others)
     # One token asks, so the queries of a group can stand for as many tokens, and nothing is expanded.
     queries = query.reshape(batch, heads // groups, groups, features)

@@ -299,6 +299,18 @@ def run_sizes(
     )
 
 
+def layer_input_bytes(config: Config, precision: Precision, tokens: int, hidden: int) -> int:
+    """Return the bytes of one layer's input, which gradient checkpointing saves.
+
+    Args:
+        config: the run's options.
+        precision: dtypes of the run.
+        tokens: T.
+        hidden: features of a token.
+    """
+    return config.batch_size * tokens * hidden * precision.frozen.itemsize
+
+
 def estimate_peak(config: Config, precision: Precision, sizes: RunSizes) -> float:
     """Estimate the bytes that each GPU holds at the peak of a training step.
 
@@ -326,7 +338,7 @@ def estimate_peak(config: Config, precision: Precision, sizes: RunSizes) -> floa
     activations += 8 * sizes.eager * sizes.heads * rows * sizes.tokens
     if config.use_gradient_checkpointing:
         saved_layers = 2 if config.use_activation_cpu_offload else sizes.layers
-        saved = rows * sizes.hidden * precision.frozen.itemsize * saved_layers
+        saved = layer_input_bytes(config, precision, sizes.tokens, sizes.hidden) * saved_layers
     else:
         saved, activations = activations * sizes.layers, 0
     logits_chunk = min(LOGITS_BYTES, rows * sizes.vocabulary * matmul_bytes)

@@ -50,12 +50,12 @@ class Machine:
 
 
 MACHINES = [
-    Machine("T4 (Colab)", 1, 14.6, has_bf16=False),
-    Machine("2 x T4 (Kaggle)", 2, 14.6, has_bf16=False),
-    Machine("L4", 1, 22.0),
-    Machine("3090 or 4090", 1, 23.6),
+    Machine("1 x T4", 1, 14.6, has_bf16=False),
+    Machine("2 x T4", 2, 14.6, has_bf16=False),
+    Machine("1 x L4", 1, 22.0),
+    Machine("1 x 3090 or 4090", 1, 23.6),
     Machine("2 x 3090 or 4090", 2, 23.6),
-    Machine("A100, 40 GB", 1, 39.4),
+    Machine("1 x A100, 40 GB", 1, 39.4),
     Machine("8 x H100", 8, 79.1),
     Machine("8 x H200", 8, 139.8),
 ]

@@ -72,9 +72,10 @@ def test_shards_and_gradients_are_tried_before_fsdp_pins_them(shape, ranks, limi
     mesh.size = lambda i=None: math.prod(shape) if i is None else shape[i]
     others = [True]
     monkeypatch.setattr(wrapping, "gather_from_ranks", lambda value, world: [value, *others])
-    needed = {4: 3 * 6 + 2 * (3 * 10 + 3), 2: 5 * 6 + 2 * (5 * 10 + 5)}[ranks] * 4
+    needed = {4: 3 * 6 + 5 * (3 * 10 + 3), 2: 5 * 6 + 5 * (5 * 10 + 5)}[ranks] * 4
     for allowed, others[0], pins in ((needed, True, True), (needed - 1, True, False), (needed, False, False)):
         limit(allowed)
         assert make_offload_policy(True, model, mesh).pin_memory is pins
+        assert not make_offload_policy(True, model, mesh, other_bytes=1).pin_memory
     mesh.device_type = "cpu"
     assert make_offload_policy(True, model, mesh).pin_memory is False

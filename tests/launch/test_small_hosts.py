@@ -1,6 +1,6 @@
-"""A run on a small host: /dev/shm of 64 MB and 4 threads. test_memory.py refuses page-locked memory.
+"""A run on a small host: /dev/shm of 64 MB, 4 threads, and page-locked memory that is refused everywhere.
 
-Without a GPU, torch refuses every request for page-locked memory.
+test_memory.py has limits that allow some of it.
 """
 
 from __future__ import annotations
@@ -49,6 +49,8 @@ def test_alpaca_trains_with_little_shared_memory(checkpoints, tmp_path):
         "--context_length": 512,
         "--max_steps": STEPS,
         "--world_size": 2,
+        "--save_every": 90,
+        "--use_cpu_offload": "true",
         "--output_dir": out,
     }
     argv = [str(part) for option in options.items() for part in option]
@@ -58,7 +60,7 @@ def test_alpaca_trains_with_little_shared_memory(checkpoints, tmp_path):
         "RAYON_NUM_THREADS": "4",
     }
     done = subprocess.run(
-        [*namespace, sys.executable, "train.py", *argv],
+        [*namespace, sys.executable, "-m", "tests.helpers.refused_page_locks", *argv],
         cwd=ROOT,
         env=environment,
         capture_output=True,
@@ -67,6 +69,10 @@ def test_alpaca_trains_with_little_shared_memory(checkpoints, tmp_path):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert f"data: {ROWS:,} rows kept" in done.stdout
+    assert done.stdout.count("the host refuses page-locked memory") == 1
+    parts = ("train.prefetch_steps", "train.make_offload_policy", "checkpoints.host_copy", "launch.memory")
+    (asked,) = (line for line in done.stdout.splitlines() if line.startswith("asked: "))
+    assert all(part in asked for part in parts), asked
     data = next(line for line in done.stdout.splitlines() if line.startswith("data: "))
     tokens = int(data.split("; ")[1].split()[0].replace(",", ""))
     assert 4 * tokens > 64 * 2**20, "int32: more than /dev/shm has"
