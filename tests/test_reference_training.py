@@ -11,6 +11,7 @@ from data.rows import IGNORE
 from options.methods import METHODS
 from tests.helpers.adapters import args_for, build_peft_model, set_up_adapters
 from tests.helpers.parity import biased_checkpoint
+from tests.helpers.programs import run_and_read
 from tests.helpers.runs import dense_state, make_job, set_up, train_run, trained_tensors
 
 STEPS, LR = 5, 2e-3
@@ -94,3 +95,10 @@ def test_weight_decay_spares_vectors(checkpoints, short_rows, one_rank):
 
 def tensors_before(rank_info, args):
     return trained_tensors(set_up(rank_info, args)[1])
+
+
+def test_the_demo_has_the_same_losses_with_every_version(tmp_path):
+    """As torch 2.13 and 2.10, transformers 5.23 and 5.17 compute them; `make test-oldest` runs this."""
+    options = ["--max_steps", 5, "--sample_every", 0, "--save_model", "false", "--world_size", 2]
+    losses = [step["loss"] for step in run_and_read(options, tmp_path / "run")]
+    assert losses == pytest.approx([12.964069, 10.626952, 9.081196, 9.571074, 8.631636], rel=1e-5)
