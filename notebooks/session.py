@@ -8,10 +8,14 @@ notebook's own process must hold no GPU memory while train.py runs.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import importlib.metadata
+import math
 import os
 import platform
+import re
+import runpy
 import shutil
 import signal
 import socket
@@ -23,7 +27,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 GB = 10**9
-HUB, HUB_PORT = "huggingface.co", 443
+HUB, PACKAGE_INDEX, HTTPS = "huggingface.co", "pypi.org", 443
 TOKEN = "HF_TOKEN"  # environment variable, and the name of Kaggle's and Colab's secret
 OLDEST_GPU = 7.5  # compute capability: T4
 # Lines come at once. Progress bars would be saved in the notebook, each state of them as a line.
@@ -57,6 +61,21 @@ def on_kaggle() -> bool:
 def on_colab() -> bool:
     """Return whether this is Colab."""
     return "COLAB_RELEASE_TAG" in os.environ
+
+
+def read_whole_number(parameter: str, value: object, least: int, alternative: str = "") -> int:
+    """Return the value of a parameter as an int. Raises SessionError unless it is one, at least `least`.
+
+    alternative: another value that is allowed, for the message.
+    """
+    try:
+        number = int(str(value))
+    except ValueError:
+        number = least - 1
+    if number < least:
+        allowed = f"a whole number, at least {least}" + f", or {alternative}" * bool(alternative)
+        raise SessionError(f"{parameter} = {value!r}: has to be {allowed}")
+    return number
 
 
 # Commands
@@ -110,14 +129,26 @@ def _stream(command: list[str], name: str) -> None:
 
 
 def list_gpus() -> list[tuple[str, float]]:
-    """Return (name and memory, compute capability) of each NVIDIA GPU, as nvidia-smi reports them."""
+    """Return (name and memory, compute capability) of each NVIDIA GPU, as nvidia-smi reports them.
+
+    The capability is NaN if nvidia-smi does not know it ("[N/A]").
+    """
     query = ["nvidia-smi", "--query-gpu=name,memory.total,compute_cap", "--format=csv,noheader"]
     try:
         done = subprocess.run(query, capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.TimeoutExpired):  # no driver
         return []
     rows = [[cell.strip() for cell in row] for row in csv.reader(done.stdout.splitlines())]
-    return [(f"{row[0]}, {row[1]}", float(row[2])) for row in rows if len(row) == 3 and not done.returncode]
+    if done.returncode:
+        return []
+    return [(f"{row[0]}, {row[1]}", _read_capability(row[2])) for row in rows if len(row) == 3]
+
+
+def _read_capability(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
 
 
 def describe_machine(*folders: str) -> None:
@@ -135,11 +166,11 @@ def describe_machine(*folders: str) -> None:
 def choose_world_size(gpus: str | int, wanted: int) -> int:
     """Return the number of processes: all GPUs for "auto", else the number that is given.
 
-    A line says if there are fewer GPUs than `wanted`. Raises SessionError if "auto" finds no GPU, or one that
-    is older than a T4.
+    A line says if there are fewer GPUs than `wanted`. Raises SessionError for another value, and if "auto"
+    finds no GPU, or one that is older than a T4.
     """
     if gpus != "auto":
-        return int(gpus)
+        return read_whole_number("GPUS", gpus, 1, '"auto"')
     switch = "Settings > Accelerator > GPU T4 x2"
     if on_colab():
         switch = "Runtime > Change runtime type > T4 GPU"
@@ -160,8 +191,10 @@ def choose_world_size(gpus: str | int, wanted: int) -> int:
 def accumulation_steps(rows_per_step: int, world_size: int, batch_size: int) -> int:
     """Return --gradient_accumulation_steps for so many rows per optimizer step, on any number of processes.
 
-    Raises SessionError if the rows cannot be shared equally.
+    Raises SessionError if the rows cannot be shared equally, or if a value is no number.
     """
+    rows_per_step = read_whole_number("ROWS_PER_STEP", rows_per_step, 1)
+    batch_size = read_whole_number("BATCH_SIZE", batch_size, 1)
     steps, rest = divmod(rows_per_step, world_size * batch_size)
     if rest or not steps:
         raise SessionError(
@@ -174,8 +207,11 @@ def accumulation_steps(rows_per_step: int, world_size: int, batch_size: int) -> 
 def minutes_left(started: float, max_minutes: float) -> float:
     """Return --max_minutes of a command that starts now: what is left of max_minutes since `started`.
 
-    started: time.time() when the notebook started. 0 minutes mean no limit, here and in the result.
+    started: time.time() when the notebook started. 0 minutes mean no limit, here and in the result. Raises
+    SessionError for less.
     """
+    if not isinstance(max_minutes, int | float) or not max_minutes >= 0:
+        raise SessionError(f"MAX_MINUTES = {max_minutes!r}: has to be a number of minutes; 0: no limit")
     if not max_minutes:
         return 0
     return max(1.0, round(max_minutes - (time.time() - started) / 60, 1))
@@ -198,8 +234,13 @@ def check_room(folder: str, needed_gb: float) -> None:
 
 
 def _folder_bytes(path: Path) -> int:
-    """Return the bytes of a file, or of all files in a folder."""
-    return sum(p.lstat().st_size for p in (path, *path.rglob("*")) if not p.is_dir())
+    """Return the bytes of a file, or of all files in a folder. Files that vanish meanwhile do not count."""
+    inside = [os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names]
+    total = 0
+    for file in inside if path.is_dir() else [path]:
+        with contextlib.suppress(OSError):
+            total += os.lstat(file).st_size
+    return total
 
 
 # Code, hub and token
@@ -223,7 +264,10 @@ def install_requirements() -> None:
         try:
             _stream([*pip, "-r", str(file), "-c", str(constraint)], "pip install")
         except CommandFailed as e:
-            raise SessionError(f"{e}{_internet_advice()}") from None
+            offline = _connection_error(PACKAGE_INDEX)
+            raise SessionError(
+                f"{e}; {_no_internet(PACKAGE_INDEX, offline)}" if offline else str(e)
+            ) from None
     if torch and _installed("torch") != torch:
         raise SessionError(
             f"pip replaced torch {torch} by {_installed('torch')}, which may not fit this machine's driver:"
@@ -260,30 +304,61 @@ def use_caches(folder: str) -> None:
 
 def is_hub_name(name: str) -> bool:
     """Return whether a value of MODEL or DATASET is downloaded: no path, and not made on the spot."""
-    return name not in ("toy", "dummy") and not os.path.exists(name)
+    return name not in ("toy", "dummy") and not os.path.exists(os.path.expanduser(name))
 
 
-def check_internet(*names: str) -> None:
-    """Raise SessionError, which names the switch, if names need the hub and it cannot be reached.
+def check_internet(model: str, dataset: str) -> None:
+    """Raise SessionError, which names the switch, if MODEL or DATASET needs the hub and it cannot be reached.
 
-    names: MODEL and DATASET.
+    Raises SessionError, too, if one of them is a path and nothing is there.
     """
-    if not any(map(is_hub_name, names)):
-        return
+    _check_path("MODEL", model, "folder")
+    _check_path("DATASET", dataset, "file or folder")
+    if (is_hub_name(model) or is_hub_name(dataset)) and (error := _connection_error(HUB)):
+        raise SessionError(_no_internet(HUB, error))
+
+
+def _check_path(parameter: str, value: str, kind: str) -> None:
+    """Raise SessionError if a value is a path, as train.py tells paths from hub ids, and nothing is there."""
+    is_path = value.startswith(("/", ".", "~")) or value.partition("@")[0].count("/") > 1
+    if is_path and is_hub_name(value):
+        raise no_such_path(parameter, value, kind)
+
+
+def no_such_path(parameter: str, value: str, kind: str) -> SessionError:
+    """Return the error for a path that does not exist. It lists the nearest folder above, unless that is /.
+
+    kind: what is missing, for the message.
+    """
+    above = Path(value).expanduser().absolute().parent
+    while not above.is_dir():
+        above = above.parent
+    message = f"{parameter} = {value}: no such {kind}"
+    if above != above.parent and os.access(above, os.R_OK):
+        names = sorted(path.name for path in above.iterdir() if not path.name.startswith("."))
+        message += f"; {above} has: {', '.join(names[:20]) or 'nothing'}" + ", ..." * (len(names) > 20)
+    return SessionError(message)
+
+
+def _connection_error(host: str) -> OSError | None:
+    """Return why a host cannot be reached, None if it can."""
     try:
-        socket.create_connection((HUB, HUB_PORT), timeout=10).close()
+        socket.create_connection((host, HTTPS), timeout=10).close()
     except OSError as e:
-        raise SessionError(f"no internet: {HUB} cannot be reached ({e}){_internet_advice()}") from None
+        return e
+    return None
 
 
-def _internet_advice() -> str:
-    return "; turn on Settings > Internet, and run all cells again" if on_kaggle() else ""
+def _no_internet(host: str, reason: object) -> str:
+    """Return the line for a host that cannot be reached. It names the switch, which only Kaggle has."""
+    advice = "; turn on Settings > Internet, and run all cells again" if on_kaggle() else ""
+    return f"no internet: {host} cannot be reached ({reason}){advice}"
 
 
 def use_hub_token() -> None:
     """Set HF_TOKEN from Kaggle's or Colab's secret of that name, unless it is set; never print it."""
     if not os.environ.get(TOKEN) and (token := _read_secret()):
-        os.environ[TOKEN] = token
+        os.environ[TOKEN] = token.strip()  # of the line break that was pasted with it
     print(f"{TOKEN}: {'found' if os.environ.get(TOKEN) else 'none; models without a licence need none'}")
 
 
@@ -307,22 +382,70 @@ def _read_secret() -> str | None:
 
 def check_model_access(model: str) -> None:
     """Raise SessionError, which names the model's page and the secret, if the hub does not give the model."""
+    _check_path("MODEL", model, "folder")
     if not is_hub_name(model):
         return
     from huggingface_hub import auth_check
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    token = os.environ.get(TOKEN, "").strip()
+    if token and not re.fullmatch("[!-~]+", token):  # an HTTP header cannot hold it
+        raise SessionError(f"the {_secret()} is not valid: it holds spaces, or other characters than ASCII")
+    try:
+        auth_check(model.partition("@")[0], token=token or None)
+    except HFValidationError:
+        raise SessionError(f"MODEL = {model}: is no hub id (owner/name), and no such folder") from None
+    except HfHubHTTPError as e:
+        raise SessionError(_describe_refusal(model, e, bool(token))) from None
+    # A broken connection raises the base class, which is the HTTP client's: httpx.HTTPError or httpx2's.
+    except (OSError, *HfHubHTTPError.__bases__) as e:  # type: ignore[misc]
+        raise SessionError(f"{model}: {_no_internet(HUB, _first_line(e))}") from None
+
+
+def _secret() -> str:
+    menu = "the key symbol at the left" if on_colab() else "Add-ons > Secrets"
+    return f"secret {TOKEN} ({menu})"
+
+
+def _describe_refusal(model: str, error, has_token: bool) -> str:
+    """Return the line for a HfHubHTTPError. has_token: whether a token was sent."""
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
-    repository = model.partition("@")[0]
-    page = f"https://{HUB}/{repository}"
-    menu = "the key symbol at the left" if on_colab() else "Add-ons > Secrets"
-    secret = f"secret {TOKEN} ({menu})"
-    try:
-        auth_check(repository, token=os.environ.get(TOKEN) or None)
-    except GatedRepoError:
-        if os.environ.get(TOKEN):
-            problem = f"accept its licence at {page} with the account of the {secret}"
-        else:
-            problem = f"accept its licence at {page}, and put a token of that account into the {secret}"
-        raise SessionError(f"{model} is gated: {problem}") from None
-    except RepositoryNotFoundError:
-        raise SessionError(f"{model}: {page} does not exist, or is private and needs the {secret}") from None
+    status, secret = error.response.status_code, _secret()
+    page = f"https://{HUB}/{model.partition('@')[0]}"
+    # The hub answers 401, too, if there is no token and the model is gated, private, or does not exist.
+    if status == 401 and has_token:
+        return f"the {secret} is not valid: make a new token, and put it there"
+    if isinstance(error, GatedRepoError):
+        account = f" with the account of the {secret}"
+        if not has_token:
+            account = f", and put a token of that account into the {secret}"
+        return f"{model} is gated: accept its licence at {page}{account}"
+    if isinstance(error, RepositoryNotFoundError) or status == 401:
+        return f"{model}: {page} does not exist, or is private and needs the {secret}"
+    if status == 429 or status >= 500:
+        return f"{model}: {HUB} fails (status {status}): wait some minutes, and run this cell again"
+    return f"{model}: {HUB} refuses it ({_first_line(error)}): check MODEL, and the rights of the {secret}"
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+# Options
+
+
+def method_options(train_type: str, lora_rank: int, quantized_cache: str) -> list:
+    """Return --train_type, and those of --lora_rank and --quantized_cache that have an effect with it.
+
+    Raises SessionError for an unknown train type.
+    """
+    methods = runpy.run_path(str(ROOT / "options" / "methods.py"))["METHODS"]  # imports no torch
+    if train_type not in methods:
+        raise SessionError(f"TRAIN_TYPE = {train_type!r}: choose one of {', '.join(methods)}")
+    method = methods[train_type]
+    return [
+        *("--train_type", train_type),
+        *(("--lora_rank", lora_rank) if method.adapter else ()),
+        *(("--quantized_cache", quantized_cache) if method.quantizer else ()),
+    ]

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import http.server
 import json
+import math
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -147,6 +151,21 @@ def test_one_t4_instead_of_two_is_told_and_goes_on(gpus, capsys):
         session.accumulation_steps(7, 2, 1)
 
 
+def test_a_gpu_of_unknown_capability_counts(gpus):
+    gpus(T4.replace("7.5", "[N/A]"), T4)
+    assert session.choose_world_size("auto", 2) == 2
+    session.describe_machine()
+
+
+@pytest.mark.parametrize("value", ["two", 0, -1, 1.5, "", None, True])
+def test_a_value_that_is_no_number_is_told(value):
+    with pytest.raises(SessionError, match=r'^GPUS = .*: has to be a whole number, at least 1, or "auto"$'):
+        session.choose_world_size(value, 2)
+    for name, values in (("ROWS_PER_STEP", (value, 1, 1)), ("BATCH_SIZE", (8, 1, value))):
+        with pytest.raises(SessionError, match=rf"^{name} = .*: has to be a whole number, at least 1$"):
+            session.accumulation_steps(*values)
+
+
 @pytest.mark.parametrize(
     ("lines", "message"), [([], "has no GPU: choose .* GPU T4 x2"), ([P100], "P100.* is older than a T4")]
 )
@@ -160,6 +179,9 @@ def test_no_gpu_that_can_be_used(gpus, lines, message):
 def test_the_time_that_is_left():
     assert session.minutes_left(time.time() - 3600, 660) == pytest.approx(600, abs=0.2)
     assert session.minutes_left(0, 660) == 1 and session.minutes_left(0, 0) == 0
+    for value in (-1, "660", math.nan):
+        with pytest.raises(SessionError, match=r"^MAX_MINUTES = .*: has to be a number of minutes; 0: no"):
+            session.minutes_left(0, value)
 
 
 def test_a_full_working_folder_is_told_with_what_fills_it(tmp_path, monkeypatch):
@@ -170,6 +192,20 @@ def test_a_full_working_folder_is_told_with_what_fills_it(tmp_path, monkeypatch)
     session.check_room(str(tmp_path / "run"), 0.5)
     with pytest.raises(SessionError, match=r"has 1.0 GB free, and 8.0 are needed: .*merged \(0.1 GB\)"):
         session.check_room(str(tmp_path / "new" / "run"), 8)
+
+
+def test_a_file_that_vanishes_is_not_counted(tmp_path, monkeypatch):
+    for name in ("gone", "kept"):
+        (tmp_path / name).write_bytes(bytes(100))
+    lstat = os.lstat
+
+    def remove_first(path):
+        (tmp_path / "gone").unlink(missing_ok=True)
+        return lstat(path)
+
+    monkeypatch.setattr(os, "lstat", remove_first)
+    assert session._folder_bytes(tmp_path) == 100
+    assert session._folder_bytes(tmp_path / "kept") == 100 and session._folder_bytes(tmp_path / "gone") == 0
 
 
 @pytest.fixture
@@ -187,21 +223,46 @@ def platform(monkeypatch):
     return choose
 
 
-def test_no_internet_names_the_switch(platform, monkeypatch, tmp_path):
+def disconnect(monkeypatch) -> None:
     def refuse(*_, **__):
         raise OSError("Temporary failure in name resolution")
 
     monkeypatch.setattr(session.socket, "create_connection", refuse)
+
+
+def test_no_internet_names_the_switch(platform, monkeypatch, tmp_path):
+    disconnect(monkeypatch)
     session.check_internet("toy", str(tmp_path))  # needs none
     platform("kaggle")
     with pytest.raises(SessionError, match=r"^no internet: huggingface.co .*turn on Settings > Internet"):
         session.check_internet(MODEL, str(tmp_path))
+    platform("colab")  # which has no switch
+    with pytest.raises(SessionError, match=r"^no internet: huggingface.co .*resolution\)$"):
+        session.check_internet("toy", "owner/rows")
+
+
+@pytest.mark.parametrize("path", ["{}/typo", "./typo", "~/typo", "../typo", "input/model/typo", "{}/a/b@c"])
+def test_a_path_where_nothing_is_is_told_before_the_network_is_asked(path, tmp_path, monkeypatch):
+    (tmp_path / "llama").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(session.socket, "create_connection", None)
+    monkeypatch.setattr(huggingface_hub, "auth_check", None)
+    path = path.format(tmp_path)
+    for check in (session.check_model_access, lambda model: session.check_internet(model, "toy")):
+        with pytest.raises(SessionError, match=rf"^MODEL = {path}: no such folder; {tmp_path.parent}"):
+            check(path)
+    with pytest.raises(SessionError, match=rf"^DATASET = {path}: no such file or folder"):
+        session.check_internet("toy", path)
+    session.check_internet("~/llama", "./llama")
+    with pytest.raises(SessionError, match=f"{tmp_path} has: llama$"):
+        session.check_model_access(f"{tmp_path}/typo")
 
 
 def test_a_token_is_read_from_each_service_and_never_printed(platform, monkeypatch, capsys):
     secret = "hf_" + "x" * 20
     kaggle = SimpleNamespace(UserSecretsClient=lambda: SimpleNamespace(get_secret={"HF_TOKEN": secret}.get))
-    colab = SimpleNamespace(userdata=SimpleNamespace(get={"HF_TOKEN": secret}.get))
+    colab = SimpleNamespace(userdata=SimpleNamespace(get={"HF_TOKEN": f"{secret}\n"}.get))
     monkeypatch.setitem(sys.modules, "kaggle_secrets", kaggle)
     monkeypatch.setitem(sys.modules, "google.colab", colab)
     for name in ("kaggle", "colab"):
@@ -236,7 +297,7 @@ def test_a_model_that_the_hub_does_not_give(error, token, message, platform, mon
 
     def refuse(repository, token):
         asked.append((repository, token))
-        raise error("", response=SimpleNamespace(headers={}, request=None))
+        raise error("", response=SimpleNamespace(headers={}, request=None, status_code=403))
 
     monkeypatch.setattr(huggingface_hub, "auth_check", refuse)
     platform("kaggle")
@@ -245,6 +306,98 @@ def test_a_model_that_the_hub_does_not_give(error, token, message, platform, mon
         session.check_model_access(f"{MODEL}@main")
     assert asked == [(MODEL, token or None)]
     session.check_model_access("toy")
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """hub(status, **headers) -> a local server answers so in place of the hub."""
+    answer: list = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            status, headers = answer[-1]
+            self.send_response(status)
+            for name, value in headers.items():
+                self.send_header(name.replace("_", "-"), value)
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        ask_at(monkeypatch, server.server_port)
+        yield lambda status, **headers: answer.append((status, headers))
+        server.shutdown()
+        thread.join()
+
+
+def ask_at(monkeypatch, port: int) -> None:
+    """Let huggingface_hub ask a local server."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    api = huggingface_hub.HfApi(endpoint=f"http://127.0.0.1:{port}")
+    monkeypatch.setattr(huggingface_hub, "auth_check", api.auth_check)
+
+
+INVALID = r"^the secret HF_TOKEN \(Add-ons > Secrets\) is not valid"
+
+
+@pytest.mark.parametrize(
+    ("status", "headers", "message"),
+    [
+        (401, {"X_Error_Message": "Invalid credentials in Authorization header"}, INVALID),
+        (401, {"X_Error_Message": 'User Access Token "x" is expired'}, INVALID),
+        (401, {"X_Error_Code": "GatedRepo"}, INVALID),
+        (403, {"X_Error_Message": "enable access"}, "refuses it .*enable access.*rights of the secret HF_T"),
+        (403, {"X_Error_Code": "GatedRepo"}, "is gated: accept its licence at .* with the account of the"),
+        (404, {"X_Error_Code": "RepoNotFound"}, "does not exist, or is private"),
+        (429, {}, r"huggingface.co fails \(status 429\): wait"),
+        (500, {}, r"huggingface.co fails \(status 500\): wait"),
+        (418, {}, r"huggingface.co refuses it \(.*418"),
+    ],
+)
+def test_each_answer_of_the_hub_is_one_line(status, headers, message, hub, platform, monkeypatch):
+    platform("kaggle")
+    monkeypatch.setenv("HF_TOKEN", "hf_x")
+    hub(status, **headers)
+    with pytest.raises(SessionError, match=message) as e:
+        session.check_model_access(MODEL)
+    assert "\n" not in str(e.value)
+    hub(200)
+    session.check_model_access(MODEL)
+
+
+def test_without_a_token_401_means_that_there_is_no_such_model(hub, platform, monkeypatch):
+    platform("kaggle")
+    monkeypatch.setattr(huggingface_hub.utils._headers, "get_token", lambda: None)
+    hub(401)
+    with pytest.raises(SessionError, match="does not exist, or is private and needs the secret HF_TOKEN"):
+        session.check_model_access(MODEL)
+
+
+def test_no_connection_to_the_hub_is_one_line(platform, monkeypatch):
+    platform("kaggle")
+    with socket.socket() as unused:  # bound, but it does not listen
+        unused.bind(("127.0.0.1", 0))
+        ask_at(monkeypatch, unused.getsockname()[1])
+        with pytest.raises(SessionError, match=r"no internet: huggingface.co .*refused.*Settings > Internet"):
+            session.check_model_access(MODEL)
+
+
+@pytest.mark.parametrize("token", ["hf_x y", "hf_x\nhf_y", "hf_ü"])
+def test_a_token_that_no_header_can_hold_is_told(token, platform, monkeypatch):
+    platform("kaggle")
+    monkeypatch.setenv("HF_TOKEN", token)
+    monkeypatch.setattr(huggingface_hub, "auth_check", None)
+    with pytest.raises(SessionError, match=INVALID) as e:
+        session.check_model_access(MODEL)
+    assert token not in str(e.value)
+
+
+def test_an_unknown_train_type_is_told():
+    with pytest.raises(SessionError, match="TRAIN_TYPE = 'qdora': choose one of full, lora, "):
+        session.method_options("qdora", 8, "quantized")
 
 
 @pytest.fixture
@@ -276,9 +429,13 @@ def test_only_what_is_missing_is_installed_and_torch_stays(pip, capsys):
     assert capsys.readouterr().out == "to install: hqq>=0.2.8\nall requirements are installed\n"
 
 
-def test_another_torch_or_a_failure_of_pip_is_told(pip, platform):
+def test_another_torch_or_a_failure_of_pip_is_told(pip, platform, monkeypatch):
     platform("kaggle")
-    with pytest.raises(SessionError, match=r"^pip install ended with .* 1; turn on Settings > Internet"):
+    monkeypatch.setattr(session.socket, "create_connection", lambda *_, **__: socket.socket())
+    with pytest.raises(SessionError, match=r"^pip install ended with exit status 1$"):
+        pip(status=1)
+    disconnect(monkeypatch)
+    with pytest.raises(SessionError, match=r"^pip install .* 1; no internet: pypi.org .*Settings > Internet"):
         pip(status=1)
     with pytest.raises(SessionError, match=r"replaced torch 2.10.0\+cu128 by 2.14.0, .*start a new session"):
         pip(torch="2.14.0")
