@@ -9,9 +9,13 @@ import math
 import shutil
 from pathlib import Path
 
-from session import GB, SessionError, check_room
+from session import GB, SessionError, check_room, no_such_path, read_whole_number
 
 CHECKPOINTS, MANIFEST = "checkpoints", "manifest.json"  # as in options/config.py and checkpoints/storage.py
+METRICS, ADAPTER = "metrics.jsonl", "adapter_model.safetensors"  # as in files/names.py
+# The file of each kind of result that gets its name last, or that is all of it: an adapter; the new blocks of
+# an expanded model; a whole model.
+RESULTS = (ADAPTER, "new_blocks.safetensors", "config.json")
 
 
 def write_rows(rows: list[dict], path: str) -> str:
@@ -34,13 +38,15 @@ def attach_run(previous: str, output: str, keep: int) -> None:
     Args:
         previous: the run's folder, or one above it, such as /kaggle/input/<notebook>; "" = none.
         output: --output_dir.
-        keep: number of newest checkpoints to copy.
+        keep: number of newest checkpoints to copy; -1 = all.
 
-    Raises SessionError if there is no run, or several, or too little room. Then `output` is unchanged.
+    Raises SessionError if there is no run, or several, if none of its checkpoints would be copied, and for
+    too little room. Then `output` is unchanged.
     """
     target = Path(output)
     if not previous:
         return
+    keep = read_whole_number("KEEP", keep, -1)
     if _is_run(target):
         print(f"{output} holds a run already, which goes on: {previous} is not copied")
         return
@@ -48,10 +54,14 @@ def attach_run(previous: str, output: str, keep: int) -> None:
     if target.is_dir() and any(target.iterdir()):
         raise SessionError(f"{output}: holds other files; choose another OUTPUT for the copy of {source}")
     steps = sorted(source.glob(f"{CHECKPOINTS}/step-*"), reverse=True)
-    unfinished = [step for step in steps if step.suffix or not (step / MANIFEST).is_file()]
+    complete = [step for step in steps if not step.suffix and (step / MANIFEST).is_file()]
+    unfinished = [step for step in steps if step not in complete]
     for step in unfinished:
         print(f"{step}: its save was interrupted; the checkpoint before it is used")
-    left_out = {*unfinished, *[step for step in steps if step not in unfinished][keep:]}
+    kept = complete if keep == -1 else complete[:keep]
+    if complete and not kept:
+        raise SessionError(f"KEEP = {keep}: no checkpoint of {source} would be copied; -1 copies all")
+    left_out = {*steps} - {*kept}
     files = [path for path in _regular_files(source) if not left_out & {*path.parents}]
     target.parent.mkdir(parents=True, exist_ok=True)
     check_room(str(target.parent), sum(path.stat().st_size for path in files) / GB)
@@ -67,15 +77,14 @@ def attach_run(previous: str, output: str, keep: int) -> None:
         shutil.rmtree(staging, ignore_errors=True)
         problem = f"could not be copied to {output} ({e.strerror}); {output} is unchanged"
         raise SessionError(f"{source}: {problem}") from e
-    print(f"{source} is copied to {output}; checkpoints: {len(steps) - len(left_out)}")
+    print(f"{source} is copied to {output}; checkpoints: {len(kept)}")
 
 
 def find_run(folder: str) -> Path:
     """Return the one RUN in a folder, or of several the one with checkpoints. Raises SessionError."""
-    path = Path(folder).resolve()
+    path = Path(folder).expanduser().resolve()
     if not path.is_dir():
-        there = ", ".join(sorted(p.name for p in path.parent.iterdir())) if path.parent.is_dir() else ""
-        raise SessionError(f"PREVIOUS = {folder}: no such folder; {path.parent} has: {there or 'nothing'}")
+        raise no_such_path("PREVIOUS", folder, "folder")
     runs = sorted(p.parent for p in path.rglob("run.json") if _is_run(p.parent))
     runs = [run for run in runs if (run / CHECKPOINTS).is_dir()] or runs
     if len(runs) != 1:
@@ -98,7 +107,7 @@ def _regular_files(folder: Path) -> list[Path]:
 
 def read_losses(run_folder: str) -> list[float]:
     """Return the loss of each step of a run."""
-    lines = Path(run_folder, "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = Path(run_folder, METRICS).read_text(encoding="utf-8").splitlines()
     return [json.loads(line)["loss"] for line in lines]
 
 
@@ -133,15 +142,22 @@ def compare_losses(runs: dict[str, str], tolerance: float) -> None:
 
 
 def has_result(run_folder: str) -> bool:
-    """Return whether a run has ended with an adapter; print how to go on if it was stopped before its end.
+    """Return whether a run has ended with a result; print how to go on if it was stopped before its end.
 
-    An adapter that is older than the last step is that of a shorter run, which was continued and stopped.
+    A result that is older than the last step is that of a shorter run, which was continued and stopped.
     """
-    adapter, metrics = (Path(run_folder, name) for name in ("adapter_model.safetensors", "metrics.jsonl"))
-    if adapter.is_file() and adapter.stat().st_mtime >= metrics.stat().st_mtime:
-        return True
+    metrics, *results = (Path(run_folder, name) for name in (METRICS, *RESULTS))
+    if metrics.is_file():
+        last_step = metrics.stat().st_mtime
+        if any(result.is_file() and result.stat().st_mtime >= last_step for result in results):
+            return True
     print("The run has not ended yet, so there is nothing to do here. The last section tells how to go on.")
     return False
+
+
+def export_format(run_folder: str) -> str:
+    """Return --to of export.py for a run with a result: an "adapter", or a whole model ("merged")."""
+    return "adapter" if Path(run_folder, ADAPTER).is_file() else "merged"
 
 
 def show_run(run_folder: str) -> None:

@@ -12,11 +12,13 @@ from pathlib import Path
 import IPython.display
 import pytest
 import run_folders
+import session
 from run_folders import CHECKPOINTS, MANIFEST, attach_run, compare_losses, find_run
 from session import SessionError
 
 from checkpoints import storage
 from data.sources import find_recipe
+from files import names
 from options import config
 from tests.helpers.data_files import read
 
@@ -53,6 +55,10 @@ def earlier(tmp_path):
 
 def test_names_are_those_of_the_program():
     assert (CHECKPOINTS, MANIFEST) == (config.CHECKPOINTS, storage.MANIFEST)
+    assert (run_folders.METRICS, run_folders.RESULTS) == (
+        names.METRICS,
+        (names.ADAPTER, names.BLOCKS, names.CONFIG),
+    )
 
 
 @pytest.mark.parametrize("below", ["", "run"])
@@ -71,6 +77,24 @@ def test_a_read_only_run_becomes_a_writable_copy(earlier, tmp_path, below, capsy
     out = capsys.readouterr().out
     assert out.count("its save was interrupted; the checkpoint before it is used") == 2
     assert out.endswith(f"is copied to {output}; checkpoints: 2\n")
+
+
+@pytest.mark.parametrize(("keep", "steps"), [(-1, [2, 4, 6]), (1, [6]), (2, [4, 6]), (9, [2, 4, 6])])
+def test_the_newest_checkpoints_are_copied_and_of_keep_minus_one_all(earlier, tmp_path, keep, steps):
+    attach_run(str(earlier), str(tmp_path / "run"), keep)
+    copied = sorted(path.name for path in (tmp_path / "run" / CHECKPOINTS).iterdir())
+    assert copied == [f"step-{step:08}" for step in steps]
+
+
+@pytest.mark.parametrize(("keep", "message"), [
+    (0, r"KEEP = 0: no checkpoint of .*/run would be copied"),
+    (-2, "KEEP = -2: has to be a whole number, at least -1"),
+    ("two", "KEEP = 'two': has to be a whole number"),
+])  # fmt: skip
+def test_a_copy_without_the_checkpoints_is_refused(earlier, tmp_path, keep, message):
+    with pytest.raises(SessionError, match=message):
+        attach_run(str(earlier), str(tmp_path / "run"), keep)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_run_that_is_there_stays_as_it_is(earlier, tmp_path, capsys):
@@ -168,15 +192,33 @@ def test_the_report_cannot_reach_the_notebook(tmp_path, shown):
     )
 
 
-def test_a_result_is_that_of_the_last_step(tmp_path, capsys):
-    metrics, adapter = tmp_path / "metrics.jsonl", tmp_path / "adapter_model.safetensors"
+@pytest.mark.parametrize(
+    ("name", "to"), [(names.ADAPTER, "adapter"), (names.BLOCKS, "merged"), (names.CONFIG, "merged")]
+)
+def test_a_result_is_that_of_the_last_step(name, to, tmp_path, capsys):
+    metrics, result = tmp_path / names.METRICS, tmp_path / name
+    assert not run_folders.has_result(str(tmp_path))
     write(metrics)
+    write(tmp_path / "model-00001-of-00002.safetensors")  # config.json gets its name after the weights
     assert not run_folders.has_result(str(tmp_path))
-    assert "The run has not ended yet" in capsys.readouterr().out
-    write(adapter)
-    assert run_folders.has_result(str(tmp_path))
-    os.utime(adapter, (0, 0))  # the run was continued after it
+    assert capsys.readouterr().out.count("The run has not ended yet") == 2
+    write(result)
+    assert run_folders.has_result(str(tmp_path)) and run_folders.export_format(str(tmp_path)) == to
+    os.utime(result, (0, 0))  # the run was continued after it
     assert not run_folders.has_result(str(tmp_path))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("train_type", ["full", "bnb_llama_pro", "bnb_dora"])
+def test_the_result_of_each_kind_of_run_is_found_and_exported(train_type, checkpoints, tmp_path):
+    run, kind = str(tmp_path / "run"), "llama_bias_pro" if train_type == "bnb_llama_pro" else "llama_bias"
+    options = session.method_options(train_type, 8, str(tmp_path / "quantized"))
+    options += ["--model_name", checkpoints(kind), "--dataset", "toy", "--max_steps", 1, "--world_size", 1]
+    session.run(["train.py", *options, "--context_length", 256, "--log_to", "stdout", "--output_dir", run])
+    assert run_folders.has_result(run)
+    to, out = run_folders.export_format(run), tmp_path / "exported"
+    session.run(["export.py", run, "--to", to, "--out", out])
+    assert (out / ("adapter_config.json" if train_type == "bnb_dora" else "config.json")).is_file()
 
 
 def test_own_rows_are_a_data_set(tmp_path):
