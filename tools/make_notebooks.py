@@ -61,14 +61,60 @@ BATCH_SIZE = 1  # rows per GPU at a time
 NUM_EPOCHS = 1  # passes over the data
 MAX_STEPS = -1  # stop after this many optimizer steps; -1: no limit
 SAVE_MINUTES = 20  # minutes between checkpoints
-KEEP = 2  # newest checkpoints that stay
+KEEP = 2  # newest checkpoints that stay; -1: all
 GPUS = "auto"  # all GPUs, or a number of processes
 SCRATCH = "/tmp"  # downloads and caches: there is more room than in the working folder
 CODE = "/tmp/fsdp-finetune"  # where the code is copied to
 PROMPT = "How is uncomplicated malaria treated in adults?"  # asked after training
 MAX_NEW_TOKENS = 128  # longest answer
-PUSH_TO = ""  # hub repository for the adapter, "owner/name"; empty: none
+PUSH_TO = ""  # hub repository for the result, "owner/name"; empty: none
 """
+
+# ADVICE: what to do if there is no internet.
+FETCH_CODE = '''
+import os
+import shutil
+import subprocess
+import sys
+import time
+
+
+class NoCode(Exception):
+    """The code cannot be fetched."""
+
+    def _render_traceback_(self):  # what Jupyter shows: this line, without a traceback
+        return [f"{type(self).__name__}: {self}"]
+
+
+STARTED = globals().get("STARTED", time.time())
+STAGING, RECORD = f"{CODE}.tmp", ".fetched_from"
+fetched_from = None
+if os.path.isdir(CODE):
+    if not os.path.isfile(f"{CODE}/{RECORD}"):
+        raise NoCode(f"CODE = {CODE}: is a folder of yours; choose the name of a new one")
+    with open(f"{CODE}/{RECORD}") as record:
+        fetched_from = record.read()
+if fetched_from != REPO:
+    shutil.rmtree(STAGING, ignore_errors=True)
+    if os.path.isfile(f"{REPO}/train.py"):
+        hidden = shutil.ignore_patterns(".*", "runs")
+        shutil.copytree(REPO, STAGING, ignore=hidden, copy_function=shutil.copyfile)
+    else:
+        clone = ["git", "clone", "--quiet", "--depth", "1", REPO, STAGING]
+        no_prompt = {**os.environ, "GIT_TERMINAL_PROMPT": "0"}
+        git = subprocess.run(clone, env=no_prompt, stderr=subprocess.PIPE, text=True)
+        if git.returncode:
+            reason = next((line for line in git.stderr.splitlines() if line.startswith("fatal:")), "")
+            advice = "correct it, or ADVICE"
+            raise NoCode(f"no code from REPO = {REPO} ({reason}): {advice}")
+    with open(f"{STAGING}/{RECORD}", "w") as record:
+        record.write(REPO)
+    shutil.rmtree(CODE, ignore_errors=True)  # of another REPO
+    os.rename(STAGING, CODE)  # the code gets its name when it is complete
+    for module in ("session", "run_folders"):
+        sys.modules.pop(module, None)
+sys.path.insert(0, f"{CODE}/notebooks")
+'''
 
 CELLS = (
     Cell(
@@ -127,7 +173,7 @@ session continues it.
 REPO = "https://github.com/OWNER/REPO.git"  # git URL of the code, or its folder: "/kaggle/input/..."
 MODEL = "meta-llama/Llama-3.1-8B"  # hub id, or a folder: "/kaggle/input/..."
 DATASET = "uganda_clinical_guidelines"  # name in datasets/, hub id, or a file: "/kaggle/input/.../rows.jsonl"
-LORA_RANK = 64  # rank of the adapter
+LORA_RANK = 64  # rank of the adapter, if TRAIN_TYPE has one
 PREVIOUS = ""  # folder of an earlier run to continue: "/kaggle/input/..."; empty: none
 OUTPUT = "/kaggle/working/run"  # folder of the run
 MAX_MINUTES = 660  # this notebook's time for training, from its first cell on; an hour is left for the rest
@@ -144,7 +190,7 @@ PARITY_TOLERANCE = 2e-3  # largest relative difference of their losses
 REPO = "https://github.com/OWNER/REPO.git"  # git URL of the code, or its folder
 MODEL = "meta-llama/Llama-3.1-8B"  # hub id, or a folder
 DATASET = "uganda_clinical_guidelines"  # name in datasets/, hub id, or a file: "/content/rows.jsonl"
-LORA_RANK = 16  # rank of the adapter
+LORA_RANK = 16  # rank of the adapter, if TRAIN_TYPE has one
 USE_DRIVE = False  # mount Google Drive, for an OUTPUT that outlives the session
 OUTPUT = "/content/run"  # folder of the run; with USE_DRIVE: "/content/drive/MyDrive/run"
 MAX_MINUTES = 600  # this notebook's time for training, from its first cell on
@@ -156,26 +202,13 @@ NEEDED_GB = 3.0  # room for OUTPUT: three checkpoints (12 bytes per trained para
     Cell("code-title", "## Code and machine"),
     Cell(
         "fetch-code",
-        """
-import os
-import shutil
-import subprocess
-import sys
-import time
-
-STARTED = globals().get("STARTED", time.time())
-if not os.path.isdir(CODE):  # it gets its name when it is complete
-    shutil.rmtree(f"{CODE}.tmp", ignore_errors=True)
-    if os.path.isfile(f"{REPO}/train.py"):
-        hidden = shutil.ignore_patterns(".*", "runs")
-        shutil.copytree(REPO, f"{CODE}.tmp", ignore=hidden, copy_function=shutil.copyfile)
-    else:
-        clone = ["git", "clone", "--quiet", "--depth", "1", REPO, f"{CODE}.tmp"]
-        if subprocess.run(clone, env={**os.environ, "GIT_TERMINAL_PROMPT": "0"}).returncode:
-            raise RuntimeError(f"no code from REPO = {REPO}: correct it, or turn on Settings > Internet")
-    os.rename(f"{CODE}.tmp", CODE)
-sys.path.insert(0, f"{CODE}/notebooks")
-""",
+        FETCH_CODE.replace("ADVICE", "turn on Settings > Internet, and run all cells again"),
+        KAGGLE,
+    ),
+    Cell(
+        "fetch-code",
+        FETCH_CODE.replace("ADVICE", "start a new session if this one has no internet"),
+        COLAB,
     ),
     Cell(
         "drive",
@@ -252,11 +285,9 @@ OWN_ROWS = [
 if OWN_ROWS:
     DATASET = run_folders.write_rows(OWN_ROWS, f"{SCRATCH}/own_rows.jsonl")
 MODEL_OPTIONS = [
-    *("--train_type", TRAIN_TYPE),
+    *session.method_options(TRAIN_TYPE, LORA_RANK, f"{SCRATCH}/quantized"),
     *("--model_name", MODEL),
     *("--dataset", DATASET),
-    *("--lora_rank", LORA_RANK),
-    *("--quantized_cache", f"{SCRATCH}/quantized"),
     *("--batch_size", BATCH_SIZE),
     *("--log_to", "stdout"),
 ]
@@ -346,15 +377,17 @@ if run_folders.has_result(OUTPUT):
         """
 ## Export and publish
 
-The adapter gets a model card. With `PUSH_TO` it goes to the hub, into a private repository if that is new;
-the token then needs the right to write. `--to merged --out /tmp/merged` makes a whole model, of 16 GB.
+The adapter, or the whole model if `TRAIN_TYPE` makes no adapter, gets a model card. With `PUSH_TO` it goes to
+the hub, into a private repository if that is new; the token then needs the right to write. For an adapter,
+`--to merged --out /tmp/merged` makes a whole model, of 16 GB.
 """,
     ),
     Cell(
         "export",
         """
 if run_folders.has_result(OUTPUT):
-    options = ["--to", "adapter", "--out", f"{OUTPUT}-adapter", "--overwrite", "true"]
+    to = run_folders.export_format(OUTPUT)
+    options = ["--to", to, "--out", f"{OUTPUT}-{to}", "--overwrite", "true"]
     session.run(["export.py", OUTPUT, *options, *(["--push_to_hub", PUSH_TO] if PUSH_TO else [])])
 """,
     ),

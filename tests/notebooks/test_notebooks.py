@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -15,6 +17,7 @@ import run_folders
 import session
 
 from options import evaluate, export, generate
+from options.methods import METHODS
 from options.train import parse as parse_train_options
 from tests.helpers.programs import ROOT
 from tools.make_notebooks import COLAB, FOLDER, KAGGLE, METADATA, make_notebook
@@ -105,6 +108,20 @@ def test_every_command_is_one_that_its_program_takes(name, gpus, commands):
     assert option(ran[-1], "--push_to_hub") == "me/adapter"
 
 
+@pytest.mark.parametrize("train_type", METHODS)
+def test_the_options_fit_every_train_type(train_type, commands, tmp_path):
+    method = METHODS[train_type]
+    (tmp_path / ("adapter_model.safetensors" if method.adapter else "config.json")).touch()
+    *_, train, _, export_command = commands(KAGGLE, 1, TRAIN_TYPE=train_type, OUTPUT=str(tmp_path))
+    config, _ = parse_train_options(train[1:])
+    assert config.train_type == train_type
+    assert config.lora_rank == (64 if method.adapter else None)
+    to = "adapter" if method.adapter else "merged"
+    assert (
+        export.COMMAND.read(export_command[1:])["to"] == to == option(export_command, "--out").split("-")[-1]
+    )
+
+
 def test_the_compared_runs_differ_only_in_their_processes(commands):
     one, two = ([*argv] for argv in commands(KAGGLE, 2)[:2])
     differing = {one[i - 1] for i, (a, b) in enumerate(zip(one, two, strict=True)) if a != b}
@@ -121,12 +138,13 @@ def test_values_that_change_what_is_run(commands, tmp_path):
 
 @pytest.fixture
 def fetch(tmp_path, monkeypatch):
-    """fetch(REPO) -> the folder of the code, as the cell that fetches it leaves it."""
+    """fetch(REPO, notebook) -> the folder of the code, as the cell that fetches it leaves it."""
 
-    def run_cell(repository) -> str:
-        variables = {"REPO": str(repository), "CODE": str(tmp_path / "code")}
+    def run_cell(repository, name: str = KAGGLE) -> str:
+        variables = {"REPO": str(repository), "CODE": str(tmp_path / "code"), "__name__": "__main__"}
         monkeypatch.setattr(sys, "path", [*sys.path])
-        exec(code_cells(KAGGLE)["fetch-code"], variables)
+        monkeypatch.setattr(sys, "modules", {**sys.modules})
+        exec(code_cells(name)["fetch-code"], variables)
         return variables["CODE"]
 
     return run_cell
@@ -142,22 +160,64 @@ def test_code_from_a_git_url_or_an_attached_folder(fetch, tmp_path):
     (half / "rubbish").touch()
     copied = tmp_path / "code"
     assert fetch(source) == str(copied)
-    assert sorted(path.name for path in copied.iterdir()) == ["notebooks", "train.py"] and not half.exists()
+    names = [".fetched_from", "notebooks", "train.py"]
+    assert sorted(path.name for path in copied.iterdir()) == names and not half.exists()
     (copied / "train.py").unlink()
-    fetch("https://unused.invalid/repo.git")  # it is there already
-    copied.rename(tmp_path / "first")
+    fetch(source)  # it is there already
+    assert not (copied / "train.py").exists()
 
     git = ["git", "-C", str(source), "-c", "user.name=a", "-c", "user.email=a@b.c"]
     for words in (["init", "-q"], ["add", "train.py"], ["commit", "-qm", "Add code"]):
         subprocess.run([*git, *words], check=True)
-    fetch(f"file://{source}")
-    assert (copied / "train.py").is_file()
-
-
-def test_code_that_is_not_there(fetch, tmp_path, capfd):
-    with pytest.raises(RuntimeError, match=r"no code from REPO = .*/none: .*turn on Settings > Internet"):
+    fetch(f"file://{source}")  # another REPO replaces the code
+    assert (copied / "train.py").is_file() and not (copied / "notebooks").exists()
+    with pytest.raises(Exception, match="no code from REPO"):
         fetch(tmp_path / "none")
-    assert not (tmp_path / "code").exists()
+    assert (copied / "train.py").is_file()
+    fetch(source)
+    assert (copied / "notebooks").is_dir()
+
+
+def test_another_repo_replaces_the_modules_too(fetch, tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / name / "notebooks").mkdir(parents=True)
+        (tmp_path / name / "train.py").touch()
+        (tmp_path / name / "notebooks" / "session.py").write_text(f"NAME = '{name}'")
+        fetch(tmp_path / name)
+        module = importlib.import_module("session")
+        assert vars(module)["NAME"] == name
+
+
+def test_a_folder_of_the_users_is_not_replaced(fetch, tmp_path):
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code" / "mine").touch()
+    with pytest.raises(Exception, match="code: is a folder of yours; choose the name of a new one"):
+        fetch(ROOT)
+    assert (tmp_path / "code" / "mine").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [
+        (KAGGLE, "turn on Settings > Internet, and run all cells again"),
+        (COLAB, "start a new session if this one has no internet"),
+    ],
+)
+def test_code_that_is_not_there_is_told_in_one_line(name, advice, fetch, tmp_path, capfd):
+    missing = tmp_path / "none"
+    reason = f"fatal: repository '{missing}' does not exist"
+    line = f"no code from REPO = {missing} ({reason}): correct it, or {advice}"
+    with pytest.raises(Exception, match=re.escape(line)) as e:
+        fetch(missing, name)
+    assert not (tmp_path / "code").exists() and capfd.readouterr() == ("", "")
+    assert str(e.value) == line
+
+    source = f"REPO, CODE = {str(missing)!r}, {str(tmp_path / 'code')!r}\n{code_cells(name)['fetch-code']}"
+    shell = [sys.executable, "-m", "IPython", "--colors=NoColor", "-c", source]
+    shown = subprocess.run(
+        shell, capture_output=True, text=True, env=os.environ | {"IPYTHONDIR": str(tmp_path)}
+    )
+    assert shown.stdout + shown.stderr == f"NoCode: {line}\n"
 
 
 def test_the_defaults_need_no_longer_than_kaggle_gives():
