@@ -76,6 +76,8 @@ WRAP_POLICIES: dict[str, Callable[[Family], tuple[str, ...]]] = {
     "layer": lambda family: (),
     "sublayer": lambda family: family.sublayers,
 }
+# A trial asks for page-locked memory in pieces of this size: torch rounds each request up to a power of two.
+PIECE_BYTES = 2**26
 
 
 def make_mesh(device_type: str, world: int, strategy: str, group_size: int) -> DeviceMesh:
@@ -117,8 +119,8 @@ def make_offload_policy(
         return OffloadPolicy()
     if mesh.device_type != "cuda":
         return CPUOffloadPolicy(pin_memory=False)
-    sizes = [*_offloaded_sizes(model, mesh), *([other_bytes] if other_bytes else [])]
-    with try_page_locking(sizes) as allowed:
+    pieces = [PIECE_BYTES] * -(-other_bytes // PIECE_BYTES)
+    with try_page_locking([*_offloaded_sizes(model, mesh), *pieces]) as allowed:
         return CPUOffloadPolicy(pin_memory=all(gather_from_ranks(allowed, mesh.size())))
 
 
