@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import os
+import select
 import shutil
 import signal
 import sys
@@ -12,7 +13,7 @@ import tempfile
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import TextIO, TypeVar
 
 from options.errors import FULL_DISK, REFUSED, UserError, describe
 
@@ -148,7 +149,24 @@ def run_command(argv: list[str], parse: Callable[[list[str]], T], run: Callable[
         options = _parse(argv, parse)
     except UserError as e:
         return print_error(e, verbose="--verbose" in argv)
-    return run(options)
+    try:
+        status = run(options)
+        sys.stdout.flush()  # an error at the interpreter's exit would be a traceback
+        return status
+    except BrokenPipeError:
+        if not _is_unread(sys.stdout):
+            raise
+        return 128 + signal.SIGPIPE
+
+
+def _is_unread(stream: TextIO) -> bool:
+    """Return whether nobody reads a stream any more, as in `... | head -2`; if so, let it go nowhere."""
+    poll = select.poll()
+    poll.register(stream, 0)  # errors are reported always: a pipe without a reader is one
+    if not any(event & select.POLLERR for _, event in poll.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    return True
 
 
 def check_platform() -> None:

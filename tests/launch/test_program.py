@@ -172,3 +172,15 @@ def test_a_program_without_output_runs():
     command = [sys.executable, "-c", PRINTING.format("print('b')")]
     closed = ["sh", "-c", '"$@" >&-', "sh", *command]
     assert subprocess.run(closed, cwd=ROOT, timeout=60).returncode == 0
+
+
+def test_output_that_nobody_reads_on_ends_a_command_in_silence():
+    """As `generate.py RUN ... --json | head -2`. A broken pipe elsewhere is an error."""
+    lines = "import sys; from launch.program import run_command; sys.exit(run_command([], list, {}))"
+    printing = lines.format("lambda _: [print('line') for _ in range(10**6)] and 0")
+    command = f'{sys.executable} -c "{printing}" | head -n 2; echo ${{PIPESTATUS[0]}}'
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.stdout.split(), done.stderr) == (["line", "line", str(128 + signal.SIGPIPE)], "")
+    elsewhere = lines.format("lambda _: (_ for _ in ()).throw(BrokenPipeError)")
+    done = subprocess.run([sys.executable, "-c", elsewhere], cwd=ROOT, capture_output=True, timeout=60)
+    assert done.returncode == 1 and b"BrokenPipeError" in done.stderr
