@@ -260,7 +260,8 @@ def check_same_run(
         )
     if run["data"] != identity["data"]:
         raise UserError(
-            f"{where}: --dataset {config.dataset} no longer gives the rows that the run was started with"
+            f"{where}: --dataset {config.dataset} no longer gives the rows that the run was started with;"
+            " the data, the tokenizer or its chat template changed"
         )
     # A run may begin to evaluate, or cease to, when it is resumed.
     before = run.get("evaluation")

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import errno
 import json
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ from safetensors.torch import load_file
 import train
 from checkpoints import trained_model
 from checkpoints.model_writer import TensorEntry
-from checkpoints.storage import checkpoint_steps
+from checkpoints.storage import checkpoint_folder, checkpoint_steps
 from files.atomic_writes import replace_folder, write_text
 from files.disk_room import warn_on_full_disk
 from files.names import ADAPTER, BEST, BLOCKS, SCORE
@@ -38,6 +40,7 @@ from tests.helpers.resuming import (
     run,
 )
 from training.evaluator import Evaluator
+from training.run_folder import unsaved_error
 
 KINDS = {  # (model, options)
     "bnb_dora": (
@@ -230,6 +233,11 @@ def test_the_result_is_saved_when_there_is_room_again(
     assert not [name for name in left if name.endswith(".tmp") or name.startswith("model")]
     assert checkpoint_steps(folder) == [4] and repeatable_metrics(folder) == repeatable_metrics(whole)
     (small_disk / "others").unlink()
+    damaged = shutil.copytree(checkpoint_folder(folder, 4), checkpoint_folder(folder, 5))
+    (damaged / "manifest.json").write_text("{}")
+    again = unsaved_error(SimpleNamespace(output_dir=str(folder)), OSError("full"))
+    assert str(again).endswith("which saves it from the checkpoint of step 4")
+    shutil.rmtree(damaged)
     printed = two_ranks(run, [*argv, "--resume", "auto"])[0]
     assert "6 steps, the last 2 of them" in printed
     assert same_weights(folder, whole)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from checkpoints import resume
-from checkpoints.storage import checkpoint_steps
+from checkpoints.storage import find_newest_checkpoint
 from checkpoints.training_state import describe_not_finite
 from files.atomic_writes import write_text
 from files.disk_room import warn_on_full_disk
@@ -69,9 +70,11 @@ def start_run_folder(
 
 
 def unsaved_error(job: Job, error: OSError) -> UserError:
-    """Return a UserError for a result that could not be written; it names the newest checkpoint, if any."""
-    folder = Path(job.output_dir)
-    return UserError(describe_unsaved(error, folder, next(iter(checkpoint_steps(folder)), None)))
+    """Return a UserError for a result that could not be written; it names the newest whole checkpoint."""
+    folder, newest = Path(job.output_dir), None
+    with contextlib.suppress(UserError, OSError):  # none can be read
+        newest = find_newest_checkpoint(folder, warn=lambda line: None)
+    return UserError(describe_unsaved(error, folder, newest.step if newest else None))
 
 
 def finish_run(
