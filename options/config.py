@@ -90,6 +90,8 @@ class Config:
         ge=2)
     packing: bool = option(False, "Model and data", "concatenate several examples, up to context_length"
         " tokens, instead of padding them; each attends only to itself")
+    show_rows: int = option(0, "Model and data", "print the tokens of this many examples as text, with what"
+        " is learned between [[ and ]], and end; nothing is written", ge=0)
 
     batch_size: int = option(1, "Training", "examples per GPU and micro-batch; with --packing, packs of"
         " examples", ge=1)
