@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -233,8 +234,9 @@ def test_the_result_is_saved_when_there_is_room_again(
     assert not [name for name in left if name.endswith(".tmp") or name.startswith("model")]
     assert checkpoint_steps(folder) == [4] and repeatable_metrics(folder) == repeatable_metrics(whole)
     (small_disk / "others").unlink()
-    damaged = shutil.copytree(checkpoint_folder(folder, 4), checkpoint_folder(folder, 5))
-    (damaged / "manifest.json").write_text("{}")
+    damaged = checkpoint_folder(folder, 5)
+    shutil.copytree(checkpoint_folder(folder, 4), damaged, copy_function=os.link)
+    (damaged / "manifest.json").unlink()
     again = unsaved_error(SimpleNamespace(output_dir=str(folder)), OSError("full"))
     assert str(again).endswith("which saves it from the checkpoint of step 4")
     shutil.rmtree(damaged)
