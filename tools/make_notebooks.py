@@ -116,6 +116,18 @@ if fetched_from != REPO:
 sys.path.insert(0, f"{CODE}/notebooks")
 '''
 
+# WANTED: the number of GPUs that the platform has.
+MACHINE = """
+import run_folders
+import session
+
+session.use_caches(SCRATCH)
+session.describe_machine(os.path.dirname(OUTPUT), SCRATCH)
+session.check_internet(MODEL, DATASET)
+session.check_room(OUTPUT, NEEDED_GB)
+WORLD_SIZE = session.choose_world_size(GPUS, wanted=WANTED)
+"""
+
 CELLS = (
     Cell(
         "title",
@@ -220,34 +232,8 @@ if USE_DRIVE:
 """,
         COLAB,
     ),
-    Cell(
-        "machine",
-        """
-import run_folders
-import session
-
-session.use_caches(SCRATCH)
-session.describe_machine(os.path.dirname(OUTPUT), SCRATCH)
-session.check_internet(MODEL, DATASET)
-session.check_room(OUTPUT, NEEDED_GB)
-WORLD_SIZE = session.choose_world_size(GPUS, wanted=2)
-""",
-        KAGGLE,
-    ),
-    Cell(
-        "machine",
-        """
-import run_folders
-import session
-
-session.use_caches(SCRATCH)
-session.describe_machine(os.path.dirname(OUTPUT), SCRATCH)
-session.check_internet(MODEL, DATASET)
-session.check_room(OUTPUT, NEEDED_GB)
-WORLD_SIZE = session.choose_world_size(GPUS, wanted=1)
-""",
-        COLAB,
-    ),
+    Cell("machine", MACHINE.replace("WANTED", "2"), KAGGLE),
+    Cell("machine", MACHINE.replace("WANTED", "1"), COLAB),
     Cell("install-title", "## Packages\n\npip installs what is missing, and keeps this session's torch."),
     Cell("install", "session.install_requirements()"),
     Cell(
