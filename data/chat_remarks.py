@@ -7,14 +7,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from data.chat import ChatTemplate
 from data.chat_turns import OPENINGS, PROBE, TEMPLATE_ERRORS
 from data.messages import FLAGS, REASONING, check_messages, check_tools
 from options.errors import join_names
 
-SAMPLE_SIZE = 40  # messages of each kind that are examined, spread over the rows
+T = TypeVar("T")
+SAMPLE_SIZE = 40  # messages of each kind, or rows, that are examined, spread over the rows
 THOUGHT_END = "</think>"
 ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
 MORE_CALLS = "further tool_calls"
@@ -59,6 +60,11 @@ def describe_hidden_parts(chat: ChatTemplate, rows: Sequence[dict]) -> list[str]
         *_describe_repeated_endings(chat, rows),
         *_describe_generation_prompt(chat),
     ]
+
+
+def spread_sample(items: Sequence[T]) -> Sequence[T]:
+    """Return at most SAMPLE_SIZE of the items, spread over all."""
+    return items[:: -(-len(items) // SAMPLE_SIZE) or 1]
 
 
 def _list_parts(row: dict) -> Iterator[RowPart]:
@@ -267,7 +273,7 @@ def describe_missing_endings(chat: ChatTemplate, learned: Sequence[str]) -> list
             " token: it is learned as letters"
         )
         endings = (*endings, chat.marker)
-    sample = learned[:: -(-len(learned) // SAMPLE_SIZE) or 1]
+    sample = spread_sample(learned)
     missing = sum(not text.rstrip().endswith(endings) for text in sample)
     if missing:
         remarks.append(

@@ -13,13 +13,12 @@ from itertools import chain
 import numpy as np
 import torch
 
+from data.chat_remarks import spread_sample
 from data.encoding import Offsets, drop_empty_answers, encode, encode_prompt
 from data.examples import read_examples
 from data.formats import Rendered
 from data.rows import TokenizedRows
 from options.errors import UserError
-
-SAMPLE_SIZE = 40  # rows whose prompts are examined, spread over all
 
 
 def tokenize_dataset(
@@ -113,7 +112,7 @@ def describe_joined_prompts(rendered: Sequence[Rendered], tokenizer) -> list[str
     of the answer's first word. Whoever asks has no answer, and so asks with other tokens than the learned.
     """
     answered = [r for r in rendered if r.learned and r.last_answer_range[0]]
-    sample = answered[:: -(-len(answered) // SAMPLE_SIZE) or 1]
+    sample = spread_sample(answered)
     ends = [end for one in sample if (end := _find_joined_end(drop_empty_answers(one, tokenizer), tokenizer))]
     if not ends:
         return []
