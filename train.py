@@ -67,7 +67,7 @@ from training.loop_components import make_loop_components
 from training.out_of_memory import explain_out_of_memory
 from training.preflight import check_run
 from training.run_folder import describe_no_result, finish_run, start_run_folder, unsaved_error
-from training.shown_rows import show_rows
+from training.shown_rows import show_rows, without_output
 from wrapping import STRATEGIES, WRAP_POLICIES, make_mesh, make_offload_policy, set_gradient_sync, wrap
 
 
@@ -301,16 +301,15 @@ def run(config: Config, remarks: list[str]) -> int:
     """Check and start a run. Return its exit status: 0, 2 for an error of the user's, 1 for any other."""
     if not config.verbose:
         quiet_libraries()
-    if config.show_rows:
-        return show_rows(config, check_run, remarks)
     return start(
         run_rank,
-        partial(check_run, config),
+        partial(check_run, without_output(config) if config.show_rows else config),
         remarks,
         master_addr=config.master_addr,
         master_port=config.master_port,
         verbose=config.verbose,
         preload=["train"],
+        show=show_rows if config.show_rows else None,
     )
 
 

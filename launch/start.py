@@ -9,7 +9,7 @@ from functools import partial
 from launch import nodes, processes, torchrun
 from launch.nodes import AnyJob
 from launch.program import is_under_torchrun, print_error
-from options.errors import UserError, needs_no_traceback
+from options.errors import DONE, UserError, needs_no_traceback
 
 
 def start(
@@ -21,6 +21,7 @@ def start(
     master_port: int | None,
     verbose: bool,
     preload: Sequence[str],
+    show: Callable[[AnyJob], None] | None = None,
 ) -> int:
     """Check a run, then run its ranks: new processes, or under torchrun this one; return the exit status.
 
@@ -32,6 +33,7 @@ def start(
             own.
         verbose: print tracebacks with errors.
         preload: modules that ranks need; the server that ranks may be forked from imports them once.
+        show: prints something of the job after its remarks; then no rank is run.
 
     Returns:
         The exit status: 0 for success, 2 for an error that the user can fix, 1 for any other, 128 + the
@@ -39,13 +41,19 @@ def start(
         instead.
     """
 
+    prints = not is_under_torchrun() or os.environ["RANK"] == "0"
+
     def check_and_print() -> AnyJob:
         job = check()
-        lines = [] if is_under_torchrun() and os.environ["RANK"] != "0" else [*remarks, *job.remarks]
+        lines = [*remarks, *job.remarks] if prints else []
         print(*lines, sep="\n", end="\n" * bool(lines))
         return job
 
     try:
+        if show:
+            if prints:
+                show(check_and_print())
+            return DONE
         if is_under_torchrun():
             return torchrun.run_as_rank(run_rank, partial(nodes.check_on_nodes, check_and_print), verbose)
         job = check_and_print()
