@@ -1,9 +1,9 @@
 """A session on Kaggle or Colab: its machine, packages, token, and the commands that cells run.
 
-The cells of kaggle_2xT4.ipynb and colab.ipynb call this module and run_folders.py, so that no logic is hidden
-in a notebook's JSON. They insert this folder into sys.path, and then `import session`. Importing needs only
-Python's standard library, because the requirements are installed later. torch is never imported: the
-notebook's own process must hold no GPU memory while train.py runs.
+The cells of kaggle_2xT4.ipynb and colab.ipynb call this module, run_options.py and run_folders.py, so that no
+logic is hidden in a notebook's JSON. They insert this folder into sys.path, and then `import session`.
+Importing needs only Python's standard library, because the requirements are installed later. torch is never
+imported: the notebook's own process must hold no GPU memory while train.py runs.
 """
 
 from __future__ import annotations
@@ -15,14 +15,12 @@ import math
 import os
 import platform
 import re
-import runpy
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -186,35 +184,6 @@ def choose_world_size(gpus: str | int, wanted: int) -> int:
             f" rows, and takes about {wanted / len(found):.0f} times as long."
         )
     return len(found)
-
-
-def accumulation_steps(rows_per_step: int, world_size: int, batch_size: int) -> int:
-    """Return --gradient_accumulation_steps for so many rows per optimizer step, on any number of processes.
-
-    Raises SessionError if the rows cannot be shared equally, or if a value is no number.
-    """
-    rows_per_step = read_whole_number("ROWS_PER_STEP", rows_per_step, 1)
-    batch_size = read_whole_number("BATCH_SIZE", batch_size, 1)
-    steps, rest = divmod(rows_per_step, world_size * batch_size)
-    if rest or not steps:
-        raise SessionError(
-            f"ROWS_PER_STEP = {rows_per_step} is no multiple of {world_size} processes x BATCH_SIZE ="
-            f" {batch_size}"
-        )
-    return steps
-
-
-def minutes_left(started: float, max_minutes: float) -> float:
-    """Return --max_minutes of a command that starts now: what is left of max_minutes since `started`.
-
-    started: time.time() when the notebook started. 0 minutes mean no limit, here and in the result. Raises
-    SessionError for less.
-    """
-    if not isinstance(max_minutes, int | float) or not max_minutes >= 0:
-        raise SessionError(f"MAX_MINUTES = {max_minutes!r}: has to be a number of minutes; 0: no limit")
-    if not max_minutes:
-        return 0
-    return max(1.0, round(max_minutes - (time.time() - started) / 60, 1))
 
 
 def check_room(folder: str, needed_gb: float) -> None:
@@ -430,22 +399,3 @@ def _describe_refusal(model: str, error, has_token: bool) -> str:
 
 def _first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0] or type(error).__name__
-
-
-# Options
-
-
-def method_options(train_type: str, lora_rank: int, quantized_cache: str) -> list:
-    """Return --train_type, and those of --lora_rank and --quantized_cache that have an effect with it.
-
-    Raises SessionError for an unknown train type.
-    """
-    methods = runpy.run_path(str(ROOT / "options" / "methods.py"))["METHODS"]  # imports no torch
-    if train_type not in methods:
-        raise SessionError(f"TRAIN_TYPE = {train_type!r}: choose one of {', '.join(methods)}")
-    method = methods[train_type]
-    return [
-        *("--train_type", train_type),
-        *(("--lora_rank", lora_rank) if method.adapter else ()),
-        *(("--quantized_cache", quantized_cache) if method.quantizer else ()),
-    ]

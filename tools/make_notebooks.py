@@ -111,7 +111,7 @@ if fetched_from != REPO:
         record.write(REPO)
     shutil.rmtree(CODE, ignore_errors=True)  # of another REPO
     os.rename(STAGING, CODE)  # the code gets its name when it is complete
-    for module in ("session", "run_folders"):
+    for module in ("session", "run_options", "run_folders"):
         sys.modules.pop(module, None)
 sys.path.insert(0, f"{CODE}/notebooks")
 '''
@@ -119,6 +119,7 @@ sys.path.insert(0, f"{CODE}/notebooks")
 # WANTED: the number of GPUs that the platform has.
 MACHINE = """
 import run_folders
+import run_options
 import session
 
 session.use_caches(SCRATCH)
@@ -271,7 +272,7 @@ OWN_ROWS = [
 if OWN_ROWS:
     DATASET = run_folders.write_rows(OWN_ROWS, f"{SCRATCH}/own_rows.jsonl")
 MODEL_OPTIONS = [
-    *session.method_options(TRAIN_TYPE, LORA_RANK, f"{SCRATCH}/quantized"),
+    *run_options.method_options(TRAIN_TYPE, LORA_RANK, f"{SCRATCH}/quantized"),
     *("--model_name", MODEL),
     *("--dataset", DATASET),
     *("--batch_size", BATCH_SIZE),
@@ -304,7 +305,7 @@ else:
     PARITY_RUNS = {}
     for processes in (1, WORLD_SIZE):
         folder = PARITY_RUNS[f"{processes} GPU" + "s" * (processes > 1)] = f"{SCRATCH}/parity-{processes}"
-        accumulation = session.accumulation_steps(ROWS_PER_STEP, processes, BATCH_SIZE)
+        accumulation = run_options.accumulation_steps(ROWS_PER_STEP, processes, BATCH_SIZE)
         options = [
             *("--world_size", processes),
             *("--gradient_accumulation_steps", accumulation),
@@ -333,14 +334,14 @@ names the option, and the run stays as it is.
     Cell(
         "train",
         """
-accumulation = session.accumulation_steps(ROWS_PER_STEP, WORLD_SIZE, BATCH_SIZE)
+accumulation = run_options.accumulation_steps(ROWS_PER_STEP, WORLD_SIZE, BATCH_SIZE)
 options = [
     *("--world_size", WORLD_SIZE),
     *("--gradient_accumulation_steps", accumulation),
     *("--context_length", CONTEXT_LENGTH),
     *("--num_epochs", NUM_EPOCHS),
     *("--max_steps", MAX_STEPS),
-    *("--max_minutes", session.minutes_left(STARTED, MAX_MINUTES)),
+    *("--max_minutes", run_options.minutes_left(STARTED, MAX_MINUTES)),
     *("--save_minutes", SAVE_MINUTES),
     *("--keep", KEEP),
     *("--resume", "auto"),

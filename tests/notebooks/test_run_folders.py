@@ -12,6 +12,7 @@ from pathlib import Path
 import IPython.display
 import pytest
 import run_folders
+import run_options
 import session
 from run_folders import CHECKPOINTS, MANIFEST, attach_run, compare_losses, find_run
 from session import SessionError
@@ -212,7 +213,7 @@ def test_a_result_is_that_of_the_last_step(name, to, tmp_path, capsys):
 @pytest.mark.parametrize("train_type", ["full", "bnb_llama_pro", "bnb_dora"])
 def test_the_result_of_each_kind_of_run_is_found_and_exported(train_type, checkpoints, tmp_path):
     run, kind = str(tmp_path / "run"), "llama_bias_pro" if train_type == "bnb_llama_pro" else "llama_bias"
-    options = session.method_options(train_type, 8, str(tmp_path / "quantized"))
+    options = run_options.method_options(train_type, 8, str(tmp_path / "quantized"))
     options += ["--model_name", checkpoints(kind), "--dataset", "toy", "--max_steps", 1, "--world_size", 1]
     session.run(["train.py", *options, "--context_length", 256, "--log_to", "stdout", "--output_dir", run])
     assert run_folders.has_result(run)

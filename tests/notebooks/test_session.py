@@ -18,6 +18,7 @@ from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
+import run_options
 import session
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from session import SessionError
@@ -146,9 +147,9 @@ def test_one_t4_instead_of_two_is_told_and_goes_on(gpus, capsys):
     gpus(T4)
     assert session.choose_world_size("auto", 2) == 1
     assert "1 GPU instead of 2 (Tesla T4, 15360 MiB): the run goes on" in capsys.readouterr().out
-    assert session.accumulation_steps(8, 1, 1) == 2 * session.accumulation_steps(8, 2, 1)
+    assert run_options.accumulation_steps(8, 1, 1) == 2 * run_options.accumulation_steps(8, 2, 1)
     with pytest.raises(SessionError, match="ROWS_PER_STEP = 7 is no multiple of 2 processes"):
-        session.accumulation_steps(7, 2, 1)
+        run_options.accumulation_steps(7, 2, 1)
 
 
 def test_a_gpu_of_unknown_capability_counts(gpus):
@@ -163,7 +164,7 @@ def test_a_value_that_is_no_number_is_told(value):
         session.choose_world_size(value, 2)
     for name, values in (("ROWS_PER_STEP", (value, 1, 1)), ("BATCH_SIZE", (8, 1, value))):
         with pytest.raises(SessionError, match=rf"^{name} = .*: has to be a whole number, at least 1$"):
-            session.accumulation_steps(*values)
+            run_options.accumulation_steps(*values)
 
 
 @pytest.mark.parametrize(
@@ -177,11 +178,11 @@ def test_no_gpu_that_can_be_used(gpus, lines, message):
 
 
 def test_the_time_that_is_left():
-    assert session.minutes_left(time.time() - 3600, 660) == pytest.approx(600, abs=0.2)
-    assert session.minutes_left(0, 660) == 1 and session.minutes_left(0, 0) == 0
+    assert run_options.minutes_left(time.time() - 3600, 660) == pytest.approx(600, abs=0.2)
+    assert run_options.minutes_left(0, 660) == 1 and run_options.minutes_left(0, 0) == 0
     for value in (-1, "660", math.nan):
         with pytest.raises(SessionError, match=r"^MAX_MINUTES = .*: has to be a number of minutes; 0: no"):
-            session.minutes_left(0, value)
+            run_options.minutes_left(0, value)
 
 
 def test_a_full_working_folder_is_told_with_what_fills_it(tmp_path, monkeypatch):
@@ -397,7 +398,7 @@ def test_a_token_that_no_header_can_hold_is_told(token, platform, monkeypatch):
 
 def test_an_unknown_train_type_is_told():
     with pytest.raises(SessionError, match="TRAIN_TYPE = 'qdora': choose one of full, lora, "):
-        session.method_options("qdora", 8, "quantized")
+        run_options.method_options("qdora", 8, "quantized")
 
 
 @pytest.fixture
