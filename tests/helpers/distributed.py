@@ -1,17 +1,20 @@
 """A pool of CPU processes in a gloo group that runs functions for tests.
 
-The processes live on, so a test does not pay for their start. If a function raises in one rank, the test
-fails with that rank's traceback. Without GPUs the processes come from a fork server, which does the slow
-imports once. With GPUs they are spawned: the state of a GPU's driver does not survive a fork, and importing
-bitsandbytes initializes it.
+The processes live on, so a test does not pay for their start. If a function raises in one rank, or a process
+dies, the test fails with every rank's traceback or exit code. Without GPUs the processes come from a fork
+server, which does the slow imports once. With GPUs they are spawned: the state of a GPU's driver does not
+survive a fork, and importing bitsandbytes initializes it.
 """
 
 from __future__ import annotations
 
+import faulthandler
 import gc
 import multiprocessing.context
 import os
 import queue
+import tempfile
+import time
 import traceback
 from collections.abc import Callable
 
@@ -24,10 +27,15 @@ from launch.ranks import join_process_group
 from launch.signals import unblock_signals
 
 TIMEOUT_SECONDS = 240
+DEATH_SECONDS = 5.0  # how long the other ranks have to fail, too, once one has
 
 
-def _serve(rank: int, world: int, port: int, tasks, results) -> None:
-    """Run tasks from a queue until None, or until one raises."""
+def _serve(rank: int, world: int, port: int, tasks, results, crash_report: str) -> None:
+    """Run tasks from a queue until None, or until one raises.
+
+    crash_report: the file that gets the traceback of a fatal signal.
+    """
+    faulthandler.enable(open(crash_report, "w"))  # noqa: SIM115 (open for as long as the process lives)
     gc.freeze()  # the fork server's imports are never collected
     gc.enable()
     unblock_signals()  # the fork server may be that of launch/processes.py
@@ -75,11 +83,14 @@ class RankPool:
         context = process_context()
         self.results, port = context.Queue(), find_free_port()
         self.tasks = [context.Queue() for _ in range(self.world)]
+        self.crash_reports = [tempfile.NamedTemporaryFile("r") for _ in range(self.world)]  # noqa: SIM115
         self.processes = [
             context.Process(
-                target=_serve, args=(r, self.world, port, self.tasks[r], self.results), daemon=True
+                target=_serve,
+                args=(rank, self.world, port, self.tasks[rank], self.results, self.crash_reports[rank].name),
+                daemon=True,
             )
-            for r in range(self.world)
+            for rank in range(self.world)
         ]
         for process in self.processes:
             process.start()
@@ -89,20 +100,35 @@ class RankPool:
             self._start()
         for tasks in self.tasks:
             tasks.put((function, args))
-        answers = {}
+        answers, failures = {}, {}
+        deadline = time.monotonic() + TIMEOUT_SECONDS
         while len(answers) < self.world:
             try:
-                rank, succeeded, value = self.results.get(timeout=TIMEOUT_SECONDS)
+                rank, succeeded, value = self.results.get(timeout=1)
+                (answers if succeeded else failures)[rank] = value
             except queue.Empty:
-                self.close()
-                raise AssertionError(
-                    f"no answer within {TIMEOUT_SECONDS} s; got ranks {sorted(answers)}"
-                ) from None
-            if not succeeded:
-                self.close()
-                raise AssertionError(f"rank {rank} failed:\n{value}")
-            answers[rank] = value
-        return [answers[r] for r in range(self.world)]
+                pass
+            dead = any(process.exitcode is not None for process in self.processes)
+            if (failures or dead) and len(failures) + len(answers) < self.world:
+                deadline = min(deadline, time.monotonic() + DEATH_SECONDS)
+            elif failures:
+                break
+            if time.monotonic() > deadline:
+                break
+        if len(answers) == self.world:
+            return [answers[rank] for rank in range(self.world)]
+        report = "\n".join(self._describe(rank, answers, failures) for rank in range(self.world))
+        self.close()
+        raise AssertionError(report)
+
+    def _describe(self, rank: int, answers: dict, failures: dict) -> str:
+        if rank in answers:
+            return f"rank {rank} succeeded"
+        if rank in failures:
+            return f"rank {rank} failed:\n{failures[rank]}"
+        code = self.processes[rank].exitcode
+        state = "gave no answer" if code is None else f"died with exit code {code}"
+        return f"rank {rank} {state}\n{self.crash_reports[rank].read()}"
 
     def close(self) -> None:
         """Kill the processes; the next call starts new ones."""
