@@ -1,4 +1,4 @@
-"""Prints and writes a run's metrics while it trains: metrics.jsonl, a progress bar or lines, wandb, loss.png.
+"""Writes and shows a run's metrics while it trains: metrics.jsonl, a bar or lines, wandb, loss.png.
 
 The loop makes single calls. Only rank 0 writes; the other ranks have a tracker that does nothing.
 """
@@ -12,13 +12,12 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from tqdm import tqdm
-
 from files.atomic_writes import nonfinite_to_null, stage_files
 from files.disk_room import append_bytes, warn_on_full_disk
 from files.names import METRICS
 from files.output_folder import output_folder
 from monitoring.metrics import Metrics, read_metrics
+from monitoring.progress import make_progress
 from options.config import Config
 from options.errors import FULL_DISK, UserError
 
@@ -57,20 +56,22 @@ class Tracker(NoTracker):
 
     history: list[Metrics]
 
-    def __init__(self, folder: Path, total_steps: int, quiet: bool):
+    def __init__(self, folder: Path, total_steps: int, log_to: str, log_every: int | None):
         """Read metrics.jsonl, if it exists, and open it to append.
 
-        quiet: print a line per step instead of a progress bar.
+        Args:
+            folder: the RUN.
+            total_steps: optimizer steps of the run.
+            log_to, log_every: the options.
         """
-        self.folder, self.total_steps, self.eval_text = folder, total_steps, ""
+        self.folder = folder
         path = folder / METRICS
         self.history = read_metrics(path) if path.exists() else []
         self.file, self.pending = path.open("ab", buffering=0), b""
-        done = len(self.history)
-        self.bar = tqdm(total=total_steps, initial=done, unit="step", disable=quiet, dynamic_ncols=True)
+        self.progress = make_progress(log_to, log_every, total_steps, len(self.history))
 
     def print_line(self, text: str) -> None:
-        self.bar.write(text)
+        self.progress.print_line(text)
 
     def log(self, m: Metrics) -> None:
         """Add a step to the history and to metrics.jsonl, and show it."""
@@ -78,14 +79,7 @@ class Tracker(NoTracker):
         # The gradient norm of a step that fp16 skipped is not a number.
         self.pending += json.dumps(nonfinite_to_null(m.fields())).encode() + b"\n"
         self._flush()
-        if m.eval_loss is not None:
-            self.eval_text = f", eval {m.eval_loss:.4f}"
-        details = f"lr {m.lr:.2e}, {m.tokens_per_second:,.0f} tok/s, {m.memory_allocated_gib:.2f} GiB"
-        line = f"loss {m.loss:.4f}{self.eval_text}, {details}"
-        self.bar.set_postfix_str(line, refresh=False)
-        self.bar.update()
-        if self.bar.disable:
-            print(f"step {m.step}/{self.total_steps}: {line}", flush=True)
+        self.progress.show(m)
 
     def _flush(self) -> None:
         """Append the pending lines to metrics.jsonl; on a full disk, warn and keep them for the next call."""
@@ -104,7 +98,7 @@ class Tracker(NoTracker):
 
     def finish(self) -> None:
         """Write the pending lines, close metrics.jsonl and draw loss.png."""
-        self.bar.close()
+        self.progress.close()
         self._flush()
         self.file.close()
         if self.history:
@@ -124,7 +118,7 @@ class WandbTracker(Tracker):
             config: the run's options: wandb's project, name, group and entity, and all of them as its config.
             run_id: wandb's id of the resumed run; None = a new run.
         """
-        super().__init__(folder, total_steps, quiet=False)
+        super().__init__(folder, total_steps, config.log_to, config.log_every)
         import wandb
 
         self.run = wandb.init(
@@ -169,7 +163,7 @@ def make_tracker(config: Config, rank: int, total_steps: int, state: dict) -> No
     folder = output_folder(config)
     if config.log_to == "wandb":
         return WandbTracker(folder, total_steps, config, state.get("wandb"))
-    return Tracker(folder, total_steps, quiet=config.log_to == "stdout")
+    return Tracker(folder, total_steps, config.log_to, config.log_every)
 
 
 def check_wandb() -> None:

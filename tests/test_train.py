@@ -206,6 +206,23 @@ def test_overwrite_replaces_a_run(checkpoints, alpaca_file, tmp_path, run_here, 
     assert not list((tmp_path / "out").glob("adapter*"))
 
 
+def test_piped_output_has_plain_lines(checkpoints, alpaca_file, tmp_path, run_here):
+    """Their values are those of metrics.jsonl; an evaluation is told once; nothing rewrites a line."""
+    more = "--log_every 2 --eval_share 0.2 --eval_every 3 --max_steps 5 --world_size 1".split()
+    printed = run_here(small(checkpoints, alpaca_file, tmp_path / "out", *more))
+    assert not re.search(r"[^\n -~]", printed)
+    lines = [line for line in printed.splitlines() if line.startswith("step ")]
+    times = [re.search(r", \d\d:\d\d elapsed, (\d\d:\d\d left|time left unknown)$", line) for line in lines]
+    assert [line[: time.start()] for line, time in zip(lines, times, strict=True)] == [
+        f"step {m['step']}/5: loss {m['loss']:.4f}"
+        + (f", eval_loss {m['eval_loss']:.4f}" if "eval_loss" in m else "")
+        + f", lr {m['lr']:.2e}, {m['tokens_per_second']:,.0f} tok/s, {m['memory_allocated_gib']:.2f} GiB"
+        for m in metrics(tmp_path / "out")
+        if m["step"] > 1
+    ]
+    assert lines[-1].endswith(", 00:00 left") and sum("eval_loss" in line for line in lines) == 2
+
+
 def test_wandb_offline_holds_every_step(checkpoints, alpaca_file, tmp_path, run_here):
     """Read back from wandb's own file."""
     names = ["--project_name", "p", "--name", "n", "--group", "g", "--world_size", "1"]

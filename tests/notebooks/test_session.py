@@ -110,7 +110,7 @@ def test_a_second_interrupt_is_passed_on(commands):
 
 @pytest.mark.slow
 def test_train_py_saves_a_checkpoint_when_its_cell_is_interrupted(tmp_path):
-    options = "--max_steps 100000 --num_epochs 1000 --log_to stdout --sample_every 0".split()
+    options = "--max_steps 100000 --num_epochs 1000 --log_to stdout --log_every 1 --sample_every 0".split()
     kernel = start_kernel(ROOT, ["train.py", *options, "--output_dir", str(tmp_path / "run")])
     while not kernel.stdout.readline().startswith("step 3/"):
         assert kernel.poll() is None

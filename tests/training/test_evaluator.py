@@ -223,7 +223,7 @@ def test_a_run_that_stops_early_ends_as_usual(overfitted):
     best = found.index(min(found)) + 1
     assert best == stop - 2
     assert f"stopped at step {stop} of 30" in printed and f"at step {best}, in {folder}/best" in printed
-    assert f"eval {found[-1]:.4f}" in printed
+    assert f"eval_loss {found[-1]:.4f}" in printed
     names = {
         ADAPTER,
         "adapter_config.json",
