@@ -49,6 +49,7 @@ class TurnEndings:
         next_header: the header of the next answer, if the template writes it after each conversation,
             whatever add_generation_prompt is. It is not part of after_answer.
         added_tokens: the tokenizer's added tokens, which are never split.
+        question_header: begins each user's message; "" if it is not known.
     """
 
     after_answer: str
@@ -56,6 +57,7 @@ class TurnEndings:
     between_turns: str
     added_tokens: tuple[str, ...]
     next_header: str = ""
+    question_header: str = ""
 
     def find_ending(self, tail: str, last_ending: str) -> str:
         """Return the beginning of `tail`, the text after a turn, that ends the turn; "" if none does.
@@ -204,7 +206,11 @@ def find_endings(apply: ApplyTemplate, added_tokens: tuple[str, ...]) -> TurnEnd
     segment, found, _ = tail.partition(QUESTION_PROBE)
     if not found:
         return endings
-    endings = replace(endings, between_turns=segment.removesuffix(endings.find_header(user[0], segment)))
+    header = endings.find_header(user[0], segment)
+    # After a default system prompt the first question's header follows the same token as a later one's.
+    question_header = header.removeprefix(endings.after_answer)
+    between_turns = segment.removesuffix(header)
+    endings = replace(endings, between_turns=between_turns, question_header=question_header)
     return _split_next_header(endings, apply, opening)
 
 

@@ -34,6 +34,7 @@ from options.limits import MAX_LINE_BYTES, read_text
 
 DEFAULT_PROMPTS = 3  # number of rows that are the prompts of samples, without --sample_prompts
 MAX_PROMPTS = 16  # number of rows used of a dataset that is given as --sample_prompts
+MAX_QUESTION_CHARS = 120  # of a prompt that is printed beside its answer
 OPENING_WORDS = 8  # number of words of a plain text, which has no question, that are its prompt
 
 
@@ -46,12 +47,23 @@ class Prompt:
         ids: its token ids.
         answer: the row's own answer, from `normalize_answer`; "" if it has none.
         marker: a text that ends the model's answer, as in Rendered.
+        question_header: the text that begins a question, as in Format.
     """
 
     text: str
     ids: list[int]
     answer: str = ""
     marker: str | None = None
+    question_header: str = ""
+
+    def describe(self) -> str:
+        """Return the prompt from its last question on, in one line, shortened in the middle if it is long."""
+        start = self.text.rfind(self.question_header) if self.question_header else 0
+        question = " ".join(self.text[max(start, 0) :].split())
+        if len(question) <= MAX_QUESTION_CHARS:
+            return question
+        half = (MAX_QUESTION_CHARS - len(" ... ")) // 2
+        return f"{question[:half]} ... {question[-half:]}"
 
 
 @dataclass(frozen=True)
@@ -236,9 +248,11 @@ def _make_sample_prompts(config: Config, examples: Examples, rows: list[Rendered
         return _make_question_prompts(questions, examples, tokenizer, config.context_length)
     if source is not None:
         with rename_option_in_errors("--sample_prompts"):
-            rows = read_in_trained_format(config, source, MAX_PROMPTS, tokenizer).rendered
+            examples = read_in_trained_format(config, source, MAX_PROMPTS, tokenizer)
+        rows = examples.rendered
+    header = FORMATS[examples.format].question_header(examples.context)
     candidates = (make_row_prompt(r, tokenizer, config.context_length) for r in rows)
-    prompts = [prompt for prompt in candidates if prompt]
+    prompts = [dataclasses.replace(prompt, question_header=header) for prompt in candidates if prompt]
     if not prompts:
         raise UserError(f"--sample_prompts {source or ''}: no row has anything to ask")
     return prompts if source is not None else prompts[:DEFAULT_PROMPTS]
@@ -270,5 +284,6 @@ def _make_question_prompts(
         with convert_template_errors(f"--sample_prompts: {question!r}"):
             text = form.prompt(row, examples.context)
         ids = encode_prompt(text, tokenizer, form.add_special_tokens)[-context_length:]
-        prompts.append(Prompt(text, ids, marker=form.marker(examples.context)))
+        marker, header = form.marker(examples.context), form.question_header(examples.context)
+        prompts.append(Prompt(text, ids, marker=marker, question_header=header))
     return prompts

@@ -32,6 +32,7 @@ ALPACA_INPUT = (
 )
 # Alpaca's prompts as Stanford's train.py and fsdp_qlora write them. The answer follows the colon.
 STANFORD, STANFORD_INPUT = ALPACA.removesuffix("\n"), ALPACA_INPUT.removesuffix("\n")
+ALPACA_HEADER = "### Instruction:"
 GUANACO_MARKERS = ("### Human:", "### Assistant:")
 QA = "### Question:\n{question}\n\n### Answer:\n"
 QA_CONTEXT = "### Context:\n{context}\n\n### Question:\n{question}\n\n### Answer:\n"
@@ -102,6 +103,7 @@ class Format:
         add_special_tokens: as in Rendered.
         has_markers: whether its text has the markers of two speakers.
         marker: marker(context) returns the text that ends an answer where no token does, or None.
+        question_header: question_header(context) returns the text that begins a question; "" if none does.
         only_by_name: whether it is used only if the user names it, and never recognised.
     """
 
@@ -115,6 +117,7 @@ class Format:
     add_special_tokens: bool = True
     has_markers: bool = False
     marker: Callable[[RenderContext], str | None] = lambda context: None
+    question_header: Callable[[RenderContext], str] = lambda context: ""
     only_by_name: bool = False
 
     @property
@@ -255,9 +258,15 @@ FORMATS = {
         make_question=_make_user_messages,
         add_special_tokens=False,
         marker=lambda context: context.chat.marker,
+        question_header=lambda context: context.chat.endings.question_header,
     ),
     "alpaca": Format(
-        _render_alpaca, _write_alpaca_prompt, ("instruction", "output"), ("input",), answer_column="output"
+        _render_alpaca,
+        _write_alpaca_prompt,
+        ("instruction", "output"),
+        ("input",),
+        answer_column="output",
+        question_header=lambda context: ALPACA_HEADER,
     ),
     "alpaca_stanford": Format(
         _render_stanford,
@@ -265,6 +274,7 @@ FORMATS = {
         ("instruction", "output"),
         ("input",),
         answer_column="output",
+        question_header=lambda context: ALPACA_HEADER,
         only_by_name=True,
     ),
     "qa": Format(_render_qa, _write_qa_prompt, ("question", "answer"), ("context",), answer_column="answer"),
@@ -276,6 +286,7 @@ FORMATS = {
         make_question=_begin_dialogue,
         has_markers=True,
         marker=lambda context: context.markers[0],
+        question_header=lambda context: context.markers[0],
     ),
     "completion": Format(_render_completion, _write_completion_prompt, ("text",)),
 }

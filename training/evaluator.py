@@ -219,8 +219,7 @@ class Evaluator:
             text = decode_answer(answers[i], self.tokenizer, self.data.stop_ids, prompt.marker)
             line = {"step": step, "prompt": prompt.text, "text": text}
             lines += json.dumps(line, ensure_ascii=False) + "\n"
-            question = " ".join(prompt.text.split())[-60:]
-            self.tracker.print_line(f"sample, step {step}: {question!r} -> {text!r}")
+            self.tracker.print_line(f"sample, step {step}: {prompt.describe()!r} -> {text!r}")
         append_lines(self.folder / "samples.jsonl", lines, self.tracker.print_line)
 
 

@@ -5,9 +5,13 @@ from __future__ import annotations
 import json
 from itertools import pairwise
 
+import pytest
+
+from data.chat import ChatTemplate
 from data.evaluation_sets import make_row_prompt, prepare_sets, read_evaluation_rows
 from data.formats import ALPACA, FORMATS, QA
 from options.train import parse
+from tests.helpers import chat_templates, small_tokenizers
 from tests.helpers.evaluation import options
 from tests.helpers.small_tokenizers import BYTES
 
@@ -83,3 +87,51 @@ def test_the_prompt_of_a_row(checkpoints):
     assert make_row_prompt(rendered, BYTES, 7).ids == made.ids[-7:]
     plain = make_row_prompt(FORMATS["completion"].render({"text": "a b c d e f g h i j"}), BYTES, 1000)
     assert (plain.text, plain.answer) == ("a b c d e f g h", "")
+
+
+@pytest.mark.parametrize(
+    "template, header",
+    [("CHATML", "<|im_start|>user\n"), ("LLAMA3", "<|start_header_id|>user<|end_header_id|>\n\n"),
+     ("LLAMA2", "<s>[INST] "), ("MISTRAL", "[INST] "), ("GEMMA", "<start_of_turn>user\n"),
+     ("QWEN3", "<|im_start|>user\n"), ("R1", "<|User|>")],
+)  # fmt: skip
+def test_the_header_of_a_question_is_found_in_the_template(template, header):
+    chat = ChatTemplate(small_tokenizers.chat_tokenizer(getattr(chat_templates, template), eos="</s>"))
+    assert chat.endings.question_header == header
+
+
+def test_a_printed_prompt_begins_with_its_last_question(checkpoints, tmp_path):
+    """Neither with the template's preamble nor with earlier turns; a long one loses its middle."""
+    tokenizer = small_tokenizers.chat_tokenizer(chat_templates.CHATML)
+    turns = [
+        ("system", "Be brief. " * 50),
+        ("user", "First?"),
+        ("assistant", "Yes."),
+        ("user", "And\n\nnow?"),
+    ]
+    messages = [{"role": role, "content": text} for role, text in turns]
+    rows = {
+        "chat": {"messages": [*messages, {"role": "assistant", "content": "Also."}]},
+        "alone": {"messages": [messages[1], {"role": "assistant", "content": "Yes."}]},
+        "alpaca": {"instruction": "Say red.", "output": "red"},
+        "guanaco": {"text": "### Human: a### Assistant: b### Human: why?### Assistant: c"},
+        "qa": {"question": "x" * 100 + "y" * 100, "answer": "z"},
+    }
+
+    def printed(name: str, *more) -> str:
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(rows[name]) + "\n")
+        argv = options(checkpoints, tmp_path / f"{name}.jsonl", "--sample_every", "1", *more)
+        argv += ["--context_length", "2000"]
+        (prompt,) = prepare_sets(parse(argv)[0], tokenizer)[2].prompts
+        return prompt.describe()
+
+    (tmp_path / "ask.txt").write_text("Why?\n")
+    asked = "<|im_start|>user {}<|im_end|> <|im_start|>assistant"
+    assert printed("chat") == asked.format("And now?")
+    assert printed("alone") == asked.format("First?")
+    assert printed("chat", "--sample_prompts", tmp_path / "ask.txt") == asked.format("Why?")
+    assert printed("alpaca") == "### Instruction: Say red. ### Response:"
+    assert printed("guanaco") == "### Human: why?### Assistant:"
+    assert printed("alpaca", "--sample_prompts", tmp_path / "guanaco.jsonl").startswith("### Human: why?")
+    shown = f"### Question: {'x' * 43} ... {'y' * 45} ### Answer:"
+    assert printed("qa") == shown and len(shown) == 119
