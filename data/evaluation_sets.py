@@ -88,13 +88,14 @@ class EvaluationData:
         return max([*ids, int(self.rows.tokens.max()) if self.rows else 0], default=0)
 
     def describe(self) -> str:
-        """Return a line on the evaluation set, after a line break; "" if there is none."""
+        """Return lines on the evaluation set, each after a line break; "" if there is none."""
         if not self.rows:
             return ""
         rows = self.rows
         counts = ((rows.dropped, "dropped"), (rows.cut, "cut at the context length"))
         left_out = "".join(f", {count:,} {what}" for count, what in counts if count)
-        return f"\nevaluation: {len(rows):,} rows{left_out}, {int(rows.targets().sum()):,} learned tokens"
+        counted = f"{len(rows):,} rows{left_out}, {int(rows.targets().sum()):,} learned tokens"
+        return "".join(f"\nevaluation: {line}" for line in (counted, *rows.describe_reasons()))
 
 
 def prepare_sets(config: Config, tokenizer) -> tuple[Config, TokenizedRows, EvaluationData]:

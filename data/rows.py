@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
+from data.row_reasons import RowReason
+
 IGNORE = -100  # the target of a position that is not learned, as in torch's cross-entropy
 
 
@@ -21,20 +23,38 @@ class TokenizedRows:
         tokens: [N] int32.
         learned: [N] bool; whether the token is a target.
         starts: [R + 1] int64; example i is tokens[starts[i]:starts[i+1]].
-        dropped: number of rows without a target, which are left out.
-        cut: number of kept rows that lost their end to context_length.
+        drop_reasons: why rows without a target are left out.
+        cut_reasons: what kept rows lost to context_length.
         row_numbers: [R] int64; the number, from 1, of each example's row in the dataset.
     """
 
     tokens: torch.Tensor
     learned: torch.Tensor
     starts: torch.Tensor
-    dropped: int
-    cut: int
+    drop_reasons: tuple[RowReason, ...]
+    cut_reasons: tuple[RowReason, ...]
     row_numbers: torch.Tensor
 
     def __len__(self) -> int:
         return len(self.starts) - 1
+
+    @property
+    def dropped(self) -> int:
+        """Number of rows that are left out."""
+        return sum(each.count for each in self.drop_reasons)
+
+    @property
+    def cut(self) -> int:
+        """Number of kept rows that lost their end."""
+        return sum(each.count for each in self.cut_reasons)
+
+    def describe_reasons(self) -> list[str]:
+        """Return a line on each reason why rows are dropped or cut."""
+        return [
+            each.describe(action)
+            for action, reasons in (("dropped", self.drop_reasons), ("cut", self.cut_reasons))
+            for each in reasons
+        ]
 
     def lengths(self) -> torch.Tensor:
         """Return the number of tokens of each example: [R]."""

@@ -17,6 +17,7 @@ from data.chat_remarks import spread_sample
 from data.encoding import Offsets, drop_empty_answers, encode, encode_prompt
 from data.examples import read_examples
 from data.formats import Rendered
+from data.row_reasons import CUT_ANSWER, CUT_REST, FIRST_TOKEN, LONG_PROMPT, NO_ANSWER, ReasonCounter
 from data.rows import TokenizedRows
 from options.errors import UserError
 
@@ -41,7 +42,7 @@ def tokenize(rendered: list[Rendered], tokenizer, context_length: int, error_pre
     """Tokenize rendered rows, with their targets, and cut them to context_length tokens.
 
     A token is a target if it has a character of a learned range of the text that was tokenized. Examples
-    without a target are dropped and counted.
+    without a target are dropped. These and the cut ones are counted by reason.
 
     Args:
         rendered: the rows, all of one format.
@@ -52,17 +53,10 @@ def tokenize(rendered: list[Rendered], tokenizer, context_length: int, error_pre
     Raises UserError if no example is left, and if the tokenizer has no offsets or lacks an EOS that the rows
     need.
     """
-    if not tokenizer.is_fast:
-        raise UserError(
-            f"{tokenizer.name_or_path}: its tokenizer cannot tell where a token lies in the text"
-            " (no tokenizer.json)"
-        )
-    if tokenizer.eos_token_id is None and any(r.needs_eos for r in rendered):
-        raise UserError(
-            f"{tokenizer.name_or_path}: its tokenizer has no EOS token, so a model could not learn to stop"
-        )
+    _check_tokenizer(tokenizer, needs_eos=any(r.needs_eos for r in rendered))
     special = SpecialTokens.from_tokenizer(tokenizer)
-    tokens, learned, lengths, numbers, cut, prompt_lengths = [], [], [], [], 0, []
+    tokens, learned, lengths, numbers, prompt_lengths = [], [], [], [], []
+    drops, cuts = ReasonCounter(), ReasonCounter()
     for start in range(0, len(rendered), 1000):  # the library works on a batch in parallel
         block = [drop_empty_answers(r, tokenizer) for r in rendered[start : start + 1000]]
         encoded = encode(tokenizer, [r.text for r in block], block[0].add_special_tokens)
@@ -75,7 +69,11 @@ def tokenize(rendered: list[Rendered], tokenizer, context_length: int, error_pre
                 learned.append(targets[:context_length])
                 lengths.append(len(tokens[-1]))
                 numbers.append(example.row_number)
-                cut += len(row) > context_length
+                if len(row) > context_length:
+                    reason = CUT_ANSWER if targets[context_length:].any() else CUT_REST
+                    cuts.add(reason, example.row_number)
+            else:
+                drops.add(_drop_reason(targets, context_length), example.row_number)
     if not lengths:
         reason = "no answer has any text"
         if prompt_lengths:
@@ -86,9 +84,28 @@ def tokenize(rendered: list[Rendered], tokenizer, context_length: int, error_pre
         )
     starts = np.concatenate([[0], np.cumsum(lengths)])
     all_tokens, all_learned = (torch.from_numpy(np.concatenate(a)) for a in (tokens, learned))
-    dropped = len(rendered) - len(lengths)
-    row_numbers = torch.tensor(numbers)
-    return TokenizedRows(all_tokens, all_learned, torch.from_numpy(starts), dropped, cut, row_numbers)
+    reasons = drops.reasons(), cuts.reasons()
+    return TokenizedRows(all_tokens, all_learned, torch.from_numpy(starts), *reasons, torch.tensor(numbers))
+
+
+def _check_tokenizer(tokenizer, needs_eos: bool) -> None:
+    """Raise UserError if a tokenizer has no offsets, or lacks an EOS that the rows need."""
+    if not tokenizer.is_fast:
+        raise UserError(
+            f"{tokenizer.name_or_path}: its tokenizer cannot tell where a token lies in the text"
+            " (no tokenizer.json)"
+        )
+    if tokenizer.eos_token_id is None and needs_eos:
+        raise UserError(
+            f"{tokenizer.name_or_path}: its tokenizer has no EOS token, so a model could not learn to stop"
+        )
+
+
+def _drop_reason(targets: np.ndarray, context_length: int) -> str:
+    """Return why a row has no target within context_length tokens. targets: [L] bool."""
+    if not targets.any():
+        return NO_ANSWER
+    return LONG_PROMPT if targets.argmax() >= context_length else FIRST_TOKEN
 
 
 def describe_unknown_tokens(tokens: torch.Tensor, tokenizer) -> list[str]:

@@ -21,25 +21,30 @@ HIGH_PADDING = 0.3  # share of the batches above which a line recommends --packi
 
 
 def describe_data(rows: TokenizedRows, sampler: StepSampler, context_length: int) -> str:
-    """Return the line about the data, and a second line about packing if much of the batches is padding."""
+    """Return the line about the data, and lines about its dropped and cut rows by reason.
+
+    If much of the batches is padding, a last line is about packing.
+    """
     cut = f", {rows.cut:,} cut at the context length" if rows.cut else ""
     padding = sampler.padding_share()
     line = (
         f"data: {len(rows):,} rows kept, {rows.dropped:,} dropped{cut}; {rows.tokens.numel():,} tokens,"
         f" {int(rows.targets().sum()):,} of them learned; padding {padding:.0%} of the batches"
     )
+    reasons = [f"data: {each}" for each in rows.describe_reasons()]
     sampling = (rows, sampler.batch_size, sampler.accumulation, sampler.rank, sampler.world, sampler.seed)
     if isinstance(sampler, PackSampler):
         unpacked = StepSampler(*sampling).padding_share()
         packs = f"{sampler.items_per_epoch():,} packs of up to {sampler.width:,} tokens"
-        return f"{line} ({unpacked:.0%} without --packing); {packs}"
+        return "\n".join([f"{line} ({unpacked:.0%} without --packing); {packs}", *reasons])
     if padding <= HIGH_PADDING:
-        return line
+        return "\n".join([line, *reasons])
     speedup = sampler.count_positions() / PackSampler(*sampling, context_length).count_positions()
-    return (
-        f"{line}\n--packing true would train these rows about {speedup:.1f} times as fast: as full lines of"
+    advice = (
+        f"--packing true would train these rows about {speedup:.1f} times as fast: as full lines of"
         f" {context_length:,} tokens, which --batch_size then counts"
     )
+    return "\n".join([line, *reasons, advice])
 
 
 def describe_training(

@@ -36,6 +36,8 @@ FACT_KINDS = {
     "model": {"parameters_trained": "count"},
     "hardware": {"ranks": "positive", "memory_gib": "positive", "device": "text", "kind": "text"},
 }
+# Those that runs of earlier versions lack.
+NEWER_FACT_KINDS = {"data": {"drop_reasons": "reasons", "cut_reasons": "reasons"}}
 
 
 def run_facts_json(
@@ -88,6 +90,8 @@ def _data_facts(rows: TokenizedRows, sampler: StepSampler) -> dict:
         "rows_kept": len(rows),
         "rows_dropped": rows.dropped,
         "rows_cut": rows.cut,
+        "drop_reasons": [each.fields() for each in rows.drop_reasons],
+        "cut_reasons": [each.fields() for each in rows.cut_reasons],
         "tokens": rows.tokens.numel(),
         "tokens_learned": int(rows.targets().sum()),
         "padding_share": round(sampler.padding_share(), 4),
@@ -129,6 +133,11 @@ def check_facts(facts: dict, origin: str) -> None:
             isinstance(found, dict)
             and kinds.keys() <= found.keys()
             and all(_is_kind(found[name], kind) for name, kind in kinds.items())
+            and all(
+                _is_kind(found[name], kind)
+                for name, kind in NEWER_FACT_KINDS.get(section, {}).items()
+                if name in found
+            )
         ):
             raise UserError(f"{origin}: {section} is damaged: no run writes it so")
     versions = facts.get("versions") or {}
@@ -137,11 +146,19 @@ def check_facts(facts: dict, origin: str) -> None:
 
 
 def _is_kind(value: Any, kind: str) -> bool:
-    """Return whether a value is of a kind in FACT_KINDS: text, count, counts, positive or share."""
+    """Return whether a value is of a kind: text, count, counts, positive, share or reasons."""
     if kind == "text":
         return isinstance(value, str)
     if kind == "counts":
         return isinstance(value, list) and value != [] and all(_is_kind(n, "count") for n in value)
+    if kind == "reasons":
+        return isinstance(value, list) and all(_is_reason(each) for each in value)
     if type(value) not in ((int,) if kind == "count" else (int, float)):
         return False
     return 0 < value < math.inf if kind == "positive" else 0 <= value < math.inf
+
+
+def _is_reason(value: Any) -> bool:
+    """Return whether a value has the form of `RowReason.fields`."""
+    kinds = {"reason": "text", "rows": "count", "first": "counts"}
+    return isinstance(value, dict) and all(_is_kind(value.get(name), kind) for name, kind in kinds.items())

@@ -18,8 +18,8 @@ def without_output(config: Config) -> Config:
 
 
 def show_rows(job: Job) -> None:
-    """Print the line about a run's data, and its first --show_rows examples."""
+    """Print the lines about a run's data, and its first --show_rows examples."""
     rows, config = job.rows, job.config
     tokenizer = read_tokenizer(job.files.folder, config.model_name)
     data = describe_data(rows, make_sampler(config, rows, 0, config.world_size), config.context_length)
-    print(data, *describe_examples(rows, config.show_rows, tokenizer), sep="\n")
+    print(data + job.evaluation.describe(), *describe_examples(rows, config.show_rows, tokenizer), sep="\n")

@@ -69,7 +69,7 @@ def test_lines_of_many_lengths_have_few_widths():
         torch.arange(1, sum(lengths) + 1, dtype=torch.int32),
         torch.ones(sum(lengths), dtype=torch.bool),
         torch.tensor([0, *itertools.accumulate(lengths)]),
-        *(0, 0),
+        *((), ()),
         torch.arange(1, len(lengths) + 1),
     )
     widths = [step[0].batches[0].ids.shape[1] for step in deal_steps(rows, 1, 1, 1)]

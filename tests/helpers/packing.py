@@ -32,7 +32,7 @@ def seven_rows() -> TokenizedRows:
     tokens = torch.randint(0, 256, (total,), generator=generator, dtype=torch.int32)
     learned = torch.rand(total, generator=generator) < 0.7
     learned[starts[:-1]] = True  # the first token of a row would be a target of the row before it
-    return TokenizedRows(tokens, learned, starts, 0, 0, torch.arange(1, len(starts)))
+    return TokenizedRows(tokens, learned, starts, (), (), torch.arange(1, len(starts)))
 
 
 def packed_batch() -> Batch:

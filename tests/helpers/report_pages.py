@@ -12,6 +12,7 @@ import torch
 
 import monitoring.report
 from data.batches import StepSampler
+from data.row_reasons import CUT_ANSWER, LONG_PROMPT, NO_ANSWER, RowReason
 from data.rows import TokenizedRows
 from monitoring.run_facts import run_facts_json
 from options import config as options
@@ -58,9 +59,10 @@ def small_rows() -> TokenizedRows:
     lengths = torch.tensor([3, 5, 5, 20])
     learned = torch.cat([torch.arange(n) >= n / 2 for n in lengths.tolist()])
     starts = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
-    return TokenizedRows(
-        torch.ones(33, dtype=torch.int32), learned, starts, 7, 1, torch.arange(1, len(starts))
-    )
+    drops = RowReason(NO_ANSWER, 4, (2, 4, 5)), RowReason(LONG_PROMPT, 3, (3, 7, 10))
+    cuts = (RowReason(CUT_ANSWER, 1, (11,)),)
+    numbers = torch.tensor([1, 6, 8, 11])
+    return TokenizedRows(torch.ones(33, dtype=torch.int32), learned, starts, drops, cuts, numbers)
 
 
 def make_run(folder: Path, steps: list[dict], *argv: str) -> Path:

@@ -22,7 +22,7 @@ def make_token_rows(count: int) -> TokenizedRows:
     learned = torch.rand(total, generator=generator) < 0.6
     learned[starts[1:] - 1] = True
     return TokenizedRows(
-        torch.arange(1, total + 1, dtype=torch.int32), learned, starts, 0, 0, torch.arange(1, len(starts))
+        torch.arange(1, total + 1, dtype=torch.int32), learned, starts, (), (), torch.arange(1, len(starts))
     )
 
 

@@ -50,7 +50,10 @@ def test_the_page_shows_the_values_of_the_files(tmp_path):
                      "Best validation loss 0.7500 perplexity 2.117, at step 4; last 0.9000",
                      "Training time 5.0 s 10 optimizer steps", "Speed 2,006", "Peak memory 1.25 GiB",
                      "Tokens 10,000 8 parameters trained", "Rows kept 4 ", "Rows dropped 7 ",
-                     "Rows cut 1 (25.0%) at 20 tokens", "median 5, 95% up to 20, longest 20 tokens",
+                     "7 4: no answer has any text to learn (rows 2, 4, 5, …)",
+                     "3: the prompt fills --context_length (rows 3, 7, 10) Rows cut 1 (25.0%) at 20 tokens"
+                     " 1: the end of an answer is beyond --context_length (row 11)",
+                     "median 5, 95% up to 20, longest 20 tokens",
                      "lr 0.007 0.0002", "context_length 20 512",
                      f"torch {torch.__version__.split('+')[0]}"):  # fmt: skip
         assert expected in page.text, expected
@@ -236,7 +239,9 @@ def test_the_next_commands(tmp_path):
     [("data", "lengths", [1, None]), ("data", "lengths", []), ("data", "rows_kept", 0),
      ("data", "tokens", "9"), ("data", "length_width", [5]), ("data", "padding_share", math.inf),
      ("hardware", "device", {}), ("hardware", "ranks", None), ("versions", "torch", 2),
-     ("model", "parameters_trained", -1)],
+     ("model", "parameters_trained", -1),
+     ("data", "drop_reasons", [{"reason": "x", "rows": "2", "first": [1]}]),
+     ("data", "cut_reasons", [{"reason": "x", "rows": 2, "first": []}]), ("data", "cut_reasons", None)],
 )  # fmt: skip
 def test_facts_that_no_run_writes(tmp_path, section, name, value):
     run = make_run(tmp_path / "run", [metrics(1)])
