@@ -91,6 +91,7 @@ def render_report(run: RunFiles) -> str:
         and charts.histogram(
             "Length of the rows", "rows by tokens", data["length_width"], data["lengths"], height=200
         ),
+        first_rows=facts.get("first_rows", []),
         samples=list(islice(samples.items(), MAX_PROMPTS)),
         hidden_prompts=len(samples) - MAX_PROMPTS,
         options=_options(config),

@@ -5,11 +5,13 @@ train.py writes `run_facts_json` when training starts. The report checks it with
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import json
 import math
 import os
 import platform
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from torch import nn
 
 from data.batches import StepSampler
 from data.packing import PackSampler
+from data.row_text import RecordedRow
 from data.rows import TokenizedRows, digest_rows
 from launch.memory import GIB
 from options.errors import UserError
@@ -36,6 +39,13 @@ FACT_KINDS = {
     "model": {"parameters_trained": "count"},
     "hardware": {"ranks": "positive", "memory_gib": "positive", "device": "text", "kind": "text"},
 }
+# Lists of objects with these fields.
+LIST_KINDS = {
+    "reasons": {"reason": "text", "rows": "positive", "first": "counts"},
+    "rows": {"number": "count", "tokens": "positive", "learned": "count", "omitted": "count"}
+    | {"head": "parts", "tail": "parts"},
+    "parts": {"text": "text", "is_learned": "flag", "is_special": "flag"},
+}
 # Those that runs of earlier versions lack.
 NEWER_FACT_KINDS = {"data": {"drop_reasons": "reasons", "cut_reasons": "reasons"}}
 
@@ -46,8 +56,9 @@ def run_facts_json(
     model: nn.Module,
     stages: dict[str, float],
     evaluation: TokenizedRows | None = None,
+    first_rows: Sequence[RecordedRow] = (),
 ) -> str:
-    """Return run.json as text: data, model, memory, hardware, versions.
+    """Return run.json as text: data, first rows, model, memory, hardware, versions.
 
     Args:
         rows: the training rows.
@@ -55,6 +66,7 @@ def run_facts_json(
         model: the model to train.
         stages: GiB of the fullest rank after wrapping and after loading.
         evaluation: the evaluation set; None = there is none.
+        first_rows: the first training rows, as texts.
     """
     has_gpu = torch.cuda.is_available()
     if has_gpu:
@@ -63,6 +75,7 @@ def run_facts_json(
         memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     facts = {
         "data": _data_facts(rows, sampler) | ({EVALUATION: digest_rows(evaluation)} if evaluation else {}),
+        "first_rows": [dataclasses.asdict(row) for row in first_rows],
         "model": {"parameters_trained": sum(p.numel() for p in model.parameters() if p.requires_grad)},
         "memory": {name: round(gib, 3) for name, gib in stages.items()},
         "hardware": {
@@ -140,25 +153,28 @@ def check_facts(facts: dict, origin: str) -> None:
             )
         ):
             raise UserError(f"{origin}: {section} is damaged: no run writes it so")
+    if not _is_kind(facts.get("first_rows", []), "rows"):
+        raise UserError(f"{origin}: first_rows is damaged: no run writes it so")
     versions = facts.get("versions") or {}
     if not isinstance(versions, dict) or not all(isinstance(v, str) for v in versions.values()):
         raise UserError(f"{origin}: versions is damaged: no run writes it so")
 
 
 def _is_kind(value: Any, kind: str) -> bool:
-    """Return whether a value is of a kind: text, count, counts, positive, share or reasons."""
+    """Return whether a value is a text, flag, count, counts, positive, share, or one of LIST_KINDS."""
     if kind == "text":
         return isinstance(value, str)
     if kind == "counts":
         return isinstance(value, list) and value != [] and all(_is_kind(n, "count") for n in value)
-    if kind == "reasons":
-        return isinstance(value, list) and all(_is_reason(each) for each in value)
+    if kind in LIST_KINDS:
+        return isinstance(value, list) and all(_has_fields(each, LIST_KINDS[kind]) for each in value)
+    if kind == "flag":
+        return isinstance(value, bool)
     if type(value) not in ((int,) if kind == "count" else (int, float)):
         return False
     return 0 < value < math.inf if kind == "positive" else 0 <= value < math.inf
 
 
-def _is_reason(value: Any) -> bool:
-    """Return whether a value has the form of `RowReason.fields`."""
-    kinds = {"reason": "text", "rows": "count", "first": "counts"}
+def _has_fields(value: Any, kinds: dict[str, str]) -> bool:
+    """Return whether a value is an object with fields of these kinds."""
     return isinstance(value, dict) and all(_is_kind(value.get(name), kind) for name, kind in kinds.items())

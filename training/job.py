@@ -15,6 +15,7 @@ from checkpoints import resume
 from checkpoints.storage import Checkpoint
 from data.batches import StepSampler
 from data.evaluation_sets import EvaluationData
+from data.row_text import RecordedRow
 from data.rows import TokenizedRows, digest_rows
 from files.base_model import BaseModel
 from files.model_folder import CheckpointFiles
@@ -46,6 +47,7 @@ class Job:
     # the tokenizer in use, the stops that were learned.
     small_files: dict[str, str] = dataclasses.field(default_factory=dict)
     remarks: tuple[str, ...] = ()  # lines to print once at start
+    first_rows: tuple[RecordedRow, ...] = ()  # for run.json
 
     @cached_property
     def family(self) -> Family:

@@ -19,6 +19,7 @@ from data.evaluation_sets import EvaluationData, prepare_sets, rename_option_in_
 from data.examples import read_toy_texts
 from data.formats import RenderContext
 from data.packing import make_sampler
+from data.row_text import record_examples
 from data.rows import TokenizedRows
 from data.stop_ids import collect_stop_ids, make_generation_config
 from files.base_model import BaseModel, digest_without_head, record_base
@@ -87,6 +88,7 @@ def _make_job(config: Config) -> Job:
         started=started,
         small_files=tokenizer_use.files | corrected_config(model.folder, model.config) | learned,
         remarks=(*tokenizer_use.remarks, *evaluation.remarks, *model_remarks),
+        first_rows=tuple(record_examples(rows, tokenizer)),
     )
     if config.method.expansion:
         assert config.lr is not None

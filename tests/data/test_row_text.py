@@ -6,10 +6,18 @@ from dataclasses import replace
 
 import pytest
 
-from data.formats import FORMATS
-from data.row_text import describe_examples, mark_learned
+from data.formats import FORMATS, RenderContext
+from data.row_text import (
+    END_TOKENS,
+    MAX_PART_CHARS,
+    RowPart,
+    describe_examples,
+    mark_learned,
+    record_examples,
+    split_example,
+)
 from data.tokenizing import tokenize
-from tests.helpers import small_tokenizers
+from tests.helpers import chat_templates, small_tokenizers
 
 
 @pytest.mark.parametrize("make", [
@@ -40,3 +48,59 @@ def test_a_character_that_is_learned_in_part():
     tokenizer = small_tokenizers.crossing()
     ids = tokenizer("é", add_special_tokens=False)["input_ids"]
     assert len(ids) == 2 and mark_learned(ids, [False, True], tokenizer) == "\ufffd[[\ufffd]]"
+
+
+def test_special_tokens_are_parts_of_their_own():
+    """Learned or not: those that end a turn are learned, too."""
+    tokenizer = small_tokenizers.chat_tokenizer(chat_templates.CHATML)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
+    turns = [("user", "Hi"), ("assistant", "Yo"), ("user", "Bye"), ("assistant", "Ciao")]
+    row = {"messages": [{"role": role, "content": text} for role, text in turns]}
+    rendered = FORMATS["chat"].render(row, RenderContext(tokenizer))
+    rows = tokenize([rendered], tokenizer, 1000, "here")
+    parts = split_example(rows.tokens.tolist(), rows.learned.tolist(), tokenizer)
+    start, end = ("<|im_start|>", False, True), ("<|im_end|>", False, True)
+    assert [(part.text, part.is_learned, part.is_special) for part in parts[4:]] == [
+        start, ("user\nHi", False, False), end, ("\n", False, False),
+        start, ("assistant\n", False, False), ("Yo", True, False), ("<|im_end|>", True, True),
+        ("\n", False, False), start, ("user\nBye", False, False), end, ("\n", False, False),
+        start, ("assistant\n", False, False), ("Ciao", True, False), ("<|im_end|>", True, True),
+        ("\n", False, False),
+    ]  # fmt: skip
+    assert mark_learned(rows.tokens.tolist(), rows.learned.tolist(), tokenizer) == (
+        rendered.text.replace("Yo<|im_end|>", "[[Yo<|im_end|>]]").replace(
+            "Ciao<|im_end|>", "[[Ciao<|im_end|>]]"
+        )
+    )
+
+
+def test_recorded_rows_are_bounded():
+    """The first three; of a long one both ends."""
+    long = FORMATS["qa"].render({"question": "q" * 3000, "answer": "a" * 2000})
+    rendered = [replace(long, row_number=i) for i in (2, 5, 7, 8)]
+    rows = tokenize(rendered, small_tokenizers.BYTES, 10_000, "here")
+    recorded = record_examples(rows, small_tokenizers.BYTES)
+    assert [row.number for row in recorded] == [2, 5, 7]
+    ids = rows.tokens[: rows.starts[1]].tolist()
+    for row in recorded:
+        assert (row.tokens, row.learned) == (len(ids), 2001)
+        shown = ["".join(part.text for part in end) for end in (row.head, row.tail)]
+        ends = ids[:END_TOKENS], ids[-END_TOKENS:]
+        assert shown == [small_tokenizers.BYTES.decode(end) for end in ends]
+        assert row.omitted == len(ids) - 2 * END_TOKENS
+    short = tokenize([FORMATS["completion"].render({"text": "ab"})], small_tokenizers.BYTES, 100, "here")
+    (row,) = record_examples(short, small_tokenizers.BYTES)
+    assert row.head == [
+        RowPart("<s>", False, True),
+        RowPart("ab", True, False),
+        RowPart("</s>", True, True),
+    ]
+    assert (row.omitted, row.tail) == (0, ())
+
+
+def test_a_token_of_a_long_text_is_clipped():
+    tokenizer = small_tokenizers.chat_tokenizer(chat_templates.CHATML)
+    tokenizer.add_tokens(["x" * 10_000])
+    rows = tokenize([FORMATS["completion"].render({"text": "x" * 10_000})], tokenizer, 100, "here")
+    (row,) = record_examples(rows, tokenizer)
+    assert max(len(part.text) for part in row.head) == MAX_PART_CHARS

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import hashlib
 import html
 import importlib
@@ -20,6 +21,8 @@ from jinja2 import UndefinedError
 import monitoring.report
 import report
 import train
+from benchmarks.make_checkpoint import byte_tokenizer
+from data.row_text import RecordedRow, RowPart
 from files.output_folder import clear_output
 from monitoring.report_charts import downsample, log_axis, number, running_mean, step_axis, value_axis
 from monitoring.report_page import TEMPLATE_FOLDER, TEMPLATES, render
@@ -187,6 +190,29 @@ def test_hostile_names_stay_text(tmp_path):
     ]
 
 
+def test_the_first_rows(tmp_path):
+    """Learned and special tokens are marked; texts of the data run no code and lose no space."""
+    run = make_run(tmp_path / "run", [metrics(1)])
+    assert "First rows" not in page_of(run).text  # of a run of an earlier version
+    parts = [RowPart("<s>", False, True), RowPart(f" Why?\n {HOSTILE}", False, False)]
+    answer = [RowPart("So & <so>", True, False), RowPart("</s>", True, True)]
+    rows = [RecordedRow(3, 1200, 7, parts, 176, answer), RecordedRow(4, 9, 1, [RowPart("ok", True, False)])]
+    facts = json.loads((run / "run.json").read_text())
+    facts["first_rows"] = [dataclasses.asdict(row) for row in rows]
+    (run / "run.json").write_text(json.dumps(facts))
+    page = page_of(run)
+    text = html.unescape((run / "report.html").read_text(encoding="utf-8"))
+    first, second = re.findall(r'<p class="text">(.*?)</p></div>', text.partition("First rows</h2>")[2], re.S)
+    assert first == (
+        f'<span class=" special"><s></span><span class=""> Why?\n {HOSTILE}</span>'
+        '<span class="omitted"> … 176 tokens … </span>'
+        '<span class="learned">So & <so></span><span class="learned special"></s></span>'
+    )
+    assert second == '<span class="learned">ok</span>'
+    assert "Row 3: 1,200 tokens, 7 of them learned" in page.text
+    assert not {"img", "s", "so"} & {tag for tag, _ in page.tags}
+
+
 def test_templates_escape_every_value_and_require_it():
     """A missing value is an error; only the page's own style sheet and script are not escaped."""
     with pytest.raises(UndefinedError, match="'title' is undefined"):
@@ -234,6 +260,9 @@ def test_the_next_commands(tmp_path):
             assert f"{script} {run}" in page_of(run).text
 
 
+ROW = {"number": 1, "tokens": 2, "learned": 1, "omitted": 0, "head": [], "tail": []}
+
+
 @pytest.mark.parametrize(
     "section, name, value",
     [("data", "lengths", [1, None]), ("data", "lengths", []), ("data", "rows_kept", 0),
@@ -241,12 +270,17 @@ def test_the_next_commands(tmp_path):
      ("hardware", "device", {}), ("hardware", "ranks", None), ("versions", "torch", 2),
      ("model", "parameters_trained", -1),
      ("data", "drop_reasons", [{"reason": "x", "rows": "2", "first": [1]}]),
-     ("data", "cut_reasons", [{"reason": "x", "rows": 2, "first": []}]), ("data", "cut_reasons", None)],
+     ("data", "cut_reasons", [{"reason": "x", "rows": 2, "first": []}]), ("data", "cut_reasons", None),
+     ("first_rows", 0, {"number": 1}), ("first_rows", 0, {**ROW, "head": [{"text": 1}]}),
+     ("first_rows", 0, {**ROW, "tail": None})],
 )  # fmt: skip
 def test_facts_that_no_run_writes(tmp_path, section, name, value):
     run = make_run(tmp_path / "run", [metrics(1)])
     facts = json.loads((run / "run.json").read_text())
-    for changed in ({section: facts[section] | {name: value}}, {section: [facts[section]]}):
+    changes: tuple[dict, ...] = {section: [value]}, {section: {"0": value}}
+    if section != "first_rows":
+        changes = {section: facts[section] | {name: value}}, {section: [facts[section]]}
+    for changed in changes:
         (run / "run.json").write_text(json.dumps(facts | changed))
         with pytest.raises(UserError, match=rf"run\.json: {section} is damaged: no run writes it so"):
             monitoring.report.write_report(run)
@@ -312,6 +346,11 @@ def test_a_real_run_writes_the_page(checkpoints, one_rank, tmp_path, monkeypatch
     job = train.check_run(parse(list(map(str, argv)))[0])
     printed = one_rank(full_run, job)[0]
     page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    learned = "".join(
+        re.findall(r'<span class="learned(?: special)?">(.*?)</span>', page.partition("Row 1:")[2])
+    )
+    ids = job.rows.tokens[job.rows.learned]
+    assert html.unescape(learned) == byte_tokenizer().decode(ids)  # of all three rows
     assert "report.html" in printed and f"Rows kept {len(job.rows):,}" in Page(page).text
     (tmp_path / "run" / "report.html").unlink()
     assert report.main([str(tmp_path / "run")]) == 0
