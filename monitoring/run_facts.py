@@ -23,6 +23,7 @@ from data.packing import PackSampler
 from data.row_text import RecordedRow
 from data.rows import TokenizedRows, digest_rows
 from launch.memory import GIB
+from monitoring.program_version import find_program_version
 from options.errors import UserError
 
 FACTS = "run.json"
@@ -85,7 +86,8 @@ def run_facts_json(
             "memory_gib": round(memory_bytes / GIB, 1),
             "processors": os.cpu_count(),
         },
-        "versions": {"python": platform.python_version()}
+        "versions": find_program_version()
+        | {"python": platform.python_version()}
         | {name: _installed_version(name) for name in PACKAGES}
         | ({"CUDA": torch.version.cuda} if has_gpu else {}),
     }
