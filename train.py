@@ -244,7 +244,7 @@ def run_profiled(rank_info: RankInfo, job: Job, profiler: Profiler, lock: Folder
     facts = ""
     if rank_info.rank == 0:
         facts = run_facts_json(job.rows, sampler, model, stages, job.evaluation.rows, job.first_rows)
-    tracker = start_run_folder(job, rank_info, lock, total_steps, facts, ready, stages)
+    tracker = start_run_folder(job, rank_info, lock, total_steps, facts, ready)
     steps_done = len(tracker.history)
     stopping = StopRequests(rank_info.rank, job.started, config.max_minutes, config.save_minutes)
     began = time.perf_counter()

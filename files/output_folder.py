@@ -6,7 +6,7 @@ import contextlib
 from pathlib import Path
 
 from files.disk_room import check_writable
-from files.names import BEST, MODEL_FILES, RUN_FILES, SCORE, SMALL_MODEL_FILES
+from files.names import BEST, EVENTS, MODEL_FILES, RUN_FILES, SCORE, SMALL_MODEL_FILES
 from options.config import CHECKPOINTS, Config
 from options.errors import UserError
 
@@ -28,7 +28,7 @@ def check_output(folder: Path, overwrite: bool) -> None:
     The subfolders are those that a run writes and removes.
     """
     check_writable(folder, "--output_dir")
-    for name in (CHECKPOINTS, "wandb"):
+    for name in (CHECKPOINTS, "wandb", EVENTS):
         if (folder / name).is_symlink():
             raise UserError(
                 f"--output_dir {folder}: its {name} is a symbolic link; only regular files and folders are"

@@ -54,8 +54,12 @@ def read_run(folder: Path) -> RunFiles:
     if (folder / FACTS).is_file():
         facts = _parse_object(_read_text(folder / FACTS), f"{folder / FACTS}")
         check_facts(facts, f"{folder / FACTS}")
-    samples = _read_json_lines(folder / "samples.jsonl", ("step", "prompt", "text"))
-    return RunFiles(folder, config, steps, samples, facts, {p.name for p in folder.iterdir()})
+    return RunFiles(folder, config, steps, read_samples(folder), facts, {p.name for p in folder.iterdir()})
+
+
+def read_samples(folder: Path) -> list[dict]:
+    """Return the lines of a RUN's samples.jsonl, if it has any. Raises UserError if one is damaged."""
+    return _read_json_lines(folder / "samples.jsonl", ("step", "prompt", "text"))
 
 
 def _read_text(path: Path) -> str:

@@ -1,25 +1,27 @@
-"""Writes and shows a run's metrics while it trains: metrics.jsonl, a bar or lines, wandb, loss.png.
+"""Writes and shows a run's metrics while it trains: metrics.jsonl, a bar or lines, a logger, loss.png.
 
 The loop makes single calls. Only rank 0 writes; the other ranks have a tracker that does nothing.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import inspect
+import contextlib
 import json
-import os
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from files.atomic_writes import nonfinite_to_null, stage_files
 from files.disk_room import append_bytes, warn_on_full_disk
 from files.names import METRICS
 from files.output_folder import output_folder
+from monitoring.loggers import NoLogger
 from monitoring.metrics import Metrics, read_metrics
-from monitoring.progress import make_progress
+from monitoring.progress import Progress, make_progress
+from monitoring.tensorboard_logger import TensorboardLogger
+from monitoring.wandb_logger import WandbLogger
 from options.config import Config
-from options.errors import FULL_DISK, UserError
+from options.errors import FULL_DISK
 
 
 class NoTracker:
@@ -44,31 +46,33 @@ class NoTracker:
     def print_line(self, text: str) -> None:
         """Do nothing; a Tracker prints the line without damaging its progress bar."""
 
-    def log_stages(self, gib: dict[str, float]) -> None:
-        """Do nothing; a WandbTracker logs the memory before the first step. gib: {name in run.json: GiB}."""
+    def log_facts(self, facts_json: str) -> None:
+        """Do nothing; a Tracker gives run.json to its logger."""
+
+    def log_samples(self, step: int, samples: Sequence[tuple[str, str]]) -> None:
+        """Do nothing; a Tracker gives (prompt, answer) of the samples after a step to its logger."""
 
     def finish(self) -> None:
         """Do nothing; a Tracker writes its pending lines, closes metrics.jsonl and draws loss.png."""
 
 
 class Tracker(NoTracker):
-    """Writes metrics.jsonl line by line, shows progress, and draws loss.png when finished."""
+    """Writes metrics.jsonl line by line, shows progress, and draws loss.png when finished.
+
+    Args:
+        folder: the RUN.
+        history: the steps in its metrics.jsonl.
+        progress: shows the steps.
+        logger: sends steps and samples to another program. A full disk under it costs a warning.
+    """
 
     history: list[Metrics]
 
-    def __init__(self, folder: Path, total_steps: int, log_to: str, log_every: int | None):
-        """Read metrics.jsonl, if it exists, and open it to append.
-
-        Args:
-            folder: the RUN.
-            total_steps: optimizer steps of the run.
-            log_to, log_every: the options.
-        """
-        self.folder = folder
-        path = folder / METRICS
-        self.history = read_metrics(path) if path.exists() else []
-        self.file, self.pending = path.open("ab", buffering=0), b""
-        self.progress = make_progress(log_to, log_every, total_steps, len(self.history))
+    def __init__(self, folder: Path, history: list[Metrics], progress: Progress, logger: NoLogger):
+        self.folder, self.history, self.progress, self.logger = folder, history, progress, logger
+        self.file, self.pending = (folder / METRICS).open("ab", buffering=0), b""
+        losses = [m.eval_loss for m in history if m.eval_loss is not None]
+        self.best_loss = min((loss for loss in losses if not math.isnan(loss)), default=math.inf)
 
     def print_line(self, text: str) -> None:
         self.progress.print_line(text)
@@ -80,6 +84,31 @@ class Tracker(NoTracker):
         self.pending += json.dumps(nonfinite_to_null(m.fields())).encode() + b"\n"
         self._flush()
         self.progress.show(m)
+        with self._warn_of_lost_logs():
+            self.logger.log(m)
+            if m.eval_loss is not None and m.eval_loss < self.best_loss:  # never true of a NaN
+                self.best_loss = m.eval_loss
+                self.logger.log_best(m)
+
+    def log_facts(self, facts_json: str) -> None:
+        with self._warn_of_lost_logs():
+            self.logger.log_facts(json.loads(facts_json))
+
+    def log_samples(self, step: int, samples: Sequence[tuple[str, str]]) -> None:
+        with self._warn_of_lost_logs():
+            self.logger.log_samples(step, samples)
+
+    @contextlib.contextmanager
+    def _warn_of_lost_logs(self) -> Iterator[None]:
+        """Within the context, turn the OSError of a full disk into a printed warning."""
+        try:
+            yield
+        except OSError as e:
+            if e.errno not in FULL_DISK:
+                raise
+            self.print_line(
+                f"WARNING: --log_to {self.logger.name}: {e.strerror}; it lacks this step, training goes on"
+            )
 
     def _flush(self) -> None:
         """Append the pending lines to metrics.jsonl; on a full disk, warn and keep them for the next call."""
@@ -94,57 +123,18 @@ class Tracker(NoTracker):
             )
 
     def state_dict(self) -> dict:
-        return {"held": self.pending.decode()}
+        return {"held": self.pending.decode()} | self.logger.state_dict()
 
     def finish(self) -> None:
         """Write the pending lines, close metrics.jsonl and draw loss.png."""
         self.progress.close()
         self._flush()
         self.file.close()
+        with self._warn_of_lost_logs():
+            self.logger.finish()
         if self.history:
             with warn_on_full_disk(self.folder / "loss.png"):
                 draw_loss(self.history, self.folder / "loss.png")
-
-
-class WandbTracker(Tracker):
-    """A Tracker that also logs every step to Weights & Biases."""
-
-    def __init__(self, folder: Path, total_steps: int, config: Config, run_id: str | None):
-        """Start a run at wandb, or continue the one with `run_id`.
-
-        Args:
-            folder: the RUN, which holds metrics.jsonl; wandb writes its own files there too.
-            total_steps: optimizer steps of the run, for the progress bar.
-            config: the run's options: wandb's project, name, group and entity, and all of them as its config.
-            run_id: wandb's id of the resumed run; None = a new run.
-        """
-        super().__init__(folder, total_steps, config.log_to, config.log_every)
-        import wandb
-
-        self.run = wandb.init(
-            id=run_id,
-            resume="allow",  # an unknown id starts a new run
-            project=config.project_name,
-            name=config.name,
-            group=config.group,
-            entity=config.entity,
-            config=dataclasses.asdict(config),
-            dir=str(folder),
-        )
-
-    def state_dict(self) -> dict:
-        return super().state_dict() | {"wandb": self.run.id}
-
-    def log_stages(self, gib: dict[str, float]) -> None:
-        self.run.summary.update({f"memory_{name}": value for name, value in gib.items()})
-
-    def log(self, m: Metrics) -> None:
-        super().log(m)
-        self.run.log({k: v for k, v in m.fields().items() if k != "step"}, step=m.step)
-
-    def finish(self) -> None:
-        super().finish()
-        self.run.finish()
 
 
 def make_tracker(config: Config, rank: int, total_steps: int, state: dict) -> NoTracker:
@@ -161,26 +151,14 @@ def make_tracker(config: Config, rank: int, total_steps: int, state: dict) -> No
     if rank:
         return NoTracker()
     folder = output_folder(config)
+    history = read_metrics(folder / METRICS) if (folder / METRICS).exists() else []
+    logger = NoLogger()
     if config.log_to == "wandb":
-        return WandbTracker(folder, total_steps, config, state.get("wandb"))
-    return Tracker(folder, total_steps, config.log_to, config.log_every)
-
-
-def check_wandb() -> None:
-    """Raise UserError if wandb is neither logged in nor set to offline or disabled by WANDB_MODE."""
-    import wandb
-
-    if os.environ.get("WANDB_MODE", "online") in ("offline", "dryrun", "disabled"):
-        return
-    try:
-        if "prompt" in inspect.signature(wandb.login).parameters:
-            logged_in = wandb.login(prompt=False)
-        else:  # before 0.30 it asks at the terminal if there is no key
-            logged_in = bool(wandb.api.api_key) and wandb.login()
-    except wandb.Error as e:
-        raise UserError(f"--log_to wandb: the login was not accepted ({' '.join(str(e).split())})") from None
-    if not logged_in:
-        raise UserError("--log_to wandb: not logged in; run `wandb login`, or set WANDB_MODE=offline")
+        logger = WandbLogger(config, folder, state.get("wandb"))
+    if config.log_to == "tensorboard":
+        logger = TensorboardLogger(config, folder, steps_done=len(history))
+    progress = make_progress(config.log_to, config.log_every, total_steps, steps_done=len(history))
+    return Tracker(folder, history, progress, logger)
 
 
 def draw_loss(history: list[Metrics], path: Path) -> None:

@@ -191,7 +191,8 @@ class Config:
     overwrite: bool = option(False, "Output", "replace the run that output_dir holds")
     save_model: bool = option(True, "Output", "save the adapter, or the model, at the end")
     log_to: str = option("tqdm", "Output", "a progress bar, and plain lines where the output is no terminal;"
-        " plain lines; or Weights & Biases as well", choices=("tqdm", "stdout", "wandb"))
+        " plain lines; or Weights & Biases or TensorBoard as well (docs/logs.md)", choices=("tqdm", "stdout",
+        "wandb", "tensorboard"))
     log_every: int | None = option(None, "Output", "optimizer steps between plain lines; unset = at most one"
         " line in five seconds. metrics.jsonl has every step", ge=1)
     project_name: str = option("fsdp-finetune", "Output", "wandb project")

@@ -33,7 +33,6 @@ from parallel.optimizers import lr_factor
 from tests.helpers.hub_cache import FIRST, add_to_hub_cache
 from tests.helpers.programs import ROOT, losses, metrics, run, small, start
 from tests.helpers.runs import full_run, train_run
-from tests.helpers.wandb_files import wandb_records
 from training.evaluator import Evaluator
 
 METRICS = (
@@ -221,29 +220,6 @@ def test_piped_output_has_plain_lines(checkpoints, alpaca_file, tmp_path, run_he
         if m["step"] > 1
     ]
     assert lines[-1].endswith(", 00:00 left") and sum("eval_loss" in line for line in lines) == 2
-
-
-def test_wandb_offline_holds_every_step(checkpoints, alpaca_file, tmp_path, run_here):
-    """Read back from wandb's own file."""
-    names = ["--project_name", "p", "--name", "n", "--group", "g", "--world_size", "1"]
-    names += ["--eval_share", "0.2", "--eval_every", "2"]
-    run_here(small(checkpoints, alpaca_file, tmp_path / "out", "--log_to", "wandb", *names))
-    (file,) = (tmp_path / "out").glob("wandb/offline-run-*/*.wandb")
-    records = wandb_records(file)
-    (described,) = (r.run for r in records if r.WhichOneof("record_type") == "run")
-    assert (described.project, described.display_name, described.run_group) == ("p", "n", "g")
-    config = {u.key: json.loads(u.value_json) for u in described.config.update}
-    assert config["train_type"] == "bnb_dora" and config["lora_rank"] == 8
-    items = [r.history.item for r in records if r.WhichOneof("record_type") == "history"]
-    history = [{i.key or ".".join(i.nested_key): json.loads(i.value_json) for i in row} for row in items]
-    for name in ("loss", "eval_loss", "eval_perplexity"):
-        assert [h.get(name) for h in history] == [m.get(name) for m in metrics(tmp_path / "out")]
-    assert sum("eval_loss" in h for h in history) >= 2
-    assert set(METRICS) - {"step"} <= set(history[0])
-    known = json.loads((tmp_path / "out" / "run.json").read_text())["memory"]
-    summary = {u.key: json.loads(u.value_json) for r in records for u in r.summary.update}
-    for name, gib in known.items():
-        assert summary[f"memory_{name}"] == pytest.approx(gib, abs=1e-3)
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "sgd", "adadelta"])

@@ -44,7 +44,7 @@ Names, choices and meanings are fsdp_qlora's. These defaults are not:
 | precision | bf16 | auto | adapters updated in bf16 lose small steps |
 | save_model | false | true | |
 | output_dir | output | runs/&lt;date-time&gt;-&lt;train_type&gt; | a run never replaces another |
-| log_to | tqdm | tqdm | metrics.jsonl is written always |
+| log_to | tqdm | tqdm | metrics.jsonl is written always; `tensorboard` is new |
 | master_port | 12355 | a free one | two runs on one machine do not collide |
 | dataset_format | Alpaca's answer right behind "### Response:" | on the next line | as most later programs; \
 theirs is [`alpaca_stanford`](data.md#the-two-prompts-of-alpaca) |

@@ -200,7 +200,7 @@ class Evaluator:
         return bool(succeeded.item())
 
     def _write_samples(self, step: int) -> None:
-        """Answer every prompt; rank 0 appends the answers to samples.jsonl and prints them. Collective."""
+        """Answer every prompt; rank 0 prints, writes and logs the answers. Collective."""
         prompts, tokens = self.data.prompts, self.sample_tokens
         lengths = torch.tensor([len(prompt.ids) for prompt in prompts])
         answers: dict[int, list[int]] = {}
@@ -214,13 +214,15 @@ class Evaluator:
             answers |= zip(indices, generated, strict=True)
         if self.rank_info.rank != 0:
             return
-        lines = ""
+        lines, texts = "", []
         for i, prompt in enumerate(prompts):
             text = decode_answer(answers[i], self.tokenizer, self.data.stop_ids, prompt.marker)
+            texts.append((prompt.text, text))
             line = {"step": step, "prompt": prompt.text, "text": text}
             lines += json.dumps(line, ensure_ascii=False) + "\n"
             self.tracker.print_line(f"sample, step {step}: {prompt.describe()!r} -> {text!r}")
         append_lines(self.folder / "samples.jsonl", lines, self.tracker.print_line)
+        self.tracker.log_samples(step, texts)
 
 
 @contextlib.contextmanager

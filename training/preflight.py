@@ -46,7 +46,8 @@ from models.redundant import UNTIED, corrected_config
 from models.registry import open_weights, read_config
 from models.toy import make_toy_model
 from monitoring.profiling import check_traces
-from monitoring.tracking import check_wandb
+from monitoring.tensorboard_logger import check_tensorboard
+from monitoring.wandb_logger import check_wandb
 from options.config import TOY_MODEL, Config
 from options.errors import UserError
 from parallel.optimizers import check_optimizer
@@ -118,6 +119,8 @@ def _check_options(config: Config) -> tuple[Config, Checkpoint | None]:
     check_optimizer(config.optimizer, config.use_cpu_offload)
     if config.log_to == "wandb":
         check_wandb()
+    if config.log_to == "tensorboard":
+        check_tensorboard()
     check_output(output_folder(config), config.overwrite or config.resume is not None)
     saved = resume.find_checkpoint(config)
     if config.chat_date is None:

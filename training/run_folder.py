@@ -35,7 +35,6 @@ def start_run_folder(
     total_steps: int,
     facts_json: str,
     ready_line: str,
-    stage_gib: dict[str, float],
 ) -> NoTracker:
     """Lock the folder, clear it or roll it back, write the options; return this rank's tracker. Collective.
 
@@ -49,7 +48,6 @@ def start_run_folder(
         total_steps: optimizer steps of the run.
         facts_json: rank 0's text for run.json.
         ready_line: the line to print once the folder is locked and prepared.
-        stage_gib: GiB of the fullest rank in each stage (wrap, load).
     """
     config, folder = job.config, Path(job.output_dir)
     if rank_info.rank == 0:
@@ -65,7 +63,7 @@ def start_run_folder(
         check_output_is_shared(folder / FACTS, rank_info)
     state = job.saved.run["parts"]["tracker"] if job.saved else {}
     tracker = make_tracker(config, rank_info.rank, total_steps, state)
-    tracker.log_stages(stage_gib)
+    tracker.log_facts(facts_json)
     return tracker
 
 
@@ -99,7 +97,7 @@ def finish_run(
         total_steps: optimizer steps of the run.
         steps_done: steps before the run was resumed.
         seconds: time of the steps after that.
-        stage_gib: as for `start_run_folder`.
+        stage_gib: GiB of the fullest rank in each stage (wrap, load).
         stop_reason: why the run was asked to stop, or "".
         no_result: why the run has no result to save, or "".
     """

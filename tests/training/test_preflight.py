@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import sys
 
 import pytest
 import torch
@@ -145,6 +146,11 @@ def no_wandb_login(monkeypatch, tmp_path_factory):
 
 def test_wandb_without_a_login(refused, no_wandb_login):
     refused("--log_to wandb", "wandb login", "WANDB_MODE=offline", log_to="wandb")
+
+
+def test_tensorboard_without_its_package(refused, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    refused("--log_to tensorboard: needs", "`pip install tensorboard`", log_to="tensorboard")
 
 
 # Where the result goes

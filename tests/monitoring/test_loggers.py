@@ -1,0 +1,198 @@
+"""What wandb and TensorBoard get of a run, read back from their own files."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from files.output_folder import check_output, clear_output
+from monitoring.metrics import Metrics
+from monitoring.tensorboard_logger import TensorboardLogger
+from monitoring.tracking import make_tracker
+from options.errors import UserError
+from options.train import parse
+from tests.helpers.here import SINGLE_RANK
+from tests.helpers.programs import ROOT, metrics, small
+from tests.helpers.resuming import fill
+from tests.helpers.runs import full_run, make_job
+from tests.helpers.wandb_files import wandb_records
+
+SAMPLED = "--eval_share 0.2 --eval_every 2 --sample_every 2 --sample_tokens 4 --world_size 1".split()
+SECRET = "hf_secret0token"
+
+
+@pytest.fixture
+def start(checkpoints, alpaca_file, one_rank, tmp_path):
+    """start(log_to, ...) -> RUN of 4 steps with two evaluations and three samplings of three prompts."""
+
+    def start(log_to: str, *more: str) -> Path:
+        args = small(checkpoints, alpaca_file, tmp_path / "out", "--log_to", log_to, *SAMPLED, *more)
+        one_rank(full_run, make_job(SINGLE_RANK, args))
+        return tmp_path / "out"
+
+    return start
+
+
+def samples_of(folder: Path) -> list[list]:
+    lines = map(json.loads, (folder / "samples.jsonl").read_text().splitlines())
+    return [[line["step"], line["prompt"], line["text"]] for line in lines]
+
+
+def best_of(folder: Path) -> tuple[float, int]:
+    return min((m["eval_loss"], m["step"]) for m in metrics(folder) if "eval_loss" in m)
+
+
+def test_wandb_gets_steps_samples_best_and_facts(start, monkeypatch):
+    """And no token, and no path of this machine: of options only the last parts."""
+    for name in ("HF_TOKEN", "WANDB_API_KEY", "GITHUB_TOKEN"):
+        monkeypatch.setenv(name, SECRET)
+    folder = start("wandb", "--project_name", "p", "--name", "n", "--group", "g")
+    (file,) = folder.glob("wandb/offline-run-*/*.wandb")
+    records = wandb_records(file)
+    (described,) = (r.run for r in records if r.WhichOneof("record_type") == "run")
+    assert (described.project, described.display_name, described.run_group) == ("p", "n", "g")
+    items = [r.history.item for r in records if r.WhichOneof("record_type") == "history"]
+    history = [{i.key or ".".join(i.nested_key): json.loads(i.value_json) for i in row} for row in items]
+    logged = {row["_step"]: row for row in history}
+    assert list(logged) == [0, 1, 2, 3, 4] and len(history) == 5
+    for line in metrics(folder):
+        assert {name: logged[line["step"]][name] for name in line if name != "step"} == {
+            name: value for name, value in line.items() if name != "step"
+        }
+        assert ("eval_loss" in logged[line["step"]]) == ("eval_loss" in line)
+    summary = {u.key: json.loads(u.value_json) for r in records for u in r.summary.update if u.key}
+    assert (summary["best_eval_loss"], summary["best_step"]) == best_of(folder)
+    updates = [described.config]
+    updates += [r.config for r in records if r.WhichOneof("record_type") == "config"]
+    config = {u.key: json.loads(u.value_json) for part in updates for u in part.update}
+    facts = json.loads((folder / "run.json").read_text())
+    for section in ("data", "model", "hardware", "versions"):
+        assert config[section] == facts[section]
+    for name, gib in facts["memory"].items():
+        assert summary[f"memory_{name}"] == gib
+    assert (config["train_type"], config["lora_rank"]) == ("bnb_dora", 8)
+    assert "first_rows" in facts and "first_rows" not in config
+    assert (config["output_dir"], config["dataset"]) == ("out", "alpaca.jsonl")
+    tables = [json.loads(p.read_text()) for p in sorted(file.parent.glob("files/media/table/*.json"))]
+    longest = max(tables, key=lambda table: len(table["data"]))
+    assert longest["columns"] == ["step", "prompt", "answer"] and len(tables) == 3
+    assert longest["data"] == samples_of(folder) and len(longest["data"]) == 9
+    sent = [file, *(p for p in file.parent.glob("files/**/*") if p.is_file())]
+    for part in (SECRET, str(folder), str(ROOT), sys.executable):
+        assert not [p for p in sent if part.encode() in p.read_bytes()], part
+
+
+def events_of(folder: Path):
+    """Return TensorBoard's reader of the events below a RUN; it keeps all of them."""
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    reader = accumulator.EventAccumulator(str(folder / "tensorboard"), {"scalars": 0, "tensors": 0})
+    return reader.Reload()
+
+
+def texts_of(reader, tag: str) -> dict[int, str]:
+    return {e.step: e.tensor_proto.string_val[0].decode() for e in reader.Tensors(f"{tag}/text_summary")}
+
+
+def test_tensorboard_gets_every_step(start):
+    folder = start("tensorboard")
+    reader, lines = events_of(folder), metrics(folder)
+    assert set(reader.Tags()["scalars"]) == {name for line in lines for name in line} - {"step"}
+    for name in reader.Tags()["scalars"]:
+        found = {e.step: e.value for e in reader.Scalars(name)}
+        expected = {line["step"]: line[name] for line in lines if name in line}
+        assert found == pytest.approx(expected, rel=1e-6) and len(reader.Scalars(name)) == len(expected)
+    options = yaml.safe_load(texts_of(reader, "options")[0])
+    assert (options["train_type"], options["output_dir"]) == ("bnb_dora", "out")
+    assert json.loads(texts_of(reader, "facts")[0])["versions"]["torch"] == torch.__version__
+    samples = samples_of(folder)
+    for i in range(3):
+        shown = texts_of(reader, f"samples/{i + 1}")
+        assert list(shown) == [0, 2, 4]
+        for step, prompt, answer in samples[i::3]:
+            indented = ["".join(f"    {n}" for n in t.splitlines(True)) for t in (prompt, answer)]
+            assert shown[step] == "prompt\n\n{}\n\nanswer\n\n{}".format(*indented)
+
+
+def step(number: int, loss: float = 1.0, **more) -> Metrics:
+    values = dict.fromkeys(("epoch", "lr", "grad_norm", "step_seconds", "tokens_per_second"), 1.0)
+    values |= dict.fromkeys(("tokens", "trained_tokens", "memory_allocated_gib", "memory_reserved_gib"), 1)
+    return Metrics(step=number, loss=loss, **values, **more)
+
+
+def losses_of(folder: Path) -> list[tuple[int, float]]:
+    return [(e.step, e.value) for e in events_of(folder).Scalars("loss")]
+
+
+def test_a_resumed_run_doubles_no_step(tmp_path):
+    """A start that was killed after step 5 goes on from the checkpoint of step 3."""
+    pytest.importorskip("tensorboard")
+    config, _ = parse(["--output_dir", str(tmp_path)])
+    for steps, loss in (((1, 2, 3, 4, 5), 1.0), ((4, 5, 6), 2.0)):
+        logger = TensorboardLogger(config, tmp_path, steps_done=steps[0] - 1)
+        for number in steps:
+            logger.log(step(number, loss))
+            logger.log_samples(number, [("q", f"{loss}")])
+        logger.finish()
+    assert losses_of(tmp_path) == [(i, 1.0) for i in (1, 2, 3)] + [(i, 2.0) for i in (4, 5, 6)]
+    assert list(texts_of(events_of(tmp_path), "samples/1")) == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_full_disk_costs_a_warning(small_disk, capsys):
+    """Steps are logged again once there is room."""
+    pytest.importorskip("tensorboard")
+    config, _ = parse(["--output_dir", str(small_disk), "--log_to", "tensorboard"])
+    tracker = make_tracker(config, 0, 9, {})
+    tracker.log(step(1))
+    tracker.logger.writer.flush()
+    fill(small_disk)
+    tracker.log(step(2))
+    tracker.log_samples(2, [("q", "a")])
+    (small_disk / "others").unlink()
+    tracker.log(step(3))
+    tracker.finish()
+    printed = capsys.readouterr().out
+    assert printed.count("WARNING: --log_to tensorboard: No space left") == 2, printed
+    assert [number for number, _ in losses_of(small_disk)] == [1, 3]
+
+
+def test_a_disk_that_fills_up_during_a_write(tmp_path, monkeypatch):
+    """It ends the writing thread, whose error the next step has; then a new file is begun."""
+    pytest.importorskip("tensorboard")
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    config, _ = parse(["--output_dir", str(tmp_path)])
+    logger = TensorboardLogger(config, tmp_path, steps_done=0)
+    logger.log(step(1))
+    logger.writer.flush()
+    with monkeypatch.context() as patch:
+        patch.setattr("threading.excepthook", lambda args: None)
+
+        def fail(*_):
+            raise OSError(28, "No space left on device")
+
+        patch.setattr(RecordWriter, "write", fail)
+        with pytest.raises(OSError, match="No space left"):
+            for _ in range(1000):
+                logger.log(step(2))
+    logger.log(step(3))
+    logger.finish()
+    assert [number for number, _ in losses_of(tmp_path)] == [1, 3]
+
+
+def test_events_of_an_earlier_run_are_removed(tmp_path):
+    """They would be drawn as the new run's; a link is not followed."""
+    (tmp_path / "out" / "tensorboard").mkdir(parents=True)
+    events = tmp_path / "out" / "tensorboard" / "events.out.tfevents.1.host.2.0"
+    for path in (events, events.with_name("notes")):
+        path.touch()
+    clear_output(tmp_path / "out")
+    assert [p.name for p in events.parent.iterdir()] == ["notes"]
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "tensorboard").symlink_to(events.parent)
+    with pytest.raises(UserError, match="its tensorboard is a symbolic link"):
+        check_output(tmp_path / "other", overwrite=True)
