@@ -1,10 +1,11 @@
 """Shows how far training is: a bar in a terminal; plain lines if the output is piped or logged.
 
-Both show every step that they are given or a choice of them; metrics.jsonl has all. Times are in seconds.
+metrics.jsonl has every step; lines may leave steps out. Times are in seconds.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -125,11 +126,22 @@ def make_progress(log_to: str, log_every: int | None, total_steps: int, steps_do
         total_steps: optimizer steps of the run.
         steps_done: steps before the run was resumed.
     """
-    # The bar is on standard error. In a file or a pipe either stream would be full of its rewritten lines.
-    is_terminal = sys.stdout.isatty() and sys.stderr.isatty()
-    if log_to == "stdout" or not is_terminal:
+    if log_to == "stdout" or not _can_show_bar():
         return ProgressLines(total_steps, log_every)
     return ProgressBar(total_steps, steps_done)
+
+
+def _can_show_bar() -> bool:
+    """Return whether both output streams are of a terminal with a width, which some containers do not give.
+
+    The bar is on standard error. A file or a pipe of either stream would be full of its rewritten lines.
+    """
+    if not (sys.stdout.isatty() and sys.stderr.isatty()):
+        return False
+    try:
+        return os.get_terminal_size(sys.stderr.fileno()).columns > 0
+    except OSError:
+        return False
 
 
 def _describe_speed(metrics: Metrics) -> str:

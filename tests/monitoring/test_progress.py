@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import sys
 
 import pytest
@@ -98,13 +99,18 @@ def test_the_bar_marks_an_evaluation_with_its_step(monkeypatch):
 
 @pytest.mark.parametrize("stdout, stderr", [(True, True), (True, False), (False, True), (False, False)])
 def test_only_a_terminal_has_a_bar(stdout, stderr, monkeypatch):
-    """The bar is on standard error, which may be the only stream that goes to a file."""
+    """The bar is on standard error, which may be the only stream that goes to a file. It needs a width."""
+    width = 80
+    monkeypatch.setattr(os, "get_terminal_size", lambda _: os.terminal_size((width, 24)))
     for name, is_terminal in (("stdout", stdout), ("stderr", stderr)):
         stream = io.StringIO()
         monkeypatch.setattr(stream, "isatty", lambda value=is_terminal: value, raising=False)
+        monkeypatch.setattr(stream, "fileno", lambda: 2, raising=False)
         monkeypatch.setattr(sys, name, stream)
     for log_to in ("tqdm", "wandb"):
         progress = make_progress(log_to, None, 9, 0)
         assert isinstance(progress, ProgressBar) == (stdout and stderr)
         progress.close()
     assert isinstance(make_progress("stdout", None, 9, 0), ProgressLines)
+    width = 0
+    assert isinstance(make_progress("tqdm", None, 9, 0), ProgressLines)
