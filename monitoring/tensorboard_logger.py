@@ -7,6 +7,7 @@ before, and after an error a new file is begun.
 from __future__ import annotations
 
 import json
+import math
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -56,7 +57,9 @@ class TensorboardLogger(NoLogger):
         self._write("add_text", {name: _as_code(text) for name, text in texts.items()}, self.steps_done)
 
     def log(self, metrics: Metrics) -> None:
-        self._write("add_scalar", logged_fields(metrics), metrics.step)
+        # As metrics.jsonl has null there. torch would print a warning of its own for each NaN.
+        finite = {name: value for name, value in logged_fields(metrics).items() if math.isfinite(value)}
+        self._write("add_scalar", finite, metrics.step)
 
     def log_samples(self, step: int, samples: Sequence[tuple[str, str]]) -> None:
         texts = {

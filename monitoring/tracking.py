@@ -71,8 +71,9 @@ class Tracker(NoTracker):
     def __init__(self, folder: Path, history: list[Metrics], progress: Progress, logger: NoLogger):
         self.folder, self.history, self.progress, self.logger = folder, history, progress, logger
         self.file, self.pending = (folder / METRICS).open("ab", buffering=0), b""
-        losses = [m.eval_loss for m in history if m.eval_loss is not None]
-        self.best_loss = min((loss for loss in losses if not math.isnan(loss)), default=math.inf)
+        self.best: Metrics | None = None  # the step of the best evaluation
+        for m in history:
+            self._update_best(m)
 
     def print_line(self, text: str) -> None:
         self.progress.print_line(text)
@@ -84,15 +85,26 @@ class Tracker(NoTracker):
         self.pending += json.dumps(nonfinite_to_null(m.fields())).encode() + b"\n"
         self._flush()
         self.progress.show(m)
+        is_best = self._update_best(m)
         with self._warn_of_lost_logs():
             self.logger.log(m)
-            if m.eval_loss is not None and m.eval_loss < self.best_loss:  # never true of a NaN
-                self.best_loss = m.eval_loss
+            if is_best:
                 self.logger.log_best(m)
+
+    def _update_best(self, m: Metrics) -> bool:
+        """Take a step as the best if its evaluation is better than all before; return whether it is."""
+        if m.eval_loss is None or math.isnan(m.eval_loss):
+            return False
+        if self.best and self.best.eval_loss is not None and m.eval_loss >= self.best.eval_loss:
+            return False
+        self.best = m
+        return True
 
     def log_facts(self, facts_json: str) -> None:
         with self._warn_of_lost_logs():
             self.logger.log_facts(json.loads(facts_json))
+            if self.best:  # of the steps before a resume: the logger may be new
+                self.logger.log_best(self.best)
 
     def log_samples(self, step: int, samples: Sequence[tuple[str, str]]) -> None:
         with self._warn_of_lost_logs():

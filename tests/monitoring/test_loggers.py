@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -11,9 +12,11 @@ import torch
 import yaml
 
 from files.output_folder import check_output, clear_output
+from monitoring.loggers import NoLogger
 from monitoring.metrics import Metrics
+from monitoring.progress import ProgressLines
 from monitoring.tensorboard_logger import TensorboardLogger
-from monitoring.tracking import make_tracker
+from monitoring.tracking import Tracker, make_tracker
 from options.errors import UserError
 from options.train import parse
 from tests.helpers.here import SINGLE_RANK
@@ -142,6 +145,18 @@ def test_a_resumed_run_doubles_no_step(tmp_path):
     assert list(texts_of(events_of(tmp_path), "samples/1")) == [1, 2, 3, 4, 5, 6]
 
 
+def test_a_bad_step_has_no_loss(tmp_path, caplog):
+    """As in metrics.jsonl, where it is null; nothing is printed of it."""
+    pytest.importorskip("tensorboard")
+    config, _ = parse(["--output_dir", str(tmp_path)])
+    logger = TensorboardLogger(config, tmp_path, steps_done=0)
+    for number, loss in ((1, 1.0), (2, math.nan), (3, 3.0)):
+        logger.log(step(number, loss, bad_steps=1))
+    logger.finish()
+    assert losses_of(tmp_path) == [(1, 1.0), (3, 3.0)] and not caplog.records
+    assert [e.step for e in events_of(tmp_path).Scalars("bad_steps")] == [1, 2, 3]
+
+
 def test_a_full_disk_costs_a_warning(small_disk, capsys):
     """Steps are logged again once there is room."""
     pytest.importorskip("tensorboard")
@@ -196,3 +211,34 @@ def test_events_of_an_earlier_run_are_removed(tmp_path):
     (tmp_path / "other" / "tensorboard").symlink_to(events.parent)
     with pytest.raises(UserError, match="its tensorboard is a symbolic link"):
         check_output(tmp_path / "other", overwrite=True)
+
+
+class Recorder(NoLogger):
+    """Records what is logged as the best step; the disk may be full for single steps."""
+
+    def __init__(self, full_at: int = 0):
+        self.best, self.full_at = [], full_at
+
+    def log(self, metrics):
+        if metrics.step == self.full_at:
+            raise OSError(28, "No space left on device")
+
+    def log_best(self, metrics):
+        self.best.append((metrics.step, metrics.eval_loss))
+
+
+def test_the_best_evaluation(tmp_path, capsys):
+    """The first of equal ones; a NaN is none. A resumed run tells a new logger of it."""
+    (tmp_path / "metrics.jsonl").touch()
+    losses = [None, 2.0, math.nan, 1.5, 1.5, 1.6, 1.0, 1.2, 0.5]
+    steps = [step(i, eval_loss=loss) for i, loss in enumerate(losses, 1)]
+    logger = Recorder(full_at=7)
+    tracker = Tracker(tmp_path, [], ProgressLines(9, None), logger)
+    for each in steps:
+        tracker.log(each)
+    assert logger.best == [(2, 2.0), (4, 1.5), (9, 0.5)]  # step 7 could not be logged
+    assert capsys.readouterr().out.count("it lacks this step, training goes on") == 1
+    resumed = Tracker(tmp_path, steps[:8], ProgressLines(9, None), again := Recorder())
+    resumed.log_facts("{}")
+    resumed.log(steps[8])
+    assert again.best == [(7, 1.0), (9, 0.5)]
