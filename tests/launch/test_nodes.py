@@ -93,7 +93,7 @@ def test_two_nodes_train_what_one_process_trains(hosts, checkpoints, alpaca_file
         cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, timeout=150,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("data: ") == done.stdout.count("step 2/2: loss") == 1
+    assert done.stdout.count(" rows kept") == done.stdout.count("step 2/2: loss") == 1
     config = yaml.safe_load((tmp_path / "out" / "config.yaml").read_text())
     chosen = [config[name] for name in ("world_size", "sharding_strategy", "hybrid_shard_size")]
     assert chosen == [4, "hybrid_full_shard", 2]
