@@ -27,7 +27,7 @@ from data.folder_files import check_links, glob_data_files, list_data_files
 from data.formats import join_columns
 from data.row_files import Rows, drop_schema_nulls, read_file, restore_digits
 from files.hub_errors import HUB_ERRORS
-from options.data_files import KINDS, PROSE, kind_in_folder
+from options.data_files import KINDS, PROSE, kind_in_folder, unpacked_name
 from options.errors import UserError, join_names
 from options.limits import MAX_FOLDER_ENTRIES
 
@@ -168,6 +168,7 @@ def read_folder(folder: str, data_files: str, split: str, samples: int, root: st
     if len(kinds) > 1:
         counts = ", ".join(f"{number} {kind}" for kind, number in kinds.most_common())
         raise UserError(f"--dataset {folder}: holds data files of several kinds ({counts}); {CHOOSE_HINT}")
+    _check_packed_twins(folder, data_paths)
     if not data_paths or not set(kinds) <= set(KINDS.values()):
         return read_hub(folder, data_files, split, samples, root)
     splits = {"train": data_paths} if data_files else _find_splits(folder, data_paths)
@@ -189,6 +190,16 @@ def read_folder(folder: str, data_files: str, split: str, samples: int, root: st
         "" if data_files else _no_suffix_remark(folder, paths),
     )
     return replace(_read_files(splits[split], samples), remarks=tuple(filter(None, remarks)))
+
+
+def _check_packed_twins(folder: str, paths: list[str]) -> None:
+    """Raise UserError if a file is there twice, packed and unpacked or packed in two ways."""
+    seen: dict[str, str] = {}
+    for path in paths:
+        twin = seen.setdefault(unpacked_name(path), path)
+        if twin != path:
+            names = " and ".join(os.path.relpath(each, folder) for each in (twin, path))
+            raise UserError(f"--dataset {folder}: {names} may hold the same rows; {CHOOSE_HINT}")
 
 
 def _check_shards(folder: str, paths: list[str]) -> None:

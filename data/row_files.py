@@ -1,4 +1,4 @@
-"""Read the rows of a file: JSON lines, a JSON list, CSV or parquet.
+"""Read the rows of a file: JSON lines, a JSON list, CSV or parquet. The first three may be packed.
 
 Each row has an origin, which messages name. Texts and numbers stay as the file writes them. Files that are
 malformed, or made to fill the memory, are refused.
@@ -18,7 +18,8 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from options.data_files import KINDS, READABLE, conversion_advice, file_suffix
+from data.packed_files import open_data_file
+from options.data_files import KINDS, READABLE, conversion_advice, file_suffix, unpacked_name
 from options.errors import UserError
 from options.exact_json import parse_json
 from options.limits import MAX_LINE_BYTES, MAX_LIST_BYTES, check_size
@@ -49,7 +50,7 @@ def read_file(path: Path) -> Rows:
     if not os.path.isfile(path):
         raise UserError(f"--dataset {path}: no such file")
     check_file_type(path)
-    suffix = file_suffix(path.name)
+    suffix = file_suffix(unpacked_name(path.name))
     if suffix == ".parquet":
         return _read_parquet(path)
     try:
@@ -77,7 +78,7 @@ def _read_lines(path: Path) -> Iterator[str]:
     Only \\n ends a line: splitlines would also break a row at U+2028 and other rare characters. Raises
     UserError for a line that is not UTF-8, or too long.
     """
-    with path.open("rb") as file:
+    with open_data_file(path) as file:
         for number in count(1):
             line = file.readline(MAX_LINE_BYTES + 1)
             if not line:
@@ -107,7 +108,8 @@ def _read_json_lines(path: Path) -> Rows:
 def _parse_json(text: str, path: Path, line: int | None):
     """Return the value of a JSON text: one line of the file or, with None, all of it. Raises UserError."""
     suffix = file_suffix(path.name)
-    remedy = f"; a {suffix} file has one object per line" + ", or is one list" * (suffix == ".json")
+    is_json = file_suffix(unpacked_name(path.name)) == ".json"
+    remedy = f"; a {suffix} file has one object per line" + ", or is one list" * is_json
     try:
         return parse_json(text, exact=True)
     except json.JSONDecodeError as e:
@@ -138,14 +140,19 @@ def _find_bad_line(rows: str) -> int:
 
 def _starts_with_list(path: Path) -> bool:
     """Return whether the file begins with a JSON list. Other .json files hold one object per line."""
-    with path.open("rb") as file:
+    with open_data_file(path) as file:
         return file.read(MAX_LINE_BYTES).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
 
 
 def _read_json_list(path: Path) -> Rows:
     """Read a file that is one JSON list of objects. Raises UserError if it is malformed or too large."""
     check_size(path, MAX_LIST_BYTES)
-    raw = path.read_bytes()
+    with open_data_file(path) as file:
+        raw = file.read(MAX_LIST_BYTES + 1)
+    if len(raw) > MAX_LIST_BYTES:
+        raise UserError(
+            f"--dataset {path}: a list of more than {MAX_LIST_BYTES:,} bytes; make a .jsonl of it"
+        )
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as e:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 
 # Kinds that can be read, by suffix.
-KINDS = {".json": "JSON", ".jsonl": "JSON", ".ndjson": "JSON", ".csv": "CSV", ".parquet": "parquet"}
-JSON_LINES = (".jsonl", ".ndjson")
+TEXT_KINDS = {".json": "JSON", ".jsonl": "JSON", ".ndjson": "JSON", ".csv": "CSV"}
+PACKINGS = {".gz": "gzip", ".zst": "zstd"}  # of text files; the names are pyarrow's
+KINDS = TEXT_KINDS | {".parquet": "parquet"}
 READABLE = ", ".join(KINDS)
+KINDS |= {suffix + packing: kind for suffix, kind in TEXT_KINDS.items() for packing in PACKINGS}
+JSON_LINES = (".jsonl", ".ndjson")
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".lz4", ".zip", ".tar", ".tgz", ".7z", ".rar")
 # fmt: off
 SUFFIXES_BY_ADVICE = {
@@ -34,8 +37,16 @@ def file_suffix(name: str) -> str:
     return os.path.splitext(stem)[1] + last if last in COMPRESSED else last
 
 
+def unpacked_name(name: str) -> str:
+    """Return a file's name without the suffix of its packing, if it has one of PACKINGS."""
+    stem, last = os.path.splitext(name)
+    return stem if last.lower() in PACKINGS else name
+
+
 def conversion_advice(name: str) -> str | None:
     """Return what to do with a file of a known kind that cannot be read; None for other files."""
+    if file_suffix(name) in KINDS:
+        return None
     return ADVICE.get(os.path.splitext(name.lower())[1])
 
 

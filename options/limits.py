@@ -19,6 +19,10 @@ MAX_METRICS_LINE_BYTES = 2**14  # a line of metrics.jsonl; ours take some hundre
 MAX_TOKENIZER_BYTES = 2**28  # tokenizer.json; the largest vocabularies take 35 MB
 MAX_LAYERS = 10_000  # layers of a model; also experts of a layer
 MAX_LINE_BYTES = 2**24  # a line of a .jsonl or .csv file
+# Bytes that a packed data file may unpack to, per byte of it; 16 MiB are allowed in any case. Texts shrink to
+# a fifth, and lines of one template to a twentieth. Files that are made to fill a memory shrink much more.
+MAX_UNPACKED_RATIO = 50
+MIN_UNPACKED_BYTES = 2**24
 MAX_FOLDER_ENTRIES = 200_000  # files and folders below a data folder
 MAX_LIST_BYTES = 2**29  # a .json file that is one list, which can only be read as a whole
 MAX_ROW_CHARS = 2**22  # a row's text; longer than any context, and each token takes a hundred bytes

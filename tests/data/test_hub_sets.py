@@ -65,7 +65,7 @@ WHOLE = {  # files, the answers that are read
         "1"),
     "beside programs and logs": ({"rows.jsonl": rows("1"), "train.py": "", "train.log": "", "test.sh": ""},
         "1"),
-    "packed": ({"a.jsonl.gz": rows("1", "2")}, "12"),  # by datasets
+    "packed": ({"a.jsonl.gz": rows("1", "2"), "b.jsonl": rows("3")}, "123"),
     "a README that begins late": ({"a.csv": rows("1"), "b.jsonl": rows("2"), "README.md": "\n" + README},
         "1"),
 }  # fmt: skip
@@ -86,7 +86,7 @@ PART = {  # files, the words of the refusal
     "parquet": ({"a.json": rows("1"), "b.parquet": rows("2")}, "1 JSON, 1 parquet"),
     "in folders": ({"x/a.jsonl": rows("1"), "y/b.csv": rows("2")}, "1 JSON, 1 CSV"),
     "in splits": ({"train.jsonl": rows("1"), "test.csv": rows("2")}, "1 JSON.*1 CSV|1 CSV.*1 JSON"),
-    "packed and not": ({"a.jsonl": rows("1"), "a.jsonl.gz": rows("1")}, r"1 JSON, 1 \.jsonl\.gz"),
+    "packed and not": ({"a.jsonl": rows("1"), "a.jsonl.gz": rows("1")}, r"a\.jsonl and a\.jsonl\.gz"),
     "more texts than rows": ({"a.jsonl": rows("1"), "b.txt": "b\n", "c.txt": "c\n"}, r"2 \.txt, 1 JSON"),
     "beside the splits": ({"train.jsonl": rows("1"), "more.jsonl": rows("2")},
         r"1 of its 2 .* more\.jsonl, belong"),
@@ -240,9 +240,9 @@ def test_folders_without_rows(tmp_path, caplog):
 
 
 UNREAD = {  # name: what to do
-    "a.jsonl.gz": r"\.jsonl\.gz files are not read .*unpack it first",
-    "A.JSONL.GZ": r"\.jsonl\.gz files .*unpack",
-    "a.csv.zst": r"\.csv\.zst files .*unpack",
+    "a.jsonl.bz2": r"\.jsonl\.bz2 files are not read .*unpack it first",
+    "A.JSONL.BZ2": r"\.jsonl\.bz2 files .*unpack",
+    "a.parquet.zst": r"\.parquet\.zst files .*unpack",
     "a.zip": r"\.zip files .*unpack",
     "a.json.xz": r"\.json\.xz files .*unpack",
     "a.tsv": r"\.tsv files .*write it as \.csv",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import math
 
@@ -9,19 +10,63 @@ import numpy
 import pyarrow
 import pytest
 
+from data import packed_files
 from data.examples import read_examples
 from data.hub_sets import read_hub
 from options.errors import UserError
 from options.exact_json import ExactFloat, number_text, parse_json
 from options.generate import read_prompts
 from options.limits import MAX_CONFIG_BYTES, read_json
-from tests.helpers.data_files import read, to_jsonl, write_file, write_parquet
+from tests.helpers.data_files import TRICKY, read, to_jsonl, write_csv, write_file, write_parquet
 from tests.helpers.small_tokenizers import BYTES, chat_tokenizer
 
 NO_JSON = ["NaN", "Infinity", "-Infinity", "1e400", "-1e999", "1" + "0" * 400 + ".5"]
 PLACES = ['{{"question": "Q", "answer": {}}}', '{{"question": "Q", "answer": "A", "score": {}}}',
           '{{"question": "Q", "answer": "A", "more": [{{"a": [1, {}]}}]}}']  # fmt: skip
 GOOD = '{"question": "Is it NaN?", "answer": "Infinity"}'
+
+
+PACK = {
+    ".gz": gzip.compress,
+    ".GZ": gzip.compress,
+    ".zst": lambda data: pyarrow.compress(data, "zstd", asbytes=True),
+}
+
+
+@pytest.mark.parametrize("packing", PACK)
+@pytest.mark.parametrize("name", ["a.jsonl", "a.ndjson", "list.json", "lines.json", "a.csv"])
+def test_a_packed_file_has_the_rows_of_the_file_in_it(tmp_path, name, packing):
+    text = to_jsonl(TRICKY).encode()
+    if name == "list.json":
+        text = json.dumps(TRICKY).encode()
+    elif name == "a.csv":
+        text = write_csv(tmp_path / "plain.csv", TRICKY).read_bytes()
+    assert read(write_file(tmp_path / (name + packing), PACK[packing](text))) == TRICKY
+
+
+@pytest.mark.parametrize("packing", [".gz", ".zst"])
+def test_packed_files_in_two_parts_and_damaged_ones(tmp_path, packing):
+    """Packers append by writing one archive behind the other."""
+    path, packed = tmp_path / f"a.jsonl{packing}", PACK[packing](to_jsonl(TRICKY).encode())
+    assert read(write_file(path, packed * 2)) == TRICKY * 2
+    for damaged in (packed[:-9], packed + b"more", b"no archive", packed[:20] + b"\xff" * 9 + packed[29:]):
+        with pytest.raises(UserError, match=rf"^--dataset .*a\.jsonl\{packing}: cannot be unpacked \("):
+            read(write_file(path, damaged))
+    line = PACK[packing](b'{"a": 1}\n{"a": NaN}\n')
+    with pytest.raises(UserError, match=rf"a\.jsonl\{packing}:2: not usable JSON \(NaN"):
+        read(write_file(path, line))
+
+
+def test_what_unpacks_to_fifty_times_its_size_is_refused(tmp_path, monkeypatch):
+    """Beyond 16 MiB, which any file may unpack to."""
+    packed = PACK[".gz"](to_jsonl(TRICKY * 2000).encode())
+    path = write_file(tmp_path / "a.jsonl.gz", packed)
+    assert len(read(path)) == 6000
+    monkeypatch.setattr(packed_files, "MIN_UNPACKED_BYTES", 1000)
+    with pytest.raises(
+        UserError, match=r"a\.jsonl\.gz: unpacks to more than 50 times its size; unpack it first"
+    ):
+        read(path)
 
 
 def learned(dataset) -> list[str]:

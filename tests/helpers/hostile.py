@@ -8,6 +8,7 @@ Cases of models and checkpoints are in hostile_models.py and hostile_checkpoints
 from __future__ import annotations
 
 import contextlib
+import gzip
 import io
 import json
 import os
@@ -75,6 +76,10 @@ def data_folder(**files: str) -> Case:
 
 def data(name: str, content: str | bytes, **more) -> Case:
     return lambda folder: {"dataset": write_file(folder / name, content), **more}
+
+
+def packed(name: str, content: bytes) -> Case:
+    return lambda folder: {"dataset": write_file(folder / name, gzip.compress(content, 1))}
 
 
 def sparse(name: str, size: int, start: bytes = b"") -> Case:
@@ -209,6 +214,10 @@ DATA = {
     "a line of gigabytes": sparse("a.jsonl", 3 * GIB),
     "a line of gigabytes in a .csv": sparse("a.csv", 3 * GIB, b"instruction,output\n"),
     "a list of gigabytes": sparse("a.json", 3 * GIB, b"["),
+    "a packed line without end": packed("a.jsonl.gz", b" " * 2**25),
+    "a packed list without end": packed("a.json.gz", b"[" + b" " * 2**25),
+    "a bomb of packed rows": packed("a.jsonl.gz", ROW.replace("one", "a" * 1000).encode() * 2**14),
+    "a packed file that is cut": data("a.jsonl.gz", gzip.compress(ROW.encode())[:-4]),
     "a bomb of lists": data("a.json", BOMB),
     "a bomb in a row": data("a.jsonl", '{"instruction": ' + BOMB + ', "output": "b"}'),
     "a bomb of objects": data("a.json", "[" + "{}," * 2_000_000 + "{}]"),

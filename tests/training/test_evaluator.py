@@ -349,7 +349,7 @@ def test_a_sample_ends_where_the_next_question_begins(monkeypatch, tmp_path):
         (["--sample_every", "5", "--sample_prompts", "nope"], "--sample_prompts nope: not a recipe"),
         (["--eval_dataset", "nope"], "--eval_dataset nope: not a recipe"),
         (["--eval_dataset", "none.jsonl"], "--eval_dataset none.jsonl: no such file"),
-        (["--eval_dataset", "none/x.jsonl.gz"], "--eval_dataset none/x.jsonl.gz: no such file or folder"),
+        (["--eval_dataset", "none/x.jsonl.gz"], "--eval_dataset none/x.jsonl.gz: no such file"),
         (
             ["--sample_every", "5", "--sample_prompts", "./none"],
             "--sample_prompts ./none: no such file or folder",
