@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from data.rows import IGNORE, TokenizedRows
+from data.shares import draw_epoch
 from launch.memory import page_locked_copy
 
 RowIndices = torch.Tensor | list[torch.Tensor]  # indices of rows; with packing, a tensor per pack
@@ -102,7 +103,8 @@ class StepSampler:
 
     The order is a permutation that depends on (seed, epoch) alone. A step takes the next
     world * accumulation * batch_size rows, so the split into ranks and micro-batches does not change its
-    rows. Every row comes once per epoch; the last step of an epoch may be smaller.
+    rows. Every row comes once per epoch, or in a mixture as often as `draw_epoch` says; the last step of an
+    epoch may be smaller.
 
     Args:
         rows: the examples to deal.
@@ -123,7 +125,11 @@ class StepSampler:
 
     def items_per_epoch(self) -> int:
         """Return the number of rows (PackSampler: packs) that an epoch deals to all ranks."""
-        return len(self.rows)
+        return self.rows_per_epoch()
+
+    def rows_per_epoch(self) -> int:
+        """Return the number of rows of an epoch. Rows that a mixture repeats count as often as they come."""
+        return sum(each.per_epoch for each in self.rows.sets) or len(self.rows)
 
     def steps_per_epoch(self) -> int:
         """Return the number of optimizer steps of an epoch."""
@@ -136,7 +142,13 @@ class StepSampler:
             yield step, _split(step, self.batch_size * self.world)
 
     def _order(self, epoch: int) -> RowIndices:
-        return torch.randperm(len(self.rows), generator=self._generator(epoch))
+        drawn = self._draw(epoch)
+        return drawn[torch.randperm(len(drawn), generator=self._generator(epoch))]
+
+    def _draw(self, epoch: int) -> torch.Tensor:
+        """Return the indices of the rows of an epoch, not yet in its order."""
+        sets = self.rows.sets
+        return draw_epoch(sets, self.seed, epoch) if sets else torch.arange(len(self.rows))
 
     def _generator(self, epoch: int) -> torch.Generator:
         return torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**63)
@@ -151,7 +163,7 @@ class StepSampler:
 
     def padding_share(self) -> float:
         """Return the share of padding among all positions of the first epoch, from 0 to 1."""
-        return 1 - int(self._lengths.sum()) / self.count_positions()
+        return 1 - int(self._lengths[self._draw(0)].sum()) / self.count_positions()
 
     def steps(self, num_epochs: int, steps_done: int = 0) -> Iterator[Step]:
         """Yield the optimizer steps of `num_epochs` epochs after the first `steps_done`, for this rank.

@@ -18,14 +18,16 @@ import torch
 from data.answers import decode_answer, normalize_answer
 from data.chat import convert_template_errors
 from data.encoding import drop_empty_answers, encode_prompt
-from data.examples import Examples, read_examples
+from data.examples import Examples
 from data.formats import FORMATS, Rendered
+from data.mixtures import join_evenly, read_each_row_once, read_mixture
 from data.rows import TokenizedRows
 from data.tokenizing import (
     describe_joined_prompts,
     describe_unknown_tokens,
     tokenize,
     tokenize_last_answer,
+    tokenize_sets,
 )
 from options.config import Config
 from options.data_files import file_suffix
@@ -105,19 +107,22 @@ def prepare_sets(config: Config, tokenizer) -> tuple[Config, TokenizedRows, Eval
     UserError for anything wrong with the data, and if a set would be empty.
     """
     arguments = (config.context_length, tokenizer, config.chat_date)
-    examples = read_examples(config.dataset, config.dataset_format, config.dataset_samples, *arguments)
-    config = dataclasses.replace(config, dataset_format=examples.format)
-    training, evaluation_rows, eval_remarks = _select_rows(config, examples.rendered, tokenizer)
-    rows = tokenize(training, tokenizer, config.context_length, f"--dataset {config.dataset}")
+    mixture = read_mixture(config.dataset, config.dataset_format, config.dataset_samples, *arguments)
+    config = dataclasses.replace(config, dataset=mixture.name, dataset_format=mixture.format)
+    sets, evaluation_set = _select_rows(config, mixture.sets, tokenizer)
+    rows, training = tokenize_sets(sets, mixture.shares, tokenizer, config.context_length), join_evenly(sets)
     evaluation, prompts = None, []
-    if evaluation_rows is not None:
-        option = _name_evaluation_option(config)
-        evaluation = tokenize(evaluation_rows, tokenizer, config.context_length, option)
+    eval_remarks: tuple[str, ...] = ()
+    remarks = [*mixture.remarks, *_describe_tokens(rows, training, tokenizer)]
+    if evaluation_set is not None:
+        option, rendered = _name_evaluation_option(config), evaluation_set.rendered
+        evaluation = tokenize(rendered, tokenizer, config.context_length, option)
+        eval_remarks = (*evaluation_set.remarks, *_describe_tokens(evaluation, rendered, tokenizer))
+        if config.eval_dataset is not None:
+            config = dataclasses.replace(config, eval_dataset=evaluation_set.name)
     if config.sample_every:
-        prompts = _make_sample_prompts(config, examples, evaluation_rows or training, tokenizer)
-    remarks = [*examples.remarks, *_describe_tokens(rows, training, tokenizer)]
-    if evaluation and evaluation_rows:
-        eval_remarks = (*eval_remarks, *_describe_tokens(evaluation, evaluation_rows, tokenizer))
+        shown = evaluation_set.rendered if evaluation_set else training
+        prompts = _make_sample_prompts(config, mixture.sets[0], shown, tokenizer)
     remarks += [f"evaluation {remark}" for remark in eval_remarks if remark not in remarks]
     return config, rows, EvaluationData(evaluation, prompts, remarks=tuple(remarks))
 
@@ -134,14 +139,14 @@ def read_in_trained_format(config: Config, dataset: str, samples: int, tokenizer
 
     Args:
         config: the options, with the format that the training data was rendered in.
-        dataset: a recipe, file, folder or hub id.
+        dataset: whatever --dataset takes, without weights.
         samples: number of rows to use; -1 = as the recipe says.
         tokenizer: provides the chat template.
 
     Raises UserError for unusable data.
     """
     arguments = (samples, config.context_length, tokenizer, config.chat_date)
-    return read_examples(dataset, "auto", *arguments, preferred=config.dataset_format)
+    return read_each_row_once(dataset, "auto", *arguments, preferred=config.dataset_format)
 
 
 def read_evaluation_rows(config: Config, tokenizer) -> tuple[list[Rendered] | None, tuple[str, ...]]:
@@ -149,29 +154,35 @@ def read_evaluation_rows(config: Config, tokenizer) -> tuple[list[Rendered] | No
 
     Raises UserError as `prepare_sets` does.
     """
-    if not config.eval_share:
-        return _select_rows(config, [], tokenizer)[1:]
-    arguments = (config.dataset_format, config.dataset_samples, config.context_length)
-    examples = read_examples(config.dataset, *arguments, tokenizer, config.chat_date)
-    return _select_rows(config, examples.rendered, tokenizer)[1], examples.remarks
+    sets: list[Examples] = []
+    remarks: tuple[str, ...] = ()
+    if config.eval_share:
+        arguments = (config.dataset_format, config.dataset_samples, config.context_length)
+        mixture = read_mixture(config.dataset, *arguments, tokenizer, config.chat_date)
+        sets, remarks = mixture.sets, mixture.remarks
+    evaluation = _select_rows(config, sets, tokenizer)[1]
+    return (evaluation.rendered, remarks + evaluation.remarks) if evaluation else (None, ())
 
 
 def _select_rows(
-    config: Config, rendered: list[Rendered], tokenizer
-) -> tuple[list[Rendered], list[Rendered] | None, tuple[str, ...]]:
-    """Return (training rows, evaluation rows or None, remarks on the latter). Raises UserError.
+    config: Config, sets: list[Examples], tokenizer
+) -> tuple[list[list[Rendered]], Examples | None]:
+    """Return (training rows of each set, evaluation set or None). Raises UserError.
 
-    rendered: the rows of --dataset.
+    sets: the sets of --dataset.
     """
+    rendered = [examples.rendered for examples in sets]
     if config.eval_share:
-        training, evaluation_rows = _split_rows(rendered, config.eval_share, config.seed)
+        names = [examples.name for examples in sets]
+        training, evaluation_rows = _split_sets(rendered, names, config.eval_share, config.seed)
         samples = config.eval_samples if config.eval_samples > 0 else None
-        return training, evaluation_rows[:samples], ()
+        held = dataclasses.replace(sets[0], rendered=join_evenly(evaluation_rows)[:samples], remarks=())
+        return training, held
     if config.eval_dataset is None:
-        return rendered, None, ()
+        return rendered, None
     with rename_option_in_errors("--eval_dataset"):
         examples = read_in_trained_format(config, config.eval_dataset, config.eval_samples, tokenizer)
-    return rendered, examples.rendered, examples.remarks
+    return rendered, examples
 
 
 def _name_evaluation_option(config: Config) -> str:
@@ -189,15 +200,32 @@ def rename_option_in_errors(new: str, old: str = "--dataset") -> Iterator[None]:
         raise UserError(re.sub(rf"^{old}(?=[ :])", new, str(e))) from None
 
 
-def _split_rows(rendered: list[Rendered], share: float, seed: int) -> tuple[list[Rendered], list[Rendered]]:
-    """Return (rows to train on, rows to evaluate on), both in their order.
+def _split_sets(
+    sets: list[list[Rendered]], names: list[str], share: float, seed: int
+) -> tuple[list[list[Rendered]], list[list[Rendered]]]:
+    """Return (rows to train on, rows to evaluate on) of each set, all in their order.
 
-    The choice depends only on the seed and the number of rows. Raises UserError if either would be empty.
+    Each set is split by itself, so that no row that a mixture repeats is on both sides. Raises UserError if
+    there would be nothing to evaluate on, or a set would have nothing to train on.
     """
-    count = round(share * len(rendered))
-    if count in (0, len(rendered)):
-        purpose = "evaluate" if count == 0 else "train"
-        raise UserError(f"--eval_share {share}: of {len(rendered)} rows it leaves none to {purpose} on")
+    counts = [round(share * len(rendered)) for rendered in sets]
+    of_names = [f" of {name}" if len(sets) > 1 else "" for name in names]
+    for of_name, count, rendered in zip(of_names, counts, sets, strict=True):
+        if count == len(rendered):
+            raise UserError(
+                f"--eval_share {share}: of {len(rendered)} rows{of_name} it leaves none to train on"
+            )
+    if not any(counts):
+        raise UserError(f"--eval_share {share}: of {sum(map(len, sets))} rows it leaves none to evaluate on")
+    halves = [_split_rows(rendered, count, seed) for rendered, count in zip(sets, counts, strict=True)]
+    return [training for training, _ in halves], [held for _, held in halves]
+
+
+def _split_rows(rendered: list[Rendered], count: int, seed: int) -> tuple[list[Rendered], list[Rendered]]:
+    """Return (rows to train on, `count` rows to evaluate on), both in their order.
+
+    The choice depends only on the seed, the number of rows and the count.
+    """
     # This random stream differs from those of the data order, which are seeded from (seed, epoch).
     generator = torch.Generator().manual_seed((seed * 1_000_003 - 1) % 2**63)
     chosen = set(torch.randperm(len(rendered), generator=generator)[:count].tolist())

@@ -19,6 +19,7 @@ from fastcore.parallel import parallel
 
 from data.chat import convert_template_errors
 from data.chat_remarks import describe_hidden_parts, describe_missing_endings
+from data.dataset_names import first_set, pin_commit
 from data.formats import FORMATS, Format, RenderContext, Rendered, check_row
 from data.recognition import describe_unread_columns, find_row_format, recognise_format
 from data.row_files import Rows
@@ -43,12 +44,14 @@ class Examples:
         format: the name of the format that they were rendered in.
         context: the context that they were rendered with.
         remarks: lines to print at start, on data that is not read or not shown.
+        name: the set's name, with its commit if it is from the hub.
     """
 
     rendered: list[Rendered]
     format: str
     context: RenderContext
     remarks: tuple[str, ...] = ()
+    name: str = ""
 
 
 def read_examples(
@@ -60,7 +63,7 @@ def read_examples(
     day: str | None = None,
     preferred: str = "auto",
 ) -> Examples:
-    """Read the rows of --dataset, and render each as a text of one format.
+    """Read the rows of a set, and render each as a text of one format. Mixtures of sets: data/mixtures.py.
 
     Args:
         dataset: a recipe, file, folder or hub id.
@@ -99,7 +102,7 @@ def read_examples(
         remarks += describe_missing_endings(context.chat, last_answers)
     if FORMATS[name].has_markers:
         remarks += _describe_learned_headers(rendered)
-    return Examples(rendered, name, context, tuple(remarks))
+    return Examples(rendered, name, context, tuple(remarks), pin_commit(dataset, data.commit))
 
 
 def _resolve_format(
@@ -172,8 +175,9 @@ def find_format(dataset: str, dataset_format: str) -> tuple[str, list[str]]:
     """Return (the name of the format that `read_examples` renders in, the recipe's markers).
 
     The data is read only if neither the argument nor the recipe names the format. Raises UserError for
-    anything wrong with it.
+    anything wrong with it. dataset: a set or a mixture, whose sets have one format.
     """
+    dataset = first_set(dataset)
     recipe, file = find_recipe(dataset)
     is_unknown = dataset_format == recipe.format == "auto"
     rows = load_rows(recipe, file, recipe.samples) if is_unknown else Rows([], [])

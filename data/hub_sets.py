@@ -21,10 +21,10 @@ from typing import Any
 
 import fsspec  # type: ignore[import-untyped]  # of datasets
 import yaml
-from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
 from data.folder_files import check_links, glob_data_files, list_data_files
 from data.formats import join_columns
+from data.hub_revisions import open_config, open_hub_set
 from data.row_files import Rows, drop_schema_nulls, read_file, restore_digits
 from files.hub_errors import HUB_ERRORS
 from options.data_files import KINDS, PROSE, kind_in_folder, unpacked_name
@@ -37,13 +37,19 @@ SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})(.*)")  # train-00000-of-00002.parqu
 # Errors that `datasets` raises for folders and files that hold no data set, in addition to its own.
 # ArithmeticError: a date that does not exist.
 UNREADABLE = (*HUB_ERRORS, ValueError, RuntimeError, LookupError, TypeError, AttributeError, ArithmeticError)
-# Errors of a request to the hub, whether it answers or not.
-REQUEST_ERRORS: tuple[type[Exception], ...] = (*HUB_ERRORS, HFValidationError)
 RECIPE_HINT = "write a recipe with data_files (docs/data.md)"
 CHOOSE_HINT = f"name one file, or {RECIPE_HINT}"
 
 
-def read_hub(source: str, data_files: str, split: str, samples: int, root: str | None = None) -> Rows:
+def read_hub(
+    source: str,
+    data_files: str,
+    split: str,
+    samples: int,
+    root: str | None = None,
+    config: str = "",
+    revision: str = "",
+) -> Rows:
     """Read the rows of a hub id, or of a local folder, as `datasets` does.
 
     Args:
@@ -52,16 +58,25 @@ def read_hub(source: str, data_files: str, split: str, samples: int, root: str |
         split: the name of a split, or a part of one, such as train[:100].
         samples: maximum number of rows, from the first; -1 = all.
         root: for a local folder: the folder of the recipe that names it. All files must be inside it.
+        config: the configuration; "" = the default one.
+        revision: of a hub id: its branch, tag or commit; "" = the main branch.
 
     Raises UserError for whatever `datasets` cannot load, and for files outside of root.
     """
-    datasets, local = _import_datasets(source), os.path.isdir(source)
-    if not local and not datasets.config.HF_HUB_OFFLINE and not _is_reachable(source):
-        datasets.config.HF_HUB_OFFLINE = True  # uses the cache without 20 seconds of retries
+    datasets, local, commit = _import_datasets(source), os.path.isdir(source), ""
     with _convert_library_errors(source, "" if local else "; nor is there a file or folder of that name"):
         if root:
-            _check_files_inside(source, data_files, root)
-        loaded = datasets.load_dataset(source, data_files=data_files or None, split=split)
+            _check_files_inside(source, data_files, root, config)
+        if local:
+            builder = open_config(
+                datasets, source, config, f"--dataset {source}", data_files=data_files or None
+            )
+        else:
+            builder, commit = open_hub_set(datasets, source, config, data_files, revision)
+        _check_split(source, split, builder.config.data_files or ())  # before a download
+        builder.download_and_prepare()
+        _check_split(source, split, builder.info.splits or ())
+        loaded = builder.as_dataset(split=split)
         if 0 < samples < len(loaded):
             loaded = loaded.select(range(samples))
         rows = [drop_schema_nulls(row) for row in loaded.to_list()]
@@ -69,11 +84,21 @@ def read_hub(source: str, data_files: str, split: str, samples: int, root: str |
     skip_repository = local or data_files or datasets.config.HF_HUB_OFFLINE
     remarks = (
         _unread_splits_remark(source, split, loaded.info.splits or ()),
-        "" if skip_repository else _repository_remark(source, loaded.info.config_name or ""),
+        "" if skip_repository else _repository_remark(source, loaded.info.config_name or "", config, commit),
         _numbers_remark(source, loaded),
     )
     origins = [f"{source} row {i}" for i in range(1, len(loaded) + 1)]
-    return Rows(rows, origins, tuple(filter(None, remarks)))
+    return Rows(rows, origins, tuple(filter(None, remarks)), commit)
+
+
+def _check_split(source: str, split: str, splits: Iterable[str]) -> None:
+    """Raise UserError if a split is not among the names of a set's splits, of which there may be none yet.
+
+    A part of a split, such as train[:100], is not checked.
+    """
+    names = [str(name) for name in splits]
+    if names and re.fullmatch(r"\w+(\.\w+)*", split) and split not in names:
+        raise UserError(f"--dataset {source}: has no split {split}, only {', '.join(names)}")
 
 
 def _numbers_remark(source: str, loaded: Any) -> str:
@@ -109,12 +134,13 @@ def _unread_splits_remark(source: str, split: str, splits: Iterable[str]) -> str
     return f"data: only the split {split} of {source} is read, not {join_names(others)}" if others else ""
 
 
-def _check_files_inside(folder: str, data_files: str, root: str) -> None:
+def _check_files_inside(folder: str, data_files: str, root: str, config: str) -> None:
     """Raise UserError if `datasets` would read a file outside of root, as the folder's README.md may say.
 
     Call it within `_convert_library_errors`.
     """
-    builder = _import_datasets(folder).load_dataset_builder(folder, data_files=data_files or None)
+    datasets = _import_datasets(folder)
+    builder = open_config(datasets, folder, config, f"--dataset {folder}", data_files=data_files or None)
     for path in chain.from_iterable((builder.config.data_files or {}).values()):
         if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root)):
             raise UserError(
@@ -122,29 +148,39 @@ def _check_files_inside(folder: str, data_files: str, root: str) -> None:
             )
 
 
-def _repository_remark(hub_id: str, config: str) -> str:
+def _repository_remark(hub_id: str, config: str, chosen: str, commit: str) -> str:
     """Return a remark on the data of a repository that are not read; "" if there are none.
 
     They are other configurations than `config`, or, if its README.md has none, data files of other kinds:
     `datasets` reads one kind. Users cannot clean up a repository of the hub, so it is not refused.
+
+    Args:
+        hub_id: `owner/name`.
+        config: the configuration that is read.
+        chosen: the one that the user named, who knows the others then; "" = none.
+        commit: of the set; "" = not known.
     """
     from huggingface_hub import HfApi, hf_hub_download
 
     try:
-        names = HfApi().list_repo_files(hub_id, repo_type="dataset")
+        names = HfApi().list_repo_files(hub_id, repo_type="dataset", revision=commit or None)
         kinds = Counter(kind for name in names if (kind := kind_in_folder(name)))
-        readme = hf_hub_download(hub_id, "README.md", repo_type="dataset") if "README.md" in names else ""
+        readme = ""
+        if "README.md" in names:
+            readme = hf_hub_download(hub_id, "README.md", repo_type="dataset", revision=commit or None)
     except HUB_ERRORS:  # the rows were already read, so a missing remark does not matter
         return ""
     if readme and (configs := _read_configs(os.path.dirname(readme))):
-        return _unread_configs_remark(hub_id, config, configs)
+        return "" if chosen else _unread_configs_remark(hub_id, config, configs)
     if len(kinds) < 2:
         return ""
     counts = ", ".join(f"{number} {kind}" for kind, number in kinds.most_common())
     return f"data: {hub_id} has data files of several kinds ({counts}), of which one is read; {RECIPE_HINT}"
 
 
-def read_folder(folder: str, data_files: str, split: str, samples: int, root: str | None = None) -> Rows:
+def read_folder(
+    folder: str, data_files: str, split: str, samples: int, root: str | None = None, config: str = ""
+) -> Rows:
     """Read the files of a local folder that belong to the split, or match data_files, sorted by name.
 
     If the folder's README.md says which files are its data set, `datasets` chooses them.
@@ -154,6 +190,7 @@ def read_folder(folder: str, data_files: str, split: str, samples: int, root: st
         data_files: a pattern, relative to the folder; "" = the files of the split.
         split, samples: as for `read_hub`.
         root: the folder of the recipe that names `folder`; all files must be inside it. None = not checked.
+        config: a configuration in the folder's README.md; "" = the default one.
 
     Raises UserError for a folder of which only a part would be read, with files of several kinds or of no
     split, and for links that lead out of `root`.
@@ -163,8 +200,12 @@ def read_folder(folder: str, data_files: str, split: str, samples: int, root: st
     paths = glob_data_files(folder, data_files) if data_files else list_data_files(folder)
     data_paths = [path for path in paths if kind_in_folder(path)]
     kinds = Counter(kind_in_folder(path) for path in data_paths)
+    if data_files and not data_paths:
+        raise UserError(f"--dataset {os.path.join(folder, data_files)}: matches no data file")
     if not data_files and (configs := _read_configs(folder)):
-        return _read_configured_folder(folder, configs, split, samples, root)
+        return _read_configured_folder(folder, configs, split, samples, root, config)
+    if config:
+        raise UserError(f"--dataset {folder}: has no configuration {config}: its README.md names none")
     if len(kinds) > 1:
         counts = ", ".join(f"{number} {kind}" for kind, number in kinds.most_common())
         raise UserError(f"--dataset {folder}: holds data files of several kinds ({counts}); {CHOOSE_HINT}")
@@ -225,25 +266,29 @@ def _no_suffix_remark(folder: str, paths: list[str]) -> str:
     return f"data: of {folder} files without a suffix are not read: {join_names(unread)}" if unread else ""
 
 
-def _read_configured_folder(folder: str, configs: list, split: str, samples: int, root: str | None) -> Rows:
+def _read_configured_folder(
+    folder: str, configs: list, split: str, samples: int, root: str | None, config: str
+) -> Rows:
     """Read the rows of a local folder whose README.md says which files are its data set.
 
     `datasets` chooses the files. They are read here, unless the README also says how to read them.
     Arguments as in `read_folder`; configs: from `_read_configs`.
     """
+    datasets = _import_datasets(folder)
     with _convert_library_errors(folder):
         if root:
-            _check_files_inside(folder, "", root)
-        config = _import_datasets(folder).load_dataset_builder(folder).config
-    chosen: dict = next((each for each in configs if each.get("config_name", "default") == config.name), {})
-    files = config.data_files or {}
+            _check_files_inside(folder, "", root, config)
+        opened = open_config(datasets, folder, config, f"--dataset {folder}").config
+    chosen: dict = next((each for each in configs if each.get("config_name", "default") == opened.name), {})
+    files = opened.data_files or {}
+    _check_split(folder, split, files)
     paths = [str(path) for path in files.get(split, ())]
     kinds = {kind_in_folder(path) for path in paths}
     if not paths or not set(chosen) <= NAMING_KEYS or len(kinds) > 1 or not kinds <= set(KINDS.values()):
-        return read_hub(folder, "", split, samples, root)
+        return read_hub(folder, "", split, samples, root, config)
     remarks = (
         _unread_splits_remark(folder, split, map(str, files)),
-        _unread_configs_remark(folder, config.name, configs),
+        "" if config else _unread_configs_remark(folder, opened.name, configs),
     )
     return replace(_read_files(paths, samples), remarks=tuple(filter(None, remarks)))
 
@@ -341,16 +386,3 @@ def _convert_library_errors(source: str, line_end: str = "") -> Iterator[None]:
             e = e.__cause__ or e
         reason = " ".join(str(e).split()) or type(e).__name__  # often many lines, the first saying little
         raise UserError(f"--dataset {source}: could not be loaded ({reason[:300]}){line_end}") from None
-
-
-def _is_reachable(hub_id: str) -> bool:
-    """Return whether the hub answers at all, even with an error (`load_dataset` reports it)."""
-    from huggingface_hub import snapshot_download
-
-    try:
-        snapshot_download(hub_id, repo_type="dataset", allow_patterns=[".gitattributes"])
-    except LocalEntryNotFoundError:
-        return False
-    except REQUEST_ERRORS:
-        pass
-    return True

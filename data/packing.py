@@ -59,6 +59,7 @@ class PackSampler(StepSampler):
 
     The lengths in each pack depend on the rows' lengths, context_length and the seed, so every epoch has the
     same number of packs. The rows of these lengths, and the order of the packs, are drawn from (seed, epoch).
+    For the same reason every epoch of a mixture has the rows that the first one draws.
 
     Args:
         rows: the examples to pack, none longer than context_length.
@@ -84,7 +85,8 @@ class PackSampler(StepSampler):
         context_length: int,
     ):
         super().__init__(rows, batch_size, accumulation, rank, world, seed)
-        drawn = self._lengths[torch.randperm(len(rows), generator=self._generator(-2))]
+        items = self._draw(0)
+        drawn = self._lengths[items[torch.randperm(len(items), generator=self._generator(-2))]]
         lengths = torch.cat([part.sort(descending=True).values for part in drawn.split(SORT_WINDOW)])
         self._by_length = lengths.argsort(stable=True)
         packs = pack_best_fit(lengths.tolist(), context_length)
@@ -101,10 +103,14 @@ class PackSampler(StepSampler):
     def items_per_epoch(self) -> int:
         return len(self._packs)
 
+    def _draw(self, epoch: int) -> torch.Tensor:
+        """Return the indices of the rows of every epoch."""
+        return super()._draw(0)
+
     def _order(self, epoch: int) -> list[torch.Tensor]:
         """Return the row indices of each pack of an epoch, in the order of that epoch."""
-        generator = self._generator(epoch)
-        drawn = torch.randperm(len(self.rows), generator=generator)
+        generator, items = self._generator(epoch), self._draw(epoch)
+        drawn = items[torch.randperm(len(items), generator=generator)]
         rows = torch.empty_like(drawn)
         rows[self._by_length] = drawn[self._lengths[drawn].argsort(stable=True)]
         return [rows[self._packs[i]] for i in torch.randperm(self.items_per_epoch(), generator=generator)]

@@ -38,11 +38,13 @@ class Rows:
         rows: {column: value} of each row.
         origins: the file and line, or the like, of each row, for messages.
         remarks: lines to print at start.
+        commit: of the hub set that they are from; "" = from elsewhere, or not known.
     """
 
     rows: list[dict]
     origins: list[str]
     remarks: tuple[str, ...] = ()
+    commit: str = ""
 
 
 def read_file(path: Path) -> Rows:

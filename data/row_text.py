@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import accumulate, chain, groupby
 
 from data.rows import TokenizedRows
 
@@ -54,12 +54,16 @@ class RecordedRow:
 def describe_examples(rows: TokenizedRows, count: int, tokenizer) -> list[str]:
     """Return a text of each of the first `count` examples: its row, its numbers of tokens, and its tokens.
 
-    Special tokens are shown. What is learned stands between BEGIN and END.
+    Of a mixture, the first examples of each set. Special tokens are shown. What is learned stands between
+    BEGIN and END.
     """
     texts = []
-    for i in range(min(count, len(rows))):
+    sizes = [each.size for each in rows.sets] or [len(rows)]
+    starts = accumulate(sizes, initial=0)
+    firsts = (range(start, start + min(count, size)) for start, size in zip(starts, sizes, strict=False))
+    for i in chain.from_iterable(firsts):
         ids, learned = _read_example(rows, i)
-        head = f"row {int(rows.row_numbers[i])}: {len(ids):,} tokens, {sum(learned[1:]):,} of them learned"
+        head = f"row {rows.row_name(i)}: {len(ids):,} tokens, {sum(learned[1:]):,} of them learned"
         texts.append(f"{head}\n{mark_learned(ids, learned, tokenizer)}")
     return texts
 

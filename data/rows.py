@@ -6,7 +6,9 @@ Shapes: N tokens of all examples, R examples.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import torch
 
@@ -16,8 +18,23 @@ IGNORE = -100  # the target of a position that is not learned, as in torch's cro
 
 
 @dataclass(frozen=True)
+class MixedSet:
+    """A set of a mixture.
+
+    Attributes:
+        name: as the user names it, without its weight.
+        size: number of its examples, which follow those of the set before it.
+        per_epoch: number of its examples in an epoch, fewer or more than its size.
+    """
+
+    name: str
+    size: int
+    per_epoch: int
+
+
+@dataclass(frozen=True)
 class TokenizedRows:
-    """All examples of a data set, one after the other.
+    """All examples of a data set, or of the sets of a mixture, one after the other.
 
     Attributes:
         tokens: [N] int32.
@@ -25,7 +42,8 @@ class TokenizedRows:
         starts: [R + 1] int64; example i is tokens[starts[i]:starts[i+1]].
         drop_reasons: why rows without a target are left out.
         cut_reasons: what kept rows lost to context_length.
-        row_numbers: [R] int64; the number, from 1, of each example's row in the dataset.
+        row_numbers: [R] int64; the number, from 1, of each example's row in its data set.
+        sets: the sets of a mixture; () = there is one set, all of whose examples come once per epoch.
     """
 
     tokens: torch.Tensor
@@ -34,6 +52,7 @@ class TokenizedRows:
     drop_reasons: tuple[RowReason, ...]
     cut_reasons: tuple[RowReason, ...]
     row_numbers: torch.Tensor
+    sets: tuple[MixedSet, ...] = ()
 
     def __len__(self) -> int:
         return len(self.starts) - 1
@@ -65,10 +84,44 @@ class TokenizedRows:
         sums = self.learned.cumsum(0, dtype=torch.int64)  # 8 bytes per token of the data set, for a moment
         return sums[self.starts[1:] - 1] - sums[self.starts[:-1]]
 
+    def row_name(self, index: int) -> int | str:
+        """Return the number of an example's row in its data set; of a mixture a text with the set's name."""
+        number = int(self.row_numbers[index])
+        if not self.sets:
+            return number
+        ends = accumulate(each.size for each in self.sets)
+        name = next(each.name for each, end in zip(self.sets, ends, strict=True) if index < end)
+        return f"{number} of {name}"
+
+
+def join_sets(parts: Sequence[TokenizedRows], sets: Sequence[MixedSet]) -> TokenizedRows:
+    """Return the examples of the sets of a mixture, one set after the other. sets: what they are there."""
+    lengths = torch.cat([rows.lengths() for rows in parts])
+    named = [(rows, each.name) for rows, each in zip(parts, sets, strict=True)]
+    return TokenizedRows(
+        torch.cat([rows.tokens for rows in parts]),
+        torch.cat([rows.learned for rows in parts]),
+        torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]),
+        tuple(_name_set(each, name) for rows, name in named for each in rows.drop_reasons),
+        tuple(_name_set(each, name) for rows, name in named for each in rows.cut_reasons),
+        torch.cat([rows.row_numbers for rows in parts]),
+        tuple(sets),
+    )
+
+
+def _name_set(reason: RowReason, name: str) -> RowReason:
+    """Return a reason with the set's name in it, as its numbers are those of the rows in the set."""
+    return replace(reason, reason=f"{reason.reason}, in {name}")
+
 
 def digest_rows(rows: TokenizedRows) -> str:
-    """Return the SHA-256 hex digest of the rows' `tokens`, `learned` and `starts`, in order."""
+    """Return the SHA-256 hex digest of the rows' `tokens`, `learned` and `starts`, in order.
+
+    That of a mixture also depends on the sizes of its sets and their rows per epoch.
+    """
     digest = hashlib.sha256()
     for tensor in (rows.tokens, rows.learned, rows.starts):
         digest.update(tensor.contiguous().view(torch.uint8).numpy().data)
+    for each in rows.sets:
+        digest.update(f"{each.size} {each.per_epoch};".encode())
     return digest.hexdigest()

@@ -12,14 +12,20 @@ import tomllib
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from data.dataset_names import (
+    RECIPE_FOLDER,
+    REVISION,
+    DatasetName,
+    find_shipped_recipe,
+    split_name,
+    split_pattern,
+)
 from data.formats import FORMATS, GUANACO_MARKERS
 from data.hub_sets import read_folder, read_hub
 from data.row_files import Rows, check_file_type, read_file
 from options.data_files import KINDS, READABLE, conversion_advice, file_suffix
 from options.errors import UserError
 from options.limits import MAX_OPTIONS_BYTES, check_size, read_text
-
-RECIPE_FOLDER = Path(__file__).parents[1] / "datasets"
 
 
 @dataclass(frozen=True)
@@ -30,6 +36,8 @@ class Recipe:
         source: a hub id, or a file or folder beside the recipe.
         split: the split of a hub id or folder to read.
         data_files: a pattern for the files of a hub id or folder; "" = all of the split.
+        config: the configuration of a hub id or folder to read; "" = its default one.
+        revision: the branch, tag or commit of a hub id to read; "" = its main branch.
         format: a name of FORMATS; "auto" = recognise it.
         samples: rows used unless --dataset_samples says otherwise; -1 = all.
         columns: {a column of the format: the data set's name for it}.
@@ -41,6 +49,8 @@ class Recipe:
     source: str = ""
     split: str = "train"
     data_files: str = ""
+    config: str = ""
+    revision: str = ""
     format: str = "auto"
     samples: int = -1
     columns: dict[str, str] = field(default_factory=dict)
@@ -52,38 +62,65 @@ class Recipe:
 def find_recipe(dataset: str) -> tuple[Recipe, Path | None]:
     """Return (the recipe of --dataset, the local file that it reads or None).
 
-    A file, folder or hub id that is no recipe gets a recipe with defaults. Raises UserError for unknown
-    names.
+    A file, folder, pattern or hub id that is no recipe gets a recipe with defaults. dataset: one set, as
+    base:config:split@revision. Raises UserError for unknown names, and for parts that the set cannot have.
     """
-    local = os.path.expanduser(dataset)  # os.path takes any text, where Path raises for some
-    path = Path(local) if file_suffix(local) == ".toml" else find_shipped_recipe(dataset)
+    name = split_name(dataset)
+    recipe, file = _find_base(name.base, dataset)
+    return _apply_parts(recipe, file, name, dataset), file
+
+
+def _find_base(base: str, dataset: str) -> tuple[Recipe, Path | None]:
+    """Return what `find_recipe` does for a name without configuration, split and revision.
+
+    dataset: the whole name, for messages.
+    """
+    local = os.path.expanduser(base)  # os.path takes any text, where Path raises for some
+    path = Path(local) if file_suffix(local) == ".toml" else find_shipped_recipe(base)
     if path is not None:
         return _locate_source(_read_recipe(path), path.parent)
     if os.path.isdir(local):
         return Recipe(source=local), None
+    if not os.path.exists(local) and (pattern := split_pattern(base)):
+        return Recipe(source=pattern[0], data_files=pattern[1]), None
     if file_suffix(local) in KINDS:
-        return Recipe(source=dataset), Path(local)
+        return Recipe(source=base), Path(local)
     if os.path.isfile(local):
         check_file_type(Path(local))
     if (
-        dataset.startswith((".", "/", "~"))
-        or dataset.count("/") > 1
-        or dataset.endswith("/")
+        base.startswith((".", "/", "~"))
+        or base.count("/") > 1
+        or base.endswith("/")
+        or "://" in base
         or conversion_advice(local)
     ):
         raise UserError(f"--dataset {dataset}: no such file or folder")
-    if dataset.count("/") == 1:
-        return Recipe(source=dataset), None
+    if base.count("/") == 1:
+        return Recipe(source=base), None
     names = ", ".join(sorted(p.stem for p in RECIPE_FOLDER.glob("*.toml")))
     raise UserError(
         f"--dataset {dataset}: not a recipe ({names}), a {READABLE} file, a folder or a hub id (owner/name)"
     )
 
 
-def find_shipped_recipe(dataset: str) -> Path | None:
-    """Return the file in datasets/ of the recipe that --dataset names; None if it names something else."""
-    path = RECIPE_FOLDER / f"{dataset}.toml"
-    return path if os.path.basename(dataset) == dataset and os.path.isfile(path) else None
+def _apply_parts(recipe: Recipe, file: Path | None, name: DatasetName, dataset: str) -> Recipe:
+    """Return a recipe with the configuration, split and revision of a name. Raises UserError for others.
+
+    file: the file that the recipe reads, or None. dataset: the whole name, for the message.
+    """
+    parts = {key: value for key in ("config", "split", "revision") if (value := getattr(name, key))}
+    is_local = os.path.isdir(recipe.source)
+    possible: tuple[str, ...] = ()
+    if file or recipe.fill:
+        kind = "one file" if file else "a row of its own"
+    elif is_local:
+        possible, kind = ("split",) if recipe.data_files else ("config", "split"), "a local folder"
+    else:
+        possible, kind = ("config", "split", "revision"), "a hub set"
+    for key, value in parts.items():
+        if key not in possible:
+            raise UserError(f"--dataset {dataset}: {name.base} is {kind}, which has no {key} {value}")
+    return replace(recipe, **parts)
 
 
 def _locate_source(recipe: Recipe, folder: Path) -> tuple[Recipe, Path | None]:
@@ -127,7 +164,7 @@ def _read_recipe(path: Path) -> Recipe:
 
 def _check_source(recipe: Recipe, folder: Path, error_prefix: str) -> None:
     """Raise UserError if a recipe would read anything but the hub and files in or below its own folder."""
-    if not (recipe.source + recipe.data_files).isprintable():  # a NUL
+    if not (recipe.source + recipe.data_files + recipe.config + recipe.split).isprintable():  # a NUL
         raise UserError(f"{error_prefix}: source {recipe.source!r} is no name of a file")
     if file_suffix(recipe.source) in KINDS or (recipe.source and (folder / recipe.source).exists()):
         real = Path(os.path.realpath(folder / recipe.source))
@@ -145,6 +182,14 @@ def _check_source(recipe: Recipe, folder: Path, error_prefix: str) -> None:
             f"{error_prefix}: source {recipe.source}: {file_suffix(recipe.source)} files are not read"
             f" ({READABLE} are); {conversion_advice(recipe.source)}"
         )
+    is_file = file_suffix(recipe.source) in KINDS
+    if (recipe.config and is_file) or (recipe.revision and (is_file or (folder / recipe.source).exists())):
+        raise UserError(
+            f"{error_prefix}: config and revision are for a hub id, config also for a folder; source"
+            f" {recipe.source} has none"
+        )
+    if recipe.revision and not REVISION.fullmatch(recipe.revision):
+        raise UserError(f"{error_prefix}: revision {recipe.revision!r} is no branch, tag or commit")
     if ".." in recipe.data_files.split("/") or os.path.isabs(recipe.data_files) or "://" in recipe.data_files:
         raise UserError(f"{error_prefix}: data_files {recipe.data_files} leads out of the data set")
 
@@ -159,11 +204,14 @@ def load_rows(recipe: Recipe, file: Path | None, samples: int) -> Rows:
     if file:
         rows = read_file(file)
     elif os.path.isdir(recipe.source):
-        rows = read_folder(recipe.source, recipe.data_files, recipe.split, samples, recipe.root)
+        rows = read_folder(
+            recipe.source, recipe.data_files, recipe.split, samples, recipe.root, recipe.config
+        )
     else:
-        rows = read_hub(recipe.source, recipe.data_files, recipe.split, samples)
+        parts = {"config": recipe.config, "revision": recipe.revision}
+        rows = read_hub(recipe.source, recipe.data_files, recipe.split, samples, **parts)
     if samples > 0:
-        rows = Rows(rows.rows[:samples], rows.origins[:samples], rows.remarks)
+        rows = replace(rows, rows=rows.rows[:samples], origins=rows.origins[:samples])
     if not rows.rows:
         raise UserError(f"--dataset {file or recipe.source}: is empty")
     for theirs in recipe.columns.values():
@@ -173,4 +221,4 @@ def load_rows(recipe: Recipe, file: Path | None, samples: int) -> Rows:
         row | {ours: row[theirs] for ours, theirs in recipe.columns.items() if theirs in row}
         for row in rows.rows
     ]
-    return Rows(renamed, rows.origins, rows.remarks)
+    return replace(rows, rows=renamed)

@@ -14,11 +14,13 @@ import numpy as np
 import torch
 
 from data.chat_remarks import spread_sample
+from data.dataset_names import Share
 from data.encoding import Offsets, drop_empty_answers, encode, encode_prompt
 from data.examples import read_examples
 from data.formats import Rendered
 from data.row_reasons import CUT_ANSWER, CUT_REST, FIRST_TOKEN, LONG_PROMPT, NO_ANSWER, ReasonCounter
-from data.rows import TokenizedRows
+from data.rows import MixedSet, TokenizedRows, join_sets
+from data.shares import count_rows_per_epoch
 from options.errors import UserError
 
 
@@ -36,6 +38,30 @@ def tokenize_dataset(
     """
     examples = read_examples(dataset, dataset_format, samples, context_length, tokenizer, day)
     return tokenize(examples.rendered, tokenizer, context_length, f"--dataset {dataset}")
+
+
+def tokenize_sets(
+    sets: Sequence[list[Rendered]], shares: Sequence[Share], tokenizer, context_length: int
+) -> TokenizedRows:
+    """Tokenize the training rows of a run: of one set, or of a mixture with its rows per epoch.
+
+    Args:
+        sets: the rows of each set.
+        shares: the name of each set and, if it is weighted, its weight.
+        tokenizer, context_length: as for `tokenize`.
+
+    Raises UserError as `tokenize` does, for each set, and for weights that give a set no row in an epoch.
+    """
+    parts = [
+        tokenize(rendered, tokenizer, context_length, f"--dataset {share.name}")
+        for rendered, share in zip(sets, shares, strict=True)
+    ]
+    if len(parts) == 1:
+        return parts[0]
+    names, counts = [share.name for share in shares], [len(rows) for rows in parts]
+    weights = [share.weight for share in shares if share.weight is not None]
+    per_epoch = count_rows_per_epoch(names, counts, weights) if weights else counts
+    return join_sets(parts, [MixedSet(*values) for values in zip(names, counts, per_epoch, strict=True)])
 
 
 def tokenize(rendered: list[Rendered], tokenizer, context_length: int, error_prefix: str) -> TokenizedRows:

@@ -15,8 +15,8 @@ from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, St
 from data.answers import decode_answer, normalize_answer
 from data.encoding import encode
 from data.evaluation_sets import Prompt, make_row_prompt, read_evaluation_rows, read_in_trained_format
-from data.examples import read_examples
 from data.formats import Rendered
+from data.mixtures import read_each_row_once
 from data.rows import TokenizedRows, digest_rows
 from data.tokenizing import describe_joined_prompts, describe_unknown_tokens, tokenize
 from files.atomic_writes import nonfinite_to_null, write_text
@@ -108,7 +108,7 @@ def read_rows(run: Run, options: Options, tokenizer) -> tuple[str, list[Rendered
         examples = read_in_trained_format(config, options.dataset, options.samples, tokenizer)
     else:
         reading = (options.dataset_format, options.samples, config.context_length)
-        examples = read_examples(options.dataset, *reading, tokenizer, config.chat_date)
+        examples = read_each_row_once(options.dataset, *reading, tokenizer, config.chat_date)
     return options.dataset, examples.rendered, examples.remarks
 
 

@@ -23,6 +23,7 @@ from checkpoints.model_writer import (
     to_json_text,
     write_model,
 )
+from data.dataset_names import first_set
 from data.sources import find_recipe
 from data.stop_ids import make_generation_config
 from data.tokenizing import tokenize_dataset
@@ -230,12 +231,11 @@ def read_comparison_rows(run: Run) -> tuple[list[list[int]], str]:
     """Return (token ids of a few texts, their description): rows of local data, else FIXED_PROMPTS."""
     tokenizer, config = load_tokenizer(run), run.config
     with contextlib.suppress(UserError):  # the data was moved or changed since the run
-        recipe, file = find_recipe(config.dataset)
+        name = first_set(config.dataset)
+        recipe, file = find_recipe(name)
         if file or recipe.fill:
             length = min(config.context_length, 256)
-            rows = tokenize_dataset(
-                config.dataset, config.dataset_format, 4, length, tokenizer, config.chat_date
-            )
+            rows = tokenize_dataset(name, config.dataset_format, 4, length, tokenizer, config.chat_date)
             return [row.tolist() for row in rows.tokens.split(rows.lengths().tolist())], "rows of the data"
     return [ids for ids in tokenizer(list(FIXED_PROMPTS))["input_ids"] if ids], "fixed prompts"
 

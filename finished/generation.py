@@ -25,6 +25,7 @@ from transformers import (
 
 from data.answers import decode_answer
 from data.chat import convert_template_errors
+from data.dataset_names import first_set, split_name
 from data.encoding import encode_prompt
 from data.examples import find_format
 from data.formats import FORMATS, GUANACO_MARKERS, Format, RenderContext, check_row, continue_dialogue
@@ -131,7 +132,8 @@ def make_template(run: Run, dataset_format: str) -> PromptTemplate:
     try:
         name, markers = find_format(run.config.dataset, format_name)
     except UserError as e:  # the data is gone; a file has no markers of its own, but a recipe may have
-        if format_name == "auto" or (format_name == "guanaco" and file_suffix(run.config.dataset) == ".toml"):
+        is_recipe = file_suffix(split_name(first_set(run.config.dataset)).base) == ".toml"
+        if format_name == "auto" or (format_name == "guanaco" and is_recipe):
             raise UserError(
                 f"{run.folder}: its prompt template is unknown ({e}); name it with --dataset_format"
             ) from None

@@ -6,6 +6,7 @@ refuses a base_model or a dataset that is not one of its ids, so local paths app
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -14,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from data.dataset_names import split_mixture
 from data.sources import find_recipe
 from files.names import METRICS, SCORE, split_revision
 from options.config import FIELDS, TOY_MODEL, Config
@@ -52,16 +54,16 @@ def render_card(config: Config, run: Path, base: str, title: str, description: s
     base, revision = split_revision(base)
     if is_hub_id(base):
         metadata["base_model"] = base
-    data = _find_hub_dataset(config)
+    data = _find_hub_datasets(config)
     if data:
-        metadata["datasets"] = [data]
+        metadata["datasets"] = data
     metadata |= {"pipeline_tag": "text-generation", "tags": ["fsdp-finetune", config.train_type]}
     rows = [(name, getattr(config, name)) for name in CARD_OPTIONS]
     table = "\n".join(f"| {name} | {format_value(value)} |" for name, value in rows if value is not None)
     shown_base = {TOY_MODEL: "a tiny Llama with random weights, made on the spot (`toy`)"}.get(
         base, f"`{base}`" + (f", revision `{revision}`" if revision else "")
     )
-    from_hub = f" ({data})" if data else ""
+    from_hub = f" ({', '.join(data)})" if data else ""
     return (
         f"---\n{yaml.safe_dump(metadata, sort_keys=False)}---\n\n# {title}\n\n{description}\n\n"
         f"- Base model: {shown_base}\n- Data: `{config.dataset}`{from_hub}\n- {_describe_loss(run)}\n\n"
@@ -69,13 +71,15 @@ def render_card(config: Config, run: Path, base: str, title: str, description: s
     )
 
 
-def _find_hub_dataset(config: Config) -> str | None:
-    """Return the dataset's id on the hub; None if it is not from there or its recipe was moved."""
-    try:
-        recipe, file = find_recipe(config.dataset)
-    except UserError:  # the recipe was moved since
-        return None
-    return recipe.source if file is None and is_hub_id(recipe.source) else None
+def _find_hub_datasets(config: Config) -> list[str]:
+    """Return the ids on the hub of the run's data sets that are from there, without moved recipes."""
+    ids = []
+    with contextlib.suppress(UserError):  # a recipe was moved since
+        for share in split_mixture(config.dataset):
+            recipe, file = find_recipe(share.name)
+            if file is None and is_hub_id(recipe.source):
+                ids.append(recipe.source)
+    return list(dict.fromkeys(ids))
 
 
 def _describe_loss(run: Path) -> str:

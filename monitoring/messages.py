@@ -28,7 +28,8 @@ def describe_data(rows: TokenizedRows, sampler: StepSampler, context_length: int
     cut = f", {rows.cut:,} cut at the context length" if rows.cut else ""
     padding = sampler.padding_share()
     line = (
-        f"data: {len(rows):,} rows kept, {rows.dropped:,} dropped{cut}; {rows.tokens.numel():,} tokens,"
+        f"data: {len(rows):,} rows kept, {rows.dropped:,} dropped{cut}{_describe_sets(rows, sampler)};"
+        f" {rows.tokens.numel():,} tokens,"
         f" {int(rows.targets().sum()):,} of them learned; padding {padding:.0%} of the batches"
     )
     reasons = [f"data: {each}" for each in rows.describe_reasons()]
@@ -45,6 +46,20 @@ def describe_data(rows: TokenizedRows, sampler: StepSampler, context_length: int
         f" {context_length:,} tokens, which --batch_size then counts"
     )
     return "\n".join([line, *reasons, advice])
+
+
+def _describe_sets(rows: TokenizedRows, sampler: StepSampler) -> str:
+    """Return the number of rows that each set of a mixture gives to an epoch, after "; "; "" without sets."""
+    if not rows.sets:
+        return ""
+    total = sampler.rows_per_epoch()
+    sets = [
+        f"{each.per_epoch:,} of {each.name} ({each.per_epoch / total:.1%}; it has {each.size:,})"
+        for each in rows.sets
+    ]
+    is_fixed = isinstance(sampler, PackSampler) and any(each.per_epoch % each.size for each in rows.sets)
+    same = " (with --packing the same ones in every epoch)" if is_fixed else ""
+    return f"; an epoch has {total:,} rows{same}: {', '.join(sets)}"
 
 
 def describe_training(

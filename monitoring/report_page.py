@@ -18,6 +18,7 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from data.dataset_names import without_weights
 from files.names import ADAPTER, BLOCKS, CONFIG, OPTIONS, split_revision
 from launch.program import shell_command
 from monitoring import report_charts as charts
@@ -200,7 +201,7 @@ def next_commands(run: RunFiles) -> list[tuple[str, list[str]]]:
     prompt = ["--prompt", TOY_PROMPT] if is_demo else []  # without one, generate.py starts a conversation
     # evaluate.py uses the held-out rows unless an option names others.
     has_held_out = config.eval_share or config.eval_dataset
-    rows = [] if has_held_out else ["--dataset", config.dataset, "--samples", "200"]
+    rows = [] if has_held_out else ["--dataset", without_weights(config.dataset), "--samples", "200"]
     has_model, has_adapter = CONFIG in run.names, not run.names.isdisjoint((ADAPTER, BLOCKS))
     for script, purpose, more, is_possible in (
         ("generate.py", "Ask the base model and the tuned one", prompt, has_adapter or has_model),

@@ -107,6 +107,8 @@ def _data_facts(rows: TokenizedRows, sampler: StepSampler) -> dict:
         "rows_cut": rows.cut,
         "drop_reasons": [each.fields() for each in rows.drop_reasons],
         "cut_reasons": [each.fields() for each in rows.cut_reasons],
+        "rows_per_epoch": sampler.rows_per_epoch(),
+        "sets": [dataclasses.asdict(each) for each in rows.sets],
         "tokens": rows.tokens.numel(),
         "tokens_learned": int(rows.targets().sum()),
         "padding_share": round(sampler.padding_share(), 4),

@@ -77,12 +77,13 @@ class Config:
     model_name: str = option(TOY_MODEL, "Model and data", "folder or hub id of a safetensors model, also as"
         " owner/name@revision (branch, tag or commit); toy = a tiny random Llama made on the spot")
     dataset: str = option(TOY_DATASET, "Model and data", "a recipe in datasets/, a .json, .jsonl, .ndjson,"
-        " .csv or .parquet file, a folder of files of one kind, or a hub id")
+        " .csv or .parquet file, a folder or a quoted pattern of files of one kind, or a hub id, also as"
+        " owner/name:config:split@revision; or a mixture: 'a*0.7,b*0.3' (docs/data.md)")
     dataset_format: str = option("auto", "Model and data", "how a row becomes a text (docs/data.md); auto ="
         " the recipe's, or the one that fits the columns; config.yaml records which one it was",
         choices=DATASET_FORMATS)
-    dataset_samples: int = option(-1, "Model and data", "number of rows used, from the first; -1 = all"
-        " (alpaca_sample and dummy: 512)", ge=1, sentinel=-1)
+    dataset_samples: int = option(-1, "Model and data", "number of rows used, from the first, of a"
+        " mixture of each set; -1 = all (alpaca_sample and dummy: 512)", ge=1, sentinel=-1)
     chat_date: str | None = option(None, "Model and data", "date, as YYYY-MM-DD, for chat templates that"
         " contain today's date; unset = the day of the run's first start", convert=_parse_day,
         noun="a day as YYYY-MM-DD")
@@ -122,7 +123,7 @@ class Config:
     eval_share: float = option(0.0, "Evaluation", "share of the rows that is split off, by --seed, for"
         " evaluation; 0 = none", ge=0, lt=1)
     eval_dataset: str | None = option(None, "Evaluation", "rows to evaluate on, instead of --eval_share:"
-        " whatever --dataset takes")
+        " whatever --dataset takes, without weights")
     eval_samples: int = option(-1, "Evaluation", "number of rows of the evaluation set that are used, from"
         " the first; -1 = all", ge=1, sentinel=-1)
     eval_every: int = option(0, "Evaluation", "optimizer steps between evaluations; 0 = only at the end. The"

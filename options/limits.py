@@ -23,6 +23,9 @@ MAX_LINE_BYTES = 2**24  # a line of a .jsonl or .csv file
 # a fifth, and lines of one template to a twentieth. Files that are made to fill a memory shrink much more.
 MAX_UNPACKED_RATIO = 50
 MIN_UNPACKED_BYTES = 2**24
+MAX_MIXED_SETS = 50  # sets of a mixture
+MAX_WEIGHT = 10**9  # of a set in a mixture; the smallest is its inverse
+MAX_MIXED_ROWS = 10**8  # rows of an epoch of a mixture
 MAX_FOLDER_ENTRIES = 200_000  # files and folders below a data folder
 MAX_LIST_BYTES = 2**29  # a .json file that is one list, which can only be read as a whole
 MAX_ROW_CHARS = 2**22  # a row's text; longer than any context, and each token takes a hundred bytes

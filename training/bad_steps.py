@@ -129,7 +129,8 @@ class BadStepGuard:
     def _report(self, metrics: Metrics, step: Step) -> None:
         """On rank 0, print a line on a bad step, and append one to bad_steps.jsonl with the step's rows.
 
-        Rows are numbers in --dataset, from 1. JSON has no NaN, so loss and norm are strings.
+        Rows are numbers in --dataset, from 1; in a mixture texts such as "3 of rows.jsonl". JSON has no NaN,
+        so loss and norm are strings.
         """
         if not self.file:
             return
@@ -139,7 +140,7 @@ class BadStepGuard:
             "epoch": metrics.epoch,
             "loss": loss,
             "grad_norm": norm,
-            "rows": sorted(self.rows.row_numbers[step.rows].tolist()),
+            "rows": [self.rows.row_name(i) for i in step.rows.sort().values.tolist()],
         }
         append_lines(self.file, json.dumps(line) + "\n", self.tracker.print_line)
         self.tracker.print_line(

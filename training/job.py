@@ -127,5 +127,6 @@ def _comparable_value(option: str, value) -> str:
 
     Paths of the model and the data may differ: their contents are compared instead.
     """
-    local = option in CONTENT_OPTIONS and value is not None and os.path.isabs(value)
+    paths = value.split(",") if option in CONTENT_OPTIONS and value is not None else ()  # of a mixture
+    local = any(os.path.isabs(path) for path in paths)
     return "a path on this node" if local else format_value(value)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from typing import Any
 
-from data.sources import find_shipped_recipe
+from data.dataset_names import make_name_absolute
 from options.config import Config
 
 DATA_OPTIONS = ("dataset", "eval_dataset", "sample_prompts")
@@ -16,14 +15,9 @@ CONTENT_OPTIONS = ("model_name", "llama_pro_path", *DATA_OPTIONS)
 
 def make_paths_absolute(config: Config, model_name: str) -> Config:
     """Return the options with absolute local paths. model_name: the `pin_model_name` of --model_name."""
-    data: dict[str, Any] = {name: _absolute_path(getattr(config, name)) for name in DATA_OPTIONS}
+    given = {name: getattr(config, name) for name in DATA_OPTIONS}
+    data: dict[str, Any] = {
+        name: make_name_absolute(value) for name, value in given.items() if value is not None
+    }
     expanded = None if config.llama_pro_path is None else model_name
     return dataclasses.replace(config, model_name=model_name, llama_pro_path=expanded, **data)
-
-
-def _absolute_path(data: str | None) -> str | None:
-    """Return the absolute path of a local data file or folder; a recipe's name or a hub id unchanged."""
-    if data is None or find_shipped_recipe(data):
-        return data
-    local = os.path.expanduser(data)
-    return os.path.abspath(local) if os.path.exists(local) else data

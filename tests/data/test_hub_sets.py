@@ -10,15 +10,21 @@ import re
 
 import datasets
 import huggingface_hub
+import pyarrow
 import pytest
+from huggingface_hub.errors import RevisionNotFoundError
 
-from data import folder_files, hub_sets
+from data import folder_files, hub_revisions, hub_sets
+from data.dataset_names import make_name_absolute
+from data.evaluation_sets import prepare_sets
 from data.sources import find_recipe
 from files.model_folder import find_model
 from options import generate
 from options.errors import UserError
+from options.train import parse
 from tests.helpers.data_files import read, to_jsonl, write_csv, write_file, write_parquet
-from tests.helpers.hub_cache import raise_connection_error
+from tests.helpers.hub_cache import FIRST, SECOND, add_set_to_hub_cache, raise_connection_error
+from tests.helpers.small_tokenizers import BYTES
 
 
 def rows(*answers: str) -> list[dict]:
@@ -32,8 +38,11 @@ def written(folder, files: dict[str, list[dict] | str]):
         path.parent.mkdir(parents=True, exist_ok=True)
         if isinstance(content, str):
             path.write_text(content)
-        elif name.endswith(".gz"):
-            path.write_bytes(gzip.compress(to_jsonl(content).encode()))
+        elif name.endswith((".gz", ".zst")):
+            pack = (
+                gzip.compress if name.endswith(".gz") else lambda d: pyarrow.compress(d, "zstd", asbytes=True)
+            )
+            path.write_bytes(pack(to_jsonl(content).encode()))
         elif name.lower().endswith(".csv"):
             write_csv(path, content)
         elif name.endswith(".parquet"):
@@ -323,10 +332,10 @@ REPOSITORY = ["a.csv", "b.jsonl", "c.jsonl", "README.md"]
 def hub(tmp_path, monkeypatch):
     """A repository, me/rows, of one row."""
     path = written(tmp_path, {"a.csv": rows("one")}) / "a.csv"
-    loaded = datasets.load_dataset("csv", data_files=str(path), split="train")
-    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: loaded)
+    builder = datasets.load_dataset_builder("csv", data_files=str(path))
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda *_, **__: builder)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(hub_sets, "_is_reachable", lambda _: True)
+    monkeypatch.setattr(hub_revisions, "find_commit", lambda *_: (FIRST, True))
 
 
 @pytest.mark.parametrize("names, readme, told", [
@@ -357,7 +366,7 @@ def test_a_connection_that_ends_before_there_are_rows(hub, monkeypatch):
     monkeypatch.undo()
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", raise_connection_error)
-    monkeypatch.setattr(datasets, "load_dataset", raise_connection_error)
+    monkeypatch.setattr(datasets, "load_dataset_builder", raise_connection_error)
     with pytest.raises(
         UserError, match=r"^--dataset me/rows: could not be loaded \(gone\); nor is there a file"
     ):
@@ -429,3 +438,191 @@ def test_splits_that_are_not_read_are_told(tmp_path):
     assert hub_sets.read_folder(str(folder), "", "train[:1]", -1).remarks == (
         f"data: only the split train[:1] of {folder} is read, not test",
     )
+
+
+def test_a_pattern_on_the_command_line(tmp_path, monkeypatch):
+    """Its files are sorted; nothing that matches, several kinds and parts of a set are errors."""
+    folder = written(tmp_path / "[x] a,b*2@c" / "data", {
+        "train-2.jsonl": rows("3"), "train-10.jsonl.gz": rows("1"), "train-11.jsonl.zst": rows("2"),
+        "test-1.jsonl": rows("4"), "more/train-3.jsonl": rows("5"), "train.md": "#", "old.csv": rows("6"),
+    })  # fmt: skip
+    monkeypatch.chdir(folder.parent)
+    for name in ("data/train-*", f"{folder}/train-*", "./data/train-[12]*.jsonl*"):
+        assert [row["answer"] for row in read(name)] == ["1", "2", "3"]
+        assert [row["answer"] for row in read(make_name_absolute(name))] == ["1", "2", "3"]
+    assert [row["answer"] for row in read("data/**/train-?.jsonl")] == ["5", "3"]
+    assert os.path.isabs(make_name_absolute("data/train-*"))
+    for name, words in (
+        ("data/valid-*.jsonl", "data/valid-.*jsonl: matches no data file"),
+        ("data/*.md", r"data/\*\.md: matches no data file"),
+        ("data/*", "several kinds .*5 JSON, 1 CSV|several kinds"),
+        ("data/train-*::test", "data/train-.* is a local folder|has no split test"),
+        ("data/train-*@v1", "is a local folder, which has no revision v1"),
+    ):
+        with pytest.raises(UserError, match=f"^--dataset .*({words})"):
+            read(name)
+    write_file(folder / "train-*", "")  # a file of this name
+    with pytest.raises(UserError, match="it has no suffix"):
+        read("data/train-*")
+
+
+def test_a_split_or_configuration_of_a_folder(tmp_path):
+    folder = written(tmp_path / "a:b@c", {"train.jsonl": rows("1"), "dev.jsonl": rows("2")})
+    assert [row["answer"] for row in read(f"{folder}::validation")] == ["2"]
+    assert make_name_absolute(f"{folder}::validation") == f"{folder}::validation"
+    for part, words in (
+        ("::test", "has no split test, only train, validation"),
+        (":german", "has no configuration german: its README.md names none"),
+        ("::train[:5]", r"train\[:5\] is not the name of one split; --dataset_samples takes the first rows"),
+        ("::train+dev", r"train\+dev is not the name of one split; .* and a comma joins splits"),
+        ("@main", "is a local folder, which has no revision main"),
+    ):
+        with pytest.raises(UserError, match=f"^--dataset {folder}.*: .*{words}"):
+            read(f"{folder}{part}")
+    with pytest.raises(UserError, match="is one file, which has no split train"):
+        read(f"{folder}/train.jsonl::train")
+    readme = "---\nconfigs:\n- config_name: default\n  data_files: train.jsonl\n"
+    readme += "- config_name: german\n  data_files:\n  - split: test\n    path: dev.jsonl\n---\n"
+    written(folder, {"README.md": readme})
+    assert [row["answer"] for row in read(folder)] == ["1"]
+    assert [row["answer"] for row in read(f"{folder}:german:test")] == ["2"]
+    for part, words in (
+        (":french", "has no configuration french, only default, german"),
+        (":german", "has no split train, only test"),
+    ):
+        with pytest.raises(UserError, match=f"^--dataset {folder}: {words}"):
+            read(f"{folder}{part}")
+
+
+TWO_CONFIGS = """---
+configs:
+- config_name: default
+  data_files:
+  - {split: train, path: en.jsonl}
+  - {split: validation, path: more.jsonl}
+- config_name: german
+  data_files: de.jsonl
+---
+"""
+
+
+@pytest.fixture
+def cached_set(tmp_path, monkeypatch):
+    """The hub's cache with me/rows, of which v1 and main are different commits; its files' folder."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache" / "hub"))
+    files = {"en.jsonl": rows("1"), "more.jsonl": rows("2"), "de.jsonl": rows("3"), "README.md": TWO_CONFIGS}
+    folder = written(tmp_path / "rows", files)
+    add_set_to_hub_cache(tmp_path / "cache", "me/rows", folder, SECOND, "main", "a-branch")
+    written(folder, {"en.jsonl": rows("old"), "de.jsonl": rows("alt")})
+    add_set_to_hub_cache(tmp_path / "cache", "me/rows", folder, FIRST, "v1")  # read last, yet not the newest
+    return folder
+
+
+SPELLINGS = {  # the answers that are read, and the name that config.yaml records
+    "me/rows": ("1", f"me/rows@{SECOND}"),
+    "me/rows@main": ("1", f"me/rows@{SECOND}"),
+    "me/rows@v1": ("old", f"me/rows@{FIRST}"),
+    f"me/rows@{FIRST}": ("old", f"me/rows@{FIRST}"),
+    "me/rows:german": ("3", f"me/rows:german@{SECOND}"),
+    "me/rows:german@v1": ("alt", f"me/rows:german@{FIRST}"),
+    "me/rows:default:validation": ("2", f"me/rows:default:validation@{SECOND}"),
+    "me/rows::validation": ("2", f"me/rows::validation@{SECOND}"),
+    "me/rows::train@a-branch": ("1", f"me/rows::train@{SECOND}"),
+}
+
+
+@pytest.mark.parametrize("name", SPELLINGS)
+def test_every_spelling_of_a_hub_set(name, cached_set, checkpoints):
+    """A run's config.yaml has the commit, and the name in it gives the same rows when main has moved."""
+    answer, recorded = SPELLINGS[name]
+    assert [row["answer"] for row in read(name)] == [answer]
+    assert [row["answer"] for row in read(recorded)] == [answer]
+    config, _ = parse(["--model_name", str(checkpoints()), "--dataset", name])
+    assert prepare_sets(config, BYTES)[0].dataset == recorded
+
+
+def test_a_recipe_s_hub_set_has_a_commit(cached_set, checkpoints, tmp_path):
+    recipe = write_file(tmp_path / "mine.toml", 'source = "me/rows"\nconfig = "german"\nrevision = "v1"\n')
+    assert [row["answer"] for row in read(recipe)] == ["alt"]
+    recipe.write_text('source = "me/rows"\nformat = "qa"\n')
+    config, _ = parse(["--model_name", str(checkpoints()), "--dataset", f"{recipe}@v1"])
+    config = prepare_sets(config, BYTES)[0]
+    assert config.dataset == f"{recipe}@{FIRST}" and [row["answer"] for row in read(config.dataset)] == [
+        "old"
+    ]
+    recipe.write_text('source = "rows"\nrevision = "v1"\n')
+    with pytest.raises(UserError, match="config and revision are for a hub id"):
+        read(recipe)
+
+
+NOT_THERE = {  # what is not there: the words of the refusal
+    "me/rows:french": "me/rows: .*has no configuration french, only default, german",
+    "me/rows::test": "me/rows: has no split test, only train, validation",
+    "me/rows:german:validation": "me/rows: has no split validation, only train",
+    "me/rows@v2": "me/rows@v2: the hub cannot be reached, and its cache does not know this revision",
+    f"me/rows@{'3' * 40}": "me/rows@3+: the hub cannot be reached, and the cache of `datasets` lacks this",
+    "me/other": "me/other: could not be loaded .*nor is there a file or folder",
+    "me/rows:default:train[:1]": r"me/rows:default:train\[:1\]: train\[:1\] is not the name of one split",
+}
+
+
+@pytest.mark.parametrize("name", NOT_THERE)
+def test_what_a_hub_set_lacks_is_told(name, cached_set):
+    with pytest.raises(UserError, match=f"^--dataset {NOT_THERE[name]}"):
+        read(name)
+
+
+def test_the_hub_s_answers_are_those_of_the_commit(cached_set, monkeypatch):
+    """With a connection, `datasets` lists configurations and splits; what it finds in its cache must fit."""
+    original = {f: getattr(datasets, f) for f in ("load_dataset_builder", "get_dataset_config_names")}
+    asked = []
+
+    def answer(function):
+        def call(source, *names, revision, **more):
+            asked.append(revision)
+            return original[function](str(cached_set), *names, **more)
+
+        return call
+
+    def no_remark(*_, **__):
+        raise_connection_error()
+
+    for function in original:
+        monkeypatch.setattr(datasets, function, answer(function))
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hub_revisions, "find_commit", lambda *_: (FIRST, True))
+    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", no_remark)
+    assert [row["answer"] for row in read("me/rows:german@v1")] == ["alt"]
+    for name in ("me/rows:french", "me/rows::test"):
+        with pytest.raises(UserError, match=f"^--dataset {NOT_THERE[name]}"):
+            read(name)
+    assert {*asked} == {FIRST}
+    # A hub that does not find the set: `datasets` would read what it read last, which is another commit.
+    find = original["load_dataset_builder"]
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda name, config, **_: find(name, config))
+    monkeypatch.setattr(hub_revisions, "find_commit", lambda *_: (SECOND, True))
+    assert [row["answer"] for row in read("me/rows:default@main")] == ["1"]
+    monkeypatch.setattr(hub_revisions, "find_commit", lambda *_: ("3" * 40, True))
+    with pytest.raises(UserError, match="the cache of `datasets` lacks this revision"):
+        read("me/rows:default@v3")
+
+
+def test_without_a_connection_the_cache_knows_the_commit(cached_set, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", raise_connection_error)
+    assert hub_revisions.find_commit("me/rows", "v1", False) == (FIRST, False)
+    assert hub_revisions.find_commit("me/rows", "", False) == (SECOND, False)
+    assert hub_revisions.find_commit("me/rows", "v2", False) == ("", False)
+    assert [row["answer"] for row in read("me/rows@v1")] == ["old"]
+    assert datasets.config.HF_HUB_OFFLINE  # no 20 seconds of retries
+
+
+def test_a_revision_that_the_hub_does_not_have(monkeypatch):
+    def refuse(*_, **__):
+        raise RevisionNotFoundError.__new__(RevisionNotFoundError)
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", refuse)
+    with pytest.raises(
+        UserError, match=r"^--dataset me/rows@v9: on the hub me/rows has no branch, tag or commit v9"
+    ):
+        hub_revisions.find_commit("me/rows", "v9", False)

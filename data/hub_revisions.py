@@ -1,0 +1,165 @@
+"""Find the commit of a hub data set that a revision means, and open exactly this commit.
+
+`datasets` reads the newest set in its cache where it cannot reach the hub or does not find the revision. Here
+another commit than the one asked for is an error, because a run records the commit to be repeatable.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RevisionNotFoundError
+
+from files.hub_errors import HUB_ERRORS
+from options.errors import UserError, join_names
+
+COMMIT = re.compile(r"[0-9a-f]{40}")
+# Errors of a request to the hub, whether it answers or not.
+REQUEST_ERRORS: tuple[type[Exception], ...] = (*HUB_ERRORS, HFValidationError)
+
+
+def find_commit(hub_id: str, revision: str, offline: bool) -> tuple[str, bool]:
+    """Return (the commit of a revision or "" if it is unknown, whether the hub answers, be it with an error).
+
+    Args:
+        hub_id: `owner/name` of a data set.
+        revision: a branch, tag or commit; "" = the main branch.
+        offline: ask only the hub's cache, which knows the revisions that were asked for before.
+
+    Raises UserError if the repository has no such revision.
+    """
+    from huggingface_hub import HfApi, snapshot_download
+
+    try:
+        if not offline:
+            HfApi().dataset_info(hub_id, revision=revision or None, timeout=10)
+    except RevisionNotFoundError:
+        raise UserError(
+            f"--dataset {hub_id}@{revision}: on the hub {hub_id} has no branch, tag or commit {revision}"
+        ) from None
+    except (HfHubHTTPError, HFValidationError):  # opening the set reports it
+        return "", True
+    except HUB_ERRORS:  # no connection
+        offline = True
+    try:
+        snapshot = snapshot_download(  # also records in the hub's cache which commit the revision is
+            hub_id,
+            repo_type="dataset",
+            revision=revision or None,
+            allow_patterns=[".gitattributes"],
+            local_files_only=offline,
+        )
+    except REQUEST_ERRORS:
+        return revision if COMMIT.fullmatch(revision) else "", not offline
+    return os.path.basename(snapshot), not offline
+
+
+def open_hub_set(
+    datasets: ModuleType, hub_id: str, config: str, data_files: str, revision: str
+) -> tuple[Any, str]:
+    """Return (a builder of `datasets` for a set of the hub, its commit or "" if that is not known).
+
+    Args:
+        datasets: the package.
+        hub_id: `owner/name`.
+        config: the configuration; "" = the default one.
+        data_files: a pattern for the files; "" = as the repository says.
+        revision: a branch, tag or commit; "" = the main branch.
+
+    Raises UserError for a revision or configuration that is not there, and whatever `datasets` raises.
+    """
+    offline = datasets.config.HF_HUB_OFFLINE
+    commit, is_online = find_commit(hub_id, revision, offline)
+    datasets.config.HF_HUB_OFFLINE = not is_online  # uses the cache without 20 seconds of retries
+    where = f"--dataset {hub_id}" + f"@{revision}" * bool(revision)
+    if is_online:
+        arguments = {"data_files": data_files or None, "revision": commit or revision or None}
+        builder = open_config(datasets, hub_id, config, where, **arguments)
+        if not _is_cached(builder):
+            return builder, commit
+    if revision and not commit:
+        raise UserError(f"{where}: the hub cannot be reached, and its cache does not know this revision")
+    folders = _find_cached_configs(datasets, hub_id, commit) if commit else {}
+    if not folders and not revision:  # what `datasets` read last
+        builder = datasets.load_dataset_builder(hub_id, config or None, data_files=data_files or None)
+        return builder, builder.hash if COMMIT.fullmatch(builder.hash or "") else ""
+    if not folders:
+        raise UserError(
+            f"{where}: the hub cannot be reached, and the cache of `datasets` lacks this revision"
+        )
+    name = _choose_config(datasets, [*folders], config, data_files, where)
+    repository = {"repo_id": hub_id, "dataset_name": hub_id.split("/")[-1]}
+    return _cache_class()(
+        **repository, config_name=name, version=folders[name].parent.name, hash=commit
+    ), commit
+
+
+def open_config(datasets: ModuleType, source: str, config: str, where: str, **arguments: Any) -> Any:
+    """Return a builder of `datasets` for a configuration. Raises UserError, with all names, if there is none.
+
+    Args:
+        datasets: the package.
+        source: a hub id or a folder.
+        config: the configuration; "" = the default one.
+        where: begins the error.
+        arguments: more arguments of `load_dataset_builder`: data_files and revision.
+    """
+    try:
+        return datasets.load_dataset_builder(source, config or None, **arguments)
+    except ValueError:
+        names = datasets.get_dataset_config_names(source, **arguments)
+        check_config(config, names, where)
+        raise
+
+
+def check_config(config: str, names: list[str], where: str) -> None:
+    """Raise UserError if a configuration is not among the names, or none is chosen of several.
+
+    where: begins the error.
+    """
+    if config and config not in names:
+        raise UserError(f"{where}: has no configuration {config}, only {join_names(names)}")
+    if not config and len(names) > 1:
+        raise UserError(
+            f"{where}: has several configurations; name one, as in owner/name:{names[0]}: {join_names(names)}"
+        )
+
+
+def _cache_class() -> type:
+    """Return the builder of `datasets` that reads its own cache."""
+    from datasets.packaged_modules.cache.cache import Cache
+
+    return Cache
+
+
+def _is_cached(builder: Any) -> bool:
+    """Return whether `datasets` fell back to whatever its cache holds of the set."""
+    return isinstance(builder, _cache_class())
+
+
+def _find_cached_configs(datasets: ModuleType, hub_id: str, commit: str) -> dict[str, Path]:
+    """Return {configuration, with a digest of data_files if any: folder} of a commit in `datasets`' cache."""
+    owner, name = hub_id.split("/")
+    repository = f"{owner}___{datasets.naming.camelcase_to_snakecase(name)}"
+    root = os.path.join(os.path.expanduser(str(datasets.config.HF_DATASETS_CACHE)), repository)
+    paths = map(Path, glob.glob(os.path.join(glob.escape(root), "*", "*", commit)))
+    return {path.parts[-3]: path for path in sorted(paths) if path.is_dir()}
+
+
+def _choose_config(datasets: ModuleType, cached: list[str], config: str, data_files: str, where: str) -> str:
+    """Return the name in the cache of a configuration that is read with data_files. Raises UserError.
+
+    Arguments as in `open_hub_set`; cached: keys of `_find_cached_configs`. where: begins the error.
+    """
+    if config or data_files:
+        kwargs = {"data_files": data_files} if data_files else {}
+        config = datasets.BuilderConfig(config or "default").create_config_id(kwargs)
+    if not config and "default" in cached:
+        return "default"
+    check_config(config, cached, f"{where}: the cache of `datasets`, without the hub,")
+    return config or cached[0]
