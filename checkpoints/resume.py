@@ -261,7 +261,7 @@ def check_same_run(
     if run["data"] != identity["data"]:
         raise UserError(
             f"{where}: --dataset {config.dataset} no longer gives the rows that the run was started with;"
-            " the data, the tokenizer or its chat template changed"
+            " the data, the tokenizer or its chat template changed" + _describe_recorded_data(run, config)
         )
     # A run may begin to evaluate, or cease to, when it is resumed.
     before = run.get("evaluation")
@@ -272,6 +272,12 @@ def check_same_run(
             " chosen by comparing losses on two different sets"
         )
     _check_growing_files(checkpoint, output_folder(config))
+
+
+def _describe_recorded_data(run: dict, config: Config) -> str:
+    """Return the end of an error that names the run's own --dataset, with its commits and weights; or ""."""
+    before = recorded_option(run, "dataset")
+    return "" if before == config.dataset else f"; the run has --dataset {format_value(before)}"
 
 
 def check_folder_unchanged(config: Config, checkpoint: Checkpoint | None) -> None:

@@ -103,15 +103,16 @@ class EvaluationData:
 def prepare_sets(config: Config, tokenizer) -> tuple[Config, TokenizedRows, EvaluationData]:
     """Read and tokenize a run's data. Return (changed options, training rows, evaluation data).
 
-    In the options the data's format replaces auto; the evaluation data is still without stop_ids. Raises
-    UserError for anything wrong with the data, and if a set would be empty.
+    In the options the data's format replaces auto, and sets of the hub have their commits. The evaluation
+    data is still without stop_ids. Raises UserError for anything wrong with the data, and if a set would be
+    empty.
     """
     arguments = (config.context_length, tokenizer, config.chat_date)
     mixture = read_mixture(config.dataset, config.dataset_format, config.dataset_samples, *arguments)
     config = dataclasses.replace(config, dataset=mixture.name, dataset_format=mixture.format)
     sets, evaluation_set = _select_rows(config, mixture.sets, tokenizer)
     rows, training = tokenize_sets(sets, mixture.shares, tokenizer, config.context_length), join_evenly(sets)
-    evaluation, prompts = None, []
+    evaluation, prompts = None, list[Prompt]()
     eval_remarks: tuple[str, ...] = ()
     remarks = [*mixture.remarks, *_describe_tokens(rows, training, tokenizer)]
     if evaluation_set is not None:
@@ -122,7 +123,7 @@ def prepare_sets(config: Config, tokenizer) -> tuple[Config, TokenizedRows, Eval
             config = dataclasses.replace(config, eval_dataset=evaluation_set.name)
     if config.sample_every:
         shown = evaluation_set.rendered if evaluation_set else training
-        prompts = _make_sample_prompts(config, mixture.sets[0], shown, tokenizer)
+        config, prompts = _make_sample_prompts(config, mixture.sets[0], shown, tokenizer)
     remarks += [f"evaluation {remark}" for remark in eval_remarks if remark not in remarks]
     return config, rows, EvaluationData(evaluation, prompts, remarks=tuple(remarks))
 
@@ -265,26 +266,28 @@ def _decode_reference(rendered: Rendered, tokenizer, stop_ids: Collection[int]) 
     return answer.removeprefix(prompt).removesuffix(tail).strip()
 
 
-def _make_sample_prompts(config: Config, examples: Examples, rows: list[Rendered], tokenizer) -> list[Prompt]:
-    """Return the prompts of a run's samples: of --sample_prompts, else of the first of `rows`.
+def _make_sample_prompts(
+    config: Config, examples: Examples, rows: list[Rendered], tokenizer
+) -> tuple[Config, list[Prompt]]:
+    """Return (options with the commit of --sample_prompts, the prompts of a run's samples).
 
-    examples: the training data, for the form of questions in a text file. Raises UserError if there is no
-    prompt, or --sample_prompts cannot be used.
+    They are those of --sample_prompts, else of the first of `rows`. examples: the training data, for the form
+    of questions in a text file. Raises UserError if there is no prompt, or --sample_prompts cannot be used.
     """
     source = config.sample_prompts
     if source is not None and file_suffix(source) == ".txt":
         questions = _read_questions(Path(source).expanduser())
-        return _make_question_prompts(questions, examples, tokenizer, config.context_length)
+        return config, _make_question_prompts(questions, examples, tokenizer, config.context_length)
     if source is not None:
         with rename_option_in_errors("--sample_prompts"):
             examples = read_in_trained_format(config, source, MAX_PROMPTS, tokenizer)
-        rows = examples.rendered
+        config, rows = dataclasses.replace(config, sample_prompts=examples.name), examples.rendered
     header = FORMATS[examples.format].question_header(examples.context)
     candidates = (make_row_prompt(r, tokenizer, config.context_length) for r in rows)
     prompts = [dataclasses.replace(prompt, question_header=header) for prompt in candidates if prompt]
     if not prompts:
         raise UserError(f"--sample_prompts {source or ''}: no row has anything to ask")
-    return prompts if source is not None else prompts[:DEFAULT_PROMPTS]
+    return config, prompts if source is not None else prompts[:DEFAULT_PROMPTS]
 
 
 def _read_questions(path: Path) -> list[str]:

@@ -79,7 +79,7 @@ def open_hub_set(
     where = f"--dataset {hub_id}" + f"@{revision}" * bool(revision)
     if is_online:
         arguments = {"data_files": data_files or None, "revision": commit or revision or None}
-        builder = open_config(datasets, hub_id, config, where, **arguments)
+        builder = open_config(datasets, hub_id, config, **arguments)
         if not _is_cached(builder):
             return builder, commit
     if revision and not commit:
@@ -92,41 +92,51 @@ def open_hub_set(
         raise UserError(
             f"{where}: the hub cannot be reached, and the cache of `datasets` lacks this revision"
         )
-    name = _choose_config(datasets, [*folders], config, data_files, where)
+    if config or data_files:
+        kwargs = {"data_files": data_files} if data_files else {}
+        config = datasets.BuilderConfig(config or "default").create_config_id(kwargs)
+    if not config and "default" in folders:
+        config = "default"
+    check_config(hub_id, config, [*folders], "without the hub, in the cache of `datasets`, ")
+    name = config or next(iter(folders))
     repository = {"repo_id": hub_id, "dataset_name": hub_id.split("/")[-1]}
     return _cache_class()(
         **repository, config_name=name, version=folders[name].parent.name, hash=commit
     ), commit
 
 
-def open_config(datasets: ModuleType, source: str, config: str, where: str, **arguments: Any) -> Any:
+def open_config(datasets: ModuleType, source: str, config: str, **arguments: Any) -> Any:
     """Return a builder of `datasets` for a configuration. Raises UserError, with all names, if there is none.
 
     Args:
         datasets: the package.
         source: a hub id or a folder.
         config: the configuration; "" = the default one.
-        where: begins the error.
         arguments: more arguments of `load_dataset_builder`: data_files and revision.
     """
     try:
         return datasets.load_dataset_builder(source, config or None, **arguments)
     except ValueError:
         names = datasets.get_dataset_config_names(source, **arguments)
-        check_config(config, names, where)
+        check_config(source, config, names)
         raise
 
 
-def check_config(config: str, names: list[str], where: str) -> None:
-    """Raise UserError if a configuration is not among the names, or none is chosen of several.
+def check_config(source: str, config: str, names: list[str], where: str = "") -> None:
+    """Raise UserError if a configuration is not among those of a set, or if none is chosen of several.
 
-    where: begins the error.
+    Args:
+        source: the hub id or folder.
+        config: the chosen configuration; "" = none.
+        names: all configurations.
+        where: where they were looked for, if not in all of the set, to go into the error.
     """
     if config and config not in names:
-        raise UserError(f"{where}: has no configuration {config}, only {join_names(names)}")
+        raise UserError(f"--dataset {source}: {where}has no configuration {config}, only {join_names(names)}")
     if not config and len(names) > 1:
         raise UserError(
-            f"{where}: has several configurations; name one, as in owner/name:{names[0]}: {join_names(names)}"
+            f"--dataset {source}: {where}has several configurations, none of which is the default; name one,"
+            f" as in {source}:{names[0]}: {join_names(names)}"
         )
 
 
@@ -144,22 +154,8 @@ def _is_cached(builder: Any) -> bool:
 
 def _find_cached_configs(datasets: ModuleType, hub_id: str, commit: str) -> dict[str, Path]:
     """Return {configuration, with a digest of data_files if any: folder} of a commit in `datasets`' cache."""
-    owner, name = hub_id.split("/")
-    repository = f"{owner}___{datasets.naming.camelcase_to_snakecase(name)}"
+    *owner, name = hub_id.split("/")
+    repository = "___".join([*owner, datasets.naming.camelcase_to_snakecase(name)])
     root = os.path.join(os.path.expanduser(str(datasets.config.HF_DATASETS_CACHE)), repository)
     paths = map(Path, glob.glob(os.path.join(glob.escape(root), "*", "*", commit)))
     return {path.parts[-3]: path for path in sorted(paths) if path.is_dir()}
-
-
-def _choose_config(datasets: ModuleType, cached: list[str], config: str, data_files: str, where: str) -> str:
-    """Return the name in the cache of a configuration that is read with data_files. Raises UserError.
-
-    Arguments as in `open_hub_set`; cached: keys of `_find_cached_configs`. where: begins the error.
-    """
-    if config or data_files:
-        kwargs = {"data_files": data_files} if data_files else {}
-        config = datasets.BuilderConfig(config or "default").create_config_id(kwargs)
-    if not config and "default" in cached:
-        return "default"
-    check_config(config, cached, f"{where}: the cache of `datasets`, without the hub,")
-    return config or cached[0]

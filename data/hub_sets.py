@@ -68,9 +68,7 @@ def read_hub(
         if root:
             _check_files_inside(source, data_files, root, config)
         if local:
-            builder = open_config(
-                datasets, source, config, f"--dataset {source}", data_files=data_files or None
-            )
+            builder = open_config(datasets, source, config, data_files=data_files or None)
         else:
             builder, commit = open_hub_set(datasets, source, config, data_files, revision)
         _check_split(source, split, builder.config.data_files or ())  # before a download
@@ -140,7 +138,7 @@ def _check_files_inside(folder: str, data_files: str, root: str, config: str) ->
     Call it within `_convert_library_errors`.
     """
     datasets = _import_datasets(folder)
-    builder = open_config(datasets, folder, config, f"--dataset {folder}", data_files=data_files or None)
+    builder = open_config(datasets, folder, config, data_files=data_files or None)
     for path in chain.from_iterable((builder.config.data_files or {}).values()):
         if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root)):
             raise UserError(
@@ -278,7 +276,7 @@ def _read_configured_folder(
     with _convert_library_errors(folder):
         if root:
             _check_files_inside(folder, "", root, config)
-        opened = open_config(datasets, folder, config, f"--dataset {folder}").config
+        opened = open_config(datasets, folder, config).config
     chosen: dict = next((each for each in configs if each.get("config_name", "default") == opened.name), {})
     files = opened.data_files or {}
     _check_split(folder, split, files)

@@ -492,6 +492,12 @@ def test_a_split_or_configuration_of_a_folder(tmp_path):
     ):
         with pytest.raises(UserError, match=f"^--dataset {folder}: {words}"):
             read(f"{folder}{part}")
+    written(folder, {"README.md": readme.replace("default", "english")})
+    words = (
+        f"has several configurations, none of which is the default; name one, as in {folder}:english: english"
+    )
+    with pytest.raises(UserError, match=f"^--dataset {folder}: {words}, german$"):
+        read(folder)
 
 
 TWO_CONFIGS = """---
@@ -537,8 +543,10 @@ def test_every_spelling_of_a_hub_set(name, cached_set, checkpoints):
     answer, recorded = SPELLINGS[name]
     assert [row["answer"] for row in read(name)] == [answer]
     assert [row["answer"] for row in read(recorded)] == [answer]
-    config, _ = parse(["--model_name", str(checkpoints()), "--dataset", name])
-    assert prepare_sets(config, BYTES)[0].dataset == recorded
+    more = ["--eval_dataset", name, "--sample_every", "1", "--sample_prompts", name]
+    config, _ = parse(["--model_name", str(checkpoints()), "--dataset", name, *more])
+    config = prepare_sets(config, BYTES)[0]
+    assert config.dataset == config.eval_dataset == config.sample_prompts == recorded
 
 
 def test_a_recipe_s_hub_set_has_a_commit(cached_set, checkpoints, tmp_path):
@@ -556,7 +564,7 @@ def test_a_recipe_s_hub_set_has_a_commit(cached_set, checkpoints, tmp_path):
 
 
 NOT_THERE = {  # what is not there: the words of the refusal
-    "me/rows:french": "me/rows: .*has no configuration french, only default, german",
+    "me/rows:french": "me/rows: .*has no configuration french, only default(, | and )german",
     "me/rows::test": "me/rows: has no split test, only train, validation",
     "me/rows:german:validation": "me/rows: has no split validation, only train",
     "me/rows@v2": "me/rows@v2: the hub cannot be reached, and its cache does not know this revision",

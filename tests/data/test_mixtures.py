@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import evaluate
+import generate
 import train
 from checkpoints.storage import checkpoint_steps
 from data.evaluation_sets import prepare_sets, read_evaluation_rows
@@ -131,6 +132,7 @@ def test_a_run_of_a_mixture(two_sets, checkpoints, one_rank, tmp_path, capfd):
     assert job.config.dataset == absolute
     again = check_run(parse(["--config", f"{out}/config.yaml", "--overwrite"])[0])
     assert again.run_identity()["data"] == job.run_identity()["data"]
+    assert generate.main([str(out), "--prompt", "Q", "--max_new_tokens", "1"]) == 0
     assert evaluate.main([str(out), "--dataset", "a.jsonl,b.jsonl", "--metrics", "perplexity"]) == 0
     assert "on 26 rows of a.jsonl,b.jsonl" in capfd.readouterr().out
 
@@ -157,7 +159,7 @@ def test_a_mixture_that_resumes_is_bitwise_equal(packing, mixture, two_ranks, tm
     two_ranks(run, again, Signals({stop: signal.SIGTERM}))
     assert checkpoint_steps(folder) == [stop]
     other = [*(value.replace("*2", "*5") for value in argv), *again[-4:]]
-    with pytest.raises(UserError, match="no longer gives the rows that the run was started with"):
+    with pytest.raises(UserError, match=r"no longer gives the rows .*; the run has --dataset .*\*3,.*\*2$"):
         check_run(parse([*other, "--world_size", "2"])[0])
     two_ranks(run, again)
     assert repeatable_metrics(folder) == repeatable_metrics(whole)
