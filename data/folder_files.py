@@ -1,19 +1,28 @@
-"""Find the files below a folder of data, at most MAX_FOLDER_ENTRIES of them.
+"""Find the files below a folder of data, at most MAX_FOLDER_ENTRIES of them, and check their names.
 
 Links are followed, but never in a circle.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 from collections.abc import Callable, Iterator
 from fnmatch import fnmatchcase
+from itertools import takewhile
 from pathlib import Path
 
+import yaml
+
 from files.links import points_outside
-from options.errors import UserError
+from options.data_files import PROSE, unpacked_name
+from options.errors import UserError, join_names
 from options.limits import MAX_FOLDER_ENTRIES
 
+RECIPE_HINT = "write a recipe with data_files (docs/data.md)"
+CHOOSE_HINT = f"name one file, or {RECIPE_HINT}"
+SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})(.*)")  # train-00000-of-00002.parquet
 # JSON files that no rows are read from.
 METADATA_FILES = ("config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 
@@ -66,6 +75,64 @@ def check_links(folder: str, root: str) -> None:
 
     for path in _walk(folder, check_link):
         check_link(path)
+
+
+def read_configs(folder: str) -> list[dict]:
+    """Return the `configs` of .huggingface.yaml, or else of the YAML header of the folder's README.md.
+
+    An entry that cannot be parsed is {"unreadable": True}.
+    """
+    try:
+        with open(os.path.join(folder, "README.md"), encoding="utf-8", errors="replace") as file:
+            first, *lines = file.read(2**20).lstrip().split("\n")
+        header = list(takewhile(lambda line: line.rstrip() != "---", lines))
+        text = "\n".join(header) if first.rstrip() == "---" and len(header) < len(lines) else ""
+    except OSError:
+        text = ""
+    with (
+        contextlib.suppress(OSError),
+        open(os.path.join(folder, ".huggingface.yaml"), encoding="utf-8") as file,
+    ):
+        text = file.read(2**20)
+    try:
+        configs = (yaml.safe_load(text) or {}).get("configs")
+    except (yaml.YAMLError, AttributeError, RecursionError):
+        configs = [{"unreadable": True}] if "configs:" in text else None  # `datasets` reports the fault
+    configs = configs if isinstance(configs, list) else [configs] if configs else []
+    return [config if isinstance(config, dict) else {"unreadable": True} for config in configs]
+
+
+def check_packed_twins(folder: str, paths: list[str]) -> None:
+    """Raise UserError if a file is there twice, packed and unpacked or packed in two ways."""
+    seen: dict[str, str] = {}
+    for path in paths:
+        twin = seen.setdefault(unpacked_name(path), path)
+        if twin != path:
+            names = " and ".join(os.path.relpath(each, folder) for each in (twin, path))
+            raise UserError(f"--dataset {folder}: {names} may hold the same rows; {CHOOSE_HINT}")
+
+
+def check_shards(folder: str, paths: list[str]) -> None:
+    """Raise UserError if names such as train-00000-of-00003.parquet show that a file is missing."""
+    sets: dict[tuple[str, str, str], set[int]] = {}
+    for path in paths:
+        if match := SHARD.fullmatch(path):
+            before, number, total, after = match.groups()
+            sets.setdefault((before, total, after), set()).add(int(number))
+    for (before, total, after), numbers in sets.items():
+        missing = sorted({*range(int(total))} - numbers) if int(total) <= MAX_FOLDER_ENTRIES else [0]
+        if missing:
+            name = os.path.relpath(f"{before}-{missing[0]:05d}-of-{total}{after}", folder)
+            raise UserError(
+                f"--dataset {folder}: {name} is missing: {len(numbers)} of {int(total)} files; {CHOOSE_HINT}"
+            )
+
+
+def describe_unread_names(folder: str, paths: list[str]) -> str:
+    """Return a remark on files without a suffix, which are not read; "" if there are none."""
+    names = [os.path.basename(path) for path in paths]
+    unread = [name for name in names if not os.path.splitext(name)[1] and name.lower() not in PROSE]
+    return f"data: of {folder} files without a suffix are not read: {join_names(unread)}" if unread else ""
 
 
 def _walk(folder: str, should_enter: Callable[[str], bool]) -> Iterator[str]:

@@ -14,31 +14,36 @@ import uuid
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from itertools import chain, takewhile
+from itertools import chain
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import fsspec  # type: ignore[import-untyped]  # of datasets
-import yaml
 
-from data.folder_files import check_links, glob_data_files, list_data_files
+from data.folder_files import (
+    CHOOSE_HINT,
+    RECIPE_HINT,
+    check_links,
+    check_packed_twins,
+    check_shards,
+    describe_unread_names,
+    glob_data_files,
+    list_data_files,
+    read_configs,
+)
 from data.formats import join_columns
 from data.hub_revisions import open_config, open_hub_set
 from data.row_files import Rows, drop_schema_nulls, read_file, restore_digits
 from files.hub_errors import HUB_ERRORS
-from options.data_files import KINDS, PROSE, kind_in_folder, unpacked_name
+from options.data_files import KINDS, kind_in_folder
 from options.errors import UserError, join_names
-from options.limits import MAX_FOLDER_ENTRIES
 
 # Keys of a configuration in README.md that say which files to read, not how.
 NAMING_KEYS = {"config_name", "data_files", "data_dir", "default", "description"}
-SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})(.*)")  # train-00000-of-00002.parquet
 # Errors that `datasets` raises for folders and files that hold no data set, in addition to its own.
 # ArithmeticError: a date that does not exist.
 UNREADABLE = (*HUB_ERRORS, ValueError, RuntimeError, LookupError, TypeError, AttributeError, ArithmeticError)
-RECIPE_HINT = "write a recipe with data_files (docs/data.md)"
-CHOOSE_HINT = f"name one file, or {RECIPE_HINT}"
 
 
 def read_hub(
@@ -117,7 +122,7 @@ def _numbers_remark(source: str, loaded: Any) -> str:
 def _unread_configs_remark(source: str, config: str, configs: list[dict]) -> str:
     """Return a remark on the configurations beside the one that is read; "" if there are none.
 
-    config: name of the one that is read. configs: from `_read_configs`.
+    config: name of the one that is read. configs: from `read_configs`.
     """
     names = (str(each.get("config_name", "default")) for each in configs)
     others = [name for name in names if name != config]
@@ -168,7 +173,7 @@ def _repository_remark(hub_id: str, config: str, chosen: str, commit: str) -> st
             readme = hf_hub_download(hub_id, "README.md", repo_type="dataset", revision=commit or None)
     except HUB_ERRORS:  # the rows were already read, so a missing remark does not matter
         return ""
-    if readme and (configs := _read_configs(os.path.dirname(readme))):
+    if readme and (configs := read_configs(os.path.dirname(readme))):
         return "" if chosen else _unread_configs_remark(hub_id, config, configs)
     if len(kinds) < 2:
         return ""
@@ -200,17 +205,38 @@ def read_folder(
     kinds = Counter(kind_in_folder(path) for path in data_paths)
     if data_files and not data_paths:
         raise UserError(f"--dataset {os.path.join(folder, data_files)}: matches no data file")
-    if not data_files and (configs := _read_configs(folder)):
+    if not data_files and (configs := read_configs(folder)):
         return _read_configured_folder(folder, configs, split, samples, root, config)
     if config:
         raise UserError(f"--dataset {folder}: has no configuration {config}: its README.md names none")
-    if len(kinds) > 1:
-        counts = ", ".join(f"{number} {kind}" for kind, number in kinds.most_common())
-        raise UserError(f"--dataset {folder}: holds data files of several kinds ({counts}); {CHOOSE_HINT}")
-    _check_packed_twins(folder, data_paths)
+    _check_kinds(folder, kinds)
+    check_packed_twins(folder, data_paths)
     if not data_paths or not set(kinds) <= set(KINDS.values()):
         return read_hub(folder, data_files, split, samples, root)
     splits = {"train": data_paths} if data_files else _find_splits(folder, data_paths)
+    _check_all_have_a_split(folder, data_paths, splits)
+    if not re.fullmatch(r"\w+", split):  # a part of a split, such as train[:100]
+        return read_hub(folder, data_files, split, samples, root)
+    if split not in splits:
+        raise UserError(f"--dataset {folder}: has no split {split}, only {', '.join(splits)}; {CHOOSE_HINT}")
+    if not data_files:
+        check_shards(folder, splits[split])
+    remarks = (
+        _unread_splits_remark(folder, split, splits),
+        "" if data_files else describe_unread_names(folder, paths),
+    )
+    return replace(_read_files(splits[split], samples), remarks=tuple(filter(None, remarks)))
+
+
+def _check_kinds(folder: str, kinds: Counter) -> None:
+    """Raise UserError if data files are of several kinds. kinds: {kind: number of files}."""
+    if len(kinds) > 1:
+        counts = ", ".join(f"{number} {kind}" for kind, number in kinds.most_common())
+        raise UserError(f"--dataset {folder}: holds data files of several kinds ({counts}); {CHOOSE_HINT}")
+
+
+def _check_all_have_a_split(folder: str, data_paths: list[str], splits: dict[str, list[str]]) -> None:
+    """Raise UserError if some of a folder's data files belong to no split. splits: from `_find_splits`."""
     unread = sorted(set(data_paths).difference(*splits.values()))
     if unread:
         first = os.path.relpath(unread[0], folder)
@@ -218,50 +244,6 @@ def read_folder(
             f"--dataset {folder}: {len(unread)} of its {len(data_paths)} data files, such as {first}, belong"
             f" to no split ({', '.join(splits)}) and would not be read; {CHOOSE_HINT}"
         )
-    if not re.fullmatch(r"\w+", split):  # a part of a split, such as train[:100]
-        return read_hub(folder, data_files, split, samples, root)
-    if split not in splits:
-        raise UserError(f"--dataset {folder}: has no split {split}, only {', '.join(splits)}; {CHOOSE_HINT}")
-    if not data_files:
-        _check_shards(folder, splits[split])
-    remarks = (
-        _unread_splits_remark(folder, split, splits),
-        "" if data_files else _no_suffix_remark(folder, paths),
-    )
-    return replace(_read_files(splits[split], samples), remarks=tuple(filter(None, remarks)))
-
-
-def _check_packed_twins(folder: str, paths: list[str]) -> None:
-    """Raise UserError if a file is there twice, packed and unpacked or packed in two ways."""
-    seen: dict[str, str] = {}
-    for path in paths:
-        twin = seen.setdefault(unpacked_name(path), path)
-        if twin != path:
-            names = " and ".join(os.path.relpath(each, folder) for each in (twin, path))
-            raise UserError(f"--dataset {folder}: {names} may hold the same rows; {CHOOSE_HINT}")
-
-
-def _check_shards(folder: str, paths: list[str]) -> None:
-    """Raise UserError if names such as train-00000-of-00003.parquet show that a file is missing."""
-    sets: dict[tuple[str, str, str], set[int]] = {}
-    for path in paths:
-        if match := SHARD.fullmatch(path):
-            before, number, total, after = match.groups()
-            sets.setdefault((before, total, after), set()).add(int(number))
-    for (before, total, after), numbers in sets.items():
-        missing = sorted({*range(int(total))} - numbers) if int(total) <= MAX_FOLDER_ENTRIES else [0]
-        if missing:
-            name = os.path.relpath(f"{before}-{missing[0]:05d}-of-{total}{after}", folder)
-            raise UserError(
-                f"--dataset {folder}: {name} is missing: {len(numbers)} of {int(total)} files; {CHOOSE_HINT}"
-            )
-
-
-def _no_suffix_remark(folder: str, paths: list[str]) -> str:
-    """Return a remark on files without a suffix, which are not read; "" if there are none."""
-    names = [os.path.basename(path) for path in paths]
-    unread = [name for name in names if not os.path.splitext(name)[1] and name.lower() not in PROSE]
-    return f"data: of {folder} files without a suffix are not read: {join_names(unread)}" if unread else ""
 
 
 def _read_configured_folder(
@@ -270,7 +252,7 @@ def _read_configured_folder(
     """Read the rows of a local folder whose README.md says which files are its data set.
 
     `datasets` chooses the files. They are read here, unless the README also says how to read them.
-    Arguments as in `read_folder`; configs: from `_read_configs`.
+    Arguments as in `read_folder`; configs: from `read_configs`.
     """
     datasets = _import_datasets(folder)
     with _convert_library_errors(folder):
@@ -329,31 +311,6 @@ def _find_splits(folder: str, data_paths: list[str]) -> dict[str, list[str]]:
     finally:
         memory.rm(base, recursive=True)
     return {split: paths for split, paths in splits.items() if paths}
-
-
-def _read_configs(folder: str) -> list[dict]:
-    """Return the `configs` of .huggingface.yaml, or else of the YAML header of the folder's README.md.
-
-    An entry that cannot be parsed is {"unreadable": True}.
-    """
-    try:
-        with open(os.path.join(folder, "README.md"), encoding="utf-8", errors="replace") as file:
-            first, *lines = file.read(2**20).lstrip().split("\n")
-        header = list(takewhile(lambda line: line.rstrip() != "---", lines))
-        text = "\n".join(header) if first.rstrip() == "---" and len(header) < len(lines) else ""
-    except OSError:
-        text = ""
-    with (
-        contextlib.suppress(OSError),
-        open(os.path.join(folder, ".huggingface.yaml"), encoding="utf-8") as file,
-    ):
-        text = file.read(2**20)
-    try:
-        configs = (yaml.safe_load(text) or {}).get("configs")
-    except (yaml.YAMLError, AttributeError, RecursionError):
-        configs = [{"unreadable": True}] if "configs:" in text else None  # `datasets` reports the fault
-    configs = configs if isinstance(configs, list) else [configs] if configs else []
-    return [config if isinstance(config, dict) else {"unreadable": True} for config in configs]
 
 
 def _import_datasets(source: str) -> ModuleType:

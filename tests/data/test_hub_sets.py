@@ -7,6 +7,7 @@ import gzip
 import json
 import os
 import re
+import shutil
 
 import datasets
 import huggingface_hub
@@ -17,7 +18,7 @@ from huggingface_hub.errors import RevisionNotFoundError
 from data import folder_files, hub_revisions, hub_sets
 from data.dataset_names import make_name_absolute
 from data.evaluation_sets import prepare_sets
-from data.sources import find_recipe
+from data.sources import find_recipe, load_rows
 from files.model_folder import find_model
 from options import generate
 from options.errors import UserError
@@ -623,6 +624,9 @@ def test_without_a_connection_the_cache_knows_the_commit(cached_set, monkeypatch
     assert hub_revisions.find_commit("me/rows", "v2", False) == ("", False)
     assert [row["answer"] for row in read("me/rows@v1")] == ["old"]
     assert datasets.config.HF_HUB_OFFLINE  # no 20 seconds of retries
+    shutil.rmtree(cached_set.parent / "cache" / "hub")
+    found = load_rows(*find_recipe("me/rows:german"), -1)  # the last in the cache of `datasets`
+    assert found.rows[0]["answer"] == "alt" and found.commit == FIRST
 
 
 def test_a_revision_that_the_hub_does_not_have(monkeypatch):
