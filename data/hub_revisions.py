@@ -17,6 +17,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RevisionNo
 
 from files.hub_errors import HUB_ERRORS
 from options.errors import UserError, join_names
+from options.limits import MAX_CONFIG_BYTES, read_json
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 # Errors of a request to the hub, whether it answers or not.
@@ -73,36 +74,27 @@ def open_hub_set(
 
     Raises UserError for a revision or configuration that is not there, and whatever `datasets` raises.
     """
-    offline = datasets.config.HF_HUB_OFFLINE
-    commit, is_online = find_commit(hub_id, revision, offline)
+    commit, is_online = find_commit(hub_id, revision, datasets.config.HF_HUB_OFFLINE)
     datasets.config.HF_HUB_OFFLINE = not is_online  # uses the cache without 20 seconds of retries
-    where = f"--dataset {hub_id}" + f"@{revision}" * bool(revision)
     if is_online:
         arguments = {"data_files": data_files or None, "revision": commit or revision or None}
         builder = open_config(datasets, hub_id, config, **arguments)
-        if not _is_cached(builder):
+        if not isinstance(builder, _cache_class()):  # else `datasets` fell back to what its cache holds
             return builder, commit
+    lacking = f"--dataset {hub_id}@{revision}: the hub cannot be reached, and"
     if revision and not commit:
-        raise UserError(f"{where}: the hub cannot be reached, and its cache does not know this revision")
-    folders = _find_cached_configs(datasets, hub_id, commit) if commit else {}
-    if not folders and not revision:  # what `datasets` read last
-        builder = datasets.load_dataset_builder(hub_id, config or None, data_files=data_files or None)
-        return builder, builder.hash if COMMIT.fullmatch(builder.hash or "") else ""
-    if not folders:
+        raise UserError(f"{lacking} its cache does not know this revision")
+    found = _find_cached(datasets, hub_id, config, data_files, commit) if commit else None
+    if found:
+        arguments = {"repo_id": hub_id, "dataset_name": hub_id.split("/")[-1], "hash": commit}
+        version = found.parent.name
+        return _cache_class()(config_name=found.parts[-3], version=version, **arguments), commit
+    if revision:
         raise UserError(
-            f"{where}: the hub cannot be reached, and the cache of `datasets` lacks this revision"
+            f"{lacking} the cache of `datasets` lacks {data_files or 'the rows'} of this revision"
         )
-    if config or data_files:
-        kwargs = {"data_files": data_files} if data_files else {}
-        config = datasets.BuilderConfig(config or "default").create_config_id(kwargs)
-    if not config and "default" in folders:
-        config = "default"
-    check_config(hub_id, config, [*folders], "without the hub, in the cache of `datasets`, ")
-    name = config or next(iter(folders))
-    repository = {"repo_id": hub_id, "dataset_name": hub_id.split("/")[-1]}
-    return _cache_class()(
-        **repository, config_name=name, version=folders[name].parent.name, hash=commit
-    ), commit
+    builder = datasets.load_dataset_builder(hub_id, config or None, data_files=data_files or None)
+    return builder, builder.hash if COMMIT.fullmatch(builder.hash or "") else ""
 
 
 def open_config(datasets: ModuleType, source: str, config: str, **arguments: Any) -> Any:
@@ -147,15 +139,28 @@ def _cache_class() -> type:
     return Cache
 
 
-def _is_cached(builder: Any) -> bool:
-    """Return whether `datasets` fell back to whatever its cache holds of the set."""
-    return isinstance(builder, _cache_class())
+def _find_cached(datasets: ModuleType, hub_id: str, config: str, data_files: str, commit: str) -> Path | None:
+    """Return the folder of a configuration of a commit in the cache of `datasets`; None if none is there.
 
-
-def _find_cached_configs(datasets: ModuleType, hub_id: str, commit: str) -> dict[str, Path]:
-    """Return {configuration, with a digest of data_files if any: folder} of a commit in `datasets`' cache."""
+    Arguments as in `open_hub_set`. Raises UserError if the cache has other configurations of the commit only.
+    """
     *owner, name = hub_id.split("/")
     repository = "___".join([*owner, datasets.naming.camelcase_to_snakecase(name)])
     root = os.path.join(os.path.expanduser(str(datasets.config.HF_DATASETS_CACHE)), repository)
     paths = map(Path, glob.glob(os.path.join(glob.escape(root), "*", "*", commit)))
-    return {path.parts[-3]: path for path in sorted(paths) if path.is_dir()}
+    folders = {path.parts[-3]: path for path in sorted(paths) if path.is_dir()}
+    if data_files:  # the folder's name has a digest of them
+        kwargs = {"data_files": data_files}
+        return folders.get(datasets.BuilderConfig(config or "default").create_config_id(kwargs))
+    folders = {name: path for name, path in folders.items() if _is_whole_config(path)}
+    if not folders:
+        return None
+    config = config or ("default" if "default" in folders else "")
+    check_config(hub_id, config, [*folders], "without the hub, in the cache of `datasets`, ")
+    return folders[config or next(iter(folders))]
+
+
+def _is_whole_config(folder: Path) -> bool:
+    """Return whether a folder in the cache of `datasets` has all of a configuration, not some files of it."""
+    info = read_json(folder / "dataset_info.json", MAX_CONFIG_BYTES)
+    return info.get("config_name") == folder.parts[-3]

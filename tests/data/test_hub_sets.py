@@ -550,6 +550,22 @@ def test_every_spelling_of_a_hub_set(name, cached_set, checkpoints):
     assert config.dataset == config.eval_dataset == config.sample_prompts == recorded
 
 
+def test_the_cache_of_some_files_is_not_that_of_the_set(cached_set, tmp_path):
+    """A recipe with data_files has read the first commit, and nobody the whole of it."""
+    cache = tmp_path / "cache" / "me___rows"
+    kwargs = {"data_files": "de.jsonl"}
+    files = cache / datasets.BuilderConfig("default").create_config_id(kwargs) / "0.0.0" / FIRST
+    shutil.copytree(cache / "german" / "0.0.0" / FIRST, files)
+    recipe = write_file(tmp_path / "mine.toml", 'source = "me/rows"\ndata_files = "de.jsonl"\n')
+    assert [row["answer"] for row in read(f"{recipe}@v1")] == ["alt"]
+    with pytest.raises(UserError, match=r"lacks de\.jsonl of this revision"):
+        read(f"{recipe}@{SECOND}")
+    shutil.rmtree(cache / "default" / "0.0.0" / FIRST)
+    shutil.rmtree(cache / "german" / "0.0.0" / FIRST)
+    with pytest.raises(UserError, match="lacks the rows of this revision"):
+        read("me/rows@v1")
+
+
 def test_a_recipe_s_hub_set_has_a_commit(cached_set, checkpoints, tmp_path):
     recipe = write_file(tmp_path / "mine.toml", 'source = "me/rows"\nconfig = "german"\nrevision = "v1"\n')
     assert [row["answer"] for row in read(recipe)] == ["alt"]
@@ -569,7 +585,7 @@ NOT_THERE = {  # what is not there: the words of the refusal
     "me/rows::test": "me/rows: has no split test, only train, validation",
     "me/rows:german:validation": "me/rows: has no split validation, only train",
     "me/rows@v2": "me/rows@v2: the hub cannot be reached, and its cache does not know this revision",
-    f"me/rows@{'3' * 40}": "me/rows@3+: the hub cannot be reached, and the cache of `datasets` lacks this",
+    f"me/rows@{'3' * 40}": "me/rows@3+: the hub cannot be reached, and the cache of `datasets` lacks",
     "me/other": "me/other: could not be loaded .*nor is there a file or folder",
     "me/rows:default:train[:1]": r"me/rows:default:train\[:1\]: train\[:1\] is not the name of one split",
 }
@@ -612,7 +628,7 @@ def test_the_hub_s_answers_are_those_of_the_commit(cached_set, monkeypatch):
     monkeypatch.setattr(hub_revisions, "find_commit", lambda *_: (SECOND, True))
     assert [row["answer"] for row in read("me/rows:default@main")] == ["1"]
     monkeypatch.setattr(hub_revisions, "find_commit", lambda *_: ("3" * 40, True))
-    with pytest.raises(UserError, match="the cache of `datasets` lacks this revision"):
+    with pytest.raises(UserError, match="the cache of `datasets` lacks the rows of this revision"):
         read("me/rows:default@v3")
 
 
