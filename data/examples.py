@@ -19,11 +19,11 @@ from fastcore.parallel import parallel
 
 from data.chat import convert_template_errors
 from data.chat_remarks import describe_hidden_parts, describe_missing_endings
-from data.dataset_names import first_set, pin_commit
-from data.formats import FORMATS, Format, RenderContext, Rendered, check_row
-from data.recognition import describe_unread_columns, find_row_format, recognise_format
-from data.row_files import Rows
-from data.sources import Recipe, find_recipe, load_rows
+from data.columns import ColumnNames
+from data.dataset_names import pin_commit
+from data.formats import FORMATS, RenderContext, Rendered
+from data.reading import NO_NAMES, read_format_rows
+from data.sources import find_recipe, load_rows
 from launch.ranks import count_cpus
 from options.errors import UserError, join_names
 from options.limits import MAX_ROW_CHARS
@@ -31,7 +31,6 @@ from options.limits import MAX_ROW_CHARS
 # A line that begins a turn in dialogues of one text: ### User:
 HEADER = re.compile(r"^[ \t]*(###[ \t]*[A-Z][\w \t]{0,30}:)", re.MULTILINE)
 
-MAX_FILLED_ROWS = 10**6  # rows that a recipe's `fill` is repeated for
 SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -61,6 +60,7 @@ def read_examples(
     context_length: int,
     tokenizer,
     day: str | None = None,
+    columns: ColumnNames = NO_NAMES,
     preferred: str = "auto",
 ) -> Examples:
     """Read the rows of a set, and render each as a text of one format. Mixtures of sets: data/mixtures.py.
@@ -72,30 +72,22 @@ def read_examples(
         context_length: number of tokens that a recipe's `fill` must fill.
         tokenizer: provides the chat template.
         day: as in RenderContext.
+        columns: the data's names for columns, from options; those of a recipe count beside them.
         preferred: a format to use instead of "auto" if it fits all rows.
 
     Raises UserError for anything wrong with the data.
     """
-    recipe, file = find_recipe(dataset)
-    samples = samples if samples > 0 else recipe.samples
-    if recipe.fill:
-        longest = MAX_ROW_CHARS // max(len(recipe.fill["output"]), 1)
-        if context_length > longest or samples > MAX_FILLED_ROWS:
-            raise UserError(
-                f"--dataset {dataset}: fills at most {MAX_FILLED_ROWS:,} rows of {MAX_ROW_CHARS:,} characters"
-            )
-    data = load_rows(recipe, file, samples)
-    rows = data.rows
-    if recipe.fill:
-        rows = [recipe.fill | {"output": recipe.fill["output"] * context_length}] * len(rows)
-    name = _resolve_format(recipe, Rows(rows, data.origins), dataset, dataset_format, preferred)
+    has_template = bool(getattr(tokenizer, "chat_template", None))
+    data = read_format_rows(
+        dataset, dataset_format, samples, context_length, has_template, columns, preferred
+    )
+    rows, name = data.rows, data.format
     if name == "chat":
         _check_roles(rows, f"--dataset {dataset}")
-    context = RenderContext(tokenizer, recipe.markers, day)
+    context = RenderContext(tokenizer, data.markers, day)
     if FORMATS[name].has_markers:
-        _check_markers(rows, data.origins, recipe.markers)
-    rendered = _render_all(_RowRenderer(rows, data.origins, name, context))
-    remarks = [*data.remarks, *_describe_unread(recipe, rows, FORMATS[name])]
+        _check_markers(rows, data.origins, data.markers)
+    rendered, remarks = _render_all(_RowRenderer(rows, data.origins, name, context)), [*data.remarks]
     if name == "chat":
         last_answers = [one.text[slice(*one.learned[-1])] for one in rendered if one.learned]
         remarks += describe_hidden_parts(context.chat, rows)
@@ -103,22 +95,6 @@ def read_examples(
     if FORMATS[name].has_markers:
         remarks += _describe_learned_headers(rendered)
     return Examples(rendered, name, context, tuple(remarks), pin_commit(dataset, data.commit))
-
-
-def _resolve_format(
-    recipe: Recipe, rows: Rows, dataset: str, dataset_format: str, preferred: str = "auto"
-) -> str:
-    """Return the name of the format that rows are rendered in. Raises UserError if none fits all of them.
-
-    Arguments as in `read_examples`.
-    """
-    if dataset_format != "auto":
-        return dataset_format
-    choice = None if preferred == "auto" else preferred
-    if recipe.format != "auto":
-        formats = {find_row_format(row, recipe.markers, choice) for row in rows.rows} - {None}
-        return choice if choice and formats == {choice} else recipe.format
-    return recognise_format(rows.rows, rows.origins, f"--dataset {dataset}", recipe.markers, choice)
 
 
 def _check_roles(rows: list[dict], error_prefix: str) -> None:
@@ -156,37 +132,12 @@ def _describe_learned_headers(rendered: Sequence[Rendered]) -> list[str]:
     return [f"data: rows whose answers hold headers, which are learned as text of the answer: {names}"]
 
 
-def _describe_unread(recipe: Recipe, rows: list[dict], form: Format) -> tuple[str, ...]:
-    """Return remarks on columns that are not read, and on rows that are not learned for lack of a marker."""
-    remarks = []
-    unread = describe_unread_columns(rows, form, recipe.columns.values())
-    if unread:
-        remarks.append(f"data: columns that are not read: {unread}")
-    marker = recipe.markers[1]
-    unmarked = sum(marker not in str(row.get("text")) for row in rows) if form.has_markers else 0
-    if unmarked:
-        remarks.append(
-            f"data: {unmarked:,} of {len(rows):,} rows have no marker {marker!r}; nothing of them is learned"
-        )
-    return tuple(remarks)
-
-
-def find_format(dataset: str, dataset_format: str) -> tuple[str, list[str]]:
-    """Return (the name of the format that `read_examples` renders in, the recipe's markers).
-
-    The data is read only if neither the argument nor the recipe names the format. Raises UserError for
-    anything wrong with it. dataset: a set or a mixture, whose sets have one format.
-    """
-    dataset = first_set(dataset)
-    recipe, file = find_recipe(dataset)
-    is_unknown = dataset_format == recipe.format == "auto"
-    rows = load_rows(recipe, file, recipe.samples) if is_unknown else Rows([], [])
-    return _resolve_format(recipe, rows, dataset, dataset_format), recipe.markers
-
-
 @dataclass(frozen=True)
 class _RowRenderer:
-    """Renders rows in the format `name`. A call with a range of row indices returns their Rendered."""
+    """Renders rows in the format `name`, whose columns they have.
+
+    A call with a range of row indices returns their Rendered.
+    """
 
     rows: list[dict]
     origins: list[str]
@@ -197,7 +148,7 @@ class _RowRenderer:
         rendered = []
         for i in indices:
             error_prefix = f"--dataset {self.origins[i]}"
-            values = check_row(self.rows[i], FORMATS[self.name], error_prefix)
+            values = FORMATS[self.name].check(self.rows[i], error_prefix)
             with convert_template_errors(error_prefix):
                 one = FORMATS[self.name].render(values, self.context)
             _check_surrogates(one.text, values, error_prefix)

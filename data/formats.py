@@ -1,23 +1,31 @@
 """Render a row of a dataset as one text, and say which parts of that text are learned.
 
-A format is a function from a row to a Rendered. FORMATS lists the formats with the columns that they require,
-by which data/recognition.py recognises the format of a user's own file. Each format also has the function
-that writes the same text up to the answer, which is the prompt of a trained model.
+A format is a function from a row to a Rendered. FORMATS lists the formats with the columns in which their
+rows may come (data/schemas.py). By these data/recognition.py recognises the format of a user's own file. Each
+format also has the function that writes the same text up to the answer, which is the prompt of a trained
+model.
 """
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 from data.chat import ChatTemplate
 from data.messages import check_messages, check_tools
-from options.errors import UserError, join_names
-from options.exact_json import number_text
+from data.schemas import (
+    ALPACA_COLUMNS,
+    CHAT_SCHEMAS,
+    COMPLETION_SCHEMAS,
+    QA_SCHEMAS,
+    TEXT_COLUMN,
+    Auto,
+    Schema,
+    find_schema,
+)
 
 # Alpaca's prompts as alpaca-lora, axolotl and most later programs write them: the answer begins on a new
 # line.
@@ -95,35 +103,33 @@ class Format:
     Attributes:
         render: render(row, context) returns a Rendered.
         prompt: prompt(row, context) returns the text up to the last answer, which the row may lack.
-        required: columns without which a row is refused.
-        optional: other columns that are read.
-        answer_column: the column that holds the answer and nothing else.
+        schemas: the columns in which its rows may come; first those that it renders.
+        learned: what is learned of a row, in the words of docs/data.md.
+        check: check(row, error_prefix) returns the row as it is rendered. Raises UserError.
         is_conversation: whether more turns can follow an answer.
         make_question: make_question(text, markers) returns the value of `prompt_column` for a bare question.
         add_special_tokens: as in Rendered.
         has_markers: whether its text has the markers of two speakers.
         marker: marker(context) returns the text that ends an answer where no token does, or None.
         question_header: question_header(context) returns the text that begins a question; "" if none does.
-        only_by_name: whether it is used only if the user names it, and never recognised.
     """
 
     render: Callable[..., Rendered]
     prompt: Callable[..., str]
-    required: tuple[str, ...]
-    optional: tuple[str, ...] = ()
-    answer_column: str | None = None
+    schemas: tuple[Schema, ...]
+    learned: str
+    check: Callable[[Mapping, str], dict] = lambda row, _error_prefix: dict(row)
     is_conversation: bool = False
     make_question: Callable[..., str | list] = lambda text, _markers: text
     add_special_tokens: bool = True
     has_markers: bool = False
     marker: Callable[[RenderContext], str | None] = lambda context: None
     question_header: Callable[[RenderContext], str] = lambda context: ""
-    only_by_name: bool = False
 
     @property
     def prompt_column(self) -> str:
         """The column that holds a bare question."""
-        return self.required[0]
+        return self.schemas[0].required[0]
 
     def make_prompt_row(self, text: str, markers: Sequence[str]) -> dict:
         """Return the row of a bare question, without an answer."""
@@ -160,6 +166,14 @@ def _write_qa_prompt(row: Mapping[str, str], _context: RenderContext | None = No
 
 def _render_qa(row: Mapping[str, str], _context: RenderContext | None = None) -> Rendered:
     return _render_answer(_write_qa_prompt(row), row["answer"])
+
+
+def _write_plain_prompt(row: Mapping[str, str], _context: RenderContext | None = None) -> str:
+    return row["prompt"]
+
+
+def _render_prompt_completion(row: Mapping[str, str], _context: RenderContext | None = None) -> Rendered:
+    return _render_answer(row["prompt"], row["completion"])
 
 
 def _render_completion(row: Mapping[str, str], _context: RenderContext | None = None) -> Rendered:
@@ -248,12 +262,19 @@ def _write_chat_prompt(row: Mapping, context: RenderContext) -> str:
     return context.chat.render_prompt(row["messages"], row.get("tools"))
 
 
+def _check_chat(row: Mapping, error_prefix: str) -> dict:
+    messages = check_messages(row["messages"], error_prefix)
+    tools = check_tools(row.get("tools"), error_prefix)
+    return {"messages": messages} | ({"tools": tools} if tools else {})
+
+
 FORMATS = {
     "chat": Format(
         _render_chat,
         _write_chat_prompt,
-        ("messages",),
-        ("tools",),
+        CHAT_SCHEMAS,
+        "each turn of the assistant, with the token that ends it",
+        _check_chat,
         is_conversation=True,
         make_question=_make_user_messages,
         add_special_tokens=False,
@@ -263,37 +284,41 @@ FORMATS = {
     "alpaca": Format(
         _render_alpaca,
         _write_alpaca_prompt,
-        ("instruction", "output"),
-        ("input",),
-        answer_column="output",
+        (ALPACA_COLUMNS,),
+        "the output, and EOS",
         question_header=lambda context: ALPACA_HEADER,
     ),
     "alpaca_stanford": Format(
         _render_stanford,
         _write_stanford_prompt,
-        ("instruction", "output"),
-        ("input",),
-        answer_column="output",
+        (replace(ALPACA_COLUMNS, auto=Auto.NEVER),),
+        "the output, and EOS",
         question_header=lambda context: ALPACA_HEADER,
-        only_by_name=True,
     ),
-    "qa": Format(_render_qa, _write_qa_prompt, ("question", "answer"), ("context",), answer_column="answer"),
+    "qa": Format(_render_qa, _write_qa_prompt, QA_SCHEMAS, "the answer, and EOS"),
+    "prompt_completion": Format(
+        _render_prompt_completion,
+        _write_plain_prompt,
+        COMPLETION_SCHEMAS,
+        "the completion, which follows the prompt directly, and EOS",
+    ),
     "guanaco": Format(
         _render_guanaco,
         _write_guanaco_prompt,
-        ("text",),
+        (replace(TEXT_COLUMN, note="with `### Human:` and `### Assistant:`, or a recipe's `markers`"),),
+        "every answer; EOS after the last",
         is_conversation=True,
         make_question=_begin_dialogue,
         has_markers=True,
         marker=lambda context: context.markers[0],
         question_header=lambda context: context.markers[0],
     ),
-    "completion": Format(_render_completion, _write_completion_prompt, ("text",)),
+    "completion": Format(_render_completion, _write_completion_prompt, (TEXT_COLUMN,), "all of it, and EOS"),
 }
 
 
 def check_row(row: Mapping, form: Format, error_prefix: str, needs_answer: bool = True) -> dict:
-    """Return the columns of a row that the format reads, as texts or (chat) as checked messages and tools.
+    """Return a row of any schema of a format as the format renders it: texts, or checked messages and tools.
 
     Args:
         row: {column: value}.
@@ -303,31 +328,5 @@ def check_row(row: Mapping, form: Format, error_prefix: str, needs_answer: bool 
 
     Raises UserError for columns that are missing or unusable.
     """
-    missing = [c for c in form.required if row.get(c) is None and (needs_answer or c != form.answer_column)]
-    if missing:
-        found = join_columns([str(column) for column in row if row[column] is not None])
-        columns = f"columns {', '.join(missing)} are" if len(missing) > 1 else f"column {missing[0]} is"
-        raise UserError(f"{error_prefix}: {columns} missing or empty; columns with content: {found}")
-    if "messages" in form.required:
-        messages = check_messages(row["messages"], error_prefix)
-        tools = check_tools(row.get("tools"), error_prefix)
-        return {"messages": messages} | ({"tools": tools} if tools else {})
-    values = {}
-    for column in (*form.required, *form.optional):
-        value = row.get(column)
-        if value is None:
-            value = ""  # an optional column
-        if not isinstance(value, str | int | float) or isinstance(value, bool):
-            raise UserError(f"{error_prefix}: column {column} holds a {type(value).__name__}, not a text")
-        if isinstance(value, float) and not math.isfinite(value):
-            raise UserError(
-                f"{error_prefix}: column {column} holds {value} as a number; leave the row out, or write"
-                " a text"
-            )
-        values[column] = value if isinstance(value, str) else number_text(value)
-    return values
-
-
-def join_columns(columns: Iterable[str]) -> str:
-    """Join the names of columns for a message; the empty name, of pandas' index, is written in words."""
-    return join_names([column or "a column without a name" for column in columns])
+    schema = find_schema(row, form.schemas, needs_answer) or form.schemas[0]
+    return form.check(schema.read(row, error_prefix, needs_answer), error_prefix)

@@ -32,9 +32,9 @@ from data.folder_files import (
     list_data_files,
     read_configs,
 )
-from data.formats import join_columns
 from data.hub_revisions import open_config, open_hub_set
 from data.row_files import Rows, drop_schema_nulls, read_file, restore_digits
+from data.schemas import join_columns
 from files.hub_errors import HUB_ERRORS
 from options.data_files import KINDS, kind_in_folder
 from options.errors import UserError, join_names

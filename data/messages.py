@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from options.errors import UserError, join_names
-from options.exact_json import parse_json
+from options.exact_json import describe_json_type, try_parse_json
 
 # Names that data and templates have for a message's reasoning: Qwen3's, gpt-oss's, OpenRouter's.
 REASONING = ("reasoning_content", "thinking", "reasoning")
@@ -24,7 +24,7 @@ def check_messages(messages: Any, error_prefix: str) -> list[dict]:
     reasoning is under each name of REASONING, tool calls are parsed, and an empty answer has the content "".
     """
     if not isinstance(messages, list):
-        raise UserError(f"{error_prefix}: messages is {_describe_type(messages)}; {EXPECTED}")
+        raise UserError(f"{error_prefix}: messages is {describe_json_type(messages)}; {EXPECTED}")
     if not messages:
         raise UserError(f"{error_prefix}: messages is empty; {EXPECTED}")
     return [_check_message(message, f"{error_prefix}: message {i}") for i, message in enumerate(messages, 1)]
@@ -33,7 +33,7 @@ def check_messages(messages: Any, error_prefix: str) -> list[dict]:
 def _check_message(message: Any, error_prefix: str) -> dict:
     """Return one message as `check_messages` does. Raises UserError if it is unusable."""
     if not isinstance(message, Mapping):
-        raise UserError(f"{error_prefix} is {_describe_type(message)}; {EXPECTED}")
+        raise UserError(f"{error_prefix} is {describe_json_type(message)}; {EXPECTED}")
     checked = {key: value for key, value in message.items() if value is not None and key not in FLAGS}
     if not isinstance(checked.get("role"), str):
         raise _wrong_key_error(checked, "role", error_prefix)
@@ -64,16 +64,7 @@ def _wrong_key_error(message: Mapping, key: str, error_prefix: str) -> UserError
         remedy = " (join the texts of its parts)"
     elif key == "content" and isinstance(value, Mapping):
         remedy = " (write it as JSON text)"
-    return UserError(f"{error_prefix}: its {key} is {_describe_type(value)}{remedy}; {EXPECTED}")
-
-
-def _describe_type(value: Any) -> str:
-    """Return the type of a value of JSON in words, such as "a list", for a message."""
-    if isinstance(value, str):
-        return "the JSON text of a list" if isinstance(_try_parse_json(value), list) else "a text"
-    if value is None or isinstance(value, bool):
-        return json.dumps(value)
-    return "a list" if isinstance(value, list) else "an object" if isinstance(value, Mapping) else "a number"
+    return UserError(f"{error_prefix}: its {key} is {describe_json_type(value)}{remedy}; {EXPECTED}")
 
 
 def _is_flag_set(message: Mapping, flag: str, error_prefix: str) -> bool:
@@ -86,14 +77,14 @@ def _is_flag_set(message: Mapping, flag: str, error_prefix: str) -> bool:
 
 def _check_tool_calls(calls: Any, error_prefix: str) -> list[dict]:
     """Return the tool calls of a message, parsed if they are JSON text. Raises UserError if unusable."""
-    calls = _try_parse_json(calls)
+    calls = try_parse_json(calls)
     if not isinstance(calls, list) or not all(isinstance(call, Mapping) for call in calls):
         raise UserError(f"{error_prefix}: tool_calls must be a list of objects")
     for call in calls:
         function = call.get("function", call)
         if not isinstance(function, Mapping):
             raise UserError(f"{error_prefix}: the function of a tool call must be an object")
-        if not isinstance(_try_parse_json(function.get("arguments", {})), Mapping):
+        if not isinstance(try_parse_json(function.get("arguments", {})), Mapping):
             raise UserError(
                 f"{error_prefix}: arguments of a tool call must be an object, or the JSON text of one"
             )
@@ -107,8 +98,8 @@ def check_tools(tools: Any, error_prefix: str) -> list[dict] | None:
     An empty list becomes None: templates test for tools in different ways, and an empty list passes some.
     Raises UserError for unusable ones.
     """
-    tools = _try_parse_json(tools) if tools else None
-    tools = [_try_parse_json(tool) for tool in tools] if isinstance(tools, list) else tools
+    tools = try_parse_json(tools) if tools else None
+    tools = [try_parse_json(tool) for tool in tools] if isinstance(tools, list) else tools
     if tools and not (isinstance(tools, list) and all(isinstance(tool, Mapping) for tool in tools)):
         raise UserError(f"{error_prefix}: tools must be a list of objects, or the JSON text of one")
     _check_numbers(tools, error_prefix)
@@ -143,7 +134,7 @@ def convert_arguments(messages: list[dict], takes_objects: bool, takes_text: boo
         function = call.get("function", call)
         arguments = function.get("arguments", {})
         if isinstance(arguments, str) and not takes_text:
-            arguments = _try_parse_json(arguments)
+            arguments = try_parse_json(arguments)
         elif not isinstance(arguments, str) and not takes_objects:
             arguments = json.dumps(arguments, ensure_ascii=False)
         converted = dict(function) | {"arguments": arguments}
@@ -155,13 +146,3 @@ def convert_arguments(messages: list[dict], takes_objects: bool, takes_text: boo
         else message
         for message in messages
     ]
-
-
-def _try_parse_json(value: Any) -> Any:
-    """Return the parsed value of a JSON text; any other text or value unchanged."""
-    if not isinstance(value, str):
-        return value
-    try:
-        return parse_json(value)
-    except (ValueError, RecursionError):
-        return value

@@ -6,9 +6,11 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from data.columns import ColumnNames
 from data.dataset_names import Share, split_mixture
 from data.examples import Examples, read_examples
 from data.formats import FORMATS, Rendered
+from data.reading import NO_NAMES
 from options.errors import UserError
 
 
@@ -54,6 +56,7 @@ def read_mixture(
     context_length: int,
     tokenizer,
     day: str | None = None,
+    columns: ColumnNames = NO_NAMES,
     preferred: str = "auto",
 ) -> Mixture:
     """Read the sets of --dataset, and render each row as a text of one format.
@@ -63,7 +66,7 @@ def read_mixture(
     """
     shares, sets = split_mixture(dataset), []
     for share in shares:
-        arguments = (dataset_format, samples, context_length, tokenizer, day)
+        arguments = (dataset_format, samples, context_length, tokenizer, day, columns)
         sets.append(read_examples(share.name, *arguments, preferred=preferred))
     _check_one_template(dataset, shares, sets)
     named = zip(shares, sets, strict=True)
@@ -77,6 +80,7 @@ def read_each_row_once(
     context_length: int,
     tokenizer,
     day: str | None = None,
+    columns: ColumnNames = NO_NAMES,
     preferred: str = "auto",
 ) -> Examples:
     """Read the rows of a value of --dataset to evaluate or to ask with; of several sets, all rows together.
@@ -84,7 +88,9 @@ def read_each_row_once(
     Arguments as in `read_examples`; samples: of several sets, the number of rows of all of them, each in
     proportion to its size. Raises UserError as `read_mixture` does, and for weights, which have no effect.
     """
-    mixture = read_mixture(dataset, dataset_format, samples, context_length, tokenizer, day, preferred)
+    mixture = read_mixture(
+        dataset, dataset_format, samples, context_length, tokenizer, day, columns, preferred
+    )
     if len(mixture.sets) == 1:
         return mixture.sets[0]
     if any(share.number for share in mixture.shares):

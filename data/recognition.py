@@ -2,12 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
-from data.formats import FORMATS, Format, join_columns
+from data.formats import FORMATS
+from data.schemas import Auto, Schema, join_columns
 from options.errors import UserError
 
-RECOGNISED_FORMATS = tuple(name for name, form in FORMATS.items() if not form.only_by_name)
+# A format and one of its schemas, in which rows may be read.
+Candidate = tuple[str, Schema]
+PAGE = "docs/data.md"
+
+
+def list_candidates(
+    has_template: bool, preferred: str | None = None, columns: Collection[str] = ()
+) -> list[Candidate]:
+    """Return what rows may be recognised as, in the order in which it is tried.
+
+    Args:
+        has_template: whether the tokenizer has a chat template.
+        preferred: a format whose schemas are tried before all others.
+        columns: all of these must be read.
+    """
+    candidates = [(preferred, schema) for schema in FORMATS[preferred].schemas] if preferred else []
+    for auto in (Auto.ALWAYS, Auto.WITH_TEMPLATE if has_template else Auto.WITHOUT_TEMPLATE):
+        candidates += [
+            (name, schema) for name, form in FORMATS.items() for schema in form.schemas if schema.auto == auto
+        ]
+    return [(name, schema) for name, schema in candidates if set(schema.columns) >= set(columns)]
 
 
 def recognise_format(
@@ -15,87 +36,128 @@ def recognise_format(
     origins: Sequence[str],
     error_prefix: str,
     markers: Sequence[str],
-    preferred: str | None = None,
-) -> str:
-    """Return the name of the one format that fits all rows. Rows without content fit any.
+    candidates: Sequence[Candidate],
+) -> Candidate:
+    """Return the one format and schema that fit all rows. Rows without content fit any.
 
     Args:
         rows: {column: value} of each.
         origins: the file and line of each row, for messages.
         error_prefix: begins each error.
         markers: texts that begin the turns of the two speakers in a guanaco text.
-        preferred: a format that is tried before all others.
+        candidates: from `list_candidates`.
 
-    Raises UserError if rows fit different formats, since one format would learn the prompts of another or
-    drop its rows, and if no format fits.
+    Raises UserError if rows fit different ones, since one format would learn the prompts of another or drop
+    its rows, and if none fits.
     """
-    row_indices: dict[str, list[int]] = {}  # by format
+    row_indices: dict[Candidate, list[int]] = {}
     for i, row in enumerate(rows):
-        name = find_row_format(row, markers, preferred)
-        if name is not None:
-            row_indices.setdefault(name, []).append(i)
+        found = find_candidate(row, markers, candidates)
+        if found is not None:
+            row_indices.setdefault(found, []).append(i)
     if len(row_indices) > 1:
         kinds = ", ".join(
-            f"{len(indices):,} {name} (first {origins[indices[0]]})" for name, indices in row_indices.items()
+            f"{len(indices):,} {_describe(candidate)} (first {origins[indices[0]]})"
+            for candidate, indices in row_indices.items()
         )
         raise UserError(
             f"{error_prefix}: its rows are of different formats: {kinds}; --dataset_format, or a recipe's"
-            " format, reads all as one, or put each kind into a file of its own"
+            f" format, reads all as one, or put each kind into a file of its own ({PAGE})"
         )
     columns = {column for row in rows for column, value in row.items() if value is not None}
     return next(iter(row_indices), None) or _match_columns(
-        columns or {column for row in rows for column in row}, error_prefix
+        columns or {column for row in rows for column in row}, error_prefix, candidates
     )
 
 
-def find_row_format(row: Mapping, markers: Sequence[str], preferred: str | None = None) -> str | None:
-    """Return the name of the first format that fits a row, `preferred` before others; None if none does."""
-    names = (preferred, *RECOGNISED_FORMATS) if preferred else RECOGNISED_FORMATS
-    return next((name for name in names if fits_format(row, FORMATS[name], markers)), None)
+def find_candidate(row: Mapping, markers: Sequence[str], candidates: Iterable[Candidate]) -> Candidate | None:
+    """Return the first candidate that fits a row; None if none does.
 
-
-def fits_format(row: Mapping, form: Format, markers: Sequence[str]) -> bool:
-    """Return whether a row has content in the columns that a format requires, and the answer's marker.
-
-    The answer may be empty, and only formats with markers need one. It is not enough that the columns are
-    there: tables give every row all columns.
+    A row of a format with markers must have that of an answer.
     """
-    for column in form.required:
-        if column not in row or (column != form.answer_column and not _has_content(row[column])):
-            return False
-    return not form.has_markers or markers[1] in str(row["text"])
+    for name, schema in candidates:
+        if schema.fits(row) and (not FORMATS[name].has_markers or markers[1] in str(row["text"])):
+            return name, schema
+    return None
 
 
-def _has_content(value) -> bool:
-    if isinstance(value, str):
-        return bool(value.strip())
-    return value is not None and value != [] and value != {}
+def _describe(candidate: Candidate) -> str:
+    """Return "chat", or "chat of prompt, response" if the schema is not the format's first one."""
+    name, schema = candidate
+    return name if schema == FORMATS[name].schemas[0] else f"{name} of {', '.join(schema.required)}"
 
 
-def _match_columns(columns: set[str], error_prefix: str) -> str:
-    """Return the format of rows without content, by their columns alone; `check_row` reports what they lack.
+def _match_columns(columns: set[str], error_prefix: str, candidates: Sequence[Candidate]) -> Candidate:
+    """Return what rows without content are, by their columns alone; `Schema.read` reports what they lack.
 
-    Raises UserError if no format fits.
+    Raises UserError if no candidate fits.
     """
-    formats = {name: FORMATS[name] for name in RECOGNISED_FORMATS if not FORMATS[name].has_markers}
-    for name, form in formats.items():
-        if columns >= set(form.required):
-            return name
-    required = "; ".join(f"{name}: {', '.join(form.required)}" for name, form in formats.items())
-    sharegpt = "conversations" in columns
+    required: dict[str, list[str]] = {}  # by format
+    for name, schema in candidates:
+        if FORMATS[name].has_markers:
+            continue
+        if columns >= set(schema.required):
+            return name, schema
+        required.setdefault(name, []).append(", ".join(schema.required))
+    known = "; ".join(f"{name}: {' or '.join(dict.fromkeys(sets))}" for name, sets in required.items())
     raise UserError(
-        f"{error_prefix}: columns {join_columns(sorted(columns))} fit no format ({required}); a recipe's"
-        " `columns` says which of them to read as these"
-        + "; conversations must hold messages with role and content (ShareGPT's have from and value)"
-        * sharegpt
+        f"{error_prefix}: columns {join_columns(sorted(columns))} fit no format ({known}); --columns, or a"
+        f" recipe's `columns`, says which of them to read as these ({PAGE})"
     )
 
 
-def describe_unread_columns(rows: Iterable[Mapping], form: Format, renamed: Iterable[str] = ()) -> str:
-    """Return one text of the names of columns with a value that the format does not read; "" if none.
+def select_schemas(name: str, columns: Mapping[str, str]) -> list[Schema]:
+    """Return the schemas of a format that read all of some columns.
 
-    renamed: columns that are read under another name.
+    columns: {a column: what named it, such as "--columns question=prompt"}. Raises UserError if no schema
+    does.
     """
-    read = {*form.required, *form.optional, *renamed}
-    found = dict.fromkeys(column for row in rows for column, value in row.items() if value is not None)
-    return join_columns([column for column in found if column not in read])
+    schemas = FORMATS[name].schemas
+    check_columns_are_read(columns, schemas, name)
+    return [schema for schema in schemas if set(schema.columns) >= set(columns)]
+
+
+def check_columns_are_read(
+    columns: Mapping[str, str], schemas: Sequence[Schema], name: str | None = None
+) -> None:
+    """Raise UserError if no schema reads all of some columns.
+
+    Args:
+        columns: as for `select_schemas`.
+        schemas: those of a format, or of all.
+        name: the format's name; None = they are of all formats.
+    """
+    if any(set(schema.columns) >= set(columns) for schema in schemas):
+        return
+    reader = f"the format {name} does not read" if name else "no format reads"
+    known = dict.fromkeys(column for schema in schemas for column in schema.columns)
+    for column, origin in columns.items():
+        if column not in known:
+            raise UserError(
+                f"{origin}: {reader} a column {join_columns([column])}; the columns are"
+                f" {', '.join(known)} ({PAGE})"
+            )
+    origins = ", ".join(dict.fromkeys(columns.values()))
+    raise UserError(
+        f"{origins}: {reader} the columns {', '.join(columns)} together; {PAGE} lists which go together"
+    )
+
+
+def describe_unread_columns(
+    rows: Iterable[Mapping], schemas: Iterable[Schema], renamed: Iterable[str] = ()
+) -> str:
+    """Return one text of the names of columns with a value that are not read; "" if all are.
+
+    Args:
+        rows: {column: value} of each.
+        schemas: the schema of each row.
+        renamed: columns that are read under another name.
+    """
+    elsewhere = {*renamed}
+    found = dict.fromkeys(
+        column
+        for row, schema in zip(rows, schemas, strict=True)
+        for column, value in row.items()
+        if value is not None and column not in schema.columns and column not in elsewhere
+    )
+    return join_columns([*found])

@@ -12,6 +12,7 @@ import tomllib
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from data.columns import ColumnNames
 from data.dataset_names import (
     RECIPE_FOLDER,
     REVISION,
@@ -38,7 +39,7 @@ class Recipe:
         data_files: a pattern for the files of a hub id or folder; "" = all of the split.
         config: the configuration of a hub id or folder to read; "" = its default one.
         revision: the branch, tag or commit of a hub id to read; "" = its main branch.
-        format: a name of FORMATS; "auto" = recognise it.
+        format: what --dataset_format names; "auto" = recognise it.
         samples: rows used unless --dataset_samples says otherwise; -1 = all.
         columns: {a column of the format: the data set's name for it}.
         markers: texts that begin the turns of the two speakers in a guanaco text.
@@ -214,11 +215,5 @@ def load_rows(recipe: Recipe, file: Path | None, samples: int) -> Rows:
         rows = replace(rows, rows=rows.rows[:samples], origins=rows.origins[:samples])
     if not rows.rows:
         raise UserError(f"--dataset {file or recipe.source}: is empty")
-    for theirs in recipe.columns.values():
-        if not any(theirs in row for row in rows.rows):
-            raise UserError(f"--dataset {file or recipe.source}: no column {theirs}, which the recipe names")
-    renamed = [
-        row | {ours: row[theirs] for ours, theirs in recipe.columns.items() if theirs in row}
-        for row in rows.rows
-    ]
-    return replace(rows, rows=renamed)
+    names = ColumnNames.from_recipe(recipe.columns, f"--dataset {file or recipe.source}")
+    return names.rename(rows)[0]

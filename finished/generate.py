@@ -13,6 +13,7 @@ from collections.abc import Iterator
 import torch
 
 from data.recognition import describe_unread_columns
+from data.schemas import match_schemas
 from finished.generation import (
     BASE,
     Answer,
@@ -145,7 +146,10 @@ def answer_prompts(options: Options, models: AnsweringModels, templates: dict[st
 def describe_unread_fields(prompts: list[Prompt], templates: dict[str, PromptTemplate]) -> list[str]:
     """Return lines with the fields of prompts that a template does not read, so that a misspelt one shows."""
     rows = [prompt.content for prompt in prompts if isinstance(prompt.content, dict)]
-    unread = (describe_unread_columns(rows, template.format) for template in templates.values())
+    unread = (
+        describe_unread_columns(rows, match_schemas(rows, template.format.schemas, needs_answer=False))
+        for template in templates.values()
+    )
     return [f"--prompts: fields that are not read: {names}" for names in dict.fromkeys(unread) if names]
 
 

@@ -27,8 +27,8 @@ from data.answers import decode_answer
 from data.chat import convert_template_errors
 from data.dataset_names import first_set, split_name
 from data.encoding import encode_prompt
-from data.examples import find_format
 from data.formats import FORMATS, GUANACO_MARKERS, Format, RenderContext, check_row, continue_dialogue
+from data.reading import find_format
 from data.stop_ids import collect_stop_ids
 from finished.finished_run import Run, load_model, load_tokenizer, open_base, open_run, set_adapter
 from launch.precision import Precision, choose_precision
@@ -130,7 +130,8 @@ def make_template(run: Run, dataset_format: str) -> PromptTemplate:
     tokenizer = load_tokenizer(run)
     format_name = dataset_format if dataset_format != "auto" else run.config.dataset_format
     try:
-        name, markers = find_format(run.config.dataset, format_name)
+        name, recipe = find_format(run.config.dataset, format_name, bool(tokenizer.chat_template))
+        markers = recipe.markers
     except UserError as e:  # the data is gone; a file has no markers of its own, but a recipe may have
         is_recipe = file_suffix(split_name(first_set(run.config.dataset)).base) == ".toml"
         if format_name == "auto" or (format_name == "guanaco" and is_recipe):

@@ -36,7 +36,9 @@ TOY_DEFAULTS = {
 TOY_PROMPT = "Put these numbers in order: 5 4 6"
 
 # Defined in data/formats.py.
-DATASET_FORMATS = ("auto", "alpaca", "alpaca_stanford", "chat", "guanaco", "qa", "completion")
+DATASET_FORMATS = (
+    "auto", "alpaca", "alpaca_stanford", "chat", "guanaco", "qa", "prompt_completion", "completion"
+)  # fmt: skip
 CHECKPOINTS = "checkpoints"  # folder in a RUN
 COMPATIBILITY = "Accepted for older commands, without effect"  # group of options that change nothing
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 
@@ -52,6 +53,25 @@ def parse_json(text: str, exact: bool = False) -> Any:
             object_pairs_hook=_make_object,
         )
     return json.loads(text, parse_float=_parse_float, parse_constant=_reject_constant)
+
+
+def try_parse_json(value: Any) -> Any:
+    """Return the parsed value of a JSON text; any other text or value unchanged."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return parse_json(value)
+    except (ValueError, RecursionError):
+        return value
+
+
+def describe_json_type(value: Any) -> str:
+    """Return the type of a value of JSON in words, such as "a list", for a message."""
+    if isinstance(value, str):
+        return "the JSON text of a list" if isinstance(try_parse_json(value), list) else "a text"
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    return "a list" if isinstance(value, list) else "an object" if isinstance(value, Mapping) else "a number"
 
 
 def number_text(number: float) -> str:

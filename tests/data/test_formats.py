@@ -126,7 +126,8 @@ def test_a_prompt_is_the_text_before_the_answer(case):
     rendered = render(name, row)
     before = rendered.text if name == "completion" else rendered.text[: rendered.learned[0][0]]
     assert prompt(name, row) == before
-    assert prompt(name, {k: v for k, v in row.items() if k != FORMATS[name].answer_column}) == before
+    answer_column = FORMATS[name].schemas[0].answer_column
+    assert prompt(name, {k: v for k, v in row.items() if k != answer_column}) == before
     assert name == "completion" or before + answer == rendered.text
 
 

@@ -8,9 +8,10 @@ import re
 import pytest
 
 from benchmarks.make_checkpoint import byte_tokenizer
-from data.examples import find_format, read_examples
+from data.examples import read_examples
 from data.formats import GUANACO_MARKERS
-from data.recognition import recognise_format
+from data.reading import find_format
+from data.recognition import list_candidates, recognise_format
 from options.errors import UserError
 from tests.helpers import chat_templates
 from tests.helpers.data_files import to_jsonl, write_csv, write_file, write_parquet
@@ -26,6 +27,12 @@ TOKENIZER = chat_tokenizer(chat_templates.CHATML)
 
 def read(path, dataset_format: str = "auto", **more):
     return read_examples(str(path), dataset_format, -1, 1000, TOKENIZER, **more)
+
+
+def recognise(rows, markers=GUANACO_MARKERS, has_template: bool = True) -> str:
+    """Return the name of the format of rows, whose origins are their numbers."""
+    origins = [str(i) for i, _ in enumerate(rows, 1)]
+    return recognise_format(rows, origins, "here", markers, list_candidates(has_template))[0]
 
 
 def learned(examples) -> list[str]:
@@ -52,13 +59,13 @@ def test_rows_of_one_format(row, name):
         ("messages", "instruction", "input", "output", "question", "answer", "context", "text")
     )
     for rows in ([row], [row, row], [row, dict.fromkeys(row)], [empty | row, row], [{}, row]):
-        assert recognise_format(rows, ["here"] * len(rows), "", GUANACO_MARKERS) == name
+        assert recognise(rows) == name
 
 
 def test_the_recipe_s_own_markers():
     rows = [{"text": "<human>: a<bot>: b"}]
-    assert recognise_format(rows, ["here"], "", ("<human>:", "<bot>:")) == "guanaco"
-    assert recognise_format(rows, ["here"], "", GUANACO_MARKERS) == "completion"
+    assert recognise(rows, ("<human>:", "<bot>:")) == "guanaco"
+    assert recognise(rows) == "completion"
 
 
 def test_unknown_columns_are_named():
@@ -66,30 +73,13 @@ def test_unknown_columns_are_named():
     with pytest.raises(
         UserError, match=r"^here: columns '\\x1b\[2J', a, b fit no format .*alpaca: instruction, output"
     ):
-        recognise_format(rows, ["1", "2"], "here", GUANACO_MARKERS)
+        recognise(rows)
 
 
-@pytest.mark.parametrize("column, more", [
-    ("ask", ""),
-    ("conversations",
-        r"; conversations must hold messages with role and content \(ShareGPT's have from .*\)"),
-])  # fmt: skip
-def test_rows_that_fit_no_format_get_a_remedy(column, more):
-    error = rf"columns {column} fit no format .*; a recipe's `columns` says which .* to read as these{more}$"
+def test_rows_that_fit_no_format_get_a_remedy():
+    error = r"columns ask fit no format .*; --columns, or a recipe's `columns`, says .*\(docs/data\.md\)$"
     with pytest.raises(UserError, match=error):
-        recognise_format([{column: "x"}], ["1"], "here", GUANACO_MARKERS)
-
-
-def test_sharegpt_messages_name_the_keys_that_they_have(tmp_path):
-    turns = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yo"}]
-    write_file(tmp_path / "a.jsonl", to_jsonl([{"conversations": turns}]))
-    recipe = write_file(
-        tmp_path / "mine.toml", 'source = "a.jsonl"\ncolumns = { messages = "conversations" }\n'
-    )
-    with pytest.raises(
-        UserError, match=r"a\.jsonl:1: message 1 has no role, only from, value; messages must"
-    ):
-        read(recipe)
+        recognise([{"ask": "x"}])
 
 
 def test_the_columns_that_were_found_are_few_and_harmless(tmp_path):
@@ -117,7 +107,7 @@ def test_rows_of_different_formats_are_refused(tmp_path, case):
     rows, told = MIXED[case]
     path = write_file(tmp_path / "a.jsonl", to_jsonl(rows))
     message = f"--dataset {path}: its rows are of different formats: {told.format(path, path)}"
-    for reading in (read, lambda path: find_format(str(path), "auto")):
+    for reading in (read, lambda path: find_format(str(path), "auto", has_template=True)):
         with pytest.raises(UserError, match=f"^{re.escape(message)}.*--dataset_format"):
             reading(path)
 

@@ -252,7 +252,7 @@ def test_a_recipe_s_markers_tell_its_format(tmp_path):
     ("source = 'rows.jsonl'\nmarkers = ['a']", "markers two texts"),
     ("source = 'rows.jsonl'\ncolumns = {output = 1}", "columns must be like"),
     ("source = 'rows.jsonl'\nformat = 'alpacka'", "format must be one of chat, alpaca"),
-    ("source = 'rows.jsonl'\ncolumns = {output = 'reply'}", "no column reply, which the recipe names"),
+    ("source = 'rows.jsonl'\ncolumns = {output = 'reply'}", "recipe: the data has no column reply; its"),
     ("format = 'alpaca'", "needs either a source or"),
     ("fill = {instruction = 'x'}", "needs either a source or"),
     ("source = 'absent.jsonl'", r"absent\.jsonl: no such file"),

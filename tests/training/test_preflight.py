@@ -422,6 +422,16 @@ DATA = {
         {},
         ["different formats", "1 alpaca", "mixed.jsonl:1", "1 chat", "mixed.jsonl:2"],
     ),
+    "forms.jsonl": (
+        '{"prompt": "a", "completion": "b"}\n{"prompt": "a", "response": "b"}\n',
+        {},
+        ["1 prompt_completion", "forms.jsonl:1", "1 qa of prompt, response", "forms.jsonl:2", "docs/data.md"],
+    ),
+    "sharegpt.jsonl": (
+        '{"conversations": [{"from": "alien", "value": "x"}]}\n',
+        {},
+        ["sharegpt.jsonl:1", "message 1: from is alien", "docs/data.md"],
+    ),
     "infinite.jsonl": (ROW + '{"instruction": "x", "output": 1e400}\n', {}, ["infinite.jsonl:2", "1e400"]),
     "null.jsonl": (ROW + '{"instruction": "x", "output": null}\n', {}, ["null.jsonl:2", "output"]),
     "nested.jsonl": (ROW + '{"instruction": "x", "output": {}}\n', {}, ["nested.jsonl:2", "output"]),

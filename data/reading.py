@@ -1,0 +1,211 @@
+"""Read the rows of a data set in the columns of one format, which is named or recognised from all rows."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from data.columns import ColumnNames
+from data.dataset_names import first_set
+from data.formats import FORMATS
+from data.recognition import (
+    check_columns_are_read,
+    describe_unread_columns,
+    find_candidate,
+    list_candidates,
+    recognise_format,
+    select_schemas,
+)
+from data.row_files import Rows
+from data.schemas import Auto, Schema, match_schemas
+from data.sources import Recipe, find_recipe, load_rows
+from options.errors import UserError
+from options.limits import MAX_ROW_CHARS
+
+MAX_FILLED_ROWS = 10**6  # rows that a recipe's `fill` is repeated for
+NO_NAMES = ColumnNames()
+
+
+@dataclass(frozen=True)
+class FormatRows:
+    """The rows of a data set, all of one format.
+
+    Attributes:
+        rows: in the columns that the format renders; texts are checked, messages are not.
+        origins: the file and line, or the like, of each row, for messages.
+        format: the name of the format.
+        markers: texts that begin the turns of the two speakers in a guanaco text.
+        remarks: lines to print at start.
+        commit: of the hub set that they are from; "" = from elsewhere, or not known.
+    """
+
+    rows: list[dict]
+    origins: list[str]
+    format: str
+    markers: Sequence[str]
+    remarks: tuple[str, ...]
+    commit: str = ""
+
+
+def read_format_rows(
+    dataset: str,
+    dataset_format: str,
+    samples: int,
+    context_length: int,
+    has_template: bool,
+    columns: ColumnNames = NO_NAMES,
+    preferred: str = "auto",
+) -> FormatRows:
+    """Read the rows of --dataset in the columns of one format.
+
+    Args:
+        dataset: a recipe, file, folder or hub id.
+        dataset_format: the format of all rows; "auto" = the recipe's, or the one that fits all of them.
+        samples: number of rows to use; -1 = as the recipe says.
+        context_length: number of tokens that a recipe's `fill` must fill.
+        has_template: whether the tokenizer has a chat template.
+        columns: the data's names for columns, from options; those of a recipe count beside them.
+        preferred: a format to use instead of "auto" if it fits all rows.
+
+    Raises UserError for anything wrong with the data.
+    """
+    recipe, file = find_recipe(dataset)
+    samples = samples if samples > 0 else recipe.samples
+    if recipe.fill:
+        longest = MAX_ROW_CHARS // max(len(recipe.fill["output"]), 1)
+        if context_length > longest or samples > MAX_FILLED_ROWS:
+            raise UserError(
+                f"--dataset {dataset}: fills at most {MAX_FILLED_ROWS:,} rows of {MAX_ROW_CHARS:,} characters"
+            )
+    data, named = _load_renamed(recipe, file, samples, columns)
+    if recipe.fill:
+        filled = recipe.fill | {"output": recipe.fill["output"] * context_length}
+        data = Rows([filled] * len(data.rows), data.origins)
+    name, schemas = _resolve_format(recipe, data, dataset, dataset_format, named, has_template, preferred)
+    matched = match_schemas(data.rows, schemas)
+    remarks = [
+        *data.remarks,
+        *_describe_unread(data.rows, matched, (*recipe.columns.values(), *columns.names.values())),
+        *_describe_unmarked(data.rows, name, recipe.markers),
+        *_describe_choice(name, matched, dataset_format, has_template),
+    ]
+    read = zip(data.rows, matched, data.origins, strict=True)
+    rows = [schema.read(row, f"--dataset {origin}") for row, schema, origin in read]
+    return FormatRows(rows, data.origins, name, recipe.markers, tuple(remarks), data.commit)
+
+
+def _load_renamed(
+    recipe: Recipe, file: Path | None, samples: int, columns: ColumnNames
+) -> tuple[Rows, dict[str, str]]:
+    """Return (rows with their columns renamed, {a column of a format: what named the data's}).
+
+    Columns that options name must exist instead of those that the recipe names for the same ones. Columns
+    that need not exist are renamed only where the recipe names none. Raises UserError as `load_rows` does.
+    """
+    if columns.must_exist:
+        others = {ours: theirs for ours, theirs in recipe.columns.items() if ours not in columns.names}
+        recipe = dataclasses.replace(recipe, columns=others)
+    else:
+        columns = columns.without(recipe.columns)
+    data, named = columns.rename(load_rows(recipe, file, samples))
+    return data, dict.fromkeys(recipe.columns, "`columns` of the recipe") | named
+
+
+def _resolve_format(
+    recipe: Recipe,
+    rows: Rows,
+    dataset: str,
+    dataset_format: str,
+    named: Mapping[str, str],
+    has_template: bool,
+    preferred: str = "auto",
+) -> tuple[str, Sequence[Schema]]:
+    """Return (the name of the format that rows are rendered in, the schemas that they may have).
+
+    Args:
+        recipe, rows: the recipe and its rows.
+        dataset, dataset_format, preferred: as in `read_examples`.
+        named: {a column of a format: what named it}, which the schemas must read.
+        has_template: whether the tokenizer has a chat template.
+
+    Raises UserError if no format fits all rows, or reads the named columns.
+    """
+    if dataset_format != "auto":
+        return dataset_format, select_schemas(dataset_format, named)
+    choice = None if preferred == "auto" else preferred
+    candidates = list_candidates(has_template, choice, named)
+    if recipe.format != "auto":
+        found = {find_candidate(row, recipe.markers, candidates) for row in rows.rows} - {None}
+        takes_choice = choice and {candidate[0] for candidate in found if candidate} == {choice}
+        name = choice if choice and takes_choice else recipe.format
+        return name, select_schemas(name, named)
+    check_columns_are_read(named, [schema for _, schema in list_candidates(has_template, choice)])
+    name, schema = recognise_format(
+        rows.rows, rows.origins, f"--dataset {dataset}", recipe.markers, candidates
+    )
+    return name, [schema]
+
+
+def find_format(
+    dataset: str, dataset_format: str, has_template: bool, columns: ColumnNames = NO_NAMES
+) -> tuple[str, Recipe]:
+    """Return (the name of the format that `read_examples` renders in, the recipe of the data).
+
+    The data is read only if neither the argument nor the recipe names the format.
+
+    Args:
+        dataset, dataset_format, columns: as in `read_examples`.
+        has_template: whether the tokenizer has a chat template.
+
+    Raises UserError for anything wrong with the data.
+    """
+    dataset = first_set(dataset)
+    recipe, file = find_recipe(dataset)
+    if dataset_format != "auto" or recipe.format != "auto":
+        return dataset_format if dataset_format != "auto" else recipe.format, recipe
+    rows, named = _load_renamed(recipe, file, recipe.samples, columns)
+    return _resolve_format(recipe, rows, dataset, dataset_format, named, has_template)[0], recipe
+
+
+def _describe_unread(rows: list[dict], schemas: list[Schema], renamed: Iterable[str]) -> list[str]:
+    """Return a list with one remark on columns that are not read, or an empty list.
+
+    schemas: of each row; renamed: columns that are read under another name.
+    """
+    unread = describe_unread_columns(rows, schemas, renamed)
+    return [f"data: columns that are not read: {unread}"] if unread else []
+
+
+def _describe_unmarked(rows: list[dict], name: str, markers: Sequence[str]) -> list[str]:
+    """Return a list with one remark on rows that are not learned for lack of a marker, or an empty list.
+
+    name: of their format.
+    """
+    unmarked = sum(markers[1] not in str(row.get("text")) for row in rows) if FORMATS[name].has_markers else 0
+    if not unmarked:
+        return []
+    return [
+        f"data: {unmarked:,} of {len(rows):,} rows have no marker {markers[1]!r}; nothing of them is learned"
+    ]
+
+
+def _describe_choice(
+    name: str, schemas: Sequence[Schema], dataset_format: str, has_template: bool
+) -> list[str]:
+    """Return a list with one remark if the tokenizer decided on the format of the rows, or an empty list.
+
+    Args:
+        name: of the format.
+        schemas: of each row.
+        dataset_format: as in `read_examples`.
+        has_template: whether the tokenizer has a chat template.
+    """
+    if dataset_format != "auto" or schemas[0].auto not in (Auto.WITH_TEMPLATE, Auto.WITHOUT_TEMPLATE):
+        return []
+    columns, reason = " and ".join(schemas[0].required), "a" if has_template else "no"
+    return [
+        f"data: columns {columns} are read as {name}, since the tokenizer has {reason} chat template;"
+        " --dataset_format chooses another format (docs/data.md)"
+    ]
