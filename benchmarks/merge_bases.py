@@ -18,6 +18,7 @@ import torch.nn.functional as F
 
 import export
 from data.batches import StepSampler
+from data.evaluation_sets import name_columns
 from data.rows import IGNORE
 from data.tokenizing import tokenize_dataset
 from files.model_folder import CheckpointFiles
@@ -31,7 +32,13 @@ def measure(folder: str, n_rows: int) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     c = run.config
     rows = tokenize_dataset(
-        c.dataset, c.dataset_format, n_rows, c.context_length, load_tokenizer(run), c.chat_date
+        c.dataset,
+        c.dataset_format,
+        n_rows,
+        c.context_length,
+        load_tokenizer(run),
+        c.chat_date,
+        name_columns(c),
     )
     batch = next(StepSampler(rows, len(rows), 1, 0, 1, 0).steps(1)).batches[0]
 

@@ -17,6 +17,7 @@ import torch
 
 from data.answers import decode_answer, normalize_answer
 from data.chat import convert_template_errors
+from data.columns import ColumnNames
 from data.encoding import drop_empty_answers, encode_prompt
 from data.examples import Examples
 from data.formats import FORMATS, Rendered
@@ -108,7 +109,8 @@ def prepare_sets(config: Config, tokenizer) -> tuple[Config, TokenizedRows, Eval
     empty.
     """
     arguments = (config.context_length, tokenizer, config.chat_date)
-    mixture = read_mixture(config.dataset, config.dataset_format, config.dataset_samples, *arguments)
+    reading = (config.dataset_format, config.dataset_samples, *arguments, name_columns(config))
+    mixture = read_mixture(config.dataset, *reading)
     config = dataclasses.replace(config, dataset=mixture.name, dataset_format=mixture.format)
     sets, evaluation_set = _select_rows(config, mixture.sets, tokenizer)
     rows, training = tokenize_sets(sets, mixture.shares, tokenizer, config.context_length), join_evenly(sets)
@@ -133,7 +135,14 @@ def _describe_tokens(rows: TokenizedRows, rendered: list[Rendered], tokenizer) -
     return [*describe_unknown_tokens(rows.tokens, tokenizer), *describe_joined_prompts(rendered, tokenizer)]
 
 
-def read_in_trained_format(config: Config, dataset: str, samples: int, tokenizer) -> Examples:
+def name_columns(config: Config, must_exist: bool = True) -> ColumnNames:
+    """Return the data's names for columns that a run's options give. must_exist: as in ColumnNames."""
+    return ColumnNames.from_options(config.columns, config.text_column, must_exist)
+
+
+def read_in_trained_format(
+    config: Config, dataset: str, samples: int, tokenizer, columns: ColumnNames | None = None
+) -> Examples:
     """Read and render rows of `dataset`, to evaluate a model trained with the options `config`.
 
     They are rendered in the format of its training if that fits all of them, else in their own format.
@@ -143,10 +152,12 @@ def read_in_trained_format(config: Config, dataset: str, samples: int, tokenizer
         dataset: whatever --dataset takes, without weights.
         samples: number of rows to use; -1 = as the recipe says.
         tokenizer: provides the chat template.
+        columns: the data's names for columns; None = those of the training, where the data has them.
 
     Raises UserError for unusable data.
     """
-    arguments = (samples, config.context_length, tokenizer, config.chat_date)
+    columns = name_columns(config, must_exist=False) if columns is None else columns
+    arguments = (samples, config.context_length, tokenizer, config.chat_date, columns)
     return read_each_row_once(dataset, "auto", *arguments, preferred=config.dataset_format)
 
 
@@ -159,7 +170,7 @@ def read_evaluation_rows(config: Config, tokenizer) -> tuple[list[Rendered] | No
     remarks: tuple[str, ...] = ()
     if config.eval_share:
         arguments = (config.dataset_format, config.dataset_samples, config.context_length)
-        mixture = read_mixture(config.dataset, *arguments, tokenizer, config.chat_date)
+        mixture = read_mixture(config.dataset, *arguments, tokenizer, config.chat_date, name_columns(config))
         sets, remarks = mixture.sets, mixture.remarks
     evaluation = _select_rows(config, sets, tokenizer)[1]
     return (evaluation.rendered, remarks + evaluation.remarks) if evaluation else (None, ())

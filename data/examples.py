@@ -19,10 +19,10 @@ from fastcore.parallel import parallel
 
 from data.chat import convert_template_errors
 from data.chat_remarks import describe_hidden_parts, describe_missing_endings
-from data.columns import ColumnNames
+from data.columns import NO_NAMES, ColumnNames
 from data.dataset_names import pin_commit
 from data.formats import FORMATS, RenderContext, Rendered
-from data.reading import NO_NAMES, read_format_rows
+from data.reading import read_format_rows
 from data.sources import find_recipe, load_rows
 from launch.ranks import count_cpus
 from options.errors import UserError, join_names

@@ -317,7 +317,13 @@ FORMATS = {
 }
 
 
-def check_row(row: Mapping, form: Format, error_prefix: str, needs_answer: bool = True) -> dict:
+def check_row(
+    row: Mapping,
+    form: Format,
+    error_prefix: str,
+    needs_answer: bool = True,
+    schemas: Sequence[Schema] = (),
+) -> dict:
     """Return a row of any schema of a format as the format renders it: texts, or checked messages and tools.
 
     Args:
@@ -325,8 +331,10 @@ def check_row(row: Mapping, form: Format, error_prefix: str, needs_answer: bool 
         form: the format.
         error_prefix: begins each error.
         needs_answer: whether the column of the answer must have a value.
+        schemas: those of the format that the row may have; () = all.
 
     Raises UserError for columns that are missing or unusable.
     """
-    schema = find_schema(row, form.schemas, needs_answer) or form.schemas[0]
+    schemas = schemas or form.schemas
+    schema = find_schema(row, schemas, needs_answer) or schemas[0]
     return form.check(schema.read(row, error_prefix, needs_answer), error_prefix)

@@ -6,11 +6,10 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from data.columns import ColumnNames
+from data.columns import NO_NAMES, ColumnNames
 from data.dataset_names import Share, split_mixture
 from data.examples import Examples, read_examples
 from data.formats import FORMATS, Rendered
-from data.reading import NO_NAMES
 from options.errors import UserError
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.columns import ColumnNames
+from data.columns import NO_NAMES, ColumnNames
 from data.dataset_names import first_set
 from data.formats import FORMATS
 from data.recognition import (
@@ -25,7 +25,6 @@ from options.errors import UserError
 from options.limits import MAX_ROW_CHARS
 
 MAX_FILLED_ROWS = 10**6  # rows that a recipe's `fill` is repeated for
-NO_NAMES = ColumnNames()
 
 
 @dataclass(frozen=True)
@@ -79,38 +78,48 @@ def read_format_rows(
             raise UserError(
                 f"--dataset {dataset}: fills at most {MAX_FILLED_ROWS:,} rows of {MAX_ROW_CHARS:,} characters"
             )
-    data, named = _load_renamed(recipe, file, samples, columns)
+    data, renamed = _load_renamed(recipe, file, samples, columns, f"--dataset {dataset}")
     if recipe.fill:
         filled = recipe.fill | {"output": recipe.fill["output"] * context_length}
         data = Rows([filled] * len(data.rows), data.origins)
-    name, schemas = _resolve_format(recipe, data, dataset, dataset_format, named, has_template, preferred)
+    name, schemas = _resolve_format(
+        recipe, data, dataset, dataset_format, renamed.named_by, has_template, preferred
+    )
     matched = match_schemas(data.rows, schemas)
     remarks = [
         *data.remarks,
-        *_describe_unread(data.rows, matched, (*recipe.columns.values(), *columns.names.values())),
+        *_describe_unread(data.rows, matched, renamed.names.values()),
         *_describe_unmarked(data.rows, name, recipe.markers),
-        *_describe_choice(name, matched, dataset_format, has_template),
     ]
+    if dataset_format == recipe.format == preferred == "auto":
+        remarks += _describe_choice(name, schemas[0], has_template)
     read = zip(data.rows, matched, data.origins, strict=True)
     rows = [schema.read(row, f"--dataset {origin}") for row, schema, origin in read]
     return FormatRows(rows, data.origins, name, recipe.markers, tuple(remarks), data.commit)
 
 
 def _load_renamed(
-    recipe: Recipe, file: Path | None, samples: int, columns: ColumnNames
-) -> tuple[Rows, dict[str, str]]:
-    """Return (rows with their columns renamed, {a column of a format: what named the data's}).
+    recipe: Recipe, file: Path | None, samples: int, columns: ColumnNames, error_prefix: str
+) -> tuple[Rows, ColumnNames]:
+    """Return (rows with their columns renamed, the names of the renamed columns).
 
-    Columns that options name must exist instead of those that the recipe names for the same ones. Columns
-    that need not exist are renamed only where the recipe names none. Raises UserError as `load_rows` does.
+    Names that must exist replace those that the recipe has for the same columns. Names that need not exist
+    are used only for columns that the recipe does not name.
+
+    Args:
+        recipe, file, samples: as for `load_rows`.
+        columns: as for `read_format_rows`.
+        error_prefix: begins errors in `columns`.
+
+    Raises UserError as `load_rows` does, and for a column that the data lacks.
     """
     if columns.must_exist:
         others = {ours: theirs for ours, theirs in recipe.columns.items() if ours not in columns.names}
         recipe = dataclasses.replace(recipe, columns=others)
     else:
         columns = columns.without(recipe.columns)
-    data, named = columns.rename(load_rows(recipe, file, samples))
-    return data, dict.fromkeys(recipe.columns, "`columns` of the recipe") | named
+    data, renamed = columns.rename(load_rows(recipe, file, samples), error_prefix)
+    return data, renamed.over(ColumnNames.from_recipe(recipe.columns))
 
 
 def _resolve_format(
@@ -133,15 +142,16 @@ def _resolve_format(
     Raises UserError if no format fits all rows, or reads the named columns.
     """
     if dataset_format != "auto":
-        return dataset_format, select_schemas(dataset_format, named)
+        return dataset_format, select_schemas(dataset_format, named, f"--dataset {dataset}")
     choice = None if preferred == "auto" else preferred
     candidates = list_candidates(has_template, choice, named)
     if recipe.format != "auto":
         found = {find_candidate(row, recipe.markers, candidates) for row in rows.rows} - {None}
         takes_choice = choice and {candidate[0] for candidate in found if candidate} == {choice}
         name = choice if choice and takes_choice else recipe.format
-        return name, select_schemas(name, named)
-    check_columns_are_read(named, [schema for _, schema in list_candidates(has_template, choice)])
+        return name, select_schemas(name, named, f"--dataset {dataset}")
+    schemas = [schema for _, schema in list_candidates(has_template, choice)]
+    check_columns_are_read(named, schemas, f"--dataset {dataset}")
     name, schema = recognise_format(
         rows.rows, rows.origins, f"--dataset {dataset}", recipe.markers, candidates
     )
@@ -165,7 +175,8 @@ def find_format(
     recipe, file = find_recipe(dataset)
     if dataset_format != "auto" or recipe.format != "auto":
         return dataset_format if dataset_format != "auto" else recipe.format, recipe
-    rows, named = _load_renamed(recipe, file, recipe.samples, columns)
+    rows, renamed = _load_renamed(recipe, file, recipe.samples, columns, f"--dataset {dataset}")
+    named = renamed.named_by
     return _resolve_format(recipe, rows, dataset, dataset_format, named, has_template)[0], recipe
 
 
@@ -191,20 +202,17 @@ def _describe_unmarked(rows: list[dict], name: str, markers: Sequence[str]) -> l
     ]
 
 
-def _describe_choice(
-    name: str, schemas: Sequence[Schema], dataset_format: str, has_template: bool
-) -> list[str]:
-    """Return a list with one remark if the tokenizer decided on the format of the rows, or an empty list.
+def _describe_choice(name: str, schema: Schema, has_template: bool) -> list[str]:
+    """Return a list with one remark if the tokenizer decides on the format of a schema, or an empty list.
 
     Args:
         name: of the format.
-        schemas: of each row.
-        dataset_format: as in `read_examples`.
+        schema: as it was recognised.
         has_template: whether the tokenizer has a chat template.
     """
-    if dataset_format != "auto" or schemas[0].auto not in (Auto.WITH_TEMPLATE, Auto.WITHOUT_TEMPLATE):
+    if schema.auto not in (Auto.WITH_TEMPLATE, Auto.WITHOUT_TEMPLATE):
         return []
-    columns, reason = " and ".join(schemas[0].required), "a" if has_template else "no"
+    columns, reason = " and ".join(schema.required), "a" if has_template else "no"
     return [
         f"data: columns {columns} are read as {name}, since the tokenizer has {reason} chat template;"
         " --dataset_format chooses another format (docs/data.md)"

@@ -106,24 +106,28 @@ def _match_columns(columns: set[str], error_prefix: str, candidates: Sequence[Ca
     )
 
 
-def select_schemas(name: str, columns: Mapping[str, str]) -> list[Schema]:
+def select_schemas(name: str, columns: Mapping[str, str], error_prefix: str) -> list[Schema]:
     """Return the schemas of a format that read all of some columns.
 
-    columns: {a column: what named it, such as "--columns question=prompt"}. Raises UserError if no schema
-    does.
+    Args:
+        name: of the format.
+        columns: {a column: what named it, such as "--columns question=prompt"}.
+        error_prefix: begins the error.
+
+    Raises UserError if no schema does.
     """
     schemas = FORMATS[name].schemas
-    check_columns_are_read(columns, schemas, name)
+    check_columns_are_read(columns, schemas, error_prefix, name)
     return [schema for schema in schemas if set(schema.columns) >= set(columns)]
 
 
 def check_columns_are_read(
-    columns: Mapping[str, str], schemas: Sequence[Schema], name: str | None = None
+    columns: Mapping[str, str], schemas: Sequence[Schema], error_prefix: str, name: str | None = None
 ) -> None:
     """Raise UserError if no schema reads all of some columns.
 
     Args:
-        columns: as for `select_schemas`.
+        columns, error_prefix: as for `select_schemas`.
         schemas: those of a format, or of all.
         name: the format's name; None = they are of all formats.
     """
@@ -134,12 +138,13 @@ def check_columns_are_read(
     for column, origin in columns.items():
         if column not in known:
             raise UserError(
-                f"{origin}: {reader} a column {join_columns([column])}; the columns are"
+                f"{error_prefix}: {origin}: {reader} a column {join_columns([column])}; the columns are"
                 f" {', '.join(known)} ({PAGE})"
             )
     origins = ", ".join(dict.fromkeys(columns.values()))
     raise UserError(
-        f"{origins}: {reader} the columns {', '.join(columns)} together; {PAGE} lists which go together"
+        f"{error_prefix}: {origins}: {reader} the columns {', '.join(columns)} together;"
+        f" {PAGE} lists which go together"
     )
 
 

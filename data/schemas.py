@@ -122,15 +122,12 @@ def find_schema(row: Mapping, schemas: Iterable[Schema], needs_answer: bool = Tr
     return next((schema for schema in schemas if schema.fits(row, needs_answer)), None)
 
 
-def match_schemas(
-    rows: Sequence[Mapping], schemas: Sequence[Schema], needs_answer: bool = True
-) -> list[Schema]:
+def match_schemas(rows: Sequence[Mapping], schemas: Sequence[Schema]) -> list[Schema]:
     """Return the schema of each row.
 
     A row that fits none gets that of the first row that fits one, so that `Schema.read` says what it lacks.
-    needs_answer: as in `Schema.fits`.
     """
-    found = [find_schema(row, schemas, needs_answer) for row in rows]
+    found = [find_schema(row, schemas) for row in rows]
     default = next(filter(None, found), schemas[0])
     return [schema or default for schema in found]
 
@@ -149,11 +146,12 @@ def _read_conversation(values: dict, error_prefix: str) -> dict:
     """
     given = values["conversations"]
     messages = rename_message_keys(given, error_prefix)
-    if not isinstance(messages, list):
+    if not isinstance(messages, list) or not messages:
+        what = "empty" if messages == [] else describe_json_type(given)
         raise UserError(
-            f"{error_prefix}: conversations is {describe_json_type(given)}; expected a list of messages"
+            f"{error_prefix}: conversations is {what}; expected a list of messages (docs/data.md)"
         )
-    first = messages[0] if messages and isinstance(messages[0], Mapping) else {}
+    first = messages[0] if isinstance(messages[0], Mapping) else {}
     if has_content(values["system"]) and first.get("role") != "system":
         messages = [{"role": "system", "content": values["system"]}, *messages]
     return {"messages": messages, "tools": values["tools"]}
@@ -177,18 +175,18 @@ def _join_completion(values: dict, error_prefix: str) -> dict:
     return {"messages": [*prompt, *parts["completion"]], "tools": values["tools"]}
 
 
-def _make_turns(question: str, answer: str, more: str = "", form: str = "") -> Callable[[dict, str], dict]:
+def _make_turns(question: str, answer: str, more: str = "", joined: str = "") -> Callable[[dict, str], dict]:
     """Return a conversion of texts to a user's turn and the assistant's, after a `system` if there is one.
 
     Args:
         question, answer: the columns of the turns.
         more: a column that joins the question if it is not blank.
-        form: the question then: a format string with these two columns.
+        joined: the question then: a format string of these two columns.
     """
 
     def convert(values: dict, _error_prefix: str) -> dict:
         """Return {"messages": two or three messages}."""
-        asked = form.format_map(values) if more and values[more].strip() else values[question]
+        asked = joined.format_map(values) if more and values[more].strip() else values[question]
         turns = [("system", values["system"])] if values["system"].strip() else []
         turns += [("user", asked), ("assistant", values[answer])]
         return {"messages": [{"role": role, "content": text} for role, text in turns]}
@@ -228,13 +226,13 @@ def _convert_pairs(pairs: Iterable[Schema], auto: Auto, question: str, answer: s
     ]
 
 
-def _convert_to_chat(pair: Schema, auto: Auto, form: str = "") -> Schema:
+def _convert_to_chat(pair: Schema, auto: Auto, joined: str = "") -> Schema:
     """Return a schema of texts that become two turns, and an optional column `system`.
 
-    form: as in `_make_turns`; its `more` is the optional column of the pair.
+    joined: as in `_make_turns`; its `more` is the optional column of the pair.
     """
     question, answer = pair.required
-    convert = _make_turns(question, answer, "".join(pair.optional), form)
+    convert = _make_turns(question, answer, "".join(pair.optional), joined)
     optional, learned = (*pair.optional, "system"), "the answer, and the token that ends its turn"
     return replace(pair, optional=optional, auto=auto, convert=convert, learned=learned)
 

@@ -215,5 +215,5 @@ def load_rows(recipe: Recipe, file: Path | None, samples: int) -> Rows:
         rows = replace(rows, rows=rows.rows[:samples], origins=rows.origins[:samples])
     if not rows.rows:
         raise UserError(f"--dataset {file or recipe.source}: is empty")
-    names = ColumnNames.from_recipe(recipe.columns, f"--dataset {file or recipe.source}")
-    return names.rename(rows)[0]
+    names = ColumnNames.from_recipe(recipe.columns)
+    return names.rename(rows, f"--dataset {file or recipe.source}")[0]

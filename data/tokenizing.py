@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from data.chat_remarks import spread_sample
+from data.columns import NO_NAMES, ColumnNames
 from data.dataset_names import Share
 from data.encoding import Offsets, drop_empty_answers, encode, encode_prompt
 from data.examples import read_examples
@@ -25,18 +26,24 @@ from options.errors import UserError
 
 
 def tokenize_dataset(
-    dataset: str, dataset_format: str, samples: int, context_length: int, tokenizer, day: str | None = None
+    dataset: str,
+    dataset_format: str,
+    samples: int,
+    context_length: int,
+    tokenizer,
+    day: str | None = None,
+    columns: ColumnNames = NO_NAMES,
 ) -> TokenizedRows:
     """Read, render and tokenize --dataset, and cut its rows to context_length tokens.
 
     Args:
-        dataset, dataset_format, samples, day: as for `read_examples`.
+        dataset, dataset_format, samples, day, columns: as for `read_examples`.
         context_length: maximum number of tokens of a row, and the number that a recipe's `fill` must fill.
         tokenizer: provides the chat template and encodes the texts; one that returns offsets (is_fast).
 
     Raises UserError for anything wrong with the data, and if no example has a token to learn from.
     """
-    examples = read_examples(dataset, dataset_format, samples, context_length, tokenizer, day)
+    examples = read_examples(dataset, dataset_format, samples, context_length, tokenizer, day, columns)
     return tokenize(examples.rendered, tokenizer, context_length, f"--dataset {dataset}")
 
 

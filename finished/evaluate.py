@@ -13,8 +13,15 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
 from data.answers import decode_answer, normalize_answer
+from data.columns import ColumnNames
 from data.encoding import encode
-from data.evaluation_sets import Prompt, make_row_prompt, read_evaluation_rows, read_in_trained_format
+from data.evaluation_sets import (
+    Prompt,
+    make_row_prompt,
+    name_columns,
+    read_evaluation_rows,
+    read_in_trained_format,
+)
 from data.formats import Rendered
 from data.mixtures import read_each_row_once
 from data.rows import TokenizedRows, digest_rows
@@ -104,11 +111,14 @@ def read_rows(run: Run, options: Options, tokenizer) -> tuple[str, list[Rendered
         remarks = (*remarks, *_check_same_rows(run, rows, tokenizer))
         rows = rows[: options.samples] if options.samples > 0 else rows
         return config.eval_dataset or f"{config.eval_share:g} of {config.dataset}", rows, remarks
+    columns = name_columns(config, must_exist=False)
+    if options.columns is not None or options.text_column is not None:
+        columns = ColumnNames.from_options(options.columns, options.text_column)
     if options.dataset_format is None:
-        examples = read_in_trained_format(config, options.dataset, options.samples, tokenizer)
+        examples = read_in_trained_format(config, options.dataset, options.samples, tokenizer, columns)
     else:
         reading = (options.dataset_format, options.samples, config.context_length)
-        examples = read_each_row_once(options.dataset, *reading, tokenizer, config.chat_date)
+        examples = read_each_row_once(options.dataset, *reading, tokenizer, config.chat_date, columns)
     return options.dataset, examples.rendered, examples.remarks
 
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 
 from data.recognition import describe_unread_columns
-from data.schemas import match_schemas
+from data.schemas import find_schema
 from finished.generation import (
     BASE,
     Answer,
@@ -145,11 +145,13 @@ def answer_prompts(options: Options, models: AnsweringModels, templates: dict[st
 
 def describe_unread_fields(prompts: list[Prompt], templates: dict[str, PromptTemplate]) -> list[str]:
     """Return lines with the fields of prompts that a template does not read, so that a misspelt one shows."""
-    rows = [prompt.content for prompt in prompts if isinstance(prompt.content, dict)]
-    unread = (
-        describe_unread_columns(rows, match_schemas(rows, template.format.schemas, needs_answer=False))
-        for template in templates.values()
-    )
+    given = [prompt.content for prompt in prompts if isinstance(prompt.content, dict)]
+    unread = []
+    for template in templates.values():
+        matched = [template.match_row(row) for row in given]
+        schemas = [find_schema(row, fitting, needs_answer=False) or fitting[0] for row, fitting in matched]
+        rows, renamed = [row for row, _ in matched], template.columns.names.values()
+        unread.append(describe_unread_columns(rows, schemas, renamed))
     return [f"--prompts: fields that are not read: {names}" for names in dict.fromkeys(unread) if names]
 
 

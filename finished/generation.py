@@ -9,6 +9,7 @@ Shapes: P tokens of a prompt.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gc
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -25,10 +26,14 @@ from transformers import (
 
 from data.answers import decode_answer
 from data.chat import convert_template_errors
+from data.columns import ColumnNames
 from data.dataset_names import first_set, split_name
 from data.encoding import encode_prompt
+from data.evaluation_sets import name_columns
 from data.formats import FORMATS, GUANACO_MARKERS, Format, RenderContext, check_row, continue_dialogue
 from data.reading import find_format
+from data.row_files import Rows
+from data.schemas import Schema
 from data.stop_ids import collect_stop_ids
 from finished.finished_run import Run, load_model, load_tokenizer, open_base, open_run, set_adapter
 from launch.precision import Precision, choose_precision
@@ -76,6 +81,7 @@ class PromptTemplate:
 
     Attributes:
         format: format of the run's rows.
+        columns: the training data's names for columns, which rows of prompts may have, too.
         context: the tokenizer and what else rendering needs.
         max_positions: tokens that the model can attend to.
         stop_ids: tokens that end an answer.
@@ -83,6 +89,7 @@ class PromptTemplate:
     """
 
     format: Format
+    columns: ColumnNames
     context: RenderContext
     max_positions: int
     stop_ids: frozenset[int]
@@ -96,13 +103,20 @@ class PromptTemplate:
         """Make a row of this format from a question alone."""
         return self.format.make_prompt_row(text, self.context.markers)
 
+    def match_row(self, row: dict) -> tuple[dict, list[Schema]]:
+        """Return (the row with the format's names for its columns, the schemas that it may have)."""
+        data, renamed = self.columns.rename(Rows([row], [""]), "--prompts")
+        fitting = [schema for schema in self.format.schemas if set(schema.columns) >= set(renamed.names)]
+        return data.rows[0], fitting or [*self.format.schemas]
+
     def render(self, prompt: Prompt) -> str:
         """Render the prompt's text up to the answer, as in training.
 
         Raises UserError for a row without a question.
         """
         given = self.make_row(prompt.content) if isinstance(prompt.content, str) else prompt.content
-        row = check_row(given, self.format, prompt.origin, needs_answer=False)
+        given, schemas = self.match_row(given)
+        row = check_row(given, self.format, prompt.origin, needs_answer=False, schemas=schemas)
         if not row[self.format.prompt_column]:
             raise UserError(f"{prompt.origin}: {self.format.prompt_column} is empty")
         with convert_template_errors(prompt.origin):
@@ -129,9 +143,10 @@ def make_template(run: Run, dataset_format: str) -> PromptTemplate:
     """
     tokenizer = load_tokenizer(run)
     format_name = dataset_format if dataset_format != "auto" else run.config.dataset_format
+    columns = name_columns(run.config)
     try:
-        name, recipe = find_format(run.config.dataset, format_name, bool(tokenizer.chat_template))
-        markers = recipe.markers
+        name, recipe = find_format(run.config.dataset, format_name, bool(tokenizer.chat_template), columns)
+        markers, columns = recipe.markers, columns.over(ColumnNames.from_recipe(recipe.columns))
     except UserError as e:  # the data is gone; a file has no markers of its own, but a recipe may have
         is_recipe = file_suffix(split_name(first_set(run.config.dataset)).base) == ".toml"
         if format_name == "auto" or (format_name == "guanaco" and is_recipe):
@@ -143,7 +158,8 @@ def make_template(run: Run, dataset_format: str) -> PromptTemplate:
     stop_ids = collect_stop_ids(run.base, run.model_config.eos_token_id, name, context)
     marker = FORMATS[name].marker(context)
     max_positions = run.model_config.max_position_embeddings
-    return PromptTemplate(FORMATS[name], context, max_positions, frozenset(stop_ids), marker)
+    columns = dataclasses.replace(columns, must_exist=False)
+    return PromptTemplate(FORMATS[name], columns, context, max_positions, frozenset(stop_ids), marker)
 
 
 @dataclass(frozen=True)

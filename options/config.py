@@ -15,6 +15,7 @@ from pathlib import Path
 
 import yaml
 
+from options.columns import EXAMPLE, check_columns
 from options.declaration import option, option_fields
 from options.methods import HQQ_BITS, METHODS, Method
 
@@ -84,6 +85,11 @@ class Config:
     dataset_format: str = option("auto", "Model and data", "how a row becomes a text (docs/data.md); auto ="
         " the recipe's, or the one that fits the columns; config.yaml records which one it was",
         choices=DATASET_FORMATS)
+    columns: str | None = option(None, "Model and data", "the data's names for columns of the format:"
+        " question=prompt,answer=reply reads prompt as question; docs/data.md lists the columns", commas=True,
+        convert=check_columns, noun=f"like {EXAMPLE}")
+    text_column: str | None = option(None, "Model and data", "the data's name for the column of plain texts"
+        " or dialogues; the same as --columns text=NAME")
     dataset_samples: int = option(-1, "Model and data", "number of rows used, from the first, of a"
         " mixture of each set; -1 = all (alpaca_sample and dummy: 512)", ge=1, sentinel=-1)
     chat_date: str | None = option(None, "Model and data", "date, as YYYY-MM-DD, for chat templates that"

@@ -6,6 +6,7 @@ import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 
+from options.columns import EXAMPLE, check_column_options, check_columns
 from options.command_line import Command
 from options.config import DATASET_FORMATS
 from options.declaration import argument, option
@@ -39,6 +40,10 @@ class Options:
     dataset: str | None = option(None, "Data", "as train.py takes it; unset = the run's own evaluation set")
     dataset_format: str | None = option(None, "Data", "as train.py takes it; unset = the run's, if the rows"
         " have its columns", choices=DATASET_FORMATS)
+    columns: str | None = option(None, "Data", "as train.py takes it; unset = the run's, where the rows have"
+        " these columns", commas=True, convert=check_columns, noun=f"like {EXAMPLE}")
+    text_column: str | None = option(None, "Data", "as train.py takes it; unset = the run's, where the rows"
+        " have it")
     samples: int = option(-1, "Data", "rows used, from the first; -1 = all", ge=1, sentinel=-1)
     metrics: tuple[str, ...] = option(METRICS, "Measurement", f"comma-separated: {', '.join(METRICS)}",
         convert=parse_metrics, commas=True)
@@ -65,6 +70,8 @@ def parse(argv: list[str]) -> Options:
     Exits with status 0 on --help.
     """
     options = Options(**COMMAND.read(argv))
-    if options.dataset_format is not None and options.dataset is None:
-        raise UserError("--dataset_format: has no effect without --dataset")
+    for name in ("dataset_format", "columns", "text_column"):
+        if getattr(options, name) is not None and options.dataset is None:
+            raise UserError(f"--{name}: has no effect without --dataset")
+    check_column_options(options.columns, options.text_column)
     return options

@@ -59,7 +59,7 @@ class Options:
     prompt: list[str] | None = option(None, "Prompts", "a prompt; may be given several times. Without"
         " --prompt and --prompts: a conversation at the terminal", repeat=True)
     prompts: Path | None = option(None, "Prompts", "file of prompts, one per line; .jsonl or .ndjson: rows"
-        " with the fields of the format, whose answers are ignored")
+        " with the fields of the format or of the data, whose answers are ignored")
     dataset_format: str = option("auto", "Prompts", "format of the prompts; auto = the run's",
         choices=DATASET_FORMATS)
     max_new_tokens: int = option(Sampling.max_new_tokens, "Answers", "longest answer, in tokens", ge=1)

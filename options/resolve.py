@@ -10,6 +10,7 @@ import os
 import time
 from typing import Any
 
+from options.columns import check_column_options
 from options.config import CHECKPOINTS, FIELDS, TOY_DEFAULTS, TOY_MODEL, Config
 from options.errors import UserError
 from options.methods import METHODS, NEEDS
@@ -97,6 +98,7 @@ def _check_values(config: Config) -> None:
         raise UserError(f"--group_size {config.group_size}: must be a multiple of 8")
     if config.quantized_cache == "":
         raise UserError("--quantized_cache: needs a folder")
+    check_column_options(config.columns, config.text_column)
     _check_evaluation(config)
     _check_resume_options(config)
     _check_profiling(config)

@@ -6,8 +6,10 @@ import json
 
 import pytest
 
+from data.columns import NO_NAMES
 from data.evaluation_sets import prepare_sets
 from data.examples import read_examples
+from data.formats import FORMATS, RenderContext, check_row
 from data.tokenizing import tokenize_dataset
 from options.errors import UserError
 from options.train import parse
@@ -115,6 +117,7 @@ def test_sharegpt_in_a_table_and_flags(tmp_path):
     (share(("human", "Hi"), ("tool_call", "f(1)")), "message 2: its value is a text; expected a call"),
     (share(("human", "Hi"), ("function_call", '[{"arguments": {}}]')), "expected a call as JSON"),
     ("Hi", "conversations is a text; expected a list of messages"),
+    ([], "conversations is empty; expected a list of messages"),
     (share(("human", "Hi"), ("system", "Yo")), "no message has the role assistant, only user, system"),
 ])  # fmt: skip
 def test_conversations_that_are_refused(turns, words, tmp_path):
@@ -173,7 +176,9 @@ def test_a_line_says_what_the_tokenizer_decided(tmp_path):
         told = f"data: columns input and output are read as {name}, since the tokenizer has {reason} chat"
         examples = read_examples(str(path), "auto", -1, 100, tokenizer)
         assert examples.format == name and examples.remarks[0].startswith(told)
-        assert read_examples(str(path), name, -1, 100, tokenizer).rendered == examples.rendered
+        for more in ((name, -1, 100, tokenizer), ("auto", -1, 100, tokenizer, None, NO_NAMES, name)):
+            other = read_examples(str(path), *more)  # named, or the format of the training
+            assert other.rendered == examples.rendered and told not in str(other.remarks)
 
 
 BY_NAME = {  # the format that is named, a row: the turns or the text that it becomes
@@ -214,6 +219,21 @@ def test_a_row_that_lacks_its_answer_is_named_with_its_own_column(tmp_path):
         tokenize(tmp_path, [{"prompt": "a", "response": "b"}, {"prompt": "a", "response": None}], CHATML)
     with pytest.raises(UserError, match="column completion is a text; prompt and completion must both be"):
         tokenize(tmp_path, [{"prompt": TALK[:2], "completion": "b"}], CHATML)
+
+
+@pytest.mark.parametrize("row", [
+    {"conversations": share(("human", "Hi"), ("gpt", "Yo"))},
+    {"prompt": "Hi"},
+    {"question": "Hi"},
+    {"instruction": "Hi", "output": "Yo"},
+    {"prompt": talk(("user", "Hi"))},
+])  # fmt: skip
+def test_a_prompt_may_have_any_columns_of_the_format(row):
+    """The prompts of generate.py: with an answer, which is left out, or without."""
+    chat = FORMATS["chat"]
+    text = chat.prompt(check_row(row, chat, "here", needs_answer=False), RenderContext(CHATML))
+    asked = talk(("user", "Hi"))
+    assert text == CHATML.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
 
 
 def test_other_rows_of_a_chat_run_are_asked_through_its_template(checkpoints, tmp_path):

@@ -20,12 +20,14 @@ import evaluate
 import export
 import finished.evaluate
 import train
-from data.formats import ALPACA, FORMATS, RenderContext
+from data.formats import ALPACA, FORMATS, QA, RenderContext
 from data.tokenizing import tokenize_dataset
 from finished.finished_run import load_model, open_run
 from finished.generation import MarkerCriterion
 from models.lora import adapters_off
+from options.errors import UserError
 from options.evaluate import Options
+from options.train import parse
 from tests.helpers import chat_templates
 from tests.helpers.adapters import args_for
 from tests.helpers.finished_runs import write_random_run
@@ -48,6 +50,30 @@ def row_by_row(model, rows) -> float:
             logits = model(input_ids=ids[None]).logits[0].double().log_softmax(-1)
         total -= logits[:-1].gather(1, ids[1:, None])[:, 0][learned[1:]].sum()
     return (total / int(rows.targets().sum())).exp().item()
+
+
+def test_columns_of_the_rows_to_score(tmp_path):
+    """Those of the run where the rows have them; its own option names others, which must be there."""
+    config, _ = parse(["--dataset_format", "qa", "--columns", "question=ask,answer=reply"])
+    asked = {"ask": "Why?", "reply": "So.", "say": "No."}
+    for name, row in (("same", asked), ("own", {"question": "Why?", "answer": "So."})):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row))
+
+    def read(name: str, **more) -> str:
+        chosen = Options(run="", dataset=str(tmp_path / f"{name}.jsonl"), **more)
+        _, (rendered,), _ = finished.evaluate.read_rows(SimpleNamespace(config=config), chosen, BYTES)
+        return rendered.text
+
+    why = QA.format(question="Why?")
+    assert read("same") == read("own") == read("same", dataset_format="qa") == why + "So."
+    for dataset_format in (None, "qa"):
+        more = {"columns": "question=ask,answer=say", "dataset_format": dataset_format}
+        assert read("same", **more) == why + "No."
+        with pytest.raises(
+            UserError, match=r"own\.jsonl: --columns question=ask: the data has no column ask"
+        ):
+            read("own", **more)
+    assert read("same", text_column="say") == "No."
 
 
 # Models

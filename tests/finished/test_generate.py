@@ -201,6 +201,19 @@ def test_fields_of_prompts_that_are_not_read_are_told(runs, tmp_path, capsys):
     assert [json.loads(line)["prompt"]["instruction"] for line in shown.out.splitlines()] == ["Say 1."] * 2
 
 
+def test_rows_with_the_data_s_names_as_prompts(runs, tmp_path, capsys):
+    copy, file = shutil.copytree(runs[0], tmp_path / "copy"), tmp_path / "ask.jsonl"
+    text = (copy / "config.yaml").read_text()
+    (copy / "config.yaml").write_text(text.replace("columns: null", "columns: instruction=ask,output=reply"))
+    file.write_text('{"ask": "Add.", "reply": "3", "id": 7}\n{"instruction": "Add.", "output": "3"}\n')
+    asked = [str(copy), "--prompts", str(file), "--max_new_tokens", "1", "--compare", "false", "--json"]
+    assert generate.main(asked) == 0
+    shown = capsys.readouterr()
+    assert shown.err == "--prompts: fields that are not read: id\n"
+    rendered = [json.loads(line)["rendered"] for line in shown.out.splitlines()]
+    assert rendered == [ALPACA.format(instruction="Add.")] * 2
+
+
 def test_a_run_of_stanfords_prompt_is_asked_with_it(runs, tmp_path, capsys):
     copy = shutil.copytree(runs[0], tmp_path / "copy")
     text = (copy / "config.yaml").read_text()

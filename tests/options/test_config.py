@@ -322,6 +322,8 @@ def odd_values(name: str) -> list:
         return list(meta["choices"])
     if name == "chat_date":
         return ["2026-11-29"]
+    if name == "columns":
+        return ["a=b", "question=a: b=c,answer=#d", "text=日本"]
     numbers = [-1, 0, 1, 2, 7, 8, 64, 65535, 2**31 - 1, 2**62]
     numbers += [0.1, 1e-5, 1e-10, 123456.789, 1 / 3, 1e300, float("inf")] if kind is float else []
     values = {str: ODD_TEXTS, bool: [True, False], int: numbers, float: list(map(float, numbers))}[kind]

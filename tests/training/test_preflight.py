@@ -432,6 +432,27 @@ DATA = {
         {},
         ["sharegpt.jsonl:1", "message 1: from is alien", "docs/data.md"],
     ),
+    "named.csv": (
+        "a,b\nx,y\n",
+        {"columns": "question=a,answer=c"},
+        ["--columns answer=c: the data has no column c; its columns are a, b", "docs/data.md"],
+    ),
+    "unread.csv": (
+        "a,b\nx,y\n",
+        {"columns": "question=a,anwser=b"},
+        ["--columns anwser=b: no format reads a column anwser; the columns are messages,", "docs/data.md"],
+    ),
+    "apart.csv": (
+        "a,b\nx,y\n",
+        {"columns": "question=a,output=b"},
+        ["--columns question=a, --columns output=b: no format reads the columns question, output together"],
+    ),
+    "other.csv": (
+        "a,b\nx,y\n",
+        {"columns": "question=a,answer=b", "dataset_format": "alpaca"},
+        ["--columns question=a: the format alpaca does not read a column question; the columns are"],
+    ),
+    "body.csv": ("body\nx\n", {"text_column": "text"}, ["--text_column text: the data has no column text"]),
     "infinite.jsonl": (ROW + '{"instruction": "x", "output": 1e400}\n', {}, ["infinite.jsonl:2", "1e400"]),
     "null.jsonl": (ROW + '{"instruction": "x", "output": null}\n', {}, ["null.jsonl:2", "output"]),
     "nested.jsonl": (ROW + '{"instruction": "x", "output": {}}\n', {}, ["nested.jsonl:2", "output"]),
