@@ -83,9 +83,14 @@ class Schema:
         needed = self.required if needs_answer else [c for c in self.required if c != self.answer_column]
         missing = [column for column in needed if row.get(column) is None]
         if missing:
-            found = join_columns([str(column) for column in row if row[column] is not None])
+            found = [str(column) for column in row if row[column] is not None]
             columns = f"columns {', '.join(missing)} are" if len(missing) > 1 else f"column {missing[0]} is"
-            raise UserError(f"{error_prefix}: {columns} missing or empty; columns with content: {found}")
+            has_others = needs_answer and not {*found} <= {*self.columns}
+            remedy = "; --columns says which to read as these (docs/data.md)" if has_others else ""
+            raise UserError(
+                f"{error_prefix}: {columns} missing or empty; columns with content:"
+                f" {join_columns(found)}{remedy}"
+            )
         values = {column: row.get(column) for column in self.columns}
         if self.has_texts:
             values = {column: _check_text(value, column, error_prefix) for column, value in values.items()}

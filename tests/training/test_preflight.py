@@ -415,7 +415,11 @@ DATA = {
     "short.csv": ("instruction,output\na,b\nc\n", {}, ["short.csv:3", "columns"]),
     "long.csv": ("instruction,output\na,b,c\n", {}, ["long.csv:2", "columns"]),
     "damaged.parquet": (b"PAR1 and nothing behind it", {}, ["not a parquet file"]),
-    "named.jsonl": (ROW, {"dataset_format": "qa"}, ["named.jsonl:1", "question", "instruction, output"]),
+    "named.jsonl": (
+        ROW,
+        {"dataset_format": "qa"},
+        ["named.jsonl:1", "question", "instruction, output; --columns says"],
+    ),
     "unknown.jsonl": ('{"a": "x", "b": "y"}\n', {}, ["a, b", "alpaca: instruction, output"]),
     "mixed.jsonl": (
         ROW + CHAT,
