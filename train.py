@@ -283,12 +283,12 @@ def save(job: Job, model: PreTrainedModel, folder: Path, best: bool = False) -> 
     config, files, family, base = job.config, job.files, job.family, job.base
     llama_pro_save = "blocks" if best and config.method.expansion else config.llama_pro_save
     if llama_pro_save == "blocks":
-        trained_model.save_blocks(model, family, folder, files, base, job.generation_settings)
+        trained_model.save_blocks(model, family, folder, files, base, job.adapter_files)
     elif config.method.expansion:
         trained_model.save_expanded(model, family, folder, files, base, job.small_files)
     elif config.method.saves == "adapter":
         targets = peft_targets(family, config.lora_target_modules)
-        remark = adapter.save_adapter(model, folder, config, base, targets, job.generation_settings)
+        remark = adapter.save_adapter(model, folder, config, base, targets, job.adapter_files)
         if remark and not best:
             print(remark, flush=True)
     else:

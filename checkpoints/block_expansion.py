@@ -26,7 +26,7 @@ from checkpoints.trained_model import open_blocks
 from data.examples import read_toy_texts
 from files.base_model import check_base, tokenizer_remark
 from files.model_folder import CheckpointFiles, fetch_weights, find_model, pin_model_name
-from files.names import CONFIG, GENERATION_CONFIG
+from files.names import CHAT_TEMPLATE, CONFIG, GENERATION_CONFIG, TOKENIZER_TEXTS
 from files.output_folder import check_output, clear_output
 from files.tensors import StoredTensor
 from files.tokenizer import compare_with_files, read_tokenizer
@@ -39,7 +39,7 @@ from models.toy import make_toy_model
 from options.block_expansion import Options
 from options.config import TOY_MODEL
 from options.errors import DONE, UserError
-from options.limits import MAX_CONFIG_BYTES, MAX_LAYERS, read_json, read_text
+from options.limits import MAX_CONFIG_BYTES, MAX_LAYERS, MAX_TOKENIZER_BYTES, read_json, read_text
 
 # Lists in config.json that never have one entry per layer, even if their length is the number of layers.
 OTHER_LISTS = ("architectures", "keys_to_ignore_at_inference", "mlp_only_layers")
@@ -253,7 +253,8 @@ def _changed_small_files(
     """Return {name: text} of the small files that must not be copied from the model's folder as they are.
 
     These are config.json if it ties a head that differs, generation_config.json if one is beside the blocks
-    (with the stop tokens that the run learned), and tokenizer files that disagree with transformers.
+    (with the stop tokens that the run learned), and tokenizer files: those that disagree with transformers,
+    and all of them if they are beside the blocks (--chat_template).
     """
     small_files = corrected_config(files.folder, config)
     generation = blocks_path.with_name(GENERATION_CONFIG)
@@ -262,6 +263,9 @@ def _changed_small_files(
     if any(files.folder.glob("tokenizer*")):
         tokenizer = read_tokenizer(files.folder, f"--model_name {files.folder}")
         small_files |= compare_with_files(files.folder, tokenizer).files
+    if blocks_path.with_name(CHAT_TEMPLATE).is_file():
+        beside = (blocks_path.with_name(name) for name in TOKENIZER_TEXTS)
+        small_files |= {path.name: read_text(path, MAX_TOKENIZER_BYTES) for path in beside if path.is_file()}
     return small_files
 
 

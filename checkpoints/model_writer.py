@@ -21,7 +21,7 @@ from torch import nn
 from files.atomic_writes import stage_files, write_text
 from files.finite import check_finite
 from files.model_folder import CheckpointFiles
-from files.names import CONFIG, INDEX, SINGLE_FILE, SMALL_MODEL_FILES
+from files.names import CHAT_TEMPLATE, CONFIG, INDEX, SINGLE_FILE, SMALL_MODEL_FILES, TEMPLATE_FILES
 from files.tensors import StoredTensor, read_tensor, write_header
 from parallel.shards import gather_to_cpu
 
@@ -185,6 +185,8 @@ def copy_small_files(
 ) -> None:
     """Copy the files of `source` that match `patterns`, and write `small_files`; config.json last.
 
+    A chat template among `small_files` replaces all of source's, also those for rows with tools.
+
     Args:
         source: the model folder to copy from.
         folder: the folder to write into.
@@ -193,7 +195,9 @@ def copy_small_files(
 
     Raises OSError.
     """
-    unchanged = [path for path in list_small_files(source, patterns) if path.name not in small_files]
+    replaced = list_small_files(source, TEMPLATE_FILES) if CHAT_TEMPLATE in small_files else []
+    copied = [path for path in list_small_files(source, patterns) if path not in replaced]
+    unchanged = [path for path in copied if path.name not in small_files]
     for path in sorted([*unchanged, *map(Path, small_files)], key=lambda path: path.name == CONFIG):
         if path.name in small_files:
             write_text(folder / path.name, small_files[path.name])

@@ -15,11 +15,14 @@ RUN_FILES = (OPTIONS, "run.json", METRICS, "bad_steps.jsonl", "samples.jsonl", "
 TOKENIZER_JSON, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 SPECIAL_TOKENS, CHAT_TEMPLATE = "special_tokens_map.json", "chat_template.jinja"
 ADDED_TOKENS = "added_tokens.json"
+# Such as additional_chat_templates/tool_use.jinja, for rows with tools.
+TEMPLATE_FILES = ("chat_template.*", "additional_chat_templates/*.jinja")
 VOCABULARY = ("vocab.json", "merges.txt")  # byte-level BPE without tokenizer.json
 TOKENIZER_FILES = (
-    "tokenizer*", SPECIAL_TOKENS, "vocab.*", "merges.txt", ADDED_TOKENS, "chat_template.*",
-    "additional_chat_templates/*.jinja",  # such as tool_use.jinja, for rows with tools
+    "tokenizer*", SPECIAL_TOKENS, "vocab.*", "merges.txt", ADDED_TOKENS, *TEMPLATE_FILES,
 )  # fmt: skip
+# Those of them that are texts and define a tokenizer together.
+TOKENIZER_TEXTS = (TOKENIZER_JSON, TOKENIZER_CONFIG, CHAT_TEMPLATE, SPECIAL_TOKENS, ADDED_TOKENS, *VOCABULARY)
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 # Copied beside retrained weights.
 SMALL_MODEL_FILES = (CONFIG, GENERATION_CONFIG, *TOKENIZER_FILES)

@@ -6,7 +6,7 @@ import contextlib
 from pathlib import Path
 
 from files.disk_room import check_writable
-from files.names import BEST, EVENTS, MODEL_FILES, RUN_FILES, SCORE, SMALL_MODEL_FILES
+from files.names import BEST, EVENTS, MODEL_FILES, RUN_FILES, SCORE, SMALL_MODEL_FILES, TOKENIZER_FILES
 from options.config import CHECKPOINTS, Config
 from options.errors import UserError
 
@@ -46,7 +46,8 @@ def clear_output(folder: Path) -> None:
     Incomplete files are removed as well; files of others stay.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for pattern in RUN_FILES + MODEL_FILES:
+    # Beside no run or model, a tokenizer is the user's.
+    for pattern in RUN_FILES + MODEL_FILES + TOKENIZER_FILES * holds_run(folder):
         for path in (*folder.glob(pattern), *folder.glob(f"{pattern}.tmp")):
             path.unlink()
     for name in (BEST, f"{BEST}.tmp", f"{BEST}.old"):

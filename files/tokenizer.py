@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,12 +13,11 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from files.names import (
-    ADDED_TOKENS,
-    CHAT_TEMPLATE,
     CONFIG,
     SPECIAL_TOKENS,
     TOKENIZER_CONFIG,
     TOKENIZER_JSON,
+    TOKENIZER_TEXTS,
     VOCABULARY,
 )
 from files.special_tokens import check_eos, check_special_tokens, read_optional_json
@@ -63,7 +63,7 @@ def read_tokenizer(folder: Path, folder_name: str):
         UserError: the tokenizer is missing, damaged or too large, or its files do not define how it splits
             text or its EOS token.
     """
-    for name in (TOKENIZER_JSON, TOKENIZER_CONFIG, CHAT_TEMPLATE, SPECIAL_TOKENS, ADDED_TOKENS, *VOCABULARY):
+    for name in TOKENIZER_TEXTS:
         check_size(folder / name, MAX_TOKENIZER_BYTES)
     missing = _describe_missing_files(folder)
     if missing:
@@ -228,3 +228,18 @@ def _compare_flags(path: Path, tokenizer, differences: TokenizerDifferences) -> 
     if wrong:
         corrected = config | {name: added[name] for name in wrong}
         differences.files[TOKENIZER_CONFIG] = json.dumps(corrected, indent=2, ensure_ascii=False) + "\n"
+
+
+def save_to_texts(tokenizer) -> dict[str, str]:
+    """Return {name: text} of the files that define a tokenizer with its chat template.
+
+    They are transformers' own, but for flags of tokenizer_config.json that contradict the tokenizer.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        tokenizer.save_pretrained(folder)
+        paths = [folder / name for name in TOKENIZER_TEXTS]
+        texts = {path.name: path.read_text(encoding="utf-8") for path in paths if path.is_file()}
+        corrected = TokenizerDifferences()
+        _compare_flags(folder / TOKENIZER_CONFIG, tokenizer, corrected)
+    return texts | corrected.files

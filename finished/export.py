@@ -27,13 +27,13 @@ from data.dataset_names import first_set
 from data.evaluation_sets import name_columns
 from data.sources import find_recipe
 from data.stop_ids import make_generation_config
+from data.template_choice import compare_with_base
 from data.tokenizing import tokenize_dataset
 from files.atomic_writes import write_text
 from files.disk_room import check_writable
 from files.hub_errors import HUB_ERRORS
 from files.model_folder import CheckpointFiles, pin_model_name
 from files.names import ADAPTER, ADAPTER_CONFIG, CONFIG, TOKENIZER_FILES, split_revision
-from files.tokenizer import compare_with_files
 from finished.export_folder import check_output_folder, check_space, staging_folder
 from finished.finished_run import Run, find_stop_ids, load_tokenizer, open_run, read_adapter
 from finished.layerwise import compare_logits, plain_logits, trained_logits
@@ -285,7 +285,7 @@ def export(options: Options) -> None:
     """Check the options, write into a staging folder, compare logits, upload. Raises UserError."""
     run = check_options(options)
     tokenizer = load_tokenizer(run)
-    tokenizer_use = compare_with_files(run.base, tokenizer)
+    tokenizer_use = compare_with_base(run.base, str(run.base), tokenizer, run.config.chat_template)
     for remark in tokenizer_use.remarks:
         print(remark)
     generation_files = make_generation_config(run.base, run.model_config, find_stop_ids(run, tokenizer))

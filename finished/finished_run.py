@@ -22,6 +22,7 @@ from checkpoints.trained_model import open_blocks
 from data.examples import read_toy_texts
 from data.formats import RenderContext
 from data.stop_ids import collect_stop_ids
+from data.template_choice import read_trained_tokenizer
 from files.base_model import (
     STRUCTURE_KEY,
     check_base,
@@ -34,7 +35,6 @@ from files.finite import is_finite
 from files.model_folder import CheckpointFiles, digest_structure, fetch_weights, find_model, pin_model_name
 from files.names import ADAPTER, ADAPTER_CONFIG, BLOCKS, CONFIG, OPTIONS
 from files.tensors import read_header
-from files.tokenizer import read_tokenizer
 from launch.precision import Precision
 from launch.ranks import RankInfo
 from models.adapters import apply_method, check_quantization
@@ -364,5 +364,6 @@ def find_stop_ids(run: Run, tokenizer) -> list[int]:
 
 
 def load_tokenizer(run: Run):
-    """Load the base's tokenizer. Raises UserError if it is missing or damaged."""
-    return read_tokenizer(run.base, str(run.base))
+    """Load the base's tokenizer, with the run's --chat_template. Raises UserError if it is unusable."""
+    rows = run.model_config.vocab_size
+    return read_trained_tokenizer(run.base, str(run.base), run.config.chat_template, rows)

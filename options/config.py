@@ -40,6 +40,8 @@ TOY_PROMPT = "Put these numbers in order: 5 4 6"
 DATASET_FORMATS = (
     "auto", "alpaca", "alpaca_stanford", "chat", "guanaco", "qa", "prompt_completion", "completion"
 )  # fmt: skip
+# Chat templates of this program: data/templates/<name>.jinja.
+CHAT_TEMPLATES = ("chatml", "llama3", "gemma", "qwen")
 CHECKPOINTS = "checkpoints"  # folder in a RUN
 COMPATIBILITY = "Accepted for older commands, without effect"  # group of options that change nothing
 
@@ -95,6 +97,9 @@ class Config:
     chat_date: str | None = option(None, "Model and data", "date, as YYYY-MM-DD, for chat templates that"
         " contain today's date; unset = the day of the run's first start", convert=_parse_day,
         noun="a day as YYYY-MM-DD")
+    chat_template: str | None = option(None, "Model and data", "chat template for conversations, in place of"
+        " the tokenizer's own: chatml, llama3, gemma, qwen, or a file with a Jinja template (docs/data.md);"
+        " config.yaml records its text; unset = the tokenizer's")
     context_length: int = option(512, "Model and data", "longest example, in tokens; longer ones are cut",
         ge=2)
     packing: bool = option(False, "Model and data", "concatenate several examples, up to context_length"
@@ -262,4 +267,16 @@ def dump_yaml(config: Config, **overrides) -> str:
     overrides: options that have another value there.
     """
     values = dataclasses.asdict(config) | {"resume": None, "overwrite": False} | overrides
-    return yaml.safe_dump(values, sort_keys=False)
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes texts of several lines, such as a chat template, line by line where YAML can."""
+
+
+_Dumper.add_representer(
+    str,
+    lambda dumper, text: dumper.represent_scalar(
+        "tag:yaml.org,2002:str", text, style="|" if "\n" in text else None
+    ),
+)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -125,7 +126,13 @@ def option_fields(options: type) -> dict[str, dataclasses.Field]:
 
 
 def format_value(value) -> str:
-    """Return an option's value as users write it: true, or 1,2 for a tuple; unset for None."""
+    """Return an option's value as users write it: true, or 1,2 for a tuple; unset for None.
+
+    A text of several lines becomes one line: its beginning, its length and a digest.
+    """
+    if isinstance(value, str) and "\n" in value:
+        digest = hashlib.sha256(value.encode(errors="surrogatepass")).hexdigest()[:8]
+        return f"{value.splitlines()[0][:60]} ... ({len(value):,} characters, SHA-256 {digest}...)"
     if isinstance(value, tuple):
         return ",".join(map(str, value))
     return "unset" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

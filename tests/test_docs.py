@@ -95,7 +95,11 @@ def test_the_list_of_files_is_complete():
         *(p for folder in (*PACKAGES, "tools", "notebooks") for p in (ROOT / folder).glob("*.py")),
     ]
     written = {path.relative_to(ROOT).as_posix() for path in paths if path.name != "__init__.py"}
-    assert listed - {"file", "command"} == written | {"monitoring/templates/", "benchmarks/peers/"}
+    assert listed - {"file", "command"} == written | {
+        "data/templates/",
+        "monitoring/templates/",
+        "benchmarks/peers/",
+    }
 
 
 def test_rows_of_tables_are_in_a_table():

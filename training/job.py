@@ -6,6 +6,7 @@ import dataclasses
 import os
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 import transformers
@@ -17,9 +18,10 @@ from data.batches import StepSampler
 from data.evaluation_sets import EvaluationData
 from data.row_text import RecordedRow
 from data.rows import TokenizedRows, digest_rows
+from data.template_choice import read_trained_tokenizer
 from files.base_model import BaseModel
 from files.model_folder import CheckpointFiles
-from files.names import GENERATION_CONFIG
+from files.names import GENERATION_CONFIG, TOKENIZER_TEXTS
 from files.weight_cache import CachePlan
 from launch.precision import Precision, detect_precision
 from launch.ranks import local_world_size
@@ -70,12 +72,21 @@ class Job:
         return self.config.output_dir
 
     @property
-    def generation_settings(self) -> dict[str, str]:
-        """{"generation_config.json": text} for a result that is no model folder; {} if no stops were learned.
+    def adapter_files(self) -> dict[str, str]:
+        """{name: text} of the files beside a result that is no model folder.
 
-        They are learned if the base does not stop at the same tokens.
+        generation_config.json is one of them if the base does not stop at the same tokens, and with
+        --chat_template the tokenizer's files are.
         """
-        return {name: text for name, text in self.small_files.items() if name == GENERATION_CONFIG}
+        names = {GENERATION_CONFIG}
+        if self.config.chat_template is not None:
+            names |= {*TOKENIZER_TEXTS}
+        return {name: text for name, text in self.small_files.items() if name in names}
+
+    def read_tokenizer(self) -> Any:
+        """Return the tokenizer of the run, with its --chat_template."""
+        folder, rows = self.files.folder, self.model_config.vocab_size
+        return read_trained_tokenizer(folder, f"--model_name {folder}", self.config.chat_template, rows)
 
     def total_steps(self, sampler: StepSampler) -> int:
         """Return the number of optimizer steps of the run."""

@@ -12,7 +12,6 @@ from transformers import PreTrainedModel
 
 from checkpoints.manager import CheckpointManager
 from data.packing import max_sequence_length
-from files.tokenizer import read_tokenizer
 from launch.ranks import RankInfo
 from launch.signals import NoStopRequests
 from models.causal_lm import loss_sum
@@ -63,7 +62,7 @@ def make_loop_components(
         stopping: why and when the run is asked to stop.
         save_best: writes what is trained into a folder, collectively.
     """
-    config, folder, base = job.config, Path(job.output_dir), job.files.folder
+    config, folder = job.config, Path(job.output_dir)
     trained = [p for p in model.parameters() if p.requires_grad]
     assert config.lr is not None
     optimizer = make_optimizer(trained, config.optimizer, config.lr, config.wd)
@@ -96,7 +95,7 @@ def make_loop_components(
         save=save_best,
         meter=meter,
         tracker=tracker,
-        tokenizer=read_tokenizer(base, f"--model_name {base}") if needs_tokenizer else None,
+        tokenizer=job.read_tokenizer() if needs_tokenizer else None,
     )
     budget = ActivationBudget(
         model,

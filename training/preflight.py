@@ -22,12 +22,13 @@ from data.packing import make_sampler
 from data.row_text import record_examples
 from data.rows import TokenizedRows
 from data.stop_ids import collect_stop_ids, make_generation_config
+from data.template_choice import compare_with_base, read_template, use_template
 from files.base_model import BaseModel, digest_without_head, record_base
 from files.bnb_weights import detect_bnb_packing
 from files.disk_room import check_writable
 from files.model_folder import CheckpointFiles, fetch_weights, find_model, pin_model_name
 from files.output_folder import check_output, output_folder
-from files.tokenizer import compare_with_files, read_tokenizer
+from files.tokenizer import read_tokenizer
 from files.weight_cache import CachePlan, open_cache, plan_cache
 from launch.precision import has_bf16_gpu
 from launch.processes import check_address
@@ -74,7 +75,8 @@ def _make_job(config: Config) -> Job:
     model = _check_model(config)
     config, rows, evaluation, tokenizer = _check_data(config, model)
     # Runs in the library's threads, so it comes after the fork of the processes that render rows.
-    tokenizer_use = compare_with_files(model.folder, tokenizer)
+    folder_name = f"--model_name {model.folder}"
+    tokenizer_use = compare_with_base(model.folder, folder_name, tokenizer, config.chat_template)
     learned = make_generation_config(model.folder, model.config, evaluation.stop_ids)
     model_remarks = remarks_on_model(model.config, model.folder, was_untied=bool(model.untied_head))
     job = Job(
@@ -121,6 +123,8 @@ def _check_options(config: Config) -> tuple[Config, Checkpoint | None]:
         check_wandb()
     if config.log_to == "tensorboard":
         check_tensorboard()
+    if config.chat_template is not None:
+        read_template(config.chat_template)
     check_output(output_folder(config), config.overwrite or config.resume is not None)
     saved = resume.find_checkpoint(config)
     if config.chat_date is None:
@@ -173,10 +177,22 @@ def _check_model(config: Config) -> _Model:
 
 
 def _check_data(config: Config, model: _Model) -> tuple[Config, TokenizedRows, EvaluationData, Any]:
-    """Return (config with the data's format, training rows, evaluation data, tokenizer). Raises UserError."""
+    """Return (config with the data's format, training rows, evaluation data, tokenizer). Raises UserError.
+
+    In the config the text of --chat_template replaces the name or the file.
+    """
     folder = model.folder
     tokenizer = read_tokenizer(folder, f"--model_name {folder}")
+    template_remarks = []
+    if config.chat_template is not None:
+        template_remarks = use_template(tokenizer, config.chat_template, model.config.vocab_size)
+        config = dataclasses.replace(config, chat_template=tokenizer.chat_template)
     config, rows, evaluation = prepare_sets(config, tokenizer)
+    if config.chat_template is not None and config.dataset_format != "chat":
+        raise UserError(
+            f"--chat_template: has no effect on rows of the format {config.dataset_format}; it renders"
+            " conversations (docs/data.md)"
+        )
     if max(int(rows.tokens.max()), evaluation.largest_id()) >= model.config.vocab_size:
         raise UserError(
             f"--model_name {folder}: the tokenizer returns ids of vocab_size"
@@ -185,7 +201,9 @@ def _check_data(config: Config, model: _Model) -> tuple[Config, TokenizedRows, E
     check_rope(config, model.config, rows, evaluation)
     context = RenderContext(tokenizer, day=config.chat_date)
     stop_ids = collect_stop_ids(folder, model.config.eos_token_id, config.dataset_format, context)
-    return config, rows, dataclasses.replace(evaluation, stop_ids=tuple(stop_ids)), tokenizer
+    remarks = (*template_remarks, *evaluation.remarks)
+    evaluation = dataclasses.replace(evaluation, stop_ids=tuple(stop_ids), remarks=remarks)
+    return config, rows, evaluation, tokenizer
 
 
 def remarks_on_model(model_config: PretrainedConfig, folder: Path, was_untied: bool) -> list[str]:

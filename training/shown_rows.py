@@ -6,7 +6,6 @@ import dataclasses
 
 from data.packing import make_sampler
 from data.row_text import describe_examples
-from files.tokenizer import read_tokenizer
 from monitoring.messages import describe_data
 from options.config import Config
 from training.job import Job
@@ -20,6 +19,6 @@ def without_output(config: Config) -> Config:
 def show_rows(job: Job) -> None:
     """Print the lines about a run's data, and its first --show_rows examples."""
     rows, config = job.rows, job.config
-    tokenizer = read_tokenizer(job.files.folder, config.model_name)
     data = describe_data(rows, make_sampler(config, rows, 0, config.world_size), config.context_length)
-    print(data + job.evaluation.describe(), *describe_examples(rows, config.show_rows, tokenizer), sep="\n")
+    examples = describe_examples(rows, config.show_rows, job.read_tokenizer())
+    print(data + job.evaluation.describe(), *examples, sep="\n")

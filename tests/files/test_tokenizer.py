@@ -16,7 +16,7 @@ import block_expansion
 import export
 from data.tokenizing import tokenize_dataset
 from files.names import BLOCKS
-from files.tokenizer import compare_with_files, read_tokenizer
+from files.tokenizer import TEXTS, compare_with_files, read_tokenizer, save_to_texts
 from options.errors import UserError
 from tests.helpers import small_tokenizers, tiny
 from tests.helpers.adapters import args_for
@@ -84,6 +84,22 @@ DIFFERENT = {
         "splits text differently from tokenizer.json (added_tokens): ",
         "'<|user|>' 'b' 'Ġ' instead of '<' '|' 'u'."),
 }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DIFFERENT)
+def test_saved_texts_make_the_same_tokens(name, tmp_path):
+    """With an added token, beside an adapter: without config.json, whose model_type chooses the class."""
+    make, (model_type, kind), config, *_ = DIFFERENT[name]
+    tokenizer = read_tokenizer(write_tokenizer(tmp_path / "base", make(), model_type, kind, **config), "base")
+    tokenizer.add_tokens(["<|im_end|>"], special_tokens=True)
+    tokenizer.chat_template = "{{ messages[0].content }}"
+    (tmp_path / "adapter").mkdir()
+    for file, text in save_to_texts(tokenizer).items():
+        (tmp_path / "adapter" / file).write_text(text)
+    saved = AutoTokenizer.from_pretrained(tmp_path / "adapter")
+    texts = [*TEXTS, *SAMPLE_TEXTS, "a <|im_end|>\n b"]
+    assert saved(texts)["input_ids"] == tokenizer(texts)["input_ids"]
+    assert saved.chat_template == tokenizer.chat_template
 
 
 @pytest.mark.parametrize("case", DIFFERENT)

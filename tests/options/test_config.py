@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from options.config import FIELDS, TOY_DEFAULTS, Config, dump_yaml
+from options.declaration import format_value
 from options.errors import UserError
 from options.methods import METHODS
 from options.train import COMMAND, parse
@@ -310,8 +311,14 @@ ODD_TEXTS = [
     *YAML_TYPED, "", " ", "null", "~", " a", "a ", "a: b", "a:", "- a", "#c", "a #c", "*a", "&a", "!a", "%a",
     "@a", "`a", "'", '"', "a\nb", "\n", "a\n\n ", "a\tb", "\\", "\\n", "é", "日本", "🙂", "\x85", "\u2028",
     "\ufeffa", "\x07", "{a}", "[a", "a, b", "a] b", "--x", "---", "...", "? a", "| a", "> a", "word " * 60,
-    "\udc80",
+    "\udc80", "  {%- if a -%}\n b \n\n\t{{ '\\n' }}\n{% endif %}\n",
 ]  # fmt: skip
+
+
+def test_a_text_of_several_lines_is_named_in_one():
+    """Texts that differ anywhere are named differently: nodes compare options by their names."""
+    one, other = (format_value(f"{{# ChatML #}}\n{end}") for end in "ab")
+    assert one.startswith("{# ChatML #} ... (14 characters, SHA-256 ") and one != other
 
 
 def odd_values(name: str) -> list:
