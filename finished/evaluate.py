@@ -30,7 +30,7 @@ from files.atomic_writes import nonfinite_to_null, write_text
 from files.disk_room import check_writable
 from files.names import BEST
 from finished.finished_run import Run, find_stop_ids, load_model, load_tokenizer, open_base, open_run
-from finished.generation import MarkerCriterion
+from finished.prompt_template import MarkerCriterion
 from finished.text_scores import TEXT_METRICS, scored_with
 from launch.precision import choose_precision, has_bf16_gpu
 from launch.program import print_error, quiet_libraries

@@ -14,17 +14,8 @@ import torch
 
 from data.recognition import describe_unread_columns
 from data.schemas import find_schema
-from finished.generation import (
-    BASE,
-    Answer,
-    AnsweringModels,
-    AnswerStreamer,
-    Conversation,
-    PromptTemplate,
-    has_bf16,
-    make_template,
-    open_runs,
-)
+from finished.generation import BASE, AnsweringModels, has_bf16, make_template, open_runs
+from finished.prompt_template import Answer, AnswerStreamer, Conversation, PromptTemplate
 from launch.program import print_error, quiet_libraries
 from options.errors import UserError
 from options.generate import Options, Prompt

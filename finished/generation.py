@@ -11,38 +11,27 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Iterator
 
 import torch
-from transformers import (
-    GenerationConfig,
-    PreTrainedModel,
-    StoppingCriteria,
-    StoppingCriteriaList,
-    TextStreamer,
-)
+from transformers import GenerationConfig, PreTrainedModel, StoppingCriteriaList
 
 from data.answers import decode_answer
-from data.chat import convert_template_errors
 from data.columns import ColumnNames
 from data.dataset_names import first_set, split_name
-from data.encoding import encode_prompt
 from data.evaluation_sets import name_columns
-from data.formats import FORMATS, GUANACO_MARKERS, Format, RenderContext, check_row, continue_dialogue
+from data.formats import FORMATS, GUANACO_MARKERS, RenderContext
 from data.reading import find_format
-from data.row_files import Rows
-from data.schemas import Schema
 from data.stop_ids import collect_stop_ids
 from finished.finished_run import Run, load_model, load_tokenizer, open_base, open_run, set_adapter
+from finished.prompt_template import Answer, AnswerStreamer, MarkerCriterion, PromptTemplate
 from launch.precision import Precision, choose_precision
 from models.adapters import replace_adapters
 from models.dora import cached_norms
 from models.lora import adapters_off
 from options.data_files import file_suffix
 from options.errors import UserError
-from options.generate import Prompt, Sampling
+from options.generate import Sampling
 
 BASE = "base"
 
@@ -75,67 +64,6 @@ def _describe_packing(run: Run) -> str:
     return f"packed by {config.method.quantizer}{more}"
 
 
-@dataclass(frozen=True)
-class PromptTemplate:
-    """How a run's training wrote its prompts.
-
-    Attributes:
-        format: format of the run's rows.
-        columns: the training data's names for columns, which rows of prompts may have, too.
-        context: the tokenizer and what else rendering needs.
-        max_positions: tokens that the model can attend to.
-        stop_ids: tokens that end an answer.
-        marker: text that ends an answer, or None.
-    """
-
-    format: Format
-    columns: ColumnNames
-    context: RenderContext
-    max_positions: int
-    stop_ids: frozenset[int]
-    marker: str | None
-
-    @property
-    def tokenizer(self) -> Any:
-        return self.context.tokenizer
-
-    def make_row(self, text: str) -> dict:
-        """Make a row of this format from a question alone."""
-        return self.format.make_prompt_row(text, self.context.markers)
-
-    def match_row(self, row: dict) -> tuple[dict, list[Schema]]:
-        """Return (the row with the format's names for its columns, the schemas that it may have)."""
-        data, renamed = self.columns.rename(Rows([row], [""]), "--prompts")
-        fitting = [schema for schema in self.format.schemas if set(schema.columns) >= set(renamed.names)]
-        return data.rows[0], fitting or [*self.format.schemas]
-
-    def render(self, prompt: Prompt) -> str:
-        """Render the prompt's text up to the answer, as in training.
-
-        Raises UserError for a row without a question.
-        """
-        given = self.make_row(prompt.content) if isinstance(prompt.content, str) else prompt.content
-        given, schemas = self.match_row(given)
-        row = check_row(given, self.format, prompt.origin, needs_answer=False, schemas=schemas)
-        if not row[self.format.prompt_column]:
-            raise UserError(f"{prompt.origin}: {self.format.prompt_column} is empty")
-        with convert_template_errors(prompt.origin):
-            text = self.format.prompt(row, self.context)
-            text.encode()
-        return text
-
-    def encode(self, text: str, origin: str) -> torch.Tensor:
-        """Tokenize a prompt's text: [1, P] int64. Raises UserError if it leaves no room for an answer."""
-        ids = encode_prompt(text, self.tokenizer, self.format.add_special_tokens)
-        if not ids:
-            raise UserError(f"{origin}: is empty")
-        if len(ids) >= self.max_positions:
-            raise UserError(
-                f"{origin}: takes {len(ids):,} tokens; the model has {self.max_positions:,} positions"
-            )
-        return torch.tensor([ids])
-
-
 def make_template(run: Run, dataset_format: str) -> PromptTemplate:
     """Make the prompt template of a run. Raises UserError if its format is unknown.
 
@@ -160,21 +88,6 @@ def make_template(run: Run, dataset_format: str) -> PromptTemplate:
     max_positions = run.model_config.max_position_embeddings
     columns = dataclasses.replace(columns, must_exist=False)
     return PromptTemplate(FORMATS[name], columns, context, max_positions, frozenset(stop_ids), marker)
-
-
-@dataclass(frozen=True)
-class Answer:
-    """A generated answer.
-
-    Attributes:
-        text: its text.
-        tokens: number of generated tokens.
-        ended: whether the model ended it, rather than max_new_tokens.
-    """
-
-    text: str
-    tokens: int
-    ended: bool
 
 
 def has_bf16(device: torch.device) -> bool:
@@ -316,87 +229,3 @@ def _make_generation_config(
         options = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
         config.update(**options)
     return config
-
-
-class MarkerCriterion(StoppingCriteria):
-    """Stop an answer where the next question's marker begins: training dialogues have no EOS there.
-
-    start: position where the answers of all rows begin.
-    """
-
-    def __init__(self, tokenizer, marker: str, start: int):
-        self.tokenizer, self.marker, self.start = tokenizer, marker, start
-
-    def __call__(self, ids: torch.Tensor, _scores, **_) -> torch.Tensor:
-        last = ids[:, max(self.start, ids.shape[1] - 2 * len(self.marker)) :]
-        found = [self.marker in self.tokenizer.decode(row) for row in last]
-        return torch.tensor(found, device=ids.device)
-
-
-class AnswerStreamer(TextStreamer):
-    """Pass on an answer's text as it is generated, up to the stop token or marker.
-
-    write: called with each chunk of text.
-    """
-
-    def __init__(self, template: PromptTemplate, write: Callable[[str], None]):
-        super().__init__(template.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.template, self.write, self.pending, self.is_finished = template, write, "", False
-
-    def put(self, value: torch.Tensor) -> None:
-        """Take the next token of the answer; skip stop tokens."""
-        if self.next_tokens_are_prompt or int(value) not in self.template.stop_ids:
-            super().put(value)
-
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        """Write the text up to the marker; hold back what may be the marker's beginning."""
-        marker = self.template.marker
-        self.pending += text
-        if marker and marker in self.pending:
-            self.pending, self.is_finished = (
-                "" if self.is_finished else self.pending.partition(marker)[0],
-                True,
-            )
-            stream_end = True
-        elif self.is_finished:
-            self.pending = ""
-        n_held_back = 0 if stream_end or not marker else _count_marker_start(self.pending, marker)
-        self.write(self.pending[: len(self.pending) - n_held_back])
-        self.pending = self.pending[len(self.pending) - n_held_back :]
-
-
-def _count_marker_start(text: str, marker: str) -> int:
-    """Count the characters at the end of `text` that may be the beginning of the marker."""
-    return next(n for n in range(min(len(text), len(marker)), -1, -1) if text.endswith(marker[:n]))
-
-
-@dataclass
-class Conversation:
-    """The turns so far. Formats without turns start anew with each question."""
-
-    template: PromptTemplate
-    row: dict = field(default_factory=dict)
-
-    def make_prompt(self, question: str) -> tuple[dict, str]:
-        """Return (row with the turns so far and the question, its prompt's text). Raises UserError.
-
-        Does not change the conversation: `record_answer` does.
-        """
-        row_format = self.template.format
-        row = self.template.make_row(question)
-        if row_format is FORMATS["chat"]:
-            row = {"messages": [*self.row.get("messages", []), *row["messages"]]}
-        elif row_format is FORMATS["guanaco"] and self.row:
-            row = {
-                "text": continue_dialogue(
-                    question, self.row["text"], self.row["answer"], self.template.context.markers
-                )
-            }
-        return row, self.template.render(Prompt("the question", row))
-
-    def record_answer(self, row: dict, answer: str) -> None:
-        """Make the row and its answer the turns so far; formats without turns keep none."""
-        if self.template.format is FORMATS["chat"]:
-            self.row = {"messages": [*row["messages"], {"role": "assistant", "content": answer.strip()}]}
-        elif self.template.format is FORMATS["guanaco"]:
-            self.row = row | {"answer": answer}

@@ -23,7 +23,7 @@ import train
 from data.formats import ALPACA, FORMATS, QA, RenderContext
 from data.tokenizing import tokenize_dataset
 from finished.finished_run import load_model, open_run
-from finished.generation import MarkerCriterion
+from finished.prompt_template import MarkerCriterion
 from models.lora import adapters_off
 from options.errors import UserError
 from options.evaluate import Options

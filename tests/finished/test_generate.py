@@ -19,7 +19,8 @@ import models.dora
 from data.formats import ALPACA
 from finished import generation
 from finished.finished_run import open_base, open_run
-from finished.generation import Answer, AnswerStreamer, Conversation, make_template
+from finished.generation import make_template
+from finished.prompt_template import Answer, AnswerStreamer, Conversation
 from models.dora import DoRALinear, cached_norms
 from models.lora import LoRALinear, adapters_off
 from options.errors import UserError
