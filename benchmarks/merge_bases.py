@@ -31,15 +31,8 @@ def measure(folder: str, n_rows: int) -> None:
     run = open_run(folder)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     c = run.config
-    rows = tokenize_dataset(
-        c.dataset,
-        c.dataset_format,
-        n_rows,
-        c.context_length,
-        load_tokenizer(run),
-        c.chat_date,
-        name_columns(c),
-    )
+    reading = (c.dataset_format, n_rows, c.context_length, load_tokenizer(run), c.chat_date)
+    rows = tokenize_dataset(c.dataset, *reading, name_columns(c), c.empty_thinking)
     batch = next(StepSampler(rows, len(rows), 1, 0, 1, 0).steps(1)).batches[0]
 
     def print_line(name: str, logits: torch.Tensor) -> None:

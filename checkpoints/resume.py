@@ -43,11 +43,12 @@ FREE_GROUPS = (
     "Evaluation",
     COMPATIBILITY,
 )
-# ... except for FIXED_OPTIONS, and of the options in FREE_OPTIONS. Model and data are compared by contents
-# instead of names, and --precision by what it means on this GPU.
+# ... except for FIXED_OPTIONS, and of the options in FREE_OPTIONS. Model and data, also what is learned of
+# them, are compared by contents instead of names, and --precision by what it means on this GPU.
 FIXED_OPTIONS = ("eval_share",)
-FREE_OPTIONS = ("model_name", "dataset", "columns", "text_column", "llama_pro_path", "llama_pro_save",
-                "batch_size", "gradient_accumulation_steps", "num_epochs", "max_steps", "max_bad_steps",
+FREE_OPTIONS = ("model_name", "dataset", "columns", "text_column", "empty_thinking", "llama_pro_path",
+                "llama_pro_save", "batch_size", "gradient_accumulation_steps", "num_epochs", "max_steps",
+                "max_bad_steps",
                 "deterministic")  # fmt: skip
 
 

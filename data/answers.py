@@ -7,6 +7,7 @@ import unicodedata
 from collections.abc import Collection, Iterable
 
 # Qwen3 and its template write it before an answer without a thought. Prompts of some models already open it.
+OPEN_THOUGHT = "<think>"
 EMPTY_THOUGHT = re.compile(r"\s*(<think>)?\s*</think>")
 
 
@@ -32,6 +33,22 @@ def is_empty_answer(answer: str, special_texts: Iterable[str | None]) -> bool:
     for special in special_texts:
         answer = answer.replace(special, "") if special else answer
     return not answer.strip()
+
+
+def skip_empty_thought(text: str, start: int, end: int | None = None) -> int:
+    """Return where an answer begins behind an empty thought and its line breaks; `start` without one.
+
+    start, end: range of the answer in the text; the text before it may open the thought.
+    """
+    end = len(text) if end is None else end
+    thought = EMPTY_THOUGHT.match(text, start, end)
+    is_opened = text[max(start - 20, 0) : start].rstrip().endswith(OPEN_THOUGHT)
+    if thought is None or not (thought[1] or is_opened):
+        return start
+    answer = thought.end()
+    while answer < end and text[answer] == "\n":
+        answer += 1
+    return answer
 
 
 def normalize_answer(text: str) -> str:

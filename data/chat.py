@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from data.answers import skip_empty_thought
 from data.chat_turns import (
     HELLO,
     PROBE,
@@ -57,11 +58,13 @@ class RenderedChat(NamedTuple):
         text: of the conversation.
         learned: ranges of the characters that are learned.
         last_answer_index: index of the learned range that the last answer begins with.
+        has_empty_thought: whether an empty thought was before a learned range, and is not part of it.
     """
 
     text: str
     learned: list[Span]
     last_answer_index: int = -1
+    has_empty_thought: bool = False
 
 
 class ChatTemplate:
@@ -70,10 +73,12 @@ class ChatTemplate:
     Args:
         tokenizer: transformers' tokenizer. If it has no chat template, the methods raise ValueError.
         day: YYYY-MM-DD, the date for templates that write today's; None = today.
+        empty_thinking: --empty_thinking. With "learn", an empty thought before an answer is learned; with
+            "prompt", prompts end with it.
     """
 
-    def __init__(self, tokenizer: Any, day: str | None = None):
-        self.tokenizer, self.day = tokenizer, day
+    def __init__(self, tokenizer: Any, day: str | None = None, empty_thinking: str = "auto"):
+        self.tokenizer, self.day, self.empty_thinking = tokenizer, day, empty_thinking
         self._templates: dict[bool, str] = {}  # by whether there are tools, which may have their own
 
     def apply(
@@ -111,7 +116,8 @@ class ChatTemplate:
             if spans and start < spans[-1][1]:
                 raise ValueError("the chat template does not separate the assistant's turns")
             spans.append((start, end))
-        return RenderedChat(turns.text, spans)
+        learned = self._skip_empty_thoughts(turns.text, spans)
+        return RenderedChat(turns.text, learned, has_empty_thought=learned != spans)
 
     def _render_marked(
         self, turns: Turns, tools: list[dict] | None, learned_turns: Sequence[int]
@@ -132,20 +138,29 @@ class ChatTemplate:
             raise ValueError("the chat template renders the same conversation differently each time")
         answers = [i for i, message in enumerate(turns.messages) if message["role"] == "assistant"]
         unlearned = [turns.find_span(i) for i in answers if i not in learned_turns]
-        learned = [span for span in spans if span[0] < span[1] and not _overlaps(span, unlearned)]
+        marked = [span for span in spans if span[0] < span[1] and not _overlaps(span, unlearned)]
+        learned = self._skip_empty_thoughts(text, marked)
         last_answer_index = -1
         if learned_turns and len(spans) > len(answers):  # several in a turn: a thought and an answer
             turn = turns.find_span(learned_turns[-1])
             overlapping = (i for i, span in enumerate(learned) if _overlaps(span, [turn]))
             last_answer_index = next(overlapping, last_answer_index)
-        return RenderedChat(turns.text, learned, last_answer_index)
+        return RenderedChat(turns.text, learned, last_answer_index, has_empty_thought=learned != marked)
+
+    def _skip_empty_thoughts(self, text: str, spans: list[Span]) -> list[Span]:
+        """Return the spans without empty thoughts at their beginning, unless these are learned."""
+        if self.empty_thinking == "learn":
+            return spans
+        answers = ((skip_empty_thought(text, start, end), end) for start, end in spans)
+        return [(start, end) for start, end in answers if start < end]
 
     def render_prompt(self, messages: list[dict], tools: list[dict] | None = None) -> str:
         """Return the text that asks for the last answer; the assistant's messages at the end are left out.
 
         It ends with the generation prompt, or earlier if the template never writes an answer after all of
-        that (DeepSeek R1's opens a thought). Raises ValueError if there is no message to answer, else
-        one of TEMPLATE_ERRORS if the template fails.
+        that (DeepSeek R1's opens a thought). With `empty_thinking` "prompt" the empty thought that the
+        template writes before an answer follows, as enable_thinking=False asks Qwen3's template for it.
+        Raises ValueError if there is no message to answer, else one of TEMPLATE_ERRORS if the template fails.
         """
         messages, apply = self.fit_messages(messages), partial(self.apply, tools=tools)
         while messages and messages[-1]["role"] == "assistant":
@@ -154,7 +169,10 @@ class ChatTemplate:
             raise ValueError("there is no message to be answered")
         prompt = apply(messages, add_generation_prompt=True)
         head, _, _ = apply([*messages, make_answer(PROBE)]).partition(PROBE)
-        return prompt if head.startswith(prompt) else head[: common_prefix_length(head, prompt)]
+        if not head.startswith(prompt):
+            return head[: common_prefix_length(head, prompt)]
+        shows_thought = len(prompt) < skip_empty_thought(head, len(prompt)) == len(head)
+        return head if shows_thought and self.empty_thinking == "prompt" else prompt
 
     def fit_messages(self, messages: list[dict]) -> list[dict]:
         """Return the messages without train flags, with tool calls in the form that the template needs."""

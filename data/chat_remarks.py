@@ -251,7 +251,7 @@ def _describe_generation_prompt(chat: ChatTemplate) -> list[str]:
             )
         except TEMPLATE_ERRORS:  # the template needs another opening
             continue
-        if prompt == learned_prompt:
+        if learned_prompt.startswith(prompt):
             return []
         differing = prompt[max(len(learned_prompt) - 20, 0) :]
         return [

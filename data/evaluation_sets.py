@@ -104,14 +104,15 @@ class EvaluationData:
 def prepare_sets(config: Config, tokenizer) -> tuple[Config, TokenizedRows, EvaluationData]:
     """Read and tokenize a run's data. Return (changed options, training rows, evaluation data).
 
-    In the options the data's format replaces auto, and sets of the hub have their commits. The evaluation
-    data is still without stop_ids. Raises UserError for anything wrong with the data, and if a set would be
-    empty.
+    In the options what was found replaces auto: the data's format, and --empty_thinking. Sets of the hub have
+    their commits. The evaluation data is still without stop_ids. Raises UserError for anything wrong with the
+    data, and if a set would be empty.
     """
     arguments = (config.context_length, tokenizer, config.chat_date)
     reading = (config.dataset_format, config.dataset_samples, *arguments, name_columns(config))
-    mixture = read_mixture(config.dataset, *reading)
-    config = dataclasses.replace(config, dataset=mixture.name, dataset_format=mixture.format)
+    mixture = read_mixture(config.dataset, *reading, empty_thinking=config.empty_thinking)
+    found = {"dataset_format": mixture.format, "empty_thinking": mixture.empty_thinking}
+    config = dataclasses.replace(config, dataset=mixture.name, **found)
     sets, evaluation_set = _select_rows(config, mixture.sets, tokenizer)
     rows, training = tokenize_sets(sets, mixture.shares, tokenizer, config.context_length), join_evenly(sets)
     evaluation, prompts = None, list[Prompt]()
@@ -158,7 +159,7 @@ def read_in_trained_format(
     """
     columns = name_columns(config, must_exist=False) if columns is None else columns
     arguments = (samples, config.context_length, tokenizer, config.chat_date, columns)
-    return read_each_row_once(dataset, "auto", *arguments, preferred=config.dataset_format)
+    return read_each_row_once(dataset, "auto", *arguments, config.dataset_format, config.empty_thinking)
 
 
 def read_evaluation_rows(config: Config, tokenizer) -> tuple[list[Rendered] | None, tuple[str, ...]]:
@@ -170,7 +171,8 @@ def read_evaluation_rows(config: Config, tokenizer) -> tuple[list[Rendered] | No
     remarks: tuple[str, ...] = ()
     if config.eval_share:
         arguments = (config.dataset_format, config.dataset_samples, config.context_length)
-        mixture = read_mixture(config.dataset, *arguments, tokenizer, config.chat_date, name_columns(config))
+        reading = (*arguments, tokenizer, config.chat_date, name_columns(config))
+        mixture = read_mixture(config.dataset, *reading, empty_thinking=config.empty_thinking)
         sets, remarks = mixture.sets, mixture.remarks
     evaluation = _select_rows(config, sets, tokenizer)[1]
     return (evaluation.rendered, remarks + evaluation.remarks) if evaluation else (None, ())

@@ -62,6 +62,7 @@ def read_examples(
     day: str | None = None,
     columns: ColumnNames = NO_NAMES,
     preferred: str = "auto",
+    empty_thinking: str = "auto",
 ) -> Examples:
     """Read the rows of a set, and render each as a text of one format. Mixtures of sets: data/mixtures.py.
 
@@ -74,6 +75,8 @@ def read_examples(
         day: as in RenderContext.
         columns: the data's names for columns, from options; those of a recipe count beside them.
         preferred: a format to use instead of "auto" if it fits all rows.
+        empty_thinking: as in RenderContext. In the returned context "prompt" replaces "auto" if an answer has
+            an empty thought before it.
 
     Raises UserError for anything wrong with the data.
     """
@@ -84,7 +87,7 @@ def read_examples(
     rows, name = data.rows, data.format
     if name == "chat":
         _check_roles(rows, f"--dataset {dataset}")
-    context = RenderContext(tokenizer, data.markers, day)
+    context = RenderContext(tokenizer, data.markers, day, empty_thinking)
     if FORMATS[name].has_markers:
         _check_markers(rows, data.origins, data.markers)
     rendered, remarks = _render_all(_RowRenderer(rows, data.origins, name, context)), [*data.remarks]
@@ -94,6 +97,12 @@ def read_examples(
         remarks += describe_missing_endings(context.chat, last_answers)
     if FORMATS[name].has_markers:
         remarks += _describe_learned_headers(rendered)
+    if empty := sum(one.has_empty_thought for one in rendered):
+        context = dataclasses.replace(context, empty_thinking="prompt")
+        remarks.append(
+            f"data: {empty:,} of {len(rendered):,} rows have an empty thinking block before an answer. It is"
+            " part of the prompt, and not learned (--empty_thinking)"
+        )
     return Examples(rendered, name, context, tuple(remarks), pin_commit(dataset, data.commit))
 
 

@@ -58,6 +58,7 @@ class Rendered:
         row_number: the number of the row in its dataset, from 1.
         marker: a text that ends an answer where no token does.
         last_answer_index: index of the learned range that the last answer begins with.
+        has_empty_thought: whether an empty thought is before a learned range, and not learned.
     """
 
     text: str
@@ -67,6 +68,7 @@ class Rendered:
     row_number: int = 0
     marker: str | None = None
     last_answer_index: int = -1
+    has_empty_thought: bool = False
 
     @property
     def last_answer_range(self) -> tuple[int, int]:
@@ -85,15 +87,17 @@ class RenderContext:
         tokenizer: provides the chat template of the `chat` format; other formats need none.
         markers: texts that begin the turns of the two speakers in a guanaco text.
         day: YYYY-MM-DD, the date for chat templates that write today's; None = today.
+        empty_thinking: as for ChatTemplate.
     """
 
     tokenizer: Any = None
     markers: Sequence[str] = GUANACO_MARKERS
     day: str | None = None
+    empty_thinking: str = "auto"
 
     @cached_property
     def chat(self) -> ChatTemplate:
-        return ChatTemplate(self.tokenizer, self.day)
+        return ChatTemplate(self.tokenizer, self.day, self.empty_thinking)
 
 
 @dataclass(frozen=True)
@@ -255,6 +259,7 @@ def _render_chat(row: Mapping, context: RenderContext) -> Rendered:
         add_special_tokens=False,
         marker=chat.marker,
         last_answer_index=rendered.last_answer_index,
+        has_empty_thought=rendered.has_empty_thought,
     )
 
 

@@ -36,6 +36,12 @@ class Mixture:
         return self.sets[0].format
 
     @property
+    def empty_thinking(self) -> str:
+        """What --empty_thinking is for the run: "prompt" if an answer of any set has an empty thought."""
+        found = {examples.context.empty_thinking for examples in self.sets}
+        return "prompt" if "prompt" in found else self.sets[0].context.empty_thinking
+
+    @property
     def remarks(self) -> tuple[str, ...]:
         """Lines to print at start; those of a mixture name their set."""
         if len(self.sets) == 1:
@@ -57,6 +63,7 @@ def read_mixture(
     day: str | None = None,
     columns: ColumnNames = NO_NAMES,
     preferred: str = "auto",
+    empty_thinking: str = "auto",
 ) -> Mixture:
     """Read the sets of --dataset, and render each row as a text of one format.
 
@@ -66,7 +73,7 @@ def read_mixture(
     shares, sets = split_mixture(dataset), []
     for share in shares:
         arguments = (dataset_format, samples, context_length, tokenizer, day, columns)
-        sets.append(read_examples(share.name, *arguments, preferred=preferred))
+        sets.append(read_examples(share.name, *arguments, preferred, empty_thinking))
     _check_one_template(dataset, shares, sets)
     named = zip(shares, sets, strict=True)
     return Mixture([dataclasses.replace(share, name=examples.name) for share, examples in named], sets)
@@ -81,6 +88,7 @@ def read_each_row_once(
     day: str | None = None,
     columns: ColumnNames = NO_NAMES,
     preferred: str = "auto",
+    empty_thinking: str = "auto",
 ) -> Examples:
     """Read the rows of a value of --dataset to evaluate or to ask with; of several sets, all rows together.
 
@@ -88,7 +96,15 @@ def read_each_row_once(
     proportion to its size. Raises UserError as `read_mixture` does, and for weights, which have no effect.
     """
     mixture = read_mixture(
-        dataset, dataset_format, samples, context_length, tokenizer, day, columns, preferred
+        dataset,
+        dataset_format,
+        samples,
+        context_length,
+        tokenizer,
+        day,
+        columns,
+        preferred,
+        empty_thinking,
     )
     if len(mixture.sets) == 1:
         return mixture.sets[0]

@@ -33,17 +33,19 @@ def tokenize_dataset(
     tokenizer,
     day: str | None = None,
     columns: ColumnNames = NO_NAMES,
+    empty_thinking: str = "auto",
 ) -> TokenizedRows:
     """Read, render and tokenize --dataset, and cut its rows to context_length tokens.
 
     Args:
-        dataset, dataset_format, samples, day, columns: as for `read_examples`.
+        dataset, dataset_format, samples, day, columns, empty_thinking: as for `read_examples`.
         context_length: maximum number of tokens of a row, and the number that a recipe's `fill` must fill.
         tokenizer: provides the chat template and encodes the texts; one that returns offsets (is_fast).
 
     Raises UserError for anything wrong with the data, and if no example has a token to learn from.
     """
-    examples = read_examples(dataset, dataset_format, samples, context_length, tokenizer, day, columns)
+    reading = (dataset_format, samples, context_length, tokenizer, day, columns)
+    examples = read_examples(dataset, *reading, empty_thinking=empty_thinking)
     return tokenize(examples.rendered, tokenizer, context_length, f"--dataset {dataset}")
 
 

@@ -117,8 +117,14 @@ def read_rows(run: Run, options: Options, tokenizer) -> tuple[str, list[Rendered
     if options.dataset_format is None:
         examples = read_in_trained_format(config, options.dataset, options.samples, tokenizer, columns)
     else:
-        reading = (options.dataset_format, options.samples, config.context_length)
-        examples = read_each_row_once(options.dataset, *reading, tokenizer, config.chat_date, columns)
+        reading = (options.dataset_format, options.samples, config.context_length, tokenizer)
+        examples = read_each_row_once(
+            options.dataset,
+            *reading,
+            config.chat_date,
+            columns,
+            empty_thinking=config.empty_thinking,
+        )
     return options.dataset, examples.rendered, examples.remarks
 
 

@@ -237,7 +237,14 @@ def read_comparison_rows(run: Run) -> tuple[list[list[int]], str]:
         if file or recipe.fill:
             length = min(config.context_length, 256)
             rows = tokenize_dataset(
-                name, config.dataset_format, 4, length, tokenizer, config.chat_date, name_columns(config)
+                name,
+                config.dataset_format,
+                4,
+                length,
+                tokenizer,
+                config.chat_date,
+                name_columns(config),
+                config.empty_thinking,
             )
             return [row.tolist() for row in rows.tokens.split(rows.lengths().tolist())], "rows of the data"
     return [ids for ids in tokenizer(list(FIXED_PROMPTS))["input_ids"] if ids], "fixed prompts"

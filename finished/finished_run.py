@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -228,13 +228,18 @@ def _read_options(path: Path) -> Config:
     except UserError as e:
         text = str(e).removeprefix("--config ")
         raise UserError(text if text.startswith(str(path)) else f"{path}: {text}") from None
-    _check_required_options(path)
+    written = read_options_file(str(path))
+    _check_required_options(path, written)
+    if "empty_thinking" not in written:  # earlier versions learned it
+        return dataclasses.replace(config, empty_thinking="learn")
     return config
 
 
-def _check_required_options(path: Path) -> None:
-    """Raise UserError if config.yaml lacks one of REQUIRED_OPTIONS: the defaults may not be the run's."""
-    written = read_options_file(str(path))
+def _check_required_options(path: Path, written: Mapping) -> None:
+    """Raise UserError if config.yaml lacks one of REQUIRED_OPTIONS: the defaults may not be the run's.
+
+    written: its options, {name: value}.
+    """
     missing = next((name for name in REQUIRED_OPTIONS if name not in written), None)
     if missing:
         raise UserError(f"{path}: has no {missing}, which a run writes: the file is damaged")

@@ -82,7 +82,7 @@ def make_template(run: Run, dataset_format: str) -> PromptTemplate:
                 f"{run.folder}: its prompt template is unknown ({e}); name it with --dataset_format"
             ) from None
         name, markers = format_name, list(GUANACO_MARKERS)
-    context = RenderContext(tokenizer, markers, run.config.chat_date)
+    context = RenderContext(tokenizer, markers, run.config.chat_date, run.config.empty_thinking)
     stop_ids = collect_stop_ids(run.base, run.model_config.eos_token_id, name, context)
     marker = FORMATS[name].marker(context)
     max_positions = run.model_config.max_position_embeddings

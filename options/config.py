@@ -100,6 +100,10 @@ class Config:
     chat_template: str | None = option(None, "Model and data", "chat template for conversations, in place of"
         " the tokenizer's own: chatml, llama3, gemma, qwen, or a file with a Jinja template (docs/data.md);"
         " config.yaml records its text; unset = the tokenizer's")
+    empty_thinking: str = option("auto", "Model and data", "an empty thinking block before an answer, as"
+        " Qwen3's template writes it: prompt = not learned, and asked with; learn = learned with the answer;"
+        " auto = prompt if an answer has one; config.yaml records which one it was",
+        choices=("auto", "prompt", "learn"))
     context_length: int = option(512, "Model and data", "longest example, in tokens; longer ones are cut",
         ge=2)
     packing: bool = option(False, "Model and data", "concatenate several examples, up to context_length"

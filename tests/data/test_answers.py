@@ -42,7 +42,10 @@ def test_the_answer_of_a_conversation(name, turns):
     tokenizer, stop_ids = tokenizer_of(name)
     messages = [{"role": "user", "content": "Where?"}, {"role": "assistant", "content": ANSWER}] * turns
     prompt = make_row_prompt(
-        FORMATS["chat"].render({"messages": messages}, RenderContext(tokenizer)), tokenizer, 999, stop_ids
+        FORMATS["chat"].render({"messages": messages}, RenderContext(tokenizer, empty_thinking="learn")),
+        tokenizer,
+        999,
+        stop_ids,
     )
     assert prompt.answer == ANSWER
     asked = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True)["input_ids"]

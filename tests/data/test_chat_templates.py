@@ -80,9 +80,9 @@ def of_qwen25(messages: list[dict], i: int) -> str:
 
 
 def of_qwen3(messages: list[dict], i: int) -> str:
-    """Reasoning is shown behind the last question, and in the last turn also where there is none."""
+    """Reasoning is shown behind the last question. In the last turn it may be empty, and is not learned."""
     thought = messages[i].get("reasoning_content", "")
-    shown = last_question(messages, i) and (i == len(messages) - 1 or thought)
+    shown = last_question(messages, i) and thought
     said = of_qwen25(messages, i)
     if not said and not (shown and thought):
         return ""
@@ -183,7 +183,8 @@ MODELS = {
     "llama 3.1": lambda: Model(trl_template("llama3_1"), "<|eot_id|>", of_llama31, (LLAMA_HEADER,), LLAMA),
     "qwen 2.5": lambda: Model(trl_template("qwen2_5"), "<|im_end|>", of_qwen25, (IM_HEADER,), IM,
         trl_template("qwen2_5_training")),
-    "qwen 3": lambda: Model(trl_template("qwen3"), "<|im_end|>", of_qwen3, (IM_HEADER,),
+    "qwen 3": lambda: Model(trl_template("qwen3"), "<|im_end|>", of_qwen3,
+        (IM_HEADER, f"{IM_HEADER}<think>\n\n</think>\n\n"),
         f"{IM} <think> </think> <tool_call> </tool_call>",
                             trl_template("qwen3_training")),
     "gemma 2": lambda: Model(trl_template("gemma"), "<eos>", closed_by("<end_of_turn>"),
@@ -237,12 +238,13 @@ def by_hand(name: str) -> list[dict]:
     return made
 
 
-def render(model: Model, name: str):
+def render(model: Model, name: str, empty_thinking: str = "auto"):
     """(the tokenizer, what training sees of the conversation), None where the template refuses it."""
     tokenizer = tokenizer_of(model)
     values = check_row(row_of(name), FORMATS["chat"], "here")
+    context = RenderContext(tokenizer, empty_thinking=empty_thinking)
     try:
-        return tokenizer, FORMATS["chat"].render(values, RenderContext(tokenizer))
+        return tokenizer, FORMATS["chat"].render(values, context)
     except TEMPLATE_ERRORS:
         with pytest.raises(TEMPLATE_ERRORS):  # as transformers does
             tokenizer.apply_chat_template(by_hand(name), tools=values.get("tools"), tokenize=False)
@@ -314,7 +316,7 @@ COMPARED = [(model, "one turn") for model in MARKED] + [
 def test_of_a_template_without_markers_what_its_markers_would_say(model, conversation):
     """But for the header and the line break, which docs/data.md argues."""
     made = MODELS[model]()
-    tokenizer, rendered = render(made, conversation)
+    tokenizer, rendered = render(made, conversation, "learn")
     rows = tokenize([rendered], tokenizer, 10_000, "here")
     tokens, mask = marked_tokens(made, conversation)
     assert rows.tokens.tolist() == tokens
@@ -332,11 +334,41 @@ def test_of_a_template_without_markers_what_its_markers_would_say(model, convers
 def test_a_template_s_own_markers_are_what_is_learned(model, conversation):
     """Token for token."""
     made = dataclasses.replace(MODELS[model](), template=MODELS[model]().marked)
-    tokenizer, rendered = render(made, conversation)
+    tokenizer, rendered = render(made, conversation, "learn")
     rows = tokenize([rendered], tokenizer, 10_000, "here")
     tokens, mask = marked_tokens(made, conversation)
     assert rows.tokens.tolist() == tokens and rows.learned.int().tolist() == mask
     assert any(mask)
+
+
+EMPTY = "<think>\n\n</think>\n\n"
+
+
+@pytest.mark.parametrize("template", ["qwen3", "qwen3_training", "qwen3_5_think"])
+def test_an_empty_thought_is_learned_only_on_demand(template):
+    """Without demand, a server's enable_thinking=False asks for what is learned; a thought stays learned."""
+    made = dataclasses.replace(MODELS["qwen 3"](), template=trl_template(template))
+    tokenizer, rendered = render(made, "one turn")
+    _, asked_for = render(made, "one turn", "learn")
+    (start, end), (begin, _) = rendered.learned[0], asked_for.learned[0]
+    assert rendered.text[start:end].rstrip() in ("Yo", "Yo<|im_end|>") and rendered.has_empty_thought
+    assert not asked_for.has_empty_thought and rendered.text[begin:start].endswith("\n</think>\n\n")
+    contexts = [RenderContext(tokenizer, empty_thinking=choice) for choice in ("prompt", "learn", "auto")]
+    prompts = [FORMATS["chat"].prompt({"messages": [user()]}, context) for context in contexts]
+    settings = {"tokenize": False, "add_generation_prompt": True}
+    without = tokenizer.apply_chat_template([user()], enable_thinking=False, **settings)
+    assert prompts[0] == rendered.text[:start] and prompts[0].rstrip() == without.rstrip()
+    assert prompts[1] == prompts[2] == asked_for.text[:begin]
+    _, thinking = render(made, "thinking")
+    assert "Part." in thinking.text[slice(*thinking.learned[-1])]
+
+
+@pytest.mark.parametrize("conversation", ["one turn", "three turns", "call without content"])
+def test_markers_around_an_empty_thought_lose_it(conversation):
+    made = dataclasses.replace(MODELS["qwen 3"](), template=trl_template("qwen3_training"))
+    (_, rendered), (_, marked) = render(made, conversation), render(made, conversation, "learn")
+    learned, whole = ([one.text[s:e] for s, e in one.learned] for one in (rendered, marked))
+    assert learned == [text.removeprefix(EMPTY) for text in whole] != whole
 
 
 def test_turns_between_markers_that_are_not_learned():

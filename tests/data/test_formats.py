@@ -114,8 +114,8 @@ def test_stanfords_prompt_gives_fsdp_qloras_tokens_and_labels(kind, row):
     assert [t if learned else -100 for t, learned in zip(ids, rows.learned.tolist(), strict=True)] == labels
 
 
-def prompt(name: str, row: dict, tokenizer=TOKENIZER, markers=GUANACO_MARKERS) -> str:
-    context = RenderContext(tokenizer, markers)
+def prompt(name: str, row: dict, tokenizer=TOKENIZER, markers=GUANACO_MARKERS, **more) -> str:
+    context = RenderContext(tokenizer, markers, **more)
     return FORMATS[name].prompt(check_row(row, FORMATS[name], "here", needs_answer=False), context)
 
 
@@ -249,12 +249,12 @@ CHATS = {
     "gemma": (templates.GEMMA, "<eos>", talk("Hi", "Yo", "Bye", "Ciao "),
         ["Yo<end_of_turn>", "Ciao<end_of_turn>"]),
     "qwen 3": (templates.QWEN3, QWEN2, talk("Hi", "Yo", "Bye", "Ciao"),
-               ["Yo<|im_end|>", THINK.format("", "Ciao<|im_end|>")]),
+               ["Yo<|im_end|>", "Ciao<|im_end|>"]),
     "qwen 3, reasoning": (templates.QWEN3, QWEN2,
         talk("Hi", THINK.format("h", "Yo"), "Bye", THINK.format("b", "Ciao")),
                           ["Yo<|im_end|>", THINK.format("b", "Ciao<|im_end|>")]),
     "qwen 3, another EOS": (templates.QWEN3, "</s>", talk("Hi", "Yo", "Bye", "Ciao"),
-                            ["Yo<|im_end|>", THINK.format("", "Ciao<|im_end|>")]),
+                            ["Yo<|im_end|>", "Ciao<|im_end|>"]),
     "no generation prompt": (templates.QWEN3.partition("{% if add_gen")[0], QWEN2,
         talk("Hi", "Yo", "Bye", "Ciao"),
                              [ASKED + "Yo<|im_end|>", ASKED + THINK.format("", "Ciao<|im_end|>")]),
@@ -288,14 +288,15 @@ def test_a_prompt_of_a_conversation(case):
         row = {"messages": [*messages, {"role": "assistant", "content": "Ciao"}]}
     rendered = render("chat", row, tokenizer)
     expected = rendered.text[: rendered.learned[-1][0]]
+    empty = {"empty_thinking": "prompt" if rendered.has_empty_thought else "auto"}
     assert (
-        prompt("chat", row, tokenizer)
-        == prompt("chat", {"messages": row["messages"][:-1]}, tokenizer)
+        prompt("chat", row, tokenizer, **empty)
+        == prompt("chat", {"messages": row["messages"][:-1]}, tokenizer, **empty)
         == expected
     )
     if "add_generation_prompt" in template and template != templates.R1:
         asks = tokenizer.apply_chat_template(row["messages"][:-1], tokenize=False, add_generation_prompt=True)
-        assert expected == asks
+        assert expected == asks + THINK.format("", "") * rendered.has_empty_thought
 
 
 def test_what_a_prompt_cannot_be_made_of():
