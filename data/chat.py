@@ -18,6 +18,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from data.answers import skip_empty_thought
 from data.chat_turns import (
     HELLO,
+    OPENINGS,
     PROBE,
     TEMPLATE_ERRORS,
     Span,
@@ -173,6 +174,26 @@ class ChatTemplate:
             return head[: common_prefix_length(head, prompt)]
         shows_thought = len(prompt) < skip_empty_thought(head, len(prompt)) == len(head)
         return head if shows_thought and self.empty_thinking == "prompt" else prompt
+
+    def shows_empty_thought(self) -> bool:
+        """Return whether prompts with and without an empty thought differ."""
+        variants = [ChatTemplate(self.tokenizer, self.day, choice) for choice in ("prompt", "learn")]
+        for opening in OPENINGS:
+            with contextlib.suppress(*TEMPLATE_ERRORS):
+                with_thought, without = (chat.render_prompt(opening) for chat in variants)
+                return with_thought != without
+        return False
+
+    def check_system(self) -> None:
+        """Raise UserError unless the template shows a system prompt before a question."""
+        system = {"role": "system", "content": PROBE}
+        try:
+            text = self.apply([system, HELLO], add_generation_prompt=True)
+        except TEMPLATE_ERRORS as e:
+            reason = " ".join(str(e).split())
+            raise UserError(f"the chat template takes no system prompt ({reason})") from None
+        if PROBE not in text:
+            raise UserError("the chat template does not show a system prompt")
 
     def fit_messages(self, messages: list[dict]) -> list[dict]:
         """Return the messages without train flags, with tool calls in the form that the template needs."""

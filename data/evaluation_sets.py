@@ -111,8 +111,9 @@ def prepare_sets(config: Config, tokenizer) -> tuple[Config, TokenizedRows, Eval
     arguments = (config.context_length, tokenizer, config.chat_date)
     reading = (config.dataset_format, config.dataset_samples, *arguments, name_columns(config))
     mixture = read_mixture(config.dataset, *reading, empty_thinking=config.empty_thinking)
-    found = {"dataset_format": mixture.format, "empty_thinking": mixture.empty_thinking}
-    config = dataclasses.replace(config, dataset=mixture.name, **found)
+    config = dataclasses.replace(
+        config, dataset=mixture.name, dataset_format=mixture.format, empty_thinking=mixture.empty_thinking
+    )
     sets, evaluation_set = _select_rows(config, mixture.sets, tokenizer)
     rows, training = tokenize_sets(sets, mixture.shares, tokenizer, config.context_length), join_evenly(sets)
     evaluation, prompts = None, list[Prompt]()

@@ -117,6 +117,12 @@ def _check_numbers(value: Any, error_prefix: str) -> None:
         _check_numbers(part, error_prefix)
 
 
+def replace_system(messages: list[dict], text: str) -> list[dict]:
+    """Return the messages with `text` as the system prompt, in place of one at their beginning."""
+    has_own = messages[:1] and messages[0]["role"] in ("system", "developer")
+    return [{"role": "system", "content": text}, *messages[bool(has_own) :]]
+
+
 def drop_train_flags(messages: list[dict]) -> list[dict]:
     """Return the messages without `train`, for a template."""
     return [{key: value for key, value in message.items() if key != "train"} for message in messages]

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import shutil
 import sys
 import unicodedata
-from collections.abc import Iterator
 
 import torch
 
 from data.recognition import describe_unread_columns
 from data.schemas import find_schema
+from finished.conversation import Chat, choose_template, make_printable
 from finished.generation import BASE, AnsweringModels, has_bf16, make_template, open_runs
-from finished.prompt_template import Answer, AnswerStreamer, Conversation, PromptTemplate
+from finished.prompt_template import Answer, AnswerStreamer, PromptTemplate
 from launch.program import print_error, quiet_libraries
 from options.errors import UserError
 from options.generate import Options, Prompt
@@ -39,11 +38,6 @@ def check_precision(precision: str, device: torch.device) -> None:
     """Raise UserError for bf16 on a GPU that computes in it only by emulation, or not at all."""
     if precision == "bf16" and device.type == "cuda" and not has_bf16(device):
         raise UserError("--precision bf16: this GPU has no bf16; use auto, fp16 or fp32")
-
-
-def make_printable(text: str) -> str:
-    """Replace control characters of a model's text: on a terminal they could move the cursor or worse."""
-    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
 
 
 def display_width(text: str) -> int:
@@ -103,11 +97,6 @@ def choose_display_names(models: AnsweringModels) -> dict[str, str]:
     return {name: "tuned" if single and name != BASE else name for name in models.names}
 
 
-def choose_template(name: str, templates: dict[str, PromptTemplate]) -> PromptTemplate:
-    """Return the template of the model `name`; BASE has the first run's."""
-    return templates.get(name) or next(iter(templates.values()))
-
-
 def answer_prompts(options: Options, models: AnsweringModels, templates: dict[str, PromptTemplate]) -> None:
     """Let each model answer all prompts, one model after the other.
 
@@ -116,7 +105,7 @@ def answer_prompts(options: Options, models: AnsweringModels, templates: dict[st
     assert options.all_prompts is not None
     rendered = {}
     for name, template in templates.items():
-        texts = [template.render(prompt) for prompt in options.all_prompts]
+        texts = [template.render(prompt, options.system) for prompt in options.all_prompts]
         rendered[name] = [
             (text, template.encode(text, prompt.origin))
             for text, prompt in zip(texts, options.all_prompts, strict=True)
@@ -169,72 +158,15 @@ def print_answers(
     print(format_answers(question, texts), end="\n\n", flush=True)
 
 
-def read_lines() -> Iterator[str]:
-    """Yield the lines that the user types, without outer white space, until Ctrl-D."""
-    if sys.stdin.isatty():
-        with contextlib.suppress(ImportError):
-            import readline  # noqa: F401 - arrow keys and a history for input()
-    while True:
-        try:
-            yield input("> ").strip()
-        except EOFError:
-            print()
-            return
-
-
 def chat(options: Options, models: AnsweringModels, templates: dict[str, PromptTemplate]) -> None:
-    """Hold a conversation with streamed answers. The first run answers until /use selects another model."""
-    model_name, choices = next(iter(models.runs)), models.names
-    template = choose_template(model_name, templates)
-    conversation = Conversation(template)
-    turns = "a conversation" if template.format.is_conversation else "each question by itself"
-    numbered = ", ".join(f"{i} {name}" for i, name in enumerate(choices))
-    print(f"{model_name}: {turns}. /use N: another answers ({numbered})")
-    print("/new: begin anew; /quit or Ctrl-D: leave", flush=True)
-    for line in read_lines():
-        command, _, rest = line.partition(" ")
-        if command == "/quit":
-            return
-        if command == "/new":
-            conversation = Conversation(template)
-        elif command == "/use" and rest.strip().isdecimal() and int(rest) < len(choices):
-            model_name = choices[int(rest)]
-            if choose_template(model_name, templates) is not template:
-                template = choose_template(model_name, templates)
-                conversation = Conversation(template)
-            print(f"{model_name} answers")
-        elif line.startswith("/"):
-            print("/use N, /new or /quit")
-        elif line:
-            print_reply(options, models, model_name, conversation, line)
+    """Hold a conversation with streamed answers until the user leaves."""
 
+    def reply(name: str, template: PromptTemplate, ids: torch.Tensor, stream: AnswerStreamer) -> Answer:
+        """Return the answer of the model `name`."""
+        with models.activate(name):
+            return models.generate_answer(template, ids, options.sampling, stream)
 
-def print_reply(
-    options: Options, models: AnsweringModels, model_name: str, conversation: Conversation, question: str
-) -> None:
-    """Print one model's streamed reply to a question and record it.
-
-    Prints an error for an unusable question.
-
-    Args:
-        options: options of the command, for its sampling options.
-        models: the models that can answer.
-        model_name: the model that answers: BASE or a run's name.
-        conversation: the turns so far, to which the question and its answer are added.
-        question: the text that the user typed.
-    """
-    template = conversation.template
-    try:
-        row, text = conversation.make_prompt(question)
-        ids = template.encode(text, "the conversation" if template.format.is_conversation else "the question")
-    except UserError as e:
-        print(f"{e}{'; /new begins another' if template.format.is_conversation else ''}", flush=True)
-        return
-    stream = AnswerStreamer(template, lambda piece: print(make_printable(piece), end="", flush=True))
-    with models.activate(model_name):
-        answer = models.generate_answer(template, ids, options.sampling, stream)
-    print("" if answer.ended else " ...", flush=True)
-    conversation.record_answer(row, answer.text)
+    Chat(reply, models.names, templates, options.system).run()
 
 
 def run(options: Options) -> int:
@@ -252,7 +184,8 @@ def run(options: Options) -> int:
         check_precision(options.precision, device)
         runs = open_runs(options.runs, options.base_model)
         models = AnsweringModels(runs, options.base_model, device, options.precision, options.compare)
-        templates = {str(run.folder): make_template(run, options.dataset_format) for run in runs}
+        how = (options.dataset_format, options.thinking, options.system)
+        templates = {str(run.folder): make_template(run, *how) for run in runs}
         if options.all_prompts is not None:
             for line in describe_unread_fields(options.all_prompts, templates):
                 print(line, file=sys.stderr)  # stdout is for the answers

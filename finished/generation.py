@@ -64,10 +64,18 @@ def _describe_packing(run: Run) -> str:
     return f"packed by {config.method.quantizer}{more}"
 
 
-def make_template(run: Run, dataset_format: str) -> PromptTemplate:
-    """Make the prompt template of a run. Raises UserError if its format is unknown.
+def make_template(
+    run: Run, dataset_format: str, thinking: str = "auto", system: str | None = None
+) -> PromptTemplate:
+    """Make the prompt template of a run.
 
-    dataset_format: replaces the run's own format, unless "auto".
+    Args:
+        run: the opened RUN.
+        dataset_format: replaces the run's own format, unless "auto".
+        thinking: --thinking, which replaces the run's --empty_thinking, unless "auto".
+        system: --system, which the template must be able to show.
+
+    Raises UserError if its format is unknown, or if `thinking` or `system` has no effect.
     """
     tokenizer = load_tokenizer(run)
     format_name = dataset_format if dataset_format != "auto" else run.config.dataset_format
@@ -82,12 +90,23 @@ def make_template(run: Run, dataset_format: str) -> PromptTemplate:
                 f"{run.folder}: its prompt template is unknown ({e}); name it with --dataset_format"
             ) from None
         name, markers = format_name, list(GUANACO_MARKERS)
-    context = RenderContext(tokenizer, markers, run.config.chat_date, run.config.empty_thinking)
+    empty_thinking = {"auto": run.config.empty_thinking, "true": "learn", "false": "prompt"}[thinking]
+    context = RenderContext(tokenizer, markers, run.config.chat_date, empty_thinking)
+    if thinking != "auto" and not (name == "chat" and context.chat.shows_empty_thought()):
+        raise UserError(
+            f"--thinking {thinking}: has no effect: the prompts of {run.folder} have no empty thinking block"
+        )
     stop_ids = collect_stop_ids(run.base, run.model_config.eos_token_id, name, context)
     marker = FORMATS[name].marker(context)
     max_positions = run.model_config.max_position_embeddings
     columns = dataclasses.replace(columns, must_exist=False)
-    return PromptTemplate(FORMATS[name], columns, context, max_positions, frozenset(stop_ids), marker)
+    template = PromptTemplate(FORMATS[name], columns, context, max_positions, frozenset(stop_ids), marker)
+    if system is not None:
+        try:
+            template.check_system()
+        except UserError as e:
+            raise UserError(f"--system: has no effect on {run.folder}: {e}") from None
+    return template
 
 
 def has_bf16(device: torch.device) -> bool:

@@ -6,7 +6,7 @@ Shapes: P tokens of a prompt.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,7 +15,8 @@ from transformers import StoppingCriteria, TextStreamer
 from data.chat import convert_template_errors
 from data.columns import ColumnNames
 from data.encoding import encode_prompt
-from data.formats import FORMATS, Format, RenderContext, check_row, continue_dialogue
+from data.formats import FORMATS, Format, RenderContext, check_row
+from data.messages import replace_system
 from data.row_files import Rows
 from data.schemas import Schema
 from options.errors import UserError
@@ -56,20 +57,29 @@ class PromptTemplate:
         fitting = [schema for schema in self.format.schemas if set(schema.columns) >= set(renamed.names)]
         return data.rows[0], fitting or [*self.format.schemas]
 
-    def render(self, prompt: Prompt) -> str:
+    def render(self, prompt: Prompt, system: str | None = None) -> str:
         """Render the prompt's text up to the answer, as in training.
 
-        Raises UserError for a row without a question.
+        system: the system prompt, in place of the row's; None = the row's. Raises UserError for a row without
+        a question.
         """
         given = self.make_row(prompt.content) if isinstance(prompt.content, str) else prompt.content
         given, schemas = self.match_row(given)
         row = check_row(given, self.format, prompt.origin, needs_answer=False, schemas=schemas)
         if not row[self.format.prompt_column]:
             raise UserError(f"{prompt.origin}: {self.format.prompt_column} is empty")
+        if system is not None:
+            row = row | {"messages": replace_system(row["messages"], system)}
         with convert_template_errors(prompt.origin):
             text = self.format.prompt(row, self.context)
             text.encode()
         return text
+
+    def check_system(self) -> None:
+        """Raise UserError unless prompts can have a system prompt."""
+        if self.format is not FORMATS["chat"]:
+            raise UserError("only conversations have a system prompt, which the run's format is not")
+        self.context.chat.check_system()
 
     def encode(self, text: str, origin: str) -> torch.Tensor:
         """Tokenize a prompt's text: [1, P] int64. Raises UserError if it leaves no room for an answer."""
@@ -148,35 +158,3 @@ class AnswerStreamer(TextStreamer):
 def _count_marker_start(text: str, marker: str) -> int:
     """Count the characters at the end of `text` that may be the beginning of the marker."""
     return next(n for n in range(min(len(text), len(marker)), -1, -1) if text.endswith(marker[:n]))
-
-
-@dataclass
-class Conversation:
-    """The turns so far. Formats without turns start anew with each question."""
-
-    template: PromptTemplate
-    row: dict = field(default_factory=dict)
-
-    def make_prompt(self, question: str) -> tuple[dict, str]:
-        """Return (row with the turns so far and the question, its prompt's text). Raises UserError.
-
-        Does not change the conversation: `record_answer` does.
-        """
-        row_format = self.template.format
-        row = self.template.make_row(question)
-        if row_format is FORMATS["chat"]:
-            row = {"messages": [*self.row.get("messages", []), *row["messages"]]}
-        elif row_format is FORMATS["guanaco"] and self.row:
-            row = {
-                "text": continue_dialogue(
-                    question, self.row["text"], self.row["answer"], self.template.context.markers
-                )
-            }
-        return row, self.template.render(Prompt("the question", row))
-
-    def record_answer(self, row: dict, answer: str) -> None:
-        """Make the row and its answer the turns so far; formats without turns keep none."""
-        if self.template.format is FORMATS["chat"]:
-            self.row = {"messages": [*row["messages"], {"role": "assistant", "content": answer.strip()}]}
-        elif self.template.format is FORMATS["guanaco"]:
-            self.row = row | {"answer": answer}

@@ -62,6 +62,11 @@ class Options:
         " with the fields of the format or of the data, whose answers are ignored")
     dataset_format: str = option("auto", "Prompts", "format of the prompts; auto = the run's",
         choices=DATASET_FORMATS)
+    system: str | None = option(None, "Prompts", "system prompt of every question; it replaces the one of a"
+        " conversation in --prompts")
+    thinking: str = option("auto", "Prompts", "false = questions end with the chat template's empty thinking"
+        " block, so that the model answers without a thought; true = they do not; auto = as in training",
+        choices=("auto", "true", "false"))
     max_new_tokens: int = option(Sampling.max_new_tokens, "Answers", "longest answer, in tokens", ge=1)
     temperature: float = option(Sampling.temperature, "Answers", "0 = always the likeliest token; 1 = sample"
         " with the model's probabilities", ge=0)

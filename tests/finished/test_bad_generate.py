@@ -128,6 +128,37 @@ def test_runs_that_are_none(runs, chat_run, checkpoints, alpaca_file, one_rank, 
     assert "half written" in refused(half, *asked)
 
 
+NO_SYSTEM = (
+    "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('No\nsystem') }}{% endif %}"
+    "{{ m.content }}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("template, reason", [
+    (NO_SYSTEM, "the chat template takes no system prompt (No system)"),
+    ("{{ messages[-1].content }}", "the chat template does not show a system prompt"),
+])  # fmt: skip
+def test_a_template_without_a_system_prompt(template, reason, chat_run, refused, monkeypatch):
+    load = generation.load_tokenizer
+
+    def load_other(run):
+        tokenizer = load(run)
+        tokenizer.chat_template = template
+        return tokenizer
+
+    monkeypatch.setattr(generation, "load_tokenizer", load_other)
+    line = refused(chat_run, "--prompt", "Hi", "--system", "Be brief.")
+    assert line == f"error: --system: has no effect on {chat_run}: {reason}\n"
+
+
+def test_options_without_effect_on_a_format(runs, chat_run, refused):
+    line = refused(runs[0], "--prompt", "Hi", "--system", "Be brief.")
+    assert f"--system: has no effect on {runs[0]}: only conversations have a system prompt" in line
+    for run in (runs[0], chat_run):
+        line = refused(run, "--prompt", "Hi", "--thinking", "false")
+        assert "--thinking false: has no effect" in line and "no empty thinking block" in line
+
+
 @pytest.mark.parametrize("template, reason", [
     ("{{ 1 // 0 }}", "integer division or modulo by zero"),
     ("{{ raise_exception('Roles must alternate') }}", "Roles must alternate"),

@@ -18,9 +18,10 @@ import generate
 import models.dora
 from data.formats import ALPACA
 from finished import generation
+from finished.conversation import Conversation
 from finished.finished_run import open_base, open_run
 from finished.generation import make_template
-from finished.prompt_template import Answer, AnswerStreamer, Conversation
+from finished.prompt_template import Answer, AnswerStreamer
 from models.dora import DoRALinear, cached_norms
 from models.lora import LoRALinear, adapters_off
 from options.errors import UserError
@@ -308,13 +309,77 @@ def test_a_conversation_in_the_chat_template(chat_run, dialogue):
     start = "<|im_start|>system\nBe kind.<|im_end|>\n"
     asked = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
     turn = asked + "{}<|im_end|>\n"
-    assert status == 0 and "/use N, /new or /quit" in out and "base answers" in out
+    assert status == 0 and "base answers" in out
+    assert out.count("/system TEXT, /undo, /reset, /use N or /quit") == 2  # at first, and after /what
     first, second = turn.format("Hi", "Yo1"), turn.format("Bye", "Yo2")
     assert given == [
         start + asked.format("Hi"),
         start + first + asked.format("Bye"),
         start + first + second + asked.format("Who?"),
         start + asked.format("Hi"),
+    ]
+
+
+START, ASK = "<|im_start|>system\n{}<|im_end|>\n", "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_a_conversation_is_changed_by_commands(chat_run, dialogue):
+    """The system prompt is in front of all turns from then on; /undo takes a question and its answer away."""
+    typed = ["Hi", "/system Be brief.", "Bye", "/undo", "So?", "/undo", "/undo", "/undo", "A", "/system"]
+    _, out, given = dialogue(
+        chat_run, [*typed, "B", "/system Be loud.", "/reset", "C"], "--system", "Be odd."
+    )
+    first, brief = ASK.format("Hi") + "Yo1<|im_end|>\n", START.format("Be brief.")
+    assert given == [
+        START.format("Be odd.") + ASK.format("Hi"),
+        brief + first + ASK.format("Bye"),
+        brief + first + ASK.format("So?"),
+        brief + ASK.format("A"),
+        START.format("Be kind.")
+        + ASK.format("A")
+        + "Yo4<|im_end|>\n"
+        + ASK.format("B"),  # the template's own
+        START.format("Be loud.") + ASK.format("C"),
+    ]
+    assert out.count("the last question is taken back") == 3 and out.count("no question to take back") == 1
+
+
+def test_a_dialogue_is_undone(runs, dialogue):
+    typed = ["Hi", "Bye", "/undo", "So", "/system Be brief."]
+    _, out, given = dialogue(runs[0], typed, "--dataset_format", "guanaco")
+    assert given[2] == "<s>### Human: Hi### Assistant: Yo1### Human: So### Assistant:"
+    assert "/system: only conversations have a system prompt" in out
+
+
+def test_the_system_prompt_of_each_question(chat_run, tmp_path, capsys):
+    """Also in place of a row's own. The prompt of a conversation ends before its last answer."""
+    rows, turns = tmp_path / "rows.jsonl", [{"role": "user", "content": text} for text in ("Hi", "So?")]
+    yes = {"role": "assistant", "content": "Yes"}
+    conversations = [[turns[0]], [{"role": "system", "content": "Own."}, turns[0], yes, turns[1], yes]]
+    rows.write_text("".join(json.dumps({"messages": each}) + "\n" for each in conversations))
+    asked = [
+        "--prompt",
+        "Bye",
+        "--prompts",
+        str(rows),
+        "--max_new_tokens",
+        "1",
+        "--compare",
+        "false",
+        "--json",
+    ]
+
+    def prompts(*more: str) -> list[str]:
+        assert generate.main([str(chat_run), *asked, *more]) == 0
+        return [json.loads(line)["rendered"] for line in capsys.readouterr().out.splitlines()]
+
+    history = ASK.format("Hi") + "Yes<|im_end|>\n" + ASK.format("So?")
+    assert prompts()[2] == START.format("Own.") + history
+    brief = START.format("Be brief.")
+    assert prompts("--system", "Be brief.") == [
+        brief + ASK.format("Bye"),
+        brief + ASK.format("Hi"),
+        brief + history,
     ]
 
 
@@ -339,7 +404,7 @@ def test_questions_one_by_one(runs, dialogue):
 
 def test_a_conversation_beyond_the_model(chat_run, dialogue):
     status, out, given = dialogue(chat_run, ["x" * 600, "Hi"])
-    assert status == 0 and len(given) == 1 and "/new begins another" in out
+    assert status == 0 and len(given) == 1 and "/reset begins another" in out
 
 
 def test_rows_of_the_data_as_prompts(runs, chat_run, tmp_path, capsys):

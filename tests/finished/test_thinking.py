@@ -46,15 +46,16 @@ def change_option(run: Path, **changed: str | None) -> None:
 def test_a_run_is_asked_as_it_learned(run, capsys):
     """A RUN of an earlier version learned the empty block."""
 
-    def rendered() -> str:
+    def rendered(*more: str) -> str:
         asked = ["--prompt", "Hi", "--max_new_tokens", "1", "--compare", "false", "--json"]
-        assert generate.main([str(run), *asked]) == 0
+        assert generate.main([str(run), *asked, *more]) == 0
         return json.loads(capsys.readouterr().out)["rendered"]
 
     assert yaml.safe_load((run / "config.yaml").read_text())["empty_thinking"] == "prompt"
-    assert rendered() == ASKED + EMPTY
+    assert rendered() == rendered("--thinking", "false") == ASKED + EMPTY
+    assert rendered("--thinking", "true") == ASKED
     change_option(run, empty_thinking=None)
-    assert rendered() == ASKED
+    assert rendered() == ASKED and rendered("--thinking", "false") == ASKED + EMPTY
     change_option(run, empty_thinking="prompt")
 
 
