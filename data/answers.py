@@ -9,6 +9,9 @@ from collections.abc import Collection, Iterable
 # Qwen3 and its template write it before an answer without a thought. Prompts of some models already open it.
 OPEN_THOUGHT = "<think>"
 EMPTY_THOUGHT = re.compile(r"\s*(<think>)?\s*</think>")
+WORD = re.compile(r"\S+")
+# Repetitions that a terminal does not show: of a phrase of so many words at most, that stands so often.
+LONGEST_PHRASE, MIN_REPEATS, KEPT_REPEATS = 8, 6, 3
 
 
 def decode_answer(ids: list[int], tokenizer, stop_ids: Collection[int], marker: str | None = None) -> str:
@@ -23,6 +26,41 @@ def decode_answer(ids: list[int], tokenizer, stop_ids: Collection[int], marker: 
     end = next((i for i, token in enumerate(ids) if token in stop_ids), len(ids))
     text = tokenizer.decode(ids[:end], skip_special_tokens=True)
     return text.partition(marker)[0] if marker else text
+
+
+def cut_repetition(text: str) -> str:
+    """Return a text for a terminal in which words that are repeated many times stand KEPT_REPEATS times.
+
+    "... (repeated)" replaces the others. Up to LONGEST_PHRASE words are looked for; the last one of the text
+    may be incomplete.
+    """
+    words = list(WORD.finditer(text))
+    texts = [word[0] for word in words]
+    shown, read, i = "", 0, 0  # read: characters of the text that `shown` covers
+    while i < len(words):
+        size, repeats = _count_repeats(texts, i)
+        if repeats < MIN_REPEATS:
+            i += 1
+            continue
+        i += size * repeats
+        shown += text[read : words[i - size * (repeats - KEPT_REPEATS) - 1].end()] + " ... (repeated)"
+        read = words[i - 1].end()
+        rest = texts[i:]
+        # What the longest answer has cut off is a repetition as well.
+        if len(rest) <= size and " ".join(texts[i - size : i]).startswith(" ".join(rest)):
+            return shown
+    return shown + text[read:]
+
+
+def _count_repeats(words: list[str], start: int) -> tuple[int, int]:
+    """Return (number of words of the phrase at `start` that is repeated most often, how often it stands)."""
+    counts = {}
+    for size in range(1, LONGEST_PHRASE + 1):
+        phrase, end = words[start : start + size], start + size
+        while words[end : end + size] == phrase:
+            end += size
+        counts[size] = (end - start) // size
+    return max(counts.items(), key=lambda item: item[1])
 
 
 def is_empty_answer(answer: str, special_texts: Iterable[str | None]) -> bool:

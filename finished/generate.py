@@ -10,6 +10,7 @@ import unicodedata
 
 import torch
 
+from data.answers import cut_repetition
 from data.recognition import describe_unread_columns
 from data.schemas import find_schema
 from finished.conversation import Chat, choose_template, make_printable
@@ -153,7 +154,8 @@ def print_answers(
         return
     question = given if isinstance(given, str) else text.strip()
     texts = {
-        display_names[name]: a.text.rstrip() + ("" if a.ended else " ...") for name, a in answers.items()
+        display_names[name]: cut_repetition(a.text.rstrip()) + ("" if a.ended else " ...")
+        for name, a in answers.items()
     }
     print(format_answers(question, texts), end="\n\n", flush=True)
 

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from transformers import PreTrainedModel
 
-from data.answers import decode_answer
+from data.answers import cut_repetition, decode_answer
 from data.evaluation_sets import EvaluationData
 from files.atomic_writes import make_staging_folder, remove_folder, replace_folder, staging_path, write_text
 from files.disk_room import append_lines
@@ -220,7 +220,7 @@ class Evaluator:
             texts.append((prompt.text, text))
             line = {"step": step, "prompt": prompt.text, "text": text}
             lines += json.dumps(line, ensure_ascii=False) + "\n"
-            self.tracker.print_line(f"sample, step {step}: {prompt.describe()!r} -> {text!r}")
+            self.tracker.print_line(f"sample, step {step}: {prompt.describe()!r} -> {cut_repetition(text)!r}")
         append_lines(self.folder / "samples.jsonl", lines, self.tracker.print_line)
         self.tracker.log_samples(step, texts)
 

@@ -6,7 +6,7 @@ import unicodedata
 
 import pytest
 
-from data.answers import decode_answer, normalize_answer
+from data.answers import cut_repetition, decode_answer, normalize_answer
 from data.evaluation_sets import make_row_prompt
 from data.formats import ALPACA, FORMATS, GUANACO_MARKERS, RenderContext, Rendered
 from tests.helpers import chat_templates, small_tokenizers
@@ -72,6 +72,19 @@ def test_the_answer_of_a_conversation(name, turns):
 )
 def test_an_empty_thought_is_no_part_of_an_answer(text, shown):
     assert normalize_answer(text) == shown
+
+
+@pytest.mark.parametrize(("text", "shown"), [
+    ("goose " * 30, "goose goose goose ... (repeated)"),
+    ("A goose" + " goose" * 30 + " goo", "A goose goose goose ... (repeated)"),  # its last word is cut
+    ("It sat. " * 6 + "Then it left.", "It sat. It sat. It sat. ... (repeated) Then it left."),
+    ("a\n" * 9 + "b c" + " c" * 7, "a\na\na ... (repeated)\nb c c c ... (repeated)"),
+    ("no " * 5, "no " * 5),
+    ("1 2 3 1 2 3\n", "1 2 3 1 2 3\n"),
+    (" ", " "),
+])  # fmt: skip
+def test_what_a_terminal_shows_of_repetitions(text, shown):
+    assert cut_repetition(text) == shown
 
 
 def dialogue(text: str, markers=GUANACO_MARKERS) -> Rendered:

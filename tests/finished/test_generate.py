@@ -383,6 +383,16 @@ def test_the_system_prompt_of_each_question(chat_run, tmp_path, capsys):
     ]
 
 
+def test_answers_that_repeat_a_word_are_cut_on_the_terminal(chat_run, monkeypatch, capsys):
+    text = "A goose" + " goose" * 40
+    monkeypatch.setattr(generation.AnsweringModels, "generate_answer", lambda *_: Answer(text, 41, False))
+    asked = [str(chat_run), "--prompt", "Hi", "--compare", "false"]
+    assert generate.main(asked) == 0
+    assert "tuned: A goose goose goose ... (repeated) ...\n" in capsys.readouterr().out
+    assert generate.main([*asked, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["answers"][0]["text"] == text
+
+
 def test_the_template_s_end_of_a_turn_ends_an_answer(chat_run):
     template = make_template(open_run(chat_run), "auto")
     assert {template.tokenizer.decode([t]) for t in template.stop_ids} == {"</s>", "<|im_end|>"}

@@ -323,6 +323,26 @@ def test_a_sample_ends_where_the_next_question_begins(monkeypatch, tmp_path):
     assert lines == [" b", " b### Human: c"]
 
 
+def test_a_repetition_is_cut_in_the_printed_sample_alone(monkeypatch, tmp_path):
+    text, printed, tracker = "A" + " goose" * 20, [], NoTracker()
+    monkeypatch.setattr(tracker, "print_line", printed.append)
+    answers = [BYTES(text, add_special_tokens=False)["input_ids"]]
+    monkeypatch.setattr(evaluation, "generate_greedily", lambda *_: answers)
+    evaluator = types.SimpleNamespace(
+        data=EvaluationData(None, [Prompt("a", [2])], []),
+        sample_tokens=200,
+        model=types.SimpleNamespace(config=LlamaConfig()),
+        rank_info=SINGLE_RANK,
+        context=context,
+        folder=tmp_path,
+        tokenizer=BYTES,
+        tracker=tracker,
+    )
+    evaluation.Evaluator._write_samples(evaluator, 0)
+    assert json.loads((tmp_path / "samples.jsonl").read_text())["text"] == text
+    assert len(printed) == 1 and printed[0].endswith("-> 'A goose goose goose ... (repeated)'")
+
+
 # Bad input
 
 
