@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
-from data.row_files import Rows
 from data.schemas import join_columns
 from options.columns import parse_columns
 from options.errors import UserError
@@ -52,29 +51,26 @@ class ColumnNames:
         named_by = {ours: self.named_by[ours] for ours in names}
         return ColumnNames(names, named_by, self.must_exist)
 
-    def rename(self, data: Rows, error_prefix: str) -> tuple[Rows, ColumnNames]:
+    def rename(self, rows: list[dict], error_prefix: str) -> tuple[list[dict], ColumnNames]:
         """Return (the rows, which have each column under the format's name too; the names of those columns).
 
         Raises UserError for a column that the data does not have, but must. error_prefix: begins the error.
         """
-        present = {
-            ours: theirs for ours, theirs in self.names.items() if any(theirs in row for row in data.rows)
-        }
+        present = {ours: theirs for ours, theirs in self.names.items() if any(theirs in row for row in rows)}
         for ours in self.names if self.must_exist else ():
             if ours not in present:
-                known = join_columns(dict.fromkeys(str(column) for row in data.rows for column in row))
+                known = join_columns(dict.fromkeys(str(column) for row in rows for column in row))
                 missing = join_columns([self.names[ours]])
                 raise UserError(
                     f"{error_prefix}: {self.named_by[ours]}: the data has no column {missing}; its columns"
                     f" are {known} (docs/data.md)"
                 )
-        rows = data.rows
         if present:
             rows = [
                 row | {ours: row[theirs] for ours, theirs in present.items() if theirs in row} for row in rows
             ]
         named_by = {ours: self.named_by[ours] for ours in present}
-        return replace(data, rows=rows), ColumnNames(present, named_by)
+        return rows, ColumnNames(present, named_by)
 
 
 NO_NAMES = ColumnNames()

@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import re
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -19,6 +18,7 @@ from data.answers import decode_answer, normalize_answer
 from data.chat import convert_template_errors
 from data.columns import ColumnNames
 from data.encoding import drop_empty_answers, encode_prompt
+from data.evaluation_data import EvaluationData, Prompt
 from data.examples import Examples
 from data.formats import FORMATS, Rendered
 from data.mixtures import join_evenly, read_each_row_once, read_mixture
@@ -37,68 +37,7 @@ from options.limits import MAX_LINE_BYTES, read_text
 
 DEFAULT_PROMPTS = 3  # number of rows that are the prompts of samples, without --sample_prompts
 MAX_PROMPTS = 16  # number of rows used of a dataset that is given as --sample_prompts
-MAX_QUESTION_CHARS = 120  # of a prompt that is printed beside its answer
 OPENING_WORDS = 8  # number of words of a plain text, which has no question, that are its prompt
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """A prompt as the model gets it.
-
-    Attributes:
-        text: the prompt.
-        ids: its token ids.
-        answer: the row's own answer, from `normalize_answer`; "" if it has none.
-        marker: a text that ends the model's answer, as in Rendered.
-        question_header: the text that begins a question, as in Format.
-    """
-
-    text: str
-    ids: list[int]
-    answer: str = ""
-    marker: str | None = None
-    question_header: str = ""
-
-    def describe(self) -> str:
-        """Return the prompt from its last question on, in one line, shortened in the middle if it is long."""
-        start = self.text.rfind(self.question_header) if self.question_header else 0
-        question = " ".join(self.text[max(start, 0) :].split())
-        if len(question) <= MAX_QUESTION_CHARS:
-            return question
-        half = (MAX_QUESTION_CHARS - len(" ... ")) // 2
-        return f"{question[:half]} ... {question[-half:]}"
-
-
-@dataclass(frozen=True)
-class EvaluationData:
-    """The data that a run is evaluated on.
-
-    Attributes:
-        rows: the evaluation set, or None.
-        prompts: the prompts of samples; may be empty.
-        stop_ids: token ids that end an answer.
-        remarks: lines to print at start, on this data and on the training data.
-    """
-
-    rows: TokenizedRows | None
-    prompts: list[Prompt]
-    stop_ids: tuple[int, ...] = ()
-    remarks: tuple[str, ...] = ()
-
-    def largest_id(self) -> int:
-        """Return the largest token id of all rows and prompts; 0 if there are none."""
-        ids = [i for prompt in self.prompts for i in prompt.ids]
-        return max([*ids, int(self.rows.tokens.max()) if self.rows else 0], default=0)
-
-    def describe(self) -> str:
-        """Return lines on the evaluation set, each after a line break; "" if there is none."""
-        if not self.rows:
-            return ""
-        rows = self.rows
-        counts = ((rows.dropped, "dropped"), (rows.cut, "cut at the context length"))
-        left_out = "".join(f", {count:,} {what}" for count, what in counts if count)
-        counted = f"{len(rows):,} rows{left_out}, {int(rows.targets().sum()):,} learned tokens"
-        return "".join(f"\nevaluation: {line}" for line in (counted, *rows.describe_reasons()))
 
 
 def prepare_sets(config: Config, tokenizer) -> tuple[Config, TokenizedRows, EvaluationData]:

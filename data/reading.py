@@ -118,8 +118,9 @@ def _load_renamed(
         recipe = dataclasses.replace(recipe, columns=others)
     else:
         columns = columns.without(recipe.columns)
-    data, renamed = columns.rename(load_rows(recipe, file, samples), error_prefix)
-    return data, renamed.over(ColumnNames.from_recipe(recipe.columns))
+    data = load_rows(recipe, file, samples)
+    rows, renamed = columns.rename(data.rows, error_prefix)
+    return dataclasses.replace(data, rows=rows), renamed.over(ColumnNames.from_recipe(recipe.columns))
 
 
 def _resolve_format(

@@ -216,4 +216,4 @@ def load_rows(recipe: Recipe, file: Path | None, samples: int) -> Rows:
     if not rows.rows:
         raise UserError(f"--dataset {file or recipe.source}: is empty")
     names = ColumnNames.from_recipe(recipe.columns)
-    return names.rename(rows, f"--dataset {file or recipe.source}")[0]
+    return replace(rows, rows=names.rename(rows.rows, f"--dataset {file or recipe.source}")[0])

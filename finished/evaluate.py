@@ -15,8 +15,8 @@ from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, St
 from data.answers import decode_answer, normalize_answer
 from data.columns import ColumnNames
 from data.encoding import encode
+from data.evaluation_data import Prompt
 from data.evaluation_sets import (
-    Prompt,
     make_row_prompt,
     name_columns,
     read_evaluation_rows,

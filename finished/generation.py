@@ -19,7 +19,6 @@ from transformers import GenerationConfig, PreTrainedModel, StoppingCriteriaList
 from data.answers import decode_answer
 from data.columns import ColumnNames
 from data.dataset_names import first_set, split_name
-from data.evaluation_sets import name_columns
 from data.formats import FORMATS, GUANACO_MARKERS, RenderContext
 from data.reading import find_format
 from data.stop_ids import collect_stop_ids
@@ -79,7 +78,7 @@ def make_template(
     """
     tokenizer = load_tokenizer(run)
     format_name = dataset_format if dataset_format != "auto" else run.config.dataset_format
-    columns = name_columns(run.config)
+    columns = ColumnNames.from_options(run.config.columns, run.config.text_column)
     try:
         name, recipe = find_format(run.config.dataset, format_name, bool(tokenizer.chat_template), columns)
         markers, columns = recipe.markers, columns.over(ColumnNames.from_recipe(recipe.columns))

@@ -17,7 +17,6 @@ from data.columns import ColumnNames
 from data.encoding import encode_prompt
 from data.formats import FORMATS, Format, RenderContext, check_row
 from data.messages import replace_system
-from data.row_files import Rows
 from data.schemas import Schema
 from options.errors import UserError
 from options.generate import Prompt
@@ -53,9 +52,9 @@ class PromptTemplate:
 
     def match_row(self, row: dict) -> tuple[dict, list[Schema]]:
         """Return (the row with the format's names for its columns, the schemas that it may have)."""
-        data, renamed = self.columns.rename(Rows([row], [""]), "--prompts")
+        [row], renamed = self.columns.rename([row], "--prompts")
         fitting = [schema for schema in self.format.schemas if set(schema.columns) >= set(renamed.names)]
-        return data.rows[0], fitting or [*self.format.schemas]
+        return row, fitting or [*self.format.schemas]
 
     def render(self, prompt: Prompt, system: str | None = None) -> str:
         """Render the prompt's text up to the answer, as in training.

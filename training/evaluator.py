@@ -21,7 +21,7 @@ import torch.distributed as dist
 from transformers import PreTrainedModel
 
 from data.answers import cut_repetition, decode_answer
-from data.evaluation_sets import EvaluationData
+from data.evaluation_data import EvaluationData
 from files.atomic_writes import make_staging_folder, remove_folder, replace_folder, staging_path, write_text
 from files.disk_room import append_lines
 from files.names import BEST, SCORE

@@ -15,7 +15,7 @@ from transformers import PretrainedConfig
 from checkpoints import resume
 from checkpoints.storage import Checkpoint
 from data.batches import StepSampler
-from data.evaluation_sets import EvaluationData
+from data.evaluation_data import EvaluationData
 from data.row_text import RecordedRow
 from data.rows import TokenizedRows, digest_rows
 from data.template_choice import read_trained_tokenizer

@@ -15,7 +15,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from checkpoints import resume
 from checkpoints.storage import Checkpoint
-from data.evaluation_sets import EvaluationData, prepare_sets, rename_option_in_errors
+from data.evaluation_data import EvaluationData
+from data.evaluation_sets import prepare_sets, rename_option_in_errors
 from data.examples import read_toy_texts
 from data.formats import RenderContext
 from data.packing import make_sampler

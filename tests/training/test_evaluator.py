@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 import train
 from data.batches import StepSampler, make_batch
-from data.evaluation_sets import EvaluationData, Prompt
+from data.evaluation_data import EvaluationData, Prompt
 from data.formats import FORMATS
 from data.rows import IGNORE
 from data.tokenizing import tokenize
