@@ -1,4 +1,4 @@
-"""Writes the trained adapter in PEFT's format.
+"""Writes the trained adapter in PEFT's format, and loads such an adapter into a model.
 
 https://huggingface.co/docs/peft/developer_guides/checkpoint
 """
@@ -16,11 +16,13 @@ from files.atomic_writes import stage_files
 from files.base_model import BaseModel
 from files.disk_room import check_free_space
 from files.names import ADAPTER, ADAPTER_CONFIG
+from files.saved_adapter import ADAPTER_DTYPES, PEFT_PREFIX, TensorHeaders, read_adapter_modules
 from files.tensors import save_tensors
 from models.family import unwrapped_name
 from models.lora import LoRALinear
 from options.config import Config
-from parallel.shards import gather_to_cpu
+from options.errors import UserError
+from parallel.shards import fill_shard, gather_to_cpu
 from quantization.operators import TINY
 
 MAGNITUDE = "lora_magnitude_vector"  # the end of a tensor's name
@@ -48,7 +50,7 @@ def save_adapter(
         if isinstance(module, LoRALinear):
             for name, full in module.peft_tensors(gather_to_cpu).items():
                 if dist.get_rank() == 0:
-                    tensors[f"base_model.model.{unwrapped_name(path)}.{name}"] = full.contiguous()
+                    tensors[f"{PEFT_PREFIX}{unwrapped_name(path)}.{name}"] = full.contiguous()
     if dist.get_rank() != 0:
         return ""
     check_free_space(folder, sum(t.nbytes for t in tensors.values()))
@@ -99,3 +101,50 @@ def _adapter_config(config: Config, base: BaseModel, target_modules: list[str]) 
         "init_lora_weights": True,
         "inference_mode": True,
     }
+
+
+def check_adapter_tensors(
+    found: TensorHeaders, model: nn.Module, path: Path, base: Path, settings: str
+) -> None:
+    """Raise UserError unless an adapter's file holds exactly the tensors of a model's adapters.
+
+    Compares names and shapes, and requires floating-point dtypes.
+
+    Args:
+        found: the headers of the file.
+        model: on meta, with its adapters.
+        path: the file.
+        base: folder of the model.
+        settings: name of the file that says which adapters the model has.
+    """
+    expected = {
+        f"{PEFT_PREFIX}{name}.{suffix}": list(tensor.shape)
+        for name, module in model.named_modules()
+        if isinstance(module, LoRALinear)
+        for suffix, tensor in module.peft_tensors(lambda parameter: parameter.detach()).items()
+    }
+    for name in sorted(expected.keys() | found.keys()):
+        if name not in expected:
+            raise UserError(f"{path}: {name} belongs to no adapter of {base} with the options of {settings}")
+        if name not in found:
+            raise UserError(f"{path}: {name} is missing")
+        shape, dtype = found[name]
+        if shape != expected[name]:
+            raise UserError(
+                f"{path}: {name} has shape {shape}, but {base} and {settings} require {expected[name]}"
+            )
+        if dtype not in ADAPTER_DTYPES:  # integers would load as weights
+            expected_dtypes = ", ".join(ADAPTER_DTYPES)
+            raise UserError(f"{path}: {name} is stored as {dtype}; expected one of {expected_dtypes}")
+
+
+def load_adapter(model: nn.Module, path: Path) -> None:
+    """Load an adapter's file, which `check_adapter_tensors` has checked, into a loaded model, sharded or not.
+
+    Each rank reads the whole file, a module at a time, and keeps its shards. Raises UserError for NaN.
+    """
+    modules = {unwrapped_name(name): module for name, module in model.named_modules()}
+    for name, tensors in read_adapter_modules(path):
+        module = modules[name]
+        assert isinstance(module, LoRALinear)
+        module.set_peft_tensors(tensors, fill_shard)

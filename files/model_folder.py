@@ -179,7 +179,11 @@ def find_model(name: str) -> Path:
         UserError: it is neither, is not accessible, holds no config.json, or holds an adapter too.
     """
     local = os.path.expanduser(name)  # os.path accepts any text; Path raises for some
-    folder = Path(local) if os.path.isdir(local) else _download(name, "*.json", "*.jinja", "*.model", "*.txt")
+    folder = (
+        Path(local)
+        if os.path.isdir(local)
+        else download(name, "--model_name", "*.json", "*.jinja", "*.model", "*.txt")
+    )
     if not (folder / CONFIG).is_file():
         raise UserError(f"--model_name {name}: no {CONFIG} in this folder")
     if (folder / ADAPTER_CONFIG).is_file():
@@ -201,11 +205,14 @@ def fetch_weights(name: str, folder: Path) -> None:
         UserError: the hub cannot be reached, or refuses.
     """
     if not os.path.isdir(os.path.expanduser(name)) and name != TOY_MODEL:
-        assert _download(name, "*.safetensors") == folder
+        assert download(name, "--model_name", "*.safetensors") == folder
 
 
-def _download(name: str, *patterns: str) -> Path:
-    """Download a hub model's files that match a pattern, and return their folder. Raises UserError."""
+def download(name: str, option: str, *patterns: str) -> Path:
+    """Download the files of a hub repository that match a pattern, and return their folder.
+
+    Raises UserError, which names the option that `name` was given by.
+    """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         HfHubHTTPError,
@@ -227,12 +234,12 @@ def _download(name: str, *patterns: str) -> Path:
             ignore_patterns=["*/*", "consolidated*"],
         ))  # fmt: skip
     except HFValidationError:
-        raise UserError(f"--model_name {name}: no such folder, and not a hub id (owner/name)") from None
+        raise UserError(f"{option} {name}: no such folder, and not a hub id (owner/name)") from None
     except LocalEntryNotFoundError:
-        raise UserError(f"--model_name {name}: no such folder, and the hub cannot be reached") from None
+        raise UserError(f"{option} {name}: no such folder, and the hub cannot be reached") from None
     except RevisionNotFoundError:
         raise UserError(
-            f"--model_name {name}: on the hub {repository} has no branch, tag or commit {revision}"
+            f"{option} {name}: on the hub {repository} has no branch, tag or commit {revision}"
         ) from None
     except HfHubHTTPError as e:
         status = getattr(e.response, "status_code", None)
@@ -243,9 +250,9 @@ def _download(name: str, *patterns: str) -> Path:
         problem = reason.get(
             status, "does not exist" if status == 404 else f"could not be fetched ({status})"
         )
-        raise UserError(f"--model_name {name}: no such folder, and on the hub it {problem}") from None
+        raise UserError(f"{option} {name}: no such folder, and on the hub it {problem}") from None
     except HUB_ERRORS as e:
-        raise UserError(f"--model_name {name}: could not be fetched from the hub ({e})") from None
+        raise UserError(f"{option} {name}: could not be fetched from the hub ({e})") from None
 
 
 def digest_structure(config: PretrainedConfig, files: CheckpointFiles) -> str:

@@ -14,10 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from checkpoints.adapter import check_adapter_tensors, load_adapter
 from checkpoints.trained_model import open_blocks
 from data.examples import read_toy_texts
 from data.formats import RenderContext
@@ -31,16 +30,21 @@ from files.base_model import (
     trained_without_head,
 )
 from files.bnb_weights import detect_bnb_packing
-from files.finite import is_finite
 from files.model_folder import CheckpointFiles, digest_structure, fetch_weights, find_model, pin_model_name
 from files.names import ADAPTER, ADAPTER_CONFIG, BLOCKS, CONFIG, OPTIONS
+from files.saved_adapter import (
+    PEFT_PREFIX,
+    TensorHeaders,
+    check_settings,
+    read_adapter_header,
+    read_adapter_tensors,
+)
 from files.tensors import read_header
 from launch.precision import Precision
 from launch.ranks import RankInfo
 from models.adapters import apply_method, check_quantization
 from models.family import Family
 from models.llama_pro import new_layers
-from models.lora import LoRALinear
 from models.registry import build_on_meta, open_weights, read_config
 from models.toy import make_toy_model
 from options.config import FIELDS, TOY_MODEL, Config
@@ -50,8 +54,6 @@ from options.train import parse
 from options.yaml_file import read_options_file
 from quantize_layers import load_weights
 
-PEFT_PREFIX = "base_model.model."  # PEFT's tensor names start with it
-ADAPTER_DTYPES = ("F32", "BF16", "F16", "F64")  # safetensors' names
 # Options that determine the model and its prompts. A run writes every option, so a config.yaml without one of
 # these is damaged.
 REQUIRED_OPTIONS = (
@@ -59,12 +61,6 @@ REQUIRED_OPTIONS = (
     "model_name", "dataset", "dataset_format", "context_length", "precision",
 )  # fmt: skip
 assert set(REQUIRED_OPTIONS) <= FIELDS.keys()
-# Settings of PEFT's LoraConfig that change what the adapter computes. A run leaves them unset.
-FOREIGN_ADAPTER_KEYS = (
-    "use_rslora", "rank_pattern", "alpha_pattern", "layers_to_transform", "layer_replication",
-    "modules_to_save", "lora_bias", "fan_in_fan_out", "trainable_token_indices", "target_parameters",
-)  # fmt: skip
-UNSET: tuple = (None, False, [], {})
 
 
 @dataclass(frozen=True)
@@ -119,7 +115,7 @@ def open_run(folder: str | Path, base_model: str | None = None) -> Run:
     if blocks:
         return _overlay_new_blocks(run)
     path = folder / ADAPTER
-    metadata, tensors = _read_adapter_header(path)
+    metadata, tensors = _read_run_header(path)
     run = _verify_base(dataclasses.replace(run, adapter=path), metadata, path)
     _check_adapter_tensors(run, tensors)
     _check_adapter_config(saved, config)
@@ -246,7 +242,7 @@ def _check_required_options(path: Path, written: Mapping) -> None:
 
 
 def _check_adapter_config(path: Path, config: Config) -> None:
-    """Raise UserError if adapter_config.json contradicts config.yaml, or sets a key of FOREIGN_ADAPTER_KEYS.
+    """Raise UserError if adapter_config.json contradicts config.yaml, or has settings that no run writes.
 
     path: adapter_config.json.
     """
@@ -260,71 +256,32 @@ def _check_adapter_config(path: Path, config: Config) -> None:
         if adapter_config.get(name) != value:
             found = f"{name} {adapter_config.get(name)}"
             raise UserError(f"{path}: {found}, but {OPTIONS} makes it {value}: one of them is damaged")
-    changed = next((name for name in FOREIGN_ADAPTER_KEYS if adapter_config.get(name) not in UNSET), None)
-    if changed:
-        raise UserError(f"{path}: {changed} {adapter_config[changed]}: no run of this program writes that")
+    check_settings(adapter_config, path)
 
 
-def _read_adapter_header(path: Path) -> tuple[dict[str, str], dict[str, tuple[list[int], str]]]:
-    """Return (metadata, {tensor: (shape, safetensors' dtype name)}) of an adapter's file.
-
-    Raises UserError if the file is missing, truncated, or does not identify its base model.
-    """
+def _read_run_header(path: Path) -> tuple[dict[str, str], TensorHeaders]:
+    """Return `read_adapter_header` of a RUN's file. Raises UserError if it is missing, or names no base."""
     if not path.is_file():
         raise UserError(f"{path}: is missing: the run is half written")
-    try:
-        with safe_open(path, framework="pt") as f:
-            metadata = f.metadata() or {}
-            slices = {name: f.get_slice(name) for name in f.keys()}  # noqa: SIM118
-            tensors = {name: (view.get_shape(), view.get_dtype()) for name, view in slices.items()}
-    except (SafetensorError, OSError) as e:
-        raise UserError(f"{path}: truncated or not a safetensors file ({e})") from None
+    metadata, tensors = read_adapter_header(path)
     if STRUCTURE_KEY not in metadata:
         raise UserError(f"{path}: does not say which model it was trained on, as adapters of train.py do")
     return metadata, tensors
 
 
-def _check_adapter_tensors(run: Run, found: dict[str, tuple[list[int], str]]) -> None:
-    """Raise UserError unless the adapter holds exactly the tensors that the run's options create on its base.
-
-    Compares names and shapes, and requires floating-point dtypes. found: as `_read_adapter_header` returns
-    it.
-    """
-    path, model = run.adapter, build_on_meta(run.model_config, run.family)
+def _check_adapter_tensors(run: Run, found: TensorHeaders) -> None:
+    """Raise UserError unless the adapter holds exactly the tensors that the run's options create."""
+    assert run.adapter is not None
+    model = build_on_meta(run.model_config, run.family)
     check_quantization(model, run.family, run.config, run.files)
     apply_method(model, run.family, run.config, Precision(torch.float32, torch.float32), run.files)
-    expected = {
-        f"{PEFT_PREFIX}{name}.{suffix}": list(tensor.shape)
-        for name, module in model.named_modules()
-        if isinstance(module, LoRALinear)
-        for suffix, tensor in module.peft_tensors(lambda parameter: parameter.detach()).items()
-    }
-    for name in sorted(expected.keys() | found.keys()):
-        if name not in expected:
-            raise UserError(
-                f"{path}: {name} belongs to no adapter of {run.base} with the options of {OPTIONS}"
-            )
-        if name not in found:
-            raise UserError(f"{path}: {name} is missing")
-        shape, dtype = found[name]
-        if shape != expected[name]:
-            raise UserError(
-                f"{path}: {name} has shape {shape}, but {run.base} and {OPTIONS} require {expected[name]}"
-            )
-        if dtype not in ADAPTER_DTYPES:  # integers would load as weights
-            raise UserError(
-                f"{path}: {name} is stored as {dtype}; expected one of {', '.join(ADAPTER_DTYPES)}"
-            )
+    check_adapter_tensors(found, model, run.adapter, run.base, OPTIONS)
 
 
 def read_adapter(run: Run) -> dict[str, torch.Tensor]:
     """Read the run's adapter as {PEFT's name: tensor}. Raises UserError if it holds NaN or infinity."""
-    with safe_open(run.adapter, framework="pt") as f:
-        tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
-    for name, tensor in tensors.items():
-        if not is_finite(tensor):
-            raise UserError(f"{run.adapter}: is damaged ({name} holds NaN or infinity)")
-    return tensors
+    assert run.adapter is not None
+    return dict(read_adapter_tensors(run.adapter))
 
 
 def load_model(run: Run, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
@@ -343,17 +300,8 @@ def load_model(run: Run, device: torch.device, dtype: torch.dtype) -> PreTrained
         model.to(dtype).requires_grad_(False)  # type: ignore[arg-type]
     load_weights(model, run.family, run.files, rank_info, device, run.config.seed, workers=1)
     if run.adapter:
-        set_adapter(model, run)
+        load_adapter(model, run.adapter)
     return model.eval()
-
-
-@torch.no_grad()
-def set_adapter(model: nn.Module, run: Run) -> None:
-    """Load the run's adapter into `model`, which has an adapter of the same base and adapter options."""
-    tensors = read_adapter(run)
-    for name, module in model.named_modules():
-        if isinstance(module, LoRALinear):
-            module.set_peft_tensors(select_module_tensors(name, tensors))
 
 
 def select_module_tensors(module: str, adapter: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -20,8 +20,9 @@ import torch
 from checkpoints.model_writer import CHUNK_BYTES, TensorEntry, file_entries
 from files.finite import check_finite, is_finite
 from files.model_folder import CheckpointFiles
+from files.saved_adapter import PEFT_PREFIX
 from files.tensors import PinnedBuffers
-from finished.finished_run import PEFT_PREFIX, Run
+from finished.finished_run import Run
 from launch.memory import empty_on_host
 from models.adapters import choose_quantizers, packed_linears
 from models.registry import build_on_meta

@@ -152,13 +152,14 @@ class DoRALinear(LoRALinear):
         return super().peft_tensors(gather) | {"lora_magnitude_vector": magnitude}
 
     @torch.no_grad()
-    def set_peft_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
+    def set_peft_tensors(
+        self, tensors: dict[str, torch.Tensor], fill: Callable[[torch.Tensor, torch.Tensor], None]
+    ) -> None:
         """Load A, B and the magnitude from PEFT's tensors, as LoRALinear does; also empties `tensors`."""
-        magnitude = tensors.pop("lora_magnitude_vector")
-        if magnitude.shape != self.squared_norm.shape:
-            raise RuntimeError(f"magnitude of shape {list(magnitude.shape)}")
-        self.magnitude_change.copy_(magnitude.to(self.squared_norm.device) - self.squared_norm.sqrt())
-        super().set_peft_tensors(tensors)
+        magnitude = torch.empty_like(self.squared_norm)  # fp32, and sharded as magnitude_change is
+        fill(magnitude, tensors.pop("lora_magnitude_vector"))
+        self.magnitude_change.copy_(magnitude - self.squared_norm.sqrt())
+        super().set_peft_tensors(tensors, fill)
 
 
 @contextlib.contextmanager

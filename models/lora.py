@@ -104,16 +104,16 @@ class LoRALinear(ConvertingModule):
         return {"lora_A.weight": gather(self.lora_A), "lora_B.weight": gather(self.lora_B)}
 
     @torch.no_grad()
-    def set_peft_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Copy the tensors of `peft_tensors` into this layer, which must not be sharded, and empty the dict.
+    def set_peft_tensors(
+        self, tensors: dict[str, torch.Tensor], fill: Callable[[torch.Tensor, torch.Tensor], None]
+    ) -> None:
+        """Copy the full tensors of `peft_tensors` into this layer, sharded or not, and empty the dict.
 
-        Raises KeyError for a name that is missing or not known, RuntimeError for another shape.
+        fill(parameter, full tensor): copies this rank's shard, and raises AssertionError for another shape.
+        Raises KeyError for a name that is missing or not known.
         """
-        for name, parameter in (("lora_A.weight", self.lora_A), ("lora_B.weight", self.lora_B)):
-            tensor = tensors.pop(name)
-            if tensor.shape != parameter.shape:  # copy_ would broadcast
-                raise RuntimeError(f"shape {list(tensor.shape)}, expected {list(parameter.shape)}")
-            parameter.copy_(tensor)
+        fill(self.lora_A, tensors.pop("lora_A.weight"))
+        fill(self.lora_B, tensors.pop("lora_B.weight"))
         if tensors:
             raise KeyError(next(iter(tensors)))
 

@@ -18,7 +18,7 @@ def gather_to_cpu(param: nn.Parameter) -> torch.Tensor:
     return full_tensor(param).detach().cpu()
 
 
-def shard_count(param: nn.Parameter) -> int:
+def shard_count(param: torch.Tensor) -> int:
     """Return the number of shards into which FSDP splits a parameter along dimension 0."""
     if not isinstance(param, DTensor):
         return 1
@@ -27,7 +27,7 @@ def shard_count(param: nn.Parameter) -> int:
     return sizes[0]
 
 
-def local_shard(param: nn.Parameter, full: torch.Tensor, rank: int) -> torch.Tensor:
+def local_shard(param: torch.Tensor, full: torch.Tensor, rank: int) -> torch.Tensor:
     """Return the part of `full`, a parameter's full tensor, that global rank `rank` holds; not collective."""
     if not isinstance(param, DTensor):
         return full
@@ -38,8 +38,8 @@ def local_shard(param: nn.Parameter, full: torch.Tensor, rank: int) -> torch.Ten
 
 
 @torch.no_grad()
-def fill_shard(param: nn.Parameter, full: torch.Tensor) -> None:
-    """Copy this rank's shard of `full`, which every rank has, into a parameter, sharded by FSDP or not."""
+def fill_shard(param: torch.Tensor, full: torch.Tensor) -> None:
+    """Copy this rank's shard of `full`, which every rank has, into a tensor, sharded by FSDP or not."""
     local = param.to_local() if isinstance(param, DTensor) else param
     assert full.shape == param.shape, f"{full.shape} for {param.shape}"
     local.copy_(local_shard(param, full, dist.get_rank() if dist.is_initialized() else 0))

@@ -182,7 +182,7 @@ def test_an_adapter_with_settings_that_no_run_writes(change, refused, run):
     path = run / "adapter_config.json"
     written = json.loads(path.read_text())
     path.write_text(json.dumps(written | change))
-    refused(f"{path}: {next(iter(change))} ", "no run of this program writes that")
+    refused(f"{path}: {next(iter(change))} ", "is not supported here")
     path.write_text(json.dumps(written | {"use_rslora": False, "rank_pattern": {}, "modules_to_save": None}))
     finished_run.open_run(run)
 
