@@ -116,6 +116,8 @@ def set_up(
     with open_cache_writer(job.cache, rank_info) as cache:
         load_weights(model, family, job.files, rank_info, param_device, config.seed, workers, cache)
         memory_model.check_loaded(model, expected, allocated_before)
+    if job.adapter:
+        adapter.load_adapter(model, job.adapter.path)
     if config.use_cpu_offload:
         memory.release_page_locked()  # of the load: where a limit holds, FSDP needs it for the weights
     profiler.start_phase(BETWEEN_STEPS)
@@ -243,7 +245,9 @@ def run_profiled(rank_info: RankInfo, job: Job, profiler: Profiler, lock: Folder
     ready = f"{loaded.describe()}; ready after {time.perf_counter() - began:.1f} s"
     facts = ""
     if rank_info.rank == 0:
-        facts = run_facts_json(job.rows, sampler, model, stages, job.evaluation.rows, job.first_rows)
+        facts = run_facts_json(
+            job.rows, sampler, model, stages, job.evaluation.rows, job.first_rows, config.adapter
+        )
     tracker = start_run_folder(job, rank_info, lock, total_steps, facts, ready)
     steps_done = len(tracker.history)
     stopping = StopRequests(rank_info.rank, job.started, config.max_minutes, config.save_minutes)

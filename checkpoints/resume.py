@@ -46,16 +46,17 @@ FREE_GROUPS = (
 # ... except for FIXED_OPTIONS, and of the options in FREE_OPTIONS. Model and data, also what is learned of
 # them, are compared by contents instead of names, and --precision by what it means on this GPU.
 FIXED_OPTIONS = ("eval_share",)
-FREE_OPTIONS = ("model_name", "dataset", "columns", "text_column", "empty_thinking", "llama_pro_path",
-                "llama_pro_save", "batch_size", "gradient_accumulation_steps", "num_epochs", "max_steps",
-                "max_bad_steps",
+FREE_OPTIONS = ("model_name", "adapter", "dataset", "columns", "text_column", "empty_thinking",
+                "llama_pro_path", "llama_pro_save", "batch_size", "gradient_accumulation_steps", "num_epochs",
+                "max_steps", "max_bad_steps",
                 "deterministic")  # fmt: skip
 
 
 # The form of a manifest's `run`. Values of int are not negative; no float is NaN. A name that ends with ? may
 # be missing: not all runs, or not all older versions of this program, write it.
 RUN_STATE_FORM = {
-    "options": {}, "rows_per_step": int, "base": str, "data": str, "evaluation?": str, "world": int,
+    "options": {}, "rows_per_step": int, "base": str, "data": str, "evaluation?": str, "adapter?": str,
+    "world": int,
     "precision": str,
     "files": {},
     "parts": {
@@ -180,7 +181,12 @@ def find_checkpoint(config: Config) -> Checkpoint | None:
 
 
 def run_identity(
-    config: Config, precision: str, base_digest: str, data_digest: str, evaluation_digest: str
+    config: Config,
+    precision: str,
+    base_digest: str,
+    data_digest: str,
+    evaluation_digest: str,
+    adapter_digest: str,
 ) -> dict:
     """Return a run's options and digests, which checkpoints hold and `check_same_run` compares.
 
@@ -191,6 +197,7 @@ def run_identity(
         base_digest: Of the base model (`BaseModel.digest`).
         data_digest: Of the rows.
         evaluation_digest: Of the rows of the evaluation; "" without any.
+        adapter_digest: Of the adapter of --adapter; "" without one.
     """
     return {
         "options": dataclasses.asdict(config),
@@ -198,6 +205,7 @@ def run_identity(
         "base": base_digest,
         "data": data_digest,
         "evaluation": evaluation_digest,
+        "adapter": adapter_digest,
         "world": config.world_size,
         "precision": precision,
     }
@@ -258,6 +266,12 @@ def check_same_run(
     if not is_same_base(run["base"], identity["base"]):
         raise UserError(
             f"{where}: --model_name {config.model_name} is not the model that the run was started with"
+        )
+    if run.get("adapter", "") != identity["adapter"]:
+        before = format_value(recorded_option(run, "adapter"))
+        raise UserError(
+            f"{where}: the run was started with --adapter {before}; that adapter is needed, unchanged, not"
+            f" {format_value(config.adapter)}"
         )
     if run["data"] != identity["data"]:
         raise UserError(

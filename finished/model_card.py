@@ -64,9 +64,11 @@ def render_card(config: Config, run: Path, base: str, title: str, description: s
         base, f"`{base}`" + (f", revision `{revision}`" if revision else "")
     )
     from_hub = f" ({', '.join(data)})" if data else ""
+    start = f"- Continued from the adapter: `{config.adapter}`\n" if config.adapter else ""
     return (
         f"---\n{yaml.safe_dump(metadata, sort_keys=False)}---\n\n# {title}\n\n{description}\n\n"
-        f"- Base model: {shown_base}\n- Data: `{config.dataset}`{from_hub}\n- {_describe_loss(run)}\n\n"
+        f"- Base model: {shown_base}\n{start}- Data: `{config.dataset}`{from_hub}\n"
+        f"- {_describe_loss(run)}\n\n"
         f"Trained by `train.py` of fsdp-finetune with:\n\n| option | value |\n|---|---|\n{table}\n"
     )
 

@@ -58,6 +58,7 @@ def run_facts_json(
     stages: dict[str, float],
     evaluation: TokenizedRows | None = None,
     first_rows: Sequence[RecordedRow] = (),
+    adapter: str | None = None,
 ) -> str:
     """Return run.json as text: data, first rows, model, memory, hardware, versions.
 
@@ -68,6 +69,7 @@ def run_facts_json(
         stages: GiB of the fullest rank after wrapping and after loading.
         evaluation: the evaluation set; None = there is none.
         first_rows: the first training rows, as texts.
+        adapter: name of the adapter that the run continues; None = there is none.
     """
     has_gpu = torch.cuda.is_available()
     if has_gpu:
@@ -77,7 +79,8 @@ def run_facts_json(
     facts = {
         "data": _data_facts(rows, sampler) | ({EVALUATION: digest_rows(evaluation)} if evaluation else {}),
         "first_rows": [dataclasses.asdict(row) for row in first_rows],
-        "model": {"parameters_trained": sum(p.numel() for p in model.parameters() if p.requires_grad)},
+        "model": {"parameters_trained": sum(p.numel() for p in model.parameters() if p.requires_grad)}
+        | ({"adapter": adapter} if adapter else {}),
         "memory": {name: round(gib, 3) for name, gib in stages.items()},
         "hardware": {
             "ranks": sampler.world,

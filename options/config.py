@@ -43,6 +43,8 @@ DATASET_FORMATS = (
 # Chat templates of this program: data/templates/<name>.jinja.
 CHAT_TEMPLATES = ("chatml", "llama3", "gemma", "qwen")
 CHECKPOINTS = "checkpoints"  # folder in a RUN
+# Options that --adapter decides. They are None until training/warm_start.py has read the adapter.
+ADAPTER_OPTIONS = ("lora_rank", "lora_alpha", "lora_target_modules")
 COMPATIBILITY = "Accepted for older commands, without effect"  # group of options that change nothing
 
 
@@ -63,6 +65,9 @@ class Config:
     # fmt: off
     train_type: str = option("bnb_dora", "Method", "what is trained, and how frozen weights are stored",
         choices=tuple(METHODS))
+    adapter: str | None = option(None, "Method", "train this adapter further: a RUN, a folder in PEFT's"
+        " format or a hub id, also as owner/name@revision; --lora_rank, --lora_alpha and"
+        " --lora_target_modules are the adapter's", needs="adapter")
     lora_rank: int = option(64, "Method", "rank R of LoRA and DoRA", needs="adapter", ge=1)
     lora_alpha: float = option(16.0, "Method", "the low-rank branch is scaled by lora_alpha / lora_rank",
         needs="adapter", gt=0)

@@ -11,7 +11,7 @@ import time
 from typing import Any
 
 from options.columns import check_column_options
-from options.config import CHECKPOINTS, FIELDS, TOY_DEFAULTS, TOY_MODEL, Config
+from options.config import ADAPTER_OPTIONS, CHECKPOINTS, FIELDS, TOY_DEFAULTS, TOY_MODEL, Config
 from options.errors import UserError
 from options.methods import METHODS, NEEDS
 
@@ -51,6 +51,8 @@ def _fill_in(given: dict) -> Config:
     if method.hqq:
         defaults = {"n_bits": 4, "group_size": 64}
         changes |= {name: value for name, value in defaults.items() if getattr(config, name) is None}
+    if config.adapter is not None:
+        changes |= {name: None for name in ADAPTER_OPTIONS if name not in given}
     if config.lr_warmup is None:
         changes["lr_warmup"] = 0.0 if config.lr_scheduler == "constant" else 0.1
     folder = config.output_dir or _run_folder(config.resume)
@@ -96,6 +98,8 @@ def _check_values(config: Config) -> None:
         raise UserError("--hybrid_shard_size: has no effect without a hybrid --sharding_strategy")
     if config.group_size is not None and config.group_size % 8:
         raise UserError(f"--group_size {config.group_size}: must be a multiple of 8")
+    if config.adapter == "":
+        raise UserError("--adapter: needs a RUN, a folder or a hub id")
     if config.quantized_cache == "":
         raise UserError("--quantized_cache: needs a folder")
     check_column_options(config.columns, config.text_column)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import peft
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -9,10 +10,17 @@ from transformers import AutoModelForCausalLM
 from data.batches import StepSampler
 from data.rows import IGNORE
 from options.methods import METHODS
-from tests.helpers.adapters import args_for, build_peft_model, set_up_adapters
+from tests.helpers.adapters import args_for, build_peft_model, save_peft_adapter, set_up_adapters
 from tests.helpers.parity import biased_checkpoint
 from tests.helpers.programs import run_and_read
-from tests.helpers.runs import dense_state, make_job, set_up, train_run, trained_tensors
+from tests.helpers.runs import (
+    dense_state,
+    make_job,
+    set_up,
+    train_run,
+    trained_tensors,
+    transformers_model,
+)
 
 STEPS, LR = 5, 2e-3
 
@@ -79,6 +87,28 @@ def test_losses_follow_the_reference(train_type, checkpoints, short_rows, one_ra
     torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), rtol=1e-4, atol=0)
     torch.testing.assert_close(torch.tensor(our_norms), torch.tensor(norms), rtol=1e-3, atol=0)
     assert ours[-1] < 0.95 * ours[0]
+
+
+@pytest.mark.parametrize("train_type", ["lora", "bnb_dora"])
+def test_a_saved_adapter_is_trained_further(
+    train_type, checkpoints, short_rows, one_rank, two_ranks, tmp_path
+):
+    """--adapter on one and two ranks, and PEFT's trainable adapter from that folder, over the same base."""
+    folder, is_dora = checkpoints("llama_bias"), METHODS[train_type].adapter == "dora"
+    saved = save_peft_adapter(folder, tmp_path / "adapter", use_dora=is_dora)
+    args = ["--model_name", folder, "--dataset", short_rows, "--train_type", train_type, "--adapter", saved]
+    args += f"--lr {LR} --max_steps {STEPS} --gradient_accumulation_steps 2".split()
+    ours = one_rank(train_run, [*args, "--batch_size", "4"])[0]
+    sharded = two_ranks(train_run, [*args, "--batch_size", "2"])[0]
+    base = transformers_model(folder, one_rank(dense_state, args)[0])
+    model = peft.PeftModel.from_pretrained(base, saved, is_trainable=True)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LR, weight_decay=0.0)
+    batches = one_rank(batches_of, [*args, "--batch_size", "4"])[0]
+    theirs, norms = reference_steps(model, batches, optimizer)
+    for losses, _, our_norms in (ours, sharded):
+        torch.testing.assert_close(torch.tensor(losses), torch.tensor(theirs), rtol=1e-4, atol=0)
+        torch.testing.assert_close(torch.tensor(our_norms), torch.tensor(norms), rtol=1e-3, atol=0)
+    assert theirs[-1] < 0.97 * theirs[0]
 
 
 def test_weight_decay_spares_vectors(checkpoints, short_rows, one_rank):

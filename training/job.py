@@ -30,6 +30,7 @@ from models.registry import FAMILIES
 from options.config import Config, dump_yaml
 from options.declaration import format_value
 from training.recorded import CONTENT_OPTIONS
+from training.warm_start import WarmStart
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class Job:
     evaluation: EvaluationData
     cache: CachePlan | None  # if --quantized_cache is still to be written
     saved: Checkpoint | None  # the checkpoint that the run is resumed from
+    adapter: WarmStart | None  # the adapter of --adapter
     started: float  # when the run began, as time.time() returns it
     # {name: text} of the files of a model folder in which a result differs from its base: an untied config,
     # the tokenizer in use, the stops that were learned.
@@ -98,10 +100,11 @@ class Job:
         return dump_yaml(self.config, output_dir=os.path.abspath(self.output_dir), **replaced)
 
     def run_identity(self) -> dict:
-        """Return what a resumed run must share with its checkpoints: options, digests of base and rows."""
+        """Return what a resumed run must share with its checkpoints: options, digests of contents."""
         evaluation = digest_rows(self.evaluation.rows) if self.evaluation.rows else ""
-        rows = digest_rows(self.rows)
-        return resume.run_identity(self.config, str(self.precision), self.base.digest(), rows, evaluation)
+        rows, adapter = digest_rows(self.rows), self.adapter.digest if self.adapter else ""
+        base = self.base.digest()
+        return resume.run_identity(self.config, str(self.precision), base, rows, evaluation, adapter)
 
     def with_shared_defaults(self, output_dir: str, chat_date: str | None, started: float) -> Job:
         """Return a copy with these values, which are rank 0's, in place of this node's."""
@@ -124,6 +127,7 @@ class Job:
                 "the precision of --precision": str(self.precision),
                 "what config.json and the weights' shapes say": self.base.structure_digest,
                 "the weights": self.base.weights_digest.text(),
+                "the adapter of --adapter": self.adapter.digest if self.adapter else "none",
                 "the rows of the data": " ".join(rows),
                 "the checkpoint to go on from": f"step {self.saved.step}" if self.saved else "none",
                 # A node with a cache would read it, and one without would wait for all to make it.

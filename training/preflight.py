@@ -45,7 +45,7 @@ from models.adapters import (
 from models.family import Family, has_longrope_by_layer, uses_dynamic_rope
 from models.llama_pro import check_can_leave_identity, new_layers
 from models.redundant import UNTIED, corrected_config
-from models.registry import open_weights, read_config
+from models.registry import build_on_meta, open_weights, read_config
 from models.toy import make_toy_model
 from monitoring.profiling import check_traces
 from monitoring.tensorboard_logger import check_tensorboard
@@ -55,6 +55,7 @@ from options.errors import UserError
 from parallel.optimizers import check_optimizer
 from training.job import Job
 from training.recorded import make_paths_absolute
+from training.warm_start import WarmStart, adopt_adapter
 from wrapping import STRATEGIES
 
 
@@ -74,6 +75,7 @@ def _make_job(config: Config) -> Job:
     started = time.time()
     config, saved = _check_options(config)
     model = _check_model(config)
+    config, adapter = _check_adapter(config, model)
     config, rows, evaluation, tokenizer = _check_data(config, model)
     # Runs in the library's threads, so it comes after the fork of the processes that render rows.
     folder_name = f"--model_name {model.folder}"
@@ -89,9 +91,15 @@ def _make_job(config: Config) -> Job:
         evaluation=evaluation,
         cache=model.cache,
         saved=saved,
+        adapter=adapter,
         started=started,
         small_files=tokenizer_use.files | corrected_config(model.folder, model.config) | learned,
-        remarks=(*tokenizer_use.remarks, *evaluation.remarks, *model_remarks),
+        remarks=(
+            *tokenizer_use.remarks,
+            *evaluation.remarks,
+            *model_remarks,
+            *(adapter.remarks if adapter else ()),
+        ),
         first_rows=tuple(record_examples(rows, tokenizer)),
     )
     if config.method.expansion:
@@ -172,9 +180,24 @@ def _check_model(config: Config) -> _Model:
     base = record_base(name, model_config, files)
     check_quantization(model, family, config, files)
     cache = find_cache(model, family, config, files) if config.quantized_cache else None
-    if config.method.adapter:
-        check_rank(model, target_linears(model, family, config.lora_target_modules), config.lora_rank)
     return _Model(name, folder, model_config, family, files, base, untied_head, cache)
+
+
+def _check_adapter(config: Config, model: _Model) -> tuple[Config, WarmStart | None]:
+    """Return (config with what --adapter decides, that adapter or None). Raises UserError.
+
+    Checks the options of adapters against the model.
+    """
+    adapter = None
+    if config.adapter is not None:
+        config, adapter = adopt_adapter(
+            config, model.name, model.config, model.family, model.files, model.untied_head
+        )
+    if config.method.adapter:
+        meta = build_on_meta(model.config, model.family)
+        targets = target_linears(meta, model.family, config.lora_target_modules)
+        check_rank(meta, targets, config.lora_rank)
+    return config, adapter
 
 
 def _check_data(config: Config, model: _Model) -> tuple[Config, TokenizedRows, EvaluationData, Any]:

@@ -10,7 +10,7 @@ from options.config import Config
 
 DATA_OPTIONS = ("dataset", "eval_dataset", "sample_prompts")
 # Nodes and --resume compare the contents of what these options name, so paths may differ.
-CONTENT_OPTIONS = ("model_name", "llama_pro_path", *DATA_OPTIONS)
+CONTENT_OPTIONS = ("model_name", "llama_pro_path", "adapter", *DATA_OPTIONS)
 
 
 def make_paths_absolute(config: Config, model_name: str) -> Config:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import peft
 import torch
+from transformers import AutoModelForCausalLM
 
 from files.model_folder import CheckpointFiles
 from launch.precision import Precision
@@ -59,3 +62,20 @@ def build_meta_model(folder, train_type: str):
     apply_method(model, family, config, Precision(torch.float32, torch.float32), CheckpointFiles(folder))
     assert family is FAMILIES["llama"]
     return model
+
+
+def save_peft_adapter(base, folder: Path, seed: int = 0, **options) -> Path:
+    """Let PEFT save a random adapter over a checkpoint; return its folder.
+
+    options: of LoraConfig; rank R and alpha ALPHA on q_proj and down_proj, unless they say otherwise.
+    """
+    torch.manual_seed(seed)
+    options = {"r": R, "lora_alpha": ALPHA, "target_modules": ["q_proj", "down_proj"], **options}
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **options))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.05)
+    model.save_pretrained(folder)
+    return folder

@@ -55,10 +55,10 @@ def randomize(model, seed: int = 7) -> None:
 
 
 def set_up(rank_info, argv: list[str], random_adapters: bool = True):
-    """Return (job, sharded model with random adapters) of a run."""
+    """Return (job, sharded model with random adapters, or with that of --adapter) of a run."""
     job = make_job(rank_info, argv)
     model, _ = train.set_up(job, rank_info)
-    if random_adapters:
+    if random_adapters and not job.adapter:
         randomize(model)
     return job, model
 

@@ -1,0 +1,192 @@
+"""--adapter: train a saved adapter further, on the same base, with a new optimizer and schedule.
+
+Rank, alpha and target modules are the adapter's. Its tensors replace the initial ones after the load.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig
+
+from checkpoints.adapter import check_adapter_tensors
+from files.base_model import STRUCTURE_KEY, check_base
+from files.model_folder import CheckpointFiles
+from files.names import ADAPTER_CONFIG, BEST, split_revision
+from files.output_folder import output_folder
+from files.saved_adapter import SavedAdapter, open_adapter, read_adapter_modules, split_name
+from launch.precision import Precision
+from models.adapters import apply_method, target_linears
+from models.family import Family
+from models.registry import build_on_meta
+from options.config import FIELDS, Config
+from options.declaration import format_value
+from options.errors import UserError
+from options.methods import METHODS
+
+
+@dataclass(frozen=True)
+class WarmStart:
+    """The adapter that a run continues.
+
+    Attributes:
+        name: an absolute folder, or owner/name@commit.
+        path: its safetensors file.
+        digest: digest of that file.
+        remarks: lines to print at start.
+    """
+
+    name: str
+    path: Path
+    digest: str
+    remarks: tuple[str, ...]
+
+
+def adopt_adapter(
+    config: Config,
+    base_name: str,
+    model_config: PretrainedConfig,
+    family: Family,
+    files: CheckpointFiles,
+    untied_head: str | None,
+) -> tuple[Config, WarmStart]:
+    """Return (the options with the adapter's rank, alpha and target modules, the adapter). Reads its tensors.
+
+    Raises UserError if the adapter belongs to another base or cannot be trained as the options say.
+
+    Args:
+        config: the run's options; those that the adapter decides are None unless they were given.
+        base_name: the model's name, by `pin_model_name`.
+        model_config: the model's config.
+        family: the model's family.
+        files: the model's weights.
+        untied_head: as `open_weights` returns it.
+    """
+    assert config.adapter is not None
+    adapter = open_adapter(config.adapter)
+    folder, output = adapter.path.parent.resolve(), output_folder(config).resolve()
+    if folder in (output, output / BEST):  # --overwrite would delete the weights to read
+        raise UserError(f"--output_dir {output}: is the folder of --adapter; choose another")
+    _check_kind(adapter, config)
+    remark = _check_adapter_base(adapter, base_name, model_config, files, untied_head)
+    config = _adopt_settings(config, adapter, model_config, family)
+    model = build_on_meta(model_config, family)
+    apply_method(model, family, config, Precision(torch.float32, torch.float32), files)
+    check_adapter_tensors(adapter.tensors, model, adapter.path, files.folder, ADAPTER_CONFIG)
+    for _ in read_adapter_modules(adapter.path):  # raises for NaN
+        pass
+    about = (
+        f"--adapter {adapter.name}: trained further, with lora_rank {config.lora_rank}, lora_alpha"
+        f" {format_value(config.lora_alpha)}, lora_target_modules {config.lora_target_modules}"
+    )
+    return config, WarmStart(
+        adapter.name, adapter.path, adapter.digest(), tuple(filter(None, (about, remark)))
+    )
+
+
+def _check_kind(adapter: SavedAdapter, config: Config) -> None:
+    """Raise UserError if the train type trains LoRA and the adapter is DoRA, or the reverse."""
+    kind = "dora" if adapter.settings.get("use_dora") else "lora"
+    if kind != config.method.adapter:
+        names = {"lora": "LoRA", "dora": "DoRA"}
+        fitting = [name for name, method in METHODS.items() if method.adapter == kind]
+        raise UserError(
+            f"--adapter {adapter.name}: is a {names[kind]} adapter, which --train_type {config.train_type}"
+            f" does not train; choose one of {', '.join(fitting)}"
+        )
+
+
+def _check_adapter_base(
+    adapter: SavedAdapter,
+    base_name: str,
+    model_config: PretrainedConfig,
+    files: CheckpointFiles,
+    untied_head: str | None,
+) -> str:
+    """Return a remark if the adapter's base could not be compared in full, else "".
+
+    PEFT records only a name; the tensors' shapes are compared later. Raises UserError for another base.
+    """
+    where = f"--adapter {adapter.name}"
+    if STRUCTURE_KEY in adapter.metadata:
+        return check_base(adapter.metadata, model_config, files, where, "--model_name", untied_head)
+    recorded, name = adapter.settings.get("base_model_name_or_path"), split_revision(base_name)[0]
+    is_same = isinstance(recorded, str) and (recorded == name or os.path.realpath(recorded) == name)
+    if is_same:
+        return ""
+    return f"{where}: names {recorded} as its base, not {name}; only the tensors' shapes could be compared"
+
+
+def _adopt_settings(
+    config: Config, adapter: SavedAdapter, model_config: PretrainedConfig, family: Family
+) -> Config:
+    """Return the options with the adapter's name, rank, alpha and targets.
+
+    Raises UserError for an option that contradicts the adapter.
+    """
+    file = adapter.path.parent / ADAPTER_CONFIG
+    rank, alpha = adapter.settings.get("r"), adapter.settings.get("lora_alpha")
+    values: dict[str, Any] = {"lora_rank": rank, "lora_alpha": alpha}
+    for name, value in values.items():
+        within, kinds = FIELDS[name].metadata["within"], (int,) if name == "lora_rank" else (int, float)
+        if type(value) not in kinds or not within.contains(value):
+            key = {"lora_rank": "r"}.get(name, name)
+            raise UserError(f"{file}: {key} {value}: must be {within}")
+        if getattr(config, name) not in (None, value):
+            raise _contradiction(name, config, adapter, value)
+    values["lora_alpha"] = float(values["lora_alpha"])
+    targets = _adopt_targets(config, adapter, model_config, family)
+    return dataclasses.replace(config, adapter=adapter.name, lora_target_modules=targets, **values)
+
+
+def _adopt_targets(
+    config: Config, adapter: SavedAdapter, model_config: PretrainedConfig, family: Family
+) -> str:
+    """Return --lora_target_modules that selects the adapter's linears: as it was given, or the adapter's.
+
+    Raises UserError if the given one selects others.
+    """
+    model = build_on_meta(model_config, family)
+    own = _own_targets(adapter, [name for name, _ in family.layer_linears(model)])
+    try:
+        selected = target_linears(model, family, own)
+    except UserError as e:
+        file, text = adapter.path.parent / ADAPTER_CONFIG, str(e).removeprefix("--lora_target_modules: ")
+        raise UserError(f"{file}: target_modules: {text}") from None
+    given = config.lora_target_modules
+    if given is None:
+        return own
+    if target_linears(model, family, given) != selected:
+        raise _contradiction("lora_target_modules", config, adapter, own)
+    return given
+
+
+def _own_targets(adapter: SavedAdapter, linears: list[str]) -> str:
+    """Return the adapter's target_modules as --lora_target_modules takes them. UserError if none fits.
+
+    PEFT ignores names that match nothing, if others match. It also takes a regular expression; then the
+    names of the file's linears replace it. linears: names of the linears that may have an adapter.
+    """
+    recorded = adapter.settings.get("target_modules")
+    if isinstance(recorded, str):
+        return ",".join(sorted({split_name(name)[0] for name in adapter.tensors}))
+    names = [n for n in recorded if isinstance(n, str) and n] if isinstance(recorded, list) else []
+    own = [n for n in names if any(f".{linear}".endswith(f".{n}") for linear in linears)]
+    if not own:
+        file = adapter.path.parent / ADAPTER_CONFIG
+        raise UserError(f"{file}: target_modules {recorded}: names no linear of this model's layers")
+    return ",".join(own)
+
+
+def _contradiction(name: str, config: Config, adapter: SavedAdapter, value: Any) -> UserError:
+    """Return the error for an option that was given with another value than the adapter's."""
+    given = format_value(getattr(config, name))
+    return UserError(
+        f"--{name} {given}: contradicts --adapter {adapter.name}, which has {format_value(value)}; leave the"
+        " option out"
+    )
