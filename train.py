@@ -46,7 +46,7 @@ from launch.precision import enable_determinism
 from launch.ranks import RankInfo
 from launch.signals import NO_STOP_REQUESTS, NoStopRequests, StopRequests
 from launch.start import start
-from models.adapters import apply_method, peft_targets
+from models.adapters import apply_method
 from models.attention import choose_attention
 from models.causal_lm import loss_sum
 from models.registry import build_on_meta
@@ -291,8 +291,7 @@ def save(job: Job, model: PreTrainedModel, folder: Path, best: bool = False) -> 
     elif config.method.expansion:
         trained_model.save_expanded(model, family, folder, files, base, job.small_files)
     elif config.method.saves == "adapter":
-        targets = peft_targets(family, config.lora_target_modules)
-        remark = adapter.save_adapter(model, folder, config, base, targets, job.adapter_files)
+        remark = adapter.save_adapter(model, folder, config, base, family, job.adapter_files)
         if remark and not best:
             print(remark, flush=True)
     else:

@@ -202,17 +202,23 @@ def wrap(
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
 
     layers = family.decoder_layers(model)
+    head, embedding = model.get_submodule(family.head), model.get_submodule(family.embedding)
+    assert isinstance(head, Head) and isinstance(embedding, nn.Embedding)
+    tied = model.config.tie_word_embeddings
     ignored: set[nn.Parameter] = set()
     # One GPU needs FSDP only to cast or to offload; otherwise its gathering would only copy.
-    casts = gather_dtype is not None and any(map(_is_fully_trained, layers))
+    casts = gather_dtype is not None and any(map(_is_fully_trained, (embedding, *layers)))
     sharded = mesh.size() > 1 or casts or isinstance(offload, CPUOffloadPolicy)
 
-    def shard(module: nn.Module) -> None:
-        """Make a module an FSDP unit if the model is sharded."""
+    def shard(module: nn.Module, casts_all: bool = False) -> None:
+        """Make a module an FSDP unit if the model is sharded.
+
+        casts_all: cast the unit's frozen parameters, too, all of which are in gather_dtype already.
+        """
         if not sharded:
             return
         policy = MixedPrecisionPolicy(
-            param_dtype=gather_dtype if _is_fully_trained(module) else None,
+            param_dtype=gather_dtype if casts_all or _is_fully_trained(module) else None,
             reduce_dtype=torch.float32,
             cast_forward_inputs=False,
         )
@@ -253,11 +259,8 @@ def wrap(
     if compiled_run:
         model.set_submodule(family.norm, CheckpointedModule(norm, SavedActivations.ALL, compiled_run))
         raise_graph_limit([m for m in model.modules() if isinstance(m, CheckpointedModule)])
-    head, embedding = model.get_submodule(family.head), model.get_submodule(family.embedding)
-    assert isinstance(head, Head) and isinstance(embedding, nn.Embedding)
     head.compiled = compiled_run is not None
     frozen = [m for m in (embedding, head) if not m.weight.requires_grad and sharded]
-    tied = model.config.tie_word_embeddings
     for modules in [frozen] if tied and frozen else [[m] for m in frozen]:
         shard_vocabulary(modules, mesh)
     ignored |= {m.weight for m in frozen if isinstance(m.weight, nn.Parameter)}
@@ -267,7 +270,8 @@ def wrap(
         for end in (embedding, head):
             if end not in frozen:
                 shard(end)
-    shard(model)
+    # With tied weights that are trained, the root unit has these, and the last norm.
+    shard(model, casts_all=tied and not frozen)
     _configure_communication(model, mesh)
 
 

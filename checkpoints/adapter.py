@@ -6,11 +6,12 @@ https://huggingface.co/docs/peft/developer_guides/checkpoint
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 import torch.distributed as dist
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from files.atomic_writes import stage_files
 from files.base_model import BaseModel
@@ -18,22 +19,24 @@ from files.disk_room import check_free_space
 from files.names import ADAPTER, ADAPTER_CONFIG
 from files.saved_adapter import ADAPTER_DTYPES, PEFT_PREFIX, TensorHeaders, read_adapter_modules
 from files.tensors import save_tensors
-from models.family import unwrapped_name
+from models.adapters import peft_targets
+from models.family import Family, unwrapped_name
 from models.lora import LoRALinear
+from models.vocabulary import peft_modules_to_save, vocabulary_modules
 from options.config import Config
 from options.errors import UserError
-from parallel.shards import fill_shard, gather_to_cpu
+from parallel.shards import fill_shard, full_tensor, gather_to_cpu
 from quantization.operators import TINY
 
 MAGNITUDE = "lora_magnitude_vector"  # the end of a tensor's name
 
 
 def save_adapter(
-    model: nn.Module,
+    model: PreTrainedModel,
     folder: Path,
     config: Config,
     base: BaseModel,
-    target_modules: list[str],
+    family: Family,
     extra_files: Mapping[str, str],
 ) -> str:
     """Write adapter_model.safetensors, adapter_config.json and extra_files. Collective; rank 0 writes.
@@ -42,7 +45,7 @@ def save_adapter(
 
     Args:
         base: The base model.
-        target_modules: The names for adapter_config.json.
+        family: The model's family.
         extra_files: {name: text} of more files to write.
     """
     tensors = {}
@@ -51,6 +54,8 @@ def save_adapter(
             for name, full in module.peft_tensors(gather_to_cpu).items():
                 if dist.get_rank() == 0:
                     tensors[f"{PEFT_PREFIX}{unwrapped_name(path)}.{name}"] = full.contiguous()
+    if config.train_embeddings:
+        tensors |= _gather_vocabulary(model, family)
     if dist.get_rank() != 0:
         return ""
     check_free_space(folder, sum(t.nbytes for t in tensors.values()))
@@ -59,7 +64,7 @@ def save_adapter(
         for name, text in extra_files.items():
             stage(name).write_text(text, encoding="utf-8")
         stage(ADAPTER_CONFIG).write_text(
-            json.dumps(_adapter_config(config, base, target_modules), indent=2) + "\n", encoding="utf-8"
+            json.dumps(_adapter_config(model, config, base, family), indent=2) + "\n", encoding="utf-8"
         )
     return zero_rows_remark(tensors)
 
@@ -83,9 +88,25 @@ def zero_rows_remark(tensors: Mapping[str, Tensor]) -> str:
     )
 
 
-def _adapter_config(config: Config, base: BaseModel, target_modules: list[str]) -> dict:
+def _gather_vocabulary(model: PreTrainedModel, family: Family) -> dict[str, Tensor]:
+    """Return {PEFT's name: full weight} of the embedding and the head on rank 0, {} on others. Collective.
+
+    A tied weight has both names, and is gathered and stored twice: PEFT looks for both.
+    """
+    tensors = {}
+    for path, module in vocabulary_modules(model, family).items():
+        full = full_tensor(module.get_parameter("weight")).detach()
+        if dist.get_rank() == 0:  # host memory would not hold it once for each rank
+            tensors[f"{PEFT_PREFIX}{path}.weight"] = full.cpu().clone()  # safetensors refuses shared memory
+    return tensors
+
+
+def _adapter_config(model: PreTrainedModel, config: Config, base: BaseModel, family: Family) -> dict:
     """Return the contents of adapter_config.json."""
-    alpha = config.lora_alpha
+    alpha, embeddings = config.lora_alpha, {}
+    if config.train_embeddings:
+        tied = model.config.tie_word_embeddings
+        embeddings = {"modules_to_save": peft_modules_to_save(family), "ensure_weight_tying": tied}
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -94,28 +115,36 @@ def _adapter_config(config: Config, base: BaseModel, target_modules: list[str]) 
         "r": config.lora_rank,
         "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
         "lora_dropout": config.lora_dropout,
-        "target_modules": target_modules,
+        "target_modules": peft_targets(family, config.lora_target_modules),
         "use_dora": config.method.adapter == "dora",
         "bias": "none",
         "fan_in_fan_out": False,
         "init_lora_weights": True,
         "inference_mode": True,
-    }
+    } | embeddings
 
 
 def check_adapter_tensors(
-    found: TensorHeaders, model: nn.Module, path: Path, base: Path, settings: str
+    found: TensorHeaders,
+    model: PreTrainedModel,
+    family: Family,
+    path: Path,
+    base: Path,
+    settings: str,
+    optional: Collection[str] = (),
 ) -> None:
-    """Raise UserError unless an adapter's file holds exactly the tensors of a model's adapters.
+    """Raise UserError unless an adapter's file holds exactly the tensors that a model trains.
 
     Compares names and shapes, and requires floating-point dtypes.
 
     Args:
         found: the headers of the file.
         model: on meta, with its adapters.
+        family: the model's family.
         path: the file.
         base: folder of the model.
         settings: name of the file that says which adapters the model has.
+        optional: names of tensors that may be missing.
     """
     expected = {
         f"{PEFT_PREFIX}{name}.{suffix}": list(tensor.shape)
@@ -123,6 +152,12 @@ def check_adapter_tensors(
         if isinstance(module, LoRALinear)
         for suffix, tensor in module.peft_tensors(lambda parameter: parameter.detach()).items()
     }
+    expected |= {
+        f"{PEFT_PREFIX}{path}.weight": list(module.weight.shape)
+        for path, module in vocabulary_modules(model, family).items()
+        if module.weight.requires_grad
+    }
+    expected = {name: shape for name, shape in expected.items() if name in found or name not in optional}
     for name in sorted(expected.keys() | found.keys()):
         if name not in expected:
             raise UserError(f"{path}: {name} belongs to no adapter of {base} with the options of {settings}")
@@ -138,13 +173,27 @@ def check_adapter_tensors(
             raise UserError(f"{path}: {name} is stored as {dtype}; expected one of {expected_dtypes}")
 
 
-def load_adapter(model: nn.Module, path: Path) -> None:
+def fill_weight(module: nn.Module, weight: Tensor) -> None:
+    """Copy this rank's shard of a full weight into a module's weight."""
+    fill_shard(module.get_parameter("weight"), weight)
+
+
+def load_adapter(
+    model: nn.Module, path: Path, set_weight: Callable[[nn.Module, Tensor], None] = fill_weight
+) -> None:
     """Load an adapter's file, which `check_adapter_tensors` has checked, into a loaded model, sharded or not.
 
     Each rank reads the whole file, a module at a time, and keeps its shards. Raises UserError for NaN.
+
+    Args:
+        model: the model, with its adapters.
+        path: the file.
+        set_weight: set_weight(module, full weight), called for the embedding and the head.
     """
     modules = {unwrapped_name(name): module for name, module in model.named_modules()}
     for name, tensors in read_adapter_modules(path):
         module = modules[name]
-        assert isinstance(module, LoRALinear)
-        module.set_peft_tensors(tensors, fill_shard)
+        if isinstance(module, LoRALinear):
+            module.set_peft_tensors(tensors, fill_shard)
+        else:
+            set_weight(module, tensors["weight"])

@@ -32,7 +32,7 @@ PICKLE = "adapter_model.bin"
 # values are computed here.
 FOREIGN_SETTINGS = (
     "use_rslora", "rank_pattern", "alpha_pattern", "layers_to_transform", "layers_pattern", "exclude_modules",
-    "modules_to_save", "layer_replication", "lora_bias", "fan_in_fan_out", "trainable_token_indices",
+    "layer_replication", "lora_bias", "fan_in_fan_out", "trainable_token_indices",
     "target_parameters",
     "loftq_config", "eva_config", "corda_config", "lora_ga_config", "velora_config", "monteclora_config",
     "kasa_config", "arrow_config", "alora_invocation_tokens", "use_qalora", "use_bdlora", "megatron_config",

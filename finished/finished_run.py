@@ -34,6 +34,7 @@ from files.model_folder import CheckpointFiles, digest_structure, fetch_weights,
 from files.names import ADAPTER, ADAPTER_CONFIG, BLOCKS, CONFIG, OPTIONS
 from files.saved_adapter import (
     PEFT_PREFIX,
+    UNSET,
     TensorHeaders,
     check_settings,
     read_adapter_header,
@@ -47,6 +48,12 @@ from models.family import Family
 from models.llama_pro import new_layers
 from models.registry import build_on_meta, open_weights, read_config
 from models.toy import make_toy_model
+from models.vocabulary import (
+    peft_modules_to_save,
+    use_base_weight,
+    use_trained_weight,
+    vocabulary_modules,
+)
 from options.config import FIELDS, TOY_MODEL, Config
 from options.errors import UserError
 from options.limits import MAX_CONFIG_BYTES, read_json
@@ -118,7 +125,7 @@ def open_run(folder: str | Path, base_model: str | None = None) -> Run:
     metadata, tensors = _read_run_header(path)
     run = _verify_base(dataclasses.replace(run, adapter=path), metadata, path)
     _check_adapter_tensors(run, tensors)
-    _check_adapter_config(saved, config)
+    _check_adapter_config(saved, run)
     _print_tokenizer_remark(run, metadata)
     return run
 
@@ -241,19 +248,21 @@ def _check_required_options(path: Path, written: Mapping) -> None:
         raise UserError(f"{path}: has no {missing}, which a run writes: the file is damaged")
 
 
-def _check_adapter_config(path: Path, config: Config) -> None:
+def _check_adapter_config(path: Path, run: Run) -> None:
     """Raise UserError if adapter_config.json contradicts config.yaml, or has settings that no run writes.
 
     path: adapter_config.json.
     """
+    config = run.config
     expected = {
+        "modules_to_save": peft_modules_to_save(run.family) if config.train_embeddings else None,
         "r": config.lora_rank,
         "lora_alpha": config.lora_alpha,
         "use_dora": config.method.adapter == "dora",
     }
     adapter_config = read_json(path, MAX_CONFIG_BYTES)
     for name, value in expected.items():
-        if adapter_config.get(name) != value:
+        if adapter_config.get(name) != value and (value is not None or adapter_config.get(name) not in UNSET):
             found = f"{name} {adapter_config.get(name)}"
             raise UserError(f"{path}: {found}, but {OPTIONS} makes it {value}: one of them is damaged")
     check_settings(adapter_config, path)
@@ -275,7 +284,7 @@ def _check_adapter_tensors(run: Run, found: TensorHeaders) -> None:
     model = build_on_meta(run.model_config, run.family)
     check_quantization(model, run.family, run.config, run.files)
     apply_method(model, run.family, run.config, Precision(torch.float32, torch.float32), run.files)
-    check_adapter_tensors(found, model, run.adapter, run.base, OPTIONS)
+    check_adapter_tensors(found, model, run.family, run.adapter, run.base, OPTIONS)
 
 
 def read_adapter(run: Run) -> dict[str, torch.Tensor]:
@@ -293,15 +302,24 @@ def load_model(run: Run, device: torch.device, dtype: torch.dtype) -> PreTrained
     precision, rank_info = Precision(dtype, dtype), RankInfo(0, 1, 0, 1, device)
     model = build_on_meta(run.model_config, run.family)
     if run.adapter:
-        apply_method(
-            model, run.family, run.config, dataclasses.replace(precision, trained=torch.float32), run.files
-        )
+        # The base's embedding and head are loaded first; `set_adapter` adds those that were trained.
+        config = dataclasses.replace(run.config, train_embeddings=False)
+        precision = dataclasses.replace(precision, trained=torch.float32)
+        apply_method(model, run.family, config, precision, run.files)
     else:
         model.to(dtype).requires_grad_(False)  # type: ignore[arg-type]
     load_weights(model, run.family, run.files, rank_info, device, run.config.seed, workers=1)
     if run.adapter:
-        load_adapter(model, run.adapter)
+        set_adapter(model, run)
     return model.eval()
+
+
+def set_adapter(model: PreTrainedModel, run: Run) -> None:
+    """Load the run's adapter into `model`, which has an adapter of the same base and adapter options."""
+    assert run.adapter is not None
+    for module in vocabulary_modules(model, run.family).values():
+        use_base_weight(module)
+    load_adapter(model, run.adapter, use_trained_weight)
 
 
 def select_module_tensors(module: str, adapter: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

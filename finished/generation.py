@@ -16,14 +16,13 @@ from collections.abc import Iterator
 import torch
 from transformers import GenerationConfig, PreTrainedModel, StoppingCriteriaList
 
-from checkpoints.adapter import load_adapter
 from data.answers import decode_answer
 from data.columns import ColumnNames
 from data.dataset_names import first_set, split_name
 from data.formats import FORMATS, GUANACO_MARKERS, RenderContext
 from data.reading import find_format
 from data.stop_ids import collect_stop_ids
-from finished.finished_run import Run, load_model, load_tokenizer, open_base, open_run
+from finished.finished_run import Run, load_model, load_tokenizer, open_base, open_run, set_adapter
 from finished.prompt_template import Answer, AnswerStreamer, MarkerCriterion, PromptTemplate
 from launch.precision import Precision, choose_precision
 from models.adapters import replace_adapters
@@ -170,7 +169,7 @@ class AnsweringModels:
         if self.loaded_run and self.model is not None and run.adapter:
             if _adapter_options(self.loaded_run) != _adapter_options(run):
                 replace_adapters(self.model, run.family, run.config)
-            load_adapter(self.model, run.adapter)
+            set_adapter(self.model, run)
         else:
             self.loaded_run = self.model = None  # free one model's memory before the next is loaded
             gc.collect()

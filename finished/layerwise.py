@@ -164,4 +164,7 @@ def _load_submodule(
                 for key in ("lora_A", "lora_B", "magnitude_change")
                 if hasattr(module, key)
             }
+    own = select_module_tensors(path, adapter)
+    if "weight" in own:  # an embedding or a head that was trained beside the adapter
+        fill_shard(params["weight"], own["weight"])
     assert filled == set(params), f"not filled: {sorted(set(params) - filled)[:3]}"

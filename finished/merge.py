@@ -20,7 +20,7 @@ import torch
 from checkpoints.model_writer import CHUNK_BYTES, TensorEntry, file_entries
 from files.finite import check_finite, is_finite
 from files.model_folder import CheckpointFiles
-from files.saved_adapter import PEFT_PREFIX
+from files.saved_adapter import split_name
 from files.tensors import PinnedBuffers
 from finished.finished_run import Run
 from launch.memory import empty_on_host
@@ -75,8 +75,10 @@ def make_merged_entries(
     """
     adapters: dict[str, dict[str, torch.Tensor]] = {}
     for name, tensor in adapter.items():
-        path, _, suffix = name.removeprefix(PEFT_PREFIX).rpartition(".lora_")
-        adapters.setdefault(f"{path}.weight", {})[f"lora_{suffix}"] = tensor
+        module, key = split_name(name)
+        adapters.setdefault(f"{module}.weight", {})[key] = tensor
+    if run.model_config.tie_word_embeddings:  # the files hold a tied weight once
+        adapters.pop(f"{run.family.head}.weight", None)
     quantizers = find_training_quantizers(run) if dequantized else {}
     assert not run.files.packed or dequantized
     scaling = run.config.lora_alpha / run.config.lora_rank if adapter else 0.0
@@ -84,7 +86,10 @@ def make_merged_entries(
     entries = file_entries(run.files)
     for name, entry in entries.items():
         dtype, quantizer, tensors = dtype_of(entry.dtype), quantizers.get(name), adapters.pop(name, None)
-        if quantizer or tensors:
+        if tensors and "weight" in tensors:  # trained in full: it replaces the base's
+            make_trained = partial(_yield_trained_chunks, tensors["weight"], name, dtype)
+            entries[name] = TensorEntry(dtype, entry.shape, make_trained)
+        elif quantizer or tensors:
             make = partial(_read_merged_weight, run.files, name, quantizer, tensors, scaling, device, buffers)
             entries[name] = TensorEntry(dtype, entry.shape, partial(_yield_merged_chunk, make, name, dtype))
         elif dtype != entry.dtype:
@@ -142,6 +147,12 @@ def _yield_converted_chunks(files: CheckpointFiles, name: str, dtype: torch.dtyp
     flat = tensor.view(-1)
     for chunk in flat.split(CHUNK_BYTES // flat.dtype.itemsize):
         check_finite(files.tensor_origin(name), chunk)
+        yield _as_bytes(_check_range(chunk.to(dtype), name))
+
+
+def _yield_trained_chunks(tensor: torch.Tensor, name: str, dtype: torch.dtype) -> Iterator:
+    """Convert a weight of the adapter's file to `dtype` in chunks."""
+    for chunk in tensor.view(-1).split(CHUNK_BYTES // tensor.dtype.itemsize):
         yield _as_bytes(_check_range(chunk.to(dtype), name))
 
 

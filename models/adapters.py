@@ -19,6 +19,7 @@ from models.family import Family
 from models.llama_pro import new_layers
 from models.lora import LoRALinear
 from models.moe import is_in_experts
+from models.vocabulary import vocabulary_modules
 from options.config import Config
 from options.errors import UserError
 from quantization.layer import Linear4bit, quantize_linears
@@ -165,6 +166,8 @@ def apply_method(
     trained = [model.get_submodule(f"{family.layers}.{i}") for i in new]
     if not method.adapter and not method.expansion:
         trained = [model]
+    if config.train_embeddings:
+        trained = list(vocabulary_modules(model, family).values())
     model.to(precision.frozen).requires_grad_(False)  # type: ignore[arg-type]
     for module in trained:
         module.to(precision.trained).requires_grad_(True)

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from models.vocabulary import has_two_weights, swap_weights
 from quantization.layer import ConvertingModule, Linear4bit, convert_tensor, parameters_from, quantizer_for
 from quantization.quantizers import PackedWeight, Quantizer
 
@@ -120,12 +121,20 @@ class LoRALinear(ConvertingModule):
 
 @contextlib.contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
-    """Context in which all LoRA and DoRA layers of the model compute only what their base layer does."""
+    """Context in which all LoRA and DoRA layers of the model compute only what their base layer does.
+
+    An embedding and a head that were trained beside them have the base's weights.
+    """
     layers = [m for m in model.modules() if isinstance(m, LoRALinear)]
+    vocabulary = [m for m in model.modules() if has_two_weights(m)]
     try:
         for layer in layers:
             layer.active = False
+        for module in vocabulary:
+            swap_weights(module)
         yield
     finally:
         for layer in layers:
             layer.active = True
+        for module in vocabulary:
+            swap_weights(module)

@@ -127,7 +127,7 @@ def plan_parameters(
             for kind, n_bytes in zip(("codes", "scales"), quantizer.packed_sizes(stored.shape), strict=True):
                 shape = (-(-n_bytes // STORAGE.itemsize),)
                 planned.append(PlannedParameter(name, kind, shape, STORAGE.itemsize))
-        elif trains_all or layer in added:
+        elif trains_all or layer in added or (config.train_embeddings and name in vocabulary_weights(family)):
             planned.append(PlannedParameter(name, "trained", stored.shape, precision.trained.itemsize))
         else:
             is_padded = name not in vocabulary_weights(family)

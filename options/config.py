@@ -44,7 +44,7 @@ DATASET_FORMATS = (
 CHAT_TEMPLATES = ("chatml", "llama3", "gemma", "qwen")
 CHECKPOINTS = "checkpoints"  # folder in a RUN
 # Options that --adapter decides. They are None until training/warm_start.py has read the adapter.
-ADAPTER_OPTIONS = ("lora_rank", "lora_alpha", "lora_target_modules")
+ADAPTER_OPTIONS = ("lora_rank", "lora_alpha", "lora_target_modules", "train_embeddings")
 COMPATIBILITY = "Accepted for older commands, without effect"  # group of options that change nothing
 
 
@@ -66,8 +66,8 @@ class Config:
     train_type: str = option("bnb_dora", "Method", "what is trained, and how frozen weights are stored",
         choices=tuple(METHODS))
     adapter: str | None = option(None, "Method", "train this adapter further: a RUN, a folder in PEFT's"
-        " format or a hub id, also as owner/name@revision; --lora_rank, --lora_alpha and"
-        " --lora_target_modules are the adapter's", needs="adapter")
+        " format or a hub id, also as owner/name@revision; --lora_rank, --lora_alpha,"
+        " --lora_target_modules and --train_embeddings are the adapter's", needs="adapter")
     lora_rank: int = option(64, "Method", "rank R of LoRA and DoRA", needs="adapter", ge=1)
     lora_alpha: float = option(16.0, "Method", "the low-rank branch is scaled by lora_alpha / lora_rank",
         needs="adapter", gt=0)
@@ -76,6 +76,8 @@ class Config:
     lora_target_modules: str = option("all", "Method", "all = every linear of the decoder layers (of"
         " attention only, in models with routed experts); default = PEFT's choice for the model family; or"
         " comma-separated names: q_proj,v_proj", needs="adapter", commas=True)
+    train_embeddings: bool = option(False, "Method", "train the embedding and the head in full beside the"
+        " adapter, for tokens that the base has not learned (PEFT's modules_to_save); only for LoRA and DoRA")
     n_bits: int | None = option(None, "Method", "bits per weight; unset = 4", needs="hqq", choices=HQQ_BITS)
     group_size: int | None = option(None, "Method", "number of weights that share a scale and a zero point;"
         " unset = 64", needs="hqq", ge=8)

@@ -98,6 +98,11 @@ def _check_values(config: Config) -> None:
         raise UserError("--hybrid_shard_size: has no effect without a hybrid --sharding_strategy")
     if config.group_size is not None and config.group_size % 8:
         raise UserError(f"--group_size {config.group_size}: must be a multiple of 8")
+    if config.train_embeddings and not config.method.adapter:
+        raise UserError(
+            f"--train_embeddings has no effect with --train_type {config.train_type}: it is for"
+            f" {NEEDS['adapter']}; leave it out"
+        )
     if config.adapter == "":
         raise UserError("--adapter: needs a RUN, a folder or a hub id")
     if config.quantized_cache == "":

@@ -15,16 +15,24 @@ import torch
 from transformers import PretrainedConfig
 
 from checkpoints.adapter import check_adapter_tensors
-from files.base_model import STRUCTURE_KEY, check_base
+from files.base_model import STRUCTURE_KEY, check_base, tokenizer_remark
 from files.model_folder import CheckpointFiles
 from files.names import ADAPTER_CONFIG, BEST, split_revision
 from files.output_folder import output_folder
-from files.saved_adapter import SavedAdapter, open_adapter, read_adapter_modules, split_name
+from files.saved_adapter import (
+    PEFT_PREFIX,
+    SavedAdapter,
+    open_adapter,
+    read_adapter_modules,
+    read_adapter_tensors,
+    split_name,
+)
 from launch.precision import Precision
 from models.adapters import apply_method, target_linears
 from models.family import Family
 from models.registry import build_on_meta
-from options.config import FIELDS, Config
+from models.vocabulary import peft_modules_to_save, vocabulary_modules
+from options.config import ADAPTER_OPTIONS, FIELDS, Config
 from options.declaration import format_value
 from options.errors import UserError
 from options.methods import METHODS
@@ -77,16 +85,23 @@ def adopt_adapter(
     config = _adopt_settings(config, adapter, model_config, family)
     model = build_on_meta(model_config, family)
     apply_method(model, family, config, Precision(torch.float32, torch.float32), files)
-    check_adapter_tensors(adapter.tensors, model, adapter.path, files.folder, ADAPTER_CONFIG)
+    # The base's weights take the place of an embedding or a head that the adapter does not have.
+    optional = {f"{PEFT_PREFIX}{path}.weight" for path in vocabulary_modules(model, family)}
+    optional -= _saved_vocabulary(adapter, family)
+    where = adapter.path, files.folder, ADAPTER_CONFIG
+    check_adapter_tensors(adapter.tensors, model, family, *where, optional=optional)
+    if model_config.tie_word_embeddings:
+        _check_tied(adapter, family)
     for _ in read_adapter_modules(adapter.path):  # raises for NaN
         pass
-    about = (
-        f"--adapter {adapter.name}: trained further, with lora_rank {config.lora_rank}, lora_alpha"
-        f" {format_value(config.lora_alpha)}, lora_target_modules {config.lora_target_modules}"
-    )
-    return config, WarmStart(
-        adapter.name, adapter.path, adapter.digest(), tuple(filter(None, (about, remark)))
-    )
+    remarks = _describe(config), remark, tokenizer_remark(adapter.metadata, files.folder)
+    return config, WarmStart(adapter.name, adapter.path, adapter.digest(), tuple(filter(None, remarks)))
+
+
+def _describe(config: Config) -> str:
+    """Return the line about what the run continues, with the values that the adapter decided."""
+    values = ", ".join(f"{name} {format_value(getattr(config, name))}" for name in ADAPTER_OPTIONS)
+    return f"--adapter {config.adapter}: trained further, with {values}"
 
 
 def _check_kind(adapter: SavedAdapter, config: Config) -> None:
@@ -140,8 +155,47 @@ def _adopt_settings(
         if getattr(config, name) not in (None, value):
             raise _contradiction(name, config, adapter, value)
     values["lora_alpha"] = float(values["lora_alpha"])
+    values["train_embeddings"] = bool(_saved_vocabulary(adapter, family)) or bool(config.train_embeddings)
+    if config.train_embeddings is False and values["train_embeddings"]:
+        raise _contradiction("train_embeddings", config, adapter, True)
     targets = _adopt_targets(config, adapter, model_config, family)
     return dataclasses.replace(config, adapter=adapter.name, lora_target_modules=targets, **values)
+
+
+def _saved_vocabulary(adapter: SavedAdapter, family: Family) -> set[str]:
+    """Return PEFT's tensor names of the embedding and the head, as far as the adapter trained them in full.
+
+    Raises UserError if it trained other modules in full.
+    """
+    names = adapter.settings.get("modules_to_save") or []
+    file, paths = adapter.path.parent / ADAPTER_CONFIG, (family.embedding, family.head)
+    known = ", ".join(peft_modules_to_save(family))
+    if not isinstance(names, list) or not all(any(f".{p}".endswith(f".{n}") for p in paths) for n in names):
+        raise UserError(f"{file}: modules_to_save {names} is not supported here; only {known}")
+    if not names:
+        return set()
+    # The file may have one that is not named: PEFT also saves what ensure_weight_tying ties to a trained one.
+    return {
+        tensor
+        for path in paths
+        if (tensor := f"{PEFT_PREFIX}{path}.weight") in adapter.tensors
+        or any(f".{path}".endswith(f".{name}") for name in names)
+    }
+
+
+def _check_tied(adapter: SavedAdapter, family: Family) -> None:
+    """Raise UserError if the adapter has trained only one of two tied weights, or both apart.
+
+    PEFT unties them then, unless its ensure_weight_tying is set.
+    """
+    saved = _saved_vocabulary(adapter, family)
+    tensors = [t for name, t in read_adapter_tensors(adapter.path) if name in saved]
+    if saved and (len(tensors) < 2 or not torch.equal(*tensors)):
+        file, names = adapter.path.parent / ADAPTER_CONFIG, adapter.settings["modules_to_save"]
+        raise UserError(
+            f"{file}: modules_to_save {names}: trained apart the embedding and the head, which the base ties;"
+            " only adapters of PEFT's ensure_weight_tying are trained further"
+        )
 
 
 def _adopt_targets(
@@ -174,7 +228,7 @@ def _own_targets(adapter: SavedAdapter, linears: list[str]) -> str:
     """
     recorded = adapter.settings.get("target_modules")
     if isinstance(recorded, str):
-        return ",".join(sorted({split_name(name)[0] for name in adapter.tensors}))
+        return ",".join(sorted({split_name(name)[0] for name in adapter.tensors if ".lora_" in name}))
     names = [n for n in recorded if isinstance(n, str) and n] if isinstance(recorded, list) else []
     own = [n for n in names if any(f".{linear}".endswith(f".{n}") for linear in linears)]
     if not own:

@@ -175,7 +175,7 @@ def test_a_config_that_lost_options(refused, run):
 
 
 @pytest.mark.parametrize(
-    "change", [{"use_rslora": True}, {"rank_pattern": {"q_proj": 2}}, {"modules_to_save": ["x"]}]
+    "change", [{"use_rslora": True}, {"rank_pattern": {"q_proj": 2}}, {"lora_bias": True}]
 )
 def test_an_adapter_with_settings_that_no_run_writes(change, refused, run):
     """PEFT would compute something else with them. With its defaults written out it is the same adapter."""

@@ -70,6 +70,7 @@ ON_ONE = [
     "bnb_llama_pro --precision bf16",
     "full --precision bf16_autocast --use_cpu_offload",
     "custom_qlora --lora_target_modules layers.2.self_attn.q_proj,o_proj",
+    "bnb_dora --train_embeddings",
 ]
 ON_TWO = [
     *(f"{t} --precision bf16" for t in METHODS),
@@ -79,9 +80,10 @@ ON_TWO = [
     "dora --sharding_strategy shard_grad_op --lora_target_modules default",
     "llama_pro --sharding_strategy ddp --precision bf16",
     "lora --sharding_strategy hybrid_full_shard --hybrid_shard_size 1",
+    "hqq_lora --train_embeddings --precision bf16",
 ]
 FAMILIES = ["qwen2 full", "qwen2 qlora", "gemma2 bnb_dora", "gemma3 full", "phi3 hqq_dora", "qwen3_moe qlora",
-            "qwen3_moe full"]  # fmt: skip
+            "qwen3_moe full", "gemma3 qlora --train_embeddings"]  # fmt: skip
 
 
 def options(given: str, checkpoints, alpaca_file, kind: str | None = None) -> list[str]:
@@ -113,7 +115,7 @@ def test_two_ranks(given, checkpoints, alpaca_file, two_ranks):
 @pytest.mark.parametrize("given", FAMILIES)
 def test_families(given, checkpoints, alpaca_file, two_ranks):
     """Tied embeddings, quantization blocks that cross rows, fused linears, experts."""
-    kind, train_type = given.split()
+    kind, _, train_type = given.partition(" ")
     assert_as_expected(two_ranks(load, options(train_type, checkpoints, alpaca_file, kind)))
 
 

@@ -68,6 +68,7 @@ def test_rank_alpha_and_targets_are_the_adapters(check, saved, changed):
     """The demo's own defaults do not count as given."""
     job = check()
     assert adopted(job) == (R, ALPHA, {"q_proj", "down_proj"})
+    assert f"--adapter {saved}: trained further, with lora_rank {R}, lora_alpha" in "".join(job.remarks)
     written = yaml.safe_load(dump_yaml(job.config))
     assert written["adapter"] == str(saved) and written["lora_rank"] == R
     again = check(lora_rank=R, lora_alpha=ALPHA, lora_target_modules="mlp.down_proj,self_attn.q_proj")
