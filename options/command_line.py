@@ -11,6 +11,7 @@ import difflib
 import itertools
 import os
 import re
+import shlex
 import types
 import typing
 from collections.abc import Callable, Iterable
@@ -21,6 +22,7 @@ from typing import Any
 
 from options.declaration import REQUIRED, format_value, option_fields
 from options.errors import UserError
+from options.foreign import ForeignOptions
 from options.methods import NEEDS
 from options.yaml_file import Value, read_options_file
 
@@ -50,6 +52,7 @@ class Command:
         options: the dataclass that declares its options.
         implied_by_path: implied_by_path(path of the --config file) returns {option: value}. These options
             follow from the file's folder and override what the file says.
+        foreign: options of other programs, for errors that say what they are here; None = it knows none.
     """
 
     program: str
@@ -58,6 +61,7 @@ class Command:
     options: type
     epilog: str = ""
     implied_by_path: Callable[[str], dict[str, str]] = lambda path: {}
+    foreign: ForeignOptions | None = None
 
     @cached_property
     def fields(self) -> dict[str, Field]:
@@ -87,6 +91,8 @@ class Command:
         arguments = self._complete_switches(self._normalize_dashes(argv))
         found, rest = _make_parser(self).parse_known_args(arguments)
         if rest:
+            if self.foreign and (line := self.foreign.explain(_unknown_options(rest), _write_option, "--")):
+                raise UserError(line)
             hint = suggest(rest[0].split("=")[0], self.fields)
             positionals = (field.metadata["positional"] for field in self.fields.values())
             positional = next(filter(None, positionals), "")
@@ -151,7 +157,10 @@ class Command:
         else:
             result = _parse_value(kind, value, origin, noun)
         if meta["choices"] and result not in meta["choices"]:
-            raise UserError(f"{origin}: {result!r}: must be one of {', '.join(map(str, meta['choices']))}")
+            here = self.foreign.value_here(name, str(result)) if self.foreign else ""
+            hint = f"; here it is {here}" if here else ""
+            choices = ", ".join(map(str, meta["choices"]))
+            raise UserError(f"{origin}: {result!r}: must be one of {choices}{hint}")
         return result
 
     def _normalize_dashes(self, argv: list[str]) -> list[str]:
@@ -190,13 +199,49 @@ class Command:
         `implied_by_path` overrides it. Raises UserError for an unknown option.
         """
         values: dict[str, tuple[Value, str]] = {}
-        for key, value in read_options_file(path).items():
+        given = read_options_file(path)
+        unknown = {key.replace("-", "_"): _as_text(value) for key, value in given.items()}
+        unknown = {name: value for name, value in unknown.items() if name not in self.fields}
+        if self.foreign and (line := self.foreign.explain(unknown, _write_line, file=path)):
+            raise UserError(f"--config {path}: {line}")
+        for key, value in given.items():
             name = key.replace("-", "_")
             if name not in self.fields:
                 raise UserError(f"--config {path}: unknown option {key}{suggest(key, self.fields)}")
             if value is not None:  # null means that the option is not given
                 values[name] = value, f"{path}: {name}"
         return values | {name: (value, path) for name, value in self.implied_by_path(path).items()}
+
+
+def _unknown_options(rest: list[str]) -> dict[str, str]:
+    """Return {name: value} of what argparse did not know; a list's values are joined by commas."""
+    found: dict[str, list[str]] = {}
+    values: list[str] = []
+    for each in rest:
+        if each.startswith("--"):
+            name, is_assignment, value = each[2:].partition("=")
+            values = found.setdefault(name, [])
+            values += [value] if is_assignment else []
+        else:
+            values.append(each)
+    return {name: ",".join(values) if values else "true" for name, values in found.items()}
+
+
+def _write_option(name: str, value: str) -> str:
+    """Return an option as on a command line."""
+    return f"--{name} {shlex.quote(value)}"
+
+
+def _write_line(name: str, value: str) -> str:
+    """Return an option as in a --config file."""
+    return f"`{name}: {value}`"
+
+
+def _as_text(value: Value) -> str:
+    """Return a value of a --config file as one text: a list with commas, "" for null and mappings."""
+    if isinstance(value, list):
+        return ",".join(filter(None, value))
+    return value if isinstance(value, str) else ""
 
 
 def _check_item(value: str | None, origin: str) -> str:

@@ -135,10 +135,15 @@ def _check_unused(config: Config, requirement: str, *names: str) -> None:
 
 def _check_profiling(config: Config) -> None:
     """Raise UserError for profiling options without effect, or a cycle above --profiling_frequency."""
+    if not config.profile and config.warmup_steps != FIELDS["warmup_steps"].default:
+        raise UserError(
+            "--warmup_steps: has no effect without --profile: it counts steps of the profiler; the learning"
+            " rate's warm-up is --lr_warmup, a share of the steps"
+        )
     if not config.profile:
         _check_unused(config, "--profile", "profiling_output", "overwrite_profiling_output", "with_stack",
-                      "with_shapes", "export_trace", "export_memory_timeline", "wait_steps", "warmup_steps",
-                      "active_steps", "repeat", "profiling_frequency")  # fmt: skip
+                      "with_shapes", "export_trace", "export_memory_timeline", "wait_steps", "active_steps",
+                       "repeat", "profiling_frequency")  # fmt: skip
     if config.profile_memory and config.export_memory_timeline:
         reason = "torch keeps one record of the memory, and --profile_memory takes it"
         raise UserError(f"--export_memory_timeline: {reason}; leave one of them out")

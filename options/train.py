@@ -6,6 +6,7 @@ import os
 
 from options.command_line import Command
 from options.config import Config
+from options.foreign_rules import FOREIGN
 from options.resolve import resolve
 
 
@@ -26,6 +27,7 @@ COMMAND = Command(
     Config,
     epilog="Options may be written with - for _, and switches without `true`.",
     implied_by_path=_output_dir_of,
+    foreign=FOREIGN,
 )
 
 

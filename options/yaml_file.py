@@ -89,4 +89,5 @@ def _check_flat(text: str, path: str) -> None:
             raise UserError(f"--config {path}: {line}: aliases (*) are not read")
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if depth > 2:
-            raise UserError(f"--config {path}: {line}: nested; expected lines of `option: value`")
+            advice = "`python -m tools.migrate` reads other programs' files"
+            raise UserError(f"--config {path}: {line}: nested; expected lines of `option: value`; {advice}")

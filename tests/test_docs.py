@@ -16,7 +16,7 @@ from tests.helpers.expansion import expand
 from tests.helpers.logits import IDS, transformers_logits
 from tests.helpers.programs import ROOT
 from tests.helpers.runs import outputs, transformers_model
-from tools import make_data_doc, make_hardware_table
+from tools import make_data_doc, make_hardware_table, make_migrate_doc
 from tools.make_options_doc import PAGE, make_page
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -36,6 +36,12 @@ def test_the_options_page_is_config_py():
 def test_the_tables_of_the_data_page_are_the_code():
     page = make_data_doc.PAGE.read_text(encoding="utf-8")
     assert page == make_data_doc.replace_tables(page), "run: python -m tools.make_data_doc"
+
+
+def test_the_tables_of_other_programs_are_foreign_rules_py():
+    page = make_migrate_doc.PAGE.read_text(encoding="utf-8")
+    expected = make_migrate_doc.replace_tables(page, make_migrate_doc.make_tables())
+    assert page == expected, "run: python -m tools.make_migrate_doc"
 
 
 def test_links_lead_to_files_and_headings():

@@ -1,0 +1,263 @@
+"""Translations of foreign settings whose values mean something else here, or that go together."""
+
+from __future__ import annotations
+
+import math
+
+from options.foreign import Settings, Translate, Translation, is_off
+from options.methods import METHODS
+
+# Names of optimizers of transformers, axolotl and DeepSpeed, in lower case.
+OPTIMIZERS = {
+    "adamw": "adamw",
+    "adamw_torch": "adamw",
+    "adamw_hf": "adamw",
+    "adamw_torch_fused": "fused_adamw",
+    "fused_adam": "fused_adamw",
+    "fusedadam": "fused_adamw",
+    "deepspeedcpuadam": "adamw",
+    "adam": "adam",
+    "adamw_8bit": "adamw_8bit",
+    "adamw_bnb_8bit": "adamw_8bit",
+    "paged_adamw": "paged_adamw_32bit",
+    "paged_adamw_32bit": "paged_adamw_32bit",
+    "paged_adamw_8bit": "paged_adamw_8bit",
+    "sgd": "sgd",
+    "adadelta": "adadelta",
+}
+CONSTANT, COSINE_END = "constant", "cosine ends at a tenth of --lr, not at 0"
+# Schedules of transformers, axolotl and DeepSpeed, in lower case.
+SCHEDULES = {
+    "constant": CONSTANT,
+    "constant_with_warmup": CONSTANT,
+    "warmuplr": CONSTANT,
+    "linear": "linear",
+    "warmupdecaylr": "linear",
+    "cosine": "cosine",
+    "cosine_with_min_lr": "cosine",
+    "warmupcosinelr": "cosine",
+}
+OFF_TARGETS = ("", "none", "[]")  # of report_to
+
+
+def as_number(text: str) -> float | None:
+    """Return a finite number; None if the text is none."""
+    try:
+        number = float(text)
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
+
+
+def whole(number: float) -> str:
+    """Return a whole number as text: 3.0 -> "3"."""
+    return str(int(number))
+
+
+def first(given: Settings, *names: str) -> str:
+    """Return the value of the first of these names that is given; "" if none is."""
+    return next((given[name] for name in names if name in given), "")
+
+
+def train_type(given: Settings, _settings: Settings) -> Translation:
+    """Translate what is trained, over which weights: adapters, bits, Llama-Pro."""
+    adapter = first(given, "finetuning_type", "adapter").lower()
+    known = ("", "none", "lora", "qlora", "dora", "qdora", "full", "freeze")
+    if adapter not in known:
+        return Translation(note=f"{adapter}: only LoRA, DoRA, Llama-Pro and full training", lost=True)
+    expands = not is_off(first(given, "use_llama_pro"))
+    if adapter == "freeze" and not expands:
+        return Translation(note="layers cannot be frozen one by one", lost=True)
+    bits, method, note = _quantizer(given, adapter)
+    dora = adapter in ("dora", "qdora") or any(
+        not is_off(first(given, name)) for name in ("use_dora", "peft_use_dora", "qdora")
+    )
+    asks_for_adapter = adapter in ("lora", "qlora") or not is_off(first(given, "use_peft")) or dora
+    full = adapter == "full" or not is_off(first(given, "full_finetuning"))
+    kind = None if full or expands or not (asks_for_adapter or bits) else "dora" if dora else "lora"
+    quantizer = None if full or not bits else method
+    name = next(
+        name
+        for name, row in METHODS.items()
+        if (row.quantizer, row.adapter, row.expansion) == (quantizer, kind, expands)
+    )
+    options = {"train_type": name} | ({"n_bits": bits} if quantizer == "hqq" and bits != "4" else {})
+    if expands:
+        note = "the model is expanded by block_expansion.py; its config.json names the new layers"
+    return Translation(options, note)
+
+
+def _quantizer(given: Settings, adapter: str) -> tuple[str, str, str]:
+    """Return (bits of the frozen weights or "", quantizer, note)."""
+    bits, method = first(given, "quantization_bit"), first(given, "quantization_method").lower()
+    if adapter in ("qlora", "qdora") or not all(
+        is_off(first(given, name)) for name in ("load_in_4bit", "qdora")
+    ):
+        bits = bits or "4"
+    if not is_off(first(given, "load_in_8bit")):
+        bits = bits or "8"
+    bits = "" if is_off(bits) else bits
+    if bits and bits != "4" and method != "hqq":
+        return bits, "hqq", f"{bits}-bit weights are HQQ's"
+    return bits, "hqq" if method == "hqq" else "bnb", ""
+
+
+def target_modules(given: Settings, _settings: Settings) -> Translation:
+    """Translate the linears that get adapters."""
+    names = first(given, "lora_target_modules", "target_modules", "lora_target")
+    everything = names in ("all", "all-linear") or not is_off(first(given, "lora_target_linear"))
+    if everything or is_off(names):
+        options = {"lora_target_modules": "all"} if everything else {}
+        return Translation(options, "" if everything else "all is the default")
+    if not all(c.isalnum() or c in "_,." for c in names):
+        return Translation(note="a pattern; --lora_target_modules takes names with commas", lost=True)
+    return Translation({"lora_target_modules": names})
+
+
+def rank_stabilized(given: Settings, settings: Settings) -> Translation:
+    """Translate rsLoRA, alpha / sqrt(r), to the lora_alpha that gives the same alpha / r."""
+    if all(map(is_off, given.values())):
+        return Translation(note="it is off")
+    rank = as_number(first(settings, "lora_r", "lora_rank", "r"))
+    alpha = as_number(first(settings, "lora_alpha"))
+    if not rank or rank < 0 or not alpha:
+        return Translation(note="--lora_alpha is alpha x sqrt(rank) for the same scale", lost=True)
+    scaled = f"{alpha * math.sqrt(rank):.6g}"
+    return Translation({"lora_alpha": scaled}, f"{alpha:g} x sqrt({rank:g}): the scale is alpha / rank")
+
+
+def epochs(given: Settings, _settings: Settings) -> Translation:
+    """Translate a number of epochs, which may have a fraction elsewhere."""
+    text = next(iter(given.values()))
+    number = as_number(text)
+    if number is None or number <= 0 or number == int(number):
+        return Translation({"num_epochs": text if number is None else whole(number)})
+    note = f"whole epochs only; {text} of them end by --max_steps"
+    return Translation({"num_epochs": whole(math.ceil(number))}, note)
+
+
+def optimizer(given: Settings, _settings: Settings) -> Translation:
+    """Translate the name of an optimizer."""
+    name = next(iter(given.values()))
+    here = OPTIMIZERS.get(name.lower())
+    return Translation({"optimizer": here}) if here else Translation(note=f"{name}", lost=True)
+
+
+def schedule(given: Settings, settings: Settings) -> Translation:
+    """Translate the name of a learning rate's schedule."""
+    name = next(iter(given.values()))
+    here = SCHEDULES.get(name.lower())
+    if not here:
+        return Translation(note=f"{name}; --lr_scheduler is constant, linear or cosine", lost=True)
+    if (
+        here == "cosine"
+        and first(settings, "cosine_min_lr_ratio", "lr_scheduler_kwargs.min_lr_rate") == "0.1"
+    ):
+        return Translation({"lr_scheduler": here})
+    return Translation({"lr_scheduler": here}, COSINE_END if here == "cosine" else "")
+
+
+def warmup(given: Settings, settings: Settings) -> Translation:
+    """Translate a warm-up in steps, or as a share, to the share that --lr_warmup is."""
+    ratio, steps = as_number(given.get("warmup_ratio", "")), None
+    for name in ("warmup_steps", "scheduler.params.warmup_num_steps"):
+        steps = as_number(given[name]) if name in given and steps is None else steps
+    if steps is not None and 0 < steps < 1:  # a share, since transformers 5
+        ratio, steps = steps, None
+    if not steps:
+        text = f"{ratio or 0:g}"
+        return Translation({"lr_warmup": text})
+    total = as_number(first(settings, "scheduler.params.total_num_steps", "max_steps"))
+    if total and total >= steps:
+        return Translation({"lr_warmup": f"{steps / total:.4g}"}, f"{steps:g} of {total:g} steps")
+    return Translation(note=f"--lr_warmup is a share: {steps:g} / the steps of the run", lost=True)
+
+
+def gradient_norm(given: Settings, _settings: Settings) -> Translation:
+    """Translate the norm that gradients are clipped to; 0 means none elsewhere."""
+    value = next(iter(given.values()))
+    if is_off(value):
+        return Translation({"apply_gradient_clipping": "false"})
+    return Translation({"grad_norm": value})
+
+
+def adam_betas(given: Settings, _settings: Settings) -> Translation:
+    """Accept Adam's constants if they are torch's, which this program uses."""
+    default = {"adam_beta1": 0.9, "adam_beta2": 0.999, "adam_epsilon": 1e-8, "optimizer.params.eps": 1e-8}
+    for name, value in given.items():
+        if name == "optimizer.params.betas":
+            same = [as_number(part) for part in value.split(",")] == [0.9, 0.999]
+        else:
+            same = as_number(value) == default[name]
+        if not same:
+            return Translation(note="betas are 0.9 and 0.999, eps is 1e-8", lost=True)
+    return Translation(note="these are the defaults")
+
+
+def steps_between(option: str, name: str, *strategies: str) -> Translate:
+    """Return a translation of a number of steps that counts only where a strategy says so.
+
+    Args:
+        option: the option here.
+        name: the foreign number of steps between two saves or evaluations.
+        strategies: names of the setting that says no, steps or epoch.
+    """
+
+    def translate(given: Settings, _settings: Settings) -> Translation:
+        when, steps = first(given, *strategies).lower(), given.get(name, "")
+        if when == "no" or (is_off(steps) and when != "epoch"):
+            return Translation(note=f"--{option} counts steps; 0 is the default")
+        number = as_number(steps)
+        if when == "epoch":
+            return Translation(note=f"once an epoch: --{option} counts steps", lost=True)
+        if number is None or 0 < number < 1:
+            return Translation(note=f"a share of the run: --{option} counts steps", lost=True)
+        return Translation({option: whole(number)})
+
+    return translate
+
+
+def share_of_rows(given: Settings, _settings: Settings) -> Translation:
+    """Translate a size of the evaluation set; from 1 on it is a number of rows elsewhere."""
+    value = next(iter(given.values()))
+    number = as_number(value)
+    if number is not None and number >= 1:
+        return Translation(note=f"{number:g} rows: --eval_share is a share, as 0.05", lost=True)
+    return Translation(note="it is off") if not number else Translation({"eval_share": value})
+
+
+def logs(given: Settings, _settings: Settings) -> Translation:
+    """Translate where metrics go."""
+    targets = {each.strip().lower() for each in given.get("report_to", "").split(",")} - set(OFF_TARGETS)
+    wandb = "wandb" in targets or "all" in targets or not is_off(given.get("use_wandb", ""))
+    others = sorted(targets - {"wandb", "all"})
+    note = f"not to {', '.join(others)}; metrics.jsonl is always written" if others else ""
+    if wandb:
+        return Translation({"log_to": "wandb"}, note)
+    return Translation(note=note or "metrics.jsonl is always written", lost=bool(others))
+
+
+def wandb_project(given: Settings, _settings: Settings) -> Translation:
+    """Translate wandb's project, which turns wandb on in axolotl."""
+    value = next(iter(given.values()))
+    return Translation({"log_to": "wandb", "project_name": value}) if value else Translation(note="it is off")
+
+
+def resumed(given: Settings, _settings: Settings) -> Translation:
+    """Translate how a run goes on."""
+    value = next(iter(given.values()))
+    if is_off(value):
+        return Translation(note="it is off")
+    if value.lower() == "true":
+        return Translation({"resume": "auto"})
+    return Translation(note="only checkpoints of train.py are continued, by --resume RUN", lost=True)
+
+
+def model(given: Settings, _settings: Settings) -> Translation:
+    """Translate a model and its revision."""
+    name = first(given, "model_name_or_path", "base_model")
+    revision = first(given, "model_revision", "revision_of_model")
+    at = f"@{revision}" if revision not in ("", "main") else ""
+    if not name:
+        return Translation(note="it is part of --model_name, as owner/name@revision", lost=bool(at))
+    return Translation({"model_name": name + at})

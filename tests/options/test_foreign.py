@@ -1,0 +1,183 @@
+"""Options of other programs: what train.py answers to them, and that the table is complete and right."""
+
+from __future__ import annotations
+
+import ast
+import math
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from options import evaluate
+from options.config import FIELDS
+from options.errors import UserError
+from options.foreign_rules import FOREIGN
+from options.foreign_values import OPTIMIZERS, SCHEDULES
+from options.train import parse
+
+
+def error_of(*argv: str) -> str:
+    """Return the error for these options."""
+    with pytest.raises(UserError) as error:
+        parse(list(argv))
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("line", "answer"),
+    [
+        ("--learning_rate 2e-4", "--learning_rate: here it is --lr 2e-4"),
+        ("--learning-rate=2e-4", "--learning_rate: here it is --lr 2e-4"),
+        ("--per_device_train_batch_size 2", "here it is --batch_size 2"),
+        ("--micro_batch_size 4", "here it is --batch_size 4"),
+        ("--sequence_len 4096", "here it is --context_length 4096"),
+        ("--max_seq_length 2048", "here it is --context_length 2048"),
+        ("--max_length 1024", "here it is --context_length 1024"),
+        ("--cutoff_len 1024", "here it is --context_length 1024"),
+        ("--load_in_4bit", "here it is --train_type qlora"),
+        ("--load_in_4bit True --use_dora", "--use_dora, --load_in_4bit: here it is --train_type bnb_dora"),
+        ("--use_dora true", "here it is --train_type dora"),
+        ("--qdora", "here it is --train_type bnb_dora"),
+        ("--load_in_8bit true", "here it is --train_type hqq_lora --n_bits 8 (8-bit weights are HQQ's)"),
+        ("--finetuning_type full", "here it is --train_type full"),
+        ("--finetuning_type lora --quantization_bit 4", "here it is --train_type qlora"),
+        ("--quantization_bit 2 --quantization_method hqq", "here it is --train_type hqq_lora --n_bits 2"),
+        ("--lora_r 16", "here it is --lora_rank 16"),
+        ("--lora_target_linear true", "here it is --lora_target_modules all"),
+        ("--lora_target q_proj,v_proj", "here it is --lora_target_modules q_proj,v_proj"),
+        ("--target_modules all-linear", "here it is --lora_target_modules all"),
+        ("--bf16 true", "--bf16: is not needed here: --precision auto is bf16"),
+        ("--bf16 false", "here it is --precision fp32"),
+        ("--fp16", "here it is --precision fp16_autocast"),
+        ("--gradient_checkpointing false", "here it is --use_gradient_checkpointing false"),
+        ("--activation_offloading", "--use_gradient_checkpointing true --use_activation_cpu_offload true"),
+        ("--warmup_ratio 0.03", "here it is --lr_warmup 0.03"),
+        ("--save_steps 500", "here it is --save_every 500"),
+        ("--save_steps 0.1", "has no equal here: a share of the run: --save_every counts steps"),
+        ("--save_strategy epoch", "has no equal here: once an epoch: --save_every counts steps"),
+        ("--eval_steps 50 --eval_strategy steps", "here it is --eval_every 50"),
+        ("--num_train_epochs 3.0", "here it is --num_epochs 3"),
+        ("--num_train_epochs 1.5", "here it is --num_epochs 2 (whole epochs only; 1.5 of them end by"),
+        ("--lr_scheduler_type linear", "here it is --lr_scheduler linear"),
+        ("--lr_scheduler_type cosine", "--lr_scheduler cosine (cosine ends at a tenth of --lr, not at 0)"),
+        ("--lr_scheduler_type polynomial", "--lr_scheduler_type: has no equal here: polynomial"),
+        ("--optim paged_adamw_8bit", "here it is --optimizer paged_adamw_8bit"),
+        ("--optim adamw_torch_fused", "here it is --optimizer fused_adamw"),
+        ("--optim lion_8bit", "--optim: has no equal here: lion_8bit"),
+        ("--weight_decay 0.01", "here it is --wd 0.01"),
+        ("--max_grad_norm 0.3", "here it is --grad_norm 0.3"),
+        ("--max_grad_norm 0", "here it is --apply_gradient_clipping false"),
+        ("--sample_packing true", "here it is --packing true"),
+        ("--report_to wandb", "here it is --log_to wandb"),
+        ("--wandb_project my_runs", "here it is --log_to wandb --project_name my_runs"),
+        ("--fsdp full_shard,auto_wrap,offload", "--sharding_strategy full_shard --use_cpu_offload true"),
+        ("--fsdp_sharding_strategy 4", "here it is --sharding_strategy hybrid_full_shard"),
+        ("--zero_stage 2", "--zero_stage: here it is --sharding_strategy shard_grad_op ("),
+        ("--deepspeed ds.json", "has no equal here: DeepSpeed does not run here; give its file to"),
+        ("--dataset_name trl-lib/Capybara", "here it is --dataset trl-lib/Capybara"),
+        ("--model_name_or_path a/b --model_revision v2", "here it is --model_name a/b@v2"),
+        ("--neftune_noise_alpha 5", "--neftune_noise_alpha: has no equal here: noise on embeddings"),
+        ("--stage dpo", "--stage: has no equal here: only supervised training: sft; leave it out"),
+        ("--stage sft", "--stage: is not needed here: it changes nothing; leave it out"),
+        ("--flash_attention true", "--flash_attention: is not needed here: torch's attention kernels"),
+        ("--resume_from_checkpoint true", "here it is --resume auto"),
+        ("--warmup_steps 100", "--warmup_steps: has no effect without --profile: it counts steps of the"
+         " profiler; the learning rate's warm-up is --lr_warmup"),
+        ("--optimizer adamw_torch", "paged_adamw_8bit; here it is adamw"),
+        ("--no_such_option 1", "unknown option --no_such_option; see --help"),
+    ],
+)  # fmt: skip
+def test_the_answer_on_a_command_line(line, answer):
+    assert answer in error_of(*line.split())
+
+
+def test_several_foreign_options_share_a_line_if_it_is_short():
+    line = error_of(
+        "--learning_rate", "2e-4", "--lora_r", "8", "--lr_scheduler", "linear", "--weight_decay=0"
+    )
+    assert line.split("; ") == [
+        "--learning_rate: here it is --lr 2e-4",
+        "--lora_r: here it is --lora_rank 8",
+        "--weight_decay: here it is --wd 0",
+    ]
+    many = ["--neftune_noise_alpha", "5", "--label_smoothing_factor", "0.1", "--use_rslora", "true", "--fp16"]
+    line = error_of("--learning_rate", "2e-4", *many)
+    assert line.startswith("--learning_rate: here it is --lr 2e-4; and 4 more such options: `python -m tools")
+
+
+def test_the_answer_to_a_file(tmp_path):
+    file = tmp_path / "sft.yaml"
+    file.write_text("learning-rate: 1.0e-4\nlora_target_modules: [q_proj]\nreport_to: [wandb]\nseed: 3\n")
+    assert error_of("--config", str(file)) == (
+        f"--config {file}: learning_rate: here it is `lr: 1.0e-4`; report_to: here it is `log_to: wandb`"
+    )
+    file.write_text("base_model: a/b\ndatasets:\n  - path: rows.jsonl\n    type: alpaca\n")
+    assert error_of("--config", str(file)).endswith("`python -m tools.migrate` reads other programs' files")
+
+
+def fields_of(module: str, *classes: str) -> set[str]:
+    """Return the annotated names in the bodies of an installed module's classes. It is not imported."""
+    package, *rest = module.split(".")
+    path = Path(find_spec(package).submodule_search_locations[0], *rest).with_suffix(".py")
+    bodies = [
+        node.body
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ClassDef) and node.name in classes
+    ]
+    assert len(bodies) == len(classes)
+    return {
+        each.target.id
+        for body in bodies
+        for each in body
+        if isinstance(each, ast.AnnAssign) and isinstance(each.target, ast.Name)
+    } - {"_VALID_DICT_FIELDS", "framework"}
+
+
+@pytest.mark.parametrize(
+    ("module", "classes"),
+    [
+        ("transformers.training_args", ["TrainingArguments"]),
+        ("trl.trainer.base_config", ["_BaseConfig"]),
+        ("trl.trainer.sft_config", ["SFTConfig"]),
+        ("trl.trainer.model_config", ["ModelConfig"]),
+        ("trl.scripts.utils", ["ScriptArguments", "DatasetMixtureConfig"]),
+        ("accelerate.commands.config.config_args", ["BaseConfig", "ClusterConfig"]),
+    ],
+)
+def test_the_table_has_every_option_of_the_installed_versions(module, classes):
+    names = fields_of(module, *classes)
+    nested = {
+        "deepspeed_config",
+        "megatron_lm_config",
+        "datasets",
+    }  # read by tools/migrate.py, or lost as a whole
+    assert len(names) > 3
+    assert names - set(FOREIGN.by_name) - set(FIELDS) - nested == set()
+
+
+def test_translations_are_options_that_train_accepts():
+    """Each name with several kinds of values gives values of this program's options, or a reason."""
+    for name in FOREIGN.by_name:
+        for value in ("true", "false", "1", "3.0", "0.05", "adamw_torch", "cosine", "lora", "a/b"):
+            translation = FOREIGN.by_name[name].apply({name: value})
+            assert set(translation.options) <= set(FIELDS), name
+            assert translation.options or translation.note, (name, value)
+    for values, option in ((OPTIMIZERS, "optimizer"), (SCHEDULES, "lr_scheduler")):
+        assert set(values.values()) <= set(FIELDS[option].metadata["choices"])
+
+
+def test_rank_stabilized_lora_keeps_pefts_scale():
+    from peft import LoraConfig
+    from peft.tuners.lora import Linear
+    from torch import nn
+
+    config = LoraConfig(r=16, lora_alpha=8, use_rslora=True, init_lora_weights=False)
+    theirs = Linear(nn.Linear(4, 4), "default", r=16, lora_alpha=8, config=config).scaling["default"]
+    found = FOREIGN.by_name["use_rslora"].apply({"use_rslora": "true", "lora_r": "16", "lora_alpha": "8"})
+    assert math.isclose(float(found.options["lora_alpha"]) / 16, theirs)
+
+
+def test_only_train_knows_foreign_options():
+    with pytest.raises(UserError, match=r"^unknown option --learning_rate"):
+        evaluate.COMMAND.read(["RUN", "--learning_rate", "1"])
