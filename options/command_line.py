@@ -7,14 +7,12 @@ once.
 from __future__ import annotations
 
 import argparse
-import difflib
 import itertools
 import os
 import re
-import shlex
 import types
 import typing
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import Field, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,6 +22,7 @@ from options.declaration import REQUIRED, format_value, option_fields
 from options.errors import UserError
 from options.foreign import ForeignOptions
 from options.methods import NEEDS
+from options.unknown_options import describe_arguments, describe_keys
 from options.yaml_file import Value, read_options_file
 
 BOOLEANS = {
@@ -91,13 +90,7 @@ class Command:
         arguments = self._complete_switches(self._normalize_dashes(argv))
         found, rest = _make_parser(self).parse_known_args(arguments)
         if rest:
-            if self.foreign and (line := self.foreign.explain(_unknown_options(rest), _write_option, "--")):
-                raise UserError(line)
-            hint = suggest(rest[0].split("=")[0], self.fields)
-            positionals = (field.metadata["positional"] for field in self.fields.values())
-            positional = next(filter(None, positionals), "")
-            hint = f"; give one {positional}" if positional and not rest[0].startswith("-") else hint
-            raise UserError(f"unknown option {rest[0]}{hint}")
+            raise UserError(describe_arguments(rest, arguments, self.fields, self.foreign))
         raw = {name: value for name, value in vars(found).items() if value not in (None, [])}
         in_file = self._read_yaml(raw.pop("config")) if "config" in raw else {}
         given = {name: self._convert(name, value, origin) for name, (value, origin) in in_file.items()}
@@ -200,48 +193,13 @@ class Command:
         """
         values: dict[str, tuple[Value, str]] = {}
         given = read_options_file(path)
-        unknown = {key.replace("-", "_"): _as_text(value) for key, value in given.items()}
-        unknown = {name: value for name, value in unknown.items() if name not in self.fields}
-        if self.foreign and (line := self.foreign.explain(unknown, _write_line, file=path)):
-            raise UserError(f"--config {path}: {line}")
+        if line := describe_keys(given, self.fields, self.foreign, path):
+            raise UserError(line)
         for key, value in given.items():
             name = key.replace("-", "_")
-            if name not in self.fields:
-                raise UserError(f"--config {path}: unknown option {key}{suggest(key, self.fields)}")
             if value is not None:  # null means that the option is not given
                 values[name] = value, f"{path}: {name}"
         return values | {name: (value, path) for name, value in self.implied_by_path(path).items()}
-
-
-def _unknown_options(rest: list[str]) -> dict[str, str]:
-    """Return {name: value} of what argparse did not know; a list's values are joined by commas."""
-    found: dict[str, list[str]] = {}
-    values: list[str] = []
-    for each in rest:
-        if each.startswith("--"):
-            name, is_assignment, value = each[2:].partition("=")
-            values = found.setdefault(name, [])
-            values += [value] if is_assignment else []
-        else:
-            values.append(each)
-    return {name: ",".join(values) if values else "true" for name, values in found.items()}
-
-
-def _write_option(name: str, value: str) -> str:
-    """Return an option as on a command line."""
-    return f"--{name} {shlex.quote(value)}"
-
-
-def _write_line(name: str, value: str) -> str:
-    """Return an option as in a --config file."""
-    return f"`{name}: {value}`"
-
-
-def _as_text(value: Value) -> str:
-    """Return a value of a --config file as one text: a list with commas, "" for null and mappings."""
-    if isinstance(value, list):
-        return ",".join(filter(None, value))
-    return value if isinstance(value, str) else ""
 
 
 def _check_item(value: str | None, origin: str) -> str:
@@ -332,9 +290,3 @@ def help_line(field: Field) -> str:
     within = meta["within"]
     text += f" [{default}{f'; {within}' if within and within.has_upper_bound else ''}]"
     return f"{text} (only for {NEEDS[meta['needs']]})" if meta["needs"] else text
-
-
-def suggest(name: str, known: Iterable[str]) -> str:
-    """Return the end of an error line about an unknown option: "; did you mean --lr?" or "; see --help"."""
-    near = difflib.get_close_matches(name.lstrip("-").replace("-", "_"), known, n=1)
-    return f"; did you mean --{near[0]}?" if near else "; see --help"

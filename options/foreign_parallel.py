@@ -111,11 +111,19 @@ def processes(given: Settings, settings: Settings) -> Translation:
     nodes = as_number(first(settings, "num_machines")) or 1
     count = as_number(first(given, "num_processes"))
     if nodes > 1:
-        each = f" and --nproc_per_node {count / nodes:g}" if count else ""
-        return Translation(note=f"torchrun --nnodes {nodes:g}{each} train.py (docs/nodes.md)", lost=True)
+        each = f" --nproc_per_node {count / nodes:g}" if count else ""
+        start = f"torchrun --nnodes {nodes:g}{each} train.py"
+        return Translation(note=f"start {start} on each node (docs/nodes.md)", lost=True)
     if not count:
         return Translation(note="it is one machine")
     return Translation({"world_size": whole(count)})
+
+
+def port(given: Settings, settings: Settings) -> Translation:
+    """Translate the port of rank 0, which torchrun has on several nodes."""
+    if (as_number(first(settings, "num_machines")) or 1) > 1:
+        return Translation(note="torchrun has it")
+    return Translation({"master_port": next(iter(given.values()))})
 
 
 def rows_of_a_step(given: Settings, settings: Settings) -> Translation:
@@ -129,7 +137,10 @@ def rows_of_a_step(given: Settings, settings: Settings) -> Translation:
         return Translation(note="a step has --batch_size x --gradient_accumulation_steps x GPUs rows")
     if accumulation:
         count = total / (micro * accumulation)
-        return Translation(note=f"{total:g} rows per step are {count:g} GPUs x {micro:g} x {accumulation:g}")
+        note = f"{total:g} rows per step = {count:g} GPUs x {micro:g} x {accumulation:g}"
+        if gpus or count != int(count):
+            return Translation(note=note, lost=gpus != count)
+        return Translation({"world_size": whole(count)}, note)
     if gpus and total % (micro * gpus) == 0:
         options = {"gradient_accumulation_steps": whole(total / (micro * gpus))}
         return Translation(options, f"{total:g} rows per step / ({micro:g} x {gpus:g} GPUs)")

@@ -41,7 +41,8 @@ MODEL_AND_METHOD = (
     _rule("--train_type, --n_bits", values.train_type,
         hf="use_peft use_dora load_in_4bit load_in_8bit full_finetuning qdora",
         axolotl="adapter peft_use_dora load_in_4bit load_in_8bit",
-        factory="finetuning_type use_dora quantization_bit quantization_method use_llama_pro",
+        factory="finetuning_type use_dora quantization_bit quantization_method use_llama_pro"
+        " freeze_trainable_layers freeze_trainable_modules",
         note="an adapter over 16-bit weights is `lora` or `dora`, over 4-bit ones `qlora` or `bnb_dora`, over"
         " HQQ's `hqq_lora` or `hqq_dora`; without adapter `full`. 8 bits are HQQ's"),
     _rule("--lora_rank", same("lora_rank"), hf="lora_r r", axolotl="lora_r", factory="lora_rank"),
@@ -109,7 +110,7 @@ MEMORY_AND_GPUS = (
         " zero_optimization.mics_shard_size", note="see the next two tables"),
     _rule("--world_size", parallel.processes, launcher="num_processes num_machines",
         note="on several nodes torchrun starts them: [nodes.md](nodes.md)"),
-    _rule("--master_port", same("master_port"), launcher="main_process_port"),
+    _rule("--master_port", parallel.port, launcher="main_process_port"),
 )
 SAVING_AND_LOGS = (
     _rule("--save_every", values.steps_between("save_every", "save_steps", "save_strategy"),
@@ -146,7 +147,7 @@ LOST = {
     "the adapters of another run are not trained further": "lora_model_dir adapter_name_or_path",
     "only adapters are trained beside frozen weights":
         "lora_modules_to_save modules_to_save additional_target lora_target_parameters unfrozen_parameters"
-        " freeze_trainable_layers freeze_trainable_modules freeze_extra_modules lora_bias bias",
+        " freeze_extra_modules lora_bias bias",
     "A is drawn as in PEFT's default, B is zero":
         "init_lora_weights peft_init_lora_weights loftq_config peft_init pissa_init pissa_iter pissa_convert",
     "all adapters have one learning rate":
@@ -211,8 +212,8 @@ NEEDLESS = {
     "NF4 with double quantization": "bnb_4bit_quant_type use_bnb_nested_quant bnb_4bit_use_double_quant"
         " bnb_4bit_compute_dtype bnb_4bit_quant_storage double_quantization quantization_type"
         " bnb_config_kwargs quantization_device_map upcast_layernorm upcast_lmhead_output",
-    "batches are padded to their longest row": "pad_to_sequence_len pad_to_multiple_of"
-        " pad_packed_sequences truncation_mode packing_strategy ignore_pad_token_for_loss",
+    "batches are padded to their longest row": "special_tokens.pad_token pad_to_sequence_len"
+        " pad_to_multiple_of pad_packed_sequences truncation_mode packing_strategy ignore_pad_token_for_loss",
     "answers alone are learned": "assistant_only_loss completion_only_loss",
     "every step is logged": "logging_steps logging_strategy logging_first_step logging_dir log_level"
         " log_level_replica log_on_each_node logging_nan_inf_filter include_num_input_tokens_seen"
@@ -259,6 +260,8 @@ HARMLESS = {
     "train_on_eos": ("turn",),
     "roles_to_train": ("assistant",),
     "mix_strategy": ("concat",),
+    "lr_scheduler_kwargs": ("0.1",),
+    "cosine_min_lr_ratio": ("0.1",),
     "train_sampling_strategy": ("random",),
     "chat_template": ("tokenizer_default",),
     "plugins": (

@@ -37,6 +37,9 @@ SCHEDULES = {
     "cosine_with_min_lr": "cosine",
     "warmupcosinelr": "cosine",
 }
+ADAPTERS = ("", "none", "lora", "qlora", "dora", "qdora", "full", "freeze")  # and kinds of training
+KINDS_OF_TRAINING = ("use_peft", "adapter", "finetuning_type", "full_finetuning", "use_llama_pro")
+FREEZES = ("freeze_trainable_layers", "freeze_trainable_modules")
 OFF_TARGETS = ("", "none", "[]")  # of report_to
 
 
@@ -62,16 +65,17 @@ def first(given: Settings, *names: str) -> str:
 def train_type(given: Settings, _settings: Settings) -> Translation:
     """Translate what is trained, over which weights: adapters, bits, Llama-Pro."""
     adapter = first(given, "finetuning_type", "adapter").lower()
-    known = ("", "none", "lora", "qlora", "dora", "qdora", "full", "freeze")
-    if adapter not in known:
-        return Translation(note=f"{adapter}: only LoRA, DoRA, Llama-Pro and full training", lost=True)
     expands = not is_off(first(given, "use_llama_pro"))
-    if adapter == "freeze" and not expands:
-        return Translation(note="layers cannot be frozen one by one", lost=True)
     bits, method, note = _quantizer(given, adapter)
     dora = adapter in ("dora", "qdora") or any(
         not is_off(first(given, name)) for name in ("use_dora", "peft_use_dora", "qdora")
     )
+    if adapter not in ADAPTERS:
+        return Translation(note=f"{adapter}: only LoRA, DoRA, Llama-Pro and full training", lost=True)
+    if not expands and (adapter == "freeze" or set(given) <= set(FREEZES)):
+        return Translation(note="layers cannot be frozen one by one", lost=True)
+    if not (bits or dora or set(given) & set(KINDS_OF_TRAINING)):
+        return Translation(note="--train_type says what is trained, and over which weights")
     asks_for_adapter = adapter in ("lora", "qlora") or not is_off(first(given, "use_peft")) or dora
     full = adapter == "full" or not is_off(first(given, "full_finetuning"))
     kind = None if full or expands or not (asks_for_adapter or bits) else "dora" if dora else "lora"
@@ -83,7 +87,7 @@ def train_type(given: Settings, _settings: Settings) -> Translation:
     )
     options = {"train_type": name} | ({"n_bits": bits} if quantizer == "hqq" and bits != "4" else {})
     if expands:
-        note = "the model is expanded by block_expansion.py; its config.json names the new layers"
+        note = "block_expansion.py makes the expanded model, whose config.json names the new layers"
     return Translation(options, note)
 
 
@@ -96,7 +100,7 @@ def _quantizer(given: Settings, adapter: str) -> tuple[str, str, str]:
         bits = bits or "4"
     if not is_off(first(given, "load_in_8bit")):
         bits = bits or "8"
-    bits = "" if is_off(bits) else bits
+    bits = "4" if method and not bits else "" if is_off(bits) else bits
     if bits and bits != "4" and method != "hqq":
         return bits, "hqq", f"{bits}-bit weights are HQQ's"
     return bits, "hqq" if method == "hqq" else "bnb", ""
@@ -140,7 +144,11 @@ def optimizer(given: Settings, _settings: Settings) -> Translation:
     """Translate the name of an optimizer."""
     name = next(iter(given.values()))
     here = OPTIMIZERS.get(name.lower())
-    return Translation({"optimizer": here}) if here else Translation(note=f"{name}", lost=True)
+    return (
+        Translation({"optimizer": here})
+        if here
+        else Translation(note="--optimizer adamw, the default, stays", lost=True)
+    )
 
 
 def schedule(given: Settings, settings: Settings) -> Translation:
@@ -170,7 +178,8 @@ def warmup(given: Settings, settings: Settings) -> Translation:
     total = as_number(first(settings, "scheduler.params.total_num_steps", "max_steps"))
     if total and total >= steps:
         return Translation({"lr_warmup": f"{steps / total:.4g}"}, f"{steps:g} of {total:g} steps")
-    return Translation(note=f"--lr_warmup is a share: {steps:g} / the steps of the run", lost=True)
+    note = f"--lr_warmup is a share: {steps:g} / the steps of the run; unset it is 0.1, with constant 0"
+    return Translation(note=note, lost=True)
 
 
 def gradient_norm(given: Settings, _settings: Settings) -> Translation:

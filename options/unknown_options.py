@@ -1,0 +1,100 @@
+"""Errors about options that a command does not have: what another program's are here, or the nearest name."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import Field
+
+from options.foreign import ForeignOptions
+from options.yaml_file import Value
+
+
+def describe_arguments(
+    rest: Sequence[str],
+    arguments: Sequence[str],
+    fields: Mapping[str, Field],
+    foreign: ForeignOptions | None,
+) -> str:
+    """Return the error line for arguments that are no options and values of a command.
+
+    Args:
+        rest: these arguments; not empty.
+        arguments: the whole command line.
+        fields: the command's options, by name.
+        foreign: what it knows of other programs' options.
+    """
+    if foreign and (line := foreign.explain(_unknown_options(rest), _write_option, "--")):
+        return line
+    first, hint = rest[0], _suggest(rest[0].split("=")[0], fields)
+    if not first.startswith("-"):
+        positional = next(filter(None, (field.metadata["positional"] for field in fields.values())), "")
+        hint = f"; give one {positional}" if positional else hint
+        before = list(arguments[: arguments.index(first)])
+        at = next((i for i in reversed(range(len(before))) if before[i].startswith("--")), 0)
+        name = before[at][2:] if before else ""
+        if name in fields and fields[name].metadata["commas"]:
+            return (
+                f"--{name}: values are separated by commas: --{name} {','.join([*before[at + 1 :], first])}"
+            )
+    return f"unknown option {first}{hint}"
+
+
+def describe_keys(
+    given: Mapping[str, Value], fields: Mapping[str, Field], foreign: ForeignOptions | None, path: str
+) -> str:
+    """Return the error line for a --config file whose keys are not all options; "" if they are.
+
+    Args:
+        given: what the file holds.
+        fields: the command's options, by name.
+        foreign: what it knows of other programs' options.
+        path: the file.
+    """
+    unknown = {key: value for key, value in given.items() if key.replace("-", "_") not in fields}
+    if not unknown:
+        return ""
+    texts = {key.replace("-", "_"): _as_text(value) for key, value in unknown.items()}
+    if foreign and (line := foreign.explain(texts, _write_line, file=path)):
+        return f"--config {path}: {line}"
+    first = next(iter(unknown))
+    return f"--config {path}: unknown option {first}{_suggest(first, fields)}"
+
+
+def _suggest(name: str, fields: Mapping[str, Field]) -> str:
+    """Return the end of an error line about an unknown option: "; did you mean --lr?" or "; see --help"."""
+    near = difflib.get_close_matches(name.lstrip("-").replace("-", "_"), fields, n=1)
+    return f"; did you mean --{near[0]}?" if near else "; see --help"
+
+
+def _unknown_options(rest: Sequence[str]) -> dict[str, str]:
+    """Return {name: value} of what argparse did not know; a list's values are joined by commas."""
+    found: dict[str, list[str]] = {}
+    values: list[str] = []
+    for each in rest:
+        if re.match(r"--\w", each):
+            name, is_assignment, value = each[2:].partition("=")
+            values = found.setdefault(name, [])
+            values += [value] if is_assignment else []
+        else:
+            values.append(each)
+    return {name: ",".join(values) if values else "true" for name, values in found.items()}
+
+
+def _write_option(name: str, value: str) -> str:
+    """Return an option as on a command line."""
+    return f"--{name} {shlex.quote(value)}"
+
+
+def _write_line(name: str, value: str) -> str:
+    """Return an option as in a --config file."""
+    return f"`{name}: {value}`"
+
+
+def _as_text(value: Value) -> str:
+    """Return a value of a --config file as one text: a list with commas, "" for null and mappings."""
+    if isinstance(value, list):
+        return ",".join(filter(None, value))
+    return value if isinstance(value, str) else ""

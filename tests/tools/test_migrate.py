@@ -1,0 +1,317 @@
+"""tools.migrate on configurations written from the documentation of the programs that they are of.
+
+The expected values are written by hand from that documentation, and from docs/options.md.
+"""
+
+from __future__ import annotations
+
+import pickle
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from options.foreign_files import ADAPTER_DEFAULTS, DEFAULTS
+from options.foreign_values import as_number
+from options.train import COMMAND, parse
+from tests.helpers.installed_options import NOT_LITERAL, declared_options
+from tests.helpers.programs import ROOT
+from tools.migrate import main
+
+FOLDER = ROOT / "tests" / "tools" / "migrate"
+# Options whose values the printed command must have.
+EXPECTED = {
+    "axolotl_qlora_fsdp.yml": (
+        "--train_type qlora --lora_rank 8 --lora_alpha 16.0 --lora_dropout 0.05 "
+        "--lora_target_modules all --model_name meta-llama/Meta-Llama-3-70B "
+        "--dataset tatsu-lab/alpaca --dataset_format alpaca --context_length 512 --batch_size 1 "
+        "--gradient_accumulation_steps 4 --num_epochs 4 --optimizer adamw --lr 1e-05 "
+        "--lr_scheduler cosine --wd 0.0 --eval_share 0.05 --sharding_strategy full_shard "
+        "--use_cpu_offload true --use_gradient_checkpointing true --precision auto --packing false "
+        "--output_dir ./out/qlora-70b --log_to tqdm"
+    ),
+    "axolotl_lora_chat.yml": (
+        "--train_type hqq_lora --n_bits 8 --lora_rank 32 --dataset_format chat "
+        "--optimizer adamw_8bit --eval_every 50 --save_every 100 --early_stopping_patience 3 "
+        "--lr_warmup 0.1 --log_to wandb --project_name chats --entity team --name first"
+    ),
+    "axolotl_full_fsdp1.yml": (
+        "--train_type full --dataset mlabonne/FineTome-100k --packing true --batch_size 2 --lr 2e-05 "
+        "--optimizer fused_adamw --use_cpu_offload true --eval_share 0.02"
+    ),
+    "axolotl_full_fsdp2.yml": (
+        "--train_type full --sharding_strategy shard_grad_op --use_gradient_checkpointing true "
+        "--use_cpu_offload false --max_steps 200 --lr_warmup 0.1 --lr_scheduler linear "
+        "--batch_size 16 --wd 0.01"
+    ),
+    "axolotl_dora.yml": (
+        "--train_type bnb_dora --lora_rank 64 --lora_alpha 128.0 "
+        "--lora_target_modules q_proj,k_proj,v_proj,o_proj "
+        "--model_name mistralai/Mistral-7B-v0.1@26bca36bde8333b5d7f72e9ed20ccda6a618af24 "
+        "--dataset data/chats.jsonl --eval_dataset data/test.jsonl --num_epochs 3 --grad_norm 0.3 "
+        "--seed 7 --optimizer paged_adamw_8bit --lr_scheduler constant --lr_warmup 0.03 "
+        "--use_gradient_checkpointing true --use_activation_cpu_offload true"
+    ),
+    "axolotl_completion.yml": (
+        "--train_type full --dataset_format completion --precision fp16_autocast --resume auto "
+        "--use_gradient_checkpointing false --batch_size 8 --lr_scheduler cosine --lr_warmup 0.03"
+    ),
+    "trl_minimal.yaml": (
+        "--train_type full --model_name Qwen/Qwen2.5-0.5B --dataset stanfordnlp/imdb --lr 0.0001 "
+        "--lr_scheduler cosine --lr_warmup 0.0 --batch_size 8 --num_epochs 3 --context_length 1024 "
+        "--save_every 500"
+    ),
+    "trl_lora.yaml": (
+        "--train_type lora --lora_rank 32 --lora_alpha 16.0 --lora_dropout 0.05 "
+        "--lora_target_modules default --packing true --batch_size 2 --gradient_accumulation_steps 8 "
+        "--lr 0.0002 --lr_scheduler linear --lr_warmup 0.0 --eval_every 0"
+    ),
+    "trl_qlora.yaml": (
+        "--train_type bnb_dora --lora_rank 16 --lora_alpha 32.0 --lora_target_modules all "
+        "--max_steps 500 --optimizer paged_adamw_32bit --lr_scheduler constant --lr_warmup 0.03 "
+        "--save_every 0 --seed 1 --apply_gradient_clipping false --use_activation_cpu_offload true "
+        "--log_to wandb --name llama --overwrite true --model_name meta-llama/Llama-3.1-8B-Instruct"
+    ),
+    "handbook_qlora.yaml": (
+        "--train_type qlora --lora_rank 16 --lora_alpha 16.0 --dataset HuggingFaceH4/ultrachat_200k "
+        "--lora_target_modules q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj --lr 0.0002 "
+        "--keep 1 --save_every 100 --lr_warmup 0.1 --batch_size 4 --gradient_accumulation_steps 2 "
+        "--max_steps -1 --context_length 2048 --log_to tqdm"
+    ),
+    "handbook_full.yaml": (
+        "--train_type full --dataset HuggingFaceTB/Magpie-Pro-300K-Filtered-H4 --lr 0.001 "
+        "--save_every 0 --context_length 2048 --log_to wandb"
+    ),
+    "factory_lora.yaml": (
+        "--train_type lora --lora_rank 8 --lora_alpha 16.0 --lora_target_modules all "
+        "--dataset_samples 1000 --dataset {data}/identity.json --dataset_format alpaca "
+        "--context_length 2048 --eval_share 0.1 --eval_every 500 --save_every 500 --overwrite true "
+        "--lr 0.0001 --gradient_accumulation_steps 8"
+    ),
+    "factory_qlora_hqq.yaml": (
+        "--train_type hqq_lora --n_bits 3 --lora_rank 8 --lora_target_modules q_proj,v_proj "
+        "--dataset owner/chats --dataset_format chat --packing true --lr_scheduler linear "
+        "--lr_warmup 0.0"
+    ),
+    "factory_full.yaml": (
+        "--train_type full --precision bf16 --resume auto --overwrite false --dataset no_such_name "
+        "--num_epochs 3 --lr 1e-05"
+    ),
+    "factory_llama_pro.yaml": (
+        "--train_type llama_pro --model_name models/llama3-8b-pro --precision fp16_autocast"
+    ),
+    "accelerate_fsdp1.yaml": "--sharding_strategy shard_grad_op --use_cpu_offload true --world_size 2",
+    "accelerate_fsdp2.yaml": (
+        "--sharding_strategy full_shard --precision fp16_autocast --use_gradient_checkpointing true "
+        "--use_cpu_offload false --world_size -1"
+    ),
+    "accelerate_zero3.yaml": (
+        "--sharding_strategy full_shard --use_cpu_offload true --grad_norm 0.5 "
+        "--gradient_accumulation_steps 4 --world_size 8"
+    ),
+    "accelerate_multi_gpu.yaml": (
+        "--sharding_strategy ddp --world_size 2 --precision fp32 --master_port 29511"
+    ),
+    "ds_zero2.json": "--sharding_strategy shard_grad_op --use_cpu_offload true --precision auto",
+    "ds_zero3.json": (
+        "--sharding_strategy hybrid_full_shard --hybrid_shard_size 8 --use_cpu_offload true "
+        "--batch_size 4 --gradient_accumulation_steps 2 --world_size 8 --optimizer adamw --lr 3e-05 "
+        "--lr_scheduler linear --lr_warmup 0.05 --wd 0.1 --grad_norm 0.7 --precision fp16_autocast "
+        "--use_activation_cpu_offload true"
+    ),
+}
+# Words of the comments: what has no equal, and what was decided.
+SAID = {
+    "axolotl_qlora_fsdp.yml": ["warmup_steps: 10: --lr_warmup is a share: 10 / the", "evals_per_epoch: 4"],
+    "axolotl_lora_chat.yml": ["8-bit weights are HQQ's", "chat_template: llama3"],
+    "axolotl_full_fsdp1.yml": ["split train[:20%]", "cosine ends at a tenth of --lr"],
+    "axolotl_dora.yml": ["also data/more.jsonl", "neftune_noise_alpha: 5", "2.5 of them end by --max_steps",
+                         "16 x sqrt(64)", "deepspeed_configs/zero2.json"],
+    "axolotl_completion.yml": ["field body"],
+    "trl_lora.yaml": ["--eval_every: no rows to evaluate on", "push_to_hub", "eos_token: <|im_end|>"],
+    "handbook_qlora.yaml": ["split train_sft", "test_split_size: 1000", "once an epoch", "tensorboard"],
+    "handbook_full.yaml": ["also HuggingFaceTB/OpenHermes-2.5-H4"],
+    "factory_lora.yaml": ["also alpaca_en_demo", "trust_remote_code: true", "rows get Alpaca's prompt"],
+    "factory_qlora_hqq.yaml": ["loraplus_lr_ratio: 16.0", "16 x sqrt(8)"],
+    "factory_full.yaml": ["no_such_name: not in", "--resume auto, not --overwrite"],
+    "factory_llama_pro.yaml": ["block_expansion.py makes the expanded model"],
+    "accelerate_fsdp2.yaml": ["torchrun --nnodes 2 --nproc_per_node 8 train.py", "add --model_name"],
+    "accelerate_multi_gpu.yaml": ["gpu_ids: 0,1: GPUs are chosen by CUDA_VISIBLE_DEVICES"],
+    "ds_zero2.json": ["weights are offloaded with the optimizer", "gathered for forward and backward"],
+    "ds_zero3.json": ["64 rows per step = 8 GPUs x 4 x 2", "curriculum_learning", "betas", "not to a disk"],
+}  # fmt: skip
+
+
+def migrated(capsys, *files) -> tuple[dict, str]:
+    """Return (the Config's values of the printed command, the comments)."""
+    assert main([str(file) for file in files]) == 0
+    printed = capsys.readouterr()
+    python, program, *argv = shlex.split(printed.out.replace("\\\n", " "))
+    assert (python, program) == ("python", "train.py")
+    assert all(line.startswith("#") for line in printed.err.splitlines())
+    return vars(parse(argv)[0]), printed.err
+
+
+def error_of(capsys, *files) -> str:
+    """Return the error for these files: one line, status 2, and nothing on stdout."""
+    assert main([str(file) for file in files]) == 2
+    printed = capsys.readouterr()
+    assert not printed.out and printed.err.startswith("error: ") and printed.err.count("\n") == 1
+    return printed.err
+
+
+def test_there_are_twenty_configurations_of_all_programs():
+    names = {path.name for path in FOLDER.iterdir() if path.is_file()}
+    assert names == set(EXPECTED) and len(names) >= 20
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_the_command_of_a_configuration(name, capsys):
+    found, comments = migrated(capsys, FOLDER / name)
+    expected = COMMAND.read(EXPECTED[name].format(data=FOLDER / "data").split())
+    assert {option: found[option] for option in expected} == expected
+    assert "not known to this tool" not in comments
+    for words in SAID.get(name, []):
+        assert words in comments
+
+
+def test_a_training_program_with_its_launcher(capsys):
+    """The program's own settings win; the launcher's complete them."""
+    found, comments = migrated(capsys, FOLDER / "accelerate_zero3.yaml", FOLDER / "trl_lora.yaml")
+    assert (found["train_type"], found["sharding_strategy"], found["world_size"]) == ("lora", "full_shard", 8)
+    assert (found["gradient_accumulation_steps"], found["grad_norm"]) == (8, 0.5)
+    assert found["use_cpu_offload"] and "add --model_name" not in comments
+    # transformers' own bf16, TRL's default, counts, not accelerate's "no".
+    assert (
+        migrated(capsys, FOLDER / "trl_lora.yaml", FOLDER / "accelerate_multi_gpu.yaml")[0]["precision"]
+        == "auto"
+    )
+
+
+def test_paged_optimizers_are_not_combined_with_offload(capsys, tmp_path):
+    """Preflight refuses it, after the parser."""
+    found, comments = migrated(capsys, FOLDER / "trl_qlora.yaml", FOLDER / "ds_zero2.json")
+    assert found["optimizer"] == "adamw" and found["use_cpu_offload"] and "paging has no effect" in comments
+
+
+def edited(tmp_path: Path, name: str, **changes) -> Path:
+    """Return a copy of a configuration with other values."""
+    tree = yaml.safe_load((FOLDER / name).read_text()) | changes
+    (tmp_path / name).write_text(
+        yaml.safe_dump({key: each for key, each in tree.items() if each != "remove"})
+    )
+    return tmp_path / name
+
+
+def test_rows_of_a_step_become_accumulation(capsys, tmp_path):
+    """axolotl's total batch: rows / (GPUs x rows of a micro-batch)."""
+    file = edited(tmp_path, "axolotl_full_fsdp2.yml", batch_size=128, gradient_accumulation_steps="remove")
+    assert migrated(capsys, file, FOLDER / "accelerate_fsdp1.yaml")[0]["gradient_accumulation_steps"] == 4
+    found, comments = migrated(capsys, file)
+    assert found["gradient_accumulation_steps"] == 1 and "128 / (GPUs x 16)" in comments
+
+
+def test_defaults_are_those_of_the_installed_programs():
+    """TRL's own, then transformers'. LLaMA-Factory has transformers' where it has none of its own."""
+    transformers = declared_options("transformers.training_args", "TrainingArguments")
+    trl = transformers | declared_options("trl.trainer.base_config", "_BaseConfig")
+    trl |= declared_options("trl.trainer.sft_config", "SFTConfig")
+    trl |= declared_options("trl.trainer.model_config", "ModelConfig")
+    # None means PEFT's choice, and bf16 unless fp16 is asked for.
+    trl |= {"lora_target_modules": "default", "bf16": True}
+    for theirs, program in ((transformers, "LLaMA-Factory"), (trl, "TRL")):
+        ours = DEFAULTS[program] | ADAPTER_DEFAULTS[program]
+        compared = [name for name in ours if name in theirs and theirs[name] is not NOT_LITERAL]
+        assert len(compared) >= 6
+        for name in compared:
+            number = as_number(ours[name])
+            value = str(theirs[name]).lower() if number is None else float(theirs[name])
+            assert value == (ours[name] if number is None else number), (program, name)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("a: 1\n", "not a configuration of axolotl, TRL, LLaMA-Factory, accelerate or DeepSpeed"),
+        ("- a\n", "expected `key: value` lines"),
+        ("", "expected `key: value` lines"),
+        ("train_type: qlora\nlr: 1e-4\n", "has train.py's own options: python train.py --config"),
+        ("base_model: &a b\ndatasets: [*a]\n", "line 2: aliases"),
+        ("base_model: !!python/object/apply:os.system [id]\n", "line 1 is not YAML that is read here"),
+        ("base_model: a\nbase_model: b\n", "line 2: base_model is given a second time"),
+        ("base_model: a\nx: " + "[" * 50 + "]" * 50, "nested deeper than 12 levels"),
+        ("base_model: a\n? [1]\n: 2\n", "a key that is not a text"),
+        ("base_model: {a: [\n", "is not YAML"),
+        ("base_model: a\ndatasets: rows.jsonl\n", "datasets: expected a list of `path: ...`"),
+        ("base_model: a\ndatasets: [{type: alpaca}]\n", "datasets: an entry without `path`"),
+        ("base_model: a\nrl: dpo\n", "rl: dpo: training on preferences or rewards"),
+        ("base_model: a\nadapter: llama-adapter\n", "adapter: llama-adapter: only LoRA, DoRA"),
+        ("model_name_or_path: a\nstage: ppo\n", "stage: ppo: only supervised training"),
+        ("base_model: a\nmicro_batch_size: 0\n", "--batch_size 0: must be positive"),
+        ("base_model: a\nlearning_rate: fast\n", "--lr: 'fast' is not a number"),
+        ('base_model: "a\\eb"\n', "--model_name: has characters that cannot be printed"),
+        ("base_model: " + "a" * 2**21, "at most 1,048,576 are read"),
+    ],
+)
+def test_files_that_are_refused(content, words, capsys, tmp_path):
+    (tmp_path / "file.yaml").write_text(content)
+    error = error_of(capsys, tmp_path / "file.yaml")
+    assert words in error and "file.yaml" in error
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("ds.json", b'{"zero_optimization": {"stage": 3},}', "line 1: not a valid JSON file"),
+        ("ds.json", b'{"train_batch_size": NaN}', "NaN is not a JSON value"),
+        ("ds.json", b'{"train_batch_size": 1, "train_batch_size": 2}', "is repeated in an object"),
+        ("ds.json", b'{"train_batch_size": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "nested too deeply"),
+        ("a.yaml", b"base_model: \xff", "not a UTF-8 text"),
+        ("none.yaml", None, "No such file"),
+    ],
+)
+def test_bytes_that_are_refused(name, content, words, capsys, tmp_path):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    assert words in error_of(capsys, tmp_path / name)
+
+
+class Bomb:
+    """Running code is what unpickling would do."""
+
+    def __reduce__(self):
+        return (exec, ("raise SystemExit(99)",))
+
+
+@pytest.mark.parametrize("name", ["training_args.bin", "args.pt", "args.pkl", "renamed.yaml", "renamed.json"])
+@pytest.mark.parametrize("write", [torch.save, lambda value, path: path.write_bytes(pickle.dumps(value))])
+def test_pickles_are_never_read(name, write, capsys, tmp_path):
+    write(Bomb(), tmp_path / name)
+    assert "a pickle can run any code, so none is read; give the YAML" in error_of(capsys, tmp_path / name)
+
+
+def test_two_files_of_a_kind_are_refused(capsys):
+    assert "give one" in error_of(capsys, FOLDER / "trl_lora.yaml", FOLDER / "axolotl_dora.yml")
+    assert "give one" in error_of(capsys, FOLDER / "ds_zero2.json", FOLDER / "ds_zero3.json")
+
+
+def test_secrets_and_shells(capsys, tmp_path):
+    """A value cannot end its word in the shell, nor become an option; a token is not shown."""
+    file = edited(tmp_path, "trl_minimal.yaml", output_dir="a b; $(id) 'c'", run_name="--verbose",
+                  hub_token="hf_secret", wandb_api_key="0123", no_such_setting="x\x1b[2J\nid")  # fmt: skip
+    found, comments = migrated(capsys, file)
+    assert (found["output_dir"], found["name"], found["verbose"]) == ("a b; $(id) 'c'", "--verbose", False)
+    assert "hf_secret" not in comments and "0123" not in comments and "\x1b" not in comments
+    assert "no_such_setting: x\\x1b[2J\\nid" in comments
+
+
+def test_the_tool_as_a_program():
+    command = [sys.executable, "-m", "tools.migrate"]
+    done = subprocess.run([*command, FOLDER / "trl_lora.yaml"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith("python train.py --train_type lora ")
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
