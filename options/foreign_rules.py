@@ -126,7 +126,11 @@ SAVING_AND_LOGS = (
         note="auto, or a RUN of this program; other programs' checkpoints are not read"),
     _rule("--overwrite", switch("overwrite"), hf="overwrite_output_dir"),
     _rule("--output_dir", same("output_dir"), hf="save_path"),
-    _rule("--log_to", values.logs, hf="report_to", axolotl="use_wandb", note="tqdm, stdout or wandb"),
+    _rule("--log_to", values.logs, hf="report_to", axolotl="use_wandb use_tensorboard",
+        note="tqdm, stdout, wandb or tensorboard: one of them ([logs](logs.md))"),
+    _rule("--log_every", values.steps_between("log_every", "logging_steps", "logging_strategy"),
+        hf="logging_steps logging_strategy", axolotl="logging_steps",
+        note="of plain lines; metrics.jsonl has every step"),
     _rule("--log_to wandb --project_name", values.wandb_project, axolotl="wandb_project"),
     _rule("--entity", same("entity"), axolotl="wandb_entity"),
     _rule("--name", same("name"), hf="run_name", axolotl="wandb_name wandb_run_id"),
@@ -215,7 +219,7 @@ NEEDLESS = {
     "batches are padded to their longest row": "special_tokens.pad_token pad_to_sequence_len"
         " pad_to_multiple_of pad_packed_sequences truncation_mode packing_strategy ignore_pad_token_for_loss",
     "answers alone are learned": "assistant_only_loss completion_only_loss",
-    "every step is logged": "logging_steps logging_strategy logging_first_step logging_dir log_level"
+    "metrics.jsonl has every step": "logging_first_step logging_dir log_level"
         " log_level_replica log_on_each_node logging_nan_inf_filter include_num_input_tokens_seen"
         " include_tokens_per_second plot_loss disable_tqdm debug wandb_watch wandb_log_model"
         " wandb_mode skip_memory_metrics project trackio_space_id trackio_bucket_id trackio_static_space_id"

@@ -236,13 +236,15 @@ def share_of_rows(given: Settings, _settings: Settings) -> Translation:
 
 
 def logs(given: Settings, _settings: Settings) -> Translation:
-    """Translate where metrics go."""
+    """Translate where metrics go beside metrics.jsonl: one place at most."""
     targets = {each.strip().lower() for each in given.get("report_to", "").split(",")} - set(OFF_TARGETS)
-    wandb = "wandb" in targets or "all" in targets or not is_off(given.get("use_wandb", ""))
-    others = sorted(targets - {"wandb", "all"})
-    note = f"not to {', '.join(others)}; metrics.jsonl is always written" if others else ""
-    if wandb:
-        return Translation({"log_to": "wandb"}, note)
+    switches = {"use_wandb": "wandb", "use_tensorboard": "tensorboard"}
+    targets |= {target for name, target in switches.items() if not is_off(given.get(name, ""))}
+    here = next((target for target in ("wandb", "tensorboard") if targets & {target, "all"}), "")
+    others = ", ".join(sorted(targets - {here, "all"}))
+    note = f"not to {others}; metrics.jsonl is always written" if others else ""
+    if here:
+        return Translation({"log_to": here}, note)
     return Translation(note=note or "metrics.jsonl is always written", lost=bool(others))
 
 

@@ -32,7 +32,7 @@ EXPECTED = {
         "--gradient_accumulation_steps 4 --num_epochs 4 --optimizer adamw --lr 1e-05 "
         "--lr_scheduler cosine --wd 0.0 --eval_share 0.05 --sharding_strategy full_shard "
         "--use_cpu_offload true --use_gradient_checkpointing true --precision auto --packing false "
-        "--output_dir ./out/qlora-70b --log_to tqdm"
+        "--output_dir ./out/qlora-70b --log_to tqdm --log_every 1"
     ),
     "axolotl_lora_chat.yml": (
         "--train_type hqq_lora --n_bits 8 --lora_rank 32 --dataset_format chat "
@@ -80,7 +80,7 @@ EXPECTED = {
         "--train_type qlora --lora_rank 16 --lora_alpha 16.0 --dataset HuggingFaceH4/ultrachat_200k "
         "--lora_target_modules q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj --lr 0.0002 "
         "--keep 1 --save_every 100 --lr_warmup 0.1 --batch_size 4 --gradient_accumulation_steps 2 "
-        "--max_steps -1 --context_length 2048 --log_to tqdm"
+        "--max_steps -1 --context_length 2048 --log_to tensorboard"
     ),
     "handbook_full.yaml": (
         "--train_type full --dataset HuggingFaceTB/Magpie-Pro-300K-Filtered-H4 --lr 0.001 "
@@ -133,7 +133,7 @@ SAID = {
                          "16 x sqrt(64)", "deepspeed_configs/zero2.json"],
     "axolotl_completion.yml": ["field body"],
     "trl_lora.yaml": ["--eval_every: no rows to evaluate on", "push_to_hub", "eos_token: <|im_end|>"],
-    "handbook_qlora.yaml": ["split train_sft", "test_split_size: 1000", "once an epoch", "tensorboard"],
+    "handbook_qlora.yaml": ["split train_sft", "test_split_size: 1000", "once an epoch"],
     "handbook_full.yaml": ["also HuggingFaceTB/OpenHermes-2.5-H4"],
     "factory_lora.yaml": ["also alpaca_en_demo", "trust_remote_code: true", "rows get Alpaca's prompt"],
     "factory_qlora_hqq.yaml": ["loraplus_lr_ratio: 16.0", "16 x sqrt(8)"],
