@@ -10,7 +10,8 @@ from options.foreign_files import ForeignFile, read_json_tree
 from options.yaml_file import Tree
 
 # axolotl's types of rows, up to a colon or a dot, and the formats that write the same rows here.
-AXOLOTL_TYPES = {"alpaca": "alpaca", "chat_template": "chat", "completion": "completion"}
+AXOLOTL_TYPES = {"alpaca": "alpaca", "chat_template": "chat", "completion": "completion",
+                 "pretrain": "completion"}  # fmt: skip
 MAIN_SPLITS = ("", "train")
 ROLES = {"role": "role", "content": "content"}
 DATASET_INFO = "dataset_info.json"  # of LLaMA-Factory: {name: description of a data set}
@@ -78,10 +79,15 @@ def _note_others(data: Data, others: list[str]) -> None:
 
 
 def _axolotl(file: ForeignFile, data: Data) -> None:
-    """Read axolotl's `datasets` and `test_datasets`."""
-    for key, option in (("datasets", "dataset"), ("test_datasets", "eval_dataset")):
-        entries = _mappings(file, key, file.tree.get(key))
-        data.read.add(key)
+    """Read axolotl's `datasets` or `pretraining_dataset`, and `test_datasets`."""
+    texts = "datasets" not in file.tree and "pretraining_dataset" in file.tree
+    data.read |= {"datasets", "pretraining_dataset", "test_datasets"}
+    for key, option in (
+        ("pretraining_dataset" if texts else "datasets", "dataset"),
+        ("test_datasets", "eval_dataset"),
+    ):
+        value = file.tree.get(key)
+        entries = _mappings(file, key, {"path": value} if isinstance(value, str) and texts else value)
         if not entries:
             continue
         entry = entries[0]
@@ -97,7 +103,8 @@ def _axolotl(file: ForeignFile, data: Data) -> None:
         _note_parts(data, source, _text(entry.get("name")), _text(entry.get("split")))
         _note_others(data, [_text(each.get("path")) for each in entries[1:]])
         if option == "dataset":
-            _axolotl_type(entry, data)
+            kind: dict[str, Tree] = {"type": "completion"} if texts else {}
+            _axolotl_type(kind | entry, data)
 
 
 def _axolotl_type(entry: dict[str, Tree], data: Data) -> None:

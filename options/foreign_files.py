@@ -108,13 +108,15 @@ def read_json_tree(path: Path) -> Tree:
 
 def _read(path: Path) -> Tree:
     """Return what a file holds. Raises UserError for a pickle, and for what is not YAML or JSON."""
-    check_size(path, MAX_OPTIONS_BYTES if path.suffix.lower() not in PICKLES else 2**63)
-    try:
-        with path.open("rb") as file:
-            start = file.read(4)
-    except (OSError, ValueError) as e:  # ValueError: a NUL in the name
-        raise UserError(f"{path}: {getattr(e, 'strerror', None) or e}") from None
-    if path.suffix.lower() in PICKLES or start.startswith(PICKLE_STARTS):
+    start, is_pickle = b"", path.suffix.lower() in PICKLES
+    if not is_pickle:
+        check_size(path, MAX_OPTIONS_BYTES)
+        try:
+            with path.open("rb") as file:
+                start = file.read(4)
+        except OSError as e:
+            raise UserError(f"{path}: {e.strerror}") from None
+    if is_pickle or start.startswith(PICKLE_STARTS):
         advice = "give the YAML or JSON file that the run was started with"
         raise UserError(f"{path}: a pickle can run any code, so none is read; {advice}")
     return read_json_tree(path) if path.suffix.lower() == ".json" else read_tree(str(path))

@@ -44,7 +44,7 @@ def precision(given: Settings, _settings: Settings) -> Translation:
         return Translation({"precision": "fp16_autocast"})
     if brain or mixed == "bf16":
         return Translation(note="--precision auto is bf16 on GPUs that have it")
-    if "bf16" in values or mixed == "no":
+    if "bf16" in values or mixed == "no" or not is_off(values.get("float32", "")):
         return Translation({"precision": "fp32"})
     return Translation(note="--precision auto is bf16 on GPUs that have it")
 

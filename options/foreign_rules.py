@@ -54,7 +54,7 @@ MODEL_AND_METHOD = (
 DATA = (
     _rule("--dataset", same("dataset"), hf="dataset_name", note="a file, a folder or a hub id"),
     _rule("--dataset, --dataset_format", lost("--dataset takes one data set"),
-        hf="datasets dataset_mixture dataset_mixer", axolotl="pretraining_dataset",
+        hf="datasets dataset_mixture dataset_mixer", axolotl="datasets pretraining_dataset",
         note="the first data set; axolotl's and LLaMA-Factory's types become formats (docs/data.md)"),
     _rule("", lost("give --dataset a file, or a recipe in datasets/ that names them"),
         hf="dataset_config dataset_train_split dataset_test_split",
@@ -91,7 +91,7 @@ STEPS = (
     _rule("--deterministic", switch("deterministic"), hf="full_determinism"),
 )
 MEMORY_AND_GPUS = (
-    _rule("--precision", parallel.precision, hf="bf16 fp16", axolotl="bf16 fp16 bfloat16 float16",
+    _rule("--precision", parallel.precision, hf="bf16 fp16", axolotl="bf16 fp16 bfloat16 float16 float32",
         factory="pure_bf16", launcher="mixed_precision bf16.enabled fp16.enabled",
         note="`auto` is bf16 with adapters in fp32; fp16 is `fp16_autocast`"),
     _rule("--use_gradient_checkpointing, --use_activation_cpu_offload", parallel.checkpointing,
@@ -147,29 +147,41 @@ SUBJECTS = {
 # fmt: off
 # Foreign options that nothing here is equal to, by reason.
 LOST = {
+    "metrics go to metrics.jsonl, and to wandb or TensorBoard": "use_swanlab use_mlflow use_comet use_trackio"
+        " mlflow_tracking_uri mlflow_experiment_name comet_project_name swanlab_project swanlab_run_name",
+    "only NaN and infinite steps are counted: --max_bad_steps": "loss_watchdog_threshold"
+        " loss_watchdog_patience",
+    "--profile_memory and --profile record the first steps": "profiler_steps",
+    "4-bit weights are NF4 or HQQ's": "gptq bnb_4bit_quant_type quantization_type",
+    "rows are texts": "processor_type image_size image_resize_algorithm image_max_pixels video_max_pixels",
     "no code of a model's repository is run": "trust_remote_code",
     "the adapters of another run are not trained further": "lora_model_dir adapter_name_or_path",
     "only adapters are trained beside frozen weights":
         "lora_modules_to_save modules_to_save additional_target lora_target_parameters unfrozen_parameters"
-        " freeze_extra_modules lora_bias bias",
+        " freeze_extra_modules lora_bias bias lisa_n_layers lisa_step_interval lisa_layers_attribute"
+        " train_from_scratch random_init_weights mixture_of_depths",
     "A is drawn as in PEFT's default, B is zero":
         "init_lora_weights peft_init_lora_weights loftq_config peft_init pissa_init pissa_iter pissa_convert",
     "all adapters have one learning rate":
         "loraplus_lr_ratio loraplus_lr_embedding lr_groups embedding_lr embedding_lr_scale",
-    "the tokenizer's own template is used": "chat_template chat_template_path chat_template_jinja template",
+    "the tokenizer's own template is used": "chat_template chat_template_path chat_template_jinja template"
+        " tool_format default_system default_system_message enable_thinking",
     "the tokenizer is used as it is": "tokens special_tokens added_tokens_overrides new_special_tokens"
         " resize_vocab resize_token_embeddings_to_32x eos_token add_tokens"
-        " add_special_tokens tokenizer_config",
+        " add_special_tokens tokenizer_config eot_tokens shrink_embeddings mean_resizing_embeddings"
+        " split_special_tokens new_special_tokens_config init_special_tokens",
     "prompts are never learned; the format `completion` learns all of a text":
         "train_on_inputs train_on_prompt mask_history roles_to_train train_on_eos",
     "a column `text` is read": "dataset_text_field",
     "data sets are read whole": "dataset_streaming streaming shards shards_idx dataset_shard_num"
-        " interleave_probs mix_strategy",
+        " interleave_probs mix_strategy dataset_exact_deduplication min_sample_len",
     "noise on embeddings": "neftune_noise_alpha noisy_embedding_alpha",
     "the loss is plain cross-entropy":
         "label_smoothing_factor loss_type router_aux_loss_coef use_dft_loss moe_aux_loss_coef use_eaft_loss",
     "another optimizer": "use_galore use_apollo use_badam use_adam_mini use_muon galore_rank optim_args"
-        " optim_target_modules adam_beta3 adam_epsilon2",
+        " optim_target_modules adam_beta3 adam_epsilon2 galore_target galore_scale galore_update_interval"
+        " galore_layerwise apollo_rank apollo_target apollo_scale apollo_scale_type apollo_layerwise"
+        " apollo_update_interval badam_mode badam_switch_mode badam_switch_interval badam_update_ratio",
     "the schedule has no such part": "lr_scheduler_kwargs cosine_min_lr_ratio cosine_constant_lr_ratio"
         " lr_quadratic_warmup relora_steps relora_warmup_steps jagged_restart_steps",
     "rows are drawn by --seed, in no other order": "group_by_length train_sampling_strategy shuffle_dataset"
@@ -186,13 +198,15 @@ LOST = {
         " save_model_hub",
     "evaluation has --batch_size":
         "per_device_eval_batch_size eval_batch_size eval_accumulation_steps eval_packing eval_sample_packing"
-        " eval_delay",
+        " eval_delay eval_on_each_dataset eval_num_beams",
     "the batch must fit: no smaller one is tried": "auto_find_batch_size",
-    "rope is that of config.json": "rope_scaling rope_theta overrides_of_model_config model_config",
-    "training on preferences or rewards": "rl reward_model process_reward_model pref_beta pref_loss dpo_beta",
+    "rope is that of config.json": "rope_scaling rope_theta overrides_of_model_config model_config"
+        " pose_max_context_len pose_num_chunks pose_split_on_token_ids",
+    "training on preferences or rewards": "rl reward_model process_reward_model pref_beta pref_loss"
+        " dpo_beta rl_beta trl ref_model",
     "one subset of the layers: --lora_target_modules":
         "lora_layers_to_transform layers_to_transform peft_layers_to_transform layers_pattern rank_pattern"
-        " alpha_pattern layer_replication",
+        " alpha_pattern layer_replication peft_layers_pattern peft_layer_replication",
     "a TPU": "tpu_name tpu_zone tpu_vm",
     "its fields are options here: docs/migrate.md": "fsdp_config",
     "GPUs are chosen by CUDA_VISIBLE_DEVICES; without any, the CPU is used": "gpu_ids use_cpu",
@@ -204,54 +218,68 @@ LOST = {
 NEEDLESS = {
     "torch's attention kernels are chosen by themselves": "attn_implementation flash_attention flash_attn"
         " attention xformers_attention sdp_attention eager_attention s2_attention flex_attention"
-        " shift_attn padding_free batch_flattening",
+        " shift_attn padding_free batch_flattening flash_attn_cross_entropy flash_attn_rms_norm"
+        " flash_attn_fuse_qkv flash_attn_fuse_mlp flash_optimum flex_attn_compile_kwargs heads_k_stride"
+        " ring_attn_func use_v1_kernels",
     "norms, MLP and loss are compiled": "use_liger_kernel liger_kernel_config enable_liger_kernel"
         " liger_rope liger_rms_norm liger_glu_activation liger_swiglu liger_layer_norm liger_cross_entropy"
         " liger_fused_linear_cross_entropy cut_cross_entropy unsloth_cross_entropy_loss lora_mlp_kernel"
-        " lora_qkv_kernel lora_o_kernel use_unsloth torch_compile_backend torch_compile_mode",
+        " lora_qkv_kernel lora_o_kernel use_unsloth torch_compile_backend torch_compile_mode"
+        " unsloth_lora_mlp unsloth_lora_o unsloth_lora_qkv unsloth_rms_norm unsloth_rope",
     "the files of the model say it": "dtype torch_dtype infer_dtype model_type tokenizer_type"
         " tokenizer_use_fast tokenizer_legacy use_fast_tokenizer is_llama_derived_model"
         " is_mistral_derived_model is_qwen_derived_model is_falcon_derived_model pad_token model_init_kwargs"
-        " low_cpu_mem_usage device_map lora_fan_in_fan_out lora_task_type use_cache",
-    "NF4 with double quantization": "bnb_4bit_quant_type use_bnb_nested_quant bnb_4bit_use_double_quant"
-        " bnb_4bit_compute_dtype bnb_4bit_quant_storage double_quantization quantization_type"
+        " low_cpu_mem_usage device_map lora_fan_in_fan_out lora_task_type use_cache base_model_config"
+        " base_model_ignore_patterns use_kv_cache embeddings_skip_upcast",
+    "NF4 with double quantization": "use_bnb_nested_quant bnb_4bit_use_double_quant"
+        " bnb_4bit_compute_dtype bnb_4bit_quant_storage double_quantization"
         " bnb_config_kwargs quantization_device_map upcast_layernorm upcast_lmhead_output",
     "batches are padded to their longest row": "special_tokens.pad_token pad_to_sequence_len"
-        " pad_to_multiple_of pad_packed_sequences truncation_mode packing_strategy ignore_pad_token_for_loss",
+        " pad_to_multiple_of pad_packed_sequences truncation_mode packing_strategy"
+        " ignore_pad_token_for_loss sample_packing_bin_size sample_packing_eff_est"
+        " sample_packing_group_size pretrain_multipack_attn pretrain_multipack_buffer_size"
+        " multipack_real_batches",
     "answers alone are learned": "assistant_only_loss completion_only_loss",
     "metrics.jsonl has every step": "logging_first_step logging_dir log_level"
         " log_level_replica log_on_each_node logging_nan_inf_filter include_num_input_tokens_seen"
         " include_tokens_per_second plot_loss disable_tqdm debug wandb_watch wandb_log_model"
         " wandb_mode skip_memory_metrics project trackio_space_id trackio_bucket_id trackio_static_space_id"
-        " steps_per_print wall_clock_breakdown eval_table_size eval_max_new_tokens compute_accuracy",
+        " steps_per_print wall_clock_breakdown eval_table_size eval_max_new_tokens compute_accuracy"
+        " print_param_status",
     "the best step is kept in best/": "load_best_model_at_end metric_for_best_model greater_is_better"
         " save_only_model save_safetensors save_on_each_node save_first_step enable_jit_checkpoint"
         " restore_callback_states_from_checkpoint ignore_data_skip stage3_gather_16bit_weights_on_model_save",
     "the loss is the mean over all learned tokens of a step": "average_tokens_across_devices"
         " prediction_loss_only label_names remove_unused_columns include_for_metrics batch_eval_metrics"
         " eval_do_concat_batches eval_use_gather_object eval_on_start",
-    "this program only trains": "do_train do_eval do_predict predict_with_generate strict",
+    "this program only trains": "do_train do_eval do_predict predict_with_generate strict infer_backend"
+        " merge_lora do_bench_eval do_causal_lm_eval",
     "rows are prepared once, before the run": "dataloader_num_workers dataset_num_proc dataset_processes"
         " preprocessing_num_workers overwrite_cache dataset_prepared_path tokenized_path"
         " dataset_kwargs dataset_keep_in_memory shuffle_merged_datasets dataloader_pin_memory"
         " dataloader_prefetch_factor dataloader_drop_last dataloader_persistent_workers dataloader_in_order"
         " dataloader_multiprocessing_context preprocessing_batch_size length_column_name"
-        " skip_prepare_dataset cache_dir media_dir dataset_dir eval_dataset_dir",
+        " skip_prepare_dataset cache_dir media_dir dataset_dir eval_dataset_dir buffer_size"
+        " dataset_shard_idx preprocess_iterable",
     "torch.distributed is set up here": "local_rank ddp_timeout ddp_backend ddp_find_unused_parameters"
         " ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph accelerator_config"
         " ignore_bias_buffers compute_environment machine_rank main_process_ip rdzv_backend same_network"
         " main_training_function downcast_bf16 enable_cpu_affinity tpu_env tpu_use_cluster"
         " tpu_use_sudo commands command_file num_cpu_threads_per_process torch_empty_cache_steps"
         " ray_num_workers ray_run_name dynamo_config deepspeed_multinode_launcher use_fsdp use_deepspeed"
-        " multi_gpu gpu_memory_limit lora_on_cpu zero3_init_flag zero3_save_16bit_model mpirun_config",
+        " multi_gpu gpu_memory_limit lora_on_cpu zero3_init_flag zero3_save_16bit_model mpirun_config ddp"
+        " device offload_folder qlora_sharded_model_loading max_memory gc_steps resources_per_worker"
+        " placement_strategy",
     "FSDP's units are decoder layers": "fsdp_version fsdp_auto_wrap_policy fsdp_backward_prefetch"
         " fsdp_forward_prefetch fsdp_cpu_ram_efficient_loading fsdp_state_dict_type"
         " fsdp_sync_module_states fsdp_use_orig_params fsdp_min_num_params fsdp_limit_all_gathers"
         " fsdp_transformer_layer_cls_to_wrap fsdp_activation_checkpointing_offload fsdp_final_state_dict_type"
         " fsdp_mixed_precision_policy",
-    "checkpointing is non-reentrant": "gradient_checkpointing_kwargs activation_checkpointing_kwargs",
+    "checkpointing is non-reentrant": "gradient_checkpointing_kwargs activation_checkpointing_kwargs"
+        " use_reentrant_gc use_unsloth_gc",
     "torch's defaults hold": "tf32 fp16_full_eval bf16_full_eval",
-    "the token is that of `hf auth login`": "hub_token hf_hub_token use_auth_token hf_use_auth_token",
+    "the token is that of `hf auth login`": "hub_token hf_hub_token use_auth_token hf_use_auth_token"
+        " ms_hub_token om_hub_token",
 }
 # fmt: on
 
@@ -260,6 +288,8 @@ HARMLESS = {
     "stage": ("sft",),
     "gpu_ids": ("all",),
     "loss_type": ("nll", "chunked_nll"),
+    "bnb_4bit_quant_type": ("nf4",),
+    "quantization_type": ("nf4",),
     "init_lora_weights": ("true",),
     "train_on_eos": ("turn",),
     "roles_to_train": ("assistant",),

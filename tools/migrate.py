@@ -28,6 +28,7 @@ from options.foreign_files import (
     read_foreign_file,
 )
 from options.foreign_rules import FOREIGN
+from options.foreign_values import as_number
 from options.methods import METHODS
 from options.train import parse
 
@@ -252,6 +253,10 @@ def _make_consistent(result: Migration) -> None:
         result.decided.append(
             f"--optimizer {options['optimizer']}: with --use_cpu_offload paging has no effect"
         )
+    if "num_epochs" in options and (as_number(options.get("max_steps", "")) or 0) > 0:
+        options["num_epochs"] = options["max_steps"]
+        note = "max_steps counts alone there, and rows are repeated; an epoch has at least one step"
+        result.decided.append(f"--num_epochs {options['num_epochs']}: {note}")
     if "resume" in options and options.pop("overwrite", ""):
         result.decided.append("--resume auto, not --overwrite: they contradict one another")
     if options.get("lr_scheduler") == "constant" and options.get("lr_warmup") == "0":

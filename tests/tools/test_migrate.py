@@ -45,7 +45,7 @@ EXPECTED = {
     ),
     "axolotl_full_fsdp2.yml": (
         "--train_type full --sharding_strategy shard_grad_op --use_gradient_checkpointing true "
-        "--use_cpu_offload false --max_steps 200 --lr_warmup 0.1 --lr_scheduler linear "
+        "--use_cpu_offload false --max_steps 200 --num_epochs 200 --lr_warmup 0.1 --lr_scheduler linear "
         "--batch_size 16 --wd 0.01"
     ),
     "axolotl_dora.yml": (
@@ -297,6 +297,14 @@ def test_pickles_are_never_read(name, write, capsys, tmp_path):
 def test_two_files_of_a_kind_are_refused(capsys):
     assert "give one" in error_of(capsys, FOLDER / "trl_lora.yaml", FOLDER / "axolotl_dora.yml")
     assert "give one" in error_of(capsys, FOLDER / "ds_zero2.json", FOLDER / "ds_zero3.json")
+
+
+def test_texts_for_pretraining(capsys, tmp_path):
+    """axolotl's `pretraining_dataset` is a list of data sets or the name of one."""
+    for value in ("a/b", [{"path": "a/b", "type": "pretrain"}], [{"path": "a/b"}]):
+        file = edited(tmp_path, "axolotl_completion.yml", datasets="remove", pretraining_dataset=value)
+        found = migrated(capsys, file)[0]
+        assert (found["dataset"], found["dataset_format"]) == ("a/b", "completion")
 
 
 def test_secrets_and_shells(capsys, tmp_path):
