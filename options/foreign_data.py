@@ -158,20 +158,15 @@ def _trl(file: ForeignFile, data: Data) -> None:
 
 
 def _mixture(entries: list[dict[str, Tree]], data: Data) -> None:
-    """Read a mixture: the first data set of training rows."""
+    """Read a mixture, whose rows are put behind one another: the first data set."""
     names = [_text(each.get("id")) or _text(each.get("path")) for each in entries]
     splits = [_text(each.get("split")) for each in entries]
-    kept = [i for i, split in enumerate(splits) if "test" not in split and names[i]]
-    if not kept:
+    if not names or not names[0]:
         return
-    first, *others = kept
-    data.options["dataset"] = names[first]
-    config = _text(entries[first].get("config")) or _text(entries[first].get("name"))
-    _note_parts(data, names[first], config, splits[first])
-    _note_others(data, [names[i] for i in others])
-    held_out = sorted({names[i] for i, split in enumerate(splits) if "test" in split})
-    if held_out:
-        data.lost.append(f"test splits of {', '.join(held_out)}: --eval_share 0.05 splits rows off")
+    first = entries[0]
+    data.options["dataset"] = names[0]
+    _note_parts(data, names[0], _text(first.get("config")) or _text(first.get("name")), splits[0])
+    _note_others(data, [f"{name} ({split})" for name, split in zip(names[1:], splits[1:], strict=True)])
 
 
 def _factory(file: ForeignFile, data: Data) -> None:

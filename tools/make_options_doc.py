@@ -22,7 +22,8 @@ Options may be written with `-` for `_`, and switches without `true`. `--config 
 file (`option: value` lines; the command line wins); every run writes its own as `<output_dir>/config.yaml`.
 There a value means what it means on the command line, whatever YAML would make of it: `name: 007` is the text
 007. A plain `null` or `~` leaves an option unset, and a list may stand where values are comma-separated.
-An option that has no effect with the chosen train type is an error.
+An option that has no effect with the chosen train type is an error. Options of TRL, axolotl, LLaMA-Factory,
+accelerate and DeepSpeed are answered with what they are here: [coming from another program](migrate.md).
 """
 
 DIFFERENCES = """
