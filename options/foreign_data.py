@@ -166,7 +166,8 @@ def _mixture(entries: list[dict[str, Tree]], data: Data) -> None:
     first = entries[0]
     data.options["dataset"] = names[0]
     _note_parts(data, names[0], _text(first.get("config")) or _text(first.get("name")), splits[0])
-    _note_others(data, [f"{name} ({split})" for name, split in zip(names[1:], splits[1:], strict=True)])
+    others = zip(names[1:], splits[1:], strict=True)
+    _note_others(data, [f"{name} ({split})" if split else name for name, split in others])
 
 
 def _factory(file: ForeignFile, data: Data) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from options.foreign import Settings, Translation, is_off
-from options.foreign_values import as_number, first, whole
+from options.foreign_values import as_number, first, is_on, whole
 
 STRATEGIES = {  # of accelerate and transformers; numbers are those of torch's ShardingStrategy
     "full_shard": "full_shard",
@@ -32,41 +32,30 @@ OFFLOADS = (
 
 def precision(given: Settings, _settings: Settings) -> Translation:
     """Translate the dtypes of the computation."""
-    values = {name: value.lower() for name, value in given.items()}
-    mixed = values.get("mixed_precision", "")
+    mixed = given.get("mixed_precision", "").lower()
+    half, bf16 = is_on(given, "fp16", "float16", "fp16.enabled"), is_on(given, "bf16", "bf16.enabled")
     if mixed == "fp8":
         return Translation(note="fp8 matmuls", lost=True)
-    if any(not is_off(values.get(name, "")) for name in ("bfloat16", "pure_bf16")):
+    if is_on(given, "bfloat16", "pure_bf16"):
         return Translation({"precision": "bf16"}, "trained weights in bf16 as well")
-    half = any(not is_off(values.get(name, "")) for name in ("fp16", "float16", "fp16.enabled"))
-    brain = any(not is_off(values.get(name, "")) for name in ("bf16", "bf16.enabled"))
-    if half or (mixed == "fp16" and not brain):
+    if half or (mixed == "fp16" and not bf16):
         return Translation({"precision": "fp16_autocast"})
-    if brain or mixed == "bf16":
-        return Translation(note="--precision auto is bf16 on GPUs that have it")
-    if "bf16" in values or mixed == "no" or not is_off(values.get("float32", "")):
+    if not bf16 and mixed != "bf16" and ("bf16" in given or mixed == "no" or is_on(given, "float32")):
         return Translation({"precision": "fp32"})
     return Translation(note="--precision auto is bf16 on GPUs that have it")
 
 
 def checkpointing(given: Settings, _settings: Settings) -> Translation:
     """Translate activation checkpointing and the offload of what it saves."""
-    values = {name: value.lower() for name, value in given.items()}
-    offloads = ("offload", "offload_disk", "disk")
     own = ("gradient_checkpointing", "activation_checkpointing")
-    by_launcher = values.get("fsdp_activation_checkpointing", "")
-    saved = any(not is_off(values.get(name, "")) for name in own) or not is_off(by_launcher)
-    in_host = any(values.get(name, "") in offloads for name in own) or any(
-        not is_off(values.get(name, ""))
-        for name in ("activation_offloading", "activation_checkpointing.cpu_checkpointing")
-    )
-    if in_host:
+    saved = is_on(given, *own, "fsdp_activation_checkpointing")
+    in_host = any(given.get(name, "").lower() in ("offload", "offload_disk") for name in own)
+    if in_host or is_on(given, "activation_offloading", "activation_checkpointing.cpu_checkpointing"):
         return Translation({"use_gradient_checkpointing": "true", "use_activation_cpu_offload": "true"})
-    if any(name in values for name in own) or saved:
+    if saved or set(own) & set(given):
         return Translation({"use_gradient_checkpointing": str(saved).lower()})
-    if "disable_gradient_checkpointing" in values:
-        off = not is_off(values["disable_gradient_checkpointing"])
-        return Translation({"use_gradient_checkpointing": str(not off).lower()})
+    if is_on(given, "disable_gradient_checkpointing"):
+        return Translation({"use_gradient_checkpointing": "false"})
     return Translation(note="--use_gradient_checkpointing is on by default")
 
 

@@ -40,16 +40,17 @@ SCHEDULES = {
 ADAPTERS = ("", "none", "lora", "qlora", "dora", "qdora", "full", "freeze")  # and kinds of training
 KINDS_OF_TRAINING = ("use_peft", "adapter", "finetuning_type", "full_finetuning", "use_llama_pro")
 FREEZES = ("freeze_trainable_layers", "freeze_trainable_modules")
+SMALLEST, LARGEST = 1e-12, 1e12
 OFF_TARGETS = ("", "none", "[]")  # of report_to
 
 
 def as_number(text: str) -> float | None:
-    """Return a finite number; None if the text is none."""
+    """Return a number of ordinary size, with which one can reckon; None if the text is none."""
     try:
         number = float(text)
     except ValueError:
         return None
-    return number if math.isfinite(number) else None
+    return number if number == 0 or SMALLEST <= abs(number) <= LARGEST else None
 
 
 def whole(number: float) -> str:
@@ -62,22 +63,25 @@ def first(given: Settings, *names: str) -> str:
     return next((given[name] for name in names if name in given), "")
 
 
+def is_on(given: Settings, *names: str) -> bool:
+    """Whether one of these settings is given and not switched off."""
+    return any(not is_off(given.get(name, "")) for name in names)
+
+
 def train_type(given: Settings, _settings: Settings) -> Translation:
     """Translate what is trained, over which weights: adapters, bits, Llama-Pro."""
     adapter = first(given, "finetuning_type", "adapter").lower()
-    expands = not is_off(first(given, "use_llama_pro"))
+    expands = is_on(given, "use_llama_pro")
     bits, method, note = _quantizer(given, adapter)
-    dora = adapter in ("dora", "qdora") or any(
-        not is_off(first(given, name)) for name in ("use_dora", "peft_use_dora", "qdora")
-    )
+    dora = adapter in ("dora", "qdora") or is_on(given, "use_dora", "peft_use_dora", "qdora")
     if adapter not in ADAPTERS:
         return Translation(note=f"{adapter}: only LoRA, DoRA, Llama-Pro and full training", lost=True)
     if not expands and (adapter == "freeze" or set(given) <= set(FREEZES)):
         return Translation(note="layers cannot be frozen one by one", lost=True)
     if not (bits or dora or set(given) & set(KINDS_OF_TRAINING)):
         return Translation(note="--train_type says what is trained, and over which weights")
-    asks_for_adapter = adapter in ("lora", "qlora") or not is_off(first(given, "use_peft")) or dora
-    full = adapter == "full" or not is_off(first(given, "full_finetuning"))
+    asks_for_adapter = adapter in ("lora", "qlora") or is_on(given, "use_peft") or dora
+    full = adapter == "full" or is_on(given, "full_finetuning")
     kind = None if full or expands or not (asks_for_adapter or bits) else "dora" if dora else "lora"
     quantizer = None if full or not bits else method
     name = next(
@@ -94,13 +98,9 @@ def train_type(given: Settings, _settings: Settings) -> Translation:
 def _quantizer(given: Settings, adapter: str) -> tuple[str, str, str]:
     """Return (bits of the frozen weights or "", quantizer, note)."""
     bits, method = first(given, "quantization_bit"), first(given, "quantization_method").lower()
-    if adapter in ("qlora", "qdora") or not all(
-        is_off(first(given, name)) for name in ("load_in_4bit", "qdora")
-    ):
-        bits = bits or "4"
-    if not is_off(first(given, "load_in_8bit")):
-        bits = bits or "8"
-    bits = "4" if method and not bits else "" if is_off(bits) else bits
+    if is_off(bits):
+        packed = adapter in ("qlora", "qdora") or is_on(given, "load_in_4bit", "qdora")
+        bits = "4" if packed else "8" if is_on(given, "load_in_8bit") else ""
     if bits and bits != "4" and method != "hqq":
         return bits, "hqq", f"{bits}-bit weights are HQQ's"
     return bits, "hqq" if method == "hqq" else "bnb", ""
@@ -109,7 +109,7 @@ def _quantizer(given: Settings, adapter: str) -> tuple[str, str, str]:
 def target_modules(given: Settings, _settings: Settings) -> Translation:
     """Translate the linears that get adapters."""
     names = first(given, "lora_target_modules", "target_modules", "lora_target")
-    everything = names in ("all", "all-linear") or not is_off(first(given, "lora_target_linear"))
+    everything = names in ("all", "all-linear") or is_on(given, "lora_target_linear")
     if everything or is_off(names):
         options = {"lora_target_modules": "all"} if everything else {}
         return Translation(options, "" if everything else "all is the default")
@@ -239,7 +239,7 @@ def logs(given: Settings, _settings: Settings) -> Translation:
     """Translate where metrics go beside metrics.jsonl: one place at most."""
     targets = {each.strip().lower() for each in given.get("report_to", "").split(",")} - set(OFF_TARGETS)
     switches = {"use_wandb": "wandb", "use_tensorboard": "tensorboard"}
-    targets |= {target for name, target in switches.items() if not is_off(given.get(name, ""))}
+    targets |= {target for name, target in switches.items() if is_on(given, name)}
     here = next((target for target in ("wandb", "tensorboard") if targets & {target, "all"}), "")
     others = ", ".join(sorted(targets - {here, "all"}))
     note = f"not to {others}; metrics.jsonl is always written" if others else ""
