@@ -35,7 +35,7 @@ def precision(given: Settings, _settings: Settings) -> Translation:
     mixed = given.get("mixed_precision", "").lower()
     half, bf16 = is_on(given, "fp16", "float16", "fp16.enabled"), is_on(given, "bf16", "bf16.enabled")
     if mixed == "fp8":
-        return Translation(note="fp8 matmuls", lost=True)
+        return Translation(note="matmuls are not in fp8", lost=True)
     if is_on(given, "bfloat16", "pure_bf16"):
         return Translation({"precision": "bf16"}, "trained weights in bf16 as well")
     if half or (mixed == "fp16" and not bf16):
@@ -106,6 +106,14 @@ def processes(given: Settings, settings: Settings) -> Translation:
     if not count:
         return Translation(note="it is one machine")
     return Translation({"world_size": whole(count)})
+
+
+def gpu_ids(given: Settings, _settings: Settings) -> Translation:
+    """Translate the numbers of the GPUs that are used."""
+    numbers = given["gpu_ids"]
+    if numbers in ("", "all"):
+        return Translation(note="all GPUs are used")
+    return Translation(note=f"CUDA_VISIBLE_DEVICES={numbers} before the command", lost=True)
 
 
 def port(given: Settings, settings: Settings) -> Translation:

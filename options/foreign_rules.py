@@ -110,6 +110,7 @@ MEMORY_AND_GPUS = (
         " zero_optimization.mics_shard_size", note="see the next two tables"),
     _rule("--world_size", parallel.processes, launcher="num_processes num_machines",
         note="on several nodes torchrun starts them: [nodes.md](nodes.md)"),
+    _rule("", parallel.gpu_ids, launcher="gpu_ids", note="CUDA_VISIBLE_DEVICES chooses GPUs"),
     _rule("--master_port", parallel.port, launcher="main_process_port"),
 )
 SAVING_AND_LOGS = (
@@ -175,14 +176,15 @@ LOST = {
     "a column `text` is read": "dataset_text_field",
     "data sets are read whole": "dataset_streaming streaming shards shards_idx dataset_shard_num"
         " interleave_probs mix_strategy dataset_exact_deduplication min_sample_len",
-    "noise on embeddings": "neftune_noise_alpha noisy_embedding_alpha",
+    "no noise is added to embeddings": "neftune_noise_alpha noisy_embedding_alpha",
     "the loss is plain cross-entropy":
         "label_smoothing_factor loss_type router_aux_loss_coef use_dft_loss moe_aux_loss_coef use_eaft_loss",
-    "another optimizer": "use_galore use_apollo use_badam use_adam_mini use_muon galore_rank optim_args"
+    "optimizers are those of --optimizer":
+        "use_galore use_apollo use_badam use_adam_mini use_muon galore_rank optim_args"
         " optim_target_modules adam_beta3 adam_epsilon2 galore_target galore_scale galore_update_interval"
         " galore_layerwise apollo_rank apollo_target apollo_scale apollo_scale_type apollo_layerwise"
         " apollo_update_interval badam_mode badam_switch_mode badam_switch_interval badam_update_ratio",
-    "the schedule has no such part": "lr_scheduler_kwargs cosine_min_lr_ratio cosine_constant_lr_ratio"
+    "--lr_scheduler has no such part": "lr_scheduler_kwargs cosine_min_lr_ratio cosine_constant_lr_ratio"
         " lr_quadratic_warmup relora_steps relora_warmup_steps jagged_restart_steps",
     "rows are drawn by --seed, in no other order": "group_by_length train_sampling_strategy shuffle_dataset"
         " curriculum_sampling data_seed disable_shuffling sample_packing_sequentially",
@@ -202,15 +204,16 @@ LOST = {
     "the batch must fit: no smaller one is tried": "auto_find_batch_size",
     "rope is that of config.json": "rope_scaling rope_theta overrides_of_model_config model_config"
         " pose_max_context_len pose_num_chunks pose_split_on_token_ids",
-    "training on preferences or rewards": "rl reward_model process_reward_model pref_beta pref_loss"
+    "answers are trained on, not preferences or rewards":
+        "rl reward_model process_reward_model pref_beta pref_loss"
         " dpo_beta rl_beta trl ref_model",
-    "one subset of the layers: --lora_target_modules":
+    "all layers get adapters; --lora_target_modules names their linears":
         "lora_layers_to_transform layers_to_transform peft_layers_to_transform layers_pattern rank_pattern"
         " alpha_pattern layer_replication peft_layers_pattern peft_layer_replication",
-    "a TPU": "tpu_name tpu_zone tpu_vm",
+    "TPUs are not used": "tpu_name tpu_zone tpu_vm",
     "its fields are options here: docs/migrate.md": "fsdp_config",
-    "GPUs are chosen by CUDA_VISIBLE_DEVICES; without any, the CPU is used": "gpu_ids use_cpu",
-    "that plugin": "plugins",
+    "without a GPU the CPU is used: CUDA_VISIBLE_DEVICES=": "use_cpu",
+    "axolotl's plugins are not run": "plugins",
     "only supervised training: sft": "stage",
 }
 
@@ -246,7 +249,8 @@ NEEDLESS = {
         " wandb_mode skip_memory_metrics project trackio_space_id trackio_bucket_id trackio_static_space_id"
         " steps_per_print wall_clock_breakdown eval_table_size eval_max_new_tokens compute_accuracy"
         " print_param_status",
-    "the best step is kept in best/": "load_best_model_at_end metric_for_best_model greater_is_better"
+    "the best step is kept in best/, and checkpoints are complete":
+        "load_best_model_at_end metric_for_best_model greater_is_better"
         " save_only_model save_safetensors save_on_each_node save_first_step enable_jit_checkpoint"
         " restore_callback_states_from_checkpoint ignore_data_skip stage3_gather_16bit_weights_on_model_save",
     "the loss is the mean over all learned tokens of a step": "average_tokens_across_devices"
@@ -286,7 +290,6 @@ NEEDLESS = {
 # Values of foreign options in LOST that change nothing, in lower case.
 HARMLESS = {
     "stage": ("sft",),
-    "gpu_ids": ("all",),
     "loss_type": ("nll", "chunked_nll"),
     "bnb_4bit_quant_type": ("nf4",),
     "quantization_type": ("nf4",),

@@ -81,7 +81,7 @@ def error_of(*argv: str) -> str:
         ("--deepspeed ds.json", "has no equal here: DeepSpeed does not run here; give its file to"),
         ("--dataset_name trl-lib/Capybara", "here it is --dataset trl-lib/Capybara"),
         ("--model_name_or_path a/b --model_revision v2", "here it is --model_name a/b@v2"),
-        ("--neftune_noise_alpha 5", "--neftune_noise_alpha: has no equal here: noise on embeddings"),
+        ("--neftune_noise_alpha 5", "has no equal here: no noise is added to embeddings"),
         ("--stage dpo", "--stage: has no equal here: only supervised training: sft; leave it out"),
         ("--stage sft", "--stage: is not needed here: it changes nothing; leave it out"),
         ("--flash_attention true", "--flash_attention: is not needed here: torch's attention kernels"),

@@ -141,7 +141,7 @@ SAID = {
     "factory_full.yaml": ["no_such_name: not in", "--resume auto, not --overwrite"],
     "factory_llama_pro.yaml": ["block_expansion.py makes the expanded model"],
     "accelerate_fsdp2.yaml": ["torchrun --nnodes 2 --nproc_per_node 8 train.py", "add --model_name"],
-    "accelerate_multi_gpu.yaml": ["gpu_ids: 0,1: GPUs are chosen by CUDA_VISIBLE_DEVICES"],
+    "accelerate_multi_gpu.yaml": ["gpu_ids: 0,1: CUDA_VISIBLE_DEVICES=0,1 before the command"],
     "ds_zero2.json": ["weights are offloaded with the optimizer", "gathered for forward and backward"],
     "ds_zero3.json": ["64 rows per step = 8 GPUs x 4 x 2", "curriculum_learning", "betas", "not to a disk"],
 }  # fmt: skip
@@ -251,7 +251,7 @@ def test_defaults_are_those_of_the_installed_programs():
         ("base_model: {a: [\n", "is not YAML"),
         ("base_model: a\ndatasets: rows.jsonl\n", "datasets: expected a list of `path: ...`"),
         ("base_model: a\ndatasets: [{type: alpaca}]\n", "datasets: an entry without `path`"),
-        ("base_model: a\nrl: dpo\n", "rl: dpo: training on preferences or rewards"),
+        ("base_model: a\nrl: dpo\n", "rl: dpo: answers are trained on, not preferences"),
         ("base_model: a\nadapter: llama-adapter\n", "adapter: llama-adapter: only LoRA, DoRA"),
         ("model_name_or_path: a\nstage: ppo\n", "stage: ppo: only supervised training"),
         ("base_model: a\nmicro_batch_size: 0\n", "--batch_size 0: must be positive"),
