@@ -189,7 +189,7 @@ def add_adapter_defaults(settings: dict[str, str], program: str) -> set[str]:
             settings[name] = value
             added.add(name)
     if program == "LLaMA-Factory" and "lora_alpha" not in settings:
-        rank = settings["lora_rank"]
+        rank = next(settings[name] for name in FOREIGN.by_name["lora_rank"].all_names if name in settings)
         settings["lora_alpha"] = str(2 * int(rank)) if rank.isdigit() else rank
         added.add("lora_alpha")
     return added

@@ -302,6 +302,12 @@ def test_two_files_of_a_kind_are_refused(capsys):
     assert "give one" in error_of(capsys, FOLDER / "ds_zero2.json", FOLDER / "ds_zero3.json")
 
 
+def test_alpha_is_twice_the_rank_in_llama_factory(capsys, tmp_path):
+    for name in ("lora_rank", "lora_r"):
+        changes = {"lora_rank": "remove"} | {name: 12}
+        assert migrated(capsys, edited(tmp_path, "factory_lora.yaml", **changes))[0]["lora_alpha"] == 24
+
+
 def test_texts_for_pretraining(capsys, tmp_path):
     """axolotl's `pretraining_dataset` is a list of data sets or the name of one."""
     for value in ("a/b", [{"path": "a/b", "type": "pretrain"}], [{"path": "a/b"}]):
