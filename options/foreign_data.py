@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,12 +13,11 @@ from options.yaml_file import Tree
 # axolotl's types of rows, up to a colon or a dot, and the formats that write the same rows here.
 AXOLOTL_TYPES = {"alpaca": "alpaca", "chat_template": "chat", "completion": "completion",
                  "pretrain": "completion"}  # fmt: skip
-MAIN_SPLITS = ("", "train")
-ROLES = {"role": "role", "content": "content"}
+AXOLOTL_COLUMNS = {"field_instruction": "instruction", "field_input": "input", "field_output": "output"}
+SPLIT = re.compile(r"\w+(\.\w+)*")  # a whole split; slices such as train[:20%] are not read
+MESSAGE_KEYS = (("role", "content"),)
 DATASET_INFO = "dataset_info.json"  # of LLaMA-Factory: {name: description of a data set}
-INSTRUCTION_COLUMNS = {"prompt": "instruction", "query": "input", "response": "output"}
-MESSAGE_TAGS = {"role_tag": "role", "content_tag": "content", "user_tag": "user",
-                "assistant_tag": "assistant"}  # fmt: skip
+FACTORY_COLUMNS = {"prompt": "instruction", "query": "input", "response": "output", "system": "system"}
 
 
 @dataclass
@@ -30,6 +30,7 @@ class Data:
         lost: what has no equal.
         read: keys at the top of the file that are accounted for.
         settings: settings that were found deeper in the file, {foreign name: value}.
+        columns: {column of the format: the data's name for it}.
     """
 
     options: dict[str, str] = field(default_factory=dict)
@@ -37,6 +38,22 @@ class Data:
     lost: list[str] = field(default_factory=list)
     read: set[str] = field(default_factory=set)
     settings: dict[str, str] = field(default_factory=dict)
+    columns: dict[str, str] = field(default_factory=dict)
+
+    def name_column(self, ours: str, theirs: str) -> None:
+        """Record the data's name for a column of the format, unless it is the same or not given."""
+        if theirs not in ("", ours):
+            self.columns[ours] = theirs
+
+    def name_set(self, base: str, config: str = "", split: str = "", revision: str = "") -> str:
+        """Return a data set as --dataset names it: base:config:split@revision."""
+        if split and not SPLIT.fullmatch(split):
+            self.lost.append(
+                f"{base}: split {split}: whole splits are read; --dataset_samples reads fewer rows"
+            )
+            split = split.partition("[")[0].partition("+")[0]
+        parts = f":{'' if config == 'default' else config}:{'' if split == 'train' else split}".rstrip(":")
+        return base + parts + (f"@{revision}" if revision not in ("", "main") else "")
 
 
 def translate_data(file: ForeignFile) -> Data:
@@ -45,6 +62,7 @@ def translate_data(file: ForeignFile) -> Data:
     data = Data()
     if translate:
         translate(file, data)
+    data.lost += [f"column {theirs}: name it {ours}" for ours, theirs in data.columns.items()]
     return data
 
 
@@ -54,6 +72,11 @@ def _text(value: Tree) -> str:
     return value if isinstance(value, str) else ""
 
 
+def _mapping(value: Tree) -> dict[str, Tree]:
+    """Return a mapping, or an empty one for anything else."""
+    return value if isinstance(value, dict) else {}
+
+
 def _mappings(file: ForeignFile, key: str, value: Tree) -> list[dict[str, Tree]]:
     """Return a list of mappings. Raises UserError if it is something else."""
     entries = value if isinstance(value, list) else [value] if value is not None else []
@@ -61,21 +84,6 @@ def _mappings(file: ForeignFile, key: str, value: Tree) -> list[dict[str, Tree]]
     if len(mappings) < len(entries):
         raise UserError(f"{file.path}: {key}: expected a list of `path: ...`")
     return mappings
-
-
-def _note_parts(data: Data, source: str, config: str, split: str) -> None:
-    """Note a configuration and a split of a hub data set, which --dataset does not name."""
-    recipe = "a recipe, datasets/*.toml, names it"
-    if config not in ("", "default"):
-        data.lost.append(f"{source}: configuration {config}: {recipe}")
-    if split not in MAIN_SPLITS:
-        data.lost.append(f"{source}: split {split}: {recipe}")
-
-
-def _note_others(data: Data, others: list[str]) -> None:
-    """Note the data sets behind the first one."""
-    if others:
-        data.lost.append(f"also {', '.join(others)}: write all rows into one file")
 
 
 def _axolotl(file: ForeignFile, data: Data) -> None:
@@ -88,48 +96,49 @@ def _axolotl(file: ForeignFile, data: Data) -> None:
     ):
         value = file.tree.get(key)
         entries = _mappings(file, key, {"path": value} if isinstance(value, str) and texts else value)
-        if not entries:
-            continue
-        entry = entries[0]
-        source = _text(entry.get("path"))
-        if source in ("json", "csv", "parquet", "text") or entry.get("data_files"):
-            files = entry.get("data_files")
-            source = _text(files) or source
-            if isinstance(files, list) and len(files) > 1:
-                data.lost.append(f"{key}: {len(files) - 1} more files: give their folder")
-        if not source:
-            raise UserError(f"{file.path}: {key}: an entry without `path`")
-        data.options[option] = source
-        _note_parts(data, source, _text(entry.get("name")), _text(entry.get("split")))
-        _note_others(data, [_text(each.get("path")) for each in entries[1:]])
+        names = [name for entry in entries for name in _axolotl_sets(file, key, entry, data)]
+        if names:
+            data.options[option] = ",".join(names)
         if option == "dataset":
-            kind: dict[str, Tree] = {"type": "completion"} if texts else {}
-            _axolotl_type(kind | entry, data)
+            default: dict[str, Tree] = {"type": "completion"} if texts else {}
+            forms = {_axolotl_form(default | entry, data) for entry in entries}
+            if len(forms) == 1 and (form := forms.pop()):
+                data.options["dataset_format"] = form
 
 
-def _axolotl_type(entry: dict[str, Tree], data: Data) -> None:
-    """Translate the type of a data set's rows."""
+def _axolotl_sets(file: ForeignFile, key: str, entry: dict[str, Tree], data: Data) -> list[str]:
+    """Return the data sets of an entry, as --dataset names them."""
+    files = entry.get("data_files")
+    if isinstance(files, list):
+        return [each for each in files if isinstance(each, str)]
+    source = _text(files) or _text(entry.get("path"))
+    if not source:
+        raise UserError(f"{file.path}: {key}: an entry without `path`")
+    if entry.get("ds_type") or files:
+        return [source]
+    parts = (_text(entry.get(name)) for name in ("name", "split", "revision"))
+    return [data.name_set(source, *parts)]
+
+
+def _axolotl_form(entry: dict[str, Tree], data: Data) -> str:
+    """Return the format of a data set's type, or "" if the columns tell it."""
     kind = entry.get("type")
     if isinstance(kind, dict):
-        data.lost.append("datasets: type with its own prompt: write the rows as `prompt` and `answer` texts")
-        return
-    name = _text(kind)
-    form = AXOLOTL_TYPES.get(name)
+        for theirs, ours in AXOLOTL_COLUMNS.items():
+            data.name_column(ours, _text(kind.get(theirs)))
+        data.lost.append("datasets: a type with a prompt of its own: rows get Alpaca's prompt")
+        return "alpaca"
+    form = AXOLOTL_TYPES.get(_text(kind), "")
+    if form == "completion":
+        data.name_column("text", _text(entry.get("field")))
     if form == "chat":
-        mapping = entry.get("message_property_mappings") or {}
-        keys = mapping if isinstance(mapping, dict) else {}
+        keys = _mapping(entry.get("message_property_mappings"))
         role = _text(entry.get("message_field_role")) or _text(keys.get("role")) or "role"
         content = _text(entry.get("message_field_content")) or _text(keys.get("content")) or "content"
-        column = _text(entry.get("field_messages")) or "messages"
-        if (column, role, content) != ("messages", "role", "content"):
-            data.notes.append(f"rows of {column} with {role} and {content}: see docs/data.md for their form")
-            return
-    if form == "completion" and _text(entry.get("field")) not in ("", "text"):
-        data.lost.append(f"datasets: field {_text(entry.get('field'))}: a column `text` is read")
-    if form:
-        data.options["dataset_format"] = form
-    elif name:
-        data.notes.append(f"type {name}: --dataset_format auto tells the form by the columns (docs/data.md)")
+        if (role, content) not in MESSAGE_KEYS:
+            data.lost.append(f"datasets: messages with {role} and {content}: name them role and content")
+        data.name_column("messages", _text(entry.get("field_messages")))
+    return form
 
 
 def _trl(file: ForeignFile, data: Data) -> None:
@@ -137,89 +146,111 @@ def _trl(file: ForeignFile, data: Data) -> None:
     tree = file.tree
     data.read |= {"dataset_name", "dataset_config", "dataset_train_split", "dataset_test_split"}
     data.read |= {"dataset_mixture", "dataset_mixer", "dataset_splits", "datasets", "dataset_configs"}
-    mixture = tree.get("dataset_mixture")
-    if isinstance(mixture, dict):
-        _mixture(_mappings(file, "dataset_mixture", mixture.get("datasets")), data)
-        if size := _text(mixture.get("test_split_size")):
-            data.settings["test_split_size"] = size
-    elif isinstance(tree.get("datasets"), list):
-        _mixture(_mappings(file, "datasets", tree["datasets"]), data)
-    elif isinstance(mixer := tree.get("dataset_mixer"), dict):
+    mixture = _mapping(tree.get("dataset_mixture"))
+    entries = mixture.get("datasets") if mixture else tree.get("datasets")
+    if size := _text(mixture.get("test_split_size")):
+        data.settings["test_split_size"] = size
+    if entries:
+        _mixture(_mappings(file, "dataset_mixture" if mixture else "datasets", entries), data)
+    elif mixer := _mapping(tree.get("dataset_mixer")):
         splits = tree.get("dataset_splits")
         texts = [split for split in splits if isinstance(split, str)] if isinstance(splits, list) else []
-        train = next((split for split in texts if "train" in split), "")
-        _mixture([{"id": name, "split": train} for name in mixer], data)
+        train = [split for split in texts if "train" in split] or [""]
+        _mixture(
+            [{"id": name, "split": split, "weight": mixer[name]} for name in mixer for split in train], data
+        )
     elif source := _text(tree.get("dataset_name")):
-        data.options["dataset"] = source
-        split = _text(tree.get("dataset_train_split"))
-        _note_parts(data, source, _text(tree.get("dataset_config")), split)
+        config, split = _text(tree.get("dataset_config")), _text(tree.get("dataset_train_split"))
+        data.options["dataset"] = data.name_set(source, config, split)
+        test = _text(tree.get("dataset_test_split")) or "test"
+        if _text(tree.get("eval_strategy")) not in ("", "no") and "test_split_size" not in data.settings:
+            data.options["eval_dataset"] = data.name_set(source, config, test)
     if data.options and _text(tree.get("assistant_only_loss")).lower() != "true":
         data.notes.append("of conversations only the assistant's turns are learned, as assistant_only_loss")
 
 
 def _mixture(entries: list[dict[str, Tree]], data: Data) -> None:
-    """Read a mixture, whose rows are put behind one another: the first data set."""
-    names = [_text(each.get("id")) or _text(each.get("path")) for each in entries]
-    splits = [_text(each.get("split")) for each in entries]
-    if not names or not names[0]:
-        return
-    first = entries[0]
-    data.options["dataset"] = names[0]
-    _note_parts(data, names[0], _text(first.get("config")) or _text(first.get("name")), splits[0])
-    others = zip(names[1:], splits[1:], strict=True)
-    _note_others(data, [f"{name} ({split})" if split else name for name, split in others])
+    """Read a mixture, whose rows are put behind one another."""
+    names = []
+    for entry in entries:
+        base = _text(entry.get("id")) or _text(entry.get("path"))
+        config = _text(entry.get("config")) or _text(entry.get("name"))
+        name = data.name_set(base, config, _text(entry.get("split")))
+        weight = _text(entry.get("weight"))
+        if weight not in ("", "1", "1.0"):
+            data.lost.append(f"{name}: weight {weight}, a share of its rows: all are used")
+        names += [name] if base else []
+    if names:
+        data.options["dataset"] = ",".join(names)
 
 
 def _factory(file: ForeignFile, data: Data) -> None:
     """Read LLaMA-Factory's `dataset` and `eval_dataset`, which are names in dataset_info.json."""
     folder = _text(file.tree.get("dataset_dir")) or "data"
-    data.read |= {"dataset", "eval_dataset", "dataset_dir"}
+    data.read |= {"dataset", "eval_dataset", "dataset_dir", "interleave_probs", "mix_strategy"}
     infos = [file.folder / folder / DATASET_INFO, file.folder / DATASET_INFO, Path(folder) / DATASET_INFO]
     info = next((path for path in infos if path.is_file()), None)
-    known = read_json_tree(info) if info else {}
+    known = _mapping(read_json_tree(info)) if info else {}
     for key in ("dataset", "eval_dataset"):
-        value = file.tree.get(key)
-        texts = value if isinstance(value, list) else _text(value).split(",")
-        names = [name.strip() for name in texts if isinstance(name, str) and name.strip()]
-        if not names:
-            continue
-        _note_others(data, names[1:])
-        entry = known.get(names[0]) if isinstance(known, dict) else None
-        if info and isinstance(entry, dict):
-            _factory_entry(info.parent, names[0], entry, key, data)
-            continue
-        data.options[key] = names[0]
-        where = info or DATASET_INFO
-        data.lost.append(f"{key} {names[0]}: not in {where}: put its file or hub id here")
+        sets, forms = [], set()
+        for name in _list(file.tree.get(key)):
+            entry = known.get(name)
+            if info and isinstance(entry, dict):
+                sets.append(_factory_set(info.parent, name, entry, data))
+                forms.add(_factory_form(name, entry, file.tree, data) if key == "dataset" else "")
+            else:
+                sets.append(name)
+                data.lost.append(f"{key} {name}: not in {info or DATASET_INFO}: put its file or hub id here")
+        weights = _list(file.tree.get("interleave_probs")) if key == "dataset" else []
+        if weights and len(weights) == len(sets):
+            sets = [f"{name}*{weight}" for name, weight in zip(sets, weights, strict=True)]
+            data.notes.append("weights: an epoch uses the largest set once (docs/data.md)")
+        if sets:
+            data.options[key] = ",".join(sets)
+        if len(forms) == 1 and (form := forms.pop()):
+            data.options["dataset_format"] = form
     if _text(file.tree.get("stage")) == "pt":
         data.options["dataset_format"] = "completion"
         data.read.add("stage")
 
 
-def _factory_entry(folder: Path, name: str, entry: dict[str, Tree], option: str, data: Data) -> None:
-    """Translate an entry of dataset_info.json."""
-    hub, local = _text(entry.get("hf_hub_url")), _text(entry.get("file_name"))
-    source = hub or (str(folder / local) if local else "")
-    data.options[option] = source or name
-    if not source:
-        data.lost.append(f"{option} {name}: neither a file nor a Hugging Face data set")
-    _note_parts(data, source, _text(entry.get("subset")), _text(entry.get("split")))
-    if option != "dataset":
-        return
-    columns, tags = entry.get("columns"), entry.get("tags")
-    columns = columns if isinstance(columns, dict) else {}
-    tags = tags if isinstance(tags, dict) else {}
+def _list(value: Tree) -> list[str]:
+    """Return the texts of a list, or of a text with commas."""
+    parts = value if isinstance(value, list) else _text(value).split(",")
+    return [part.strip() for part in parts if isinstance(part, str) and part.strip()]
+
+
+def _factory_set(folder: Path, name: str, entry: dict[str, Tree], data: Data) -> str:
+    """Return the data set of an entry of dataset_info.json, as --dataset names it."""
+    if hub := _text(entry.get("hf_hub_url")):
+        return data.name_set(hub, _text(entry.get("subset")), _text(entry.get("split")))
+    if local := _text(entry.get("file_name")):
+        return str(folder / local)
+    data.lost.append(f"dataset {name}: neither a file nor a Hugging Face data set")
+    return name
+
+
+def _factory_form(name: str, entry: dict[str, Tree], tree: dict[str, Tree], data: Data) -> str:
+    """Return the format of an entry's rows."""
+    columns, tags = _mapping(entry.get("columns")), _mapping(entry.get("tags"))
     if _text(entry.get("ranking")) == "true":
         data.lost.append(f"dataset {name}: pairs of chosen and rejected answers")
-    elif _text(entry.get("formatting")) == "sharegpt":
-        names = {key: _text(tags.get(key)) for key in MESSAGE_TAGS}
-        if _text(columns.get("messages")) == "messages" and names == MESSAGE_TAGS:
-            data.options["dataset_format"] = "chat"
-        else:
-            data.notes.append("rows as ShareGPT's: see docs/data.md for their form")
-    elif all(_text(columns.get(key)) in ("", column) for key, column in INSTRUCTION_COLUMNS.items()):
-        data.options["dataset_format"] = "alpaca"
+    if _text(tree.get("stage")) == "pt":
+        data.name_column("text", _text(columns.get("prompt")))
+        return "completion"
+    if _text(entry.get("formatting")) == "sharegpt":
+        keys = _text(tags.get("role_tag")) or "from", _text(tags.get("content_tag")) or "value"
+        if keys not in MESSAGE_KEYS:
+            data.lost.append(
+                f"dataset {name}: messages with {keys[0]} and {keys[1]}: name them role and content"
+            )
+        data.name_column("messages", _text(columns.get("messages")) or "conversations")
+        data.name_column("tools", _text(columns.get("tools")))
+        return "chat"
+    for theirs, ours in FACTORY_COLUMNS.items():
+        data.name_column(ours, _text(columns.get(theirs)))
+    if _text(columns.get("history")):
+        data.lost.append(f"dataset {name}: history: earlier turns are read from `messages` only")
+    if _text(tree.get("template")) not in ("", "alpaca"):
         data.notes.append("rows get Alpaca's prompt; LLaMA-Factory writes them with its template as a chat")
-    else:
-        given = ", ".join(_text(value) for value in columns.values())
-        data.lost.append(f"dataset {name}: columns {given}: name them instruction, input and output")
+    return "alpaca"

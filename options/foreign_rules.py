@@ -53,12 +53,11 @@ MODEL_AND_METHOD = (
 )
 DATA = (
     _rule("--dataset", same("dataset"), hf="dataset_name", note="a file, a folder or a hub id"),
-    _rule("--dataset, --dataset_format", lost("--dataset takes one data set"),
+    _rule("--dataset, --dataset_format", lost("several sets: --dataset 'a.jsonl,b.jsonl'"),
         hf="datasets dataset_mixture dataset_mixer", axolotl="datasets pretraining_dataset",
-        note="the first data set; axolotl's and LLaMA-Factory's types become formats (docs/data.md)"),
-    _rule("", lost("give --dataset a file, or a recipe in datasets/ that names them"),
-        hf="dataset_config dataset_train_split dataset_test_split",
-        note="a recipe, datasets/*.toml, names configurations and splits"),
+        note="names with commas; axolotl's and LLaMA-Factory's types become formats ([data](data.md))"),
+    _rule("--dataset", lost("they are part of --dataset: name:config:split"),
+        hf="dataset_config dataset_train_split dataset_test_split", note="`name:config:split@revision`"),
     _rule("--eval_dataset", same("eval_dataset"), axolotl="test_datasets"),
     _rule("--eval_share", values.share_of_rows, hf="test_split_size", axolotl="val_set_size",
         factory="val_size", note="a share of the rows, not their number"),

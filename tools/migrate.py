@@ -89,7 +89,7 @@ class Migration:
             ("no equal here", self.lost),
             ("not known to this tool", self.unknown),
         ):
-            lines += [f"# {title}:", *(f"#   {each}" for each in entries)] if entries else []
+            lines += [f"# {title}:", *(f"#   {each}" for each in dict.fromkeys(entries))] if entries else []
         for title, names in (
             ("not in the files, so the program's own defaults", self.defaults),
             ("not needed here", self.needless),

@@ -40,7 +40,8 @@ EXPECTED = {
         "--lr_warmup 0.1 --log_to wandb --project_name chats --entity team --name first"
     ),
     "axolotl_full_fsdp1.yml": (
-        "--train_type full --dataset mlabonne/FineTome-100k --packing true --batch_size 2 --lr 2e-05 "
+        "--train_type full --dataset mlabonne/FineTome-100k --dataset_format chat --packing true "
+        "--batch_size 2 --lr 2e-05 "
         "--optimizer fused_adamw --use_cpu_offload true --eval_share 0.02"
     ),
     "axolotl_full_fsdp2.yml": (
@@ -52,12 +53,14 @@ EXPECTED = {
         "--train_type bnb_dora --lora_rank 64 --lora_alpha 128.0 "
         "--lora_target_modules q_proj,k_proj,v_proj,o_proj "
         "--model_name mistralai/Mistral-7B-v0.1@26bca36bde8333b5d7f72e9ed20ccda6a618af24 "
-        "--dataset data/chats.jsonl --eval_dataset data/test.jsonl --num_epochs 3 --grad_norm 0.3 "
+        "--dataset data/chats.jsonl,data/more.jsonl --dataset_format chat --eval_dataset data/test.jsonl "
+        "--num_epochs 3 --grad_norm 0.3 "
         "--seed 7 --optimizer paged_adamw_8bit --lr_scheduler constant --lr_warmup 0.03 "
         "--use_gradient_checkpointing true --use_activation_cpu_offload true"
     ),
     "axolotl_completion.yml": (
-        "--train_type full --dataset_format completion --precision fp16_autocast --resume auto "
+        "--train_type full --dataset_format completion --precision fp16_autocast "
+        "--resume auto "
         "--use_gradient_checkpointing false --batch_size 8 --lr_scheduler cosine --lr_warmup 0.03"
     ),
     "trl_minimal.yaml": (
@@ -68,7 +71,8 @@ EXPECTED = {
     "trl_lora.yaml": (
         "--train_type lora --lora_rank 32 --lora_alpha 16.0 --lora_dropout 0.05 "
         "--lora_target_modules default --packing true --batch_size 2 --gradient_accumulation_steps 8 "
-        "--lr 0.0002 --lr_scheduler linear --lr_warmup 0.0 --eval_every 0"
+        "--lr 0.0002 --lr_scheduler linear --lr_warmup 0.0 --eval_every 100 "
+        "--dataset trl-lib/Capybara --eval_dataset trl-lib/Capybara::test"
     ),
     "trl_qlora.yaml": (
         "--train_type bnb_dora --lora_rank 16 --lora_alpha 32.0 --lora_target_modules all "
@@ -77,18 +81,21 @@ EXPECTED = {
         "--log_to wandb --name llama --overwrite true --model_name meta-llama/Llama-3.1-8B-Instruct"
     ),
     "handbook_qlora.yaml": (
-        "--train_type qlora --lora_rank 16 --lora_alpha 16.0 --dataset HuggingFaceH4/ultrachat_200k "
+        "--train_type qlora --lora_rank 16 --lora_alpha 16.0 "
+        "--dataset HuggingFaceH4/ultrachat_200k::train_sft,HuggingFaceH4/ultrachat_200k::test_sft "
         "--lora_target_modules q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj --lr 0.0002 "
         "--keep 1 --save_every 100 --lr_warmup 0.1 --batch_size 4 --gradient_accumulation_steps 2 "
         "--max_steps -1 --context_length 2048 --log_to tensorboard"
     ),
     "handbook_full.yaml": (
-        "--train_type full --dataset HuggingFaceTB/Magpie-Pro-300K-Filtered-H4 --lr 0.001 "
+        "--train_type full --dataset HuggingFaceTB/Magpie-Pro-300K-Filtered-H4::train_sft,"
+        "HuggingFaceTB/OpenHermes-2.5-H4::train_sft --lr 0.001 "
         "--save_every 0 --context_length 2048 --log_to wandb"
     ),
     "factory_lora.yaml": (
         "--train_type lora --lora_rank 8 --lora_alpha 16.0 --lora_target_modules all "
-        "--dataset_samples 1000 --dataset {data}/identity.json --dataset_format alpaca "
+        "--dataset_samples 1000 --dataset {data}/identity.json,{data}/alpaca_en_demo.json "
+        "--dataset_format alpaca "
         "--context_length 2048 --eval_share 0.1 --eval_every 500 --save_every 500 --overwrite true "
         "--lr 0.0001 --gradient_accumulation_steps 8"
     ),
@@ -128,15 +135,13 @@ EXPECTED = {
 SAID = {
     "axolotl_qlora_fsdp.yml": ["warmup_steps: 10: --lr_warmup is a share: 10 / the", "evals_per_epoch: 4"],
     "axolotl_lora_chat.yml": ["8-bit weights are HQQ's", "chat_template: llama3"],
-    "axolotl_full_fsdp1.yml": ["split train[:20%]", "cosine ends at a tenth of --lr"],
-    "axolotl_dora.yml": ["also data/more.jsonl", "neftune_noise_alpha: 5", "2.5 of them end by --max_steps",
+    "axolotl_full_fsdp1.yml": ["split train[:20%]: whole splits are read", "cosine ends at a tenth of --lr"],
+    "axolotl_dora.yml": ["neftune_noise_alpha: 5", "2.5 of them end by --max_steps",
                          "16 x sqrt(64)", "deepspeed_configs/zero2.json"],
-    "axolotl_completion.yml": ["field body"],
-    "trl_lora.yaml": ["--eval_every: no rows to evaluate on", "push_to_hub", "eos_token: <|im_end|>"],
-    "handbook_qlora.yaml": ["split train_sft", "also HuggingFaceH4/ultrachat_200k (test_sft)",
-                            "test_split_size: 1000", "once an epoch"],
-    "handbook_full.yaml": ["also HuggingFaceTB/OpenHermes-2.5-H4 (train_sft)"],
-    "factory_lora.yaml": ["also alpaca_en_demo", "trust_remote_code: true", "rows get Alpaca's prompt"],
+    "trl_lora.yaml": ["push_to_hub", "eos_token: <|im_end|>"],
+    "handbook_qlora.yaml": ["test_split_size: 1000", "once an epoch"],
+    "handbook_full.yaml": ["weight 0.001, a share of its rows: all are used"],
+    "factory_lora.yaml": ["trust_remote_code: true"],
     "factory_qlora_hqq.yaml": ["loraplus_lr_ratio: 16.0", "16 x sqrt(8)"],
     "factory_full.yaml": ["no_such_name: not in", "--resume auto, not --overwrite"],
     "factory_llama_pro.yaml": ["block_expansion.py makes the expanded model"],
@@ -314,6 +319,37 @@ def test_texts_for_pretraining(capsys, tmp_path):
         file = edited(tmp_path, "axolotl_completion.yml", datasets="remove", pretraining_dataset=value)
         found = migrated(capsys, file)[0]
         assert (found["dataset"], found["dataset_format"]) == ("a/b", "completion")
+
+
+def test_weights_of_several_sets(capsys, tmp_path):
+    changes = {"dataset": "chats,identity", "mix_strategy": "interleave_over", "interleave_probs": "0.7,0.3"}
+    file = edited(tmp_path, "factory_lora.yaml", dataset_dir=str(FOLDER / "data"), **changes)
+    found, comments = migrated(capsys, file)
+    assert found["dataset"] == f"owner/chats*0.7,{FOLDER / 'data' / 'identity.json'}*0.3"
+    assert "an epoch uses the largest set once" in comments
+
+
+@pytest.mark.parametrize(
+    ("entry", "expected"),
+    [
+        (
+            {"path": "a/b", "name": "en", "split": "train_sft", "revision": "v1"},
+            ("a/b:en:train_sft@v1", "auto"),
+        ),
+        ({"path": "a/b", "split": "train", "type": "alpaca"}, ("a/b", "alpaca")),
+        (
+            {"path": "a.jsonl", "ds_type": "json", "split": "train", "type": "chat_template"},
+            ("a.jsonl", "chat"),
+        ),
+        (
+            {"path": "json", "data_files": ["a.jsonl", "b.jsonl"], "type": "alpaca"},
+            ("a.jsonl,b.jsonl", "alpaca"),
+        ),
+    ],
+)  # fmt: skip
+def test_data_sets_of_axolotl(entry, expected, capsys, tmp_path):
+    found = migrated(capsys, edited(tmp_path, "axolotl_lora_chat.yml", datasets=[entry]))[0]
+    assert (found["dataset"], found["dataset_format"]) == expected
 
 
 def test_secrets_and_shells(capsys, tmp_path):
