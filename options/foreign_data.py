@@ -1,4 +1,4 @@
-"""Data sets of other training programs' configurations, as --dataset and --dataset_format."""
+"""Data sets of other training programs' configurations, as --dataset, --dataset_format and --columns."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ AXOLOTL_TYPES = {"alpaca": "alpaca", "chat_template": "chat", "completion": "com
                  "pretrain": "completion"}  # fmt: skip
 AXOLOTL_COLUMNS = {"field_instruction": "instruction", "field_input": "input", "field_output": "output"}
 SPLIT = re.compile(r"\w+(\.\w+)*")  # a whole split; slices such as train[:20%] are not read
-MESSAGE_KEYS = (("role", "content"),)
+MESSAGE_KEYS = (("role", "content"), ("from", "value"))  # both are read
 DATASET_INFO = "dataset_info.json"  # of LLaMA-Factory: {name: description of a data set}
 FACTORY_COLUMNS = {"prompt": "instruction", "query": "input", "response": "output", "system": "system"}
 
@@ -62,7 +62,8 @@ def translate_data(file: ForeignFile) -> Data:
     data = Data()
     if translate:
         translate(file, data)
-    data.lost += [f"column {theirs}: name it {ours}" for ours, theirs in data.columns.items()]
+    if data.columns:
+        data.options["columns"] = ",".join(f"{ours}={theirs}" for ours, theirs in data.columns.items())
     return data
 
 
@@ -137,7 +138,8 @@ def _axolotl_form(entry: dict[str, Tree], data: Data) -> str:
         content = _text(entry.get("message_field_content")) or _text(keys.get("content")) or "content"
         if (role, content) not in MESSAGE_KEYS:
             data.lost.append(f"datasets: messages with {role} and {content}: name them role and content")
-        data.name_column("messages", _text(entry.get("field_messages")))
+        column = _text(entry.get("field_messages"))
+        data.name_column("messages", column if column != "conversations" else "")
     return form
 
 
@@ -231,7 +233,7 @@ def _factory_set(folder: Path, name: str, entry: dict[str, Tree], data: Data) ->
 
 
 def _factory_form(name: str, entry: dict[str, Tree], tree: dict[str, Tree], data: Data) -> str:
-    """Return the format of an entry's rows."""
+    """Return the format of an entry's rows. With a template LLaMA-Factory writes instructions as a chat."""
     columns, tags = _mapping(entry.get("columns")), _mapping(entry.get("tags"))
     if _text(entry.get("ranking")) == "true":
         data.lost.append(f"dataset {name}: pairs of chosen and rejected answers")
@@ -242,15 +244,14 @@ def _factory_form(name: str, entry: dict[str, Tree], tree: dict[str, Tree], data
         keys = _text(tags.get("role_tag")) or "from", _text(tags.get("content_tag")) or "value"
         if keys not in MESSAGE_KEYS:
             data.lost.append(
-                f"dataset {name}: messages with {keys[0]} and {keys[1]}: name them role and content"
+                f"dataset {name}: messages with {keys[0]} and {keys[1]}: name them from and value"
             )
-        data.name_column("messages", _text(columns.get("messages")) or "conversations")
+        column = _text(columns.get("messages"))
+        data.name_column("messages", column if column != "conversations" else "")
         data.name_column("tools", _text(columns.get("tools")))
         return "chat"
     for theirs, ours in FACTORY_COLUMNS.items():
         data.name_column(ours, _text(columns.get(theirs)))
     if _text(columns.get("history")):
         data.lost.append(f"dataset {name}: history: earlier turns are read from `messages` only")
-    if _text(tree.get("template")) not in ("", "alpaca"):
-        data.notes.append("rows get Alpaca's prompt; LLaMA-Factory writes them with its template as a chat")
-    return "alpaca"
+    return "alpaca" if _text(tree.get("template")) in ("", "alpaca") else "chat"

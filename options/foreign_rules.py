@@ -53,11 +53,12 @@ MODEL_AND_METHOD = (
 )
 DATA = (
     _rule("--dataset", same("dataset"), hf="dataset_name", note="a file, a folder or a hub id"),
-    _rule("--dataset, --dataset_format", lost("several sets: --dataset 'a.jsonl,b.jsonl'"),
+    _rule("--dataset, --dataset_format, --columns", lost("several sets: --dataset 'a.jsonl,b.jsonl'"),
         hf="datasets dataset_mixture dataset_mixer", axolotl="datasets pretraining_dataset",
-        note="names with commas; axolotl's and LLaMA-Factory's types become formats ([data](data.md))"),
+        note="names with commas; types become formats, and names of columns --columns ([data](data.md))"),
     _rule("--dataset", lost("they are part of --dataset: name:config:split"),
         hf="dataset_config dataset_train_split dataset_test_split", note="`name:config:split@revision`"),
+    _rule("--text_column", same("text_column"), hf="dataset_text_field"),
     _rule("--eval_dataset", same("eval_dataset"), axolotl="test_datasets"),
     _rule("--eval_share", values.share_of_rows, hf="test_split_size", axolotl="val_set_size",
         factory="val_size", note="a share of the rows, not their number"),
@@ -172,7 +173,6 @@ LOST = {
         " split_special_tokens new_special_tokens_config init_special_tokens",
     "prompts are never learned; the format `completion` learns all of a text":
         "train_on_inputs train_on_prompt mask_history roles_to_train train_on_eos",
-    "a column `text` is read": "dataset_text_field",
     "data sets are read whole": "dataset_streaming streaming shards shards_idx dataset_shard_num"
         " interleave_probs mix_strategy dataset_exact_deduplication min_sample_len",
     "no noise is added to embeddings": "neftune_noise_alpha noisy_embedding_alpha",

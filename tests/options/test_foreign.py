@@ -80,6 +80,8 @@ def error_of(*argv: str) -> str:
         ("--zero_stage 2", "--zero_stage: here it is --sharding_strategy shard_grad_op ("),
         ("--deepspeed ds.json", "has no equal here: DeepSpeed does not run here; give its file to"),
         ("--dataset_name trl-lib/Capybara", "here it is --dataset trl-lib/Capybara"),
+        ("--dataset_text_field body", "here it is --text_column body"),
+        ("--dataset_train_split train_sft", "they are part of --dataset: name:config:split"),
         ("--model_name_or_path a/b --model_revision v2", "here it is --model_name a/b@v2"),
         ("--neftune_noise_alpha 5", "has no equal here: no noise is added to embeddings"),
         ("--stage dpo", "--stage: has no equal here: only supervised training: sft; leave it out"),

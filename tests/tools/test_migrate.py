@@ -5,6 +5,7 @@ The expected values are written by hand from that documentation, and from docs/o
 
 from __future__ import annotations
 
+import json
 import pickle
 import shlex
 import subprocess
@@ -59,7 +60,7 @@ EXPECTED = {
         "--use_gradient_checkpointing true --use_activation_cpu_offload true"
     ),
     "axolotl_completion.yml": (
-        "--train_type full --dataset_format completion --precision fp16_autocast "
+        "--train_type full --dataset_format completion --columns text=body --precision fp16_autocast "
         "--resume auto "
         "--use_gradient_checkpointing false --batch_size 8 --lr_scheduler cosine --lr_warmup 0.03"
     ),
@@ -95,7 +96,7 @@ EXPECTED = {
     "factory_lora.yaml": (
         "--train_type lora --lora_rank 8 --lora_alpha 16.0 --lora_target_modules all "
         "--dataset_samples 1000 --dataset {data}/identity.json,{data}/alpaca_en_demo.json "
-        "--dataset_format alpaca "
+        "--dataset_format chat "
         "--context_length 2048 --eval_share 0.1 --eval_every 500 --save_every 500 --overwrite true "
         "--lr 0.0001 --gradient_accumulation_steps 8"
     ),
@@ -321,6 +322,33 @@ def test_texts_for_pretraining(capsys, tmp_path):
         assert (found["dataset"], found["dataset_format"]) == ("a/b", "completion")
 
 
+def factory_info(tmp_path: Path, **changes) -> Path:
+    """Return a configuration of one data set, with changes to its description (`info`) and to itself."""
+    info = {"rows": {"file_name": "rows.json"} | changes.pop("info")}
+    (tmp_path / "data").mkdir(exist_ok=True)
+    (tmp_path / "data" / "dataset_info.json").write_text(json.dumps(info))
+    return edited(tmp_path, "factory_lora.yaml", dataset="rows", **changes)
+
+
+@pytest.mark.parametrize(
+    ("info", "changes", "expected"),
+    [
+        ({}, {}, ("chat", None)),  # instructions become a chat with the template
+        ({}, {"template": "alpaca"}, ("alpaca", None)),
+        ({"columns": {"prompt": "q", "response": "a", "query": "input"}}, {},
+         ("chat", "instruction=q,output=a")),
+        ({"columns": {"prompt": "body"}}, {"stage": "pt"}, ("completion", "text=body")),
+        ({"formatting": "sharegpt"}, {}, ("chat", None)),
+        ({"formatting": "sharegpt", "columns": {"messages": "talk", "tools": "functions"}}, {},
+         ("chat", "messages=talk,tools=functions")),
+    ],
+)  # fmt: skip
+def test_columns_and_formats_of_dataset_info(info, changes, expected, capsys, tmp_path):
+    found = migrated(capsys, factory_info(tmp_path, info=info, **changes))[0]
+    assert (found["dataset_format"], found["columns"]) == expected
+    assert found["dataset"] == str(tmp_path / "data" / "rows.json")
+
+
 def test_weights_of_several_sets(capsys, tmp_path):
     changes = {"dataset": "chats,identity", "mix_strategy": "interleave_over", "interleave_probs": "0.7,0.3"}
     file = edited(tmp_path, "factory_lora.yaml", dataset_dir=str(FOLDER / "data"), **changes)
@@ -350,6 +378,17 @@ def test_weights_of_several_sets(capsys, tmp_path):
 def test_data_sets_of_axolotl(entry, expected, capsys, tmp_path):
     found = migrated(capsys, edited(tmp_path, "axolotl_lora_chat.yml", datasets=[entry]))[0]
     assert (found["dataset"], found["dataset_format"]) == expected
+
+
+def test_columns_of_axolotl(capsys, tmp_path):
+    custom = {"path": "a.jsonl", "type": {"field_instruction": "q", "field_output": "a", "format": "{q}"}}
+    found, comments = migrated(capsys, edited(tmp_path, "axolotl_lora_chat.yml", datasets=[custom]))
+    assert (found["columns"], found["dataset_format"]) == ("instruction=q,output=a", "alpaca")
+    assert "a type with a prompt of its own" in comments
+    messages = {"path": "a.jsonl", "type": "chat_template", "field_messages": "talk",
+                "message_property_mappings": {"role": "speaker", "content": "text"}}  # fmt: skip
+    found, comments = migrated(capsys, edited(tmp_path, "axolotl_lora_chat.yml", datasets=[messages]))
+    assert found["columns"] == "messages=talk" and "messages with speaker and text" in comments
 
 
 def test_secrets_and_shells(capsys, tmp_path):
