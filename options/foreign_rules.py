@@ -59,6 +59,9 @@ DATA = (
     _rule("--dataset", lost("they are part of --dataset: name:config:split"),
         hf="dataset_config dataset_train_split dataset_test_split", note="`name:config:split@revision`"),
     _rule("--text_column", same("text_column"), hf="dataset_text_field"),
+    _rule("--chat_template", values.chat_template, hf="chat_template chat_template_path",
+        axolotl="chat_template chat_template_jinja", factory="template",
+        note="chatml, llama3, gemma, qwen, or a file with a template; unset = the tokenizer's"),
     _rule("--eval_dataset", same("eval_dataset"), axolotl="test_datasets"),
     _rule("--eval_share", values.share_of_rows, hf="test_split_size", axolotl="val_set_size",
         factory="val_size", note="a share of the rows, not their number"),
@@ -165,8 +168,8 @@ LOST = {
         "init_lora_weights peft_init_lora_weights loftq_config peft_init pissa_init pissa_iter pissa_convert",
     "all adapters have one learning rate":
         "loraplus_lr_ratio loraplus_lr_embedding lr_groups embedding_lr embedding_lr_scale",
-    "the tokenizer's own template is used": "chat_template chat_template_path chat_template_jinja template"
-        " tool_format default_system default_system_message enable_thinking",
+    "the template decides: --chat_template FILE": "tool_format default_system default_system_message"
+        " enable_thinking",
     "the tokenizer is used as it is": "tokens special_tokens added_tokens_overrides new_special_tokens"
         " resize_vocab resize_token_embeddings_to_32x eos_token add_tokens"
         " add_special_tokens tokenizer_config eot_tokens shrink_embeddings mean_resizing_embeddings"
@@ -299,7 +302,6 @@ HARMLESS = {
     "lr_scheduler_kwargs": ("0.1",),
     "cosine_min_lr_ratio": ("0.1",),
     "train_sampling_strategy": ("random",),
-    "chat_template": ("tokenizer_default",),
     "plugins": (
         "axolotl.integrations.liger.ligerplugin",
         "axolotl.integrations.cut_cross_entropy.cutcrossentropyplugin",

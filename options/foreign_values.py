@@ -37,6 +37,7 @@ SCHEDULES = {
     "cosine_with_min_lr": "cosine",
     "warmupcosinelr": "cosine",
 }
+TEMPLATES = {"chatml": "chatml", "llama3": "llama3", "gemma": "gemma", "gemma3": "gemma", "qwen3": "qwen"}
 ADAPTERS = ("", "none", "lora", "qlora", "dora", "qdora", "full", "freeze")  # and kinds of training
 KINDS_OF_TRAINING = ("use_peft", "adapter", "finetuning_type", "full_finetuning", "use_llama_pro")
 FREEZES = ("freeze_trainable_layers", "freeze_trainable_modules")
@@ -252,6 +253,23 @@ def wandb_project(given: Settings, _settings: Settings) -> Translation:
     """Translate wandb's project, which turns wandb on in axolotl."""
     value = next(iter(given.values()))
     return Translation({"log_to": "wandb", "project_name": value}) if value else Translation(note="it is off")
+
+
+def chat_template(given: Settings, _settings: Settings) -> Translation:
+    """Translate the chat template: a name, or a file of Jinja."""
+    path = first(given, "chat_template_path")
+    name = first(given, "chat_template", "template")
+    if path.endswith(".jinja") or name.endswith(".jinja"):
+        return Translation({"chat_template": path or name})
+    if name.lower() in TEMPLATES:
+        return Translation({"chat_template": TEMPLATES[name.lower()]})
+    if "{" in name or first(given, "chat_template_jinja"):
+        return Translation(note="write its text to a file: --chat_template FILE", lost=True)
+    if path:
+        return Translation(note="--chat_template takes a file of Jinja", lost=True)
+    if is_off(name) or name.lower() in ("tokenizer_default", "default", "alpaca"):
+        return Translation(note="the tokenizer's own is used")
+    return Translation(note="the tokenizer's own is used; or name one by --chat_template", lost=True)
 
 
 def resumed(given: Settings, _settings: Settings) -> Translation:

@@ -259,6 +259,8 @@ def _make_consistent(result: Migration) -> None:
         result.decided.append(f"--num_epochs {options['num_epochs']}: {note}")
     if "resume" in options and options.pop("overwrite", ""):
         result.decided.append("--resume auto, not --overwrite: they contradict one another")
+    if options.get("dataset_format", "chat") != "chat" and options.pop("chat_template", ""):
+        result.decided.append(f"no --chat_template: rows of {options['dataset_format']} have no turns")
     if options.get("lr_scheduler") == "constant" and options.get("lr_warmup") == "0":
         del options["lr_warmup"]
     if "model_name" not in options:

@@ -36,7 +36,7 @@ EXPECTED = {
         "--output_dir ./out/qlora-70b --log_to tqdm --log_every 1"
     ),
     "axolotl_lora_chat.yml": (
-        "--train_type hqq_lora --n_bits 8 --lora_rank 32 --dataset_format chat "
+        "--train_type hqq_lora --n_bits 8 --lora_rank 32 --dataset_format chat --chat_template llama3 "
         "--optimizer adamw_8bit --eval_every 50 --save_every 100 --early_stopping_patience 3 "
         "--lr_warmup 0.1 --log_to wandb --project_name chats --entity team --name first"
     ),
@@ -135,12 +135,13 @@ EXPECTED = {
 # Words of the comments: what has no equal, and what was decided.
 SAID = {
     "axolotl_qlora_fsdp.yml": ["warmup_steps: 10: --lr_warmup is a share: 10 / the", "evals_per_epoch: 4"],
-    "axolotl_lora_chat.yml": ["8-bit weights are HQQ's", "chat_template: llama3"],
+    "axolotl_lora_chat.yml": ["8-bit weights are HQQ's"],
     "axolotl_full_fsdp1.yml": ["split train[:20%]: whole splits are read", "cosine ends at a tenth of --lr"],
     "axolotl_dora.yml": ["neftune_noise_alpha: 5", "2.5 of them end by --max_steps",
                          "16 x sqrt(64)", "deepspeed_configs/zero2.json"],
     "trl_lora.yaml": ["push_to_hub", "eos_token: <|im_end|>"],
-    "handbook_qlora.yaml": ["test_split_size: 1000", "once an epoch"],
+    "handbook_qlora.yaml": ["test_split_size: 1000", "once an epoch",
+                            "write its text to a file: --chat_template FILE"],
     "handbook_full.yaml": ["weight 0.001, a share of its rows: all are used"],
     "factory_lora.yaml": ["trust_remote_code: true"],
     "factory_qlora_hqq.yaml": ["loraplus_lr_ratio: 16.0", "16 x sqrt(8)"],
@@ -378,6 +379,13 @@ def test_weights_of_several_sets(capsys, tmp_path):
 def test_data_sets_of_axolotl(entry, expected, capsys, tmp_path):
     found = migrated(capsys, edited(tmp_path, "axolotl_lora_chat.yml", datasets=[entry]))[0]
     assert (found["dataset"], found["dataset_format"]) == expected
+
+
+def test_a_template_is_for_conversations_only(capsys, tmp_path):
+    """axolotl's type alpaca writes Alpaca's prompt, whatever the template; train.py refuses both together."""
+    rows = {"path": "a.jsonl", "type": "alpaca"}
+    found, comments = migrated(capsys, edited(tmp_path, "axolotl_lora_chat.yml", datasets=[rows]))
+    assert found["chat_template"] is None and "no --chat_template: rows of alpaca" in comments
 
 
 def test_columns_of_axolotl(capsys, tmp_path):
