@@ -45,6 +45,10 @@ MODEL_AND_METHOD = (
         " freeze_trainable_layers freeze_trainable_modules",
         note="an adapter over 16-bit weights is `lora` or `dora`, over 4-bit ones `qlora` or `bnb_dora`, over"
         " HQQ's `hqq_lora` or `hqq_dora`; without adapter `full`. 8 bits are HQQ's"),
+    _rule("--adapter", same("adapter"), axolotl="lora_model_dir", factory="adapter_name_or_path",
+        note="its rank, alpha and targets hold"),
+    _rule("--train_embeddings", values.trained_modules, hf="lora_modules_to_save modules_to_save",
+        axolotl="lora_modules_to_save", factory="additional_target", note="embedding and head together"),
     _rule("--lora_rank", same("lora_rank"), hf="lora_r r", axolotl="lora_r", factory="lora_rank"),
     _rule("--lora_target_modules", values.target_modules, hf="lora_target_modules target_modules",
         axolotl="lora_target_linear", factory="lora_target", note="names with commas, or all"),
@@ -159,9 +163,8 @@ LOST = {
     "4-bit weights are NF4 or HQQ's": "gptq bnb_4bit_quant_type quantization_type",
     "rows are texts": "processor_type image_size image_resize_algorithm image_max_pixels video_max_pixels",
     "no code of a model's repository is run": "trust_remote_code",
-    "the adapters of another run are not trained further": "lora_model_dir adapter_name_or_path",
     "only adapters are trained beside frozen weights":
-        "lora_modules_to_save modules_to_save additional_target lora_target_parameters unfrozen_parameters"
+        "lora_target_parameters unfrozen_parameters"
         " freeze_extra_modules lora_bias bias lisa_n_layers lisa_step_interval lisa_layers_attribute"
         " train_from_scratch random_init_weights mixture_of_depths",
     "A is drawn as in PEFT's default, B is zero":

@@ -272,6 +272,17 @@ def chat_template(given: Settings, _settings: Settings) -> Translation:
     return Translation(note="the tokenizer's own is used; or name one by --chat_template", lost=True)
 
 
+def trained_modules(given: Settings, _settings: Settings) -> Translation:
+    """Translate modules that are trained in full beside the adapter: the embedding and the head."""
+    names = {each.strip() for value in given.values() for each in value.split(",")} - {""}
+    others = ", ".join(sorted(names - {"embed_tokens", "lm_head"}))
+    if others:
+        return Translation(
+            note=f"{others}: only the embedding and the head, by --train_embeddings", lost=True
+        )
+    return Translation({"train_embeddings": "true"}) if names else Translation(note="it is off")
+
+
 def resumed(given: Settings, _settings: Settings) -> Translation:
     """Translate how a run goes on."""
     value = next(iter(given.values()))

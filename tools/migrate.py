@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from options.command_line import Parser
-from options.config import FIELDS
+from options.config import ADAPTER_OPTIONS, FIELDS
 from options.errors import DONE, REFUSED, UserError, describe
 from options.foreign import Rule, Translation, is_off
 from options.foreign_data import translate_data
@@ -41,7 +41,7 @@ DEEPSPEED_TUNING = ("zero_optimization", "zero_allow_untested_optimizer", "fp16"
                     "flops_profiler", "comms_logger", "data_types")  # fmt: skip
 DEEPSPEED_FEATURES = ("amp", "curriculum_learning", "data_efficiency", "progressive_layer_drop", "elasticity",
                       "sparse_attention", "compression_training", "tensor_parallel", "pipeline")  # fmt: skip
-LORA = ("lora_rank", "lora_alpha", "lora_dropout", "lora_target_modules")
+LORA = ("adapter", "train_embeddings", "lora_rank", "lora_alpha", "lora_dropout", "lora_target_modules")
 UNPAGED = {"paged_adamw_32bit": "adamw", "paged_adamw_8bit": "adamw_8bit"}
 SECRET = re.compile(r"(hub|auth|hf|access|api)_(token|key)|secret|password", re.IGNORECASE)
 WIDTH = 100  # columns of a line of the command
@@ -238,6 +238,9 @@ def _make_consistent(result: Migration) -> None:
     options = result.options
     if not METHODS[options.get("train_type", "bnb_dora")].adapter:
         for name in LORA:
+            options.pop(name, None)
+    if "adapter" in options:
+        for name in ADAPTER_OPTIONS:
             options.pop(name, None)
     if "eval_share" in options and "eval_dataset" in options:
         del options["eval_share"]

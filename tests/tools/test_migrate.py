@@ -388,6 +388,17 @@ def test_a_template_is_for_conversations_only(capsys, tmp_path):
     assert found["chat_template"] is None and "no --chat_template: rows of alpaca" in comments
 
 
+def test_an_adapter_to_train_further(capsys, tmp_path):
+    """Its own rank and targets hold, so the file's are not repeated."""
+    file = edited(tmp_path, "axolotl_dora.yml", lora_model_dir="out/first")
+    assert main([str(file)]) == 0
+    command = capsys.readouterr().out
+    assert "--adapter out/first" in command and "--lora_" not in command
+    modules = ["embed_tokens", "lm_head"]
+    found = migrated(capsys, edited(tmp_path, "axolotl_dora.yml", lora_modules_to_save=modules))[0]
+    assert found["train_embeddings"] and found["lora_rank"] == 64
+
+
 def test_columns_of_axolotl(capsys, tmp_path):
     custom = {"path": "a.jsonl", "type": {"field_instruction": "q", "field_output": "a", "format": "{q}"}}
     found, comments = migrated(capsys, edited(tmp_path, "axolotl_lora_chat.yml", datasets=[custom]))
