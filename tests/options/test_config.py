@@ -213,7 +213,8 @@ def test_a_text_option_keeps_its_characters(from_file, text):
 
 @pytest.mark.parametrize("text", ["null", "~", "Null", "NULL"])
 def test_null_is_unset_and_quoted_a_text(from_file, text):
-    assert resolved(*from_file(f"name: {text}\nmodel_name: {text}\n")) == resolved(*from_file("name:\n"))
+    unset = resolved(*from_file(f"name: {text}\nmodel_name: {text}\noutput_dir: out\n"))
+    assert unset == resolved(*from_file("name:\noutput_dir: out\n"))
     assert resolved(*from_file(f"name: '{text}'\n")).name == text
 
 
