@@ -31,6 +31,8 @@ from options.errors import UserError
 from options.limits import MAX_INDEX_BYTES, read_json
 from quantization.quantizers import PackedWeight, Quantizer
 
+TOY_BASE = Path(__file__).parent.parent / "models" / "toy_base"  # made by tools/pretrain_toy_base.py
+
 
 class StoredPackedWeight(Protocol):
     """Interface of packed weights in files: BnbWeight, bnb_weights.py, and CachedWeight, weight_cache.py."""

@@ -103,6 +103,7 @@ def test_the_list_of_files_is_complete():
     written = {path.relative_to(ROOT).as_posix() for path in paths if path.name != "__init__.py"}
     assert listed - {"file", "command"} == written | {
         "data/templates/",
+        "models/toy_base/",
         "monitoring/templates/",
         "benchmarks/peers/",
     }
