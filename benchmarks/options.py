@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -16,12 +17,17 @@ from benchmarks.systems import CHECKPOINTING, OURS, SYSTEMS, TRAIN_TYPES
 from benchmarks.table import WARMUP_STEPS
 from files.disk_room import check_writable
 from options.command_line import Command
-from options.config import FIELDS, user_cache
+from options.config import FIELDS
 from options.declaration import option
 from options.errors import UserError
 
 PEERS = tuple(name for name in SYSTEMS if name != OURS)
 PRECISIONS = FIELDS["precision"].metadata["choices"]
+
+
+def _user_cache() -> Path:
+    """Return the folder of this program's caches. It may not exist."""
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "fsdp-finetune"
 
 
 def _parse_names(option_name: str, known: Iterable[str], text: str) -> tuple[str, ...]:
@@ -124,7 +130,7 @@ def parse(argv: list[str]) -> Options:
     options = Options(**COMMAND.read(argv), argv=argv)
     if options.steps <= WARMUP_STEPS:
         raise UserError(f"--steps {options.steps}: the first {WARMUP_STEPS} do not count; use more")
-    checkpoints = options.checkpoints or user_cache() / "benchmarks"
+    checkpoints = options.checkpoints or _user_cache() / "benchmarks"
     out = options.out or Path(f"runs/{time.strftime('%Y%m%d-%H%M%S')}-benchmark")
     for name, folder in (("checkpoints", checkpoints.absolute()), ("out", out.absolute())):
         check_writable(folder, f"--{name}")

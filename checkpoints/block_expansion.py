@@ -23,7 +23,6 @@ from checkpoints.model_writer import (
     write_model,
 )
 from checkpoints.trained_model import open_blocks
-from data.examples import read_toy_texts
 from files.base_model import check_base, tokenizer_remark
 from files.model_folder import CheckpointFiles, fetch_weights, find_model, pin_model_name
 from files.names import CHAT_TEMPLATE, CONFIG, GENERATION_CONFIG, TOKENIZER_TEXTS
@@ -35,9 +34,7 @@ from models.family import Family
 from models.llama_pro import NEW_LAYERS, is_expanded, new_layers, source_layers, spread_new_blocks
 from models.redundant import UNTIED, corrected_config, sync_tied_embeddings
 from models.registry import build_on_meta, check_weights, open_weights, read_config
-from models.toy import make_toy_model
 from options.block_expansion import Options
-from options.config import TOY_MODEL
 from options.errors import DONE, UserError
 from options.limits import MAX_CONFIG_BYTES, MAX_LAYERS, MAX_TOKENIZER_BYTES, read_json, read_text
 
@@ -76,7 +73,7 @@ def read_model(options: Options) -> tuple[PretrainedConfig, Family, CheckpointFi
     expanded; without --blocks if it is expanded, or cannot get the new blocks.
     """
     name = options.model_name
-    folder = make_toy_model(read_toy_texts()) if name == TOY_MODEL else find_model(name)
+    folder = find_model(name)
     if Path(options.output_dir).resolve() == folder.resolve():
         raise UserError(f"--output_dir {folder}: is the folder of --model_name; choose another")
     config, family = read_config(folder)

@@ -23,7 +23,6 @@ from data.columns import NO_NAMES, ColumnNames
 from data.dataset_names import pin_commit
 from data.formats import FORMATS, RenderContext, Rendered
 from data.reading import read_format_rows
-from data.sources import find_recipe, load_rows
 from launch.ranks import count_cpus
 from options.errors import UserError, join_names
 from options.limits import MAX_ROW_CHARS
@@ -209,9 +208,3 @@ def _render_all(render: _RowRenderer) -> list[Rendered]:
 
 def _render_in_worker(indices: range) -> list[Rendered]:
     return _worker_renderer(indices)
-
-
-def read_toy_texts() -> list[str]:
-    """Return the rows of the embedded data set as texts, for the demo model's tokenizer."""
-    rows = load_rows(*find_recipe("toy"), -1)
-    return [FORMATS["alpaca"].render(row).text for row in rows.rows]

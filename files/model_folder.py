@@ -175,17 +175,19 @@ def find_model(name: str) -> Path:
     The weights follow by `fetch_weights`, so that an unknown architecture costs no download of gigabytes.
 
     Args:
-        name: a folder, or a hub id with or without `@revision` (a branch, a tag or a commit).
+        name: a folder, or a hub id with or without `@revision` (a branch, a tag or a commit), or TOY_MODEL,
+            the demo's model, also if there is a folder of that name.
 
     Raises:
         UserError: it is neither, is not accessible, holds no config.json, or holds an adapter too.
     """
     local = os.path.expanduser(name)  # os.path accepts any text; Path raises for some
-    folder = (
-        Path(local)
-        if os.path.isdir(local)
-        else download(name, "--model_name", "*.json", "*.jinja", "*.model", "*.txt")
-    )
+    if name == TOY_MODEL:
+        folder = TOY_BASE
+    elif os.path.isdir(local):
+        folder = Path(local)
+    else:
+        folder = download(name, "--model_name", "*.json", "*.jinja", "*.model", "*.txt")
     if not (folder / CONFIG).is_file():
         raise UserError(f"--model_name {name}: no {CONFIG} in this folder")
     if (folder / ADAPTER_CONFIG).is_file():

@@ -18,7 +18,6 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from checkpoints.adapter import check_adapter_tensors, load_adapter
 from checkpoints.trained_model import open_blocks
-from data.examples import read_toy_texts
 from data.formats import RenderContext
 from data.stop_ids import collect_stop_ids
 from data.template_choice import read_trained_tokenizer
@@ -47,14 +46,13 @@ from models.adapters import apply_method, check_quantization
 from models.family import Family
 from models.llama_pro import new_layers
 from models.registry import build_on_meta, open_weights, read_config
-from models.toy import make_toy_model
 from models.vocabulary import (
     peft_modules_to_save,
     use_base_weight,
     use_trained_weight,
     vocabulary_modules,
 )
-from options.config import FIELDS, TOY_MODEL, Config
+from options.config import FIELDS, Config
 from options.errors import UserError
 from options.limits import MAX_CONFIG_BYTES, read_json
 from options.train import parse
@@ -179,13 +177,7 @@ def _open_model(folder: Path, config: Config, name: str | None, base_model: str 
     --base_model.
     """
     with _name_base_model_in_errors(name, base_model):
-        base = (
-            folder
-            if name is None
-            else make_toy_model(read_toy_texts())
-            if name == TOY_MODEL
-            else find_model(name)
-        )
+        base = folder if name is None else find_model(name)
         model_config, family = read_config(base)
         detect_bnb_packing(getattr(model_config, "quantization_config", None), base)
         if name is not None:

@@ -61,7 +61,7 @@ def render_card(config: Config, run: Path, base: str, title: str, description: s
     metadata |= {"pipeline_tag": "text-generation", "tags": ["fsdp-finetune", config.train_type]}
     rows = [(name, getattr(config, name)) for name in CARD_OPTIONS]
     table = "\n".join(f"| {name} | {format_value(value)} |" for name, value in rows if value is not None)
-    shown_base = {TOY_MODEL: "a tiny Llama with random weights, made on the spot (`toy`)"}.get(
+    shown_base = {TOY_MODEL: "the tiny Llama of the demo (`toy`)"}.get(
         base, f"`{base}`" + (f", revision `{revision}`" if revision else "")
     )
     from_hub = f" ({', '.join(data)})" if data else ""

@@ -8,10 +8,8 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import math
-import os
 import re
 from dataclasses import dataclass
-from pathlib import Path
 
 import yaml
 
@@ -33,8 +31,8 @@ TOY_DEFAULTS = {
     "sample_every": 1000,  # more than the steps of a demo run: samples before and after it
 }
 
-# A row of the toy data that every demo run learns: its tokens are far more likely than all others.
-TOY_PROMPT = "Put these numbers in order: 5 4 6"
+# Asks for something new: no row of the toy data sorts these digits (tools/make_toy_dataset.py).
+TOY_PROMPT = "Put these numbers in order: 8 4 7"
 
 # Defined in data/formats.py.
 DATASET_FORMATS = (
@@ -87,7 +85,7 @@ class Config:
         " new blocks (new_blocks.safetensors)", choices=("model", "blocks"), needs="expansion")
 
     model_name: str = option(TOY_MODEL, "Model and data", "folder or hub id of a safetensors model, also as"
-        " owner/name@revision (branch, tag or commit); toy = a tiny random Llama made on the spot")
+        " owner/name@revision (branch, tag or commit); toy = the demo's tiny Llama")
     dataset: str = option(TOY_DATASET, "Model and data", "a recipe in datasets/, a .json, .jsonl, .ndjson,"
         " .csv or .parquet file, a folder or a quoted pattern of files of one kind, or a hub id, also as"
         " owner/name:config:split@revision; or a mixture: 'a*0.7,b*0.3' (docs/data.md)")
@@ -265,11 +263,6 @@ class Config:
 
 
 FIELDS = option_fields(Config)
-
-
-def user_cache() -> Path:
-    """Return the folder where this program caches models that it made itself. It may not exist."""
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "fsdp-finetune"
 
 
 def dump_yaml(config: Config, **overrides) -> str:

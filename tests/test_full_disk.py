@@ -268,17 +268,6 @@ def test_a_disk_that_is_full_from_the_start_is_a_line(checkpoints, short_rows, s
     assert err.splitlines()[-1] == expected
 
 
-def test_a_disk_without_room_for_the_demos_model_is_a_line(small_disk, monkeypatch, tmp_path, capsys):
-    fill(small_disk, leave=64 * 1024)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(small_disk))
-    status, err = train.main(["--output_dir", str(tmp_path / "out")]), capsys.readouterr().err
-    expected = (
-        f"error: {small_disk}/fsdp-finetune: the demo's model cannot be written there (SafetensorError: "
-    )
-    assert status == 2 and err.splitlines()[-1].startswith(expected) and "No space left on device" in err
-    assert "Traceback" not in err and not list((small_disk / "fsdp-finetune").iterdir())
-
-
 @pytest.mark.parametrize("more", [[], ["--verbose"]])
 def test_a_disk_that_is_full_for_the_checks_is_a_line(more, monkeypatch, capsys):
     def check_run(config):

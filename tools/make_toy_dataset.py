@@ -1,9 +1,10 @@
 """Write datasets/toy.jsonl, the small instruction data set of the demo.
 
-A tiny model with a ~1,000-token vocabulary reads it, with under a minute of training. So rows are short,
-answers are regular, and the same few hundred words recur in all tasks. Every fact is asked in two phrasings:
-the model sees it more than once per epoch, and about half of all rows carry their subject in the `input`
-column. Running the script again gives the same bytes.
+A model of a million parameters (models/toy_base) learns it in about a minute. So rows are short, answers are
+regular, and the same few hundred words recur in all tasks. Subtraction and comparison are not among the
+tasks: the model gets many of them wrong. Every fact is asked in two phrasings: the model sees it more than
+once per epoch, and about half of all rows carry their subject in the `input` column. Running the script again
+gives the same bytes.
 
 Usage: python tools/make_toy_dataset.py [OUTPUT]
 """
@@ -12,7 +13,7 @@ import argparse
 import hashlib
 import json
 from collections.abc import Callable, Iterable
-from itertools import pairwise
+from itertools import pairwise, permutations
 from operator import itemgetter
 from pathlib import Path
 
@@ -96,10 +97,8 @@ HEALTHY = parse_facts("""
     eat fruit=Yes, drink water=Yes, walk every day=Yes, sleep at night=Yes, wash your hands=Yes,
     brush your teeth=Yes, smoke=No, sit all day=No, eat only candy=No, never sleep=No,
     drink dirty water=No, never wash your hands=No""")
-COMPARED = split_list("1 2, 1 9, 2 5, 3 7, 4 6, 5 8, 6 7, 3 9, 4 8, 2 10")
-NUMBER_LISTS = split_list(
-    "2 1 3, 3 2 1, 1 3 2, 3 1 2, 5 4 6, 6 5 4, 4 6 5, 6 4 5, 8 7 9, 9 8 7, 7 9 8, 9 7 8"
-)
+# The digits of TOY_PROMPT in options/config.py: no row sorts them, so the demo ends with a new question.
+HELD_OUT_DIGITS = set("478")
 WORD_LISTS = split_list("""
     dog cat hen, hen dog cat, cat hen dog, cow cat dog, pig cow hen, hen pig cow, bird frog fish,
     frog fish bird, fish bird frog, red book hat, tree milk sun, sun tree milk""")
@@ -118,6 +117,17 @@ def apply_rule(words: Iterable[str], rule: Callable[[str], str]) -> list[Fact]:
 def sort_words(text: str) -> str:
     """Sort the words or digits of the text in ascending order."""
     return " ".join(sorted(text.split()))
+
+
+def mix(items: Iterable[str]) -> list[str]:
+    """Return the items in the order of their hashes: mixed, but always the same."""
+    return sorted(items, key=lambda item: hashlib.sha256(item.encode()).digest())
+
+
+def pick_number_lists(count: int) -> list[str]:
+    """Return lists of three digits, "4 1 6", of all possible orders. None has HELD_OUT_DIGITS."""
+    lists = (" ".join(digits) for digits in permutations("123456789", 3) if set(digits) != HELD_OUT_DIGITS)
+    return mix(lists)[:count]
 
 
 def swap(facts: Iterable[Fact]) -> list[Fact]:
@@ -180,12 +190,8 @@ def number_tasks() -> dict[str, list[Row]]:
     """Return {task: rows} of tasks on small numbers and on things in a fixed order."""
     small = range(1, 5)
     sums = [(str(a), str(b), str(a + b)) for a in small for b in small]
-    differences = [(str(a + b), str(b), str(a)) for a in small for b in small]
-    # Both orders of each pair, so that "Yes" and "No" are equally frequent and the numbers must be read.
-    pairs = [tuple(pair.split()) for pair in COMPARED]
-    larger = [(a, b, "Yes" if int(a) > int(b) else "No") for p in pairs for a, b in (p, p[::-1])]
     parities = [(str(n), "odd" if n % 2 else "even") for n in range(1, 11)]
-    ordered = apply_rule(NUMBER_LISTS, sort_words)
+    ordered = apply_rule(pick_number_lists(40), sort_words)
     counts = [(str(n), " ".join(map(str, range(1, n + 1)))) for n in range(2, 9)]
     digits = [(str(n), name) for n, name in enumerate(NUMBERS, start=1)]
     after_number = pair_with_next(map(str, range(1, 13)))
@@ -193,10 +199,6 @@ def number_tasks() -> dict[str, list[Row]]:
     after_day, after_month = pair_with_next([*DAYS, DAYS[0]]), pair_with_next([*MONTHS, MONTHS[0]])
     return {
         "sum": make_rows(sums, "What is {0} plus {1}?", "Add the numbers. | {0} {1}"),
-        "difference": make_rows(
-            differences, "What is {0} minus {1}?", "Subtract the second number. | {0} {1}"
-        ),
-        "larger": make_rows(larger, "Is {0} larger than {1}?", "Is the first number larger? | {0} {1}"),
         "even or odd": make_rows(parities, "Is {0} even or odd?", "Is the number even or odd? | {0}"),
         "sort numbers": make_rows(
             ordered, "Sort from small to large. | {0}", "Put these numbers in order: {0}"
@@ -268,8 +270,7 @@ def main() -> None:
     tasks = word_tasks() | number_tasks() | world_tasks()
     rows = [row for task in tasks.values() for row in task]
     check_rows(rows)
-    # Ordering by hash mixes the tasks without a random generator: the order depends on nothing but the rows.
-    lines = sorted(map(json.dumps, rows), key=lambda line: hashlib.sha256(line.encode()).digest())
+    lines = mix(map(json.dumps, rows))  # no random generator: the order depends on nothing but the rows
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text("".join(line + "\n" for line in lines), encoding="ascii", newline="\n")
 

@@ -17,7 +17,6 @@ from checkpoints import resume
 from checkpoints.storage import Checkpoint
 from data.evaluation_data import EvaluationData
 from data.evaluation_sets import prepare_sets, rename_option_in_errors
-from data.examples import read_toy_texts
 from data.formats import RenderContext
 from data.packing import make_sampler
 from data.row_text import record_examples
@@ -46,11 +45,10 @@ from models.family import Family, has_longrope_by_layer, uses_dynamic_rope
 from models.llama_pro import check_can_leave_identity, new_layers
 from models.redundant import UNTIED, corrected_config
 from models.registry import build_on_meta, open_weights, read_config
-from models.toy import make_toy_model
 from monitoring.profiling import check_traces
 from monitoring.tensorboard_logger import check_tensorboard
 from monitoring.wandb_logger import check_wandb
-from options.config import TOY_MODEL, Config
+from options.config import Config
 from options.errors import UserError
 from parallel.optimizers import check_optimizer
 from training.job import Job
@@ -163,9 +161,7 @@ class _Model:
 
 def _check_model(config: Config) -> _Model:
     """Find, download and open the model. Raises UserError if it cannot be trained as the options say."""
-    folder = (
-        make_toy_model(read_toy_texts()) if config.model_name == TOY_MODEL else find_model(config.model_name)
-    )
+    folder = find_model(config.model_name)
     if output_folder(config).resolve() == folder.resolve():  # --overwrite would delete the weights to read
         raise UserError(f"--output_dir {folder}: is the folder of --model_name; choose another")
     model_config, family = read_config(folder)

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import export
 import finished.export
 from checkpoints import model_writer
+from files.model_folder import TOY_BASE
 from files.names import ADAPTER, INDEX
 from finished import layerwise
 from quantization.nf4 import NF4
@@ -83,6 +84,17 @@ def test_every_family(kind, train_type, checkpoints, alpaca_file, one_rank, tmp_
     close(merged, logits(theirs))
     assert (merged - trained).abs().max() > 0.01, "the bases do not differ: nothing was compared"
     assert (merged - logits(loaded(checkpoints(kind)))).abs().max() > 0.01, "nothing was merged"
+
+
+def test_gguf_ready_of_a_trained_base(one_rank, tmp_path):
+    """Trained weights, stored in bf16 under a tied head: rounding to bf16 hardly moves their logits."""
+    trained = write_random_run(one_rank, tmp_path / "run", args_for("toy", "toy", "bnb_dora"))
+    shown = exported(tmp_path / "run", tmp_path / "out", to="gguf-ready")
+    assert {tensor.dtype for tensor in all_tensors(tmp_path / "out").values()} == {torch.bfloat16}
+    merged = logits(loaded(tmp_path / "out"))
+    scale = trained.abs().max()
+    assert difference(shown) < 0.02 * scale and (merged - trained).abs().max() < 0.02 * scale
+    assert (merged - logits(loaded(TOY_BASE))).abs().max() > 0.1 * scale, "nothing was merged"
 
 
 @pytest.mark.parametrize("train_type", ["lora", "dora", "hqq_dora --n_bits 3", "hqq_lora --n_bits 2"])

@@ -25,7 +25,7 @@ def start(args, *launcher: str, **env: str) -> subprocess.Popen:
 def run(args, *launcher: str, **env: str) -> str:
     """Run train.py, which must succeed; return its output."""
     process = start(args, *launcher, **env)
-    out, err = process.communicate(timeout=200)
+    out, err = process.communicate(timeout=400)
     assert process.returncode == 0, f"{out}\n{err}"
     return out + err
 
