@@ -50,6 +50,8 @@ def clear_output(folder: Path) -> None:
     for pattern in RUN_FILES + MODEL_FILES + TOKENIZER_FILES * holds_run(folder):
         for path in (*folder.glob(pattern), *folder.glob(f"{pattern}.tmp")):
             path.unlink()
+    with contextlib.suppress(OSError):  # it does not exist, or holds files of others
+        (folder / EVENTS).rmdir()
     for name in (BEST, f"{BEST}.tmp", f"{BEST}.old"):
         if (folder / name).is_symlink():  # its target is not ours
             (folder / name).unlink()

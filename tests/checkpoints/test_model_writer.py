@@ -166,6 +166,7 @@ def test_output_folder_is_protected(tmp_path):
     (folder / "notes.txt").write_text("mine")
     check_output(folder, overwrite=False)  # other files are no run
     for name in (*RUN_FILES, "config.json", "model-00001-of-00002.safetensors"):
+        (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text("{}")
         assert holds_run(folder)
         with pytest.raises(UserError, match="overwrite"):

@@ -12,7 +12,9 @@ from data.batches import Batch
 from launch import precision
 from launch.precision import Precision, choose_precision, detect_precision
 from models.family import unwrapped_name
+from monitoring.loggers import NoLogger
 from monitoring.metrics import Metrics
+from monitoring.progress import ProgressLines
 from monitoring.tracking import Tracker
 from options.config import FIELDS
 from parallel.shards import full_tensor
@@ -184,7 +186,7 @@ def length_of_first_step(rank_info, args) -> tuple[float, float]:
 
 def test_a_skipped_step_is_valid_json(tmp_path):
     metrics = Metrics(1, 0.1, 2.0, 1e-3, float("inf"), 10, 5, 1.0, 10.0, 0.1, 0.1)
-    tracker = Tracker(tmp_path, 1, quiet=True)
+    tracker = Tracker(tmp_path, [], ProgressLines(1, None), NoLogger())
     tracker.log(metrics)
     tracker.finish()
     line = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=pytest.fail)
