@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 import export
 from data.batches import StepSampler
-from data.evaluation_sets import name_columns
+from data.reading import ReadingOptions
 from data.rows import IGNORE
 from data.tokenizing import tokenize_dataset
 from files.model_folder import CheckpointFiles
@@ -30,9 +30,8 @@ def measure(folder: str, n_rows: int) -> None:
     """Print the loss of the RUN's model and of merged ones, and how far their logits are from the RUN's."""
     run = open_run(folder)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    c = run.config
-    reading = (c.dataset_format, n_rows, c.context_length, load_tokenizer(run), c.chat_date)
-    rows = tokenize_dataset(c.dataset, *reading, name_columns(c), c.empty_thinking)
+    options = ReadingOptions.from_config(run.config, load_tokenizer(run))
+    rows = tokenize_dataset(run.config.dataset, dataclasses.replace(options, samples=n_rows))
     batch = next(StepSampler(rows, len(rows), 1, 0, 1, 0).steps(1)).batches[0]
 
     def print_line(name: str, logits: torch.Tensor) -> None:

@@ -22,6 +22,7 @@ from data.evaluation_data import EvaluationData, Prompt
 from data.examples import Examples
 from data.formats import FORMATS, Rendered
 from data.mixtures import join_evenly, read_each_row_once, read_mixture
+from data.reading import ReadingOptions
 from data.rows import TokenizedRows
 from data.tokenizing import (
     describe_joined_prompts,
@@ -47,9 +48,7 @@ def prepare_sets(config: Config, tokenizer) -> tuple[Config, TokenizedRows, Eval
     their commits. The evaluation data is still without stop_ids. Raises UserError for anything wrong with the
     data, and if a set would be empty.
     """
-    arguments = (config.context_length, tokenizer, config.chat_date)
-    reading = (config.dataset_format, config.dataset_samples, *arguments, name_columns(config))
-    mixture = read_mixture(config.dataset, *reading, empty_thinking=config.empty_thinking)
+    mixture = read_mixture(config.dataset, ReadingOptions.from_config(config, tokenizer))
     config = dataclasses.replace(
         config, dataset=mixture.name, dataset_format=mixture.format, empty_thinking=mixture.empty_thinking
     )
@@ -76,9 +75,9 @@ def _describe_tokens(rows: TokenizedRows, rendered: list[Rendered], tokenizer) -
     return [*describe_unknown_tokens(rows.tokens, tokenizer), *describe_joined_prompts(rendered, tokenizer)]
 
 
-def name_columns(config: Config, must_exist: bool = True) -> ColumnNames:
-    """Return the data's names for columns that a run's options give. must_exist: as in ColumnNames."""
-    return ColumnNames.from_options(config.columns, config.text_column, must_exist)
+def optional_columns(config: Config) -> ColumnNames:
+    """Return the names that a run's options give to the data's columns, for data that may lack them."""
+    return ColumnNames.from_options(config.columns, config.text_column, must_exist=False)
 
 
 def read_in_trained_format(
@@ -97,9 +96,14 @@ def read_in_trained_format(
 
     Raises UserError for unusable data.
     """
-    columns = name_columns(config, must_exist=False) if columns is None else columns
-    arguments = (samples, config.context_length, tokenizer, config.chat_date, columns)
-    return read_each_row_once(dataset, "auto", *arguments, config.dataset_format, config.empty_thinking)
+    options = dataclasses.replace(
+        ReadingOptions.from_config(config, tokenizer),
+        format="auto",
+        preferred=config.dataset_format,
+        samples=samples,
+        columns=optional_columns(config) if columns is None else columns,
+    )
+    return read_each_row_once(dataset, options)
 
 
 def read_evaluation_rows(config: Config, tokenizer) -> tuple[list[Rendered] | None, tuple[str, ...]]:
@@ -110,9 +114,7 @@ def read_evaluation_rows(config: Config, tokenizer) -> tuple[list[Rendered] | No
     sets: list[Examples] = []
     remarks: tuple[str, ...] = ()
     if config.eval_share:
-        arguments = (config.dataset_format, config.dataset_samples, config.context_length)
-        reading = (*arguments, tokenizer, config.chat_date, name_columns(config))
-        mixture = read_mixture(config.dataset, *reading, empty_thinking=config.empty_thinking)
+        mixture = read_mixture(config.dataset, ReadingOptions.from_config(config, tokenizer))
         sets, remarks = mixture.sets, mixture.remarks
     evaluation = _select_rows(config, sets, tokenizer)[1]
     return (evaluation.rendered, remarks + evaluation.remarks) if evaluation else (None, ())

@@ -19,10 +19,9 @@ from fastcore.parallel import parallel
 
 from data.chat import convert_template_errors
 from data.chat_remarks import describe_hidden_parts, describe_missing_endings
-from data.columns import NO_NAMES, ColumnNames
 from data.dataset_names import pin_commit
 from data.formats import FORMATS, RenderContext, Rendered
-from data.reading import read_format_rows
+from data.reading import ReadingOptions, read_format_rows
 from launch.ranks import count_cpus
 from options.errors import UserError, join_names
 from options.limits import MAX_ROW_CHARS
@@ -52,41 +51,17 @@ class Examples:
     name: str = ""
 
 
-def read_examples(
-    dataset: str,
-    dataset_format: str,
-    samples: int,
-    context_length: int,
-    tokenizer,
-    day: str | None = None,
-    columns: ColumnNames = NO_NAMES,
-    preferred: str = "auto",
-    empty_thinking: str = "auto",
-) -> Examples:
+def read_examples(dataset: str, options: ReadingOptions) -> Examples:
     """Read the rows of a set, and render each as a text of one format. Mixtures of sets: data/mixtures.py.
 
-    Args:
-        dataset: a recipe, file, folder or hub id.
-        dataset_format: the format of all rows; "auto" = the recipe's, or the one that fits all of them.
-        samples: number of rows to use; -1 = as the recipe says.
-        context_length: number of tokens that a recipe's `fill` must fill.
-        tokenizer: provides the chat template.
-        day: as in RenderContext.
-        columns: the data's names for columns, from options; those of a recipe count beside them.
-        preferred: a format to use instead of "auto" if it fits all rows.
-        empty_thinking: as in RenderContext. In the returned context "prompt" replaces "auto" if an answer has
-            an empty thought before it.
-
-    Raises UserError for anything wrong with the data.
+    In the returned context empty_thinking is "prompt" instead of "auto" if an answer has an empty thought
+    before it. Raises UserError for anything wrong with the data. dataset: a recipe, file, folder or hub id.
     """
-    has_template = bool(getattr(tokenizer, "chat_template", None))
-    data = read_format_rows(
-        dataset, dataset_format, samples, context_length, has_template, columns, preferred
-    )
+    data = read_format_rows(dataset, options)
     rows, name = data.rows, data.format
     if name == "chat":
         _check_roles(rows, f"--dataset {dataset}")
-    context = RenderContext(tokenizer, data.markers, day, empty_thinking)
+    context = RenderContext(options.tokenizer, data.markers, options.day, options.empty_thinking)
     if FORMATS[name].has_markers:
         _check_markers(rows, data.origins, data.markers)
     rendered, remarks = _render_all(_RowRenderer(rows, data.origins, name, context)), [*data.remarks]

@@ -6,10 +6,10 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from data.columns import NO_NAMES, ColumnNames
 from data.dataset_names import Share, split_mixture
 from data.examples import Examples, read_examples
 from data.formats import FORMATS, Rendered
+from data.reading import ReadingOptions
 from options.errors import UserError
 
 
@@ -54,58 +54,26 @@ class Mixture:
         return tuple(named)
 
 
-def read_mixture(
-    dataset: str,
-    dataset_format: str,
-    samples: int,
-    context_length: int,
-    tokenizer,
-    day: str | None = None,
-    columns: ColumnNames = NO_NAMES,
-    preferred: str = "auto",
-    empty_thinking: str = "auto",
-) -> Mixture:
+def read_mixture(dataset: str, options: ReadingOptions) -> Mixture:
     """Read the sets of --dataset, and render each row as a text of one format.
 
-    Arguments as in `read_examples`; samples: number of rows of each set. Raises UserError for anything wrong
-    with a set or a weight, and if the sets do not fit one format.
+    Raises UserError for anything wrong with a set or a weight, and if the sets do not fit one format.
+    options: how each set is read; samples: number of rows of each set.
     """
-    shares, sets = split_mixture(dataset), []
-    for share in shares:
-        arguments = (dataset_format, samples, context_length, tokenizer, day, columns)
-        sets.append(read_examples(share.name, *arguments, preferred, empty_thinking))
+    shares = split_mixture(dataset)
+    sets = [read_examples(share.name, options) for share in shares]
     _check_one_template(dataset, shares, sets)
     named = zip(shares, sets, strict=True)
     return Mixture([dataclasses.replace(share, name=examples.name) for share, examples in named], sets)
 
 
-def read_each_row_once(
-    dataset: str,
-    dataset_format: str,
-    samples: int,
-    context_length: int,
-    tokenizer,
-    day: str | None = None,
-    columns: ColumnNames = NO_NAMES,
-    preferred: str = "auto",
-    empty_thinking: str = "auto",
-) -> Examples:
+def read_each_row_once(dataset: str, options: ReadingOptions) -> Examples:
     """Read the rows of a value of --dataset to evaluate or to ask with; of several sets, all rows together.
 
-    Arguments as in `read_examples`; samples: of several sets, the number of rows of all of them, each in
-    proportion to its size. Raises UserError as `read_mixture` does, and for weights, which have no effect.
+    Raises UserError as `read_mixture` does, and for weights, which have no effect. options: how each set is
+    read; samples: of several sets, the number of rows of all of them, each in proportion to its size.
     """
-    mixture = read_mixture(
-        dataset,
-        dataset_format,
-        samples,
-        context_length,
-        tokenizer,
-        day,
-        columns,
-        preferred,
-        empty_thinking,
-    )
+    mixture, samples = read_mixture(dataset, options), options.samples
     if len(mixture.sets) == 1:
         return mixture.sets[0]
     if any(share.number for share in mixture.shares):

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from data.columns import NO_NAMES, ColumnNames
 from data.dataset_names import first_set
@@ -21,6 +22,7 @@ from data.recognition import (
 from data.row_files import Rows
 from data.schemas import Auto, Schema, match_schemas
 from data.sources import Recipe, find_recipe, load_rows
+from options.config import Config
 from options.errors import UserError
 from options.limits import MAX_ROW_CHARS
 
@@ -48,51 +50,74 @@ class FormatRows:
     commit: str = ""
 
 
-def read_format_rows(
-    dataset: str,
-    dataset_format: str,
-    samples: int,
-    context_length: int,
-    has_template: bool,
-    columns: ColumnNames = NO_NAMES,
-    preferred: str = "auto",
-) -> FormatRows:
-    """Read the rows of --dataset in the columns of one format.
+@dataclass(frozen=True)
+class ReadingOptions:
+    """How the rows of a set are read and rendered.
 
-    Args:
-        dataset: a recipe, file, folder or hub id.
-        dataset_format: the format of all rows; "auto" = the recipe's, or the one that fits all of them.
+    Attributes:
+        tokenizer: encodes the texts, and provides the chat template.
+        format: of all rows; "auto" = the recipe's, or the one that fits all of them.
         samples: number of rows to use; -1 = as the recipe says.
-        context_length: number of tokens that a recipe's `fill` must fill.
-        has_template: whether the tokenizer has a chat template.
+        context_length: number of tokens that rows are cut to, and that a recipe's `fill` must fill.
         columns: the data's names for columns, from options; those of a recipe count beside them.
         preferred: a format to use instead of "auto" if it fits all rows.
+        day, empty_thinking: as in RenderContext.
+    """
 
-    Raises UserError for anything wrong with the data.
+    tokenizer: Any
+    format: str = "auto"
+    samples: int = -1
+    context_length: int = 512
+    columns: ColumnNames = NO_NAMES
+    preferred: str = "auto"
+    day: str | None = None
+    empty_thinking: str = "auto"
+
+    @classmethod
+    def from_config(cls, config: Config, tokenizer) -> ReadingOptions:
+        """Return how a run reads --dataset."""
+        return cls(
+            tokenizer,
+            config.dataset_format,
+            config.dataset_samples,
+            config.context_length,
+            columns=ColumnNames.from_options(config.columns, config.text_column),
+            day=config.chat_date,
+            empty_thinking=config.empty_thinking,
+        )
+
+    @property
+    def has_template(self) -> bool:
+        """Whether the tokenizer has a chat template."""
+        return bool(getattr(self.tokenizer, "chat_template", None))
+
+
+def read_format_rows(dataset: str, options: ReadingOptions) -> FormatRows:
+    """Read the rows of a set in the columns of one format. Raises UserError for anything wrong with them.
+
+    dataset: a recipe, file, folder or hub id.
     """
     recipe, file = find_recipe(dataset)
-    samples = samples if samples > 0 else recipe.samples
+    samples = options.samples if options.samples > 0 else recipe.samples
     if recipe.fill:
         longest = MAX_ROW_CHARS // max(len(recipe.fill["output"]), 1)
-        if context_length > longest or samples > MAX_FILLED_ROWS:
+        if options.context_length > longest or samples > MAX_FILLED_ROWS:
             raise UserError(
                 f"--dataset {dataset}: fills at most {MAX_FILLED_ROWS:,} rows of {MAX_ROW_CHARS:,} characters"
             )
-    data, renamed = _load_renamed(recipe, file, samples, columns, f"--dataset {dataset}")
+    data, renamed = _load_renamed(recipe, file, samples, options.columns, f"--dataset {dataset}")
     if recipe.fill:
-        filled = recipe.fill | {"output": recipe.fill["output"] * context_length}
+        filled = recipe.fill | {"output": recipe.fill["output"] * options.context_length}
         data = Rows([filled] * len(data.rows), data.origins)
-    name, schemas = _resolve_format(
-        recipe, data, dataset, dataset_format, renamed.named_by, has_template, preferred
-    )
+    name, schemas = _resolve_format(recipe, data, dataset, renamed.named_by, options)
     matched = match_schemas(data.rows, schemas)
     remarks = [
         *data.remarks,
         *_describe_unread(data.rows, matched, renamed.names.values()),
         *_describe_unmarked(data.rows, name, recipe.markers),
     ]
-    if dataset_format == recipe.format == preferred == "auto":
-        remarks += _describe_choice(name, schemas[0], has_template)
+    if options.format == recipe.format == options.preferred == "auto":
+        remarks += _describe_choice(name, schemas[0], options.has_template)
     read = zip(data.rows, matched, data.origins, strict=True)
     rows = [schema.read(row, f"--dataset {origin}") for row, schema, origin in read]
     return FormatRows(rows, data.origins, name, recipe.markers, tuple(remarks), data.commit)
@@ -108,7 +133,7 @@ def _load_renamed(
 
     Args:
         recipe, file, samples: as for `load_rows`.
-        columns: as for `read_format_rows`.
+        columns: as in ReadingOptions.
         error_prefix: begins errors in `columns`.
 
     Raises UserError as `load_rows` does, and for a column that the data lacks.
@@ -127,31 +152,29 @@ def _resolve_format(
     recipe: Recipe,
     rows: Rows,
     dataset: str,
-    dataset_format: str,
     named: Mapping[str, str],
-    has_template: bool,
-    preferred: str = "auto",
+    options: ReadingOptions,
 ) -> tuple[str, Sequence[Schema]]:
     """Return (the name of the format that rows are rendered in, the schemas that they may have).
 
     Args:
         recipe, rows: the recipe and its rows.
-        dataset, dataset_format, preferred: as in `read_examples`.
+        dataset: its name, for errors.
         named: {a column of a format: what named it}, which the schemas must read.
-        has_template: whether the tokenizer has a chat template.
+        options: how the rows are read.
 
     Raises UserError if no format fits all rows, or reads the named columns.
     """
-    if dataset_format != "auto":
-        return dataset_format, select_schemas(dataset_format, named, f"--dataset {dataset}")
-    choice = None if preferred == "auto" else preferred
-    candidates = list_candidates(has_template, choice, named)
+    if options.format != "auto":
+        return options.format, select_schemas(options.format, named, f"--dataset {dataset}")
+    choice = None if options.preferred == "auto" else options.preferred
+    candidates = list_candidates(options.has_template, choice, named)
     if recipe.format != "auto":
         found = {find_candidate(row, recipe.markers, candidates) for row in rows.rows} - {None}
         takes_choice = choice and {candidate[0] for candidate in found if candidate} == {choice}
         name = choice if choice and takes_choice else recipe.format
         return name, select_schemas(name, named, f"--dataset {dataset}")
-    schemas = [schema for _, schema in list_candidates(has_template, choice)]
+    schemas = [schema for _, schema in list_candidates(options.has_template, choice)]
     check_columns_are_read(named, schemas, f"--dataset {dataset}")
     name, schema = recognise_format(
         rows.rows, rows.origins, f"--dataset {dataset}", recipe.markers, candidates
@@ -159,26 +182,18 @@ def _resolve_format(
     return name, [schema]
 
 
-def find_format(
-    dataset: str, dataset_format: str, has_template: bool, columns: ColumnNames = NO_NAMES
-) -> tuple[str, Recipe]:
+def find_format(dataset: str, options: ReadingOptions) -> tuple[str, Recipe]:
     """Return (the name of the format that `read_examples` renders in, the recipe of the data).
 
-    The data is read only if neither the argument nor the recipe names the format.
-
-    Args:
-        dataset, dataset_format, columns: as in `read_examples`.
-        has_template: whether the tokenizer has a chat template.
-
-    Raises UserError for anything wrong with the data.
+    The data is read only if neither the options nor the recipe name the format. Raises UserError for anything
+    wrong with it. dataset: a set or a mixture, whose sets have one format.
     """
     dataset = first_set(dataset)
     recipe, file = find_recipe(dataset)
-    if dataset_format != "auto" or recipe.format != "auto":
-        return dataset_format if dataset_format != "auto" else recipe.format, recipe
-    rows, renamed = _load_renamed(recipe, file, recipe.samples, columns, f"--dataset {dataset}")
-    named = renamed.named_by
-    return _resolve_format(recipe, rows, dataset, dataset_format, named, has_template)[0], recipe
+    if options.format != "auto" or recipe.format != "auto":
+        return options.format if options.format != "auto" else recipe.format, recipe
+    rows, renamed = _load_renamed(recipe, file, recipe.samples, options.columns, f"--dataset {dataset}")
+    return _resolve_format(recipe, rows, dataset, renamed.named_by, options)[0], recipe
 
 
 def _describe_unread(rows: list[dict], schemas: list[Schema], renamed: Iterable[str]) -> list[str]:

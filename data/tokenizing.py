@@ -14,39 +14,28 @@ import numpy as np
 import torch
 
 from data.chat_remarks import spread_sample
-from data.columns import NO_NAMES, ColumnNames
 from data.dataset_names import Share
 from data.encoding import Offsets, drop_empty_answers, encode, encode_prompt
 from data.examples import read_examples
 from data.formats import Rendered
+from data.reading import ReadingOptions
 from data.row_reasons import CUT_ANSWER, CUT_REST, FIRST_TOKEN, LONG_PROMPT, NO_ANSWER, ReasonCounter
 from data.rows import MixedSet, TokenizedRows, join_sets
 from data.shares import count_rows_per_epoch
 from options.errors import UserError
 
 
-def tokenize_dataset(
-    dataset: str,
-    dataset_format: str,
-    samples: int,
-    context_length: int,
-    tokenizer,
-    day: str | None = None,
-    columns: ColumnNames = NO_NAMES,
-    empty_thinking: str = "auto",
-) -> TokenizedRows:
-    """Read, render and tokenize --dataset, and cut its rows to context_length tokens.
-
-    Args:
-        dataset, dataset_format, samples, day, columns, empty_thinking: as for `read_examples`.
-        context_length: maximum number of tokens of a row, and the number that a recipe's `fill` must fill.
-        tokenizer: provides the chat template and encodes the texts; one that returns offsets (is_fast).
+def tokenize_dataset(dataset: str, options: ReadingOptions) -> TokenizedRows:
+    """Read, render and tokenize a set, and cut its rows to context_length tokens.
 
     Raises UserError for anything wrong with the data, and if no example has a token to learn from.
+
+    Args:
+        dataset: a recipe, file, folder or hub id.
+        options: how it is read; the tokenizer must return offsets (is_fast).
     """
-    reading = (dataset_format, samples, context_length, tokenizer, day, columns)
-    examples = read_examples(dataset, *reading, empty_thinking=empty_thinking)
-    return tokenize(examples.rendered, tokenizer, context_length, f"--dataset {dataset}")
+    examples = read_examples(dataset, options)
+    return tokenize(examples.rendered, options.tokenizer, options.context_length, f"--dataset {dataset}")
 
 
 def tokenize_sets(

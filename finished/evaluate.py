@@ -18,12 +18,13 @@ from data.encoding import encode
 from data.evaluation_data import Prompt
 from data.evaluation_sets import (
     make_row_prompt,
-    name_columns,
+    optional_columns,
     read_evaluation_rows,
     read_in_trained_format,
 )
 from data.formats import Rendered
 from data.mixtures import read_each_row_once
+from data.reading import ReadingOptions
 from data.rows import TokenizedRows, digest_rows
 from data.tokenizing import describe_joined_prompts, describe_unknown_tokens, tokenize
 from files.atomic_writes import nonfinite_to_null, write_text
@@ -111,20 +112,19 @@ def read_rows(run: Run, options: Options, tokenizer) -> tuple[str, list[Rendered
         remarks = (*remarks, *_check_same_rows(run, rows, tokenizer))
         rows = rows[: options.samples] if options.samples > 0 else rows
         return config.eval_dataset or f"{config.eval_share:g} of {config.dataset}", rows, remarks
-    columns = name_columns(config, must_exist=False)
+    columns = optional_columns(config)
     if options.columns is not None or options.text_column is not None:
         columns = ColumnNames.from_options(options.columns, options.text_column)
     if options.dataset_format is None:
         examples = read_in_trained_format(config, options.dataset, options.samples, tokenizer, columns)
     else:
-        reading = (options.dataset_format, options.samples, config.context_length, tokenizer)
-        examples = read_each_row_once(
-            options.dataset,
-            *reading,
-            config.chat_date,
-            columns,
-            empty_thinking=config.empty_thinking,
+        reading = dataclasses.replace(
+            ReadingOptions.from_config(config, tokenizer),
+            format=options.dataset_format,
+            samples=options.samples,
+            columns=columns,
         )
+        examples = read_each_row_once(options.dataset, reading)
     return options.dataset, examples.rendered, examples.remarks
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -24,7 +25,7 @@ from checkpoints.model_writer import (
     write_model,
 )
 from data.dataset_names import first_set
-from data.evaluation_sets import name_columns
+from data.reading import ReadingOptions
 from data.sources import find_recipe
 from data.stop_ids import make_generation_config
 from data.template_choice import compare_with_base
@@ -236,16 +237,8 @@ def read_comparison_rows(run: Run) -> tuple[list[list[int]], str]:
         recipe, file = find_recipe(name)
         if file or recipe.fill:
             length = min(config.context_length, 256)
-            rows = tokenize_dataset(
-                name,
-                config.dataset_format,
-                4,
-                length,
-                tokenizer,
-                config.chat_date,
-                name_columns(config),
-                config.empty_thinking,
-            )
+            reading = ReadingOptions.from_config(config, tokenizer)
+            rows = tokenize_dataset(name, dataclasses.replace(reading, samples=4, context_length=length))
             return [row.tolist() for row in rows.tokens.split(rows.lengths().tolist())], "rows of the data"
     return [ids for ids in tokenizer(list(FIXED_PROMPTS))["input_ids"] if ids], "fixed prompts"
 

@@ -20,7 +20,7 @@ from data.answers import decode_answer
 from data.columns import ColumnNames
 from data.dataset_names import first_set, split_name
 from data.formats import FORMATS, GUANACO_MARKERS, RenderContext
-from data.reading import find_format
+from data.reading import ReadingOptions, find_format
 from data.stop_ids import collect_stop_ids
 from finished.finished_run import Run, load_model, load_tokenizer, open_base, open_run, set_adapter
 from finished.prompt_template import Answer, AnswerStreamer, MarkerCriterion, PromptTemplate
@@ -78,9 +78,10 @@ def make_template(
     """
     tokenizer = load_tokenizer(run)
     format_name = dataset_format if dataset_format != "auto" else run.config.dataset_format
-    columns = ColumnNames.from_options(run.config.columns, run.config.text_column)
+    options = dataclasses.replace(ReadingOptions.from_config(run.config, tokenizer), format=format_name)
+    columns = options.columns
     try:
-        name, recipe = find_format(run.config.dataset, format_name, bool(tokenizer.chat_template), columns)
+        name, recipe = find_format(run.config.dataset, options)
         markers, columns = recipe.markers, columns.over(ColumnNames.from_recipe(recipe.columns))
     except UserError as e:  # the data is gone; a file has no markers of its own, but a recipe may have
         is_recipe = file_suffix(split_name(first_set(run.config.dataset)).base) == ".toml"

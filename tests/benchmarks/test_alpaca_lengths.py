@@ -4,12 +4,15 @@ import torch
 
 from benchmarks.alpaca_lengths import draw_lengths, write_rows
 from benchmarks.make_checkpoint import byte_tokenizer
+from data.reading import ReadingOptions
 from data.tokenizing import tokenize_dataset
 
 
 def test_rows_have_the_lengths_that_were_drawn(tmp_path):
     write_rows(tmp_path / "rows.jsonl", 500)
-    rows = tokenize_dataset(str(tmp_path / "rows.jsonl"), "auto", -1, 2048, byte_tokenizer())
+    rows = tokenize_dataset(
+        str(tmp_path / "rows.jsonl"), ReadingOptions(byte_tokenizer(), context_length=2048)
+    )
     assert rows.dropped == rows.cut == 0
     assert torch.equal(rows.lengths(), draw_lengths(500))
     assert torch.equal(rows.targets(), draw_lengths(500) - 35)  # the answer and EOS

@@ -8,6 +8,7 @@ from checkpoints.resume import is_fixed
 from data.columns import ColumnNames
 from data.evaluation_sets import prepare_sets, read_evaluation_rows, read_in_trained_format
 from data.formats import QA
+from data.reading import ReadingOptions
 from data.tokenizing import tokenize_dataset
 from options import evaluate
 from options.columns import parse_columns
@@ -31,7 +32,9 @@ def tokenize(tmp_path, row: dict, columns: str | None = None, text_column: str |
 
 def read(path, columns=None, text_column=None, dataset_format: str = "auto", tokenizer=BYTES) -> str:
     names = ColumnNames.from_options(columns, text_column)
-    made = tokenize_dataset(str(path), dataset_format, -1, 1000, tokenizer, None, names)
+    made = tokenize_dataset(
+        str(path), ReadingOptions(tokenizer, format=dataset_format, context_length=1000, columns=names)
+    )
     learned = tokenizer.decode(made.tokens[made.learned])
     return f"{tokenizer.decode(made.tokens).removesuffix(learned)}[{learned}]"
 

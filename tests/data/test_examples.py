@@ -10,6 +10,7 @@ import pytest
 
 from benchmarks.make_checkpoint import byte_tokenizer
 from data import examples
+from data.reading import ReadingOptions
 from data.tokenizing import tokenize_dataset
 from options.errors import UserError
 from tests.helpers import chat_templates
@@ -34,28 +35,30 @@ def test_a_row_with_half_a_character_is_named_with_its_column(row, column, tmp_p
     file = write(tmp_path / "a.jsonl", [fine, row])
     error = rf"a\.jsonl:2: column {column} holds half a character \(a surrogate\), '\\ud83d'$"
     with pytest.raises(UserError, match=error):
-        tokenize_dataset(file, "auto", -1, 1000, tokenizer)
+        tokenize_dataset(file, ReadingOptions(tokenizer, context_length=1000))
 
 
 def test_the_user_can_name_the_format(tmp_path):
     file = write(tmp_path / "a.jsonl", [{"text": "### Human: a### Assistant: b"}])
     for name, learned in (("auto", " b</s>"), ("completion", "### Human: a### Assistant: b</s>")):
-        rows = tokenize_dataset(file, name, -1, 100, BYTES)
+        rows = tokenize_dataset(file, ReadingOptions(BYTES, format=name, context_length=100))
         assert BYTES.decode(rows.tokens[rows.learned]) == learned
     with pytest.raises(UserError, match=r"a\.jsonl:1: columns instruction, output are missing or empty"):
-        tokenize_dataset(file, "alpaca", -1, 100, BYTES)
+        tokenize_dataset(file, ReadingOptions(BYTES, format="alpaca", context_length=100))
 
 
 def test_row_numbers_are_the_datasets_own(tmp_path):
     """Rows that are dropped are counted."""
     rows = [{"question": "a", "answer": text} for text in ("b", "", "c", " ", "d")]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    prepared = tokenize_dataset(str(tmp_path / "rows.jsonl"), "auto", -1, 100, byte_tokenizer())
+    prepared = tokenize_dataset(
+        str(tmp_path / "rows.jsonl"), ReadingOptions(byte_tokenizer(), context_length=100)
+    )
     assert prepared.dropped == 2 and prepared.row_numbers.tolist() == [1, 3, 5]
 
 
 def test_dummy_fills_the_context_to_the_last_token():
-    rows = tokenize_dataset("dummy", "auto", 3, 333, BYTES)
+    rows = tokenize_dataset("dummy", ReadingOptions(BYTES, samples=3, context_length=333))
     assert rows.lengths().tolist() == [333] * 3
     assert rows.cut == 3
 
@@ -71,7 +74,7 @@ def test_a_large_chat_file_is_rendered_by_several_processes(tmp_path, monkeypatc
     monkeypatch.setattr(renderer, "__call__", count_workers(renderer.__call__, tmp_path))
     for cores in (3, 1):
         monkeypatch.setattr(examples, "count_cpus", lambda cores=cores: cores)
-        results.add(tokenize_dataset(file, "auto", -1, 512, tokenizer).tokens.numpy().tobytes())
+        results.add(tokenize_dataset(file, ReadingOptions(tokenizer)).tokens.numpy().tobytes())
     assert len(results) == 1  # the same rows in the same order
     assert len(list(tmp_path.glob("worker-*"))) > 2  # several, and this process with one core
 
@@ -80,7 +83,7 @@ def test_a_large_chat_file_is_rendered_by_several_processes(tmp_path, monkeypatc
     with pytest.raises(
         UserError, match=r"a\.jsonl:1501: message 1 has no content, only role; messages must be"
     ):
-        tokenize_dataset(write(tmp_path / "a.jsonl", rows), "auto", -1, 512, tokenizer)
+        tokenize_dataset(write(tmp_path / "a.jsonl", rows), ReadingOptions(tokenizer))
 
 
 def count_workers(render, folder):
@@ -109,4 +112,4 @@ def test_a_data_worker_that_is_killed(tmp_path, monkeypatch):
     with pytest.raises(
         UserError, match="one of 2 processes that render its rows was killed; out of host memory"
     ):
-        tokenize_dataset(str(tmp_path / "rows.jsonl"), "auto", -1, 100, tokenizer)
+        tokenize_dataset(str(tmp_path / "rows.jsonl"), ReadingOptions(tokenizer, context_length=100))

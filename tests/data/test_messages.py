@@ -18,6 +18,7 @@ from data.chat_remarks import describe_hidden_parts
 from data.evaluation_sets import prepare_sets
 from data.examples import read_examples
 from data.messages import check_messages, check_tools
+from data.reading import ReadingOptions
 from data.stop_ids import read_base_stop_ids
 from data.template_date import set_template_date
 from data.tokenizing import tokenize_dataset
@@ -60,11 +61,13 @@ def write(path, *rows: dict) -> str:
 
 
 def trained_text(dataset: str, tokenizer) -> str:
-    return tokenizer.decode(tokenize_dataset(dataset, "auto", -1, 10_000, tokenizer).tokens)
+    return tokenizer.decode(
+        tokenize_dataset(dataset, ReadingOptions(tokenizer, context_length=10_000)).tokens
+    )
 
 
 def learned_text(dataset: str, tokenizer) -> str:
-    rows = tokenize_dataset(dataset, "auto", -1, 10_000, tokenizer)
+    rows = tokenize_dataset(dataset, ReadingOptions(tokenizer, context_length=10_000))
     return tokenizer.decode(rows.tokens[rows.learned])
 
 
@@ -181,7 +184,7 @@ def test_a_turn_that_its_row_leaves_out(flag, tmp_path):
 
 def test_a_row_with_nothing_to_train_is_dropped(tmp_path):
     rows = [{"messages": [user(), says("No", weight=0)]}, {"messages": [user(), says()]}]
-    made = tokenize_dataset(write(tmp_path / "rows.jsonl", *rows), "auto", -1, 1000, QWEN)
+    made = tokenize_dataset(write(tmp_path / "rows.jsonl", *rows), ReadingOptions(QWEN, context_length=1000))
     assert made.dropped == 1 and len(made) == 1
 
 
@@ -443,7 +446,7 @@ def test_turns_under_other_names_than_the_assistant_s_are_told():
 def test_a_conversation_without_an_assistant_is_refused_by_its_roles(tmp_path):
     rows = {"messages": [{"role": "human", "content": "Hi"}, {"role": "gpt", "content": "Yo"}]}
     with pytest.raises(UserError, match=r"rows.jsonl: no message has the role assistant, only human, gpt$"):
-        tokenize_dataset(write(tmp_path / "rows.jsonl", rows), "auto", -1, 1000, QWEN)
+        tokenize_dataset(write(tmp_path / "rows.jsonl", rows), ReadingOptions(QWEN, context_length=1000))
 
 
 def test_tokens_that_the_tokenizer_splits_are_none():
@@ -497,7 +500,7 @@ def test_remarks_reach_the_checks(tmp_path):
     ]
     _, _, evaluation = prepare_sets(parse(options)[0], QWEN)
     assert evaluation.remarks == ("data: the chat template does not show name",)
-    assert read_examples(options[1], "auto", -1, 1000, QWEN).remarks == evaluation.remarks
+    assert read_examples(options[1], ReadingOptions(QWEN, context_length=1000)).remarks == evaluation.remarks
 
 
 def test_the_stops_of_a_base(tmp_path):

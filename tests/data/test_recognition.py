@@ -10,7 +10,7 @@ import pytest
 from benchmarks.make_checkpoint import byte_tokenizer
 from data.examples import read_examples
 from data.formats import GUANACO_MARKERS
-from data.reading import find_format
+from data.reading import ReadingOptions, find_format
 from data.recognition import list_candidates, recognise_format
 from options.errors import UserError
 from tests.helpers import chat_templates
@@ -26,7 +26,9 @@ TOKENIZER = chat_tokenizer(chat_templates.CHATML)
 
 
 def read(path, dataset_format: str = "auto", **more):
-    return read_examples(str(path), dataset_format, -1, 1000, TOKENIZER, **more)
+    return read_examples(
+        str(path), ReadingOptions(TOKENIZER, format=dataset_format, context_length=1000, **more)
+    )
 
 
 def recognise(rows, markers=GUANACO_MARKERS, has_template: bool = True) -> str:
@@ -110,7 +112,7 @@ def test_rows_of_different_formats_are_refused(tmp_path, case):
     rows, told = MIXED[case]
     path = write_file(tmp_path / "a.jsonl", to_jsonl(rows))
     message = f"--dataset {path}: its rows are of different formats: {told.format(path, path)}"
-    for reading in (read, lambda path: find_format(str(path), "auto", has_template=True)):
+    for reading in (read, lambda path: find_format(str(path), ReadingOptions(TOKENIZER))):
         with pytest.raises(UserError, match=f"^{re.escape(message)}.*--dataset_format"):
             reading(path)
 
@@ -241,5 +243,7 @@ def test_columns_that_a_recipe_names_are_read(tmp_path):
         'source = "a.jsonl"\ncolumns = { question = "ask", answer = "reply" }\n'
     ))  # fmt: skip
     assert read(recipe).remarks == ("data: columns that are not read: id",)
-    assert read_examples("dummy", "auto", 3, 10, byte_tokenizer()).remarks == ()
-    assert read_examples("toy", "auto", 3, 10, byte_tokenizer()).remarks == ()
+    assert (
+        read_examples("dummy", ReadingOptions(byte_tokenizer(), samples=3, context_length=10)).remarks == ()
+    )
+    assert read_examples("toy", ReadingOptions(byte_tokenizer(), samples=3, context_length=10)).remarks == ()

@@ -13,6 +13,7 @@ import pytest
 from data import packed_files
 from data.examples import read_examples
 from data.hub_sets import read_hub
+from data.reading import ReadingOptions
 from options.errors import UserError
 from options.exact_json import ExactFloat, number_text, parse_json
 from options.generate import read_prompts
@@ -70,7 +71,7 @@ def test_what_unpacks_to_fifty_times_its_size_is_refused(tmp_path, monkeypatch):
 
 
 def learned(dataset) -> list[str]:
-    rendered = read_examples(str(dataset), "auto", -1, 1000, BYTES).rendered
+    rendered = read_examples(str(dataset), ReadingOptions(BYTES, context_length=1000)).rendered
     return [each.text[start:end] for each in rendered for start, end in each.learned]
 
 
@@ -206,7 +207,7 @@ def test_a_call_of_a_table_shows_its_own_digits(tmp_path):
         "<|im_end|>\n{% endfor %}"
     )
     path = write_parquet(tmp_path / "a.parquet", narrow)
-    (rendered,) = read_examples(str(path), "auto", -1, 1000, tokenizer).rendered
+    (rendered,) = read_examples(str(path), ReadingOptions(tokenizer, context_length=1000)).rendered
     assert rendered.text == tokenizer.apply_chat_template(
         rows[0]["messages"], tools=rows[0]["tools"], tokenize=False
     )
@@ -239,7 +240,7 @@ def test_a_template_gets_the_numbers_that_transformers_gets(tmp_path):
         " }}<|im_end|>\n{% endfor %}"
     )
     (rendered,) = read_examples(
-        str(write_file(tmp_path / "a.jsonl", line)), "auto", -1, 1000, tokenizer
+        str(write_file(tmp_path / "a.jsonl", line)), ReadingOptions(tokenizer, context_length=1000)
     ).rendered
     assert "[1.1, 2000.0]" in rendered.text
     assert rendered.text == tokenizer.apply_chat_template(json.loads(line)["messages"], tokenize=False)

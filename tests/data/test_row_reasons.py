@@ -8,6 +8,7 @@ from pathlib import Path
 import train
 from benchmarks.make_checkpoint import byte_tokenizer
 from data.formats import QA
+from data.reading import ReadingOptions
 from data.row_reasons import (
     CUT_ANSWER,
     CUT_REST,
@@ -41,7 +42,9 @@ def write_rows(folder: Path, rows: list[tuple[str, str]]) -> str:
 
 def test_rows_of_a_file(tmp_path):
     """Each reason is checked by hand: the answers need len + 1 tokens after the prompt's."""
-    made = tokenize_dataset(write_rows(tmp_path, ROWS), "auto", -1, CONTEXT, byte_tokenizer())
+    made = tokenize_dataset(
+        write_rows(tmp_path, ROWS), ReadingOptions(byte_tokenizer(), context_length=CONTEXT)
+    )
     assert made.row_numbers.tolist() == [1, 2, 7, 11]
     assert made.drop_reasons == (
         RowReason(NO_ANSWER, 5, (3, 4, 8)),
@@ -61,7 +64,7 @@ def test_what_is_cut_may_not_be_learned(tmp_path):
     """A question after the last answer; and a text of which nothing but its first token would be left."""
     dialogue = {"text": "### Human: a### Assistant: b### Human: " + "c" * 50}
     file = write_file(tmp_path / "a.jsonl", to_jsonl([dialogue, {"text": "### Human: a"}]))
-    made = tokenize_dataset(str(file), "guanaco", -1, 40, byte_tokenizer())
+    made = tokenize_dataset(str(file), ReadingOptions(byte_tokenizer(), format="guanaco", context_length=40))
     assert made.cut_reasons == (RowReason(CUT_REST, 1, (1,)),)
     assert made.drop_reasons == (RowReason(NO_ANSWER, 1, (2,)),)
 

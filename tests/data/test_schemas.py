@@ -6,10 +6,10 @@ import json
 
 import pytest
 
-from data.columns import NO_NAMES
 from data.evaluation_sets import prepare_sets
 from data.examples import read_examples
 from data.formats import FORMATS, RenderContext, check_row
+from data.reading import ReadingOptions
 from data.tokenizing import tokenize_dataset
 from options.errors import UserError
 from options.train import parse
@@ -28,7 +28,9 @@ CALL = {"name": "f", "arguments": {"city": "Oslo"}}
 def tokenize(tmp_path, rows: list[dict], tokenizer, dataset_format: str = "auto") -> tuple[list[int], str]:
     """Return (the token ids of all rows, the text of those that are learned)."""
     path = write_file(tmp_path / "rows.jsonl", to_jsonl(rows))
-    made = tokenize_dataset(str(path), dataset_format, -1, 10_000, tokenizer)
+    made = tokenize_dataset(
+        str(path), ReadingOptions(tokenizer, format=dataset_format, context_length=10_000)
+    )
     return made.tokens.tolist(), tokenizer.decode(made.tokens[made.learned])
 
 
@@ -104,7 +106,7 @@ def test_sharegpt_in_a_table_and_flags(tmp_path):
     turns = share(("human", "Hi"), ("gpt", "Yo"), ("human", "Bye"), ("gpt", "Ciao"))
     turns[1]["weight"] = 0
     path = write_parquet(tmp_path / "rows.parquet", [{"conversations": turns}])
-    made = tokenize_dataset(str(path), "auto", -1, 1000, CHATML)
+    made = tokenize_dataset(str(path), ReadingOptions(CHATML, context_length=1000))
     assert made.tokens.tolist() == template_ids(CHATML, TALK[1:])
     assert CHATML.decode(made.tokens[made.learned]) == "Ciao<|im_end|>"
 
@@ -174,10 +176,10 @@ def test_a_line_says_what_the_tokenizer_decided(tmp_path):
     path = write_file(tmp_path / "rows.jsonl", to_jsonl([{"input": "2+2?", "output": "4"}]))
     for tokenizer, name, reason in ((CHATML, "chat", "a"), (BYTES, "qa", "no")):
         told = f"data: columns input and output are read as {name}, since the tokenizer has {reason} chat"
-        examples = read_examples(str(path), "auto", -1, 100, tokenizer)
+        examples = read_examples(str(path), ReadingOptions(tokenizer, context_length=100))
         assert examples.format == name and examples.remarks[0].startswith(told)
-        for more in ((name, -1, 100, tokenizer), ("auto", -1, 100, tokenizer, None, NO_NAMES, name)):
-            other = read_examples(str(path), *more)  # named, or the format of the training
+        for more in ({"format": name}, {"preferred": name}):  # named, or the format of the training
+            other = read_examples(str(path), ReadingOptions(tokenizer, context_length=100, **more))
             assert other.rendered == examples.rendered and told not in str(other.remarks)
 
 

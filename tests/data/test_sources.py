@@ -13,6 +13,7 @@ import datasets
 import pytest
 
 from benchmarks.make_checkpoint import byte_tokenizer
+from data.reading import ReadingOptions
 from data.sources import RECIPE_FOLDER, Recipe, find_recipe
 from data.tokenizing import tokenize_dataset
 from options.errors import UserError
@@ -107,7 +108,7 @@ def test_recipes_of_the_hub(hub, name):
     }
     other = others.get(name, "test.jsonl")
     write_file((hub / file).with_name(other), to_jsonl([dict.fromkeys(rows[0], "wrong")]))
-    prepared = tokenize_dataset(name, "auto", -1, 1000, BYTES)
+    prepared = tokenize_dataset(name, ReadingOptions(BYTES, context_length=1000))
     assert answers(prepared) == learned
     assert prepared.dropped == min(len(rows), 512) - len(learned)
 
@@ -120,7 +121,10 @@ def test_a_folder_by_its_path_and_a_hub_id_without_a_recipe(hub, monkeypatch):
     for dataset in (hub / "some" / "data", "some/data", "~/data"):
         monkeypatch.setenv("HOME", str(hub / "some"))
         assert [row["question"] for row in read(dataset, 3)] == ["0", "1", "2"]
-        assert answers(tokenize_dataset(str(dataset), "auto", 2, 1000, BYTES)) == ["yes</s>"] * 2
+        assert (
+            answers(tokenize_dataset(str(dataset), ReadingOptions(BYTES, samples=2, context_length=1000)))
+            == ["yes</s>"] * 2
+        )
 
 
 @pytest.mark.parametrize("offline", [True, False])
@@ -173,10 +177,10 @@ def test_parquet_holds_conversations(tmp_path):
     write_parquet(tmp_path / "a.parquet", [{"messages": messages}])
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = "{% for m in messages %}{{ m.role + ': ' + m.content + eos_token }}{% endfor %}"
-    rows = tokenize_dataset(str(tmp_path / "a.parquet"), "auto", -1, 100, tokenizer)
+    rows = tokenize_dataset(str(tmp_path / "a.parquet"), ReadingOptions(tokenizer, context_length=100))
     assert tokenizer.decode(rows.tokens[rows.learned]) == "assistant: Yo</s>"  # it has no generation prompt
     with pytest.raises(UserError, match=r"a\.parquet row 1: the tokenizer has no chat template"):
-        tokenize_dataset(str(tmp_path / "a.parquet"), "auto", -1, 100, BYTES)
+        tokenize_dataset(str(tmp_path / "a.parquet"), ReadingOptions(BYTES, context_length=100))
 
 
 @pytest.mark.parametrize("name, content, message", [
@@ -204,7 +208,7 @@ def test_malformed_files_are_refused_with_the_line(tmp_path, name, content, mess
 def test_a_row_s_place_is_the_line_it_is_on(tmp_path):
     file = write_file(tmp_path / "a.jsonl", "\n" + to_jsonl([CITY]) + "\n" + to_jsonl([{"instruction": "x"}]))
     with pytest.raises(UserError, match=r"a\.jsonl:4: column output is missing or empty"):
-        tokenize_dataset(str(file), "auto", -1, 100, BYTES)
+        tokenize_dataset(str(file), ReadingOptions(BYTES, context_length=100))
 
 
 def test_a_recipe_of_the_user_s_own(tmp_path):
@@ -215,10 +219,13 @@ def test_a_recipe_of_the_user_s_own(tmp_path):
     recipe = write_file(tmp_path / "mine.toml", (
         'source = "rows.jsonl"\nsamples = 1\ncolumns = { question = "answer", answer = "reply" }\n'
     ))  # fmt: skip
-    assert answers(tokenize_dataset(str(recipe), "auto", -1, 100, BYTES)) == [
+    assert answers(tokenize_dataset(str(recipe), ReadingOptions(BYTES, context_length=100))) == [
         "A</s>"
     ]  # its own number of samples
-    assert answers(tokenize_dataset(str(recipe), "auto", 2, 100, BYTES)) == ["A</s>", "B</s>"]
+    assert answers(tokenize_dataset(str(recipe), ReadingOptions(BYTES, samples=2, context_length=100))) == [
+        "A</s>",
+        "B</s>",
+    ]
     assert [row["question"] for row in read(recipe)] == [
         "Q",
         "R",
@@ -233,7 +240,10 @@ def test_a_recipe_names_stanfords_prompt(tmp_path):
         (dataset, name)
         for dataset in (rows, recipe)
         for name in ("auto", "alpaca", "alpaca_stanford")
-        if "### Response:Paris" in BYTES.decode(tokenize_dataset(str(dataset), name, -1, 1000, BYTES).tokens)
+        if "### Response:Paris"
+        in BYTES.decode(
+            tokenize_dataset(str(dataset), ReadingOptions(BYTES, format=name, context_length=1000)).tokens
+        )
     }
     assert stanfords == {(recipe, "auto"), (recipe, "alpaca_stanford"), (rows, "alpaca_stanford")}
 
@@ -241,7 +251,7 @@ def test_a_recipe_names_stanfords_prompt(tmp_path):
 def test_a_recipe_s_markers_tell_its_format(tmp_path):
     write_file(tmp_path / "rows.jsonl", to_jsonl([{"text": "<u> Hi <b> Yo"}]))
     recipe = write_file(tmp_path / "mine.toml", 'source = "rows.jsonl"\nmarkers = ["<u>", "<b>"]\n')
-    assert answers(tokenize_dataset(str(recipe), "auto", -1, 100, BYTES)) == [" Yo</s>"]
+    assert answers(tokenize_dataset(str(recipe), ReadingOptions(BYTES, context_length=100))) == [" Yo</s>"]
 
 
 @pytest.mark.parametrize("text, message", [

@@ -14,6 +14,7 @@ import evaluate
 import export
 import generate
 from data.encoding import encode
+from data.reading import ReadingOptions
 from data.tokenizing import tokenize_dataset
 from files.names import BLOCKS
 from files.tokenizer import compare_with_files, read_tokenizer
@@ -62,7 +63,9 @@ def test_the_message_names_the_folder_of_a_tokenizer_that_cannot_be_used(checkpo
 
     def refused(words: str) -> None:
         with pytest.raises(UserError, match=rf"^{re.escape(str(folder))}: its tokenizer {words}"):
-            tokenize_dataset(str(alpaca_file), "auto", -1, 100, read_tokenizer(folder, "here"))
+            tokenize_dataset(
+                str(alpaca_file), ReadingOptions(read_tokenizer(folder, "here"), context_length=100)
+            )
 
     path = folder / "tokenizer.json"
     tokenizer_json = json.loads(path.read_text())

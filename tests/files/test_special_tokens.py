@@ -11,6 +11,7 @@ import pytest
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from data.reading import ReadingOptions
 from data.tokenizing import tokenize_dataset
 from files.tokenizer import compare_with_files, read_tokenizer
 from options.errors import UserError
@@ -57,7 +58,10 @@ def test_rows_do_not_end_in_a_token_that_no_file_names(model_type, tokenizer_cla
     ):
         write_tokenizer_folder(folder, model_type, CHATML, **files)
         tokenizer = read_tokenizer(folder, "here")
-        assert tokenize_dataset(str(rows), "auto", 1, 100, tokenizer).tokens[-1] == 258
+        assert (
+            tokenize_dataset(str(rows), ReadingOptions(tokenizer, samples=1, context_length=100)).tokens[-1]
+            == 258
+        )
         assert not any("this id" in remark for remark in compare_with_files(folder, tokenizer).remarks)
 
 

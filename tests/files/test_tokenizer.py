@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer
 
 import block_expansion
 import export
+from data.reading import ReadingOptions
 from data.tokenizing import tokenize_dataset
 from files.names import BLOCKS
 from files.tokenizer import TEXTS, compare_with_files, read_tokenizer, save_to_texts
@@ -313,15 +314,15 @@ def rows(tmp_path_factory):
 
 def assert_tokens_of_training(folder: Path, base: Path, rows: Path) -> None:
     """Check that the folder's tokenizer.json alone makes the tokens of training; the base's does not."""
-    trained = tokenize_dataset(str(rows), "auto", -1, 100, read_tokenizer(base, "here"))
+    trained = tokenize_dataset(str(rows), ReadingOptions(read_tokenizer(base, "here"), context_length=100))
     texts = [json.loads(line)["text"] for line in rows.read_text().splitlines()]
     for path, same in ((folder, True), (base, False)):
         file = Tokenizer.from_file(str(path / "tokenizer.json"))
         ids = [[*file.encode(text).ids, file.token_to_id("</s>")] for text in texts]
         assert (list(itertools.chain(*ids)) == trained.tokens.tolist()) == same
-    assert tokenize_dataset(str(rows), "auto", -1, 100, read_tokenizer(folder, "here")).tokens.equal(
-        trained.tokens
-    )
+    assert tokenize_dataset(
+        str(rows), ReadingOptions(read_tokenizer(folder, "here"), context_length=100)
+    ).tokens.equal(trained.tokens)
 
 
 def test_training_starts_with_a_remark(base, rows, checkpoints, capsys):

@@ -21,6 +21,7 @@ import export
 import finished.evaluate
 import train
 from data.formats import ALPACA, FORMATS, QA, RenderContext
+from data.reading import ReadingOptions
 from data.tokenizing import tokenize_dataset
 from finished.finished_run import load_model, open_run
 from finished.prompt_template import MarkerCriterion
@@ -194,7 +195,7 @@ def test_the_command(train_type, checkpoints, alpaca_file, one_rank, tmp_path, c
 
     wanted = ["--metrics", "perplexity,exact_match", "--max_new_tokens", "5", "--batch_size", "2"]
     results, printed = command(tmp_path / "run", "--dataset", data, *wanted)
-    tokens = tokenize_dataset(str(data), "auto", -1, 512, BYTES)
+    tokens = tokenize_dataset(str(data), ReadingOptions(BYTES))
     if run.adapter:
         base = transformers_model(folder, dense_tensors(model))
     else:
@@ -213,7 +214,7 @@ def test_the_command(train_type, checkpoints, alpaca_file, one_rank, tmp_path, c
     assert results["scored_with"] == {}
 
     less, _ = command(tmp_path / "run", "--dataset", data, "--samples", "1", "--metrics", "perplexity")
-    first = row_by_row(model, tokenize_dataset(str(data), "auto", 1, 512, BYTES))
+    first = row_by_row(model, tokenize_dataset(str(data), ReadingOptions(BYTES, samples=1)))
     assert less["metrics"]["perplexity"]["tuned"] == pytest.approx(first, rel=1e-4)
     assert less["answers"] == [] and list(less["metrics"]) == ["perplexity"]
 

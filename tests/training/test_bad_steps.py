@@ -15,6 +15,7 @@ from torch.distributed.fsdp import fully_shard
 from benchmarks.make_checkpoint import byte_tokenizer
 from checkpoints.storage import checkpoint_folder
 from data.batches import Step, StepSampler
+from data.reading import ReadingOptions
 from data.tokenizing import tokenize_dataset
 from monitoring.metrics import HostEvent, Meter, Metrics, Reading
 from monitoring.tracking import NoTracker
@@ -79,7 +80,7 @@ def test_a_run_that_bad_steps_ended_stays_ended(poisoned, two_ranks, tmp_path):
 
 def sampled_rows(args, step: int) -> list[int]:
     """The numbers of a step's rows, from 1."""
-    rows = tokenize_dataset(str(args[3]), "auto", -1, 512, byte_tokenizer())
+    rows = tokenize_dataset(str(args[3]), ReadingOptions(byte_tokenizer()))
     sampler = StepSampler(rows, 4, 1, 0, 1, seed=3)
     (taken,) = [taken for i, (taken, _) in enumerate(sampler.deal(0), 1) if i == step]
     return sorted(int(i) + 1 for i in taken)
