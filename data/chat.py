@@ -278,7 +278,10 @@ def convert_template_errors(error_prefix: str) -> Iterator[None]:
     except TEMPLATE_ERRORS as e:
         text = str(e).strip().splitlines()
         if text and "chat_template" in text[0]:
-            reason = "the tokenizer has no chat template; use an instruct model, or rows of another format"
+            reason = (
+                "the tokenizer has no chat template; --chat_template gives it one (docs/data.md), or use an"
+                " instruct model"
+            )
         else:
             reason = text[0] if text else type(e).__name__
         raise UserError(f"{error_prefix}: {reason}") from None

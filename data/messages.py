@@ -14,7 +14,7 @@ from options.exact_json import describe_json_type, try_parse_json
 REASONING = ("reasoning_content", "thinking", "reasoning")
 # Keys that say whether a message is learned: TRL's and axolotl's, and OpenAI's.
 FLAGS = ("train", "weight")
-EXPECTED = "messages must be a list of objects with a role and a content, both texts"
+EXPECTED = "messages must be a list of objects with a role and a content, both texts (docs/data.md)"
 
 
 def check_messages(messages: Any, error_prefix: str) -> list[dict]:

@@ -114,7 +114,9 @@ def _check_text(value: Any, column: str, error_prefix: str) -> str:
     if value is None:
         return ""  # an optional column
     if not isinstance(value, str | int | float) or isinstance(value, bool):
-        raise UserError(f"{error_prefix}: column {column} holds a {type(value).__name__}, not a text")
+        raise UserError(
+            f"{error_prefix}: column {column} holds a {type(value).__name__}, not a text (docs/data.md)"
+        )
     if isinstance(value, float) and not math.isfinite(value):
         raise UserError(
             f"{error_prefix}: column {column} holds {value} as a number; leave the row out, or write a text"

@@ -296,6 +296,7 @@ def evaluate(options: Options) -> dict:
         "answered": len(inputs.prompts),
         "unscored": inputs.rows.dropped if inputs.rows else 0,
         "cut_rows": inputs.rows.cut if inputs.rows else 0,
+        "row_reasons": inputs.rows.describe_reasons() if inputs.rows else [],
         "max_new_tokens": options.max_new_tokens,
         "context_length": run.config.context_length,
         "cut": {"base": base_scores.truncated, "tuned": tuned_scores.truncated},
@@ -333,13 +334,7 @@ def describe_scoring_details(results: dict) -> list[str]:
             f"{text_metrics}: of {results['rows']:,} rows {unanswered:,} are left out, without a question or"
             " an answer to compare with"
         )
-    if results["unscored"]:
-        lines.append(f"perplexity: {results['unscored']:,} rows without a learned token are left out")
-    if results["cut_rows"]:
-        lines.append(
-            f"perplexity: {results['cut_rows']:,} rows are cut at the run's context_length of"
-            f" {results['context_length']:,} tokens"
-        )
+    lines += [f"perplexity: {reason}" for reason in results["row_reasons"]]
     base_cut, tuned_cut = results["cut"]["base"], results["cut"]["tuned"]
     if base_cut or tuned_cut:
         lines.append(

@@ -245,7 +245,7 @@ def test_rows_without_an_answer_are_counted(checkpoints, alpaca_file, one_rank, 
     assert (results["rows"], results["answered"], results["unscored"]) == (4, 1, 3)
     left_out = "of 4 rows 3 are left out, without a question or an answer to compare with\n"
     assert f"exact_match, bleu, rouge1, rouge2, rougeL: {left_out}" in printed
-    assert "perplexity: 3 rows without a learned token are left out\n" in printed
+    assert "perplexity: 3 rows dropped: no answer has any text to learn (rows 2, 3, 4)\n" in printed
 
 
 def test_the_runs_own_evaluation_set(checkpoints, alpaca_file, one_rank, tmp_path, command):
@@ -280,9 +280,9 @@ def test_rows_that_are_cut_are_counted(checkpoints, alpaca_file, one_rank, tmp_p
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps({"instruction": "a", "output": "b" * n}) + "\n" for n in (9, 9999)))
     results, printed = command(tmp_path / "run", "--dataset", data, "--metrics", "perplexity")
-    length = results["context_length"]
-    assert results["cut_rows"] == 1
-    assert f"perplexity: 1 rows are cut at the run's context_length of {length:,} tokens\n" in printed
+    reason = "1 row cut: the end of an answer is beyond --context_length (row 2)"
+    assert results["cut_rows"] == 1 and results["row_reasons"] == [reason]
+    assert f"perplexity: {reason}\n" in printed
 
 
 # lm-evaluation-harness
@@ -407,6 +407,7 @@ def test_results_that_cannot_be_written(small_disk, monkeypatch, capsys):
         "answered": 1,
         "unscored": 0,
         "cut_rows": 0,
+        "row_reasons": [],
         "answers": [],
     }
     monkeypatch.setattr(finished.evaluate, "evaluate", lambda options: results)
