@@ -12,6 +12,11 @@ EMPTY_THOUGHT = re.compile(r"\s*(<think>)?\s*</think>")
 WORD = re.compile(r"\S+")
 # Repetitions that a terminal does not show: of a phrase of so many words at most, that stands so often.
 LONGEST_PHRASE, MIN_REPEATS, KEPT_REPEATS = 8, 6, 3
+# A string without spaces that stands at least MIN_REPEATS times: "!!!!!!", "nonononono..."
+STRING_RUN = re.compile(rf"(\S{{1,40}}?)\1{{{MIN_REPEATS - 1},}}")
+# A repetition is shown whole up to this width, since it may be the right answer: "0 0 0 0 0 0 0".
+LINE_WIDTH = 80  # columns of a terminal; Chinese, Japanese and Korean characters take two
+CUT_MARK = " ... (repeated)"
 
 
 def decode_answer(ids: list[int], tokenizer, stop_ids: Collection[int], marker: str | None = None) -> str:
@@ -29,27 +34,52 @@ def decode_answer(ids: list[int], tokenizer, stop_ids: Collection[int], marker: 
 
 
 def cut_repetition(text: str) -> str:
-    """Return a text for a terminal in which words that are repeated many times stand KEPT_REPEATS times.
+    """Return a text for a terminal in which what is repeated many times stands KEPT_REPEATS times.
 
-    "... (repeated)" replaces the others. Up to LONGEST_PHRASE words are looked for; the last one of the text
-    may be incomplete.
+    CUT_MARK replaces the others. Repetitions of up to LONGEST_PHRASE words are cut, and those of a string
+    without spaces (STRING_RUN), if they are wider than a line. The last repetition of the text may be
+    incomplete.
     """
+    return _cut_strings(_cut_phrases(text))
+
+
+def _cut_phrases(text: str) -> str:
+    """Return the text with repetitions of words cut."""
     words = list(WORD.finditer(text))
     texts = [word[0] for word in words]
     shown, read, i = "", 0, 0  # read: characters of the text that `shown` covers
     while i < len(words):
         size, repeats = _count_repeats(texts, i)
-        if repeats < MIN_REPEATS:
+        last = i + size * repeats - 1
+        if repeats < MIN_REPEATS or _measure_width(text[words[i].start() : words[last].end()]) <= LINE_WIDTH:
             i += 1
             continue
-        i += size * repeats
-        shown += text[read : words[i - size * (repeats - KEPT_REPEATS) - 1].end()] + " ... (repeated)"
+        i = last + 1
+        shown += text[read : words[i - size * (repeats - KEPT_REPEATS) - 1].end()] + CUT_MARK
         read = words[i - 1].end()
         rest = texts[i:]
         # What the longest answer has cut off is a repetition as well.
         if len(rest) <= size and " ".join(texts[i - size : i]).startswith(" ".join(rest)):
             return shown
     return shown + text[read:]
+
+
+def _cut_strings(text: str) -> str:
+    """Return the text with repetitions of a string without spaces cut."""
+    shown, read = "", 0
+    for run in STRING_RUN.finditer(text):
+        if _measure_width(run[0]) <= LINE_WIDTH:
+            continue
+        shown += text[read : run.start()] + run[1] * KEPT_REPEATS + CUT_MARK
+        read = run.end()
+        if run[1].startswith(text[read:]):  # the rest is cut off, too
+            return shown
+    return shown + text[read:]
+
+
+def _measure_width(text: str) -> int:
+    """Return the columns that a text takes on a terminal."""
+    return sum(2 if unicodedata.east_asian_width(character) in "WF" else 1 for character in text)
 
 
 def _count_repeats(words: list[str], start: int) -> tuple[int, int]:

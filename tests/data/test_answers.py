@@ -77,9 +77,18 @@ def test_an_empty_thought_is_no_part_of_an_answer(text, shown):
 @pytest.mark.parametrize(("text", "shown"), [
     ("goose " * 30, "goose goose goose ... (repeated)"),
     ("A goose" + " goose" * 30 + " goo", "A goose goose goose ... (repeated)"),  # its last word is cut
-    ("It sat. " * 6 + "Then it left.", "It sat. It sat. It sat. ... (repeated) Then it left."),
-    ("a\n" * 9 + "b c" + " c" * 7, "a\na\na ... (repeated)\nb c c c ... (repeated)"),
-    ("no " * 5, "no " * 5),
+    ("It sat. " * 11 + "Then it left.", "It sat. It sat. It sat. ... (repeated) Then it left."),
+    ("a\n" * 49 + "b c" + " c" * 47, "a\na\na ... (repeated)\nb c c c ... (repeated)"),
+    ("0 " * 40, "0 " * 40),  # not wider than a line
+    ("0 " * 41, "0 0 0 ... (repeated)"),
+    ("A line of twenty ... " * 5, "A line of twenty ... " * 5),
+    ("!" * 81, "!!! ... (repeated)"),
+    ("0" * 80, "0" * 80),
+    ("Ja " + "nein" * 30 + "ne", "Ja neinneinnein ... (repeated)"),
+    ("\u7684" * 41 + "\u3002 ok", "\u7684\u7684\u7684 ... (repeated)\u3002 ok"),  # wide characters
+    ("\u7684" * 40, "\u7684" * 40),
+    ("\u6211\u4e0d\u77e5\u9053\uff0c" * 9, "\u6211\u4e0d\u77e5\u9053\uff0c" * 3 + " ... (repeated)"),
+    ("x" * 9 + "ab" * 90 + " " + "!" * 90, "x" * 9 + "ababab ... (repeated) !!! ... (repeated)"),
     ("1 2 3 1 2 3\n", "1 2 3 1 2 3\n"),
     (" ", " "),
 ])  # fmt: skip
