@@ -9,6 +9,8 @@ from collections.abc import Collection, Iterable
 # Qwen3 and its template write it before an answer without a thought. Prompts of some models already open it.
 OPEN_THOUGHT = "<think>"
 EMPTY_THOUGHT = re.compile(r"\s*(<think>)?\s*</think>")
+# A whole one at the end of a prompt, with the line breaks after it.
+LAST_EMPTY_THOUGHT = re.compile(rf"{OPEN_THOUGHT}\s*</think>\n*\Z")
 WORD = re.compile(r"\S+")
 # Repetitions that a terminal does not show: of a phrase of so many words at most, that stands so often.
 LONGEST_PHRASE, MIN_REPEATS, KEPT_REPEATS = 8, 6, 3

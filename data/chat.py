@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from data.answers import skip_empty_thought
+from data.answers import LAST_EMPTY_THOUGHT, OPEN_THOUGHT, skip_empty_thought
 from data.chat_turns import (
     HELLO,
     OPENINGS,
@@ -27,6 +27,7 @@ from data.chat_turns import (
     common_prefix_length,
     find_endings,
     make_answer,
+    split_at_probe,
     try_apply,
 )
 from data.messages import convert_arguments, drop_train_flags
@@ -59,7 +60,7 @@ class RenderedChat(NamedTuple):
         text: of the conversation.
         learned: ranges of the characters that are learned.
         last_answer_index: index of the learned range that the last answer begins with.
-        has_empty_thought: whether an empty thought was before a learned range, and is not part of it.
+        has_empty_thought: whether the template's empty thought is before a learned range, and not part of it.
     """
 
     text: str
@@ -74,8 +75,8 @@ class ChatTemplate:
     Args:
         tokenizer: transformers' tokenizer. If it has no chat template, the methods raise ValueError.
         day: YYYY-MM-DD, the date for templates that write today's; None = today.
-        empty_thinking: --empty_thinking. With "learn", an empty thought before an answer is learned; with
-            "prompt", prompts end with it.
+        empty_thinking: --empty_thinking. With "learn", the template's empty thought before an answer is
+            learned; with "prompt", prompts end with it.
     """
 
     def __init__(self, tokenizer: Any, day: str | None = None, empty_thinking: str = "auto"):
@@ -149,18 +150,30 @@ class ChatTemplate:
         return RenderedChat(turns.text, learned, last_answer_index, has_empty_thought=learned != marked)
 
     def _skip_empty_thoughts(self, text: str, spans: list[Span]) -> list[Span]:
-        """Return the spans without empty thoughts at their beginning, unless these are learned."""
-        if self.empty_thinking == "learn":
+        """Return the spans without the template's empty thought at their beginning, unless it is learned.
+
+        Any other empty thought is text of the answer, since no prompt can end with it.
+        """
+        if self.empty_thinking == "learn" or not self.empty_thought:
             return spans
-        answers = ((skip_empty_thought(text, start, end), end) for start, end in spans)
+        answers = ((self._skip_empty_thought(text, start, end), end) for start, end in spans)
         return [(start, end) for start, end in answers if start < end]
+
+    def _skip_empty_thought(self, text: str, start: int, end: int) -> int:
+        """Return where an answer begins behind the template's empty thought; `start` without that thought."""
+        behind = skip_empty_thought(text, start, end)
+        opened = text.rfind(OPEN_THOUGHT, 0, behind)
+        if behind == start or not text.startswith(self.empty_thought, opened):
+            return start
+        return opened + len(self.empty_thought)
 
     def render_prompt(self, messages: list[dict], tools: list[dict] | None = None) -> str:
         """Return the text that asks for the last answer; the assistant's messages at the end are left out.
 
         It ends with the generation prompt, or earlier if the template never writes an answer after all of
-        that (DeepSeek R1's opens a thought). With `empty_thinking` "prompt" the empty thought that the
-        template writes before an answer follows, as enable_thinking=False asks Qwen3's template for it.
+        that (DeepSeek R1's opens a thought). With `empty_thinking` "prompt" it ends with the empty thought
+        that the template writes before an answer, as enable_thinking=False asks Qwen3's template for it. With
+        "learn" it ends where that thought differs from the generation prompt, if that opens another one.
         Raises ValueError if there is no message to answer, else one of TEMPLATE_ERRORS if the template fails.
         """
         messages, apply = self.fit_messages(messages), partial(self.apply, tools=tools)
@@ -170,10 +183,11 @@ class ChatTemplate:
             raise ValueError("there is no message to be answered")
         prompt = apply(messages, add_generation_prompt=True)
         head, _, _ = apply([*messages, make_answer(PROBE)]).partition(PROBE)
-        if not head.startswith(prompt):
-            return head[: common_prefix_length(head, prompt)]
-        shows_thought = len(prompt) < skip_empty_thought(head, len(prompt)) == len(head)
-        return head if shows_thought and self.empty_thinking == "prompt" else prompt
+        common = common_prefix_length(head, prompt)
+        if not common < skip_empty_thought(head, common) == len(head):  # no empty thought follows
+            return head[:common]
+        # Nemotron 3's generation prompt ends with "<think>\n", and its empty thought is "<think></think>".
+        return {"prompt": head, "learn": head[:common], "auto": prompt}[self.empty_thinking]
 
     def shows_empty_thought(self) -> bool:
         """Return whether prompts with and without an empty thought differ."""
@@ -218,6 +232,16 @@ class ChatTemplate:
         """Return the tokens of `find_stop_ids`, and EOS if the tokenizer has one."""
         tokens = self.tokenizer.convert_ids_to_tokens(self.find_stop_ids())
         return [token for token in (*tokens, self.tokenizer.eos_token) if token]
+
+    @cached_property
+    def empty_thought(self) -> str:
+        """The empty thought that the template writes before an answer without one; "" if it writes none."""
+        for opening in OPENINGS:
+            split = split_at_probe(self.apply, [*opening, make_answer(PROBE)])
+            if split is not None:
+                thought = LAST_EMPTY_THOUGHT.search(split[0])
+                return thought[0] if thought else ""
+        return ""
 
     @cached_property
     def endings(self) -> TurnEndings:

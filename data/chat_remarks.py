@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
+from data.answers import skip_empty_thought
 from data.chat import ChatTemplate
 from data.chat_turns import OPENINGS, PROBE, TEMPLATE_ERRORS
 from data.messages import FLAGS, REASONING, check_messages, check_tools
@@ -82,7 +83,7 @@ def _list_parts(row: dict) -> Iterator[RowPart]:
                 continue
             if key == "content":
                 yield f"what role {message['role']} says" + " beside tool_calls" * _has_content(calls), i
-                if message["role"] == "assistant" and THOUGHT_END in value:
+                if message["role"] == "assistant" and THOUGHT_END in value[skip_empty_thought(value, 0) :]:
                     yield "<think> in content" + _turn_suffix(i, last_question), i
             else:
                 yield key + _turn_suffix(i, last_question) * (key in REASONING), i
@@ -176,6 +177,7 @@ def _find_outside_turns(
     labels = []
     for label, i in answers:
         content = messages[i]["content"].strip()
+        content = content[skip_empty_thought(content, 0) :]  # it may be part of the prompt
         if content in rendered.text and not any(content in text for text in learned):
             labels.append(label)
     return labels
@@ -251,7 +253,8 @@ def _describe_generation_prompt(chat: ChatTemplate) -> list[str]:
             )
         except TEMPLATE_ERRORS:  # the template needs another opening
             continue
-        if learned_prompt.startswith(prompt):
+        asks_without_thought = chat.empty_thought and learned_prompt.endswith(chat.empty_thought)
+        if learned_prompt.startswith(prompt) or asks_without_thought:
             return []
         differing = prompt[max(len(learned_prompt) - 20, 0) :]
         return [

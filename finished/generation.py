@@ -90,7 +90,7 @@ def make_template(
                 f"{run.folder}: its prompt template is unknown ({e}); name it with --dataset_format"
             ) from None
         name, markers = format_name, list(GUANACO_MARKERS)
-    empty_thinking = {"auto": run.config.empty_thinking, "true": "learn", "false": "prompt"}[thinking]
+    empty_thinking = {"auto": run.config.empty_thinking, "true": "auto", "false": "prompt"}[thinking]
     context = RenderContext(tokenizer, markers, run.config.chat_date, empty_thinking)
     if thinking != "auto" and not (name == "chat" and context.chat.shows_empty_thought()):
         raise UserError(

@@ -363,6 +363,40 @@ def test_an_empty_thought_is_learned_only_on_demand(template):
     assert "Part." in thinking.text[slice(*thinking.learned[-1])]
 
 
+def render_answer(template: str, answer: dict, empty_thinking: str = "auto"):
+    """(the tokenizer, a question and an answer in a template of TRL, the prompt that training asks with)."""
+    tokenizer = tokenizer_of(dataclasses.replace(MODELS["qwen 3"](), template=trl_template(template)))
+    row = check_row({"messages": [user(), answer]}, FORMATS["chat"], "here")
+    rendered = FORMATS["chat"].render(row, RenderContext(tokenizer, empty_thinking=empty_thinking))
+    recorded = "prompt" if rendered.has_empty_thought else empty_thinking
+    return tokenizer, rendered, FORMATS["chat"].prompt(row, RenderContext(tokenizer, empty_thinking=recorded))
+
+
+@pytest.mark.parametrize("template", ["llama3", "gemma3", "qwen2_5", "phi3", "nemotron_3_super"])
+@pytest.mark.parametrize("thought", [EMPTY, "<think>\n</think>"])
+def test_an_empty_thought_that_no_prompt_ends_with_is_text_of_the_answer(template, thought):
+    tokenizer, rendered, asked = render_answer(template, says(thought + "Yo"))
+    default = tokenizer.apply_chat_template([user()], tokenize=False, add_generation_prompt=True)
+    assert asked == default and not rendered.has_empty_thought
+    ((start, end),) = rendered.learned
+    assert rendered.text[:start] == default
+    opened = "<think>\n" if default.endswith("<think>\n") else ""
+    assert (opened + rendered.text[start:end]).startswith(thought + "Yo")
+
+
+@pytest.mark.parametrize("template", ["nemotron_3_nano", "nemotron_3_super", "nemotron_3_super_training"])
+def test_an_empty_thought_that_the_generation_prompt_does_not_open(template):
+    """The generation prompt ends with "<think>\\n", the empty thought is "<think></think>"."""
+    settings = {"tokenize": False, "add_generation_prompt": True}
+    tokenizer, rendered, asked = render_answer(template, says("Yo"))
+    without = tokenizer.apply_chat_template([user()], enable_thinking=False, **settings)
+    assert asked == without == rendered.text[: rendered.learned[0][0]] and asked.endswith("<think></think>")
+    _, rendered, asked = render_answer(template, says("Yo", reasoning_content="Hm."))
+    assert asked == tokenizer.apply_chat_template([user()], **settings) and rendered.text.startswith(asked)
+    _, rendered, asked = render_answer(template, says("Yo"), "learn")
+    assert "</think>Yo" in rendered.text[slice(*rendered.learned[0])] and asked.endswith("assistant\n<think>")
+
+
 @pytest.mark.parametrize("conversation", ["one turn", "three turns", "call without content"])
 def test_markers_around_an_empty_thought_lose_it(conversation):
     made = dataclasses.replace(MODELS["qwen 3"](), template=trl_template("qwen3_training"))

@@ -279,20 +279,42 @@ def told(rows: list[dict], template: str) -> list[str]:
     return [remark for remark in remarks if not remark.startswith(ASKS)]
 
 
+NEMOTRON = trl_template("nemotron_3_nano")
+
+
 @pytest.mark.parametrize("template, asked", [
-    (templates.R1, "<|Assistant|><think>\\n"), (trl_template("nemotron_3_nano"), "assistant\\n<think>\\n"),
+    (templates.R1, "<|Assistant|><think>\\n"), (NEMOTRON, "assistant\\n<think>\\n"),
     (templates.CHATML, None), (templates.LLAMA2, None), (trl_template("qwen3"), None),
     (trl_template("gptoss"), None),
 ])  # fmt: skip
 def test_answers_that_do_not_follow_the_generation_prompt_are_told(template, asked):
-    """Against transformers' own prompt, which servers write."""
+    """Against transformers' own prompt, which servers write.
+
+    Nemotron's opens a thought that is not its empty one, so the latter is learned behind another text.
+    """
     tokenizer, messages = tokenizer_of(template), [user()]
     prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     shown = tokenizer.apply_chat_template([*messages, says("Yo")], tokenize=False)
-    remarks = describe_hidden_parts(ChatTemplate(tokenizer), [{"messages": [user(), says()]}])
+    chat = ChatTemplate(tokenizer, empty_thinking="learn")
+    remarks = describe_hidden_parts(chat, [{"messages": [user(), says()]}])
     found = [remark for remark in remarks if remark.startswith(ASKS)]
     assert bool(found) == (not shown.startswith(prompt)) == (asked is not None)
     assert all(asked in remark for remark in found)
+
+
+@pytest.mark.parametrize("empty_thinking", ["auto", "prompt"])
+def test_nemotron_learns_to_answer_after_both_of_its_prompts(empty_thinking):
+    """With a thought after one, without a thought after the other."""
+    chat = ChatTemplate(tokenizer_of(NEMOTRON), empty_thinking=empty_thinking)
+    assert not describe_hidden_parts(chat, [{"messages": [user(), says()]}])
+
+
+@pytest.mark.parametrize("thought", ["<think>\n\n</think>\n\n", "<think></think>"])
+@pytest.mark.parametrize("template", ["qwen3", "qwen2_5", "qwen3_8", "nemotron_3_nano", "deepseekv3"])
+def test_an_empty_thought_is_neither_hidden_nor_outside(template, thought):
+    """Earlier turns too; what is learned has the answer."""
+    rows = [{"messages": [user(), says(f"{thought}number 0"), user(), says(f"{thought}number 1")]}] * 8
+    assert told(rows, trl_template(template)) == []
 
 
 def test_what_a_template_does_not_show_is_told(tmp_path):
