@@ -13,20 +13,31 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-from tokenizers import AddedToken
+from tokenizers import AddedToken, Tokenizer
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from data.chat import ChatTemplate
 from data.chat_turns import HELLO, OPENINGS, PROBE, QUESTION_PROBE, TEMPLATE_ERRORS, make_answer, try_apply
+from data.messages import REASONING
 from files.tokenizer import TokenizerDifferences, compare_with_files, read_tokenizer, save_to_texts
 from options.config import CHAT_TEMPLATES
 from options.errors import UserError, describe, join_names
-from options.limits import MAX_TEMPLATE_BYTES, read_text
+from options.exact_json import parse_json
+from options.limits import MAX_TEMPLATE_BYTES, MAX_TEMPLATE_FILE_BYTES, read_text
 
 FOLDER = Path(__file__).parent / "templates"
 TEMPLATE_CODE = re.compile(r"\{\{|\{%")
+SURROGATE = re.compile("[\ud800-\udfff]")  # half of a character, which JSON can write and UTF-8 cannot
 # Texts that get a token of their own: <|im_start|>, <|eot_id|>, and Gemma's.
 MARKER = re.compile(r"<\|[^<>|\s]{1,40}\|>|<(?:start|end)_of_turn>")
+# Parts of a conversation that have markers of their own in some templates, and that others refuse.
+SYSTEM = {"role": "system", "content": "Be kind."}
+FUNCTION = {"name": "f", "description": "F.", "parameters": {"type": "object", "properties": {}}}
+TOOL = {"type": "function", "function": FUNCTION}
+CALL = {"id": "call00001", "type": "function", "function": {"name": "f", "arguments": {}}}
+CALLING = {"role": "assistant", "content": "", "tool_calls": [CALL]}
+RESULT = {"role": "tool", "name": "f", "tool_call_id": "call00001", "content": "1"}
+THINKING = {"role": "assistant", "content": "Yo", **dict.fromkeys(REASONING, "Hm.")}
 
 
 def read_template(choice: str) -> str:
@@ -49,16 +60,43 @@ def _find_text(choice: str) -> tuple[str, str]:
     path = str(FOLDER / f"{choice}.jinja") if choice in CHAT_TEMPLATES else os.path.expanduser(choice)
     # Path.is_file raises for a text that is too long for a name.
     if TEMPLATE_CODE.search(choice) and not os.path.isfile(path):
-        return "--chat_template", choice
+        return "--chat_template", _read_json_template(choice, "", "--chat_template")
     origin = f"--chat_template {choice}"
     try:
-        return origin, read_text(Path(path), MAX_TEMPLATE_BYTES)
+        text = read_text(Path(path), MAX_TEMPLATE_FILE_BYTES)
     except UnicodeDecodeError:
         raise UserError(f"{origin}: not a UTF-8 text; expected a Jinja template") from None
     except (OSError, ValueError) as e:  # ValueError: a NUL in the name
         reason = getattr(e, "strerror", None) or e
         names = ", ".join(CHAT_TEMPLATES)
         raise UserError(f"{origin}: {reason}; expected {names}, or a file with a Jinja template") from None
+    text = _read_json_template(text, path, origin)
+    if len(text.encode()) > MAX_TEMPLATE_BYTES:
+        raise UserError(f"{origin}: has more than {MAX_TEMPLATE_BYTES:,} bytes, the most that a template has")
+    return origin, text
+
+
+def _read_json_template(text: str, path: str, origin: str) -> str:
+    """Return the template in the text of chat_template.json or tokenizer_config.json; other texts unchanged.
+
+    Raises UserError if a JSON object, or a file named .json, has no template.
+    """
+    try:
+        value = parse_json(text)
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict) and not path.lower().endswith(".json"):
+        return text
+    template = value.get("chat_template") if isinstance(value, dict) else None
+    if isinstance(template, list):  # named templates
+        named = [each for each in template if isinstance(each, dict)]
+        template = next((each.get("template") for each in named if each.get("name") == "default"), None)
+    if not isinstance(template, str) or SURROGATE.search(template):
+        raise UserError(
+            f"{origin}: expected a Jinja template, or a JSON object whose key chat_template holds one, or a"
+            " list of templates of which one is named default"
+        )
+    return template
 
 
 def use_template(tokenizer: Any, choice: str, embedding_rows: int) -> list[str]:
@@ -81,7 +119,10 @@ def use_template(tokenizer: Any, choice: str, embedding_rows: int) -> list[str]:
 
 
 def _render_example(tokenizer: Any, origin: str) -> str:
-    """Return the text of a question, its answer, and the request for an answer. Raises UserError."""
+    """Return the text of a question and its answer, followed by those of conversations of all other kinds.
+
+    The others are left out where the template refuses them. Raises UserError if it refuses the first.
+    """
     apply, reasons = ChatTemplate(tokenizer).apply, []
     for opening in OPENINGS:
         asked = [*opening[:-1], opening[-1] | {"content": QUESTION_PROBE}]
@@ -92,9 +133,28 @@ def _render_example(tokenizer: Any, origin: str) -> str:
             continue
         hidden = "the answer" if PROBE not in text else "the question" if QUESTION_PROBE not in text else ""
         if not hidden:
-            return text + (try_apply(apply, asked, add_generation_prompt=True) or "")
+            text += try_apply(apply, asked, add_generation_prompt=True) or ""
+            return text + _render_other_parts(tokenizer, asked)
         reasons.append(f"it does not show {hidden}")
     raise UserError(f"{origin}: does not render a conversation: {reasons[0]}")
+
+
+def _render_other_parts(tokenizer: Any, asked: list[dict]) -> str:
+    """Return the texts of conversations with a system prompt, thoughts, tools, calls and results.
+
+    asked: messages that the template accepts, a user's last.
+    """
+    chat, answer = ChatTemplate(tokenizer), make_answer("Yo")
+    conversations: list[tuple[list[dict], list[dict] | None]] = [
+        ([*asked, answer, HELLO, answer], None),
+        ([SYSTEM, *(message for message in asked if message["role"] != "system"), answer], None),
+        ([*asked, THINKING], None),
+        ([*asked, answer], [TOOL]),
+        ([*asked, CALLING], [TOOL]),
+        ([*asked, CALLING, RESULT, answer], [TOOL]),
+    ]
+    texts = (try_apply(chat.apply, chat.fit_messages(m), tools=tools) for m, tools in conversations)
+    return "".join(filter(None, texts))
 
 
 def _describe_error(e: Exception) -> str:
@@ -114,18 +174,23 @@ def _add_tokens(tokenizer: Any, text: str, embedding_rows: int) -> list[str]:
     vocabulary, added = tokenizer.get_vocab(), tokenizer.get_added_vocab()
     lacking = [marker for marker in dict.fromkeys(MARKER.findall(text)) if marker not in added]
     new = [marker for marker in lacking if marker not in vocabulary]
-    first = max(vocabulary.values()) + 1
     if not lacking:
         return []
-    # tokenizers counts ids from the number of tokens, which is too small for a vocabulary with gaps.
-    if first + len(new) > embedding_rows or (new and first != len(tokenizer)):
+    tokens = [AddedToken(marker, special=True, normalized=False) for marker in lacking]
+    ids = _find_new_ids(tokenizer, tokens, new)
+    if ids is None or max(ids, default=0) >= embedding_rows:
+        last = max(vocabulary.values())
+        reason = f"the model no room: {embedding_rows:,} rows of the embedding for {last + 1:,} ids"
+        if ids is None:
+            reason = (
+                f"can take none, since its ids have a gap: {len(vocabulary):,} tokens, ids up to {last:,}"
+            )
         return [
-            f"chat template: the tokenizer has no token for {join_names(lacking)}, and the model no room:"
-            f" {embedding_rows:,} rows of the embedding for {first:,} ids. They are encoded as ordinary text"
+            f"chat template: the tokenizer has no token for {join_names(lacking)}, and {reason}. They are"
+            " encoded as ordinary text"
         ]
-    tokenizer.add_tokens([AddedToken(m, special=True, normalized=False) for m in lacking])
-    ids = tokenizer.convert_tokens_to_ids(new)
-    assert ids == [*range(first, first + len(new))], ids
+    tokenizer.add_tokens(tokens)
+    assert tokenizer.convert_tokens_to_ids(new) == ids
     if not new:
         return []
     named = ", ".join(f"{token} ({i})" for token, i in zip(new, ids, strict=True))
@@ -133,6 +198,31 @@ def _add_tokens(tokenizer: Any, text: str, embedding_rows: int) -> list[str]:
         f"chat template: new tokens {named}, for which the base has unused rows of embedding and head; only"
         " a run that trains these learns them"
     ]
+
+
+def _find_new_ids(tokenizer: Any, tokens: list[AddedToken], new: list[str]) -> list[int] | None:
+    """Return the ids that a tokenizer gives new tokens; None if a gap in its ids makes them unusable.
+
+    Without a gap they are the next ids. With one, the tokenizers library counts from the number of the
+    model's tokens, or from the largest id of an added token. Such an id may be that of another token, and it
+    may change when tokenizer.json is read again. So it is tried on copies.
+
+    Args:
+        tokenizer: transformers' tokenizer.
+        tokens: all tokens to add.
+        new: the texts of those that are not in the vocabulary.
+    """
+    vocabulary = tokenizer.get_vocab()
+    first = max(vocabulary.values()) + 1
+    if first == len(tokenizer):
+        return [*range(first, first + len(new))]
+    trial = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    before = trial.get_vocab()
+    trial.add_tokens(tokens)
+    read_again = Tokenizer.from_str(trial.to_str())
+    ids, later = ([each.get_vocab()[token] for token in new] for each in (trial, read_again))
+    stay = ids == later and before == vocabulary
+    return ids if stay and not {*vocabulary.values()}.intersection(ids) else None
 
 
 def _describe_missing_bos(tokenizer: Any, text: str) -> list[str]:

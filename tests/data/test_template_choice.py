@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from benchmarks.make_checkpoint import byte_tokenizer
 from data.chat_turns import TEMPLATE_ERRORS
@@ -112,11 +117,40 @@ def test_markers_become_tokens_where_the_embedding_has_room_for_all(name):
     assert markers[-1] in tokenizer.decode(row.tokens[row.learned])  # letters, which end the answer
 
 
-def test_a_vocabulary_with_gaps_gets_no_tokens():
-    """The tokenizers library would give a new token the id of another one."""
-    tokenizer = byte_tokenizer()
-    tokenizer.get_vocab = lambda: {"a": 270}
-    assert "are encoded as ordinary text" in use_template(tokenizer, "chatml", ROOM)[-1]
+def gapped_tokenizer(ids: list[int], added: list[str]):
+    """A tokenizer whose words w0, w1, ... have these ids, of which those in `added` are added tokens."""
+    words = {f"w{i}": i for i in ids} | {"<s>": 0}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel(words, unk_token="<s>")), unk_token="<s>", eos_token="<s>"
+    )
+    tokenizer.add_tokens(added, special_tokens=True)
+    return tokenizer
+
+
+def test_a_vocabulary_with_a_gap_gets_free_ids(tmp_path):
+    """The saved tokenizer has them, too, and no other token has lost its id."""
+    tokenizer = gapped_tokenizer([1, 2, 9], [])
+    before = tokenizer.get_vocab()
+    assert "new tokens <|im_start|> (4)" in use_template(tokenizer, "chatml", 10)[-1]
+    tokenizer.save_pretrained(tmp_path)
+    for each in (tokenizer, AutoTokenizer.from_pretrained(tmp_path)):
+        assert each.convert_tokens_to_ids(MARKERS["chatml"]) == [4, 5]
+        assert before.items() <= each.get_vocab().items()
+    tokenizer = gapped_tokenizer([1, 2, 9], [])
+    assert "the model no room" in use_template(tokenizer, "chatml", 5)[-1]
+    assert tokenizer.get_vocab() == before
+
+
+@pytest.mark.parametrize(("ids", "added"), [
+    ([1, 2, 4], []),  # the tokenizers library would give a new token the id of another one
+    ([1, 2, 9], ["w9"]),  # it would give a new token the id 10, and 4 when tokenizer.json is read
+])  # fmt: skip
+def test_a_vocabulary_with_a_gap_that_allows_no_tokens(ids, added):
+    tokenizer = gapped_tokenizer(ids, added)
+    before = tokenizer.get_vocab()
+    (remark,) = use_template(tokenizer, "chatml", ROOM)
+    assert f"can take none, since its ids have a gap: 4 tokens, ids up to {ids[-1]}. They" in remark
+    assert "are encoded as ordinary text" in remark and tokenizer.get_vocab() == before
 
 
 def test_a_missing_bos_is_told():
@@ -138,6 +172,55 @@ def test_a_file_and_its_text_are_the_same_choice(tmp_path):
     row = {"messages": [USER, {"role": "assistant", "content": "Yo"}]}
     one = FORMATS["chat"].render(row, RenderContext(tokenizer))
     assert [one.text[start:end] for start, end in one.learned] == [" Hi ", "Yo"]
+
+
+TURN = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}"
+CALLED = "{% if m.tool_calls %}<|call|>{{ m.tool_calls[0].function.name }}{% endif %}"
+THOUGHT = "{% if m.reasoning_content %}<|thought|>{% endif %}"
+REFUSED = "{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+
+
+@pytest.mark.parametrize(("text", "markers"), [
+    (TURN + "{% endfor %}", ["<|user|>", "<|assistant|>", "<|system|>", "<|tool|>"]),
+    (TURN + CALLED + THOUGHT + "{% endfor %}{% if tools %}<|tools|>{% endif %}",
+        ["<|user|>", "<|assistant|>", "<|system|>", "<|thought|>", "<|tools|>", "<|call|>", "<|tool|>"]),
+    (TURN + REFUSED + "{% endfor %}", ["<|user|>", "<|assistant|>", "<|tool|>"]),
+])  # fmt: skip
+def test_the_markers_of_all_roles_become_tokens(text, markers):
+    """In the order in which the template writes them; a role that it refuses is left out."""
+    first = len(byte_tokenizer())
+    tokenizer, remarks = chosen(text, first + len(markers))
+    assert tokenizer.convert_tokens_to_ids(markers) == [*range(first, first + len(markers))]
+    assert all(marker in remarks[-1] for marker in markers)
+    assert "are encoded as ordinary text" in chosen(text, first + len(markers) - 1)[1][-1]
+
+
+NAMED = [{"name": "tool_use", "template": "{{ tools }}"}, {"name": "default", "template": PLAIN_CHATML}]
+
+
+@pytest.mark.parametrize("value", [PLAIN_CHATML, NAMED])
+def test_a_json_file_of_the_hub_holds_a_template(value, tmp_path):
+    """chat_template.json, and tokenizer_config.json under any name, which can be large."""
+    for name in ("chat_template.json", "tokenizer_config"):
+        path = tmp_path / name
+        path.write_text(json.dumps({"chat_template": value, "added_tokens_decoder": "x" * 200_000}, indent=2))
+        assert read_template(str(path)) == chosen(str(path))[0].chat_template == PLAIN_CHATML
+    assert read_template(json.dumps({"chat_template": value})) == PLAIN_CHATML
+
+
+@pytest.mark.parametrize(("name", "text"), [
+    ("tokenizer_config.json", '{"eos_token": "{{ messages }}"}'),
+    ("named", json.dumps({"chat_template": NAMED[:1]})),
+    ("list.json", json.dumps(NAMED)),
+    ("cut.json", json.dumps({"chat_template": PLAIN_CHATML})[:-9]),
+    ("half.json", '{"chat_template": "{{ messages }}\\ud83d"}'),
+    ("null", '{"chat_template": null}'),
+])  # fmt: skip
+def test_a_json_file_without_a_template(name, text, tmp_path):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match="or a JSON object whose key chat_template holds one") as e:
+        read_template(str(tmp_path / name))
+    assert str(e.value).startswith(f"--chat_template {tmp_path / name}: ")
 
 
 @pytest.mark.parametrize("name", CHAT_TEMPLATES)
