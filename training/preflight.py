@@ -17,7 +17,7 @@ from checkpoints import resume
 from checkpoints.storage import Checkpoint
 from data.evaluation_data import EvaluationData
 from data.evaluation_sets import prepare_sets, rename_option_in_errors
-from data.formats import RenderContext
+from data.formats import FORMATS, RenderContext
 from data.packing import make_sampler
 from data.row_text import record_examples
 from data.rows import TokenizedRows
@@ -209,10 +209,7 @@ def _check_data(config: Config, model: _Model) -> tuple[Config, TokenizedRows, E
         config = dataclasses.replace(config, chat_template=tokenizer.chat_template)
     config, rows, evaluation = prepare_sets(config, tokenizer)
     if config.chat_template is not None and config.dataset_format != "chat":
-        raise UserError(
-            f"--chat_template: has no effect on rows of the format {config.dataset_format}; it renders"
-            " conversations (docs/data.md)"
-        )
+        raise UserError(_describe_unused_template(config.dataset_format))
     if max(int(rows.tokens.max()), evaluation.largest_id()) >= model.config.vocab_size:
         raise UserError(
             f"--model_name {folder}: the tokenizer returns ids of vocab_size"
@@ -224,6 +221,15 @@ def _check_data(config: Config, model: _Model) -> tuple[Config, TokenizedRows, E
     remarks = (*template_remarks, *evaluation.remarks)
     evaluation = dataclasses.replace(evaluation, stop_ids=tuple(stop_ids), remarks=remarks)
     return config, rows, evaluation, tokenizer
+
+
+def _describe_unused_template(format_name: str) -> str:
+    """Return the error of a --chat_template for rows of another format than chat."""
+    text = f"--chat_template: has no effect on rows of the format {format_name}"
+    columns = [schema.required for schema in FORMATS["chat"].schemas if schema.has_texts]
+    if any(schema.required in columns for schema in FORMATS[format_name].schemas):
+        return f"{text}; --dataset_format chat renders such rows as conversations (docs/data.md)"
+    return f"{text}; it renders conversations (docs/data.md)"
 
 
 def remarks_on_model(model_config: PretrainedConfig, folder: Path, was_untied: bool) -> list[str]:

@@ -131,10 +131,17 @@ def test_a_tokenizer_beside_no_run_is_the_user_s(tmp_path):
 @pytest.mark.parametrize(("data", "template", "words"), [
     ("rows", "nowhere.jinja", "--chat_template nowhere.jinja: No such file or directory; expected chatml"),
     ("rows", "{{ messages }}{{ nothing.x }}", "line 1: 'nothing' is undefined"),
-    ("alpaca_file", "chatml", "--chat_template: has no effect on rows of the format alpaca"),
+    ("alpaca_file", "chatml", "--chat_template: has no effect on rows of the format alpaca; --dataset_format"
+     " chat renders such rows as conversations"),
+    ({"question": "Hi", "answer": "Yo"}, "chatml", "of the format qa; --dataset_format chat renders such"),
+    ({"text": "Hi"}, "chatml", "of the format completion; it renders conversations"),
 ])  # fmt: skip
 def test_bad_input_writes_nothing(data, template, words, base, tmp_path, capsys, request):
-    dataset = request.getfixturevalue(data)
+    if isinstance(data, dict):
+        dataset = tmp_path / "rows.jsonl"
+        dataset.write_text(json.dumps(data) + "\n")
+    else:
+        dataset = request.getfixturevalue(data)
     out = tmp_path / "out"
     options = ["--model_name", base, "--dataset", dataset, "--output_dir", out, "--chat_template", template]
     assert train.main([*map(str, options), "--world_size", "1"]) == 2
