@@ -28,8 +28,8 @@ from options.limits import MAX_TEMPLATE_BYTES, MAX_TEMPLATE_FILE_BYTES, read_tex
 FOLDER = Path(__file__).parent / "templates"
 TEMPLATE_CODE = re.compile(r"\{\{|\{%")
 SURROGATE = re.compile("[\ud800-\udfff]")  # half of a character, which JSON can write and UTF-8 cannot
-# Texts that get a token of their own: <|im_start|>, <|eot_id|>, and Gemma's.
-MARKER = re.compile(r"<\|[^<>|\s]{1,40}\|>|<(?:start|end)_of_turn>")
+# Texts that get a token of their own: <|im_start|>, Gemma 4's <turn|>, DeepSeek's wide bars, Gemma's markers.
+MARKER = re.compile(r"<[|｜][^<>|｜\s]{1,40}[|｜]?>|<[^<>|｜\s]{1,40}[|｜]>|<(?:start|end)_of_turn>")
 # Parts of a conversation that have markers of their own in some templates, and that others refuse.
 SYSTEM = {"role": "system", "content": "Be kind."}
 FUNCTION = {"name": "f", "description": "F.", "parameters": {"type": "object", "properties": {}}}

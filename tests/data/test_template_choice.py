@@ -195,6 +195,17 @@ def test_the_markers_of_all_roles_become_tokens(text, markers):
     assert "are encoded as ordinary text" in chosen(text, first + len(markers) - 1)[1][-1]
 
 
+@pytest.mark.parametrize(("template", "markers"), [
+    ("deepseekv3", ["<｜User｜>", "<｜Assistant｜>", "<｜tool▁call▁begin｜>", "<｜tool▁outputs▁end｜>"]),
+    ("gemma4_v5", ["<|turn>", "<turn|>", "<|tool_call>", "<tool_call|>", "<|tool_response>"]),
+    ("glm4moe", ["<|user|>", "<|assistant|>", "<|system|>", "<|observation|>"]),
+])  # fmt: skip
+def test_the_markers_of_known_templates_become_tokens(template, markers):
+    tokenizer, _ = chosen(trl_template(template), 400)
+    ids = tokenizer.convert_tokens_to_ids(markers)
+    assert len({*ids}) == len(markers) and min(ids) >= len(byte_tokenizer())
+
+
 NAMED = [{"name": "tool_use", "template": "{{ tools }}"}, {"name": "default", "template": PLAIN_CHATML}]
 
 
