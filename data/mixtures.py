@@ -61,6 +61,9 @@ def read_mixture(dataset: str, options: ReadingOptions) -> Mixture:
     options: how each set is read; samples: number of rows of each set.
     """
     shares = split_mixture(dataset)
+    if len(shares) > 1:
+        columns = dataclasses.replace(options.columns, is_of_mixture=True)
+        options = dataclasses.replace(options, columns=columns)
     sets = [read_examples(share.name, options) for share in shares]
     _check_one_template(dataset, shares, sets)
     named = zip(shares, sets, strict=True)

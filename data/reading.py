@@ -118,8 +118,8 @@ def read_format_rows(dataset: str, options: ReadingOptions) -> FormatRows:
     ]
     if options.format == recipe.format == options.preferred == "auto":
         remarks += _describe_choice(name, schemas[0], options.has_template)
-    read = zip(data.rows, matched, data.origins, strict=True)
-    rows = [schema.read(row, f"--dataset {origin}") for row, schema, origin in read]
+    read, named = zip(data.rows, matched, data.origins, strict=True), renamed.describe()
+    rows = [schema.read(row, f"--dataset {origin}", renamed=named) for row, schema, origin in read]
     return FormatRows(rows, data.origins, name, recipe.markers, tuple(remarks), data.commit)
 
 

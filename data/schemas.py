@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
+from types import MappingProxyType
 from typing import Any
 
 from data.sharegpt import rename_message_keys
@@ -75,22 +76,33 @@ class Schema:
             return False
         return not self.is_list or any(isinstance(row.get(column), list) for column in self.required)
 
-    def read(self, row: Mapping, error_prefix: str, needs_answer: bool = True) -> dict:
+    def read(
+        self,
+        row: Mapping,
+        error_prefix: str,
+        needs_answer: bool = True,
+        renamed: Mapping[str, str] = MappingProxyType({}),
+    ) -> dict:
         """Return a row in the columns that the format renders. Texts are checked, messages are not.
 
-        Raises UserError for columns that are missing or unusable. needs_answer: as in `fits`.
+        Args:
+            row: {column: value}.
+            error_prefix: begins each error.
+            needs_answer: as in `fits`.
+            renamed: {a column: what the data calls it, and why}, for errors.
+
+        Raises UserError for columns that are missing or unusable.
         """
         needed = self.required if needs_answer else [c for c in self.required if c != self.answer_column]
         missing = [column for column in needed if row.get(column) is None]
         if missing:
-            found = [str(column) for column in row if row[column] is not None]
-            columns = f"columns {', '.join(missing)} are" if len(missing) > 1 else f"column {missing[0]} is"
-            has_others = needs_answer and not {*found} <= {*self.columns}
+            names = ", ".join(renamed.get(column, column) for column in missing)
+            columns = f"columns {names} are" if len(missing) > 1 else f"column {names} is"
+            found = [str(column) for column in row if row[column] is not None and column not in renamed]
+            content = f"; columns with content: {join_columns(found)}" if found else ""
+            has_others = needs_answer and not {*missing} <= {*renamed} and not {*found} <= {*self.columns}
             remedy = "; --columns says which to read as these (docs/data.md)" if has_others else ""
-            raise UserError(
-                f"{error_prefix}: {columns} missing or empty; columns with content:"
-                f" {join_columns(found)}{remedy}"
-            )
+            raise UserError(f"{error_prefix}: {columns} missing or empty{content}{remedy}")
         values = {column: row.get(column) for column in self.columns}
         if self.has_texts:
             values = {column: _check_text(value, column, error_prefix) for column, value in values.items()}

@@ -8,6 +8,7 @@ from checkpoints.resume import is_fixed
 from data.columns import ColumnNames
 from data.evaluation_sets import prepare_sets, read_evaluation_rows, read_in_trained_format
 from data.formats import QA
+from data.mixtures import read_mixture
 from data.reading import ReadingOptions
 from data.tokenizing import tokenize_dataset
 from options import evaluate
@@ -78,6 +79,68 @@ def test_the_system_prompt_of_openorca(tmp_path):
 ])  # fmt: skip
 def test_a_column_of_text(row, text, tmp_path):
     assert tokenize(tmp_path, row, None, "body") == tokenize(tmp_path, row, "text=body") == text
+
+
+LACKING = {  # rows of which the last one lacks a named column, the columns, the error
+    "its own text": (
+        [{"text": "META1", "body": "real"}, {"text": "META2"}],
+        {"text": "body"},
+        r":2: column body \({}\) is missing or empty$",
+    ),
+    "its own question": (
+        [ROW, {"question": "META", "answer": "META"}],
+        {"question": "prompt", "answer": "reply"},
+        r":2: columns prompt \({}\), reply \({}\) are missing or empty$",
+    ),
+    "names that change places": (
+        [{"question": "So.", "answer": "Why?"}, {"question": "So."}],
+        {"question": "answer", "answer": "question"},
+        r":2: column answer \({}\) is missing or empty$",
+    ),
+    "a null": (
+        [{"text": "META1", "body": "real", "id": 1}, {"text": "META2", "body": None, "id": 2}],
+        {"text": "body"},
+        r":2: column body \({}\) is missing or empty; columns with content: id$",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", LACKING)
+def test_a_row_without_the_named_column_is_refused(case, tmp_path):
+    """Not the column of the format's own name is read, which is another one."""
+    rows, columns, words = LACKING[case]
+    path = write_file(tmp_path / "rows.jsonl", to_jsonl(rows))
+    given = [f"{ours}={theirs}" for ours, theirs in columns.items()]
+    with pytest.raises(UserError, match=words.format(*(f"--columns {each}" for each in given))):
+        read(path, ",".join(given))
+    quoted = ", ".join(f'{ours} = "{theirs}"' for ours, theirs in columns.items())
+    recipe = write_file(tmp_path / "r.toml", f'source = "rows.jsonl"\ncolumns = {{ {quoted} }}\n')
+    with pytest.raises(UserError, match=words.format(*["`columns` of the recipe"] * 2)):
+        read(recipe)
+
+
+def test_an_optional_column_of_a_row_is_not_replaced_by_another(tmp_path):
+    rows = [{"question": "Why?", "answer": "So.", "ctx": "C"},
+            {"question": "Why?", "answer": "So.", "context": "META"}]  # fmt: skip
+    text = read(write_file(tmp_path / "rows.jsonl", to_jsonl(rows)), "context=ctx")
+    assert "META" not in text and text.count("### Context:\nC\n") == 1
+
+
+def test_the_names_are_for_every_set_of_a_mixture(tmp_path):
+    write_file(tmp_path / "a.jsonl", to_jsonl([{"q": "Why?", "a": "So."}]))
+    write_file(tmp_path / "b.jsonl", to_jsonl([ROW]))
+    options = ReadingOptions(BYTES, columns=ColumnNames.from_options("question=q,answer=a", None))
+    with pytest.raises(
+        UserError, match=r"b\.jsonl: .* no column q; .*every set of the mixture, and a recipe"
+    ):
+        read_mixture(f"{tmp_path}/a.jsonl,{tmp_path}/b.jsonl", options)
+    recipe = 'source = "{}.jsonl"\ncolumns = {{ question = "{}", answer = "{}" }}\n'
+    write_file(tmp_path / "a.toml", recipe.format("a", "q", "a"))
+    write_file(tmp_path / "b.toml", recipe.format("b", "prompt", "reply"))
+    mixture = read_mixture(f"{tmp_path}/a.toml,{tmp_path}/b.toml", ReadingOptions(BYTES))
+    assert {row.text for each in mixture.sets for row in each.rendered} == {
+        QA.format(question="Why?") + "So."
+    }
 
 
 def test_options_count_more_than_a_recipe(tmp_path):

@@ -135,9 +135,7 @@ def test_null_messages_in_some_rows(tmp_path):
     with pytest.raises(UserError, match=r"1 chat .*1 alpaca"):
         read(path)
     rows[1] |= dict.fromkeys(ALPACA)
-    with pytest.raises(
-        UserError, match=r"a\.parquet row 2: column messages is missing or empty; columns with content: $"
-    ):
+    with pytest.raises(UserError, match=r"a\.parquet row 2: column messages is missing or empty$"):
         read(write_parquet(tmp_path / "a.parquet", rows))
 
 
