@@ -110,13 +110,13 @@ def split_pattern(path: str) -> tuple[str, str] | None:
 def split_mixture(text: str) -> list[Share]:
     """Return the sets of a mixture such as a*0.7,b*0.3 or a,b; a single set if the text names one.
 
-    A number after the last `*` of a set is its weight. A comma in the name of a file or folder that exists
-    does not separate. Raises UserError for weights that are no positive numbers or that some sets lack, for a
-    set that is named twice, and for an empty name.
+    A number after the last `*` of a set is its weight. Spaces around names and weights do not count. A comma
+    in the name of a file or folder that exists does not separate. Raises UserError for weights that are no
+    positive numbers or that some sets lack, for a set that is named twice, and for an empty name.
     """
     if _exists(text):
         return [Share(text)]
-    shares = [_split_weight(part, text) for part in _split_at_commas(text)]
+    shares = [_split_weight(part, text) for part in map(_strip, _split_at_commas(text))]
     names = [share.name for share in shares]
     if len(shares) == 1:
         if shares[0].number:
@@ -129,9 +129,34 @@ def split_mixture(text: str) -> list[Share]:
         raise UserError(
             f"--dataset {text}: {missing} has no weight; give all sets one, as in a*0.7,b*0.3, or none"
         )
-    if twice := next((name for name in names if names.count(name) > 1), None):
-        raise UserError(f"--dataset {text}: {twice} is named twice; a larger weight repeats its rows")
+    first_names: dict[DatasetName, str] = {}
+    for name in names:
+        if first := first_names.get(_identify(name)):
+            other = f" (as {first})" if first != name else ""
+            raise UserError(
+                f"--dataset {text}: {name} is named twice{other}; a larger weight repeats its rows"
+            )
+        first_names[_identify(name)] = name
     return shares
+
+
+def _identify(text: str) -> DatasetName:
+    """Return a set's name such that other spellings of the same set give the same one.
+
+    Files, folders and recipes are known by their path without links. The parts that a name leaves out are
+    those that are read by default.
+    """
+    name = _take_apart(text)
+    recipe = find_shipped_recipe(name.base)
+    if recipe or _exists(name.base):
+        base = os.path.realpath(recipe or os.path.expanduser(name.base))
+    elif pattern := split_pattern(name.base):
+        base = os.path.join(os.path.realpath(pattern[0]), os.path.normpath(pattern[1]))
+    else:
+        base = name.base
+    is_recipe = base.endswith(".toml")  # it may name another split and revision
+    defaults = {"split": name.split or "train", "revision": name.revision or "main"}
+    return replace(name, base=base, **({} if is_recipe else defaults))
 
 
 def first_set(text: str) -> str:
@@ -170,6 +195,11 @@ def _exists(path: str) -> bool:
     return os.path.exists(os.path.expanduser(path))
 
 
+def _strip(part: str) -> str:
+    """Return a part of a mixture without the spaces around it, unless they are in the name of a file."""
+    return part if _exists(part) else part.strip()
+
+
 def _split_at_commas(text: str) -> list[str]:
     """Return the parts of a mixture, each as long as an existing name with commas in it makes it."""
     pieces, parts = text.split(","), []
@@ -187,9 +217,10 @@ def _split_at_commas(text: str) -> list[str]:
 
 def _is_name_with_commas(part: str) -> bool:
     """Return whether a part of a mixture is one name, whose commas belong to a file or folder that exists."""
+    part = _strip(part)
     head, _, tail = part.rpartition("*")
-    name = head if NUMBER.fullmatch(tail) and not _exists(part) else part
-    return _is_there(_take_apart(name).base, ",")
+    base = _take_apart(head if NUMBER.fullmatch(tail) and not _exists(part) else part).base
+    return "," in base and _is_there(base, ",")
 
 
 def _is_there(base: str, separator: str) -> bool:
@@ -201,6 +232,7 @@ def _is_there(base: str, separator: str) -> bool:
 def _split_weight(part: str, text: str) -> Share:
     """Return a part of the mixture `text` as a Share. Raises UserError for a weight that is not positive."""
     name, star, number = part.rpartition("*")
+    name, number = _strip(name), number.strip()
     if not star or not name or _exists(part) or not NUMBER.fullmatch(number):
         return Share(part)
     if not 1 / MAX_WEIGHT <= float(number) <= MAX_WEIGHT:  # NaN is neither

@@ -8,7 +8,14 @@ from fractions import Fraction
 
 import pytest
 
-from data.dataset_names import DatasetName, make_name_absolute, pin_commit, split_mixture, split_name
+from data.dataset_names import (
+    RECIPE_FOLDER,
+    DatasetName,
+    make_name_absolute,
+    pin_commit,
+    split_mixture,
+    split_name,
+)
 from options.errors import UserError
 
 NAMES = {  # a name, its parts
@@ -52,6 +59,30 @@ def test_the_sets_of_a_mixture(text):
     shares = split_mixture(text)
     assert [(share.name, share.weight) for share in shares] == MIXTURES[text]
     assert ",".join(map(str, shares)) == text
+
+
+def test_spaces_around_names_and_weights_do_not_count(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert split_mixture(" a * .7 , b*.3 ") == split_mixture("a*.7,b*.3")
+    assert split_mixture("a, b") == split_mixture("a,b") and split_mixture(" a ") == split_mixture("a")
+    (tmp_path / " b,c ").write_text("")  # a file of this name
+    assert [share.name for share in split_mixture("a, b,c ,d")] == ["a", " b,c ", "d"]
+
+
+@pytest.mark.parametrize("text", [
+    "a.jsonl,./a.jsonl", "a.jsonl*1,link.jsonl*2", "d,d/", "d,d::train", "*.jsonl,./*.jsonl", "o/n,o/n@main",
+    f"alpaca,{RECIPE_FOLDER}/alpaca.toml", "~/a.jsonl,a.jsonl",
+])  # fmt: skip
+def test_two_spellings_of_one_set(text, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "d").mkdir()
+    (tmp_path / "a.jsonl").write_text("")
+    (tmp_path / "link.jsonl").symlink_to("a.jsonl")
+    with pytest.raises(UserError, match=r" is named twice \(as .*\); a larger weight"):
+        split_mixture(text)
+    for other in ("d::train,d::test", "o/n,o/n:c", "o/n,o/n@v1", "*.jsonl,a.*"):
+        assert len(split_mixture(other)) == 2
 
 
 @pytest.mark.parametrize("text, words", [
