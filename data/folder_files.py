@@ -10,18 +10,18 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from fnmatch import fnmatchcase
-from itertools import takewhile
+from itertools import chain, takewhile
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from files.links import points_outside
-from options.data_files import PROSE, unpacked_name
+from options.data_files import KINDS, PROSE, file_suffix, unpacked_name
 from options.errors import UserError, join_names
 from options.limits import MAX_FOLDER_ENTRIES
 
 RECIPE_HINT = "write a recipe with data_files (docs/data.md)"
-CHOOSE_HINT = f"name one file, or {RECIPE_HINT}"
 SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})(.*)")  # train-00000-of-00002.parquet
 # JSON files that no rows are read from.
 METADATA_FILES = ("config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
@@ -46,7 +46,7 @@ def glob_data_files(folder: str, pattern: str) -> list[str]:
     `glob.glob(..., recursive=True)`. Unlike there, links in a circle are not followed. Raises UserError for
     more than MAX_FOLDER_ENTRIES.
     """
-    parts = [part for part in pattern.split("/") if part not in ("", ".")]
+    parts = _split_parts(pattern)
 
     def matched(path: str) -> set[int]:
         return _find_matching_lengths(parts, os.path.relpath(path, folder).split(os.sep))
@@ -102,6 +102,28 @@ def read_configs(folder: str) -> list[dict]:
     return [config if isinstance(config, dict) else {"unreadable": True} for config in configs]
 
 
+def describe_choices(folder: str, paths: list[str]) -> str:
+    """Return what to give as --dataset, if not all files of a folder can be read together.
+
+    paths: those of its data files.
+    """
+    names = [os.path.relpath(path, folder) for path in paths if file_suffix(path) in KINDS]
+    if not names:
+        return f"name one file, or {RECIPE_HINT}"
+    name = min(names, key=lambda name: (name.count(os.sep), name))
+    pattern = os.path.join(folder, "**" if os.sep in name else "", f"*{file_suffix(name)}")
+    return f"name one file or a pattern such as '{pattern}', or {RECIPE_HINT}"
+
+
+def list_patterns(data_files: Any, split: str) -> list[str]:
+    """Return the patterns for the files of a split in `data_files` of a configuration from `read_configs`."""
+    entries = data_files if isinstance(data_files, list) else [data_files]
+    entries = [each.get("path") if isinstance(each, dict) and each.get("split") == split else each
+               for each in entries]  # fmt: skip
+    listed = chain.from_iterable(each if isinstance(each, list) else [each] for each in entries)
+    return [each for each in listed if isinstance(each, str)]
+
+
 def check_packed_twins(folder: str, paths: list[str]) -> None:
     """Raise UserError if a file is there twice, packed and unpacked or packed in two ways."""
     seen: dict[str, str] = {}
@@ -109,11 +131,18 @@ def check_packed_twins(folder: str, paths: list[str]) -> None:
         twin = seen.setdefault(unpacked_name(path), path)
         if twin != path:
             names = " and ".join(os.path.relpath(each, folder) for each in (twin, path))
-            raise UserError(f"--dataset {folder}: {names} may hold the same rows; {CHOOSE_HINT}")
+            raise UserError(
+                f"--dataset {folder}: {names} may hold the same rows; {describe_choices(folder, paths)}"
+            )
 
 
-def check_shards(folder: str, paths: list[str]) -> None:
-    """Raise UserError if names such as train-00000-of-00003.parquet show that a file is missing."""
+def check_shards(folder: str, paths: list[str], pattern: str = "**") -> None:
+    """Raise UserError if names such as train-00000-of-00003.parquet show that a file is missing.
+
+    A file counts as missing only if the pattern, relative to the folder, would match it. So a pattern can
+    leave out parts of a set, as train-00000-* does.
+    """
+    parts = _split_parts(pattern)
     sets: dict[tuple[str, str, str], set[int]] = {}
     for path in paths:
         if match := SHARD.fullmatch(path):
@@ -121,10 +150,11 @@ def check_shards(folder: str, paths: list[str]) -> None:
             sets.setdefault((before, total, after), set()).add(int(number))
     for (before, total, after), numbers in sets.items():
         missing = sorted({*range(int(total))} - numbers) if int(total) <= MAX_FOLDER_ENTRIES else [0]
-        if missing:
-            name = os.path.relpath(f"{before}-{missing[0]:05d}-of-{total}{after}", folder)
+        names = (os.path.relpath(f"{before}-{i:05d}-of-{total}{after}", folder) for i in missing)
+        if name := next((name for name in names if _matches(parts, name)), None):
             raise UserError(
-                f"--dataset {folder}: {name} is missing: {len(numbers)} of {int(total)} files; {CHOOSE_HINT}"
+                f"--dataset {folder}: {name} is missing: {len(numbers)} of {int(total)} files; add it, name"
+                f" one file or a pattern that does not match {os.path.basename(name)}, or {RECIPE_HINT}"
             )
 
 
@@ -176,6 +206,16 @@ def _links_to_ancestor(path: str, folder: str) -> bool:
             return False
         parent = os.path.dirname(parent)
     return True
+
+
+def _split_parts(pattern: str) -> list[str]:
+    """Return the names of folders and of the file in a pattern."""
+    return [part for part in pattern.split("/") if part not in ("", ".")]
+
+
+def _matches(parts: list[str], path: str) -> bool:
+    """Return whether a pattern matches a whole path, relative to the folder of the pattern."""
+    return len(parts) in _find_matching_lengths(parts, path.split(os.sep))
 
 
 def _find_matching_lengths(parts: list[str], names: list[str]) -> set[int]:

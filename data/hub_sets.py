@@ -22,14 +22,15 @@ from typing import Any
 import fsspec  # type: ignore[import-untyped]  # of datasets
 
 from data.folder_files import (
-    CHOOSE_HINT,
     RECIPE_HINT,
     check_links,
     check_packed_twins,
     check_shards,
+    describe_choices,
     describe_unread_names,
     glob_data_files,
     list_data_files,
+    list_patterns,
     read_configs,
 )
 from data.hub_revisions import open_config, open_hub_set
@@ -209,18 +210,19 @@ def read_folder(
         return _read_configured_folder(folder, configs, split, samples, root, config)
     if config:
         raise UserError(f"--dataset {folder}: has no configuration {config}: its README.md names none")
-    _check_kinds(folder, kinds)
+    _check_kinds(folder, kinds, data_paths)
     check_packed_twins(folder, data_paths)
     if not data_paths or not set(kinds) <= set(KINDS.values()):
         return read_hub(folder, data_files, split, samples, root)
     splits = {"train": data_paths} if data_files else _find_splits(folder, data_paths)
     _check_all_have_a_split(folder, data_paths, splits)
     if not re.fullmatch(r"\w+", split):  # a part of a split, such as train[:100]
+        check_shards(folder, data_paths, data_files or "**")
         return read_hub(folder, data_files, split, samples, root)
     if split not in splits:
-        raise UserError(f"--dataset {folder}: has no split {split}, only {', '.join(splits)}; {CHOOSE_HINT}")
-    if not data_files:
-        check_shards(folder, splits[split])
+        choices = describe_choices(folder, data_paths)
+        raise UserError(f"--dataset {folder}: has no split {split}, only {', '.join(splits)}; {choices}")
+    check_shards(folder, splits[split], data_files or "**")
     remarks = (
         _unread_splits_remark(folder, split, splits),
         "" if data_files else describe_unread_names(folder, paths),
@@ -228,11 +230,12 @@ def read_folder(
     return replace(_read_files(splits[split], samples), remarks=tuple(filter(None, remarks)))
 
 
-def _check_kinds(folder: str, kinds: Counter) -> None:
+def _check_kinds(folder: str, kinds: Counter, data_paths: list[str]) -> None:
     """Raise UserError if data files are of several kinds. kinds: {kind: number of files}."""
     if len(kinds) > 1:
         counts = ", ".join(f"{number} {kind}" for kind, number in kinds.most_common())
-        raise UserError(f"--dataset {folder}: holds data files of several kinds ({counts}); {CHOOSE_HINT}")
+        choices = describe_choices(folder, data_paths)
+        raise UserError(f"--dataset {folder}: holds data files of several kinds ({counts}); {choices}")
 
 
 def _check_all_have_a_split(folder: str, data_paths: list[str], splits: dict[str, list[str]]) -> None:
@@ -242,7 +245,8 @@ def _check_all_have_a_split(folder: str, data_paths: list[str], splits: dict[str
         first = os.path.relpath(unread[0], folder)
         raise UserError(
             f"--dataset {folder}: {len(unread)} of its {len(data_paths)} data files, such as {first}, belong"
-            f" to no split ({', '.join(splits)}) and would not be read; {CHOOSE_HINT}"
+            f" to no split ({', '.join(splits)}) and would not be read;"
+            f" {describe_choices(folder, data_paths)}"
         )
 
 
@@ -266,6 +270,8 @@ def _read_configured_folder(
     kinds = {kind_in_folder(path) for path in paths}
     if not paths or not set(chosen) <= NAMING_KEYS or len(kinds) > 1 or not kinds <= set(KINDS.values()):
         return read_hub(folder, "", split, samples, root, config)
+    for pattern in list_patterns(chosen.get("data_files"), split):
+        check_shards(folder, paths, pattern)
     remarks = (
         _unread_splits_remark(folder, split, map(str, files)),
         "" if config else _unread_configs_remark(folder, opened.name, configs),

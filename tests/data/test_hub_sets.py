@@ -113,9 +113,33 @@ def test_a_folder_that_would_be_read_in_part(tmp_path, case):
     files, words = PART[case]
     folder = written(tmp_path / "data", files)
     with pytest.raises(
-        UserError, match=f"^--dataset {folder}: .*({words}).*; name one file, or write a recipe"
-    ):
+        UserError,
+        match=f"^--dataset {folder}: .*({words}).*; name one file or a pattern such as '[^']*', or write",
+    ) as error:
         read(folder)
+    pattern = str(error.value).split("'")[1]
+    assert [row["answer"] for row in read(pattern)] or case == "packed and not"
+
+
+SHARDS = {f"train-0000{i}-of-00003.jsonl": rows(str(i)) for i in (0, 2)}
+
+
+@pytest.mark.parametrize("pattern, answers", [
+    ("*", None), ("**/*.jsonl", None), ("train-*-of-00003.jsonl", None), ("train-0000[0-2]-*", None),
+    ("train-0000[02]-*", "02"), ("train-00000-*", "0"), ("train-????2*", "2"),
+])  # fmt: skip
+def test_a_pattern_that_would_match_a_missing_part(pattern, answers, tmp_path):
+    """On the command line, in a recipe, and in a folder's README.md."""
+    folder = written(tmp_path / "data", SHARDS)
+    recipe = write_file(tmp_path / "mine.toml", f'source = "data"\ndata_files = "{pattern}"\n')
+    more = f"configs:\n- config_name: default\n  data_files:\n  - split: train\n    path: '{pattern}'\n"
+    other = written(tmp_path / "other", SHARDS | {"README.md": f"---\n{more}---\n"})
+    for dataset in (f"{folder}/{pattern}", recipe, other):
+        if answers:
+            assert [row["answer"] for row in read(dataset)] == [*answers]
+            continue
+        with pytest.raises(UserError, match=r"train-00001-of-00003\.jsonl is missing: 2 of 3 files; add it,"):
+            read(dataset)
 
 
 def test_links_and_odd_names(tmp_path):
@@ -411,10 +435,10 @@ def test_a_set_without_one_of_its_files_is_refused(tmp_path):
     names = [f"data/train-{i:05d}-of-00003.jsonl" for i in range(3)]
     folder = written(tmp_path / "data", {names[0]: rows("0"), names[2]: rows("2")})
     with pytest.raises(
-        UserError, match=r"data/train-00001-of-00003\.jsonl is missing: 2 of 3 files; name one"
+        UserError, match=r"data/train-00001-of-00003\.jsonl is missing: 2 of 3 files; add it, name one"
     ):
         hub_sets.read_folder(str(folder), "", "train", -1)
-    assert len(hub_sets.read_folder(str(folder), "data/*.jsonl", "train", -1).rows) == 2  # as asked
+    assert len(hub_sets.read_folder(str(folder), "data/train-0000[02]*", "train", -1).rows) == 2  # as asked
     written(folder, {names[1]: rows("1")})
     read = hub_sets.read_folder(str(folder), "", "train", -1)
     assert [row["answer"] for row in read.rows] == ["0", "1", "2"]
