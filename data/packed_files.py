@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import os
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,17 +28,24 @@ def open_data_file(path: Path) -> Iterator[BinaryIO]:
         with path.open("rb") as file:
             yield file
         return
+    with _open_packed(path, packing) as stream:
+        yield io.BufferedReader(_BoundedStream(stream, path), io.DEFAULT_BUFFER_SIZE * 16)
+
+
+def _open_packed(path: Path, packing: str) -> Any:
+    """Return the unpacked bytes of a file as an open file. packing: a value of PACKINGS."""
+    if packing == "gzip":
+        return gzip.open(path)  # pyarrow refuses the zeros with which tapes and disk images pad a file
     import pyarrow  # slow to import, and most data is not packed
 
-    with pyarrow.input_stream(str(path), compression=packing) as stream:
-        yield io.BufferedReader(_BoundedStream(stream, path), io.DEFAULT_BUFFER_SIZE * 16)
+    return pyarrow.input_stream(str(path), compression=packing)
 
 
 class _BoundedStream(io.RawIOBase):
     """The bytes of a stream, up to the limit for the packed file that it unpacks.
 
     Args:
-        stream: an open file of pyarrow.
+        stream: an open file of gzip or pyarrow.
         path: the packed file, for its size and for messages.
     """
 
@@ -50,7 +59,7 @@ class _BoundedStream(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         try:
             count = self._stream.readinto(buffer)
-        except OSError as e:  # pyarrow's, of the library that unpacks
+        except (OSError, EOFError, zlib.error) as e:  # of the library that unpacks
             raise UserError(f"--dataset {self._path}: cannot be unpacked ({e})") from None
         self._bytes_left -= count
         if self._bytes_left < 0:

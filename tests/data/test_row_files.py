@@ -50,6 +50,9 @@ def test_packed_files_in_two_parts_and_damaged_ones(tmp_path, packing):
     """Packers append by writing one archive behind the other."""
     path, packed = tmp_path / f"a.jsonl{packing}", PACK[packing](to_jsonl(TRICKY).encode())
     assert read(write_file(path, packed * 2)) == TRICKY * 2
+    if packing == ".gz":  # as gzip(1) does, and the module of Python
+        assert read(write_file(path, packed + bytes(1000))) == TRICKY
+        assert read(write_file(path, packed + bytes(10) + packed)) == TRICKY * 2
     for damaged in (packed[:-9], packed + b"more", b"no archive", packed[:20] + b"\xff" * 9 + packed[29:]):
         with pytest.raises(UserError, match=rf"^--dataset .*a\.jsonl\{packing}: cannot be unpacked \("):
             read(write_file(path, damaged))
