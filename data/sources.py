@@ -28,6 +28,12 @@ from options.data_files import KINDS, READABLE, conversion_advice, file_suffix
 from options.errors import UserError
 from options.limits import MAX_OPTIONS_BYTES, check_size, read_text
 
+# The page of a data set, such as https://huggingface.co/datasets/owner/name/tree/main, or hf://datasets/...
+HUB_ADDRESS = re.compile(
+    r"(?:(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/|hf://)?datasets/([\w.-]+/[\w.-]+)"
+    r"(?:/(?:tree|blob|resolve)/([\w.-]+))?(?=[/?#]|$)"
+)
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -82,6 +88,8 @@ def _find_base(base: str, dataset: str) -> tuple[Recipe, Path | None]:
         return _locate_source(_read_recipe(path), path.parent)
     if os.path.isdir(local):
         return Recipe(source=local), None
+    if "://" in base and not os.path.exists(local):
+        raise UserError(f"--dataset {dataset}: no such file or folder{_describe_hub_id(base)}")
     if not os.path.exists(local) and (pattern := split_pattern(base)):
         return Recipe(source=pattern[0], data_files=pattern[1]), None
     if file_suffix(local) in KINDS:
@@ -92,16 +100,23 @@ def _find_base(base: str, dataset: str) -> tuple[Recipe, Path | None]:
         base.startswith((".", "/", "~"))
         or base.count("/") > 1
         or base.endswith("/")
-        or "://" in base
         or conversion_advice(local)
     ):
-        raise UserError(f"--dataset {dataset}: no such file or folder")
+        raise UserError(f"--dataset {dataset}: no such file or folder{_describe_hub_id(base)}")
     if base.count("/") == 1:
         return Recipe(source=base), None
     names = ", ".join(sorted(p.stem for p in RECIPE_FOLDER.glob("*.toml")))
     raise UserError(
         f"--dataset {dataset}: not a recipe ({names}), a {READABLE} file, a folder or a hub id (owner/name)"
     )
+
+
+def _describe_hub_id(address: str) -> str:
+    """Return the end of an error about the address of a data set: the hub id in it; "" if it has none."""
+    if match := HUB_ADDRESS.match(address):
+        hub_id, revision = match.groups()
+        return f"; the hub's data set is {hub_id}{f'@{revision}' if revision else ''}"
+    return "; download the file, and give its path" if "://" in address else ""
 
 
 def _apply_parts(recipe: Recipe, file: Path | None, name: DatasetName, dataset: str) -> Recipe:

@@ -274,6 +274,21 @@ def test_malformed_recipes_are_refused(tmp_path, text, message):
         read(write_file(tmp_path / "mine.toml", text))
 
 
+@pytest.mark.parametrize("address, advice", [
+    ("https://huggingface.co/datasets/o/n", "the hub's data set is o/n"),
+    ("https://huggingface.co/datasets/o/n.v1/tree/main/data?x=1", "the hub's data set is o/n.v1@main"),
+    ("https://hf.co/datasets/o/n/viewer", "the hub's data set is o/n"),
+    ("huggingface.co/datasets/o/n/", "the hub's data set is o/n"),
+    ("hf://datasets/o/n", "the hub's data set is o/n"),
+    ("https://huggingface.co/datasets/o/n/resolve/v1/a.jsonl", "the hub's data set is o/n@v1"),
+    ("https://a.invalid/rows.jsonl", "download the file, and give its path"),
+])  # fmt: skip
+def test_the_address_of_a_data_set(address, advice):
+    with pytest.raises(UserError) as error:
+        find_recipe(address)
+    assert str(error.value) == f"--dataset {address}: no such file or folder; {advice}"
+
+
 @pytest.mark.parametrize("dataset", ["alpacka", "", "x" * 300, "a\0b"])
 def test_unknown_names_are_refused(dataset):
     with pytest.raises(UserError, match=r"not a recipe \(alpaca, alpaca_sample, dummy, .*owner/name"):
