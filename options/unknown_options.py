@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import Field
+from itertools import takewhile
 
 from options.foreign import ForeignOptions
 from options.yaml_file import Value
+
+PATTERN_OPTIONS = ("dataset", "eval_dataset", "sample_prompts")  # each takes a pattern of files
 
 
 def describe_arguments(
@@ -35,6 +39,12 @@ def describe_arguments(
         before = list(arguments[: arguments.index(first)])
         at = next((i for i in reversed(range(len(before))) if before[i].startswith("--")), 0)
         name = before[at][2:] if before else ""
+        if name in fields and name in PATTERN_OPTIONS and os.path.exists(first):
+            pattern = _find_pattern([*before[at + 1 :], *takewhile(lambda each: each[:2] != "--", rest)])
+            return (
+                f"--{name}: {first} is a second value; the shell expands a pattern without quotes:"
+                f" --{name} '{pattern}'"
+            )
         if name in fields and fields[name].metadata["commas"]:
             return (
                 f"--{name}: values are separated by commas: --{name} {','.join([*before[at + 1 :], first])}"
@@ -67,6 +77,19 @@ def _suggest(name: str, fields: Mapping[str, Field]) -> str:
     """Return the end of an error line about an unknown option: "; did you mean --lr?" or "; see --help"."""
     near = difflib.get_close_matches(name.lstrip("-").replace("-", "_"), fields, n=1)
     return f"; did you mean --{near[0]}?" if near else "; see --help"
+
+
+def _find_pattern(paths: Sequence[str]) -> str:
+    """Return the pattern that a shell may have expanded to the paths."""
+    start = _find_common_start(paths)
+    ends = [path[len(start) :][::-1] for path in paths]
+    return f"{start}*{_find_common_start(ends)[::-1]}"
+
+
+def _find_common_start(texts: Sequence[str]) -> str:
+    """Return the characters with which all texts begin."""
+    columns = takewhile(lambda column: len({*column}) == 1, zip(*texts, strict=False))
+    return "".join(column[0] for column in columns)
 
 
 def _unknown_options(rest: Sequence[str]) -> dict[str, str]:

@@ -66,6 +66,20 @@ def test_typos_have_the_same_error_in_all_commands(program, tmp_path):
         assert error_of(program, f"--{typo}", "1") == f"unknown option --{typo}; did you mean --{name}?"
 
 
+def test_a_pattern_that_the_shell_expanded(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    paths = [f"sh/train-{i:05d}-of-00003.jsonl" for i in (0, 1, 2)]
+    (tmp_path / "sh").mkdir()
+    for path in paths:
+        (tmp_path / path).write_text("")
+    for option in ("--dataset", "--eval_dataset", "--sample_prompts"):
+        assert error_of("train.py", option, *paths, "--lr", "1") == (
+            f"{option}: {paths[1]} is a second value; the shell expands a pattern without quotes:"
+            f" {option} 'sh/train-0000*-of-00003.jsonl'"
+        )
+    assert error_of("train.py", "--dataset", "a.jsonl", "absent.jsonl").startswith("unknown option absent")
+
+
 @pytest.mark.parametrize("program", ["evaluate.py", "export.py", "generate.py", "report.py"])
 def test_without_a_run(program):
     with pytest.raises(UserError, match=r"^give a RUN, the --output_dir of a run of train.py.*; see --help$"):
