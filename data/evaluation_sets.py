@@ -81,7 +81,12 @@ def optional_columns(config: Config) -> ColumnNames:
 
 
 def read_in_trained_format(
-    config: Config, dataset: str, samples: int, tokenizer, columns: ColumnNames | None = None
+    config: Config,
+    dataset: str,
+    samples: int,
+    tokenizer,
+    columns: ColumnNames | None = None,
+    needs_answer: bool = True,
 ) -> Examples:
     """Read and render rows of `dataset`, to evaluate a model trained with the options `config`.
 
@@ -93,6 +98,7 @@ def read_in_trained_format(
         samples: number of rows to use; -1 = as the recipe says.
         tokenizer: provides the chat template.
         columns: the data's names for columns; None = those of the training, where the data has them.
+        needs_answer: as in ReadingOptions.
 
     Raises UserError for unusable data.
     """
@@ -102,6 +108,7 @@ def read_in_trained_format(
         preferred=config.dataset_format,
         samples=samples,
         columns=optional_columns(config) if columns is None else columns,
+        needs_answer=needs_answer,
     )
     return read_each_row_once(dataset, options)
 
@@ -212,6 +219,17 @@ def make_row_prompt(
     return Prompt(text, ids[-context_length:], answer, marker) if ids else None
 
 
+def _make_bare_prompt(rendered: Rendered, tokenizer, context_length: int) -> Prompt | None:
+    """Return an example of which nothing is learned as a prompt; None if it has an answer or no text.
+
+    Arguments as for `make_row_prompt`.
+    """
+    if rendered.learned or not rendered.text.strip():
+        return None
+    ids = encode_prompt(rendered.text, tokenizer, rendered.add_special_tokens)
+    return Prompt(rendered.text, ids[-context_length:], marker=rendered.marker)
+
+
 def _decode_reference(rendered: Rendered, tokenizer, stop_ids: Collection[int]) -> str:
     """Return the last answer of an example, decoded from its learned tokens like a generated answer."""
     learned = tokenize_last_answer(rendered, tokenizer)
@@ -235,10 +253,13 @@ def _make_sample_prompts(
         return config, _make_question_prompts(questions, examples, tokenizer, config.context_length)
     if source is not None:
         with rename_option_in_errors("--sample_prompts"):
-            examples = read_in_trained_format(config, source, MAX_PROMPTS, tokenizer)
+            examples = read_in_trained_format(config, source, MAX_PROMPTS, tokenizer, needs_answer=False)
         config, rows = dataclasses.replace(config, sample_prompts=examples.name), examples.rendered
     header = FORMATS[examples.format].question_header(examples.context)
-    candidates = (make_row_prompt(r, tokenizer, config.context_length) for r in rows)
+    candidates = [make_row_prompt(r, tokenizer, config.context_length) for r in rows]
+    if source is not None:
+        bare = [_make_bare_prompt(r, tokenizer, config.context_length) for r in rows]
+        candidates = [prompt or other for prompt, other in zip(candidates, bare, strict=True)]
     prompts = [dataclasses.replace(prompt, question_header=header) for prompt in candidates if prompt]
     if not prompts:
         raise UserError(f"--sample_prompts {source or ''}: no row has anything to ask")

@@ -59,12 +59,15 @@ def read_examples(dataset: str, options: ReadingOptions) -> Examples:
     """
     data = read_format_rows(dataset, options)
     rows, name = data.rows, data.format
-    if name == "chat":
+    if name == "chat" and options.needs_answer:
         _check_roles(rows, f"--dataset {dataset}")
     context = RenderContext(options.tokenizer, data.markers, options.day, options.empty_thinking)
     if FORMATS[name].has_markers:
         _check_markers(rows, data.origins, data.markers)
-    rendered, remarks = _render_all(_RowRenderer(rows, data.origins, name, context)), [*data.remarks]
+    rendered, remarks = (
+        _render_all(_RowRenderer(rows, data.origins, name, context, options.needs_answer)),
+        [*data.remarks],
+    )
     if name == "chat":
         last_answers = [one.text[slice(*one.learned[-1])] for one in rendered if one.learned]
         remarks += describe_hidden_parts(context.chat, rows)
@@ -126,6 +129,7 @@ class _RowRenderer:
     origins: list[str]
     name: str
     context: RenderContext
+    needs_answer: bool = True
 
     def __call__(self, indices: range) -> list[Rendered]:
         rendered = []
@@ -134,6 +138,8 @@ class _RowRenderer:
             values = FORMATS[self.name].check(self.rows[i], error_prefix)
             with convert_template_errors(error_prefix):
                 one = FORMATS[self.name].render(values, self.context)
+                if not self.needs_answer:
+                    one = self._ask(one, values)
             _check_surrogates(one.text, values, error_prefix)
             rendered.append(dataclasses.replace(one, row_number=i + 1))
             if len(one.text) > MAX_ROW_CHARS:
@@ -142,6 +148,16 @@ class _RowRenderer:
                     f" at most {MAX_ROW_CHARS:,} are read"
                 )
         return rendered
+
+    def _ask(self, rendered: Rendered, values: dict) -> Rendered:
+        """Return a row that does not end with an answer as its prompt, of which nothing is learned.
+
+        values: the columns that the row was rendered from. Other rows are returned as they are.
+        """
+        prompt = FORMATS[self.name].prompt(values, self.context)
+        if rendered.learned and len(prompt) <= len(rendered.text):
+            return rendered
+        return dataclasses.replace(rendered, text=prompt, learned=[])
 
 
 def _check_surrogates(text: str, values: dict, error_prefix: str) -> None:

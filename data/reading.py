@@ -20,7 +20,7 @@ from data.recognition import (
     select_schemas,
 )
 from data.row_files import Rows
-from data.schemas import Auto, Schema, match_schemas
+from data.schemas import Auto, Schema, find_schema, has_content, match_schemas
 from data.sources import Recipe, find_recipe, load_rows
 from options.config import Config
 from options.errors import UserError
@@ -62,6 +62,8 @@ class ReadingOptions:
         columns: the data's names for columns, from options; those of a recipe count beside them.
         preferred: a format to use instead of "auto" if it fits all rows.
         day, empty_thinking: as in RenderContext.
+        needs_answer: whether every row must have an answer. If not, rows without one are prompts in the
+            format `preferred`.
     """
 
     tokenizer: Any
@@ -72,6 +74,7 @@ class ReadingOptions:
     preferred: str = "auto"
     day: str | None = None
     empty_thinking: str = "auto"
+    needs_answer: bool = True
 
     @classmethod
     def from_config(cls, config: Config, tokenizer) -> ReadingOptions:
@@ -109,18 +112,43 @@ def read_format_rows(dataset: str, options: ReadingOptions) -> FormatRows:
     if recipe.fill:
         filled = recipe.fill | {"output": recipe.fill["output"] * options.context_length}
         data = Rows([filled] * len(data.rows), data.origins)
-    name, schemas = _resolve_format(recipe, data, dataset, renamed.named_by, options)
-    matched = match_schemas(data.rows, schemas)
+    matched = _match_prompts(data.rows, renamed.named_by, options)
+    if matched:
+        name = options.preferred
+    else:
+        name, schemas = _resolve_format(recipe, data, dataset, renamed.named_by, options)
+        matched = match_schemas(data.rows, schemas)
     remarks = [
         *data.remarks,
         *_describe_unread(data.rows, matched, renamed.names.values()),
         *_describe_unmarked(data.rows, name, recipe.markers),
     ]
     if options.format == recipe.format == options.preferred == "auto":
-        remarks += _describe_choice(name, schemas[0], options.has_template)
+        remarks += _describe_choice(name, matched[0], options.has_template)
     read, named = zip(data.rows, matched, data.origins, strict=True), renamed.describe()
-    rows = [schema.read(row, f"--dataset {origin}", renamed=named) for row, schema, origin in read]
+    rows = [
+        schema.read(row, f"--dataset {origin}", options.needs_answer, named) for row, schema, origin in read
+    ]
+    remarks += _describe_two_systems(data.rows, rows)
     return FormatRows(rows, data.origins, name, recipe.markers, tuple(remarks), data.commit)
+
+
+def _match_prompts(
+    rows: Sequence[Mapping], named: Iterable[str], options: ReadingOptions
+) -> list[Schema] | None:
+    """Return the schemas of rows of which some are prompts without an answer, all in the format `preferred`.
+
+    None if all rows have answers, or must have them, or do not fit the format. named: columns of the format
+    that the schemas must read.
+    """
+    if options.needs_answer or options.preferred == "auto":
+        return None
+    schemas = [schema for schema in FORMATS[options.preferred].schemas if {*schema.columns} >= {*named}]
+    found = [find_schema(row, schemas, needs_answer=False) for row in rows]
+    matched = [schema for schema in found if schema]
+    columns = (schema.answer_column for schema in matched)
+    lacks_answer = any(c and not has_content(row.get(c)) for c, row in zip(columns, rows, strict=False))
+    return matched if len(matched) == len(rows) and lacks_answer else None
 
 
 def _load_renamed(
@@ -215,6 +243,24 @@ def _describe_unmarked(rows: list[dict], name: str, markers: Sequence[str]) -> l
         return []
     return [
         f"data: {unmarked:,} of {len(rows):,} rows have no marker {markers[1]!r}; nothing of them is learned"
+    ]
+
+
+def _describe_two_systems(given: list[dict], read: list[dict]) -> list[str]:
+    """Return a list with one remark on rows whose column `system` gives way to their own, or an empty list.
+
+    given: the rows as they came; read: in the columns of the format.
+    """
+    count = 0
+    for row, values in zip(given, read, strict=True):
+        messages, system = values.get("messages"), row.get("system")
+        if isinstance(system, str) and system.strip() and isinstance(messages, list) and messages:
+            count += isinstance(messages[0], Mapping) and messages[0].get("content") != system
+    if not count:
+        return []
+    return [
+        f"data: {count:,} of {len(given):,} rows begin with a system message of their own; their column"
+        " system is not read"
     ]
 
 

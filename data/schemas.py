@@ -76,6 +76,10 @@ class Schema:
             return False
         return not self.is_list or any(isinstance(row.get(column), list) for column in self.required)
 
+    def count_columns(self, row: Mapping) -> int:
+        """Return how many columns of a row that hold something are read."""
+        return sum(has_content(row.get(column)) for column in self.columns)
+
     def read(
         self,
         row: Mapping,
@@ -137,8 +141,17 @@ def _check_text(value: Any, column: str, error_prefix: str) -> str:
 
 
 def find_schema(row: Mapping, schemas: Iterable[Schema], needs_answer: bool = True) -> Schema | None:
-    """Return the first schema that fits a row; None if none does."""
-    return next((schema for schema in schemas if schema.fits(row, needs_answer)), None)
+    """Return the first schema that fits a row; None if none does.
+
+    Without needs_answer, a row that has no answer gets the schema that reads the most of its columns.
+    Otherwise a column beside the question, such as `context`, would be lost to an earlier schema.
+    """
+    schemas = [*schemas]
+    found = next((schema for schema in schemas if schema.fits(row)), None)
+    if found or needs_answer:
+        return found
+    fitting = [schema for schema in schemas if schema.fits(row, needs_answer=False)]
+    return max(fitting, key=lambda schema: schema.count_columns(row), default=None)
 
 
 def match_schemas(rows: Sequence[Mapping], schemas: Sequence[Schema]) -> list[Schema]:
@@ -154,15 +167,13 @@ def match_schemas(rows: Sequence[Mapping], schemas: Sequence[Schema]) -> list[Sc
 # Conversions into the columns of the chat format
 
 
-def _rename_keys(values: dict, error_prefix: str) -> dict:
-    return values | {"messages": rename_message_keys(values["messages"], error_prefix)}
+def _read_messages(values: dict, error_prefix: str) -> dict:
+    messages = rename_message_keys(values["messages"], error_prefix)
+    return {"messages": _put_system_first(values["system"], messages), "tools": values["tools"]}
 
 
 def _read_conversation(values: dict, error_prefix: str) -> dict:
-    """Convert ShareGPT's columns.
-
-    `system` becomes the first message, unless the conversation begins with a system message of its own.
-    """
+    """Convert ShareGPT's columns."""
     given = values["conversations"]
     messages = rename_message_keys(given, error_prefix)
     if not isinstance(messages, list) or not messages:
@@ -170,10 +181,19 @@ def _read_conversation(values: dict, error_prefix: str) -> dict:
         raise UserError(
             f"{error_prefix}: conversations is {what}; expected a list of messages (docs/data.md)"
         )
-    first = messages[0] if isinstance(messages[0], Mapping) else {}
-    if has_content(values["system"]) and first.get("role") != "system":
-        messages = [{"role": "system", "content": values["system"]}, *messages]
-    return {"messages": messages, "tools": values["tools"]}
+    return {"messages": _put_system_first(values["system"], messages), "tools": values["tools"]}
+
+
+def _put_system_first(system: Any, messages: Any) -> Any:
+    """Return messages that begin with the text of a column `system`, unless they have a system message.
+
+    Messages that are no list stay as they are, since `check_messages` reports them.
+    """
+    if not has_content(system) or not isinstance(messages, list):
+        return messages
+    first = messages[0] if messages and isinstance(messages[0], Mapping) else {}
+    has_own = first.get("role") in ("system", "developer")
+    return messages if has_own else [{"role": "system", "content": system}, *messages]
 
 
 def _join_completion(values: dict, error_prefix: str) -> dict:
@@ -191,7 +211,8 @@ def _join_completion(values: dict, error_prefix: str) -> dict:
         {**m, "train": False} if isinstance(m, Mapping) and m.get("role") == "assistant" else m
         for m in parts["prompt"]
     ]
-    return {"messages": [*prompt, *parts["completion"]], "tools": values["tools"]}
+    messages = _put_system_first(values["system"], [*prompt, *parts["completion"]])
+    return {"messages": messages, "tools": values["tools"]}
 
 
 def _make_turns(question: str, answer: str, more: str = "", joined: str = "") -> Callable[[dict, str], dict]:
@@ -259,8 +280,8 @@ def _convert_to_chat(pair: Schema, auto: Auto, joined: str = "") -> Schema:
 CHAT_SCHEMAS = (
     Schema(
         ("messages",),
-        ("tools",),
-        convert=_rename_keys,
+        ("system", "tools"),
+        convert=_read_messages,
         has_texts=False,
         note="objects with `role` and `content`, or ShareGPT's `from` and `value`",
     ),
@@ -273,7 +294,7 @@ CHAT_SCHEMAS = (
     ),
     Schema(
         ("prompt", "completion"),
-        ("tools",),
+        ("system", "tools"),
         "completion",
         _join_completion,
         has_texts=False,

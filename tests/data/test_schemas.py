@@ -8,7 +8,7 @@ import pytest
 
 from data.evaluation_sets import prepare_sets
 from data.examples import read_examples
-from data.formats import FORMATS, RenderContext, check_row
+from data.formats import ALPACA, ALPACA_INPUT, FORMATS, RenderContext, check_row
 from data.reading import ReadingOptions
 from data.tokenizing import tokenize_dataset
 from options.errors import UserError
@@ -64,6 +64,8 @@ SHAREGPT = {
     },
     "its own system": {"conversations": TALK, "system": "another"},
     "role and content": {"conversations": TALK},
+    "a column system beside messages": {"messages": TALK[1:], "system": "S"},
+    "its own system in messages": {"messages": TALK, "system": "another"},
     "in messages": {
         "messages": share(("system", "S"), ("human", "Hi"), ("gpt", "Yo"), ("human", "Bye"), ("bing", "Ciao"))
     },
@@ -131,6 +133,8 @@ def test_conversations_that_are_refused(turns, words, tmp_path):
 def test_of_prompt_and_completion_only_the_completion_is_learned(tokenizer, tmp_path):
     """TRL's rule: the tokens after those of the prompt with the generation prompt, to the end of the turn."""
     ids, learned = tokenize(tmp_path, [{"prompt": TALK[:4], "completion": TALK[4:]}], tokenizer)
+    beside = {"prompt": TALK[1:4], "completion": TALK[4:], "system": "S"}
+    assert tokenize(tmp_path, [beside], tokenizer) == (ids, learned)
     asked = template_ids(tokenizer, TALK[:4], add_generation_prompt=True)
     assert ids == template_ids(tokenizer, TALK) and ids[: len(asked)] == asked
     assert learned == tokenizer.decode(ids[len(asked) :]).rstrip() == f"Ciao{tokenizer.eos_token}"
@@ -236,6 +240,58 @@ def test_a_prompt_may_have_any_columns_of_the_format(row):
     text = chat.prompt(check_row(row, chat, "here", needs_answer=False), RenderContext(CHATML))
     asked = talk(("user", "Hi"))
     assert text == CHATML.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+
+
+def test_a_line_counts_the_rows_with_two_systems(tmp_path):
+    rows = [{"messages": TALK, "system": "another"}, {"messages": TALK, "system": "S"},
+            {"messages": TALK[1:], "system": "S"}]  # fmt: skip
+    examples = read_examples(str(write_file(tmp_path / "a.jsonl", to_jsonl(rows))), ReadingOptions(CHATML))
+    told = "data: 1 of 3 rows begin with a system message of their own; their column system is not read"
+    assert examples.remarks == (told,)
+
+
+QUESTIONS = {  # rows without an answer: the turns that they ask
+    "a context": ({"question": "q9", "context": "c9"}, [("user", "c9\n\nq9")]),
+    "a null": ({"question": "q9", "context": "c9", "answer": None}, [("user", "c9\n\nq9")]),
+    "all columns": (
+        {"question": "q9", "context": "c9", "system": "S"},
+        [("system", "S"), ("user", "c9\n\nq9")],
+    ),
+    "an input": ({"instruction": "i", "input": "x", "system": "S"}, [("system", "S"), ("user", "i\nx")]),
+    "a system": ({"prompt": "p", "system": "S"}, [("system", "S"), ("user", "p")]),
+    "messages": ({"prompt": talk(("user", "p")), "system": "S"}, [("system", "S"), ("user", "p")]),
+    "an answer": ({"question": "q", "response": "r", "context": "c"}, [("user", "q")]),
+    "messages first": ({"messages": talk(("user", "m")), "question": "q", "context": "c"}, [("user", "m")]),
+}
+
+
+@pytest.mark.parametrize("case", QUESTIONS)
+def test_a_question_has_all_columns_that_training_reads(case, checkpoints, tmp_path):
+    """The prompts of generate.py, and of --sample_prompts."""
+    row, turns = QUESTIONS[case]
+    chat, asked = FORMATS["chat"], talk(*turns)
+    text = CHATML.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+    assert chat.prompt(check_row(row, chat, "here", needs_answer=False), RenderContext(CHATML)) == text
+    data = write_file(tmp_path / "a.jsonl", to_jsonl([{"messages": TALK}]))
+    prompts = write_file(tmp_path / "b.jsonl", to_jsonl([row]))
+    more = ("--sample_every", "1", "--sample_prompts", prompts)
+    _, _, evaluation = prepare_sets(parse(options(checkpoints, data, *more))[0], CHATML)
+    assert [prompt.text for prompt in evaluation.prompts] == [text]
+    assert evaluation.prompts[0].ids == template_ids(CHATML, asked, add_generation_prompt=True)
+
+
+@pytest.mark.parametrize("row, text", [
+    ({"instruction": "Add.", "input": "1 2"}, ALPACA_INPUT.format(instruction="Add.", input="1 2")),
+    ({"instruction": "Add.", "output": ""}, ALPACA.format(instruction="Add.")),
+])  # fmt: skip
+def test_sample_prompts_without_answers_beside_some_with_one(row, text, checkpoints, tmp_path):
+    full = {"instruction": "Say.", "input": "", "output": "Yo"}
+    data = write_file(tmp_path / "a.jsonl", to_jsonl([full]))
+    prompts = write_file(tmp_path / "b.jsonl", to_jsonl([row, full]))
+    more = ("--sample_every", "1", "--sample_prompts", prompts)
+    _, _, evaluation = prepare_sets(parse(options(checkpoints, data, *more))[0], BYTES)
+    found = [(prompt.text, prompt.answer or "") for prompt in evaluation.prompts]
+    assert found == [(text, ""), (ALPACA.format(instruction="Say."), "Yo")]
 
 
 def test_other_rows_of_a_chat_run_are_asked_through_its_template(checkpoints, tmp_path):
