@@ -57,8 +57,15 @@ class ColumnNames:
         """Return (the rows, which have each column under the format's name too; the names of those columns).
 
         A row without a column that other rows have gets nothing under the format's name. What the row itself
-        has there is another column. Raises UserError for a column that the data does not have, but must.
-        error_prefix: begins the error.
+        has there is another column. Raises UserError as `find_in` does. error_prefix: begins the error.
+        """
+        present = self.find_in(rows, error_prefix)
+        return [_rename_row(row, present.names) for row in rows] if present.names else rows, present
+
+    def find_in(self, rows: list[dict], error_prefix: str) -> ColumnNames:
+        """Return the names of the columns that any row has.
+
+        Raises UserError for a column that the data does not have, but must. error_prefix: begins the error.
         """
         present = {ours: theirs for ours, theirs in self.names.items() if any(theirs in row for row in rows)}
         for ours in self.names if self.must_exist else ():
@@ -68,10 +75,7 @@ class ColumnNames:
                     f"{error_prefix}: {self.named_by[ours]}: the data has no column"
                     f" {join_columns([self.names[ours]])}; its columns are {known}{self._remedy()}"
                 )
-        if present:
-            rows = [_rename_row(row, present) for row in rows]
-        named_by = {ours: self.named_by[ours] for ours in present}
-        return rows, ColumnNames(present, named_by)
+        return ColumnNames(present, {ours: self.named_by[ours] for ours in present})
 
     def describe(self) -> dict[str, str]:
         """Return {a column of the format: the data's column and what names it}, for errors about rows."""

@@ -166,14 +166,15 @@ def _load_renamed(
 
     Raises UserError as `load_rows` does, and for a column that the data lacks.
     """
+    of_recipe = ColumnNames.from_recipe(recipe.columns)
     if columns.must_exist:
-        others = {ours: theirs for ours, theirs in recipe.columns.items() if ours not in columns.names}
-        recipe = dataclasses.replace(recipe, columns=others)
+        of_recipe = of_recipe.without(columns.names)
     else:
-        columns = columns.without(recipe.columns)
-    data = load_rows(recipe, file, samples)
-    rows, renamed = columns.rename(data.rows, error_prefix)
-    return dataclasses.replace(data, rows=rows), renamed.over(ColumnNames.from_recipe(recipe.columns))
+        columns = columns.without(of_recipe.names)
+    data = load_rows(dataclasses.replace(recipe, columns={}), file, samples)
+    found = columns.find_in(data.rows, error_prefix).over(of_recipe.find_in(data.rows, error_prefix))
+    rows, renamed = found.rename(data.rows, error_prefix)  # all at once: each name is one of the data's own
+    return dataclasses.replace(data, rows=rows), renamed
 
 
 def _resolve_format(

@@ -159,6 +159,12 @@ def test_options_count_more_than_a_recipe(tmp_path):
         read(path)
 
 
+def test_options_name_columns_of_the_data_not_of_its_recipe(tmp_path):
+    write_file(tmp_path / "rows.jsonl", to_jsonl([{"ask": "Why?", "question": "So.", "answer": "META"}]))
+    recipe = 'source = "rows.jsonl"\ncolumns = { question = "ask" }\n'
+    assert read(write_file(tmp_path / "mine.toml", recipe), "answer=question") == ANSWERED
+
+
 @pytest.mark.parametrize("text, words", [
     ("question", "'question' does not name two columns; expected .* like question=prompt,answer=reply"),
     ("question=", "'question=' does not name two columns"),
