@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from files.finite import is_finite
 from files.links import points_outside
 from files.model_folder import download
-from files.names import ADAPTER, ADAPTER_CONFIG, split_revision
+from files.names import ADAPTER, ADAPTER_CONFIG, OPTIONS, TOKENIZER_TEXTS, split_revision
 from options.errors import UserError
 from options.limits import MAX_CONFIG_BYTES, read_json
 
@@ -78,7 +78,7 @@ def open_adapter(name: str) -> SavedAdapter:
         folder = Path(local).resolve()
         pinned = str(folder)
     else:
-        folder = download(name, "--adapter", ADAPTER_CONFIG, ADAPTER)
+        folder = download(name, "--adapter", ADAPTER_CONFIG, ADAPTER, OPTIONS, *TOKENIZER_TEXTS)
         pinned = f"{split_revision(name)[0]}@{folder.name}"  # a snapshot is named by its commit
     path = folder / ADAPTER
     if not (folder / ADAPTER_CONFIG).is_file():
@@ -87,7 +87,7 @@ def open_adapter(name: str) -> SavedAdapter:
         is_pickle = (folder / PICKLE).is_file()
         hint = f"; {PICKLE} is a pickle, which is never loaded: convert it to safetensors" * is_pickle
         raise UserError(f"--adapter {name}: holds no {ADAPTER}{hint}")
-    for file in (path, folder / ADAPTER_CONFIG):
+    for file in (path, *(folder / file for file in (ADAPTER_CONFIG, OPTIONS, *TOKENIZER_TEXTS))):
         if points_outside(file):
             raise UserError(f"{file}: is a link out of the folder, to {os.path.realpath(file)}")
     settings = read_json(folder / ADAPTER_CONFIG, MAX_CONFIG_BYTES)

@@ -74,7 +74,7 @@ def _make_job(config: Config) -> Job:
     config, saved = _check_options(config)
     model = _check_model(config)
     config, adapter = _check_adapter(config, model)
-    config, rows, evaluation, tokenizer = _check_data(config, model)
+    config, rows, evaluation, tokenizer = _check_data(config, model, adapter)
     # Runs in the library's threads, so it comes after the fork of the processes that render rows.
     folder_name = f"--model_name {model.folder}"
     tokenizer_use = compare_with_base(model.folder, folder_name, tokenizer, config.chat_template)
@@ -196,10 +196,12 @@ def _check_adapter(config: Config, model: _Model) -> tuple[Config, WarmStart | N
     return config, adapter
 
 
-def _check_data(config: Config, model: _Model) -> tuple[Config, TokenizedRows, EvaluationData, Any]:
+def _check_data(
+    config: Config, model: _Model, adapter: WarmStart | None
+) -> tuple[Config, TokenizedRows, EvaluationData, Any]:
     """Return (config with the data's format, training rows, evaluation data, tokenizer). Raises UserError.
 
-    In the config the text of --chat_template replaces the name or the file.
+    In the config the text of --chat_template replaces the name or the file. adapter: that of --adapter.
     """
     folder = model.folder
     tokenizer = read_tokenizer(folder, f"--model_name {folder}")
@@ -208,7 +210,8 @@ def _check_data(config: Config, model: _Model) -> tuple[Config, TokenizedRows, E
         template_remarks = use_template(tokenizer, config.chat_template, model.config.vocab_size)
         config = dataclasses.replace(config, chat_template=tokenizer.chat_template)
     config, rows, evaluation = prepare_sets(config, tokenizer)
-    if config.chat_template is not None and config.dataset_format != "chat":
+    is_adapters = adapter is not None and adapter.has_template  # kept with the adapter, whatever the rows are
+    if config.chat_template is not None and config.dataset_format != "chat" and not is_adapters:
         raise UserError(_describe_unused_template(config.dataset_format))
     if max(int(rows.tokens.max()), evaluation.largest_id()) >= model.config.vocab_size:
         raise UserError(

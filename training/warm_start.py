@@ -1,6 +1,7 @@
 """--adapter: train a saved adapter further, on the same base, with a new optimizer and schedule.
 
-Rank, alpha and target modules are the adapter's. Its tensors replace the initial ones after the load.
+Rank, alpha, target modules and chat template are the adapter's. Its tensors replace the initial ones after
+the load.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from options.config import ADAPTER_OPTIONS, FIELDS, Config
 from options.declaration import format_value
 from options.errors import UserError
 from options.methods import METHODS
+from training.adapter_template import adopt_template
 
 
 @dataclass(frozen=True)
@@ -47,12 +49,14 @@ class WarmStart:
         path: its safetensors file.
         digest: digest of that file.
         remarks: lines to print at start.
+        has_template: whether --chat_template is the template that it was trained with.
     """
 
     name: str
     path: Path
     digest: str
     remarks: tuple[str, ...]
+    has_template: bool = False
 
 
 def adopt_adapter(
@@ -63,7 +67,7 @@ def adopt_adapter(
     files: CheckpointFiles,
     untied_head: str | None,
 ) -> tuple[Config, WarmStart]:
-    """Return (the options with the adapter's rank, alpha and target modules, the adapter). Reads its tensors.
+    """Return (the options with what the adapter decides, the adapter). Reads its tensors.
 
     Raises UserError if the adapter belongs to another base or cannot be trained as the options say.
 
@@ -94,8 +98,11 @@ def adopt_adapter(
         _check_tied(adapter, family)
     for _ in read_adapter_modules(adapter.path):  # raises for NaN
         pass
-    remarks = _describe(config), remark, tokenizer_remark(adapter.metadata, files.folder)
-    return config, WarmStart(adapter.name, adapter.path, adapter.digest(), tuple(filter(None, remarks)))
+    template = adopt_template(config, adapter, files.folder, model_config.vocab_size)
+    told = _describe(config), remark, tokenizer_remark(adapter.metadata, files.folder), *template.remarks
+    remarks = tuple(filter(None, told))
+    warm_start = WarmStart(adapter.name, adapter.path, adapter.digest(), remarks, template.is_adapters)
+    return template.config, warm_start
 
 
 def _describe(config: Config) -> str:
