@@ -7,18 +7,18 @@ the load.
 from __future__ import annotations
 
 import dataclasses
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PretrainedConfig
 
 from checkpoints.adapter import check_adapter_tensors
 from files.base_model import STRUCTURE_KEY, check_base, tokenizer_remark
 from files.model_folder import CheckpointFiles
-from files.names import ADAPTER_CONFIG, BEST, split_revision
+from files.names import ADAPTER_CONFIG, BEST
 from files.output_folder import output_folder
 from files.saved_adapter import (
     PEFT_PREFIX,
@@ -38,6 +38,7 @@ from options.declaration import format_value
 from options.errors import UserError
 from options.methods import METHODS
 from training.adapter_template import adopt_template
+from training.recorded_base import check_recorded_base
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,7 @@ def adopt_adapter(
     # The base's weights take the place of an embedding or a head that the adapter does not have.
     optional = {f"{PEFT_PREFIX}{path}.weight" for path in vocabulary_modules(model, family)}
     optional -= _saved_vocabulary(adapter, family)
+    _check_untrained_vocabulary(adapter, config, family)
     where = adapter.path, files.folder, ADAPTER_CONFIG
     check_adapter_tensors(adapter.tensors, model, family, *where, optional=optional)
     if model_config.tie_word_embeddings:
@@ -132,16 +134,13 @@ def _check_adapter_base(
 ) -> str:
     """Return a remark if the adapter's base could not be compared in full, else "".
 
-    PEFT records only a name; the tensors' shapes are compared later. Raises UserError for another base.
+    The tensors' shapes are compared later. Raises UserError for another base.
     """
     where = f"--adapter {adapter.name}"
     if STRUCTURE_KEY in adapter.metadata:
         return check_base(adapter.metadata, model_config, files, where, "--model_name", untied_head)
-    recorded, name = adapter.settings.get("base_model_name_or_path"), split_revision(base_name)[0]
-    is_same = isinstance(recorded, str) and (recorded == name or os.path.realpath(recorded) == name)
-    if is_same:
-        return ""
-    return f"{where}: names {recorded} as its base, not {name}; only the tensors' shapes could be compared"
+    recorded = adapter.settings.get("base_model_name_or_path")
+    return check_recorded_base(recorded, base_name, model_config, files, where)
 
 
 def _adopt_settings(
@@ -190,6 +189,20 @@ def _saved_vocabulary(adapter: SavedAdapter, family: Family) -> set[str]:
     }
 
 
+def _check_untrained_vocabulary(adapter: SavedAdapter, config: Config, family: Family) -> None:
+    """Raise UserError if the adapter holds an embedding or a head, and the run does not train them.
+
+    PEFT saves them beside the adapter without modules_to_save after a resize of the vocabulary, or if asked.
+    """
+    paths = (family.embedding, family.head)
+    if config.train_embeddings or not any(f"{PEFT_PREFIX}{path}.weight" in adapter.tensors for path in paths):
+        return
+    raise UserError(
+        f"{adapter.path}: holds the embedding or the head in full (PEFT's save_embedding_layers);"
+        " --train_embeddings true starts from them and trains them"
+    )
+
+
 def _check_tied(adapter: SavedAdapter, family: Family) -> None:
     """Raise UserError if the adapter has trained only one of two tied weights, or both apart.
 
@@ -213,7 +226,9 @@ def _adopt_targets(
     Raises UserError if the given one selects others.
     """
     model = build_on_meta(model_config, family)
-    own = _own_targets(adapter, [name for name, _ in family.layer_linears(model)])
+    linears = [name for name, _ in family.layer_linears(model)]
+    own = _own_targets(adapter, linears)
+    _check_other_targets(adapter, model, linears)
     try:
         selected = target_linears(model, family, own)
     except UserError as e:
@@ -242,6 +257,22 @@ def _own_targets(adapter: SavedAdapter, linears: list[str]) -> str:
         file = adapter.path.parent / ADAPTER_CONFIG
         raise UserError(f"{file}: target_modules {recorded}: names no linear of this model's layers")
     return ",".join(own)
+
+
+def _check_other_targets(adapter: SavedAdapter, model: nn.Module, linears: list[str]) -> None:
+    """Raise UserError if target_modules names modules of the model that get no adapter here, such as lm_head.
+
+    linears: names of the linears that may have an adapter.
+    """
+    recorded = adapter.settings.get("target_modules")
+    modules = [f".{name}" for name, _ in model.named_modules() if name]
+    for target in recorded if isinstance(recorded, list) else []:
+        matched = [name for name in modules if name.endswith(f".{target}")]
+        if matched and not any(f".{linear}".endswith(f".{target}") for linear in linears):
+            raise UserError(
+                f"{adapter.path.parent / ADAPTER_CONFIG}: target_modules {target}: is no linear of the"
+                " decoder layers; only these have an adapter here"
+            )
 
 
 def _contradiction(name: str, config: Config, adapter: SavedAdapter, value: Any) -> UserError:

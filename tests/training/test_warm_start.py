@@ -9,7 +9,9 @@ import huggingface_hub
 import pytest
 import torch
 import yaml
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 import train
 from checkpoints.resume import check_same_run
@@ -122,8 +124,9 @@ def test_dora_into_a_lora_train_type(check, changed):
         {"r": True},
         {"lora_alpha": -1},
         {"target_modules": ["lm_head"]},
+        {"target_modules": ["q_proj", "lm_head"]},
     ],
-    ids=lambda settings: next(iter(settings)),
+    ids=str,
 )
 def test_settings_that_are_not_computed_here(settings, check, changed):
     with pytest.raises(UserError, match=rf"{ADAPTER_CONFIG}: {next(iter(settings))}[: ]"):
@@ -163,7 +166,46 @@ def test_the_base_of_a_peft_adapter_is_told_by_name(check, changed, checkpoints)
     other = check(adapter=changed(base_model_name_or_path="owner/other"))
     assert "names owner/other as its base" in "".join(other.remarks)
     with pytest.raises(UserError, match="has shape"):
-        check(model_name=checkpoints("gemma2"))
+        check(model_name=checkpoints("gemma2"), adapter=changed(base_model_name_or_path="owner/other"))
+
+
+def test_pefts_recorded_folder_is_compared(check, changed, checkpoints, tmp_path):
+    """A copy of the base is the base; other weights or another config of the same shapes are not."""
+    copy = shutil.copytree(checkpoints(), tmp_path / "copy")
+    adapter = changed(base_model_name_or_path=str(copy))
+    assert "could be compared" not in "".join(check(adapter=adapter).remarks)
+    written = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(written | {"rms_norm_eps": 0.5}))
+    with pytest.raises(UserError, match=rf"was trained on another model than {checkpoints()}: on {copy}"):
+        check(adapter=adapter)
+    (copy / "config.json").write_text(json.dumps(written))
+    shard = sorted(copy.glob("*.safetensors"))[0]
+    save_file({n: t + 1 for n, t in load_file(shard).items()}, shard, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=rf"was trained on other weights than {checkpoints()}: on {copy}"):
+        check(adapter=adapter)
+    shard.unlink()
+    assert "could be compared" in "".join(check(adapter=adapter).remarks), "half a folder is told"
+
+
+def test_pefts_recorded_hub_id_is_compared(check, changed, checkpoints, tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    add_to_hub_cache(tmp_path, "owner/base", checkpoints(), FIRST, "main")
+    same = check(model_name="owner/base", adapter=changed(base_model_name_or_path="Owner/Base"))
+    assert "could be compared" not in "".join(same.remarks)
+    packed = check(model_name="owner/base", adapter=changed(base_model_name_or_path="x/base-bnb-4bit"))
+    assert "could be compared" in "".join(packed.remarks)
+    with pytest.raises(UserError, match="was trained on owner/other, not on owner/base; name that model"):
+        check(model_name="owner/base", adapter=changed(base_model_name_or_path="owner/other"))
+
+
+def test_pefts_embedding_layers_need_the_option(check, checkpoints, saved, tmp_path):
+    """As PEFT saves them without modules_to_save after a resize; with the option they are continued."""
+    folder = shutil.copytree(saved, tmp_path / "adapter")
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(checkpoints()), saved)
+    model.save_pretrained(folder, save_embedding_layers=True)
+    with pytest.raises(UserError, match=r"in full \(PEFT's save_embedding_layers\); --train_embeddings true"):
+        check(adapter=folder)
+    assert check(adapter=folder, train_embeddings="true").config.train_embeddings
 
 
 def test_an_adapter_of_another_base(checkpoints, short_rows, one_rank, tmp_path, capsys):
