@@ -243,6 +243,7 @@ def check_same_run(
     where, run = f"--resume {config.resume}", checkpoint.run
     if not is_run_state(run):
         raise UserError(f"{where}: {checkpoint.folder} is no checkpoint of this program")
+    _check_same_adapter(run, config, identity["adapter"])  # first, as it decides other options
     for name in FIELDS:
         before, value = recorded_option(run, name), getattr(config, name)
         if is_fixed(name) and before != value:
@@ -267,12 +268,6 @@ def check_same_run(
         raise UserError(
             f"{where}: --model_name {config.model_name} is not the model that the run was started with"
         )
-    if run.get("adapter", "") != identity["adapter"]:
-        before = format_value(recorded_option(run, "adapter"))
-        raise UserError(
-            f"{where}: the run was started with --adapter {before}; that adapter is needed, unchanged, not"
-            f" {format_value(config.adapter)}"
-        )
     if run["data"] != identity["data"]:
         raise UserError(
             f"{where}: --dataset {config.dataset} no longer gives the rows that the run was started with;"
@@ -287,6 +282,26 @@ def check_same_run(
             " chosen by comparing losses on two different sets"
         )
     _check_growing_files(checkpoint, output_folder(config))
+
+
+def _check_same_adapter(run: dict, config: Config, digest: str) -> None:
+    """Raise UserError unless the run continues the adapter that it was started with.
+
+    Args:
+        run: `Checkpoint.run`.
+        config: the options of the resumed run.
+        digest: of the adapter of --adapter; "" without one.
+    """
+    recorded = run.get("adapter", "")
+    if recorded == digest:
+        return
+    where, before = f"--resume {config.resume}", format_value(recorded_option(run, "adapter"))
+    if not recorded:
+        raise UserError(f"{where}: the run was started without --adapter; leave it out")
+    given = "it is left out here" if config.adapter is None else f"not {format_value(config.adapter)}"
+    raise UserError(
+        f"{where}: the run was started with --adapter {before}; that adapter is needed, unchanged; {given}"
+    )
 
 
 def _describe_recorded_data(run: dict, config: Config) -> str:

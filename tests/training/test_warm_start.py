@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 
@@ -257,3 +258,6 @@ def test_a_run_is_continued(checkpoints, short_rows, one_rank, two_ranks, tmp_pa
     assert resumed.saved.step == 2
     with pytest.raises(UserError, match=rf"was started with --adapter {tmp_path / 'run'}; that adapter is"):
         check_same_run(resumed.saved, resumed.config, resumed.run_identity() | {"adapter": "another"})
+    without = dataclasses.replace(resumed.config, adapter=None, lora_rank=64)
+    with pytest.raises(UserError, match=rf"started with --adapter {tmp_path / 'run'};.*it is left out here"):
+        check_same_run(resumed.saved, without, resumed.run_identity() | {"adapter": ""})
