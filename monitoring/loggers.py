@@ -9,9 +9,14 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Sequence
+from typing import Any
 
+from data.dataset_names import split_mixture, split_name
 from monitoring.metrics import Metrics
 from options.config import Config
+from options.errors import UserError
+
+DATA_OPTIONS = ("dataset", "eval_dataset", "sample_prompts")  # which name sets of data
 
 
 class NoLogger:
@@ -45,8 +50,13 @@ def logged_fields(metrics: Metrics) -> dict[str, int | float]:
 
 
 def public_facts(facts: dict) -> dict:
-    """Return run.json without the rows of the data."""
-    return {name: section for name, section in facts.items() if name != "first_rows"}
+    """Return run.json without the rows of the data, with the last part alone of paths of this machine."""
+    names = [each["name"] for each in facts.get("data", {}).get("sets", [])]
+    public = {name: public_dataset(name) for name in sorted(names, key=len, reverse=True)}
+    hidden = {name: short for name, short in public.items() if name != short}
+    return {
+        section: _hide_in_values(value, hidden) for section, value in facts.items() if section != "first_rows"
+    }
 
 
 def public_options(config: Config) -> dict:
@@ -54,8 +64,47 @@ def public_options(config: Config) -> dict:
 
     config.yaml has the whole paths.
     """
-    return {name: _hide_folders(value) for name, value in dataclasses.asdict(config).items()}
+    return {
+        name: public_dataset(value) if name in DATA_OPTIONS and value else _hide_folders(value)
+        for name, value in dataclasses.asdict(config).items()
+    }
 
 
-def _hide_folders(value):
-    return os.path.basename(value) if isinstance(value, str) and os.path.isabs(value) else value
+def public_dataset(text: str) -> str:
+    """Return a value of --dataset, or of an option like it, with the last part alone of each set's path.
+
+    The weights of a mixture, the part and the revision of a set stay.
+    """
+    try:
+        shares = split_mixture(text)
+        names = [split_name(share.name) for share in shares]
+    except UserError:  # a file of it was moved meanwhile
+        return ",".join(map(_hide_folders, text.split(",")))
+    return ",".join(
+        str(dataclasses.replace(share, name=str(dataclasses.replace(name, base=_hide_folders(name.base)))))
+        for share, name in zip(shares, names, strict=True)
+    )
+
+
+def _hide_in_values(value: Any, hidden: dict[str, str]) -> Any:
+    """Return a value of run.json without paths in any of its texts.
+
+    hidden: {name of a set: what stands for it}, the longest name first. Reasons contain such names.
+    """
+    if isinstance(value, dict):
+        return {key: _hide_in_values(each, hidden) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_hide_in_values(each, hidden) for each in value]
+    if not isinstance(value, str):
+        return value
+    for name, public in hidden.items():
+        value = value.replace(name, public)
+    return _hide_folders(value)
+
+
+def _hide_folders(value: Any) -> Any:
+    """Return the last part of a text that is a path of this machine; other values as they are."""
+    if not isinstance(value, str) or os.sep not in value:
+        return value
+    is_path = os.path.isabs(value) or value[0] in "~." or os.path.exists(value)
+    return os.path.basename(value.rstrip(os.sep)) if is_path else value

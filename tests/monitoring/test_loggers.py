@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from files.output_folder import check_output, clear_output
-from monitoring.loggers import NoLogger
+from monitoring.loggers import NoLogger, public_facts, public_options
 from monitoring.metrics import Metrics
 from monitoring.progress import ProgressLines
 from monitoring.tensorboard_logger import TensorboardLogger
@@ -119,6 +119,38 @@ def test_tensorboard_gets_every_step(start):
         for step, prompt, answer in samples[i::3]:
             indented = ["".join(f"    {n}" for n in t.splitlines(True)) for t in (prompt, answer)]
             assert shown[step] == "prompt\n\n{}\n\nanswer\n\n{}".format(*indented)
+
+
+def test_no_folder_of_this_machine_is_sent(tmp_path, monkeypatch):
+    """Of each set of a mixture, of the adapter, and of names within reasons only the last part."""
+    secret = tmp_path / "secret folder"
+    (secret / "chats").mkdir(parents=True)
+    for name in ("a.jsonl", "b.jsonl", "chats/part-1.jsonl"):
+        (secret / name).write_text("{}\n")
+    monkeypatch.chdir(secret)
+    mixture = f"toy*0.5,{secret}/b.jsonl*0.25,chats*0.25"
+    given = {"dataset": mixture, "eval_dataset": f"{secret}/a.jsonl,{secret}/chats/part-*.jsonl"}
+    given |= {
+        "sample_prompts": f"{secret}/chats/",
+        "adapter": f"{secret}/run",
+        "output_dir": "../secret folder/out",
+    }
+    options = public_options(parse([f"--{name}={value}" for name, value in given.items()])[0])
+    expected = {"dataset": "toy*0.5,b.jsonl*0.25,chats*0.25", "eval_dataset": "a.jsonl,part-*.jsonl"}
+    expected |= {"sample_prompts": "chats", "adapter": "run", "output_dir": "out"}
+    assert {name: options[name] for name in given} == expected
+    hub = "owner/set:main:train@v1,owner/other"
+    assert public_options(parse(["--dataset", hub])[0])["dataset"] == hub
+    names = ["toy", str(secret / "b.jsonl"), "../secret folder/chats", f"{secret}/gone.jsonl"]
+    reasons = [{"reason": f"no answer, in {name}", "rows": 1, "first": [1]} for name in names]
+    facts = {"data": {"sets": [{"name": name} for name in names], "drop_reasons": reasons}}
+    sent = public_facts(facts | {"model": {"adapter": f"{secret}/run"}, "first_rows": [{"set": names[1]}]})
+    short = ["toy", "b.jsonl", "chats", "gone.jsonl"]
+    assert [each["name"] for each in sent["data"]["sets"]] == short
+    assert [each["reason"] for each in sent["data"]["drop_reasons"]] == [f"no answer, in {n}" for n in short]
+    assert sent["model"] == {"adapter": "run"} and "secret" not in json.dumps([sent, options])
+    hub_adapter = {"model": {"adapter": "owner/adapter@main"}}
+    assert public_facts(hub_adapter) == hub_adapter
 
 
 def step(number: int, loss: float = 1.0, **more) -> Metrics:
