@@ -99,7 +99,7 @@ def _read_json_template(text: str, path: str, origin: str) -> str:
     return template
 
 
-def use_template(tokenizer: Any, choice: str, embedding_rows: int) -> list[str]:
+def use_template(tokenizer: Any, choice: str, embedding_rows: int, remedy: str = "") -> list[str]:
     """Give a tokenizer the template that --chat_template names, and tokens for its markers.
 
     The new tokens get the first free ids, in the order in which the template writes them. There are none if
@@ -109,13 +109,14 @@ def use_template(tokenizer: Any, choice: str, embedding_rows: int) -> list[str]:
         tokenizer: transformers' tokenizer, which is changed.
         choice: a name, file or text, as for `read_template`.
         embedding_rows: rows of the model's embedding.
+        remedy: the end of the remark on new tokens: which runs learn them.
 
     Raises UserError if the choice is no name, file or template, or if the template does not render a question
     and its answer.
     """
     origin, tokenizer.chat_template = _find_text(choice)
     text = _render_example(tokenizer, origin)
-    return [*_describe_missing_bos(tokenizer, text), *_add_tokens(tokenizer, text, embedding_rows)]
+    return [*_describe_missing_bos(tokenizer, text), *_add_tokens(tokenizer, text, embedding_rows, remedy)]
 
 
 def _render_example(tokenizer: Any, origin: str) -> str:
@@ -165,11 +166,11 @@ def _describe_error(e: Exception) -> str:
     return f"line {line}: {text}" if line else text
 
 
-def _add_tokens(tokenizer: Any, text: str, embedding_rows: int) -> list[str]:
+def _add_tokens(tokenizer: Any, text: str, embedding_rows: int, remedy: str) -> list[str]:
     """Add the markers in a rendered text to the tokenizer, if it lacks them and there is room for all.
 
     Returns a list with one remark on new ids, or on markers that are encoded as ordinary text, or an empty
-    list.
+    list. The parameters are those of `use_template`, but `text`.
     """
     vocabulary, added = tokenizer.get_vocab(), tokenizer.get_added_vocab()
     lacking = [marker for marker in dict.fromkeys(MARKER.findall(text)) if marker not in added]
@@ -195,8 +196,7 @@ def _add_tokens(tokenizer: Any, text: str, embedding_rows: int) -> list[str]:
         return []
     named = ", ".join(f"{token} ({i})" for token, i in zip(new, ids, strict=True))
     return [
-        f"chat template: new tokens {named}, for which the base has unused rows of embedding and head; only"
-        " a run that trains these learns them"
+        f"chat template: new tokens {named}, for which the base has unused rows of embedding and head{remedy}"
     ]
 
 

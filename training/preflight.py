@@ -207,7 +207,9 @@ def _check_data(
     tokenizer = read_tokenizer(folder, f"--model_name {folder}")
     template_remarks = []
     if config.chat_template is not None:
-        template_remarks = use_template(tokenizer, config.chat_template, model.config.vocab_size)
+        template_remarks = use_template(
+            tokenizer, config.chat_template, model.config.vocab_size, _describe_token_training(config)
+        )
         config = dataclasses.replace(config, chat_template=tokenizer.chat_template)
     config, rows, evaluation = prepare_sets(config, tokenizer)
     is_adapters = adapter is not None and adapter.has_template  # kept with the adapter, whatever the rows are
@@ -233,6 +235,15 @@ def _describe_unused_template(format_name: str) -> str:
     if any(schema.required in columns for schema in FORMATS[format_name].schemas):
         return f"{text}; --dataset_format chat renders such rows as conversations (docs/data.md)"
     return f"{text}; it renders conversations (docs/data.md)"
+
+
+def _describe_token_training(config: Config) -> str:
+    """Return the end of a remark on tokens that are new to the base: whether this run learns them."""
+    is_full = not config.method.adapter and not config.method.expansion
+    if config.train_embeddings or is_full:
+        return "; this run trains these"
+    remedy = ": --train_embeddings true does" if config.method.adapter else ""
+    return f"; this run does not train these{remedy}"
 
 
 def remarks_on_model(model_config: PretrainedConfig, folder: Path, was_untied: bool) -> list[str]:

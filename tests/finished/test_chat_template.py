@@ -20,6 +20,7 @@ from tests.helpers import tiny
 from tests.helpers.adapters import args_for
 from tests.helpers.chat_templates import PLAIN_CHATML
 from tests.helpers.finished_runs import write_random_run
+from tests.helpers.here import SINGLE_RANK
 from tests.helpers.runs import make_job
 
 TURNS = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]
@@ -126,6 +127,17 @@ def test_a_tokenizer_beside_no_run_is_the_user_s(tmp_path):
     before = sorted(tmp_path.iterdir())
     clear_output(tmp_path)
     assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(("options", "words"), [
+    (["lora"], "this run does not train these: --train_embeddings true does"),
+    (["lora", "--train_embeddings", "true"], "head; this run trains these"),
+    (["full"], "head; this run trains these"),
+])  # fmt: skip
+def test_new_tokens_are_told_with_the_remedy(options, words, base, rows):
+    argv = ["--model_name", base, "--dataset", rows, "--chat_template", "chatml", "--train_type", *options]
+    told = "".join(make_job(SINGLE_RANK, argv).remarks)
+    assert "new tokens <|im_start|>" in told and words in told
 
 
 @pytest.mark.parametrize(("data", "template", "words"), [
