@@ -1,16 +1,29 @@
-"""Show examples as texts, with special tokens visible and what is learned marked."""
+"""Show examples as texts, with special tokens visible and what is learned marked.
+
+A backslash stands before characters of the data that would read like a mark or a special token.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain, groupby
 
 from data.rows import TokenizedRows
 
 BEGIN, END = "[[", "]]"  # around what is learned
+LEGEND = (
+    "rows: what is learned is between [[ and ]]. In the data's own text \\\\ is one backslash, a backslash"
+    " stands before brackets and names of special tokens, and \\x1b or \\u202e is a control character"
+)
+# Brackets that a reader could take for BEGIN or END: several in a row, or beside a mark at a part's end.
+BRACKETS = r"\[{2,}|\]{2,}|\A[\[\]]+|[\[\]]+\Z"
+# Characters that a terminal obeys, or that reorder its text; line breaks and tabs are shown.
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 CONTEXT_TOKENS = 16  # before a part, as some tokenizers write a token otherwise at the beginning of a text
-RECORDED_ROWS = 3  # examples that run.json records
+RECORDED_ROWS = 3  # examples that run.json records, or more: one of each set at least
 END_TOKENS = 512  # at each end of a long row that are recorded
 MAX_PART_CHARS = 4000  # of a part that is recorded
 
@@ -41,6 +54,7 @@ class RecordedRow:
         head: its parts, or those of its first END_TOKENS tokens.
         omitted: number of tokens that are left out between head and tail.
         tail: the parts of its last END_TOKENS tokens, if some are left out.
+        set: the name of its set of a mixture; "" = there is one set.
     """
 
     number: int
@@ -49,39 +63,47 @@ class RecordedRow:
     head: list[RowPart]
     omitted: int = 0
     tail: Sequence[RowPart] = ()
+    set: str = ""
 
 
 def describe_examples(rows: TokenizedRows, count: int, tokenizer) -> list[str]:
     """Return a text of each of the first `count` examples: its row, its numbers of tokens, and its tokens.
 
-    Of a mixture, the first examples of each set. Special tokens are shown. What is learned stands between
-    BEGIN and END.
+    Of a mixture, the first examples of each set. They are marked as LEGEND says.
     """
     texts = []
-    sizes = [each.size for each in rows.sets] or [len(rows)]
-    starts = accumulate(sizes, initial=0)
-    firsts = (range(start, start + min(count, size)) for start, size in zip(starts, sizes, strict=False))
-    for i in chain.from_iterable(firsts):
+    for i in _first_examples(rows, count):
         ids, learned = _read_example(rows, i)
         head = f"row {rows.row_name(i)}: {len(ids):,} tokens, {sum(learned[1:]):,} of them learned"
         texts.append(f"{head}\n{mark_learned(ids, learned, tokenizer)}")
     return texts
 
 
+def _first_examples(rows: TokenizedRows, count: int) -> Iterable[int]:
+    """Return the indices of the first `count` examples; of a mixture, those of the first ones of each set."""
+    sizes = [each.size for each in rows.sets] or [len(rows)]
+    starts = accumulate(sizes, initial=0)
+    firsts = (range(start, start + min(count, size)) for start, size in zip(starts, sizes, strict=False))
+    return chain.from_iterable(firsts)
+
+
 def record_examples(rows: TokenizedRows, tokenizer) -> list[RecordedRow]:
-    """Return the first RECORDED_ROWS examples for run.json. Long ones lose their middle."""
+    """Return the first RECORDED_ROWS examples for run.json. Long ones lose their middle.
+
+    Of a mixture, as many of each set as make RECORDED_ROWS in all, and one at least.
+    """
     recorded = []
-    for i in range(min(RECORDED_ROWS, len(rows))):
+    for i in _first_examples(rows, math.ceil(RECORDED_ROWS / max(len(rows.sets), 1))):
         ids, learned = _read_example(rows, i)
-        counts = int(rows.row_numbers[i]), len(ids), sum(learned[1:])
+        counts, name = (int(rows.row_numbers[i]), len(ids), sum(learned[1:])), rows.set_name(i)
         if len(ids) <= 2 * END_TOKENS:
-            recorded.append(RecordedRow(*counts, _clip(split_example(ids, learned, tokenizer))))
+            recorded.append(RecordedRow(*counts, _clip(split_example(ids, learned, tokenizer)), set=name))
             continue
         head, tail = (
             _clip(split_example(ids[end], learned[end], tokenizer))
             for end in (slice(END_TOKENS), slice(-END_TOKENS, None))
         )
-        recorded.append(RecordedRow(*counts, head, len(ids) - 2 * END_TOKENS, tail))
+        recorded.append(RecordedRow(*counts, head, len(ids) - 2 * END_TOKENS, tail, name))
     return recorded
 
 
@@ -97,12 +119,34 @@ def _clip(parts: list[RowPart]) -> list[RowPart]:
 
 
 def mark_learned(ids: list[int], learned: list[bool], tokenizer) -> str:
-    """Return the text of an example's tokens, with BEGIN and END around the learned ones."""
+    """Return the text of an example's tokens, with BEGIN and END around the learned ones, as LEGEND says."""
+    names = sorted(_special_names(tokenizer), key=len, reverse=True)
+    to_escape = re.compile("|".join([r"\\", BRACKETS, *map(re.escape, names)]))
     text = ""
     for is_learned, parts in groupby(split_example(ids, learned, tokenizer), lambda part: part.is_learned):
-        group = "".join(part.text for part in parts)
+        group = "".join(
+            _show_control(part.text if part.is_special else to_escape.sub(_escape, part.text))
+            for part in parts
+        )
         text += f"{BEGIN}{group}{END}" if is_learned else group
     return text
+
+
+def _special_names(tokenizer) -> set[str]:
+    """Return the texts of a tokenizer's special tokens."""
+    added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    return {name for name in added | set(tokenizer.all_special_tokens) if name}
+
+
+def _escape(match: re.Match) -> str:
+    """Return a matched text with a backslash before it, or before each of its brackets."""
+    text = match[0]
+    return "".join(f"\\{bracket}" for bracket in text) if text.strip("[]") == "" else f"\\{text}"
+
+
+def _show_control(text: str) -> str:
+    """Return a text with control characters as \\x1b or \\u202e."""
+    return CONTROL.sub(lambda match: ascii(match[0])[1:-1].replace("\\r", "\\x0d"), text)
 
 
 def split_example(ids: list[int], learned: list[bool], tokenizer) -> list[RowPart]:

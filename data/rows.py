@@ -86,12 +86,13 @@ class TokenizedRows:
 
     def row_name(self, index: int) -> int | str:
         """Return the number of an example's row in its data set; of a mixture a text with the set's name."""
-        number = int(self.row_numbers[index])
-        if not self.sets:
-            return number
+        number, name = int(self.row_numbers[index]), self.set_name(index)
+        return f"{number} of {name}" if name else number
+
+    def set_name(self, index: int) -> str:
+        """Return the name of an example's set of a mixture; "" if there is one set."""
         ends = accumulate(each.size for each in self.sets)
-        name = next(each.name for each, end in zip(self.sets, ends, strict=True) if index < end)
-        return f"{number} of {name}"
+        return next((each.name for each, end in zip(self.sets, ends, strict=True) if index < end), "")
 
 
 def join_sets(parts: Sequence[TokenizedRows], sets: Sequence[MixedSet]) -> TokenizedRows:

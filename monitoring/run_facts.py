@@ -49,6 +49,7 @@ LIST_KINDS = {
 }
 # Those that runs of earlier versions lack.
 NEWER_FACT_KINDS = {"data": {"drop_reasons": "reasons", "cut_reasons": "reasons"}}
+NEWER_FIELDS = {"set": "text"}  # of rows
 
 
 def run_facts_json(
@@ -183,5 +184,9 @@ def _is_kind(value: Any, kind: str) -> bool:
 
 
 def _has_fields(value: Any, kinds: dict[str, str]) -> bool:
-    """Return whether a value is an object with fields of these kinds."""
-    return isinstance(value, dict) and all(_is_kind(value.get(name), kind) for name, kind in kinds.items())
+    """Return whether a value is an object with fields of these kinds, and NEWER_FIELDS if it has them."""
+    return (
+        isinstance(value, dict)
+        and all(_is_kind(value.get(name), kind) for name, kind in kinds.items())
+        and all(_is_kind(value[name], kind) for name, kind in NEWER_FIELDS.items() if name in value)
+    )

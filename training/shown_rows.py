@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from data.packing import make_sampler
-from data.row_text import describe_examples
+from data.row_text import LEGEND, describe_examples
 from monitoring.messages import describe_data
 from options.config import Config
 from training.job import Job
@@ -21,4 +21,4 @@ def show_rows(job: Job) -> None:
     rows, config = job.rows, job.config
     data = describe_data(rows, make_sampler(config, rows, 0, config.world_size), config.context_length)
     examples = describe_examples(rows, config.show_rows, job.read_tokenizer())
-    print(data + job.evaluation.describe(), *examples, sep="\n")
+    print(data + job.evaluation.describe(), LEGEND, *examples, sep="\n")

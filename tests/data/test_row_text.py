@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
+from itertools import groupby
 
 import pytest
 
@@ -16,6 +18,7 @@ from data.row_text import (
     record_examples,
     split_example,
 )
+from data.rows import MixedSet, join_sets
 from data.tokenizing import tokenize
 from tests.helpers import chat_templates, small_tokenizers
 
@@ -72,6 +75,66 @@ def test_special_tokens_are_parts_of_their_own():
             "Ciao<|im_end|>", "[[Ciao<|im_end|>]]"
         )
     )
+
+
+HOSTILE = "[[x]] a]]b [i] </s> \\</s> \\[[ \\ end\\ \x1b[31m\u202e\r\x9b ]"
+
+
+def read_marks(shown: str, specials: list[str]) -> list[tuple[str, bool, bool]]:
+    """Read shown text back, as LEGEND says: (text, whether it is learned, whether it is a special token)."""
+    parts, is_learned = [], False
+    while shown:
+        mark = next((m for m in ("[[", "]]", *specials) if shown.startswith(m)), "")
+        if mark in ("[[", "]]"):
+            is_learned = mark == "[["
+        elif mark:
+            parts.append((mark, is_learned, True))
+        else:
+            control = re.match(r"\\x(..)|\\u(....)", shown)
+            escaped = next((t for t in specials if shown.startswith(f"\\{t}")), shown[1:2])
+            if control:
+                mark, text = control[0], chr(int(control[1] or control[2], 16))
+            elif shown[0] == "\\":
+                mark, text = f"\\{escaped}", escaped
+            else:
+                mark = text = shown[0]
+            parts.append((text, is_learned, False))
+        shown = shown.removeprefix(mark)
+    return [("".join(t for t, *_ in group), *key) for key, group in groupby(parts, lambda part: part[1:])]
+
+
+@pytest.mark.parametrize(
+    ("question", "answer"), [(HOSTILE, "Yo"), ("Hi", HOSTILE), ("[", "]"), ("x[", "]x[[")]
+)
+def test_text_that_looks_like_marks(question, answer):
+    """What is shown says which text, marks and special tokens there are, and no terminal obeys it."""
+    tokenizer = small_tokenizers.chat_tokenizer(chat_templates.CHATML, "</s>")
+    markers = {"<|im_start|>": 1, "<|im_end|>": 1}
+    tokenizer.add_special_tokens({"additional_special_tokens": [*markers]})
+    ids, learned = [tokenizer.bos_token_id], [False]
+    for text, is_learned in ((question, False), (answer, True), (question, False)):
+        encoded = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        ids += [*encoded, tokenizer.eos_token_id]
+        learned += [is_learned] * (len(encoded) + 1)
+    shown = mark_learned(ids, learned, tokenizer)
+    assert shown.isprintable()
+    bos, eos = tokenizer.bos_token, "</s>"
+    assert read_marks(shown, [bos, eos, *markers]) == [
+        (bos, False, True), (question, False, False), (eos, False, True), (answer, True, False),
+        (eos, True, True), (question, False, False), (eos, False, True),
+    ]  # fmt: skip
+
+
+def test_rows_of_each_set_are_recorded():
+    """Three in all at least; those of a mixture name their set."""
+    made = FORMATS["qa"].render({"question": "q", "answer": "a"})
+    one, two = (
+        tokenize([replace(made, row_number=i) for i in numbers], small_tokenizers.BYTES, 100, "here")
+        for numbers in ((1, 2, 3), (4, 6))
+    )
+    rows = join_sets([one, two], [MixedSet("one", 3, 3), MixedSet("two", 2, 2)])
+    recorded = record_examples(rows, small_tokenizers.BYTES)
+    assert [(row.number, row.set) for row in recorded] == [(1, "one"), (2, "one"), (4, "two"), (6, "two")]
 
 
 def test_recorded_rows_are_bounded():

@@ -196,7 +196,10 @@ def test_the_first_rows(tmp_path):
     assert "First rows" not in page_of(run).text  # of a run of an earlier version
     parts = [RowPart("<s>", False, True), RowPart(f" Why?\n {HOSTILE}", False, False)]
     answer = [RowPart("So & <so>", True, False), RowPart("</s>", True, True)]
-    rows = [RecordedRow(3, 1200, 7, parts, 176, answer), RecordedRow(4, 9, 1, [RowPart("ok", True, False)])]
+    rows = [
+        RecordedRow(3, 1200, 7, parts, 176, answer),
+        RecordedRow(4, 9, 1, [RowPart("ok", True, False)], set="b"),
+    ]
     facts = json.loads((run / "run.json").read_text())
     facts["first_rows"] = [dataclasses.asdict(row) for row in rows]
     (run / "run.json").write_text(json.dumps(facts))
@@ -209,7 +212,10 @@ def test_the_first_rows(tmp_path):
         '<span class="learned">So & <so></span><span class="learned special"></s></span>'
     )
     assert second == '<span class="learned">ok</span>'
-    assert "Row 3: 1,200 tokens, 7 of them learned" in page.text
+    assert "Row 3: 1,200 tokens, 7 of them learned" in page.text and "Row 4 of b: 9 tokens" in page.text
+    facts["first_rows"] = [{k: v for k, v in facts["first_rows"][0].items() if k != "set"}]
+    (run / "run.json").write_text(json.dumps(facts))
+    assert "Row 3: 1,200 tokens" in page_of(run).text, "of a run of an earlier version"
     assert not {"img", "s", "so"} & {tag for tag, _ in page.tags}
 
 
@@ -272,7 +278,7 @@ ROW = {"number": 1, "tokens": 2, "learned": 1, "omitted": 0, "head": [], "tail":
      ("data", "drop_reasons", [{"reason": "x", "rows": "2", "first": [1]}]),
      ("data", "cut_reasons", [{"reason": "x", "rows": 2, "first": []}]), ("data", "cut_reasons", None),
      ("first_rows", 0, {"number": 1}), ("first_rows", 0, {**ROW, "head": [{"text": 1}]}),
-     ("first_rows", 0, {**ROW, "tail": None})],
+     ("first_rows", 0, {**ROW, "tail": None}), ("first_rows", 0, {**ROW, "set": 1})],
 )  # fmt: skip
 def test_facts_that_no_run_writes(tmp_path, section, name, value):
     run = make_run(tmp_path / "run", [metrics(1)])

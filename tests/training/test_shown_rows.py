@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import train
+from data.row_text import LEGEND
 from tests.helpers.tiny import write_questions
 
 
@@ -21,7 +22,9 @@ def test_rows_are_shown_and_nothing_is_written(checkpoints, tmp_path, capfd):
         "row 1",
         "row 2",
     ]
-    assert printed.count("[[") == printed.count("]]") == 2 and "\ndata: " in f"\n{printed}"
+    assert "\ndata: " in f"\n{printed}"
+    _, legend, examples = printed.partition(f"\n{LEGEND}\n")
+    assert legend and examples.count("[[") == examples.count("]]") == 2
     assert [path.name for path in Path(out).iterdir()] == ["config.yaml"]
     assert (out / "config.yaml").read_text() == "of an earlier run"
     assert train.main([*argv[:3], str(tmp_path / "missing.jsonl"), "--show_rows", "2"]) == 2
