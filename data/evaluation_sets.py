@@ -139,7 +139,9 @@ def _select_rows(
         names = [examples.name for examples in sets]
         training, evaluation_rows = _split_sets(rendered, names, config.eval_share, config.seed)
         samples = config.eval_samples if config.eval_samples > 0 else None
-        held = dataclasses.replace(sets[0], rendered=join_evenly(evaluation_rows)[:samples], remarks=())
+        held = dataclasses.replace(
+            sets[0], rendered=join_evenly(evaluation_rows, names)[:samples], remarks=()
+        )
         return training, held
     if config.eval_dataset is None:
         return rendered, None

@@ -59,6 +59,7 @@ class Rendered:
         marker: a text that ends an answer where no token does.
         last_answer_index: index of the learned range that the last answer begins with.
         has_empty_thought: whether an empty thought is before a learned range, and not learned.
+        set_name: the name of its dataset, where rows of several ones are joined; else "".
     """
 
     text: str
@@ -69,6 +70,7 @@ class Rendered:
     marker: str | None = None
     last_answer_index: int = -1
     has_empty_thought: bool = False
+    set_name: str = ""
 
     @property
     def last_answer_range(self) -> tuple[int, int]:

@@ -85,7 +85,8 @@ def read_each_row_once(dataset: str, options: ReadingOptions) -> Examples:
             f"--dataset {dataset}: weights have no effect here, where each row comes once; leave them out:"
             f" {names}"
         )
-    rendered = join_evenly([examples.rendered for examples in mixture.sets])
+    set_names = [share.name for share in mixture.shares]
+    rendered = join_evenly([examples.rendered for examples in mixture.sets], set_names)
     rendered = rendered[:samples] if samples > 0 else rendered
     return dataclasses.replace(mixture.sets[0], rendered=rendered, remarks=mixture.remarks, name=mixture.name)
 
@@ -110,10 +111,18 @@ def _describe_template(examples: Examples) -> str:
     return " ".join([examples.format, *map(repr, markers)])
 
 
-def join_evenly(sets: Sequence[list[Rendered]]) -> list[Rendered]:
-    """Return all rows, so that the first ones, however many, are of all sets in proportion to their sizes."""
+def join_evenly(sets: Sequence[list[Rendered]], names: Sequence[str] = ()) -> list[Rendered]:
+    """Return all rows, so that the first ones, however many, are of all sets in proportion to their sizes.
+
+    names: of the sets, which the rows of several ones get; () = they get none.
+    """
     if len(sets) == 1:
         return sets[0]
+    if names:
+        sets = [
+            [dataclasses.replace(row, set_name=name) for row in rows]
+            for rows, name in zip(sets, names, strict=True)
+        ]
     places = [
         ((i + 0.5) / len(rows), number, i) for number, rows in enumerate(sets) for i in range(len(rows))
     ]

@@ -5,7 +5,7 @@ The numbers are those of the rows in their dataset, from 1.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 FIRST_ROWS = 3  # numbers that are kept for each reason, however many rows there are
 
@@ -14,6 +14,11 @@ LONG_PROMPT = "the prompt fills --context_length"
 FIRST_TOKEN = "only the first token would be learned, which nothing predicts"
 CUT_ANSWER = "the end of an answer is beyond --context_length"
 CUT_REST = "only text that is not learned is beyond --context_length"
+
+
+def name_set(reason: str, name: str) -> str:
+    """Return a reason with the name of its rows' dataset; unchanged if the name is ""."""
+    return f"{reason}, in {name}" if name else reason
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,10 @@ class RowReason:
         plural = "s" if self.count > 1 else ""
         numbers = ", ".join(map(str, self.first)) + ", ..." * (self.count > len(self.first))
         return f"{self.count:,} row{plural} {action}: {self.reason} (row{plural} {numbers})"
+
+    def of_set(self, name: str) -> RowReason:
+        """Return the reason with the name of the set in it whose rows the numbers are those of."""
+        return replace(self, reason=name_set(self.reason, name))
 
     def fields(self) -> dict:
         """Return the values for run.json."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
@@ -103,16 +103,11 @@ def join_sets(parts: Sequence[TokenizedRows], sets: Sequence[MixedSet]) -> Token
         torch.cat([rows.tokens for rows in parts]),
         torch.cat([rows.learned for rows in parts]),
         torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]),
-        tuple(_name_set(each, name) for rows, name in named for each in rows.drop_reasons),
-        tuple(_name_set(each, name) for rows, name in named for each in rows.cut_reasons),
+        tuple(each.of_set(name) for rows, name in named for each in rows.drop_reasons),
+        tuple(each.of_set(name) for rows, name in named for each in rows.cut_reasons),
         torch.cat([rows.row_numbers for rows in parts]),
         tuple(sets),
     )
-
-
-def _name_set(reason: RowReason, name: str) -> RowReason:
-    """Return a reason with the set's name in it, as its numbers are those of the rows in the set."""
-    return replace(reason, reason=f"{reason.reason}, in {name}")
 
 
 def digest_rows(rows: TokenizedRows) -> str:

@@ -19,7 +19,15 @@ from data.encoding import Offsets, drop_empty_answers, encode, encode_prompt
 from data.examples import read_examples
 from data.formats import Rendered
 from data.reading import ReadingOptions
-from data.row_reasons import CUT_ANSWER, CUT_REST, FIRST_TOKEN, LONG_PROMPT, NO_ANSWER, ReasonCounter
+from data.row_reasons import (
+    CUT_ANSWER,
+    CUT_REST,
+    FIRST_TOKEN,
+    LONG_PROMPT,
+    NO_ANSWER,
+    ReasonCounter,
+    name_set,
+)
 from data.rows import MixedSet, TokenizedRows, join_sets
 from data.shares import count_rows_per_epoch
 from options.errors import UserError
@@ -95,9 +103,10 @@ def tokenize(rendered: list[Rendered], tokenizer, context_length: int, error_pre
                 numbers.append(example.row_number)
                 if len(row) > context_length:
                     reason = CUT_ANSWER if targets[context_length:].any() else CUT_REST
-                    cuts.add(reason, example.row_number)
+                    cuts.add(name_set(reason, example.set_name), example.row_number)
             else:
-                drops.add(_drop_reason(targets, context_length), example.row_number)
+                reason = name_set(_drop_reason(targets, context_length), example.set_name)
+                drops.add(reason, example.row_number)
     if not lengths:
         reason = "no answer has any text"
         if prompt_lengths:

@@ -10,6 +10,7 @@ import pytest
 from data.chat import ChatTemplate
 from data.evaluation_sets import make_row_prompt, prepare_sets, read_evaluation_rows
 from data.formats import ALPACA, FORMATS, QA
+from data.row_reasons import NO_ANSWER
 from options.train import parse
 from tests.helpers import chat_templates, small_tokenizers
 from tests.helpers.evaluation import options
@@ -36,6 +37,28 @@ def test_the_split(checkpoints, alpaca_file):
 def texts(rows) -> list[str]:
     starts = rows.starts.tolist()
     return [BYTES.decode(rows.tokens[a:b]) for a, b in pairwise(starts)]
+
+
+def test_dropped_rows_of_several_sets_name_their_set(checkpoints, tmp_path):
+    """Of --eval_dataset and of --eval_share: the numbers are those of the rows in that set."""
+    a, b = (tmp_path / name for name in ("a.jsonl", "b.jsonl"))
+    lines = [json.dumps({"question": "Q", "answer": answer}) for answer in ("yes", "", "no", "")]
+    a.write_text("\n".join(lines))
+    b.write_text("\n".join(lines[1:]))
+
+    def reasons(*more):
+        evaluation = prepare_sets(parse(options(checkpoints, *more))[0], BYTES)[2]
+        return {(each.reason, each.first) for each in evaluation.rows.drop_reasons}
+
+    of_a, of_b = (f"{NO_ANSWER}, in {path}" for path in (a, b))
+    assert reasons(a, "--eval_dataset", f"{a},{b}") == {(of_a, (2, 4)), (of_b, (1, 3))}
+    assert reasons(a, "--eval_dataset", a) == {(NO_ANSWER, (2, 4))}
+    long = [tmp_path / name for name in ("long_a.jsonl", "long_b.jsonl")]
+    for path in long:
+        path.write_text("\n".join(lines * 20))
+    held = reasons(f"{long[0]},{long[1]}", "--eval_share", "0.5")
+    assert {reason for reason, _ in held} == {f"{NO_ANSWER}, in {path}" for path in long}
+    assert all(number % 2 == 0 for _, first in held for number in first)
 
 
 def test_other_rows_are_put_as_the_data_is(checkpoints, alpaca_file, tmp_path):
