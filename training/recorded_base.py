@@ -15,36 +15,40 @@ from models.registry import open_weights, read_config
 from options.errors import UserError
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+COMMIT = re.compile(r"[0-9a-f]{40}")
 PACKED_COPY = re.compile(r"-bnb-4bit$", re.IGNORECASE)  # as unsloth names its copies of models
 
 
 def check_recorded_base(
-    recorded: object, base_name: str, config: PretrainedConfig, files: CheckpointFiles, where: str
+    settings: dict, base_name: str, config: PretrainedConfig, files: CheckpointFiles, where: str
 ) -> str:
     """Return a remark if it is not known whether an adapter's recorded base is the run's model, else "".
 
     Raises UserError if the recorded folder holds another model, or if two names on the hub differ.
 
     Args:
-        recorded: base_model_name_or_path of adapter_config.json, which may be missing or of any type.
+        settings: contents of adapter_config.json, whose values may be of any type.
         base_name: the run's model, by `pin_model_name`.
         config: its config.
         files: its weights.
         where: names the adapter.
     """
-    name, model = split_revision(base_name)[0], files.folder
+    recorded, (name, commit) = settings.get("base_model_name_or_path"), split_revision(base_name)
     unknown = f"{where}: names {recorded} as its base, not {name}; only the tensors' shapes could be compared"
     if not isinstance(recorded, str) or not recorded:
         return unknown
     folder = Path(os.path.expanduser(recorded))
     if os.path.isdir(folder):
-        if recorded == name or os.path.realpath(folder) == os.path.realpath(model):
+        if recorded == name or os.path.realpath(folder) == os.path.realpath(files.folder):
             return ""
         return _compare_folders(folder, config, files, where, unknown)
     if recorded.casefold() == name.casefold():
-        return ""
+        revision = settings.get("revision")
+        if not isinstance(revision, str) or not COMMIT.fullmatch(revision) or revision == commit:
+            return ""
+        return f"{where}: was trained on commit {revision} of {name}, not {commit}; the weights may differ"
     are_ids = HUB_ID.fullmatch(recorded) and HUB_ID.fullmatch(name) and not os.path.isdir(name)
-    if not are_ids or PACKED_COPY.search(recorded) or PACKED_COPY.search(name):
+    if not are_ids or files.prequantized or PACKED_COPY.search(recorded) or PACKED_COPY.search(name):
         return unknown
     raise UserError(
         f"{where}: was trained on {recorded}, not on {name}; name that model with --model_name, or a folder"

@@ -139,8 +139,7 @@ def _check_adapter_base(
     where = f"--adapter {adapter.name}"
     if STRUCTURE_KEY in adapter.metadata:
         return check_base(adapter.metadata, model_config, files, where, "--model_name", untied_head)
-    recorded = adapter.settings.get("base_model_name_or_path")
-    return check_recorded_base(recorded, base_name, model_config, files, where)
+    return check_recorded_base(adapter.settings, base_name, model_config, files, where)
 
 
 def _adopt_settings(
@@ -208,10 +207,12 @@ def _check_tied(adapter: SavedAdapter, family: Family) -> None:
 
     PEFT unties them then, unless its ensure_weight_tying is set.
     """
-    saved = _saved_vocabulary(adapter, family)
+    both = {f"{PEFT_PREFIX}{path}.weight" for path in (family.embedding, family.head)}
+    # Without modules_to_save PEFT may have saved one of them, or both.
+    saved = _saved_vocabulary(adapter, family) or (both if both <= adapter.tensors.keys() else set())
     tensors = [t for name, t in read_adapter_tensors(adapter.path) if name in saved]
     if saved and (len(tensors) < 2 or not torch.equal(*tensors)):
-        file, names = adapter.path.parent / ADAPTER_CONFIG, adapter.settings["modules_to_save"]
+        file, names = adapter.path.parent / ADAPTER_CONFIG, adapter.settings.get("modules_to_save")
         raise UserError(
             f"{file}: modules_to_save {names}: trained apart the embedding and the head, which the base ties;"
             " only adapters of PEFT's ensure_weight_tying are trained further"

@@ -24,7 +24,7 @@ from options.errors import UserError
 from options.train import parse
 from tests.helpers.adapters import args_for, save_peft_adapter
 from tests.helpers.finished_runs import damage_adapter, write_random_run
-from tests.helpers.hub_cache import FIRST, add_to_hub_cache
+from tests.helpers.hub_cache import FIRST, SECOND, add_to_hub_cache
 from tests.helpers.layers import ALPHA, R
 from tests.helpers.logits import IDS
 from tests.helpers.runs import full_run, outputs
@@ -193,6 +193,10 @@ def test_pefts_recorded_hub_id_is_compared(check, changed, checkpoints, tmp_path
     add_to_hub_cache(tmp_path, "owner/base", checkpoints(), FIRST, "main")
     same = check(model_name="owner/base", adapter=changed(base_model_name_or_path="Owner/Base"))
     assert "could be compared" not in "".join(same.remarks)
+    older = changed(base_model_name_or_path="owner/base", revision=SECOND)
+    told = "".join(check(model_name="owner/base", adapter=older).remarks)
+    assert f"was trained on commit {SECOND} of owner/base, not {FIRST}" in told
+    changed(revision=None)
     packed = check(model_name="owner/base", adapter=changed(base_model_name_or_path="x/base-bnb-4bit"))
     assert "could be compared" in "".join(packed.remarks)
     with pytest.raises(UserError, match="was trained on owner/other, not on owner/base; name that model"):
@@ -207,6 +211,21 @@ def test_pefts_embedding_layers_need_the_option(check, checkpoints, saved, tmp_p
     with pytest.raises(UserError, match=r"in full \(PEFT's save_embedding_layers\); --train_embeddings true"):
         check(adapter=folder)
     assert check(adapter=folder, train_embeddings="true").config.train_embeddings
+
+
+def test_pefts_embedding_layers_over_a_tied_base(check, checkpoints, tmp_path):
+    """One tensor for both, or two equal ones, are continued; two different ones are refused."""
+    base = checkpoints("qwen2")
+    folder = save_peft_adapter(base, tmp_path / "adapter")
+    embedding = AutoModelForCausalLM.from_pretrained(base).get_input_embeddings().weight.detach()
+    names = [f"base_model.model.{name}.weight" for name in ("model.embed_tokens", "lm_head")]
+    adapter = load_file(folder / ADAPTER)
+    for count in (1, 2):
+        save_file(adapter | {name: embedding.clone() for name in names[:count]}, folder / ADAPTER)
+        check(model_name=base, adapter=folder, train_embeddings="true")
+    save_file(adapter | {names[0]: embedding, names[1]: embedding + 1}, folder / ADAPTER)
+    with pytest.raises(UserError, match="trained apart the embedding and the head"):
+        check(model_name=base, adapter=folder, train_embeddings="true")
 
 
 def test_an_adapter_of_another_base(checkpoints, short_rows, one_rank, tmp_path, capsys):
