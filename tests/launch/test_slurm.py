@@ -10,10 +10,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 
+from monitoring.messages import describe_stop
 from options.train import parse
 from tests.helpers.programs import ROOT, metrics, small
 
@@ -25,6 +27,7 @@ printf '%s\\n' "$@" > srun.txt
 if [[ ! -e real ]]; then
   touch started
   until [[ -e scancel.txt || -e finish ]]; do sleep 0.05; done
+  [[ -e last_line ]] && cat last_line
   exit "$(cat status 2>/dev/null || echo 0)"
 fi
 while [[ $1 == --* ]]; do shift; done
@@ -87,18 +90,21 @@ def test_srun_gets_the_cpus_and_train_its_options(submit, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("options", "status", "requeued"),
+    ("options", "status", "stopped", "requeued"),
     [
-        (["--output_dir", "run", "--resume", "auto"], 0, True),
-        (["--resume=auto"], 0, True),
-        (["--output_dir", "run"], 0, False),  # it would start again, or be refused
-        (["--resume", "auto"], 1, False),  # the run failed
+        (["--output_dir", "run", "--resume", "auto"], 0, True, True),
+        (["--resume=auto"], 0, True, True),
+        (["--output_dir", "run"], 0, True, False),  # it would start again, or be refused
+        (["--resume", "auto"], 1, True, False),  # the run failed
+        (["--resume", "auto"], 0, False, False),  # it ended by itself: to resume it is an error
     ],
 )
 def test_at_the_time_limit_the_ranks_stop_and_the_job_is_requeued(
-    submit, tmp_path, options, status, requeued
+    submit, tmp_path, options, status, stopped, requeued
 ):
     (tmp_path / "status").write_text(str(status))
+    line = describe_stop("SIGTERM", [SimpleNamespace(step=3)], 9, Path("run")) if stopped else "complete"
+    (tmp_path / "last_line").write_text(f"{line}\n")
     job = submit(*options)
     wait_for(tmp_path / "started")
     job.send_signal(signal.SIGUSR2)  # --signal=B:USR2@300
@@ -107,7 +113,9 @@ def test_at_the_time_limit_the_ranks_stop_and_the_job_is_requeued(
     assert job.returncode == status
     assert (tmp_path / "requeue.txt").exists() == requeued
     assert ("goes back into the queue" in printed) == requeued
-    assert ("--resume auto continues" in printed) == (status == 0 and not requeued)
+    assert ("--resume auto continues" in printed) == (status == 0 and stopped and not requeued)
+    assert ("the run ended by itself" in printed) == (status == 0 and not stopped)
+    assert printed.startswith(f"{line}\n")
 
 
 @pytest.mark.slow
