@@ -188,7 +188,7 @@ def _add_tokens(tokenizer: Any, text: str, embedding_rows: int, remedy: str) -> 
             )
         return [
             f"chat template: the tokenizer has no token for {join_names(lacking)}, and {reason}. They are"
-            " encoded as ordinary text"
+            f" encoded as ordinary text{_describe_stop_string(text, lacking)}"
         ]
     tokenizer.add_tokens(tokens)
     assert tokenizer.convert_tokens_to_ids(new) == ids
@@ -223,6 +223,19 @@ def _find_new_ids(tokenizer: Any, tokens: list[AddedToken], new: list[str]) -> l
     ids, later = ([each.get_vocab()[token] for token in new] for each in (trial, read_again))
     stay = ids == later and before == vocabulary
     return ids if stay and not {*vocabulary.values()}.intersection(ids) else None
+
+
+def _describe_stop_string(text: str, lacking: list[str]) -> str:
+    """Return the end of a remark if the marker that closes an answer is no token; else "".
+
+    Args:
+        text: rendered conversations; the answer of the first is PROBE.
+        lacking: the markers in it that are no tokens.
+    """
+    closing = MARKER.match(text.partition(PROBE)[2].lstrip())
+    if not closing or closing[0] not in lacking:
+        return ""
+    return f", so no token ends an answer: give servers {closing[0]} as a stop string (docs/serving.md)"
 
 
 def _describe_missing_bos(tokenizer: Any, text: str) -> list[str]:

@@ -112,6 +112,9 @@ def test_markers_become_tokens_where_the_embedding_has_room_for_all(name):
     assert not [remark for remark in use_template(tokenizer, name, first + len(markers)) if "new" in remark]
     tokenizer, remarks = chosen(name, first + len(markers) - 1)
     assert len(tokenizer) == first and "are encoded as ordinary text" in remarks[-1]
+    assert f"give servers {markers[-1]} as a stop string" in remarks[-1]
+    tokenizer.add_special_tokens({"additional_special_tokens": [markers[-1]]})
+    assert "as a stop string" not in use_template(tokenizer, name, first)[-1]  # this one closes turns
     row = tokenize([rendered(tokenizer, "one turn")], tokenizer, 9999, "here")
     assert tokenizer.decode(row.tokens) == rendered(tokenizer, "one turn").text
     assert markers[-1] in tokenizer.decode(row.tokens[row.learned])  # letters, which end the answer
