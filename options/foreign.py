@@ -26,11 +26,13 @@ class Translation:
         options: the options here, {name: value}; empty = none is needed, or there is none.
         note: beside options, what differs; without options, why there are none.
         lost: whether the setting changes something elsewhere that nothing changes here.
+        is_advice: whether the note says what to give instead, so that leaving it out is not enough.
     """
 
     options: Mapping[str, str] = field(default_factory=dict)
     note: str = ""
     lost: bool = False
+    is_advice: bool = False
 
     def describe(self, write: Callable[[str, str], str]) -> str:
         """Return it as the end of an error line. write(option, value) returns an option as text."""
@@ -38,6 +40,8 @@ class Translation:
             note = f" ({self.note})" if self.note else ""
             return f"here it is {' '.join(write(*item) for item in self.options.items())}{note}"
         kind = "has no equal here" if self.lost else "is not needed here"
+        if self.is_advice:
+            return f"{kind}: {self.note}"
         return f"{kind}: {self.note}; leave it out" if self.note else f"{kind}; leave it out"
 
 

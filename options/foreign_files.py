@@ -16,6 +16,7 @@ from options.yaml_file import MAX_DEPTH, Tree, read_tree
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 PICKLE_STARTS = (b"\x80", b"PK\x03\x04")  # a pickle; the zip file of torch.save
 LAUNCHERS = ("accelerate", "DeepSpeed")
+NULL_IS_A_VALUE = ("max_length",)  # settings whose null is not their default: rows are not cut
 PROGRAMS = ("axolotl", "TRL", "LLaMA-Factory", *LAUNCHERS)
 # A file with one of these keys at its top is of that program; the first row counts.
 SIGNS = (
@@ -136,7 +137,9 @@ def _as_texts(value: Any, path: Path, depth: int) -> Tree:
 
 
 def list_settings(file: ForeignFile) -> dict[str, str]:
-    """Return {foreign name: value} of a file without its nulls; names of nested settings have dots.
+    """Return {foreign name: value} of a file; names of nested settings have dots.
+
+    Nulls are left out, but for those of NULL_IS_A_VALUE, which are the text "null".
 
     Fields of FSDP get their prefix, and those of accelerate's `deepspeed_config` have none. `auto` in a
     launcher's file means that the training program's own value holds, so it is left out.
@@ -162,8 +165,8 @@ def _flatten(tree: dict[str, Tree], prefix: str, settings: dict[str, str]) -> No
                 settings[name] = ",".join(texts)
             elif any(each is not None for each in value):
                 settings[name] = f"{len(value)} entries"
-        elif value is not None:
-            settings[name] = value
+        elif value is not None or name in NULL_IS_A_VALUE:
+            settings[name] = "null" if value is None else value
 
 
 def add_defaults(settings: dict[str, str], program: str) -> set[str]:

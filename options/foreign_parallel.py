@@ -126,7 +126,8 @@ def port(given: Settings, settings: Settings) -> Translation:
 def rows_of_a_step(given: Settings, settings: Settings) -> Translation:
     """Translate the rows of a whole step: micro-batch x accumulation x GPUs."""
     total = as_number(next(iter(given.values())))
-    names = ("train_micro_batch_size_per_gpu", "per_device_train_batch_size", "micro_batch_size")
+    # The training program's setting counts, not its launcher's.
+    names = ("per_device_train_batch_size", "micro_batch_size", "train_micro_batch_size_per_gpu")
     micro = as_number(first(settings, *names)) or 1
     accumulation = as_number(first(settings, "gradient_accumulation_steps"))
     gpus = as_number(first(settings, "num_processes", "world_size"))

@@ -7,6 +7,7 @@ tables of docs/migrate.md.
 from __future__ import annotations
 
 from options import foreign_parallel as parallel
+from options import foreign_rows as rows
 from options import foreign_values as values
 from options.foreign import ForeignOptions, Rule, Translate, lost, needless, same, switch
 
@@ -56,22 +57,25 @@ MODEL_AND_METHOD = (
         note="the scale here is alpha / rank; rsLoRA's is that of alpha x sqrt(rank)"),
 )
 DATA = (
-    _rule("--dataset", same("dataset"), hf="dataset_name", note="a file, a folder or a hub id"),
+    _rule("--dataset", rows.dataset, hf="dataset_name dataset_config dataset_train_split",
+        note="a file, a folder or a hub id; `name:config:split@revision`"),
     _rule("--dataset, --dataset_format, --columns", lost("several sets: --dataset 'a.jsonl,b.jsonl'"),
         hf="datasets dataset_mixture dataset_mixer", axolotl="datasets pretraining_dataset",
         note="names with commas; types become formats, and names of columns --columns ([data](data.md))"),
-    _rule("--dataset", lost("they are part of --dataset: name:config:split"),
-        hf="dataset_config dataset_train_split dataset_test_split", note="`name:config:split@revision`"),
+    _rule("--eval_dataset", lost("it is part of --eval_dataset: name:config:split"),
+        hf="dataset_test_split", note="`name:config:split@revision`"),
     _rule("--text_column", same("text_column"), hf="dataset_text_field"),
-    _rule("--chat_template", values.chat_template, hf="chat_template chat_template_path",
+    _rule("--chat_template", rows.chat_template, hf="chat_template chat_template_path",
         axolotl="chat_template chat_template_jinja", factory="template",
         note="chatml, llama3, gemma, qwen, or a file with a template; unset = the tokenizer's"),
     _rule("--eval_dataset", same("eval_dataset"), axolotl="test_datasets"),
-    _rule("--eval_share", values.share_of_rows, hf="test_split_size", axolotl="val_set_size",
+    _rule("--eval_share", rows.share_of_rows, hf="test_split_size", axolotl="val_set_size",
         factory="val_size", note="a share of the rows, not their number"),
     _rule("--dataset_samples", same("dataset_samples"), factory="max_samples"),
-    _rule("--context_length", same("context_length"), hf="max_length max_seq_length model_max_length",
+    _rule("--context_length", rows.context_length, hf="max_length max_seq_length model_max_length",
         axolotl="sequence_len", factory="cutoff_len"),
+    _rule("", rows.answers_only, hf="assistant_only_loss completion_only_loss",
+        note="answers alone are learned; `completion` learns all of a text"),
     _rule("--packing", switch("packing"), hf="packing", axolotl="sample_packing",
         factory="neat_packing", note="each row attends to itself alone, as with `neat_packing`"),
 )
@@ -107,6 +111,7 @@ MEMORY_AND_GPUS = (
         launcher="fsdp_activation_checkpointing activation_checkpointing.cpu_checkpointing",
         note="axolotl's value `offload` is both options"),
     _rule("--compile", switch("compile"), hf="torch_compile",
+        launcher="dynamo_backend dynamo_config.dynamo_backend",
         note="auto, the default, compiles where possible"),
     _rule("--sharding_strategy, --hybrid_shard_size, --use_cpu_offload", parallel.sharding, hf="fsdp",
         axolotl="fsdp",
@@ -199,10 +204,14 @@ LOST = {
     "weights are not trained in fp8 or with fake quantization":
         "fp8 fp8_config qat quantization enable_fp8 fp8_backend",
     "DeepSpeed does not run here; give its file to `python -m tools.migrate`": "deepspeed"
-        " deepspeed_config_file",
+        " deepspeed_config_file deepspeed_config",
+    "it is accelerate's own: give the file to `python -m tools.migrate`": "config_file",
     "results stay in --output_dir; `python export.py RUN` makes a folder to publish":
         "push_to_hub hub_model_id hub_strategy hub_private_repo hub_always_push hub_revision push_model"
-        " save_model_hub",
+        " save_model_hub export_dir export_size export_device export_legacy_format export_hub_model_id"
+        " export_quantization_bit export_quantization_dataset export_quantization_nsamples"
+        " export_quantization_maxlen",
+    "rows to evaluate are cut at --context_length": "eval_sequence_len",
     "evaluation has --batch_size":
         "per_device_eval_batch_size eval_batch_size eval_accumulation_steps eval_packing eval_sample_packing"
         " eval_delay eval_on_each_dataset eval_num_beams",
@@ -247,7 +256,6 @@ NEEDLESS = {
         " ignore_pad_token_for_loss sample_packing_bin_size sample_packing_eff_est"
         " sample_packing_group_size pretrain_multipack_attn pretrain_multipack_buffer_size"
         " multipack_real_batches",
-    "answers alone are learned": "assistant_only_loss completion_only_loss",
     "metrics.jsonl has every step": "logging_first_step logging_dir log_level"
         " log_level_replica log_on_each_node logging_nan_inf_filter include_num_input_tokens_seen"
         " include_tokens_per_second plot_loss disable_tqdm debug wandb_watch wandb_log_model"
@@ -262,7 +270,8 @@ NEEDLESS = {
         " prediction_loss_only label_names remove_unused_columns include_for_metrics batch_eval_metrics"
         " eval_do_concat_batches eval_use_gather_object eval_on_start",
     "this program only trains": "do_train do_eval do_predict predict_with_generate strict infer_backend"
-        " merge_lora do_bench_eval do_causal_lm_eval",
+        " merge_lora do_bench_eval do_causal_lm_eval fast_inference gpu_memory_utilization max_lora_rank"
+        " float8_kv_cache",
     "rows are prepared once, before the run": "dataloader_num_workers dataset_num_proc dataset_processes"
         " preprocessing_num_workers overwrite_cache dataset_prepared_path tokenized_path"
         " dataset_kwargs dataset_keep_in_memory shuffle_merged_datasets dataloader_pin_memory"
@@ -275,7 +284,9 @@ NEEDLESS = {
         " ignore_bias_buffers compute_environment machine_rank main_process_ip rdzv_backend same_network"
         " main_training_function downcast_bf16 enable_cpu_affinity tpu_env tpu_use_cluster"
         " tpu_use_sudo commands command_file num_cpu_threads_per_process torch_empty_cache_steps"
-        " ray_num_workers ray_run_name dynamo_config deepspeed_multinode_launcher use_fsdp use_deepspeed"
+        " dynamo_config dynamo_mode dynamo_use_fullgraph dynamo_use_dynamic"
+        " dynamo_use_regional_compilation ray_num_workers ray_run_name deepspeed_multinode_launcher"
+        " use_fsdp use_deepspeed"
         " multi_gpu gpu_memory_limit lora_on_cpu zero3_init_flag zero3_save_16bit_model mpirun_config ddp"
         " device offload_folder qlora_sharded_model_loading max_memory gc_steps resources_per_worker"
         " placement_strategy",
@@ -315,11 +326,13 @@ ADAM = "adam_beta1 adam_beta2 adam_epsilon"
 
 def _rules() -> tuple[Rule, ...]:
     """Return the rows of all subjects, and a row for each reason of LOST and NEEDLESS."""
-    rows = [row for rows in SUBJECTS.values() for row in rows]
-    rows.append(_rule("", values.adam_betas, hf=ADAM, launcher="optimizer.params.betas optimizer.params.eps"))
-    rows += [_rule("", lost(reason, HARMLESS), hf=names) for reason, names in LOST.items()]
-    rows += [_rule("", needless(reason), hf=names) for reason, names in NEEDLESS.items()]
-    return tuple(rows)
+    table = [row for rows_of_subject in SUBJECTS.values() for row in rows_of_subject]
+    table.append(
+        _rule("", values.adam_betas, hf=ADAM, launcher="optimizer.params.betas optimizer.params.eps")
+    )
+    table += [_rule("", lost(reason, HARMLESS), hf=names) for reason, names in LOST.items()]
+    table += [_rule("", needless(reason), hf=names) for reason, names in NEEDLESS.items()]
+    return tuple(table)
 
 
 FOREIGN = ForeignOptions(_rules())

@@ -32,12 +32,13 @@ SCHEDULES = {
     "constant_with_warmup": CONSTANT,
     "warmuplr": CONSTANT,
     "linear": "linear",
+    "linear_with_warmup": "linear",
     "warmupdecaylr": "linear",
     "cosine": "cosine",
+    "cosine_with_warmup": "cosine",
     "cosine_with_min_lr": "cosine",
     "warmupcosinelr": "cosine",
 }
-TEMPLATES = {"chatml": "chatml", "llama3": "llama3", "gemma": "gemma", "gemma3": "gemma", "qwen3": "qwen"}
 ADAPTERS = ("", "none", "lora", "qlora", "dora", "qdora", "full", "freeze")  # and kinds of training
 KINDS_OF_TRAINING = ("use_peft", "adapter", "finetuning_type", "full_finetuning", "use_llama_pro")
 FREEZES = ("freeze_trainable_layers", "freeze_trainable_modules")
@@ -126,7 +127,8 @@ def rank_stabilized(given: Settings, settings: Settings) -> Translation:
     rank = as_number(first(settings, "lora_r", "lora_rank", "r"))
     alpha = as_number(first(settings, "lora_alpha"))
     if not rank or rank < 0 or not alpha:
-        return Translation(note="--lora_alpha is alpha x sqrt(rank) for the same scale", lost=True)
+        note = "give --lora_alpha as alpha x sqrt(rank), for the same scale"
+        return Translation(note=note, lost=True, is_advice=True)
     scaled = f"{alpha * math.sqrt(rank):.6g}"
     return Translation({"lora_alpha": scaled}, f"{alpha:g} x sqrt({rank:g}): the scale is alpha / rank")
 
@@ -157,7 +159,8 @@ def schedule(given: Settings, settings: Settings) -> Translation:
     name = next(iter(given.values()))
     here = SCHEDULES.get(name.lower())
     if not here:
-        return Translation(note=f"{name}; --lr_scheduler is constant, linear or cosine", lost=True)
+        note = f"{name}; --lr_scheduler constant, the default, holds; linear and cosine are the others"
+        return Translation(note=note, lost=True)
     if (
         here == "cosine"
         and first(settings, "cosine_min_lr_ratio", "lr_scheduler_kwargs.min_lr_rate") == "0.1"
@@ -174,8 +177,8 @@ def warmup(given: Settings, settings: Settings) -> Translation:
     if steps is not None and 0 < steps < 1:  # a share, since transformers 5
         ratio, steps = steps, None
     if not steps:
-        text = f"{ratio or 0:g}"
-        return Translation({"lr_warmup": text})
+        text = next(iter(given.values()))
+        return Translation({"lr_warmup": text if ratio is None and steps is None else f"{ratio or 0:g}"})
     total = as_number(first(settings, "scheduler.params.total_num_steps", "max_steps"))
     if total and total >= steps:
         return Translation({"lr_warmup": f"{steps / total:.4g}"}, f"{steps:g} of {total:g} steps")
@@ -220,20 +223,11 @@ def steps_between(option: str, name: str, *strategies: str) -> Translate:
         number = as_number(steps)
         if when == "epoch":
             return Translation(note=f"once an epoch: --{option} counts steps", lost=True)
-        if number is None or 0 < number < 1:
+        if number is not None and 0 < number < 1:
             return Translation(note=f"a share of the run: --{option} counts steps", lost=True)
-        return Translation({option: whole(number)})
+        return Translation({option: steps if number is None else whole(number)})
 
     return translate
-
-
-def share_of_rows(given: Settings, _settings: Settings) -> Translation:
-    """Translate a size of the evaluation set; from 1 on it is a number of rows elsewhere."""
-    value = next(iter(given.values()))
-    number = as_number(value)
-    if number is not None and number >= 1:
-        return Translation(note=f"{number:g} rows: --eval_share is a share, as 0.05", lost=True)
-    return Translation(note="it is off") if not number else Translation({"eval_share": value})
 
 
 def logs(given: Settings, _settings: Settings) -> Translation:
@@ -253,23 +247,6 @@ def wandb_project(given: Settings, _settings: Settings) -> Translation:
     """Translate wandb's project, which turns wandb on in axolotl."""
     value = next(iter(given.values()))
     return Translation({"log_to": "wandb", "project_name": value}) if value else Translation(note="it is off")
-
-
-def chat_template(given: Settings, _settings: Settings) -> Translation:
-    """Translate the chat template: a name, or a file of Jinja."""
-    path = first(given, "chat_template_path")
-    name = first(given, "chat_template", "template")
-    if path.endswith(".jinja") or name.endswith(".jinja"):
-        return Translation({"chat_template": path or name})
-    if name.lower() in TEMPLATES:
-        return Translation({"chat_template": TEMPLATES[name.lower()]})
-    if "{" in name or first(given, "chat_template_jinja"):
-        return Translation(note="write its text to a file: --chat_template FILE", lost=True)
-    if path:
-        return Translation(note="--chat_template takes a file of Jinja", lost=True)
-    if is_off(name) or name.lower() in ("tokenizer_default", "default", "alpaca"):
-        return Translation(note="the tokenizer's own is used")
-    return Translation(note="the tokenizer's own is used; or name one by --chat_template", lost=True)
 
 
 def trained_modules(given: Settings, _settings: Settings) -> Translation:

@@ -28,6 +28,7 @@ from options.foreign_files import (
     read_foreign_file,
 )
 from options.foreign_rules import FOREIGN
+from options.foreign_sets import describe_value
 from options.foreign_values import as_number
 from options.methods import METHODS
 from options.train import parse
@@ -43,9 +44,7 @@ DEEPSPEED_FEATURES = ("amp", "curriculum_learning", "data_efficiency", "progress
                       "sparse_attention", "compression_training", "tensor_parallel", "pipeline")  # fmt: skip
 LORA = ("adapter", "train_embeddings", "lora_rank", "lora_alpha", "lora_dropout", "lora_target_modules")
 UNPAGED = {"paged_adamw_32bit": "adamw", "paged_adamw_8bit": "adamw_8bit"}
-SECRET = re.compile(r"(hub|auth|hf|access|api)_(token|key)|secret|password", re.IGNORECASE)
 WIDTH = 100  # columns of a line of the command
-LONGEST_VALUE = 60  # characters of a value in a comment
 
 
 @dataclass
@@ -127,12 +126,23 @@ def migrate(files: list[ForeignFile]) -> Migration:
     program = files[0].program
     defaults = add_defaults(settings, program)
     train_type = FOREIGN.by_name["use_peft"].apply(settings)
-    if train_type and METHODS[train_type.options.get("train_type", "full")].adapter:
+    trains_adapter = bool(train_type and METHODS[train_type.options.get("train_type", "full")].adapter)
+    if trains_adapter:
         defaults |= add_adapter_defaults(settings, program)
     _translate(settings, defaults, result)
+    if trains_adapter and program == "axolotl" and "adapter" not in result.options:
+        _report_missing(result)
     _make_consistent(result)
     _check_accepted(result)
     return result
+
+
+def _report_missing(result: Migration) -> None:
+    """Record options of an adapter for which axolotl has no default: it does not train without them."""
+    for name in ("lora_rank", "lora_alpha", "lora_target_modules"):
+        if name not in result.options:
+            default = FIELDS[name].default
+            result.lost.append(f"no setting for --{name}, and axolotl has no default: ours, {default}, holds")
 
 
 def _check_together(files: list[ForeignFile]) -> None:
@@ -185,11 +195,11 @@ def _add(rule: Rule, settings: dict[str, str], defaults: set[str], result: Migra
     translation = rule.apply(settings)
     assert translation is not None
     given = {name: settings[name] for name in rule.all_names if name in settings}
-    written = ", ".join(f"{name}: {_shorten(name, value)}" for name, value in given.items())
+    written = ", ".join(f"{name}: {describe_value(name, value)}" for name, value in given.items())
     if translation.lost:
         if decisive := [name for name in given if name in DECISIVE]:
             name = decisive[0]
-            raise UserError(f"{result.file}: {name}: {_shorten(name, given[name])}: {translation.note}")
+            raise UserError(f"{result.file}: {name}: {describe_value(name, given[name])}: {translation.note}")
         result.lost.append(f"{written}: {translation.note}")
     elif translation.options:
         result.options |= translation.options
@@ -207,13 +217,6 @@ def _options(translation: Translation) -> str:
     return " ".join(_write(*item) for item in translation.options.items())
 
 
-def _shorten(name: str, value: str) -> str:
-    """Return a value for a comment: short, and not a secret."""
-    if SECRET.search(name):
-        return "(not shown)"
-    return value if len(value) <= LONGEST_VALUE else f"{value[:LONGEST_VALUE]}..."
-
-
 def _escape(line: str) -> str:
     """Return a line without characters that end it or control a terminal."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
@@ -228,9 +231,9 @@ def _add_unknown(name: str, settings: dict[str, str], result: Migration) -> None
     elif is_off(value):
         return
     elif head in DEEPSPEED_TUNING:
-        result.needless.append(_shorten("", name))
+        result.needless.append(describe_value("", name))
     else:
-        result.unknown.append(f"{_shorten('', name)}: {_shorten(name, value)}")
+        result.unknown.append(f"{describe_value('', name)}: {describe_value(name, value)}")
 
 
 def _make_consistent(result: Migration) -> None:

@@ -336,18 +336,39 @@ def factory_info(tmp_path: Path, **changes) -> Path:
     [
         ({}, {}, ("chat", None)),  # instructions become a chat with the template
         ({}, {"template": "alpaca"}, ("alpaca", None)),
+        ({}, {"template": "remove"}, ("chat", None)),  # the tokenizer's own template
         ({"columns": {"prompt": "q", "response": "a", "query": "input"}}, {},
          ("chat", "instruction=q,output=a")),
         ({"columns": {"prompt": "body"}}, {"stage": "pt"}, ("completion", "text=body")),
         ({"formatting": "sharegpt"}, {}, ("chat", None)),
         ({"formatting": "sharegpt", "columns": {"messages": "talk", "tools": "functions"}}, {},
          ("chat", "messages=talk,tools=functions")),
+        ({"formatting": "sharegpt", "columns": {"system": "rules"}}, {}, ("chat", "system=rules")),
     ],
 )  # fmt: skip
 def test_columns_and_formats_of_dataset_info(info, changes, expected, capsys, tmp_path):
     found = migrated(capsys, factory_info(tmp_path, info=info, **changes))[0]
     assert (found["dataset_format"], found["columns"]) == expected
     assert found["dataset"] == str(tmp_path / "data" / "rows.json")
+
+
+def test_what_an_entry_of_dataset_info_loses(capsys, tmp_path):
+    """Sets to evaluate on are read as those to train on."""
+    info = {"formatting": "sharegpt", "folder": "sub", "num_samples": 20, "columns": {"images": "pics"},
+            "tags": {"user_tag": "u", "assistant_tag": "gpt", "system_tag": "system"}}  # fmt: skip
+    file = factory_info(tmp_path, info=info, eval_dataset="rows", template="remove")
+    comments = migrated(capsys, file)[1]
+    for key in ("dataset rows", "eval_dataset rows"):
+        assert f"{key}: folder: sub" in comments and f"{key}: num_samples: 20" in comments
+        assert f"{key}: columns: images: pics" in comments
+        assert f"{key}: tags: user_tag: u: write human in the rows" in comments
+    assert "assistant_tag" not in comments and "no template: the tokenizer's own is used" in comments
+    tags = {"role_tag": "role", "content_tag": "content", "assistant_tag": "assistant"}
+    comments = migrated(capsys, factory_info(tmp_path, info={"formatting": "sharegpt", "tags": tags}))[1]
+    assert "tags: user_tag: human: write user in the rows" in comments and "assistant_tag" not in comments
+    hub = {"hf_hub_url": "a/b", "subset": "en", "split": "sft", "revision": "v1"}
+    found = migrated(capsys, factory_info(tmp_path, info=hub, eval_dataset="rows"))[0]
+    assert found["dataset"] == found["eval_dataset"] == "a/b:en:sft@v1"
 
 
 def test_weights_of_several_sets(capsys, tmp_path):
@@ -379,6 +400,101 @@ def test_weights_of_several_sets(capsys, tmp_path):
 def test_data_sets_of_axolotl(entry, expected, capsys, tmp_path):
     found = migrated(capsys, edited(tmp_path, "axolotl_lora_chat.yml", datasets=[entry]))[0]
     assert (found["dataset"], found["dataset_format"]) == expected
+
+
+@pytest.mark.parametrize(
+    ("entry", "form", "columns", "words"),
+    [
+        ({"type": "alpaca:chat"}, "alpaca", None, "type: alpaca:chat: its prompt is another"),
+        ({"type": "gpteacher"}, "alpaca", "output=response", ""),
+        ({"type": "sharegpt"}, "chat", None, "type: sharegpt: its prompt is Vicuna's"),
+        ({"type": "context_qa.load_v2"}, "auto", None, "type: context_qa.load_v2: no format here writes"),
+        ({"type": "input_output"}, "auto", None, "type: input_output: no format here writes"),
+        ({}, "auto", None, "no type: axolotl then takes rows of tokens"),
+        (
+            {"type": "chat_template", "roles_to_train": ["user"]},
+            "chat",
+            None,
+            "roles_to_train: user: prompts",
+        ),
+        (
+            {"type": "chat_template", "roles_to_train": ["assistant"], "train_on_eos": "turn"},
+            "chat",
+            None,
+            "",
+        ),
+        ({"type": "chat_template", "message_field_training": "t"}, "chat", None, "message_field_training: t"),
+        ({"type": "chat_template", "roles": {"assistant": ["n"]}}, "chat", None, "roles: {assistant: n}"),
+        ({"type": "chat_template", "drop_system_message": True}, "chat", None, "drop_system_message: true"),
+        ({"type": "alpaca", "shards": 10}, "alpaca", None, "shards: 10: data sets are read whole"),
+        ({"type": {"field_system": "s"}}, "alpaca", None, "field_system: s"),
+        ({"type": "alpaca", "auth_token": "hf_secret"}, "alpaca", None, "auth_token: (not shown)"),
+    ],
+)
+def test_what_an_entry_of_axolotl_loses(entry, form, columns, words, capsys, tmp_path):
+    file = edited(tmp_path, "axolotl_lora_chat.yml", datasets=[{"path": "a/b"} | entry])
+    found, comments = migrated(capsys, file)
+    assert (found["dataset_format"], found["columns"]) == (form, columns)
+    assert f"datasets a/b: {words}" in comments if words else "datasets a/b" not in comments
+
+
+def test_sets_of_axolotl_that_do_not_fit_together(capsys, tmp_path):
+    """--columns and the format count for all sets, also for those to evaluate on."""
+    texts = [{"path": name, "type": "completion", "field": field} for name, field in ("ab", "bc")]
+    rows = {"path": "c", "type": "alpaca"}
+    tests = [dict(texts[0]), rows]
+    file = edited(tmp_path, "axolotl_lora_chat.yml", datasets=texts, test_datasets=tests)
+    found, comments = migrated(capsys, file)
+    assert (found["dataset"], found["eval_dataset"], found["columns"]) == ("a,b", "a,c", "text=b")
+    assert "datasets b: columns: text=c: --columns counts for all sets" in comments
+    assert "test_datasets c: format: alpaca; of the first set: completion" in comments
+    assert "test_datasets a" not in comments
+
+
+def test_files_of_a_hub_set_need_a_recipe(capsys, tmp_path):
+    entry = {"path": "owner/name", "data_files": ["train/a.jsonl"], "type": "alpaca"}
+    found, comments = migrated(capsys, edited(tmp_path, "axolotl_lora_chat.yml", datasets=[entry]))
+    assert found["dataset"] == "owner/name"
+    assert 'with the lines source = "owner/name"; data_files = "train/a.jsonl", for --dataset' in comments
+
+
+def test_what_an_entry_of_a_mixture_loses(capsys, tmp_path):
+    sets = [{"path": "a/b", "name": "en", "split": "sft", "data_dir": "sub", "columns": ["messages"]}]
+    file = edited(tmp_path, "trl_minimal.yaml", dataset_name="remove", dataset_mixture={"datasets": sets})
+    found, comments = migrated(capsys, file)
+    assert found["dataset"] == "a/b:en:sft"
+    assert "a/b:en:sft: data_dir: sub" in comments and "columns" not in comments
+
+
+def test_templates_of_axolotls_sets(capsys, tmp_path):
+    sets = [{"path": "a", "type": "chat_template", "chat_template": name} for name in ("chatml", "gemma")]
+    found, comments = migrated(capsys, edited(tmp_path, "axolotl_lora_chat.yml", datasets=sets))
+    assert found["chat_template"] == "chatml" and "chat_template: gemma: a run has one" in comments
+
+
+def test_adapters_of_axolotl_have_no_defaults(capsys, tmp_path):
+    """PEFT refuses such a configuration there."""
+    removed = dict.fromkeys(("lora_target_linear", "lora_target_modules", "lora_alpha"), "remove")
+    comments = migrated(capsys, edited(tmp_path, "axolotl_lora_chat.yml", **removed))[1]
+    assert "no setting for --lora_alpha, and axolotl has no default: ours, 16.0, holds" in comments
+    assert "no setting for --lora_target_modules" in comments and "for --lora_rank" not in comments
+
+
+def test_losses_and_lengths_of_trl(capsys, tmp_path):
+    """Rows that are not cut there get no length of 1024 tokens, which is only the default."""
+    file = edited(tmp_path, "trl_minimal.yaml", completion_only_loss=False, max_length=None)
+    assert main([str(file)]) == 0
+    printed = capsys.readouterr()
+    assert "--context_length" not in printed.out and "max_length: null: rows are not cut there" in printed.err
+    assert "completion_only_loss: false: prompts are never learned" in printed.err
+
+
+def test_the_programs_micro_batch_counts_not_its_launchers(capsys, tmp_path):
+    """128 rows of a step = 4 GPUs x 16 x 2, though the launcher's file says 8 rows for each GPU."""
+    program = edited(tmp_path, "axolotl_full_fsdp2.yml", gradient_accumulation_steps="remove")
+    launcher = {"train_batch_size": 128, "train_micro_batch_size_per_gpu": 8}
+    (tmp_path / "ds.json").write_text(json.dumps(launcher | {"num_processes": 4}))
+    assert migrated(capsys, program, tmp_path / "ds.json")[0]["gradient_accumulation_steps"] == 2
 
 
 def test_a_template_is_for_conversations_only(capsys, tmp_path):
