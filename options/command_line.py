@@ -90,7 +90,8 @@ class Command:
         arguments = self._complete_switches(self._normalize_dashes(argv))
         found, rest = _make_parser(self).parse_known_args(arguments)
         if rest:
-            raise UserError(describe_arguments(rest, arguments, self.fields, self.foreign))
+            known = {name: value for name, value in vars(found).items() if isinstance(value, str)}
+            raise UserError(describe_arguments(rest, arguments, known, self.fields, self.foreign))
         raw = {name: value for name, value in vars(found).items() if value not in (None, [])}
         in_file = self._read_yaml(raw.pop("config")) if "config" in raw else {}
         given = {name: self._convert(name, value, origin) for name, (value, origin) in in_file.items()}
@@ -136,7 +137,7 @@ class Command:
             origin: where the value was given, for the error.
         """
         meta, (kind, _) = self.fields[name].metadata, self.value_type(name)
-        noun = meta["noun"]
+        noun, here = meta["noun"], self._value_here(name, value)
         if meta["repeat"]:
             values = value if isinstance(value, list) else [value]
             return [_parse_value(kind, each, origin, noun) for each in values]
@@ -148,13 +149,21 @@ class Command:
             except ValueError:
                 raise UserError(f"{origin}: {value!r} is not {noun}") from None
         else:
-            result = _parse_value(kind, value, origin, noun)
+            try:
+                result = _parse_value(kind, value, origin, noun)
+            except UserError as e:
+                raise UserError(f"{e}{here if kind in (int, float) else ''}") from None
         if meta["choices"] and result not in meta["choices"]:
-            here = self.foreign.value_here(name, str(result)) if self.foreign else ""
-            hint = f"; here it is {here}" if here else ""
             choices = ", ".join(map(str, meta["choices"]))
-            raise UserError(f"{origin}: {result!r}: must be one of {choices}{hint}")
+            raise UserError(f"{origin}: {result!r}: must be one of {choices}{here}")
+        if here and kind is str and not meta["choices"] and not os.path.exists(str(value)):
+            raise UserError(f"{origin} {value}{here}")
         return result
+
+    def _value_here(self, name: str, value: Value) -> str:
+        """Return the end of an error about a value that another program gives to an option, or ""."""
+        here = self.foreign.value_here(name, value) if self.foreign and isinstance(value, str) else ""
+        return f"; here it is {here}" if here else ""
 
     def _normalize_dashes(self, argv: list[str]) -> list[str]:
         """Replace - by _ in option names: --train-type=x -> --train_type=x. Values are not changed.

@@ -69,10 +69,13 @@ class Rule:
         """Its foreign names, each once, in the order of columns."""
         return tuple(dict.fromkeys(name for names in self.names for name in names))
 
-    def apply(self, settings: Settings) -> Translation | None:
-        """Return what these settings are here; None if none of them has a name of this rule."""
+    def apply(self, settings: Settings, known: Settings | None = None) -> Translation | None:
+        """Return what these settings are here; None if none of them has a name of this rule.
+
+        known: options of this program that are given beside them.
+        """
         given = {name: settings[name] for name in self.all_names if name in settings}
-        return self.translate(given, settings) if given else None
+        return self.translate(given, {**(known or {}), **settings}) if given else None
 
 
 class ForeignOptions:
@@ -87,12 +90,18 @@ class ForeignOptions:
                 self.by_name[name] = rule
 
     def explain(
-        self, unknown: Settings, write: Callable[[str, str], str], prefix: str = "", file: str = ""
+        self,
+        unknown: Settings,
+        known: Settings,
+        write: Callable[[str, str], str],
+        prefix: str = "",
+        file: str = "",
     ) -> str:
         """Return an error line for unknown options whose first one is foreign; "" if it is not.
 
         Args:
             unknown: the options that are not this program's, with their values.
+            known: the other options, with their values.
             write: write(option, value) returns an option of this program as text.
             prefix: what stands before a name: "--" on command lines.
             file: the file that they are in; "" = the command line.
@@ -103,7 +112,7 @@ class ForeignOptions:
         parts = []
         for rule in dict.fromkeys(self.by_name[name] for name in settings):
             names = ", ".join(f"{prefix}{name}" for name in rule.all_names if name in settings)
-            translation = rule.apply(settings)
+            translation = rule.apply(settings, known)
             assert translation is not None
             parts.append(f"{names}: {translation.describe(write)}")
         line = "; ".join(parts)
@@ -113,10 +122,18 @@ class ForeignOptions:
         return f"{parts[0]}; and {len(parts) - 1} more such options: {whole_file}"
 
     def value_here(self, option: str, value: str) -> str:
-        """Return another program's value of an option that has the same name here, as it is here; or ""."""
-        rule = self.by_name.get(option)
+        """Return what another program's value of an option that has the same name here is here; or "".
+
+        It is a value of the option, or else options: "--train_type qlora" for axolotl's adapter. What differs
+        follows in brackets.
+        """
+        rule = self.by_name.get(option) if value.strip() else None
         translation = rule.apply({option: value}) if rule else None
-        return translation.options.get(option, "") if translation else ""
+        if not translation or translation.options.get(option) == value:
+            return ""
+        here = translation.options.items()
+        text = " ".join(each if name == option else f"--{name} {each}" for name, each in here)
+        return f"{text} ({translation.note})" if text and translation.note else text
 
 
 def is_off(value: str) -> bool:

@@ -8,6 +8,7 @@ import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import Field
+from functools import partial
 from itertools import takewhile
 
 from options.foreign import ForeignOptions
@@ -19,6 +20,7 @@ PATTERN_OPTIONS = ("dataset", "eval_dataset", "sample_prompts")  # each takes a 
 def describe_arguments(
     rest: Sequence[str],
     arguments: Sequence[str],
+    known: Mapping[str, str],
     fields: Mapping[str, Field],
     foreign: ForeignOptions | None,
 ) -> str:
@@ -27,10 +29,12 @@ def describe_arguments(
     Args:
         rest: these arguments; not empty.
         arguments: the whole command line.
+        known: the options of the command that are given, with their values.
         fields: the command's options, by name.
         foreign: what it knows of other programs' options.
     """
-    if foreign and (line := foreign.explain(_unknown_options(rest), _write_option, "--")):
+    unknown = _unknown_options(rest, arguments)
+    if foreign and (line := foreign.explain(unknown, known, partial(_write_option, fields), "--")):
         return line
     first, hint = rest[0], _suggest(rest[0].split("=")[0], fields)
     if not first.startswith("-"):
@@ -67,7 +71,8 @@ def describe_keys(
     if not unknown:
         return ""
     texts = {key.replace("-", "_"): _as_text(value) for key, value in unknown.items()}
-    if foreign and (line := foreign.explain(texts, _write_line, file=path)):
+    known = {key.replace("-", "_"): _as_text(value) for key, value in given.items() if key not in unknown}
+    if foreign and (line := foreign.explain(texts, known, _write_line, file=path)):
         return f"--config {path}: {line}"
     first = next(iter(unknown))
     return f"--config {path}: unknown option {first}{_suggest(first, fields)}"
@@ -92,23 +97,33 @@ def _find_common_start(texts: Sequence[str]) -> str:
     return "".join(column[0] for column in columns)
 
 
-def _unknown_options(rest: Sequence[str]) -> dict[str, str]:
-    """Return {name: value} of what argparse did not know; a list's values are joined by commas."""
+def _unknown_options(rest: Sequence[str], arguments: Sequence[str]) -> dict[str, str]:
+    """Return {name: value} of what argparse did not know; a list's values are joined by commas.
+
+    Values are those that follow an option on the whole command line: `rest` also has values of known options,
+    which then seem to follow an unknown one.
+    """
     found: dict[str, list[str]] = {}
     values: list[str] = []
-    for each in rest:
-        if re.match(r"--\w", each):
+    for each in arguments:
+        if not re.match(r"--\w", each):
+            values.append(each)
+        elif each in rest:
             name, is_assignment, value = each[2:].partition("=")
             values = found.setdefault(name, [])
             values += [value] if is_assignment else []
         else:
-            values.append(each)
+            values = []  # of a known option
     return {name: ",".join(values) if values else "true" for name, values in found.items()}
 
 
-def _write_option(name: str, value: str) -> str:
-    """Return an option as on a command line."""
-    return f"--{name} {shlex.quote(value)}"
+def _write_option(fields: Mapping[str, Field], name: str, value: str) -> str:
+    """Return an option as on a command line.
+
+    A foreign option without a value has the value `true`. If the option here is no switch, ... stands for it.
+    """
+    is_switch = fields[name].type == "bool" or "true" in (fields[name].metadata["choices"] or ())
+    return f"--{name} {'...' if value == 'true' and not is_switch else shlex.quote(value)}"
 
 
 def _write_line(name: str, value: str) -> str:

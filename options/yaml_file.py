@@ -35,7 +35,7 @@ def read_options_file(path: str) -> dict[str, Value]:
     twice.
     """
     name, expected = f"--config {path}", "expected lines of `option: value`"
-    advice = f"nested; {expected}; `python -m tools.migrate` reads other programs' files"
+    advice = f"nested; {expected}; `python -m tools.migrate {path}` translates another program's file"
     root = _compose(path, name, 2, advice)
     if not isinstance(root, yaml.MappingNode):
         raise UserError(f"{name}: {expected}")

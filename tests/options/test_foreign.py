@@ -99,11 +99,39 @@ def error_of(*argv: str) -> str:
         ("--optimizer adamw_torch", "paged_adamw_8bit; here it is adamw"),
         ("--lora_target_modules q_proj v_proj", "--lora_target_modules: values are separated by commas:"
          " --lora_target_modules q_proj,v_proj"),
+        ("--learning_rate 2e-4 --lora_target_modules q_proj v_proj", "_rate: here it is --lr 2e-4$"),
+        ("--lora_target_modules q_proj v_proj --learning_rate", "--learning_rate: here it is --lr ...$"),
+        ("--warmup_ratio", "--warmup_ratio: here it is --lr_warmup ...$"),
+        ("--use_rslora true --lora_alpha 16 --lora_rank 4", "here it is --lora_alpha 32 (16 x sqrt(4): the"),
+        ("--use_rslora true --lora_r 4", "give --lora_alpha as alpha x sqrt(rank), for the same scale;"),
+        ("--use_rslora true", "give --lora_alpha as alpha x sqrt(rank), for the same scale$"),
+        ("--dataset_name a/b --dataset_config main", "here it is --dataset a/b:main$"),
+        ("--dataset a/b --dataset_train_split sft", "--dataset_train_split: here it is --dataset a/b::sft$"),
+        ("--completion_only_loss false", "has no equal here: prompts are never learned"),
+        ("--assistant_only_loss false", "has no equal here: prompts are never learned"),
+        ("--assistant_only_loss true", "is not needed here: answers alone are learned"),
+        ("--max_length null", "has no equal here: rows are not cut there; --context_length N cuts them"),
+        ("--lr_scheduler_type polynomial", "polynomial; --lr_scheduler constant, the default, holds"),
+        ("--lora_target_modules all-linear", "--lora_target_modules all-linear; here it is all$"),
+        ("--lr_scheduler cosine_with_warmup", "linear, cosine; here it is cosine (cosine ends at"),
+        ("--num_epochs 1.5", "'1.5' is not a whole number; here it is 2 (whole epochs only;"),
+        ("--chat_template llama-3", "--chat_template llama-3; here it is llama3$"),
+        ("--adapter qlora", "--adapter qlora; here it is --train_type qlora$"),
+        ("--adapter lora", "--adapter lora; here it is --train_type lora$"),
+        ("--config_file a.yaml", "give the file to `python -m tools.migrate`"),
+        ("--deepspeed_config ds.json", "give its file to `python -m tools.migrate`"),
+        ("--dynamo_backend inductor", "here it is --compile true$"),
+        ("--dynamo_backend no", "is not needed here"),
+        ("--fast_inference true", "is not needed here: this program only trains"),
+        ("--eval_sequence_len 4096", "has no equal here: rows to evaluate are cut at --context_length"),
+        ("--export_dir out", "`python export.py RUN` makes a folder"),
         ("--no_such_option 1", "unknown option --no_such_option; see --help"),
     ],
 )  # fmt: skip
 def test_the_answer_on_a_command_line(line, answer):
-    assert answer in error_of(*line.split())
+    """An answer with $ is the end of the line."""
+    error = error_of(*line.split())
+    assert error.endswith(answer[:-1]) if answer.endswith("$") else answer in error
 
 
 def test_several_foreign_options_share_a_line_if_it_is_short():
@@ -127,7 +155,17 @@ def test_the_answer_to_a_file(tmp_path):
         f"--config {file}: learning_rate: here it is `lr: 1.0e-4`; report_to: here it is `log_to: wandb`"
     )
     file.write_text("base_model: a/b\ndatasets:\n  - path: rows.jsonl\n    type: alpaca\n")
-    assert error_of("--config", str(file)).endswith("`python -m tools.migrate` reads other programs' files")
+    assert error_of("--config", str(file)).endswith(
+        f"`python -m tools.migrate {file}` translates another program's file"
+    )
+    file.write_text("use_rslora: true\nlora_alpha: 8\nlora_rank: 16\n")
+    assert "here it is `lora_alpha: 32`" in error_of("--config", str(file))
+
+
+def test_an_adapter_whose_folder_has_the_name_of_a_method(tmp_path, monkeypatch):
+    (tmp_path / "lora").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert parse(["--train_type", "lora", "--adapter", "lora"])[0].adapter == "lora"
 
 
 @pytest.mark.parametrize(
