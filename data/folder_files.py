@@ -23,6 +23,8 @@ from options.limits import MAX_FOLDER_ENTRIES
 
 RECIPE_HINT = "write a recipe with data_files (docs/data.md)"
 SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})(.*)")  # train-00000-of-00002.parquet
+# In the names of files that are not to be trained on, such as test_1.csv.
+HELD_OUT = re.compile(r"(?<![^\W_])(test|dev|val|valid|validation|eval)(?![^\W_])", re.IGNORECASE)
 # JSON files that no rows are read from.
 METADATA_FILES = ("config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 
@@ -105,11 +107,12 @@ def read_configs(folder: str) -> list[dict]:
 def describe_choices(folder: str, paths: list[str]) -> str:
     """Return what to give as --dataset, if not all files of a folder can be read together.
 
-    paths: those of its data files.
+    A pattern is proposed unless it would join files to test with those to train on. paths: those of the
+    folder's data files.
     """
     names = [os.path.relpath(path, folder) for path in paths if file_suffix(path) in KINDS]
-    if not names:
-        return f"name one file, or {RECIPE_HINT}"
+    if not names or any(HELD_OUT.search(name) for name in names):
+        return f"name one file or a pattern of files, or {RECIPE_HINT}"
     name = min(names, key=lambda name: (name.count(os.sep), name))
     pattern = os.path.join(folder, "**" if os.sep in name else "", f"*{file_suffix(name)}")
     return f"name one file or a pattern such as '{pattern}', or {RECIPE_HINT}"
