@@ -66,7 +66,7 @@ def adopt_template(config: Config, adapter: SavedAdapter, base: Path, embedding_
             return AdoptedTemplate(config, False, tuple(remarks))
     elif saved not in (None, own):
         config = dataclasses.replace(config, chat_template=saved)
-        remarks.append(f"{where}: its chat template is used; --chat_template names another one")
+        remarks.append(f"{where}: its chat template is used (--chat_template changes it)")
     try:
         tokenizer = read_trained_tokenizer(base, f"--model_name {base}", config.chat_template, embedding_rows)
     except UserError as e:
