@@ -19,7 +19,6 @@ from tests.helpers.chat_templates import PLAIN_CHATML
 from tests.helpers.finished_runs import write_random_run
 
 TURNS = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]
-THOUGHT = "<think>\n\n</think>\n\n"
 OTHER = (
     "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
@@ -108,14 +107,13 @@ def test_a_run_on_the_bases_own_template(base, rows, one_rank, check, tmp_path):
 
 
 @pytest.mark.parametrize("trained", ["prompt", "learn"])
-def test_empty_thoughts_are_learned_as_before(trained, base, one_rank, check, tmp_path):
-    rows = tmp_path / "thoughts.jsonl"
-    rows.write_text(json.dumps({"messages": [TURNS[0], TURNS[1] | {"content": f"{THOUGHT}Yo"}]}) + "\n")
-    run = tmp_path / "run"
-    write_random_run(one_rank, run, args_for(base, rows, "qlora", "--empty_thinking", trained))
+def test_empty_thoughts_are_learned_as_before(trained, base, rows, one_rank, check, tmp_path):
+    """The template `qwen` writes an empty thought before an answer without one."""
+    run, options = tmp_path / "run", ("--chat_template", "qwen", "--empty_thinking", trained)
+    write_random_run(one_rank, run, args_for(base, rows, "qlora", *options))
     job = check(run, dataset=rows)
     assert job.config.empty_thinking == trained and f"--empty_thinking {trained}, which is used" in told(job)
-    learned = AutoTokenizer.from_pretrained(base).decode(job.rows.tokens[job.rows.learned])
+    learned = AutoTokenizer.from_pretrained(run).decode(job.rows.tokens[job.rows.learned])
     assert ("<think>" in learned) == (trained == "learn")
     given = {"prompt": "learn", "learn": "prompt"}[trained]
     other = check(run, dataset=rows, empty_thinking=given)
