@@ -89,14 +89,22 @@ def _read_json_template(text: str, path: str, origin: str) -> str:
         return text
     template = value.get("chat_template") if isinstance(value, dict) else None
     if isinstance(template, list):  # named templates
-        named = [each for each in template if isinstance(each, dict)]
-        template = next((each.get("template") for each in named if each.get("name") == "default"), None)
+        template = default_template(template)
     if not isinstance(template, str) or SURROGATE.search(template):
         raise UserError(
             f"{origin}: expected a Jinja template, or a JSON object whose key chat_template holds one, or a"
             " list of templates of which one is named default"
         )
     return template
+
+
+def default_template(templates: Any) -> str | None:
+    """Return the template for rows without tools of a tokenizer that has one, several by name, or none."""
+    if isinstance(templates, list):
+        pairs = [each for each in templates if isinstance(each, dict)]
+        templates = {each.get("name"): each.get("template") for each in pairs}
+    text = templates.get("default") if isinstance(templates, dict) else templates
+    return text if isinstance(text, str) else None
 
 
 def use_template(tokenizer: Any, choice: str, embedding_rows: int, remedy: str = "") -> list[str]:

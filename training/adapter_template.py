@@ -10,7 +10,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from data.template_choice import read_template, read_trained_tokenizer
+from data.template_choice import default_template, read_template, read_trained_tokenizer
 from files.base_model import STRUCTURE_KEY
 from files.names import CHAT_TEMPLATE, OPTIONS, TOKENIZER_CONFIG, TOKENIZER_JSON
 from files.saved_adapter import SavedAdapter
@@ -55,7 +55,7 @@ def adopt_template(config: Config, adapter: SavedAdapter, base: Path, embedding_
     config, remarks = _adopt_empty_thinking(config, recorded, where)
     saved = _read_saved_template(folder)
     tokenizer = read_tokenizer(base, f"--model_name {base}")
-    own, given = _default_template(tokenizer.chat_template), config.chat_template
+    own, given = default_template(tokenizer.chat_template), config.chat_template
     if given is not None:
         trained_on = saved or (own if recorded.get("dataset_format") == "chat" else None)
         is_adapters = saved is not None and read_template(given) == saved
@@ -114,20 +114,11 @@ def _read_saved_template(folder: Path) -> str | None:
     """
     path = folder / CHAT_TEMPLATE
     if not path.is_file():
-        return _default_template(read_optional_json(folder / TOKENIZER_CONFIG).get("chat_template"))
+        return default_template(read_optional_json(folder / TOKENIZER_CONFIG).get("chat_template"))
     try:
         return read_text(path, MAX_TEMPLATE_BYTES)
     except (OSError, ValueError) as e:
         raise UserError(f"{path}: {getattr(e, 'strerror', None) or 'not a UTF-8 text'}") from None
-
-
-def _default_template(templates: Any) -> str | None:
-    """Return the template for rows without tools of a tokenizer that has one, several by name, or none."""
-    if isinstance(templates, list):
-        pairs = [each for each in templates if isinstance(each, dict)]
-        templates = {each.get("name"): each.get("template") for each in pairs}
-    text = templates.get("default") if isinstance(templates, dict) else templates
-    return text if isinstance(text, str) else None
 
 
 def _compare_tokenizers(folder: Path, tokenizer: Any, template: str, where: str) -> list[str]:

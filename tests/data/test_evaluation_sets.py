@@ -40,7 +40,7 @@ def texts(rows) -> list[str]:
 
 
 def test_dropped_rows_of_several_sets_name_their_set(checkpoints, tmp_path):
-    """Of --eval_dataset and of --eval_share: the numbers are those of the rows in that set."""
+    """Row numbers count within their set, for --eval_dataset and --eval_share."""
     a, b = (tmp_path / name for name in ("a.jsonl", "b.jsonl"))
     lines = [json.dumps({"question": "Q", "answer": answer}) for answer in ("yes", "", "no", "")]
     a.write_text("\n".join(lines))

@@ -80,7 +80,7 @@ def test_many_rows_take_three_numbers():
 
 
 def test_a_run_says_why_at_its_start(checkpoints, tmp_path, capfd):
-    """Of the training rows and of the evaluation set."""
+    """The lines are about the training rows and about the evaluation set."""
     file = write_rows(tmp_path, ROWS)
     argv = ["--model_name", str(checkpoints()), "--dataset", file, "--context_length", str(CONTEXT)]
     argv += ["--eval_dataset", file, "--output_dir", str(tmp_path / "out")]

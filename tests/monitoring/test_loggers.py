@@ -122,7 +122,7 @@ def test_tensorboard_gets_every_step(start):
 
 
 def test_no_folder_of_this_machine_is_sent(tmp_path, monkeypatch):
-    """Of each set of a mixture, of the adapter, and of names within reasons only the last part."""
+    """Each set of a mixture, the adapter, and names within reasons are sent as their last part."""
     secret = tmp_path / "secret folder"
     (secret / "chats").mkdir(parents=True)
     for name in ("a.jsonl", "b.jsonl", "chats/part-1.jsonl"):

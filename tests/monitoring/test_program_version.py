@@ -11,7 +11,7 @@ from tests.helpers.programs import ROOT
 
 
 def test_the_version_is_git_s():
-    """Of this repository, also where variables name another one."""
+    """The version is that of this repository, also where variables name another one."""
     git = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
     done = subprocess.run(git, capture_output=True, text=True)
     if done.returncode:

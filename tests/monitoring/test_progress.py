@@ -49,7 +49,7 @@ def test_lines_are_at_least_five_seconds_apart(capsys):
     # Steps end at 1, 3, 5, ... s: five seconds after 1 s is first step 4 (7 s), then step 7 (13 s), ...
     lines = show_run(capsys, [2 * i + 1 for i in range(20)], total=30, close=False)
     assert steps_of(lines) == [1, 4, 7, 10, 13, 16, 19]
-    # Of slow steps every one has its line; of steps that end together, one.
+    # Each slow step has its line; steps that end together have one.
     assert steps_of(show_run(capsys, [6 * i for i in range(1, 6)], total=9)) == [1, 2, 3, 4, 5]
     assert steps_of(show_run(capsys, [0.5] * 8, total=9, close=False)) == [1]
 

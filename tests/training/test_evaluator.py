@@ -303,22 +303,27 @@ def test_greedy_answers_equal_transformers(checkpoints, one_rank):
     assert generate_greedily(model, [[7, 8, 9], prompt], 12, [], SINGLE_RANK, context)[1] == expected
 
 
+def write_samples(prompts, sample_tokens, folder, tracker) -> None:
+    """Let an evaluator without a model write its samples."""
+    evaluator = types.SimpleNamespace(
+        data=EvaluationData(None, prompts, []),
+        sample_tokens=sample_tokens,
+        model=types.SimpleNamespace(config=LlamaConfig()),
+        rank_info=SINGLE_RANK,
+        context=context,
+        folder=folder,
+        tokenizer=BYTES,
+        tracker=tracker,
+    )
+    evaluation.Evaluator._write_samples(evaluator, 0)
+
+
 def test_a_sample_ends_where_the_next_question_begins(monkeypatch, tmp_path):
     """In a dialogue a marker ends an answer, not a token. Prompts of other formats have no marker."""
     prompts = [Prompt("### Human: a### Assistant:", [1], marker="### Human:"), Prompt("a", [2])]
     answers = [BYTES(" b### Human: c", add_special_tokens=False)["input_ids"]] * 2
     monkeypatch.setattr(evaluation, "generate_greedily", lambda *_: answers)
-    evaluator = types.SimpleNamespace(
-        data=EvaluationData(None, prompts, []),
-        sample_tokens=20,
-        model=types.SimpleNamespace(config=LlamaConfig()),
-        rank_info=SINGLE_RANK,
-        context=context,
-        folder=tmp_path,
-        tokenizer=BYTES,
-        tracker=NoTracker(),
-    )
-    evaluation.Evaluator._write_samples(evaluator, 0)
+    write_samples(prompts, 20, tmp_path, NoTracker())
     lines = [json.loads(line)["text"] for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
     assert lines == [" b", " b### Human: c"]
 
@@ -328,17 +333,7 @@ def test_a_repetition_is_cut_in_the_printed_sample_alone(monkeypatch, tmp_path):
     monkeypatch.setattr(tracker, "print_line", printed.append)
     answers = [BYTES(text, add_special_tokens=False)["input_ids"]]
     monkeypatch.setattr(evaluation, "generate_greedily", lambda *_: answers)
-    evaluator = types.SimpleNamespace(
-        data=EvaluationData(None, [Prompt("a", [2])], []),
-        sample_tokens=200,
-        model=types.SimpleNamespace(config=LlamaConfig()),
-        rank_info=SINGLE_RANK,
-        context=context,
-        folder=tmp_path,
-        tokenizer=BYTES,
-        tracker=tracker,
-    )
-    evaluation.Evaluator._write_samples(evaluator, 0)
+    write_samples([Prompt("a", [2])], 200, tmp_path, tracker)
     assert json.loads((tmp_path / "samples.jsonl").read_text())["text"] == text
     assert len(printed) == 1 and printed[0].endswith("-> 'A goose goose goose ... (repeated)'")
 
