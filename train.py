@@ -50,7 +50,7 @@ from models.adapters import apply_method
 from models.attention import choose_attention
 from models.causal_lm import loss_sum
 from models.registry import build_on_meta
-from monitoring import memory_model
+from monitoring import memory_model, weight_memory
 from monitoring.memory_history import BETWEEN_STEPS
 from monitoring.messages import describe_data
 from monitoring.metrics import Lap, Metrics, Reading
@@ -58,6 +58,7 @@ from monitoring.profiling import NO_PROFILER, NoProfiler, Profiler, make_profile
 from monitoring.run_facts import run_facts_json
 from options.config import Config
 from options.errors import UserError
+from options.strategies import STRATEGIES
 from parallel.activation_checkpointing import SavedActivations, compile_run_layer, should_compile
 from parallel.optimizers import make_schedule
 from parallel.shards import full_tensor
@@ -68,12 +69,12 @@ from training.out_of_memory import explain_out_of_memory
 from training.preflight import check_run
 from training.run_folder import describe_no_result, finish_run, start_run_folder, unsaved_error
 from training.shown_rows import show_rows, without_output
-from wrapping import STRATEGIES, WRAP_POLICIES, make_mesh, make_offload_policy, set_gradient_sync, wrap
+from wrapping import WRAP_POLICIES, make_mesh, make_offload_policy, set_gradient_sync, wrap
 
 
 def set_up(
     job: Job, rank_info: RankInfo, profiler: NoProfiler = NO_PROFILER
-) -> tuple[PreTrainedModel, memory_model.ExpectedMemory]:
+) -> tuple[PreTrainedModel, weight_memory.ExpectedMemory]:
     """Build, shard and load the model of the train type. Collective.
 
     Returns:
@@ -88,7 +89,7 @@ def set_up(
     attention = choose_attention(job.model_config, family, precision.matmul_dtype, config.packing, max_tokens)
     model = build_on_meta(job.model_config, family, attention)
     # Computed from the unchanged model, before any method is applied.
-    expected = memory_model.expected_memory(model, family, config, precision, job.files, rank_info)
+    expected = weight_memory.expected_memory(model, family, config, precision, job.files, rank_info)
     apply_method(model, family, config, precision, job.files)
     mesh = make_mesh(device.type, rank_info.world, config.sharding_strategy, config.hybrid_shard_size)
     layer_input = memory_model.layer_input_bytes(config, precision, max_tokens, job.model_config.hidden_size)
@@ -115,7 +116,7 @@ def set_up(
     allocated_before = memory.gpu_bytes_allocated()
     with open_cache_writer(job.cache, rank_info) as cache:
         load_weights(model, family, job.files, rank_info, param_device, config.seed, workers, cache)
-        memory_model.check_loaded(model, expected, allocated_before)
+        weight_memory.check_loaded(model, expected, allocated_before)
     if job.adapter:
         adapter.load_adapter(model, job.adapter.path)
     if config.use_cpu_offload:

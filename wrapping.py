@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -35,39 +34,11 @@ from launch.ranks import gather_from_ranks
 from models.dora import DoRALinear
 from models.family import Family
 from models.loss import Head, freeze_embedding, shard_vocabulary
+from options.strategies import STRATEGIES, Strategy
 from parallel.activation_checkpointing import CheckpointedModule, SavedActivations, raise_graph_limit
 from parallel.activation_offload import HostActivations, OffloadedLayer
 from parallel.copy_engines import make_copy_collectives
 from quantization.layer import Linear4bit
-
-
-@dataclass(frozen=True)
-class Strategy:
-    """A --sharding_strategy.
-
-    Attributes:
-        replicas: Who holds a copy of the model: "one" (all ranks together), "groups" (each group of
-            --hybrid_shard_size ranks) or "ranks" (each rank).
-        reshard_after_forward: Free the gathered parameters between forward and backward. Otherwise they stay:
-            one all-gather less, for the memory of the whole model.
-    """
-
-    replicas: str
-    reshard_after_forward: bool
-
-    def ranks_per_copy(self, world: int, group_size: int) -> int:
-        """Return the number of ranks that share one copy. group_size: --hybrid_shard_size."""
-        return {"one": world, "groups": group_size, "ranks": 1}[self.replicas]
-
-
-STRATEGIES = {
-    "full_shard": Strategy("one", reshard_after_forward=True),
-    "shard_grad_op": Strategy("one", reshard_after_forward=False),
-    "hybrid_full_shard": Strategy("groups", reshard_after_forward=True),
-    "hybrid_shard_grad_op": Strategy("groups", reshard_after_forward=False),
-    # Nothing is sharded: "gathering" copies one unit at a time.
-    "ddp": Strategy("ranks", reshard_after_forward=True),
-}
 
 # --wrap_policy: the dotted names of the modules inside a decoder layer that are units. The rest of the layer
 # (its norms) stays in the layer's unit. More units: less memory gathered at a time, but more and smaller
@@ -186,7 +157,7 @@ def wrap(
     Its parameters become DTensors, unless one GPU has nothing to cast or to offload.
 
     Args:
-        strategy: One of STRATEGIES.
+        strategy: One of STRATEGIES (options/strategies.py).
         units: Names of modules inside a layer, from WRAP_POLICIES.
         gather_dtype: The dtype in which fully trained units are gathered, if it is not their own. All other
             units are gathered bit by bit, which packed weights need; adapters cast themselves.

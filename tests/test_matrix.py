@@ -13,12 +13,13 @@ import pytest
 import torch
 
 from options.config import FIELDS
+from options.strategies import STRATEGIES
 from parallel.activation_offload import HostActivations, HostTensor
 from quantization.layer import Linear4bit
 from tests.helpers.parity import TYPES, arguments, assert_same, biased_checkpoint
 from tests.helpers.products import products
 from tests.helpers.runs import set_up, train_run
-from wrapping import STRATEGIES, WRAP_POLICIES
+from wrapping import WRAP_POLICIES
 
 CHECKPOINTED = "--use_gradient_checkpointing true"
 VARIANTS = {

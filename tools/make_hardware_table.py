@@ -17,8 +17,8 @@ from pathlib import Path
 from benchmarks.make_checkpoint import make_checkpoint
 from files.model_folder import CheckpointFiles
 from launch.precision import choose_precision
-from models.registry import read_config
-from monitoring.memory_model import estimate_peak, run_sizes
+from models.registry import build_on_meta, read_config
+from monitoring.memory_model import estimate_memory, run_sizes
 from options import train
 from options.config import Config
 
@@ -84,8 +84,9 @@ class Estimator:
         config = self._parse(folder, options)
         model_config, family = read_config(folder)
         precision = choose_precision(config.precision, has_gpu=True, has_bf16_gpu=has_bf16)
-        sizes = run_sizes(model_config, family, config, precision, CheckpointFiles(folder), tokens)
-        return estimate_peak(config, precision, sizes) / 2**30
+        built = build_on_meta(model_config, family)
+        sizes = run_sizes(built, family, config, precision, CheckpointFiles(folder), tokens)
+        return estimate_memory(config, precision, sizes, None).peak / 2**30
 
     def find_longest(self, machine: Machine, model: str, rank: int, more: list[str]) -> int:
         """Return the most tokens of one row of QDoRA that fit, of LENGTHS; 0 if none does.

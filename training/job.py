@@ -23,6 +23,7 @@ from files.base_model import BaseModel
 from files.model_folder import CheckpointFiles
 from files.names import GENERATION_CONFIG, TOKENIZER_TEXTS
 from files.weight_cache import CachePlan
+from launch.gpus import Gpu, detect_gpu
 from launch.precision import Precision, detect_precision
 from launch.ranks import local_world_size
 from models.family import Family
@@ -62,6 +63,11 @@ class Job:
     def precision(self) -> Precision:
         """What --precision means on this process's GPU."""
         return detect_precision(self.config.precision)
+
+    @cached_property
+    def gpu(self) -> Gpu | None:
+        """The kind of this process's GPU; None without one."""
+        return detect_gpu(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
     def __getstate__(self) -> dict:
         """Leave out the cached properties: another process has another GPU, and families hold functions."""

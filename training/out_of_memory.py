@@ -17,7 +17,8 @@ import torch
 from data.packing import max_sequence_length
 from launch.memory import PEAK_MEMORY, format_bytes
 from launch.ranks import RankInfo
-from monitoring.memory_model import RunSizes, estimate_peak, run_sizes
+from models.registry import build_on_meta
+from monitoring.memory_model import RunSizes, estimate_memory, run_sizes
 from options.config import Config
 from options.declaration import format_value
 from options.errors import UserError
@@ -67,12 +68,13 @@ def estimate_savings(job: Job) -> list[tuple[dict, float]]:
 def measure_job_sizes(job: Job, config: Config) -> RunSizes:
     """Return the sizes of the job's model and data that its memory depends on, under other options."""
     tokens = max_sequence_length(config, job.rows)
-    return run_sizes(job.model_config, job.family, config, job.precision, job.files, tokens)
+    model = build_on_meta(job.model_config, job.family)
+    return run_sizes(model, job.family, config, job.precision, job.files, tokens)
 
 
 def estimate_job_peak(job: Job, config: Config) -> float:
     """Return an estimate of the bytes that a GPU holds at the peak of a step with these options."""
-    return estimate_peak(config, job.precision, measure_job_sizes(job, config))
+    return estimate_memory(config, job.precision, measure_job_sizes(job, config), job.gpu).peak
 
 
 def describe_out_of_memory(error: str, job: Job) -> str:

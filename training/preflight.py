@@ -50,11 +50,11 @@ from monitoring.tensorboard_logger import check_tensorboard
 from monitoring.wandb_logger import check_wandb
 from options.config import Config
 from options.errors import UserError
+from options.strategies import STRATEGIES
 from parallel.optimizers import check_optimizer
 from training.job import Job
 from training.recorded import make_paths_absolute
 from training.warm_start import WarmStart, adopt_adapter
-from wrapping import STRATEGIES
 
 
 def check_run(config: Config) -> Job:

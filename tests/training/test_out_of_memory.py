@@ -11,7 +11,8 @@ import torch
 
 import train
 from launch.precision import detect_precision
-from monitoring.memory_model import LAYER_ACTIVATIONS, RunSizes, WeightBytes, estimate_peak
+from monitoring.memory_model import LAYER_ACTIVATIONS, RunSizes, estimate_memory
+from monitoring.weight_memory import WeightBytes
 from options.errors import UserError
 from tests.helpers.parity import arguments
 from tests.helpers.runs import make_job
@@ -104,8 +105,8 @@ def test_memory_of_a_batch():
     smaller = dataclasses.replace(config, batch_size=1)
     expected = 3 * 100 * 64 * 4 * (5 + LAYER_ACTIVATIONS)
     assert (
-        estimate_peak(config, detect_precision(config.precision), shape)
-        - estimate_peak(smaller, detect_precision(smaller.precision), shape)
+        estimate_memory(config, detect_precision(config.precision), shape, None).peak
+        - estimate_memory(smaller, detect_precision(smaller.precision), shape, None).peak
         == expected
     )
 
@@ -117,7 +118,8 @@ def test_the_loss_does_not_grow_with_the_ranks():
     shape = RunSizes(tokens=2**16, hidden=4096, vocabulary=2**17, weights=weights, **sizes)
     given = "--sharding_strategy full_shard --use_gradient_checkpointing true --world_size".split()
     few, many = (
-        estimate_peak(train.parse([*given, n])[0], detect_precision("auto"), shape) for n in ("32", "64")
+        estimate_memory(train.parse([*given, n])[0], detect_precision("auto"), shape, None).peak
+        for n in ("32", "64")
     )
     assert few == many
 

@@ -12,7 +12,7 @@ from torch import nn
 
 import train
 from launch import memory
-from monitoring.memory_model import (
+from monitoring.weight_memory import (
     ROUNDING_PER_TENSOR,
     ExpectedMemory,
     PlannedParameter,

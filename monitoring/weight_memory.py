@@ -1,0 +1,222 @@
+"""The bytes of the weights by the files' shapes and the options, and their check after every load.
+
+They follow from the shapes in the checkpoint's headers, the train type, the quantizer, the precision and the
+number of ranks. The arithmetic does not look at the parameters of the loaded model, so it does not share an
+error in making or loading them: a weight that is not sharded, not packed, or of another dtype shows as a
+difference. memory_model.py adds what a training step takes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from files.model_folder import CheckpointFiles
+from launch import memory
+from launch.memory import format_bytes
+from launch.precision import Precision
+from launch.ranks import RankInfo
+from models.adapters import quantizer_from_config, target_linears
+from models.family import Family
+from models.llama_pro import new_layers
+from options.config import Config
+from options.strategies import STRATEGIES
+from quantization.layer import STORAGE
+
+TOLERANCE = 0.03
+ROUNDING_PER_TENSOR = 1024  # bytes: a GPU's allocator may round a tensor up by this much
+
+
+@dataclass(frozen=True)
+class WeightBytes:
+    """Bytes of a whole model's weights, by kind.
+
+    Attributes:
+        codes: packed weights.
+        scales: the quantizer's scales.
+        unquantized: embedding, head, norms and all else that is neither packed nor trained.
+        trained: adapters, new blocks, or everything.
+    """
+
+    codes: int = 0
+    scales: int = 0
+    unquantized: int = 0
+    trained: int = 0
+
+    @property
+    def total(self) -> int:
+        return sum(getattr(self, f.name) for f in fields(self))
+
+    def __str__(self) -> str:
+        parts = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name)}
+        return " + ".join(f"{name} {format_bytes(n)}" for name, n in parts.items())
+
+
+@dataclass(frozen=True)
+class PlannedParameter:
+    """A parameter that the loaded model should have.
+
+    Attributes:
+        name: the checkpoint's tensor that it comes from, or that it adapts.
+        kind: a field of WeightBytes.
+        shape: the full tensor's.
+        itemsize: bytes of an element.
+        is_padded: whether FSDP shards it, with padding; models/loss.py shards the vocabulary without.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    itemsize: int
+    is_padded: bool = True
+
+    def nbytes(self, shards: int = 1, index: int = 0) -> int:
+        """Return the bytes that rank `index` allocates if `shards` ranks share it; by default, of all of it.
+
+        FSDP cuts dimension 0 into equal shards, rounded up. The last ranks may have fewer rows, or none, but
+        allocate as many.
+        """
+        rows = -(-self.shape[0] // shards)
+        local_rows = rows if self.is_padded else min(rows, max(self.shape[0] - rows * index, 0))
+        return local_rows * math.prod(self.shape[1:]) * self.itemsize
+
+
+def plan_parameters(
+    model: PreTrainedModel, family: Family, config: Config, precision: Precision, files: CheckpointFiles
+) -> list[PlannedParameter]:
+    """Return the parameters that the model must have once loaded, unsharded; a tied weight once.
+
+    Args:
+        model: from build_on_meta, before a method changes it; its parameters are not read.
+        family: the model's family.
+        config: the run's options: train type, quantizer and adapter settings.
+        precision: dtypes of frozen and trained weights.
+        files: shapes of the weights, and which of them are packed already.
+    """
+    method = config.method
+    planned: list[PlannedParameter] = []
+    added = new_layers(model.config) if method.expansion else []
+    trains_all = not method.adapter and not method.expansion
+    linears = {f"{name}.weight" for name, _ in family.layer_linears(model)}
+    for name, stored in files.tensors.items():
+        layer, _ = family.locate_layer(name)
+        quantizer = None
+        if files.prequantized:  # the checkpoint's makers chose
+            quantizer = files.packed[name].quantizer if name in files.packed else None
+        elif method.quantizer and name in linears and layer not in added:
+            quantizer = quantizer_from_config(config)
+        if quantizer:
+            for kind, n_bytes in zip(("codes", "scales"), quantizer.packed_sizes(stored.shape), strict=True):
+                shape = (-(-n_bytes // STORAGE.itemsize),)
+                planned.append(PlannedParameter(name, kind, shape, STORAGE.itemsize))
+        elif trains_all or layer in added or (config.train_embeddings and name in vocabulary_weights(family)):
+            planned.append(PlannedParameter(name, "trained", stored.shape, precision.trained.itemsize))
+        else:
+            is_padded = name not in vocabulary_weights(family)
+            itemsize = precision.frozen.itemsize
+            planned.append(PlannedParameter(name, "unquantized", stored.shape, itemsize, is_padded))
+    for linear in target_linears(model, family, config.lora_target_modules) if method.adapter else ():
+        name, rank = f"{linear}.weight", config.lora_rank
+        rows, columns = files.tensors[name].shape
+        shapes = [(rank, columns), (rows, rank), *[(rows,)] * (method.adapter == "dora")]
+        planned += [PlannedParameter(name, "trained", shape, precision.trained.itemsize) for shape in shapes]
+        if method.adapter == "dora":
+            # The squared norms are always fp32.
+            planned.append(PlannedParameter(name, "unquantized", (rows,), itemsize=4))
+    return planned
+
+
+def vocabulary_weights(family: Family) -> tuple[str, str]:
+    """Return the tensor names of the embedding and of the head: they have a row for each known token."""
+    return f"{family.embedding}.weight", f"{family.head}.weight"
+
+
+def weight_bytes(planned: Iterable[PlannedParameter]) -> WeightBytes:
+    """Add up the bytes of the unsharded parameters by kind."""
+    sizes = dict.fromkeys((f.name for f in fields(WeightBytes)), 0)
+    for parameter in planned:
+        sizes[parameter.kind] += parameter.nbytes()
+    return WeightBytes(**sizes)
+
+
+def host_parameters(
+    planned: Iterable[PlannedParameter], family: Family, tied: bool
+) -> list[PlannedParameter]:
+    """Return what a GPU rank keeps in host memory: the embedding if it is neither trained nor tied, or []."""
+    return [p for p in planned if p.name == f"{family.embedding}.weight" and p.kind != "trained" and not tied]
+
+
+@dataclass(frozen=True)
+class ExpectedMemory:
+    """The memory that one rank's loaded weights should take.
+
+    Attributes:
+        total_weights: bytes of the whole model.
+        trained: trained parameters of the whole model.
+        on_gpu, on_host: bytes of this rank.
+        n_tensors: parameters of this rank.
+    """
+
+    total_weights: WeightBytes
+    trained: int
+    on_gpu: int
+    on_host: int
+    n_tensors: int
+
+    def describe(self) -> str:
+        """Return the line about the weights: the whole model by kind, and this rank's bytes."""
+        has_both = torch.cuda.is_available() and self.on_host
+        on_host = f", of which {format_bytes(self.on_host)} in host memory" if has_both else ""
+        weights, local = self.total_weights, format_bytes(self.on_gpu + self.on_host)
+        total = f"{weights} = {format_bytes(weights.total)}"
+        return f"model: {self.trained:,} trained parameters; {total}, {local} on this rank{on_host}"
+
+
+def expected_memory(
+    model: PreTrainedModel,
+    family: Family,
+    config: Config,
+    precision: Precision,
+    files: CheckpointFiles,
+    rank_info: RankInfo,
+) -> ExpectedMemory:
+    """Return the memory that this rank's weights should take by the files' shapes and the options.
+
+    Args:
+        model, family: as for `plan_parameters`.
+        config: the run's options: those that `plan_parameters` reads, sharding and CPU offload.
+        precision, files: as for `plan_parameters`.
+        rank_info: this process.
+    """
+    planned = plan_parameters(model, family, config, precision, files)
+    if rank_info.device.type == "cpu" or config.use_cpu_offload:
+        on_host = planned
+    else:
+        on_host = host_parameters(planned, family, model.config.tie_word_embeddings)
+    shards = STRATEGIES[config.sharding_strategy].ranks_per_copy(rank_info.world, config.hybrid_shard_size)
+    index = rank_info.rank % shards  # the ranks of a copy are consecutive
+    total, host = (sum(p.nbytes(shards, index) for p in group) for group in (planned, on_host))
+    trained = sum(math.prod(p.shape) for p in planned if p.kind == "trained")
+    return ExpectedMemory(weight_bytes(planned), trained, total - host, host, len(planned))
+
+
+def check_loaded(model: nn.Module, expected: ExpectedMemory, gpu_bytes_before: int) -> None:
+    """Raise AssertionError unless this rank's weights take the expected memory, within TOLERANCE.
+
+    In host memory the parameters' storages count. On a GPU all that was allocated since loading began counts,
+    so that a copy that was not freed shows. gpu_bytes_before: bytes allocated on the GPU then.
+    """
+    held = [("host", memory.host_weight_bytes(model), expected.on_host, 0)]
+    if expected.on_gpu:
+        rounding = ROUNDING_PER_TENSOR * (expected.n_tensors + sum(1 for _ in model.buffers()))
+        held.append(("GPU", memory.gpu_bytes_allocated() - gpu_bytes_before, expected.on_gpu, rounding))
+    for where, found, wanted, rounding in held:
+        assert abs(found - wanted) <= TOLERANCE * wanted + rounding, (
+            f"the loaded weights take {format_bytes(found)} of {where} memory on this rank;"
+            f" the checkpoint's shapes and the options say {format_bytes(wanted)}"
+        )
