@@ -189,8 +189,10 @@ def train(
             loss += micro_loss.detach()
         profiler.start_phase("optimizer")
         scaler.unscale_(optimizer)
-        gradients = [p.grad for p in trained_params if p.grad is not None]
-        grad_norm = full_tensor(nn.utils.get_total_norm(gradients))
+        # No variable holds the list: it would keep these gradients in memory until the next step's exist.
+        grad_norm = full_tensor(
+            nn.utils.get_total_norm([p.grad for p in trained_params if p.grad is not None])
+        )
         if config.apply_gradient_clipping:
             nn.utils.clip_grads_with_norm_(trained_params, config.grad_norm, grad_norm)
         reading = meter.read(index, step, float(schedule.get_last_lr()[0]), loss, grad_norm)

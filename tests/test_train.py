@@ -15,6 +15,7 @@ import shlex
 import subprocess
 import sys
 import tempfile
+import weakref
 from pathlib import Path
 from unittest import mock
 
@@ -36,6 +37,7 @@ from tests.helpers.hub_cache import FIRST, add_to_hub_cache
 from tests.helpers.programs import ROOT, losses, metrics, run, small, start
 from tests.helpers.runs import full_run, train_run
 from tools.toy_corpus import documents
+from training.bad_steps import BadStepGuard
 from training.evaluator import Evaluator
 
 METRICS = (
@@ -313,5 +315,36 @@ def order_of_a_run(rank_info, argv: list[str]) -> list[str]:
         before(Evaluator, "_compute_loss", lambda _: "E")
         before(Evaluator, "_write_samples", lambda _, step: "A")
         before(CheckpointManager, "_collect_state", lambda _: "C")
+        full_run(rank_info, train.check_run(config))
+    return seen
+
+
+@pytest.mark.parametrize("more", ["--precision fp32", "--precision fp16_autocast", "--grad_norm inf"])
+def test_gradients_are_freed_before_the_next_forward(more, checkpoints, short_rows, two_ranks, tmp_path):
+    """Held longer they would be in memory twice, once the next backward has made its own."""
+    args = small(checkpoints, short_rows, tmp_path / "out", "--max_steps", "3", *more.split())
+    for seen in two_ranks(gradients_alive_in_forward, [*map(str, args), "--world_size", "2"]):
+        assert len(seen) == 3 and seen[0] == (0, 0)
+        assert all(made > 0 and alive == 0 for made, alive in seen[1:])
+
+
+def gradients_alive_in_forward(rank_info, argv: list[str]) -> list[tuple[int, int]]:
+    """Return, for each training forward, (gradients made so far, those that still exist)."""
+    config, _ = parse(argv)
+    seen, made = [], []
+    loss_sum, guard_step = train.loss_sum, BadStepGuard.step
+
+    def forward(model, batch):
+        seen.append((len(made), sum(ref() is not None for ref in made)))
+        return loss_sum(model, batch)
+
+    def step(self, optimizer, reading):
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        made.extend(weakref.ref(p.grad) for p in parameters if p.grad is not None)
+        return guard_step(self, optimizer, reading)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "loss_sum", forward)
+        patch.setattr(BadStepGuard, "step", step)
         full_run(rank_info, train.check_run(config))
     return seen
