@@ -6,7 +6,7 @@ Shapes: L tokens of one example.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
@@ -31,6 +31,9 @@ from data.row_reasons import (
 from data.rows import MixedSet, TokenizedRows, join_sets
 from data.shares import count_rows_per_epoch
 from options.errors import UserError
+
+# The library holds up to 2 KB for each token of a block, so rows of whole books come a few at a time.
+BLOCK_ROWS, BLOCK_CHARACTERS = 1000, 2**19
 
 
 def tokenize_dataset(dataset: str, options: ReadingOptions) -> TokenizedRows:
@@ -89,8 +92,8 @@ def tokenize(rendered: list[Rendered], tokenizer, context_length: int, error_pre
     special = SpecialTokens.from_tokenizer(tokenizer)
     tokens, learned, lengths, numbers, prompt_lengths = [], [], [], [], []
     drops, cuts = ReasonCounter(), ReasonCounter()
-    for start in range(0, len(rendered), 1000):  # the library works on a batch in parallel
-        block = [drop_empty_answers(r, tokenizer) for r in rendered[start : start + 1000]]
+    for rows in cut_blocks(rendered):  # the library works on a block in parallel
+        block = [drop_empty_answers(r, tokenizer) for r in rows]
         encoded = encode(tokenizer, [r.text for r in block], block[0].add_special_tokens)
         for example, (ids, offsets) in zip(block, encoded, strict=True):
             row, targets = _targets(example, ids, offsets, special)
@@ -119,6 +122,20 @@ def tokenize(rendered: list[Rendered], tokenizer, context_length: int, error_pre
     all_tokens, all_learned = (torch.from_numpy(np.concatenate(a)) for a in (tokens, learned))
     reasons = drops.reasons(), cuts.reasons()
     return TokenizedRows(all_tokens, all_learned, torch.from_numpy(starts), *reasons, torch.tensor(numbers))
+
+
+def cut_blocks(rendered: list[Rendered]) -> Iterator[list[Rendered]]:
+    """Yield the rows in blocks of at most BLOCK_ROWS, and BLOCK_CHARACTERS unless a single row has more."""
+    block: list[Rendered] = []
+    characters = 0
+    for row in rendered:
+        if block and (len(block) == BLOCK_ROWS or characters + len(row.text) > BLOCK_CHARACTERS):
+            yield block
+            block, characters = [], 0
+        block.append(row)
+        characters += len(row.text)
+    if block:
+        yield block
 
 
 def _check_tokenizer(tokenizer, needs_eos: bool) -> None:

@@ -12,7 +12,13 @@ from transformers import PreTrainedTokenizerFast
 from benchmarks.make_checkpoint import byte_tokenizer
 from data.encoding import encode_prompt
 from data.formats import FORMATS, GUANACO_MARKERS, QA, RenderContext, Rendered
-from data.tokenizing import describe_joined_prompts, describe_unknown_tokens, tokenize
+from data.tokenizing import (
+    BLOCK_CHARACTERS,
+    cut_blocks,
+    describe_joined_prompts,
+    describe_unknown_tokens,
+    tokenize,
+)
 from options.errors import UserError
 from tests.helpers import small_tokenizers
 from tests.helpers.small_tokenizers import BYTES
@@ -299,3 +305,13 @@ def test_tokenizers_that_cannot_be_used():
 
     with pytest.raises(UserError, match=r"no tokenizer\.json"):
         tokenize([qa("x")], Slow(), 100, "here")
+
+
+def test_long_rows_are_tokenized_a_few_at_a_time():
+    """A block of 1,000 rows of whole books would take tens of GB."""
+    short, book = Rendered("a" * 10, [(0, 10)]), Rendered("b" * (BLOCK_CHARACTERS + 1), [(0, 10)])
+    rows = [short] * 1001 + [book, short, book]
+    blocks = list(cut_blocks(rows))
+    assert [len(block) for block in blocks] == [1000, 1, 1, 1, 1]
+    assert [row for block in blocks for row in block] == rows
+    assert list(cut_blocks([])) == []
