@@ -50,7 +50,8 @@ from models.adapters import apply_method
 from models.attention import choose_attention
 from models.causal_lm import loss_sum
 from models.registry import build_on_meta
-from monitoring import memory_model, weight_memory
+from monitoring import weight_memory
+from monitoring.layer_memory import layer_input_bytes
 from monitoring.memory_history import BETWEEN_STEPS
 from monitoring.messages import describe_data
 from monitoring.metrics import Lap, Metrics, Reading
@@ -92,7 +93,7 @@ def set_up(
     expected = weight_memory.expected_memory(model, family, config, precision, job.files, rank_info)
     apply_method(model, family, config, precision, job.files)
     mesh = make_mesh(device.type, rank_info.world, config.sharding_strategy, config.hybrid_shard_size)
-    layer_input = memory_model.layer_input_bytes(config, precision, max_tokens, job.model_config.hidden_size)
+    layer_input = layer_input_bytes(config, precision, max_tokens, job.model_config.hidden_size)
     on_host = config.use_activation_cpu_offload * job.model_config.num_hidden_layers * layer_input
     wrap(
         model,

@@ -1,116 +1,38 @@
-"""The one model of memory: what a run takes on each GPU, on the host, on the disk and between GPUs.
+"""The one model of memory: what a run takes on each GPU.
 
 The planner (plan.py), the line that train.py prints at start, the trials of --batch_size auto and the advice
-when memory runs out (training/out_of_memory.py) all use `estimate_memory`.
+when memory runs out (training/out_of_memory.py) all use `estimate_memory`. layer_memory.py counts the
+activations of a layer, weight_memory.py the weights, host_memory.py what is in host memory. docs/memory.md
+explains the parts, and compares the results with what was measured.
 
-T tokens of the longest sequence.
+Shapes: T tokens of the longest sequence, N tokens of a micro-batch, V vocabulary, H hidden features.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass
 
-from transformers import PreTrainedModel
-
-from files.model_folder import CheckpointFiles
 from launch.gpus import Gpu
+from launch.memory import GIB, MIB
 from launch.precision import Precision
-from models.family import Family
-from models.loss import HIDDEN_BYTES, LOGITS_BYTES
-from monitoring.weight_memory import (
-    WeightBytes,
-    host_parameters,
-    plan_parameters,
-    vocabulary_weights,
-    weight_bytes,
-)
+from models.loss import HIDDEN_BYTES, LOGITS_BYTES, TILE
+from monitoring.host_memory import host_bytes
+from monitoring.layer_memory import LayerMemory, is_compiled, layer_memory, mask_bytes
+from monitoring.sizes import RunSizes
 from options.config import Config
 from options.strategies import STRATEGIES
 
-# Values per token and hidden unit of a decoder layer's activations, while backward needs all of them.
-LAYER_ACTIVATIONS = 34
-# Bytes of the loss per byte of a chunk of logits, which exist in fp32, as exponentials and as gradients too.
-BYTES_PER_LOGITS_BYTE = 7
 # Optimizer states: bytes per byte of trained weights; 2 (two states in the weights' dtype) for all others.
+# Paged states are in managed memory, which leaves the GPU when it is full.
 OPTIMIZER_STATE_RATIOS = {"sgd": 0.0, "paged_adamw_32bit": 0.0, "paged_adamw_8bit": 0.0}
 STATE_BYTES_8BIT = 2.03  # per trained weight
-
-
-@dataclass(frozen=True)
-class RunSizes:
-    """The sizes of a run's model and data; with the options they determine its memory.
-
-    Attributes:
-        tokens: T.
-        eager: whether attention is eager, which keeps its scores.
-        weights: bytes of the whole model.
-        layer: bytes of the largest decoder layer, with its trained parameters.
-        vocabulary_bytes: bytes of the embedding or the head if they are trained, else 0.
-        on_host: bytes of the embedding if it is in host memory, else 0.
-    """
-
-    tokens: int
-    hidden: int
-    vocabulary: int
-    layers: int
-    heads: int
-    eager: bool
-    weights: WeightBytes
-    layer: int
-    vocabulary_bytes: int
-    on_host: int = 0
-
-
-def run_sizes(
-    model: PreTrainedModel,
-    family: Family,
-    config: Config,
-    precision: Precision,
-    files: CheckpointFiles,
-    tokens: int,
-) -> RunSizes:
-    """Return the sizes that determine the memory of a run with the options `config`; loads no weights.
-
-    Args:
-        model: from build_on_meta, before a method changes it; not changed, so one serves for many options.
-        family: the model's family.
-        config: the run's options, as for `plan_parameters`.
-        precision: dtypes of frozen and trained weights.
-        files: shapes of the weights, and which of them are packed already.
-        tokens: T, tokens of the longest sequence: a row or, with --packing, a pack.
-    """
-    model_config = model.config
-    planned = plan_parameters(model, family, config, precision, files)
-    layer_bytes: Counter[int | None] = Counter()
-    for p in planned:
-        layer_bytes[family.locate_layer(p.name)[0]] += p.nbytes()
-    del layer_bytes[None]  # parameters outside of the layers
-    vocabulary = [p for p in planned if p.name in vocabulary_weights(family)]
-    return RunSizes(
-        tokens=tokens,
-        hidden=model_config.hidden_size,
-        vocabulary=model_config.vocab_size,
-        layers=len(layer_bytes),
-        heads=model_config.num_attention_heads,
-        eager=family.attention == "eager",
-        weights=weight_bytes(planned),
-        layer=max(layer_bytes.values()),
-        vocabulary_bytes=max(p.nbytes() * (p.kind == "trained") for p in vocabulary),
-        on_host=sum(p.nbytes() for p in host_parameters(planned, family, model_config.tie_word_embeddings)),
-    )
-
-
-def layer_input_bytes(config: Config, precision: Precision, tokens: int, hidden: int) -> int:
-    """Return the bytes of one layer's input, which gradient checkpointing saves.
-
-    Args:
-        config: the run's options.
-        precision: dtypes of the run.
-        tokens: T.
-        hidden: features of a token.
-    """
-    return config.batch_size * tokens * hidden * precision.frozen.itemsize
+# cuBLAS's workspaces of the two threads that call it: 32 MiB each from Hopper on, 8 MiB before
+# (https://docs.nvidia.com/cuda/cublas/#cublassetworkspace).
+WORKSPACE_BYTES = {True: 2 * 32 * MIB, False: 2 * 8 * MIB}
+# While loading: tensors of the loading workers on their way, and the one that is packed.
+LOAD_BYTES = 200 * MIB
+# Code that is not compiled holds a chunk of logits in 16 bits twice, and four copies in fp32.
+EAGER_LOGITS = 10
 
 
 @dataclass(frozen=True)
@@ -133,7 +55,32 @@ class MemoryEstimate:
     host: float
 
 
-def estimate_memory(config: Config, precision: Precision, sizes: RunSizes, gpu: Gpu | None) -> MemoryEstimate:
+@dataclass(frozen=True)
+class _Shared:
+    """Bytes of weights and what belongs to them, on one GPU.
+
+    Attributes:
+        weights: after the load.
+        resident: in use between steps: weights, optimizer states, buffers, workspaces.
+        gradients: of all trained weights, as the optimizer sees them.
+        unit: a unit that is gathered while it computes, with what is fetched ahead of it.
+        kept: units that stay gathered between forward and backward.
+        unit_gradients: of a unit, in the dtype that it computes in; 0 where they are the optimizer's already.
+        reduced: the same and their copies in fp32, on their way to the ranks' shards.
+    """
+
+    weights: float
+    resident: float
+    gradients: float
+    unit: float
+    kept: float
+    unit_gradients: float
+    reduced: float
+
+
+def estimate_memory(
+    config: Config, precision: Precision, sizes: RunSizes, gpu: Gpu | None, cpus: int = 4
+) -> MemoryEstimate:
     """Estimate the memory that a run takes.
 
     Args:
@@ -141,47 +88,159 @@ def estimate_memory(config: Config, precision: Precision, sizes: RunSizes, gpu: 
         precision: dtypes of the run.
         sizes: of its model and data.
         gpu: the kind of its GPUs; None for a run on CPUs, whose weights are in host memory.
+        cpus: CPUs of a rank, which the number of compiling processes follows.
     """
-    peak = _estimate_peak(config, precision, sizes)
-    return MemoryEstimate(peak, peak, peak, peak, peak, 0)
+    shared = _shared_bytes(config, precision, sizes, gpu)
+    layer = layer_memory(
+        config,
+        precision,
+        sizes.widths,
+        gpu,
+        tokens=sizes.tokens,
+        branches=sizes.branches,
+    )
+    masks = mask_bytes(config, precision, sizes.widths, gpu, sizes.tokens)
+    saved, waiting = _saved_bytes(config, precision, sizes, layer)
+    rows = config.batch_size * sizes.tokens
+    # The last norm's input and the gradient of the hidden states, which the loss forms.
+    ends = 2 * layer.input
+    loss = _loss_bytes(config, precision, sizes, gpu, rows)
+    vocabulary_gradient = sizes.vocabulary_bytes * (4 / precision.trained.itemsize)  # formed in fp32
+    # Gradients stay over all micro-batches of a step; a single one's grow while its activations are freed.
+    accumulated = shared.gradients if config.gradient_accumulation_steps > 1 else 0
+    before = shared.resident + shared.kept + masks + accumulated
+    after_forward = before + saved + ends + vocabulary_gradient
+    forward = max(
+        after_forward + loss,
+        before + saved + waiting + layer.forward + shared.unit if config.use_gradient_checkpointing else 0,
+    )
+    one_layer = layer.backward if config.use_gradient_checkpointing else layer.last_backward
+    one_layer = shared.unit + max(one_layer + shared.unit_gradients, shared.reduced)
+    growing = shared.gradients - accumulated
+    own = _vocabulary_backward_bytes(config, precision, sizes, gpu)
+    backward = max(
+        after_forward + (2 if shared.reduced else 1.5) * vocabulary_gradient,  # the head's gradient
+        before + saved + waiting + one_layer,  # the last layer
+        before + growing + layer.input + one_layer - own.gradient,  # the first layer
+        before + growing + layer.input + own.extra,  # the embedding
+    )
+    after_load, step = shared.weights, shared.resident + shared.gradients
+    peak = max(_load_peak(config, sizes, shared), forward, backward, step)
+    host = host_bytes(config, precision, sizes, gpu, layer_input=layer.input, peak=peak, cpus=cpus)
+    return MemoryEstimate(after_load, after_forward, step, step, peak, host)
 
 
-def _estimate_peak(config: Config, precision: Precision, sizes: RunSizes) -> float:
-    """Estimate the bytes that each GPU holds at the peak of a training step.
-
-    config: resolved, with its world_size.
-    """
+def _shared_bytes(config: Config, precision: Precision, sizes: RunSizes, gpu: Gpu | None) -> _Shared:
+    """Return the bytes of weights, gradients and optimizer states, and of units that are gathered."""
     strategy = STRATEGIES[config.sharding_strategy]
     shards = strategy.ranks_per_copy(config.world_size, config.hybrid_shard_size)
-    trained, weights = sizes.weights.trained, sizes.weights.total - sizes.on_host
+    trained, offload = sizes.weights.trained, config.use_cpu_offload
+    weights = (sizes.weights.total - sizes.on_host) / shards
+    gradients = trained / shards
     if config.optimizer == "adamw_8bit":
-        optimizer_states = STATE_BYTES_8BIT * trained / precision.trained.itemsize
+        states = STATE_BYTES_8BIT * trained / precision.trained.itemsize / shards
     else:
-        optimizer_states = OPTIMIZER_STATE_RATIOS.get(config.optimizer, 2.0) * trained
-    resident = 0 if config.use_cpu_offload else (weights + trained + optimizer_states) / shards
+        states = OPTIMIZER_STATE_RATIOS.get(config.optimizer, 2.0) * trained / shards
+    if offload:
+        weights = gradients = states = 0
+    casts = precision.gather_dtype is not None and sizes.trains_layers
+    ratio = precision.frozen.itemsize / precision.trained.itemsize if casts else 1
+    is_wrapped = config.world_size > 1 or casts or offload  # as in wrapping.py
+    unit = sizes.unit * ratio if is_wrapped else 0
+    reads_peers = bool(gpu and gpu.reads_peers) and shards > 1
+    buffers, ahead = 0.0, 0.0
+    if reads_peers:  # two buffers for gathered units, one for the gradients of adapters (copy_engines.py)
+        buffers = 2 * unit + (0 if sizes.trains_layers else sizes.trained_unit)
+        buffers += sizes.vocabulary_bytes * ratio
+    elif shards > 1:
+        ahead = unit  # the next unit's gathered bytes
+    keeps = shards > 1 and not strategy.reshard_after_forward
+    kept = unit * sizes.layers if keeps else 0.0
     if config.no_sync and config.gradient_accumulation_steps > 1:
-        resident += trained  # gradients that are not reduced yet
-    if strategy.reshard_after_forward:
-        gathered = sizes.layer * (1 if config.wrap_policy == "sublayer" else 2)
-    else:
-        gathered = weights
-    if shards == config.world_size == 1 and not config.use_cpu_offload:
-        gathered = 0  # nothing is sharded
-    rows = config.batch_size * sizes.tokens
-    matmul_bytes = precision.matmul_dtype.itemsize
-    activations = LAYER_ACTIVATIONS * rows * sizes.hidden * matmul_bytes
-    activations += 8 * sizes.eager * sizes.heads * rows * sizes.tokens
-    if config.use_gradient_checkpointing:
-        saved_layers = 2 if config.use_activation_cpu_offload else sizes.layers
-        saved = layer_input_bytes(config, precision, sizes.tokens, sizes.hidden) * saved_layers
-    else:
-        saved, activations = activations * sizes.layers, 0
-    logits_chunk = min(LOGITS_BYTES, rows * sizes.vocabulary * matmul_bytes)
-    # A frozen head stays sharded: each rank gets all ranks' hidden states, a block at a time, with their
-    # gradients in 16 bits and in fp32. A trained head is gathered.
-    hidden_states = 2 * rows * sizes.hidden * matmul_bytes
-    if shards > 1 and not sizes.vocabulary_bytes:
-        hidden_states += 2 * min(HIDDEN_BYTES, 4 * rows * shards * sizes.hidden)
-    loss = BYTES_PER_LOGITS_BYTE * logits_chunk + hidden_states + 2 * sizes.vocabulary_bytes
-    gathered_in_loss = 0 if strategy.reshard_after_forward else gathered
-    return resident + saved + max(gathered + activations, loss + gathered_in_loss)
+        kept += trained  # gradients that are not reduced yet
+    unit_gradients = sizes.trained_unit * ratio if is_wrapped else 0
+    reduced = unit_gradients + sizes.trained_unit if is_wrapped else 0
+    workspace = WORKSPACE_BYTES[bool(gpu) and gpu.capability >= (9, 0)] if gpu else 0
+    return _Shared(
+        weights=weights,
+        resident=weights + states + buffers + workspace,
+        gradients=gradients,
+        unit=0 if keeps else unit + ahead,
+        kept=kept,
+        unit_gradients=unit_gradients,
+        reduced=reduced,
+    )
+
+
+def _saved_bytes(
+    config: Config, precision: Precision, sizes: RunSizes, layer: LayerMemory
+) -> tuple[float, float]:
+    """Return the bytes that all layers save for backward, and those of copies to or from the host.
+
+    With gradient checkpointing these are their inputs.
+    """
+    if not config.use_gradient_checkpointing:
+        casts = precision.trained.itemsize > precision.matmul_dtype.itemsize and config.method.adapter
+        narrow = precision.matmul_dtype.itemsize / precision.trained.itemsize
+        copies = sizes.trained_unit * narrow if casts else 0  # of A and B in the matmuls' dtype
+        return sizes.saved_layers * (layer.input + layer.saved + copies), 0
+    budget = max(config.activation_budget, 0) * GIB
+    if config.use_activation_cpu_offload:
+        return layer.input + budget, 2 * layer.input  # of two more layers on their way
+    return sizes.saved_layers * layer.input + budget, 0
+
+
+def _loss_bytes(config: Config, precision: Precision, sizes: RunSizes, gpu: Gpu | None, rows: int) -> float:
+    """Return the most bytes that head and loss take beside what is saved (models/loss.py)."""
+    width, hidden = precision.matmul_dtype.itemsize, sizes.widths.hidden
+    shards = STRATEGIES[config.sharding_strategy].ranks_per_copy(config.world_size, config.hybrid_shard_size)
+    is_trained = sizes.vocabulary_bytes > 0
+    if is_trained:
+        shards = 1  # gathered
+    compiled = is_compiled(config, sizes.widths, gpu)
+    columns = -(-sizes.vocabulary // shards)
+    tokens = (LOGITS_BYTES if compiled else LOGITS_BYTES // 4) // (columns * width)
+    if shards > 1:
+        tokens = min(tokens, HIDDEN_BYTES // (4 * hidden))
+    tokens = min(tokens - tokens % TILE if tokens > TILE else max(tokens, 1), rows * shards)
+    logits = tokens * columns * width
+    states = 3 * tokens * hidden * width
+    if shards > 1:
+        states += 2 * tokens * hidden * 4  # in fp32, to be summed over the ranks
+    peak = logits * (2 if compiled else EAGER_LOGITS) + states
+    head = sizes.vocabulary * hidden * width / shards
+    if is_trained:  # the product that is added to the head's gradient; and the gathered head
+        casts = precision.gather_dtype is not None
+        return max(peak, logits + head + states) + (head if casts or config.world_size > 1 else 0)
+    is_copied = precision.frozen.itemsize != width or config.use_cpu_offload
+    return peak + (head if is_copied else 0)
+
+
+@dataclass(frozen=True)
+class _VocabularyBackward:
+    """Bytes of the embedding's gradient, and of what its backward takes beside all gradients."""
+
+    gradient: float = 0
+    extra: float = 0
+
+
+def _vocabulary_backward_bytes(
+    config: Config, precision: Precision, sizes: RunSizes, gpu: Gpu | None
+) -> _VocabularyBackward:
+    """Return what the backward of a trained embedding takes: zeros if it is frozen."""
+    if not sizes.vocabulary_bytes:
+        return _VocabularyBackward()
+    strategy = STRATEGIES[config.sharding_strategy]
+    shards = strategy.ranks_per_copy(config.world_size, config.hybrid_shard_size)
+    gradient = 0 if config.use_cpu_offload else sizes.vocabulary_bytes / shards
+    elements = sizes.vocabulary_bytes / precision.trained.itemsize
+    if config.world_size == 1 and precision.gather_dtype is None and not config.use_cpu_offload:
+        return _VocabularyBackward(gradient)
+    gathered = 0 if gpu and gpu.reads_peers and shards > 1 else precision.frozen.itemsize
+    return _VocabularyBackward(gradient, elements * (precision.frozen.itemsize + 4 + gathered))
+
+
+def _load_peak(config: Config, sizes: RunSizes, shared: _Shared) -> float:
+    """Return the most bytes on a GPU during the load: a large tensor is whole before it is cut in shards."""
+    arriving = sizes.largest_tensor * (1.5 if config.world_size > 1 else 1)
+    return shared.weights + arriving + min(LOAD_BYTES, 4 * sizes.largest_tensor)

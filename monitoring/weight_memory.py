@@ -24,37 +24,13 @@ from launch.ranks import RankInfo
 from models.adapters import quantizer_from_config, target_linears
 from models.family import Family
 from models.llama_pro import new_layers
+from monitoring.sizes import WeightBytes
 from options.config import Config
 from options.strategies import STRATEGIES
 from quantization.layer import STORAGE
 
 TOLERANCE = 0.03
 ROUNDING_PER_TENSOR = 1024  # bytes: a GPU's allocator may round a tensor up by this much
-
-
-@dataclass(frozen=True)
-class WeightBytes:
-    """Bytes of a whole model's weights, by kind.
-
-    Attributes:
-        codes: packed weights.
-        scales: the quantizer's scales.
-        unquantized: embedding, head, norms and all else that is neither packed nor trained.
-        trained: adapters, new blocks, or everything.
-    """
-
-    codes: int = 0
-    scales: int = 0
-    unquantized: int = 0
-    trained: int = 0
-
-    @property
-    def total(self) -> int:
-        return sum(getattr(self, f.name) for f in fields(self))
-
-    def __str__(self) -> str:
-        parts = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name)}
-        return " + ".join(f"{name} {format_bytes(n)}" for name, n in parts.items())
 
 
 @dataclass(frozen=True)

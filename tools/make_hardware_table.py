@@ -18,7 +18,8 @@ from benchmarks.make_checkpoint import make_checkpoint
 from files.model_folder import CheckpointFiles
 from launch.precision import choose_precision
 from models.registry import build_on_meta, read_config
-from monitoring.memory_model import estimate_memory, run_sizes
+from monitoring.memory_model import estimate_memory
+from monitoring.run_sizes import run_sizes
 from options import train
 from options.config import Config
 

@@ -18,7 +18,9 @@ from data.packing import max_sequence_length
 from launch.memory import PEAK_MEMORY, format_bytes
 from launch.ranks import RankInfo
 from models.registry import build_on_meta
-from monitoring.memory_model import RunSizes, estimate_memory, run_sizes
+from monitoring.memory_model import estimate_memory
+from monitoring.run_sizes import run_sizes
+from monitoring.sizes import RunSizes
 from options.config import Config
 from options.declaration import format_value
 from options.errors import UserError

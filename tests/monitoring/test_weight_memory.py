@@ -12,11 +12,11 @@ from torch import nn
 
 import train
 from launch import memory
+from monitoring.sizes import WeightBytes
 from monitoring.weight_memory import (
     ROUNDING_PER_TENSOR,
     ExpectedMemory,
     PlannedParameter,
-    WeightBytes,
     check_loaded,
 )
 from options.methods import METHODS

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from types import SimpleNamespace
 
@@ -10,16 +9,11 @@ import pytest
 import torch
 
 import train
-from launch.precision import detect_precision
-from monitoring.memory_model import LAYER_ACTIVATIONS, RunSizes, estimate_memory
-from monitoring.weight_memory import WeightBytes
 from options.errors import UserError
 from tests.helpers.parity import arguments
 from tests.helpers.runs import make_job
 from training import out_of_memory
-from training.out_of_memory import estimate_job_peak, estimate_savings, list_changes, measure_job_sizes
-
-H, V, LAYERS = 64, 300, 3  # tests/helpers/tiny.py's Llama
+from training.out_of_memory import estimate_savings, list_changes
 
 
 @pytest.fixture(scope="module")
@@ -34,94 +28,6 @@ def job_of(checkpoints, alpaca_file):
         return jobs[train_type, more]
 
     return get
-
-
-def test_the_shape_of_a_job(job_of):
-    job = job_of("lora")
-    shape = measure_job_sizes(job, job.config)
-    longest = int(job.rows.lengths().max())
-    assert dataclasses.astuple(shape)[:6] == (longest, H, V, LAYERS, 4, False)
-    assert shape.weights.total == LAYERS * shape.layer + 4 * (2 * V * H + H)  # embedding, head, the last norm
-    full = job_of("full")
-    assert (shape.vocabulary_bytes, measure_job_sizes(full, full.config).vocabulary_bytes) == (
-        0,
-        4 * V * H,
-    ), "gathered where it is trained"
-
-
-def bytes_less(job, **change) -> float:
-    """The bytes that a change saves, from two estimates."""
-    config = dataclasses.replace(job.config, **change)
-    return estimate_job_peak(job, job.config) - estimate_job_peak(job, config)
-
-
-def test_memory_of_shards_and_states(job_of):
-    """Each of two ranks has half of fp32 weights, gradients and two moments."""
-    job = job_of("full")
-    job = dataclasses.replace(job, config=dataclasses.replace(job.config, world_size=2))
-    weights = measure_job_sizes(job, job.config).weights.total
-    assert bytes_less(job, use_cpu_offload=True) == pytest.approx(4 * weights / 2)
-    assert bytes_less(job, optimizer="adamw_8bit") == pytest.approx((2 * weights - 2.03 * weights / 4) / 2)
-    assert bytes_less(job, optimizer="sgd") == pytest.approx(2 * weights / 2)
-    copied = dataclasses.replace(job, config=dataclasses.replace(job.config, sharding_strategy="ddp"))
-    assert bytes_less(copied, sharding_strategy="full_shard") == pytest.approx(4 * weights / 2)
-
-
-def test_an_embedding_in_host_memory_takes_no_gpu_memory(job_of):
-    """A frozen embedding that is not the head's is on the host already: offload saves nothing of it."""
-    job = job_of("qlora")
-    job = dataclasses.replace(job, config=dataclasses.replace(job.config, world_size=2))
-    shape = measure_job_sizes(job, job.config)
-    on_gpu = shape.weights.total - 4 * V * H + 3 * shape.weights.trained
-    assert bytes_less(job, use_cpu_offload=True) == pytest.approx(on_gpu / 2)
-    assert measure_job_sizes(job_of("full"), job_of("full").config).on_host == 0
-
-
-def test_memory_of_a_batch():
-    """With checkpointing: the layers' inputs, and all activations of one layer."""
-    weights = WeightBytes(trained=1000)
-    shape = RunSizes(
-        tokens=100,
-        hidden=64,
-        vocabulary=10,
-        layers=5,
-        heads=1,
-        eager=False,
-        weights=weights,
-        layer=1,
-        vocabulary_bytes=0,
-    )
-    given = [
-        "--batch_size",
-        "4",
-        "--world_size",
-        "1",
-        "--precision",
-        "fp32",
-        "--use_gradient_checkpointing",
-        "true",
-    ]
-    config = train.parse([*given, "--sharding_strategy", "full_shard"])[0]
-    smaller = dataclasses.replace(config, batch_size=1)
-    expected = 3 * 100 * 64 * 4 * (5 + LAYER_ACTIVATIONS)
-    assert (
-        estimate_memory(config, detect_precision(config.precision), shape, None).peak
-        - estimate_memory(smaller, detect_precision(smaller.precision), shape, None).peak
-        == expected
-    )
-
-
-def test_the_loss_does_not_grow_with_the_ranks():
-    """Ranks that share a frozen head gather their hidden states one block at a time."""
-    sizes = dict.fromkeys(("layers", "heads", "layer", "vocabulary_bytes", "eager"), 0)
-    weights = WeightBytes()
-    shape = RunSizes(tokens=2**16, hidden=4096, vocabulary=2**17, weights=weights, **sizes)
-    given = "--sharding_strategy full_shard --use_gradient_checkpointing true --world_size".split()
-    few, many = (
-        estimate_memory(train.parse([*given, n])[0], detect_precision("auto"), shape, None).peak
-        for n in ("32", "64")
-    )
-    assert few == many
 
 
 def test_only_options_that_are_not_in_use_are_advised(job_of):

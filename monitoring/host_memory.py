@@ -1,0 +1,54 @@
+"""What a run takes of a node's host memory: libraries, page-locked weights and activations, compilers."""
+
+from __future__ import annotations
+
+from launch.gpus import Gpu
+from launch.memory import GIB, MIB
+from launch.precision import Precision
+from monitoring.layer_memory import is_compiled
+from monitoring.sizes import RunSizes
+from options.config import Config
+
+# Resident sizes without data, measured with torch 2.11 and CUDA 13.0 on an H200 (2026-11-30): the process
+# that starts the ranks, a rank with CUDA's context and libraries, a rank on a CPU, a process of the compiler.
+LAUNCHER_BYTES, RANK_BYTES, CPU_RANK_BYTES = 0.4 * GIB, 2.17 * GIB, 0.45 * GIB
+COMPILER_BYTES = 0.09 * GIB  # most of its pages are shared with the others
+BUFFER_BYTES = 600 * MIB  # page-locked, for weights on their way to the GPU and batches
+
+
+def host_bytes(
+    config: Config,
+    precision: Precision,
+    sizes: RunSizes,
+    gpu: Gpu | None,
+    *,
+    layer_input: float,
+    peak: float,
+    cpus: int,
+) -> float:
+    """Return the bytes of host memory of all ranks together, as if they were on one node.
+
+    Args:
+        config: resolved, with its world_size.
+        precision: dtypes of the run.
+        sizes: of its model and data.
+        gpu: the kind of its GPUs; None = it runs on CPUs.
+        layer_input: bytes of a layer's input.
+        peak: bytes that a rank's tensors take at the peak of a step; on a CPU they are host memory too.
+        cpus: CPUs of a rank: as many processes compile for it.
+    """
+    if gpu is None:
+        return LAUNCHER_BYTES + config.world_size * (CPU_RANK_BYTES + peak)
+    rank = RANK_BYTES + sizes.page_locked
+    if not config.use_cpu_offload:  # which releases them before it page-locks the weights
+        rank += BUFFER_BYTES
+    compiled = is_compiled(config, sizes.widths, gpu)
+    if compiled:
+        rank += (cpus + 1) * COMPILER_BYTES
+    if config.use_activation_cpu_offload and config.use_gradient_checkpointing:
+        rank += (sizes.saved_layers + 4) * layer_input
+    # A compiled layer's last output, which DoRA's magnitudes need (wrapping.py).
+    is_whole = config.wrap_policy == "layer" and not config.use_cpu_offload and config.method.quantizer
+    if compiled and is_whole and config.method.adapter == "dora" and config.use_gradient_checkpointing:
+        rank += sizes.saved_layers * layer_input * precision.matmul_dtype.itemsize / precision.frozen.itemsize
+    return LAUNCHER_BYTES + config.world_size * rank

@@ -1,0 +1,202 @@
+"""What the activations of one decoder layer take: saved for backward, and at the peak of each direction.
+
+The counts are of the tensors that PyTorch's autograd and Inductor hold for transformers' layers with the
+linears of quantization/operators.py. Each count names the tensors that it stands for. docs/memory.md compares
+the results with the allocator's counters on an H200.
+
+Widths are in elements of a token: `hidden` of the hidden states, `query` and `key` of all heads together (a
+value is as wide as a key), `mlp` between gate and down, of all experts that a token visits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from transformers import PreTrainedModel
+
+from launch.gpus import Gpu
+from launch.precision import Precision
+from models.family import Family
+from options.config import Config
+
+
+@dataclass(frozen=True)
+class LayerWidths:
+    """The widths of a model's decoder layers, and what else the number of their activations depends on.
+
+    Attributes:
+        hidden, query, key, mlp: see above.
+        heads: query heads.
+        experts_per_token: 0 without routed experts.
+        has_four_norms: norms follow attention and MLP as well as precede them (Gemma).
+        has_head_norms: queries and keys are normalized (Qwen3, Gemma 3).
+        is_fused: query, key and value are one linear, and so are gate and up (Phi-3).
+        is_eager: attention is eager and keeps its scores (Gemma 2).
+        window: tokens of a sliding window; 0 without.
+        compiles: whether --compile auto compiles the layers.
+    """
+
+    hidden: int
+    query: int
+    key: int
+    mlp: int
+    heads: int
+    experts_per_token: int = 0
+    has_four_norms: bool = False
+    has_head_norms: bool = False
+    is_fused: bool = False
+    is_eager: bool = False
+    window: int = 0
+    compiles: bool = True
+
+
+def layer_widths(model: PreTrainedModel, family: Family) -> LayerWidths:
+    """Return the widths of a meta model's decoder layers, of the first where they differ."""
+    config, layer = model.config, family.decoder_layers(model)[0]
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    names = [name for name, _ in layer.named_modules()]
+    experts = getattr(config, "num_experts_per_tok", 0) if any("experts" in name for name in names) else 0
+    return LayerWidths(
+        hidden=config.hidden_size,
+        query=config.num_attention_heads * head_dim,
+        key=(getattr(config, "num_key_value_heads", None) or config.num_attention_heads) * head_dim,
+        mlp=experts * config.moe_intermediate_size if experts else config.intermediate_size,
+        heads=config.num_attention_heads,
+        experts_per_token=experts,
+        has_four_norms=sum("norm" in name for name, _ in layer.named_children()) > 2,
+        has_head_norms=any(name.endswith("q_norm") for name in names),
+        is_fused=any(name.endswith("qkv_proj") for name in names),
+        is_eager=family.attention == "eager",
+        window=getattr(config, "sliding_window", None) or 0,
+        compiles=family.compiles,
+    )
+
+
+@dataclass(frozen=True)
+class LayerMemory:
+    """Bytes of one layer's activations, for a micro-batch.
+
+    Attributes:
+        input: its input, which is all that gradient checkpointing saves.
+        saved: what backward needs beside the input, without gradient checkpointing.
+        forward: most beside the input while the layer computes and saves nothing.
+        backward: most beside the input while backward recomputes the layer and forms its gradients.
+        last_backward: what backward of a layer that saved everything adds to it.
+    """
+
+    input: float
+    saved: float
+    forward: float
+    backward: float
+    last_backward: float
+
+
+def layer_input_bytes(config: Config, precision: Precision, tokens: int, hidden: int) -> int:
+    """Return the bytes of one layer's input, which gradient checkpointing saves.
+
+    Args:
+        config: the run's options.
+        precision: dtypes of the run.
+        tokens: T.
+        hidden: H.
+    """
+    return config.batch_size * tokens * hidden * precision.frozen.itemsize
+
+
+def is_compiled(config: Config, widths: LayerWidths, gpu: Gpu | None) -> bool:
+    """Return whether the layers are compiled on this kind of GPU (--compile)."""
+    return config.compile == "true" or bool(
+        config.compile == "auto" and gpu and gpu.runs_triton and widths.compiles
+    )
+
+
+def layer_memory(
+    config: Config,
+    precision: Precision,
+    widths: LayerWidths,
+    gpu: Gpu | None,
+    *,
+    tokens: int,
+    branches: int,
+) -> LayerMemory:
+    """Return the bytes that a decoder layer's activations take.
+
+    Args:
+        config: the run's options.
+        precision: its dtypes.
+        widths: of the model's layers.
+        gpu: the kind of GPU.
+        tokens: of the longest sequence.
+        branches: adapted linears of a layer.
+    """
+    rows = config.batch_size * tokens
+    compiled, adapter = is_compiled(config, widths, gpu), config.method.adapter
+    width, stream = precision.matmul_dtype.itemsize, precision.frozen.itemsize
+    hidden, query, key, mlp = widths.hidden, widths.query, widths.key, widths.mlp
+    is_autocast = stream > width
+    # The norms' results, and the output of attention where a norm follows it.
+    saved: float = (3 if widths.has_four_norms else 2) * hidden
+    saved += 2 * query + 2 * key  # query, key and value, and what attention returns
+    names_linears_apart = widths.has_head_norms or widths.is_fused
+    if names_linears_apart:  # query and key before their norm; or the result of the fused linear
+        saved += query + key
+    saved += 3 * mlp  # gate, up and their product
+    if adapter:
+        saved += branches * config.lora_rank  # A x of each
+    if adapter == "dora":  # outputs, which the gradients of magnitudes need: query, key, and one projection's
+        saved += hidden + (0 if names_linears_apart else query + key)
+    if widths.is_eager or not _takes_grouped_heads(precision, gpu):
+        saved += 2 * query - 2 * key  # keys and values, expanded to the query heads
+    if widths.experts_per_token:
+        saved += (widths.experts_per_token + 1) * hidden  # the result of each expert
+    elif not compiled:
+        saved += mlp  # the activation function's result
+    if not compiled:
+        saved += 2 * hidden  # states in the norms
+        if adapter == "dora":
+            saved += hidden + key
+        if is_autocast:  # norms and rotations in fp32; a cast of x for each linear
+            saved += 7 * hidden + query + key
+    per_token = saved * width + hidden * stream  # and the sum of input and attention
+    per_token += 8 * widths.heads if not widths.is_eager else 4 * widths.heads * tokens  # softmax, or scores
+    backward = per_token + hidden * stream  # and the gradient of the layer's result
+    if widths.experts_per_token:
+        backward += (mlp + 2 * widths.experts_per_token * hidden) * width
+    else:
+        backward += mlp * width * (2 if widths.is_fused or not compiled else 1)
+    if adapter and not config.method.quantizer:  # results of base and branch, apart
+        backward += (5 * mlp + hidden) * width
+    if adapter == "dora" and is_autocast and not compiled:
+        backward += 1.5 * mlp * width  # outputs in fp32 beside their gradients
+    if config.wrap_policy == "sublayer":
+        backward += 2 * mlp * width
+    forward = ((2 if compiled else 4) * mlp + 3 * hidden) * width
+    weight = hidden * mlp * width / max(widths.experts_per_token, 1) if config.method.quantizer else 0
+    return LayerMemory(
+        input=rows * hidden * stream,
+        saved=rows * per_token,
+        forward=rows * forward + weight,
+        backward=rows * backward,
+        last_backward=rows * (hidden * stream + mlp * width),
+    )
+
+
+def _takes_grouped_heads(precision: Precision, gpu: Gpu | None) -> bool:
+    """Return whether a fused kernel takes fewer key heads than query heads (models/attention.py)."""
+    return gpu is not None and gpu.runs_triton and precision.matmul_dtype.itemsize == 2
+
+
+def mask_bytes(
+    config: Config, precision: Precision, widths: LayerWidths, gpu: Gpu | None, tokens: int
+) -> int:
+    """Return the bytes of attention's masks [B, 1, T, T]: one of each kind of layer, and one as a bias.
+
+    Only eager attention has them and, where the variable-length kernel does not run, packed rows and
+    windows shorter than a sequence.
+    """
+    has_window = 0 < widths.window < tokens
+    has_kernel = _takes_grouped_heads(precision, gpu)  # on the same GPUs, in the same dtypes
+    if not widths.is_eager and (has_kernel or not (config.packing or has_window)):
+        return 0
+    kinds = 2 if widths.window else 1
+    return config.batch_size * tokens**2 * (kinds + precision.matmul_dtype.itemsize)

@@ -1,0 +1,119 @@
+"""The model of memory: its parts by arithmetic here, the whole by what was measured on GPUs."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+from transformers import LlamaConfig
+
+from launch.gpus import GPUS
+from launch.precision import choose_precision
+from models.registry import FAMILIES, build_on_meta
+from monitoring.memory_model import estimate_memory
+from monitoring.run_sizes import run_sizes
+from options.train import parse
+
+H, M, V, KEY, LAYERS, R = 256, 512, 1024, 128, 8, 8
+LAYER = 2 * H * (H + KEY) + 3 * H * M + 2 * H  # weights of a layer
+ALL = LAYERS * LAYER + 2 * V * H + H
+ADAPTERS = LAYERS * R * (2 * (H + H) + 2 * (H + KEY) + 3 * (H + M))
+WORKSPACE = 2 * 32 * 2**20
+
+
+def estimate(given: str, gpu: str | None = "h200", tokens: int = 512):
+    """The estimate for a Llama of the sizes above."""
+    config = LlamaConfig(
+        hidden_size=H, intermediate_size=M, num_hidden_layers=LAYERS, num_attention_heads=4,
+        num_key_value_heads=2, vocab_size=V, bos_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    family = FAMILIES["llama"]
+    model = build_on_meta(config, family)
+    shapes = {n: SimpleNamespace(shape=tuple(p.shape)) for n, p in model.named_parameters()}
+    files = SimpleNamespace(tensors=shapes, packed={}, prequantized=False)
+    fixed = "--world_size 1 --sharding_strategy full_shard --use_gradient_checkpointing true --model_name x"
+    rank = "" if "full" in given.split()[0] else f" --lora_rank {R}"
+    options, _ = parse(f"{fixed} --train_type {given}{rank}".split())
+    kind = GPUS[gpu] if gpu else None
+    precision = choose_precision(options.precision, has_gpu=True, has_bf16_gpu=bool(kind) and kind.has_bf16)
+    sizes = run_sizes(model, family, options, precision, files, tokens)
+    return estimate_memory(options, precision, sizes, kind)
+
+
+def test_weights_gradients_and_states_are_shared_by_the_ranks():
+    """LoRA in bf16 with fp32 adapters; the embedding, which is not tied, is in host memory."""
+    for ranks in (1, 2):
+        memory = estimate(f"lora --world_size {ranks}", gpu="4090")
+        weights = 2 * (ALL - V * H) + 4 * ADAPTERS
+        assert memory.load == pytest.approx(weights / ranks)
+        workspace = 2 * 8 * 2**20
+        assert memory.backward - workspace == pytest.approx((weights + 12 * ADAPTERS) / ranks)
+
+
+@pytest.mark.parametrize(("optimizer", "states"), [("adamw", 8), ("sgd", 0), ("adamw_8bit", 2.03),
+                                                    ("paged_adamw_32bit", 0), ("adadelta", 8)])  # fmt: skip
+def test_optimizer_states(optimizer, states):
+    memory = estimate(f"full --optimizer {optimizer}")
+    assert memory.load == 4 * ALL
+    assert memory.backward - WORKSPACE == pytest.approx((8 + states) * ALL)
+
+
+def test_with_offload_no_weight_is_on_the_gpu():
+    memory = estimate("full --use_cpu_offload")
+    assert memory.load == 0 and memory.backward == WORKSPACE
+
+
+def test_checkpointing_saves_the_input_of_each_layer():
+    """And two more tensors of that size: the last norm's input, and the gradient of the hidden states."""
+    for batch in (1, 4):
+        memory = estimate(f"qlora --batch_size {batch}")
+        resident = estimate("qlora").backward - 4 * ADAPTERS
+        assert memory.forward - resident == pytest.approx((LAYERS + 2) * batch * 512 * H * 2)
+
+
+def test_without_checkpointing_layers_save_what_backward_reads():
+    """Input, two norms, their sum, query, key and value, attention, the MLP's three, A x and the softmax."""
+    memory, checkpointed = (
+        estimate(f"qlora --use_gradient_checkpointing {on}", tokens=4096) for on in ("false", "true")
+    )
+    per_token = 2 * (3 * H + 2 * H + 2 * KEY + 3 * M + 7 * R) + 8 * 4
+    casts = 2 * ADAPTERS / LAYERS  # of A and B, once for all tokens
+    assert memory.forward - checkpointed.forward == pytest.approx(LAYERS * (4096 * per_token + casts))
+
+
+def test_the_peak_grows_by_a_layer_and_what_is_saved():
+    """The slope per token: the layers' inputs, and all activations and gradients of one layer."""
+    few, many = (estimate("qlora", tokens=tokens).peak for tokens in (2**18, 2**19))
+    one_layer = 2 * (4 * H + 2 * H + 2 * KEY + 4 * M + 7 * R) + 8 * 4
+    assert (many - few) / 2**18 == pytest.approx(LAYERS * H * 2 + one_layer)
+
+
+@pytest.mark.parametrize(
+    ("less", "more"),
+    [
+        ("qlora --use_activation_cpu_offload", "qlora"),
+        ("qlora --wrap_policy sublayer --world_size 2", "qlora --world_size 2"),
+        ("full --world_size 2", "full --world_size 2 --sharding_strategy ddp"),
+        ("full --world_size 2", "full --world_size 2 --sharding_strategy shard_grad_op"),
+        ("lora --gradient_accumulation_steps 2 --world_size 2",
+         "lora --gradient_accumulation_steps 2 --world_size 2 --no_sync"),
+        ("qlora", "qlora --train_embeddings"),
+        ("qlora", "bnb_dora"),
+        ("qlora", "lora"),
+        ("qlora", "qlora --gradient_accumulation_steps 2"),
+        ("qlora --activation_budget 0", "qlora --activation_budget 1"),
+        ("qlora --compile true", "qlora --compile false"),
+    ],
+)  # fmt: skip
+def test_options_save_memory(less, more):
+    assert estimate(less, tokens=2**14).peak < estimate(more, tokens=2**14).peak
+
+
+def test_the_loss_does_not_grow_with_the_ranks():
+    """Ranks that share a frozen head gather their hidden states one block at a time."""
+    few, many = (estimate(f"qlora --world_size {n}", tokens=2**14) for n in (32, 64))
+    assert many.peak < few.peak
+
+
+def test_a_cpu_run_is_in_host_memory():
+    assert estimate("full", gpu=None).host > estimate("full", gpu=None).peak
