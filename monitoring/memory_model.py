@@ -241,6 +241,12 @@ def _vocabulary_backward_bytes(
 
 
 def _load_peak(config: Config, sizes: RunSizes, shared: _Shared) -> float:
-    """Return the most bytes on a GPU during the load: a large tensor is whole before it is cut in shards."""
-    arriving = sizes.largest_tensor * (1.5 if config.world_size > 1 else 1)
+    """Return the most bytes on a GPU during the load.
+
+    A large tensor is whole before it is cut: as it is in the file, cast, and this rank's shard of it.
+    """
+    arriving = float(sizes.largest_tensor)
+    if config.world_size > 1:
+        arriving += sizes.largest_tensor / config.world_size
+        arriving += sizes.largest_in_file if sizes.largest_in_file != sizes.largest_tensor else 0
     return shared.weights + arriving + min(LOAD_BYTES, 4 * sizes.largest_tensor)

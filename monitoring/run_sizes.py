@@ -5,11 +5,13 @@ Shapes: T tokens of the longest sequence.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 
 from transformers import PreTrainedModel
 
 from files.model_folder import CheckpointFiles
+from files.tensors import StoredTensor
 from launch.precision import Precision
 from models.adapters import target_linears
 from models.family import Family
@@ -63,6 +65,8 @@ def run_sizes(
     adapted = target_linears(model, family, config.lora_target_modules) if config.method.adapter else []
     per_layer = Counter(family.locate_layer(name)[0] for name in adapted)
     is_tied = model.config.tie_word_embeddings
+    whole = [p for p in planned if p.kind != "codes" and p.shape == tuple(files.tensors[p.name].shape)]
+    largest = max(whole, key=PlannedParameter.nbytes)
     return RunSizes(
         tokens=tokens,
         vocabulary=model.config.vocab_size,
@@ -78,9 +82,8 @@ def run_sizes(
         is_tied=is_tied,
         on_host=sum(p.nbytes() for p in on_host),
         page_locked=_page_locked_bytes(planned if config.use_cpu_offload else on_host, config),
-        largest_tensor=max(p.nbytes() for p in planned if p.kind == "unquantized" or not p.is_padded)
-        if config.method.adapter
-        else max(p.nbytes() for p in planned),
+        largest_tensor=largest.nbytes(),
+        largest_in_file=math.prod(largest.shape) * _itemsize(files.tensors[largest.name]),
     )
 
 
@@ -96,6 +99,11 @@ def _page_locked_bytes(planned: list[PlannedParameter], config: Config) -> int:
 def _sublayer(name: str, family: Family) -> str:
     """Return the sublayer that a tensor of a layer belongs to; "" for the rest of the layer."""
     return next((part for part in family.sublayers if name.startswith(f"{part}.")), "")
+
+
+def _itemsize(stored: StoredTensor) -> int:
+    """Return the bytes of an element in the file."""
+    return stored.torch_dtype.itemsize
 
 
 def _trains_embedding(vocabulary: list[PlannedParameter]) -> bool:

@@ -56,7 +56,8 @@ class RunSizes:
         on_host: bytes of the embedding if it is in host memory, else 0.
         page_locked: bytes of this rank's weights in page-locked host memory: the embedding or, with
             --use_cpu_offload, all. torch rounds each tensor up to a power of two.
-        largest_tensor: bytes of the largest weight, in the dtype that it is loaded in.
+        largest_tensor: bytes of the largest weight that is not packed, in the dtype of the run.
+        largest_in_file: bytes of the same in its file.
     """
 
     tokens: int
@@ -74,3 +75,4 @@ class RunSizes:
     on_host: int
     page_locked: int
     largest_tensor: int
+    largest_in_file: int

@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
+import torch
 from transformers import LlamaConfig
 
 from launch.gpus import GPUS
@@ -29,7 +30,10 @@ def estimate(given: str, gpu: str | None = "h200", tokens: int = 512):
     )  # fmt: skip
     family = FAMILIES["llama"]
     model = build_on_meta(config, family)
-    shapes = {n: SimpleNamespace(shape=tuple(p.shape)) for n, p in model.named_parameters()}
+    shapes = {
+        n: SimpleNamespace(shape=tuple(p.shape), torch_dtype=torch.bfloat16)
+        for n, p in model.named_parameters()
+    }
     files = SimpleNamespace(tensors=shapes, packed={}, prequantized=False)
     fixed = "--world_size 1 --sharding_strategy full_shard --use_gradient_checkpointing true --model_name x"
     rank = "" if "full" in given.split()[0] else f" --lora_rank {R}"
