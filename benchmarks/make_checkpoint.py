@@ -17,11 +17,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from benchmarks.shapes import SHAPES
 from files.names import INDEX
 from files.tensors import write_header
+from models.shapes import SHAPES
 
 SHARD_BYTES = 4 * 10**9
 STD = 0.02
@@ -61,21 +61,7 @@ def _write_empty(path: Path, shard: dict[str, torch.Size]) -> None:
 
 def make_checkpoint(folder: Path, shape: str, empty: bool = False) -> None:
     """Write a checkpoint of SHAPES[shape] with random weights; empty: sparse files in their place."""
-    size = SHAPES[shape]
-    config = LlamaConfig(
-        hidden_size=size.hidden,
-        intermediate_size=size.mlp,
-        num_hidden_layers=size.layers,
-        num_attention_heads=size.heads,
-        num_key_value_heads=size.kv_heads,
-        vocab_size=size.vocabulary,
-        max_position_embeddings=8192,
-        rms_norm_eps=1e-5,
-        bos_token_id=256,
-        eos_token_id=257,
-        dtype="bfloat16",
-        architectures=["LlamaForCausalLM"],
-    )
+    config = SHAPES[shape].model_config()
     with torch.device("meta"):
         shapes = {name: p.shape for name, p in LlamaForCausalLM(config).named_parameters()}
     folder.mkdir(parents=True, exist_ok=True)

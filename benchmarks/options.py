@@ -12,10 +12,10 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
-from benchmarks.shapes import SHAPES
 from benchmarks.systems import CHECKPOINTING, OURS, SYSTEMS, TRAIN_TYPES
 from benchmarks.table import WARMUP_STEPS
 from files.disk_room import check_writable
+from models.shapes import SHAPES
 from options.command_line import Command
 from options.config import FIELDS
 from options.declaration import option

@@ -32,11 +32,11 @@ from pathlib import Path
 import torch
 
 from benchmarks.options import Options, parse
-from benchmarks.shapes import SHAPES
 from benchmarks.systems import OURS, SYSTEMS, Setting, find_versions
 from benchmarks.table import Row, draw_chart, format_markdown, make_row
 from files.atomic_writes import write_text
 from launch.program import print_error
+from models.shapes import SHAPES
 from options.errors import UserError
 
 ROOT = Path(__file__).parent.parent

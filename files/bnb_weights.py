@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -87,12 +88,21 @@ class BnbWeight:
                 continue
             if not self._has_table(suffix, table):
                 raise UserError(f"{origin}: its {suffix} is not that of nf4")
+        self.check_sizes()
+
+    def check_sizes(self) -> None:
+        """Raise UserError unless codes and scales have as many bytes as those of NF4 in quantization/nf4.py.
+
+        Reads nothing beyond the headers.
+        """
+        double = self.is_double_quantized
         codes, scales = self.quantizer.packed_sizes(self.shape)
         scales -= 4 * double  # the offset is in the JSON object
         stored_scales = [_nbytes(self.tensors[s]) for s in ("absmax", *["nested_absmax"] * double)]
         if _nbytes(self.tensors[""]) != codes or sum(stored_scales) != scales:
             raise UserError(
-                f"{origin}: holds too little or too much for a weight of shape {list(self.shape)}"
+                f"{self.folder / self.tensors[''].file}: {self.name}: holds too little or too much for a"
+                f" weight of shape {list(self.shape)}"
             )
 
     def _has_table(self, suffix: str, table: torch.Tensor) -> bool:
@@ -120,23 +130,14 @@ def find_bnb_weights(folder: Path, tensors: dict[str, StoredTensor]) -> dict[str
     That tensor has the dense shape; the other tensors of the weight are removed from `tensors`. Raises
     UserError for a weight that is damaged or not NF4, OSError if a file cannot be read.
     """
-    states = {key.partition(STATE_MARK)[0]: key for key in tensors if STATE_MARK in key}
-    if not states:
-        return {}
-    stored_by_name: dict[str, dict[str, StoredTensor]] = {name: {} for name in states}
-    for key in list(tensors):
-        name, _, suffix = key.rpartition(".")
-        if name in stored_by_name and suffix in SUFFIXES:
-            stored_by_name[name][suffix] = tensors.pop(key)
     weights = {}
-    for name, key in states.items():
-        stored = tensors.pop(key)
+    for name, (key, stored, parts) in _pop_packed_weights(tensors).items():
         try:
-            stored_by_name[name][""] = tensors[name]
+            parts[""] = tensors[name]
             state = json.loads(bytes(read_tensor(folder, stored).tolist()))
             state |= {"quant_type": key.partition(STATE_MARK)[2]}
-            weight = weights[name] = BnbWeight(name, folder, stored_by_name[name], state)
-            assert all(isinstance(n, int) for n in state["shape"]) and "absmax" in stored_by_name[name]
+            weight = weights[name] = BnbWeight(name, folder, parts, state)
+            assert all(isinstance(n, int) for n in state["shape"]) and "absmax" in parts
             offset = state["nested_offset"] if weight.is_double_quantized else 0.0
             # JSON integers may have any number of digits. An offset beyond fp32 would make weights infinite.
             assert type(offset) in (int, float) and abs(offset) <= torch.finfo(torch.float32).max
@@ -145,6 +146,46 @@ def find_bnb_weights(folder: Path, tensors: dict[str, StoredTensor]) -> dict[str
         weight.check()
         tensors[name] = StoredTensor(tensors[name].file, weight.shape, torch.uint8)
     return weights
+
+
+def find_bnb_headers(
+    folder: Path, tensors: dict[str, StoredTensor], shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, BnbWeight]:
+    """Do the same as `find_bnb_weights` by the headers alone; the result cannot be read.
+
+    Args:
+        folder: for messages.
+        tensors: as for `find_bnb_weights`.
+        shapes: the dense shapes, {name of the model's parameter: shape}, which no header has.
+    """
+    weights = {}
+    for name, (key, stored, parts) in _pop_packed_weights(tensors).items():
+        quant_type = key.partition(STATE_MARK)[2]
+        if name not in tensors or "absmax" not in parts or quant_type != "nf4":
+            raise UserError(f"{folder / stored.file}: {key} does not describe a weight packed to nf4")
+        if name not in shapes:
+            raise UserError(f"{folder / stored.file}: {name} belongs to no parameter of this model")
+        parts[""] = tensors[name]
+        weights[name] = BnbWeight(name, folder, parts, {"shape": shapes[name], "quant_type": quant_type})
+        weights[name].check_sizes()
+        tensors[name] = StoredTensor(tensors[name].file, shapes[name], torch.uint8)
+    return weights
+
+
+def _pop_packed_weights(
+    tensors: dict[str, StoredTensor],
+) -> dict[str, tuple[str, StoredTensor, dict[str, StoredTensor]]]:
+    """Remove packed weights' tensors but their codes from `tensors`.
+
+    Returns {weight's name: (name of the JSON object's tensor, that tensor, {suffix: other removed tensor})}.
+    """
+    keys = {key.partition(STATE_MARK)[0]: key for key in tensors if STATE_MARK in key}
+    found = {name: (key, tensors.pop(key), dict[str, StoredTensor]()) for name, key in keys.items()}
+    for key in list(tensors) if found else ():
+        name, _, suffix = key.rpartition(".")
+        if name in found and suffix in SUFFIXES:
+            found[name][2][suffix] = tensors.pop(key)
+    return found
 
 
 def detect_bnb_packing(quantization_config: dict | None, folder: Path) -> bool:

@@ -11,47 +11,35 @@ import copy
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol, overload
+from typing import overload
 
 import torch
 from safetensors import SafetensorError
 from transformers import PretrainedConfig
 
 from files.bnb_weights import find_bnb_weights
-from files.hub_errors import HUB_ERRORS
+from files.hub_errors import translate_hub_errors
 from files.links import points_outside
 from files.names import ADAPTER_CONFIG, CONFIG, INDEX, SINGLE_FILE, split_revision
 from files.tensors import PinnedBuffers, StoredTensor, StreamedTensor, list_tensors, read_tensor
+from files.weight_headers import WeightHeaders
 from files.weight_sets import compare_weight_sets
 from options.config import TOY_MODEL
 from options.errors import UserError
 from options.limits import MAX_INDEX_BYTES, read_json
-from quantization.quantizers import PackedWeight, Quantizer
+from quantization.quantizers import PackedWeight
 
 TOY_BASE = Path(__file__).parent.parent / "models" / "toy_base"  # made by tools/pretrain_toy_base.py
 
 
-class StoredPackedWeight(Protocol):
-    """Interface of packed weights in files: BnbWeight, bnb_weights.py, and CachedWeight, weight_cache.py."""
-
-    @property
-    def quantizer(self) -> Quantizer: ...
-
-    def read(self) -> PackedWeight: ...
-
-
-class CheckpointFiles:
-    """The tensors of a model folder, by name.
+class CheckpointFiles(WeightHeaders):
+    """The tensors of a model folder, by name, to be read.
 
     Attributes:
-        folder: the folder.
-        tensors: all tensors.
-        packed: those of them that are stored packed, by bitsandbytes or in a cache.
         unmatched: tensors that only one of two sets of weights holds.
-        prequantized: whether bitsandbytes packed some of them.
     """
 
     def __init__(self, folder: Path, only_file: str | None = None):
@@ -59,44 +47,11 @@ class CheckpointFiles:
 
         Raises OSError if weights cannot be read to compare two sets of them, or to describe packed ones.
         """
-        self.folder = folder
-        self.tensors: dict[str, StoredTensor] = {}
-        self.packed: dict[str, StoredPackedWeight] = {}
-        for file, names in ({only_file: None} if only_file else _list_weight_files(folder)).items():
-            self._read_header(file, names)
+        super().__init__(folder)
+        for file, names in ({only_file: None} if only_file else list_weight_files(folder)).items():
+            self.add_file(file, read_file_header(folder, file), names)
         self.unmatched = [] if only_file else compare_weight_sets(folder, dict(self.tensors))
-        self.packed.update(find_bnb_weights(folder, self.tensors))
-        self.prequantized = bool(self.packed)
-        for name, tensor in self.tensors.items():
-            if name not in self.packed and not (
-                isinstance(tensor.dtype, torch.dtype) and tensor.dtype.is_floating_point
-            ):
-                raise UserError(
-                    f"{folder / tensor.file}: tensor {name} is stored as {tensor.dtype}; expected"
-                    " floating-point weights, or bitsandbytes' 4 bits"
-                )
-
-    def _read_header(self, file: str, expected: set[str] | None) -> None:
-        """Add the tensors in a file's header to `self.tensors`. Raises UserError for a file of no use.
-
-        expected: names that the index assigns to the file; UserError for those that it lacks.
-        """
-        path = self.folder / file
-        if points_outside(path):
-            raise UserError(
-                f"{path}: is a link out of the folder, to {os.path.realpath(path)}; put the file here"
-            )
-        if not path.is_file():
-            raise UserError(f"--model_name {self.folder}: shard {file} is missing (it is named in {INDEX})")
-        try:
-            found = list_tensors(path)
-        except (SafetensorError, OSError) as e:
-            raise UserError(f"{path}: truncated or not a safetensors file ({e})") from None
-        for name in sorted(found.keys() & self.tensors.keys()):
-            raise UserError(f"{path}: tensor {name} is in {self.tensors[name].file} as well")
-        for name in sorted((expected or set()) - found.keys()):
-            raise UserError(f"{path}: tensor {name} is missing; {INDEX} says it is in this file")
-        self.tensors |= {name: found[name] for name in sorted(found)}
+        self.set_packed(find_bnb_weights(folder, self.tensors))
 
     def overlaid_by(self, other: CheckpointFiles) -> CheckpointFiles:
         """Return a copy with the tensors of `other` added, in place of those of the same name."""
@@ -129,7 +84,22 @@ class CheckpointFiles:
         return read_tensor(self.folder, self.tensors[name], buffers)
 
 
-def _list_weight_files(folder: Path) -> Mapping[str, set[str] | None]:
+def read_file_header(folder: Path, file: str) -> dict[str, StoredTensor]:
+    """Return the tensors of a weight file by name. Raises UserError for a file that is of no use."""
+    path = folder / file
+    if points_outside(path):
+        raise UserError(
+            f"{path}: is a link out of the folder, to {os.path.realpath(path)}; put the file here"
+        )
+    if not path.is_file():
+        raise UserError(f"--model_name {folder}: shard {file} is missing (it is named in {INDEX})")
+    try:
+        return list_tensors(path)
+    except (SafetensorError, OSError) as e:
+        raise UserError(f"{path}: truncated or not a safetensors file ({e})") from None
+
+
+def list_weight_files(folder: Path) -> Mapping[str, set[str] | None]:
     """Return {file name: names of the tensors that the index assigns to it, or None without an index}.
 
     Raises UserError if there are no weights, or the index is damaged.
@@ -169,7 +139,11 @@ def pin_model_name(name: str, folder: Path) -> str:
     return f"{split_revision(name)[0]}@{folder.name}"  # the hub's cache names a snapshot by its commit
 
 
-def find_model(name: str) -> Path:
+# What a run reads of a hub's model before its weights: settings, tokenizer, templates.
+SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.txt")
+
+
+def find_model(name: str, patterns: Sequence[str] = SMALL_FILES) -> Path:
     """Return the local folder of a model, downloaded from the hub without weights if `name` is a hub id.
 
     The weights follow by `fetch_weights`, so that an unknown architecture costs no download of gigabytes.
@@ -177,6 +151,7 @@ def find_model(name: str) -> Path:
     Args:
         name: a folder, or a hub id with or without `@revision` (a branch, a tag or a commit), or TOY_MODEL,
             the demo's model, also if there is a folder of that name.
+        patterns: files to download from the hub.
 
     Raises:
         UserError: it is neither, is not accessible, holds no config.json, or holds an adapter too.
@@ -187,7 +162,7 @@ def find_model(name: str) -> Path:
     elif os.path.isdir(local):
         folder = Path(local)
     else:
-        folder = download(name, "--model_name", "*.json", "*.jinja", "*.model", "*.txt")
+        folder = download(name, "--model_name", *patterns)
     if not (folder / CONFIG).is_file():
         raise UserError(f"--model_name {name}: no {CONFIG} in this folder")
     if (folder / ADAPTER_CONFIG).is_file():
@@ -218,16 +193,10 @@ def download(name: str, option: str, *patterns: str) -> Path:
     Raises UserError, which names the option that `name` was given by.
     """
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RevisionNotFoundError,
-    )
 
     repository, revision = split_revision(name)
     nested = [pattern for pattern in patterns if "/" in pattern]
-    try:
+    with translate_hub_errors(option, name):
         if nested:
             snapshot_download(repository, revision=revision, allow_patterns=nested)
         # Other subfolders and consolidated*.safetensors hold the same weights in other formats.
@@ -237,26 +206,6 @@ def download(name: str, option: str, *patterns: str) -> Path:
             allow_patterns=[pattern for pattern in patterns if pattern not in nested],
             ignore_patterns=["*/*", "consolidated*"],
         ))  # fmt: skip
-    except HFValidationError:
-        raise UserError(f"{option} {name}: no such folder, and not a hub id (owner/name)") from None
-    except LocalEntryNotFoundError:
-        raise UserError(f"{option} {name}: no such folder, and the hub cannot be reached") from None
-    except RevisionNotFoundError:
-        raise UserError(
-            f"{option} {name}: on the hub {repository} has no branch, tag or commit {revision}"
-        ) from None
-    except HfHubHTTPError as e:
-        status = getattr(e.response, "status_code", None)
-        reason: dict[int | None, str] = {
-            401: "does not exist, or needs `hf auth login`",
-            403: "is gated: ask for access on its page",
-        }
-        problem = reason.get(
-            status, "does not exist" if status == 404 else f"could not be fetched ({status})"
-        )
-        raise UserError(f"{option} {name}: no such folder, and on the hub it {problem}") from None
-    except HUB_ERRORS as e:
-        raise UserError(f"{option} {name}: could not be fetched from the hub ({e})") from None
 
 
 def digest_structure(config: PretrainedConfig, files: CheckpointFiles) -> str:

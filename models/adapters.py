@@ -11,8 +11,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from files.model_folder import CheckpointFiles
 from files.names import CONFIG
+from files.weight_headers import WeightHeaders
 from launch.precision import Precision
 from models.dora import DoRALinear
 from models.family import Family
@@ -79,9 +79,7 @@ def peft_targets(family: Family, target_modules: str) -> list[str]:
     return [pattern.strip() for pattern in target_modules.split(",")]
 
 
-def check_quantization(
-    model: PreTrainedModel, family: Family, config: Config, files: CheckpointFiles
-) -> None:
+def check_quantization(model: PreTrainedModel, family: Family, config: Config, files: WeightHeaders) -> None:
     """Raise UserError if the train type cannot pack the files' weights, or use those packed already.
 
     Args:
@@ -136,7 +134,7 @@ def packed_linears(model: PreTrainedModel, family: Family, config: Config) -> li
     return [name for name, _ in family.layer_linears(model) if family.locate_layer(name)[0] not in new]
 
 
-def choose_quantizers(names: list[str], config: Config, files: CheckpointFiles) -> dict[str, Quantizer]:
+def choose_quantizers(names: list[str], config: Config, files: WeightHeaders) -> dict[str, Quantizer]:
     """Return {linear's name: its quantizer}, for the given names; linears without an entry stay unquantized.
 
     All get the train type's quantizer. In a checkpoint that is packed already, each packed one gets its own.
@@ -148,7 +146,7 @@ def choose_quantizers(names: list[str], config: Config, files: CheckpointFiles) 
 
 
 def apply_method(
-    model: PreTrainedModel, family: Family, config: Config, precision: Precision, files: CheckpointFiles
+    model: PreTrainedModel, family: Family, config: Config, precision: Precision, files: WeightHeaders
 ) -> None:
     """Cast, freeze and quantize a meta model in place, and add its adapters, as the train type says.
 

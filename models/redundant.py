@@ -18,6 +18,7 @@ from files.comparison import same_values
 from files.model_folder import CheckpointFiles
 from files.names import CONFIG
 from files.tensors import StoredTensor, read_tensor
+from files.weight_headers import WeightHeaders
 from files.weight_sets import UnmatchedTensor, two_sets_error
 from models.family import ROTARY_TABLE, Family
 from models.longrope import PerRowLongRope, make_rotary
@@ -31,20 +32,29 @@ UNTIED = (
 TOLERANCE = 1e-6  # relative, for frequencies that another library or device computed in fp32
 
 
-def has_untied_head(config: PretrainedConfig, family: Family, files: CheckpointFiles) -> bool:
+def has_untied_head(
+    config: PretrainedConfig, family: Family, files: WeightHeaders, max_elements: int | None = None
+) -> bool:
     """Return whether `config` ties head and embedding, but the files hold both, and they differ.
 
-    Reads both. Raises OSError.
+    Reads both, or only their first elements. Raises OSError.
+
+    Args:
+        config: the model's.
+        family: the model's family.
+        files: the model's weights, in a folder.
+        max_elements: how many elements are compared; None = all.
     """
     head, embedding = f"{family.head}.weight", f"{family.embedding}.weight"
     if not config.tie_word_embeddings or not {head, embedding} <= files.tensors.keys():
         return False
     if {head, embedding} & files.packed.keys():  # a packed weight was rounded, so it repeats nothing
         return True
-    return not same_values((files.folder, files.tensors[head]), (files.folder, files.tensors[embedding]))
+    a, b = ((files.folder, files.tensors[name]) for name in (head, embedding))
+    return not same_values(a, b, max_elements)
 
 
-def rename_tied_head(config: PretrainedConfig, family: Family, files: CheckpointFiles) -> None:
+def rename_tied_head(config: PretrainedConfig, family: Family, files: WeightHeaders) -> None:
     """Rename the head to the embedding in files.tensors if `config` ties them and only the head is there."""
     head, embedding = f"{family.head}.weight", f"{family.embedding}.weight"
     if config.tie_word_embeddings and head in files.tensors and embedding not in files.tensors:

@@ -14,8 +14,10 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 import models.attention  # noqa: F401 # registers the names that families give their attention
+from files.bnb_weights import find_bnb_headers
 from files.model_folder import CheckpointFiles
 from files.names import CONFIG
+from files.weight_headers import WeightHeaders
 from models import gemma2, gemma3, llama, mistral, phi3, qwen2, qwen3, qwen3_moe
 from models.causal_lm import replace_head, summed_loss_class
 from models.family import Family
@@ -150,22 +152,48 @@ def open_weights(
 def check_weights(model: PreTrainedModel, files: CheckpointFiles, family: Family) -> None:
     """Remove redundant tensors from `files`; UserError unless the others match the parameters one to one.
 
-    Names and shapes must match. The load streams what is left.
+    Names and shapes must match. The load streams what is left. Redundant rotary frequencies are read, and
+    must be those of the model's config.
     """
-    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}  # a tied head is listed once
-    for name, shape in shapes.items():
+    check_shapes(model, files)
+    check_rotary_frequencies(model.config, family, files)
+    remove_redundant(model, files, family)
+
+
+def open_headers(config: PretrainedConfig, family: Family, headers: WeightHeaders) -> PreTrainedModel:
+    """Return the meta model that the tensors of `headers` fill; like `open_weights`, but nothing is read.
+
+    Head and embedding are tied if `config` ties them. Removes redundant tensors from `headers`. Raises
+    UserError unless the others are all that the model needs.
+    """
+    rename_tied_head(config, family, headers)
+    model = build_on_meta(config, family)
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    headers.set_packed(find_bnb_headers(headers.folder, headers.tensors, shapes))
+    check_shapes(model, headers)
+    remove_redundant(model, headers, family)
+    return model
+
+
+def check_shapes(model: PreTrainedModel, files: WeightHeaders) -> None:
+    """Raise UserError unless `files` hold each parameter, in the model's shape."""
+    for name, parameter in model.named_parameters():  # a tied head is listed once
         if name not in files.tensors:
             raise UserError(f"{files.folder}: tensor {name} is missing from the weights")
         stored = files.tensors[name]
-        if stored.shape != shape:
+        if stored.shape != tuple(parameter.shape):
             raise UserError(
                 f"{files.folder}/{stored.file}: {name} has shape {list(stored.shape)},"
-                f" but config.json says {list(shape)}"
+                f" but config.json says {list(parameter.shape)}"
             )
-    check_rotary_frequencies(model.config, family, files)
+
+
+def remove_redundant(model: PreTrainedModel, files: WeightHeaders, family: Family) -> None:
+    """Remove redundant tensors from `files`. Raises UserError for others that belong to no parameter."""
+    needed = {name for name, _ in model.named_parameters()}
     tied = model.config.tie_word_embeddings
     for name in list(files.tensors):
-        if name in shapes:
+        if name in needed:
             continue
         if not family.is_redundant(name, tied):
             raise UserError(

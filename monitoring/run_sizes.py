@@ -10,8 +10,8 @@ from collections import Counter
 
 from transformers import PreTrainedModel
 
-from files.model_folder import CheckpointFiles
 from files.tensors import StoredTensor
+from files.weight_headers import WeightHeaders
 from launch.precision import Precision
 from models.adapters import target_linears
 from models.family import Family
@@ -38,7 +38,7 @@ def run_sizes(
     family: Family,
     config: Config,
     precision: Precision,
-    files: CheckpointFiles,
+    files: WeightHeaders,
     tokens: int,
 ) -> RunSizes:
     """Return the sizes that determine the memory of a run with the options `config`; loads no weights.

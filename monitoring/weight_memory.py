@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from files.model_folder import CheckpointFiles
+from files.weight_headers import WeightHeaders
 from launch import memory
 from launch.memory import format_bytes
 from launch.precision import Precision
@@ -63,7 +63,7 @@ class PlannedParameter:
 
 
 def plan_parameters(
-    model: PreTrainedModel, family: Family, config: Config, precision: Precision, files: CheckpointFiles
+    model: PreTrainedModel, family: Family, config: Config, precision: Precision, files: WeightHeaders
 ) -> list[PlannedParameter]:
     """Return the parameters that the model must have once loaded, unsharded; a tied weight once.
 
@@ -158,7 +158,7 @@ def expected_memory(
     family: Family,
     config: Config,
     precision: Precision,
-    files: CheckpointFiles,
+    files: WeightHeaders,
     rank_info: RankInfo,
 ) -> ExpectedMemory:
     """Return the memory that this rank's weights should take by the files' shapes and the options.

@@ -73,7 +73,7 @@ class Estimator:
         """Return the estimated peak of each GPU in GiB.
 
         Args:
-            model: a name of benchmarks/shapes.py.
+            model: a name of models/shapes.py.
             options: of train.py, without the model and the data.
             has_bf16: whether the GPUs compute in bf16.
             tokens: of the longest row.

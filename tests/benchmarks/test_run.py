@@ -25,11 +25,11 @@ from benchmarks import dequantize, run
 from benchmarks.limited import GIB, read_filled, run_limited
 from benchmarks.make_checkpoint import make_checkpoint
 from benchmarks.options import parse
-from benchmarks.shapes import SHAPES
 from benchmarks.systems import PEERS, SYSTEMS, Setting, System
 from benchmarks.table import Row, format_markdown, make_row, ratio_to_ours
 from files import model_folder as model_files
 from files.model_folder import CheckpointFiles
+from models.shapes import SHAPES
 from options.methods import HQQ_BITS
 from options.train import parse as parse_training
 from quantization.hqq import HQQ

@@ -1,0 +1,78 @@
+"""A model's tensors as the headers of its files describe them, wherever the files are: names, shapes, dtypes.
+
+`CheckpointFiles` (model_folder.py) adds the files of a folder, from which tensors can be read. A plan needs
+no more than this.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from files.names import INDEX
+from files.tensors import StoredTensor
+from options.errors import UserError
+from quantization.quantizers import PackedWeight, Quantizer
+
+
+class StoredPackedWeight(Protocol):
+    """Interface of packed weights in files: BnbWeight, bnb_weights.py, and CachedWeight, weight_cache.py."""
+
+    @property
+    def quantizer(self) -> Quantizer: ...
+
+    def read(self) -> PackedWeight: ...
+
+
+class WeightHeaders:
+    """The tensors of a model, by name.
+
+    Attributes:
+        folder: the model's folder. Of a model that is not on this disk, its name as a path, for messages.
+        tensors: all tensors.
+        packed: those of them that are stored packed, by bitsandbytes or in a cache.
+        prequantized: whether bitsandbytes packed some of them.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.tensors: dict[str, StoredTensor] = {}
+        self.packed: dict[str, StoredPackedWeight] = {}
+        self.prequantized = False
+
+    def add_file(self, file: str, found: dict[str, StoredTensor], expected: set[str] | None) -> None:
+        """Add the tensors in a file's header.
+
+        Raises UserError for a tensor that another file holds, or that is missing.
+
+        Args:
+            file: the file's name.
+            found: its tensors.
+            expected: names that the index assigns to the file; None without an index.
+        """
+        for name in sorted(found.keys() & self.tensors.keys()):
+            other = self.tensors[name].file
+            raise UserError(f"{self.folder / file}: tensor {name} is in {other} as well")
+        for name in sorted((expected or set()) - found.keys()):
+            raise UserError(
+                f"{self.folder / file}: tensor {name} is missing; {INDEX} says it is in this file"
+            )
+        self.tensors |= {name: found[name] for name in sorted(found)}
+
+    def set_packed(self, packed: dict) -> None:
+        """Set the weights that bitsandbytes packed. Raises UserError if another tensor is no weight.
+
+        packed: {name of the weight: StoredPackedWeight}.
+        """
+        self.packed.update(packed)
+        self.prequantized = bool(packed)
+        for name, tensor in self.tensors.items():
+            if name not in packed and not (
+                isinstance(tensor.dtype, torch.dtype) and tensor.dtype.is_floating_point
+            ):
+                raise UserError(
+                    f"{self.folder / tensor.file}: tensor {name} is stored as {tensor.dtype}; expected"
+                    " floating-point weights, or bitsandbytes' 4 bits"
+                )

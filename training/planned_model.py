@@ -1,0 +1,120 @@
+"""A model as a plan needs it: its config and the headers of its weights, which nobody downloads or reads.
+
+It is a folder, a hub id or one of models/shapes.py. A folder or a repository whose headers cannot be had is
+planned by its config.json alone: the weights of a run must have exactly the shapes that it says.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
+
+from files.bnb_weights import detect_bnb_packing
+from files.hub_headers import fetch_headers
+from files.model_folder import find_model, list_weight_files, read_file_header
+from files.names import ADAPTER_CONFIG, CONFIG, INDEX, SINGLE_FILE
+from files.tensors import StoredTensor
+from files.weight_headers import WeightHeaders
+from files.weight_sets import START_ELEMENTS
+from models.family import Family
+from models.redundant import has_untied_head
+from models.registry import FAMILIES, build_on_meta, open_headers, read_config
+from models.shapes import SHAPES
+from options.config import TOY_MODEL
+from options.errors import UserError
+
+WEIGHTS = ("*.safetensors", INDEX, "*.bin", "*.pth")  # a folder with none of them has only its config
+
+
+@dataclass(frozen=True)
+class PlannedModel:
+    """A model that is known by its config and the headers of its weights.
+
+    Attributes:
+        name: as it was given.
+        model: transformers' model on meta, unchanged, so that one serves for many options.
+        family: the model's family.
+        files: its tensors by name, and which of them are packed.
+        by_config: whether `files` follow from the config, because there are no headers.
+    """
+
+    name: str
+    model: PreTrainedModel
+    family: Family
+    files: WeightHeaders
+    by_config: bool = False
+
+
+def open_planned_model(name: str) -> PlannedModel:
+    """Return the model of that name. Of the hub it fetches config, index and headers, as far as it needs.
+
+    Args:
+        name: a folder, a hub id with or without `@revision`, TOY_MODEL, or a key of SHAPES in any case. A
+            folder of the same name wins over a shape.
+
+    Raises:
+        UserError: it is none of these, is not accessible, or is no model that could be trained.
+    """
+    is_folder = name == TOY_MODEL or os.path.isdir(os.path.expanduser(name))
+    if not is_folder and name.lower() in SHAPES:
+        shape = SHAPES[name.lower()].model_config()
+        return _plan_by_config(name, Path(name), shape, FAMILIES[shape.model_type])
+    try:
+        folder = find_model(name, (CONFIG, ADAPTER_CONFIG, INDEX))
+    except UserError as e:
+        if is_folder or "/" in name:
+            raise
+        raise UserError(f"{e}, and no named shape; these are {', '.join(SHAPES)}") from None
+    config, family = read_config(folder)
+    is_packed = detect_bnb_packing(getattr(config, "quantization_config", None), folder)
+    headers = _read_folder(folder, is_packed) if is_folder else _read_hub(name, folder)
+    if headers is None and is_packed:
+        raise UserError(
+            f"--model_name {name}: is packed by bitsandbytes, and the hub cannot be reached for its headers"
+        )
+    if headers is None:
+        return _plan_by_config(name, folder, config, family)
+    if headers.folder == folder and has_untied_head(config, family, headers, START_ELEMENTS):
+        config.tie_word_embeddings = False
+    return PlannedModel(name, open_headers(config, family, headers), family, headers)
+
+
+def _plan_by_config(name: str, folder: Path, config: PretrainedConfig, family: Family) -> PlannedModel:
+    """Return a model whose tensors are those that its config asks for. folder: for messages."""
+    model = build_on_meta(config, family)
+    headers = WeightHeaders(folder)
+    dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.bfloat16
+    found = {
+        key: StoredTensor(SINGLE_FILE, tuple(parameter.shape), dtype)
+        for key, parameter in model.named_parameters()
+    }
+    headers.add_file(SINGLE_FILE, found, None)
+    return PlannedModel(name, model, family, headers, by_config=True)
+
+
+def _read_folder(folder: Path, is_packed: bool) -> WeightHeaders | None:
+    """Return the headers of a folder's weights; None if it has no weights, and they would not be packed."""
+    if not is_packed and not any(path for pattern in WEIGHTS for path in folder.glob(pattern)):
+        return None
+    headers = WeightHeaders(folder)
+    for file, names in list_weight_files(folder).items():
+        headers.add_file(file, read_file_header(folder, file), names)
+    return headers
+
+
+def _read_hub(name: str, folder: Path) -> WeightHeaders | None:
+    """Return the headers of a hub model, from its snapshot `folder` or the hub; None if neither has them."""
+    has_list = (folder / INDEX).is_file() or (folder / SINGLE_FILE).is_file()
+    files = list_weight_files(folder) if has_list else {SINGLE_FILE: None}
+    absent = [file for file in files if not (folder / file).is_file()]
+    fetched = fetch_headers(name, folder.name, absent) if absent else {}
+    if fetched is None:
+        return None
+    headers = WeightHeaders(Path(name) if absent else folder)
+    for file, names in files.items():
+        headers.add_file(file, fetched.get(file) or read_file_header(folder, file), names)
+    return headers
