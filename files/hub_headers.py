@@ -38,8 +38,9 @@ def fetch_headers(name: str, commit: str, files: Iterable[str]) -> dict[str, dic
         except HfHubHTTPError as e:
             if getattr(e.response, "status_code", None) != 404:
                 raise
-            expected = f"({SINGLE_FILE} or {INDEX})" if file == SINGLE_FILE else f"(it is named in {INDEX})"
-            raise UserError(f"--model_name {name}: {file} is missing on the hub {expected}") from None
+            if file == SINGLE_FILE:
+                raise UserError(f"--model_name {name}: no weights there ({SINGLE_FILE} or {INDEX})") from None
+            raise UserError(f"--model_name {name}: {file} is missing; {INDEX} names it") from None
         # Only the header was read, so the offset of the data is not known here; a plan does not need it.
         return file, {
             key: StoredTensor(file, tuple(tensor.shape), DTYPES.get(tensor.dtype, tensor.dtype))

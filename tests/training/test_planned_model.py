@@ -8,38 +8,17 @@ import pytest
 import torch
 
 from benchmarks.make_checkpoint import make_checkpoint
-from launch.precision import Precision
-from models.registry import FAMILIES, open_weights, read_config
+from models.registry import FAMILIES
 from models.shapes import SHAPES
-from monitoring.weight_memory import PlannedParameter, plan_parameters
 from options.errors import UserError
-from options.train import parse
 from tests.helpers import tiny
 from tests.helpers.bnb_checkpoints import pack_like_the_hub
 from tests.helpers.expansion import all_tensors, edit_config
+from tests.helpers.planned import parameters_of_plan, parameters_of_run
 from tests.helpers.stored import put_tensor
-from training.planned_model import PlannedModel, open_planned_model
+from training.planned_model import open_planned_model
 
-PRECISION = Precision(torch.bfloat16, torch.float32)
 TYPES = ["full", "hqq_lora", "bnb_dora --train_embeddings"]
-
-
-def parameters(model, family, files, options: str) -> list[PlannedParameter]:
-    """Return what a run with `options` is planned to hold, in the order of names."""
-    config, _ = parse(["--model_name", "any", "--train_type", *options.split()])
-    planned = plan_parameters(model, family, config, PRECISION, files)
-    return sorted(planned, key=lambda p: (p.name, p.kind, p.shape))
-
-
-def parameters_of_plan(planned: PlannedModel, options: str) -> list[PlannedParameter]:
-    return parameters(planned.model, planned.family, planned.files, options)
-
-
-def parameters_of_run(folder, options: str) -> list[PlannedParameter]:
-    """Return the same by the weights that a run opens, all headers and values of which are checked."""
-    config, family = read_config(folder)
-    files, model, _ = open_weights(folder, config, family)
-    return parameters(model, family, files, options)
 
 
 def copy_config(folder, target):
