@@ -273,7 +273,7 @@ def test_ratios_are_to_the_first_row_of_ours_with_the_same_setting():
 @pytest.mark.parametrize(
     "options, words",
     [
-        ("--shape 9b", "--shape: '9b': must be one of tiny, 1b, 8b, 14b, 32b, 70b"),
+        ("--shape 9b", "--shape: '9b': must be one of tiny, 1b, 3b, 7b, 8b"),
         ("--shpae 8b", "unknown option --shpae; did you mean --shape?"),
         ("--gpus 0", "--gpus 0: one or more"),
         ("--gpus 1,1", "--gpus 1,1: one or more different"),
