@@ -91,7 +91,8 @@ ALIASES = {"a10080": "a100", "h10080": "h100", "h200141": "h200", "v10016": "v10
 
 def _normalize(name: str) -> str:
     """Return a GPU's name without case, makers, spaces, hyphens and "GB": "RTX 4060 Ti 16GB" is 4060ti16."""
-    return re.sub(r"nvidia|tesla|geforce|rtx|gi?b|[^0-9a-z]", "", name.lower())
+    short = re.sub(r"([-_ ]\d+) ?g$", r"\1", name.lower().strip())  # A100-40G, but A10G
+    return re.sub(r"nvidia|tesla|geforce|rtx|gi?b|[^0-9a-z]", "", short)
 
 
 def find_gpu(name: str) -> Gpu:

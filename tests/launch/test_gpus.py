@@ -22,6 +22,8 @@ from options.errors import UserError
         ("a100-80gb", "a100"),
         ("A100 80GB", "a100"),
         ("a100_40gb", "a100-40gb"),
+        ("A100-40G", "a100-40gb"),
+        (" A10G ", "a10g"),
         ("RTX A6000", "a6000"),
         ("rtx6000ada", "6000ada"),
         ("RTX 6000 Ada", "6000ada"),
