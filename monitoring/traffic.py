@@ -19,6 +19,7 @@ from files.weight_headers import WeightHeaders
 from launch.gpus import Gpu
 from launch.precision import Precision
 from models.family import Family
+from monitoring.layer_memory import is_compiled, layer_widths
 from monitoring.weight_memory import PlannedParameter, plan_parameters, vocabulary_weights
 from options.config import Config
 from options.strategies import STRATEGIES
@@ -125,11 +126,12 @@ def step_traffic(
         n_targets=n_tokens if targets is None else targets,
         hidden=model.config.hidden_size,
         tied=tied,
+        compiled=is_compiled(config, layer_widths(model, family), gpu),
     )
     units = list_units(planned, family, config, precision, tied)
     frozen = {p.name: p for p in planned if p.name in vocabulary_weights(family) and p.kind != "trained"}
     micro_batch = step.gathers(units) + step.vocabulary(frozen, family)
-    micro_batch += step.activations(_count_backward_layers(planned, family), family)
+    micro_batch += step.activations(_count_backward_layers(planned, family))
     syncs = 1 if config.no_sync else config.gradient_accumulation_steps
     return micro_batch * config.gradient_accumulation_steps + step.gradients(units) * syncs
 
@@ -193,6 +195,7 @@ class _Step:
         n_tokens, n_targets: of a micro-batch of a rank, with padding, and learned.
         hidden: H.
         tied: whether embedding and head are one parameter.
+        compiled: whether the layers are.
     """
 
     config: Config
@@ -204,6 +207,7 @@ class _Step:
     n_targets: int
     hidden: int
     tied: bool
+    compiled: bool
 
     def gathers(self, units: list[Unit]) -> Traffic:
         """Return the traffic of gathering the units in a micro-batch."""
@@ -243,7 +247,7 @@ class _Step:
             to_gpu += projected.nbytes(self.shards) if self._offloads_weights else 0
         return Traffic(vocabulary=received, to_gpu=to_gpu)
 
-    def activations(self, layers: int, family: Family) -> Traffic:
+    def activations(self, layers: int) -> Traffic:
         """Return the traffic of activations that are kept in host memory in a micro-batch.
 
         layers: decoder layers that backward reaches.
@@ -251,7 +255,7 @@ class _Step:
         config, saved = self.config, 0
         if config.use_activation_cpu_offload:
             saved += self.precision.frozen.itemsize
-        if self._offloads_outputs(family):
+        if self._offloads_outputs:
             saved += self.precision.matmul_dtype.itemsize
         n_bytes = saved * layers * self.n_tokens * self.hidden if self.gpu else 0
         return Traffic(to_gpu=n_bytes, to_host=n_bytes)
@@ -260,11 +264,10 @@ class _Step:
     def _offloads_weights(self) -> bool:
         return self.config.use_cpu_offload and self.gpu is not None
 
-    def _offloads_outputs(self, family: Family) -> bool:
+    @property
+    def _offloads_outputs(self) -> bool:
         """Return whether compiled 4-bit DoRA layers keep the output of their last projection on the host."""
         config = self.config
-        auto = self.gpu is not None and self.gpu.runs_triton and family.compiles
-        compiles = config.compile == "true" or (config.compile == "auto" and auto)
         is_4bit_dora = config.method.adapter == "dora" and config.method.quantizer is not None
         whole_layers = config.wrap_policy == "layer" and config.use_gradient_checkpointing
-        return compiles and is_4bit_dora and whole_layers and not config.use_cpu_offload
+        return self.compiled and is_4bit_dora and whole_layers and not config.use_cpu_offload
