@@ -38,6 +38,8 @@ def test_families(kind, checkpoints, tmp_path):
     by_headers = open_planned_model(str(folder))
     by_config = open_planned_model(str(copy_config(folder, tmp_path / "bare")))
     assert (by_headers.by_config, by_config.by_config) == (False, True)
+    stored = [{n: t.torch_dtype for n, t in p.files.tensors.items()} for p in (by_headers, by_config)]
+    assert stored[0] == stored[1]
     for options in TYPES:
         expected = parameters_of_run(folder, options)
         assert parameters_of_plan(by_headers, options) == parameters_of_plan(by_config, options) == expected
