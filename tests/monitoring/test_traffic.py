@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from data.packing import make_sampler
 from launch.gpus import find_gpu
@@ -67,6 +68,7 @@ def slow(ranks: str, given: list[str]) -> list:
     return [pytest.param(ranks, each, marks=pytest.mark.slow) for each in given]
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="copy engines do not go through process groups")
 @pytest.mark.parametrize(
     ("ranks", "given"),
     [
